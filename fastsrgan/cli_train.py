@@ -1,0 +1,186 @@
+"""``fastsrgan train``: every option of the original's training script, and fastsrgan's own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from fastsrgan import config as settings
+from fastsrgan import convert as conversion
+from fastsrgan import train as training
+from fastsrgan.errors import UsageError
+from fastsrgan.runtime import Progress, output_folder
+from fastsrgan.store import open_store
+
+log = logging.getLogger("fastsrgan")
+
+# The original's option names (SEGSRGAN.md section 4) -> setting, type.
+ORIGINAL: dict[str, tuple[tuple[str, ...], str, type]] = {
+    "epochs": (("-e", "--epoch", "--epochs"), "last epoch", int),
+    "batch_size": (("-b", "--batch-size"), "patches per update", int),
+    "snapshot": (("-s", "--snapshot"), "epochs between snapshots", int),
+    "init_epoch": (("-i", "--init-epoch"), "first epoch (epoch - init_epoch + 1 are run)", int),
+    "kernel_gen": (("--kernel-gen",), "channels of the generator's first convolution", int),
+    "kernel_dis": (("--kernel-dis",), "channels of the critic's first convolution", int),
+    "lr_gen": (("--lrgen", "--lr-gen"), "learning rate of the generator", float),
+    "lr_dis": (("--lrdis", "--lr-dis"), "learning rate of the critic", float),
+    "lambda_rec": (("--lambrec", "--lambda-rec"), "weight of the reconstruction loss", float),
+    "lambda_adv": (("--lambadv", "--lambda-adv"), "weight of the adversarial loss; 0 trains without a critic", float),
+    "lambda_gp": (("--lambgp", "--lambda-gp"), "weight of the gradient penalty", float),
+    "critic_iterations": (
+        ("--number-of-disciminator-iteration", "--number-of-discriminator-iteration", "--critic-iterations"),
+        "critic updates per generator update",
+        int,
+    ),
+    "patch_size": (("-ps", "--patch-size"), "edge of the training patches", int),
+    "contrast_max": (("-contrast-max", "--contrast-max"), "contrast power is uniform in [1 - c, 1 + c]", float),
+    "noise": (("-percent-val-max", "--percent-val-max", "--noise"), "noise std over the LR maximum", float),
+}
+OWN: dict[str, tuple[tuple[str, ...], str, type]] = {
+    "stride": (("--stride",), "grid spacing of the training patches", int),
+    "steps_per_epoch": (("--steps-per-epoch",), "end each epoch after so many updates", int),
+    "seed": (("--seed",), "seed of every random number", int),
+    "ema": (("--ema",), "decay of an averaged generator, which is then validated and shipped; 0 off", float),
+    "head_rate": (("--head-rate",), "learning rate of the generator's head over lrgen", float),
+    "clip_norm": (("--clip-norm",), "largest gradient norm of the generator; 0 off", float),
+    "warmup_epochs": (("--warmup-epochs",), "epochs before the adversarial term starts", int),
+    "validate_every": (("--validate-every",), "epochs between validations", int),
+    "keep_checkpoints": (("--keep-checkpoints",), "snapshots kept for --resume", int),
+    "resident_subjects": (("--resident-subjects",), "subjects in memory at once", int),
+}
+CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
+    "image_cropping_method": (("-icm", "--image-cropping-method"), "where patches are taken"),
+    "reconstruction_loss": (("-rl", "--reconstruction-loss"), "reconstruction loss"),
+    "geometry": (("--geometry",), "observation model: exact in mm, or the original's numbers"),
+    "form": (("--form",), "network layers: exact fast forms or the plain ones"),
+    "penalty": (("--penalty",), "gradient penalty: explicit graph or double backward"),
+}
+FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
+    "conditional": (("-is-conditional", "--is-conditional"), "resolution as a second input"),
+    "residual": (("-is-residual", "--is-residual"), "output = input - head"),
+    "fit_mask": (("-fm", "--fit-mask"), "also learn the classes of Mask_image"),
+    "zero_head": (("--zero-head",), "start the SR head at zero: training starts at the spline"),
+}
+
+EXAMPLE = """examples:
+  fastsrgan train cohort.zarr -o run -n 1 1 3
+  fastsrgan train cohort.csv -o run -n 0.5 0.5 2 -n 0.5 0.5 4 --batch-size 8 --epoch 50
+  fastsrgan train cohort.zarr -o run --resume
+  fastsrgan train -csv cohort.csv -sf snapshots -n 0.5 0.5 3 --u_net_generator True     # the original's options
+
+A CSV has the columns HR_image, Label_image, Base (Train or Test) and, for masks, Mask_image."""
+
+
+def boolean(text: str) -> bool:
+    """The original's booleans: True / False, also yes / no, 1 / 0."""
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return known[text.lower()]
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Define the command."""
+    p = commands.add_parser(
+        "train", help="train a generator and critic", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("source", nargs="?", metavar="STORE|CSV", help="store of `fastsrgan convert`, or a table of files")
+    p.add_argument("-csv", "--csv", metavar="CSV", help="table of files (the original's way to name the data)")
+    p.add_argument("-o", "--out", metavar="RUN", help="run folder")
+    p.add_argument("-n", "--new-low-res", nargs=3, type=float, action="append", metavar=("X", "Y", "Z"), help="low resolution in mm; twice: bounds drawn from")  # fmt: skip
+    p.add_argument("--config", metavar="YAML", help="settings file; options on the command line win")
+    p.add_argument("--preset", choices=sorted(settings.PRESETS), help="defaults of the paper or of its code")
+    p.add_argument("-w", "--weights", metavar="FILE", help="start from these weights (Keras HDF5, safetensors, run)")
+    p.add_argument("--resume", action="store_true", help="continue the run in RUN")
+    p.add_argument("--strict", action="store_true", help="stop at a subject that cannot be read instead of leaving it out")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
+    p.add_argument("--json", action="store_true", help="print the summary as JSON")
+    group = p.add_argument_group("settings (defaults: the original code's)")
+    defaults = settings.TrainConfig(new_low_res=((1, 1, 1),))
+    for name, (flags, text, kind) in {**ORIGINAL, **OWN}.items():
+        group.add_argument(*flags, dest=name, type=kind, metavar="N" if kind is int else "F", help=f"{text} ({getattr(defaults, name)})")
+    for name, (flags, text) in CHOICES.items():
+        group.add_argument(*flags, dest=name, choices=settings.CHOICES[name], help=f"{text} ({getattr(defaults, name)})")
+    for name, (flags, text) in FLAGS.items():
+        group.add_argument(*flags, dest=name, type=boolean, metavar="True|False", help=f"{text} ({getattr(defaults, name)})")
+    group.add_argument("-u-net", "-u", "--u-net-generator", dest="u_net", type=boolean, metavar="True|False", help="train the U-Net variant (False)")  # fmt: skip
+    files = p.add_argument_group("files of the original")
+    files.add_argument("-sf", "--snapshot-folder", metavar="DIR", help="also write SegSRGAN_epoch_N (Keras HDF5) here")
+    files.add_argument("-dice", "--dice-file", metavar="CSV", help="Dice per epoch (RUN/dice.csv)")
+    files.add_argument("-mse", "--mse-file", metavar="CSV", help="MSE per epoch (RUN/mse.csv)")
+    files.add_argument("-begining-path", "--base-path", dest="base_path", metavar="DIR", help="prefix of the paths in the CSV")
+    files.add_argument("-folder-training-data", "--folder-training-data", metavar="DIR", help="accepted; nothing is written there")
+    files.add_argument("-multi-gpu", "--multi-gpu", type=boolean, metavar="True|False", help="accepted; one device is used")
+    p.set_defaults(run=run)
+
+
+def build_config(args: argparse.Namespace) -> settings.TrainConfig:
+    """Settings from --config, then --preset, then the options that were given."""
+    values: dict[str, Any] = {}
+    if args.config:
+        values = settings.read_yaml(args.config)
+    elif args.resume and (Path(args.out) / "config.yaml").is_file():
+        values = settings.read_yaml(Path(args.out) / "config.yaml")
+    if args.preset:
+        values["preset"] = args.preset
+    for name in [*ORIGINAL, *OWN, *CHOICES, *FLAGS]:
+        if getattr(args, name) is not None:
+            values[name] = getattr(args, name)
+    if args.u_net is not None:
+        values["network"] = "unet" if args.u_net else "plain"
+    if args.new_low_res:
+        values["new_low_res"] = args.new_low_res
+    if not values.get("new_low_res"):
+        raise UsageError("train", "no low resolution was given", "-n X Y Z in mm, for example -n 1 1 3")
+    return settings.from_mapping(values, what=args.config or "settings")
+
+
+def run(args: argparse.Namespace, progress: Progress) -> int:
+    """Convert a CSV once if need be, then train."""
+    source = args.source or args.csv
+    args.out = args.out or args.snapshot_folder
+    if not source or (args.source and args.csv):
+        raise UsageError("train", "one data source is needed", "STORE, CSV, or -csv CSV")
+    if not args.out:
+        raise UsageError("train", "no run folder was given", "-o RUN (or -sf DIR as in the original)")
+    if args.folder_training_data:
+        log.info("--folder_training_data is not needed: patches are made in memory, nothing is written")
+    if args.multi_gpu:
+        log.info("--multi_gpu: this version trains on one device")
+    config = build_config(args)
+    if str(source).lower().endswith((".csv", ".txt")):
+        source = convert_table(source, args, progress)
+    result = training.train(
+        source,
+        args.out,
+        config,
+        device=args.device,
+        start_weights=args.weights,
+        resume=args.resume,
+        strict=args.strict,
+        snapshot_folder=args.snapshot_folder,
+        dice_file=args.dice_file,
+        mse_file=args.mse_file,
+        progress=progress,
+    )
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        dice = "" if result["best_dice"] is None else f", best Dice on the Test subjects {result['best_dice']:.4f}"
+        print(f"{result['updates']} updates in {result['seconds']:.0f} s{dice}; weights: {result['weights']}")
+        if result["stopped"]:
+            print(f"stopped by signal {result['stopped']}; continue with --resume")
+    return int(result["exit_code"])
+
+
+def convert_table(table: str, args: argparse.Namespace, progress: Progress) -> str:
+    """RUN/data.zarr of a CSV, made once; a second run or --resume finds it."""
+    store = output_folder(args.out) / "data.zarr"
+    if store.exists() and open_store(store).complete:
+        log.info("%s holds the converted volumes of an earlier call", store)
+        return str(store)
+    conversion.convert(table, store, resume=store.exists(), base_path=args.base_path, progress=progress)
+    return str(store)

@@ -1,0 +1,199 @@
+"""Training settings: one frozen dataclass that refuses nonsense, read from and written to YAML.
+
+Defaults are the original code's (SEGSRGAN.md section 4); ``PRESETS`` holds the paper's where they differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastsrgan.errors import ModelError
+
+Triple = tuple[float, float, float]
+
+CHOICES = {
+    "network": ("plain", "unet"),
+    "reconstruction_loss": ("charbonnier", "dice"),
+    "geometry": ("physical", "segsrgan"),
+    "image_cropping_method": ("bounding_box", "overlapping_with_mask"),
+    "form": ("fast", "reference"),
+    "penalty": ("explicit", "autograd"),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines a training run besides its data.
+
+    new_low_res : one triple of mm (fixed) or two (bounds drawn uniformly per image and epoch), stored axis order
+    epochs, init_epoch : last and first epoch, counted from 1; epochs - init_epoch + 1 remain
+    batch_size, patch_size, stride : patches per update, their edge and grid spacing in voxels
+    critic_iterations : critic updates per generator update
+    lambda_rec, lambda_adv, lambda_gp : weights of reconstruction, adversarial term and gradient penalty
+    eps_per_channel : draw the penalty's interpolation per sample and channel (the code) or per sample (the paper)
+    contrast_max, noise : the power is uniform in [1 - c, 1 + c]; noise std as a fraction of the LR maximum
+    network, kernel_gen, kernel_dis, residual, conditional, fit_mask : architecture (networks.py)
+    zero_head : start a new generator's SR head at zero, so that training starts at the spline
+    snapshot : epochs between checkpoints; validate_every : epochs between validations
+    steps_per_epoch : stop an epoch after so many generator updates (None: every patch once)
+    warmup_epochs : epochs without the adversarial term and without critic updates
+    ema : decay of the averaged generator that is saved beside the trained one; 0 is off
+    head_rate : learning rate of the generator's head as a fraction of lr_gen (its 7^3 taps add up, docs/decisions/003)
+    clip_norm : largest gradient norm of a generator update; 0 is off
+    resident_subjects : subjects kept in memory at once (None: as many as fit)
+    max_bad_steps : updates with NaN or infinite loss in a row before training stops
+    form, penalty : exact rewrites of network layers and of the gradient penalty ("reference"/"autograd": plain forms)
+    """
+
+    new_low_res: tuple[Triple, ...] = ()
+    epochs: int = 200
+    init_epoch: int = 1
+    batch_size: int = 16
+    patch_size: int = 64
+    stride: int = 20
+    critic_iterations: int = 5
+    lr_gen: float = 1e-4
+    lr_dis: float = 1e-4
+    beta1: float = 0.5
+    beta2: float = 0.999
+    lambda_rec: float = 1.0
+    lambda_adv: float = 1e-3
+    lambda_gp: float = 10.0
+    eps_per_channel: bool = True
+    reconstruction_loss: str = "charbonnier"
+    contrast_max: float = 0.5
+    noise: float = 0.03
+    geometry: str = "physical"
+    image_cropping_method: str = "bounding_box"
+    network: str = "plain"
+    kernel_gen: int = 16
+    kernel_dis: int = 32
+    residual: bool = True
+    conditional: bool = False
+    fit_mask: bool = False
+    zero_head: bool = False
+    snapshot: int = 1
+    validate_every: int = 1
+    keep_checkpoints: int = 3
+    steps_per_epoch: int | None = None
+    warmup_epochs: int = 0
+    ema: float = 0.0
+    head_rate: float = 1.0
+    clip_norm: float = 0.0
+    resident_subjects: int | None = None
+    max_bad_steps: int = 10
+    seed: int = 0
+    form: str = "fast"
+    penalty: str = "explicit"
+    preset: str = "code"
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ModelError(f"config: {name}", f"{value!r}", f"one of {', '.join(allowed)}")
+        if len(self.new_low_res) not in (1, 2) or any(len(t) != 3 or min(t) <= 0 for t in self.new_low_res):
+            raise ModelError("config: new_low_res", f"{self.new_low_res}", "one or two triples of positive millimetres")
+        if self.patch_size % 4 or self.patch_size < 16:
+            lower = max(16, self.patch_size // 4 * 4)
+            raise ModelError(
+                "config: patch_size",
+                f"{self.patch_size}",
+                f"a multiple of 4 (two stride-2 layers) from 16 up; try {lower} or {lower + 4}",
+            )
+        positive = ("epochs", "init_epoch", "batch_size", "stride", "critic_iterations", "head_rate", "lr_gen", "lr_dis", "kernel_gen")
+        positive += ("kernel_dis", "snapshot", "validate_every", "keep_checkpoints", "max_bad_steps")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ModelError(f"config: {name}", f"{getattr(self, name)}", "a number above zero")
+        for name in ("lambda_rec", "lambda_adv", "lambda_gp", "noise", "warmup_epochs", "clip_norm", "ema", "contrast_max"):
+            if getattr(self, name) < 0:
+                raise ModelError(f"config: {name}", f"{getattr(self, name)}", "zero or above")
+        for name in ("contrast_max", "ema", "noise", "beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise ModelError(f"config: {name}", f"{getattr(self, name)}", "below 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, tuples as lists."""
+        values = dataclasses.asdict(self)
+        values["new_low_res"] = [list(t) for t in self.new_low_res]
+        return values
+
+    def to_yaml(self) -> str:
+        """YAML text that ``from_yaml`` reads back to an equal configuration."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A validated copy with some settings changed."""
+        return dataclasses.replace(self, **changes)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "code": {},
+    "paper": {"batch_size": 32, "lambda_gp": 100.0, "eps_per_channel": False, "beta1": 0.9},
+}
+
+
+def from_mapping(values: dict[str, Any], what: str = "config") -> TrainConfig:
+    """A configuration from plain values; unknown keys and wrong types are ModelErrors that name what was meant."""
+    known = {f.name: f for f in fields(TrainConfig)}
+    hints = typing.get_type_hints(TrainConfig)
+    preset = values.get("preset", "code")
+    if preset not in PRESETS:
+        raise ModelError(f"{what}: preset", f"{preset!r}", f"one of {', '.join(PRESETS)}")
+    checked: dict[str, Any] = dict(PRESETS[preset])
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ModelError(f"{what}: {key}", "unknown setting", f"did you mean {near[0]}?" if near else "see docs/config.md")
+        checked[name] = _coerce(name, value, hints[name], what)
+    return TrainConfig(**checked)
+
+
+def _coerce(name: str, value: Any, hint: Any, what: str) -> Any:
+    """``value`` as the annotated type, or ModelError; booleans are not numbers here, nor numbers booleans."""
+    if name == "new_low_res":
+        try:
+            triples = [value] if value and not isinstance(value[0], (list, tuple)) else value
+            return tuple(tuple(float(v) for v in t) for t in triples)
+        except (TypeError, ValueError, IndexError) as error:
+            raise ModelError(f"{what}: {name}", f"{value!r}", "one or two triples of millimetres, [[1, 1, 3]]") from error
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = next(k for k in kinds if k is not type(None))
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    raise ModelError(f"{what}: {name}", f"{value!r} is not {'a number' if kind in (int, float) else kind.__name__}")
+
+
+def from_yaml(path: str | Path) -> TrainConfig:
+    """Read a configuration file. Tags that would build objects, unknown keys and wrong types are ModelErrors."""
+    return from_mapping(read_yaml(path), what=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file (safe loader)."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ModelError(path, "cannot be read", error.strerror) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise ModelError(path, f"is not plain YAML: {reason}", "a mapping of settings, see docs/config.md") from error
+    if not isinstance(values, dict):
+        raise ModelError(path, "holds no settings", "a mapping such as 'epochs: 50'")
+    return values

@@ -1,0 +1,283 @@
+"""A table of images and labels -> a store (DESIGN D4): all is checked first, then volumes are written in parallel.
+
+Threads suffice: unpacking, hashing, compressing and NumPy run outside Python's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fastsrgan import images
+from fastsrgan.encode import DTYPES, axis_codes, describe, encode
+from fastsrgan.errors import FastsrganError, InputError, PartialFailure, UsageError
+from fastsrgan.geometry import Volume
+from fastsrgan.nifti_check import examine
+from fastsrgan.runtime import QUIET, Progress
+from fastsrgan.store import Subject
+from fastsrgan.store_writer import StoreWriter, create_store
+from fastsrgan.table import Row, read_table, table_error
+
+log = logging.getLogger("fastsrgan")
+
+_COLUMNS = {"image": "HR_image", "label": "Label_image", "mask": "Mask_image"}
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A row that was found good: SHA-256 of each of its files, the image's voxels and stored type."""
+
+    row: Row
+    sources: dict[str, dict[str, str]]
+    voxels: int
+    dtype: np.dtype
+
+    def bytes_below(self) -> int:
+        """About the most that the row takes on disk: not more than in memory, nor than the packed source files."""
+        raw = self.voxels * (self.dtype.itemsize + len(self.sources) - 1)
+        return min(raw, sum(os.path.getsize(source["path"]) for source in self.sources.values()))
+
+
+def convert(
+    csv: str | os.PathLike,
+    store_url: str | os.PathLike,
+    *,
+    workers: int | None = None,
+    dtype: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    base_path: str | None = None,
+    progress: Progress = QUIET,
+) -> dict[str, Any]:
+    """Convert the rows of a training table into a store. The same table gives the same bytes, however it was reached.
+
+    Parameters
+    ----------
+    csv : see `fastsrgan.table.read_table`, also for ``base_path``
+    workers : threads; default one a core, at most 8
+    dtype : "auto" keeps integers as stored and makes floats float32; "int16" quantises floats with an exact zero and
+        records the largest error; "float32" applies the scaling of integers
+    resume : keep subjects that are finished, undamaged and whose files have not changed
+    overwrite : begin anew; an existing store stays until the first new volume is ready
+
+    Returns
+    -------
+    Counts (``subjects`` listed, ``converted``, ``kept``), ``raw_bytes`` and ``stored_bytes`` of the whole store,
+    ``ratio``, ``seconds``, ``volumes_per_s``, ``mb_per_s`` (of what was converted) and ``warnings`` per subject.
+
+    Raises
+    ------
+    UsageError : the store exists and neither ``resume`` nor ``overwrite`` is given, or other settings
+    InputError : every fault of the table, the headers and the labels, before anything is written; or no row is good
+    PartialFailure : images that turned out damaged; all others are in the store
+    ResourceError : no space, or another conversion writes to the store
+    """
+    if dtype not in DTYPES:
+        raise UsageError("--dtype", f"{dtype!r} is unknown", f"one of {', '.join(DTYPES)}")
+    workers = workers or min(8, len(os.sched_getaffinity(0)))
+    if workers < 1:
+        raise UsageError("--workers", f"{workers} threads", "1 or more")
+    with create_store(store_url, overwrite=overwrite, resume=resume, settings={"dtype": dtype}) as writer:
+        rows = read_table(csv, base_path=base_path)
+        before = writer.finished
+        jobs = _check(csv, rows, before, workers, progress)
+        todo, kept = _divide(jobs, before, writer, workers)
+        writer.need_space(sum(job.bytes_below() for job in todo))
+        began = time.monotonic()
+        done, failed = _run(todo, writer, dtype, workers, progress)
+        seconds = time.monotonic() - began
+        if failed and not done and not kept:
+            raise failed[0][1]
+        writer.finish(complete=not failed)
+        listed = writer.finished
+    _strangers(store_url, listed, jobs)
+    if failed:
+        told = "; ".join(f"line {job.row.line}: {error}" for job, error in failed)
+        reason = f"{len(failed)} of {len(jobs)} subjects failed, the others are in {store_url}: {told}"
+        raise PartialFailure(csv, reason, "correct them and run again with --resume")
+    return _summary(store_url, listed, done, kept, seconds)
+
+
+def _check(
+    csv: str | os.PathLike, rows: list[Row], before: dict[str, Subject], workers: int, progress: Progress
+) -> list[_Job]:
+    """Look at every header, label and mask, hash every file; one error for all faults."""
+    jobs: list[_Job] = []
+    faults: list[tuple[int, str]] = []
+    progress.start("check", len(rows), "subject")
+    for _, (job, found) in _parallel(_inspect, rows, workers):
+        faults += found
+        jobs += [job] if job else []
+        progress.advance(faults=len(faults))
+    progress.finish()
+    jobs.sort(key=lambda job: job.row.line)
+    first: dict[str, Row] = {}
+    for job in jobs:
+        row, image = job.row, job.sources["image"]
+        twin = first.setdefault(image["sha256"], row)
+        if twin.base != row.base:
+            same = f"{row.image.name} holds the same image as {twin.image.name} at line {twin.line}"
+            faults.append((row.line, f"{same}, one is in Train and one in Test"))
+        known = before[row.subject].attrs["source"]["image"] if row.subject in before else image
+        if known["sha256"] != image["sha256"] and known["path"] != image["path"]:
+            faults.append((row.line, f"subject {row.subject} is in the store already, made from {known['path']}"))
+    if faults:
+        raise table_error(Path(csv), faults)
+    return jobs
+
+
+def _inspect(row: Row) -> tuple[_Job | None, list[tuple[int, str]]]:
+    faults, sources = [], {}
+    like: Volume | None = None
+    header = None
+    for name, path in (("image", row.image), ("label", row.label), ("mask", row.mask)):
+        if path is None:
+            continue
+        try:
+            if name == "image":
+                header = examine(path, images.MAX_VOXELS)
+                header.pick(None)
+                like = Volume(np.broadcast_to(np.uint8(0), header.shape), header.affine)
+            else:
+                images.load_label(path, like)
+            sources[name] = {"path": str(path), "sha256": images.sha256(path)}
+        except FastsrganError as error:
+            faults.append((row.line, f"{_COLUMNS[name]} {error}"))
+    if faults or header is None:
+        return None, faults
+    return _Job(row, sources, header.voxels, header.dtype), []
+
+
+def _divide(
+    jobs: list[_Job], before: dict[str, Subject], writer: StoreWriter, workers: int
+) -> tuple[list[_Job], list[_Job]]:
+    """(to convert, to keep): kept is what is listed, from these very files, and undamaged."""
+    todo, kept = [], []
+    listed = [job for job in jobs if job.row.subject in before]
+    intact = {
+        job.row.subject: whole for job, whole in _parallel(lambda j: writer.intact(j.row.subject), listed, workers)
+    }
+    for job in jobs:
+        known = before.get(job.row.subject)
+        if known is None:
+            todo.append(job)
+            continue
+        hashes = {name: source["sha256"] for name, source in known.attrs["source"].items()}
+        same = known.split == job.row.base and hashes == {n: s["sha256"] for n, s in job.sources.items()}
+        if same and intact[job.row.subject]:
+            kept.append(job)
+            continue
+        why = "is damaged in the store" if same else "has changed files or another split"
+        log.warning("%s %s: converted again", job.row.subject, why)
+        todo.append(job)
+    return todo, kept
+
+
+def _run(
+    jobs: list[_Job], writer: StoreWriter, dtype: str, workers: int, progress: Progress
+) -> tuple[list[Subject], list[tuple[_Job, FastsrganError]]]:
+    """Convert; an image that cannot be used is set aside, anything else that fails stops all."""
+    done: list[Subject] = []
+    failed: list[tuple[_Job, FastsrganError]] = []
+
+    def one(job: _Job) -> Subject | InputError:
+        try:
+            return _convert(job, writer, dtype)
+        except InputError as error:
+            return error
+
+    began = time.monotonic()
+    progress.start("convert", len(jobs), "volume")
+    try:
+        for job, result in _parallel(one, jobs, workers):
+            if isinstance(result, InputError):
+                failed.append((job, result))
+            else:
+                done.append(result)
+            seconds = max(time.monotonic() - began, 1e-9)
+            raw = sum(subject.raw_bytes for subject in done) / 1e6
+            progress.advance(volumes_per_s=len(done) / seconds, mb_per_s=raw / seconds, failed=len(failed))
+    except BaseException:
+        with contextlib.suppress(FastsrganError):
+            writer.finish(complete=False)
+        raise
+    finally:
+        progress.finish()
+    failed.sort(key=lambda pair: pair[0].row.line)
+    return done, failed
+
+
+def _parallel(function: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Iterator[tuple[_T, _R]]:
+    """(item, result) as they are ready. The first exception, or an interrupt, drops what has not begun."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="convert")
+    try:
+        futures: dict[Future[_R], _T] = {pool.submit(function, item): item for item in items}
+        for future in as_completed(futures):
+            yield futures.pop(future), future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _convert(job: _Job, writer: StoreWriter, dtype: str) -> Subject:
+    row = job.row
+    stored, scale, offset, volume = images.load_stored(row.image)
+    stored, scale, offset, quantised = encode(stored, scale, offset, dtype)
+    attrs: dict[str, Any] = {
+        "source": job.sources,
+        "source_dtype": volume.meta["stored_dtype"],
+        "orientation": axis_codes(volume.affine),
+        **describe(stored, scale, offset),
+        **quantised,
+    }
+    warnings = list(volume.warnings)
+    if attrs["bounding_box"] is None:
+        raise InputError(row.image, "no voxel is above 0", "there is nothing to learn from it")
+    others: dict[str, np.ndarray | None] = {"label": None, "mask": None}
+    for name, path in (("label", row.label), ("mask", row.mask)):
+        if path is not None:
+            other = images.load_label(path, volume)
+            others[name] = other.data
+            counts = np.bincount(other.data.ravel(order="K"))
+            attrs[f"{name}_counts"] = {str(value): int(counts[value]) for value in np.flatnonzero(counts)}
+            warnings += [f"{name}: {text}" for text in other.warnings]
+    attrs["warnings"] = warnings
+    return writer.write(
+        row.subject, row.base, stored, scale, offset, others["label"], others["mask"], volume.affine, attrs
+    )
+
+
+def _strangers(store_url: str | os.PathLike, listed: dict[str, Subject], jobs: list[_Job]) -> None:
+    others = sorted(set(listed) - {job.row.subject for job in jobs})
+    if others:
+        log.warning("%s: %d subjects are not in this table and were kept (%s)", store_url, len(others), others[0])
+
+
+def _summary(
+    store_url: str | os.PathLike, listed: dict[str, Subject], done: list[Subject], kept: list[_Job], seconds: float
+) -> dict[str, Any]:
+    raw, size = (sum(getattr(s, name) for s in listed.values()) for name in ("raw_bytes", "stored_bytes"))
+    new = sum(s.raw_bytes for s in done)
+    return {
+        "store": os.fspath(store_url),
+        "subjects": len(listed),
+        "converted": len(done),
+        "kept": len(kept),
+        "raw_bytes": raw,
+        "stored_bytes": size,
+        "ratio": raw / size if size else None,
+        "seconds": seconds,
+        "volumes_per_s": len(done) / seconds if seconds else None,
+        "mb_per_s": new / 1e6 / seconds if seconds else None,
+        "warnings": {s.id: s.attrs["warnings"] for s in listed.values() if s.attrs["warnings"]},
+    }

@@ -1,0 +1,54 @@
+"""The errors a user can cause or meet, and the exit code each one ends with.
+
+One line reaches the terminal: ``error: WHAT: REASON (HINT)``. Codes are public interface (README, "Exit codes"):
+2 usage, 3 bad input, 4 bad weights / checkpoint / store version / config, 5 resources, 6 some items of a batch failed.
+"""
+
+from __future__ import annotations
+
+
+class FastsrganError(Exception):
+    """Base of every expected failure.
+
+    Parameters
+    ----------
+    what : the file, option or thing that is at fault
+    reason : what came
+    hint : what is allowed, or what to do
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: object, reason: str, hint: str | None = None) -> None:
+        self.what, self.reason, self.hint = str(what), reason, hint
+        super().__init__(f"{self.what}: {reason}" + (f" ({hint})" if hint else ""))
+
+
+class UsageError(FastsrganError):
+    """A command line that cannot be run as it was typed."""
+
+    exit_code = 2
+
+
+class InputError(FastsrganError):
+    """An image, label or table that cannot be used."""
+
+    exit_code = 3
+
+
+class ModelError(FastsrganError):
+    """Weights, a checkpoint, a store's version or a configuration that cannot be used."""
+
+    exit_code = 4
+
+
+class ResourceError(FastsrganError):
+    """Memory, disk, a device or an output folder that is not to be had."""
+
+    exit_code = 5
+
+
+class PartialFailure(FastsrganError):
+    """Some items of a batch failed; the others are done."""
+
+    exit_code = 6

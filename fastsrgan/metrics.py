@@ -1,0 +1,252 @@
+"""Image and segmentation metrics on (X, Y, Z) arrays, each with one exact definition (``DEFINITIONS``).
+
+PSNR, SSIM, Dice and the number of connected components are the figures of the SegSRGAN paper (Delannoy et al. 2019,
+section 3). Everything is summed in float64, slab by slab: no more than a few slabs are held besides the inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from scipy import ndimage
+
+from fastsrgan.errors import InputError
+
+SSIM_SIGMA, SSIM_TRUNCATE, SSIM_K1, SSIM_K2 = 1.5, 3.5, 0.01, 0.03
+SSIM_RADIUS = int(SSIM_TRUNCATE * SSIM_SIGMA + 0.5)  # 5: an 11 x 11 x 11 window
+SEG_THRESHOLD = 0.5
+_SLAB_VOXELS = 1 << 20
+
+DEFINITIONS = {
+    "psnr_db": "10 log10(R^2 / MSE) in dB; R = maximum of the whole reference (as in the SegSRGAN paper)",
+    "ssim": "mean over voxels of the 3-D structural similarity (Wang et al. 2004): Gaussian window, sigma 1.5 voxels, "
+    "radius 5, population covariance, K1 0.01, K2 0.03, range = maximum of the whole reference; the outer 5 voxels on "
+    "each side are not averaged (as in scikit-image)",
+    "mse": "mean squared difference, in squared units of the reference",
+    "mae": "mean absolute difference, in units of the reference",
+    "dice": "2 |A and B| / (|A| + |B|) of the voxels above 0.5; 1 when both are empty",
+    "components": "number of 26-connected components of the voxels above 0.5",
+    "largest_component": "voxels of the largest of them",
+    "false_components": "components without a voxel in common with the label",
+    "false_component_voxels": "voxels of those components",
+}
+
+
+def mse(sr: np.ndarray, ref: np.ndarray, mask: np.ndarray | None = None) -> float:
+    """Mean squared difference of two (X, Y, Z) arrays, over the mask if one is given.
+
+    Raises InputError for shapes that differ, an empty mask and voxels that are not finite.
+    """
+    return _mean_power(sr, ref, mask, 2)
+
+
+def mae(sr: np.ndarray, ref: np.ndarray, mask: np.ndarray | None = None) -> float:
+    """Mean absolute difference of two (X, Y, Z) arrays, over the mask if one is given. Raises as ``mse``."""
+    return _mean_power(sr, ref, mask, 1)
+
+
+def psnr(
+    sr: np.ndarray,
+    ref: np.ndarray,
+    mask: np.ndarray | None = None,
+    data_range: float | None = None,
+) -> float:
+    """10 log10(R^2 / MSE) in dB; infinite for identical arrays.
+
+    Parameters
+    ----------
+    sr, ref : (X, Y, Z), compared as they are: no rescaling
+    mask : (X, Y, Z), voxels that are not 0 enter the mean squared error; default all
+    data_range : R; default the maximum of the whole reference, inside the mask and outside (SegSRGAN paper, section 3)
+
+    Raises InputError as ``mse``, and when the reference has no positive maximum.
+    """
+    scale = _data_range(ref, data_range)
+    error = mse(sr, ref, mask)
+    return math.inf if error == 0 else 10 * math.log10(scale**2 / error)
+
+
+def ssim(
+    sr: np.ndarray,
+    ref: np.ndarray,
+    mask: np.ndarray | None = None,
+    data_range: float | None = None,
+) -> float:
+    """Mean structural similarity (Wang et al. 2004) with a 3-D Gaussian window, in float64.
+
+    Equal to ``skimage.metrics.structural_similarity(ref, sr, gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False, data_range=R)`` on float64 arrays: windows of 11^3 voxels, the mean taken over the
+    centres whose window lies inside the volume.
+
+    Parameters
+    ----------
+    sr, ref : (X, Y, Z), at least 11 voxels along each axis
+    mask : (X, Y, Z), window centres that are not 0 are averaged; default all. The windows reach outside the mask
+    data_range : R; default the maximum of the whole reference
+
+    Raises InputError for shapes that differ or are too small, no positive maximum, voxels that are not finite, or a
+    mask without a voxel 5 or more voxels away from every border.
+    """
+    value = ssim_regions(sr, ref, [mask], data_range)[0]
+    if value is None:
+        raise InputError("mask", "has no voxel that is 5 or more voxels away from every border", "SSIM needs one")
+    return value
+
+
+def ssim_regions(
+    sr: np.ndarray,
+    ref: np.ndarray,
+    masks: Sequence[np.ndarray | None],
+    data_range: float | None = None,
+) -> list[float | None]:
+    """``ssim`` over several masks (None: the whole volume) for the price of one; None for a mask without a window."""
+    for mask in masks:
+        _same_shape(sr, ref, mask)
+    scale = _data_range(ref, data_range)
+    r = SSIM_RADIUS
+    if min(ref.shape) < 2 * r + 1:
+        raise InputError("SSIM", f"the volume is {_size(ref)} voxels", f"at least {2 * r + 1} per axis")
+    sr, ref, masks = _rows_first(sr, ref, masks)
+    totals, counts = [0.0] * len(masks), [0] * len(masks)
+    rows = max(8, _SLAB_VOXELS // (ref.shape[1] * ref.shape[2]))
+    for start in range(0, ref.shape[0] - 2 * r, rows):
+        stop = min(start + rows, ref.shape[0] - 2 * r)
+        # The window needs r more planes on both sides of the centres start + r .. stop + r.
+        similarity = _ssim_map(sr[start : stop + 2 * r], ref[start : stop + 2 * r], scale)
+        for i, mask in enumerate(masks):
+            inside = similarity if mask is None else similarity[mask[start + r : stop + r, r:-r, r:-r] != 0]
+            totals[i] += float(inside.sum())
+            counts[i] += inside.size
+    return [_finite(t / n) if n else None for t, n in zip(totals, counts, strict=True)]
+
+
+def dice(seg: np.ndarray, label: np.ndarray) -> float:
+    """2 |A and B| / (|A| + |B|) of the voxels above 0.5 (masks, integer labels or probabilities alike).
+
+    1 when both are empty, 0 when one is. Raises InputError for shapes that differ.
+    """
+    _same_shape(seg, label)
+    a, b = binary(seg), binary(label)
+    total = int(np.count_nonzero(a)) + int(np.count_nonzero(b))
+    return 1.0 if total == 0 else 2 * int(np.count_nonzero(a & b)) / total
+
+
+def connected_components(seg: np.ndarray) -> int:
+    """Number of 26-connected components of the voxels above 0.5 (SegSRGAN paper, figure 9)."""
+    return int(components(seg)["components"])
+
+
+def components(seg: np.ndarray, label: np.ndarray | None = None) -> dict[str, int]:
+    """26-connected components of the voxels above 0.5 of a (X, Y, Z) array.
+
+    Returns ``components`` (number) and ``largest_component`` (voxels, 0 when there is none); with a label also
+    ``false_components`` (components that share no voxel with it) and ``false_component_voxels``.
+    Raises InputError for shapes that differ.
+    """
+    numbered, number = ndimage.label(binary(seg), structure=np.ones((3,) * np.ndim(seg), bool))
+    sizes = np.bincount(numbered.ravel(), minlength=number + 1)[1:]
+    result = {"components": int(number), "largest_component": int(sizes.max(initial=0))}
+    if label is not None:
+        _same_shape(seg, label)
+        touching = np.zeros(number + 1, bool)
+        touching[numbered[binary(label)]] = True
+        false = ~touching[1:]
+        result["false_components"] = int(np.count_nonzero(false))
+        result["false_component_voxels"] = int(sizes[false].sum())
+    return result
+
+
+def binary(seg: np.ndarray) -> np.ndarray:
+    """Voxels above 0.5 as bool: a mask stays itself, a probability map is thresholded as in the paper."""
+    seg = np.asarray(seg)
+    return seg if seg.dtype == bool else seg > SEG_THRESHOLD
+
+
+def _mean_power(sr: np.ndarray, ref: np.ndarray, mask: np.ndarray | None, power: int) -> float:
+    _same_shape(sr, ref, mask)
+    sr, ref, (mask,) = _rows_first(sr, ref, [mask])
+    total, count = 0.0, 0
+    for part in _slabs(ref.shape):
+        difference = np.asarray(sr[part], np.float64) - ref[part]
+        if mask is not None:
+            difference = difference[mask[part] != 0]
+        total += float(np.square(difference, out=difference).sum() if power == 2 else np.abs(difference).sum())
+        count += difference.size
+    if count == 0:
+        raise InputError("mask", "has no voxels", "a region needs at least one")
+    return _finite(total / count)
+
+
+def _ssim_map(x: np.ndarray, y: np.ndarray, data_range: float) -> np.ndarray:
+    """SSIM at the centres whose window fits: (X, Y, Z) -> (X - 10, Y - 10, Z - 10) float64."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    mean_x, mean_y, mean_xy = _window_mean(x), _window_mean(y), _window_mean(x * y)
+    # Only the sum of the two variances enters: four window means instead of five.
+    mean_squares = _window_mean(x * x + y * y)
+    c1, c2 = (SSIM_K1 * data_range) ** 2, (SSIM_K2 * data_range) ** 2
+    product, squares = mean_x * mean_y, mean_x**2 + mean_y**2
+    upper = (2 * product + c1) * (2 * (mean_xy - product) + c2)
+    return upper / ((squares + c1) * (mean_squares - squares + c2))
+
+
+def _window_mean(x: np.ndarray) -> np.ndarray:
+    """Gaussian-weighted mean over each window that fits: every size shrinks by 2 SSIM_RADIUS."""
+    r = SSIM_RADIUS
+    weights = np.exp(-0.5 * (np.arange(-r, r + 1) / SSIM_SIGMA) ** 2)
+    weights /= weights.sum()
+    n = x.shape[0] - 2 * r
+    # Along the first axis whole planes are added: three times as fast as filtering strided lines.
+    y = x[r : r + n] * weights[r]
+    pair = np.empty_like(y)
+    for d in range(1, r + 1):
+        np.add(x[r - d : r - d + n], x[r + d : r + d + n], out=pair)
+        pair *= weights[r + d]
+        y += pair
+    for axis in (1, 2):
+        y = ndimage.correlate1d(y, weights, axis=axis, mode="reflect")
+    return y[:, r:-r, r:-r]
+
+
+def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
+    rows = max(1, _SLAB_VOXELS // max(1, int(np.prod(shape[1:]))))
+    for start in range(0, shape[0], rows):
+        yield slice(start, start + rows)
+
+
+def _rows_first(
+    sr: np.ndarray, ref: np.ndarray, masks: Sequence[np.ndarray | None]
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
+    """Turn the axes around where the reference is stored first axis fastest, as NIfTI is: slabs are then contiguous."""
+    if not np.isfortran(ref):
+        return sr, ref, list(masks)
+    return sr.T, ref.T, [None if mask is None else mask.T for mask in masks]
+
+
+def _same_shape(first: np.ndarray, *others: np.ndarray | None) -> None:
+    if np.ndim(first) != 3:
+        raise InputError("metrics", f"an array has {np.ndim(first)} axes", "volumes have three")
+    for other in others:
+        if other is not None and np.shape(other) != np.shape(first):
+            raise InputError("metrics", f"sizes differ: {_size(first)} and {_size(other)}", "resample one of them")
+
+
+def _size(array: np.ndarray) -> str:
+    return " x ".join(str(n) for n in np.shape(array))
+
+
+def _data_range(ref: np.ndarray, data_range: float | None) -> float:
+    if ref.size == 0:
+        raise InputError("reference", "has no voxels")
+    value = float(ref.max()) if data_range is None else float(data_range)
+    if not value > 0 or not math.isfinite(value):
+        reason = f"its maximum is {value:g}" if data_range is None else f"data_range is {value:g}"
+        raise InputError("reference", reason, "PSNR and SSIM need a positive, finite range")
+    return value
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise InputError("metrics", "an image has voxels that are not finite", "replace NaN and infinities first")
+    return value

@@ -1,0 +1,184 @@
+"""Degraded volumes resident in memory, and the patches that are gathered from them (DESIGN section 1).
+
+The order of patches is a function of (seed, epoch, group) and a position, so resuming in mid-epoch needs the position
+alone: nothing of the pool is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsrgan.errors import InputError
+from fastsrgan.runtime import rng
+
+
+@dataclass(frozen=True)
+class Resident:
+    """One subject, degraded for one epoch; arrays (X, Y, Z) in processed orientation.
+
+    interpolated, hr : float32, divided by the low-resolution maximum
+    label : uint8, 1 inside the structure; mask : uint8 classes, or None
+    resolution : through-plane voxel size in mm (the conditional input)
+    origins : (n, 3) int, corners of its patches
+    """
+
+    subject: str
+    interpolated: Tensor
+    hr: Tensor
+    label: Tensor
+    mask: Tensor | None
+    resolution: float
+    origins: np.ndarray
+
+
+@dataclass
+class Batch:
+    """x (B, 1, P, P, P); y (B, 2 + classes, P, P, P); res (B,); ids: "subject@i,j,k" of each patch."""
+
+    x: Tensor
+    y: Tensor
+    res: Tensor
+    ids: list[str]
+
+
+def patch_origins(
+    shape: tuple[int, ...], patch: int, stride: int, box: tuple[tuple[int, int], ...], mask: np.ndarray | None = None
+) -> np.ndarray:
+    """Corners of the training patches: (n, 3) int64.
+
+    A grid of ``stride`` starts at the lower corner of ``box`` (per axis [low, high), the image's positive voxels) and
+    ends with a patch that touches its upper side; boxes and volumes smaller than a patch give one position, which may
+    be negative (the patch hangs over both edges and is filled with zeros). With ``mask`` only patches with more than
+    half of their voxels inside are kept (the original's ``overlapping_with_mask``).
+    """
+    axes = []
+    for n, (low, high) in zip(shape, box, strict=True):
+        if high - low <= patch:
+            middle = (low + high - patch) // 2
+            start = (n - patch) // 2 if n <= patch else min(max(middle, 0), n - patch)
+            axes.append([start])
+            continue
+        last = high - patch
+        axes.append(sorted({*range(low, last + 1, stride), last}))
+    origins = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    if mask is None:
+        return origins
+    padded = np.pad(np.cumsum(np.cumsum(np.cumsum(mask > 0, 0), 1), 2), ((1, 0),) * 3)
+    keep = [_count(padded, o, patch) > patch**3 / 2 for o in origins]
+    return origins[np.asarray(keep, bool)]
+
+
+def _count(table: np.ndarray, origin: np.ndarray, patch: int) -> int:
+    """Mask voxels inside a patch, from the summed-volume table."""
+    low = [max(int(o), 0) for o in origin]
+    high = [min(int(o) + patch, n - 1) for o, n in zip(origin, table.shape, strict=True)]
+    total = 0
+    for corner in range(8):
+        index = tuple(high[d] if corner >> d & 1 else low[d] for d in range(3))
+        sign = 1 if corner.bit_count() % 2 else -1
+        total += sign * int(table[index])
+    return total
+
+
+def positive_box(image_XYZ: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Per axis [low, high) of the voxels above zero; the whole volume when there is none.
+
+    The original's slice lost the last plane of the box; it is kept here.
+    """
+    box = []
+    positive = image_XYZ > 0
+    for d in range(3):
+        line = np.flatnonzero(positive.any(axis=tuple(e for e in range(3) if e != d)))
+        box.append((int(line[0]), int(line[-1]) + 1) if len(line) else (0, image_XYZ.shape[d]))
+    return tuple(box)
+
+
+class Pool:
+    """The residents of one group of subjects, with keyed draws of batches.
+
+    Parameters
+    ----------
+    residents : degraded subjects
+    patch : edge of a patch in voxels
+    mask_classes : one-hot channels appended to the target (0: none)
+    seed, epoch, group : the key of every draw
+    """
+
+    def __init__(
+        self, residents: list[Resident], patch: int, *, mask_classes: int = 0, seed: int = 0, epoch: int = 1, group: int = 0
+    ) -> None:
+        self.residents, self.patch, self.mask_classes = residents, patch, mask_classes
+        self.key = (seed, epoch, group)
+        self.table = np.concatenate(
+            [np.column_stack([np.full(len(r.origins), i), r.origins]) for i, r in enumerate(residents)]
+        ).astype(np.int64)
+        if not len(self.table):
+            names = ", ".join(r.subject for r in residents)
+            raise InputError("training patches", f"none found in {names}", "smaller patch_size, or check the masks")
+
+    def __len__(self) -> int:
+        """Number of patches."""
+        return len(self.table)
+
+    def order(self) -> np.ndarray:
+        """The generator's pass: every patch once, subjects mixed, keyed."""
+        return rng(*self.key, "order").permutation(len(self.table))
+
+    def generator_batches(self, batch: int, first: int = 0) -> Iterator[np.ndarray]:
+        """Index batches of the generator's pass from batch ``first`` on; a remainder below ``batch`` is left out."""
+        order = self.order()
+        for i in range(first, len(order) // batch):
+            yield order[i * batch : (i + 1) * batch]
+
+    def steps(self, batch: int) -> int:
+        """Batches of the generator's pass."""
+        return len(self.table) // batch
+
+    def critic_indices(self, step: int, batch: int, iterations: int) -> np.ndarray:
+        """Uniform draws for the critic updates of one step: (iterations, batch)."""
+        return rng(*self.key, "critic", step).integers(len(self.table), size=(iterations, batch))
+
+    def gather(self, indices: np.ndarray) -> Batch:
+        """The patches at ``indices`` as one batch. Voxels outside a volume are zero."""
+        p, n = self.patch, len(indices)
+        device = self.residents[0].hr.device
+        x = torch.empty((n, 1, p, p, p), dtype=torch.float32, device=device)
+        y = torch.empty((n, 2 + self.mask_classes, p, p, p), dtype=torch.float32, device=device)
+        res = torch.empty(n, dtype=torch.float32)
+        ids = []
+        for b, row in enumerate(self.table[indices]):
+            r, origin = self.residents[row[0]], row[1:]
+            copy_patch(x[b, 0], r.interpolated, origin)
+            copy_patch(y[b, 0], r.hr, origin)
+            copy_patch(y[b, 1], r.label, origin)
+            if self.mask_classes:
+                self._one_hot(y[b, 2:], r, origin)
+            res[b] = r.resolution
+            ids.append(f"{r.subject}@{origin[0]},{origin[1]},{origin[2]}")
+        return Batch(x, y, res.to(device), ids)
+
+    def _one_hot(self, out_CPPP: Tensor, resident: Resident, origin: np.ndarray) -> None:
+        if resident.mask is None:
+            raise InputError(resident.subject, "has no mask", "fit_mask needs Mask_image for every subject")
+        classes = torch.zeros_like(out_CPPP[0], dtype=torch.uint8)
+        copy_patch(classes, resident.mask, origin)
+        for c in range(self.mask_classes):
+            out_CPPP[c] = classes == c
+
+
+def copy_patch(out_PPP: Tensor, volume_XYZ: Tensor, origin: np.ndarray) -> None:
+    """Copy the patch at ``origin`` into ``out``, converting its type; zeros where it hangs over an edge."""
+    source, target, inside = [], [], True
+    for o, p, n in zip(origin, out_PPP.shape, volume_XYZ.shape, strict=True):
+        low, high = max(int(o), 0), min(int(o) + p, n)
+        source.append(slice(low, high))
+        target.append(slice(low - int(o), high - int(o)))
+        inside &= high - low == p
+    if not inside:
+        out_PPP.zero_()
+    out_PPP[tuple(target)].copy_(volume_XYZ[tuple(source)])

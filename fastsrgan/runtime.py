@@ -1,0 +1,277 @@
+"""What every long job needs around its work: keyed randomness, atomic files, devices, progress, signals, provenance."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import logging
+import os
+import platform
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fastsrgan.errors import ResourceError
+
+log = logging.getLogger("fastsrgan")
+
+
+# --- randomness ---------------------------------------------------------------------------------------------------
+
+
+def rng(seed: int, *key: int | str) -> np.random.Generator:
+    """A counter-based generator that depends on (seed, key) alone: the same bits on any rank, device or resume point.
+
+    ``rng(seed, epoch, subject, "noise")`` names a draw by what it is for, so no draw depends on the ones before it.
+    """
+    text = json.dumps([int(seed), *key]).encode()
+    digest = hashlib.blake2b(text, digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, np.uint64)))
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def temporary_name(path: Path) -> Path:
+    """A private name beside ``path`` with the same suffixes, for writing before renaming."""
+    name, dot, suffixes = path.name.partition(".")
+    return path.with_name(f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}{dot}{suffixes}")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike, mode: int | None = None) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path``; on success it is synced and renamed, on failure removed.
+
+    Raises ResourceError when the folder is missing or not writable or the disk is full.
+    """
+    path = Path(path)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        if mode is not None:
+            os.chmod(temporary, mode)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def disk_error(error: OSError, path: Path) -> Exception:
+    """The ResourceError that says what an operating-system error means for a user; other errors unchanged."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(existing_parent(path)).free
+        return ResourceError(path, f"no space left on the disk, {free / 2**20:.0f} MiB free", "free space or choose another folder")
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return ResourceError(path, "cannot be written", "check the permissions or choose another folder")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST) or (error.errno == errno.ENOENT and not path.parent.is_dir()):
+        return ResourceError(path, "its folder is missing or is a file", "create the folder or choose another one")
+    return error
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above ``path`` that exists."""
+    path = Path(path).absolute()
+    while not path.is_dir() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def output_folder(path: str | os.PathLike) -> Path:
+    """Create ``path`` if need be and make sure that a file can be written there, before any work starts."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = temporary_name(path / "probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise disk_error(error, path) from error
+    return path
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write JSON atomically; NaN and infinities become null, since JSON has none."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+
+
+def finite(value: Any) -> Any:
+    """``value`` with NumPy numbers made plain, paths made text, and non-finite floats made None, recursively."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return finite(value.tolist())
+    if isinstance(value, np.generic):
+        return finite(value.item())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+# --- devices ------------------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` -> device. Asking for CUDA where there is none is a ResourceError."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        log.info("no CUDA device: running on the CPU")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ResourceError("--device", f"{name!r} is no device", "auto, cpu, cuda or cuda:0") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ResourceError("--device", f"{name} asked, {count} CUDA devices seen", "--device cpu, or see `fastsrgan doctor`")
+    elif device.type != "cpu":
+        raise ResourceError("--device", f"{name!r} is not supported", "auto, cpu, cuda or cuda:0")
+    return device
+
+
+def tune_allocator() -> bool:
+    """Tell glibc to keep freed memory instead of returning it to the system at every step.
+
+    Large activations are otherwise mapped, zeroed and unmapped anew at each use: 17 % of a CPU training step
+    (docs/decisions/004). Returns False where the C library has no ``mallopt``. Call once, at start, in a process
+    that trains or infers on the CPU.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4
+    return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
+
+
+# --- progress -----------------------------------------------------------------------------------------------------
+
+
+class Progress(Protocol):
+    """What a long job tells about itself; the command line shows it, a library caller may ignore it."""
+
+    def start(self, label: str, total: int, unit: str) -> None:
+        """A new stretch of ``total`` units of work begins."""
+
+    def advance(self, n: int = 1, **facts: Any) -> None:
+        """``n`` more units are done; ``facts`` are live values worth showing (losses, rates)."""
+
+    def finish(self) -> None:
+        """The stretch ended, done or not."""
+
+
+class _Quiet:
+    def start(self, label: str, total: int, unit: str) -> None: ...
+
+    def advance(self, n: int = 1, **facts: Any) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+QUIET: Progress = _Quiet()
+
+
+# --- signals ------------------------------------------------------------------------------------------------------
+
+
+class StopRequest:
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that a loop looks at between two steps.
+
+    A second SIGINT stops at once. ``code`` is the exit code the process owes: 130 after SIGINT, else 143.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.signal == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def code(self) -> int:
+        """Exit code after this request; 0 when there was none."""
+        return 0 if self.signal is None else 130 if self.signal == signal.SIGINT else 143
+
+
+# --- provenance ---------------------------------------------------------------------------------------------------
+
+
+def provenance() -> dict[str, str | None]:
+    """Versions of what computed a result, the platform and the source commit where it is known."""
+    facts: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("fastsrgan", "torch", "numpy", "scipy", "zarr", "nibabel"):
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = None
+    facts["commit"] = source_commit()
+    return facts
+
+
+def source_commit() -> str | None:
+    """The git commit of the checkout the package runs from, or None for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    import resource
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -1,0 +1,265 @@
+"""What a store stands on, wherever it is: bytes by key, the manifest of whole subjects, and the writer's lock."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+from zarr.abc.store import Store as ZarrStore
+from zarr.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import FsspecStore, LocalStore
+
+from fastsrgan.errors import FastsrganError, ModelError, ResourceError, UsageError
+from fastsrgan.runtime import atomic_write, disk_error, existing_parent, sync_folder
+
+log = logging.getLogger("fastsrgan")
+
+FORMAT = 1
+NEEDS = "0.1.0"  # the oldest fastsrgan that reads FORMAT
+MANIFEST = "manifest.json"
+LOCK = ".fastsrgan.lock"
+
+
+class Keys:
+    """Bytes by key below a folder or URL, through zarr's own stores.
+
+    ``root`` is the folder, None for a URL. Raises UsageError for a URL that nothing here can open.
+    """
+
+    def __init__(self, url: str | os.PathLike, read_only: bool) -> None:
+        self.url = os.fspath(url)
+        self.root = local_path(self.url)
+        self.zarr: ZarrStore
+        if self.root is not None:
+            self.zarr = LocalStore(self.root, read_only=read_only)
+            return
+        try:
+            self.zarr = FsspecStore.from_url(self.url, read_only=read_only)
+        except ImportError as error:
+            raise ResourceError(self.url, f"cannot be opened: {error}", "pip install 'fastsrgan[s3]'") from error
+        except ValueError as error:
+            raise UsageError(self.url, f"is no URL that can be opened: {error}") from error
+
+    def get(self, key: str) -> bytes | None:
+        """The bytes under a key, None where there are none."""
+        try:
+            found = sync(self.zarr.get(key, default_buffer_prototype()))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise ResourceError(f"{self.url}/{key}", f"cannot be read: {error.strerror or error}") from error
+        return None if found is None else found.to_bytes()
+
+    def put(self, key: str, data: bytes) -> None:
+        """Replace what is under a key as a whole: readers see the old bytes or the new ones."""
+        if self.root is not None:
+            with atomic_write(self.root / key) as temporary:
+                temporary.write_bytes(data)
+        else:
+            sync(self.zarr.set(key, default_buffer_prototype().buffer.from_bytes(data)))
+
+    def size(self, key: str) -> int | None:
+        """The number of bytes under a key, None where there is nothing."""
+        try:
+            return sync(self.zarr.getsize(key))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def drop(self, prefix: str) -> None:
+        """Remove everything below a prefix; "" is all there is."""
+        sync(self.zarr.delete_dir(prefix))
+
+    def drop_one(self, key: str) -> None:
+        """Remove what is under a key, if anything."""
+        sync(self.zarr.delete(key))
+
+    def names(self) -> list[str]:
+        """What stands directly below the root, sorted."""
+
+        async def listed() -> list[str]:
+            return [name.rstrip("/") async for name in self.zarr.list_dir("")]
+
+        return sorted(sync(listed()))
+
+    def settle(self, prefix: str) -> None:
+        """Make what was written below a prefix survive a power cut."""
+        if self.root is None:
+            return
+        for folder, _, names in os.walk(self.root / prefix):
+            for name in names:
+                descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            sync_folder(Path(folder))
+
+
+def local_path(url: str) -> Path | None:
+    """The folder that a path or a ``file://`` URL means, None for any other URL."""
+    if url.startswith("file://"):
+        return Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path))
+    return None if "://" in url or "::" in url else Path(url)
+
+
+def read_manifest(keys: Keys) -> dict[str, Any] | None:
+    """The checked manifest, None where there is none. Raises ModelError: newer format, or damaged."""
+    raw = keys.get(MANIFEST)
+    if raw is None:
+        return None
+    where, hint = f"{keys.url}/{MANIFEST}", "convert the images again with --overwrite"
+    try:
+        manifest = json.loads(raw)
+        newer = manifest["format"] > FORMAT
+        told = f"made by fastsrgan {manifest['made_by']}, needs >= {manifest['needs']}"
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(where, "is damaged or of another program", hint) from error
+    if newer:
+        raise ModelError(keys.url, told, "pip install -U fastsrgan")
+    if manifest.pop("digest", None) != _digest(manifest):
+        raise ModelError(where, "is damaged: its digest does not fit", hint)
+    return manifest
+
+
+def write_manifest(keys: Keys, manifest: dict[str, Any]) -> int:
+    """Replace the manifest and return its size. The bytes depend on its content alone."""
+    text = json.dumps({**manifest, "digest": _digest(manifest)}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    keys.put(MANIFEST, text.encode())
+    return len(text)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def need_space(keys: Keys, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold. Raises ResourceError; nothing is known of the room behind a URL."""
+    if keys.root is None:
+        return
+    free = shutil.disk_usage(existing_parent(keys.root)).free
+    if free < needed:
+        told = f"no space left on the disk: needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB free"
+        raise ResourceError(keys.url, told, "free space or choose another folder")
+
+
+def write_error(error: OSError, url: str) -> FastsrganError:
+    """What a failure to write means for a user."""
+    found = disk_error(error, Path(url))
+    if isinstance(found, FastsrganError):
+        return found
+    return ResourceError(url, f"cannot be written: {error.strerror or error}")
+
+
+class WriteLock:
+    """One writer at a time, for as long as this object is not released.
+
+    In a folder the kernel holds the lock and frees it when the process dies, so a file left behind is stale and is
+    taken over with a warning; one from another host may be alive where the file system keeps locks to itself, and is
+    not. Behind a URL, where nothing is atomic, the lock is an object that names its holder.
+
+    Raises ResourceError when the store is locked or its folder cannot be made.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._file: int | None = None
+        self._made_folder = False
+        if keys.root is None:
+            self._judge(_holder(keys.get(LOCK)), held=False)
+            keys.put(LOCK, _signature())
+            return
+        try:
+            self._made_folder = not keys.root.exists()
+            keys.root.mkdir(parents=True, exist_ok=True)
+            self._file = self._acquire(keys.root / LOCK)
+        except OSError as error:
+            raise write_error(error, keys.url) from error
+
+    def release(self) -> None:
+        """Remove the lock, and the folder where nothing else came into it."""
+        root = self._keys.root
+        if root is None:
+            self._keys.drop_one(LOCK)
+        elif self._file is not None:
+            (root / LOCK).unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = None
+            if self._made_folder:
+                with contextlib.suppress(OSError):
+                    root.rmdir()
+
+    def _acquire(self, path: Path) -> int:
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                holder = _holder(os.pread(descriptor, 1000, 0))
+                self._judge(holder, held=not _flock(descriptor))
+                with contextlib.suppress(FileNotFoundError):
+                    if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+                        os.ftruncate(descriptor, 0)
+                        os.pwrite(descriptor, _signature(), 0)
+                        return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # its holder removed the file in between
+
+    def _judge(self, holder: dict[str, Any] | None, held: bool) -> None:
+        """Refuse a lock that is or may be alive; say that a dead one is taken over."""
+        told = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+        here = bool(holder) and holder["host"] == socket.gethostname()  # type: ignore[index]
+        by_pid = self._keys.root is None and here and _alive(holder["pid"])  # type: ignore[index]
+        if held or by_pid:
+            raise ResourceError(self._keys.url, f"is being written by {told}", "wait until it ends")
+        if holder and not here:
+            hint = f"if that run is over, delete {self._keys.url}/{LOCK}"
+            raise ResourceError(self._keys.url, f"is locked by {told}", hint)
+        if holder:
+            log.warning("%s: %s did not end properly, its lock is taken over", self._keys.url, told)
+
+
+def _flock(descriptor: int) -> bool:
+    """Take the kernel's lock; False when another holds it. File systems without locks are trusted."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        log.warning("the file system of the store knows no locks: take care that only one conversion writes to it")
+    return True
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _signature() -> bytes:
+    return json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+
+
+def _holder(raw: bytes | None) -> dict[str, Any] | None:
+    try:
+        found = json.loads(raw or b"")
+        return {"pid": int(found["pid"]), "host": str(found["host"])}
+    except (ValueError, KeyError, TypeError):
+        return None

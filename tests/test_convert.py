@@ -1,0 +1,431 @@
+"""Conversion: what a store holds equals the files; faults come first; interruptions, damage and changes are mended."""
+
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import nibabel as nib
+import nifti_files
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fastsrgan import images, store_files
+from fastsrgan.convert import convert
+from fastsrgan.encode import PERCENTILES, axis_codes, describe, encode
+from fastsrgan.errors import FastsrganError, InputError, PartialFailure, ResourceError, UsageError
+from fastsrgan.store import open_store, to_float32
+from fastsrgan.store_files import LOCK
+
+SHAPE = (21, 18, 10)
+AFFINE = nifti_files.rigid()
+
+
+def head(seed, dtype=np.int16):
+    random_ = np.random.default_rng(seed)
+    image = random_.integers(0, 900, SHAPE) * (random_.random(SHAPE) < 0.7)
+    image[:3] = image[:, :2] = image[..., 8:] = 0
+    return image.astype(dtype)
+
+
+def cohort(folder: Path, n=4, suffix=".nii.gz", **options):
+    """A table of n subjects, the last one in Test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["HR_image,Label_image,Base"]
+    for i in range(n):
+        nifti_files.write(folder / f"s{i}{suffix}", head(i), AFFINE, **options)
+        nifti_files.write(folder / f"l{i}.nii.gz", (head(i) > 500).astype(np.uint8), AFFINE)
+        lines.append(f"s{i}{suffix},l{i}.nii.gz,{'Test' if i == n - 1 else 'Train'}")
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    return folder / "table.csv"
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+class Recorder:
+    """A progress that remembers."""
+
+    def __init__(self):
+        self.lines = []
+
+    def start(self, label, total, unit):
+        self.lines.append([label, total, unit, 0, {}, "open"])
+
+    def advance(self, n=1, **facts):
+        self.lines[-1][3] += n
+        self.lines[-1][4] = facts
+
+    def finish(self):
+        self.lines[-1][5] = "done"
+
+
+# --- what is stored -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["i2", "u1", "u2", "i4", "f4", "f8"])
+@pytest.mark.parametrize(("slope", "inter"), [(1.0, 0.0), (0.137, -2.5)])
+@pytest.mark.parametrize("stored", ["auto", "float32"])
+def test_a_store_reads_as_the_files_do(tmp_path, dtype, slope, inter, stored):
+    data = head(1).astype(dtype) if dtype != "u1" else (head(1) % 256).astype(dtype)
+    nifti_files.write(tmp_path / "a.nii.gz", data, AFFINE, slope=slope, inter=inter)
+    nifti_files.write(tmp_path / "a_seg.nii", (head(1) % 5).astype(np.int16), AFFINE)
+    (tmp_path / "t.csv").write_text("HR_image,Label_image,Mask_image,Base\na.nii.gz,a_seg.nii,a_seg.nii,Train\n")
+    convert(tmp_path / "t.csv", tmp_path / "store", dtype=stored)
+    store = open_store(tmp_path / "store")
+    sample, source = store.read("a"), images.load(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(sample.image, source.data)
+    np.testing.assert_array_equal(sample.affine, source.affine)
+    np.testing.assert_array_equal(sample.label, head(1) % 5)
+    np.testing.assert_array_equal(sample.mask, sample.label)
+    kept = np.dtype(dtype) if np.dtype(dtype).kind in "iu" and stored == "auto" else np.dtype("f4")
+    (subject,) = store.subjects
+    assert subject.arrays["image"]["dtype"] == kept.name
+
+
+def test_attributes(tmp_path):
+    table = cohort(tmp_path, 2, slope=0.5)
+    convert(table, tmp_path / "store")
+    store = open_store(tmp_path / "store")
+    assert [(s.id, s.split) for s in store.subjects] == [("s0", "Train"), ("s1", "Test")] and store.complete
+    attrs, sample = store.subjects[0].attrs, store.read("s0")
+    (x, y, z) = attrs["bounding_box"]
+    inside = np.zeros(SHAPE, bool)
+    inside[slice(*x), slice(*y), slice(*z)] = True
+    assert not sample.image[~inside].any() and (x, y, z) == ([3, 21], [2, 18], [0, 8])
+    assert attrs["intensity"]["max"] == sample.image.max() and attrs["intensity"]["min"] == 0
+    assert attrs["intensity"]["mean"] == pytest.approx(sample.image.mean(dtype=float))
+    assert attrs["label_counts"] == {str(v): int((sample.label == v).sum()) for v in (0, 1)}
+    assert attrs["orientation"] == "".join(nib.aff2axcodes(AFFINE)) and attrs["source_dtype"] == "int16"
+    assert attrs["source"]["image"] == {
+        "path": str(tmp_path / "s0.nii.gz"),
+        "sha256": images.sha256(tmp_path / "s0.nii.gz"),
+    }
+    assert attrs["source"]["label"]["path"] == str(tmp_path / "l0.nii.gz") and attrs["warnings"] == []
+
+
+def test_warnings_of_the_reader_are_kept(tmp_path):
+    table = cohort(tmp_path, 1)
+    bad = head(0).astype(np.float32)
+    bad[5, 5, 5] = np.nan
+    nifti_files.write(tmp_path / "s0.nii.gz", bad, AFFINE)
+    summary = convert(table, tmp_path / "store")
+    assert "1 of 3780 voxels are NaN" in summary["warnings"]["s0"][0]
+    assert np.isfinite(open_store(tmp_path / "store").read("s0").image).all()
+
+
+arrays = hnp.arrays(
+    st.sampled_from([np.int16, np.uint8, np.uint16, np.int32, np.float32]),
+    st.tuples(*[st.integers(1, 5)] * 3),
+    elements={"min_value": 0, "max_value": 255},
+) | hnp.arrays(np.float32, (3, 4, 5), elements=st.floats(-(2.0**20), 2.0**20, width=32))
+
+
+@given(arrays, st.sampled_from([1.0, 0.3, -2.0]), st.sampled_from([0.0, -40.0]), st.sampled_from("CF"))
+def test_statistics_are_those_of_the_intensities(stored, scale, offset, order):
+    facts = describe(np.asarray(stored, order=order), scale, offset)
+    values = to_float32(stored, scale, offset)
+    flat = np.sort(values, axis=None)
+    for name, q in PERCENTILES.items():
+        assert facts["intensity"][name] == flat[int(np.ceil(q * flat.size)) - 1]
+    assert facts["intensity"]["min"] == flat[0] and facts["intensity"]["max"] == flat[-1]
+    positive = np.argwhere(values > 0)
+    expected = (
+        [(int(a), int(b) + 1) for a, b in zip(positive.min(0), positive.max(0), strict=True)] if len(positive) else None
+    )
+    assert facts["bounding_box"] == expected
+
+
+floats = hnp.arrays(np.float32, (4, 3, 2), elements=st.floats(-(2.0**60), 2.0**60, width=32)) | hnp.arrays(
+    np.float32, (2, 3, 4), elements=st.floats(99, 100, width=32)
+)
+
+
+@given(floats)
+def test_quantised_floats_keep_zero_order_and_the_stated_error(values):
+    levels, scale, offset, facts = encode(values, 1.0, 0.0, "int16")
+    back = to_float32(levels, scale, offset)
+    span = float(values.max()) - float(values.min())
+    error = np.abs(back.astype(float) - values)
+    assert levels.dtype == np.int16 and error.max() == facts["quantisation"]["max_error"]
+    assert error.max() <= 0.5001 * span / 65534 + np.spacing(np.abs(values).max())
+    if values.min() <= 0 <= values.max():
+        assert not back[values == 0].any()
+    order = np.argsort(values, axis=None)
+    assert (np.diff(back.ravel()[order]) >= 0).all()
+
+
+@given(
+    hnp.arrays(
+        st.sampled_from([np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64]),
+        (3, 3, 3),
+        elements={"min_value": 0, "max_value": 127},
+    ),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 512),
+)
+def test_integers_of_a_fitting_range_stay_exact(stored, start, spread):
+    info = np.iinfo(stored.dtype)
+    moved = np.clip(stored.astype(object) * spread + start, info.min, info.max).astype(stored.dtype)
+    for scale, offset in ((1.0, 0.0), (0.25, 3.0)):
+        levels, new_scale, new_offset, _ = encode(moved, scale, offset, "int16")
+        assert levels.dtype.itemsize <= 2
+        np.testing.assert_array_equal(to_float32(levels, new_scale, new_offset), to_float32(moved, scale, offset))
+
+
+def test_int16_conversion_says_its_error(tmp_path):
+    table = cohort(tmp_path, 1)
+    values = head(0).astype(np.float32) * np.float32(np.pi)
+    nifti_files.write(tmp_path / "s0.nii.gz", values, AFFINE)
+    convert(table, tmp_path / "store", dtype="int16")
+    store = open_store(tmp_path / "store")
+    worst = np.abs(store.read("s0").image.astype(float) - values).max()
+    assert worst == store.subjects[0].attrs["quantisation"]["max_error"] <= values.max() / 131066
+    assert not store.read("s0").image[values == 0].any()
+
+
+@pytest.mark.parametrize("flips", [(1, 1, 1), (-1, 1, 1), (-1, -1, 1), (1, -1, -1)])
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 0, 2), (2, 1, 0)])
+def test_axis_codes_are_nibabels(axes, flips):
+    affine = AFFINE.copy()
+    affine[:3, :3] = (AFFINE[:3, :3] * flips)[:, axes]
+    assert axis_codes(affine) == "".join(nib.aff2axcodes(affine))
+
+
+# --- faults come first --------------------------------------------------------------------------------------------
+
+
+def test_every_fault_is_told_before_anything_is_written(tmp_path):
+    table = cohort(tmp_path, 7)
+    label = (head(0) > 500).astype(np.float32)
+    moved = AFFINE.copy()
+    moved[0, 3] += 0.5
+    nifti_files.write(tmp_path / "l0.nii.gz", label * 0.5, AFFINE)
+    nifti_files.write(tmp_path / "l1.nii.gz", np.where(label > 0, np.nan, 0).astype(np.float32), AFFINE)
+    nifti_files.write(tmp_path / "l2.nii.gz", label[1:], AFFINE)
+    nifti_files.write(tmp_path / "l3.nii.gz", label, moved)
+    (tmp_path / "s4.nii.gz").write_bytes(b"not an image")
+    nifti_files.write(tmp_path / "s5.nii.gz", np.stack([head(5)] * 2, 3), AFFINE)
+    shutil.copy(tmp_path / "s6.nii.gz", tmp_path / "s5b.nii.gz")
+    with open(table, "a") as f:
+        f.write("s5b.nii.gz,l5.nii.gz,Train\n")
+    with pytest.raises(InputError) as caught:
+        convert(table, tmp_path / "store")
+    told = str(caught.value)
+    for expected in (
+        "7 faults: line 2: Label_image",
+        "fractions such as 0.5",
+        "line 3: Label_image",
+        "NaN",
+        "line 4: Label_image",
+        "line 5: Label_image",
+        "grid is not the image's",
+        "line 6: HR_image",
+        "not a NIfTI image",
+        "line 7: HR_image",
+        "2 volumes",
+        "line 9: s5b.nii.gz holds the same image as s6.nii.gz at line 8, one is in Train and one in Test",
+    ):
+        assert expected in told
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_stays_when_the_table_to_overwrite_it_is_bad(tmp_path):
+    table = cohort(tmp_path, 2)
+    convert(table, tmp_path / "store")
+    before = tree(tmp_path / "store")
+    with pytest.raises(UsageError, match="exists, with 2 subjects"):
+        convert(table, tmp_path / "store")
+    table.write_text("HR_image,Label_image,Base\nnone.nii,none.nii,Train\n")
+    with pytest.raises(InputError, match="no such file"):
+        convert(table, tmp_path / "store", overwrite=True)
+    assert tree(tmp_path / "store") == before
+
+
+def test_images_found_damaged_later_cost_only_themselves(tmp_path):
+    table = cohort(tmp_path, 4)
+    convert(table, tmp_path / "clean")
+    good = {i: (tmp_path / f"s{i}.nii.gz").read_bytes() for i in (1, 2)}
+    (tmp_path / "s1.nii.gz").write_bytes(good[1][:-100])
+    nifti_files.write(tmp_path / "s2.nii.gz", head(2) * 0, AFFINE)
+    with pytest.raises(PartialFailure) as caught:
+        convert(table, tmp_path / "store")
+    for expected in ("2 of 4 subjects failed", "line 3", "truncated", "line 4", "no voxel is above 0", "--resume"):
+        assert expected in str(caught.value)
+    store = open_store(tmp_path / "store")
+    assert [s.id for s in store.subjects] == ["s0", "s3"] and not store.complete and store.verify() == []
+    for i, data in good.items():
+        (tmp_path / f"s{i}.nii.gz").write_bytes(data)
+    assert convert(table, tmp_path / "store", resume=True)["converted"] == 2
+    assert tree(tmp_path / "store") == tree(tmp_path / "clean")
+    for i in range(4):
+        (tmp_path / f"s{i}.nii.gz").write_bytes(good[1][:-100])
+    with pytest.raises(InputError, match="truncated"):
+        convert(table, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_bad_options(tmp_path):
+    table = cohort(tmp_path, 1)
+    with pytest.raises(UsageError, match="'int8' is unknown .one of auto, int16, float32"):
+        convert(table, tmp_path / "store", dtype="int8")
+    with pytest.raises(UsageError, match="--workers"):
+        convert(table, tmp_path / "store", workers=-1)
+    convert(table, tmp_path / "store")
+    with pytest.raises(UsageError, match="was made with dtype auto, not int16"):
+        convert(table, tmp_path / "store", dtype="int16", resume=True)
+
+
+def test_the_disk_is_asked_before_the_first_volume(tmp_path, monkeypatch):
+    table = cohort(tmp_path, 2)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(store_files.shutil, "disk_usage", lambda _: usage(9, 9, 1000))
+    with pytest.raises(ResourceError, match="no space left on the disk: needs 0 MiB, 0 MiB free"):
+        convert(table, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_failure_of_the_disk_ends_the_conversion(tmp_path, monkeypatch):
+    table = cohort(tmp_path, 6)
+    real, calls = store_files.Keys.settle, []
+
+    def full(self, prefix):
+        calls.append(prefix)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        real(self, prefix)
+
+    monkeypatch.setattr(store_files.Keys, "settle", full)
+    with pytest.raises(ResourceError, match="no space left"):
+        convert(table, tmp_path / "store", workers=1)
+    store = open_store(tmp_path / "store")
+    assert len(store.subjects) >= 2 and not store.complete and store.verify() == []
+    assert not (tmp_path / "store" / calls[2]).exists() and not (tmp_path / "store" / LOCK).exists()
+
+
+# --- the same store, however it was reached -----------------------------------------------------------------------
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path):
+    table = cohort(tmp_path, 6)
+    for workers in (1, 4):
+        convert(table, tmp_path / f"store{workers}", workers=workers)
+    assert tree(tmp_path / "store1") == tree(tmp_path / "store4")
+
+
+def test_converting_again_changes_nothing(tmp_path):
+    table = cohort(tmp_path, 3)
+    assert convert(table, tmp_path / "store", resume=True)["converted"] == 3
+    before = tree(tmp_path / "store")
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("c/0/0/0")}
+    summary = convert(table, tmp_path / "store", resume=True)
+    assert (summary["converted"], summary["kept"], summary["subjects"]) == (0, 3, 3)
+    assert tree(tmp_path / "store") == before and all(p.stat().st_mtime_ns == t for p, t in times.items())
+
+
+def test_changed_files_splits_and_damage_are_converted_again(tmp_path, caplog):
+    table = cohort(tmp_path, 5)
+    convert(table, tmp_path / "store")
+    nifti_files.write(tmp_path / "s0.nii.gz", head(99), AFFINE)
+    nifti_files.write(tmp_path / "l1.nii.gz", (head(1) > 300).astype(np.uint8), AFFINE)
+    table.write_text(table.read_text().replace("s2.nii.gz,l2.nii.gz,Train", "s2.nii.gz,l2.nii.gz,Test"))
+    shard = tmp_path / "store/s3/image/c/0/0/0"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with caplog.at_level(logging.WARNING, "fastsrgan"):
+        summary = convert(table, tmp_path / "store", resume=True)
+    assert (summary["converted"], summary["kept"]) == (4, 1)
+    assert "s3 is damaged in the store: converted again" in caplog.text
+    convert(table, tmp_path / "clean")
+    assert tree(tmp_path / "store") == tree(tmp_path / "clean")
+
+
+def test_a_second_table_adds_but_never_takes_over_a_name(tmp_path, caplog):
+    first, second = cohort(tmp_path / "one", 2), cohort(tmp_path / "two", 3)
+    convert(first, tmp_path / "store")
+    before = tree(tmp_path / "store")
+    nifti_files.write(tmp_path / "two/s0.nii.gz", head(50), AFFINE)
+    with pytest.raises(InputError, match=r"line 2: subject s0 is in the store already, made from .*one/s0\.nii\.gz"):
+        convert(second, tmp_path / "store", resume=True)
+    assert tree(tmp_path / "store") == before
+    second.write_text("HR_image,Label_image,Base\ns2.nii.gz,l2.nii.gz,Train\n")
+    with caplog.at_level(logging.WARNING, "fastsrgan"):
+        assert convert(second, tmp_path / "store", resume=True)["subjects"] == 3
+    assert "2 subjects are not in this table and were kept (s0)" in caplog.text
+
+
+def test_moved_sources_are_still_the_same(tmp_path):
+    convert(cohort(tmp_path / "one", 2), tmp_path / "store")
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert convert(tmp_path / "two/table.csv", tmp_path / "store", resume=True)["kept"] == 2
+
+
+def _convert_quietly(table, store):
+    try:
+        convert(table, store, resume=True, workers=2)
+    except FastsrganError:
+        os._exit(9)
+
+
+def test_killed_at_random_moments_and_resumed(tmp_path):
+    table = cohort(tmp_path, 12)
+    began = time.monotonic()
+    convert(table, tmp_path / "clean", workers=2)
+    seconds = time.monotonic() - began
+    # A server that has imported everything forks the processes that are killed: the kills meet the work, not imports.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastsrgan.convert", "test_convert"])
+    chance, unfinished = random.Random(5), 0
+    for attempt in range(12):
+        process = context.Process(target=_convert_quietly, args=(table, tmp_path / "store"))
+        process.start()
+        process.join(chance.uniform(0, seconds) if attempt else chance.uniform(0, seconds / 2) + 60 * 0)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -9)
+        unfinished += process.exitcode == -9
+        if (tmp_path / "store/manifest.json").exists():
+            store = open_store(tmp_path / "store")
+            assert store.verify() == []
+            if store.complete:
+                shutil.rmtree(tmp_path / "store")
+    assert unfinished
+    convert(table, tmp_path / "store", resume=True)
+    assert tree(tmp_path / "store") == tree(tmp_path / "clean")
+
+
+# --- what it tells ------------------------------------------------------------------------------------------------
+
+
+def test_summary_and_progress(tmp_path):
+    table, progress = cohort(tmp_path, 3), Recorder()
+    summary = convert(table, tmp_path / "store", progress=progress)
+    check, work = progress.lines
+    assert check[:4] == ["check", 3, "subject", 3] and work[:4] == ["convert", 3, "volume", 3]
+    assert check[5] == work[5] == "done" and set(work[4]) == {"volumes_per_s", "mb_per_s", "failed"}
+    subjects = open_store(tmp_path / "store").subjects
+    assert summary["raw_bytes"] == 3 * 3 * np.prod(SHAPE) and summary["stored_bytes"] == sum(
+        s.stored_bytes for s in subjects
+    )
+    assert summary["ratio"] == summary["raw_bytes"] / summary["stored_bytes"] and summary["seconds"] > 0
+    assert (summary["subjects"], summary["converted"], summary["kept"], summary["warnings"]) == (3, 3, 0, {})
+
+
+def test_a_url_as_the_store(tmp_path):
+    table = cohort(tmp_path, 2)
+    url = f"memory://{tmp_path.name}/store"
+    convert(table, url)
+    assert convert(table, url, resume=True)["kept"] == 2
+    np.testing.assert_array_equal(open_store(url).read("s1").image, images.load(tmp_path / "s1.nii.gz").data)
+    assert open_store(url).verify() == []
+
+
+settings.register_profile("store", deadline=None)
+settings.load_profile("store")

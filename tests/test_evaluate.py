@@ -1,0 +1,267 @@
+"""Evaluation: figures of one grid, of grids that differ, of files and of tables; every table fault told at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from fastsrgan import evaluate, images, metrics
+from fastsrgan.errors import InputError
+from fastsrgan.geometry import Volume
+
+SHAPE = (22, 26, 18)
+
+
+def _blobs(world_xyz: np.ndarray) -> np.ndarray:
+    """A smooth, strictly positive image as a function of world millimetres (3, ...)."""
+    x, y, z = world_xyz
+    return 100 + 30 * np.sin(x / 5) + 25 * np.cos(y / 6 + 0.3) + 20 * np.sin(z / 4 + x / 9)
+
+
+def _world(shape, affine):
+    index = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"))
+    return np.einsum("ij,jxyz->ixyz", affine[:3, :3], index) + affine[:3, 3].reshape(3, 1, 1, 1)
+
+
+def _volume(shape=SHAPE, affine=None):
+    affine = np.diag([1.0, 1, 1, 1]) if affine is None else np.asarray(affine, float)
+    return Volume(_blobs(_world(shape, affine)).astype(np.float32), affine)
+
+
+@pytest.fixture
+def pair():
+    rng = np.random.default_rng(0)
+    hr = _volume()
+    label = Volume((hr.data > 110).astype(np.uint8), hr.affine)
+    sr = Volume((hr.data + rng.normal(0, 3, SHAPE)).astype(np.float32), hr.affine)
+    seg = Volume((sr.data > 110).astype(np.uint8), hr.affine)
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[6:16, 6:18, 6:12] = 1
+    return {"sr": sr, "hr": hr, "seg": seg, "label": label, "mask": Volume(mask, hr.affine)}
+
+
+@pytest.fixture
+def files(tmp_path, pair):
+    return {n: images.save(tmp_path / f"{n}.nii.gz", v.data, v.affine) for n, v in pair.items()}
+
+
+def test_one_grid_gives_the_metrics_themselves(pair):
+    result = evaluate.evaluate_pair(**pair)
+    sr, hr, mask = pair["sr"].data, pair["hr"].data, pair["mask"].data
+    seg, label = pair["seg"].data, pair["label"].data
+    assert list(result["image"]) == ["whole", "mask", "label"]
+    for region, inside in {"whole": None, "mask": mask, "label": label}.items():
+        assert result["image"][region] == {
+            "psnr_db": metrics.psnr(sr, hr, inside),
+            "ssim": metrics.ssim(sr, hr, inside),
+            "mae": metrics.mae(sr, hr, inside),
+            "mse": metrics.mse(sr, hr, inside),
+        }
+    assert result["segmentation"] == {
+        "dice": metrics.dice(seg, label),
+        **metrics.components(seg, label),
+        "volume_ml": pytest.approx(seg.sum() / 1000),
+        "label_components": metrics.connected_components(label),
+        "label_volume_ml": pytest.approx(label.sum() / 1000),
+    }
+    assert result["notes"] == []
+
+
+def test_results_are_json_and_every_figure_is_defined(pair):
+    result = evaluate.evaluate_pair(**pair, baseline=pair["sr"], baseline_seg=pair["seg"])
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    for figure in [*result["image"]["whole"], "dice", "components", "largest_component", "false_components"]:
+        assert figure in result["definitions"]
+    assert "region mask" in result["definitions"]
+
+
+def test_the_gain_is_the_difference_to_the_baseline(pair):
+    worse = Volume(pair["sr"].data + np.float32(4), pair["sr"].affine)
+    empty = Volume(np.zeros(SHAPE, np.uint8), pair["sr"].affine)
+    result = evaluate.evaluate_pair(**pair, baseline=worse, baseline_seg=empty)
+    own, base, gain = result["image"], result["baseline"]["image"], result["gain"]["image"]
+    assert gain["mask"]["psnr_db"] == own["mask"]["psnr_db"] - base["mask"]["psnr_db"] > 0
+    assert gain["whole"]["mae"] == own["whole"]["mae"] - base["whole"]["mae"] < 0
+    assert result["gain"]["segmentation"]["dice"] == result["segmentation"]["dice"]
+    assert "label_components" not in result["gain"]["segmentation"]
+
+
+def test_a_baseline_segmentation_may_come_without_an_image(pair):
+    result = evaluate.evaluate_pair(**pair, baseline_seg=pair["label"])
+    assert result["baseline"] == {"segmentation": result["baseline"]["segmentation"]}
+    assert result["baseline"]["segmentation"]["dice"] == 1
+
+
+def test_identical_images_have_no_finite_psnr(pair):
+    result = evaluate.evaluate_pair(pair["hr"], pair["hr"])
+    assert result["image"]["whole"]["psnr_db"] is None
+    assert result["image"]["whole"]["ssim"] == pytest.approx(1)
+    assert "PSNR is infinite" in result["notes"][0]
+
+
+def test_small_volumes_have_no_ssim_but_the_rest(pair):
+    small = Volume(pair["hr"].data[:8, :8, :8], pair["hr"].affine)
+    other = Volume(pair["sr"].data[:8, :8, :8], pair["hr"].affine)
+    result = evaluate.evaluate_pair(other, small)
+    assert result["image"]["whole"]["ssim"] is None
+    assert result["image"]["whole"]["psnr_db"] > 20
+    assert "at least 11" in result["notes"][0] or "8 x 8 x 8" in result["notes"][0]
+
+
+def test_other_intensity_units_are_noted(pair):
+    result = evaluate.evaluate_pair(Volume(pair["sr"].data / 255, pair["sr"].affine), pair["hr"])
+    assert any("units" in note for note in result["notes"])
+
+
+STORED = {
+    "flipped and permuted": np.array([[0, 0, -1, 21], [1, 0, 0, 0], [0, -1, 0, 17], [0, 0, 0, 1.0]]),
+    "shifted by a fraction": np.array([[1, 0, 0, -0.37], [0, 1, 0, 0.21], [0, 0, 1, -0.4], [0, 0, 0, 1.0]]),
+    "finer": np.array([[0.5, 0, 0, -0.25], [0, 0.5, 0, -0.25], [0, 0, 0.5, -0.25], [0, 0, 0, 1.0]]),
+}
+SIZES = {"flipped and permuted": (26, 18, 22), "shifted by a fraction": (23, 27, 19), "finer": (44, 52, 36)}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_another_grid_is_resampled_in_world_space(case, caplog):
+    hr = _volume()
+    sr = _volume(SIZES[case], STORED[case])
+    label = Volume((hr.data > 110).astype(np.uint8), hr.affine)
+    seg = Volume((sr.data > 110).astype(np.uint8), sr.affine)
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        result = evaluate.evaluate_pair(sr, hr, seg=seg, label=label)
+    # A wrong axis, direction or half-voxel shift would cost far more than interpolation does.
+    assert result["image"]["whole"]["mae"] < 0.5
+    assert result["segmentation"]["dice"] > 0.93
+    assert any("cubic spline" in note for note in result["notes"])
+    assert any("nearest voxel" in note for note in result["notes"])
+    assert "resampled" in caplog.text
+
+
+def test_a_grid_stored_in_another_order_is_exact(pair):
+    axes, flip = (2, 0, 1), np.s_[::-1, :, :]
+    moved = {}
+    for name in ("sr", "seg"):
+        affine = np.zeros((4, 4))
+        affine[list(axes), range(3)] = [-1, 1, 1]
+        affine[:, 3] = [0, 0, 0, 1]
+        affine[axes[0], 3] = SHAPE[axes[0]] - 1
+        moved[name] = Volume(pair[name].data.transpose(axes)[flip], pair["hr"].affine @ affine)
+    result = evaluate.evaluate_pair(**pair | moved)
+    expected = evaluate.evaluate_pair(**pair)
+    assert result["segmentation"] == expected["segmentation"]
+    assert result["image"]["mask"]["mse"] == pytest.approx(expected["image"]["mask"]["mse"], rel=1e-4)
+
+
+def test_what_lies_outside_the_field_of_view_is_zero_and_said():
+    hr = _volume()
+    affine = hr.affine.copy()
+    affine[0, 3] = 11  # the right half only
+    sr = _volume((11, 26, 18), affine)
+    notes: list[str] = []
+    moved = evaluate.onto_grid(sr, hr, name="SR", notes=notes)
+    assert (moved.data[:11] == 0).all()
+    np.testing.assert_allclose(moved.data[11:], hr.data[11:], rtol=1e-4)
+    assert "50.0 %" in notes[0]
+
+
+def test_half_a_voxel_of_border_belongs_to_the_field_of_view():
+    hr = _volume((20, 20, 20))
+    coarse = Volume(
+        ndimage.zoom(hr.data, 0.5, order=1), np.diag([2, 2, 2, 1.0]) + np.array([[0, 0, 0, 0.5]] * 3 + [[0] * 4])
+    )
+    assert (evaluate.onto_grid(coarse, hr).data > 0).all()
+
+
+def test_volumes_that_do_not_meet_are_refused(pair):
+    affine = pair["hr"].affine.copy()
+    affine[2, 3] = 500
+    with pytest.raises(InputError, match="SR: does not overlap"):
+        evaluate.evaluate_pair(Volume(pair["sr"].data, affine), pair["hr"])
+
+
+def test_a_segmentation_without_a_label_is_refused(pair):
+    with pytest.raises(InputError, match="no label"):
+        evaluate.evaluate_pair(pair["sr"], pair["hr"], seg=pair["seg"])
+
+
+def test_tiny_differences_of_the_affine_are_one_grid(pair):
+    affine = pair["sr"].affine + 1e-5
+    affine[3] = [0, 0, 0, 1]
+    assert evaluate.onto_grid(Volume(pair["sr"].data, affine), pair["hr"]).data is pair["sr"].data
+
+
+def test_files_give_what_volumes_give(files, pair):
+    result = evaluate.evaluate_files(files["sr"], files["hr"], files["seg"], files["label"], mask=files["mask"])
+    expected = evaluate.evaluate_pair(**pair)
+    assert result["image"]["mask"] == pytest.approx(expected["image"]["mask"])
+    assert result["segmentation"] == pytest.approx(expected["segmentation"])
+    assert result["files"]["seg"] == str(files["seg"])
+
+
+def test_a_probability_map_is_thresholded(files, pair, tmp_path):
+    soft = images.save(tmp_path / "prob.nii.gz", np.where(pair["seg"].data > 0, 0.7, 0.4).astype(np.float32), np.eye(4))
+    result = evaluate.evaluate_files(files["sr"], files["hr"], soft, files["label"])
+    assert result["segmentation"] == evaluate.evaluate_pair(**pair)["segmentation"]
+
+
+def _table(path, rows, header="SR_image,HR_image,Seg_image,Label_image"):
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8-sig")
+    return path
+
+
+def test_a_table_has_rows_and_a_summary(files, pair, tmp_path):
+    images.save(tmp_path / "sr2.nii.gz", pair["sr"].data + np.float32(2), np.eye(4))
+    csv = _table(tmp_path / "t.csv", ["sr.nii.gz;hr.nii.gz;seg.nii.gz;label.nii.gz", "sr2.nii.gz;hr.nii.gz;;"])
+    csv.write_text(csv.read_text("utf-8-sig").replace(",", ";"), "utf-8")
+    result = evaluate.evaluate_table(csv)
+    assert [row["subject"] for row in result["rows"]] == ["sr", "sr2"]
+    values = [row["image"]["whole"]["psnr_db"] for row in result["rows"]]
+    told = result["summary"]["image.whole.psnr_db"]
+    assert told == {"mean": pytest.approx(np.mean(values)), "sd": pytest.approx(np.std(values, ddof=1)), "n": 2}
+    assert result["summary"]["segmentation.dice"] == {
+        "mean": result["rows"][0]["segmentation"]["dice"],
+        "sd": None,
+        "n": 1,
+    }
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_damaged_image_costs_its_row_only(files, tmp_path):
+    (tmp_path / "bad.nii.gz").write_bytes(files["sr"].read_bytes()[:500])
+    csv = _table(tmp_path / "t.csv", ["bad.nii.gz,hr.nii.gz,,", "sr.nii.gz,hr.nii.gz,,"])
+    result = evaluate.evaluate_table(csv)
+    assert len(result["rows"]) == 1
+    assert result["failed"][0]["line"] == 2
+    assert "bad.nii.gz" in result["failed"][0]["error"]
+    csv.write_text("SR_image,HR_image\nbad.nii.gz,hr.nii.gz\n")
+    with pytest.raises(InputError, match="line 2"):
+        evaluate.evaluate_table(csv)
+
+
+def test_all_faults_of_a_table_are_told_at_once(files, tmp_path):
+    rows = ["none.nii.gz,hr.nii.gz,,", ",hr.nii.gz,,", "sr.nii.gz,hr.nii.gz,seg.nii.gz,"]
+    with pytest.raises(InputError) as caught:
+        evaluate.evaluate_table(_table(tmp_path / "t.csv", rows))
+    for part in ("3 faults", "line 2: SR_image none.nii.gz: no such file", "line 3: SR_image is empty", "line 4: Seg"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "is empty"),
+        ("SR_image,HR_image\n", "no row"),
+        ("SR_imgae,HR_image\na,b\n", "no column SR_image, did you mean it by SR_imgae"),
+        ("a,b\n1,2\n", "found a, b"),
+        ("SR_image,HR_image,SR_image\na,b,c\n", "twice"),
+    ],
+)
+def test_headers_that_are_wrong_are_named(tmp_path, text, told):
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=told):
+        evaluate.evaluate_table(path)

@@ -1,0 +1,225 @@
+"""The demo's picture: planes lie where they should in the world, left is left, files are whole and repeatable."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastsrgan.errors import InputError, ResourceError, UsageError
+from fastsrgan.geometry import Orientation, Volume
+from fastsrgan.report import figure, planes
+
+SHAPE = (30, 36, 24)
+AFFINE = np.array([[1, 0, 0, -14], [0, 1, 0, -20], [0, 0, 1, -9], [0, 0, 0, 1.0]])
+
+
+def _ball(centre=(15, 18, 12), radius=9.0, shape=SHAPE):
+    index = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"))
+    distance = np.sqrt(((index - np.reshape(centre, (3, 1, 1, 1))) ** 2).sum(0))
+    return np.clip(radius + 1 - distance, 0, 1).astype(np.float32) * 800
+
+
+@pytest.fixture
+def truth():
+    data = _ball()
+    data[18:22, 18:22, 12:15] += 200  # to the right of the centre
+    return Volume(data, AFFINE)
+
+
+def _stored_otherwise(volume):
+    turn = Orientation((2, 0, 1), (True, False, True))
+    return Volume(np.ascontiguousarray(turn.apply(volume.data)), turn.affine(volume.affine, volume.data.shape))
+
+
+def test_planes_along_the_grid_show_the_voxels_themselves(truth):
+    axial, coronal, sagittal = planes.cuts(truth, at_mm=(2.2, -1.1, 3.4))
+    i, j, k = 16, 19, 12  # the voxel that holds (2.2, -1.1, 3.4) mm
+    assert (sagittal.at, coronal.at, axial.at) == (2, -1, 3)
+    for cut, plane, (first, second) in (
+        (axial, truth.data[:, :, k], (-14, -20)),
+        (coronal, truth.data[:, j, :], (-14, -9)),
+        (sagittal, truth.data[i, :, :], (-20, -9)),
+    ):
+        shown = cut.sample(truth)
+        for row, v in enumerate(cut.v):
+            for column, u in enumerate(cut.u):
+                a, b = round(u - first), round(v - second)
+                inside = 0 <= a < plane.shape[0] and 0 <= b < plane.shape[1]
+                assert shown[row, column] == pytest.approx(plane[a, b] if inside else 0, abs=1e-3)
+
+
+@pytest.mark.parametrize("nearest", [False, True])
+def test_a_volume_stored_otherwise_looks_the_same(truth, nearest):
+    other = _stored_otherwise(truth)
+    for mine, its in zip(planes.cuts(truth, (1, 2, 3)), planes.cuts(other, (1, 2, 3)), strict=True):
+        np.testing.assert_allclose(mine.u, its.u)
+        np.testing.assert_allclose(mine.v, its.v)
+        np.testing.assert_allclose(mine.sample(truth, nearest), its.sample(other, nearest), atol=1e-2)
+
+
+def test_planes_are_equally_wide_and_hold_the_whole_object(truth):
+    cuts = planes.cuts(truth)
+    assert len({cut.size[0] for cut in cuts}) == 1
+    for cut in cuts:
+        left, right, bottom, top = cut.extent
+        assert min(right - left, top - bottom) >= 20
+        shown = cut.sample(truth)
+        assert max(shown[0].max(), shown[-1].max(), shown[:, 0].max(), shown[:, -1].max()) < 0.05 * 800
+
+
+def test_thick_slices_are_shown_as_they_are():
+    data = np.arange(1, 9, dtype=np.float32).reshape(1, 1, 8) * np.ones((10, 10, 1), np.float32)
+    thick = Volume(data, np.diag([1, 1, 3, 1.0]))
+    reference = Volume(
+        np.ones((10, 10, 24), np.float32), np.diag([1, 1, 1, 1.0]) + np.eye(4, k=1) * [[0], [0], [-1], [0]]
+    )
+    coronal = planes.cuts(reference)[1]
+    shown = coronal.sample(thick, nearest=True)
+    for v, row in zip(coronal.v, shown, strict=True):
+        k = int(np.floor((v + 1.5) / 3))
+        middle = row[(coronal.u > 1) & (coronal.u < 8)]
+        assert (middle == (k + 1 if 0 <= k < 8 else 0)).all()
+
+
+def test_the_detail_is_where_the_images_differ(truth):
+    compared = truth.data.copy()
+    compared[12:15, 22:24, 8:10] += 300
+    cut = planes.cuts(truth, at_mm=(-1, 0, 0))[2]
+    part = planes.detail(cut, 8, 6, truth, Volume(compared, AFFINE))
+    assert part.u[0] <= 22 - 20 <= 23 - 20 <= part.u[-1]
+    assert part.v[0] <= 8 - 9 <= 9 - 9 <= part.v[-1]
+    assert part.size == (8, 6)
+    whole = planes.detail(cut, 1000, 1000, truth)
+    assert whole.size == cut.size
+
+
+def test_differences_outside_the_mask_do_not_count(truth):
+    compared = truth.data.copy()
+    compared[13, 22:24, 8:10] += 300
+    compared[13, 14:16, 14:16] += 30
+    within = np.zeros(SHAPE, np.uint8)
+    within[:, 10:18, 12:18] = 1
+    cut = planes.cuts(truth, at_mm=(-1, 0, 0))[2]
+    part = planes.detail(cut, 8, 6, truth, Volume(compared, AFFINE), Volume(within, AFFINE))
+    assert part.u[0] <= 14 - 20 <= 15 - 20 <= part.u[-1]
+    assert part.v[0] <= 14 - 9 <= 15 - 9 <= part.v[-1]
+
+
+def _demo(path, truth, **options):
+    low = Volume(
+        truth.data[:, :, 1::3], truth.affine @ np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 3, 1], [0, 0, 0, 1.0]])
+    )
+    blurred = Volume(truth.data * np.float32(0.9), truth.affine)
+    label = Volume((truth.data > 400).astype(np.uint8), truth.affine)
+    seg = Volume(_ball(radius=8) > 400, truth.affine)
+    options = {"width_px": 500, "seg": seg, "label": label} | options
+    return figure.demo_figure(path, low_res=low, spline=blurred, sr=truth, truth=truth, **options)
+
+
+def _pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_the_same_picture_is_the_same_bytes_and_nothing_else_is_left(truth, tmp_path):
+    a, b = _demo(tmp_path / "a.png", truth), _demo(tmp_path / "b.png", truth)
+    assert a.read_bytes() == b.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
+    assert _pixels(a).shape[1] == 500
+
+
+def test_storage_order_does_not_change_the_picture(truth, tmp_path):
+    turned = _stored_otherwise(truth)
+    label = Volume((truth.data > 400).astype(np.uint8), truth.affine)
+    options = {"compared": None, "width_px": 400}
+    columns = [figure.Column(truth, "a"), figure.Column(truth, "b", outlines=True)]
+    a = figure.planes_figure(tmp_path / "a.png", columns, reference=truth, masks=(label, None), **options)
+    columns = [figure.Column(turned, "a"), figure.Column(turned, "b", outlines=True)]
+    masks = (_stored_otherwise(label), None)
+    b = figure.planes_figure(tmp_path / "b.png", columns, reference=turned, masks=masks, **options)
+    assert np.abs(_pixels(a) - _pixels(b)).mean() < 0.05
+
+
+def _axial_panel(path, columns=1):
+    """The rows of the first panel: from below the header down to the first gap."""
+    picture = _pixels(path)
+    unit = picture.shape[1] / 2000
+    top = round(unit * (figure.PAGE_MARGIN + figure.HEADER))
+    left = round(unit * (figure.PAGE_MARGIN + figure.GUTTER))
+    right = picture.shape[1] - round(unit * figure.PAGE_MARGIN)
+    height = round((right - left) * 0.5)
+    return picture[top : top + height, left:right]
+
+
+@pytest.mark.parametrize(("convention", "bright_side"), [("radiological", "left"), ("neurological", "right")])
+def test_the_patients_right_is_on_the_side_of_the_convention(tmp_path, convention, bright_side):
+    data = _ball() / 4
+    data[18:24, 14:22, 8:16] = 800  # right of the centre at x = 15
+    volume = Volume(data, AFFINE)
+    path = figure.planes_figure(
+        tmp_path / "a.png",
+        [figure.Column(volume, "")],
+        reference=volume,
+        at_mm=(1, -2, 3),
+        convention=convention,
+        width_px=500,
+    )
+    panel = _axial_panel(path).sum(2)
+    half = panel.shape[1] // 2
+    left, right = panel[:, :half].sum(), panel[:, half:].sum()
+    assert (left > 1.3 * right) if bright_side == "left" else (right > 1.3 * left)
+
+
+def test_outlines_appear_only_where_they_are_asked_for(truth, tmp_path):
+    def coloured(path):
+        picture = _pixels(path)
+        return int((picture.max(2) - picture.min(2) > 60).sum())
+
+    label = Volume((truth.data > 400).astype(np.uint8), truth.affine)
+    columns = [figure.Column(truth, "")]
+    options = {"reference": truth, "masks": (label, label), "width_px": 400}
+    plain = figure.planes_figure(tmp_path / "a.png", columns, **options)
+    assert coloured(plain) == 0
+    columns = [figure.Column(truth, "", outlines=True)]
+    assert coloured(figure.planes_figure(tmp_path / "b.png", columns, **options)) > 100
+
+
+def test_captions_hold_the_scores_and_the_gain():
+    scores = {
+        "image": {"whole": {"psnr_db": 31.256, "ssim": 0.9514}},
+        "segmentation": {"dice": 0.8912},
+        "baseline": {"image": {"whole": {"psnr_db": 29.1, "ssim": None}}, "segmentation": {"dice": 0.75}},
+        "gain": {"image": {"whole": {"psnr_db": 2.156, "ssim": None}}},
+    }
+    assert figure._image_caption(scores, "whole", scores["gain"]) == "PSNR 31.26 dB  (+2.16)\nSSIM 0.951"
+    assert figure._image_caption(scores["baseline"], "whole") == "PSNR 29.10 dB"
+    assert figure._image_caption({}, "whole") == ""
+    assert figure._seg_caption(scores, scores["baseline"]) == "Dice 0.891\ninterpolated labels 0.750"
+
+
+def test_every_theme_and_missing_parts_are_drawn(truth, tmp_path):
+    light = _demo(tmp_path / "a.png", truth, theme=figure.LIGHT, seg=None, label=None, title="A title", footer="A note")
+    assert (_pixels(light)[:4] == 255).all()
+    dark = _demo(tmp_path / "b.png", truth, label=None)
+    assert (_pixels(dark)[:4] == 0).all()
+
+
+def test_pyplot_is_not_touched(truth, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert _demo(tmp_path / "a.png", truth).is_file()
+
+
+def test_faults_are_told(truth, tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="radiological, neurological"):
+        _demo(tmp_path / "a.png", truth, convention="other")
+    with pytest.raises(InputError, match="nothing above 0"):
+        _demo(tmp_path / "a.png", Volume(truth.data * 0, truth.affine))
+    with pytest.raises(ResourceError, match="folder is missing"):
+        _demo(tmp_path / "none" / "a.png", truth)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ResourceError, match="pip install matplotlib"):
+        _demo(tmp_path / "a.png", truth)
+    assert list(tmp_path.iterdir()) == []

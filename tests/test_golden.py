@@ -1,0 +1,186 @@
+"""Networks, losses and gradients against what the original's own code computed (tests/golden/README.md)."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastsrgan import losses
+from fastsrgan.weights import load_critic, load_generator, read_spec
+
+GOLDEN = Path(__file__).parent / "golden"
+VARIANTS = {
+    "residual": ("plain", 4, True, False, 0),
+    "nn_residual": ("plain", 2, False, False, 0),
+    "cond": ("plain", 2, True, True, 0),
+    "residual_mask3": ("plain", 2, True, False, 3),
+    "u_net": ("unet", 3, True, False, 0),
+    "u_net_nn_residual": ("unet", 2, False, False, 0),
+    "u_net_cond": ("unet", 2, True, True, 0),
+    "u_net_cond_nn_residual": ("unet", 2, False, True, 0),
+}
+LAMBDA_GP, LAMBDA_ADV, LR, BETAS = 10.0, 1e-3, 1e-4, (0.5, 0.999)
+
+
+def golden(variant):
+    """Path of the weights and the arrays of one variant."""
+    with np.load(GOLDEN / f"io_{variant}.npz") as file:
+        return GOLDEN / f"weights_{variant}.h5", dict(file)
+
+
+def tensor(array):
+    return torch.from_numpy(np.asarray(array, np.float32))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_architecture_is_read_from_the_file(variant):
+    generator, critic = read_spec(GOLDEN / f"weights_{variant}.h5")
+    assert tuple(generator.to_dict().values()) == VARIANTS[variant]
+    assert (critic is None) == (variant == "u_net_cond")
+    if critic:
+        assert (critic.depth, critic.in_channels) == (5, generator.out_channels)
+        assert critic.conditional == generator.conditional
+
+
+@pytest.mark.parametrize("form", ["fast", "reference"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generators_give_the_originals_output(variant, form):
+    path, io = golden(variant)
+    wanted = io["g_output"]
+    if variant == "u_net_cond":
+        wanted = wanted[:, [0, 2]]  # the original subtracts from its resolution input too: one channel more
+    with torch.no_grad():
+        got = load_generator(path, form)(tensor(io["g_input"]), float(io.get("g_res", 0))).numpy()
+    assert got.shape == wanted.shape
+    assert np.abs(got - wanted).max() <= 5e-5
+
+
+def test_the_residual_conditional_unet_is_loaded_with_a_note(caplog):
+    with caplog.at_level(logging.WARNING, "fastsrgan"):
+        load_generator(GOLDEN / "weights_u_net_cond.h5")
+        load_generator(GOLDEN / "weights_u_net_cond_nn_residual.h5")
+    assert len(caplog.messages) == 1
+    assert "weights_u_net_cond.h5: residual conditional U-Net" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "u_net_cond"])
+def test_critics_give_the_originals_scores(variant):
+    path, io = golden(variant)
+    with torch.no_grad():
+        got = load_critic(path)(tensor(io["d_input"]), float(io.get("g_res", 0))).numpy()
+    assert got.shape == (1, 1)
+    assert np.abs(got - io["d_output"]).max() <= 5e-6
+
+
+# --- losses, gradients and updates of one training iteration -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def step():
+    with np.load(GOLDEN / "losses" / "losses.npz") as file:
+        return dict(file)
+
+
+def by_original_name(network):
+    """Original weight name (LAYER/LEAF) -> our parameter."""
+    from fastsrgan.keras_h5 import weight_names
+
+    parameters = dict(network.named_parameters())
+    return {name: parameters[ours] for ours, name in weight_names(network.spec).items()}
+
+
+def to_keras(t):
+    return t.detach().permute(2, 3, 4, 1, 0).numpy() if t.ndim == 5 else t.detach().numpy()
+
+
+def assert_gradients(network, names, step, prefix):
+    parameters = by_original_name(network)
+    assert list(parameters) == [str(n) for n in names]
+    wanted = [step[f"{prefix}_grad_{i:02d}"] for i in range(len(names))]
+    largest = max(np.abs(w).max() for w in wanted)
+    for name, want in zip(names, wanted, strict=True):
+        got = to_keras(parameters[str(name)].grad)
+        # Relative to the array; a few arrays are rounding around 0, those relative to the largest gradient.
+        assert np.abs(got - want).max() <= 1e-4 * max(np.abs(want).max(), 1e-2 * largest), name
+
+
+def load_after(network, names, step, prefix):
+    """Put the original's weights behind its update into ``network``."""
+    parameters = by_original_name(network)
+    with torch.no_grad():
+        for i, name in enumerate(names):
+            array = tensor(step[f"{prefix}_after_{i:02d}"])
+            parameters[str(name)].copy_(array.permute(4, 3, 0, 1, 2) if array.ndim == 5 else array)
+
+
+def assert_updates(network, names, step, prefix, t, epsilon):
+    """The original's first Adam step, its bias correction that of step ``t`` (see the golden README)."""
+    parameters = by_original_name(network)
+    largest = max(p.grad.abs().max().item() for p in parameters.values())
+    scale = LR * np.sqrt(1 - BETAS[1] ** t) / (1 - BETAS[0] ** t)
+    compared = 0
+    for i, name in enumerate(names):
+        start, gradient = (to_keras(x).astype(float) for x in (parameters[str(name)], parameters[str(name)].grad))
+        moved = scale * (1 - BETAS[0]) * gradient / (np.sqrt((1 - BETAS[1]) * gradient**2) + epsilon)
+        clear = np.abs(gradient) > 1e-3 * largest  # elsewhere even the sign may be rounding
+        compared += clear.sum()
+        error = np.abs(start - moved - step[f"{prefix}_after_{i:02d}"])[clear]
+        assert error.max(initial=0) <= 2e-3 * LR, name
+    assert compared > 0.1 * sum(p.numel() for p in parameters.values())
+
+
+def critic_losses(critic, step):
+    """[total, -mean D(real), mean D(fake), gradient penalty], the total with its graph."""
+    real, fake, eps = (tensor(step[k]) for k in ("real", "fake", "eps"))
+    real_term, fake_term = -critic(real).mean(), critic(fake).mean()
+    penalty = losses.gradient_penalty(critic, real, fake, eps.flatten(1), LAMBDA_GP)
+    return [real_term + fake_term + penalty, real_term, fake_term, penalty]
+
+
+def test_charbonnier_and_dice(step):
+    real, fake = tensor(step["real"]), tensor(step["fake"])
+    assert losses.charbonnier(real, fake).item() == pytest.approx(float(step["charbonnier"]), rel=1e-5)
+    assert losses.dice_charbonnier(real, fake).item() == pytest.approx(float(step["dice_loss"]), rel=1e-5)
+
+
+def test_critic_step(step):
+    critic = load_critic(GOLDEN / "losses" / "before.h5")
+    terms = critic_losses(critic, step)
+    assert [t.item() for t in terms] == pytest.approx(list(step["d_losses"]), rel=1e-5)
+    terms[0].backward()
+    assert_gradients(critic, step["d_weight_names"], step, "d")
+    assert_updates(critic, step["d_weight_names"], step, "d", t=2, epsilon=1e-7)
+
+
+def test_scores_on_the_way(step):
+    critic = load_critic(GOLDEN / "losses" / "before.h5")
+    real, fake, eps = (tensor(step[k]) for k in ("real", "fake", "eps"))
+    with torch.no_grad():
+        for key, x in {"d_real": real, "d_fake": fake, "d_interp": losses.interpolate(real, fake, eps)}.items():
+            assert np.abs(critic(x).numpy() - step[key]).max() <= 5e-6
+
+
+def test_generator_step_against_the_updated_critic(step):
+    critic = load_critic(GOLDEN / "losses" / "before.h5")
+    load_after(critic, step["d_weight_names"], step, "d")
+    critic.requires_grad_(False)
+    generator = load_generator(GOLDEN / "losses" / "before.h5")
+    output = generator(tensor(step["g_input"]))
+    assert [output.mean().item(), output.std(unbiased=False).item()] == pytest.approx(
+        list(step["g_out_stats"]), rel=1e-5
+    )
+    adversarial, reconstruction = -critic(output).mean(), losses.charbonnier(output, tensor(step["real"]))
+    total = LAMBDA_ADV * adversarial + reconstruction
+    assert [total.item(), adversarial.item(), reconstruction.item()] == pytest.approx(list(step["g_losses"]), rel=1e-5)
+    total.backward()
+    assert_gradients(generator, step["g_weight_names"], step, "g")
+    assert_updates(generator, step["g_weight_names"], step, "g", t=1, epsilon=1e-8)
+
+
+def test_second_critic_step(step):
+    critic = load_critic(GOLDEN / "losses" / "before.h5")
+    load_after(critic, step["d_weight_names"], step, "d")
+    got = [t.item() for t in critic_losses(critic, step)]
+    assert got == pytest.approx(list(step["d_losses_second_step"]), rel=1e-5)

@@ -1,0 +1,339 @@
+"""Damaged, lying and odd images end as FAULTS.md rows 1 to 8, 11 and 13 say: a clear error or a warning."""
+
+import gzip
+import os
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nifti_files import HEAD, file_bytes, header_of, rigid, write
+
+from fastsrgan import images
+from fastsrgan.errors import FastsrganError, InputError, ResourceError
+from fastsrgan.geometry import Orientation, Volume
+
+MIB = 1 << 20
+LABEL = (HEAD > 450).astype(np.uint8)
+
+
+def refused(path, match, read=images.load, **options):
+    """Reading ends in one clear line with exit code 3, having cost little memory."""
+    tracemalloc.start()
+    with pytest.raises(InputError, match=match) as caught:
+        read(path, **options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+    assert str(path)[:-4] in str(caught.value)
+    assert peak < 40 * MIB
+
+
+# Files that are damaged
+
+
+def test_every_truncation_of_a_gzip_image_is_found(tmp_path):
+    whole = write(tmp_path / "w.nii.gz").read_bytes()
+    path = tmp_path / "cut.nii.gz"
+    for keep in [*range(1, len(whole), 37), *range(len(whole) - 9, len(whole))]:
+        path.write_bytes(whole[:keep])
+        refused(path, "truncated" if keep > 1 else "not a NIfTI")
+
+
+@pytest.mark.parametrize("name", ["cut.nii", "cut.img"])
+def test_every_truncation_of_a_plain_image_is_found(tmp_path, name):
+    path = write(tmp_path / name)
+    whole = path.read_bytes()
+    for keep in (len(whole) - 1, len(whole) // 2, 5):
+        path.write_bytes(whole[:keep])
+        refused(path, "truncated")
+
+
+def test_a_gzip_that_ends_well_but_too_early_is_truncated(tmp_path):
+    path = tmp_path / "short.nii.gz"
+    path.write_bytes(gzip.compress(file_bytes()[:-2]))
+    refused(path, "truncated: the header declares 772 bytes, the file holds 770 bytes")
+
+
+@pytest.mark.parametrize(("at", "what"), [(-8, "checksum"), (-4, "checksum"), (40, "gzip|truncated")])
+def test_a_wrong_crc_length_or_byte_is_found(tmp_path, at, what):
+    path = write(tmp_path / "crc.nii.gz")
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 0x55
+    path.write_bytes(raw)
+    refused(path, what)
+    refused(path, what, images.load_stored)
+    refused(path, what, images.load_label)
+
+
+def test_the_trailer_is_read_also_behind_the_chosen_volume(tmp_path):
+    path = write(tmp_path / "series.nii.gz", np.stack([HEAD] * 4, axis=-1))
+    raw = bytearray(path.read_bytes())
+    raw[-6] ^= 1
+    path.write_bytes(raw)
+    refused(path, "checksum", volume=0)
+
+
+def test_more_data_than_declared_is_refused_and_padding_told(tmp_path):
+    slice_bytes = 6 * 5 * 2
+    for name, pack in (("more.nii", bytes), ("more.nii.gz", gzip.compress)):
+        path = tmp_path / name
+        path.write_bytes(pack(file_bytes() + bytes(slice_bytes - 1)))
+        assert images.load(path).warnings == ("59 bytes behind the last voxel were ignored",)
+        for extra in (slice_bytes, 5000):
+            path.write_bytes(pack(file_bytes() + bytes(extra)))
+            refused(path, "more data than the 7 x 6 x 5 voxels")
+    path.write_bytes(gzip.compress(file_bytes()) + b"garbage")
+    assert images.load(path).warnings == ("7 bytes behind the gzip data were ignored",)
+
+
+# Headers that lie
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize(
+    ("version", "shape"), [(1, (32767, 32767, 32767)), (2, (2**21, 2**21, 4)), (2, (2**40, 2**40, 2**40))]
+)
+def test_a_header_that_claims_tebibytes_is_refused_at_no_cost(tmp_path, suffix, version, shape):
+    block = header_of((1, 1, 1), "i2", rigid(), version=version, dim=(slice(1, 4), shape)) + bytes(100)
+    path = tmp_path / f"lie{suffix}"
+    path.write_bytes(gzip.compress(block) if suffix == ".nii.gz" else block)
+    refused(path, "truncated: the header declares .*iB")
+
+
+def bomb(path, header: bytes, zeros: int):
+    """A valid gzip image of zeros: members of 16 MiB, packed once."""
+    piece = gzip.compress(bytes(16 * MIB), 9)
+    path.write_bytes(gzip.compress(header) + piece * (zeros // (16 * MIB)))
+    return path
+
+
+def test_a_gzip_bomb_is_refused_without_unpacking(tmp_path):
+    header = header_of((704, 704, 704), "i2", rigid())
+    path = bomb(tmp_path / "bomb.nii.gz", header + b"\0\0\0\0", 704 * MIB)
+    assert path.stat().st_size < MIB
+    refused(path, "gzip bomb.*gunzip")
+
+
+def test_a_bomb_behind_a_modest_header_is_refused_after_one_slice(tmp_path):
+    path = bomb(tmp_path / "tail.nii.gz", file_bytes(), 704 * MIB)
+    refused(path, "more data than")
+
+
+def test_max_voxels_limits_what_is_read(tmp_path):
+    path = write(tmp_path / "m.nii.gz")
+    refused(path, "7 x 6 x 5 voxels are more than the limit of 209.*--max-voxels", max_voxels=209)
+    assert images.load(path, max_voxels=210).data.size == 210
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"dim": (0, 0)}, "impossible dimensions"),
+        ({"dim": (0, 9)}, "impossible dimensions"),
+        ({"dim": (2, -6)}, "impossible dimensions"),
+        ({"dim": (3, 0)}, "impossible dimensions"),
+        ({"dim": (0, 2)}, "2-D image"),
+        ({"dim": (slice(0, 6), (5, 7, 6, 5, 1, 3))}, "5-D image .*vectors or channels"),
+        ({"datatype": 128}, "RGB voxels"),
+        ({"datatype": 2304}, "RGBA"),
+        ({"datatype": 32}, "complex.*magnitude"),
+        ({"datatype": 1792}, "complex"),
+        ({"datatype": 1}, "1-bit"),
+        ({"datatype": 1536}, "128-bit"),
+        ({"datatype": 77}, "unknown type 77"),
+        ({"vox_offset": np.nan}, "offset"),
+        ({"vox_offset": 100}, "offset 100 is impossible"),
+        ({"vox_offset": 1e30}, "truncated"),
+        ({"scl_slope": np.inf}, "scaling"),
+        ({"scl_inter": np.nan}, "scaling"),
+        ({"magic": b"ni1"}, "separate .img"),
+        ({"magic": b"abc"}, "no NIfTI mark"),
+    ],
+)
+def test_impossible_headers_are_refused(tmp_path, fields, match):
+    refused(write(tmp_path / "h.nii", **fields), match)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"), [({"bitpix": 8}, "bitpix is 8"), ({"vox_offset": 0}, "352"), ({"xyzt_units": 5}, "code 5")]
+)
+def test_harmless_slips_of_a_header_are_told(tmp_path, fields, match):
+    volume = images.load(write(tmp_path / "slip.nii", **fields))
+    np.testing.assert_array_equal(volume.data, HEAD)
+    assert [w for w in volume.warnings if match in w]
+
+
+# What is no image
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    contents = {
+        "empty.nii.gz": (b"", "empty"),
+        "text.nii": (b"hello, this is no image" * 40, "not a NIfTI image"),
+        "tiny.nii": (b"\x5c\x01\0\0", "truncated: 4 bytes"),
+        "dicom.nii": (bytes(128) + b"DICM" + bytes(600), "DICOM"),
+        "head.nii.gz": (gzip.compress(b"\0\0\0\1\0\0\1\0" + bytes(600)), "MGH"),
+        "x.nii.bz2": (b"BZh91AY&SY" + bytes(20), "bzip2"),
+        "crlf.nii": (header_of((1, 1, 1), "u1", version=2).replace(b"\r\n\x1a\n", b"\n\x1a\n\0") + bytes(9), "mark"),
+    }
+    for name, (content, match) in contents.items():
+        (tmp_path / name).write_bytes(content)
+        refused(tmp_path / name, match)
+    (tmp_path / "folder.nii").mkdir()
+    refused(tmp_path / "folder.nii", "is a folder")
+    refused(tmp_path / "none.nii.gz", "no such file")
+    os.mkfifo(tmp_path / "pipe.nii")
+    refused(tmp_path / "pipe.nii", "not a regular file")
+    with pytest.raises(InputError):
+        images.load("a\0b.nii")
+    with pytest.raises(InputError):
+        images.load("a" * 5000 + ".hdr")
+
+
+def test_half_a_pair_is_refused_by_name(tmp_path):
+    write(tmp_path / "p.hdr")
+    os.remove(tmp_path / "p.img")
+    refused(tmp_path / "p.hdr", r"other half p\.img is missing")
+
+
+# Odd voxels
+
+
+def test_nan_and_infinite_voxels_are_zero_counted_and_told(tmp_path):
+    data = HEAD.astype(np.float64)
+    data[0, 0, 0], data[1, 2, 3], data[6, 5, 4], data[2, 2, 2] = np.nan, np.inf, -np.inf, 1e300
+    path = write(tmp_path / "nan.nii.gz", data)
+    for volume in (images.load(path), images.load_stored(path)[3]):
+        assert volume.meta["nan_count"] == 4
+        assert "4 of 210 voxels are NaN or infinite: read as 0" in volume.warnings
+        assert np.isfinite(volume.data).all()
+        assert volume.data[1, 2, 3] == volume.data[2, 2, 2] == 0
+        assert volume.data[3, 3, 3] == HEAD[3, 3, 3]
+
+
+def test_all_nan_is_refused_and_constant_and_negative_images_are_told(tmp_path):
+    path = write(tmp_path / "a.nii", np.full((3, 3, 3), np.nan, np.float32))
+    refused(path, "every voxel is NaN")
+    refused(path, "every voxel is NaN", images.load_stored)
+    assert "the image is constant: every voxel is 5" in images.load(write(path, np.full((3, 3, 3), 5))).warnings
+    lowest = int(HEAD.min()) - 800
+    assert f"intensities are negative, down to {lowest}" in images.load(write(path, HEAD - np.int16(800))).warnings
+    scaled = images.load_stored(write(path, HEAD, slope=-2.0, inter=100.0))[3]
+    assert any(f"down to {100 - 2 * HEAD.max()}" in w for w in scaled.warnings)
+
+
+def test_scaling_that_overflows_is_refused_for_the_store(tmp_path):
+    refused(write(tmp_path / "o.nii", HEAD, slope=3e38), "overflows", images.load_stored)
+
+
+def test_no_memory_is_a_resource_error(tmp_path, monkeypatch):
+    def empty(*_, **__):
+        raise MemoryError
+
+    path = write(tmp_path / "m.nii")
+    monkeypatch.setattr(np, "empty", empty)
+    with pytest.raises(ResourceError, match="not enough memory for 7 x 6 x 5 voxels, 840 bytes"):
+        images.load(path)
+
+
+# Labels
+
+
+def image_of(shape=HEAD.shape, affine=None):
+    return Volume(np.zeros(shape, np.float32), rigid() if affine is None else affine)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", "i8", "f4", "f8"])
+def test_labels_are_whole_numbers_whatever_their_type(tmp_path, dtype):
+    path = write(tmp_path / "l.nii.gz", (LABEL * 3).astype(dtype))
+    label = images.load_label(path, image_of())
+    assert label.data.dtype == np.uint8
+    np.testing.assert_array_equal(label.data, LABEL * 3)
+    assert label.meta["values"] == [0, 3]
+    assert label.warnings == ()
+    scaled = images.load_label(write(path, LABEL * np.uint8(255), slope=1 / 255))
+    np.testing.assert_array_equal(scaled.data, LABEL)
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [(0.5, "fractions such as 0.5"), (np.nan, "NaN"), (np.inf, "NaN or inf"), (-1, "-1"), (256, "256"), (7, r"\[7\]")],
+)
+def test_labels_that_are_none_are_refused(tmp_path, value, match):
+    data = LABEL.astype(np.float32)
+    data[6, 5, 4] = value
+    refused(write(tmp_path / "l.nii.gz", data), match, images.load_label, values=[0, 1])
+
+
+def test_an_empty_label_is_told(tmp_path):
+    assert "every voxel is 0" in images.load_label(write(tmp_path / "e.nii", LABEL * 0)).warnings[0]
+
+
+def test_a_label_on_another_grid_is_refused_with_both_grids(tmp_path):
+    path = write(tmp_path / "l.nii.gz", LABEL)
+    shifted, turned = rigid(), rigid(turn=(0.3, -0.2, 0.51))
+    shifted[0, 3] += 0.01
+    for like in (image_of((7, 6, 4)), image_of((6, 7, 5)), image_of(affine=shifted), image_of(affine=turned)):
+        refused(path, "grid.*label 7 x 6 x 5 voxels of .* mm, axes .*; image .*nearest", images.load_label, like=like)
+    near = rigid()
+    near[0, 3] += 0.0005
+    assert images.load_label(path, image_of(affine=near)).warnings == ()
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 2, 0), (2, 1, 0), (0, 2, 1)])
+@pytest.mark.parametrize("flips", [(False, False, False), (True, False, True), (False, True, False)])
+def test_a_label_stored_in_another_order_comes_back_on_the_image(tmp_path, axes, flips):
+    turn = Orientation(axes, flips)
+    path = write(tmp_path / "t.nii.gz", turn.apply(LABEL), turn.affine(rigid(), LABEL.shape))
+    label = images.load_label(path, image_of())
+    np.testing.assert_array_equal(label.data, LABEL)
+    np.testing.assert_array_equal(label.affine, rigid())
+    assert all(stride > 0 for stride in label.data.strides)
+    assert ("reoriented" in "".join(label.warnings)) == (turn != Orientation())
+
+
+# Anything at all
+
+
+BASE = file_bytes()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 351), st.integers(0, 255)), max_size=6), st.integers(0, len(BASE)), st.booleans()
+)
+def test_any_header_ends_in_a_volume_or_a_clear_error(tmp_path_factory, edits, keep, cut):
+    raw = bytearray(BASE)
+    for at, value in edits:
+        raw[at] = value
+    path = tmp_path_factory.getbasetemp() / "fuzz.nii"
+    path.write_bytes(raw[:keep] if cut else raw)
+    for read in (images.load, images.load_stored, images.load_label):
+        try:
+            result = read(path)
+        except FastsrganError as error:
+            assert error.exit_code == 3
+            continue
+        volume = result[3] if isinstance(result, tuple) else result
+        assert np.isfinite(volume.data).all()
+        assert np.isfinite(volume.affine).all()
+        assert abs(np.linalg.det(volume.affine)) > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2000), st.integers(1, 255))
+def test_any_flipped_byte_of_a_gzip_is_found_or_harmless(tmp_path_factory, at, flip):
+    raw = bytearray(gzip.compress(BASE, 6, mtime=0))
+    at %= len(raw)
+    raw[at] ^= flip
+    path = tmp_path_factory.getbasetemp() / "flip.nii.gz"
+    path.write_bytes(raw)
+    try:
+        volume = images.load(path)
+    except InputError:
+        return
+    np.testing.assert_array_equal(volume.data, HEAD)
+    assert at < 10  # time, system and flags of the gzip header are covered by no checksum

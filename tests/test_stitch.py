@@ -1,0 +1,146 @@
+"""Overlap-add: ones in, ones out; tiles of a volume give the volume; precision, order, symmetry."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tiles import numbered, plans
+
+from fastsrgan import stitch, tiles
+from fastsrgan.errors import UsageError
+
+WINDOWS = st.sampled_from(sorted(stitch.WINDOWS))
+
+
+def tiles_of(volume: torch.Tensor, plan: tiles.TilePlan) -> torch.Tensor:
+    return tiles.gather(tiles.pad(volume, plan), plan, range(len(plan)))
+
+
+def naive(tiles_N1: torch.Tensor, plan: tiles.TilePlan, window: str) -> np.ndarray:
+    """The textbook form in float64: weighted sum over sum of weights."""
+    w = stitch.WINDOWS[window]
+    weight = np.einsum("x,y,z->xyz", *(w(p) for p in plan.patch))
+    total, count = np.zeros(plan.padded_shape), np.zeros(plan.padded_shape)
+    for tile, origin in zip(tiles_N1[:, 0].double().numpy(), plan, strict=True):
+        at = tuple(slice(o, o + p) for o, p in zip(origin, plan.patch, strict=True))
+        total[at] += weight * tile
+        count[at] += weight
+    return total / count
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans(largest=300), WINDOWS)
+def test_the_windows_over_every_voxel_sum_to_one(plan, window):
+    """Along each axis, in float32 and in the order of the sum: exactly 1."""
+    for n, patch, origins, ws in zip(
+        plan.padded_shape, plan.patch, plan.origins, stitch.weights(plan, window), strict=True
+    ):
+        total = np.zeros(n, np.float32)
+        for o, w in zip(origins, ws, strict=True):
+            assert w.shape == (patch,) and w.dtype == np.float32 and (w > 0).all()
+            total[o : o + patch] += w
+        assert (total == 1).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(plans(largest=28), WINDOWS)
+def test_ones_in_ones_out(plan, window):
+    if len(plan) > 2000:
+        return
+    ones = torch.ones(1, 2, *plan.patch).expand(len(plan), -1, -1, -1, -1)
+    assert torch.equal(stitch.overlap_add(ones, plan, window), torch.ones(2, *plan.padded_shape))
+
+
+@settings(max_examples=50, deadline=None)
+@given(plans(largest=28), WINDOWS)
+def test_the_tiles_of_a_volume_give_the_volume(plan, window):
+    if len(plan) > 2000:
+        return
+    volume = torch.rand(plan.shape, generator=torch.Generator().manual_seed(len(plan)))
+    out = stitch.overlap_add(tiles_of(volume, plan), plan, window)[0]
+    assert torch.allclose(out[plan.crop], volume, rtol=0, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(plans(largest=24), WINDOWS)
+def test_disagreeing_tiles_give_the_windowed_mean(plan, window):
+    if len(plan) > 500:
+        return
+    some = torch.randn(len(plan), 1, *plan.patch, generator=torch.Generator().manual_seed(1))
+    assert np.abs(stitch.overlap_add(some, plan, window)[0].numpy() - naive(some, plan, window)).max() < 3e-6
+
+
+@pytest.mark.parametrize("window", sorted(stitch.WINDOWS))
+def test_flips_commute(window):
+    """Stitching mirrored tiles at mirrored places is the mirrored result, for any unsymmetric plan."""
+    plan = tiles.plan((29, 21, 37), (16, 12, 20), (5, 7, 6))
+    mirrored = tiles.TilePlan(
+        plan.shape,
+        plan.padded_shape,
+        plan.pad_before,
+        plan.patch,
+        tuple(
+            tuple(sorted(n - p - o for o in origins))
+            for n, p, origins in zip(plan.padded_shape, plan.patch, plan.origins, strict=True)
+        ),  # type: ignore[arg-type]
+    )
+    some = torch.randn(len(plan), 2, *plan.patch, generator=torch.Generator().manual_seed(2))
+    flipped = some.flip(0, 2, 3, 4)  # the last tile becomes the first on every axis
+    out = stitch.overlap_add(flipped, mirrored, window).flip(1, 2, 3)
+    assert torch.allclose(out, stitch.overlap_add(some, plan, window), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", sorted(stitch.WINDOWS))
+def test_coverage_of_4096_is_as_exact_as_float32(window):
+    """A flat float32 sum of 13^3 equal terms drifts by 3e-5; counters of 8 bits and half-precision sums fail here."""
+    plan = tiles.plan((31, 31, 31), 16, 1)
+    assert max(np.bincount(np.add.outer(plan.origins[0], np.arange(16)).ravel())) ** 3 == 4096
+    volume = 0.7 + 1e-3 * torch.rand(plan.shape, generator=torch.Generator().manual_seed(3))
+    out = stitch.overlap_add(tiles_of(volume, plan), plan, window)[0]
+    assert (out - volume).abs().max() < 5e-7
+    ones = torch.ones(1, 1, 16, 16, 16).expand(len(plan), -1, -1, -1, -1)
+    assert (stitch.overlap_add(ones, plan, window) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_are_float32_whatever_the_tiles_are(dtype):
+    plan = tiles.plan((40, 24, 24), 16, 3)
+    some = torch.rand(len(plan), 1, *plan.patch, generator=torch.Generator().manual_seed(4)).to(dtype)
+    out = stitch.overlap_add(some, plan)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, stitch.overlap_add(some.float(), plan))
+
+
+def test_batch_sizes_and_reruns_do_not_change_a_bit():
+    plan = tiles.plan((30, 27, 33), 16, (5, 8, 3))
+    some = torch.randn(len(plan), 2, *plan.patch, generator=torch.Generator().manual_seed(5))
+    first = stitch.overlap_add(some, plan, "gaussian")
+    for batch in (1, 7, 64):
+        stitcher = stitch.Stitcher(plan, 2, "gaussian")
+        for part in some.split(batch):
+            stitcher.add(part)
+        assert torch.equal(stitcher.result(), first)
+
+
+def test_unwritten_voxels_would_be_seen():
+    """Sums start at zero although their memory is not cleared by the allocator."""
+    plan = tiles.plan((20, 20, 20), 8, 8)
+    stitcher = stitch.Stitcher(plan, 1)
+    for level in stitcher._levels:
+        level.total.fill_(torch.nan)
+    stitcher.add(tiles_of(numbered(plan.shape), plan))
+    assert torch.allclose(stitcher.result()[0], numbered(plan.shape), rtol=1e-6)
+
+
+def test_the_gaussian_never_vanishes_and_is_symmetric():
+    for n in (8, 64, 128, 512):
+        w = stitch.WINDOWS["gaussian"](n)
+        assert w.min() >= 1e-3 and w.max() <= 1 and np.array_equal(w, w[::-1])
+        centre = np.log(w[n // 2 - 2 : n // 2 + 2])
+        assert np.diff(centre, 2) == pytest.approx(-((8 / n) ** 2), rel=1e-6)  # -1 / sigma^2
+
+
+def test_an_unknown_window_is_refused():
+    with pytest.raises(UsageError, match="constant, gaussian"):
+        stitch.weights(tiles.plan((16, 16, 16), 8, 4), "hann")

@@ -1,0 +1,531 @@
+"""Stores: what a backend has to keep (StoreContract), and what happens to damaged, locked, full and foreign folders."""
+
+import contextlib
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import zarr
+
+from fastsrgan import store_files, store_writer
+from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
+from fastsrgan.store import open_store
+from fastsrgan.store_files import LOCK
+from fastsrgan.store_writer import create_store
+
+OBLIQUE = np.array([[0.9, -0.2, 0.1, -30.0], [0.25, 1.1, -0.3, 12.5], [-0.1, 0.35, 2.9, 7.0], [0, 0, 0, 1]])
+ATTRS = {"source": {"image": {"path": "/a.nii", "sha256": "0" * 64}}, "warnings": ["é"], "bad": float("nan")}
+
+
+def volume(seed=0, shape=(9, 8, 7), dtype=np.int16):
+    random = np.random.default_rng(seed)
+    if np.dtype(dtype).kind == "f":
+        return random.normal(0, 300, shape).astype(dtype)
+    top = min(3000, np.iinfo(dtype).max)
+    return random.integers(max(-200, np.iinfo(dtype).min), top, shape).astype(dtype)
+
+
+def put(writer, name, seed=0, split="Train", label=True, mask=False, image=None, scale=1.0, offset=0.0, attrs=None):
+    image = volume(seed) if image is None else image
+    extra = [(image > np.median(image)).astype(np.uint8) * v if on else None for v, on in ((1, label), (3, mask))]
+    return writer.write(name, split, image, scale, offset, *extra, OBLIQUE, ATTRS if attrs is None else attrs)
+
+
+def make(url, *names, **options):
+    with create_store(url) as writer:
+        for i, name in enumerate(names):
+            put(writer, name, i, **options)
+        writer.finish()
+    return open_store(url)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+class StoreContract:
+    """What every place for a store has to keep. A backend subclasses this with a ``url`` fixture: an empty place."""
+
+    @pytest.fixture
+    def url(self):
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("dtype", ["i2", "u1", "u2", ">i4", "u4", "i8", "f4", "f8", ">i2"])
+    @pytest.mark.parametrize("order", "CF")
+    def test_what_is_written_is_read(self, url, dtype, order):
+        image = np.asarray(volume(1, (5, 67, 3), dtype), order=order)
+        make(url, "a", image=image, scale=0.1, offset=-7.25, mask=True)
+        sample = open_store(url).read("a")
+        kept = image if image.dtype.kind in "iu" else image.astype(np.float32)
+        assert sample.image.dtype == np.float32
+        np.testing.assert_array_equal(sample.image, (kept.astype(float) * 0.1 - 7.25).astype(np.float32))
+        np.testing.assert_array_equal(sample.label, image > np.median(image))
+        np.testing.assert_array_equal(sample.mask, 3 * (image > np.median(image)))
+        np.testing.assert_array_equal(sample.affine, OBLIQUE)
+        assert sample.label.dtype == sample.mask.dtype == np.uint8
+        assert (sample.id, sample.split) == ("a", "Train")
+
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (64, 64, 64), (65, 63, 2), (7, 130, 66)])
+    def test_any_size(self, url, shape):
+        image = volume(2, shape)
+        np.testing.assert_array_equal(make(url, "a", image=image).read("a").image, image)
+
+    def test_what_is_constant_is_written_too(self, url):
+        zeros = np.zeros((70, 5, 5), np.int16)
+        store = make(url, "a", image=zeros)
+        assert not store.read("a").image.any() and store.verify() == []
+
+    def test_regions(self, url):
+        image = volume(3, (70, 20, 66))
+        store = make(url, "a", image=image, scale=0.5)
+        for s in itertools.product(
+            [slice(0, 70), slice(60, 69), slice(69, 70)], [slice(3, 3), slice(5, 20)], [slice(None)]
+        ):
+            np.testing.assert_array_equal(store.read_region("a", "image", s), (image[s] * 0.5).astype(np.float32))
+            np.testing.assert_array_equal(store.read_region("a", "label", s), image[s] > np.median(image))
+        with pytest.raises(InputError, match="no mask"):
+            store.read_region("a", "mask", (slice(1),) * 3)
+        with pytest.raises(InputError, match="no subject b"):
+            store.read("b")
+
+    def test_the_list_of_subjects(self, url):
+        with create_store(url, settings={"dtype": "auto"}) as writer:
+            put(writer, "b", 1, "Test", label=False)
+            put(writer, "a", 2, mask=True)
+            writer.finish()
+        store = open_store(url)
+        a, b = store.subjects
+        assert (a.id, a.split, a.has_label, a.has_mask) == ("a", "Train", True, True)
+        assert (b.id, b.split, b.has_label, b.has_mask) == ("b", "Test", False, False)
+        assert a.shape == (9, 8, 7) and a.raw_bytes == 9 * 8 * 7 * 4 and a.stored_bytes > 0
+        np.testing.assert_allclose(a.spacing, np.sqrt((OBLIQUE[:3, :3] ** 2).sum(0)))
+        assert a.attrs == {**ATTRS, "bad": None}
+        assert store.complete and store.settings == {"dtype": "auto"}
+        assert store.read("b").label is None and store.read("b").mask is None
+
+    def test_an_existing_store_is_kept(self, url):
+        make(url, "a")
+        with pytest.raises(UsageError, match=r"exists, with 1 subjects .--resume"):
+            create_store(url)
+        with pytest.raises(UsageError, match="exclude each other"):
+            create_store(url, resume=True, overwrite=True)
+        with pytest.raises(UsageError, match="dtype None, not int16"):
+            create_store(url, resume=True, settings={"dtype": "int16"})
+        assert open_store(url).verify() == []
+
+    def test_resume_keeps_and_adds(self, url):
+        make(url, "a")
+        with create_store(url, resume=True) as writer:
+            assert list(writer.finished) == ["a"] and writer.intact("a")
+            put(writer, "b", 5)
+            writer.finish()
+        store = open_store(url)
+        assert [s.id for s in store.subjects] == ["a", "b"] and store.verify() == []
+        np.testing.assert_array_equal(store.read("a").image, volume(0))
+
+    def test_overwrite_begins_anew_with_the_first_write(self, url):
+        make(url, "a", "b")
+        with create_store(url, overwrite=True):
+            pass
+        assert [s.id for s in open_store(url).subjects] == ["a", "b"]
+        with create_store(url, overwrite=True) as writer:
+            put(writer, "c", 9)
+            writer.finish()
+        store = open_store(url)
+        assert [s.id for s in store.subjects] == ["c"] and store.verify() == []
+        with pytest.raises(InputError, match="no subject a"):
+            store.read("a")
+
+    def test_an_interrupted_conversion_lists_whole_subjects(self, url):
+        class Stop(Exception):
+            pass
+
+        with contextlib.suppress(Stop), create_store(url) as writer:
+            put(writer, "a")
+            put(writer, "b", 1)
+            raise Stop
+        store = open_store(url)
+        assert [s.id for s in store.subjects] == ["a", "b"] and not store.complete and store.verify() == []
+
+    def test_replacing_a_subject(self, url):
+        make(url, "a", "b")
+        with create_store(url, resume=True) as writer:
+            put(writer, "a", 7, "Test", label=False)
+            writer.finish()
+        store = open_store(url)
+        assert store.read("a").split == "Test" and store.read("a").label is None and store.verify() == []
+        np.testing.assert_array_equal(store.read("a").image, volume(7))
+
+    def test_readers_see_whole_subjects_only(self, url):
+        names = [f"s{i}" for i in range(8)]
+        stop, seen, problems = threading.Event(), set(), []
+
+        def reader():
+            while not stop.is_set():
+                try:
+                    store = open_store(url)
+                except InputError:  # before the first manifest
+                    continue
+                for s in store.subjects:
+                    seen.add(s.id)
+                    if not np.array_equal(store.read(s.id).image, volume(int(s.id[1:]))):
+                        problems.append(s.id)
+
+        threads = [threading.Thread(target=reader) for _ in range(2)]
+        with create_store(url) as writer:
+            for t in threads:
+                t.start()
+            for i, name in enumerate(names):
+                put(writer, name, i)
+            writer.finish()
+        while not seen >= set(names) and all(t.is_alive() for t in threads):
+            time.sleep(0.01)
+        stop.set()
+        for t in threads:
+            t.join()
+        assert not problems and seen == set(names)  # a reader that met an error ended before it saw all
+
+    def test_a_lost_or_shortened_chunk_is_never_zeros(self, url):
+        make(url, "a", "b")
+        keys = store_files.Keys(url, read_only=False)
+        shard = keys.get("b/label/c/0/0/0")
+        keys.drop_one("a/image/c/0/0/0")
+        keys.put("b/label/c/0/0/0", shard[:-60])
+        store = open_store(url)
+        for region in ((slice(None),) * 3, (slice(2),) * 3):
+            with pytest.raises(InputError, match=r"a/image/c/0/0/0: missing .*--resume"):
+                store.read_region("a", "image", region)
+            with pytest.raises(InputError, match="b/label"):
+                store.read_region("b", "label", region)
+        assert [line.split(":")[0] for line in store.verify()] == ["a/image/c/0/0/0", "b/label"]
+        with create_store(url, resume=True) as writer:
+            assert not writer.intact("a") and not writer.intact("b")
+
+    def test_a_newer_format_is_refused(self, url):
+        make(url, "a")
+        keys = store_files.Keys(url, read_only=False)
+        manifest = json.loads(keys.get("manifest.json"))
+        manifest |= {"format": 2, "made_by": "9.1.0", "needs": "9.0.0", "subjects": "in another form"}
+        keys.put("manifest.json", json.dumps(manifest).encode())
+        for action in (lambda: open_store(url), lambda: create_store(url, resume=True), lambda: create_store(url)):
+            with pytest.raises(ModelError, match=r"made by fastsrgan 9\.1\.0, needs >= 9\.0\.0"):
+                action()
+
+    def test_no_store(self, url):
+        with pytest.raises(InputError, match="no fastsrgan store is here"):
+            open_store(url)
+
+    def test_what_cannot_be_stored(self, url):
+        with create_store(url) as writer:
+            for name in ("../a", "a/b", "", ".a", "a\n", "manifest.json", "zarr.json", "é"):
+                with pytest.raises(InputError, match="no subject id"):
+                    put(writer, name)
+            image, label = volume(), np.zeros((9, 8, 7), np.uint8)
+            for bad in (
+                ("a", "Train", image, 1, 0, label[1:], None),
+                ("a", "Train", image, 1, 0, label.astype(int), None),
+                ("a", "Train", image, 1, 0, None, label.astype(bool)),
+                ("a", "Validation", image, 1, 0, None, None),
+                ("a", "Train", image[0], 1, 0, None, None),
+                ("a", "Train", image[:0], 1, 0, None, None),
+                ("a", "Train", np.full((2, 2, 2), np.nan), 1, 0, None, None),
+            ):
+                with pytest.raises(InputError):
+                    writer.write(*bad, OBLIQUE, {})
+            writer.finish()
+        assert open_store(url).subjects == []
+
+
+class TestFolder(StoreContract):
+    @pytest.fixture
+    def url(self, tmp_path):
+        return str(tmp_path / "deep" / "store")
+
+
+class TestMemoryUrl(StoreContract):
+    @pytest.fixture
+    def url(self):
+        return f"memory://{uuid.uuid4().hex}/store"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "store"
+
+
+def test_an_unknown_url_is_a_usage_error():
+    with pytest.raises(UsageError, match="no URL that can be opened"):
+        open_store("nowhere://x")
+
+
+def test_a_file_url_is_a_folder(tmp_path):
+    make((tmp_path / "a b").as_uri(), "x")
+    assert open_store(tmp_path / "a b").verify() == [] and open_store((tmp_path / "a b").as_uri()).read("x")
+
+
+def test_bytes_depend_on_the_subjects_alone(tmp_path):
+    names = [f"s{i}" for i in range(6)]
+    make(tmp_path / "one", *names)
+    with create_store(tmp_path / "two") as writer:
+        threads = [threading.Thread(target=put, args=(writer, n, i)) for i, n in reversed(list(enumerate(names)))]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        writer.finish()
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_the_layout_is_plain_zarr(folder):
+    image = volume(4, (70, 10, 10))
+    make(folder, "a", image=image, scale=2.0)
+    array = zarr.open_group(folder, mode="r")["a/image"]
+    np.testing.assert_array_equal(array[...], image)
+    assert array.attrs["scale"] == 2.0 and array.chunks == (64, 64, 64) and array.shards == (128, 64, 64)
+    assert sorted(tree(folder)) == [
+        *("a/image/c/0/0/0", "a/image/zarr.json", "a/label/c/0/0/0", "a/label/zarr.json", "a/zarr.json"),
+        *("manifest.json", "zarr.json"),
+    ]
+    assert zarr.open_group(folder / "a", mode="r").attrs["affine"] == OBLIQUE.tolist()
+
+
+def test_every_flipped_byte_is_found_and_none_is_read_as_data(folder):
+    make(folder, "a", "b", image=volume(0, (20, 9, 8)))
+    expected = open_store(folder).read("a")
+    files = {key: data for key, data in tree(folder).items() if not key.startswith("b/")}
+    for nth, (key, data) in enumerate(files.items()):
+        for at in range(7 * nth, len(data), 100):
+            (folder / key).write_bytes(data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :])
+            if key == "manifest.json":
+                with pytest.raises(ModelError, match=r"manifest\.json"):
+                    open_store(folder)
+                continue
+            store = open_store(folder)
+            found = store.verify()
+            assert len(found) == 1 and found[0].startswith(key.split("/c/")[0].split("/zarr.json")[0]), (key, at, found)
+            try:
+                sample = store.read("a")
+            except InputError as error:
+                assert key.startswith("a/") and ": a/" in str(error)
+            else:
+                np.testing.assert_array_equal(sample.image, expected.image)
+                np.testing.assert_array_equal(sample.label, expected.label)
+        (folder / key).write_bytes(data)
+    assert open_store(folder).verify() == []
+
+
+def test_the_damaged_chunk_is_named_and_the_others_are_read(folder):
+    image = volume(5, (70, 70, 70))
+    make(folder, "a", image=image, label=False)
+    shard = folder / "a/image/c/0/0/0"
+    raw = bytearray(shard.read_bytes())
+    index = np.frombuffer(raw[-8 * 16 - 4 : -4], "<u8").reshape(2, 2, 2, 2)
+    raw[int(index[1, 0, 1, 0]) + 30] ^= 1
+    shard.write_bytes(raw)
+    store = open_store(folder)
+    assert store.verify() == ["a/image: chunk (1, 0, 1) is damaged (crc32c)"]
+    with pytest.raises(InputError, match=r"a/image: chunk \(1, 0, 1\) is damaged"):
+        store.read("a")
+    left = (slice(0, 64),) * 3
+    np.testing.assert_array_equal(store.read_region("a", "image", left), image[left])
+
+
+def test_a_chunk_missing_inside_a_shard_is_found(folder):
+    make(folder, "a", image=volume(5, (70, 5, 5)), label=False)
+    zarr.open_array(folder / "a/image", mode="r+")[64:] = 0  # zarr drops chunks that hold only the fill value
+    store = open_store(folder)
+    assert len(store.verify()) == 1
+    for region in ((slice(None),) * 3, (slice(66, 68), slice(2), slice(2))):
+        with pytest.raises(InputError, match="a/image"):
+            store.read_region("a", "image", region)
+
+
+def test_a_swapped_file_is_found(folder):
+    make(folder, "a", "b", image=volume(3))
+    one, other = folder / "a/label/zarr.json", folder / "a/image/zarr.json"
+    text = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    assert open_store(folder).verify() == ["a/label/zarr.json: damaged"]
+    with pytest.raises(InputError, match="a/label"):
+        open_store(folder).read("a")
+    one.write_bytes(text)
+    (folder / "a").rename(folder / "gone")
+    assert len(open_store(folder).verify()) == 5
+
+
+def test_foreign_folders_are_refused_and_left_alone(folder, tmp_path):
+    for name, inside in (
+        ("photos", "cat.jpg"),
+        ("web", "manifest.json"),
+        ("zarr", "zarr.json"),
+        ("deep", "image/c/0/0/1"),
+    ):
+        place = tmp_path / name
+        (place / inside).parent.mkdir(parents=True)
+        (place / inside).write_text("{}")
+        before = tree(place)
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            if name == "web" and "overwrite" in options:
+                continue
+            with pytest.raises((UsageError, ModelError)):
+                create_store(place, **options)
+            assert tree(place) == before
+    zarr.create_group(tmp_path / "other/image")
+    before = tree(tmp_path / "other")
+    with pytest.raises(UsageError, match="no fastsrgan store"):
+        create_store(tmp_path / "other", overwrite=True)
+    assert tree(tmp_path / "other") == before
+
+
+def test_a_url_that_holds_something_else_is_refused():
+    url = f"memory://{uuid.uuid4().hex}"
+    keys = store_files.Keys(url, read_only=False)
+    keys.put("thesis/chapter1.tex", b"x")
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(UsageError, match="it holds thesis"):
+            create_store(url, **options)
+    assert keys.get("thesis/chapter1.tex") == b"x" and keys.names() == ["thesis"]
+
+
+def test_overwriting_and_finishing_spare_what_is_not_ours(folder):
+    make(folder, "a")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "mine.txt").write_text("keep")
+    (folder / "a.lst").write_text("keep")
+    with create_store(folder, overwrite=True) as writer:
+        put(writer, "b")
+        writer.finish()
+    assert (folder / "notes/mine.txt").exists() and (folder / "a.lst").exists() and not (folder / "a").exists()
+
+
+def test_what_a_killed_run_leaves_is_removed_at_the_end(folder):
+    make(folder, "a")
+    clean = tree(folder)
+    (folder / ".manifest.tmp-1-abc.json").write_text("half")
+    (folder / "zarr.0123abcd.partial").write_text("half")
+    (folder / "b/image/c/0/0").mkdir(parents=True)
+    (folder / "b/image/c/0/0/0.0123.partial").write_text("half")
+    (folder / "c").mkdir()
+    with create_store(folder, resume=True) as writer:
+        writer.finish()
+    assert tree(folder) == clean and not (folder / "c").exists() and not (folder / "b").exists()
+
+
+def test_nothing_is_made_before_the_first_write(folder):
+    with create_store(folder):
+        pass
+    assert not folder.exists()
+
+
+def test_a_file_or_no_permission_in_place_of_the_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ResourceError):
+        create_store(tmp_path / "file")
+    with pytest.raises(ResourceError):
+        create_store(tmp_path / "file" / "below")
+    with pytest.raises(InputError, match="no fastsrgan store"):
+        open_store(tmp_path / "file")
+
+
+def _hold(folder, ready):
+    writer = create_store(folder)
+    put(writer, "a")
+    ready.set()
+    signal.pause()
+
+
+def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_taken_over(folder, caplog):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=_hold, args=(folder, ready))
+    process.start()
+    assert ready.wait(200)
+    with pytest.raises(ResourceError, match=f"is being written by process {process.pid} on {socket.gethostname()}"):
+        create_store(folder, resume=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert (folder / LOCK).exists()
+    with caplog.at_level(logging.WARNING, "fastsrgan"), create_store(folder, resume=True) as writer:
+        assert f"process {process.pid} on {socket.gethostname()} did not end properly" in caplog.text
+        assert list(writer.finished) == ["a"]
+        with pytest.raises(ResourceError, match="is being written by process"):
+            create_store(folder, resume=True)
+    assert not (folder / LOCK).exists()
+
+
+def test_a_lock_from_another_host_is_respected(folder):
+    make(folder, "a")
+    (folder / LOCK).write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    with pytest.raises(ResourceError, match=f"locked by process 1 on elsewhere .*delete .*{LOCK}"):
+        create_store(folder, resume=True)
+    assert (folder / LOCK).exists()
+    (folder / LOCK).write_text("")
+    create_store(folder, resume=True).close()
+
+
+def test_a_lock_behind_a_url(caplog):
+    url = f"memory://{uuid.uuid4().hex}/store"
+    with create_store(url), pytest.raises(ResourceError, match="is being written by process"):
+        create_store(url)
+    keys = store_files.Keys(url, read_only=False)
+    assert keys.get(LOCK) is None
+    keys.put(LOCK, json.dumps({"pid": 2**22 + 1, "host": socket.gethostname()}).encode())
+    with create_store(url):
+        assert "did not end properly" in caplog.text
+
+
+def test_the_disk_is_asked_before_writing(folder, monkeypatch):
+    make(folder, "a")
+    before = tree(folder)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(store_files.shutil, "disk_usage", lambda _: usage(9, 9, 300_000))
+    with create_store(folder, resume=True) as writer:
+        for name in ("b", "a"):
+            with pytest.raises(ResourceError, match="no space left on the disk: needs 1 MiB, 0 MiB free"):
+                put(writer, name)
+    assert {**tree(folder), "manifest.json": b""} == {**before, "manifest.json": b""}
+    assert [s.id for s in open_store(folder).subjects] == ["a"]
+
+
+def test_a_disk_that_fills_up_leaves_the_finished_subjects(folder):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = np.random.default_rng(0).integers(-(2**15), 2**15, (60, 60, 60)).astype(np.int16)
+    with create_store(folder) as writer:
+        put(writer, "a")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # a write beyond fails, as on a full disk
+        try:
+            with pytest.raises(ResourceError, match="no space left"):
+                put(writer, "b", image=noise)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    store = open_store(folder)
+    assert [s.id for s in store.subjects] == ["a"] and store.verify() == []
+    assert sorted(p.name for p in folder.iterdir()) == ["a", "manifest.json", "zarr.json"]
+
+
+def test_a_large_manifest_is_replaced_less_often_and_ends_complete(folder, monkeypatch):
+    monkeypatch.setattr(store_writer, "_LARGE", 0)
+    clock = itertools.count()  # every look at the clock is one second later than the one before
+    monkeypatch.setattr(store_writer, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    listed = []
+    with create_store(folder) as writer:
+        for i in range(30):
+            put(writer, f"s{i}")
+            listed.append(len(open_store(folder).subjects))
+        writer.finish()
+    assert 0 < len(set(listed)) - 1 < 15 and listed == sorted(listed)
+    store = open_store(folder)
+    assert len(store.subjects) == 30 and store.complete and store.verify() == []

@@ -1,0 +1,248 @@
+"""Tables: what is read, and that every fault is told at once."""
+
+import os
+import re
+from pathlib import PurePosixPath
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastsrgan.errors import InputError
+from fastsrgan.table import read_list, read_table, subject_ids
+
+HEADER = "HR_image,Label_image,Base"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images a to e with labels, as empty files: a table does not open them."""
+    for name in "abcde":
+        (tmp_path / f"{name}.nii.gz").touch()
+        (tmp_path / f"{name}_seg.nii").touch()
+    return tmp_path
+
+
+def table(folder, *rows, header=HEADER, name="table.csv"):
+    path = folder / name
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf8")
+    return path
+
+
+def faults_of(path, **options):
+    with pytest.raises(InputError) as caught:
+        read_table(path, **options)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_originals_table(folder):
+    path = table(folder, "a.nii.gz,a_seg.nii,Train", f"{folder}/b.nii.gz,{folder}/b_seg.nii,Test")
+    first, second = read_table(path)
+    assert (first.line, first.base, first.subject) == (2, "Train", "a")
+    assert (first.image, first.label, first.mask) == (folder / "a.nii.gz", folder / "a_seg.nii", None)
+    assert (second.line, second.base, second.image) == (3, "Test", folder / "b.nii.gz")
+
+
+PLAIN = f"{HEADER}\na.nii.gz,a_seg.nii,Train\nb.nii.gz,b_seg.nii,Test\n"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\xef\xbb\xbf" + PLAIN.encode(),
+        PLAIN.replace("\n", "\r\n").encode(),
+        PLAIN.replace("\n", "\r").encode(),
+        PLAIN.replace(",", ";").encode(),
+        PLAIN.replace(",", "\t").encode(),
+        PLAIN.replace(",", " , ").encode(),
+        PLAIN.encode("utf-16"),
+        PLAIN.rstrip("\n").encode(),
+        "\n".join(line + ",x" for line in PLAIN.splitlines()).encode(),
+        re.sub("[^,\n]+", lambda m: f'"{m.group()}"', PLAIN).encode(),
+    ],
+    ids=["bom", "crlf", "cr", "semicolon", "tab", "blanks", "utf16", "no-last-newline", "extra-column", "quoted"],
+)
+def test_every_way_to_write_the_same_table(folder, raw):
+    plain = read_table(table(folder, *PLAIN.splitlines()[1:]))
+    (folder / "other.csv").write_bytes(raw)
+    assert read_table(folder / "other.csv") == plain
+
+
+def test_blank_lines_are_skipped_and_line_numbers_stay(folder):
+    path = table(folder, "", "a.nii.gz,a_seg.nii,Train", " , , ", "b.nii.gz,b_seg.nii,Test")
+    assert [row.line for row in read_table(path)] == [3, 5]
+
+
+def test_commas_and_blanks_in_quoted_paths(folder):
+    (folder / "a, b.nii.gz").touch()
+    assert read_table(table(folder, '"a, b.nii.gz",a_seg.nii,Train'))[0].image == folder / "a, b.nii.gz"
+    assert "line 2: 4 fields under 3 columns" in faults_of(table(folder, "a, b.nii.gz,a_seg.nii,Train"))
+
+
+def test_column_order_and_masks(folder):
+    rows = ["Test,c.nii.gz,a.nii.gz,a_seg.nii", "Train,,b.nii.gz,b_seg.nii"]
+    path = table(folder, *rows, header="Base,Mask_image,HR_image,Label_image")
+    assert [row.mask for row in read_table(path)] == [folder / "c.nii.gz", None]
+
+
+@pytest.mark.parametrize("base", ["{}/data/", "{}/data", "{}/da"])
+def test_base_path_is_put_before_every_path(folder, base):
+    (folder / "data").mkdir()
+    for name in ("x.nii.gz", "x_seg.nii"):
+        (folder / "data" / name).touch()
+    start = "ta/" if base.endswith("da") else "/" if base.endswith("data") else ""
+    path = table(folder, f"{start}x.nii.gz,{start}x_seg.nii,Train")
+    assert read_table(path, base_path=base.format(folder))[0].image == folder / "data" / "x.nii.gz"
+    both = table(folder, f"x.nii.gz,{folder}/a_seg.nii,Train")
+    assert read_table(both, base_path=f"{folder}/data")[0].label == folder / "a_seg.nii"
+
+
+def test_relative_paths_beside_the_table_then_in_the_current_folder(folder, tmp_path, monkeypatch):
+    inner = folder / "inner"
+    inner.mkdir()
+    (inner / "a.nii.gz").touch()
+    monkeypatch.chdir(folder)
+    row = read_table(table(inner, "a.nii.gz,a_seg.nii,Train"))[0]
+    assert (row.image, row.label) == (inner / "a.nii.gz", folder / "a_seg.nii")
+
+
+def test_all_faults_at_once(folder):
+    path = table(
+        folder,
+        "missing.nii.gz,a_seg.nii,Train",
+        ",b_seg.nii,Tets",
+        "c.nii.gz,,",
+        "d.nii.gz,d_seg.nii,Train,more",
+        "e.nii.gz,e_seg.nii,Train",
+        "./e.nii.gz,e_seg.nii,Train",
+        "../" + folder.name + "/e.nii.gz,d_seg.nii,Test",
+        "b.nii.gz,b_seg.nii,Validation",
+    )
+    told = faults_of(path)
+    for expected in (
+        "9 faults",
+        "line 2: HR_image missing.nii.gz: no such file",
+        "line 3: HR_image is empty",
+        "line 3: Base is 'Tets', did you mean Test?",
+        "line 4: Label_image is empty",
+        "line 4: Base is ''",
+        "line 5: 4 fields",
+        "line 7: HR_image e.nii.gz is already named at line 6",
+        "line 8: HR_image e.nii.gz is in Test, and in Train at line 6",
+        "line 9: Base is 'Validation', Train or Test is allowed",
+        "--base-path",
+    ):
+        assert expected in told
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ("HR_image,Label,Base", "no column Label_image"),
+        ("hr_image,Label_image,Base", "no column HR_image, did you mean it by hr_image?"),
+        ("HR_image,Label_image", "no column Base"),
+        ("HR_image,Label_image,Base,Base", "column Base twice"),
+        ("a.nii.gz,a_seg.nii,Train", "3 faults"),
+    ],
+)
+def test_header_faults(folder, header, expected):
+    assert expected in faults_of(table(folder, "a.nii.gz,a_seg.nii,Train", header=header))
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b"", "is empty"),
+        (b"\n\n", "is empty"),
+        (HEADER.encode(), "no row below the header"),
+        (f"{HEADER}\né.nii,a_seg.nii,Train".encode("latin-1"), "not UTF-8"),
+        (b"\x1f\x8b\x08\x00\x00", "not UTF-8"),
+        (b"HR_image\0", "not text"),
+    ],
+)
+def test_what_is_no_table(folder, raw, expected):
+    (folder / "t.csv").write_bytes(raw)
+    assert expected in faults_of(folder / "t.csv")
+
+
+def test_missing_table_or_a_folder(folder):
+    assert "no such file" in faults_of(folder / "none.csv")
+    assert "cannot be read" in faults_of(folder)
+
+
+def test_labels_may_be_absent_where_they_are_not_needed(folder):
+    path = table(folder, "a.nii.gz,Train", header="HR_image,Base")
+    assert read_table(path, need_label=False)[0].label is None
+    assert "no column Label_image" in faults_of(path)
+
+
+def test_a_subject_in_train_and_test_is_found_under_other_names(folder):
+    (folder / "link.nii.gz").symlink_to(folder / "a.nii.gz")
+    linked = table(folder, "a.nii.gz,a_seg.nii,Train", "link.nii.gz,b_seg.nii,Test")
+    assert "line 3: HR_image link.nii.gz is in Test, and in Train at line 2" in faults_of(linked)
+    shared = table(folder, "a.nii.gz,a_seg.nii,Train", "b.nii.gz,a_seg.nii,Test")
+    assert "line 3: Label_image a_seg.nii is in Test, and in Train at line 2" in faults_of(shared)
+    both_contrasts = table(folder, "a.nii.gz,a_seg.nii,Train", "b.nii.gz,a_seg.nii,Train")
+    assert len(read_table(both_contrasts)) == 2
+
+
+def test_sessions_of_one_person_belong_together(folder):
+    names = [
+        "site1/sub-01/ses-1/sub-01_ses-1.nii",
+        "site1/sub-01/ses-2/sub-01_ses-2.nii",
+        "site2/sub-01.nii",
+        "sub-x/q.nii",
+        "sub-x/r.nii",
+    ]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+    def rows(*bases):
+        return table(folder, *(f"{n},{c}_seg.nii,{b}" for n, c, b in zip(names, "abcde", bases, strict=False)))
+
+    assert len(read_table(rows("Train", "Train", "Test", "Train", "Test"))) == 5
+    assert "line 3: subject sub-01 is in Test, and in Train at line 2" in faults_of(rows("Train", "Test"))
+
+
+def test_subject_ids_by_example():
+    ids, P = subject_ids, PurePosixPath
+
+    assert ids([P("/d/sub-01_T2w.nii.gz"), P("/d/x.y.hdr")]) == ["sub-01_T2w", "x.y"]
+    assert ids([P("/d/s1/T2.nii"), P("/d/s2/T2.nii"), P("/d/other.nii")]) == ["s1-T2", "s2-T2", "other"]
+    assert ids([P("/a/s/T2.nii"), P("/b/s/T2.nii")]) == ["a-s-T2", "b-s-T2"]
+    assert ids([P("/d/A.nii"), P("/d/a.nii")]) == ["d-A", "d-a-2"]
+    assert ids([P("/d/Zoé le Gô (2).nii")]) == ["Zoe_le_Go_2"]
+    assert ids([P("/d/...nii"), P("/d/zarr.json.nii"), P("/頭.nii")]) == ["d", "zarr.json_", "subject"]
+
+
+parts = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=120)
+
+
+@given(st.lists(st.lists(parts, min_size=1, max_size=4), min_size=1, max_size=8))
+def test_subject_ids_are_unique_safe_and_repeatable(names):
+    images = [PurePosixPath("/", *name) for name in names]
+    ids = subject_ids(images)
+    assert len({name.casefold() for name in ids}) == len(images)
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,130}", name) for name in ids)
+    assert not {"zarr.json", "manifest.json", "c"} & {name.casefold() for name in ids}
+    assert subject_ids(images) == ids
+    assert all(os.path.basename(name) == name for name in ids)
+
+
+def test_lists(folder):
+    text = folder / "list.txt"
+    text.write_text(f"# two\n\nb.nii.gz\n  {folder}/a.nii.gz \nsome, name.nii\nb.nii.gz\n")
+    assert read_list(text) == [folder / "b.nii.gz", folder / "a.nii.gz", folder / "some, name.nii"]
+    rows = folder / "list.csv"
+    for sep in ",;\t":
+        rows.write_text(f"b.nii.gz{sep}ignored\na.nii.gz\n", encoding="utf-8-sig")
+        assert read_list(rows) == [folder / "b.nii.gz", folder / "a.nii.gz"]
+    rows.write_text('"one, two.nii.gz"\n')
+    assert read_list(rows) == [folder / "one, two.nii.gz"]
+    rows.write_text("\n\n")
+    with pytest.raises(InputError, match="names no image"):
+        read_list(rows)
+    text.write_text("x.nii\n")
+    assert read_list(text, base_path="/data/")[0].as_posix() == "/data/x.nii"
