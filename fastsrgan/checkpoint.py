@@ -85,12 +85,14 @@ def manifest(snapshot: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not isinstance(values.get("files"), dict):
         raise ModelError(path, "is no manifest of a snapshot")
     if values.get("format", FORMAT) > FORMAT:
-        raise ModelError(path, f"snapshot format {values['format']}", f"this fastsrgan reads up to {FORMAT}: upgrade it")
+        raise ModelError(
+            path, f"snapshot format {values['format']}", f"this fastsrgan reads up to {FORMAT}: upgrade it"
+        )
     return values
 
 
 def verified(snapshot: Path, name: str) -> Path:
-    """Path of a snapshot's file, after comparing its size and SHA-256 with the manifest; ModelError where they differ."""
+    """Path of a snapshot's file whose size and SHA-256 are as the manifest says; ModelError where they are not."""
     entry = manifest(snapshot)["files"].get(name)
     path = snapshot / name
     if not isinstance(entry, dict) or not path.is_file():
@@ -120,7 +122,9 @@ def snapshots(run: Path) -> list[Path]:
     for parent in (run / FOLDER, run):
         if not parent.is_dir():
             continue
-        found = [(int(m[2]), p) for p in parent.iterdir() if (m := _NAME.fullmatch(p.name)) and (p / MANIFEST).is_file()]
+        found = [
+            (int(m[2]), p) for p in parent.iterdir() if (m := _NAME.fullmatch(p.name)) and (p / MANIFEST).is_file()
+        ]
         if found:
             return [p for _, p in sorted(found)]
     return []

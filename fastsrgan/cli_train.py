@@ -85,35 +85,72 @@ def boolean(text: str) -> bool:
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Define the command."""
     p = commands.add_parser(
-        "train", help="train a generator and critic", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+        "train",
+        help="train a generator and critic",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("source", nargs="?", metavar="STORE|CSV", help="store of `fastsrgan convert`, or a table of files")
     p.add_argument("-csv", "--csv", metavar="CSV", help="table of files (the original's way to name the data)")
     p.add_argument("-o", "--out", metavar="RUN", help="run folder")
-    p.add_argument("-n", "--new-low-res", nargs=3, type=float, action="append", metavar=("X", "Y", "Z"), help="low resolution in mm; twice: bounds drawn from")  # fmt: skip
+    p.add_argument(
+        "-n",
+        "--new-low-res",
+        nargs=3,
+        type=float,
+        action="append",
+        metavar=("X", "Y", "Z"),
+        help="low-resolution mm; twice: bounds",
+    )
     p.add_argument("--config", metavar="YAML", help="settings file; options on the command line win")
     p.add_argument("--preset", choices=sorted(settings.PRESETS), help="defaults of the paper or of its code")
     p.add_argument("-w", "--weights", metavar="FILE", help="start from these weights (Keras HDF5, safetensors, run)")
     p.add_argument("--resume", action="store_true", help="continue the run in RUN")
-    p.add_argument("--strict", action="store_true", help="stop at a subject that cannot be read instead of leaving it out")
+    p.add_argument(
+        "--strict", action="store_true", help="stop at a subject that cannot be read instead of leaving it out"
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
     group = p.add_argument_group("settings (defaults: the original code's)")
     defaults = settings.TrainConfig(new_low_res=((1, 1, 1),))
     for name, (flags, text, kind) in {**ORIGINAL, **OWN}.items():
-        group.add_argument(*flags, dest=name, type=kind, metavar="N" if kind is int else "F", help=f"{text} ({getattr(defaults, name)})")
+        group.add_argument(
+            *flags,
+            dest=name,
+            type=kind,
+            metavar="N" if kind is int else "F",
+            help=f"{text} ({getattr(defaults, name)})",
+        )
     for name, (flags, text) in CHOICES.items():
-        group.add_argument(*flags, dest=name, choices=settings.CHOICES[name], help=f"{text} ({getattr(defaults, name)})")
+        group.add_argument(
+            *flags, dest=name, choices=settings.CHOICES[name], help=f"{text} ({getattr(defaults, name)})"
+        )
     for name, (flags, text) in FLAGS.items():
-        group.add_argument(*flags, dest=name, type=boolean, metavar="True|False", help=f"{text} ({getattr(defaults, name)})")
-    group.add_argument("-u-net", "-u", "--u-net-generator", dest="u_net", type=boolean, metavar="True|False", help="train the U-Net variant (False)")  # fmt: skip
+        group.add_argument(
+            *flags, dest=name, type=boolean, metavar="True|False", help=f"{text} ({getattr(defaults, name)})"
+        )
+    group.add_argument(
+        "-u-net",
+        "-u",
+        "--u-net-generator",
+        dest="u_net",
+        type=boolean,
+        metavar="True|False",
+        help="train the U-Net variant (False)",
+    )
     files = p.add_argument_group("files of the original")
     files.add_argument("-sf", "--snapshot-folder", metavar="DIR", help="also write SegSRGAN_epoch_N (Keras HDF5) here")
     files.add_argument("-dice", "--dice-file", metavar="CSV", help="Dice per epoch (RUN/dice.csv)")
     files.add_argument("-mse", "--mse-file", metavar="CSV", help="MSE per epoch (RUN/mse.csv)")
-    files.add_argument("-begining-path", "--base-path", dest="base_path", metavar="DIR", help="prefix of the paths in the CSV")
-    files.add_argument("-folder-training-data", "--folder-training-data", metavar="DIR", help="accepted; nothing is written there")
-    files.add_argument("-multi-gpu", "--multi-gpu", type=boolean, metavar="True|False", help="accepted; one device is used")
+    files.add_argument(
+        "-begining-path", "--base-path", dest="base_path", metavar="DIR", help="prefix of the paths in the CSV"
+    )
+    files.add_argument(
+        "-folder-training-data", "--folder-training-data", metavar="DIR", help="accepted; nothing is written there"
+    )
+    files.add_argument(
+        "-multi-gpu", "--multi-gpu", type=boolean, metavar="True|False", help="accepted; one device is used"
+    )
     p.set_defaults(run=run)
 
 

@@ -109,12 +109,31 @@ class TrainConfig:
                 f"{self.patch_size}",
                 f"a multiple of 4 (two stride-2 layers) from 16 up; try {lower} or {lower + 4}",
             )
-        positive = ("epochs", "init_epoch", "batch_size", "stride", "critic_iterations", "head_rate", "lr_gen", "lr_dis", "kernel_gen")
-        positive += ("kernel_dis", "snapshot", "validate_every", "keep_checkpoints", "max_bad_steps")
+        positive: tuple[str, ...] = (
+            "epochs",
+            "init_epoch",
+            "batch_size",
+            "stride",
+            "critic_iterations",
+            "head_rate",
+            "lr_gen",
+            "lr_dis",
+            "kernel_gen",
+        )
+        positive = (*positive, "kernel_dis", "snapshot", "validate_every", "keep_checkpoints", "max_bad_steps")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ModelError(f"config: {name}", f"{getattr(self, name)}", "a number above zero")
-        for name in ("lambda_rec", "lambda_adv", "lambda_gp", "noise", "warmup_epochs", "clip_norm", "ema", "contrast_max"):
+        for name in (
+            "lambda_rec",
+            "lambda_adv",
+            "lambda_gp",
+            "noise",
+            "warmup_epochs",
+            "clip_norm",
+            "ema",
+            "contrast_max",
+        ):
             if getattr(self, name) < 0:
                 raise ModelError(f"config: {name}", f"{getattr(self, name)}", "zero or above")
         for name in ("contrast_max", "ema", "noise", "beta1", "beta2"):
@@ -154,7 +173,9 @@ def from_mapping(values: dict[str, Any], what: str = "config") -> TrainConfig:
         name = str(key).replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise ModelError(f"{what}: {key}", "unknown setting", f"did you mean {near[0]}?" if near else "see docs/config.md")
+            raise ModelError(
+                f"{what}: {key}", "unknown setting", f"did you mean {near[0]}?" if near else "see docs/config.md"
+            )
         checked[name] = _coerce(name, value, hints[name], what)
     return TrainConfig(**checked)
 
@@ -166,7 +187,9 @@ def _coerce(name: str, value: Any, hint: Any, what: str) -> Any:
             triples = [value] if value and not isinstance(value[0], (list, tuple)) else value
             return tuple(tuple(float(v) for v in t) for t in triples)
         except (TypeError, ValueError, IndexError) as error:
-            raise ModelError(f"{what}: {name}", f"{value!r}", "one or two triples of millimetres, [[1, 1, 3]]") from error
+            raise ModelError(
+                f"{what}: {name}", f"{value!r}", "one or two triples of millimetres, [[1, 1, 3]]"
+            ) from error
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
         return None

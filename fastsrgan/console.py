@@ -27,10 +27,12 @@ class TerminalProgress:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bar: RichProgress | None = None
+        self.facts: dict[str, Any] = {}
 
     def start(self, label: str, total: int, unit: str) -> None:
         """Show a bar for ``total`` units."""
         self.finish()
+        self.facts = {}
         self.bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(24),
@@ -51,8 +53,8 @@ class TerminalProgress:
             return
         task = self.bar.tasks[0]
         rate = (task.completed + n) / max(time.perf_counter() - self.began, 1e-9)
-        fields = {"facts": shown(facts)} if facts else {}
-        self.bar.update(self.task, advance=n, rate=f"{rate:.3g}/s", **fields)
+        self.facts = facts or self.facts
+        self.bar.update(self.task, advance=n, rate=f"{rate:.3g}/s", facts=shown(self.facts))
 
     def finish(self) -> None:
         """Leave the bar as it stands."""
@@ -119,7 +121,8 @@ def open_console(quiet: bool, debug: bool) -> Progress:
 
 def error_line(text: str) -> None:
     """The one line that ends a failed command."""
-    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"error: {' '.join(text.split())}\n")
+    sys.stderr.flush()
 
 
 def table(rows: list[dict[str, Any]], columns: list[str] | None = None) -> str:

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ class _Job:
     dtype: np.dtype
 
     def bytes_below(self) -> int:
-        """About the most that the row takes on disk: not more than in memory, nor than the packed source files."""
+        """About what the row takes on disk: not more than in memory, nor than the packed source files."""
         raw = self.voxels * (self.dtype.itemsize + len(self.sources) - 1)
         return min(raw, sum(os.path.getsize(source["path"]) for source in self.sources.values()))
 
@@ -85,7 +85,7 @@ def convert(
     """
     if dtype not in DTYPES:
         raise UsageError("--dtype", f"{dtype!r} is unknown", f"one of {', '.join(DTYPES)}")
-    workers = workers or min(8, len(os.sched_getaffinity(0)))
+    workers = min(8, os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise UsageError("--workers", f"{workers} threads", "1 or more")
     with create_store(store_url, overwrite=overwrite, resume=resume, settings={"dtype": dtype}) as writer:
@@ -98,7 +98,7 @@ def convert(
         done, failed = _run(todo, writer, dtype, workers, progress)
         seconds = time.monotonic() - began
         if failed and not done and not kept:
-            raise failed[0][1]
+            raise table_error(Path(csv), [(job.row.line, str(error)) for job, error in failed])
         writer.finish(complete=not failed)
         listed = writer.finished
     _strangers(store_url, listed, jobs)
@@ -116,25 +116,36 @@ def _check(
     jobs: list[_Job] = []
     faults: list[tuple[int, str]] = []
     progress.start("check", len(rows), "subject")
-    for _, (job, found) in _parallel(_inspect, rows, workers):
-        faults += found
-        jobs += [job] if job else []
-        progress.advance(faults=len(faults))
+    with contextlib.closing(_parallel(_inspect, rows, workers)) as results:
+        for _, (job, found) in results:
+            faults += found
+            jobs += [job] if job else []
+            progress.advance(faults=len(faults))
     progress.finish()
     jobs.sort(key=lambda job: job.row.line)
-    first: dict[str, Row] = {}
-    for job in jobs:
-        row, image = job.row, job.sources["image"]
-        twin = first.setdefault(image["sha256"], row)
-        if twin.base != row.base:
-            same = f"{row.image.name} holds the same image as {twin.image.name} at line {twin.line}"
-            faults.append((row.line, f"{same}, one is in Train and one in Test"))
-        known = before[row.subject].attrs["source"]["image"] if row.subject in before else image
-        if known["sha256"] != image["sha256"] and known["path"] != image["path"]:
-            faults.append((row.line, f"subject {row.subject} is in the store already, made from {known['path']}"))
+    faults += _conflicts(jobs, before)
     if faults:
         raise table_error(Path(csv), faults)
     return jobs
+
+
+def _conflicts(jobs: list[_Job], before: dict[str, Subject]) -> list[tuple[int, str]]:
+    """One image in both splits under two names, in the table or in the store; a name that the store has otherwise."""
+    faults: list[tuple[int, str]] = []
+    named = {job.row.subject for job in jobs}
+    kept = [s for s in before.values() if s.id not in named and "source" in s.attrs]
+    first = {s.attrs["source"]["image"]["sha256"]: (s.split, f"subject {s.id} in the store") for s in kept}
+    for job in jobs:
+        row, image = job.row, job.sources["image"]
+        split, twin = first.setdefault(image["sha256"], (row.base, f"{row.image.name} at line {row.line}"))
+        if split != row.base:
+            faults.append(
+                (row.line, f"{row.image.name} holds the same image as {twin}, one is in Train and one in Test")
+            )
+        known = before[row.subject].attrs.get("source", {}).get("image", image) if row.subject in before else image
+        if known["sha256"] != image["sha256"] and known["path"] != image["path"]:
+            faults.append((row.line, f"subject {row.subject} is in the store already, made from {known['path']}"))
+    return faults
 
 
 def _inspect(row: Row) -> tuple[_Job | None, list[tuple[int, str]]]:
@@ -165,15 +176,14 @@ def _divide(
     """(to convert, to keep): kept is what is listed, from these very files, and undamaged."""
     todo, kept = [], []
     listed = [job for job in jobs if job.row.subject in before]
-    intact = {
-        job.row.subject: whole for job, whole in _parallel(lambda j: writer.intact(j.row.subject), listed, workers)
-    }
+    whole = _parallel(lambda job: writer.intact(job.row.subject), listed, workers)
+    intact = {job.row.subject: undamaged for job, undamaged in whole}
     for job in jobs:
         known = before.get(job.row.subject)
         if known is None:
             todo.append(job)
             continue
-        hashes = {name: source["sha256"] for name, source in known.attrs["source"].items()}
+        hashes = {name: source["sha256"] for name, source in known.attrs.get("source", {}).items()}
         same = known.split == job.row.base and hashes == {n: s["sha256"] for n, s in job.sources.items()}
         if same and intact[job.row.subject]:
             kept.append(job)
@@ -197,17 +207,18 @@ def _run(
         except InputError as error:
             return error
 
-    began = time.monotonic()
+    began, raw = time.monotonic(), 0
     progress.start("convert", len(jobs), "volume")
     try:
-        for job, result in _parallel(one, jobs, workers):
-            if isinstance(result, InputError):
-                failed.append((job, result))
-            else:
-                done.append(result)
-            seconds = max(time.monotonic() - began, 1e-9)
-            raw = sum(subject.raw_bytes for subject in done) / 1e6
-            progress.advance(volumes_per_s=len(done) / seconds, mb_per_s=raw / seconds, failed=len(failed))
+        with contextlib.closing(_parallel(one, jobs, workers)) as results:
+            for job, result in results:
+                if isinstance(result, InputError):
+                    failed.append((job, result))
+                else:
+                    done.append(result)
+                    raw += result.raw_bytes
+                rate = 1 / max(time.monotonic() - began, 1e-9)
+                progress.advance(volumes_per_s=len(done) * rate, mb_per_s=raw / 1e6 * rate, failed=len(failed))
     except BaseException:
         with contextlib.suppress(FastsrganError):
             writer.finish(complete=False)
@@ -218,7 +229,7 @@ def _run(
     return done, failed
 
 
-def _parallel(function: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Iterator[tuple[_T, _R]]:
+def _parallel(function: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Generator[tuple[_T, _R], None, None]:
     """(item, result) as they are ready. The first exception, or an interrupt, drops what has not begun."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="convert")
     try:

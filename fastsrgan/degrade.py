@@ -112,7 +112,9 @@ def degrade(
     check_geometry(geometry)
     hr = np.asarray(hr_XYZ, np.float32)
     if geometry == "segsrgan":
-        hr = hr[tuple(slice(0, modulo_size(n, r / s)) for n, s, r in zip(hr.shape, spacing_mm, low_res_mm, strict=True))]
+        hr = hr[
+            tuple(slice(0, modulo_size(n, r / s)) for n, s, r in zip(hr.shape, spacing_mm, low_res_mm, strict=True))
+        ]
     down = [degrade_matrix(n, s, r, geometry) for n, s, r in zip(hr.shape, spacing_mm, low_res_mm, strict=True)]
     lr = contrast_power(apply_axes(hr, down), power)
     hr = contrast_power(hr, power)

@@ -72,12 +72,21 @@ def run(
         seconds[name] = round(time.perf_counter() - at, 1)
         return result
 
-    cohort = stage("cohort", lambda: make_cohort(folder / "cohort", n_train=2, n_test=1, seed=seed, progress=progress))
+    cohort = stage(
+        "cohort",
+        lambda: make_cohort(folder / "cohort", n_train=2, n_test=1, seed=seed, sd_voxels=2.5, progress=progress),
+    )
     store = folder / "cohort.zarr"
     stage("convert", lambda: convert(cohort.csv, store, progress=progress))
     trained = stage("train", lambda: short_training(store, folder / "run", start, low_res_mm, device, progress))
     if trained["stopped"]:
-        return {"table": [{"stopped": "training"}], "picture": None, "json": None, "seconds": 0.0, "exit_code": trained["exit_code"]}
+        return {
+            "table": [{"stopped": "training"}],
+            "picture": None,
+            "json": None,
+            "seconds": 0.0,
+            "exit_code": trained["exit_code"],
+        }
     test = cohort.of("Test")[0]
     hr, label = images.load(test.image), images.load_label(test.label)
     scan, spline, label_map = acquire(hr, label, low_res_mm)
@@ -99,14 +108,17 @@ def run(
     sr, seg = images.load(files["sr"]), images.load(files["seg"])
     scores = stage(
         "evaluate",
-        lambda: evaluate_pair(
-            sr, hr, seg=seg, label=label, mask=brain(hr), baseline=spline, baseline_seg=label_map
-        ),
+        lambda: evaluate_pair(sr, hr, seg=seg, label=label, mask=brain(hr), baseline=spline, baseline_seg=label_map),
     )
     picture = stage("picture", lambda: draw(folder / "demo.png", scan, spline, sr, hr, seg, label, scores, low_res_mm))
     rows = [row("cubic spline", scores["baseline"]), row("fastsrgan", scores)]
     total = time.perf_counter() - began
-    facts = {"table": rows, "scores": scores, "seconds": {**seconds, "total": round(total, 1)}, "low_res_mm": low_res_mm}
+    facts = {
+        "table": rows,
+        "scores": scores,
+        "seconds": {**seconds, "total": round(total, 1)},
+        "low_res_mm": low_res_mm,
+    }
     facts |= {"training": trained, "start_weights": start.name, "provenance": provenance()}
     write_json(folder / "demo.json", facts)
     return {"table": rows, "picture": str(picture), "json": str(folder / "demo.json"), "seconds": total}
@@ -153,7 +165,8 @@ def acquire(hr: Volume, label: Volume, low_res_mm: Triple) -> tuple[Volume, Volu
     """The scan of a subject at ``low_res_mm``, and what interpolation alone makes of it.
 
     Returns the low-resolution image in the units of ``hr``; its cubic-spline interpolation on the grid of ``hr``; and
-    the degraded label map interpolated back (paper table 2's baseline), a probability to be cut at 0.5.
+    the label map of a reader of the scan, interpolated back (paper table 2's baseline): the degraded label is cut at
+    0.5 on the low-resolution grid, as a manual segmentation would be, and its interpolation is to be cut at 0.5 again.
     """
     done = degrade(hr.data, hr.spacing, low_res_mm)
     shape = tuple(grid_size(n, s, r) for n, s, r in zip(hr.data.shape, hr.spacing, low_res_mm, strict=True))
@@ -164,7 +177,8 @@ def acquire(hr: Volume, label: Volume, low_res_mm: Triple) -> tuple[Volume, Volu
         None if m == n else upsample_matrix(m, n, s / r)
         for n, m, s, r in zip(hr.data.shape, shape, hr.spacing, low_res_mm, strict=True)
     ]
-    label_map = apply_axes(apply_axes(label.data.astype(np.float32), down), up)
+    drawn = apply_axes(label.data.astype(np.float32), down) > 0.5
+    label_map = apply_axes(drawn.astype(np.float32), up)
     return scan, spline, Volume(label_map, hr.affine)
 
 
@@ -202,5 +216,14 @@ def draw(
     title = f"{size} mm scan of an unseen subject"
     footer = "Synthetic subject made from the MNI152 template; shipped weights and a short training run."
     return demo_figure(
-        path, low_res=scan, spline=spline, sr=sr, truth=hr, seg=seg, label=label, scores=scores, title=title, footer=footer
+        path,
+        low_res=scan,
+        spline=spline,
+        sr=sr,
+        truth=hr,
+        seg=seg,
+        label=label,
+        scores=scores,
+        title=title,
+        footer=footer,
     )

@@ -1,7 +1,7 @@
 """What this machine offers and what of it fastsrgan will use: the facts behind ``fastsrgan doctor``.
 
-Optional packages and CUDA are tried in a process of their own, so an installation that crashes, hangs or lacks a library
-becomes a line of the report. The network is never touched.
+Optional packages and CUDA are tried in a process of their own, so an installation that crashes, hangs or lacks a
+library becomes a line of the report. The network is never touched.
 """
 
 from __future__ import annotations
@@ -140,9 +140,11 @@ def warnings(facts: dict[str, Any]) -> list[str]:
 def describe(facts: dict[str, Any]) -> list[str]:
     """The lines of ``fastsrgan doctor`` for what ``diagnose`` returned."""
     cpu, memory, gpu = facts["cpu"], facts["memory"], facts["gpu"]
+    packages = [f"{name} {version or 'missing'}" for name, version in facts["packages"].items()]
     rows = [
         ("fastsrgan", f"{facts['fastsrgan']} on Python {facts['python']}, {facts['platform']}"),
-        ("packages", "  ".join(f"{name} {version or 'missing'}" for name, version in facts["packages"].items())),
+        ("packages", "  ".join(packages[:5])),
+        ("", "  ".join(packages[5:])),
         ("cpu", f"{cpu['model']}, {cpu['usable']} of {cpu['count']} cores, {cpu['torch_threads']} threads in torch"),
         ("", f"native bf16: {'yes' if cpu['bf16'] else 'no'}"),
         ("memory", f"{_size(memory['available'])} free of {_size(memory['total'])}"),
@@ -288,18 +290,19 @@ def _weights() -> list[dict[str, Any]]:
 
 
 def _gpu_warnings(gpu: dict[str, Any], torch_version: str | None) -> list[str]:
-    if gpu["devices"] or gpu["driver"] is None:
+    if gpu["devices"]:
+        return []
+    if gpu["problem"]:
+        return [f"CUDA {gpu['torch_cuda']} of torch {torch_version} cannot be used: {gpu['problem']}"]
+    if gpu["driver"] is None:
         return []
     if gpu["torch_cuda"] is None:
         return [
             f"NVIDIA driver {gpu['driver']} is there, but torch {torch_version} is a build for the CPU: "
             "run `make clean setup`, or install torch for CUDA"
         ]
-    why = (
-        gpu["problem"]
-        or "torch finds no device (is the driver new enough for its CUDA, or CUDA_VISIBLE_DEVICES empty?)"
-    )
-    return [f"NVIDIA driver {gpu['driver']} and CUDA {gpu['torch_cuda']} do not work together: {why}"]
+    hint = "the driver may be too old for it, or CUDA_VISIBLE_DEVICES hides the GPU"
+    return [f"NVIDIA driver {gpu['driver']} is there, but CUDA {gpu['torch_cuda']} of torch sees no GPU: {hint}"]
 
 
 def _optional_lines(optional: dict[str, dict[str, Any]]) -> list[str]:

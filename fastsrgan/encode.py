@@ -34,15 +34,16 @@ def encode(
             return shifted.astype(np.int16), scale, offset + shift * scale, {}
     values = to_float32(stored, scale, offset)
     low, high = float(values.min()), float(values.max())
-    step = (high - low) / (65534 if low <= 0 <= high else 65535) or 1.0
-    zero: float = round(low / step) if low <= 0 <= high else low / step
+    around_zero = low <= 0 <= high
+    step = (high - low) / (65534 if around_zero else 65535) or abs(low) / 32768 or 1.0
+    offset = (round(low / step) + 32768) * step if around_zero else low + 32768 * step
     levels = np.empty_like(values, dtype=np.int16)
     error = 0.0
     for part, level in zip(values.T, levels.T, strict=True):  # by slice: float64 of a whole volume is not needed
-        level[...] = np.clip(np.rint(part / np.float64(step) - zero), 0, 65535) - 32768
-        back = to_float32(level, step, (zero + 32768) * step)
+        level[...] = np.clip(np.rint((part - np.float64(offset)) / step), -32768, 32767)
+        back = to_float32(level, step, offset)
         error = max(error, float(np.abs(back.astype(np.float64) - part).max()))
-    return levels, step, (zero + 32768) * step, {"quantisation": {"step": step, "max_error": error}}
+    return levels, step, offset, {"quantisation": {"step": step, "max_error": error}}
 
 
 def describe(stored: np.ndarray, scale: float, offset: float) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def describe(stored: np.ndarray, scale: float, offset: float) -> dict[str, Any]:
     values = stored if scale == 1 and offset == 0 else to_float32(stored, scale, offset)
     inside = np.greater(values, 0)
     plane = np.any(inside, axis=2)
-    hits = [np.flatnonzero(line) for line in (np.any(plane, axis=1), np.any(plane, axis=0), np.any(inside, axis=(0, 1)))]
+    lines = (np.any(plane, axis=1), np.any(plane, axis=0), np.any(inside, axis=(0, 1)))
+    hits = [np.flatnonzero(line) for line in lines]
     box = [(int(hit[0]), int(hit[-1]) + 1) for hit in hits] if plane.any() else None
     n = values.size
     ranks = [max(0, int(np.ceil(q * n)) - 1) for q in PERCENTILES.values()]

@@ -38,7 +38,9 @@ class PatchRule:
     by_mask: bool = False
 
 
-def make_resident(sample: Sample, degradation: Degradation, draw: Draw, rule: PatchRule, device: torch.device) -> Resident:
+def make_resident(
+    sample: Sample, degradation: Degradation, draw: Draw, rule: PatchRule, device: torch.device
+) -> Resident:
     """Degrade one subject and place its patches. Raises InputError without a label, or a mask where one is needed."""
     if sample.label is None:
         raise InputError(sample.id, "has no label", "training needs Label_image for every subject")

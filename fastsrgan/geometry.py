@@ -116,7 +116,7 @@ def processing_orientation(affine_44: np.ndarray, spacing_mm: tuple[float, ...] 
         return tuple(np.round(np.concatenate(columns), 6).tolist())
 
     best = max((p for total, p in candidates if total > most - 1e-6), key=directions)
-    thick_world = max((w for w in range(3) if sizes[best[w]] >= 0.99 * sizes.max()))
+    thick_world = max(w for w in range(3) if sizes[best[w]] >= 0.99 * sizes.max())
     order = [(thick_world + 1) % 3, (thick_world + 2) % 3, thick_world]
     axes = (best[order[0]], best[order[1]], best[order[2]])
     flips = tuple(bool(cosines[w, best[w]] < 0) for w in order)

@@ -57,8 +57,13 @@ def gradient_penalty(critic, real: Tensor, fake: Tensor, eps: Tensor, weight: fl
     x = interpolate(real, fake, eps).detach().requires_grad_(True)
     score = critic(x) if res is None else critic(x, res)
     (grad,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+    return norm_penalty(grad, weight)
+
+
+def norm_penalty(gradient: Tensor, weight: float) -> Tensor:
+    """weight * mean over samples of (||gradient||_2 - 1)^2, the norm over everything behind the first axis: scalar."""
     # Not torch.norm: its float32 sum over a patch is 1e-5 off on a CPU. The floor keeps the gradient finite at 0.
-    norm = (widen(grad) ** 2).flatten(1).sum(1).clamp_min(1e-30).sqrt()
+    norm = (widen(gradient) ** 2).flatten(1).sum(1).clamp_min(1e-30).sqrt()
     return weight * ((norm - 1) ** 2).mean()
 
 

@@ -110,7 +110,14 @@ class Pool:
     """
 
     def __init__(
-        self, residents: list[Resident], patch: int, *, mask_classes: int = 0, seed: int = 0, epoch: int = 1, group: int = 0
+        self,
+        residents: list[Resident],
+        patch: int,
+        *,
+        mask_classes: int = 0,
+        seed: int = 0,
+        epoch: int = 1,
+        group: int = 0,
     ) -> None:
         self.residents, self.patch, self.mask_classes = residents, patch, mask_classes
         self.key = (seed, epoch, group)

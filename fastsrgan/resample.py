@@ -7,8 +7,8 @@ Two families:
 ``physical``  voxel centres are mapped in millimetres, both grids share their centre. Row m of D is the slice profile,
               a Gaussian whose full width at half maximum is the low-resolution voxel size, centred on voxel m; an axis
               that is not decimated is not blurred. U is the cubic B-spline through the samples. Edges reflect.
-``segsrgan``  what the original computes, built by calling SciPy on the identity: Gaussian of sigma = resolution / 2.3548
-              in voxels on every axis, corner-aligned ``zoom`` of order 0 down and of order 3 up.
+``segsrgan``  what the original computes, built by calling SciPy on the identity: Gaussian of sigma =
+              resolution / 2.3548 in voxels on every axis, corner-aligned ``zoom`` of order 0 down and of order 3 up.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def degrade_matrix(n: int, spacing_mm: float, low_res_mm: float, geometry: str =
     ratio = low_res_mm / spacing_mm
     if ratio < 1 - SAME:
         raise UsageError(
-            "low resolution", f"{low_res_mm:g} mm is finer than the image's {spacing_mm:g} mm", "ask for the same or coarser"
+            "low resolution",
+            f"{low_res_mm:g} mm is finer than the image's {spacing_mm:g} mm",
+            "ask for the same or coarser",
         )
     if geometry == "segsrgan":
         return _scipy_degrade_matrix(n, float(low_res_mm), float(ratio))
@@ -158,7 +160,7 @@ def upsample_to(data_XYZ, spacing_mm, new_spacing_mm, geometry: str = "physical"
     ----------
     data_XYZ : (X, Y, Z) array or tensor
     spacing_mm, new_spacing_mm : 3 sizes each, array axis order
-    geometry : "physical" (centre-aligned, sizes from ``geometry.grid_size``) or "segsrgan" (SciPy's corner-aligned zoom)
+    geometry : "physical" (centre-aligned, sizes from ``geometry.grid_size``) or "segsrgan" (SciPy's ``zoom``)
 
     Returns
     -------

@@ -80,7 +80,9 @@ def disk_error(error: OSError, path: Path) -> Exception:
     """The ResourceError that says what an operating-system error means for a user; other errors unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(existing_parent(path)).free
-        return ResourceError(path, f"no space left on the disk, {free / 2**20:.0f} MiB free", "free space or choose another folder")
+        return ResourceError(
+            path, f"no space left on the disk, {free / 2**20:.0f} MiB free", "free space or choose another folder"
+        )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return ResourceError(path, "cannot be written", "check the permissions or choose another folder")
     if error.errno in (errno.ENOTDIR, errno.EEXIST) or (error.errno == errno.ENOENT and not path.parent.is_dir()):
@@ -156,7 +158,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise ResourceError("--device", f"{name} asked, {count} CUDA devices seen", "--device cpu, or see `fastsrgan doctor`")
+            raise ResourceError(
+                "--device", f"{name} asked, {count} CUDA devices seen", "--device cpu, or see `fastsrgan doctor`"
+            )
     elif device.type != "cpu":
         raise ResourceError("--device", f"{name!r} is not supported", "auto, cpu, cuda or cuda:0")
     return device

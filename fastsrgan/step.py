@@ -1,8 +1,8 @@
 """One training iteration of SegSRGAN: critic updates with gradient penalty, then a generator update (paper eq. 9-12).
 
 The gradient penalty comes in two forms that agree to rounding (tests/test_step.py): ``autograd``, the plain double
-backward of losses.gradient_penalty, and ``explicit``: the critic is piecewise linear, so its input gradient is a chain of
-transposed convolutions with LeakyReLU masks, written as a forward graph whose one ordinary backward gives all weight
+backward of losses.gradient_penalty, and ``explicit``: the critic is piecewise linear, so its input gradient is a chain
+of transposed convolutions with LeakyReLU masks, written as a forward graph whose one ordinary backward gives all weight
 gradients (DESIGN D6).
 """
 
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsrgan.losses import RECONSTRUCTION, gradient_penalty, interpolate, wasserstein, widen
+from fastsrgan.errors import ModelError
+from fastsrgan.losses import RECONSTRUCTION, gradient_penalty, interpolate, norm_penalty, wasserstein, widen
 from fastsrgan.networks import Critic, Generator, resolution_channel, same_pad
-
 
 
 def scores_and_input_gradient(critic: Critic, x: Tensor, tail: int) -> tuple[Tensor, Tensor]:
@@ -40,8 +40,7 @@ def scores_and_input_gradient(critic: Critic, x: Tensor, tail: int) -> tuple[Ten
 
 def explicit_penalty(gradient: Tensor, channels: int, weight: float) -> Tensor:
     """weight * mean of (||gradient||_2 - 1)^2 over samples; only the first ``channels`` count: scalar."""
-    norm = torch.linalg.vector_norm(widen(gradient[:, :channels]).flatten(1), dim=1)
-    return weight * ((norm - 1) ** 2).mean()
+    return norm_penalty(gradient[:, :channels], weight)
 
 
 def critic_loss(
@@ -72,7 +71,9 @@ def critic_loss(
     n = real.shape[0]
     batch = torch.cat([real, fake, interpolate(real, fake, eps)])
     if critic.spec.conditional:
-        batch = torch.cat([batch, resolution_channel(batch, res.repeat(3) if res is not None and res.ndim else res)], 1)
+        if res is None:
+            raise ModelError("critic", "conditional weights need a resolution", "pass res, the slice thickness in mm")
+        batch = torch.cat([batch, resolution_channel(batch, res.repeat(3) if res.ndim else res)], 1)
     scores, gradient = scores_and_input_gradient(critic, batch, tail=n)
     distance = wasserstein(scores[:n], scores[n : 2 * n])
     gp = explicit_penalty(gradient, real.shape[1], lambda_gp)

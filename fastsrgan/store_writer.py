@@ -97,11 +97,11 @@ class StoreWriter:
 
     def intact(self, subject_id: str) -> bool:
         """Whether every file of a listed subject holds what was written; behind a URL only sizes are compared."""
-        for key, (size, digest) in self._manifest["subjects"][subject_id]["files"].items():
+        for key, written in self._manifest["subjects"][subject_id]["files"].items():
             full = f"{subject_id}/{key}"
-            if self._keys.size(full) != size:
+            if self._keys.size(full) != written[0]:
                 return False
-            if self._keys.root is not None and hashlib.sha256(self._keys.get(full) or b"").hexdigest() != digest:
+            if self._keys.root is not None and _fingerprint(self._keys.get(full) or b"") != written:
                 return False
         return True
 
@@ -196,7 +196,7 @@ class StoreWriter:
                 raise UsageError(self.url, reason, "choose another folder")
             return fresh
         self._replaced = list(found["subjects"])
-        if overwrite:
+        if overwrite or not found["subjects"]:
             return fresh
         if not resume:
             count = f"{len(found['subjects'])} subjects"
@@ -214,7 +214,11 @@ class StoreWriter:
             try:
                 if not self._manifest["subjects"]:
                     self._clear()
-                    self._manifest["root"] = self._root_group()
+                root = self._keys.get("zarr.json")
+                if root is None or _fingerprint(root) != self._manifest["root"]:
+                    self._keys.drop_one("zarr.json")
+                    zarr.create_group(self._keys.zarr, attributes=MARK)
+                    self._manifest["root"] = _fingerprint(self._keys.get("zarr.json") or b"")
                 self._publish(always=True)
             except OSError as error:
                 raise write_error(error, self.url) from error
@@ -235,11 +239,6 @@ class StoreWriter:
     def _is_ours(self, name: str) -> bool:
         root = self._keys.root
         return name == "zarr.json" if root is None else _is_leftover(root / name)
-
-    def _root_group(self) -> list[Any]:
-        zarr.create_group(self._keys.zarr, attributes=MARK)
-        raw = self._keys.get("zarr.json") or b""
-        return [len(raw), hashlib.sha256(raw).hexdigest()]
 
     def _write_array(self, path: str, array: np.ndarray, attributes: dict[str, Any]) -> None:
         created = zarr.create_array(
@@ -265,7 +264,7 @@ class StoreWriter:
             data = self._keys.get(f"{subject_id}/{key}")
             if data is None:
                 raise OSError(errno.EIO, "was written and is not there", key)
-            files[key] = [len(data), hashlib.sha256(data).hexdigest()]
+            files[key] = _fingerprint(data)
         return files
 
     def _unlist(self, subject_id: str) -> None:
@@ -311,6 +310,10 @@ def _checked(
     if not kept and not np.isfinite(arrays["image"]).all():
         raise InputError(subject_id, "its image is not finite", "replace NaN and infinities")
     return arrays
+
+
+def _fingerprint(data: bytes) -> list[Any]:
+    return [len(data), hashlib.sha256(data).hexdigest()]
 
 
 def _is_leftover(entry: Path) -> bool:

@@ -7,7 +7,6 @@ place (seed, epoch, group, step), so a run that was stopped anywhere continues t
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -124,7 +123,9 @@ class Models:
         return values
 
     @staticmethod
-    def _apply(adam: torch.optim.Optimizer, network: torch.nn.Module, terms: dict[str, Tensor], clip: float) -> dict[str, float]:
+    def _apply(
+        adam: torch.optim.Optimizer, network: torch.nn.Module, terms: dict[str, Tensor], clip: float
+    ) -> dict[str, float]:
         adam.zero_grad(set_to_none=True)
         terms["total"].backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip or float("inf"))
@@ -311,7 +312,9 @@ def critic_steps(run: Run, pool: Pool, epoch: int) -> dict[str, float]:
         batch = pool.gather(indices)
         shape = (c.batch_size, channels) if c.eps_per_channel else (c.batch_size,)
         eps = rng(c.seed, epoch, at.group, at.step, i, "eps").random(shape, dtype=np.float32)
-        rows.append(run.models.critic_update(batch, run.models.generate(batch), torch.from_numpy(eps).to(batch.y.device)))
+        rows.append(
+            run.models.critic_update(batch, run.models.generate(batch), torch.from_numpy(eps).to(batch.y.device))
+        )
     return {f"d_{k}": float(np.mean([r.get(k, 0.0) for r in rows])) for k in {k for r in rows for k in r}}
 
 
@@ -321,9 +324,13 @@ def count_bad(run: Run, facts: dict[str, float], batch: Batch) -> None:
         run.bad = 0
         return
     run.bad += 1
-    log.warning("update %d is not finite and was skipped (%d in a row): %s", run.position.updates, run.bad, batch.ids[:4])
+    log.warning(
+        "update %d is not finite and was skipped (%d in a row): %s", run.position.updates, run.bad, batch.ids[:4]
+    )
     if run.bad >= run.config.max_bad_steps:
-        write_json(run.folder / "bad_batch.json", {"facts": facts, "patches": batch.ids, "position": vars(run.position)})
+        write_json(
+            run.folder / "bad_batch.json", {"facts": facts, "patches": batch.ids, "position": vars(run.position)}
+        )
         raise ResourceError(
             run.folder,
             f"{run.bad} updates in a row were not finite",
@@ -405,7 +412,9 @@ def save(run: Run) -> None:
     m, at = run.models, run.position
     state = {"adam_g": m.adam_g.state_dict(), "adam_d": m.adam_d.state_dict(), "position": vars(at)}
     writers = {
-        "model.safetensors": lambda p: modelfile.write(p, m.generator, m.critic, ema=m.average, card={"updates": at.updates}),
+        "model.safetensors": lambda p: modelfile.write(
+            p, m.generator, m.critic, ema=m.average, card={"updates": at.updates}
+        ),
         "state.pt": lambda p: torch.save(state, p),
         "config.yaml": lambda p: p.write_text(run.config.to_yaml(), encoding="utf8"),
     }
@@ -419,7 +428,9 @@ def load(run: Run) -> None:
     m = run.models
     spec, parameters = modelfile.read_parameters(snapshot / "model.safetensors", "generator")
     if spec != m.generator.spec:
-        raise ModelError(snapshot, f"holds {spec}, the settings ask for {m.generator.spec}", "resume with the run's own settings")
+        raise ModelError(
+            snapshot, f"holds {spec}, the settings ask for {m.generator.spec}", "resume with the run's own settings"
+        )
     m.generator = modelfile.assemble(spec, parameters, run.config.form).requires_grad_(True)
     critic_spec, parameters = modelfile.read_parameters(snapshot / "model.safetensors", "critic")
     m.critic = modelfile.assemble(critic_spec, parameters).requires_grad_(True)

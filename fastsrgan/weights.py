@@ -5,8 +5,6 @@ Which of them a path is, is read from its content. Pickles are recognised and ne
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -17,20 +15,17 @@ from typing import Any
 
 from torch import Tensor
 
-from fastsrgan import keras_h5, modelfile
+from fastsrgan import checkpoint, keras_h5, modelfile
 from fastsrgan.errors import ModelError, ResourceError
 from fastsrgan.networks import Critic, CriticSpec, Generator, GeneratorSpec
 
 log = logging.getLogger("fastsrgan")
 
-MODEL, MANIFEST, CHECKPOINTS = "model.safetensors", "manifest.json", "checkpoints"
-MAX_MANIFEST = 2**20
 SHIPPED = Path(__file__).parent / "models"
 LEGACY_NOTE = (
     "residual conditional U-Net: SegSRGAN 2.2.4 subtracted from image and resolution alike and gave three channels;"
     " here it gives two, the image (its first) and the segmentation (its third)"
 )
-_SNAPSHOT = re.compile(r"(epoch|step)-(\d+)")
 _PICKLE = re.compile(rb"\x80[\x02-\x05]")
 _PICKLES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".joblib"}
 
@@ -96,7 +91,7 @@ def info(path: str | os.PathLike) -> dict[str, Any]:
         "file": str(source.file),
         "kind": source.kind,
         "bytes": source.file.stat().st_size,
-        "sha256": _sha256(source.file),
+        "sha256": checkpoint.sha256(source.file),
         "generator": header.generator.to_dict(),
         "critic": header.critic.to_dict() if header.critic else None,
         "parameters": _count(header.generator),
@@ -145,7 +140,7 @@ def import_keras(source: str | os.PathLike, target: str | os.PathLike, *, overwr
     target = _free(target, overwrite)
     generator = load_generator(source)
     critic = load_critic(source) if read_spec(source)[1] else None
-    card = {"converted_from": found.file.name, "converted_sha256": _sha256(found.file)}
+    card = {"converted_from": found.file.name, "converted_sha256": checkpoint.sha256(found.file)}
     if _is_legacy(generator.spec):
         card["note"] = LEGACY_NOTE
     return modelfile.write(target, generator, critic, card=card)
@@ -211,7 +206,8 @@ def _count(spec: GeneratorSpec | CriticSpec) -> int:
 def _resolve(path: str | os.PathLike) -> _Source:
     path = Path(path)
     if path.is_dir():
-        return _Source(_newest_snapshot(path), "checkpoint")
+        lone = (path / checkpoint.MANIFEST).is_file()
+        return _Source(checkpoint.verified(path if lone else checkpoint.newest(path), checkpoint.MODEL), "checkpoint")
     return _Source(path, _sniff(path))
 
 
@@ -233,63 +229,3 @@ def _sniff(path: Path) -> str:
         raise ModelError(path, "a Git LFS pointer, not the file itself", "git lfs pull")
     reason = "empty" if not head else "neither Keras HDF5 nor safetensors"
     raise ModelError(path, reason, "the original's weights, safetensors of fastsrgan, or a run folder")
-
-
-def _newest_snapshot(folder: Path) -> Path:
-    """The model file of a snapshot folder, or of the newest undamaged snapshot of a run."""
-    if (folder / MANIFEST).is_file():
-        return _verified_model(folder)
-    snapshots: list[tuple[int, Path]] = []
-    for parent in (folder / CHECKPOINTS, folder):
-        if parent.is_dir():
-            named = [(_SNAPSHOT.fullmatch(p.name), p) for p in parent.iterdir()]
-            snapshots = [(int(m[2]), p) for m, p in named if m and (p / MANIFEST).is_file()]
-        if snapshots:
-            break
-    for _, snapshot in sorted(snapshots, key=lambda s: (_progress(s[1]), s[0]), reverse=True):
-        try:
-            return _verified_model(snapshot)
-        except ModelError as error:
-            log.warning("%s: taking the snapshot before it", error)
-    if snapshots:
-        raise ModelError(folder, f"all {len(snapshots)} snapshots are damaged")
-    raise ModelError(folder, "no snapshot in this folder", "a run folder of `fastsrgan train`, or a weight file")
-
-
-def _manifest(snapshot: Path) -> dict[str, Any]:
-    path = snapshot / MANIFEST
-    try:
-        if path.stat().st_size > MAX_MANIFEST:
-            raise ModelError(path, "too large for a manifest")
-        manifest = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(path, "cannot be read") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise ModelError(path, "no manifest of a snapshot")
-    return manifest
-
-
-def _progress(snapshot: Path) -> int:
-    """Training steps of a snapshot where its manifest tells them: names count epochs or steps."""
-    try:
-        step = _manifest(snapshot).get("step", 0)
-    except ModelError:
-        return 0
-    return step if isinstance(step, int) else 0
-
-
-def _verified_model(snapshot: Path) -> Path:
-    """The model file of a snapshot, its size and SHA-256 as the manifest says."""
-    entry = _manifest(snapshot)["files"].get(MODEL)
-    path = snapshot / MODEL
-    if not isinstance(entry, dict) or not path.is_file():
-        raise ModelError(path, "missing", "the snapshot is incomplete")
-    size = path.stat().st_size
-    if size != entry.get("bytes", size) or _sha256(path) != entry.get("sha256"):
-        raise ModelError(path, "does not match its SHA-256 in the manifest: damaged or changed")
-    return path
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

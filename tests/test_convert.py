@@ -129,6 +129,7 @@ arrays = hnp.arrays(
 ) | hnp.arrays(np.float32, (3, 4, 5), elements=st.floats(-(2.0**20), 2.0**20, width=32))
 
 
+@settings(max_examples=50, deadline=None)
 @given(arrays, st.sampled_from([1.0, 0.3, -2.0]), st.sampled_from([0.0, -40.0]), st.sampled_from("CF"))
 def test_statistics_are_those_of_the_intensities(stored, scale, offset, order):
     facts = describe(np.asarray(stored, order=order), scale, offset)
@@ -138,17 +139,19 @@ def test_statistics_are_those_of_the_intensities(stored, scale, offset, order):
         assert facts["intensity"][name] == flat[int(np.ceil(q * flat.size)) - 1]
     assert facts["intensity"]["min"] == flat[0] and facts["intensity"]["max"] == flat[-1]
     positive = np.argwhere(values > 0)
-    expected = (
-        [(int(a), int(b) + 1) for a, b in zip(positive.min(0), positive.max(0), strict=True)] if len(positive) else None
-    )
-    assert facts["bounding_box"] == expected
+    if len(positive):
+        assert facts["bounding_box"] == list(zip(positive.min(0), positive.max(0) + 1, strict=True))
+    else:
+        assert facts["bounding_box"] is None
 
 
-floats = hnp.arrays(np.float32, (4, 3, 2), elements=st.floats(-(2.0**60), 2.0**60, width=32)) | hnp.arrays(
-    np.float32, (2, 3, 4), elements=st.floats(99, 100, width=32)
+floats = st.one_of(
+    hnp.arrays(np.float32, (4, 3, 2), elements=st.floats(low, high, width=32))
+    for low, high in ((-(2.0**60), 2.0**60), (99, 100), (-1, 0), (-3, -2))
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(floats)
 def test_quantised_floats_keep_zero_order_and_the_stated_error(values):
     levels, scale, offset, facts = encode(values, 1.0, 0.0, "int16")
@@ -163,6 +166,7 @@ def test_quantised_floats_keep_zero_order_and_the_stated_error(values):
     assert (np.diff(back.ravel()[order]) >= 0).all()
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     hnp.arrays(
         st.sampled_from([np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64]),
@@ -267,7 +271,8 @@ def test_images_found_damaged_later_cost_only_themselves(tmp_path):
     assert convert(table, tmp_path / "store", resume=True)["converted"] == 2
     assert tree(tmp_path / "store") == tree(tmp_path / "clean")
     for i in range(4):
-        (tmp_path / f"s{i}.nii.gz").write_bytes(good[1][:-100])
+        packed = (tmp_path / f"s{i}.nii.gz").read_bytes()
+        (tmp_path / f"s{i}.nii.gz").write_bytes(packed[:-100])
     with pytest.raises(InputError, match="truncated"):
         convert(table, tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -275,10 +280,10 @@ def test_images_found_damaged_later_cost_only_themselves(tmp_path):
 
 def test_bad_options(tmp_path):
     table = cohort(tmp_path, 1)
-    with pytest.raises(UsageError, match="'int8' is unknown .one of auto, int16, float32"):
+    with pytest.raises(UsageError, match=r"'int8' is unknown .one of auto, int16, float32"):
         convert(table, tmp_path / "store", dtype="int8")
     with pytest.raises(UsageError, match="--workers"):
-        convert(table, tmp_path / "store", workers=-1)
+        convert(table, tmp_path / "store", workers=0)
     convert(table, tmp_path / "store")
     with pytest.raises(UsageError, match="was made with dtype auto, not int16"):
         convert(table, tmp_path / "store", dtype="int16", resume=True)
@@ -361,6 +366,15 @@ def test_a_second_table_adds_but_never_takes_over_a_name(tmp_path, caplog):
     assert "2 subjects are not in this table and were kept (s0)" in caplog.text
 
 
+def test_a_second_table_cannot_test_on_what_the_store_trains_on(tmp_path):
+    table = cohort(tmp_path, 2)
+    convert(table, tmp_path / "store")
+    shutil.copy(tmp_path / "s0.nii.gz", tmp_path / "new.nii.gz")
+    table.write_text("HR_image,Label_image,Base\nnew.nii.gz,l0.nii.gz,Test\n")
+    with pytest.raises(InputError, match=r"line 2: new\.nii\.gz holds the same image as subject s0 in the store"):
+        convert(table, tmp_path / "store", resume=True)
+
+
 def test_moved_sources_are_still_the_same(tmp_path):
     convert(cohort(tmp_path / "one", 2), tmp_path / "store")
     (tmp_path / "one").rename(tmp_path / "two")
@@ -375,28 +389,28 @@ def _convert_quietly(table, store):
 
 
 def test_killed_at_random_moments_and_resumed(tmp_path):
-    table = cohort(tmp_path, 12)
+    table = cohort(tmp_path, 6)
     began = time.monotonic()
     convert(table, tmp_path / "clean", workers=2)
     seconds = time.monotonic() - began
     # A server that has imported everything forks the processes that are killed: the kills meet the work, not imports.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastsrgan.convert", "test_convert"])
-    chance, unfinished = random.Random(5), 0
-    for attempt in range(12):
+    context.set_forkserver_preload(["fastsrgan.convert"])
+    chance, killed = random.Random(5), 0
+    for _ in range(12):
         process = context.Process(target=_convert_quietly, args=(table, tmp_path / "store"))
         process.start()
-        process.join(chance.uniform(0, seconds) if attempt else chance.uniform(0, seconds / 2) + 60 * 0)
+        process.join(chance.uniform(0, seconds))
         process.kill()
         process.join()
         assert process.exitcode in (0, -9)
-        unfinished += process.exitcode == -9
+        killed += process.exitcode == -9
         if (tmp_path / "store/manifest.json").exists():
             store = open_store(tmp_path / "store")
             assert store.verify() == []
             if store.complete:
                 shutil.rmtree(tmp_path / "store")
-    assert unfinished
+    assert killed
     convert(table, tmp_path / "store", resume=True)
     assert tree(tmp_path / "store") == tree(tmp_path / "clean")
 
@@ -425,7 +439,3 @@ def test_a_url_as_the_store(tmp_path):
     assert convert(table, url, resume=True)["kept"] == 2
     np.testing.assert_array_equal(open_store(url).read("s1").image, images.load(tmp_path / "s1.nii.gz").data)
     assert open_store(url).verify() == []
-
-
-settings.register_profile("store", deadline=None)
-settings.load_profile("store")

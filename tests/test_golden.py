@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from fastsrgan import losses
+from fastsrgan.keras_h5 import weight_names
+from fastsrgan.step import critic_loss, generator_loss
 from fastsrgan.weights import load_critic, load_generator, read_spec
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -85,8 +87,6 @@ def step():
 
 def by_original_name(network):
     """Original weight name (LAYER/LEAF) -> our parameter."""
-    from fastsrgan.keras_h5 import weight_names
-
     parameters = dict(network.named_parameters())
     return {name: parameters[ours] for ours, name in weight_names(network.spec).items()}
 
@@ -152,6 +152,31 @@ def test_critic_step(step):
     terms[0].backward()
     assert_gradients(critic, step["d_weight_names"], step, "d")
     assert_updates(critic, step["d_weight_names"], step, "d", t=2, epsilon=1e-7)
+
+
+@pytest.mark.parametrize("penalty", ["explicit", "autograd"])
+def test_critic_loss_of_training(step, penalty):
+    """The same through the function that training calls, in both of its forms."""
+    critic = load_critic(GOLDEN / "losses" / "before.h5")
+    real, fake, eps = (tensor(step[k]) for k in ("real", "fake", "eps"))
+    terms = critic_loss(critic, real, fake, eps.flatten(1), LAMBDA_GP, penalty=penalty)
+    total, real_term, fake_term, gp = step["d_losses"]
+    assert terms["total"].item() == pytest.approx(total, rel=1e-5)
+    assert terms["penalty"].item() == pytest.approx(gp, rel=1e-5)
+    assert terms["wasserstein"].item() == pytest.approx(real_term + fake_term, abs=1e-5 * abs(fake_term))
+    terms["total"].backward()
+    assert_gradients(critic, step["d_weight_names"], step, "d")
+
+
+def test_generator_loss_of_training(step):
+    critic = load_critic(GOLDEN / "losses" / "before.h5")
+    load_after(critic, step["d_weight_names"], step, "d")
+    generator = load_generator(GOLDEN / "losses" / "before.h5")
+    terms = generator_loss(generator, critic, tensor(step["g_input"]), tensor(step["real"]), lambda_adv=LAMBDA_ADV)
+    got = [terms[k].item() for k in ("total", "adversarial", "reconstruction")]
+    assert got == pytest.approx(list(step["g_losses"]), rel=1e-5)
+    terms["total"].backward()
+    assert_gradients(generator, step["g_weight_names"], step, "g")
 
 
 def test_scores_on_the_way(step):

@@ -16,7 +16,9 @@ def pair(batch: int, channels: int, patch: int) -> tuple[torch.Tensor, torch.Ten
     return torch.rand(shape, generator=rng, dtype=torch.double), torch.rand(shape, generator=rng, dtype=torch.double)
 
 
-@pytest.mark.parametrize(("patch", "channels", "conditional"), [(16, 2, False), (20, 2, True), (24, 4, False), (36, 2, False)])
+@pytest.mark.parametrize(
+    ("patch", "channels", "conditional"), [(16, 2, False), (20, 2, True), (24, 4, False), (36, 2, False)]
+)
 def test_explicit_penalty_equals_double_backward(patch, channels, conditional):
     critic = Critic(CriticSpec(kernel=3, patch=patch, in_channels=channels, conditional=conditional), seed=3).double()
     with torch.no_grad():

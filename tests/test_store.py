@@ -424,6 +424,21 @@ def test_what_a_killed_run_leaves_is_removed_at_the_end(folder):
     assert tree(folder) == clean and not (folder / "c").exists() and not (folder / "b").exists()
 
 
+def test_a_lost_root_group_is_made_again(folder):
+    make(folder, "a")
+    clean = tree(folder)
+    (folder / "zarr.json").unlink()
+    with create_store(folder, resume=True) as writer:
+        writer.finish()
+    assert tree(folder) == clean
+
+
+def test_an_empty_store_needs_no_option(folder):
+    make(folder)
+    store = make(folder, "a", attrs={})
+    assert [s.id for s in store.subjects] == ["a"]
+
+
 def test_nothing_is_made_before_the_first_write(folder):
     with create_store(folder):
         pass

@@ -75,7 +75,10 @@ def test_a_nilearn_without_the_maps_is_named(monkeypatch, tmp_path):
         template.mni152()
 
 
-def test_nilearn_itself_is_not_imported(mni):
+def test_nilearn_itself_is_not_imported(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "nilearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert (template._nilearn_data() / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz").is_file()
     assert "nilearn" not in sys.modules
 
 

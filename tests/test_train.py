@@ -133,7 +133,12 @@ def test_starting_from_weights_takes_generator_and_critic(store, tmp_path):
         for a, b in zip(first.parameters(), second.parameters(), strict=True):
             assert torch.allclose(a, b, atol=1e-9)
     with pytest.raises(ModelError, match="kernel_gen"):
-        train(store, tmp_path / "third", CONFIG.replace(kernel_gen=3), start_weights=tmp_path / "first" / "model.safetensors")
+        train(
+            store,
+            tmp_path / "third",
+            CONFIG.replace(kernel_gen=3),
+            start_weights=tmp_path / "first" / "model.safetensors",
+        )
 
 
 def test_nan_updates_are_skipped_and_end_the_run(store, tmp_path, monkeypatch):

@@ -331,13 +331,6 @@ def test_a_run_gives_its_newest_snapshot(tmp_path, caplog):
         weights.load_critic(tmp_path)
 
 
-def test_steps_in_the_manifest_order_mixed_names(tmp_path):
-    snapshot(tmp_path / "epoch-0003", 1, step=300)
-    latest = snapshot(tmp_path / "step-00000350", 2, step=350)
-    snapshot(tmp_path / "epoch-0001", 3, step=100)
-    assert same(weights.load_generator(tmp_path), latest)
-
-
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"files": 3}', '{"files": {}}', "[" * 100_000])
 def test_damaged_manifests(tmp_path, text):
     snapshot(tmp_path / "epoch-0001", 1)

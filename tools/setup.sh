@@ -3,6 +3,7 @@
 # versions of constraints.txt, the developer tools and, where there is an NVIDIA driver, the matching CUDA extra.
 #
 #   tools/setup.sh [FOLDER]      default .venv; safe to run again, also after an interruption
+#   tools/setup.sh --cuda        only print which CUDA extra this machine would get: none, 12 or 13
 #
 #   PYTHON       interpreter to use (default: the first of python3, python3.1x that is 3.11 or newer)
 #   CUDA         auto (default), none, 12 or 13
@@ -134,6 +135,10 @@ fail_pip() {
   fail "pip could not install everything (whole log: $LOG); is the network there? Run the same command again to go on."
 }
 
+if [[ $VENV == --cuda ]]; then
+  choose_cuda
+  exit
+fi
 python=$(find_python)
 "$python" -c 'import venv, ensurepip' 2>/dev/null ||
   fail "$python has no venv module (Debian, Ubuntu: apt install python3-venv)"

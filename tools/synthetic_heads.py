@@ -1,8 +1,8 @@
 """Blocks of random head anatomy for training the shipped weights, made from the MNI152 maps of nilearn's wheel.
 
-Each block is a smoothly deformed, rescaled piece of the template. The template is an average of 152 heads, so its edges are soft and
-its contrast is one T1; a network trained on it alone learns little about a sharp scan. Tissue probabilities are
-therefore sharpened with random wiggles, given random intensities (T1-like, T2-like or arbitrary), and wrapped in a
+Each block is a smoothly deformed, rescaled piece of the template. The template is an average of 152 heads, so its edges
+are soft and its contrast is one T1; a network trained on it alone learns little about a sharp scan. Tissue
+probabilities are therefore sharpened with random wiggles, given random intensities (T1-like, T2-like or arbitrary), and wrapped in a
 procedural skull and scalp. Everything is keyed: block ``i`` of seed ``s`` is always the same array.
 """
 
@@ -119,7 +119,7 @@ def _sample(maps: Maps, r: np.random.Generator, n: int, voxel: float) -> dict[st
 
 
 def _sharpen(r: np.random.Generator, p: np.ndarray, n: int) -> np.ndarray:
-    """(4, n, n, n) tissue fractions with edges as steep as a real scan's, wiggling at the scale of one to three voxels."""
+    """(4, n, n, n) tissue fractions with edges as steep as a real scan's, wiggling over one to three voxels."""
     temperature, amount = r.uniform(0.15, 0.8), r.uniform(0, 1.0)
     logits = np.log(np.clip(p, 1e-3, 1)) / temperature
     for c in range(3):

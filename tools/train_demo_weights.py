@@ -7,7 +7,8 @@
 Recipe (docs/decisions/003): random anatomy blocks (synthetic_heads.py), degraded afresh for every draw with the
 physical operators: through-plane ratio 2 to 6, sometimes in-plane too, contrast power 0.5 to 1.5, noise up to 3 %;
 50 Charbonnier(SR) + soft Dice + Charbonnier(segmentation); SR head starts at zero, so training starts at the spline;
-Adam with warm-up and cosine decay; EMA weights are kept. No adversarial term.
+Adam with warm-up and cosine decay, the head in white coordinates (whitened_head.py); EMA weights are kept.
+No adversarial term.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from synthetic_heads import Block, load_maps, make_block
+from whitened_head import WhitenedHead
 
 from fastsrgan.degrade import degrade
 from fastsrgan.losses import charbonnier, soft_dice
@@ -32,6 +34,8 @@ from fastsrgan.runtime import provenance, rng, tune_allocator
 BLOCK, POOL = 96, 24
 SHAPES = ((4, 48), (2, 64), (1, 80))  # (batch, patch edge): tiles of several sizes, since instance norm sees the tile
 SHAPE_ODDS = (0.5, 0.35, 0.15)
+HEAD_RATES = (2e-5, 1e-3)  # SR, segmentation; in white coordinates
+MEASURE_EVERY = 500
 
 
 class Pool:
@@ -125,7 +129,7 @@ def parse() -> argparse.Namespace:
     p.add_argument(
         "--iterations", type=int, help="length of the schedule in iterations instead: reproducible to the bit"
     )
-    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--lr", type=float, default=5e-4, help="of all layers but the head")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--resume", action="store_true")
     p.add_argument(
@@ -146,7 +150,9 @@ class Trainer:
             self.generator.head[0].zero_()
         self.ema = Generator(spec)
         self.ema.load_state_dict(self.generator.state_dict())
-        self.adam = torch.optim.Adam(self.generator.parameters(), args.lr, betas=(0.9, 0.999), fused=True)
+        self.trunk = [p for name, p in self.generator.named_parameters() if name != "head"]
+        self.adam = torch.optim.Adam(self.trunk, args.lr, betas=(0.9, 0.999), fused=True)
+        self.head = WhitenedHead(self.generator, HEAD_RATES, args.seed)
         self.step, self.seconds = 0, 0.0
 
     def progress(self) -> float:
@@ -157,26 +163,24 @@ class Trainer:
 
     def update(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
         """One step; returns the losses."""
-        lr = self.args.lr * min(1, (self.step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * min(1, self.progress())))
+        if self.step % MEASURE_EVERY == 0:
+            self.head.measure(x)
+        rate = min(1, (self.step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1, self.progress())))
         for group in self.adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.args.lr * rate
         out = self.generator(x)
         sr = charbonnier(out[:, :1], y[:, :1])
         dice = soft_dice(out[:, 1:], y[:, 1:])
         loss = 50 * sr + dice + charbonnier(out[:, 1:], y[:, 1:])
-        self.adam.zero_grad()
+        self.generator.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.generator.parameters(), 5.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.trunk, 5.0)
         if not torch.isfinite(norm):
             return {"skipped": 1.0}
-        before = self.generator.head.detach().clone()
         self.adam.step()
-        decay = min(0.999, (1 + self.step) / (10 + self.step))
+        self.head.update(rate)
+        decay = min(0.998, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            # The head's 2744 taps see smooth features, so equal Adam steps add up: at the trunk's rate one update
-            # moves SR by more than its whole error. It moves at a hundredth, the segmentation at a tenth.
-            self.generator.head[0].lerp_(before[0], 0.99)
-            self.generator.head[1].lerp_(before[1], 0.9)
             for e, p in zip(self.ema.parameters(), self.generator.parameters(), strict=True):
                 e.lerp_(p, 1 - decay)
         self.step += 1
@@ -186,7 +190,7 @@ class Trainer:
             "sr": sr.item(),
             "spline": spline.item(),
             "dice": 1 - dice.item(),
-            "lr": lr,
+            "rate": rate,
             "norm": norm.item(),
         }
 
@@ -203,6 +207,7 @@ class Trainer:
         save_file(tensors, folder / "ema.tmp", metadata={"fastsrgan": json.dumps(meta)})
         (folder / "ema.tmp").rename(folder / "ema.safetensors")
         state = {"generator": self.generator.state_dict(), "ema": self.ema.state_dict(), "adam": self.adam.state_dict()}
+        state["head"] = self.head.state()
         torch.save({**state, "step": self.step, "seconds": self.seconds}, folder / "state.tmp")
         (folder / "state.tmp").rename(folder / "state.pt")
 
@@ -212,6 +217,7 @@ class Trainer:
         self.generator.load_state_dict(state["generator"])
         self.ema.load_state_dict(state["ema"])
         self.adam.load_state_dict(state["adam"])
+        self.head.load(state["head"])
         self.step, self.seconds = state["step"], state["seconds"]
 
 

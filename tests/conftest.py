@@ -1,0 +1,76 @@
+"""What every test may use: thread limits, hypothesis profiles, poisoned memory, golden files and a procedural head."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Test processes side by side would each start a thread per core. Read when NumPy and torch are first imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from phantom import Phantom, head
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+# Times say nothing on shared cores, so there are no deadlines; in CI the same examples come each time.
+settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("local"), derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` are skipped, with the reason, where no CUDA device is seen."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory from ``empty`` is NaN (or the largest integer) in NumPy and torch: a voxel left unwritten shows."""
+
+    def poison_array(make):
+        def poisoned_array(*args, **kwargs):
+            array = make(*args, **kwargs)
+            if np.issubdtype(array.dtype, np.inexact):
+                array.fill(np.nan)
+            elif np.issubdtype(array.dtype, np.integer):
+                array.fill(np.iinfo(array.dtype).max)
+            return array
+
+        return poisoned_array
+
+    def poison_tensor(make):
+        def poisoned_tensor(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            if tensor.is_floating_point() or tensor.is_complex():
+                return tensor.detach().fill_(torch.nan).requires_grad_(tensor.requires_grad)
+            return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+        return poisoned_tensor
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(np, name, poison_array(getattr(np, name)))
+        monkeypatch.setattr(torch, name, poison_tensor(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison_tensor(torch.Tensor.new_empty))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of the original's own inputs, weights and outputs."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def phantom() -> Phantom:
+    """A head of 40 x 48 x 36 voxels of 4 mm with its label; arrays are read-only, ``phantom.head`` makes others."""
+    return head()

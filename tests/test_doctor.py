@@ -1,0 +1,146 @@
+"""The doctor says what is there, survives whatever is broken, and keeps off the network."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from fastsrgan import doctor
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict:
+    return doctor.diagnose()
+
+
+def install(folder: Path, distribution: str, module: str, source: str) -> None:
+    """A fake distribution with one module, as pip would leave it."""
+    info = folder / f"{distribution.replace('-', '_')}-9.9.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 9.9\n")
+    (folder / f"{module}.py").write_text(source)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch) -> Path:
+    """A folder that this process and its children import from first."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    return tmp_path
+
+
+def test_the_report_is_plain_values_and_single_lines(facts):
+    assert json.loads(json.dumps(facts)) == facts
+    lines = doctor.describe(facts)
+    assert all(isinstance(line, str) and "\n" not in line for line in lines)
+    for text in facts["warnings"]:
+        assert f"warning: {text}" in lines
+    for what in ("training", "inference", "stitching", "data feed"):
+        assert any(f"{what}: {facts['plan'][what]}" in line for line in lines)
+
+
+def test_the_facts_are_this_machine(facts):
+    assert facts["packages"]["torch"].startswith("2.") and None not in facts["packages"].values()
+    assert 0 < facts["cpu"]["usable"] <= facts["cpu"]["count"] and facts["cpu"]["torch_threads"] >= 1
+    assert 0 < facts["memory"]["available"] <= facts["memory"]["total"]
+    shipped = Path(doctor.__file__).parent / "models"
+    assert [w["name"] for w in facts["weights"]] == sorted(p.name for p in shipped.glob("*.safetensors"))
+
+
+def test_the_network_is_never_touched(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    doctor.describe(doctor.diagnose())
+
+
+@pytest.mark.parametrize(
+    ("program", "answer", "problem"),
+    [
+        ("print('chatter'); print('[1, 2]')", [1, 2], None),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", None, "crashed with SIGSEGV"),
+        ("raise ImportError('libcudart.so.13: cannot open')", None, "ImportError: libcudart.so.13: cannot open"),
+        ("raise SystemExit(3)", None, "ended with 3"),
+        ("print('not JSON')", None, "unexpected answer 'not JSON'"),
+        ("pass", None, "unexpected answer ''"),
+    ],
+)
+def test_a_probe_survives_what_it_tries(program, answer, problem):
+    assert doctor.probe(program) == (answer, problem)
+
+
+def test_a_probe_that_hangs_is_given_up():
+    assert doctor.probe("import time; time.sleep(60)", seconds=0.5) == (None, "no answer after 0.5 s")
+
+
+def test_a_broken_package_is_a_warning(site):
+    install(site, "cupy-cuda13x", "cupy", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    found = doctor.diagnose()
+    assert found["optional"]["cupy"]["problem"] == "crashed with SIGSEGV"
+    assert found["optional"]["cupy"]["sees_device"] is False
+    assert "cupy 9.9 is installed but unusable: crashed with SIGSEGV" in found["warnings"]
+
+
+def test_a_package_that_works_is_named_with_its_version(site):
+    install(site, "tensorstore", "tensorstore", "")
+    found = doctor.diagnose()
+    assert any("tensorstore: 9.9 - " in line for line in doctor.describe(found))
+
+
+def test_both_cuda_extras_at_once_are_a_warning(site):
+    install(site, "cupy-cuda13x", "cupy", "raise ImportError('no libcuda.so.1')")
+    install(site, "nvidia-dali-cuda120", "unused", "")
+    text = "\n".join(doctor.diagnose()["warnings"])
+    assert "extras cuda12 and cuda13 are both installed (cupy-cuda13x, nvidia-dali-cuda120)" in text
+
+
+def gpu(facts: dict, **changes) -> dict:
+    return {**facts, "gpu": {"driver": None, "torch_cuda": None, "devices": [], "problem": None, **changes}}
+
+
+def test_with_a_device_the_work_goes_there(facts):
+    device = {"name": "NVIDIA H100", "memory_bytes": 80 * 2**30, "capability": "9.0"}
+    found = gpu(facts, driver="580.65.06", torch_cuda="13.0", devices=[device])
+    plan = doctor.plan(found)
+    assert plan["inference"] == "bf16 on cuda (NVIDIA H100)"
+    assert "cuda" in plan["training"] and "cuda" in plan["stitching"]
+    lines = doctor.describe({**found, "plan": plan, "warnings": doctor.warnings(found)})
+    assert any("cuda:0 NVIDIA H100, 80.0 GiB, capability 9.0" in line for line in lines)
+    assert not any("driver" in w for w in doctor.warnings(found))
+
+
+def test_without_a_device_the_cpu_works_in_fp32(facts):
+    plan = doctor.plan(gpu(facts))
+    assert all("cpu" in how.lower() for how in plan.values())
+    assert "fp32" in plan["inference"] and "fp32" in plan["training"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"driver": "580.65.06"}, "is a build for the CPU"),
+        ({"driver": "550.54.15", "torch_cuda": "13.0"}, "sees no GPU"),
+        ({"driver": "580.65.06", "torch_cuda": "13.0", "problem": "crashed with SIGABRT"}, "crashed with SIGABRT"),
+    ],
+)
+def test_a_driver_that_is_not_used_is_explained(facts, changes, text):
+    assert any(text in warning for warning in doctor.warnings(gpu(facts, **changes)))
+
+
+def test_small_shared_memory_and_missing_weights_come_with_a_way_out(facts):
+    found = doctor.warnings({**facts, "shm": 64 * 2**20, "weights": []})
+    assert "/dev/shm has only 64 MiB: start the container with --shm-size=8g" in found
+    assert any("--weights" in text for text in found)
+    assert not any("/dev/shm" in text for text in doctor.warnings({**facts, "shm": 8 * 2**30}))
+
+
+def test_the_driver_is_asked_for_its_release(tmp_path, monkeypatch):
+    command = tmp_path / "nvidia-smi"
+    command.write_text("#!/bin/sh\necho 580.65.06\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert doctor.driver() == "580.65.06"
