@@ -14,13 +14,16 @@ needs one 1-D factor only, and the row being summed stays in cache.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastsrgan.backend import launch, op, runs_kernels, scalar
 from fastsrgan.errors import UsageError
 from fastsrgan.tiles import TilePlan
+from fastsrgan.tiles import plan as make_plan
 
 GAUSSIAN_SIGMA = 1 / 8  # of the patch
 GAUSSIAN_FLOOR = 1e-3  # of the peak: a voxel that only tile corners cover must keep digits
@@ -105,7 +108,7 @@ class Stitcher:
     device : where tiles arrive and sums are kept
 
     Memory: float32, at most (channels, *padded_shape), a slab (channels, patch x, Y, Z) and a row (channels, patch x,
-    patch y, Z). Reruns are bit-identical, and batch sizes do not change the result.
+    patch y, Z), two rows where a kernel adds. Reruns are bit-identical, and batch sizes do not change the result.
     """
 
     def __init__(
@@ -114,26 +117,19 @@ class Stitcher:
         self.plan, self.device, self.done = plan, torch.device(device), 0
         self._out: Tensor | None = None
         self._levels = []
-        shape = [channels, *plan.patch]
+        shape, windows = [channels, *plan.patch], weights(plan, window)
         for axis in (2, 1, 0):
             shape[1 + axis] = plan.padded_shape[axis]
             place = [1, 1, 1]
             place[axis] = -1
-            factors = [torch.from_numpy(w).to(device).view(place) for w in weights(plan, window)[axis]]
+            factors = [torch.from_numpy(w).to(device).view(place) for w in windows[axis]]
             self._levels.append(_Level(tuple(shape), 1 + axis, plan.origins[axis], factors))
+        # Allocated here and not on first use: who makes a Stitcher finds out whether the device has room for it.
+        self._kernel = _KernelSums(plan, channels, self._levels) if runs_kernels(self.device) else None
 
     def add(self, tiles_NCXYZ: Tensor) -> None:
         """The next N tiles, (N, channels, *patch) of any floating dtype; sums are float32 whatever it is."""
-        for tile in tiles_NCXYZ:
-            piece = tile.float()
-            for level, i in zip(self._levels, reversed(self.plan.index(self.done)), strict=True):
-                total = level.add(piece, i)
-                if total is None:
-                    break
-                piece = total
-            else:
-                self._out = piece
-            self.done += 1
+        _add(self, tiles_NCXYZ)
 
     def result(self) -> Tensor:
         """(channels, *padded_shape) float32, once every tile was added."""
@@ -141,6 +137,113 @@ class Stitcher:
             f"{self.done} of {len(self.plan)} tiles were added"
         )
         return self._out
+
+
+class _KernelSums:
+    """What kernels/overlap_add.cu needs besides the tiles: tables of the plan, and the sums between two calls.
+
+    levels : of a Stitcher, z y x; their memory is used for the kernel's sums, which mean the same
+    """
+
+    def __init__(self, plan: TilePlan, channels: int, levels: list[_Level]) -> None:
+        self.plan, self.channels, self.device = plan, channels, levels[0].factors[0].device
+        self.wz, self.wy, self.wx = (torch.stack([w.view(-1) for w in level.factors]) for level in levels)
+        self.origins = [torch.tensor(o, dtype=torch.int32, device=self.device) for o in plan.origins]
+        self.spans = [
+            _spans(o, p, n).to(self.device)
+            for o, p, n in zip(plan.origins, plan.patch, plan.padded_shape, strict=True)
+        ]
+        row, slab, out = (level.total for level in levels)
+        # An axis of one tile has no sum of its own: what is summed along the axis before it is the sum along both.
+        whole = next((t for t in (out, slab, row) if t is not None), None)
+        self.out = torch.empty((channels, *plan.padded_shape), device=self.device) if whole is None else whole
+        self.slab = self.out if slab is None and out is None else slab
+        self.row = self.next_row = row
+        if row is not None and slab is not None:
+            self.next_row = torch.empty_like(row)
+
+    def add(self, tiles_NCXYZ: Tensor, done: int) -> None:
+        """Tiles ``done``, ``done`` + 1, ...: one launch per slab that they touch."""
+        _, ny, nz = self.plan.grid
+        while len(tiles_NCXYZ):
+            ix, start = divmod(done, ny * nz)
+            count = min(len(tiles_NCXYZ), ny * nz - start)
+            self._launch(tiles_NCXYZ[:count], ix, start, start + count)
+            tiles_NCXYZ, done = tiles_NCXYZ[count:], done + count
+
+    def _launch(self, tiles_NCXYZ: Tensor, ix: int, start: int, stop: int) -> None:
+        """Tiles ``start`` to ``stop`` of slab ``ix``, as one launch."""
+        (px, py, pz), (_, size_y, size_z) = self.plan.patch, self.plan.padded_shape
+        nx, ny, nz = self.plan.grid
+        origins_x, origins_y, _ = self.plan.origins
+        here = origins_x[ix]
+        seen = origins_x[ix - 1] + px - here if ix else 0
+        y_first, y_end = origins_y[start // nz], origins_y[(stop - 1) // nz] + py
+        out = self.out.narrow(1, here, px)
+        launch(
+            "overlap_add",
+            ((y_end - y_first) * size_z, px, self.channels),
+            [
+                *(out, out.stride(0), self.slab, self.row, self.next_row),
+                *(tiles_NCXYZ, *tiles_NCXYZ.stride()),
+                *(self.wx[ix], self.wy, self.wz, self.origins[1], self.origins[2], self.spans[1], self.spans[2]),
+                *(nx, ny, nz, self.channels, px, py, pz, size_y, size_z),
+                *(start, stop, y_first, y_end, seen),
+            ],
+            TILE=scalar(tiles_NCXYZ.dtype),
+        )
+        self.row, self.next_row = self.next_row, self.row
+
+
+def _spans(origins: tuple[int, ...], patch: int, n: int) -> Tensor:
+    """(n, 2) int32: the first and the last tile that cover each voxel of an axis."""
+    voxels = np.arange(n)
+    first = np.searchsorted(np.asarray(origins) + patch, voxels, side="right")
+    last = np.searchsorted(origins, voxels, side="right") - 1
+    return torch.from_numpy(np.stack([first, last], axis=1).astype(np.int32))
+
+
+def _add_by_kernel(stitcher: Stitcher, tiles_NCXYZ: Tensor) -> Any:
+    sums = stitcher._kernel
+    if sums is None:  # made while the choice was another: a sum is finished the way it was begun
+        return NotImplemented
+    if scalar(tiles_NCXYZ.dtype) is None:
+        tiles_NCXYZ = tiles_NCXYZ.float()
+    sums.add(tiles_NCXYZ, stitcher.done)
+    stitcher.done += len(tiles_NCXYZ)
+    if stitcher.done == len(stitcher.plan):
+        stitcher._out = sums.out
+    return stitcher._out
+
+
+def _example(seed: int, device: torch.device) -> tuple[Stitcher, Tensor]:
+    plan = make_plan((21, 19, 30), (12, 8, 16), (5, 3, 7))
+    some = torch.randn(len(plan), 3, *plan.patch, generator=torch.Generator().manual_seed(seed))
+    stitcher = Stitcher(plan, 3, "gaussian", device)
+    for level in stitcher._levels:
+        if level.total is not None:
+            level.total.fill_(torch.nan)
+    return stitcher, some.to(device)
+
+
+# Not always the same bits: torch's addcmul fuses on some processors and devices, the kernel everywhere.
+@op("overlap_add", launch=_add_by_kernel, example=_example, rtol=1e-6)
+def _add(stitcher: Stitcher, tiles_NCXYZ: Tensor) -> Tensor | None:
+    """Add the next tiles; the finished volume after the last one."""
+    if stitcher._kernel is not None:
+        assert not stitcher.done, "a sum is finished the way it was begun"
+        stitcher._kernel = None
+    for tile in tiles_NCXYZ:
+        piece = tile.float()
+        for level, i in zip(stitcher._levels, reversed(stitcher.plan.index(stitcher.done)), strict=True):
+            total = level.add(piece, i)
+            if total is None:
+                break
+            piece = total
+        else:
+            stitcher._out = piece
+        stitcher.done += 1
+    return stitcher._out
 
 
 def overlap_add(tiles_NCXYZ: Tensor, plan: TilePlan, window: str = "constant") -> Tensor:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsrgan.backend import launch, op, scalar
 from fastsrgan.errors import UsageError
 from fastsrgan.networks import MIN_SIZE, SIZE_MULTIPLE
 
@@ -127,15 +129,48 @@ def pad(volume_XYZ: Tensor, plan: TilePlan) -> Tensor:
 def gather(volume_XYZ: Tensor, plan: TilePlan, indices: range, out_N1XYZ: Tensor | None = None) -> Tensor:
     """Tiles ``indices`` of a padded volume: (len(indices), 1, *plan.patch) on the volume's device.
 
-    They are written into the first rows of ``out_N1XYZ`` when given, and a view of those is returned.
+    They are written into the first rows of ``out_N1XYZ`` when given, in its dtype, and a view of those is returned.
     """
     if out_N1XYZ is None:
         out_N1XYZ = volume_XYZ.new_empty((len(indices), 1, *plan.patch))
+    return _gather(out_N1XYZ[: len(indices)], volume_XYZ, plan, indices)
+
+
+def _gather_by_kernel(out_N1XYZ: Tensor, volume_XYZ: Tensor, plan: TilePlan, indices: range) -> Any:
+    source, target = scalar(volume_XYZ.dtype), scalar(out_N1XYZ.dtype)
+    if source is None or target in (None, "u8") or not out_N1XYZ.is_contiguous():
+        return NotImplemented
+    origins = torch.tensor([plan.origin(n) for n in indices], dtype=torch.int32).to(volume_XYZ.device)
+    px, py, pz = plan.patch
+    before = (0, 0, 0) if tuple(volume_XYZ.shape) == plan.padded_shape else plan.pad_before
+    launch(
+        "gather_tiles",
+        (py * pz, px, len(indices)),
+        [
+            *(out_N1XYZ, volume_XYZ, *volume_XYZ.stride(), origins),
+            *(len(indices), px, py, pz, *volume_XYZ.shape, *before, int(plan.mirror)),
+        ],
+        SOURCE=source,
+        TARGET=target,
+    )
+    return out_N1XYZ
+
+
+def _example(seed: int, device: torch.device) -> tuple[Tensor, Tensor, TilePlan, range]:
+    some = torch.randn((5, 29, 37), generator=torch.Generator().manual_seed(seed)).to(device)
+    tiles = plan(some.shape, (16, 12, 20), (1, 5, 7))
+    return some.new_full((7, 1, *tiles.patch), torch.nan), some, tiles, range(3, 10)
+
+
+@op("gather_tiles", launch=_gather_by_kernel, example=_example)
+def _gather(out_N1XYZ: Tensor, volume_XYZ: Tensor, plan: TilePlan, indices: range) -> Tensor:
+    """Fill ``out`` with tiles of a volume, padded or not; one that is not is padded by every call (a kernel need not)."""
+    padded = volume_XYZ if tuple(volume_XYZ.shape) == plan.padded_shape else pad(volume_XYZ, plan)
     px, py, pz = plan.patch
     for row, n in enumerate(indices):
         x, y, z = plan.origin(n)
-        out_N1XYZ[row, 0].copy_(volume_XYZ[x : x + px, y : y + py, z : z + pz])
-    return out_N1XYZ[: len(indices)]
+        out_N1XYZ[row, 0].copy_(padded[x : x + px, y : y + py, z : z + pz])
+    return out_N1XYZ
 
 
 def _triple(what: str, value: PerAxis) -> tuple:

@@ -72,13 +72,17 @@ def test_the_installed_command_runs_outside_the_checkout(installed):
     assert facts["fastsrgan"] == __version__
     shipped = sorted(p.name for p in (ROOT / "fastsrgan" / "models").glob("*.safetensors"))
     assert [w["name"] for w in facts["weights"]] == shipped
-    assert "runs" in run([command, "doctor"], installed)
 
 
 def test_the_package_that_runs_is_the_installed_one(installed):
     python = installed / "venv" / "bin" / "python"
-    program = "import fastsrgan, importlib.metadata as m; print(fastsrgan.__file__, m.version('fastsrgan'))"
-    place, version = run([python, "-c", program], installed).split()
-    assert Path(place).is_relative_to(installed) and version == __version__
+    program = """
+import importlib.metadata, runpy, sys, fastsrgan
+print(fastsrgan.__file__, importlib.metadata.version("fastsrgan"), flush=True)
+sys.argv[1:] = ["--version"]
+runpy.run_module("fastsrgan", run_name="__main__", alter_sys=True)
+"""
+    first, second = run([python, "-c", program], installed).splitlines()
+    place, version = first.split()
+    assert Path(place).is_relative_to(installed) and version == second.split()[-1] == __version__
     assert (Path(place).parent / "kernels" / "README.md").read_text() == (ROOT / "kernels" / "README.md").read_text()
-    assert run([python, "-m", "fastsrgan", "--version"], installed).split()[-1] == __version__

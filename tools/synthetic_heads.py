@@ -2,8 +2,8 @@
 
 Each block is a smoothly deformed, rescaled piece of the template. The template is an average of 152 heads, so its edges
 are soft and its contrast is one T1; a network trained on it alone learns little about a sharp scan. Tissue
-probabilities are therefore sharpened with random wiggles, given random intensities (T1-like, T2-like or arbitrary), and wrapped in a
-procedural skull and scalp. Everything is keyed: block ``i`` of seed ``s`` is always the same array.
+probabilities are sharpened with random wiggles, given random intensities (T1-like, T2-like or arbitrary), and wrapped
+in a procedural skull and scalp. Everything is keyed: block ``i`` of seed ``s`` is always the same array.
 """
 
 from __future__ import annotations

@@ -1,0 +1,76 @@
+"""Settings: every nonsense is refused with what came and what is allowed; YAML round trips and is safe."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastsrgan.config import TrainConfig, from_mapping, from_yaml
+from fastsrgan.errors import ModelError
+
+LOW = [[1, 1, 3]]
+
+
+def test_defaults_are_the_original_codes():
+    c = from_mapping({"new_low_res": LOW})
+    assert (c.epochs, c.batch_size, c.kernel_gen, c.kernel_dis, c.lambda_gp, c.critic_iterations) == (
+        200,
+        16,
+        16,
+        32,
+        10,
+        5,
+    )
+    assert (c.lr_gen, c.lr_dis, c.lambda_rec, c.lambda_adv, c.patch_size) == (1e-4, 1e-4, 1.0, 1e-3, 64)
+    assert (c.contrast_max, c.noise, c.eps_per_channel, c.beta1, c.stride) == (0.5, 0.03, True, 0.5, 20)
+
+
+def test_presets_and_what_is_given_wins():
+    paper = from_mapping({"new_low_res": LOW, "preset": "paper"})
+    assert (paper.batch_size, paper.lambda_gp, paper.eps_per_channel, paper.preset) == (32, 100.0, False, "paper")
+    assert from_mapping({"new_low_res": LOW, "preset": "paper", "batch_size": 4}).batch_size == 4
+
+
+def test_yaml_round_trip(tmp_path):
+    config = TrainConfig(new_low_res=((0.5, 0.5, 2.0), (0.5, 0.5, 4.0)), ema=0.9, steps_per_epoch=7)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(), encoding="utf8")
+    assert from_yaml(path) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batchsize": 4}, "did you mean batch_size"),
+        ({"patch_size": 62}, "try 60 or 64"),
+        ({"patch_size": "64"}, "'64' is not a number"),
+        ({"batch_size": True}, "not a number"),
+        ({"batch_size": 0}, "above zero"),
+        ({"lambda_gp": -1}, "zero or above"),
+        ({"ema": 1.0}, "below 1"),
+        ({"geometry": "scipy"}, "physical, segsrgan"),
+        ({"new_low_res": [1, 1]}, "triples"),
+        ({"new_low_res": "3"}, "triples"),
+        ({"preset": "best"}, "code, paper"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(values, message):
+    with pytest.raises(ModelError, match=message) as caught:
+        from_mapping({"new_low_res": LOW, **values})
+    assert caught.value.exit_code == 4 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!python/object/apply:os.system ['touch canary']", "epochs: [1", "- 1\n- 2\n", "epochs: !!python/name:os.system"],
+)
+def test_yaml_that_builds_objects_or_is_broken_is_refused(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(text, encoding="utf8")
+    with pytest.raises(ModelError):
+        from_yaml(tmp_path / "c.yaml")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_missing_file_is_said(tmp_path):
+    with pytest.raises(ModelError, match="cannot be read"):
+        from_yaml(tmp_path / "none.yaml")

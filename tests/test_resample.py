@@ -1,0 +1,113 @@
+"""The observation operators: laws of both families, and equality with SciPy where SciPy is the definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from fastsrgan.errors import UsageError
+from fastsrgan.geometry import centre_coordinates, grid_size
+from fastsrgan.resample import (
+    FWHM,
+    apply_axes,
+    degrade_matrix,
+    modulo_size,
+    slice_profile_matrix,
+    spline_matrix,
+    upsample_matrix,
+    upsample_to,
+)
+
+sizes = st.integers(2, 61)
+ratios = st.floats(1.05, 7)
+
+
+@given(sizes, ratios)
+def test_slice_profile_and_spline_keep_constants(n, ratio):
+    m = grid_size(n, 1, ratio)
+    assert np.abs(slice_profile_matrix(n, m, ratio).sum(1) - 1).max() < 1e-12
+    assert np.abs(spline_matrix(m, n, 1 / ratio).sum(1) - 1).max() < 1e-10
+
+
+@given(sizes, st.floats(1.6, 7))  # below, one voxel is coarser than the Gaussian and its sampled moments differ
+def test_slice_profile_is_a_gaussian_of_the_slice_thickness(n, ratio):
+    m = grid_size(n, 1, ratio)
+    matrix = slice_profile_matrix(n, m, ratio)
+    reach = 4 * ratio / FWHM + 1
+    for row, centre in zip(matrix, centre_coordinates(m, n, ratio), strict=True):
+        if reach < centre < n - 1 - reach:  # away from the reflecting edges
+            first = (row * np.arange(n)).sum()
+            assert first == pytest.approx(centre, abs=5e-3)
+            # Truncated at four standard deviations and sampled at the voxels, the width is what was asked for.
+            spread = np.sqrt((row * (np.arange(n) - first) ** 2).sum())
+            assert spread == pytest.approx(ratio / FWHM, rel=0.01)
+
+
+@given(sizes)
+def test_spline_interpolates_its_samples_and_is_the_identity_at_ratio_one(n):
+    assert np.abs(spline_matrix(n, n, 1.0) - np.eye(n)).max() < 1e-10
+    # At odd ratios every third output centre is an input centre.
+    matrix = spline_matrix(n, 3 * n, 1 / 3)
+    assert np.abs(matrix[1::3] - np.eye(n)).max() < 1e-10
+
+
+def test_spline_matrix_equals_scipy_at_the_same_coordinates():
+    x = np.random.default_rng(0).random(23)
+    for n_out, ratio in ((69, 1 / 3), (50, 0.45), (11, 2.1)):
+        where = centre_coordinates(n_out, 23, ratio)
+        expected = ndimage.map_coordinates(x, where[None], order=3, mode="reflect")
+        assert np.abs(spline_matrix(23, n_out, ratio) @ x - expected).max() < 1e-10
+
+
+@pytest.mark.parametrize("low", [3.0, 2.7, 6.1])
+def test_segsrgan_family_equals_scipy_in_three_dimensions(low):
+    data = np.random.default_rng(1).random((24, 26, modulo_size(60, low)))
+    low_res = (1.0, 1.0, low)
+    blurred = ndimage.gaussian_filter(data, [r / FWHM for r in low_res])
+    expected = ndimage.zoom(blurred, [1 / r for r in low_res], order=0)
+    down = [degrade_matrix(n, 1.0, r, "segsrgan") for n, r in zip(data.shape, low_res, strict=True)]
+    lr = apply_axes(data, down)
+    assert lr.shape == expected.shape and np.abs(lr - expected).max() < 1e-6
+    up = [upsample_matrix(n, 0, 1 / r, "segsrgan") for n, r in zip(lr.shape, low_res, strict=True)]
+    assert np.abs(apply_axes(lr, up) - ndimage.zoom(lr, low_res, order=3)).max() < 2e-6
+
+
+def test_an_axis_that_is_not_decimated_is_left_alone():
+    assert degrade_matrix(40, 0.5, 0.5) is None
+    assert degrade_matrix(40, 0.5, 0.503) is None
+    assert degrade_matrix(40, 0.5, 0.5, "segsrgan") is not None  # the original blurs it all the same
+
+
+def test_a_finer_low_resolution_is_refused():
+    with pytest.raises(UsageError, match="finer"):
+        degrade_matrix(40, 1.0, 0.5)
+
+
+@given(st.integers(2, 400), st.floats(0.3, 2), st.floats(0.3, 7))
+def test_both_grids_cover_the_same_field_of_view_to_half_a_voxel(n, from_mm, to_mm):
+    m = grid_size(n, from_mm, to_mm)
+    assert m == 1 or abs(m * to_mm - n * from_mm) <= 0.5 * to_mm + 1e-9
+    where = centre_coordinates(m, n, to_mm / from_mm)
+    assert where.mean() == pytest.approx((n - 1) / 2)
+
+
+def test_apply_axes_is_the_product_of_the_three_matrices_in_any_backend():
+    rng = np.random.default_rng(2)
+    data = rng.random((7, 9, 11)).astype(np.float32)
+    matrices = [rng.random((5, 7)), rng.random((12, 9)), rng.random((3, 11))]
+    expected = np.einsum("ai,bj,ck,ijk->abc", *matrices, data)
+    assert np.abs(apply_axes(data, matrices) / expected - 1).max() < 1e-5
+    tensor = apply_axes(torch.from_numpy(data)[None], matrices)
+    assert tensor.shape == (1, 5, 12, 3) and np.abs(tensor[0].numpy() / expected - 1).max() < 1e-5
+    assert np.array_equal(apply_axes(data, [None, None, None]), data)
+
+
+def test_203_slices_to_3_mm_and_back():
+    data = np.random.default_rng(3).random((8, 8, 203)).astype(np.float32)
+    coarse = upsample_to(data, (0.5, 0.5, 0.5), (0.5, 0.5, 3.0))
+    fine = upsample_to(coarse, (0.5, 0.5, 3.0), (0.5, 0.5, 0.5))
+    assert coarse.shape == (8, 8, 34) and abs(fine.shape[2] * 0.5 - 203 * 0.5) <= 1.5

@@ -1,0 +1,102 @@
+"""Keyed randomness, atomic files, devices, signals, and the errors that become one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fastsrgan import runtime
+from fastsrgan.errors import ResourceError
+
+
+def test_draws_depend_on_their_key_alone():
+    a = runtime.rng(1, 2, "sub-01", "noise").standard_normal(5)
+    runtime.rng(1, 2, "sub-01", "noise").random(100)
+    assert np.array_equal(a, runtime.rng(1, 2, "sub-01", "noise").standard_normal(5))
+    others = [(2, 2, "sub-01", "noise"), (1, 3, "sub-01", "noise"), (1, 2, "sub-02", "noise"), (1, 2, "sub-01", "x")]
+    assert all(not np.array_equal(a, runtime.rng(*k).standard_normal(5)) for k in others)
+
+
+def test_draws_are_the_same_on_every_machine():
+    # Philox is defined to the bit; these values may never change, or stored runs could not be resumed.
+    assert runtime.rng(0, 1, "sub-01", "contrast").integers(0, 2**32, 3).tolist() == [1588247429, 4291509495, 543574631]
+
+
+def test_atomic_write_leaves_the_old_file_on_any_failure(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old", encoding="utf8")
+    with pytest.raises(RuntimeError), runtime.atomic_write(path) as temporary:
+        temporary.write_text("half", encoding="utf8")
+        raise RuntimeError
+    assert path.read_text(encoding="utf8") == "old" and os.listdir(tmp_path) == ["a.json"]
+    with runtime.atomic_write(path) as temporary:
+        assert temporary.suffix == ".json" and temporary.parent == tmp_path
+        temporary.write_text("new", encoding="utf8")
+    assert path.read_text(encoding="utf8") == "new" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_full_disk_is_a_resource_error_that_names_the_file(tmp_path):
+    with (
+        pytest.raises(ResourceError, match=r"a\.bin: no space left") as caught,
+        runtime.atomic_write(tmp_path / "a.bin"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.exit_code == 5 and not os.listdir(tmp_path)
+
+
+def test_output_folder_says_when_a_file_is_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf8")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ResourceError):
+            runtime.output_folder(path)
+    assert runtime.output_folder(tmp_path / "a" / "b").is_dir()
+
+
+def test_json_has_no_nan(tmp_path):
+    values = {"a": float("nan"), "b": [np.float32(1.5), np.inf], "c": np.arange(2), "d": tmp_path}
+    runtime.write_json(tmp_path / "a.json", values)
+    read = json.loads((tmp_path / "a.json").read_text(encoding="utf8"))
+    assert read == {"a": None, "b": [1.5, None], "c": [0, 1], "d": str(tmp_path)}
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "tpu", "gpu", "meta"])
+def test_devices_that_are_not_there_are_refused(name):
+    with pytest.raises(ResourceError, match="--device"):
+        runtime.pick_device(name)
+
+
+def test_signals_become_a_flag_and_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with runtime.StopRequest() as stop:
+        assert not stop and stop.code == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert stop and stop.code == 143
+    with runtime.StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.code == 130
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_allocator_setting_keeps_memory_between_steps():
+    code = (
+        "import numpy as np, resource\n"
+        "from fastsrgan.runtime import tune_allocator\n"
+        "print(tune_allocator())\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(20): np.ones(4_000_000)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(); print(faults())\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    if out[0] == "True":  # a C library with mallopt
+        assert int(out[1]) < 8000  # 20 fresh arrays of 32 MB would touch 156,000 pages
