@@ -89,7 +89,7 @@ def cupy_available() -> bool:
 
 
 def kernel(name: str, **defines: object) -> Any:
-    """``kernels/<name>.cu``, compiled for CuPy's current device: a ``cupy.RawKernel``. Made once per device and defines.
+    """``kernels/<name>.cu``, compiled for CuPy's current device, once per device and defines: a ``cupy.RawKernel``.
 
     Raises KernelUnavailable when it cannot be compiled.
     """

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def run(
             "exit_code": trained["exit_code"],
         }
     test = cohort.of("Test")[0]
-    hr, label = images.load(test.image), images.load_label(test.label)
+    hr, label = (whole_slices(v, low_res_mm) for v in (images.load(test.image), images.load_label(test.label)))
     scan, spline, label_map = acquire(hr, label, low_res_mm)
     scan_path = images.save(folder / "scan.nii.gz", scan.data, scan.affine)
     infer = stage(
@@ -159,6 +160,15 @@ def short_training(
         noise=0.0,
     )
     return train(store, run_folder, config, device=device, start_weights=start, progress=progress)
+
+
+def whole_slices(volume: Volume, low_res_mm: Triple) -> Volume:
+    """The volume without the last voxels that no whole low-resolution voxel covers, so that both grids end together."""
+    keep = []
+    for n, s, r in zip(volume.data.shape, volume.spacing, low_res_mm, strict=True):
+        fits = [m for m in range(n, max(n - 32, 0), -1) if abs(m * s / r - round(m * s / r)) < 1e-6]
+        keep.append(slice(0, fits[0] if fits else n))
+    return replace(volume, data=np.ascontiguousarray(volume.data[tuple(keep)]))
 
 
 def acquire(hr: Volume, label: Volume, low_res_mm: Triple) -> tuple[Volume, Volume, Volume]:

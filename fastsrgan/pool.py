@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastsrgan.backend import launch, op, scalar
 from fastsrgan.errors import InputError
 from fastsrgan.runtime import rng
 
@@ -150,32 +152,92 @@ class Pool:
         """Uniform draws for the critic updates of one step: (iterations, batch)."""
         return rng(*self.key, "critic", step).integers(len(self.table), size=(iterations, batch))
 
-    def gather(self, indices: np.ndarray) -> Batch:
-        """The patches at ``indices`` as one batch. Voxels outside a volume are zero."""
+    def gather(self, indices: np.ndarray, flips: np.ndarray | None = None) -> Batch:
+        """The patches at ``indices`` as one batch. Voxels outside a volume are zero.
+
+        flips : (B, 3) bool, axes along which each patch is mirrored
+
+        Raises InputError where mask classes are asked of a subject that has no mask.
+        """
         p, n = self.patch, len(indices)
+        rows = self.table[indices]
+        residents, origins = [self.residents[i] for i in rows[:, 0]], rows[:, 1:]
         device = self.residents[0].hr.device
         x = torch.empty((n, 1, p, p, p), dtype=torch.float32, device=device)
         y = torch.empty((n, 2 + self.mask_classes, p, p, p), dtype=torch.float32, device=device)
-        res = torch.empty(n, dtype=torch.float32)
-        ids = []
-        for b, row in enumerate(self.table[indices]):
-            r, origin = self.residents[row[0]], row[1:]
-            copy_patch(x[b, 0], r.interpolated, origin)
-            copy_patch(y[b, 0], r.hr, origin)
-            copy_patch(y[b, 1], r.label, origin)
-            if self.mask_classes:
-                self._one_hot(y[b, 2:], r, origin)
-            res[b] = r.resolution
-            ids.append(f"{r.subject}@{origin[0]},{origin[1]},{origin[2]}")
+        _gather(x, y, residents, origins, flips)
+        res = torch.tensor([r.resolution for r in residents], dtype=torch.float32)
+        ids = [f"{r.subject}@{o[0]},{o[1]},{o[2]}" for r, o in zip(residents, origins, strict=True)]
         return Batch(x, y, res.to(device), ids)
 
-    def _one_hot(self, out_CPPP: Tensor, resident: Resident, origin: np.ndarray) -> None:
-        if resident.mask is None:
-            raise InputError(resident.subject, "has no mask", "fit_mask needs Mask_image for every subject")
-        classes = torch.zeros_like(out_CPPP[0], dtype=torch.uint8)
-        copy_patch(classes, resident.mask, origin)
-        for c in range(self.mask_classes):
-            out_CPPP[c] = classes == c
+
+def _gather_by_kernel(
+    x_B1PPP: Tensor, y_BCPPP: Tensor, residents: list[Resident], origins_B3: np.ndarray, flips_B3: np.ndarray | None
+) -> Any:
+    classes = y_BCPPP.shape[1] - 2
+    images = {t.dtype for r in residents for t in (r.interpolated, r.hr)}
+    labels = [t for r in residents for t in ((r.label, r.mask) if classes else (r.label,))]
+    image = scalar(next(iter(images)))
+    volumes = [t for r in residents for t in (r.interpolated, r.hr, r.label, r.mask) if t is not None]
+    if len(images) != 1 or image in (None, "u8") or any(t is None or t.dtype != torch.uint8 for t in labels):
+        return NotImplemented
+    if not all(t.is_contiguous() for t in volumes):
+        return NotImplemented
+    table = np.zeros((len(residents), 11), np.int64)  # the fields of kernels/gather_patches.cu
+    for row, r in zip(table, residents, strict=True):
+        row[:4] = [0 if t is None else t.data_ptr() for t in (r.interpolated, r.hr, r.label, r.mask)]
+        row[4:7] = r.hr.shape
+    table[:, 7:10] = origins_B3
+    if flips_B3 is not None:
+        table[:, 10] = np.asarray(flips_B3, bool) @ np.array([1, 2, 4])
+    p = x_B1PPP.shape[-1]
+    launch(
+        "gather_patches",
+        (p * p, p, len(table)),
+        [x_B1PPP, y_BCPPP, torch.from_numpy(table).to(x_B1PPP.device), len(table), p, classes],
+        IMAGE=image,
+    )
+    return x_B1PPP, y_BCPPP
+
+
+def _example(seed: int, device: torch.device) -> tuple[Tensor, Tensor, list[Resident], np.ndarray, np.ndarray]:
+    some, residents = np.random.default_rng(seed), []
+    for name, shape in (("a", (9, 21, 17)), ("b", (16, 13, 30))):
+        image, hr = (torch.from_numpy(some.random(shape, np.float32)).to(device) for _ in range(2))
+        label, mask = (torch.from_numpy(some.integers(0, n, shape, np.uint8)).to(device) for n in (2, 3))
+        residents.append(Resident(name, image, hr, label, mask, 3.0, np.zeros((0, 3), int)))
+    chosen = [residents[i] for i in (0, 1, 1, 0, 1)]
+    origins, flips = some.integers(-4, 10, (5, 3)), some.integers(0, 2, (5, 3)) > 0
+    x, y = (torch.full((5, channels, 12, 12, 12), torch.nan, device=device) for channels in (1, 5))
+    return x, y, chosen, origins, flips
+
+
+@op("gather_patches", launch=_gather_by_kernel, example=_example)
+def _gather(
+    x_B1PPP: Tensor, y_BCPPP: Tensor, residents: list[Resident], origins_B3: np.ndarray, flips_B3: np.ndarray | None
+) -> tuple[Tensor, Tensor]:
+    """Fill network inputs and targets with one patch of each resident."""
+    classes = y_BCPPP.shape[1] - 2
+    for b, (r, origin) in enumerate(zip(residents, origins_B3, strict=True)):
+        copy_patch(x_B1PPP[b, 0], r.interpolated, origin)
+        copy_patch(y_BCPPP[b, 0], r.hr, origin)
+        copy_patch(y_BCPPP[b, 1], r.label, origin)
+        if classes:
+            _one_hot(y_BCPPP[b, 2:], r, origin)
+        if flips_B3 is not None and flips_B3[b].any():
+            axes = [1 + int(d) for d in np.flatnonzero(flips_B3[b])]
+            for patch in (x_B1PPP[b], y_BCPPP[b]):
+                patch.copy_(patch.flip(axes))
+    return x_B1PPP, y_BCPPP
+
+
+def _one_hot(out_CPPP: Tensor, resident: Resident, origin: np.ndarray) -> None:
+    if resident.mask is None:
+        raise InputError(resident.subject, "has no mask", "fit_mask needs Mask_image for every subject")
+    classes = torch.zeros_like(out_CPPP[0], dtype=torch.uint8)
+    copy_patch(classes, resident.mask, origin)
+    for c in range(len(out_CPPP)):
+        out_CPPP[c] = classes == c
 
 
 def copy_patch(out_PPP: Tensor, volume_XYZ: Tensor, origin: np.ndarray) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsrgan.backend import launch, op, runs_kernels, scalar
+from fastsrgan.backend import Argument, launch, op, runs_kernels, scalar
 from fastsrgan.errors import UsageError
 from fastsrgan.tiles import TilePlan
 from fastsrgan.tiles import plan as make_plan
@@ -148,19 +148,15 @@ class _KernelSums:
     def __init__(self, plan: TilePlan, channels: int, levels: list[_Level]) -> None:
         self.plan, self.channels, self.device = plan, channels, levels[0].factors[0].device
         self.wz, self.wy, self.wx = (torch.stack([w.view(-1) for w in level.factors]) for level in levels)
-        self.origins = [torch.tensor(o, dtype=torch.int32, device=self.device) for o in plan.origins]
-        self.spans = [
-            _spans(o, p, n).to(self.device)
-            for o, p, n in zip(plan.origins, plan.patch, plan.padded_shape, strict=True)
-        ]
+        self.origins = [torch.tensor(plan.origins[axis], dtype=torch.int32, device=self.device) for axis in (1, 2)]
+        self.spans = [_spans(plan, axis).to(self.device) for axis in (1, 2)]
         row, slab, out = (level.total for level in levels)
         # An axis of one tile has no sum of its own: what is summed along the axis before it is the sum along both.
         whole = next((t for t in (out, slab, row) if t is not None), None)
         self.out = torch.empty((channels, *plan.padded_shape), device=self.device) if whole is None else whole
-        self.slab = self.out if slab is None and out is None else slab
-        self.row = self.next_row = row
-        if row is not None and slab is not None:
-            self.next_row = torch.empty_like(row)
+        self.slab, self.row = slab, row
+        # Only where a slab has several rows can one row be finished and the next begun by one launch.
+        self.next_row = row if row is None or slab is None else torch.empty_like(row)
 
     def add(self, tiles_NCXYZ: Tensor, done: int) -> None:
         """Tiles ``done``, ``done`` + 1, ...: one launch per slab that they touch."""
@@ -180,26 +176,20 @@ class _KernelSums:
         seen = origins_x[ix - 1] + px - here if ix else 0
         y_first, y_end = origins_y[start // nz], origins_y[(stop - 1) // nz] + py
         out = self.out.narrow(1, here, px)
-        launch(
-            "overlap_add",
-            ((y_end - y_first) * size_z, px, self.channels),
-            [
-                *(out, out.stride(0), self.slab, self.row, self.next_row),
-                *(tiles_NCXYZ, *tiles_NCXYZ.stride()),
-                *(self.wx[ix], self.wy, self.wz, self.origins[1], self.origins[2], self.spans[1], self.spans[2]),
-                *(nx, ny, nz, self.channels, px, py, pz, size_y, size_z),
-                *(start, stop, y_first, y_end, seen),
-            ],
-            TILE=scalar(tiles_NCXYZ.dtype),
-        )
+        args: list[Argument] = [out, out.stride(0), self.slab, self.row, self.next_row]
+        args += [tiles_NCXYZ, *tiles_NCXYZ.stride(), self.wx[ix], self.wy, self.wz]
+        args += [*self.origins, *self.spans, nx, ny, nz, self.channels, px, py, pz, size_y, size_z]
+        args += [start, stop, y_first, y_end, seen]
+        threads = (y_end - y_first) * size_z, px, self.channels
+        launch("overlap_add", threads, args, TILE=scalar(tiles_NCXYZ.dtype))
         self.row, self.next_row = self.next_row, self.row
 
 
-def _spans(origins: tuple[int, ...], patch: int, n: int) -> Tensor:
+def _spans(plan: TilePlan, axis: int) -> Tensor:
     """(n, 2) int32: the first and the last tile that cover each voxel of an axis."""
-    voxels = np.arange(n)
-    first = np.searchsorted(np.asarray(origins) + patch, voxels, side="right")
-    last = np.searchsorted(origins, voxels, side="right") - 1
+    voxels, starts = np.arange(plan.padded_shape[axis]), np.asarray(plan.origins[axis])
+    first = np.searchsorted(starts + plan.patch[axis], voxels, side="right")
+    last = np.searchsorted(starts, voxels, side="right") - 1
     return torch.from_numpy(np.stack([first, last], axis=1).astype(np.int32))
 
 

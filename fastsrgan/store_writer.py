@@ -248,7 +248,7 @@ class StoreWriter:
             dtype=array.dtype,
             chunks=(CHUNK,) * 3,
             shards=tuple(-(-n // CHUNK) * CHUNK for n in array.shape),
-            compressors=[BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
+            compressors=[BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec()],
             fill_value=0,
             attributes=attributes,
             dimension_names=("x", "y", "z"),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsrgan.backend import launch, op, scalar
+from fastsrgan.backend import Argument, launch, op, scalar
 from fastsrgan.errors import UsageError
 from fastsrgan.networks import MIN_SIZE, SIZE_MULTIPLE
 
@@ -143,16 +143,9 @@ def _gather_by_kernel(out_N1XYZ: Tensor, volume_XYZ: Tensor, plan: TilePlan, ind
     origins = torch.tensor([plan.origin(n) for n in indices], dtype=torch.int32).to(volume_XYZ.device)
     px, py, pz = plan.patch
     before = (0, 0, 0) if tuple(volume_XYZ.shape) == plan.padded_shape else plan.pad_before
-    launch(
-        "gather_tiles",
-        (py * pz, px, len(indices)),
-        [
-            *(out_N1XYZ, volume_XYZ, *volume_XYZ.stride(), origins),
-            *(len(indices), px, py, pz, *volume_XYZ.shape, *before, int(plan.mirror)),
-        ],
-        SOURCE=source,
-        TARGET=target,
-    )
+    args: list[Argument] = [out_N1XYZ, volume_XYZ, *volume_XYZ.stride(), origins]
+    args += [len(indices), px, py, pz, *volume_XYZ.shape, *before, int(plan.mirror)]
+    launch("gather_tiles", (py * pz, px, len(indices)), args, SOURCE=source, TARGET=target)
     return out_N1XYZ
 
 
@@ -164,7 +157,7 @@ def _example(seed: int, device: torch.device) -> tuple[Tensor, Tensor, TilePlan,
 
 @op("gather_tiles", launch=_gather_by_kernel, example=_example)
 def _gather(out_N1XYZ: Tensor, volume_XYZ: Tensor, plan: TilePlan, indices: range) -> Tensor:
-    """Fill ``out`` with tiles of a volume, padded or not; one that is not is padded by every call (a kernel need not)."""
+    """Fill ``out`` with tiles of a volume, padded or not. One that is not is padded here, but not by the kernel."""
     padded = volume_XYZ if tuple(volume_XYZ.shape) == plan.padded_shape else pad(volume_XYZ, plan)
     px, py, pz = plan.patch
     for row, n in enumerate(indices):

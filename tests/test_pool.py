@@ -136,7 +136,7 @@ def test_missing_label_or_mask_is_said():
 def test_groups_hold_every_subject_once_in_an_order_of_their_own_each_epoch():
     names = [f"sub-{i}" for i in range(11)]
     groups = epoch_groups(names, 0, 1, 4)
-    assert sorted(sum(groups, [])) == sorted(names) and max(map(len, groups)) <= 4
+    assert sorted(name for group in groups for name in group) == sorted(names) and max(map(len, groups)) <= 4
     assert groups == epoch_groups(names, 0, 1, 4) != epoch_groups(names, 0, 2, 4)
 
 

@@ -1,0 +1,74 @@
+"""Kernels on the CPU: g++ compiles the text of a .cu behind kernels/host/cuda_on_host.h (DESIGN D10)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsrgan import backend
+
+HEADERS = Path(__file__).parent.parent / "kernels" / "host"
+FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+
+
+def need(tool: str | None, what: str) -> None:
+    """Go on only with a tool: its absence is a failure in continuous integration, a skip elsewhere."""
+    if not tool:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(what)
+
+
+class Host:
+    """Runs kernels on CPU tensors; takes the place of CuPy in ``backend.RUNNERS``.
+
+    folder : where compiled kernels are kept
+    backwards : the last thread runs first
+    ran : (name, defines) of every kernel that was run
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.backwards = folder, False
+        self.ran: list[tuple[str, dict[str, object]]] = []
+
+    def __call__(
+        self,
+        name: str,
+        grid: tuple[int, int, int],
+        args: Sequence[backend.Argument],
+        defines: dict[str, object],
+    ) -> None:
+        library = _load(self.folder, name, backend.define_options(defines))
+        values = [self._value(a) for a in args]
+        assert library.arguments() == len(values), f"{name} takes {library.arguments()} arguments, not {len(values)}"
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.cast(ctypes.pointer(v), ctypes.c_void_p) for v in values))
+        library.run((ctypes.c_uint * 3)(*grid), backend.BLOCK, pointers, int(self.backwards))
+        self.ran.append((name, dict(defines)))
+
+    @staticmethod
+    def _value(argument: backend.Argument) -> ctypes.c_void_p | ctypes.c_longlong:
+        if isinstance(argument, torch.Tensor):
+            assert argument.device.type == "cpu"
+            return ctypes.c_void_p(argument.data_ptr())
+        return ctypes.c_void_p(None) if argument is None else ctypes.c_longlong(argument)
+
+
+@functools.cache
+def _load(folder: Path, name: str, options: tuple[str, ...]) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    need(compiler, "g++ is not installed: kernels cannot be run on the CPU")
+    text = f'#include "cuda_on_host.h"\n{backend.kernel_source(name)}\nHOST_ENTRY({name})\n'
+    defines = [o for o in options if o.startswith("-D")]
+    stem = folder / hashlib.sha256(repr((text, defines)).encode()).hexdigest()[:16]
+    stem.with_suffix(".cpp").write_text(text, encoding="utf8")
+    command = [str(compiler), *FLAGS, *defines, f"-I{HEADERS}", str(stem.with_suffix(".cpp")), "-o", str(stem)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not done.returncode, f"{name} {defines}:\n{done.stderr}"
+    return ctypes.CDLL(str(stem))

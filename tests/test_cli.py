@@ -1,0 +1,177 @@
+"""The command line: exit codes, one-line errors, both spellings of options, and every command run once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastsrgan import images, weights
+from fastsrgan.cli import build_parser, main, normalised
+from fastsrgan.cli_train import build_config
+from fastsrgan.networks import Critic, CriticSpec, GeneratorSpec, build_generator
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A cohort of three tiny heads with its CSV, and weights."""
+    path = tmp_path_factory.mktemp("cli")
+    lines = ["HR_image,Label_image,Base"]
+    for i, base in enumerate(("Train", "Train", "Test")):
+        grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in (24, 26, 30)), indexing="ij"))
+        r = np.sqrt((grid**2).sum(0))
+        images.save(
+            path / f"h{i}.nii.gz", np.where(r < 0.9, 500 + 300 * np.cos(8 * r + i), 0).astype(np.int16), np.eye(4)
+        )
+        images.save(path / f"l{i}.nii.gz", (r < 0.6).astype(np.uint8), np.eye(4))
+        lines.append(f"h{i}.nii.gz,l{i}.nii.gz,{base}")
+    (path / "cohort.csv").write_text("\n".join(lines) + "\n", encoding="utf8")
+    images.save(
+        path / "scan.nii.gz", np.abs(np.sin(np.arange(20 * 22 * 9))).reshape(20, 22, 9), np.diag([1, 1, 3, 1.0])
+    )
+    generator = build_generator(GeneratorSpec(kernel=2), seed=1)
+    weights.save_generator(path / "w.safetensors", generator, Critic(CriticSpec(kernel=2)))
+    return path
+
+
+def call(capsys, *words: object) -> tuple[int, str, str]:
+    code = main(["--quiet", *map(str, words)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_convert_info_verify_train_infer_evaluate(folder, tmp_path, capsys):
+    store = tmp_path / "cohort.zarr"
+    code, out, _ = call(capsys, "convert", folder / "cohort.csv", store)
+    assert code == 0 and "3 subjects" in out
+    code, out, _ = call(capsys, "info", store, "--json")
+    assert code == 0 and [r["split"] for r in json.loads(out)] == ["Train", "Train", "Test"]
+    code, out, _ = call(capsys, "verify", store)
+    assert code == 0 and "0 problems" in out
+    small = ["-ps", 16, "--stride", 14, "-b", 2, "--kernel_gen", 2, "--kernel-dis", 2, "-e", 1, "--steps-per-epoch", 2]
+    code, out, err = call(capsys, "train", store, "-o", tmp_path / "run", "-n", 1, 1, 3, *small, "--json")
+    assert code == 0, err
+    assert json.loads(out)["updates"] == 2
+    code, out, _ = call(capsys, "verify", tmp_path / "run")
+    assert code == 0 and "0 problems" in out
+    words = ["infer", folder / "scan.nii.gz", "-o", tmp_path / "out", "-w", tmp_path / "run", "--patch", 16]
+    code, out, err = call(capsys, *words, "--step", 12, "--save_prob")
+    assert code == 0, err
+    record = json.loads((tmp_path / "out" / "scan.json").read_text(encoding="utf8"))
+    text = json.dumps(record)
+    assert all(word in text for word in ('"patch": 16', '"step": 12', '"physical"', "sha256"))
+    sr = images.load(tmp_path / "out" / "scan_sr.nii.gz")
+    assert sr.data.shape == (20, 22, 27) and np.allclose(sr.spacing, 1)
+    assert images.load(tmp_path / "out" / "scan_seg.nii.gz").meta["stored_dtype"] == "uint8"
+    words = ["evaluate", "--sr", folder / "h0.nii.gz", "--hr", folder / "h1.nii.gz", "--seg", folder / "l0.nii.gz"]
+    code, out, _ = call(capsys, *words, "--label", folder / "l1.nii.gz", "--json", tmp_path / "e.json")
+    assert code == 0 and "psnr_db" in out
+    scores = json.loads((tmp_path / "e.json").read_text(encoding="utf8"))
+    assert scores["segmentation"]["dice"] == 1.0
+
+
+def test_training_straight_from_the_originals_csv_and_options(folder, tmp_path, capsys):
+    words = ["train", "-csv", folder / "cohort.csv", "-sf", tmp_path / "snap", "-n", 1, 1, 2, "-n", 1, 1, 4, "-ps", 16]
+    words += ["-b", 2, "-e", 1, "--kernel_gen", 2, "--kernel_dis", 2, "--steps-per-epoch", 1, "-u_net", "True"]
+    words += [
+        "--number_of_disciminator_iteration",
+        1,
+        "-folder_training_data",
+        tmp_path / "nothing",
+        "-multi_gpu",
+        "True",
+    ]
+    code, _, err = call(capsys, *words)
+    assert code == 0, err
+    assert (tmp_path / "snap" / "SegSRGAN_epoch_1").is_file() and not (tmp_path / "nothing").exists()
+    code, out, _ = call(capsys, "weights", "info", tmp_path / "snap" / "SegSRGAN_epoch_1")
+    assert code == 0 and json.loads(out)["generator"]["network"] == "unet"
+
+
+def test_weights_import_and_export_round_trip(folder, tmp_path, capsys):
+    assert call(capsys, "weights", "export", folder / "w.safetensors", tmp_path / "w.h5")[0] == 0
+    assert call(capsys, "weights", "import", tmp_path / "w.h5", tmp_path / "back.safetensors")[0] == 0
+    first, second = (weights.load_generator(p) for p in (folder / "w.safetensors", tmp_path / "back.safetensors"))
+    assert all(
+        np.array_equal(a.detach(), b.detach()) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["infer"], 2, "required"),
+        (["nonsense"], 2, "invalid choice"),
+        (["train", "x.zarr", "-o", "run", "-n", "1", "1", "3", "--bad-option"], 2, "unrecognized"),
+        (["train", "x.zarr", "-o", "run"], 2, "-n X Y Z"),
+        (["train", "-n", "1", "1", "3", "-o", "run"], 2, "data source"),
+        (["train", "x.zarr", "-o", "run", "-n", "1", "1", "3", "-ps", "62"], 4, "try 60 or 64"),
+        (["train", "x.zarr", "-o", "run", "-n", "1", "1", "3"], 3, "no fastsrgan store"),
+        (["infer", "none.nii.gz", "-o", "out", "-w", "W"], 3, "none.nii.gz"),
+        (["infer", "SCAN", "-o", "out", "-w", "none.safetensors"], 4, "none.safetensors"),
+        (["infer", "SCAN", "-o", "out", "-w", "W", "--device", "cuda:7"], 5, "doctor"),
+        (["infer", "SCAN", "-o", "SCAN", "-w", "W"], 5, "scan.nii.gz"),
+        (["infer", "SCAN", "-o", "out", "-w", "W", "--patch", "63"], 2, "multiples of 4"),
+        (["infer", "SCAN", "-o", "out", "-w", "W", "--new-resolution", "1", "2"], 2, "one, three"),
+        (["evaluate", "--sr", "SCAN"], 2, "--hr"),
+        (["convert", "none.csv", "store.zarr"], 3, "none.csv"),
+        (["verify", "nothing.zarr"], 3, "no fastsrgan store"),
+    ],
+)
+def test_errors_end_in_one_line_and_their_code(folder, tmp_path, monkeypatch, capsys, words, code, message):
+    monkeypatch.chdir(tmp_path)
+    named = {"SCAN": str(folder / "scan.nii.gz"), "W": str(folder / "w.safetensors")}
+    got, _, err = call(capsys, *(named.get(w, w) for w in words))
+    assert (got, err.count("\n")) == (code, 1), err
+    assert err.startswith("error: ") and message in err
+
+
+def test_options_are_the_same_with_dashes_and_underscores():
+    assert normalised(["job_model", "--new_low_res", "a_b", "--base_path=x_y", "-1.5", "-is_conditional"]) == [
+        "job-model", "--new-low-res", "a_b", "--base-path=x_y", "-1.5", "-is-conditional",
+    ]  # fmt: skip
+
+
+def test_help_of_every_command_ends_with_an_example(capsys):
+    parser = build_parser()
+    commands = next(a for a in parser._actions if hasattr(a, "choices") and a.choices and "train" in a.choices).choices
+    assert {"demo", "convert", "verify", "info", "train", "infer", "evaluate", "weights", "doctor"} <= set(commands)
+    for name, command in commands.items():
+        text = command.format_help()
+        assert f"fastsrgan {name}" in text.split("example", 1)[1], name
+
+
+def test_settings_come_from_file_then_preset_then_options(tmp_path):
+    (tmp_path / "c.yaml").write_text("new_low_res: [[1, 1, 2]]\nbatch_size: 5\nkernel_gen: 4\n", encoding="utf8")
+    words = [
+        "train",
+        "s.zarr",
+        "-o",
+        "r",
+        "--config",
+        str(tmp_path / "c.yaml"),
+        "--preset",
+        "paper",
+        "--kernel-gen",
+        "6",
+    ]
+    config = build_config(build_parser().parse_args(normalised(words)))
+    assert (config.new_low_res, config.batch_size, config.kernel_gen, config.lambda_gp) == (((1, 1, 2),), 5, 6, 100.0)
+
+
+def test_plain_output_has_no_control_codes(folder, tmp_path):
+    command = [sys.executable, "-m", "fastsrgan", "convert", str(folder / "cohort.csv"), str(tmp_path / "s.zarr")]
+    environment = {**os.environ, "LC_ALL": "C", "COLUMNS": "80", "NO_COLOR": "1"}
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"\x1b" not in done.stdout + done.stderr and b"\r" not in done.stderr
+
+
+def test_debug_shows_the_traceback(folder, capsys):
+    assert main(["--debug", "verify", "nothing.zarr"]) == 3
+    assert "Traceback" in capsys.readouterr().err
