@@ -1,32 +1,15 @@
 """fastsrgan: super-resolution and segmentation of brain MRI with one 3-D GAN (SegSRGAN), fast.
 
-The names below are the public Python interface; each is loaded when it is first used, so that importing the package
-needs no torch and no optional part.
+The names below are the public Python interface. ``degrade`` is the function; its module is imported as
+``from fastsrgan.degrade import ...``.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
+from fastsrgan import losses
 from fastsrgan._version import __version__
-
-if TYPE_CHECKING:
-    from fastsrgan import losses
-    from fastsrgan.degrade import Degraded, degrade
-    from fastsrgan.errors import FastsrganError
-    from fastsrgan.infer import InferResult, infer_volume
-    from fastsrgan.weights import load_critic, load_generator
-
-_WHERE = {
-    "Degraded": "degrade",
-    "degrade": "degrade",
-    "FastsrganError": "errors",
-    "InferResult": "infer",
-    "infer_volume": "infer",
-    "load_critic": "weights",
-    "load_generator": "weights",
-}
+from fastsrgan.degrade import Degraded, degrade
+from fastsrgan.errors import FastsrganError
+from fastsrgan.infer import InferResult, infer_volume
+from fastsrgan.weights import load_critic, load_generator
 
 __all__ = [
     "Degraded",
@@ -39,11 +22,3 @@ __all__ = [
     "load_generator",
     "losses",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "losses":
-        return importlib.import_module("fastsrgan.losses")
-    if name in _WHERE:
-        return getattr(importlib.import_module(f"fastsrgan.{_WHERE[name]}"), name)
-    raise AttributeError(f"module 'fastsrgan' has no attribute {name!r}")

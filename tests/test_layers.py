@@ -24,12 +24,12 @@ LAYERS = {
         "voxel_stream modelfile store_files",
         "nifti_check keras_h5 store tiles",
         "images encode store_writer stitch",
-        "resample intensity metrics checkpoint step table trainlog template",
+        "resample intensity metrics checkpoint step table trainlog template dicom resample_sitk",
     ],
     2: ["pool", "degrade engine weights", "feed"],
     3: ["convert evaluate infer report", "infer_files"],
-    4: ["train study doctor", "demo"],
-    5: ["console", "cli_train", "cli", "__init__ __main__"],
+    4: ["train study doctor compat", "demo"],
+    5: ["console", "cli_infer cli_train cli_job", "cli", "__init__ __main__"],
 }
 # Libraries that one place knows; the others get arrays and plain values from it.
 ONLY = {
@@ -44,12 +44,14 @@ ONLY = {
     "nvidia": {"feed"},
     "yaml": {"config"},
     "rich": {"console"},
+    "pydicom": {"dicom"},
+    "SimpleITK": {"resample_sitk"},
     "matplotlib": {"report"},
 }
 NEVER = {"tensorflow", "keras", "pickle", "requests", "nilearn"}  # nilearn's files are read, its code is not run
-SPEAKS = {"cli", "cli_train", "console", "__main__"}  # print, sys.exit, argv
+SPEAKS = {"cli", "cli_infer", "cli_train", "cli_job", "console", "__main__"}  # print, sys.exit, argv
 OPTIONAL = ("cupy", "nvidia", "tensorstore", "s3fs", "pydicom", "SimpleITK", "monai", "torchio")
-HEAVY = (*OPTIONAL, "nilearn", "sklearn", "pandas", "matplotlib", "h5py", "zarr")
+HEAVY = (*OPTIONAL, "nilearn", "sklearn", "pandas", "matplotlib", "zarr")
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the import is not called like the distribution
 
 RANK = {

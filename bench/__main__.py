@@ -1,0 +1,124 @@
+"""Command line of the benchmarks: a table, then one line of JSON, the last one printed.
+
+    python -m bench step  --json bench/results/MACHINE/step.json
+    python -m bench data  --threads 2
+    python -m bench infer --quick
+
+Exit code 1 when a correctness gate failed: that row has no times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+PEAK_OF = "--peak-of"  # a child process that measures the memory of one side
+
+Defaults = dict[str, tuple[Any, Any]]  # option -> (default, default with --quick)
+OPTIONS: dict[str, Defaults] = {
+    "step": {
+        "kernel": ([16, 8], [4]),
+        "batch": ([4, 2], [2]),
+        "patch": (64, 16),
+        "critic_kernel": (32, 4),
+        "critic_iterations": (5, 2),
+    },
+    "data": {"shape": ([197, 233, 189], [48, 48, 48]), "patch": (64, 16), "batch": ([32], [8])},
+    "infer": {
+        "shape": (None, [48, 48, 48]),
+        "patch": (64, 32),
+        "step": (32, 16),
+        "kernel": ([8], [4]),
+        "batch": ([2], [2]),
+    },
+}
+HELP = {
+    "kernel": "channels of the generator's first convolution",
+    "batch": "patches or tiles at a time",
+    "patch": "edge of a patch or tile in voxels",
+    "critic_kernel": "channels of the critic's first convolution",
+    "critic_iterations": "critic updates per generator update",
+    "shape": "of the volume (data: 197 233 189; infer: that for stitching, 128 128 128 for whole inference)",
+    "step": "distance between tiles in voxels",
+}
+BRIEF = {
+    "step": "generator forward and backward, critic update, whole training iteration",
+    "data": "degradation, patch gather, store read",
+    "infer": "stitching, whole inference",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One command per benchmark."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    for bench, defaults in OPTIONS.items():
+        p = commands.add_parser(bench, help=BRIEF[bench], description=BRIEF[bench])
+        for name, (default, _) in defaults.items():
+            several = {"nargs": 3} if name == "shape" else {"nargs": "+"} if isinstance(default, list) else {}
+            told = "" if default is None else f" ({' '.join(map(str, default)) if several else default})"
+            p.add_argument(f"--{name.replace('_', '-')}", type=int, help=HELP[name] + told, **several)
+        p.add_argument("--quick", action="store_true", help="small sizes and two repeats: does it work, not how fast")
+        p.add_argument("--repeats", type=int, help="of every side, taken in turns (5)")
+        p.add_argument("--threads", type=int, help="for torch and BLAS (all usable cores)")
+        p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:n; data runs on the CPU (cpu)")
+        p.add_argument("--only", metavar="TEXT", help="cases whose name contains TEXT")
+        p.add_argument(
+            "--memory", action=argparse.BooleanOptionalAction, help="peak memory, a process per side (not with --quick)"
+        )
+        p.add_argument("--json", metavar="FILE", help="also write the JSON here")
+        p.add_argument(PEAK_OF, nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Options with their defaults filled in; ``argv`` is kept for the children."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for name, defaults in OPTIONS[args.bench].items():
+        if getattr(args, name) is None:
+            setattr(args, name, defaults[args.quick])
+    args.repeats = args.repeats or (2 if args.quick else 5)
+    args.threads = args.threads or len(os.sched_getaffinity(0))
+    args.memory = not args.quick if args.memory is None else args.memory
+    numbers = [v for name in OPTIONS[args.bench] for v in _flat(getattr(args, name))]
+    if min([args.repeats, args.threads, *numbers]) < 1:
+        parser.error("sizes, repeats and threads are numbers from 1 up")
+    args.argv = list(argv)
+    return args
+
+
+def _flat(value: Any) -> list[int]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one benchmark; returns the exit code."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[variable] = str(args.threads)  # read when NumPy and torch are first imported, below
+    import importlib
+
+    from bench import common
+
+    cases = importlib.import_module(f"bench.{args.bench}").cases(args)
+    common.prepare(args)
+    if args.peak_of:
+        name, side = args.peak_of
+        print(json.dumps({"peak_bytes": common.peak_of(next(c for c in cases if c.name == name), side, args.device)}))
+        return 0
+    report = common.run(cases, args)
+    if args.json:
+        common.write_json(args.json, report)
+    print(json.dumps(report))
+    return 0 if all(row["passed"] for row in report["rows"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

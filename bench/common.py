@@ -1,0 +1,286 @@
+"""What a figure of this project must have behind it.
+
+A case is one piece of work done by several sides: fastsrgan first, then its peers, all in this process and on the same
+inputs. First every side runs once, which warms it up, and its result is compared with ours: beyond the stated
+tolerance there are no times. Then the sides take turns, so that whatever else the machine does meets them alike;
+medians are reported with the smallest and largest time. Peak memory is measured in a process per side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from fastsrgan.runtime import finite, pick_device, provenance, rng, tune_allocator, write_json
+
+__all__ = ["Case", "Sides", "peak_of", "prepare", "run", "texture", "write_json"]
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTES = [
+    "seconds: wall clock of one call; min and max over the repeats are the spread",
+    "ratio_to: the peer's median over ours; ratio_range: smallest and largest ratio of one round",
+    "max_error: largest difference from any peer, each array relative to the peer's largest magnitude",
+    "peak_bytes: growth of the process (CUDA: of torch's memory) during one call, inputs and parameters not counted",
+    "fastsrgan.runtime.tune_allocator, a part of fastsrgan, is on for all sides: it cannot be taken back in a process",
+    "float32 without TF32 on all sides",
+]
+
+Sides = Mapping[str, Callable[[], Sequence[Any]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    name : unique within a benchmark
+    facts : sizes and settings, plain values for the JSON
+    build : makes the inputs and returns side -> call, ours first; a call does the work once and returns arrays
+    tolerance : what ``max_error`` may be
+    amount : (what, how many) one call does, for a rate
+    missing : peers that cannot run here and what would make them
+    memory : whether peak memory says something about this case
+    """
+
+    name: str
+    facts: dict[str, Any]
+    build: Callable[[], Sides]
+    tolerance: float
+    amount: tuple[str, float] | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+    memory: bool = True
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Threads, allocator and float32 arithmetic, the same for all sides. Raises ResourceError for a missing device."""
+    pick_device(args.device)
+    torch.set_num_threads(args.threads)
+    tune_allocator()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def run(cases: Sequence[Case], args: argparse.Namespace) -> dict[str, Any]:
+    """All cases; prints one line for each side and returns the report."""
+    rows = []
+    for case in cases:
+        if not args.only or args.only in case.name:
+            rows.append(measure(case, args))
+            print_row(rows[-1])
+    commit = provenance()["commit"]
+    settings = {k: v for k, v in vars(args).items() if k not in ("json", "peak_of", "argv", "bench")}
+    facts = {"bench": args.bench, "commit": commit, "machine": machine(args.quick), "device": device_name(args.device)}
+    return finite({**facts, "settings": settings, "command": ["python", "-m", "bench", *args.argv], "notes": NOTES}) | {
+        "rows": finite(rows)
+    }
+
+
+def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """The row of one case: gate first, then times, then memory."""
+    sides = case.build()
+    ours, *peers = sides
+    results = {name: list(call()) for name, call in sides.items()}
+    errors = {peer: largest_difference(results[ours], results[peer]) for peer in peers}
+    del results
+    worst = max(errors.values(), key=lambda e: math.inf if math.isnan(e) else e, default=0.0)
+    row: dict[str, Any] = {"name": case.name, **case.facts, "tolerance": case.tolerance, "max_error": worst}
+    row["passed"] = bool(worst <= case.tolerance)  # not for NaN
+    row["peers"] = {peer: {"max_error": errors[peer]} for peer in peers}
+    row["peers"] |= {peer: {"not_run": how} for peer, how in case.missing.items()}
+    if not row["passed"]:
+        return row
+    seconds = take_turns(sides, args.repeats, args.device)
+    row |= spread(seconds[ours])
+    if case.amount:
+        row[f"{case.amount[0]}_per_second"] = case.amount[1] / row["seconds_median"]
+    row["ratio_to"], row["ratio_range"] = {}, {}
+    for peer in peers:
+        row["peers"][peer] |= spread(seconds[peer])
+        row["ratio_to"][peer] = statistics.median(seconds[peer]) / row["seconds_median"]
+        rounds = [theirs / own for theirs, own in zip(seconds[peer], seconds[ours], strict=True)]
+        row["ratio_range"][peer] = [min(rounds), max(rounds)]
+    if args.memory and case.memory:
+        del sides
+        row["peak_bytes"] = peak_in_child(case.name, ours, args)
+        for peer in peers:
+            row["peers"][peer]["peak_bytes"] = peak_in_child(case.name, peer, args)
+    return row
+
+
+def largest_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
+    """Over pairs of arrays: the largest |a - b| relative to the largest |b|; infinite where shapes or counts differ."""
+    if len(ours) != len(theirs):
+        return math.inf
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        a, b = (torch.as_tensor(v).detach().double().cpu() for v in (a, b))
+        if a.shape != b.shape:
+            return math.inf
+        error = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
+        if math.isnan(error):
+            return error
+        worst = max(worst, error)
+    return worst
+
+
+def take_turns(sides: Sides, repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each call, rounds of all sides one after the other."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, call in sides.items():
+            synchronise(device)
+            began = time.perf_counter()
+            call()
+            synchronise(device)
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def synchronise(device: str) -> None:
+    """Wait for a GPU."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def spread(seconds: list[float]) -> dict[str, Any]:
+    """Median, smallest and largest of the repeats."""
+    return {
+        "seconds_median": statistics.median(seconds),
+        "seconds_min": min(seconds),
+        "seconds_max": max(seconds),
+        "repeats": len(seconds),
+    }
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def peak_in_child(case: str, side: str, args: argparse.Namespace) -> int:
+    """Peak memory of one side, from a process of its own."""
+    command = [sys.executable, "-m", "bench", *args.argv, "--threads", str(args.threads), "--peak-of", case, side]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-2000:]}")
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+
+
+def peak_of(case: Case, side: str, device: str) -> int:
+    """Bytes by which this process grows at most while ``side`` works once, inputs being there already."""
+    call = case.build()[side]
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    # What building left on the heap would be used again unseen.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at VmRSS; ru_maxrss never does
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None, f"no {name} in /proc/self/status: peak memory is measured on Linux only"
+    return int(found[1]) * 1024
+
+
+# --- the machine --------------------------------------------------------------------------------------------------
+
+
+def machine(quick: bool = False) -> dict[str, Any]:
+    """What the figures were measured on, with what it does at best: copies and float32 matrix products."""
+    versions = provenance()
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "load_average": list(os.getloadavg()),
+        "simd": torch.backends.cpu.get_cpu_capability(),
+        "onednn": torch.backends.mkldnn.is_available(),
+        **{k: v for k, v in versions.items() if k != "commit"},
+        **ceilings(quick),
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    """ "cpu", or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+
+def ceilings(quick: bool) -> dict[str, float]:
+    """Best of five: bytes read and written per second by a large CPU copy, FLOP/s of a CPU matrix product."""
+    n = 2**20 if quick else 2**26
+    edge = 128 if quick else 2048
+    a, m = torch.ones(n), torch.ones(edge, edge)
+    b = torch.empty_like(a)
+    best = take_turns({"copy": lambda: [b.copy_(a)], "matmul": lambda: [m @ m]}, 5, "cpu")
+    return {
+        "copy_bytes_per_second": 8 * n / min(best["copy"]),
+        "matmul_flop_per_second": 2 * edge**3 / min(best["matmul"]),
+    }
+
+
+# --- inputs and output --------------------------------------------------------------------------------------------
+
+
+def texture(shape: Sequence[int], seed: int = 0) -> np.ndarray:
+    """A head-like volume: smooth noise in [0.1, 1] inside an ellipsoid, zero outside: float32, maximum 1."""
+    noise = ndimage.gaussian_filter(rng(seed, "texture").standard_normal(tuple(shape), dtype=np.float32), 1.5)
+    noise = (noise - noise.min()) / (noise.max() - noise.min())
+    axes = np.ogrid[tuple(slice(-1, 1, complex(0, n)) for n in shape)]
+    inside = sum(a**2 for a in axes) < 0.95
+    image = np.where(inside, 0.1 + 0.9 * noise, 0).astype(np.float32)
+    return image / image.max()
+
+
+def print_row(row: Mapping[str, Any]) -> None:
+    """One line for us, one for each peer."""
+    gate = f"error {row['max_error']:.1e} <= {row['tolerance']:g}"
+    if not row["passed"]:
+        print(f"{row['name']}: GATE FAILED, {gate.replace('<=', 'is not <=')}: no times", flush=True)
+        return
+    print(f"{row['name']}  ({gate})", flush=True)
+    rate = "".join(f"  {v:.4g} {k.replace('_per_second', '/s')}" for k, v in row.items() if k.endswith("_per_second"))
+    print(f"  {'fastsrgan':<24}{_times(row)}{rate}", flush=True)
+    for peer, facts in row["peers"].items():
+        if "not_run" in facts:
+            print(f"  {peer:<24}not run: {facts['not_run']}")
+            continue
+        low, high = row["ratio_range"][peer]
+        print(f"  {peer:<24}{_times(facts)}  {row['ratio_to'][peer]:.2f} x ours ({low:.2f} to {high:.2f})")
+
+
+def _times(facts: Mapping[str, Any]) -> str:
+    median, low, high = (facts[f"seconds_{k}"] * 1e3 for k in ("median", "min", "max"))
+    memory = f"  {facts['peak_bytes'] / 2**20:7.0f} MiB" if "peak_bytes" in facts else ""
+    return f"{median:10.2f} ms ({low:.2f} to {high:.2f}){memory}"

@@ -1,0 +1,182 @@
+"""The training step: generator forward and backward, critic update, and the whole iteration beside plain PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench import naive
+from bench.common import Case, Sides, texture
+from fastsrgan import train
+from fastsrgan.config import TrainConfig
+from fastsrgan.degrade import degrade
+from fastsrgan.losses import charbonnier
+from fastsrgan.networks import Generator, GeneratorSpec, build_generator
+from fastsrgan.pool import Batch, Pool, Resident, patch_origins
+from fastsrgan.runtime import rng
+
+FORWARD_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4  # of each weight tensor's largest gradient
+LOSS_TOLERANCE = 1e-4  # of the largest term; torch.norm in the plain penalty is 1e-5 off by itself
+EPOCH = 1
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """Forward and forward + backward for every kernel and batch; critic update and iteration for the first of each."""
+    found = []
+    for kernel, batch in itertools.product(args.kernel, args.batch):
+        facts = {"kernel": kernel, "batch": batch, "patch": args.patch}
+        patches = ("patches", float(batch))
+        for name, backward in (("forward", False), ("forward + backward", True)):
+            title = f"generator {name}, k {kernel}, batch {batch}, {args.patch}^3"
+            build = _generator_sides(kernel, batch, args, backward)
+            found.append(Case(title, facts, build, GRADIENT_TOLERANCE if backward else FORWARD_TOLERANCE, patches))
+    config = TrainConfig(
+        new_low_res=((1.0, 1.0, 3.0),),
+        kernel_gen=args.kernel[0],
+        kernel_dis=args.critic_kernel,
+        batch_size=args.batch[0],
+        patch_size=args.patch,
+        critic_iterations=args.critic_iterations,
+    )
+    n = float(config.batch_size)
+    where = f"batch {config.batch_size}, {args.patch}^3"
+    facts = {"kernel_dis": config.kernel_dis, "batch": config.batch_size, "patch": args.patch}
+    title = f"critic update, k {config.kernel_dis}, {where}"
+    found.append(Case(title, facts, lambda: _critic_sides(config, args.device), GRADIENT_TOLERANCE, ("patches", n)))
+    facts = {"kernel": config.kernel_gen, **facts, "critic_updates": config.critic_iterations, "generator_updates": 1}
+    title = f"iteration of {config.critic_iterations} + 1, k {config.kernel_gen} and {config.kernel_dis}, {where}"
+    found.append(Case(title, facts, lambda: _iteration_sides(config, args.device), LOSS_TOLERANCE, ("patches", n)))
+    return found
+
+
+def _generator_sides(kernel: int, batch: int, args: argparse.Namespace, backward: bool) -> Callable[[], Sides]:
+    def build() -> Sides:
+        spec = GeneratorSpec(kernel=kernel)
+        forms = {form: build_generator(spec, form).to(args.device) for form in ("fast", "reference")}
+        plain = naive.NaiveGenerator(kernel).to(args.device)
+        pairs = plain.paired(forms["fast"])
+        naive.copy(pairs)
+        data = pool(args.patch, batch, args.device).gather(np.arange(batch))
+        fast, reference = forms["fast"], forms["reference"]
+        orders = {
+            "fastsrgan": (fast, [ours for ours, _ in pairs]),
+            "reference form": (reference, [ours for ours, _ in plain.paired(reference)]),
+            "naive": (plain, [own for _, own in pairs]),
+        }
+
+        def forward(network: torch.nn.Module) -> list[Tensor]:
+            with torch.no_grad():
+                return [network(data.x)]
+
+        def both(network: torch.nn.Module, parameters: list[Tensor]) -> list[Tensor]:
+            network.zero_grad()
+            loss = charbonnier(network(data.x), data.y)
+            loss.backward()
+            return [loss.detach(), *gradients(parameters)]
+
+        if backward:
+            return {name: lambda n=n, p=p: both(n, p) for name, (n, p) in orders.items()}  # type: ignore[misc]
+        return {name: lambda n=n: forward(n) for name, (n, _) in orders.items()}  # type: ignore[misc]
+
+    return build
+
+
+def _critic_sides(config: TrainConfig, device: str) -> Sides:
+    batch = pool(config.patch_size, config.batch_size, device).gather(np.arange(config.batch_size))
+    explicit = models(config, device)
+    autograd = models(replace(config, penalty="autograd"), device)
+    plain = naive_trainer(config, explicit, device)
+    fake = torch.rand(batch.y.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    eps = torch.rand(batch.y.shape[:2], generator=torch.Generator().manual_seed(1)).to(device)
+
+    def ours(m: train.Models) -> list[Tensor]:
+        terms = m.critic_update(batch, fake, eps)
+        return [loss_vector(terms), *gradients([p for p, _ in plain.critic.paired(m.critic)])]
+
+    def theirs() -> list[Tensor]:
+        terms = plain.critic_update(batch.y, fake, eps)
+        return [loss_vector(terms), *gradients(list(plain.critic.parameters()))]
+
+    return {"fastsrgan": lambda: ours(explicit), "autograd penalty": lambda: ours(autograd), "naive": theirs}
+
+
+def _iteration_sides(config: TrainConfig, device: str) -> Sides:
+    """Both sides gather their patches from the same pool by the same keys: equal batches, equal interpolations."""
+    patches = pool(config.patch_size, config.batch_size, device)
+    indices = next(patches.generator_batches(config.batch_size))
+    fast = models(config, device)
+    plain = naive_trainer(config, fast, device)
+    # What the training loop hands to its critic updates.
+    at = SimpleNamespace(config=config, models=fast, position=train.Position())
+
+    def ours() -> list[Tensor]:
+        facts = train.critic_steps(cast(Any, at), patches, EPOCH)
+        values = fast.generator_update(patches.gather(indices), adversarial=True)
+        critic = {k.removeprefix("d_"): v for k, v in facts.items()}
+        return [loss_vector(critic), loss_vector(values)]
+
+    def theirs() -> list[Tensor]:
+        drawn = patches.critic_indices(at.position.step, config.batch_size, config.critic_iterations)
+        batches = [patches.gather(i) for i in drawn]
+        shape = batches[0].y.shape[:2]
+        group, step = at.position.group, at.position.step
+        eps = [
+            torch.from_numpy(rng(config.seed, EPOCH, group, step, i, "eps").random(shape, dtype=np.float32)).to(device)
+            for i in range(len(batches))
+        ]
+        critic, values = plain.iteration(batches, eps, patches.gather(indices))
+        return [loss_vector(critic), loss_vector(values)]
+
+    return {"fastsrgan": ours, "naive": theirs}
+
+
+# --- shared -------------------------------------------------------------------------------------------------------
+
+
+def pool(patch: int, batch: int, device: str) -> Pool:
+    """Patches of one textured volume, degraded by a factor of three, a label of its brighter half."""
+    edge = patch + 16
+    hr = texture((edge, edge, edge))
+    done = degrade(hr, (1.0, 1.0, 1.0), (1.0, 1.0, 3.0))
+    label = (done.hr > np.median(done.hr)).astype(np.uint8)
+    origins = patch_origins(hr.shape, patch, 8, tuple((0, n) for n in hr.shape))
+    arrays = [torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (done.interpolated, done.hr, label)]
+    resident = Resident("texture", *arrays, None, 3.0, np.resize(origins, (max(batch, len(origins)), 3)))
+    return Pool([resident], patch)
+
+
+def models(config: TrainConfig, device: str) -> train.Models:
+    """The networks and optimisers that ``fastsrgan train`` makes of a config."""
+    return train.Models(config, 0, torch.device(device))
+
+
+def naive_trainer(config: TrainConfig, start: train.Models, device: str) -> naive.NaiveTrainer:
+    """The plain side, from the same weights."""
+    generator = naive.NaiveGenerator(config.kernel_gen).to(device)
+    critic = naive.NaiveCritic(config.kernel_dis, config.patch_size).to(device)
+    naive.copy(generator.paired(cast(Generator, start.generator)))
+    naive.copy(critic.paired(start.critic))
+    return naive.NaiveTrainer(generator, critic, config.lr_gen, (config.beta1, config.beta2))
+
+
+def gradients(parameters: list[Tensor]) -> list[Tensor]:
+    """Their gradients."""
+    return [cast(Tensor, p.grad) for p in parameters]
+
+
+def loss_vector(terms: dict[str, float]) -> Tensor:
+    """The loss terms that both sides have, as one vector: differences are then relative to the largest."""
+    names = ("total", "wasserstein", "penalty", "reconstruction", "adversarial")
+    return torch.tensor([terms[name] for name in names if name in terms], dtype=torch.float64)
+
+
+__all__ = ["Batch", "cases"]

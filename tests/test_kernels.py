@@ -1,0 +1,388 @@
+"""CUDA kernels, checked three ways (DESIGN D10): run on the CPU through g++, compiled by NVRTC, run on a GPU if any.
+
+Outputs are poisoned with NaN and lie between guards, so a voxel that is not written or one too many fails.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_host import Host
+from kernel_nvrtc import compile_for
+from test_tiles import plans
+
+from fastsrgan import backend, engine, stitch, tiles
+from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.pool import Pool, Resident
+
+CPU = torch.device("cpu")
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+NAMES = sorted(p.stem for p in backend.KERNEL_FOLDERS[1].glob("*.cu"))
+VARIANTS = [
+    *(("overlap_add", {"TILE": t}) for t in FLOATS),
+    *(("gather_tiles", {"SOURCE": s, "TARGET": t}) for s in (*FLOATS, "u8") for t in FLOATS),
+    *(("gather_patches", {"IMAGE": t}) for t in FLOATS),
+]
+ONE_FIXTURE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> Host:
+    return Host(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def host(compiled, monkeypatch) -> Iterator[Host]:
+    """Operations on CPU tensors run the text of the kernels."""
+    monkeypatch.delenv("FASTSRGAN_REFERENCE", raising=False)
+    monkeypatch.setitem(backend.RUNNERS, "cpu", compiled)
+    compiled.ran.clear()
+    compiled.backwards = False
+    yield compiled
+    compiled.backwards = False
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def reference(call: Callable[[], Any]) -> Any:
+    """The plain bodies' result."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTSRGAN_REFERENCE", "1")
+        return call()
+
+
+def fuses() -> bool:
+    """Whether torch's addcmul rounds once here, as the kernel does: on processors with FMA and not elsewhere."""
+    a = torch.full((8,), 1 + 2**-12)
+    return bool((torch.full((8,), -1.0).addcmul_(a, a) != a * a - 1).all())
+
+
+def same(a: torch.Tensor, b: torch.Tensor, rtol: float = 0.0) -> bool:
+    """Equal bits but for the sign of zeros, or equal within ``rtol`` of the largest value; NaN equals nothing."""
+    return torch.equal(a, b) or bool(rtol and (a - b).abs().max() <= rtol * b.abs().max())
+
+
+def exactness() -> float:
+    return 0.0 if fuses() else 1e-6
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Callable[[], bool]]:
+    """A tensor of NaN within a larger one, and whether what surrounds it is untouched."""
+    edge, n = 257, int(np.prod(shape))
+    memory = torch.full((n + 2 * edge,), torch.nan, dtype=dtype)
+    around = torch.cat([memory[:edge], memory[-edge:]])
+    around.fill_(-3)
+    memory[:edge], memory[-edge:] = -3, -3
+    return memory[edge : edge + n].view(shape), lambda: torch.equal(torch.cat([memory[:edge], memory[-edge:]]), around)
+
+
+# --- every operation ----------------------------------------------------------------------------------------------
+
+
+def parity(operation: backend.Op, seed: int, device: torch.device) -> None:
+    expected = operation.body(*operation.example(seed, device))
+    got = operation.launch(*operation.example(seed, device))
+    assert got is not NotImplemented
+    for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, expected)), strict=True):
+        assert b.isfinite().all() and same(a, b, operation.rtol)
+
+
+def test_every_kernel_is_an_operation_and_every_operation_a_kernel():
+    assert sorted(backend.OPS) == NAMES == sorted({name for name, _ in VARIANTS})
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("name", sorted(backend.OPS))
+def test_kernels_do_what_the_references_do(host, name, backwards, seed):
+    """Also when the last thread runs first: no thread depends on another."""
+    host.backwards = backwards
+    parity(backend.OPS[name], seed, CPU)
+    assert [ran for ran, _ in host.ran].count(name) == len(host.ran) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() and backend.cupy_available()), reason="no CUDA device, or no CuPy")
+@pytest.mark.parametrize("name", sorted(backend.OPS))
+def test_kernels_do_what_the_references_do_on_a_gpu(name):
+    parity(backend.OPS[name], 0, torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(("name", "defines"), VARIANTS, ids=lambda v: v if isinstance(v, str) else "-".join(v.values()))
+def test_kernels_compile_for_gpus(name, defines, architecture):
+    """Without headers: machine code comes out, no warning, and the kernel is in it by its plain name."""
+    code = compile_for(backend.kernel_source(name), name, architecture, backend.define_options(defines))
+    assert code.startswith(b"\x7fELF") and f".text.{name}".encode() in code
+
+
+def test_only_written_multiply_adds_are_fused():
+    """The roundings on a GPU are those of the text: every fma of the machine's is an fmaf of ours."""
+    options = backend.define_options({"TILE": "f16"})
+    text = compile_for(backend.kernel_source("overlap_add"), "overlap_add", "compute_80", options).decode()
+    fused = re.findall(r"fma\.rn\.f32", text)
+    assert len(fused) >= 3 and "fma.rn.f32" not in _ptx_of("float a = p[0] * p[1] + p[2]; p[3] = a;")
+    assert "fma.rn.f32" in _ptx_of("float a = fmaf(p[0], p[1], p[2]); p[3] = a;")
+
+
+def _ptx_of(line: str) -> str:
+    source = f'extern "C" __global__ void f(float* p) {{ {line} }}'
+    return compile_for(source, "f", "compute_80", backend.define_options({})).decode()
+
+
+# --- overlap_add --------------------------------------------------------------------------------------------------
+
+
+def some_tiles(plan: tiles.TilePlan, channels: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(len(plan), channels, *plan.patch, generator=generator).to(dtype)
+
+
+def in_parts(plan: tiles.TilePlan, some: torch.Tensor, window: str, cuts: list[int]) -> torch.Tensor:
+    stitcher = stitch.Stitcher(plan, some.shape[1], window)
+    for low, high in zip([0, *cuts], [*cuts, len(plan)], strict=True):
+        stitcher.add(some[low:high])
+    return stitcher.result()
+
+
+@ONE_FIXTURE
+@settings(max_examples=60)
+@given(
+    plans(largest=26),
+    st.integers(1, 4),
+    st.sampled_from(sorted(FLOATS)),
+    st.sampled_from(sorted(stitch.WINDOWS)),
+    st.booleans(),
+    st.booleans(),
+    st.data(),
+)
+def test_overlap_add_equals_the_reference(host, poisoned, plan, channels, dtype, window, last, backwards, data):
+    """Any plan, channels, type, memory format and batches; backwards too; the same bits."""
+    if len(plan) * np.prod(plan.patch) * channels > 1_500_000:
+        return
+    some = some_tiles(plan, channels, FLOATS[dtype])
+    if last:
+        some = some.to(memory_format=torch.channels_last_3d)
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(plan) - 1), max_size=6))) if len(plan) > 1 else []
+    expected = reference(lambda: in_parts(plan, some, window, cuts))
+    host.backwards = backwards
+    got = in_parts(plan, some, window, cuts)
+    assert got.dtype == torch.float32 and got.isfinite().all()
+    assert same(got, expected, exactness())
+    assert host.ran[-1] == ("overlap_add", {"TILE": dtype})
+
+
+@pytest.mark.parametrize("dtype", sorted(FLOATS))
+@pytest.mark.parametrize("window", sorted(stitch.WINDOWS))
+def test_overlap_add_of_ones_is_ones(host, poisoned, window, dtype):
+    plan = tiles.plan((23, 31, 19), (12, 16, 8), (3, 5, 1))
+    ones = torch.ones(1, 2, 1, 1, 1, dtype=FLOATS[dtype]).expand(len(plan), 2, *plan.patch)
+    assert torch.equal(stitch.overlap_add(ones, plan, window), torch.ones(2, *plan.padded_shape))
+    assert host.ran
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 12, 36, 1000])
+def test_overlap_add_does_not_depend_on_batches_and_repeats_its_bits(host, poisoned, batch):
+    """Batches that end within a row, with a row, with a slab, and hold several slabs."""
+    plan = tiles.plan((24, 21, 30), (12, 12, 16), (5, 4, 5))
+    assert plan.grid == (4, 4, 4)
+    some = some_tiles(plan, 2)
+    whole = stitch.overlap_add(some, plan, "gaussian")
+    assert torch.equal(in_parts(plan, some, "gaussian", list(range(batch, len(plan), batch))), whole)
+    assert torch.equal(stitch.overlap_add(some, plan, "gaussian"), whole)
+
+
+def test_overlap_add_writes_nothing_else(host):
+    plan = tiles.plan((21, 15, 22), (12, 8, 12), (5, 3, 7))
+    stitcher = stitch.Stitcher(plan, 3, "gaussian")
+    sums, checks = stitcher._kernel, []
+    assert sums is not None
+    for name in ("out", "slab", "row", "next_row"):
+        memory, untouched = guarded(tuple(getattr(sums, name).shape))
+        setattr(sums, name, memory)
+        checks.append(untouched)
+    some = some_tiles(plan, 3)
+    for part in some.split(5):
+        stitcher.add(part)
+    assert same(stitcher.result(), reference(lambda: stitch.overlap_add(some, plan, "gaussian")), exactness())
+    assert all(untouched() for untouched in checks)
+
+
+def test_overlap_add_keeps_infinities_and_nan_where_they_are(host):
+    plan = tiles.plan((20, 8, 8), (8, 8, 8), 4)
+    some = some_tiles(plan, 1, torch.float16)
+    some[0, 0, 1, 2, 3], some[3, 0, 7, 7, 7] = torch.inf, torch.nan
+    out = stitch.overlap_add(some, plan)
+    assert out[0, 1, 2, 3] == torch.inf and out[0, 19, 7, 7].isnan() and (~out.isfinite()).sum() == 2
+
+
+def test_a_sum_is_finished_the_way_it_was_begun(host, monkeypatch):
+    plan = tiles.plan((20, 20, 20), 8, 4)
+    some = some_tiles(plan, 1)
+    expected = reference(lambda: stitch.overlap_add(some, plan))
+    stitcher = reference(lambda: stitch.Stitcher(plan, 1))
+    stitcher.add(some)
+    assert torch.equal(stitcher.result(), expected) and not host.ran
+    stitcher = stitch.Stitcher(plan, 1)
+    stitcher.add(some[:5])
+    monkeypatch.setenv("FASTSRGAN_REFERENCE", "1")
+    with pytest.raises(AssertionError, match="the way it was begun"):
+        stitcher.add(some[5:])
+
+
+# --- gather_tiles -------------------------------------------------------------------------------------------------
+
+
+@ONE_FIXTURE
+@settings(max_examples=60)
+@given(plans(largest=24), st.sampled_from(sorted(FLOATS)), st.sampled_from(sorted(FLOATS)), st.booleans(), st.data())
+def test_gather_tiles_equals_the_reference(host, plan, source, target, padded, data):
+    """From a padded volume and through the padding, any strides, from any type to any other."""
+    if plan.padded_shape[0] * plan.padded_shape[1] * plan.padded_shape[2] > 60_000:
+        return
+    volume = torch.randn(plan.shape, generator=torch.Generator().manual_seed(1)).to(FLOATS[source])
+    volume = volume.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert volume.shape == plan.shape
+    if padded:
+        volume = tiles.pad(volume, plan)
+    first = data.draw(st.integers(0, len(plan) - 1))
+    indices = range(first, min(first + 3, len(plan)))
+    out, untouched = guarded((len(indices), 1, *plan.patch), FLOATS[target])
+    tiles.gather(volume, plan, indices, out)
+    expected = reference(
+        lambda: tiles.gather(tiles.pad(volume, plan) if not padded else volume, plan, indices, out * 0)
+    )
+    assert torch.equal(out, expected) and untouched()
+    assert host.ran[-1] == ("gather_tiles", {"SOURCE": source, "TARGET": target})
+
+
+def test_gather_tiles_leaves_the_rest_of_the_buffer_alone(host):
+    plan = tiles.plan((20, 20, 20), 8, 4)
+    buffer = torch.full((5, 1, 8, 8, 8), torch.nan)
+    got = tiles.gather(torch.ones(20, 20, 20), plan, range(2, 5), buffer)
+    assert got.shape == (3, 1, 8, 8, 8) and (got == 1).all() and buffer[3:].isnan().all()
+    assert host.ran
+
+
+def test_what_the_kernel_does_not_take_goes_to_the_reference(host):
+    plan = tiles.plan((20, 20, 20), 8, 4)
+    assert tiles.gather(torch.ones(20, 20, 20, dtype=torch.float64), plan, range(3)).dtype == torch.float64
+    out = torch.full((8, 1, 8, 8, 3), torch.nan).movedim(-1, 0)
+    assert (tiles.gather(torch.ones(20, 20, 20), plan, range(3), out) == 1).all()
+    assert not host.ran
+
+
+@pytest.mark.parametrize("half", ["f16", "bf16"])
+def test_every_half_becomes_its_float_and_comes_back(host, half):
+    """All 65536 patterns: subnormals, infinities and signed zeros by their bits; NaN stays NaN."""
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(FLOATS[half]).view(32, 32, 64)
+    floats, back = convert(values, torch.float32), convert(values.float(), FLOATS[half])
+    nan = values.isnan()
+    assert torch.equal(floats.view(torch.int32)[~nan], values.float().view(torch.int32)[~nan])
+    assert torch.equal(back.view(torch.int16)[~nan], values.view(torch.int16)[~nan])
+    assert floats[nan].isnan().all() and back[nan].isnan().all()
+    assert host.ran
+
+
+@pytest.mark.parametrize("half", ["f16", "bf16"])
+def test_floats_round_to_halves_as_torch_rounds_them(host, half):
+    """Random bits, every tie between neighbouring halves and its neighbours on both sides."""
+    halves = torch.arange(2**15, dtype=torch.int32).to(torch.uint16).view(FLOATS[half]).float()
+    ties = ((halves[:-1].double() + halves[1:].double()) / 2).float()
+    ties = torch.cat([ties[ties.isfinite()], torch.tensor([65519.99, 65520.0, 65536.0, 3e38, 1e-45, 2.0**-25])])
+    near = torch.cat([ties, torch.nextafter(ties, torch.tensor(0.0)), torch.nextafter(ties, torch.tensor(torch.inf))])
+    bits = torch.randint(-(2**31), 2**31, (60_000,), generator=torch.Generator().manual_seed(0)).int()
+    values = torch.cat([near, -near, bits.view(torch.float32)])
+    values = values[: len(values) // 1024 * 1024].view(32, 32, -1)[..., : len(values) // 4096 * 4]
+    got, expected = convert(values, FLOATS[half]), values.to(FLOATS[half])
+    nan = values.isnan()
+    assert torch.equal(got.view(torch.int16)[~nan], expected.view(torch.int16)[~nan]) and got[nan].isnan().all()
+    assert host.ran and values.numel() > 150_000
+
+
+def convert(volume: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A volume as one tile of another type."""
+    plan = tiles.plan(volume.shape, None, 1)
+    assert plan.patch == tuple(volume.shape)
+    return tiles.gather(volume, plan, range(1), torch.empty((1, 1, *plan.patch), dtype=dtype))[0, 0]
+
+
+# --- gather_patches -----------------------------------------------------------------------------------------------
+
+
+def residents(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Resident]:
+    made, rng = [], np.random.default_rng(0)
+    for name, shape in zip("abc", shapes, strict=False):
+        image, hr = (torch.from_numpy(rng.random(shape, np.float32)).to(dtype) for _ in range(2))
+        label, mask = (torch.from_numpy(rng.integers(0, n, shape, np.uint8)) for n in (2, 4))
+        origins = rng.integers(-9, 20, (6, 3))
+        made.append(Resident(name, image, hr, label, mask, 2.5, origins))
+    return made
+
+
+@ONE_FIXTURE
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(*[st.integers(1, 26)] * 3), min_size=1, max_size=3),
+    st.sampled_from([8, 12, 17]),
+    st.sampled_from([0, 1, 3]),
+    st.sampled_from(sorted(FLOATS)),
+    st.booleans(),
+)
+def test_gather_patches_equals_the_reference(host, poisoned, shapes, patch, classes, dtype, flipped):
+    """Subjects of any size mixed in a batch, patches over every edge, mirrored or not."""
+    pool = Pool(residents(shapes, FLOATS[dtype]), patch, mask_classes=classes)
+    rng = np.random.default_rng(1)
+    indices = rng.integers(len(pool), size=5)
+    flips = rng.integers(0, 2, (5, 3)) > 0 if flipped else None
+    got, expected = pool.gather(indices, flips), reference(lambda: pool.gather(indices, flips))
+    assert torch.equal(got.x, expected.x) and torch.equal(got.y, expected.y) and got.ids == expected.ids
+    assert got.y.dtype == torch.float32 and got.y.shape[1] == 2 + classes
+    assert host.ran[-1] == ("gather_patches", {"IMAGE": dtype})
+
+
+def test_flips_mirror_whole_patches(host):
+    pool = Pool(residents([(20, 22, 24)]), 8, mask_classes=2)
+    indices = np.array([0, 1, 2])
+    plain = pool.gather(indices)
+    turned = pool.gather(indices, np.array([[True, False, False], [False, True, True], [False] * 3]))
+    for a, b in ((plain.x, turned.x), (plain.y, turned.y)):
+        assert torch.equal(b[0], a[0].flip(1)) and torch.equal(b[1], a[1].flip(2, 3)) and torch.equal(b[2], a[2])
+
+
+def test_patches_of_volumes_that_the_kernel_does_not_take(host):
+    first = residents([(20, 22, 24)])[0]
+    turned = Resident("t", first.interpolated.permute(2, 1, 0), *(v.permute(2, 1, 0) for v in (first.hr, first.label)),
+                      None, 2.5, first.origins)  # fmt: skip
+    pool = Pool([turned], 8)
+    got = pool.gather(np.arange(4))
+    assert torch.equal(got.y, reference(lambda: pool.gather(np.arange(4))).y) and not host.ran
+
+
+# --- together -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_inference_is_the_same_with_kernels(host, batch):
+    generator = build_generator(GeneratorSpec(kernel=2), seed=3)
+    volume = torch.rand((18, 21, 16), generator=torch.Generator().manual_seed(0))
+    plan = tiles.plan(volume.shape, 8, 5)
+    got, _ = engine.predict(volume, plan, generator, 3.0, batch=batch, window="gaussian")
+    expected, _ = reference(lambda: engine.predict(volume, plan, generator, 3.0, batch=batch, window="gaussian"))
+    assert {name for name, _ in host.ran} == {"gather_tiles", "overlap_add"}
+    assert same(got, expected, exactness())
