@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from fastsrgan.runtime import finite, pick_device, provenance, rng, tune_allocator, write_json
+from fastsrgan.runtime import finite, pick_device, provenance, rng, source_commit, tune_allocator, write_json
 
 __all__ = ["Case", "Sides", "peak_of", "prepare", "run", "texture", "write_json"]
 
@@ -83,12 +83,19 @@ def run(cases: Sequence[Case], args: argparse.Namespace) -> dict[str, Any]:
         if not args.only or args.only in case.name:
             rows.append(measure(case, args))
             print_row(rows[-1])
-    commit = provenance()["commit"]
     settings = {k: v for k, v in vars(args).items() if k not in ("json", "peak_of", "argv", "bench")}
-    facts = {"bench": args.bench, "commit": commit, "machine": machine(args.quick), "device": device_name(args.device)}
-    return finite({**facts, "settings": settings, "command": ["python", "-m", "bench", *args.argv], "notes": NOTES}) | {
-        "rows": finite(rows)
-    }
+    return finite(
+        {
+            "bench": args.bench,
+            "commit": source_commit(),
+            "machine": machine(args.quick),
+            "device": device_name(args.device),
+            "settings": settings,
+            "command": ["python", "-m", "bench", *args.argv],
+            "notes": NOTES,
+            "rows": rows,
+        }
+    )
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fastsrgan.config import TrainConfig
 from fastsrgan.degrade import degrade
 from fastsrgan.losses import charbonnier
 from fastsrgan.networks import Generator, GeneratorSpec, build_generator
-from fastsrgan.pool import Batch, Pool, Resident, patch_origins
+from fastsrgan.pool import Pool, Resident, patch_origins
 from fastsrgan.runtime import rng
 
 FORWARD_TOLERANCE = 1e-5
@@ -178,5 +178,3 @@ def loss_vector(terms: dict[str, float]) -> Tensor:
     names = ("total", "wasserstein", "penalty", "reconstruction", "adversarial")
     return torch.tensor([terms[name] for name in names if name in terms], dtype=torch.float64)
 
-
-__all__ = ["Batch", "cases"]

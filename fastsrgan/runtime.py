@@ -169,8 +169,8 @@ def pick_device(name: str = "auto") -> torch.device:
 def tune_allocator() -> bool:
     """Tell glibc to keep freed memory instead of returning it to the system at every step.
 
-    Large activations are otherwise mapped, zeroed and unmapped anew at each use: 17 % of a CPU training step
-    (docs/decisions/004). Returns False where the C library has no ``mallopt``. Call once, at start, in a process
+    Large activations are otherwise mapped, zeroed and unmapped anew at each use. Returns False where the C library has
+    no ``mallopt``. Call once, at start, in a process
     that trains or infers on the CPU.
     """
     try:

@@ -30,7 +30,7 @@ VARIANTS = [
     *(("gather_tiles", {"SOURCE": s, "TARGET": t}) for s in (*FLOATS, "u8") for t in FLOATS),
     *(("gather_patches", {"IMAGE": t}) for t in FLOATS),
 ]
-ONE_FIXTURE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
 @pytest.fixture(scope="session")
@@ -160,8 +160,7 @@ def in_parts(plan: tiles.TilePlan, some: torch.Tensor, window: str, cuts: list[i
     return stitcher.result()
 
 
-@ONE_FIXTURE
-@settings(max_examples=60)
+@settings(max_examples=60, **SHARED)
 @given(
     plans(largest=26),
     st.integers(1, 4),
@@ -248,8 +247,7 @@ def test_a_sum_is_finished_the_way_it_was_begun(host, monkeypatch):
 # --- gather_tiles -------------------------------------------------------------------------------------------------
 
 
-@ONE_FIXTURE
-@settings(max_examples=60)
+@settings(max_examples=60, **SHARED)
 @given(plans(largest=24), st.sampled_from(sorted(FLOATS)), st.sampled_from(sorted(FLOATS)), st.booleans(), st.data())
 def test_gather_tiles_equals_the_reference(host, plan, source, target, padded, data):
     """From a padded volume and through the padding, any strides, from any type to any other."""
@@ -335,8 +333,7 @@ def residents(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32)
     return made
 
 
-@ONE_FIXTURE
-@settings(max_examples=40)
+@settings(max_examples=40, **SHARED)
 @given(
     st.lists(st.tuples(*[st.integers(1, 26)] * 3), min_size=1, max_size=3),
     st.sampled_from([8, 12, 17]),

@@ -1,0 +1,155 @@
+"""Data before the training step: degradation of a volume, gathering of patches, reading from the store."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from scipy import ndimage
+
+from bench.common import Case, Sides, texture
+from fastsrgan import images, resample
+from fastsrgan.degrade import degrade
+from fastsrgan.pool import Pool, Resident, patch_origins
+from fastsrgan.resample import FWHM
+from fastsrgan.store import open_store
+from fastsrgan.store_writer import create_store
+
+FACTOR = 3
+SPACING, LOW_RES = (1.0, 1.0, 1.0), (1.0, 1.0, float(FACTOR))
+TOLERANCE = 5e-6  # of the largest intensity
+STRIDE = 20  # of the patch grid, the default of `fastsrgan train`
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """Degradation in both geometries, patch gather, store read."""
+    nx, ny, nz = args.shape
+    # A multiple of the factor: voxel centres of both grids then coincide, which SciPy's decimation by slicing needs.
+    shape = (nx, ny, max(FACTOR, nz - nz % FACTOR))
+    facts = {"shape": list(shape), "factor": FACTOR}
+    voxels = ("voxels", float(np.prod(shape)))
+    found = []
+    for geometry in ("physical", "segsrgan"):
+        for cold in (False, True):
+            what = "a resolution not seen before" if cold else "matrices at hand"
+            build = _degrade_sides(shape, geometry, cold)
+            found.append(Case(f"degrade, {geometry}, {what}", {**facts, "geometry": geometry}, build, TOLERANCE, voxels))
+    batch = args.batch[0]
+    patch = {"shape": list(shape), "patch": args.patch, "batch": batch}
+    gather = _gather_sides(shape, args.patch, batch)
+    found.append(Case(f"patch gather, {batch} of {args.patch}^3", patch, gather, 0.0, ("patches", float(batch))))
+    facts = {"shape": list(args.shape), "files": "warm: the operating system has them in memory"}
+    read = Case("store read, int16 image and label", facts, lambda: _read_sides(tuple(args.shape)), 0.0, ("volumes", 1.0))
+    return [*found, read]
+
+
+# --- degradation --------------------------------------------------------------------------------------------------
+
+
+def _degrade_sides(shape: tuple[int, int, int], geometry: str, cold: bool) -> Callable[[], Sides]:
+    def build() -> Sides:
+        hr = texture(shape)
+        theirs = scipy_physical if geometry == "physical" else scipy_segsrgan
+
+        def ours() -> list[np.ndarray]:
+            if cold:
+                forget_matrices()
+            done = degrade(hr, SPACING, LOW_RES, geometry=geometry)
+            return [done.low_res, done.interpolated, done.hr]
+
+        return {"fastsrgan": ours, "scipy": lambda: theirs(hr)}
+
+    return build
+
+
+def forget_matrices() -> None:
+    """Empty every cache of operators, as a resolution drawn anew finds them."""
+    for name in vars(resample):
+        clear = getattr(getattr(resample, name), "cache_clear", None)
+        if clear is not None:
+            clear()
+
+
+def scipy_physical(hr: np.ndarray) -> list[np.ndarray]:
+    """Slice profile along z, every third voxel from the second on, cubic spline back at the voxels' centres."""
+    blurred = ndimage.gaussian_filter1d(hr, FACTOR / FWHM, axis=2)
+    lr = np.maximum(blurred[:, :, FACTOR // 2 :: FACTOR], 0)
+    scale = lr.max()
+    lr = lr / scale
+    offset = [0, 0, -(FACTOR // 2) / FACTOR]
+    back = ndimage.affine_transform(lr, [1, 1, 1 / FACTOR], offset, hr.shape, order=3, mode="reflect")
+    return [lr, back, hr / scale]
+
+
+def scipy_segsrgan(hr: np.ndarray) -> list[np.ndarray]:
+    """What the original does: Gaussian on every axis, zoom of order 0 down, zoom of order 3 up."""
+    blurred = ndimage.gaussian_filter(hr, [r / FWHM for r in LOW_RES])
+    lr = np.maximum(ndimage.zoom(blurred, (1, 1, 1 / FACTOR), order=0), 0)
+    scale = lr.max()
+    lr = lr / scale
+    return [lr, ndimage.zoom(lr, (1, 1, FACTOR), order=3), hr / scale]
+
+
+# --- patches ------------------------------------------------------------------------------------------------------
+
+
+def _gather_sides(shape: tuple[int, int, int], patch: int, batch: int) -> Callable[[], Sides]:
+    def build() -> Sides:
+        hr = texture(shape)
+        interpolated, label = np.roll(hr, 1, 2), (hr > 0.5).astype(np.uint8)
+        origins = patch_origins(shape, patch, STRIDE, tuple((0, n) for n in shape))
+        arrays = [torch.from_numpy(a) for a in (interpolated, hr, label)]
+        pool = Pool([Resident("texture", *arrays, None, float(FACTOR), origins)], patch)
+        indices = pool.order()[np.arange(batch) % len(pool)]
+
+        def ours() -> list[torch.Tensor]:
+            done = pool.gather(indices)
+            return [done.x, done.y]
+
+        def theirs() -> list[torch.Tensor]:
+            x, y = [], []
+            for i, j, k in origins[indices]:
+                cut = (slice(i, i + patch), slice(j, j + patch), slice(k, k + patch))
+                x.append(interpolated[cut][None])
+                y.append(np.stack([hr[cut], label[cut].astype(np.float32)]))
+            return [torch.from_numpy(np.stack(x)), torch.from_numpy(np.stack(y))]
+
+        return {"fastsrgan": ours, "numpy slices and stack": theirs}
+
+    return build
+
+
+# --- store --------------------------------------------------------------------------------------------------------
+
+
+def _read_sides(shape: tuple[int, ...]) -> Sides:
+    folder = tempfile.TemporaryDirectory(prefix="fastsrgan-bench-")
+    root = Path(folder.name)
+    # As a scanner stores it: integers with noise in the last bits, also outside the head.
+    noise = np.random.default_rng(0).integers(0, 16, shape)
+    image = (texture(shape) * 1000).astype(np.int16) + noise.astype(np.int16)
+    label = (image > 500).astype(np.uint8)
+    with create_store(root / "store") as writer:
+        writer.write("texture", "Train", image, 1.0, 0.0, label, None, np.eye(4), {})
+        writer.finish()
+    paths = [images.save(root / f"{name}.nii.gz", a, np.eye(4)) for name, a in (("image", image), ("label", label))]
+    store = open_store(root / "store")
+
+    def ours(keep: Any = folder) -> list[np.ndarray]:
+        sample = store.read("texture")
+        return [sample.image, sample.label]  # type: ignore[list-item]
+
+    def plain() -> list[np.ndarray]:
+        loaded = [np.asanyarray(nib.load(p).dataobj) for p in paths]  # type: ignore[attr-defined]
+        return [loaded[0].astype(np.float32), loaded[1]]
+
+    def checked() -> list[np.ndarray]:
+        return [images.load(paths[0]).data, images.load_label(paths[1]).data]
+
+    return {"fastsrgan": ours, "nii.gz, nibabel": plain, "nii.gz, fastsrgan.images": checked}
