@@ -23,8 +23,11 @@ from fastsrgan.networks import Generator, GeneratorSpec, build_generator
 from fastsrgan.pool import Pool, Resident, patch_origins
 from fastsrgan.runtime import rng
 
-FORWARD_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-4  # of each weight tensor's largest gradient
+FORWARD_TOLERANCE = 5e-5
+# Of each weight tensor's largest gradient. In float32 a voxel within rounding of a ReLU's kink takes either slope, which
+# moves the gradients of a small patch by 2e-3; that they are equal to 1e-12 is tested in float64 (tests/).
+GRADIENT_TOLERANCE = 5e-3
+ZERO = 1e-6  # of the largest gradient: a shift in front of an instance norm has a gradient of rounding only
 LOSS_TOLERANCE = 1e-4  # of the largest term; torch.norm in the plain penalty is 1e-5 off by itself
 EPOCH = 1
 
@@ -116,7 +119,7 @@ def _iteration_sides(config: TrainConfig, device: str) -> Sides:
     fast = models(config, device)
     plain = naive_trainer(config, fast, device)
     # What the training loop hands to its critic updates.
-    at = SimpleNamespace(config=config, models=fast, position=train.Position())
+    at = SimpleNamespace(config=config, models=fast, mask_classes=0, position=train.Position())
 
     def ours() -> list[Tensor]:
         facts = train.critic_steps(cast(Any, at), patches, EPOCH)
@@ -169,8 +172,10 @@ def naive_trainer(config: TrainConfig, start: train.Models, device: str) -> naiv
 
 
 def gradients(parameters: list[Tensor]) -> list[Tensor]:
-    """Their gradients."""
-    return [cast(Tensor, p.grad) for p in parameters]
+    """Their gradients; those that are zero but for rounding as zeros."""
+    found = [cast(Tensor, p.grad) for p in parameters]
+    least = ZERO * max(float(g.abs().max()) for g in found)
+    return [g if float(g.abs().max()) > least else torch.zeros_like(g) for g in found]
 
 
 def loss_vector(terms: dict[str, float]) -> Tensor:

@@ -26,7 +26,16 @@ from fastsrgan.geometry import Volume, grid_size, resampled_affine
 from fastsrgan.infer_files import infer_files
 from fastsrgan.report.figure import demo_figure
 from fastsrgan.resample import apply_axes, degrade_matrix, upsample_matrix
-from fastsrgan.runtime import QUIET, Progress, output_folder, pick_device, provenance, tune_allocator, write_json
+from fastsrgan.runtime import (
+    QUIET,
+    Progress,
+    output_folder,
+    peak_memory,
+    pick_device,
+    provenance,
+    tune_allocator,
+    write_json,
+)
 from fastsrgan.template import make_cohort
 from fastsrgan.train import train
 
@@ -120,7 +129,12 @@ def run(
         "seconds": {**seconds, "total": round(total, 1)},
         "low_res_mm": low_res_mm,
     }
-    facts |= {"training": trained, "start_weights": start.name, "provenance": provenance()}
+    facts |= {
+        "peak_memory_bytes": peak_memory(),
+        "training": trained,
+        "start_weights": start.name,
+        "provenance": provenance(),
+    }
     write_json(folder / "demo.json", facts)
     return {"table": rows, "picture": str(picture), "json": str(folder / "demo.json"), "seconds": total}
 

@@ -24,10 +24,11 @@ from fastsrgan.pool import Pool, Resident
 
 CPU = torch.device("cpu")
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+CONVERSIONS = [("f32", "f32"), ("f32", "f16"), ("f32", "bf16"), ("f16", "f32"), ("bf16", "f32")]
 NAMES = sorted(p.stem for p in backend.KERNEL_FOLDERS[1].glob("*.cu"))
 VARIANTS = [
     *(("overlap_add", {"TILE": t}) for t in FLOATS),
-    *(("gather_tiles", {"SOURCE": s, "TARGET": t}) for s in (*FLOATS, "u8") for t in FLOATS),
+    *(("gather_tiles", {"SOURCE": s, "TARGET": t}) for s, t in (*CONVERSIONS, ("u8", "f32"))),
     *(("gather_patches", {"IMAGE": t}) for t in FLOATS),
 ]
 SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
@@ -248,9 +249,10 @@ def test_a_sum_is_finished_the_way_it_was_begun(host, monkeypatch):
 
 
 @settings(max_examples=60, **SHARED)
-@given(plans(largest=24), st.sampled_from(sorted(FLOATS)), st.sampled_from(sorted(FLOATS)), st.booleans(), st.data())
-def test_gather_tiles_equals_the_reference(host, plan, source, target, padded, data):
-    """From a padded volume and through the padding, any strides, from any type to any other."""
+@given(plans(largest=24), st.sampled_from(CONVERSIONS), st.booleans(), st.data())
+def test_gather_tiles_equals_the_reference(host, plan, types, padded, data):
+    """From a padded volume and through the padding, any strides, from one type to another."""
+    source, target = types
     if plan.padded_shape[0] * plan.padded_shape[1] * plan.padded_shape[2] > 60_000:
         return
     volume = torch.randn(plan.shape, generator=torch.Generator().manual_seed(1)).to(FLOATS[source])
@@ -280,7 +282,7 @@ def test_gather_tiles_leaves_the_rest_of_the_buffer_alone(host):
 def test_what_the_kernel_does_not_take_goes_to_the_reference(host):
     plan = tiles.plan((20, 20, 20), 8, 4)
     assert tiles.gather(torch.ones(20, 20, 20, dtype=torch.float64), plan, range(3)).dtype == torch.float64
-    out = torch.full((8, 1, 8, 8, 3), torch.nan).movedim(-1, 0)
+    out = torch.full((1, 8, 8, 8, 3), torch.nan).movedim(-1, 0)
     assert (tiles.gather(torch.ones(20, 20, 20), plan, range(3), out) == 1).all()
     assert not host.ran
 
@@ -323,12 +325,12 @@ def convert(volume: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 # --- gather_patches -----------------------------------------------------------------------------------------------
 
 
-def residents(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Resident]:
+def residents(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, patch: int = 8) -> list[Resident]:
     made, rng = [], np.random.default_rng(0)
     for name, shape in zip("abc", shapes, strict=False):
         image, hr = (torch.from_numpy(rng.random(shape, np.float32)).to(dtype) for _ in range(2))
         label, mask = (torch.from_numpy(rng.integers(0, n, shape, np.uint8)) for n in (2, 4))
-        origins = rng.integers(-9, 20, (6, 3))
+        origins = rng.integers(1 - patch, shape, (6, 3))  # at least one voxel inside
         made.append(Resident(name, image, hr, label, mask, 2.5, origins))
     return made
 
@@ -343,7 +345,7 @@ def residents(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32)
 )
 def test_gather_patches_equals_the_reference(host, poisoned, shapes, patch, classes, dtype, flipped):
     """Subjects of any size mixed in a batch, patches over every edge, mirrored or not."""
-    pool = Pool(residents(shapes, FLOATS[dtype]), patch, mask_classes=classes)
+    pool = Pool(residents(shapes, FLOATS[dtype], patch), patch, mask_classes=classes)
     rng = np.random.default_rng(1)
     indices = rng.integers(len(pool), size=5)
     flips = rng.integers(0, 2, (5, 3)) > 0 if flipped else None

@@ -245,3 +245,11 @@ def test_specs_that_make_no_network_are_refused(make):
 def test_specs_are_plain_values():
     for spec in (GeneratorSpec("unet", 3, False, True, 2), CriticSpec(4, 32, 4, True)):
         assert type(spec)(**spec.to_dict()) == spec
+
+
+@pytest.mark.parametrize("network", ["plain", "unet"])
+def test_a_constant_resolution_changes_nothing(network):
+    """Decision 010: the stem's norm removes what a constant channel adds, here and in the original."""
+    generator = build_generator(GeneratorSpec(network, 3, conditional=True), seed=4).double()
+    x = torch.rand(1, 1, 16, 16, 16, dtype=torch.double)
+    assert (generator(x, 1.0) - generator(x, 4.0)).abs().max() < 1e-10

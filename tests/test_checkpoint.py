@@ -1,0 +1,112 @@
+"""Snapshots: complete or absent, checksummed, the newest good one is taken, old ones go."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fastsrgan import checkpoint
+from fastsrgan.errors import ModelError, ResourceError
+
+
+def write(run, step, text="x" * 5000):
+    return checkpoint.write(
+        run, step, {"a.bin": lambda p: p.write_text(text + str(step), encoding="utf8")}, {"epoch": 1}
+    )
+
+
+def test_a_snapshot_says_what_it_holds_and_is_found_again(tmp_path):
+    for step in (2, 10, 9):
+        write(tmp_path, step)
+    assert [p.name for p in checkpoint.snapshots(tmp_path)] == ["step-00000002", "step-00000009", "step-00000010"]
+    newest = checkpoint.newest(tmp_path)
+    assert newest.name == "step-00000010" and checkpoint.manifest(newest)["epoch"] == 1
+    assert checkpoint.verified(newest, "a.bin").read_text(encoding="utf8").endswith("10")
+    assert checkpoint.snapshots(tmp_path / "checkpoints") == checkpoint.snapshots(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["flip", "shorten", "remove", "manifest", "no manifest"])
+def test_every_damage_is_named_and_the_snapshot_before_is_taken(tmp_path, caplog, fault):
+    write(tmp_path, 1)
+    last = write(tmp_path, 2)
+    file, manifest = last / "a.bin", last / checkpoint.MANIFEST
+    if fault == "flip":
+        data = bytearray(file.read_bytes())
+        data[100] ^= 1
+        file.write_bytes(bytes(data))
+    elif fault == "shorten":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif fault == "remove":
+        file.unlink()
+    elif fault == "manifest":
+        manifest.write_text("{", encoding="utf8")
+    else:
+        manifest.unlink()
+    assert checkpoint.verify(last)
+    assert checkpoint.newest(tmp_path).name == "step-00000001"
+    assert fault == "no manifest" or "taking the snapshot before it" in caplog.text
+
+
+def test_nothing_good_is_an_error(tmp_path):
+    with pytest.raises(ModelError, match="no snapshot"):
+        checkpoint.newest(tmp_path)
+    (write(tmp_path, 1) / "a.bin").unlink()
+    with pytest.raises(ModelError, match="all 1 snapshots are damaged"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    path = write(tmp_path, 1) / checkpoint.MANIFEST
+    values = json.loads(path.read_text(encoding="utf8"))
+    path.write_text(json.dumps({**values, "format": 99}), encoding="utf8")
+    with pytest.raises(ModelError, match="format 99"):
+        checkpoint.manifest(path.parent)
+
+
+def test_a_failing_writer_leaves_the_old_snapshot_of_that_step(tmp_path):
+    write(tmp_path, 1)
+
+    def fails(path):
+        path.write_text("half", encoding="utf8")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ResourceError, match="no space left"):
+        checkpoint.write(tmp_path, 1, {"a.bin": fails}, {})
+    assert not checkpoint.verify(checkpoint.newest(tmp_path))
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
+
+
+def test_prune_keeps_the_newest(tmp_path):
+    for step in range(5):
+        write(tmp_path, step)
+    checkpoint.prune(tmp_path, 2)
+    assert [p.name for p in checkpoint.snapshots(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+def test_sigkill_while_writing_leaves_whole_snapshots_only(tmp_path):
+    code = (
+        "import sys, pathlib\n"
+        "from fastsrgan import checkpoint\n"
+        "data = b'x' * 3_000_000\n"
+        "for step in range(10_000):\n"
+        "    writers = {n: (lambda p: p.write_bytes(data)) for n in ('a.bin', 'b.bin')}\n"
+        "    checkpoint.write(pathlib.Path(sys.argv[1]), step, writers, {})\n"
+        "    checkpoint.prune(pathlib.Path(sys.argv[1]), 2)\n"
+        "    print(step, flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for _ in range(3):
+        process.stdout.readline()
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    last = max(int(line) for line in ["2", *process.stdout.read().split()])
+    process.wait()
+    newest = checkpoint.newest(tmp_path)
+    assert int(newest.name[5:]) >= last and not checkpoint.verify(newest)

@@ -1,0 +1,66 @@
+"""The demo on a small stand-in cohort: every stage runs, the figures agree with each other, the picture is one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastsrgan import demo, images, weights
+from fastsrgan.errors import UsageError
+from fastsrgan.geometry import Volume
+from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.template import Cohort, Subject
+
+
+def small_cohort(folder: Path, **_: object) -> Cohort:
+    folder.mkdir(parents=True)
+    subjects, lines = [], ["HR_image,Label_image,Base"]
+    for i, base in enumerate(("Train", "Train", "Test")):
+        grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in (52, 56, 55)), indexing="ij"))
+        r = np.sqrt((grid**2).sum(0))
+        image, label = folder / f"s{i}.nii.gz", folder / f"s{i}_gm.nii.gz"
+        images.save(image, np.where(r < 0.9, 500 + 300 * np.cos(7 * r + i), 0).astype(np.int16), np.eye(4))
+        images.save(label, (r < 0.6).astype(np.uint8), np.eye(4))
+        subjects.append(Subject(f"s{i}", base, image, label))
+        lines.append(f"{image.name},{label.name},{base}")
+    (folder / "cohort.csv").write_text("\n".join(lines) + "\n", encoding="utf8")
+    return Cohort(folder / "cohort.csv", tuple(subjects))
+
+
+def test_demo_runs_and_its_figures_agree(tmp_path, monkeypatch):
+    model = tmp_path / "model.safetensors"
+    generator = build_generator(GeneratorSpec(kernel=2))
+    generator.head.data[0] = 0  # starts at the spline, as the shipped weights did
+    weights.save_generator(model, generator)
+    monkeypatch.setattr(demo, "make_cohort", small_cohort)
+    monkeypatch.setattr(demo.weights, "default_weights", lambda: model)
+    result = demo.run(tmp_path / "out", device="cpu")
+    spline, ours = result["table"]
+    written = json.loads((tmp_path / "out" / "demo.json").read_text(encoding="utf8"))
+    assert written["table"] == [spline, ours]
+    assert written["scores"]["image"]["whole"]["psnr_db"] == ours["PSNR dB"]
+    assert abs(ours["PSNR dB"] - spline["PSNR dB"]) < 3  # two dozen tiny steps from the spline
+    assert spline["Dice"] > 0.8
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert written["training"]["updates"] == 4  # 8 patches a subject, batches of 4, two epochs
+    with pytest.raises(UsageError, match="--overwrite"):
+        demo.run(tmp_path / "out", device="cpu")
+
+
+def test_whole_slices_end_where_the_scan_ends():
+    volume = Volume(np.zeros((20, 21, 31)), np.diag([1, 1, 0.5, 1]))
+    assert demo.whole_slices(volume, (1.0, 2.0, 3.0)).data.shape == (20, 20, 30)
+
+
+def test_the_label_baseline_is_a_map_drawn_on_the_scan():
+    rng = np.random.default_rng(0)
+    hr = Volume(rng.random((12, 12, 12)).astype(np.float32) + 1, np.eye(4))
+    label = Volume((rng.random((12, 12, 12)) > 0.5).astype(np.uint8), np.eye(4))
+    scan, spline, drawn = demo.acquire(hr, label, (1.0, 1.0, 3.0))
+    assert scan.data.shape == (12, 12, 4) and spline.data.shape == drawn.data.shape == (12, 12, 12)
+    assert np.allclose(scan.spacing, (1, 1, 3)) and scan.affine[2, 3] == pytest.approx(1.0)
+    # At the centres of the slices the interpolation returns the binary drawing.
+    assert np.allclose(np.unique(np.round(drawn.data[:, :, 1::3], 4)), [0, 1])
