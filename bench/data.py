@@ -39,13 +39,17 @@ def cases(args: argparse.Namespace) -> list[Case]:
         for cold in (False, True):
             what = "a resolution not seen before" if cold else "matrices at hand"
             build = _degrade_sides(shape, geometry, cold)
-            found.append(Case(f"degrade, {geometry}, {what}", {**facts, "geometry": geometry}, build, TOLERANCE, voxels))
+            found.append(
+                Case(f"degrade, {geometry}, {what}", {**facts, "geometry": geometry}, build, TOLERANCE, voxels)
+            )
     batch = args.batch[0]
     patch = {"shape": list(shape), "patch": args.patch, "batch": batch}
     gather = _gather_sides(shape, args.patch, batch)
     found.append(Case(f"patch gather, {batch} of {args.patch}^3", patch, gather, 0.0, ("patches", float(batch))))
     facts = {"shape": list(args.shape), "files": "warm: the operating system has them in memory"}
-    read = Case("store read, int16 image and label", facts, lambda: _read_sides(tuple(args.shape)), 0.0, ("volumes", 1.0))
+    read = Case(
+        "store read, int16 image and label", facts, lambda: _read_sides(tuple(args.shape)), 0.0, ("volumes", 1.0)
+    )
     return [*found, read]
 
 

@@ -182,4 +182,3 @@ def loss_vector(terms: dict[str, float]) -> Tensor:
     """The loss terms that both sides have, as one vector: differences are then relative to the largest."""
     names = ("total", "wasserstein", "penalty", "reconstruction", "adversarial")
     return torch.tensor([terms[name] for name in names if name in terms], dtype=torch.float64)
-

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.dicom_header import Frame, read_frames
+from fastsrgan.dicom_header import Frame, pixels, read_frames
 from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.geometry import Volume, spacing_of
+from fastsrgan.geometry import Volume
 
 MAX_VOXELS = 2**31
 DIRECTION_TOLERANCE = 1e-3  # of unit vectors; a slice axis off the normal by more makes a sheared grid
@@ -303,8 +303,6 @@ def _check_even(path: str | os.PathLike, along: np.ndarray, steps: np.ndarray) -
 
 def _fill(data_XYZ: np.ndarray, frames: list[Frame]) -> np.dtype:
     """Decode every slice into place; returns the stored type."""
-    from fastsrgan.dicom_header import pixels
-
     by_file: dict[Path, list[int]] = defaultdict(list)
     for k, frame in enumerate(frames):
         by_file[frame.path].append(k)
@@ -321,6 +319,3 @@ def _fill(data_XYZ: np.ndarray, frames: list[Frame]) -> np.dtype:
                 data_XYZ[:, :, k] *= data_XYZ.dtype.type(f.slope)
                 data_XYZ[:, :, k] += data_XYZ.dtype.type(f.inter)
     return stored
-
-
-__all__ = ["Series", "is_dicom", "load", "select", "series_of", "sha256", "spacing_of"]

@@ -17,129 +17,46 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastsrgan import checkpoint, modelfile, weights
 from fastsrgan.config import TrainConfig
 from fastsrgan.degrade import Degradation
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
-from fastsrgan.feed import Feed, PatchRule, epoch_groups, make_resident, resident_limit
-from fastsrgan.networks import Critic, CriticSpec, Generator, GeneratorSpec, build_generator
+from fastsrgan.feed import Feed, PatchRule, epoch_groups, resident_limit
+from fastsrgan.pair import Models
 from fastsrgan.pool import Batch, Pool
-from fastsrgan.runtime import QUIET, Progress, StopRequest, output_folder, pick_device, provenance, rng, write_json
-from fastsrgan.step import critic_loss, generator_loss
+from fastsrgan.runtime import (
+    QUIET,
+    Progress,
+    StopRequest,
+    atomic_write,
+    output_folder,
+    pick_device,
+    provenance,
+    rng,
+    write_json,
+)
 from fastsrgan.store import Store, open_store
 from fastsrgan.trainlog import RunLog
+from fastsrgan.validate import validate
 
 log = logging.getLogger("fastsrgan")
 
 
 @dataclass
 class Position:
-    """Where a run stands: the next step of ``group`` in ``epoch``; ``updates`` generator updates are done."""
+    """Where a run stands: the next step of ``group`` in ``epoch``; ``updates`` generator updates are done.
+
+    ``resident`` is the number of subjects in a group: chosen by the memory that was free at the start, kept when the
+    run is resumed, since another number would deal the patches anew.
+    """
 
     epoch: int = 1
     group: int = 0
     step: int = 0
     updates: int = 0
     best: float | None = None
-
-
-class Models:
-    """Generator, critic, their Adams and the generator's moving average."""
-
-    def __init__(self, config: TrainConfig, mask_classes: int, device: torch.device) -> None:
-        self.config, self.device = config, device
-        spec = GeneratorSpec(config.network, config.kernel_gen, config.residual, config.conditional, mask_classes)
-        self.generator = build_generator(spec, config.form, config.seed)
-        if config.zero_head:
-            with torch.no_grad():
-                self.generator.head[0].zero_()
-        self.critic = Critic(
-            CriticSpec(config.kernel_dis, config.patch_size, spec.out_channels, config.conditional), config.seed + 1
-        )
-        self.average: dict[str, Tensor] | None = None
-        self.finish()
-
-    def finish(self) -> None:
-        """Move to the device and make the optimisers; call again after replacing a network."""
-        c = self.config
-        self.generator.to(self.device).train()
-        self.critic.to(self.device).train()
-        self.adam_g = torch.optim.Adam(self.generator.parameters(), c.lr_gen, (c.beta1, c.beta2), eps=1e-8, fused=True)
-        self.adam_d = torch.optim.Adam(self.critic.parameters(), c.lr_dis, (c.beta1, c.beta2), eps=1e-7, fused=True)
-        if c.ema:
-            self.average = {k: v.detach().clone() for k, v in self.generator.named_parameters()}
-
-    def start_from(self, path: str | os.PathLike) -> None:
-        """Take over the weights of a file: the generator, and the critic where the file holds a fitting one."""
-        generator = weights.load_generator(path, self.config.form)
-        if generator.spec != self.generator.spec:
-            raise ModelError(
-                path, f"holds {generator.spec}, this run trains {self.generator.spec}", "match network, kernel_gen, ..."
-            )
-        self.generator = generator.requires_grad_(True)
-        try:
-            critic = weights.load_critic(path)
-        except ModelError as error:
-            log.info("%s: the critic starts anew", error)
-        else:
-            if critic.spec == self.critic.spec:
-                self.critic = critic.requires_grad_(True)
-            else:
-                log.info("%s: its critic %s does not fit this run, which starts a new one", path, critic.spec)
-        self.finish()
-
-    def critic_update(self, batch: Batch, fake: Tensor, eps: Tensor) -> dict[str, float]:
-        """One Adam step of the critic; skipped when the loss is not finite."""
-        c = self.config
-        terms = critic_loss(self.critic, batch.y, fake, eps, c.lambda_gp, batch.res, c.penalty)
-        return self._apply(self.adam_d, self.critic, terms, 0.0)
-
-    def generator_update(self, batch: Batch, adversarial: bool) -> dict[str, float]:
-        """One Adam step of the generator and of its moving average; skipped when the loss is not finite."""
-        c = self.config
-        self.critic.requires_grad_(False)
-        terms = generator_loss(
-            self.generator,
-            self.critic,
-            batch.x,
-            batch.y,
-            lambda_rec=c.lambda_rec,
-            lambda_adv=c.lambda_adv if adversarial else 0.0,
-            reconstruction=c.reconstruction_loss,
-            res=batch.res,
-        )
-        head = self.generator.head.detach().clone() if c.head_rate != 1 else None
-        values = self._apply(self.adam_g, self.generator, terms, c.clip_norm)
-        if head is not None:
-            with torch.no_grad():
-                self.generator.head.lerp_(head, 1 - c.head_rate)
-        self.critic.requires_grad_(True)
-        if self.average is not None and not values.get("skipped"):
-            with torch.no_grad():
-                for name, parameter in self.generator.named_parameters():
-                    self.average[name].lerp_(parameter, 1 - c.ema)
-        return values
-
-    @staticmethod
-    def _apply(
-        adam: torch.optim.Optimizer, network: torch.nn.Module, terms: dict[str, Tensor], clip: float
-    ) -> dict[str, float]:
-        adam.zero_grad(set_to_none=True)
-        terms["total"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip or float("inf"))
-        values = {k: float(v.detach()) for k, v in terms.items()}
-        values["gradient"] = float(norm)
-        if not np.isfinite(values["total"]) or not np.isfinite(values["gradient"]):
-            return {**values, "skipped": 1.0}
-        adam.step()
-        return values
-
-    @torch.no_grad()
-    def generate(self, batch: Batch) -> Tensor:
-        """Fakes for the critic, without a graph."""
-        return self.generator(batch.x, batch.res)
+    resident: int | None = None
 
 
 @dataclass
@@ -216,7 +133,8 @@ def train(
     run.snapshot_folder = output_folder(snapshot_folder) if snapshot_folder else None
     if resume:
         load(run)
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf8")
+    with atomic_write(folder / "config.yaml") as temporary:
+        temporary.write_text(config.to_yaml(), encoding="utf8")
     began = time.perf_counter()
     with StopRequest() as stop:
         loop(run, stop)
@@ -246,7 +164,7 @@ def plan(run: Run, size: int) -> Iterator[tuple[int, list[str]]]:
 def loop(run: Run, stop: StopRequest) -> None:
     """All epochs from the run's position on; ends early at a stop request, after a snapshot."""
     c, at = run.config, run.position
-    size = c.resident_subjects or resident_limit(run.store, run.train)
+    size = at.resident = c.resident_subjects or at.resident or resident_limit(run.store, run.train)
     # The plan is read ahead of the position, so it is fixed before the position moves.
     ahead = list(plan(run, size))
     residents = run.feed.groups(iter(ahead))
@@ -338,53 +256,13 @@ def count_bad(run: Run, facts: dict[str, float], batch: Batch) -> None:
         )
 
 
-@torch.inference_mode()
-def validate(run: Run) -> dict[str, float]:
-    """Patch-wise scores on the Test subjects (paper figure 6): Dice over all patches, MSE of SR clipped at 0.
-
-    Contrast and resolution are spaced evenly over the subjects, as in the original. With a mask head, also the Dice of
-    each mask class. Empty when there are no Test subjects.
-    """
-    c, total = run.config, None
-    generator = evaluation_generator(run.models)
-    for index, name in enumerate(run.test):
-        draw = run.feed.degradation.linspace(index, len(run.test))
-        resident = make_resident(run.store.read(name), run.feed.degradation, draw, run.feed.rule, run.models.device)
-        pool = Pool([resident], c.patch_size, mask_classes=run.mask_classes)
-        for start in range(0, len(pool), c.batch_size):
-            batch = pool.gather(np.arange(start, min(start + c.batch_size, len(pool))))
-            sums = validation_sums(generator(batch.x, batch.res), batch.y)
-            total = sums if total is None else total + sums
-    if total is None:
-        return {}
-    squared, count, *rest = total.tolist()
-    scores = {"MSE": squared / count}
-    dices = [2 * both / max(a + b, 1) for both, a, b in zip(rest[::3], rest[1::3], rest[2::3], strict=True)]
-    labels = ["Dice"] if len(dices) == 1 else ["Dice_label_1", *(f"Dice_mask{i}" for i in range(len(dices) - 1))]
-    return {**dict(zip(labels, dices, strict=True)), **scores}
-
-
-def validation_sums(pred: Tensor, target: Tensor) -> Tensor:
-    """Squared error and voxels, then overlap and sizes of each binary channel: (2 + 3 (C - 1),) float64."""
-    error = ((pred[:, 0].clamp(min=0) - target[:, 0]) ** 2).double().sum()
-    parts = [error, torch.tensor(float(target[:, 0].numel()), dtype=torch.double, device=pred.device)]
-    for channel in range(1, pred.shape[1]):
-        p, y = (pred[:, channel] > 0.5).double(), target[:, channel].double()
-        parts += [(p * y).sum(), p.sum(), y.sum()]
-    return torch.stack([part.to(torch.double) for part in parts])
-
-
-def evaluation_generator(models: Models) -> Generator:
-    """The generator that is validated and shipped: the moving average where there is one."""
-    if models.average is None:
-        return models.generator
-    return modelfile.assemble(models.generator.spec, models.average, models.generator.form)
-
-
 def finish_epoch(run: Run, epoch: int) -> None:
     """Validate, log, and keep the weights that are best on the Test subjects, as the paper does."""
     at = run.position
-    scores = validate(run) if run.test and epoch % run.config.validate_every == 0 else {}
+    scores = {}
+    if run.test and epoch % run.config.validate_every == 0:
+        c, generator = run.config, run.models.shipped()
+        scores = validate(generator, run.feed, run.test, batch_size=c.batch_size, mask_classes=run.mask_classes)
     if scores:
         run.log.epoch(epoch, scores)
         dice = scores.get("Dice", scores.get("Dice_label_1", 0.0))
@@ -397,7 +275,7 @@ def finish_epoch(run: Run, epoch: int) -> None:
 def write_weights(run: Run, path: Path, facts: dict[str, Any]) -> None:
     """The weights for use, with the facts a reader of the file wants."""
     card = {**facts, "updates": run.position.updates, "config": run.config.to_dict(), **provenance()}
-    weights.save_generator(path, evaluation_generator(run.models), run.models.critic, card=card)
+    weights.save_generator(path, run.models.shipped(), run.models.critic, card=card)
 
 
 def export_snapshot(run: Run, epoch: int) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 from pathlib import Path
 
-from fastsrgan.runtime import atomic_write
+from fastsrgan.runtime import atomic_write, output_folder
 
 
 class RunLog:
@@ -27,6 +27,8 @@ class RunLog:
         self.path = folder / "log.jsonl"
         self.dice_file = Path(dice_file) if dice_file else folder / "dice.csv"
         self.mse_file = Path(mse_file) if mse_file else folder / "mse.csv"
+        for path in (self.dice_file, self.mse_file):
+            output_folder(path.parent)
 
     def step(self, epoch: int, update: int, seconds: float, waited: float, facts: dict[str, float]) -> None:
         """One generator update with its critic updates."""

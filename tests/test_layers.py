@@ -21,13 +21,13 @@ LAYERS = {
         "networks",
     ],
     1: [
-        "voxel_stream modelfile store_files",
+        "voxel_stream modelfile store_files dicom_header",
         "nifti_check keras_h5 store tiles",
         "images encode store_writer stitch",
         "resample intensity metrics checkpoint step table trainlog template dicom resample_sitk",
     ],
     2: ["pool", "degrade engine weights", "feed"],
-    3: ["convert evaluate infer report", "infer_files"],
+    3: ["convert evaluate infer report pair validate", "infer_files"],
     4: ["train study doctor compat", "demo"],
     5: ["console", "cli_infer cli_train cli_job", "cli", "__init__ __main__"],
 }
@@ -44,7 +44,7 @@ ONLY = {
     "nvidia": {"feed"},
     "yaml": {"config"},
     "rich": {"console"},
-    "pydicom": {"dicom"},
+    "pydicom": {"dicom", "dicom_header"},
     "SimpleITK": {"resample_sitk"},
     "matplotlib": {"report"},
 }

@@ -15,7 +15,8 @@ from fastsrgan import checkpoint, images, weights
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
-from fastsrgan.train import Models, train
+from fastsrgan.pair import Models
+from fastsrgan.train import train
 
 CONFIG = TrainConfig(
     new_low_res=((1.0, 1.0, 3.0),),
