@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -38,19 +39,17 @@ def cases(args: argparse.Namespace) -> list[Case]:
     for geometry in ("physical", "segsrgan"):
         for cold in (False, True):
             what = "a resolution not seen before" if cold else "matrices at hand"
-            build = _degrade_sides(shape, geometry, cold)
-            found.append(
-                Case(f"degrade, {geometry}, {what}", {**facts, "geometry": geometry}, build, TOLERANCE, voxels)
-            )
+            sides = _degrade_sides(shape, geometry, cold)
+            title = f"degrade, {geometry}, {what}"
+            found.append(Case(title, {**facts, "geometry": geometry}, sides, TOLERANCE, voxels))
     batch = args.batch[0]
     patch = {"shape": list(shape), "patch": args.patch, "batch": batch}
     gather = _gather_sides(shape, args.patch, batch)
     found.append(Case(f"patch gather, {batch} of {args.patch}^3", patch, gather, 0.0, ("patches", float(batch))))
     facts = {"shape": list(args.shape), "files": "warm: the operating system has them in memory"}
-    read = Case(
-        "store read, int16 image and label", facts, lambda: _read_sides(tuple(args.shape)), 0.0, ("volumes", 1.0)
-    )
-    return [*found, read]
+    sides = functools.partial(_read_sides, tuple(args.shape))
+    found.append(Case("store read, int16 image and label", facts, sides, 0.0, ("volumes", 1.0)))
+    return found
 
 
 # --- degradation --------------------------------------------------------------------------------------------------
@@ -108,8 +107,8 @@ def _gather_sides(shape: tuple[int, int, int], patch: int, batch: int) -> Callab
         hr = texture(shape)
         interpolated, label = np.roll(hr, 1, 2), (hr > 0.5).astype(np.uint8)
         origins = patch_origins(shape, patch, STRIDE, tuple((0, n) for n in shape))
-        arrays = [torch.from_numpy(a) for a in (interpolated, hr, label)]
-        pool = Pool([Resident("texture", *arrays, None, float(FACTOR), origins)], patch)
+        z, x, s = (torch.from_numpy(a) for a in (interpolated, hr, label))
+        pool = Pool([Resident("texture", z, x, s, None, float(FACTOR), origins)], patch)
         indices = pool.order()[np.arange(batch) % len(pool)]
 
         def ours() -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench import naive
-from bench.common import Case, Sides, texture
+from bench.common import TRUTH, Case, Sides, texture
 from fastsrgan import tiles
 from fastsrgan.infer import infer_volume
 from fastsrgan.networks import GeneratorSpec, build_generator
@@ -76,8 +76,7 @@ def _stitch_sides(shape: tuple[int, ...], args: argparse.Namespace, window: str,
         sides["plain loop"] = lambda: [plain_loop(volume, plan, identity, batch, window)]
         if monai:
             sides["monai"] = lambda: [monai_windows(volume, plan, args.step, identity, batch, window)]
-        # The law itself, as a side that costs nothing: an identity network gives the input back.
-        return sides | {"the volume itself": lambda: [volume[None]]}
+        return sides | {TRUTH: lambda: [volume[None]]}
 
     return build
 

@@ -19,13 +19,13 @@ from fastsrgan import train
 from fastsrgan.config import TrainConfig
 from fastsrgan.degrade import degrade
 from fastsrgan.losses import charbonnier
-from fastsrgan.networks import Generator, GeneratorSpec, build_generator
+from fastsrgan.networks import GeneratorSpec, build_generator
 from fastsrgan.pool import Pool, Resident, patch_origins
 from fastsrgan.runtime import rng
 
 FORWARD_TOLERANCE = 5e-5
-# Of each weight tensor's largest gradient. In float32 a voxel within rounding of a ReLU's kink takes either slope, which
-# moves the gradients of a small patch by 2e-3; that they are equal to 1e-12 is tested in float64 (tests/).
+# Of each weight tensor's largest gradient. In float32 a voxel within rounding of a ReLU's kink takes either slope, and
+# that moves the gradients of a small patch by 2e-3; equality to 1e-12 is tested in float64 (tests/).
 GRADIENT_TOLERANCE = 5e-3
 ZERO = 1e-6  # of the largest gradient: a shift in front of an instance norm has a gradient of rounding only
 LOSS_TOLERANCE = 1e-4  # of the largest term; torch.norm in the plain penalty is 1e-5 off by itself
@@ -152,8 +152,8 @@ def pool(patch: int, batch: int, device: str) -> Pool:
     done = degrade(hr, (1.0, 1.0, 1.0), (1.0, 1.0, 3.0))
     label = (done.hr > np.median(done.hr)).astype(np.uint8)
     origins = patch_origins(hr.shape, patch, 8, tuple((0, n) for n in hr.shape))
-    arrays = [torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (done.interpolated, done.hr, label)]
-    resident = Resident("texture", *arrays, None, 3.0, np.resize(origins, (max(batch, len(origins)), 3)))
+    z, x, s = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (done.interpolated, done.hr, label))
+    resident = Resident("texture", z, x, s, None, 3.0, np.resize(origins, (max(batch, len(origins)), 3)))
     return Pool([resident], patch)
 
 
@@ -166,7 +166,7 @@ def naive_trainer(config: TrainConfig, start: train.Models, device: str) -> naiv
     """The plain side, from the same weights."""
     generator = naive.NaiveGenerator(config.kernel_gen).to(device)
     critic = naive.NaiveCritic(config.kernel_dis, config.patch_size).to(device)
-    naive.copy(generator.paired(cast(Generator, start.generator)))
+    naive.copy(generator.paired(start.generator))
     naive.copy(critic.paired(start.critic))
     return naive.NaiveTrainer(generator, critic, config.lr_gen, (config.beta1, config.beta2))
 

@@ -71,17 +71,14 @@ def series_of(path: str | os.PathLike) -> list[Series]:
     own = None if path.is_dir() else read_frames(path, wanted=True)
     if own and len(own) > 1:
         return _grouped(own)
-    walk = [(folder, [], os.listdir(folder))] if own else os.walk(folder)
-    frames: list[Frame] = []
-    for parent, _, names in sorted(walk):
-        for name in sorted(names):
-            frames += read_frames(Path(parent) / name)
-    found = _grouped(frames)
+    names = sorted(folder.iterdir()) if own else sorted(Path(p, n) for p, _, files in os.walk(folder) for n in files)
+    found = _grouped([frame for name in names for frame in read_frames(name)])
     if own:
         found = [s for s in found if s.uid == own[0].uid]
     if not found:
         raise InputError(path, "holds no DICOM image", "a folder of DICOM slices; name NIfTI files themselves")
-    return found
+    # Series without any place, screen shots and reports as images, are offered only where there is nothing else.
+    return [s for s in found if not all(f.fault for f in s.frames)] or found
 
 
 def select(path: str | os.PathLike, series: str | None = None) -> Series:
@@ -259,14 +256,14 @@ def _grid(path: str | os.PathLike, frames: list[Frame]) -> tuple[np.ndarray, lis
         steps = np.diff(positions @ _normal(first))
         step = (positions[-1] - positions[0]) / (len(frames) - 1)
         _check_even(path, positions @ _normal(first), steps)
-        sideways = np.abs(positions - positions[0] - np.outer(np.arange(len(frames)), step)).max()
-        tilt = np.linalg.norm(step - _normal(first) * (step @ _normal(first))) / np.linalg.norm(step)
-        if tilt > DIRECTION_TOLERANCE or sideways > max(ROUNDING_MM, SPACING_TOLERANCE * np.linalg.norm(step)):
-            reason = f"its slices are shifted sideways ({np.degrees(np.arcsin(min(tilt, 1))):.2g} degrees, gantry tilt)"
-            raise InputError(path, reason, CONVERT)
-        declared = first.between
-        if declared and abs(np.linalg.norm(step) - declared) > max(ROUNDING_MM, SPACING_TOLERANCE * declared):
-            told = f"{np.linalg.norm(step):.4g} mm apart, their header says {declared:.4g} mm"
+        length = float(np.linalg.norm(step))
+        sideways = float(np.abs(positions - positions[0] - np.outer(np.arange(len(frames)), step)).max())
+        tilt = float(np.linalg.norm(step - _normal(first) * (step @ _normal(first)))) / length
+        if tilt > DIRECTION_TOLERANCE or sideways > max(2 * ROUNDING_MM, SPACING_TOLERANCE * length):
+            angle = np.degrees(np.arcsin(min(tilt, 1.0)))
+            raise InputError(path, f"its slices are shifted sideways ({angle:.2g} degrees, gantry tilt)", CONVERT)
+        if first.between and abs(length - first.between) > max(2 * ROUNDING_MM, SPACING_TOLERANCE * first.between):
+            told = f"{length:.4g} mm apart, their header says {first.between:.4g} mm"
             warnings.append(f"the slices are {told}: the positions are used")
     if first.expected and first.expected > len(frames):
         warnings.append(f"the header speaks of {first.expected} images, {len(frames)} are here")

@@ -18,18 +18,40 @@ from fastsrgan.errors import InputError, ResourceError
 
 HINT = "copy or export the file again"
 _PREAMBLE = 132
-_TAGS = [
-    "SOPClassUID",
-    "SeriesInstanceUID",
-    "SeriesNumber",
-    "SeriesDescription",
-    "InstanceNumber",
+# What tells images at the same place apart.
+_TRAITS = (
+    "EchoTime",
+    "EffectiveEchoTime",
+    "TemporalPositionIdentifier",
+    "TemporalPositionIndex",
+    "DiffusionBValue",
     "AcquisitionNumber",
+    "FrameAcquisitionNumber",
+    "TriggerTime",
     "ImageType",
+    "FrameType",
+)
+# Functional groups that hold what a frame needs.
+_MACROS = (
+    "FrameContentSequence",
+    "PlanePositionSequence",
+    "PlaneOrientationSequence",
+    "PixelMeasuresSequence",
+    "PixelValueTransformationSequence",
+    "MREchoSequence",
+    "MRDiffusionSequence",
+    "MRImageFrameTypeSequence",
+)
+_TAGS = (
+    *_TRAITS,
+    "InstanceNumber",
     "Rows",
     "Columns",
     "NumberOfFrames",
     "SamplesPerPixel",
+    "SeriesInstanceUID",
+    "SeriesNumber",
+    "SeriesDescription",
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "PixelSpacing",
@@ -37,14 +59,10 @@ _TAGS = [
     "SpacingBetweenSlices",
     "RescaleSlope",
     "RescaleIntercept",
-    "EchoTime",
-    "TemporalPositionIdentifier",
-    "TriggerTime",
-    "DiffusionBValue",
     "ImagesInAcquisition",
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
-]
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,7 @@ class Frame:
     thickness, between : slice thickness and distance of slice centres as the header has them, 0 where it has not
     instance : its number in the series; traits : what tells volumes at the same places apart
     expected : images in the acquisition, 0 where unknown
+    fault : why it cannot be part of a volume, or empty
     """
 
     path: Path
@@ -77,12 +96,13 @@ class Frame:
     instance: int
     traits: tuple[str, ...]
     expected: int
+    fault: str = ""
 
 
 def read_frames(path: Path, wanted: bool = False) -> list[Frame]:
     """The slices in a file; none where it is no DICOM image (a report, a DICOMDIR, any other file).
 
-    With ``wanted`` those are InputErrors too, and so are in any case damaged files and images without a position.
+    With ``wanted`` those are InputErrors; damaged files always are.
     """
     try:
         with open(path, "rb") as file:
@@ -100,8 +120,6 @@ def read_frames(path: Path, wanted: bool = False) -> list[Frame]:
         if wanted:
             raise InputError(path, "is a colour picture", "a grey-value series is needed")
         return []  # screen shots lie among the series
-    if "MOSAIC" in [str(t).upper() for t in _values(ds, "ImageType")]:
-        raise InputError(path, "is a mosaic of slices", "convert it with dcm2niix, and give the NIfTI file")
     return list(_frames(path, ds))
 
 
@@ -155,18 +173,6 @@ def _frames(path: Path, ds: Any) -> Iterator[Frame]:
         yield _frame(path, index, ds, [*_macros(group), *(_macros(shared) if shared is not None else []), ds])
 
 
-_MACROS = [
-    "FrameContentSequence",
-    "PlanePositionSequence",
-    "PlaneOrientationSequence",
-    "PixelMeasuresSequence",
-    "PixelValueTransformationSequence",
-    "MREchoSequence",
-    "MRDiffusionSequence",
-    "MRImageFrameTypeSequence",
-]
-
-
 def _macros(group: Any) -> list[Any]:
     return [item for name in _MACROS for item in list(_sequence(group, name))[:1]]
 
@@ -178,27 +184,29 @@ def _frame(path: Path, index: int, ds: Any, sources: list[Any]) -> Frame:
     def number(name: str, default: float = 0.0) -> float:
         return _number(path, find(name), name, default)
 
+    faults = ["is a mosaic of slices"] if "MOSAIC" in [str(t).upper() for t in _values(ds, "ImageType")] else []
+
     def numbers(name: str, count: int) -> tuple[float, ...]:
         try:
             values = tuple(float(v) for v in _values(find(name), name))
         except (TypeError, ValueError):
             values = ()
         if len(values) != count or not all(map(math.isfinite, values)):
-            raise InputError(path, f"has no usable {name}", "only images with a place in the patient can be used")
+            faults.append(f"has no usable {name}, so no place in the patient")
+            return (0.0,) * count
         return values
 
     row_mm, column_mm = numbers("PixelSpacing", 2)
+    position, orientation = numbers("ImagePositionPatient", 3), numbers("ImageOrientationPatient", 6)
     slope = number("RescaleSlope", 1.0)
-    names = ("EchoTime", "EffectiveEchoTime", "TemporalPositionIdentifier", "TemporalPositionIndex")
-    names += ("DiffusionBValue", "AcquisitionNumber", "FrameAcquisitionNumber", "TriggerTime", "ImageType", "FrameType")
     return Frame(
         path=path,
         index=index,
         uid=str(ds.get("SeriesInstanceUID", "")),
         series=str(ds.get("SeriesNumber", "") or ""),
         description=str(ds.get("SeriesDescription", "") or "").strip(),
-        position=numbers("ImagePositionPatient", 3),
-        orientation=numbers("ImageOrientationPatient", 6),
+        position=position,
+        orientation=orientation,
         spacing=(row_mm, column_mm),
         shape=(int(_number(path, ds, "Rows", 0)), int(_number(path, ds, "Columns", 0))),
         slope=slope if slope else 1.0,
@@ -206,8 +214,9 @@ def _frame(path: Path, index: int, ds: Any, sources: list[Any]) -> Frame:
         thickness=number("SliceThickness"),
         between=abs(number("SpacingBetweenSlices")),
         instance=int(_number(path, ds, "InstanceNumber", 0)),
-        traits=tuple("\\".join(map(str, _values(find(n), n))) for n in names),
+        traits=tuple("\\".join(map(str, _values(find(n), n))) for n in _TRAITS),
         expected=int(_number(path, ds, "ImagesInAcquisition", 0)),
+        fault=faults[0] if faults else "",
     )
 
 
@@ -220,7 +229,7 @@ def _values(ds: Any, name: str) -> list[Any]:
     value = ds.get(name)
     if value is None or value == "":
         return []
-    return [value] if isinstance(value, (str, bytes, int, float)) else list(value) if np.iterable(value) else [value]
+    return list(value) if np.iterable(value) and not isinstance(value, (str, bytes)) else [value]
 
 
 def _number(path: Path, ds: Any, name: str, default: float) -> float:

@@ -1,14 +1,16 @@
 """Adam for the generator's 7^3 head in coordinates in which its input is white.
 
-The head sums 2744 taps of smooth, positive features. Measured on this generator, the root mean square of the features'
-7^3 patches falls from 13 (constant component) to 0.003 (finest) in a cosine basis, so the head's loss surface is
-stretched by a factor of ten million: plain Adam steps of 1e-5 a tap move the image by half its error, and the
-components that carry detail hardly move at all (docs/decisions/003). Here the head is head = u * P @ B, with B the
+The head sums 2744 taps of smooth, positive features. In a cosine basis of their 7^3 patches the constant component is
+thousands of times stronger than the finest ones (`python tools/whitened_head.py [WEIGHTS]` prints it), so the head's
+loss surface is stretched by the square of that: plain Adam steps small enough for the first hardly move the ones that
+carry detail (docs/decisions/003). Here the head is head = u * P @ B, with B the
 orthonormal 3-D cosine basis of the taps and P the inverse root mean square per channel and component, and Adam works
 on u. The network's function and its file are unchanged.
 """
 
 from __future__ import annotations
+
+import sys
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from scipy.fft import dct
 from torch import Tensor
 
-from fastsrgan.networks import Generator
+from fastsrgan.networks import Generator, GeneratorSpec
 
 TAPS = 7
 BETAS = (0.9, 0.99)
@@ -33,6 +35,7 @@ class WhitenedHead:
         self.rates = torch.tensor(rates).view(-1, 1, 1)
         self.shape = (*self.head.shape[:2], TAPS**3)
         self.scale = torch.ones(self.shape[1:])
+        self.rms = torch.ones(self.shape[1:])
         self.u = self.head.detach().reshape(self.shape) @ self.basis.T
         self.m, self.v, self.steps = torch.zeros_like(self.u), torch.zeros_like(self.u), 0
         self.rng = torch.Generator().manual_seed(rng_seed)
@@ -48,6 +51,7 @@ class WhitenedHead:
             patch = padded[s % n, :, i : i + TAPS, j : j + TAPS, k : k + TAPS].reshape(self.shape[1:])
             power += (patch @ self.basis.T) ** 2
         rms = (power / samples).sqrt()
+        self.rms = rms
         scale = 1 / (rms + FLOOR * rms.max())
         change = scale / self.scale
         self.u, self.m, self.v = self.u / change, self.m * change, self.v * change**2
@@ -72,3 +76,23 @@ class WhitenedHead:
         """Continue from ``state``."""
         self.u, self.m, self.v = state["u"], state["m"], state["v"]
         self.scale, self.steps = state["scale"], state["steps"]
+
+
+def spectrum(weights: str | None = None) -> None:
+    """Print the root mean square of a generator's features by cosine component, largest to smallest."""
+    from synthetic_heads import load_maps, make_block
+
+    from fastsrgan.degrade import degrade
+    from fastsrgan.weights import load_generator
+
+    generator = Generator(GeneratorSpec(kernel=8)) if weights is None else load_generator(weights)
+    block = make_block(load_maps(), 0, 3)
+    x = torch.from_numpy(degrade(block.image, (1, 1, 1), (1, 1, 3)).interpolated)[None, None]
+    head = WhitenedHead(generator, (1.0,) * generator.spec.out_channels)
+    head.measure(x)
+    rms = head.rms.sort(dim=1, descending=True).values.mean(0)
+    print(f"root mean square: largest {rms[0]:.3g}, tenth {rms[9]:.3g}, median {rms[171]:.3g}, smallest {rms[-1]:.3g}")
+
+
+if __name__ == "__main__":
+    spectrum(*sys.argv[1:2])
