@@ -106,16 +106,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     import importlib
 
     from bench import common
+    from fastsrgan.errors import FastsrganError
 
-    cases = importlib.import_module(f"bench.{args.bench}").cases(args)
-    common.prepare(args)
-    if args.peak_of:
-        name, side = args.peak_of
-        print(json.dumps({"peak_bytes": common.peak_of(next(c for c in cases if c.name == name), side, args.device)}))
-        return 0
-    report = common.run(cases, args)
-    if args.json:
-        common.write_json(args.json, report)
+    try:
+        cases = importlib.import_module(f"bench.{args.bench}").cases(args)
+        common.prepare(args)
+        if args.peak_of:
+            name, side = args.peak_of
+            case = next(c for c in cases if c.name == name)
+            print(json.dumps({"peak_bytes": common.peak_of(case, side, args.device)}))
+            return 0
+        report = common.run(cases, args)
+        if args.json:
+            common.write_json(args.json, report)
+    except FastsrganError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     print(json.dumps(report))
     return 0 if all(row["passed"] for row in report["rows"]) else 1
 

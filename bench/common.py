@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from fastsrgan.errors import UsageError
 from fastsrgan.runtime import finite, pick_device, provenance, rng, source_commit, tune_allocator, write_json
 
 __all__ = ["Case", "Sides", "peak_of", "prepare", "run", "texture", "write_json"]
@@ -78,12 +79,14 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def run(cases: Sequence[Case], args: argparse.Namespace) -> dict[str, Any]:
-    """All cases; prints one line for each side and returns the report."""
+    """All cases; prints one line for each side and returns the report. Raises UsageError when ``--only`` fits none."""
+    chosen = [case for case in cases if not args.only or args.only in case.name]
+    if not chosen:
+        raise UsageError("--only", f"no case has {args.only!r} in its name", "; ".join(case.name for case in cases))
     rows = []
-    for case in cases:
-        if not args.only or args.only in case.name:
-            rows.append(measure(case, args))
-            print_row(rows[-1])
+    for case in chosen:
+        rows.append(measure(case, args))
+        print_row(rows[-1])
     settings = {k: v for k, v in vars(args).items() if k not in ("json", "peak_of", "argv", "bench")}
     return finite(
         {

@@ -201,9 +201,11 @@ def _pick(path: str | os.PathLike, count: int, volume: int | None) -> int:
 def _volumes(path: str | os.PathLike, series: Series) -> list[list[Frame]]:
     """The slices of each volume in order along row x column. Raises InputError where that is not certain."""
     frames = series.frames
-    orientation = np.array([f.orientation for f in frames])
-    apart = np.ptp(orientation, axis=0).max() > DIRECTION_TOLERANCE
-    if apart or len({f.shape for f in frames}) > 1 or np.ptp([f.spacing for f in frames], axis=0).max() > ROUNDING_MM:
+    bad = next((f for f in frames if f.fault), None)
+    if bad:
+        raise InputError(bad.path, bad.fault, CONVERT)
+    apart = _spread([f.orientation for f in frames]) > DIRECTION_TOLERANCE
+    if apart or len({f.shape for f in frames}) > 1 or _spread([f.spacing for f in frames]) > ROUNDING_MM:
         what = "orientations" if apart else "image sizes"
         raise InputError(path, f"series {series} holds several {what}, as localisers do", "choose another --series")
     normal = _normal(frames[0])
@@ -235,6 +237,10 @@ def _split(places: list[list[Frame]], key: int) -> list[list[Frame]]:
         for f in place:
             groups[f.traits if key == len(f.traits) else f.traits[key]][number] = f
     return [list(g.values()) for g in groups.values()]
+
+
+def _spread(rows: list) -> float:
+    return float(np.ptp(np.array(rows, float), axis=0).max())
 
 
 def _normal(frame: Frame) -> np.ndarray:

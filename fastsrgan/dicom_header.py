@@ -104,11 +104,11 @@ def read_frames(path: Path, wanted: bool = False) -> list[Frame]:
 
     With ``wanted`` those are InputErrors; damaged files always are.
     """
+    if not path.is_file():
+        return []
     try:
         with open(path, "rb") as file:
             marked = file.read(_PREAMBLE)[128:] == b"DICM"
-    except IsADirectoryError:
-        return []
     except OSError as error:
         raise InputError(path, f"cannot be read: {error.strerror or error}") from error
     ds = _dataset(path, stop_before_pixels=True, specific_tags=_TAGS) if marked else None

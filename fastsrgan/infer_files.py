@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan import images, runtime, table, tiles
+from fastsrgan import images, inputs, runtime, table, tiles
 from fastsrgan import weights as weight_files
 from fastsrgan.errors import FastsrganError, InputError, PartialFailure, UsageError
 from fastsrgan.infer import InferResult, Resolution, check_settings, infer_volume
@@ -43,19 +43,21 @@ class _Job:
     model: dict
     asked: dict
     save_prob: bool
+    series: str | None
     volume: int | None
     max_voxels: int
     provenance: dict
     progress: Progress
 
-    def outputs(self, stem: str) -> dict[str, Path]:
-        """Every file of one volume, by kind; the JSON is written last and stands for the whole."""
+    def outputs(self, path: Path) -> dict[str, Path]:
+        """Every file of one image, by kind; the JSON is written last and stands for the whole."""
+        stem = inputs.stem(path, self.series)
         kinds = ["sr", "seg"] + ["mask"] * bool(self.generator.spec.mask_classes) + ["prob"] * self.save_prob
         return {kind: self.out / f"{stem}_{kind}.nii.gz" for kind in kinds} | {"json": self.out / f"{stem}.json"}
 
 
 def infer_files(
-    inputs: Sequence[str | os.PathLike],
+    paths: Sequence[str | os.PathLike],
     out_dir: str | os.PathLike,
     weights: str | os.PathLike | None = None,
     *,

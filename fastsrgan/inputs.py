@@ -1,0 +1,43 @@
+"""What a user may name as an image to apply a model to: a NIfTI file, a DICOM folder, a DICOM file."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from fastsrgan import dicom, images
+from fastsrgan.errors import UsageError
+from fastsrgan.geometry import Volume
+
+
+def load_any(
+    path: str | os.PathLike,
+    *,
+    series: str | None = None,
+    volume: int | None = None,
+    max_voxels: int = images.MAX_VOXELS,
+) -> Volume:
+    """One volume of any readable kind, told by what the path is: ``dicom.load`` or ``images.load``.
+
+    Raises what those raise, and UsageError for a series of a NIfTI file.
+    """
+    if dicom.is_dicom(path):
+        return dicom.load(path, series=series, volume=volume, max_voxels=max_voxels)
+    if series is not None:
+        raise UsageError(path, "is no DICOM input and has no series", "leave --series out")
+    return images.load(path, volume=volume, max_voxels=max_voxels)
+
+
+def stem(path: str | os.PathLike, series: str | None = None) -> str:
+    """The name that results get: the file's or folder's, with ``_series-N`` where a series was asked for."""
+    path = Path(path)
+    if not dicom.is_dicom(path):
+        return images.stem(path)
+    name = Path(os.path.abspath(path)).name if path.is_dir() else path.stem
+    return name if series is None else f"{name}_series-{re.sub('[^A-Za-z0-9.-]+', '_', str(series).strip())}"
+
+
+def sha256(path: str | os.PathLike, series: str | None = None) -> str:
+    """SHA-256 of an image's file, of the two halves of a pair, or of all files of a DICOM series."""
+    return dicom.sha256(path, series) if dicom.is_dicom(path) else images.sha256(path)

@@ -1,0 +1,61 @@
+"""The model in the package: it is what its card says, and better than the spline on a subject made for this test."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fastsrgan
+from fastsrgan import metrics, runtime, template, weights
+from fastsrgan.geometry import Volume, resampled_affine
+from fastsrgan.weights import default_weights, info
+
+
+@pytest.fixture(scope="module")
+def subject() -> tuple[np.ndarray, np.ndarray]:
+    """(72, 72, 72) image and label: a piece of a deformed template with a seed that nothing else uses."""
+    volumes = template.mni152()
+    cut = (slice(40, 120), slice(70, 150), slice(60, 140))
+    pieces = [Volume(np.ascontiguousarray(v.data[cut]), v.affine) for v in volumes]
+    contrast = template.Contrast.draw(runtime.rng(987, "contrast"))
+    image, label = template.synthesise(*pieces, contrast, runtime.rng(987, "deformation"), sd_voxels=2.0)
+    inner = (slice(4, 76),) * 3
+    return image[inner].astype(np.float32), label[inner]
+
+
+def restored(hr: np.ndarray, ratio: float, noise: float, axis: int = 2):
+    """Spline, SR and probability of an acquisition with thick slices along ``axis``, in the units of ``hr``."""
+    low = [1.0, 1.0, 1.0]
+    low[axis] = ratio
+    done = fastsrgan.degrade(hr, (1, 1, 1), low, noise=noise, key="shipped")
+    affine = resampled_affine(np.eye(4), hr.shape, done.low_res.shape, low)
+    generator = fastsrgan.load_generator(default_weights())
+    result = fastsrgan.infer_volume(
+        done.low_res * done.scale, affine, generator, patch=64, step=8, new_resolution=1.0, device="cpu"
+    )
+    return done.interpolated * done.scale, result.sr, result.prob[0]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "noise", "axis"), [(2, 0.0, 2), (3, 0.0, 2), (3, 0.03, 2), (6, 0.0, 2), (3, 0.0, 0), (4, 0.01, 1)]
+)
+def test_better_than_the_spline_on_an_unseen_subject(subject, ratio, noise, axis):
+    hr, label = subject
+    spline, sr, prob = restored(hr, ratio, noise, axis)
+    assert sr.shape == hr.shape
+    assert metrics.psnr(sr, hr) > metrics.psnr(spline, hr)
+    assert metrics.dice(prob > 0.5, label) > 0.6
+
+
+def test_the_file_is_small_and_says_what_it_is():
+    path = default_weights()
+    facts = info(path)
+    assert path.stat().st_size < 2_000_000
+    assert facts["generator"]["kernel"] == 8 and facts["generator"]["residual"]
+    assert {"step", "seed", "commit", "recipe"} <= set(facts["card"])
+    assert weights.load_generator(path).spec.kernel == 8
+
+
+def test_the_model_card_names_the_file_and_its_hash():
+    text = (default_weights().parent / "README.md").read_text(encoding="utf8")
+    assert default_weights().name in text and info(default_weights())["sha256"] in text
