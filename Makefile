@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt tools/setup.sh
 	@touch $@
 
 demo: $(STAMP) ## the main job on an embedded real head: data, training, inference, figures (results in demo/)
-	@$(PY) -m fastsrgan demo -o demo $(DEMO_ARGS)
+	@$(PY) -m fastsrgan demo -o demo --overwrite $(DEMO_ARGS)
 
 test: $(STAMP) ## formatting, lint, types and tests
 	@$(PY) -m ruff format --check .

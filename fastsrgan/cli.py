@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """All commands. Heavy modules are imported by the commands that need them."""
-    from fastsrgan import cli_infer, cli_train
+    from fastsrgan import cli_infer, cli_job, cli_train
 
     parser = Parser(
         prog="fastsrgan",
@@ -85,6 +85,7 @@ def build_parser() -> Parser:
     p.add_argument("--json", action="store_true")
 
     cli_train.add_parser(commands)
+    cli_job.add_parser(commands)
 
     cli_infer.add_parsers(command)
 

@@ -46,7 +46,7 @@ def batch_size(text: str) -> int | str:
 def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Define the commands; ``command(name, run, text, example)`` makes an empty one."""
     p = command("infer", _infer, "super-resolve and segment images", "fastsrgan infer scan.nii.gz -o out --step 16")
-    p.add_argument("inputs", nargs="+", metavar="INPUT", help="NIfTI files, or .txt / .csv lists of them")
+    p.add_argument("inputs", nargs="+", metavar="INPUT", help="NIfTI files, DICOM folders, .txt / .csv lists")
     p.add_argument("-o", "--out", required=True, metavar="DIR", help="output folder")
     p.add_argument("-w", "--weights", metavar="FILE", help="Keras HDF5, safetensors or run folder (the shipped model)")
     p.add_argument("--patch", type=tile_edge, default=128, help="tile edge in voxels, or none: the whole image (128)")
@@ -71,6 +71,9 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="(auto)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     p.add_argument("--save-prob", action="store_true", help="also write the probability map")
+    p.add_argument(
+        "--series", metavar="N", help="which series of a DICOM folder: number, UID or part of its description"
+    )
     p.add_argument("--volume", type=int, metavar="I", help="which volume of a 4-D image, from 0")
     p.add_argument("--max-voxels", type=float, default=2**31, metavar="N", help="refuse larger images")
     p.add_argument("--resume", action="store_true", help="skip what is finished")
@@ -121,6 +124,7 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
             save_prob=args.save_prob,
             overwrite=args.overwrite,
             resume=args.resume,
+            series=args.series,
             volume=args.volume,
             max_voxels=int(args.max_voxels),
             progress=progress,

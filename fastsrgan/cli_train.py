@@ -8,12 +8,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from fastsrgan import checkpoint
 from fastsrgan import config as settings
 from fastsrgan import convert as conversion
 from fastsrgan import train as training
 from fastsrgan.errors import UsageError
 from fastsrgan.runtime import Progress, output_folder
 from fastsrgan.store import open_store
+from fastsrgan.table import read_table
 
 log = logging.getLogger("fastsrgan")
 
@@ -55,6 +57,8 @@ CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "image_cropping_method": (("-icm", "--image-cropping-method"), "where patches are taken"),
     "reconstruction_loss": (("-rl", "--reconstruction-loss"), "reconstruction loss"),
     "geometry": (("--geometry",), "observation model: exact in mm, or the original's numbers"),
+    "interp": (("-int", "--interp"), "interpolation of the original's numbers; sitk implies --geometry segsrgan"),
+    "interpolation_type": (("-it", "--interpolation-type"), "interpolator of --interp sitk"),
     "form": (("--form",), "network layers: exact fast forms or the plain ones"),
     "penalty": (("--penalty",), "gradient penalty: explicit graph or double backward"),
 }
@@ -159,8 +163,8 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
     values: dict[str, Any] = {}
     if args.config:
         values = settings.read_yaml(args.config)
-    elif args.resume and (Path(args.out) / "config.yaml").is_file():
-        values = settings.read_yaml(Path(args.out) / "config.yaml")
+    elif args.resume and (Path(args.out or args.snapshot_folder or ".") / "config.yaml").is_file():
+        values = settings.read_yaml(Path(args.out or args.snapshot_folder) / "config.yaml")
     if args.preset:
         values["preset"] = args.preset
     for name in [*ORIGINAL, *OWN, *CHOICES, *FLAGS]:
@@ -170,6 +174,8 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
         values["network"] = "unet" if args.u_net else "plain"
     if args.new_low_res:
         values["new_low_res"] = args.new_low_res
+    if args.interp == "sitk" and "geometry" not in values:
+        values["geometry"] = "segsrgan"
     if not values.get("new_low_res"):
         raise UsageError("train", "no low resolution was given", "-n X Y Z in mm, for example -n 1 1 3")
     return settings.from_mapping(values, what=args.config or "settings")
@@ -178,21 +184,23 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
 def run(args: argparse.Namespace, progress: Progress) -> int:
     """Convert a CSV once if need be, then train."""
     source = args.source or args.csv
-    args.out = args.out or args.snapshot_folder
     if not source or (args.source and args.csv):
         raise UsageError("train", "one data source is needed", "STORE, CSV, or -csv CSV")
-    if not args.out:
+    if not (args.out or args.snapshot_folder):
         raise UsageError("train", "no run folder was given", "-o RUN (or -sf DIR as in the original)")
     if args.folder_training_data:
         log.info("--folder_training_data is not needed: patches are made in memory, nothing is written")
     if args.multi_gpu:
         log.info("--multi_gpu: this version trains on one device")
     config = build_config(args)
+    if config.init_epoch > 1 and not args.weights and not args.resume:
+        reason = f"{config.init_epoch} continues an earlier training, but no weights were given"
+        raise UsageError("--init-epoch", reason, "-w FILE (or --resume)")
     if str(source).lower().endswith((".csv", ".txt")):
         source = convert_table(source, args, progress)
     result = training.train(
         source,
-        args.out,
+        run_folder(args, config),
         config,
         device=args.device,
         start_weights=args.weights,
@@ -213,11 +221,39 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     return int(result["exit_code"])
 
 
+def run_folder(args: argparse.Namespace, config: settings.TrainConfig) -> str:
+    """-o RUN; without it -sf DIR, or, where DIR holds a run that init_epoch continues as in the original, a folder
+    below it."""
+    if args.out or args.resume or config.init_epoch == 1 or not checkpoint.snapshots(Path(args.snapshot_folder)):
+        return args.out or args.snapshot_folder
+    folder = str(Path(args.snapshot_folder) / f"from_epoch_{config.init_epoch}")
+    log.info("%s holds a run: this one, from its weights on, is kept in %s", args.snapshot_folder, folder)
+    return folder
+
+
 def convert_table(table: str, args: argparse.Namespace, progress: Progress) -> str:
-    """RUN/data.zarr of a CSV, made once; a second run or --resume finds it."""
-    store = output_folder(args.out) / "data.zarr"
-    if store.exists() and open_store(store).complete:
+    """RUN/data.zarr of a CSV, made once; a second call or --resume finds it while the table names the same files."""
+    store = output_folder(args.out or args.snapshot_folder) / "data.zarr"
+    complete = store.exists() and open_store(store).complete
+    if complete and files_in(store) == files_named(table, args.base_path):
         log.info("%s holds the converted volumes of an earlier call", store)
         return str(store)
-    conversion.convert(table, store, resume=store.exists(), base_path=args.base_path, progress=progress)
+    if complete:
+        log.info("%s names other files than before: converted anew", table)
+    resume = store.exists() and not complete
+    conversion.convert(table, store, resume=resume, overwrite=complete, base_path=args.base_path, progress=progress)
     return str(store)
+
+
+def files_named(table: str, base_path: str | None) -> set[frozenset[str]]:
+    """Split and files of each row of a table."""
+    return {
+        frozenset([row.base, *(str(p) for p in (row.image, row.label, row.mask) if p)])
+        for row in read_table(table, base_path=base_path)
+    }
+
+
+def files_in(store: Path) -> set[frozenset[str]]:
+    """Split and source files of each subject of a store, as ``files_named``."""
+    subjects = open_store(store).subjects
+    return {frozenset([s.split, *(f["path"] for f in s.attrs.get("source", {}).values())]) for s in subjects}

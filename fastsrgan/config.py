@@ -23,6 +23,18 @@ CHOICES = {
     "network": ("plain", "unet"),
     "reconstruction_loss": ("charbonnier", "dice"),
     "geometry": ("physical", "segsrgan"),
+    "interp": ("scipy", "sitk"),
+    "interpolation_type": (
+        "NearestNeighbor",
+        "Linear",
+        "Spline",
+        "Gaussian",
+        "Hamming",
+        "Cosine",
+        "Welch",
+        "Lanczos",
+        "Blackman",
+    ),
     "image_cropping_method": ("bounding_box", "overlapping_with_mask"),
     "form": ("fast", "reference"),
     "penalty": ("explicit", "autograd"),
@@ -40,6 +52,8 @@ class TrainConfig:
     lambda_rec, lambda_adv, lambda_gp : weights of reconstruction, adversarial term and gradient penalty
     eps_per_channel : draw the penalty's interpolation per sample and channel (the code) or per sample (the paper)
     contrast_max, noise : the power is uniform in [1 - c, 1 + c]; noise std as a fraction of the LR maximum
+    geometry : observation model, "physical" in millimetres or "segsrgan", the original's numbers
+    interp, interpolation_type : "sitk" (segsrgan geometry): SimpleITK's Expand with one of nine interpolators
     network, kernel_gen, kernel_dis, residual, conditional, fit_mask : architecture (networks.py)
     zero_head : start a new generator's SR head at zero, so that training starts at the spline
     snapshot : epochs between checkpoints; validate_every : epochs between validations
@@ -72,6 +86,8 @@ class TrainConfig:
     contrast_max: float = 0.5
     noise: float = 0.03
     geometry: str = "physical"
+    interp: str = "scipy"
+    interpolation_type: str = "Spline"
     image_cropping_method: str = "bounding_box"
     network: str = "plain"
     kernel_gen: int = 16
@@ -139,6 +155,10 @@ class TrainConfig:
         for name in ("contrast_max", "ema", "noise", "beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise ModelError(f"config: {name}", f"{getattr(self, name)}", "below 1")
+        if self.init_epoch > self.epochs:
+            raise ModelError("config: init_epoch", f"{self.init_epoch} is behind the last epoch, {self.epochs}")
+        if self.interp == "sitk" and self.geometry != "segsrgan":
+            raise ModelError("config: interp", f"sitk is unknown in {self.geometry} geometry", "geometry: segsrgan")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, tuples as lists."""

@@ -73,7 +73,7 @@ OPTIONAL = {
     "tensorstore": Part("fast store reading", ("tensorstore",), "tensorstore", "import tensorstore; print('null')"),
     "s3fs": Part("stores on S3", ("s3fs",), "s3", "import s3fs; print('null')"),
     "pydicom": Part("DICOM input", ("pydicom",), "dicom", "import pydicom; print('null')"),
-    "SimpleITK": Part("the original's other interpolators", ("SimpleITK",), "", "import SimpleITK; print('null')"),
+    "SimpleITK": Part("the original's other interpolators", ("SimpleITK",), "sitk", "import SimpleITK; print('null')"),
 }
 
 
@@ -106,10 +106,14 @@ def plan(facts: dict[str, Any]) -> dict[str, str]:
     devices = facts["gpu"]["devices"]
     kind = "cuda" if devices else "cpu"
     where = f"cuda ({devices[0]['name']})" if devices else f"cpu, {facts['cpu']['torch_threads']} threads"
+    form = ""
+    if devices:
+        kernels = facts["optional"]["cupy"]["sees_device"] and os.environ.get("FASTSRGAN_REFERENCE", "0") in ("", "0")
+        form = " by CUDA kernels" if kernels else " by plain torch"
     return {
         "training": f"fp32 on {where}",
         "inference": f"{pick_precision('auto', torch.device(kind))} on {where}",
-        "stitching": f"float32 sums on {where}",
+        "stitching": f"float32 sums on {where}{form}",
         "data feed": f"a CPU thread reads and degrades ahead; volumes stay in the memory of {kind}",
     }
 
@@ -309,8 +313,7 @@ def _optional_lines(optional: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     for name, part in optional.items():
         if part["version"] is None:
-            how = f" (extra {part['extra']})" if part["extra"] else f" (pip install {name})"
-            state = f"not installed{how}"
+            state = f"not installed (extra {part['extra']})"
         elif part["problem"]:
             state = f"{part['version']}, unusable"
         else:

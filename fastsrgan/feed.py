@@ -53,7 +53,15 @@ def make_resident(
     image, label = turn.apply(sample.image), turn.apply(sample.label)
     mask = None if sample.mask is None else turn.apply(sample.mask)
     done = degrade(
-        image, spacing, low_res, power=draw.power, noise=draw.noise, key=draw.key, geometry=degradation.geometry
+        image,
+        spacing,
+        low_res,
+        power=draw.power,
+        noise=draw.noise,
+        key=draw.key,
+        geometry=degradation.geometry,
+        interp=degradation.interp,
+        interpolation_type=degradation.interpolation_type,
     )
     shape = image.shape
     if degradation.geometry == "segsrgan":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,9 @@ log = logging.getLogger("fastsrgan")
 MAX_VOXELS = 2**31  # of the interpolated grid
 
 Resolution = str | float | Sequence[float] | None  # see infer_volume
+Spacing = tuple[float, float, float]
+# (volume, its spacing, wanted spacing) -> (interpolated float32 volume, the spacing that it has)
+Interpolate = Callable[[np.ndarray, Spacing, Spacing], tuple[np.ndarray, Spacing]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def infer_volume(
     new_resolution: Resolution = None,
     device: str | torch.device = "auto",
     geometry: str = "physical",
+    interpolate: Interpolate | None = None,
     window: str = "constant",
     batch: str | int = "auto",
     precision: str = "auto",
@@ -77,6 +81,8 @@ def infer_volume(
         stored axis; or "same", the input's own
     geometry : "physical" keeps every structure where it was, on any orientation; "segsrgan" gives the original's
         numbers and its affine (SEGSRGAN.md section 5)
+    interpolate : takes the place of the cubic spline in "segsrgan" geometry (the original's other interpolators,
+        see ``fastsrgan.compat``)
     window : weight of a tile's voxels where tiles overlap, "constant" (the paper) or "gaussian"
     batch : tiles per forward pass, "auto" by memory; halved when memory runs out
     precision : "auto" (fp32 on CPU, bf16 on CUDA), "fp32", "bf16" or "fp16"; sums are float32 always
@@ -95,7 +101,14 @@ def infer_volume(
     wanted = target_spacing(spacing, data.shape, new_resolution)
     turn = Orientation() if original else processing_orientation(affine)
     norm = normaliser(data)
-    z = upsample_to(norm.apply(turn.apply(data)), turn.permute(spacing), turn.permute(wanted), geometry)
+    if interpolate is None:
+        z = upsample_to(norm.apply(turn.apply(data)), turn.permute(spacing), turn.permute(wanted), geometry)
+    elif original:
+        z, wanted = interpolate(norm.apply(data), spacing, wanted)
+    else:
+        raise UsageError(
+            "interpolation", "only the segsrgan geometry has others than the spline", "--geometry segsrgan"
+        )
     plan = tiles.plan(z.shape, _turned(patch, turn), _turned(step, turn), padding="original" if original else "shift")
     out, facts = predict(
         torch.from_numpy(z),

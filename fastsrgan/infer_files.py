@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan import images, inputs, runtime, table, tiles
+from fastsrgan import any_image, images, runtime, table, tiles
 from fastsrgan import weights as weight_files
 from fastsrgan.errors import FastsrganError, InputError, PartialFailure, UsageError
 from fastsrgan.infer import InferResult, Resolution, check_settings, infer_volume
@@ -51,13 +51,13 @@ class _Job:
 
     def outputs(self, path: Path) -> dict[str, Path]:
         """Every file of one image, by kind; the JSON is written last and stands for the whole."""
-        stem = inputs.stem(path, self.series)
+        stem = any_image.stem(path, self.series)
         kinds = ["sr", "seg"] + ["mask"] * bool(self.generator.spec.mask_classes) + ["prob"] * self.save_prob
         return {kind: self.out / f"{stem}_{kind}.nii.gz" for kind in kinds} | {"json": self.out / f"{stem}.json"}
 
 
 def infer_files(
-    paths: Sequence[str | os.PathLike],
+    inputs: Sequence[str | os.PathLike],
     out_dir: str | os.PathLike,
     weights: str | os.PathLike | None = None,
     *,
@@ -72,6 +72,7 @@ def infer_files(
     save_prob: bool = False,
     overwrite: bool = False,
     resume: bool = False,
+    series: str | None = None,
     volume: int | None = None,
     max_voxels: int = images.MAX_VOXELS,
     progress: Progress = QUIET,
@@ -84,11 +85,12 @@ def infer_files(
 
     Parameters
     ----------
-    inputs : NIfTI files, and .txt or .csv lists of them
+    inputs : NIfTI files, DICOM folders or files, and .txt or .csv lists of them
     weights : any weight file (``fastsrgan.weights.load_generator``); None takes the model shipped with the package
     patch ... precision : see ``infer.infer_volume``
     overwrite, resume : what to do with results that are there: replace them; or keep those that are complete and were
         made of the same image with the same weights and settings. Without either, they are refused before any work.
+    series : which series of a DICOM folder, see ``dicom.select``; the results' names then end in ``_series-N``
     volume, max_voxels : see ``images.load``
 
     Returns
@@ -102,7 +104,7 @@ def infer_files(
     done, when a volume failed; its own error when there is only one.
     """
     check_settings(patch, step, new_resolution, geometry, window, batch, precision)
-    paths = _expanded(inputs)
+    paths = _expanded(inputs, series)
     where = runtime.pick_device(device)
     out = runtime.output_folder(out_dir)
     source = weight_files.default_weights() if weights is None else Path(weights)
@@ -116,6 +118,7 @@ def infer_files(
         model,
         asked,
         save_prob,
+        series,
         volume,
         max_voxels,
         runtime.provenance(),
@@ -136,16 +139,16 @@ def infer_files(
     return summary
 
 
-def _expanded(inputs: Sequence[str | os.PathLike]) -> list[Path]:
+def _expanded(inputs: Sequence[str | os.PathLike], series: str | None) -> list[Path]:
     """Images named directly and by lists. Raises UsageError for none, or two that would share their outputs."""
     paths: list[Path] = []
     for item in map(Path, inputs):
         paths += table.read_list(item) if item.suffix.lower() in LISTS else [item]
     if not paths:
-        raise UsageError("input", "no image given", "name NIfTI files, or a .txt or .csv list of them")
+        raise UsageError("input", "no image given", "name NIfTI files or DICOM folders, or a .txt or .csv list of them")
     by_stem: dict[str, Path] = {}
     for path in paths:
-        other = by_stem.setdefault(images.stem(path), path)
+        other = by_stem.setdefault(any_image.stem(path, series), path)
         if other is not path:
             reason = f"would write to the same files as {other}"
             raise UsageError(path, reason, "outputs are named after the image: use one output folder for each")
@@ -157,7 +160,7 @@ def _check_outputs(paths: list[Path], job: _Job, replace: bool) -> None:
     inputs = {path.resolve() for path in paths}
     standing = []
     for path in paths:
-        for target in job.outputs(images.stem(path)).values():
+        for target in job.outputs(path).values():
             if target.resolve() in inputs:
                 raise UsageError(target, "is an input and would be overwritten", "choose another output folder")
             standing += [target] if target.exists() else []
@@ -170,12 +173,12 @@ def _check_outputs(paths: list[Path], job: _Job, replace: bool) -> None:
 
 def _one(path: Path, job: _Job, resume: bool, alone: bool) -> dict[str, Any]:
     """One image -> its item of the summary. An error is recorded, or raised where the image is the only one."""
-    stem = images.stem(path)
+    stem = any_image.stem(path, job.series)
     item: dict[str, Any] = {"input": str(path), "stem": stem, "status": "done"}
     try:
         if resume and _finished(path, job):
             log.info("%s: finished before, skipped", path)
-            return item | {"status": "skipped", "outputs": _names(job.outputs(stem))}
+            return item | {"status": "skipped", "outputs": _names(job.outputs(path))}
         record = _infer(path, job)
         return item | {key: record[key] for key in ("outputs", "seconds", "warnings")}
     except Exception as error:
@@ -190,7 +193,7 @@ def _one(path: Path, job: _Job, resume: bool, alone: bool) -> dict[str, Any]:
 def _infer(path: Path, job: _Job) -> dict[str, Any]:
     """One image through the model and onto the disk; the record that was written beside it."""
     began = time.perf_counter()
-    image = images.load(path, volume=job.volume, max_voxels=job.max_voxels)
+    image = any_image.load_any(path, series=job.series, volume=job.volume, max_voxels=job.max_voxels)
     for warning in image.warnings:
         log.warning("%s: %s", path, warning)
     try:
@@ -199,12 +202,13 @@ def _infer(path: Path, job: _Job) -> dict[str, Any]:
         )
     except InputError as error:
         raise InputError(path, error.reason, error.hint) from error
-    outputs = job.outputs(images.stem(path))
+    outputs = job.outputs(path)
     _write(outputs, result, image.meta.get("space_code", 1))
     record = {
         "input": {
             "path": str(path.absolute()),
-            "sha256": images.sha256(path),
+            "sha256": any_image.sha256(path, job.series),
+            "series": job.series,
             "volume": job.volume,
             "shape": list(image.data.shape),
             "spacing_mm": list(image.spacing),
@@ -240,7 +244,7 @@ def _names(outputs: dict[str, Path]) -> dict[str, str]:
 
 def _finished(path: Path, job: _Job) -> bool:
     """Whether this image was done with these weights and settings. Raises UsageError where it was done with others."""
-    outputs = job.outputs(images.stem(path))
+    outputs = job.outputs(path)
     try:
         record = json.loads(outputs["json"].read_text(encoding="utf8"))
     except (OSError, ValueError):
@@ -252,7 +256,7 @@ def _finished(path: Path, job: _Job) -> bool:
             "volume": record["input"]["volume"],
             **_decisive(record["asked"]),
         }
-        same_image = record["input"]["sha256"] == images.sha256(path)
+        same_image = record["input"]["sha256"] == any_image.sha256(path, job.series)
     except (KeyError, TypeError):
         return False
     differing = [key for key in now if now[key] != then.get(key)] + ["input"] * (not same_image)

@@ -124,7 +124,8 @@ def train(
     models = Models(config, mask_classes, target)
     if start_weights is not None and not resume:
         models.start_from(start_weights)
-    degradation = Degradation(config.new_low_res, config.contrast_max, config.noise, config.geometry)
+    c = config
+    degradation = Degradation(c.new_low_res, c.contrast_max, c.noise, c.geometry, c.interp, c.interpolation_type)
     rule = PatchRule(config.patch_size, config.stride, config.image_cropping_method == "overlapping_with_mask")
     feed = Feed(store, degradation, rule, seed=config.seed, device=target, strict=strict)
     run_log = RunLog(folder, dice_file, mse_file, mask_classes)

@@ -102,12 +102,17 @@ def gpu(facts: dict, **changes) -> dict:
     return {**facts, "gpu": {"driver": None, "torch_cuda": None, "devices": [], "problem": None, **changes}}
 
 
-def test_with_a_device_the_work_goes_there(facts):
+def test_with_a_device_the_work_goes_there(facts, monkeypatch):
+    monkeypatch.delenv("FASTSRGAN_REFERENCE", raising=False)
     device = {"name": "NVIDIA H100", "memory_bytes": 80 * 2**30, "capability": "9.0"}
     found = gpu(facts, driver="580.65.06", torch_cuda="13.0", devices=[device])
+    found["optional"] = {**found["optional"], "cupy": {**found["optional"]["cupy"], "sees_device": False}}
     plan = doctor.plan(found)
     assert plan["inference"] == "bf16 on cuda (NVIDIA H100)"
     assert "cuda" in plan["training"] and "cuda" in plan["stitching"]
+    assert plan["stitching"].endswith("by plain torch")
+    with_cupy = {**found["optional"], "cupy": {**found["optional"]["cupy"], "sees_device": True}}
+    assert doctor.plan({**found, "optional": with_cupy})["stitching"].endswith("by CUDA kernels")
     lines = doctor.describe({**found, "plan": plan, "warnings": doctor.warnings(found)})
     assert any("cuda:0 NVIDIA H100, 80.0 GiB, capability 9.0" in line for line in lines)
     assert not any("driver" in w for w in doctor.warnings(found))

@@ -116,6 +116,13 @@ def test_kernels_do_what_the_references_do(host, name, backwards, seed):
     assert [ran for ran, _ in host.ran].count(name) == len(host.ran) > 0
 
 
+@pytest.mark.parametrize("name", sorted(backend.OPS))
+def test_kernels_stride_over_what_the_grid_leaves(host, monkeypatch, name):
+    """CUDA takes 65535 blocks along y and z; with fewer, each does the work of several."""
+    monkeypatch.setattr(backend, "MAX_GRID", (2**31 - 1, 5, 2))
+    parity(backend.OPS[name], 0, CPU)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not (torch.cuda.is_available() and backend.cupy_available()), reason="no CUDA device, or no CuPy")
 @pytest.mark.parametrize("name", sorted(backend.OPS))
@@ -192,13 +199,15 @@ def test_overlap_add_of_ones_is_ones(host, poisoned, window, dtype):
     assert host.ran
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7, 12, 36, 1000])
-def test_overlap_add_does_not_depend_on_batches_and_repeats_its_bits(host, poisoned, batch):
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("batch", [1, 2, 7, 12, 16, 23])
+def test_overlap_add_does_not_depend_on_batches_and_repeats_its_bits(host, poisoned, batch, backwards):
     """Batches that end within a row, with a row, with a slab, and hold several slabs."""
-    plan = tiles.plan((24, 21, 30), (12, 12, 16), (5, 4, 5))
+    plan = tiles.plan((24, 21, 31), (12, 12, 16), (5, 4, 5))
     assert plan.grid == (4, 4, 4)
     some = some_tiles(plan, 2)
     whole = stitch.overlap_add(some, plan, "gaussian")
+    host.backwards = backwards
     assert torch.equal(in_parts(plan, some, "gaussian", list(range(batch, len(plan), batch))), whole)
     assert torch.equal(stitch.overlap_add(some, plan, "gaussian"), whole)
 

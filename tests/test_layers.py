@@ -24,12 +24,13 @@ LAYERS = {
         "voxel_stream modelfile store_files dicom_header",
         "nifti_check keras_h5 store tiles",
         "images encode store_writer stitch",
-        "resample intensity metrics checkpoint step table trainlog template dicom resample_sitk",
+        "resample intensity metrics checkpoint step table trainlog template dicom",
+        "resample_sitk any_image",
     ],
     2: ["pool", "degrade engine weights", "feed"],
     3: ["convert evaluate infer report pair validate", "infer_files"],
-    4: ["train study doctor compat", "demo"],
-    5: ["console", "cli_infer cli_train cli_job", "cli", "__init__ __main__"],
+    4: ["train study doctor compat", "demo job"],
+    5: ["console", "cli_infer cli_train", "cli_job", "cli", "__init__ __main__"],
 }
 # Libraries that one place knows; the others get arrays and plain values from it.
 ONLY = {

@@ -27,13 +27,19 @@ def run(command: list[object], folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+def tree(tmp_path_factory) -> Path:
+    """A copy of what the wheel is made of, so that building leaves nothing in the checkout."""
     tree = tmp_path_factory.mktemp("tree")
     for name in NEEDED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, tree)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(tree) -> Path:
     run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist"], tree)
     (built,) = (tree / "dist").iterdir()
     return built
@@ -52,12 +58,11 @@ def installed(wheel, tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_wheel_holds_the_package_its_kernels_and_models(wheel):
+def test_the_wheel_holds_the_package_its_kernels_and_models(tree, wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
-    files = {p for p in (ROOT / "fastsrgan").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    expected = {p.relative_to(ROOT).as_posix() for p in files}
-    kernels = {p for p in (ROOT / "kernels").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    expected |= {f"fastsrgan/{p.relative_to(ROOT).as_posix()}" for p in kernels}
+    expected = {p.relative_to(tree).as_posix() for p in (tree / "fastsrgan").rglob("*") if p.is_file()}
+    kernels = {p.relative_to(tree).as_posix() for p in (tree / "kernels").rglob("*") if p.is_file()}
+    expected |= {f"fastsrgan/{name}" for name in kernels}
     info = f"fastsrgan-{__version__}.dist-info"
     assert {"fastsrgan/py.typed", "fastsrgan/kernels/README.md"} <= expected
     assert expected <= inside
@@ -65,16 +70,16 @@ def test_the_wheel_holds_the_package_its_kernels_and_models(wheel):
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= inside
 
 
-def test_the_installed_command_runs_outside_the_checkout(installed):
+def test_the_installed_command_runs_outside_the_checkout(tree, installed):
     command = installed / "venv" / "bin" / "fastsrgan"
     assert run([command, "--version"], installed).split()[-1] == __version__
     facts = json.loads(run([command, "doctor", "--json"], installed))
     assert facts["fastsrgan"] == __version__
-    shipped = sorted(p.name for p in (ROOT / "fastsrgan" / "models").glob("*.safetensors"))
+    shipped = sorted(p.name for p in (tree / "fastsrgan" / "models").glob("*.safetensors"))
     assert [w["name"] for w in facts["weights"]] == shipped
 
 
-def test_the_package_that_runs_is_the_installed_one(installed):
+def test_the_package_that_runs_is_the_installed_one(tree, installed):
     python = installed / "venv" / "bin" / "python"
     program = """
 import importlib.metadata, runpy, sys, fastsrgan
@@ -85,4 +90,4 @@ runpy.run_module("fastsrgan", run_name="__main__", alter_sys=True)
     first, second = run([python, "-c", program], installed).splitlines()
     place, version = first.split()
     assert Path(place).is_relative_to(installed) and version == second.split()[-1] == __version__
-    assert (Path(place).parent / "kernels" / "README.md").read_text() == (ROOT / "kernels" / "README.md").read_text()
+    assert (Path(place).parent / "kernels" / "README.md").read_text() == (tree / "kernels" / "README.md").read_text()

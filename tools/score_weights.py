@@ -192,7 +192,7 @@ def readers_map(label: np.ndarray, spacing: Triple, low_res: Triple) -> np.ndarr
     return apply_axes(drawn.astype(np.float32), up)
 
 
-def _scores(image: np.ndarray, seg: np.ndarray | None, truth: np.ndarray, head: Head) -> dict[str, float | None]:
+def _scores(image: np.ndarray, seg: np.ndarray | None, truth: np.ndarray, head: Head) -> dict[str, Any]:
     whole, inside = metrics.ssim_regions(image, truth, [None, head.mask])
     return {
         "psnr_whole": metrics.psnr(image, truth),
@@ -221,17 +221,18 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
+# dB inside the mask; behind the gain: spline / SR, PSNR of the whole volume, SSIM inside, Dice of the label.
 COLUMNS = ("head", "plane", "ratio", "noise", "tiling", "spline dB", "SR dB", "gain dB", "whole dB", "SSIM", "Dice")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table; pairs are spline, SR."""
+    """A row of the table; pairs are spline / SR."""
     spline, sr = row["spline"], row["sr"]
 
     def pair(name: str, digits: int) -> str:
         if spline[name] is None or sr[name] is None:
             return "-"
-        return f"{spline[name]:.{digits}f} {sr[name]:.{digits}f}"
+        return f"{spline[name]:.{digits}f} / {sr[name]:.{digits}f}"
 
     texts = [row["head"], row["plane"], f"{row['ratio']:g}", f"{row['noise']:g}", row["tiling"]]
     texts += [f"{spline['psnr_inside']:.2f}", f"{sr['psnr_inside']:.2f}", f"{row['gain_db']:+.2f}"]
@@ -324,6 +325,7 @@ def _run(args: argparse.Namespace) -> int:
     path = args.weights or weights.default_weights()
     generator = weights.load_generator(path)
     facts = weights.info(path)
+    facts["path"], facts["file"] = Path(facts["path"]).name, Path(facts["file"]).name
     rows = []
     for head in read_heads(args):
         for row in score_head(head, generator, args):
@@ -334,7 +336,8 @@ def _run(args: argparse.Namespace) -> int:
         print(*lines(table, args.markdown), "", sep="\n")
     if args.json:
         report = {"weights": facts, "rows": rows, "summary": summary, "definitions": DEFINITIONS}
-        settings = {k: v for k, v in vars(args).items() if k not in ("json", "markdown")}
+        settings = {k: v for k, v in vars(args).items() if k not in ("json", "markdown", "weights")}
+        settings["heads"] = [Path(head).name for head in args.heads]
         write_json(args.json, finite(report | {"settings": settings, "provenance": provenance()}))
     return 0
 

@@ -1,0 +1,300 @@
+"""The benchmarks: their JSON, that a wrong result has no times, and that the plain side is the paper's network."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from bench import common, data, infer, naive, step
+from bench.__main__ import main, parse
+from fastsrgan import networks, pool
+from fastsrgan import step as training_step
+from fastsrgan.networks import Critic, CriticSpec, Generator, GeneratorSpec
+from fastsrgan.stitch import Stitcher
+
+SMALL = {
+    "step": ["--kernel", "2", "--batch", "2", "--patch", "16", "--critic-kernel", "2"],
+    "data": ["--shape", "24", "20", "25", "--patch", "16", "--batch", "3"],
+    "infer": ["--shape", "24", "20", "25", "--patch", "16", "--step", "12", "--kernel", "2"],
+}
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    threads, environment = torch.get_num_threads(), dict(os.environ)
+    yield
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture
+def without_monai(monkeypatch):
+    find = infer.importlib.util.find_spec
+    monkeypatch.setattr(infer.importlib.util, "find_spec", lambda name: None if name == "monai" else find(name))
+
+
+def bench(capsys, name: str, *more: str) -> tuple[int, dict]:
+    code = main([name, "--quick", "--threads", "1", *SMALL[name], *more])
+    return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+PROMISED = {  # (start of a row's name, a peer in it)
+    "step": [
+        ("generator forward,", "reference form"),
+        ("generator forward + backward,", "naive"),
+        ("critic update", "autograd penalty"),
+        ("iteration of 2 + 1", "naive"),
+    ],
+    "data": [
+        ("degrade, segsrgan", "scipy"),
+        ("degrade, physical", "scipy"),
+        ("patch gather", "numpy slices and stack"),
+        ("store read", "nii.gz, nibabel"),
+    ],
+    "infer": [
+        ("stitching alone, constant", "plain loop"),
+        ("stitching alone, gaussian", "monai"),
+        ("whole inference", "plain loop"),
+        ("whole inference", "monai"),
+    ],
+}
+
+
+# --- form ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["step", "data", "infer"])
+def test_report_has_the_form_of_the_design(capsys, tmp_path, without_monai, name):
+    code, report = bench(capsys, name, "--json", str(tmp_path / "out.json"))
+    assert code == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == report
+    assert list(report)[:4] == ["bench", "commit", "machine", "device"]
+    assert (report["bench"], report["device"], report["machine"]["threads"]) == (name, "cpu", 1)
+    for key in ("cpu", "cores", "torch", "copy_bytes_per_second", "matmul_flop_per_second", "load_average"):
+        assert report["machine"][key]
+    assert len({row["name"] for row in report["rows"]}) == len(report["rows"]) > 2
+    for row in report["rows"]:
+        assert row["passed"] and 0 <= row["max_error"] <= row["tolerance"]
+        assert 0 < row["seconds_min"] <= row["seconds_median"] <= row["seconds_max"] and row["repeats"] == 2
+        ran = {peer: facts for peer, facts in row["peers"].items() if "not_run" not in facts}
+        assert ran.keys() == row["ratio_to"].keys() == row["ratio_range"].keys()
+        for peer, facts in ran.items():
+            assert row["ratio_to"][peer] == pytest.approx(facts["seconds_median"] / row["seconds_median"])
+            assert facts["max_error"] <= row["max_error"]
+        if name == "infer":
+            assert row["peers"]["monai"] == {"not_run": "pip install monai"}
+    for start, peer in PROMISED[name]:
+        assert any(row["name"].startswith(start) and peer in row["peers"] for row in report["rows"]), (start, peer)
+
+
+def test_monai_is_asked_for_the_same_tiles(capsys, monkeypatch):
+    steps: list[int] = []
+
+    def sliding_window_inference(inputs, roi_size, sw_batch_size, predictor, *, overlap, mode):
+        steps.extend(int(p * (1 - o)) for p, o in zip(roi_size, overlap, strict=True) if o)
+        assert mode in ("constant", "gaussian") and inputs.shape[:2] == (1, 1)
+        plan = infer.tiles.plan(
+            inputs.shape[2:], roi_size, [int(p * (1 - o)) for p, o in zip(roi_size, overlap, strict=True)]
+        )
+        return infer.plain_loop(inputs[0, 0], plan, predictor, sw_batch_size, mode)[None]
+
+    module = types.ModuleType("monai.inferers")
+    module.sliding_window_inference = sliding_window_inference  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "monai", types.ModuleType("monai"))
+    monkeypatch.setitem(sys.modules, "monai.inferers", module)
+    monkeypatch.setattr(infer.importlib.util, "find_spec", lambda name: module)
+    code, report = bench(capsys, "infer")
+    assert code == 0 and set(steps) == {12}
+    assert all("seconds_median" in row["peers"]["monai"] for row in report["rows"])
+
+
+@pytest.mark.parametrize(("patch", "step_"), [(128, 30), (64, 32), (128, 10), (8, 8), (36, 7)])
+def test_the_overlap_handed_to_monai_gives_the_step_back(monkeypatch, patch, step_):
+    seen: list[int] = []
+
+    def sliding_window_inference(inputs, roi_size, sw_batch_size, predictor, *, overlap, mode):
+        seen.extend(int(p * (1 - o)) for p, o in zip(roi_size, overlap, strict=True))
+        return inputs
+
+    module = types.ModuleType("monai.inferers")
+    module.sliding_window_inference = sliding_window_inference  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "monai", types.ModuleType("monai"))
+    monkeypatch.setitem(sys.modules, "monai.inferers", module)
+    plan = infer.tiles.plan((200, 150, 130), patch, step_)
+    infer.monai_windows(torch.zeros(200, 150, 130), plan, step_, lambda x: x, 1)
+    assert seen == [step_] * 3
+
+
+# --- gate ---------------------------------------------------------------------------------------------------------
+
+
+def broken_penalty(monkeypatch):
+    right = training_step.explicit_penalty
+    monkeypatch.setattr(training_step, "explicit_penalty", lambda *a: 1.1 * right(*a))
+
+
+def broken_head(monkeypatch):
+    right = networks.conv7_reflect
+    monkeypatch.setattr(
+        networks, "conv7_reflect", lambda x, w, form: right(x, w, form) * (1.01 if form == "fast" else 1)
+    )
+
+
+def broken_degradation(monkeypatch):
+    right = data.degrade
+
+    def shifted(*a, **k):
+        done = right(*a, **k)
+        done.interpolated[...] = np.roll(done.interpolated, 1, 2)
+        return done
+
+    monkeypatch.setattr(data, "degrade", shifted)
+
+
+def broken_gather(monkeypatch):
+    monkeypatch.setattr(pool, "copy_patch", lambda out, volume, origin: out.zero_())
+
+
+def broken_stitching(monkeypatch):
+    right = Stitcher.result
+    monkeypatch.setattr(Stitcher, "result", lambda self: right(self) * 1.0001)
+
+
+def nan_stitching(monkeypatch):
+    monkeypatch.setattr(Stitcher, "result", lambda self: self._out * math.nan)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "only"),
+    [
+        ("step", broken_penalty, "critic update"),
+        ("step", broken_penalty, "iteration"),
+        ("step", broken_head, "generator forward,"),
+        ("step", broken_head, "generator forward + backward"),
+        ("data", broken_degradation, "degrade, physical"),
+        ("data", broken_degradation, "degrade, segsrgan"),
+        ("data", broken_gather, "patch gather"),
+        ("infer", broken_stitching, "stitching alone"),
+        ("infer", broken_stitching, "whole inference"),
+        ("infer", nan_stitching, "stitching alone"),
+    ],
+)
+def test_a_wrong_result_has_no_times_and_exit_code_1(capsys, monkeypatch, without_monai, name, fault, only):
+    fault(monkeypatch)
+    code, report = bench(capsys, name, "--only", only)
+    assert code == 1 and report["rows"]
+    for row in report["rows"]:
+        assert not row["passed"]
+        assert not any(key.startswith("seconds") or key.endswith("per_second") for key in row)
+        assert all("seconds_median" not in facts for facts in row["peers"].values())
+
+
+def test_a_failed_row_does_not_stop_the_others(capsys, monkeypatch):
+    broken_gather(monkeypatch)
+    code, report = bench(capsys, "data")
+    assert code == 1
+    passed = {row["name"].split(",")[0]: row["passed"] for row in report["rows"]}
+    assert passed["patch gather"] is False and passed["degrade"] and passed["store read"]
+
+
+def test_differences_are_relative_and_nothing_slips_through():
+    ones = torch.ones(3)
+    assert common.largest_difference([ones * 1000, ones], [ones * 1001, ones]) == pytest.approx(1 / 1001)
+    assert common.largest_difference([ones], [ones, ones]) == math.inf
+    assert common.largest_difference([ones], [torch.ones(4)]) == math.inf
+    assert math.isnan(common.largest_difference([ones * math.nan], [ones]))
+    assert math.isnan(common.largest_difference([ones], [ones * math.nan]))
+    assert common.largest_difference([ones], [ones * 0]) > 1e20
+    assert common.largest_difference([np.zeros(3, np.uint8)], [np.zeros(3, np.int16)]) == 0
+
+
+# --- method -------------------------------------------------------------------------------------------------------
+
+
+def test_sides_take_turns():
+    calls: list[str] = []
+    seconds = common.take_turns({name: lambda n=name: calls.append(n) for name in "abc"}, 3, "cpu")  # type: ignore[misc]
+    assert calls == list("abc" * 3)
+    assert {name: len(s) for name, s in seconds.items()} == dict.fromkeys("abc", 3)
+    assert common.spread([3.0, 1.0, 2.0]) == {"seconds_median": 2, "seconds_min": 1, "seconds_max": 3, "repeats": 3}
+
+
+def test_peak_memory_sees_what_is_allocated_and_given_back():
+    size = 80 * 2**20
+
+    def side() -> list:
+        torch.ones(size // 4).sum()
+        return []
+
+    case = common.Case("memory", {}, lambda: {"ours": side, "less": lambda: []}, 0.0)
+    torch.ones(2 * size // 4).sum()  # an earlier, larger peak of the process does not count
+    assert 0.9 * size <= common.peak_of(case, "ours", "cpu") <= 1.5 * size
+    assert common.peak_of(case, "less", "cpu") <= 0.1 * size
+
+
+def test_peak_memory_comes_from_a_process_of_its_own():
+    args = parse(["data", "--quick", "--threads", "1", "--shape", "64", "64", "64", "--patch", "32", "--batch", "32"])
+    name = next(case.name for case in data.cases(args) if case.name.startswith("patch gather"))
+    batch_bytes = 32 * 3 * 32**3 * 4
+    assert common.peak_in_child(name, "fastsrgan", args) >= batch_bytes
+
+
+def test_texture_is_a_head_and_the_same_each_time():
+    image = common.texture((20, 24, 22))
+    assert image.dtype == np.float32 and image.max() == 1 and image.min() == 0
+    assert image[0].max() == 0 and image[10, 12, 11] > 0.1
+    assert np.array_equal(image, common.texture((20, 24, 22)))
+
+
+def test_wrong_requests_end_with_one_line(capsys):
+    assert main(["data", "--quick", "--threads", "1", "--only", "nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err
+    for argv in (["data", "--repeats", "-1"], ["step", "--shape", "1", "2", "3"], ["nothing"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        assert stopped.value.code == 2
+    assert main(["step", "--quick", "--threads", "1", "--patch", "18"]) == 4
+    assert "multiple of 4" in capsys.readouterr().err
+
+
+# --- the plain side -----------------------------------------------------------------------------------------------
+
+
+def test_naive_networks_are_the_papers(monkeypatch):
+    generator = Generator(GeneratorSpec(kernel=2), "reference", seed=1).double()
+    plain = naive.NaiveGenerator(2).double()
+    naive.copy(plain.paired(generator))
+    x = torch.rand(2, 1, 16, 16, 16, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    # The stock norm's epsilon is inside the root.
+    assert torch.allclose(plain(x), generator(x), atol=1e-4)
+    for patch in (16, 20, 24, 36):
+        critic = Critic(CriticSpec(kernel=2, patch=patch), seed=2).double()
+        own = naive.NaiveCritic(2, patch).double()
+        with torch.no_grad():
+            for bias in critic.biases:
+                bias.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+        naive.copy(own.paired(critic))
+        y = torch.rand(2, 2, patch, patch, patch, dtype=torch.double, generator=torch.Generator().manual_seed(patch))
+        assert torch.allclose(own(y), critic(y), rtol=1e-12, atol=1e-14)
+
+
+def test_rounding_is_not_compared_but_every_real_gradient_is():
+    a, b, c = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    a.grad, b.grad, c.grad = torch.tensor([1.0, 0.0]), torch.tensor([1e-9, 0.0]), torch.tensor([1e-5, 0.0])
+    assert [float(g.sum()) for g in step.gradients([a, b, c])] == [1.0, 0.0, pytest.approx(1e-5)]
+
+
+def test_matrices_are_forgotten():
+    data.degrade(common.texture((12, 12, 12)), (1, 1, 1), (1, 1, 3))
+    assert data.resample.spline_matrix.cache_info().currsize
+    data.forget_matrices()
+    assert not data.resample.spline_matrix.cache_info().currsize
+    assert not data.resample.slice_profile_matrix.cache_info().currsize
