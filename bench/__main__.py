@@ -3,6 +3,7 @@
     python -m bench step  --json bench/results/MACHINE/step.json
     python -m bench data  --threads 2
     python -m bench infer --quick
+    python -m bench report        # bench/results -> docs/benchmarks.md
 
 Exit code 1 when a correctness gate failed: that row has no times.
 """
@@ -100,7 +101,13 @@ def _flat(value: Any) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; returns the exit code."""
-    args = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if list(argv) == ["report"]:
+        from bench import report as page
+
+        print(page.main())
+        return 0
+    args = parse(argv)
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = str(args.threads)  # read when NumPy and torch are first imported, below
     import importlib

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ __all__ = ["Case", "Sides", "peak_of", "prepare", "run", "texture", "write_json"
 ROOT = Path(__file__).resolve().parent.parent
 NOTES = [
     "seconds: wall clock of one call; min and max over the repeats are the spread",
+    "cpu_seconds_median: CPU time of all threads; far below seconds times threads in use, others had the machine",
     "ratio_to: the peer's median over ours; ratio_range: smallest and largest ratio of one round",
     "max_error: largest difference from any peer or the known truth, relative to the other array's largest magnitude",
     "peak_bytes: growth of the process (CUDA: of torch's memory) during one call, inputs and parameters not counted",
@@ -44,6 +45,15 @@ NOTES = [
 ]
 
 Sides = Mapping[str, Callable[[], Sequence[Any]]]
+
+
+class Turn(NamedTuple):
+    """One timed call: wall clock, and CPU time of all threads of the process."""
+
+    seconds: float
+    cpu_seconds: float
+
+
 TRUTH = "truth"  # a side that is compared with, but is no peer: what the result has to be by law
 
 
@@ -118,15 +128,15 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     row["peers"] |= {peer: {"not_run": how} for peer, how in case.missing.items()}
     if not row["passed"]:
         return row
-    seconds = take_turns(sides, args.repeats, args.device)
-    row |= spread(seconds[ours])
+    turns = take_turns(sides, args.repeats, args.device)
+    row |= spread(turns[ours])
     if case.amount:
         row[f"{case.amount[0]}_per_second"] = case.amount[1] / row["seconds_median"]
     row["ratio_to"], row["ratio_range"] = {}, {}
     for peer in peers:
-        row["peers"][peer] |= spread(seconds[peer])
-        row["ratio_to"][peer] = statistics.median(seconds[peer]) / row["seconds_median"]
-        rounds = [theirs / own for theirs, own in zip(seconds[peer], seconds[ours], strict=True)]
+        row["peers"][peer] |= spread(turns[peer])
+        row["ratio_to"][peer] = row["peers"][peer]["seconds_median"] / row["seconds_median"]
+        rounds = [theirs.seconds / own.seconds for theirs, own in zip(turns[peer], turns[ours], strict=True)]
         row["ratio_range"][peer] = [min(rounds), max(rounds)]
     if args.memory and case.memory:
         del sides
@@ -152,17 +162,17 @@ def largest_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
     return worst
 
 
-def take_turns(sides: Sides, repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each call, rounds of all sides one after the other."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+def take_turns(sides: Sides, repeats: int, device: str) -> dict[str, list[Turn]]:
+    """Every call timed, rounds of all sides one after the other."""
+    turns: dict[str, list[Turn]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, call in sides.items():
             synchronise(device)
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             call()
             synchronise(device)
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
+            turns[name].append(Turn(time.perf_counter() - began, time.process_time() - cpu))
+    return turns
 
 
 def synchronise(device: str) -> None:
@@ -171,13 +181,15 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def spread(seconds: list[float]) -> dict[str, Any]:
+def spread(turns: Sequence[Turn]) -> dict[str, Any]:
     """Median, smallest and largest of the repeats."""
+    seconds = [turn.seconds for turn in turns]
     return {
         "seconds_median": statistics.median(seconds),
         "seconds_min": min(seconds),
         "seconds_max": max(seconds),
-        "repeats": len(seconds),
+        "cpu_seconds_median": statistics.median(turn.cpu_seconds for turn in turns),
+        "repeats": len(turns),
     }
 
 
@@ -257,22 +269,21 @@ def ceilings(quick: bool) -> dict[str, float]:
     a, m = torch.ones(n), torch.ones(edge, edge)
     b = torch.empty_like(a)
     best = take_turns({"copy": lambda: [b.copy_(a)], "matmul": lambda: [m @ m]}, 5, "cpu")
-    return {
-        "copy_bytes_per_second": 8 * n / min(best["copy"]),
-        "matmul_flop_per_second": 2 * edge**3 / min(best["matmul"]),
-    }
+    copy, matmul = (min(turn.seconds for turn in best[name]) for name in ("copy", "matmul"))
+    return {"copy_bytes_per_second": 8 * n / copy, "matmul_flop_per_second": 2 * edge**3 / matmul}
 
 
 # --- inputs and output --------------------------------------------------------------------------------------------
 
 
-def texture(shape: Sequence[int], seed: int = 0) -> np.ndarray:
-    """A head-like volume: smooth noise in [0.1, 1] inside an ellipsoid, zero outside: float32, maximum 1."""
+def texture(shape: Sequence[int], seed: int = 0, air: bool = True) -> np.ndarray:
+    """Smooth noise in [0.1, 1], float32, maximum 1; ``air``: only in an ellipsoid, as a head has it, zero outside."""
     noise = ndimage.gaussian_filter(rng(seed, "texture").standard_normal(tuple(shape), dtype=np.float32), 1.5)
     noise = (noise - noise.min()) / (noise.max() - noise.min())
-    axes = np.ogrid[tuple(slice(-1, 1, complex(0, n)) for n in shape)]
-    inside = sum(a**2 for a in axes) < 0.95
-    image = np.where(inside, 0.1 + 0.9 * noise, 0).astype(np.float32)
+    image = (0.1 + 0.9 * noise).astype(np.float32)
+    if air:
+        axes = np.ogrid[tuple(slice(-1, 1, complex(0, n)) for n in shape)]
+        image[sum(a**2 for a in axes) >= 0.95] = 0
     return image / image.max()
 
 

@@ -148,7 +148,8 @@ def _iteration_sides(config: TrainConfig, device: str) -> Sides:
 def pool(patch: int, batch: int, device: str) -> Pool:
     """Patches of one textured volume, degraded by a factor of three, a label of its brighter half."""
     edge = patch + 16
-    hr = texture((edge, edge, edge))
+    # Without air: its many equal voxels would cross a ReLU's kink together, by rounding alone.
+    hr = texture((edge, edge, edge), air=False)
     done = degrade(hr, (1.0, 1.0, 1.0), (1.0, 1.0, 3.0))
     label = (done.hr > np.median(done.hr)).astype(np.uint8)
     origins = patch_origins(hr.shape, patch, 8, tuple((0, n) for n in hr.shape))

@@ -37,7 +37,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.add_argument("-dp", "--debut-path", default="", metavar="BASE", help="put before the CSV's path and its entries")
     # The original's README writes the steps without quotes: several words are put together again.
     p.add_argument(
-        "-pa", "--patch", nargs="+", default=["128"], metavar="P", help='tile sizes, "64,128", or None (128)'
+        "-pa",
+        "--patch",
+        nargs="+",
+        default=["128"],
+        metavar="P",
+        help='tile edges, "64,128"; None: the whole image (128)',
     )
     p.add_argument("-s", "--step", nargs="+", default=["64"], metavar="S", help='steps of each, "32 64,64 128" (64)')
     p.add_argument("-rf", "--result-folder-name", required=True, metavar="NAME", help="results go to Result_with_NAME")
@@ -58,7 +63,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--interpolation-type",
         choices=CHOICES["interpolation_type"],
         default="Spline",
-        help="interpolator of --interp sitk (Spline)",
+        metavar="KIND",
+        help=f"interpolator of --interp sitk, one of {', '.join(CHOICES['interpolation_type'])} (Spline)",
     )
     own = p.add_argument_group("fastsrgan's own")
     own.add_argument(

@@ -62,10 +62,13 @@ def expand_matrix(n: int, factor: int, interpolation_type: str = "Spline") -> np
     Raises UsageError for an unknown interpolator, ResourceError without SimpleITK.
     """
     sitk: Any = _library()
-    kind = getattr(sitk, INTERPOLATORS[check_interpolator(interpolation_type)])
+    expand = sitk.ExpandImageFilter()
+    expand.SetInterpolator(getattr(sitk, INTERPOLATORS[check_interpolator(interpolation_type)]))
+    expand.SetExpandFactors([1, factor])
+    expand.SetNumberOfThreads(1)  # one line of voxels at a time: starting threads would take longer than the work
     matrix = np.empty((n * factor, n))
     for column, unit in enumerate(np.eye(n)):
-        expanded = sitk.Expand(sitk.GetImageFromArray(unit[:, None]), [1, factor], kind)
+        expanded = expand.Execute(sitk.GetImageFromArray(unit[:, None]))
         matrix[:, column] = sitk.GetArrayViewFromImage(expanded)[:, 0]
     matrix.flags.writeable = False
     return matrix

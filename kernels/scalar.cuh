@@ -35,7 +35,7 @@ __device__ inline void put(f16* out, float v) {
   unsigned bits;
   if (magnitude > 0x7f800000u) {
     bits = 0x7e00u;
-  } else if (magnitude >= 0x47800000u) {  // from 65536 on; rounding makes infinity of what is nearer to it than to 65504
+  } else if (magnitude >= 0x47800000u) {  // from 65536 on; below, rounding carries into infinity
     bits = 0x7c00u;
   } else if (magnitude < 0x38800000u) {  // subnormal: a float at 0.5 has units of 2^-24, adding rounds to them
     bits = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;

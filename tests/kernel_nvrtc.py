@@ -14,8 +14,12 @@ PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    path = next((p for package in PACKAGES for p in _files(package) if p.name.startswith("libnvrtc.so")), None)
+    files = next(filter(None, map(_files, PACKAGES)), [])
+    path = next((p for p in files if p.name.startswith("libnvrtc.so")), None)
     need(str(path or ""), "nvidia-cuda-nvrtc is not installed (extra dev): kernels cannot be compiled for GPUs")
+    for built_in in files:  # older releases look for it on the loader's path only, where a wheel does not put it
+        if built_in.name.startswith("libnvrtc-builtins.so"):
+            ctypes.CDLL(str(built_in), mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(path))
 
 

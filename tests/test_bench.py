@@ -84,6 +84,7 @@ def test_report_has_the_form_of_the_design(capsys, tmp_path, without_monai, name
     for row in report["rows"]:
         assert row["passed"] and 0 <= row["max_error"] <= row["tolerance"]
         assert 0 < row["seconds_min"] <= row["seconds_median"] <= row["seconds_max"] and row["repeats"] == 2
+        assert row["cpu_seconds_median"] >= 0
         ran = {peer: facts for peer, facts in row["peers"].items() if "not_run" not in facts}
         assert ran.keys() == row["ratio_to"].keys() == row["ratio_range"].keys()
         for peer, facts in ran.items():
@@ -221,10 +222,11 @@ def test_differences_are_relative_and_nothing_slips_through():
 
 def test_sides_take_turns():
     calls: list[str] = []
-    seconds = common.take_turns({name: lambda n=name: calls.append(n) for name in "abc"}, 3, "cpu")  # type: ignore[misc]
+    turns = common.take_turns({name: lambda n=name: calls.append(n) for name in "abc"}, 3, "cpu")  # type: ignore[misc]
     assert calls == list("abc" * 3)
-    assert {name: len(s) for name, s in seconds.items()} == dict.fromkeys("abc", 3)
-    assert common.spread([3.0, 1.0, 2.0]) == {"seconds_median": 2, "seconds_min": 1, "seconds_max": 3, "repeats": 3}
+    assert {name: len(t) for name, t in turns.items()} == dict.fromkeys("abc", 3)
+    found = common.spread([common.Turn(3, 1), common.Turn(1, 5), common.Turn(2, 4)])
+    assert list(found.values()) == [2, 1, 3, 4, 3]
 
 
 def test_peak_memory_sees_what_is_allocated_and_given_back():

@@ -30,7 +30,7 @@ VARIANTS = [
     *(("gather_tiles", {"SOURCE": s, "TARGET": t}) for s, t in (*CONVERSIONS, ("u8", "f32"))),
     *(("gather_patches", {"IMAGE": t}) for t in FLOATS),
 ]
-SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+SHARED = {"suppress_health_check": [HealthCheck.function_scoped_fixture]}  # fixtures that hold for all examples
 
 
 @pytest.fixture(scope="session")
@@ -47,16 +47,6 @@ def host(compiled, monkeypatch) -> Iterator[Host]:
     compiled.backwards = False
     yield compiled
     compiled.backwards = False
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def reference(call: Callable[[], Any]) -> Any:

@@ -1,0 +1,79 @@
+"""``python -m bench report``: bench/results/*/*.json -> docs/benchmarks.md. Nothing on that page is written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastsrgan.runtime import atomic_write
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks.md"
+HEAD = """# Benchmarks
+
+Made by `python -m bench report` from the files in `bench/results/`; run the commands below to repeat them on your
+machine. In every case the sides do the same work on the same inputs in one process and take turns; results are compared first, and a case that
+exceeds its tolerance has no times. Times are medians, with the smallest and largest in brackets.
+"""
+NO_GPU = "**No result on this page was measured on a GPU: none has been run on one yet.**\n"
+
+
+def load() -> list[tuple[Path, dict[str, Any]]]:
+    """All result files, ordered by machine and bench."""
+    return [(path, json.loads(path.read_text(encoding="utf8"))) for path in sorted(RESULTS.glob("*/*.json"))]
+
+
+def seconds(value: float) -> str:
+    """A time with a fitting unit."""
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def times(facts: dict[str, Any]) -> str:
+    """Median and spread of one side."""
+    return f"{seconds(facts['seconds_median'])} ({seconds(facts['seconds_min'])} to {seconds(facts['seconds_max'])})"
+
+
+def memory(facts: dict[str, Any]) -> str:
+    """Peak memory where it was measured."""
+    return f"{facts['peak_bytes'] / 2**20:.0f} MiB" if facts.get("peak_bytes") else ""
+
+
+def section(path: Path, report: dict[str, Any]) -> list[str]:
+    """One result file as Markdown."""
+    m = report["machine"]
+    lines = [f"\n## {report['bench']}, {path.parent.name}\n", f"`{' '.join(report['command'])}`\n"]
+    lines.append(
+        f"{m['cpu']}, {m['threads']} threads, device {report['device']}, torch {m['torch']}, commit {report['commit']}\n"
+    )
+    lines += [
+        "| case | side | time | ratio to fastsrgan | peak memory | largest difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        if not row["passed"]:
+            lines.append(
+                f"| {row['name']} | | no times: difference {row['max_error']} | | | above {row['tolerance']} |"
+            )
+            continue
+        lines.append(f"| {row['name']} | fastsrgan | {times(row)} | | {memory(row)} | {row['max_error']:.1e} |")
+        for peer, facts in row["peers"].items():
+            if "not_run" in facts:
+                lines.append(f"| | {peer} | not run: {facts['not_run']} | | | |")
+            else:
+                ratio = f"{row['ratio_to'][peer]:.2f} x"
+                lines.append(f"| | {peer} | {times(facts)} | {ratio} | {memory(facts)} | {facts['max_error']:.1e} |")
+    return [*lines, "", *(f"* {note}" for note in report["notes"])]
+
+
+def main() -> Path:
+    """Write the page."""
+    reports = load()
+    lines = [HEAD]
+    if not any("cuda" in report["device"].lower() or "nvidia" in report["device"].lower() for _, report in reports):
+        lines.append(NO_GPU)
+    for path, report in reports:
+        lines += section(path, report)
+    with atomic_write(PAGE) as temporary:
+        temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf8")
+    return PAGE

@@ -1,0 +1,280 @@
+"""The original's Python function and its SimpleITK interpolation, against its own outputs and against SimpleITK."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from fastsrgan import compat, config, images, resample_sitk, weights
+from fastsrgan.degrade import Degradation, Draw, degrade
+from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
+from fastsrgan.feed import PatchRule, make_resident
+from fastsrgan.infer import infer_volume
+from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.resample import apply_axes
+from fastsrgan.store import Sample
+
+ROOT = Path(__file__).parent.parent
+AFFINE = np.array([[-1.0, 0, 0, 30], [0, 1.2, 0, -20], [0, 0, 3.0, 5], [0, 0, 0, 1]])
+
+
+@pytest.fixture(scope="module")
+def sitk():
+    return pytest.importorskip("SimpleITK", reason="needs the extra sitk")
+
+
+@pytest.fixture(scope="module")
+def identity(tmp_path_factory):
+    """Weights whose SR is the network's input: what is written is the interpolation."""
+    generator = build_generator(GeneratorSpec(kernel=1), seed=2)
+    with torch.no_grad():
+        generator.head[0].zero_()
+    return weights.save_generator(tmp_path_factory.mktemp("identity") / "identity.safetensors", generator)
+
+
+@pytest.fixture
+def scan(tmp_path):
+    data = np.random.default_rng(1).integers(40, 900, (12, 10, 7)).astype(np.int16)
+    return images.save(tmp_path / "scan.nii.gz", data, AFFINE)
+
+
+def segment(scan, model, folder, *, step=8, new_resolution=(0.5, 0.6, 1.0), mask=None, kind="Spline", **settings):
+    """``segmentation`` into a folder; (SR, Cortex) as stored."""
+    settings = {"patch": 16, "device": "cpu", **settings}
+    paths = [folder / "Cortex.nii.gz", folder / "SR.nii.gz"]
+    assert compat.segmentation(scan, step, new_resolution, *paths, mask, model, kind, **settings) == "Segmentation Done"
+    return images.load(paths[1]), images.load(paths[0], dtype=np.float64)
+
+
+def same(a, b):
+    """Equal but for rounding, which another batch size changes."""
+    return np.isfinite(a).all() and np.abs(a - b).max() <= 1e-5 * np.ptp(b)
+
+
+# --- the function -------------------------------------------------------------------------------------------------
+
+
+def test_the_signature_is_the_originals():
+    given = [p for p in inspect.signature(compat.segmentation).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    assert [p.name for p in given] == [
+        "input_file_path",
+        "step",
+        "new_resolution",
+        "path_output_cortex",
+        "path_output_hr",
+        "path_output_mask",
+        "weights_path",
+        "interpolation_type",
+        "patch",
+        "spline_order",
+        "by_batch",
+        "interp",
+    ]
+    assert [p.default for p in given[-4:]] == [None, 3, False, "scipy"]
+
+
+@pytest.mark.parametrize("run", [0, 1], ids=["tiles", "whole image"])
+def test_files_are_what_the_original_wrote(golden, tmp_path, run):
+    folder = golden / "e2e"
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf8"))
+    case = meta["runs"][run]
+    paths = [tmp_path / "Cortex.nii.gz", tmp_path / "SR.nii.gz", tmp_path / "Mask.nii.gz"]
+    told = compat.segmentation(
+        str(folder / "lr_input.nii.gz"),
+        case["step"],
+        tuple(meta["new_resolution"]),
+        *map(str, paths),
+        str(golden / case["weights"]),
+        "Spline",
+        patch=case["patch"],
+        by_batch=bool(run),
+    )
+    assert told == "Segmentation Done" and not paths[2].exists()
+    for path, name, tolerance in ((paths[1], case["sr"], 1e-4 * 900), (paths[0], case["cortex"], 1e-4)):
+        got, wanted = images.load(path, dtype=np.float64), images.load(folder / name, dtype=np.float64)
+        assert got.meta["stored_dtype"] == wanted.meta["stored_dtype"] == ("float32" if "SR" in name else "float64")
+        assert np.abs(got.data - wanted.data).max() <= tolerance
+        assert np.allclose(got.affine, wanted.affine, atol=1e-6)
+
+
+def test_by_batch_changes_no_number(scan, identity, tmp_path, monkeypatch):
+    model = build_generator(GeneratorSpec(kernel=1), seed=6)
+    path = weights.save_generator(tmp_path / "m.safetensors", model)
+    sizes = []
+    real = compat.infer_volume
+
+    def watched(*args, **settings):
+        result = real(*args, **settings)
+        sizes.append(result.report["batch"])
+        return result
+
+    monkeypatch.setattr(compat, "infer_volume", watched)
+    one, together = (segment(scan, path, tmp_path, by_batch=flag) for flag in (False, True))
+    assert sizes[0] == 1 < sizes[1]
+    for a, b in zip(one, together, strict=True):
+        assert same(a.data, b.data)
+
+
+def test_a_scalar_resolution_is_isotropic(scan, identity, tmp_path):
+    assert np.allclose(segment(scan, identity, tmp_path, new_resolution=0.6)[0].spacing, 0.6)
+
+
+def test_the_mask_is_the_likeliest_class(golden, scan, tmp_path):
+    model = golden / "weights_residual_mask3.h5"
+    segment(scan, model, tmp_path, mask=tmp_path / "Mask.nii.gz")
+    mask = images.load(tmp_path / "Mask.nii.gz", dtype=np.float64)
+    image = images.load(scan)
+    settings = {"patch": 16, "step": 8, "new_resolution": (0.5, 0.6, 1.0), "geometry": "segsrgan", "device": "cpu"}
+    expected = infer_volume(image.data, image.affine, weights.load_generator(model), **settings)
+    assert mask.meta["stored_dtype"] == "float64"
+    assert np.array_equal(mask.data, expected.prob[1:].argmax(0)) and len(np.unique(mask.data)) > 1
+    with pytest.raises(UsageError, match="mask head"):
+        segment(scan, model, tmp_path)
+
+
+def test_physical_geometry_is_a_choice(scan, tmp_path):
+    model = build_generator(GeneratorSpec(kernel=1), seed=6).eval()
+    path = weights.save_generator(tmp_path / "m.safetensors", model)
+    sr, _ = segment(scan, path, tmp_path, geometry="physical")
+    image = images.load(scan)
+    expected = infer_volume(
+        image.data, image.affine, model, patch=16, step=8, new_resolution=(0.5, 0.6, 1.0), device="cpu"
+    )
+    assert same(sr.data, expected.sr) and np.allclose(sr.affine, expected.affine, atol=1e-5)
+
+
+def test_existing_outputs_are_replaced_and_bad_ones_refused_before_work(scan, identity, tmp_path):
+    for _ in range(2):
+        segment(scan, identity, tmp_path)
+    with pytest.raises(ResourceError, match="no such folder"):
+        segment(scan, identity, tmp_path / "none")
+    with pytest.raises(ModelError):
+        segment(scan, tmp_path / "weights" / "downloaded", tmp_path)
+    zero = images.save(tmp_path / "zero.nii.gz", np.zeros((8, 8, 8), np.int16), AFFINE)
+    with pytest.raises(InputError, match="zero.nii.gz"):
+        segment(zero, identity, tmp_path)
+
+
+NO_NETWORK = """
+import socket, sys
+def refuse(*args, **kwargs):
+    raise SystemExit("the network was asked for")
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
+import fastsrgan, fastsrgan.compat
+from fastsrgan.cli import main
+codes = [main([*words, "--help"]) for words in ([], ["job-model"], ["train"], ["infer"])]
+sys.exit(any(codes))
+"""
+
+
+def test_importing_and_asking_for_help_do_not_touch_the_network():
+    done = subprocess.run([sys.executable, "-c", NO_NETWORK], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--result-folder-name" in done.stdout
+
+
+# --- interpolation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", resample_sitk.INTERPOLATORS)
+def test_matrices_are_what_expand_does(sitk, kind):
+    volume = np.random.default_rng(0).random((7, 6, 5))
+    image = sitk.GetImageFromArray(volume.swapaxes(0, 2))
+    image.SetSpacing((0.5, 0.7, 3.0))
+    expanded = sitk.Expand(image, [2, 1, 3], getattr(sitk, resample_sitk.INTERPOLATORS[kind]))
+    wanted = sitk.GetArrayFromImage(expanded).swapaxes(0, 2)
+    matrices = [resample_sitk.expand_matrix(n, k, kind) for n, k in zip(volume.shape, (2, 1, 3), strict=True)]
+    assert np.abs(apply_axes(volume, matrices) - wanted).max() <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["Spline", "Linear", "Gaussian"])
+def test_sitk_interpolates_the_input_by_rounded_factors(sitk, scan, identity, tmp_path, kind):
+    sr, _ = segment(scan, identity, tmp_path, interp="sitk", kind=kind, new_resolution=(0.9, 0.6, 1.1))
+    image = images.load(scan)
+    reference = sitk.GetImageFromArray(image.data.swapaxes(0, 2).astype(np.float64))
+    expanded = sitk.Expand(reference, [1, 2, 3], getattr(sitk, resample_sitk.INTERPOLATORS[kind]))
+    wanted = np.maximum(sitk.GetArrayFromImage(expanded).swapaxes(0, 2), image.data.min())
+    assert sr.data.shape == (12, 20, 21)
+    assert np.abs(sr.data - wanted).max() <= 1e-3
+    assert np.allclose(sr.affine, AFFINE @ np.diag([1, 1 / 2, 1 / 3, 1]), atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_spline_orders(scan, identity, tmp_path, order):
+    sr, _ = segment(scan, identity, tmp_path, spline_order=order)
+    data = images.load(scan).data
+    wanted = np.maximum(ndimage.zoom(data.astype(np.float64), (2, 2, 3), order=order), data.min())
+    assert np.abs(sr.data - wanted).max() <= 1e-3
+
+
+def test_interpolations_that_do_not_exist_are_refused(scan, identity, tmp_path):
+    for settings, told in (
+        ({"interp": "itk"}, "one of scipy, sitk"),
+        ({"interp": "sitk", "kind": "BSpline"}, "one of NearestNeighbor"),
+        ({"spline_order": 7}, "0 to 5"),
+        ({"interp": "sitk", "geometry": "physical"}, "segsrgan geometry"),
+        ({"interp": "sitk", "new_resolution": (3.0, 1.2, 3.0)}, "only enlarges"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            segment(scan, identity, tmp_path, **settings)
+    # The original's default is the list of all names.
+    segment(scan, identity, tmp_path, kind=list(resample_sitk.INTERPOLATORS))
+
+
+def test_without_simpleitk_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    resample_sitk.expand_matrix.cache_clear()
+    with pytest.raises(ResourceError, match=r"pip install 'fastsrgan\[sitk\]'"):
+        resample_sitk.expand_matrix(5, 2)
+
+
+# --- degradation --------------------------------------------------------------------------------------------------
+
+
+def test_sitk_degradation_is_the_originals_at_every_stage(sitk, golden):
+    """Case 2 of the original's own stages: whole factors, every third slice, Expand with a spline."""
+    folder = golden / "degradation"
+    case = json.loads((folder / "meta.json").read_text(encoding="utf8"))[2]
+    hr = images.load(folder / case["hr"])
+    done = degrade(
+        hr.data,
+        hr.spacing,
+        case["new_low_res"],
+        geometry="segsrgan",
+        interp=case["interp"],
+        interpolation_type=case["interpolation_type"],
+    )
+    with np.load(folder / "case2.npz") as wanted:
+        assert np.abs(done.low_res * done.scale - wanted["low_res"]).max() <= 2e-6 * wanted["low_res"].max()
+        assert np.abs(done.low_res - wanted["lr_normalised"]).max() <= 2e-6
+        assert np.abs(done.hr - wanted["hr_normalised"]).max() <= 2e-6
+        assert np.abs(done.interpolated - wanted["interpolated"]).max() <= 2e-6
+
+
+def test_fractional_resolutions_are_rounded_and_all_arrays_cut_to_what_they_share(sitk):
+    rng = np.random.default_rng(3)
+    image, label = rng.random((16, 16, 29)).astype(np.float32) + 0.1, np.ones((16, 16, 29), np.uint8)
+    sample = Sample("a", "Train", image, label, None, np.eye(4), (1.0, 1.0, 1.0))
+    degradation = Degradation(((1, 1, 2.6),), geometry="segsrgan", interp="sitk", interpolation_type="Linear")
+    resident = make_resident(sample, degradation, Draw((1, 1, 2.6)), PatchRule(8, 8), torch.device("cpu"))
+    assert resident.hr.shape == resident.interpolated.shape == resident.label.shape == (16, 16, 28)
+    whole = degrade(image, (1, 1, 1), (1, 1, 2.6), geometry="segsrgan", interp="sitk", interpolation_type="Linear")
+    assert whole.low_res.shape == (16, 16, 10) and whole.interpolated.shape == (16, 16, 30)  # steps of 3
+
+
+def test_settings_know_the_same_interpolators_and_where_they_exist():
+    assert set(config.CHOICES["interpolation_type"]) == set(resample_sitk.INTERPOLATORS)
+    resolution = {"new_low_res": ((1, 1, 3),)}
+    assert config.TrainConfig(**resolution, interp="sitk", geometry="segsrgan").interpolation_type == "Spline"
+    with pytest.raises(ModelError, match="segsrgan"):
+        config.TrainConfig(**resolution, interp="sitk")
+    with pytest.raises(UsageError, match="--geometry segsrgan"):
+        Degradation(((1, 1, 3),), interp="sitk")
+    with pytest.raises(ModelError, match="interpolation_type"):
+        config.TrainConfig(**resolution, interpolation_type="Cubic")

@@ -1,0 +1,51 @@
+"""Put a demo's picture and figures into the README: `python tools/publish_demo.py demo` after `make demo`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from fastsrgan.runtime import atomic_write
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+
+
+def block(facts: dict) -> str:
+    """The README's table and line of one demo.json."""
+    columns = list(facts["table"][0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in facts["table"]:
+        cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    training, total = facts["training"], facts["seconds"]["total"]
+    made = facts["provenance"]
+    note = (
+        f"{total:.0f} s in all, {facts['seconds']['train']:.0f} s of it for {training['updates']} training updates and "
+        f"{facts['seconds']['infer']:.0f} s for inference; {facts['peak_memory_bytes'] / 2**30:.1f} GiB at most; "
+        f"on {training['device']}, 2 cores of an AMD EPYC (Zen 3), torch {made['torch']}, commit {made['commit']}."
+    )
+    dice = (
+        "The spline has no segmentation: its Dice is that of the true label map drawn on the thick slices and "
+        "interpolated. PSNR uses the maximum of the truth; SSIM is Gaussian-weighted, 3-D; components are 26-connected."
+    )
+    return "\n".join([*lines, "", note + " " + dice])
+
+
+def main() -> None:
+    """Copy the picture, rewrite the block between the markers."""
+    demo = Path(sys.argv[1] if len(sys.argv) > 1 else "demo")
+    facts = json.loads((demo / "demo.json").read_text(encoding="utf8"))
+    (ROOT / "docs" / "images").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(demo / "demo.png", ROOT / "docs" / "images" / "demo.png")
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    with atomic_write(readme) as temporary:
+        temporary.write_text(f"{before}{BEGIN}\n{block(facts)}\n{END}{after}", encoding="utf8")
+
+
+if __name__ == "__main__":
+    main()
