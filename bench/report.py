@@ -13,8 +13,9 @@ RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 
 Made by `python -m bench report` from the files in `bench/results/`; run the commands below to repeat them on your
-machine. In every case the sides do the same work on the same inputs in one process and take turns; results are compared first, and a case that
-exceeds its tolerance has no times. Times are medians, with the smallest and largest in brackets.
+machine. In every case the sides do the same work on the same inputs in one process and take turns; results are
+compared first, and a case that exceeds its tolerance has no times. Times are medians, with the smallest and largest in
+brackets.
 """
 NO_GPU = "**No result on this page was measured on a GPU: none has been run on one yet.**\n"
 
@@ -43,9 +44,8 @@ def section(path: Path, report: dict[str, Any]) -> list[str]:
     """One result file as Markdown."""
     m = report["machine"]
     lines = [f"\n## {report['bench']}, {path.parent.name}\n", f"`{' '.join(report['command'])}`\n"]
-    lines.append(
-        f"{m['cpu']}, {m['threads']} threads, device {report['device']}, torch {m['torch']}, commit {report['commit']}\n"
-    )
+    made = f"torch {m['torch']}, commit {report['commit']}"
+    lines.append(f"{m['cpu']}, {m['threads']} threads, device {report['device']}, {made}\n")
     lines += [
         "| case | side | time | ratio to fastsrgan | peak memory | largest difference |",
         "|---|---|---|---|---|---|",

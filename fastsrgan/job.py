@@ -74,6 +74,11 @@ class _Setup:
     progress: Progress
     hashes: dict[Path, str] = field(default_factory=dict)
 
+    def name(self, image: Path) -> str:
+        """An image's name among those of its folder: the file's, with the series where a DICOM folder has several."""
+        stem = any_image.stem(image, self.series)
+        return image.name if stem == any_image.stem(image) else stem
+
     @property
     def kinds(self) -> list[str]:
         return ["SR", "Cortex"] + ["Mask"] * bool(self.generator.spec.mask_classes)
@@ -242,7 +247,7 @@ def _identity(task: Task, setup: _Setup) -> dict[str, Any]:
     """What a result is of, and what it was made with."""
     sha = setup.hashes.get(task.image) or any_image.sha256(task.image, setup.series)
     setup.hashes[task.image] = sha
-    return {"image": task.image.name, "sha256": sha, "series": setup.series, "made_with": setup.made_with}
+    return {"image": setup.name(task.image), "sha256": sha, "made_with": setup.made_with}
 
 
 def _claim(task: Task, setup: _Setup) -> str | None:
@@ -254,7 +259,7 @@ def _claim(task: Task, setup: _Setup) -> str | None:
         task.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise runtime.disk_error(error, task.folder) from error
-    name = task.image.name
+    name = setup.name(task.image)
     own = [any_image.stem(task.image, setup.series), name]
     tags = [tag for tag in own if _owner(task, tag) == name]  # a name that it had before
     if not tags:
@@ -264,7 +269,7 @@ def _claim(task: Task, setup: _Setup) -> str | None:
             return None  # of the original, which made the first image of a folder
         tags = ["", *own] if recorded or task.first else own
     for tag in tags:
-        _reserve(task, tag)
+        _reserve(task, tag, name)
         if _owner(task, tag) in (name, None):
             return None if _finished(task, tag, setup) else tag
     raise ResourceError(task.folder, f"all names for {name} are taken", "another --result_folder_name")
@@ -283,12 +288,12 @@ def _owner(task: Task, tag: str) -> str | None:
     return _read(task, tag).get("image")
 
 
-def _reserve(task: Task, tag: str) -> None:
+def _reserve(task: Task, tag: str, name: str) -> None:
     """Write the image's name into the record of a tag, unless there is one: of two processes one succeeds."""
     path = task.record(tag)
     try:
         with open(path, "x", encoding="utf8") as file:
-            json.dump({"image": task.image.name}, file)
+            json.dump({"image": name}, file)
     except FileExistsError:
         pass
     except OSError as error:
@@ -300,11 +305,11 @@ def _finished(task: Task, tag: str, setup: _Setup) -> bool:
     if setup.overwrite or "outputs" not in record:
         return False
     now = runtime.finite(_identity(task, setup))
-    differing = [key for key in ("sha256", "series") if record.get(key) != now[key]]
     then = record.get("made_with") or {}
-    differing += [key for key, value in now["made_with"].items() if then.get(key) != value]
+    differing = [key for key, value in now["made_with"].items() if then.get(key) != value]
+    differing += ["image"] * (record.get("sha256") != now["sha256"])
     if differing:
-        reason = f"was made with another {', '.join(differing).replace('sha256', 'image')}"
+        reason = f"was made with another {', '.join(differing)}"
         raise UsageError(task.record(tag), reason, "--overwrite, or another --result_folder_name")
     return all((task.folder / task.name(kind, tag)).exists() for kind in setup.kinds)
 

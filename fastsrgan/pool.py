@@ -178,10 +178,11 @@ def _gather_by_kernel(
     images = {t.dtype for r in residents for t in (r.interpolated, r.hr)}
     labels = [t for r in residents for t in ((r.label, r.mask) if classes else (r.label,))]
     image = scalar(next(iter(images)))
-    volumes = [t for r in residents for t in (r.interpolated, r.hr, r.label, r.mask) if t is not None]
     if len(images) != 1 or image in (None, "u8") or any(t is None or t.dtype != torch.uint8 for t in labels):
         return NotImplemented
-    if not all(t.is_contiguous() for t in volumes):
+    # The kernel knows one size per resident, and no strides.
+    volumes = [(t, r.hr.shape) for r in residents for t in (r.interpolated, r.hr, r.label, r.mask) if t is not None]
+    if not all(t.is_contiguous() and t.shape == shape for t, shape in volumes):
         return NotImplemented
     table = np.zeros((len(residents), 11), np.int64)  # the fields of kernels/gather_patches.cu
     for row, r in zip(table, residents, strict=True):

@@ -6,12 +6,19 @@ axes are orthogonal. ``scanner_affine`` makes such grids; pixel values are the v
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from scipy.spatial.transform import Rotation
 
 LPS = np.diag([-1.0, -1.0, 1.0])
 # Directions of a scanner's rows and columns (LPS): along increasing column index, along increasing row index.
@@ -151,3 +158,55 @@ def write_enhanced(path: Path, data: np.ndarray, affine: np.ndarray, *, order=No
 def read(path: Path) -> Dataset:
     """A file back as a dataset."""
     return pydicom.dcmread(path)
+
+
+# --- what dcm2niix makes of them ----------------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "golden" / "dicom" / "dcm2niix.json"
+SLANT = Rotation.from_euler("xyz", (0.2, -0.1, 0.3)).as_matrix()
+
+
+def cases() -> dict[str, tuple[np.ndarray, dict]]:
+    """Name -> (affine, arguments of ``write_series``; of ``write_enhanced`` where the name ends in enhanced)."""
+    found: dict[str, tuple[np.ndarray, dict]] = {}
+    for plane in PLANES:
+        found[f"{plane}"] = (scanner_affine(plane), {})
+        found[f"{plane} descending"] = (scanner_affine(plane), {"order": [5, 4, 3, 2, 1, 0]})
+        found[f"{plane} interleaved"] = (scanner_affine(plane), {"order": [1, 3, 5, 0, 2, 4], "first": 7})
+        oblique = scanner_affine(plane, turn=SLANT)
+        found[f"{plane} oblique"] = (oblique, {})
+        found[f"{plane} oblique against the normal"] = (oblique @ np.diag([1.0, 1, -1, 1]), {})
+    far = Rotation.from_euler("xyz", (0.9, -0.7, 2.3)).as_matrix()
+    found["double oblique"] = (scanner_affine("axial", turn=far), {})
+    found["sagittal oblique enhanced"] = (scanner_affine("sagittal", turn=SLANT), {"order": [5, 4, 3, 2, 1, 0]})
+    return found
+
+
+def write_case(folder: Path, name: str) -> Path:
+    """The files of one case below ``folder``."""
+    affine, settings = cases()[name]
+    if name.endswith("enhanced"):
+        return write_enhanced(folder / "multiframe.dcm", volume(), affine, **settings)
+    write_series(folder, volume(), affine, **settings)
+    return folder
+
+
+def regenerate(program: str) -> None:
+    """Record affine and intensities of every case as dcm2niix converts them."""
+    recorded: dict[str, Any] = {}
+    for name in cases():
+        with tempfile.TemporaryDirectory() as place_:
+            source, target = Path(place_, "in"), Path(place_, "out")
+            target.mkdir()
+            write_case(source, name)
+            command = [program, "-b", "n", "-z", "n", "-f", "x", "-o", str(target), str(source)]
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            image = nib.load(next(target.glob("*.nii")))
+            recorded["version"] = told.splitlines()[0]
+            recorded[name] = {"affine": image.affine.tolist(), "data": np.asarray(image.dataobj).astype(int).tolist()}
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(json.dumps(recorded), encoding="utf8")
+
+
+if __name__ == "__main__":  # python tests/dicom_files.py PATH_OF_DCM2NIIX
+    regenerate(sys.argv[1])

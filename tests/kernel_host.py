@@ -8,9 +8,11 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,3 +74,39 @@ def _load(folder: Path, name: str, options: tuple[str, ...]) -> ctypes.CDLL:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not done.returncode, f"{name} {defines}:\n{done.stderr}"
     return ctypes.CDLL(str(stem))
+
+
+# --- comparing ----------------------------------------------------------------------------------------------------
+
+
+def reference(call: Callable[[], Any]) -> Any:
+    """The plain bodies' result."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTSRGAN_REFERENCE", "1")
+        return call()
+
+
+def fuses() -> bool:
+    """Whether torch's addcmul rounds once here, as the kernel does: on processors with FMA and not elsewhere."""
+    a = torch.full((8,), 1 + 2**-12)
+    return bool((torch.full((8,), -1.0).addcmul_(a, a) != a * a - 1).all())
+
+
+def same(a: torch.Tensor, b: torch.Tensor, rtol: float = 0.0) -> bool:
+    """Equal bits but for the sign of zeros, or equal within ``rtol`` of the largest value; NaN equals nothing."""
+    return torch.equal(a, b) or bool(rtol and (a - b).abs().max() <= rtol * b.abs().max())
+
+
+def exactness() -> float:
+    """The ``rtol`` to ask of sums."""
+    return 0.0 if fuses() else 1e-6
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Callable[[], bool]]:
+    """A tensor of NaN within a larger one, and whether what surrounds it is untouched."""
+    edge, n = 257, int(np.prod(shape))
+    memory = torch.full((n + 2 * edge,), torch.nan, dtype=dtype)
+    around = torch.cat([memory[:edge], memory[-edge:]])
+    around.fill_(-3)
+    memory[:edge], memory[-edge:] = -3, -3
+    return memory[edge : edge + n].view(shape), lambda: torch.equal(torch.cat([memory[:edge], memory[-edge:]]), around)

@@ -96,7 +96,8 @@ def test_files_are_what_the_original_wrote(golden, tmp_path, run):
         by_batch=bool(run),
     )
     assert told == "Segmentation Done" and not paths[2].exists()
-    for path, name, tolerance in ((paths[1], case["sr"], 1e-4 * 900), (paths[0], case["cortex"], 1e-4)):
+    range_of_input = np.ptp(images.load(folder / "lr_input.nii.gz").data)
+    for path, name, tolerance in ((paths[1], case["sr"], 1e-4 * range_of_input), (paths[0], case["cortex"], 1e-4)):
         got, wanted = images.load(path, dtype=np.float64), images.load(folder / name, dtype=np.float64)
         assert got.meta["stored_dtype"] == wanted.meta["stored_dtype"] == ("float32" if "SR" in name else "float64")
         assert np.abs(got.data - wanted.data).max() <= tolerance
@@ -157,7 +158,7 @@ def test_existing_outputs_are_replaced_and_bad_ones_refused_before_work(scan, id
     with pytest.raises(ModelError):
         segment(scan, tmp_path / "weights" / "downloaded", tmp_path)
     zero = images.save(tmp_path / "zero.nii.gz", np.zeros((8, 8, 8), np.int16), AFFINE)
-    with pytest.raises(InputError, match="zero.nii.gz"):
+    with pytest.raises(InputError, match=r"zero\.nii\.gz"):
         segment(zero, identity, tmp_path)
 
 
@@ -182,13 +183,21 @@ def test_importing_and_asking_for_help_do_not_touch_the_network():
 # --- interpolation ------------------------------------------------------------------------------------------------
 
 
+def expanded(sitk, volume_XYZ, factors, kind):
+    """SimpleITK's own answer for a whole volume with some spacing; one thread, as the tests share their cores."""
+    image = sitk.GetImageFromArray(volume_XYZ.swapaxes(0, 2).astype(np.float64))
+    image.SetSpacing((0.5, 0.7, 3.0))
+    expand = sitk.ExpandImageFilter()
+    expand.SetNumberOfThreads(1)
+    expand.SetExpandFactors(factors)
+    expand.SetInterpolator(getattr(sitk, resample_sitk.INTERPOLATORS[kind]))
+    return sitk.GetArrayFromImage(expand.Execute(image)).swapaxes(0, 2)
+
+
 @pytest.mark.parametrize("kind", resample_sitk.INTERPOLATORS)
 def test_matrices_are_what_expand_does(sitk, kind):
     volume = np.random.default_rng(0).random((7, 6, 5))
-    image = sitk.GetImageFromArray(volume.swapaxes(0, 2))
-    image.SetSpacing((0.5, 0.7, 3.0))
-    expanded = sitk.Expand(image, [2, 1, 3], getattr(sitk, resample_sitk.INTERPOLATORS[kind]))
-    wanted = sitk.GetArrayFromImage(expanded).swapaxes(0, 2)
+    wanted = expanded(sitk, volume, [2, 1, 3], kind)
     matrices = [resample_sitk.expand_matrix(n, k, kind) for n, k in zip(volume.shape, (2, 1, 3), strict=True)]
     assert np.abs(apply_axes(volume, matrices) - wanted).max() <= 1e-6
 
@@ -197,9 +206,7 @@ def test_matrices_are_what_expand_does(sitk, kind):
 def test_sitk_interpolates_the_input_by_rounded_factors(sitk, scan, identity, tmp_path, kind):
     sr, _ = segment(scan, identity, tmp_path, interp="sitk", kind=kind, new_resolution=(0.9, 0.6, 1.1))
     image = images.load(scan)
-    reference = sitk.GetImageFromArray(image.data.swapaxes(0, 2).astype(np.float64))
-    expanded = sitk.Expand(reference, [1, 2, 3], getattr(sitk, resample_sitk.INTERPOLATORS[kind]))
-    wanted = np.maximum(sitk.GetArrayFromImage(expanded).swapaxes(0, 2), image.data.min())
+    wanted = np.maximum(expanded(sitk, image.data, [1, 2, 3], kind), image.data.min())
     assert sr.data.shape == (12, 20, 21)
     assert np.abs(sr.data - wanted).max() <= 1e-3
     assert np.allclose(sr.affine, AFFINE @ np.diag([1, 1 / 2, 1 / 3, 1]), atol=1e-6)

@@ -5,15 +5,14 @@ Outputs are poisoned with NaN and lie between guards, so a voxel that is not wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_host import Host
+from kernel_host import Host, exactness, guarded, reference, same
 from kernel_nvrtc import compile_for
 from test_tiles import plans
 
@@ -47,38 +46,6 @@ def host(compiled, monkeypatch) -> Iterator[Host]:
     compiled.backwards = False
     yield compiled
     compiled.backwards = False
-
-
-def reference(call: Callable[[], Any]) -> Any:
-    """The plain bodies' result."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTSRGAN_REFERENCE", "1")
-        return call()
-
-
-def fuses() -> bool:
-    """Whether torch's addcmul rounds once here, as the kernel does: on processors with FMA and not elsewhere."""
-    a = torch.full((8,), 1 + 2**-12)
-    return bool((torch.full((8,), -1.0).addcmul_(a, a) != a * a - 1).all())
-
-
-def same(a: torch.Tensor, b: torch.Tensor, rtol: float = 0.0) -> bool:
-    """Equal bits but for the sign of zeros, or equal within ``rtol`` of the largest value; NaN equals nothing."""
-    return torch.equal(a, b) or bool(rtol and (a - b).abs().max() <= rtol * b.abs().max())
-
-
-def exactness() -> float:
-    return 0.0 if fuses() else 1e-6
-
-
-def guarded(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Callable[[], bool]]:
-    """A tensor of NaN within a larger one, and whether what surrounds it is untouched."""
-    edge, n = 257, int(np.prod(shape))
-    memory = torch.full((n + 2 * edge,), torch.nan, dtype=dtype)
-    around = torch.cat([memory[:edge], memory[-edge:]])
-    around.fill_(-3)
-    memory[:edge], memory[-edge:] = -3, -3
-    return memory[edge : edge + n].view(shape), lambda: torch.equal(torch.cat([memory[:edge], memory[-edge:]]), around)
 
 
 # --- every operation ----------------------------------------------------------------------------------------------
