@@ -38,7 +38,8 @@ NOTES = [
     "seconds: wall clock of one call; min and max over the repeats are the spread",
     "cpu_seconds_median: CPU time of all threads; far below seconds times threads in use, others had the machine",
     "ratio_to: the peer's median over ours; ratio_range: smallest and largest ratio of one round",
-    "max_error: largest difference from any peer or the known truth, relative to the other array's largest magnitude",
+    "max_error: largest difference from any peer or the known truth, relative to the other array's largest magnitude;"
+    " of gradients: Euclidean norm of the difference relative to the norm, the worst tensor",
     "peak_bytes: growth of the process (CUDA: of torch's memory) during one call, inputs and parameters not counted",
     "fastsrgan.runtime.tune_allocator, a part of fastsrgan, is on for all sides: it cannot be taken back in a process",
     "float32 without TF32 on all sides",
@@ -65,6 +66,7 @@ class Case:
     facts : sizes and settings, plain values for the JSON
     build : makes the inputs and returns side -> call, ours first; a call does the work once and returns arrays
     tolerance : what ``max_error`` may be
+    l2 : compare each array by the Euclidean norm of the difference instead of its largest element
     amount : (what, how many) one call does, for a rate
     missing : peers that cannot run here and what would make them
     memory : whether peak memory says something about this case
@@ -77,6 +79,7 @@ class Case:
     amount: tuple[str, float] | None = None
     missing: dict[str, str] = field(default_factory=dict)
     memory: bool = True
+    l2: bool = False
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -117,7 +120,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     sides = case.build()
     ours, *others = sides
     results = {name: list(call()) for name, call in sides.items()}
-    errors = {name: largest_difference(results[ours], results[name]) for name in others}
+    errors = {name: largest_difference(results[ours], results[name], case.l2) for name in others}
     del results
     peers = [name for name in others if name != TRUTH]
     sides = {name: call for name, call in sides.items() if name != TRUTH}
@@ -146,8 +149,11 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def largest_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
-    """Over pairs of arrays: the largest |a - b| relative to the largest |b|; infinite where shapes or counts differ."""
+def largest_difference(ours: Sequence[Any], theirs: Sequence[Any], l2: bool = False) -> float:
+    """Over pairs of arrays: the largest |a - b| relative to the largest |b|; infinite where shapes or counts differ.
+
+    ``l2``: ||a - b|| relative to ||b||.
+    """
     if len(ours) != len(theirs):
         return math.inf
     worst = 0.0
@@ -155,11 +161,16 @@ def largest_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
         a, b = (torch.as_tensor(v).detach().double().cpu() for v in (a, b))
         if a.shape != b.shape:
             return math.inf
-        error = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
+        size = torch.linalg.vector_norm if l2 else _largest
+        error = float(size(a - b)) / max(float(size(b)), 1e-30)
         if math.isnan(error):
             return error
         worst = max(worst, error)
     return worst
+
+
+def _largest(a: torch.Tensor) -> torch.Tensor:
+    return a.abs().max()
 
 
 def take_turns(sides: Sides, repeats: int, device: str) -> dict[str, list[Turn]]:

@@ -66,6 +66,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "conditional": (("-is-conditional", "--is-conditional"), "resolution as a second input"),
     "residual": (("-is-residual", "--is-residual"), "output = input - head"),
     "fit_mask": (("-fm", "--fit-mask"), "also learn the classes of Mask_image"),
+    "scaled": (("--scaled",), "SR head in units of the patch's in-plane gradient: intensity-equivariant"),
     "zero_head": (("--zero-head",), "start the SR head at zero: training starts at the spline"),
 }
 

@@ -55,6 +55,7 @@ class TrainConfig:
     geometry : observation model, "physical" in millimetres or "segsrgan", the original's numbers
     interp, interpolation_type : "sitk" (segsrgan geometry): SimpleITK's Expand with one of nine interpolators
     network, kernel_gen, kernel_dis, residual, conditional, fit_mask : architecture (networks.py)
+    scaled : SR head in units of the patch's in-plane gradient (networks.GeneratorSpec; not in the paper)
     zero_head : start a new generator's SR head at zero, so that training starts at the spline
     snapshot : epochs between checkpoints; validate_every : epochs between validations
     steps_per_epoch : stop an epoch after so many generator updates (None: every patch once)
@@ -95,6 +96,7 @@ class TrainConfig:
     residual: bool = True
     conditional: bool = False
     fit_mask: bool = False
+    scaled: bool = False
     zero_head: bool = False
     snapshot: int = 1
     validate_every: int = 1

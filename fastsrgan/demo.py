@@ -166,6 +166,7 @@ def short_training(
         batch_size=4,
         patch_size=48,
         kernel_gen=spec.kernel,
+        scaled=spec.scaled,
         kernel_dis=8,
         head_rate=0.01,
         lr_gen=2e-5,

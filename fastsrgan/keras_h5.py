@@ -289,9 +289,13 @@ def write(path: str | os.PathLike, *networks: tuple[Spec, Mapping[str, Tensor]])
     """Write a generator and, if given, its critic as the original's snapshots are, atomically.
 
     ``networks``: (spec, parameters by our names). Groups, attributes, types, order and axis order are those that
-    Keras 2.2.4 writes; reading the file back gives the same bits.
+    Keras 2.2.4 writes; reading the file back gives the same bits. Raises ModelError for a scaled generator, which the
+    original cannot hold.
     """
     path = Path(path)
+    if any(isinstance(spec, GeneratorSpec) and spec.scaled for spec, _ in networks):
+        reason = "the generator's SR head is scaled by the gradient, which the original has no layer for"
+        raise ModelError(path, reason, "export a model trained with --scaled False")
     inputs = [n for spec, _ in networks if isinstance(spec, GeneratorSpec) for n in input_names(spec)]
     # In memory first: the operating system's own errors then come from one plain write.
     with h5py.File(path.name, "w", driver="core", backing_store=False, libver="earliest") as file:

@@ -32,6 +32,8 @@ class GeneratorSpec:
     residual : output channel 0 is input - head instead of the head alone
     conditional : a second input channel holds the slice resolution in mm
     mask_classes : number of softmax channels behind SR and segmentation
+    scaled : the SR head is multiplied by the sample's in-plane gradient, so that SR(a x) = a SR(x) (not in the paper;
+        docs/decisions/011)
     """
 
     network: str = "plain"
@@ -39,6 +41,7 @@ class GeneratorSpec:
     residual: bool = True
     conditional: bool = False
     mask_classes: int = 0
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         if self.network not in GENERATORS:
@@ -110,13 +113,16 @@ class Generator(nn.Module):
         return self.up2_norm(upsample_conv(y, self.up2, f), f, flat)
 
     def raw(self, x: Tensor, res: Tensor | float | None = None) -> Tensor:
-        """The head before subtraction, sigmoid and softmax: (B, 2 + classes, X, Y, Z)."""
+        """The head before subtraction, sigmoid and softmax, channel 0 in the units of x: (B, 2 + classes, X, Y, Z)."""
         check_sizes(x.shape[2:])
         y = self._with_resolution(x, res)
         # The stem's norm removes whatever is constant in an input channel (reflected edges keep it constant). Taking it
         # out here is exact and saves float32 the digits that the large mean and resolution would use up.
         y = y - y.mean((2, 3, 4), keepdim=True)
-        return conv7_reflect(self.features(y), self.head, self.form)
+        head = conv7_reflect(self.features(y), self.head, self.form)
+        if not self.spec.scaled:
+            return head
+        return torch.cat([head[:, :1] * in_plane_gradient(x).to(head.dtype), head[:, 1:]], dim=1)
 
     def forward(self, x: Tensor, res: Tensor | float | None = None) -> Tensor:
         """Channel 0 SR, channel 1 segmentation probability, further channels mask-class probabilities.
@@ -255,6 +261,16 @@ def is_flat(x: Tensor) -> Tensor:
     """
     contrast = x.amax((2, 3, 4), keepdim=True) - x.amin((2, 3, 4), keepdim=True)
     return (contrast <= FLAT).all(1, keepdim=True)
+
+
+def in_plane_gradient(x: Tensor) -> Tensor:
+    """Root mean square of the in-plane gradient of channel 0 per voxel: (B, C, X, Y, Z) -> (B, 1, 1, 1, 1) float32.
+
+    In-plane are the first two axes: in processed orientation the last one is through-plane, the one without detail.
+    """
+    first = x[:, :1].float() if x.dtype in (torch.float16, torch.bfloat16) else x[:, :1]
+    parts = [first.diff(dim=d).square().mean((1, 2, 3, 4)) for d in (2, 3)]
+    return (parts[0] + parts[1]).sqrt().reshape(-1, 1, 1, 1, 1)
 
 
 def check_sizes(shape: tuple[int, ...]) -> None:

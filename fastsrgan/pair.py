@@ -24,7 +24,9 @@ class Models:
 
     def __init__(self, config: TrainConfig, mask_classes: int, device: torch.device) -> None:
         self.config, self.device = config, device
-        spec = GeneratorSpec(config.network, config.kernel_gen, config.residual, config.conditional, mask_classes)
+        spec = GeneratorSpec(
+            config.network, config.kernel_gen, config.residual, config.conditional, mask_classes, config.scaled
+        )
         self.generator = build_generator(spec, config.form, config.seed)
         if config.zero_head:
             with torch.no_grad():

@@ -112,6 +112,8 @@ def train(
     InputError : no Train subjects, no patches; ModelError : weights or snapshot do not fit; ResourceError : memory,
     disk, device, or ``max_bad_steps`` updates in a row that were not finite.
     """
+    if snapshot_folder and config.scaled:
+        raise UsageError("snapshot_folder", "its files cannot hold a scaled head", "--scaled False, or no -sf")
     folder = output_folder(folder)
     if not resume and checkpoint.snapshots(folder):
         raise UsageError(folder, "already holds a run", "--resume continues it, or choose another folder")

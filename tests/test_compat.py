@@ -17,6 +17,7 @@ from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
 from fastsrgan.feed import PatchRule, make_resident
 from fastsrgan.infer import infer_volume
 from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.pool import Pool
 from fastsrgan.resample import apply_axes
 from fastsrgan.store import Sample
 
@@ -264,7 +265,7 @@ def test_sitk_degradation_is_the_originals_at_every_stage(sitk, golden):
         assert np.abs(done.interpolated - wanted["interpolated"]).max() <= 2e-6
 
 
-def test_fractional_resolutions_are_rounded_and_all_arrays_cut_to_what_they_share(sitk):
+def test_fractional_resolutions_are_rounded_by_sitk(sitk):
     rng = np.random.default_rng(3)
     image, label = rng.random((16, 16, 29)).astype(np.float32) + 0.1, np.ones((16, 16, 29), np.uint8)
     sample = Sample("a", "Train", image, label, None, np.eye(4), (1.0, 1.0, 1.0))
@@ -273,6 +274,39 @@ def test_fractional_resolutions_are_rounded_and_all_arrays_cut_to_what_they_shar
     assert resident.hr.shape == resident.interpolated.shape == resident.label.shape == (16, 16, 28)
     whole = degrade(image, (1, 1, 1), (1, 1, 2.6), geometry="segsrgan", interp="sitk", interpolation_type="Linear")
     assert whole.low_res.shape == (16, 16, 10) and whole.interpolated.shape == (16, 16, 30)  # steps of 3
+
+
+@pytest.mark.parametrize(("slices", "mm"), [(29, 2.7), (28, 2.7), (203, 6.0), (31, 1.3)])
+def test_sizes_that_the_originals_zoom_changes_are_cut_to_what_all_arrays_share(slices, mm):
+    """A known complaint about the original: at some ratios its interpolated volume is larger than the truth."""
+    image = np.random.default_rng(3).random((12, 12, slices)).astype(np.float32) + 0.1
+    sample = Sample("a", "Train", image, np.ones(image.shape, np.uint8), None, np.eye(4), (1.0, 1.0, 1.0))
+    degradation = Degradation(((1, 1, mm),), geometry="segsrgan")
+    resident = make_resident(sample, degradation, Draw((1, 1, mm)), PatchRule(8, 8), torch.device("cpu"))
+    whole = degrade(image, (1, 1, 1), (1, 1, mm), geometry="segsrgan")
+    shared = min(whole.hr.shape[2], whole.interpolated.shape[2])
+    for array in (resident.hr, resident.interpolated, resident.label):
+        assert array.shape == (12, 12, shared)
+    assert np.array_equal(resident.hr.numpy(), whole.hr[..., :shared])
+
+
+def test_the_originals_patches_are_among_those_of_training(golden):
+    """What `create_patch_from_df_hr` wrote for case 0; fastsrgan also reaches the upper border, which it left out."""
+    folder = golden / "degradation"
+    setting = json.loads((folder / "meta.json").read_text(encoding="utf8"))[3]["patches"]
+    hr, label = images.load(folder / setting["hr"]), images.load_label(folder / "label_spacing_1.nii.gz")
+    sample = Sample("a", "Train", hr.data, label.data, None, np.eye(4), (1.0, 1.0, 1.0))
+    resolution = tuple(setting["new_low_res"])
+    degradation = Degradation((resolution,), geometry="segsrgan")
+    rule = PatchRule(setting["patch"], setting["stride"])
+    resident = make_resident(sample, degradation, Draw(resolution), rule, torch.device("cpu"))
+    batch = Pool([resident], setting["patch"]).gather(np.arange(len(resident.origins)))
+    ours = torch.cat([batch.x.mean((2, 3, 4)), batch.x[:, :, 0, 0, 0], batch.y.mean((2, 3, 4))], dim=1).numpy()
+    with np.load(folder / "patches.npz") as wanted:
+        theirs = np.column_stack([wanted["data_mean"], wanted["data_first_voxel"], wanted["label_mean"]])
+        assert (wanted["res_channel"] == resident.resolution).all()
+    distance = np.abs(theirs[:, None] - ours[None]).max(2)
+    assert (distance.min(1) <= 1e-5).all() and len(set(distance.argmin(1))) == len(theirs)
 
 
 def test_settings_know_the_same_interpolators_and_where_they_exist():
@@ -285,3 +319,22 @@ def test_settings_know_the_same_interpolators_and_where_they_exist():
         Degradation(((1, 1, 3),), interp="sitk")
     with pytest.raises(ModelError, match="interpolation_type"):
         config.TrainConfig(**resolution, interpolation_type="Cubic")
+
+
+# --- a finding about the original ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["cond", "u_net_cond", "u_net_cond_nn_residual"])
+def test_the_resolution_input_of_a_conditional_generator_has_no_effect(golden, variant):
+    """A constant channel stays constant through reflection and a convolution without bias, and the instance norm that
+    follows takes every channel's mean away. The critic has neither and does see the resolution."""
+    generator = weights.load_generator(golden / f"weights_{variant}.h5").double()
+    x = torch.rand(1, 1, 16, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        fine, coarse = generator(x, 0.5), generator(x, 6.0)
+    assert (fine - coarse).abs().max() <= 1e-9 and fine.std() > 0.01
+    if variant != "u_net_cond":  # its file holds no critic
+        critic = weights.load_critic(golden / f"weights_{variant}.h5")
+        y = torch.rand(1, 2, 64, 64, 64, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            assert (critic(y, 0.5) - critic(y, 6.0)).abs().max() > 1e-3

@@ -253,3 +253,22 @@ def test_a_constant_resolution_changes_nothing(network):
     generator = build_generator(GeneratorSpec(network, 3, conditional=True), seed=4).double()
     x = torch.rand(1, 1, 16, 16, 16, dtype=torch.double)
     assert (generator(x, 1.0) - generator(x, 4.0)).abs().max() < 1e-10
+
+
+def test_a_scaled_head_makes_the_image_equivariant_and_leaves_the_segmentation():
+    """Decision 011: the norms remove the input's scale, so a plain head corrects faint and strong images alike."""
+    x = torch.rand(2, 1, 16, 20, 16, dtype=torch.double)
+    for scaled in (False, True):
+        generator = build_generator(GeneratorSpec(kernel=3, scaled=scaled), seed=5).double()
+        y, faint = generator(x), generator(0.1 * x)
+        assert (y[:, 1] - faint[:, 1]).abs().max() < 1e-6
+        correction = (x - y[:, :1], 0.1 * x - faint[:, :1])
+        factor = 0.1 if scaled else 1.0
+        assert (correction[1] - factor * correction[0]).abs().max() < 1e-6 * correction[0].abs().max()
+
+
+def test_in_plane_gradient_of_a_ramp_and_of_a_constant():
+    x = torch.arange(8.0).reshape(1, 1, 8, 1, 1).expand(2, 1, 8, 8, 8) * torch.tensor([3.0, 0.0]).view(2, 1, 1, 1, 1)
+    assert networks.in_plane_gradient(x).flatten().tolist() == [3.0, 0.0]
+    through = torch.arange(8.0).expand(1, 1, 8, 8, 8)
+    assert networks.in_plane_gradient(through).item() == 0.0

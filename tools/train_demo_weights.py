@@ -30,12 +30,14 @@ from fastsrgan.degrade import degrade
 from fastsrgan.losses import charbonnier, soft_dice
 from fastsrgan.networks import Generator, GeneratorSpec
 from fastsrgan.runtime import provenance, rng, tune_allocator
+from fastsrgan.weights import load_generator
 
 BLOCK, POOL = 96, 24
 SHAPES = ((4, 48), (2, 64), (1, 80))  # (batch, patch edge): tiles of several sizes, since instance norm sees the tile
 SHAPE_ODDS = (0.5, 0.35, 0.15)
-HEAD_RATES = (2e-5, 1e-3)  # SR, segmentation; in white coordinates
+HEAD_RATES = (4e-4, 1e-3)  # SR, segmentation; in white coordinates
 MEASURE_EVERY = 500
+TYPICAL_GRADIENT = 0.04  # in-plane, of a head whose maximum is 1: what a head without scale was trained for
 
 
 class Pool:
@@ -131,6 +133,7 @@ def parse() -> argparse.Namespace:
     )
     p.add_argument("--lr", type=float, default=5e-4, help="of all layers but the head")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--init", type=Path, help="start from these weights; a head without scale gets one")
     p.add_argument("--resume", action="store_true")
     p.add_argument(
         "--score", action="append", default=[], metavar="IMAGE", help="log the gain on this head (not trained on)"
@@ -144,10 +147,15 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        spec = GeneratorSpec(kernel=args.kernel)
+        spec = GeneratorSpec(kernel=args.kernel, scaled=True)
         self.generator = Generator(spec, seed=args.seed)
         with torch.no_grad():
             self.generator.head[0].zero_()
+            if args.init:
+                first = load_generator(args.init)
+                self.generator.load_state_dict(first.state_dict())
+                if not first.spec.scaled:
+                    self.generator.head[0] /= TYPICAL_GRADIENT
         self.ema = Generator(spec)
         self.ema.load_state_dict(self.generator.state_dict())
         self.trunk = [p for name, p in self.generator.named_parameters() if name != "head"]

@@ -1,0 +1,348 @@
+"""DICOM series made by pydicom: their place in the world as dcm2niix gives it, choices, and what is refused."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pydicom", reason="needs the extra dicom")
+
+import dicom_files
+from dicom_files import read, scanner_affine, volume, write_enhanced, write_series
+
+from fastsrgan import any_image, cli, dicom, images, weights
+from fastsrgan.errors import InputError, ResourceError, UsageError
+from fastsrgan.geometry import spacing_of
+from fastsrgan.networks import GeneratorSpec, build_generator
+
+RECORDED = json.loads(dicom_files.GOLDEN.read_text(encoding="utf8"))
+
+
+def world_values(data, affine) -> dict:
+    """World position of every voxel, to a tenth of a millimetre -> its value."""
+    points = np.moveaxis(np.indices(data.shape), 0, -1).reshape(-1, 3) @ affine[:3, :3].T + affine[:3, 3]
+    return dict(zip(map(tuple, np.round(points, 1) + 0.0), data.ravel().tolist(), strict=True))
+
+
+# --- geometry -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", dicom_files.cases())
+def test_affine_and_voxels_are_those_of_dcm2niix(tmp_path, name):
+    """Recorded from dcm2niix on the same series (`python tests/dicom_files.py DCM2NIIX` records anew)."""
+    image = dicom.load(dicom_files.write_case(tmp_path, name))
+    wanted = RECORDED[name]
+    assert np.array_equal(image.data, wanted["data"])
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in image.data.shape], [1])).reshape(4, -1)
+    assert np.abs((image.affine - np.array(wanted["affine"])) @ corners).max() < 1e-3  # mm; headers are decimal text
+
+
+@pytest.mark.parametrize("plane", dicom_files.PLANES)
+def test_every_voxel_lies_where_the_scanner_put_it(tmp_path, plane):
+    affine = scanner_affine(plane)
+    write_series(tmp_path, volume(), affine, order=[3, 0, 5, 1, 4, 2])
+    image = dicom.load(tmp_path)
+    assert world_values(image.data, image.affine) == world_values(volume(), affine)
+    assert image.spacing == pytest.approx((1.0, 1.25, 3.0))
+    assert np.linalg.det(image.affine) < 0  # dcm2niix's storage order, whatever the order of files
+
+
+def test_an_oblique_position_is_the_headers_own(tmp_path):
+    """Image Position (Patient) is the centre of the first pixel of the first row, in LPS."""
+    affine = scanner_affine("coronal", turn=dicom_files.SLANT)
+    path = write_series(tmp_path, volume(), affine)[2]
+    image, ds = dicom.load(tmp_path), read(path)
+    assert image.data[0, ds.Rows - 1, 2] == ds.pixel_array[0, 0]
+    place = (image.affine @ [0, ds.Rows - 1, 2, 1])[:3]
+    assert place == pytest.approx(np.array(ds.ImagePositionPatient, float) * [-1, -1, 1], abs=1e-4)
+
+
+def test_a_written_result_keeps_the_place(tmp_path):
+    write_series(tmp_path / "in", volume(), scanner_affine("sagittal", turn=dicom_files.SLANT))
+    image = dicom.load(tmp_path / "in")
+    again = images.load(images.save(tmp_path / "out.nii.gz", image.data, image.affine))
+    assert np.allclose(again.affine, image.affine, atol=1e-5) and np.array_equal(again.data, image.data)
+
+
+def test_enhanced_multi_frame_has_its_own_frames_and_scaling(tmp_path):
+    path = write_enhanced(tmp_path / "e.dcm", volume(), scanner_affine("axial"), order=[5, 3, 1, 0, 2, 4])
+    for source in (path, tmp_path):
+        image = dicom.load(source)
+        doubled = volume() * 2.0 + 5
+        assert world_values(image.data, image.affine) == world_values(doubled, scanner_affine("axial"))
+
+
+def test_frames_without_a_place(tmp_path):
+    def drop(ds):
+        del ds.PerFrameFunctionalGroupsSequence
+
+    write_enhanced(tmp_path / "e.dcm", volume(), scanner_affine(), change=drop)
+    refused(tmp_path, "6 frames and places for 0")
+
+
+# --- intensities --------------------------------------------------------------------------------------------------
+
+
+def test_slope_and_intercept_are_those_of_each_slice(tmp_path):
+    data = volume((6, 5, 4))
+    scale = [(1, 0), (0.5, 3), (2, -10), (1.25, 0.5)]
+    write_series(tmp_path, data, scanner_affine("axial"), scale=scale)
+    image = dicom.load(tmp_path)
+    wanted = np.stack([data[:, ::-1, k] * s + i for k, (s, i) in enumerate(scale)], axis=2)
+    assert np.allclose(image.data, wanted) and image.data.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16])
+def test_signed_and_unsigned_pixels(tmp_path, dtype):
+    data = volume((6, 5, 4)).astype(dtype)
+    data[0, 0, 0] = 65000 if dtype == np.uint16 else -7
+    write_series(tmp_path, data, scanner_affine("axial"))
+    image = dicom.load(tmp_path)
+    assert image.meta["stored_dtype"] == np.dtype(dtype).name and image.data[0, -1, 0] == data[0, 0, 0]
+    assert bool(image.warnings) == (dtype == np.int16)  # negative intensities are told
+
+
+def test_run_length_compression_is_read(tmp_path):
+    from pydicom.uid import RLELossless
+
+    paths = write_series(tmp_path, volume(), scanner_affine("axial"))
+    before = dicom.load(tmp_path).data
+    for path in paths:
+        ds = read(path)
+        ds.compress(RLELossless, generate_instance_uid=False)
+        ds.save_as(path)
+    assert np.array_equal(dicom.load(tmp_path).data, before)
+
+
+# --- which series, which volume -----------------------------------------------------------------------------------
+
+
+def test_of_several_series_one_is_chosen(tmp_path):
+    data, affine = volume(), scanner_affine("axial")
+    write_series(tmp_path / "a", data, affine, number=3, description="T2 TSE", uid="1.2.3.30")
+    write_series(tmp_path / "b", data[:, :, :4], affine, number=12, description="T2 localiser")
+    with pytest.raises(UsageError, match=r"2 series: 3 'T2 TSE' \(6 images of 11 x 9\); 12 .*--series"):
+        dicom.load(tmp_path)
+    for choice, slices in (("3", 6), ("12", 4), ("1.2.3.30", 6), ("tse", 6), (" 12 ", 4)):
+        assert dicom.load(tmp_path, series=choice).data.shape[2] == slices
+    with pytest.raises(UsageError, match="none of 3 'T2 TSE'"):
+        dicom.load(tmp_path, series="4")
+    with pytest.raises(UsageError, match="fits 2 series"):
+        dicom.load(tmp_path, series="T2")
+
+
+def test_a_slice_stands_for_its_series_in_its_folder(tmp_path):
+    data, affine = volume(), scanner_affine("axial")
+    write_series(tmp_path, data, affine, number=1, prefix="A")
+    paths = write_series(tmp_path, data[:, :, :4], affine, number=2, prefix="B")
+    assert dicom.load(paths[1]).data.shape == (11, 9, 4)
+
+
+def test_other_files_and_pictures_do_not_disturb(tmp_path):
+    data, affine = volume(), scanner_affine("axial")
+    write_series(tmp_path / "deep" / "er", data, affine)
+    (tmp_path / "notes.txt").write_text("no DICOM", encoding="utf8")
+    (tmp_path / "deep" / "empty").write_bytes(b"")
+
+    def colour(ds, k):
+        ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PlanarConfiguration = 3, "RGB", 0
+        ds.PixelData = ds.PixelData * 3
+
+    def screen(ds, k):
+        del ds.ImagePositionPatient, ds.ImageOrientationPatient
+
+    write_series(tmp_path / "shots", data[:, :, :2], affine, number=90, change=colour)
+    write_series(tmp_path / "screens", data[:, :, :2], affine, number=91, change=screen)
+    assert dicom.load(tmp_path).data.shape == (11, 9, 6)
+    refused(tmp_path / "screens", "ImagePositionPatient")
+
+
+@pytest.mark.parametrize("trait", ["EchoTime", "TemporalPositionIdentifier", "AcquisitionNumber"])
+def test_a_series_of_several_volumes_needs_a_choice(tmp_path, trait):
+    affine, uid = scanner_affine("axial"), "1.2.3.77"
+    for t in range(3):
+        data = volume() + 1000 * t
+
+        def mark(ds, k, t=t):
+            setattr(ds, trait, t + 1)
+
+        write_series(tmp_path, data, affine, uid=uid, prefix=f"V{t}_", first=1 + 6 * t, change=mark)
+    with pytest.raises(InputError, match=r"3 volumes.*--volume 0 to 2"):
+        dicom.load(tmp_path)
+    for t in range(3):
+        image = dicom.load(tmp_path, volume=t)
+        assert np.array_equal(image.data, (volume() + 1000 * t)[:, ::-1]) and image.meta["volumes"] == 3
+    with pytest.raises(InputError, match="there is no volume 3"):
+        dicom.load(tmp_path, volume=3)
+
+
+def test_enhanced_with_several_volumes(tmp_path):
+    data = np.stack([volume(), volume() + 1000], axis=3)
+    path = write_enhanced(tmp_path / "e.dcm", data, scanner_affine("axial"))
+    assert np.array_equal(dicom.load(path, volume=1).data, 2.0 * (volume() + 1000)[:, ::-1] + 5)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def refused(folder, match, **settings):
+    with pytest.raises(InputError, match=match):
+        dicom.load(folder, **settings)
+
+
+def leave_out(*numbers):
+    return lambda ds, k: k not in numbers
+
+
+def test_missing_slices(tmp_path):
+    write_series(tmp_path, volume((6, 5, 9)), scanner_affine("axial"), change=leave_out(4, 5))
+    refused(tmp_path, "slices are missing: 2 between")
+
+
+def test_uneven_slices(tmp_path):
+    def push(ds, k):
+        if k == 3:
+            x, y, z = ds.ImagePositionPatient
+            ds.ImagePositionPatient = [x, y, float(z) + 0.4]
+
+    write_series(tmp_path, volume(), scanner_affine("axial"), change=push)
+    refused(tmp_path, "unevenly spaced: 2.6 to 3.4 mm")
+
+
+def test_repeated_slices(tmp_path):
+    paths = write_series(tmp_path, volume(), scanner_affine("axial"))
+    (tmp_path / "copy.dcm").write_bytes(paths[2].read_bytes())
+    refused(tmp_path, r"a slice is there 2 times.*IM0003.dcm")
+
+
+def test_every_slice_twice_without_a_difference(tmp_path):
+    for path in write_series(tmp_path, volume(), scanner_affine("axial")):
+        (tmp_path / f"copy_{path.name}").write_bytes(path.read_bytes())
+    refused(tmp_path, "2 times")
+
+
+def test_localisers_in_one_series(tmp_path):
+    for plane in dicom_files.PLANES:
+        write_series(tmp_path, volume(), scanner_affine(plane), uid="1.2.3.5", prefix=plane)
+    refused(tmp_path, "several orientations")
+
+
+def test_image_sizes_that_differ(tmp_path):
+    write_series(tmp_path, volume((11, 9, 3)), scanner_affine("axial"), uid="1.2.3.6")
+    shifted = scanner_affine("axial", origin=(-20.0, 31.0, 21.5))
+    write_series(tmp_path, volume((9, 9, 3)), shifted, uid="1.2.3.6", prefix="X")
+    refused(tmp_path, "several image sizes")
+
+
+def test_tilted_stacks(tmp_path):
+    affine = scanner_affine("axial")
+    affine[1, 2] = 0.3
+    write_series(tmp_path, volume(), affine)
+    for path in tmp_path.iterdir():  # the orientation stays that of the pixels, the positions drift
+        ds = read(path)
+        ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        ds.save_as(path)
+    refused(tmp_path, "sideways .5.7 degrees, gantry tilt")
+
+
+def test_what_cannot_be_placed_or_decoded(tmp_path):
+    def no_position(ds, k):
+        del ds.ImagePositionPatient
+
+    def mosaic(ds, k):
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]
+
+    def skewed(ds, k):
+        ds.ImageOrientationPatient = [1, 0, 0, 0.5, 0.5, 0]
+
+    for name, change, told in (
+        ("position", no_position, "ImagePositionPatient"),
+        ("mosaic", mosaic, "mosaic"),
+        ("skew", skewed, "impossible"),
+    ):
+        write_series(tmp_path / name, volume(), scanner_affine("axial"), change=change)
+        refused(tmp_path / name, told)
+
+
+def test_single_slices_need_a_thickness(tmp_path):
+    def thin(ds, k):
+        del ds.SliceThickness, ds.SpacingBetweenSlices
+
+    write_series(tmp_path / "a", volume((6, 5, 1)), scanner_affine("axial"))
+    assert spacing_of(dicom.load(tmp_path / "a").affine) == pytest.approx((1.0, 1.25, 3.0))
+    write_series(tmp_path / "b", volume((6, 5, 1)), scanner_affine("axial"), change=thin)
+    refused(tmp_path / "b", "without a thickness")
+
+
+@pytest.mark.parametrize("keep", [200, 700, -20])
+def test_truncated_files(tmp_path, keep):
+    path = write_series(tmp_path, volume(), scanner_affine("axial"))[1]
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(tmp_path, r"damaged|decoded|no usable|missing|truncated|no number")
+
+
+def test_folders_without_images_and_paths_that_are_not_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "holds no DICOM image")
+    refused(tmp_path / "none.dcm", "no such file")
+    (tmp_path / "text.dcm").write_text("no", encoding="utf8")
+    refused(tmp_path / "text.dcm", "holds no DICOM image")
+
+
+def test_too_many_voxels(tmp_path):
+    write_series(tmp_path, volume(), scanner_affine("axial"))
+    refused(tmp_path, "more than the limit of 500", max_voxels=500)
+
+
+def test_doubts_are_warnings(tmp_path):
+    def doubtful(ds, k):
+        ds.SpacingBetweenSlices, ds.ImagesInAcquisition = 3.3, 20
+
+    write_series(tmp_path, volume(), scanner_affine("axial"), change=doubtful)
+    warnings = dicom.load(tmp_path).warnings
+    assert "3 mm apart, their header says 3.3 mm" in warnings[0] and "20 images, 6 are here" in warnings[1]
+
+
+def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
+    write_series(tmp_path, volume(), scanner_affine("axial"))
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(ResourceError, match=r"pip install 'fastsrgan\[dicom\]'"):
+        dicom.load(tmp_path)
+
+
+# --- as an input --------------------------------------------------------------------------------------------------
+
+
+def test_any_image_takes_both_kinds(tmp_path):
+    paths = write_series(tmp_path / "T2", volume(), scanner_affine("axial"))
+    nifti = images.save(tmp_path / "a.nii.gz", volume(), np.eye(4))
+    assert any_image.load_any(nifti).meta["format"] == "NIfTI-1"
+    assert any_image.load_any(tmp_path / "T2").meta["format"] == "DICOM"
+    assert any_image.stem(nifti) == "a" and any_image.stem(tmp_path / "T2") == "T2"
+    assert any_image.stem(f"{tmp_path}/T2/", "4 b") == "T2_series-4_b" and any_image.stem(paths[0]) == "IM0001"
+    before = any_image.sha256(tmp_path / "T2")
+    assert any_image.sha256(nifti) == images.sha256(nifti) and any_image.sha256(paths[3]) == before
+    paths[5].unlink()
+    assert any_image.sha256(tmp_path / "T2") != before
+    with pytest.raises(UsageError, match="no series"):
+        any_image.load_any(nifti, series="1")
+
+
+def test_infer_takes_a_folder(tmp_path, capsys):
+    data, affine = volume((12, 10, 6)), scanner_affine("sagittal", spacing=(1.0, 1.0, 2.0), turn=dicom_files.SLANT)
+    write_series(tmp_path / "study", data, affine, number=4)
+    write_series(tmp_path / "study", data, affine, number=5, prefix="X")
+    model = weights.save_generator(tmp_path / "m.safetensors", build_generator(GeneratorSpec(kernel=1), seed=6))
+    command = ["infer", str(tmp_path / "study"), "-o", str(tmp_path / "out"), "-w", str(model), "--patch", "16"]
+    command += ["--step", "8", "--device", "cpu"]
+    assert cli.main(command) == 2 and "--series" in capsys.readouterr().err
+    assert cli.main([*command, "--series", "4"]) == 0
+    sr = images.load(tmp_path / "out" / "study_series-4_sr.nii.gz")
+    record = json.loads((tmp_path / "out" / "study_series-4.json").read_text(encoding="utf8"))
+    assert record["input"]["series"] == "4" and "secret" not in json.dumps(record).lower()
+    source = dicom.load(tmp_path / "study", series="4")
+    centre = [(n - 1) / 2 for n in source.data.shape]
+    assert np.allclose(sr.affine @ [*((n - 1) / 2 for n in sr.data.shape), 1], source.affine @ [*centre, 1], atol=1e-3)
+    assert cli.main([*command, "--series", "4", "--resume"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("skipped")
