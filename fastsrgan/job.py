@@ -183,6 +183,8 @@ def job_model(
     made_with = {"weights": facts["sha256"], "interp": interp, "interpolation_type": interpolation_type, **settings}
     settings |= {"interpolate": interpolate, "device": str(where)}
     setup = _Setup(weights.load_generator(source), made_with, settings, by_batch, series, overwrite, progress)
+    if weights_path is None and geometry == "segsrgan":
+        log.warning("the shipped model was trained in physical geometry: --geometry physical suits it")
     items = _run(tasks, setup)
     counts = Counter(item["status"] for item in items)
     summary: dict[str, Any] = {"weights": {"path": str(source), "sha256": facts["sha256"]}}

@@ -162,7 +162,7 @@ def test_a_result_on_another_grid_is_not_scored(files, tmp_path, monkeypatch, ca
     assert code == 3 and "grid" in capsys.readouterr().err
 
 
-@settings(max_examples=500)
+@settings(max_examples=60)
 @given(st.integers(24, 300), st.floats(1, 8), st.floats(0.2, 3))
 def test_fitted_sizes_come_back(n, ratio, spacing):
     phantom = score_weights.Volume(np.zeros((2, 2, n), np.float32), np.diag([1, 1, spacing, 1]))
