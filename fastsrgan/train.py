@@ -136,6 +136,8 @@ def train(
     run.snapshot_folder = output_folder(snapshot_folder) if snapshot_folder else None
     if resume:
         load(run)
+    else:
+        run_log.begin(config.init_epoch)
     with atomic_write(folder / "config.yaml") as temporary:
         temporary.write_text(config.to_yaml(), encoding="utf8")
     began = time.perf_counter()

@@ -53,10 +53,13 @@ class RunLog:
                     kept.append(line + "\n")
             with atomic_write(self.path) as temporary:
                 temporary.write_text("".join(kept), encoding="utf8")
+        self.begin(epoch)
+
+    def begin(self, epoch: int) -> None:
+        """Keep what the tables say of epochs before this one, also in files that the original wrote."""
         for path in (self.dice_file, self.mse_file):
-            rows = [r for r in self._rows(path) if int(r[""]) < epoch]
             if path.exists():
-                self._write(path, rows)
+                self._write(path, [r for r in self._rows(path) if int(r[""]) < epoch])
 
     def _line(self, row: dict) -> None:
         plain = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in row.items()}
@@ -68,7 +71,9 @@ class RunLog:
         if not path.exists():
             return []
         with open(path, newline="", encoding="utf8") as f:
-            return list(csv.DictReader(f))
+            rows = [{k: v for k, v in r.items() if k is not None} for r in csv.DictReader(f)]
+        # The original also writes empty lines for the epochs to come.
+        return [r for r in rows if (r.get("") or "").isdigit() and any(v for k, v in r.items() if k)]
 
     def _row(self, path: Path, epoch: int, values: dict[str, float]) -> None:
         rows = [r for r in self._rows(path) if r.get("") != str(epoch)]
@@ -77,6 +82,6 @@ class RunLog:
     @staticmethod
     def _write(path: Path, rows: list[dict[str, str]]) -> None:
         with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf8") as f:
-            writer = csv.DictWriter(f, fieldnames=list(rows[-1]) if rows else [""])
+            writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(k for r in rows for k in r)) or [""])
             writer.writeheader()
             writer.writerows(rows)

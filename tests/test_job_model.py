@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dicom_files import scanner_affine, volume, write_series
 
 from fastsrgan import cli, images, job, weights
 from fastsrgan.errors import UsageError
@@ -287,6 +286,8 @@ def test_interp_sitk(tmp_path, model):
 
 def test_dicom_folders(tmp_path, model):
     pytest.importorskip("pydicom", reason="needs the extra dicom")
+    from dicom_files import scanner_affine, volume, write_series
+
     data, affine = volume((12, 10, 6)), scanner_affine("axial", spacing=(1.0, 1.0, 2.0))
     write_series(tmp_path / "study" / "T2", data, affine, number=4)
     write_series(tmp_path / "study" / "T2", data + 1, affine, number=5, prefix="X")

@@ -5,6 +5,8 @@ that options and files of the original mean what they meant.
 """
 
 import csv
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from fastsrgan.pair import Models
 from fastsrgan.store import open_store
 from fastsrgan.validate import validation_sums
 
+ROOT = Path(__file__).parent.parent
 NEEDED = ["-csv", "t.csv", "-sf", "snapshots", "-n", "0.5", "0.5", "3"]
 
 
@@ -225,6 +228,18 @@ def test_a_changed_table_is_converted_anew(called, tmp_path):
         assert sorted((s.id, s.split) for s in subjects) == sorted((r[:2], r.split(",")[2]) for r in listed)
 
 
+def test_the_migration_page_has_every_option_and_names_tests_that_exist():
+    page = (ROOT / "docs" / "migrating-from-segsrgan.md").read_text(encoding="utf8")
+    for row in [*SETTINGS, *OTHERS, *JOB]:
+        assert any(name in page for name in row[1]), row[1]
+    file = None
+    named = re.findall(r"`(test_\w+\.py)?::(test_\w+)`", page)
+    for other, name in named:
+        file = other or file  # `::test_x` is in the file named before
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf8"), f"{file}::{name}"
+    assert len(named) > 100
+
+
 # --- tiny trainings -----------------------------------------------------------------------------------------------
 
 SMALL = ("-n", 1, 1, 2, "-b", 2, "-ps", 16, "--kernel_gen", 2, "--kernel_dis", 2, "--device", "cpu")
@@ -260,6 +275,8 @@ def table(path):
 
 
 def test_snapshots_tables_and_continuation_are_the_originals(cohort, tmp_path):
+    # A table that the original left: more epochs than this run will have, those behind its end empty.
+    (tmp_path / "dice.csv").write_text(",Dice,Dice_Mask\n1,0.5,0.6\n2,,\n7,0.9,0.9\n", encoding="utf8")
     train(cohort, tmp_path, "-e", 2)
     for name in ("SegSRGAN_epoch_1", "SegSRGAN_epoch_2"):
         assert weights.info(tmp_path / "weights" / name)["kind"] == "keras"
