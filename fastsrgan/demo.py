@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from fastsrgan.runtime import (
     tune_allocator,
     write_json,
 )
-from fastsrgan.template import make_cohort
+from fastsrgan.template import Subject, make_cohort
 from fastsrgan.train import train
 
 log = logging.getLogger("fastsrgan")
@@ -73,15 +74,7 @@ def run(
     tune_allocator()
     start = weights.default_weights()
     folder = fresh_folder(Path(out), overwrite)
-    seconds: dict[str, float] = {}
-
-    def stage(name: str, call: Any) -> Any:
-        log.info("%s", name)
-        at = time.perf_counter()
-        result = call()
-        seconds[name] = round(time.perf_counter() - at, 1)
-        return result
-
+    stage = Stages()
     cohort = stage(
         "cohort",
         lambda: make_cohort(folder / "cohort", n_train=2, n_test=1, seed=seed, sd_voxels=2.5, progress=progress),
@@ -90,14 +83,50 @@ def run(
     stage("convert", lambda: convert(cohort.csv, store, progress=progress))
     trained = stage("train", lambda: short_training(store, folder / "run", start, low_res_mm, device, progress))
     if trained["stopped"]:
-        return {
-            "table": [{"stopped": "training"}],
-            "picture": None,
-            "json": None,
-            "seconds": 0.0,
-            "exit_code": trained["exit_code"],
-        }
-    test = cohort.of("Test")[0]
+        stopped = {"table": [{"stopped": "training"}], "picture": None, "json": None, "seconds": 0.0}
+        return {**stopped, "exit_code": trained["exit_code"]}
+    scores, picture = restore(folder, cohort.of("Test")[0], trained["weights"], low_res_mm, device, stage, progress)
+    rows = [row("cubic spline", scores["baseline"]), row("fastsrgan", scores)]
+    total = time.perf_counter() - began
+    facts = {
+        "table": rows,
+        "scores": scores,
+        "seconds": {**stage.seconds, "total": round(total, 1)},
+        "low_res_mm": low_res_mm,
+        "peak_memory_bytes": peak_memory(),
+        "training": trained,
+        "start_weights": start.name,
+        "provenance": provenance(),
+    }
+    write_json(folder / "demo.json", facts)
+    return {"table": rows, "picture": str(picture), "json": str(folder / "demo.json"), "seconds": total}
+
+
+class Stages:
+    """Runs the stages of the demo, names each in the log and keeps its ``seconds``."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, call: Callable[[], Any]) -> Any:
+        """The result of ``call``."""
+        log.info("%s", name)
+        began = time.perf_counter()
+        result = call()
+        self.seconds[name] = round(time.perf_counter() - began, 1)
+        return result
+
+
+def restore(
+    folder: Path,
+    test: Subject,
+    trained: str,
+    low_res_mm: Triple,
+    device: str,
+    stage: Stages,
+    progress: Progress,
+) -> tuple[dict[str, Any], Path]:
+    """Acquire the test subject, infer, evaluate and draw: the scores of ``evaluate_pair`` and the picture's path."""
     hr, label = (whole_slices(v, low_res_mm) for v in (images.load(test.image), images.load_label(test.label)))
     scan, spline, label_map = acquire(hr, label, low_res_mm)
     scan_path = images.save(folder / "scan.nii.gz", scan.data, scan.affine)
@@ -106,7 +135,7 @@ def run(
         lambda: infer_files(
             [scan_path],
             folder / "out",
-            trained["weights"],
+            trained,
             patch=PATCH,
             step=STEP,
             new_resolution=list(hr.spacing),
@@ -121,22 +150,7 @@ def run(
         lambda: evaluate_pair(sr, hr, seg=seg, label=label, mask=brain(hr), baseline=spline, baseline_seg=label_map),
     )
     picture = stage("picture", lambda: draw(folder / "demo.png", scan, spline, sr, hr, seg, label, scores, low_res_mm))
-    rows = [row("cubic spline", scores["baseline"]), row("fastsrgan", scores)]
-    total = time.perf_counter() - began
-    facts = {
-        "table": rows,
-        "scores": scores,
-        "seconds": {**seconds, "total": round(total, 1)},
-        "low_res_mm": low_res_mm,
-    }
-    facts |= {
-        "peak_memory_bytes": peak_memory(),
-        "training": trained,
-        "start_weights": start.name,
-        "provenance": provenance(),
-    }
-    write_json(folder / "demo.json", facts)
-    return {"table": rows, "picture": str(picture), "json": str(folder / "demo.json"), "seconds": total}
+    return scores, picture
 
 
 def fresh_folder(folder: Path, overwrite: bool) -> Path:

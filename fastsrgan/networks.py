@@ -1,4 +1,4 @@
-"""The SegSRGAN generators and critic (Delannoy et al. 2019, section 2.4; exact layers in docs/networks.md).
+"""The SegSRGAN generators and critic (Delannoy et al. 2019, section 2.4).
 
 Arrays are (B, C, X, Y, Z). The generator's only input is the interpolated low-resolution image, normalised by the
 maximum of the low-resolution image; conditional models get the slice resolution in mm as a constant second channel.
