@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -167,8 +166,6 @@ def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
     if args.json:
         write_json(args.json, result)
     print(table(rows))
-    for note in result.get("notes", []):
-        print(f"note: {note}", file=sys.stderr)
     failed = result.get("failed")
     if failed:
         raise PartialFailure(args.table, f"{len(failed)} rows could not be evaluated", "see the warnings")

@@ -82,6 +82,8 @@ def evaluate_pair(
         other = _scores(on.get("baseline"), base_seg, on.get("label"), hr, regions, "baseline", notes)
         result |= {"baseline": other, "gain": _difference(result, other)}
     result["grid"] = {"shape": list(hr.data.shape), "spacing_mm": [round(s, 6) for s in hr.spacing]}
+    for note in notes:
+        log.info(note)
     result["notes"] = notes
     result["definitions"] = metrics.DEFINITIONS | {f"region {name}": REGIONS[name] for name in regions}
     return result
@@ -181,7 +183,7 @@ def onto_grid(
     """``volume`` on the grid of ``like``: itself where the grids are one, else resampled in world space.
 
     Order 3 is the cubic spline (images), 0 the nearest voxel (labels); nothing is smoothed. Voxels whose centre lies
-    outside the volume's field of view become 0. What was done is logged and appended to ``notes``.
+    outside the volume's field of view become 0. What was done is appended to ``notes``, or logged without them.
     Raises InputError when the two do not overlap.
     """
     if same_grid(volume, like):
@@ -200,8 +202,9 @@ def onto_grid(
     note = f"{name}: grid differs from the reference's, resampled onto it in world space ({kind})"
     if share < 1:
         note += f"; {100 * (1 - share):.1f} % of the reference lies outside its field of view and was set to 0"
-    log.info(note)
-    if notes is not None:
+    if notes is None:
+        log.info(note)
+    else:
         notes.append(note)
     return Volume(moved, like.affine, volume.warnings, volume.meta)
 
