@@ -52,6 +52,22 @@ OWN: dict[str, tuple[tuple[str, ...], str, type]] = {
     "validate_every": (("--validate-every",), "epochs between validations", int),
     "keep_checkpoints": (("--keep-checkpoints",), "snapshots kept for --resume", int),
     "resident_subjects": (("--resident-subjects",), "subjects in memory at once", int),
+    "resident_memory": (("--resident-memory",), "GB for the volumes in memory", float),
+    "block_memory": (("--block-memory",), "GB above which a volume is degraded in blocks", float),
+    "prefetch": (("--prefetch",), "groups of subjects made ahead", int),
+    "feed_threads": (("--feed-threads",), "threads of the feed; 0 auto", int),
+    "bias_field": (("--bias-field",), "largest log amplitude of a smooth bias field", float),
+    "profile": (("--profile",), "relative spread of the slice profile's width", float),
+    "motion": (("--motion",), "sd in mm and degrees of motion between slices", float),
+    "flips": (("--flips",), "axes along which patches are mirrored at random, for example xy", str),
+    "accumulate": (("--accumulate",), "micro-batches per update", int),
+    "generator_chunk": (("--generator-chunk",), "patches per generator pass without gradients; 0 auto", int),
+    "lr_warmup": (("--lr-warmup",), "updates of linear warm-up", int),
+    "lr_end": (("--lr-end",), "last learning rate as a fraction of the first", float),
+    "patience": (("--patience",), "validations without a better score before training stops; 0 off", int),
+    "whole_every": (("--whole-every",), "epochs between validations on whole volumes; 0 off", int),
+    "penalty_every": (("--penalty-every",), "critic updates between gradient penalties", int),
+    "dice_weight": (("--dice-weight",), "weight of an added soft Dice term", float),
 }
 CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "image_cropping_method": (("-icm", "--image-cropping-method"), "where patches are taken"),
@@ -60,7 +76,14 @@ CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "interp": (("-int", "--interp"), "interpolation of the original's numbers; sitk implies --geometry segsrgan"),
     "interpolation_type": (("-it", "--interpolation-type"), "interpolator of --interp sitk"),
     "form": (("--form",), "network layers: exact fast forms or the plain ones"),
-    "penalty": (("--penalty",), "gradient penalty: explicit graph or double backward"),
+    "penalty": (("--penalty",), "critic update: by hand, with an explicit penalty graph, or double backward"),
+    "feed": (("--feed",), "what moves volumes from the store"),
+    "pool_precision": (("--pool-precision",), "type of the resident intensities"),
+    "precision": (("--precision",), "arithmetic of the networks"),
+    "layout": (("--layout",), "memory layout of the activations"),
+    "compile": (("--compile",), "torch.compile and CUDA graphs"),
+    "lr_schedule": (("--lr-schedule",), "learning rate over the run"),
+    "best_by": (("--best-by",), "validation score that chooses best.safetensors"),
 }
 FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "conditional": (("-is-conditional", "--is-conditional"), "resolution as a second input"),
@@ -68,6 +91,11 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "fit_mask": (("-fm", "--fit-mask"), "also learn the classes of Mask_image"),
     "scaled": (("--scaled",), "SR head in units of the patch's in-plane gradient: intensity-equivariant"),
     "zero_head": (("--zero-head",), "start the SR head at zero: training starts at the spline"),
+    "rician": (("--rician",), "Rician instead of Gaussian noise"),
+    "joint_fakes": (("--joint-fakes",), "one generator pass for all critic updates of an iteration"),
+    "tf32": (("--tf32",), "TF32 in float32 products of CUDA devices"),
+    "auto_batch": (("--auto-batch",), "lower the batch size before the first update until it fits"),
+    "tensorboard": (("--tensorboard",), "write RUN/tensorboard"),
 }
 
 EXAMPLE = """examples:
@@ -123,7 +151,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
             *flags,
             dest=name,
             type=kind,
-            metavar="N" if kind is int else "F",
+            metavar={int: "N", float: "F"}.get(kind, "AXES"),
             help=f"{text} ({getattr(defaults, name)})",
         )
     for name, (flags, text) in CHOICES.items():

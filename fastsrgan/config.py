@@ -37,8 +37,26 @@ CHOICES = {
     ),
     "image_cropping_method": ("bounding_box", "overlapping_with_mask"),
     "form": ("fast", "reference"),
-    "penalty": ("explicit", "autograd"),
+    "penalty": ("auto", "manual", "explicit", "autograd"),
+    "feed": ("auto", "dali", "threads"),
+    "pool_precision": ("auto", "fp32", "fp16", "bf16"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+    "layout": ("auto", "contiguous", "channels_last"),
+    "compile": ("auto", "on", "off"),
+    "lr_schedule": ("constant", "linear", "cosine"),
+    "best_by": ("dice", "psnr"),
 }
+
+POSITIVE = (
+    *("epochs", "init_epoch", "batch_size", "stride", "critic_iterations", "head_rate", "lr_gen", "lr_dis"),
+    *("kernel_gen", "kernel_dis", "snapshot", "validate_every", "keep_checkpoints", "max_bad_steps"),
+    *("prefetch", "accumulate", "penalty_every"),
+)
+NOT_NEGATIVE = (
+    *("lambda_rec", "lambda_adv", "lambda_gp", "noise", "warmup_epochs", "clip_norm", "ema", "contrast_max"),
+    *("bias_field", "profile", "motion", "feed_threads", "generator_chunk", "lr_warmup", "lr_end", "patience"),
+    *("whole_every", "dice_weight"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,22 @@ class TrainConfig:
     clip_norm : largest gradient norm of a generator update; 0 is off
     resident_subjects : subjects kept in memory at once (None: as many as fit)
     max_bad_steps : updates with NaN or infinite loss in a row before training stops
+    bias_field, rician, profile, flips, motion : clinical extras of the degradation, each off by default (extras.py):
+        largest log amplitude of a smooth field; Rician instead of Gaussian noise; relative spread of the slice
+        profile's width; axes of random mirroring, "x" to "xyz"; sd in mm and degrees of motion between slices
+    feed : "dali", "threads", or whichever is there; feed_threads, prefetch : its threads (0: auto), groups made ahead
+    resident_memory : GB for resident volumes (None: 40 % of what is free); pool_precision : their type
+    block_memory : GB above which one volume is degraded in blocks (None: whole)
     form, penalty : exact rewrites of network layers and of the gradient penalty ("reference"/"autograd": plain forms)
+    joint_fakes : one generator pass for the fakes of all critic updates; generator_chunk : patches of it at a time (0:
+        auto)
+    precision, tf32, layout, compile : how the device computes; "auto" decides by capability (docs/training.md)
+    accumulate : micro-batches that make one update; auto_batch : lower batch_size before the first update until it fits
+    lr_schedule, lr_warmup, lr_end : shape, updates of linear warm-up, last rate as a fraction
+    patience : validations without a better score before training stops; 0 is off; best_by : that score
+    whole_every : epochs between validations on whole volumes with dense overlap; 0 is off
+    tensorboard : write scalars and sample images to RUN/tensorboard
+    penalty_every : critic updates between gradient penalties, weighted accordingly; dice_weight : soft Dice term added
     """
 
     new_low_res: tuple[Triple, ...] = ()
@@ -109,8 +142,36 @@ class TrainConfig:
     resident_subjects: int | None = None
     max_bad_steps: int = 10
     seed: int = 0
+    bias_field: float = 0.0
+    rician: bool = False
+    profile: float = 0.0
+    flips: str = ""
+    motion: float = 0.0
+    feed: str = "auto"
+    feed_threads: int = 0
+    prefetch: int = 1
+    resident_memory: float | None = None
+    pool_precision: str = "auto"
+    block_memory: float | None = None
     form: str = "fast"
-    penalty: str = "explicit"
+    penalty: str = "auto"
+    joint_fakes: bool = True
+    generator_chunk: int = 0
+    precision: str = "auto"
+    tf32: bool = False
+    layout: str = "auto"
+    compile: str = "auto"
+    accumulate: int = 1
+    auto_batch: bool = False
+    lr_schedule: str = "constant"
+    lr_warmup: int = 0
+    lr_end: float = 0.0
+    patience: int = 0
+    best_by: str = "dice"
+    whole_every: int = 0
+    tensorboard: bool = False
+    penalty_every: int = 1
+    dice_weight: float = 0.0
     preset: str = "code"
 
     def __post_init__(self) -> None:
@@ -127,34 +188,19 @@ class TrainConfig:
                 f"{self.patch_size}",
                 f"a multiple of 4 (two stride-2 layers) from 16 up; try {lower} or {lower + 4}",
             )
-        positive: tuple[str, ...] = (
-            "epochs",
-            "init_epoch",
-            "batch_size",
-            "stride",
-            "critic_iterations",
-            "head_rate",
-            "lr_gen",
-            "lr_dis",
-            "kernel_gen",
-        )
-        positive = (*positive, "kernel_dis", "snapshot", "validate_every", "keep_checkpoints", "max_bad_steps")
-        for name in positive:
+        for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ModelError(f"config: {name}", f"{getattr(self, name)}", "a number above zero")
-        for name in (
-            "lambda_rec",
-            "lambda_adv",
-            "lambda_gp",
-            "noise",
-            "warmup_epochs",
-            "clip_norm",
-            "ema",
-            "contrast_max",
-        ):
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ModelError(f"config: {name}", f"{getattr(self, name)}", "zero or above")
-        for name in ("contrast_max", "ema", "noise", "beta1", "beta2"):
+        for name in ("resident_memory", "block_memory", "resident_subjects", "steps_per_epoch"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ModelError(f"config: {name}", f"{value}", "a number above zero, or leave it out")
+        if not set(self.flips) <= set("xyz"):
+            raise ModelError("config: flips", f"{self.flips!r}", "letters of the axes to mirror, for example xy")
+        for name in ("contrast_max", "ema", "noise", "beta1", "beta2", "profile"):
             if getattr(self, name) >= 1:
                 raise ModelError(f"config: {name}", f"{getattr(self, name)}", "below 1")
         if self.init_epoch > self.epochs:

@@ -69,7 +69,15 @@ class Models:
     def critic_update(self, batch: Batch, fake: Tensor, eps: Tensor) -> dict[str, float]:
         """One Adam step of the critic; skipped when the loss is not finite."""
         c = self.config
-        terms = critic_loss(self.critic, batch.y, fake, eps, c.lambda_gp, batch.res, c.penalty)
+        terms = critic_loss(
+            self.critic,
+            batch.y,
+            fake,
+            eps,
+            c.lambda_gp,
+            batch.res,
+            "explicit" if c.penalty in ("auto", "manual") else c.penalty,
+        )
         return self._apply(self.adam_d, self.critic, terms, 0.0)
 
     def generator_update(self, batch: Batch, adversarial: bool) -> dict[str, float]:
