@@ -1,0 +1,239 @@
+"""The checks of tools/gpu_check.py: each part yields what it found, one check at a time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsrgan import backend, engine, stitch, tiles
+from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.pool import Pool, Resident
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SUM_TOLERANCE = 1e-6  # of the largest value: torch's addcmul may round twice where the kernel rounds once
+
+
+@dataclass
+class Check:
+    """One finding. passed : None where it was not run, with ``facts["reason"]``."""
+
+    name: str
+    passed: bool | None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """Where the checks run and how long a part may take (seconds)."""
+
+    device: torch.device
+    budget: float
+    deadline: float = 0.0
+    inside_sanitizer: bool = False
+
+    @property
+    def cuda(self) -> bool:
+        """Whether there is a GPU to check."""
+        return self.device.type == "cuda"
+
+    def sync(self) -> None:
+        """Wait for the device."""
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+
+# --- kernels ------------------------------------------------------------------------------------------------------
+
+
+def kernels(c: Context) -> Iterator[Check]:
+    """Every kernel against its reference: odd sizes, all types, poisoned outputs, the same bits again."""
+    if not backend.runs_kernels(c.device):
+        yield Check("kernels", None, {"reason": "needs a CUDA device and CuPy"})
+        return
+    for name, operation in sorted(backend.OPS.items()):
+        for seed in range(1 if c.inside_sanitizer else 4):
+            expected = _tensors(operation.body(*operation.example(seed, c.device)))
+            runs = [_tensors(operation.launch(*operation.example(seed, c.device))) for _ in range(3)]
+            c.sync()
+            error = max(_difference(a, b) for a, b in zip(runs[0], expected, strict=True))
+            again = all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+            yield Check(
+                f"{name}, example {seed}", error <= operation.rtol and again, {"error": error, "repeats": again}
+            )
+    yield from _overlap_add(c)
+    yield from _gathers(c)
+    if not c.inside_sanitizer:
+        yield _sanitizer(c)
+
+
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    assert result is not NotImplemented
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Largest |a - b| over the largest |b|; infinite where a is not finite."""
+    if not bool(a.isfinite().all()):
+        return float("inf")
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+
+
+SMALL = (((19, 15, 22), (8, 12, 12), (5, 4, 7)), ((11, 11, 11), 12, 12))  # shape, patch, step
+LARGE = (((95, 71, 82), (32, 24, 40), (10, 8, 7)), ((64, 64, 64), 64, 64), ((47, 64, 43), 32, (5, 16, 1)))
+
+
+def _overlap_add(c: Context) -> Iterator[Check]:
+    plans = LARGE if c.cuda and not c.inside_sanitizer else SMALL
+    for (shape, patch, step), (kind, dtype), window in itertools.product(plans, FLOATS.items(), stitch.WINDOWS):
+        plan = tiles.plan(shape, patch, step)
+        draw = torch.Generator().manual_seed(0)
+        some = torch.randn(len(plan), 2, *plan.patch, generator=draw).to(dtype)
+        expected = stitch.overlap_add(some, plan, window)
+        here = some.to(c.device)
+        runs = [_in_batches(here, plan, window, size) for size in (len(plan), 7, 3)]
+        error = _difference(runs[0], expected)
+        again = all(torch.equal(runs[0], other) for other in runs[1:])
+        ones = torch.ones(1, 1, 1, 1, 1, dtype=dtype, device=c.device).expand(len(plan), 2, *plan.patch)
+        law = _difference(stitch.overlap_add(ones, plan, window), torch.ones(2, *plan.padded_shape))
+        facts = {"error": error, "ones": law, "any batches, same bits": again}
+        name = f"overlap_add {kind} {window} {'x'.join(map(str, shape))}"
+        yield Check(name, error <= SUM_TOLERANCE and law <= SUM_TOLERANCE and again, facts)
+
+
+def _in_batches(some: Tensor, plan: tiles.TilePlan, window: str, size: int) -> Tensor:
+    sums = stitch.Stitcher(plan, some.shape[1], window, some.device)
+    for part in some.split(size):
+        sums.add(part)
+    return sums.result()
+
+
+def _gathers(c: Context) -> Iterator[Check]:
+    some = np.random.default_rng(0)
+    volume = torch.from_numpy(some.random((41, 37, 53), np.float32))
+    plan = tiles.plan((41, 37, 53), (16, 12, 20), (5, 7, 9))
+    for (kind, dtype), (target, to) in itertools.product(FLOATS.items(), FLOATS.items()):
+        if "fp32" not in (kind, target):
+            continue
+        out, expected = (
+            torch.full((len(plan), 1, *plan.patch), torch.nan, dtype=to, device=d) for d in (c.device, "cpu")
+        )
+        tiles.gather(volume.to(dtype).to(c.device), plan, range(len(plan)), out)
+        tiles.gather(volume.to(dtype), plan, range(len(plan)), expected)
+        yield Check(f"gather_tiles {kind} to {target}", torch.equal(out.cpu(), expected))
+    for (kind, dtype), classes in itertools.product(FLOATS.items(), (0, 3)):
+        both = []
+        for device in (c.device, torch.device("cpu")):
+            pool = Pool(_residents(dtype, device), 12, mask_classes=classes)
+            indices, flips = np.arange(len(pool)), np.random.default_rng(1).random((len(pool), 3)) > 0.5
+            both.append(pool.gather(indices, flips))
+        same = torch.equal(both[0].x.cpu(), both[1].x) and torch.equal(both[0].y.cpu(), both[1].y)
+        yield Check(f"gather_patches {kind}, {classes} classes", same)
+
+
+def _residents(dtype: torch.dtype, device: torch.device) -> list[Resident]:
+    made, some = [], np.random.default_rng(2)
+    for name, shape in (("a", (21, 9, 33)), ("b", (40, 27, 18))):
+        image, hr = (torch.from_numpy(some.random(shape, np.float32)).to(device, dtype) for _ in range(2))
+        label, mask = (torch.from_numpy(some.integers(0, n, shape, np.uint8)).to(device) for n in (2, 4))
+        made.append(Resident(name, image, hr, label, mask, 2.5, some.integers(-8, 14, (7, 3))))
+    return made
+
+
+def _sanitizer(c: Context) -> Check:
+    """The kernels once more under NVIDIA's memory checker."""
+    tool = shutil.which("compute-sanitizer")
+    if not tool:
+        return Check("compute-sanitizer", None, {"reason": "it is not installed"})
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(ROOT / "tools/gpu_check.py")]
+    command += ["--only", "kernels", "--inside-sanitizer", "--device", str(c.device)]
+    left = max(10.0, c.deadline - time.monotonic())
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
+    except subprocess.TimeoutExpired:
+        return Check("compute-sanitizer", None, {"reason": f"not done in {left:.0f} s"})
+    return Check("compute-sanitizer memcheck", done.returncode == 0, {"said": done.stdout[-300:].strip()})
+
+
+# --- inference ----------------------------------------------------------------------------------------------------
+
+INFER_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}  # of the image's maximum; probabilities likewise
+
+
+def infer(c: Context) -> Iterator[Check]:
+    """A whole volume: the device against the CPU in float32, half precision, and the same bits twice."""
+    from bench.common import texture
+
+    volume = torch.from_numpy(texture((75, 83, 66) if c.cuda else (35, 43, 26)))
+    plan = tiles.plan(tuple(volume.shape), 64 if c.cuda else 16, 16 if c.cuda else 8)
+    generator = build_generator(GeneratorSpec(kernel=8), seed=1).eval()
+    expected, facts = engine.predict(volume, plan, generator, 3.0, device="cpu")
+    for precision in ("fp32", "bf16", "fp16") if c.cuda else ("fp32",):
+        for window in stitch.WINDOWS:
+            truth = expected
+            if window != "constant":
+                truth, _ = engine.predict(volume, plan, generator, 3.0, device="cpu", window=window)
+            runs = [
+                engine.predict(volume, plan, generator, 3.0, device=c.device, precision=precision, window=window)
+                for _ in range(2)
+            ]
+            error = _difference(runs[0][0], truth)
+            again = torch.equal(runs[0][0], runs[1][0])
+            facts = {"error": error, "repeats": again, "tiles/s": runs[1][1]["tiles_per_second"]}
+            yield Check(f"predict {precision} {window}", error <= INFER_TOLERANCE[precision] and again, facts)
+        generator.cpu()
+
+
+# --- benchmarks ---------------------------------------------------------------------------------------------------
+
+
+def bench(c: Context) -> Iterator[Check]:
+    """`python -m bench`, in a short form: its gates are the checks, its rows the evidence."""
+    short = {
+        "data": ["--shape", "97", "113", "89"],
+        "step": ["--kernel", "16", "--batch", "8"],
+        "infer": ["--shape", "128", "128", "128", "--batch", "8"],
+    }
+    for name, sizes in short.items():
+        if not c.cuda:
+            sizes = ["--quick"]
+        device = ["--device", str(c.device)] if name != "data" else []
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "bench.json"
+            command = [sys.executable, "-m", "bench", name, *sizes, *device, "--repeats", "3", "--no-memory"]
+            left = max(10.0, c.deadline - time.monotonic())
+            try:
+                done = subprocess.run(
+                    [*command, "--json", str(target)],
+                    cwd=ROOT,
+                    capture_output=True,
+                    text=True,
+                    timeout=left,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                yield Check(f"bench {name}", None, {"reason": f"not done in {left:.0f} s"})
+                continue
+            if "No module named" in done.stderr:
+                yield Check(f"bench {name}", None, {"reason": done.stderr.strip().splitlines()[-1]})
+                continue
+            report = json.loads(target.read_text()) if target.is_file() else {"said": done.stderr[-300:]}
+            yield Check(f"bench {name}", done.returncode == 0, {"command": " ".join(command[1:]), "report": report})
+
+
+Part = Callable[[Context], Iterator[Check]]
+PARTS: dict[str, Part] = {"kernels": kernels, "infer": infer, "bench": bench}
