@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import shutil
@@ -235,5 +236,22 @@ def bench(c: Context) -> Iterator[Check]:
             yield Check(f"bench {name}", done.returncode == 0, {"command": " ".join(command[1:]), "report": report})
 
 
+def _training(name: str) -> Callable[[Context], Iterator[Check]]:
+    """A part of tools/gpu_training.py, which is imported when it is run: it needs more of the package."""
+
+    def run(c: Context) -> Iterator[Check]:
+        module = importlib.import_module("tools.gpu_training")
+        yield from getattr(module, name)(c)
+
+    return run
+
+
 Part = Callable[[Context], Iterator[Check]]
-PARTS: dict[str, Part] = {"kernels": kernels, "infer": infer, "bench": bench}
+PARTS: dict[str, Part] = {
+    "kernels": kernels,
+    "feed": _training("feed"),
+    "step": _training("step"),
+    "compile": _training("compile_"),
+    "infer": infer,
+    "bench": bench,
+}
