@@ -3,7 +3,9 @@
     python -m bench step  --json bench/results/MACHINE/step.json
     python -m bench data  --threads 2
     python -m bench infer --quick
-    python -m bench report        # bench/results -> docs/benchmarks.md
+    python -m bench kernels --device cuda
+    python -m bench report        # bench/results -> docs/benchmarks.md and the figures of docs/data-engine.md
+    python -m bench project 1000  # what the measured figures mean for a cohort of 1,000 subjects
 
 Exit code 1 when a correctness gate failed: that row has no times.
 """
@@ -28,7 +30,20 @@ OPTIONS: dict[str, Defaults] = {
         "critic_kernel": (32, 4),
         "critic_iterations": (5, 2),
     },
-    "data": {"shape": ([197, 233, 189], [48, 48, 48]), "patch": (64, 16), "batch": ([32], [8])},
+    "data": {
+        "shape": ([197, 233, 189], [48, 48, 48]),
+        "patch": (64, 16),
+        "batch": ([32], [8]),
+        "stride": (20, 10),
+        "fill": (75, 75),
+        "subjects": (4, 2),
+        "epochs": (2, 2),
+        "rounds": (1, 1),
+        "workers": (None, None),
+        "visit": (32, 8),
+        "step_ms": (145, 2),
+    },
+    "kernels": {"shape": ([197, 233, 189], [48, 48, 48]), "patch": (64, 32), "step": (32, 16), "batch": ([32], [8])},
     "infer": {
         "shape": (None, [48, 48, 48]),
         "patch": (64, 32),
@@ -45,10 +60,19 @@ HELP = {
     "critic_iterations": "critic updates per generator update",
     "shape": "of the volume (data: 197 233 189; infer: that for stitching, 128 128 128 for whole inference)",
     "step": "distance between tiles in voxels",
+    "stride": "distance between patches in voxels",
+    "fill": "width of the synthetic heads in percent of the volume",
+    "subjects": "volumes of the end-to-end rows",
+    "epochs": "of an end-to-end side that are timed, after its first one",
+    "rounds": "of all end-to-end sides, each a process that begins anew",
+    "workers": "worker processes of the peers' loaders (all usable cores)",
+    "visit": "patches that a peer takes of a volume before it is made anew, in the rows that say so",
+    "step_ms": "duration of the simulated training step in milliseconds",
 }
 BRIEF = {
     "step": "generator forward and backward, critic update, whole training iteration",
-    "data": "degradation, patch gather, store read",
+    "data": "degradation, patch gather, store read; files to batches end to end",
+    "kernels": "device operations against the copy ceiling",
     "infer": "stitching, whole inference",
 }
 
@@ -65,10 +89,13 @@ def build_parser() -> argparse.ArgumentParser:
             several = {"nargs": 3} if name == "shape" else {"nargs": "+"} if isinstance(default, list) else {}
             told = "" if default is None else f" ({' '.join(map(str, default)) if several else default})"
             p.add_argument(f"--{name.replace('_', '-')}", type=int, help=HELP[name] + told, **several)
+        if bench == "data":
+            p.add_argument("--engine", action=argparse.BooleanOptionalAction, help="end-to-end rows (not with --quick)")
+            p.add_argument("--plot", metavar="FILE", help="also draw the end-to-end rows, as PNG or SVG")
         p.add_argument("--quick", action="store_true", help="small sizes and two repeats: does it work, not how fast")
         p.add_argument("--repeats", type=int, help="of every side, taken in turns (5)")
         p.add_argument("--threads", type=int, help="for torch and BLAS (all usable cores)")
-        p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:n; data runs on the CPU (cpu)")
+        p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:n; data: of the end-to-end rows (cpu)")
         p.add_argument("--only", metavar="TEXT", help="cases whose name contains TEXT")
         p.add_argument(
             "--memory", action=argparse.BooleanOptionalAction, help="peak memory, a process per side (not with --quick)"
@@ -88,6 +115,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.repeats = args.repeats or (2 if args.quick else 5)
     args.threads = args.threads or len(os.sched_getaffinity(0))
     args.memory = not args.quick if args.memory is None else args.memory
+    if args.bench == "data" and args.engine is None:
+        args.engine = not args.quick
     numbers = [v for name in OPTIONS[args.bench] for v in _flat(getattr(args, name))]
     if min([args.repeats, args.threads, *numbers]) < 1:
         parser.error("sizes, repeats and threads are numbers from 1 up")
@@ -106,6 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from bench import report as page
 
         print(page.main())
+        return 0
+    if list(argv[:1]) == ["project"]:
+        from bench import data_page
+
+        print(data_page.main(argv[1:]))
         return 0
     args = parse(argv)
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -126,6 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = common.run(cases, args)
         if args.json:
             common.write_json(args.json, report)
+        if getattr(args, "plot", None):
+            from bench.plot import plot
+
+            plot(report, args.plot)
     except FastsrganError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -82,6 +82,19 @@ class Case:
     l2: bool = False
 
 
+@runtime_checkable
+class OwnWay(Protocol):
+    """A case that does not fit one call per side and measures itself; its row has the form of all rows."""
+
+    name: str
+
+    def measure(self, args: argparse.Namespace) -> dict[str, Any]:
+        """The row."""
+
+    def lines(self, row: Mapping[str, Any]) -> Sequence[str]:
+        """What is printed of it besides the times."""
+
+
 def prepare(args: argparse.Namespace) -> None:
     """Threads, allocator and float32 arithmetic, the same for all sides. Raises ResourceError for a missing device."""
     pick_device(args.device)
@@ -91,16 +104,18 @@ def prepare(args: argparse.Namespace) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def run(cases: Sequence[Case], args: argparse.Namespace) -> dict[str, Any]:
+def run(cases: Sequence[Case | OwnWay], args: argparse.Namespace) -> dict[str, Any]:
     """All cases; prints one line for each side and returns the report. Raises UsageError when ``--only`` fits none."""
     chosen = [case for case in cases if not args.only or args.only in case.name]
     if not chosen:
         raise UsageError("--only", f"no case has {args.only!r} in its name", "; ".join(case.name for case in cases))
     rows = []
     for case in chosen:
-        rows.append(measure(case, args))
+        rows.append(case.measure(args) if isinstance(case, OwnWay) else measure(case, args))
         print_row(rows[-1])
-    settings = {k: v for k, v in vars(args).items() if k not in ("json", "peak_of", "argv", "bench")}
+        if isinstance(case, OwnWay) and rows[-1]["passed"]:
+            print("\n".join(f"    {line}" for line in case.lines(rows[-1])), flush=True)
+    settings = {k: v for k, v in vars(args).items() if k not in ("json", "plot", "peak_of", "argv", "bench")}
     return finite(
         {
             "bench": args.bench,
@@ -305,7 +320,8 @@ def print_row(row: Mapping[str, Any]) -> None:
         print(f"{row['name']}: GATE FAILED, {gate.replace('<=', 'is not <=')}: no times", flush=True)
         return
     print(f"{row['name']}  ({gate})", flush=True)
-    rate = "".join(f"  {v:.4g} {k.replace('_per_second', '/s')}" for k, v in row.items() if k.endswith("_per_second"))
+    rates = {k.removesuffix("_per_second").replace("_", " "): v for k, v in row.items() if k.endswith("_per_second")}
+    rate = "".join(f"  {value:.4g} {what}/s" for what, value in rates.items())
     print(f"  {'fastsrgan':<24}{_times(row)}{rate}", flush=True)
     for peer, facts in row["peers"].items():
         if "not_run" in facts:

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from bench.common import Case, Sides, texture
+from bench import data_engine
+from bench.common import Case, OwnWay, Sides, texture
 from fastsrgan import images, resample
 from fastsrgan.degrade import degrade
 from fastsrgan.pool import Pool, Resident, patch_origins
 from fastsrgan.resample import FWHM
-from fastsrgan.store import open_store
+from fastsrgan.store import Store, open_store
 from fastsrgan.store_writer import create_store
 
 FACTOR = 3
@@ -28,14 +29,14 @@ TOLERANCE = 5e-6  # of the largest intensity
 STRIDE = 20  # of the patch grid, the default of `fastsrgan train`
 
 
-def cases(args: argparse.Namespace) -> list[Case]:
-    """Degradation in both geometries, patch gather, store read."""
+def cases(args: argparse.Namespace) -> list[Case | OwnWay]:
+    """Degradation in both geometries, patch gather, store read; then the end-to-end rows."""
     nx, ny, nz = args.shape
     # A multiple of the factor: voxel centres of both grids then coincide, which SciPy's decimation by slicing needs.
     shape = (nx, ny, max(FACTOR, nz - nz % FACTOR))
     facts = {"shape": list(shape), "factor": FACTOR}
     voxels = ("voxels", float(np.prod(shape)))
-    found = []
+    found: list[Case | OwnWay] = []
     for geometry in ("physical", "segsrgan"):
         for cold in (False, True):
             what = "a resolution not seen before" if cold else "matrices at hand"
@@ -49,7 +50,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
     facts = {"shape": list(args.shape), "files": "warm: the operating system has them in memory"}
     sides = functools.partial(_read_sides, tuple(args.shape))
     found.append(Case("store read, int16 image and label", facts, sides, 0.0, ("volumes", 1.0)))
-    return found
+    return [*found, *(data_engine.cases(args) if args.engine else ())]
 
 
 # --- degradation --------------------------------------------------------------------------------------------------
@@ -142,17 +143,21 @@ def _read_sides(shape: tuple[int, ...]) -> Sides:
         writer.write("texture", "Train", image, 1.0, 0.0, label, None, np.eye(4), {})
         writer.finish()
     paths = [images.save(root / f"{name}.nii.gz", a, np.eye(4)) for name, a in (("image", image), ("label", label))]
-    store = open_store(root / "store")
+    store, by_zarr = open_store(root / "store"), open_store(root / "store", "zarr")
 
-    def ours(keep: Any = folder) -> list[np.ndarray]:
+    # Each side holds the folder: one may be all that is kept of them.
+    def ours(_: Any = folder, store: Store = store) -> list[np.ndarray]:
         sample = store.read("texture")
         return [sample.image, sample.label]  # type: ignore[list-item]
 
-    def plain() -> list[np.ndarray]:
+    def plain(_: Any = folder) -> list[np.ndarray]:
         loaded = [np.asanyarray(nib.load(p).dataobj) for p in paths]  # type: ignore[attr-defined]
         return [loaded[0].astype(np.float32), loaded[1]]
 
-    def checked() -> list[np.ndarray]:
+    def checked(_: Any = folder) -> list[np.ndarray]:
         return [images.load(paths[0]).data, images.load_label(paths[1]).data]
 
-    return {"fastsrgan": ours, "nii.gz, nibabel": plain, "nii.gz, fastsrgan.images": checked}
+    sides = {"fastsrgan": ours, "nii.gz, nibabel": plain, "nii.gz, fastsrgan.images": checked}
+    if store.reader != by_zarr.reader:
+        sides[f"{by_zarr.reader} for {store.reader}"] = lambda: ours(store=by_zarr)
+    return sides

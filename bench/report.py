@@ -1,4 +1,5 @@
-"""``python -m bench report``: bench/results/*/*.json -> docs/benchmarks.md. Nothing on that page is written by hand."""
+"""``python -m bench report``: bench/results/*/*.json -> docs/benchmarks.md, nothing of which is written by hand, and
+the figures and picture of docs/data-engine.md."""
 
 from __future__ import annotations
 
@@ -6,9 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench import data_page
+from bench.plot import plot
 from fastsrgan.runtime import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
+ENGINE, PICTURE = ROOT / "docs" / "data-engine.md", ROOT / "docs" / "images" / "data-engine.png"
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 
@@ -63,6 +67,8 @@ def section(path: Path, report: dict[str, Any]) -> list[str]:
             else:
                 ratio = f"{row['ratio_to'][peer]:.2f} x"
                 lines.append(f"| | {peer} | {times(facts)} | {ratio} | {memory(facts)} | {facts['max_error']:.1e} |")
+    if any(row["name"].startswith("end to end") for row in report["rows"]):
+        lines += ["", "End to end (docs/data-engine.md says what the columns are):\n", data_page.rates(report).rstrip()]
     return [*lines, "", *(f"* {note}" for note in report["notes"])]
 
 
@@ -76,4 +82,8 @@ def main() -> Path:
         lines += section(path, report)
     with atomic_write(PAGE) as temporary:
         temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf8")
+    data = [report for path, report in reports if path.name == "data.json"]
+    if data and ENGINE.is_file():
+        data_page.refresh(ENGINE, data[0])
+        plot(data[0], PICTURE)
     return PAGE

@@ -1,28 +1,29 @@
-"""The training step: generator forward and backward, critic update, and the whole iteration beside plain PyTorch."""
+"""The training step: generator, critic update, generator update and the whole iteration beside plain PyTorch."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import itertools
-from collections.abc import Callable
-from dataclasses import replace
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bench import naive
+from bench import common, flops, naive
 from bench.common import Case, Sides, texture
-from fastsrgan import train
+from fastsrgan import precision
 from fastsrgan.config import TrainConfig
+from fastsrgan.critic_step import critic_gradients
 from fastsrgan.degrade import degrade
 from fastsrgan.losses import charbonnier
 from fastsrgan.networks import GeneratorSpec, build_generator
 from fastsrgan.pair import Models
-from fastsrgan.pool import Pool, Resident, patch_origins
+from fastsrgan.pool import Batch, Pool, Resident, patch_origins
+from fastsrgan.ranks import ALONE, Ranks
 from fastsrgan.runtime import rng
 
 FORWARD_TOLERANCE = 5e-5
@@ -32,39 +33,111 @@ FORWARD_TOLERANCE = 5e-5
 GRADIENT_TOLERANCE = 5e-2
 CRITIC_TOLERANCE = 5e-3  # of its gradients: LeakyReLU has kinks too, but few layers
 LOSS_TOLERANCE = 1e-2  # of the largest term
+HALF = 20.0  # times the tolerance where fastsrgan's side computes in bfloat16 or float16
 ZERO = 1e-6  # of the largest gradient: a shift in front of an instance norm has a gradient of rounding only
 EPOCH = 1
+# One setting changed back to its plain form at a time; "as it was" is all of them.
+SWITCHES: dict[str, dict[str, Any]] = {
+    "explicit penalty": {"penalty": "explicit"},
+    "autograd penalty": {"penalty": "autograd"},
+    "fakes of each update alone": {"joint_fakes": False},
+    "reference form": {"form": "reference"},
+}
+
+
+@dataclass(frozen=True)
+class Work(Case):
+    """A case whose operations and least memory traffic are known."""
+
+    count: flops.Count = flops.NOTHING
+
+    def measure(self, args: argparse.Namespace) -> dict[str, Any]:
+        """The row, with the work that the formulas ask for and what that is of the device's ceilings."""
+        row = common.measure(self, args)
+        if not row["passed"]:
+            return row
+        top = ceilings(args.device, args.quick)
+        row |= {"flop": self.count.flop, "least_bytes": self.count.bytes, "ceilings": top}
+        for facts in (row, *(f for f in row["peers"].values() if "seconds_median" in f)):
+            seconds = facts["seconds_median"]
+            facts["of_matmul_ceiling"] = self.count.flop / seconds / top["matmul_flop_per_second"]
+            facts["of_copy_ceiling"] = self.count.bytes / seconds / top["copy_bytes_per_second"]
+        return row
+
+    def lines(self, row: Mapping[str, Any]) -> Sequence[str]:
+        """The work as usually written over the time: rewrites that save products may exceed the ceiling."""
+        told = [f"{row['flop'] / 1e9:.1f} GFLOP as usually written, {row['least_bytes'] / 1e9:.2f} GB at least"]
+        for name, facts in (("fastsrgan", row), *row["peers"].items()):
+            if "of_matmul_ceiling" in facts:
+                matmul, copy = facts["of_matmul_ceiling"], facts["of_copy_ceiling"]
+                told.append(f"{name}: {matmul:.0%} of the matmul ceiling, {copy:.0%} of the copy ceiling")
+        return told
+
+
+@functools.cache
+def ceilings(device: str, quick: bool) -> dict[str, float]:
+    """Best of ten on the device: bytes read and written per second by a large copy, FLOP/s of a float32 product and,
+    on CUDA, of a bfloat16 one, which then is the ceiling."""
+    cuda = device.startswith("cuda")
+    edge, n = (128, 2**20) if quick else (8192, 2**28) if cuda else (2048, 2**26)
+    a = torch.ones(n, device=device)
+    b = torch.empty_like(a)
+    calls: dict[str, Callable[[], list]] = {"copy": lambda: [b.copy_(a)]}
+    kinds = {"float32": torch.float32, **({"bfloat16": torch.bfloat16} if cuda else {})}
+    for name, kind in kinds.items():
+        m = torch.ones((edge, edge), device=device, dtype=kind)
+        calls[name] = lambda m=m: [m @ m]  # type: ignore[misc]
+    turns = common.take_turns(calls, 10, device)
+    best = {name: min(t.seconds for t in turns[name]) for name in calls}
+    products = {f"{name}_flop_per_second": 2 * edge**3 / best[name] for name in kinds}
+    top = {"copy_bytes_per_second": 8 * n / best["copy"], **products}
+    return {**top, "matmul_flop_per_second": max(products.values())}
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """Forward and forward + backward for every kernel and batch; critic update and iteration for the first of each."""
-    found = []
+    """Generator passes for every kernel and batch; updates and iteration for every batch of the first kernel."""
+    found: list[Case] = []
     for kernel, batch in itertools.product(args.kernel, args.batch):
         facts = {"kernel": kernel, "batch": batch, "patch": args.patch}
-        patches = ("patches", float(batch))
+        layers = flops.generator(kernel, args.patch)
         for name, backward in (("forward", False), ("forward + backward", True)):
             title = f"generator {name}, k {kernel}, batch {batch}, {args.patch}^3"
             build = _generator_sides(kernel, batch, args, backward)
             tolerance = GRADIENT_TOLERANCE if backward else FORWARD_TOLERANCE
-            found.append(Case(title, facts, build, tolerance, patches, l2=backward))
+            count = (flops.both(layers) if backward else flops.forward(layers)).times(batch)
+            found.append(Work(title, facts, build, tolerance, ("patches", float(batch)), l2=backward, count=count))
+    for batch in args.batch:
+        found += _update_cases(args, batch)
+    return found
+
+
+def _update_cases(args: argparse.Namespace, batch: int) -> list[Case]:
     config = TrainConfig(
         new_low_res=((1.0, 1.0, 3.0),),
         kernel_gen=args.kernel[0],
         kernel_dis=args.critic_kernel,
-        batch_size=args.batch[0],
+        batch_size=batch,
         patch_size=args.patch,
         critic_iterations=args.critic_iterations,
     )
-    n = float(config.batch_size)
-    where = f"batch {config.batch_size}, {args.patch}^3"
-    facts = {"kernel_dis": config.kernel_dis, "batch": config.batch_size, "patch": args.patch}
-    title = f"critic update, k {config.kernel_dis}, {where}"
-    sides = functools.partial(_critic_sides, config, args.device)
-    found.append(Case(title, facts, sides, CRITIC_TOLERANCE, ("patches", n), l2=True))
-    facts = {"kernel": config.kernel_gen, **facts, "critic_updates": config.critic_iterations, "generator_updates": 1}
-    title = f"iteration of {config.critic_iterations} + 1, k {config.kernel_gen} and {config.kernel_dis}, {where}"
-    sides = functools.partial(_iteration_sides, config, args.device)
-    found.append(Case(title, facts, sides, LOSS_TOLERANCE, ("patches", n)))
+    g, d = flops.generator(config.kernel_gen, args.patch), flops.critic(config.kernel_dis, args.patch)
+    half = HALF if precision.choose(config, torch.device(args.device)).dtype != torch.float32 else 1.0
+    where = f"batch {batch}, {args.patch}^3"
+    both = f"k {config.kernel_gen} and {config.kernel_dis}"
+    n = config.critic_iterations
+    rows = [
+        ("critic update", f"k {config.kernel_dis}", _critic_sides, CRITIC_TOLERANCE, flops.critic_update(d), True),
+        ("generator update", both, _generator_update_sides, LOSS_TOLERANCE, flops.generator_update(g, d), False),
+        (f"iteration of {n} + 1", both, _iteration_sides, LOSS_TOLERANCE, flops.iteration(g, d, n), False),
+    ]
+    found: list[Case] = []
+    for name, kernels, sides, tolerance, count, l2 in rows:
+        facts = {"kernel": config.kernel_gen, "kernel_dis": config.kernel_dis, "batch": batch, "patch": args.patch}
+        facts |= {"critic_updates": n} if name.startswith("iteration") else {}
+        title = f"{name}, {kernels}, {where}"
+        build = functools.partial(sides, config, args.device)
+        patches = ("patches", float(batch))
+        found.append(Work(title, facts, build, tolerance * half, patches, l2=l2, count=count.times(batch)))
     return found
 
 
@@ -91,7 +164,7 @@ def _generator_sides(kernel: int, batch: int, args: argparse.Namespace, backward
             network.zero_grad()
             loss = charbonnier(network(data.x), data.y)
             loss.backward()
-            return [loss.detach(), *gradients(parameters)]
+            return [loss.detach(), *gradients([cast(Tensor, p.grad) for p in parameters])]
 
         if backward:
             return {name: lambda n=n, p=p: both(n, p) for name, (n, p) in orders.items()}  # type: ignore[misc]
@@ -102,52 +175,67 @@ def _generator_sides(kernel: int, batch: int, args: argparse.Namespace, backward
 
 def _critic_sides(config: TrainConfig, device: str) -> Sides:
     batch = pool(config.patch_size, config.batch_size, device).gather(np.arange(config.batch_size))
-    explicit = models(config, device)
-    autograd = models(replace(config, penalty="autograd"), device)
-    plain = naive_trainer(config, explicit, device)
+    forms = {"fastsrgan": {}, "by hand, library convolutions": {}}
+    forms |= {name: changed for name, changed in SWITCHES.items() if "penalty" in changed}
+    ours = {name: models(replace(config, **changed), device, Kept()) for name, changed in forms.items()}
+    ours["by hand, library convolutions"]._critic_terms = functools.partial(critic_gradients, fast=False)
+    plain = naive_trainer(config, ours["fastsrgan"], device)
     draw = torch.Generator().manual_seed(0)
     fake = torch.rand(batch.y.shape, generator=draw).to(batch.y)
     eps = torch.rand(batch.y.shape[:2], generator=draw).to(batch.y)
 
-    def ours(m: Models) -> list[Tensor]:
+    def own(m: Models) -> list[Tensor]:
         terms = m.critic_update(batch, fake, eps)
-        return [loss_vector(terms), *gradients([p for p, _ in plain.critic.paired(m.critic)])]
+        kept = dict(zip(map(id, m.critic.parameters()), cast(Kept, m.ranks).gradients, strict=True))
+        return [loss_vector(terms), *gradients([kept[id(p)] for p, _ in plain.critic.paired(m.critic)])]
 
     def theirs() -> list[Tensor]:
         terms = plain.critic_update(batch.y, fake, eps)
-        return [loss_vector(terms), *gradients(list(plain.critic.parameters()))]
+        return [loss_vector(terms), *gradients([cast(Tensor, p.grad) for p in plain.critic.parameters()])]
 
-    return {"fastsrgan": lambda: ours(explicit), "autograd penalty": lambda: ours(autograd), "naive": theirs}
+    return {**{name: lambda m=m: own(m) for name, m in ours.items()}, "naive": theirs}  # type: ignore[misc]
+
+
+def _generator_update_sides(config: TrainConfig, device: str) -> Sides:
+    batch = pool(config.patch_size, config.batch_size, device).gather(np.arange(config.batch_size))
+    fast, reference = (models(replace(config, form=form), device) for form in ("fast", "reference"))
+    plain = naive_trainer(config, fast, device)
+
+    def own(m: Models) -> list[Tensor]:
+        return [loss_vector(m.generator_update(batch, adversarial=True))]
+
+    def theirs() -> list[Tensor]:
+        return [loss_vector(plain.generator_update(batch.x, batch.y))]
+
+    return {"fastsrgan": lambda: own(fast), "reference form": lambda: own(reference), "naive": theirs}
 
 
 def _iteration_sides(config: TrainConfig, device: str) -> Sides:
-    """Both sides gather their patches from the same pool by the same keys: equal batches, equal interpolations."""
+    """All sides gather their patches from the same pool by the same keys: equal batches, equal interpolations."""
     patches = pool(config.patch_size, config.batch_size, device)
     indices = next(patches.generator_batches(config.batch_size))
-    fast = models(config, device)
-    plain = naive_trainer(config, fast, device)
-    # What the training loop hands to its critic updates.
-    at = SimpleNamespace(config=config, models=fast, mask_classes=0, position=train.Position())
+    forms: dict[str, dict[str, Any]] = {"fastsrgan": {}, **SWITCHES}
+    ours = {name: models(replace(config, **changed), device) for name, changed in forms.items()}
+    plain = naive_trainer(config, ours["fastsrgan"], device)
 
-    def ours() -> list[Tensor]:
-        facts = train.critic_steps(cast(Any, at), patches, EPOCH)
-        values = fast.generator_update(patches.gather(indices), adversarial=True)
-        critic = {k.removeprefix("d_"): v for k, v in facts.items()}
-        return [loss_vector(critic), loss_vector(values)]
+    def draws() -> tuple[list[Batch], list[Tensor]]:
+        drawn = patches.critic_indices(0, config.batch_size, config.critic_iterations)
+        batches = [patches.gather(i) for i in drawn]
+        eps = [
+            torch.from_numpy(rng(config.seed, EPOCH, i, "eps").random(b.y.shape[:2], dtype=np.float32)).to(device)
+            for i, b in enumerate(batches)
+        ]
+        return batches, eps
+
+    def own(m: Models) -> list[Tensor]:
+        critic = m.critic_updates(*draws())
+        return [loss_vector(critic), loss_vector(m.generator_update(patches.gather(indices), adversarial=True))]
 
     def theirs() -> list[Tensor]:
-        drawn = patches.critic_indices(at.position.step, config.batch_size, config.critic_iterations)
-        batches = [patches.gather(i) for i in drawn]
-        shape = batches[0].y.shape[:2]
-        group, step = at.position.group, at.position.step
-        eps = [
-            torch.from_numpy(rng(config.seed, EPOCH, group, step, i, "eps").random(shape, dtype=np.float32)).to(device)
-            for i in range(len(batches))
-        ]
-        critic, values = plain.iteration(batches, eps, patches.gather(indices))
+        critic, values = plain.iteration(*draws(), patches.gather(indices))
         return [loss_vector(critic), loss_vector(values)]
 
-    return {"fastsrgan": ours, "naive": theirs}
+    return {**{name: lambda m=m: own(m) for name, m in ours.items()}, "naive": theirs}  # type: ignore[misc]
 
 
 # --- shared -------------------------------------------------------------------------------------------------------
@@ -166,9 +254,18 @@ def pool(patch: int, batch: int, device: str) -> Pool:
     return Pool([resident], patch)
 
 
-def models(config: TrainConfig, device: str) -> Models:
+class Kept(Ranks):
+    """The gradients of the last optimiser step, which it hands over for averaging."""
+
+    gradients: list[Tensor]
+
+    def average_(self, tensors: list[Tensor]) -> None:
+        *self.gradients, _ = tensors
+
+
+def models(config: TrainConfig, device: str, ranks: Ranks = ALONE) -> Models:
     """The networks and optimisers that ``fastsrgan train`` makes of a config."""
-    return Models(config, 0, torch.device(device))
+    return Models(config, 0, torch.device(device), ranks)
 
 
 def naive_trainer(config: TrainConfig, start: Models, device: str) -> naive.NaiveTrainer:
@@ -180,9 +277,8 @@ def naive_trainer(config: TrainConfig, start: Models, device: str) -> naive.Naiv
     return naive.NaiveTrainer(generator, critic, config.lr_gen, (config.beta1, config.beta2))
 
 
-def gradients(parameters: list[Tensor]) -> list[Tensor]:
-    """Their gradients; those that are zero but for rounding as zeros."""
-    found = [cast(Tensor, p.grad) for p in parameters]
+def gradients(found: list[Tensor]) -> list[Tensor]:
+    """Gradients; those that are zero but for rounding as zeros."""
     least = ZERO * max(float(g.abs().max()) for g in found)
     return [g if float(g.abs().max()) > least else torch.zeros_like(g) for g in found]
 

@@ -176,8 +176,14 @@ def _info(args: argparse.Namespace, progress: Progress) -> int:
     ]
     if args.json:
         print_json(rows)
-    else:
-        print(table(rows) if rows else f"{args.store}: no finished subjects")
+        return 0
+    if rows:
+        print(table(rows))
+    size, raw = (sum(getattr(s, name) for s in store.subjects) for name in ("stored_bytes", "raw_bytes"))
+    splits = ", ".join(f"{sum(s.split == name for s in store.subjects)} {name}" for name in ("Train", "Test"))
+    ratio = f", {raw / size:.2f} x smaller than in memory" if size else ""
+    state = "" if store.complete else "; the conversion has not ended: `fastsrgan convert --resume` goes on"
+    print(f"{args.store}: {len(rows)} subjects ({splits}), {size / 1e6:.2f} MB{ratio}{state}")
     return 0
 
 

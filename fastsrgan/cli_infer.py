@@ -22,6 +22,34 @@ def tile_edge(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of voxels nor none") from error
 
 
+def step_size(text: str) -> int | str:
+    """``auto`` or a number of voxels."""
+    if text.lower() == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of voxels nor auto") from error
+
+
+def _in_units(text: str, units: dict[str, float], what: str) -> float:
+    number, unit = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
+    try:
+        return float(number) * units[unit]
+    except (ValueError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from error
+
+
+def seconds(text: str) -> float:
+    """``60``, ``60s``, ``2m`` or ``1h``."""
+    return _in_units(text, {"": 1, "s": 1, "m": 60, "h": 3600}, "a time such as 60s, 2m or 1h")
+
+
+def memory(text: str) -> int:
+    """``8`` or ``8G`` for GiB, ``500M`` for MiB."""
+    return int(_in_units(text, {"": 2**30, "g": 2**30, "m": 2**20}, "a size such as 8G or 500M"))
+
+
 def size(text: str) -> float | str:
     """``same`` or a number of millimetres."""
     if text.lower() == "same":
@@ -49,7 +77,12 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("-o", "--out", required=True, metavar="DIR", help="output folder")
     p.add_argument("-w", "--weights", metavar="FILE", help="Keras HDF5, safetensors or run folder (the shipped model)")
     p.add_argument("--patch", type=tile_edge, default=128, help="tile edge in voxels, or none: the whole image (128)")
-    p.add_argument("--step", type=int, default=30, help="voxels between tiles; smaller is better and slower (30)")
+    p.add_argument(
+        "--step", type=step_size, default=30, help="voxels between tiles, or auto; smaller is better and slower (30)"
+    )
+    p.add_argument(
+        "--budget", type=seconds, metavar="TIME", help="60s, 2m: the densest steps down to --step that fit this time"
+    )
     p.add_argument(
         "--new-resolution",
         nargs="+",
@@ -68,7 +101,11 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     p.add_argument("--batch", type=batch_size, default="auto", help="tiles per forward pass (auto)")
     p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="(auto)")
+    p.add_argument("--check-precision", action="store_true", help="report what the precision costs, on a few tiles")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
+    p.add_argument("--max-memory", type=memory, metavar="G", help="of the host, beside the image; more goes by slabs")
+    p.add_argument("--mask", metavar="FILE", help="compute only where this image is above zero")
+    p.add_argument("--crop-to-head", action="store_true", help="compute only in the box around what is not air")
     p.add_argument("--save-prob", action="store_true", help="also write the probability map")
     p.add_argument(
         "--series", metavar="N", help="which series of a DICOM folder: number, UID or part of its description"
@@ -106,6 +143,8 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
         if len(resolution) not in (1, 3):
             raise UsageError("--new-resolution", f"{len(resolution)} sizes", "one, three, or same")
         resolution = resolution[0] if len(resolution) == 1 else resolution
+    if args.mask and args.crop_to_head:
+        raise UsageError("--mask", "excludes --crop-to-head", "one of the two")
     code = 0
     try:
         result = infer_files(
@@ -120,6 +159,10 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
             window=args.window,
             batch=args.batch,
             precision=args.precision,
+            budget=args.budget,
+            mask="head" if args.crop_to_head else args.mask,
+            max_memory=args.max_memory,
+            precision_check=args.check_precision,
             save_prob=args.save_prob,
             overwrite=args.overwrite,
             resume=args.resume,

@@ -13,6 +13,7 @@ from fastsrgan import config as settings
 from fastsrgan import convert as conversion
 from fastsrgan import train as training
 from fastsrgan.errors import UsageError
+from fastsrgan.ranks import launched
 from fastsrgan.runtime import Progress, output_folder
 from fastsrgan.store import open_store
 from fastsrgan.table import read_table
@@ -182,7 +183,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "-folder-training-data", "--folder-training-data", metavar="DIR", help="accepted; nothing is written there"
     )
     files.add_argument(
-        "-multi-gpu", "--multi-gpu", type=boolean, metavar="True|False", help="accepted; one device is used"
+        "-multi-gpu",
+        "--multi-gpu",
+        type=boolean,
+        metavar="True|False",
+        help="accepted; says how to start one process per GPU",
     )
     p.set_defaults(run=run)
 
@@ -219,13 +224,17 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         raise UsageError("train", "no run folder was given", "-o RUN (or -sf DIR as in the original)")
     if args.folder_training_data:
         log.info("--folder_training_data is not needed: patches are made in memory, nothing is written")
-    if args.multi_gpu:
-        log.info("--multi_gpu: this version trains on one device")
+    if args.multi_gpu and not launched():
+        log.info("--multi_gpu: one process per GPU trains, torchrun --nproc-per-node GPUS -m fastsrgan train ...")
     config = build_config(args)
     if config.init_epoch > 1 and not args.weights and not args.resume:
         reason = f"{config.init_epoch} continues an earlier training, but no weights were given"
         raise UsageError("--init-epoch", reason, "-w FILE (or --resume)")
     if str(source).lower().endswith((".csv", ".txt")):
+        if launched():
+            raise UsageError(
+                source, "ranks share a store, not a table", "fastsrgan convert it first, then name the store"
+            )
         source = convert_table(source, args, progress)
     result = training.train(
         source,
@@ -240,6 +249,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         mse_file=args.mse_file,
         progress=progress,
     )
+    if result.get("rank"):  # rank 0 speaks for all
+        return int(result["exit_code"])
     if args.json:
         print(json.dumps(result, indent=2))
     else:

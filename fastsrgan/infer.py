@@ -5,31 +5,41 @@ normalise -> interpolate to the wanted grid -> dense overlapping tiles through t
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from fastsrgan import tiles
-from fastsrgan.engine import check_batch, check_precision, pick_precision, predict
+from fastsrgan import anytime, tiles
+from fastsrgan.deviation import deviations
+from fastsrgan.engine import check_batch, check_precision, pick_precision
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.geometry import Orientation, grid_size, processing_orientation, resampled_affine, spacing_of
+from fastsrgan.infer_ways import How, Prepared, by_slabs, find_region, in_memory, within
 from fastsrgan.intensity import normaliser
-from fastsrgan.resample import SAME, check_geometry, upsample_to
+from fastsrgan.interpolated import Interpolated
+from fastsrgan.memory_plan import SLABS, Job, plan_memory
+from fastsrgan.resample import SAME, check_geometry
 from fastsrgan.runtime import QUIET, Progress, pick_device
-from fastsrgan.stitch import check_window
+from fastsrgan.slabs import Whole
+from fastsrgan.windows import check_window
 
 log = logging.getLogger("fastsrgan")
 
 MAX_VOXELS = 2**31  # of the interpolated grid
+BUDGET = 60.0  # seconds that step "auto" takes when none are given
 
 Resolution = str | float | Sequence[float] | None  # see infer_volume
+Step = str | int | Sequence[int]
 Spacing = tuple[float, float, float]
 # (volume, its spacing, wanted spacing) -> (interpolated float32 volume, the spacing that it has)
 Interpolate = Callable[[np.ndarray, Spacing, Spacing], tuple[np.ndarray, Spacing]]
@@ -43,6 +53,8 @@ class InferResult:
     prob : (1 + classes, X', Y', Z') float32 in [0, 1]: channel 0 the structure, then the mask classes
     affine : (4, 4) of both
     report : settings as they were used, sizes, times
+
+    Both arrays may be views of one another's memory; of a volume that was done by slabs they are maps of files.
     """
 
     sr: np.ndarray
@@ -57,7 +69,7 @@ def infer_volume(
     generator: nn.Module,
     *,
     patch: tiles.PerAxis = 128,
-    step: int | Sequence[int] = 30,
+    step: Step = 30,
     new_resolution: Resolution = None,
     device: str | torch.device = "auto",
     geometry: str = "physical",
@@ -65,6 +77,11 @@ def infer_volume(
     window: str = "constant",
     batch: str | int = "auto",
     precision: str = "auto",
+    budget: float | None = None,
+    mask: np.ndarray | str | None = None,
+    max_memory: int | None = None,
+    scratch: str | os.PathLike | None = None,
+    precision_check: bool = False,
     progress: Progress = QUIET,
     label: str = "infer",
 ) -> InferResult:
@@ -76,7 +93,8 @@ def infer_volume(
     affine : (4, 4) voxel index -> world mm
     generator : ``G(x)``, or ``G(x, res)`` where ``G.spec.conditional``, (B, 1, x, y, z) -> (B, 2 + classes, x, y, z);
         it is moved to the device
-    patch, step : of the tiles in voxels of the new grid, one or one per stored axis; see ``tiles.plan``
+    patch, step : of the tiles in voxels of the new grid, one or one per stored axis; see ``tiles.plan``. Step "auto":
+        as dense as the budget allows
     new_resolution : voxel size of the result in mm: None, isotropic at the finest of the input's; one number; one per
         stored axis; or "same", the input's own
     geometry : "physical" keeps every structure where it was, on any orientation; "segsrgan" gives the original's
@@ -86,80 +104,148 @@ def infer_volume(
     window : weight of a tile's voxels where tiles overlap, "constant" (the paper) or "gaussian"
     batch : tiles per forward pass, "auto" by memory; halved when memory runs out
     precision : "auto" (fp32 on CPU, bf16 on CUDA), "fp32", "bf16" or "fp16"; sums are float32 always
+    budget : seconds for the tiles: ever denser steps, each twice as dense, down to ``step``, as long as they fit;
+        see ``anytime``
+    mask : (X, Y, Z), above zero where results are wanted, or "head": the box around what is brighter than air.
+        Elsewhere SR is the interpolated image and the probabilities are 0; tiles that do not touch it are not computed
+    max_memory : bytes on the host beside the image; None takes what is free. What does not fit is done by slabs into
+        ``scratch``, a folder for the result's files, or refused. A run that was killed goes on at its last slab.
+    precision_check : measure what the precision costs on a few tiles, for the report
 
     Raises
     ------
     UsageError, InputError, ResourceError : settings, data or memory that cannot work.
     """
     began = time.perf_counter()
-    check_settings(patch, step, new_resolution, geometry, window, batch, precision)
-    original = geometry == "segsrgan"
+    check_settings(patch, step, new_resolution, geometry, window, batch, precision, budget, max_memory)
     data, affine = _checked(data_XYZ, affine)
     where = pick_device(str(device))
     precision = pick_precision(precision, where)
-    spacing = spacing_of(affine)
-    wanted = target_spacing(spacing, data.shape, new_resolution)
-    turn = Orientation() if original else processing_orientation(affine)
-    norm = normaliser(data)
-    if interpolate is None:
-        z = upsample_to(norm.apply(turn.apply(data)), turn.permute(spacing), turn.permute(wanted), geometry)
-    elif original:
-        z, wanted = interpolate(norm.apply(data), spacing, wanted)
+    image = _prepared(data, affine, new_resolution, geometry, interpolate)
+    region, told = find_region(mask, data, image)
+    how = How(generator, where, precision, window, region, progress, label)
+    by_levels = step == "auto" or budget is not None
+    levels = _levels(image, patch, step, by_levels)
+    plan = levels[-1].plan
+    network = how.network(image)
+    held = image.source.held_bytes if isinstance(image.source, Interpolated) else 0
+    can_stream = scratch is not None and isinstance(image.source, Interpolated)
+    job = Job(plan, network.channels or 2, window, held, by_levels, can_stream)
+    memory = plan_memory(job, network, batch, max_memory)
+    log.info("%s: %s", label, memory.line)
+    checked = {}
+    if precision_check:
+        checked = {"precision_check": deviations(image.source, plan, generator, image.slice_mm, where, precision)}
+    if by_levels:
+        sr, prob, facts = within(image, levels, how, memory.batch, BUDGET if budget is None else budget)
+        plan = levels[len(facts["levels"]) - 1].plan
+    elif memory.mode == SLABS:
+        key = _fingerprint(data, mask, generator, [plan, geometry, image.wanted, window, precision, str(where)])
+        assert scratch is not None
+        sr, prob, facts = by_slabs(image, plan, how, memory.batch, Path(scratch), key)
     else:
-        raise UsageError(
-            "interpolation", "only the segsrgan geometry has others than the spline", "--geometry segsrgan"
-        )
-    plan = tiles.plan(z.shape, _turned(patch, turn), _turned(step, turn), padding="original" if original else "shift")
-    out, facts = predict(
-        torch.from_numpy(z),
-        plan,
-        generator,
-        turn.permute(spacing)[2],
-        device=where,
-        precision=precision,
-        window=window,
-        batch=batch,
-        progress=progress,
-        label=label,
-    )
-    sr = np.ascontiguousarray(norm.invert(turn.undo(out[0].numpy())))
-    prob = np.ascontiguousarray(turn.undo(out[1:].numpy()))
-    if original:
-        ratio = [new / old for new, old in zip(wanted, spacing, strict=True)]
-        new_affine = affine @ np.diag([*ratio, 1.0])
-    else:
-        new_affine = resampled_affine(affine, data.shape, sr.shape, wanted)
-    warnings = _coarser(spacing, wanted)
-    settings = {
+        sr, prob, facts = in_memory(image, plan, how, memory.batch)
+    report = {
         "geometry": geometry,
-        "new_resolution": list(wanted),
+        "new_resolution": list(image.wanted),
         "patch": patch,
         "step": step,
         "window": window,
         "precision": precision,
         "device": str(where),
+        "budget": budget,
+        "region": told,
+        "shape": list(sr.shape),
+        "tiles": len(plan),
+        "tile": list(plan.patch),
+        "processed_axes": list(image.turn.axes),
+        "memory": memory.to_dict(),
+        **checked,
+        **facts,
+        "seconds": time.perf_counter() - began,
+        "warnings": _coarser(image.spacing, image.wanted),
     }
-    sizes = {"shape": list(sr.shape), "tiles": len(plan), "tile": list(plan.patch), "processed_axes": list(turn.axes)}
-    facts |= {"seconds": time.perf_counter() - began, "warnings": warnings}
-    return InferResult(sr, prob, new_affine, {**settings, **sizes, **facts})
+    return InferResult(sr, prob, _new_affine(affine, data.shape, sr.shape, image), report)
+
+
+def _prepared(
+    data: np.ndarray, affine: np.ndarray, new_resolution: Resolution, geometry: str, interpolate: Interpolate | None
+) -> Prepared:
+    original = geometry == "segsrgan"
+    spacing = spacing_of(affine)
+    wanted = target_spacing(spacing, data.shape, new_resolution)
+    turn = Orientation() if original else processing_orientation(affine)
+    norm = normaliser(data)
+    source: Interpolated | Whole
+    if interpolate is None:
+        source = Interpolated(data, turn, norm, spacing, wanted, geometry)
+    elif original:
+        z, wanted = interpolate(norm.apply(data), spacing, wanted)
+        source = Whole(z)
+    else:
+        raise UsageError(
+            "interpolation", "only the segsrgan geometry has others than the spline", "--geometry segsrgan"
+        )
+    return Prepared(source, turn, norm, spacing, wanted, geometry)
+
+
+def _levels(image: Prepared, patch: tiles.PerAxis, step: Step, by_levels: bool) -> list[anytime.Level]:
+    """The steps that may be reached; without a budget it is one."""
+    shape, patch, step = image.source.shape, _turned(patch, image.turn), _turned(step, image.turn)
+    original = image.geometry == "segsrgan"
+    if not by_levels:
+        assert not isinstance(step, str)
+        return [anytime.Level((), tiles.plan(shape, patch, step, padding="original" if original else "shift"))]
+    if original:
+        raise UsageError("budget", "the segsrgan geometry pads differently for every step", "--geometry physical")
+    return anytime.levels(shape, patch, step)
+
+
+def _new_affine(affine: np.ndarray, old: tuple[int, ...], new: tuple[int, ...], image: Prepared) -> np.ndarray:
+    if image.geometry == "segsrgan":
+        ratio = [b / a for a, b in zip(image.spacing, image.wanted, strict=True)]
+        return affine @ np.diag([*ratio, 1.0])
+    return resampled_affine(affine, old, new, image.wanted)
+
+
+def _fingerprint(data: np.ndarray, mask: Any, generator: nn.Module, settings: list) -> str:
+    """What a result depends on, in short."""
+    digest = hashlib.blake2b(repr((settings, data.shape, data.dtype.str)).encode(), digest_size=16)
+    arrays = [data, *([np.asarray(mask)] if mask is not None and not isinstance(mask, str) else [])]
+    for array in arrays:
+        for plane in array:
+            digest.update(np.ascontiguousarray(plane).data)
+    digest.update(mask.encode() if isinstance(mask, str) else b"")
+    for name, weight in sorted(generator.state_dict().items()):
+        digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_settings(
     patch: tiles.PerAxis,
-    step: int | Sequence[int],
+    step: Step,
     new_resolution: Resolution,
     geometry: str,
     window: str,
     batch: str | int,
     precision: str,
+    budget: float | None = None,
+    max_memory: int | None = None,
 ) -> None:
     """Raise UsageError for settings of ``infer_volume`` that no volume could be run with."""
     check_geometry(geometry)
     check_window(window)
-    tiles.plan((1, 1, 1), patch, step)
+    if isinstance(step, str):
+        anytime.levels((1, 1, 1), patch, step)
+    else:
+        tiles.plan((1, 1, 1), patch, step)
     target_spacing((1, 1, 1), (1, 1, 1), new_resolution)
     check_batch(batch)
     check_precision(precision)
+    if budget is not None and not (math.isfinite(budget) and budget >= 0):
+        raise UsageError("budget", f"{budget}", "seconds, 0 for the first level")
+    if max_memory is not None and max_memory < 1:
+        raise UsageError("max memory", f"{max_memory}", "a number of bytes from 1 up")
 
 
 def target_spacing(
@@ -210,7 +296,7 @@ def _checked(data_XYZ: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.n
         raise InputError("image", f"has the shape {data.shape}", "one volume of three dimensions")
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.linalg.det(affine[:3, :3]):
         raise InputError("affine", "is not an invertible 4 x 4 matrix")
-    if not np.isfinite(data).all():
+    if not all(np.isfinite(plane).all() for plane in data):
         raise InputError("image", "holds values that are not finite", "replace them, as fastsrgan.images.load does")
     return data, affine
 

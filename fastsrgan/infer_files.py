@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ import numpy as np
 from fastsrgan import any_image, images, runtime, table, tiles
 from fastsrgan import weights as weight_files
 from fastsrgan.errors import FastsrganError, InputError, PartialFailure, UsageError
-from fastsrgan.infer import InferResult, Resolution, check_settings, infer_volume
+from fastsrgan.infer import InferResult, Resolution, Step, check_settings, infer_volume
+from fastsrgan.infer_ways import HEAD
 from fastsrgan.networks import Generator
 from fastsrgan.runtime import QUIET, Progress
 
@@ -46,6 +48,8 @@ class _Job:
     series: str | None
     volume: int | None
     max_voxels: int
+    max_memory: int | None
+    precision_check: bool
     provenance: dict
     progress: Progress
 
@@ -62,13 +66,17 @@ def infer_files(
     weights: str | os.PathLike | None = None,
     *,
     patch: tiles.PerAxis = 128,
-    step: int | Sequence[int] = 30,
+    step: Step = 30,
     new_resolution: Resolution = None,
     device: str = "auto",
     geometry: str = "physical",
     window: str = "constant",
     batch: str | int = "auto",
     precision: str = "auto",
+    budget: float | None = None,
+    mask: str | os.PathLike | None = None,
+    max_memory: int | None = None,
+    precision_check: bool = False,
     save_prob: bool = False,
     overwrite: bool = False,
     resume: bool = False,
@@ -87,7 +95,8 @@ def infer_files(
     ----------
     inputs : NIfTI files, DICOM folders or files, and .txt or .csv lists of them
     weights : any weight file (``fastsrgan.weights.load_generator``); None takes the model shipped with the package
-    patch ... precision : see ``infer.infer_volume``
+    patch ... precision_check : see ``infer.infer_volume``; ``mask`` is the file of an image's mask, or "head". What
+        does not fit into ``max_memory`` bytes is done by slabs into files beside the result, taken away at the end
     overwrite, resume : what to do with results that are there: replace them; or keep those that are complete and were
         made of the same image with the same weights and settings. Without either, they are refused before any work.
     series : which series of a DICOM folder, see ``dicom.select``; the results' names then end in ``_series-N``
@@ -103,8 +112,10 @@ def infer_files(
     UsageError, ModelError, ResourceError : before any work. SomeFailed (with the summary), after every other volume is
     done, when a volume failed; its own error when there is only one.
     """
-    check_settings(patch, step, new_resolution, geometry, window, batch, precision)
+    check_settings(patch, step, new_resolution, geometry, window, batch, precision, budget, max_memory)
     paths = _expanded(inputs, series)
+    if mask is not None and str(mask) != HEAD and len(paths) > 1:
+        raise UsageError("mask", f"one file for {len(paths)} images", f"{HEAD}, or one image at a time")
     where = runtime.pick_device(device)
     out = runtime.output_folder(out_dir)
     source = weight_files.default_weights() if weights is None else Path(weights)
@@ -112,6 +123,7 @@ def infer_files(
     model = {"path": str(source), "sha256": facts["sha256"], "spec": facts["generator"]}
     asked = {"patch": patch, "step": step, "new_resolution": new_resolution, "geometry": geometry, "window": window}
     asked |= {"batch": batch, "precision": precision, "device": str(where)}
+    asked |= {"budget": budget, "mask": None if mask is None else str(mask)}
     job = _Job(
         out,
         weight_files.load_generator(source),
@@ -121,6 +133,8 @@ def infer_files(
         series,
         volume,
         max_voxels,
+        max_memory,
+        precision_check,
         runtime.provenance(),
         progress,
     )
@@ -196,14 +210,24 @@ def _infer(path: Path, job: _Job) -> dict[str, Any]:
     image = any_image.load_any(path, series=job.series, volume=job.volume, max_voxels=job.max_voxels)
     for warning in image.warnings:
         log.warning("%s: %s", path, warning)
+    outputs = job.outputs(path)
+    planes = job.out / f".{any_image.stem(path, job.series)}.planes"  # of a volume too large for memory
     try:
         result = infer_volume(
-            image.data, image.affine, job.generator, progress=job.progress, label=path.name, **job.asked
+            image.data,
+            image.affine,
+            job.generator,
+            max_memory=job.max_memory,
+            scratch=planes,
+            precision_check=job.precision_check,
+            progress=job.progress,
+            label=path.name,
+            **{**job.asked, "mask": _mask(job)},
         )
     except InputError as error:
         raise InputError(path, error.reason, error.hint) from error
-    outputs = job.outputs(path)
     _write(outputs, result, image.meta.get("space_code", 1))
+    shutil.rmtree(planes, ignore_errors=True)
     record = {
         "input": {
             "path": str(path.absolute()),
@@ -225,6 +249,11 @@ def _infer(path: Path, job: _Job) -> dict[str, Any]:
     }
     runtime.write_json(outputs["json"], record)
     return record
+
+
+def _mask(job: _Job) -> np.ndarray | str | None:
+    name = job.asked["mask"]
+    return name if name in (None, HEAD) else any_image.load_any(Path(name), max_voxels=job.max_voxels).data
 
 
 def _write(outputs: dict[str, Path], result: InferResult, code: int) -> None:

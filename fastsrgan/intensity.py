@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from fastsrgan.errors import InputError
+from fastsrgan.workers import run
+
+TINY = 2.0**-100  # in place of 0 on the way through the logarithm, whose infinity costs ten times a number's time
+CACHED = 24576  # voxels worked on at a time by one core; torch splits operations from 32768 on
 
 
 @dataclass(frozen=True)
@@ -37,18 +44,66 @@ def normaliser(data_XYZ: np.ndarray, what: object = "image") -> Normaliser:
     return Normaliser(scale, floor)
 
 
-def contrast_power(data: np.ndarray, power: float) -> np.ndarray:
-    """max(data, 0) ** power, float32: the paper's contrast augmentation. The identity at power 1."""
-    if power == 1.0:
-        return data
-    return np.power(np.maximum(data, 0), np.float32(power), dtype=np.float32)
+def each_piece(function: Callable[..., object], *tensors: torch.Tensor) -> None:
+    """Call ``function`` with flat views of contiguous tensors of one size: on a CPU with pieces short enough to stay in
+    the cache from one operation to the next, on all cores, in any order; on an accelerator with the whole."""
+    flat = [t.view(-1) for t in tensors]
+    if flat[0].device.type != "cpu":
+        function(*flat)
+        return
+
+    def job(first: int) -> None:
+        for start in range(first, min(first + 16 * CACHED, len(flat[0])), CACHED):
+            function(*(f[start : start + CACHED] for f in flat))
+
+    run(functools.partial(job, first) for first in range(0, len(flat[0]), 16 * CACHED))
 
 
-def add_noise(data: np.ndarray, std: float, rng: np.random.Generator) -> np.ndarray:
-    """data + N(0, std^2), float32, one draw per voxel in C order: keyed by ``rng`` alone."""
+def largest(data: torch.Tensor) -> float:
+    """The maximum of a contiguous tensor, NaN if it holds one."""
+    found: list[torch.Tensor] = []
+    each_piece(lambda part: found.append(part.max()), data)
+    return float(torch.stack(found).max())
+
+
+def contrast_power(
+    data: torch.Tensor, power: float, unit: float = 1.0, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """max(data / unit, 0) ** power, float32: the paper's contrast augmentation. At power 1 it is data / unit.
+
+    ``out`` takes the result and may be ``data``; both are contiguous. The power is exp(power log x), many times as fast
+    as NumPy's and within 2e-7 of it where data / unit is at most 1.
+    """
+    out = torch.empty_like(data) if out is None else out
+
+    def piece(source: torch.Tensor, result: torch.Tensor) -> None:
+        torch.div(source, unit, out=result)
+        if power != 1:
+            result.clamp_(min=TINY).log_().mul_(power).exp_()
+            torch.nn.functional.threshold_(result, 2.0 ** (-99.9 * power), 0.0)
+
+    each_piece(piece, data, out)
+    return out
+
+
+def add_noise(
+    data: torch.Tensor, std: float, rng: np.random.Generator, imaginary: np.random.Generator | None = None
+) -> torch.Tensor:
+    """Add N(0, std^2) in place, float32, one draw per voxel in C order: keyed by ``rng`` alone, on any device.
+
+    With a second generator for the ``imaginary`` channel the result is Rician, as in the magnitude images that
+    scanners store: sqrt((data + n1)^2 + n2^2) (Gudbjartsson and Patz, MRM 1995).
+    """
     if std == 0:
         return data
-    noise = rng.standard_normal(data.shape, dtype=np.float32)
-    noise *= np.float32(std)
-    noise += data
-    return noise
+    flat = data.view(-1)
+    for start in range(0, len(flat), CACHED):  # in order: the draws are one stream
+        part = flat[start : start + CACHED]
+        part += _normal(part, rng).mul_(std)
+        if imaginary is not None:
+            torch.hypot(part, _normal(part, imaginary).mul_(std), out=part)
+    return data
+
+
+def _normal(like: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    return torch.from_numpy(rng.standard_normal(like.shape, dtype=np.float32)).to(like.device)

@@ -1,17 +1,29 @@
-"""The generator's building blocks: each in its plain form (the oracle) and in an exact, faster one.
+"""The generator's building blocks: each in its plain form (the oracle) and in exact, faster ones.
 
 Arrays are (B, C, X, Y, Z). ``form`` is ``"fast"`` or ``"reference"``; both share parameters and agree to rounding
-(tests/test_layers_forms.py, float64 <= 1e-12). Why each form is faster, with figures: docs/decisions/002.
+(tests/test_layers_forms.py, float64 <= 1e-12). "fast" means gradients written by hand, spectra and Winograd's products
+on the CPU (fused.py), and convolutions of better shape elsewhere: where the device is a GPU, in half precision and
+under torch.compile. Why each form is faster, with figures: docs/decisions/002.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_EPS = 1e-7  # added to the standard deviation, outside the root, as the original does (SEGSRGAN.md section 2)
+from fastsrgan import fused
+from fastsrgan.fused import NORM_EPS
+
 FORMS = ("fast", "reference")
+
+
+def by_hand(x: Tensor) -> bool:
+    """Whether x is for the forms of fused.py: full precision on the CPU, outside autocast and torch.compile."""
+    wide = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    return x.device.type == "cpu" and wide and not torch.compiler.is_compiling()
 
 
 class _NormFunction(torch.autograd.Function):
@@ -70,6 +82,8 @@ class InstanceNorm(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor, form: str = "fast", flat: Tensor | None = None) -> Tensor:
+        if form == "fast" and by_hand(x):
+            return fused.Norm.apply(x, self.scale, self.shift, self.relu, flat)
         if form == "fast":
             return _NormFunction.apply(x, self.scale, self.shift, self.relu, flat)
         xc = x - x.mean((2, 3, 4), keepdim=True)
@@ -88,6 +102,16 @@ def reflect_pad(x: Tensor, width: int) -> Tensor:
 def conv_reflect(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """Reflect-pad so that stride 1 keeps the size, then convolve: weight (O, I, k, k, k), no bias."""
     return F.conv3d(reflect_pad(x, weight.shape[-1] // 2), weight, stride=stride)
+
+
+def conv3_reflect(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
+    """Reflect-pad 1 and convolve 3^3, size kept. Fast form: Winograd's products where they pay."""
+    return fused.Conv.apply(x, weight, fused.KERNEL3) if form == "fast" and by_hand(x) else conv_reflect(x, weight)
+
+
+def halving_conv(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
+    """Reflect-pad 1 and convolve 3^3 with stride 2: (B, I, 2X, 2Y, 2Z) -> (B, O, X, Y, Z)."""
+    return fused.Conv.apply(x, weight, fused.HALVING) if form == "fast" and by_hand(x) else conv_reflect(x, weight, 2)
 
 
 def _split_blocks(x: Tensor) -> Tensor:
@@ -121,23 +145,25 @@ def _block_weight(weight: Tensor) -> Tensor:
     return torch.stack(rows, 1).flatten(0, 1)
 
 
-def conv7_reflect(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
-    """Reflect-pad 3 and convolve 7^3 (stem and head of the generator), sizes even.
-
-    Fast form: the same sums as a 4^3 convolution between 2^3 blocks. 7^3 kernels with 1 input or 2 output channels
-    leave a vector unit idle; 8 or 16 channels fill it.
-    """
-    if form == "reference":
-        return conv_reflect(x, weight)
-    return _merge_blocks(F.conv3d(_split_blocks(reflect_pad(x, 3)), _block_weight(weight)))
-
-
 def _up_weight(weight: Tensor) -> Tensor:
     """(O, I, 3, 3, 3) -> (I, O, 4, 4, 4) of the stride-2 transposed convolution equal to nearest x2 + conv 3^3."""
     for d in (2, 3, 4):
         a, b, c = weight.unbind(d)
         weight = torch.stack([c, b + c, a + b, a], d)
     return weight.transpose(0, 1)
+
+
+def conv7_reflect(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
+    """Reflect-pad 3 and convolve 7^3 (stem and head of the generator), sizes even.
+
+    Fast form: spectra on the CPU. Elsewhere the same sums as a 4^3 convolution between 2^3 blocks: 7^3 kernels with 1
+    input or 2 output channels leave a vector unit idle; 8 or 16 channels fill it.
+    """
+    if form == "reference":
+        return conv_reflect(x, weight)
+    if by_hand(x):
+        return fused.Conv.apply(x, weight, fused.KERNEL7)
+    return _merge_blocks(F.conv3d(_split_blocks(reflect_pad(x, 3)), _block_weight(weight)))
 
 
 def upsample_conv(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
@@ -148,4 +174,32 @@ def upsample_conv(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
     """
     if form == "reference":
         return conv_reflect(F.interpolate(x, scale_factor=2, mode="nearest"), weight)
+    if by_hand(x):
+        return fused.Conv.apply(x, weight, fused.DOUBLING)
     return F.conv_transpose3d(F.pad(x, (1,) * 6, mode="replicate"), _up_weight(weight), stride=2, padding=3)
+
+
+_BY_HAND: dict[Callable[..., Tensor], fused.Convolution] = {
+    conv3_reflect: fused.KERNEL3,
+    conv7_reflect: fused.KERNEL7,
+    halving_conv: fused.HALVING,
+    upsample_conv: fused.DOUBLING,
+}
+
+
+def norm_conv(
+    x: Tensor,
+    norm: InstanceNorm,
+    weight: Tensor,
+    convolution: Callable[..., Tensor],
+    form: str = "fast",
+    flat: Tensor | None = None,
+) -> Tensor:
+    """``convolution(norm(x), weight)``, the norm with ReLU; without gradients x may be written over.
+
+    Fast form on the CPU: one step that keeps x alone for its backward pass.
+    """
+    known = _BY_HAND.get(convolution)
+    if form != "fast" or known is None or not by_hand(x) or not norm.relu:
+        return convolution(norm(x, form, flat), weight, form)
+    return fused.NormConv.apply(x, norm.scale, norm.shift, weight, known, flat, not torch.is_grad_enabled())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 NU = 1e-3  # Charbonnier's smoothing
 DICE_SMOOTH = 1.0
+FLOOR = 1e-30  # of a squared gradient norm: below it the penalty has no gradient
 
 
 def widen(x: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def gradient_penalty(critic, real: Tensor, fake: Tensor, eps: Tensor, weight: fl
 def norm_penalty(gradient: Tensor, weight: float) -> Tensor:
     """weight * mean over samples of (||gradient||_2 - 1)^2, the norm over everything behind the first axis: scalar."""
     # Not torch.norm: its float32 sum over a patch is 1e-5 off on a CPU. The floor keeps the gradient finite at 0.
-    norm = (widen(gradient) ** 2).flatten(1).sum(1).clamp_min(1e-30).sqrt()
+    norm = (widen(gradient) ** 2).flatten(1).sum(1).clamp_min(FLOOR).sqrt()
     return weight * ((norm - 1) ** 2).mean()
 
 

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsrgan.errors import ModelError
-from fastsrgan.layers import FORMS, InstanceNorm, conv7_reflect, conv_reflect, upsample_conv
+from fastsrgan.layers import (
+    FORMS,
+    InstanceNorm,
+    conv3_reflect,
+    conv7_reflect,
+    halving_conv,
+    norm_conv,
+    upsample_conv,
+)
 
 N_BLOCKS = 6
 SIZE_MULTIPLE = 4  # two stride-2 convolutions
@@ -74,8 +82,9 @@ class ResidualBlock(nn.Module):
         self.conv_b, self.norm_b = _conv(channels, channels, 3), InstanceNorm(channels, relu=False)
 
     def forward(self, x: Tensor, form: str, flat: Tensor | None = None) -> Tensor:
-        y = self.norm_a(conv_reflect(x, self.conv_a), form, flat)
-        return x + self.norm_b(conv_reflect(y, self.conv_b), form, flat)
+        y = conv3_reflect(x, self.conv_a, form)
+        y = norm_conv(y, self.norm_a, self.conv_b, conv3_reflect, form, flat)
+        return x + self.norm_b(y, form, flat)
 
 
 class Generator(nn.Module):
@@ -103,14 +112,22 @@ class Generator(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """(B, 1 + conditional, X, Y, Z) -> (B, kernel, X, Y, Z), what the head convolution sees."""
+        return self.up2_norm(self._trunk(x), self.form, is_flat(x))
+
+    def _trunk(self, x: Tensor) -> Tensor:
+        """The features before their norm."""
         f, flat = self.form, is_flat(x)
-        y = self.stem_norm(conv7_reflect(x, self.stem, f), f, flat)
-        y = self.down1_norm(conv_reflect(y, self.down1, stride=2), f, flat)
-        y = self.down2_norm(conv_reflect(y, self.down2, stride=2), f, flat)
+        y = conv7_reflect(x, self.stem, f)
+        y = norm_conv(y, self.stem_norm, self.down1, halving_conv, f, flat)
+        y = norm_conv(y, self.down1_norm, self.down2, halving_conv, f, flat)
+        y = self.down2_norm(y, f, flat)
         for block in self.blocks:
             y = block(y, f, flat)
-        y = self.up1_norm(upsample_conv(y, self.up1, f), f, flat)
-        return self.up2_norm(upsample_conv(y, self.up2, f), f, flat)
+        y = upsample_conv(y, self.up1, f)
+        return norm_conv(y, self.up1_norm, self.up2, upsample_conv, f, flat)
+
+    def _head(self, x: Tensor) -> Tensor:
+        return norm_conv(self._trunk(x), self.up2_norm, self.head, conv7_reflect, self.form, is_flat(x))
 
     def raw(self, x: Tensor, res: Tensor | float | None = None) -> Tensor:
         """The head before subtraction, sigmoid and softmax, channel 0 in the units of x: (B, 2 + classes, X, Y, Z)."""
@@ -119,7 +136,7 @@ class Generator(nn.Module):
         # The stem's norm removes whatever is constant in an input channel (reflected edges keep it constant). Taking it
         # out here is exact and saves float32 the digits that the large mean and resolution would use up.
         y = y - y.mean((2, 3, 4), keepdim=True)
-        head = conv7_reflect(self.features(y), self.head, self.form)
+        head = self._head(y)
         if not self.spec.scaled:
             return head
         return torch.cat([head[:, :1] * in_plane_gradient(x).to(head.dtype), head[:, 1:]], dim=1)
@@ -163,10 +180,13 @@ class UNetGenerator(Generator):
         """(B, 1 + conditional, X, Y, Z) -> (B, 2 kernel, X, Y, Z), what the head convolution sees."""
         f, flat = self.form, is_flat(x)
         fine = self.blocks[0](self.stem_norm(conv7_reflect(x, self.stem, f), f, flat), f, flat)
-        mid = self.blocks[1](self.down1_norm(conv_reflect(fine, self.down1, stride=2), f, flat), f, flat)
-        y = self.blocks[2](self.down2_norm(conv_reflect(mid, self.down2, stride=2), f, flat), f, flat)
+        mid = self.blocks[1](self.down1_norm(halving_conv(fine, self.down1, f), f, flat), f, flat)
+        y = self.blocks[2](self.down2_norm(halving_conv(mid, self.down2, f), f, flat), f, flat)
         y = torch.cat([self.up1_norm(upsample_conv(y, self.up1, f), f, flat), mid], dim=1)
         return torch.cat([self.up2_norm(upsample_conv(y, self.up2, f), f, flat), fine], dim=1)
+
+    def _head(self, x: Tensor) -> Tensor:
+        return conv7_reflect(self.features(x), self.head, self.form)
 
 
 GENERATORS: dict[str, type[Generator]] = {"plain": Generator, "unet": UNetGenerator}

@@ -6,6 +6,8 @@ alone: nothing of the pool is saved.
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastsrgan.backend import launch, op, scalar
-from fastsrgan.errors import InputError
+from fastsrgan.errors import InputError, ModelError
 from fastsrgan.runtime import rng
 
 
@@ -23,7 +25,7 @@ from fastsrgan.runtime import rng
 class Resident:
     """One subject, degraded for one epoch; arrays (X, Y, Z) in processed orientation.
 
-    interpolated, hr : float32, divided by the low-resolution maximum
+    interpolated, hr : float32, float16 or bfloat16, divided by the low-resolution maximum
     label : uint8, 1 inside the structure; mask : uint8 classes, or None
     resolution : through-plane voxel size in mm (the conditional input)
     origins : (n, 3) int, corners of its patches
@@ -36,6 +38,13 @@ class Resident:
     mask: Tensor | None
     resolution: float
     origins: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that its volumes hold, that of storages which they share with others included."""
+        return sum(
+            t.untyped_storage().nbytes() for t in (self.interpolated, self.hr, self.label, self.mask) if t is not None
+        )
 
 
 @dataclass
@@ -87,28 +96,38 @@ def _count(table: np.ndarray, origin: np.ndarray, patch: int) -> int:
     return total
 
 
-def positive_box(image_XYZ: np.ndarray) -> tuple[tuple[int, int], ...]:
+def positive_box(image_XYZ: np.ndarray | Tensor) -> tuple[tuple[int, int], ...]:
     """Per axis [low, high) of the voxels above zero; the whole volume when there is none.
 
     The original's slice lost the last plane of the box; it is kept here.
     """
+    positive = (torch.as_tensor(image_XYZ) > 0).view(torch.uint8)
+    plane = positive.amax(0)
     box = []
-    positive = image_XYZ > 0
-    for d in range(3):
-        line = np.flatnonzero(positive.any(axis=tuple(e for e in range(3) if e != d)))
-        box.append((int(line[0]), int(line[-1]) + 1) if len(line) else (0, image_XYZ.shape[d]))
+    for line in (positive.flatten(1).amax(1), plane.amax(1), plane.amax(0)):
+        inside = line.nonzero().flatten().tolist()
+        box.append((inside[0], inside[-1] + 1) if inside else (0, len(line)))
     return tuple(box)
 
 
 class Pool:
     """The residents of one group of subjects, with keyed draws of batches.
 
+    Every draw is a function of (seed, epoch, group, rank) and a step, so ``state`` is a position and nothing else.
+
     Parameters
     ----------
     residents : degraded subjects
     patch : edge of a patch in voxels
     mask_classes : one-hot channels appended to the target (0: none)
-    seed, epoch, group : the key of every draw
+    seed, epoch, group, rank : the key of every draw
+    flips : axes of the residents' arrays ("x" to "xyz") along which patches are mirrored at random, each with
+        probability 1/2
+
+    Attributes
+    ----------
+    table : (n, 4) int64, subject and corner of each patch
+    step : generator batches handed out, or skipped by ``load_state``
     """
 
     def __init__(
@@ -120,15 +139,20 @@ class Pool:
         seed: int = 0,
         epoch: int = 1,
         group: int = 0,
+        rank: int = 0,
+        flips: str = "",
     ) -> None:
         self.residents, self.patch, self.mask_classes = residents, patch, mask_classes
-        self.key = (seed, epoch, group)
+        self.key = (seed, epoch, group, rank)
+        self.flips = sum(1 << "xyz".index(axis) for axis in set(flips))
+        self.step = 0
         self.table = np.concatenate(
             [np.column_stack([np.full(len(r.origins), i), r.origins]) for i, r in enumerate(residents)]
         ).astype(np.int64)
         if not len(self.table):
             names = ", ".join(r.subject for r in residents)
             raise InputError("training patches", f"none found in {names}", "smaller patch_size, or check the masks")
+        self._buffers = Buffers()
 
     def __len__(self) -> int:
         """Number of patches."""
@@ -138,37 +162,105 @@ class Pool:
         """The generator's pass: every patch once, subjects mixed, keyed."""
         return rng(*self.key, "order").permutation(len(self.table))
 
-    def generator_batches(self, batch: int, first: int = 0) -> Iterator[np.ndarray]:
-        """Index batches of the generator's pass from batch ``first`` on; a remainder below ``batch`` is left out."""
-        order = self.order()
-        for i in range(first, len(order) // batch):
-            yield order[i * batch : (i + 1) * batch]
-
     def steps(self, batch: int) -> int:
         """Batches of the generator's pass."""
-        return len(self.table) // batch
+        return -(-len(self.table) // batch)
+
+    def generator_batches(self, batch: int, first: int | None = None, steps: int | None = None) -> Iterator[np.ndarray]:
+        """Index batches of the generator's pass, from batch ``first`` or where the pool stands.
+
+        Every patch comes exactly once. Where ``batch`` does not divide their number, the batches are as even as
+        possible: their sizes differ by at most one and none is larger than ``batch``, so no update has a few patches.
+
+        ``steps``, where it is not ``self.steps(batch)``, is what the ranks of a run agreed on: with more, the same
+        patches are spread over more and smaller batches (at least one patch each); with fewer, the last are left out.
+        """
+        steps = min(steps or self.steps(batch), len(self))
+        parts = np.array_split(self.order()[: steps * batch], steps)
+        self.step = self.step if first is None else first
+        while self.step < len(parts):
+            indices = self._mirrored(parts[self.step], "flips", self.step)
+            self.step += 1
+            yield indices
 
     def critic_indices(self, step: int, batch: int, iterations: int) -> np.ndarray:
         """Uniform draws for the critic updates of one step: (iterations, batch)."""
-        return rng(*self.key, "critic", step).integers(len(self.table), size=(iterations, batch))
+        drawn = rng(*self.key, "critic", step).integers(len(self.table), size=(iterations, batch))
+        return self._mirrored(drawn, "critic flips", step)
+
+    def _mirrored(self, indices: np.ndarray, *key: int | str) -> np.ndarray:
+        """``indices`` with keyed mirrors written into them; see ``gather``."""
+        if not self.flips:
+            return indices
+        bits = rng(*self.key, *key).integers(8, size=indices.shape) & self.flips
+        return indices + bits * len(self.table)
+
+    def state(self) -> dict[str, Any]:
+        """Where the generator's pass stands: plain values for a snapshot."""
+        return {"key": list(self.key), "patches": len(self.table), "step": self.step}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken. Raises ModelError when that was another group, or had other patches."""
+        mine = self.state()
+        if any(state.get(name) != mine[name] for name in ("key", "patches")):
+            raise ModelError(
+                "position in the epoch",
+                f"saved for (seed, epoch, group, rank) {state.get('key')} with {state.get('patches')} patches, here "
+                f"are {mine['key']} with {mine['patches']}",
+                "resume with the run's own store and settings",
+            )
+        self.step = int(state["step"])
 
     def gather(self, indices: np.ndarray, flips: np.ndarray | None = None) -> Batch:
         """The patches at ``indices`` as one batch. Voxels outside a volume are zero.
 
-        flips : (B, 3) bool, axes along which each patch is mirrored
+        Index i + f * len(pool) stands for patch i mirrored along the axes in the bits of f (1, 2, 4: x, y, z).
+        ``flips`` (B, 3) bool mirrors as well, in place of these bits.
+
+        On the CPU the batch lies in memory that the pool uses again when nothing refers to it any longer.
 
         Raises InputError where mask classes are asked of a subject that has no mask.
         """
         p, n = self.patch, len(indices)
-        rows = self.table[indices]
+        bits, chosen = np.divmod(indices, len(self.table))
+        if flips is None and bits.any():
+            flips = bits[:, None] & np.array([1, 2, 4]) > 0
+        rows = self.table[chosen]
         residents, origins = [self.residents[i] for i in rows[:, 0]], rows[:, 1:]
         device = self.residents[0].hr.device
-        x = torch.empty((n, 1, p, p, p), dtype=torch.float32, device=device)
-        y = torch.empty((n, 2 + self.mask_classes, p, p, p), dtype=torch.float32, device=device)
+        x = self._buffers.take((n, 1, p, p, p), device)
+        y = self._buffers.take((n, 2 + self.mask_classes, p, p, p), device)
         _gather(x, y, residents, origins, flips)
         res = torch.tensor([r.resolution for r in residents], dtype=torch.float32)
         ids = [f"{r.subject}@{o[0]},{o[1]},{o[2]}" for r, o in zip(residents, origins, strict=True)]
         return Batch(x, y, res.to(device), ids)
+
+
+class Buffers:
+    """Memory of batches on the CPU, used again once no tensor refers to it: fresh pages cost more than the copies.
+
+    A tensor made from a NumPy array keeps that very array object as long as its storage lives, whoever holds it: a
+    caller, a view, autograd. So the death of the array object tells that the memory is free. CUDA tensors come from
+    torch's own cache.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """An uninitialised float32 tensor."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=torch.float32, device=device)
+        size = math.prod(shape)
+        for i, memory in enumerate(self._free):
+            if size <= memory.size < 2 * size:
+                del self._free[i]
+                break
+        else:
+            memory = torch.empty(size).numpy()  # aligned as torch likes it
+        lent = memory[:size].reshape(shape)
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return torch.from_numpy(lent)
 
 
 def _gather_by_kernel(
@@ -235,10 +327,10 @@ def _gather(
 def _one_hot(out_CPPP: Tensor, resident: Resident, origin: np.ndarray) -> None:
     if resident.mask is None:
         raise InputError(resident.subject, "has no mask", "fit_mask needs Mask_image for every subject")
-    classes = torch.zeros_like(out_CPPP[0], dtype=torch.uint8)
+    classes = torch.empty_like(out_CPPP[0], dtype=torch.uint8)
     copy_patch(classes, resident.mask, origin)
-    for c in range(len(out_CPPP)):
-        out_CPPP[c] = classes == c
+    for c, out in enumerate(out_CPPP):
+        torch.eq(classes, c, out=out)
 
 
 def copy_patch(out_PPP: Tensor, volume_XYZ: Tensor, origin: np.ndarray) -> None:

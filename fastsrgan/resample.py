@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,11 +23,14 @@ from scipy import linalg, ndimage
 
 from fastsrgan.errors import UsageError
 from fastsrgan.geometry import centre_coordinates, grid_size
+from fastsrgan.workers import run
 
 GEOMETRIES = ("physical", "segsrgan")
 FWHM = 2 * math.sqrt(2 * math.log(2))  # full width at half maximum of a unit Gaussian
 TRUNCATE = 4.0  # the slice profile ends at four standard deviations, as SciPy's filter does
 SAME = 0.01  # resolutions within 1 % count as equal: the axis is left alone
+NARROWEST = 0.1  # voxels, smallest sigma of a slice profile: below, it is the nearest voxel alone
+NEGLIGIBLE = 1e-9  # weights, far below a float32's last bit: spline weights fall by 0.268 per sample and never end
 
 Matrix = np.ndarray | None  # None stands for the identity
 
@@ -52,9 +56,12 @@ def _scatter_rows(columns: np.ndarray, weights: np.ndarray, n: int) -> np.ndarra
 
 
 @functools.lru_cache(maxsize=256)
-def slice_profile_matrix(n_in: int, n_out: int, ratio: float) -> np.ndarray:
-    """Physical D of one axis: (n_out, n_in), rows sum to 1. ``ratio`` is low over high resolution voxel size."""
-    sigma = ratio / FWHM
+def slice_profile_matrix(n_in: int, n_out: int, ratio: float, width: float = 1.0) -> np.ndarray:
+    """Physical D of one axis: (n_out, n_in), rows sum to 1. ``ratio`` is low over high resolution voxel size.
+
+    ``width`` is the profile's full width at half maximum over the low-resolution voxel size.
+    """
+    sigma = max(ratio * width / FWHM, NARROWEST)
     reach = int(TRUNCATE * sigma + 0.5) + 1
     centres = centre_coordinates(n_out, n_in, ratio)
     columns = np.floor(centres + 0.5).astype(int)[:, None] + np.arange(-reach, reach + 1)
@@ -74,20 +81,28 @@ def spline_matrix(n_in: int, n_out: int, ratio: float) -> np.ndarray:
     t = x - left
     weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1) / 6
     basis = _scatter_rows(left.astype(int)[:, None] + np.arange(-1, 3), weights, n_in)
-    return _frozen(basis @ _spline_coefficients(n_in))
+    return _frozen(_on_samples(basis))
 
 
-def _spline_coefficients(n: int) -> np.ndarray:
-    """(n, n): samples -> coefficients of the cubic B-spline that reflects at the edges.
+def _on_samples(basis_MN: np.ndarray) -> np.ndarray:
+    """(M, n): values at the coefficients of the cubic B-spline that reflects at the edges -> values at its samples.
 
-    Solved exactly; SciPy's recursive filter is off by 1e-4 on axes of five voxels.
+    Solved exactly; SciPy's recursive filter is off by 1e-4 on axes of five voxels. Not a matrix product: the last bits
+    of those depend on the number of BLAS threads.
     """
+    n = basis_MN.shape[1]
     if n == 1:
-        return np.eye(1)
+        return basis_MN
     bands = np.full((3, n), 1 / 6)
     bands[1] = 4 / 6
     bands[1, [0, -1]] = 5 / 6  # the reflected neighbour is the edge voxel itself
-    return linalg.solve_banded((1, 1), bands, np.eye(n))
+    return np.ascontiguousarray(linalg.solve_banded((1, 1), bands, basis_MN.T).T)  # the system is symmetric
+
+
+@functools.lru_cache(maxsize=64)
+def spline_coefficients(n: int) -> np.ndarray:
+    """(n, n): samples -> coefficients of the cubic B-spline that reflects at the edges."""
+    return _frozen(_on_samples(np.eye(n)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -111,9 +126,12 @@ def modulo_size(n: int, factor: float) -> int:
     return int(n - math.fmod(n, factor))
 
 
-def degrade_matrix(n: int, spacing_mm: float, low_res_mm: float, geometry: str = "physical") -> Matrix:
+def degrade_matrix(
+    n: int, spacing_mm: float, low_res_mm: float, geometry: str = "physical", width: float = 1.0
+) -> Matrix:
     """D of one axis of ``n`` voxels: (m, n), or None where nothing changes.
 
+    ``width`` is the slice profile's full width at half maximum over the low-resolution voxel size.
     Raises UsageError when the low resolution is finer than the image.
     """
     ratio = low_res_mm / spacing_mm
@@ -124,10 +142,10 @@ def degrade_matrix(n: int, spacing_mm: float, low_res_mm: float, geometry: str =
             "ask for the same or coarser",
         )
     if geometry == "segsrgan":
-        return _scipy_degrade_matrix(n, float(low_res_mm), float(ratio))
+        return _scipy_degrade_matrix(n, float(low_res_mm * width), float(ratio))
     if ratio < 1 + SAME:
         return None
-    return slice_profile_matrix(n, grid_size(n, spacing_mm, low_res_mm), float(ratio))
+    return slice_profile_matrix(n, grid_size(n, spacing_mm, low_res_mm), float(ratio), float(width))
 
 
 def upsample_matrix(n_in: int, n_out: int, ratio: float, geometry: str = "physical") -> Matrix:
@@ -143,26 +161,93 @@ def upsample_matrix(n_in: int, n_out: int, ratio: float, geometry: str = "physic
     return spline_matrix(n_in, n_out, float(ratio))
 
 
-def apply_axes(array, matrices: tuple[Matrix, Matrix, Matrix] | list[Matrix]):
+def apply_axes(array, matrices: Sequence[Matrix]):
     """Apply one matrix per axis to (..., X, Y, Z): NumPy in, NumPy out; torch in, torch out on its device. float32.
 
     The matrix that shrinks most goes first, so later products are small.
     """
     is_numpy = isinstance(array, np.ndarray)
-    x = torch.from_numpy(np.ascontiguousarray(array, np.float32)) if is_numpy else array.float()
+    x = torch.from_numpy(np.require(array, np.float32, ["C", "W"])) if is_numpy else array.float()
     jobs = [(d, m) for d, m in enumerate(matrices) if m is not None]
     for axis, matrix in sorted(jobs, key=lambda job: job[1].shape[0] / job[1].shape[1]):
-        x = _apply_axis(x, torch.from_numpy(matrix.astype(np.float32)).to(x.device), axis - 3)
+        banded = x.device.type == "cpu" and not x.requires_grad
+        x = (_apply_bands if banded else _apply_whole)(x, matrix, axis - 3)
     return x.numpy() if is_numpy else x
 
 
-def _apply_axis(x: torch.Tensor, matrix: torch.Tensor, axis: int) -> torch.Tensor:
+def _apply_whole(x: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor:
+    weights = torch.from_numpy(matrix.astype(np.float32)).to(x.device)
     if axis == -1:
-        return x @ matrix.T
+        return x @ weights.T
     if axis == -2:
-        return matrix @ x
+        return weights @ x
     flat = x.reshape(*x.shape[:-3], x.shape[-3], -1)
-    return (matrix @ flat).reshape(*x.shape[:-3], matrix.shape[0], *x.shape[-2:])
+    return (weights @ flat).reshape(*x.shape[:-3], matrix.shape[0], *x.shape[-2:])
+
+
+def support(rows: np.ndarray) -> slice:
+    """The columns, first to last, in which any of these rows of an operator has a weight that counts."""
+    used = np.flatnonzero((np.abs(rows) > NEGLIGIBLE).any(0))
+    return slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 1)
+
+
+def _apply_bands(x: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor:
+    """The product on a CPU, a few rows of the operator at a time: its weights lie in a band, and a tile of the volume
+    stays in the cache while all rows use it. The bits do not depend on the number of threads."""
+    step = 32 if axis == -1 else 16
+    cuts = [slice(r, min(r + step, len(matrix))) for r in range(0, len(matrix), step)]
+    bands = [
+        (r, c, torch.from_numpy(matrix[r, c].astype(np.float32))) for r, c in ((r, support(matrix[r])) for r in cuts)
+    ]
+    shape = list(x.shape)
+    shape[axis] = len(matrix)
+    out = torch.empty(shape)
+    jobs = {-1: _line_jobs, -2: _plane_jobs, -3: _volume_jobs}[axis](x, out, bands)
+    run(jobs)
+    return out
+
+
+Band = tuple[slice, slice, torch.Tensor]  # rows, their columns, weights
+Jobs = Iterator[Callable[[], None]]
+
+
+def _line_jobs(x: torch.Tensor, out: torch.Tensor, bands: list[Band]) -> Jobs:
+    """Along the last axis, 2048 lines at a time."""
+    lines, made = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+    turned = [(r, c, w.T.contiguous()) for r, c, w in bands]
+
+    def job(first: int) -> None:
+        for start in range(first, min(first + 8192, len(lines)), 2048):
+            here = slice(start, start + 2048)
+            for rows, columns, w in turned:
+                torch.mm(lines[here, columns], w, out=made[here, rows])
+
+    return (functools.partial(job, first) for first in range(0, len(lines), 8192))
+
+
+def _plane_jobs(x: torch.Tensor, out: torch.Tensor, bands: list[Band]) -> Jobs:
+    """Along the last but one axis, 16 planes at a time."""
+    planes, made = x.reshape(-1, *x.shape[-2:]), out.view(-1, *out.shape[-2:])
+
+    def job(first: int) -> None:
+        here = slice(first, first + 16)
+        for rows, columns, w in bands:
+            made[here, rows] = w @ planes[here, columns]
+
+    return (functools.partial(job, first) for first in range(0, len(planes), 16))
+
+
+def _volume_jobs(x: torch.Tensor, out: torch.Tensor, bands: list[Band]) -> Jobs:
+    """Along the last but two axis, 8192 columns at a time."""
+    size = x.shape[-2] * x.shape[-1]
+    volumes, made = x.reshape(-1, x.shape[-3], size), out.view(-1, out.shape[-3], size)
+
+    def job(volume: int, first: int) -> None:
+        here = slice(first, first + 8192)
+        for rows, columns, w in bands:
+            torch.mm(w, volumes[volume, columns, here], out=made[volume, rows, here])
+
+    return (functools.partial(job, v, first) for v in range(len(volumes)) for first in range(0, size, 8192))
 
 
 def upsample_to(data_XYZ, spacing_mm, new_spacing_mm, geometry: str = "physical"):

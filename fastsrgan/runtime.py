@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -214,11 +215,14 @@ QUIET: Progress = _Quiet()
 class StopRequest:
     """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that a loop looks at between two steps.
 
-    A second SIGINT stops at once. ``code`` is the exit code the process owes: 130 after SIGINT, else 143.
+    A second SIGINT, ``again_after`` seconds or more behind the first, stops at once. ``code`` is the exit code the
+    process owes: 130 after SIGINT, else 143.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, again_after: float = 0.0) -> None:
         self.signal: int | None = None
+        self.again_after = again_after
+        self._noted_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -232,9 +236,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
         if self.signal == signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
+            if now - self._noted_at >= self.again_after:
+                raise KeyboardInterrupt
+            return
+        self.signal, self._noted_at = number, now
 
     def __bool__(self) -> bool:
         return self.signal is not None

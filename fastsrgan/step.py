@@ -1,19 +1,21 @@
 """One training iteration of SegSRGAN: critic updates with gradient penalty, then a generator update (paper eq. 9-12).
 
-The gradient penalty comes in two forms that agree to rounding (tests/test_step.py): ``autograd``, the plain double
-backward of losses.gradient_penalty, and ``explicit``: the critic is piecewise linear, so its input gradient is a chain
+The gradient penalty comes in three forms that agree to rounding (tests/test_step.py): ``autograd``, the plain double
+backward of losses.gradient_penalty, ``explicit``: the critic is piecewise linear, so its input gradient is a chain
 of transposed convolutions with LeakyReLU masks, written as a forward graph whose one ordinary backward gives all weight
-gradients (DESIGN D6).
+gradients (DESIGN D6), and ``manual``, which needs no autograd at all (critic_step.py).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastsrgan.errors import ModelError
-from fastsrgan.losses import RECONSTRUCTION, gradient_penalty, interpolate, norm_penalty, wasserstein, widen
+from fastsrgan.losses import RECONSTRUCTION, gradient_penalty, interpolate, norm_penalty, soft_dice, wasserstein, widen
 from fastsrgan.networks import Critic, Generator, resolution_channel, same_pad
 
 
@@ -59,13 +61,16 @@ def critic_loss(
     real, fake : (B, C, P, P, P); ``fake`` carries no graph
     eps : (B,) or (B, C), the interpolation weight of ``real``
     res : resolution in mm per sample, for conditional critics
+    lambda_gp : weight of the penalty; with 0 it is not computed
     penalty : "explicit" (one batch of 3 B, one backward) or "autograd" (the oracle)
 
     Returns scalars: total, wasserstein (mean D(fake) - mean D(real)), penalty (weighted).
     """
-    if penalty == "autograd":
+    if penalty == "autograd" or not lambda_gp:
         condition = (res,) if critic.spec.conditional else ()
         distance = wasserstein(critic(real, *condition), critic(fake, *condition))
+        if not lambda_gp:
+            return {"total": distance, "wasserstein": distance, "penalty": torch.zeros_like(distance)}
         gp = gradient_penalty(critic, real, fake, eps, lambda_gp, res if critic.spec.conditional else None)
         return {"total": distance + gp, "wasserstein": distance, "penalty": gp}
     n = real.shape[0]
@@ -89,15 +94,24 @@ def generator_loss(
     lambda_rec: float = 1.0,
     lambda_adv: float = 1e-3,
     reconstruction: str = "charbonnier",
+    dice_weight: float = 0.0,
     res: Tensor | None = None,
+    score: Callable[[Critic, Tensor, Tensor | None], Tensor] = Critic.__call__,
 ) -> dict[str, Tensor]:
-    """What the generator update minimises (paper eq. 11, 12): scalars total, adversarial, reconstruction (unweighted).
+    """What the generator update minimises (paper eq. 11, 12): scalars total and its parts, unweighted.
 
-    ``x`` (B, 1, P, P, P) interpolated input, ``y`` (B, C, P, P, P) truth. With ``lambda_adv`` 0 the critic is not run.
+    ``x`` (B, 1, P, P, P) interpolated input, ``y`` (B, C, P, P, P) truth. The parts are adversarial, reconstruction
+    and, with a ``dice_weight`` (not in the paper), dice of all channels behind the image. With ``lambda_adv`` 0 the
+    critic is not run. ``score``: critic_step.score or the plain critic.
     """
     pred = generator(x, res)
     rec = RECONSTRUCTION[reconstruction](pred, y)
-    if lambda_adv == 0:
-        return {"total": lambda_rec * rec, "adversarial": torch.zeros_like(rec), "reconstruction": rec}
-    adv = -widen(critic(pred, res)).mean()
-    return {"total": lambda_rec * rec + lambda_adv * adv, "adversarial": adv, "reconstruction": rec}
+    terms = {"adversarial": torch.zeros_like(rec), "reconstruction": rec}
+    total = lambda_rec * rec
+    if lambda_adv:
+        terms["adversarial"] = -widen(score(critic, pred, res)).mean()
+        total = total + lambda_adv * terms["adversarial"]
+    if dice_weight:
+        terms["dice"] = soft_dice(pred[:, 1:], y[:, 1:])
+        total = total + dice_weight * terms["dice"]
+    return {"total": total, **terms}

@@ -1,18 +1,20 @@
-"""Overlap-add of tiles as plain float32 sums (DESIGN D9): no weight volume, no final division.
+"""Overlap-add of tiles in float32 (DESIGN D9): no weight volume; planes are final as soon as no later tile covers them.
 
-Tiles form a product grid, so the sum of their windows is a product of three 1-D sums. Each 1-D window is divided by its
-axis' sum beforehand; what is left is
+Tiles form a product grid, so the sum of their windows is a product of three 1-D sums. What is added is
 
     out[x, y, z] = sum_i wx_i[x] ( sum_j wy_j[y] ( sum_k wz_k[z] tile_ijk[x, y, z] ) )
 
-added in exactly this nesting: first a row of tiles along z, then the rows of a slab along y, then the slabs. At a
-coverage of c tiles per axis a voxel goes through chains of c additions instead of c^3. A flat float32 sum drifts by up
-to c^3 half-units in the last place (3e-5 at 13^3); this one stays at rounding, and ones come out as ones. Each level
-needs one 1-D factor only, and the row being summed stays in cache.
+The constant window adds tiles as they are and divides finished planes by the number of tiles over each voxel, three
+whole numbers' product. Other windows are divided by their 1-D sums beforehand. Either way ones in are ones out exactly.
+
+The sum is nested as written: a row of tiles along z, the rows of a slab along y, the slabs. At a coverage of c tiles
+per axis a voxel goes through chains of c additions instead of c^3; a flat float32 sum drifts by up to c^3 half-units in
+the last place (3e-5 at 13^3). Where few tiles overlap that does not matter, and a CPU adds them straight to the result.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,85 +22,60 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsrgan.backend import Argument, launch, op, runs_kernels, scalar
-from fastsrgan.errors import UsageError
+from fastsrgan.backend import Argument, launch, op, reference_only, runs_kernels, scalar
+from fastsrgan.slabs import shift_
 from fastsrgan.tiles import TilePlan
 from fastsrgan.tiles import plan as make_plan
+from fastsrgan.windows import WINDOWS as WINDOWS
+from fastsrgan.windows import check_window as check_window
+from fastsrgan.windows import divide_planes, raw_weights, window_sums
+from fastsrgan.windows import weights as weights
 
-GAUSSIAN_SIGMA = 1 / 8  # of the patch
-GAUSSIAN_FLOOR = 1e-3  # of the peak: a voxel that only tile corners cover must keep digits
+FLAT = 64  # tiles over one voxel, up to which a flat sum stays at rounding
 
-
-def _constant(n: int) -> np.ndarray:
-    return np.ones(n)
-
-
-def _gaussian(n: int) -> np.ndarray:
-    distance = np.arange(n) - (n - 1) / 2
-    return np.maximum(np.exp(-0.5 * (distance / (n * GAUSSIAN_SIGMA)) ** 2), GAUSSIAN_FLOOR)
+# (first plane, (C, n, Y, Z) planes that no later tile covers); they are the sum's own memory
+Finished = Callable[[int, Tensor], None]
 
 
-# A window maps a tile's edge length to that many positive float64 weights, symmetric about the centre.
-WINDOWS: dict[str, Callable[[int], np.ndarray]] = {"constant": _constant, "gaussian": _gaussian}
+class _Axis:
+    """The sum of equal pieces along one axis, each times its own factor.
 
-
-def check_window(name: str) -> str:
-    """``name`` if it is a known window, else UsageError."""
-    if name not in WINDOWS:
-        raise UsageError("window", f"{name!r}", f"one of {', '.join(WINDOWS)}")
-    return name
-
-
-def weights(plan: TilePlan, window: str = "constant") -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """The pre-divided 1-D windows of a plan: for each axis one (patch,) float32 array per tile along it.
-
-    At every voxel of the padded axis the float32 sum, in tile order, of the weights that cover it is exactly 1.
-    Raises UsageError for an unknown window.
+    factors : one per piece, or None for ones
     """
-    shape_of = WINDOWS[check_window(window)]
-    x, y, z = (
-        _axis_weights(n, p, origins, shape_of(p))
-        for n, p, origins in zip(plan.padded_shape, plan.patch, plan.origins, strict=True)
-    )
-    return x, y, z
 
+    def __init__(self, size: int, dim: int, origins: tuple[int, ...], factors: list[Tensor] | None) -> None:
+        self.size, self.dim, self.origins, self.factors = size, dim, origins, factors
 
-def _axis_weights(n: int, patch: int, origins: tuple[int, ...], window: np.ndarray) -> list[np.ndarray]:
-    total = np.zeros(n)
-    for o in origins:
-        total[o : o + patch] += window
-    result, so_far = [], np.zeros(n, np.float32)
-    for o, following in zip(origins, (*origins[1:], n), strict=True):
-        here = slice(o, o + patch)
-        w = (window / total[here]).astype(np.float32)
-        # The last tile over a voxel gets what is missing to 1, so that ones in are ones out to the last bit.
-        final = min(following - o, patch)
-        w[:final] = 1 - so_far[o : o + final]
-        so_far[here] += w
-        result.append(w)
-    return result
+    def add(self, total: Tensor, piece: Tensor, i: int) -> bool:
+        """Add piece ``i``, in ascending order, to memory that need not be clear; True when it was the last one."""
+        here, n, last = self.origins[i], piece.shape[self.dim], i == len(self.origins) - 1
+        before = self.origins[i - 1] + n if i else 0
+        if here > before:
+            total.narrow(self.dim, before, here - before).zero_()
+        if last and here + n < self.size:
+            total.narrow(self.dim, here + n, self.size - here - n).zero_()
+        self.put(total.narrow(self.dim, here, n), piece, i, max(0, before - here))
+        return last
 
-
-class _Level:
-    """The sum along one axis: equal pieces at ``origins`` of ``dim`` make one larger piece."""
-
-    def __init__(self, shape: tuple[int, ...], dim: int, origins: tuple[int, ...], factors: list[Tensor]) -> None:
-        self.dim, self.origins, self.factors = dim, origins, factors
-        # One piece has the weight 1 everywhere and is its own sum.
-        self.total = torch.empty(shape, device=factors[0].device) if len(origins) > 1 else None
-
-    def add(self, piece: Tensor, i: int) -> Tensor | None:
-        """Add piece ``i``, in ascending order; the sum when it was the last one, else None."""
-        if self.total is None:
-            return piece
-        if i == 0:
-            self.total.zero_()
-        self.total.narrow(self.dim, self.origins[i], piece.shape[self.dim]).addcmul_(piece, self.factors[i])
-        return self.total if i == len(self.origins) - 1 else None
+    def put(self, target: Tensor, piece: Tensor, i: int, seen: int) -> None:
+        """Add piece ``i`` to the first ``seen`` places of a target of its size, and write it into the others."""
+        if seen:
+            old, more = target.narrow(self.dim, 0, seen), piece.narrow(self.dim, 0, seen)
+            if self.factors is None:
+                old.add_(more)
+            else:
+                old.addcmul_(more, self.factors[i].narrow(self.dim, 0, seen))
+        left = piece.shape[self.dim] - seen
+        if left:
+            new, more = target.narrow(self.dim, seen, left), piece.narrow(self.dim, seen, left)
+            if self.factors is None:
+                new.copy_(more)
+            else:
+                torch.mul(more, self.factors[i].narrow(self.dim, seen, left), out=new)
 
 
 class Stitcher:
-    """Takes the tiles of a plan in its order, in batches of any size, and gives the volume.
+    """Takes the tiles of a plan in its order, in batches of any size, and gives the volume or its planes.
 
     Parameters
     ----------
@@ -106,26 +83,42 @@ class Stitcher:
     channels : of each tile
     window : name in ``WINDOWS``
     device : where tiles arrive and sums are kept
+    finished : called with planes as soon as they are final, in ascending order; it may change them in place
+    rolling : keep no more than the planes of one slab; ``finished`` alone sees the result
+    onto : (channels, *padded_shape) to which the windowed tiles are added instead, undivided. The plan may then leave
+        gaps; several plans that share no tile give the sum over all of them.
+    first : slab to begin with; planes that earlier ones cover come out wrong
 
-    Memory: float32, at most (channels, *padded_shape), a slab (channels, patch x, Y, Z) and a row (channels, patch x,
-    patch y, Z), two rows where a kernel adds. Reruns are bit-identical, and batch sizes do not change the result.
+    Memory: float32, at most (channels, *padded_shape), or the planes (channels, patch x, Y, Z) of it when rolling;
+    unless the sum is flat also a slab of that size and a row (channels, patch x, patch y, Z), two rows where a kernel
+    adds. Reruns are bit-identical; neither batch sizes nor ``rolling`` change the result.
     """
 
     def __init__(
-        self, plan: TilePlan, channels: int, window: str = "constant", device: torch.device | str = "cpu"
+        self,
+        plan: TilePlan,
+        channels: int,
+        window: str = "constant",
+        device: torch.device | str = "cpu",
+        *,
+        finished: Finished | None = None,
+        rolling: bool = False,
+        onto: Tensor | None = None,
+        first: int = 0,
     ) -> None:
-        self.plan, self.device, self.done = plan, torch.device(device), 0
-        self._out: Tensor | None = None
-        self._levels = []
-        shape, windows = [channels, *plan.patch], weights(plan, window)
-        for axis in (2, 1, 0):
-            shape[1 + axis] = plan.padded_shape[axis]
-            place = [1, 1, 1]
-            place[axis] = -1
-            factors = [torch.from_numpy(w).to(device).view(place) for w in windows[axis]]
-            self._levels.append(_Level(tuple(shape), 1 + axis, plan.origins[axis], factors))
+        self.plan, self.channels, self.device = plan, channels, torch.device(device)
+        self.finished, self.rolling, self.onto, self.first = finished, rolling, onto, first
+        self.done = first * plan.grid[1] * plan.grid[2]
+        self.axes = _axes(plan, window, onto is not None, self.device)
+        self.sums: tuple[Tensor, ...] | None = None
+        if window == "constant" and onto is None and len(plan) > 1:
+            self.sums = tuple(s.to(self.device) for s in window_sums(plan, window))
         # Allocated here and not on first use: who makes a Stitcher finds out whether the device has room for it.
-        self._kernel = _KernelSums(plan, channels, self._levels) if runs_kernels(self.device) else None
+        self.adder: _Flat | _Nested | _Kernel = _kind(plan, window, self.device)(self)
+        self.memory = onto
+        if onto is None and self.adder.needs_memory:
+            planes = plan.patch[0] if rolling else plan.padded_shape[0]
+            self.memory = torch.empty((channels, planes, *plan.padded_shape[1:]), device=self.device)
 
     def add(self, tiles_NCXYZ: Tensor) -> None:
         """The next N tiles, (N, channels, *patch) of any floating dtype; sums are float32 whatever it is."""
@@ -133,60 +126,176 @@ class Stitcher:
 
     def result(self) -> Tensor:
         """(channels, *padded_shape) float32, once every tile was added."""
-        assert self._out is not None and self.done == len(self.plan), (
-            f"{self.done} of {len(self.plan)} tiles were added"
-        )
-        return self._out
+        assert self.done == len(self.plan), f"{self.done} of {len(self.plan)} tiles were added"
+        assert self.memory is not None and not self.rolling, "the planes went to ``finished``"
+        return self.memory
+
+    def take(self, tiles_NCXYZ: Tensor) -> Tensor | None:
+        """Add the next tiles slab by slab; gives the volume after the last one."""
+        per_slab = self.plan.grid[1] * self.plan.grid[2]
+        while len(tiles_NCXYZ):
+            i, start = divmod(self.done, per_slab)
+            count = min(len(tiles_NCXYZ), per_slab - start)
+            if start == 0:
+                self._open(i)
+            self.adder.add(tiles_NCXYZ[:count], i, start)
+            self.done += count
+            tiles_NCXYZ = tiles_NCXYZ[count:]
+            if start + count == per_slab and self.onto is None:
+                self._close(i)
+        return self.memory if self.done == len(self.plan) else None
+
+    def target(self, i: int) -> Tensor:
+        """(channels, patch x, Y, Z): where the sum of slab ``i`` belongs."""
+        assert self.memory is not None
+        return self.memory if self.rolling else self.memory.narrow(1, self.plan.origins[0][i], self.plan.patch[0])
+
+    def seen(self, i: int) -> int:
+        """How many planes of slab ``i`` hold sums before it."""
+        origins, px = self.plan.origins[0], self.plan.patch[0]
+        if self.onto is not None:
+            return px
+        return max(0, origins[i - 1] + px - origins[i]) if i > self.first else 0
+
+    def _open(self, i: int) -> None:
+        """Before the first tile of a slab: sums that are not final move to the front, new planes are cleared."""
+        px, seen = self.plan.patch[0], self.seen(i)
+        if self.rolling and seen:
+            shift_(self.target(i), 1, seen, px - seen)
+        if self.adder.needs_zeros and seen < px:
+            self.target(i).narrow(1, seen, px - seen).zero_()
+
+    def _close(self, i: int) -> None:
+        """After the last tile of a slab: the planes before the next one are final."""
+        origins = self.plan.origins[0]
+        n = self.plan.patch[0] if i == len(origins) - 1 else origins[i + 1] - origins[i]
+        planes = self.target(i).narrow(1, 0, n)
+        if self.sums is not None:
+            divide_planes(planes, origins[i], self.sums)
+        if self.finished is not None:
+            self.finished(origins[i], planes)
 
 
-class _KernelSums:
-    """What kernels/overlap_add.cu needs besides the tiles: tables of the plan, and the sums between two calls.
+def _axes(plan: TilePlan, window: str, raw: bool, device: torch.device) -> tuple[_Axis, ...]:
+    """x, y, z with the factors of their tiles."""
+    result, once = [], raw_weights(plan, window)
+    divided = weights(plan, window) if any(w is not None for w in once) and not raw else None
+    for axis, (size, origins, w) in enumerate(zip(plan.padded_shape, plan.origins, once, strict=True)):
+        place, factors = [1, 1, 1, 1], None
+        place[1 + axis] = -1
+        if w is not None:
+            arrays = [w.astype(np.float32)] * len(origins) if divided is None else divided[axis]
+            factors = [torch.from_numpy(a).to(device).view(place) for a in arrays]
+        result.append(_Axis(size, 1 + axis, origins, factors))
+    return tuple(result)
 
-    levels : of a Stitcher, z y x; their memory is used for the kernel's sums, which mean the same
+
+def _kind(plan: TilePlan, window: str, device: torch.device) -> type[_Flat] | type[_Nested] | type[_Kernel]:
+    if runs_kernels(device):
+        return _Kernel
+    coverage = math.prod(float(s.max()) for s in window_sums(plan))
+    plain = window == "constant" and len(plan) > 1 and coverage <= FLAT and not reference_only()
+    return _Flat if plain else _Nested
+
+
+class _Flat:
+    """Tiles straight onto the slab."""
+
+    needs_memory, needs_zeros = True, True
+
+    def __init__(self, stitcher: Stitcher) -> None:
+        self.stitcher = stitcher
+
+    def add(self, tiles_NCXYZ: Tensor, i: int, start: int) -> None:
+        """Tiles ``start``, ``start`` + 1, ... of slab ``i``."""
+        plan, target = self.stitcher.plan, self.stitcher.target(i)
+        for n, tile in enumerate(tiles_NCXYZ, start):
+            j, k = divmod(n, plan.grid[2])
+            target.narrow(2, plan.origins[1][j], plan.patch[1]).narrow(3, plan.origins[2][k], plan.patch[2]).add_(tile)
+
+
+class _Sums:
+    """Memory of a row and of a slab, where their sums are not the result itself.
+
+    An axis that one tile fills has no sum of its own: what is summed along the axis before it is the sum along both.
     """
 
-    def __init__(self, plan: TilePlan, channels: int, levels: list[_Level]) -> None:
-        self.plan, self.channels, self.device = plan, channels, levels[0].factors[0].device
-        self.wz, self.wy, self.wx = (torch.stack([w.view(-1) for w in level.factors]) for level in levels)
-        self.origins = [torch.tensor(plan.origins[axis], dtype=torch.int32, device=self.device) for axis in (1, 2)]
-        self.spans = [_spans(plan, axis).to(self.device) for axis in (1, 2)]
-        row, slab, out = (level.total for level in levels)
-        # An axis of one tile has no sum of its own: what is summed along the axis before it is the sum along both.
-        whole = next((t for t in (out, slab, row) if t is not None), None)
-        self.out = torch.empty((channels, *plan.padded_shape), device=self.device) if whole is None else whole
-        self.slab, self.row = slab, row
+    needs_zeros = False
+
+    def __init__(self, stitcher: Stitcher) -> None:
+        plan, (px, py, _) = stitcher.plan, stitcher.plan.patch
+        self.stitcher = stitcher
+        self.summed = [axis for axis in (2, 1, 0) if plan.patch[axis] < plan.padded_shape[axis]]
+        if stitcher.onto is not None and 0 not in self.summed:
+            self.summed.append(0)
+        self.needs_memory = bool(self.summed)
+        shapes = {2: (px, py, plan.padded_shape[2]), 1: (px, *plan.padded_shape[1:])}
+        self.own = {
+            axis: torch.empty((stitcher.channels, *shapes[axis]), device=stitcher.device) for axis in self.summed[:-1]
+        }
+
+
+class _Nested(_Sums):
+    """Rows, slabs, volume: each adds the finished sums of the one before."""
+
+    def add(self, tiles_NCXYZ: Tensor, i: int, start: int) -> None:
+        """Tiles ``start``, ``start`` + 1, ... of slab ``i``."""
+        stitcher = self.stitcher
+        for n, tile in enumerate(tiles_NCXYZ, start):
+            piece, index = tile.float(), (i, *divmod(n, stitcher.plan.grid[2]))
+            if not self.summed:
+                stitcher.memory = piece
+            for axis in self.summed:
+                if axis == 0:
+                    stitcher.axes[0].put(stitcher.target(i), piece, i, stitcher.seen(i))
+                    break
+                total = self.own[axis] if axis in self.own else stitcher.target(i)
+                if not stitcher.axes[axis].add(total, piece, index[axis]):
+                    break
+                piece = total
+
+
+class _Kernel(_Sums):
+    """kernels/overlap_add.cu: tables of the plan, and the sums between two calls."""
+
+    def __init__(self, stitcher: Stitcher) -> None:
+        super().__init__(stitcher)
+        self.needs_memory = True
+        plan, device = stitcher.plan, stitcher.device
+        self.wx, self.wy, self.wz = (
+            torch.ones((len(a.origins), p), device=device)
+            if a.factors is None
+            else torch.stack([w.reshape(-1) for w in a.factors])
+            for a, p in zip(stitcher.axes, plan.patch, strict=True)
+        )
+        self.origins = [torch.tensor(plan.origins[axis], dtype=torch.int32, device=device) for axis in (1, 2)]
+        self.spans = [_spans(plan, axis).to(device) for axis in (1, 2)]
+        self.slab, self.row = self.own.get(1), self.own.get(2)
         # Only where a slab has several rows can one row be finished and the next begun by one launch.
-        self.next_row = row if row is None or slab is None else torch.empty_like(row)
+        self.next_row = torch.empty_like(self.row) if self.row is not None and plan.grid[1] > 1 else self.row
 
-    def add(self, tiles_NCXYZ: Tensor, done: int) -> None:
-        """Tiles ``done``, ``done`` + 1, ...: one launch per slab that they touch."""
-        _, ny, nz = self.plan.grid
-        while len(tiles_NCXYZ):
-            ix, start = divmod(done, ny * nz)
-            count = min(len(tiles_NCXYZ), ny * nz - start)
-            self._launch(tiles_NCXYZ[:count], ix, start, start + count)
-            tiles_NCXYZ, done = tiles_NCXYZ[count:], done + count
-
-    def _launch(self, tiles_NCXYZ: Tensor, ix: int, start: int, stop: int) -> None:
-        """Tiles ``start`` to ``stop`` of slab ``ix``, as one launch."""
-        (px, py, pz), (_, size_y, size_z) = self.plan.patch, self.plan.padded_shape
-        nx, ny, nz = self.plan.grid
-        origins_x, origins_y, _ = self.plan.origins
-        here = origins_x[ix]
-        seen = origins_x[ix - 1] + px - here if ix else 0
-        y_first, y_end = origins_y[start // nz], origins_y[(stop - 1) // nz] + py
-        out = self.out.narrow(1, here, px)
-        args: list[Argument] = [out, out.stride(0), self.slab, self.row, self.next_row]
-        args += [tiles_NCXYZ, *tiles_NCXYZ.stride(), self.wx[ix], self.wy, self.wz]
-        args += [*self.origins, *self.spans, nx, ny, nz, self.channels, px, py, pz, size_y, size_z]
-        args += [start, stop, y_first, y_end, seen]
-        threads = (y_end - y_first) * size_z, px, self.channels
+    def add(self, tiles_NCXYZ: Tensor, i: int, start: int) -> None:
+        """Tiles ``start``, ``start`` + 1, ... of slab ``i``, as one launch."""
+        if scalar(tiles_NCXYZ.dtype) is None:
+            tiles_NCXYZ = tiles_NCXYZ.float()
+        stitcher, plan, stop = self.stitcher, self.stitcher.plan, start + len(tiles_NCXYZ)
+        (px, py, pz), (_, size_y, size_z), nz = plan.patch, plan.padded_shape, plan.grid[2]
+        y_first, y_end = plan.origins[1][start // nz], plan.origins[1][(stop - 1) // nz] + py
+        out = stitcher.target(i)
+        # Where a slab or a row is the whole result, its sums wait in the result's own place.
+        slab = out if self.slab is None else self.slab
+        row, next_row = (out, out) if self.row is None else (self.row, self.next_row)
+        args: list[Argument] = [out, out.stride(0), slab, row, next_row]
+        args += [tiles_NCXYZ, *tiles_NCXYZ.stride(), self.wx[i], self.wy, self.wz]
+        args += [*self.origins, *self.spans, nz, stitcher.channels, px, py, pz, size_y, size_z]
+        args += [start, stop, y_first, y_end, stitcher.seen(i)]
+        threads = (y_end - y_first) * size_z, px, stitcher.channels
         launch("overlap_add", threads, args, TILE=scalar(tiles_NCXYZ.dtype))
         self.row, self.next_row = self.next_row, self.row
 
 
 def _spans(plan: TilePlan, axis: int) -> Tensor:
-    """(n, 2) int32: the first and the last tile that cover each voxel of an axis."""
+    """(n, 2) int32: the first and the last tile that cover each voxel of an axis; none where the first is larger."""
     voxels, starts = np.arange(plan.padded_shape[axis]), np.asarray(plan.origins[axis])
     first = np.searchsorted(starts + plan.patch[axis], voxels, side="right")
     last = np.searchsorted(starts, voxels, side="right") - 1
@@ -194,25 +303,18 @@ def _spans(plan: TilePlan, axis: int) -> Tensor:
 
 
 def _add_by_kernel(stitcher: Stitcher, tiles_NCXYZ: Tensor) -> Any:
-    sums = stitcher._kernel
-    if sums is None:  # made while the choice was another: a sum is finished the way it was begun
+    if not isinstance(stitcher.adder, _Kernel):  # made while the choice was another: a sum ends the way it began
         return NotImplemented
-    if scalar(tiles_NCXYZ.dtype) is None:
-        tiles_NCXYZ = tiles_NCXYZ.float()
-    sums.add(tiles_NCXYZ, stitcher.done)
-    stitcher.done += len(tiles_NCXYZ)
-    if stitcher.done == len(stitcher.plan):
-        stitcher._out = sums.out
-    return stitcher._out
+    return stitcher.take(tiles_NCXYZ)
 
 
 def _example(seed: int, device: torch.device) -> tuple[Stitcher, Tensor]:
     plan = make_plan((21, 19, 30), (12, 8, 16), (5, 3, 7))
     some = torch.randn(len(plan), 3, *plan.patch, generator=torch.Generator().manual_seed(seed))
     stitcher = Stitcher(plan, 3, "gaussian", device)
-    for level in stitcher._levels:
-        if level.total is not None:
-            level.total.fill_(torch.nan)
+    for memory in (stitcher.memory, *getattr(stitcher.adder, "own", {}).values()):
+        if memory is not None:
+            memory.fill_(torch.nan)
     return stitcher, some.to(device)
 
 
@@ -220,20 +322,25 @@ def _example(seed: int, device: torch.device) -> tuple[Stitcher, Tensor]:
 @op("overlap_add", launch=_add_by_kernel, example=_example, rtol=1e-6)
 def _add(stitcher: Stitcher, tiles_NCXYZ: Tensor) -> Tensor | None:
     """Add the next tiles; the finished volume after the last one."""
-    if stitcher._kernel is not None:
-        assert not stitcher.done, "a sum is finished the way it was begun"
-        stitcher._kernel = None
-    for tile in tiles_NCXYZ:
-        piece = tile.float()
-        for level, i in zip(stitcher._levels, reversed(stitcher.plan.index(stitcher.done)), strict=True):
-            total = level.add(piece, i)
-            if total is None:
-                break
-            piece = total
-        else:
-            stitcher._out = piece
-        stitcher.done += 1
-    return stitcher._out
+    if isinstance(stitcher.adder, _Kernel):
+        assert stitcher.done == stitcher.first * stitcher.plan.grid[1] * stitcher.plan.grid[2], (
+            "a sum is finished the way it was begun"
+        )
+        stitcher.adder = _Nested(stitcher)
+    return stitcher.take(tiles_NCXYZ)
+
+
+def memory_of(
+    plan: TilePlan, channels: int, window: str, device: torch.device | str, rolling: bool, onto: bool = False
+) -> int:
+    """Bytes that a ``Stitcher`` takes; with ``onto`` those of two such sums besides its own rows and slabs."""
+    (px, py, pz), (size_x, size_y, size_z) = plan.patch, plan.padded_shape
+    whole = channels * (px if rolling else size_x) * size_y * size_z * (2 if onto else 1)
+    if _kind(plan, window, torch.device(device)) is _Flat:
+        return 4 * whole
+    row = channels * px * py * size_z if pz < size_z and (py < size_y or px < size_x) else 0
+    slab = channels * px * size_y * size_z if py < size_y and (px < size_x or onto) else 0
+    return 4 * (whole + 2 * row + slab)
 
 
 def overlap_add(tiles_NCXYZ: Tensor, plan: TilePlan, window: str = "constant") -> Tensor:

@@ -10,34 +10,36 @@ Layout, ``ID`` being a subject::
     ID/mask/...              (X, Y, Z) uint8, optional
 
 An array is one shard of 64^3 chunks (blosc-zstd with bit shuffle, crc32c). Every chunk is written, also a constant one,
-so what is missing is lost and never means zeros. The manifest holds size and SHA-256 of every file.
+so what is missing is lost and never means zeros. The manifest holds size and SHA-256 of every file; an array that is
+read whole is compared with them, in a folder and behind a URL: a reader gets what was listed, or an error.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import zarr
-from zarr.abc.store import ByteRequest
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest
 from zarr.abc.store import Store as ZarrStore
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import WrapperStore
 
 from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.geometry import spacing_of
+from fastsrgan.remote import fingerprint
 from fastsrgan.runtime import QUIET, Progress
+from fastsrgan.store_codec import META, SHARD, damaged_chunks, decode, decode_region, in_words, pick_reader
 from fastsrgan.store_files import Keys, read_manifest
 
 ARRAYS = ("image", "label", "mask")
-SHARD = "c/0/0/0"
-CHUNK = 64
 REPAIR = "`fastsrgan convert --resume` writes damaged subjects again"
+DAMAGED = "damaged"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,20 +103,24 @@ class Sample:
     spacing: tuple[float, float, float]
 
 
-def open_store(url: str | os.PathLike) -> Store:
+def open_store(url: str | os.PathLike, reader: str | None = None) -> Store:
     """Open a store for reading: a folder or any URL that zarr opens (s3, gs, http, memory, ...).
 
-    Raises InputError when there is no store, ModelError when it is of a newer format or its manifest is damaged.
+    ``reader`` is "zarr" or "tensorstore"; None takes FASTSRGAN_READER or what is installed (`fastsrgan.store_codec`).
+
+    Raises InputError when there is no store, ModelError when it is of a newer format or its manifest is damaged,
+    ResourceError when object storage does not answer; so do all methods (`fastsrgan.remote`).
     """
-    return Store(url)
+    return Store(url, reader)
 
 
 class Store:
     """The finished subjects of a store. Reading is safe from any number of threads and while a conversion goes on."""
 
-    def __init__(self, url: str | os.PathLike) -> None:
+    def __init__(self, url: str | os.PathLike, reader: str | None = None) -> None:
         self._keys = Keys(url, read_only=True)
         self.url = self._keys.url
+        self.reader = pick_reader(reader)
         self._zarr = _NothingMissing(self._keys.zarr, self.url, self._size_of)
         self.refresh()
 
@@ -142,50 +148,127 @@ class Store:
 
     def read(self, subject_id: str) -> Sample:
         """All arrays of a subject. Raises InputError naming subject, array and chunk where one is lost or damaged."""
-        s = self.subject(subject_id)
-        whole = (slice(None),) * 3
-        arrays = {name: self.read_region(subject_id, name, whole) for name in s.arrays}
-        return Sample(
-            s.id, s.split, arrays["image"], arrays.get("label"), arrays.get("mask"), s.affine.copy(), s.spacing
-        )
+        return self._as_listed(subject_id, self._sample)
 
     def read_region(self, subject_id: str, array: str, slices: tuple[slice, slice, slice]) -> np.ndarray:
         """Part of an array, reading only the chunks it touches: float32 for the image, uint8 for label and mask."""
-        s = self.subject(subject_id)
-        if array not in s.arrays:
-            raise InputError(self.url, f"subject {s.id} has no {array}", f"it has {', '.join(s.arrays)}")
-        try:
-            stored = np.asarray(self._array(s, array)[slices])
-        except FastsrganError:
-            raise
-        except Exception as error:  # zarr, blosc and JSON each fail in their own ways on damaged bytes
-            found = self._damage(s, array) or [f"{s.id}/{array}: {_words(error)}"]
-            raise InputError(self.url, "; ".join(found[:3]), REPAIR) from error
-        if array != "image":
-            return stored
-        return to_float32(stored, s.arrays["image"]["scale"], s.arrays["image"]["offset"])
+
+        def part(s: Subject) -> np.ndarray:
+            if array not in s.arrays:
+                raise InputError(self.url, f"subject {s.id} has no {array}", f"it has {', '.join(s.arrays)}")
+            spans = [slice_.indices(n) for slice_, n in zip(slices, s.shape, strict=True)]
+            if spans == [(0, n, 1) for n in s.shape]:
+                return self._whole(s, [array])[array]
+            return self._intensities(s, array, self._part(s, array, spans))
+
+        return self._as_listed(subject_id, part)
 
     def verify(self, progress: Progress = QUIET) -> list[str]:
         """Compare every byte with the manifest: one line for each thing that is lost or damaged, none when whole."""
         found = []
-        if self._root and hashlib.sha256(self._keys.get("zarr.json") or b"").hexdigest() != self._root[1]:
+        if self._root and fingerprint(self._keys.get("zarr.json") or b"") != self._root:
             found.append("zarr.json: missing or damaged")
         progress.start("verify", len(self._subjects), "subject")
-        for s in self.subjects:
-            for key, (_, digest) in s.files.items():
-                data = self._keys.get(f"{s.id}/{key}")
-                if data is not None and hashlib.sha256(data).hexdigest() == digest:
-                    continue
-                array = key.split("/")[0]
-                if data is None:
-                    found.append(f"{s.id}/{key}: missing")
-                elif key.endswith(SHARD):
-                    found += self._damage(s, array) or [f"{s.id}/{key}: not what was written"]
-                else:
-                    found.append(f"{s.id}/{key}: damaged")
-            progress.advance(damaged=len(found))
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="verify") as pool:
+            pending = [pool.submit(self._verified, s) for s in self.subjects]
+            try:
+                for future in pending:
+                    found += future.result()
+                    progress.advance(damaged=len(found))
+            finally:
+                for future in pending:
+                    future.cancel()
         progress.finish()
         return found
+
+    def _as_listed(self, subject_id: str, work: Callable[[Subject], _T]) -> _T:
+        """``work`` of a subject; once more where it fails because a conversion has written the subject anew."""
+        s = self.subject(subject_id)
+        try:
+            return work(s)
+        except InputError:
+            manifest = read_manifest(self._keys)
+            record = manifest["subjects"].get(subject_id) if manifest else None
+            now = subject_of(subject_id, record) if record else s
+            if now.files == s.files:
+                raise
+            self._subjects[subject_id] = now
+            return work(now)
+
+    def _sample(self, s: Subject) -> Sample:
+        arrays = self._whole(s, list(s.arrays))
+        return Sample(
+            s.id, s.split, arrays["image"], arrays.get("label"), arrays.get("mask"), s.affine.copy(), s.spacing
+        )
+
+    def _whole(self, s: Subject, names: list[str]) -> dict[str, np.ndarray]:
+        """Whole arrays, all their files asked for at once and compared with the manifest."""
+        data = self._files(s, names)
+        arrays = {}
+        for name, meta, shard in zip(names, data[::2], data[1::2], strict=True):
+            found = self._faults(s, name, meta, shard)
+            if found:
+                raise InputError(self.url, "; ".join(found[:3]), REPAIR)
+            try:
+                stored = decode(self.reader, {META: meta or b"", SHARD: shard or b""})
+                self._check(s, name, stored)
+            except Exception as error:  # the files are as they were written: of another program or version
+                raise InputError(self.url, f"{s.id}/{name}: {in_words(error)}", REPAIR) from error
+            arrays[name] = self._intensities(s, name, stored)
+        return arrays
+
+    def _part(self, s: Subject, name: str, spans: list[tuple[int, int, int]]) -> np.ndarray:
+        """Part of an array as stored; of the shard's bytes only the index and the chunks that are touched are read."""
+        # Libraries differ in negative indices and steps: they get neither.
+        region = tuple(slice(start, max(start, stop)) for start, stop, _ in spans)
+        told = _fault(s, f"{name}/{META}", self._keys.get(f"{s.id}/{name}/{META}"))
+        if told:
+            raise InputError(self.url, f"{s.id}/{name}/{META}: {told}", REPAIR)
+        try:
+            if self.reader == "tensorstore" and self._keys.root is not None:
+                folder = self._keys.root / s.id / name
+                if (folder / SHARD).stat().st_size != s.files[f"{name}/{SHARD}"][0]:
+                    raise ValueError("another size")
+                found = decode_region(folder, region)
+                self._check(s, name, found, whole=False)
+            else:
+                array = zarr.open_array(self._zarr, path=f"{s.id}/{name}", mode="r", zarr_format=3)
+                self._check(s, name, array)
+                found = np.asarray(array[region])
+        except FastsrganError:
+            raise
+        except Exception as error:  # tensorstore, zarr, blosc and JSON each fail in their own ways on damaged bytes
+            faults = self._faults(s, name, *self._files(s, [name]))
+            told = "; ".join(faults[:3]) or f"{s.id}/{name}: {in_words(error)}"
+            raise InputError(self.url, told, REPAIR) from error
+        return found[tuple(slice(None, None, step) for *_, step in spans)]
+
+    def _verified(self, s: Subject) -> list[str]:
+        """What is wrong with a subject's files."""
+        wrong = _fault(s, META, self._keys.get(f"{s.id}/{META}"))
+        found = [f"{s.id}/{META}: {wrong}"] if wrong else []
+        for name in s.arrays:
+            found += self._faults(s, name, *self._files(s, [name]))
+        return found
+
+    def _files(self, s: Subject, names: list[str]) -> list[bytes | None]:
+        """META and SHARD of each array, in one go."""
+        return self._keys.get_all([f"{s.id}/{name}/{end}" for name in names for end in (META, SHARD)])
+
+    def _faults(self, s: Subject, name: str, meta: bytes | None, shard: bytes | None) -> list[str]:
+        """What is wrong with an array's files, chunk by chunk where its shard holds other bytes than were written."""
+        where = f"{s.id}/{name}"
+        told, wrong = _fault(s, f"{name}/{META}", meta), _fault(s, f"{name}/{SHARD}", shard)
+        found = [f"{where}/{META}: {told}"] if told else []
+        if wrong == DAMAGED and not told:
+            chunks = damaged_chunks({META: meta or b"", SHARD: shard or b""}, s.shape)
+            return [f"{where}: {told}" for told in chunks] or [f"{where}/{SHARD}: not what was written"]
+        return found + ([f"{where}/{SHARD}: {wrong}"] if wrong else [])
+
+    def _intensities(self, s: Subject, name: str, stored: np.ndarray) -> np.ndarray:
+        if name != "image":
+            return stored
+        return to_float32(stored, s.arrays["image"]["scale"], s.arrays["image"]["offset"])
 
     def _size_of(self, key: str) -> int | None:
         """Bytes that the manifest expects under a chunk's key."""
@@ -193,30 +276,20 @@ class Store:
         subject = self._subjects.get(subject_id)
         return subject.files.get(below, (None, ""))[0] if subject else None
 
-    def _array(self, s: Subject, name: str) -> zarr.Array:
-        array = zarr.open_array(self._zarr, path=f"{s.id}/{name}", mode="r")
-        if array.shape != s.shape or array.dtype != np.dtype(s.arrays[name]["dtype"]):
+    def _check(self, s: Subject, name: str, array: np.ndarray | zarr.Array, whole: bool = True) -> None:
+        expected = s.shape if whole else array.shape
+        if array.shape != expected or array.dtype != np.dtype(s.arrays[name]["dtype"]):
             raise ValueError(f"is {array.dtype} {array.shape}, the manifest says {s.arrays[name]['dtype']} {s.shape}")
-        return array
 
-    def _damage(self, s: Subject, name: str) -> list[str]:
-        """Which chunks of an array cannot be decoded, by position in the grid of 64^3 chunks."""
-        try:
-            array = self._array(s, name)
-            if len(self._keys.get(f"{s.id}/{name}/{SHARD}") or b"") != s.files[f"{name}/{SHARD}"][0]:
-                return [f"{s.id}/{name}: its chunks are lost or cut short"]
-        except Exception as error:
-            return [f"{s.id}/{name}: {_words(error)}"]
-        bad = []
-        grid = [range(-(-n // CHUNK)) for n in s.shape]
-        for position in itertools.product(*grid):
-            try:
-                array[tuple(slice(i * CHUNK, (i + 1) * CHUNK) for i in position)]
-            except Exception as error:
-                bad.append((position, _words(error)))
-        if len(bad) > 1 and len(bad) == len(list(itertools.product(*grid))):
-            return [f"{s.id}/{name}: no chunk can be read: {bad[0][1]}"]
-        return [f"{s.id}/{name}: chunk {position} {words}" for position, words in bad]
+
+def _fault(s: Subject, key: str, data: bytes | None) -> str:
+    """What is wrong with the bytes under a key of a subject, "" where they are what was written."""
+    size, digest = s.files[key]
+    if data is None:
+        return "missing"
+    if len(data) != size and key.endswith(SHARD):
+        return f"{len(data)} bytes where {size} were written"
+    return "" if fingerprint(data) == [size, digest] else DAMAGED
 
 
 class _NothingMissing(WrapperStore[ZarrStore]):
@@ -237,6 +310,8 @@ class _NothingMissing(WrapperStore[ZarrStore]):
         expected = self._size_of(key)
         if found is None or expected is None:
             raise InputError(self._url, f"{key}: missing", REPAIR)
+        if byte_range is not None and len(found) == expected:  # an HTTP server that knows no ranges sent all
+            found = found[_as_slice(byte_range, expected)]
         if byte_range is not None and (key, expected) in self._seen:
             return found
         size = len(found) if byte_range is None else await self._store.getsize(key)
@@ -244,6 +319,12 @@ class _NothingMissing(WrapperStore[ZarrStore]):
             raise InputError(self._url, f"{key}: {size} bytes where {expected} were written", REPAIR)
         self._seen.add((key, expected))
         return found
+
+
+def _as_slice(wanted: ByteRequest, size: int) -> slice:
+    if isinstance(wanted, RangeByteRequest):
+        return slice(wanted.start, wanted.end)
+    return slice(wanted.offset if isinstance(wanted, OffsetByteRequest) else max(0, size - wanted.suffix), size)
 
 
 def subject_of(name: str, record: dict[str, Any]) -> Subject:
@@ -264,11 +345,3 @@ def to_float32(stored: np.ndarray, scale: float, offset: float) -> np.ndarray:
     for part, plane in zip(out, stored, strict=True):  # by plane: a float64 copy of a whole volume is not needed
         part[...] = plane * np.float64(scale) + offset
     return out
-
-
-def _words(error: Exception) -> str:
-    """An error of zarr or a codec in one short line."""
-    text = error.reason if isinstance(error, FastsrganError) else str(error)
-    if "checksum" in text:
-        return "is damaged (crc32c)"
-    return " ".join(text.split())[:160] or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -9,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import socket
 import urllib.parse
@@ -18,9 +20,10 @@ from typing import Any
 from zarr.abc.store import Store as ZarrStore
 from zarr.buffer import default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.storage import FsspecStore, LocalStore
+from zarr.storage import LocalStore
 
-from fastsrgan.errors import FastsrganError, ModelError, ResourceError, UsageError
+from fastsrgan.errors import FastsrganError, ModelError, ResourceError
+from fastsrgan.remote import open_url
 from fastsrgan.runtime import atomic_write, disk_error, existing_parent, sync_folder
 
 log = logging.getLogger("fastsrgan")
@@ -32,78 +35,108 @@ LOCK = ".fastsrgan.lock"
 
 
 class Keys:
-    """Bytes by key below a folder or URL, through zarr's own stores.
+    """Bytes by key below a folder or URL.
 
-    ``root`` is the folder, None for a URL. Raises UsageError for a URL that nothing here can open.
+    ``root`` is the folder, None for a URL; ``zarr`` is the place as zarr sees it. Raises UsageError for a URL that
+    nothing here can open, and from every method ResourceError where object storage does not answer.
     """
 
     def __init__(self, url: str | os.PathLike, read_only: bool) -> None:
         self.url = os.fspath(url)
         self.root = local_path(self.url)
-        self.zarr: ZarrStore
-        if self.root is not None:
-            self.zarr = LocalStore(self.root, read_only=read_only)
-            return
-        try:
-            self.zarr = FsspecStore.from_url(self.url, read_only=read_only)
-        except ImportError as error:
-            raise ResourceError(self.url, f"cannot be opened: {error}", "pip install 'fastsrgan[s3]'") from error
-        except ValueError as error:
-            raise UsageError(self.url, f"is no URL that can be opened: {error}") from error
+        self.remote = open_url(self.url, read_only) if self.root is None else None
+        self.zarr: ZarrStore = LocalStore(str(self.root), read_only=read_only) if self.remote is None else self.remote
 
     def get(self, key: str) -> bytes | None:
         """The bytes under a key, None where there are none."""
+        return self.get_all([key])[0]
+
+    def get_all(self, keys: list[str]) -> list[bytes | None]:
+        """The bytes under several keys, None where there are none; behind a URL they are asked for at once."""
+        if self.root is not None:
+            return [self._read(self.root / key) for key in keys]
+
+        async def gathered() -> list[Any]:
+            return await asyncio.gather(*(self.zarr.get(key, default_buffer_prototype()) for key in keys))
+
+        return [None if found is None else found.to_bytes() for found in sync(gathered())]
+
+    def _read(self, path: Path) -> bytes | None:
         try:
-            found = sync(self.zarr.get(key, default_buffer_prototype()))
-        except (FileNotFoundError, NotADirectoryError):
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except OSError as error:
-            raise ResourceError(f"{self.url}/{key}", f"cannot be read: {error.strerror or error}") from error
-        return None if found is None else found.to_bytes()
+            raise ResourceError(path, f"cannot be read: {error.strerror or error}") from error
 
     def put(self, key: str, data: bytes) -> None:
         """Replace what is under a key as a whole: readers see the old bytes or the new ones."""
-        if self.root is not None:
-            with atomic_write(self.root / key) as temporary:
-                temporary.write_bytes(data)
-        else:
-            sync(self.zarr.set(key, default_buffer_prototype().buffer.from_bytes(data)))
+        if self.remote is not None:
+            sync(self.remote.put(key, data))
+            return
+        with atomic_write(self.folder / key) as temporary:
+            temporary.write_bytes(data)
 
-    def size(self, key: str) -> int | None:
-        """The number of bytes under a key, None where there is nothing."""
-        try:
-            return sync(self.zarr.getsize(key))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+    def put_all(self, data: dict[str, bytes]) -> None:
+        """Write several keys that nobody reads yet; on return they survive a power cut."""
+        if self.remote is not None:
+            remote = self.remote
+
+            async def gathered() -> None:
+                await asyncio.gather(*(remote.put(key, value) for key, value in data.items()))
+
+            sync(gathered())
+            return
+        for key, value in data.items():
+            path = self.folder / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                file.write(value)
+                file.flush()
+                os.fsync(file.fileno())
+        for folder in {parent for key in data for parent in (self.folder / key).parents}:
+            if folder.is_relative_to(self.folder):
+                sync_folder(folder)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Behind a URL: set what is under a key unless something is; False when it is."""
+        assert self.remote is not None
+        return sync(self.remote.create(key, data))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """key below the prefix -> number of bytes, for all there is."""
+        if self.remote is not None:
+            return sync(self.remote.sizes(prefix))
+        top = self.folder / prefix
+        return {p.relative_to(top).as_posix(): p.stat().st_size for p in top.rglob("*") if p.is_file()}
 
     def drop(self, prefix: str) -> None:
-        """Remove everything below a prefix; "" is all there is."""
-        sync(self.zarr.delete_dir(prefix))
+        """Remove everything below a prefix."""
+        if self.remote is None:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(self.folder / prefix)
+            return
+        for key in self.sizes(prefix):
+            self.drop_one(f"{prefix}/{key}".lstrip("/"))
 
     def drop_one(self, key: str) -> None:
         """Remove what is under a key, if anything."""
-        sync(self.zarr.delete(key))
+        if self.remote is not None:
+            sync(self.remote.remove(key))
+        else:
+            (self.folder / key).unlink(missing_ok=True)
 
     def names(self) -> list[str]:
         """What stands directly below the root, sorted."""
+        if self.remote is not None:
+            return sorted(name.rstrip("/") for name in sync(self.remote.names()))
+        return sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
 
-        async def listed() -> list[str]:
-            return [name.rstrip("/") async for name in self.zarr.list_dir("")]
-
-        return sorted(sync(listed()))
-
-    def settle(self, prefix: str) -> None:
-        """Make what was written below a prefix survive a power cut."""
-        if self.root is None:
-            return
-        for folder, _, names in os.walk(self.root / prefix):
-            for name in names:
-                descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-            sync_folder(Path(folder))
+    @property
+    def folder(self) -> Path:
+        """The root where it is a folder."""
+        assert self.root is not None
+        return self.root
 
 
 def local_path(url: str) -> Path | None:
@@ -167,7 +200,8 @@ class WriteLock:
 
     In a folder the kernel holds the lock and frees it when the process dies, so a file left behind is stale and is
     taken over with a warning; one from another host may be alive where the file system keeps locks to itself, and is
-    not. Behind a URL, where nothing is atomic, the lock is an object that names its holder.
+    not. Behind a URL the lock is an object that names its holder. S3 makes such an object for one of several writers
+    only; where an older server cannot, two that start in the same moment are told apart by `check` at the latest.
 
     Raises ResourceError when the store is locked or its folder cannot be made.
     """
@@ -176,9 +210,9 @@ class WriteLock:
         self._keys = keys
         self._file: int | None = None
         self._made_folder = False
+        self._signature = _signature()
         if keys.root is None:
-            self._judge(_holder(keys.get(LOCK)), held=False)
-            keys.put(LOCK, _signature())
+            self._take()
             return
         try:
             self._made_folder = not keys.root.exists()
@@ -187,11 +221,21 @@ class WriteLock:
         except OSError as error:
             raise write_error(error, keys.url) from error
 
+    def check(self) -> None:
+        """Make sure that the lock behind a URL is still ours, before the manifest is replaced: ResourceError."""
+        if self._keys.root is None and self._keys.get(LOCK) != self._signature:
+            told = "was taken over by another conversion"
+            raise ResourceError(self._keys.url, told, "let one finish, then run the other again with --resume")
+
     def release(self) -> None:
         """Remove the lock, and the folder where nothing else came into it."""
         root = self._keys.root
         if root is None:
-            self._keys.drop_one(LOCK)
+            try:
+                if self._keys.get(LOCK) == self._signature:
+                    self._keys.drop_one(LOCK)
+            except FastsrganError as error:
+                log.warning("the lock stays behind: %s", error)
         elif self._file is not None:
             (root / LOCK).unlink(missing_ok=True)
             os.close(self._file)
@@ -199,6 +243,18 @@ class WriteLock:
             if self._made_folder:
                 with contextlib.suppress(OSError):
                     root.rmdir()
+
+    def _take(self) -> None:
+        """Make the lock's object; one of a dead process of this host is removed first."""
+        if self._keys.create(LOCK, self._signature):
+            return
+        raw = self._keys.get(LOCK)
+        if raw == self._signature:  # made by an attempt whose answer got lost
+            return
+        self._judge(_holder(raw), held=False)
+        self._keys.drop_one(LOCK)
+        if not self._keys.create(LOCK, self._signature):
+            self._judge(_holder(self._keys.get(LOCK)), held=True)
 
     def _acquire(self, path: Path) -> int:
         while True:
@@ -209,7 +265,7 @@ class WriteLock:
                 with contextlib.suppress(FileNotFoundError):
                     if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
                         os.ftruncate(descriptor, 0)
-                        os.pwrite(descriptor, _signature(), 0)
+                        os.pwrite(descriptor, self._signature, 0)
                         return descriptor
             except BaseException:
                 os.close(descriptor)
@@ -222,7 +278,10 @@ class WriteLock:
         here = bool(holder) and holder["host"] == socket.gethostname()  # type: ignore[index]
         by_pid = self._keys.root is None and here and _alive(holder["pid"])  # type: ignore[index]
         if held or by_pid:
-            raise ResourceError(self._keys.url, f"is being written by {told}", "wait until it ends")
+            hint = "wait until it ends" + (
+                f"; if it is no conversion, delete {self._keys.url}/{LOCK}" if by_pid else ""
+            )
+            raise ResourceError(self._keys.url, f"is being written by {told}", hint)
         if holder and not here:
             hint = f"if that run is over, delete {self._keys.url}/{LOCK}"
             raise ResourceError(self._keys.url, f"is locked by {told}", hint)
@@ -254,7 +313,7 @@ def _alive(pid: int) -> bool:
 
 
 def _signature() -> bytes:
-    return json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+    return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": secrets.token_hex(8)}).encode()
 
 
 def _holder(raw: bytes | None) -> dict[str, Any] | None:

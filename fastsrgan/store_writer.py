@@ -6,26 +6,23 @@ The bytes of a store depend on its subjects alone, not on their order, the numbe
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
 import os
 import re
-import shutil
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
 
 from fastsrgan._version import __version__
-from fastsrgan.errors import InputError, ModelError, UsageError
+from fastsrgan.errors import FastsrganError, InputError, ModelError, UsageError
 from fastsrgan.geometry import spacing_of
+from fastsrgan.remote import fingerprint
 from fastsrgan.runtime import finite
-from fastsrgan.store import CHUNK, SHARD, Subject, subject_of
+from fastsrgan.store import Subject, subject_of
+from fastsrgan.store_codec import CHUNK, encoded, group_bytes
 from fastsrgan.store_files import (
     FORMAT,
     LOCK,
@@ -74,7 +71,7 @@ class StoreWriter:
         self._keys, self.url = keys, keys.url
         self._guard = threading.Lock()
         self._prepared = False
-        self._replaced: list[str] = []
+        self._there: set[str] = set()  # names below the root, so that a new one costs no listing
         self._written_at, self._write_seconds = 0.0, 0.0
         self._lock = WriteLock(keys)
         try:
@@ -97,13 +94,13 @@ class StoreWriter:
 
     def intact(self, subject_id: str) -> bool:
         """Whether every file of a listed subject holds what was written; behind a URL only sizes are compared."""
-        for key, written in self._manifest["subjects"][subject_id]["files"].items():
-            full = f"{subject_id}/{key}"
-            if self._keys.size(full) != written[0]:
-                return False
-            if self._keys.root is not None and _fingerprint(self._keys.get(full) or b"") != written:
-                return False
-        return True
+        files = self._manifest["subjects"][subject_id]["files"]
+        sizes = self._keys.sizes(subject_id)
+        if any(sizes.get(key) != size for key, (size, _) in files.items()):
+            return False
+        if self._keys.root is None:
+            return True
+        return all(fingerprint(self._keys.get(f"{subject_id}/{key}") or b"") == files[key] for key in files)
 
     def need_space(self, n_bytes: int) -> None:
         """Refuse to begin what the disk cannot hold: ResourceError."""
@@ -147,11 +144,12 @@ class StoreWriter:
         self.need_space(sum(a.nbytes for a in arrays.values()) + 2 * CHUNK**3)
         self._unlist(subject_id)
         try:
-            self._keys.drop(subject_id)
-            zarr.create_group(self._keys.zarr, path=subject_id, attributes=MARK | record)
-            for name, array in arrays.items():
-                self._write_array(f"{subject_id}/{name}", array, described.get(name, {}))
-            record["files"] = self._seal(subject_id, arrays)
+            if subject_id in self._there:
+                self._keys.drop(subject_id)
+            self._there.add(subject_id)
+            files = encoded(MARK | record, arrays)
+            self._keys.put_all({f"{subject_id}/{key}": data for key, data in files.items()})
+            record["files"] = {key: fingerprint(data) for key, data in files.items()}
         except OSError as error:
             self._discard(subject_id)
             raise write_error(error, self.url) from error
@@ -166,11 +164,10 @@ class StoreWriter:
     def finish(self, complete: bool = True) -> None:
         """List everything and note whether the store is complete; remove what interrupted runs left."""
         self._prepare()
-        if self._keys.root is not None:
-            keep = {MANIFEST, LOCK, "zarr.json", *self._manifest["subjects"]}
-            for name in self._keys.names():
-                if name not in keep and self._is_ours(name):
-                    _remove(self._keys.root / name)
+        keep = {MANIFEST, LOCK, "zarr.json", *self._manifest["subjects"]}
+        for name in self._keys.names():
+            if name not in keep and self._is_ours(name):
+                self._remove(name)
         with self._guard:
             self._manifest["complete"] = complete
             self._publish(always=True)
@@ -195,7 +192,6 @@ class StoreWriter:
                 reason = f"exists and is no fastsrgan store (it holds {strange[0]})"
                 raise UsageError(self.url, reason, "choose another folder")
             return fresh
-        self._replaced = list(found["subjects"])
         if overwrite or not found["subjects"]:
             return fresh
         if not resume:
@@ -214,11 +210,11 @@ class StoreWriter:
             try:
                 if not self._manifest["subjects"]:
                     self._clear()
-                root = self._keys.get("zarr.json")
-                if root is None or _fingerprint(root) != self._manifest["root"]:
-                    self._keys.drop_one("zarr.json")
-                    zarr.create_group(self._keys.zarr, attributes=MARK)
-                    self._manifest["root"] = _fingerprint(self._keys.get("zarr.json") or b"")
+                root = group_bytes(MARK)
+                if self._keys.get("zarr.json") != root:
+                    self._keys.put("zarr.json", root)
+                self._manifest["root"] = fingerprint(root)
+                self._there = set(self._keys.names())
                 self._publish(always=True)
             except OSError as error:
                 raise write_error(error, self.url) from error
@@ -227,45 +223,25 @@ class StoreWriter:
     def _clear(self) -> None:
         """Remove an earlier store, its manifest first; what no writer made stays."""
         self._keys.drop_one(MANIFEST)
-        if self._keys.root is None:
-            for name in self._replaced:
-                self._keys.drop(name)
-            self._keys.drop_one("zarr.json")
-            return
         for name in self._keys.names():
             if name != LOCK and self._is_ours(name):
-                _remove(self._keys.root / name)
+                self._remove(name)
 
     def _is_ours(self, name: str) -> bool:
-        root = self._keys.root
-        return name == "zarr.json" if root is None else _is_leftover(root / name)
+        """Whether something at the root was put there by a writer and holds nothing else."""
+        if self._keys.root is not None:
+            return _is_leftover(self._keys.root / name)
+        if name == "zarr.json":
+            return _is_marked(self._keys.get(name))
+        below = list(self._keys.sizes(name)) if _ID.fullmatch(name) else []
+        return bool(below) and _is_layout(below, self._keys.get(f"{name}/zarr.json"))
 
-    def _write_array(self, path: str, array: np.ndarray, attributes: dict[str, Any]) -> None:
-        created = zarr.create_array(
-            self._keys.zarr,
-            name=path,
-            shape=array.shape,
-            dtype=array.dtype,
-            chunks=(CHUNK,) * 3,
-            shards=tuple(-(-n // CHUNK) * CHUNK for n in array.shape),
-            compressors=[BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec()],
-            fill_value=0,
-            attributes=attributes,
-            dimension_names=("x", "y", "z"),
-            config={"write_empty_chunks": True},
-        )
-        created[...] = array
-
-    def _seal(self, subject_id: str, arrays: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Sizes and SHA-256 of the files of a subject, after they have reached the disk."""
-        self._keys.settle(subject_id)
-        files = {}
-        for key in ["zarr.json", *(f"{name}/{end}" for name in arrays for end in ("zarr.json", SHARD))]:
-            data = self._keys.get(f"{subject_id}/{key}")
-            if data is None:
-                raise OSError(errno.EIO, "was written and is not there", key)
-            files[key] = _fingerprint(data)
-        return files
+    def _remove(self, name: str) -> None:
+        is_file = name == "zarr.json" if self._keys.root is None else not (self._keys.root / name).is_dir()
+        if is_file:
+            self._keys.drop_one(name)
+        else:
+            self._keys.drop(name)
 
     def _unlist(self, subject_id: str) -> None:
         """Before its files change, a subject leaves the manifest: readers never see it half-written."""
@@ -275,13 +251,14 @@ class StoreWriter:
                 self._publish(always=True)
 
     def _discard(self, subject_id: str) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, FastsrganError):
             self._keys.drop(subject_id)
 
     def _publish(self, always: bool = False) -> None:
         """Replace the manifest. A large one at most a tenth of the time; what is not listed yet is listed soon."""
         if not always and time.monotonic() - self._written_at < 10 * self._write_seconds:
             return
+        self._lock.check()
         began = time.monotonic()
         size = write_manifest(self._keys, self._manifest)
         self._written_at = time.monotonic()
@@ -312,30 +289,30 @@ def _checked(
     return arrays
 
 
-def _fingerprint(data: bytes) -> list[Any]:
-    return [len(data), hashlib.sha256(data).hexdigest()]
-
-
 def _is_leftover(entry: Path) -> bool:
-    """Whether something at the root of a store was put there by a writer and holds nothing else."""
-    if not entry.is_dir() or entry.is_symlink():
-        return bool(_TEMPORARY.fullmatch(entry.name)) or (entry.name == "zarr.json" and _is_marked(entry))
-    if not _ID.fullmatch(entry.name):
-        return False
-    below = [p.relative_to(entry).as_posix() for p in entry.rglob("*") if not p.is_dir() or p.is_symlink()]
+    """Whether something at the root of a folder was put there by a writer and holds nothing else."""
     group = entry / "zarr.json"
-    return all(_LAYOUT.fullmatch(name) for name in below) and (not group.exists() or _is_marked(group))
+    if not entry.is_dir() or entry.is_symlink():
+        marked = entry.name == "zarr.json" and _is_marked(_bytes_of(entry))
+        return bool(_TEMPORARY.fullmatch(entry.name)) or marked
+    below = [p.relative_to(entry).as_posix() for p in entry.rglob("*") if not p.is_dir() or p.is_symlink()]
+    return bool(_ID.fullmatch(entry.name)) and _is_layout(below, _bytes_of(group) if group.exists() else None)
 
 
-def _is_marked(group: Path) -> bool:
+def _is_layout(below: list[str], group: bytes | None) -> bool:
+    """Whether keys below a name are those of a subject, and its group, where there is one, is ours."""
+    return all(_LAYOUT.fullmatch(key) for key in below) and (group is None or _is_marked(group))
+
+
+def _is_marked(group: bytes | None) -> bool:
     try:
-        return bool(MARK.keys() <= json.loads(group.read_bytes())["attributes"].keys())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return bool(MARK.keys() <= json.loads(group or b"")["attributes"].keys())
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def _remove(entry: Path) -> None:
-    if entry.is_dir():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink()
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

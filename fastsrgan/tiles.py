@@ -126,7 +126,7 @@ def pad(volume_XYZ: Tensor, plan: TilePlan) -> Tensor:
     return volume_XYZ
 
 
-def gather(volume_XYZ: Tensor, plan: TilePlan, indices: range, out_N1XYZ: Tensor | None = None) -> Tensor:
+def gather(volume_XYZ: Tensor, plan: TilePlan, indices: Sequence[int], out_N1XYZ: Tensor | None = None) -> Tensor:
     """Tiles ``indices`` of a padded volume: (len(indices), 1, *plan.patch) on the volume's device.
 
     They are written into the first rows of ``out_N1XYZ`` when given, in its dtype, and a view of those is returned.
@@ -136,7 +136,7 @@ def gather(volume_XYZ: Tensor, plan: TilePlan, indices: range, out_N1XYZ: Tensor
     return _gather(out_N1XYZ[: len(indices)], volume_XYZ, plan, indices)
 
 
-def _gather_by_kernel(out_N1XYZ: Tensor, volume_XYZ: Tensor, plan: TilePlan, indices: range) -> Any:
+def _gather_by_kernel(out_N1XYZ: Tensor, volume_XYZ: Tensor, plan: TilePlan, indices: Sequence[int]) -> Any:
     source, target = scalar(volume_XYZ.dtype), scalar(out_N1XYZ.dtype)
     if source is None or target in (None, "u8") or not out_N1XYZ.is_contiguous():
         return NotImplemented
@@ -156,7 +156,7 @@ def _example(seed: int, device: torch.device) -> tuple[Tensor, Tensor, TilePlan,
 
 
 @op("gather_tiles", launch=_gather_by_kernel, example=_example)
-def _gather(out_N1XYZ: Tensor, volume_XYZ: Tensor, plan: TilePlan, indices: range) -> Tensor:
+def _gather(out_N1XYZ: Tensor, volume_XYZ: Tensor, plan: TilePlan, indices: Sequence[int]) -> Tensor:
     """Fill ``out`` with tiles of a volume, padded or not. One that is not is padded here, but not by the kernel."""
     padded = volume_XYZ if tuple(volume_XYZ.shape) == plan.padded_shape else pad(volume_XYZ, plan)
     px, py, pz = plan.patch

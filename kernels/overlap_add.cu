@@ -13,7 +13,7 @@ typedef long long Int;
 
 extern "C" __global__ void __launch_bounds__(BLOCK) overlap_add(
     float* out, Int out_channel,        // (C, px, Y, Z) where the slab lies in the result; channels this far apart
-    float* slab,                        // (C, px, Y, Z) sums over finished rows; may be the memory of out where nx is 1
+    float* slab,                        // (C, px, Y, Z) sums over finished rows; may be out where px is all of X
     const float* row_in, float* row_out,  // (C, px, py, Z) sums over a row's tiles, by the call before and by this one;
                                           // two buffers, because another thread may still need what this one replaces
     const TILE* tiles, Int sn, Int sc, Int sx, Int sy, Int sz,  // (n, C, px, py, pz) with strides in elements
@@ -21,10 +21,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK) overlap_add(
     const float* wy, const float* wz,   // (ny, py), (nz, pz) weights of every tile
     const int* oy, const int* oz,       // (ny), (nz) origins
     const int* span_y, const int* span_z,  // (Y, 2), (Z, 2) first and last tile that covers a voxel
-    Int nx, Int ny, Int nz, Int channels, Int px, Int py, Int pz, Int size_y, Int size_z,
+    Int nz, Int channels, Int px, Int py, Int pz, Int size_y, Int size_z,
     Int from, Int to,                   // tiles of this call, numbers within the slab
     Int y_first, Int y_end,             // planes that they touch
-    Int seen) {                         // planes x < seen were already covered by the slab before
+    Int seen) {                         // planes x < seen hold sums already
   const unsigned i = blockIdx.x * BLOCK + threadIdx.x;
   if (i >= (y_end - y_first) * size_z) return;
   const int y = (int)(y_first + i / (unsigned)size_z), z = (int)(i % (unsigned)size_z);
@@ -48,14 +48,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK) overlap_add(
         for (; k <= k_last; ++k) {
           const int z_tile = z - oz[k];
           const float v = value(line[k * sn + z_tile * sz]);
-          sum_z = nz == 1 ? v : fmaf(v, wz[k * pz + z_tile], sum_z);
+          sum_z = fmaf(v, wz[k * pz + z_tile], sum_z);
         }
         if (k_last < last_z) {
           row_out[in_row] = sum_z;
           continue;
         }
         if (j > first_y && finished < 0) sum_y = slab[here];
-        sum_y = ny == 1 ? sum_z : fmaf(sum_z, wy[j * py + y_tile], sum_y);
+        sum_y = fmaf(sum_z, wy[j * py + y_tile], sum_y);
         finished = j;
       }
       if (finished < 0) continue;
@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) overlap_add(
         continue;
       }
       float* result = out + c * out_channel + (x * size_y + y) * size_z + z;
-      *result = nx == 1 ? sum_y : fmaf(sum_y, wx[x], x < seen ? *result : 0.0f);
+      *result = fmaf(sum_y, wx[x], x < seen ? *result : 0.0f);
     }
   }
 }

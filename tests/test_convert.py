@@ -1,9 +1,12 @@
 """Conversion: what a store holds equals the files; faults come first; interruptions, damage and changes are mended."""
 
+import hashlib
+import io
 import logging
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import time
 from collections import namedtuple
@@ -16,32 +19,37 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from rich.console import Console
 
-from fastsrgan import images, store_files
+from fastsrgan import console, images, store_files
+from fastsrgan.cli import main
+from fastsrgan.console import PlainProgress
 from fastsrgan.convert import convert
 from fastsrgan.encode import PERCENTILES, axis_codes, describe, encode
 from fastsrgan.errors import FastsrganError, InputError, PartialFailure, ResourceError, UsageError
 from fastsrgan.store import open_store, to_float32
 from fastsrgan.store_files import LOCK
+from fastsrgan.store_writer import create_store
 
 SHAPE = (21, 18, 10)
 AFFINE = nifti_files.rigid()
 
 
-def head(seed, dtype=np.int16):
+def head(seed, dtype=np.int16, shape=SHAPE):
     random_ = np.random.default_rng(seed)
-    image = random_.integers(0, 900, SHAPE) * (random_.random(SHAPE) < 0.7)
+    image = random_.integers(0, 900, shape) * (random_.random(shape) < 0.7)
     image[:3] = image[:, :2] = image[..., 8:] = 0
     return image.astype(dtype)
 
 
-def cohort(folder: Path, n=4, suffix=".nii.gz", **options):
+def cohort(folder: Path, n=4, suffix=".nii.gz", shape=SHAPE, **options):
     """A table of n subjects, the last one in Test."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["HR_image,Label_image,Base"]
     for i in range(n):
-        nifti_files.write(folder / f"s{i}{suffix}", head(i), AFFINE, **options)
-        nifti_files.write(folder / f"l{i}.nii.gz", (head(i) > 500).astype(np.uint8), AFFINE)
+        image = head(i, shape=shape)
+        nifti_files.write(folder / f"s{i}{suffix}", image, AFFINE, **options)
+        nifti_files.write(folder / f"l{i}.nii.gz", (image > 500).astype(np.uint8), AFFINE)
         lines.append(f"s{i}{suffix},l{i}.nii.gz,{'Test' if i == n - 1 else 'Train'}")
     (folder / "table.csv").write_text("\n".join(lines) + "\n")
     return folder / "table.csv"
@@ -300,15 +308,15 @@ def test_the_disk_is_asked_before_the_first_volume(tmp_path, monkeypatch):
 
 def test_a_failure_of_the_disk_ends_the_conversion(tmp_path, monkeypatch):
     table = cohort(tmp_path, 6)
-    real, calls = store_files.Keys.settle, []
+    real, calls = store_files.Keys.put_all, []
 
-    def full(self, prefix):
-        calls.append(prefix)
+    def full(self, data):
+        calls.append(next(iter(data)).split("/")[0])
+        real(self, data)
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
-        real(self, prefix)
 
-    monkeypatch.setattr(store_files.Keys, "settle", full)
+    monkeypatch.setattr(store_files.Keys, "put_all", full)
     with pytest.raises(ResourceError, match="no space left"):
         convert(table, tmp_path / "store", workers=1)
     store = open_store(tmp_path / "store")
@@ -388,8 +396,15 @@ def _convert_quietly(table, store):
         os._exit(9)
 
 
+def _times(store: Path) -> dict[str, int]:
+    """When the voxels of the subjects that are listed were written."""
+    subjects = open_store(store).subjects
+    return {s.id: (store / s.id / "image/c/0/0/0").stat().st_mtime_ns for s in subjects}
+
+
 def test_killed_at_random_moments_and_resumed(tmp_path):
-    table = cohort(tmp_path, 6)
+    """FAULTS 20. FASTSRGAN_KILLS is the number of kills (8; the full check is 20)."""
+    table, store = cohort(tmp_path, 6), tmp_path / "store"
     began = time.monotonic()
     convert(table, tmp_path / "clean", workers=2)
     seconds = time.monotonic() - began
@@ -397,22 +412,76 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastsrgan.convert"])
     chance, killed = random.Random(5), 0
-    for _ in range(12):
-        process = context.Process(target=_convert_quietly, args=(table, tmp_path / "store"))
+    before: dict[str, int] = {}
+    for _ in range(int(os.environ.get("FASTSRGAN_KILLS", "8"))):
+        process = context.Process(target=_convert_quietly, args=(table, store))
         process.start()
         process.join(chance.uniform(0, seconds))
         process.kill()
         process.join()
         assert process.exitcode in (0, -9)
         killed += process.exitcode == -9
-        if (tmp_path / "store/manifest.json").exists():
-            store = open_store(tmp_path / "store")
-            assert store.verify() == []
-            if store.complete:
-                shutil.rmtree(tmp_path / "store")
+        if (store / "manifest.json").exists():
+            assert open_store(store).verify() == []
+            assert before.items() <= _times(store).items()  # finished volumes are not made again
+            before = _times(store)
+            if open_store(store).complete:
+                shutil.rmtree(store)
+                before = {}
     assert killed
-    convert(table, tmp_path / "store", resume=True)
-    assert tree(tmp_path / "store") == tree(tmp_path / "clean")
+    summary = convert(table, store, resume=True)
+    assert summary["kept"] == len(before) and before.items() <= _times(store).items()
+    assert tree(store) == tree(tmp_path / "clean")
+
+
+def _watch(store, allowed, ready, stop, problems):
+    """Read all the time; what is neither a whole subject nor one that is just being replaced is a problem."""
+    ready.set()
+    reads = 0
+    while not stop.is_set():
+        try:
+            opened = open_store(store)
+        except InputError:  # before the first manifest
+            continue
+        for s in opened.subjects:
+            try:
+                sample = opened.read(s.id)
+            except InputError as error:
+                now = {t.id: t.files for t in open_store(store).subjects}
+                if now.get(s.id) == s.files:
+                    problems.put(f"{s.id}: {error}")
+                continue
+            reads += 1
+            seen = hashlib.sha256(sample.image.tobytes() + sample.label.tobytes()).hexdigest()
+            if seen not in allowed[s.id]:
+                problems.put(f"{s.id} is neither its old nor its new self")
+    problems.put(reads)
+
+
+def test_another_process_sees_whole_subjects_only(tmp_path):
+    """FAULTS 28: first while subjects are added, then while half of them are written anew."""
+    table, store = cohort(tmp_path, 8), tmp_path / "store"
+    heads = {f"s{i}": [head(i), head(i + 50)] if i % 2 else [head(i)] for i in range(8)}
+    allowed = {
+        name: {hashlib.sha256(h.astype(np.float32).tobytes() + (h > 500).tobytes()).hexdigest() for h in versions}
+        for name, versions in heads.items()
+    }
+    context = multiprocessing.get_context("forkserver")
+    ready, stop, problems = context.Event(), context.Event(), context.Queue()
+    process = context.Process(target=_watch, args=(store, allowed, ready, stop, problems))
+    process.start()
+    assert ready.wait(200)
+    convert(table, store, workers=2)
+    for i in range(1, 8, 2):
+        nifti_files.write(tmp_path / f"s{i}.nii.gz", head(i + 50), AFFINE)
+        nifti_files.write(tmp_path / f"l{i}.nii.gz", (head(i + 50) > 500).astype(np.uint8), AFFINE)
+    assert convert(table, store, resume=True, workers=2)["converted"] == 4
+    stop.set()
+    found = [problems.get(timeout=200)]
+    while not isinstance(found[-1], int):
+        found.append(problems.get(timeout=200))
+    process.join()
+    assert found[:-1] == [] and found[-1] > 0
 
 
 # --- what it tells ------------------------------------------------------------------------------------------------
@@ -430,6 +499,35 @@ def test_summary_and_progress(tmp_path):
     )
     assert summary["ratio"] == summary["raw_bytes"] / summary["stored_bytes"] and summary["seconds"] > 0
     assert (summary["subjects"], summary["converted"], summary["kept"], summary["warnings"]) == (3, 3, 0, {})
+
+
+def test_info_lists_subjects_and_the_whole(tmp_path, capsys):
+    table, store = cohort(tmp_path, 3), tmp_path / "store"
+    convert(table, store)
+    assert main(["info", str(store)]) == 0
+    header, _, *rows, total = capsys.readouterr().out.splitlines()
+    assert header.split() == ["subject", "split", "shape", "spacing", "mm", "arrays", "MB", "ratio"]
+    assert re.fullmatch(r"s2 +Test +21 x 18 x 10 +1 x 1.2 x 3 +image int16, label uint8 +0\.\d+ +[\d.]+", rows[2])
+    subjects = open_store(store).subjects
+    size = sum(p.stat().st_size for p in store.rglob("*") if p.is_file() and p.parent != store)
+    assert size == sum(s.stored_bytes for s in subjects)
+    ratio = 3 * 3 * np.prod(SHAPE) / size
+    expected = f"{store}: 3 subjects (2 Train, 1 Test), {size / 1e6:.2f} MB, {ratio:.2f} x smaller than in memory"
+    assert total == expected
+    with create_store(store, resume=True, settings={"dtype": "auto"}) as writer:
+        writer.finish(complete=False)
+    assert main(["info", str(store)]) == 0 and "the conversion has not ended" in capsys.readouterr().out
+
+
+def test_progress_tells_rates_and_the_time_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
+    out = io.StringIO()
+    convert(cohort(tmp_path, 3), tmp_path / "store", workers=1, progress=PlainProgress(Console(file=out, width=200)))
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("convert:")]
+    number = r"[\d.e+-]+"
+    rates = rf"volumes_per_s {number}  mb_per_s {number}  failed 0"
+    assert re.fullmatch(rf"convert: 1/3 volume  {number}/s  \d+ s left  {rates}", lines[0])
+    assert re.fullmatch(rf"convert: 3/3 volume  {number}/s  {rates}", lines[-1])
 
 
 def test_a_url_as_the_store(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsrgan import engine, tiles
+from fastsrgan import engine, tile_network, tiles
 from fastsrgan.engine import predict
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.networks import GeneratorSpec, build_generator
@@ -175,14 +175,14 @@ def test_the_resolution_reaches_conditional_networks_only():
 
 def test_half_precision_touches_the_head_only(generator, caplog):
     """bf16 keeps 8 bits: the head deviates by that, a volume of large values not at all."""
-    engine._warn_once.cache_clear()
+    tile_network._warn_once.cache_clear()
     small = VOLUME[:16, :16, :16]
     plan = tiles.plan(small.shape, 16, 16)
     with caplog.at_level(logging.WARNING, "fastsrgan"):
         for _ in range(2):
             precision = engine.pick_precision("bf16", torch.device("cpu"))
             out, _ = predict(small, plan, generator, 1.0, precision=precision)
-    if not engine._native("bf16"):
+    if not tile_network.native("bf16"):
         assert sum("bf16 is not native" in r.getMessage() for r in caplog.records) == 1
     reference, _ = predict(small, plan, generator, 1.0)
     assert 0 < (out - reference).abs().max() < 0.05 * reference.abs().max()

@@ -172,11 +172,10 @@ def test_overlap_add_does_not_depend_on_batches_and_repeats_its_bits(host, poiso
 def test_overlap_add_writes_nothing_else(host):
     plan = tiles.plan((21, 15, 22), (12, 8, 12), (5, 3, 7))
     stitcher = stitch.Stitcher(plan, 3, "gaussian")
-    sums, checks = stitcher._kernel, []
-    assert sums is not None
-    for name in ("out", "slab", "row", "next_row"):
-        memory, untouched = guarded(tuple(getattr(sums, name).shape))
-        setattr(sums, name, memory)
+    checks = []
+    for owner, name in ((stitcher, "memory"), *((stitcher.adder, name) for name in ("slab", "row", "next_row"))):
+        memory, untouched = guarded(tuple(getattr(owner, name).shape))
+        setattr(owner, name, memory)
         checks.append(untouched)
     some = some_tiles(plan, 3)
     for part in some.split(5):
@@ -315,6 +314,26 @@ def test_gather_patches_equals_the_reference(host, poisoned, shapes, patch, clas
     assert torch.equal(got.x, expected.x) and torch.equal(got.y, expected.y) and got.ids == expected.ids
     assert got.y.dtype == torch.float32 and got.y.shape[1] == 2 + classes
     assert host.ran[-1] == ("gather_patches", {"IMAGE": dtype})
+
+
+@pytest.mark.parametrize("dtype", sorted(FLOATS))
+def test_the_kernel_gathers_what_stands_there(host, poisoned, dtype):
+    """Crop, mirror, conversion, both intensities and every mask class, beside plain indexing of padded volumes."""
+    made = residents([(20, 13, 26), (9, 30, 17)], FLOATS[dtype])
+    pool = Pool(made, 8, mask_classes=4, seed=2, flips="xyz")
+    indices = np.concatenate(list(pool.generator_batches(5)))
+    got = pool.gather(indices)
+    assert host.ran[-1] == ("gather_patches", {"IMAGE": dtype}) and len(set(indices // len(pool))) > 3
+    for b, (bits, row) in enumerate(zip(indices // len(pool), pool.table[indices % len(pool)], strict=True)):
+        r, cut = made[row[0]], tuple(slice(o + 8, o + 16) for o in row[1:])
+        mirrored = [d for d in range(3) if bits >> d & 1]
+        z, x, label, mask = (
+            torch.nn.functional.pad(v.float(), (8,) * 6)[cut].flip(mirrored)
+            for v in (r.interpolated, r.hr, r.label, r.mask)
+        )
+        assert torch.equal(got.x[b, 0], z) and torch.equal(
+            got.y[b], torch.stack([x, label, *(mask == c for c in range(4))])
+        )
 
 
 def test_flips_mirror_whole_patches(host):

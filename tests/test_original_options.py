@@ -298,7 +298,7 @@ def test_snapshots_tables_and_continuation_are_the_originals(cohort, tmp_path):
 
 def test_the_optimisers_are_the_originals():
     models = Models(settings("--kernel_gen", 2, "--kernel_dis", 2, "-ps", 16, "--lrdis", 0.002), 0, torch.device("cpu"))
-    for adam, rate, epsilon in ((models.adam_g, 1e-4, 1e-8), (models.adam_d, 2e-3, 1e-7)):
+    for adam, rate, epsilon in ((models.optimiser_g.adam, 1e-4, 1e-8), (models.optimiser_d.adam, 2e-3, 1e-7)):
         assert (adam.defaults["lr"], adam.defaults["betas"], adam.defaults["eps"]) == (rate, (0.5, 0.999), epsilon)
 
 

@@ -1,6 +1,9 @@
-"""Pool and feed: every patch once, keyed draws, exact copies, edges, and the mask rule."""
+"""Pool: every patch once, keyed draws, exact copies, edges, the mask rule, and memory that is used again."""
 
 from __future__ import annotations
+
+import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -9,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsrgan.degrade import Degradation, Draw
-from fastsrgan.errors import InputError
-from fastsrgan.feed import Feed, PatchRule, epoch_groups, make_resident
+from fastsrgan.errors import InputError, ModelError
+from fastsrgan.feed import PatchRule, make_resident
 from fastsrgan.pool import Pool, Resident, copy_patch, patch_origins, positive_box
 from fastsrgan.store import Sample
 
@@ -24,6 +27,12 @@ def resident(name: str, shape=(20, 24, 28), patch=8, stride=6, seed=0) -> Reside
     mask = torch.from_numpy(rng.integers(0, 3, shape).astype(np.uint8))
     origins = patch_origins(shape, patch, stride, tuple((0, n) for n in shape))
     return Resident(name, hr * 2, hr, label, mask, 3.0, origins)
+
+
+def with_patches(name: str, count: int) -> Resident:
+    """A resident of which only the number of patches matters."""
+    r = torch.zeros((8, 8, 8))
+    return Resident(name, r, r, r.to(torch.uint8), None, 3.0, np.zeros((count, 3), int))
 
 
 @settings(max_examples=40)
@@ -45,16 +54,117 @@ def test_patches_cover_the_box_and_stay_inside_where_they_can(shape, patch, stri
             assert covered[low + patch : high + patch].all()
 
 
-def test_generator_pass_takes_every_patch_once_and_mixes_subjects():
-    pool = Pool([resident("a"), resident("b", seed=1)], 8, epoch=3)
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=4), st.integers(1, 40), st.integers(0, 5))
+def test_generator_pass_takes_every_patch_of_ragged_subjects_once(counts, batch, rank):
+    """No remainder is left out, and none makes an update of a few patches: batches are as even as can be."""
+    counts[0] += 1
+    pool = Pool([with_patches(f"s{i}", n) for i, n in enumerate(counts)], 8, rank=rank)
+    batches = list(pool.generator_batches(batch))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(sum(counts)))
+    sizes = {len(b) for b in batches}
+    assert max(sizes) <= batch and max(sizes) - min(sizes) <= 1
+    assert len(batches) == pool.steps(batch) == -(-sum(counts) // batch)
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 90), st.integers(1, 20), st.data())
+def test_ranks_with_unequal_patches_can_agree_on_a_number_of_steps(count, batch, data):
+    """The largest of the ranks' numbers: all patches still come once. A smaller one: full batches, patches left out."""
+    pool = Pool([with_patches("s", count)], 8)
+    steps = data.draw(st.integers(1, count))
+    batches = list(pool.generator_batches(batch, 0, steps))
+    taken = np.concatenate(batches).tolist()
+    assert len(batches) == steps and len(set(taken)) == len(taken) == min(count, steps * batch)
+    assert max(map(len, batches)) <= batch and max(map(len, batches)) - min(map(len, batches)) <= 1
+
+
+def test_generator_pass_mixes_subjects_and_goes_on_where_it_stopped():
+    residents = [resident("a"), resident("b", seed=1)]
+    pool = Pool(residents, 8, epoch=3)
     batches = list(pool.generator_batches(4))
-    taken = np.concatenate(batches)
-    assert len(set(taken.tolist())) == len(taken) == len(pool) // 4 * 4
     assert sum(len(set(pool.table[b][:, 0])) == 2 for b in batches) > len(batches) / 2
     resumed = list(pool.generator_batches(4, first=5))
+    assert len(resumed) == len(batches) - 5
     assert all(np.array_equal(a, b) for a, b in zip(batches[5:], resumed, strict=True))
-    other = Pool(pool.residents, 8, epoch=4)
-    assert not np.array_equal(other.order(), pool.order())
+    others = [Pool(residents, 8, epoch=4), Pool(residents, 8, epoch=3, group=1), Pool(residents, 8, epoch=3, rank=1)]
+    assert not any(np.array_equal(other.order(), pool.order()) for other in others)
+
+
+def test_state_is_a_position_and_what_comes_after_it_is_the_same():
+    def fresh(**key: int) -> Pool:
+        return Pool([resident("a"), resident("b", seed=1)], 8, seed=5, flips="xz", **{"epoch": 2, **key})
+
+    pool = fresh()
+    running = pool.generator_batches(3)
+    for _ in range(7):
+        next(running)
+    saved = json.loads(json.dumps(pool.state()))
+    rest = [(b, pool.critic_indices(pool.step, 3, 2)) for b in running]
+    again = fresh()
+    again.load_state(saved)
+    assert again.step == 7
+    resumed = [(b, again.critic_indices(again.step, 3, 2)) for b in again.generator_batches(3)]
+    assert len(rest) == len(resumed) == pool.steps(3) - 7
+    for (a, critic_a), (b, critic_b) in zip(rest, resumed, strict=True):
+        assert np.array_equal(a, b) and np.array_equal(critic_a, critic_b)
+        assert torch.equal(pool.gather(a).y, again.gather(b).y)
+    for other in (fresh(epoch=3), fresh(group=1), fresh(rank=1)):
+        with pytest.raises(ModelError, match="position in the epoch"):
+            other.load_state(saved)
+
+
+def test_flips_are_keyed_fair_and_only_along_the_axes_that_were_asked():
+    residents = [resident("a"), resident("b", seed=1)]
+    plain, pool = Pool(residents, 8, seed=1), Pool(residents, 8, seed=1, flips="zx")
+    n, drawn = len(pool), []
+    for step, (a, b) in enumerate(zip(plain.generator_batches(5), pool.generator_batches(5), strict=True)):
+        critic = pool.critic_indices(step, 5, 2)
+        assert np.array_equal(a, b % n) and np.array_equal(plain.critic_indices(step, 5, 2), critic % n)
+        drawn += [*(b // n), *(critic // n).ravel()]
+    counts = np.bincount(drawn, minlength=8)
+    assert counts[[2, 3, 6, 7]].sum() == 0 and (counts[[0, 1, 4, 5]] > len(drawn) / 6).all()
+    indices = next(pool.generator_batches(5, first=0))
+    batch, straight = pool.gather(indices), plain.gather(indices % n)
+    assert batch.ids == straight.ids
+    for i, bits in enumerate(indices // n):
+        axes = [1 + d for d in range(3) if bits >> d & 1]
+        assert torch.equal(batch.x[i], straight.x[i].flip(axes)) and torch.equal(batch.y[i], straight.y[i].flip(axes))
+
+
+@pytest.mark.parametrize("hold", ["batch", "view", "graph"])
+def test_memory_of_a_batch_is_used_again_only_when_nothing_refers_to_it(hold):
+    pool = Pool([resident("a"), resident("b", seed=1)], 8)
+    weight = torch.ones((), requires_grad=True)
+    batch = pool.gather(np.arange(4))
+    expected, place = batch.y.clone(), batch.y.data_ptr()
+    held = {"batch": batch, "view": batch.y[1:, 0], "graph": (weight * batch.y).sum()}[hold]
+    del batch
+    for _ in range(3):
+        other = pool.gather(np.arange(9, 13))
+        assert other.y.data_ptr() != place
+    if hold == "graph":
+        held.backward()
+        assert torch.isclose(weight.grad, expected.sum())
+    else:
+        assert torch.equal(held if hold == "view" else held.y, expected[1:, 0] if hold == "view" else expected)
+    del held, other
+    # Now it is free: among a few batches that are all kept, one lies there; smaller ones fit as well.
+    kept = [pool.gather(np.arange(3)) for _ in range(4)]
+    assert place in [k.y.data_ptr() for k in kept]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_residents_take_half_the_memory_and_give_float32_patches(dtype):
+    full = resident("a")
+    half = dataclasses.replace(full, interpolated=full.interpolated.to(dtype), hr=full.hr.to(dtype))
+    voxels = full.hr.numel()
+    assert (full.nbytes, half.nbytes) == (10 * voxels, 6 * voxels)
+    indices = np.array([3, 1, 40])
+    a, b = Pool([full], 8, mask_classes=3).gather(indices), Pool([half], 8, mask_classes=3).gather(indices)
+    assert b.x.dtype == b.y.dtype == torch.float32
+    assert torch.equal(b.x, a.x.to(dtype).float()) and torch.equal(b.y[:, 0], a.y[:, 0].to(dtype).float())
+    assert torch.equal(b.y[:, 1:], a.y[:, 1:])
 
 
 def test_critic_draws_are_keyed_and_uniform():
@@ -131,31 +241,3 @@ def test_missing_label_or_mask_is_said():
         make_resident(unlabelled, degradation, draw, PatchRule(8, 8), CPU)
     with pytest.raises(InputError, match="Mask_image"):
         make_resident(s, degradation, draw, PatchRule(8, 8, by_mask=True), CPU)
-
-
-def test_groups_hold_every_subject_once_in_an_order_of_their_own_each_epoch():
-    names = [f"sub-{i}" for i in range(11)]
-    groups = epoch_groups(names, 0, 1, 4)
-    assert sorted(name for group in groups for name in group) == sorted(names) and max(map(len, groups)) <= 4
-    assert groups == epoch_groups(names, 0, 1, 4) != epoch_groups(names, 0, 2, 4)
-
-
-class _Store:
-    def __init__(self, bad: str) -> None:
-        self.bad = bad
-
-    def read(self, name: str) -> Sample:
-        if name == self.bad:
-            raise InputError(name, "chunk is damaged")
-        return sample(np.eye(4))
-
-
-def test_feed_yields_the_plan_in_order_and_leaves_out_what_is_damaged():
-    degradation = Degradation(((1.0, 1.0, 2.0),))
-    feed = Feed(_Store("b"), degradation, PatchRule(8, 8), seed=1, device=CPU)  # type: ignore[arg-type]
-    groups = list(feed.groups(iter([(1, ["a", "b"]), (1, ["c"]), (2, ["b", "a"])])))
-    assert [len(g) for g in groups] == [1, 1, 1] and list(feed.quarantined) == ["b"]
-    assert not torch.equal(groups[0][0].hr, groups[2][0].hr)  # another epoch, another contrast
-    strict = Feed(_Store("b"), degradation, PatchRule(8, 8), seed=1, device=CPU, strict=True)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="damaged"):
-        list(strict.groups(iter([(1, ["b"])])))

@@ -1,5 +1,7 @@
 """Overlap-add: ones in, ones out; tiles of a volume give the volume; precision, order, symmetry."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -123,14 +125,74 @@ def test_batch_sizes_and_reruns_do_not_change_a_bit():
         assert torch.equal(stitcher.result(), first)
 
 
-def test_unwritten_voxels_would_be_seen():
-    """Sums start at zero although their memory is not cleared by the allocator."""
-    plan = tiles.plan((20, 20, 20), 8, 8)
-    stitcher = stitch.Stitcher(plan, 1)
-    for level in stitcher._levels:
-        level.total.fill_(torch.nan)
-    stitcher.add(tiles_of(numbered(plan.shape), plan))
-    assert torch.allclose(stitcher.result()[0], numbered(plan.shape), rtol=1e-6)
+@pytest.mark.parametrize("step", [8, 3])
+@pytest.mark.parametrize("window", sorted(stitch.WINDOWS))
+def test_unwritten_voxels_would_be_seen(poisoned, window, step):
+    """Memory that the allocator did not clear, for flat and nested sums."""
+    plan = tiles.plan((20, 21, 22), 8, step)
+    for rolling in (False, True):
+        out = planes_of(tiles_of(numbered(plan.shape), plan), plan, window, rolling)
+        assert torch.allclose(out[0], numbered(plan.shape), rtol=1e-6)
+
+
+def planes_of(some: torch.Tensor, plan: tiles.TilePlan, window: str, rolling: bool, first: int = 0) -> torch.Tensor:
+    """What ``finished`` is given, put together."""
+    out = torch.full((some.shape[1], *plan.padded_shape), torch.nan)
+
+    def keep(x: int, planes: torch.Tensor) -> None:
+        assert out[:, x : x + planes.shape[1]].isnan().all(), "planes come once"
+        out[:, x : x + planes.shape[1]] = planes
+
+    stitcher = stitch.Stitcher(plan, some.shape[1], window, finished=keep, rolling=rolling, first=first)
+    for part in some[stitcher.done :].split(5):
+        stitcher.add(part)
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans(largest=26), WINDOWS)
+def test_rolling_sums_are_the_same_bits_in_less_memory(plan, window):
+    """Planes come in order as soon as they are final; beginning at a later slab changes those alone that miss tiles."""
+    if len(plan) > 500:
+        return
+    some = torch.randn(len(plan), 2, *plan.patch, generator=torch.Generator().manual_seed(6))
+    whole = stitch.overlap_add(some, plan, window)
+    assert torch.equal(planes_of(some, plan, window, rolling=True), whole)
+    assert torch.equal(planes_of(some, plan, window, rolling=False), whole)
+    rolling = stitch.Stitcher(plan, 2, window, rolling=True, finished=lambda x, planes: None)
+    assert rolling.memory is None or rolling.memory.shape[1] == plan.patch[0]
+    first = len(plan.origins[0]) // 2
+    late = planes_of(some, plan, window, rolling=True, first=first)
+    right = plan.origins[0][first - 1] + plan.patch[0] if first else 0
+    assert torch.equal(late[:, right:], whole[:, right:])
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans(largest=26), WINDOWS, st.data())
+def test_parts_of_a_grid_add_up_to_the_whole(plan, window, data):
+    """Plans with gaps that share no tile, onto one sum; divided by the window sums it is the plain result."""
+    if len(plan) > 500:
+        return
+    some = torch.randn(len(plan), 2, *plan.patch, generator=torch.Generator().manual_seed(7))
+    places = {origin: n for n, origin in enumerate(plan)}
+    total = torch.zeros(2, *plan.padded_shape)
+    old = [data.draw(st.sets(st.sampled_from(o), min_size=1)) for o in plan.origins]
+    for part in parts(plan, old):
+        stitcher = stitch.Stitcher(part, 2, window, onto=total)
+        for at in part:
+            stitcher.add(some[places[at]][None])
+            places.pop(at)
+    assert not places
+    stitch.divide_planes(total, 0, stitch.window_sums(plan, window))
+    assert torch.allclose(total, stitch.overlap_add(some, plan, window), rtol=0, atol=3e-6)
+
+
+def parts(plan: tiles.TilePlan, old: list[set[int]]) -> list[tiles.TilePlan]:
+    """A grid as product grids: the old one, and what the new one adds to it."""
+    x, y, z = ([o for o in origins if o in was] for origins, was in zip(plan.origins, old, strict=True))
+    nx, ny, nz = ([o for o in origins if o not in was] for origins, was in zip(plan.origins, old, strict=True))
+    grids = [(x, y, z), (nx, plan.origins[1], plan.origins[2]), (x, ny, plan.origins[2]), (x, y, nz)]
+    return [replace(plan, origins=tuple(map(tuple, grid))) for grid in grids if all(grid)]
 
 
 def test_the_gaussian_never_vanishes_and_is_symmetric():

@@ -22,7 +22,7 @@ import zarr
 
 from fastsrgan import store_files, store_writer
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
-from fastsrgan.store import open_store
+from fastsrgan.store import REPAIR, open_store
 from fastsrgan.store_files import LOCK
 from fastsrgan.store_writer import create_store
 
@@ -210,9 +210,29 @@ class StoreContract:
                 store.read_region("a", "image", region)
             with pytest.raises(InputError, match="b/label"):
                 store.read_region("b", "label", region)
-        assert [line.split(":")[0] for line in store.verify()] == ["a/image/c/0/0/0", "b/label"]
+        assert [line.split(":")[0] for line in store.verify()] == ["a/image/c/0/0/0", "b/label/c/0/0/0"]
         with create_store(url, resume=True) as writer:
             assert not writer.intact("a") and not writer.intact("b")
+
+    def test_damaged_chunks_are_named_and_the_others_are_read(self, url):
+        image = volume(5, (70, 70, 70))
+        make(url, "a", image=image, label=False)
+        keys = store_files.Keys(url, read_only=False)
+        shard = bytearray(keys.get("a/image/c/0/0/0"))
+        index = np.frombuffer(shard[-8 * 16 - 4 : -4], "<u8").reshape(2, 2, 2, 2)
+        told = []
+        for position in ((0, 1, 1), (1, 0, 1)):
+            shard[int(index[(*position, 0)]) + 30] ^= 1
+            keys.put("a/image/c/0/0/0", bytes(shard))
+            told.append(f"a/image: chunk {position} is damaged (crc32c)")
+            store = open_store(url)
+            assert store.verify() == told
+            for region in ((slice(None),) * 3, (slice(0, 70), slice(69, 70), slice(64, 65))):
+                with pytest.raises(InputError) as caught:
+                    store.read_region("a", "image", region)
+                assert str(caught.value) == f"{url}: {'; '.join(told)} ({REPAIR})"
+            left = (slice(0, 64),) * 3
+            np.testing.assert_array_equal(store.read_region("a", "image", left), image[left])
 
     def test_a_newer_format_is_refused(self, url):
         make(url, "a")
@@ -253,6 +273,12 @@ class TestFolder(StoreContract):
     @pytest.fixture
     def url(self, tmp_path):
         return str(tmp_path / "deep" / "store")
+
+
+class TestFolderReadByZarr(TestFolder):
+    @pytest.fixture(autouse=True)
+    def reader(self, monkeypatch):
+        monkeypatch.setenv("FASTSRGAN_READER", "zarr")
 
 
 class TestMemoryUrl(StoreContract):
@@ -325,22 +351,6 @@ def test_every_flipped_byte_is_found_and_none_is_read_as_data(folder):
                 np.testing.assert_array_equal(sample.label, expected.label)
         (folder / key).write_bytes(data)
     assert open_store(folder).verify() == []
-
-
-def test_the_damaged_chunk_is_named_and_the_others_are_read(folder):
-    image = volume(5, (70, 70, 70))
-    make(folder, "a", image=image, label=False)
-    shard = folder / "a/image/c/0/0/0"
-    raw = bytearray(shard.read_bytes())
-    index = np.frombuffer(raw[-8 * 16 - 4 : -4], "<u8").reshape(2, 2, 2, 2)
-    raw[int(index[1, 0, 1, 0]) + 30] ^= 1
-    shard.write_bytes(raw)
-    store = open_store(folder)
-    assert store.verify() == ["a/image: chunk (1, 0, 1) is damaged (crc32c)"]
-    with pytest.raises(InputError, match=r"a/image: chunk \(1, 0, 1\) is damaged"):
-        store.read("a")
-    left = (slice(0, 64),) * 3
-    np.testing.assert_array_equal(store.read_region("a", "image", left), image[left])
 
 
 def test_a_chunk_missing_inside_a_shard_is_found(folder):

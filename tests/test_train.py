@@ -1,60 +1,31 @@
-"""The training loop end to end on small phantoms: it learns, resumes to the bit, and says what is wrong."""
+"""The training loop end to end on small phantoms: it learns, keeps the best, ends when told, names what is wrong."""
 
 from __future__ import annotations
 
 import json
-import signal
+import logging
+import shutil
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cohort import SMALL, make_store, rows
 
-from fastsrgan import checkpoint, images, weights
-from fastsrgan.config import TrainConfig
-from fastsrgan.convert import convert
+from fastsrgan import checkpoint, loop, weights
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
 from fastsrgan.pair import Models
 from fastsrgan.train import train
 
-CONFIG = TrainConfig(
-    new_low_res=((1.0, 1.0, 3.0),),
-    epochs=2,
-    batch_size=2,
-    patch_size=16,
-    stride=12,
-    kernel_gen=2,
-    kernel_dis=2,
-    critic_iterations=2,
-    steps_per_epoch=4,
-    keep_checkpoints=5,
-)
+CONFIG = SMALL
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     """Two training subjects and one test subject of 24 x 28 x 30 voxels."""
-    folder = tmp_path_factory.mktemp("cohort")
-    lines = ["HR_image,Label_image,Base"]
-    for i, base in enumerate(("Train", "Train", "Test")):
-        grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in (24, 28, 30)), indexing="ij"))
-        r = np.sqrt(((grid * np.array([1.1, 1.0 + 0.1 * i, 1.2])[:, None, None, None]) ** 2).sum(0))
-        image = np.where(r < 0.9, 400 + 300 * np.cos(9 * r + i), 0).astype(np.int16)
-        images.save(folder / f"sub-{i}.nii.gz", image, np.eye(4))
-        images.save(folder / f"sub-{i}_gm.nii.gz", (r < 0.6).astype(np.uint8), np.eye(4))
-        lines.append(f"sub-{i}.nii.gz,sub-{i}_gm.nii.gz,{base}")
-    (folder / "cohort.csv").write_text("\n".join(lines) + "\n", encoding="utf8")
-    convert(folder / "cohort.csv", folder / "cohort.zarr")
-    return folder / "cohort.zarr"
-
-
-def rows(run: Path, key: str = "update") -> list[dict]:
-    return [r for r in map(json.loads, (run / "log.jsonl").read_text(encoding="utf8").splitlines()) if key in r]
-
-
-def losses(run: Path) -> list[tuple]:
-    return [(r["update"], r["g_total"], r["d_total"], r["d_penalty"]) for r in rows(run)]
+    return make_store(tmp_path_factory.mktemp("cohort"))
 
 
 def test_a_run_leaves_weights_tables_log_and_settings(store, tmp_path):
@@ -79,50 +50,6 @@ def test_training_lowers_the_reconstruction_loss(store, tmp_path):
     train(store, tmp_path / "run", config)
     history = [r["g_reconstruction"] for r in rows(tmp_path / "run")]
     assert np.mean(history[-8:]) < 0.6 * np.mean(history[:8])
-
-
-def test_stopped_anywhere_and_resumed_gives_the_same_bits(store, tmp_path, monkeypatch):
-    config = CONFIG.replace(ema=0.5, resident_subjects=1, critic_iterations=1)
-    train(store, tmp_path / "whole", config)
-    expected = losses(tmp_path / "whole")
-    assert len(expected) > 8
-    for stop_at in (1, 5):
-        run = tmp_path / f"stopped-{stop_at}"
-        original = Models.generator_update
-        count = iter(range(1, 1000))
-
-        def counted(self, *args, original=original, count=count, stop_at=stop_at):
-            values = original(self, *args)
-            if next(count) == stop_at:
-                signal.raise_signal(signal.SIGTERM)
-            return values
-
-        monkeypatch.setattr(Models, "generator_update", counted)
-        assert train(store, run, config)["exit_code"] == 143
-        monkeypatch.setattr(Models, "generator_update", original)
-        assert len(losses(run)) == stop_at
-        train(store, run, config, resume=True)
-        assert losses(run) == expected
-        for name in ("generator", "critic"):
-            load = weights.load_generator if name == "generator" else weights.load_critic
-            for a, b in zip(
-                load(run / "model.safetensors").parameters(),
-                load(tmp_path / "whole" / "model.safetensors").parameters(),
-                strict=True,
-            ):
-                assert torch.equal(a, b)
-
-
-def test_damaged_newest_snapshot_falls_back_to_the_one_before(store, tmp_path, caplog):
-    train(store, tmp_path / "whole", CONFIG)
-    train(store, tmp_path / "run", CONFIG)
-    last = checkpoint.snapshots(tmp_path / "run")[-1]
-    data = bytearray((last / "state.pt").read_bytes())
-    data[len(data) // 2] ^= 1
-    (last / "state.pt").write_bytes(bytes(data))
-    result = train(store, tmp_path / "run", CONFIG, resume=True)
-    assert result["updates"] == 8
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_starting_from_weights_takes_generator_and_critic(store, tmp_path):
@@ -157,22 +84,208 @@ def test_an_existing_run_is_not_overwritten(store, tmp_path):
         train(store, tmp_path / "run", CONFIG)
 
 
-def test_a_batch_that_no_group_can_fill_is_an_error(store, tmp_path):
-    with pytest.raises(InputError, match="batch of 4096"):
-        train(store, tmp_path / "run", CONFIG.replace(batch_size=4096))
+def test_a_batch_larger_than_a_group_takes_what_there_is(store, tmp_path):
+    result = train(store, tmp_path / "run", CONFIG.replace(batch_size=24, epochs=1, critic_iterations=1))
+    assert result["updates"] == 1
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_steps_per_epoch_are_shared_out_among_the_groups(store, tmp_path, size):
+    config = CONFIG.replace(resident_subjects=size, steps_per_epoch=3, stride=8, critic_iterations=1)
+    train(store, tmp_path / "run", config)
+    assert [r["epoch"] for r in rows(tmp_path / "run")] == [1, 1, 1, 2, 2, 2]
 
 
 def test_a_damaged_subject_is_left_out_or_ends_a_strict_run(store, tmp_path, caplog):
-    import shutil
-
     copy = tmp_path / "damaged.zarr"
     shutil.copytree(store, copy)
-    chunk = max((p for p in (copy).rglob("*") if p.is_file() and "sub-0" in str(p)), key=lambda p: p.stat().st_size)
-    data = bytearray(chunk.read_bytes())
-    data[len(data) // 3] ^= 255
-    chunk.write_bytes(bytes(data))
+    damage(copy, "sub-0")
     result = train(copy, tmp_path / "run", CONFIG)
     assert list(result["left_out"]) and result["updates"] > 0
     with pytest.raises(InputError):
         train(copy, tmp_path / "strict", CONFIG, strict=True)
     assert threading.active_count() < 20
+
+
+def damage(store: Path, subject: str) -> None:
+    """Flip bits in the largest file of a subject."""
+    chunk = max((p for p in store.rglob("*") if p.is_file() and subject in str(p)), key=lambda p: p.stat().st_size)
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 3] ^= 255
+    chunk.write_bytes(bytes(data))
+
+
+def test_a_damaged_test_subject_is_left_out_of_every_validation(store, tmp_path, caplog):
+    copy = tmp_path / "damaged.zarr"
+    shutil.copytree(store, copy)
+    damage(copy, "sub-2")
+    result = train(copy, tmp_path / "run", CONFIG)
+    assert list(result["left_out"]) == ["sub-2"] and result["best"] is None
+    assert caplog.text.count("left out of every validation") == 1
+    with pytest.raises(InputError, match="sub-2"):
+        train(copy, tmp_path / "strict", CONFIG, strict=True)
+
+
+def test_when_no_subject_can_be_read_training_ends_with_an_error(store, tmp_path):
+    copy = tmp_path / "damaged.zarr"
+    shutil.copytree(store, copy)
+    for subject in ("sub-0", "sub-1"):
+        damage(copy, subject)
+    with pytest.raises(InputError, match="none of its 2 Train subjects"):
+        train(copy, tmp_path / "run", CONFIG)
+
+
+# --- what the loop does between updates ---------------------------------------------------------------------------
+
+
+def scripted(monkeypatch, scores: list[float]) -> list[str]:
+    """Validations that give these Dice and PSNR in turn; returns the names of the weights files written."""
+    told, written, write = iter(scores), [], loop.write_weights
+    monkeypatch.setattr(loop, "validate", lambda *a, **k: dict(zip(("Dice", "PSNR", "MSE"), next(told), strict=True)))
+    monkeypatch.setattr(
+        loop, "write_weights", lambda run, path, facts: (written.append(path.name), write(run, path, facts))
+    )
+    return written
+
+
+def test_patience_ends_a_run_behind_the_best_epoch(store, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "fastsrgan")
+    dice = [0.1, 0.4, 0.3, 0.4, 0.2, 0.9]
+    scripted(monkeypatch, [(d, 20 - d, 1.0) for d in dice])
+    config = CONFIG.replace(epochs=6, patience=3, steps_per_epoch=1, snapshot=4, critic_iterations=1)
+    result = train(store, tmp_path / "run", config)
+    assert result["ended_early"] == 5 and result["updates"] == 5 and result["best"] == 0.4
+    assert result["exit_code"] == 0 and checkpoint.newest(tmp_path / "run").name == "step-00000005"
+    assert weights.info(tmp_path / "run" / "best.safetensors")["card"]["epoch"] == 2
+    again = train(store, tmp_path / "run", config, resume=True)  # a requeued job has nothing to do
+    assert again["updates"] == 5 and again["ended_early"] == 5 and "larger patience" in caplog.text
+    more = train(store, tmp_path / "run", config.replace(patience=4), resume=True)
+    assert more["updates"] == 6 and more["best"] == 0.9 and more["ended_early"] is None
+
+
+def test_best_by_chooses_the_score_that_counts(store, tmp_path, monkeypatch):
+    for best_by, epoch in (("dice", 2), ("psnr", 1)):
+        scripted(monkeypatch, [(0.1, 30.0, 1.0), (0.2, 20.0, 1.0)])
+        config = CONFIG.replace(best_by=best_by, steps_per_epoch=1, critic_iterations=1)
+        train(store, tmp_path / best_by, config)
+        assert weights.info(tmp_path / best_by / "best.safetensors")["card"]["epoch"] == epoch
+        monkeypatch.undo()
+
+
+def test_the_log_follows_the_schedule_and_the_optimisers_follow_the_log(store, tmp_path, monkeypatch):
+    taken, original = [], Models.generator_update
+
+    def noting(self, *args):
+        taken.append([o.adam.param_groups[0]["lr"] for o in (self.optimiser_g, self.optimiser_d)])
+        return original(self, *args)
+
+    monkeypatch.setattr(Models, "generator_update", noting)
+    config = CONFIG.replace(lr_schedule="linear", lr_end=0.25, lr_warmup=2, lr_dis=5e-4, critic_iterations=1)
+    train(store, tmp_path / "run", config)
+    done = np.arange(8) / 8
+    expected = (1 - 0.75 * done) * np.minimum(1, np.arange(1, 9) / 2)
+    assert np.allclose([r["rate"] for r in rows(tmp_path / "run")], expected)
+    assert np.allclose(taken, expected[:, None] * [[1e-4, 5e-4]])
+
+
+def test_rows_of_the_log_say_what_a_step_cost(store, tmp_path):
+    train(store, tmp_path / "run", CONFIG.replace(epochs=1))
+    for row in rows(tmp_path / "run"):
+        assert row["seconds"] > 0 and row["patches_per_second"] == pytest.approx(2 / row["seconds"])
+        assert row["memory_bytes"] > 1e7 and row["data_wait_seconds"] >= 0
+        assert {"g_total", "g_gradient", "d_wasserstein", "d_penalty", "d_gradient", "rate"} <= set(row)
+
+
+class Noting:
+    """A progress display that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list = []
+
+    def start(self, label, total, unit):
+        self.lines.append((label, total, unit))
+
+    def advance(self, n=1, **facts):
+        self.lines.append((n, facts))
+
+    def finish(self):
+        self.lines.append("finish")
+
+
+def test_progress_counts_patches_and_shows_losses_wait_memory_and_time_left(store, tmp_path):
+    progress = Noting()
+    train(store, tmp_path / "run", CONFIG, progress=progress)
+    assert progress.lines[0] == ("epoch 1/2", 8, "patches")
+    shown = [line[1] for line in progress.lines if line != "finish" and len(line) == 2]
+    assert len(shown) == 8
+    assert set(shown[0]) == {"rec", "W", "gp", "|G|", "|D|", "wait", "GB", "run"}
+    assert shown[-1]["run"] == "0 min left" and shown[0]["wait"].endswith("%")
+
+
+# --- TensorBoard --------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_scalars_and_images(store, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(store, tmp_path / "run", CONFIG.replace(tensorboard=True))
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    history = rows(tmp_path / "run")
+    found = events.Scalars("train/g_total")
+    assert [e.step for e in found] == [r["update"] for r in history]
+    assert np.allclose([e.value for e in found], [r["g_total"] for r in history])
+    assert len(events.Scalars("validation/Dice")) == 2 and len(events.Tags()["images"]) == 1
+    image = events.Images(events.Tags()["images"][0])[-1]
+    assert (image.height, image.width) == (3 * 16, 5 * 16)
+
+
+def test_tensorboard_that_is_missing_is_said_before_the_first_update(store, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ResourceError, match=r"pip install 'fastsrgan\[tensorboard\]'"):
+        train(store, tmp_path / "run", CONFIG.replace(tensorboard=True))
+    assert not rows(tmp_path / "run") if (tmp_path / "run" / "log.jsonl").exists() else True
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def memory_for(monkeypatch, most: int, message: str = "CUDA out of memory. Tried to allocate 20.00 GiB") -> None:
+    """A device whose memory takes a generator update of at most ``most`` patches."""
+    original = Models.generator_update
+
+    def limited(self, batch, adversarial):
+        if len(batch.x) > most:
+            raise torch.OutOfMemoryError(message)
+        return original(self, batch, adversarial)
+
+    monkeypatch.setattr(Models, "generator_update", limited)
+
+
+def test_out_of_memory_names_the_peak_and_the_batch_that_fits(store, tmp_path, monkeypatch):
+    memory_for(monkeypatch, 3)
+    with pytest.raises(ResourceError) as caught:
+        train(store, tmp_path / "run", CONFIG.replace(batch_size=8, stride=4))
+    assert "at a batch of 8 patches, the process held" in str(caught.value)
+    assert "--batch-size 2 fits, or --accumulate 4" in str(caught.value)
+
+
+def test_auto_batch_lowers_the_batch_before_the_first_update_and_keeps_it(store, tmp_path, monkeypatch, caplog):
+    memory_for(monkeypatch, 3)
+    config = CONFIG.replace(batch_size=4, stride=4, critic_iterations=1, auto_batch=True)
+    result = train(store, tmp_path / "run", config.replace(epochs=1))
+    assert result["batch_size"] == 2 and result["updates"] == 4
+    assert "batch_size: 2" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf8")
+    again = train(store, tmp_path / "run", config, resume=True)
+    assert again["batch_size"] == 2 and again["updates"] == 8 and "begins anew" not in caplog.text
+    memory_for(monkeypatch, 0)
+    with pytest.raises(ResourceError, match="no memory for a batch of one patch"):
+        train(store, tmp_path / "none", config)
+
+
+def test_an_error_that_is_not_about_memory_stays_what_it_is(store, tmp_path, monkeypatch):
+    def broken(self, batch, adversarial):
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setattr(Models, "generator_update", broken)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        train(store, tmp_path / "run", CONFIG)

@@ -1,0 +1,265 @@
+"""The end-to-end rows of a data report as tables, what they mean for other cohorts, and a picture.
+
+python -m bench project 40 1000 100000      # from bench/results, or from --json FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastsrgan.errors import InputError
+from fastsrgan.runtime import atomic_write
+
+KINDS = ("spread", "drift")  # of fastsrgan.shuffle.quality
+BUDGETS = (4, 16, 64)  # GB of resident_memory
+COHORTS = (40, 1000, 100_000)
+MARK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+GOALS = {"original": 100.0, "torchio": 10.0, "monai": 10.0}  # patches/s over those of the peer
+
+
+def end_to_end(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """geometry -> the row beside peers, for rows that passed. Raises InputError when there is none."""
+    rows = {
+        r["geometry"]: r for r in report["rows"] if r["name"].startswith("end to end") and "patches_per_second" in r
+    }
+    if not rows:
+        raise InputError(
+            "bench data", "the report has no end-to-end row", "`python -m bench data --json FILE` makes one"
+        )
+    return rows
+
+
+def row_of(report: dict[str, Any], start: str) -> dict[str, Any] | None:
+    """The row whose name begins so."""
+    return next((r for r in report["rows"] if r["name"].startswith(start)), None)
+
+
+def sides(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name -> figures of every side that ran, fastsrgan first."""
+    return {"fastsrgan": row, **{n: p for n, p in row["peers"].items() if "patches_per_second" in p}}
+
+
+# --- numbers as text ----------------------------------------------------------------------------------------------
+
+
+def amount(n_bytes: float) -> str:
+    """Bytes with a fitting unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 999.5:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.4g} TB"
+
+
+def rate(per_second: float) -> str:
+    """Patches per second."""
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """A time with a fitting unit."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def rates(report: dict[str, Any]) -> str:
+    """Every side of both laws."""
+    lines = []
+    for geometry, row in end_to_end(report).items():
+        for name, facts in sides(row).items():
+            ratio = row["ratio_to"].get(name)
+            low, high = row["ratio_range"].get(name, (0, 0))
+            cpu = row["cpu_ratio_to"].get(name)
+            lines.append(
+                [
+                    f"{name} ({geometry})" if name == "fastsrgan" else name,
+                    rate(facts["patches_per_second"]),
+                    rate(facts["cold_patches_per_second"]),
+                    "" if ratio is None else f"{ratio:.3g} x ({low:.3g} to {high:.3g})",
+                    "" if cpu is None else f"{cpu:.3g} x",
+                    f"{100 * facts['wait_share']:.1f} %",
+                    amount(facts["disk_bytes_per_epoch"] / facts["patches_per_epoch"]),
+                    amount(facts["peak_bytes"]) if "peak_bytes" in facts else "",
+                ]
+            )
+        lines += [[name, f"not run: {p['not_run']}", *[""] * 6] for name, p in row["peers"].items() if "not_run" in p]
+    step = report["settings"]["step_ms"]
+    head = ["side", "patches/s", "first epoch", "fastsrgan is faster", "per CPU second"]
+    return table([*head, f"waits at {step} ms steps", "written per patch", "peak memory"], lines)
+
+
+def goals(report: dict[str, Any]) -> str:
+    """What was promised beside what was measured."""
+    lines = []
+    for row in end_to_end(report).values():
+        for name, ratio in row["ratio_to"].items():
+            goal = GOALS.get(name.partition(",")[0].partition(" of ")[0])
+            if goal:
+                met = "met" if ratio >= goal else f"missed by {goal / ratio:.2g} x"
+                lines.append([name, f"{goal:g} x", f"{ratio:.3g} x", met])
+    ours = end_to_end(report).values()
+    # Bytes for a disk, and whatever went through write(): files in memory, pipes, logs.
+    written = max(max(row["disk_bytes_per_epoch"], row["call_bytes_per_epoch"]) for row in ours)
+    lines.append(["bytes written between store and step", "0", amount(written), "missed" if written else "met"])
+    training = row_of(report, "training run")
+    if training:
+        share = 100 * training["wait_share"]
+        lines.append(["waiting in a training run", "1 %", f"{share:.2g} %", "met" if share < 1 else "missed"])
+    return table(["", "goal", "measured", ""], lines)
+
+
+def stages(report: dict[str, Any]) -> str:
+    """Where the time of one volume goes."""
+    row = row_of(report, "one volume")
+    if row is None:
+        raise InputError("bench data", "the report has no row of stages", "run it without --only")
+    total = sum(row["stages"].values())
+    lines = [
+        [stage, duration(s), f"{100 * s / total:.0f} %", f"{1e3 * s / row['patches']:.2g} ms"]
+        for stage, s in row["stages"].items()
+    ]
+    return table(["stage", "a volume", "share", "a patch"], [*lines, ["all", duration(total), "", ""]])
+
+
+def differences() -> str:
+    """What each peer does not do as fastsrgan does."""
+    from bench.peers_data import DIFFERENCES
+
+    return "".join(f"* {name}: {'; '.join(found)}.\n" for name, found in DIFFERENCES.items())
+
+
+def projection(report: dict[str, Any], cohorts: Sequence[int] = COHORTS) -> str:
+    """Storage, traffic and time of cohorts of other sizes, every figure proportional to the measured volume."""
+    rows, row = end_to_end(report), row_of(report, "one volume")
+    if row is None:
+        raise InputError("bench data", "the report has no row of stages", "run it without --only")
+    ours = next(iter(rows.values()))
+    batch, patches = ours["batch"], row["patches"]
+    step = report["settings"]["step_ms"] / 1e3
+    original = rows.get("segsrgan", {}).get("peers", {}).get("original", {})
+    lines = []
+    for n in cohorts:
+        epoch = n * patches / batch * step
+        lines.append(
+            [
+                f"{n:,}",
+                amount(n * row["convert"]["store_bytes_per_volume"]),
+                duration(n * row["convert"]["seconds_per_volume"]),
+                f"{n * patches:,}",
+                duration(n * patches / ours["patches_per_second"]),
+                duration(epoch),
+                amount(n * row["convert"]["store_bytes_per_volume"] / epoch) + "/s",
+                duration(n * patches / original["patches_per_second"]) if original else "",
+                amount(n * patches * original["disk_bytes_per_epoch"] / original["patches_per_epoch"])
+                if original
+                else "",
+            ]
+        )
+    head = ["subjects", "store, and read per epoch", "conversion, once", "patches per epoch", "to make them here"]
+    head += [f"epoch at {step * 1e3:.0f} ms per {batch} patches", "network meanwhile"]
+    return table([*head, "the original's preparation here", "and what it writes"], lines)
+
+
+def memory(report: dict[str, Any]) -> str:
+    """What resident volumes take, and how many subjects fit."""
+    row = row_of(report, "one volume")
+    if row is None:
+        raise InputError("bench data", "the report has no row of stages", "run it without --only")
+    voxels, per_voxel = math.prod(row["shape"]), row["resident_bytes_per_voxel"]
+    half = per_voxel - 4  # two images of two bytes less
+    lines = []
+    for name, size in (("fp32 (CPU)", per_voxel), ("fp16 (GPU)", half)):
+        fits = [f"{int(budget * 1e9 // (2 * size * voxels))}" for budget in BUDGETS]
+        lines.append([name, f"{size:.3g}", amount(size * voxels), *fits])
+    head = ["resident images", "bytes per voxel", "this volume"]
+    return table([*head, *(f"subjects in a group at {budget} GB" for budget in BUDGETS)], lines)
+
+
+def shuffle(report: dict[str, Any]) -> str:
+    """How well an epoch is mixed, by the number of resident subjects."""
+    row = row_of(report, "shuffle")
+    if row is None:
+        raise InputError("bench data", "the report has no row of shuffles", "run it without --only")
+    lines = [
+        [
+            f"{size} of {row['subjects']}",
+            f"{q['distinct']:.1f}",
+            f"{100 * q['same']:.1f} %",
+            *(f"{q[k]:.2f}" for k in KINDS),
+        ]
+        for size, q in row["groups"].items()
+    ]
+    return table(["resident", "subjects in a batch", "pairs of one subject", *KINDS], lines)
+
+
+BLOCKS = {
+    "shuffle": shuffle,
+    "memory": memory,
+    "rates": rates,
+    "goals": goals,
+    "stages": stages,
+    "projection": projection,
+}
+
+
+def refresh(page: Path, report: dict[str, Any]) -> None:
+    """Write the page's marked blocks anew, each between ``<!-- bench:NAME -->`` and ``<!-- end -->``."""
+    text = filled(page.read_text(encoding="utf8"), report)
+    with atomic_write(page) as temporary:
+        temporary.write_text(text, encoding="utf8")
+
+
+def filled(text: str, report: dict[str, Any]) -> str:
+    """The page's text with all marked blocks made from the report."""
+
+    def block(found: re.Match) -> str:
+        name = found[2]
+        made = {"differences": differences, "machine": lambda: machine(report)}.get(name)
+        return found[1] + (made() if made else BLOCKS[name](report)) + found[3]
+
+    return MARK.sub(block, text)
+
+
+def machine(report: dict[str, Any]) -> str:
+    """What was measured, where and with which command."""
+    m = report["machine"]
+    row = next(iter(end_to_end(report).values()))
+    size = " x ".join(map(str, row["shape"]))
+    return (
+        f"`{' '.join(report['command'])}`: {row['subjects']} volumes of {size} voxels, {row['patches']} patches of"
+        f" {row['patch']}^3 of each in an epoch, batches of {row['batch']}, {row['workers']} workers for the peers, on"
+        f" {m['usable_cores']} cores of an {m['cpu']}, no GPU; load average {m['load_average'][0]:.1f} at the end.\n"
+    )
+
+
+def main(argv: Sequence[str]) -> str:
+    """``python -m bench project``: the table of cohort sizes."""
+    import json
+
+    from bench.report import RESULTS
+
+    parser = argparse.ArgumentParser(prog="python -m bench project", description=projection.__doc__)
+    parser.add_argument("subjects", nargs="*", type=int, default=list(COHORTS), metavar="N", help="cohort sizes")
+    parser.add_argument("--json", metavar="FILE", help="of `python -m bench data` (all in bench/results)")
+    args = parser.parse_args(argv)
+    paths = [Path(args.json)] if args.json else sorted(RESULTS.glob("*/data.json"))
+    if min(args.subjects) < 1:
+        parser.error("numbers of subjects from 1 up")
+    tables = [projection(json.loads(path.read_text(encoding="utf8")), args.subjects) for path in paths]
+    return "\n".join(tables)

@@ -1,0 +1,66 @@
+"""torch.compile and CUDA graphs for the parts of a training step, with one switch (DESIGN D13).
+
+Compiled are three functions of static shapes without a wait for the device: the critic's gradients, the generator's
+loss (with its backward pass) and the generator's forward pass without gradients. tests/test_compiled.py traces them
+whole, without graph breaks, with the backends that run on a CPU. None of this has run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastsrgan.config import TrainConfig
+from fastsrgan.errors import ResourceError
+
+log = logging.getLogger("fastsrgan")
+
+
+def wanted(config: TrainConfig, device: torch.device) -> bool:
+    """Whether ``compile`` asks for it on this device: "auto" is CUDA alone, where it saves memory traffic.
+
+    Double backward cannot be compiled: with ``penalty: autograd`` "auto" is off. Raises ResourceError when "on" was
+    asked for where it cannot be.
+    """
+    if config.compile == "on":
+        if config.penalty == "autograd":
+            raise ResourceError("--compile", "double backward cannot be compiled", "--penalty manual, or --compile off")
+        return True
+    return config.compile == "auto" and device.type == "cuda" and config.penalty != "autograd"
+
+
+def compiled(function: Callable, config: TrainConfig, device: torch.device, backend: Any = "inductor") -> Callable:
+    """``function``, compiled whole where ``wanted``; on CUDA as a graph that one launch replays.
+
+    A graph's outputs are overwritten by its next replay, so gradients of micro-batches that add up go without.
+    With "auto", a compiler that fails is named in the log and the function runs as it is; with "on" the error is a
+    ResourceError.
+    """
+    if not wanted(config, device):
+        return function
+    graphs = device.type == "cuda" and config.accumulate == 1 and backend == "inductor"
+    fast = torch.compile(
+        function, fullgraph=True, dynamic=False, backend=backend, mode="reduce-overhead" if graphs else None
+    )
+    return _Guarded(function, fast, config.compile == "on")
+
+
+class _Guarded:
+    """Calls the compiled function, or the plain one once compiling has failed."""
+
+    def __init__(self, plain: Callable, fast: Callable, strict: bool) -> None:
+        self.plain, self.fast, self.strict = plain, fast, strict
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        try:
+            return self.fast(*args, **options)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            if self.strict:
+                raise ResourceError("--compile on", f"compiling failed: {reason}", "--compile off") from error
+            log.warning("compiling a part of the step failed, it runs uncompiled: %s", reason)
+            self.fast = self.plain
+            return self.plain(*args, **options)

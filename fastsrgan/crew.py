@@ -1,0 +1,149 @@
+"""Threads that work ahead of the one who needs the results, and a watch over those that hang.
+
+Threads, not processes: reading, decompression and products all release the interpreter lock, arrays come back without
+a copy, and /dev/shm is not needed. They are daemons, so one that hangs cannot keep the process from ending.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+import torch
+
+from fastsrgan.errors import FastsrganError, ResourceError
+
+T = TypeVar("T")
+
+POLL = 1.0  # seconds between two looks at the threads while waiting
+FAREWELL = 3.0  # seconds that closing a crew waits for what its threads are about
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch's operations in this Python thread run on one core.
+
+    The last bits of a matrix product depend on how many threads share it. What must be the same on every machine and
+    for any number of ranks is computed by one.
+    """
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+_mine = threading.local()  # the job of each thread
+
+
+@contextlib.contextmanager
+def held(lock: threading.Lock) -> Iterator[None]:
+    """Hold a lock. While a job waits for it its clock stands still: the one that hangs is the one that holds it."""
+    job: Job | None = getattr(_mine, "job", None)
+    spent = 0.0
+    if job is not None and job.began is not None:
+        spent, job.began = time.monotonic() - job.began, None
+    with lock:
+        if job is not None:
+            job.began = time.monotonic() - spent
+        yield
+
+
+class Job(Generic[T]):
+    """A call that a crew makes: ``what`` it is about, and for how many seconds it may run."""
+
+    def __init__(self, what: str, call: Callable[[], T], allowed: float) -> None:
+        self.what, self.allowed = what, allowed
+        self.began: float | None = None
+        self.done = threading.Event()
+        self._call: Callable[[], T] | None = call
+        self._outcome: tuple[T | None, BaseException | None] = (None, None)
+
+    def run(self) -> None:
+        """Make the call and keep what it returned or raised."""
+        assert self._call is not None
+        _mine.job, self.began = self, time.monotonic()
+        try:
+            self._outcome = (self._call(), None)
+        except BaseException as error:  # also SystemExit, which would end a thread without a word
+            self._outcome = (None, error)
+        finally:
+            self._call = _mine.job = None
+            self.done.set()
+
+    def take(self) -> T:
+        """The result, once; raises what the call raised: other than a FastsrganError it is named as a ResourceError."""
+        result, error = self._outcome
+        self._outcome = (None, None)
+        if error is None:
+            return result  # type: ignore[return-value]
+        if isinstance(error, FastsrganError):
+            raise error
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise ResourceError(
+                self.what, "no memory to prepare it", "lower resident_memory, prefetch or feed_threads"
+            ) from error
+        words = " ".join(str(error).split())[:200]
+        reason = f"the worker that prepared it failed: {type(error).__name__}{': ' * bool(words)}{words}"
+        raise ResourceError(self.what, reason, "--debug shows where") from error
+
+
+class Crew:
+    """``threads`` daemon threads that take jobs in the order in which they were submitted."""
+
+    def __init__(self, threads: int, name: str = "feed") -> None:
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._running: dict[int, Job] = {}
+        self._threads = [
+            threading.Thread(target=self._work, args=(i,), name=f"{name}-{i}", daemon=True) for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self, number: int) -> None:
+        while (job := self._queue.get()) is not None:
+            self._running[number] = job
+            job.run()
+            del self._running[number], job  # keeps no result alive
+
+    def submit(self, what: str, call: Callable[[], T], allowed: float = float("inf")) -> Job[T]:
+        """Queue a call that may run for ``allowed`` seconds."""
+        job = Job(what, call, allowed)
+        self._queue.put(job)
+        return job
+
+    def result(self, job: Job[T]) -> T:
+        """Wait for a job. Raises what ``Job.take`` raises, and ResourceError when any job runs longer than it may."""
+        while not job.done.wait(min(POLL, job.allowed / 4)):
+            now = time.monotonic()
+            for other in list(self._running.values()):
+                began = other.began
+                if began is not None and now - began > other.allowed and not other.done.is_set():
+                    raise ResourceError(
+                        other.what,
+                        f"the worker that prepares it has not ended within {other.allowed:g} s",
+                        "is the store's disk or network stuck? --resume goes on from the last snapshot",
+                    )
+        return job.take()
+
+    def close(self) -> None:
+        """Forget the jobs that have not begun; wait a little for the ones that have.
+
+        A thread within native code when the interpreter ends can take the process down, a thread that hangs cannot.
+        """
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+        for _ in self._threads:
+            self._queue.put(None)
+        end = time.monotonic() + FAREWELL
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))

@@ -1,0 +1,267 @@
+"""The processes of one training run: who this one is, and what they tell each other (docs/decisions/016-ranks.md).
+
+``torchrun`` starts the processes and names each in its environment. One process alone is ``ALONE``, for which every
+reduction is the identity, so that callers need no case of their own. Tensors on a CUDA device go over NCCL, everything
+else, the loop's own questions included, over gloo: asking whether a rank was told to stop waits for no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from fastsrgan.errors import FastsrganError, ModelError, ResourceError, UsageError
+
+log = logging.getLogger("fastsrgan")
+
+TIMEOUT = datetime.timedelta(minutes=30)  # a rank that waits for a slow disk is not dead; a dead one is noticed at once
+SHARED_MEMORY = 2**28  # bytes that NCCL's buffers in /dev/shm may need for the ranks of one machine
+
+
+class LostRank(ResourceError):
+    """Another rank ended or failed; its own error stands in the text where it left one."""
+
+
+class Ranks:
+    """All ranks as one of them sees them. This class is a process alone, the others derive from it.
+
+    rank, world : number of this process, and how many there are
+    local_world : how many of them share this machine
+    """
+
+    rank, world, local_world = 0, 1, 1
+
+    def average_(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its mean over the ranks, in place: one message per type and device."""
+
+    def broadcast_(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by rank 0's, in place."""
+
+    def sums(self, values: list[float]) -> list[float]:
+        """Sum of each value over the ranks, in float64."""
+        return values
+
+    def mean(self, facts: dict[str, float]) -> dict[str, float]:
+        """Mean of each named value over the ranks that have it, in float64."""
+        return facts
+
+    def minimum(self, value: int) -> int:
+        """The smallest value of any rank."""
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return -self.minimum(-int(flag)) > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, plain Python, in the order of ranks."""
+        return [value]
+
+    def agree(self, name: str, value: object) -> None:
+        """ModelError on every rank when ``str(value)`` is not the same on all of them."""
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+    def noted(self, what: str) -> bool:
+        """Whether ``note(what)`` was called in this job, also before torchrun restarted its ranks."""
+        return False
+
+    def note(self, what: str) -> None:
+        """Remember ``what`` for as long as the job lasts."""
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Part from the others; an error is left for them to read."""
+
+
+ALONE = Ranks()
+
+
+class TorchRanks(Ranks):
+    """The ranks of a torchrun job.
+
+    A rank that ends while others wait for it breaks their connection: they raise LostRank with the error it left.
+    """
+
+    def __init__(self, rank: int, world: int, local_world: int, device: torch.device) -> None:
+        self.rank, self.world, self.local_world = rank, world, local_world
+        self._names: list[str] = []  # of values that ``mean`` was asked for
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        try:
+            self._lasting, *_ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
+            # torchrun keeps its store over a restart: the ranks must not find the addresses of those before them.
+            attempt = f"fastsrgan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world}"
+            self._store = dist.PrefixStore(attempt, self._lasting)
+            dist.init_process_group(
+                backend,
+                store=self._store,
+                rank=rank,
+                world_size=world,
+                timeout=TIMEOUT,
+                device_id=device if device.type == "cuda" else None,
+            )
+        except (ValueError, RuntimeError) as error:
+            reason = f"cannot reach the other ranks: {str(error).splitlines()[0]}"
+            raise ResourceError(f"rank {rank}", reason, "start with torchrun, see docs/training.md") from error
+
+    def average_(self, tensors: list[Tensor]) -> None:
+        def mean(flat: Tensor) -> None:
+            dist.all_reduce(flat)
+            flat.div_(self.world)
+
+        self._flat(tensors, mean)
+
+    def broadcast_(self, tensors: list[Tensor]) -> None:
+        self._flat(tensors, lambda flat: dist.broadcast(flat, 0))
+
+    def sums(self, values: list[float]) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64)
+        with self._others():
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def mean(self, facts: dict[str, float]) -> dict[str, float]:
+        unknown = not facts.keys() <= set(self._names)
+        row = [facts.get(name, 0.0) for name in self._names]
+        there = [float(name in facts) for name in self._names]
+        missed, *total = self.sums([float(unknown), *row, *there])
+        if missed:
+            # New names somewhere, as in the first step: they are exchanged, and known to all ranks from then on.
+            self._names = sorted({name for names in self.gather([*self._names, *facts]) for name in names})
+            return self.mean(facts)
+        pairs = zip(self._names, total, total[len(self._names) :], strict=False)
+        return {name: value / count for name, value, count in pairs if count}
+
+    def minimum(self, value: int) -> int:
+        least = torch.tensor(value, dtype=torch.int64)
+        with self._others():
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+        return int(least)
+
+    def agree(self, name: str, value: object) -> None:
+        values = self.gather(str(value))
+        differing = [f"rank {r} has {v}" for r, v in enumerate(values) if v != values[0]]
+        if differing:
+            reason = f"not the same on all ranks: rank 0 has {values[0]}, {', '.join(differing)}"
+            raise ModelError(name, reason, "start every rank with the same command, data and version")
+
+    def barrier(self) -> None:
+        self.minimum(0)
+
+    def noted(self, what: str) -> bool:
+        return self._lasting.check([what])
+
+    def note(self, what: str) -> None:
+        self._lasting.set(what, "")
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            # Rank 0 may hold the store that the others still talk to.
+            self.barrier()
+            dist.destroy_process_group()
+        elif not isinstance(error, LostRank):
+            text = str(error) if isinstance(error, FastsrganError) else f"{type(error).__name__}: {error}"
+            with contextlib.suppress(RuntimeError):
+                self._store.set("error", f"rank {self.rank} failed: {' '.join(text.split())}")
+
+    def gather(self, value: Any) -> list[Any]:
+        out: list[Any] = [None] * self.world
+        with self._others():
+            dist.all_gather_object(out, value)
+        return out
+
+    @torch.no_grad()
+    def _flat(self, tensors: list[Tensor], change: Callable[[Tensor], object]) -> None:
+        """``change`` one vector of all tensors of a type and device in place of each of them."""
+        kinds: dict[tuple, list[Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for same in kinds.values():
+            flat = torch.cat([t.reshape(-1) for t in same])
+            with self._others():
+                change(flat)
+            parts = flat.split([t.numel() for t in same])
+            torch._foreach_copy_(same, [p.view(t.shape) for p, t in zip(parts, same, strict=True)])
+
+    @contextlib.contextmanager
+    def _others(self) -> Iterator[None]:
+        """Names the reason where a collective call fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise LostRank(f"rank {self.rank}", self._reason(error), "the others have stopped; see --resume") from error
+
+    def _reason(self, error: RuntimeError) -> str:
+        with contextlib.suppress(RuntimeError):
+            if self._store.check(["error"]):
+                return self._store.get("error").decode()
+        first = str(error).splitlines()[0].partition("] ")
+        return f"lost another rank, which left no error: {(first[2] or first[0]).partition('. ')[0]}"
+
+
+def launched() -> bool:
+    """Whether torchrun started this process, or a batch script in its place one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def from_environment(device: torch.device) -> Ranks:
+    """The ranks that torchrun's variables name (RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+
+    Raises
+    ------
+    UsageError : a variable is missing or no number; ResourceError : the other ranks cannot be reached.
+    """
+    if not launched():
+        return ALONE
+    rank, world = _number("RANK"), _number("WORLD_SIZE")
+    local = _number("LOCAL_WORLD_SIZE", 1)
+    if device.type == "cuda" and local > 1:
+        spare_shared_memory()
+    return TorchRanks(rank, world, local, device)
+
+
+def local_device(name: str) -> str:
+    """The name of this rank's device: its own GPU of the machine for "auto" and "cuda", else ``name``.
+
+    Raises ResourceError when the machine has more ranks than GPUs.
+    """
+    if not launched() or name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return name
+    seen, local, here = torch.cuda.device_count(), _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+    if seen == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return "cuda:0"  # the batch system shows each rank its own
+    if here > seen:
+        reason = f"{here} ranks on this machine, {seen} CUDA devices seen"
+        raise ResourceError("--device", reason, f"torchrun --nproc-per-node {seen}, or --device cpu")
+    return f"cuda:{local}"
+
+
+def spare_shared_memory(folder: str = "/dev/shm") -> None:
+    """Keep NCCL out of a /dev/shm that is too small for it, as in a container's default 64 MB; says so once."""
+    try:
+        room = os.statvfs(folder)
+    except OSError:
+        return
+    free = room.f_bavail * room.f_frsize
+    if free < SHARED_MEMORY and "NCCL_SHM_DISABLE" not in os.environ:
+        os.environ["NCCL_SHM_DISABLE"] = "1"
+        text = "%s has %.0f MB free: ranks without a direct link use sockets instead, which is slower (--shm-size 1g)"
+        log.warning(text, folder, free / 1e6)
+
+
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdigit():
+        raise UsageError(name, f"{text!r} is no number, WORLD_SIZE is set", "start with torchrun, or unset WORLD_SIZE")
+    return int(text)

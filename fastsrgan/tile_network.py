@@ -1,0 +1,195 @@
+"""A generator on a device: batches of tiles in, what is to be stitched out; precision, batch size, memory.
+
+A generator is linear in its first output channel up to the subtraction from the input, and the windows sum to 1. What
+is stitched is therefore the head alone, and the volume is subtracted from once: it never passes through the network's
+precision nor through the sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastsrgan import tiles
+from fastsrgan.activations import Needs, needs
+from fastsrgan.errors import ResourceError, UsageError
+from fastsrgan.networks import Generator
+
+log = logging.getLogger("fastsrgan")
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_BATCH_VOXELS = 2**19
+LONE_TILE = 96**3  # voxels; torch 2.13 convolves one smaller tile alone without oneDNN, 1.8 x slower than two at once
+CUDA_MAX_BATCH = 32
+FOREIGN = 16 * 4 * 6  # bytes per voxel that a network of unknown make is taken to need: six copies of 16 channels
+CUDA_SHARE = 0.6  # of the free memory, planned for one batch
+
+
+def check_precision(name: str) -> str:
+    """``name`` if it is auto or a known precision, else UsageError."""
+    if name != "auto" and name not in PRECISIONS:
+        raise UsageError("precision", f"{name!r}", f"auto, {', '.join(PRECISIONS)}")
+    return name
+
+
+def check_batch(batch: str | int) -> str | int:
+    """``batch`` if it is auto or a number of tiles, else UsageError."""
+    if batch != "auto" and (not isinstance(batch, int) or batch < 1):
+        raise UsageError("batch", f"{batch!r}", "auto, or a number of tiles from 1 up")
+    return batch
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """The precision that "auto" stands for on a device: bf16 on CUDA, else fp32. Says once what a CPU is slow at."""
+    if check_precision(name) == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    if device.type == "cpu" and not native(name):
+        _warn_once(f"{name} is not native to this CPU and far slower than fp32: take --precision auto")
+    return name
+
+
+def native(precision: str) -> bool:
+    """Whether this CPU computes in a precision."""
+    features: dict = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may not have it
+    names = ("avx512_bf16", "amx_bf16", "bf16") if precision == "bf16" else ("avx512_fp16", "amx_fp16", "fp16")
+    return precision == "fp32" or any(features.get(name) for name in names)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
+class TileNetwork:
+    """A generator on a device.
+
+    Attributes
+    ----------
+    residual : channel 0 of what comes out is what the volume loses, else it is the result itself
+    size : tiles per forward pass; halved when memory runs out
+    """
+
+    def __init__(
+        self, generator: nn.Module, slice_mm: float, device: torch.device | str = "cpu", precision: str = "fp32"
+    ) -> None:
+        self.device, self.dtype = torch.device(device), PRECISIONS[precision]
+        self.generator = generator.to(self.device)
+        spec = getattr(generator, "spec", None)
+        self.more = (slice_mm,) if getattr(spec, "conditional", False) else ()
+        # The head can be taken apart only where the subtraction and the sigmoid are known to be ours.
+        self.fused = isinstance(generator, Generator) and type(generator).forward is Generator.forward
+        self.residual = self.fused and generator.spec.residual  # type: ignore[union-attr]
+        self.size = 1
+        self._needs: Needs | None = None
+
+    def __call__(self, tiles_N1XYZ: Tensor) -> Tensor:
+        """(N, 1, X, Y, Z) -> (N, C, X, Y, Z) float32."""
+        with self._precision():
+            return self._head(tiles_N1XYZ)
+
+    def _head(self, tiles_N1XYZ: Tensor) -> Tensor:
+        if not self.fused:
+            return self.generator(tiles_N1XYZ, *self.more).float()
+        head = self.generator.raw(tiles_N1XYZ, *self.more).float()  # type: ignore[operator]
+        head[:, 1:2].sigmoid_()
+        if head.shape[1] > 2:
+            head[:, 2:] = torch.softmax(head[:, 2:], dim=1)
+        return head
+
+    @property
+    def channels(self) -> int | None:
+        """Of what comes out; None where only a pass tells."""
+        return self.generator.spec.out_channels if isinstance(self.generator, Generator) and self.fused else None
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """The generator in its state for inference; as it was afterwards."""
+        training = self.generator.training
+        self.generator.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.generator.train(training)
+
+    def probe(self) -> Needs:
+        """What tiles take on the device in float32, half precision at most that, from a pass of a small one."""
+        if self._needs is None:
+            with self.working():
+                self._needs = needs(self._head, self.device)
+        return self._needs
+
+    def bytes_of(self, patch: Sequence[int], count: int = 1) -> int:
+        """Memory that ``count`` tiles take in the network."""
+        return self.probe().of(patch, count) if self.fused else math.prod(patch) * FOREIGN * count
+
+    def choose_batch(self, asked: str | int, plan: tiles.TilePlan, room: int | None = None) -> int:
+        """Set and return ``size``: an estimate for "auto", which running out of memory corrects.
+
+        room : bytes that a batch may take, as far as it can be halved
+        """
+        self.size = min(self._wanted(asked, plan), len(plan))
+        while room is not None and self.size > 1 and self.bytes_of(plan.patch, self.size) > room:
+            self.size //= 2
+        return self.size
+
+    def _wanted(self, asked: str | int, plan: tiles.TilePlan) -> int:
+        if isinstance(check_batch(asked), int):
+            return int(asked)
+        voxels = math.prod(plan.patch)
+        if self.device.type == "cpu":
+            return max(CPU_BATCH_VOXELS // voxels, 2 if voxels < LONE_TILE else 1)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(1, min(int(CUDA_SHARE * free / self.bytes_of(plan.patch)), CUDA_MAX_BATCH))
+
+    def outputs(self, volume_XYZ: Tensor, plan: tiles.TilePlan, indices: Sequence[int]) -> Iterator[Tensor]:
+        """Tiles ``indices`` through the network, batch by batch, in order; smaller ones once memory has run out.
+
+        Raises ResourceError when there is no memory for a single tile.
+        """
+        while indices:
+            count = -(-len(indices) // -(-len(indices) // self.size))  # batches of about one size
+            y = self._try(volume_XYZ, plan, indices[:count])
+            if y is None:
+                continue
+            indices = indices[count:]
+            yield y
+
+    def _try(self, volume_XYZ: Tensor, plan: tiles.TilePlan, indices: Sequence[int]) -> Tensor | None:
+        try:
+            return self(tiles.gather(volume_XYZ, plan, indices))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if len(indices) == 1:
+                sizes = " x ".join(map(str, plan.patch))
+                raise ResourceError(
+                    str(self.device), f"no memory for one tile of {sizes} voxels", "take a smaller --patch"
+                ) from error
+        # Outside the handler, whose traceback keeps the failed attempt's activations alive.
+        self.size = len(indices) // 2
+        log.warning("out of memory on %s: going on with %d tiles at a time", self.device, self.size)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        if self.dtype != torch.float32:
+            return torch.autocast(self.device.type, self.dtype)
+        if self.device.type == "cuda":
+            # torch lets convolutions round to TF32 by default; fp32 is asked for to have none of that.
+            now = torch.backends.cudnn
+            return now.flags(enabled=True, benchmark=now.benchmark, deterministic=now.deterministic, allow_tf32=False)
+        return contextlib.nullcontext()
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that memory ran out."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text

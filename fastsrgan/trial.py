@@ -1,0 +1,84 @@
+"""Memory of a training step: what to say when it ran out, and which batch fits (FAULTS 34)."""
+
+from __future__ import annotations
+
+import gc
+import logging
+
+import torch
+
+from fastsrgan.config import TrainConfig
+from fastsrgan.errors import ResourceError
+from fastsrgan.pair import Models
+from fastsrgan.pool import Batch
+from fastsrgan.ranks import Ranks
+from fastsrgan.run_state import Run
+from fastsrgan.runtime import peak_memory
+
+log = logging.getLogger("fastsrgan")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the host had no memory."""
+    text = str(error).lower()
+    known = "out of memory" in text or "can't allocate memory" in text
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and known)
+
+
+def fits(config: TrainConfig, mask_classes: int, device: torch.device, batch: int) -> bool:
+    """Whether one iteration with ``batch`` patches runs in the memory there is, on networks made for the trial."""
+    trial = None
+    try:
+        trial = Models(config, mask_classes, device)
+        p, channels = config.patch_size, 2 + mask_classes
+        x = torch.rand((batch, 1, p, p, p), device=device)
+        y = torch.rand((batch, channels, p, p, p), device=device)
+        patches = Batch(x, y, torch.ones(batch, device=device), ["trial"] * batch)
+        eps = torch.rand((batch, channels) if config.eps_per_channel else (batch,), device=device)
+        trial.critic_updates([patches] * config.critic_iterations, [eps] * config.critic_iterations)
+        trial.generator_update(patches, config.lambda_adv > 0)
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    finally:
+        del trial
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def batch_that_fits(config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks) -> int:
+    """The largest of batch_size, half of it, a quarter ... (patches of all ranks) whose iteration every rank can run.
+
+    Raises ResourceError where not even one patch per rank fits.
+    """
+    own = config.batch_size // ranks.world
+    while True:
+        if ranks.minimum(int(fits(config, mask_classes, device, own))):
+            return own * ranks.world
+        if own == 1:
+            raise ResourceError(str(device), "no memory for a batch of one patch", "lower patch_size or kernel_gen")
+        own //= 2
+
+
+def memory_error(run: Run, told: str) -> ResourceError:
+    """What ran out, the measured peak, and the largest batch that fits, found by trying."""
+    device, c = run.models.device, run.config
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        peak = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} of {total / 1e9:.1f} GB were in use"
+    else:
+        peak = f"the process held {peak_memory() / 1e9:.1f} GB"
+    own = run.batch // 2
+    while own and not fits(c, run.mask_classes, device, own):
+        own //= 2
+    hint = "lower patch_size or kernel_gen"
+    if own:
+        parts = -(-run.batch // own)
+        hint = (
+            f"--batch-size {own * run.ranks.world} fits, or --accumulate {parts * c.accumulate}; also --auto-batch True"
+        )
+    log.debug("%s", told)
+    return ResourceError(str(device), f"out of memory at a batch of {c.batch_size} patches, {peak}", hint)

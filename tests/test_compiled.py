@@ -1,0 +1,127 @@
+"""torch.compile takes each part of a step whole, with unchanged results; it is off, on or refused as asked.
+
+The backend is aot_eager: tracing, functions of one's own and the joint backward graph as on a GPU, without a compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import pytest
+import torch
+from golden_steps import CONFIG, batch, double
+from torch._dynamo.utils import counters
+
+from fastsrgan import networks
+from fastsrgan.compiled import compiled, wanted
+from fastsrgan.critic_step import critic_gradients
+from fastsrgan.errors import ResourceError
+from fastsrgan.pair import Models
+from fastsrgan.step import critic_loss
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+
+
+SMALL = CONFIG.replace(compile="off", patch_size=16)
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch):
+    monkeypatch.setattr(networks, "N_BLOCKS", 1)  # all are alike, and tracing takes its time
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def traced(m: Models) -> Models:
+    """Its three functions compiled with a backend that runs everywhere."""
+    on = functools.partial(compiled, config=m.config.replace(compile="on"), device=CPU, backend="aot_eager")
+    m._fakes, m._generator_terms = on(m._forward), on(m._generator_loss)
+    m._critic_terms, m._explicit_terms = on(critic_gradients), on(critic_loss)
+    return m
+
+
+def test_every_part_of_a_step_is_one_graph_with_the_same_result():
+    config = SMALL.replace(dice_weight=0.1)
+    plain, whole = (double(Models(config, 0, CPU)) for _ in range(2))
+    traced(whole)
+    for i in range(2):
+        drawn = [batch(s, config) for s in (10 * i + 1, 10 * i + 2)]
+        rows = [
+            (
+                m.critic_updates([b for b, _ in drawn], [e for _, e in drawn]),
+                m.generator_update(batch(i, config)[0], True),
+            )
+            for m in (plain, whole)
+        ]
+        for a, b in zip(*rows, strict=True):
+            assert a == pytest.approx(b, rel=1e-9)
+    assert not counters["graph_break"]
+    # Fakes, critic, generator; the second iteration finds all of them done.
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+def test_the_explicit_penalty_is_one_graph():
+    config = SMALL.replace(penalty="explicit")
+    plain, whole = (double(Models(config, 0, CPU)) for _ in range(2))
+    traced(whole)
+    b, eps = batch(1, config)
+    fake = b.y.flip(0)
+    assert whole.critic_update(b, fake, eps) == pytest.approx(plain.critic_update(b, fake, eps), rel=1e-12)
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
+
+
+def test_half_precision_is_one_graph_too():
+    config = SMALL.replace(precision="bf16")
+    m = traced(Models(config, 0, CPU))
+    b, eps = batch(1, config)
+    b.x, b.y, b.res, eps = b.x.float(), b.y.float(), b.res.float(), eps.float()
+    assert m.critic_update(b, m.generate(b), eps)["gradient"] > 0
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
+
+
+# --- the switch ---------------------------------------------------------------------------------------------------
+
+
+def test_who_is_compiled():
+    def config(how, penalty="auto"):
+        return CONFIG.replace(compile=how, penalty=penalty)
+
+    assert wanted(config("auto"), CUDA) and not wanted(config("auto"), CPU)
+    assert wanted(config("on"), CPU) and not wanted(config("off"), CUDA)
+    assert not wanted(config("auto", "autograd"), CUDA)
+    with pytest.raises(ResourceError, match="double backward cannot be compiled"):
+        wanted(config("on", "autograd"), CUDA)
+
+    def function() -> None: ...
+
+    assert compiled(function, config("off"), CUDA) is function
+    assert compiled(function, config("auto"), CPU) is function
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "device", "mode"), [(1, CUDA, "reduce-overhead"), (2, CUDA, None), (1, CPU, None)]
+)
+def test_graphs_are_for_cuda_and_for_gradients_that_do_not_add_up(monkeypatch, accumulate, device, mode):
+    asked = {}
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.update(options) or function)
+    compiled(lambda: None, CONFIG.replace(compile="on", accumulate=accumulate), device)
+    assert asked == {"fullgraph": True, "dynamic": False, "backend": "inductor", "mode": mode}
+
+
+def breaks(x: torch.Tensor) -> torch.Tensor:
+    torch._dynamo.graph_break()
+    return x + 1
+
+
+def test_a_compiler_that_fails_ends_the_run_or_is_told_once(caplog, monkeypatch):
+    monkeypatch.setattr("fastsrgan.compiled.wanted", lambda config, device: True)
+    strict = compiled(breaks, CONFIG.replace(compile="on"), CPU, "eager")
+    with pytest.raises(ResourceError, match=r"--compile on: compiling failed: .*--compile off"):
+        strict(torch.ones(1))
+    loose = compiled(breaks, CONFIG.replace(compile="auto"), CPU, "eager")
+    with caplog.at_level(logging.WARNING, "fastsrgan"):
+        assert [float(loose(torch.ones(1))) for _ in range(3)] == [2.0] * 3
+    assert caplog.text.count("it runs uncompiled") == 1

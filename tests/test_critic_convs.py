@@ -1,0 +1,64 @@
+"""The critic's convolution in three forms: each equals conv3d and its autograd, on sizes that divide nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastsrgan.critic_convs import FEW, TAPS, WIDE, Columns, Direct, Winograd, choose
+from fastsrgan.networks import same_pad
+
+FORMS = (Direct, Columns, Winograd)
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [3, 4, 5, 8, 10, 13, 16])
+@pytest.mark.parametrize("channels", [(2, 5), (FEW, 3), (7, 6), (WIDE, 3)])
+def test_forms_equal_the_plain_convolution_and_its_gradients(poisoned, form, size, channels):
+    inputs, outputs = channels
+    weight = draw(1, outputs, inputs, 4, 4, 4).requires_grad_()
+    x, bias = draw(2, 3, size, size, size, inputs).requires_grad_(), draw(3, outputs)
+    expected = F.conv3d(same_pad(x.permute(0, 4, 1, 2, 3)), weight, bias, stride=2).permute(0, 2, 3, 4, 1)
+    d = draw(4, *expected.shape)
+    dx, dw = torch.autograd.grad(expected, (x, weight), d)
+
+    conv = form(weight.detach(), size)
+    lifted, lifted_d = conv.lift(x.detach()), conv.lift_gradient(d)
+    # Two more samples whose place is then taken, as the tangents take that of the interpolated patches.
+    more = conv.lift(draw(5, 5, size, size, size, inputs))
+    conv.lift(x.detach(), more.narrow(conv.samples, 2, 3))
+    assert torch.equal(more.narrow(conv.samples, 2, 3), lifted)
+    conv.add(lifted, lifted_d)
+    conv.add(lifted, lifted_d)
+    for found, wanted in (
+        (conv.forward(lifted, bias), expected),
+        (conv.forward(more.narrow(conv.samples, 2, 3), bias), expected),
+        (conv.input_gradient(d, lifted_d), dx),
+        (conv.gradient(), 2 * dw),
+    ):
+        assert found.shape == wanted.shape
+        assert (found - wanted).abs().max() <= 1e-13 * wanted.abs().max() * inputs
+
+
+def test_float32_stays_within_a_few_times_a_plain_convolutions_rounding():
+    x, weight = draw(1, 2, 16, 16, 16, WIDE), draw(2, 32, WIDE, 4, 4, 4)
+    exact = Direct(weight, 16)
+    expected = exact.forward(exact.lift(x))
+    errors = {}
+    for form in FORMS:
+        conv = form(weight.float(), 16)
+        errors[form] = float((conv.forward(conv.lift(x.float())) - expected).norm())
+    assert max(errors.values()) <= 4 * errors[Direct]
+
+
+def test_the_form_follows_from_channels_and_size():
+    few, many = torch.zeros(8, FEW, 4, 4, 4), torch.zeros(8, 8, 4, 4, 4)
+    assert type(choose(few, 64, True)) is Direct
+    assert type(choose(many, TAPS, True)) is Columns
+    assert type(choose(many, TAPS + 1, True)) is Winograd
+    assert all(type(choose(w, n, False)) is Direct for w in (few, many) for n in (3, 64))

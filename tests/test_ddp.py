@@ -1,0 +1,274 @@
+"""Training by several ranks: the update of one process with the whole batch, the same place after a stop, one voice."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cohort import SMALL, losses, make_store, rows
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import ended, on_ranks, outcome, start, start_ranks
+
+from fastsrgan import checkpoint, weights
+from fastsrgan.config import TrainConfig
+from fastsrgan.errors import UsageError
+from fastsrgan.feed import deal
+from fastsrgan.pair import Models
+from fastsrgan.pool import Batch
+from fastsrgan.ranks import ALONE, Ranks, from_environment
+from fastsrgan.run_state import Position, Run, epoch_part, remaining
+from fastsrgan.train import agree_on_settings, train
+
+CPU = torch.device("cpu")
+CONFIG = SMALL.replace(batch_size=4, ema=0.5, lr_schedule="linear", lr_end=0.2, resident_subjects=1, steps_per_epoch=6)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    """Five training subjects, which two ranks cannot share evenly, and three test subjects."""
+    return make_store(tmp_path_factory.mktemp("cohort"), train=5, test=3)
+
+
+# --- one update ---------------------------------------------------------------------------------------------------
+
+
+def one_update(config: TrainConfig, ranks: Ranks, folder: Path) -> None:
+    """A critic and a generator update of this rank's part of one batch of 6, in float64; saves all parameters."""
+    some = torch.Generator().manual_seed(5)
+    x = torch.rand((6, 1, 16, 16, 16), generator=some, dtype=torch.float64)
+    y = torch.rand((6, 2, 16, 16, 16), generator=some, dtype=torch.float64)
+    eps = torch.rand((6, 2), generator=some, dtype=torch.float64)
+    part = slice(6 // ranks.world * ranks.rank, 6 // ranks.world * (ranks.rank + 1))
+    batch = Batch(x[part], y[part], torch.ones(6, dtype=torch.float64)[part], [""] * len(x[part]))
+    models = Models(config, 0, CPU, ranks)
+    models.generator.double()
+    models.critic.double()
+    models.finish()
+    models.set_rates(1.0)
+    for optimiser in (models.optimiser_g, models.optimiser_d):
+        optimiser.clear = lambda: None  # type: ignore[method-assign]  # the gradients stay to be looked at
+    facts = models.critic_updates([batch], [eps[part]])
+    facts = {**facts, **{f"g_{k}": v for k, v in models.generator_update(batch, True).items()}}
+    networks = {"generator": models.generator, "critic": models.critic}
+    named = [(f"{net}.{name}", p) for net, network in networks.items() for name, p in network.named_parameters()]
+    found = {name: p.detach() for name, p in named}
+    found |= {f"{name}.grad": p.grad for name, p in named if p.grad is not None}
+    torch.save({"tensors": found, "facts": ranks.mean(facts)}, folder / f"{ranks.world}-{ranks.rank}.pt")
+
+
+def one_update_on_rank(config: TrainConfig, folder: Path) -> None:
+    with from_environment(CPU) as ranks:
+        one_update(config, ranks, folder)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_update_of_two_ranks_is_that_of_the_whole_batch(tmp_path, accumulate):
+    config = CONFIG.replace(batch_size=6, ema=0.0, clip_norm=0.5, kernel_gen=3, kernel_dis=3)
+    one_update(config, ALONE, tmp_path)
+    on_ranks(one_update_on_rank, 2, config.replace(accumulate=accumulate), tmp_path, out=tmp_path / "out")
+    whole, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert len(whole["tensors"]) > 40
+    largest = max(float(t.abs().max()) for name, t in whole["tensors"].items() if name.endswith(".grad"))
+    for name, tensor in whole["tensors"].items():
+        assert torch.equal(first["tensors"][name], second["tensors"][name]), name
+        error = float((first["tensors"][name] - tensor).abs().max())
+        # Adam's first step is a sign: where a gradient is all rounding, it makes 1e-13 of 1e-17.
+        assert error <= 1e-12 * (largest if name.endswith(".grad") else 1.0), (name, error)
+    for name, value in whole["facts"].items():
+        assert first["facts"][name] == second["facts"][name] == pytest.approx(value, rel=1e-9), name
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+
+def training(store: Path, run: Path, config: TrainConfig, at: int = 0, what: str = "", where: int = 1) -> dict:
+    """Train as a rank; behind update ``at``, rank ``where`` gets a signal, ends, or raises."""
+    count, original = iter(range(1, 1000)), Models.generator_update
+
+    def counted(self, *args, **kwargs):
+        values = original(self, *args, **kwargs)
+        if next(count) == at and self.ranks.rank == where:
+            if what == "error":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            os.kill(os.getpid(), getattr(signal, what))
+        return values
+
+    Models.generator_update = counted  # type: ignore[method-assign]
+    resume = bool(checkpoint.snapshots(run))
+    return train(store, run, config, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def whole(store, tmp_path_factory) -> Path:
+    """A run of two ranks that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    first, second = on_ranks(training, 2, store, out / "run", CONFIG, out=out / "out")
+    assert first["updates"] == second["updates"] == 12 and first["ranks"] == 2 and first["best"] == second["best"]
+    return out / "run"
+
+
+def test_two_ranks_write_one_run(store, whole):
+    assert [r["update"] for r in rows(whole)] == list(range(1, 13))
+    assert len(rows(whole, "validation")) == 2
+    assert not checkpoint.verify(checkpoint.newest(whole))
+    assert checkpoint.manifest(checkpoint.newest(whole))["ranks"] == 2
+    assert all(np.isfinite(r["d_total"]) and np.isfinite(r["g_total"]) for r in rows(whole))
+    assert weights.load_generator(whole / "model.safetensors").spec.kernel == 2
+
+
+def test_the_ranks_validate_as_one_process_does(store, whole, tmp_path):
+    config = CONFIG.replace(epochs=1, steps_per_epoch=1, lr_gen=1e-30, lr_dis=1e-30, whole_every=1)
+    train(store, tmp_path / "one", config)
+    on_ranks(training, 2, store, tmp_path / "two", config, out=tmp_path / "out")
+    one, two = (rows(tmp_path / name, "validation")[0]["validation"] for name in ("one", "two"))
+    assert one.keys() == two.keys() >= {"Dice", "MSE", "PSNR", "whole_PSNR", "spline_SSIM", "spline_Dice"}
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=1e-9), name
+
+
+@pytest.mark.parametrize("what", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(store, whole, tmp_path, what):
+    run = tmp_path / "run"
+    stopped = on_ranks(training, 2, store, run, CONFIG, 4, what, out=tmp_path / "out")
+    assert [s["exit_code"] for s in stopped] == [143, 143]
+    assert [s["updates"] for s in stopped] == [4, 4] and checkpoint.newest(run).name == "step-00000004"
+    on_ranks(training, 2, store, run, CONFIG, out=tmp_path / "again")
+    assert losses(run) == losses(whole)
+    same = [(folder / "model.safetensors").read_bytes() for folder in (run, whole)]
+    networks = [weights.load_generator(folder / "model.safetensors").state_dict() for folder in (run, whole)]
+    assert len(same[0]) and all(torch.equal(networks[0][k], networks[1][k]) for k in networks[0])
+
+
+@pytest.mark.parametrize("what", ["SIGKILL", "error"])
+def test_when_one_rank_dies_the_others_say_so_and_end(store, tmp_path, what):
+    began = time.monotonic()
+    processes = start_ranks(training, 2, store, tmp_path / "run", CONFIG, 8, what, out=tmp_path / "out")
+    codes = [ended(p, 60) for p in processes]
+    assert time.monotonic() - began < 60
+    assert codes == [5, -signal.SIGKILL if what == "SIGKILL" else 5]
+    found = outcome(tmp_path / "out" / "0.json")
+    assert found["kind"] == "LostRank" and ("out of memory at a batch of 4" in found["error"]) == (what == "error")
+    assert checkpoint.newest(tmp_path / "run").name == "step-00000006"  # of the last whole epoch
+
+
+def disagreeing(store: Path, run: Path, config: TrainConfig, other: Path | None) -> dict:
+    if os.environ["RANK"] == "1":
+        config = config.replace(lr_gen=5e-4) if other is None else config
+        store = store if other is None else other
+    return train(store, run, config)
+
+
+@pytest.mark.parametrize("what", ["config", "data"])
+def test_ranks_that_disagree_end_before_the_first_step(store, tmp_path, what):
+    other = make_store(tmp_path, train=1) if what == "data" else None
+    processes = start_ranks(disagreeing, 2, store, tmp_path / "run", CONFIG, other, out=tmp_path / "out")
+    assert [ended(p) for p in processes] == [4, 4]
+    wanted = "config: lr_gen: not the same on all ranks: rank 0 has 0.0001, rank 1 has 0.0005"
+    for rank in range(2):
+        error = outcome(tmp_path / "out" / f"{rank}.json")["error"]
+        assert wanted in error if what == "config" else "training data: not the same on all ranks" in error
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_a_usage_error():
+    three = Ranks()
+    three.world = 3
+    with pytest.raises(UsageError, match="multiple of 3"):
+        agree_on_settings(three, CONFIG)
+
+
+# --- another number of ranks --------------------------------------------------------------------------------------
+
+
+@given(
+    count=st.integers(1, 23),
+    worlds=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    size=st.integers(1, 5),
+    groups=st.integers(0, 9),
+    whole_group=st.booleans(),
+)
+def test_what_is_left_of_an_epoch_is_what_no_rank_finished(count, worlds, size, groups, whole_group):
+    worlds = tuple(min(w, count) for w in worlds)
+    names = [f"s{i}" for i in range(count)]
+    run = Run.__new__(Run)
+    run.train, run.config = names, SMALL
+    old = Position(epoch=3, group=groups, step=2, steps=2 if whole_group else 5, resident=size, world=worlds[0])
+    dealt = [deal(names, SMALL.seed, 3, size, rank, worlds[0]) for rank in range(worlds[0])]
+    finished = [n for own in dealt for group in own[: groups + whole_group] for n in group]
+    left = remaining(run, old)
+    assert sorted(left + finished) == sorted(names)
+    part = epoch_part(run, old)
+    assert 0 <= part <= 1 and (part == 1) == (groups + whole_group >= len(dealt[0]))
+    if len(left) >= worlds[1]:
+        again = [n for r in range(worlds[1]) for group in deal(left, SMALL.seed, 3, size, r, worlds[1]) for n in group]
+        assert len(again) == len(set(again)) > len(left) - worlds[1] and set(again) <= set(left)
+
+
+def test_one_rank_can_go_on_as_two_and_back(store, tmp_path):
+    run, config = tmp_path / "run", CONFIG.replace(steps_per_epoch=None, epochs=3, stride=8)
+    done = subprocess_free(training, store, run, config, 3, "SIGTERM", 0, out=tmp_path / "0.json")
+    assert done["updates"] == 3 and done["ranks"] == 1
+    two = on_ranks(training, 2, store, run, config, 9, "SIGTERM", out=tmp_path / "out")
+    assert two[0]["updates"] == two[1]["updates"] == 12 and two[0]["ranks"] == 2
+    done = subprocess_free(training, store, run, config, out=tmp_path / "1.json")
+    assert done["epochs"] == 3 and done["ranks"] == 1
+    history = rows(run)
+    assert [r["update"] for r in history] == list(range(1, len(history) + 1))
+    assert all(np.isfinite(r["g_total"]) and np.isfinite(r["d_total"]) for r in history)
+    assert all(a["rate"] >= b["rate"] for a, b in itertools.pairwise(history)), "the schedule went back"
+
+
+def subprocess_free(target, *args, out: Path) -> dict:
+    """What a process alone returned."""
+    assert ended(start(target, *args, out=out)) == 0, outcome(out)
+    return outcome(out)["value"]
+
+
+# --- torchrun -----------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_ddp
+from fastsrgan import cli
+from fastsrgan.pair import Models
+
+original = Models.generator_update
+def dying(self, *args, **kwargs):
+    values = original(self, *args, **kwargs)
+    updates = test_ddp.seen = getattr(test_ddp, "seen", 0) + 1
+    if updates == 8 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return values
+Models.generator_update = dying
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_torchrun_restarts_a_run_whose_rank_died_where_the_last_snapshot_is(store, whole, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf8")
+    (tmp_path / "config.yaml").write_text(CONFIG.to_yaml(), encoding="utf8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", str(tmp_path / "script.py"), str(Path(__file__).parent)]
+    command += ["train", str(store), "-o", str(tmp_path / "run"), "--config", str(tmp_path / "config.yaml"), "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "left no error" in done.stderr and "continuing" in done.stderr and "update 6" in done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf8"))
+    assert summary["updates"] == 12 and summary["ranks"] == 2
+    assert losses(tmp_path / "run") == losses(whole)
+    assert json.loads(done.stdout)["updates"] == 12  # one rank speaks
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
+    assert again.returncode != 0 and "already holds a run" in again.stderr  # another job does not resume unasked

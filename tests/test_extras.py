@@ -1,0 +1,262 @@
+"""Clinical extras: each is off by default, keyed under its own name, and does what its law says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from fastsrgan.degrade import Degradation, degrade
+from fastsrgan.errors import UsageError
+from fastsrgan.extras import apply_bias, apply_motion, bernstein_matrix, draw_bias, draw_motion
+from fastsrgan.geometry import centre_coordinates, grid_size
+from fastsrgan.intensity import add_noise
+from fastsrgan.resample import FWHM, degrade_matrix, slice_profile_matrix
+from fastsrgan.runtime import rng
+
+ALL = {"bias_field": 0.3, "rician": True, "profile": 0.2, "motion": 0.7}
+SPACING, LOW = (1.0, 0.9, 0.8), (1.0, 0.9, 2.3)
+
+
+def head(shape=(19, 23, 31), seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).random(shape).astype(np.float32) * 900
+
+
+def images(done) -> list[np.ndarray]:
+    return [done.low_res, done.interpolated, done.hr]
+
+
+# --- draws --------------------------------------------------------------------------------------------------------
+
+
+def test_everything_is_off_by_default():
+    plain, off = Degradation((LOW,)), Degradation((LOW,), bias_field=0, rician=False, profile=0, motion=0)
+    draw = plain.draw(3, 1, "sub-1")
+    assert (draw.bias_field, draw.rician, draw.width, draw.motion) == (0, False, 1, 0)
+    assert plain.linspace(1, 3).width == 1 and off.draw(3, 1, "sub-1") == draw
+    by_hand = degrade(head(), SPACING, LOW, power=draw.power, noise=draw.noise, key=draw.key)
+    for a, b in zip(images(plain.apply(head(), SPACING, draw)), images(by_hand), strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_extra_changes_no_draw_of_another(name):
+    every, fewer = Degradation((LOW,), **ALL), Degradation((LOW,), **{**ALL, name: type(ALL[name])()})
+    fields = {"bias_field": "bias_field", "rician": "rician", "profile": "width", "motion": "motion"}
+    for draws in ([d.draw(5, 2, "sub-1") for d in (every, fewer)], [d.linspace(1, 4) for d in (every, fewer)]):
+        same = dataclasses.replace(draws[1], **{fields[name]: getattr(draws[0], fields[name])})
+        assert same == draws[0] and draws[0] != draws[1]
+
+
+def test_draws_depend_on_the_key_alone():
+    setting = Degradation((LOW,), **ALL)
+    draws = [setting.draw(3, epoch, f"sub-{s}") for epoch in range(60) for s in range(5)]
+    assert draws == [setting.draw(3, epoch, f"sub-{s}") for epoch in range(60) for s in range(5)]
+    widths = np.array([d.width for d in draws])
+    assert 0.8 <= widths.min() < 0.81 and 1.19 < widths.max() <= 1.2 and len(set(widths)) == len(draws)
+    a, b = (images(setting.apply(head(), SPACING, setting.draw(3, 1, "sub-1"))) for _ in range(2))
+    assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    other = setting.apply(head(), SPACING, setting.draw(3, 2, "sub-1"))
+    assert not np.array_equal(a[0], other.low_res)
+    key = (7, 1, "sub-1", "noise")
+    names = [draw_bias(key, 1.0).ravel()[:3], draw_motion(key, 3, 1.0)[0], rng(*key).random(3)]
+    assert len({tuple(n) for n in names}) == 3
+
+
+@pytest.mark.parametrize(
+    "bad", [{"bias_field": -0.1}, {"profile": 1.0}, {"motion": -1}, {"motion": float("nan")}, {"block_bytes": 0}]
+)
+def test_nonsense_is_refused(bad):
+    with pytest.raises(UsageError, match=next(iter(bad))):
+        Degradation((LOW,), **bad)
+
+
+# --- bias field ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(st.tuples(*[st.integers(2, 40)] * 3), st.floats(0.01, 1), st.integers(0, 99))
+def test_bias_field_is_bounded_and_smooth(shape, largest, seed):
+    log = np.log(apply_bias(torch.ones(shape), draw_bias((seed, "x"), largest), shape).numpy())
+    assert np.abs(log).max() <= largest + 1e-6
+    for axis, n in enumerate(shape):
+        # A cubic's slope is at most 3 times the largest step between its control points, here 2 times the bound.
+        assert np.abs(np.diff(log, axis=axis)).max() <= 6 * largest / n + 1e-5
+
+
+def test_bias_field_uses_its_range_and_covers_the_volume():
+    points = draw_bias((1, "x"), 0.4)
+    log = np.log(apply_bias(torch.ones(60, 61, 62), points, (60, 61, 62)).numpy())
+    assert log.max() - log.min() > 0.4
+    assert log[0, 0, 0] == pytest.approx(points[0, 0, 0], abs=0.08)  # half a voxel from the corner
+    assert log[-1, 0, -1] == pytest.approx(points[-1, 0, -1], abs=0.08)
+    expected = np.einsum("xa,yb,zc,abc->xyz", *(bernstein_matrix(n) for n in log.shape), points)
+    assert np.abs(log - expected).max() < 1e-6
+
+
+def test_part_of_a_field_is_that_part():
+    image, points = torch.from_numpy(head()), draw_bias((1, "x"), 0.4)
+    for axis in range(3):
+        whole = apply_bias(image, points, image.shape)
+        part = apply_bias(image.narrow(axis, 5, 9).contiguous(), points, image.shape, axis, 5)
+        assert (part / whole.narrow(axis, 5, 9) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("geometry", ["physical", "segsrgan"])
+def test_bias_field_is_on_the_truth_and_on_what_the_scanner_saw(geometry):
+    hr = head((20, 24, 30))
+    points = draw_bias((0, "k"), 0.5)
+    biased = hr * np.exp(np.einsum("xa,yb,zc,abc->xyz", *(bernstein_matrix(n) for n in hr.shape), points))
+    args = ((1.0, 1.0, 1.0), (1.0, 1.0, 3.0))
+    done = degrade(hr, *args, power=1.2, bias_field=0.5, key="k", geometry=geometry)
+    expected = degrade(biased, *args, power=1.2, key="k", geometry=geometry)
+    for a, b in zip(images(done), images(expected), strict=True):
+        assert np.abs(a - b).max() < 2e-6
+
+
+# --- Rician noise -------------------------------------------------------------------------------------------------
+
+
+def test_rician_noise_has_the_moments_of_magnitude_images():
+    hr = np.zeros((60, 60, 40), np.float32)
+    hr[30:] = 100
+    done = degrade(hr, (1, 1, 1), (1, 1, 1), noise=0.05, rician=True, key=3)
+    seen, sd = done.low_res * done.scale, 5.0
+    air, tissue = seen[:30], seen[30:]
+    assert air.min() > 0 and air.mean() == pytest.approx(sd * np.sqrt(np.pi / 2), rel=0.01)
+    assert air.std() == pytest.approx(sd * np.sqrt(2 - np.pi / 2), rel=0.01)
+    assert tissue.std() == pytest.approx(sd, rel=0.01)  # Gaussian where the signal is strong
+    assert (tissue.astype(float) ** 2).mean() == pytest.approx(100**2 + 2 * sd**2, rel=1e-3)
+    assert np.abs(done.hr * done.scale - hr).max() < 1e-4
+
+
+def test_rician_noise_is_the_formula_on_the_same_bits_as_gaussian_noise():
+    x = np.random.default_rng(0).random((70, 60, 50)).astype(np.float32)  # more than one piece
+    n1, n2 = (rng(1, name).standard_normal(x.shape, dtype=np.float32) * np.float32(0.1) for name in ("a", "b"))
+    done = add_noise(torch.from_numpy(x.copy()), 0.1, rng(1, "a"), rng(1, "b")).numpy()
+    assert np.abs(done - np.hypot(x + n1, n2)).max() < 2e-7
+    assert np.array_equal(add_noise(torch.from_numpy(x.copy()), 0.1, rng(1, "a")).numpy(), x + n1)
+
+
+def test_no_noise_is_no_noise_for_both():
+    a, b = (degrade(head(), SPACING, LOW, rician=r) for r in (False, True))
+    assert all(np.array_equal(x, y) for x, y in zip(images(a), images(b), strict=True))
+
+
+# --- slice profile ------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(30, 80), st.floats(2.5, 6), st.floats(0.7, 1.5))
+def test_width_is_the_profile_s_full_width_at_half_maximum(n, ratio, width):
+    m = grid_size(n, 1, ratio)
+    matrix = slice_profile_matrix(n, m, ratio, width)
+    assert np.abs(matrix.sum(1) - 1).max() < 1e-12
+    for row, centre in zip(matrix, centre_coordinates(m, n, ratio), strict=True):
+        if 4 * ratio * width / FWHM + 1 < centre < n - 2 - 4 * ratio * width / FWHM:
+            spread = np.sqrt((row * (np.arange(n) - centre) ** 2).sum())
+            assert spread == pytest.approx(ratio * width / FWHM, rel=0.015)
+
+
+def test_width_one_is_the_plain_profile_and_a_narrow_one_picks_voxels():
+    assert np.array_equal(slice_profile_matrix(40, 13, 3.1, 1.0), slice_profile_matrix(40, 13, 3.1))
+    narrow = slice_profile_matrix(39, 13, 3.0, 0.001)
+    assert np.abs(narrow - np.eye(39)[1::3]).max() < 1e-9
+    assert np.isfinite(slice_profile_matrix(40, 16, 2.5, 0.01)).all()
+
+
+@pytest.mark.parametrize("geometry", ["physical", "segsrgan"])
+def test_width_blurs_what_the_scanner_saw_and_leaves_the_truth(geometry):
+    hr = head((20, 24, 30))
+    sharp, plain, soft = (degrade(hr, (1, 1, 1), (1, 1, 3), width=w, geometry=geometry) for w in (0.7, 1.0, 1.4))
+    stds = [(d.low_res * d.scale).std() for d in (sharp, plain, soft)]
+    assert stds[0] > 1.1 * stds[1] > 1.2 * stds[2]
+    for other in (sharp, soft):
+        assert np.abs(other.hr * other.scale - plain.hr * plain.scale).max() < 1e-3
+    assert np.array_equal(degrade(hr, (1, 1, 1), (1, 1, 3), geometry=geometry).low_res, plain.low_res)
+    assert degrade_matrix(40, 0.5, 0.5, width=1.3) is None  # an axis that is not decimated is not blurred
+
+
+# --- motion between slices ----------------------------------------------------------------------------------------
+
+
+def blob(shape, centre, sd=3.0) -> np.ndarray:
+    grid = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    return np.exp(-0.5 * sum((g - c) ** 2 for g, c in zip(grid, centre, strict=True)) / sd**2).astype(np.float32)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_motion_carries_a_blob_to_where_the_pose_says(axis):
+    in_plane = [d for d in range(3) if d != axis]
+    shape, spacing = [47, 53, 49], (0.9, 1.3, 0.7)
+    shape[axis] = 3
+    centre = [n / 2 + 4.3 for n in shape]
+    centre[axis] = 1.0
+    still = np.repeat(np.take(blob(shape, centre), [1], axis), 3, axis)
+    poses = np.array([[0.0, 0.0, 0.0], [1.7, -2.2, 0.0], [0.6, 0.4, 15.0]])
+    before = still.copy()
+    moved = apply_motion(torch.from_numpy(still), poses, spacing, axis).numpy()
+    assert np.array_equal(still, before)
+    assert np.array_equal(np.take(moved, 0, axis), np.take(still, 0, axis))
+    size = np.array([shape[d] for d in in_plane])
+    step = np.array([spacing[d] for d in in_plane])
+    for m, (t1, t2, degrees) in enumerate(poses):
+        found = np.array(ndimage.center_of_mass(np.take(moved, m, axis)))
+        start = (np.array([centre[d] for d in in_plane]) - (size - 1) / 2) * step  # mm from the slice's centre
+        c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+        goal = np.array([[c, -s], [s, c]]) @ start + (t1, t2)
+        assert np.abs((found - (size - 1) / 2) * step - goal).max() < 2e-3
+
+
+def test_motion_is_the_spline_that_scipy_computes():
+    stack, pose = head((33, 38, 2)), np.array([1.3, -2.6, 4.0])
+    moved = apply_motion(torch.from_numpy(stack), np.stack([pose, 0 * pose]), (1.0, 1.0, 5.0)).numpy()
+    c, s = np.cos(np.deg2rad(4)), np.sin(np.deg2rad(4))
+    back, centre = np.array([[c, s], [-s, c]]), np.array([16, 18.5])
+    offset = centre - back @ (centre + pose[:2])
+    expected = ndimage.affine_transform(stack[..., 0].astype(float), back, offset, order=3, mode="reflect")
+    assert np.abs(moved[..., 0] - expected).max() < 900 * 3e-5
+    assert np.array_equal(moved[..., 1], stack[..., 1])
+
+
+def test_motion_by_whole_voxels_moves_voxels():
+    stack = torch.from_numpy(head((12, 14, 2)))
+    moved = apply_motion(stack, np.array([[2.0, 0, 0], [0, -3 * 0.5, 0]]), (1.0, 0.5, 4.0))
+    assert (moved[2:, :, 0] - stack[:-2, :, 0]).abs().max() < 900 * 1e-5
+    assert (moved[:, :-3, 1] - stack[:, 3:, 1]).abs().max() < 900 * 1e-5
+
+
+def test_poses_have_the_asked_spread_and_no_mean():
+    poses = draw_motion((1, "x"), 4000, 0.8)
+    assert np.abs(poses.mean(0)).max() < 1e-12
+    assert poses.std(0) == pytest.approx([0.8] * 3, rel=0.05)
+    assert np.abs(np.corrcoef(poses.T) - np.eye(3)).max() < 0.06
+    assert not draw_motion((1, "x"), 1, 0.8).any()
+
+
+def test_motion_moves_each_slice_as_drawn_and_leaves_the_truth():
+    hr = blob((48, 44, 36), (24, 22, 17.5), 6.0) * 500
+    still = degrade(hr, (1, 1, 1), (1, 1, 3), key=4)
+    moved = degrade(hr, (1, 1, 1), (1, 1, 3), key=4, motion=0.9)
+    assert np.abs(moved.hr * moved.scale - still.hr * still.scale).max() < 1e-3
+    poses = draw_motion((0, 4), 12, 0.9)
+    for m in range(3, 9):
+        where = [np.array(ndimage.center_of_mass(d.low_res[..., m])) for d in (still, moved)]
+        assert np.abs(where[1] - where[0] - poses[m, :2]).max() < 0.03
+
+
+def test_motion_comes_before_decimation_within_slices():
+    hr = blob((48, 44, 36), (26, 20, 17.5), 5.0)
+    still = degrade(hr, (1, 1, 1), (2, 2, 4), key=1)
+    moved = degrade(hr, (1, 1, 1), (2, 2, 4), key=1, motion=1.5)
+    poses = draw_motion((0, 1), 9, 1.5)
+    centre = (np.array([48, 44]) - 1) / 2
+    for m in (3, 4, 5):
+        before, after = (np.array(ndimage.center_of_mass(d.low_res[..., m])) * 2 + 0.5 for d in (still, moved))
+        angle = np.deg2rad(poses[m, 2])
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        assert np.abs(turn @ (before - centre) + poses[m, :2] + centre - after).max() < 0.05

@@ -1,0 +1,185 @@
+"""Budget, memory limit, masks and the precision check: through the Python call, files and the command line."""
+
+import json
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from nifti_files import rigid
+
+from fastsrgan import images, infer, infer_ways, weights
+from fastsrgan.cli import main
+from fastsrgan.cli_infer import memory, seconds, step_size
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.infer import infer_volume
+from fastsrgan.networks import GeneratorSpec, build_generator
+
+FAST = {"patch": 16, "step": 4, "device": "cpu"}
+SHAPE = (26, 22, 8)
+
+
+@pytest.fixture
+def data():
+    return np.random.default_rng(0).random(SHAPE, np.float32) * 90
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return build_generator(GeneratorSpec(kernel=1), seed=6).eval()
+
+
+@pytest.fixture
+def files(tmp_path, data):
+    """A scan, its mask and weights."""
+    weights.save_generator(tmp_path / "w.safetensors", build_generator(GeneratorSpec(kernel=1), seed=6))
+    images.save(tmp_path / "a.nii.gz", data, rigid((1.0, 1.0, 2.5)))
+    images.save(tmp_path / "mask.nii.gz", (data > 80).astype(np.uint8), rigid((1.0, 1.0, 2.5)))
+    return tmp_path
+
+
+def call(capsys, files, *words) -> tuple[int, dict | str]:
+    """``fastsrgan infer`` of the scan: exit code, and its record or the line that ended it."""
+    first = [files / "a.nii.gz", "-o", files / "out", "-w", files / "w.safetensors", "--patch", 16, "--device", "cpu"]
+    code = main(["--quiet", "infer", *map(str, [*first, *words])])
+    _, err = capsys.readouterr()
+    return code, json.loads((files / "out" / "a.json").read_text()) if code == 0 else err
+
+
+# --- budget -------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_of_zero_gives_the_first_level(data, generator):
+    done = infer_volume(data, rigid((1.0, 1.0, 2.5)), generator, **FAST, budget=0)
+    assert [level["step"] for level in done.report["levels"]] == [[8, 8, 8]]
+    plain = infer_volume(data, rigid((1.0, 1.0, 2.5)), generator, patch=16, step=8, device="cpu")
+    assert np.abs(done.sr - plain.sr).max() < 1e-5 * 90 and np.abs(done.prob - plain.prob).max() < 1e-5
+    assert done.report["tiles"] == plain.report["tiles"] and done.report["budget"] == 0
+
+
+@pytest.mark.parametrize("options", [{"budget": 1e6}, {"budget": 1e6, "step": "auto"}, {"step": "auto"}])
+def test_a_large_budget_reaches_the_wanted_step(data, generator, monkeypatch, options):
+    monkeypatch.setattr(infer, "BUDGET", 1e6)
+    data = data[:22, :17]
+    done = infer_volume(data, np.eye(4), generator, **{**FAST, **options, "window": "gaussian"})
+    step = 1 if options.get("step") == "auto" else 4
+    plain = infer_volume(data, np.eye(4), generator, **{**FAST, "step": step, "window": "gaussian"})
+    assert np.abs(done.sr - plain.sr).max() < 1e-5 * 90 and np.abs(done.prob - plain.prob).max() < 1e-5
+    assert done.report["tiles"] == plain.report["tiles"] and len(done.report["levels"]) > 1
+
+
+def test_a_budget_needs_nested_plans(data, generator):
+    with pytest.raises(UsageError, match="segsrgan geometry"):
+        infer_volume(data, np.eye(4), generator, **FAST, budget=3, geometry="segsrgan")
+    for wrong in ({"budget": -1}, {"budget": np.nan}, {"step": "dense"}):
+        with pytest.raises(UsageError):
+            infer_volume(data, np.eye(4), generator, **{**FAST, **wrong})
+
+
+# --- masks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("geometry", ["physical", "segsrgan"])
+def test_a_mask_keeps_what_is_inside_and_interpolates_outside(data, generator, geometry):
+    affine = rigid((1.0, 1.0, 2.5)) @ np.array([[0, 0, -1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[3:12, 6:15, 2:6] = 1
+    options = {**FAST, "geometry": geometry, "new_resolution": 1.0}
+    done = infer_volume(data, affine, generator, **options, mask=mask)
+    whole = infer_volume(data, affine, generator, **options)
+    nothing = build_generator(GeneratorSpec(kernel=1))
+    nothing.head.data.zero_()
+    spline = infer_volume(data, affine, nothing, **options).sr
+    inside = done.prob[0] > 0
+    assert 0.9 < inside.mean() / mask.mean() < 1.1
+    assert np.abs(done.sr - whole.sr)[inside].max() < 1e-5 * 90 and np.array_equal(done.sr[~inside], spline[~inside])
+    assert np.abs(done.prob[0] - whole.prob[0])[inside].max() < 1e-5
+    assert done.report["region"] == {"kind": "mask", "voxels": 9 * 9 * 4} and whole.report["region"] is None
+    where = np.argwhere(inside).mean(0) / np.array(inside.shape)
+    assert np.allclose(where, np.argwhere(mask).mean(0) / np.array(SHAPE), atol=0.05), "the same place"
+
+
+def test_the_box_around_a_head_is_off_by_default_and_told(data, generator):
+    image = np.zeros((60, 40, 40), np.float32)
+    image[25:35, 15:25, 15:25] = 50
+    done = infer_volume(image, np.diag([2, 2, 2, 1.0]), generator, **FAST, mask="head")
+    assert done.report["region"] == {"kind": "box, processed axes", "first": [20, 10, 10], "last": [39, 29, 29]}
+    assert (
+        done.report["tiles_outside"] > 0 and infer_volume(data, np.eye(4), generator, **FAST).report["region"] is None
+    )
+    assert (done.prob[0, :20] == 0).all() and (done.prob[0, 20:40, 10:30, 10:30] > 0).all()
+
+
+def test_masks_that_cannot_be_used(data, generator):
+    for mask, error in ((np.ones((2, 2, 2)), InputError), (np.zeros(SHAPE), InputError), ("brain", UsageError)):
+        with pytest.raises(error, match="mask"):
+            infer_volume(data, np.eye(4), generator, **FAST, mask=mask)
+
+
+# --- precision ----------------------------------------------------------------------------------------------------
+
+
+def test_the_precision_check_measures_what_a_run_shows(data, generator, monkeypatch):
+    """One tile is the whole image: the check's deviation is that of the results."""
+    data = data[:16, :16, :8]
+    options = {"patch": 16, "step": 16, "device": "cpu"}
+    half = infer_volume(data, np.diag([1, 1, 2, 1.0]), generator, **options, precision="bf16", precision_check=True)
+    full = infer_volume(data, np.diag([1, 1, 2, 1.0]), generator, **options, precision_check=True)
+    row = half.report["precision_check"]["bf16"]
+    assert row["tiles"] == 1 and row["edge"] == 16
+    assert row["sr_max"] == pytest.approx(np.abs(half.sr - full.sr).max() / data.max(), rel=1e-3)
+    assert row["prob_max"] == pytest.approx(np.abs(half.prob - full.prob).max(), rel=1e-3)
+    assert 0 < row["sr_rms"] < row["sr_max"] and 0 < row["prob_rms"] < row["prob_max"]
+    assert full.report["precision_check"]["fp32"]["sr_max"] == 0
+    assert "precision_check" not in infer_volume(data, np.eye(4), generator, **options).report
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def test_times_sizes_and_steps_are_read():
+    assert [seconds(t) for t in ("60", "60s", "2m", "1h", "0.5m")] == [60, 60, 120, 3600, 30]
+    assert [memory(t) for t in ("8", "8G", "8g", "500M", "0.5")] == [2**33, 2**33, 2**33, 500 * 2**20, 2**29]
+    assert [step_size(t) for t in ("auto", "AUTO", "30")] == ["auto", "auto", 30]
+    for read, text in (
+        (seconds, "soon"),
+        (seconds, "3d"),
+        (seconds, ""),
+        (memory, "8T"),
+        (memory, "G"),
+        (step_size, "x"),
+    ):
+        with pytest.raises(Exception, match="is n"):
+            read(text)
+
+
+def test_every_option_reaches_the_run(files, capsys):
+    code, record = call(capsys, files, "--step", "auto", "--budget", "0s", "--crop-to-head", "--check-precision")
+    assert code == 0 and len(record["levels"]) == 1 and record["region"]["kind"].startswith("box")
+    assert record["asked"]["budget"] == 0 and "precision_check" in record
+    code, record = call(
+        capsys, files, "--overwrite", "--step", 8, "--mask", files / "mask.nii.gz", "--max-memory", "3G"
+    )
+    assert code == 0 and record["region"]["kind"] == "mask" and record["memory"]["limit_bytes"] == 3 * 2**30
+    code, line = call(capsys, files, "--overwrite", "--mask", files / "mask.nii.gz", "--crop-to-head")
+    assert code == 2 and "--crop-to-head" in line
+    code, line = call(capsys, files, "--overwrite", "--step", 8, "--max-memory", "1M")
+    assert code == 5 and "the limit is 1 MiB" in line and line.count("\n") == 1
+    images.save(files / "b.nii.gz", np.ones(SHAPE, np.float32), np.eye(4))
+    words = ["infer", files / "a.nii.gz", files / "b.nii.gz", "-o", files / "out", "--mask", files / "mask.nii.gz"]
+    assert main(["--quiet", *map(str, words)]) == 2 and "one image at a time" in capsys.readouterr().err
+
+
+def test_a_large_image_goes_by_slabs_and_leaves_no_files_behind(files, capsys, monkeypatch, caplog):
+    code, whole = call(capsys, files, "--step", 8)
+    expected = {p.name: p.read_bytes() for p in (files / "out").glob("*.nii.gz")}
+    right = infer.plan_memory
+    monkeypatch.setattr(infer, "plan_memory", lambda *args: replace(right(*args), mode="slabs"))
+    seen = []
+    finish = infer_ways.Unfinished.finish
+    monkeypatch.setattr(infer_ways.Unfinished, "finish", lambda self: seen.append(self.folder) or finish(self))
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        code, record = call(capsys, files, "--step", 8, "--overwrite")
+    assert code == 0 and record["memory"]["mode"] == "slabs" and whole["memory"]["mode"] == "memory"
+    assert seen == [files / "out" / ".a.planes"]
+    assert {p.name: p.read_bytes() for p in (files / "out").iterdir() if p.name != "a.json"} == expected

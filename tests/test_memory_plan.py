@@ -1,0 +1,174 @@
+"""What is planned against what is taken; which way is chosen; what is refused and with which advice."""
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastsrgan import activations, memory_plan, tiles
+from fastsrgan.errors import ResourceError, UsageError
+from fastsrgan.infer import infer_volume
+from fastsrgan.memory_plan import MEMORY, SLABS, Job, plan_memory
+from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.tile_network import TileNetwork
+
+PROBE = Path(__file__).parent / "memory_probe.py"
+MIB = 2**20
+
+
+def probe(**job) -> dict:
+    """One inference in a process of its own."""
+    done = subprocess.run([sys.executable, str(PROBE), json.dumps(job)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+
+
+@needs_linux
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"shape": [96, 64, 64], "kernel": 8, "patch": 64, "step": 32},
+        {"shape": [160, 96, 64], "kernel": 1, "patch": 32, "step": 11, "window": "gaussian"},
+        {"shape": [64, 64, 24], "spacing": [1, 1, 3], "kernel": 4, "network": "unet", "patch": 64, "step": 40},
+    ],
+    ids=lambda job: f"{job['kernel']}-{job['patch']}",
+)
+def test_what_is_taken_lies_between_half_the_plan_and_the_plan(job):
+    found = probe(**job)
+    assert found["mode"] == MEMORY
+    assert found["planned"] / 2 <= found["measured"] <= found["planned"], found
+
+
+@needs_linux
+def test_by_slabs_memory_does_not_grow_with_the_length():
+    """Four times the length under a limit that the process enforces: the default limit is what the process may take."""
+    job = {"kernel": 1, "patch": 16, "step": 16, "batch": 4, "scratch": True}
+    short = probe(shape=[256, 64, 64], max_memory=35 * MIB, **job)
+    long = probe(shape=[1024, 64, 64], data_limit=90 * MIB, **job)
+    assert short["mode"] == long["mode"] == SLABS
+    assert long["planned"] == short["planned"] and long["measured"] <= long["planned"]
+    result = 2 * 4 * 1024 * 64 * 64
+    assert abs(long["measured"] - short["measured"]) < result / 8
+    assert long["measured"] < result + 4 * 1024 * 64 * 64, "less than image and result would take"
+
+
+# --- decisions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def network():
+    return TileNetwork(build_generator(GeneratorSpec(kernel=4)), 1.0)
+
+
+def job(shape=(300, 100, 90), patch=64, step=32, **more) -> Job:
+    return Job(tiles.plan(shape, patch, step), 2, "constant", **more)
+
+
+def test_the_way_follows_the_limit(network):
+    roomy = plan_memory(job(can_stream=True), network, "auto", 2**33)
+    assert roomy.mode == MEMORY and roomy.total("disk") == 0
+    whole = roomy.total("host")
+    long = job((3000, 100, 90), can_stream=True)
+    slabs = plan_memory(long, network, 1, whole)
+    assert slabs.mode == SLABS and slabs.total("host") <= whole
+    assert slabs.total("disk") == 4 * 2 * 3000 * 100 * 90
+    with pytest.raises(ResourceError, match=r"needs .* MiB, the limit is .* MiB .*by slabs"):
+        plan_memory(replace(long, can_stream=False), network, 1, whole)
+    with pytest.raises(ResourceError, match="without --budget"):
+        plan_memory(replace(long, levels=True), network, 1, whole)
+
+
+def test_the_batch_shrinks_before_the_way_changes(network):
+    large = plan_memory(job(), network, 8, 2**33)
+    assert large.batch == 8
+    smaller = plan_memory(job(), network, 8, large.total("host") - 1)
+    assert smaller.batch == 4 and smaller.mode == MEMORY
+
+
+def test_the_advice_of_a_refusal_works(network):
+    with pytest.raises(ResourceError, match=r"--patch (\d+) needs") as refused:
+        plan_memory(job(patch=128, step=64), network, "auto", 90 * MIB)
+    patch = int(refused.value.hint.split()[1])
+    assert patch < 128 and plan_memory(job(patch=patch, step=patch), network, "auto", 90 * MIB).mode == MEMORY
+    with pytest.raises(ResourceError, match="more memory"):
+        plan_memory(job(), network, "auto", MIB)
+
+
+def test_without_a_limit_what_is_free_counts(network, monkeypatch):
+    monkeypatch.setattr(memory_plan, "free_memory", lambda: 2**40)
+    assert plan_memory(job(), network, 1).limit == int(0.9 * 2**40)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda: MIB)
+    with pytest.raises(ResourceError, match="MiB are free"):
+        plan_memory(job(), network, 1)
+
+
+def test_free_memory_is_what_the_tightest_limit_leaves(monkeypatch):
+    plain = memory_plan.free_memory()
+    assert plain > 0
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (10**6, 10**6) if what == resource.RLIMIT_AS else (-1, -1))
+    assert memory_plan.free_memory() == 0, "this process has taken more already"
+    text = {"/sys/fs/cgroup/memory.max": "123456789", "/sys/fs/cgroup/memory.current": "23456789"}
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (-1, -1))
+    monkeypatch.setattr(memory_plan, "_lines", lambda path: text.get(path, "").splitlines())
+    assert memory_plan.free_memory() == min(10**8, memory_plan.free_memory())
+
+
+def test_the_plan_reaches_log_and_report(caplog):
+    generator = build_generator(GeneratorSpec(kernel=1))
+    with caplog.at_level("INFO", "fastsrgan"):
+        done = infer_volume(np.ones((20, 20, 20)), np.eye(4), generator, patch=16, step=8, device="cpu", label="a.nii")
+    told = done.report["memory"]
+    assert told["mode"] == MEMORY and told["host_bytes"] == sum(r["bytes"] for r in told["rows"])
+    (line,) = [r.getMessage() for r in caplog.records if "memory beside the image" in r.getMessage()]
+    assert line.startswith("a.nii: memory beside the image: ") and line.endswith("in memory") and "\n" not in line
+    with pytest.raises(ResourceError, match="memory"):
+        infer_volume(np.ones((20, 20, 20)), np.eye(4), generator, patch=16, device="cpu", max_memory=1000, step=8)
+    with pytest.raises(UsageError, match="max memory"):
+        infer_volume(np.ones((20, 20, 20)), np.eye(4), generator, patch=16, device="cpu", max_memory=0, step=8)
+
+
+# --- what a network takes -----------------------------------------------------------------------------------------
+
+
+def test_the_count_knows_what_is_alive():
+    """Against sums by hand: three arrays at once, then two; views and in-place work are free."""
+
+    def network(x):
+        a = x + 1
+        b = a * 2
+        del x
+        b.mul_(3)
+        c = b[:, :, 1:].sum((2, 3, 4), keepdim=True)
+        del a
+        return torch.cat([b, b], 1) + c
+
+    one = 4 * activations.PROBE**3
+    # x stays with the caller; b, the doubled array, and the doubled result of the sum
+    assert activations.needs(network) == activations.Needs(one * (1 + 1 + 2 + 2) + 4, 2)
+
+
+def test_needs_grow_with_tiles_channels_and_size():
+    def of(kernel, patch, count):
+        return TileNetwork(build_generator(GeneratorSpec(kernel=kernel)), 1.0).bytes_of(patch, count)
+
+    assert of(4, (64, 64, 64), 2) == pytest.approx(2 * of(4, (64, 64, 64), 1))
+    assert 1.6 * of(4, (64, 64, 64), 1) < of(8, (64, 64, 64), 1) < 2.2 * of(4, (64, 64, 64), 1)
+    assert of(4, (128, 64, 64), 1) / of(4, (64, 64, 64), 1) == pytest.approx(134 / 70, rel=1e-3)
+
+
+def test_a_foreign_network_is_not_run_for_the_plan():
+    class Foreign(torch.nn.Module):
+        def forward(self, x):
+            raise AssertionError("run")
+
+    plan = plan_memory(replace(job()), TileNetwork(Foreign(), 1.0), 1, 2**33)
+    assert plan.total("host") > 4 * 16 * 64**3

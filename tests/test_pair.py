@@ -1,0 +1,239 @@
+"""Updates of generator and critic: switches agree, nothing moves where a number is not finite, state is complete."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from golden_steps import CONFIG, batch, double
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastsrgan.pair import Models
+from fastsrgan.ranks import Ranks
+
+CPU = torch.device("cpu")
+
+
+def models(ranks: Ranks | None = None, **changes) -> Models:
+    return double(Models(CONFIG.replace(**changes), 0, CPU, ranks or Ranks()))
+
+
+def weights(m: Models) -> list[torch.Tensor]:
+    return [p.detach().clone() for network in (m.generator, m.critic) for p in network.parameters()]
+
+
+def iterate(m: Models, seeds=(1, 2, 3)) -> dict[str, float]:
+    drawn = [batch(s) for s in seeds[:-1]]
+    critic = m.critic_updates([b for b, _ in drawn], [e for _, e in drawn])
+    generator = m.generator_update(batch(seeds[-1])[0], adversarial=True)
+    return {f"d_{k}": v for k, v in critic.items()} | {f"g_{k}": v for k, v in generator.items()}
+
+
+def worst(found, expected) -> float:
+    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-9)) for a, b in zip(found, expected, strict=True))
+
+
+# --- the same update in other ways --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"penalty": "manual"},
+        {"penalty": "explicit"},
+        {"penalty": "autograd"},
+        {"joint_fakes": False},
+        {"generator_chunk": 1},
+        {"generator_chunk": 4},
+        {"accumulate": 2},
+        {"accumulate": 3, "penalty": "explicit"},
+        {"accumulate": 7},
+        {"form": "reference"},
+    ],
+    ids=str,
+)
+def test_switches_do_not_change_an_update(changes):
+    plain, other = models(), models(**changes)
+    facts, others = iterate(plain), iterate(other)
+    assert facts.keys() == others.keys()
+    assert others == pytest.approx(facts, rel=1e-9)
+    # Adam's first steps have the size of the rate: 1e-9 of 1e-3 apart at most.
+    assert max(float((a - b).abs().max()) for a, b in zip(weights(other), weights(plain), strict=True)) <= 1e-9
+
+
+def test_critic_updates_are_single_updates_on_the_same_fakes():
+    together, single = models(), models()
+    drawn = [batch(s) for s in (1, 2)]
+    facts = together.critic_updates([b for b, _ in drawn], [e for _, e in drawn])
+    rows = [single.critic_update(b, single.generate(b), e) for b, e in drawn]
+    assert facts == pytest.approx({k: np.mean([r[k] for r in rows]) for k in rows[0]}, rel=1e-12)
+    assert worst(weights(together), weights(single)) <= 1e-12
+
+
+def test_the_generator_makes_every_fake_of_an_iteration_in_one_pass_of_chunks(monkeypatch):
+    m, sizes = models(generator_chunk=4), []
+    forward = m.generator.forward
+    monkeypatch.setattr(m.generator, "forward", lambda x, res=None: sizes.append(len(x)) or forward(x, res))
+    m._fakes = m._forward
+    drawn = [batch(s) for s in (1, 2, 3)]
+    m.critic_updates([b for b, _ in drawn], [e for _, e in drawn])
+    assert sizes == [3, 3, 3]
+
+
+def test_terms_add_up_and_dice_is_added_when_asked():
+    plain, other = models(), models(dice_weight=0.25)
+    facts, more = (m.generator_update(batch(5)[0], True) for m in (plain, other))
+    assert more["total"] == pytest.approx(facts["total"] + 0.25 * more["dice"], rel=1e-12)
+    assert "dice" not in facts
+    alone = models(lambda_rec=2.0).generator_update(batch(5)[0], adversarial=False)
+    assert alone["adversarial"] == 0 and alone["total"] == pytest.approx(2 * facts["reconstruction"], rel=1e-12)
+
+
+def test_a_lazy_penalty_comes_every_kth_update_with_k_times_the_weight():
+    m, full = models(penalty_every=2), models(lambda_gp=2 * CONFIG.lambda_gp)
+    for i, seed in enumerate((1, 2, 3)):
+        b, eps = batch(seed)
+        fake = full.generate(b)
+        lazy, whole = m.critic_update(b, fake, eps), full.critic_update(b, fake, eps)
+        if i != 1:
+            assert lazy["total"] == pytest.approx(lazy["wasserstein"] + 2 * lazy["penalty"], rel=1e-9)
+        else:
+            assert "penalty" not in lazy and lazy["total"] == lazy["wasserstein"]
+        if i == 0:
+            assert lazy["total"] == pytest.approx(whole["total"], rel=1e-12)
+            assert worst(weights(m), weights(full)) <= 1e-12
+    resumed = models(penalty_every=2)
+    resumed.load_state(m.state())
+    assert "penalty" not in resumed.critic_update(b, fake, eps)
+
+
+# --- optimiser ----------------------------------------------------------------------------------------------------
+
+
+def test_rates_scale_both_networks_and_the_head_has_its_own():
+    for factor in (0.0, 0.5):
+        m = models(head_rate=0.25)
+        before = weights(m)
+        m.set_rates(factor)
+        iterate(m, (1, 2))
+        moved = [float((a - b).abs().max()) for a, b in zip(weights(m), before, strict=True)]
+        head = [name for name, _ in m.generator.named_parameters()].index("head")
+        assert max(moved[: len(list(m.generator.parameters()))]) <= factor * 1.01e-3
+        assert moved[head] <= 0.25 * factor * 1.01e-3
+        assert (max(moved) == 0) == (factor == 0)
+
+
+def test_clipping_limits_the_gradient_but_tells_it_whole():
+    free, bound = models(), models(clip_norm=1e-12)
+    b, _ = batch(1)
+    facts, told = free.generator_update(b, True), bound.generator_update(b, True)
+    assert told["gradient"] == pytest.approx(facts["gradient"], rel=1e-12) and told["gradient"] > 1e-3
+    # Adam's epsilon is 1e-8: a gradient of 1e-12 moves next to nothing.
+    assert max(float((x - y).abs().max()) for x, y in zip(weights(bound), weights(models()), strict=True)) <= 1e-6
+
+
+class Told(Ranks):
+    """Two ranks with the same gradients, the other one's loss a given number."""
+
+    world = 2
+
+    def __init__(self, other: float = 0.0) -> None:
+        self.calls: list[int] = []
+        self.other = other
+
+    def average_(self, tensors: list[torch.Tensor]) -> None:
+        self.calls.append(len(tensors))
+        tensors[-1].add_(self.other)
+
+
+def test_ranks_average_once_per_optimiser_step():
+    ranks = Told()
+    m = models(ranks, accumulate=3)
+    iterate(m)
+    parameters = [len(list(n.parameters())) for n in (m.critic, m.critic, m.generator)]
+    assert ranks.calls == [n + 1 for n in parameters]
+
+
+@pytest.mark.parametrize("where", ["fake", "other rank", "weights"])
+def test_where_a_number_is_not_finite_nothing_moves(where):
+    m = models(Told(float("inf")) if where == "other rank" else None, ema=0.5)
+    before, kept, state = weights(m), copy.deepcopy(m.average), copy.deepcopy(m.state())
+    b, eps = batch(1)
+    fake = m.generate(b)
+    if where == "fake":
+        fake, b.x = fake * float("nan"), b.x * float("inf")
+    if where == "weights":
+        with torch.no_grad():
+            for network in (m.generator, m.critic):
+                next(network.parameters()).fill_(float("nan"))
+        before = weights(m)
+    assert m.critic_update(b, fake, eps)["skipped"] == 1
+    assert m.generator_update(b, False)["skipped"] == 1
+    assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(weights(m), before, strict=True))
+    assert where == "weights" or all(torch.equal(m.average[k], kept[k]) for k in kept)
+    for name in ("generator", "critic"):
+        for old, new in zip(
+            state[name]["adam"]["state"].values(), m.state()[name]["adam"]["state"].values(), strict=False
+        ):
+            assert all(torch.equal(old[k], new[k]) for k in old)
+        assert all(float(s["step"]) == 0 for s in m.state()[name]["adam"]["state"].values())
+
+
+def test_after_a_skipped_update_training_goes_on_as_if_it_had_not_been():
+    m, plain = models(ema=0.9), models(ema=0.9)
+    b, eps = batch(1)
+    iterate(m), iterate(plain)
+    m.critic_update(b, m.generate(b) * float("nan"), eps)
+    assert iterate(m, (4, 5)) == iterate(plain, (4, 5))
+    assert all(torch.equal(x, y) for x, y in zip(weights(m), weights(plain), strict=True))
+
+
+def test_the_moving_average_follows_its_formula():
+    m = models(ema=0.75)
+    first = [p.detach().clone() for p in m.generator.parameters()]
+    m.generator_update(batch(1)[0], False)
+    for old, new, mean in zip(first, m.generator.parameters(), m.average.values(), strict=True):
+        assert torch.allclose(mean, 0.75 * old + 0.25 * new, rtol=1e-12, atol=1e-15)
+    shipped = dict(m.shipped().named_parameters())
+    assert all(torch.equal(shipped[k], v) for k, v in m.average.items())
+
+
+def test_state_is_complete_to_the_bit(tmp_path):
+    changes = {"ema": 0.9, "penalty_every": 3, "clip_norm": 1.0}
+    whole, part = models(**changes), models(**changes)
+    iterate(whole), iterate(part)
+    torch.save(part.state(), tmp_path / "state.pt")
+    resumed = models(**changes)
+    for name in ("generator", "critic"):
+        getattr(resumed, name).load_state_dict(getattr(part, name).state_dict())
+    resumed.average = {k: v.clone() for k, v in part.average.items()}
+    resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert iterate(whole, (4, 5, 6)) == iterate(resumed, (4, 5, 6))
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a device: tensors read as Python numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("penalty", ["manual", "explicit"])
+def test_an_update_reads_nothing_back_before_its_end(penalty):
+    m = models(penalty=penalty, clip_norm=1.0, ema=0.5, head_rate=0.5)
+    (b, eps), read = batch(1), []
+    fake = m.generate(b)
+    means = "fastsrgan.pair._means"
+    with pytest.MonkeyPatch.context() as patch, Waits() as waits:
+        patch.setattr(means, lambda rows: read.append(waits.count) or {})
+        m.critic_update(b, fake, eps)
+        m.generator_update(b, True)
+    assert read == [0, 0]

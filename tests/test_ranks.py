@@ -1,0 +1,150 @@
+"""What ranks tell each other: reductions with the values of a single process, disagreement and death named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from processes import ended, on_ranks, outcome, start_ranks
+
+from fastsrgan import ranks
+from fastsrgan.errors import ModelError, ResourceError, UsageError
+from fastsrgan.ranks import ALONE, from_environment
+
+CPU = torch.device("cpu")
+
+
+def tensors(rank: int) -> list[torch.Tensor]:
+    some = torch.Generator().manual_seed(rank)
+    kinds = [((3, 5), torch.float64), ((7,), torch.float32), ((), torch.float64), ((2, 1, 3), torch.float32)]
+    made = [torch.randn(shape, generator=some, dtype=dtype) for shape, dtype in kinds]
+    return [*made, torch.randn(4, 6, generator=some).T]  # not contiguous
+
+
+def reductions() -> dict:
+    with from_environment(CPU) as r:
+        averaged, sent = tensors(r.rank), tensors(r.rank)
+        r.average_(averaged)
+        r.broadcast_(sent)
+        facts = [{"loss": float(r.rank), "same": 2.0} for _ in range(2)]
+        means = [r.mean(facts[0]), r.mean(facts[1])]
+        uneven = r.mean({"loss": float(r.rank)} | ({"skipped": 1.0} if r.rank == 1 else {}))
+        means += [uneven, r.mean(facts[0])]
+        told = ""
+        try:
+            r.agree("config: seed", r.rank // 2)
+        except ModelError as error:
+            told = str(error)
+        r.agree("version", 7)
+        before = r.noted("begun")
+        r.barrier()
+        r.note("begun")
+        r.barrier()
+        return {
+            "averaged": [t.tolist() for t in averaged],
+            "sent": [t.tolist() for t in sent],
+            "means": means,
+            "least": r.minimum(5 - r.rank),
+            "any": [r.any(False), r.any(r.rank == 1)],
+            "sums": r.sums([1.0, float(r.rank)]),
+            "told": told,
+            "noted": [before, r.noted("begun"), r.noted("else")],
+            "gathered": r.gather(["a", r.rank]),
+        }
+
+
+def test_reductions_are_those_of_one_process(tmp_path):
+    world = 3
+    found = on_ranks(reductions, world, out=tmp_path)
+    everyone = [tensors(rank) for rank in range(world)]
+    expected = [torch.stack(same).mean(0) for same in zip(*everyone, strict=True)]
+    for one in found:
+        for got, want in zip(one["averaged"], expected, strict=True):
+            torch.testing.assert_close(torch.tensor(got, dtype=want.dtype), want, rtol=1e-6, atol=1e-7)
+        assert one["sent"] == [t.tolist() for t in everyone[0]]
+        assert one["means"][0] == one["means"][1] == one["means"][3] == {"loss": 1.0, "same": 2.0}
+        assert one["means"][2] == {"loss": 1.0, "skipped": 1.0}  # of the ranks that have it
+        assert one["least"] == 3 and one["any"] == [False, True] and one["sums"] == [3.0, 3.0]
+        assert "config: seed" in one["told"] and "rank 2 has 1" in one["told"] and "rank 1" not in one["told"]
+        assert one["noted"] == [False, True, False]
+        assert one["gathered"] == [["a", 0], ["a", 1], ["a", 2]]
+    assert all(one["averaged"] == found[0]["averaged"] for one in found), "the ranks differ in a bit"
+
+
+def test_a_process_alone_changes_nothing(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert from_environment(CPU) is ALONE
+    mine = tensors(0)
+    ALONE.average_(mine)
+    ALONE.broadcast_(mine)
+    assert all(torch.equal(a, b) for a, b in zip(mine, tensors(0), strict=True))
+    assert ALONE.mean({"a": 1.5}) == {"a": 1.5} and ALONE.sums([2.0]) == [2.0] and ALONE.minimum(-3) == -3
+    assert ALONE.any(True) and not ALONE.any(False) and ALONE.gather("x") == ["x"]
+    ALONE.agree("anything", object())
+    ALONE.note("a")
+    assert not ALONE.noted("a")
+
+
+def waiting(death: str) -> None:
+    with from_environment(CPU) as r:
+        r.barrier()
+        if r.rank == 1:
+            if death == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ResourceError("disk", "no space left")
+        r.average_([torch.ones(3)])
+
+
+@pytest.mark.parametrize("death", ["kill", "error"])
+def test_the_others_end_with_the_error_of_a_rank_that_ends(tmp_path, death):
+    began = time.monotonic()
+    processes = start_ranks(waiting, 3, death, out=tmp_path)
+    codes = [ended(p, 60) for p in processes]
+    assert codes == [5, -signal.SIGKILL if death == "kill" else 5, 5]
+    assert time.monotonic() - began < 60
+    for rank in (0, 2):
+        found = outcome(tmp_path / f"{rank}.json")
+        assert found["kind"] == "LostRank", found
+        wanted = "left no error" if death == "kill" else "failed: disk: no space left"
+        assert wanted in found["error"]
+
+
+def test_incomplete_variables_are_a_usage_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UsageError, match="RANK"):
+        from_environment(CPU)
+
+
+def test_each_rank_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in {"WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    assert ranks.local_device("auto") == ranks.local_device("cuda") == "cuda:1"
+    assert ranks.local_device("cpu") == "cpu" and ranks.local_device("cuda:0") == "cuda:0"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ResourceError, match="4 ranks on this machine, 2 CUDA devices"):
+        ranks.local_device("auto")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert ranks.local_device("auto") == "cuda:0"
+    monkeypatch.delenv("WORLD_SIZE")
+    assert ranks.local_device("auto") == "auto"
+
+
+def test_small_shared_memory_is_spared_and_said(monkeypatch, caplog):
+    class Room:
+        f_bavail, f_frsize = 2**14, 2**12  # 64 MB, as in a container
+
+    monkeypatch.delenv("NCCL_SHM_DISABLE", raising=False)
+    monkeypatch.setattr(os, "statvfs", lambda folder: Room)
+    ranks.spare_shared_memory()
+    assert os.environ.pop("NCCL_SHM_DISABLE") == "1" and "--shm-size" in caplog.text
+    Room.f_bavail = 2**20
+    ranks.spare_shared_memory()
+    assert "NCCL_SHM_DISABLE" not in os.environ

@@ -1,0 +1,231 @@
+"""A run that was killed or stopped anywhere, and resumed, ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import signal
+import stat
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cohort import SMALL, losses, make_store, rows
+from processes import ended, outcome, start
+
+from fastsrgan import checkpoint
+from fastsrgan.config import TrainConfig
+from fastsrgan.pair import Models
+from fastsrgan.train import train
+
+# Everything on that has a state or a place: moving average, schedule and warm-up, flips, accumulation, lazy penalty,
+# groups of one subject, resolutions that differ by epoch.
+EVERYTHING = SMALL.replace(
+    new_low_res=((1.0, 1.0, 2.0), (1.0, 1.0, 4.0)),
+    epochs=5,
+    batch_size=4,
+    accumulate=2,
+    steps_per_epoch=5,
+    resident_subjects=1,
+    ema=0.5,
+    flips="xyz",
+    lr_schedule="cosine",
+    lr_end=0.1,
+    lr_warmup=4,
+    penalty_every=3,
+    patience=9,
+    best_by="psnr",
+    keep_checkpoints=3,
+)
+log = logging.getLogger(__name__)
+LONG = bool(os.environ.get("FASTSRGAN_LONG_TESTS"))
+KILLS = 20 if LONG else 3
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    return make_store(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def whole(store, tmp_path_factory) -> tuple[Path, float]:
+    """The unbroken run, and the seconds that it took."""
+    out = tmp_path_factory.mktemp("whole")
+    began = time.monotonic()
+    run_to_the_end(store, out / "run", EVERYTHING, out)
+    return out / "run", time.monotonic() - began
+
+
+def training(store: Path, run: Path, config: TrainConfig) -> int:
+    return train(store, run, config, resume=bool(checkpoint.snapshots(run)))["updates"]
+
+
+def run_to_the_end(store: Path, run: Path, config: TrainConfig, out: Path) -> None:
+    process = start(training, store, run, config, out=out / "found.json")
+    assert ended(process) == 0, outcome(out / "found.json")
+
+
+def assert_the_same(run: Path, whole: Path) -> None:
+    """Weights, moving average, optimisers, position, tables and log: every bit."""
+    assert losses(run) == losses(whole)
+    for name in ("dice.csv", "mse.csv"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    states = []
+    for folder in (run, whole):
+        snapshot = checkpoint.newest(folder)
+        states.append(torch.load(snapshot / "state.pt", weights_only=True))
+        assert snapshot.name == checkpoint.newest(whole).name
+    assert (checkpoint.newest(run) / checkpoint.MODEL).read_bytes() == (
+        checkpoint.newest(whole) / checkpoint.MODEL
+    ).read_bytes()
+    assert_equal_trees(states[0], states[1])
+
+
+def assert_equal_trees(a, b, where: str = "") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal_trees(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal_trees(x, y, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def test_kill_9_at_random_moments_and_resume_gives_the_same_bits(store, whole, tmp_path):
+    expected, seconds = whole
+    moments, kills = random.Random(), 0
+    log.info("an unbroken run takes %.2f s", seconds)
+    for attempt in range(2 * KILLS):
+        run = tmp_path / f"run-{attempt}"
+        # Killed up to three times in one run, at any moment from its first import to its last file.
+        for _ in range(3):
+            process = start(training, store, run, EVERYTHING, out=tmp_path / "found.json")
+            moment = moments.uniform(0, seconds)
+            process.join(moment)
+            if not process.is_alive():
+                break
+            process.kill()
+            process.join()
+            kills += 1
+            reached = max([r["update"] for r in rows(run)], default=0) if (run / "log.jsonl").exists() else 0
+            found = checkpoint.snapshots(run)
+            assert not any(checkpoint.verify(s) for s in found)
+            kept = int(found[-1].name[5:]) if found else 0
+            # An epoch of 5 updates ends with a snapshot, which is there before the next update is logged.
+            assert kept >= (reached - 1) // 5 * 5, "more was lost than the work since the last snapshot"
+            log.info("kill %d after %.2f s at update %d: snapshot of update %d", kills, moment, reached, kept)
+            if kills >= KILLS:
+                break
+        run_to_the_end(store, run, EVERYTHING, tmp_path)
+        assert_the_same(run, expected)
+        shutil.rmtree(run)
+        if kills >= KILLS:
+            return
+    raise AssertionError(f"only {kills} of {KILLS} kills hit a living process")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("stop_at", [1, 8])
+def test_a_signal_in_mid_epoch_leaves_a_snapshot_that_goes_on(store, whole, tmp_path, monkeypatch, stop_at, number):
+    count, original = iter(range(1, 1000)), Models.generator_update
+
+    def counted(self, *args):
+        values = original(self, *args)
+        if next(count) == stop_at:
+            signal.raise_signal(number)
+        return values
+
+    monkeypatch.setattr(Models, "generator_update", counted)
+    result = train(store, tmp_path / "run", EVERYTHING)
+    assert result["exit_code"] == 143 and result["updates"] == stop_at == len(rows(tmp_path / "run"))
+    monkeypatch.undo()
+    train(store, tmp_path / "run", EVERYTHING, resume=True)
+    assert_the_same(tmp_path / "run", whole[0])
+
+
+def die_at(event: int) -> None:
+    """End this process as by SIGKILL at its ``event``-th look at the disk from now on."""
+    count = iter(range(1, 10_000))
+
+    def dying(module, name):
+        original = getattr(module, name)
+
+        def call(*args, **kwargs):
+            if next(count) == event:
+                if name == "fsync" and not stat.S_ISDIR(os.fstat(args[0]).st_mode):
+                    # The disk does not have all of it yet.
+                    os.truncate(f"/proc/self/fd/{args[0]}", os.fstat(args[0]).st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(module, name, call)
+
+    for module, name in ((os, "fsync"), (os, "replace"), (os, "open"), (checkpoint, "sha256"), (shutil, "rmtree")):
+        dying(module, name)
+
+
+def write_snapshot(run: Path, step: int) -> None:
+    data = {name: (lambda p, n=name: p.write_bytes(n.encode() * 9999 * step)) for name in ("a.bin", "b.bin")}
+    checkpoint.write(run, step, data, {})
+    checkpoint.prune(run, 2)
+
+
+def killed_writers(folder: Path) -> list[tuple[int, int]]:
+    """(signal that ended the writer of snapshot 3, step of the newest snapshot then), until one is not killed."""
+    found: list[tuple[int, int]] = []
+    while not found or found[-1][0]:
+        run = folder / str(len(found))
+        for step in (1, 2):
+            write_snapshot(run, step)
+        child = os.fork()
+        if not child:
+            die_at(len(found) + 1)
+            write_snapshot(run, 3)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        newest = checkpoint.newest(run)
+        assert not checkpoint.verify(newest)
+        found.append((status, int(newest.name[5:])))
+    return found
+
+
+def test_killed_at_every_moment_of_writing_a_snapshot_the_one_before_stays(tmp_path):
+    assert ended(start(killed_writers, tmp_path, out=tmp_path / "found.json")) == 0, outcome(tmp_path / "found.json")
+    *killed, last = outcome(tmp_path / "found.json")["value"]
+    assert last == [0, 3] and all(status == signal.SIGKILL for status, _ in killed)
+    newest = [step for _, step in killed]
+    assert newest == sorted(newest) and newest.count(2) >= 6 and newest.count(3) >= 1  # both sides of the rename
+
+
+def test_a_damaged_newest_snapshot_falls_back_to_the_one_before(store, whole, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    last = checkpoint.snapshots(run)[-1]
+    data = bytearray((last / "state.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (last / "state.pt").write_bytes(bytes(data))
+    train(store, run, EVERYTHING, resume=True)
+    assert "taking the snapshot before it" in caplog.text
+    assert_the_same(run, whole[0])
+
+
+def test_other_settings_or_data_are_said_and_the_epoch_begins_anew(store, whole, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    result = train(store, run, EVERYTHING.replace(epochs=6, batch_size=2, accumulate=1, lr_gen=1e-5), resume=True)
+    assert result["epochs"] == 6
+    assert "batch_size 4 -> 2" in caplog.text and "lr_gen 0.0001 -> 1e-05" in caplog.text
+    assert "another batch_size: epoch 6 begins anew" in caplog.text
+    other = make_store(tmp_path, train=3)
+    caplog.clear()
+    train(other, run, EVERYTHING.replace(epochs=7, batch_size=2, accumulate=1, lr_gen=1e-5), resume=True)
+    assert "another data: epoch 7 begins anew" in caplog.text and "settings differ" not in caplog.text

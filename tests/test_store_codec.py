@@ -1,0 +1,218 @@
+"""Both readers, zarr and tensorstore, give the same arrays and the same errors; which one reads is said once."""
+
+import functools
+import http.server
+import importlib.util
+import logging
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_store import make, put, tree, volume
+
+from fastsrgan import store_codec
+from fastsrgan.errors import InputError, ResourceError, UsageError
+from fastsrgan.store import open_store
+from fastsrgan.store_codec import pick_reader
+from fastsrgan.store_writer import create_store
+
+READERS = ("zarr", "tensorstore")
+both = pytest.mark.skipif(importlib.util.find_spec("tensorstore") is None, reason="tensorstore is not installed")
+
+
+def outcome(read):
+    """What a reader gives: arrays, or the error as a user sees it."""
+    try:
+        found = read()
+    except InputError as error:
+        return str(error)
+    return found
+
+
+def same(one, other) -> bool:
+    if isinstance(one, str) or isinstance(other, str):
+        return isinstance(one, str) and isinstance(other, str) and one == other
+    pairs = [(one, other)] if isinstance(one, np.ndarray) else [(getattr(one, n), getattr(other, n)) for n in NAMES]
+    return all(
+        a is b is None or (a.dtype == b.dtype and a.flags.c_contiguous == b.flags.c_contiguous and np.array_equal(a, b))
+        for a, b in pairs
+    )
+
+
+NAMES = ("image", "label", "mask")
+
+
+@both
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i2", ">i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (64, 64, 64), (65, 7, 129)])
+def test_whole_arrays(tmp_path, dtype, shape):
+    image = volume(1, shape, dtype)
+    make(tmp_path / "store", "a", image=image, scale=0.37, offset=-3.0, mask=True)
+    one, other = (open_store(tmp_path / "store", reader).read("a") for reader in READERS)
+    assert same(one, other)
+    kept = image if image.dtype.kind in "iu" else image.astype(np.float32)
+    np.testing.assert_array_equal(other.image, (kept.astype(float) * 0.37 - 3).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """(store by reader, image) of 70 x 5 x 131 voxels."""
+    folder = tmp_path_factory.mktemp("odd") / "store"
+    image = volume(2, (70, 5, 131))
+    make(folder, "a", image=image, scale=2.0, mask=True)
+    return {reader: open_store(folder, reader) for reader in READERS}, image
+
+
+ends = st.one_of(st.none(), st.integers(-150, 150))
+slices = st.builds(slice, ends, ends, st.one_of(st.none(), st.integers(1, 3)))
+
+
+@both
+@settings(max_examples=40, deadline=None)
+@given(region=st.tuples(slices, slices, slices), name=st.sampled_from(NAMES))
+def test_regions(odd, region, name):
+    stores, image = odd
+    one, other = (stores[reader].read_region("a", name, region) for reader in READERS)
+    assert one.dtype == other.dtype
+    np.testing.assert_array_equal(one, other)
+    if name == "image":
+        np.testing.assert_array_equal(one, image[region].astype(np.float32) * 2)
+
+
+@both
+def test_damage(tmp_path):
+    """Every kind of damage at many places: the same arrays or the same words from both, for a whole and for a part."""
+    folder = tmp_path / "store"
+    make(folder, "a", image=volume(3, (66, 9, 8)))
+    files = {key: data for key, data in tree(folder).items() if key.startswith("a/") and key != "a/zarr.json"}
+    kinds = {"read": 0, "refused": 0}
+    for key, data in files.items():
+        path = folder / key
+        flips = [data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :] for at in range(3, len(data), len(data) // 7)]
+        for broken in (*flips, data[: len(data) // 2], data + b"\0", b"", b"{}", bytes(len(data))):
+            path.write_bytes(broken)
+            check(folder, kinds)
+        path.unlink()
+        check(folder, kinds)
+        path.write_bytes(data)
+    assert kinds["refused"] > 20 and kinds["read"] > 20  # other arrays, and parts beside the damage, are still read
+
+
+def check(folder: Path, kinds: dict[str, int]) -> None:
+    one, other = (outcome(functools.partial(open_store(folder, reader).read, "a")) for reader in READERS)
+    assert same(one, other) and isinstance(one, str) and ": a/" in one
+    for name in NAMES[:2]:
+        part = (slice(64, 66), slice(None), slice(2, 3))
+        reads = [functools.partial(open_store(folder, reader).read_region, "a", name, part) for reader in READERS]
+        one, other = map(outcome, reads)
+        assert same(one, other), (name, one, other)
+        kinds["refused" if isinstance(one, str) else "read"] += 1
+
+
+@both
+def test_many_threads_share_a_store(odd):
+    stores, _ = odd
+    for store in stores.values():
+        expected, wrong = store.read("a"), []
+
+        def loop(store=store, expected=expected, wrong=wrong):
+            wrong.extend(1 for _ in range(4) if not same(store.read("a"), expected))
+
+        threads = [threading.Thread(target=loop) for _ in range(4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert not wrong
+
+
+def test_a_subject_written_anew_is_read_as_it_is_now(tmp_path):
+    store = make(tmp_path / "store", "a", "b")
+    with create_store(tmp_path / "store", resume=True) as writer:
+        put(writer, "a", 9, "Test", label=False)
+        writer.finish()
+        sample = store.read("a")
+        assert sample.split == "Test" and sample.label is None
+        np.testing.assert_array_equal(sample.image, volume(9))
+        np.testing.assert_array_equal(store.read("b").image, volume(1))
+
+
+def test_a_file_of_another_store_is_not_taken_for_ours(tmp_path):
+    """Same size, sound checksums, other voxels: the manifest's SHA-256 tells."""
+    noise = [np.random.default_rng(i).integers(-(2**15), 2**15, (64, 64, 64)).astype(np.int16) for i in range(2)]
+    store = make(tmp_path / "one", "a", image=noise[0], label=False)
+    make(tmp_path / "two", "a", image=noise[1], label=False)
+    shard = "a/image/c/0/0/0"
+    other = (tmp_path / "two" / shard).read_bytes()
+    assert len(other) == (tmp_path / "one" / shard).stat().st_size
+    (tmp_path / "one" / shard).write_bytes(other)
+    with pytest.raises(InputError, match="not what was written"):
+        store.read("a")
+    assert store.verify() == [f"{shard}: not what was written"]
+
+
+# --- which reader -------------------------------------------------------------------------------------------------
+
+
+def test_the_reader_is_chosen_and_told_once(monkeypatch, caplog):
+    monkeypatch.setattr(store_codec, "_told", set())
+    monkeypatch.setattr(store_codec.importlib.util, "find_spec", lambda name: object())
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        assert [pick_reader(), pick_reader("zarr"), pick_reader(), pick_reader("zarr")] == ["tensorstore", "zarr"] * 2
+    assert [r.message for r in caplog.records] == ["stores are read with tensorstore", "stores are read with zarr"]
+    monkeypatch.setenv("FASTSRGAN_READER", "zarr")
+    assert pick_reader() == "zarr" and pick_reader("tensorstore") == "tensorstore"
+    monkeypatch.setenv("FASTSRGAN_READER", "fast")
+    with pytest.raises(UsageError, match=r"FASTSRGAN_READER: 'fast' is no reader .auto, zarr or tensorstore"):
+        pick_reader()
+
+
+def test_without_tensorstore_zarr_reads(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(store_codec, "_told", set())
+    monkeypatch.setattr(store_codec.importlib.util, "find_spec", lambda name: None)
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        store = make(tmp_path / "store", "a")
+    np.testing.assert_array_equal(store.read("a").image, volume(0))
+    assert store.reader == "zarr" and "tensorstore, which is faster, is not installed" in caplog.text
+    monkeypatch.setenv("FASTSRGAN_READER", "tensorstore")
+    with pytest.raises(ResourceError, match=r"tensorstore is not installed .pip install 'fastsrgan\[tensorstore\]'"):
+        open_store(tmp_path / "store")
+
+
+# --- stores on a web server ---------------------------------------------------------------------------------------
+
+
+class _Files(http.server.SimpleHTTPRequestHandler):
+    """Knows no ranges: it sends whole files."""
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_store_on_a_web_server_is_read_only(tmp_path):
+    pytest.importorskip("aiohttp", reason="http:// needs aiohttp, which comes with fastsrgan[s3]")
+    image = volume(4, (70, 9, 8))
+    make(tmp_path / "store", "a", image=image)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Files, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        store = open_store(f"{url}/store")
+        np.testing.assert_array_equal(store.read("a").image, image)
+        part = (slice(65, 69), slice(2, 9), slice(7))
+        np.testing.assert_array_equal(store.read_region("a", "image", part), image[part])
+        assert store.verify() == []
+        with pytest.raises(InputError, match="no fastsrgan store"):
+            open_store(f"{url}/other")
+        with pytest.raises(UsageError, match="can only be read"):
+            create_store(f"{url}/new")
+        (tmp_path / "store/a/image/c/0/0/0").unlink()
+        for region in (part, (slice(None),) * 3):
+            with pytest.raises(InputError, match="a/image/c/0/0/0: missing"):
+                store.read_region("a", "image", region)
+    finally:
+        server.shutdown()
+        server.server_close()
