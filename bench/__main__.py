@@ -24,11 +24,12 @@ PEAK_OF = "--peak-of"  # a child process that measures the memory of one side
 Defaults = dict[str, tuple[Any, Any]]  # option -> (default, default with --quick)
 OPTIONS: dict[str, Defaults] = {
     "step": {
-        "kernel": ([16, 8], [4]),
-        "batch": ([4, 2], [2]),
+        "kernel": ([16], [4]),
+        "batch": ([4], [2]),
         "patch": (64, 16),
         "critic_kernel": (32, 4),
         "critic_iterations": (5, 2),
+        "ranks": (None, None),
     },
     "data": {
         "shape": ([197, 233, 189], [48, 48, 48]),
@@ -59,6 +60,7 @@ HELP = {
     "critic_kernel": "channels of the critic's first convolution",
     "critic_iterations": "critic updates per generator update",
     "shape": "of the volume (data: 197 233 189; infer: that for stitching, 128 128 128 for whole inference)",
+    "ranks": "also the weak scaling of the iteration over so many processes",
     "step": "distance between tiles in voxels",
     "stride": "distance between patches in voxels",
     "fill": "width of the synthetic heads in percent of the volume",
@@ -70,7 +72,7 @@ HELP = {
     "step_ms": "duration of the simulated training step in milliseconds",
 }
 BRIEF = {
-    "step": "generator forward and backward, critic update, whole training iteration",
+    "step": "generator passes, critic and generator update, whole training iteration, weak scaling over ranks",
     "data": "degradation, patch gather, store read; files to batches end to end",
     "kernels": "device operations against the copy ceiling",
     "infer": "stitching, whole inference",
@@ -91,7 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
             p.add_argument(f"--{name.replace('_', '-')}", type=int, help=HELP[name] + told, **several)
         if bench == "data":
             p.add_argument("--engine", action=argparse.BooleanOptionalAction, help="end-to-end rows (not with --quick)")
-            p.add_argument("--plot", metavar="FILE", help="also draw the end-to-end rows, as PNG or SVG")
+        if bench in ("data", "step"):
+            drawn = "the end-to-end rows" if bench == "data" else "every row"
+            p.add_argument("--plot", metavar="FILE", help=f"also draw {drawn}, as PNG or SVG")
         p.add_argument("--quick", action="store_true", help="small sizes and two repeats: does it work, not how fast")
         p.add_argument("--repeats", type=int, help="of every side, taken in turns (5)")
         p.add_argument("--threads", type=int, help="for torch and BLAS (all usable cores)")
@@ -161,9 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             common.write_json(args.json, report)
         if getattr(args, "plot", None):
-            from bench.plot import plot
-
-            plot(report, args.plot)
+            drawing = {"data": "bench.plot", "step": "bench.plot_step"}[args.bench]
+            importlib.import_module(drawing).plot(report, args.plot)
     except FastsrganError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench import common, flops, naive
 from bench.common import Case, Sides, texture
+from bench.step_ranks import Scaling
 from fastsrgan import precision
 from fastsrgan.config import TrainConfig
 from fastsrgan.critic_step import critic_gradients
@@ -94,9 +95,9 @@ def ceilings(device: str, quick: bool) -> dict[str, float]:
     return {**top, "matmul_flop_per_second": max(products.values())}
 
 
-def cases(args: argparse.Namespace) -> list[Case]:
+def cases(args: argparse.Namespace) -> list[Case | common.OwnWay]:
     """Generator passes for every kernel and batch; updates and iteration for every batch of the first kernel."""
-    found: list[Case] = []
+    found: list[Case | common.OwnWay] = []
     for kernel, batch in itertools.product(args.kernel, args.batch):
         facts = {"kernel": kernel, "batch": batch, "patch": args.patch}
         layers = flops.generator(kernel, args.patch)
@@ -108,6 +109,11 @@ def cases(args: argparse.Namespace) -> list[Case]:
             found.append(Work(title, facts, build, tolerance, ("patches", float(batch)), l2=backward, count=count))
     for batch in args.batch:
         found += _update_cases(args, batch)
+    if args.ranks:
+        facts = {"kernel": args.kernel[0], "kernel_dis": args.critic_kernel, "batch": args.batch[0]}
+        facts |= {"patch": args.patch, "critic_updates": args.critic_iterations, "ranks": args.ranks}
+        where = f"k {args.kernel[0]}, batch {args.batch[0]} per rank, {args.patch}^3"
+        found.append(Scaling(f"iteration on {args.ranks} ranks, {where}", facts, args))
     return found
 
 

@@ -18,9 +18,12 @@ from fastsrgan.errors import ResourceError
 
 log = logging.getLogger("fastsrgan")
 
+# Capabilities of the GPUs on which tools/gpu_check.py has seen the compiled step right. None so far: "auto" is off.
+SEEN_RIGHT: frozenset[tuple[int, int]] = frozenset()
+
 
 def wanted(config: TrainConfig, device: torch.device) -> bool:
-    """Whether ``compile`` asks for it on this device: "auto" is CUDA alone, where it saves memory traffic.
+    """Whether ``compile`` asks for it on this device: "auto" is the CUDA devices of ``SEEN_RIGHT``.
 
     Double backward cannot be compiled: with ``penalty: autograd`` "auto" is off. Raises ResourceError when "on" was
     asked for where it cannot be.
@@ -29,7 +32,9 @@ def wanted(config: TrainConfig, device: torch.device) -> bool:
         if config.penalty == "autograd":
             raise ResourceError("--compile", "double backward cannot be compiled", "--penalty manual, or --compile off")
         return True
-    return config.compile == "auto" and device.type == "cuda" and config.penalty != "autograd"
+    if config.compile == "off" or config.penalty == "autograd" or device.type != "cuda" or not SEEN_RIGHT:
+        return False
+    return torch.cuda.get_device_capability(device) in SEEN_RIGHT
 
 
 def compiled(function: Callable, config: TrainConfig, device: torch.device, backend: Any = "inductor") -> Callable:

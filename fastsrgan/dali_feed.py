@@ -7,9 +7,13 @@ those differ from it in the last bits and know nothing of its extras (docs/decis
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
+import functools
 import importlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,7 +40,9 @@ class DaliMover:
         self._lock = threading.Lock()
         try:
             self._step = Step(device)
-            self._pipeline = define(self._step, device)
+            self._pipeline = define(self._step, device)  # imports DALI, whose own way out comes after _leave
+            _movers.add(self)
+            _before_dali_leaves()
         except Exception as error:  # a broken installation or an old driver raises anything
             words = " ".join(str(error).split())[:200]
             raise ResourceError("DALI", f"cannot be used here: {type(error).__name__}: {words}", HINT) from error
@@ -61,6 +67,23 @@ class DaliMover:
         if error is not None:
             raise error
         return moved[0], moved[1], moved[2], None if mask is None else moved[3]
+
+
+_movers: weakref.WeakSet[DaliMover] = weakref.WeakSet()
+
+
+@functools.cache
+def _before_dali_leaves() -> None:
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """At its end a process waits for every pipeline, for ever for one whose step hangs: such a one is left behind."""
+    for mover in _movers:
+        if mover._lock.locked():
+            pipeline = mover._pipeline
+            getattr(type(pipeline), "_pipes", set()).discard(weakref.ref(pipeline))
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(pipeline))
 
 
 class Step:

@@ -47,12 +47,18 @@ print(json.dumps(bool(n and float(cupy.ones(8).sum()) == 8)))
 _DALI_PROBE = """
 import json
 from nvidia.dali import fn, pipeline
-pipe = pipeline.Pipeline(batch_size=1, num_threads=1, device_id=0)
-with pipe:
-    pipe.set_outputs(fn.constant(fdata=1.0, shape=[8], device="gpu"))
-pipe.build()
-pipe.run()
-print(json.dumps(True))
+def run(device_id, device):
+    pipe = pipeline.Pipeline(batch_size=1, num_threads=1, device_id=device_id)
+    with pipe:
+        pipe.set_outputs(fn.constant(fdata=1.0, shape=[8], device=device))
+    pipe.build()
+    pipe.run()
+run(None, "cpu")
+try:
+    run(0, "gpu")
+    print(json.dumps(True))
+except RuntimeError:
+    print(json.dumps(False))
 """
 
 
@@ -69,7 +75,9 @@ class Part:
 
 OPTIONAL = {
     "cupy": Part("CUDA kernels", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "cuda13 or cuda12", _CUPY_PROBE, True),
-    "dali": Part("data feed", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "cuda13 or cuda12", _DALI_PROBE, True),
+    "dali": Part(
+        "data feed", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "cuda13, dali", _DALI_PROBE, True
+    ),
     "tensorstore": Part("fast store reading", ("tensorstore",), "tensorstore", "import tensorstore; print('null')"),
     "s3fs": Part("stores on S3", ("s3fs",), "s3", "import s3fs; print('null')"),
     "pydicom": Part("DICOM input", ("pydicom",), "dicom", "import pydicom; print('null')"),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsrgan import fused
-from fastsrgan.fused import NORM_EPS
+from fastsrgan.normed import NORM_EPS
 
 FORMS = ("fast", "reference")
 

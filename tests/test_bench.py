@@ -14,8 +14,7 @@ import torch
 
 from bench import common, data, infer, naive, step
 from bench.__main__ import main, parse
-from fastsrgan import networks, pool
-from fastsrgan import step as training_step
+from fastsrgan import critic_step, networks, pool
 from fastsrgan.networks import Critic, CriticSpec, Generator, GeneratorSpec
 from fastsrgan.stitch import Stitcher
 
@@ -51,6 +50,9 @@ PROMISED = {  # (start of a row's name, a peer in it)
         ("generator forward,", "reference form"),
         ("generator forward + backward,", "naive"),
         ("critic update", "autograd penalty"),
+        ("critic update", "by hand, library convolutions"),
+        ("generator update", "reference form"),
+        ("iteration of 2 + 1", "explicit penalty"),
         ("iteration of 2 + 1", "naive"),
     ],
     "data": [
@@ -138,8 +140,14 @@ def test_the_overlap_handed_to_monai_gives_the_step_back(monkeypatch, patch, ste
 
 
 def broken_penalty(monkeypatch):
-    right = training_step.explicit_penalty
-    monkeypatch.setattr(training_step, "explicit_penalty", lambda *a: 1.1 * right(*a))
+    right = critic_step._Work.penalise
+
+    def wrong(self, *args):
+        gradient = right(self, *args)
+        self.penalty = 1.1 * self.penalty
+        return 1.1 * gradient
+
+    monkeypatch.setattr(critic_step._Work, "penalise", wrong)
 
 
 def broken_head(monkeypatch):
@@ -196,6 +204,23 @@ def test_a_wrong_result_has_no_times_and_exit_code_1(capsys, monkeypatch, withou
         assert not row["passed"]
         assert not any(key.startswith("seconds") or key.endswith("per_second") for key in row)
         assert all("seconds_median" not in facts for facts in row["peers"].values())
+
+
+def test_a_step_report_is_drawn(capsys, tmp_path):
+    code, _ = bench(capsys, "step", "--only", "critic update", "--plot", str(tmp_path / "step.png"))
+    assert code == 0 and (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ranks_that_drift_apart_have_no_times(capsys, monkeypatch):
+    code, report = bench(capsys, "step", "--ranks", "2", "--only", "on 2 ranks")
+    (row,) = report["rows"]
+    assert code == 0 and row["weak_scaling_efficiency"] > 0 and row["ratio_to"].keys() == {"one rank"}
+    launch = step.Scaling.launch
+    monkeypatch.setattr(
+        step.Scaling, "launch", lambda self, n: [{**r, "weights": str(i)} for i, r in enumerate(launch(self, n))]
+    )
+    code, report = bench(capsys, "step", "--ranks", "2", "--only", "on 2 ranks")
+    assert code == 1 and "seconds_median" not in report["rows"][0]
 
 
 def test_a_failed_row_does_not_stop_the_others(capsys, monkeypatch):
@@ -306,7 +331,9 @@ class ExactNorm(torch.nn.Module):
         return (x - mean) / (std + 1e-7) * scale + shift
 
 
-@pytest.mark.parametrize(("row", "calls"), [("forward + backward", 1), ("critic update", 1), ("iteration", 2)])
+@pytest.mark.parametrize(
+    ("row", "calls"), [("forward + backward", 1), ("critic update", 1), ("generator update", 1), ("iteration", 2)]
+)
 def test_in_float64_the_training_loop_is_the_naive_one(monkeypatch, row, calls):
     monkeypatch.setattr(naive, "norm", ExactNorm)
     gather, models, build = pool.Pool.gather, step.models, step.build_generator
@@ -316,8 +343,8 @@ def test_in_float64_the_training_loop_is_the_naive_one(monkeypatch, row, calls):
         batch.x, batch.y = batch.x.double(), batch.y.double()
         return batch
 
-    def models_double(config, device):
-        made = models(config, device)
+    def models_double(*args):
+        made = models(*args)
         made.generator.double(), made.critic.double()
         made.finish()
         return made
@@ -335,8 +362,7 @@ def test_in_float64_the_training_loop_is_the_naive_one(monkeypatch, row, calls):
 
 
 def test_rounding_is_not_compared_but_every_real_gradient_is():
-    a, b, c = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
-    a.grad, b.grad, c.grad = torch.tensor([1.0, 0.0]), torch.tensor([1e-9, 0.0]), torch.tensor([1e-5, 0.0])
+    a, b, c = torch.tensor([1.0, 0.0]), torch.tensor([1e-9, 0.0]), torch.tensor([1e-5, 0.0])
     assert [float(g.sum()) for g in step.gradients([a, b, c])] == [1.0, 0.0, pytest.approx(1e-5)]
 
 

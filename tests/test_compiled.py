@@ -13,6 +13,7 @@ import torch
 from golden_steps import CONFIG, batch, double
 from torch._dynamo.utils import counters
 
+from fastsrgan import compiled as compiled_module
 from fastsrgan import networks
 from fastsrgan.compiled import compiled, wanted
 from fastsrgan.critic_step import critic_gradients
@@ -85,10 +86,13 @@ def test_half_precision_is_one_graph_too():
 # --- the switch ---------------------------------------------------------------------------------------------------
 
 
-def test_who_is_compiled():
+def test_who_is_compiled(monkeypatch):
     def config(how, penalty="auto"):
         return CONFIG.replace(compile=how, penalty=penalty)
 
+    assert not wanted(config("auto"), CUDA) and not wanted(config("auto"), CPU)
+    monkeypatch.setattr(compiled_module, "SEEN_RIGHT", {(9, 0)})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert wanted(config("auto"), CUDA) and not wanted(config("auto"), CPU)
     assert wanted(config("on"), CPU) and not wanted(config("off"), CUDA)
     assert not wanted(config("auto", "autograd"), CUDA)

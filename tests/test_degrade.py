@@ -81,6 +81,29 @@ def test_draws_depend_on_the_key_alone_and_stay_in_their_ranges():
     assert len({d.power for d in draws}) == len(draws)
 
 
+@pytest.mark.parametrize("geometry", ["physical", "segsrgan"])
+def test_apply_is_degrade_with_what_was_drawn(geometry):
+    setting = Degradation(((1, 1.2, 2.3), (1, 1.6, 3.1)), geometry=geometry, profile=0.1, motion=0.2, bias_field=0.1)
+    draw, hr = setting.draw(3, 2, "sub-1"), head()
+    by_hand = degrade(
+        hr,
+        (1, 1, 1),
+        draw.low_res,
+        power=draw.power,
+        noise=draw.noise,
+        key=(3, 2, "sub-1", "noise"),
+        geometry=geometry,
+        bias_field=0.1,
+        width=draw.width,
+        motion=0.2,
+    )
+    done = setting.apply(hr, (1, 1, 1), draw)
+    turned = setting.apply(hr.transpose(0, 2, 1), (1, 1, 1), draw, (draw.low_res[0], draw.low_res[2], draw.low_res[1]))
+    for name in ("low_res", "interpolated", "hr"):
+        assert np.array_equal(getattr(done, name), getattr(by_hand, name))
+    assert turned.low_res_mm[1] == draw.low_res[2] and turned.hr.shape[1] == done.hr.shape[2]
+
+
 def test_validation_parameters_are_evenly_spaced():
     setting = Degradation(((1, 1, 2), (1, 1, 4)), contrast=0.5)
     draws = [setting.linspace(i, 3) for i in range(3)]
@@ -91,6 +114,10 @@ def test_validation_parameters_are_evenly_spaced():
 def test_what_cannot_be_degraded_is_refused():
     with pytest.raises(InputError, match="maximum"):
         degrade(np.zeros((8, 8, 8)), (1, 1, 1), (1, 1, 2))
+    with pytest.raises(InputError, match="maximum is nan"):
+        degrade(np.full((8, 8, 8), np.nan), (1, 1, 1), (1, 1, 2), power=1.2, noise=0.1)
+    with pytest.raises(UsageError, match="contrast power"):
+        degrade(head(), (1, 1, 1), (1, 1, 2), power=0.0)
     with pytest.raises(UsageError, match="finer"):
         degrade(head(), (1, 1, 1), (1, 1, 0.5))
     with pytest.raises(UsageError, match="one of physical, segsrgan"):

@@ -104,7 +104,7 @@ def test_dense_tiles_give_the_plain_average(generator):
             total[(slice(None), *at)] += generator(VOLUME[at][None, None])[0].numpy()
         count[at] += 1
     out, facts = predict(VOLUME, PLAN, generator, 1.0)
-    assert np.abs(out.numpy() - total / count).max() < 5e-6
+    assert np.abs(out.numpy() - total / count).max() < 1e-5
     assert facts["tiles_per_second"] > 0
 
 
@@ -113,7 +113,7 @@ def test_batch_sizes_agree_and_reruns_are_bit_identical(generator):
     assert facts["batch"] == 1
     for batch in (3, 1000, "auto"):
         out, _ = predict(VOLUME, PLAN, generator, 1.0, batch=batch)
-        assert torch.allclose(out, reference, rtol=0, atol=5e-6)
+        assert torch.allclose(out, reference, rtol=0, atol=1e-5)
         again, _ = predict(VOLUME, PLAN, generator, 1.0, batch=batch)
         assert torch.equal(out, again)
 

@@ -139,29 +139,59 @@ def test_what_dies_within_the_law_is_an_error_with_the_subject(store, engine, mo
 
 @pytest.mark.parametrize("where", ["read", "law"])
 def test_a_worker_that_hangs_is_an_error_with_the_subject(store, engine, monkeypatch, where):
-    """Other threads that wait for what it holds (DALI's pipeline) are not blamed."""
-    release, hung, apply = threading.Event(), [], Degradation.apply
+    release, hung, apply, submit = threading.Event(), [], Degradation.apply, crew.Crew.submit
 
     def hang(value):
         hung.append(1)
-        release.wait(60)
+        release.wait(200)
         return value
 
     def apply_or_hang(self, image, *rest):
         return apply(self, hang(image) if sorted(image.shape) == sorted(SHAPES[1]) else image, *rest)
 
+    def impatient(self, what, call, _allowed):  # with one subject only, so that a slow machine is not taken for hung
+        return submit(self, what, call, 0.5 if what == "b" else 200)
+
     if where == "law":
         monkeypatch.setattr(Degradation, "apply", apply_or_hang)
-    source = Faulty(store, "b", hang) if where == "read" else store
-    made = make_feed(source, engine=engine, threads=2, patience=2.0)
-    made.prepare(1, "a")  # what only the first volume waits for is no sign of a hung worker here
+    monkeypatch.setattr(crew.Crew, "submit", impatient)
     monkeypatch.setattr(crew, "FAREWELL", 0.0)
+    made = make_feed(Faulty(store, "b", hang) if where == "read" else store, engine=engine, threads=2)
     try:
-        with pytest.raises(ResourceError, match=r"b: the worker that prepares it has not ended within 2 s"):
+        with pytest.raises(ResourceError, match=r"b: the worker that prepares it has not ended within 0\.5 s"):
             list(made.groups(iter(PLAN)))
         assert hung
     finally:
         release.set()
+        for thread in threading.enumerate():  # or the next test's patches would reach this one's
+            if thread.name.startswith("feed-"):
+                thread.join(100)
+
+
+def test_the_one_that_hangs_is_named_and_not_those_that_wait_for_it():
+    """As with DALI's pipeline, which works on one volume at a time."""
+    lock, taken, release, workers = threading.Lock(), threading.Event(), threading.Event(), crew.Crew(2)
+
+    def first() -> None:
+        with crew.held(lock):
+            taken.set()
+            release.wait(200)
+
+    def second() -> None:
+        with crew.held(lock):
+            pass
+
+    try:
+        jobs = [workers.submit("hangs", first, 2.0)]
+        assert taken.wait(200)
+        jobs.append(workers.submit("waits", second, 0.5))
+        with pytest.raises(ResourceError, match="hangs: the worker that prepares it has not ended within 2 s"):
+            workers.result(jobs[1])
+        release.set()
+        workers.result(jobs[1])
+    finally:
+        release.set()
+        workers.close()
 
 
 def test_patience_ends_before_half_a_minute_and_grows_with_the_volume(store, monkeypatch):
@@ -174,19 +204,25 @@ def test_patience_ends_before_half_a_minute_and_grows_with_the_volume(store, mon
     assert np.allclose(allowed, [25, 25, 100])
 
 
-def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path):
-    program = """
+def test_a_thread_that_hangs_does_not_keep_the_process(engine):
+    """Nor does DALI, which waits for its pipelines at the end."""
+    program = f"""
 import threading
-from fastsrgan.crew import Crew
-from fastsrgan.degrade import Degradation
+import numpy as np
+import torch
+from fastsrgan import crew
 from fastsrgan.errors import ResourceError
-crew = Crew(1)
-job = crew.submit("sub-7", threading.Event().wait, 0.3)
+from fastsrgan.feed import pick_mover
+crew.FAREWELL = 0.1
+move = pick_mover({engine!r}, torch.device("cpu"))
+ones = np.ones((3, 4, 5), np.float32)
+workers = crew.Crew(1)
 try:
-    crew.result(job)
+    hang = lambda: move(ones, ones.astype(np.uint8), None, lambda _: threading.Event().wait())
+    workers.result(workers.submit("sub-7", hang, 0.3))
 except ResourceError as error:
     print(error.what)
-crew.close()
+workers.close()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0 and done.stdout.split() == ["sub-7"] and not done.stderr

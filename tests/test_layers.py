@@ -17,7 +17,10 @@ LAYERS = {
     0: [
         "_version",
         "errors",
-        "activations geometry layers backend losses critic_convs runtime config ranks crew workers",
+        "activations doubling spectral winograd",
+        "normed",
+        "fused",
+        "geometry layers backend losses critic_convs runtime config ranks crew workers",
         "networks",
     ],
     1: [
@@ -26,7 +29,8 @@ LAYERS = {
         "nifti_check keras_h5 store tiles",
         "windows slabs region tile_network",
         "images encode store_writer stitch",
-        "resample intensity metrics checkpoint step critic_step optimise compiled schedule board table trainlog template dicom",
+        "resample intensity metrics checkpoint step critic_step optimise compiled schedule board",
+        "table trainlog template dicom",
         "resample_sitk any_image extras precision",
         "blocks",
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ def test_falls_from_one_to_the_end_and_never_rises(shape, end, epochs):
     rates = [factor(shape, done, 10, end=end) for done in sorted(places)]
     assert factor(shape, 0.0, 0, end=end) == 1.0
     assert factor(shape, share(epochs, epochs, 1.0), 10, end=end) == pytest.approx(end, abs=1e-12)
-    assert all(a >= b - 1e-12 for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates))
 
 
 def test_the_middle_of_the_run_is_the_middle_of_the_fall():

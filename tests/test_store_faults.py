@@ -18,7 +18,7 @@ from fastsrgan.convert import convert
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.remote import LONGEST_WAIT, Limits
 from fastsrgan.store import open_store
-from fastsrgan.store_files import LOCK
+from fastsrgan.store_files import LOCK, Keys
 from fastsrgan.store_writer import create_store
 
 SHARD = "c/0/0/0"
@@ -152,13 +152,34 @@ def test_no_server_no_bucket_no_credentials(url, proxy, monkeypatch, capsys):
             open_store("s3://away/store")
 
 
+def small_training(url, folder):
+    options = {"-n": "1 1.25 6", "-ps": 16, "--stride": 3, "-e": 1, "-b": 2, "--steps-per-epoch": 1}
+    options |= {"--critic-iterations": 1, "--kernel-gen": 2, "--kernel-dis": 2, "--device": "cpu"}
+    words = [word for option, value in options.items() for word in (option, *str(value).split())]
+    return ["--quiet", "train", url, "-o", str(folder), *words]
+
+
 def test_training_ends_with_5_when_the_store_goes_away(url, proxy, tmp_path, capsys):
     convert(cohort(tmp_path, 3, shape=(22, 18, 19)), url)
     proxy.fail("503", 1e9, on(SHARD))
-    small = {"-n": "1 1.25 6", "-ps": 16, "--stride": 3, "-e": 1, "--kernel-gen": 2, "--kernel-dis": 2}
-    words = [word for option, value in small.items() for word in (option, *str(value).split())]
-    assert main(["--quiet", "train", url, "-o", str(tmp_path / "run"), *words, "--device", "cpu"]) == 5
+    assert main(small_training(url, tmp_path / "run")) == 5
     assert f"{SHARD}: cannot be read: Service Unavailable; 4 attempts" in capsys.readouterr().err
+
+
+def test_training_leaves_out_what_is_damaged(url, tmp_path, capsys):
+    """FAULTS 29 and 30: with a warning, or with exit code 3 under --strict."""
+    convert(cohort(tmp_path, 4, shape=(22, 18, 19)), url)
+    keys = Keys(url, read_only=False)
+    shard = keys.get(f"s0/image/{SHARD}")
+    keys.put(f"s0/image/{SHARD}", shard[:40] + bytes([shard[40] ^ 1]) + shard[41:])
+    keys.drop_one(f"s1/label/{SHARD}")
+    assert main(small_training(url, tmp_path / "run")) == 0
+    told = capsys.readouterr().err
+    assert f"{url}: s0/image: chunk (0, 0, 0) is damaged (crc32c)" in told
+    assert f"{url}: s1/label/{SHARD}: missing" in told
+    assert main([*small_training(url, tmp_path / "other"), "--strict"]) == 3
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error:") and ("s0/image: chunk (0, 0, 0)" in error or f"s1/label/{SHARD}" in error)
 
 
 def test_an_outage_ends_a_conversion_and_resume_goes_on(url, proxy, tmp_path):

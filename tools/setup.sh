@@ -159,7 +159,12 @@ esac
 say "[3/4] fastsrgan, its dependencies and the developer tools"
 pip_install hatchling || fail_pip # first, so that the editable build below needs no second download
 pip_install --no-build-isolation -e '.[dev]' || fail_pip
-if [[ $cuda != none ]]; then
+if [[ $cuda == none ]]; then
+  if ! pip_install --no-build-isolation -e '.[dev,dali]'; then
+    tail -n 5 "$LOG"
+    say "      DALI could not be installed: threads feed the training, and the tests of its pipeline are skipped"
+  fi
+else
   say "      extra cuda$cuda: DALI and CuPy"
   if ! pip_install --no-build-isolation -e ".[dev,cuda$cuda]"; then
     tail -n 5 "$LOG"

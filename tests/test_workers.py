@@ -1,0 +1,75 @@
+"""Jobs on the cores of a CPU: all done, one core each, errors told, and bits that no number of threads changes."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from fastsrgan import workers
+from fastsrgan.degrade import degrade
+from fastsrgan.workers import run
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_every_job_is_done_once_on_one_core_and_the_caller_keeps_its_cores(threads):
+    seen: list[tuple[int, int, str]] = []
+
+    def job(number: int) -> None:
+        seen.append((number, torch.get_num_threads(), threading.current_thread().name))
+
+    run(lambda n=n: job(n) for n in range(40))
+    assert sorted(n for n, _, _ in seen) == list(range(40))
+    assert {cores for _, cores, _ in seen} == {1}
+    assert len({name for _, _, name in seen}) <= threads
+    assert torch.get_num_threads() == threads
+    born: list[int] = []
+    thread = threading.Thread(target=lambda: born.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert born == [threads]
+
+
+def test_jobs_of_jobs_are_done_and_errors_are_raised(threads):
+    done: list[int] = []
+    run(lambda: run(lambda n=n: done.append(n) for n in range(3)) for _ in range(5))
+    assert sorted(done) == sorted([0, 1, 2] * 5)
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 // 0 for _ in range(5))
+    run(lambda: done.clear() for _ in range(2))
+    assert not done
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process_has_workers_of_its_own():
+    pools = dict(workers._pools)
+    child = os.fork()
+    if not child:
+        os._exit(len(workers._pools))
+    assert os.waitpid(child, 0)[1] == 0 and workers._pools == pools
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    hr = np.random.default_rng(0).random((67, 93, 71), dtype=np.float32) * 900
+    settings = {"power": 1.3, "noise": 0.03, "rician": True, "bias_field": 0.3, "motion": 0.4, "key": 3}
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            done = degrade(hr, (1, 1, 1), (1.2, 2, 3.3), **settings)
+            results.append((done.low_res, done.interpolated, done.hr))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
