@@ -45,16 +45,28 @@ _mine = threading.local()  # the job of each thread
 
 
 @contextlib.contextmanager
-def held(lock: threading.Lock) -> Iterator[None]:
-    """Hold a lock. While a job waits for it its clock stands still: the one that hangs is the one that holds it."""
+def unwatched() -> Iterator[None]:
+    """The clock of this thread's job stands still: it waits for another job, or for what is bounded elsewhere."""
     job: Job | None = getattr(_mine, "job", None)
     spent = 0.0
     if job is not None and job.began is not None:
         spent, job.began = time.monotonic() - job.began, None
-    with lock:
+    try:
+        yield
+    finally:
         if job is not None:
             job.began = time.monotonic() - spent
+
+
+@contextlib.contextmanager
+def held(lock: threading.Lock) -> Iterator[None]:
+    """Hold a lock; the wait for it is not counted, so that of several jobs the one that hangs is named."""
+    with unwatched():
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 class Job(Generic[T]):

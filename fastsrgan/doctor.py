@@ -75,9 +75,7 @@ class Part:
 
 OPTIONAL = {
     "cupy": Part("CUDA kernels", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "cuda13 or cuda12", _CUPY_PROBE, True),
-    "dali": Part(
-        "data feed", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "cuda13, dali", _DALI_PROBE, True
-    ),
+    "dali": Part("data feed", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "cuda13, dali", _DALI_PROBE, True),
     "tensorstore": Part("fast store reading", ("tensorstore",), "tensorstore", "import tensorstore; print('null')"),
     "s3fs": Part("stores on S3", ("s3fs",), "s3", "import s3fs; print('null')"),
     "pydicom": Part("DICOM input", ("pydicom",), "dicom", "import pydicom; print('null')"),

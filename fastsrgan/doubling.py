@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsrgan.rearranged import once
+
 U, V = 0, 1
 
 
@@ -130,6 +132,7 @@ def _taps(kind: int) -> slice:
     return slice(1, 2) if kind == U else slice(0, 3, 2)
 
 
+@once
 def _kernel(weight: Tensor, i: int, j: int) -> Tensor:
     """(2 O, I, 1 or 2, 1 or 2, 2): u and v of the last axis, of kinds i and j on the others."""
     part = weight[:, :, _taps(i), _taps(j)]

@@ -64,8 +64,8 @@ def predict(
         out[0][:, first : first + planes.shape[1]] = planes
 
     if network.device.type != "cpu":
-        facts = stream(Whole(volume_XYZ), plan, network, keep, window=window, batch=batch, region=region,
-                       progress=progress, label=label)  # fmt: skip
+        shown = {"region": region, "progress": progress, "label": label}
+        facts = stream(Whole(volume_XYZ), plan, network, keep, window=window, batch=batch, **shown)
         return out[0], facts
     network.choose_batch(batch, plan)
     sweep = Sweep(Whole(volume_XYZ), plan, network, region=region, progress=progress)
@@ -88,7 +88,6 @@ def stream(
     *,
     window: str = "constant",
     batch: str | int = "auto",
-    room: int | None = None,
     region: Region | None = None,
     done: int = 0,
     progress: Progress = QUIET,
@@ -96,9 +95,9 @@ def stream(
 ) -> dict:
     """``predict`` by slabs: planes go to ``sink`` as soon as they are final, and only those of a slab are in memory.
 
-    room : bytes that a batch may take; done : planes that the sink has from a run before this one, with the same batch
+    done : planes that the sink has from a run before this one, with the same batch
     """
-    network.choose_batch(batch, plan, room)
+    network.choose_batch(batch, plan)
     sweep = Sweep(source, plan, network, region=region, progress=progress)
     written = [done]
 
@@ -110,7 +109,7 @@ def stream(
     places = sum_devices(network.device)
     with sweep.timed(label):
         for n, place in enumerate(places):
-            first = sweep.group_of(written[0])
+            first = sweep.restart(written[0])
 
             def stitcher(channels: int, place: torch.device = place, first: int = first) -> Stitcher:
                 return Stitcher(

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 from fastsrgan import dali_feed
-from fastsrgan.crew import Crew, Job
+from fastsrgan.crew import Crew, Job, unwatched
 from fastsrgan.degrade import Degradation
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.pool import Resident
 from fastsrgan.resident import Mover, PatchRule, make_resident, move_by_thread
 from fastsrgan.runtime import rng
 from fastsrgan.store import Store
+from fastsrgan.store_files import local_path
 
 log = logging.getLogger("fastsrgan")
 
@@ -205,7 +206,9 @@ class Feed:
     def prepare(self, epoch: int, subject: str) -> Resident:
         """One subject as it is in one epoch, in the memory of the device."""
         draw = self.degradation.draw(self.seed, epoch, subject)
-        sample = self.store.read(subject)
+        # Object storage bounds and repeats its requests itself, and names what it gave up (fastsrgan.remote).
+        with unwatched() if local_path(self.store.url) is None else contextlib.nullcontext():
+            sample = self.store.read(subject)
         # A stream of its own: what it queues neither waits for the training step nor holds it up.
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
             return make_resident(

@@ -80,7 +80,7 @@ def contrast_power(
         torch.div(source, unit, out=result)
         if power != 1:
             result.clamp_(min=TINY).log_().mul_(power).exp_()
-            torch.nn.functional.threshold_(result, 2.0 ** (-99.9 * power), 0.0)
+            torch.nn.functional.threshold_(result, 2.0 ** (-99.9 * power), 0.0)  # type: ignore[attr-defined]
 
     each_piece(piece, data, out)
     return out

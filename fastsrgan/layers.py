@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastsrgan import fused
 from fastsrgan.normed import NORM_EPS
+from fastsrgan.rearranged import once
 
 FORMS = ("fast", "reference")
 
@@ -128,6 +129,7 @@ def _merge_blocks(y: Tensor) -> Tensor:
     return blocks.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, c8 // 8, 2 * nx, 2 * ny, 2 * nz)
 
 
+@once
 def _block_weight(weight: Tensor) -> Tensor:
     """(O, I, 7, 7, 7) -> (8 O, 8 I, 4, 4, 4): the same convolution on 2^3 blocks.
 
@@ -145,6 +147,7 @@ def _block_weight(weight: Tensor) -> Tensor:
     return torch.stack(rows, 1).flatten(0, 1)
 
 
+@once
 def _up_weight(weight: Tensor) -> Tensor:
     """(O, I, 3, 3, 3) -> (I, O, 4, 4, 4) of the stride-2 transposed convolution equal to nearest x2 + conv 3^3."""
     for d in (2, 3, 4):

@@ -93,11 +93,12 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
             rank=run.ranks.rank,
             flips=c.flips,
         )
-    at.steps = group_steps(run, turn, pool)
+    batches = shared_steps(run, turn, pool)
+    at.steps = batches if c.steps_per_epoch is None else min(batches, capped(run, turn, c.steps_per_epoch))
     if pool is None or at.steps == 0:
         return
-    run.progress.start(f"epoch {turn.epoch}/{c.epochs}", (at.steps - at.step) * c.batch_size, "patches")
-    for indices in pool.generator_batches(run.batch, at.step):
+    run.progress.start(f"epoch {turn.epoch}/{c.epochs}", at.steps - at.step, "updates")
+    for indices in pool.generator_batches(run.batch, at.step, steps=batches):
         if at.step >= at.steps:
             break
         began = time.perf_counter()
@@ -106,25 +107,29 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
         facts = step(run, turn, pool, indices)
         at.step += 1
         at.updates += 1
-        tell(run, turn, {**facts, "rate": rate}, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        facts |= {"rate": rate, "patches_per_second": len(indices) * run.ranks.world / seconds}
+        tell(run, turn, facts, seconds)
         if stopped(run, stop):
             break
     run.progress.finish()
 
 
-def group_steps(run: Run, turn: Turn, pool: Pool | None) -> int:
-    """Steps of a group, the same on all ranks: what the smallest of their pools fills.
-
-    ``steps_per_epoch`` is spread evenly over the groups that are left of the epoch, so that all subjects have a part.
-    """
-    own = pool.steps(run.batch) if pool is not None else 0
-    steps = run.ranks.minimum(own)
+def shared_steps(run: Run, turn: Turn, pool: Pool | None) -> int:
+    """Updates that pass over a group once, as many on all ranks: the most that one of them needs for its patches, of
+    which the others then take smaller batches."""
+    own, patches = (pool.steps(run.batch), len(pool)) if pool is not None else (0, 0)
+    steps = min(-run.ranks.minimum(-own), run.ranks.minimum(patches))
     if own and not steps:
-        log.warning("epoch %d: group %d is passed over, a rank has no batch of it", turn.epoch, turn.group + 1)
-    if run.config.steps_per_epoch is None:
-        return steps
-    left = max(0, run.config.steps_per_epoch - run.position.epoch_updates)
-    return min(steps, -(-left // (turn.groups - turn.group)))
+        log.warning("epoch %d: group %d is passed over, a rank could not read its part", turn.epoch, turn.group + 1)
+    return steps
+
+
+def capped(run: Run, turn: Turn, most: int) -> int:
+    """Updates that a group may have where an epoch has ``most``: an even share of those left, so that every subject
+    has a part."""
+    left = max(0, most - run.position.epoch_updates)
+    return -(-left // (turn.groups - turn.group))
 
 
 def step(run: Run, turn: Turn, pool: Pool, indices: np.ndarray) -> dict[str, float]:
@@ -175,13 +180,13 @@ def count_bad(run: Run, facts: dict[str, float], batch: Batch) -> None:
 
 def tell(run: Run, turn: Turn, facts: dict[str, float], seconds: float) -> None:
     """Log one step and show it."""
-    c, at = run.config, run.position
+    at = run.position
     if run.log is None:
         return
     elapsed = time.perf_counter() - run.began
     done = run.done(turn, at.step / at.steps)
     left = elapsed * (1 - done) / max(done - run.began_at, 1e-9)
-    facts = {**facts, "patches_per_second": c.batch_size / seconds, "memory_bytes": float(memory(run))}
+    facts = {**facts, "memory_bytes": float(memory(run))}
     run.log.step(turn.epoch, at.updates, seconds, run.feed.waited, facts)
     if run.board is not None:
         run.board.scalars("train", facts, at.updates)
@@ -189,13 +194,14 @@ def tell(run: Run, turn: Turn, facts: dict[str, float], seconds: float) -> None:
         "rec": facts["g_reconstruction"],
         "W": facts.get("d_wasserstein"),
         "gp": facts.get("d_penalty"),
+        "patches/s": facts["patches_per_second"],
         "|G|": facts.get("g_gradient"),
         "|D|": facts.get("d_gradient"),
         "wait": f"{100 * run.feed.waited / elapsed:.1f}%",
         "GB": facts["memory_bytes"] / 1e9,
         "run": f"{left / 3600:.1f} h left" if left > 3600 else f"{left / 60:.0f} min left",
     }
-    run.progress.advance(c.batch_size, **{k: v for k, v in shown.items() if v is not None})
+    run.progress.advance(1, **{k: v for k, v in shown.items() if v is not None})
 
 
 def memory(run: Run) -> int:

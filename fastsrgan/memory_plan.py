@@ -33,7 +33,7 @@ class Job:
     """What the plan depends on.
 
     plan : of the tiles; channels : of the result; window : of the tiles
-    held : bytes kept of the image besides the image; interpolated : whether it is interpolated or oriented by planes
+    held : bytes kept of the image besides the image
     levels : whether levels of denser tiles are summed (``anytime``)
     can_stream : whether there is a place for results that do not fit into memory
     """
@@ -115,7 +115,7 @@ def _rows(job: Job, network: TileNetwork, batch: int, mode: str) -> tuple[tuple[
     plan, channels = job.plan, job.channels
     on_device = network.device.type != "cpu"
     work = "device" if on_device else "host"
-    voxels, padded = math.prod(plan.shape), math.prod(plan.padded_shape)
+    voxels = math.prod(plan.shape)
     plane, padded_plane = math.prod(plan.shape[1:]), math.prod(plan.padded_shape[1:])
     slabs = max(1, -(-GROUP_BATCHES * batch // (plan.grid[1] * plan.grid[2])))
     origins = plan.origins[0]
@@ -139,7 +139,6 @@ def _rows(job: Job, network: TileNetwork, batch: int, mode: str) -> tuple[tuple[
     elif rolling:
         rows.append(("result", "host", 4 * channels * voxels))
     rows.append(("libraries", "host", LIBRARIES))
-    assert padded >= voxels
     return tuple((what, where, int(size)) for what, where, size in rows)
 
 

@@ -72,7 +72,9 @@ class Held:
         self.first = self.stop = 0
 
     def planes(self, first: int, stop: int) -> Tensor:
-        """(stop - first, Y, Z) of the padded volume. ``first`` never goes back."""
+        """(stop - first, Y, Z) of the padded volume. Planes before the last ``first`` would be loaded again."""
+        if first < self.first:
+            self.first = self.stop = first
         if self.whole is not None:
             self.first, self.stop = first, stop
             return self.whole[first:stop]

@@ -24,7 +24,7 @@ from fastsrgan.stitch import Stitcher
 from fastsrgan.tile_network import TileNetwork
 
 GROUP_BATCHES = 8  # batches that a group of slabs should fill
-CONSTANTS = 16  # distinct values whose tiles are kept
+CONSTANTS = 4  # distinct values whose tiles are kept
 
 NETWORK, CONSTANT, OUTSIDE = "network", "constant", "outside"
 
@@ -101,8 +101,9 @@ class Sweep:
             self.seconds = self.clock() - self.began
             self.progress.finish()
 
-    def group_of(self, plane: int) -> int:
-        """The first slab of the first group without which a plane of the volume, and those behind it, are not whole."""
+    def restart(self, plane: int) -> int:
+        """Forget what was counted; the first slab of the group that plane ``plane`` of the volume cannot do without."""
+        self.counts = dict.fromkeys(self.counts, 0)
         wanted = plane + self.plan.pad_before[0]
         needed = [i for i, o in enumerate(self.plan.origins[0]) if o + self.plan.patch[0] > wanted]
         return (needed[0] if needed else len(self.plan.origins[0])) // self.slabs * self.slabs

@@ -20,6 +20,7 @@ from fastsrgan import tiles
 from fastsrgan.activations import Needs, needs
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.networks import Generator
+from fastsrgan.rearranged import held
 
 log = logging.getLogger("fastsrgan")
 
@@ -109,11 +110,11 @@ class TileNetwork:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """The generator in its state for inference; as it was afterwards."""
+        """The generator in its state for inference, its weights re-arranged once; as it was afterwards."""
         training = self.generator.training
         self.generator.eval()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), held():
                 yield
         finally:
             self.generator.train(training)
@@ -129,14 +130,9 @@ class TileNetwork:
         """Memory that ``count`` tiles take in the network."""
         return self.probe().of(patch, count) if self.fused else math.prod(patch) * FOREIGN * count
 
-    def choose_batch(self, asked: str | int, plan: tiles.TilePlan, room: int | None = None) -> int:
-        """Set and return ``size``: an estimate for "auto", which running out of memory corrects.
-
-        room : bytes that a batch may take, as far as it can be halved
-        """
+    def choose_batch(self, asked: str | int, plan: tiles.TilePlan) -> int:
+        """Set and return ``size``: an estimate for "auto", which running out of memory corrects."""
         self.size = min(self._wanted(asked, plan), len(plan))
-        while room is not None and self.size > 1 and self.bytes_of(plan.patch, self.size) > room:
-            self.size //= 2
         return self.size
 
     def _wanted(self, asked: str | int, plan: tiles.TilePlan) -> int:

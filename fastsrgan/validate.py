@@ -183,7 +183,8 @@ def readable(feed: Feed, subject: str) -> Sample | None:
 
 def fixed_resident(feed: Feed, sample: Sample, index: int, count: int) -> Resident:
     """Test subject ``index`` of ``count``, degraded as in every epoch."""
-    return make_resident(sample, feed.degradation, feed.degradation.linspace(index, count), feed.rule, feed.device)
+    draw = feed.degradation.linspace(index, count)
+    return make_resident(sample, feed.degradation, draw, feed.rule, feed.device, move=feed.move)
 
 
 def dealt(count: int, ranks: Ranks, stopped: Callable[[], bool]) -> Iterator[int]:

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsrgan.rearranged import once
+
 TILE = 4  # outputs per tile and axis
 POINTS = (0.0, 0.7, -0.7, 1.4, -1.4)  # and infinity
 VALUES = len(POINTS) + 1
@@ -131,6 +133,7 @@ def _cut(matrix: np.ndarray, dtype: torch.dtype) -> _Block:
     return _Block(start, stop, torch.from_numpy(np.ascontiguousarray(matrix[:, start:stop])).to(dtype))
 
 
+@once
 def _weight_values(weight: Tensor) -> Tensor:
     """(O, I, 3, 3, 3) -> (216, O, I)."""
     return _spread(weight, [_taps(weight.dtype)] * 3).view(VALUES**3, *weight.shape[:2])

@@ -33,10 +33,13 @@ def start(target: Callable[..., Any], *args: Any, out: Path, **environment: Any)
     return process
 
 
-def start_ranks(target: Callable[..., Any], world: int, *args: Any, out: Path) -> list[multiprocessing.Process]:
-    """``target(*args)`` on every rank of a job; rank r's outcome goes to ``out``/r.json."""
+def start_ranks(
+    target: Callable[..., Any], world: int, *args: Any, out: Path, **more: Any
+) -> list[multiprocessing.Process]:
+    """``target(*args)`` on every rank of a job; rank r's outcome goes to ``out``/r.json. ``more``: environment."""
     out.mkdir(parents=True, exist_ok=True)
     shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared |= more
     return [start(target, *args, out=out / f"{r}.json", RANK=r, LOCAL_RANK=r, **shared) for r in range(world)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shutil
@@ -189,6 +190,30 @@ def test_the_one_that_hangs_is_named_and_not_those_that_wait_for_it():
             workers.result(jobs[1])
         release.set()
         workers.result(jobs[1])
+    finally:
+        release.set()
+        workers.close()
+
+
+def test_reading_from_object_storage_is_bounded_by_the_store_itself(store, monkeypatch):
+    """It waits and tries again for longer than a worker may take otherwise."""
+    began, release, workers = threading.Event(), threading.Event(), crew.Crew(1)
+
+    def slow(sample):
+        began.set()
+        assert release.wait(200)
+        return sample
+
+    remote = Faulty(store, "b", slow)
+    remote.url = "s3://bucket/store"
+    made = make_feed(remote)
+    try:
+        job = workers.submit("b", lambda: made.prepare(1, "b"), 0.2)
+        assert began.wait(200)
+        threading.Timer(1.0, release.set).start()
+        with contextlib.suppress(ResourceError):  # what comes after reading is watched again
+            assert workers.result(job).subject == "b"
+        assert release.is_set()
     finally:
         release.set()
         workers.close()

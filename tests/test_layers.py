@@ -17,7 +17,8 @@ LAYERS = {
     0: [
         "_version",
         "errors",
-        "activations doubling spectral winograd",
+        "activations rearranged",
+        "doubling spectral winograd",
         "normed",
         "fused",
         "geometry layers backend losses critic_convs runtime config ranks crew workers",

@@ -212,13 +212,13 @@ class Noting:
         self.lines.append("finish")
 
 
-def test_progress_counts_patches_and_shows_losses_wait_memory_and_time_left(store, tmp_path):
+def test_progress_counts_updates_and_shows_losses_wait_memory_and_time_left(store, tmp_path):
     progress = Noting()
     train(store, tmp_path / "run", CONFIG, progress=progress)
-    assert progress.lines[0] == ("epoch 1/2", 8, "patches")
+    assert progress.lines[0] == ("epoch 1/2", 4, "updates")
     shown = [line[1] for line in progress.lines if line != "finish" and len(line) == 2]
     assert len(shown) == 8
-    assert set(shown[0]) == {"rec", "W", "gp", "|G|", "|D|", "wait", "GB", "run"}
+    assert set(shown[0]) == {"rec", "W", "gp", "|G|", "|D|", "patches/s", "wait", "GB", "run"}
     assert shown[-1]["run"] == "0 min left" and shown[0]["wait"].endswith("%")
 
 
