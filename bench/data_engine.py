@@ -124,7 +124,7 @@ def summary(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "patches_per_cpu_second": patches / cpu if cpu else None,
         "cold_patches_per_second": statistics.median(d["cold_patches"] / d["cold_seconds"] for d in rounds),
         "wait_share": statistics.median(d["wait"]["share"] for d in rounds),
-        "wait_seconds_per_step": statistics.median(d["wait"]["waited"] / d["wait"]["steps"] for d in rounds),
+        "wait_seconds_per_step": statistics.median(d["wait"]["waited"] / max(1, d["wait"]["steps"]) for d in rounds),
         "disk_bytes_per_epoch": max(d["disk_bytes"] for d in rounds) / epochs,
         "call_bytes_per_epoch": max(d["call_bytes"] for d in rounds) / epochs,
         "files_left": sum(len(d["files_left"]) for d in rounds),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import logging
 import math
@@ -37,7 +38,7 @@ _ANSWERS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExists
 _REFUSED = (PermissionError, NotImplementedError, ImportError, TypeError, ValueError, AttributeError, KeyError)
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError")
 _AGAIN = "%s/%s: %s: tried again; more of this is not told"
-_RIGHTS = "are the credentials right (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...), and may they do that there?"
+_RIGHTS = "check the URL, the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...) and their rights"
 _PATIENCE = "check network and endpoint; FASTSRGAN_STORE_RETRIES and FASTSRGAN_STORE_TIMEOUT say how long it is tried"
 
 
@@ -76,7 +77,7 @@ class Limits:
     def wait(self, key: str, attempt: int) -> float:
         """Seconds to wait after an attempt, counted from 1. Ranks that failed together do not come back together."""
         chance = rng(os.getpid(), "retry", key, attempt).uniform(0.5, 1.0)
-        return min(LONGEST_WAIT, self.backoff * 2.0 ** (attempt - 1)) * chance
+        return min(LONGEST_WAIT, self.backoff * 2.0 ** min(attempt - 1, 64)) * chance
 
 
 def open_url(url: str, read_only: bool) -> Remote:
@@ -141,12 +142,21 @@ class Remote(WrapperStore[FsspecStore]):
     async def create(self, key: str, data: bytes) -> bool:
         """Make an object that must not be there yet; False when it is. Atomic where the file system is (S3 is)."""
         try:
-            await self._patiently(
-                "written", key, lambda: self._store.fs._pipe_file(self._path(key), data, mode="create")
-            )
+            await self._patiently("written", key, lambda: self._exclusively(self._path(key), data))
         except FileExistsError:
             return False
         return True
+
+    async def _exclusively(self, path: str, data: bytes) -> None:
+        fs = self._store.fs
+        try:
+            await fs._pipe_file(path, data, mode="create")
+        except (TypeError, NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.ENOSYS:
+                raise
+            if await fs._exists(path):  # the next best where nothing is exclusive
+                raise FileExistsError(path) from None
+            await fs._pipe_file(path, data)
 
     async def remove(self, key: str) -> None:
         """Remove an object, if it is there."""

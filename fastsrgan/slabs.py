@@ -78,7 +78,7 @@ class Held:
         if self.whole is not None:
             self.first, self.stop = first, stop
             return self.whole[first:stop]
-        known = max(0, self.stop - first)
+        known = min(max(0, self.stop - first), stop - first)
         if self.memory is None or len(self.memory) < stop - first:
             larger = torch.empty((stop - first, *self.plan.padded_shape[1:]), device=self.device)
             if known and self.memory is not None:

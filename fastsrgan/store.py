@@ -157,6 +157,8 @@ class Store:
             if array not in s.arrays:
                 raise InputError(self.url, f"subject {s.id} has no {array}", f"it has {', '.join(s.arrays)}")
             spans = [slice_.indices(n) for slice_, n in zip(slices, s.shape, strict=True)]
+            if any(step < 1 for *_, step in spans):
+                raise ValueError("a region's slices go forward")
             if spans == [(0, n, 1) for n in s.shape]:
                 return self._whole(s, [array])[array]
             return self._intensities(s, array, self._part(s, array, spans))
@@ -212,6 +214,8 @@ class Store:
             try:
                 stored = decode(self.reader, {META: meta or b"", SHARD: shard or b""})
                 self._check(s, name, stored)
+            except MemoryError:
+                raise
             except Exception as error:  # the files are as they were written: of another program or version
                 raise InputError(self.url, f"{s.id}/{name}: {in_words(error)}", REPAIR) from error
             arrays[name] = self._intensities(s, name, stored)
@@ -235,7 +239,7 @@ class Store:
                 array = zarr.open_array(self._zarr, path=f"{s.id}/{name}", mode="r", zarr_format=3)
                 self._check(s, name, array)
                 found = np.asarray(array[region])
-        except FastsrganError:
+        except (FastsrganError, MemoryError):
             raise
         except Exception as error:  # tensorstore, zarr, blosc and JSON each fail in their own ways on damaged bytes
             faults = self._faults(s, name, *self._files(s, [name]))

@@ -178,7 +178,7 @@ def broken_stitching(monkeypatch):
 
 
 def nan_stitching(monkeypatch):
-    monkeypatch.setattr(Stitcher, "result", lambda self: self._out * math.nan)
+    monkeypatch.setattr(Stitcher, "result", lambda self: self.memory * math.nan)
 
 
 @pytest.mark.parametrize(

@@ -42,10 +42,11 @@ needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="m
     ],
     ids=lambda job: f"{job['kernel']}-{job['patch']}",
 )
-def test_what_is_taken_lies_between_half_the_plan_and_the_plan(job):
+def test_what_is_taken_lies_between_a_third_of_the_plan_and_the_plan(job):
+    """The plan is what the plain layers hold; the fused ones, where they are used, hold less."""
     found = probe(**job)
     assert found["mode"] == MEMORY
-    assert found["planned"] / 2 <= found["measured"] <= found["planned"], found
+    assert found["planned"] / 3 <= found["measured"] <= found["planned"], found
 
 
 @needs_linux

@@ -1,6 +1,7 @@
 """Stores: what a backend has to keep (StoreContract), and what happens to damaged, locked, full and foreign folders."""
 
 import contextlib
+import errno
 import itertools
 import json
 import logging
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import zarr
+from fsspec.implementations.memory import MemoryFileSystem
 
 from fastsrgan import store_files, store_writer
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
@@ -510,6 +512,28 @@ def test_a_lock_behind_a_url(caplog):
     keys.put(LOCK, json.dumps({"pid": 2**22 + 1, "host": socket.gethostname()}).encode())
     with create_store(url):
         assert "did not end properly" in caplog.text
+
+
+@pytest.mark.parametrize("refusal", [TypeError("mode"), NotImplementedError(), OSError(errno.ENOSYS, "NotImplemented")])
+def test_a_lock_where_nothing_is_exclusive(monkeypatch, refusal):
+    """As with servers that know no conditional writes: who comes later is refused, who was replaced ends."""
+    plain = MemoryFileSystem.pipe_file
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        if mode != "overwrite":
+            raise refusal
+        plain(self, path, value)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", pipe_file)
+    url = f"memory://{uuid.uuid4().hex}/store"
+    with create_store(url) as writer:
+        with pytest.raises(ResourceError, match="is being written by process"):
+            create_store(url)
+        put(writer, "a")
+        store_files.Keys(url, read_only=False).put(LOCK, b"{}")
+        with pytest.raises(ResourceError, match="taken over by another"):
+            put(writer, "b")
+    assert [s.id for s in open_store(url).subjects] == ["a"]
 
 
 def test_the_disk_is_asked_before_writing(folder, monkeypatch):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_store import make, put, tree, volume
 
+from fastsrgan import store as store_module
 from fastsrgan import store_codec
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.store import open_store
@@ -20,7 +21,8 @@ from fastsrgan.store_codec import pick_reader
 from fastsrgan.store_writer import create_store
 
 READERS = ("zarr", "tensorstore")
-both = pytest.mark.skipif(importlib.util.find_spec("tensorstore") is None, reason="tensorstore is not installed")
+INSTALLED = importlib.util.find_spec("tensorstore") is not None
+both = pytest.mark.skipif(not INSTALLED, reason="tensorstore is not installed")
 
 
 def outcome(read):
@@ -63,7 +65,7 @@ def odd(tmp_path_factory):
     folder = tmp_path_factory.mktemp("odd") / "store"
     image = volume(2, (70, 5, 131))
     make(folder, "a", image=image, scale=2.0, mask=True)
-    return {reader: open_store(folder, reader) for reader in READERS}, image
+    return {reader: open_store(folder, reader) for reader in READERS[: 1 + INSTALLED]}, image
 
 
 ends = st.one_of(st.none(), st.integers(-150, 150))
@@ -80,6 +82,20 @@ def test_regions(odd, region, name):
     np.testing.assert_array_equal(one, other)
     if name == "image":
         np.testing.assert_array_equal(one, image[region].astype(np.float32) * 2)
+
+
+def test_a_region_that_goes_backward(odd):
+    with pytest.raises(ValueError, match="go forward"):
+        odd[0]["zarr"].read_region("a", "image", (slice(9, 2, -1), slice(None), slice(None)))
+
+
+def test_a_lack_of_memory_is_no_damage(odd, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(store_module, "decode", full)
+    with pytest.raises(MemoryError):
+        odd[0]["zarr"].read("a")
 
 
 @both

@@ -126,7 +126,7 @@ def test_a_refusal_is_told_at_once(url, proxy):
     store = open_store(url)
     proxy.fail("403", 1e9)
     with pytest.raises(ResourceError, match="credentials"):
-        store.read_region("a", "image", (slice(None),) * 3)
+        store.read_region("a", "image", (slice(2),) * 3)
     assert max(Counter(path for _, path, _ in proxy.requests).values()) == 1
     with pytest.raises(ResourceError, match="credentials"):
         open_store(url)

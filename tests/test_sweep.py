@@ -196,7 +196,7 @@ def test_sums_move_to_the_cpu_when_the_device_is_full(when, generator, monkeypat
     monkeypatch.setattr(engine.Stitcher, "__init__", full)
     monkeypatch.setattr(engine.Stitcher, "add", add)
     with caplog.at_level(logging.WARNING, "fastsrgan"):
-        out, _ = streamed(slabs.Whole(volume), plan, generator, batch=2)
+        out, _ = streamed(Planes(volume), plan, generator, batch=2)
     assert torch.allclose(out, expected, rtol=0, atol=1e-5)
     assert [r.getMessage() for r in caplog.records] == [
         "out of memory on cpu:0: the result is summed on the CPU, which is slower"
