@@ -1,17 +1,34 @@
-"""Every fast layer equals its plain form: values and all gradients, in float64."""
+"""Every fast layer equals its plain form: values and all gradients, in float64; rounding in float32."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastsrgan import layers
+from fastsrgan import doubling, fused, layers, normed, spectral, winograd
 from fastsrgan.networks import GENERATORS, GeneratorSpec, build_generator
 
 TOLERANCE = 1e-12
 EVEN = st.sampled_from([4, 6, 8, 10])
 SIZES = st.sampled_from([2, 3, 4, 5, 7])
+CONVOLUTIONS = {
+    "3^3": (layers.conv3_reflect, 3),
+    "7^3": (layers.conv7_reflect, 7),
+    "halving": (layers.halving_conv, 3),
+    "doubling": (layers.upsample_conv, 3),
+}
+drawn = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def forms(request, monkeypatch):
+    """The fast forms of either device, here; of the CPU's with Winograd's products however small the layer."""
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 1)
+    monkeypatch.setattr(winograd, "MAX_WASTED", 1e9)
+    if request.param == "gpu":
+        monkeypatch.setattr(layers, "by_hand", lambda x: False)
+    return request.param
 
 
 def random(seed, *shape):
@@ -33,27 +50,43 @@ def assert_equal_with_gradients(fast, plain, *inputs):
             assert (g - w).abs().max() <= TOLERANCE * max(largest, 1)
 
 
-@settings(max_examples=15, deadline=None)
+def both(convolution):
+    """The fast form and the plain one."""
+    return (lambda *a: convolution(*a, "fast")), (lambda *a: convolution(*a, "reference"))
+
+
+@drawn
 @given(st.tuples(EVEN, EVEN, EVEN), st.integers(1, 3), st.integers(1, 3), st.integers(1, 2))
-def test_conv7(size, inputs, outputs, batch):
+def test_conv7(forms, size, inputs, outputs, batch):
     x, weight = random(0, batch, inputs, *size), random(1, outputs, inputs, 7, 7, 7)
-    assert_equal_with_gradients(
-        lambda x, w: layers.conv7_reflect(x, w, "fast"), lambda x, w: layers.conv7_reflect(x, w, "reference"), x, weight
-    )
+    assert_equal_with_gradients(*both(layers.conv7_reflect), x, weight)
 
 
-@settings(max_examples=15, deadline=None)
+@drawn
 @given(st.tuples(SIZES, SIZES, SIZES), st.integers(1, 4), st.integers(1, 3), st.integers(1, 2))
-def test_upsampling(size, inputs, outputs, batch):
+def test_upsampling(forms, size, inputs, outputs, batch):
     x, weight = random(0, batch, inputs, *size), random(1, outputs, inputs, 3, 3, 3)
-    assert_equal_with_gradients(
-        lambda x, w: layers.upsample_conv(x, w, "fast"), lambda x, w: layers.upsample_conv(x, w, "reference"), x, weight
-    )
+    assert_equal_with_gradients(*both(layers.upsample_conv), x, weight)
 
 
-@settings(max_examples=15, deadline=None)
+@drawn
+@given(st.tuples(*[st.integers(2, 19)] * 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 2))
+def test_conv3(forms, size, inputs, outputs, batch):
+    """Tiles of four outputs meet sizes that they do not divide, and axes of one or several matrices."""
+    x, weight = random(0, batch, inputs, *size), random(1, outputs, inputs, 3, 3, 3)
+    assert_equal_with_gradients(*both(layers.conv3_reflect), x, weight)
+
+
+@drawn
+@given(st.tuples(SIZES, SIZES, SIZES), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5))
+def test_halving(forms, size, inputs, outputs, batch):
+    x, weight = random(0, batch, inputs, *size), random(1, outputs, inputs, 3, 3, 3)
+    assert_equal_with_gradients(*both(layers.halving_conv), x, weight)
+
+
+@drawn
 @given(st.tuples(SIZES, SIZES, SIZES), st.integers(1, 4), st.integers(1, 3), st.booleans())
-def test_instance_norm(size, channels, batch, relu):
+def test_instance_norm(forms, size, channels, batch, relu):
     norm = layers.InstanceNorm(channels, relu)
     x, scale, shift = random(0, batch, channels, *size), random(1, channels), random(2, channels)
 
@@ -61,6 +94,153 @@ def test_instance_norm(size, channels, batch, relu):
         return lambda x, s, t: torch.func.functional_call(norm, {"scale": s, "shift": t}, (x, form))
 
     assert_equal_with_gradients(run("fast"), run("reference"), x, scale, shift)
+
+
+def norm_and(convolution, form, flat=None):
+    """norm_conv as a function of all that has a gradient."""
+
+    def run(x, scale, shift, weight):
+        norm = layers.InstanceNorm(x.shape[1])
+        del norm.scale, norm.shift
+        norm.scale, norm.shift = scale, shift
+        return layers.norm_conv(x, norm, weight, convolution, form, flat)
+
+    return run
+
+
+@pytest.mark.parametrize("parts", ["whole", "parts"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_norm_and_convolution_in_one(forms, name, parts, monkeypatch):
+    """A constant channel, a sample that is flat, and memory for a channel and a sample at a time or for all."""
+    if parts == "parts":
+        monkeypatch.setattr(normed, "BLOCK", 1)
+        monkeypatch.setattr(fused, "HELD_BYTES", 1)
+        monkeypatch.setattr(spectral, "HELD_BYTES", 1)
+    convolution, kernel = CONVOLUTIONS[name]
+    x = random(0, 5, 3, 4, 6, 8) + 3
+    x[1, 2] = 0.5
+    flat = torch.zeros(5, 1, 1, 1, 1, dtype=torch.bool)
+    flat[3] = True
+    inputs = x, random(1, 3), random(2, 3), random(3, 4, 3, *(kernel,) * 3)
+    assert_equal_with_gradients(norm_and(convolution, "fast", flat), norm_and(convolution, "reference", flat), *inputs)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_what_is_frozen_gets_no_gradient_and_changes_none(name, frozen):
+    convolution, kernel = CONVOLUTIONS[name]
+    inputs = {"x": random(0, 2, 3, 4, 6, 4), "weight": random(1, 2, 3, *(kernel,) * 3)}
+    gradients = []
+    for form in layers.FORMS:
+        leaves = {k: v.clone().requires_grad_(k != frozen) for k, v in inputs.items()}
+        convolution(**leaves, form=form).square().sum().backward()
+        assert leaves.pop(frozen).grad is None
+        gradients.extend(v.grad for v in leaves.values())
+    assert torch.allclose(*gradients, rtol=0, atol=1e-12 * gradients[1].abs().max())
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_norm_and_convolution_keep_one_array(name, monkeypatch):
+    """Between the passes: x, the weight, numbers of each channel; Winograd's values where they stand for the result."""
+    convolution, kernel = CONVOLUTIONS[name]
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 1)
+    x, weight = random(0, 2, 4, 12, 8, 8).requires_grad_(), random(1, 4, 4, *(kernel,) * 3).requires_grad_()
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layers.norm_conv(x, layers.InstanceNorm(4).double(), weight, convolution)
+    values = 6**3 / 4**3 if name == "3^3" else 0
+    assert sum(kept.values()) - weight.nbytes <= (1 + values) * x.nbytes + 1000
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_x_is_written_over_only_without_gradients(name):
+    convolution, kernel = CONVOLUTIONS[name]
+    x, weight = random(0, 2, 3, 4, 4, 4), random(1, 2, 3, *(kernel,) * 3)
+    norm = layers.InstanceNorm(3).double()
+    before = x.clone()
+    with_gradients = layers.norm_conv(x, norm, weight, convolution)
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        assert torch.allclose(layers.norm_conv(x, norm, weight, convolution), with_gradients, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_second_derivative_is_refused_rather_than_wrong(name):
+    convolution, kernel = CONVOLUTIONS[name]
+    x = random(0, 1, 1, 4, 4, 4).requires_grad_()
+    y = layers.norm_conv(x, layers.InstanceNorm(1).double(), random(1, 2, 1, *(kernel,) * 3), convolution)
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "outputs", "size"),
+    [("3^3", 64, 64, 12), ("7^3", 16, 2, 16), ("7^3", 1, 16, 16), ("halving", 16, 32, 16), ("doubling", 32, 16, 8)],
+)
+def test_float32_rounds_hardly_more_than_the_plain_form(name, inputs, outputs, size):
+    """The layers of the paper's generator: values and gradients within 1e-5 and 4 x the plain form's rounding."""
+    convolution, kernel = CONVOLUTIONS[name]
+    x = random(0, 2, inputs, size, size, size).relu()
+    weight = random(1, outputs, inputs, *(kernel,) * 3) / (inputs * kernel**3) ** 0.5
+
+    def run(form, dtype):
+        leaves = [x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+        y = convolution(*leaves, form)
+        return [y.detach(), *torch.autograd.grad(y, leaves, random(2, *y.shape).to(dtype))]
+
+    truth = run("reference", torch.float64)
+    errors = {
+        form: [
+            ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(run(form, torch.float32), truth, strict=True)
+        ]
+        for form in layers.FORMS
+    }
+    for fast, plain in zip(errors["fast"], errors["reference"], strict=True):
+        assert fast <= min(1e-5, max(4 * plain, 1e-6)), errors
+
+
+def test_a_large_mean_costs_no_more_digits_than_it_must():
+    """mean 1000, deviation 1: float32 has 6e-5 of it left; sums of squares would have lost all."""
+    x = (1000 + random(0, 2, 3, 16, 16, 16)).float()
+    norm = layers.InstanceNorm(3, relu=False)
+    with torch.no_grad():
+        assert (norm(x) - norm.double()(x.double(), "reference")).abs().max() <= 2e-4
+
+
+def test_the_forms_by_hand_are_for_full_precision_on_the_cpu():
+    x = torch.zeros(1)
+    assert layers.by_hand(x) and layers.by_hand(x.double())
+    assert not layers.by_hand(x.half()) and not layers.by_hand(x.bfloat16()) and not layers.by_hand(x.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not layers.by_hand(x)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_lone_small_image_is_convolved_alike(stride):
+    x, weight = random(0, 1, 3, 9, 8, 7).float(), random(1, 4, 3, 3, 3, 3).float()
+    wanted = F.conv3d(x.double(), weight.double(), stride=stride)
+    assert (doubling.convolve(x, weight, stride) - wanted).abs().max() <= 1e-5
+    assert torch.equal(doubling.convolve(x.double(), weight.double(), stride), wanted)
+
+
+@given(st.integers(1, 700))
+def test_transforms_have_even_sizes_with_small_prime_factors(n):
+    def fits(m):
+        for p in (2, 3, 5, 7):
+            while m % p == 0:
+                m //= p
+        return m == 1
+
+    size = spectral.good_size(n)
+    assert size >= n and size % 2 == 0 and fits(size)
+    assert not any(fits(m) for m in range(n + n % 2, size, 2))
 
 
 def test_instance_norm_is_the_originals_formula():
@@ -129,23 +309,31 @@ def test_upsampling_repeats_each_voxel():
 # --- whole generators ---------------------------------------------------------------------------------------------
 
 SPECS = [
-    GeneratorSpec(network, 3, residual, conditional, classes)
+    GeneratorSpec(network, 3, residual, conditional, classes, scaled)
     for network in GENERATORS
-    for residual, conditional, classes in [(True, False, 0), (False, False, 2), (True, True, 0), (False, True, 3)]
+    for residual, conditional, classes, scaled in [
+        (True, False, 0, False),
+        (False, False, 2, True),
+        (True, True, 0, True),
+        (False, True, 3, False),
+    ]
 ]
+SHAPES = [(12, 8, 16), (20, 8, 28), (8, 36, 12)]
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: "-".join(map(str, s.to_dict().values())))
-def test_generators_agree_in_both_forms(spec):
-    x, res = random(0, 2, 1, 12, 8, 16).abs(), torch.tensor([0.5, 3.0], dtype=torch.float64)
+def test_generators_agree_in_both_forms(forms, spec, shape):
+    x, res = random(0, 2, 1, *shape).abs(), torch.tensor([0.5, 3.0], dtype=torch.float64)
     results = []
     for form in layers.FORMS:
         generator = build_generator(spec, form, seed=3).double()
         for i, parameter in enumerate(p for p in generator.parameters() if p.ndim == 1):
             parameter.data = random(i, *parameter.shape)  # scales and shifts that matter
-        y = generator(x, res if spec.conditional else None)
+        image = x.clone().requires_grad_()
+        y = generator(image, res if spec.conditional else None)
         (y * random(99, *y.shape)).sum().backward()
-        results.append((y, {n: p.grad for n, p in generator.named_parameters()}))
+        results.append((y, {"x": image.grad, **{n: p.grad for n, p in generator.named_parameters()}}))
     (fast, fast_grads), (plain, plain_grads) = results
     assert (fast - plain).abs().max() <= TOLERANCE * plain.abs().max()
     # Some gradients are 0 but for rounding (a shift behind which another norm stands): relative to the largest of all.

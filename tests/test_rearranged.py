@@ -39,7 +39,7 @@ def test_an_inference_rearranges_each_weight_once(calls):
     assert before and calls == before, "three batches cost what one pass costs"
     alone, _ = predict(volume[..., :16], tiles.plan((16, 16, 16), 16, 16), generator, 1.0, batch=1)
     assert torch.allclose(alone[0], volume[..., :16] - expected[0], atol=1e-5)
-    generator.blocks[0].conv_a.data.mul_(0.5)
+    generator.head.data.mul_(0.5)
     changed, _ = predict(volume, plan, generator, 1.0, batch=1)
     assert (changed - out).abs().max() > 1e-3, "the next inference sees new weights"
 
