@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def predict(
         out[0][:, first : first + planes.shape[1]] = planes
 
     if network.device.type != "cpu":
-        shown = {"region": region, "progress": progress, "label": label}
+        shown: dict[str, Any] = {"region": region, "progress": progress, "label": label}
         facts = stream(Whole(volume_XYZ), plan, network, keep, window=window, batch=batch, **shown)
         return out[0], facts
     network.choose_batch(batch, plan)
