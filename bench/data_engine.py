@@ -1,8 +1,9 @@
 """End to end from files to batches: fastsrgan beside TorchIO, MONAI and the original's preparation on disk.
 
 First every peer's volumes are compared with ours. Then each side works in a process of its own, one after the other in
-each round: an epoch that begins with nothing in memory, epochs that are timed, one with a pause for a simulated
-training step after each batch, and one during which the memory of the process and its children is looked at.
+each round: an epoch that begins with nothing in memory, epochs that are timed, two with a pause for a simulated
+training step after each batch, of which the second counts, and one during which the memory of all its processes is
+looked at.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ LAWS: dict[str, Callable[[Work, str], peers.Law]] = {
     "monai, trilinear": functools.partial(peers.monai_law, interpolation="linear"),
 }
 SAME = 1e-3  # what a peer's truth may differ from ours: the largest low-resolution value divides both
-EXTRA_EPOCHS = 3  # the first one, the one with simulated steps, the one in which memory is looked at
+EXTRA_EPOCHS = 4  # the first one, two with simulated steps, one in which memory is looked at
 
 
 # --- fastsrgan ----------------------------------------------------------------------------------------------------
@@ -200,7 +200,8 @@ def measure(side: str, work: Work, memory: bool = True) -> dict[str, Any]:
         cpu.append(tree_cpu_seconds(os.getpid()))
         steady.append(consume(next(epochs), work))
         cpu[-1] = tree_cpu_seconds(os.getpid()) - cpu[-1]
-    wait = consume(next(epochs), work, work.step_ms / 1e3)
+    # What is made ahead is made during the epoch before, so that one has the simulated steps too.
+    wait = [consume(next(epochs), work, work.step_ms / 1e3) for _ in range(2)][1]
     after, left = written(), watch.changed()
     if memory:
         print(json.dumps({"look": "memory"}), flush=True)
@@ -211,11 +212,11 @@ def measure(side: str, work: Work, memory: bool = True) -> dict[str, Any]:
         "cold_patches": cold["patches"],
         "seconds": [epoch["seconds"] for epoch in steady],
         "cpu_seconds": cpu,
-        "wait": {**wait, "share": wait["waited"] / wait["seconds"]},
+        "wait": {**wait, "share": wait["waited"] / max(wait["seconds"], 1e-9)},
         "disk_bytes": after["disk"] - before["disk"],
         "call_bytes": after["calls"] - before["calls"],
         "files_left": {str(path): size for path, size in left.items()},
-        "epochs": work.epochs + 2,
+        "epochs": work.epochs + 3,
         "base_bytes": base,
     }
 

@@ -53,31 +53,36 @@ class Scaling:
         return [f"weak scaling efficiency {row['weak_scaling_efficiency']:.0%}: {speed:.2f} x the patches of one rank"]
 
     def launch(self, world: int) -> list[dict[str, Any]]:
-        """What every rank printed. Raises RuntimeError with the first rank's error."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        """What every rank printed."""
         threads = max(1, self.args.threads // self.args.ranks)
         options = {**self.facts, "threads": threads, "repeats": self.args.repeats, "device": self.args.device}
-        command = [sys.executable, "-m", "bench.step_ranks", json.dumps(options)]
-        common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-        common |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": str(threads)}
-        ranks = [
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        done = [rank.communicate() for rank in ranks]
-        for rank, (_, told) in zip(ranks, done, strict=True):
-            if rank.returncode:
-                raise RuntimeError(f"{' '.join(command)}: {told.strip()[-2000:]}")
-        return [json.loads(out.splitlines()[-1]) for out, _ in done]
+        said = on_ranks([sys.executable, "-m", "bench.step_ranks", json.dumps(options)], world, threads)
+        return [json.loads(out.splitlines()[-1]) for out in said]
+
+
+def on_ranks(command: Sequence[str], world: int, threads: int) -> list[str]:
+    """Run a command as the ranks of one machine: what each printed. Raises RuntimeError with the first rank's error."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": str(threads)}
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    done = [rank.communicate() for rank in ranks]
+    for rank, (_, told) in zip(ranks, done, strict=True):
+        if rank.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {told.strip()[-2000:]}")
+    return [out for out, _ in done]
 
 
 def spread(seconds: Sequence[float]) -> dict[str, Any]:

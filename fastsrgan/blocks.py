@@ -21,6 +21,8 @@ from fastsrgan.extras import apply_bias, apply_motion
 from fastsrgan.intensity import contrast_power
 from fastsrgan.resample import Matrix, apply_axes, support
 
+Region = tuple[slice, slice, slice]  # of the high-resolution grid, without steps
+
 
 @dataclass(frozen=True)
 class Source:
@@ -105,8 +107,13 @@ def acquire(
     return _gather(slices, shape, axis, slabs.slices)
 
 
-def interpolate(low_res: torch.Tensor, up: list[Matrix], axis: int, slabs: Slabs) -> torch.Tensor:
-    """The low-resolution image through the operators ``up``: (X, Y, Z) float32."""
+def interpolate(
+    low_res: torch.Tensor, up: list[Matrix], axis: int, slabs: Slabs, region: Region | None = None
+) -> torch.Tensor:
+    """The low-resolution image through the operators ``up``: (X, Y, Z) float32, or ``region`` of it."""
+    if region is not None:
+        low_res = low_res[tuple(r if u is None else slice(None) for r, u in zip(region, up, strict=True))]
+        up = [None if u is None else u[r] for r, u in zip(region, up, strict=True)]
     shape = [n if u is None else len(u) for n, u in zip(low_res.shape, up, strict=True)]
     matrix = up[axis]
 
@@ -119,13 +126,18 @@ def interpolate(low_res: torch.Tensor, up: list[Matrix], axis: int, slabs: Slabs
     return _gather(planes, shape, axis, slabs.planes)
 
 
-def truth(source: Source, power: float, unit: float, slabs: Slabs) -> torch.Tensor:
-    """The image after the contrast power, max(image / unit, 0) ** power: (X, Y, Z) float32."""
+def truth(source: Source, power: float, unit: float, slabs: Slabs, region: Region | None = None) -> torch.Tensor:
+    """The image after the contrast power, max(image / unit, 0) ** power: (X, Y, Z) float32, or ``region`` of it."""
+    region = region or (slice(0, None),) * 3
+    starts, stops, _ = zip(*(r.indices(n) for r, n in zip(region, source.image.shape, strict=True)), strict=True)
+    shape = [stop - start for start, stop in zip(starts, stops, strict=True)]
+    within = tuple(slice(None) if d == source.axis else r for d, r in enumerate(region))
 
     def planes(first: int, last: int) -> torch.Tensor:
-        return contrast_power(source.slab(first, last), power, unit)
+        begin = starts[source.axis]
+        return contrast_power(source.slab(begin + first, begin + last)[within].contiguous(), power, unit)
 
-    return _gather(planes, source.image.shape, source.axis, slabs.planes)
+    return _gather(planes, shape, source.axis, slabs.planes)
 
 
 def _gather(make: Callable[[int, int], torch.Tensor], shape: Sequence[int], axis: int, step: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from fastsrgan import config as settings
 from fastsrgan import convert as conversion
 from fastsrgan import train as training
 from fastsrgan.errors import UsageError
-from fastsrgan.ranks import launched
+from fastsrgan.ranks import launched, speaks
 from fastsrgan.runtime import Progress, output_folder
 from fastsrgan.store import open_store
 from fastsrgan.table import read_table
@@ -224,6 +224,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         raise UsageError("train", "no run folder was given", "-o RUN (or -sf DIR as in the original)")
     if args.folder_training_data:
         log.info("--folder_training_data is not needed: patches are made in memory, nothing is written")
+    if not speaks():
+        log.setLevel(logging.WARNING)
     if args.multi_gpu and not launched():
         log.info("--multi_gpu: one process per GPU trains, torchrun --nproc-per-node GPUS -m fastsrgan train ...")
     config = build_config(args)
@@ -249,7 +251,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         mse_file=args.mse_file,
         progress=progress,
     )
-    if result.get("rank"):  # rank 0 speaks for all
+    if not speaks():
         return int(result["exit_code"])
     if args.json:
         print(json.dumps(result, indent=2))

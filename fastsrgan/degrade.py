@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastsrgan.blocks import Source, acquire, interpolate, plan, truth
+from fastsrgan.blocks import Region, Source, acquire, interpolate, plan, truth
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.extras import draw_bias, draw_motion
 from fastsrgan.intensity import add_noise, contrast_power, each_piece, largest
@@ -79,10 +79,12 @@ class Degradation:
         spacing_mm: tuple[float, float, float],
         draw: Draw,
         low_res_mm: tuple[float, float, float] | None = None,
+        region: Region | None = None,
     ) -> Degraded:
         """Degrade one image as drawn: a pure function of its arguments.
 
-        ``low_res_mm`` is ``draw.low_res`` in the axis order of ``image_XYZ``, where that is not the stored one.
+        ``low_res_mm`` is ``draw.low_res`` in the axis order of ``image_XYZ``, where that is not the stored one;
+        ``region`` as for ``degrade``.
         """
         return degrade(
             image_XYZ,
@@ -99,6 +101,7 @@ class Degradation:
             width=draw.width,
             motion=draw.motion,
             block_bytes=self.block_bytes,
+            region=region,
         )
 
     def linspace(self, index: int, count: int) -> Draw:
@@ -177,6 +180,7 @@ def degrade(
     width: float = 1.0,
     motion: float = 0.0,
     block_bytes: int | None = None,
+    region: Region | None = None,
 ) -> Degraded:
     """Simulate the acquisition of ``hr_XYZ`` at ``low_res_mm`` (paper eq. 1, 16, 17).
 
@@ -195,6 +199,8 @@ def degrade(
     width : full width at half maximum of the slice profile over the low-resolution voxel size
     motion : standard deviation in mm and degrees of the head's motion in the plane of each slice (extras.py)
     block_bytes : working memory, besides the image and the results, above which slabs are used; None: one slab
+    region : slices of the high-resolution grid: ``interpolated`` and ``hr`` are made there alone. The low-resolution
+        image is always whole, and the results are those of the whole volume to float32's rounding.
 
     Raises
     ------
@@ -227,7 +233,7 @@ def degrade(
         lr, power, noise, rng(int(seed), *rest), rng(int(seed), *rest, "imaginary") if rician else None
     )
     up = _up(tuple(lr.shape), hr.shape, spacing_mm, low_res_mm, geometry, factors, interpolation_type)
-    parts = [lr, interpolate(lr, up, axis, slabs), truth(source, power, unit, slabs)]
+    parts = [lr, interpolate(lr, up, axis, slabs, region), truth(source, power, unit, slabs, region)]
     low, z, x = parts if isinstance(hr_XYZ, torch.Tensor) else [p.numpy() for p in parts]
     return Degraded(low, z, x, scale, tuple(float(r) for r in low_res_mm))  # type: ignore[arg-type]
 

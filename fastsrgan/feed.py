@@ -12,6 +12,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.pool import Resident
 from fastsrgan.resident import Mover, PatchRule, make_resident, move_by_thread
 from fastsrgan.runtime import rng
-from fastsrgan.store import Store
+from fastsrgan.store import Store, Subject
 from fastsrgan.store_files import local_path
 
 log = logging.getLogger("fastsrgan")
@@ -78,8 +79,11 @@ def resident_limit(
     device: torch.device | None = None,
     precision: str = "auto",
     prefetch: int = 1,
+    patch: int = 0,
 ) -> int:
     """How many of the subjects may be resident at once: a group in use and ``prefetch`` groups being made fit.
+
+    ``patch`` : edge of the patches, where residents are kept to the part in which these lie; 0: they are whole
 
     The budget is 40 % of what is free now unless given: of the device's memory on CUDA, else of the machine's, shared
     by the ranks that run on it.
@@ -89,7 +93,8 @@ def resident_limit(
         budget_bytes = int(0.4 * free_memory(device))
     each = 2 * pick_dtype(precision, device).itemsize
     largest = max(
-        int(np.prod(s.shape)) * (each + s.has_label + s.has_mask) for s in (store.subject(name) for name in subjects)
+        resident_voxels(s, patch) * (each + s.has_label + s.has_mask)
+        for s in (store.subject(name) for name in subjects)
     )
     fitting = budget_bytes // ((1 + prefetch) * largest)
     if not fitting:
@@ -99,6 +104,13 @@ def resident_limit(
             budget_bytes / 1e9,
         )
     return max(1, min(len(subjects), fitting))
+
+
+def resident_voxels(subject: Subject, patch: int) -> int:
+    """Voxels of a subject that are kept, at most: all of them where ``patch`` is 0 or the store names no box."""
+    box = subject.attrs.get("bounding_box") if patch else None
+    sizes = [high - low for low, high in box] if box else subject.shape
+    return math.prod(max(size, min(patch, n)) for size, n in zip(sizes, subject.shape, strict=True))
 
 
 def free_memory(device: torch.device) -> int:
@@ -211,9 +223,8 @@ class Feed:
             sample = self.store.read(subject)
         # A stream of its own: what it queues neither waits for the training step nor holds it up.
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            return make_resident(
-                sample, self.degradation, draw, self.rule, self.device, dtype=self.dtype, move=self.move
-            )
+            law, rule = self.degradation, self.rule
+            return make_resident(sample, law, draw, rule, self.device, dtype=self.dtype, move=self.move, crop=True)
 
     def groups(self, plan: Iterator[tuple[int, list[str]]]) -> Iterator[list[Resident]]:
         """Residents for each (epoch, subjects) of ``plan``, the next ``prefetch`` groups in work meanwhile.

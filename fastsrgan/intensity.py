@@ -12,7 +12,6 @@ import torch
 from fastsrgan.errors import InputError
 from fastsrgan.workers import run
 
-TINY = 2.0**-100  # in place of 0 on the way through the logarithm, whose infinity costs ten times a number's time
 CACHED = 24576  # voxels worked on at a time by one core; torch splits operations from 32768 on
 
 
@@ -76,11 +75,15 @@ def contrast_power(
     """
     out = torch.empty_like(data) if out is None else out
 
+    # Zeros go through the logarithm as a small number: infinities and results below float32's normal range take ten
+    # times as long. They come out as 2^-100 or, below power 1, more, and are set back to zero.
+    lowest = 2.0 ** (-100 / max(power, 1.0))
+
     def piece(source: torch.Tensor, result: torch.Tensor) -> None:
         torch.div(source, unit, out=result)
         if power != 1:
-            result.clamp_(min=TINY).log_().mul_(power).exp_()
-            torch.nn.functional.threshold_(result, 2.0 ** (-99.9 * power), 0.0)  # type: ignore[attr-defined]
+            result.clamp_(min=lowest).log_().mul_(power).exp_()
+            torch.nn.functional.threshold_(result, 1.07 * lowest**power, 0.0)  # type: ignore[attr-defined]
 
     each_piece(piece, data, out)
     return out

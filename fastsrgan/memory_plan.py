@@ -1,6 +1,6 @@
 """What an inference will take, and where, before it starts: in memory, by slabs, or not at all (FAULTS 35).
 
-Everything follows from shapes; what the network takes is counted on a small tile (``activations``). Measured peaks stay
+Everything follows from shapes; what the network takes is counted on one tile (``activations``). Measured peaks stay
 between half the plan and the plan (tests/test_memory_plan.py).
 """
 
@@ -12,7 +12,7 @@ import resource
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fastsrgan import tiles
 from fastsrgan.errors import ResourceError
@@ -36,6 +36,8 @@ class Job:
     held : bytes kept of the image besides the image
     levels : whether levels of denser tiles are summed (``anytime``)
     can_stream : whether there is a place for results that do not fit into memory
+    split : whether this process does a part of the planes only, which always go to files
+    averaged : whether a tile's result is a mean over several passes
     """
 
     plan: tiles.TilePlan
@@ -44,6 +46,8 @@ class Job:
     held: int = 0
     levels: bool = False
     can_stream: bool = False
+    split: bool = False
+    averaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ class MemoryPlan:
     def total(self, where: str) -> int:
         """Bytes on the host, the device or the disk."""
         return sum(size for _, place, size in self.rows if place == where)
+
+    def has(self, what: str) -> bool:
+        """Whether there is room for it."""
+        return any(name == what for name, _, _ in self.rows)
 
     @property
     def line(self) -> str:
@@ -79,8 +87,28 @@ class MemoryPlan:
         return {"mode": self.mode, "limit_bytes": self.limit, **totals, "rows": rows}
 
 
-def plan_memory(job: Job, network: TileNetwork, batch: str | int, limit: int | None = None) -> MemoryPlan:
-    """Choose how a volume is done and with which batch.
+class Beside(Protocol):
+    """What else of a cohort could be in memory while a volume is worked on: its neighbours in the list.
+
+    result : bytes of the result before it, which is being written
+    image : bytes of the image behind it, which is not read yet
+    """
+
+    result: int
+    image: int
+
+    def settle(self, result: bool, image: bool) -> None:
+        """Told before the first tile which of them there is room for; makes sure that the others are not there."""
+
+
+RESULT_BEFORE, NEXT_IMAGE = "result before", "next image"
+
+
+def plan_memory(
+    job: Job, network: TileNetwork, batch: str | int, limit: int | None = None, beside: Beside | None = None
+) -> MemoryPlan:
+    """Choose how a volume is done and with which batch: as if it was alone, then its neighbours are let in where there
+    is room, so that they change no result.
 
     limit : bytes on the host beside the image; None takes nine tenths of what is free
 
@@ -88,17 +116,27 @@ def plan_memory(job: Job, network: TileNetwork, batch: str | int, limit: int | N
     ------
     ResourceError : neither way fits; says what would.
     """
-    given, limit = limit, (int(SHARE * free_memory()) if limit is None else limit)
-    ways = [MEMORY] + [SLABS] * (job.can_stream and not job.levels)
+    given = limit
+    if limit is None:
+        limit = int(SHARE * (free_memory() + (beside.result if beside else 0)))
+    ways = [MEMORY] * (not job.split) + [SLABS] * (job.can_stream and not job.levels)
     plans = [_fitted(job, network, batch, way, limit) for way in ways]
     for made in plans:
         if made.total("host") <= limit:
-            return made
+            return made if beside is None else _with(made, beside)
     least = min(plans, key=lambda made: made.total("host"))
     asked = f"the limit is {_human(limit)}" if given is not None else f"{_human(limit)} are free"
     raise ResourceError(
         "memory", f"this image needs {_human(least.total('host'))}, {asked}", _advice(job, network, limit)
     )
+
+
+def _with(made: MemoryPlan, beside: Beside) -> MemoryPlan:
+    """The plan with those neighbours that fit."""
+    for what, size in ((RESULT_BEFORE, beside.result), (NEXT_IMAGE, beside.image)):
+        if size and made.total("host") + size <= made.limit:
+            made = replace(made, rows=(*made.rows, (what, "host", size)))
+    return made
 
 
 def _fitted(job: Job, network: TileNetwork, batch: str | int, mode: str, limit: int) -> MemoryPlan:
@@ -131,6 +169,8 @@ def _rows(job: Job, network: TileNetwork, batch: int, mode: str) -> tuple[tuple[
         ("sums", work, memory_of(plan, channels, job.window, network.device, rolling, job.levels)),
         ("network", work, network.bytes_of(plan.patch, batch) + batch * tile * (1 + channels)),
     ]
+    if job.averaged:
+        rows.append(("means", work, batch * tile * (1 + 2 * channels)))
     if mode == SLABS:
         rows += [
             ("finished planes", "host", 4 * channels * plan.patch[0] * plane),
@@ -146,7 +186,7 @@ def _advice(job: Job, network: TileNetwork, limit: int) -> str:
     """What would fit: a smaller patch, or nothing."""
     way = SLABS if job.can_stream and not job.levels else MEMORY
     by_slabs = sum(size for _, where, size in _rows(job, network, 1, SLABS) if where == "host")
-    if way == MEMORY and by_slabs <= limit:
+    if way == MEMORY and by_slabs <= limit and not job.split:
         how = "without --budget" if job.levels else "with scratch, a folder for its files"
         return f"by slabs it needs {_human(by_slabs)}: {how}"
     for patch in SMALLER:

@@ -28,7 +28,8 @@ class Resident:
     interpolated, hr : float32, float16 or bfloat16, divided by the low-resolution maximum
     label : uint8, 1 inside the structure; mask : uint8 classes, or None
     resolution : through-plane voxel size in mm (the conditional input)
-    origins : (n, 3) int, corners of its patches
+    origins : (n, 3) int, corners of its patches in these arrays
+    offset : voxel of the whole volume at which the arrays begin
     """
 
     subject: str
@@ -38,6 +39,7 @@ class Resident:
     mask: Tensor | None
     resolution: float
     origins: np.ndarray
+    offset: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def nbytes(self) -> int:
@@ -55,59 +57,6 @@ class Batch:
     y: Tensor
     res: Tensor
     ids: list[str]
-
-
-def patch_origins(
-    shape: tuple[int, ...], patch: int, stride: int, box: tuple[tuple[int, int], ...], mask: np.ndarray | None = None
-) -> np.ndarray:
-    """Corners of the training patches: (n, 3) int64.
-
-    A grid of ``stride`` starts at the lower corner of ``box`` (per axis [low, high), the image's positive voxels) and
-    ends with a patch that touches its upper side; boxes and volumes smaller than a patch give one position, which may
-    be negative (the patch hangs over both edges and is filled with zeros). With ``mask`` only patches with more than
-    half of their voxels inside are kept (the original's ``overlapping_with_mask``).
-    """
-    axes = []
-    for n, (low, high) in zip(shape, box, strict=True):
-        if high - low <= patch:
-            middle = (low + high - patch) // 2
-            start = (n - patch) // 2 if n <= patch else min(max(middle, 0), n - patch)
-            axes.append([start])
-            continue
-        last = high - patch
-        axes.append(sorted({*range(low, last + 1, stride), last}))
-    origins = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    if mask is None:
-        return origins
-    padded = np.pad(np.cumsum(np.cumsum(np.cumsum(mask > 0, 0), 1), 2), ((1, 0),) * 3)
-    keep = [_count(padded, o, patch) > patch**3 / 2 for o in origins]
-    return origins[np.asarray(keep, bool)]
-
-
-def _count(table: np.ndarray, origin: np.ndarray, patch: int) -> int:
-    """Mask voxels inside a patch, from the summed-volume table."""
-    low = [max(int(o), 0) for o in origin]
-    high = [min(int(o) + patch, n - 1) for o, n in zip(origin, table.shape, strict=True)]
-    total = 0
-    for corner in range(8):
-        index = tuple(high[d] if corner >> d & 1 else low[d] for d in range(3))
-        sign = 1 if corner.bit_count() % 2 else -1
-        total += sign * int(table[index])
-    return total
-
-
-def positive_box(image_XYZ: np.ndarray | Tensor) -> tuple[tuple[int, int], ...]:
-    """Per axis [low, high) of the voxels above zero; the whole volume when there is none.
-
-    The original's slice lost the last plane of the box; it is kept here.
-    """
-    positive = (torch.as_tensor(image_XYZ) > 0).view(torch.uint8)
-    plane = positive.amax(0)
-    box = []
-    for line in (positive.flatten(1).amax(1), plane.amax(1), plane.amax(0)):
-        inside = line.nonzero().flatten().tolist()
-        box.append((inside[0], inside[-1] + 1) if inside else (0, len(line)))
-    return tuple(box)
 
 
 class Pool:
@@ -232,7 +181,8 @@ class Pool:
         y = self._buffers.take((n, 2 + self.mask_classes, p, p, p), device)
         _gather(x, y, residents, origins, flips)
         res = torch.tensor([r.resolution for r in residents], dtype=torch.float32)
-        ids = [f"{r.subject}@{o[0]},{o[1]},{o[2]}" for r, o in zip(residents, origins, strict=True)]
+        corners = [(r.subject, o + r.offset) for r, o in zip(residents, origins, strict=True)]
+        ids = [f"{subject}@{i},{j},{k}" for subject, (i, j, k) in corners]
         return Batch(x, y, res.to(device), ids)
 
 

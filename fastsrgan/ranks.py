@@ -78,6 +78,11 @@ class Ranks:
     def note(self, what: str) -> None:
         """Remember ``what`` for as long as the job lasts."""
 
+    @property
+    def store(self) -> dist.Store | None:
+        """Small values that every rank reads and writes without waiting for others; None for a process alone."""
+        return None
+
     def __enter__(self) -> Ranks:
         return self
 
@@ -94,7 +99,14 @@ class TorchRanks(Ranks):
     A rank that ends while others wait for it breaks their connection: they raise LostRank with the error it left.
     """
 
-    def __init__(self, rank: int, world: int, local_world: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        local_world: int,
+        device: torch.device,
+        patience: datetime.timedelta = TIMEOUT,
+    ) -> None:
         self.rank, self.world, self.local_world = rank, world, local_world
         self._names: list[str] = []  # of values that ``mean`` was asked for
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -108,7 +120,7 @@ class TorchRanks(Ranks):
                 store=self._store,
                 rank=rank,
                 world_size=world,
-                timeout=TIMEOUT,
+                timeout=patience,
                 device_id=device if device.type == "cuda" else None,
             )
         except (ValueError, RuntimeError) as error:
@@ -158,6 +170,10 @@ class TorchRanks(Ranks):
 
     def barrier(self) -> None:
         self.minimum(0)
+
+    @property
+    def store(self) -> dist.Store:
+        return self._store
 
     def noted(self, what: str) -> bool:
         return self._lasting.check([what])
@@ -215,8 +231,15 @@ def launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def from_environment(device: torch.device) -> Ranks:
+def speaks() -> bool:
+    """Whether this process tells what all ranks do: rank 0, or a process alone."""
+    return os.environ.get("RANK", "0") == "0" or not launched()
+
+
+def from_environment(device: torch.device, patience: datetime.timedelta = TIMEOUT) -> Ranks:
     """The ranks that torchrun's variables name (RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+
+    patience : how long a rank that has nothing left to do waits for the others
 
     Raises
     ------
@@ -228,7 +251,7 @@ def from_environment(device: torch.device) -> Ranks:
     local = _number("LOCAL_WORLD_SIZE", 1)
     if device.type == "cuda" and local > 1:
         spare_shared_memory()
-    return TorchRanks(rank, world, local, device)
+    return TorchRanks(rank, world, local, device, patience)
 
 
 def local_device(name: str) -> str:

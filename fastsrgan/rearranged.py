@@ -28,6 +28,11 @@ def held() -> Iterator[None]:
         _kept = before
 
 
+def kept_bytes() -> int:
+    """Memory of what is kept."""
+    return sum(made.nbytes for _, made in _kept.values()) if _kept else 0
+
+
 def once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Decorate ``function(weight, *more)``, whose result depends on the weight and on hashable values."""
 

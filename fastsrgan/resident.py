@@ -11,14 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsrgan.blocks import Region
 from fastsrgan.crew import one_thread
 from fastsrgan.degrade import Degradation, Degraded, Draw
 from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.geometry import Orientation, processing_orientation
-from fastsrgan.pool import Resident, patch_origins, positive_box
+from fastsrgan.patch_grid import patch_origins, patch_region, positive_box
+from fastsrgan.pool import Resident
 from fastsrgan.resample import modulo_size
 from fastsrgan.store import Sample
 
+Triple = tuple[float, float, float]
 Moved = tuple[Tensor, Tensor, Tensor, Tensor | None]
 Law = Callable[[Any], Degraded]  # an array, or a tensor on its device
 Mover = Callable[[np.ndarray, np.ndarray, np.ndarray | None, Law], Moved]
@@ -52,6 +55,7 @@ def make_resident(
     *,
     dtype: torch.dtype = torch.float32,
     move: Mover | None = None,
+    crop: bool = False,
 ) -> Resident:
     """Degrade one subject and place its patches. The same bits on any CPU with any number of cores.
 
@@ -60,6 +64,7 @@ def make_resident(
     draw : parameters, in the stored axis order
     dtype : of the resident intensities
     move : what degrades and brings the volumes to the device (default ``move_by_thread``)
+    crop : make and keep only the part of the volume in which patches lie: air around a head costs nothing
 
     Raises
     ------
@@ -75,22 +80,46 @@ def make_resident(
     spacing, low_res = turn.permute(sample.spacing), turn.permute(draw.low_res)
     image, label = np.ascontiguousarray(turn.apply(sample.image)), np.ascontiguousarray(turn.apply(sample.label))
     mask = None if sample.mask is None else np.ascontiguousarray(turn.apply(sample.mask))
+    region = part_with_patches(image, rule, degradation, spacing, low_res) if crop else None
+    if region is not None:
+        label, mask = label[region], None if mask is None else mask[region]
     try:
         moved = (move or functools.partial(move_by_thread, device=device))(
-            image, label, mask, lambda data: degradation.apply(data, spacing, draw, low_res)
+            image,
+            np.ascontiguousarray(label),
+            None if mask is None else np.ascontiguousarray(mask),
+            lambda data: degradation.apply(data, spacing, draw, low_res, region),
         )
     except FastsrganError as error:
         raise type(error)(f"{sample.id}: {error.what}", error.reason, error.hint) from error
-    shape = image.shape
-    if degradation.geometry == "segsrgan":
-        shape = tuple(modulo_size(n, r / s) for n, s, r in zip(shape, spacing, low_res, strict=True))
+    shape = label.shape if region is not None else used_shape(image, degradation, spacing, low_res)
     # SciPy's zoom may return another size than the image's at fractional ratios: what all arrays share is used.
     cut = tuple(slice(0, min(a, b)) for a, b in zip(shape, moved[0].shape, strict=True))
     interpolated, hr, label_, mask_ = (None if t is None else t[cut].contiguous() for t in moved)
     assert interpolated is not None and hr is not None and label_ is not None
     inside = mask[cut] if rule.by_mask and mask is not None else None
     origins = patch_origins(tuple(hr.shape), rule.patch, rule.stride, positive_box(hr), inside)
-    kept = Resident(sample.id, interpolated.to(dtype), hr.to(dtype), label_, mask_, float(low_res[2]), origins)
+    arrays = interpolated.to(dtype), hr.to(dtype), label_, mask_
+    offset = (0, 0, 0) if region is None else tuple(r.start for r in region)
+    kept = Resident(sample.id, *arrays, float(low_res[2]), origins, offset)  # type: ignore[arg-type]
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # before DALI takes the memory of what was converted back
     return kept
+
+
+def used_shape(image: np.ndarray, degradation: Degradation, spacing: Triple, low_res: Triple) -> tuple[int, ...]:
+    """The size of the image, or that of the part which the original keeps."""
+    if degradation.geometry != "segsrgan":
+        return image.shape
+    return tuple(modulo_size(n, r / s) for n, s, r in zip(image.shape, spacing, low_res, strict=True))
+
+
+def part_with_patches(
+    image: np.ndarray, rule: PatchRule, degradation: Degradation, spacing: Triple, low_res: Triple
+) -> Region | None:
+    """Where the patches of an image lie. None: keep all, since the original's ratio changes the sizes."""
+    ratios = [r / s for s, r in zip(spacing, low_res, strict=True)]
+    if degradation.geometry == "segsrgan" and any(abs(r - round(r)) > 1e-9 for r in ratios):
+        return None
+    shape = used_shape(image, degradation, spacing, low_res)
+    return patch_region(shape, rule.patch, positive_box(image[tuple(slice(0, n) for n in shape)]))

@@ -124,7 +124,8 @@ def output_folder(path: str | os.PathLike) -> Path:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write JSON atomically; NaN and infinities become null, since JSON has none."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+        text = json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf8", errors="surrogateescape")  # bytes of file names as they are
 
 
 def finite(value: Any) -> Any:
@@ -250,6 +251,39 @@ class StopRequest:
     def code(self) -> int:
         """Exit code after this request; 0 when there was none."""
         return 0 if self.signal is None else 130 if self.signal == signal.SIGINT else 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a job as Ctrl-C does: what is half done is taken away on the way out."""
+
+
+class Interrupts:
+    """While it is open SIGINT raises KeyboardInterrupt and SIGTERM Terminated; the second of them ends at once.
+
+    At once means without cleaning up: temporary files may stay, nothing half-written has its final name.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, Any] = {}
+        self._told = False
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # Ignored signals stay ignored: a job behind nohup or in the background was started so.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, _frame: object) -> None:
+        if self._told:
+            os._exit(128 + number)
+        self._told = True
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 # --- provenance ---------------------------------------------------------------------------------------------------

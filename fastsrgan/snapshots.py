@@ -6,6 +6,7 @@ holds networks, moving average, both optimisers and the position, and nothing el
 
 from __future__ import annotations
 
+import io
 import logging
 from dataclasses import fields
 from pathlib import Path
@@ -49,11 +50,18 @@ def save(run: Run) -> None:
         checkpoint.MODEL: lambda p: modelfile.write(
             p, m.generator, m.critic, ema=m.average, card={"updates": at.updates}
         ),
-        "state.pt": lambda p: torch.save(state, p),
+        "state.pt": lambda p: p.write_bytes(packed(state)),
         "config.yaml": lambda p: p.write_text(run.config.to_yaml(), encoding="utf8"),
     }
     checkpoint.write(run.folder, at.updates, writers, {"epoch": at.epoch, "ranks": run.ranks.world})
     checkpoint.prune(run.folder, run.config.keep_checkpoints)
+
+
+def packed(state: dict[str, Any]) -> memoryview:
+    """The bytes of torch.save, which itself ends a full disk in an error that does not say so."""
+    held = io.BytesIO()
+    torch.save(state, held)
+    return held.getbuffer()
 
 
 def load(run: Run) -> None:
@@ -64,9 +72,7 @@ def load(run: Run) -> None:
     snapshot = checkpoint.newest(run.folder)
     run.ranks.agree("snapshot", snapshot.name)
     load_networks(run, snapshot)
-    state = torch.load(snapshot / "state.pt", map_location=run.models.device, weights_only=True)
-    if "models" not in state:
-        raise ModelError(snapshot, "was written by a development version", "start anew from its weights, -w")
+    state = read_state(snapshot, run.models.device)
     run.models.load_state(state["models"])
     known = {f.name for f in fields(Position)}
     position = Position(**{k: v for k, v in state["position"].items() if k in known})
@@ -74,6 +80,21 @@ def load(run: Run) -> None:
     if run.log is not None:
         run.log.cut(run.position.updates, run.position.epoch)
         log.info("continuing %s at epoch %d, update %d", snapshot, run.position.epoch, run.position.updates)
+
+
+def read_state(snapshot: Path, device: torch.device | str) -> dict[str, Any]:
+    """What a snapshot holds beside the networks: "models", "position" and "data", as `save` writes them.
+
+    Tensors and plain values only: no object is built and no code of the file is run. Raises ModelError for others.
+    """
+    path, hint = snapshot / "state.pt", "start anew from its weights, -w"
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # pickle, zip and torch each refuse in their own ways
+        raise ModelError(path, "is damaged or holds more than tensors and plain values", hint) from error
+    if not isinstance(state, dict) or not state.keys() >= {"models", "position", "data"}:
+        raise ModelError(path, "was written by another version", hint)
+    return state
 
 
 def load_networks(run: Run, snapshot: Path) -> None:
@@ -106,6 +127,8 @@ def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
     if changed:
         told = ", ".join(f"{k} {then.get(k)} -> {now[k]}" for k in changed)
         log.warning("settings differ from the snapshot's, the run goes on with the new ones: %s", told)
+    if then.get("best_by") != now["best_by"]:
+        at.best, at.stale = None, 0
     moved = [k for k in changed if k in DEALING] + (["data"] if data != data_identity(run.store) else [])
     if moved:
         log.warning("another %s: epoch %d begins anew", ", ".join(moved), at.epoch)

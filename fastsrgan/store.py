@@ -23,21 +23,26 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-import zarr
-from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest
-from zarr.abc.store import Store as ZarrStore
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import WrapperStore
 
 from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.geometry import spacing_of
 from fastsrgan.remote import fingerprint
 from fastsrgan.runtime import QUIET, Progress
-from fastsrgan.store_codec import META, SHARD, damaged_chunks, decode, decode_region, in_words, pick_reader
+from fastsrgan.store_codec import (
+    META,
+    REPAIR,
+    SHARD,
+    NothingMissing,
+    damaged_chunks,
+    decode,
+    decode_ranges,
+    decode_region,
+    in_words,
+    pick_reader,
+)
 from fastsrgan.store_files import Keys, read_manifest
+from fastsrgan.store_schema import check_array
 
-ARRAYS = ("image", "label", "mask")
-REPAIR = "`fastsrgan convert --resume` writes damaged subjects again"
 DAMAGED = "damaged"
 _T = TypeVar("_T")
 
@@ -121,7 +126,7 @@ class Store:
         self._keys = Keys(url, read_only=True)
         self.url = self._keys.url
         self.reader = pick_reader(reader)
-        self._zarr = _NothingMissing(self._keys.zarr, self.url, self._size_of)
+        self._ranges = NothingMissing(self._keys.zarr, self.url, self._size_of)
         self.refresh()
 
     def refresh(self) -> None:
@@ -212,8 +217,10 @@ class Store:
             if found:
                 raise InputError(self.url, "; ".join(found[:3]), REPAIR)
             try:
+                check_array(meta or b"", s.shape, s.arrays[name]["dtype"])
                 stored = decode(self.reader, {META: meta or b"", SHARD: shard or b""})
-                self._check(s, name, stored)
+                if stored.shape != s.shape or stored.dtype != np.dtype(s.arrays[name]["dtype"]):
+                    raise ValueError(f"is {stored.dtype} {stored.shape}, the manifest says otherwise")
             except MemoryError:
                 raise
             except Exception as error:  # the files are as they were written: of another program or version
@@ -225,20 +232,19 @@ class Store:
         """Part of an array as stored; of the shard's bytes only the index and the chunks that are touched are read."""
         # Libraries differ in negative indices and steps: they get neither.
         region = tuple(slice(start, max(start, stop)) for start, stop, _ in spans)
-        told = _fault(s, f"{name}/{META}", self._keys.get(f"{s.id}/{name}/{META}"))
+        meta = self._keys.get(f"{s.id}/{name}/{META}")
+        told = _fault(s, f"{name}/{META}", meta)
         if told:
             raise InputError(self.url, f"{s.id}/{name}/{META}: {told}", REPAIR)
         try:
+            check_array(meta or b"", s.shape, s.arrays[name]["dtype"])
             if self.reader == "tensorstore" and self._keys.root is not None:
                 folder = self._keys.root / s.id / name
                 if (folder / SHARD).stat().st_size != s.files[f"{name}/{SHARD}"][0]:
                     raise ValueError("another size")
                 found = decode_region(folder, region)
-                self._check(s, name, found, whole=False)
             else:
-                array = zarr.open_array(self._zarr, path=f"{s.id}/{name}", mode="r", zarr_format=3)
-                self._check(s, name, array)
-                found = np.asarray(array[region])
+                found = decode_ranges(self._ranges, f"{s.id}/{name}", region)
         except (FastsrganError, MemoryError):
             raise
         except Exception as error:  # tensorstore, zarr, blosc and JSON each fail in their own ways on damaged bytes
@@ -280,11 +286,6 @@ class Store:
         subject = self._subjects.get(subject_id)
         return subject.files.get(below, (None, ""))[0] if subject else None
 
-    def _check(self, s: Subject, name: str, array: np.ndarray | zarr.Array, whole: bool = True) -> None:
-        expected = s.shape if whole else array.shape
-        if array.shape != expected or array.dtype != np.dtype(s.arrays[name]["dtype"]):
-            raise ValueError(f"is {array.dtype} {array.shape}, the manifest says {s.arrays[name]['dtype']} {s.shape}")
-
 
 def _fault(s: Subject, key: str, data: bytes | None) -> str:
     """What is wrong with the bytes under a key of a subject, "" where they are what was written."""
@@ -294,41 +295,6 @@ def _fault(s: Subject, key: str, data: bytes | None) -> str:
     if len(data) != size and key.endswith(SHARD):
         return f"{len(data)} bytes where {size} were written"
     return "" if fingerprint(data) == [size, digest] else DAMAGED
-
-
-class _NothingMissing(WrapperStore[ZarrStore]):
-    """A store in which a lost or shortened chunk file is an error: zarr itself reads it as the fill value."""
-
-    def __init__(self, store: ZarrStore, url: str, size_of: Callable[[str], int | None]) -> None:
-        super().__init__(store)
-        self._url, self._size_of = url, size_of
-        self._seen: set[tuple[str, int]] = set()
-
-    def with_read_only(self, read_only: bool = False) -> _NothingMissing:
-        return _NothingMissing(self._store.with_read_only(read_only), self._url, self._size_of)
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        found = await self._store.get(key, prototype, byte_range)
-        if not key.endswith(f"/{SHARD}"):
-            return found
-        expected = self._size_of(key)
-        if found is None or expected is None:
-            raise InputError(self._url, f"{key}: missing", REPAIR)
-        if byte_range is not None and len(found) == expected:  # an HTTP server that knows no ranges sent all
-            found = found[_as_slice(byte_range, expected)]
-        if byte_range is not None and (key, expected) in self._seen:
-            return found
-        size = len(found) if byte_range is None else await self._store.getsize(key)
-        if size != expected:
-            raise InputError(self._url, f"{key}: {size} bytes where {expected} were written", REPAIR)
-        self._seen.add((key, expected))
-        return found
-
-
-def _as_slice(wanted: ByteRequest, size: int) -> slice:
-    if isinstance(wanted, RangeByteRequest):
-        return slice(wanted.start, wanted.end)
-    return slice(wanted.offset if isinstance(wanted, OffsetByteRequest) else max(0, size - wanted.suffix), size)
 
 
 def subject_of(name: str, record: dict[str, Any]) -> Subject:

@@ -12,22 +12,25 @@ import itertools
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store
 from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.core.buffer import Buffer, cpu
-from zarr.storage import MemoryStore
+from zarr.core.buffer import Buffer, BufferPrototype, cpu
+from zarr.storage import MemoryStore, WrapperStore
 
-from fastsrgan.errors import FastsrganError, ResourceError, UsageError
+from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError
 
 log = logging.getLogger("fastsrgan")
 
 META, SHARD = "zarr.json", "c/0/0/0"
 CHUNK = 64
 VARIABLE = "FASTSRGAN_READER"
+REPAIR = "`fastsrgan convert --resume` writes damaged subjects again"
 Files = dict[str, bytes]  # META and SHARD of one array
 _told: set[str] = set()
 
@@ -96,6 +99,11 @@ def decode_region(folder: Path, region: tuple[slice, ...]) -> np.ndarray:
     return _read_tensorstore({"driver": "file", "path": f"{folder.absolute()}/"}, region, None)
 
 
+def decode_ranges(store: NothingMissing, path: str, region: tuple[slice, ...]) -> np.ndarray:
+    """Part of an array in any store with zarr, by ranges of its shard; slices as for `decode_region`."""
+    return np.asarray(zarr.open_array(store, path=path, mode="r", zarr_format=3)[region])
+
+
 def damaged_chunks(files: Files, shape: tuple[int, int, int]) -> list[str]:
     """What is wrong with an array's files: one line for each chunk that cannot be decoded, by its place in the grid."""
     try:
@@ -142,3 +150,38 @@ def _read_tensorstore(place: dict[str, str], region: tuple[slice, ...], files: F
     spec = {"driver": "zarr3", "kvstore": place, "fill_missing_data_reads": False}
     array = tensorstore.open(spec, context=context, read=True).result()
     return np.ascontiguousarray(array[region].read().result())
+
+
+class NothingMissing(WrapperStore[Store]):
+    """A store in which a lost or shortened chunk file is an error: zarr itself reads it as the fill value."""
+
+    def __init__(self, store: Store, url: str, size_of: Callable[[str], int | None]) -> None:
+        super().__init__(store)
+        self._url, self._size_of = url, size_of
+        self._seen: set[tuple[str, int]] = set()
+
+    def with_read_only(self, read_only: bool = False) -> NothingMissing:
+        return NothingMissing(self._store.with_read_only(read_only), self._url, self._size_of)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        found = await self._store.get(key, prototype, byte_range)
+        if not key.endswith(f"/{SHARD}"):
+            return found
+        expected = self._size_of(key)
+        if found is None or expected is None:
+            raise InputError(self._url, f"{key}: missing", REPAIR)
+        if byte_range is not None and len(found) == expected:  # an HTTP server that knows no ranges sent all
+            found = found[_as_slice(byte_range, expected)]
+        if byte_range is not None and (key, expected) in self._seen:
+            return found
+        size = len(found) if byte_range is None else await self._store.getsize(key)
+        if size != expected:
+            raise InputError(self._url, f"{key}: {size} bytes where {expected} were written", REPAIR)
+        self._seen.add((key, expected))
+        return found
+
+
+def _as_slice(wanted: ByteRequest, size: int) -> slice:
+    if isinstance(wanted, RangeByteRequest):
+        return slice(wanted.start, wanted.end)
+    return slice(wanted.offset if isinstance(wanted, OffsetByteRequest) else max(0, size - wanted.suffix), size)

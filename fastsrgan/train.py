@@ -212,7 +212,9 @@ def group_size(run: Run) -> int:
     c = run.config
     budget = None if c.resident_memory is None else int(c.resident_memory * 1e9)
     device, precision = run.models.device, c.pool_precision
-    most = resident_limit(run.store, run.train, budget, device=device, precision=precision, prefetch=c.prefetch)
+    # The original's ratios may keep a volume whole (fastsrgan.resident), and then all of it has to fit.
+    options = {"precision": precision, "prefetch": c.prefetch, "patch": c.patch_size * (c.geometry == "physical")}
+    most = resident_limit(run.store, run.train, budget, device=device, **options)
     return run.ranks.minimum(most)
 
 
@@ -262,7 +264,6 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
         "weights": str(run.folder / "model.safetensors"),
         "left_out": left_out,
         "batch_size": c.batch_size,
-        "rank": run.ranks.rank,
         "ranks": run.ranks.world,
         "device": str(run.models.device),
         "stopped": stop.signal,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fastsrgan.degrade import Degradation
+from fastsrgan.encode import describe
 from fastsrgan.feed import Feed, PatchRule, deal
 from fastsrgan.pool import Resident
 from fastsrgan.store import Store, open_store
@@ -29,7 +30,17 @@ def make_store(folder: Path, shapes: list[tuple[int, int, int]] = SHAPES) -> Sto
             image = ((grid**2).sum(0) < 0.9) * rng.integers(1, 1000, shape).astype(np.int16)
             label, mask = (image > 500).astype(np.uint8), (image // 300).astype(np.uint8)
             affine = np.roll(np.diag([-1.0, 1, 1, 1]), i % 2, axis=1) if i % 2 == 0 else np.diag([1.0, -1, 1, 1])
-            writer.write("abcdefgh"[i], "Train", image, 1.0, 0.0, label, mask if i % 2 else None, affine, {})
+            writer.write(
+                "abcdefgh"[i],
+                "Train",
+                image,
+                1.0,
+                0.0,
+                label,
+                mask if i % 2 else None,
+                affine,
+                describe(image, 1.0, 0.0),
+            )
         writer.finish()
     return open_store(folder / "store")
 

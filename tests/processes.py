@@ -52,7 +52,7 @@ def on_ranks(target: Callable[..., Any], world: int, *args: Any, out: Path) -> l
     return [f["value"] for f in found]
 
 
-def ended(process: multiprocessing.Process, seconds: float = 120) -> int | None:
+def ended(process: multiprocessing.Process, seconds: float = 240) -> int | None:
     """Exit code of a process (negative: the signal that killed it); a process that does not end is killed: None."""
     process.join(seconds)
     if process.is_alive():

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import logging
-import multiprocessing
 import os
 import random
 import re
@@ -19,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from processes import CONTEXT
 from rich.console import Console
 
 from fastsrgan import console, images, store_files
@@ -389,7 +389,8 @@ def test_moved_sources_are_still_the_same(tmp_path):
     assert convert(tmp_path / "two/table.csv", tmp_path / "store", resume=True)["kept"] == 2
 
 
-def _convert_quietly(table, store):
+def _convert_quietly(table, store, begun):
+    begun.set()
     try:
         convert(table, store, resume=True, workers=2)
     except FastsrganError:
@@ -408,14 +409,13 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
     began = time.monotonic()
     convert(table, tmp_path / "clean", workers=2)
     seconds = time.monotonic() - began
-    # A server that has imported everything forks the processes that are killed: the kills meet the work, not imports.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastsrgan.convert"])
     chance, killed = random.Random(5), 0
     before: dict[str, int] = {}
     for _ in range(int(os.environ.get("FASTSRGAN_KILLS", "8"))):
-        process = context.Process(target=_convert_quietly, args=(table, store))
+        begun = CONTEXT.Event()
+        process = CONTEXT.Process(target=_convert_quietly, args=(table, store, begun))
         process.start()
+        assert begun.wait(200)
         process.join(chance.uniform(0, seconds))
         process.kill()
         process.join()
@@ -466,9 +466,8 @@ def test_another_process_sees_whole_subjects_only(tmp_path):
         name: {hashlib.sha256(h.astype(np.float32).tobytes() + (h > 500).tobytes()).hexdigest() for h in versions}
         for name, versions in heads.items()
     }
-    context = multiprocessing.get_context("forkserver")
-    ready, stop, problems = context.Event(), context.Event(), context.Queue()
-    process = context.Process(target=_watch, args=(store, allowed, ready, stop, problems))
+    ready, stop, problems = CONTEXT.Event(), CONTEXT.Event(), CONTEXT.Queue()
+    process = CONTEXT.Process(target=_watch, args=(store, allowed, ready, stop, problems))
     process.start()
     assert ready.wait(200)
     convert(table, store, workers=2)

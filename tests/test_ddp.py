@@ -6,9 +6,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +22,7 @@ from fastsrgan.config import TrainConfig
 from fastsrgan.errors import UsageError
 from fastsrgan.feed import deal
 from fastsrgan.pair import Models
-from fastsrgan.pool import Batch
+from fastsrgan.pool import Batch, Pool
 from fastsrgan.ranks import ALONE, Ranks, from_environment
 from fastsrgan.run_state import Position, Run, epoch_part, remaining
 from fastsrgan.train import agree_on_settings, train
@@ -159,14 +156,36 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(store, whole, tmp_pa
 
 @pytest.mark.parametrize("what", ["SIGKILL", "error"])
 def test_when_one_rank_dies_the_others_say_so_and_end(store, tmp_path, what):
-    began = time.monotonic()
     processes = start_ranks(training, 2, store, tmp_path / "run", CONFIG, 8, what, out=tmp_path / "out")
-    codes = [ended(p, 60) for p in processes]
-    assert time.monotonic() - began < 60
+    codes = [ended(p) for p in processes]
     assert codes == [5, -signal.SIGKILL if what == "SIGKILL" else 5]
     found = outcome(tmp_path / "out" / "0.json")
     assert found["kind"] == "LostRank" and ("out of memory at a batch of 4" in found["error"]) == (what == "error")
     assert checkpoint.newest(tmp_path / "run").name == "step-00000006"  # of the last whole epoch
+
+
+def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all(store, tmp_path):
+    config = CONFIG.replace(max_bad_steps=3)
+    processes = start_ranks(poisoned, 2, store, tmp_path / "run", config, out=tmp_path / "out")
+    assert [ended(p) for p in processes] == [5, 5]
+    assert "3 updates in a row were not finite" in outcome(tmp_path / "out" / "1.json")["error"]
+    bad = json.loads((tmp_path / "run" / "bad_batch.json").read_text(encoding="utf8"))
+    assert len(bad["patches"]) == 4 and bad["facts"]["g_skipped"] == 1.0  # of both ranks
+    assert [bool(r.get("g_skipped")) for r in rows(tmp_path / "run")] == [True, True]
+
+
+def poisoned(store: Path, run: Path, config: TrainConfig) -> dict:
+    """Train; rank 1 sees infinities."""
+    original = Pool.gather
+
+    def gather(self, indices, *more):
+        batch = original(self, indices, *more)
+        if os.environ["RANK"] == "1":
+            batch.y[0, 0, 3, 3, 3] = torch.inf
+        return batch
+
+    Pool.gather = gather  # type: ignore[method-assign]
+    return train(store, run, config)
 
 
 def disagreeing(store: Path, run: Path, config: TrainConfig, other: Path | None) -> dict:
@@ -242,26 +261,7 @@ def subprocess_free(target, *args, out: Path) -> dict:
     return outcome(out)["value"]
 
 
-# --- torchrun -----------------------------------------------------------------------------------------------------
-
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import test_ddp
-from fastsrgan import cli
-from fastsrgan.pair import Models
-
-original = Models.generator_update
-def dying(self, *args, **kwargs):
-    values = original(self, *args, **kwargs)
-    updates = test_ddp.seen = getattr(test_ddp, "seen", 0) + 1
-    if updates == 8 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return values
-Models.generator_update = dying
-sys.exit(cli.main(sys.argv[2:]))
-"""
+# --- restarts --------------------------------------------------------------------------------------------------------
 
 
 def test_ranks_that_are_restarted_resume_their_own_run_and_no_other(store, whole, tmp_path):
@@ -283,20 +283,3 @@ def test_ranks_that_are_restarted_resume_their_own_run_and_no_other(store, whole
     for restarts in (0, 1):
         assert attempt(another, restarts) == [2, 2]
         assert "already holds a run" in outcome(tmp_path / "out" / "0.json")["error"]
-
-
-@pytest.mark.skipif(not os.environ.get("FASTSRGAN_LONG_TESTS"), reason="starts 8 processes: FASTSRGAN_LONG_TESTS=1")
-def test_torchrun_restarts_a_run_whose_rank_died_where_the_last_snapshot_is(store, whole, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf8")
-    (tmp_path / "config.yaml").write_text(CONFIG.to_yaml(), encoding="utf8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "1", str(tmp_path / "script.py"), str(Path(__file__).parent)]
-    command += ["train", str(store), "-o", str(tmp_path / "run"), "--config", str(tmp_path / "config.yaml"), "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "left no error" in done.stderr and "continuing" in done.stderr and "update 6" in done.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf8"))
-    assert summary["updates"] == 12 and summary["ranks"] == 2
-    assert losses(tmp_path / "run") == losses(whole)
-    assert json.loads(done.stdout)["updates"] == 12  # one rank speaks

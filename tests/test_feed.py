@@ -258,13 +258,16 @@ def test_residents_in_another_precision_and_what_they_weigh(store, dali, engine,
     assert torch.equal(made.hr, exact.hr.to(dtype)) and torch.equal(made.interpolated, exact.interpolated.to(dtype))
     assert torch.equal(made.label, exact.label) and torch.equal(made.mask, exact.mask)
     assert np.array_equal(made.origins, exact.origins)
-    assert made.nbytes == int(np.prod(SHAPES[1])) * (2 * dtype.itemsize + 2)
+    kept = feed.resident_voxels(store.subject("b"), RULE.patch)
+    assert made.nbytes == kept * (2 * dtype.itemsize + 2) and kept < np.prod(SHAPES[1])
+    assert feed.resident_voxels(store.subject("b"), 0) == np.prod(SHAPES[1])
+    assert feed.resident_voxels(store.subject("b"), 1000) == np.prod(SHAPES[1])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("prefetch", [1, 3])
 def test_the_limit_counts_the_bytes_of_all_groups_that_live(store, caplog, precision, prefetch):
-    budget, options = 10_000_000, {"precision": precision, "prefetch": prefetch}
+    budget, options = 10_000_000, {"precision": precision, "prefetch": prefetch, "patch": RULE.patch}
     size = resident_limit(store, names(store), budget, **options)
     made = make_feed(store, precision=precision)
     largest = max(made.prepare(1, name).nbytes for name in names(store))

@@ -1,5 +1,7 @@
 """Every fast layer equals its plain form: values and all gradients, in float64; rounding in float32."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ CONVOLUTIONS = {
     "halving": (layers.halving_conv, 3),
     "doubling": (layers.upsample_conv, 3),
 }
-drawn = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+drawn = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(params=["cpu", "gpu"])
@@ -175,17 +177,17 @@ def test_a_second_derivative_is_refused_rather_than_wrong(name):
     convolution, kernel = CONVOLUTIONS[name]
     x = random(0, 1, 1, 4, 4, 4).requires_grad_()
     y = layers.norm_conv(x, layers.InstanceNorm(1).double(), random(1, 2, 1, *(kernel,) * 3), convolution)
-    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
 
 @pytest.mark.parametrize(
     ("name", "inputs", "outputs", "size"),
-    [("3^3", 64, 64, 12), ("7^3", 16, 2, 16), ("7^3", 1, 16, 16), ("halving", 16, 32, 16), ("doubling", 32, 16, 8)],
+    [("3^3", 64, 64, 12), ("7^3", 16, 2, 12), ("7^3", 1, 16, 12), ("halving", 16, 32, 16), ("doubling", 32, 16, 8)],
 )
-def test_float32_rounds_hardly_more_than_the_plain_form(name, inputs, outputs, size):
-    """The layers of the paper's generator: values and gradients within 1e-5 and 4 x the plain form's rounding."""
+def test_float32_rounds_little_more_than_the_plain_form(name, inputs, outputs, size):
+    """The layers of the paper's generator: values and gradients within 5e-6 of the largest, 10 x the plain form's."""
     convolution, kernel = CONVOLUTIONS[name]
     x = random(0, 2, inputs, size, size, size).relu()
     weight = random(1, outputs, inputs, *(kernel,) * 3) / (inputs * kernel**3) ** 0.5
@@ -203,7 +205,7 @@ def test_float32_rounds_hardly_more_than_the_plain_form(name, inputs, outputs, s
         for form in layers.FORMS
     }
     for fast, plain in zip(errors["fast"], errors["reference"], strict=True):
-        assert fast <= min(1e-5, max(4 * plain, 1e-6)), errors
+        assert fast <= min(5e-6, 10 * plain), errors
 
 
 def test_a_large_mean_costs_no_more_digits_than_it_must():
@@ -318,11 +320,10 @@ SPECS = [
         (False, True, 3, False),
     ]
 ]
-SHAPES = [(12, 8, 16), (20, 8, 28), (8, 36, 12)]
+SHAPES = itertools.cycle([(12, 8, 16), (20, 8, 12), (8, 8, 28), (8, 36, 8)])
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "-".join(map(str, s.to_dict().values())))
+@pytest.mark.parametrize(("spec", "shape"), list(zip(SPECS, SHAPES, strict=False)), ids=str)
 def test_generators_agree_in_both_forms(forms, spec, shape):
     x, res = random(0, 2, 1, *shape).abs(), torch.tensor([0.5, 3.0], dtype=torch.float64)
     results = []

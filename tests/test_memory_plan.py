@@ -37,23 +37,22 @@ needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="m
     "job",
     [
         {"shape": [96, 64, 64], "kernel": 8, "patch": 64, "step": 32},
-        {"shape": [160, 96, 64], "kernel": 1, "patch": 32, "step": 11, "window": "gaussian"},
+        {"shape": [160, 96, 64], "kernel": 1, "patch": 48, "step": 29, "window": "gaussian"},
         {"shape": [64, 64, 24], "spacing": [1, 1, 3], "kernel": 4, "network": "unet", "patch": 64, "step": 40},
     ],
     ids=lambda job: f"{job['kernel']}-{job['patch']}",
 )
-def test_what_is_taken_lies_between_a_third_of_the_plan_and_the_plan(job):
-    """The plan is what the plain layers hold; the fused ones, where they are used, hold less."""
+def test_what_is_taken_lies_between_half_the_plan_and_the_plan(job):
     found = probe(**job)
     assert found["mode"] == MEMORY
-    assert found["planned"] / 3 <= found["measured"] <= found["planned"], found
+    assert found["planned"] / 2 <= found["measured"] <= found["planned"], found
 
 
 @needs_linux
 def test_by_slabs_memory_does_not_grow_with_the_length():
     """Four times the length under a limit that the process enforces: the default limit is what the process may take."""
-    job = {"kernel": 1, "patch": 16, "step": 16, "batch": 4, "scratch": True}
-    short = probe(shape=[256, 64, 64], max_memory=35 * MIB, **job)
+    job = {"kernel": 1, "patch": 32, "step": 32, "batch": 1, "scratch": True}
+    short = probe(shape=[256, 64, 64], max_memory=36 * MIB, **job)
     long = probe(shape=[1024, 64, 64], data_limit=90 * MIB, **job)
     assert short["mode"] == long["mode"] == SLABS
     assert long["planned"] == short["planned"] and long["measured"] <= long["planned"]
@@ -152,18 +151,22 @@ def test_the_count_knows_what_is_alive():
         del a
         return torch.cat([b, b], 1) + c
 
-    one = 4 * activations.PROBE**3
+    one = 4 * 16 * 24 * 64
+    found = activations.needs(network, (16, 24, 200))
     # x stays with the caller; b, the doubled array, and the doubled result of the sum
-    assert activations.needs(network) == activations.Needs(one * (1 + 1 + 2 + 2) + 4, 2)
+    assert found == activations.Needs((16, 24, 64), one * (1 + 1 + 2 + 2) + 4, 2)
+    assert found.of((16, 24, 64), 3) == 3 * found.of((16, 24, 64)) == activations.KEPT * 3 * found.alive
+    assert found.of((16, 24, 128)) / found.of((16, 24, 64)) == pytest.approx(134 / 70)
 
 
 def test_needs_grow_with_tiles_channels_and_size():
-    def of(kernel, patch, count):
-        return TileNetwork(build_generator(GeneratorSpec(kernel=kernel)), 1.0).bytes_of(patch, count)
-
-    assert of(4, (64, 64, 64), 2) == pytest.approx(2 * of(4, (64, 64, 64), 1))
-    assert 1.6 * of(4, (64, 64, 64), 1) < of(8, (64, 64, 64), 1) < 2.2 * of(4, (64, 64, 64), 1)
-    assert of(4, (128, 64, 64), 1) / of(4, (64, 64, 64), 1) == pytest.approx(134 / 70, rel=1e-3)
+    found = {k: TileNetwork(build_generator(GeneratorSpec(kernel=k)), 1.0) for k in (4, 8)}
+    one, more = (found[k].bytes_of((32, 32, 32)) for k in (4, 8))
+    assert 1.2 * one < more < 4 * one
+    assert 1.5 * one < found[4].bytes_of((32, 32, 32), 2) <= 2 * one
+    assert 1.5 * one < found[4].bytes_of((32, 32, 64)) < 2.5 * one
+    fixed = found[8].probe((32, 32, 32)).fixed
+    assert fixed > 0 and found[8].probe((16, 16, 16)).fixed == fixed, "weights, whatever the tile"
 
 
 def test_a_foreign_network_is_not_run_for_the_plan():

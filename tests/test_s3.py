@@ -5,7 +5,6 @@ FASTSRGAN_KILLS is the number of conversions to s3:// that are killed (2; the fu
 
 import json
 import logging
-import multiprocessing
 import os
 import random
 import socket
@@ -17,6 +16,7 @@ import fault_proxy
 import numpy as np
 import pytest
 from fault_proxy import BUCKET, objects
+from processes import CONTEXT
 from test_convert import cohort, head
 from test_store import StoreContract, make, put
 
@@ -151,8 +151,9 @@ def test_a_writer_whose_lock_was_taken_lists_nothing_more(url, caplog):
     assert open_store(url).verify() == []
 
 
-def _watch(url, ready, stop, seen):
+def _watch(environment, url, ready, stop, seen):
     """Read all the time; what was seen goes into ``seen``: ids of whole subjects, or words on what was wrong."""
+    os.environ.update(environment)  # a process that was forked early knows nothing of the server
     ready.set()
     while not stop.is_set():
         try:
@@ -167,10 +168,9 @@ def _watch(url, ready, stop, seen):
             seen.put(s.id if right else f"{s.id} is wrong")
 
 
-def test_another_process_sees_whole_subjects_only(url, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    ready, stop, seen = context.Event(), context.Event(), context.Queue()
-    process = context.Process(target=_watch, args=(url, ready, stop, seen))
+def test_another_process_sees_whole_subjects_only(url, proxy, tmp_path):
+    ready, stop, seen = CONTEXT.Event(), CONTEXT.Event(), CONTEXT.Queue()
+    process = CONTEXT.Process(target=_watch, args=(fault_proxy.environment(proxy.url), url, ready, stop, seen))
     process.start()
     assert ready.wait(100)
     convert(cohort(tmp_path, 5), url, workers=2)
@@ -186,35 +186,40 @@ def test_another_process_sees_whole_subjects_only(url, tmp_path):
     assert found == names and process.exitcode == 0
 
 
-def _convert_quietly(table, url):
+def _convert_quietly(environment, table, url, begun):
+    os.environ.update(environment)
+    begun.set()
     try:
         convert(table, url, resume=True, workers=2)
     except FastsrganError:
         os._exit(9)
 
 
-def test_killed_at_random_moments_and_resumed(url, tmp_path):
+def test_killed_at_random_moments_and_resumed(url, proxy, tmp_path):
     table = cohort(tmp_path, 3)
     began = time.monotonic()
     convert(table, tmp_path / "clean")
     convert(table, url)
     seconds = time.monotonic() - began
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastsrgan.convert", "s3fs"])
-    chance = random.Random(7)
+    environment, chance = fault_proxy.environment(proxy.url), random.Random(7)
     keys = store_files.Keys(url, read_only=False)
     keys.drop("")
+    killed = 0
     for _ in range(int(os.environ.get("FASTSRGAN_KILLS", "2"))):
-        process = context.Process(target=_convert_quietly, args=(table, url))
+        begun = CONTEXT.Event()
+        process = CONTEXT.Process(target=_convert_quietly, args=(environment, table, url, begun))
         process.start()
+        assert begun.wait(200)
         process.join(chance.uniform(0.1, 1.0) * seconds)
         process.kill()
         process.join()
         assert process.exitcode in (0, -9)
+        killed += process.exitcode == -9
         if keys.get("manifest.json"):
             store = open_store(url)
             assert store.verify() == []
             if store.complete:
                 keys.drop("")
+    assert killed
     convert(table, url, resume=True)
     assert objects(url) == objects(tmp_path / "clean")

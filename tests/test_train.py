@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cohort import SMALL, make_store, rows
+from cohort import SMALL, losses, make_store, rows
 
 from fastsrgan import checkpoint, loop, weights
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
@@ -289,3 +292,29 @@ def test_an_error_that_is_not_about_memory_stays_what_it_is(store, tmp_path, mon
     monkeypatch.setattr(Models, "generator_update", broken)
     with pytest.raises(RuntimeError, match="size mismatch"):
         train(store, tmp_path / "run", CONFIG)
+
+
+# --- surroundings -------------------------------------------------------------------------------------------------
+
+
+def test_surroundings_change_no_bit(store, tmp_path, monkeypatch):
+    """No standard input, no terminal, C and Turkish locales, blanks and umlauts in paths; a clock that runs back."""
+    config = CONFIG.replace(epochs=1, steps_per_epoch=2, conditional=True)
+    hours = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(hours)))
+    train(store, tmp_path / "here", config)
+    monkeypatch.undo()
+    folder = tmp_path / "mit Ümlaut und blank"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf8")
+    program = "from fastsrgan.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", f"import sys, torch; torch.set_num_threads({torch.get_num_threads()}); {program}", "train", str(store)]
+    command += ["-o", str(folder / "run"), "--config", str(folder / "config.yaml")]
+    language = {"LC_ALL": "C", "LANG": "tr_TR.UTF-8", "LANGUAGE": "tr", "COLUMNS": "80", "PYTHONUTF8": "0"}
+    environment = {**os.environ, **language, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        ["bash", "-c", 'exec "$@" <&-', "bash", *command], capture_output=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\x1b" not in done.stderr + done.stdout and b"epoch 1/1" in done.stderr
+    assert losses(folder / "run") == losses(tmp_path / "here")

@@ -1,0 +1,209 @@
+"""What a device's ceilings allow, layer by layer and phase by phase, beside what was measured: docs/roofline.md.
+
+    python -m bench roofline                                     # from bench/results/*/{layers,step}.json
+    python -m bench roofline --matmul 300e12 --copy 2e12         # floors of a device with these ceilings
+
+FLOPs and bytes come from the layers' shapes (``bench.flops``). The floor of a piece of work is the longer of its FLOPs
+over the device's best matrix product and its least bytes over the device's best copy, both measured in the run that
+measured the step. A floor counts the operations as usually written: exact rewrites that need fewer products (phases of
+an up-sampling convolution, Winograd tiles, spectral 7^3) can come out below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench import flops
+from bench.data_page import duration, table
+from bench.flops import Count
+from fastsrgan.errors import InputError
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BLOCKS = 12  # convolutions of the residual blocks
+REPEATED = {"norm, 3^3 of a block": BLOCKS}
+HEAD = """# Roofline
+
+Made by `python -m bench report` from the files named below; `python -m bench roofline --matmul FLOPS --copy BYTES`
+gives the floors of another device. FLOPs and least bytes (every array of a convolution read or written once) follow
+from the layers' shapes (`bench/flops.py`), the ceilings from the best large matrix product and the best large copy of
+the same run. The floor is the longer of the two times. It counts products as usually written, so a rewrite that needs
+fewer of them can be faster than the floor.
+"""
+CLOSING = """
+What to read from the tables, and what would close the gaps:
+
+* Layers below their floor owe it to forms that need fewer products (decision 002). The transforms around those
+  products are bound by memory; a kernel that keeps a tile in the cache from transform to product is what is left.
+* The first and the last layer have one and two channels: a product with so few rows fills no matrix unit, whatever its
+  FLOPs. The spectral form removes most of their products; what remains is memory traffic.
+* Instance norm and ReLU are counted with the layer behind them but add no FLOPs and no bytes to the floor, though they
+  read and write their input once more.
+* The critic's weight gradients have few output voxels and many taps; the step by hand computes them from inputs that
+  are lifted once (decision 015).
+"""
+
+
+class Ceilings(NamedTuple):
+    """FLOP per second of a matrix product, bytes per second of a copy."""
+
+    matmul: float
+    copy: float
+
+    def floor(self, count: Count) -> float:
+        """Seconds below which the work as written cannot be done."""
+        return max(count.flop / self.matmul, count.bytes / self.copy)
+
+    def bound(self, count: Count) -> str:
+        """Which ceiling it is."""
+        return "products" if count.flop / self.matmul > count.bytes / self.copy else "memory"
+
+
+def layer_counts(kernel: int, patch: int) -> dict[str, Count]:
+    """The generator's layers by the names of ``bench layers``, one of each."""
+    g = flops.generator(kernel, patch)
+    names = ["stem 7^3", "norm, first halving", "norm, second halving", "norm, 3^3 of a block"]
+    names += ["norm, first doubling", "norm, second doubling", "norm, head 7^3"]
+    return dict(zip(names, [*g[:4], *g[-3:]], strict=True))
+
+
+def phase_counts(kernel: int, critic_kernel: int, patch: int, critics: int) -> dict[str, Count]:
+    """The phases of training by the beginnings of the row names of ``bench step``, per patch."""
+    g, d = flops.generator(kernel, patch), flops.critic(critic_kernel, patch)
+    return {
+        "generator forward,": flops.forward(g),
+        "generator forward + backward": flops.both(g),
+        "critic update": flops.critic_update(d),
+        "generator update": flops.generator_update(g, d),
+        "iteration": flops.iteration(g, d, critics),
+    }
+
+
+def layer_table(report: dict[str, Any], top: Ceilings) -> str:
+    """Forward and backward of each layer beside its floor; layers that occur several times are summed."""
+    s = report["settings"]
+    kernel, batch = s["kernel"][0], s["batch"][0]
+    rows = {row["name"]: row for row in report["rows"] if row["passed"]}
+    lines = []
+    for name, one in layer_counts(kernel, s["patch"]).items():
+        n = REPEATED.get(name, 1)
+        count = one.times(n * batch)
+        forward, training = (
+            next((r for k, r in rows.items() if k.startswith(f"{name}, ") and k.endswith(ending)), None)
+            for ending in (", forward", ", forward + backward")
+        )
+        if forward is None or training is None:
+            continue
+        took, plain = forward["seconds_median"], forward["peers"]["plain"]["seconds_median"]
+        # The gradient of the weights is a pass of its own, that of the input too where another layer is behind.
+        back = count.times(2 if name.startswith("stem") else 3)
+        trained = n * training["seconds_median"]
+        lines.append(
+            [
+                f"{name}{f', {n} of them' if n > 1 else ''}",
+                f"{count.flop / 1e9:.3g}",
+                f"{count.bytes / 1e6:.3g}",
+                top.bound(count),
+                duration(top.floor(count)),
+                f"{duration(n * took)} ({n * took / top.floor(count):.2g} x)",
+                f"{duration(n * plain)} ({n * plain / top.floor(count):.2g} x)",
+                duration(top.floor(back)),
+                f"{duration(trained)} ({trained / top.floor(back):.2g} x)",
+            ]
+        )
+    head = ["layer", "GFLOP", "MB", "bound by", "floor", "forward", "plain forward", "floor, training", "training"]
+    return table(head, lines)
+
+
+def phase_table(report: dict[str, Any], top: Ceilings) -> str:
+    """Each phase of training beside its floor."""
+    s = report["settings"]
+    counts = phase_counts(s["kernel"][0], s["critic_kernel"], s["patch"], s["critic_iterations"])
+    lines = []
+    for start, one in counts.items():
+        row = next((r for r in report["rows"] if r["name"].startswith(start) and "seconds_median" in r), None)
+        if row is None:
+            continue
+        count = one.times(row["batch"])
+        took, naive = row["seconds_median"], row["peers"]["naive"]["seconds_median"]
+        floor = top.floor(count)
+        lines.append(
+            [
+                row["name"],
+                f"{count.flop / 1e9:.4g}",
+                f"{count.bytes / 1e9:.3g}",
+                duration(floor),
+                f"{duration(took)} ({took / floor:.2g} x)",
+                f"{duration(naive)} ({naive / floor:.2g} x)",
+            ]
+        )
+    return table(["phase", "GFLOP", "GB", "floor", "fastsrgan", "naive"], lines)
+
+
+def floors(top: Ceilings, kernel: int, critic_kernel: int, patch: int, batch: int, critics: int) -> str:
+    """Floors of every phase on a device with these ceilings."""
+    lines = []
+    for name, one in phase_counts(kernel, critic_kernel, patch, critics).items():
+        count = one.times(batch)
+        cells = [f"{count.flop / 1e9:.4g}", f"{count.bytes / 1e9:.3g}", top.bound(count), duration(top.floor(count))]
+        lines.append([name.rstrip(","), *cells])
+    return table(["phase", "GFLOP", "GB", "bound by", "floor"], lines)
+
+
+def ceilings(step: dict[str, Any]) -> Ceilings:
+    """Those that ``bench step`` measured. Raises InputError for a report without them."""
+    for row in step["rows"]:
+        if "ceilings" in row:
+            return Ceilings(row["ceilings"]["matmul_flop_per_second"], row["ceilings"]["copy_bytes_per_second"])
+    raise InputError("bench step", "the report has no ceilings", "`python -m bench step --json FILE` makes one")
+
+
+def section(folder: Path) -> list[str]:
+    """One machine's tables as Markdown; nothing without its step report."""
+    found = {}
+    for name in ("step", "layers"):
+        path = folder / f"{name}.json"
+        if path.is_file():
+            found[name] = json.loads(path.read_text(encoding="utf8"))
+    if "step" not in found:
+        return []
+    step, top = found["step"], ceilings(found["step"])
+    lines = [f"\n## {folder.name}\n"]
+    lines.append(f"{step['machine']['cpu']}, {step['machine']['threads']} threads, device {step['device']}: ")
+    lines[-1] += f"{top.matmul / 1e9:.4g} GFLOP/s in a product, {top.copy / 1e9:.3g} GB/s in a copy (read and written)."
+    lines += ["\nPhases, " + f"`{' '.join(step['command'])}`:\n", phase_table(step, top)]
+    if "layers" in found:
+        layers = found["layers"]
+        lines += [f"Layers of the generator, `{' '.join(layers['command'])}`:\n", layer_table(layers, top)]
+    return lines
+
+
+def page() -> str:
+    """The whole page."""
+    sections = [line for folder in sorted(RESULTS.iterdir()) if folder.is_dir() for line in section(folder)]
+    return "\n".join([HEAD, *sections]).rstrip() + "\n" + CLOSING
+
+
+def main(argv: Sequence[str]) -> str:
+    """``python -m bench roofline``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--matmul", type=float, metavar="FLOPS", help="ceiling of matrix products, FLOP per second")
+    parser.add_argument(
+        "--copy", type=float, metavar="BYTES", help="ceiling of copies, bytes read and written a second"
+    )
+    for name, default in (("kernel", 16), ("critic-kernel", 32), ("patch", 64), ("batch", 16), ("critics", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
+    args = parser.parse_args(argv)
+    if (args.matmul is None) != (args.copy is None):
+        parser.error("--matmul and --copy belong together")
+    if args.matmul is None:
+        return page()
+    if min(args.matmul, args.copy, args.kernel, args.critic_kernel, args.patch, args.batch, args.critics) <= 0:
+        parser.error("numbers above zero")
+    top = Ceilings(args.matmul, args.copy)
+    return floors(top, args.kernel, args.critic_kernel, args.patch, args.batch, args.critics)

@@ -1,0 +1,280 @@
+"""What measured figures predict for N subjects on M devices: time of an epoch, traffic to the store, cost.
+
+    python -m bench scale --check --json bench/results/MACHINE/scale.json
+    python -m bench scale --subjects 1000 --devices 8 --step-ms 145 --batch 16 --price 2.5
+
+An epoch is the longer of two things that run side by side: the updates, and making the volumes ahead of them. Every
+device does patches / (devices x batch) updates; an update on several takes that on one divided by the weak-scaling
+efficiency. Volumes are dealt to the devices, each made by its feed threads. An epoch reads every subject of the store
+once, whatever the number of devices. ``--check`` measures the parts on this machine, predicts epochs on one and two
+ranks of one thread, runs them, and tells both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.data_page import amount, duration, table
+from fastsrgan.errors import InputError, UsageError
+
+RESULTS = Path(__file__).resolve().parent / "results"
+EPOCHS = 3  # of a checked run
+RANKS = (1, 2)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """step_seconds : of one update at ``batch`` patches on one device; efficiency : of weak scaling
+
+    patches : of a subject in an epoch; volume_seconds : to read, degrade and place a subject, one thread;
+    store_bytes : of a subject; threads : feed threads of a device; after : seconds at the end of an epoch (snapshot)
+    """
+
+    step_seconds: float
+    batch: int
+    patches: int
+    volume_seconds: float
+    store_bytes: float
+    threads: int = 2
+    efficiency: float = 1.0
+    after: float = 0.0
+
+
+def predict(f: Figures, subjects: int, devices: int, price: float = 0.0) -> dict[str, float]:
+    """Seconds of an epoch and its parts, bytes and bytes per second from the store, cost at ``price`` an hour each.
+
+    Raises UsageError for more devices than subjects.
+    """
+    if devices > subjects:
+        raise UsageError("--devices", f"{devices} for {subjects} subjects", "at most one device per subject")
+    own = -(-subjects // devices)  # the fullest rank, for which the others wait
+    updates = -(-own * f.patches // f.batch)
+    stepping = updates * f.step_seconds / (f.efficiency if devices > 1 else 1.0)
+    making = own * f.volume_seconds / f.threads
+    seconds = max(stepping, making) + f.after
+    moved = subjects * f.store_bytes
+    return {
+        "subjects": subjects,
+        "devices": devices,
+        "updates": updates,
+        "step_seconds": stepping,
+        "volume_seconds": making,
+        "epoch_seconds": seconds,
+        "bytes": moved,
+        "bytes_per_second": moved / seconds,
+        "cost": price * devices * seconds / 3600,
+    }
+
+
+def prediction_table(f: Figures, subjects: Sequence[int], devices: Sequence[int], price: float) -> str:
+    """Markdown, a line for each cohort and number of devices."""
+    lines = []
+    for n in subjects:
+        for m in devices:
+            if m > n:
+                continue
+            p = predict(f, n, m, price)
+            bound = "updates" if p["step_seconds"] >= p["volume_seconds"] else "volumes"
+            cells = [f"{n:,}", str(m), f"{p['updates']:,.0f}", duration(p["epoch_seconds"]), bound]
+            lines.append([*cells, amount(p["bytes"]), f"{amount(p['bytes_per_second'])}/s", f"{p['cost']:.4g}"])
+    head = ["subjects", "devices", "updates", "epoch", "bound by", "read per epoch", "network", "cost of an epoch"]
+    return table(head, lines)
+
+
+# --- the check ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """Small enough for a CPU: the law is the same."""
+
+    shape: tuple[int, int, int] = (90, 81, 72)
+    subjects: int = 6
+    patch: int = 32
+    stride: int = 20
+    batch: int = 4
+    kernel: int = 4
+    kernel_dis: int = 4
+    critics: int = 2
+
+    @classmethod
+    def quick(cls) -> Check:
+        """Seconds instead of minutes."""
+        return cls((40, 36, 33), 2, 16, 10, 2, 2, 2, 1)
+
+
+def checked(c: Check, repeats: int) -> dict[str, Any]:
+    """Measure the parts, predict, run, compare: the rows of the report."""
+    from bench.cohort import Cohort, Work
+
+    work = Work("", c.shape, c.patch, c.batch, c.subjects, stride=c.stride, threads=1)
+    cohort = Cohort(work, 0.75)
+    made = cohort.made()
+    parts = {"volume_seconds": volume_seconds(made), "store_bytes": cohort.facts["store_bytes_per_volume"]}
+    parts["patches"] = made.patches
+    steps = {world: step_seconds(c, world, repeats) for world in RANKS}
+    figures = Figures(steps[1], c.batch, made.patches, parts["volume_seconds"], parts["store_bytes"], threads=1)
+    figures = dataclasses.replace(figures, efficiency=steps[1] / steps[2])
+    rows = []
+    for world in RANKS:
+        measured = epoch_seconds(c, made.store, world)
+        own = predict(figures, c.subjects, world)
+        rows.append(
+            {"ranks": world, "predicted": own["epoch_seconds"], "measured": measured, "updates": own["updates"]}
+        )
+    return {"figures": dataclasses.asdict(figures), "step_seconds": {str(k): v for k, v in steps.items()}, "rows": rows}
+
+
+def volume_seconds(work: Any) -> float:
+    """Median seconds to read, degrade and place a subject, on one thread."""
+    import torch
+
+    from fastsrgan.degrade import Degradation
+    from fastsrgan.feed import PatchRule, make_resident
+    from fastsrgan.store import open_store
+
+    torch.set_num_threads(1)
+    store, law = open_store(work.store), Degradation((work.low_res,), work.contrast, work.noise, work.geometry)
+    rule, device = PatchRule(work.patch, work.stride), torch.device("cpu")
+    found = []
+    for name in (work.names[0], *work.names):  # once to warm up
+        began = time.perf_counter()
+        make_resident(store.read(name), law, law.draw(0, 1, name), rule, device)
+        found.append(time.perf_counter() - began)
+    return statistics.median(found[1:])
+
+
+def step_seconds(c: Check, world: int, repeats: int) -> float:
+    """Median seconds of an update, the batch per rank the same."""
+    from bench.step_ranks import on_ranks
+
+    options = {"kernel": c.kernel, "kernel_dis": c.kernel_dis, "batch": c.batch, "patch": c.patch}
+    options |= {"critic_updates": c.critics, "threads": 1, "repeats": repeats, "device": "cpu"}
+    said = on_ranks([sys.executable, "-m", "bench.step_ranks", json.dumps(options)], world, 1)
+    return statistics.median(s for out in said for s in json.loads(out.splitlines()[-1])["seconds"])
+
+
+def epoch_seconds(c: Check, store: str, world: int) -> float:
+    """Wall clock of an epoch of `fastsrgan train`, its snapshot included, the wait for the first volume not."""
+    from bench.step_ranks import on_ranks
+    from fastsrgan.config import TrainConfig
+
+    config = TrainConfig(
+        new_low_res=((1.0, 1.0, 3.0),),
+        epochs=EPOCHS,
+        batch_size=c.batch * world,
+        patch_size=c.patch,
+        stride=c.stride,
+        critic_iterations=c.critics,
+        kernel_gen=c.kernel,
+        kernel_dis=c.kernel_dis,
+        feed_threads=1,
+        resident_subjects=1,
+    )
+    with tempfile.TemporaryDirectory(prefix="fastsrgan-bench-") as folder:
+        settings = Path(folder, "config.yaml")
+        settings.write_text(config.to_yaml(), encoding="utf8")
+        run = Path(folder, "run")
+        command = [sys.executable, "-m", "fastsrgan", "train", store, "-o", str(run), "--config", str(settings)]
+        on_ranks(command, world, 1)
+        summary = json.loads((run / "summary.json").read_text(encoding="utf8"))
+    return (summary["seconds"] - summary["first_wait_seconds"]) / EPOCHS
+
+
+# --- command line -------------------------------------------------------------------------------------------------
+
+
+def measured(folder: Path) -> Figures:
+    """Those of a machine's reports of ``bench step`` and ``bench data``. Raises InputError where a row is missing."""
+    found: dict[str, Any] = {}
+    for bench in ("step", "data"):
+        path = folder / f"{bench}.json"
+        if not path.is_file():
+            raise InputError(path, "is missing", f"`python -m bench {bench} --json {path}` makes it")
+        found[bench] = json.loads(path.read_text(encoding="utf8"))
+    step = next(
+        (r for r in found["step"]["rows"] if r["name"].startswith("iteration of") and "seconds_median" in r), None
+    )
+    volume = next((r for r in found["data"]["rows"] if r["name"].startswith("one volume")), None)
+    if step is None or volume is None:
+        raise InputError(folder, "has no iteration or no row of stages", "run the benches without --only")
+    scaling = next((r for r in found["step"]["rows"] if "weak_scaling_efficiency" in r), None)
+    return Figures(
+        step["seconds_median"],
+        step["batch"],
+        volume["patches"],
+        sum(s for stage, s in volume["stages"].items() if stage != "gather"),
+        volume["convert"]["store_bytes_per_volume"],
+        efficiency=scaling["weak_scaling_efficiency"] if scaling else 1.0,
+    )
+
+
+def with_options(f: Figures, args: argparse.Namespace) -> Figures:
+    """Figures of another machine where the options name them."""
+    given = {"batch": args.batch, "threads": args.threads, "efficiency": args.efficiency, "patches": args.patches}
+    given["step_seconds"] = None if args.step_ms is None else args.step_ms / 1e3
+    given["volume_seconds"] = None if args.volume_ms is None else args.volume_ms / 1e3
+    return dataclasses.replace(f, **{k: v for k, v in given.items() if v is not None})
+
+
+def section(report: Mapping[str, Any]) -> str:
+    """A checked prediction as Markdown."""
+    lines = [
+        [
+            str(r["ranks"]),
+            f"{r['updates']:.0f}",
+            duration(r["predicted"]),
+            duration(r["measured"]),
+            f"{r['measured'] / r['predicted'] - 1:+.0%}",
+        ]
+        for r in report["rows"]
+    ]
+    return table(["ranks", "updates of an epoch", "predicted", "measured", "difference"], lines)
+
+
+def main(argv: Sequence[str]) -> str:
+    """``python -m bench scale``."""
+    from bench.common import machine
+    from fastsrgan.runtime import source_commit, write_json
+
+    parser = argparse.ArgumentParser(
+        prog="python -m bench scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--subjects", type=int, nargs="+", default=[40, 1000, 100_000], metavar="N")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64], metavar="M")
+    parser.add_argument("--price", type=float, default=0.0, help="of a device for an hour, in any currency")
+    parser.add_argument("--machine", metavar="NAME", help="folder of bench/results that the figures come from")
+    parser.add_argument("--step-ms", type=float, help="of an update of one device, where it is not that machine's")
+    parser.add_argument("--volume-ms", type=float, help="to make a volume on one thread, likewise")
+    for name in ("batch", "patches", "threads"):
+        parser.add_argument(f"--{name}", type=int, help={"patches": "of a subject"}.get(name, "of a device"))
+    parser.add_argument("--efficiency", type=float, help="of weak scaling, 0 to 1")
+    parser.add_argument("--check", action="store_true", help="measure, predict and run epochs on 1 and 2 CPU ranks")
+    parser.add_argument("--quick", action="store_true", help="the check in seconds: does it work, not how well")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", metavar="FILE", help="write what was checked here")
+    args = parser.parse_args(argv)
+    if min(*args.subjects, *args.devices, args.repeats) < 1:
+        parser.error("subjects, devices and repeats are numbers from 1 up")
+    if args.check:
+        report = checked(Check.quick() if args.quick else Check(), args.repeats)
+        report |= {"bench": "scale", "command": ["python", "-m", "bench", "scale", *argv]}
+        report |= {"commit": source_commit(), "machine": machine(args.quick), "device": "cpu"}
+        if args.json:
+            write_json(args.json, report)
+        return section(report)
+    folders = sorted(p for p in RESULTS.iterdir() if p.is_dir())
+    chosen = [p for p in folders if args.machine in (None, p.name)]
+    if not chosen:
+        raise UsageError("--machine", f"{args.machine} is not in bench/results", ", ".join(p.name for p in folders))
+    return prediction_table(with_options(measured(chosen[0]), args), args.subjects, args.devices, args.price)
