@@ -9,14 +9,17 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || ec
 STAMP := $(VENV)/.setup-$(CUDA)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+# Of fuzz and soak; soak writes its figures to SOAK_JSON where that is set.
+MINUTES ?= 20
+SOAK_JSON ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test format wheel clean
+.PHONY: help setup demo test fuzz soak format docs wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  variables: PYTHON=/path/to/python3  CUDA=auto|none|12|13  JOBS=N  PYTEST_ARGS=...  DEMO_ARGS=..."
+	@echo "  variables: PYTHON=/path/to/python3  CUDA=auto|none|12|13  JOBS=N  MINUTES=N  PYTEST_ARGS=...  DEMO_ARGS=..."
 
 setup: $(STAMP) ## build .venv with the versions of constraints.txt (demo and test do this by themselves)
 	@echo "$(VENV) is ready"
@@ -34,13 +37,22 @@ test: $(STAMP) ## formatting, lint, types and tests
 	@$(PY) -m mypy
 	@$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
+fuzz: $(STAMP) ## damaged files through every reader for MINUTES; findings go to build/fuzz
+	@$(PY) tools/fuzz.py --minutes $(MINUTES)
+
+soak: $(STAMP) ## convert, train and infer under random kill -9 for MINUTES; nothing may be lost or grow
+	@$(PY) tools/soak.py --minutes $(MINUTES) $(if $(SOAK_JSON),--json $(SOAK_JSON))
+
 format: $(STAMP) ## rewrite the sources as `make test` wants them
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
+
+docs: $(STAMP) ## build the documentation as a site into site/
+	@$(PY) -m mkdocs build --strict -q -f tools/mkdocs.yml
 
 wheel: $(STAMP) ## build the wheel and the source archive into dist/
 	@$(PY) -m build --no-isolation
 
 clean: ## remove .venv, caches, build products and demo/
-	@rm -rf $(VENV) demo build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	@rm -rf $(VENV) demo build dist site .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,8 @@
     python -m bench kernels --device cuda
     python -m bench report        # bench/results -> docs/benchmarks.md and the figures of docs/data-engine.md
     python -m bench project 1000  # what the measured figures mean for a cohort of 1,000 subjects
+    python -m bench roofline      # what the device's ceilings allow, beside what was measured
+    python -m bench scale         # epoch, traffic and cost for N subjects on M devices; --check tries it on CPU ranks
 
 Exit code 1 when a correctness gate failed: that row has no times.
 """
@@ -44,13 +46,16 @@ OPTIONS: dict[str, Defaults] = {
         "visit": (32, 8),
         "step_ms": (145, 2),
     },
+    "layers": {"kernel": ([16], [4]), "batch": ([4], [2]), "patch": (64, 16)},
     "kernels": {"shape": ([197, 233, 189], [48, 48, 48]), "patch": (64, 32), "step": (32, 16), "batch": ([32], [8])},
     "infer": {
-        "shape": (None, [48, 48, 48]),
+        "shape": (None, [44, 40, 48]),
         "patch": (64, 32),
         "step": (32, 16),
-        "kernel": ([8], [4]),
+        "steps": ([64, 32, 16, 10], [24]),
+        "kernel": ([8], [2]),
         "batch": ([2], [2]),
+        "limit": (30, 1),
     },
 }
 HELP = {
@@ -59,9 +64,11 @@ HELP = {
     "patch": "edge of a patch or tile in voxels",
     "critic_kernel": "channels of the critic's first convolution",
     "critic_iterations": "critic updates per generator update",
-    "shape": "of the volume (data: 197 233 189; infer: that for stitching, 128 128 128 for whole inference)",
+    "shape": "of the volume (data: 197 233 189; infer: 160 160 160 for stitching, 96 112 112 for whole inference)",
     "ranks": "also the weak scaling of the iteration over so many processes",
-    "step": "distance between tiles in voxels",
+    "step": "distance between tiles in voxels (infer: where all peers and memory are measured)",
+    "steps": "more distances, where fastsrgan and, up to 64 tiles, MONAI are measured",
+    "limit": "seconds that the rounds of a case may take, beyond two rounds",
     "stride": "distance between patches in voxels",
     "fill": "width of the synthetic heads in percent of the volume",
     "subjects": "volumes of the end-to-end rows",
@@ -74,8 +81,9 @@ HELP = {
 BRIEF = {
     "step": "generator passes, critic and generator update, whole training iteration, weak scaling over ranks",
     "data": "degradation, patch gather, store read; files to batches end to end",
+    "layers": "layers of the generator one by one",
     "kernels": "device operations against the copy ceiling",
-    "infer": "stitching, whole inference",
+    "infer": "sum alone, stitching alone, whole inference over a list of steps",
 }
 
 
@@ -93,8 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
             p.add_argument(f"--{name.replace('_', '-')}", type=int, help=HELP[name] + told, **several)
         if bench == "data":
             p.add_argument("--engine", action=argparse.BooleanOptionalAction, help="end-to-end rows (not with --quick)")
-        if bench in ("data", "step"):
-            drawn = "the end-to-end rows" if bench == "data" else "every row"
+        if bench in ("data", "step", "infer"):
+            drawn = {"data": "the end-to-end rows", "step": "every row", "infer": "time against step"}[bench]
             p.add_argument("--plot", metavar="FILE", help=f"also draw {drawn}, as PNG or SVG")
         p.add_argument("--quick", action="store_true", help="small sizes and two repeats: does it work, not how fast")
         p.add_argument("--repeats", type=int, help="of every side, taken in turns (5)")
@@ -132,6 +140,20 @@ def _flat(value: Any) -> list[int]:
     return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
+def from_results(name: str, argv: Sequence[str]) -> int:
+    """The commands that print what follows from measured figures; returns the exit code."""
+    import importlib
+
+    from fastsrgan.errors import FastsrganError
+
+    try:
+        print(importlib.import_module("bench.data_page" if name == "project" else f"bench.{name}").main(argv))
+    except FastsrganError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -140,11 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(page.main())
         return 0
-    if list(argv[:1]) == ["project"]:
-        from bench import data_page
-
-        print(data_page.main(argv[1:]))
-        return 0
+    if argv and argv[0] in ("project", "roofline", "scale"):
+        return from_results(argv[0], argv[1:])
     args = parse(argv)
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = str(args.threads)  # read when NumPy and torch are first imported, below
@@ -165,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             common.write_json(args.json, report)
         if getattr(args, "plot", None):
-            drawing = {"data": "bench.plot", "step": "bench.plot_step"}[args.bench]
+            drawing = {"data": "bench.plot", "step": "bench.plot_step", "infer": "bench.infer_plot"}[args.bench]
             importlib.import_module(drawing).plot(report, args.plot)
     except FastsrganError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -21,7 +21,7 @@ from torch import Tensor
 from bench.common import texture
 from fastsrgan import images
 from fastsrgan.convert import convert
-from fastsrgan.pool import patch_origins, positive_box
+from fastsrgan.patch_grid import patch_origins, positive_box
 from fastsrgan.resample import modulo_size
 
 THRESHOLD = 500  # stored intensity above which a voxel belongs to the label

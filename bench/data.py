@@ -18,7 +18,8 @@ from bench import data_engine
 from bench.common import Case, OwnWay, Sides, texture
 from fastsrgan import images, resample
 from fastsrgan.degrade import degrade
-from fastsrgan.pool import Pool, Resident, patch_origins
+from fastsrgan.patch_grid import patch_origins
+from fastsrgan.pool import Pool, Resident
 from fastsrgan.resample import FWHM
 from fastsrgan.store import Store, open_store
 from fastsrgan.store_writer import create_store

@@ -181,13 +181,14 @@ def memory(report: dict[str, Any]) -> str:
     row = row_of(report, "one volume")
     if row is None:
         raise InputError("bench data", "the report has no row of stages", "run it without --only")
-    voxels, per_voxel = math.prod(row["shape"]), row["resident_bytes_per_voxel"]
+    voxels, per_voxel = math.prod(row["resident_shape"]), row["resident_bytes_per_voxel"]
     half = per_voxel - 4  # two images of two bytes less
     lines = []
     for name, size in (("fp32 (CPU)", per_voxel), ("fp16 (GPU)", half)):
         fits = [f"{int(budget * 1e9 // (2 * size * voxels))}" for budget in BUDGETS]
         lines.append([name, f"{size:.3g}", amount(size * voxels), *fits])
-    head = ["resident images", "bytes per voxel", "this volume"]
+    kept = " x ".join(map(str, row["resident_shape"]))
+    head = ["resident images", "bytes per voxel", f"{kept} voxels"]
     return table([*head, *(f"subjects in a group at {budget} GB" for budget in BUDGETS)], lines)
 
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-
 from bench.cohort import Cohort, Work
 from bench.common import synchronise
 from bench.data_sides import make_feed, make_pool
@@ -22,6 +20,7 @@ from fastsrgan import demo
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
 from fastsrgan.degrade import Degradation
+from fastsrgan.pool import Resident
 from fastsrgan.shuffle import batch_subjects, quality
 from fastsrgan.template import make_cohort
 from fastsrgan.train import train
@@ -56,7 +55,7 @@ class Stages:
     def measure(self, args: argparse.Namespace) -> dict[str, Any]:
         """The row: ``stages`` holds median seconds, ``convert`` what the store cost once."""
         work = self.cohort.made()
-        _, resident_bytes = one_volume(work, 0)
+        _, resident = one_volume(work, 0)
         runs = [one_volume(work, epoch)[0] for epoch in range(1, args.repeats + 1)]
         stages = {stage: statistics.median(run[stage] for run in runs) for stage in STAGES}
         return {
@@ -66,7 +65,8 @@ class Stages:
             **facts_of([sum(run[stage] for stage in STAGES) for run in runs]),
             "stages": stages,
             "gathered_per_second": work.patches / stages["gather"],
-            "resident_bytes_per_voxel": resident_bytes / np.prod(work.shape),
+            "resident_shape": list(resident.hr.shape),
+            "resident_bytes_per_voxel": resident.nbytes / resident.hr.numel(),
             "convert": self.cohort.facts,
         }
 
@@ -75,8 +75,8 @@ class Stages:
         return [", ".join(f"{stage} {seconds * 1e3:.1f} ms" for stage, seconds in row["stages"].items())]
 
 
-def one_volume(work: Work, epoch: int) -> tuple[dict[str, float], int]:
-    """Seconds of each stage for the first subject, and the bytes that it holds in memory."""
+def one_volume(work: Work, epoch: int) -> tuple[dict[str, float], Resident]:
+    """Seconds of each stage for the first subject, and what is kept of it."""
     feed, name = make_feed(work), work.names[0]
     spent = dict.fromkeys(STAGES, 0.0)
 
@@ -104,7 +104,7 @@ def one_volume(work: Work, epoch: int) -> tuple[dict[str, float], int]:
         pool.gather(indices)
     synchronise(work.device)
     spent["gather"] = time.perf_counter() - began
-    return spent, resident.nbytes
+    return spent, resident
 
 
 @dataclass(frozen=True)

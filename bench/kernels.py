@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bench.common import Case, Sides, texture
 from fastsrgan import resample, stitch, tiles
-from fastsrgan.pool import Pool, Resident, patch_origins
+from fastsrgan.patch_grid import patch_origins
+from fastsrgan.pool import Pool, Resident
 
 FACTOR = 3
 CHANNELS = 2  # SR and segmentation

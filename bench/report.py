@@ -7,13 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench import data_page
+from bench import data_page, infer_page, infer_plot, roofline, scale
 from bench.plot import plot
+from fastsrgan.errors import InputError
 from fastsrgan.runtime import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE, PICTURE = ROOT / "docs" / "data-engine.md", ROOT / "docs" / "images" / "data-engine.png"
+STEPS = ROOT / "docs" / "images" / "infer-steps.png"
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks.md"
+ROOFLINE = ROOT / "docs" / "roofline.md"
 HEAD = """# Benchmarks
 
 Made by `python -m bench report` from the files in `bench/results/`; run the commands below to repeat them on your
@@ -69,7 +72,24 @@ def section(path: Path, report: dict[str, Any]) -> list[str]:
                 lines.append(f"| | {peer} | {times(facts)} | {ratio} | {memory(facts)} | {facts['max_error']:.1e} |")
     if any(row["name"].startswith("end to end") for row in report["rows"]):
         lines += ["", "End to end (docs/data-engine.md says what the columns are):\n", data_page.rates(report).rstrip()]
+    if report["bench"] == "infer" and (tables := infer_page.markdown(report)):
+        lines += ["", f"![seconds against step](images/{STEPS.name})", "", tables]
     return [*lines, "", *(f"* {note}" for note in report["notes"])]
+
+
+def scaled(path: Path, report: dict[str, Any]) -> list[str]:
+    """A checked prediction of epochs as Markdown, and what the same model says of other cohorts."""
+    m = report["machine"]
+    lines = [f"\n## scale, {path.parent.name}\n", f"`{' '.join(report['command'])}`\n"]
+    lines.append(f"{m['cpu']}, ranks of one thread, torch {m['torch']}, commit {report['commit']}\n")
+    lines += ["Epochs as predicted from one update, one volume and weak scaling, and as then run:\n"]
+    lines.append(scale.section(report))
+    try:
+        figures = scale.measured(path.parent)
+    except InputError:
+        return lines
+    lines.append("What the same sums say of this machine's own step and data figures (`python -m bench scale`):\n")
+    return [*lines, scale.prediction_table(figures, (40, 1000, 100_000), (1, 8, 64), 0.0)]
 
 
 def main() -> Path:
@@ -79,9 +99,14 @@ def main() -> Path:
     if not any("cuda" in report["device"].lower() or "nvidia" in report["device"].lower() for _, report in reports):
         lines.append(NO_GPU)
     for path, report in reports:
-        lines += section(path, report)
+        lines += scaled(path, report) if report["bench"] == "scale" else section(path, report)
     with atomic_write(PAGE) as temporary:
         temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf8")
+    with atomic_write(ROOFLINE) as temporary:
+        temporary.write_text(roofline.page(), encoding="utf8")
+    drawn = [report for path, report in reports if path.name == "infer.json" and infer_page.markdown(report)]
+    if drawn:
+        infer_plot.plot(drawn[0], STEPS)
     data = [report for path, report in reports if path.name == "data.json"]
     if data and ENGINE.is_file():
         data_page.refresh(ENGINE, data[0])

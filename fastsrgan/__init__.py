@@ -8,17 +8,21 @@ from fastsrgan import losses
 from fastsrgan._version import __version__
 from fastsrgan.degrade import Degraded, degrade
 from fastsrgan.errors import FastsrganError
+from fastsrgan.geometry import Volume
 from fastsrgan.infer import InferResult, infer_volume
+from fastsrgan.viewer.show import show
 from fastsrgan.weights import load_critic, load_generator
 
 __all__ = [
     "Degraded",
     "FastsrganError",
     "InferResult",
+    "Volume",
     "__version__",
     "degrade",
     "infer_volume",
     "load_critic",
     "load_generator",
     "losses",
+    "show",
 ]

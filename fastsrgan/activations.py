@@ -1,4 +1,4 @@
-"""What a network takes while it works: counted on a small tile, scaled to any other."""
+"""What a network takes while it works: counted on one tile, scaled where that was smaller than the wanted ones."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-PROBE = 24  # edge of the small tile in voxels
+LARGEST = 64  # edge in voxels up to which tiles are counted as they are: such a pass has room on any machine
 HALO = 6  # voxels that the widest convolution adds to an axis
-KEPT = 1.5  # what a process holds over what it uses: freed blocks of one layer do not fit the next one
+KEPT = 1.25  # what a process holds over what it uses: freed blocks of one layer do not fit the next one
 
 
 class Needs(NamedTuple):
-    """probe : bytes alive at once for a tile of ``PROBE`` voxels per axis; channels : of the output."""
+    """edges : of the tile that was counted; alive : bytes at once; channels : of the output; fixed : bytes whatever the
+    tile.
+    """
 
-    probe: int
+    edges: tuple[int, ...]
+    alive: int
     channels: int
+    fixed: int = 0
 
     def of(self, patch: Sequence[int], tiles: int = 1) -> int:
-        """Bytes for a batch of larger tiles: every layer grows with the voxels that the widest convolution sees."""
-        return math.ceil(KEPT * self.probe * tiles * math.prod((p + HALO) / (PROBE + HALO) for p in patch))
+        """Bytes for a batch of other tiles: layers grow at most with the voxels that the widest convolution sees."""
+        larger = math.prod((p + HALO) / (e + HALO) for p, e in zip(patch, self.edges, strict=True))
+        return self.fixed + math.ceil(KEPT * self.alive * tiles * larger)
 
 
 class _Tally(TorchFunctionMode):
@@ -58,12 +63,13 @@ class _Tally(TorchFunctionMode):
         self.live -= size
 
 
-def needs(network: Callable[[Tensor], Tensor], device: torch.device | str = "cpu") -> Needs:
-    """Run a network, (B, 1, X, Y, Z) -> (B, C, X, Y, Z), once on a small tile and count what it has alive at once.
+def needs(network: Callable[[Tensor], Tensor], patch: Sequence[int], device: torch.device | str = "cpu") -> Needs:
+    """Run a network, (B, 1, X, Y, Z) -> (B, C, X, Y, Z), once on a tile and count what it has alive at once.
 
     The count follows any network and any change of it; no figure about a layer is written down anywhere.
     """
+    edges = tuple(min(p, LARGEST) for p in patch)
     with torch.inference_mode(), _Tally() as tally:
-        x = torch.rand((1, 1, PROBE, PROBE, PROBE), device=device)
+        x = torch.rand((1, 1, *edges), device=device)
         out = network(x)
-    return Needs(tally.peak, out.shape[1])
+    return Needs(edges, tally.peak, out.shape[1])

@@ -17,7 +17,7 @@ from fastsrgan._version import __version__
 from fastsrgan.cli_infer import print_json
 from fastsrgan.console import error_line, open_console, table
 from fastsrgan.errors import FastsrganError, UsageError
-from fastsrgan.runtime import Progress
+from fastsrgan.runtime import Interrupts, Progress, Terminated
 
 RAW = argparse.RawDescriptionHelpFormatter
 
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """All commands. Heavy modules are imported by the commands that need them."""
-    from fastsrgan import cli_infer, cli_job, cli_train
+    from fastsrgan import cli_evaluate, cli_infer, cli_job, cli_report, cli_study, cli_train
 
     parser = Parser(
         prog="fastsrgan",
@@ -88,6 +88,9 @@ def build_parser() -> Parser:
     cli_job.add_parser(commands)
 
     cli_infer.add_parsers(command)
+    cli_evaluate.add_parser(command)
+    cli_study.add_parser(command)
+    cli_report.add_parser(command)
 
     p = command("doctor", _doctor, "devices, versions, and what will run where", "fastsrgan doctor")
     p.add_argument("--json", action="store_true")
@@ -218,12 +221,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [w for w in words if w not in flags]
     progress = open_console(flags["--quiet"], flags["--debug"])
     try:
-        parser = build_parser()
-        args = parser.parse_args(words)
-        if args.command is None:
-            parser.print_help()
-            return 0
-        return int(args.run(args, progress))
+        with Interrupts():
+            parser = build_parser()
+            args = parser.parse_args(words)
+            if args.command is None:
+                parser.print_help()
+                return 0
+            return int(args.run(args, progress))
     except SystemExit as stop:  # argparse's --help and --version
         return int(stop.code or 0)
     except BrokenPipeError:
@@ -242,8 +246,8 @@ def failed(error: BaseException) -> int:
         error_line(str(error))
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        error_line("interrupted")
-        return 130
+        error_line("stopped: by SIGTERM" if isinstance(error, Terminated) else "interrupted")
+        return 143 if isinstance(error, Terminated) else 130
     if isinstance(error, MemoryError):
         error_line(f"memory: not enough ({str(error) or 'use a smaller patch, batch or volume'})")
         return 5

@@ -1,15 +1,24 @@
-"""``fastsrgan infer``, ``evaluate`` and ``weights``."""
+"""``fastsrgan infer`` and ``weights``."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import functools
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
-from fastsrgan.console import error_line, table
-from fastsrgan.errors import PartialFailure, UsageError
+from fastsrgan.console import error_line
+from fastsrgan.errors import UsageError
 from fastsrgan.runtime import Progress, finite
+
+PATIENCE = datetime.timedelta(days=7)  # of ranks that are done for those that are not
+EXAMPLES = """fastsrgan infer scan.nii.gz -o out --step 16
+  fastsrgan infer scans/ -o out --resume                             a folder, as far as it is not done
+  fastsrgan infer scan.nii.gz -o out -w a.safetensors -w b.safetensors --flips xyz --largest-component --png
+  torchrun --nproc-per-node 8 -m fastsrgan infer list.txt -o out     the images of a list over 8 GPUs"""
 
 
 def tile_edge(text: str) -> int | None:
@@ -72,10 +81,24 @@ def batch_size(text: str) -> int | str:
 
 def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Define the commands; ``command(name, run, text, example)`` makes an empty one."""
-    p = command("infer", _infer, "super-resolve and segment images", "fastsrgan infer scan.nii.gz -o out --step 16")
-    p.add_argument("inputs", nargs="+", metavar="INPUT", help="NIfTI files, DICOM folders, .txt / .csv lists")
-    p.add_argument("-o", "--out", required=True, metavar="DIR", help="output folder")
-    p.add_argument("-w", "--weights", metavar="FILE", help="Keras HDF5, safetensors or run folder (the shipped model)")
+    p = command("infer", _infer, "super-resolve and segment images", EXAMPLES)
+    p.add_argument(
+        "inputs", nargs="*", metavar="INPUT", help="NIfTI files, folders of them, DICOM folders, .txt / .csv lists"
+    )
+    p.add_argument("--bids", metavar="DIR", help="in place of INPUT: the T1w and T2w images of a BIDS dataset")
+    p.add_argument("--participant-label", nargs="+", default=(), metavar="LABEL", help="of the dataset (all)")
+    p.add_argument("--session-label", nargs="+", default=(), metavar="LABEL", help="of the dataset (all)")
+    p.add_argument("--suffix", nargs="+", default=(), choices=("T1w", "T2w"), help="images of the dataset (both)")
+    p.add_argument(
+        "-o", "--out", required=True, metavar="DIR", help="output folder; with --bids the derivatives dataset"
+    )
+    p.add_argument(
+        "-w",
+        "--weights",
+        action="append",
+        metavar="FILE",
+        help="Keras HDF5, safetensors or run folder (the shipped model); several times: their mean",
+    )
     p.add_argument("--patch", type=tile_edge, default=128, help="tile edge in voxels, or none: the whole image (128)")
     p.add_argument(
         "--step", type=step_size, default=30, help="voxels between tiles, or auto; smaller is better and slower (30)"
@@ -106,7 +129,25 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--max-memory", type=memory, metavar="G", help="of the host, beside the image; more goes by slabs")
     p.add_argument("--mask", metavar="FILE", help="compute only where this image is above zero")
     p.add_argument("--crop-to-head", action="store_true", help="compute only in the box around what is not air")
+    p.add_argument(
+        "--flips", default="none", metavar="AXES", help="mean over mirror images of each tile: x, xy, xyz, ... (none)"
+    )
+    p.add_argument("--threshold", type=float, default=0.5, help="probability that makes the segmentation (0.5)")
+    p.add_argument("--largest-component", action="store_true", help="keep the segmentation's largest component alone")
+    p.add_argument(
+        "--min-size", type=float, default=0.0, metavar="MM3", help="leave out components of less cubic millimetres"
+    )
+    p.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "input"),
+        help="of the SR image; input: rounded to the type and scaling of the image it was made of",
+    )
     p.add_argument("--save-prob", action="store_true", help="also write the probability map")
+    p.add_argument("--png", action="store_true", help="also draw image, SR and segmentation side by side")
+    p.add_argument(
+        "--split-volume", action="store_true", help="under torchrun: each image over all ranks, not one image for each"
+    )
     p.add_argument(
         "--series", metavar="N", help="which series of a DICOM folder: number, UID or part of its description"
     )
@@ -115,15 +156,6 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--resume", action="store_true", help="skip what is finished")
     p.add_argument("--overwrite", action="store_true", help="replace existing results")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
-
-    example = "fastsrgan evaluate --sr out/a_sr.nii.gz --hr a.nii.gz --seg out/a_seg.nii.gz --label a_gm.nii.gz"
-    p = command("evaluate", _evaluate, "compare results with the truth", example)
-    for name in ("sr", "hr", "seg", "label", "mask", "baseline", "baseline-seg"):
-        p.add_argument(f"--{name}", metavar="IMAGE")
-    p.add_argument(
-        "--table", metavar="CSV", help="columns SR_image, HR_image, optional Seg_image, Label_image, Mask_image"
-    )
-    p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to standard output")
 
     example = "fastsrgan weights import SegSRGAN_epoch_200 model.safetensors"
     p = command("weights", _weights, "look at, import and export weight files", example)
@@ -134,10 +166,16 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _infer(args: argparse.Namespace, progress: Progress) -> int:
-    from fastsrgan.infer_files import SomeFailed, infer_files
-    from fastsrgan.runtime import tune_allocator
+    import torch
+
+    from fastsrgan.infer_files import SomeFailed
+    from fastsrgan.ranks import from_environment, local_device, speaks
+    from fastsrgan.runtime import QUIET, tune_allocator
 
     tune_allocator()
+    if not speaks():
+        logging.getLogger("fastsrgan").setLevel(logging.ERROR)
+        progress = QUIET
     resolution = args.new_resolution
     if resolution is not None:
         if len(resolution) not in (1, 3):
@@ -145,35 +183,49 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
         resolution = resolution[0] if len(resolution) == 1 else resolution
     if args.mask and args.crop_to_head:
         raise UsageError("--mask", "excludes --crop-to-head", "one of the two")
+    run, source = _source(args)
     code = 0
     try:
-        result = infer_files(
-            args.inputs,
-            args.out,
-            args.weights,
-            patch=args.patch,
-            step=args.step,
-            new_resolution=resolution,
-            device=args.device,
-            geometry=args.geometry,
-            window=args.window,
-            batch=args.batch,
-            precision=args.precision,
-            budget=args.budget,
-            mask="head" if args.crop_to_head else args.mask,
-            max_memory=args.max_memory,
-            precision_check=args.check_precision,
-            save_prob=args.save_prob,
-            overwrite=args.overwrite,
-            resume=args.resume,
-            series=args.series,
-            volume=args.volume,
-            max_voxels=int(args.max_voxels),
-            progress=progress,
-        )
+        # Ranks tell each other about the images; their devices do not talk.
+        with from_environment(torch.device("cpu"), PATIENCE) as ranks:
+            result = run(
+                source,
+                args.out,
+                args.weights,
+                patch=args.patch,
+                step=args.step,
+                new_resolution=resolution,
+                device=local_device(args.device),
+                geometry=args.geometry,
+                window=args.window,
+                batch=args.batch,
+                precision=args.precision,
+                budget=args.budget,
+                mask="head" if args.crop_to_head else args.mask,
+                max_memory=args.max_memory,
+                precision_check=args.check_precision,
+                flips=args.flips,
+                threshold=args.threshold,
+                largest_component=args.largest_component,
+                min_size=args.min_size,
+                dtype=args.dtype,
+                save_prob=args.save_prob,
+                png=args.png,
+                overwrite=args.overwrite,
+                resume=args.resume,
+                series=args.series,
+                volume=args.volume,
+                max_voxels=int(args.max_voxels),
+                ranks=ranks,
+                split_volume=args.split_volume,
+                progress=progress,
+            )
     except SomeFailed as error:
-        error_line(str(error))
+        if speaks():
+            error_line(str(error))
         result, code = error.summary, error.exit_code
+    if not speaks():
+        return code
     if args.json:
         print_json(result)
     else:
@@ -183,47 +235,22 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
     return code
 
 
-def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
-    from fastsrgan import evaluate
-    from fastsrgan.runtime import write_json
+def _source(args: argparse.Namespace) -> tuple[Callable[..., dict[str, Any]], Any]:
+    """The function that does what was asked, and its first argument: images, or the root of a dataset."""
+    if args.bids and args.inputs:
+        raise UsageError("--bids", f"and {args.inputs[0]}", "one of the two")
+    if args.bids:
+        from fastsrgan.bids import SUFFIXES, infer_bids
 
-    if bool(args.table) == bool(args.sr and args.hr):
-        raise UsageError("evaluate", "give --sr and --hr, or --table", "fastsrgan evaluate --help")
-    if args.table:
-        result = evaluate.evaluate_table(args.table, progress=progress)
-        rows = [{"figure": k, "mean": v["mean"], "sd": v["sd"], "n": v["n"]} for k, v in result["summary"].items()]
-    else:
-        result = evaluate.evaluate_files(
-            args.sr,
-            args.hr,
-            args.seg,
-            args.label,
-            mask=args.mask,
-            baseline=args.baseline,
-            baseline_seg=args.baseline_seg,
-        )
-        rows = figures(result)
-    if args.json == "-":
-        print_json(result)
-        return 0
-    if args.json:
-        write_json(args.json, result)
-    print(table(rows))
-    failed = result.get("failed")
-    if failed:
-        raise PartialFailure(args.table, f"{len(failed)} rows could not be evaluated", "see the warnings")
-    return 0
+        chosen = {"participants": args.participant_label, "sessions": args.session_label}
+        return functools.partial(infer_bids, **chosen, suffixes=args.suffix or SUFFIXES), args.bids
+    if args.participant_label or args.session_label or args.suffix:
+        raise UsageError("infer", "participants, sessions and suffixes are of a dataset", "--bids DIR")
+    if not args.inputs:
+        raise UsageError("infer", "no image given", "NIfTI files, folders of them, or --bids DIR")
+    from fastsrgan.infer_files import infer_files
 
-
-def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The figures of one pair as rows: region or segmentation, name, value, and the baseline's beside it."""
-    base = result.get("baseline", {})
-    rows = []
-    groups = [(region, scores, base.get("image", {}).get(region, {})) for region, scores in result["image"].items()]
-    groups.append(("segmentation", result.get("segmentation", {}), base.get("segmentation", {})))
-    for where, scores, other in groups:
-        rows += [{"where": where, "figure": k, "value": v, "baseline": other.get(k)} for k, v in scores.items()]
-    return rows
+    return infer_files, args.inputs
 
 
 def _weights(args: argparse.Namespace, progress: Progress) -> int:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, fields
@@ -18,6 +21,8 @@ import yaml
 from fastsrgan.errors import ModelError
 
 Triple = tuple[float, float, float]
+MAX_BYTES = 1 << 20  # of a settings file
+LARGEST = {"patch_size": 1024, "kernel_gen": 1024, "kernel_dis": 1024}
 
 CHOICES = {
     "network": ("plain", "unet"),
@@ -178,9 +183,19 @@ class TrainConfig:
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
-                raise ModelError(f"config: {name}", f"{value!r}", f"one of {', '.join(allowed)}")
-        if len(self.new_low_res) not in (1, 2) or any(len(t) != 3 or min(t) <= 0 for t in self.new_low_res):
-            raise ModelError("config: new_low_res", f"{self.new_low_res}", "one or two triples of positive millimetres")
+                raise ModelError(f"config: {name}", shown(value), f"one of {', '.join(allowed)}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ModelError(f"config: {f.name}", f"{value}", "a finite number")
+        usable = all(len(t) == 3 and min(t) > 0 and math.isfinite(sum(t)) for t in self.new_low_res)
+        if len(self.new_low_res) not in (1, 2) or not usable:
+            raise ModelError(
+                "config: new_low_res", shown(self.new_low_res), "one or two triples of positive millimetres"
+            )
+        for name, largest in LARGEST.items():
+            if getattr(self, name) > largest:
+                raise ModelError(f"config: {name}", shown(getattr(self, name)), f"at most {largest}")
         if self.patch_size % 4 or self.patch_size < 16:
             lower = max(16, self.patch_size // 4 * 4)
             raise ModelError(
@@ -199,7 +214,7 @@ class TrainConfig:
             if value is not None and not value > 0:
                 raise ModelError(f"config: {name}", f"{value}", "a number above zero, or leave it out")
         if not set(self.flips) <= set("xyz"):
-            raise ModelError("config: flips", f"{self.flips!r}", "letters of the axes to mirror, for example xy")
+            raise ModelError("config: flips", shown(self.flips), "letters of the axes to mirror, for example xy")
         for name in ("contrast_max", "ema", "noise", "beta1", "beta2", "profile"):
             if getattr(self, name) >= 1:
                 raise ModelError(f"config: {name}", f"{getattr(self, name)}", "below 1")
@@ -234,15 +249,15 @@ def from_mapping(values: dict[str, Any], what: str = "config") -> TrainConfig:
     known = {f.name: f for f in fields(TrainConfig)}
     hints = typing.get_type_hints(TrainConfig)
     preset = values.get("preset", "code")
-    if preset not in PRESETS:
-        raise ModelError(f"{what}: preset", f"{preset!r}", f"one of {', '.join(PRESETS)}")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ModelError(f"{what}: preset", shown(preset), f"one of {', '.join(PRESETS)}")
     checked: dict[str, Any] = dict(PRESETS[preset])
     for key, value in values.items():
-        name = str(key).replace("-", "_")
+        name = (key if isinstance(key, str) else shown(key)).replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise ModelError(
-                f"{what}: {key}", "unknown setting", f"did you mean {near[0]}?" if near else "see docs/config.md"
+                f"{what}: {name[:80]}", "unknown setting", f"did you mean {near[0]}?" if near else "see docs/config.md"
             )
         checked[name] = _coerce(name, value, hints[name], what)
     return TrainConfig(**checked)
@@ -254,21 +269,55 @@ def _coerce(name: str, value: Any, hint: Any, what: str) -> Any:
         try:
             triples = [value] if value and not isinstance(value[0], (list, tuple)) else value
             return tuple(tuple(float(v) for v in t) for t in triples)
-        except (TypeError, ValueError, IndexError) as error:
+        except (TypeError, ValueError, LookupError, OverflowError) as error:
             raise ModelError(
-                f"{what}: {name}", f"{value!r}", "one or two triples of millimetres, [[1, 1, 3]]"
+                f"{what}: {name}", shown(value), "one or two triples of millimetres, [[1, 1, 3]]"
             ) from error
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
         return None
     kind = next(k for k in kinds if k is not type(None))
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if kind is float and isinstance(value, float):
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+    if kind is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return value
     if kind in (bool, str) and isinstance(value, kind):
         return value
-    raise ModelError(f"{what}: {name}", f"{value!r} is not {'a number' if kind in (int, float) else kind.__name__}")
+    allowed = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
+    raise ModelError(f"{what}: {name}", f"{shown(value)} is not {allowed}")
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a message: short, whatever it holds."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only. Aliases, which can make a small file a huge structure, and repeated keys are refused."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases are not taken in settings")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        names = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise yaml.YAMLError(f"{twice[:80]} is there twice")
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes 1e-4, without a point, for text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def from_yaml(path: str | Path) -> TrainConfig:
@@ -277,13 +326,15 @@ def from_yaml(path: str | Path) -> TrainConfig:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file (safe loader)."""
+    """The mapping in a YAML file (safe loader). Raises ModelError."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+        if Path(path).stat().st_size > MAX_BYTES:
+            raise ModelError(path, "is too large for settings", f"at most {MAX_BYTES} bytes")
+        values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _Loader)
     except OSError as error:
         raise ModelError(path, "cannot be read", error.strerror) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(getattr(error, "problem", None) or error).splitlines()[0]
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # dates and numbers that are none
+        reason = (str(getattr(error, "problem", None) or error).splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(path, f"is not plain YAML: {reason}", "a mapping of settings, see docs/config.md") from error
     if not isinstance(values, dict):
         raise ModelError(path, "holds no settings", "a mapping such as 'epochs: 50'")

@@ -131,8 +131,10 @@ def pixels(path: Path, shape: tuple[int, int]) -> np.ndarray:
     except MemoryError:
         raise ResourceError(path, "not enough memory for its frames") from None
     except Exception as error:  # pydicom and its decoders raise many kinds
-        syntax = ds.file_meta.TransferSyntaxUID
-        if syntax.is_compressed and isinstance(error, (RuntimeError, NotImplementedError, ImportError)):
+        syntax = getattr(ds.file_meta, "TransferSyntaxUID", None)
+        # A damaged UID names no syntax, and pydicom refuses to say whether it is one of compression.
+        packed = syntax is not None and syntax.is_transfer_syntax and syntax.is_compressed
+        if syntax and packed and isinstance(error, (RuntimeError, NotImplementedError, ImportError)):
             hint = "pip install pylibjpeg[all], or decompress it with dcm2niix or gdcmconv"
             raise InputError(
                 path, f"its pixels are compressed ({syntax.name}) and no decoder is there", hint

@@ -148,6 +148,7 @@ def save(
     units: str = "mm",
     description: str = "fastsrgan",
     code: int = 1,
+    scaling: tuple[float, float] = (1.0, 0.0),
 ) -> Path:
     """Write a NIfTI image, whole or not at all; NIfTI-2 where a dimension exceeds NIfTI-1.
 
@@ -160,6 +161,7 @@ def save(
     overwrite : replace an existing file
     units : "mm", "meter" or "micron"
     code : what the world is (NIfTI xform code): 1 scanner, 2 aligned, 3 Talairach, 4 MNI, 5 template
+    scaling : slope and intercept of the header; what is stored is (data - intercept) / slope
 
     Raises
     ------
@@ -174,7 +176,12 @@ def save(
     if affine.shape != (4, 4) or not invertible(affine):
         raise ValueError(f"{affine.tolist()} is no affine")
     stored = _storable(np.dtype(data.dtype if dtype is None else dtype))
-    block = _header(data.shape, affine, stored, units, description, code).binaryblock + b"\0\0\0\0"  # no extensions
+    header = _header(data.shape, affine, stored, units, description, code)
+    if scaling != (1, 0):
+        header["scl_slope"], header["scl_inter"] = scaling
+        # The header holds them in float32: what is read back is scaled with those.
+        data = (data - np.float64(header["scl_inter"])) / np.float64(header["scl_slope"])
+    block = header.binaryblock + b"\0\0\0\0"  # no extensions
     with atomic_write(target) as temporary, open(temporary, "wb") as raw:
         if target.name.lower().endswith(".gz"):
             # No name and no time in the gzip header: the same image gives the same bytes.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -20,26 +19,30 @@ import torch
 from torch import nn
 
 from fastsrgan import anytime, tiles
+from fastsrgan.averaged import NONE, Averaged, average, flip_axes, members
 from fastsrgan.deviation import deviations
-from fastsrgan.engine import check_batch, check_precision, pick_precision
-from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.geometry import Orientation, grid_size, processing_orientation, resampled_affine, spacing_of
+from fastsrgan.engine import pick_precision
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.geometry import Orientation, processing_orientation, resampled_affine, spacing_of
+from fastsrgan.infer_settings import Resolution as Resolution
+from fastsrgan.infer_settings import Step as Step
+from fastsrgan.infer_settings import check_settings as check_settings
+from fastsrgan.infer_settings import coarser
+from fastsrgan.infer_settings import target_spacing as target_spacing
 from fastsrgan.infer_ways import How, Prepared, by_slabs, find_region, in_memory, within
 from fastsrgan.intensity import normaliser
 from fastsrgan.interpolated import Interpolated
-from fastsrgan.memory_plan import SLABS, Job, plan_memory
-from fastsrgan.resample import SAME, check_geometry
+from fastsrgan.memory_plan import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, Job, MemoryPlan, plan_memory
 from fastsrgan.runtime import QUIET, Progress, pick_device
 from fastsrgan.slabs import Whole
-from fastsrgan.windows import check_window
+from fastsrgan.split import Together, by_ranks
+from fastsrgan.sweep import GROUP_BATCHES
+from fastsrgan.tile_network import TileNetwork
 
 log = logging.getLogger("fastsrgan")
 
-MAX_VOXELS = 2**31  # of the interpolated grid
 BUDGET = 60.0  # seconds that step "auto" takes when none are given
 
-Resolution = str | float | Sequence[float] | None  # see infer_volume
-Step = str | int | Sequence[int]
 Spacing = tuple[float, float, float]
 # (volume, its spacing, wanted spacing) -> (interpolated float32 volume, the spacing that it has)
 Interpolate = Callable[[np.ndarray, Spacing, Spacing], tuple[np.ndarray, Spacing]]
@@ -66,7 +69,7 @@ class InferResult:
 def infer_volume(
     data_XYZ: np.ndarray,
     affine: np.ndarray,
-    generator: nn.Module,
+    generator: nn.Module | Sequence[nn.Module],
     *,
     patch: tiles.PerAxis = 128,
     step: Step = 30,
@@ -82,6 +85,9 @@ def infer_volume(
     max_memory: int | None = None,
     scratch: str | os.PathLike | None = None,
     precision_check: bool = False,
+    flips: str = NONE,
+    beside: Beside | None = None,
+    together: Together | None = None,
     progress: Progress = QUIET,
     label: str = "infer",
 ) -> InferResult:
@@ -92,7 +98,7 @@ def infer_volume(
     data_XYZ : (X, Y, Z) finite image as stored, at least one voxel above zero
     affine : (4, 4) voxel index -> world mm
     generator : ``G(x)``, or ``G(x, res)`` where ``G.spec.conditional``, (B, 1, x, y, z) -> (B, 2 + classes, x, y, z);
-        it is moved to the device
+        it is moved to the device. Of several, the mean SR and the mean probabilities
     patch, step : of the tiles in voxels of the new grid, one or one per stored axis; see ``tiles.plan``. Step "auto":
         as dense as the budget allows
     new_resolution : voxel size of the result in mm: None, isotropic at the finest of the input's; one number; one per
@@ -111,40 +117,49 @@ def infer_volume(
     max_memory : bytes on the host beside the image; None takes what is free. What does not fit is done by slabs into
         ``scratch``, a folder for the result's files, or refused. A run that was killed goes on at its last slab.
     precision_check : measure what the precision costs on a few tiles, for the report
+    flips : "none", or axes of the image such as "x" or "xyz": the mean over all mirror images of each tile
+    beside : what of other volumes is in memory meanwhile, see ``memory_plan.Beside``
+    together : the ranks that share this volume, ``scratch`` being on a disk that all of them see; every one of them
+        gets the whole result. Their caller tells ``together`` of errors, see ``split.Together``
 
     Raises
     ------
     UsageError, InputError, ResourceError : settings, data or memory that cannot work.
     """
     began = time.perf_counter()
-    check_settings(patch, step, new_resolution, geometry, window, batch, precision, budget, max_memory)
+    check_settings(patch, step, new_resolution, geometry, window, batch, precision, budget, max_memory, flips)
     data, affine = _checked(data_XYZ, affine)
     where = pick_device(str(device))
     precision = pick_precision(precision, where)
     image = _prepared(data, affine, new_resolution, geometry, interpolate)
     region, told = find_region(mask, data, image)
+    generator = _one_network(generator, flips, image, where)
     how = How(generator, where, precision, window, region, progress, label)
     by_levels = step == "auto" or budget is not None
+    if by_levels and together:
+        raise UsageError("budget", "ranks that share a volume would end at different steps", "a fixed --step")
     levels = _levels(image, patch, step, by_levels)
     plan = levels[-1].plan
-    network = how.network(image)
-    held = image.source.held_bytes if isinstance(image.source, Interpolated) else 0
-    can_stream = scratch is not None and isinstance(image.source, Interpolated)
-    job = Job(plan, network.channels or 2, window, held, by_levels, can_stream)
-    memory = plan_memory(job, network, batch, max_memory)
-    log.info("%s: %s", label, memory.line)
+    can_stream = scratch is not None and (isinstance(image.source, Interpolated) or together is not None)
+    memory = _memory(image, plan, how, batch, by_levels, can_stream, max_memory, beside, together)
     checked = {}
     if precision_check:
         checked = {"precision_check": deviations(image.source, plan, generator, image.slice_mm, where, precision)}
+    key = ""
+    if memory.mode == SLABS:
+        key = _fingerprint(data, mask, generator, [plan, geometry, image.wanted, window, precision, str(where), flips])
     if by_levels:
         sr, prob, facts = within(image, levels, how, memory.batch, BUDGET if budget is None else budget)
         plan = levels[len(facts["levels"]) - 1].plan
+    elif together:
+        assert scratch is not None
+        sr, prob, facts = by_ranks(image, plan, how, memory.batch, Path(scratch), key, together)
     elif memory.mode == SLABS:
-        key = _fingerprint(data, mask, generator, [plan, geometry, image.wanted, window, precision, str(where)])
         assert scratch is not None
         sr, prob, facts = by_slabs(image, plan, how, memory.batch, Path(scratch), key)
     else:
         sr, prob, facts = in_memory(image, plan, how, memory.batch)
+    averaged = {"flips": flips, "networks": len(members(generator))} if isinstance(generator, Averaged) else {}
     report = {
         "geometry": geometry,
         "new_resolution": list(image.wanted),
@@ -160,10 +175,11 @@ def infer_volume(
         "tile": list(plan.patch),
         "processed_axes": list(image.turn.axes),
         "memory": memory.to_dict(),
+        **averaged,
         **checked,
         **facts,
         "seconds": time.perf_counter() - began,
-        "warnings": _coarser(image.spacing, image.wanted),
+        "warnings": coarser(image.spacing, image.wanted),
     }
     return InferResult(sr, prob, _new_affine(affine, data.shape, sr.shape, image), report)
 
@@ -187,6 +203,53 @@ def _prepared(
             "interpolation", "only the segsrgan geometry has others than the spline", "--geometry segsrgan"
         )
     return Prepared(source, turn, norm, spacing, wanted, geometry)
+
+
+def _one_network(
+    generator: nn.Module | Sequence[nn.Module], flips: str, image: Prepared, where: torch.device
+) -> nn.Module:
+    """The generator, or the average that was asked for."""
+    generators = [generator] if isinstance(generator, nn.Module) else list(generator)
+    if not generators:
+        raise UsageError("generator", "none given", "one network, or several to be averaged")
+    axes = [image.turn.axes.index(axis) for axis in flip_axes(flips)]
+    return average(generators, axes, image.slice_mm, where)
+
+
+def _memory(
+    image: Prepared,
+    plan: tiles.TilePlan,
+    how: How,
+    batch: str | int,
+    by_levels: bool,
+    can_stream: bool,
+    max_memory: int | None,
+    beside: Beside | None,
+    together: Together | None,
+) -> MemoryPlan:
+    """The plan, told; neighbours in memory as it says."""
+    # Members of an average work one after the other: the largest one counts.
+    parts = members(how.generator)
+    largest = max(parts, key=lambda member: sum(p.numel() for p in member.parameters()))
+    network = TileNetwork(largest, image.slice_mm, how.device, how.precision)
+    if together and batch == "auto":
+        # A group of slabs is the least that a rank can do: here it is to be one slab.
+        batch = min(network.choose_batch(batch, plan), max(1, plan.grid[1] * plan.grid[2] // GROUP_BATCHES))
+    job = Job(
+        plan,
+        network.channels or 2,
+        how.window,
+        image.source.held_bytes if isinstance(image.source, Interpolated) else 0,
+        by_levels,
+        can_stream,
+        together is not None,
+        isinstance(how.generator, Averaged),
+    )
+    memory = plan_memory(job, network, batch, max_memory, beside)
+    if beside:
+        beside.settle(memory.has(RESULT_BEFORE), memory.has(NEXT_IMAGE))
+    log.info("%s: %s", how.label, memory.line)
+    return memory
 
 
 def _levels(image: Prepared, patch: tiles.PerAxis, step: Step, by_levels: bool) -> list[anytime.Level]:
@@ -219,75 +282,6 @@ def _fingerprint(data: np.ndarray, mask: Any, generator: nn.Module, settings: li
     for name, weight in sorted(generator.state_dict().items()):
         digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def check_settings(
-    patch: tiles.PerAxis,
-    step: Step,
-    new_resolution: Resolution,
-    geometry: str,
-    window: str,
-    batch: str | int,
-    precision: str,
-    budget: float | None = None,
-    max_memory: int | None = None,
-) -> None:
-    """Raise UsageError for settings of ``infer_volume`` that no volume could be run with."""
-    check_geometry(geometry)
-    check_window(window)
-    if isinstance(step, str):
-        anytime.levels((1, 1, 1), patch, step)
-    else:
-        tiles.plan((1, 1, 1), patch, step)
-    target_spacing((1, 1, 1), (1, 1, 1), new_resolution)
-    check_batch(batch)
-    check_precision(precision)
-    if budget is not None and not (math.isfinite(budget) and budget >= 0):
-        raise UsageError("budget", f"{budget}", "seconds, 0 for the first level")
-    if max_memory is not None and max_memory < 1:
-        raise UsageError("max memory", f"{max_memory}", "a number of bytes from 1 up")
-
-
-def target_spacing(
-    spacing_mm: Sequence[float], shape: Sequence[int], new_resolution: Resolution
-) -> tuple[float, float, float]:
-    """The voxel size of the result in mm, stored axis order; see ``infer_volume``.
-
-    An axis that already has the wanted size (within 1 % of the finest for None; within 0.1 % and with the same number
-    of voxels otherwise) keeps its own, so it is not interpolated over rounding in a header.
-    Raises UsageError for sizes that are not positive, ResourceError beyond 2^31 voxels.
-    """
-    own = tuple(float(s) for s in spacing_mm)
-    if new_resolution is None:
-        finest = min(own)
-        wanted = tuple(s if s <= finest * (1 + SAME) else finest for s in own)
-    elif isinstance(new_resolution, str):
-        if new_resolution != "same":
-            raise UsageError("new resolution", f"{new_resolution!r}", "millimetres (one or three numbers), or same")
-        wanted = own
-    else:
-        asked = np.array(new_resolution, float).ravel().tolist()
-        asked = asked * 3 if len(asked) == 1 else asked
-        if len(asked) != 3 or not all(math.isfinite(r) and r > 0 for r in asked):
-            raise UsageError("new resolution", f"{new_resolution}", "one or three positive millimetres")
-        wanted = tuple(
-            s if abs(r / s - 1) < 1e-3 and grid_size(n, s, r) == n else float(r)
-            for r, s, n in zip(asked, own, shape, strict=True)
-        )
-    voxels = math.prod(n * s / w for n, s, w in zip(shape, own, wanted, strict=True))
-    if voxels > MAX_VOXELS:
-        sizes = " x ".join(f"{w:g}" for w in wanted)
-        raise ResourceError("new resolution", f"{sizes} mm makes {voxels:.3g} voxels", "ask for a coarser resolution")
-    return wanted  # type: ignore[return-value]
-
-
-def _coarser(spacing_mm: Sequence[float], wanted_mm: Sequence[float]) -> list[str]:
-    axes = [d for d in range(3) if wanted_mm[d] > spacing_mm[d] * (1 + SAME)]
-    if not axes:
-        return []
-    told = f"the new resolution is coarser than the image along axis {', '.join(map(str, axes))}: details may alias"
-    log.warning(told)
-    return [told]
 
 
 def _checked(data_XYZ: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

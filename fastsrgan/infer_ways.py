@@ -115,12 +115,8 @@ def within(image: Prepared, steps: Sequence[anytime.Level], how: How, batch: int
 
 def by_slabs(image: Prepared, plan: tiles.TilePlan, how: How, batch: int, folder: Path, key: str) -> Done:
     """``engine.stream`` into files in ``folder``; goes on where a killed run with the same ``key`` ended."""
-    shape = [0, 0, 0]
-    for axis, n in zip(image.turn.axes, plan.shape, strict=True):
-        shape[axis] = n
     network = how.network(image)
-    channels = network.channels or network.probe().channels
-    files = Unfinished(folder, key, {"sr": shape, "prob": (channels - 1, *shape)}, {"batch": batch})
+    files = Unfinished(folder, key, result_shapes(image, plan, network), {"batch": batch})
     begun_at = files.done
 
     def write(first: int, planes: Tensor) -> None:
@@ -131,6 +127,15 @@ def by_slabs(image: Prepared, plan: tiles.TilePlan, how: How, batch: int, folder
     facts = stream(image.source, plan, network, write, batch=files.facts["batch"], done=files.done, **how.shown)
     arrays = files.finish()
     return arrays["sr"], arrays["prob"], facts | {"begun_at_plane": begun_at}
+
+
+def result_shapes(image: Prepared, plan: tiles.TilePlan, network: TileNetwork) -> dict[str, Sequence[int]]:
+    """Of SR and probabilities, stored axes."""
+    shape = [0, 0, 0]
+    for axis, n in zip(image.turn.axes, plan.shape, strict=True):
+        shape[axis] = n
+    channels = network.channels or network.probe(plan.patch).channels
+    return {"sr": shape, "prob": (channels - 1, *shape)}
 
 
 def find_region(

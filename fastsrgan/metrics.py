@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
@@ -21,9 +22,12 @@ _SLAB_VOXELS = 1 << 20
 
 DEFINITIONS = {
     "psnr_db": "10 log10(R^2 / MSE) in dB; R = maximum of the whole reference (as in the SegSRGAN paper)",
+    "psnr_range_db": "the same with R = maximum - minimum of the whole reference (the other common data range)",
     "ssim": "mean over voxels of the 3-D structural similarity (Wang et al. 2004): Gaussian window, sigma 1.5 voxels, "
     "radius 5, population covariance, K1 0.01, K2 0.03, range = maximum of the whole reference; the outer 5 voxels on "
-    "each side are not averaged (as in scikit-image)",
+    "each side are not averaged (as in scikit-image with Gaussian weights, and in MONAI)",
+    "ssim_uniform": "the same with scikit-image's defaults: mean over 7 x 7 x 7 voxels, sample covariance; the outer 3 "
+    "voxels on each side are not averaged",
     "mse": "mean squared difference, in squared units of the reference",
     "mae": "mean absolute difference, in units of the reference",
     "dice": "2 |A and B| / (|A| + |B|) of the voxels above 0.5; 1 when both are empty",
@@ -32,6 +36,22 @@ DEFINITIONS = {
     "false_components": "components without a voxel in common with the label",
     "false_component_voxels": "voxels of those components",
 }
+
+
+@dataclass(frozen=True)
+class Window:
+    """What an SSIM is averaged over: ``radius`` in voxels, Gaussian weights or equal ones, and the covariance's N - 1.
+
+    ``sample`` divides variances by N - 1 of the N voxels of a window instead of N.
+    """
+
+    radius: int
+    gaussian: bool
+    sample: bool
+
+
+GAUSSIAN = Window(SSIM_RADIUS, gaussian=True, sample=False)
+UNIFORM = Window(3, gaussian=False, sample=True)
 
 
 def mse(sr: np.ndarray, ref: np.ndarray, mask: np.ndarray | None = None) -> float:
@@ -73,25 +93,27 @@ def ssim(
     ref: np.ndarray,
     mask: np.ndarray | None = None,
     data_range: float | None = None,
+    window: Window = GAUSSIAN,
 ) -> float:
     """Mean structural similarity (Wang et al. 2004) with a 3-D Gaussian window, in float64.
 
     Equal to ``skimage.metrics.structural_similarity(ref, sr, gaussian_weights=True, sigma=1.5,
     use_sample_covariance=False, data_range=R)`` on float64 arrays: windows of 11^3 voxels, the mean taken over the
-    centres whose window lies inside the volume.
+    centres whose window lies inside the volume. With ``UNIFORM`` equal to scikit-image's defaults (windows of 7^3).
 
     Parameters
     ----------
-    sr, ref : (X, Y, Z), at least 11 voxels along each axis
+    sr, ref : (X, Y, Z), at least a window along each axis
     mask : (X, Y, Z), window centres that are not 0 are averaged; default all. The windows reach outside the mask
     data_range : R; default the maximum of the whole reference
 
     Raises InputError for shapes that differ or are too small, no positive maximum, voxels that are not finite, or a
-    mask without a voxel 5 or more voxels away from every border.
+    mask without a voxel whose window lies inside the volume.
     """
-    value = ssim_regions(sr, ref, [mask], data_range)[0]
+    value = ssim_regions(sr, ref, [mask], data_range, window)[0]
     if value is None:
-        raise InputError("mask", "has no voxel that is 5 or more voxels away from every border", "SSIM needs one")
+        reason = f"has no voxel that is {window.radius} or more voxels away from every border"
+        raise InputError("mask", reason, "SSIM needs one")
     return value
 
 
@@ -100,12 +122,13 @@ def ssim_regions(
     ref: np.ndarray,
     masks: Sequence[np.ndarray | None],
     data_range: float | None = None,
+    window: Window = GAUSSIAN,
 ) -> list[float | None]:
     """``ssim`` over several masks (None: the whole volume) for the price of one; None for a mask without a window."""
     for mask in masks:
         _same_shape(sr, ref, mask)
     scale = _data_range(ref, data_range)
-    r = SSIM_RADIUS
+    r = window.radius
     if min(ref.shape) < 2 * r + 1:
         raise InputError("SSIM", f"the volume is {_size(ref)} voxels", f"at least {2 * r + 1} per axis")
     sr, ref, masks = _rows_first(sr, ref, masks)
@@ -114,7 +137,7 @@ def ssim_regions(
     for start in range(0, ref.shape[0] - 2 * r, rows):
         stop = min(start + rows, ref.shape[0] - 2 * r)
         # The window needs r more planes on both sides of the centres start + r .. stop + r.
-        similarity = _ssim_map(sr[start : stop + 2 * r], ref[start : stop + 2 * r], scale)
+        similarity = _ssim_map(sr[start : stop + 2 * r], ref[start : stop + 2 * r], scale, window)
         for i, mask in enumerate(masks):
             inside = similarity if mask is None else similarity[mask[start + r : stop + r, r:-r, r:-r] != 0]
             totals[i] += float(inside.sum())
@@ -179,19 +202,28 @@ def _mean_power(sr: np.ndarray, ref: np.ndarray, mask: np.ndarray | None, power:
     return _finite(total / count)
 
 
-def _ssim_map(x: np.ndarray, y: np.ndarray, data_range: float) -> np.ndarray:
-    """SSIM at the centres whose window fits: (X, Y, Z) -> (X - 10, Y - 10, Z - 10) float64."""
+def _ssim_map(x: np.ndarray, y: np.ndarray, data_range: float, window: Window) -> np.ndarray:
+    """SSIM at the centres whose window fits: (X, Y, Z) -> (X - 2 radius, ...) float64."""
+    mean = _gaussian_mean if window.gaussian else _uniform_mean
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    mean_x, mean_y, mean_xy = _window_mean(x), _window_mean(y), _window_mean(x * y)
+    mean_x, mean_y, mean_xy = mean(x), mean(y), mean(x * y)
     # Only the sum of the two variances enters: four window means instead of five.
-    mean_squares = _window_mean(x * x + y * y)
+    mean_squares = mean(x * x + y * y)
+    voxels = (2 * window.radius + 1) ** 3
+    norm = voxels / (voxels - 1) if window.sample else 1.0
     c1, c2 = (SSIM_K1 * data_range) ** 2, (SSIM_K2 * data_range) ** 2
     product, squares = mean_x * mean_y, mean_x**2 + mean_y**2
-    upper = (2 * product + c1) * (2 * (mean_xy - product) + c2)
-    return upper / ((squares + c1) * (mean_squares - squares + c2))
+    upper = (2 * product + c1) * (2 * norm * (mean_xy - product) + c2)
+    return upper / ((squares + c1) * (norm * (mean_squares - squares) + c2))
 
 
-def _window_mean(x: np.ndarray) -> np.ndarray:
+def _uniform_mean(x: np.ndarray) -> np.ndarray:
+    """Mean over each window that fits: every size shrinks by 2 radii."""
+    r = UNIFORM.radius
+    return ndimage.uniform_filter(x, 2 * r + 1)[r:-r, r:-r, r:-r]
+
+
+def _gaussian_mean(x: np.ndarray) -> np.ndarray:
     """Gaussian-weighted mean over each window that fits: every size shrinks by 2 SSIM_RADIUS."""
     r = SSIM_RADIUS
     weights = np.exp(-0.5 * (np.arange(-r, r + 1) / SSIM_SIGMA) ** 2)

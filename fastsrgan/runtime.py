@@ -99,6 +99,14 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
+def need_space(path: str | os.PathLike, needed: int) -> None:
+    """Refuse to begin what the disk of ``path`` cannot hold, ``needed`` bytes. Raises ResourceError."""
+    free = shutil.disk_usage(existing_parent(Path(path))).free
+    if free < needed:
+        told = f"no space left on the disk: needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB free"
+        raise ResourceError(path, told, "free space or choose another folder")
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

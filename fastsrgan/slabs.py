@@ -159,7 +159,7 @@ class Unfinished:
         self, folder: str | os.PathLike, key: str, shapes: dict[str, Sequence[int]], facts: dict | None = None
     ) -> None:
         self.folder = Path(folder)
-        self.partial = self.folder.with_name(f".{self.folder.name}.partial")
+        self.partial = self.partial_of(self.folder)
         self.key, self.done, self.facts = key, 0, dict(facts or {})
         found = self._journal()
         try:
@@ -174,6 +174,11 @@ class Unfinished:
         except OSError as error:
             raise disk_error(error, self.folder) from error
         self.note(0)
+
+    @staticmethod
+    def partial_of(folder: str | os.PathLike) -> Path:
+        """Where the arrays of ``folder`` lie until they are finished."""
+        return Path(folder).with_name(f".{Path(folder).name}.partial")
 
     def note(self, done: int) -> None:
         """``done`` planes are finished: first the planes reach the disk, then the journal says so."""

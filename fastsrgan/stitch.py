@@ -9,69 +9,30 @@ whole numbers' product. Other windows are divided by their 1-D sums beforehand. 
 
 The sum is nested as written: a row of tiles along z, the rows of a slab along y, the slabs. At a coverage of c tiles
 per axis a voxel goes through chains of c additions instead of c^3; a flat float32 sum drifts by up to c^3 half-units in
-the last place (3e-5 at 13^3). Where few tiles overlap that does not matter, and a CPU adds them straight to the result.
+the last place (3e-5 at 13^3). Where few tiles overlap that does not matter, and a CPU adds them straight to the result,
+or, where few tiles of a slab overlap, to the slab.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastsrgan.backend import Argument, launch, op, reference_only, runs_kernels, scalar
+from fastsrgan.adders import Adder, Flat, FlatSlabs, Kernel, Nested, axes_of, kind_of
+from fastsrgan.backend import op
 from fastsrgan.slabs import shift_
 from fastsrgan.tiles import TilePlan
 from fastsrgan.tiles import plan as make_plan
 from fastsrgan.windows import WINDOWS as WINDOWS
 from fastsrgan.windows import check_window as check_window
-from fastsrgan.windows import divide_planes, raw_weights, window_sums
+from fastsrgan.windows import divide_planes, window_sums
 from fastsrgan.windows import weights as weights
-
-FLAT = 64  # tiles over one voxel, up to which a flat sum stays at rounding
 
 # (first plane, (C, n, Y, Z) planes that no later tile covers); they are the sum's own memory
 Finished = Callable[[int, Tensor], None]
-
-
-class _Axis:
-    """The sum of equal pieces along one axis, each times its own factor.
-
-    factors : one per piece, or None for ones
-    """
-
-    def __init__(self, size: int, dim: int, origins: tuple[int, ...], factors: list[Tensor] | None) -> None:
-        self.size, self.dim, self.origins, self.factors = size, dim, origins, factors
-
-    def add(self, total: Tensor, piece: Tensor, i: int) -> bool:
-        """Add piece ``i``, in ascending order, to memory that need not be clear; True when it was the last one."""
-        here, n, last = self.origins[i], piece.shape[self.dim], i == len(self.origins) - 1
-        before = self.origins[i - 1] + n if i else 0
-        if here > before:
-            total.narrow(self.dim, before, here - before).zero_()
-        if last and here + n < self.size:
-            total.narrow(self.dim, here + n, self.size - here - n).zero_()
-        self.put(total.narrow(self.dim, here, n), piece, i, max(0, before - here))
-        return last
-
-    def put(self, target: Tensor, piece: Tensor, i: int, seen: int) -> None:
-        """Add piece ``i`` to the first ``seen`` places of a target of its size, and write it into the others."""
-        if seen:
-            old, more = target.narrow(self.dim, 0, seen), piece.narrow(self.dim, 0, seen)
-            if self.factors is None:
-                old.add_(more)
-            else:
-                old.addcmul_(more, self.factors[i].narrow(self.dim, 0, seen))
-        left = piece.shape[self.dim] - seen
-        if left:
-            new, more = target.narrow(self.dim, seen, left), piece.narrow(self.dim, seen, left)
-            if self.factors is None:
-                new.copy_(more)
-            else:
-                torch.mul(more, self.factors[i].narrow(self.dim, seen, left), out=new)
 
 
 class Stitcher:
@@ -109,12 +70,13 @@ class Stitcher:
         self.plan, self.channels, self.device = plan, channels, torch.device(device)
         self.finished, self.rolling, self.onto, self.first = finished, rolling, onto, first
         self.done = first * plan.grid[1] * plan.grid[2]
-        self.axes = _axes(plan, window, onto is not None, self.device)
+        self.axes = axes_of(plan, window, onto is not None, self.device)
         self.sums: tuple[Tensor, ...] | None = None
         if window == "constant" and onto is None and len(plan) > 1:
-            self.sums = tuple(s.to(self.device) for s in window_sums(plan, window))
+            along_x, *within = window_sums(plan, window)
+            self.sums = (along_x, *(s.to(self.device) for s in within))  # the first is looked at by the host
         # Allocated here and not on first use: who makes a Stitcher finds out whether the device has room for it.
-        self.adder: _Flat | _Nested | _Kernel = _kind(plan, window, self.device)(self)
+        self.adder: Adder = kind_of(plan, window, self.device)(self)
         self.memory = onto
         if onto is None and self.adder.needs_memory:
             planes = plan.patch[0] if rolling else plan.padded_shape[0]
@@ -138,7 +100,7 @@ class Stitcher:
             count = min(len(tiles_NCXYZ), per_slab - start)
             if start == 0:
                 self._open(i)
-            self.adder.add(tiles_NCXYZ[:count], i, start)
+            self.adder.add(self, tiles_NCXYZ[:count], i, start)
             self.done += count
             tiles_NCXYZ = tiles_NCXYZ[count:]
             if start + count == per_slab and self.onto is None:
@@ -176,134 +138,8 @@ class Stitcher:
             self.finished(origins[i], planes)
 
 
-def _axes(plan: TilePlan, window: str, raw: bool, device: torch.device) -> tuple[_Axis, ...]:
-    """x, y, z with the factors of their tiles."""
-    result, once = [], raw_weights(plan, window)
-    divided = weights(plan, window) if any(w is not None for w in once) and not raw else None
-    for axis, (size, origins, w) in enumerate(zip(plan.padded_shape, plan.origins, once, strict=True)):
-        place, factors = [1, 1, 1, 1], None
-        place[1 + axis] = -1
-        if w is not None:
-            arrays = [w.astype(np.float32)] * len(origins) if divided is None else divided[axis]
-            factors = [torch.from_numpy(a).to(device).view(place) for a in arrays]
-        result.append(_Axis(size, 1 + axis, origins, factors))
-    return tuple(result)
-
-
-def _kind(plan: TilePlan, window: str, device: torch.device) -> type[_Flat] | type[_Nested] | type[_Kernel]:
-    if runs_kernels(device):
-        return _Kernel
-    coverage = math.prod(float(s.max()) for s in window_sums(plan))
-    plain = window == "constant" and len(plan) > 1 and coverage <= FLAT and not reference_only()
-    return _Flat if plain else _Nested
-
-
-class _Flat:
-    """Tiles straight onto the slab."""
-
-    needs_memory, needs_zeros = True, True
-
-    def __init__(self, stitcher: Stitcher) -> None:
-        self.stitcher = stitcher
-
-    def add(self, tiles_NCXYZ: Tensor, i: int, start: int) -> None:
-        """Tiles ``start``, ``start`` + 1, ... of slab ``i``."""
-        plan, target = self.stitcher.plan, self.stitcher.target(i)
-        for n, tile in enumerate(tiles_NCXYZ, start):
-            j, k = divmod(n, plan.grid[2])
-            target.narrow(2, plan.origins[1][j], plan.patch[1]).narrow(3, plan.origins[2][k], plan.patch[2]).add_(tile)
-
-
-class _Sums:
-    """Memory of a row and of a slab, where their sums are not the result itself.
-
-    An axis that one tile fills has no sum of its own: what is summed along the axis before it is the sum along both.
-    """
-
-    needs_zeros = False
-
-    def __init__(self, stitcher: Stitcher) -> None:
-        plan, (px, py, _) = stitcher.plan, stitcher.plan.patch
-        self.stitcher = stitcher
-        self.summed = [axis for axis in (2, 1, 0) if plan.patch[axis] < plan.padded_shape[axis]]
-        if stitcher.onto is not None and 0 not in self.summed:
-            self.summed.append(0)
-        self.needs_memory = bool(self.summed)
-        shapes = {2: (px, py, plan.padded_shape[2]), 1: (px, *plan.padded_shape[1:])}
-        self.own = {
-            axis: torch.empty((stitcher.channels, *shapes[axis]), device=stitcher.device) for axis in self.summed[:-1]
-        }
-
-
-class _Nested(_Sums):
-    """Rows, slabs, volume: each adds the finished sums of the one before."""
-
-    def add(self, tiles_NCXYZ: Tensor, i: int, start: int) -> None:
-        """Tiles ``start``, ``start`` + 1, ... of slab ``i``."""
-        stitcher = self.stitcher
-        for n, tile in enumerate(tiles_NCXYZ, start):
-            piece, index = tile.float(), (i, *divmod(n, stitcher.plan.grid[2]))
-            if not self.summed:
-                stitcher.memory = piece
-            for axis in self.summed:
-                if axis == 0:
-                    stitcher.axes[0].put(stitcher.target(i), piece, i, stitcher.seen(i))
-                    break
-                total = self.own[axis] if axis in self.own else stitcher.target(i)
-                if not stitcher.axes[axis].add(total, piece, index[axis]):
-                    break
-                piece = total
-
-
-class _Kernel(_Sums):
-    """kernels/overlap_add.cu: tables of the plan, and the sums between two calls."""
-
-    def __init__(self, stitcher: Stitcher) -> None:
-        super().__init__(stitcher)
-        self.needs_memory = True
-        plan, device = stitcher.plan, stitcher.device
-        self.wx, self.wy, self.wz = (
-            torch.ones((len(a.origins), p), device=device)
-            if a.factors is None
-            else torch.stack([w.reshape(-1) for w in a.factors])
-            for a, p in zip(stitcher.axes, plan.patch, strict=True)
-        )
-        self.origins = [torch.tensor(plan.origins[axis], dtype=torch.int32, device=device) for axis in (1, 2)]
-        self.spans = [_spans(plan, axis).to(device) for axis in (1, 2)]
-        self.slab, self.row = self.own.get(1), self.own.get(2)
-        # Only where a slab has several rows can one row be finished and the next begun by one launch.
-        self.next_row = torch.empty_like(self.row) if self.row is not None and plan.grid[1] > 1 else self.row
-
-    def add(self, tiles_NCXYZ: Tensor, i: int, start: int) -> None:
-        """Tiles ``start``, ``start`` + 1, ... of slab ``i``, as one launch."""
-        if scalar(tiles_NCXYZ.dtype) is None:
-            tiles_NCXYZ = tiles_NCXYZ.float()
-        stitcher, plan, stop = self.stitcher, self.stitcher.plan, start + len(tiles_NCXYZ)
-        (px, py, pz), (_, size_y, size_z), nz = plan.patch, plan.padded_shape, plan.grid[2]
-        y_first, y_end = plan.origins[1][start // nz], plan.origins[1][(stop - 1) // nz] + py
-        out = stitcher.target(i)
-        # Where a slab or a row is the whole result, its sums wait in the result's own place.
-        slab = out if self.slab is None else self.slab
-        row, next_row = (out, out) if self.row is None else (self.row, self.next_row)
-        args: list[Argument] = [out, out.stride(0), slab, row, next_row]
-        args += [tiles_NCXYZ, *tiles_NCXYZ.stride(), self.wx[i], self.wy, self.wz]
-        args += [*self.origins, *self.spans, nz, stitcher.channels, px, py, pz, size_y, size_z]
-        args += [start, stop, y_first, y_end, stitcher.seen(i)]
-        threads = (y_end - y_first) * size_z, px, stitcher.channels
-        launch("overlap_add", threads, args, TILE=scalar(tiles_NCXYZ.dtype))
-        self.row, self.next_row = self.next_row, self.row
-
-
-def _spans(plan: TilePlan, axis: int) -> Tensor:
-    """(n, 2) int32: the first and the last tile that cover each voxel of an axis; none where the first is larger."""
-    voxels, starts = np.arange(plan.padded_shape[axis]), np.asarray(plan.origins[axis])
-    first = np.searchsorted(starts + plan.patch[axis], voxels, side="right")
-    last = np.searchsorted(starts, voxels, side="right") - 1
-    return torch.from_numpy(np.stack([first, last], axis=1).astype(np.int32))
-
-
 def _add_by_kernel(stitcher: Stitcher, tiles_NCXYZ: Tensor) -> Any:
-    if not isinstance(stitcher.adder, _Kernel):  # made while the choice was another: a sum ends the way it began
+    if not isinstance(stitcher.adder, Kernel):  # made while the choice was another: a sum ends the way it began
         return NotImplemented
     return stitcher.take(tiles_NCXYZ)
 
@@ -312,7 +148,7 @@ def _example(seed: int, device: torch.device) -> tuple[Stitcher, Tensor]:
     plan = make_plan((21, 19, 30), (12, 8, 16), (5, 3, 7))
     some = torch.randn(len(plan), 3, *plan.patch, generator=torch.Generator().manual_seed(seed))
     stitcher = Stitcher(plan, 3, "gaussian", device)
-    for memory in (stitcher.memory, *getattr(stitcher.adder, "own", {}).values()):
+    for memory in (stitcher.memory, *stitcher.adder.own.values()):
         if memory is not None:
             memory.fill_(torch.nan)
     return stitcher, some.to(device)
@@ -322,11 +158,11 @@ def _example(seed: int, device: torch.device) -> tuple[Stitcher, Tensor]:
 @op("overlap_add", launch=_add_by_kernel, example=_example, rtol=1e-6)
 def _add(stitcher: Stitcher, tiles_NCXYZ: Tensor) -> Tensor | None:
     """Add the next tiles; the finished volume after the last one."""
-    if isinstance(stitcher.adder, _Kernel):
+    if isinstance(stitcher.adder, Kernel):
         assert stitcher.done == stitcher.first * stitcher.plan.grid[1] * stitcher.plan.grid[2], (
             "a sum is finished the way it was begun"
         )
-        stitcher.adder = _Nested(stitcher)
+        stitcher.adder = Nested(stitcher)
     return stitcher.take(tiles_NCXYZ)
 
 
@@ -336,8 +172,9 @@ def memory_of(
     """Bytes that a ``Stitcher`` takes; with ``onto`` those of two such sums besides its own rows and slabs."""
     (px, py, pz), (size_x, size_y, size_z) = plan.patch, plan.padded_shape
     whole = channels * (px if rolling else size_x) * size_y * size_z * (2 if onto else 1)
-    if _kind(plan, window, torch.device(device)) is _Flat:
-        return 4 * whole
+    kind = kind_of(plan, window, torch.device(device))
+    if issubclass(kind, Flat):
+        return 4 * (whole + (channels * px * size_y * size_z if kind is FlatSlabs else 0))
     row = channels * px * py * size_z if pz < size_z and (py < size_y or px < size_x) else 0
     slab = channels * px * size_y * size_z if py < size_y and (px < size_x or onto) else 0
     return 4 * (whole + 2 * row + slab)

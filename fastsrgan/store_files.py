@@ -22,9 +22,11 @@ from zarr.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
+from fastsrgan import runtime
 from fastsrgan.errors import FastsrganError, ModelError, ResourceError
 from fastsrgan.remote import open_url
-from fastsrgan.runtime import atomic_write, disk_error, existing_parent, sync_folder
+from fastsrgan.runtime import atomic_write, disk_error, sync_folder
+from fastsrgan.store_schema import check_manifest
 
 log = logging.getLogger("fastsrgan")
 
@@ -154,14 +156,18 @@ def read_manifest(keys: Keys) -> dict[str, Any] | None:
     where, hint = f"{keys.url}/{MANIFEST}", "convert the images again with --overwrite"
     try:
         manifest = json.loads(raw)
-        newer = manifest["format"] > FORMAT
+        newer = int(manifest["format"]) > FORMAT
         told = f"made by fastsrgan {manifest['made_by']}, needs >= {manifest['needs']}"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ModelError(where, "is damaged or of another program", hint) from error
     if newer:
         raise ModelError(keys.url, told, "pip install -U fastsrgan")
-    if manifest.pop("digest", None) != _digest(manifest):
-        raise ModelError(where, "is damaged: its digest does not fit", hint)
+    try:
+        if manifest.pop("digest", None) != _digest(manifest):
+            raise ValueError("its digest does not fit")
+        check_manifest(manifest)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(where, f"is damaged: {error}", hint) from error
     return manifest
 
 
@@ -179,12 +185,8 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 def need_space(keys: Keys, needed: int) -> None:
     """Refuse to begin what the disk cannot hold. Raises ResourceError; nothing is known of the room behind a URL."""
-    if keys.root is None:
-        return
-    free = shutil.disk_usage(existing_parent(keys.root)).free
-    if free < needed:
-        told = f"no space left on the disk: needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB free"
-        raise ResourceError(keys.url, told, "free space or choose another folder")
+    if keys.root is not None:
+        runtime.need_space(keys.root, needed)
 
 
 def write_error(error: OSError, url: str) -> FastsrganError:

@@ -35,10 +35,10 @@ from fastsrgan.store_files import (
     write_error,
     write_manifest,
 )
+from fastsrgan.store_schema import SPLITS
+from fastsrgan.store_schema import SUBJECT as _ID
 
-SPLITS = ("Train", "Test")
 MARK = {"fastsrgan_format": FORMAT}  # among the attributes of every group that is ours
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LAYOUT = re.compile(r"zarr\.json|(image|label|mask)(/zarr\.json|/c/\d+/\d+/\d+)|(.*/)?[^/]*\.partial")
 _TEMPORARY = re.compile(r"\.manifest\.tmp-.*|zarr\.[0-9a-f]+\.partial")
 _LARGE = 1 << 20  # bytes of manifest above which it is not replaced after every subject

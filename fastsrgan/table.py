@@ -26,6 +26,9 @@ DELIMITERS = (",", ";", "\t")
 _SUFFIX = re.compile(r"\.(nii|hdr|img)(\.gz)?$", re.IGNORECASE)
 _RESERVED = {"zarr.json", "manifest.json", "c"}  # names with a meaning at the root of a Zarr store
 _MAX_ID = 100
+_MAX_BYTES = 1 << 26
+_MAX_TOLD = 50  # faults in one message
+_MAX_FAULT, _MAX_CELL = 600, 200  # characters of a fault, of a cell in it
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, nee
     repeated images, and subjects that are both in Train and in Test.
     """
     csv_path = Path(csv_path)
-    records = _records(_text(csv_path), _table_delimiter)
+    records = _records(csv_path, _text(csv_path), _table_delimiter)
     if not records:
         raise InputError(csv_path, "is empty", f"its first line names the columns {', '.join(COLUMNS[:3])}")
     header = [cell.strip() for cell in records[0][1]]
@@ -94,7 +97,7 @@ def read_list(path: str | os.PathLike, *, base_path: str | None = None) -> list[
     path = Path(path)
     text = _text(path)
     if path.suffix.lower() == ".csv":
-        entries = [cells[0].strip() for _, cells in _records(text, _list_delimiter)]
+        entries = [cells[0].strip() for _, cells in _records(path, text, _list_delimiter)]
     else:
         entries = [line.strip() for line in text.splitlines() if not line.lstrip().startswith("#")]
     found = dict.fromkeys(_locate(entry, path, base_path) for entry in entries if entry)
@@ -105,7 +108,9 @@ def read_list(path: str | os.PathLike, *, base_path: str | None = None) -> list[
 
 def table_error(path: os.PathLike, faults: list[tuple[int, str]], hint: str | None = None) -> InputError:
     """All faults of a table, (line, text) in order of lines, as one error of one line."""
-    told = "; ".join(f"line {line}: {text}" for line, text in sorted(faults, key=lambda fault: fault[0]))
+    first = sorted(faults, key=lambda fault: fault[0])[:_MAX_TOLD]
+    told = "; ".join(f"line {line}: {' '.join(text.split())[:_MAX_FAULT]}" for line, text in first)
+    told += f"; and {len(faults) - _MAX_TOLD} more" if len(faults) > _MAX_TOLD else ""
     count = f"{len(faults)} faults: " if len(faults) > 1 else ""
     return InputError(path, count + told, hint)
 
@@ -151,6 +156,8 @@ def _safe(text: str) -> str:
 
 def _text(path: Path) -> str:
     try:
+        if path.is_file() and path.stat().st_size > _MAX_BYTES:
+            raise InputError(path, f"is no table: {path.stat().st_size} bytes", "a CSV file is expected")
         raw = path.read_bytes()
     except FileNotFoundError:
         raise InputError(path, "no such file") from None
@@ -166,16 +173,19 @@ def _text(path: Path) -> str:
     return text
 
 
-def _records(text: str, delimiter_of: Callable[[str], str]) -> list[tuple[int, list[str]]]:
+def _records(path: Path, text: str, delimiter_of: Callable[[str], str]) -> list[tuple[int, list[str]]]:
     """(line number, cells) of every line that holds something; quotes may hide separators."""
     first = next((line for line in text.splitlines() if line.strip()), "")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(first), skipinitialspace=True)
     records = []
     line = 1
-    for cells in reader:
-        if any(cell.strip() for cell in cells):
-            records.append((line, cells))
-        line = reader.line_num + 1
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                records.append((line, cells))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise table_error(path, [(line, f"cannot be read as fields: {error}")], "is a quote left open?") from error
     return records
 
 
@@ -197,7 +207,7 @@ def _header_faults(header: list[str], need_label: bool) -> list[tuple[int, str]]
             continue
         near = difflib.get_close_matches(name.lower(), [cell.lower() for cell in header], 1)
         meant = next((cell for cell in header if near and cell.lower() == near[0]), None)
-        found = ", ".join(cell or "(empty)" for cell in header)
+        found = ", ".join(cell[:_MAX_CELL] or "(empty)" for cell in header[:_MAX_TOLD])
         faults.append((1, f"no column {name}, " + (f"did you mean it by {meant}?" if meant else f"found {found}")))
     return faults
 
@@ -213,12 +223,13 @@ def _row(
                 faults.append(f"{column} is empty")
             continue
         paths[column] = _locate(text, csv_path, base_path)
-        if not paths[column].exists():
-            faults.append(f"{column} {text}: no such file")
+        if not os.path.exists(paths[column]):
+            faults.append(f"{column} {text[:_MAX_CELL]}: no such file")
     base = values["Base"]
     if base not in SPLITS:
         near = difflib.get_close_matches(base.capitalize(), SPLITS, 1)
-        faults.append(f"Base is {base!r}, " + (f"did you mean {near[0]}?" if near else "Train or Test is allowed"))
+        told = f"did you mean {near[0]}?" if near else "Train or Test is allowed"
+        faults.append(f"Base is {base[:_MAX_CELL]!r}, {told}")
     if "HR_image" not in paths:
         return None, faults
     return Row(line, paths["HR_image"], paths.get("Label_image"), paths.get("Mask_image"), base, ""), faults
@@ -231,7 +242,7 @@ def _locate(text: str, table: Path, base_path: str | None) -> Path:
         candidates += [Path(text)] if os.path.isabs(text) else []
     else:
         candidates = [table.absolute().parent / text, Path(text)]
-    return Path(os.path.abspath(next((c for c in candidates if c.exists()), candidates[0])))
+    return Path(os.path.abspath(next((c for c in candidates if os.path.exists(c)), candidates[0])))
 
 
 def _repetitions(rows: list[Row]) -> list[tuple[int, str]]:

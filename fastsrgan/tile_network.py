@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from fastsrgan import tiles
 from fastsrgan.activations import Needs, needs
 from fastsrgan.errors import ResourceError, UsageError
-from fastsrgan.networks import Generator
-from fastsrgan.rearranged import held
+from fastsrgan.networks import MIN_SIZE, Generator
+from fastsrgan.rearranged import held, kept_bytes
 
 log = logging.getLogger("fastsrgan")
 
@@ -30,6 +31,9 @@ LONE_TILE = 96**3  # voxels; torch 2.13 convolves one smaller tile alone without
 CUDA_MAX_BATCH = 32
 FOREIGN = 16 * 4 * 6  # bytes per voxel that a network of unknown make is taken to need: six copies of 16 channels
 CUDA_SHARE = 0.6  # of the free memory, planned for one batch
+
+# What networks took when it was counted: the volumes of a cohort do not each pay for a pass.
+_counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Needs]] = weakref.WeakKeyDictionary()
 
 
 def check_precision(name: str) -> str:
@@ -87,7 +91,6 @@ class TileNetwork:
         self.fused = isinstance(generator, Generator) and type(generator).forward is Generator.forward
         self.residual = self.fused and generator.spec.residual  # type: ignore[union-attr]
         self.size = 1
-        self._needs: Needs | None = None
 
     def __call__(self, tiles_N1XYZ: Tensor) -> Tensor:
         """(N, 1, X, Y, Z) -> (N, C, X, Y, Z) float32."""
@@ -119,16 +122,19 @@ class TileNetwork:
         finally:
             self.generator.train(training)
 
-    def probe(self) -> Needs:
-        """What tiles take on the device in float32, half precision at most that, from a pass of a small one."""
-        if self._needs is None:
+    def probe(self, patch: Sequence[int]) -> Needs:
+        """What tiles take on the device in float32, half precision at most that, from a pass of one."""
+        known, key = _counted.setdefault(self.generator, {}), (tuple(patch), self.device)
+        if key not in known:
             with self.working():
-                self._needs = needs(self._head, self.device)
-        return self._needs
+                # First a small one, for weights to be re-arranged: that does not grow with tiles.
+                needs(self._head, (MIN_SIZE,) * 3, self.device)
+                known[key] = needs(self._head, patch, self.device)._replace(fixed=kept_bytes())
+        return known[key]
 
     def bytes_of(self, patch: Sequence[int], count: int = 1) -> int:
         """Memory that ``count`` tiles take in the network."""
-        return self.probe().of(patch, count) if self.fused else math.prod(patch) * FOREIGN * count
+        return self.probe(patch).of(patch, count) if self.fused else math.prod(patch) * FOREIGN * count
 
     def choose_batch(self, asked: str | int, plan: tiles.TilePlan) -> int:
         """Set and return ``size``: an estimate for "auto", which running out of memory corrects."""

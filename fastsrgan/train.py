@@ -31,6 +31,7 @@ from fastsrgan.runtime import (
     Progress,
     StopRequest,
     atomic_write,
+    need_space,
     output_folder,
     pick_device,
     provenance,
@@ -162,7 +163,15 @@ def prepare(
         precision=c.pool_precision,
     )
     models = Models(c, mask_classes, device, ranks)
+    need_space(folder, snapshot_bytes(models) * 2)  # one that stands and one that is written
     return Run(folder, c, store, models, feed, names["Train"], names["Test"], mask_classes, ranks=ranks)
+
+
+def snapshot_bytes(models: Models) -> int:
+    """About what a snapshot takes: weights, two moments of each for the optimisers, the moving average."""
+    parameters = [p for network in (models.generator, models.critic) for p in network.parameters()]
+    copies = 4 if models.average is None else 5
+    return copies * sum(4 * p.numel() for p in parameters)
 
 
 def with_fitting_batch(
@@ -213,8 +222,10 @@ def group_size(run: Run) -> int:
     budget = None if c.resident_memory is None else int(c.resident_memory * 1e9)
     device, precision = run.models.device, c.pool_precision
     # The original's ratios may keep a volume whole (fastsrgan.resident), and then all of it has to fit.
-    options = {"precision": precision, "prefetch": c.prefetch, "patch": c.patch_size * (c.geometry == "physical")}
-    most = resident_limit(run.store, run.train, budget, device=device, **options)
+    patch = c.patch_size if c.geometry == "physical" else 0
+    most = resident_limit(
+        run.store, run.train, budget, device=device, precision=precision, prefetch=c.prefetch, patch=patch
+    )
     return run.ranks.minimum(most)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -92,5 +93,8 @@ def divide_planes(planes_CnYZ: Tensor, x: int, sums: Sequence[Tensor]) -> None:
     """Divide planes ``x``, ``x`` + 1, ... by their ``window_sums``, in place: one pass."""
     along_x, along_y, along_z = sums
     within = along_y[:, None] * along_z
-    for n in range(planes_CnYZ.shape[1]):
-        planes_CnYZ[:, n].div_(within * along_x[x + n])
+    # Neighbouring planes lie in the same tiles mostly: one division for all of those.
+    for value, alike in itertools.groupby(along_x[x : x + planes_CnYZ.shape[1]].tolist()):
+        count = len(list(alike))
+        planes_CnYZ[:, :count].div_(within * value)
+        planes_CnYZ = planes_CnYZ[:, count:]

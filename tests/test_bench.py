@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
-import sys
-import types
 
 import numpy as np
 import pytest
 import torch
 
-from bench import common, data, infer, naive, step
+from bench import common, data, naive, step
 from bench.__main__ import main, parse
 from fastsrgan import critic_step, networks, pool
 from fastsrgan.networks import Critic, CriticSpec, Generator, GeneratorSpec
-from fastsrgan.stitch import Stitcher
 
 SMALL = {
     "step": ["--kernel", "2", "--batch", "2", "--patch", "16", "--critic-kernel", "2"],
     "data": ["--shape", "24", "20", "25", "--patch", "16", "--batch", "3"],
-    "infer": ["--shape", "24", "20", "25", "--patch", "16", "--step", "12", "--kernel", "2"],
 }
 
 
@@ -36,8 +33,8 @@ def as_before():
 
 @pytest.fixture
 def without_monai(monkeypatch):
-    find = infer.importlib.util.find_spec
-    monkeypatch.setattr(infer.importlib.util, "find_spec", lambda name: None if name == "monai" else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "monai" else find(name))
 
 
 def bench(capsys, name: str, *more: str) -> tuple[int, dict]:
@@ -61,19 +58,13 @@ PROMISED = {  # (start of a row's name, a peer in it)
         ("patch gather", "numpy slices and stack"),
         ("store read", "nii.gz, nibabel"),
     ],
-    "infer": [
-        ("stitching alone, constant", "plain loop"),
-        ("stitching alone, gaussian", "monai"),
-        ("whole inference", "plain loop"),
-        ("whole inference", "monai"),
-    ],
 }
 
 
 # --- form ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["step", "data", "infer"])
+@pytest.mark.parametrize("name", ["step", "data"])
 def test_report_has_the_form_of_the_design(capsys, tmp_path, without_monai, name):
     code, report = bench(capsys, name, "--json", str(tmp_path / "out.json"))
     assert code == 0
@@ -92,48 +83,8 @@ def test_report_has_the_form_of_the_design(capsys, tmp_path, without_monai, name
         for peer, facts in ran.items():
             assert row["ratio_to"][peer] == pytest.approx(facts["seconds_median"] / row["seconds_median"])
             assert facts["max_error"] <= row["max_error"]
-        if name == "infer":
-            assert row["peers"]["monai"] == {"not_run": "pip install monai"}
     for start, peer in PROMISED[name]:
         assert any(row["name"].startswith(start) and peer in row["peers"] for row in report["rows"]), (start, peer)
-
-
-def test_monai_is_asked_for_the_same_tiles(capsys, monkeypatch):
-    steps: list[int] = []
-
-    def sliding_window_inference(inputs, roi_size, sw_batch_size, predictor, *, overlap, mode):
-        steps.extend(int(p * (1 - o)) for p, o in zip(roi_size, overlap, strict=True) if o)
-        assert mode in ("constant", "gaussian") and inputs.shape[:2] == (1, 1)
-        plan = infer.tiles.plan(
-            inputs.shape[2:], roi_size, [int(p * (1 - o)) for p, o in zip(roi_size, overlap, strict=True)]
-        )
-        return infer.plain_loop(inputs[0, 0], plan, predictor, sw_batch_size, mode)[None]
-
-    module = types.ModuleType("monai.inferers")
-    module.sliding_window_inference = sliding_window_inference  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "monai", types.ModuleType("monai"))
-    monkeypatch.setitem(sys.modules, "monai.inferers", module)
-    monkeypatch.setattr(infer.importlib.util, "find_spec", lambda name: module)
-    code, report = bench(capsys, "infer")
-    assert code == 0 and set(steps) == {12}
-    assert all("seconds_median" in row["peers"]["monai"] for row in report["rows"])
-
-
-@pytest.mark.parametrize(("patch", "step_"), [(128, 30), (64, 32), (128, 10), (8, 8), (36, 7)])
-def test_the_overlap_handed_to_monai_gives_the_step_back(monkeypatch, patch, step_):
-    seen: list[int] = []
-
-    def sliding_window_inference(inputs, roi_size, sw_batch_size, predictor, *, overlap, mode):
-        seen.extend(int(p * (1 - o)) for p, o in zip(roi_size, overlap, strict=True))
-        return inputs
-
-    module = types.ModuleType("monai.inferers")
-    module.sliding_window_inference = sliding_window_inference  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "monai", types.ModuleType("monai"))
-    monkeypatch.setitem(sys.modules, "monai.inferers", module)
-    plan = infer.tiles.plan((200, 150, 130), patch, step_)
-    infer.monai_windows(torch.zeros(200, 150, 130), plan, step_, lambda x: x, 1)
-    assert seen == [step_] * 3
 
 
 # --- gate ---------------------------------------------------------------------------------------------------------
@@ -172,15 +123,6 @@ def broken_gather(monkeypatch):
     monkeypatch.setattr(pool, "copy_patch", lambda out, volume, origin: out.zero_())
 
 
-def broken_stitching(monkeypatch):
-    right = Stitcher.result
-    monkeypatch.setattr(Stitcher, "result", lambda self: right(self) * 1.0001)
-
-
-def nan_stitching(monkeypatch):
-    monkeypatch.setattr(Stitcher, "result", lambda self: self.memory * math.nan)
-
-
 @pytest.mark.parametrize(
     ("name", "fault", "only"),
     [
@@ -191,9 +133,6 @@ def nan_stitching(monkeypatch):
         ("data", broken_degradation, "degrade, physical"),
         ("data", broken_degradation, "degrade, segsrgan"),
         ("data", broken_gather, "patch gather"),
-        ("infer", broken_stitching, "stitching alone"),
-        ("infer", broken_stitching, "whole inference"),
-        ("infer", nan_stitching, "stitching alone"),
     ],
 )
 def test_a_wrong_result_has_no_times_and_exit_code_1(capsys, monkeypatch, without_monai, name, fault, only):

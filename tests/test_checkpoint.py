@@ -31,6 +31,7 @@ def test_a_snapshot_says_what_it_holds_and_is_found_again(tmp_path):
     assert checkpoint.snapshots(tmp_path / "checkpoints") == checkpoint.snapshots(tmp_path)
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("fault", ["flip", "shorten", "remove", "manifest", "no manifest"])
 def test_every_damage_is_named_and_the_snapshot_before_is_taken(tmp_path, caplog, fault):
     write(tmp_path, 1)
@@ -61,6 +62,7 @@ def test_nothing_good_is_an_error(tmp_path):
         checkpoint.newest(tmp_path)
 
 
+@pytest.mark.fault(32)
 def test_a_newer_format_is_refused(tmp_path):
     path = write(tmp_path, 1) / checkpoint.MANIFEST
     values = json.loads(path.read_text(encoding="utf8"))
@@ -69,6 +71,7 @@ def test_a_newer_format_is_refused(tmp_path):
         checkpoint.manifest(path.parent)
 
 
+@pytest.mark.fault(24)
 def test_a_failing_writer_leaves_the_old_snapshot_of_that_step(tmp_path):
     write(tmp_path, 1)
 
@@ -89,6 +92,7 @@ def test_prune_keeps_the_newest(tmp_path):
     assert [p.name for p in checkpoint.snapshots(tmp_path)] == ["step-00000003", "step-00000004"]
 
 
+@pytest.mark.fault(21)
 def test_sigkill_while_writing_leaves_whole_snapshots_only(tmp_path):
     code = (
         "import sys, pathlib\n"

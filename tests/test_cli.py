@@ -164,6 +164,7 @@ def test_settings_come_from_file_then_preset_then_options(tmp_path):
     assert (config.new_low_res, config.batch_size, config.kernel_gen, config.lambda_gp) == (((1, 1, 2),), 5, 6, 100.0)
 
 
+@pytest.mark.fault(45)
 def test_plain_output_has_no_control_codes(folder, tmp_path):
     command = [sys.executable, "-m", "fastsrgan", "convert", str(folder / "cohort.csv"), str(tmp_path / "s.zarr")]
     environment = {**os.environ, "LC_ALL": "C", "COLUMNS": "80", "NO_COLOR": "1"}

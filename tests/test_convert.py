@@ -215,6 +215,7 @@ def test_axis_codes_are_nibabels(axes, flips):
 # --- faults come first --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(13)
 def test_every_fault_is_told_before_anything_is_written(tmp_path):
     table = cohort(tmp_path, 7)
     label = (head(0) > 500).astype(np.float32)
@@ -250,6 +251,7 @@ def test_every_fault_is_told_before_anything_is_written(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.fault(26)
 def test_a_store_stays_when_the_table_to_overwrite_it_is_bad(tmp_path):
     table = cohort(tmp_path, 2)
     convert(table, tmp_path / "store")
@@ -262,6 +264,7 @@ def test_a_store_stays_when_the_table_to_overwrite_it_is_bad(tmp_path):
     assert tree(tmp_path / "store") == before
 
 
+@pytest.mark.fault(15)
 def test_images_found_damaged_later_cost_only_themselves(tmp_path):
     table = cohort(tmp_path, 4)
     convert(table, tmp_path / "clean")
@@ -297,6 +300,7 @@ def test_bad_options(tmp_path):
         convert(table, tmp_path / "store", dtype="int16", resume=True)
 
 
+@pytest.mark.fault(24)
 def test_the_disk_is_asked_before_the_first_volume(tmp_path, monkeypatch):
     table = cohort(tmp_path, 2)
     usage = namedtuple("usage", "total used free")
@@ -306,6 +310,7 @@ def test_the_disk_is_asked_before_the_first_volume(tmp_path, monkeypatch):
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.fault(24)
 def test_a_failure_of_the_disk_ends_the_conversion(tmp_path, monkeypatch):
     table = cohort(tmp_path, 6)
     real, calls = store_files.Keys.put_all, []
@@ -334,6 +339,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path):
     assert tree(tmp_path / "store1") == tree(tmp_path / "store4")
 
 
+@pytest.mark.fault(26)
 def test_converting_again_changes_nothing(tmp_path):
     table = cohort(tmp_path, 3)
     assert convert(table, tmp_path / "store", resume=True)["converted"] == 3
@@ -374,6 +380,7 @@ def test_a_second_table_adds_but_never_takes_over_a_name(tmp_path, caplog):
     assert "2 subjects are not in this table and were kept (s0)" in caplog.text
 
 
+@pytest.mark.fault(14)
 def test_a_second_table_cannot_test_on_what_the_store_trains_on(tmp_path):
     table = cohort(tmp_path, 2)
     convert(table, tmp_path / "store")
@@ -403,6 +410,7 @@ def _times(store: Path) -> dict[str, int]:
     return {s.id: (store / s.id / "image/c/0/0/0").stat().st_mtime_ns for s in subjects}
 
 
+@pytest.mark.fault(20)
 def test_killed_at_random_moments_and_resumed(tmp_path):
     """FAULTS 20. FASTSRGAN_KILLS is the number of kills (8; the full check is 20)."""
     table, store = cohort(tmp_path, 6), tmp_path / "store"
@@ -458,6 +466,7 @@ def _watch(store, allowed, ready, stop, problems):
     problems.put(reads)
 
 
+@pytest.mark.fault(28)
 def test_another_process_sees_whole_subjects_only(tmp_path):
     """FAULTS 28: first while subjects are added, then while half of them are written anew."""
     table, store = cohort(tmp_path, 8), tmp_path / "store"

@@ -141,6 +141,7 @@ def test_the_ranks_validate_as_one_process_does(store, whole, tmp_path):
         assert two[name] == pytest.approx(value, rel=1e-9), name
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("what", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(store, whole, tmp_path, what):
     run = tmp_path / "run"
@@ -154,6 +155,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(store, whole, tmp_pa
     assert len(same[0]) and all(torch.equal(networks[0][k], networks[1][k]) for k in networks[0])
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize("what", ["SIGKILL", "error"])
 def test_when_one_rank_dies_the_others_say_so_and_end(store, tmp_path, what):
     processes = start_ranks(training, 2, store, tmp_path / "run", CONFIG, 8, what, out=tmp_path / "out")
@@ -164,6 +166,7 @@ def test_when_one_rank_dies_the_others_say_so_and_end(store, tmp_path, what):
     assert checkpoint.newest(tmp_path / "run").name == "step-00000006"  # of the last whole epoch
 
 
+@pytest.mark.fault(36)
 def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all(store, tmp_path):
     config = CONFIG.replace(max_bad_steps=3)
     processes = start_ranks(poisoned, 2, store, tmp_path / "run", config, out=tmp_path / "out")
@@ -195,6 +198,7 @@ def disagreeing(store: Path, run: Path, config: TrainConfig, other: Path | None)
     return train(store, run, config)
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("what", ["config", "data"])
 def test_ranks_that_disagree_end_before_the_first_step(store, tmp_path, what):
     other = make_store(tmp_path, train=1) if what == "data" else None
@@ -264,6 +268,7 @@ def subprocess_free(target, *args, out: Path) -> dict:
 # --- restarts --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(39)
 def test_ranks_that_are_restarted_resume_their_own_run_and_no_other(store, whole, tmp_path):
     """As torchrun does it: the same store, one restart counted."""
     run = tmp_path / "run"

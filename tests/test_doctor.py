@@ -49,6 +49,7 @@ def test_the_facts_are_this_machine(facts):
     assert [w["name"] for w in facts["weights"]] == sorted(p.name for p in shipped.glob("*.safetensors"))
 
 
+@pytest.mark.fault(43)
 def test_the_network_is_never_touched(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the network was asked")
@@ -58,6 +59,7 @@ def test_the_network_is_never_touched(monkeypatch):
     doctor.describe(doctor.diagnose())
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize(
     ("program", "answer", "problem"),
     [
@@ -119,12 +121,14 @@ def test_with_a_device_the_work_goes_there(facts, monkeypatch):
     assert not any("driver" in w for w in doctor.warnings(found))
 
 
+@pytest.mark.fault(42)
 def test_without_a_device_the_cpu_works_in_fp32(facts):
     plan = doctor.plan(gpu(facts))
     assert all("cpu" in how.lower() for how in plan.values())
     assert "fp32" in plan["inference"] and "fp32" in plan["training"]
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -137,6 +141,7 @@ def test_a_driver_that_is_not_used_is_explained(facts, changes, text):
     assert any(text in warning for warning in doctor.warnings(gpu(facts, **changes)))
 
 
+@pytest.mark.fault(44)
 def test_small_shared_memory_and_missing_weights_come_with_a_way_out(facts):
     found = doctor.warnings({**facts, "shm": 64 * 2**20, "weights": []})
     assert "/dev/shm has only 64 MiB: start the container with --shm-size=8g" in found

@@ -118,6 +118,7 @@ def test_batch_sizes_agree_and_reruns_are_bit_identical(generator):
         assert torch.equal(out, again)
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize(
     "error",
     [
@@ -137,6 +138,7 @@ def test_running_out_of_memory_halves_the_batch(generator, caplog, error):
     assert torch.allclose(out, reference, rtol=0, atol=1e-5)
 
 
+@pytest.mark.fault(33)
 def test_no_memory_for_one_tile_ends_with_a_hint(generator):
     cramped = Cramped(generator, 0, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(ResourceError, match="one tile of 16 x 16 x 16 voxels"):

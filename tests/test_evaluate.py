@@ -1,4 +1,4 @@
-"""Evaluation: figures of one grid, of grids that differ, of files and of tables; every table fault told at once."""
+"""Evaluation of a pair: figures of one grid and of grids that differ, baselines made from the scan, files, pictures."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import logging
 
 import numpy as np
 import pytest
+from phantom import head
 from scipy import ndimage
 
-from fastsrgan import evaluate, images, metrics
+from fastsrgan import distances, evaluate, grids, images, metrics
+from fastsrgan.demo import acquire
 from fastsrgan.errors import InputError
-from fastsrgan.geometry import Volume
+from fastsrgan.geometry import Orientation, Volume
 
 SHAPE = (22, 26, 18)
 
@@ -57,12 +59,15 @@ def test_one_grid_gives_the_metrics_themselves(pair):
     for region, inside in {"whole": None, "mask": mask, "label": label}.items():
         assert result["image"][region] == {
             "psnr_db": metrics.psnr(sr, hr, inside),
+            "psnr_range_db": pytest.approx(metrics.psnr(sr, hr, inside, data_range=float(hr.max() - hr.min()))),
             "ssim": metrics.ssim(sr, hr, inside),
+            "ssim_uniform": metrics.ssim(sr, hr, inside, window=metrics.UNIFORM),
             "mae": metrics.mae(sr, hr, inside),
             "mse": metrics.mse(sr, hr, inside),
         }
     assert result["segmentation"] == {
         "dice": metrics.dice(seg, label),
+        **distances.surface_scores(seg, label, (1, 1, 1)),
         **metrics.components(seg, label),
         "volume_ml": pytest.approx(seg.sum() / 1000),
         "label_components": metrics.connected_components(label),
@@ -74,7 +79,8 @@ def test_one_grid_gives_the_metrics_themselves(pair):
 def test_results_are_json_and_every_figure_is_defined(pair):
     result = evaluate.evaluate_pair(**pair, baseline=pair["sr"], baseline_seg=pair["seg"])
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    for figure in [*result["image"]["whole"], "dice", "components", "largest_component", "false_components"]:
+    told = {*result["image"]["whole"], *result["segmentation"]}
+    for figure in told - {"volume_ml", "label_components", "label_volume_ml"}:
         assert figure in result["definitions"]
     assert "region mask" in result["definitions"]
 
@@ -109,7 +115,8 @@ def test_small_volumes_have_no_ssim_but_the_rest(pair):
     result = evaluate.evaluate_pair(other, small)
     assert result["image"]["whole"]["ssim"] is None
     assert result["image"]["whole"]["psnr_db"] > 20
-    assert "at least 11" in result["notes"][0] or "8 x 8 x 8" in result["notes"][0]
+    assert result["image"]["whole"]["ssim_uniform"] > 0  # its window is smaller
+    assert "8 x 8 x 8" in result["notes"][0]
 
 
 def test_other_intensity_units_are_noted(pair):
@@ -162,7 +169,7 @@ def test_what_lies_outside_the_field_of_view_is_zero_and_said():
     affine[0, 3] = 11  # the right half only
     sr = _volume((11, 26, 18), affine)
     notes: list[str] = []
-    moved = evaluate.onto_grid(sr, hr, name="SR", notes=notes)
+    moved = grids.onto_grid(sr, hr, name="SR", notes=notes)
     assert (moved.data[:11] == 0).all()
     np.testing.assert_allclose(moved.data[11:], hr.data[11:], rtol=1e-4)
     assert "50.0 %" in notes[0]
@@ -173,7 +180,7 @@ def test_half_a_voxel_of_border_belongs_to_the_field_of_view():
     coarse = Volume(
         ndimage.zoom(hr.data, 0.5, order=1), np.diag([2, 2, 2, 1.0]) + np.array([[0, 0, 0, 0.5]] * 3 + [[0] * 4])
     )
-    assert (evaluate.onto_grid(coarse, hr).data > 0).all()
+    assert (grids.onto_grid(coarse, hr).data > 0).all()
 
 
 def test_volumes_that_do_not_meet_are_refused(pair):
@@ -191,7 +198,7 @@ def test_a_segmentation_without_a_label_is_refused(pair):
 def test_tiny_differences_of_the_affine_are_one_grid(pair):
     affine = pair["sr"].affine + 1e-5
     affine[3] = [0, 0, 0, 1]
-    assert evaluate.onto_grid(Volume(pair["sr"].data, affine), pair["hr"]).data is pair["sr"].data
+    assert grids.onto_grid(Volume(pair["sr"].data, affine), pair["hr"]).data is pair["sr"].data
 
 
 def test_files_give_what_volumes_give(files, pair):
@@ -208,60 +215,76 @@ def test_a_probability_map_is_thresholded(files, pair, tmp_path):
     assert result["segmentation"] == evaluate.evaluate_pair(**pair)["segmentation"]
 
 
-def _table(path, rows, header="SR_image,HR_image,Seg_image,Label_image"):
-    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8-sig")
-    return path
+def test_an_empty_segmentation_has_no_surface_distance_and_says_so(pair):
+    empty = Volume(np.zeros(SHAPE, np.uint8), pair["hr"].affine)
+    result = evaluate.evaluate_pair(pair["sr"], pair["hr"], seg=empty, label=pair["label"])
+    assert result["segmentation"]["hausdorff95_mm"] is None and result["segmentation"]["dice"] == 0
+    assert any("no surface distance" in note for note in result["notes"])
 
 
-def test_a_table_has_rows_and_a_summary(files, pair, tmp_path):
-    images.save(tmp_path / "sr2.nii.gz", pair["sr"].data + np.float32(2), np.eye(4))
-    csv = _table(tmp_path / "t.csv", ["sr.nii.gz;hr.nii.gz;seg.nii.gz;label.nii.gz", "sr2.nii.gz;hr.nii.gz;;"])
-    csv.write_text(csv.read_text("utf-8-sig").replace(",", ";"), "utf-8")
-    result = evaluate.evaluate_table(csv)
-    assert [row["subject"] for row in result["rows"]] == ["sr", "sr2"]
-    values = [row["image"]["whole"]["psnr_db"] for row in result["rows"]]
-    told = result["summary"]["image.whole.psnr_db"]
-    assert told == {"mean": pytest.approx(np.mean(values)), "sd": pytest.approx(np.std(values, ddof=1)), "n": 2}
-    assert result["summary"]["segmentation.dice"] == {
-        "mean": result["rows"][0]["segmentation"]["dice"],
-        "sd": None,
-        "n": 1,
-    }
-    json.dumps(result, allow_nan=False)
+def test_distances_are_in_mm_of_an_anisotropic_grid(pair):
+    affine = np.diag([0.5, 0.7, 3.0, 1])
+    moved = {name: Volume(volume.data, affine) for name, volume in pair.items()}
+    result = evaluate.evaluate_pair(**moved)["segmentation"]
+    expected = distances.surface_scores(pair["seg"].data, pair["label"].data, (0.5, 0.7, 3.0))
+    assert {name: result[name] for name in expected} == expected
 
 
-def test_a_damaged_image_costs_its_row_only(files, tmp_path):
-    (tmp_path / "bad.nii.gz").write_bytes(files["sr"].read_bytes()[:500])
-    csv = _table(tmp_path / "t.csv", ["bad.nii.gz,hr.nii.gz,,", "sr.nii.gz,hr.nii.gz,,"])
-    result = evaluate.evaluate_table(csv)
-    assert len(result["rows"]) == 1
-    assert result["failed"][0]["line"] == 2
-    assert "bad.nii.gz" in result["failed"][0]["error"]
-    csv.write_text("SR_image,HR_image\nbad.nii.gz,hr.nii.gz\n")
-    with pytest.raises(InputError, match="line 2"):
-        evaluate.evaluate_table(csv)
+HEAD = (33, 30, 36)
+RATIOS = [(1, 1, 3), (1, 2, 4), (3, 1, 1)]
 
 
-def test_all_faults_of_a_table_are_told_at_once(files, tmp_path):
-    rows = ["none.nii.gz,hr.nii.gz,,", ",hr.nii.gz,,", "sr.nii.gz,hr.nii.gz,seg.nii.gz,"]
-    with pytest.raises(InputError) as caught:
-        evaluate.evaluate_table(_table(tmp_path / "t.csv", rows))
-    for part in ("3 faults", "line 2: SR_image none.nii.gz: no such file", "line 3: SR_image is empty", "line 4: Seg"):
-        assert part in str(caught.value)
+def _acquired(low_res):
+    """A head, its label, and the scan with the interpolations that the demo makes of it."""
+    phantom = head(HEAD, (4.0, 4.0, 4.0))
+    hr, label = Volume(phantom.data, phantom.affine), Volume(phantom.label, phantom.affine)
+    return hr, label, *acquire(hr, label, tuple(4.0 * r for r in low_res))
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("", "is empty"),
-        ("SR_image,HR_image\n", "no row"),
-        ("SR_imgae,HR_image\na,b\n", "no column SR_image, did you mean it by SR_imgae"),
-        ("a,b\n1,2\n", "found a, b"),
-        ("SR_image,HR_image,SR_image\na,b,c\n", "twice"),
-    ],
-)
-def test_headers_that_are_wrong_are_named(tmp_path, text, told):
-    path = tmp_path / "t.csv"
-    path.write_text(text)
-    with pytest.raises(InputError, match=told):
-        evaluate.evaluate_table(path)
+@pytest.mark.parametrize("low_res", RATIOS)
+def test_the_scans_baselines_are_the_networks_input_and_the_readers_label_map(low_res):
+    hr, label, scan, spline, label_map = _acquired(low_res)
+    result = evaluate.evaluate_pair(hr, hr, seg=label, label=label, lr=scan)
+    expected = evaluate.evaluate_pair(spline, hr, seg=label_map, label=label)
+    found = result["baseline"]
+    assert found["image"]["whole"]["psnr_db"] == pytest.approx(expected["image"]["whole"]["psnr_db"], abs=0.01)
+    assert found["image"]["whole"]["ssim"] == pytest.approx(expected["image"]["whole"]["ssim"], abs=1e-3)
+    assert found["segmentation"]["dice"] == pytest.approx(expected["segmentation"]["dice"], abs=0.01)
+    assert result["gain"]["segmentation"]["dice"] == 1 - found["segmentation"]["dice"] > 0
+    assert "cubic spline" in result["baselines"]["image"] and "table 2" in result["baselines"]["segmentation"]
+
+
+def test_the_baselines_do_not_depend_on_how_the_scan_is_stored():
+    hr, label, scan, *_ = _acquired((1, 1, 3))
+    turn = Orientation((2, 0, 1), (True, False, True))
+    stored = Volume(np.ascontiguousarray(turn.apply(scan.data)), turn.affine(scan.affine, scan.data.shape))
+    plain, turned = (evaluate.evaluate_pair(hr, hr, seg=label, label=label, lr=s)["baseline"] for s in (scan, stored))
+    assert turned["segmentation"] == plain["segmentation"]
+    assert turned["image"]["whole"] == pytest.approx(plain["image"]["whole"], rel=1e-4)
+
+
+def test_what_is_given_goes_before_what_is_made():
+    hr, label, scan, *_ = _acquired((1, 1, 3))
+    result = evaluate.evaluate_pair(hr, hr, seg=label, label=label, lr=scan, baseline=hr, baseline_seg=label)
+    assert result["baselines"] == {"image": "as given", "segmentation": "as given"}
+    assert result["baseline"]["segmentation"]["dice"] == 1
+
+
+def test_a_scan_beside_the_label_is_refused():
+    hr, label, scan, *_ = _acquired((1, 1, 3))
+    away = Volume(scan.data, scan.affine + np.array([[0, 0, 0, 900]] * 3 + [[0] * 4]))
+    with pytest.raises(InputError, match="does not overlap"):
+        evaluate.evaluate_pair(hr, hr, label=label, lr=away)
+
+
+def test_the_picture_of_errors_shows_both_differences(files, tmp_path):
+    from matplotlib.image import imread
+
+    names = ("sr", "hr")
+    evaluate.evaluate_files(*(files[n] for n in names), baseline=files["sr"], png=tmp_path / "errors.png")
+    four = imread(tmp_path / "errors.png")
+    evaluate.evaluate_files(*(files[n] for n in names), png=tmp_path / "three.png")
+    three = imread(tmp_path / "three.png")
+    assert four.shape[1] > three.shape[1] and len(np.unique(four.reshape(-1, four.shape[2]), axis=0)) > 100
+    evaluate.evaluate_files(*(files[n] for n in names), png=tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "three.png").read_bytes()

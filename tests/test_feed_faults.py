@@ -72,6 +72,7 @@ def damaged(store: Store, folder: Path) -> Store:
 # --- subjects -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(29)
 def test_a_damaged_chunk_leaves_the_subject_out(store, tmp_path, caplog, engine):
     bad = damaged(store, tmp_path)
     with caplog.at_level(logging.WARNING, "fastsrgan"):
@@ -115,6 +116,7 @@ def test_missing_labels_and_masks_are_said_before_anything_is_degraded(store, en
 # --- workers (FAULTS 41) ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -131,6 +133,7 @@ def test_a_worker_that_dies_is_an_error_with_the_subject(store, engine, error, m
     assert found.value.__cause__ is error and not made.quarantined
 
 
+@pytest.mark.fault(41)
 def test_what_dies_within_the_law_is_an_error_with_the_subject(store, engine, monkeypatch):
     made = make_feed(store, engine=engine)
     monkeypatch.setattr(Degradation, "apply", lambda *_: 1 // 0)
@@ -138,6 +141,7 @@ def test_what_dies_within_the_law_is_an_error_with_the_subject(store, engine, mo
         list(made.groups(iter(PLAN)))
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("where", ["read", "law"])
 def test_a_worker_that_hangs_is_an_error_with_the_subject(store, engine, monkeypatch, where):
     release, apply, submit = threading.Event(), Degradation.apply, crew.Crew.submit
@@ -217,6 +221,7 @@ def test_reading_from_object_storage_is_bounded_by_the_store_itself(store, monke
         workers.close()
 
 
+@pytest.mark.fault(41)
 def test_patience_ends_before_half_a_minute_and_grows_with_the_volume(store, monkeypatch):
     assert feed.PATIENCE + crew.POLL + crew.FAREWELL < 30
     made, idle, allowed = make_feed(store), crew.Crew(0), []

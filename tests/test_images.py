@@ -95,6 +95,7 @@ def test_a_volume_larger_than_one_piece_is_whole_and_costs_little_more_than_itse
     assert peak < volume.data.nbytes + 12 * CHUNK_BYTES
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize("gz", ["", ".gz"])
 def test_one_volume_of_a_series_is_chosen_by_index(tmp_path, gz):
     series = np.stack([HEAD + 1000 * t for t in range(3)], axis=-1)
@@ -108,6 +109,7 @@ def test_one_volume_of_a_series_is_chosen_by_index(tmp_path, gz):
             images.load(path, volume=wrong)
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize("shape", [(7, 6, 5, 1), (7, 6, 5, 1, 1, 1)])
 def test_a_series_of_one_is_a_volume(tmp_path, shape):
     volume = images.load(write(tmp_path / "one.nii.gz", HEAD.reshape(shape)))
@@ -135,6 +137,7 @@ def test_gzip_of_many_members_and_padding_reads_whole(tmp_path):
 # Place in the world
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
 @pytest.mark.parametrize("flips", [(False, False, False), (True, False, False), (True, True, True)])
 def test_permuted_left_handed_and_oblique_grids_are_kept(tmp_path, axes, flips):
@@ -157,6 +160,7 @@ def test_a_qform_alone_places_the_grid_as_in_nibabel(folder, affine, hand):
     assert volume.warnings == ()
 
 
+@pytest.mark.fault(8)
 def test_a_conflict_of_sform_and_qform_is_told_and_the_sform_chosen(tmp_path):
     moved = rigid()
     moved[:3, 3] += 4
@@ -172,6 +176,7 @@ def test_a_conflict_of_sform_and_qform_is_told_and_the_sform_chosen(tmp_path):
     assert agreed.warnings == ()
 
 
+@pytest.mark.fault(8)
 def test_without_any_orientation_the_voxel_size_is_used_and_told(tmp_path):
     volume = images.load(write(tmp_path / "n.nii", HEAD, sform_code=0))
     np.testing.assert_allclose(volume.affine, np.diag([1, 1.2, 3, 1]), atol=1e-6)
@@ -187,12 +192,14 @@ def test_an_unusable_sform_gives_way(tmp_path):
         assert any("sform is unusable" in w and "qform is used" in w for w in volume.warnings)
 
 
+@pytest.mark.fault(10)
 def test_a_shear_is_kept_and_told(tmp_path):
     volume = images.load(write(tmp_path / "shear.nii", HEAD, OBLIQUE))
     np.testing.assert_allclose(volume.affine, OBLIQUE, atol=1e-5)
     assert any("sheared" in w for w in volume.warnings)
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize(("code", "name", "mm"), [(1, "metre", 1000.0), (3, "micrometre", 0.001)])
 def test_other_units_become_millimetres(tmp_path, code, name, mm):
     stored = np.diag([1 / mm] * 3 + [1]) @ rigid()
@@ -201,6 +208,7 @@ def test_other_units_become_millimetres(tmp_path, code, name, mm):
     assert any(f"{name}s" in w and "1 x 1.2 x 3 mm" in w for w in volume.warnings)
 
 
+@pytest.mark.fault(11)
 def test_odd_voxel_sizes_are_told_or_refused(tmp_path):
     def read(value, **fields):
         return images.load(write(tmp_path / "p.nii", HEAD, pixdim=(1, value), **fields))
@@ -261,6 +269,7 @@ def test_non_finite_voxels_are_never_stored_as_integers(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.fault(10)
 def test_a_sheared_affine_is_kept_exactly_by_the_sform_alone(tmp_path):
     path = images.save(tmp_path / "s.nii.gz", HEAD, OBLIQUE)
     header = nib.load(path).header
@@ -274,6 +283,7 @@ def test_long_axes_are_written_as_nifti_2(tmp_path):
     assert nib.load(path).shape == (40000, 1, 1)
 
 
+@pytest.mark.fault(26)
 def test_an_existing_file_is_kept_unless_told(tmp_path):
     path = images.save(tmp_path / "k.nii.gz", HEAD, np.eye(4))
     before = path.read_bytes()
@@ -286,6 +296,7 @@ def test_an_existing_file_is_kept_unless_told(tmp_path):
     assert path.read_bytes() == before  # no time or name inside: the same image is the same bytes
 
 
+@pytest.mark.fault(24)
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     path = images.save(tmp_path / "f.nii", HEAD, np.eye(4))
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -299,6 +310,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["f.nii"]
 
 
+@pytest.mark.fault(25)
 def test_bad_output_places_are_refused_before_work(tmp_path):
     (tmp_path / "file").write_text("x")
     for parent in ("missing", "file"):

@@ -34,6 +34,7 @@ def refused(path, match, read=images.load, **options):
 # Files that are damaged
 
 
+@pytest.mark.fault(1)
 def test_every_truncation_of_a_gzip_image_is_found(tmp_path):
     whole = write(tmp_path / "w.nii.gz").read_bytes()
     path = tmp_path / "cut.nii.gz"
@@ -42,6 +43,7 @@ def test_every_truncation_of_a_gzip_image_is_found(tmp_path):
         refused(path, "truncated" if keep > 1 else "not a NIfTI")
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize("name", ["cut.nii", "cut.img"])
 def test_every_truncation_of_a_plain_image_is_found(tmp_path, name):
     path = write(tmp_path / name)
@@ -51,12 +53,14 @@ def test_every_truncation_of_a_plain_image_is_found(tmp_path, name):
         refused(path, "truncated")
 
 
+@pytest.mark.fault(1)
 def test_a_gzip_that_ends_well_but_too_early_is_truncated(tmp_path):
     path = tmp_path / "short.nii.gz"
     path.write_bytes(gzip.compress(file_bytes()[:-2]))
     refused(path, "truncated: the header declares 772 bytes, the file holds 770 bytes")
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize(("at", "what"), [(-8, "checksum"), (-4, "checksum"), (40, "gzip|truncated")])
 def test_a_wrong_crc_length_or_byte_is_found(tmp_path, at, what):
     path = write(tmp_path / "crc.nii.gz")
@@ -68,6 +72,7 @@ def test_a_wrong_crc_length_or_byte_is_found(tmp_path, at, what):
     refused(path, what, images.load_label)
 
 
+@pytest.mark.fault(2)
 def test_the_trailer_is_read_also_behind_the_chosen_volume(tmp_path):
     path = write(tmp_path / "series.nii.gz", np.stack([HEAD] * 4, axis=-1))
     raw = bytearray(path.read_bytes())
@@ -92,6 +97,7 @@ def test_more_data_than_declared_is_refused_and_padding_told(tmp_path):
 # Headers that lie
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 @pytest.mark.parametrize(
     ("version", "shape"), [(1, (32767, 32767, 32767)), (2, (2**21, 2**21, 4)), (2, (2**40, 2**40, 2**40))]
@@ -110,6 +116,7 @@ def bomb(path, header: bytes, zeros: int):
     return path
 
 
+@pytest.mark.fault(4)
 def test_a_gzip_bomb_is_refused_without_unpacking(tmp_path):
     header = header_of((704, 704, 704), "i2", rigid())
     path = bomb(tmp_path / "bomb.nii.gz", header + b"\0\0\0\0", 704 * MIB)
@@ -117,17 +124,20 @@ def test_a_gzip_bomb_is_refused_without_unpacking(tmp_path):
     refused(path, "gzip bomb.*gunzip")
 
 
+@pytest.mark.fault(4)
 def test_a_bomb_behind_a_modest_header_is_refused_after_one_slice(tmp_path):
     path = bomb(tmp_path / "tail.nii.gz", file_bytes(), 704 * MIB)
     refused(path, "more data than")
 
 
+@pytest.mark.fault(4)
 def test_max_voxels_limits_what_is_read(tmp_path):
     path = write(tmp_path / "m.nii.gz")
     refused(path, "7 x 6 x 5 voxels are more than the limit of 209.*--max-voxels", max_voxels=209)
     assert images.load(path, max_voxels=210).data.size == 210
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
@@ -202,6 +212,7 @@ def test_half_a_pair_is_refused_by_name(tmp_path):
 # Odd voxels
 
 
+@pytest.mark.fault(5)
 def test_nan_and_infinite_voxels_are_zero_counted_and_told(tmp_path):
     data = HEAD.astype(np.float64)
     data[0, 0, 0], data[1, 2, 3], data[6, 5, 4], data[2, 2, 2] = np.nan, np.inf, -np.inf, 1e300
@@ -214,6 +225,7 @@ def test_nan_and_infinite_voxels_are_zero_counted_and_told(tmp_path):
         assert volume.data[3, 3, 3] == HEAD[3, 3, 3]
 
 
+@pytest.mark.fault(6)
 def test_all_nan_is_refused_and_constant_and_negative_images_are_told(tmp_path):
     path = write(tmp_path / "a.nii", np.full((3, 3, 3), np.nan, np.float32))
     refused(path, "every voxel is NaN")
@@ -229,6 +241,7 @@ def test_scaling_that_overflows_is_refused_for_the_store(tmp_path):
     refused(write(tmp_path / "o.nii", HEAD, slope=3e38), "overflows", images.load_stored)
 
 
+@pytest.mark.fault(35)
 def test_no_memory_is_a_resource_error(tmp_path, monkeypatch):
     def empty(*_, **__):
         raise MemoryError
@@ -258,6 +271,7 @@ def test_labels_are_whole_numbers_whatever_their_type(tmp_path, dtype):
     np.testing.assert_array_equal(scaled.data, LABEL)
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize(
     ("value", "match"),
     [(0.5, "fractions such as 0.5"), (np.nan, "NaN"), (np.inf, "NaN or inf"), (-1, "-1"), (256, "256"), (7, r"\[7\]")],
@@ -272,6 +286,7 @@ def test_an_empty_label_is_told(tmp_path):
     assert "every voxel is 0" in images.load_label(write(tmp_path / "e.nii", LABEL * 0)).warnings[0]
 
 
+@pytest.mark.fault(13)
 def test_a_label_on_another_grid_is_refused_with_both_grids(tmp_path):
     path = write(tmp_path / "l.nii.gz", LABEL)
     shifted, turned = rigid(), rigid(turn=(0.3, -0.2, 0.51))
@@ -323,6 +338,7 @@ def test_any_header_ends_in_a_volume_or_a_clear_error(tmp_path_factory, edits, k
         assert abs(np.linalg.det(volume.affine)) > 0
 
 
+@pytest.mark.fault(2)
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2000), st.integers(1, 255))
 def test_any_flipped_byte_of_a_gzip_is_found_or_harmless(tmp_path_factory, at, flip):

@@ -58,6 +58,7 @@ def find(data, affine, near, radius) -> np.ndarray:
 # --- where things are ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize(
     ("spacing", "turn", "stored"),
     [
@@ -90,6 +91,7 @@ def test_blobs_stay_where_they_were(identity, spacing, turn, stored, new_resolut
         assert np.abs(found - centre).max() < 0.05 * voxel
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("stored", TURNS[::5], ids=str)
 def test_one_head_stored_differently_is_one_result(random_net, stored):
     """With a network that is no symmetry of anything: equal bits in world space, for every permutation and flip."""
@@ -166,12 +168,14 @@ def test_intensities_scale_with_the_input_and_stay_above_its_minimum(random_net)
     assert one.sr.min() == data.min()
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 50, 2), (7, 5, 13)])
 def test_volumes_smaller_than_a_patch_come_back_in_their_size(random_net, shape):
     result = infer_volume(np.full(shape, 5.0), rigid((1.0, 1.0, 1.0)), random_net, patch=32, step=16)
     assert result.sr.shape == shape and np.isfinite(result.sr).all() and np.isfinite(result.prob).all()
 
 
+@pytest.mark.fault(6)
 def test_a_constant_volume_stays_finite(identity, random_net):
     data = np.full((16, 16, 8), 42.0)
     assert np.allclose(infer_volume(data, rigid(), identity, patch=16, step=8).sr, 42)

@@ -77,6 +77,7 @@ def test_the_record_says_what_made_the_result(tmp_path, model):
     assert record["outputs"]["sr"].endswith("a_sr.nii.gz")
 
 
+@pytest.mark.fault(8)
 def test_warnings_about_the_image_reach_the_record(tmp_path, model):
     data = np.ones((12, 12, 6), np.float32)
     data[3, 3, 3] = np.nan
@@ -108,6 +109,7 @@ def test_lists_and_files_may_be_mixed(tmp_path, model, suffix):
     assert json.loads((tmp_path / "out" / SUMMARY).read_text())["items"] == summary["items"]
 
 
+@pytest.mark.fault(15)
 def test_a_bad_volume_does_not_stop_the_rest(tmp_path, model):
     good = [scan(tmp_path / "a.nii.gz"), scan(tmp_path / "c.nii.gz", 1)]
     bad, missing = tmp_path / "b.nii.gz", tmp_path / "d.nii.gz"
@@ -149,6 +151,7 @@ def test_the_only_image_raises_its_own_error(tmp_path, model):
 # --- what is there already ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(26)
 def test_existing_results_are_kept_unless_told(tmp_path, model):
     path = scan(tmp_path / "a.nii.gz")
     out = tmp_path / "out"
@@ -163,6 +166,7 @@ def test_existing_results_are_kept_unless_told(tmp_path, model):
     assert json.loads(after["a.json"])["step"] == 8
 
 
+@pytest.mark.fault(26)
 def test_resume_does_what_is_missing_and_nothing_else(tmp_path, model):
     paths = [scan(tmp_path / f"{name}.nii.gz", seed) for seed, name in enumerate("abc")]
     out = tmp_path / "out"
@@ -218,6 +222,7 @@ def test_an_input_is_never_written_over(tmp_path, model):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.fault(25)
 def test_settings_weights_and_folder_are_checked_before_any_image_is_read(tmp_path, model):
     missing = tmp_path / "none.nii.gz"
     with pytest.raises(UsageError, match="no image"):
@@ -240,6 +245,7 @@ def test_the_shipped_weights_are_the_default(tmp_path, model, monkeypatch):
     assert json.loads((tmp_path / "out" / "a.json").read_text())["weights"]["path"] == str(model)
 
 
+@pytest.mark.fault(9)
 def test_the_world_of_the_image_is_kept(tmp_path, model):
     """The outputs say of their world what the input said (here MNI), so viewers overlay them."""
     images.save(tmp_path / "a.nii.gz", np.ones((8, 8, 8), np.uint8), np.eye(4), code=4)

@@ -52,6 +52,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.fault(39)
 def test_torchrun_restarts_a_run_whose_rank_died_where_the_last_snapshot_is(store, whole, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf8")
     (tmp_path / "config.yaml").write_text(CONFIG.to_yaml(), encoding="utf8")
@@ -83,6 +84,7 @@ exit $code""",
 }
 
 
+@pytest.mark.fault(37)
 def test_the_slurm_script_leaves_a_snapshot_before_the_time_limit_and_is_requeued(store, whole, tmp_path):
     root = Path(__file__).parent.parent
     for name, body in STUBS.items():

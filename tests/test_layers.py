@@ -25,33 +25,52 @@ LAYERS = {
         "networks",
     ],
     1: [
-        "voxel_stream modelfile remote dicom_header",
+        "voxel_stream modelfile remote dicom_header store_schema",
         "store_files store_codec",
         "nifti_check keras_h5 store tiles",
         "windows slabs region tile_network",
-        "images encode store_writer stitch",
-        "resample intensity metrics checkpoint step critic_step optimise compiled schedule board",
+        "images encode store_writer adders",
+        "stitch",
+        "resample intensity metrics components checkpoint step critic_step optimise compiled schedule board",
         "table trainlog template dicom",
-        "resample_sitk any_image extras precision",
+        "resample_sitk any_image extras precision distances grids",
+        "image_list bids_names",
         "blocks",
     ],
     2: [
+        "patch_grid",
         "pool sweep interpolated",
-        "degrade engine weights deviation memory_plan",
+        "degrade engine weights deviation memory_plan averaged",
         "anytime",
-        "infer_ways",
+        "infer_ways infer_settings",
+        "split",
         "resident dali_feed",
         "feed",
         "shuffle",
     ],
-    3: ["convert evaluate infer report pair validate", "infer_files run_state"],
-    4: ["snapshots trial doctor compat study", "loop", "train", "demo job"],
-    5: ["console", "cli_infer cli_train", "cli_job", "cli", "__init__ __main__"],
+    3: [
+        "convert infer report pair validate",
+        "infer_job run_state error_map",
+        "cohort evaluate",
+        "infer_files evaluate_cohort",
+        "bids",
+    ],
+    4: [
+        "snapshots trial doctor compat viewer",
+        "loop",
+        "train",
+        "demo job",
+        "study_data study_paper study_figure",
+        "study_cells study_curves",
+        "study_panels study_output",
+        "study",
+    ],
+    5: ["console", "cli_infer cli_train", "cli_job cli_evaluate cli_report cli_study", "cli", "__init__ __main__"],
 }
 # Libraries that one place knows; the others get arrays and plain values from it.
 ONLY = {
     "nibabel": {"images", "nifti_check"},
-    "zarr": {"remote", "store", "store_codec", "store_files"},
+    "zarr": {"remote", "store_codec", "store_files"},
     "numcodecs": set(),
     "tensorstore": {"store_codec"},
     "fsspec": {"remote"},
@@ -63,10 +82,20 @@ ONLY = {
     "rich": {"console"},
     "pydicom": {"dicom", "dicom_header"},
     "SimpleITK": {"resample_sitk"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report", "error_map", "study_figure"},
 }
 NEVER = {"tensorflow", "keras", "pickle", "requests", "nilearn"}  # nilearn's files are read, its code is not run
-SPEAKS = {"cli", "cli_infer", "cli_train", "cli_job", "console", "__main__"}  # print, sys.exit, argv
+SPEAKS = {
+    "cli",
+    "cli_evaluate",
+    "cli_infer",
+    "cli_report",
+    "cli_study",
+    "cli_train",
+    "cli_job",
+    "console",
+    "__main__",
+}  # print, sys.exit, argv
 OPTIONAL = ("cupy", "nvidia", "tensorstore", "s3fs", "pydicom", "SimpleITK", "monai", "torchio")
 HEAVY = (*OPTIONAL, "nilearn", "sklearn", "pandas", "matplotlib", "zarr")
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the import is not called like the distribution

@@ -14,7 +14,7 @@ import torch
 from fastsrgan import activations, memory_plan, tiles
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.infer import infer_volume
-from fastsrgan.memory_plan import MEMORY, SLABS, Job, plan_memory
+from fastsrgan.memory_plan import MEMORY, NEXT_IMAGE, RESULT_BEFORE, SLABS, Job, plan_memory
 from fastsrgan.networks import GeneratorSpec, build_generator
 from fastsrgan.tile_network import TileNetwork
 
@@ -32,6 +32,7 @@ def probe(**job) -> dict:
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 
 
+@pytest.mark.fault(35)
 @needs_linux
 @pytest.mark.parametrize(
     "job",
@@ -48,6 +49,7 @@ def test_what_is_taken_lies_between_half_the_plan_and_the_plan(job):
     assert found["planned"] / 2 <= found["measured"] <= found["planned"], found
 
 
+@pytest.mark.fault(35)
 @needs_linux
 def test_by_slabs_memory_does_not_grow_with_the_length():
     """Four times the length under a limit that the process enforces: the default limit is what the process may take."""
@@ -94,6 +96,30 @@ def test_the_batch_shrinks_before_the_way_changes(network):
     assert smaller.batch == 4 and smaller.mode == MEMORY
 
 
+def test_neighbours_of_a_cohort_take_what_is_left(network, monkeypatch):
+    """The result before comes first; mode and batch are those of the image alone."""
+
+    class Neighbours:
+        result, image = MIB, 2 * MIB
+
+    alone = plan_memory(job(), network, 4, 2**33)
+    needed = alone.total("host")
+    for spare, expected in ((0, 0), (1, 1), (2, 1), (3, 3)):
+        found = plan_memory(job(), network, 4, needed + spare * MIB, Neighbours())
+        assert found.total("host") == needed + expected * MIB and (found.batch, found.mode) == (4, MEMORY)
+        assert (found.has(RESULT_BEFORE), found.has(NEXT_IMAGE)) == (spare > 0, spare > 2)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda: 2**30)
+    assert plan_memory(job(), network, 4, None, Neighbours()).limit == int(0.9 * (2**30 + MIB)), "it is held already"
+
+
+def test_a_mean_over_passes_and_a_shared_volume_are_planned(network):
+    plain, averaged = (plan_memory(job(averaged=flag), network, 2, 2**33) for flag in (False, True))
+    assert averaged.total("host") == plain.total("host") + 2 * 4 * 64**3 * (1 + 2 * 2)
+    shared = plan_memory(job(can_stream=True, split=True), network, 2, 2**33)
+    assert shared.mode == SLABS and shared.total("host") < plain.total("host")
+
+
+@pytest.mark.fault(35)
 def test_the_advice_of_a_refusal_works(network):
     with pytest.raises(ResourceError, match=r"--patch (\d+) needs") as refused:
         plan_memory(job(patch=128, step=64), network, "auto", 90 * MIB)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -48,6 +49,34 @@ def test_ssim_is_scikit_images(shape, dtype, slabs):
         data_range=float(ref.max()),
     )
     assert metrics.ssim(sr, ref) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+@pytest.mark.parametrize("shape", [(7, 8, 9), *SHAPES])
+def test_uniform_ssim_is_scikit_images_default(shape, dtype, slabs):
+    sr, ref = _pair(shape, dtype)
+    expected = structural_similarity(ref.astype(float), sr.astype(float), data_range=float(ref.max()))
+    assert metrics.ssim(sr, ref, window=metrics.UNIFORM) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_psnr_and_ssim_are_monais(shape):
+    monai = pytest.importorskip("monai.metrics", reason="MONAI is not installed")
+    sr, ref = _pair(shape, np.float64)
+    as_batch = [torch.from_numpy(np.ascontiguousarray(a))[None, None] for a in (sr, ref)]
+    top = float(ref.max())
+    ssim = monai.SSIMMetric(3, data_range=top, kernel_type="gaussian", win_size=11, kernel_sigma=1.5)(*as_batch)
+    # MONAI computes in float32, where the variances cancel.
+    assert metrics.ssim(sr, ref) == pytest.approx(float(ssim), abs=2e-4)
+    assert metrics.psnr(sr, ref) == pytest.approx(float(monai.PSNRMetric(top)(*as_batch)), abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dice_is_monais(shape):
+    monai = pytest.importorskip("monai.metrics", reason="MONAI is not installed")
+    seg, label = (a > 450 for a in _pair(shape))
+    one_hot = [torch.from_numpy(np.stack([~m, m])[None].astype(np.float32)) for m in (seg, label)]
+    assert metrics.dice(seg, label) == pytest.approx(float(monai.DiceMetric(include_background=False)(*one_hot)))
 
 
 def test_ssim_of_views_is_that_of_copies():
@@ -195,4 +224,5 @@ def test_ssim_needs_a_window():
 
 def test_every_figure_has_a_definition():
     a = np.ones((12,) * 3)
-    assert {"psnr_db", "ssim", "mse", "mae", "dice", *metrics.components(a, a)} == set(metrics.DEFINITIONS)
+    image = {"psnr_db", "psnr_range_db", "ssim", "ssim_uniform", "mse", "mae"}
+    assert {*image, "dice", *metrics.components(a, a)} == set(metrics.DEFINITIONS)

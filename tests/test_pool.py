@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from fastsrgan.degrade import Degradation, Draw
 from fastsrgan.errors import InputError, ModelError
 from fastsrgan.feed import PatchRule, make_resident
-from fastsrgan.pool import Pool, Resident, copy_patch, patch_origins, positive_box
+from fastsrgan.patch_grid import patch_origins, positive_box
+from fastsrgan.pool import Pool, Resident, copy_patch
 from fastsrgan.store import Sample
 
 CPU = torch.device("cpu")

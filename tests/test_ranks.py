@@ -97,6 +97,7 @@ def waiting(death: str) -> None:
         r.average_([torch.ones(3)])
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize("death", ["kill", "error"])
 def test_the_others_end_with_the_error_of_a_rank_that_ends(tmp_path, death):
     processes = start_ranks(waiting, 3, death, out=tmp_path)
@@ -134,6 +135,7 @@ def test_each_rank_takes_its_own_gpu(monkeypatch):
     assert ranks.local_device("auto") == "auto"
 
 
+@pytest.mark.fault(44)
 def test_small_shared_memory_is_spared_and_said(monkeypatch, caplog):
     class Room:
         f_bavail, f_frsize = 2**14, 2**12  # 64 MB, as in a container

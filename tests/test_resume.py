@@ -100,6 +100,7 @@ def assert_equal_trees(a, b, where: str = "") -> None:
         assert a == b, where
 
 
+@pytest.mark.fault(22)
 def test_kill_9_at_random_moments_and_resume_gives_the_same_bits(store, whole, tmp_path):
     expected, seconds = whole
     ends = {r["epoch"]: r["update"] for r in rows(expected)}.values()  # the last update of each epoch
@@ -134,6 +135,7 @@ def test_kill_9_at_random_moments_and_resume_gives_the_same_bits(store, whole, t
     raise AssertionError(f"only {kills} of {KILLS} kills hit a living process")
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("stop_at", [1, 8])
 def test_a_signal_in_mid_epoch_leaves_a_snapshot_that_goes_on(store, whole, tmp_path, monkeypatch, stop_at, number):
@@ -199,6 +201,7 @@ def killed_writers(folder: Path) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.fault(21)
 def test_killed_at_every_moment_of_writing_a_snapshot_the_one_before_stays(tmp_path):
     assert ended(start(killed_writers, tmp_path, out=tmp_path / "found.json")) == 0, outcome(tmp_path / "found.json")
     *killed, last = outcome(tmp_path / "found.json")["value"]
@@ -207,6 +210,7 @@ def test_killed_at_every_moment_of_writing_a_snapshot_the_one_before_stays(tmp_p
     assert newest == sorted(newest) and newest.count(2) >= 6 and newest.count(3) >= 1  # both sides of the rename
 
 
+@pytest.mark.fault(23)
 def test_a_damaged_newest_snapshot_falls_back_to_the_one_before(store, whole, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)

@@ -29,6 +29,7 @@ def test_draws_are_the_same_on_every_machine():
     assert runtime.rng(0, 1, "sub-01", "contrast").integers(0, 2**32, 3).tolist() == [1588247429, 4291509495, 543574631]
 
 
+@pytest.mark.fault(24)
 def test_atomic_write_leaves_the_old_file_on_any_failure(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old", encoding="utf8")
@@ -42,6 +43,7 @@ def test_atomic_write_leaves_the_old_file_on_any_failure(tmp_path):
     assert path.read_text(encoding="utf8") == "new" and os.listdir(tmp_path) == ["a.json"]
 
 
+@pytest.mark.fault(24)
 def test_a_full_disk_is_a_resource_error_that_names_the_file(tmp_path):
     with (
         pytest.raises(ResourceError, match=r"a\.bin: no space left") as caught,
@@ -51,6 +53,7 @@ def test_a_full_disk_is_a_resource_error_that_names_the_file(tmp_path):
     assert caught.value.exit_code == 5 and not os.listdir(tmp_path)
 
 
+@pytest.mark.fault(25)
 def test_output_folder_says_when_a_file_is_in_the_way(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf8")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -66,6 +69,7 @@ def test_json_has_no_nan(tmp_path):
     assert read == {"a": None, "b": [1.5, None], "c": [0, 1], "d": str(tmp_path)}
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "gpu", "meta"])
 def test_devices_that_are_not_there_are_refused(name):
     with pytest.raises(ResourceError, match="--device"):

@@ -110,6 +110,7 @@ def test_a_subject_is_read_with_one_request_an_object(url, proxy):
 # --- one writer, many readers -------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(27)
 def test_one_of_many_writers_gets_the_lock(url):
     won, lost = [], []
     together = threading.Barrier(4)
@@ -168,6 +169,7 @@ def _watch(environment, url, ready, stop, seen):
             seen.put(s.id if right else f"{s.id} is wrong")
 
 
+@pytest.mark.fault(28)
 def test_another_process_sees_whole_subjects_only(url, proxy, tmp_path):
     ready, stop, seen = CONTEXT.Event(), CONTEXT.Event(), CONTEXT.Queue()
     process = CONTEXT.Process(target=_watch, args=(fault_proxy.environment(proxy.url), url, ready, stop, seen))
@@ -195,6 +197,7 @@ def _convert_quietly(environment, table, url, begun):
         os._exit(9)
 
 
+@pytest.mark.fault(20)
 def test_killed_at_random_moments_and_resumed(url, proxy, tmp_path):
     table = cohort(tmp_path, 3)
     began = time.monotonic()

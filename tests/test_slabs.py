@@ -50,6 +50,7 @@ def by_slabs(monkeypatch):
     monkeypatch.setattr(infer, "plan_memory", planned)
 
 
+@pytest.mark.fault(35)
 @pytest.mark.parametrize("geometry", ["physical", "segsrgan"])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_files_hold_what_memory_would(generator, monkeypatch, tmp_path, spacing, geometry):
@@ -127,6 +128,7 @@ infer_volume(image((60, 20, 18)), np.eye(4), build_generator(GeneratorSpec(kerne
 """
 
 
+@pytest.mark.fault(22)
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_after_kills_the_bytes_are_those_of_an_unbroken_run(generator, by_slabs, tmp_path):
     program = PROGRAM.format(root=str(ROOT), tests=str(Path(__file__).parent))
@@ -146,6 +148,7 @@ def test_after_kills_the_bytes_are_those_of_an_unbroken_run(generator, by_slabs,
         assert (tmp_path / "result" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("where", ["posix_fallocate", "replace"])
 def test_a_full_disk_is_one_line(monkeypatch, tmp_path, where):
     """Before the first tile, since blocks are taken beforehand; and at the last rename."""

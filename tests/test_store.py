@@ -171,6 +171,7 @@ class StoreContract:
         assert store.read("a").split == "Test" and store.read("a").label is None and store.verify() == []
         np.testing.assert_array_equal(store.read("a").image, volume(7))
 
+    @pytest.mark.fault(28)
     def test_readers_see_whole_subjects_only(self, url):
         names = [f"s{i}" for i in range(8)]
         stop, seen, problems = threading.Event(), set(), []
@@ -200,6 +201,7 @@ class StoreContract:
             t.join()
         assert not problems and seen == set(names)  # a reader that met an error ended before it saw all
 
+    @pytest.mark.fault(30)
     def test_a_lost_or_shortened_chunk_is_never_zeros(self, url):
         make(url, "a", "b")
         keys = store_files.Keys(url, read_only=False)
@@ -216,6 +218,7 @@ class StoreContract:
         with create_store(url, resume=True) as writer:
             assert not writer.intact("a") and not writer.intact("b")
 
+    @pytest.mark.fault(29)
     def test_damaged_chunks_are_named_and_the_others_are_read(self, url):
         image = volume(5, (70, 70, 70))
         make(url, "a", image=image, label=False)
@@ -236,6 +239,7 @@ class StoreContract:
             left = (slice(0, 64),) * 3
             np.testing.assert_array_equal(store.read_region("a", "image", left), image[left])
 
+    @pytest.mark.fault(32)
     def test_a_newer_format_is_refused(self, url):
         make(url, "a")
         keys = store_files.Keys(url, read_only=False)
@@ -330,6 +334,7 @@ def test_the_layout_is_plain_zarr(folder):
     assert zarr.open_group(folder / "a", mode="r").attrs["affine"] == OBLIQUE.tolist()
 
 
+@pytest.mark.fault(29)
 def test_every_flipped_byte_is_found_and_none_is_read_as_data(folder):
     make(folder, "a", "b", image=volume(0, (20, 9, 8)))
     expected = open_store(folder).read("a")
@@ -355,6 +360,7 @@ def test_every_flipped_byte_is_found_and_none_is_read_as_data(folder):
     assert open_store(folder).verify() == []
 
 
+@pytest.mark.fault(30)
 def test_a_chunk_missing_inside_a_shard_is_found(folder):
     make(folder, "a", image=volume(5, (70, 5, 5)), label=False)
     zarr.open_array(folder / "a/image", mode="r+")[64:] = 0  # zarr drops chunks that hold only the fill value
@@ -457,6 +463,7 @@ def test_nothing_is_made_before_the_first_write(folder):
     assert not folder.exists()
 
 
+@pytest.mark.fault(25)
 def test_a_file_or_no_permission_in_place_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ResourceError):
@@ -474,6 +481,7 @@ def _hold(folder, ready):
     signal.pause()
 
 
+@pytest.mark.fault(27)
 def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_taken_over(folder, caplog):
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
@@ -493,6 +501,7 @@ def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_taken_over(folder, c
     assert not (folder / LOCK).exists()
 
 
+@pytest.mark.fault(27)
 def test_a_lock_from_another_host_is_respected(folder):
     make(folder, "a")
     (folder / LOCK).write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
@@ -536,6 +545,7 @@ def test_a_lock_where_nothing_is_exclusive(monkeypatch, refusal):
     assert [s.id for s in open_store(url).subjects] == ["a"]
 
 
+@pytest.mark.fault(24)
 def test_the_disk_is_asked_before_writing(folder, monkeypatch):
     make(folder, "a")
     before = tree(folder)
@@ -549,6 +559,7 @@ def test_the_disk_is_asked_before_writing(folder, monkeypatch):
     assert [s.id for s in open_store(folder).subjects] == ["a"]
 
 
+@pytest.mark.fault(24)
 def test_a_disk_that_fills_up_leaves_the_finished_subjects(folder):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     noise = np.random.default_rng(0).integers(-(2**15), 2**15, (60, 60, 60)).astype(np.int16)

@@ -58,6 +58,7 @@ def asked(proxy, end: str) -> list[str]:
 # --- failures that pass -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_passes_is_waited_for(url, proxy, caplog, monkeypatch, fault):
     make(url, "a")
@@ -72,6 +73,7 @@ def test_what_passes_is_waited_for(url, proxy, caplog, monkeypatch, fault):
     assert len(told) > 1 and {r.levelname for r in told[1:]} == {"DEBUG"}
 
 
+@pytest.mark.fault(31)
 def test_a_conversion_through_an_unsteady_network_gives_the_same_bytes(url, proxy, tmp_path, monkeypatch):
     table = cohort(tmp_path, 3)
     convert(table, tmp_path / "store")
@@ -97,6 +99,7 @@ def test_a_lock_whose_answer_got_lost_is_ours(url, proxy):
 # --- failures that stay -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_stays_is_given_up_after_bounded_attempts(url, proxy, monkeypatch, fault):
     make(url, "a")
@@ -159,6 +162,7 @@ def small_training(url, folder):
     return ["--quiet", "train", url, "-o", str(folder), *words]
 
 
+@pytest.mark.fault(31)
 def test_training_ends_with_5_when_the_store_goes_away(url, proxy, tmp_path, capsys):
     convert(cohort(tmp_path, 3, shape=(22, 18, 19)), url)
     proxy.fail("503", 1e9, on(SHARD))
@@ -166,6 +170,7 @@ def test_training_ends_with_5_when_the_store_goes_away(url, proxy, tmp_path, cap
     assert f"{SHARD}: cannot be read: Service Unavailable; 4 attempts" in capsys.readouterr().err
 
 
+@pytest.mark.fault(29)
 def test_training_leaves_out_what_is_damaged(url, tmp_path, capsys):
     """FAULTS 29 and 30: with a warning, or with exit code 3 under --strict."""
     convert(cohort(tmp_path, 4, shape=(22, 18, 19)), url)

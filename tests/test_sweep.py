@@ -139,18 +139,26 @@ def test_planes_are_loaded_once_and_in_order(plan):
         assert firsts == sorted(firsts)
 
 
+class Sociable(Local):
+    """What comes out also depends on the tiles in the batch, as the rounding of convolutions does."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.1 * x.mean() + 0.01 * len(x)
+
+
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("padding", tiles.PADDINGS)
-def test_a_run_that_goes_on_gives_the_same_bits(generator, window, padding):
-    """From every plane at which a run could have been killed, with a network whose batches round differently."""
+def test_a_run_that_goes_on_gives_the_same_bits(window, padding):
+    """From every plane at which a run could have been killed."""
     volume = some((29, 12, 10))
     plan = tiles.plan(volume.shape, 8, 3, padding=padding)
-    whole, _ = streamed(Planes(volume), plan, generator, window=window, batch=2)
-    for done in range(0, 30, 4):
-        out, facts = streamed(Planes(volume), plan, generator, window=window, batch=2, done=done)
+    whole, _ = streamed(Planes(volume), plan, Sociable(), window=window, batch=2)
+    computed = []
+    for done in range(30):
+        out, facts = streamed(Planes(volume), plan, Sociable(), window=window, batch=2, done=done)
         assert out[:, :done].isnan().all() and torch.equal(out[:, done:], whole[:, done:])
-        fewer = facts["tiles_network"] < len(plan)
-        assert fewer == (done > 16 + plan.pad_before[0]) or done == 16
+        computed.append(facts["tiles_network"])
+    assert computed[0] == len(plan) and computed == sorted(computed, reverse=True) and computed[28] < len(plan) / 2
 
 
 def test_any_array_that_takes_slices_is_a_sink():
@@ -241,7 +249,7 @@ def test_tiles_of_one_value_are_computed_once_for_each_value():
 def test_a_tile_of_one_value_is_what_its_own_pass_gives(spec):
     """Exact: such tiles have the bits of a batch of one; the result agrees with one pass for every tile."""
     generator = build_generator(GeneratorSpec(kernel=2, **spec), seed=3).eval()
-    volume = blocks()
+    volume = blocks((40, 12, 12))
     plan = tiles.plan(volume.shape, 8, 4)
     out, facts = predict(volume, plan, generator, 2.0, batch=3)
     assert facts["tiles_constant"] > 0
@@ -279,13 +287,13 @@ def identity_index(shape):
     return [np.arange(n) for n in shape]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(plans(largest=24), st.sampled_from(WINDOWS), st.data())
 def test_a_region_is_computed_as_without_it_and_the_rest_left_alone(plan, window, data):
     if len(plan) > 300:
         return
     volume = some(plan.shape)
-    generator = build_generator(GeneratorSpec(kernel=1), seed=4).eval() if len(plan) < 20 else Local()
+    generator = build_generator(GeneratorSpec(kernel=1), seed=4).eval() if len(plan) < 9 else Local()
     mask = np.zeros(plan.shape, bool)
     corner = [data.draw(st.integers(0, n - 1)) for n in plan.shape]
     mask[tuple(slice(c, c + data.draw(st.integers(1, 9))) for c in corner)] = True

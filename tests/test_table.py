@@ -47,6 +47,7 @@ def test_the_originals_table(folder):
 PLAIN = f"{HEADER}\na.nii.gz,a_seg.nii,Train\nb.nii.gz,b_seg.nii,Test\n"
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize(
     "raw",
     [
@@ -107,6 +108,7 @@ def test_relative_paths_beside_the_table_then_in_the_current_folder(folder, tmp_
     assert (row.image, row.label) == (inner / "a.nii.gz", folder / "a_seg.nii")
 
 
+@pytest.mark.fault(14)
 def test_all_faults_at_once(folder):
     path = table(
         folder,
@@ -136,6 +138,7 @@ def test_all_faults_at_once(folder):
         assert expected in told
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
@@ -150,6 +153,7 @@ def test_header_faults(folder, header, expected):
     assert expected in faults_of(table(folder, "a.nii.gz,a_seg.nii,Train", header=header))
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
@@ -166,6 +170,7 @@ def test_what_is_no_table(folder, raw, expected):
     assert expected in faults_of(folder / "t.csv")
 
 
+@pytest.mark.fault(14)
 def test_missing_table_or_a_folder(folder):
     assert "no such file" in faults_of(folder / "none.csv")
     assert "cannot be read" in faults_of(folder)
@@ -177,6 +182,7 @@ def test_labels_may_be_absent_where_they_are_not_needed(folder):
     assert "no column Label_image" in faults_of(path)
 
 
+@pytest.mark.fault(14)
 def test_a_subject_in_train_and_test_is_found_under_other_names(folder):
     (folder / "link.nii.gz").symlink_to(folder / "a.nii.gz")
     linked = table(folder, "a.nii.gz,a_seg.nii,Train", "link.nii.gz,b_seg.nii,Test")

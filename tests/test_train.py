@@ -72,6 +72,7 @@ def test_starting_from_weights_takes_generator_and_critic(store, tmp_path):
         )
 
 
+@pytest.mark.fault(36)
 def test_nan_updates_are_skipped_and_end_the_run(store, tmp_path, monkeypatch):
     original = Models.generate
     monkeypatch.setattr(Models, "generate", lambda self, batch: original(self, batch) * float("nan"))
@@ -81,6 +82,7 @@ def test_nan_updates_are_skipped_and_end_the_run(store, tmp_path, monkeypatch):
     assert bad["patches"] and bad["facts"]["d_skipped"] == 1.0
 
 
+@pytest.mark.fault(26)
 def test_an_existing_run_is_not_overwritten(store, tmp_path):
     train(store, tmp_path / "run", CONFIG.replace(epochs=1, steps_per_epoch=1))
     with pytest.raises(UsageError, match="--resume"):
@@ -99,6 +101,7 @@ def test_steps_per_epoch_are_shared_out_among_the_groups(store, tmp_path, size):
     assert [r["epoch"] for r in rows(tmp_path / "run")] == [1, 1, 1, 2, 2, 2]
 
 
+@pytest.mark.fault(29)
 def test_a_damaged_subject_is_left_out_or_ends_a_strict_run(store, tmp_path, caplog):
     copy = tmp_path / "damaged.zarr"
     shutil.copytree(store, copy)
@@ -264,6 +267,7 @@ def memory_for(monkeypatch, most: int, message: str = "CUDA out of memory. Tried
     monkeypatch.setattr(Models, "generator_update", limited)
 
 
+@pytest.mark.fault(34)
 def test_out_of_memory_names_the_peak_and_the_batch_that_fits(store, tmp_path, monkeypatch):
     memory_for(monkeypatch, 3)
     with pytest.raises(ResourceError) as caught:
@@ -272,6 +276,7 @@ def test_out_of_memory_names_the_peak_and_the_batch_that_fits(store, tmp_path, m
     assert "--batch-size 2 fits, or --accumulate 4" in str(caught.value)
 
 
+@pytest.mark.fault(34)
 def test_auto_batch_lowers_the_batch_before_the_first_update_and_keeps_it(store, tmp_path, monkeypatch, caplog):
     memory_for(monkeypatch, 3)
     config = CONFIG.replace(batch_size=4, stride=4, critic_iterations=1, auto_batch=True)
@@ -297,6 +302,7 @@ def test_an_error_that_is_not_about_memory_stays_what_it_is(store, tmp_path, mon
 # --- surroundings -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(45, 46)
 def test_surroundings_change_no_bit(store, tmp_path, monkeypatch):
     """No standard input, no terminal, C and Turkish locales, blanks and umlauts in paths; a clock that runs back."""
     config = CONFIG.replace(epochs=1, steps_per_epoch=2, conditional=True)
@@ -308,7 +314,13 @@ def test_surroundings_change_no_bit(store, tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf8")
     program = "from fastsrgan.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", f"import sys, torch; torch.set_num_threads({torch.get_num_threads()}); {program}", "train", str(store)]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys, torch; torch.set_num_threads({torch.get_num_threads()}); {program}",
+        "train",
+        str(store),
+    ]
     command += ["-o", str(folder / "run"), "--config", str(folder / "config.yaml")]
     language = {"LC_ALL": "C", "LANG": "tr_TR.UTF-8", "LANGUAGE": "tr", "COLUMNS": "80", "PYTHONUTF8": "0"}
     environment = {**os.environ, **language, "PYTHONPATH": str(Path(__file__).parent.parent)}

@@ -358,6 +358,7 @@ class Canary:
         return os.mkdir, (self.path,)
 
 
+@pytest.mark.fault(17)
 @pytest.mark.parametrize("name", ["x.pt", "x.pth", "x.pkl", "x", "x.safetensors", "x.h5"])
 @pytest.mark.parametrize("kind", ["protocol 0", "protocol 4", "torch"])
 def test_pickles_are_never_executed(tmp_path, name, kind):
@@ -507,6 +508,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("fault", REFUSED)
 def test_keras_files_that_are_refused(tmp_path, fault):
     """With the error of bad weights, its reason, and without taking memory for what a file claims."""
@@ -531,6 +533,7 @@ def test_a_critic_that_diverged_does_not_forbid_the_generator(tmp_path):
         weights.load_critic(path)
 
 
+@pytest.mark.fault(18)
 def test_huge_attributes_are_not_read(tmp_path):
     path = tmp_path / "x.h5"
     with h5py.File(PLAIN) as source, h5py.File(path, "w", libver="latest") as file:
@@ -541,6 +544,7 @@ def test_huge_attributes_are_not_read(tmp_path):
         weights.load_generator(path)
 
 
+@pytest.mark.fault(16)
 def test_truncated_keras_files_are_refused(tmp_path):
     data = PLAIN.read_bytes()
     path = tmp_path / "x.h5"
@@ -639,6 +643,7 @@ LIES = {
 }
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("lie", LIES)
 def test_safetensors_whose_header_lies(native, lie):
     change, words = LIES[lie]
@@ -658,6 +663,7 @@ def test_safetensors_with_a_false_header_length(native, length):
         weights.load_generator(native)
 
 
+@pytest.mark.fault(16)
 def test_truncated_safetensors_are_refused(native):
     data = native.read_bytes()
     for length in [9, 100, 4000, len(data) // 2, len(data) - 1]:
@@ -666,6 +672,7 @@ def test_truncated_safetensors_are_refused(native):
             weights.load_generator(native)
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_safetensors_with_weights_that_are_not_finite(tmp_path, value):
     generator = random_generator(GeneratorSpec(kernel=1))

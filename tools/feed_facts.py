@@ -27,7 +27,8 @@ from fastsrgan.degrade import Degradation
 from fastsrgan.errors import ResourceError
 from fastsrgan.feed import PatchRule, make_resident, pick_mover
 from fastsrgan.intensity import add_noise, contrast_power
-from fastsrgan.pool import Pool, Resident, patch_origins
+from fastsrgan.patch_grid import patch_origins
+from fastsrgan.pool import Pool, Resident
 from fastsrgan.runtime import rng
 from fastsrgan.shuffle import batch_subjects, quality
 from fastsrgan.store import Sample

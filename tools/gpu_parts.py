@@ -205,6 +205,7 @@ def infer(c: Context) -> Iterator[Check]:
 def bench(c: Context) -> Iterator[Check]:
     """`python -m bench`, in a short form: its gates are the checks, its rows the evidence."""
     short = {
+        "kernels": ["--shape", "128", "128", "128", "--batch", "16"],
         "data": ["--shape", "97", "113", "89", "--no-engine"],
         "step": ["--kernel", "16", "--batch", "8"],
         "infer": ["--shape", "128", "128", "128", "--batch", "8"],

@@ -117,8 +117,9 @@ def main() -> None:
     tune_allocator()
     args.out.mkdir(parents=True, exist_ok=True)
     store = args.out / "cohort.zarr"
-    cohort = make_cohort(args.out / "cohort", n_train=2, n_test=1, seed=0, sd_voxels=2.5)
-    convert(cohort.csv, store, resume=True)
+    if not (store / "manifest.json").exists():
+        cohort = make_cohort(args.out / "cohort", n_train=2, n_test=1, seed=0, sd_voxels=2.5, overwrite=True)
+        convert(cohort.csv, store)
     cells = []
     for seed in range(args.seeds):
         for arm in args.arms:

@@ -85,7 +85,7 @@ def demo_figure(
     seg, label : segmentation and its truth, masks or probabilities (outlined at 0.5)
     scores : what ``evaluate.evaluate_pair`` returned with the spline as baseline; its figures become captions
     region : which of the scores' regions the captions show
-    options : title, footer, at_mm, convention, theme, width_px of ``planes_figure``, which also says what is raised
+    options : title, footer, at_mm, convention, theme, width_px of ``planes``, which also says what is raised
     """
     own: Mapping[str, Any] = scores or {}
     base: Mapping[str, Any] = own.get("baseline", {})
@@ -100,21 +100,13 @@ def demo_figure(
     return planes_figure(path, columns, reference=truth, masks=(seg, label), compared=spline, **options)
 
 
-def planes_figure(
-    path: str | os.PathLike,
-    columns: Sequence[Column],
-    *,
-    reference: Volume,
-    masks: tuple[Volume | None, Volume | None] = (None, None),
-    compared: Volume | None = None,
-    title: str = "",
-    footer: str = "",
-    at_mm: Sequence[float] | None = None,
-    convention: str = "radiological",
-    theme: Theme = DARK,
-    width_px: int = 2000,
-) -> Path:
-    """Write a PNG with one column per image and one row per plane; the last row enlarges a part of the sagittal plane.
+def planes_figure(path: str | os.PathLike, columns: Sequence[Column], **options: Any) -> Path:
+    """Write what ``planes`` draws as PNG. Options and errors are its own; ResourceError where it cannot be written."""
+    return _drawn(columns, **options).write(Path(path))
+
+
+def planes(columns: Sequence[Column], **options: Any) -> Any:
+    """A matplotlib Figure with one column per image and one row per plane, the last row enlarging a part of one.
 
     Parameters
     ----------
@@ -129,8 +121,24 @@ def planes_figure(
     width_px : width of the picture; everything scales with it
 
     Raises InputError for a reference without positive voxels, UsageError for an unknown convention, ResourceError when
-    the file cannot be written or matplotlib is missing.
+    matplotlib is missing.
     """
+    return _drawn(columns, **options).figure
+
+
+def _drawn(
+    columns: Sequence[Column],
+    *,
+    reference: Volume,
+    masks: tuple[Volume | None, Volume | None] = (None, None),
+    compared: Volume | None = None,
+    title: str = "",
+    footer: str = "",
+    at_mm: Sequence[float] | None = None,
+    convention: str = "radiological",
+    theme: Theme = DARK,
+    width_px: int = 2000,
+) -> _Page:
     if convention not in CONVENTIONS:
         raise UsageError("convention", f"{convention!r}", f"one of {', '.join(CONVENTIONS)}")
     rows = cuts(reference, at_mm)
@@ -159,7 +167,7 @@ def planes_figure(
             if cut is source:
                 page.frame(axes, zoomed)
             page.finish(axes, cut, letters=i == 0)
-    return page.write(Path(path))
+    return page
 
 
 class _Page:

@@ -1,0 +1,196 @@
+"""What a folder holds: results of ``infer``, scores of ``evaluate``, studies, the demo, a training run.
+
+Files are told by what they hold, not by their names. Paths in them are tried beside the file first, since folders move.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastsrgan import table
+from fastsrgan.errors import InputError, UsageError
+
+log = logging.getLogger("fastsrgan")
+
+KINDS = ("sr", "seg")
+MOST_JSON = 64 * 2**20  # bytes of a JSON file that is looked into
+
+
+@dataclass
+class Result:
+    """One super-resolved image: its record, its files (sr, seg, input, hr, label) and its scores."""
+
+    stem: str
+    record: dict[str, Any]
+    files: dict[str, Path]
+    scores: dict[str, Any] | None = None
+
+
+@dataclass
+class Found:
+    """Everything of one page or cohort."""
+
+    folder: Path
+    title: str
+    results: list[Result] = field(default_factory=list)
+    run: Path | None = None
+    demo: dict[str, Any] | None = None
+    studies: list[dict[str, Any]] = field(default_factory=list)
+
+
+def find(
+    path: str | os.PathLike, scores: str | os.PathLike | None = None, studies: Sequence[str | os.PathLike] = ()
+) -> Found:
+    """Look into a folder of results, a demo, a training run, or at one result's JSON.
+
+    ``scores`` is the file that ``evaluate --json`` wrote; without it, the folder's own are taken. ``studies`` are JSON
+    files of ``study`` beside those of the folder.
+    Raises InputError where there is nothing to report, UsageError for scores of other images.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(path, "no such file or folder", "a folder of results, a run, or one result's .json")
+    folder = path if path.is_dir() else path.parent
+    found = Found(folder, path.resolve().name if path.is_dir() else path.stem)
+    documents = _documents([path] if path.is_file() else sorted(folder.glob("*.json")))
+    if path.is_dir() and (folder / "log.jsonl").is_file():
+        found.run = folder
+    demo = documents.get(folder / "demo.json") if path.is_dir() else None
+    if demo is not None and "scores" in demo:
+        _demo(found, demo)
+    else:
+        found.results = [_result(p, d) for p, d in documents.items() if is_record(d)]
+    given = _documents([Path(scores)]) if scores is not None else {}
+    if scores is not None and not given:
+        raise InputError(scores, "is no JSON object", "the file that `fastsrgan evaluate --json` wrote")
+    more = _documents(map(Path, studies))
+    for name in set(map(Path, studies)) - {p for p, d in more.items() if is_study(d)}:
+        raise InputError(name, "holds no study", "the .json that `fastsrgan study` wrote")
+    found.studies = [d for d in (documents | more).values() if is_study(d)]
+    for where, document in (given or documents).items():
+        if is_scores(document):
+            _assign(found.results, document, where, strict=bool(given))
+        elif given:
+            raise UsageError(where, "holds no scores", "the file that `fastsrgan evaluate --json` wrote")
+    if not found.results and found.run is None and not found.studies:
+        raise InputError(path, "holds no result, run or study", "a folder that `fastsrgan infer` or `train` wrote")
+    return found
+
+
+def is_record(document: Any) -> bool:
+    """Whether this is what ``infer`` writes beside a result."""
+    parts = [document.get(key) for key in ("input", "outputs", "weights")]
+    return all(isinstance(part, dict) for part in parts) and isinstance(parts[1].get("sr"), str)
+
+
+def is_scores(document: Any) -> bool:
+    """Whether this is what ``evaluate --json`` writes, of a pair or of a table."""
+    return isinstance(document.get("definitions"), dict) and (
+        isinstance(document.get("image"), dict) or isinstance(document.get("rows"), list)
+    )
+
+
+def is_study(document: Any) -> bool:
+    """Whether this is what ``study`` writes."""
+    return isinstance(document.get("study"), str)
+
+
+def _documents(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
+    """The JSON objects among some files; others are passed over."""
+    found = {}
+    for path in paths:
+        try:
+            if path.stat().st_size > MOST_JSON:
+                continue
+            value = json.loads(path.read_text(encoding="utf8"))
+        except FileNotFoundError:
+            raise InputError(path, "no such file") from None
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            found[path] = value
+    return found
+
+
+def _result(path: Path, record: dict[str, Any]) -> Result:
+    files = {}
+    for kind in KINDS:
+        name = record["outputs"].get(kind)
+        if isinstance(name, str) and (there := _near(name, path.parent)):
+            files[kind] = there
+    source = record["input"].get("path")
+    if isinstance(source, str) and (there := _near(source, path.parent, path.parent.parent)):
+        files["input"] = there
+    return Result(path.stem, record, files)
+
+
+def _near(name: str, *folders: Path) -> Path | None:
+    """The file meant by a recorded path: of its name in one of the folders, else where it was."""
+    candidates = [folder / Path(name).name for folder in folders] + [Path(name)]
+    return next((c for c in candidates if c.exists() and c.name), None)
+
+
+def _assign(results: list[Result], scores: dict[str, Any], where: Path, strict: bool) -> None:
+    """Give scores to the results they are of, by the name of the image they compare."""
+    rows = scores["rows"] if isinstance(scores.get("rows"), list) else [scores]
+    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("image"), dict)]
+    matched = 0
+    for result in results:
+        own = result.files.get("sr", Path(result.record["outputs"]["sr"]))
+        mine = [row for row in rows if _of(row, own)]
+        if not mine and len(rows) == len(results) == 1 and "files" not in rows[0]:
+            mine = rows
+        if len(mine) > 1:
+            raise UsageError(where, f"scores {own.name} {len(mine)} times", "leave one, or name another with --scores")
+        if mine:
+            if result.scores is not None:
+                raise UsageError(where, f"scores {own.name} a second time", "choose one file with --scores")
+            matched += 1
+            result.scores = {"definitions": scores["definitions"]} | mine[0]
+            _truth(result, mine[0].get("files") or {}, where.parent)
+    if strict and not matched:
+        raise UsageError(where, "scores none of these results", "evaluate the images of this folder")
+
+
+def _of(row: dict[str, Any], sr: Path) -> bool:
+    named = row.get("files", {}).get("sr")
+    if not isinstance(named, str):
+        return False
+    if "\0" in named:
+        return False
+    if os.path.realpath(named) == os.path.realpath(sr):
+        return True
+    return Path(named).name == sr.name and not Path(named).exists()
+
+
+def _truth(result: Result, files: dict[str, Any], folder: Path) -> None:
+    for kind in ("hr", "label"):
+        name = files.get(kind)
+        if isinstance(name, str) and (there := next((p for p in (Path(name), folder / name) if p.is_file()), None)):
+            result.files[kind] = there
+
+
+def _demo(found: Found, demo: dict[str, Any]) -> None:
+    """The demo's test subject, with its truth from the demo's cohort, and the demo's run."""
+    folder, found.demo = found.folder, demo
+    if (folder / "run" / "log.jsonl").is_file():
+        found.run = folder / "run"
+    for path, record in _documents(sorted((folder / "out").glob("*.json"))).items():
+        if is_record(record):
+            result = _result(path, record)
+            result.scores = demo["scores"]
+            found.results.append(result)
+    if len(found.results) != 1:
+        raise InputError(folder, f"its demo holds {len(found.results)} results", "run `fastsrgan demo --overwrite`")
+    cohort = folder / "cohort" / "cohort.csv"
+    tests = [row for row in table.read_table(cohort) if row.base == "Test"] if cohort.is_file() else []
+    if tests:
+        found.results[0].files["hr"] = tests[0].image
+        if tests[0].label is not None:
+            found.results[0].files["label"] = tests[0].label

@@ -1,0 +1,168 @@
+"""A training run as a section: losses, validation, what a step cost, sample panels, settings."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from fastsrgan.viewer.charts import Line, line_chart
+from fastsrgan.viewer.markup import Html, el, join, number, pointer
+from fastsrgan.viewer.sections import card, facts_table, raw
+
+log = logging.getLogger("fastsrgan")
+
+BINS = 300  # points of a curve; longer runs show means over several updates
+CHARTS = (
+    ("Reconstruction", ("g_reconstruction",), "Charbonnier loss"),
+    ("Generator", ("g_total", "g_adversarial"), "loss"),
+    ("Critic", ("d_wasserstein", "d_penalty"), "loss"),
+    ("Gradient norms", ("g_gradient", "d_gradient"), "norm"),
+    ("Time of an update", ("seconds",), "s"),
+)
+SCORES = (
+    ("Dice on the test subjects", ("Dice", "Dice_label_1", "whole_Dice", "spline_Dice")),
+    ("PSNR on the test subjects, dB", ("PSNR", "whole_PSNR", "spline_PSNR")),
+    ("SSIM of whole test volumes", ("whole_SSIM", "spline_SSIM")),
+    ("Mean squared error", ("MSE",)),
+)
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """The facts of a run folder: summary, settings, curves binned to at most 300 points, validations, log faults."""
+    rows, faults = [], 0
+    for line in (run / "log.jsonl").read_text(encoding="utf8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            faults += 1
+            continue
+        rows += [row] if isinstance(row, dict) else []
+    updates = [row for row in rows if isinstance(row.get("update"), int)]
+    scores = [row for row in rows if isinstance(row.get("validation"), dict) and isinstance(row.get("epoch"), int)]
+    width = -(-len(updates) // BINS) or 1
+    names = dict.fromkeys(k for _, keys, _ in CHARTS for k in keys)
+    curves: dict[str, list[float | None]] = {name: [] for name in names}
+    at = []
+    for start in range(0, len(updates), width):
+        part = updates[start : start + width]
+        at.append(sum(row["update"] for row in part) / len(part))
+        for name, curve in curves.items():
+            values = [row[name] for row in part if isinstance(row.get(name), (int, float))]
+            curve.append(sum(values) / len(values) if values else None)
+    return {
+        "folder": run.resolve().name,
+        "summary": _json(run / "summary.json"),
+        "config": _text(run / "config.yaml"),
+        "updates": len(updates),
+        "updates_per_point": width,
+        "at": at,
+        "curves": {name: curve for name, curve in curves.items() if any(v is not None for v in curve)},
+        "validation": [{"epoch": row["epoch"], **row["validation"]} for row in scores],
+        "unreadable_lines": faults,
+    }
+
+
+def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
+    """The section; ``facts`` of ``read_run`` lie at /run."""
+    summary, validation = facts["summary"] or {}, facts["validation"]
+    plots = []
+    for title, keys in SCORES:
+        lines = [
+            Line(key, [v["epoch"] for v in validation], [_plain(v.get(key)) for v in validation], "spline" in key)
+            for key in keys
+        ]
+        plots.append(line_chart(title, lines, "epoch"))
+    for title, names, unit in CHARTS:
+        lines = [Line(name, facts["at"], facts["curves"][name]) for name in names if name in facts["curves"]]
+        plots.append(line_chart(title, lines, "update", unit))
+    width = facts["updates_per_point"]
+    notes = [f"A point is the mean of {width} updates." if width > 1 else None]
+    if facts["unreadable_lines"]:
+        notes.append(f"{facts['unreadable_lines']} lines of the log could not be read.")
+    if not summary:
+        notes.append("The run has no summary: it has not ended, or was killed.")
+    head = facts_table(
+        [
+            (key.replace("_", " "), _value(value, pointer("run", "summary", key)))
+            for key, value in summary.items()
+            if not isinstance(value, (dict, list))
+        ]
+    )
+    table = el("details", el("summary", "Validations as a table"), _table(validation)) if validation else None
+    return card(
+        "Training",
+        el("p", " ".join(filter(None, notes)), class_="faint") if any(notes) else None,
+        el("div", [p for p in plots if p], class_="plots"),
+        table,
+        [_panel(name, data) for name, data in panels],
+        el("h3", "Summary"),
+        head,
+        raw("Settings (config.yaml)", facts["config"]) if facts["config"] else None,
+    )
+
+
+def sample_panels(run: Path) -> list[tuple[str, bytes]]:
+    """(caption, PNG) of the newest sample of each picture that the run wrote for TensorBoard; none without it."""
+    folder = run / "tensorboard"
+    if not folder.is_dir():
+        return []
+    try:
+        reader = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    except ImportError:
+        log.warning("%s: its sample panels are left out, tensorboard is not installed", folder)
+        return []
+    events = reader.EventAccumulator(str(folder), size_guidance={"images": 1, "scalars": 1, "tensors": 1})
+    events.Reload()
+    found = []
+    for tag in events.Tags()["images"]:
+        image = events.Images(tag)[-1]
+        if image.encoded_image_string.startswith(b"\x89PNG"):
+            found.append((f"{tag}, update {image.step}", image.encoded_image_string))
+    return found
+
+
+def _panel(name: str, data: bytes) -> Html:
+    source = "data:image/png;base64," + base64.b64encode(data).decode()
+    told = "Middle slices of one test patch: interpolated input, SR, truth, segmentation, label."
+    return el(
+        "figure", el("figcaption", el("b", "Sample"), el("small", f" {told} {name}")), el("img", src=source, alt=told)
+    )
+
+
+def _table(validation: list[dict[str, Any]]) -> Html:
+    keys = list(dict.fromkeys(k for row in validation for k in row))
+    head = el("tr", [el("th", k, scope="col") for k in keys])
+    rows = [
+        el("tr", [el("td", _value(row.get(k), pointer("run", "validation", i, k))) for k in keys])
+        for i, row in enumerate(validation)
+    ]
+    return el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
+
+
+def _value(value: Any, path: str) -> object:
+    if isinstance(value, (bool, str)):
+        return join(str(value))
+    return number(value, path) if isinstance(value, (int, float)) else None
+
+
+def _plain(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) else None
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,231 @@
+"""BIDS: images found, names and sidecars of the derivatives, resume, evaluation; the check finds each fault."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from phantom import head
+
+from fastsrgan import images, weights
+from fastsrgan.bids import STAGE, evaluate_bids, infer_bids
+from fastsrgan.bids_names import check_derivatives, find_bids, parse, read_json, sidecar
+from fastsrgan.cli import main
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.infer_files import SomeFailed, infer_files
+from fastsrgan.networks import Critic, CriticSpec, GeneratorSpec, build_generator
+from fastsrgan.runtime import write_json
+
+SHAPE = (20, 24, 9)
+NAMES = (
+    "sub-01/anat/sub-01_T1w.nii.gz",
+    "sub-01/anat/sub-01_T2w.nii.gz",
+    "sub-02/ses-a/anat/sub-02_ses-a_acq-thick_run-1_T2w.nii",
+    "sub-02/ses-b/anat/sub-02_ses-b_T2w.nii.gz",
+)
+QUICK = {"patch": 16, "step": 16, "device": "cpu", "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "w.safetensors"
+    weights.save_generator(path, build_generator(GeneratorSpec(kernel=2), seed=1), Critic(CriticSpec(kernel=2)))
+    return path
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Four images of two participants, and files that are none of the wanted ones."""
+    root = tmp_path / "raw"
+    for i, name in enumerate(NAMES):
+        phantom = head(SHAPE, (8.0, 8.0, 16.0))
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        images.save(root / name, phantom.data + np.float32(i), phantom.affine)
+    for name in (
+        "sub-01/anat/sub-01_desc-old_T1w.nii.gz",
+        "sub-01/anat/notes.nii.gz",
+        "sub-01/anat/sub-01_FLAIR.nii.gz",
+    ):
+        shutil.copy(root / NAMES[0], root / name)
+    write_json(root / "sub-01/anat/sub-01_T2w.json", {"SkullStripped": True})
+    write_json(root / "dataset_description.json", {"Name": "raw", "BIDSVersion": "1.10.0"})
+    return root
+
+
+def _names(found):
+    return [image.path.name for image in found]
+
+
+def test_images_are_found_by_participant_session_and_suffix(dataset):
+    assert _names(find_bids(dataset)) == [name.rsplit("/", 1)[1] for name in NAMES]
+    assert _names(find_bids(dataset, ["sub-01"], suffixes=("T2w",))) == ["sub-01_T2w.nii.gz"]
+    assert _names(find_bids(dataset, ["02"], ["b"])) == ["sub-02_ses-b_T2w.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"participants": ["01", "07"]}, "no participant 07 .there are 01, 02."),
+        ({"sessions": ["z"]}, "sessions z"),
+        ({"suffixes": ["PDw"]}, "no PDw image"),
+    ],
+)
+def test_what_is_not_there_is_named(dataset, asked, told):
+    with pytest.raises(InputError, match=told):
+        find_bids(dataset, **asked)
+
+
+def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no folder sub-"):
+        find_bids(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "entities"),
+    [
+        ("sub-01_T1w.nii.gz", "sub"),
+        ("sub-a1_ses-2_acq-x_run-03_T2w.nii", "sub ses acq run"),
+        ("sub-01_T1w.json", None),
+        ("sub-0_1_T1w.nii.gz", None),
+        ("01_T1w.nii.gz", None),
+        ("sub-01_T1w_brain.nii.gz", None),
+    ],
+)
+def test_names_are_read(tmp_path, name, entities):
+    image = parse(tmp_path / name)
+    assert (image and " ".join(key for key, _ in image.entities)) == entities
+
+
+@pytest.fixture
+def derivatives(dataset, model, tmp_path):
+    out = tmp_path / "deriv"
+    return out, infer_bids(dataset, out, model, save_prob=True, png=True, **QUICK)
+
+
+def test_derivatives_are_infers_results_under_valid_names(dataset, model, derivatives, tmp_path):
+    out, summary = derivatives
+    assert (summary["done"], summary["failed"]) == (4, 0) and not (out / STAGE).exists()
+    files = sorted(str(p.relative_to(out)) for p in out.rglob("*.nii.gz"))
+    stems = ["sub-01/anat/sub-01", "sub-01/anat/sub-01", "sub-02/ses-a/anat/sub-02_ses-a_acq-thick_run-1"]
+    stems += ["sub-02/ses-b/anat/sub-02_ses-b"]
+    expected = []
+    for stem, suffix in zip(stems, ("T1w", "T2w", "T2w", "T2w"), strict=True):
+        kinds = (f"desc-sr_{suffix}", f"desc-cortex{suffix}_dseg", f"desc-cortex{suffix}_probseg")
+        expected += [f"{stem}_{kind}.nii.gz" for kind in kinds]
+    assert files == sorted(expected)
+    assert check_derivatives(out) == []
+    infer_files([dataset / NAMES[1]], tmp_path / "plain", model, **QUICK)
+    for plain, derived in (("sr", "desc-sr_T2w"), ("seg", "desc-cortexT2w_dseg")):
+        a, b = tmp_path / "plain" / f"sub-01_T2w_{plain}.nii.gz", out / f"sub-01/anat/sub-01_{derived}.nii.gz"
+        assert a.read_bytes() == b.read_bytes()
+    assert (out / "sub-02/ses-b/figures/sub-02_ses-b_desc-sr_T2w.png").stat().st_size > 1000
+
+
+def test_sidecars_name_source_settings_and_skull(dataset, model, derivatives):
+    out, _ = derivatives
+    meta = {s: read_json(out / f"sub-01/anat/sub-01_desc-sr_{s}.json") for s in ("T1w", "T2w")}
+    assert meta["T1w"]["Sources"] == ["bids:raw:sub-01/anat/sub-01_T1w.nii.gz"]
+    assert [m["SkullStripped"] for m in meta.values()] == [False, True]
+    record = meta["T1w"]["FastsrganRecord"]
+    assert record["weights"]["sha256"] == weights.info(model)["sha256"] and record["asked"]["step"] == 16
+    said = read_json(out / "dataset_description.json")
+    assert said["DatasetType"] == "derivative" and said["GeneratedBy"][0]["Name"] == "fastsrgan"
+    assert (out / said["DatasetLinks"]["raw"]).resolve() == dataset.resolve()
+    table = (out / "sub-01/anat/sub-01_desc-cortexT1w_dseg.tsv").read_text()
+    assert table.splitlines() == ["index\tname", "0\tbackground", "1\tstructure"]
+
+
+def test_what_is_done_is_kept_resumed_or_replaced(dataset, model, tmp_path):
+    out = tmp_path / "deriv"
+    infer_bids(dataset, out, model, participants=["01"], **QUICK)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.nii.gz")}
+    with pytest.raises(UsageError, match="2 of 4 derivatives exist"):
+        infer_bids(dataset, out, model, **QUICK)
+    summary = infer_bids(dataset, out, model, resume=True, **QUICK)
+    assert (summary["done"], summary["skipped"]) == (2, 2)
+    assert before.items() <= {p: p.stat().st_mtime_ns for p in out.rglob("*.nii.gz")}.items()
+    with pytest.raises(UsageError, match="another step"):
+        infer_bids(dataset, out, model, resume=True, **QUICK | {"step": 12})
+    summary = infer_bids(dataset, out, model, overwrite=True, participants=["sub-01"], **QUICK)
+    assert summary["done"] == 2
+    assert all(p.stat().st_mtime_ns > t for p, t in before.items())
+    assert check_derivatives(out) == []
+
+
+def test_a_damaged_image_costs_itself_only_and_can_be_made_up(dataset, model, tmp_path):
+    out, bad = tmp_path / "deriv", dataset / NAMES[3]
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:300])
+    with pytest.raises(SomeFailed) as caught:
+        infer_bids(dataset, out, model, **QUICK)
+    assert (caught.value.summary["done"], caught.value.summary["failed"]) == (3, 1)
+    assert len(list(out.rglob("*_desc-sr_*.nii.gz"))) == 3 and check_derivatives(out) == []
+    bad.write_bytes(whole)
+    assert infer_bids(dataset, out, model, resume=True, **QUICK)["done"] == 1
+
+
+def test_derivatives_do_not_go_into_another_dataset(dataset, model):
+    with pytest.raises(UsageError, match="dataset of its own"):
+        infer_bids(dataset, dataset, model, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda out: (out / "dataset_description.json").unlink(), "no GeneratedBy"),
+        (lambda out: next(out.rglob("*desc-sr_T1w.json")).unlink(), "no Sources"),
+        (lambda out: next(out.rglob("*_dseg.tsv")).unlink(), "no table of its labels"),
+        (lambda out: _rename(out, "sub-01_desc-sr_T1w", "sub-01_desc-sr_acq-x_T1w"), "out of order"),
+        (lambda out: _rename(out, "sub-01_desc-sr_T1w", "sub-03_desc-sr_T1w"), "does not lie in sub-03/anat"),
+        (lambda out: _rename(out, "sub-01_desc-sr_T1w", "sub-01_kind-sr_T1w"), "unknown entity kind"),
+        (lambda out: _rename(out, "sub-01_desc-sr_T1w", "sub-01_desc-sr_brain"), "suffix brain"),
+        (lambda out: shutil.rmtree(out.parent / "raw" / "sub-01"), "is not there"),
+    ],
+)
+def test_the_check_finds_what_is_wrong(dataset, model, tmp_path, damage, told):
+    out = tmp_path / "deriv"
+    infer_bids(dataset, out, model, participants=["01"], suffixes=("T1w",), **QUICK)
+    assert check_derivatives(out) == []
+    damage(out)
+    assert any(told in fault for fault in check_derivatives(out))
+
+
+def _rename(out, old, new):
+    for path in list(out.rglob(f"{old}.*")):
+        path.rename(path.with_name(path.name.replace(old, new)))
+
+
+def test_derivatives_are_evaluated_against_a_dataset_of_truths(dataset, model, tmp_path):
+    out, truth = tmp_path / "deriv", tmp_path / "truth"
+    infer_bids(dataset, out, model, participants=["01"], **QUICK)
+    phantom = head((20, 24, 18), (8.0, 8.0, 8.0))
+    anat = truth / "derivatives" / "manual" / "sub-01" / "anat"
+    for folder in (truth / "sub-01" / "anat", anat):
+        folder.mkdir(parents=True)
+    images.save(truth / "sub-01/anat/sub-01_T2w.nii.gz", phantom.data, phantom.affine)
+    images.save(anat / "sub-01_desc-gm_dseg.nii.gz", phantom.label, phantom.affine)
+    result = evaluate_bids(out, truth)
+    assert [row["subject"] for row in result["rows"]] == ["sub-01_T2w"]
+    assert [f["subject"] for f in result["failed"]] == ["sub-01_T1w"]
+    row = result["rows"][0]
+    assert "dice" in row["segmentation"] and "cubic spline" in row["baselines"]["image"]
+    assert row["files"]["lr"] == str((dataset / NAMES[1]).absolute())
+
+
+def test_the_commands(dataset, model, tmp_path, capsys):
+    out = tmp_path / "deriv"
+    words = ["infer", "--bids", dataset, "--participant-label", "01", "--suffix", "T2w", "-o", out, "-w", model]
+    words += ["--patch", 16, "--step", 16, "--device", "cpu"]
+    assert main(["--quiet", *map(str, words)]) == 0
+    assert "sub-01_desc-sr_T2w.nii.gz" in capsys.readouterr().out
+    assert main(["--quiet", "evaluate", "--bids", str(out), str(dataset), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["subject"] == "sub-01_T2w"
+    assert main(["--quiet", "infer", "--bids", str(dataset), "x.nii.gz", "-o", str(out)]) == 2
+    assert "one of the two" in capsys.readouterr().err
+    assert main(["--quiet", "infer", "-o", str(out)]) == 2
+
+
+def test_the_sidecar_of_an_image(tmp_path):
+    assert sidecar(tmp_path / "a_T1w.nii.gz").name == sidecar(tmp_path / "a_T1w.nii").name == "a_T1w.json"

@@ -1,0 +1,60 @@
+"""The documentation builds as a site, with warnings as errors; every page is in its navigation; commands exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mkdocs", reason="the site needs the developer tools (mkdocs)")
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", str(ROOT / "tools/mkdocs.yml")]
+    done = subprocess.run([*command, "-d", str(out)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_every_page_is_built_and_opens_from_a_file(site):
+    pages = {p.relative_to(DOCS).with_suffix(".html") for p in DOCS.rglob("*.md")}
+    missing = [p for p in pages if not (site / p).is_file() and p.name != "README.html"]
+    assert not missing
+    assert (site / "decisions/index.html").is_file() and (site / "model-card.html").is_file()
+    text = (site / "index.html").read_text(encoding="utf8")
+    fetched = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:)?//[^"]+"', text)
+    assert not fetched, "the site fetches nothing"
+
+
+def test_the_api_page_shows_what_the_package_exports(site):
+    import fastsrgan
+
+    text = (site / "api.html").read_text(encoding="utf8")
+    for name in fastsrgan.__all__:
+        if name not in ("__version__", "losses"):
+            assert f'id="fastsrgan.{name}"' in text or f".{name}" in text, name
+
+
+def test_every_page_is_reached_from_the_navigation():
+    named = set(re.findall(r":\s*(\S+\.md)", (ROOT / "tools/mkdocs.yml").read_text(encoding="utf8")))
+    pages = {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md") if p.parent == DOCS}
+    assert pages | {"decisions/README.md", "model-card.md"} == named
+
+
+def test_every_command_in_the_pages_exists():
+    """``fastsrgan COMMAND`` in code blocks of the pages and the README names a command that there is."""
+    from fastsrgan.cli import build_parser
+
+    actions = next(a for a in build_parser()._actions if hasattr(a, "choices") and isinstance(a.choices, dict))
+    for page in [*DOCS.glob("*.md"), ROOT / "README.md"]:
+        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf8"), re.DOTALL | re.MULTILINE):
+            for command in re.findall(r"(?:^|&& |bin/|-m )fastsrgan ([a-z][a-z-]*)", block, re.MULTILINE):
+                assert command in actions.choices, f"{page.name}: fastsrgan {command}"

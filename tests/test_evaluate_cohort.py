@@ -1,0 +1,200 @@
+"""Cohorts: tables whose faults are told at once, folders matched by name, mean and sd, CSV, the command itself."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from fastsrgan import evaluate, evaluate_cohort, images
+from fastsrgan.cli import main
+from fastsrgan.errors import InputError
+from fastsrgan.runtime import write_json
+
+SHAPE = (14, 17, 13)
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng = np.random.default_rng(0)
+    hr = (100 + 30 * rng.random(SHAPE)).astype(np.float32)
+    sr = (hr + rng.normal(0, 3, SHAPE)).astype(np.float32)
+    arrays = {"hr": hr, "sr": sr, "seg": (sr > 115).astype(np.uint8), "label": (hr > 115).astype(np.uint8)}
+    return {name: images.save(tmp_path / f"{name}.nii.gz", data, np.eye(4)) for name, data in arrays.items()}
+
+
+def _table(path, rows, header="SR_image,HR_image,Seg_image,Label_image"):
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8-sig")
+    return path
+
+
+def test_a_table_has_rows_and_a_summary(files, tmp_path):
+    images.save(tmp_path / "sr2.nii.gz", images.load(files["sr"]).data + np.float32(2), np.eye(4))
+    csv = _table(tmp_path / "t.csv", ["sr.nii.gz;hr.nii.gz;seg.nii.gz;label.nii.gz", "sr2.nii.gz;hr.nii.gz;;"])
+    csv.write_text(csv.read_text("utf-8-sig").replace(",", ";"), "utf-8")
+    result = evaluate_cohort.evaluate_table(csv)
+    assert [row["subject"] for row in result["rows"]] == ["sr", "sr2"]
+    values = [row["image"]["whole"]["psnr_db"] for row in result["rows"]]
+    told = result["summary"]["image.whole.psnr_db"]
+    assert told == {"mean": pytest.approx(np.mean(values)), "sd": pytest.approx(np.std(values, ddof=1)), "n": 2}
+    assert result["summary"]["segmentation.dice"] == {
+        "mean": result["rows"][0]["segmentation"]["dice"],
+        "sd": None,
+        "n": 1,
+    }
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_damaged_image_costs_its_row_only(files, tmp_path):
+    (tmp_path / "bad.nii.gz").write_bytes(files["sr"].read_bytes()[:500])
+    csv = _table(tmp_path / "t.csv", ["bad.nii.gz,hr.nii.gz,,", "sr.nii.gz,hr.nii.gz,,"])
+    result = evaluate_cohort.evaluate_table(csv)
+    assert len(result["rows"]) == 1
+    assert result["failed"][0]["line"] == 2
+    assert "bad.nii.gz" in result["failed"][0]["error"]
+    csv.write_text("SR_image,HR_image\nbad.nii.gz,hr.nii.gz\n")
+    with pytest.raises(InputError, match="line 2"):
+        evaluate_cohort.evaluate_table(csv)
+
+
+def test_all_faults_of_a_table_are_told_at_once(files, tmp_path):
+    rows = ["none.nii.gz,hr.nii.gz,,", ",hr.nii.gz,,", "sr.nii.gz,hr.nii.gz,seg.nii.gz,"]
+    with pytest.raises(InputError) as caught:
+        evaluate_cohort.evaluate_table(_table(tmp_path / "t.csv", rows))
+    for part in ("3 faults", "line 2: SR_image none.nii.gz: no such file", "line 3: SR_image is empty", "line 4: Seg"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "is empty"),
+        ("SR_image,HR_image\n", "no row"),
+        ("SR_imgae,HR_image\na,b\n", "no column SR_image, did you mean it by SR_imgae"),
+        ("a,b\n1,2\n", "found a, b"),
+        ("SR_image,HR_image,SR_image\na,b,c\n", "twice"),
+    ],
+)
+def test_headers_that_are_wrong_are_named(tmp_path, text, told):
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=told):
+        evaluate_cohort.evaluate_table(path)
+
+
+@pytest.fixture
+def folders(files, tmp_path):
+    """Results of three subjects named in three ways; the truth of the last is missing."""
+    out, truth = tmp_path / "out", tmp_path / "truth"
+    out.mkdir(), truth.mkdir()
+    volumes = {name: images.load(path).data for name, path in files.items()}
+    for i, (stem, hr, label) in enumerate(
+        [
+            ("a", "a", "a_label"),
+            ("b_lr", "b_hr", "b_gm"),
+            ("sub-01_T1w", "sub-01_T1w", "sub-01_label-GM"),
+            ("c", "", ""),
+        ]
+    ):
+        images.save(out / f"{stem}_sr.nii.gz", volumes["sr"] + np.float32(i), np.eye(4))
+        images.save(out / f"{stem}_seg.nii.gz", volumes["seg"].astype(np.uint8), np.eye(4))
+        if hr:
+            images.save(truth / f"{hr}.nii", volumes["hr"], np.eye(4))
+            images.save(truth / f"{label}.nii.gz", volumes["label"].astype(np.uint8), np.eye(4))
+    low = images.save(tmp_path / "b_lr.nii.gz", volumes["hr"][:, :, ::2], np.diag([1, 1, 2, 1.0]))
+    write_json(out / "b_lr.json", {"input": {"path": low, "sha256": images.sha256(low)}})
+    return out, truth
+
+
+def test_folders_are_matched_by_stem(folders):
+    out, truth = folders
+    result = evaluate_cohort.evaluate_folders(out, truth)
+    assert [row["subject"] for row in result["rows"]] == ["a", "b_lr", "sub-01_T1w"]
+    for row, label in zip(result["rows"], ("a_label", "b_gm", "sub-01_label-GM"), strict=True):
+        assert row["files"]["label"].endswith(f"{label}.nii.gz") and "dice" in row["segmentation"]
+    assert [f["subject"] for f in result["failed"]] == ["c"] and "looked for c, c_hr" in result["failed"][0]["error"]
+    assert ["baseline" in row for row in result["rows"]] == [False, True, False]
+    pair = {k: v for k, v in result["rows"][0].items() if k != "subject"}
+    assert pair == evaluate.evaluate_files(**pair["files"])
+
+
+def test_trees_are_matched_by_their_folders(folders, tmp_path):
+    out, truth = folders
+    (out / "site" / "x").mkdir(parents=True), (truth / "site" / "x").mkdir(parents=True)
+    for folder, name in ((out, "a_sr.nii.gz"), (truth, "a.nii")):
+        (folder / name).rename(folder / "site" / "x" / name)
+    result = evaluate_cohort.evaluate_folders(out, truth, png=tmp_path / "p")
+    assert [row["subject"] for row in result["rows"]] == ["b_lr", "site/x/a", "sub-01_T1w"]
+    assert (tmp_path / "p" / "site_x_a.png").exists()
+
+
+def test_a_scan_that_was_changed_since_makes_no_baseline(folders, caplog):
+    out, truth = folders
+    said = json.loads((out / "b_lr.json").read_text())
+    write_json(out / "b_lr.json", {"input": said["input"] | {"sha256": "0"}})
+    result = evaluate_cohort.evaluate_folders(out, truth)
+    assert not any("baseline" in row for row in result["rows"]) and "was changed since" in caplog.text
+
+
+def test_folders_that_cannot_be_used_say_why(folders, tmp_path):
+    out, truth = folders
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="is no folder"):
+        evaluate_cohort.evaluate_folders(out, tmp_path / "none")
+    with pytest.raises(InputError, match="holds no STEM_sr"):
+        evaluate_cohort.evaluate_folders(tmp_path / "empty", truth)
+    with pytest.raises(InputError, match="no truth in"):
+        evaluate_cohort.evaluate_folders(out, tmp_path / "empty")
+
+
+def test_the_command_writes_csv_json_and_pictures_and_ends_in_6(folders, tmp_path, capsys):
+    out, truth = folders
+    words = [
+        "evaluate",
+        out,
+        truth,
+        "--csv",
+        tmp_path / "s.csv",
+        "--json",
+        tmp_path / "s.json",
+        "--png",
+        tmp_path / "p",
+    ]
+    assert main(["--quiet", *map(str, words)]) == 6
+    told = capsys.readouterr()
+    assert "mean ± sd" in told.out and "1 not evaluated: c" in told.err
+    result = json.loads((tmp_path / "s.json").read_text(encoding="utf8"))
+    with open(tmp_path / "s.csv", newline="", encoding="utf8") as f:
+        lines = list(csv.DictReader(f))
+    assert [line["kind"] for line in lines] == ["subject"] * 3 + ["mean", "sd", "n"]
+    for line, row in zip(lines, result["rows"], strict=False):
+        assert line["subject"] == row["subject"]
+        assert float(line["image.whole.ssim"]) == row["image"]["whole"]["ssim"]
+    assert float(lines[3]["segmentation.dice"]) == result["summary"]["segmentation.dice"]["mean"]
+    assert lines[0]["gain.image.whole.psnr_db"] == "" != lines[1]["gain.image.whole.psnr_db"]
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["a.png", "b_lr.png", "sub-01_T1w.png"]
+
+
+def test_one_pair_as_csv(files, tmp_path):
+    result = evaluate.evaluate_files(files["sr"], files["hr"])
+    evaluate_cohort.write_csv(tmp_path / "one.csv", result)
+    header, line = (tmp_path / "one.csv").read_text().splitlines()
+    assert header.startswith("kind,subject,image.whole.psnr_db") and line.startswith("subject,sr,")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "two folders"),
+        (["one"], "1 folders"),
+        (["--sr", "a.nii"], "--sr and --hr"),
+        (["a", "b", "--table", "t.csv"], "two folders"),
+        (["--bids", "--table", "t.csv"], "two folders are needed"),
+        (["--table", "t.csv", "--csv", "no/where.csv"], "no such folder"),
+    ],
+)
+def test_forms_that_exclude_each_other_are_told(words, told, capsys):
+    assert main(["--quiet", "evaluate", *words]) == 2
+    assert told in capsys.readouterr().err

@@ -1,0 +1,321 @@
+"""Faults around the commands: what is there already, full disks, damaged stores, files of strangers.
+
+Each command ends with its documented code and one line, and leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from commands import TILES, call, command, litter, make_work, one_line
+from nifti_files import rigid, write
+from processes import CONTEXT
+
+from fastsrgan import checkpoint, weights
+from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.store import open_store
+from fastsrgan.store_files import MANIFEST, Keys, read_manifest, write_manifest
+from fastsrgan.store_writer import create_store
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    return make_work(tmp_path_factory.mktemp("work"))
+
+
+# --- batches, and what is there already ---------------------------------------------------------------------------
+
+
+@pytest.mark.fault(15)
+def test_one_bad_image_costs_only_itself_and_the_summary_says_so(work, tmp_path, capsys):
+    scans = [tmp_path / f"s{i}.nii.gz" for i in range(3)]
+    for i, scan in enumerate(scans):
+        shutil.copyfile(work / f"scan{i}.nii.gz", scan)
+    scans[1].write_bytes(scans[1].read_bytes()[:-30])
+    code, out, told = call(capsys, "infer", *scans, "-o", tmp_path / "out", "-w", work / "w.safetensors", *TILES)
+    assert code == 6 and told.splitlines()[-1].startswith("error: ") and "1 of 3 volumes failed: s1" in told
+    assert [line.split()[0] for line in out.splitlines()] == ["done", "failed", "done"]
+    summary = json.loads((tmp_path / "out" / "infer_summary.json").read_text(encoding="utf8"))
+    assert [item["status"] for item in summary["items"]] == ["done", "failed", "done"]
+    assert "truncated" in summary["items"][1]["error"] and summary["items"][1]["exit_code"] == 3
+    assert not list((tmp_path / "out").glob("s1*")) and (tmp_path / "out" / "s2_seg.nii.gz").exists()
+
+
+@pytest.mark.fault(26)
+def test_what_is_there_is_kept_unless_told(work, tmp_path, capsys):
+    words = ("infer", work / "scan0.nii.gz", "-o", tmp_path / "out", "-w", work / "w.safetensors", *TILES)
+    assert call(capsys, *words)[0] == 0
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "out").iterdir()}
+    code, _, told = call(capsys, *words)
+    assert code == 2
+    one_line(told, "exists already and is kept", "--overwrite, --resume")
+    code, out, _ = call(capsys, *words, "--resume")
+    assert code == 0 and out.startswith("skipped")
+    assert before == {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "out").iterdir()}
+    assert call(capsys, *words, "--overwrite")[0] == 0
+    code, _, told = call(capsys, "convert", work / "cohort.csv", work / "cohort.zarr")
+    assert code == 2
+    one_line(told, "--resume goes on with it, --overwrite begins anew")
+
+
+@pytest.mark.fault(25)
+def test_folders_that_cannot_be_written_are_said_before_any_work(work, tmp_path, capsys):
+    """A file stands in place of the folder, which also stops root."""
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way", encoding="utf8")
+    model = work / "w.safetensors"
+    commands = (
+        ("infer", work / "scan0.nii.gz", "-o", blocked, "-w", model),
+        ("infer", work / "scan0.nii.gz", "-o", blocked / "below", "-w", model),
+        ("convert", work / "cohort.csv", blocked),
+        ("convert", work / "cohort.csv", blocked / "store.zarr"),
+        ("train", work / "cohort.zarr", "-o", blocked, "--config", work / "c.yaml"),
+        ("weights", "export", model, blocked / "w.h5"),
+        ("demo", "-o", blocked),
+    )
+    for words in commands:
+        code, out, told = call(capsys, *words)
+        assert code in (2, 5) and not out, (words, told)
+        one_line(told, str(blocked))
+    assert blocked.read_text(encoding="utf8") == "in the way"
+
+
+# --- full disks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(24)
+def test_a_disk_that_fills_up_ends_inference_and_the_old_result_stays(work, tmp_path):
+    """The system refuses files beyond a size, as a full disk does in the middle of one."""
+    large = write(tmp_path / "large.nii.gz", np.random.default_rng(0).random((40, 40, 9)).astype(np.float32), rigid())
+    words = ("infer", large, "-o", tmp_path / "out", "-w", work / "w.safetensors", "--patch", "16", "--step", "16")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "large_sr.nii.gz").write_bytes(b"an older result")
+    found = command(tmp_path / "told", *words, "--overwrite", limits={"RLIMIT_FSIZE": 20_000})
+    assert found.code == 5, found
+    one_line(found.errors[-1] + "\n", "no space left on the disk", "MiB free", "free space or choose another folder")
+    assert (out / "large_sr.nii.gz").read_bytes() == b"an older result" and not litter(out)
+
+
+@pytest.mark.fault(24)
+def test_a_disk_that_fills_up_ends_a_conversion_and_what_is_listed_is_whole(work, tmp_path):
+    store = tmp_path / "s.zarr"
+    found = command(tmp_path / "told", "convert", work / "cohort.csv", store, limits={"RLIMIT_FSIZE": 5000})
+    assert found.code == 5 and "no space left" in found.errors[-1], found
+    assert not litter(store) and not (store / ".fastsrgan.lock").exists()
+    if (store / MANIFEST).exists():
+        assert open_store(store).verify() == []
+
+
+@pytest.mark.fault(24)
+def test_a_disk_that_fills_up_ends_training_and_the_last_snapshot_stays(work, tmp_path):
+    words = ("train", work / "cohort.zarr", "-o", tmp_path / "run", "--config", work / "c.yaml")
+    assert command(tmp_path / "first", *words).code == 0
+    before = checkpoint.newest(tmp_path / "run")
+    found = command(tmp_path / "told", *words, "--resume", "--epoch", 2, limits={"RLIMIT_FSIZE": 30_000})
+    assert found.code == 5 and "no space left" in found.errors[-1], found
+    assert checkpoint.newest(tmp_path / "run") == before and not litter(tmp_path / "run")
+    assert command(tmp_path / "again", *words, "--resume", "--epoch", 2).code == 0
+
+
+# --- stores -------------------------------------------------------------------------------------------------------
+
+
+def _convert_slowly(store: Path, held, let_go) -> None:
+    with create_store(store, resume=True):
+        held.set()
+        let_go.wait(240)
+
+
+@pytest.mark.fault(27)
+def test_a_second_conversion_says_who_writes_and_a_dead_ones_lock_is_no_obstacle(work, tmp_path, capsys):
+    store = tmp_path / "s.zarr"
+    held, let_go = CONTEXT.Event(), CONTEXT.Event()
+    process = CONTEXT.Process(target=_convert_slowly, args=(store, held, let_go))
+    process.start()
+    assert held.wait(240)
+    words = ("convert", work / "cohort.csv", store)
+    code, _, told = call(capsys, *words)
+    assert code == 5
+    one_line(told, f"is being written by process {process.pid}", "wait until it ends")
+    process.kill()
+    process.join()
+    assert call(capsys, *words)[0] == 0 and open_store(store).complete
+
+
+@pytest.mark.fault(29, 30)
+def test_verify_lists_every_damaged_and_missing_chunk(work, tmp_path, capsys):
+    store = tmp_path / "s.zarr"
+    shutil.copytree(work / "cohort.zarr", store)
+    shard = store / "sub-0/image/c/0/0/0"
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 3] ^= 1
+    shard.write_bytes(raw)
+    (store / "sub-1/label/c/0/0/0").unlink()
+    code, out, _ = call(capsys, "verify", store)
+    assert code == 3 and "2 problems" in out
+    assert "sub-0/image: chunk (0, 0, 0)" in out and "sub-1/label/c/0/0/0: missing" in out
+    words = ("train", store, "-o", tmp_path / "run", "--config", work / "c.yaml", "--strict")
+    code, _, told = call(capsys, *words)
+    assert code == 3 and "sub-" in told and "convert --resume" in told
+    code, _, told = call(capsys, "convert", work / "cohort.csv", store, "--resume")
+    assert code == 0 and call(capsys, "verify", store)[0] == 0
+
+
+@pytest.mark.fault(32)
+def test_a_store_of_a_newer_version_names_what_it_needs(work, tmp_path, capsys):
+    store = tmp_path / "s.zarr"
+    shutil.copytree(work / "cohort.zarr", store)
+    manifest = json.loads((store / MANIFEST).read_text(encoding="utf8"))
+    (store / MANIFEST).write_text(json.dumps({**manifest, "format": 2, "made_by": "9.1", "needs": "9.0"}))
+    for words in (("info", store), ("verify", store), ("train", store, "-o", tmp_path / "r", "-n", 1, 1, 3)):
+        code, _, told = call(capsys, *words)
+        assert code == 4
+        one_line(told, "made by fastsrgan 9.1, needs >= 9.0", "pip install -U fastsrgan")
+
+
+ESCAPES = {
+    "a name outside": lambda m: m["subjects"].update({"../outside": m["subjects"]["sub-0"]}),
+    "an absolute name": lambda m: m["subjects"].update({"/etc": m["subjects"]["sub-0"]}),
+    "a file outside": lambda m: m["subjects"]["sub-0"]["files"].update({"../../x": [1, "0" * 64]}),
+    "an array outside": lambda m: m["subjects"]["sub-0"]["arrays"].update({"../x": {"dtype": "uint8"}}),
+    "tebibytes": lambda m: m["subjects"]["sub-0"].update(shape=[2**20, 2**20, 2**20]),
+    "no affine": lambda m: m["subjects"]["sub-0"].update(affine=[[0.0] * 4] * 4),
+    "objects": lambda m: m["subjects"]["sub-0"]["arrays"]["image"].update(dtype="object"),
+}
+
+
+@pytest.mark.fault(29)
+@pytest.mark.parametrize("escape", ESCAPES)
+def test_a_strangers_manifest_leads_nowhere(work, tmp_path, capsys, escape):
+    """Its digest fits: only what a writer makes is believed, and nothing outside is read or removed."""
+    store = tmp_path / "s.zarr"
+    shutil.copytree(work / "cohort.zarr", store)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").touch()
+    keys = Keys(store, read_only=False)
+    manifest = read_manifest(keys)
+    ESCAPES[escape](manifest)
+    write_manifest(keys, manifest)
+    for words in (("info", store), ("verify", store), ("convert", work / "cohort.csv", store, "--resume")):
+        code, _, told = call(capsys, *words)
+        assert code == 4, told
+        one_line(told, "is damaged", "--overwrite")
+    assert (tmp_path / "outside" / "file").exists()
+
+
+# --- weights and settings of strangers ----------------------------------------------------------------------------
+
+
+class Canary:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.fault(16, 17, 18)
+@pytest.mark.parametrize("kind", ["truncated", "NaN", "pickle", "torch", "external link", "4 TiB", "text"])
+def test_bad_weights_end_every_command_with_4_before_any_work(work, tmp_path, capsys, kind):
+    path, canary = tmp_path / "w.h5", tmp_path / "canary"
+    golden = Path(__file__).parent / "golden" / "weights_residual_mask3.h5"
+    good = (work / "w.safetensors").read_bytes()
+    if kind == "truncated":
+        path.write_bytes(good[: len(good) // 2])
+    elif kind == "NaN":
+        network = build_generator(GeneratorSpec(kernel=1)).eval()
+        network.head.data[...] = np.nan
+        weights.save_generator(path, network)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Canary(canary)))
+    elif kind == "torch":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps(Canary(canary)))
+    elif kind == "text":
+        path.write_text("no weights", encoding="utf8")
+    else:
+        shutil.copyfile(golden, path)
+        with h5py.File(path, "r+") as file:
+            del file["G/G_gen_conv2/kernel:0"]
+            if kind == "4 TiB":
+                file.create_dataset("G/G_gen_conv2/kernel:0", shape=(3, 3, 3, 2, 2**40 // 54), dtype="f4")
+            else:
+                file["G/G_gen_conv2/kernel:0"] = h5py.ExternalLink("/etc/passwd", "/x")
+    scan = work / "scan0.nii.gz"
+    for words in (
+        ("infer", scan, "-o", tmp_path / "out", "-w", path),
+        ("train", work / "cohort.zarr", "-o", tmp_path / "run", "--config", work / "c.yaml", "-w", path),
+        ("weights", "export", path, tmp_path / "x.h5"),
+    ):
+        code, out, told = call(capsys, *words)
+        assert code == 4 and not out, (words, told)
+        one_line(told, str(path))
+    assert not canary.exists() and not (tmp_path / "x.h5").exists()
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.fault(17)
+def test_a_strangers_snapshot_runs_nothing(work, tmp_path, capsys):
+    """Its manifest fits its files; the optimisers' state is a pickle that would make a folder."""
+    run, canary = tmp_path / "run", tmp_path / "canary"
+    words = ("train", work / "cohort.zarr", "-o", run, "--config", work / "c.yaml")
+    assert call(capsys, *words)[0] == 0
+    snapshot = checkpoint.newest(run)
+    with zipfile.ZipFile(snapshot / "state.pt", "w") as archive:
+        archive.writestr("state/data.pkl", pickle.dumps({"models": Canary(canary)}))
+        archive.writestr("state/version", "3")
+    listed = checkpoint.manifest(snapshot)
+    size, digest = (snapshot / "state.pt").stat().st_size, checkpoint.sha256(snapshot / "state.pt")
+    listed["files"]["state.pt"] = {"bytes": size, "sha256": digest}
+    (snapshot / checkpoint.MANIFEST).write_text(json.dumps(listed), encoding="utf8")
+    code, _, told = call(capsys, *words, "--resume", "--epoch", 2)
+    assert code == 4
+    one_line(told, "state.pt", "more than tensors", "-w")
+    assert not canary.exists()
+
+
+@pytest.mark.fault(19)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("!!python/object/apply:os.system ['touch canary']", "not plain YAML"),
+        ("batchsize: 3", "did you mean batch_size"),
+        ("batch_size: 3\nbatch_size: 4", "twice"),
+        ("a: &a [1]\nb: [*a, *a]", "aliases"),
+        ("noise: .nan", "finite"),
+        ("epochs: 2024-13-41", "not plain YAML"),
+        ("patch_size: " + "[" * 5000, "not plain YAML"),
+        ("preset: [paper]", "code, paper"),
+        ("kernel_gen: 100000", "at most 1024"),
+        ("lr_gen: 0x" + "f" * 9000, "is not a number"),
+    ],
+)
+def test_settings_that_run_code_or_mean_nothing_end_with_4(work, tmp_path, capsys, monkeypatch, text, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(text, encoding="utf8")
+    code, _, told = call(capsys, "train", work / "cohort.zarr", "-o", "run", "-n", 1, 1, 3, "--config", "c.yaml")
+    assert code == 4
+    one_line(told, words)
+    assert len(told) < 500 and not (tmp_path / "canary").exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.fault(24)
+def test_training_asks_for_room_before_the_first_update(work, tmp_path, capsys, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 9, 1000))
+    code, _, told = call(capsys, "train", work / "cohort.zarr", "-o", tmp_path / "run", "--config", work / "c.yaml")
+    assert code == 5
+    one_line(told, "no space left on the disk: needs", "MiB free")
+    assert not (tmp_path / "run" / "log.jsonl").exists()

@@ -1,0 +1,87 @@
+"""Flips and ensembles: the mean over mirror images of the axes that were named, and over networks."""
+
+import numpy as np
+import pytest
+import torch
+from nifti_files import rigid
+from torch import nn
+
+from fastsrgan.averaged import flip_axes
+from fastsrgan.errors import ModelError, UsageError
+from fastsrgan.infer import infer_volume
+from fastsrgan.networks import GeneratorSpec, build_generator
+
+SHAPE = (20, 16, 12)  # whole tiles of multiples of 4: padding is no mirror image of itself
+AFFINE = rigid((1.0, 1.0, 2.5)) @ np.array([[0, 0, -1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])
+TILES = {"patch": 16, "step": 12, "device": "cpu"}
+WHOLE = {"patch": None, "step": 12, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return np.random.default_rng(3).random(SHAPE, np.float32) * 500
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return [build_generator(GeneratorSpec(kernel=1), seed=seed).eval() for seed in (5, 6)]
+
+
+class Pointwise(nn.Module):
+    """Sees one voxel at a time: what it makes of a mirror image is the mirror image of what it makes."""
+
+    def forward(self, x):
+        return torch.cat([x * (1.5 - x), torch.sigmoid(3 * x - 1)], dim=1)
+
+
+def close(one, other, scale=500.0, atol=1e-6) -> bool:
+    return np.abs(one.sr - other.sr).max() <= atol * scale and np.abs(one.prob - other.prob).max() <= atol
+
+
+def test_flips_of_a_network_that_commutes_with_them_change_nothing(data):
+    plain = infer_volume(data, AFFINE, Pointwise(), **TILES)
+    for flips in ("y", "xyz"):
+        assert close(infer_volume(data, AFFINE, Pointwise(), **TILES, flips=flips), plain)
+
+
+def test_flips_are_the_mean_over_flipped_images(data, networks):
+    """Axes are those of the image, whatever its orientation; a whole image as one tile shows which were flipped."""
+    done = infer_volume(data, AFFINE, networks[0], **WHOLE, flips="xz")
+    runs = []
+    for step in ((1, 1, 1), (-1, 1, 1), (1, 1, -1), (-1, 1, -1)):
+        turn = tuple(slice(None, None, s) for s in step)
+        one = infer_volume(data[turn], AFFINE, networks[0], **WHOLE)
+        runs.append((one.sr[turn], one.prob[(slice(None), *turn)]))
+    inside = np.all([sr > data.min() for sr, _ in runs], axis=0)  # the clamp at the image's minimum follows the mean
+    assert np.abs(done.sr - np.mean([sr for sr, _ in runs], axis=0))[inside].max() < 1e-5 * 500
+    assert inside.mean() > 0.3
+    assert np.abs(done.prob - np.mean([prob for _, prob in runs], axis=0)).max() < 1e-5
+    assert np.abs(runs[1][0] - runs[0][0]).max() > 1e-3 * 500, "this network is no symmetry of anything"
+    assert done.report["flips"] == "xz" and done.report["networks"] == 1
+    assert any(row["what"] == "means" for row in done.report["memory"]["rows"])
+
+
+def test_a_model_averaged_with_itself_is_the_model(data, networks):
+    plain = infer_volume(data, AFFINE, networks[0], **TILES)
+    assert close(infer_volume(data, AFFINE, [networks[0]] * 2, **TILES), plain)
+    assert "networks" not in plain.report
+    alone = infer_volume(data, AFFINE, [networks[0]], **TILES)
+    assert np.array_equal(alone.sr, plain.sr) and np.array_equal(alone.prob, plain.prob)
+
+
+def test_an_ensemble_is_the_mean_of_its_members(data, networks):
+    one, two = (infer_volume(data, AFFINE, network, **TILES) for network in networks)
+    both = infer_volume(data, AFFINE, networks, **TILES)
+    inside = (one.sr > data.min()) & (two.sr > data.min())
+    assert inside.mean() > 0.3 and np.abs(both.sr - (one.sr + two.sr) / 2)[inside].max() < 1e-5 * 500
+    assert np.abs(both.prob - (one.prob + two.prob) / 2).max() < 1e-5 and both.report["networks"] == 2
+
+
+def test_what_cannot_be_averaged_is_refused(data, networks):
+    assert [flip_axes(f) for f in ("none", "x", "zx", "xyz")] == [(), (0,), (0, 2), (0, 1, 2)]
+    for flips in ("", "xx", "w", "x y"):
+        with pytest.raises(UsageError, match="flips"):
+            infer_volume(data, AFFINE, networks[0], **TILES, flips=flips)
+    masks = build_generator(GeneratorSpec(kernel=1, mask_classes=3))
+    with pytest.raises(ModelError, match="cannot be averaged"):
+        infer_volume(data, AFFINE, [networks[0], masks], **TILES)

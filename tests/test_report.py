@@ -1,0 +1,438 @@
+"""The report: its figures are the JSON's, its voxels the images', and nothing in it can be run or loaded."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_results import make_results, make_run, make_scan, make_scores, make_truth
+
+from fastsrgan import cli, images
+from fastsrgan.errors import InputError, ResourceError, UsageError
+from fastsrgan.geometry import Orientation, Volume
+from fastsrgan.runtime import write_json
+from fastsrgan.viewer import cohort, volumes
+from fastsrgan.viewer.charts import Line, line_chart, ticks
+from fastsrgan.viewer.markup import data_block, el, pointer, shown
+from fastsrgan.viewer.page import report
+
+
+class Parsed(HTMLParser):
+    """A page taken apart by the standard library's parser: tags, figures, blocks of data, sources of scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.figures: list[tuple[str, str, str]] = []  # pointer, full value, text shown
+        self.empty: list[str] = []
+        self.blocks: dict[str, str] = {}
+        self.sources: list[str] = []
+        self.words = ""
+        self.inside: tuple[str, dict] = ("", {})
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        facts = dict(attrs)
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        self.inside = (tag, facts)
+        if tag == "data":
+            self.figures.append((facts["data-path"], facts["value"], ""))
+        elif facts.get("class") == "none" and "data-path" in facts:
+            self.empty.append(facts["data-path"])
+
+    def handle_endtag(self, tag):
+        self.inside = ("", {})
+
+    def handle_data(self, data):
+        tag, facts = self.inside
+        if tag == "data":
+            self.figures[-1] = (*self.figures[-1][:2], self.figures[-1][2] + data)
+        elif tag in ("script", "style") and facts.get("id"):
+            self.blocks[facts["id"]] = self.blocks.get(facts["id"], "") + data
+        elif tag in ("script", "style"):
+            self.sources.append(data)
+        else:
+            self.words += data
+
+    @property
+    def facts(self) -> dict:
+        """What the page's figures point into."""
+        return json.loads(self.blocks["facts"])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    out = make_results(tmp_path_factory.mktemp("one"))
+    make_scores(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(results) -> str:
+    (path,) = report(results)
+    return path.read_text(encoding="utf8")
+
+
+@pytest.fixture(scope="module")
+def parsed(page) -> Parsed:
+    return Parsed(page)
+
+
+def test_every_figure_is_the_one_of_the_json(results, parsed):
+    scores = json.loads((results / "scores.json").read_text(encoding="utf8"))
+    record = json.loads((results / "scan.json").read_text(encoding="utf8"))
+    (one,) = parsed.facts["results"]
+    assert one["scores"] == scores and one["record"] == record
+    assert len(parsed.figures) > 20
+    for path, value, text in parsed.figures:
+        fact = cohort.at(parsed.facts, path)
+        assert json.loads(value) == fact and text in (shown(fact), shown(fact, signed=True)), path
+    assert all(cohort.at(parsed.facts, path) is None for path in parsed.empty)
+    told = {path for path, _, _ in parsed.figures} | set(parsed.empty)
+    for tree in ("", "/baseline", "/gain"):
+        for region in ("whole", "label"):
+            assert f"/results/0/scores{tree}/image/{region}/psnr_db" in told
+        assert f"/results/0/scores{tree}/segmentation/dice" in told
+
+
+def decoded(parsed: Parsed) -> tuple[dict[str, np.ndarray], dict]:
+    """The volumes as the page's script unpacks them: [x, y, z] uint8."""
+    plan = json.loads(parsed.blocks["plan"])
+    nx, ny, nz = plan["shape"]
+    out: dict[str, np.ndarray] = {}
+    for volume in plan["volumes"]:
+        raw = np.frombuffer(gzip.decompress(base64.b64decode(parsed.blocks[f"volume-{volume['name']}"])), np.uint8)
+        data = raw.astype(int).reshape(nz, ny, nx)
+        data = data + out[volume["minus"]].transpose(2, 1, 0) if volume["minus"] else data.cumsum(2)
+        out[volume["name"]] = (data % 256).astype(np.uint8).transpose(2, 1, 0)
+    return out, plan
+
+
+def test_the_voxels_are_those_of_the_images(results, parsed):
+    shown_volumes, plan = decoded(parsed)
+    assert set(shown_volumes) == {"sr", "low", "spline", "seg", "truth", "label"}
+    sr, seg = images.load(results / "scan_sr.nii.gz"), images.load_label(results / "scan_seg.nii.gz")
+    scan = images.load(results.parent / "scan.nii.gz")
+    top = float(np.percentile(sr.data[sr.data > 0], 99.9))
+    affine = np.array(plan["affine"])
+    for i, j, k in np.random.default_rng(0).integers(0, plan["shape"], (300, 3)):
+        world = affine @ [i, j, k, 1]
+        voxel = np.rint(np.linalg.inv(sr.affine) @ world).astype(int)[:3]
+        assert abs(shown_volumes["sr"][i, j, k] - np.clip(sr.data[tuple(voxel)] * 255 / top, 0, 255)) <= 0.51
+        assert shown_volumes["seg"][i, j, k] == seg.data[tuple(voxel)]
+        slot = np.rint(np.linalg.inv(scan.affine) @ world).astype(int)[:3]
+        assert abs(shown_volumes["low"][i, j, k] - np.clip(scan.data[tuple(slot)] * 255 / top, 0, 255)) <= 0.51
+
+
+@pytest.mark.parametrize(("axes", "flips"), [((2, 0, 1), (True, False, True)), ((1, 0, 2), (False, True, False))])
+def test_storage_order_does_not_change_what_is_shown(results, axes, flips):
+    sr = images.load(results / "scan_sr.nii.gz")
+    turn = Orientation(axes, flips)
+    other = Volume(np.ascontiguousarray(turn.apply(sr.data)), turn.affine(sr.affine, sr.data.shape))
+    a, b = volumes.pack(sr, {}, 10**7), volumes.pack(other, {"copy": sr}, 10**7)
+    assert np.array_equal(volumes.unpack(a)["sr"], volumes.unpack(b)["sr"]) and np.allclose(a.affine, b.affine)
+    assert np.abs(volumes.unpack(b)["copy"].astype(int) - volumes.unpack(b)["sr"]).max() <= 1
+
+
+def test_a_page_allows_its_own_scripts_and_nothing_else(page, parsed):
+    (policy,) = [v for t, n, v in parsed.attributes if (t, n) == ("meta", "content") and "default-src" in v]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'" and rules["img-src"] == "data:" and "unsafe" not in policy
+    allowed = set(rules["script-src"].split()) | set(rules["style-src"].split())
+    hashes = {f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in parsed.sources}
+    assert hashes == allowed and len(hashes) == 3
+    assert not [a for a in parsed.attributes if a[1].startswith("on") or a[1] in ("style", "srcdoc")]
+    loads = [v for _, n, v in parsed.attributes if n in ("src", "href", "data", "poster", "srcset")]
+    assert loads and all(v.startswith(("#", "data:image/png;base64,")) for v in loads)
+    assert not {"link", "iframe", "object", "embed", "base", "form"} & set(parsed.tags)
+    assert "DOCTYPE" in page[:20].upper() and len(page.encode()) < 12e6
+
+
+def test_the_same_results_give_the_same_bytes(results, page, tmp_path):
+    (again,) = report(results, tmp_path / "again.html")
+    assert again.read_text(encoding="utf8") == page
+
+
+HOSTILE = (
+    '"><img src=x onerror=alert(1)></script><script>alert(2)</script><!--<script>&lt;\x00\x1b\u202e\ud800 javascript:'
+)
+
+
+def test_what_comes_from_files_stays_text(results, parsed, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for kind in ("sr", "seg"):
+        (out / f"scan_{kind}.nii.gz").write_bytes((results / f"scan_{kind}.nii.gz").read_bytes())
+    record = json.loads((results / "scan.json").read_text(encoding="utf8"))
+    scores = json.loads((results / "scores.json").read_text(encoding="utf8"))
+
+    def poisoned(value):
+        if isinstance(value, dict):
+            return {k: poisoned(v) for k, v in value.items()} | {HOSTILE: HOSTILE, HOSTILE + "n": 1.5}
+        if isinstance(value, list):
+            return [poisoned(v) for v in value]
+        return HOSTILE if isinstance(value, str) else value
+
+    evil = poisoned(record)
+    evil["outputs"] = {k: str(out / f"scan_{k}.nii.gz") for k in ("sr", "seg")}
+    evil["warnings"] = [HOSTILE]
+    worse = poisoned(scores)
+    worse["files"] = {"sr": str(out / "scan_sr.nii.gz"), "hr": scores["files"]["hr"], "label": scores["files"]["label"]}
+    worse["notes"] = [HOSTILE]
+    name = HOSTILE.replace("/", "").replace("\x00", "").replace("\ud800", "")
+    for where, value in ((name, evil), (name + "s", worse)):
+        (out / f"{where}.json").write_text(json.dumps(value), encoding="utf8")
+    (path,) = report(out, tmp_path / "page.html")
+    got = Parsed(path.read_text(encoding="utf8"))
+    assert got.facts["results"][0]["record"] == evil and got.facts["results"][0]["scores"]["notes"] == [HOSTILE]
+    assert got.tags.count("script") == parsed.tags.count("script") - 2  # no input: neither scan nor spline
+    assert set(got.tags) <= set(parsed.tags) | {"ul", "li"}
+    assert not [a for a in got.attributes if a[1].startswith("on")]
+    assert got.tags.count("img") == parsed.tags.count("img")
+    assert "onerror=alert(1)" in got.words  # it is there, as text
+
+
+def test_markup_escapes_all_but_markup():
+    assert el("b", "<i>", el("u", "&"), None, title='"x"', hidden=True) == (
+        '<b title="&quot;x&quot;" hidden>&lt;i&gt;<u>&amp;</u></b>'
+    )
+    assert "</script>" not in data_block("x", {"a": "</script>"})[:-9]
+    assert pointer("a/b", "c~d", 0) == "/a~1b/c~0d/0"
+    assert cohort.at({"a/b": {"c~d": [7]}}, pointer("a/b", "c~d", 0)) == 7
+
+
+def noisy(shape, affine=None) -> Volume:
+    data = np.random.default_rng(0).uniform(100, 1000, shape).astype(np.float32)
+    return Volume(data, np.eye(4) if affine is None else affine)
+
+
+def test_a_large_volume_is_averaged_until_it_fits():
+    big = noisy((61, 67, 59))
+    packed = volumes.pack(big, {"seg": Volume((big.data > 550).astype(np.uint8), big.affine)}, 150_000)
+    assert packed.block == 2 and packed.size <= 150_000 and packed.shape == (30, 33, 29)
+    small = volumes.unpack(packed)
+    mean = big.data[:60, :66, :58].reshape(30, 2, 33, 2, 29, 2).mean((1, 3, 5)) * 255 / packed.top
+    assert np.abs(small["sr"] - np.clip(mean, 0, 255)).max() <= 0.51
+    # The first shown voxel lies in the middle of its block.
+    assert np.allclose(packed.affine @ [0, 0, 0, 1], [0.5, 0.5, 0.5, 1]) and packed.spacing == (2, 2, 2)
+    with pytest.raises(ResourceError, match="--max-mb"):
+        volumes.pack(big, {}, 50)
+
+
+def test_pages_stay_below_the_limit_and_say_what_it_cost(results, page, tmp_path):
+    whole = len(page.encode())
+    parsed = Parsed(page)
+    held = sum(len(text) for name, text in parsed.blocks.items() if name.startswith("volume-"))
+    limit = (whole - held + 200_000) / 1e6
+    sizes = []
+    for most in (limit, 12):
+        (path,) = report(results, tmp_path / "page.html", max_mb=most, overwrite=True)
+        sizes.append(path.stat().st_size)
+        assert sizes[-1] <= most * 1e6
+    with pytest.raises(UsageError, match="--max-mb"):
+        report(results, tmp_path / "page.html", max_mb=0.5, overwrite=True)
+
+
+def test_what_is_missing_or_changed_is_said(results, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("scan_sr.nii.gz", "scan.json"):
+        (out / name).write_bytes((results / name).read_bytes())
+    record = json.loads((out / "scan.json").read_text(encoding="utf8"))
+    record["input"]["path"] = str(make_scan(tmp_path / "scan.nii.gz", edge=3.0))
+    record["outputs"]["seg"] = str(out / "nowhere.nii.gz")
+    write_json(out / "scan.json", record)
+    (path,) = report(out)
+    got = Parsed(path.read_text(encoding="utf8"))
+    assert "is not the file that the result was made of" in got.words
+    assert "the segmentation is no longer there" in got.words
+    assert [b for b in got.blocks if b.startswith("volume-")] == ["volume-sr"]
+    (out / "scan_sr.nii.gz").unlink()
+    record["outputs"]["sr"] = str(out / "nowhere_sr.nii.gz")
+    write_json(out / "scan.json", record)
+    (path,) = report(out, overwrite=True)
+    got = Parsed(path.read_text(encoding="utf8"))
+    assert "the super-resolved image is no longer there" in got.words and "canvas" not in got.tags
+    assert got.facts["results"][0]["record"]["seconds"] == record["seconds"]
+
+
+def test_truth_given_to_the_report_is_evaluated(results, tmp_path):
+    image, label = make_truth(tmp_path)
+    (path,) = report(results / "scan.json", tmp_path / "page.html", hr=image, label=label)
+    scores = Parsed(path.read_text(encoding="utf8")).facts["results"][0]["scores"]
+    told = json.loads((results / "scores.json").read_text(encoding="utf8"))
+    assert scores["image"]["whole"] == pytest.approx(told["image"]["whole"])
+    assert scores["segmentation"]["dice"] == told["segmentation"]["dice"]
+    assert scores["baseline"]["image"]["whole"]["psnr_db"] > 15
+
+
+# --- cohort ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory) -> tuple[Path, list[Path]]:
+    out = make_results(tmp_path_factory.mktemp("many"), count=3)
+    return out, report(out, out / "index.html")
+
+
+def test_a_cohort_is_a_table_whose_rows_open_pages(several):
+    out, written = several
+    assert [p.name for p in written] == ["index.html", *(f"{s}_index.html" for s in ("scan", "scan1", "scan2"))]
+    got = Parsed(written[0].read_text(encoding="utf8"))
+    links = [v for t, n, v in got.attributes if (t, n) == ("a", "href") and not v.startswith("#")]
+    assert {(out / link).resolve() for link in links} == {p.resolve() for p in written[1:]}
+    thumbnails = [v for t, n, v in got.attributes if (t, n) == ("img", "src")]
+    assert len(thumbnails) == 3 and len(set(thumbnails)) == 3
+    for path, value, _ in got.figures:
+        assert json.loads(value) == cohort.at(got.facts, path)
+    for i, row in enumerate(got.facts["rows"]):
+        seg = images.load_label(out / f"{row['stem']}_seg.nii.gz")
+        assert row["measured"]["volume_ml"] == pytest.approx(seg.data.sum() * np.prod(seg.spacing) / 1000)
+        assert f"/rows/{i}/measured/volume_ml" in {path for path, _, _ in got.figures}
+    single = Parsed(written[1].read_text(encoding="utf8"))
+    assert "index.html" in [v for t, n, v in single.attributes if (t, n) == ("a", "href")]
+
+
+def test_outliers_follow_the_rule():
+    assert cohort.outliers([1, 2, 3, 4, 5, 100]) == [5]
+    # median 3.5, MAD 1.5: the limit is 3.5 * 1.5 / 0.6745 = 7.783 away
+    assert cohort.outliers([1, 2, 3, 4, 5, 3.5 + 7.79]) == [5]
+    assert cohort.outliers([1, 2, 3, 4, 5, 3.5 + 7.77]) == []
+    assert cohort.outliers([1, 2, None, 3, 4, -90, "x"]) == [5]
+    assert cohort.outliers([5, 5, 5, 5, 5, 90]) == []  # MAD 0
+    assert cohort.outliers([1, 2, 3, 900]) == []  # too few
+
+
+def test_scores_find_their_image(several, tmp_path):
+    out, _ = several
+    image, _ = make_truth(tmp_path)
+    definitions = {"definitions": {"psnr_db": "words"}}
+    row = {"image": {"whole": {"psnr_db": 31.5, "ssim": None}}, "files": {"sr": str(out / "scan1_sr.nii.gz")}}
+    write_json(tmp_path / "table.json", {"rows": [row], "failed": [], "summary": {}} | definitions)
+    written = report(out, tmp_path / "all.html", scores=tmp_path / "table.json")
+    got = Parsed(written[0].read_text(encoding="utf8"))
+    scored = {r["stem"]: r["scores"] for r in got.facts["rows"]}
+    assert scored["scan1"]["image"]["whole"]["psnr_db"] == 31.5 and scored["scan"] is scored["scan2"] is None
+    assert ("/rows/1/scores/image/whole/psnr_db", "31.5", "31.5") in got.figures
+    row["files"]["sr"] = str(image)
+    write_json(tmp_path / "table.json", {"rows": [row]} | definitions)
+    with pytest.raises(UsageError, match="none of these results"):
+        report(out, tmp_path / "all.html", scores=tmp_path / "table.json", overwrite=True)
+
+
+def test_page_names_stay_in_their_folder():
+    assert cohort.page_name("a/../b", Path("x/report.html")) == "a_.._b_report.html"
+    assert cohort.page_name("a\\b\0", Path("report.html")) == "a_b__report.html"
+
+
+# --- runs and studies -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_shows_its_curves(tmp_path):
+    run = make_run(tmp_path / "run")
+    (path,) = report(run)
+    got = Parsed(path.read_text(encoding="utf8"))
+    facts = got.facts["run"]
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf8").splitlines()[:-1]]
+    updates = [row for row in rows if "update" in row]
+    assert facts["updates"] == 700 and facts["updates_per_point"] == 3 and facts["unreadable_lines"] == 1
+    assert facts["curves"]["g_reconstruction"][5] == pytest.approx(
+        np.mean([r["g_reconstruction"] for r in updates[15:18]])
+    )
+    assert facts["validation"] == [{"epoch": r["epoch"], **r["validation"]} for r in rows if "validation" in r]
+    assert ("/run/summary/best", "0.9375", "0.9375") in got.figures
+    assert got.tags.count("svg") == 7 and "canvas" not in got.tags and got.tags.count("script") == 1
+    assert "alert(1)" in got.words and "point is the mean of 3 updates" in got.words
+
+
+def test_sample_panels_come_from_tensorboard(tmp_path):
+    board = pytest.importorskip("fastsrgan.board", reason="board")
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    torch = pytest.importorskip("torch")
+    run = make_run(tmp_path / "run", updates=5)
+    events = board.Board(run, 0)
+    events.picture("test/sample", torch.rand(12, 20), 5)
+    events.close()
+    (path,) = report(run)
+    got = Parsed(path.read_text(encoding="utf8"))
+    assert got.tags.count("img") == 1 and "test/sample, update 5" in got.words
+
+
+def study(steps) -> dict:
+    def row(model, step, value):
+        figures = {
+            "dice": {"mean": value, "sd": 0.01, "n": 2},
+            "seconds": {"mean": 64000 / (step or 9) ** 3, "sd": None, "n": 2},
+        }
+        return {"condition": "clean", "low_res": [1, 1, 3], "model": model, "step": step, "n": 2, "figures": figures}
+
+    rows = [row("shipped", s, 0.9 - s / 1000) for s in steps] + [row("interpolation", None, 0.8)]
+    fit = [{"condition": "clean", "model": "shipped", "intercept_s": 0.5, "slope_s": 64000.0, "r2": 1.0}]
+    return {"study": "steps", "rows": rows, "fit": fit}
+
+
+def test_a_study_adds_its_curve(results, tmp_path):
+    write_json(tmp_path / "steps.json", study((16, 24, 32)))
+    (path,) = report(results, tmp_path / "page.html", studies=[tmp_path / "steps.json"])
+    got = Parsed(path.read_text(encoding="utf8"))
+    assert "Step curve" in got.words and got.tags.count("svg") == 2
+    assert ("/studies/0/rows/1/figures/dice/mean", "0.876", "0.876") in got.figures
+    (path,) = report(tmp_path / "steps.json", tmp_path / "alone.html")
+    assert Parsed(path.read_text(encoding="utf8")).tags.count("svg") == 2
+    with pytest.raises(InputError, match="holds no study"):
+        report(results, tmp_path / "other.html", studies=[results / "scores.json"])
+
+
+def test_a_chart_puts_points_where_they_belong():
+    drawn = line_chart("t", [Line("a", [0, 5, 10], [0, None, 10]), Line("b<", [0, 10], [10, 0], dashed=True)], "x")
+    dots = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)
+    assert len(dots) == 2 and float(dots[0][0]) < float(dots[1][0]) and float(dots[0][1]) > float(dots[1][1])
+    assert "b&lt;" in drawn and "b<" not in drawn
+    assert line_chart("t", [Line("a", [1], [None])], "x") == ""
+    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10] and ticks(0.13, 0.18) == [0.13, 0.14, 0.15, 0.16, 0.17, 0.18]
+    assert ticks(3, 3) == [3]
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+def test_faults_are_told_before_anything_is_written(results, page, several, tmp_path):
+    with pytest.raises(UsageError, match="exists already"):
+        report(results)
+    with pytest.raises(UsageError, match="exists already"):
+        report(several[0], several[0] / "index.html")
+    with pytest.raises(InputError, match="no such file"):
+        report(tmp_path / "none")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "list.json").write_text("[1, 2", encoding="utf8")
+    with pytest.raises(InputError, match="no result, run or study"):
+        report(empty)
+    with pytest.raises(UsageError, match="need --hr"):
+        report(results, tmp_path / "a.html", label=results / "x.nii.gz")
+    with pytest.raises(UsageError, match="3 results"):
+        report(several[0], tmp_path / "a.html", hr=results / "scan_sr.nii.gz")
+    with pytest.raises(InputError, match="no JSON object"):
+        report(results, tmp_path / "a.html", scores=results / "scan_sr.nii.gz")
+    with pytest.raises(UsageError, match="holds no scores"):
+        report(results, tmp_path / "a.html", scores=results / "scan.json")
+    with pytest.raises(ResourceError, match="folder is missing"):
+        report(results, tmp_path / "none" / "a.html")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty"]
+
+
+def test_the_command_writes_and_names_the_page(several, tmp_path, capsys):
+    assert cli.main(["report", str(several[0]), "-o", str(tmp_path / "a.html"), "--quiet"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == str(tmp_path / "a.html")
+    assert cli.main(["report", str(several[0]), "-o", str(tmp_path / "a.html"), "--quiet"]) == 2
+    assert cli.main(["report", str(tmp_path / "none"), "--quiet"]) == 3
+    assert "error: " in capsys.readouterr().err

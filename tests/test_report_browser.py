@@ -1,0 +1,158 @@
+"""The report in a real, headless Chromium: no complaint, no request, pictures with and without WebGL, controls."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import chromium
+import numpy as np
+import pytest
+from PIL import Image
+from report_results import make_results, make_run, make_scores
+
+from fastsrgan.viewer.page import report
+
+pytestmark = pytest.mark.skipif(chromium.browser() is None, reason="no Chromium is installed")
+
+VIEWER = "document.getElementById('viewer')"
+OWN = ("file:", "data:", "blob:", "about:")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("browser")
+    out = make_results(folder / "one")
+    make_scores(out)
+    report(out)
+    report(make_results(folder / "many", count=2))
+    report(make_run(folder / "run", updates=30))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tab(folder):
+    with chromium.page(folder) as tab:
+        tab.look(1200, 900)
+        yield tab
+
+
+def url(path: Path, more: str = "") -> str:
+    return path.resolve().as_uri() + more
+
+
+def drawn(tab, canvas: str) -> np.ndarray:
+    """(H, W) what a canvas shows, from a screenshot."""
+    find = f"(() => {{ const e = document.getElementById('canvas-{canvas}'); e.scrollIntoView({{block: 'center'}}); "
+    box = tab.ask(find + "const b = e.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; })()")
+    tab.frames()
+    clip = dict(zip(("x", "y", "width", "height"), box, strict=True))
+    scroll = tab.ask("[window.scrollX, window.scrollY]")
+    clip |= {"x": clip["x"] + scroll[0], "y": clip["y"] + scroll[1], "scale": 1}
+    with Image.open(io.BytesIO(tab.shot(clip=clip))) as image:
+        return np.asarray(image.convert("L")).astype(float)
+
+
+def shown(tab, path: Path, more: str = "") -> str:
+    """Open a page and wait until its viewer draws; by what."""
+    tab.open(url(path, more))
+    by = tab.wait(f"{VIEWER}.dataset.viewer")
+    tab.frames(3)
+    return by
+
+
+@pytest.mark.parametrize(("more", "by"), [("", "niivue"), ("#canvas", "canvas")])
+def test_the_viewer_draws_and_its_controls_work(tab, folder, more, by):
+    assert shown(tab, folder / "one" / "out" / "report.html", more) == by
+    assert tab.problems == [] and all(u.startswith(OWN) for u in tab.asked)
+    for name in ("low", "spline", "sr", "seg", "truth", "error"):
+        picture = drawn(tab, name)
+        assert picture.std() > (3 if name == "error" else 15), name
+
+    # The wipe: by keyboard, and what lies right of it changes hands.
+    tab.ask("document.getElementById('wipe').focus()")
+    before = tab.ask("document.querySelector('.over .holder').style.clipPath")
+    for _ in range(5):
+        tab.press("ArrowRight")
+    assert tab.ask("Number(document.getElementById('wipe').value)") == 55
+    after = tab.ask("document.querySelector('.over .holder').style.clipPath")
+    assert after != before and "55%" in after
+    for share in ("0", "100"):
+        tab.ask(f"document.getElementById('wipe').value = {share}")
+        tab.ask("document.getElementById('wipe').dispatchEvent(new Event('input'))")
+        tab.frames()
+        if share == "0":
+            whole = drawn(tab, "sr")
+    assert np.abs(whole - drawn(tab, "sr")).mean() > 0.2  # SR against spline
+
+    # All panes move together: a slice further on, all pictures change.
+    names = ("low", "sr", "seg", "truth")
+    first = {name: drawn(tab, name) for name in names}
+    place = tab.ask("document.getElementById('place').textContent")
+    tab.ask("document.getElementById('canvas-low').focus()")
+    for _ in range(4):
+        tab.press("PageUp")
+    tab.frames(3)
+    assert tab.ask("document.getElementById('place').textContent") != place
+    for name in names:
+        assert np.abs(drawn(tab, name) - first[name]).mean() > 1, name
+
+    # Another plane, the other layout, zoom.
+    for change in ("input[value=sagittal]", "input[value=side]"):
+        before_change = drawn(tab, "low")
+        tab.ask(f"document.querySelector('{change}').click()")
+        tab.frames(3)
+        assert np.abs(drawn(tab, "low").mean() - before_change.mean()) > 0.1 or change.endswith("side]")
+    assert tab.ask("document.querySelector('.over .holder').style.clipPath") == "none"
+    assert tab.problems == []
+
+
+def test_the_two_ways_of_drawing_agree(tab, folder):
+    pictures = []
+    for more in ("", "#canvas"):
+        shown(tab, folder / "one" / "out" / "report.html", more)
+        tab.ask("document.getElementById('cross').click()")
+        tab.frames(3)
+        pictures.append(drawn(tab, "truth"))
+    # Same place, size and direction: letters and smoothing differ.
+    assert np.corrcoef(pictures[0].ravel(), pictures[1].ravel())[0, 1] > 0.97
+    assert np.corrcoef(pictures[0].ravel(), pictures[1][:, ::-1].ravel())[0, 1] < 0.97
+
+
+def test_nothing_is_wider_than_a_phone(tab, folder):
+    for dark in (False, True):
+        tab.look(390, 800, mobile=True, dark=dark, scale=2)
+        for path in ("one/out/report.html", "many/out/report.html", "run/report.html"):
+            tab.open(url(folder / path, "#canvas"))
+            tab.frames()
+            assert tab.ask("document.documentElement.scrollWidth") <= 390, path
+        colour = tab.ask("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, colour[4:-1].split(","))) < 200) == dark
+    tab.look(1200, 900)
+
+
+def test_the_cohorts_table_is_sorted_by_a_press(tab, folder):
+    tab.open(url(folder / "many" / "out" / "report.html"))
+    column = "[...document.querySelectorAll('.cohort tbody tr td:nth-child(3) data')].map(d => Number(d.value))"
+    orders = []
+    for _ in range(2):
+        tab.ask("document.querySelector('.cohort th.n button').click()")
+        orders.append(tab.ask(column))
+    assert orders[0] == sorted(orders[0]) and orders[1] == orders[0][::-1]
+    assert tab.ask("document.querySelector('.cohort th.n').getAttribute('aria-sort')") == "descending"
+    link = tab.ask("document.querySelector('.cohort tbody th a').href")
+    tab.open(link)
+    assert tab.wait(f"{VIEWER}.dataset.viewer") in ("niivue", "canvas") and tab.problems == []
+
+
+def test_a_run_opens_without_a_complaint(tab, folder):
+    tab.open(url(folder / "run" / "report.html"))
+    assert tab.problems == [] and tab.ask("document.querySelectorAll('svg').length") == 4
+
+
+def test_without_webgl_the_canvases_draw(folder, tmp_path):
+    with chromium.page(tmp_path, "--disable-gpu", "--disable-3d-apis") as tab:
+        tab.look(1000, 900)
+        assert shown(tab, folder / "one" / "out" / "report.html") == "canvas"
+        assert drawn(tab, "sr").std() > 15 and drawn(tab, "low").std() > 15
+        assert "without WebGL 2" in tab.ask("document.getElementById('renderer').textContent")

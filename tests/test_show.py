@@ -1,0 +1,54 @@
+"""``fastsrgan.show``: the same picture from an object, a folder and a file; its documentation's example runs."""
+
+from __future__ import annotations
+
+import doctest
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from report_results import make_results
+
+import fastsrgan
+from fastsrgan import images
+from fastsrgan.errors import ResourceError, UsageError
+from fastsrgan.viewer import show as module
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return make_results(tmp_path_factory.mktemp("show"), count=2)
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
+
+
+def test_a_file_an_object_and_a_record_give_one_picture(out):
+    sr, seg = images.load(out / "scan_sr.nii.gz"), images.load_label(out / "scan_seg.nii.gz")
+    scan = images.load(out.parent / "scan.nii.gz")
+    result = fastsrgan.InferResult(sr.data, seg.data[None].astype(np.float32), sr.affine, {})
+    options = {"width_px": 400}
+    by_path = fastsrgan.show(out / "scan.json", **options)
+    by_object = fastsrgan.show(result, (scan.data, scan.affine), **options)
+    assert isinstance(by_path, Figure) and len(by_path.axes) == 3 * 4  # low, SR, outline; three planes and a detail
+    assert np.array_equal(pixels(by_path), pixels(by_object)) and pixels(by_path).std() > 10
+    alone = fastsrgan.show(str(out / "scan_sr.nii.gz"), **options)
+    assert len(alone.axes) == 4 and np.array_equal(pixels(alone), pixels(fastsrgan.show(sr, **options)))
+
+
+def test_faults_are_told(out, monkeypatch):
+    with pytest.raises(UsageError, match="2 results"):
+        fastsrgan.show(out)
+    with pytest.raises(UsageError, match="one of radiological"):
+        fastsrgan.show(out / "scan.json", convention="mirror")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ResourceError, match="pip install matplotlib"):
+        fastsrgan.show(out / "scan.json")
+
+
+def test_the_example_runs():
+    failed, tried = doctest.testmod(module)
+    assert tried == 4 and failed == 0

@@ -1,0 +1,306 @@
+"""Studies: a cell is what evaluate says of infer, finished cells are kept, tables and figures hold the rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from phantom import head
+
+from fastsrgan import images, study, study_cells, study_output, study_paper, weights
+from fastsrgan.cli import main
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.evaluate import evaluate_pair, flat
+from fastsrgan.geometry import Volume
+from fastsrgan.infer import infer_volume
+from fastsrgan.networks import Critic, CriticSpec, GeneratorSpec, build_generator
+from fastsrgan.study_data import Condition, acquire, find_heads, thick
+from fastsrgan.study_output import csv_rows, markdown, paper_rows, shown_rows
+from fastsrgan.study_panels import PANELS, time_fit
+
+SHAPE = (21, 26, 24)
+SMALL = {"patch": 16, "device": "cpu", "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two small heads in a table, one Train and one Test, and two tiny models."""
+    path = tmp_path_factory.mktemp("study")
+    lines = ["HR_image,Label_image,Base"]
+    for name, base, edge in (("a", "Test", 7.0), ("b", "Train", 8.0), ("c", "Test", 10.0)):
+        phantom = head(SHAPE, (7.0, 7.0, 7.0), edge=edge)
+        images.save(path / f"{name}.nii.gz", phantom.data, phantom.affine)
+        images.save(path / f"{name}_gm.nii.gz", phantom.label, phantom.affine)
+        lines.append(f"{name}.nii.gz,{name}_gm.nii.gz,{base}")
+    (path / "cohort.csv").write_text("\n".join(lines) + "\n", encoding="utf8")
+    for seed, name in enumerate(("with", "without")):
+        generator = build_generator(GeneratorSpec(kernel=2), seed=seed)
+        weights.save_generator(path / f"{name}.safetensors", generator, Critic(CriticSpec(kernel=2)))
+    return path
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures take longer than all else here, and other tests draw them."""
+    monkeypatch.setattr(study_output, "draw", lambda base, *_: [base.with_suffix(".png"), base.with_suffix(".svg")])
+
+
+@pytest.fixture(scope="module")
+def steps(folder):
+    """A study of steps, made once."""
+    settings = study.Settings(**SMALL, steps=(16, 8, 12), noise=(0.0, 0.1))
+    out = folder / "steps"
+    return study.run("steps", folder / "cohort.csv", out, [folder / "with.safetensors"], settings)
+
+
+def test_a_cell_is_what_evaluate_says_of_infer(folder, steps):
+    low_res = (7.0, 7.0, 21.0)
+    subject = find_heads(folder / "cohort.csv")[0]
+    case = acquire(subject.load(), Condition("noisy", low_res, 0.1), (0, subject.key))
+    done = infer_volume(
+        case.scan.data,
+        case.scan.affine,
+        weights.load_generator(folder / "with.safetensors"),
+        patch=16,
+        step=12,
+        new_resolution=list(case.hr.spacing),
+        device="cpu",
+        precision="fp32",
+    )
+    seg = Volume((done.prob[0] > 0.5).astype(np.uint8), done.affine)
+    expected = flat(evaluate_pair(Volume(done.sr, done.affine), case.hr, seg=seg, label=case.label))
+    found = next(
+        c
+        for c in steps["cells"]
+        if (c["subject"], c["condition"], c["model"], c["step"]) == (subject.name, "noise 10 %", "with", 12)
+    )
+    assert found["scores"] == pytest.approx(expected, rel=1e-6)
+    assert found["tiles"] == done.report["tiles"] and found["seconds"] > 0
+
+
+def test_rows_are_means_over_the_test_heads_in_order(steps):
+    rows = steps["rows"]
+    keys = [(row["condition"], row["model"], row["step"]) for row in rows]
+    models = [(study_cells.BASELINE, None), ("with", 8), ("with", 12), ("with", 16)]
+    assert keys == [(condition, *model) for condition in ("original", "noise 10 %") for model in models]
+    row = rows[2]
+    values = [
+        c["scores"]["image.whole.ssim"] for c in steps["cells"] if c["step"] == 12 and c["condition"] == "original"
+    ]
+    assert len(values) == 2 == row["n"]
+    told = row["figures"]["ssim"]
+    assert told["mean"] == pytest.approx(np.mean(values)) and told["sd"] == pytest.approx(np.std(values, ddof=1))
+
+
+def test_noise_costs_quality_and_the_baseline_shows_it(steps):
+    psnr = {(r["condition"], r["model"]): r["figures"]["psnr_db"]["mean"] for r in steps["rows"] if r["step"] is None}
+    assert psnr["original", "interpolation"] > psnr["noise 10 %", "interpolation"] + 1
+
+
+def test_finished_cells_are_kept_and_others_are_not(folder, steps, monkeypatch, undrawn):
+    measured = []
+    true_one = study_cells._through
+
+    def counted(case, model, step, engine):
+        measured.append(step)
+        return true_one(case, model, step, engine)
+
+    monkeypatch.setattr(study_cells, "_through", counted)
+    again = [folder / "cohort.csv", folder / "steps", [folder / "with.safetensors"]]
+    same = study.run("steps", *again, study.Settings(**SMALL, steps=(8, 12, 16), noise=(0.0, 0.1)))
+    assert measured == [] and same["rows"] == steps["rows"]
+    study.run("steps", *again, study.Settings(**SMALL, steps=(8, 10), noise=(0.0,)))
+    assert measured == [10, 10]
+    damaged = next(
+        path
+        for path in (folder / "steps" / "cells").glob("*.json")
+        if json.loads(path.read_text(encoding="utf8"))["facts"]["step"] == 10
+    )
+    damaged.write_text("{", encoding="utf8")
+    study.run("steps", *again, study.Settings(**SMALL, steps=(8, 10), noise=(0.0,)))
+    assert measured == [10, 10, 10]
+    other = study.run(
+        "steps", again[0], again[1], [folder / "without.safetensors"], study.Settings(**SMALL, steps=(10,))
+    )
+    assert measured == [10, 10, 10, 10, 10] and {m["name"] for m in other["models"]} == {"without"}
+
+
+def test_what_is_written_holds_the_rows(folder, steps):
+    files = steps["files"]
+    study.write_study(folder / "steps", steps, PANELS["steps"](steps["rows"], steps["fit"]), "title")
+    said = json.loads((folder / "steps" / "steps.json").read_text(encoding="utf8"))
+    assert said["rows"] == json.loads(json.dumps(steps["rows"]))
+    with open(files["csv"], newline="", encoding="utf8") as f:
+        lines = list(csv.DictReader(f))
+    assert [float(line["dice_mean"]) for line in lines] == [r["figures"]["dice"]["mean"] for r in steps["rows"]]
+    assert lines[0]["low_res"] == "7 x 7 x 21"
+    page = (folder / "steps" / "steps.md").read_text(encoding="utf8")
+    assert "Delannoy" in page and "0.855" in page and "The paper's own data" in page
+    assert (folder / "steps" / "steps.svg").read_text(encoding="utf8").startswith("<?xml")
+
+
+def test_the_same_rows_give_the_same_figures(folder, steps):
+    panels = PANELS["steps"](steps["rows"], steps["fit"])
+    study.write_study(folder / "steps", steps, panels, "title")
+    before = {form: (folder / "steps" / f"steps.{form}").read_bytes() for form in ("png", "svg")}
+    study.write_study(folder / "steps", steps, panels, "title")
+    assert before == {form: (folder / "steps" / f"steps.{form}").read_bytes() for form in ("png", "svg")}
+
+
+def test_the_fit_finds_an_affine_law():
+    rows = [
+        {"condition": "original", "model": "m", "step": s, "figures": {"seconds": {"mean": 2.5 + 9e4 / s**3}}}
+        for s in (10, 20, 30, 60)
+    ]
+    (fit,) = time_fit(rows)
+    assert (fit["intercept_s"], fit["slope_s"], fit["r2"]) == pytest.approx((2.5, 9e4, 1.0))
+    assert time_fit(rows[:2]) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "conditions"),
+    [
+        ("noise", {"steps": (16,), "noise": (0.0, 0.2)}, ["original", "noise 20 %"]),
+        ("resolution", {"steps": (16,), "ratios": (3.0, 2.0)}, ["14 mm", "21 mm"]),
+        (
+            "augmentation",
+            {"steps": (16,), "noise": (0.1,)},
+            ["original", "noise 10 %", "squared contrast", "square-root contrast"],
+        ),
+    ],
+)
+def test_each_study_has_its_conditions_and_panels(folder, kind, settings, conditions, undrawn):
+    models = [folder / "with.safetensors", folder / "without.safetensors"]
+    asked = study.Settings(**SMALL, **settings, subjects=1)
+    made = study.run(kind, folder / "cohort.csv", folder / kind, models, asked)
+    assert list(dict.fromkeys(row["condition"] for row in made["rows"])) == conditions
+    assert {row["model"] for row in made["rows"]} == {"interpolation", "with", "without"}
+    panels = [panel for row in PANELS[kind](made["rows"], []) for panel in row]
+    drawn = {(tuple(line.x), tuple(line.y)) for panel in panels for line in panel.lines}
+    assert drawn
+    dice = {row["figures"]["dice"]["mean"] for row in made["rows"]}
+    assert dice <= {y for panel in panels if "Dice" in panel.title for line in panel.lines for y in line.y}
+    assert len(shown_rows(made)) == len(made["rows"])
+    if kind == "resolution":
+        base = [r["figures"]["psnr_db"]["mean"] for r in made["rows"] if r["model"] == "interpolation"]
+        assert base[0] > base[1]  # thicker slices lose more
+
+
+def test_contrast_is_changed_in_both_images(folder):
+    subject = find_heads(folder / "cohort.csv")[0]
+    plain, squared = (
+        acquire(subject.load(), Condition("", (7.0, 7.0, 21.0), power=p), (0, subject.key)) for p in (1.0, 2.0)
+    )
+    ratio = squared.scan.data[plain.scan.data > 0.2] / plain.scan.data[plain.scan.data > 0.2] ** 2
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+    inside = plain.hr.data > 0.2
+    ratio = squared.hr.data[inside] / plain.hr.data[inside] ** 2
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+
+
+def test_the_papers_figures_are_labelled_and_never_mixed_with_rows(steps):
+    assert "own data" in study_paper.SOURCE and "not a target" in study_paper.SOURCE
+    assert steps["paper"]["rows"] and not any("figures" in row for row in steps["paper"]["rows"])
+    assert {row["Dice"] for row in paper_rows(steps)} >= {"0.855", "0.831", "0.805", "-"}
+    assert paper_rows({"paper": {"rows": []}}) == []
+
+
+def test_one_image_without_a_label_has_image_figures_only(folder, undrawn):
+    asked = study.Settings(**SMALL, steps=(16,))
+    made = study.run("steps", folder / "a.nii.gz", folder / "one", [folder / "with.safetensors"], asked)
+    figures = made["rows"][1]["figures"]
+    assert "psnr_db" in figures and "dice" not in figures and made["rows"][1]["n"] == 1
+    assert "Dice" not in markdown(made, "t").split("own data")[0]
+
+
+def test_a_damaged_head_costs_itself_only(folder, tmp_path, undrawn):
+    (tmp_path / "bad.nii.gz").write_bytes((folder / "a.nii.gz").read_bytes()[:400])
+    for name in ("c.nii.gz", "c_gm.nii.gz"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    table = tmp_path / "t.csv"
+    table.write_text("HR_image,Label_image,Base\nc.nii.gz,c_gm.nii.gz,Test\nbad.nii.gz,c_gm.nii.gz,Test\n")
+    asked = study.Settings(**SMALL, steps=(16,))
+    made = study.run("steps", table, tmp_path / "out", [folder / "with.safetensors"], asked)
+    assert [f["subject"] for f in made["failed"]] == ["bad"] and made["rows"][0]["n"] == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "settings", "message"),
+    [
+        ("nonsense", "cohort.csv", {}, "one of steps"),
+        ("steps", None, {}, "--quick"),
+        ("steps", "cohort.csv", {"steps": (0,)}, "from 1 up"),
+        ("steps", "cohort.csv", {"steps": (12, 20)}, "step"),
+        ("steps", "cohort.csv", {"noise": (-0.1,)}, "from 0 up"),
+        ("resolution", "cohort.csv", {"ratios": (0.5,)}, "ratio"),
+        ("augmentation", "cohort.csv", {}, "two or more"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_any_work(folder, tmp_path, kind, data, settings, message):
+    source = folder / data if data else None
+    with pytest.raises(UsageError, match=message):
+        study.run(kind, source, tmp_path, [folder / "with.safetensors"], study.Settings(**SMALL | settings))
+    assert not list(tmp_path.glob("cells/*"))
+
+
+def test_a_table_without_test_rows_says_which_there_are(folder, tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text(f"HR_image,Label_image,Base\n{folder / 'a.nii.gz'},{folder / 'a_gm.nii.gz'},Train\n")
+    with pytest.raises(InputError, match="no rows of Base Test"):
+        find_heads(table)
+
+
+def test_ratios_are_of_one_axis():
+    assert thick((0.5, 0.5, 0.7), 3, 2) == (0.5, 0.5, pytest.approx(2.1))
+    assert thick((1, 1, 1), 4, 0) == (4, 1, 1)
+
+
+# --- curves -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The log of a run of three epochs; its last line was being written."""
+    lines = []
+    for epoch in (1, 2, 3):
+        for i in range(2):
+            update = 2 * epoch - 1 + i
+            facts = {"g_reconstruction": 1 / update, "d_wasserstein": float(update), "patches_per_second": 9.0}
+            lines.append({"epoch": epoch, "update": update, "seconds": 1.0, "data_wait_seconds": 0.1, **facts})
+        scores = {"Dice": [0.5, 0.8, 0.7][epoch - 1], "MSE": 0.1, "PSNR": 20.0 + epoch}
+        lines.append({"epoch": epoch, "validation": scores | ({"whole_Dice": 0.6} if epoch == 2 else {})})
+    text = "\n".join(map(json.dumps, lines)) + '\n{"epoch": 4, "upda'
+    (tmp_path / "log.jsonl").write_text(text, encoding="utf8")
+    return tmp_path
+
+
+def test_curves_are_the_logs_values(run, tmp_path):
+    made = study.run("curves", run, tmp_path / "curves")
+    assert [row["Dice"] for row in made["rows"]] == [0.5, 0.8, 0.7]
+    assert made["rows"][0]["g_reconstruction"] == pytest.approx((1 + 1 / 2) / 2)
+    assert made["best"] == {"epoch": 2, "Dice": 0.8}
+    assert csv_rows(made["rows"])[1]["whole_Dice"] == 0.6
+    assert "epoch 2" in (tmp_path / "curves" / "curves.md").read_text(encoding="utf8")
+    assert (tmp_path / "curves" / "curves.png").stat().st_size > 1000
+
+
+def test_a_folder_without_a_log_is_refused(tmp_path):
+    (tmp_path / "log.jsonl").write_text("nonsense\n")
+    with pytest.raises(InputError, match="no line of a training run"):
+        study.run("curves", tmp_path, tmp_path / "out")
+    with pytest.raises(InputError, match="cannot be read"):
+        study.run("curves", tmp_path / "none", tmp_path / "out")
+
+
+def test_the_command_prints_the_table_and_the_paper_beside_it(folder, run, capsys, undrawn):
+    assert main(["--quiet", "study", "curves", str(run), "-o", str(run / "out")]) == 0
+    assert "0.8" in capsys.readouterr().out
+    words = ["study", "steps", folder / "a.nii.gz", "-o", folder / "cli", "-w", folder / "with.safetensors"]
+    words += ["--patch", "16", "--steps", "10", "12", "16", "--device", "cpu"]
+    assert main(["--quiet", *map(str, words)]) == 0
+    out = capsys.readouterr().out
+    assert "fit: original, with: seconds =" in out and "paper's own data" in out and "steps.png" in out
+    assert main(["--quiet", "study", "steps"]) == 2
+    assert "--quick" in capsys.readouterr().err

@@ -1,0 +1,206 @@
+"""``python tools/reliability.py``: docs/reliability.md from the tests that are marked ``@pytest.mark.fault(n, ...)``.
+
+The promises stand here, the tests are found in the sources, the soak run is read from bench/results/*/soak.json.
+``--check`` writes nothing and ends with 1 when the page is out of date or a row has no test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "reliability.md"
+
+# number -> (fault, what fastsrgan does, what is simulated and why)
+FAULTS: dict[int, tuple[str, str, str]] = {
+    1: ("truncated .nii or .nii.gz", "3, `truncated`", ""),
+    2: ("wrong gzip checksum, all voxels readable", "3: every stream is read to its trailer", ""),
+    3: ("header claims 64 TiB", "3 before anything is allocated", ""),
+    4: ("gzip bomb", "3 by size and ratio before unpacking; `--max-voxels`", ""),
+    5: ("NaN or infinite voxels", "read as 0, counted in a warning that reaches record and store", ""),
+    6: ("image all NaN, all zero or constant", "3 for all NaN and all zero; another constant stays one", ""),
+    7: ("4-D, 5-D, RGB, complex", "a series of one is a volume; of many: 3 with `--volume`; others 3", ""),
+    8: ("sform and qform differ, or neither is set", "a warning names the choice; the record carries it", ""),
+    9: ("left-handed, oblique, permuted axes", "the same result in world space, affine kept", ""),
+    10: ("sheared affine", "kept, with a warning", ""),
+    11: ("voxel size zero, negative or in microns", "3, or a warning with what is used", ""),
+    12: ("volume smaller than a patch", "padded, and cropped back to its shape", ""),
+    13: ("label with fractions, NaN, another shape or place", "3 before anything is written", ""),
+    14: ("table: columns, Base, BOM, separators, missing files, leaks", "3, all faults at once with their lines", ""),
+    15: ("one bad file of many", "the others are done; summary; 6", ""),
+    16: ("weights truncated, of another architecture, NaN", "4, names the layer and both shapes", ""),
+    17: ("pickle that runs code", "4, never executed", ""),
+    18: ("HDF5 that declares 4 TiB or leads elsewhere", "4 before anything is read", ""),
+    19: ("YAML that builds objects, unknown or repeated keys", "4, `did you mean`", ""),
+    20: ("SIGKILL while converting", "`--resume` goes on; finished volumes stay; the bytes of an unbroken run", ""),
+    21: ("SIGKILL while a snapshot is written", "the one before is intact and chosen", ""),
+    22: ("resume after a kill", "every bit of an unbroken run on the CPU", ""),
+    23: ("newest snapshot damaged", "checksum fails: the one before, with a warning", ""),
+    24: (
+        "full disk",
+        "5, `no space left`; temporary files removed, last good kept; conversions ask for room first",
+        "the system refuses bytes beyond a file size (RLIMIT_FSIZE), with the errors of a full disk",
+    ),
+    25: (
+        "output folder missing or not writable",
+        "2 or 5 before any work",
+        "a file in its place, which stops root too",
+    ),
+    26: ("output exists", "kept without `--overwrite`; skipped under `--resume`", ""),
+    27: ("two conversions into one store", "5 names the other process; a dead one's lock is taken over", ""),
+    28: ("readers while a store is written", "whole subjects only", ""),
+    29: (
+        "byte of a chunk flipped, or a manifest forged",
+        "named by subject, array, chunk; left out or 3; `verify`",
+        "",
+    ),
+    30: ("chunk missing", "an error, never zeros", ""),
+    31: (
+        "object storage slow, failing, resetting",
+        "tried again, bounded, then 5",
+        "an S3 server and a proxy on loopback",
+    ),
+    32: ("store of a newer format", "4, `made by X, needs >= Y`", ""),
+    33: ("no device memory in inference", "smaller batches, equal result; 5 at one tile", "an allocator that raises"),
+    34: (
+        "no device memory in training",
+        "5 with peak and a batch that fits; `--auto-batch`",
+        "an allocator that raises",
+    ),
+    35: ("no host memory", "planned from shapes; slabs on disk; refused over `--max-memory`", ""),
+    36: ("loss or gradient not finite", "skipped and counted; 5 after several in a row, with the batch", ""),
+    37: ("SIGTERM, SIGUSR1", "training: snapshot at the step's end, 143; others: cleaned up, 143", ""),
+    38: ("Ctrl-C once, twice", "130 after cleaning up; at once", "a pseudo-terminal"),
+    39: ("a rank dies", "the others end with its error; torchrun's restart resumes", "gloo ranks on the CPU"),
+    40: ("ranks disagree", "4 before the first step", "gloo ranks on the CPU"),
+    41: ("a worker of the feed dies or hangs", "an error with the subject", ""),
+    42: (
+        "no GPU, wrong CUDA",
+        "CPU with one line; 5 for `--device cuda`; `doctor` tells",
+        "probes that fail as broken CUDA",
+    ),
+    43: ("no network", "everything works, nothing asks for it", ""),
+    44: ("small /dev/shm", "said, with `--shm-size`; not used", "the system's answer is replaced"),
+    45: ("no stdin, no terminal, NO_COLOR, 80 columns", "plain lines, no control codes", ""),
+    46: ("clock, locales, blanks in paths", "the same bytes", ""),
+}
+
+TOP = """# Reliability
+
+Made by `python tools/reliability.py` from the tests, which make each fault themselves; a test says when this page is
+out of date. `pytest -m fault` runs them. Codes are public: see "Exit codes" in the [README](../README.md). An error
+is one line on standard error, `error: WHAT: REASON (HINT)`: what came, what is allowed, what to do. Nothing
+half-written has its final name.
+Untrusted files: [SECURITY.md](../SECURITY.md).
+
+| # | fault | promised | tests | simulated |
+|---|---|---|---|---|
+"""
+
+FUZZ = """
+## Fuzzing
+
+`make fuzz MINUTES=60` damages images, DICOM series, weights, snapshots, stores, tables and settings, seeded and aware
+of their structure, and reads them with limits on time and memory. A case may end in success or in a one-line error.
+`make test` reads the first cases of each target; what was found once is a test in `tests/test_faults_fuzz.py`.
+"""
+
+SOAK = """
+## Soak
+
+`make soak MINUTES=20` converts, trains and infers on a small cohort; each job is killed with SIGKILL at random moments
+and called again until it ends, and must then have every bit of an unbroken run. Beside them a process that is never
+killed trains and infers over and over: its memory, descriptors and threads must not grow.
+"""
+
+
+def tests_of_rows(folder: Path) -> dict[int, list[str]]:
+    """Row -> the tests that carry its number, as ``file::test``, from the sources."""
+    found: dict[int, list[str]] = {n: [] for n in FAULTS}
+    for path in sorted(folder.glob("test_*.py")):
+        for name, node, text in _functions(path):
+            for number in sorted(_numbers(node)):
+                found[number].append(f"{path.stem}::{name}")
+            if "REFUSED_ROWS" in text or "ACCEPTED_ROWS" in text:
+                for number in sorted(_numbers_of_table(path, "REFUSED" if "REFUSED_ROWS" in text else "ACCEPTED")):
+                    found[number].append(f"{path.stem}::{name}")
+    return found
+
+
+def _functions(path: Path) -> list[tuple[str, ast.FunctionDef, str]]:
+    tree = ast.parse(path.read_text(encoding="utf8"))
+    found = []
+    for node in tree.body:
+        for inner in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(inner, ast.FunctionDef) and inner.name.startswith("test"):
+                name = f"{node.name}.{inner.name}" if isinstance(node, ast.ClassDef) else inner.name
+                found.append((name, inner, " ".join(ast.unparse(d) for d in inner.decorator_list)))
+    return found
+
+
+def _numbers(node: ast.FunctionDef) -> set[int]:
+    """The rows in the marks of a test."""
+    calls = [d for d in node.decorator_list if isinstance(d, ast.Call) and ast.unparse(d.func) == "pytest.mark.fault"]
+    return {arg.value for call in calls for arg in call.args if isinstance(arg, ast.Constant)}
+
+
+def _numbers_of_table(path: Path, name: str) -> set[int]:
+    """The rows at the beginning of the keys of a table of cases, "3 claims 64 TiB"."""
+    for node in ast.parse(path.read_text(encoding="utf8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Dict):
+            return {int(key.value.split()[0]) for key in node.value.keys if isinstance(key, ast.Constant)}
+    return set()
+
+
+def page(tests: dict[int, list[str]]) -> str:
+    """The whole page."""
+    lines = []
+    for number, (fault, promised, how) in FAULTS.items():
+        names = "<br>".join(f"`{name}`" for name in tests[number]) or "none"
+        lines.append(f"| {number} | {fault} | {promised} | {names} | {how} |")
+    found = sorted((ROOT / "bench" / "results").glob("*/soak.json"))
+    runs = [soaked(path) for path in found] or ["\nNo run is kept under `bench/results/` yet.\n"]
+    return TOP + "\n".join(lines) + "\n" + FUZZ + SOAK + "".join(runs)
+
+
+def soaked(path: Path) -> str:
+    """One soak run in a paragraph."""
+    run = json.loads(path.read_text(encoding="utf8"))
+    kills = ", ".join(f"{n} of {kind}" for kind, n in run["kills"].items())
+    steady = run["steady"]
+    text = f"\n{path.parent.name}: {run['minutes_taken']} minutes, {run['rounds']} rounds, kills: {kills}; "
+    text += f"{len(run['problems'])} problems.\n"
+    if steady["enough"]:
+        names = {"rss_mib": "MiB resident", "descriptors": "file descriptors", "threads": "threads"}
+        told = "; ".join(f"{steady[k]['early']:g} -> {steady[k]['late']:g} {word}" for k, word in names.items())
+        text += f"The process that was not killed, second to last quarter of {steady['turns']} turns: {told}.\n"
+    else:
+        text += f"The process that was not killed took {steady['turns']} turns: too few to judge growth by (8).\n"
+    return text + "".join(f"* {problem}\n" for problem in run["problems"][:20])
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    tests = tests_of_rows(ROOT / "tests")
+    missing = [n for n, names in tests.items() if not names]
+    if missing:
+        print(f"rows without a test: {missing}", file=sys.stderr)
+    text = page(tests)
+    if args.check:
+        stale = not PAGE.exists() or PAGE.read_text(encoding="utf8") != text
+        if stale:
+            print(f"{PAGE} is out of date: python tools/reliability.py", file=sys.stderr)
+        return int(stale or bool(missing))
+    PAGE.write_text(text, encoding="utf8")
+    return int(bool(missing))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
