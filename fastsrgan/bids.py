@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastsrgan import images
@@ -146,7 +146,7 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
     common: dict[str, Any] = {"Sources": [source], "SpatialReference": "orig"}
     # A raw image has its skull unless its own JSON says otherwise.
     stripped = bool(read_json(sidecar(image.path)).get("SkullStripped", False))
-    what: dict[str, tuple[Path, dict[str, Any]]] = {
+    what: dict[str, tuple[PurePosixPath, dict[str, Any]]] = {
         "seg": (
             image.derived(f"cortex{image.suffix}", "dseg"),
             {"Description": "Segmentation of the trained structure"},

@@ -109,7 +109,8 @@ def _demo(args: argparse.Namespace, progress: Progress) -> int:
         progress=progress,
     )
     print(table(result["table"]))
-    print(f"picture: {result['picture']}\nfigures: {result['json']}\ntotal: {result['seconds']:.0f} s")
+    print(f"picture: {result['picture']}\nfigures: {result['json']}\npage: {result['page']}")
+    print(f"total: {result['seconds']:.0f} s")
     return int(result.get("exit_code", 0))
 
 

@@ -79,6 +79,37 @@ def batch_size(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tiles nor auto") from error
 
 
+def _add_outputs(p: argparse.ArgumentParser) -> None:
+    """What is made of a prediction, and what becomes of results that are there."""
+    p.add_argument(
+        "--flips", default="none", metavar="AXES", help="mean over mirror images of each tile: x, xy, xyz, ... (none)"
+    )
+    p.add_argument("--threshold", type=float, default=0.5, help="probability that makes the segmentation (0.5)")
+    p.add_argument("--largest-component", action="store_true", help="keep the segmentation's largest component alone")
+    p.add_argument(
+        "--min-size", type=float, default=0.0, metavar="MM3", help="leave out components of less cubic millimetres"
+    )
+    p.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "input"),
+        help="of the SR image; input: rounded to the type and scaling of the image it was made of",
+    )
+    p.add_argument("--save-prob", action="store_true", help="also write the probability map")
+    p.add_argument("--png", action="store_true", help="also draw image, SR and segmentation side by side")
+    p.add_argument(
+        "--split-volume", action="store_true", help="under torchrun: each image over all ranks, not one image for each"
+    )
+    p.add_argument(
+        "--series", metavar="N", help="which series of a DICOM folder: number, UID or part of its description"
+    )
+    p.add_argument("--volume", type=int, metavar="I", help="which volume of a 4-D image, from 0")
+    p.add_argument("--max-voxels", type=float, default=2**31, metavar="N", help="refuse larger images")
+    p.add_argument("--resume", action="store_true", help="skip what is finished")
+    p.add_argument("--overwrite", action="store_true", help="replace existing results")
+    p.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
 def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Define the commands; ``command(name, run, text, example)`` makes an empty one."""
     p = command("infer", _infer, "super-resolve and segment images", EXAMPLES)
@@ -129,33 +160,7 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--max-memory", type=memory, metavar="G", help="of the host, beside the image; more goes by slabs")
     p.add_argument("--mask", metavar="FILE", help="compute only where this image is above zero")
     p.add_argument("--crop-to-head", action="store_true", help="compute only in the box around what is not air")
-    p.add_argument(
-        "--flips", default="none", metavar="AXES", help="mean over mirror images of each tile: x, xy, xyz, ... (none)"
-    )
-    p.add_argument("--threshold", type=float, default=0.5, help="probability that makes the segmentation (0.5)")
-    p.add_argument("--largest-component", action="store_true", help="keep the segmentation's largest component alone")
-    p.add_argument(
-        "--min-size", type=float, default=0.0, metavar="MM3", help="leave out components of less cubic millimetres"
-    )
-    p.add_argument(
-        "--dtype",
-        default="float32",
-        choices=("float32", "input"),
-        help="of the SR image; input: rounded to the type and scaling of the image it was made of",
-    )
-    p.add_argument("--save-prob", action="store_true", help="also write the probability map")
-    p.add_argument("--png", action="store_true", help="also draw image, SR and segmentation side by side")
-    p.add_argument(
-        "--split-volume", action="store_true", help="under torchrun: each image over all ranks, not one image for each"
-    )
-    p.add_argument(
-        "--series", metavar="N", help="which series of a DICOM folder: number, UID or part of its description"
-    )
-    p.add_argument("--volume", type=int, metavar="I", help="which volume of a 4-D image, from 0")
-    p.add_argument("--max-voxels", type=float, default=2**31, metavar="N", help="refuse larger images")
-    p.add_argument("--resume", action="store_true", help="skip what is finished")
-    p.add_argument("--overwrite", action="store_true", help="replace existing results")
-    p.add_argument("--json", action="store_true", help="print the summary as JSON")
+    _add_outputs(p)
 
     example = "fastsrgan weights import SegSRGAN_epoch_200 model.safetensors"
     p = command("weights", _weights, "look at, import and export weight files", example)

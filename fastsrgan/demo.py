@@ -39,6 +39,7 @@ from fastsrgan.runtime import (
 )
 from fastsrgan.template import Subject, make_cohort
 from fastsrgan.train import train
+from fastsrgan.viewer.page import report
 
 log = logging.getLogger("fastsrgan")
 
@@ -65,7 +66,7 @@ def run(
 
     Returns
     -------
-    dict : ``table`` (rows: spline, fastsrgan), ``picture``, ``json``, ``seconds`` of the whole and of each stage
+    dict : ``table`` (rows: spline, fastsrgan), ``picture``, ``json``, ``page`` (HTML), ``seconds``
 
     Raises UsageError when ``out`` holds a demo and ``overwrite`` is not given; errors of the stages as they are.
     """
@@ -83,7 +84,7 @@ def run(
     stage("convert", lambda: convert(cohort.csv, store, progress=progress))
     trained = stage("train", lambda: short_training(store, folder / "run", start, low_res_mm, device, progress))
     if trained["stopped"]:
-        stopped = {"table": [{"stopped": "training"}], "picture": None, "json": None, "seconds": 0.0}
+        stopped = {"table": [{"stopped": "training"}], "picture": None, "json": None, "page": None, "seconds": 0.0}
         return {**stopped, "exit_code": trained["exit_code"]}
     scores, picture = restore(folder, cohort.of("Test")[0], trained["weights"], low_res_mm, device, stage, progress)
     rows = [row("cubic spline", scores["baseline"]), row("fastsrgan", scores)]
@@ -99,7 +100,9 @@ def run(
         "provenance": provenance(),
     }
     write_json(folder / "demo.json", facts)
-    return {"table": rows, "picture": str(picture), "json": str(folder / "demo.json"), "seconds": total}
+    (page, *_) = stage("report", lambda: report(folder, progress=progress))
+    made = {"picture": str(picture), "json": str(folder / "demo.json"), "page": str(page)}
+    return {"table": rows, **made, "seconds": total}
 
 
 class Stages:

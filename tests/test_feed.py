@@ -326,7 +326,8 @@ def test_as_many_groups_are_made_ahead_as_asked_also_across_epochs(store, prefet
         # The next ones are read while this one is in use, the third with an epoch's end before it; no others are.
         expected = min(len(plan), done + prefetch)
         assert eventually(lambda: len(recorded.read_names) >= expected)  # noqa: B023
-        assert recorded.read_names == [name for _, [name] in plan][:expected]
+        # Several threads read at once: which of them is first to say so does not matter.
+        assert sorted(recorded.read_names) == sorted([name for _, [name] in plan][:expected])
         assert sum(r() is not None for r in alive) <= 2
         del residents
     assert next(groups, None) is None
@@ -351,12 +352,13 @@ def test_waiting_is_counted_and_the_first_group_apart(store):
 
 
 def test_an_abandoned_plan_leaves_no_thread_and_reads_no_more(store):
-    recorded = Recorded(store)
+    recorded, others = Recorded(store), set(threading.enumerate())
     made = make_feed(recorded, threads=2)
     groups = made.groups(iter([(e, ["a"]) for e in range(50)]))
     next(groups)
     groups.close()
-    assert eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith("feed-")])
+    mine = [t for t in set(threading.enumerate()) - others if t.name.startswith("feed-")]
+    assert eventually(lambda: not any(t.is_alive() for t in mine))
     assert len(recorded.read_names) <= 2
 
 

@@ -145,6 +145,7 @@ def test_what_dies_within_the_law_is_an_error_with_the_subject(store, engine, mo
 @pytest.mark.parametrize("where", ["read", "law"])
 def test_a_worker_that_hangs_is_an_error_with_the_subject(store, engine, monkeypatch, where):
     release, apply, submit = threading.Event(), Degradation.apply, crew.Crew.submit
+    others = set(threading.enumerate())
 
     def hang(value):
         release.wait(200)
@@ -166,7 +167,7 @@ def test_a_worker_that_hangs_is_an_error_with_the_subject(store, engine, monkeyp
             list(made.groups(iter(PLAN)))
     finally:
         release.set()
-        for thread in threading.enumerate():  # or the next test's patches would reach this one's
+        for thread in set(threading.enumerate()) - others:  # or the next test's patches would reach this one's
             if thread.name.startswith("feed-"):
                 thread.join(100)
 

@@ -234,8 +234,8 @@ def test_a_damaged_head_costs_itself_only(folder, tmp_path, undrawn):
         ("steps", "cohort.csv", {"steps": (0,)}, "from 1 up"),
         ("steps", "cohort.csv", {"steps": (12, 20)}, "step"),
         ("steps", "cohort.csv", {"noise": (-0.1,)}, "from 0 up"),
-        ("resolution", "cohort.csv", {"ratios": (0.5,)}, "ratio"),
-        ("augmentation", "cohort.csv", {}, "two or more"),
+        ("resolution", "cohort.csv", {"steps": (16,), "ratios": (0.5,)}, "ratio"),
+        ("augmentation", "cohort.csv", {"steps": (16,)}, "two or more"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_any_work(folder, tmp_path, kind, data, settings, message):
