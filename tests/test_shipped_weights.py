@@ -37,7 +37,7 @@ def restored(hr: np.ndarray, ratio: float, noise: float, axis: int = 2):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "noise", "axis"), [(3, 0.0, 2), (3, 0.03, 2), (6, 0.0, 2), (3, 0.0, 0), (4, 0.01, 1)]
+    ("ratio", "noise", "axis"), [(2, 0.0, 2), (3, 0.0, 2), (3, 0.03, 2), (6, 0.0, 2), (3, 0.0, 0), (4, 0.01, 1)]
 )
 def test_better_than_the_spline_on_an_unseen_subject(subject, ratio, noise, axis):
     hr, label = subject
@@ -45,13 +45,6 @@ def test_better_than_the_spline_on_an_unseen_subject(subject, ratio, noise, axis
     assert sr.shape == hr.shape
     assert metrics.psnr(sr, hr) > metrics.psnr(spline, hr)
     assert metrics.dice(prob > 0.5, label) > 0.6
-
-
-def test_at_ratio_two_it_loses_little(subject):
-    """A known weakness, on the card: thin slices miss little, and the correction learnt on thick ones is too strong."""
-    hr, _ = subject
-    spline, sr, _ = restored(hr, 2, 0.0)
-    assert metrics.psnr(sr, hr) > metrics.psnr(spline, hr) - 0.5
 
 
 def test_the_file_is_small_and_says_what_it_is():

@@ -39,7 +39,7 @@ def main() -> None:
         megabytes=facts["bytes"] / 1e6,
         sha256=facts["sha256"],
         scores=args.scores.read_text(encoding="utf8").strip() if args.scores else "Not scored.",
-        **{k: header.card.get(k) for k in ("seed", "step", "minutes", "commit")},
+        **{k: header.card.get(k) for k in ("seed", "step", "minutes", "commit", "share")},
     )
     with atomic_write(MODELS / "README.md") as temporary:
         temporary.write_text(text, encoding="utf8")
