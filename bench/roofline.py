@@ -171,6 +171,8 @@ def section(folder: Path) -> list[str]:
     if "step" not in found:
         return []
     step, top = found["step"], ceilings(found["step"])
+    for path in sorted(folder.glob("step-*.json")):  # parts that were run by themselves
+        step["rows"] += json.loads(path.read_text(encoding="utf8"))["rows"]
     lines = [f"\n## {folder.name}\n"]
     lines.append(f"{step['machine']['cpu']}, {step['machine']['threads']} threads, device {step['device']}: ")
     lines[-1] += f"{top.matmul / 1e9:.4g} GFLOP/s in a product, {top.copy / 1e9:.3g} GB/s in a copy (read and written)."

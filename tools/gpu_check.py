@@ -6,7 +6,8 @@
 
 Each part is a list of checks that end as passed, FAILED, or "not run" with the reason: a package that is missing is
 never a pass. Without a CUDA device the parts that can run on a CPU do, and the first line says so. Exit code 1 when a
-check failed. Needs torch, NumPy and SciPy; CuPy, DALI, zarr and compute-sanitizer where they are installed.
+check failed. Needs torch, NumPy, SciPy, safetensors, h5py and PyYAML; takes CuPy, DALI, zarr and compute-sanitizer
+where they are installed.
 """
 
 from __future__ import annotations
