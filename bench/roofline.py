@@ -38,6 +38,8 @@ What to read from the tables, and what would close the gaps:
 
 * Layers below their floor owe it to forms that need fewer products (decision 002). The transforms around those
   products are bound by memory; a kernel that keeps a tile in the cache from transform to product is what is left.
+* The halving layers are furthest above the floor and a small share of the whole: little arithmetic for what a norm
+  and a stride of two move. A kernel that normalises while it gathers its taps is what they lack.
 * The first and the last layer have one and two channels: a product with so few rows fills no matrix unit, whatever its
   FLOPs. The spectral form removes most of their products; what remains is memory traffic.
 * Instance norm and ReLU are counted with the layer behind them but add no FLOPs and no bytes to the floor, though they

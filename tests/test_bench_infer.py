@@ -145,7 +145,8 @@ def test_rows_of_every_kind(capsys, tmp_path, loose):
 
 def test_peers_that_cannot_run_say_why():
     plan = tiles.plan((24, 20, 25), 16, 7)
-    assert peers_infer.PEERS["torchio"].not_run(plan) == "takes even overlaps only"
+    assert peers_infer.Peer(peers_infer.plain_loop, even=True).not_run(plan) == "takes even overlaps only"
+    assert peers_infer.PEERS["torchio"].even
     absent = peers_infer.Peer(peers_infer.plain_loop, needs="no_such_module")
     assert absent.not_run(plan) == "pip install no_such_module"
     case = next(c for c in infer.cases(parse([*SMALL, "--step", "7"])) if "stitching alone, constant" in c.name)
