@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench import data_page, infer_page, infer_plot, roofline, scale
+from bench import data_page, infer_page, infer_plot, plot_step, roofline, scale
 from bench.plot import plot
 from fastsrgan.errors import InputError
 from fastsrgan.runtime import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE, PICTURE = ROOT / "docs" / "data-engine.md", ROOT / "docs" / "images" / "data-engine.png"
+STEP, STEP_REPORT = ROOT / "docs" / "images" / "step.png", "step.json"
 STEPS = ROOT / "docs" / "images" / "infer-steps.png"
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks.md"
 ROOFLINE = ROOT / "docs" / "roofline.md"
@@ -70,6 +71,8 @@ def section(path: Path, report: dict[str, Any]) -> list[str]:
             else:
                 ratio = f"{row['ratio_to'][peer]:.2f} x"
                 lines.append(f"| | {peer} | {times(facts)} | {ratio} | {memory(facts)} | {facts['max_error']:.1e} |")
+    if path.name == STEP_REPORT:
+        lines += ["", f"![time and memory of every side](images/{STEP.name})"]
     if any(row["name"].startswith("end to end") for row in report["rows"]):
         lines += ["", "End to end (docs/data-engine.md says what the columns are):\n", data_page.rates(report).rstrip()]
     if report["bench"] == "infer" and (tables := infer_page.markdown(report)):
@@ -108,6 +111,9 @@ def main() -> Path:
     drawn = [report for path, report in reports if path.name == "infer.json" and infer_page.markdown(report)]
     if drawn:
         infer_plot.plot(drawn[0], STEPS)
+    steps = [report for path, report in reports if path.name == STEP_REPORT]
+    if steps:
+        plot_step.plot(steps[0], STEP)
     data = [report for path, report in reports if path.name == "data.json"]
     if data and ENGINE.is_file():
         data_page.refresh(ENGINE, data[0])
