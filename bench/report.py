@@ -87,7 +87,6 @@ def scaled(path: Path, report: dict[str, Any]) -> list[str]:
     lines.append(f"{m['cpu']}, ranks of one thread, torch {m['torch']}, commit {report['commit']}\n")
     lines += ["Epochs as predicted from one update, one volume and weak scaling, and as then run:\n"]
     lines.append(scale.section(report))
-    lines.append("A rank on a CPU makes its volumes on the core that it steps on; the sums do not know that.\n")
     try:
         figures = scale.measured(path.parent)
     except InputError:

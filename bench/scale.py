@@ -37,7 +37,7 @@ class Figures:
     """step_seconds : of one update at ``batch`` patches on one device; efficiency : of weak scaling
 
     patches : of a subject in an epoch; volume_seconds : to read, degrade and place a subject, one thread;
-    store_bytes : of a subject; threads : feed threads of a device; after : seconds at the end of an epoch (snapshot)
+    store_bytes : of a subject; threads : feed threads of a device
     """
 
     step_seconds: float
@@ -47,7 +47,6 @@ class Figures:
     store_bytes: float
     threads: int = 2
     efficiency: float = 1.0
-    after: float = 0.0
 
 
 def predict(f: Figures, subjects: int, devices: int, price: float = 0.0) -> dict[str, float]:
@@ -61,7 +60,7 @@ def predict(f: Figures, subjects: int, devices: int, price: float = 0.0) -> dict
     updates = -(-own * f.patches // f.batch)
     stepping = updates * f.step_seconds / (f.efficiency if devices > 1 else 1.0)
     making = own * f.volume_seconds / f.threads
-    seconds = max(stepping, making) + f.after
+    seconds = max(stepping, making)
     moved = subjects * f.store_bytes
     return {
         "subjects": subjects,
@@ -120,11 +119,9 @@ def checked(c: Check, repeats: int) -> dict[str, Any]:
     work = Work("", c.shape, c.patch, c.batch, c.subjects, stride=c.stride, threads=1)
     cohort = Cohort(work, 0.75)
     made = cohort.made()
-    parts = {"volume_seconds": volume_seconds(made), "store_bytes": cohort.facts["store_bytes_per_volume"]}
-    parts["patches"] = made.patches
     steps = {world: step_seconds(c, world, repeats) for world in RANKS}
-    figures = Figures(steps[1], c.batch, made.patches, parts["volume_seconds"], parts["store_bytes"], threads=1)
-    figures = dataclasses.replace(figures, efficiency=steps[1] / steps[2])
+    stored = cohort.facts["store_bytes_per_volume"]
+    figures = Figures(steps[1], c.batch, made.patches, volume_seconds(made), stored, 1, efficiency=steps[1] / steps[2])
     rows = []
     for world in RANKS:
         measured = epoch_seconds(c, made.store, world)
@@ -179,7 +176,6 @@ def epoch_seconds(c: Check, store: str, world: int) -> float:
         kernel_gen=c.kernel,
         kernel_dis=c.kernel_dis,
         feed_threads=1,
-        resident_subjects=1,
     )
     with tempfile.TemporaryDirectory(prefix="fastsrgan-bench-") as folder:
         settings = Path(folder, "config.yaml")

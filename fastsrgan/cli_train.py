@@ -172,6 +172,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="True|False",
         help="train the U-Net variant (False)",
     )
+    _add_original_files(p)
+    p.set_defaults(run=run)
+
+
+def _add_original_files(p: argparse.ArgumentParser) -> None:
+    """What the original's scripts also give."""
     files = p.add_argument_group("files of the original")
     files.add_argument("-sf", "--snapshot-folder", metavar="DIR", help="also write SegSRGAN_epoch_N (Keras HDF5) here")
     files.add_argument("-dice", "--dice-file", metavar="CSV", help="Dice per epoch (RUN/dice.csv)")
@@ -189,7 +195,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="True|False",
         help="accepted; says how to start one process per GPU",
     )
-    p.set_defaults(run=run)
 
 
 def build_config(args: argparse.Namespace) -> settings.TrainConfig:

@@ -168,12 +168,12 @@ def fresh_folder(folder: Path, overwrite: bool) -> Path:
 
 
 def short_training(
-    store: Path, run_folder: Path, start: Path, low_res_mm: Triple, device: str, progress: Progress
+    store: Path, run_folder: Path, start: Path, low_res_mm: Triple, device: str, progress: Progress, **changes: Any
 ) -> dict[str, Any]:
     """A few dozen adversarial updates from the shipped weights: long enough to watch, too short to change much.
 
     The head moves at a hundredth of the paper's rate, since a fresh Adam's first steps at the full rate would shift the
-    image by more than its whole error; the moving average is what is used.
+    image by more than its whole error; the moving average is what is used. ``changes``: of ``TrainConfig``'s settings.
     """
     spec, _ = weights.read_spec(start)
     config = TrainConfig(
@@ -190,7 +190,7 @@ def short_training(
         ema=0.9,
         contrast_max=0.2,
         noise=0.0,
-    )
+    ).replace(**changes)
     return train(store, run_folder, config, device=device, start_weights=start, progress=progress)
 
 

@@ -98,7 +98,8 @@ def make_resident(
     interpolated, hr, label_, mask_ = (None if t is None else t[cut].contiguous() for t in moved)
     assert interpolated is not None and hr is not None and label_ is not None
     inside = mask[cut] if rule.by_mask and mask is not None else None
-    origins = patch_origins(tuple(hr.shape), rule.patch, rule.stride, positive_box(hr), inside)
+    box = positive_box(hr) if region is None else tuple((0, n) for n in hr.shape)  # the region is the box
+    origins = patch_origins(tuple(hr.shape), rule.patch, rule.stride, box, inside)
     arrays = interpolated.to(dtype), hr.to(dtype), label_, mask_
     offset = (0, 0, 0) if region is None else tuple(r.start for r in region)
     kept = Resident(sample.id, *arrays, float(low_res[2]), origins, offset)  # type: ignore[arg-type]

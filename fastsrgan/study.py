@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan import study_curves, study_paper, weights
-from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
+from fastsrgan.demo import short_training
 from fastsrgan.errors import UsageError
 from fastsrgan.evaluate import definitions
 from fastsrgan.infer_settings import check_settings
@@ -26,7 +26,6 @@ from fastsrgan.study_data import Condition, Head, find_heads, quick_heads, spaci
 from fastsrgan.study_figure import Panel
 from fastsrgan.study_output import write_study
 from fastsrgan.study_panels import PANELS, TITLES, time_fit
-from fastsrgan.train import train
 
 KINDS = ("steps", "noise", "augmentation", "resolution", "curves")
 Triple = tuple[float, float, float]
@@ -208,29 +207,12 @@ def _tuned(cohort: Path, asked: Settings, progress: Progress) -> Path:
     made = cohort / "tuned" / "model.safetensors"
     if made.exists():
         return made
-    start = weights.default_weights()
-    spec, _ = weights.read_spec(start)
-    config = TrainConfig(
-        new_low_res=((1.0, 1.0, 3.0),),
-        epochs=1,
-        steps_per_epoch=4,
-        critic_iterations=1,
-        batch_size=2,
-        patch_size=36,
-        kernel_gen=spec.kernel,
-        scaled=spec.scaled,
-        kernel_dis=4,
-        head_rate=0.01,
-        lr_gen=2e-5,
-        contrast_max=0.0,
-        noise=0.0,
-        validate_every=1000,
-        seed=asked.seed,
-    )
-    store = cohort / "train.zarr"
+    changes: dict[str, Any] = {"epochs": 1, "steps_per_epoch": 4, "critic_iterations": 1, "validate_every": 1000}
+    changes |= {"batch_size": 2, "patch_size": 36, "kernel_dis": 4, "ema": 0.0, "contrast_max": 0.0, "seed": asked.seed}
+    store, start = cohort / "train.zarr", weights.default_weights()
     convert(cohort / "cohort.csv", store, overwrite=True, progress=progress)
     shutil.rmtree(made.parent, ignore_errors=True)  # of a run that was stopped
-    done = train(store, made.parent, config, device=asked.device, start_weights=start, progress=progress)
+    done = short_training(store, made.parent, start, (1.0, 1.0, 3.0), asked.device, progress, **changes)
     if done["stopped"]:
         raise KeyboardInterrupt
     return made
