@@ -115,6 +115,15 @@ def test_what_raises_is_a_finding_and_a_missing_package_is_not_run(monkeypatch):
     assert "zarr" in found("lacks", context)[1].facts["reason"]
 
 
+def test_a_whole_report_goes_into_the_json_and_not_onto_the_line(monkeypatch, capsys):
+    made = gpu_parts.Check("bench x", True, {"command": "bench x", "report": {"rows": [1]}})
+    monkeypatch.setitem(gpu_parts.PARTS, "bench", lambda context: iter([made]))
+    (check,) = found("bench", gpu_parts.Context(CPU, 60.0))
+    told = capsys.readouterr().out
+    assert "command bench x" in told and "rows" not in told
+    assert check.facts["report"] == {"rows": [1]}
+
+
 def test_a_part_stops_when_its_time_is_up():
     def slow(context):
         for i in range(100):

@@ -90,7 +90,8 @@ def run_part(name: str, context: Context) -> list[Check]:
             traceback.print_exc()
         check.facts.setdefault("seconds", round(time.monotonic() - began, 3))
         done.append(check)
-        told = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in check.facts.items())
+        shown = {k: v for k, v in check.facts.items() if not isinstance(v, dict)}  # whole reports are for the JSON
+        told = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
         print(f"{SYMBOLS[check.passed]:8} {name}: {check.name}  {told}", flush=True)
         if time.monotonic() > context.deadline:
             late = Check("the rest", None, {"reason": f"the part's {context.budget:.0f} s are over"})

@@ -208,7 +208,7 @@ def bench(c: Context) -> Iterator[Check]:
         "kernels": ["--shape", "128", "128", "128", "--batch", "16"],
         "data": ["--shape", "97", "113", "89", "--no-engine"],
         "step": ["--kernel", "16", "--batch", "8"],
-        "infer": ["--shape", "128", "128", "128", "--batch", "8"],
+        "infer": ["--shape", "128", "128", "128", "--batch", "8", "--steps", "32", "--limit", "5"],
     }
     for name, sizes in short.items():
         if not c.cuda:
