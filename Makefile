@@ -9,9 +9,12 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || ec
 STAMP := $(VENV)/.setup-$(CUDA)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-# Of fuzz and soak; soak writes its figures to SOAK_JSON where that is set.
+# Of fuzz and soak, which write their figures to FUZZ_JSON and SOAK_JSON where these are set.
 MINUTES ?= 20
+FUZZ_JSON ?=
 SOAK_JSON ?=
+# plain, atheris (pip install atheris; guided by the code that inputs reach), or auto: atheris where it is there.
+ENGINE ?= auto
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test fuzz soak format docs wheel clean
@@ -38,7 +41,7 @@ test: $(STAMP) ## formatting, lint, types and tests
 	@$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 fuzz: $(STAMP) ## damaged files through every reader for MINUTES; findings go to build/fuzz
-	@$(PY) tools/fuzz.py --minutes $(MINUTES)
+	@$(PY) tools/fuzz.py --minutes $(MINUTES) --engine $(ENGINE) $(if $(FUZZ_JSON),--json $(FUZZ_JSON))
 
 soak: $(STAMP) ## convert, train and infer under random kill -9 for MINUTES; nothing may be lost or grow
 	@$(PY) tools/soak.py --minutes $(MINUTES) $(if $(SOAK_JSON),--json $(SOAK_JSON))

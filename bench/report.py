@@ -29,8 +29,9 @@ NO_GPU = "**No result on this page was measured on a GPU: none has been run on o
 
 
 def load() -> list[tuple[Path, dict[str, Any]]]:
-    """All result files, ordered by machine and bench."""
-    return [(path, json.loads(path.read_text(encoding="utf8"))) for path in sorted(RESULTS.glob("*/*.json"))]
+    """All results of `python -m bench`, ordered by machine and bench; other tools keep theirs beside them."""
+    found = [(path, json.loads(path.read_text(encoding="utf8"))) for path in sorted(RESULTS.glob("*/*.json"))]
+    return [(path, report) for path, report in found if isinstance(report, dict) and "bench" in report]
 
 
 def seconds(value: float) -> str:

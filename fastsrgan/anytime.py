@@ -85,6 +85,7 @@ def refine(
     budget: float,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
+    compile: str = "auto",
     window: str = "constant",
     batch: str | int = "auto",
     region: Region | None = None,
@@ -104,7 +105,7 @@ def refine(
     As ``engine.predict``; facts also hold "levels", the step, tiles and seconds of each level that was
     finished, and "level_given_up".
     """
-    network = TileNetwork(generator, slice_mm, device, precision)
+    network = TileNetwork(generator, slice_mm, device, precision, compile)
     network.choose_batch(batch, steps[-1].plan)
     work = _Levels(network, Whole(volume_XYZ), window, region, progress, label, clock, budget)
     with network.working():

@@ -36,17 +36,23 @@ class Averaged(nn.Module):
     axes : spatial axes, 0 to 2, of which every combination is flipped
     slice_mm : for generators that depend on it
     device : they are moved to
+    compile : each of them, see ``compiled``
 
     Raises ModelError for generators whose channels differ.
     """
 
     def __init__(
-        self, generators: Sequence[nn.Module], axes: Sequence[int], slice_mm: float, device: torch.device | str
+        self,
+        generators: Sequence[nn.Module],
+        axes: Sequence[int],
+        slice_mm: float,
+        device: torch.device | str,
+        compile: str = "auto",
     ) -> None:
         super().__init__()
         self.members = nn.ModuleList(generators)
         # The precision is the caller's, whose autocast holds in here too.
-        self.networks = [TileNetwork(generator, slice_mm, device) for generator in generators]
+        self.networks = [TileNetwork(generator, slice_mm, device, compile=compile) for generator in generators]
         self.flips = [c for n in range(len(axes) + 1) for c in itertools.combinations([2 + a for a in axes], n)]
         channels = {network.channels for network in self.networks if network.channels is not None}
         if len(channels) > 1:
@@ -63,16 +69,25 @@ class Averaged(nn.Module):
             if network.residual:
                 y[:, :1] = seen - y[:, :1]
             y = y.flip(dims) if dims else y
-            total = y if total is None else total.add_(y)
+            if total is not None:
+                total.add_(y)
+            else:  # what was compiled is written over by the next pass
+                total = y.clone() if network.compiled else y
         assert total is not None
         return total.div_(len(self.networks) * len(self.flips))
 
 
 def average(
-    generators: Sequence[nn.Module], axes: Sequence[int], slice_mm: float, device: torch.device | str
+    generators: Sequence[nn.Module],
+    axes: Sequence[int],
+    slice_mm: float,
+    device: torch.device | str,
+    compile: str = "auto",
 ) -> nn.Module:
     """``Averaged``, or the generator itself where there is nothing to average."""
-    return generators[0] if len(generators) == 1 and not axes else Averaged(generators, axes, slice_mm, device)
+    if len(generators) == 1 and not axes:
+        return generators[0]
+    return Averaged(generators, axes, slice_mm, device, compile)
 
 
 def members(generator: nn.Module) -> list[nn.Module]:

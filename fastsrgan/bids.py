@@ -39,6 +39,8 @@ from fastsrgan.runtime import QUIET, Progress, atomic_write, finite, output_fold
 log = logging.getLogger("fastsrgan")
 
 STAGE = ".fastsrgan"  # in the derivatives: results on their way to their names
+# Without a slash at the end: the BIDS validator compares names of folders that have none.
+IGNORED = (STAGE, "figures")
 LINK = "raw"  # short name of the source dataset
 RECORD = "FastsrganRecord"  # key of a sidecar: what `fastsrgan infer` wrote
 LABELS: dict[str, tuple[tuple[int, str], ...]] = {"seg": ((0, "background"), (1, "structure"))}
@@ -193,14 +195,23 @@ def _finish(root: Path, out: Path, stage: Path) -> None:
     """What the dataset says of itself; the stage goes when nothing is left on it."""
     raw = os.path.relpath(root.resolve(), out.resolve())
     write_json(out / DESCRIPTION, description("fastsrgan derivatives", __version__, {LINK: Path(raw).as_posix()}))
-    for name, text in (("README", README), (".bidsignore", f"{STAGE}/\nsub-*/**/figures/\n")):
-        if not (out / name).exists():
-            with atomic_write(out / name) as temporary:
-                temporary.write_text(text, encoding="utf8")
+    if not (out / "README").exists():
+        with atomic_write(out / "README") as temporary:
+            temporary.write_text(README, encoding="utf8")
+    _ignore(out / ".bidsignore")
     if not any(stage.glob("*.nii*")):
         shutil.rmtree(stage, ignore_errors=True)
     for fault in check_derivatives(out):
         log.warning("%s: %s", out, fault)
+
+
+def _ignore(path: Path) -> None:
+    """Lines for a validator to pass over what is no BIDS; those that are there are kept."""
+    there = path.read_text(encoding="utf8", errors="surrogateescape").splitlines() if path.exists() else []
+    missing = [line for line in IGNORED if line not in there]
+    if missing:
+        with atomic_write(path) as temporary:
+            temporary.write_text("\n".join([*there, *missing]) + "\n", encoding="utf8", errors="surrogateescape")
 
 
 def evaluate_bids(

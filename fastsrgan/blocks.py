@@ -71,7 +71,7 @@ def plan(source: Source, down: list[Matrix], moving: bool, budget: int | None) -
     least = max(halo + per_slice, (copies + 1) * plane)
     if budget < least:
         reason = f"{budget / 1e9:.3g} GB cannot hold one slice of this volume and its neighbours"
-        raise ResourceError("block memory", reason, f"{1.01 * least / 1e9:.3g} GB or more")
+        raise ResourceError("block memory", reason, f"--block-memory {1.01 * least / 1e9:.3g} or more")
     slices = int((budget - halo) / per_slice)
     return Slabs(min(m, slices), min(n, budget // ((copies + 1) * plane)))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastsrgan.errors import ResourceError
 
 FOLDER = "tensorboard"
+GAP, GREY = 2, 0.5  # of the lines between slices: pixels, brightness
 
 
 class Board:
@@ -46,11 +47,19 @@ class Board:
 
 
 def contact_sheet(x_PPP: Tensor, pred_CPPP: Tensor, y_CPPP: Tensor) -> Tensor:
-    """One patch as a picture (3 P, 5 P): its middle slice along each axis, one row each.
+    """One patch as a picture (3 P + 4, 5 P + 8): its middle slice along each axis, one row each, two pixels apart.
 
     Columns: interpolated input, SR, HR (all over the largest HR value), predicted segmentation, label.
     """
     top = y_CPPP[0].max().clamp_min(1e-6)
     volumes = [x_PPP / top, pred_CPPP[0] / top, y_CPPP[0] / top, pred_CPPP[1], y_CPPP[1]]
     middle = x_PPP.shape[0] // 2
-    return torch.cat([torch.cat([v.float().select(d, middle) for v in volumes], 1) for d in range(3)], 0)
+    rows = [_apart([v.float().select(d, middle) for v in volumes], 1) for d in range(3)]
+    return _apart(rows, 0)
+
+
+def _apart(parts: list[Tensor], axis: int) -> Tensor:
+    """Pictures side by side with a grey line between them."""
+    shape = [GAP if d == axis else n for d, n in enumerate(parts[0].shape)]
+    line = parts[0].new_full(shape, GREY)
+    return torch.cat([piece for part in parts for piece in (line, part)][1:], axis)

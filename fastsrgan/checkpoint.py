@@ -24,6 +24,7 @@ log = logging.getLogger("fastsrgan")
 FOLDER, MANIFEST, MODEL = "checkpoints", "manifest.json", "model.safetensors"
 FORMAT = 1
 MAX_MANIFEST = 2**20
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # of a snapshot: no other folder's
 _NAME = re.compile(r"(step|epoch)-(\d{1,12})")
 
 
@@ -82,8 +83,10 @@ def manifest(snapshot: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(path, "cannot be read", "the snapshot is incomplete or damaged") from error
-    if not isinstance(values, dict) or not isinstance(values.get("files"), dict):
-        raise ModelError(path, "is no manifest of a snapshot")
+    known = isinstance(values, dict) and isinstance(values.get("files"), dict)
+    known = known and all(_FILE.fullmatch(name) for name in values["files"])
+    if not known or not isinstance(values.get("format", FORMAT), int):
+        raise ModelError(path, "is no manifest of a snapshot", "the snapshot is damaged; use another one")
     if values.get("format", FORMAT) > FORMAT:
         raise ModelError(
             path, f"snapshot format {values['format']}", f"this fastsrgan reads up to {FORMAT}: upgrade it"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,8 +17,9 @@ from typing import NoReturn
 from fastsrgan._version import __version__
 from fastsrgan.cli_infer import print_json
 from fastsrgan.console import error_line, open_console, table
-from fastsrgan.errors import FastsrganError, UsageError
-from fastsrgan.runtime import Interrupts, Progress, Terminated
+from fastsrgan.errors import FastsrganError, ResourceError, UsageError
+from fastsrgan.interrupts import SAID, Interrupts, Terminated
+from fastsrgan.runtime import Progress
 
 RAW = argparse.RawDescriptionHelpFormatter
 
@@ -221,13 +223,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = {flag: flag in words for flag in ("--debug", "--quiet")}
     words = [w for w in words if w not in flags]
     progress = open_console(flags["--quiet"], flags["--debug"])
+    signals = Interrupts()
     try:
-        with Interrupts():
-            parser = build_parser()
-            args = parser.parse_args(words)
-            if args.command is None:
-                parser.print_help()
-                return 0
+        if "" in words:
+            raise UsageError("the command line", "holds an empty word", "a variable of the shell that is not set?")
+        parser = build_parser()
+        args = parser.parse_args(words)
+        if args.command is None:
+            parser.print_help()
+            return 0
+        with signals:
             return int(args.run(args, progress))
     except SystemExit as stop:  # argparse's --help and --version
         return int(stop.code or 0)
@@ -238,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress.finish()
         if flags["--debug"]:
             traceback.print_exc()
-        return failed(error)
+        return failed(error if isinstance(error, FastsrganError) else signals.raised or error)
 
 
 def failed(error: BaseException) -> int:
@@ -247,13 +252,15 @@ def failed(error: BaseException) -> int:
         error_line(str(error))
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        error_line("stopped: by SIGTERM" if isinstance(error, Terminated) else "interrupted")
-        return 143 if isinstance(error, Terminated) else 130
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        error_line(SAID[number])
+        return 128 + number
     if isinstance(error, MemoryError):
         error_line(f"memory: not enough ({str(error) or 'use a smaller patch, batch or volume'})")
         return 5
     if isinstance(error, OSError):
-        error_line(f"{error.filename or 'system'}: {error.strerror or error}")
-        return 5
+        place = ResourceError(error.filename or "system", error.strerror or str(error), "check the path and its disk")
+        error_line(str(place))
+        return place.exit_code
     error_line(f"internal: {type(error).__name__}: {error} (please report it with the output of --debug)")
     return 1

@@ -23,6 +23,9 @@ SHORT = (
     ("ASSD mm", "segmentation.surface_distance_mm"),
     ("components", "segmentation.components"),
 )
+# Figures of which more, or less, is better.
+HIGHER = ("psnr", "ssim", "dice")
+LOWER = ("mae", "mse", "hausdorff95", "surface_distance", "false_component")
 
 
 def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -112,20 +115,21 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
 
 
 def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The figures of one pair as rows: region or segmentation, name, value, and the baseline's and the gain beside."""
+    """The figures of one pair as rows: region or segmentation, name, value; baseline and difference beside."""
     base, gain = result.get("baseline", {}), result.get("gain", {})
     groups = [(region, ("image", region)) for region in result["image"]] + [("segmentation", ("segmentation",))]
     rows = []
     for where, path in groups:
         scores, other, more = (_at(tree, path) for tree in (result, base, gain))
         for key, value in scores.items():
-            row = {"where": where, "figure": key, "value": value}
-            rows.append(row | ({"baseline": other.get(key), "gain": more.get(key)} if base else {}))
+            row = {"where": where, "figure": key, "value": plain(value)}
+            told = {"baseline": plain(other.get(key)), "difference": plain(more.get(key))}
+            rows.append(row | (told | {"better": better(key, more.get(key))} if base else {}))
     return rows
 
 
 def cohort_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Mean +- sd of every figure of a cohort, the baseline's and the gain beside it."""
+    """Mean +- sd of every figure of a cohort, the baseline's and the difference beside it."""
     told = result["summary"]
     rows = []
     for name, values in told.items():
@@ -135,7 +139,9 @@ def cohort_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
         where, _, figure = rest.rpartition(".")
         row = {"where": where or section, "figure": figure, "value": spread(values)}
         if any(key.startswith("baseline.") for key in told):
-            row |= {column: spread(told.get(f"{column}.{name}")) for column in ("baseline", "gain")}
+            gain = told.get(f"gain.{name}")
+            row |= {"baseline": spread(told.get(f"baseline.{name}")), "difference": spread(gain)}
+            row |= {"better": better(figure, gain and gain["mean"])}
         rows.append(row | {"n": values["n"]})
     return rows
 
@@ -156,7 +162,20 @@ def spread(values: dict[str, Any] | None) -> str | None:
     """``26.96 ± 0.41`` of a mean and a standard deviation."""
     if values is None:
         return None
-    return f"{values['mean']:.4g}" + ("" if values["sd"] is None else f" ± {values['sd']:.2g}")
+    return f"{plain(values['mean'])}" + ("" if values["sd"] is None else f" ± {plain(values['sd'], 2)}")
+
+
+def plain(value: float | None, digits: int = 4) -> str | int | None:
+    """A figure of so many significant digits, without an exponent where it is large."""
+    if value is None or isinstance(value, int):
+        return value
+    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
+def better(figure: str, gain: float | None) -> str | None:
+    """Whether a difference to the baseline is one for the better; None of figures that have no better, and of 0."""
+    sign = 1 if figure.startswith(HIGHER) else -1 if figure.startswith(LOWER) else 0
+    return None if not sign or not gain else "yes" if gain * sign > 0 else "no"
 
 
 def _at(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from fastsrgan.runtime import Progress, finite
 
 PATIENCE = datetime.timedelta(days=7)  # of ranks that are done for those that are not
 EXAMPLES = """fastsrgan infer scan.nii.gz -o out --step 16
-  fastsrgan infer scans/ -o out --resume                             a folder, as far as it is not done
+  fastsrgan infer scans/ -o out --resume                             # a folder, as far as it is not done
   fastsrgan infer scan.nii.gz -o out -w a.safetensors -w b.safetensors --flips xyz --largest-component --png
-  torchrun --nproc-per-node 8 -m fastsrgan infer list.txt -o out     the images of a list over 8 GPUs"""
+  torchrun --nproc-per-node 8 -m fastsrgan infer list.txt -o out     # the images of a list over 8 GPUs"""
 
 
 def tile_edge(text: str) -> int | None:
@@ -155,6 +155,12 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     p.add_argument("--batch", type=batch_size, default="auto", help="tiles per forward pass (auto)")
     p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="(auto)")
+    p.add_argument(
+        "--compile",
+        default="auto",
+        choices=("auto", "on", "off"),
+        help="the network by torch.compile, on CUDA as one graph (auto)",
+    )
     p.add_argument("--check-precision", action="store_true", help="report what the precision costs, on a few tiles")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     p.add_argument("--max-memory", type=memory, metavar="G", help="of the host, beside the image; more goes by slabs")
@@ -205,6 +211,7 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
                 window=args.window,
                 batch=args.batch,
                 precision=args.precision,
+                compile=args.compile,
                 budget=args.budget,
                 mask="head" if args.crop_to_head else args.mask,
                 max_memory=args.max_memory,

@@ -1,8 +1,9 @@
-"""torch.compile and CUDA graphs for the parts of a training step, with one switch (DESIGN D13).
+"""torch.compile and CUDA graphs for the parts of a training step and for tiles, with one switch (DESIGN D13).
 
-Compiled are three functions of static shapes without a wait for the device: the critic's gradients, the generator's
-loss (with its backward pass) and the generator's forward pass without gradients. tests/test_compiled.py traces them
-whole, without graph breaks, with the backends that run on a CPU. None of this has run on a GPU yet.
+Compiled are the generator on a batch of tiles (tile_network.py) and three functions of a training step: the critic's
+gradients, the generator's loss (with its backward pass) and the generator's forward pass without gradients. All have
+static shapes and never wait for the device. tests/test_compiled.py traces them whole, without graph breaks, with the
+backends that run on a CPU. None of this has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -22,19 +23,24 @@ log = logging.getLogger("fastsrgan")
 SEEN_RIGHT: frozenset[tuple[int, int]] = frozenset()
 
 
+def asked(setting: str, device: torch.device) -> bool:
+    """Whether a ``compile`` setting asks for it on a device: "auto" is the CUDA devices of ``SEEN_RIGHT``."""
+    if setting != "auto":
+        return setting == "on"
+    return device.type == "cuda" and bool(SEEN_RIGHT) and torch.cuda.get_device_capability(device) in SEEN_RIGHT
+
+
 def wanted(config: TrainConfig, device: torch.device) -> bool:
-    """Whether ``compile`` asks for it on this device: "auto" is the CUDA devices of ``SEEN_RIGHT``.
+    """Whether the parts of a training step are compiled on this device.
 
     Double backward cannot be compiled: with ``penalty: autograd`` "auto" is off. Raises ResourceError when "on" was
     asked for where it cannot be.
     """
-    if config.compile == "on":
-        if config.penalty == "autograd":
+    if config.penalty == "autograd":
+        if config.compile == "on":
             raise ResourceError("--compile", "double backward cannot be compiled", "--penalty manual, or --compile off")
-        return True
-    if config.compile == "off" or config.penalty == "autograd" or device.type != "cuda" or not SEEN_RIGHT:
         return False
-    return torch.cuda.get_device_capability(device) in SEEN_RIGHT
+    return asked(config.compile, device)
 
 
 def compiled(function: Callable, config: TrainConfig, device: torch.device, backend: Any = "inductor") -> Callable:
@@ -46,11 +52,21 @@ def compiled(function: Callable, config: TrainConfig, device: torch.device, back
     """
     if not wanted(config, device):
         return function
-    graphs = device.type == "cuda" and config.accumulate == 1 and backend == "inductor"
+    return whole(function, device, config.compile == "on", backend, graphs=config.accumulate == 1)
+
+
+def whole(
+    function: Callable, device: torch.device, strict: bool, backend: Any = "inductor", graphs: bool = True
+) -> Callable:
+    """``function`` compiled for the shapes it is called with, without graph breaks; ``graphs``: by CUDA graphs.
+
+    strict : an error of the compiler is a ResourceError, else the function runs as it is and the log says so
+    """
+    graphs = graphs and device.type == "cuda" and backend == "inductor"
     fast = torch.compile(
         function, fullgraph=True, dynamic=False, backend=backend, mode="reduce-overhead" if graphs else None
     )
-    return _Guarded(function, fast, config.compile == "on")
+    return _Guarded(function, fast, strict)
 
 
 class _Guarded:
@@ -66,6 +82,6 @@ class _Guarded:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             if self.strict:
                 raise ResourceError("--compile on", f"compiling failed: {reason}", "--compile off") from error
-            log.warning("compiling a part of the step failed, it runs uncompiled: %s", reason)
+            log.warning("compiling failed, it runs uncompiled: %s", reason)
             self.fast = self.plain
             return self.plain(*args, **options)

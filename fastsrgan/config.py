@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import reprlib
 import types
@@ -21,7 +22,7 @@ import yaml
 from fastsrgan.errors import ModelError
 
 Triple = tuple[float, float, float]
-MAX_BYTES = 1 << 20  # of a settings file
+MAX_BYTES, MAX_DEPTH = 1 << 17, 8  # of a settings file, whose reader takes its time
 LARGEST = {"patch_size": 1024, "kernel_gen": 1024, "kernel_dis": 1024}
 
 CHOICES = {
@@ -300,10 +301,17 @@ def shown(value: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """Plain values only. Aliases, which can make a small file a huge structure, and repeated keys are refused."""
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError("aliases are not taken in settings")
-        return super().compose_node(parent, index)
+        if self.depth >= MAX_DEPTH:
+            raise yaml.YAMLError(f"lists within lists, more than {MAX_DEPTH} deep")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
@@ -327,6 +335,8 @@ def from_yaml(path: str | Path) -> TrainConfig:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file (safe loader). Raises ModelError."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe may never end
+        raise ModelError(path, "is not a regular file", "a YAML file of settings is expected")
     try:
         if Path(path).stat().st_size > MAX_BYTES:
             raise ModelError(path, "is too large for settings", f"at most {MAX_BYTES} bytes")

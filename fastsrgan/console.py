@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -109,14 +110,29 @@ class _Handler(logging.Handler):
 
 def open_console(quiet: bool, debug: bool) -> Progress:
     """Set up logging on standard error and return the progress display that fits it."""
+    with contextlib.suppress(AttributeError, ValueError):  # not a stream of Python's own
+        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names of files are bytes
     console = Console(stderr=True)
     logger = logging.getLogger("fastsrgan")
     logger.handlers[:] = [_Handler(console)]
     logger.propagate = False
+    _other_warnings(debug, logger.handlers[0])
     logger.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
     if quiet:
         return QUIET
     return TerminalProgress(console) if console.is_terminal else PlainProgress(console)
+
+
+def _other_warnings(debug: bool, handler: logging.Handler) -> None:
+    """Warnings of libraries, which speak to programmers: of pydicom about each odd value, say. Shown by --debug.
+
+    What they mean for a user is said in words of our own.
+    """
+    logging.captureWarnings(True)
+    for name in ("py.warnings", "nibabel.global", "pydicom"):
+        theirs = logging.getLogger(name)
+        theirs.handlers[:] = [handler] if debug else [logging.NullHandler()]
+        theirs.propagate = False
 
 
 def error_line(text: str) -> None:

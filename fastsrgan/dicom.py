@@ -21,6 +21,7 @@ import numpy as np
 from fastsrgan.dicom_header import Frame, pixels, read_frames
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.geometry import Volume
+from fastsrgan.runtime import is_special
 
 MAX_VOXELS = 2**31
 DIRECTION_TOLERANCE = 1e-3  # of unit vectors; a slice axis off the normal by more makes a sheared grid
@@ -48,14 +49,16 @@ class Series:
 def is_dicom(path: str | os.PathLike) -> bool:
     """Whether a path is a folder, or a file that is named or marked as DICOM."""
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return True
+    if is_special(path):
+        return False
     if path.suffix.lower() in (".dcm", ".ima", ".dicom"):
         return True
     try:
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -144,7 +147,7 @@ def load(
         data = np.empty(shape, dtype, order="F")
     except MemoryError:
         raise ResourceError(path, f"not enough memory for {columns} x {rows} x {len(frames)} voxels") from None
-    stored = _fill(data, frames)
+    stored = _fill(data, frames, warnings)
     low, high = float(data.min()), float(data.max())
     if low == high:
         warnings.append(f"the image is constant: every voxel is {low:g}")
@@ -304,8 +307,8 @@ def _check_even(path: str | os.PathLike, along: np.ndarray, steps: np.ndarray) -
     raise InputError(path, f"its slices are unevenly spaced: {low} to {high} mm, the widest {where}", CONVERT)
 
 
-def _fill(data_XYZ: np.ndarray, frames: list[Frame]) -> np.dtype:
-    """Decode every slice into place; returns the stored type."""
+def _fill(data_XYZ: np.ndarray, frames: list[Frame], warnings: list[str]) -> np.dtype:
+    """Decode every slice into place; returns the stored type and adds what is odd to ``warnings``."""
     by_file: dict[Path, list[int]] = defaultdict(list)
     for k, frame in enumerate(frames):
         by_file[frame.path].append(k)
@@ -313,6 +316,9 @@ def _fill(data_XYZ: np.ndarray, frames: list[Frame]) -> np.dtype:
     for file, slices in by_file.items():
         decoded = pixels(file, frames[slices[0]].shape)
         stored = decoded.dtype
+        if len(decoded) > frames[slices[0]].count:
+            told = f"{file.name} has pixels of {len(decoded)} frames, its header describes {frames[slices[0]].count}"
+            warnings.append(f"{told}: the others are left out")
         for k in slices:
             f = frames[k]
             if f.index >= len(decoded):

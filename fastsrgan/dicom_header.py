@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.errors import InputError, ResourceError
+from fastsrgan.errors import FastsrganError, InputError, ResourceError
 
 HINT = "copy or export the file again"
 _PREAMBLE = 132
@@ -69,7 +69,7 @@ _TAGS = (
 class Frame:
     """One slice.
 
-    path, index : its file, and its number in there from 0
+    path, index, count : its file, its number in there from 0, and how many the header describes
     position, orientation : of the patient coordinate system (LPS, mm): centre of the first pixel; directions of
         increasing column index, then of increasing row index
     spacing : (between rows, between columns), mm; shape : (rows, columns)
@@ -97,6 +97,7 @@ class Frame:
     traits: tuple[str, ...]
     expected: int
     fault: str = ""
+    count: int = 1
 
 
 def read_frames(path: Path, wanted: bool = False) -> list[Frame]:
@@ -111,6 +112,15 @@ def read_frames(path: Path, wanted: bool = False) -> list[Frame]:
             marked = file.read(_PREAMBLE)[128:] == b"DICM"
     except OSError as error:
         raise InputError(path, f"cannot be read: {error.strerror or error}") from error
+    try:
+        return _frames_of(path, marked, wanted)
+    except FastsrganError:
+        raise
+    except Exception as error:  # pydicom reads a value when it is asked for, and raises many kinds
+        raise InputError(path, f"is damaged: {_line(error)}", HINT) from error
+
+
+def _frames_of(path: Path, marked: bool, wanted: bool) -> list[Frame]:
     ds = _dataset(path, stop_before_pixels=True, specific_tags=_TAGS) if marked else None
     if ds is None or "Rows" not in ds or "Columns" not in ds:
         if wanted:
@@ -133,8 +143,8 @@ def pixels(path: Path, shape: tuple[int, int]) -> np.ndarray:
     except Exception as error:  # pydicom and its decoders raise many kinds
         syntax = getattr(ds.file_meta, "TransferSyntaxUID", None)
         # A damaged UID names no syntax, and pydicom refuses to say whether it is one of compression.
-        packed = syntax is not None and syntax.is_transfer_syntax and syntax.is_compressed
-        if syntax and packed and isinstance(error, (RuntimeError, NotImplementedError, ImportError)):
+        packed = syntax is not None and getattr(syntax, "is_transfer_syntax", False) and syntax.is_compressed
+        if syntax is not None and packed and isinstance(error, (RuntimeError, NotImplementedError, ImportError)):
             hint = "pip install pylibjpeg[all], or decompress it with dcm2niix or gdcmconv"
             raise InputError(
                 path, f"its pixels are compressed ({syntax.name}) and no decoder is there", hint
@@ -219,6 +229,7 @@ def _frame(path: Path, index: int, ds: Any, sources: list[Any]) -> Frame:
         traits=tuple("\\".join(map(str, _values(find(n), n))) for n in _TRAITS),
         expected=int(_number(path, ds, "ImagesInAcquisition", 0)),
         fault=faults[0] if faults else "",
+        count=max(1, int(_number(path, ds, "NumberOfFrames", 1))),
     )
 
 

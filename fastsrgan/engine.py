@@ -31,6 +31,7 @@ def predict(
     *,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
+    compile: str = "auto",
     window: str = "constant",
     batch: str | int = "auto",
     region: Region | None = None,
@@ -44,6 +45,7 @@ def predict(
     volume_XYZ : (X, Y, Z) float32 on the CPU, of the plan's shape
     generator : ``G(x)``, or ``G(x, slice_mm)`` where ``G.spec.conditional``; moved to the device
     precision : "fp32", "bf16" or "fp16"
+    compile : "on", "off" or "auto", see ``compiled``
     batch : tiles per forward pass; "auto" estimates it. It is halved when memory runs out.
     region : where results are wanted; elsewhere channel 0 is the volume and the others are 0
 
@@ -56,7 +58,7 @@ def predict(
     ------
     UsageError : an impossible batch. ResourceError : no memory for a single tile.
     """
-    network = TileNetwork(generator, slice_mm, device, precision)
+    network = TileNetwork(generator, slice_mm, device, precision, compile)
     out: list[Tensor] = []
 
     def keep(first: int, planes: Tensor) -> None:

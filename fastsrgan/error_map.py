@@ -54,10 +54,11 @@ def error_map(
     shown: Any = None
     for row, (cut, sampled) in enumerate(zip(planes, samples, strict=True)):
         for column, (title, _, what) in enumerate(columns):
+            apart_from_truth = " - truth" in title
             panel = axes[row, column]
             left, right, bottom, up = cut.extent
             place: dict[str, Any] = {"extent": cut.extent, "origin": "lower", "interpolation": "nearest"}
-            if title.endswith("truth") and what != "truth":
+            if apart_from_truth:
                 difference = sampled[what] - sampled["truth"]
                 shown = panel.imshow(difference, COLOURS, vmin=-limit, vmax=limit, **place)
             else:
@@ -65,6 +66,11 @@ def error_map(
             # Radiological, as the other pictures: the patient's left is on the right.
             panel.set(xlim=(right, left) if cut.right == 0 else (left, right), ylim=(bottom, up), xticks=[], yticks=[])
             panel.set_frame_on(False)
+            if column == 0 and cut.right == 0:
+                for side, x in (("R", 0.02), ("L", 0.98)):
+                    panel.text(
+                        x, 0.97, side, transform=panel.transAxes, color="#cccccc", fontsize=8, ha="center", va="top"
+                    )
             if row == 0:
                 panel.set_title(title, fontsize=9)
             if column == 0:
@@ -78,12 +84,12 @@ def error_map(
 def _columns(
     sr: Volume, hr: Volume, baseline: Volume | None, result: Mapping[str, Any]
 ) -> list[tuple[str, Volume, str]]:
-    """(title, image, what) of each column; a title that ends in "truth" shows the difference to it."""
-    columns = [("SR", sr, "SR"), ("truth", hr, "truth"), (f"{_figures(result)}SR - truth", sr, "SR")]
+    """(title, image, what) of each column; one with " - truth" in its title shows the difference."""
+    columns = [("SR", sr, "SR"), ("truth", hr, "truth"), (f"SR - truth{_figures(result)}", sr, "SR")]
     if baseline is not None:
         given = result.get("baselines", {}).get("image", "as given") == "as given"
         name = "baseline" if given else "spline"
-        columns.append((f"{_figures(result.get('baseline', {}))}{name} - truth", baseline, "baseline"))
+        columns.append((f"{name} - truth{_figures(result.get('baseline', {}))}", baseline, "baseline"))
     return columns
 
 
@@ -91,4 +97,4 @@ def _figures(result: Mapping[str, Any]) -> str:
     scores = result.get("image", {}).get("whole", {})
     told = [f"{scores['psnr_db']:.2f} dB"] if scores.get("psnr_db") is not None else []
     told += [f"SSIM {scores['ssim']:.3f}"] if scores.get("ssim") is not None else []
-    return ", ".join(told) + "\n" if told else ""
+    return "\n" + ", ".join(told) if told else ""

@@ -6,6 +6,8 @@ One line reaches the terminal: ``error: WHAT: REASON (HINT)``. Codes are public 
 
 from __future__ import annotations
 
+LONGEST = 1000  # letters of a name in a message
+
 
 class FastsrganError(Exception):
     """Base of every expected failure.
@@ -21,6 +23,8 @@ class FastsrganError(Exception):
 
     def __init__(self, what: object, reason: str, hint: str | None = None) -> None:
         self.what, self.reason, self.hint = str(what), reason, hint
+        if len(self.what) > LONGEST:
+            self.what = f"{self.what[: LONGEST // 2]} ... {self.what[-LONGEST // 4 :]}"
         super().__init__(f"{self.what}: {reason}" + (f" ({hint})" if hint else ""))
 
 

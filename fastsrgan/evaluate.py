@@ -81,9 +81,13 @@ def evaluate_pair(
     ):
         if volume is not None:
             notes += [f"{name}: {warning}" for warning in volume.warnings]
-            on[name] = onto_grid(volume, hr, order=order, name=name, notes=notes).data
+            made: list[str] = []
+            on[name] = onto_grid(volume, hr, order=order, name=name, notes=made).data
+            notes += made if volume is not lr else _surprises(made)
     if lr is not None and label is not None and baseline_seg is None:
-        baseline_seg = reader_label_map(Volume(on["label"], hr.affine), lr, notes)
+        made = []
+        baseline_seg = reader_label_map(Volume(on["label"], hr.affine), lr, made)
+        notes += _surprises(made)
         on["baseline segmentation"], what["segmentation"] = baseline_seg.data, READER
     regions: dict[str, np.ndarray | None] = {"whole": None}
     regions |= {name: metrics.binary(on[name]) for name in ("mask", "label") if name in on}
@@ -98,6 +102,11 @@ def evaluate_pair(
     result["notes"] = notes
     result["definitions"] = definitions() | {f"region {name}": REGIONS[name] for name in regions}
     return result
+
+
+def _surprises(notes: list[str]) -> list[str]:
+    """What is to be said of baselines made from the scan: its grid always differs, that it misses a part does not."""
+    return [note for note in notes if "outside its field of view" in note]
 
 
 def definitions() -> dict[str, str]:

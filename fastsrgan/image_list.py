@@ -37,7 +37,7 @@ def find_images(inputs: Sequence[str | os.PathLike], out: str | os.PathLike, ser
     found: list[Image] = []
     for item in map(Path, inputs):
         for path in table.read_list(item) if item.suffix.lower() in LISTS else [item]:
-            inside = _inside(path, Path(out)) if series is None and path.is_dir() else []
+            inside = _inside(path, Path(out)) if series is None and os.path.isdir(path) else []
             found += inside or [Image(path, any_image.stem(path, series))]
     if not found:
         raise UsageError(
@@ -54,8 +54,8 @@ def find_images(inputs: Sequence[str | os.PathLike], out: str | os.PathLike, ser
 
 def _inside(folder: Path, out: Path) -> list[Image]:
     """The images of a folder."""
-    below = out.resolve()
-    paths = [p for p in _niftis(folder) if below == folder.resolve() or below not in p.resolve().parents]
+    below, here = _real(out), _real(folder)
+    paths = [p for p in _niftis(folder) if below == here or below not in _real(p).parents]
     names = [str(p.relative_to(folder).with_name(images.stem(p))) for p in paths]
     results = {file for place in {path.parent for path in paths} for file in _results_in(place)}
     found = [Image(p, n) for p, n in zip(paths, names, strict=True) if p not in results]
@@ -68,6 +68,10 @@ def _inside(folder: Path, out: Path) -> list[Image]:
     if paths and not found:
         raise UsageError(folder, "holds results only", "name the folder of the images")
     return found
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises at a link to itself
 
 
 def _niftis(folder: Path) -> list[Path]:

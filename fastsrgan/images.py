@@ -267,7 +267,8 @@ def _allocate(file: NiftiFile, dtype) -> np.ndarray:
         return np.empty(file.shape, dtype, order="F")
     except MemoryError:
         need = human(file.voxels * np.dtype(dtype).itemsize)
-        raise ResourceError(file.path, f"not enough memory for {times(file.shape)} voxels, {need}") from None
+        hint = "end other programs, or take a machine with more; `fastsrgan doctor` tells what is free"
+        raise ResourceError(file.path, f"not enough memory for {times(file.shape)} voxels, {need}", hint) from None
 
 
 def _pieces(data: np.ndarray, file: NiftiFile, index: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

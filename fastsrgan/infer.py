@@ -80,6 +80,7 @@ def infer_volume(
     window: str = "constant",
     batch: str | int = "auto",
     precision: str = "auto",
+    compile: str = "auto",
     budget: float | None = None,
     mask: np.ndarray | str | None = None,
     max_memory: int | None = None,
@@ -110,6 +111,8 @@ def infer_volume(
     window : weight of a tile's voxels where tiles overlap, "constant" (the paper) or "gaussian"
     batch : tiles per forward pass, "auto" by memory; halved when memory runs out
     precision : "auto" (fp32 on CPU, bf16 on CUDA), "fp32", "bf16" or "fp16"; sums are float32 always
+    compile : "on": the network through torch.compile, on CUDA as one graph; "off"; "auto": on CUDA devices where it was
+        seen right (``compiled.SEEN_RIGHT``)
     budget : seconds for the tiles: ever denser steps, each twice as dense, down to ``step``, as long as they fit;
         see ``anytime``
     mask : (X, Y, Z), above zero where results are wanted, or "head": the box around what is brighter than air.
@@ -127,14 +130,14 @@ def infer_volume(
     UsageError, InputError, ResourceError : settings, data or memory that cannot work.
     """
     began = time.perf_counter()
-    check_settings(patch, step, new_resolution, geometry, window, batch, precision, budget, max_memory, flips)
+    check_settings(patch, step, new_resolution, geometry, window, batch, precision, budget, max_memory, flips, compile)
     data, affine = _checked(data_XYZ, affine)
     where = pick_device(str(device))
     precision = pick_precision(precision, where)
     image = _prepared(data, affine, new_resolution, geometry, interpolate)
     region, told = find_region(mask, data, image)
-    generator = _one_network(generator, flips, image, where)
-    how = How(generator, where, precision, window, region, progress, label)
+    generator = _one_network(generator, flips, image, where, compile)
+    how = How(generator, where, precision, window, region, progress, label, compile)
     by_levels = step == "auto" or budget is not None
     if by_levels and together:
         raise UsageError("budget", "ranks that share a volume would end at different steps", "a fixed --step")
@@ -147,7 +150,8 @@ def infer_volume(
         checked = {"precision_check": deviations(image.source, plan, generator, image.slice_mm, where, precision)}
     key = ""
     if memory.mode == SLABS:
-        key = _fingerprint(data, mask, generator, [plan, geometry, image.wanted, window, precision, str(where), flips])
+        settings = [plan, geometry, image.wanted, window, precision, compile, str(where), flips]
+        key = _fingerprint(data, mask, generator, settings)
     if by_levels:
         sr, prob, facts = within(image, levels, how, memory.batch, BUDGET if budget is None else budget)
         plan = levels[len(facts["levels"]) - 1].plan
@@ -167,6 +171,7 @@ def infer_volume(
         "step": step,
         "window": window,
         "precision": precision,
+        "compile": compile,
         "device": str(where),
         "budget": budget,
         "region": told,
@@ -206,14 +211,14 @@ def _prepared(
 
 
 def _one_network(
-    generator: nn.Module | Sequence[nn.Module], flips: str, image: Prepared, where: torch.device
+    generator: nn.Module | Sequence[nn.Module], flips: str, image: Prepared, where: torch.device, compile: str
 ) -> nn.Module:
     """The generator, or the average that was asked for."""
     generators = [generator] if isinstance(generator, nn.Module) else list(generator)
     if not generators:
         raise UsageError("generator", "none given", "one network, or several to be averaged")
     axes = [image.turn.axes.index(axis) for axis in flip_axes(flips)]
-    return average(generators, axes, image.slice_mm, where)
+    return average(generators, axes, image.slice_mm, where, compile)
 
 
 def _memory(

@@ -22,6 +22,7 @@ from fastsrgan.infer_ways import HEAD
 from fastsrgan.memory_plan import SHARE, free_memory
 from fastsrgan.networks import Generator
 from fastsrgan.ranks import ALONE, Ranks
+from fastsrgan.room import need_room
 from fastsrgan.runtime import QUIET, Progress
 
 SUMMARY = "infer_summary.json"
@@ -47,6 +48,7 @@ def infer_files(
     window: str = "constant",
     batch: str | int = "auto",
     precision: str = "auto",
+    compile: str = "auto",
     budget: float | None = None,
     mask: str | os.PathLike | None = None,
     max_memory: int | None = None,
@@ -102,7 +104,7 @@ def infer_files(
     UsageError, ModelError, ResourceError : before any work. SomeFailed (with the summary), after every other volume is
     done, when a volume failed; its own error when there is only one.
     """
-    check_settings(patch, step, new_resolution, geometry, window, batch, precision, budget, max_memory, flips)
+    check_settings(patch, step, new_resolution, geometry, window, batch, precision, budget, max_memory, flips, compile)
     filters = Filters(threshold, largest_component, min_size)
     if dtype not in DTYPES:
         raise UsageError("dtype", f"{dtype!r}", " or ".join(DTYPES))
@@ -118,7 +120,10 @@ def infer_files(
     asked |= {"batch": batch, "precision": precision, "device": str(where)}
     asked |= {"budget": budget, "mask": None if mask is None else str(mask)}
     asked |= (
-        ({} if flips == NONE else {"flips": flips}) | filters.asked | ({} if dtype == "float32" else {"dtype": dtype})
+        ({} if compile == "auto" else {"compile": compile})
+        | ({} if flips == NONE else {"flips": flips})
+        | filters.asked
+        | ({} if dtype == "float32" else {"dtype": dtype})
     )
     if max_memory is None and ranks.local_world > 1:
         max_memory = int(SHARE * free_memory() / ranks.local_world)
@@ -141,6 +146,8 @@ def infer_files(
         resume=resume,
     )
     _check_outputs(found, job, overwrite or resume)
+    if ranks.rank == 0:
+        need_room(found, job)
     ranks.agree("images", [image.name for image in found])  # nobody writes before all have looked
     if ranks.world == len(found) == 1:
         items, lost = [_alone(found[0], job)], False
@@ -205,13 +212,13 @@ def _alone(image: Image, job: Job) -> dict[str, Any]:
 
 def _check_outputs(found: Sequence[Image], job: Job, replace: bool) -> None:
     """Before any work: folders are there, nothing that exists is written over unasked, and no input ever."""
-    inputs = {image.path.resolve() for image in found}
+    inputs = {os.path.realpath(image.path) for image in found}
     for folder in {job.record(image).parent for image in found} - {job.out}:
         runtime.output_folder(folder)
     standing = []
     for image in found:
         for target in job.outputs(image).values():
-            if target.resolve() in inputs:
+            if os.path.realpath(target) in inputs:
                 raise UsageError(target, "is an input and would be overwritten", "choose another output folder")
             standing += [target] if target.exists() else []
     if standing and not replace:

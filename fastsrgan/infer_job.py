@@ -208,7 +208,15 @@ def _picture(target: Path, loaded: Loaded, result: InferResult, seg: np.ndarray,
     ]
     footer = f"patch {result.report['patch']}, step {result.report['step']}"
     masks = (Volume(seg, result.affine), None)
-    planes_figure(target, columns, reference=sr, masks=masks, compared=low, title=loaded.image.name, footer=footer)
+    planes_figure(
+        target,
+        columns,
+        reference=sr,
+        masks=masks,
+        compared=low,
+        title=loaded.image.name.encode("utf8", "replace").decode(),
+        footer=footer,
+    )
 
 
 def _millimetres(volume: Volume) -> str:

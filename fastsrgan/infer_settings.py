@@ -18,6 +18,7 @@ from fastsrgan.windows import check_window
 
 log = logging.getLogger("fastsrgan")
 
+COMPILE = ("auto", "on", "off")
 MAX_VOXELS = 2**31  # of the interpolated grid
 
 Resolution = str | float | Sequence[float] | None  # see infer.infer_volume
@@ -35,6 +36,7 @@ def check_settings(
     budget: float | None = None,
     max_memory: int | None = None,
     flips: str = NONE,
+    compile: str = "auto",
 ) -> None:
     """Raise UsageError for settings of ``infer.infer_volume`` that no volume could be run with."""
     check_geometry(geometry)
@@ -47,6 +49,8 @@ def check_settings(
     check_batch(batch)
     check_precision(precision)
     flip_axes(flips)
+    if compile not in COMPILE:
+        raise UsageError("compile", f"{compile!r}", ", ".join(COMPILE))
     if budget is not None and not (math.isfinite(budget) and budget >= 0):
         raise UsageError("budget", f"{budget}", "seconds, 0 for the first level")
     if max_memory is not None and max_memory < 1:

@@ -71,10 +71,11 @@ class How:
     region: Region | None = None
     progress: Progress = QUIET
     label: str = "infer"
+    compile: str = "auto"
 
     def network(self, image: Prepared) -> TileNetwork:
         """The generator on its device."""
-        return TileNetwork(self.generator, image.slice_mm, self.device, self.precision)
+        return TileNetwork(self.generator, image.slice_mm, self.device, self.precision, self.compile)
 
     @property
     def shown(self) -> dict[str, Any]:
@@ -91,6 +92,7 @@ def in_memory(image: Prepared, plan: tiles.TilePlan, how: How, batch: int) -> Do
         image.slice_mm,
         device=how.device,
         precision=how.precision,
+        compile=how.compile,
         batch=batch,
         **how.shown,
     )
@@ -107,6 +109,7 @@ def within(image: Prepared, steps: Sequence[anytime.Level], how: How, batch: int
         budget=budget,
         device=how.device,
         precision=how.precision,
+        compile=how.compile,
         batch=batch,
         **how.shown,
     )

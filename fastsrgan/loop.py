@@ -17,6 +17,8 @@ import torch
 
 from fastsrgan.board import contact_sheet
 from fastsrgan.errors import InputError, ResourceError
+from fastsrgan.networks import Generator
+from fastsrgan.panels import write_panel
 from fastsrgan.pool import Batch, Pool, Resident
 from fastsrgan.run_state import Run, Turn
 from fastsrgan.runtime import StopRequest, peak_memory, rng, write_json
@@ -233,14 +235,23 @@ def end_epoch(run: Run, epoch: int, stop: StopRequest) -> bool:
     judge(run, epoch, scores)
     if run.log is not None and scores:
         run.log.epoch(epoch, scores)
+        show_sample(run, generator, epoch)
     if run.board is not None:
         run.board.scalars("validation", scores, at.updates)
-        if run.test and scores:
-            sheet = contact_sheet(*sample_patch(generator, run.feed, run.test[0], len(run.test)))
-            run.board.picture("test/input_sr_hr_segmentation_label", sheet, at.updates)
         run.board.flush()
     write_weights(run, run.folder / "model.safetensors", {"epoch": epoch, **scores})
     return True
+
+
+def show_sample(run: Run, generator: Generator, epoch: int) -> None:
+    """The same patch of a Test subject after every validation, for the report and for TensorBoard."""
+    patch = sample_patch(generator, run.feed, run.test)
+    if patch is None:
+        return
+    sheet = contact_sheet(*patch).cpu()
+    write_panel(run.folder, epoch, sheet.numpy())
+    if run.board is not None:
+        run.board.picture("test/input_sr_hr_segmentation_label", sheet, run.position.updates)
 
 
 def judge(run: Run, epoch: int, scores: dict[str, float]) -> None:

@@ -124,11 +124,13 @@ def plan_memory(
     for made in plans:
         if made.total("host") <= limit:
             return made if beside is None else _with(made, beside)
-    least = min(plans, key=lambda made: made.total("host"))
+    least = min(plans, key=lambda made: made.total("host")).total("host")
     asked = f"the limit is {_human(limit)}" if given is not None else f"{_human(limit)} are free"
-    raise ResourceError(
-        "memory", f"this image needs {_human(least.total('host'))}, {asked}", _advice(job, network, limit)
-    )
+    advice = _advice(job, network, limit)
+    if given is not None:
+        free = "" if least <= SHARE * free_memory() else f", more than the {_human(free_memory())} that are free"
+        advice = f"--max-memory {-(-least >> 20)}M{free}; or {advice}"
+    raise ResourceError("memory", f"this image needs {_human(least)}, {asked}", advice)
 
 
 def _with(made: MemoryPlan, beside: Beside) -> MemoryPlan:
@@ -189,6 +191,7 @@ def _advice(job: Job, network: TileNetwork, limit: int) -> str:
     if way == MEMORY and by_slabs <= limit and not job.split:
         how = "without --budget" if job.levels else "with scratch, a folder for its files"
         return f"by slabs it needs {_human(by_slabs)}: {how}"
+    smallest = ""
     for patch in SMALLER:
         if patch >= max(job.plan.patch):
             continue
@@ -197,7 +200,8 @@ def _advice(job: Job, network: TileNetwork, limit: int) -> str:
         needed = sum(size for _, where, size in rows if where == "host")
         if needed <= limit:
             return f"--patch {patch} needs {_human(needed)}"
-    return "a machine with more memory, or a coarser --new-resolution"
+        smallest = f"; --patch {patch} still needs {_human(needed)}"
+    return f"a machine with more memory, or a coarser --new-resolution{smallest}"
 
 
 def free_memory() -> int:

@@ -7,6 +7,7 @@ of ``generator`` and ``critic`` and a model ``card``. Shapes are compared with t
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -57,7 +58,8 @@ def skeleton(spec: GeneratorSpec | CriticSpec, form: str = "fast") -> Generator 
         return build_generator(spec, form) if isinstance(spec, GeneratorSpec) else Critic(spec)
 
 
-def parameter_shapes(spec: GeneratorSpec | CriticSpec) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(64)
+def parameter_shapes(spec: GeneratorSpec | CriticSpec) -> Mapping[str, tuple[int, ...]]:
     """Name and shape of every parameter, torch's axis order (out, in, x, y, z)."""
     return {name: tuple(p.shape) for name, p in skeleton(spec).named_parameters()}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,6 +19,7 @@ from fastsrgan.errors import ModelError
 from fastsrgan.layers import (
     FORMS,
     InstanceNorm,
+    by_hand,
     conv3_reflect,
     conv7_reflect,
     halving_conv,
@@ -28,6 +30,7 @@ from fastsrgan.layers import (
 N_BLOCKS = 6
 SIZE_MULTIPLE = 4  # two stride-2 convolutions
 MIN_SIZE = 8  # reflect padding at a quarter of the resolution needs two voxels
+ONE_BY_ONE = 2**17  # voxels of a sample from which inference on a CPU takes full resolution sample by sample
 FLAT = 2.0**-23  # of the image maximum: float32's resolution there
 
 
@@ -114,20 +117,40 @@ class Generator(nn.Module):
         """(B, 1 + conditional, X, Y, Z) -> (B, kernel, X, Y, Z), what the head convolution sees."""
         return self.up2_norm(self._trunk(x), self.form, is_flat(x))
 
-    def _trunk(self, x: Tensor) -> Tensor:
-        """The features before their norm."""
-        f, flat = self.form, is_flat(x)
-        y = conv7_reflect(x, self.stem, f)
-        y = norm_conv(y, self.stem_norm, self.down1, halving_conv, f, flat)
+    def _enter(self, x: Tensor, flat: Tensor) -> Tensor:
+        """Down to half the resolution."""
+        y = conv7_reflect(x, self.stem, self.form)
+        return norm_conv(y, self.stem_norm, self.down1, halving_conv, self.form, flat)
+
+    def _inner(self, y: Tensor, flat: Tensor) -> Tensor:
+        """What works at half of the resolution and below."""
+        f = self.form
         y = norm_conv(y, self.down1_norm, self.down2, halving_conv, f, flat)
         y = self.down2_norm(y, f, flat)
         for block in self.blocks:
             y = block(y, f, flat)
-        y = upsample_conv(y, self.up1, f)
-        return norm_conv(y, self.up1_norm, self.up2, upsample_conv, f, flat)
+        return upsample_conv(y, self.up1, f)
+
+    def _leave(self, y: Tensor, flat: Tensor) -> Tensor:
+        """Back to the full resolution, before the last norm."""
+        return norm_conv(y, self.up1_norm, self.up2, upsample_conv, self.form, flat)
+
+    def _trunk(self, x: Tensor) -> Tensor:
+        """The features before their norm."""
+        flat = is_flat(x)
+        return self._leave(self._inner(self._enter(x, flat), flat), flat)
 
     def _head(self, x: Tensor) -> Tensor:
-        return norm_conv(self._trunk(x), self.up2_norm, self.head, conv7_reflect, self.form, is_flat(x))
+        flat = is_flat(x)
+
+        def out(y: Tensor, flat: Tensor) -> Tensor:
+            y = self._leave(y, flat)
+            return norm_conv(y, self.up2_norm, self.head, conv7_reflect, self.form, flat)
+
+        if not torch.is_inference_mode_enabled() or not by_hand(x) or x[0].numel() < ONE_BY_ONE:
+            return out(self._inner(self._enter(x, flat), flat), flat)
+        # Most of the memory is at full resolution, and there one sample keeps all cores busy.
+        return each(out, self._inner(each(self._enter, x, flat), flat), flat)
 
     def raw(self, x: Tensor, res: Tensor | float | None = None) -> Tensor:
         """The head before subtraction, sigmoid and softmax, channel 0 in the units of x: (B, 2 + classes, X, Y, Z)."""
@@ -192,6 +215,12 @@ class UNetGenerator(Generator):
 GENERATORS: dict[str, type[Generator]] = {"plain": Generator, "unet": UNetGenerator}
 
 
+def each(part: Callable[[Tensor, Tensor], Tensor], x: Tensor, flat: Tensor) -> Tensor:
+    """``part`` of a batch, sample by sample."""
+    parts = [part(x[b : b + 1], flat[b : b + 1]) for b in range(len(x))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def build_generator(spec: GeneratorSpec, form: str = "fast", seed: int = 0) -> Generator:
     """A freshly initialised generator (lecun_normal, keyed by ``seed``)."""
     return GENERATORS[spec.network](spec, form, seed)
@@ -215,6 +244,8 @@ class CriticSpec:
     def __post_init__(self) -> None:
         if self.patch < 16 or self.patch % SIZE_MULTIPLE:
             raise ModelError("critic", f"patch {self.patch}", "a multiple of 4 from 16 up, for example 64")
+        if self.kernel < 1 or self.in_channels < 1:
+            raise ModelError("critic", f"kernel {self.kernel}, in_channels {self.in_channels}", "both 1 or more")
 
     @property
     def depth(self) -> int:

@@ -13,6 +13,7 @@ import platform
 import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -86,6 +87,10 @@ def disk_error(error: OSError, path: Path) -> Exception:
         )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return ResourceError(path, "cannot be written", "check the permissions or choose another folder")
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EINVAL):
+        return ResourceError(path, f"cannot be written: {(error.strerror or '').lower()}", "choose another folder")
+    if error.errno == errno.ENOENT and path.parent.is_dir():
+        return ResourceError(path, "cannot be written here", "choose another folder")
     if error.errno in (errno.ENOTDIR, errno.EEXIST) or (error.errno == errno.ENOENT and not path.parent.is_dir()):
         return ResourceError(path, "its folder is missing or is a file", "create the folder or choose another one")
     return error
@@ -125,8 +130,19 @@ def output_folder(path: str | os.PathLike) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise ResourceError(path, "is a file, a folder is needed", "choose another output folder") from error
         raise disk_error(error, path) from error
     return path
+
+
+def is_special(path: str | os.PathLike) -> bool:
+    """Whether a path is a pipe, a device or a socket, of which reading may never end; False for what is not there."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -259,39 +275,6 @@ class StopRequest:
     def code(self) -> int:
         """Exit code after this request; 0 when there was none."""
         return 0 if self.signal is None else 130 if self.signal == signal.SIGINT else 143
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a job as Ctrl-C does: what is half done is taken away on the way out."""
-
-
-class Interrupts:
-    """While it is open SIGINT raises KeyboardInterrupt and SIGTERM Terminated; the second of them ends at once.
-
-    At once means without cleaning up: temporary files may stay, nothing half-written has its final name.
-    """
-
-    def __init__(self) -> None:
-        self._before: dict[int, Any] = {}
-        self._told = False
-
-    def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                # Ignored signals stay ignored: a job behind nohup or in the background was started so.
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._stop)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, _frame: object) -> None:
-        if self._told:
-            os._exit(128 + number)
-        self._told = True
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 # --- provenance ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastsrgan import tiles
-from fastsrgan.runtime import atomic_write, disk_error, sync_folder
+from fastsrgan.runtime import atomic_write, disk_error, need_space, sync_folder
 
 log = logging.getLogger("fastsrgan")
 
@@ -169,6 +170,8 @@ class Unfinished:
                 log.info("%s: going on behind plane %d", self.folder, self.done)
                 return
             shutil.rmtree(self.partial, ignore_errors=True)
+            sizes = [4 * math.prod(shape) for shape in shapes.values()]
+            need_space(self.folder, sum(sizes) + max(sizes))  # the image that is made of them lies beside them
             self.partial.mkdir(parents=True)
             self.arrays = {name: self._create(name, shape) for name, shape in shapes.items()}
         except OSError as error:

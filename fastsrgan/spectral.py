@@ -19,7 +19,8 @@ from torch import Tensor
 
 TAPS = 7
 PAD = TAPS // 2
-HELD_BYTES = 2**25  # spectra at a time: what a last-level cache holds
+# Spectra at a time: forward more is no faster, for gradients what a last-level cache holds.
+FORWARD_BYTES, BACKWARD_BYTES = 2**23, 2**25
 
 Where = tuple[slice, slice]  # samples, channels
 Sink = Callable[[Where, Tensor], None]  # takes the gradient of a part of a source, once for each part
@@ -36,7 +37,7 @@ class Source(Protocol):
 
 def forward(image: Source, weight: Tensor) -> Tensor:
     """(B, I, X, Y, Z), (O, I, 7, 7, 7) -> (B, O, X, Y, Z)."""
-    plan = _Plan.of(image.shape, weight)
+    plan = _Plan.of(image.shape, weight, FORWARD_BYTES)
     samples, taps = range(image.shape[0]), plan.partial(weight, 1)
     out = weight.new_empty(len(samples), len(weight), *plan.voxels)
     if plan.many_outputs:
@@ -59,7 +60,7 @@ def forward(image: Source, weight: Tensor) -> Tensor:
 
 def backward(grad: Tensor, image: Source, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
     """The weight's gradient if wanted; that of the image goes to ``sink``, if there is one, in parts."""
-    plan = _Plan.of(image.shape, weight)
+    plan = _Plan.of(image.shape, weight, BACKWARD_BYTES)
     dw = torch.empty_like(weight) if wanted else None
     (_few_inputs if plan.many_outputs else _few_outputs)(plan, grad, image, weight, sink, dw)
     return dw
@@ -155,13 +156,13 @@ class _Plan(NamedTuple):
     groups: list[slice]
 
     @classmethod
-    def of(cls, shape: torch.Size, weight: Tensor) -> _Plan:
+    def of(cls, shape: torch.Size, weight: Tensor, held_bytes: int) -> _Plan:
         voxels = list(shape[2:])
         sizes = [good_size(n + 2 * PAD) for n in voxels]
         matrices = [_exponentials(n, weight.dtype)[: n if d < 2 else n // 2 + 1] for d, n in enumerate(sizes)]
         few, many = sorted(weight.shape[:2])
         held = (1 + few) * math.prod(len(m) for m in matrices) * 2 * weight.element_size()
-        count = -(-many // max(1, HELD_BYTES // held))
+        count = -(-many // max(1, held_bytes // held))
         size = -(-many // count)
         groups = [slice(first, first + size) for first in range(0, many, size)]
         return cls(voxels, sizes, matrices, len(weight) == many and few < many, groups)

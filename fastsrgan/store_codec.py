@@ -24,6 +24,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, cpu
 from zarr.storage import MemoryStore, WrapperStore
 
 from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError
+from fastsrgan.runtime import is_special
 
 log = logging.getLogger("fastsrgan")
 
@@ -164,7 +165,9 @@ class NothingMissing(WrapperStore[Store]):
         return NothingMissing(self._store.with_read_only(read_only), self._url, self._size_of)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        found = await self._store.get(key, prototype, byte_range)
+        root = getattr(self._store, "root", None)
+        special = root is not None and is_special(Path(root) / key)
+        found = None if special else await self._store.get(key, prototype, byte_range)
         if not key.endswith(f"/{SHARD}"):
             return found
         expected = self._size_of(key)

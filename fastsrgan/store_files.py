@@ -64,6 +64,8 @@ class Keys:
         return [None if found is None else found.to_bytes() for found in sync(gathered())]
 
     def _read(self, path: Path) -> bytes | None:
+        if runtime.is_special(path):  # a pipe, say: nothing that a writer makes, and reading it may never end
+            return None
         try:
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):

@@ -28,7 +28,7 @@ def check_manifest(manifest: dict[str, Any]) -> None:
     kinds = {"made_by": str, "needs": str, "settings": dict, "complete": bool, "subjects": dict}
     for name, kind in kinds.items():
         _demand(isinstance(manifest.get(name), kind), f"its {name} is missing or of another kind")
-    root = manifest.get("root")
+    root = manifest.get("root", "missing")
     _demand(root is None or _is_fingerprint(root), "its root is no fingerprint")
     for name, record in manifest["subjects"].items():
         _demand(bool(SUBJECT.fullmatch(name)) and len(name) <= 255, f"{name[:80]!r} is no subject id")

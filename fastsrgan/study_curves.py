@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.errors import InputError
-from fastsrgan.study_figure import Line, Panel
+from fastsrgan.study_figure import GREY_LINE, Line, Panel
 
 LOG = "log.jsonl"
 # Losses of the figure; the table has the epoch means of all of them.
@@ -69,9 +69,11 @@ def _panels(rows: list[dict[str, Any]], updates: list[dict[str, Any]]) -> list[l
     for title, endings in (("Dice", ("Dice", "Dice_label_1")), ("PSNR, dB", ("PSNR",))):
         keys = dict.fromkeys(k for row in rows for k in row if k.endswith(endings))
         lines = [
-            Line(_called(key), *_xy(rows, "epoch", key), number=i, style="data")
+            Line(_called(key), *_xy(rows, "epoch", key), style="baseline", number=GREY_LINE)
+            if key.startswith("spline_")
+            else Line(_called(key), *_xy(rows, "epoch", key), number=i)
             for i, key in enumerate(keys)
-        ]  # fmt: skip
+        ]
         panels.append(Panel(title, "epoch", lines))
     losses, number = [], 2
     for who, names in SHOWN.items():

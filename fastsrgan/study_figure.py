@@ -15,6 +15,7 @@ from fastsrgan.runtime import atomic_write
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GREY = "#8a8a8a"
 MARKERS = "osD^vP"
+MOST_TICKS = 6  # measured places that get the ticks of the axis
 GREY_LINE = -1  # the number of a line that needs no colour of its own
 
 
@@ -42,7 +43,7 @@ class Panel:
     x: str
     lines: Sequence[Line] = field(default_factory=tuple)
     log_x: bool = False
-    log_y: bool = False
+    log_y: bool = False  # where the values span a factor of ten
 
 
 def draw(base: str | os.PathLike, rows: Sequence[Sequence[Panel]], title: str, footer: str = "") -> list[Path]:
@@ -99,7 +100,12 @@ def _panel(axes: Any, panel: Panel) -> dict[str, tuple[int, Any]]:
         handles[line.name] = (place, _line(axes, line))
     if panel.log_x:
         axes.set_xscale("log")
-    if panel.log_y:
+    measured = sorted({x for line in panel.lines if line.style == "data" for x in line.x})
+    if len(measured) <= MOST_TICKS and not panel.log_x:
+        axes.set_xticks(measured, [f"{x:g}" for x in measured])
+    elif all(float(x).is_integer() for x in measured) and not panel.log_x:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    if panel.log_y and _wide(panel):
         from matplotlib.ticker import LogFormatter
 
         axes.set_yscale("log")
@@ -109,6 +115,12 @@ def _panel(axes: Any, panel: Panel) -> dict[str, tuple[int, Any]]:
     if not panel.lines:
         axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", color=GREY, fontsize=9)
     return handles
+
+
+def _wide(panel: Panel) -> bool:
+    """Whether the values span a factor of ten; below, a logarithmic axis has hardly a tick."""
+    values = [y for line in panel.lines for y in line.y if y > 0]
+    return bool(values) and max(values) >= 10 * min(values)
 
 
 def _line(axes: Any, line: Line) -> Any:

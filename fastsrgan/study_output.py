@@ -24,6 +24,10 @@ SHOWN = {
     "seconds": ("seconds", 2),
     "tiles": ("tiles", 0),
 }
+INTERPOLATION = (
+    "interpolation: cubic spline of the scan; for the segmentation the true label at the scan's resolution,\n"
+    "interpolated back (paper table 2), which knows the answer that the network has to find"
+)
 ACQUIRED = ("low_res", "noise", "power")
 
 
@@ -33,7 +37,8 @@ def write_study(folder: Path, facts: dict[str, Any], panels: Sequence[Sequence[P
     base = folder / kind
     rows = csv_rows(facts["rows"])
     _write_csv(base.with_suffix(".csv"), rows)
-    pictures = draw(base, panels, title)
+    based = any(line.style == "baseline" for row in panels for panel in row for line in panel.lines)
+    pictures = draw(base, panels, title, footer=INTERPOLATION if based else "")
     facts = facts | {"files": {path.suffix[1:]: str(path) for path in pictures}}
     facts["files"] |= {form: str(base.with_suffix(f".{form}")) for form in ("csv", "md", "json")}
     with atomic_write(base.with_suffix(".md")) as temporary:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastsrgan.errors import InputError
+from fastsrgan.runtime import is_special
 
 SPLITS = ("Train", "Test")
 COLUMNS = ("HR_image", "Label_image", "Base", "Mask_image")
@@ -155,14 +156,17 @@ def _safe(text: str) -> str:
 
 
 def _text(path: Path) -> str:
+    if is_special(path):
+        raise InputError(path, "is not a regular file", "a CSV file or a list is expected")
     try:
-        if path.is_file() and path.stat().st_size > _MAX_BYTES:
+        if os.path.isfile(path) and path.stat().st_size > _MAX_BYTES:
             raise InputError(path, f"is no table: {path.stat().st_size} bytes", "a CSV file is expected")
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise InputError(path, "no such file") from None
-    except OSError as error:
-        raise InputError(path, f"cannot be read: {error.strerror}") from error
+        raise InputError(path, "no such file", "check the path") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(path, f"cannot be read: {reason}", "check the path and its permissions") from error
     encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = raw.decode(encoding)

@@ -12,13 +12,14 @@ import functools
 import logging
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastsrgan import tiles
+from fastsrgan import compiled, tiles
 from fastsrgan.activations import Needs, needs
+from fastsrgan.backend import reference_only, runs_kernels
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.networks import MIN_SIZE, Generator
 from fastsrgan.rearranged import held, kept_bytes
@@ -78,10 +79,16 @@ class TileNetwork:
     ----------
     residual : channel 0 of what comes out is what the volume loses, else it is the result itself
     size : tiles per forward pass; halved when memory runs out
+    compiled : by torch.compile: batches are filled up to ``size``, and a result holds until the next pass
     """
 
     def __init__(
-        self, generator: nn.Module, slice_mm: float, device: torch.device | str = "cpu", precision: str = "fp32"
+        self,
+        generator: nn.Module,
+        slice_mm: float,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+        compile: str = "auto",
     ) -> None:
         self.device, self.dtype = torch.device(device), PRECISIONS[precision]
         self.generator = generator.to(self.device)
@@ -91,20 +98,21 @@ class TileNetwork:
         self.fused = isinstance(generator, Generator) and type(generator).forward is Generator.forward
         self.residual = self.fused and generator.spec.residual  # type: ignore[union-attr]
         self.size = 1
+        self.compiled = self.fused and compiled.asked(compile, self.device)
+        self._forward = fast_head(self.device, compile == "on") if self.compiled else head
 
     def __call__(self, tiles_N1XYZ: Tensor) -> Tensor:
         """(N, 1, X, Y, Z) -> (N, C, X, Y, Z) float32."""
         with self._precision():
-            return self._head(tiles_N1XYZ)
+            if not self.fused:
+                return self.generator(tiles_N1XYZ, *self.more).float()
+            return self._forward(self.generator, tiles_N1XYZ, *self.more)
 
     def _head(self, tiles_N1XYZ: Tensor) -> Tensor:
+        """A pass as it is counted: never compiled."""
         if not self.fused:
             return self.generator(tiles_N1XYZ, *self.more).float()
-        head = self.generator.raw(tiles_N1XYZ, *self.more).float()  # type: ignore[operator]
-        head[:, 1:2].sigmoid_()
-        if head.shape[1] > 2:
-            head[:, 2:] = torch.softmax(head[:, 2:], dim=1)
-        return head
+        return head(self.generator, tiles_N1XYZ, *self.more)
 
     @property
     def channels(self) -> int | None:
@@ -157,15 +165,17 @@ class TileNetwork:
         """
         while indices:
             count = -(-len(indices) // -(-len(indices) // self.size))  # batches of about one size
+            if self.compiled:
+                count = min(len(indices), self.size)  # of one size: each other one would be compiled anew
             y = self._try(volume_XYZ, plan, indices[:count])
             if y is None:
                 continue
             indices = indices[count:]
-            yield y
+            yield y[:count]
 
     def _try(self, volume_XYZ: Tensor, plan: tiles.TilePlan, indices: Sequence[int]) -> Tensor | None:
         try:
-            return self(tiles.gather(volume_XYZ, plan, indices))
+            return self(self._cut(volume_XYZ, plan, indices))
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -181,6 +191,15 @@ class TileNetwork:
             torch.cuda.empty_cache()
         return None
 
+    def _cut(self, volume_XYZ: Tensor, plan: tiles.TilePlan, indices: Sequence[int]) -> Tensor:
+        """A batch. Our generators never write to what they get, so on a CPU they may look at the volume itself."""
+        if self.compiled:
+            indices = [*indices, *[indices[-1]] * (self.size - len(indices))]
+        plain = reference_only() or runs_kernels(volume_XYZ.device)
+        looks = self.fused and volume_XYZ.device.type == "cpu" and not plain
+        seen = tiles.view(volume_XYZ, plan, indices) if looks else None
+        return tiles.gather(volume_XYZ, plan, indices) if seen is None else seen
+
     def _precision(self) -> contextlib.AbstractContextManager:
         if self.dtype != torch.float32:
             return torch.autocast(self.device.type, self.dtype)
@@ -189,6 +208,21 @@ class TileNetwork:
             now = torch.backends.cudnn
             return now.flags(enabled=True, benchmark=now.benchmark, deterministic=now.deterministic, allow_tf32=False)
         return contextlib.nullcontext()
+
+
+def head(generator: nn.Module, tiles_N1XYZ: Tensor, *more: float) -> Tensor:
+    """One of our generators on a batch: (N, 1, X, Y, Z) -> (N, C, X, Y, Z) float32, channel 0 the head alone."""
+    out = generator.raw(tiles_N1XYZ, *more).float()  # type: ignore[operator]
+    out[:, 1:2].sigmoid_()
+    if out.shape[1] > 2:
+        out[:, 2:] = torch.softmax(out[:, 2:], dim=1)
+    return out
+
+
+@functools.cache
+def fast_head(device: torch.device, strict: bool) -> Callable[..., Tensor]:
+    """``head`` compiled, on CUDA one graph; its result is written over by the next call. One for all volumes."""
+    return compiled.whole(head, device, strict)
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -6,6 +6,7 @@ volume lies in at least one tile; tiles are visited in C order of the grid, the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +135,24 @@ def gather(volume_XYZ: Tensor, plan: TilePlan, indices: Sequence[int], out_N1XYZ
     if out_N1XYZ is None:
         out_N1XYZ = volume_XYZ.new_empty((len(indices), 1, *plan.patch))
     return _gather(out_N1XYZ[: len(indices)], volume_XYZ, plan, indices)
+
+
+def view(volume_XYZ: Tensor, plan: TilePlan, indices: Sequence[int]) -> Tensor | None:
+    """What ``gather`` gives, as a read-only look at a padded volume: no copy, overlapping tiles share their voxels.
+
+    None where tiles do not lie at one distance from each other in memory (the last of a row is moved back, a batch goes
+    over the end of a row), or the volume still has to be padded. One or two tiles always can be looked at.
+    """
+    if tuple(volume_XYZ.shape) != plan.padded_shape:
+        return None
+    stride = volume_XYZ.stride()
+    places = [sum(o * s for o, s in zip(plan.origin(n), stride, strict=True)) for n in indices]
+    steps = {after - before for before, after in itertools.pairwise(places)}
+    if len(steps) > 1 or min(steps, default=0) < 0:
+        return None
+    apart = steps.pop() if steps else 0
+    first = volume_XYZ.storage_offset() + places[0]
+    return volume_XYZ.as_strided((len(indices), 1, *plan.patch), (apart, 0, *stride), first)
 
 
 def _gather_by_kernel(out_N1XYZ: Tensor, volume_XYZ: Tensor, plan: TilePlan, indices: Sequence[int]) -> Any:

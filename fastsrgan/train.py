@@ -24,6 +24,7 @@ from fastsrgan.errors import InputError, UsageError
 from fastsrgan.feed import Feed, PatchRule, resident_limit
 from fastsrgan.loop import loop
 from fastsrgan.pair import Models
+from fastsrgan.panels import cut_panels
 from fastsrgan.ranks import Ranks, from_environment, local_device
 from fastsrgan.run_state import Position, Run, data_identity
 from fastsrgan.runtime import (
@@ -39,7 +40,7 @@ from fastsrgan.runtime import (
 )
 from fastsrgan.store import Store, open_store
 from fastsrgan.trainlog import RunLog
-from fastsrgan.trial import batch_that_fits, memory_error, out_of_memory
+from fastsrgan.trial import batch_that_fits, memory_error, out_of_memory, refuse_hopeless
 
 log = logging.getLogger("fastsrgan")
 
@@ -88,6 +89,7 @@ def train(
         folder = output_folder(folder)
         resume = resume or known_run(ranks, folder)
         store = open_store(source)
+        refuse_inside(folder, store)
         ranks.agree("training data", data_identity(store))
         run = prepare(store, folder, config, target, ranks, strict, resume)
         if run.first:
@@ -123,6 +125,13 @@ def known_run(ranks: Ranks, folder: Path) -> bool:
     return found
 
 
+def refuse_inside(folder: Path, store: Store) -> None:
+    """Raise UsageError for a run folder in the store, which would then hold what is none of its subjects."""
+    here, stored = os.path.realpath(folder), os.path.realpath(store.url)
+    if os.path.isdir(stored) and os.path.commonpath([here, stored]) == stored:
+        raise UsageError(folder, "lies in the store that is trained on", "choose another output folder")
+
+
 def prepare(
     store: Store, folder: Path, config: TrainConfig, device: torch.device, ranks: Ranks, strict: bool, resume: bool
 ) -> Run:
@@ -133,6 +142,7 @@ def prepare(
     mask_classes = count_mask_classes(store, names["Train"]) if config.fit_mask else 0
     if config.auto_batch:
         config = with_fitting_batch(folder, config, mask_classes, device, ranks, resume)
+    refuse_hopeless(config, mask_classes, device, ranks)
     c = config
     degradation = Degradation(
         c.new_low_res,
@@ -201,6 +211,7 @@ def begin(run: Run, start_weights: str | os.PathLike | None, resume: bool) -> No
     if run.log is not None:
         if not resume:
             run.log.cut(0, c.init_epoch)
+        cut_panels(run.folder, run.position.epoch)
         with atomic_write(run.folder / "config.yaml") as temporary:
             temporary.write_text(c.to_yaml(), encoding="utf8")
         run.board = Board(run.folder, run.position.updates + 1) if c.tensorboard else None

@@ -9,11 +9,13 @@ import torch
 
 from fastsrgan.config import TrainConfig
 from fastsrgan.errors import ResourceError
+from fastsrgan.memory_plan import free_memory
 from fastsrgan.pair import Models
 from fastsrgan.pool import Batch
 from fastsrgan.ranks import Ranks
 from fastsrgan.run_state import Run
 from fastsrgan.runtime import peak_memory
+from fastsrgan.voxel_stream import human
 
 log = logging.getLogger("fastsrgan")
 
@@ -27,6 +29,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def fits(config: TrainConfig, mask_classes: int, device: torch.device, batch: int) -> bool:
     """Whether one iteration with ``batch`` patches runs in the memory there is, on networks made for the trial."""
+    if device.type == "cpu" and least_bytes(config, mask_classes, batch) > free_memory():
+        return False  # the system would end the process rather than refuse the memory
     trial = None
     try:
         trial = Models(config, mask_classes, device)
@@ -49,6 +53,22 @@ def fits(config: TrainConfig, mask_classes: int, device: torch.device, batch: in
             torch.cuda.empty_cache()
 
 
+def least_bytes(config: TrainConfig, mask_classes: int, batch: int) -> int:
+    """What no step can do without: ``batch`` patches with their truth, and of a part of them the first features."""
+    channels = batch * (1 + 2 + mask_classes) + -(-batch // config.accumulate) * config.kernel_gen
+    return 4 * channels * config.patch_size**3
+
+
+def refuse_hopeless(config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks) -> None:
+    """Raise ResourceError for a batch whose patches alone are more than a CPU's memory: it would end without a word."""
+    own = config.batch_size // ranks.world
+    least, free = least_bytes(config, mask_classes, own), free_memory() // ranks.local_world
+    if device.type == "cpu" and least > free:
+        what = f"{config.batch_size} patches of {config.patch_size} voxels need more than {human(least)} on each rank"
+        fewer = own * free // least * ranks.world
+        raise ResourceError("--batch-size", f"{what}, {human(free)} are free", f"below {fewer}, or --auto-batch True")
+
+
 def batch_that_fits(config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks) -> int:
     """The largest of batch_size, half of it, a quarter ... (patches of all ranks) whose iteration every rank can run.
 
@@ -59,7 +79,9 @@ def batch_that_fits(config: TrainConfig, mask_classes: int, device: torch.device
         if ranks.minimum(int(fits(config, mask_classes, device, own))):
             return own * ranks.world
         if own == 1:
-            raise ResourceError(str(device), "no memory for a batch of one patch", "lower patch_size or kernel_gen")
+            raise ResourceError(
+                str(device), "no memory for a batch of one patch", "a smaller --patch-size or --kernel-gen"
+            )
         own //= 2
 
 
@@ -74,7 +96,7 @@ def memory_error(run: Run, told: str) -> ResourceError:
     own = run.batch // 2
     while own and not fits(c, run.mask_classes, device, own):
         own //= 2
-    hint = "lower patch_size or kernel_gen"
+    hint = "a smaller --patch-size or --kernel-gen"
     if own:
         parts = -(-run.batch // own)
         hint = (

@@ -158,13 +158,18 @@ def drawn_label(feed: Feed, sample: Sample, label_XYZ: np.ndarray, index: int, c
     return apply_axes(low.astype(np.float32), back)
 
 
-def sample_patch(generator: Generator, feed: Feed, subject: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The middle patch of the first Test subject: input (P, P, P), prediction and target (C, P, P, P)."""
-    resident = fixed_resident(feed, feed.store.read(subject), 0, count)
-    pool = Pool([resident], feed.rule.patch)
-    batch = pool.gather(np.array([len(pool) // 2]))
-    with torch.inference_mode():
-        return batch.x[0, 0], generator(batch.x, batch.res)[0], batch.y[0]
+def sample_patch(generator: Generator, feed: Feed, subjects: list[str]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The middle patch of the first Test subject that can be read: input (P, P, P), prediction and target
+    (C, P, P, P); None without one. No random number is drawn."""
+    for index, subject in enumerate(subjects):
+        sample = readable(feed, subject)
+        if sample is None:
+            continue
+        pool = Pool([fixed_resident(feed, sample, index, len(subjects))], feed.rule.patch)
+        batch = pool.gather(np.array([len(pool) // 2]))
+        with torch.inference_mode():
+            return batch.x[0, 0], generator(batch.x, batch.res)[0], batch.y[0]
+    return None
 
 
 def readable(feed: Feed, subject: str) -> Sample | None:

@@ -6,6 +6,7 @@ Which of them a path is, is read from its content. Pickles are recognised and ne
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from torch import Tensor
 from fastsrgan import checkpoint, keras_h5, modelfile
 from fastsrgan.errors import ModelError, ResourceError
 from fastsrgan.networks import Critic, CriticSpec, Generator, GeneratorSpec
+from fastsrgan.runtime import is_special
 
 log = logging.getLogger("fastsrgan")
 
@@ -200,12 +202,12 @@ def _is_legacy(spec: GeneratorSpec) -> bool:
 
 
 def _count(spec: GeneratorSpec | CriticSpec) -> int:
-    return sum(p.numel() for p in modelfile.skeleton(spec).parameters())
+    return sum(math.prod(shape) for shape in modelfile.parameter_shapes(spec).values())
 
 
 def _resolve(path: str | os.PathLike) -> _Source:
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         lone = (path / checkpoint.MANIFEST).is_file()
         return _Source(checkpoint.verified(path if lone else checkpoint.newest(path), checkpoint.MODEL), "checkpoint")
     return _Source(path, _sniff(path))
@@ -213,11 +215,14 @@ def _resolve(path: str | os.PathLike) -> _Source:
 
 def _sniff(path: Path) -> str:
     """The kind of a weight file from its first bytes."""
+    if is_special(path):
+        raise ModelError(path, "is not a regular file", "a weight file or a run folder")
     try:
         with open(path, "rb") as file:
             head = file.read(64)
-    except OSError as error:
-        raise ModelError(path, (error.strerror or "cannot be read").lower(), "a weight file or a run folder") from error
+    except (OSError, ValueError) as error:
+        reason = (getattr(error, "strerror", None) or "cannot be read").lower()
+        raise ModelError(path, reason, "a weight file or a run folder") from error
     if head.startswith(keras_h5.SIGNATURE):
         return "keras"
     if head[8:9] == b"{":

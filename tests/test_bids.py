@@ -37,8 +37,11 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def dataset(tmp_path):
+    return make_dataset(tmp_path / "raw")
+
+
+def make_dataset(root):
     """Four images of two participants, and files that are none of the wanted ones."""
-    root = tmp_path / "raw"
     for i, name in enumerate(NAMES):
         phantom = head(SHAPE, (8.0, 8.0, 16.0))
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def smallest_budget(hr, spacing, low, **settings) -> int:
     """The smallest block_bytes that is accepted: as many slabs as there can be."""
     with pytest.raises(ResourceError) as refused:
         degrade(hr, spacing, low, block_bytes=1, **settings)
-    return int(float(refused.value.hint.split()[0]) * 1e9)
+    return int(float(refused.value.hint.split()[1]) * 1e9)
 
 
 def worst(a, b) -> float:

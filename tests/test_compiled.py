@@ -8,16 +8,19 @@ from __future__ import annotations
 import functools
 import logging
 
+import numpy as np
 import pytest
 import torch
 from golden_steps import CONFIG, batch, double
 from torch._dynamo.utils import counters
 
 from fastsrgan import compiled as compiled_module
-from fastsrgan import networks
-from fastsrgan.compiled import compiled, wanted
+from fastsrgan import networks, tile_network
+from fastsrgan.compiled import compiled, wanted, whole
 from fastsrgan.critic_step import critic_gradients
-from fastsrgan.errors import ResourceError
+from fastsrgan.errors import ResourceError, UsageError
+from fastsrgan.infer import infer_volume
+from fastsrgan.networks import GeneratorSpec, build_generator
 from fastsrgan.pair import Models
 from fastsrgan.step import critic_loss
 
@@ -129,3 +132,60 @@ def test_a_compiler_that_fails_ends_the_run_or_is_told_once(caplog, monkeypatch)
     with caplog.at_level(logging.WARNING, "fastsrgan"):
         assert [float(loose(torch.ones(1))) for _ in range(3)] == [2.0] * 3
     assert caplog.text.count("it runs uncompiled") == 1
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+class Replayed:
+    """A compiled function as a CUDA graph gives its results: always in the same memory."""
+
+    def __init__(self, fast) -> None:
+        self.fast, self.memory, self.batches = fast, None, []
+
+    def __call__(self, generator, tiles, *more):
+        self.batches.append(len(tiles))
+        out = self.fast(generator, tiles, *more)
+        if self.memory is None or self.memory.shape != out.shape:
+            self.memory = torch.empty_like(out)
+        return self.memory.copy_(out)
+
+
+IMAGE = np.random.default_rng(0).random((24, 20, 28), np.float32) * 900
+IMAGE[:, :, 16:] = 0  # tiles of one value, too
+TILES = {"patch": 16, "step": 8, "device": "cpu", "batch": 4}
+
+
+@pytest.mark.parametrize(
+    ("spec", "more"),
+    [
+        (GeneratorSpec(kernel=2), {}),
+        (GeneratorSpec(kernel=2, scaled=True, mask_classes=2), {"window": "gaussian"}),
+        (GeneratorSpec("unet", kernel=2), {"budget": 1e3}),
+        (GeneratorSpec(kernel=2, conditional=True), {"flips": "x", "precision_check": True}),
+    ],
+    ids=("plain", "scaled", "unet-budget", "conditional-flips"),
+)
+def test_compiled_tiles_are_one_graph_of_one_size_with_the_same_result(monkeypatch, spec, more):
+    made = []
+
+    def fast(device, strict):
+        made.append(Replayed(whole(tile_network.head, device, strict, "aot_eager")))
+        return made[-1]
+
+    monkeypatch.setattr(tile_network, "fast_head", functools.cache(fast))
+    generator = build_generator(spec).eval()
+    plain = infer_volume(IMAGE, np.eye(4), generator, **TILES, **more)
+    done = infer_volume(IMAGE, np.eye(4), generator, **TILES, **more, compile="on")
+    assert np.abs(done.sr - plain.sr).max() <= 900 * 2e-5 and np.abs(done.prob - plain.prob).max() <= 2e-5
+    assert len(made) == 1 and not counters["graph_break"]
+    if "flips" not in more:  # an average calls its members with what it gets
+        assert set(made[0].batches) == {4}
+        assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_compile_is_checked_and_stays_off_where_nothing_was_seen_right(monkeypatch):
+    monkeypatch.setattr(tile_network, "fast_head", lambda device, strict: pytest.fail("compiled without being asked"))
+    infer_volume(IMAGE, np.eye(4), build_generator(GeneratorSpec(kernel=1)), **TILES)
+    with pytest.raises(UsageError, match="compile: 'fast'"):
+        infer_volume(IMAGE, np.eye(4), build_generator(GeneratorSpec(kernel=1)), **TILES, compile="fast")

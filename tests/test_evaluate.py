@@ -252,6 +252,17 @@ def test_the_scans_baselines_are_the_networks_input_and_the_readers_label_map(lo
     assert found["segmentation"]["dice"] == pytest.approx(expected["segmentation"]["dice"], abs=0.01)
     assert result["gain"]["segmentation"]["dice"] == 1 - found["segmentation"]["dice"] > 0
     assert "cubic spline" in result["baselines"]["image"] and "table 2" in result["baselines"]["segmentation"]
+    assert not any("grid differs" in note for note in result["notes"])  # a scan's always does
+
+
+def test_a_scan_that_misses_a_part_of_the_truth_is_noted():
+    hr, label, scan, *_ = _acquired((1, 1, 3))
+    cut = Volume(np.ascontiguousarray(scan.data[:, :, :8]), scan.affine)
+    notes = evaluate.evaluate_pair(hr, hr, seg=label, label=label, lr=cut)["notes"]
+    assert [n.split(":")[0] for n in notes if "outside its field of view" in n] == [
+        "baseline",
+        "interpolated label map",
+    ]
 
 
 def test_the_baselines_do_not_depend_on_how_the_scan_is_stored():

@@ -10,6 +10,7 @@ import pytest
 
 from fastsrgan import evaluate, evaluate_cohort, images
 from fastsrgan.cli import main
+from fastsrgan.cli_evaluate import better, plain, spread
 from fastsrgan.errors import InputError
 from fastsrgan.runtime import write_json
 
@@ -175,6 +176,38 @@ def test_the_command_writes_csv_json_and_pictures_and_ends_in_6(folders, tmp_pat
     assert float(lines[3]["segmentation.dice"]) == result["summary"]["segmentation.dice"]["mean"]
     assert lines[0]["gain.image.whole.psnr_db"] == "" != lines[1]["gain.image.whole.psnr_db"]
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["a.png", "b_lr.png", "sub-01_T1w.png"]
+
+
+@pytest.mark.parametrize(
+    ("figure", "gain", "told"),
+    [
+        ("psnr_range_db", 0.3, "yes"),
+        ("dice", -0.1, "no"),
+        ("mae", -1, "yes"),
+        ("hausdorff95_mm", 2.7, "no"),
+        ("false_components", 7, "no"),
+        ("components", 3, None),
+        ("largest_component", 9, None),
+        ("ssim", 0.0, None),
+        ("ssim", None, None),
+    ],
+)
+def test_a_difference_says_whether_it_is_one_for_the_better(figure, gain, told):
+    assert better(figure, gain) == told
+
+
+def test_figures_are_shown_without_exponents():
+    assert [plain(v) for v in (0.000123456, 23.456, 296140.4, 7, None)] == ["0.0001235", "23.46", "296140", 7, None]
+    assert spread({"mean": 296140.4, "sd": 2501.3}) == "296140 ± 2501"
+
+
+def test_the_table_names_baseline_and_difference(files, capsys):
+    words = ("--sr", files["sr"], "--hr", files["hr"], "--baseline", files["sr"])
+    assert main(["--quiet", "evaluate", *map(str, words)]) == 0
+    heads, _, first, *_ = capsys.readouterr().out.splitlines()
+    assert heads.split() == ["where", "figure", "value", "baseline", "difference", "better"]
+    value, baseline, difference, verdict = first.split()[2:]
+    assert value == baseline and (difference, verdict) == ("0", "-")
 
 
 def test_one_pair_as_csv(files, tmp_path):

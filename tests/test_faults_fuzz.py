@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -10,9 +11,13 @@ import dicom_files
 import pytest
 from fuzz_targets import TARGETS
 
-from fastsrgan import any_image, config, table
+from fastsrgan import any_image, checkpoint, config, table
 from fastsrgan.errors import FastsrganError, InputError, ModelError
-from tools.fuzz import run_cases
+from fastsrgan.networks import CriticSpec
+from fastsrgan.store import open_store
+from fastsrgan.store_files import Keys, read_manifest, write_manifest
+from fastsrgan.store_writer import create_store
+from tools.fuzz_engines import Drawn, run_cases
 
 # Of each target. The first cases come always; the time box ends a slow machine's run, and with it longer ones are asked
 # for.
@@ -31,7 +36,7 @@ def test_damaged_files_end_in_success_or_one_line(tmp_path, name):
                 return
             yield number
 
-    for case in run_cases(name, tmp_path, numbers(), tmp_path):
+    for case in run_cases(name, tmp_path, numbers()):
         assert not case["error"], f"tools/fuzz.py --target {name} --case {case['case']}\n{case['trace']}"
         done += 1
     assert done >= FEWEST
@@ -66,13 +71,14 @@ def test_a_line_end_inside_quotes_does_not_break_the_message(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_dicom_transfer_syntax_that_is_none(tmp_path):
-    """Found as `dicom` case 57: ended in ValueError."""
+@pytest.mark.parametrize("instead", [b"1.2.840.10008.9.9.9\0", b"1.2.840\\10008.1.2.1\0"])
+def test_a_dicom_transfer_syntax_that_is_none(tmp_path, instead):
+    """Found as `dicom` case 57, ended in ValueError; and two of them, found by atheris, in AttributeError."""
     syntax = b"1.2.840.10008.1.2.1\0"
     for path in dicom_files.write_series(tmp_path, dicom_files.volume((5, 4, 3)), dicom_files.scanner_affine()):
         raw = path.read_bytes()
         assert raw.count(syntax) == 1
-        path.write_bytes(raw.replace(syntax, b"1.2.840.10008.9.9.9\0"))
+        path.write_bytes(raw.replace(syntax, instead))
     with pytest.raises(FastsrganError) as caught:
         any_image.load_any(tmp_path)
     assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
@@ -114,3 +120,66 @@ def test_numbers_with_an_exponent_and_no_point_are_numbers(tmp_path):
     (tmp_path / "c.yaml").write_text("new_low_res: [1, 1, 3]\nlr_gen: 1e-4\nlr_dis: 5E-5\n", encoding="utf8")
     read = config.from_yaml(tmp_path / "c.yaml")
     assert (read.lr_gen, read.lr_dis) == (1e-4, 5e-5)
+
+
+def test_lists_within_lists_are_refused_before_they_take_time(tmp_path):
+    """Found as a slow case: the reader looks far ahead at each opening bracket."""
+    (tmp_path / "c.yaml").write_text("new_low_res: [[[[[[[[[1]]]]]]]]]", encoding="utf8")
+    with pytest.raises(ModelError, match="more than 8 deep"):
+        config.from_yaml(tmp_path / "c.yaml")
+
+
+def test_a_dicom_value_of_an_unknown_kind(tmp_path):
+    """Found as `dicom` case 179: ended in NotImplementedError, when the value was asked for."""
+    for path in dicom_files.write_series(tmp_path, dicom_files.volume((5, 4, 3)), dicom_files.scanner_affine()):
+        raw = path.read_bytes()
+        assert raw.count(b"\x28\0\x02\0US") == 1
+        path.write_bytes(raw.replace(b"\x28\0\x02\0US", b"\x28\0\x02\0\x55\xff"))
+    with pytest.raises(InputError, match="is damaged: Unknown Value Representation"):
+        any_image.load_any(tmp_path)
+
+
+def test_pixels_beyond_the_frames_of_a_dicom_file_are_told(tmp_path):
+    """Were dropped silently, with a warning of pydicom's on standard error."""
+    for path in dicom_files.write_series(tmp_path, dicom_files.volume((5, 4, 3)), dicom_files.scanner_affine()):
+        ds = dicom_files.read(path)
+        ds.PixelData = ds.PixelData * 3
+        ds.save_as(path)
+    with pytest.warns(UserWarning, match="frames"):
+        volume = any_image.load_any(tmp_path)
+    assert any("pixels of 3 frames, its header describes 1" in told for told in volume.warnings)
+
+
+@pytest.mark.parametrize("change", [{"format": [1]}, {"files": {"../../x": {}}}, {"files": {"9" * 400: {}}}])
+def test_a_snapshot_manifest_of_odd_values(tmp_path, change):
+    """Found as `run` case 125 and by atheris: TypeError, OSError; and a name that leads elsewhere was followed."""
+    (tmp_path / checkpoint.MANIFEST).write_text(json.dumps({"files": {}} | change), encoding="utf8")
+    with pytest.raises(ModelError, match="is no manifest"):
+        checkpoint.manifest(tmp_path)
+    assert len(checkpoint.verify(tmp_path)) == 1
+
+
+def test_a_store_manifest_without_its_root(tmp_path):
+    """Found by atheris: ended in KeyError."""
+    with create_store(tmp_path / "s") as writer:
+        writer.finish()
+    keys = Keys(tmp_path / "s", read_only=False)
+    manifest = read_manifest(keys)
+    del manifest["root"]
+    write_manifest(keys, manifest)
+    with pytest.raises(ModelError, match="is damaged"):
+        open_store(tmp_path / "s")
+
+
+@pytest.mark.parametrize(("name", "value"), [("kernel", -1), ("kernel", -(2**63)), ("in_channels", 0)])
+def test_a_critic_of_no_size(name, value):
+    """Found by atheris: ended in RuntimeError of torch."""
+    with pytest.raises(ModelError, match="1 or more"):
+        CriticSpec(**{name: value})
+
+
+def test_drawn_chance_is_what_the_bytes_say_and_goes_on_behind_them():
+    drawn = Drawn(b"\x05\0\x07")
+    assert [drawn.getrandbits(8) for _ in range(3)] == [5, 0, 7]
+    first, second = ([chance.randrange(100) for _ in range(50)] for chance in (Drawn(b"a"), Drawn(b"a")))
+    assert first == second and len(set(first)) > 10

@@ -16,13 +16,13 @@ PACKAGE = ROOT / "fastsrgan"
 LAYERS = {
     0: [
         "_version",
-        "errors",
+        "errors interrupts",
         "activations rearranged",
         "doubling spectral winograd",
         "normed",
         "fused",
         "geometry layers backend losses critic_convs runtime config ranks crew workers",
-        "networks",
+        "networks compiled",
     ],
     1: [
         "voxel_stream modelfile remote dicom_header store_schema",
@@ -31,8 +31,8 @@ LAYERS = {
         "windows slabs region tile_network",
         "images encode store_writer adders",
         "stitch",
-        "resample intensity metrics components checkpoint step critic_step optimise compiled schedule board",
-        "table trainlog template dicom",
+        "resample intensity metrics components checkpoint step critic_step optimise schedule board",
+        "table trainlog panels template dicom",
         "resample_sitk any_image extras precision distances grids",
         "image_list bids_names",
         "blocks",
@@ -51,7 +51,7 @@ LAYERS = {
     3: [
         "convert infer report pair validate",
         "infer_job run_state error_map",
-        "cohort evaluate",
+        "cohort evaluate room",
         "infer_files evaluate_cohort",
         "bids",
     ],
@@ -94,10 +94,11 @@ SPEAKS = {
     "cli_train",
     "cli_job",
     "console",
+    "interrupts",
     "__main__",
 }  # print, sys.exit, argv
 OPTIONAL = ("cupy", "nvidia", "tensorstore", "s3fs", "pydicom", "SimpleITK", "monai", "torchio")
-HEAVY = (*OPTIONAL, "nilearn", "sklearn", "pandas", "matplotlib", "zarr")
+HEAVY = (*OPTIONAL, "nilearn", "sklearn", "pandas", "matplotlib", "zarr", "torch", "scipy", "nibabel")
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the import is not called like the distribution
 
 RANK = {

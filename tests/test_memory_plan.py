@@ -1,6 +1,7 @@
 """What is planned against what is taken; which way is chosen; what is refused and with which advice."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -123,9 +124,22 @@ def test_a_mean_over_passes_and_a_shared_volume_are_planned(network):
 def test_the_advice_of_a_refusal_works(network):
     with pytest.raises(ResourceError, match=r"--patch (\d+) needs") as refused:
         plan_memory(job(patch=128, step=64), network, "auto", 90 * MIB)
-    patch = int(refused.value.hint.split()[1])
+    limit, patch = re.fullmatch(r"--max-memory (\d+)M; or --patch (\d+) needs .*", refused.value.hint).groups()
+    assert plan_memory(job(patch=128, step=64), network, "auto", int(limit) * MIB).mode == MEMORY
+    with pytest.raises(ResourceError):
+        plan_memory(job(patch=128, step=64), network, "auto", (int(limit) - 1) * MIB)
+    patch = int(patch)
     assert patch < 128 and plan_memory(job(patch=patch, step=patch), network, "auto", 90 * MIB).mode == MEMORY
-    with pytest.raises(ResourceError, match="more memory"):
+    with pytest.raises(
+        ResourceError, match=r"--max-memory \d+M; or a machine with more memory.* --patch 16 still needs"
+    ):
+        plan_memory(job(), network, "auto", MIB)
+
+
+@pytest.mark.fault(35)
+def test_a_limit_that_the_machine_has_not_is_not_recommended_silently(network, monkeypatch):
+    monkeypatch.setattr(memory_plan, "free_memory", lambda: 2 * MIB)
+    with pytest.raises(ResourceError, match=r"--max-memory \d+M, more than the 2 MiB that are free; or"):
         plan_memory(job(), network, "auto", MIB)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from fastsrgan import networks
 from fastsrgan.errors import ModelError
-from fastsrgan.networks import Critic, CriticSpec, GeneratorSpec, build_generator
+from fastsrgan.networks import Critic, CriticSpec, Generator, GeneratorSpec, build_generator
 
 SPECS = [
     GeneratorSpec(network, 2, residual, conditional, classes)
@@ -272,3 +272,22 @@ def test_in_plane_gradient_of_a_ramp_and_of_a_constant():
     assert networks.in_plane_gradient(x).flatten().tolist() == [3.0, 0.0]
     through = torch.arange(8.0).expand(1, 1, 8, 8, 8)
     assert networks.in_plane_gradient(through).item() == 0.0
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_samples_one_by_one_at_full_resolution_are_the_batch(monkeypatch, scaled):
+    generator = build_generator(GeneratorSpec(kernel=2, scaled=scaled), seed=1).double()
+    x = torch.rand(3, 1, 12, 16, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[1] = 0.25  # without contrast
+    sizes = []
+    enter = Generator._enter
+    monkeypatch.setattr(Generator, "_enter", lambda self, x, flat: sizes.append(len(x)) or enter(self, x, flat))
+    with torch.inference_mode():
+        whole = generator(x)
+        monkeypatch.setattr(networks, "ONE_BY_ONE", 1)
+        parts = generator(x)
+    assert sizes == [3, 1, 1, 1]
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():  # training's passes stay whole
+        generator(x)
+    assert sizes[-1] == 3

@@ -386,10 +386,25 @@ def test_a_study_adds_its_curve(results, tmp_path):
     got = Parsed(path.read_text(encoding="utf8"))
     assert "Step curve" in got.words and got.tags.count("svg") == 2
     assert ("/studies/0/rows/1/figures/dice/mean", "0.876", "0.876") in got.figures
+    assert ("/studies/0/fit/0/intercept_s", "0.5", "0.5") in got.figures and "/ step³, R²" in got.words
     (path,) = report(tmp_path / "steps.json", tmp_path / "alone.html")
     assert Parsed(path.read_text(encoding="utf8")).tags.count("svg") == 2
     with pytest.raises(InputError, match="holds no study"):
         report(results, tmp_path / "other.html", studies=[results / "scores.json"])
+
+
+def test_the_study_of_resolution_is_drawn_against_the_thickness(tmp_path):
+    rows = [
+        {"condition": f"{low} mm", "low_res": [1, 1, low], "model": model, "step": step, "n": 2,
+         "figures": {"largest_component": {"mean": 296140.5 + low, "sd": 2501.25, "n": 2}}}
+        for low in (2, 4, 3) for model, step in (("interpolation", None), ("shipped", 24))
+    ]  # fmt: skip
+    write_json(tmp_path / "resolution.json", {"study": "resolution", "rows": rows})
+    (path,) = report(tmp_path / "resolution.json")
+    page = path.read_text(encoding="utf8")
+    assert "slice thickness, mm" in page and page.count("<polyline") == 2 and page.count('class="line s1 dashed"') == 1
+    # A large mean has no exponent.
+    assert "296\u202f142" in page and "e+05" not in page
 
 
 def test_a_chart_puts_points_where_they_belong():
@@ -398,6 +413,8 @@ def test_a_chart_puts_points_where_they_belong():
     assert len(dots) == 2 and float(dots[0][0]) < float(dots[1][0]) and float(dots[0][1]) > float(dots[1][1])
     assert "b&lt;" in drawn and "b<" not in drawn
     assert line_chart("t", [Line("a", [1], [None])], "x") == ""
+    many = line_chart("t", [Line(str(i), [0, 1], [i, i]) for i in range(8)], "x")
+    assert many.count("<polyline") == 8 and many.count('class="line s1"') == 2 and "s6" not in many
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10] and ticks(0.13, 0.18) == [0.13, 0.14, 0.15, 0.16, 0.17, 0.18]
     assert ticks(3, 3) == [3]
 

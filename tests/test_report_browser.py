@@ -134,6 +134,8 @@ def test_nothing_is_wider_than_a_phone(tab, folder):
 def test_the_cohorts_table_is_sorted_by_a_press(tab, folder):
     tab.open(url(folder / "many" / "out" / "report.html"))
     column = "[...document.querySelectorAll('.cohort tbody tr td:nth-child(3) data')].map(d => Number(d.value))"
+    sizes = tab.ask("[...document.querySelectorAll('.cohort img')].map(i => [i.clientWidth, i.clientHeight])")
+    assert sizes and all(size == [64, 64] for size in sizes)
     orders = []
     for _ in range(2):
         tab.ask("document.querySelector('.cohort th.n button').click()")

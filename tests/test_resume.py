@@ -19,6 +19,7 @@ from processes import ended, outcome, start
 from fastsrgan import checkpoint
 from fastsrgan.config import TrainConfig
 from fastsrgan.pair import Models
+from fastsrgan.panels import find_panels
 from fastsrgan.train import train
 
 # Everything on that has a state or a place: moving average, schedule and warm-up, flips, accumulation, lazy penalty,
@@ -73,6 +74,8 @@ def assert_the_same(run: Path, whole: Path) -> None:
     assert losses(run) == losses(whole)
     for name in ("dice.csv", "mse.csv"):
         assert (run / name).read_bytes() == (whole / name).read_bytes()
+    panels = [[(epoch, path.read_bytes()) for epoch, path in find_panels(folder)] for folder in (run, whole)]
+    assert panels[0] == panels[1] and panels[0]
     states = []
     for folder in (run, whole):
         snapshot = checkpoint.newest(folder)

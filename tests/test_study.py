@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from phantom import head
 
-from fastsrgan import images, study, study_cells, study_output, study_paper, weights
+from fastsrgan import images, study, study_cells, study_figure, study_output, study_paper, weights
 from fastsrgan.cli import main
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import evaluate_pair, flat
@@ -44,7 +44,9 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures take longer than all else here, and other tests draw them."""
-    monkeypatch.setattr(study_output, "draw", lambda base, *_: [base.with_suffix(".png"), base.with_suffix(".svg")])
+    monkeypatch.setattr(
+        study_output, "draw", lambda base, *_, **__: [base.with_suffix(".png"), base.with_suffix(".svg")]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,8 @@ def test_what_is_written_holds_the_rows(folder, steps):
     assert lines[0]["low_res"] == "7 x 7 x 21"
     page = (folder / "steps" / "steps.md").read_text(encoding="utf8")
     assert "Delannoy" in page and "0.855" in page and "The paper's own data" in page
-    assert (folder / "steps" / "steps.svg").read_text(encoding="utf8").startswith("<?xml")
+    drawing = (folder / "steps" / "steps.svg").read_text(encoding="utf8")
+    assert drawing.startswith("<?xml") and "knows the answer" in drawing
 
 
 def test_the_same_rows_give_the_same_figures(folder, steps):
@@ -147,6 +150,21 @@ def test_the_same_rows_give_the_same_figures(folder, steps):
     before = {form: (folder / "steps" / f"steps.{form}").read_bytes() for form in ("png", "svg")}
     study.write_study(folder / "steps", steps, panels, "title")
     assert before == {form: (folder / "steps" / f"steps.{form}").read_bytes() for form in ("png", "svg")}
+
+
+def test_a_logarithmic_axis_needs_a_factor_of_ten_and_ticks_are_the_measured_steps():
+    from matplotlib.figure import Figure
+
+    for values, scale in (([3.0, 20.0], "linear"), ([2.0, 20.0], "log"), ([0.0, 0.0], "linear")):
+        axes = Figure().subplots()
+        study_figure._panel(
+            axes, study_figure.Panel("t", "step", [study_figure.Line("a", [12, 48], values)], log_y=True)
+        )
+        assert axes.get_yscale() == scale
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["12", "48"]
+    axes = Figure().subplots()
+    study_figure._panel(axes, study_figure.Panel("t", "update", [study_figure.Line("a", range(1, 19), range(18))]))
+    assert all(float(x).is_integer() for x in axes.get_xticks())
 
 
 def test_the_fit_finds_an_affine_law():

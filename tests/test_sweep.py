@@ -342,3 +342,41 @@ def test_a_tile_without_room_is_an_error_with_a_hint(generator):
 
     with pytest.raises(ResourceError, match="one tile of 8 x 8 x 8"):
         predict(torch.zeros(20, 8, 8), tiles.plan((20, 8, 8), 8, 4), Full(), 1.0)
+
+
+class Careless(nn.Module):
+    """Not one of ours: it works in place on what it was given."""
+
+    def forward(self, x):
+        return torch.cat([x.mul_(2), x], 1)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        GeneratorSpec(kernel=2),
+        GeneratorSpec(kernel=2, scaled=True, mask_classes=2),
+        GeneratorSpec("unet", kernel=2),
+        GeneratorSpec(kernel=2, conditional=True),
+        GeneratorSpec(kernel=2, residual=False),
+    ],
+    ids=str,
+)
+def test_our_generators_look_at_the_volume_and_leave_it_alone(monkeypatch, spec):
+    volume, plan = some((20, 16, 32)).double(), tiles.plan((20, 16, 32), 16, 8)
+    before, network = volume.clone(), TileNetwork(build_generator(spec).double(), 1.0)
+    network.size = 3
+    with network.working():
+        seen = torch.cat(list(network.outputs(volume, plan, range(len(plan)))))
+        assert torch.equal(volume, before)
+        monkeypatch.setattr(tiles, "view", lambda *given: None)
+        copied = torch.cat(list(network.outputs(volume, plan, range(len(plan)))))
+    torch.testing.assert_close(seen, copied, rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_of_unknown_make_gets_copies():
+    volume, plan = some((16, 16, 32)), tiles.plan((16, 16, 32), 16, 8)
+    before = volume.clone()
+    out, _ = predict(volume, plan, Careless(), 1.0)
+    assert torch.equal(volume, before)
+    torch.testing.assert_close(out[0], 2 * before)

@@ -72,6 +72,33 @@ def test_gather_reads_each_tile_where_the_plan_says(plan, batch):
             assert torch.equal(tile[0], padded[x : x + px, y : y + py, z : z + pz])
 
 
+@settings(max_examples=60, deadline=None)
+@given(plans(largest=24), st.integers(1, 5))
+def test_a_view_is_what_is_gathered_without_a_copy(plan, batch):
+    padded = tiles.pad(numbered(plan.shape), plan)
+    for start in range(0, min(len(plan), 12), batch):
+        indices = range(start, min(start + batch, len(plan)))
+        seen = tiles.view(padded, plan, indices)
+        assert seen is not None or len(indices) > 2
+        if seen is not None:
+            assert seen.untyped_storage()._cdata == padded.untyped_storage()._cdata
+            assert torch.equal(seen, tiles.gather(padded, plan, indices))
+
+
+def test_a_view_needs_one_distance_between_tiles_and_a_padded_volume():
+    plan = tiles.plan((16, 16, 42), 16, 8)
+    assert plan.origins[2] == (0, 8, 16, 24, 26)
+    volume = numbered(plan.shape)
+    assert tiles.view(volume, plan, [0, 1, 2, 3]) is not None
+    assert tiles.view(volume, plan, [2, 3, 4]) is None  # the last tile is moved back
+    assert tiles.view(volume, plan, [1, 0]) is None  # torch has no negative strides
+    part = volume[:, :, 10:]  # what begins elsewhere in its memory
+    inner = tiles.plan(part.shape, 16, 8)
+    assert torch.equal(tiles.view(part, inner, [1, 2]), tiles.gather(part, inner, [1, 2]))
+    short = tiles.plan((16, 16, 10), 16, 8)
+    assert tiles.view(numbered(short.shape), short, [0]) is None
+
+
 def test_order_is_c_order_of_the_grid():
     plan = tiles.plan((20, 16, 24), 8, 4)
     assert list(plan) == [(x, y, z) for x in plan.origins[0] for y in plan.origins[1] for z in plan.origins[2]]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from cohort import SMALL, losses, make_store, rows
 
-from fastsrgan import checkpoint, loop, weights
+from fastsrgan import checkpoint, loop, trial, weights
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
 from fastsrgan.pair import Models
 from fastsrgan.train import train
@@ -242,7 +242,7 @@ def test_tensorboard_gets_scalars_and_images(store, tmp_path):
     assert np.allclose([e.value for e in found], [r["g_total"] for r in history])
     assert len(events.Scalars("validation/Dice")) == 2 and len(events.Tags()["images"]) == 1
     image = events.Images(events.Tags()["images"][0])[-1]
-    assert (image.height, image.width) == (3 * 16, 5 * 16)
+    assert (image.height, image.width) == (3 * 16 + 4, 5 * 16 + 8)
 
 
 def test_tensorboard_that_is_missing_is_said_before_the_first_update(store, tmp_path, monkeypatch):
@@ -288,6 +288,19 @@ def test_auto_batch_lowers_the_batch_before_the_first_update_and_keeps_it(store,
     memory_for(monkeypatch, 0)
     with pytest.raises(ResourceError, match="no memory for a batch of one patch"):
         train(store, tmp_path / "none", config)
+
+
+@pytest.mark.fault(34)
+def test_a_batch_beyond_any_memory_is_refused_before_the_first_update(store, tmp_path, monkeypatch):
+    """A system that promises more memory than it has would end the process without a word."""
+    huge = CONFIG.replace(batch_size=10**7)
+    with pytest.raises(
+        ResourceError, match=r"--batch-size: 10000000 patches of .* are free \(below \d+, or --auto-batch"
+    ):
+        train(store, tmp_path / "run", huge)
+    assert trial.least_bytes(CONFIG.replace(accumulate=2), 0, 4) < trial.least_bytes(CONFIG, 0, 4)
+    monkeypatch.setattr(trial, "Models", lambda *given: pytest.fail("tried what cannot fit"))
+    assert not trial.fits(huge, 0, torch.device("cpu"), huge.batch_size)
 
 
 def test_an_error_that_is_not_about_memory_stays_what_it_is(store, tmp_path, monkeypatch):

@@ -1,169 +1,186 @@
 """Damaged files through every reader, for as long as asked: ``python tools/fuzz.py --minutes 60``.
 
-A case is its target and its number: ``python tools/fuzz.py --target store --case 1234`` runs that one again. A finding
-is anything but success or a one-line FastsrganError, 20 s of processor time, 512 MiB of memory, or a dead process; its
-files and traceback are kept in the folder of ``--out``. Exit code 1 when there was one.
+Two engines: plain seeded damage, and atheris, which grows its inputs by the code they reach (``pip install atheris``;
+taken where it is there). A case is its target and its number, ``--target store --case 1234``, or with atheris its
+input, ``--target store --input build/fuzz/store-1a2b3c``; either runs that one again. A finding is anything but
+success or a one-line FastsrganError, 20 s of processor time, 512 MiB of memory, five minutes without an end, or a dead
+process; its files and traceback are kept in the folder of ``--out``. Exit code 1 when there was one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import logging
 import os
-import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and torch count the cores
 
 ROOT = Path(__file__).parent.parent
-for place in (ROOT, ROOT / "tests"):
+for place in (ROOT, ROOT / "tests", ROOT / "tools"):
     if str(place) not in sys.path:
         sys.path.insert(0, str(place))
 
-from fuzz_targets import TARGETS  # noqa: E402
-
-CPU_SECONDS, MIB = 20.0, 1 << 20
-GROWTH_MIB = 512
-
-
-class TooSlow(Exception):
-    """A case took more processor time than any damaged file may."""
+WATCHED = ["fastsrgan", "nibabel", "pydicom", "yaml"]  # what atheris counts the reached code of
+TURN = 60.0  # seconds of a process, then the next target
+STUCK = 300.0  # seconds in one case after which its process is ended: processor time has its own limit
+MEMORY = 6 << 30  # private memory: a case that needs more is a finding, not the end of the machine
 
 
-def run_cases(name: str, folder: Path, numbers: Iterable[int], out: Path) -> Iterator[dict[str, str]]:
-    """Run cases of a target in ``folder``; yields one dict a case, with ``error`` where it was a finding."""
-    target, folder = TARGETS[name], folder / name
-    if not folder.exists():
-        folder.mkdir()
-        target.prepare(folder)
-    for number in numbers:
-        (out / f"{name}.now").write_text(str(number))
-        path = target.damage(folder, random.Random(f"{name} {number}"))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        error = trace = ""
-        handler = signal.signal(signal.SIGPROF, _too_slow)
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for the cases, in memory where there is room: they are written and read thousands of times."""
+    shm = Path("/dev/shm")
+    roomy = shm.is_dir() and os.access(shm, os.W_OK) and shutil.disk_usage(shm).free > 256 << 20
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=shm if roomy else None) as folder:
+        yield Path(folder)
+
+
+def in_process(work: Callable[[], None], log: Path, progress: Callable[[], int], seconds: float) -> str:
+    """Run ``work`` in a forked process; what ended it other than success, "" for nothing.
+
+    The libraries are imported once, in this process; what crashes costs one case.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
         try:
-            target.read(path)
-        except Exception as caught:
-            error, trace = f"{type(caught).__name__}: {caught}"[:500], traceback.format_exc()
+            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            work()
+            code = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
         finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.signal(signal.SIGPROF, handler)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 // MIB
-        if not error and grown > GROWTH_MIB:
-            error = f"memory: {grown} MiB for one case"
-        if error:
-            keep(out, name, number, path, f"{error}\n\n{trace}")
-        yield {"target": name, "case": str(number), "error": error, "trace": trace}
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    seen, moved, until = progress(), time.monotonic(), time.monotonic() + 3 * seconds + STUCK
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            return f"the process ended with {code}: {log.read_text(errors='replace')[-400:]}" if code else ""
+        if progress() != seen:
+            seen, moved = progress(), time.monotonic()
+        if time.monotonic() - moved > STUCK or time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return f"no end after {STUCK:g} s"
+        time.sleep(0.05)
 
 
-def keep(out: Path, name: str, number: int, path: Path, text: str) -> None:
-    """Files and traceback of a finding."""
-    place = out / f"{name}-{number}"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    (place / "error.txt").write_text(text, encoding="utf8", errors="replace")
-    if path.is_dir():
-        shutil.copytree(path, place / path.name)
-    elif path.exists():
-        shutil.copy(path, place / path.name)
-
-
-def _too_slow(*_: object) -> None:
-    raise TooSlow(f"{CPU_SECONDS:g} s of processor time")
-
-
-def where(trace: str) -> str:
-    """The last line of a traceback that is in the package: findings of one cause share it."""
-    lines = [line.strip() for line in trace.splitlines() if "/fastsrgan/" in line and line.strip().startswith("File")]
-    return lines[-1].split("/")[-1] if lines else "?"
-
-
-def work(name: str, first: int, seconds: float, out: Path) -> int:
-    """Cases of one target in this process, until the time is over; prints one JSON line."""
-    limit = 6 << 30  # private memory: a case that needs more is a finding, not the end of the machine
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    until, number, causes = time.monotonic() + seconds, first, {}
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-
-        def numbers() -> Iterator[int]:
-            nonlocal number
-            while time.monotonic() < until:
-                yield number
-                number += 1
-
-        for case in run_cases(name, Path(scratch), numbers(), out):
-            if case["error"]:
-                causes.setdefault(f"{case['error'][:160]} [{where(case['trace'])}]", case["case"])
-    print(json.dumps({"cases": number - first, "next": number, "findings": causes}))
-    return 1 if causes else 0
-
-
-def supervise(names: list[str], minutes: float, first: int, out: Path) -> int:
-    """Every target in turn, each turn a process of its own, so that a crash of a library costs one case."""
-    until = time.monotonic() + 60 * minutes
-    turn = min(300.0, 60 * minutes / len(names))
-    at = dict.fromkeys(names, first)
-    total = dict.fromkeys(names, 0)
+def supervise(names: list[str], args: argparse.Namespace, engine: Any) -> int:
+    """Every target in turn, each turn a process of its own, until the time is over."""
+    began = time.monotonic()
+    until = began + 60 * args.minutes
+    turn = min(TURN, 60 * args.minutes / len(names))
     found: dict[str, str] = {}
-    while time.monotonic() < until:
-        for name in names:
-            command = [sys.executable, __file__, "--worker", "--target", name, "--case", str(at[name])]
-            command += ["--seconds", str(turn), "--out", str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            try:
-                told = json.loads(done.stdout.splitlines()[-1])
-            except (IndexError, ValueError):
-                number = int((out / f"{name}.now").read_text())
-                told = {"cases": number - at[name] + 1, "next": number + 1}
-                told["findings"] = {f"the process ended with {done.returncode}: {done.stderr[-400:]}": str(number)}
-            at[name], total[name] = told["next"], total[name] + told["cases"]
-            for cause, number in told["findings"].items():
-                if f"{name}: {cause}" not in found:
-                    print(f"{name} case {number}: {cause}", flush=True)
-                found.setdefault(f"{name}: {cause}", number)
-    summary = {"minutes": minutes, "first": first, "cases": total, "findings": found}
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf8")
-    print(json.dumps({"cases": total, "findings": len(found)}))
+    with scratch() as folder:
+        while time.monotonic() < until:
+            for name in names:
+                ended = in_process(
+                    lambda n=name: engine.work(n, folder, turn), args.out / "log.txt", engine.moved, turn
+                )
+                for cause, case in engine.findings(name, ended).items():
+                    if f"{name}: {cause}" not in found:
+                        print(f"{name} case {case}: {cause}", flush=True)
+                    found.setdefault(f"{name}: {cause}", case)
+                shutil.rmtree(folder / name, ignore_errors=True)
+                used = resource.getrusage(resource.RUSAGE_CHILDREN)
+                summary = {
+                    "engine": engine.name,
+                    "minutes": round((time.monotonic() - began) / 60, 1),
+                    "cpu_minutes": round((used.ru_utime + used.ru_stime) / 60, 1),
+                    "cases": {n: engine.cases(n) for n in names},
+                    "findings": found,
+                }
+                text = json.dumps(summary, indent=2) + "\n"
+                (args.out / "summary.json").write_text(text, encoding="utf8")
+                if time.monotonic() > until:
+                    break
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        before = json.loads(args.json.read_text(encoding="utf8")) if args.json.exists() else []
+        args.json.write_text(json.dumps([*before, summary], indent=2) + "\n", encoding="utf8")
+    print(json.dumps({"cases": summary["cases"], "findings": len(found)}))
     return 1 if found else 0
+
+
+def chosen(engine: str) -> str:
+    """ "plain" or "atheris"; says which."""
+    there = importlib.util.find_spec("atheris") is not None
+    if engine == "atheris" and not there:
+        raise SystemExit("error: atheris: not installed (pip install atheris, or --engine plain)")
+    if engine == "auto":
+        engine = "atheris" if there else "plain"
+    hint = "" if there else " (pip install atheris for inputs that grow by the code they reach)"
+    print(f"engine: {engine}{hint}", flush=True)
+    return engine
+
+
+def load(engine: str) -> tuple[Any, dict[str, Any]]:
+    """The module of an engine and the targets, imported so that the engine sees what they reach."""
+    if engine == "atheris":
+        import atheris
+
+        with atheris.instrument_imports(include=WATCHED):
+            import fuzz_targets
+    else:
+        import fuzz_targets
+    import fuzz_engines
+
+    logging.getLogger("fastsrgan").setLevel(logging.CRITICAL)
+    return fuzz_engines, fuzz_targets.TARGETS
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1.0)
-    parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="(all)")
-    parser.add_argument("--case", type=int, help="run this case alone")
+    parser.add_argument("--engine", choices=("auto", "plain", "atheris"), default="auto")
+    parser.add_argument("--target", action="append", help="(all)")
+    parser.add_argument("--case", type=int, help="run this case of the plain engine alone")
+    parser.add_argument("--input", type=Path, help="run this input of atheris alone")
     parser.add_argument("--first", type=int, default=0, help="number of the first case (0)")
     parser.add_argument("--out", type=Path, default=Path("build/fuzz"), help="findings go here (build/fuzz)")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=60, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="figures of the whole run are added to this list")
     args = parser.parse_args(argv)
-    names = args.target or list(TARGETS)
     args.out.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("fastsrgan").setLevel(logging.CRITICAL)
-    if args.worker:
-        return work(names[0], args.case, args.seconds, args.out)
-    if args.case is None:
-        return supervise(names, args.minutes, args.first, args.out)
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-        failed = False
+    alone = args.case is not None or args.input is not None
+    which = "plain" if alone else chosen(args.engine)
+    engines, targets = load(which)
+    names = args.target or list(targets)
+    if unknown := set(names) - set(targets):
+        raise SystemExit(f"error: --target: no {', '.join(sorted(unknown))} (one of {', '.join(targets)})")
+    if not alone:
+        engine = engines.Plain(args.out, args.first) if which == "plain" else engines.Atheris(args.out)
+        return supervise(names, args, engine)
+    failed = False
+    with scratch() as folder:
         for name in names:
-            for case in run_cases(name, Path(scratch), [args.case], args.out):
-                print(case["trace"] or f"{name} case {args.case}: {case['error'] or 'fine'}")
-                failed = failed or bool(case["error"])
+            draw = engines.chance_of(name, args.input.read_bytes() if args.input else args.case)
+            case = engines.run_case(name, folder, draw, str(args.input or args.case))
+            print(case["trace"] or f"{name} case {case['case']}: {case['error'] or 'fine'}")
+            failed = failed or bool(case["error"])
     return int(failed)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     raise SystemExit(main())

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastsrgan import backend, engine, stitch, tiles
+from fastsrgan.errors import ResourceError
 from fastsrgan.networks import GeneratorSpec, build_generator
 from fastsrgan.pool import Pool, Resident
 
@@ -196,7 +197,28 @@ def infer(c: Context) -> Iterator[Check]:
             again = torch.equal(runs[0][0], runs[1][0])
             facts = {"error": error, "repeats": again, "tiles/s": runs[1][1]["tiles_per_second"]}
             yield Check(f"predict {precision} {window}", error <= INFER_TOLERANCE[precision] and again, facts)
+        if c.cuda:
+            yield _compiled(c, volume, plan, generator, expected, precision)
         generator.cpu()
+
+
+def _compiled(
+    c: Context,
+    volume: torch.Tensor,
+    plan: tiles.TilePlan,
+    generator: torch.nn.Module,
+    expected: torch.Tensor,
+    precision: str,
+) -> Check:
+    """The same by torch.compile and one CUDA graph; the second run is the one that is timed."""
+    settings: dict[str, Any] = {"device": c.device, "precision": precision, "compile": "on"}
+    try:
+        runs = [engine.predict(volume, plan, generator, 3.0, **settings) for _ in range(2)]
+    except ResourceError as error:
+        return Check(f"predict {precision} compiled", False, {"error": str(error)})
+    error = _difference(runs[1][0], expected)
+    facts = {"error": error, "tiles/s": runs[1][1]["tiles_per_second"]}
+    return Check(f"predict {precision} compiled", error <= INFER_TOLERANCE[precision], facts)
 
 
 # --- benchmarks ---------------------------------------------------------------------------------------------------

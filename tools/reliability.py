@@ -1,6 +1,7 @@
 """``python tools/reliability.py``: docs/reliability.md from the tests that are marked ``@pytest.mark.fault(n, ...)``.
 
-The promises stand here, the tests are found in the sources, the soak run is read from bench/results/*/soak.json.
+The promises stand here, the tests are found in the sources, the runs of soak and fuzz are read from
+bench/results/*/soak.json and fuzz.json.
 ``--check`` writes nothing and ends with 1 when the page is out of date or a row has no test.
 """
 
@@ -42,7 +43,7 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     23: ("newest snapshot damaged", "checksum fails: the one before, with a warning", ""),
     24: (
         "full disk",
-        "5, `no space left`; temporary files removed, last good kept; conversions ask for room first",
+        "5, `no space left`; temporary files removed, last good kept; room is asked for before the work",
         "the system refuses bytes beyond a file size (RLIMIT_FSIZE), with the errors of a full disk",
     ),
     25: (
@@ -106,6 +107,8 @@ FUZZ = """
 
 `make fuzz MINUTES=60` damages images, DICOM series, weights, snapshots, stores, tables and settings, seeded and aware
 of their structure, and reads them with limits on time and memory. A case may end in success or in a one-line error.
+Where atheris is installed (`pip install atheris`) the damage is drawn from inputs that grow by the code they reach;
+elsewhere by number alone. `ENGINE=plain` or `ENGINE=atheris` chooses.
 `make test` reads the first cases of each target; what was found once is a test in `tests/test_faults_fuzz.py`.
 """
 
@@ -164,7 +167,21 @@ def page(tests: dict[int, list[str]]) -> str:
         lines.append(f"| {number} | {fault} | {promised} | {names} | {how} |")
     found = sorted((ROOT / "bench" / "results").glob("*/soak.json"))
     runs = [soaked(path) for path in found] or ["\nNo run is kept under `bench/results/` yet.\n"]
-    return TOP + "\n".join(lines) + "\n" + FUZZ + SOAK + "".join(runs)
+    fuzzed = [text for path in sorted((ROOT / "bench" / "results").glob("*/fuzz.json")) for text in fuzz_runs(path)]
+    fuzzed = fuzzed or ["\nNo run is kept under `bench/results/` yet.\n"]
+    return TOP + "\n".join(lines) + "\n" + FUZZ + "".join(fuzzed) + SOAK + "".join(runs)
+
+
+def fuzz_runs(path: Path) -> list[str]:
+    """Each fuzzing run of a machine in a paragraph."""
+    told = []
+    for run in json.loads(path.read_text(encoding="utf8")):
+        cases = ", ".join(f"{name} {count}" for name, count in run["cases"].items())
+        spent = f"{run['minutes']:g} minutes, {run['cpu_minutes']:g} of them computing"
+        text = f"\n{path.parent.name}, {run['engine']}: {sum(run['cases'].values())} cases in {spent} ({cases}); "
+        told.append(text + f"{len(run['findings'])} findings.\n")
+        told += [f"* {finding.splitlines()[0]}\n" for finding in list(run["findings"])[:20]]
+    return told
 
 
 def soaked(path: Path) -> str:

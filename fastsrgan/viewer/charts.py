@@ -10,6 +10,7 @@ from fastsrgan.viewer.markup import Html, el, join, shown
 
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 70, 12, 14, 40
+COLOURS = 6  # of the style sheet; further lines begin again
 MARKED = 40  # a line of at most so many points shows them
 
 
@@ -48,7 +49,7 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str = "
         role="img",
         class_="chart",
     )
-    legend = [el("li", el("span", class_=f"swatch s{i}"), line.name) for i, line in enumerate(lines)]
+    legend = [el("li", el("span", class_=f"swatch s{i % COLOURS}"), line.name) for i, line in enumerate(lines)]
     keys = el("ul", legend, class_="legend") if len(lines) > 1 else None
     return el("figure", el("figcaption", title), keys, drawing, class_="plot")
 
@@ -60,6 +61,7 @@ def _line(line: Line, index: int, at) -> Html:
             runs.append([])
         else:
             runs[-1].append(at(x, y))
+    index %= COLOURS
     kind = f"line s{index}" + (" dashed" if line.dashed else "")
     paths = [
         el("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in run), class_=kind) for run in runs if len(run) > 1

@@ -9,13 +9,17 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from fastsrgan.panels import find_panels
 from fastsrgan.viewer.charts import Line, line_chart
 from fastsrgan.viewer.markup import Html, el, join, number, pointer
 from fastsrgan.viewer.sections import card, facts_table, raw
 
 log = logging.getLogger("fastsrgan")
 
+PANELS = 4
+SIGNATURE = b"\x89PNG"
 BINS = 300  # points of a curve; longer runs show means over several updates
+COLUMNS = "interpolated input, SR, truth, segmentation, label"
 CHARTS = (
     ("Reconstruction", ("g_reconstruction",), "Charbonnier loss"),
     ("Generator", ("g_total", "g_adversarial"), "loss"),
@@ -29,6 +33,17 @@ SCORES = (
     ("SSIM of whole test volumes", ("whole_SSIM", "spline_SSIM")),
     ("Mean squared error", ("MSE",)),
 )
+# What a chart calls the columns of the log.
+LINES = {
+    **dict.fromkeys(("Dice", "Dice_label_1", "PSNR", "MSE"), "patches"),
+    **dict.fromkeys(("whole_Dice", "whole_PSNR", "whole_SSIM"), "whole volumes"),
+    **dict.fromkeys(("spline_Dice", "spline_PSNR", "spline_SSIM"), "interpolation, whole volumes"),
+    **dict.fromkeys(("g_total", "g_gradient"), "generator"),
+    "g_adversarial": "its adversarial part",
+    "d_wasserstein": "Wasserstein estimate",
+    "d_penalty": "gradient penalty",
+    "d_gradient": "critic",
+}
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -72,12 +87,19 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
     plots = []
     for title, keys in SCORES:
         lines = [
-            Line(key, [v["epoch"] for v in validation], [_plain(v.get(key)) for v in validation], "spline" in key)
+            Line(
+                LINES.get(key, key),
+                [v["epoch"] for v in validation],
+                [_plain(v.get(key)) for v in validation],
+                "spline" in key,
+            )
             for key in keys
         ]
         plots.append(line_chart(title, lines, "epoch"))
     for title, names, unit in CHARTS:
-        lines = [Line(name, facts["at"], facts["curves"][name]) for name in names if name in facts["curves"]]
+        lines = [
+            Line(LINES.get(name, name), facts["at"], facts["curves"][name]) for name in names if name in facts["curves"]
+        ]
         plots.append(line_chart(title, lines, "update", unit))
     width = facts["updates_per_point"]
     notes = [f"A point is the mean of {width} updates." if width > 1 else None]
@@ -98,7 +120,7 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
         el("p", " ".join(filter(None, notes)), class_="faint") if any(notes) else None,
         el("div", [p for p in plots if p], class_="plots"),
         table,
-        [_panel(name, data) for name, data in panels],
+        _samples(panels),
         el("h3", "Summary"),
         head,
         raw("Settings (config.yaml)", facts["config"]) if facts["config"] else None,
@@ -106,8 +128,21 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
 
 
 def sample_panels(run: Path) -> list[tuple[str, bytes]]:
-    """(caption, PNG) of the newest sample of each picture that the run wrote for TensorBoard; none without it."""
-    folder = run / "tensorboard"
+    """(caption, PNG) of a run's sample panels: at most four, evenly from the first to the last validation.
+
+    Runs of earlier versions have none; theirs are read from what they wrote for TensorBoard.
+    """
+    there = find_panels(run)
+    if not there:
+        return _events(run / "tensorboard")
+    last = len(there) - 1
+    shown = sorted({round(i * last / (PANELS - 1)) for i in range(PANELS)})
+    told = [(f"epoch {epoch}", path.read_bytes()) for epoch, path in (there[i] for i in shown)]
+    return [(name, data) for name, data in told if data.startswith(SIGNATURE)]
+
+
+def _events(folder: Path) -> list[tuple[str, bytes]]:
+    """(caption, PNG) of the newest sample of each picture in TensorBoard's files; none without the package."""
     if not folder.is_dir():
         return []
     try:
@@ -120,17 +155,23 @@ def sample_panels(run: Path) -> list[tuple[str, bytes]]:
     found = []
     for tag in events.Tags()["images"]:
         image = events.Images(tag)[-1]
-        if image.encoded_image_string.startswith(b"\x89PNG"):
+        if image.encoded_image_string.startswith(SIGNATURE):
             found.append((f"{tag}, update {image.step}", image.encoded_image_string))
     return found
 
 
+def _samples(panels: list[tuple[str, bytes]]) -> Html | None:
+    if not panels:
+        return None
+    told = f"The middle slices of the same test patch along each axis. Left to right: {COLUMNS}."
+    figures = el("div", [_panel(name, data) for name, data in panels], class_="samples")
+    return join(el("h3", "Samples"), el("p", told, class_="faint"), figures)
+
+
 def _panel(name: str, data: bytes) -> Html:
     source = "data:image/png;base64," + base64.b64encode(data).decode()
-    told = "Middle slices of one test patch: interpolated input, SR, truth, segmentation, label."
-    return el(
-        "figure", el("figcaption", el("b", "Sample"), el("small", f" {told} {name}")), el("img", src=source, alt=told)
-    )
+    image = el("img", src=source, alt=f"{name}: {COLUMNS}")
+    return el("figure", el("figcaption", name), image, class_="sample")
 
 
 def _table(validation: list[dict[str, Any]]) -> Html:

@@ -75,8 +75,8 @@ def number(value: Any, path: str, *, digits: int = 4, signed: bool = False) -> H
 
 
 def shown(value: float, digits: int = 4, signed: bool = False) -> str:
-    """A number as people read it: 31.25, 0.9617, 1 484 329, +0.096."""
+    """A number as people read it: 31.25, 0.9617, 1 484 329, +0.096; large ones without digits after the point."""
     sign = "+" if signed and value > 0 else ""
-    if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 10**digits):
-        return sign + f"{int(value):,}".replace(",", "\u202f")
+    if isinstance(value, int) or abs(value) >= 10**digits:
+        return sign + f"{round(value):,}".replace(",", "\u202f")
     return sign + f"{value:.{digits}g}"

@@ -12,6 +12,8 @@ from fastsrgan.viewer.markup import Html, el, join, number, pointer
 NAMES = {
     "psnr_db": "PSNR, dB",
     "ssim": "SSIM",
+    "psnr_range_db": "PSNR over the value range, dB",
+    "ssim_uniform": "SSIM, uniform window",
     "mae": "mean absolute error",
     "mse": "mean squared error",
     "dice": "Dice",
@@ -27,6 +29,8 @@ NAMES = {
     "label_components": "components of the label",
     "label_volume_ml": "volume of the label, mL",
 }
+INTERPOLATION = "interpolation"  # what studies call the baseline
+AXES = {"step": "step, voxels", "noise": "noise over the largest value", "thickness": "slice thickness, mm"}
 REGIONS = {"whole": "whole image", "mask": "inside the mask", "label": "inside the label"}
 
 
@@ -88,13 +92,17 @@ def scores_table(scores: Mapping[str, Any], at: str) -> Html:
     heads = [el("th", "figure", scope="col")]
     heads += [el("th", name, class_="n", scope="col") for name in ("baseline", "fastsrgan", "difference")]
     table = el("table", el("thead", el("tr", heads)), el("tbody", rows))
-    note = (
-        "Baseline: the image and segmentation that the result was compared with; in the demo and with --hr the cubic "
-        "spline of the scan, in the demo also the label map drawn on its thick slices and interpolated."
-    )
     known = scores.get("definitions")
     words = el("details", el("summary", "What the figures mean"), definitions(known)) if known else None
-    return join(el("div", table, class_="scroll"), el("p", note, class_="faint") if base else None, words)
+    return join(el("div", table, class_="scroll"), _baselines(scores) if base else None, words)
+
+
+def _baselines(scores: Mapping[str, Any]) -> Html:
+    """What the baselines are, as evaluation told; scores of elsewhere may not."""
+    said = scores.get("baselines")
+    told = [f"{what}: {text}" for what, text in said.items()] if isinstance(said, dict) else []
+    words = "; ".join(told) or "the image and segmentation that the result was compared with"
+    return el("p", f"Baseline: {words}.", class_="faint")
 
 
 def definitions(words: Mapping[str, Any]) -> Html:
@@ -175,11 +183,13 @@ def study_card(study: Mapping[str, Any], index: int) -> Html | None:
             cells.append(_spread(row["figures"].get(key), place) if spread else _cell(row.get(key), at + pointer(key)))
         body.append(el("tr", cells))
     head = el("tr", [el("th", name_of(key), scope="col") for key in [*told, *names]])
-    along = {"steps": "step", "noise": "noise"}.get(str(study.get("study")))
+    along = {"steps": "step", "noise": "noise", "resolution": "thickness"}.get(str(study.get("study")))
+    if along == "thickness":
+        rows = [row | {"thickness": max(row["low_res"], default=None)} for row in rows if _numbers(row.get("low_res"))]
     plots = [p for key in names if spread and along and (p := _study_plot(rows, along, key))]
-    grid = el("div", el("table", el("thead", head), el("tbody", body)), class_="scroll")
+    grid = el("div", el("table", el("thead", head), el("tbody", body), class_="study"), class_="scroll")
     fits = [f for f in study.get("fit") or [] if isinstance(f, dict)]
-    lines = [el("p", f"Fit: {_settings(fit)}", class_="faint") for fit in fits]
+    lines = [_fit(fit, pointer("studies", index, "fit", i)) for i, fit in enumerate(fits)]
     title = "Step curve" if along == "step" else f"Study: {study.get('study')}"
     return card(title, el("div", plots, class_="plots") if plots else None, grid, lines)
 
@@ -206,12 +216,23 @@ def _study_plot(rows: Sequence[Mapping[str, Any]], along: str, figure: str) -> H
     lines = []
     for name, line in points.items():
         line.sort()
-        lines.append(Line(name, [x for x, _ in line], [y for _, y in line]))
+        lines.append(Line(name, [x for x, _ in line], [y for _, y in line], dashed=name == INTERPOLATION))
     for row in rows:  # interpolation has no step
         mean = (row["figures"].get(figure) or {}).get("mean")
         if along == "step" and row.get("step") is None and _is_number(mean):
             lines.append(Line(str(row.get("model")), [min(ends), max(ends)], [mean, mean], dashed=True))
-    return line_chart(name_of(figure), lines[:6], name_of(along))
+    lines.sort(key=lambda line: line.dashed)
+    return line_chart(name_of(figure), lines, AXES[along])
+
+
+def _fit(fit: Mapping[str, Any], at: str) -> Html:
+    """The line of time against step^-3 (paper figure 9)."""
+    who = ", ".join(str(fit[key]) for key in ("condition", "model") if fit.get(key))
+    terms = [number(fit[key], at + pointer(key)) for key in ("intercept_s", "slope_s") if _is_number(fit.get(key))]
+    if len(terms) < 2:
+        return el("p", f"Fit: {_settings(fit)}", class_="faint")
+    r2 = join(", R² ", number(fit["r2"], at + "/r2")) if _is_number(fit.get("r2")) else None
+    return el("p", f"Fit, {who}: seconds = ", terms[0], " + ", terms[1], " / step³", r2, class_="faint")
 
 
 def _spread(told: Any, path: str) -> Html:
@@ -229,6 +250,10 @@ def _cell(value: object, path: str) -> Html:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _numbers(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(_is_number(v) for v in value)
 
 
 def _get(tree: Any, keys: Sequence[object]) -> Any:

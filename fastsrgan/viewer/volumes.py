@@ -18,6 +18,7 @@ from scipy import ndimage
 from fastsrgan.errors import ResourceError
 from fastsrgan.geometry import Volume, processing_orientation
 from fastsrgan.grids import onto_grid, same_grid
+from fastsrgan.panels import png
 from fastsrgan.report.planes import OBJECT, brightness
 
 MARGIN = 4  # voxels around the head
@@ -100,7 +101,7 @@ def plane_png(values: np.ndarray, outline: np.ndarray | None = None) -> bytes:
     if outline is not None:
         mask = np.ascontiguousarray(outline[::-1, ::-1].T) > 0
         rgb[mask & ~ndimage.binary_erosion(mask)] = (34, 211, 238)
-    return _png(rgb)
+    return png(rgb)
 
 
 def _upright(volume: Volume) -> Volume:
@@ -153,17 +154,3 @@ def _reduced(data: np.ndarray, name: str, top: float, block: int) -> np.ndarray:
     if name in MASKS:
         return (values > 0.5).astype(np.uint8) if block == 1 else (values >= 0.5).astype(np.uint8)
     return np.clip(np.rint(values * (LEVELS / top)), 0, LEVELS).astype(np.uint8)
-
-
-def _png(rgb: np.ndarray) -> bytes:
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    height, width = rgb.shape[:2]
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), rgb.reshape(height, -1)], axis=1)
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body

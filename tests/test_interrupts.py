@@ -1,0 +1,118 @@
+"""Signals at the first moments of a command, while the libraries are still being loaded."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastsrgan import cli
+from fastsrgan.errors import InputError
+from fastsrgan.interrupts import AtOnce, Interrupts, Terminated
+
+ROOT = Path(__file__).parent.parent
+# More random moments than the two that come always.
+MOMENTS = 20 if os.environ.get("FASTSRGAN_LONG_TESTS") else 2
+WAIT = 120.0
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """Both signals as a terminal leaves them: a shell starts what it puts behind it with SIGINT ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def looked_after(pid: int) -> bool:
+    """Whether the process has a handler for SIGTERM, which Python itself never sets."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
+def stopped(tmp_path: Path, number: signal.Signals, delay: float) -> tuple[int, str, str]:
+    """Code, standard output and error of a command that got a signal ``delay`` seconds behind its first moment."""
+    words = [sys.executable, "-m", "fastsrgan", "infer", "none.nii.gz", "-o", str(tmp_path / "o")]
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        running = subprocess.Popen(
+            words, cwd=ROOT, stdout=out, stderr=err, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)
+        )
+    until = time.monotonic() + WAIT
+    while not looked_after(running.pid):
+        assert running.poll() is None and time.monotonic() < until, (tmp_path / "err").read_text()
+        time.sleep(0.001)
+    time.sleep(delay)
+    running.send_signal(number)
+    code = running.wait(WAIT)
+    return code, (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
+
+
+@pytest.mark.fault(37, 38)
+@pytest.mark.parametrize("moment", range(MOMENTS))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_libraries_load_is_one_line(tmp_path, number, moment):
+    """Ended in a traceback out of an import of torch."""
+    delay = 0.0 if moment == 0 else random.Random(moment).uniform(0.0, 0.8)  # loading takes over a second
+    code, out, err = stopped(tmp_path, number, delay)
+    told = {signal.SIGINT: "error: interrupted\n", signal.SIGTERM: "error: stopped: by SIGTERM\n"}[number]
+    assert (code, out, err) == (128 + number, "", told)
+
+
+def test_what_is_run_before_the_signals_are_looked_after_loads_no_library():
+    program = "import sys, fastsrgan.__main__; heavy = {'numpy', 'rich', 'torch'} & set(sys.modules); "
+    program += "print(len(sys.modules), sorted(heavy))"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {program}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    count, found = done.stdout.split(" ", 1)
+    assert int(count) < 150 and found.strip() == "[]"
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        for kind in (AtOnce, Interrupts):
+            with kind():
+                assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_that_a_library_turns_into_another_error_is_still_one(monkeypatch, capsys, number, code):
+    def work(*_: object) -> int:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise SystemError("returned a result with an exception set") from None
+        return 0
+
+    monkeypatch.setattr(cli, "_doctor", work)
+    assert cli.main(["--quiet", "doctor"]) == code
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_users_own_error_is_not_hidden_by_an_interruption(monkeypatch, capsys):
+    def work(*_: object) -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Terminated:
+            raise InputError("scan.nii", "is damaged") from None
+        return 0
+
+    monkeypatch.setattr(cli, "_doctor", work)
+    assert cli.main(["--quiet", "doctor"]) == 3
+    assert "scan.nii" in capsys.readouterr().err

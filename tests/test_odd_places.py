@@ -1,0 +1,168 @@
+"""Paths, files and surroundings that nobody means: each ends in the one line, none hangs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import dicom_files
+import pytest
+from commands import TILES, call, make_work, one_line
+
+from fastsrgan import cli, runtime
+from fastsrgan.errors import InputError, ResourceError
+from fastsrgan.store import open_store
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    return make_work(tmp_path_factory.mktemp("work"))
+
+
+def infer(work: Path, out: Path, *images: object) -> tuple[object, ...]:
+    return ("infer", *images, "-o", out, "-w", work / "w.safetensors", *TILES)
+
+
+PIPES = {
+    "image": (3, "a.nii.gz", lambda work, pipe, out: infer(work, out, pipe)),
+    "folder": (3, "in/a.nii.gz", lambda work, pipe, out: infer(work, out, pipe.parent)),
+    "DICOM": (3, "a.dcm", lambda work, pipe, out: infer(work, out, pipe)),
+    "list": (3, "a.txt", lambda work, pipe, out: infer(work, out, pipe)),
+    "mask": (3, "a.nii.gz", lambda work, pipe, out: (*infer(work, out, work / "scan0.nii.gz"), "--mask", pipe)),
+    "weights": (4, "w.h5", lambda work, pipe, out: ("infer", work / "scan0.nii.gz", "-o", out, "-w", pipe)),
+    "table": (3, "a.csv", lambda work, pipe, out: ("convert", pipe, out)),
+    "settings": (4, "c.yaml", lambda work, pipe, out: ("train", work / "cohort.zarr", "-o", out, "--config", pipe)),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", PIPES)
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(work, tmp_path, capsys, kind):
+    """Waited for a writer, for ever."""
+    code, name, words = PIPES[kind]
+    pipe = tmp_path / name
+    pipe.parent.mkdir(exist_ok=True)
+    os.mkfifo(pipe)
+    found, _, told = call(capsys, *words(work, pipe, tmp_path / "out"))
+    assert found == code
+    one_line(told, str(pipe), "is not a regular file")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["manifest.json", "sub-0/image/c/0/0/0"])
+def test_a_pipe_in_a_store_is_a_missing_file(work, tmp_path, capsys, name):
+    store = tmp_path / "s.zarr"
+    shutil.copytree(work / "cohort.zarr", store)
+    (store / name).unlink()
+    os.mkfifo(store / name)
+    assert call(capsys, "verify", store)[0] == 3
+    if "image" in name:
+        opened = open_store(store, "zarr")
+        for read in (lambda: opened.read("sub-0"), lambda: opened.read_region("sub-0", "image", (slice(0, 2),) * 3)):
+            with pytest.raises(InputError, match="missing"):
+                read()
+
+
+def test_a_link_to_itself_is_no_image(work, tmp_path, capsys):
+    """Was an internal error: RuntimeError of pathlib."""
+    loop = tmp_path / "loop.nii.gz"
+    loop.symlink_to(loop)
+    code, _, told = call(capsys, *infer(work, tmp_path / "out", loop))
+    assert code == 3
+    one_line(told, str(loop), "symbolic links")
+
+
+def test_an_empty_word_is_a_variable_that_is_not_set(work, tmp_path, capsys, monkeypatch):
+    """``-o "$OUT"`` wrote into the current folder."""
+    monkeypatch.chdir(tmp_path)
+    code, _, told = call(capsys, *infer(work, Path("x"), work / "scan0.nii.gz"), "--mask", "")
+    assert code == 2
+    one_line(told, "empty word", "variable")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_in_a_name_that_are_no_text_reach_the_picture(work, tmp_path, capsysbinary):
+    """Was an internal error: TypeError of matplotlib."""
+    name = b"\xff\xfe.nii.gz".decode("utf8", "surrogateescape")
+    try:
+        shutil.copyfile(work / "scan0.nii.gz", tmp_path / name)
+    except OSError:
+        pytest.skip("this disk takes text for names only")
+    code, out, told = call(capsysbinary, *infer(work, tmp_path / "out", tmp_path / name), "--png")
+    assert code == 0 and b"\xff\xfe_sr.nii.gz" in out, told
+
+
+def test_a_name_of_thousands_of_letters_is_shortened_in_the_message(work, tmp_path, capsys):
+    code, _, told = call(capsys, *infer(work, tmp_path / "out", "a" * 5000 + ".nii.gz"))
+    assert code in (3, 5) and len(told) < 1500
+    one_line(told, " ... ")
+
+
+def test_a_file_in_place_of_the_output_folder_is_named_as_what_it_is(work, tmp_path, capsys):
+    code, _, told = call(capsys, *infer(work, work / "c.yaml", work / "scan0.nii.gz"))
+    assert code == 5
+    one_line(told, "is a file, a folder is needed")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_folder_that_cannot_be_made_is_one_line_with_a_way_out():
+    with pytest.raises(ResourceError, match=r"cannot be written here \(choose another folder"):
+        runtime.output_folder("/proc/x")
+
+
+def test_a_run_in_the_store_that_it_is_trained_on_is_refused(work, tmp_path, capsys):
+    """Wrote its snapshots among the subjects."""
+    store = tmp_path / "s.zarr"
+    shutil.copytree(work / "cohort.zarr", store)
+    before = sorted(store.rglob("*"))
+    for out in (store, store / "run"):
+        code, _, told = call(capsys, "train", store, "-o", out, "--config", work / "c.yaml")
+        assert code == 2
+        one_line(told, "lies in the store")
+    assert [p for p in sorted(store.rglob("*")) if p.name != "run"] == before
+
+
+def test_warnings_of_libraries_do_not_stand_around_the_one_line(work, tmp_path, capsys):
+    """pydicom wrote one for each odd value, with the value, which may name a patient."""
+    for path in dicom_files.write_series(tmp_path / "s", dicom_files.volume((5, 4, 3)), dicom_files.scanner_affine()):
+        raw = path.read_bytes()
+        path.write_bytes(
+            raw.replace(b"1.2.3.4", b"Doe^J.4").replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.9.9.9\0")
+        )
+    code, _, told = call(capsys, *infer(work, tmp_path / "out", tmp_path / "s"))
+    assert code == 3
+    one_line(told, str(tmp_path / "s"))
+
+
+def test_warnings_of_libraries_are_shown_by_debug(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_doctor", lambda *_: warnings.warn("odd value", UserWarning, stacklevel=1) or 0)
+    for flags, shown in (((), False), (("--debug",), True)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            logging.captureWarnings(False)  # pytest has taken them back since an earlier test
+            assert cli.main([*flags, "doctor"]) == 0
+        assert ("odd value" in capsys.readouterr().err) is shown
+
+
+@pytest.mark.fault(46)
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_no_home_no_language_and_a_folder_that_cannot_be_written(work, tmp_path):
+    """In a process of its own: locale C, HOME gone, in a folder where root too writes nothing."""
+    words = [
+        sys.executable,
+        "-m",
+        "fastsrgan",
+        "--quiet",
+        *map(str, infer(work, tmp_path / "o", work / "scan0.nii.gz")),
+    ]
+    surroundings = {"LC_ALL": "C", "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(words, cwd="/proc", env=surroundings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "o" / "scan0_sr.nii.gz").exists()
