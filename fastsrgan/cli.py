@@ -228,7 +228,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "" in words:
             raise UsageError("the command line", "holds an empty word", "a variable of the shell that is not set?")
         parser = build_parser()
-        args = parser.parse_args(words)
+        args, unknown = parser.parse_known_args(words)
+        if unknown:
+            command = f"fastsrgan {args.command}" if args.command else "fastsrgan"
+            raise UsageError(command, f"unrecognized arguments: {' '.join(unknown)}", f"{command} --help")
         if args.command is None:
             parser.print_help()
             return 0

@@ -215,9 +215,12 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
         values["new_low_res"] = args.new_low_res
     if args.interp == "sitk" and "geometry" not in values:
         values["geometry"] = "segsrgan"
-    if not values.get("new_low_res"):
+    given = bool(values.get("new_low_res"))
+    # A misspelt setting is told first: it may be the one that is missing.
+    config = settings.from_mapping(values if given else values | {"new_low_res": [1, 1, 1]}, args.config or "settings")
+    if not given:
         raise UsageError("train", "no low resolution was given", "-n X Y Z in mm, for example -n 1 1 3")
-    return settings.from_mapping(values, what=args.config or "settings")
+    return config
 
 
 def run(args: argparse.Namespace, progress: Progress) -> int:

@@ -147,7 +147,8 @@ class Generator(nn.Module):
             y = self._leave(y, flat)
             return norm_conv(y, self.up2_norm, self.head, conv7_reflect, self.form, flat)
 
-        if not torch.is_inference_mode_enabled() or not by_hand(x) or x[0].numel() < ONE_BY_ONE:
+        # by_hand first: the compiler cannot trace the question after it.
+        if not by_hand(x) or not torch.is_inference_mode_enabled() or x[0].numel() < ONE_BY_ONE:
             return out(self._inner(self._enter(x, flat), flat), flat)
         # Most of the memory is at full resolution, and there one sample keeps all cores busy.
         return each(out, self._inner(each(self._enter, x, flat), flat), flat)

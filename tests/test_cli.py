@@ -108,7 +108,10 @@ def test_weights_import_and_export_round_trip(folder, tmp_path, capsys):
         (["infer"], 2, "required"),
         (["nonsense"], 2, "invalid choice"),
         (["train", "x.zarr", "-o", "run", "-n", "1", "1", "3", "--bad-option"], 2, "unrecognized"),
+        (["convert", "cohort.csv", "-o", "x.zarr"], 2, "fastsrgan convert: unrecognized arguments: -o "),
+        (["--bad-option"], 2, "fastsrgan: unrecognized arguments: --bad-option (fastsrgan --help)"),
         (["train", "x.zarr", "-o", "run"], 2, "-n X Y Z"),
+        (["train", "x.zarr", "-o", "run", "--config", "MISSPELT"], 4, "epohcs: unknown setting (did you mean epochs?)"),
         (["train", "-n", "1", "1", "3", "-o", "run"], 2, "data source"),
         (["train", "x.zarr", "-o", "run", "-n", "1", "1", "3", "-ps", "62"], 4, "try 60 or 64"),
         (["train", "x.zarr", "-o", "run", "-n", "1", "1", "3"], 3, "no fastsrgan store"),
@@ -125,7 +128,8 @@ def test_weights_import_and_export_round_trip(folder, tmp_path, capsys):
 )
 def test_errors_end_in_one_line_and_their_code(folder, tmp_path, monkeypatch, capsys, words, code, message):
     monkeypatch.chdir(tmp_path)
-    named = {"SCAN": str(folder / "scan.nii.gz"), "W": str(folder / "w.safetensors")}
+    (tmp_path / "misspelt.yaml").write_text("epohcs: 3\n")
+    named = {"SCAN": str(folder / "scan.nii.gz"), "W": str(folder / "w.safetensors"), "MISSPELT": "misspelt.yaml"}
     got, _, err = call(capsys, *(named.get(w, w) for w in words))
     assert (got, err.count("\n")) == (code, 1), err
     assert err.startswith("error: ") and message in err
