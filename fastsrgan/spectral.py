@@ -19,7 +19,7 @@ from torch import Tensor
 
 TAPS = 7
 PAD = TAPS // 2
-# Spectra at a time: forward more is no faster, for gradients what a last-level cache holds.
+# Spectra at a time: for gradients what a last-level cache holds; forward less, which costs 5 % and saves most memory.
 FORWARD_BYTES, BACKWARD_BYTES = 2**23, 2**25
 
 Where = tuple[slice, slice]  # samples, channels
