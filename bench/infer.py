@@ -271,8 +271,7 @@ def _stitch_case(args: argparse.Namespace, step: int, window: str) -> Dense:
             stitcher = Stitcher(plan, 1, window, args.device)
             for first in range(0, len(plan), batch):
                 chosen = range(first, min(first + batch, len(plan)))
-                seen = tiles.view(padded, plan, chosen) if padded.device.type == "cpu" else None
-                stitcher.add(tiles.gather(padded, plan, chosen) if seen is None else seen)
+                stitcher.add(tiles.look(padded, plan, chosen))
             return [stitcher.result()[(slice(None), *plan.crop)]]
 
         sides: dict[str, Callable[[], list[Tensor]]] = {"fastsrgan": ours}

@@ -20,8 +20,7 @@ from fastsrgan import doubling, spectral, winograd
 from fastsrgan.normed import ALL, Normed, NormGradients
 from fastsrgan.spectral import Sink, Source, Where
 
-HELD_BYTES = 2**25  # of a padded input at a time, for gradients
-LONE_BYTES = 2**22  # of a padded input, beyond which samples are convolved one by one
+HELD_BYTES = 2**25  # of a padded input at a time
 PLAIN_STEM = 16  # outputs of a convolution from one channel that fill a vector unit
 
 
@@ -44,14 +43,8 @@ class Reflected:
         self.stride = stride
 
     def forward(self, y: Source, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        parts = _singles(y, weight)
-        if len(parts) == 1:
-            return doubling.convolve(_reflect(y[ALL], weight), weight, self.stride), None
-        shape = [-(-n // self.stride) for n in y.shape[2:]]  # kernels are odd
-        out = weight.new_empty(y.shape[0], len(weight), *shape)  # before what does not outlive the call
-        for where in parts:
-            out[where[0]] = doubling.convolve(_reflect(y[where], weight), weight, self.stride)
-        return out, None
+        parts = [doubling.convolve(_reflect(y[where], weight), weight, self.stride) for where in _samples(y, weight)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts), None
 
     def backward(self, grad: Tensor, y: Source, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
         dw = None
@@ -123,15 +116,8 @@ def _padded_shape(y: Source, weight: Tensor, where: Where) -> list[int]:
     return [len(range(y.shape[0])[where[0]]), y.shape[1], *(n + more for n in y.shape[2:])]
 
 
-def _singles(y: Source, weight: Tensor) -> list[Where]:
-    """All of y where it is small, else sample by sample."""
-    if math.prod(_padded_shape(y, weight, ALL)) * weight.element_size() <= LONE_BYTES:
-        return [ALL]
-    return [(slice(b, b + 1), slice(None)) for b in range(y.shape[0])]
-
-
 def _samples(y: Source, weight: Tensor) -> Iterator[Where]:
-    """All of y where it is small, else two samples or three at a time: gradients of a lone small one are slow."""
+    """All of y where it is small, else two samples or three at a time: torch convolves a lone small one slowly."""
     batch = y.shape[0]
     runs = 1 if math.prod(_padded_shape(y, weight, ALL)) * weight.element_size() <= HELD_BYTES else max(1, batch // 2)
     for run in range(runs):

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastsrgan import anytime, tiles
 from fastsrgan.averaged import NONE, flip_axes
+from fastsrgan.config import CHOICES
 from fastsrgan.engine import check_batch, check_precision
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.geometry import grid_size
@@ -18,7 +19,6 @@ from fastsrgan.windows import check_window
 
 log = logging.getLogger("fastsrgan")
 
-COMPILE = ("auto", "on", "off")
 MAX_VOXELS = 2**31  # of the interpolated grid
 
 Resolution = str | float | Sequence[float] | None  # see infer.infer_volume
@@ -49,8 +49,8 @@ def check_settings(
     check_batch(batch)
     check_precision(precision)
     flip_axes(flips)
-    if compile not in COMPILE:
-        raise UsageError("compile", f"{compile!r}", ", ".join(COMPILE))
+    if compile not in CHOICES["compile"]:
+        raise UsageError("compile", f"{compile!r}", ", ".join(CHOICES["compile"]))
     if budget is not None and not (math.isfinite(budget) and budget >= 0):
         raise UsageError("budget", f"{budget}", "seconds, 0 for the first level")
     if max_memory is not None and max_memory < 1:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 TAPS = 7
 PAD = TAPS // 2
-# Spectra at a time: for gradients what a last-level cache holds; forward less, which costs 5 % and saves most memory.
-FORWARD_BYTES, BACKWARD_BYTES = 2**23, 2**25
+HELD_BYTES = 2**25  # spectra at a time: what a last-level cache holds
+INFERENCE_BYTES = 2**23  # the same in inference, where it is most of the memory and costs little time
 
 Where = tuple[slice, slice]  # samples, channels
 Sink = Callable[[Where, Tensor], None]  # takes the gradient of a part of a source, once for each part
@@ -37,7 +37,7 @@ class Source(Protocol):
 
 def forward(image: Source, weight: Tensor) -> Tensor:
     """(B, I, X, Y, Z), (O, I, 7, 7, 7) -> (B, O, X, Y, Z)."""
-    plan = _Plan.of(image.shape, weight, FORWARD_BYTES)
+    plan = _Plan.of(image.shape, weight)
     samples, taps = range(image.shape[0]), plan.partial(weight, 1)
     out = weight.new_empty(len(samples), len(weight), *plan.voxels)
     if plan.many_outputs:
@@ -60,7 +60,7 @@ def forward(image: Source, weight: Tensor) -> Tensor:
 
 def backward(grad: Tensor, image: Source, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
     """The weight's gradient if wanted; that of the image goes to ``sink``, if there is one, in parts."""
-    plan = _Plan.of(image.shape, weight, BACKWARD_BYTES)
+    plan = _Plan.of(image.shape, weight)
     dw = torch.empty_like(weight) if wanted else None
     (_few_inputs if plan.many_outputs else _few_outputs)(plan, grad, image, weight, sink, dw)
     return dw
@@ -156,13 +156,14 @@ class _Plan(NamedTuple):
     groups: list[slice]
 
     @classmethod
-    def of(cls, shape: torch.Size, weight: Tensor, held_bytes: int) -> _Plan:
+    def of(cls, shape: torch.Size, weight: Tensor) -> _Plan:
         voxels = list(shape[2:])
         sizes = [good_size(n + 2 * PAD) for n in voxels]
         matrices = [_exponentials(n, weight.dtype)[: n if d < 2 else n // 2 + 1] for d, n in enumerate(sizes)]
         few, many = sorted(weight.shape[:2])
         held = (1 + few) * math.prod(len(m) for m in matrices) * 2 * weight.element_size()
-        count = -(-many // max(1, held_bytes // held))
+        most = INFERENCE_BYTES if torch.is_inference_mode_enabled() else HELD_BYTES
+        count = -(-many // max(1, most // held))
         size = -(-many // count)
         groups = [slice(first, first + size) for first in range(0, many, size)]
         return cls(voxels, sizes, matrices, len(weight) == many and few < many, groups)

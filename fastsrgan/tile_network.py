@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from fastsrgan import compiled, tiles
 from fastsrgan.activations import Needs, needs
-from fastsrgan.backend import reference_only, runs_kernels
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.networks import MIN_SIZE, Generator
 from fastsrgan.rearranged import held, kept_bytes
@@ -99,20 +98,17 @@ class TileNetwork:
         self.residual = self.fused and generator.spec.residual  # type: ignore[union-attr]
         self.size = 1
         self.compiled = self.fused and compiled.asked(compile, self.device)
-        self._forward = fast_head(self.device, compile == "on") if self.compiled else head
+        self._plain = head if self.fused else whole
+        self._forward = fast_head(self.device, compile == "on") if self.compiled else self._plain
 
     def __call__(self, tiles_N1XYZ: Tensor) -> Tensor:
         """(N, 1, X, Y, Z) -> (N, C, X, Y, Z) float32."""
         with self._precision():
-            if not self.fused:
-                return self.generator(tiles_N1XYZ, *self.more).float()
             return self._forward(self.generator, tiles_N1XYZ, *self.more)
 
-    def _head(self, tiles_N1XYZ: Tensor) -> Tensor:
-        """A pass as it is counted: never compiled."""
-        if not self.fused:
-            return self.generator(tiles_N1XYZ, *self.more).float()
-        return head(self.generator, tiles_N1XYZ, *self.more)
+    def _uncompiled(self, tiles_N1XYZ: Tensor) -> Tensor:
+        """A pass as ``probe`` counts it."""
+        return self._plain(self.generator, tiles_N1XYZ, *self.more)
 
     @property
     def channels(self) -> int | None:
@@ -136,8 +132,8 @@ class TileNetwork:
         if key not in known:
             with self.working():
                 # First a small one, for weights to be re-arranged: that does not grow with tiles.
-                needs(self._head, (MIN_SIZE,) * 3, self.device)
-                known[key] = needs(self._head, patch, self.device)._replace(fixed=kept_bytes())
+                needs(self._uncompiled, (MIN_SIZE,) * 3, self.device)
+                known[key] = needs(self._uncompiled, patch, self.device)._replace(fixed=kept_bytes())
         return known[key]
 
     def bytes_of(self, patch: Sequence[int], count: int = 1) -> int:
@@ -192,13 +188,10 @@ class TileNetwork:
         return None
 
     def _cut(self, volume_XYZ: Tensor, plan: tiles.TilePlan, indices: Sequence[int]) -> Tensor:
-        """A batch. Our generators never write to what they get, so on a CPU they may look at the volume itself."""
+        """A batch. Our generators never write to what they get, so they may look at the volume itself."""
         if self.compiled:
             indices = [*indices, *[indices[-1]] * (self.size - len(indices))]
-        plain = reference_only() or runs_kernels(volume_XYZ.device)
-        looks = self.fused and volume_XYZ.device.type == "cpu" and not plain
-        seen = tiles.view(volume_XYZ, plan, indices) if looks else None
-        return tiles.gather(volume_XYZ, plan, indices) if seen is None else seen
+        return (tiles.look if self.fused else tiles.gather)(volume_XYZ, plan, indices)
 
     def _precision(self) -> contextlib.AbstractContextManager:
         if self.dtype != torch.float32:
@@ -208,6 +201,11 @@ class TileNetwork:
             now = torch.backends.cudnn
             return now.flags(enabled=True, benchmark=now.benchmark, deterministic=now.deterministic, allow_tf32=False)
         return contextlib.nullcontext()
+
+
+def whole(generator: nn.Module, tiles_N1XYZ: Tensor, *more: float) -> Tensor:
+    """A network of unknown make on a batch: (N, 1, X, Y, Z) -> (N, C, X, Y, Z) float32, its results."""
+    return generator(tiles_N1XYZ, *more).float()
 
 
 def head(generator: nn.Module, tiles_N1XYZ: Tensor, *more: float) -> Tensor:
@@ -225,7 +223,8 @@ def fast_head(device: torch.device, strict: bool) -> Callable[..., Tensor]:
     return compiled.whole(head, device, strict)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error of torch says that memory ran out."""
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the host had no memory."""
     text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+    known = "out of memory" in text or "can't allocate memory" in text
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and known)

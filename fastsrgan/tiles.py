@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsrgan.backend import Argument, launch, op, scalar
+from fastsrgan.backend import Argument, launch, op, reference_only, runs_kernels, scalar
 from fastsrgan.errors import UsageError
 from fastsrgan.networks import MIN_SIZE, SIZE_MULTIPLE
 
@@ -153,6 +153,13 @@ def view(volume_XYZ: Tensor, plan: TilePlan, indices: Sequence[int]) -> Tensor |
     apart = steps.pop() if steps else 0
     first = volume_XYZ.storage_offset() + places[0]
     return volume_XYZ.as_strided((len(indices), 1, *plan.patch), (apart, 0, *stride), first)
+
+
+def look(volume_XYZ: Tensor, plan: TilePlan, indices: Sequence[int]) -> Tensor:
+    """Tiles to read only: on a CPU without kernels a ``view`` where there is one, else a copy."""
+    plain = volume_XYZ.device.type == "cpu" and not runs_kernels(volume_XYZ.device) and not reference_only()
+    seen = view(volume_XYZ, plan, indices) if plain else None
+    return gather(volume_XYZ, plan, indices) if seen is None else seen
 
 
 def _gather_by_kernel(out_N1XYZ: Tensor, volume_XYZ: Tensor, plan: TilePlan, indices: Sequence[int]) -> Any:

@@ -39,8 +39,9 @@ from fastsrgan.runtime import (
     write_json,
 )
 from fastsrgan.store import Store, open_store
+from fastsrgan.tile_network import out_of_memory
 from fastsrgan.trainlog import RunLog
-from fastsrgan.trial import batch_that_fits, memory_error, out_of_memory, refuse_hopeless
+from fastsrgan.trial import batch_that_fits, memory_error, refuse_hopeless
 
 log = logging.getLogger("fastsrgan")
 

@@ -15,16 +15,10 @@ from fastsrgan.pool import Batch
 from fastsrgan.ranks import Ranks
 from fastsrgan.run_state import Run
 from fastsrgan.runtime import peak_memory
+from fastsrgan.tile_network import out_of_memory
 from fastsrgan.voxel_stream import human
 
 log = logging.getLogger("fastsrgan")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device or the host had no memory."""
-    text = str(error).lower()
-    known = "out of memory" in text or "can't allocate memory" in text
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and known)
 
 
 def fits(config: TrainConfig, mask_classes: int, device: torch.device, batch: int) -> bool:

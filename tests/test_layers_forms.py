@@ -116,10 +116,8 @@ def test_norm_and_convolution_in_one(forms, name, parts, monkeypatch):
     """A constant channel, a sample that is flat, and memory for a channel and a sample at a time or for all."""
     if parts == "parts":
         monkeypatch.setattr(normed, "BLOCK", 1)
-        for limit in ("HELD_BYTES", "LONE_BYTES"):
-            monkeypatch.setattr(fused, limit, 1)
-        for limit in ("FORWARD_BYTES", "BACKWARD_BYTES"):
-            monkeypatch.setattr(spectral, limit, 1)
+        monkeypatch.setattr(fused, "HELD_BYTES", 1)
+        monkeypatch.setattr(spectral, "HELD_BYTES", 1)
     convolution, kernel = CONVOLUTIONS[name]
     x = random(0, 5, 3, 4, 6, 8) + 3
     x[1, 2] = 0.5
