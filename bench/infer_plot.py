@@ -22,7 +22,7 @@ def plot(report: dict[str, Any], path: str | os.PathLike) -> None:
     from matplotlib.figure import Figure
 
     if not any("seconds_median" in row for row in report["rows"] if "kind" in row):
-        raise InputError(path, "no row has times to draw")
+        raise InputError(path, "no row has times to draw", "measure without --limit first")
     figure = Figure(figsize=(13, 9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)

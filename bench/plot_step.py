@@ -19,7 +19,7 @@ def plot(report: dict[str, Any], path: str | os.PathLike) -> None:
 
     rows = [row for row in report["rows"] if "seconds_median" in row]
     if not rows:
-        raise InputError(path, "no row has times to draw")
+        raise InputError(path, "no row has times to draw", "measure the steps first: python -m bench step")
     figure = Figure(figsize=(12, 2.4 * len(rows) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     for row, (left, right) in zip(rows, figure.subplots(len(rows), 2, squeeze=False), strict=True):

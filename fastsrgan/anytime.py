@@ -59,7 +59,7 @@ def levels(shape: Sequence[int], patch: tiles.PerAxis, step: int | str | Sequenc
 
 def _triple(step: int | str | Sequence[int]) -> tuple[int, ...]:
     if isinstance(step, str):
-        raise UsageError("step", f"{step!r}", "a number of voxels, three, or auto")
+        raise UsageError("step", f"{step!r} is not allowed", "a number of voxels, three, or auto")
     return (step,) * 3 if isinstance(step, int) else tuple(int(s) for s in step)
 
 

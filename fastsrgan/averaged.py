@@ -20,7 +20,9 @@ def flip_axes(flips: str) -> tuple[int, ...]:
     if flips == NONE:
         return ()
     if not flips or len(set(flips)) < len(flips) or not set(flips) <= set(AXES):
-        raise UsageError("flips", f"{flips!r}", "none, or the axes of the image to flip: x, y, z, xy, xz, yz or xyz")
+        raise UsageError(
+            "flips", f"{flips!r} is not allowed", "none, or the axes of the image to flip: x, y, z, xy, xz, yz or xyz"
+        )
     return tuple(sorted(AXES.index(axis) for axis in flips))
 
 

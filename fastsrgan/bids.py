@@ -34,7 +34,7 @@ from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate_cohort import Item, evaluate_items, low_resolution
 from fastsrgan.infer_files import SomeFailed, infer_files
 from fastsrgan.ranks import ALONE, Ranks
-from fastsrgan.runtime import QUIET, Progress, atomic_write, finite, output_folder, write_json
+from fastsrgan.runtime import QUIET, Progress, atomic_write, finite, output_folder, real, write_json
 
 log = logging.getLogger("fastsrgan")
 
@@ -82,7 +82,7 @@ def infer_bids(
     root, out = Path(dataset), Path(out_dir)
     found = find_bids(root, participants, sessions, suffixes)
     said = read_json(out / DESCRIPTION)
-    if out.resolve() == root.resolve() or (said and said.get("DatasetType") != "derivative"):
+    if real(out) == real(root) or (said and said.get("DatasetType") != "derivative"):
         raise UsageError(out, "is a dataset of its own", "give the derivatives their own folder")
     done = [image for image in found if (out / image.derived("sr")).exists()]
     if done and not (overwrite or resume):
@@ -193,7 +193,7 @@ def _write_labels(path: Path, kind: str, image: Path) -> None:
 
 def _finish(root: Path, out: Path, stage: Path) -> None:
     """What the dataset says of itself; the stage goes when nothing is left on it."""
-    raw = os.path.relpath(root.resolve(), out.resolve())
+    raw = os.path.relpath(real(root), real(out))
     write_json(out / DESCRIPTION, description("fastsrgan derivatives", __version__, {LINK: Path(raw).as_posix()}))
     if not (out / "README").exists():
         with atomic_write(out / "README") as temporary:

@@ -79,7 +79,7 @@ def manifest(snapshot: Path) -> dict[str, Any]:
     path = snapshot / MANIFEST
     try:
         if path.stat().st_size > MAX_MANIFEST:
-            raise ModelError(path, "too large for a manifest")
+            raise ModelError(path, "too large for a manifest", "the snapshot is damaged; use another one")
         values = json.loads(path.read_text(encoding="utf8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(path, "cannot be read", "the snapshot is incomplete or damaged") from error
@@ -136,13 +136,17 @@ def snapshots(run: Path) -> list[Path]:
 def newest(run: Path) -> Path:
     """The newest undamaged snapshot; a damaged one is passed over with a warning. ModelError when there is none."""
     found = snapshots(run)
-    for snapshot in reversed(found):
+    for left, snapshot in reversed(list(enumerate(found))):
         problems = verify(snapshot)
         if not problems:
             return snapshot
-        log.warning("%s: taking the snapshot before it", problems[0])
+        log.warning("%s%s", problems[0], ": taking the snapshot before it" if left else "")
     if found:
-        raise ModelError(run, f"all {len(found)} snapshots are damaged")
+        raise ModelError(
+            run,
+            f"no snapshot of {len(found)} is whole",
+            f"its weights may be: -w {run / MODEL}" if (run / MODEL).is_file() else "copy the run again",
+        )
     raise ModelError(run, "no snapshot in this folder", "a run folder of `fastsrgan train`, or a weight file")
 
 

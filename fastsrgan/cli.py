@@ -7,11 +7,13 @@ of a batch failed, 130 and 143 after SIGINT and SIGTERM. One line on standard er
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from fastsrgan._version import __version__
@@ -29,7 +31,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the whole usage."""
-        raise UsageError(self.prog, message, f"{self.prog} --help")
+        wrong = re.match(r"argument .*: invalid choice: '([^']*)' \(choose from (.*)\)$", message)
+        near = close(wrong[1], re.findall(r"[\w-]+", wrong[2])) if wrong else None
+        raise UsageError(self.prog, message, f"did you mean {near}?" if near else f"{self.prog} --help")
+
+
+def close(word: str, known: Iterable[str]) -> str | None:
+    """The known word that a misspelt one is nearest to, where one is near."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1)), None)
 
 
 def build_parser() -> Parser:
@@ -204,6 +213,12 @@ def _doctor(args: argparse.Namespace, progress: Progress) -> int:
     return 0
 
 
+def _options(parser: Parser, command: str | None) -> list[str]:
+    """The option strings of a command."""
+    below = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    return [name for name in below.get(command or "", parser)._option_string_actions if name.startswith("--")]
+
+
 def normalised(argv: Sequence[str]) -> list[str]:
     """Arguments with ``_`` as ``-`` in option names, so both spellings work; values are left alone."""
     out = []
@@ -231,7 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = parser.parse_known_args(words)
         if unknown:
             command = f"fastsrgan {args.command}" if args.command else "fastsrgan"
-            raise UsageError(command, f"unrecognized arguments: {' '.join(unknown)}", f"{command} --help")
+            near = close(unknown[0].partition("=")[0], _options(parser, args.command))
+            hint = f"did you mean {near}?" if near else f"{command} --help"
+            raise UsageError(command, f"unrecognized arguments: {' '.join(unknown)}", hint)
         if args.command is None:
             parser.print_help()
             return 0

@@ -10,7 +10,7 @@ from typing import Any
 from fastsrgan.cli_infer import print_json
 from fastsrgan.console import table
 from fastsrgan.errors import PartialFailure, UsageError
-from fastsrgan.runtime import Progress
+from fastsrgan.runtime import Progress, output_folder
 
 PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg")
 # Figures of the table with one line per subject: heading, section, key.
@@ -99,6 +99,8 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         target = getattr(args, option)
         if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
             raise UsageError(f"--{option}", f"{Path(target).parent}: no such folder", "create it first")
+        if target not in (None, "-"):
+            output_folder(Path(target).absolute().parent)
     if pair:
         from fastsrgan.evaluate import evaluate_files
 

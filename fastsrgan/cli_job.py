@@ -87,7 +87,7 @@ def resolution(text: str) -> tuple[float, ...]:
     except ValueError:
         values = ()
     if len(values) != 3:
-        raise UsageError("--new-low-res", f"{text!r}", "three sizes in mm, 0.5,0.5,0.5")
+        raise UsageError("--new-low-res", f"{text!r} is not allowed", "three sizes in mm, 0.5,0.5,0.5")
     return values
 
 

@@ -111,14 +111,16 @@ def interpolation(
     """
     kind = interpolation_type if isinstance(interpolation_type, str) else "Spline"
     if interp not in INTERPS:
-        raise UsageError("interp", f"{interp!r}", f"one of {', '.join(INTERPS)}")
+        raise UsageError("interp", f"{interp!r} is not allowed", f"one of {', '.join(INTERPS)}")
     if spline_order not in range(6):
-        raise UsageError("spline order", f"{spline_order!r}", "0 to 5")
+        raise UsageError("spline order", f"{spline_order!r} is not allowed", "0 to 5")
     check_interpolator(kind)
     if interp == "scipy" and spline_order == 3:
         return None
     if geometry != "segsrgan":
-        raise UsageError("interpolation", "only the segsrgan geometry has others than the cubic spline", None)
+        raise UsageError(
+            "interpolation", "only the segsrgan geometry has others than the cubic spline", "--geometry segsrgan"
+        )
     if interp == "sitk":
         return lambda volume, spacing, wanted: expanded(volume, spacing, wanted, kind)
     return lambda volume, spacing, wanted: zoomed(volume, spacing, wanted, spline_order)

@@ -32,9 +32,9 @@ class Filters:
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1:
-            raise UsageError("threshold", f"{self.threshold:g}", "a probability from 0 up and below 1")
+            raise UsageError("threshold", f"{self.threshold:g} is not allowed", "a probability from 0 up and below 1")
         if not (math.isfinite(self.min_mm3) and self.min_mm3 >= 0):
-            raise UsageError("min size", f"{self.min_mm3:g}", "cubic millimetres from 0 up")
+            raise UsageError("min size", f"{self.min_mm3:g} is not allowed", "cubic millimetres from 0 up")
 
     @property
     def asked(self) -> dict[str, Any]:

@@ -184,43 +184,53 @@ class TrainConfig:
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
-                raise ModelError(f"config: {name}", shown(value), f"one of {', '.join(allowed)}")
+                raise ModelError(f"config: {name}", f"{shown(value)} is not allowed", f"one of {', '.join(allowed)}")
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, float) and not math.isfinite(value):
-                raise ModelError(f"config: {f.name}", f"{value}", "a finite number")
+                raise ModelError(f"config: {f.name}", f"{value} is not allowed", "a finite number")
         usable = all(len(t) == 3 and min(t) > 0 and math.isfinite(sum(t)) for t in self.new_low_res)
         if len(self.new_low_res) not in (1, 2) or not usable:
             raise ModelError(
-                "config: new_low_res", shown(self.new_low_res), "one or two triples of positive millimetres"
+                "config: new_low_res",
+                f"{shown(self.new_low_res)} is not allowed",
+                "one or two triples of positive millimetres",
             )
         for name, largest in LARGEST.items():
             if getattr(self, name) > largest:
-                raise ModelError(f"config: {name}", shown(getattr(self, name)), f"at most {largest}")
+                raise ModelError(
+                    f"config: {name}", f"{shown(getattr(self, name))} is not allowed", f"at most {largest}"
+                )
         if self.patch_size % 4 or self.patch_size < 16:
             lower = max(16, self.patch_size // 4 * 4)
             raise ModelError(
                 "config: patch_size",
-                f"{self.patch_size}",
+                f"{self.patch_size} is not allowed",
                 f"a multiple of 4 (two stride-2 layers) from 16 up; try {lower} or {lower + 4}",
             )
         for name in POSITIVE:
             if not getattr(self, name) > 0:
-                raise ModelError(f"config: {name}", f"{getattr(self, name)}", "a number above zero")
+                raise ModelError(f"config: {name}", f"{getattr(self, name)} is not allowed", "a number above zero")
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
-                raise ModelError(f"config: {name}", f"{getattr(self, name)}", "zero or above")
+                raise ModelError(f"config: {name}", f"{getattr(self, name)} is not allowed", "zero or above")
         for name in ("resident_memory", "block_memory", "resident_subjects", "steps_per_epoch"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ModelError(f"config: {name}", f"{value}", "a number above zero, or leave it out")
+                raise ModelError(f"config: {name}", f"{value} is not allowed", "a number above zero, or leave it out")
         if not set(self.flips) <= set("xyz"):
-            raise ModelError("config: flips", shown(self.flips), "letters of the axes to mirror, for example xy")
+            raise ModelError(
+                "config: flips", f"{shown(self.flips)} is not allowed", "letters of the axes to mirror, for example xy"
+            )
         for name in ("contrast_max", "ema", "noise", "beta1", "beta2", "profile"):
             if getattr(self, name) >= 1:
-                raise ModelError(f"config: {name}", f"{getattr(self, name)}", "below 1")
+                raise ModelError(f"config: {name}", f"{getattr(self, name)} is not allowed", "below 1")
         if self.init_epoch > self.epochs:
-            raise ModelError("config: init_epoch", f"{self.init_epoch} is behind the last epoch, {self.epochs}")
+            raise ModelError(
+                "config: init_epoch",
+                f"{self.init_epoch} is behind the last epoch, {self.epochs}",
+                "more epochs, or a smaller init_epoch",
+            )
         if self.interp == "sitk" and self.geometry != "segsrgan":
             raise ModelError("config: interp", f"sitk is unknown in {self.geometry} geometry", "geometry: segsrgan")
 
@@ -251,7 +261,7 @@ def from_mapping(values: dict[str, Any], what: str = "config") -> TrainConfig:
     hints = typing.get_type_hints(TrainConfig)
     preset = values.get("preset", "code")
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise ModelError(f"{what}: preset", shown(preset), f"one of {', '.join(PRESETS)}")
+        raise ModelError(f"{what}: preset", f"{shown(preset)} is not allowed", f"one of {', '.join(PRESETS)}")
     checked: dict[str, Any] = dict(PRESETS[preset])
     for key, value in values.items():
         name = (key if isinstance(key, str) else shown(key)).replace("-", "_")
@@ -261,7 +271,10 @@ def from_mapping(values: dict[str, Any], what: str = "config") -> TrainConfig:
                 f"{what}: {name[:80]}", "unknown setting", f"did you mean {near[0]}?" if near else "see docs/config.md"
             )
         checked[name] = _coerce(name, value, hints[name], what)
-    return TrainConfig(**checked)
+    try:
+        return TrainConfig(**checked)
+    except ModelError as error:  # what is allowed is known there, where it was read here
+        raise ModelError(error.what.replace("config", what, 1), error.reason, error.hint) from error
 
 
 def _coerce(name: str, value: Any, hint: Any, what: str) -> Any:
@@ -272,7 +285,7 @@ def _coerce(name: str, value: Any, hint: Any, what: str) -> Any:
             return tuple(tuple(float(v) for v in t) for t in triples)
         except (TypeError, ValueError, LookupError, OverflowError) as error:
             raise ModelError(
-                f"{what}: {name}", shown(value), "one or two triples of millimetres, [[1, 1, 3]]"
+                f"{what}: {name}", f"{shown(value)} is not allowed", "one or two triples of millimetres, [[1, 1, 3]]"
             ) from error
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
@@ -287,7 +300,7 @@ def _coerce(name: str, value: Any, hint: Any, what: str) -> Any:
     if kind in (bool, str) and isinstance(value, kind):
         return value
     allowed = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
-    raise ModelError(f"{what}: {name}", f"{shown(value)} is not {allowed}")
+    raise ModelError(f"{what}: {name}", f"{shown(value)} is not {allowed}", "see docs/config.md")
 
 
 def shown(value: Any) -> str:
@@ -342,7 +355,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             raise ModelError(path, "is too large for settings", f"at most {MAX_BYTES} bytes")
         values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _Loader)
     except OSError as error:
-        raise ModelError(path, "cannot be read", error.strerror) from error
+        told = f"cannot be read: {error.strerror or error}"
+        raise ModelError(path, told, "a YAML file of settings, see docs/config.md") from error
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # dates and numbers that are none
         reason = (str(getattr(error, "problem", None) or error).splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(path, f"is not plain YAML: {reason}", "a mapping of settings, see docs/config.md") from error

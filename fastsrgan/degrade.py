@@ -57,14 +57,18 @@ class Degradation:
         check_geometry(self.geometry)
         check_interp(self.interp, self.interpolation_type, self.geometry)
         if len(self.low_res) not in (1, 2) or any(len(t) != 3 or min(t) <= 0 for t in self.low_res):
-            raise UsageError("new_low_res", f"{self.low_res}", "one or two triples of positive millimetres")
+            raise UsageError(
+                "new_low_res", f"{self.low_res} is not allowed", "one or two triples of positive millimetres"
+            )
         if not 0 <= self.contrast < 1 or not 0 <= self.noise < 1:
             raise UsageError("degradation", f"contrast {self.contrast}, noise {self.noise}", "both in [0, 1)")
         for name in ("bias_field", "profile", "motion"):
             if not 0 <= getattr(self, name) < (1 if name == "profile" else np.inf):
-                raise UsageError(name, f"{getattr(self, name)}", "in [0, 1)" if name == "profile" else "0 or above")
+                raise UsageError(
+                    name, f"{getattr(self, name)} is not allowed", "in [0, 1)" if name == "profile" else "0 or above"
+                )
         if self.block_bytes is not None and not self.block_bytes > 0:
-            raise UsageError("block_bytes", f"{self.block_bytes}", "a number above zero, or None")
+            raise UsageError("block_bytes", f"{self.block_bytes} is not allowed", "a number above zero, or None")
 
     def draw(self, seed: int, epoch: int, subject: str) -> Draw:
         """The parameters of one subject in one epoch; the same for any rank, device or resume point."""
@@ -158,7 +162,7 @@ class Degraded:
 def check_interp(interp: str, interpolation_type: str, geometry: str) -> None:
     """Raise UsageError for an interpolation that does not exist in this geometry."""
     if interp not in INTERPS:
-        raise UsageError("interp", f"{interp!r}", f"one of {', '.join(INTERPS)}")
+        raise UsageError("interp", f"{interp!r} is not allowed", f"one of {', '.join(INTERPS)}")
     check_interpolator(interpolation_type)
     if interp == "sitk" and geometry != "segsrgan":
         raise UsageError("interp sitk", f"is unknown in {geometry} geometry", "--geometry segsrgan")
@@ -210,7 +214,7 @@ def degrade(
     check_geometry(geometry)
     check_interp(interp, interpolation_type, geometry)
     if not power > 0:
-        raise UsageError("contrast power", f"{power:g}", "a number above zero")
+        raise UsageError("contrast power", f"{power:g} is not allowed", "a number above zero")
     seed, *rest = key if isinstance(key, tuple) else (0, *(() if key is None else (key,)))
     name: tuple[int | str, ...] = (int(seed), *rest)
     hr = hr_XYZ if isinstance(hr_XYZ, torch.Tensor) else np.asarray(hr_XYZ)

@@ -22,6 +22,7 @@ from fastsrgan.dicom_header import Frame, pixels, read_frames
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.geometry import Volume
 from fastsrgan.runtime import is_special
+from fastsrgan.voxel_stream import no_such_file
 
 MAX_VOXELS = 2**31
 DIRECTION_TOLERANCE = 1e-3  # of unit vectors; a slice axis off the normal by more makes a sheared grid
@@ -69,7 +70,7 @@ def series_of(path: str | os.PathLike) -> list[Series]:
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(path, "no such file", "check the path")
+        raise no_such_file(path)
     folder = path if path.is_dir() else path.parent
     own = None if path.is_dir() else read_frames(path, wanted=True)
     if own and len(own) > 1:
@@ -146,7 +147,11 @@ def load(
     try:
         data = np.empty(shape, dtype, order="F")
     except MemoryError:
-        raise ResourceError(path, f"not enough memory for {columns} x {rows} x {len(frames)} voxels") from None
+        raise ResourceError(
+            path,
+            f"not enough memory for {columns} x {rows} x {len(frames)} voxels",
+            "end other programs, or take a machine with more",
+        ) from None
     stored = _fill(data, frames, warnings)
     low, high = float(data.min()), float(data.max())
     if low == high:
@@ -180,7 +185,9 @@ def sha256(path: str | os.PathLike, series: str | None = None) -> str:
         try:
             digest.update(file.read_bytes())
         except OSError as error:
-            raise InputError(file, f"cannot be read: {error.strerror or error}") from error
+            raise InputError(
+                file, f"cannot be read: {error.strerror or error}", "check the path and its permissions"
+            ) from error
     return digest.hexdigest()
 
 
@@ -322,7 +329,11 @@ def _fill(data_XYZ: np.ndarray, frames: list[Frame], warnings: list[str]) -> np.
         for k in slices:
             f = frames[k]
             if f.index >= len(decoded):
-                raise InputError(file, f"truncated: {len(decoded)} frames, the header describes more")
+                raise InputError(
+                    file,
+                    f"truncated: {len(decoded)} frames, the header describes more",
+                    "copy or export the file again",
+                )
             data_XYZ[:, :, k] = decoded[f.index][::-1].T
             if f.slope != 1 or f.inter != 0:
                 data_XYZ[:, :, k] *= data_XYZ.dtype.type(f.slope)

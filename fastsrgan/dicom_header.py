@@ -111,7 +111,9 @@ def read_frames(path: Path, wanted: bool = False) -> list[Frame]:
         with open(path, "rb") as file:
             marked = file.read(_PREAMBLE)[128:] == b"DICM"
     except OSError as error:
-        raise InputError(path, f"cannot be read: {error.strerror or error}") from error
+        raise InputError(
+            path, f"cannot be read: {error.strerror or error}", "check the path and its permissions"
+        ) from error
     try:
         return _frames_of(path, marked, wanted)
     except FastsrganError:
@@ -139,7 +141,9 @@ def pixels(path: Path, shape: tuple[int, int]) -> np.ndarray:
     try:
         decoded = ds.pixel_array
     except MemoryError:
-        raise ResourceError(path, "not enough memory for its frames") from None
+        raise ResourceError(
+            path, "not enough memory for its frames", "end other programs, or take a machine with more"
+        ) from None
     except Exception as error:  # pydicom and its decoders raise many kinds
         syntax = getattr(ds.file_meta, "TransferSyntaxUID", None)
         # A damaged UID names no syntax, and pydicom refuses to say whether it is one of compression.

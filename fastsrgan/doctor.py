@@ -23,6 +23,7 @@ import torch
 
 from fastsrgan._version import __version__
 from fastsrgan.engine import pick_precision
+from fastsrgan.units import human
 
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "zarr", "numcodecs", "safetensors", "h5py", "nilearn", "matplotlib")
 SMALL_SHM = 64 * 2**20  # what Docker gives a container unless told otherwise
@@ -331,7 +332,7 @@ def _optional_lines(optional: dict[str, dict[str, Any]]) -> list[str]:
 def _size(n: int | None) -> str:
     if n is None:
         return "unknown"
-    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+    return human(n)
 
 
 def _read(path: str) -> str | None:

@@ -6,7 +6,7 @@ One line reaches the terminal: ``error: WHAT: REASON (HINT)``. Codes are public 
 
 from __future__ import annotations
 
-LONGEST = 1000  # letters of a name in a message
+LONGEST, LONGEST_REASON = 1000, 32_000  # letters of a name in a message, of all that is said of it
 
 
 class FastsrganError(Exception):
@@ -21,11 +21,12 @@ class FastsrganError(Exception):
 
     exit_code = 1
 
-    def __init__(self, what: object, reason: str, hint: str | None = None) -> None:
+    def __init__(self, what: object, reason: str, hint: str) -> None:
         self.what, self.reason, self.hint = str(what), reason, hint
         if len(self.what) > LONGEST:
             self.what = f"{self.what[: LONGEST // 2]} ... {self.what[-LONGEST // 4 :]}"
-        super().__init__(f"{self.what}: {reason}" + (f" ({hint})" if hint else ""))
+        told = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} ..."
+        super().__init__(f"{self.what}: {told} ({hint})")
 
 
 class UsageError(FastsrganError):

@@ -7,7 +7,6 @@ Every form ends in the same dict: ``rows`` (what ``evaluate.evaluate_files`` say
 from __future__ import annotations
 
 import csv
-import difflib
 import logging
 import os
 import re
@@ -172,7 +171,9 @@ def evaluate_items(
         named: dict[str, Any] = {"subject": item.subject} | ({} if item.line is None else {"line": item.line})
         try:
             if item.fault:
-                raise InputError(item.files.get("sr", item.subject), item.fault)
+                raise InputError(
+                    item.files.get("sr", item.subject), item.fault, "see --help for the names that are looked for"
+                )
             picture = None if pictures is None else pictures / f"{item.subject.replace('/', '_')}.png"
             done.append(named | evaluate_files(**item.files, png=picture))  # type: ignore[arg-type]
         except FastsrganError as error:
@@ -216,7 +217,7 @@ def _read(csv_path: Path) -> list[tuple[int, dict[str, Path]]]:
         raise InputError(csv_path, "is empty", "its first line names the columns SR_image, HR_image, ...")
     header = [cell.strip() for cell in records[0][1]]
     faults = [(1, f"column {name} twice") for name in COLUMNS if header.count(name) > 1]
-    faults += [(1, f"no column {name}{_meant(name, header)}") for name in REQUIRED if name not in header]
+    faults += [(1, f"no column {name}, {table.instead(name, header)}") for name in REQUIRED if name not in header]
     if len(records) == 1:
         faults.append((1, "no row below the header"))
     rows: list[tuple[int, dict[str, Path]]] = []
@@ -235,9 +236,3 @@ def _read(csv_path: Path) -> list[tuple[int, dict[str, Path]]]:
 
 def _delimiter(header: str) -> str:
     return max(table.DELIMITERS, key=lambda d: len({cell.strip(' "') for cell in header.split(d)} & set(COLUMNS)))
-
-
-def _meant(name: str, header: list[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), [cell.lower() for cell in header], 1)
-    meant = [cell for cell in header if cell.lower() in near]
-    return f", did you mean it by {meant[0]}?" if meant else ", found " + ", ".join(c or "(empty)" for c in header)

@@ -141,7 +141,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         precision = "fp16" if device.type == "cuda" else "fp32"
     if precision not in PRECISIONS:
-        raise UsageError("pool_precision", f"{precision!r}", f"auto or one of {', '.join(PRECISIONS)}")
+        raise UsageError("pool_precision", f"{precision!r} is not allowed", f"auto or one of {', '.join(PRECISIONS)}")
     return PRECISIONS[precision]
 
 
@@ -152,7 +152,7 @@ def pick_mover(engine: str, device: torch.device) -> Mover:
     (docs/decisions/012-dali-feed.md). Raises ResourceError when DALI is asked for and cannot be used.
     """
     if engine not in ENGINES:
-        raise UsageError("feed", f"{engine!r}", f"one of {', '.join(ENGINES)}")
+        raise UsageError("feed", f"{engine!r} is not allowed", f"one of {', '.join(ENGINES)}")
     if engine == "dali" or (engine == "auto" and device.type == "cuda"):
         try:
             return dali_feed.DaliMover(device)
@@ -204,7 +204,7 @@ class Feed:
         patience: float = PATIENCE,
     ) -> None:
         if prefetch < 1:
-            raise UsageError("prefetch", f"{prefetch}", "1 or more groups")
+            raise UsageError("prefetch", f"{prefetch} is not allowed", "1 or more groups")
         self.store, self.degradation, self.rule = store, degradation, rule
         self.seed, self.device, self.strict = seed, device, strict
         self.rank, self.world = rank, world

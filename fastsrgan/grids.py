@@ -48,7 +48,8 @@ def onto_grid(
     inside = _inside(matrix, volume.data.shape, like.data.shape)
     share = float(inside.mean())
     if share == 0:
-        raise InputError(name, "does not overlap the reference in world space", "check the affines of both files")
+        what = volume.meta.get("path", name)
+        raise InputError(what, "does not overlap the reference in world space", "check the affines of both files")
     # Edges reflect, as in the interpolation that a network's input is made by (resample.py).
     mode = "reflect" if order else "nearest"
     data = np.asarray(volume.data, np.float32) if order else np.asarray(volume.data)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastsrgan import any_image, dicom, images, nifti_check, table
 from fastsrgan.errors import FastsrganError, UsageError
+from fastsrgan.runtime import real
 
 log = logging.getLogger("fastsrgan")
 
@@ -54,8 +55,8 @@ def find_images(inputs: Sequence[str | os.PathLike], out: str | os.PathLike, ser
 
 def _inside(folder: Path, out: Path) -> list[Image]:
     """The images of a folder."""
-    below, here = _real(out), _real(folder)
-    paths = [p for p in _niftis(folder) if below == here or below not in _real(p).parents]
+    below, here = real(out), real(folder)
+    paths = [p for p in _niftis(folder) if below == here or below not in real(p).parents]
     names = [str(p.relative_to(folder).with_name(images.stem(p))) for p in paths]
     results = {file for place in {path.parent for path in paths} for file in _results_in(place)}
     found = [Image(p, n) for p, n in zip(paths, names, strict=True) if p not in results]
@@ -68,10 +69,6 @@ def _inside(folder: Path, out: Path) -> list[Image]:
     if paths and not found:
         raise UsageError(folder, "holds results only", "name the folder of the images")
     return found
-
-
-def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # Path.resolve raises at a link to itself
 
 
 def _niftis(folder: Path) -> list[Path]:

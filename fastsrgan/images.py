@@ -21,7 +21,8 @@ from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.geometry import Orientation, Volume, shear_of, spacing_of
 from fastsrgan.nifti_check import SHEAR_TOLERANCE, describe_grid, examine, grid_distance, halves, invertible
 from fastsrgan.runtime import atomic_write
-from fastsrgan.voxel_stream import CHUNK_BYTES, NiftiFile, human, times, write_voxels
+from fastsrgan.units import human, times
+from fastsrgan.voxel_stream import CHUNK_BYTES, NiftiFile, write_voxels
 
 PathLike = str | os.PathLike
 
@@ -87,7 +88,11 @@ def load_stored(
         tally.clean(part)
     slope, inter = (file.slope, file.inter) if integer else (1.0, 0.0)
     if max(abs(tally.low * slope + inter), abs(tally.high * slope + inter)) > float(np.finfo(np.float32).max):
-        raise InputError(path, f"its intensity scaling overflows (slope {slope:g}, intercept {inter:g})")
+        raise InputError(
+            path,
+            f"its intensity scaling overflows (slope {slope:g}, intercept {inter:g})",
+            "correct scl_slope and scl_inter in its header",
+        )
     return data, slope, inter, _volume(file, index, data, tally, slope, inter)
 
 
@@ -235,7 +240,9 @@ def sha256(path: PathLike) -> str:
                 while block := stream.read(CHUNK_BYTES):
                     digest.update(block)
         except OSError as error:
-            raise InputError(part, f"cannot be read: {error.strerror or error}") from error
+            raise InputError(
+                part, f"cannot be read: {error.strerror or error}", "check the path and its permissions"
+            ) from error
     return digest.hexdigest()
 
 

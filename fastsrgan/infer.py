@@ -294,7 +294,7 @@ def _checked(data_XYZ: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.n
     if data.ndim != 3 or 0 in data.shape:
         raise InputError("image", f"has the shape {data.shape}", "one volume of three dimensions")
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.linalg.det(affine[:3, :3]):
-        raise InputError("affine", "is not an invertible 4 x 4 matrix")
+        raise InputError("affine", "is not an invertible 4 x 4 matrix", "voxel to world in mm, as nibabel gives it")
     if not all(np.isfinite(plane).all() for plane in data):
         raise InputError("image", "holds values that are not finite", "replace them, as fastsrgan.images.load does")
     return data, affine

@@ -107,7 +107,7 @@ def infer_files(
     check_settings(patch, step, new_resolution, geometry, window, batch, precision, budget, max_memory, flips, compile)
     filters = Filters(threshold, largest_component, min_size)
     if dtype not in DTYPES:
-        raise UsageError("dtype", f"{dtype!r}", " or ".join(DTYPES))
+        raise UsageError("dtype", f"{dtype!r} is not allowed", " or ".join(DTYPES))
     if split_volume and ranks.world == 1:
         raise UsageError("--split-volume", "needs several processes", "torchrun --nproc-per-node N -m fastsrgan infer")
     found = find_images(inputs, out_dir, series)
@@ -171,7 +171,7 @@ def infer_files(
 def _some_failed(out: Path, summary: dict[str, Any]) -> SomeFailed:
     items = summary["items"]
     bad = ", ".join(item["stem"] for item in items if item["status"] == "failed")
-    hint = f"see {SUMMARY}" if len(items) > 1 else None
+    hint = f"see {SUMMARY}" if len(items) > 1 else "see the error above"
     failure = SomeFailed(out, f"{summary['failed']} of {len(items)} volumes failed: {bad}", hint)
     failure.summary = summary
     return failure

@@ -50,11 +50,11 @@ def check_settings(
     check_precision(precision)
     flip_axes(flips)
     if compile not in CHOICES["compile"]:
-        raise UsageError("compile", f"{compile!r}", ", ".join(CHOICES["compile"]))
+        raise UsageError("compile", f"{compile!r} is not allowed", ", ".join(CHOICES["compile"]))
     if budget is not None and not (math.isfinite(budget) and budget >= 0):
-        raise UsageError("budget", f"{budget}", "seconds, 0 for the first level")
+        raise UsageError("budget", f"{budget} is not allowed", "seconds, 0 for the first level")
     if max_memory is not None and max_memory < 1:
-        raise UsageError("max memory", f"{max_memory}", "a number of bytes from 1 up")
+        raise UsageError("max memory", f"{max_memory} is not allowed", "a number of bytes from 1 up")
 
 
 def target_spacing(
@@ -72,13 +72,15 @@ def target_spacing(
         wanted = tuple(s if s <= finest * (1 + SAME) else finest for s in own)
     elif isinstance(new_resolution, str):
         if new_resolution != "same":
-            raise UsageError("new resolution", f"{new_resolution!r}", "millimetres (one or three numbers), or same")
+            raise UsageError(
+                "new resolution", f"{new_resolution!r} is not allowed", "millimetres (one or three numbers), or same"
+            )
         wanted = own
     else:
         asked = np.array(new_resolution, float).ravel().tolist()
         asked = asked * 3 if len(asked) == 1 else asked
         if len(asked) != 3 or not all(math.isfinite(r) and r > 0 for r in asked):
-            raise UsageError("new resolution", f"{new_resolution}", "one or three positive millimetres")
+            raise UsageError("new resolution", f"{new_resolution} is not allowed", "one or three positive millimetres")
         wanted = tuple(
             s if abs(r / s - 1) < 1e-3 and grid_size(n, s, r) == n else float(r)
             for r, s, n in zip(asked, own, shape, strict=True)

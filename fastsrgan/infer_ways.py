@@ -155,10 +155,12 @@ def find_region(
     index = nearest(turn.permute(data_XYZ.shape), old, image.source.shape, new, image.geometry)
     if isinstance(mask, str):
         if mask != HEAD:
-            raise UsageError("mask", f"{mask!r}", f"an array, or {HEAD}")
+            raise UsageError("mask", f"{mask!r} is not allowed", f"an array, or {HEAD}")
         low, high = head_box(turn.apply(data_XYZ), old)
         return from_box(low, high, index), {"kind": "box, processed axes", "first": list(low), "last": list(high)}
     if np.shape(mask) != data_XYZ.shape:
-        raise InputError("mask", f"has the shape {np.shape(mask)}, the image {data_XYZ.shape}")
+        raise InputError(
+            "mask", f"has the shape {np.shape(mask)}, the image {data_XYZ.shape}", "a mask on the grid of the image"
+        )
     found = from_mask(turn.apply(np.asarray(mask)), index)
     return found, {"kind": "mask", "voxels": int(np.count_nonzero(found.mask))}

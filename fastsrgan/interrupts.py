@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from typing import Any
 
 SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped: by SIGTERM"}
@@ -20,14 +21,16 @@ class Terminated(KeyboardInterrupt):
 
 
 class _Handlers:
-    """While it is open the two signals call ``_stop``. Ignored signals stay so: a job behind nohup was started so."""
+    """While it is open ``SIGNALS`` call ``_stop``. Ignored ones stay so: a job behind a shell's & was started so."""
+
+    SIGNALS: tuple[signal.Signals, ...] = tuple(SAID)
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Any:
         if threading.current_thread() is threading.main_thread():
-            for number in SAID:
+            for number in self.SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._stop)
         return self
@@ -73,3 +76,35 @@ class Interrupts(_Handlers):
             os._exit(128 + number)
         self.raised = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
         raise self.raised
+
+
+class StopRequest(_Handlers):
+    """SIGINT, SIGTERM and SIGUSR1 as a flag that a loop looks at between two steps.
+
+    A second SIGINT, ``again_after`` seconds or more behind the first, stops at once. ``code`` is the exit code the
+    process owes: 130 after SIGINT, else 143.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, again_after: float = 0.0) -> None:
+        super().__init__()
+        self.signal: int | None = None
+        self.again_after = again_after
+        self._noted_at = 0.0
+
+    def _stop(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if self.signal == signal.SIGINT and number == signal.SIGINT:
+            if now - self._noted_at >= self.again_after:
+                raise KeyboardInterrupt
+            return
+        self.signal, self._noted_at = number, now
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def code(self) -> int:
+        """Exit code after this request; 0 when there was none."""
+        return 0 if self.signal is None else 130 if self.signal == signal.SIGINT else 143

@@ -93,7 +93,7 @@ def steps(text: str) -> list[list[int]]:
     """``"32 64,64 128"`` -> [[32, 64], [64, 128]]: the steps of each patch size. Raises UsageError."""
     groups = [[_whole("--step", word) for word in group.split()] for group in text.split(",")]
     if not all(groups):
-        raise UsageError("--step", f"{text!r}", 'steps for each patch size, "32 64,64 128"')
+        raise UsageError("--step", f"{text!r} is not allowed", 'steps for each patch size, "32 64,64 128"')
     return groups
 
 
@@ -116,7 +116,9 @@ def plan(
         reason = f"{len(patch_sizes)} patch sizes and {len(step_groups)} groups of steps"
         raise UsageError("--patch and --step", reason, 'as many of each: --patch "64,128" --step "32 64,64 128"')
     if not name or os.sep in name:
-        raise UsageError("--result_folder_name", f"{name!r}", "a name, the folder is called Result_with_NAME")
+        raise UsageError(
+            "--result_folder_name", f"{name!r} is not allowed", "a name, the folder is called Result_with_NAME"
+        )
     tasks: dict[tuple[Path, Path], Task] = {}
     seen: set[Path] = set()
     for image in paths:
@@ -191,7 +193,8 @@ def job_model(
     summary |= {status: counts[status] for status in ("done", "skipped", "failed")} | {"items": items}
     if counts["failed"]:
         bad = next(item for item in items if item["status"] == "failed")
-        failure = SomeFailed(table, f"{counts['failed']} of {len(items)} results failed, the first: {bad['error']}")
+        told = f"{counts['failed']} of {len(items)} results failed, the first: {bad['error']}"
+        failure = SomeFailed(table, told, "correct them and run again: what is done is kept")
         failure.summary = summary
         raise failure
     return summary

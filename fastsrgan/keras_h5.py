@@ -121,7 +121,7 @@ def read_parameters(path: str | os.PathLike, part: str) -> tuple[Spec, dict[str,
     """
     with _opened(path) as networks:
         if part not in networks:
-            raise ModelError(path, f"holds no {part}")
+            raise ModelError(path, f"holds no {part}", "take a file that was saved with both networks")
         network = networks[part]
         parameters = {}
         for name, dataset in network.datasets.items():
@@ -156,7 +156,7 @@ def _networks(path: Path, file: h5py.h5f.FileID) -> dict[str, _Network]:
     groups: dict[str, Layers] = {}
     for name, item in _children(path, root, "/"):
         if not isinstance(item, h5g.GroupID):
-            raise ModelError(path, f"{name!r} stands at the root", KERAS_FILE)
+            raise ModelError(path, f"{name[:80]!r} stands at the root", KERAS_FILE)
         groups[name] = _layers(path, item, name)
     generators = [g for g in groups if _GENERATOR.fullmatch(g)]
     critics = [g for g in groups if _CRITIC.fullmatch(g)]
@@ -195,7 +195,7 @@ def _layers(path: Path, group: h5g.GroupID, where: str) -> Layers:
         layers[layer] = {}
         for leaf, dataset in _children(path, item, f"{where}/{layer}"):
             if not isinstance(dataset, h5d.DatasetID):
-                raise ModelError(path, f"{leaf[:80]!r} in {layer[:80]!r} is no array")
+                raise ModelError(path, f"{leaf[:80]!r} in {layer[:80]!r} is no array", KERAS_FILE)
             layers[layer][leaf] = dataset
     return layers
 
@@ -259,13 +259,13 @@ def _match(path: Path, spec: Spec, layers: Layers) -> _Network:
 def _check_storage(path: Path, name: str, dataset: h5d.DatasetID) -> None:
     plan, kind = dataset.get_create_plist(), dataset.get_type()
     if not isinstance(kind, h5t.TypeFloatID) or kind.get_size() not in (2, 4, 8):
-        raise ModelError(path, f"layer {name} does not hold floating-point numbers")
+        raise ModelError(path, f"layer {name} does not hold floating-point numbers", KERAS_FILE)
     if plan.get_external_count() or plan.get_layout() == h5d.VIRTUAL:
         raise ModelError(path, f"layer {name} is stored in another file", "weights must lie in the file itself")
     if plan.get_layout() == h5d.CHUNKED and any(c > n for c, n in zip(plan.get_chunk(), dataset.shape, strict=True)):
-        raise ModelError(path, f"layer {name} is stored in chunks larger than itself")
+        raise ModelError(path, f"layer {name} is stored in chunks larger than itself", KERAS_FILE)
     if dataset.get_space_status() != h5d.SPACE_STATUS_ALLOCATED:
-        raise ModelError(path, f"layer {name} was declared but never written")
+        raise ModelError(path, f"layer {name} was declared but never written", "copy the file again")
     filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
     if any(f not in KNOWN_FILTERS for f in filters):
         raise ModelError(path, f"layer {name} is compressed with filters {filters}", "none, or gzip")

@@ -17,11 +17,12 @@ import torch
 
 from fastsrgan.board import contact_sheet
 from fastsrgan.errors import InputError, ResourceError
+from fastsrgan.interrupts import StopRequest
 from fastsrgan.networks import Generator
 from fastsrgan.panels import write_panel
 from fastsrgan.pool import Batch, Pool, Resident
 from fastsrgan.run_state import Run, Turn
-from fastsrgan.runtime import StopRequest, peak_memory, rng, write_json
+from fastsrgan.runtime import peak_memory, rng, write_json
 from fastsrgan.schedule import factor
 from fastsrgan.snapshots import export, save, write_weights
 from fastsrgan.validate import Stopped, sample_patch, validate, validate_whole

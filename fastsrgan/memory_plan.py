@@ -20,6 +20,7 @@ from fastsrgan.interpolated import BLOCK
 from fastsrgan.stitch import memory_of
 from fastsrgan.sweep import GROUP_BATCHES
 from fastsrgan.tile_network import TileNetwork
+from fastsrgan.units import human
 
 LIBRARIES = 24 * 2**20  # of code, threads and buffers that torch takes with its first convolution
 SHARE = 0.9  # of the free memory, when no limit is asked for
@@ -73,12 +74,10 @@ class MemoryPlan:
         places = []
         for where in ("device", "host", "disk"):
             if self.total(where):
-                parts = ", ".join(
-                    f"{what} {_human(size)}" for what, place, size in self.rows if place == where and size
-                )
-                places.append(f"{_human(self.total(where))} on the {where} ({parts})")
+                parts = ", ".join(f"{what} {human(size)}" for what, place, size in self.rows if place == where and size)
+                places.append(f"{human(self.total(where))} on the {where} ({parts})")
         way = "in memory" if self.mode == MEMORY else "by slabs, the result in files"
-        return f"memory beside the image: {'; '.join(places)}; limit {_human(self.limit)}: {way}"
+        return f"memory beside the image: {'; '.join(places)}; limit {human(self.limit)}: {way}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a report."""
@@ -125,12 +124,12 @@ def plan_memory(
         if made.total("host") <= limit:
             return made if beside is None else _with(made, beside)
     least = min(plans, key=lambda made: made.total("host")).total("host")
-    asked = f"the limit is {_human(limit)}" if given is not None else f"{_human(limit)} are free"
+    asked = f"the limit is {human(limit)}" if given is not None else f"{human(limit)} are free"
     advice = _advice(job, network, limit)
     if given is not None:
-        free = "" if least <= SHARE * free_memory() else f", more than the {_human(free_memory())} that are free"
+        free = "" if least <= SHARE * free_memory() else f", more than the {human(free_memory())} that are free"
         advice = f"--max-memory {-(-least >> 20)}M{free}; or {advice}"
-    raise ResourceError("memory", f"this image needs {_human(least)}, {asked}", advice)
+    raise ResourceError("memory", f"this image needs {human(least)}, {asked}", advice)
 
 
 def _with(made: MemoryPlan, beside: Beside) -> MemoryPlan:
@@ -190,7 +189,7 @@ def _advice(job: Job, network: TileNetwork, limit: int) -> str:
     by_slabs = sum(size for _, where, size in _rows(job, network, 1, SLABS) if where == "host")
     if way == MEMORY and by_slabs <= limit and not job.split:
         how = "without --budget" if job.levels else "with scratch, a folder for its files"
-        return f"by slabs it needs {_human(by_slabs)}: {how}"
+        return f"by slabs it needs {human(by_slabs)}: {how}"
     smallest = ""
     for patch in SMALLER:
         if patch >= max(job.plan.patch):
@@ -199,8 +198,8 @@ def _advice(job: Job, network: TileNetwork, limit: int) -> str:
         rows = _rows(replace(job, plan=plan), network, 1, way)
         needed = sum(size for _, where, size in rows if where == "host")
         if needed <= limit:
-            return f"--patch {patch} needs {_human(needed)}"
-        smallest = f"; --patch {patch} still needs {_human(needed)}"
+            return f"--patch {patch} needs {human(needed)}"
+        smallest = f"; --patch {patch} still needs {human(needed)}"
     return f"a machine with more memory, or a coarser --new-resolution{smallest}"
 
 
@@ -231,7 +230,3 @@ def _lines(path: str) -> Sequence[str]:
 def _number(path: str) -> int | None:
     lines = _lines(path)
     return int(lines[0]) if lines and lines[0].isdigit() else None
-
-
-def _human(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -270,7 +270,7 @@ def _size(array: np.ndarray) -> str:
 
 def _data_range(ref: np.ndarray, data_range: float | None) -> float:
     if ref.size == 0:
-        raise InputError("reference", "has no voxels")
+        raise InputError("reference", "has no voxels", "a volume of at least one voxel")
     value = float(ref.max()) if data_range is None else float(data_range)
     if not value > 0 or not math.isfinite(value):
         reason = f"its maximum is {value:g}" if data_range is None else f"data_range is {value:g}"

@@ -164,7 +164,7 @@ def read_parameters(path: str | os.PathLike, part: str) -> tuple[GeneratorSpec |
         header = _checked_header(path, file)
         spec = header.critic if part == "critic" else header.generator
         if spec is None or (part == "ema" and not header.ema):
-            raise ModelError(path, f"holds no {part}")
+            raise ModelError(path, f"holds no {part}", "take a file that was saved with both networks")
         parameters = {}
         for name in parameter_shapes(spec):
             # A copy: the tensor of an open file is a view of the mapped file.
@@ -211,9 +211,9 @@ def _checked_header(path: str | os.PathLike, file: Any) -> ModelHeader:
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ModelError(path, "its fastsrgan header is no JSON") from error
+        raise ModelError(path, "its fastsrgan header is no JSON", "copy the file again") from error
     if not isinstance(header, dict) or not isinstance(header.get("format"), int):
-        raise ModelError(path, "its fastsrgan header has no format number")
+        raise ModelError(path, "its fastsrgan header has no format number", "copy the file again")
     if header["format"] > FORMAT:
         reason = f"made by a newer fastsrgan, format {header['format']}"
         raise ModelError(path, reason, f"this one reads up to {FORMAT}")
@@ -233,7 +233,7 @@ def _checked_header(path: str | os.PathLike, file: Any) -> ModelHeader:
 def spec_from(kind: type, path: str | os.PathLike, values: Any) -> Any:
     """A GeneratorSpec or CriticSpec from the plain values a file holds; ModelError names what does not fit."""
     if not isinstance(values, dict):
-        raise ModelError(path, f"its header has no {kind.__name__}")
+        raise ModelError(path, f"its header has no {kind.__name__}", "copy the file again")
     known = {f.name: f for f in fields(kind)}
     for name, value in values.items():
         if name not in known:
@@ -263,4 +263,8 @@ def _check_tensors(path: Any, file: Any, names: set[str], part: str, spec: Gener
             raise ModelError(path, f"tensor {full} has type {view.get_dtype()}", "a floating-point type")
     extra = sorted(n for n in names if n.startswith(part + ".") and n[len(part) + 1 :] not in wanted)
     if extra:
-        raise ModelError(path, f"tensor {extra[0][:80]!r} belongs to no layer of {describe(spec)}")
+        raise ModelError(
+            path,
+            f"tensor {extra[0][:80]!r} belongs to no layer of {describe(spec)}",
+            "another architecture, or a damaged file",
+        )

@@ -56,7 +56,7 @@ class GeneratorSpec:
 
     def __post_init__(self) -> None:
         if self.network not in GENERATORS:
-            raise ModelError("network", f"unknown generator {self.network!r}", f"one of {', '.join(GENERATORS)}")
+            raise ModelError("network", f"unknown generator {self.network[:40]!r}", f"one of {', '.join(GENERATORS)}")
         if self.kernel < 1 or self.mask_classes < 0:
             raise ModelError(
                 "network", f"kernel {self.kernel}, mask_classes {self.mask_classes}", "kernel >= 1, classes >= 0"
@@ -99,7 +99,7 @@ class Generator(nn.Module):
     def __init__(self, spec: GeneratorSpec | None = None, form: str = "fast", seed: int = 0) -> None:
         super().__init__()
         if form not in FORMS:
-            raise ModelError("form", f"{form!r}", f"one of {', '.join(FORMS)}")
+            raise ModelError("form", f"{form!r} is not allowed", f"one of {', '.join(FORMS)}")
         self.spec, self.form = spec or GeneratorSpec(), form
         self._build(self.spec.kernel)
         init_lecun_normal(self, seed)

@@ -16,7 +16,8 @@ import numpy as np
 
 from fastsrgan.errors import InputError
 from fastsrgan.geometry import shear_of, spacing_of
-from fastsrgan.voxel_stream import COPY_AGAIN, NiftiFile, open_stream, times
+from fastsrgan.units import times
+from fastsrgan.voxel_stream import COPY_AGAIN, NiftiFile, open_stream
 
 ORIGIN_TOLERANCE = 0.05  # voxels between the origins of sform and qform
 TURN_TOLERANCE = 2e-3  # radians between their axes; float32 quaternions near 180 degrees are off by up to 1e-3
@@ -112,8 +113,9 @@ def _read_header(path: Path, voxel_path: Path) -> tuple[nib.Nifti1Header, str]:
     order = next((o for o in "<>" if head[:4] in (struct.pack(o + "i", 348), struct.pack(o + "i", 540))), None)
     if order is None:
         found = next((what for at, magic, what in _OTHER_FORMATS if head[at : at + len(magic)] == magic), "")
-        reason = f"is not a NIfTI image but {found}" if found else "is not a NIfTI image"
-        raise InputError(path, reason, "convert it to .nii.gz first")
+        if not found:
+            raise InputError(path, f"is not a NIfTI image: it begins with {head[:12]!r}", "a .nii or .nii.gz file")
+        raise InputError(path, f"is not a NIfTI image but {found}", "convert it to .nii.gz first")
     size = struct.unpack(order + "i", head[:4])[0]
     if len(head) < size:
         raise InputError(path, f"truncated: {len(head)} bytes where the header alone needs {size}", COPY_AGAIN)
@@ -139,7 +141,7 @@ def _dimensions(path: Path, header: nib.Nifti1Header) -> tuple[tuple[int, int, i
     if dim[0] < 3:
         raise InputError(path, f"is a {dim[0]}-D image of {times(sizes)}", "a 3-D volume is needed")
     if math.prod(sizes[4:]) > 1:
-        reason = f"is a {dim[0]}-D image of {times(sizes)} (vectors or channels)"
+        reason = f"is a {dim[0]}-D image of {times(sizes)}, vectors or channels"
         raise InputError(path, reason, "save one component as a 3-D image")
     return (sizes[0], sizes[1], sizes[2]), math.prod(sizes[3:])
 
@@ -217,7 +219,8 @@ def _choose_form(path: Path, header: nib.Nifti1Header, shape: tuple[int, ...], w
         size = np.array(spacing_of(affine))
         if usable["qform"] and _conflict(affine, forms["qform"], shape):
             apart = grid_distance(affine, forms["qform"], shape)
-            warn(f"sform and qform place voxels up to {apart:.3g} apart: the sform is used")
+            apart *= _UNITS.get(int(header["xyzt_units"]) & 7, (1.0, ""))[0]
+            warn(f"sform and qform place voxels up to {apart:.3g} mm apart: the sform is used")
         elif not bad and not np.allclose(np.abs(pixdim), size, rtol=0.01):
             warn(
                 f"pixdim is {times(pixdim.tolist())}, the sform's voxel size {times(size.tolist())}: the sform is used"

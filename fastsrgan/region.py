@@ -48,7 +48,7 @@ def from_mask(mask_XYZ: np.ndarray, index: Sequence[np.ndarray]) -> Region:
     """The voxels that a mask marks. Raises InputError when there is none."""
     mask = np.asarray(mask_XYZ) > 0
     if not mask.any():
-        raise InputError("mask", "marks no voxel")
+        raise InputError("mask", "marks no voxel", "at least one voxel above 0")
     return Region(mask, (index[0], index[1], index[2]))
 
 

@@ -36,6 +36,7 @@ _T = TypeVar("_T")
 # What a file system says of an object: answers, not failures.
 _ANSWERS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
 _REFUSED = (PermissionError, NotImplementedError, ImportError, TypeError, ValueError, AttributeError, KeyError)
+_NUMBER = {int: "a whole number", float: "a number"}
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError")
 _AGAIN = "%s/%s: %s: tried again; more of this is not told"
 _RIGHTS = "check the URL, the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...) and their rights"
@@ -71,7 +72,9 @@ class Limits:
             except ValueError:
                 found[name] = math.nan
             if not least <= found[name] < math.inf:
-                raise UsageError(variable, f"{text!r} is no {kind.__name__} of {least:g} or more")
+                raise UsageError(
+                    variable, f"{text!r} is not allowed", f"{_NUMBER[kind]} from {least:g} up, or unset it"
+                )
         return cls(**found)
 
     def wait(self, key: str, attempt: int) -> float:
@@ -85,7 +88,7 @@ def open_url(url: str, read_only: bool) -> Remote:
 
     Raises UsageError for a URL that nothing here can open or write, ResourceError for a missing package.
     """
-    scheme = url.partition("://")[0]
+    scheme = url.partition("://")[0].rpartition("::")[2]
     if scheme in READ_ONLY and not read_only:
         raise UsageError(url, "can only be read", "write to a folder or to object storage such as s3://bucket/name")
     limits = Limits.from_environment()
@@ -94,7 +97,9 @@ def open_url(url: str, read_only: bool) -> Remote:
     except ImportError as error:
         raise ResourceError(url, f"cannot be opened: {error}", "pip install 'fastsrgan[s3]'") from error
     except ValueError as error:
-        raise UsageError(url, f"is no URL that can be opened: {error}") from error
+        raise UsageError(url, f"is no URL that can be opened: {error}", "a folder, s3://, gs://, https://") from error
+    except OSError as error:  # some file systems connect at once
+        raise ResourceError(url, f"cannot be opened: {words(error)}", "check the URL and the network") from error
     if scheme in ("s3", "s3a"):
         store.fs.retries = 1  # of s3fs, beside ours
     return Remote(store, url, limits)

@@ -38,7 +38,7 @@ Matrix = np.ndarray | None  # None stands for the identity
 def check_geometry(name: str) -> str:
     """``name`` if it is a known family, else UsageError."""
     if name not in GEOMETRIES:
-        raise UsageError("geometry", f"{name!r}", f"one of {', '.join(GEOMETRIES)}")
+        raise UsageError("geometry", f"{name!r} is not allowed", f"one of {', '.join(GEOMETRIES)}")
     return name
 
 

@@ -33,7 +33,7 @@ INTERPOLATORS = {
 def check_interpolator(name: str) -> str:
     """``name`` if it is one of the original's interpolators, else UsageError."""
     if name not in INTERPOLATORS:
-        raise UsageError("interpolation type", f"{name!r}", f"one of {', '.join(INTERPOLATORS)}")
+        raise UsageError("interpolation type", f"{name!r} is not allowed", f"one of {', '.join(INTERPOLATORS)}")
     return name
 
 

@@ -1,4 +1,4 @@
-"""What every long job needs around its work: keyed randomness, atomic files, devices, progress, signals, provenance."""
+"""What every long job needs around its work: keyed randomness, atomic files, devices, progress, provenance."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import json
 import logging
 import os
 import platform
+import re
 import secrets
 import shutil
-import signal
 import stat
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +25,7 @@ import numpy as np
 import torch
 
 from fastsrgan.errors import ResourceError
+from fastsrgan.units import human
 
 log = logging.getLogger("fastsrgan")
 
@@ -75,7 +74,8 @@ def atomic_write(path: str | os.PathLike, mode: int | None = None) -> Iterator[P
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that cannot be written to says so for what is not there too
+                temporary.unlink(missing_ok=True)
 
 
 def disk_error(error: OSError, path: Path) -> Exception:
@@ -83,7 +83,7 @@ def disk_error(error: OSError, path: Path) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(existing_parent(path)).free
         return ResourceError(
-            path, f"no space left on the disk, {free / 2**20:.0f} MiB free", "free space or choose another folder"
+            path, f"no space left on the disk, {human(free)} free", "free space or choose another folder"
         )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return ResourceError(path, "cannot be written", "check the permissions or choose another folder")
@@ -108,7 +108,7 @@ def need_space(path: str | os.PathLike, needed: int) -> None:
     """Refuse to begin what the disk of ``path`` cannot hold, ``needed`` bytes. Raises ResourceError."""
     free = shutil.disk_usage(existing_parent(Path(path))).free
     if free < needed:
-        told = f"no space left on the disk: needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB free"
+        told = f"no space left on the disk: needs {human(needed)}, {human(free)} free"
         raise ResourceError(path, told, "free space or choose another folder")
 
 
@@ -143,6 +143,17 @@ def is_special(path: str | os.PathLike) -> bool:
     except (OSError, ValueError):
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def url_of(path: str | os.PathLike) -> str | None:
+    """The URL that a path was before it was taken for a path, which leaves one slash of two; None where it was none."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+:)/+(.*)", os.fspath(path))
+    return f"{found[1]}//{found[2]}" if found else None
+
+
+def real(path: str | os.PathLike) -> Path:
+    """A path without links. Unlike ``Path.resolve`` it does not fail at a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -232,49 +243,6 @@ class _Quiet:
 
 
 QUIET: Progress = _Quiet()
-
-
-# --- signals ------------------------------------------------------------------------------------------------------
-
-
-class StopRequest:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that a loop looks at between two steps.
-
-    A second SIGINT, ``again_after`` seconds or more behind the first, stops at once. ``code`` is the exit code the
-    process owes: 130 after SIGINT, else 143.
-    """
-
-    def __init__(self, again_after: float = 0.0) -> None:
-        self.signal: int | None = None
-        self.again_after = again_after
-        self._noted_at = 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: object) -> None:
-        now = time.monotonic()
-        if self.signal == signal.SIGINT and number == signal.SIGINT:
-            if now - self._noted_at >= self.again_after:
-                raise KeyboardInterrupt
-            return
-        self.signal, self._noted_at = number, now
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
-    @property
-    def code(self) -> int:
-        """Exit code after this request; 0 when there was none."""
-        return 0 if self.signal is None else 130 if self.signal == signal.SIGINT else 143
 
 
 # --- provenance ---------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class Together:
             self.left = 0
             if error is None:
                 rank, text = failed[0]
-                raise ResourceError(f"rank {rank}", text)
+                raise ResourceError(f"rank {rank}", text, "the other ranks ended with it")
         return min(number for _, number in told)
 
     def failed(self, error: BaseException) -> None:

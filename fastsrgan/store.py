@@ -133,7 +133,7 @@ class Store:
         """Look again at which subjects are finished."""
         manifest = read_manifest(self._keys)
         if manifest is None:
-            raise InputError(self.url, "no fastsrgan store is here", "make one with `fastsrgan convert CSV STORE`")
+            raise InputError(self.url, self._keys.why_none(), "make one with `fastsrgan convert CSV STORE`")
         self.complete: bool = manifest["complete"]
         self.made_by: str = manifest["made_by"]
         self.settings: dict[str, Any] = manifest["settings"]

@@ -49,6 +49,12 @@ class Keys:
         self.remote = open_url(self.url, read_only) if self.root is None else None
         self.zarr: ZarrStore = LocalStore(str(self.root), read_only=read_only) if self.remote is None else self.remote
 
+    def why_none(self) -> str:
+        """What stands where a store was expected."""
+        if self.root is None or self.root.is_dir():
+            return "no fastsrgan store is here"
+        return "is a file, a store is a folder or a URL" if self.root.exists() else "no such folder"
+
     def get(self, key: str) -> bytes | None:
         """The bytes under a key, None where there are none."""
         return self.get_all([key])[0]
@@ -71,7 +77,9 @@ class Keys:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except OSError as error:
-            raise ResourceError(path, f"cannot be read: {error.strerror or error}") from error
+            raise ResourceError(
+                path, f"cannot be read: {error.strerror or error}", "check the path and its permissions"
+            ) from error
 
     def put(self, key: str, data: bytes) -> None:
         """Replace what is under a key as a whole: readers see the old bytes or the new ones."""
@@ -159,7 +167,7 @@ def read_manifest(keys: Keys) -> dict[str, Any] | None:
     try:
         manifest = json.loads(raw)
         newer = int(manifest["format"]) > FORMAT
-        told = f"made by fastsrgan {manifest['made_by']}, needs >= {manifest['needs']}"
+        told = f"made by fastsrgan {manifest['made_by']!s:.40}, needs >= {manifest['needs']!s:.40}"
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ModelError(where, "is damaged or of another program", hint) from error
     if newer:
@@ -196,7 +204,7 @@ def write_error(error: OSError, url: str) -> FastsrganError:
     found = disk_error(error, Path(url))
     if isinstance(found, FastsrganError):
         return found
-    return ResourceError(url, f"cannot be written: {error.strerror or error}")
+    return ResourceError(url, f"cannot be written: {error.strerror or error}", "check the path and its disk")
 
 
 class WriteLock:

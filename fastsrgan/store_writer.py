@@ -60,7 +60,7 @@ def create_store(
     damaged (and not to be overwritten).
     """
     if overwrite and resume:
-        raise UsageError("--resume", "and --overwrite exclude each other", "give one of them")
+        raise UsageError("--resume and --overwrite", "exclude each other", "give one of them")
     return StoreWriter(Keys(url, read_only=False), overwrite, resume, settings or {})
 
 
@@ -140,8 +140,8 @@ class StoreWriter:
             "attrs": finite(attrs),
             "arrays": {name: {"dtype": a.dtype.name, **described.get(name, {})} for name, a in arrays.items()},
         }
+        self.need_space(sum(a.nbytes for a in arrays.values()) + 2 * CHUNK**3)  # before anything is created
         self._prepare()
-        self.need_space(sum(a.nbytes for a in arrays.values()) + 2 * CHUNK**3)
         self._unlist(subject_id)
         try:
             if subject_id in self._there:

@@ -95,7 +95,7 @@ def run(
     Raises UsageError for settings that cannot work, InputError for data, ModelError for weights.
     """
     if kind not in KINDS:
-        raise UsageError("study", f"{kind!r}", f"one of {', '.join(KINDS)}")
+        raise UsageError("study", f"{kind!r} is not allowed", f"one of {', '.join(KINDS)}")
     if data is None and (kind == "curves" or not quick):
         what = "a run folder" if kind == "curves" else "a table or an image, or --quick"
         raise UsageError("study", "no data given", what)

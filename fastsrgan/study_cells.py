@@ -101,7 +101,7 @@ def run_cells(
             failed.append({"subject": head.name, "error": str(error)})
     progress.finish()
     if not cells:
-        raise InputError(out, "no head could be used", failed[0]["error"] if failed else None)
+        raise InputError(out, "no head could be used", failed[0]["error"] if failed else "name one image at least")
     order = [(c.name, BASELINE if m is None else m.name, s) for c in conditions for m, s in jobs]
     cells.sort(key=lambda cell: order.index((cell["condition"], cell["model"], cell["step"])))
     return cells, failed

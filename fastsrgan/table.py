@@ -27,9 +27,11 @@ DELIMITERS = (",", ";", "\t")
 _SUFFIX = re.compile(r"\.(nii|hdr|img)(\.gz)?$", re.IGNORECASE)
 _RESERVED = {"zarr.json", "manifest.json", "c"}  # names with a meaning at the root of a Zarr store
 _MAX_ID = 100
+_BINARY = ((b"PK\x03\x04", "an Excel workbook or a zip archive"), (b"\x1f\x8b", "a gzip file"))
 _MAX_BYTES = 1 << 26
 _MAX_TOLD = 50  # faults in one message
 _MAX_FAULT, _MAX_CELL = 600, 200  # characters of a fault, of a cell in it
+_MAX_COLUMNS, _MAX_NAMED, _MAX_COLUMN = 200, 12, 40  # columns that are looked at, that are named, characters of one
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,10 @@ def table_error(path: os.PathLike, faults: list[tuple[int, str]], hint: str | No
     first = sorted(faults, key=lambda fault: fault[0])[:_MAX_TOLD]
     told = "; ".join(f"line {line}: {' '.join(text.split())[:_MAX_FAULT]}" for line, text in first)
     told += f"; and {len(faults) - _MAX_TOLD} more" if len(faults) > _MAX_TOLD else ""
+    if hint is None and len(faults) == 1 and told.endswith(")"):  # the fault says itself what to do
+        told, _, hint = told[:-1].rpartition(" (")
     count = f"{len(faults)} faults: " if len(faults) > 1 else ""
-    return InputError(path, count + told, hint)
+    return InputError(path, count + told, hint or f"correct {'them' if len(faults) > 1 else 'it'} and run again")
 
 
 def subject_ids(images: list[Path]) -> list[str]:
@@ -166,7 +170,12 @@ def _text(path: Path) -> str:
         raise InputError(path, "no such file", "check the path") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
+        if os.path.isdir(path):
+            raise InputError(path, "is a folder", "a CSV file or a list is expected") from error
         raise InputError(path, f"cannot be read: {reason}", "check the path and its permissions") from error
+    kind = next((what for magic, what in _BINARY if raw.startswith(magic)), None)
+    if kind:
+        raise InputError(path, f"is {kind}, not text", "save the table as `CSV UTF-8`")
     encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = raw.decode(encoding)
@@ -209,11 +218,18 @@ def _header_faults(header: list[str], need_label: bool) -> list[tuple[int, str]]
     for name in ("HR_image", "Label_image", "Base"):
         if name in header or (name == "Label_image" and not need_label):
             continue
-        near = difflib.get_close_matches(name.lower(), [cell.lower() for cell in header], 1)
-        meant = next((cell for cell in header if near and cell.lower() == near[0]), None)
-        found = ", ".join(cell[:_MAX_CELL] or "(empty)" for cell in header[:_MAX_TOLD])
-        faults.append((1, f"no column {name}, " + (f"did you mean it by {meant}?" if meant else f"found {found}")))
+        faults.append((1, f"no column {name}, {instead(name, header)}"))
     return faults
+
+
+def instead(name: str, header: list[str]) -> str:
+    """What a table has in place of a column."""
+    cells = [cell[:_MAX_COLUMN] for cell in header[:_MAX_COLUMNS]]
+    near = difflib.get_close_matches(name.lower(), [cell.lower() for cell in cells], 1)
+    if near:
+        return f"rename {next(cell for cell in cells if cell.lower() == near[0])}?"
+    more = f" and {len(header) - _MAX_NAMED} more" if len(header) > _MAX_NAMED else ""
+    return "found " + ", ".join(cell or "(empty)" for cell in cells[:_MAX_NAMED]) + more
 
 
 def _row(
@@ -253,7 +269,7 @@ def _repetitions(rows: list[Row]) -> list[tuple[int, str]]:
     """Images named twice, and subjects that would be trained on and tested on. One fault a row is enough."""
     faults: list[tuple[int, str]] = []
     first: dict[tuple[str, str], Row] = {}
-    for row in rows:
+    for row in (row for row in rows if row.base in SPLITS):
         keys = [("HR_image", os.path.realpath(row.image), row.image.name)]
         if row.label:
             keys.append(("Label_image", os.path.realpath(row.label), row.label.name))

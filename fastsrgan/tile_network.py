@@ -39,14 +39,14 @@ _counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Needs]] = weakref.Wea
 def check_precision(name: str) -> str:
     """``name`` if it is auto or a known precision, else UsageError."""
     if name != "auto" and name not in PRECISIONS:
-        raise UsageError("precision", f"{name!r}", f"auto, {', '.join(PRECISIONS)}")
+        raise UsageError("precision", f"{name!r} is not allowed", f"auto, {', '.join(PRECISIONS)}")
     return name
 
 
 def check_batch(batch: str | int) -> str | int:
     """``batch`` if it is auto or a number of tiles, else UsageError."""
     if batch != "auto" and (not isinstance(batch, int) or batch < 1):
-        raise UsageError("batch", f"{batch!r}", "auto, or a number of tiles from 1 up")
+        raise UsageError("batch", f"{batch!r} is not allowed", "auto, or a number of tiles from 1 up")
     return batch
 
 

@@ -98,7 +98,7 @@ def plan(shape_XYZ: Sequence[int], patch: PerAxis, step: int | Sequence[int], *,
     UsageError : a patch that is no multiple of 4 or below 8, a step below 1 or above the patch (gaps).
     """
     if padding not in PADDINGS:
-        raise UsageError("padding", f"{padding!r}", f"one of {', '.join(PADDINGS)}")
+        raise UsageError("padding", f"{padding!r} is not allowed", f"one of {', '.join(PADDINGS)}")
     shape = _triple("volume", shape_XYZ)
     if any(n is None or n < 1 for n in shape):
         raise UsageError("volume", f"of shape {tuple(shape_XYZ)} has no voxels", "each size must be at least 1")
@@ -199,21 +199,21 @@ def _triple(what: str, value: PerAxis) -> tuple:
         items = tuple(value)
         numbers = tuple(None if v is None else int(v) for v in items)
     except (TypeError, ValueError) as error:
-        raise UsageError(what, f"{value!r}", "one whole number, or three") from error
+        raise UsageError(what, f"{value!r} is not allowed", "one whole number, or three") from error
     if len(numbers) != 3 or any(v != number for v, number in zip(items, numbers, strict=True)):
-        raise UsageError(what, f"{value!r}", "one whole number, or three")
+        raise UsageError(what, f"{value!r} is not allowed", "one whole number, or three")
     return numbers
 
 
 def _check(patch: int | None, step: int | None) -> None:
     if step is None or step < 1:
-        raise UsageError("step", f"{step}", "a number of voxels from 1 up")
+        raise UsageError("step", f"{step} is not allowed", "a number of voxels from 1 up")
     if patch is None:
         return
     if patch < MIN_SIZE or patch % SIZE_MULTIPLE:
         below = max(MIN_SIZE, patch // SIZE_MULTIPLE * SIZE_MULTIPLE)
         hint = f"multiples of {SIZE_MULTIPLE} from {MIN_SIZE} up; try {below} or {below + SIZE_MULTIPLE}"
-        raise UsageError("patch", f"{patch}", hint)
+        raise UsageError("patch", f"{patch} is not allowed", hint)
     if step > patch:
         raise UsageError("step", f"{step} is larger than the patch, {patch}", "gaps would be left; at most the patch")
 

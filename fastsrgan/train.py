@@ -22,6 +22,7 @@ from fastsrgan.config import TrainConfig
 from fastsrgan.degrade import Degradation
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.feed import Feed, PatchRule, resident_limit
+from fastsrgan.interrupts import StopRequest
 from fastsrgan.loop import loop
 from fastsrgan.pair import Models
 from fastsrgan.panels import cut_panels
@@ -30,7 +31,6 @@ from fastsrgan.run_state import Position, Run, data_identity
 from fastsrgan.runtime import (
     QUIET,
     Progress,
-    StopRequest,
     atomic_write,
     need_space,
     output_folder,

@@ -16,7 +16,7 @@ from fastsrgan.ranks import Ranks
 from fastsrgan.run_state import Run
 from fastsrgan.runtime import peak_memory
 from fastsrgan.tile_network import out_of_memory
-from fastsrgan.voxel_stream import human
+from fastsrgan.units import human
 
 log = logging.getLogger("fastsrgan")
 

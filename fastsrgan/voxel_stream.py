@@ -18,7 +18,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from fastsrgan import runtime
 from fastsrgan.errors import InputError
+from fastsrgan.units import human, times
 
 CHUNK_BYTES = 1 << 22
 DEFLATE_LIMIT = 1032  # no deflate stream expands further (zlib, "technical details")
@@ -26,19 +28,6 @@ COPY_AGAIN = "copy or download the file again"
 EXPANSION_LIMIT = 500  # a sparse label map reaches 350
 EXPANSION_FREE = 256 << 20  # below this size anything that gzip can hold is accepted
 _PIECE = 1 << 16
-
-
-def human(n_bytes: int) -> str:
-    """1536 -> '1.5 KiB'."""
-    size, unit = float(n_bytes), 0
-    while size >= 1024 and unit < 5:
-        size, unit = size / 1024, unit + 1
-    return f"{size:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[unit]}"
-
-
-def times(values: tuple | list) -> str:
-    """(1, 2, 0.5) -> '1 x 2 x 0.5'."""
-    return " x ".join(f"{v:.5g}" if isinstance(v, float) else str(v) for v in values)
 
 
 class PlainStream:
@@ -115,6 +104,13 @@ class GzipStream(PlainStream):
             self.trailing = len(rest) + self.size - self.file.tell()
 
 
+def no_such_file(path: Path) -> InputError:
+    """For a path where nothing is."""
+    if url := runtime.url_of(path):
+        return InputError(url, "is a URL, images are read from paths", "download it first")
+    return InputError(path, "no such file", "check the path")
+
+
 @contextmanager
 def open_stream(path: Path) -> Iterator[PlainStream]:
     """Opens a regular, non-empty file; gzip is told by its content, not by its name.
@@ -136,9 +132,11 @@ def open_stream(path: Path) -> Iterator[PlainStream]:
             file.seek(0)
             yield kind(file, path, info.st_size)
     except FileNotFoundError:
-        raise InputError(path, "no such file", "check the path") from None
+        raise no_such_file(path) from None
     except OSError as error:
-        raise InputError(path, f"cannot be read: {error.strerror or error}") from error
+        raise InputError(
+            path, f"cannot be read: {error.strerror or error}", "check the path and its permissions"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastsrgan import checkpoint, keras_h5, modelfile
 from fastsrgan.errors import ModelError, ResourceError
 from fastsrgan.networks import Critic, CriticSpec, Generator, GeneratorSpec
-from fastsrgan.runtime import is_special
+from fastsrgan.runtime import is_special, url_of
 
 log = logging.getLogger("fastsrgan")
 
@@ -221,6 +221,8 @@ def _sniff(path: Path) -> str:
         with open(path, "rb") as file:
             head = file.read(64)
     except (OSError, ValueError) as error:
+        if url := url_of(path):
+            raise ModelError(url, "is a URL, weights are read from paths", "download the file first") from error
         reason = (getattr(error, "strerror", None) or "cannot be read").lower()
         raise ModelError(path, reason, "a weight file or a run folder") from error
     if head.startswith(keras_h5.SIGNATURE):

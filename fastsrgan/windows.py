@@ -32,7 +32,7 @@ WINDOWS: dict[str, Callable[[int], np.ndarray]] = {"constant": _constant, "gauss
 def check_window(name: str) -> str:
     """``name`` if it is a known window, else UsageError."""
     if name not in WINDOWS:
-        raise UsageError("window", f"{name!r}", f"one of {', '.join(WINDOWS)}")
+        raise UsageError("window", f"{name!r} is not allowed", f"one of {', '.join(WINDOWS)}")
     return name
 
 

@@ -58,7 +58,7 @@ def test_nothing_good_is_an_error(tmp_path):
     with pytest.raises(ModelError, match="no snapshot"):
         checkpoint.newest(tmp_path)
     (write(tmp_path, 1) / "a.bin").unlink()
-    with pytest.raises(ModelError, match="all 1 snapshots are damaged"):
+    with pytest.raises(ModelError, match="no snapshot of 1 is whole"):
         checkpoint.newest(tmp_path)
 
 

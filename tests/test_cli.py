@@ -114,7 +114,7 @@ def test_weights_import_and_export_round_trip(folder, tmp_path, capsys):
         (["train", "x.zarr", "-o", "run", "--config", "MISSPELT"], 4, "epohcs: unknown setting (did you mean epochs?)"),
         (["train", "-n", "1", "1", "3", "-o", "run"], 2, "data source"),
         (["train", "x.zarr", "-o", "run", "-n", "1", "1", "3", "-ps", "62"], 4, "try 60 or 64"),
-        (["train", "x.zarr", "-o", "run", "-n", "1", "1", "3"], 3, "no fastsrgan store"),
+        (["train", "x.zarr", "-o", "run", "-n", "1", "1", "3"], 3, "no such folder"),
         (["infer", "none.nii.gz", "-o", "out", "-w", "W"], 3, "none.nii.gz"),
         (["infer", "SCAN", "-o", "out", "-w", "none.safetensors"], 4, "none.safetensors"),
         (["infer", "SCAN", "-o", "out", "-w", "W", "--device", "cuda:7"], 5, "doctor"),
@@ -123,7 +123,7 @@ def test_weights_import_and_export_round_trip(folder, tmp_path, capsys):
         (["infer", "SCAN", "-o", "out", "-w", "W", "--new-resolution", "1", "2"], 2, "one, three"),
         (["evaluate", "--sr", "SCAN"], 2, "--hr"),
         (["convert", "none.csv", "store.zarr"], 3, "none.csv"),
-        (["verify", "nothing.zarr"], 3, "no fastsrgan store"),
+        (["verify", "nothing.zarr"], 3, "no such folder"),
     ],
 )
 def test_errors_end_in_one_line_and_their_code(folder, tmp_path, monkeypatch, capsys, words, code, message):

@@ -117,7 +117,7 @@ def test_with_a_device_the_work_goes_there(facts, monkeypatch):
     with_cupy = {**found["optional"], "cupy": {**found["optional"]["cupy"], "sees_device": True}}
     assert doctor.plan({**found, "optional": with_cupy})["stitching"].endswith("by CUDA kernels")
     lines = doctor.describe({**found, "plan": plan, "warnings": doctor.warnings(found)})
-    assert any("cuda:0 NVIDIA H100, 80.0 GiB, capability 9.0" in line for line in lines)
+    assert any("cuda:0 NVIDIA H100, 80 GiB, capability 9.0" in line for line in lines)
     assert not any("driver" in w for w in doctor.warnings(found))
 
 

@@ -73,7 +73,7 @@ def test_all_faults_of_a_table_are_told_at_once(files, tmp_path):
     [
         ("", "is empty"),
         ("SR_image,HR_image\n", "no row"),
-        ("SR_imgae,HR_image\na,b\n", "no column SR_image, did you mean it by SR_imgae"),
+        ("SR_imgae,HR_image\na,b\n", "no column SR_image, rename SR_imgae\\?"),
         ("a,b\n1,2\n", "found a, b"),
         ("SR_image,HR_image,SR_image\na,b,c\n", "twice"),
     ],

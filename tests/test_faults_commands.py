@@ -102,7 +102,7 @@ def test_a_disk_that_fills_up_ends_inference_and_the_old_result_stays(work, tmp_
     (out / "large_sr.nii.gz").write_bytes(b"an older result")
     found = command(tmp_path / "told", *words, "--overwrite", limits={"RLIMIT_FSIZE": 20_000})
     assert found.code == 5, found
-    one_line(found.errors[-1] + "\n", "no space left on the disk", "MiB free", "free space or choose another folder")
+    one_line(found.errors[-1] + "\n", "no space left on the disk", "iB free", "free space or choose another folder")
     assert (out / "large_sr.nii.gz").read_bytes() == b"an older result" and not litter(out)
 
 
@@ -317,5 +317,5 @@ def test_training_asks_for_room_before_the_first_update(work, tmp_path, capsys, 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 9, 1000))
     code, _, told = call(capsys, "train", work / "cohort.zarr", "-o", tmp_path / "run", "--config", work / "c.yaml")
     assert code == 5
-    one_line(told, "no space left on the disk: needs", "MiB free")
+    one_line(told, "no space left on the disk: needs", "1000 bytes free")
     assert not (tmp_path / "run" / "log.jsonl").exists()

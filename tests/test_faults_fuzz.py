@@ -11,9 +11,9 @@ import dicom_files
 import pytest
 from fuzz_targets import TARGETS
 
-from fastsrgan import any_image, checkpoint, config, table
+from fastsrgan import any_image, checkpoint, config, modelfile, table, weights
 from fastsrgan.errors import FastsrganError, InputError, ModelError
-from fastsrgan.networks import CriticSpec
+from fastsrgan.networks import CriticSpec, GeneratorSpec, build_generator
 from fastsrgan.store import open_store
 from fastsrgan.store_files import Keys, read_manifest, write_manifest
 from fastsrgan.store_writer import create_store
@@ -183,3 +183,19 @@ def test_drawn_chance_is_what_the_bytes_say_and_goes_on_behind_them():
     assert [drawn.getrandbits(8) for _ in range(3)] == [5, 0, 7]
     first, second = ([chance.randrange(100) for _ in range(50)] for chance in (Drawn(b"a"), Drawn(b"a")))
     assert first == second and len(set(first)) > 10
+
+
+def test_a_network_of_a_name_without_end_is_told_in_short(tmp_path):
+    """Found by atheris: a message of 40,000 letters."""
+    modelfile.write(tmp_path / "w.safetensors", build_generator(GeneratorSpec(kernel=1)))
+    data = (tmp_path / "w.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    ours = json.loads(header["__metadata__"]["fastsrgan"])
+    ours["generator"]["network"] = "p" + "A" * 50_000
+    header["__metadata__"]["fastsrgan"] = json.dumps(ours)
+    text = json.dumps(header).encode()
+    (tmp_path / "w.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(ModelError, match=r"unknown generator 'pAAA") as caught:
+        weights.load_generator(tmp_path / "w.safetensors")
+    assert len(str(caught.value)) < 1000

@@ -166,7 +166,7 @@ def test_a_conflict_of_sform_and_qform_is_told_and_the_sform_chosen(tmp_path):
     moved[:3, 3] += 4
     volume = images.load(write(tmp_path / "c.nii", HEAD, rigid(), **qform_fields(moved)))
     np.testing.assert_allclose(volume.affine, rigid(), atol=1e-5)
-    assert any("sform and qform" in w and "6.93 apart: the sform is used" in w for w in volume.warnings)
+    assert any("sform and qform" in w and "6.93 mm apart: the sform is used" in w for w in volume.warnings)
     for shift, turn, told in ((0.4, 0.0, True), (0.02, 0.0, False), (0.0, 0.01, True), (0.0, 0.001, False)):
         other = rigid(turn=(0.3, -0.2, 0.5 + turn))
         other[0, 3] += shift

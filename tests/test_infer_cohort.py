@@ -165,7 +165,7 @@ def test_an_error_while_reading_or_writing_is_its_own_image_s(folder, model, tmp
 
     def full(path, *args, **more):
         if path.name == "a_seg.nii.gz":
-            raise ResourceError(path, "no space left on the disk")
+            raise ResourceError(path, "no space left on the disk", "free space")
         return save(path, *args, **more)
 
     monkeypatch.setattr(images, "save", full)

@@ -14,7 +14,7 @@ import pytest
 
 from fastsrgan import cli
 from fastsrgan.errors import InputError
-from fastsrgan.interrupts import AtOnce, Interrupts, Terminated
+from fastsrgan.interrupts import AtOnce, Interrupts, StopRequest, Terminated
 
 ROOT = Path(__file__).parent.parent
 # More random moments than the two that come always.
@@ -81,10 +81,24 @@ def test_what_is_run_before_the_signals_are_looked_after_loads_no_library():
     assert int(count) < 150 and found.strip() == "[]"
 
 
+def test_signals_become_a_flag_and_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop and stop.code == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert stop and stop.code == 143
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.code == 130
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        for kind in (AtOnce, Interrupts):
+        for kind in (AtOnce, Interrupts, StopRequest):
             with kind():
                 assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
@@ -110,7 +124,7 @@ def test_the_users_own_error_is_not_hidden_by_an_interruption(monkeypatch, capsy
         try:
             signal.raise_signal(signal.SIGTERM)
         except Terminated:
-            raise InputError("scan.nii", "is damaged") from None
+            raise InputError("scan.nii", "is damaged", "copy it again") from None
         return 0
 
     monkeypatch.setattr(cli, "_doctor", work)

@@ -147,7 +147,7 @@ def test_without_a_limit_what_is_free_counts(network, monkeypatch):
     monkeypatch.setattr(memory_plan, "free_memory", lambda: 2**40)
     assert plan_memory(job(), network, 1).limit == int(0.9 * 2**40)
     monkeypatch.setattr(memory_plan, "free_memory", lambda: MIB)
-    with pytest.raises(ResourceError, match="MiB are free"):
+    with pytest.raises(ResourceError, match="KiB are free"):
         plan_memory(job(), network, 1)
 
 

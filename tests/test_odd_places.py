@@ -166,3 +166,75 @@ def test_no_home_no_language_and_a_folder_that_cannot_be_written(work, tmp_path)
     done = subprocess.run(words, cwd="/proc", env=surroundings, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert (tmp_path / "o" / "scan0_sr.nii.gz").exists()
+
+
+@pytest.mark.fault(43)
+@pytest.mark.parametrize("kind", ["image", "weights"])
+def test_a_url_in_place_of_a_path_is_told_as_one(work, tmp_path, capsys, kind):
+    """Lost a slash and was no such file."""
+    url = "https://example.org/a.nii.gz"
+    words = infer(work, tmp_path / "o", url) if kind == "image" else infer(work, tmp_path / "o", work / "scan0.nii.gz")
+    if kind == "weights":
+        words = (*words[: words.index("-w") + 1], url)
+    code, _, told = call(capsys, *words)
+    assert code == {"image": 3, "weights": 4}[kind]
+    one_line(told, f"error: {url}: is a URL", "download")
+
+
+def test_what_stands_in_place_of_a_store_is_named(work, tmp_path, capsys):
+    for place, words in (
+        (work / "c.yaml", "is a file"),
+        (tmp_path / "none", "no such folder"),
+        (tmp_path, "no fastsrgan"),
+    ):
+        code, _, told = call(capsys, "info", place)
+        assert code == 3
+        one_line(told, words, "fastsrgan convert")
+
+
+def test_a_file_system_that_connects_at_once_is_one_line(capsys, monkeypatch):
+    """Was "system: Name or service not known"."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(-2, "Name or service not known")
+
+    monkeypatch.setattr("fastsrgan.remote.FsspecStore.from_url", refused)
+    code, _, told = call(capsys, "info", "ftp://host/store")
+    assert code == 5
+    one_line(told, "error: ftp://host/store: cannot be opened: Name or service not known", "check the URL")
+
+
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
+    """Ended in a message of MKL."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    program = f"import os; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r}); from fastsrgan.__main__ import main; "
+    program += "raise SystemExit(main())"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 5
+    one_line(done.stderr, "current folder", "cd to another one")
+
+
+@pytest.mark.fault(25)
+def test_figures_that_could_not_be_written_are_refused_before_they_are_made(work, tmp_path, capsys, monkeypatch):
+    scan = work / "scan0.nii.gz"
+    refused = ResourceError("folder", "cannot be written", "choose another")
+    monkeypatch.setattr("fastsrgan.cli_evaluate.output_folder", lambda _: (_ for _ in ()).throw(refused))
+    monkeypatch.setattr("fastsrgan.evaluate.evaluate_files", lambda **_: pytest.fail("it was computed first"))
+    code, _, told = call(capsys, "evaluate", "--sr", scan, "--hr", scan, "--json", tmp_path / "e.json")
+    assert code == 5
+    one_line(told, "cannot be written")
+
+
+def test_a_link_to_itself_is_no_dataset(tmp_path, capsys):
+    """Was an internal error: RuntimeError of pathlib."""
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for words in (
+        ("infer", "--bids", loop, "-o", tmp_path / "o"),
+        ("report", loop),
+        ("evaluate", "--bids", loop, loop),
+    ):
+        code, _, told = call(capsys, *words)
+        assert code in (2, 3, 5), told
+        one_line(told, str(loop))

@@ -93,7 +93,7 @@ def waiting(death: str) -> None:
         if r.rank == 1:
             if death == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise ResourceError("disk", "no space left")
+            raise ResourceError("disk", "no space left", "free space")
         r.average_([torch.ones(3)])
 
 

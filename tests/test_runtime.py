@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -76,20 +75,6 @@ def test_devices_that_are_not_there_are_refused(name):
         runtime.pick_device(name)
 
 
-def test_signals_become_a_flag_and_handlers_come_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with runtime.StopRequest() as stop:
-        assert not stop and stop.code == 0
-        signal.raise_signal(signal.SIGTERM)
-        assert stop and stop.code == 143
-    with runtime.StopRequest() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.code == 130
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
 def test_allocator_setting_keeps_memory_between_steps():
     code = (
         "import numpy as np, resource\n"
@@ -104,3 +89,18 @@ def test_allocator_setting_keeps_memory_between_steps():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     if out[0] == "True":  # a C library with mallopt
         assert int(out[1]) < 8000  # 20 fresh arrays of 32 MB would touch 156,000 pages
+
+
+@pytest.mark.fault(25)
+def test_a_disk_that_is_read_only_is_one_line_with_the_final_name(tmp_path, monkeypatch):
+    """Was told with the temporary name: removing what is not there fails on such a disk too."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "temporary")
+
+    monkeypatch.setattr(runtime.Path, "unlink", refused)
+    with (
+        pytest.raises(ResourceError, match=r"a\.json: cannot be written \(check"),
+        runtime.atomic_write(tmp_path / "a.json"),
+    ):
+        refused()

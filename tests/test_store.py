@@ -251,7 +251,7 @@ class StoreContract:
                 action()
 
     def test_no_store(self, url):
-        with pytest.raises(InputError, match="no fastsrgan store is here"):
+        with pytest.raises(InputError, match=r"no fastsrgan store is here|no such folder"):
             open_store(url)
 
     def test_what_cannot_be_stored(self, url):
@@ -470,7 +470,7 @@ def test_a_file_or_no_permission_in_place_of_the_folder(tmp_path):
         create_store(tmp_path / "file")
     with pytest.raises(ResourceError):
         create_store(tmp_path / "file" / "below")
-    with pytest.raises(InputError, match="no fastsrgan store"):
+    with pytest.raises(InputError, match="is a file, a store is a folder"):
         open_store(tmp_path / "file")
 
 
@@ -553,7 +553,7 @@ def test_the_disk_is_asked_before_writing(folder, monkeypatch):
     monkeypatch.setattr(store_files.shutil, "disk_usage", lambda _: usage(9, 9, 300_000))
     with create_store(folder, resume=True) as writer:
         for name in ("b", "a"):
-            with pytest.raises(ResourceError, match="no space left on the disk: needs 1 MiB, 0 MiB free"):
+            with pytest.raises(ResourceError, match=r"no space left on the disk: needs .* KiB, 293 KiB free"):
                 put(writer, name)
     assert {**tree(folder), "manifest.json": b""} == {**before, "manifest.json": b""}
     assert [s.id for s in open_store(folder).subjects] == ["a"]

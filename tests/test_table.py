@@ -143,7 +143,7 @@ def test_all_faults_at_once(folder):
     ("header", "expected"),
     [
         ("HR_image,Label,Base", "no column Label_image"),
-        ("hr_image,Label_image,Base", "no column HR_image, did you mean it by hr_image?"),
+        ("hr_image,Label_image,Base", "no column HR_image, rename hr_image?"),
         ("HR_image,Label_image", "no column Base"),
         ("HR_image,Label_image,Base,Base", "column Base twice"),
         ("a.nii.gz,a_seg.nii,Train", "3 faults"),
@@ -161,7 +161,7 @@ def test_header_faults(folder, header, expected):
         (b"\n\n", "is empty"),
         (HEADER.encode(), "no row below the header"),
         (f"{HEADER}\né.nii,a_seg.nii,Train".encode("latin-1"), "not UTF-8"),
-        (b"\x1f\x8b\x08\x00\x00", "not UTF-8"),
+        (b"\x1f\x8b\x08\x00\x00", "is a gzip file, not text"),
         (b"HR_image\0", "not text"),
     ],
 )
@@ -173,7 +173,7 @@ def test_what_is_no_table(folder, raw, expected):
 @pytest.mark.fault(14)
 def test_missing_table_or_a_folder(folder):
     assert "no such file" in faults_of(folder / "none.csv")
-    assert "cannot be read" in faults_of(folder)
+    assert "is a folder" in faults_of(folder)
 
 
 def test_labels_may_be_absent_where_they_are_not_needed(folder):
@@ -252,3 +252,29 @@ def test_lists(folder):
         read_list(rows)
     text.write_text("x.nii\n")
     assert read_list(text, base_path="/data/")[0].as_posix() == "/data/x.nii"
+
+
+@pytest.mark.parametrize(("raw", "words"), [(b"PK\x03\x04rest", "Excel workbook"), (b"\x1f\x8brest", "a gzip file")])
+def test_a_file_of_another_kind_is_named(tmp_path, raw, words):
+    (tmp_path / "t.csv").write_bytes(raw)
+    with pytest.raises(InputError, match=rf"{words}.*CSV UTF-8"):
+        read_table(tmp_path / "t.csv")
+
+
+def test_a_header_of_a_million_columns_is_told_in_short_and_soon(tmp_path):
+    """Took half a minute and 30 KB of message."""
+    (tmp_path / "t.csv").write_text(",".join(f"c{i}" for i in range(10**5)) + "\na\n", encoding="utf8")
+    with pytest.raises(InputError, match="and 99988 more") as caught:
+        read_table(tmp_path / "t.csv")
+    assert len(str(caught.value)) < 1500
+
+
+def test_a_misspelt_base_is_no_leak_as_well(tmp_path):
+    for name in ("a.nii", "b.nii", "l.nii"):
+        (tmp_path / name).touch()
+    (tmp_path / "t.csv").write_text(
+        "HR_image,Label_image,Base\na.nii,l.nii,Train\nb.nii,l.nii,trian\n", encoding="utf8"
+    )
+    with pytest.raises(InputError) as caught:
+        read_table(tmp_path / "t.csv")
+    assert "did you mean Train" in str(caught.value) and "in Train at line" not in str(caught.value)

@@ -140,7 +140,7 @@ def _drawn(
     width_px: int = 2000,
 ) -> _Page:
     if convention not in CONVENTIONS:
-        raise UsageError("convention", f"{convention!r}", f"one of {', '.join(CONVENTIONS)}")
+        raise UsageError("convention", f"{convention!r} is not allowed", f"one of {', '.join(CONVENTIONS)}")
     rows = cuts(reference, at_mm)
     widest = max(cut.size[0] for cut in rows)
     source = next(cut for cut in rows if cut.name == DETAIL_OF)

@@ -136,5 +136,5 @@ def brightness(reference: Volume) -> float:
     """The 99.9th percentile of what is above 0: white in a picture. Raises InputError when nothing is."""
     positive = reference.data[reference.data > 0]
     if positive.size == 0:
-        raise InputError("picture", "the reference image holds nothing above 0")
+        raise InputError("picture", "the reference image holds nothing above 0", "is it the right image?")
     return float(np.percentile(positive, 99.9))

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastsrgan import table
 from fastsrgan.errors import InputError, UsageError
+from fastsrgan.runtime import real
 
 log = logging.getLogger("fastsrgan")
 
@@ -57,7 +58,7 @@ def find(
     if not path.exists():
         raise InputError(path, "no such file or folder", "a folder of results, a run, or one result's .json")
     folder = path if path.is_dir() else path.parent
-    found = Found(folder, path.resolve().name if path.is_dir() else path.stem)
+    found = Found(folder, real(path).name if path.is_dir() else path.stem)
     documents = _documents([path] if path.is_file() else sorted(folder.glob("*.json")))
     if path.is_dir() and (folder / "log.jsonl").is_file():
         found.run = folder
@@ -110,7 +111,7 @@ def _documents(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
                 continue
             value = json.loads(path.read_text(encoding="utf8"))
         except FileNotFoundError:
-            raise InputError(path, "no such file") from None
+            raise InputError(path, "no such file", "check the path") from None
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(value, dict):

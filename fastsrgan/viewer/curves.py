@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.panels import find_panels
+from fastsrgan.runtime import real
 from fastsrgan.viewer.charts import Line, line_chart
 from fastsrgan.viewer.markup import Html, el, join, number, pointer
 from fastsrgan.viewer.sections import card, facts_table, raw
@@ -69,7 +70,7 @@ def read_run(run: Path) -> dict[str, Any]:
             values = [row[name] for row in part if isinstance(row.get(name), (int, float))]
             curve.append(sum(values) / len(values) if values else None)
     return {
-        "folder": run.resolve().name,
+        "folder": real(run).name,
         "summary": _json(run / "summary.json"),
         "config": _text(run / "config.yaml"),
         "updates": len(updates),

@@ -238,7 +238,9 @@ def _score(result: Result, hr: Path, label: Path | None, mask: Path | None) -> N
         result.files["label"] = label
     sr, others = stage.load_images(result, warnings)
     if sr is None:
-        raise InputError(result.stem, "its super-resolved image cannot be read", "; ".join(warnings) or None)
+        raise InputError(
+            result.stem, "its super-resolved image cannot be read", "; ".join(warnings) or "infer it again"
+        )
     spline = onto_grid(others["low"], truth, name="the spline of the input", notes=[]) if "low" in others else None
     result.scores = evaluate_pair(
         sr,

@@ -84,5 +84,5 @@ def _read(path: Path) -> tuple[Volume, dict[str, Volume]]:
     warnings: list[str] = []
     sr, others = load_images(found.results[0], warnings)
     if sr is None:
-        raise InputError(path, "its super-resolved image cannot be read", "; ".join(warnings) or None)
+        raise InputError(path, "its super-resolved image cannot be read", "; ".join(warnings) or "infer it again")
     return sr, others

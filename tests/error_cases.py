@@ -1,0 +1,326 @@
+"""Commands that end in an error or a warning, and the faults they meet: what ``docs/errors.md`` shows.
+
+Each case makes its fault in the current folder, which holds what ``commands.make_work`` makes, and returns the words
+of a command. Names are relative, so that the messages are the same wherever they are made.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import nibabel as nib
+import numpy as np
+from nifti_files import HEAD, qform_fields, rigid, write
+
+from fastsrgan import checkpoint, weights
+from fastsrgan.cli import main
+from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.store_files import MANIFEST
+
+GOLDEN = Path(__file__).parent / "golden" / "weights_residual_mask3.h5"
+HEADER = "HR_image,Label_image,Base\n"
+INFER = ["infer", "scan.nii.gz", "-o", "out", "-w", "w.safetensors"]
+TRAIN = ["train", "cohort.zarr", "-o", "run", "--config", "c.yaml"]
+CONVERT = ["convert", "table.csv", "new.zarr"]
+Words = list[str]
+CASES: list[tuple[int, str, Callable[[], Words]]] = []  # row of FAULTS.md (0: the command line), what came, the fault
+
+
+def case(row: int, what: str) -> Callable[[Callable[[], Words]], Callable[[], Words]]:
+    """Add a case."""
+
+    def added(make: Callable[[], Words]) -> Callable[[], Words]:
+        CASES.append((row, what, make))
+        return make
+
+    return added
+
+
+def line(row: int, what: str, *words: str, text: str = "", name: str = "table.csv") -> None:
+    """Add a case whose fault is a text file, or the command line itself."""
+
+    def make() -> Words:
+        if text:
+            Path(name).write_text(text, encoding="utf8")
+        return list(words)
+
+    CASES.append((row, what, make))
+
+
+def image(row: int, what: str, data: np.ndarray = HEAD, affine: np.ndarray | None = None, **options: object) -> None:
+    """Add a case whose fault is an image."""
+
+    def make() -> Words:
+        more = options.pop("words", [])
+        write("scan.nii.gz", data, rigid((1.0, 1, 3)) if affine is None else affine, **options)
+        return [*INFER, *more]  # type: ignore[misc]
+
+    CASES.append((row, what, make))
+
+
+def damaged(row: int, what: str, spoil: Callable[[bytearray], bytes | bytearray]) -> None:
+    """Add a case whose fault is an image whose bytes were changed."""
+
+    def make() -> Words:
+        write("scan.nii.gz", HEAD, rigid((1.0, 1, 3)))
+        Path("scan.nii.gz").write_bytes(spoil(bytearray(Path("scan.nii.gz").read_bytes())))
+        return INFER
+
+    CASES.append((row, what, make))
+
+
+def flipped(raw: bytearray, at: int) -> bytearray:
+    """One byte changed."""
+    raw[at] ^= 0x55
+    return raw
+
+
+def claims(sizes: tuple[int, int, int]) -> Callable[[bytearray], bytes]:
+    """A header that declares other sizes."""
+
+    def spoil(raw: bytearray) -> bytes:
+        block = bytearray(gzip.decompress(raw))
+        block[42:48] = np.array(sizes, "<i2").tobytes()
+        return gzip.compress(bytes(block), mtime=0)
+
+    return spoil
+
+
+def bomb(_: bytearray) -> bytes:
+    """0.7 MB that are 675 MB."""
+    block = nib.Nifti1Header()
+    block.set_data_dtype(np.int16)
+    block.set_data_shape((704, 704, 714))
+    block["vox_offset"], block["magic"] = 352, b"n+1"
+    return gzip.compress(block.binaryblock + bytes(4), mtime=0) + gzip.compress(bytes(15 << 20), 9, mtime=0) * 45
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+line(0, "a command that is none", "infr", "scan0.nii.gz", "-o", "out")
+line(0, "an option that is none", *INFER, "--overwite")
+line(0, "a value that is none", "infer", "scan0.nii.gz", "-o", "out", "--step", "0")
+line(0, "nothing to write to", "infer", "scan0.nii.gz")
+line(0, "no such image", *INFER[:1], "scn0.nii.gz", *INFER[2:])
+line(0, "a URL for an image", *INFER[:1], "https://example.org/scan.nii.gz", *INFER[2:])
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+damaged(1, "cut off", lambda raw: raw[:-40])
+damaged(1, "nothing in it", lambda raw: b"")
+damaged(1, "a web page in place of the download", lambda raw: b"<!DOCTYPE html><title>Please log in</title>")
+damaged(2, "a checksum that does not fit", lambda raw: flipped(raw, -7))
+damaged(3, "a header that claims 64 TiB", claims((32767, 32767, 32767)))
+damaged(4, "a gzip bomb", bomb)
+image(5, "a NaN", np.where(np.arange(HEAD.size).reshape(HEAD.shape) == 9, np.nan, HEAD).astype(np.float32))
+image(6, "all NaN", np.full((3, 4, 5), np.nan, np.float32))
+image(6, "all zero", np.zeros_like(HEAD))
+image(6, "constant", np.full((7, 6, 5), 7, np.int16))
+image(7, "a series of volumes", np.stack([HEAD] * 3, 3))
+image(7, "a volume that the series has not", np.stack([HEAD] * 3, 3), words=["--volume", "5"])
+image(7, "a vector in each voxel", HEAD, dim=(slice(0, 6), (5, 7, 6, 5, 1, 3)))
+image(7, "colours", HEAD, datatype=128)
+image(7, "complex numbers", HEAD, datatype=32)
+image(8, "two orientations", HEAD, rigid((1.0, 1, 3)), **qform_fields(rigid((1.0, 1, 3), origin=(9, 9, 9))))
+image(8, "no orientation", HEAD, sform_code=0, qform_code=0)
+image(10, "a shear", HEAD, np.array([[1.0, 0.2, 0, 3], [0, 1, 0, 4], [0, 0, 3, 5], [0, 0, 0, 1]]))
+image(11, "microns", HEAD, rigid((900.0, 900, 3000)), units=3)
+image(11, "microns that are said to be millimetres", HEAD, rigid((900.0, 900, 3000)))
+image(11, "a voxel size of zero", HEAD, sform_code=0, qform_code=0, pixdim=(slice(1, 4), (0, 1, 1)))
+
+
+def label(row: int, what: str, change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]) -> None:
+    """Add a case whose fault is a label."""
+
+    def make() -> Words:
+        write("image.nii.gz", HEAD, rigid((1.0, 1, 3)))
+        data, affine = change((HEAD > 450).astype(np.float32), rigid((1.0, 1, 3)))
+        write("label.nii.gz", data, affine)
+        Path("table.csv").write_text(HEADER + "image.nii.gz,label.nii.gz,Train\n", encoding="utf8")
+        return CONVERT
+
+    CASES.append((row, what, make))
+
+
+label(13, "fractions", lambda data, affine: (data * 0.4, affine))
+label(13, "another size", lambda data, affine: (data[1:], affine))
+label(13, "another place", lambda data, affine: (data, affine + np.outer([1, 0, 0, 0], [0, 0, 0, 5])))
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+MANY = "none.nii.gz,sub-0_gm.nii.gz,Train\nsub-0.nii.gz,sub-0_gm.nii.gz,trian\nsub-1.nii.gz,sub-1_gm.nii.gz,Train\n"
+line(14, "all faults at once", *CONVERT, text=HEADER + MANY + "sub-1.nii.gz,sub-2_gm.nii.gz,Test\n")
+line(14, "columns of other names", *CONVERT, text="HR_img,Label,Base\na,b,Train\n")
+line(14, "a workbook", "convert", "table.xlsx", "new.zarr", text="PK\3\4...", name="table.xlsx")
+line(14, "no such table", "convert", "cohrt.csv", "new.zarr")
+
+
+@case(15, "one of three")
+def _one_of_three() -> Words:
+    damaged_path = Path("cut.nii.gz")
+    damaged_path.write_bytes(Path("scan1.nii.gz").read_bytes()[:-40])
+    return ["infer", "scan0.nii.gz", "cut.nii.gz", "scan2.nii.gz", *INFER[2:], "--patch", "16", "--step", "16"]
+
+
+# --- weights and settings -----------------------------------------------------------------------------------------
+
+
+def bad_weights(row: int, what: str, make: Callable[[Path], object], name: str = "bad.safetensors") -> None:
+    """Add a case whose fault is a weight file."""
+
+    def made() -> Words:
+        make(Path(name))
+        return ["infer", "scan0.nii.gz", "-o", "out", "-w", name]
+
+    CASES.append((row, what, made))
+
+
+def _half(path: Path) -> None:
+    raw = Path("w.safetensors").read_bytes()
+    path.write_bytes(raw[: len(raw) // 2])
+
+
+def _nan(path: Path) -> None:
+    network = build_generator(GeneratorSpec(kernel=1)).eval()
+    network.head.data[...] = np.nan
+    weights.save_generator(path, network)
+
+
+def _other_architecture(path: Path) -> None:
+    _edited(path, lambda file: file.create_dataset("G/G_gen_conv2/kernel:0", data=np.zeros((3, 3, 3, 2, 9), "f4")))
+
+
+def _edited(path: Path, change: Callable[[h5py.File], object]) -> None:
+    shutil.copyfile(GOLDEN, path)
+    with h5py.File(path, "r+") as file:
+        del file["G/G_gen_conv2/kernel:0"]
+        change(file)
+
+
+def _link(file: h5py.File) -> None:
+    file["G/G_gen_conv2/kernel:0"] = h5py.ExternalLink("/etc/passwd", "/x")
+
+
+class Canary:
+    """Unpickling it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("canary",)
+
+
+bad_weights(16, "cut off", _half)
+bad_weights(16, "of another architecture", _other_architecture, "bad.h5")
+bad_weights(16, "NaN", _nan)
+bad_weights(16, "no weights at all", lambda path: shutil.copyfile("scan0.nii.gz", path))
+line(16, "a URL", "infer", "scan0.nii.gz", "-o", "out", "-w", "https://example.org/w.h5")
+bad_weights(17, "a pickle", lambda path: path.write_bytes(pickle.dumps(Canary())), "bad.pt")
+bad_weights(
+    18,
+    "4 TiB",
+    lambda path: _edited(
+        path, lambda f: f.create_dataset("G/G_gen_conv2/kernel:0", shape=(3, 3, 3, 2, 2**40 // 54), dtype="f4")
+    ),
+    "bad.h5",
+)
+bad_weights(18, "a link to another file", lambda path: _edited(path, _link), "bad.h5")
+
+
+def settings(what: str, text: str) -> None:
+    """Add a case whose fault is a file of settings."""
+    line(19, what, *TRAIN[:-1], "bad.yaml", text=text, name="bad.yaml")
+
+
+settings("code", "!!python/object/apply:os.system ['touch canary']\n")
+settings("a misspelt setting", "new_low_res: [1, 1, 3]\nbatchsize: 3\n")
+settings("a value that is none", "new_low_res: [1, 1, 3]\nbatch_size: many\n")
+settings("a value out of range", "new_low_res: [1, 1, 3]\nbatch_size: 0\n")
+
+
+# --- snapshots and stores -----------------------------------------------------------------------------------------
+
+
+@case(23, "the only snapshot damaged")
+def _snapshot() -> Words:
+    assert main(["--quiet", *TRAIN]) == 0
+    state = checkpoint.newest(Path("run")) / "state.pt"
+    state.write_bytes(flipped(bytearray(state.read_bytes()), state.stat().st_size // 2))
+    return [*TRAIN, "--resume"]
+
+
+line(26, "a run is there", *TRAIN)
+line(24, "a full disk, asked for before the work", *CONVERT, text=HEADER + "sub-0.nii.gz,sub-0_gm.nii.gz,Train\n")
+line(25, "a file in place of the folder", *INFER[:1], "scan0.nii.gz", "-o", "c.yaml", "-w", "w.safetensors")
+line(26, "a store is there", "convert", "cohort.csv", "cohort.zarr")
+
+
+@case(26, "results are there")
+def _results() -> Words:
+    words = [*INFER[:1], "scan0.nii.gz", "-o", "results", "-w", "w.safetensors", "--patch", "16", "--step", "16"]
+    assert main(["--quiet", *words]) == 0
+    return words
+
+
+@case(29, "a changed byte and a lost file")
+def _chunks() -> Words:
+    shutil.copytree("cohort.zarr", "hurt.zarr")
+    shard = Path("hurt.zarr/sub-0/image/c/0/0/0")
+    shard.write_bytes(flipped(bytearray(shard.read_bytes()), shard.stat().st_size // 3))
+    Path("hurt.zarr/sub-1/label/c/0/0/0").unlink()
+    return ["verify", "hurt.zarr"]
+
+
+line(29, "the same in training", "train", "hurt.zarr", *TRAIN[2:3], "hurt_run", *TRAIN[4:], "--strict")
+
+
+@case(29, "a forged manifest")
+def _forged() -> Words:
+    shutil.copytree("cohort.zarr", "forged.zarr")
+    path = Path("forged.zarr") / MANIFEST
+    path.write_text(path.read_text(encoding="utf8").replace("sub-0", "sub-9"), encoding="utf8")
+    return ["info", "forged.zarr"]
+
+
+line(31, "nobody answers", "info", "http://127.0.0.1:9/cohort.zarr")
+
+
+@case(32, "a newer store")
+def _newer() -> Words:
+    shutil.copytree("cohort.zarr", "newer.zarr")
+    path = Path("newer.zarr") / MANIFEST
+    told = json.loads(path.read_text(encoding="utf8")) | {"format": 2, "made_by": "9.1", "needs": "9.0"}
+    path.write_text(json.dumps(told), encoding="utf8")
+    return ["info", "newer.zarr"]
+
+
+line(32, "no store", "info", "cohort.csv")
+line(35, "more than --max-memory", *INFER[:1], "scan0.nii.gz", *INFER[2:], "--max-memory", "0.1M")
+line(42, "a device that is not there", *INFER[:1], "scan0.nii.gz", *INFER[2:], "--device", "cuda:99")
+
+
+@case(17, "a pickle in a snapshot")
+def _strangers_state() -> Words:
+    words = ["train", "cohort.zarr", "-o", "theirs", "--config", "c.yaml"]
+    assert main(["--quiet", *words]) == 0
+    snapshot = checkpoint.newest(Path("theirs"))
+    with zipfile.ZipFile(snapshot / "state.pt", "w") as archive:
+        archive.writestr("state/data.pkl", pickle.dumps({"models": Canary()}))
+        archive.writestr("state/version", "3")
+    listed = checkpoint.manifest(snapshot)
+    size, digest = (snapshot / "state.pt").stat().st_size, checkpoint.sha256(snapshot / "state.pt")
+    listed["files"]["state.pt"] = {"bytes": size, "sha256": digest}
+    (snapshot / checkpoint.MANIFEST).write_text(json.dumps(listed), encoding="utf8")
+    return [*words, "--resume"]
+
+
+@case(12, "smaller than a patch")
+def _small() -> Words:
+    write("small.nii.gz", HEAD[:3, :1, :2], rigid((1.0, 1, 1)))
+    return ["infer", "small.nii.gz", "-o", "out", "-w", "w.safetensors"]
