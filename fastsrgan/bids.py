@@ -26,7 +26,6 @@ from fastsrgan.bids_names import (
     check_derivatives,
     description,
     find_bids,
-    read_json,
     sidecar,
 )
 from fastsrgan.components import THRESHOLD
@@ -34,7 +33,7 @@ from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate_cohort import Item, evaluate_items, low_resolution
 from fastsrgan.infer_files import SomeFailed, infer_files
 from fastsrgan.ranks import ALONE, Ranks
-from fastsrgan.runtime import QUIET, Progress, atomic_write, finite, output_folder, real, write_json
+from fastsrgan.runtime import QUIET, Progress, atomic_write, finite, output_folder, read_json, real, write_json
 
 log = logging.getLogger("fastsrgan")
 

@@ -5,7 +5,6 @@ Names, where images lie, what a derivatives dataset must say of itself, and a ch
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastsrgan.errors import InputError
+from fastsrgan.runtime import read_json
 
 VERSION = "1.10.0"
 DESCRIPTION = "dataset_description.json"
@@ -117,15 +117,6 @@ def description(name: str, version: str, sources: dict[str, str]) -> dict[str, A
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def sidecar(image: Path) -> Path:
     """The JSON beside an image."""
     return image.with_name(image.name.removesuffix(".gz").removesuffix(".nii") + ".json")
@@ -180,4 +171,4 @@ def _resolves(root: Path, uri: str, links: dict[str, str]) -> bool:
     base = links.get(match[1], ".")
     if "://" in base and not base.startswith("file://"):
         return True
-    return (root / base.removeprefix("file://") / match[2]).exists()
+    return os.path.exists(root / base.removeprefix("file://") / match[2])

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan import images, table
-from fastsrgan.bids_names import read_json
 from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.evaluate import definitions, evaluate_files, flat, summarise
-from fastsrgan.runtime import QUIET, Progress, atomic_write, output_folder
+from fastsrgan.runtime import QUIET, Progress, atomic_write, output_folder, read_json
 
 log = logging.getLogger("fastsrgan")
 
@@ -145,7 +144,7 @@ def low_resolution(result: Path, record: dict[str, Any]) -> Path | None:
         path, digest = Path(record["input"]["path"]), record["input"]["sha256"]
     except (KeyError, TypeError):
         return None
-    if not path.is_file():  # also DICOM folders, whose grid may be another after conversion
+    if not os.path.isfile(path):  # also DICOM folders, whose grid may be another after conversion
         log.info("%s: its input %s is not there, no baseline", result, path)
         return None
     if images.sha256(path) != digest:
@@ -225,7 +224,8 @@ def _read(csv_path: Path) -> list[tuple[int, dict[str, Path]]]:
         values = dict(zip(header, (cell.strip() for cell in cells), strict=False))
         faults += [(line, f"{name} is empty") for name in REQUIRED if not values.get(name)]
         files = {name: table._locate(values[name], csv_path, None) for name in COLUMNS if values.get(name)}
-        faults += [(line, f"{name} {values[name]}: no such file") for name, path in files.items() if not path.exists()]
+        lost = [name for name, path in files.items() if not os.path.exists(path)]
+        faults += [(line, f"{name} {values[name]}: no such file") for name in lost]
         if "Seg_image" in files and "Label_image" not in files:
             faults.append((line, "Seg_image without Label_image"))
         rows.append((line, files))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from fastsrgan import any_image, dicom, images, nifti_check, table
 from fastsrgan.errors import FastsrganError, UsageError
-from fastsrgan.runtime import real
+from fastsrgan.runtime import read_json, real
 
 log = logging.getLogger("fastsrgan")
 
@@ -94,11 +93,11 @@ def _results_in(folder: Path) -> set[Path]:
     """The results that the records in a folder speak of."""
     found: set[Path] = set()
     for path in folder.glob("*.json"):
+        record = read_json(path)
         try:
-            record = json.loads(path.read_text(encoding="utf8"))
             if "provenance" in record and "weights" in record:
                 found |= {path.with_name(Path(name).name) for name in record["outputs"].values()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue  # somebody else's JSON, as BIDS has beside every image
     return found
 

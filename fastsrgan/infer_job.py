@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -234,10 +233,7 @@ def names(outputs: dict[str, Path]) -> dict[str, str]:
 def finished(image: Image, job: Job) -> bool:
     """Whether this image was done with these weights and settings. Raises UsageError where it was done with others."""
     outputs = job.outputs(image)
-    try:
-        record = json.loads(outputs["json"].read_text(encoding="utf8"))
-    except (OSError, ValueError):
-        return False
+    record = runtime.read_json(outputs["json"])
     now = {"weights": job.model["sha256"], "volume": job.volume, **_decisive(runtime.finite(job.asked))}
     try:
         then = {
@@ -246,11 +242,12 @@ def finished(image: Image, job: Job) -> bool:
             **_decisive(record["asked"]),
         }
         same_image = record["input"]["sha256"] == any_image.sha256(image.path, job.series)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         return False
     differing = [key for key in now | then if now.get(key) != then.get(key)] + ["input"] * (not same_image)
     if differing:
-        reason = f"was made with another {', '.join(differing)}"
+        known = dict.fromkeys(key if key.isidentifier() and len(key) < 40 else "setting" for key in differing)
+        reason = f"was made with another {', '.join(known)}"
         raise UsageError(outputs["json"], reason, "--overwrite replaces it, or choose another folder")
     return all(target.exists() for target in outputs.values())
 

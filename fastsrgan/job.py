@@ -27,7 +27,7 @@ from fastsrgan.errors import FastsrganError, PartialFailure, ResourceError, Usag
 from fastsrgan.geometry import Volume
 from fastsrgan.infer import check_settings
 from fastsrgan.networks import Generator
-from fastsrgan.runtime import QUIET, Progress
+from fastsrgan.runtime import QUIET, Progress, read_json
 from fastsrgan.table import read_list
 
 log = logging.getLogger("fastsrgan")
@@ -282,11 +282,7 @@ def _claim(task: Task, setup: _Setup) -> str | None:
 
 def _read(task: Task, tag: str) -> dict[str, Any]:
     """The record of a tag; empty where there is none, or one that a killed process left unfinished."""
-    try:
-        record = json.loads(task.record(tag).read_text(encoding="utf8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    return read_json(task.record(tag))
 
 
 def _owner(task: Task, tag: str) -> str | None:
@@ -310,7 +306,7 @@ def _finished(task: Task, tag: str, setup: _Setup) -> bool:
     if setup.overwrite or "outputs" not in record:
         return False
     now = runtime.finite(_identity(task, setup))
-    then = record.get("made_with") or {}
+    then = record["made_with"] if isinstance(record.get("made_with"), dict) else {}
     differing = [key for key, value in now["made_with"].items() if then.get(key) != value]
     differing += ["image"] * (record.get("sha256") != now["sha256"])
     if differing:

@@ -29,6 +29,8 @@ from fastsrgan.units import human
 
 log = logging.getLogger("fastsrgan")
 
+MOST_JSON = 64 * 2**20  # bytes of a JSON file that is read
+
 
 # --- randomness ---------------------------------------------------------------------------------------------------
 
@@ -161,6 +163,25 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     with atomic_write(path) as temporary:
         text = json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n"
         temporary.write_text(text, encoding="utf8", errors="surrogateescape")  # bytes of file names as they are
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none, or none that can be read."""
+    try:
+        if is_special(path) or os.path.getsize(path) > MOST_JSON:
+            return {}
+        return parse_json(Path(path).read_bytes())
+    except OSError:
+        return {}
+
+
+def parse_json(text: str | bytes) -> dict[str, Any]:
+    """The JSON object that a text is; empty where it is none, whatever it is."""
+    try:
+        value = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 300 else float(digits))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def finite(value: Any) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastsrgan import tiles
-from fastsrgan.runtime import atomic_write, disk_error, need_space, sync_folder
+from fastsrgan.runtime import atomic_write, disk_error, need_space, read_json, sync_folder
 
 log = logging.getLogger("fastsrgan")
 
@@ -162,11 +162,9 @@ class Unfinished:
         self.folder = Path(folder)
         self.partial = self.partial_of(self.folder)
         self.key, self.done, self.facts = key, 0, dict(facts or {})
-        found = self._journal()
+        self.arrays: dict[str, Any] = {}  # memory maps
         try:
-            if found is not None:
-                self.done, self.facts = found["done"], found["facts"]
-                self.arrays = {name: np.load(self._file(name), mmap_mode="r+") for name in shapes}
+            if self._resumed(shapes):
                 log.info("%s: going on behind plane %d", self.folder, self.done)
                 return
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -207,13 +205,22 @@ class Unfinished:
             raise disk_error(error, self.folder) from error
         return {path.stem: np.load(path, mmap_mode="r+") for path in sorted(self.folder.glob("*.npy"))}
 
-    def _journal(self) -> dict | None:
-        """What a run before this one noted, where it was this run's work."""
+    def _resumed(self, shapes: dict[str, Sequence[int]]) -> bool:
+        """Go on where a run before this one stopped, where it was this run's work and its files are whole."""
+        found = read_json(self.partial / JOURNAL)
+        if found.get("key") != self.key:
+            return False
         try:
-            found = json.loads((self.partial / JOURNAL).read_text(encoding="utf8"))
-            return found if found["key"] == self.key else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+            done, facts = int(found["done"]), dict(found["facts"])
+            arrays = {name: np.load(self._file(name), mmap_mode="r+") for name in shapes}
+            if any(a.shape != tuple(shapes[name]) or a.dtype != np.float32 for name, a in arrays.items()):
+                raise ValueError("files of another size")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s: what is there is damaged (%s): made anew", self.folder, error)
+            return False
+        self.done, self.facts = done, facts
+        self.arrays = arrays
+        return True
 
     def _create(self, name: str, shape: Sequence[int]) -> np.ndarray:
         array = np.lib.format.open_memmap(self._file(name), "w+", np.float32, tuple(shape))

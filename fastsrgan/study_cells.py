@@ -23,7 +23,7 @@ from fastsrgan.evaluate import evaluate_pair, flat, moments
 from fastsrgan.geometry import Volume
 from fastsrgan.infer import infer_volume
 from fastsrgan.networks import Generator
-from fastsrgan.runtime import QUIET, Progress, finite, output_folder, pick_device, write_json
+from fastsrgan.runtime import QUIET, Progress, finite, output_folder, pick_device, read_json, write_json
 from fastsrgan.study_data import Case, Condition, Head, acquire
 
 log = logging.getLogger("fastsrgan")
@@ -198,11 +198,8 @@ def _name(facts: dict[str, Any]) -> str:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """A finished cell; None where there is none or it cannot be read."""
-    try:
-        cell = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError):
-        return None
-    return cell if isinstance(cell, dict) and "scores" in cell else None
+    cell = read_json(path)
+    return cell if "scores" in cell else None
 
 
 @contextlib.contextmanager

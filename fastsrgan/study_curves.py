@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 from fastsrgan.errors import InputError
+from fastsrgan.runtime import parse_json
 from fastsrgan.study_figure import GREY_LINE, Line, Panel
 
 LOG = "log.jsonl"
@@ -32,15 +32,12 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         raise InputError(path, "cannot be read", "name the folder of a training run") from error
     rows = []
     for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "epoch" in row:
+        row = parse_json(line)
+        if isinstance(row.get("epoch"), int) and isinstance(row.get("update", 0), int):
             rows.append(row)
     if not rows:
         raise InputError(path, "holds no line of a training run", "train for an update at least")
-    return [r for r in rows if "update" in r], [r for r in rows if "validation" in r]
+    return [r for r in rows if "update" in r], [r for r in rows if isinstance(r.get("validation"), dict)]
 
 
 def curves(run: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 import os
 from pathlib import Path
 
-from fastsrgan.runtime import atomic_write, output_folder
+from fastsrgan.runtime import atomic_write, output_folder, parse_json
 
 
 class RunLog:
@@ -45,11 +45,11 @@ class RunLog:
         if self.path.exists():
             kept = []
             for line in self.path.read_text(encoding="utf8").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
+                row = parse_json(line)
+                at, of = row.get("update", 0), row.get("epoch")
+                if not isinstance(at, int) or not isinstance(of, int):
                     continue  # the line that a killed process was writing
-                if row.get("update", 0) <= updates and (row["epoch"] < epoch or "validation" not in row):
+                if at <= updates and (of < epoch or "validation" not in row):
                     kept.append(line + "\n")
             with atomic_write(self.path) as temporary:
                 temporary.write_text("".join(kept), encoding="utf8")

@@ -7,6 +7,7 @@ last bits. Jobs cut by the caller cost no waiting, and their bits are the same f
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -22,19 +23,23 @@ os.register_at_fork(after_in_child=_pools.clear)  # threads do not follow into a
 def run(jobs: Iterable[Callable[[], object]]) -> None:
     """Call every job, on as many threads as torch has in the calling one; inside a job, torch and BLAS have one.
 
-    An exception of a job is raised when all before it have ended.
+    Jobs are in inference mode, and know gradients, where the caller does. An exception of a job is raised when all
+    before it have ended.
     """
     threads = torch.get_num_threads()
     if threads == 1:
         for job in jobs:
             job()
         return
-    for _ in _pool(threads).map(_call, jobs):
+    call = functools.partial(_call, torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+    for _ in _pool(threads).map(call, jobs):
         pass
 
 
-def _call(job: Callable[[], object]) -> None:
-    job()
+def _call(inference: bool, grad: bool, job: Callable[[], object]) -> None:
+    """A thread of its own has torch's modes of its own: what the caller made in its mode can be written in it only."""
+    with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        job()
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from phantom import Phantom, head
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)  # not one: what goes wrong between threads would never be seen here
 
 # Times say nothing on shared cores, so there are no deadlines; in CI the same examples come each time.
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import dicom_files
 import fuzz_mutate as mutate
@@ -23,12 +24,31 @@ import numpy as np
 import torch
 from cohort import SMALL
 
-from fastsrgan import any_image, checkpoint, config, images, modelfile, snapshots, store_files, table, weights
+from fastsrgan import (
+    any_image,
+    checkpoint,
+    config,
+    evaluate_cohort,
+    images,
+    modelfile,
+    snapshots,
+    store_files,
+    study_curves,
+    table,
+    trainlog,
+    weights,
+)
 from fastsrgan.errors import FastsrganError
+from fastsrgan.evaluate import evaluate_files
+from fastsrgan.image_list import find_images
+from fastsrgan.infer_files import infer_files
 from fastsrgan.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 from fastsrgan.remote import fingerprint
+from fastsrgan.runtime import write_json
 from fastsrgan.store import open_store
 from fastsrgan.store_writer import create_store
+from fastsrgan.viewer import stage
+from fastsrgan.viewer.page import report
 
 GOLDEN = Path(__file__).parent / "golden"
 Case = Callable[[], object]
@@ -273,6 +293,8 @@ def table_prepare(folder: Path) -> None:
     (folder / "seed0").write_text(rows, encoding="utf8")
     (folder / "seed1").write_text(rows.replace(",", ";"), encoding="utf8")
     (folder / "seed2").write_text("a.nii\n# b\nb.nii.gz\n", encoding="utf8")
+    scored = rows.replace("HR_image,Label_image,Base", "SR_image,HR_image,Label_image").replace("Train", "a.nii")
+    (folder / "seed3").write_text(scored, encoding="utf8")
 
 
 def table_damage(folder: Path, chance: random.Random) -> Path:
@@ -289,6 +311,7 @@ def table_read(path: Path) -> None:
         lambda: table.read_table(path),
         lambda: table.read_table(path, need_label=False, base_path=str(path.parent)),
         lambda: table.read_list(path),
+        lambda: evaluate_cohort._read(path),
     )
 
 
@@ -306,7 +329,68 @@ def config_damage(folder: Path, chance: random.Random) -> Path:
     return folder / "case.yaml"
 
 
+# --- records, scores, studies and logs that a report or a resumed call reads ---------------------------------------
+
+RECORDS = ("case.json", "scores.json", "study.json", "log.jsonl", "summary.json")
+
+
+def records_prepare(folder: Path) -> None:
+    """What ``infer``, ``evaluate``, ``study`` and ``train`` leave, of an image of a few voxels."""
+    image = images.save(folder / "case.nii", nifti_files.HEAD, nifti_files.rigid((1.0, 1.0, 3.0)))
+    network = weights.save_generator(folder / "w.safetensors", build_generator(GeneratorSpec(kernel=1)).eval())
+    seed = folder / "seed"
+    infer_files([image], seed, network, patch=8, step=8, device="cpu")
+    write_json(seed / "scores.json", evaluate_files(seed / "case_sr.nii.gz", seed / "case_sr.nii.gz"))
+    rows = [{"model": "m", "step": step, "figures": {"psnr": {"mean": 30.0 + step, "sd": 1.0}}} for step in (4, 8)]
+    write_json(
+        seed / "study.json",
+        {"study": "steps", "rows": rows, "heads": ["a"], "fit": [{"step": 4, "power": 3.0, "r2": 0.9}]},
+    )
+    lines = [{"epoch": 1, "update": n, "g_total": 0.5, "seconds": 1.0} for n in (1, 2)]
+    lines.append({"epoch": 1, "validation": {"Dice": 0.5, "MSE": 0.1}})
+    (seed / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
+    write_json(seed / "summary.json", {"epochs": 1, "updates": 2, "best": 0.5})
+
+
+def records_damage(folder: Path, chance: random.Random) -> Path:
+    """One of the files changed: its values, or its text."""
+    case = folder / "case"
+    shutil.rmtree(case, ignore_errors=True)
+    shutil.copytree(folder / "seed", case)
+    path = case / chance.choice(RECORDS)
+    text = path.read_text(encoding="utf8")
+    if chance.random() < 0.2:
+        text = mutate.text_of(text, chance)
+    elif path.suffix == ".jsonl":
+        lines = text.splitlines()
+        at = chance.randrange(len(lines))
+        lines[at] = json.dumps(mutate.value_of(json.loads(lines[at]), chance))
+        text = "\n".join(lines)
+    else:
+        text = json.dumps(mutate.value_of(json.loads(text), chance))
+    path.write_text(text, encoding="utf8", errors="replace")
+    return case
+
+
+def _report(case: Path) -> None:
+    """The page without its picture, whose drawing takes more than all the rest."""
+    with mock.patch.object(stage, "picture", return_value=b""):
+        report(case, overwrite=True)
+
+
+def records_read(case: Path) -> None:
+    image, network = case.parent / "case.nii", case.parent / "w.safetensors"
+    tried(
+        lambda: _report(case),
+        lambda: infer_files([image], case, network, patch=8, step=8, device="cpu", resume=True),
+        lambda: find_images([case], case.parent / "out"),
+        lambda: study_curves.curves(case),
+        lambda: trainlog.RunLog(case).cut(1, 1),
+    )
+
+
 TARGETS = {
+    "records": Target(records_prepare, records_damage, records_read),
     "nifti": Target(nifti_prepare, nifti_damage, nifti_read),
     "dicom": Target(dicom_prepare, dicom_damage, lambda p: tried(lambda: finite(any_image.load_any(p)))),
     "safetensors": Target(native_prepare, native_damage, weights_read),

@@ -6,8 +6,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fastsrgan.config import TrainConfig, from_mapping, from_yaml
+from fastsrgan.config import CHOICES, TrainConfig, from_mapping, from_yaml
 from fastsrgan.errors import ModelError
 
 LOW = [[1, 1, 3]]
@@ -98,3 +101,43 @@ def test_the_documentation_lists_every_setting_with_its_default():
 
 def _number(text: str) -> float | bool:
     return text == "true" if text in ("true", "false") else float(text)
+
+
+# --- properties ---------------------------------------------------------------------------------------------------
+
+FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
+numbers = st.one_of(st.integers(), st.floats(), st.integers(-3, 300), st.floats(0, 2))
+plain = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, st.text(max_size=20)),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+allowed = st.one_of([st.tuples(st.just(name), st.sampled_from(values)) for name, values in CHOICES.items()])
+settings = st.one_of(st.tuples(st.sampled_from(sorted(FIELDS)), plain), allowed, st.tuples(st.text(max_size=20), plain))
+
+
+@pytest.mark.fault(19)
+@given(st.lists(settings, max_size=6).map(dict))
+def test_any_settings_are_a_configuration_that_reads_back_or_one_clear_line(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("settings") / "c.yaml"
+    try:
+        path.write_text(yaml.safe_dump(values), encoding="utf8", errors="surrogatepass")
+        config = from_yaml(path)
+    except ModelError as error:
+        told = str(error)
+        assert "\n" not in told and len(told) < 2000 and told.startswith(f"{path}: ") and error.exit_code == 4
+        return
+    assert all(getattr(config, name) is not None or FIELDS[name].default is None for name in FIELDS)
+    again = path.with_name("again.yaml")
+    again.write_text(config.to_yaml(), encoding="utf8")
+    assert from_yaml(again) == config
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_settings_or_one_clear_line(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("settings") / "c.yaml"
+    path.write_bytes(text.encode("utf8", "surrogatepass"))
+    try:
+        from_yaml(path)
+    except ModelError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000

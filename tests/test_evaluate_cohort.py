@@ -68,6 +68,14 @@ def test_all_faults_of_a_table_are_told_at_once(files, tmp_path):
         assert part in str(caught.value)
 
 
+def test_a_path_longer_than_the_system_takes_is_no_such_file(tmp_path):
+    """Found by `table` of the fuzzer, ended in OSError."""
+    (tmp_path / "t.csv").write_text(f"SR_image,HR_image\n{'a' * 9000}.nii,b.nii\n", encoding="utf8")
+    with pytest.raises(InputError, match="no such file") as caught:
+        evaluate_cohort.evaluate_table(tmp_path / "t.csv")
+    assert len(str(caught.value)) < 2000
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

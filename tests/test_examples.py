@@ -21,6 +21,7 @@ from fastsrgan.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES.remove(ROOT / "docs" / "errors.md")  # its commands are wrong on purpose
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(?:\.venv/bin/)?(fastsrgan [a-z]+ [^`]+)`")
 COMMAND = re.compile(r"(?:^|\s|/)fastsrgan\s+(.*)", re.DOTALL)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
 import dicom_files
+import fuzz_targets
 import pytest
 from fuzz_targets import TARGETS
 
@@ -199,3 +201,58 @@ def test_a_network_of_a_name_without_end_is_told_in_short(tmp_path):
     with pytest.raises(ModelError, match=r"unknown generator 'pAAA") as caught:
         weights.load_generator(tmp_path / "w.safetensors")
     assert len(str(caught.value)) < 1000
+
+
+# What a file of a results folder was changed to, found as `records` cases 2 to 2528: each ended in a Python error.
+RECORDS = {
+    "an epoch that is a mapping": ("log.jsonl", {"epoch": {}, "update": 1}),
+    "an update that is text": ("log.jsonl", {"epoch": 1, "update": "1"}),
+    "a log without epochs": ("log.jsonl", {"update": 1}),
+    "scores of an epoch that are a number": ("log.jsonl", {"epoch": 1, "validation": 5}),
+    "files that are a number": ("scores.json", {"files": 5}),
+    "notes that are a number": ("scores.json", {"notes": 5}),
+    "a region that is none": ("scores.json", {"image": {"whole": 5}}),
+    "rows that are a number": ("study.json", {"rows": 5}),
+    "a fit that is a number": ("study.json", {"fit": 5}),
+    "figures of an axis that is none": ("study.json", {"rows": [{"step": None, "figures": {"psnr": "x"}}] * 2}),
+    "warnings that are a number": ("case.json", {"warnings": 5}),
+    "a shape that is a number": ("case.json", {"shape": 5, "new_resolution": True}),
+    "a name without end": ("case.json", {"outputs": {"sr": "case_sr.nii.gz", "seg": "a" * 500}}),
+    "a setting with a line end": ("case.json", {"asked": {"\nbatch": 1}}),
+    "lists without end": ("case.json", "[" * 100_000),
+    "a number without end": ("case.json", '{"a": ' + "9" * 5000 + "}"),
+}
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("records")
+    fuzz_targets.records_prepare(folder)
+    return folder
+
+
+@pytest.mark.parametrize("what", RECORDS)
+def test_records_scores_and_logs_that_others_changed(records, what):
+    name, change = RECORDS[what]
+    case = records / "case"
+    shutil.rmtree(case, ignore_errors=True)
+    shutil.copytree(records / "seed", case)
+    path = case / name
+    if isinstance(change, str):
+        path.write_text(change, encoding="utf8")
+    elif name == "log.jsonl":
+        path.write_text(json.dumps(change) + "\n" + path.read_text(encoding="utf8"), encoding="utf8")
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf8")) | change), encoding="utf8")
+    fuzz_targets.records_read(case)
+
+
+def test_a_volume_that_a_record_names_is_a_number(records):
+    """Found as `records` case 951, ended in TypeError."""
+    case = records / "case"
+    shutil.rmtree(case, ignore_errors=True)
+    shutil.copytree(records / "seed", case)
+    record = json.loads((case / "case.json").read_text(encoding="utf8"))
+    record["input"] |= {"volume": "0", "series": []}
+    (case / "case.json").write_text(json.dumps(record), encoding="utf8")
+    fuzz_targets.records_read(case)

@@ -46,6 +46,15 @@ LONG = bool(os.environ.get("FASTSRGAN_LONG_TESTS"))
 KILLS = 20 if LONG else 3
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the processes of these tests have: bits are compared, and torch's sums depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     return make_store(tmp_path_factory.mktemp("cohort"))

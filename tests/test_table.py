@@ -1,5 +1,7 @@
 """Tables: what is read, and that every fault is told at once."""
 
+import csv
+import io
 import os
 import re
 from pathlib import PurePosixPath
@@ -278,3 +280,48 @@ def test_a_misspelt_base_is_no_leak_as_well(tmp_path):
     with pytest.raises(InputError) as caught:
         read_table(tmp_path / "t.csv")
     assert "did you mean Train" in str(caught.value) and "in Train at line" not in str(caught.value)
+
+
+# --- properties ---------------------------------------------------------------------------------------------------
+
+NAMES = st.text("abcXYZ09 _-.,;'\"é", min_size=1, max_size=12).map(str.strip).filter(lambda name: name.strip(". "))
+ROWS = st.lists(st.tuples(NAMES, st.sampled_from(["Train", "Test"])), min_size=1, max_size=6, unique_by=lambda r: r[0])
+WAYS = st.tuples(
+    st.sampled_from([",", ";", "\t"]),
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from(["utf8", "utf-8-sig", "utf-16"]),
+    st.permutations(HEADER.split(",")),
+)
+
+
+@pytest.mark.fault(14)
+@given(ROWS, WAYS)
+def test_a_table_reads_back_however_it_was_written(tmp_path_factory, rows, way):
+    delimiter, quoting, end, encoding, columns = way
+    folder = tmp_path_factory.mktemp("table")
+    written = [{"HR_image": f"{name}.nii", "Label_image": f"{name}_l.nii", "Base": base} for name, base in rows]
+    for row in written:
+        (folder / row["HR_image"]).touch()
+        (folder / row["Label_image"]).touch()
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, delimiter=delimiter, quoting=quoting, lineterminator=end)
+    writer.writeheader()
+    writer.writerows(written)
+    (folder / "t.csv").write_bytes(text.getvalue().encode(encoding))
+    found = read_table(folder / "t.csv")
+    assert [(r.line, r.image.name, r.label.name, r.base) for r in found] == [
+        (i, row["HR_image"], row["Label_image"], row["Base"]) for i, row in enumerate(written, 2)
+    ]
+
+
+@pytest.mark.fault(14)
+@given(st.text(st.characters(codec="utf8"), max_size=200), st.booleans())
+def test_any_text_is_a_table_or_one_clear_line(tmp_path_factory, text, headed):
+    path = tmp_path_factory.mktemp("table") / "t.csv"
+    path.write_bytes((f"{HEADER}\n{text}" if headed else text).encode())
+    for read in (read_table, read_list):
+        try:
+            read(path)
+        except InputError as error:
+            assert "\n" not in str(error) and str(error).startswith(f"{path}: ") and str(error).endswith(")")

@@ -50,6 +50,18 @@ def test_jobs_of_jobs_are_done_and_errors_are_raised(threads):
     assert not done
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_jobs_are_in_the_mode_of_their_caller(threads, mode):
+    """Slabs of a volume, interpolated in inference mode, ended in RuntimeError on more than one core."""
+    with mode():
+        out = torch.zeros(4, 3)
+        wanted = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        seen: list[tuple[bool, bool]] = []
+        run(lambda n=n: torch.mm(torch.ones(1, 3), torch.eye(3), out=out[n : n + 1]) for n in range(4))
+        run(lambda: seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled())) for _ in range(4))
+        assert out.sum() == 12 and set(seen) == {wanted}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_process_has_workers_of_its_own():

@@ -5,22 +5,24 @@ Files are told by what they hold, not by their names. Paths in them are tried be
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastsrgan import table
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.runtime import real
+from fastsrgan.runtime import read_json, real
 
 log = logging.getLogger("fastsrgan")
 
 KINDS = ("sr", "seg")
-MOST_JSON = 64 * 2**20  # bytes of a JSON file that is looked into
+# What other parts rely on, where it is there at all; what a file has of another kind is passed over.
+RECORD = {"warnings": list, "asked": dict, "provenance": dict}
+SCORES = {"files": dict, "notes": list, "segmentation": dict, "gain": dict, "baseline": dict}
+STUDY = {"rows": list, "fit": list}
 
 
 @dataclass
@@ -63,7 +65,7 @@ def find(
     if path.is_dir() and (folder / "log.jsonl").is_file():
         found.run = folder
     demo = documents.get(folder / "demo.json") if path.is_dir() else None
-    if demo is not None and "scores" in demo:
+    if demo is not None and isinstance(demo.get("scores"), dict) and is_scores({"definitions": {}} | demo["scores"]):
         _demo(found, demo)
     else:
         found.results = [_result(p, d) for p, d in documents.items() if is_record(d)]
@@ -73,7 +75,7 @@ def find(
     more = _documents(map(Path, studies))
     for name in set(map(Path, studies)) - {p for p, d in more.items() if is_study(d)}:
         raise InputError(name, "holds no study", "the .json that `fastsrgan study` wrote")
-    found.studies = [d for d in (documents | more).values() if is_study(d)]
+    found.studies = [sound(d, STUDY) for d in (documents | more).values() if is_study(d)]
     for where, document in (given or documents).items():
         if is_scores(document):
             _assign(found.results, document, where, strict=bool(given))
@@ -102,19 +104,24 @@ def is_study(document: Any) -> bool:
     return isinstance(document.get("study"), str)
 
 
+def sound(document: dict[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
+    """A document without the entries that are of another kind than they should be."""
+    return {key: value for key, value in document.items() if isinstance(value, kinds.get(key, object))}
+
+
+def sound_scores(scores: dict[str, Any]) -> dict[str, Any]:
+    """The same of scores, whose figures lie in regions."""
+    scores = sound(scores, SCORES)
+    return scores | {"image": {name: region for name, region in scores["image"].items() if isinstance(region, dict)}}
+
+
 def _documents(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
     """The JSON objects among some files; others are passed over."""
     found = {}
     for path in paths:
-        try:
-            if path.stat().st_size > MOST_JSON:
-                continue
-            value = json.loads(path.read_text(encoding="utf8"))
-        except FileNotFoundError:
-            raise InputError(path, "no such file", "check the path") from None
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
+        if not path.exists():
+            raise InputError(path, "no such file", "check the path")
+        if value := read_json(path):
             found[path] = value
     return found
 
@@ -128,19 +135,19 @@ def _result(path: Path, record: dict[str, Any]) -> Result:
     source = record["input"].get("path")
     if isinstance(source, str) and (there := _near(source, path.parent, path.parent.parent)):
         files["input"] = there
-    return Result(path.stem, record, files)
+    return Result(path.stem, sound(record, RECORD), files)
 
 
 def _near(name: str, *folders: Path) -> Path | None:
     """The file meant by a recorded path: of its name in one of the folders, else where it was."""
     candidates = [folder / Path(name).name for folder in folders] + [Path(name)]
-    return next((c for c in candidates if c.exists() and c.name), None)
+    return next((c for c in candidates if os.path.exists(c) and c.name), None)
 
 
 def _assign(results: list[Result], scores: dict[str, Any], where: Path, strict: bool) -> None:
     """Give scores to the results they are of, by the name of the image they compare."""
     rows = scores["rows"] if isinstance(scores.get("rows"), list) else [scores]
-    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("image"), dict)]
+    rows = [sound_scores(row) for row in rows if isinstance(row, dict) and isinstance(row.get("image"), dict)]
     matched = 0
     for result in results:
         own = result.files.get("sr", Path(result.record["outputs"]["sr"]))
@@ -167,13 +174,15 @@ def _of(row: dict[str, Any], sr: Path) -> bool:
         return False
     if os.path.realpath(named) == os.path.realpath(sr):
         return True
-    return Path(named).name == sr.name and not Path(named).exists()
+    return Path(named).name == sr.name and not os.path.exists(named)
 
 
 def _truth(result: Result, files: dict[str, Any], folder: Path) -> None:
     for kind in ("hr", "label"):
         name = files.get(kind)
-        if isinstance(name, str) and (there := next((p for p in (Path(name), folder / name) if p.is_file()), None)):
+        if isinstance(name, str) and (
+            there := next((p for p in (Path(name), folder / name) if os.path.isfile(p)), None)
+        ):
             result.files[kind] = there
 
 
@@ -185,7 +194,7 @@ def _demo(found: Found, demo: dict[str, Any]) -> None:
     for path, record in _documents(sorted((folder / "out").glob("*.json"))).items():
         if is_record(record):
             result = _result(path, record)
-            result.scores = demo["scores"]
+            result.scores = sound_scores(demo["scores"])
             found.results.append(result)
     if len(found.results) != 1:
         raise InputError(folder, f"its demo holds {len(found.results)} results", "run `fastsrgan demo --overwrite`")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import importlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from fastsrgan.panels import find_panels
-from fastsrgan.runtime import real
+from fastsrgan.runtime import parse_json, read_json, real
 from fastsrgan.viewer.charts import Line, line_chart
 from fastsrgan.viewer.markup import Html, el, join, number, pointer
 from fastsrgan.viewer.sections import card, facts_table, raw
@@ -51,12 +50,9 @@ def read_run(run: Path) -> dict[str, Any]:
     """The facts of a run folder: summary, settings, curves binned to at most 300 points, validations, log faults."""
     rows, faults = [], 0
     for line in (run / "log.jsonl").read_text(encoding="utf8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            faults += 1
-            continue
-        rows += [row] if isinstance(row, dict) else []
+        row = parse_json(line)
+        faults += not row
+        rows += [row] if row else []
     updates = [row for row in rows if isinstance(row.get("update"), int)]
     scores = [row for row in rows if isinstance(row.get("validation"), dict) and isinstance(row.get("epoch"), int)]
     width = -(-len(updates) // BINS) or 1
@@ -71,7 +67,7 @@ def read_run(run: Path) -> dict[str, Any]:
             curve.append(sum(values) / len(values) if values else None)
     return {
         "folder": real(run).name,
-        "summary": _json(run / "summary.json"),
+        "summary": read_json(run / "summary.json") or None,
         "config": _text(run / "config.yaml"),
         "updates": len(updates),
         "updates_per_point": width,
@@ -193,14 +189,6 @@ def _value(value: Any, path: str) -> object:
 
 def _plain(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) else None
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _text(path: Path) -> str:

@@ -218,7 +218,8 @@ def _study_plot(rows: Sequence[Mapping[str, Any]], along: str, figure: str) -> H
         line.sort()
         lines.append(Line(name, [x for x, _ in line], [y for _, y in line], dashed=name == INTERPOLATION))
     for row in rows:  # interpolation has no step
-        mean = (row["figures"].get(figure) or {}).get("mean")
+        told = row["figures"].get(figure)
+        mean = told.get("mean") if isinstance(told, dict) else None
         if along == "step" and row.get("step") is None and _is_number(mean):
             lines.append(Line(str(row.get("model")), [min(ends), max(ends)], [mean, mean], dashed=True))
     lines.sort(key=lambda line: line.dashed)
@@ -263,7 +264,9 @@ def _get(tree: Any, keys: Sequence[object]) -> Any:
 
 
 def _grid(shape: Any, spacing: Any) -> str | None:
-    parts = [" × ".join(f"{v:g}" if _is_number(v) else str(v) for v in p) for p in (shape, spacing) if p]
+    parts = [
+        " × ".join(f"{v:g}" if _is_number(v) else str(v) for v in p) for p in (shape, spacing) if isinstance(p, list)
+    ]
     return " voxels of ".join(parts) + " mm" if len(parts) == 2 else None
 
 

@@ -31,7 +31,8 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
 
     What is missing, unreadable or no longer the same is said in ``warnings``.
     """
-    series = result.record["input"].get("series")
+    series, which = (result.record["input"].get(key) for key in ("series", "volume"))
+    series, which = series if isinstance(series, str) else None, which if isinstance(which, int) else None
 
     def read(kind: str, name: str) -> Volume | None:
         path = result.files.get(kind)
@@ -44,7 +45,7 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
                 if any_image.sha256(path, series) != result.record["input"].get("sha256"):
                     warnings.append(f"{name} {path} is not the file that the result was made of, and is not shown")
                     return None
-                return any_image.load_any(path, series=series, volume=result.record["input"].get("volume"))
+                return any_image.load_any(path, series=series, volume=which)
             return images.load_label(path) if kind in ("seg", "label") else images.load(path)
         except FastsrganError as error:
             warnings.append(f"{name} is not shown: {error}")
