@@ -33,7 +33,7 @@ from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate_cohort import Item, evaluate_items, low_resolution
 from fastsrgan.infer_files import SomeFailed, infer_files
 from fastsrgan.ranks import ALONE, Ranks
-from fastsrgan.runtime import QUIET, Progress, atomic_write, finite, output_folder, read_json, real, write_json
+from fastsrgan.runtime import QUIET, Progress, atomic_write, finite, mapping, output_folder, read_json, real, write_json
 
 log = logging.getLogger("fastsrgan")
 
@@ -127,11 +127,12 @@ def _check_same(out: Path, done: Sequence[BidsImage], weights: Any, options: dic
     now = [weight_files.info(source)["sha256"] for source in sources]
     for image in done:
         target = sidecar(out / image.derived("sr"))
-        record = read_json(target).get(RECORD, {})
-        model = record.get("weights", {})
-        differing = ["weights"] * ([one.get("sha256") for one in model.get("averaged", [model])] != now)
-        differing += ["image"] * (record.get("input", {}).get("sha256") != images.sha256(image.path))
-        then = UNSAID | record.get("asked", {})
+        record = mapping(read_json(target).get(RECORD))
+        model = mapping(record.get("weights"))
+        models = model["averaged"] if isinstance(model.get("averaged"), list) else [model]
+        differing = ["weights"] * ([mapping(one).get("sha256") for one in models] != now)
+        differing += ["image"] * (mapping(record.get("input")).get("sha256") != images.sha256(image.path))
+        then = UNSAID | mapping(record.get("asked"))
         asked = finite({SAID_AS.get(key, key): value for key, value in options.items()})
         differing += [k for k, v in asked.items() if k in then and k not in ("batch", "device") and then[k] != v]
         if differing:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastsrgan.errors import InputError
-from fastsrgan.runtime import read_json
+from fastsrgan.runtime import mapping, read_json
 
 VERSION = "1.10.0"
 DESCRIPTION = "dataset_description.json"
@@ -134,9 +134,10 @@ def check_derivatives(root: str | os.PathLike) -> list[str]:
     faults = [f"{DESCRIPTION}: no {key}" for key in ("Name", "BIDSVersion", "GeneratedBy") if not said.get(key)]
     if said.get("DatasetType") != "derivative":
         faults.append(f"{DESCRIPTION}: DatasetType is not derivative")
-    if not all(isinstance(by, dict) and by.get("Name") for by in said.get("GeneratedBy") or ()):
+    makers = said.get("GeneratedBy") or []
+    if not isinstance(makers, list) or not all(mapping(by).get("Name") for by in makers):
         faults.append(f"{DESCRIPTION}: GeneratedBy without a Name")
-    links = said.get("DatasetLinks", {})
+    links = {name: str(link) for name, link in mapping(said.get("DatasetLinks")).items()}
     for path in sorted(root.glob("sub-*/**/*.nii.gz")):
         faults += [f"{path.relative_to(root)}: {fault}" for fault in _image_faults(root, path, links)]
     return faults
@@ -157,7 +158,9 @@ def _image_faults(root: Path, path: Path, links: dict[str, str]) -> list[str]:
     meta = read_json(sidecar(path))
     required = ["Sources", "SpatialReference"] + ["SkullStripped"] * (image.suffix in SUFFIXES)
     faults += [f"its JSON has no {key}" for key in required if key not in meta]
-    faults += [f"source {uri} is not there" for uri in meta.get("Sources", []) if not _resolves(root, uri, links)]
+    sources = meta.get("Sources", [])
+    sources = [str(uri) for uri in sources] if isinstance(sources, list) else [str(sources)]
+    faults += [f"source {uri} is not there" for uri in sources if not _resolves(root, uri, links)]
     if image.suffix == "dseg" and not sidecar(path).with_suffix(".tsv").exists():
         faults.append("no table of its labels beside it")
     return faults

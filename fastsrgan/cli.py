@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ from typing import NoReturn
 from fastsrgan._version import __version__
 from fastsrgan.cli_infer import print_json
 from fastsrgan.console import error_line, open_console, table
-from fastsrgan.errors import FastsrganError, ResourceError, UsageError
+from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError
 from fastsrgan.interrupts import SAID, Interrupts, Terminated
 from fastsrgan.runtime import Progress
 
@@ -279,7 +280,10 @@ def failed(error: BaseException) -> int:
         error_line(f"memory: not enough ({str(error) or 'use a smaller patch, batch or volume'})")
         return 5
     if isinstance(error, OSError):
-        place = ResourceError(error.filename or "system", error.strerror or str(error), "check the path and its disk")
+        told = (error.filename or "system", error.strerror or str(error))
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOENT):
+            return failed(InputError(*told, "check the path"))
+        place = ResourceError(*told, "check the path and its disk")
         error_line(str(place))
         return place.exit_code
     error_line(f"internal: {type(error).__name__}: {error} (please report it with the output of --debug)")

@@ -99,6 +99,8 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         target = getattr(args, option)
         if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
             raise UsageError(f"--{option}", f"{Path(target).parent}: no such folder", "create it first")
+        if target not in (None, "-") and Path(target).is_dir():
+            raise UsageError(f"--{option}", f"{target} is a folder", "name a file")
         if target not in (None, "-"):
             output_folder(Path(target).absolute().parent)
     if pair:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 import time
 from typing import Any
@@ -15,11 +16,12 @@ from rich.progress import Progress as RichProgress
 from fastsrgan.runtime import QUIET, Progress
 
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def shown(facts: dict[str, Any]) -> str:
     """Live values in a few characters: "rec 0.0213  W -0.41"."""
-    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items())
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {plain(str(v))}" for k, v in facts.items())
 
 
 class TerminalProgress:
@@ -35,17 +37,17 @@ class TerminalProgress:
         self.finish()
         self.facts = {}
         self.bar = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}  {task.fields[rate]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", markup=False),
             console=self.console,
             refresh_per_second=4,
         )
         self.began = time.perf_counter()
-        self.task = self.bar.add_task(label, total=total, unit=unit, rate="", facts="")
+        self.task = self.bar.add_task(plain(label), total=total, unit=unit, rate="", facts="")
         self.bar.start()
 
     def advance(self, n: int = 1, **facts: Any) -> None:
@@ -73,7 +75,7 @@ class PlainProgress:
 
     def start(self, label: str, total: int, unit: str) -> None:
         """Begin counting."""
-        self.label, self.total, self.unit, self.done = label, total, unit, 0
+        self.label, self.total, self.unit, self.done = plain(label), total, unit, 0
         self.began = self.told = time.perf_counter()
         self.facts: dict[str, Any] = {}
 
@@ -105,7 +107,7 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         word = {"INFO": "note", "WARNING": "warning"}.get(record.levelname, record.levelname.lower())
-        self.console.print(f"{word}: {record.getMessage()}", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(f"{word}: {plain(record.getMessage())}", markup=False, highlight=False, soft_wrap=True)
 
 
 def open_console(quiet: bool, debug: bool) -> Progress:
@@ -135,9 +137,14 @@ def _other_warnings(debug: bool, handler: logging.Handler) -> None:
         theirs.propagate = False
 
 
+def plain(text: str) -> str:
+    """Text without what moves a terminal's cursor, colours it or turns its letters: names of files may hold that."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def error_line(text: str) -> None:
     """The one line that ends a failed command."""
-    sys.stderr.write(f"error: {' '.join(text.split())}\n")
+    sys.stderr.write(f"error: {plain(' '.join(text.split()))}\n")
     sys.stderr.flush()
 
 

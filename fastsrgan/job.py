@@ -27,7 +27,7 @@ from fastsrgan.errors import FastsrganError, PartialFailure, ResourceError, Usag
 from fastsrgan.geometry import Volume
 from fastsrgan.infer import check_settings
 from fastsrgan.networks import Generator
-from fastsrgan.runtime import QUIET, Progress, read_json
+from fastsrgan.runtime import QUIET, Progress, mapping, read_json
 from fastsrgan.table import read_list
 
 log = logging.getLogger("fastsrgan")
@@ -306,7 +306,7 @@ def _finished(task: Task, tag: str, setup: _Setup) -> bool:
     if setup.overwrite or "outputs" not in record:
         return False
     now = runtime.finite(_identity(task, setup))
-    then = record["made_with"] if isinstance(record.get("made_with"), dict) else {}
+    then = mapping(record.get("made_with"))
     differing = [key for key, value in now["made_with"].items() if then.get(key) != value]
     differing += ["image"] * (record.get("sha256") != now["sha256"])
     if differing:

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fastsrgan.errors import ResourceError
+from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.units import human
 
 log = logging.getLogger("fastsrgan")
@@ -91,6 +91,8 @@ def disk_error(error: OSError, path: Path) -> Exception:
         return ResourceError(path, "cannot be written", "check the permissions or choose another folder")
     if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EINVAL):
         return ResourceError(path, f"cannot be written: {(error.strerror or '').lower()}", "choose another folder")
+    if error.errno == errno.EISDIR:
+        return ResourceError(path, "is a folder", "name a file")
     if error.errno == errno.ENOENT and path.parent.is_dir():
         return ResourceError(path, "cannot be written here", "choose another folder")
     if error.errno in (errno.ENOTDIR, errno.EEXIST) or (error.errno == errno.ENOENT and not path.parent.is_dir()):
@@ -124,7 +126,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def output_folder(path: str | os.PathLike) -> Path:
-    """Create ``path`` if need be and make sure that a file can be written there, before any work starts."""
+    """Create ``path`` if need be and make sure that a file can be written there, before any work starts.
+
+    Raises ResourceError, and UsageError for a URL.
+    """
+    if url := url_of(path):
+        raise UsageError(url, "is a URL, this is written to a folder", "name a folder")
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -149,8 +156,8 @@ def is_special(path: str | os.PathLike) -> bool:
 
 def url_of(path: str | os.PathLike) -> str | None:
     """The URL that a path was before it was taken for a path, which leaves one slash of two; None where it was none."""
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+:)/+(.*)", os.fspath(path))
-    return f"{found[1]}//{found[2]}" if found else None
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+:)(?:/+(.*))?$", os.fspath(path))
+    return f"{found[1]}//{found[2] or ''}" if found else None
 
 
 def real(path: str | os.PathLike) -> Path:
@@ -175,13 +182,18 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         return {}
 
 
+def mapping(value: Any) -> dict[str, Any]:
+    """A value that should be a JSON object; empty where it is none."""
+    return value if isinstance(value, dict) else {}
+
+
 def parse_json(text: str | bytes) -> dict[str, Any]:
     """The JSON object that a text is; empty where it is none, whatever it is."""
     try:
         value = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 300 else float(digits))
     except (ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return mapping(value)
 
 
 def finite(value: Any) -> Any:

@@ -27,7 +27,7 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """
     path = run / LOG if run.is_dir() else run
     try:
-        lines = path.read_text(encoding="utf8").splitlines()
+        lines = path.read_text(encoding="utf8", errors="replace").splitlines()
     except OSError as error:
         raise InputError(path, "cannot be read", "name the folder of a training run") from error
     rows = []

@@ -44,7 +44,7 @@ class RunLog:
         """Forget what lies after a snapshot that a resumed run starts from."""
         if self.path.exists():
             kept = []
-            for line in self.path.read_text(encoding="utf8").splitlines():
+            for line in self.path.read_text(encoding="utf8", errors="replace").splitlines():
                 row = parse_json(line)
                 at, of = row.get("update", 0), row.get("epoch")
                 if not isinstance(at, int) or not isinstance(of, int):

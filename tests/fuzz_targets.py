@@ -38,6 +38,8 @@ from fastsrgan import (
     trainlog,
     weights,
 )
+from fastsrgan.bids import evaluate_bids, infer_bids
+from fastsrgan.bids_names import check_derivatives
 from fastsrgan.errors import FastsrganError
 from fastsrgan.evaluate import evaluate_files
 from fastsrgan.image_list import find_images
@@ -389,7 +391,45 @@ def records_read(case: Path) -> None:
     )
 
 
+BIDS = ("case/dataset_description.json", "case/sub-01/anat/sub-01_desc-sr_T1w.json", "sub-01/anat/sub-01_T1w.json")
+
+
+def bids_prepare(folder: Path) -> None:
+    """A dataset of one image, and the derivatives made of it."""
+    raw = folder / "seed"
+    (raw / "sub-01/anat").mkdir(parents=True)
+    images.save(raw / "sub-01/anat/sub-01_T1w.nii.gz", nifti_files.HEAD, nifti_files.rigid((1.0, 1.0, 3.0)))
+    write_json(raw / "sub-01/anat/sub-01_T1w.json", {"SkullStripped": False})
+    network = weights.save_generator(folder / "w.safetensors", build_generator(GeneratorSpec(kernel=1)).eval())
+    infer_bids(raw, raw / "case", network, patch=8, step=8, device="cpu")
+
+
+def bids_damage(folder: Path, chance: random.Random) -> Path:
+    """One of the JSON files changed."""
+    case = folder / "raw"
+    shutil.rmtree(case, ignore_errors=True)
+    shutil.copytree(folder / "seed", case)
+    path = case / chance.choice(BIDS)
+    text = path.read_text(encoding="utf8")
+    if chance.random() < 0.2:
+        text = mutate.text_of(text, chance)
+    else:
+        text = json.dumps(mutate.value_of(json.loads(text), chance))
+    path.write_text(text, encoding="utf8", errors="replace")
+    return case
+
+
+def bids_read(raw: Path) -> None:
+    network = raw.parent / "w.safetensors"
+    tried(
+        lambda: infer_bids(raw, raw / "case", network, patch=8, step=8, device="cpu", resume=True),
+        lambda: evaluate_bids(raw / "case", raw),
+        lambda: check_derivatives(raw / "case"),
+    )
+
+
 TARGETS = {
+    "bids": Target(bids_prepare, bids_damage, bids_read),
     "records": Target(records_prepare, records_damage, records_read),
     "nifti": Target(nifti_prepare, nifti_damage, nifti_read),
     "dicom": Target(dicom_prepare, dicom_damage, lambda p: tried(lambda: finite(any_image.load_any(p)))),

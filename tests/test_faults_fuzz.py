@@ -256,3 +256,20 @@ def test_a_volume_that_a_record_names_is_a_number(records):
     record["input"] |= {"volume": "0", "series": []}
     (case / "case.json").write_text(json.dumps(record), encoding="utf8")
     fuzz_targets.records_read(case)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("case/dataset_description.json", {"GeneratedBy": 5, "DatasetLinks": {"raw": [1]}}),
+        ("case/dataset_description.json", {"GeneratedBy": [5], "DatasetLinks": True}),
+        ("case/sub-01/anat/sub-01_desc-sr_T1w.json", {"Sources": 5, "fastsrgan": [1]}),
+        ("case/sub-01/anat/sub-01_desc-sr_T1w.json", {"Sources": [{}, None], "fastsrgan": {"weights": 5, "asked": 5}}),
+    ],
+)
+def test_datasets_that_others_changed(tmp_path, name, change):
+    """Found as `bids` cases 145 to 4315: ended in TypeError or AttributeError."""
+    fuzz_targets.bids_prepare(tmp_path)
+    path = tmp_path / "seed" / name
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf8")) | change), encoding="utf8")
+    fuzz_targets.bids_read(tmp_path / "seed")

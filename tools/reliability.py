@@ -96,7 +96,7 @@ Made by `python tools/reliability.py` from the tests, which make each fault them
 out of date. `pytest -m fault` runs them. Codes are public: see "Exit codes" in the [README](../README.md). An error
 is one line on standard error, `error: WHAT: REASON (HINT)`: what came, what is allowed, what to do. Nothing
 half-written has its final name.
-Untrusted files: [SECURITY.md](../SECURITY.md).
+What the commands say, word for word: [errors.md](errors.md). Untrusted files: [SECURITY.md](../SECURITY.md).
 
 | # | fault | promised | tests | simulated |
 |---|---|---|---|---|
@@ -105,8 +105,9 @@ Untrusted files: [SECURITY.md](../SECURITY.md).
 FUZZ = """
 ## Fuzzing
 
-`make fuzz MINUTES=60` damages images, DICOM series, weights, snapshots, stores, tables and settings, seeded and aware
-of their structure, and reads them with limits on time and memory. A case may end in success or in a one-line error.
+`make fuzz MINUTES=60` damages images, DICOM series, weights, snapshots, stores, tables, settings, datasets (BIDS), and
+the records, scores, studies and logs of earlier calls, seeded and aware of their structure, and reads them with limits
+on time and memory. A case may end in success or in a one-line error.
 Where atheris is installed (`pip install atheris`) the damage is drawn from inputs that grow by the code they reach;
 elsewhere by number alone. `ENGINE=plain` or `ENGINE=atheris` chooses.
 `make test` reads the first cases of each target; what was found once is a test in `tests/test_faults_fuzz.py`.

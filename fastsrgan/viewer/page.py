@@ -70,6 +70,8 @@ def report(
     if hr and len(found.results) != 1:
         raise UsageError("--hr", f"one truth for {len(found.results)} results", "--scores with the JSON of evaluate")
     target = Path(out) if out is not None else found.folder / NAME
+    if target.is_dir():
+        raise UsageError(target, "is a folder", f"name the page: -o {target / NAME}")
     many = len(found.results) > 1
     names = [cohort.page_name(r.stem, target) for r in found.results] if many else []
     standing = [p for p in [target, *(target.parent / n for n in names)] if p.exists()]
