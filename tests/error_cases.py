@@ -6,18 +6,14 @@ of a command. Names are relative, so that the messages are the same wherever the
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
 import pickle
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import h5py
-import nibabel as nib
 import numpy as np
+from damage import Canary, bomb, claims_64_tib, cut, flip, keras_with, strange_state
 from nifti_files import HEAD, qform_fields, rigid, write
 
 from fastsrgan import checkpoint, weights
@@ -25,7 +21,6 @@ from fastsrgan.cli import main
 from fastsrgan.networks import GeneratorSpec, build_generator
 from fastsrgan.store_files import MANIFEST
 
-GOLDEN = Path(__file__).parent / "golden" / "weights_residual_mask3.h5"
 HEADER = "HR_image,Label_image,Base\n"
 INFER = ["infer", "scan.nii.gz", "-o", "out", "-w", "w.safetensors"]
 TRAIN = ["train", "cohort.zarr", "-o", "run", "--config", "c.yaml"]
@@ -66,41 +61,14 @@ def image(row: int, what: str, data: np.ndarray = HEAD, affine: np.ndarray | Non
     CASES.append((row, what, make))
 
 
-def damaged(row: int, what: str, spoil: Callable[[bytearray], bytes | bytearray]) -> None:
+def damaged(row: int, what: str, spoil: Callable[[Path], object]) -> None:
     """Add a case whose fault is an image whose bytes were changed."""
 
     def make() -> Words:
-        write("scan.nii.gz", HEAD, rigid((1.0, 1, 3)))
-        Path("scan.nii.gz").write_bytes(spoil(bytearray(Path("scan.nii.gz").read_bytes())))
+        spoil(write("scan.nii.gz", HEAD, rigid((1.0, 1, 3))))
         return INFER
 
     CASES.append((row, what, make))
-
-
-def flipped(raw: bytearray, at: int) -> bytearray:
-    """One byte changed."""
-    raw[at] ^= 0x55
-    return raw
-
-
-def claims(sizes: tuple[int, int, int]) -> Callable[[bytearray], bytes]:
-    """A header that declares other sizes."""
-
-    def spoil(raw: bytearray) -> bytes:
-        block = bytearray(gzip.decompress(raw))
-        block[42:48] = np.array(sizes, "<i2").tobytes()
-        return gzip.compress(bytes(block), mtime=0)
-
-    return spoil
-
-
-def bomb(_: bytearray) -> bytes:
-    """0.7 MB that are 675 MB."""
-    block = nib.Nifti1Header()
-    block.set_data_dtype(np.int16)
-    block.set_data_shape((704, 704, 714))
-    block["vox_offset"], block["magic"] = 352, b"n+1"
-    return gzip.compress(block.binaryblock + bytes(4), mtime=0) + gzip.compress(bytes(15 << 20), 9, mtime=0) * 45
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
@@ -114,11 +82,13 @@ line(0, "a URL for an image", *INFER[:1], "https://example.org/scan.nii.gz", *IN
 
 # --- images -------------------------------------------------------------------------------------------------------
 
-damaged(1, "cut off", lambda raw: raw[:-40])
-damaged(1, "nothing in it", lambda raw: b"")
-damaged(1, "a web page in place of the download", lambda raw: b"<!DOCTYPE html><title>Please log in</title>")
-damaged(2, "a checksum that does not fit", lambda raw: flipped(raw, -7))
-damaged(3, "a header that claims 64 TiB", claims((32767, 32767, 32767)))
+damaged(1, "cut off", lambda path: cut(path, -40))
+damaged(1, "nothing in it", lambda path: path.write_bytes(b""))
+damaged(
+    1, "a web page in place of the download", lambda path: path.write_bytes(b"<!DOCTYPE html><title>Log in</title>")
+)
+damaged(2, "a checksum that does not fit", lambda path: flip(path, -7))
+damaged(3, "a header that claims 64 TiB", claims_64_tib)
 damaged(4, "a gzip bomb", bomb)
 image(5, "a NaN", np.where(np.arange(HEAD.size).reshape(HEAD.shape) == 9, np.nan, HEAD).astype(np.float32))
 image(6, "all NaN", np.full((3, 4, 5), np.nan, np.float32))
@@ -165,8 +135,8 @@ line(14, "no such table", "convert", "cohrt.csv", "new.zarr")
 
 @case(15, "one of three")
 def _one_of_three() -> Words:
-    damaged_path = Path("cut.nii.gz")
-    damaged_path.write_bytes(Path("scan1.nii.gz").read_bytes()[:-40])
+    shutil.copyfile("scan1.nii.gz", "cut.nii.gz")
+    cut(Path("cut.nii.gz"), -40)
     return ["infer", "scan0.nii.gz", "cut.nii.gz", "scan2.nii.gz", *INFER[2:], "--patch", "16", "--step", "16"]
 
 
@@ -184,8 +154,8 @@ def bad_weights(row: int, what: str, make: Callable[[Path], object], name: str =
 
 
 def _half(path: Path) -> None:
-    raw = Path("w.safetensors").read_bytes()
-    path.write_bytes(raw[: len(raw) // 2])
+    shutil.copyfile("w.safetensors", path)
+    cut(path, path.stat().st_size // 2)
 
 
 def _nan(path: Path) -> None:
@@ -194,43 +164,14 @@ def _nan(path: Path) -> None:
     weights.save_generator(path, network)
 
 
-def _other_architecture(path: Path) -> None:
-    _edited(path, lambda file: file.create_dataset("G/G_gen_conv2/kernel:0", data=np.zeros((3, 3, 3, 2, 9), "f4")))
-
-
-def _edited(path: Path, change: Callable[[h5py.File], object]) -> None:
-    shutil.copyfile(GOLDEN, path)
-    with h5py.File(path, "r+") as file:
-        del file["G/G_gen_conv2/kernel:0"]
-        change(file)
-
-
-def _link(file: h5py.File) -> None:
-    file["G/G_gen_conv2/kernel:0"] = h5py.ExternalLink("/etc/passwd", "/x")
-
-
-class Canary:
-    """Unpickling it makes a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("canary",)
-
-
 bad_weights(16, "cut off", _half)
-bad_weights(16, "of another architecture", _other_architecture, "bad.h5")
+bad_weights(16, "of another architecture", lambda path: keras_with(path, "another shape"), "bad.h5")
 bad_weights(16, "NaN", _nan)
 bad_weights(16, "no weights at all", lambda path: shutil.copyfile("scan0.nii.gz", path))
 line(16, "a URL", "infer", "scan0.nii.gz", "-o", "out", "-w", "https://example.org/w.h5")
-bad_weights(17, "a pickle", lambda path: path.write_bytes(pickle.dumps(Canary())), "bad.pt")
-bad_weights(
-    18,
-    "4 TiB",
-    lambda path: _edited(
-        path, lambda f: f.create_dataset("G/G_gen_conv2/kernel:0", shape=(3, 3, 3, 2, 2**40 // 54), dtype="f4")
-    ),
-    "bad.h5",
-)
-bad_weights(18, "a link to another file", lambda path: _edited(path, _link), "bad.h5")
+bad_weights(17, "a pickle", lambda path: path.write_bytes(pickle.dumps(Canary(Path("canary")))), "bad.pt")
+bad_weights(18, "4 TiB", lambda path: keras_with(path, "4 TiB"), "bad.h5")
+bad_weights(18, "a link to another file", lambda path: keras_with(path, "a link"), "bad.h5")
 
 
 def settings(what: str, text: str) -> None:
@@ -251,7 +192,7 @@ settings("a value out of range", "new_low_res: [1, 1, 3]\nbatch_size: 0\n")
 def _snapshot() -> Words:
     assert main(["--quiet", *TRAIN]) == 0
     state = checkpoint.newest(Path("run")) / "state.pt"
-    state.write_bytes(flipped(bytearray(state.read_bytes()), state.stat().st_size // 2))
+    flip(state, state.stat().st_size // 2)
     return [*TRAIN, "--resume"]
 
 
@@ -272,7 +213,7 @@ def _results() -> Words:
 def _chunks() -> Words:
     shutil.copytree("cohort.zarr", "hurt.zarr")
     shard = Path("hurt.zarr/sub-0/image/c/0/0/0")
-    shard.write_bytes(flipped(bytearray(shard.read_bytes()), shard.stat().st_size // 3))
+    flip(shard, shard.stat().st_size // 3)
     Path("hurt.zarr/sub-1/label/c/0/0/0").unlink()
     return ["verify", "hurt.zarr"]
 
@@ -309,14 +250,7 @@ line(42, "a device that is not there", *INFER[:1], "scan0.nii.gz", *INFER[2:], "
 def _strangers_state() -> Words:
     words = ["train", "cohort.zarr", "-o", "theirs", "--config", "c.yaml"]
     assert main(["--quiet", *words]) == 0
-    snapshot = checkpoint.newest(Path("theirs"))
-    with zipfile.ZipFile(snapshot / "state.pt", "w") as archive:
-        archive.writestr("state/data.pkl", pickle.dumps({"models": Canary()}))
-        archive.writestr("state/version", "3")
-    listed = checkpoint.manifest(snapshot)
-    size, digest = (snapshot / "state.pt").stat().st_size, checkpoint.sha256(snapshot / "state.pt")
-    listed["files"]["state.pt"] = {"bytes": size, "sha256": digest}
-    (snapshot / checkpoint.MANIFEST).write_text(json.dumps(listed), encoding="utf8")
+    strange_state(Path("theirs"), Path("canary"))
     return [*words, "--resume"]
 
 

@@ -57,6 +57,13 @@ def value_of(value: Any, chance: random.Random) -> Any:
     return value
 
 
+def json_of(text: str, chance: random.Random) -> str:
+    """The text of a JSON document, damaged: mostly its values, at times its letters."""
+    if chance.random() < 0.2:
+        return text_of(text, chance)
+    return json.dumps(value_of(json.loads(text), chance))
+
+
 def _places(value: Any) -> Any:
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in pairs:

@@ -361,15 +361,13 @@ def records_damage(folder: Path, chance: random.Random) -> Path:
     shutil.copytree(folder / "seed", case)
     path = case / chance.choice(RECORDS)
     text = path.read_text(encoding="utf8")
-    if chance.random() < 0.2:
-        text = mutate.text_of(text, chance)
-    elif path.suffix == ".jsonl":
+    if path.suffix == ".jsonl":
         lines = text.splitlines()
         at = chance.randrange(len(lines))
-        lines[at] = json.dumps(mutate.value_of(json.loads(lines[at]), chance))
+        lines[at] = mutate.json_of(lines[at], chance)
         text = "\n".join(lines)
     else:
-        text = json.dumps(mutate.value_of(json.loads(text), chance))
+        text = mutate.json_of(text, chance)
     path.write_text(text, encoding="utf8", errors="replace")
     return case
 
@@ -410,12 +408,7 @@ def bids_damage(folder: Path, chance: random.Random) -> Path:
     shutil.rmtree(case, ignore_errors=True)
     shutil.copytree(folder / "seed", case)
     path = case / chance.choice(BIDS)
-    text = path.read_text(encoding="utf8")
-    if chance.random() < 0.2:
-        text = mutate.text_of(text, chance)
-    else:
-        text = json.dumps(mutate.value_of(json.loads(text), chance))
-    path.write_text(text, encoding="utf8", errors="replace")
+    path.write_text(mutate.json_of(path.read_text(encoding="utf8"), chance), encoding="utf8", errors="replace")
     return case
 
 

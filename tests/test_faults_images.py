@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from nifti_files import HEAD, header_of, qform_fields, rigid, write
+from damage import bomb, claims_64_tib, cut, flip
+from nifti_files import HEAD, qform_fields, rigid, write
 
 from fastsrgan import images, weights
 from fastsrgan.cli import main
@@ -32,27 +32,6 @@ def call(capsys, *words: object) -> tuple[int, str]:
     """Exit code and standard error of a command."""
     code = main(["--quiet", *map(str, words)])
     return code, capsys.readouterr().err
-
-
-def cut(path: Path, keep: int) -> None:
-    path.write_bytes(path.read_bytes()[:keep])
-
-
-def flip(path: Path, at: int) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[at] ^= 0x55
-    path.write_bytes(raw)
-
-
-def claims_64_tib(path: Path) -> None:
-    block = header_of((1, 1, 1), "i2", rigid(), dim=(slice(1, 4), (32767, 32767, 32767)))
-    path.write_bytes(gzip.compress(block + bytes(100)))
-
-
-def bomb(path: Path) -> None:
-    """0.7 MB that are 675 MB."""
-    piece = gzip.compress(bytes(15 * MIB), 9)
-    path.write_bytes(gzip.compress(header_of((704, 704, 714), "i2", rigid()) + bytes(4)) + piece * 45)
 
 
 # fault of FAULTS.md -> (what is done to a good file, words of the message)

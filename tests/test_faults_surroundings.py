@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import SETTINGS, TILES, Command, call, command, litter, make_work, one_line
+from damage import bomb, claims_64_tib
 from nifti_files import HEAD, write
-from test_faults_images import bomb, claims_64_tib
 
 from fastsrgan import images
 from fastsrgan.store import open_store

@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import pickle
 import shutil
 import struct
@@ -16,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from damage import Canary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -346,16 +346,6 @@ def test_a_folder_without_snapshots(tmp_path):
 
 
 # --- files that are something else --------------------------------------------------------------------------------
-
-
-class Canary:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 @pytest.mark.fault(17)
