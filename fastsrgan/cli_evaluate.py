@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fastsrgan.cli_infer import print_json
 from fastsrgan.console import table
 from fastsrgan.errors import PartialFailure, UsageError
-from fastsrgan.runtime import Progress, output_folder
+from fastsrgan.runtime import Progress, output_file, output_folder
 
 PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg")
 # Figures of the table with one line per subject: heading, section, key.
@@ -97,12 +96,8 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         raise UsageError("--bids", "two folders are needed", "fastsrgan evaluate --bids DERIVATIVES DATASET")
     for option in ("csv", "json", "png"):  # before the work, not after it
         target = getattr(args, option)
-        if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
-            raise UsageError(f"--{option}", f"{Path(target).parent}: no such folder", "create it first")
-        if target not in (None, "-") and Path(target).is_dir():
-            raise UsageError(f"--{option}", f"{target} is a folder", "name a file")
-        if target not in (None, "-"):
-            output_folder(Path(target).absolute().parent)
+        if target not in (None, "-"):  # pictures of a cohort fill a folder
+            output_folder(target) if option == "png" and not pair else output_file(target)
     if pair:
         from fastsrgan.evaluate import evaluate_files
 

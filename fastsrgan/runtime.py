@@ -145,6 +145,23 @@ def output_folder(path: str | os.PathLike) -> Path:
     return path
 
 
+def output_file(path: str | os.PathLike) -> Path:
+    """Make sure that a file can be written in its folder, before any work starts.
+
+    Raises UsageError for a folder or a URL, ResourceError where the folder is missing or cannot be written.
+    """
+    path = Path(path)
+    if url := url_of(path):
+        raise UsageError(url, "is a URL, this is written to a file", "name a file")
+    if os.path.isdir(path):
+        raise UsageError(path, "is a folder", f"name a file, {path / 'NAME'}")
+    folder = path.absolute().parent
+    if not os.path.isdir(folder):
+        raise ResourceError(path, "its folder is missing or is a file", "create the folder or choose another one")
+    output_folder(folder)
+    return path
+
+
 def is_special(path: str | os.PathLike) -> bool:
     """Whether a path is a pipe, a device or a socket, of which reading may never end; False for what is not there."""
     try:

@@ -233,9 +233,13 @@ def test_one_pair_as_csv(files, tmp_path):
         (["--sr", "a.nii"], "--sr and --hr"),
         (["a", "b", "--table", "t.csv"], "two folders"),
         (["--bids", "--table", "t.csv"], "two folders are needed"),
-        (["--table", "t.csv", "--csv", "no/where.csv"], "no such folder"),
     ],
 )
 def test_forms_that_exclude_each_other_are_told(words, told, capsys):
     assert main(["--quiet", "evaluate", *words]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_place_for_the_figures_that_is_not_there_is_told_before_the_table_is_read(capsys):
+    assert main(["--quiet", "evaluate", "--table", "t.csv", "--csv", "no/where.csv"]) == 5
+    assert "no/where.csv: its folder is missing" in capsys.readouterr().err

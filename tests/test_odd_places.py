@@ -215,15 +215,23 @@ def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
     one_line(done.stderr, "current folder", "cd to another one")
 
 
+PLACES = {"file/e.json": 5, "none/e.json": 5, "folder": 2, "https://host/e.json": 2}
+
+
 @pytest.mark.fault(25)
-def test_figures_that_could_not_be_written_are_refused_before_they_are_made(work, tmp_path, capsys, monkeypatch):
-    scan = work / "scan0.nii.gz"
-    refused = ResourceError("folder", "cannot be written", "choose another")
-    monkeypatch.setattr("fastsrgan.cli_evaluate.output_folder", lambda _: (_ for _ in ()).throw(refused))
+@pytest.mark.parametrize("place", PLACES)
+def test_files_that_could_not_be_written_are_refused_before_they_are_made(work, tmp_path, capsys, monkeypatch, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    scan, results = work / "scan0.nii.gz", tmp_path / "results"
+    assert call(capsys, *infer(work, results, scan))[0] == 0
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fastsrgan.evaluate.evaluate_files", lambda **_: pytest.fail("it was computed first"))
-    code, _, told = call(capsys, "evaluate", "--sr", scan, "--hr", scan, "--json", tmp_path / "e.json")
-    assert code == 5
-    one_line(told, "cannot be written")
+    monkeypatch.setattr("fastsrgan.viewer.page.single_page", lambda *_, **__: pytest.fail("it was drawn first"))
+    for words in (("evaluate", "--sr", scan, "--hr", scan, "--json", place), ("report", results, "-o", place)):
+        code, _, told = call(capsys, *words)
+        assert code == PLACES[place], told
+        one_line(told, f"error: {place}: ")
 
 
 def test_a_link_to_itself_is_no_dataset(tmp_path, capsys):

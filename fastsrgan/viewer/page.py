@@ -20,7 +20,7 @@ from fastsrgan._version import __version__
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import evaluate_pair, onto_grid
 from fastsrgan.geometry import Volume
-from fastsrgan.runtime import QUIET, Progress, atomic_write, finite
+from fastsrgan.runtime import QUIET, Progress, atomic_write, finite, output_file
 from fastsrgan.viewer import cohort, curves, sections, stage
 from fastsrgan.viewer.collect import Found, Result, find
 from fastsrgan.viewer.markup import Html, data_block, el, join, number, pointer, source_hash
@@ -70,8 +70,7 @@ def report(
     if hr and len(found.results) != 1:
         raise UsageError("--hr", f"one truth for {len(found.results)} results", "--scores with the JSON of evaluate")
     target = Path(out) if out is not None else found.folder / NAME
-    if target.is_dir():
-        raise UsageError(target, "is a folder", f"name the page: -o {target / NAME}")
+    output_file(target)
     many = len(found.results) > 1
     names = [cohort.page_name(r.stem, target) for r in found.results] if many else []
     standing = [p for p in [target, *(target.parent / n for n in names)] if p.exists()]
