@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from fastsrgan._version import __version__
 from fastsrgan.cli_infer import print_json
-from fastsrgan.console import error_line, open_console, table
+from fastsrgan.console import error_line, open_console, plain, say, table
 from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError
 from fastsrgan.interrupts import SAID, Interrupts, Terminated
 from fastsrgan.runtime import Progress
@@ -149,7 +149,7 @@ def _convert(args: argparse.Namespace, progress: Progress) -> int:
     )
     for subject, warnings in result["warnings"].items():
         for text in warnings:
-            print(f"warning: {subject}: {text}", file=sys.stderr)
+            print(plain(f"warning: {subject}: {text}"), file=sys.stderr)
     return 0
 
 
@@ -169,7 +169,7 @@ def _verify(args: argparse.Namespace, progress: Progress) -> int:
         problems = store.verify(progress)
         what = f"{len(store.subjects)} subjects"
     for line in problems:
-        print(line)
+        say(line)
     print(f"{args.path}: {what}, {len(problems)} problems")
     return 3 if problems else 0
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from fastsrgan.console import error_line
+from fastsrgan.console import error_line, say
 from fastsrgan.errors import UsageError
 from fastsrgan.runtime import Progress, finite
 
@@ -243,7 +243,7 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
     else:
         for item in result["items"]:
             outputs = "  ".join(str(p) for p in (item.get("outputs") or {}).values())
-            print(f"{item['status']:8}{item['input']}  {outputs or item.get('error', '')}".rstrip())
+            say(f"{item['status']:8}{item['input']}  {outputs or item.get('error', '')}".rstrip())
     return code
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastsrgan.cli_train import boolean
 from fastsrgan.config import CHOICES
-from fastsrgan.console import error_line
+from fastsrgan.console import error_line, say
 from fastsrgan.errors import UsageError
 from fastsrgan.runtime import Progress, finite
 
@@ -137,5 +137,5 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     for item in result["items"]:
         told = "  ".join(str(p) for p in (item.get("outputs") or {}).values()) or item.get("error", "")
         size = "whole image" if item["patch"] is None else f"patch {item['patch']} step {item['step']}"
-        print(f"{item['status']:8}{item['input']}  {size}  {told}".rstrip())
+        say(f"{item['status']:8}{item['input']}  {size}  {told}".rstrip())
     return code

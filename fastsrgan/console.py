@@ -107,7 +107,8 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         word = {"INFO": "note", "WARNING": "warning"}.get(record.levelname, record.levelname.lower())
-        self.console.print(f"{word}: {plain(record.getMessage())}", markup=False, highlight=False, soft_wrap=True)
+        text = "\n".join(map(plain, record.getMessage().rstrip().splitlines()))  # warnings of libraries have several
+        self.console.print(f"{word}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def open_console(quiet: bool, debug: bool) -> Progress:
@@ -148,6 +149,11 @@ def error_line(text: str) -> None:
     sys.stderr.flush()
 
 
+def say(text: str) -> None:
+    """A line of a result on standard output: on a terminal without control letters, elsewhere names are as they are."""
+    sys.stdout.write(f"{plain(text) if sys.stdout.isatty() else text}\n")
+
+
 def table(rows: list[dict[str, Any]], columns: list[str] | None = None) -> str:
     """Rows as aligned plain text."""
     columns = columns or list(rows[0])
@@ -161,4 +167,4 @@ def table(rows: list[dict[str, Any]], columns: list[str] | None = None) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else plain(str(value))

@@ -216,7 +216,9 @@ def _read(csv_path: Path) -> list[tuple[int, dict[str, Path]]]:
         raise InputError(csv_path, "is empty", "its first line names the columns SR_image, HR_image, ...")
     header = [cell.strip() for cell in records[0][1]]
     faults = [(1, f"column {name} twice") for name in COLUMNS if header.count(name) > 1]
-    faults += [(1, f"no column {name}, {table.instead(name, header)}") for name in REQUIRED if name not in header]
+    faults += [
+        (1, f"no column {name}, {table.instead(name, header, COLUMNS)}") for name in REQUIRED if name not in header
+    ]
     if len(records) == 1:
         faults.append((1, "no row below the header"))
     rows: list[tuple[int, dict[str, Path]]] = []

@@ -119,7 +119,7 @@ def within(image: Prepared, steps: Sequence[anytime.Level], how: How, batch: int
 def by_slabs(image: Prepared, plan: tiles.TilePlan, how: How, batch: int, folder: Path, key: str) -> Done:
     """``engine.stream`` into files in ``folder``; goes on where a killed run with the same ``key`` ended."""
     network = how.network(image)
-    files = Unfinished(folder, key, result_shapes(image, plan, network), {"batch": batch})
+    files = Unfinished(folder, key, result_shapes(image, plan, network), plan.shape[0], {"batch": batch})
     begun_at = files.done
 
     def write(first: int, planes: Tensor) -> None:

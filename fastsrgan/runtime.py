@@ -30,6 +30,7 @@ from fastsrgan.units import human
 log = logging.getLogger("fastsrgan")
 
 MOST_JSON = 64 * 2**20  # bytes of a JSON file that is read
+_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 300 else float(digits))
 
 
 # --- randomness ---------------------------------------------------------------------------------------------------
@@ -174,6 +175,8 @@ def is_special(path: str | os.PathLike) -> bool:
 def url_of(path: str | os.PathLike) -> str | None:
     """The URL that a path was before it was taken for a path, which leaves one slash of two; None where it was none."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+:)(?:/+(.*))?$", os.fspath(path))
+    if found and os.path.isdir(found[1]):  # a folder of such a name
+        return None
     return f"{found[1]}//{found[2] or ''}" if found else None
 
 
@@ -194,8 +197,8 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     try:
         if is_special(path) or os.path.getsize(path) > MOST_JSON:
             return {}
-        return parse_json(Path(path).read_bytes())
-    except OSError:
+        return parse_json(Path(path).read_bytes().decode("utf-8-sig", "surrogateescape"))  # as write_json writes
+    except (OSError, ValueError):
         return {}
 
 
@@ -207,7 +210,7 @@ def mapping(value: Any) -> dict[str, Any]:
 def parse_json(text: str | bytes) -> dict[str, Any]:
     """The JSON object that a text is; empty where it is none, whatever it is."""
     try:
-        value = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 300 else float(digits))
+        value = _DECODER.decode(text if isinstance(text, str) else text.decode("utf8"))
     except (ValueError, RecursionError):
         return {}
     return mapping(value)

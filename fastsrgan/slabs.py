@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastsrgan import tiles
-from fastsrgan.runtime import atomic_write, disk_error, need_space, read_json, sync_folder
+from fastsrgan.runtime import atomic_write, disk_error, mapping, need_space, read_json, sync_folder
 
 log = logging.getLogger("fastsrgan")
 
@@ -157,14 +157,19 @@ class Unfinished:
     """
 
     def __init__(
-        self, folder: str | os.PathLike, key: str, shapes: dict[str, Sequence[int]], facts: dict | None = None
+        self,
+        folder: str | os.PathLike,
+        key: str,
+        shapes: dict[str, Sequence[int]],
+        planes: int,
+        facts: dict | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.partial = self.partial_of(self.folder)
         self.key, self.done, self.facts = key, 0, dict(facts or {})
         self.arrays: dict[str, Any] = {}  # memory maps
         try:
-            if self._resumed(shapes):
+            if self._resumed(shapes, planes):
                 log.info("%s: going on behind plane %d", self.folder, self.done)
                 return
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -205,22 +210,27 @@ class Unfinished:
             raise disk_error(error, self.folder) from error
         return {path.stem: np.load(path, mmap_mode="r+") for path in sorted(self.folder.glob("*.npy"))}
 
-    def _resumed(self, shapes: dict[str, Sequence[int]]) -> bool:
+    def _resumed(self, shapes: dict[str, Sequence[int]], planes: int) -> bool:
         """Go on where a run before this one stopped, where it was this run's work and its files are whole."""
         found = read_json(self.partial / JOURNAL)
         if found.get("key") != self.key:
             return False
-        try:
-            done, facts = int(found["done"]), dict(found["facts"])
-            arrays = {name: np.load(self._file(name), mmap_mode="r+") for name in shapes}
-            if any(a.shape != tuple(shapes[name]) or a.dtype != np.float32 for name, a in arrays.items()):
-                raise ValueError("files of another size")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s: what is there is damaged (%s): made anew", self.folder, error)
+        done, facts = found.get("done"), mapping(found.get("facts"))
+        whole = isinstance(done, int) and 0 <= done <= planes and facts.keys() == self.facts.keys()
+        if not (whole and all(self._is_whole(name, shape) for name, shape in shapes.items())):
+            log.warning("%s: what an earlier run left is damaged, it is made anew", self.folder)
             return False
-        self.done, self.facts = done, facts
-        self.arrays = arrays
+        self.done, self.facts = int(done or 0), facts
+        self.arrays = {name: np.load(self._file(name), mmap_mode="r+") for name in shapes}
         return True
+
+    def _is_whole(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether an array's file is as it was created. Mapped for reading: for writing, a short file would grow."""
+        try:
+            array = np.load(self._file(name), mmap_mode="r")
+        except Exception:  # of a damaged header NumPy raises many kinds
+            return False
+        return array.shape == tuple(shape) and array.dtype == np.float32 and bool(array.flags.c_contiguous)
 
     def _create(self, name: str, shape: Sequence[int]) -> np.ndarray:
         array = np.lib.format.open_memmap(self._file(name), "w+", np.float32, tuple(shape))

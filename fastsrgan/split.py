@@ -114,7 +114,7 @@ def by_ranks(
     files = None
     if ranks.rank == 0:
         _tell(parts, plan, how.label)
-        files = Unfinished(folder, f"{key} split", result_shapes(image, plan, network))
+        files = Unfinished(folder, f"{key} split", result_shapes(image, plan, network), plan.shape[0])
     together.vote()
     arrays = files.arrays if files else _mapped(folder)
     sink = Results(arrays["sr"], arrays["prob"], image.turn, image.norm)

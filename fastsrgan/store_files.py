@@ -329,8 +329,7 @@ def _signature() -> bytes:
 
 
 def _holder(raw: bytes | None) -> dict[str, Any] | None:
-    try:
-        found = json.loads(raw or b"")
-        return {"pid": int(found["pid"]), "host": str(found["host"])}
-    except (ValueError, KeyError, TypeError):
+    found = runtime.parse_json(raw or b"")
+    if not isinstance(found.get("pid"), int) or "host" not in found:
         return None
+    return {"pid": found["pid"], "host": str(found["host"])}

@@ -6,7 +6,6 @@ The bytes of a store depend on its subjects alone, not on their order, the numbe
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import threading
@@ -20,7 +19,7 @@ from fastsrgan._version import __version__
 from fastsrgan.errors import FastsrganError, InputError, ModelError, UsageError
 from fastsrgan.geometry import spacing_of
 from fastsrgan.remote import fingerprint
-from fastsrgan.runtime import finite
+from fastsrgan.runtime import finite, mapping, parse_json
 from fastsrgan.store import Subject, subject_of
 from fastsrgan.store_codec import CHUNK, encoded, group_bytes
 from fastsrgan.store_files import (
@@ -305,10 +304,7 @@ def _is_layout(below: list[str], group: bytes | None) -> bool:
 
 
 def _is_marked(group: bytes | None) -> bool:
-    try:
-        return bool(MARK.keys() <= json.loads(group or b"")["attributes"].keys())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return False
+    return MARK.keys() <= mapping(parse_json(group or b"").get("attributes")).keys()
 
 
 def _bytes_of(path: Path) -> bytes:

@@ -14,7 +14,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +114,7 @@ def table_error(path: os.PathLike, faults: list[tuple[int, str]], hint: str | No
     first = sorted(faults, key=lambda fault: fault[0])[:_MAX_TOLD]
     told = "; ".join(f"line {line}: {' '.join(text.split())[:_MAX_FAULT]}" for line, text in first)
     told += f"; and {len(faults) - _MAX_TOLD} more" if len(faults) > _MAX_TOLD else ""
-    if hint is None and len(faults) == 1 and told.endswith(")"):  # the fault says itself what to do
+    if hint is None and len(faults) == 1 and told.endswith(")") and " (" in told:  # the fault says itself what to do
         told, _, hint = told[:-1].rpartition(" (")
     count = f"{len(faults)} faults: " if len(faults) > 1 else ""
     return InputError(path, count + told, hint or f"correct {'them' if len(faults) > 1 else 'it'} and run again")
@@ -222,10 +222,11 @@ def _header_faults(header: list[str], need_label: bool) -> list[tuple[int, str]]
     return faults
 
 
-def instead(name: str, header: list[str]) -> str:
-    """What a table has in place of a column."""
+def instead(name: str, header: list[str], known: Collection[str] = COLUMNS) -> str:
+    """What a table has in place of a column; those that are ``known`` stand for themselves."""
     cells = [cell[:_MAX_COLUMN] for cell in header[:_MAX_COLUMNS]]
-    near = difflib.get_close_matches(name.lower(), [cell.lower() for cell in cells], 1)
+    others = [cell.lower() for cell in cells if cell not in known]
+    near = difflib.get_close_matches(name.lower(), others, 1)
     if near:
         return f"rename {next(cell for cell in cells if cell.lower() == near[0])}?"
     more = f" and {len(header) - _MAX_NAMED} more" if len(header) > _MAX_NAMED else ""

@@ -220,6 +220,7 @@ RECORDS = {
     "a name without end": ("case.json", {"outputs": {"sr": "case_sr.nii.gz", "seg": "a" * 500}}),
     "a setting with a line end": ("case.json", {"asked": {"\nbatch": 1}}),
     "lists without end": ("case.json", "[" * 100_000),
+    "files whose names are no text": ("scores.json", {"files": {"sr": "\ud800.nii"}}),
     "a number without end": ("case.json", '{"a": ' + "9" * 5000 + "}"),
 }
 

@@ -60,10 +60,10 @@ def test_slabs_ask_for_their_files_and_the_image_that_is_made_of_them(tmp_path, 
     shapes = {"sr": (4, 4, 4), "prob": (1, 4, 4, 4)}
     disk(monkeypatch, 3 * 4**4 - 1)
     with pytest.raises(ResourceError, match="no space left on the disk: needs"):
-        slabs.Unfinished(tmp_path / "a", "key", shapes)
+        slabs.Unfinished(tmp_path / "a", "key", shapes, 4)
     assert list(tmp_path.iterdir()) == []
     disk(monkeypatch, 3 * 4**4)
-    begun = slabs.Unfinished(tmp_path / "a", "key", shapes)
+    begun = slabs.Unfinished(tmp_path / "a", "key", shapes, 4)
     disk(monkeypatch, 0)  # what is taken already is not asked for again
-    again = slabs.Unfinished(tmp_path / "a", "key", shapes)
+    again = slabs.Unfinished(tmp_path / "a", "key", shapes, 4)
     assert np.array_equal(again.arrays["sr"], begun.arrays["sr"])

@@ -104,3 +104,24 @@ def test_a_disk_that_is_read_only_is_one_line_with_the_final_name(tmp_path, monk
         runtime.atomic_write(tmp_path / "a.json"),
     ):
         refused()
+
+
+def test_json_is_read_as_it_is_written_and_whatever_else_is_there_is_none(tmp_path):
+    path = tmp_path / "a.json"
+    values = {"path": os.fsdecode(b"/tmp/\xff.nii"), "n": [1, 2.5, None], "big": 10**50}
+    runtime.write_json(path, values)
+    assert runtime.read_json(path) == values
+    for text in (b"", b"[1]", b"5", b"[" * 10**5, b"\xff\xfe", b'{"a": ' + b"9" * 10**4 + b"}", b"{"):
+        path.write_bytes(text)
+        assert runtime.read_json(path) in ({}, {"a": float("inf")})
+    for place in (tmp_path, tmp_path / "none", "a\0b"):
+        assert runtime.read_json(place) == {}
+
+
+def test_a_folder_with_a_colon_is_no_url(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        runtime.url_of("exp:/r.html") == "exp://r.html" and runtime.url_of("C:/x") is runtime.url_of("a/b:/c") is None
+    )
+    (tmp_path / "exp:").mkdir()
+    assert runtime.url_of("exp:/r.html") is None and runtime.output_file("exp:/r.html").name == "r.html"

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import damage
 import numpy as np
 import pytest
 
@@ -101,7 +102,7 @@ def test_a_run_that_was_stopped_goes_on(generator, by_slabs, monkeypatch, tmp_pa
 
 
 def test_another_image_begins_anew(generator, by_slabs, tmp_path):
-    partial = slabs.Unfinished(tmp_path / "result", "some other work", {"sr": (30, 22, 19)})
+    partial = slabs.Unfinished(tmp_path / "result", "some other work", {"sr": (30, 22, 19)}, 30)
     partial.note(9)
     done = infer_volume(image(), np.eye(4), generator, **SETTINGS, scratch=tmp_path / "result")
     assert done.report["begun_at_plane"] == 0
@@ -156,20 +157,54 @@ def test_a_full_disk_is_one_line(monkeypatch, tmp_path, where):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    files = slabs.Unfinished(tmp_path / "a", "key", {"sr": (4, 4, 4)})
+    files = slabs.Unfinished(tmp_path / "a", "key", {"sr": (4, 4, 4)}, 4)
     monkeypatch.setattr(slabs.os, where, full)
     with pytest.raises(ResourceError, match="no space left"):
         if where == "replace":
             files.finish()
         else:
-            slabs.Unfinished(tmp_path / "b", "key", {"sr": (4, 4, 4)})
+            slabs.Unfinished(tmp_path / "b", "key", {"sr": (4, 4, 4)}, 4)
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
 def test_a_damaged_journal_begins_anew(tmp_path):
-    files = slabs.Unfinished(tmp_path / "a", "key", {"sr": (4, 4, 4)}, {"batch": 3})
+    files = slabs.Unfinished(tmp_path / "a", "key", {"sr": (4, 4, 4)}, 4, {"batch": 3})
     files.note(2)
-    again = slabs.Unfinished(tmp_path / "a", "key", {"sr": (4, 4, 4)}, {"batch": 9})
+    again = slabs.Unfinished(tmp_path / "a", "key", {"sr": (4, 4, 4)}, 4, {"batch": 9})
     assert (again.done, again.facts) == (2, {"batch": 3})
     (tmp_path / ".a.partial" / slabs.JOURNAL).write_text("{")
-    assert slabs.Unfinished(tmp_path / "a", "key", {"sr": (4, 4, 4)}).done == 0
+    assert slabs.Unfinished(tmp_path / "a", "key", {"sr": (4, 4, 4)}, 4).done == 0
+
+
+DAMAGE = {
+    "a short file": lambda folder: damage.cut(folder / "sr.npy", -40),
+    "an empty file": lambda folder: (folder / "sr.npy").write_bytes(b""),
+    "a header that is none": lambda folder: damage.flip(folder / "sr.npy", 12),
+    "another order": lambda folder: np.save(folder / "sr.npy", np.asfortranarray(np.ones((4, 5, 6), np.float32))),
+    "no file": lambda folder: (folder / "sr.npy").unlink(),
+    "more planes than there are": lambda folder: _journal(folder, done=999),
+    "fewer than none": lambda folder: _journal(folder, done=-3),
+    "planes without end": lambda folder: _journal(folder, done=float("inf")),
+    "facts that are none": lambda folder: _journal(folder, facts=5),
+    "other facts": lambda folder: _journal(folder, facts={}),
+}
+
+
+def _journal(folder, **changes):
+    path = folder / slabs.JOURNAL
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.fault(20, 22)
+@pytest.mark.parametrize("what", DAMAGE)
+def test_what_an_earlier_run_left_damaged_is_made_anew(tmp_path, what):
+    """A short file was mapped, grown with zeros, and taken for whole."""
+    files = slabs.Unfinished(tmp_path / "a", "key", {"sr": (4, 5, 6)}, 4, {"batch": 3})
+    files.arrays["sr"][:] = 7
+    files.note(2)
+    again = slabs.Unfinished(tmp_path / "a", "key", {"sr": (4, 5, 6)}, 4, {"batch": 9})
+    assert (again.done, again.facts) == (2, {"batch": 3}) and (again.arrays["sr"] == 7).all()
+    del files, again
+    DAMAGE[what](tmp_path / ".a.partial")
+    anew = slabs.Unfinished(tmp_path / "a", "key", {"sr": (4, 5, 6)}, 4, {"batch": 9})
+    assert (anew.done, anew.facts) == (0, {"batch": 9}) and (anew.arrays["sr"] == 0).all()

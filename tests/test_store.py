@@ -589,3 +589,13 @@ def test_a_large_manifest_is_replaced_less_often_and_ends_complete(folder, monke
     assert 0 < len(set(listed)) - 1 < 15 and listed == sorted(listed)
     store = open_store(folder)
     assert len(store.subjects) == 30 and store.complete and store.verify() == []
+
+
+@pytest.mark.fault(27)
+@pytest.mark.parametrize("raw", [b"[" * 10**5, b'{"pid": 1e999, "host": "x"}', b'{"pid": "1", "host": "x"}', b"5", b""])
+def test_a_lock_that_nobody_wrote_is_taken_over(folder, raw):
+    """Ended in RecursionError or OverflowError."""
+    make(folder, "a")
+    (folder / store_files.LOCK).write_bytes(raw)
+    with create_store(folder, resume=True) as writer:
+        assert set(writer.finished) == {"a"}

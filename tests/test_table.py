@@ -271,6 +271,13 @@ def test_a_header_of_a_million_columns_is_told_in_short_and_soon(tmp_path):
     assert len(str(caught.value)) < 1500
 
 
+@pytest.mark.parametrize("header", ["HR_image,Mask_image,Base", "HR_image,Label_image,size(mm)"])
+def test_a_column_that_is_right_is_not_to_be_renamed(tmp_path, header):
+    (tmp_path / "t.csv").write_text(f"{header}\na,b,c\n", encoding="utf8")
+    with pytest.raises(InputError, match=r"line 1: no column \w+, found HR_image, .*\(correct it and run again\)$"):
+        read_table(tmp_path / "t.csv")
+
+
 def test_a_misspelt_base_is_no_leak_as_well(tmp_path):
     for name in ("a.nii", "b.nii", "l.nii"):
         (tmp_path / name).touch()

@@ -61,7 +61,7 @@ def find(
         raise InputError(path, "no such file or folder", "a folder of results, a run, or one result's .json")
     folder = path if path.is_dir() else path.parent
     found = Found(folder, real(path).name if path.is_dir() else path.stem)
-    documents = _documents([path] if path.is_file() else sorted(folder.glob("*.json")))
+    documents = _documents([path] if path.is_file() else [p for p in sorted(folder.glob("*.json")) if p.exists()])
     if path.is_dir() and (folder / "log.jsonl").is_file():
         found.run = folder
     demo = documents.get(folder / "demo.json") if path.is_dir() else None
@@ -170,10 +170,11 @@ def _of(row: dict[str, Any], sr: Path) -> bool:
     named = row.get("files", {}).get("sr")
     if not isinstance(named, str):
         return False
-    if "\0" in named:
+    try:
+        if os.path.realpath(named) == os.path.realpath(sr):
+            return True
+    except ValueError:  # letters that no path has
         return False
-    if os.path.realpath(named) == os.path.realpath(sr):
-        return True
     return Path(named).name == sr.name and not os.path.exists(named)
 
 
