@@ -59,9 +59,11 @@ def temporary_name(path: Path) -> Path:
 def atomic_write(path: str | os.PathLike, mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; on success it is synced and renamed, on failure removed.
 
-    Raises ResourceError when the folder is missing or not writable or the disk is full.
+    Raises ResourceError when the folder is missing or not writable, the disk is full, or ``path`` is a device or pipe.
     """
     path = Path(path)
+    if is_special(path):  # renaming a file onto it would put the file in place of a pipe, or of /dev/null
+        raise ResourceError(path, "is not a regular file", "name a file")
     temporary = temporary_name(path)
     try:
         yield temporary
@@ -74,7 +76,7 @@ def atomic_write(path: str | os.PathLike, mode: int | None = None) -> Iterator[P
     except OSError as error:
         raise disk_error(error, path) from error
     finally:
-        if temporary.is_dir():
+        if os.path.isdir(temporary):
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):  # a disk that cannot be written to says so for what is not there too
@@ -149,13 +151,16 @@ def output_folder(path: str | os.PathLike) -> Path:
 def output_file(path: str | os.PathLike) -> Path:
     """Make sure that a file can be written in its folder, before any work starts.
 
-    Raises UsageError for a folder or a URL, ResourceError where the folder is missing or cannot be written.
+    Raises UsageError for a folder, a device, a pipe or a URL, ResourceError where the folder is missing or cannot be
+    written.
     """
     path = Path(path)
     if url := url_of(path):
         raise UsageError(url, "is a URL, this is written to a file", "name a file")
     if os.path.isdir(path):
         raise UsageError(path, "is a folder", f"name a file, {path / 'NAME'}")
+    if is_special(path):
+        raise UsageError(path, "is not a regular file", "name a file")
     folder = path.absolute().parent
     if not os.path.isdir(folder):
         raise ResourceError(path, "its folder is missing or is a file", "create the folder or choose another one")

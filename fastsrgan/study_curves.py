@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.errors import InputError
-from fastsrgan.runtime import parse_json
+from fastsrgan.runtime import is_special, parse_json
 from fastsrgan.study_figure import GREY_LINE, Line, Panel
 
 LOG = "log.jsonl"
@@ -26,6 +26,8 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     Raises InputError when there is no log or nothing in it.
     """
     path = run / LOG if run.is_dir() else run
+    if is_special(path):
+        raise InputError(path, "is not a regular file", "name the folder of a training run")
     try:
         lines = path.read_text(encoding="utf8", errors="replace").splitlines()
     except OSError as error:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastsrgan import runtime
-from fastsrgan.errors import ResourceError
+from fastsrgan.errors import ResourceError, UsageError
 
 
 def test_draws_depend_on_their_key_alone():
@@ -125,3 +125,16 @@ def test_a_folder_with_a_colon_is_no_url(tmp_path, monkeypatch):
     )
     (tmp_path / "exp:").mkdir()
     assert runtime.url_of("exp:/r.html") is None and runtime.output_file("exp:/r.html").name == "r.html"
+
+
+@pytest.mark.fault(25)
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
+    """Root's ``--json /dev/null`` put a file in its place, for every program of the machine."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    match = r"pipe: is not a regular file \(name a file\)"
+    with pytest.raises(ResourceError, match=match), runtime.atomic_write(pipe) as temporary:
+        temporary.write_text("x")
+    with pytest.raises(UsageError, match="is not a regular file"):
+        runtime.output_file(pipe)
+    assert runtime.is_special(pipe) and [p.name for p in tmp_path.iterdir()] == ["pipe"]

@@ -110,7 +110,8 @@ the records, scores, studies and logs of earlier calls, seeded and aware of thei
 on time and memory. A case may end in success or in a one-line error.
 Where atheris is installed (`pip install atheris`) the damage is drawn from inputs that grow by the code they reach;
 elsewhere by number alone. `ENGINE=plain` or `ENGINE=atheris` chooses.
-`make test` reads the first cases of each target; what was found once is a test in `tests/test_faults_fuzz.py`.
+`make test` reads the first cases of each target. Runs are listed as they ended; what each found was corrected since,
+and is a test in `tests/test_faults_fuzz.py`.
 """
 
 SOAK = """
