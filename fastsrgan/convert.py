@@ -25,7 +25,7 @@ from fastsrgan.nifti_check import examine
 from fastsrgan.runtime import QUIET, Progress
 from fastsrgan.store import Subject
 from fastsrgan.store_writer import StoreWriter, create_store
-from fastsrgan.table import Row, read_table, table_error
+from fastsrgan.table import Fault, Row, read_table, table_error
 
 log = logging.getLogger("fastsrgan")
 
@@ -98,7 +98,7 @@ def convert(
         done, failed = _run(todo, writer, dtype, workers, progress)
         seconds = time.monotonic() - began
         if failed and not done and not kept:
-            raise table_error(Path(csv), [(job.row.line, str(error)) for job, error in failed])
+            raise table_error(Path(csv), [(job.row.line, error) for job, error in failed])
         writer.finish(complete=not failed)
         listed = writer.finished
     _strangers(store_url, listed, jobs)
@@ -114,7 +114,7 @@ def _check(
 ) -> list[_Job]:
     """Look at every header, label and mask, hash every file; one error for all faults."""
     jobs: list[_Job] = []
-    faults: list[tuple[int, str]] = []
+    faults: list[Fault] = []
     progress.start("check", len(rows), "subject")
     with contextlib.closing(_parallel(_inspect, rows, workers)) as results:
         for _, (job, found) in results:
@@ -129,9 +129,9 @@ def _check(
     return jobs
 
 
-def _conflicts(jobs: list[_Job], before: dict[str, Subject]) -> list[tuple[int, str]]:
+def _conflicts(jobs: list[_Job], before: dict[str, Subject]) -> list[Fault]:
     """One image in both splits under two names, in the table or in the store; a name that the store has otherwise."""
-    faults: list[tuple[int, str]] = []
+    faults: list[Fault] = []
     named = {job.row.subject for job in jobs}
     kept = [s for s in before.values() if s.id not in named and "source" in s.attrs]
     first = {s.attrs["source"]["image"]["sha256"]: (s.split, f"subject {s.id} in the store") for s in kept}
@@ -148,8 +148,9 @@ def _conflicts(jobs: list[_Job], before: dict[str, Subject]) -> list[tuple[int, 
     return faults
 
 
-def _inspect(row: Row) -> tuple[_Job | None, list[tuple[int, str]]]:
-    faults, sources = [], {}
+def _inspect(row: Row) -> tuple[_Job | None, list[Fault]]:
+    faults: list[Fault] = []
+    sources = {}
     like: Volume | None = None
     header = None
     for name, path in (("image", row.image), ("label", row.label), ("mask", row.mask)):
@@ -164,7 +165,7 @@ def _inspect(row: Row) -> tuple[_Job | None, list[tuple[int, str]]]:
                 images.load_label(path, like)
             sources[name] = {"path": str(path), "sha256": images.sha256(path)}
         except FastsrganError as error:
-            faults.append((row.line, f"{_COLUMNS[name]} {error}"))
+            faults.append((row.line, InputError(f"{_COLUMNS[name]} {error.what}", error.reason, error.hint)))
     if faults or header is None:
         return None, faults
     return _Job(row, sources, header.voxels, header.dtype), []

@@ -165,6 +165,7 @@ def evaluate_items(
     pictures = None if png is None else output_folder(png)
     done: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
+    faults: list[table.Fault] = []
     progress.start("evaluate", len(items), "subject")
     for item in items:
         named: dict[str, Any] = {"subject": item.subject} | ({} if item.line is None else {"line": item.line})
@@ -178,11 +179,12 @@ def evaluate_items(
         except FastsrganError as error:
             log.warning("%s%s: %s", "" if item.line is None else f"line {item.line}, ", item.subject, error)
             failed.append(named | {"error": str(error)})
+            faults += [] if item.line is None else [(item.line, error)]
         progress.advance(1, subject=item.subject)
     progress.finish()
     if not done:
-        if all("line" in f for f in failed):
-            raise table.table_error(Path(what), [(f["line"], f["error"]) for f in failed])
+        if len(faults) == len(failed):
+            raise table.table_error(Path(what), faults)
         raise InputError(what, "no subject could be evaluated", failed[0]["error"])
     meaning = definitions() | {"sd": "sample standard deviation over subjects (n - 1)"}
     return {"rows": done, "failed": failed, "summary": summarise(done), "definitions": meaning}

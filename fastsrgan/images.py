@@ -20,7 +20,7 @@ import numpy as np
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.geometry import Orientation, Volume, shear_of, spacing_of
 from fastsrgan.nifti_check import SHEAR_TOLERANCE, describe_grid, examine, grid_distance, halves, invertible
-from fastsrgan.runtime import atomic_write
+from fastsrgan.runtime import atomic_write, output_file
 from fastsrgan.units import human, times
 from fastsrgan.voxel_stream import CHUNK_BYTES, NiftiFile, write_voxels
 
@@ -207,13 +207,7 @@ def check_output(path: PathLike, *, overwrite: bool = False) -> Path:
     target = Path(path)
     if not target.name.lower().endswith((".nii", ".nii.gz")):
         raise UsageError(target, "is not the name of an image to write", "end it in .nii or .nii.gz")
-    if target.is_dir():
-        raise UsageError(target, "is a folder", "name a file")
-    if not target.parent.is_dir():
-        what = "is a file, not a folder" if target.parent.exists() else "no such folder"
-        raise ResourceError(target.parent, what, "create the output folder first")
-    if not os.access(target.parent, os.W_OK):
-        raise ResourceError(target.parent, "the folder is read-only", "choose another output folder")
+    output_file(target)
     if target.exists() and not overwrite:
         raise UsageError(target, "exists already and is kept", "--overwrite replaces it")
     return target

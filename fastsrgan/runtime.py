@@ -163,7 +163,8 @@ def output_file(path: str | os.PathLike) -> Path:
         raise UsageError(path, "is not a regular file", "name a file")
     folder = path.absolute().parent
     if not os.path.isdir(folder):
-        raise ResourceError(path, "its folder is missing or is a file", "create the folder or choose another one")
+        reason = "its folder is a file" if os.path.exists(folder) else "its folder is missing"
+        raise ResourceError(path, reason, "create the folder or choose another one")
     output_folder(folder)
     return path
 

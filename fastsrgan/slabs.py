@@ -216,11 +216,11 @@ class Unfinished:
         if found.get("key") != self.key:
             return False
         done, facts = found.get("done"), mapping(found.get("facts"))
-        whole = isinstance(done, int) and 0 <= done <= planes and facts.keys() == self.facts.keys()
-        if not (whole and all(self._is_whole(name, shape) for name, shape in shapes.items())):
+        known = isinstance(done, int) and done in range(planes + 1) and facts.keys() == self.facts.keys()
+        if not known or not all(self._is_whole(name, shape) for name, shape in shapes.items()):
             log.warning("%s: what an earlier run left is damaged, it is made anew", self.folder)
             return False
-        self.done, self.facts = int(done or 0), facts
+        self.done, self.facts = found["done"], facts
         self.arrays = {name: np.load(self._file(name), mmap_mode="r+") for name in shapes}
         return True
 

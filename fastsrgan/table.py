@@ -14,11 +14,11 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastsrgan.errors import InputError
+from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.runtime import is_special
 
 SPLITS = ("Train", "Test")
@@ -32,6 +32,9 @@ _MAX_BYTES = 1 << 26
 _MAX_TOLD = 50  # faults in one message
 _MAX_FAULT, _MAX_CELL = 600, 200  # characters of a fault, of a cell in it
 _MAX_COLUMNS, _MAX_NAMED, _MAX_COLUMN = 200, 12, 40  # columns that are looked at, that are named, characters of one
+
+
+Fault = tuple[int, str | FastsrganError]  # line, what is wrong there
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,14 @@ def read_list(path: str | os.PathLike, *, base_path: str | None = None) -> list[
     return list(found)
 
 
-def table_error(path: os.PathLike, faults: list[tuple[int, str]], hint: str | None = None) -> InputError:
-    """All faults of a table, (line, text) in order of lines, as one error of one line."""
-    first = sorted(faults, key=lambda fault: fault[0])[:_MAX_TOLD]
+def table_error(path: os.PathLike, faults: Sequence[Fault], hint: str | None = None) -> InputError:
+    """All faults of a table, in order of lines, as one error of one line. The hint of a lone error is that error's."""
+    if len(faults) == 1 and isinstance(error := faults[0][1], FastsrganError):
+        hint = hint or error.hint
+        faults = [(faults[0][0], f"{error.what}: {error.reason}")]
+    first = sorted(((line, str(fault)) for line, fault in faults), key=lambda fault: fault[0])[:_MAX_TOLD]
     told = "; ".join(f"line {line}: {' '.join(text.split())[:_MAX_FAULT]}" for line, text in first)
     told += f"; and {len(faults) - _MAX_TOLD} more" if len(faults) > _MAX_TOLD else ""
-    if hint is None and len(faults) == 1 and told.endswith(")") and " (" in told:  # the fault says itself what to do
-        told, _, hint = told[:-1].rpartition(" (")
     count = f"{len(faults)} faults: " if len(faults) > 1 else ""
     return InputError(path, count + told, hint or f"correct {'them' if len(faults) > 1 else 'it'} and run again")
 

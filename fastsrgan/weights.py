@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from fastsrgan import checkpoint, keras_h5, modelfile
-from fastsrgan.errors import ModelError, ResourceError
+from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.networks import Critic, CriticSpec, Generator, GeneratorSpec
-from fastsrgan.runtime import is_special, url_of
+from fastsrgan.runtime import is_special, output_file, url_of
 
 log = logging.getLogger("fastsrgan")
 
@@ -168,9 +168,9 @@ def export_keras(
 
 
 def _free(target: str | os.PathLike, overwrite: bool) -> Path:
-    path = Path(target)
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise ResourceError(path, "exists already", "another name, or --overwrite for a file")
+    path = output_file(target)
+    if path.exists() and not overwrite:
+        raise UsageError(path, "exists already and is kept", "--overwrite, or another name")
     return path
 
 

@@ -154,7 +154,7 @@ def test_physical_geometry_is_a_choice(scan, tmp_path):
 def test_existing_outputs_are_replaced_and_bad_ones_refused_before_work(scan, identity, tmp_path):
     for _ in range(2):
         segment(scan, identity, tmp_path)
-    with pytest.raises(ResourceError, match="no such folder"):
+    with pytest.raises(ResourceError, match="its folder is missing"):
         segment(scan, identity, tmp_path / "none")
     with pytest.raises(ModelError):
         segment(scan, tmp_path / "weights" / "downloaded", tmp_path)

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsrgan import keras_h5, modelfile, weights
-from fastsrgan.errors import ModelError, ResourceError
+from fastsrgan.errors import ModelError, ResourceError, UsageError
 from fastsrgan.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -167,7 +167,7 @@ def test_what_exists_is_kept(tmp_path):
     target = tmp_path / "x"
     target.write_bytes(b"precious")
     for convert in (weights.import_keras, weights.export_keras):
-        with pytest.raises(ResourceError, match="exists already"):
+        with pytest.raises(UsageError, match="exists already"):
             convert(PLAIN, target)
         assert target.read_bytes() == b"precious"
     weights.import_keras(PLAIN, target, overwrite=True)
