@@ -15,7 +15,7 @@ import torch
 from fastsrgan import activations, memory_plan, tiles
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.infer import infer_volume
-from fastsrgan.memory_plan import MEMORY, NEXT_IMAGE, RESULT_BEFORE, SLABS, Job, plan_memory
+from fastsrgan.memory_plan import LIBRARIES, MEMORY, NEXT_IMAGE, RESULT_BEFORE, SLABS, Job, plan_memory
 from fastsrgan.networks import GeneratorSpec, build_generator
 from fastsrgan.tile_network import TileNetwork
 
@@ -45,9 +45,10 @@ needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="m
     ids=lambda job: f"{job['kernel']}-{job['patch']}",
 )
 def test_what_is_taken_lies_between_half_the_plan_and_the_plan(job):
+    """Half of what the arrays need: how much torch itself takes beside them differs from machine to machine."""
     found = probe(**job)
     assert found["mode"] == MEMORY
-    assert found["planned"] / 2 <= found["measured"] <= found["planned"], found
+    assert (found["planned"] - LIBRARIES) / 2 <= found["measured"] <= found["planned"], found
 
 
 @pytest.mark.fault(35)
