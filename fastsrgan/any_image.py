@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from fastsrgan import dicom, images
-from fastsrgan.errors import UsageError
-from fastsrgan.geometry import Volume
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.geometry import Orientation, Volume
 
 
 def load_any(
@@ -27,6 +27,20 @@ def load_any(
     if series is not None:
         raise UsageError(path, "is no DICOM input and has no series", "leave --series out")
     return images.load(path, volume=volume, max_voxels=max_voxels)
+
+
+def load_mask(path: str | os.PathLike, like: Volume, *, max_voxels: int = images.MAX_VOXELS) -> Volume:
+    """The mask of an image, on the image's array: where it is above zero is inside.
+
+    One on the same grid in another axis order or direction is reoriented exactly, with a warning. Raises as `load_any`;
+    InputError for a mask on another grid, or without a voxel above zero.
+    """
+    mask = load_any(path, max_voxels=max_voxels)
+    turn = images.orientation_onto(mask.data.shape, mask.affine, like, path, "mask")
+    told = (*mask.warnings, *(() if turn == Orientation() else (f"the mask's {images.REORIENTED}",)))
+    if not any((plane > 0).any() for plane in mask.data):
+        raise InputError(path, "the mask marks no voxel", "at least one voxel above 0")
+    return Volume(turn.apply(mask.data), like.affine, told, mask.meta)
 
 
 def stem(path: str | os.PathLike, series: str | None = None) -> str:

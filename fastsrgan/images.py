@@ -28,6 +28,7 @@ PathLike = str | os.PathLike
 
 MAX_VOXELS = 2**31
 GRID_TOLERANCE = 1e-3  # voxels, over the field of view
+REORIENTED = "axes are stored in another order than the image's: reoriented onto it"
 SUFFIXES = (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img")
 _INTEGER_TOLERANCE = 1e-3  # of a label value, for labels stored as scaled integers
 
@@ -122,7 +123,7 @@ def load_label(
     """
     file = examine(path, max_voxels)
     index = file.pick(volume)
-    turn = None if like is None else _orientation_onto(file, like)
+    turn = None if like is None else orientation_onto(file.shape, file.affine, like, file.path, "label")
     data = _allocate(file, np.uint8)
     counts = np.zeros(256, np.int64)
     for part, chunk in _pieces(data, file, index):
@@ -139,7 +140,7 @@ def load_label(
         affine = np.array(like.affine, float)
         if turn != Orientation():
             data = np.asfortranarray(turn.apply(data))
-            file.warnings.append("the label's axes are stored in another order than the image's: reoriented onto it")
+            file.warnings.append(f"the label's {REORIENTED}")
     return Volume(data, affine, tuple(file.warnings), {**file.meta, "volume": index, "values": present})
 
 
@@ -314,19 +315,23 @@ def _label_values(file: NiftiFile, chunk: np.ndarray) -> np.ndarray:
     return chunk
 
 
-def _orientation_onto(file: NiftiFile, like: Volume) -> Orientation:
-    """The exact turn of axes that puts the label's array on the image's grid; InputError where there is none."""
-    relative = np.linalg.solve(np.asarray(like.affine, float)[:3, :3], file.affine[:3, :3])
+def orientation_onto(
+    shape: tuple[int, ...], affine_44: np.ndarray, like: Volume, what: PathLike, kind: str
+) -> Orientation:
+    """The exact turn of axes that puts an array of this shape and place onto the grid of ``like``.
+
+    Raises InputError about ``what``, a label or a mask as ``kind`` says, whose voxels lie elsewhere.
+    """
+    relative = np.linalg.solve(np.asarray(like.affine, float)[:3, :3], affine_44[:3, :3])
     axes = tuple(int(a) for a in np.abs(relative).argmax(axis=1))
     if sorted(axes) == [0, 1, 2]:
         turn = Orientation(axes, tuple(bool(relative[i, a] < 0) for i, a in enumerate(axes)))  # type: ignore[arg-type]
-        shape = turn.permute(file.shape)
-        apart = grid_distance(turn.affine(file.affine, file.shape), like.affine, like.data.shape)
-        if shape == tuple(like.data.shape) and apart <= GRID_TOLERANCE * min(like.spacing):
+        apart = grid_distance(turn.affine(affine_44, shape), like.affine, like.data.shape)
+        if turn.permute(shape) == tuple(like.data.shape) and apart <= GRID_TOLERANCE * min(like.spacing):
             return turn
-    mine, its = describe_grid(file.shape, file.affine), describe_grid(like.data.shape, like.affine)
-    hint = "resample the label onto the image with nearest neighbour"
-    raise InputError(file.path, f"the label's grid is not the image's: label {mine}; image {its}", hint)
+    mine, its = describe_grid(shape, affine_44), describe_grid(like.data.shape, like.affine)
+    hint = f"resample the {kind} onto the image with nearest neighbour"
+    raise InputError(what, f"the {kind}'s grid is not the image's: {kind} {mine}; image {its}", hint)
 
 
 # Writing

@@ -29,7 +29,7 @@ from fastsrgan.infer_settings import Step as Step
 from fastsrgan.infer_settings import check_settings as check_settings
 from fastsrgan.infer_settings import coarser
 from fastsrgan.infer_settings import target_spacing as target_spacing
-from fastsrgan.infer_ways import How, Prepared, by_slabs, find_region, in_memory, within
+from fastsrgan.infer_ways import How, Prepared, by_slabs, find_region, in_memory, looked_at, within
 from fastsrgan.intensity import normaliser
 from fastsrgan.interpolated import Interpolated
 from fastsrgan.memory_plan import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, Job, MemoryPlan, plan_memory
@@ -127,7 +127,8 @@ def infer_volume(
 
     Raises
     ------
-    UsageError, InputError, ResourceError : settings, data or memory that cannot work.
+    UsageError, InputError, ResourceError : settings, data or memory that cannot work. ModelError : weights that give
+        NaN or infinite voxels.
     """
     began = time.perf_counter()
     check_settings(patch, step, new_resolution, geometry, window, batch, precision, budget, max_memory, flips, compile)
@@ -163,6 +164,7 @@ def infer_volume(
         sr, prob, facts = by_slabs(image, plan, how, memory.batch, Path(scratch), key)
     else:
         sr, prob, facts = in_memory(image, plan, how, memory.batch)
+    odd = looked_at((sr, prob), data, precision, label)
     averaged = {"flips": flips, "networks": len(members(generator))} if isinstance(generator, Averaged) else {}
     report = {
         "geometry": geometry,
@@ -184,7 +186,7 @@ def infer_volume(
         **checked,
         **facts,
         "seconds": time.perf_counter() - began,
-        "warnings": coarser(image.spacing, image.wanted),
+        "warnings": coarser(image.spacing, image.wanted) + odd,
     }
     return InferResult(sr, prob, _new_affine(affine, data.shape, sr.shape, image), report)
 

@@ -213,6 +213,7 @@ def _alone(image: Image, job: Job) -> dict[str, Any]:
 def _check_outputs(found: Sequence[Image], job: Job, replace: bool) -> None:
     """Before any work: folders are there, nothing that exists is written over unasked, and no input ever."""
     inputs = {os.path.realpath(image.path) for image in found}
+    inputs |= {os.path.realpath(mask) for mask in [job.asked["mask"]] if mask not in (None, HEAD)}
     for folder in {job.record(image).parent for image in found} - {job.out}:
         runtime.output_folder(folder)
     standing = []
@@ -220,7 +221,8 @@ def _check_outputs(found: Sequence[Image], job: Job, replace: bool) -> None:
         for target in job.outputs(image).values():
             if os.path.realpath(target) in inputs:
                 raise UsageError(target, "is an input and would be overwritten", "choose another output folder")
-            standing += [target] if target.exists() else []
+            # os.path: a name that is too long is none, and the fault of its own image alone.
+            standing += [target] if os.path.exists(target) else []
     if standing and not replace:
         more = f" and {len(standing) - 1} more files" if len(standing) > 1 else ""
         raise UsageError(

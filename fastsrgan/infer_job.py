@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from fastsrgan import any_image, images, runtime
 from fastsrgan.components import Filters, segment
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import InputError, ModelError, UsageError
 from fastsrgan.geometry import Volume
 from fastsrgan.image_list import Image
 from fastsrgan.infer import InferResult, infer_volume
@@ -27,6 +28,7 @@ from fastsrgan.split import Together
 log = logging.getLogger("fastsrgan")
 
 DTYPES = ("float32", "input")
+LONGEST_NAME = 255  # bytes that the file systems in use allow
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,28 @@ def load(image: Image, job: Job) -> Loaded | None:
     if job.resume and finished(image, job):
         log.info("%s: finished before, skipped", image.path)
         return None
+    _check_places(image, job)
     volume = any_image.load_any(image.path, series=job.series, volume=job.volume, max_voxels=job.max_voxels)
     for warning in volume.warnings:
         log.warning("%s: %s", image.path, warning)
     mask = job.asked["mask"]
     if mask not in (None, HEAD):
-        mask = any_image.load_any(Path(mask), max_voxels=job.max_voxels).data
+        inside = any_image.load_mask(mask, volume, max_voxels=job.max_voxels)
+        for warning in inside.warnings:
+            log.warning("%s: %s", mask, warning)
+        told = (*volume.warnings, *(f"mask: {warning}" for warning in inside.warnings))
+        volume, mask = replace(volume, warnings=told), inside.data
     return Loaded(image, volume, mask, any_image.sha256(image.path, job.series), time.perf_counter() - began)
+
+
+def _check_places(image: Image, job: Job) -> None:
+    """Refuse an image whose results could not be written, before it is read."""
+    for target in job.outputs(image).values():
+        if len(os.fsencode(target.name)) > LONGEST_NAME:
+            reason = f"the name of its result {target.name[:20]}...{target.name[-12:]} is too long for a disk"
+            raise InputError(image.path, reason, f"rename the image: {LONGEST_NAME} bytes are the limit")
+        if target.is_dir():
+            raise UsageError(target, "is a folder where a result is to stand", "rename it, or choose another folder")
 
 
 def compute(
@@ -123,6 +140,9 @@ def compute(
         )
     except InputError as error:
         raise InputError(loaded.image.path, error.reason, error.hint) from error
+    except ModelError:
+        shutil.rmtree(job.planes(loaded.image), ignore_errors=True)  # nothing that another run could go on with
+        raise
     loaded.seconds += time.perf_counter() - began
     return loaded
 

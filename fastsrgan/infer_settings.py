@@ -12,14 +12,16 @@ from fastsrgan import anytime, tiles
 from fastsrgan.averaged import NONE, flip_axes
 from fastsrgan.config import CHOICES
 from fastsrgan.engine import check_batch, check_precision
-from fastsrgan.errors import ResourceError, UsageError
+from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.geometry import grid_size
 from fastsrgan.resample import SAME, check_geometry
+from fastsrgan.units import times
 from fastsrgan.windows import check_window
 
 log = logging.getLogger("fastsrgan")
 
 MAX_VOXELS = 2**31  # of the interpolated grid
+GROWTH = 200  # times the image's voxels, unasked: 10 mm slices of 0.2 mm pixels give 50
 
 Resolution = str | float | Sequence[float] | None  # see infer.infer_volume
 Step = str | int | Sequence[int]
@@ -64,7 +66,8 @@ def target_spacing(
 
     An axis that already has the wanted size (within 1 % of the finest for None; within 0.1 % and with the same number
     of voxels otherwise) keeps its own, so it is not interpolated over rounding in a header.
-    Raises UsageError for sizes that are not positive, ResourceError beyond 2^31 voxels.
+    Raises UsageError for sizes that are not positive, ResourceError beyond 2^31 voxels, InputError where nothing was
+    asked for and the image's own sizes would make it more than 200 times as large.
     """
     own = tuple(float(s) for s in spacing_mm)
     if new_resolution is None:
@@ -89,6 +92,11 @@ def target_spacing(
     if voxels > MAX_VOXELS:
         sizes = " x ".join(f"{w:g}" for w in wanted)
         raise ResourceError("new resolution", f"{sizes} mm makes {voxels:.3g} voxels", "ask for a coarser resolution")
+    if new_resolution is None and voxels > GROWTH * math.prod(shape):
+        reason = (
+            f"voxels of {times(own)} mm: {min(own):g} mm along all axes makes {voxels:.3g} voxels of {math.prod(shape)}"
+        )
+        raise InputError("image", reason, "correct the header, or say --new-resolution MM if the sizes are right")
     return wanted  # type: ignore[return-value]
 
 

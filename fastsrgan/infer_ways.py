@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from fastsrgan import anytime, tiles
 from fastsrgan.engine import predict, stream
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import InputError, ModelError, UsageError
 from fastsrgan.geometry import Orientation
 from fastsrgan.intensity import Normaliser
 from fastsrgan.interpolated import Interpolated, Results, nearest
@@ -22,7 +23,10 @@ from fastsrgan.runtime import QUIET, Progress
 from fastsrgan.slabs import Unfinished, Whole
 from fastsrgan.tile_network import TileNetwork
 
+log = logging.getLogger("fastsrgan")
+
 HEAD = "head"  # the mask that is found in the image itself
+BRIGHTER = 10  # times as bright as the image: no tissue is
 
 # SR (X, Y, Z) and probabilities (C - 1, X, Y, Z) on stored axes, and how it went
 Done = tuple[np.ndarray, np.ndarray, dict]
@@ -164,3 +168,30 @@ def find_region(
         )
     found = from_mask(turn.apply(np.asarray(mask)), index)
     return found, {"kind": "mask", "voxels": int(np.count_nonzero(found.mask))}
+
+
+def looked_at(done: tuple[np.ndarray, np.ndarray], data_XYZ: np.ndarray, precision: str, label: str) -> list[str]:
+    """Warnings about a result that no image has: one value everywhere, or far brighter than the image it is made of.
+
+    Raises ModelError where a voxel is NaN or infinite: weights that are finite may still give that.
+    """
+    low, high = np.inf, -np.inf
+    for number, volume in enumerate((done[0], *done[1])):
+        for plane in volume.transpose(np.argsort(volume.strides)[::-1]):  # as it lies in memory
+            least, most = float(plane.min()), float(plane.max())  # of a plane with NaN both are
+            if not (np.isfinite(least) and np.isfinite(most)):
+                other = "" if precision == "fp32" else "--precision fp32, or "
+                reason = "give voxels that are NaN or infinite: they are damaged, or their training diverged"
+                raise ModelError("weights", reason, f"{other}other weights")
+            low, high = (min(low, least), max(high, most)) if number == 0 else (low, high)
+    brightest = max(float(plane.max()) for plane in data_XYZ)
+    told = []
+    if low == high and data_XYZ.min() < brightest:
+        told.append(f"every voxel of the SR image is {low:g}: the weights may be damaged, try others")
+    if high > BRIGHTER * brightest:
+        told.append(
+            f"the SR image reaches {high:.4g}, the image {brightest:.4g}: the weights may be damaged, try others"
+        )
+    for warning in told:
+        log.warning("%s: %s", label, warning)
+    return told
