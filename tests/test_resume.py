@@ -16,8 +16,9 @@ import torch
 from cohort import SMALL, losses, make_store, rows
 from processes import ended, outcome, start
 
-from fastsrgan import checkpoint
+from fastsrgan import checkpoint, weights
 from fastsrgan.config import TrainConfig
+from fastsrgan.errors import ModelError
 from fastsrgan.pair import Models
 from fastsrgan.panels import find_panels
 from fastsrgan.train import train
@@ -247,3 +248,21 @@ def test_other_settings_or_data_are_said_and_the_epoch_begins_anew(store, whole,
     caplog.clear()
     train(other, run, changed.replace(epochs=7), resume=True)
     assert "another data: epoch 7 begins anew" in caplog.text and "settings differ" not in caplog.text
+
+
+def test_a_critic_that_does_not_fit_the_patches_is_refused_before_the_first_step(store, tmp_path):
+    """Its layers follow from the patch: 20 voxels take one more than 16; 20 and 24 take the same."""
+    small = SMALL.replace(epochs=1, steps_per_epoch=1, critic_iterations=1)
+    run = tmp_path / "run"
+    train(store, run, small)
+    before = (run / "log.jsonl").read_bytes()
+    for changes in ({"patch_size": 20}, {"kernel_dis": 3}):
+        with pytest.raises(
+            ModelError, match=r"kernel 2 for patch 16, .*--patch-size 16 --kernel-dis 2, or .* -w .*run\)"
+        ):
+            train(store, run, small.replace(epochs=2, **changes), resume=True)
+    assert (run / "log.jsonl").read_bytes() == before and len(checkpoint.snapshots(run)) == 1
+    train(store, tmp_path / "other", small.replace(patch_size=20))
+    larger = small.replace(epochs=2, patch_size=24)
+    assert train(store, tmp_path / "other", larger, resume=True)["updates"] == 2
+    assert weights.read_spec(checkpoint.newest(tmp_path / "other"))[1].patch == 24
