@@ -32,6 +32,7 @@ from fastsrgan.runtime import (
     QUIET,
     Progress,
     atomic_write,
+    mapping,
     need_space,
     output_folder,
     pick_device,
@@ -78,7 +79,8 @@ def train(
 
     Raises
     ------
-    InputError : no Train subjects, no patches; ModelError : weights or snapshot do not fit, ranks disagree;
+    InputError : no Train subjects, no patches, labels of other values than 0 and 1;
+    ModelError : weights or snapshot do not fit, ranks disagree;
     ResourceError : memory, disk, device, a lost rank, or ``max_bad_steps`` updates in a row that were not finite;
     UsageError : a run is there already, or the batch is not divided by the ranks.
     """
@@ -140,6 +142,7 @@ def prepare(
     names = {split: [s.id for s in store.subjects if s.split == split] for split in ("Train", "Test")}
     if not names["Train"]:
         raise InputError(store.url, "has no Train subjects", "give rows with Base = Train to `fastsrgan convert`")
+    refuse_labels(store)
     mask_classes = count_mask_classes(store, names["Train"]) if config.fit_mask else 0
     if config.auto_batch:
         config = with_fitting_batch(folder, config, mask_classes, device, ranks, resume)
@@ -176,6 +179,16 @@ def prepare(
     models = Models(c, mask_classes, device, ranks)
     need_space(folder, snapshot_bytes(models) * 2)  # one that stands and one that is written
     return Run(folder, c, store, models, feed, names["Train"], names["Test"], mask_classes, ranks=ranks)
+
+
+def refuse_labels(store: Store) -> None:
+    """InputError that names every subject whose label, as it was counted by the conversion, is not of 0 and 1 alone."""
+    found = {s.id: sorted(set(mapping(s.attrs.get("label_counts"))) - {"0", "1"}) for s in store.subjects}
+    wrong = [f"{name} (also {', '.join(values[:5])})" for name, values in found.items() if values]
+    if wrong:
+        told = f"labels hold other values than 0 and 1: {', '.join(wrong)}"
+        hint = "make each label 1 inside the structure and 0 outside, then convert again with --resume"
+        raise InputError(store.url, told, hint)
 
 
 def snapshot_bytes(models: Models) -> int:
