@@ -78,6 +78,8 @@ def load(run: Run) -> None:
     known = {f.name for f in fields(Position)}
     position = Position(**{k: v for k, v in state["position"].items() if k in known})
     run.position = placed(run, position, snapshot, state["data"])
+    if not run.position.updates:  # what gave no patch then may give some now
+        run.position = Position(epoch=run.config.init_epoch, world=run.ranks.world)
     if run.log is not None:
         run.log.cut(run.position.updates, run.position.epoch)
         log.info("continuing %s at epoch %d, update %d", snapshot, run.position.epoch, run.position.updates)

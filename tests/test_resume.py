@@ -16,9 +16,9 @@ import torch
 from cohort import SMALL, losses, make_store, rows
 from processes import ended, outcome, start
 
-from fastsrgan import checkpoint, weights
+from fastsrgan import checkpoint, loop, weights
 from fastsrgan.config import TrainConfig
-from fastsrgan.errors import ModelError
+from fastsrgan.errors import InputError, ModelError
 from fastsrgan.pair import Models
 from fastsrgan.panels import find_panels
 from fastsrgan.train import train
@@ -266,3 +266,41 @@ def test_a_critic_that_does_not_fit_the_patches_is_refused_before_the_first_step
     larger = small.replace(epochs=2, patch_size=24)
     assert train(store, tmp_path / "other", larger, resume=True)["updates"] == 2
     assert weights.read_spec(checkpoint.newest(tmp_path / "other"))[1].patch == 24
+
+
+@pytest.mark.fault(29)
+def test_a_start_without_a_patch_leaves_no_run_and_what_was_left_out_is_tried_again(store, tmp_path, monkeypatch):
+    small, run, away = SMALL.replace(steps_per_epoch=1, critic_iterations=1), tmp_path / "run", tmp_path / "away"
+    copy = tmp_path / "cohort.zarr"
+    shutil.copytree(store, copy)
+    away.mkdir()
+    shards = [copy / f"sub-{i}" / "image" / "c" for i in range(2)]
+    for i, shard in enumerate(shards):
+        shutil.move(shard, away / str(i))
+    for _ in range(2):
+        with pytest.raises(InputError, match="none of its 2 Train subjects gave a patch"):
+            train(copy, run, small)
+    assert {p.name for p in run.iterdir()} == {"config.yaml"}
+    # A stop before the first update does leave a snapshot, from which all subjects are tried again, in both epochs.
+    monkeypatch.setattr(loop, "stopped", lambda run, stop: run.position.epoch == 2)
+    train(copy, run, small)
+    monkeypatch.undo()
+    assert [p.name for p in checkpoint.snapshots(run)] == ["step-00000000"]
+    for i, shard in enumerate(shards):
+        shutil.move(away / str(i), shard)
+    done = train(copy, run, small, resume=True)
+    assert done["updates"] == 2 and not done["left_out"]
+
+
+def test_a_damaged_table_of_epochs_is_made_anew(store, tmp_path, caplog):
+    small = SMALL.replace(epochs=1, steps_per_epoch=1, critic_iterations=1)
+    run = tmp_path / "run"
+    train(store, run, small)
+    (run / "dice.csv").write_bytes(bytes(range(256)))
+    (run / "mse.csv").write_text(
+        ",MSE\n²,1\n" + "9" * 5000 + ",1\n1,0.5\n", encoding="utf8"
+    )  # digits that are no epoch
+    train(store, run, small.replace(epochs=2), resume=True)
+    assert caplog.text.count("dice.csv is damaged and is made anew; log.jsonl has") == 1
+    indices = [[line.split(",")[0] for line in (run / n).read_text().splitlines()] for n in ("dice.csv", "mse.csv")]
+    assert indices == [["", "2"], ["", "1", "2"]] and len(rows(run, "validation")) == 2
