@@ -5,6 +5,7 @@ Sets up the networks, the feed and the ranks, checks that all ranks are about to
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -40,6 +41,7 @@ from fastsrgan.runtime import (
     write_json,
 )
 from fastsrgan.store import Store, open_store
+from fastsrgan.store_files import Keys, WriteLock
 from fastsrgan.tile_network import out_of_memory
 from fastsrgan.trainlog import RunLog
 from fastsrgan.trial import batch_that_fits, memory_error, refuse_hopeless
@@ -81,15 +83,17 @@ def train(
     ------
     InputError : no Train subjects, no patches, labels of other values than 0 and 1;
     ModelError : weights or snapshot do not fit, ranks disagree;
-    ResourceError : memory, disk, device, a lost rank, or ``max_bad_steps`` updates in a row that were not finite;
+    ResourceError : memory, disk, device, a lost rank, another training in ``folder``, or ``max_bad_steps`` updates in a
+    row that were not finite;
     UsageError : a run is there already, or the batch is not divided by the ranks.
     """
     if snapshot_folder and config.scaled:
         raise UsageError("snapshot_folder", "its files cannot hold a scaled head", "--scaled False, or no -sf")
     target = pick_device(local_device(device))
-    with from_environment(target) as ranks:
+    with from_environment(target) as ranks, contextlib.ExitStack() as held:
         agree_on_settings(ranks, config)
         folder = output_folder(folder)
+        lock(folder, ranks, held)
         resume = resume or known_run(ranks, folder)
         store = open_store(source)
         refuse_inside(folder, store)
@@ -115,6 +119,17 @@ def agree_on_settings(ranks: Ranks, config: TrainConfig) -> None:
     if config.batch_size % ranks.world:
         hint = f"a multiple of {ranks.world}: batch_size counts the patches of all ranks"
         raise UsageError("batch_size", f"{config.batch_size} patches are not divided by {ranks.world} ranks", hint)
+
+
+def lock(folder: Path, ranks: Ranks, held: contextlib.ExitStack) -> None:
+    """Keep other trainings out of the run folder until ``held`` is closed: ResourceError where one is at work in it.
+
+    What a job that was started again left there on another machine has ended.
+    """
+    if ranks.rank:
+        return
+    again = ranks.noted(str(folder.absolute())) or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    held.callback(WriteLock(Keys(folder, read_only=False), elsewhere=again).release)
 
 
 def known_run(ranks: Ranks, folder: Path) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
 import shutil
 import signal
+import socket
 import stat
 import time
 from pathlib import Path
@@ -18,9 +20,10 @@ from processes import ended, outcome, start
 
 from fastsrgan import checkpoint, loop, weights
 from fastsrgan.config import TrainConfig
-from fastsrgan.errors import InputError, ModelError
+from fastsrgan.errors import InputError, ModelError, ResourceError
 from fastsrgan.pair import Models
 from fastsrgan.panels import find_panels
+from fastsrgan.store_files import LOCK
 from fastsrgan.train import train
 
 # Everything on that has a state or a place: moving average, schedule and warm-up, flips, accumulation, lazy penalty,
@@ -304,3 +307,28 @@ def test_a_damaged_table_of_epochs_is_made_anew(store, tmp_path, caplog):
     assert caplog.text.count("dice.csv is damaged and is made anew; log.jsonl has") == 1
     indices = [[line.split(",")[0] for line in (run / n).read_text().splitlines()] for n in ("dice.csv", "mse.csv")]
     assert indices == [["", "2"], ["", "1", "2"]] and len(rows(run, "validation")) == 2
+
+
+@pytest.mark.fault(27)
+def test_one_training_at_a_time_writes_to_a_run_folder(store, tmp_path, monkeypatch, caplog):
+    small, run = SMALL.replace(epochs=1, steps_per_epoch=2, critic_iterations=1), tmp_path / "run::1"
+    original, refused = Models.generator_update, []
+
+    def tried(self, *args):
+        with pytest.raises(ResourceError) as caught:
+            train(store, run, small, resume=True)
+        refused.append(str(caught.value))
+        signal.raise_signal(signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(Models, "generator_update", tried)
+    assert train(store, run, small)["exit_code"] == 143 and not (run / LOCK).exists()
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    assert refused == [f"{run}: is being written by {holder} (wait until it ends)"]
+    monkeypatch.undo()
+    (run / LOCK).write_text(json.dumps({"pid": 1, "host": "elsewhere"}), encoding="utf8")
+    with pytest.raises(ResourceError, match=r"locked by process 1 on elsewhere \(if that run is over, delete .*lock\)"):
+        train(store, run, small, resume=True)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the same job on another machine, after its first one failed
+    assert train(store, run, small, resume=True)["updates"] == 2
+    assert "did not end properly, its lock is taken over" in caplog.text and not (run / LOCK).exists()
