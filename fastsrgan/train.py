@@ -21,7 +21,7 @@ from fastsrgan._version import __version__
 from fastsrgan.board import Board
 from fastsrgan.config import TrainConfig
 from fastsrgan.degrade import Degradation
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import InputError, ModelError, UsageError
 from fastsrgan.feed import Feed, PatchRule, resident_limit
 from fastsrgan.interrupts import StopRequest
 from fastsrgan.loop import loop
@@ -71,7 +71,8 @@ def train(
     folder : run folder; gets config.yaml, log.jsonl, dice.csv, mse.csv, checkpoints/, model.safetensors
     device : auto, cpu, cuda or cuda:n; each rank takes its own GPU of the machine
     start_weights : Keras HDF5, safetensors or run folder to start from
-    resume : continue the run in ``folder`` from its newest undamaged snapshot; a restart by torchrun always does
+    resume : continue the run in ``folder`` from its newest undamaged snapshot, or from the beginning where it ended
+        before the first; a restart by torchrun always does
     snapshot_folder : also write SegSRGAN_epoch_N in the original's HDF5 form
     dice_file, mse_file : where the per-epoch tables go (default: the run folder)
 
@@ -94,7 +95,7 @@ def train(
         agree_on_settings(ranks, config)
         folder = output_folder(folder)
         lock(folder, ranks, held)
-        resume = resume or known_run(ranks, folder)
+        resume = known_run(ranks, folder) if not resume else has_snapshot(ranks, folder, config, start_weights)
         store = open_store(source)
         refuse_inside(folder, store)
         ranks.agree("training data", data_identity(store))
@@ -141,6 +142,25 @@ def known_run(ranks: Ranks, folder: Path) -> bool:
     if found and not ranks.noted(str(folder.absolute())):
         raise UsageError(folder, "already holds a run", "--resume continues it, or choose another folder")
     return found
+
+
+def has_snapshot(ranks: Ranks, folder: Path, config: TrainConfig, start_weights: str | os.PathLike | None) -> bool:
+    """Whether a run can be continued; False, with a warning, where it ended before its first snapshot.
+
+    Raises ModelError where no run began in the folder, or where beginning again would replace weights.
+    """
+    if checkpoint.folders(folder):
+        return True
+    told, hint = "no snapshot in this folder", "leave --resume out to begin a run"
+    if (folder / checkpoint.MODEL).is_file():
+        told = "no snapshot in this folder, only weights"
+        hint += f", which replaces them, or start from them in another folder with -w {folder / checkpoint.MODEL}"
+    elif (folder / "config.yaml").is_file() and (start_weights or config.init_epoch == 1):
+        if not ranks.rank:
+            weights = f"the weights {start_weights}" if start_weights else "new weights"
+            log.warning("%s: no snapshot yet, the run starts from the beginning with %s", folder, weights)
+        return False
+    raise ModelError(folder, told, hint)
 
 
 def refuse_inside(folder: Path, store: Store) -> None:

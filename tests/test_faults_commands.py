@@ -170,6 +170,21 @@ def test_verify_lists_every_damaged_and_missing_chunk(work, tmp_path, capsys):
     assert code == 0 and call(capsys, "verify", store)[0] == 0
 
 
+@pytest.mark.fault(23)
+def test_verify_names_snapshots_that_lost_their_manifest_and_runs_without_snapshots(tmp_path, capsys):
+    run = tmp_path / "run"
+    checkpoint.write(run, 1, {"a": lambda path: path.write_bytes(b"1")}, {})
+    lost = checkpoint.write(run, 2, {"a": lambda path: path.write_bytes(b"2")}, {}) / checkpoint.MANIFEST
+    (run / "config.yaml").write_text("epochs: 2\n", encoding="utf8")
+    assert call(capsys, "verify", run)[0] == 0
+    lost.unlink()
+    code, out, _ = call(capsys, "verify", run)
+    assert code == 3 and "2 snapshots, 1 problems" in out and f"{lost}: cannot be read" in out
+    shutil.rmtree(run / checkpoint.FOLDER)
+    code, out, _ = call(capsys, "verify", run)
+    assert code == 3 and "a run without snapshots" in out and "0 snapshots, 1 problems" in out
+
+
 @pytest.mark.fault(32)
 def test_a_store_of_a_newer_version_names_what_it_needs(work, tmp_path, capsys):
     store = tmp_path / "s.zarr"

@@ -332,3 +332,25 @@ def test_one_training_at_a_time_writes_to_a_run_folder(store, tmp_path, monkeypa
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the same job on another machine, after its first one failed
     assert train(store, run, small, resume=True)["updates"] == 2
     assert "did not end properly, its lock is taken over" in caplog.text and not (run / LOCK).exists()
+
+
+@pytest.mark.fault(22)
+def test_a_run_killed_before_its_first_snapshot_starts_again_under_resume(store, tmp_path, monkeypatch, caplog):
+    small, run = SMALL.replace(epochs=1, steps_per_epoch=1, critic_iterations=1), tmp_path / "run"
+    with pytest.raises(ModelError, match=r"no snapshot in this folder \(leave --resume out to begin a run\)"):
+        train(store, run, small, resume=True)
+    monkeypatch.setattr(loop, "save", lambda run: pytest.fail("killed"))
+    monkeypatch.setattr(loop, "write_weights", lambda *given: None)
+    with pytest.raises(pytest.fail.Exception):
+        train(store, run, small)
+    monkeypatch.undo()
+    (run / checkpoint.FOLDER).mkdir()
+    assert train(store, run, small, resume=True)["updates"] == 1 == len(rows(run))
+    assert caplog.text.count("no snapshot yet, the run starts from the beginning with new weights") == 1
+    shutil.rmtree(run / checkpoint.FOLDER)
+    weights_before = (run / checkpoint.MODEL).read_bytes()
+    with pytest.raises(
+        ModelError, match=r"only weights \(leave --resume out .* replaces them, .*-w .*model.safetensors"
+    ):
+        train(store, run, small, resume=True)
+    assert (run / checkpoint.MODEL).read_bytes() == weights_before
