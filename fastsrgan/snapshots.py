@@ -17,7 +17,8 @@ import torch
 from fastsrgan import checkpoint, modelfile, weights
 from fastsrgan import config as settings
 from fastsrgan.errors import ModelError
-from fastsrgan.networks import CriticSpec
+from fastsrgan.networks import CriticSpec, GeneratorSpec
+from fastsrgan.pair import differences
 from fastsrgan.run_state import Position, Run, data_identity, epoch_part, remaining
 from fastsrgan.runtime import provenance
 
@@ -104,10 +105,9 @@ def load_networks(run: Run, snapshot: Path) -> None:
     """Generator, critic and moving average of a snapshot. Raises ModelError where the settings ask for others."""
     m, file = run.models, snapshot / checkpoint.MODEL
     spec, parameters = modelfile.read_parameters(file, "generator")
+    assert isinstance(spec, GeneratorSpec)
     if spec != m.generator.spec:
-        raise ModelError(
-            snapshot, f"holds {spec}, the settings ask for {m.generator.spec}", "resume with the run's own settings"
-        )
+        raise ModelError(snapshot, *differences(spec, m.generator.spec))
     m.generator = modelfile.assemble(spec, parameters, run.config.form).requires_grad_(True)
     critic_spec, parameters = modelfile.read_parameters(file, "critic")
     assert isinstance(critic_spec, CriticSpec)

@@ -264,6 +264,9 @@ def test_a_critic_that_does_not_fit_the_patches_is_refused_before_the_first_step
             ModelError, match=r"kernel 2 for patch 16, .*--patch-size 16 --kernel-dis 2, or .* -w .*run\)"
         ):
             train(store, run, small.replace(epochs=2, **changes), resume=True)
+    told = r"its network has other settings: kernel_gen 2, not 4, residual True, not False \(give the same kernel_gen"
+    with pytest.raises(ModelError, match=told):
+        train(store, run, small.replace(epochs=2, kernel_gen=4, residual=False), resume=True)
     assert (run / "log.jsonl").read_bytes() == before and len(checkpoint.snapshots(run)) == 1
     train(store, tmp_path / "other", small.replace(patch_size=20))
     larger = small.replace(epochs=2, patch_size=24)
