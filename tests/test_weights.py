@@ -327,7 +327,7 @@ def test_a_run_gives_its_newest_snapshot(tmp_path, caplog):
         weights.load_generator(checkpoints / "epoch-0010")
     for n in (2, 9):
         flip(checkpoints / f"epoch-{n:04d}" / "model.safetensors")
-    with pytest.raises(ModelError, match="no snapshot of 3 is whole"):
+    with pytest.raises(ModelError, match="no snapshot of 4 is whole"):
         weights.load_critic(tmp_path)
 
 
