@@ -120,22 +120,29 @@ def verify(snapshot: Path) -> list[str]:
     return problems
 
 
-def snapshots(run: Path) -> list[Path]:
-    """Snapshot folders with a manifest, oldest first. ``run`` is a run folder or its ``checkpoints``."""
+def folders(run: Path) -> list[Path]:
+    """Snapshot folders of a run folder or its ``checkpoints``, oldest first, also those whose manifest is lost.
+
+    What is older than every folder with a manifest is what a removal left (`prune`), and does not count.
+    """
     for parent in (run / FOLDER, run):
         if not parent.is_dir():
             continue
-        found = [
-            (int(m[2]), p) for p in parent.iterdir() if (m := _NAME.fullmatch(p.name)) and (p / MANIFEST).is_file()
-        ]
-        if found:
-            return [p for _, p in sorted(found)]
+        named = [(int(m[2]), p) for p in parent.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+        if named:
+            found = [p for _, p in sorted(named)]
+            return found[next((i for i, p in enumerate(found) if (p / MANIFEST).is_file()), 0) :]
     return []
+
+
+def snapshots(run: Path) -> list[Path]:
+    """Snapshot folders with a manifest, oldest first. ``run`` is a run folder or its ``checkpoints``."""
+    return [p for p in folders(run) if (p / MANIFEST).is_file()]
 
 
 def newest(run: Path) -> Path:
     """The newest undamaged snapshot; a damaged one is passed over with a warning. ModelError when there is none."""
-    found = snapshots(run)
+    found = folders(run)
     for left, snapshot in reversed(list(enumerate(found))):
         problems = verify(snapshot)
         if not problems:

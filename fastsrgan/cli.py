@@ -156,13 +156,16 @@ def _convert(args: argparse.Namespace, progress: Progress) -> int:
 def _verify(args: argparse.Namespace, progress: Progress) -> int:
     from pathlib import Path
 
-    from fastsrgan import checkpoint
+    from fastsrgan import checkpoint, weights
     from fastsrgan.store import open_store
 
     run = Path(args.path)
-    if checkpoint.snapshots(run) or ((run / checkpoint.MANIFEST).is_file() and (run / checkpoint.MODEL).is_file()):
-        found = checkpoint.snapshots(run) or [run]
+    lone = (run / checkpoint.MANIFEST).is_file() and (run / checkpoint.MODEL).is_file()
+    if lone or checkpoint.folders(run) or (run / "config.yaml").is_file():
+        found = checkpoint.folders(run) or ([run] if lone else [])
         problems = [line for snapshot in found for line in checkpoint.verify(snapshot)]
+        problems += [] if lone else weights.damaged(run)
+        problems += [] if found else [f"{run}: a run without snapshots, --resume has nothing to go on from"]
         what = f"{len(found)} snapshots"
     else:
         store = open_store(args.path)

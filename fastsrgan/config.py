@@ -23,7 +23,7 @@ from fastsrgan.errors import ModelError
 
 Triple = tuple[float, float, float]
 MAX_BYTES, MAX_DEPTH = 1 << 17, 8  # of a settings file, whose reader takes its time
-LARGEST = {"patch_size": 1024, "kernel_gen": 1024, "kernel_dis": 1024}
+LARGEST = {"patch_size": 1024, "kernel_gen": 1024, "kernel_dis": 1024, "bias_field": 5}  # e^5 is 148-fold
 
 CHOICES = {
     "network": ("plain", "unet"),
@@ -218,10 +218,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ModelError(f"config: {name}", f"{value} is not allowed", "a number above zero, or leave it out")
-        if not set(self.flips) <= set("xyz"):
-            raise ModelError(
-                "config: flips", f"{shown(self.flips)} is not allowed", "letters of the axes to mirror, for example xy"
-            )
+        if not set(self.flips) <= set("xyz") or len(set(self.flips)) < len(self.flips):
+            hint = "letters of the axes to mirror, each once, for example xy"
+            raise ModelError("config: flips", f"{shown(self.flips)} is not allowed", hint)
         for name in ("contrast_max", "ema", "noise", "beta1", "beta2", "profile"):
             if getattr(self, name) >= 1:
                 raise ModelError(f"config: {name}", f"{getattr(self, name)} is not allowed", "below 1")

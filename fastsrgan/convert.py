@@ -263,6 +263,10 @@ def _convert(job: _Job, writer: StoreWriter, dtype: str) -> Subject:
             counts = np.bincount(other.data.ravel(order="K"))
             attrs[f"{name}_counts"] = {str(value): int(counts[value]) for value in np.flatnonzero(counts)}
             warnings += [f"{name}: {text}" for text in other.warnings]
+    values = list(attrs.get("label_counts", {}))
+    if set(values) - {"0", "1"}:  # classes of --fit-mask are the mask's
+        held = ", ".join(values[:10]) + (f" and {len(values) - 10} more values" if len(values) > 10 else "")
+        warnings.append(f"label: holds {held}; training takes 1 for the structure and 0 for the rest, and no others")
     attrs["warnings"] = warnings
     return writer.write(
         row.subject, row.base, stored, scale, offset, others["label"], others["mask"], volume.affine, attrs

@@ -49,13 +49,15 @@ def loop(run: Run, stop: StopRequest) -> None:
         for index, turn in enumerate(turns):
             run_group(run, turn, next(residents), stop)
             last = index + 1 == len(turns) or turns[index + 1].epoch != turn.epoch
-            if stopped(run, stop) or (last and not end_epoch(run, turn.epoch, stop)):
+            if stopped(run, stop) or (last and at.updates and not end_epoch(run, turn.epoch, stop)):
                 save(run)
                 return
             if not last:
                 at.next_group()
                 continue
             at.next_epoch()
+            if not at.updates:  # no patch so far: nothing may stay that looks like a run
+                continue
             run.ended_early = turn.epoch if out_of_patience(run) else None
             if turn.epoch % c.snapshot == 0 or turn.epoch == c.epochs or run.ended_early:
                 save(run)

@@ -2,14 +2,17 @@
 
 Tensors are named ``generator.<parameter>`` and, where there is one, ``critic.<parameter>`` and ``ema.<parameter>``
 (the generator's moving average). The header's metadata holds one entry, ``fastsrgan``: JSON with ``format``, the specs
-of ``generator`` and ``critic`` and a model ``card``. Shapes are compared with the spec before anything is read.
+of ``generator`` and ``critic``, a model ``card`` and ``sha256`` of the whole file, in which its own digits count as
+zeros. Shapes are compared with the spec before anything is read, files with that sum before their weights are taken.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,9 +25,11 @@ from torch import Tensor, nn
 
 from fastsrgan.errors import ModelError
 from fastsrgan.networks import Critic, CriticSpec, Generator, GeneratorSpec, build_generator
-from fastsrgan.runtime import atomic_write, finite
+from fastsrgan.runtime import atomic_write, finite, parse_json
 
 FORMAT = 1
+UNKNOWN = "0" * 64  # in the place of the file's own SHA-256 while that is computed
+_SUM = re.compile(r"[0-9a-f]{64}")
 PARTS = ("generator", "critic", "ema")
 MAX_HEADER = 16 * 2**20
 MAX_FILE = 16 * 2**30
@@ -137,13 +142,32 @@ def write(
         "critic": critic.spec.to_dict() if critic is not None else None,
         "card": finite(dict(card or {})),
     }
-    image = save(tensors, metadata={"fastsrgan": json.dumps(header, sort_keys=True)})
+    image = save(tensors, metadata={"fastsrgan": json.dumps(header | {"sha256": UNKNOWN}, sort_keys=True)})
+    # The last one of the header: its keys are sorted, and a card may hold anything.
+    place = image.rindex(UNKNOWN.encode(), 0, 8 + int.from_bytes(image[:8], "little"))
+    digest = hashlib.sha256(image).hexdigest().encode()
     with atomic_write(path) as temporary:
-        temporary.write_bytes(image)
+        temporary.write_bytes(image[:place] + digest + image[place + len(digest) :])
     return path
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
+
+
+def check_sum(path: str | os.PathLike) -> None:
+    """Raise ModelError where a file is not what was written; files without a sum, of earlier versions, are taken."""
+    with _opened(path) as file:
+        known = parse_json((file.metadata() or {}).get("fastsrgan", "")).get("sha256")
+    if not isinstance(known, str) or not _SUM.fullmatch(known):
+        return
+    with open(path, "rb") as raw:
+        head = raw.read(8)
+        before, _, behind = raw.read(int.from_bytes(head, "little")).rpartition(known.encode())
+        digest = hashlib.sha256(head + before + UNKNOWN.encode() + behind)
+        while part := raw.read(2**20):
+            digest.update(part)
+    if digest.hexdigest() != known:
+        raise ModelError(path, "differs from the SHA-256 that was written into it", "damaged or changed; copy it again")
 
 
 def read_header(path: str | os.PathLike) -> ModelHeader:
@@ -158,10 +182,12 @@ def read_header(path: str | os.PathLike) -> ModelHeader:
 def read_parameters(path: str | os.PathLike, part: str) -> tuple[GeneratorSpec | CriticSpec, dict[str, Tensor]]:
     """Spec and float32 parameters of ``part``: "generator", "critic" or "ema".
 
-    Raises ModelError as ``read_header`` does, when the part is absent, or when a weight is NaN or infinite.
+    Raises ModelError as ``read_header`` and ``check_sum`` do, when the part is absent, or when a weight is NaN or
+    infinite.
     """
     with _opened(path) as file:
         header = _checked_header(path, file)
+        check_sum(path)
         spec = header.critic if part == "critic" else header.generator
         if spec is None or (part == "ema" and not header.ema):
             raise ModelError(path, f"holds no {part}", "take a file that was saved with both networks")

@@ -29,6 +29,16 @@ Terms = dict[str, Tensor]
 Data = tuple[Tensor, Tensor, Tensor, float, Tensor]  # real, fake, eps, weight of the penalty, resolution
 
 
+def differences(held: GeneratorSpec, wanted: GeneratorSpec) -> tuple[str, str]:
+    """Reason and hint of an error about a generator that is not the one the settings ask for, setting by setting."""
+    names = {"kernel": "kernel_gen", "mask_classes": "classes of the masks"}
+    then, now = held.to_dict(), wanted.to_dict()
+    told = [(names.get(key, key), then[key], now[key]) for key in then if then[key] != now[key]]
+    reason = f"its network has other settings: {', '.join(f'{name} {a}, not {b}' for name, a, b in told)}"
+    hint = f"give the same {', '.join(name for name, *_ in told)}, or begin a run without these weights"
+    return reason, hint
+
+
 class Models:
     """Generator, critic, their optimisers and the generator's moving average.
 
@@ -86,9 +96,7 @@ class Models:
         """Take over the weights of a file: the generator, and the critic where the file holds a fitting one."""
         generator = weights.load_generator(path, self.config.form)
         if generator.spec != self.generator.spec:
-            raise ModelError(
-                path, f"holds {generator.spec}, this run trains {self.generator.spec}", "match network, kernel_gen, ..."
-            )
+            raise ModelError(path, *differences(generator.spec, self.generator.spec))
         self.generator = generator.requires_grad_(True)
         try:
             critic = weights.load_critic(path)
@@ -98,7 +106,8 @@ class Models:
             if critic.spec == self.critic.spec:
                 self.critic = critic.requires_grad_(True)
             else:
-                log.info("%s: its critic %s does not fit this run, which starts a new one", path, critic.spec)
+                told = "%s: its critic, %s, does not fit this run, which starts a new one"
+                log.info(told, path, modelfile.describe(critic.spec))
         self.finish()
 
     def set_rates(self, factor: float) -> None:

@@ -17,6 +17,8 @@ import torch
 from fastsrgan import checkpoint, modelfile, weights
 from fastsrgan import config as settings
 from fastsrgan.errors import ModelError
+from fastsrgan.networks import CriticSpec, GeneratorSpec
+from fastsrgan.pair import differences
 from fastsrgan.run_state import Position, Run, data_identity, epoch_part, remaining
 from fastsrgan.runtime import provenance
 
@@ -77,6 +79,8 @@ def load(run: Run) -> None:
     known = {f.name for f in fields(Position)}
     position = Position(**{k: v for k, v in state["position"].items() if k in known})
     run.position = placed(run, position, snapshot, state["data"])
+    if not run.position.updates:  # what gave no patch then may give some now
+        run.position = Position(epoch=run.config.init_epoch, world=run.ranks.world)
     if run.log is not None:
         run.log.cut(run.position.updates, run.position.epoch)
         log.info("continuing %s at epoch %d, update %d", snapshot, run.position.epoch, run.position.updates)
@@ -98,20 +102,31 @@ def read_state(snapshot: Path, device: torch.device | str) -> dict[str, Any]:
 
 
 def load_networks(run: Run, snapshot: Path) -> None:
-    """Generator, critic and moving average of a snapshot."""
+    """Generator, critic and moving average of a snapshot. Raises ModelError where the settings ask for others."""
     m, file = run.models, snapshot / checkpoint.MODEL
     spec, parameters = modelfile.read_parameters(file, "generator")
+    assert isinstance(spec, GeneratorSpec)
     if spec != m.generator.spec:
-        raise ModelError(
-            snapshot, f"holds {spec}, the settings ask for {m.generator.spec}", "resume with the run's own settings"
-        )
+        raise ModelError(snapshot, *differences(spec, m.generator.spec))
     m.generator = modelfile.assemble(spec, parameters, run.config.form).requires_grad_(True)
     critic_spec, parameters = modelfile.read_parameters(file, "critic")
-    m.critic = modelfile.assemble(critic_spec, parameters).requires_grad_(True)
+    assert isinstance(critic_spec, CriticSpec)
+    check_critic(snapshot, critic_spec, m.critic.spec)
+    m.critic = modelfile.assemble(m.critic.spec, parameters).requires_grad_(True)
     m.finish()
     if m.average is not None:
         _, average = modelfile.read_parameters(file, "ema")
         m.average = {k: v.to(m.device) for k, v in average.items()}
+
+
+def check_critic(snapshot: Path, held: CriticSpec, wanted: CriticSpec) -> None:
+    """ModelError where a snapshot's critic is not the one that is asked for; patches of another size may share one."""
+    if modelfile.parameter_shapes(held) == modelfile.parameter_shapes(wanted):
+        return
+    told = f"the critic in it is {modelfile.describe(held)}, the settings ask for {modelfile.describe(wanted)}"
+    same = f"--patch-size {held.patch} --kernel-dis {held.kernel}"
+    anew = f"-w {snapshot.parent.parent}"
+    raise ModelError(snapshot, told, f"resume with {same}, or start anew in another folder with {anew}")
 
 
 def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:

@@ -258,7 +258,9 @@ class Store:
         wrong = _fault(s, META, self._keys.get(f"{s.id}/{META}"))
         found = [f"{s.id}/{META}: {wrong}"] if wrong else []
         for name in s.arrays:
-            found += self._faults(s, name, *self._files(s, [name]))
+            meta, shard = self._files(s, [name])
+            wrong_files = self._faults(s, name, meta, shard)
+            found += wrong_files or _schema_fault(s, name, meta or b"")
         return found
 
     def _files(self, s: Subject, names: list[str]) -> list[bytes | None]:
@@ -295,6 +297,15 @@ def _fault(s: Subject, key: str, data: bytes | None) -> str:
     if len(data) != size and key.endswith(SHARD):
         return f"{len(data)} bytes where {size} were written"
     return "" if fingerprint(data) == [size, digest] else DAMAGED
+
+
+def _schema_fault(s: Subject, name: str, meta: bytes) -> list[str]:
+    """What an array's metadata say that is not what the manifest says, though they are what was listed."""
+    try:
+        check_array(meta, s.shape, s.arrays[name]["dtype"])
+    except ValueError as error:
+        return [f"{s.id}/{name}/{META}: {error}"]
+    return []
 
 
 def subject_of(name: str, record: dict[str, Any]) -> Subject:

@@ -37,7 +37,7 @@ LOCK = ".fastsrgan.lock"
 
 
 class Keys:
-    """Bytes by key below a folder or URL.
+    """Bytes by key below a folder or URL; a ``Path`` is a folder, whatever its name looks like.
 
     ``root`` is the folder, None for a URL; ``zarr`` is the place as zarr sees it. Raises UsageError for a URL that
     nothing here can open, and from every method ResourceError where object storage does not answer.
@@ -45,7 +45,7 @@ class Keys:
 
     def __init__(self, url: str | os.PathLike, read_only: bool) -> None:
         self.url = os.fspath(url)
-        self.root = local_path(self.url)
+        self.root = url if isinstance(url, Path) else local_path(self.url)
         self.remote = open_url(self.url, read_only) if self.root is None else None
         self.zarr: ZarrStore = LocalStore(str(self.root), read_only=read_only) if self.remote is None else self.remote
 
@@ -215,11 +215,13 @@ class WriteLock:
     not. Behind a URL the lock is an object that names its holder. S3 makes such an object for one of several writers
     only; where an older server cannot, two that start in the same moment are told apart by `check` at the latest.
 
+    elsewhere : take over a file that another host left, too: the caller knows that its process has ended
+
     Raises ResourceError when the store is locked or its folder cannot be made.
     """
 
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
+    def __init__(self, keys: Keys, elsewhere: bool = False) -> None:
+        self._keys, self._elsewhere = keys, elsewhere
         self._file: int | None = None
         self._made_folder = False
         self._signature = _signature()
@@ -294,7 +296,7 @@ class WriteLock:
                 f"; if it is no conversion, delete {self._keys.url}/{LOCK}" if by_pid else ""
             )
             raise ResourceError(self._keys.url, f"is being written by {told}", hint)
-        if holder and not here:
+        if holder and not here and not self._elsewhere:
             hint = f"if that run is over, delete {self._keys.url}/{LOCK}"
             raise ResourceError(self._keys.url, f"is locked by {told}", hint)
         if holder:
@@ -310,7 +312,7 @@ def _flock(descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-        log.warning("the file system of the store knows no locks: take care that only one conversion writes to it")
+        log.warning("the file system knows no locks: take care that only one process writes to this folder")
     return True
 
 

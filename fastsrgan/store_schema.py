@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fastsrgan.geometry import spacing_of
+
 ARRAYS = ("image", "label", "mask")
 SPLITS = ("Train", "Test")
 SUBJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -49,6 +51,9 @@ def _check_subject(record: dict[str, Any]) -> None:
     affine = np.array(record["affine"], float)
     _demand(affine.shape == (4, 4) and bool(np.isfinite(affine).all()), "its affine is none")
     _demand(abs(np.linalg.det(affine[:3, :3])) > 0, "its affine is singular")
+    spacing = np.array(record["spacing"], float)
+    _demand(spacing.shape == (3,) and bool((np.isfinite(spacing) & (spacing > 0)).all()), "its spacing is none")
+    _demand(np.allclose(spacing, spacing_of(affine), rtol=1e-3, atol=0), "its spacing is not that of its affine")
     _demand(isinstance(record["attrs"], dict), "its attributes are no mapping")
     arrays = record["arrays"]
     _demand(isinstance(arrays, dict) and "image" in arrays and set(arrays) <= set(ARRAYS), "its arrays")

@@ -5,6 +5,7 @@ Sets up the networks, the feed and the ranks, checks that all ranks are about to
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -20,7 +21,7 @@ from fastsrgan._version import __version__
 from fastsrgan.board import Board
 from fastsrgan.config import TrainConfig
 from fastsrgan.degrade import Degradation
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import InputError, ModelError, UsageError
 from fastsrgan.feed import Feed, PatchRule, resident_limit
 from fastsrgan.interrupts import StopRequest
 from fastsrgan.loop import loop
@@ -32,6 +33,7 @@ from fastsrgan.runtime import (
     QUIET,
     Progress,
     atomic_write,
+    mapping,
     need_space,
     output_folder,
     pick_device,
@@ -39,6 +41,7 @@ from fastsrgan.runtime import (
     write_json,
 )
 from fastsrgan.store import Store, open_store
+from fastsrgan.store_files import Keys, WriteLock
 from fastsrgan.tile_network import out_of_memory
 from fastsrgan.trainlog import RunLog
 from fastsrgan.trial import batch_that_fits, memory_error, refuse_hopeless
@@ -68,7 +71,8 @@ def train(
     folder : run folder; gets config.yaml, log.jsonl, dice.csv, mse.csv, checkpoints/, model.safetensors
     device : auto, cpu, cuda or cuda:n; each rank takes its own GPU of the machine
     start_weights : Keras HDF5, safetensors or run folder to start from
-    resume : continue the run in ``folder`` from its newest undamaged snapshot; a restart by torchrun always does
+    resume : continue the run in ``folder`` from its newest undamaged snapshot, or from the beginning where it ended
+        before the first; a restart by torchrun always does
     snapshot_folder : also write SegSRGAN_epoch_N in the original's HDF5 form
     dice_file, mse_file : where the per-epoch tables go (default: the run folder)
 
@@ -78,17 +82,20 @@ def train(
 
     Raises
     ------
-    InputError : no Train subjects, no patches; ModelError : weights or snapshot do not fit, ranks disagree;
-    ResourceError : memory, disk, device, a lost rank, or ``max_bad_steps`` updates in a row that were not finite;
+    InputError : no Train subjects, no patches, labels of other values than 0 and 1;
+    ModelError : weights or snapshot do not fit, ranks disagree;
+    ResourceError : memory, disk, device, a lost rank, another training in ``folder``, or ``max_bad_steps`` updates in a
+    row that were not finite;
     UsageError : a run is there already, or the batch is not divided by the ranks.
     """
     if snapshot_folder and config.scaled:
         raise UsageError("snapshot_folder", "its files cannot hold a scaled head", "--scaled False, or no -sf")
     target = pick_device(local_device(device))
-    with from_environment(target) as ranks:
+    with from_environment(target) as ranks, contextlib.ExitStack() as held:
         agree_on_settings(ranks, config)
         folder = output_folder(folder)
-        resume = resume or known_run(ranks, folder)
+        lock(folder, ranks, held)
+        resume = known_run(ranks, folder) if not resume else has_snapshot(ranks, folder, config, start_weights)
         store = open_store(source)
         refuse_inside(folder, store)
         ranks.agree("training data", data_identity(store))
@@ -115,6 +122,17 @@ def agree_on_settings(ranks: Ranks, config: TrainConfig) -> None:
         raise UsageError("batch_size", f"{config.batch_size} patches are not divided by {ranks.world} ranks", hint)
 
 
+def lock(folder: Path, ranks: Ranks, held: contextlib.ExitStack) -> None:
+    """Keep other trainings out of the run folder until ``held`` is closed: ResourceError where one is at work in it.
+
+    What a job that was started again left there on another machine has ended.
+    """
+    if ranks.rank:
+        return
+    again = ranks.noted(str(folder.absolute())) or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    held.callback(WriteLock(Keys(folder, read_only=False), elsewhere=again).release)
+
+
 def known_run(ranks: Ranks, folder: Path) -> bool:
     """Whether to resume unasked: torchrun restarted the ranks of the job that began the run in this folder.
 
@@ -124,6 +142,25 @@ def known_run(ranks: Ranks, folder: Path) -> bool:
     if found and not ranks.noted(str(folder.absolute())):
         raise UsageError(folder, "already holds a run", "--resume continues it, or choose another folder")
     return found
+
+
+def has_snapshot(ranks: Ranks, folder: Path, config: TrainConfig, start_weights: str | os.PathLike | None) -> bool:
+    """Whether a run can be continued; False, with a warning, where it ended before its first snapshot.
+
+    Raises ModelError where no run began in the folder, or where beginning again would replace weights.
+    """
+    if checkpoint.folders(folder):
+        return True
+    told, hint = "no snapshot in this folder", "leave --resume out to begin a run"
+    if (folder / checkpoint.MODEL).is_file():
+        told = "no snapshot in this folder, only weights"
+        hint += f", which replaces them, or start from them in another folder with -w {folder / checkpoint.MODEL}"
+    elif (folder / "config.yaml").is_file() and (start_weights or config.init_epoch == 1):
+        if not ranks.rank:
+            weights = f"the weights {start_weights}" if start_weights else "new weights"
+            log.warning("%s: no snapshot yet, the run starts from the beginning with %s", folder, weights)
+        return False
+    raise ModelError(folder, told, hint)
 
 
 def refuse_inside(folder: Path, store: Store) -> None:
@@ -140,6 +177,7 @@ def prepare(
     names = {split: [s.id for s in store.subjects if s.split == split] for split in ("Train", "Test")}
     if not names["Train"]:
         raise InputError(store.url, "has no Train subjects", "give rows with Base = Train to `fastsrgan convert`")
+    refuse_labels(store)
     mask_classes = count_mask_classes(store, names["Train"]) if config.fit_mask else 0
     if config.auto_batch:
         config = with_fitting_batch(folder, config, mask_classes, device, ranks, resume)
@@ -176,6 +214,16 @@ def prepare(
     models = Models(c, mask_classes, device, ranks)
     need_space(folder, snapshot_bytes(models) * 2)  # one that stands and one that is written
     return Run(folder, c, store, models, feed, names["Train"], names["Test"], mask_classes, ranks=ranks)
+
+
+def refuse_labels(store: Store) -> None:
+    """InputError that names every subject whose label, as it was counted by the conversion, is not of 0 and 1 alone."""
+    found = {s.id: sorted(set(mapping(s.attrs.get("label_counts"))) - {"0", "1"}) for s in store.subjects}
+    wrong = [f"{name} (also {', '.join(values[:5])})" for name, values in found.items() if values]
+    if wrong:
+        told = f"labels hold other values than 0 and 1: {', '.join(wrong)}"
+        hint = "make each label 1 inside the structure and 0 outside, then convert again with --resume"
+        raise InputError(store.url, told, hint)
 
 
 def snapshot_bytes(models: Models) -> int:

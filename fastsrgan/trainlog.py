@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import os
+import re
 from pathlib import Path
 
 from fastsrgan.runtime import atomic_write, output_folder, parse_json
+
+log = logging.getLogger("fastsrgan")
+
+LOG = "log.jsonl"
+_EPOCH = re.compile(r"[0-9]{1,9}")
 
 
 class RunLog:
@@ -24,7 +31,7 @@ class RunLog:
         mse_file: str | os.PathLike | None = None,
         mask_classes: int = 0,
     ) -> None:
-        self.path = folder / "log.jsonl"
+        self.path = folder / LOG
         self.dice_file = Path(dice_file) if dice_file else folder / "dice.csv"
         self.mse_file = Path(mse_file) if mse_file else folder / "mse.csv"
         for path in (self.dice_file, self.mse_file):
@@ -70,10 +77,14 @@ class RunLog:
     def _rows(path: Path) -> list[dict[str, str]]:
         if not path.exists():
             return []
-        with open(path, newline="", encoding="utf8") as f:
-            rows = [{k: v for k, v in r.items() if k is not None} for r in csv.DictReader(f)]
+        try:
+            with open(path, newline="", encoding="utf8") as f:
+                rows = [{k: v for k, v in r.items() if k is not None} for r in csv.DictReader(f)]
+        except (ValueError, csv.Error):
+            log.warning("%s is damaged and is made anew; %s has the scores of all epochs", path, LOG)
+            return []
         # The original also writes empty lines for the epochs to come.
-        return [r for r in rows if (r.get("") or "").isdigit() and any(v for k, v in r.items() if k)]
+        return [r for r in rows if _EPOCH.fullmatch(r.get("") or "") and any(v for k, v in r.items() if k)]
 
     def _row(self, path: Path, epoch: int, values: dict[str, float]) -> None:
         rows = [r for r in self._rows(path) if r.get("") != str(epoch)]

@@ -104,6 +104,17 @@ def info(path: str | os.PathLike) -> dict[str, Any]:
     }
 
 
+def damaged(run: Path) -> list[str]:
+    """What is wrong with the weight files in a run folder, one line each (`fastsrgan.modelfile.check_sum`)."""
+    problems = []
+    for path in sorted(run.glob("*.safetensors")):
+        try:
+            modelfile.check_sum(path)
+        except ModelError as error:
+            problems.append(str(error))
+    return problems
+
+
 def default_weights() -> Path:
     """The model that is shipped with the package.
 

@@ -51,7 +51,16 @@ def test_every_damage_is_named_and_the_snapshot_before_is_taken(tmp_path, caplog
         manifest.unlink()
     assert checkpoint.verify(last)
     assert checkpoint.newest(tmp_path).name == "step-00000001"
-    assert fault == "no manifest" or "taking the snapshot before it" in caplog.text
+    assert "taking the snapshot before it" in caplog.text
+
+
+def test_what_a_removal_left_is_no_snapshot_that_lost_its_manifest(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    for step in (1, 3):
+        (tmp_path / "checkpoints" / f"step-0000000{step}" / checkpoint.MANIFEST).unlink()
+    assert [p.name for p in checkpoint.folders(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert [p.name for p in checkpoint.snapshots(tmp_path)] == ["step-00000002"]
 
 
 def test_nothing_good_is_an_error(tmp_path):

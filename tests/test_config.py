@@ -54,6 +54,8 @@ def test_yaml_round_trip(tmp_path):
         ({"batch_size": 0}, "above zero"),
         ({"lambda_gp": -1}, "zero or above"),
         ({"ema": 1.0}, "below 1"),
+        ({"bias_field": 1000}, "bias_field: 1000.0 is not allowed .at most 5"),
+        ({"flips": "xyzx"}, "'xyzx' is not allowed .*each once"),
         ({"geometry": "scipy"}, "physical, segsrgan"),
         ({"new_low_res": [1, 1]}, "triples"),
         ({"new_low_res": "3"}, "triples"),

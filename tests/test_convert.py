@@ -23,6 +23,7 @@ from rich.console import Console
 
 from fastsrgan import console, images, store_files
 from fastsrgan.cli import main
+from fastsrgan.config import TrainConfig
 from fastsrgan.console import PlainProgress
 from fastsrgan.convert import convert
 from fastsrgan.encode import PERCENTILES, axis_codes, describe, encode
@@ -30,6 +31,7 @@ from fastsrgan.errors import FastsrganError, InputError, PartialFailure, Resourc
 from fastsrgan.store import open_store, to_float32
 from fastsrgan.store_files import LOCK
 from fastsrgan.store_writer import create_store
+from fastsrgan.train import train
 
 SHAPE = (21, 18, 10)
 AFFINE = nifti_files.rigid()
@@ -128,6 +130,21 @@ def test_warnings_of_the_reader_are_kept(tmp_path):
     summary = convert(table, tmp_path / "store")
     assert "1 of 3780 voxels are NaN" in summary["warnings"]["s0"][0]
     assert np.isfinite(open_store(tmp_path / "store").read("s0").image).all()
+
+
+def test_labels_of_other_values_than_0_and_1_are_said_and_not_trained_on(tmp_path):
+    table = cohort(tmp_path, 3)
+    nifti_files.write(tmp_path / "l0.nii.gz", (head(0) > 500).astype(np.uint8) * 255, AFFINE)
+    nifti_files.write(tmp_path / "l2.nii.gz", (head(2) // 250).astype(np.uint8), AFFINE)
+    summary = convert(table, tmp_path / "store")
+    assert set(summary["warnings"]) == {"s0", "s2"}
+    (told,) = summary["warnings"]["s0"]
+    assert told.startswith("label: holds 0, 255; training takes 1 for the structure")
+    assert open_store(tmp_path / "store").subject("s0").attrs["warnings"] == [told]
+    config = TrainConfig(new_low_res=((1.0, 1.0, 3.0),), patch_size=16, kernel_gen=1, kernel_dis=1)
+    with pytest.raises(InputError, match=r"than 0 and 1: s0 \(also 255\), s2 \(also 2, 3\) \(make each label 1"):
+        train(tmp_path / "store", tmp_path / "run", config)
+    assert not list((tmp_path / "run").iterdir())
 
 
 arrays = hnp.arrays(

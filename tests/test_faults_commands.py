@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import TILES, call, command, litter, make_work, one_line
-from damage import Canary, keras_with, strange_state
+from damage import Canary, flip, keras_with, strange_state
 from nifti_files import rigid, write
 from processes import CONTEXT
 
 from fastsrgan import checkpoint, weights
 from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.remote import fingerprint
 from fastsrgan.store import open_store
 from fastsrgan.store_files import MANIFEST, Keys, read_manifest, write_manifest
 from fastsrgan.store_writer import create_store
@@ -170,6 +171,56 @@ def test_verify_lists_every_damaged_and_missing_chunk(work, tmp_path, capsys):
     assert code == 0 and call(capsys, "verify", store)[0] == 0
 
 
+@pytest.mark.fault(23)
+def test_verify_names_snapshots_that_lost_their_manifest_and_runs_without_snapshots(tmp_path, capsys):
+    run = tmp_path / "run"
+    checkpoint.write(run, 1, {"a": lambda path: path.write_bytes(b"1")}, {})
+    lost = checkpoint.write(run, 2, {"a": lambda path: path.write_bytes(b"2")}, {}) / checkpoint.MANIFEST
+    (run / "config.yaml").write_text("epochs: 2\n", encoding="utf8")
+    assert call(capsys, "verify", run)[0] == 0
+    lost.unlink()
+    code, out, _ = call(capsys, "verify", run)
+    assert code == 3 and "2 snapshots, 1 problems" in out and f"{lost}: cannot be read" in out
+    shutil.rmtree(run / checkpoint.FOLDER)
+    code, out, _ = call(capsys, "verify", run)
+    assert code == 3 and "a run without snapshots" in out and "0 snapshots, 1 problems" in out
+
+
+@pytest.mark.fault(16)
+@pytest.mark.parametrize("at", [-5, 700])
+def test_a_changed_byte_in_weights_is_named_by_verify_and_refused(work, tmp_path, capsys, at):
+    run, best = tmp_path / "run", tmp_path / "run" / "best.safetensors"
+    checkpoint.write(run, 1, {"a": lambda path: path.write_bytes(b"1")}, {})
+    network = build_generator(GeneratorSpec(kernel=1), seed=1).eval()
+    weights.save_generator(best, network, card={"data": "x" * 900, "sum": "0" * 64})
+    assert call(capsys, "verify", run)[0] == 0
+    weights.load_generator(best)
+    flip(best, at)  # in a weight, which stays a number, and in the card
+    code, out, _ = call(capsys, "verify", run)
+    assert code == 3 and "1 problems" in out and f"{best}: differs from the SHA-256" in out
+    code, _, told = call(capsys, "infer", work / "scan0.nii.gz", "-o", tmp_path / "out", "-w", best, *TILES)
+    assert code == 4
+    one_line(told, str(best), "differs from the SHA-256 that was written into it")
+
+
+@pytest.mark.fault(29)
+def test_verify_names_arrays_that_are_not_what_the_manifest_says_though_their_sums_are(work, tmp_path, capsys):
+    store = tmp_path / "s.zarr"
+    shutil.copytree(work / "cohort.zarr", store)
+    keys = Keys(store, read_only=False)
+    manifest = read_manifest(keys)
+    changes = {"sub-0": {"shape": [24, 28, 31]}, "sub-1": {"node_type": "group"}, "sub-2": {"codecs": []}}
+    for name, change in changes.items():
+        meta = store / name / "image" / "zarr.json"
+        meta.write_text(json.dumps(json.loads(meta.read_text(encoding="utf8")) | change), encoding="utf8")
+        manifest["subjects"][name]["files"]["image/zarr.json"] = fingerprint(meta.read_bytes())
+    manifest["subjects"]["sub-2"]["arrays"]["image"]["dtype"] = "float32"
+    write_manifest(keys, manifest)
+    code, out, _ = call(capsys, "verify", store)
+    assert code == 3 and "3 subjects, 3 problems" in out
+    assert all(f"{name}/image/zarr.json: its metadata are not those" in out for name in changes)
+
+
 @pytest.mark.fault(32)
 def test_a_store_of_a_newer_version_names_what_it_needs(work, tmp_path, capsys):
     store = tmp_path / "s.zarr"
@@ -189,6 +240,8 @@ ESCAPES = {
     "an array outside": lambda m: m["subjects"]["sub-0"]["arrays"].update({"../x": {"dtype": "uint8"}}),
     "tebibytes": lambda m: m["subjects"]["sub-0"].update(shape=[2**20, 2**20, 2**20]),
     "no affine": lambda m: m["subjects"]["sub-0"].update(affine=[[0.0] * 4] * 4),
+    "a spacing of zero": lambda m: m["subjects"]["sub-0"].update(spacing=[1.0, 1.0, 0.0]),
+    "another spacing than the affine's": lambda m: m["subjects"]["sub-0"].update(spacing=[1.0, 1.0, 1.01]),
     "objects": lambda m: m["subjects"]["sub-0"]["arrays"]["image"].update(dtype="object"),
 }
 

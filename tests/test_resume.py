@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
 import shutil
 import signal
+import socket
 import stat
 import time
 from pathlib import Path
@@ -16,10 +18,12 @@ import torch
 from cohort import SMALL, losses, make_store, rows
 from processes import ended, outcome, start
 
-from fastsrgan import checkpoint
+from fastsrgan import checkpoint, loop, weights
 from fastsrgan.config import TrainConfig
+from fastsrgan.errors import InputError, ModelError, ResourceError
 from fastsrgan.pair import Models
 from fastsrgan.panels import find_panels
+from fastsrgan.store_files import LOCK
 from fastsrgan.train import train
 
 # Everything on that has a state or a place: moving average, schedule and warm-up, flips, accumulation, lazy penalty,
@@ -247,3 +251,109 @@ def test_other_settings_or_data_are_said_and_the_epoch_begins_anew(store, whole,
     caplog.clear()
     train(other, run, changed.replace(epochs=7), resume=True)
     assert "another data: epoch 7 begins anew" in caplog.text and "settings differ" not in caplog.text
+
+
+def test_a_critic_that_does_not_fit_the_patches_is_refused_before_the_first_step(store, tmp_path):
+    """Its layers follow from the patch: 20 voxels take one more than 16; 20 and 24 take the same."""
+    small = SMALL.replace(epochs=1, steps_per_epoch=1, critic_iterations=1)
+    run = tmp_path / "run"
+    train(store, run, small)
+    before = (run / "log.jsonl").read_bytes()
+    for changes in ({"patch_size": 20}, {"kernel_dis": 3}):
+        with pytest.raises(
+            ModelError, match=r"kernel 2 for patch 16, .*--patch-size 16 --kernel-dis 2, or .* -w .*run\)"
+        ):
+            train(store, run, small.replace(epochs=2, **changes), resume=True)
+    told = r"its network has other settings: kernel_gen 2, not 4, residual True, not False \(give the same kernel_gen"
+    with pytest.raises(ModelError, match=told):
+        train(store, run, small.replace(epochs=2, kernel_gen=4, residual=False), resume=True)
+    assert (run / "log.jsonl").read_bytes() == before and len(checkpoint.snapshots(run)) == 1
+    train(store, tmp_path / "other", small.replace(patch_size=20))
+    larger = small.replace(epochs=2, patch_size=24)
+    assert train(store, tmp_path / "other", larger, resume=True)["updates"] == 2
+    assert weights.read_spec(checkpoint.newest(tmp_path / "other"))[1].patch == 24
+
+
+@pytest.mark.fault(29)
+def test_a_start_without_a_patch_leaves_no_run_and_what_was_left_out_is_tried_again(store, tmp_path, monkeypatch):
+    small, run, away = SMALL.replace(steps_per_epoch=1, critic_iterations=1), tmp_path / "run", tmp_path / "away"
+    copy = tmp_path / "cohort.zarr"
+    shutil.copytree(store, copy)
+    away.mkdir()
+    shards = [copy / f"sub-{i}" / "image" / "c" for i in range(2)]
+    for i, shard in enumerate(shards):
+        shutil.move(shard, away / str(i))
+    for _ in range(2):
+        with pytest.raises(InputError, match="none of its 2 Train subjects gave a patch"):
+            train(copy, run, small)
+    assert {p.name for p in run.iterdir()} == {"config.yaml"}
+    # A stop before the first update does leave a snapshot, from which all subjects are tried again, in both epochs.
+    monkeypatch.setattr(loop, "stopped", lambda run, stop: run.position.epoch == 2)
+    train(copy, run, small)
+    monkeypatch.undo()
+    assert [p.name for p in checkpoint.snapshots(run)] == ["step-00000000"]
+    for i, shard in enumerate(shards):
+        shutil.move(away / str(i), shard)
+    done = train(copy, run, small, resume=True)
+    assert done["updates"] == 2 and not done["left_out"]
+
+
+def test_a_damaged_table_of_epochs_is_made_anew(store, tmp_path, caplog):
+    small = SMALL.replace(epochs=1, steps_per_epoch=1, critic_iterations=1)
+    run = tmp_path / "run"
+    train(store, run, small)
+    (run / "dice.csv").write_bytes(bytes(range(256)))
+    (run / "mse.csv").write_text(
+        ",MSE\n²,1\n" + "9" * 5000 + ",1\n1,0.5\n", encoding="utf8"
+    )  # digits that are no epoch
+    train(store, run, small.replace(epochs=2), resume=True)
+    assert caplog.text.count("dice.csv is damaged and is made anew; log.jsonl has") == 1
+    indices = [[line.split(",")[0] for line in (run / n).read_text().splitlines()] for n in ("dice.csv", "mse.csv")]
+    assert indices == [["", "2"], ["", "1", "2"]] and len(rows(run, "validation")) == 2
+
+
+@pytest.mark.fault(27)
+def test_one_training_at_a_time_writes_to_a_run_folder(store, tmp_path, monkeypatch, caplog):
+    small, run = SMALL.replace(epochs=1, steps_per_epoch=2, critic_iterations=1), tmp_path / "run::1"
+    original, refused = Models.generator_update, []
+
+    def tried(self, *args):
+        with pytest.raises(ResourceError) as caught:
+            train(store, run, small, resume=True)
+        refused.append(str(caught.value))
+        signal.raise_signal(signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(Models, "generator_update", tried)
+    assert train(store, run, small)["exit_code"] == 143 and not (run / LOCK).exists()
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    assert refused == [f"{run}: is being written by {holder} (wait until it ends)"]
+    monkeypatch.undo()
+    (run / LOCK).write_text(json.dumps({"pid": 1, "host": "elsewhere"}), encoding="utf8")
+    with pytest.raises(ResourceError, match=r"locked by process 1 on elsewhere \(if that run is over, delete .*lock\)"):
+        train(store, run, small, resume=True)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the same job on another machine, after its first one failed
+    assert train(store, run, small, resume=True)["updates"] == 2
+    assert "did not end properly, its lock is taken over" in caplog.text and not (run / LOCK).exists()
+
+
+@pytest.mark.fault(22)
+def test_a_run_killed_before_its_first_snapshot_starts_again_under_resume(store, tmp_path, monkeypatch, caplog):
+    small, run = SMALL.replace(epochs=1, steps_per_epoch=1, critic_iterations=1), tmp_path / "run"
+    with pytest.raises(ModelError, match=r"no snapshot in this folder \(leave --resume out to begin a run\)"):
+        train(store, run, small, resume=True)
+    monkeypatch.setattr(loop, "save", lambda run: pytest.fail("killed"))
+    monkeypatch.setattr(loop, "write_weights", lambda *given: None)
+    with pytest.raises(pytest.fail.Exception):
+        train(store, run, small)
+    monkeypatch.undo()
+    (run / checkpoint.FOLDER).mkdir()
+    assert train(store, run, small, resume=True)["updates"] == 1 == len(rows(run))
+    assert caplog.text.count("no snapshot yet, the run starts from the beginning with new weights") == 1
+    shutil.rmtree(run / checkpoint.FOLDER)
+    weights_before = (run / checkpoint.MODEL).read_bytes()
+    with pytest.raises(
+        ModelError, match=r"only weights \(leave --resume out .* replaces them, .*-w .*model.safetensors"
+    ):
+        train(store, run, small, resume=True)
+    assert (run / checkpoint.MODEL).read_bytes() == weights_before

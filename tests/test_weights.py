@@ -313,7 +313,7 @@ def flip(path, at=-5):
 def test_a_run_gives_its_newest_snapshot(tmp_path, caplog):
     checkpoints = tmp_path / "checkpoints"
     generators = [snapshot(checkpoints / f"epoch-{n:04d}", n) for n in (2, 10, 9)]
-    (checkpoints / "epoch-0099").mkdir()  # without manifest: never finished
+    (checkpoints / "epoch-0099").mkdir()  # without manifest: passed over, with a warning
     (checkpoints / ".epoch-0098.tmp-1-2").mkdir()
     for path in (tmp_path, checkpoints, checkpoints / "epoch-0010"):
         assert same(weights.load_generator(path), generators[1])
@@ -322,12 +322,12 @@ def test_a_run_gives_its_newest_snapshot(tmp_path, caplog):
     flip(checkpoints / "epoch-0010" / "model.safetensors")
     with caplog.at_level(logging.WARNING, "fastsrgan"):
         assert same(weights.load_generator(tmp_path), generators[2])
-    assert "epoch-0010" in caplog.messages[0]
+    assert "epoch-0099" in caplog.messages[-2] and "epoch-0010" in caplog.messages[-1]
     with pytest.raises(ModelError, match="SHA-256"):
         weights.load_generator(checkpoints / "epoch-0010")
     for n in (2, 9):
         flip(checkpoints / f"epoch-{n:04d}" / "model.safetensors")
-    with pytest.raises(ModelError, match="no snapshot of 3 is whole"):
+    with pytest.raises(ModelError, match="no snapshot of 4 is whole"):
         weights.load_critic(tmp_path)
 
 
