@@ -20,11 +20,12 @@ from fastsrgan.demo import short_training
 from fastsrgan.errors import UsageError
 from fastsrgan.evaluate import definitions
 from fastsrgan.infer_settings import check_settings
+from fastsrgan.output_place import keep_inputs
 from fastsrgan.runtime import QUIET, Progress, output_folder, provenance
 from fastsrgan.study_cells import Engine, Model, aggregate, run_cells
 from fastsrgan.study_data import Condition, Head, find_heads, quick_heads, spacing_of, thick
 from fastsrgan.study_figure import Panel
-from fastsrgan.study_output import write_study
+from fastsrgan.study_output import FORMS, write_study
 from fastsrgan.study_panels import PANELS, TITLES, time_fit
 
 KINDS = ("steps", "noise", "augmentation", "resolution", "curves")
@@ -102,6 +103,8 @@ def run(
     began = time.perf_counter()
     asked = _filled(kind, settings or Settings(), quick)
     folder = output_folder(out)
+    for form in FORMS:
+        keep_inputs(folder / f"{kind}.{form}", [*([] if data is None else [data]), *models])
     if kind == "curves":
         assert data is not None
         made = study_curves.curves(Path(data))
