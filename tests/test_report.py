@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -263,6 +264,45 @@ def test_what_is_missing_or_changed_is_said(results, tmp_path):
     got = Parsed(path.read_text(encoding="utf8"))
     assert "the super-resolved image is no longer there" in got.words and "canvas" not in got.tags
     assert got.facts["results"][0]["record"]["seconds"] == record["seconds"]
+
+
+SECRET = "root:x:0:0"
+
+
+@pytest.mark.fault(17)
+@pytest.mark.parametrize("way", ["outputs", "link", "input", "no checksum", "folder", "truth", "demo"])
+def test_a_record_cannot_put_other_files_on_the_page(results, tmp_path, way):
+    """The page of a stranger's record showed how /etc/passwd begins."""
+    secret = tmp_path / "elsewhere" / "passwd"
+    other = make_truth(tmp_path)[0].rename(tmp_path / "other.nii.gz")
+    out = tmp_path / "demo" / "out"
+    for folder in (secret.parent, out, tmp_path / "demo" / "cohort"):
+        folder.mkdir(parents=True)
+    secret.write_text(SECRET * 50, encoding="utf8")
+    record = json.loads((results / "scan.json").read_text(encoding="utf8"))
+    record["outputs"] = dict.fromkeys(("sr", "seg"), str(secret)) if way == "outputs" else {"sr": "scan_sr.nii.gz"}
+    record["input"] = {"path": str(secret.parent if way == "folder" else secret), "sha256": None}
+    if way == "no checksum":
+        record["input"] = {"path": str(other)}
+    scores = {"image": {"whole": {}}, "files": {"sr": "scan_sr.nii.gz", "hr": str(secret), "label": str(secret)}}
+    if way == "link":
+        (out / "scan_sr.nii.gz").symlink_to(secret)
+    elif way != "outputs":
+        shutil.copyfile(results / "scan_sr.nii.gz", out / "scan_sr.nii.gz")
+    if way == "truth":
+        write_json(out / "scores.json", {"definitions": {}} | scores)
+    if way == "demo":
+        write_json(out.parent / "demo.json", {"scores": scores})
+        rows = f"HR_image,Label_image,Base\n{secret},{secret},Test\n"
+        (out.parent / "cohort" / "cohort.csv").write_text(rows, encoding="utf8")
+    write_json(out / "scan.json", record)
+    (path,) = report(out.parent if way == "demo" else out)
+    got = Parsed(path.read_text(encoding="utf8"))
+    assert SECRET[:6] not in path.read_text(encoding="utf8")
+    shown = [name for name in got.blocks if name.startswith("volume-")]
+    assert shown == ([] if way in ("outputs", "link") else ["volume-sr"])
+    if way == "outputs":
+        assert "the super-resolved image is no longer there" in got.words
 
 
 def test_truth_given_to_the_report_is_evaluated(results, tmp_path):

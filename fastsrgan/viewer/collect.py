@@ -1,6 +1,8 @@
 """What a folder holds: results of ``infer``, scores of ``evaluate``, studies, the demo, a training run.
 
-Files are told by what they hold, not by their names. Paths in them are tried beside the file first, since folders move.
+Files are told by what they hold, not by their names. Such a file may be a stranger's, and the page is passed on:
+results are looked for in its own folder alone, the input elsewhere too, where only an image of the recorded checksum
+is shown (``stage.load_images``), the truth where it is named like a NIfTI image.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastsrgan import table
+from fastsrgan import images, table
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.runtime import read_json, real
 
@@ -130,18 +132,24 @@ def _result(path: Path, record: dict[str, Any]) -> Result:
     files = {}
     for kind in KINDS:
         name = record["outputs"].get(kind)
-        if isinstance(name, str) and (there := _near(name, path.parent)):
+        if isinstance(name, str) and (there := _first(_near(name, path.parent))):
             files[kind] = there
     source = record["input"].get("path")
-    if isinstance(source, str) and (there := _near(source, path.parent, path.parent.parent)):
-        files["input"] = there
+    if isinstance(source, str):
+        beside = _near(source, path.parent, path.parent.parent)  # since folders move
+        if there := _first([*beside, Path(source)]):
+            files["input"] = there
     return Result(path.stem, sound(record, RECORD), files)
 
 
-def _near(name: str, *folders: Path) -> Path | None:
-    """The file meant by a recorded path: of its name in one of the folders, else where it was."""
-    candidates = [folder / Path(name).name for folder in folders] + [Path(name)]
-    return next((c for c in candidates if os.path.exists(c) and c.name), None)
+def _near(name: str, *folders: Path) -> list[Path]:
+    """A recorded path's file, if it lies in one of the folders now."""
+    own = Path(name).name
+    return [folder / own for folder in folders] if own not in ("", "..") else []
+
+
+def _first(paths: Sequence[Path]) -> Path | None:
+    return next((path for path in paths if os.path.exists(path) and path.name), None)
 
 
 def _assign(results: list[Result], scores: dict[str, Any], where: Path, strict: bool) -> None:
@@ -182,7 +190,7 @@ def _truth(result: Result, files: dict[str, Any], folder: Path) -> None:
     for kind in ("hr", "label"):
         name = files.get(kind)
         if isinstance(name, str) and (
-            there := next((p for p in (Path(name), folder / name) if os.path.isfile(p)), None)
+            there := next((p for p in (Path(name), folder / name) if images.is_image(p) and os.path.isfile(p)), None)
         ):
             result.files[kind] = there
 
@@ -202,6 +210,5 @@ def _demo(found: Found, demo: dict[str, Any]) -> None:
     cohort = folder / "cohort" / "cohort.csv"
     tests = [row for row in table.read_table(cohort) if row.base == "Test"] if cohort.is_file() else []
     if tests:
-        found.results[0].files["hr"] = tests[0].image
-        if tests[0].label is not None:
-            found.results[0].files["label"] = tests[0].label
+        truth = {"hr": tests[0].image, "label": tests[0].label}
+        found.results[0].files |= {kind: p for kind, p in truth.items() if p is not None and images.is_image(p)}
