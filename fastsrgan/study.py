@@ -102,16 +102,17 @@ def run(
         raise UsageError("study", "no data given", what)
     began = time.perf_counter()
     asked = _filled(kind, settings or Settings(), quick)
-    folder = output_folder(out)
     for form in FORMS:
-        keep_inputs(folder / f"{kind}.{form}", [*([] if data is None else [data]), *models])
+        keep_inputs(Path(out) / f"{kind}.{form}", [*([] if data is None else [data]), *models])
     if kind == "curves":
         assert data is not None
-        made = study_curves.curves(Path(data))
+        made = study_curves.curves(Path(data))  # read before a folder is made: nothing is left of a log that is none
+        folder = output_folder(out)
         panels = made.pop("panels")
         facts: dict[str, Any] = {"study": kind, "run": str(data)} | made
         title = f"Training curves of {Path(data).name}"
     else:
+        folder = output_folder(out)
         facts, panels, title = _measured(kind, data, folder, models, asked, quick, progress)
     facts["paper"] = {"source": study_paper.SOURCE, "rows": study_paper.REFERENCE[kind]}
     facts |= {"seconds": time.perf_counter() - began, "provenance": provenance()}
