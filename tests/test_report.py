@@ -462,6 +462,14 @@ def test_a_chart_puts_points_where_they_belong():
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("most", ["nan", "inf", "0", "-3", "1e308"])
+def test_a_limit_that_is_none_is_refused(results, tmp_path, capsys, most):
+    assert cli.main(["--quiet", "report", str(results), "-o", str(tmp_path / "a.html"), "--max-mb", most]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: --max-mb: ") and told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_faults_are_told_before_anything_is_written(results, page, several, tmp_path):
     with pytest.raises(UsageError, match="exists already"):
         report(results)

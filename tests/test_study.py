@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
@@ -254,6 +255,14 @@ def test_a_damaged_head_costs_itself_only(folder, tmp_path, undrawn):
         ("steps", "cohort.csv", {"steps": (12, 20)}, "step"),
         ("steps", "cohort.csv", {"noise": (-0.1,)}, "from 0 up"),
         ("resolution", "cohort.csv", {"steps": (16,), "ratios": (0.5,)}, "ratio"),
+        ("steps", "cohort.csv", {"steps": (16,), "noise": (math.nan,)}, "noise"),
+        ("steps", "cohort.csv", {"steps": (16,), "ratios": (math.nan,)}, "ratio"),
+        ("resolution", "cohort.csv", {"steps": (16,), "ratios": (1e9,)}, "from 1 to 1000"),
+        ("steps", "cohort.csv", {"steps": (16,), "low_res": (0.0, 1, 1)}, "--low-res: 0 x 1 x 1 mm"),
+        ("steps", "cohort.csv", {"steps": (16,), "low_res": (math.nan, 1, 1)}, "--low-res"),
+        ("steps", "cohort.csv", {"steps": (16,), "low_res": (math.inf, 1, 1)}, "--low-res"),
+        ("steps", "cohort.csv", {"steps": (16,), "subjects": 0}, "--subjects"),
+        ("steps", "cohort.csv", {"steps": (16,), "subjects": -1}, "--subjects"),
         ("augmentation", "cohort.csv", {"steps": (16,)}, "two or more"),
     ],
 )

@@ -30,6 +30,7 @@ from fastsrgan.viewer.volumes import Packed, pack, plane_png, unpack
 log = logging.getLogger("fastsrgan")
 
 MOST_MB = 12.0
+MOST_ALLOWED_MB = 1e6
 NAME = "report.html"
 LEAST_BYTES = 200_000  # left for the volumes, below which a limit makes no sense
 
@@ -63,6 +64,8 @@ def report(
     Returns the files, the first one to open. Raises InputError, UsageError or ResourceError, before anything is written
     where a page exists or there is nothing to report.
     """
+    if not 0 < max_mb <= MOST_ALLOWED_MB:
+        raise UsageError("--max-mb", f"{max_mb:g} is not allowed", f"a size in MB above 0, at most {MOST_ALLOWED_MB:g}")
     if (label or mask) and not hr:
         raise UsageError("--label and --mask", "need --hr", "the truth that the image is compared with")
     if hr and scores:
