@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import call, one_line
 from report_results import make_results, make_run, make_scan, make_scores, make_truth
 
 from fastsrgan import cli, images
@@ -480,19 +481,49 @@ def test_faults_are_told_before_anything_is_written(results, page, several, tmp_
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "list.json").write_text("[1, 2", encoding="utf8")
-    with pytest.raises(InputError, match="no result, run or study"):
+    with pytest.raises(InputError, match="no result, run or study; damaged or no JSON object: list"):
         report(empty)
+    with pytest.raises(InputError, match="no result, run or study: it is damaged"):
+        report(empty / "list.json")
     with pytest.raises(UsageError, match="need --hr"):
         report(results, tmp_path / "a.html", label=results / "x.nii.gz")
     with pytest.raises(UsageError, match="3 results"):
         report(several[0], tmp_path / "a.html", hr=results / "scan_sr.nii.gz")
     with pytest.raises(InputError, match="no JSON object"):
         report(results, tmp_path / "a.html", scores=results / "scan_sr.nii.gz")
-    with pytest.raises(UsageError, match="holds no scores"):
+    with pytest.raises(InputError, match="holds no scores"):
         report(results, tmp_path / "a.html", scores=results / "scan.json")
     with pytest.raises(ResourceError, match="folder is missing"):
         report(results, tmp_path / "none" / "a.html")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{}", "holds no scores"),
+        ("\ufeff{\r\n}\n", "holds no scores"),
+        ('{"subjects": [{"dice": 1}]}', "holds no scores"),
+        ('{"definitions": {}, "rows": 5}', "holds no scores"),
+        ("[1]", "is no JSON object"),
+        ('{"rows"', "is no JSON object"),
+        ("", "is no JSON object"),
+    ],
+)
+def test_files_that_are_no_scores_say_what_they_are(results, tmp_path, capsys, text, told):
+    (tmp_path / "s.json").write_text(text, encoding="utf8")
+    code, _, err = call(capsys, "report", results, "-o", tmp_path / "a.html", "--scores", tmp_path / "s.json")
+    assert code == 3 and not (tmp_path / "a.html").exists()
+    one_line(err, f"s.json: {told}")
+
+
+def test_a_damaged_record_is_named_and_the_others_shown(tmp_path, capsys):
+    run = make_run(tmp_path / "run", updates=3)
+    (run / "scan.json").write_text('{"input": {"pa', encoding="utf8")
+    (run / "empty.json").write_text("{ }", encoding="utf8")
+    code, _, err = call(capsys, "report", run)
+    assert code == 0 and err.startswith("warning: ") and err.count("\n") == 1
+    assert "scan.json: is damaged or no JSON object" in err
 
 
 def test_the_command_writes_and_names_the_page(several, tmp_path, capsys):

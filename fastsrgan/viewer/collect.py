@@ -7,6 +7,7 @@ is shown (``stage.load_images``), the truth where it is named like a NIfTI image
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,11 +17,13 @@ from typing import Any
 
 from fastsrgan import images, table
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.runtime import read_json, real
+from fastsrgan.runtime import is_special, read_json, real
 
 log = logging.getLogger("fastsrgan")
 
 KINDS = ("sr", "seg")
+NAMED = 3  # damaged files that are told by name
+HINT = "a folder that `fastsrgan infer` or `train` wrote"
 # What other parts rely on, where it is there at all; what a file has of another kind is passed over.
 RECORD = {"warnings": list, "asked": dict, "provenance": dict}
 SCORES = {"files": dict, "notes": list, "segmentation": dict, "gain": dict, "baseline": dict}
@@ -56,14 +59,17 @@ def find(
 
     ``scores`` is the file that ``evaluate --json`` wrote; without it, the folder's own are taken. ``studies`` are JSON
     files of ``study`` beside those of the folder.
-    Raises InputError where there is nothing to report, UsageError for scores of other images.
+    Damaged files of a folder are passed over with a warning. Raises InputError where there is nothing to report and for
+    files that are none of these, UsageError for scores of other images.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(path, "no such file or folder", "a folder of results, a run, or one result's .json")
     folder = path if path.is_dir() else path.parent
     found = Found(folder, real(path).name if path.is_dir() else path.stem)
-    documents = _documents([path] if path.is_file() else [p for p in sorted(folder.glob("*.json")) if p.exists()])
+    names = [path] if path.is_file() else [p for p in sorted(folder.glob("*.json")) if p.exists()]
+    documents = _documents(names)
+    damaged = [p for p in names if p not in documents and not _is_empty(p)]
     if path.is_dir() and (folder / "log.jsonl").is_file():
         found.run = folder
     demo = documents.get(folder / "demo.json") if path.is_dir() else None
@@ -72,20 +78,42 @@ def find(
     else:
         found.results = [_result(p, d) for p, d in documents.items() if is_record(d)]
     given = _documents([Path(scores)]) if scores is not None else {}
-    if scores is not None and not given:
+    if scores is not None and not given and not _is_empty(Path(scores)):
         raise InputError(scores, "is no JSON object", "the file that `fastsrgan evaluate --json` wrote")
     more = _documents(map(Path, studies))
     for name in set(map(Path, studies)) - {p for p, d in more.items() if is_study(d)}:
         raise InputError(name, "holds no study", "the .json that `fastsrgan study` wrote")
     found.studies = [sound(d, STUDY) for d in (documents | more).values() if is_study(d)]
+    if scores is not None and not any(map(is_scores, given.values())):
+        raise InputError(scores, "holds no scores", "the file that `fastsrgan evaluate --json` wrote")
     for where, document in (given or documents).items():
         if is_scores(document):
             _assign(found.results, document, where, strict=bool(given))
-        elif given:
-            raise UsageError(where, "holds no scores", "the file that `fastsrgan evaluate --json` wrote")
     if not found.results and found.run is None and not found.studies:
-        raise InputError(path, "holds no result, run or study", "a folder that `fastsrgan infer` or `train` wrote")
+        raise InputError(path, f"holds no result, run or study{_told(damaged, path)}", HINT)
+    for name in damaged:
+        log.warning("%s: is damaged or no JSON object, left out", name)
     return found
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a file is a JSON object with nothing in it, which ``read_json`` does not tell from damage."""
+    if is_special(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(1000).removeprefix(codecs.BOM_UTF8).translate(None, b" \t\r\n") == b"{}"
+    except OSError:
+        return False
+
+
+def _told(damaged: Sequence[Path], path: Path) -> str:
+    if not damaged:
+        return ""
+    if path in damaged:
+        return ": it is damaged or no JSON object"
+    more = ", ..." if len(damaged) > NAMED else ""
+    return f"; damaged or no JSON object: {', '.join(p.name for p in damaged[:NAMED])}{more}"
 
 
 def is_record(document: Any) -> bool:
