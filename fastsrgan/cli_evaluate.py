@@ -9,7 +9,7 @@ from typing import Any
 from fastsrgan.cli_infer import print_json
 from fastsrgan.console import table
 from fastsrgan.errors import PartialFailure, UsageError
-from fastsrgan.runtime import Progress, output_file, output_folder
+from fastsrgan.runtime import Progress, output_folder
 
 PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg")
 # Figures of the table with one line per subject: heading, section, key.
@@ -58,7 +58,9 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="columns SR_image, HR_image, optional Seg_image, Label_image, Mask_image, LR_image, Baseline_image",
     )
     p.add_argument("--bids", action="store_true", help="the two folders are a derivatives dataset and a BIDS dataset")
-    p.add_argument("--csv", metavar="FILE", help="one line per subject, then mean, sd and n")
+    p.add_argument(
+        "--csv", metavar="FILE", help="one line per subject, then mean, sd and n; an earlier one is replaced"
+    )
     p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to standard output")
     p.add_argument("--png", metavar="PATH", help="picture of the errors: a file for a pair, a folder for several")
 
@@ -94,10 +96,7 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         raise UsageError("evaluate", f"{len(args.folders)} folders", "two: RESULTS TRUTH")
     if args.bids and not args.folders:
         raise UsageError("--bids", "two folders are needed", "fastsrgan evaluate --bids DERIVATIVES DATASET")
-    for option in ("csv", "json", "png"):  # before the work, not after it
-        target = getattr(args, option)
-        if target not in (None, "-"):  # pictures of a cohort fill a folder
-            output_folder(target) if option == "png" and not pair else output_file(target)
+    _check_places(args, [*pair.values(), *([args.table] if args.table else [])])
     if pair:
         from fastsrgan.evaluate import evaluate_files
 
@@ -111,6 +110,21 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
 
         return evaluate_bids(*args.folders, png=args.png, progress=progress)
     return evaluate_cohort.evaluate_folders(*args.folders, png=args.png, progress=progress)
+
+
+def _check_places(args: argparse.Namespace, inputs: list[str]) -> None:
+    """Before the work, not after it: every place can be written to, and holds nothing that is to be kept."""
+    from fastsrgan import output_place
+
+    kinds = {"csv": output_place.TABLE, "json": output_place.FIGURES, "png": output_place.PICTURE}
+    for option, kind in kinds.items():
+        target = getattr(args, option)
+        if target in (None, "-"):
+            continue
+        if option == "png" and not args.sr:  # pictures of a cohort fill a folder
+            output_folder(target)
+        else:
+            output_place.check_place(target, inputs, kind)
 
 
 def figures(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -39,12 +39,14 @@ from fastsrgan.runtime import (
 )
 from fastsrgan.template import Subject, make_cohort
 from fastsrgan.train import train
+from fastsrgan.units import times
 from fastsrgan.viewer.page import report
 
 log = logging.getLogger("fastsrgan")
 
 Triple = tuple[float, float, float]
 PATCH, STEP = 128, 30  # the defaults of `fastsrgan infer`
+LOW_RES_MM = (1.0, 20.0)  # least and most of an acquisition
 
 
 def run(
@@ -68,9 +70,14 @@ def run(
     -------
     dict : ``table`` (rows: spline, fastsrgan), ``picture``, ``json``, ``page`` (HTML), ``seconds``
 
-    Raises UsageError when ``out`` holds a demo and ``overwrite`` is not given; errors of the stages as they are.
+    Raises UsageError for a resolution that the head cannot have, and when ``out`` holds a demo and ``overwrite`` is not
+    given; errors of the stages as they are.
     """
     began = time.perf_counter()
+    low, high = LOW_RES_MM
+    if len(low_res_mm) != 3 or not all(low <= size <= high for size in low_res_mm):
+        told = f"{times(low_res_mm)} mm is not allowed"
+        raise UsageError("--low-res", told, f"three sizes from {low:g} mm, those of the demo's head, to {high:g} mm")
     pick_device(device)
     tune_allocator()
     start = weights.default_weights()

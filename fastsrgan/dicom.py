@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.dicom_header import Frame, pixels, read_frames
+from fastsrgan.dicom_header import DIRECTION_TOLERANCE, Frame, check_axes, pixels, read_frames, what_is_there
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.geometry import Volume
 from fastsrgan.runtime import is_special
 from fastsrgan.voxel_stream import no_such_file
 
 MAX_VOXELS = 2**31
-DIRECTION_TOLERANCE = 1e-3  # of unit vectors; a slice axis off the normal by more makes a sheared grid
 SPACING_TOLERANCE = 0.01  # of the slice spacing
 ROUNDING_MM = 0.01  # headers hold decimal text
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -80,7 +79,7 @@ def series_of(path: str | os.PathLike) -> list[Series]:
     if own:
         found = [s for s in found if s.uid == own[0].uid]
     if not found:
-        raise InputError(path, "holds no DICOM image", "a folder of DICOM slices; name NIfTI files themselves")
+        raise InputError(path, what_is_there(names), "a folder of DICOM slices; name NIfTI files themselves")
     # Series without any place, screen shots and reports as images, are offered only where there is nothing else.
     return [s for s in found if not all(f.fault for f in s.frames)] or found
 
@@ -139,6 +138,7 @@ def load(
     stacks = _volumes(path, chosen)
     frames = stacks[_pick(path, len(stacks), volume)]
     affine, warnings = _grid(path, frames)
+    warnings += dict.fromkeys(note for frame in frames for note in frame.notes)
     rows, columns = frames[0].shape
     shape = (columns, rows, len(frames))
     if np.prod(shape, dtype=float) > max_voxels:
@@ -214,6 +214,8 @@ def _volumes(path: str | os.PathLike, series: Series) -> list[list[Frame]]:
     bad = next((f for f in frames if f.fault), None)
     if bad:
         raise InputError(bad.path, bad.fault, CONVERT)
+    for frame in frames:  # before anything is measured along their normal
+        check_axes(frame)
     apart = _spread([f.orientation for f in frames]) > DIRECTION_TOLERANCE
     if apart or len({f.shape for f in frames}) > 1 or _spread([f.spacing for f in frames]) > ROUNDING_MM:
         what = "orientations" if apart else "image sizes"
@@ -261,10 +263,6 @@ def _grid(path: str | os.PathLike, frames: list[Frame]) -> tuple[np.ndarray, lis
     """Affine (RAS+) of an evenly spaced stack, and warnings; InputError for any other."""
     first, warnings = frames[0], []
     row, column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
-    off = max(abs(row @ row - 1), abs(column @ column - 1), abs(row @ column))
-    if off > DIRECTION_TOLERANCE or min(first.spacing) <= 0:
-        reason = f"its orientation {first.orientation} or pixel size {first.spacing} is impossible"
-        raise InputError(first.path, reason, "export the series again")
     positions = np.array([f.position for f in frames])
     if len(frames) == 1:
         step = _normal(first) * _lone_spacing(first)

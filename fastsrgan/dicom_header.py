@@ -7,7 +7,7 @@ groups. Nothing that names a patient is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from fastsrgan.errors import FastsrganError, InputError, ResourceError
 
 HINT = "copy or export the file again"
 _PREAMBLE = 132
+DIRECTION_TOLERANCE = 1e-3  # of unit vectors; a slice axis off the normal by more makes a sheared grid
 # What tells images at the same place apart.
 _TRAITS = (
     "EchoTime",
@@ -49,6 +50,7 @@ _TAGS = (
     "Columns",
     "NumberOfFrames",
     "SamplesPerPixel",
+    "PhotometricInterpretation",
     "SeriesInstanceUID",
     "SeriesNumber",
     "SeriesDescription",
@@ -65,6 +67,10 @@ _TAGS = (
 )
 
 
+class ColourPicture(InputError):
+    """A screen shot or a coloured map, where an image of grey values is needed."""
+
+
 @dataclass(frozen=True)
 class Frame:
     """One slice.
@@ -77,7 +83,7 @@ class Frame:
     thickness, between : slice thickness and distance of slice centres as the header has them, 0 where it has not
     instance : its number in the series; traits : what tells volumes at the same places apart
     expected : images in the acquisition, 0 where unknown
-    fault : why it cannot be part of a volume, or empty
+    fault : why it cannot be part of a volume, or empty; notes : what is odd about its intensities
     """
 
     path: Path
@@ -98,6 +104,7 @@ class Frame:
     expected: int
     fault: str = ""
     count: int = 1
+    notes: tuple[str, ...] = ()
 
 
 def read_frames(path: Path, wanted: bool = False) -> list[Frame]:
@@ -130,9 +137,36 @@ def _frames_of(path: Path, marked: bool, wanted: bool) -> list[Frame]:
         return []
     if int(_number(path, ds, "SamplesPerPixel", 1)) != 1:
         if wanted:
-            raise InputError(path, "is a colour picture", "a grey-value series is needed")
+            raise ColourPicture(path, "is a colour picture", "a grey-value series is needed")
         return []  # screen shots lie among the series
     return list(_frames(path, ds))
+
+
+def what_is_there(names: Sequence[Path]) -> str:
+    """What files are of which none is an image."""
+    for name in names:
+        try:
+            read_frames(name, wanted=True)
+        except ColourPicture:
+            return f"holds no DICOM image of grey values, only colour pictures as {name.name}"
+        except InputError:
+            continue
+    return "holds no DICOM image"
+
+
+def check_axes(frame: Frame) -> None:
+    """Make sure that a slice's axes are directions and its pixels have a size. Raises InputError naming what is not."""
+    row, column = np.array(frame.orientation[:3]), np.array(frame.orientation[3:])
+    off = max(abs(row @ row - 1), abs(column @ column - 1), abs(row @ column))
+    values: tuple[float, ...] = frame.spacing
+    if min(values) <= 0:
+        what, wanted = "PixelSpacing", "two sizes above 0"
+    elif off > DIRECTION_TOLERANCE:
+        what, values, wanted = "ImageOrientationPatient", frame.orientation, "two directions at right angles"
+    else:
+        return
+    told = ", ".join(f"{value:g}" for value in values)
+    raise InputError(frame.path, f"its {what} ({told}) is impossible, {wanted} are needed", "export the series again")
 
 
 def pixels(path: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -215,6 +249,9 @@ def _frame(path: Path, index: int, ds: Any, sources: list[Any]) -> Frame:
     row_mm, column_mm = numbers("PixelSpacing", 2)
     position, orientation = numbers("ImagePositionPatient", 3), numbers("ImageOrientationPatient", 6)
     slope = number("RescaleSlope", 1.0)
+    notes = [] if slope else ["the RescaleSlope is 0: ignored, intensities are not scaled by it"]
+    if str(ds.get("PhotometricInterpretation", "")).strip().upper() == "MONOCHROME1":
+        notes.append("the PhotometricInterpretation is MONOCHROME1, low values are bright: kept so, not inverted")
     return Frame(
         path=path,
         index=index,
@@ -234,6 +271,7 @@ def _frame(path: Path, index: int, ds: Any, sources: list[Any]) -> Frame:
         expected=int(_number(path, ds, "ImagesInAcquisition", 0)),
         fault=faults[0] if faults else "",
         count=max(1, int(_number(path, ds, "NumberOfFrames", 1))),
+        notes=tuple(notes),
     )
 
 

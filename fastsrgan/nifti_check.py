@@ -59,6 +59,10 @@ _OTHER_FORMATS = (
 Warn = Callable[[str], object]
 
 
+class NotNifti(InputError):
+    """A file that is something else, with its first bytes in the reason: for who named it, and for nobody else."""
+
+
 def examine(path: str | os.PathLike, max_voxels: int) -> NiftiFile:
     """Read and check a header: dimensions, type, scaling, units, orientation, declared against actual size.
 
@@ -114,7 +118,7 @@ def _read_header(path: Path, voxel_path: Path) -> tuple[nib.Nifti1Header, str]:
     if order is None:
         found = next((what for at, magic, what in _OTHER_FORMATS if head[at : at + len(magic)] == magic), "")
         if not found:
-            raise InputError(path, f"is not a NIfTI image: it begins with {head[:12]!r}", "a .nii or .nii.gz file")
+            raise NotNifti(path, f"is not a NIfTI image: it begins with {head[:12]!r}", "a .nii or .nii.gz file")
         raise InputError(path, f"is not a NIfTI image but {found}", "convert it to .nii.gz first")
     size = struct.unpack(order + "i", head[:4])[0]
     if len(head) < size:

@@ -20,12 +20,14 @@ from fastsrgan.demo import short_training
 from fastsrgan.errors import UsageError
 from fastsrgan.evaluate import definitions
 from fastsrgan.infer_settings import check_settings
+from fastsrgan.output_place import keep_inputs
 from fastsrgan.runtime import QUIET, Progress, output_folder, provenance
 from fastsrgan.study_cells import Engine, Model, aggregate, run_cells
 from fastsrgan.study_data import Condition, Head, find_heads, quick_heads, spacing_of, thick
 from fastsrgan.study_figure import Panel
-from fastsrgan.study_output import write_study
+from fastsrgan.study_output import FORMS, write_study
 from fastsrgan.study_panels import PANELS, TITLES, time_fit
+from fastsrgan.units import times
 
 KINDS = ("steps", "noise", "augmentation", "resolution", "curves")
 Triple = tuple[float, float, float]
@@ -56,6 +58,8 @@ class Settings:
     seed: int = 0
 
 
+# What --ratios, --low-res and --noise may be at most. Thicker slices than these hold the whole of any head.
+MOST_RATIO, MOST_MM, MOST_NOISE = 1000.0, 1000.0, 1000.0
 PAPER_STEPS = (30, 80, 128)
 DEFAULTS: dict[str, dict[str, Any]] = {
     "steps": {"patch": 128, "steps": (20, 30, 50, 80, 128), "noise": (0.0,), "ratios": (3.0,)},
@@ -101,14 +105,17 @@ def run(
         raise UsageError("study", "no data given", what)
     began = time.perf_counter()
     asked = _filled(kind, settings or Settings(), quick)
-    folder = output_folder(out)
+    for form in FORMS:
+        keep_inputs(Path(out) / f"{kind}.{form}", [*([] if data is None else [data]), *models])
     if kind == "curves":
         assert data is not None
-        made = study_curves.curves(Path(data))
+        made = study_curves.curves(Path(data))  # read before a folder is made: nothing is left of a log that is none
+        folder = output_folder(out)
         panels = made.pop("panels")
         facts: dict[str, Any] = {"study": kind, "run": str(data)} | made
         title = f"Training curves of {Path(data).name}"
     else:
+        folder = output_folder(out)
         facts, panels, title = _measured(kind, data, folder, models, asked, quick, progress)
     facts["paper"] = {"source": study_paper.SOURCE, "rows": study_paper.REFERENCE[kind]}
     facts |= {"seconds": time.perf_counter() - began, "provenance": provenance()}
@@ -166,12 +173,26 @@ def _filled(kind: str, settings: Settings, quick: bool) -> Settings:
     defaults = DEFAULTS[kind] | (QUICK[kind] if quick else {})
     given = asdict(settings)
     filled = replace(settings, **{name: value for name, value in defaults.items() if given[name] is None})
-    if not filled.steps or min(filled.steps) < 1 or any(n < 0 for n in filled.noise or ()):
-        raise UsageError("study", f"steps {filled.steps}, noise {filled.noise}", "steps from 1 up, noise from 0 up")
+    if not filled.steps or min(filled.steps) < 1 or not _within(filled.noise, 0, MOST_NOISE):
+        told = f"steps {filled.steps}, noise {filled.noise}"
+        raise UsageError("study", told, f"steps from 1 up, noise from 0 up to {MOST_NOISE:g}")
+    if not _within(filled.ratios, 1, MOST_RATIO):
+        told = f"{', '.join(f'{ratio:g}' for ratio in filled.ratios or ())} is not allowed"
+        raise UsageError("--ratios", told, f"ratios from 1 to {MOST_RATIO:g}")
+    if filled.low_res is not None and not (_within(filled.low_res, 0, MOST_MM) and min(filled.low_res) > 0):
+        told = f"{times(filled.low_res)} mm is not allowed"
+        raise UsageError("--low-res", told, f"three sizes above 0, up to {MOST_MM:g} mm")
+    if filled.subjects is not None and filled.subjects < 1:
+        raise UsageError("--subjects", f"{filled.subjects} is not allowed", "a number from 1 up")
     for step in filled.steps:
         patch = None if filled.whole else filled.patch
         check_settings(patch, step, None, "physical", "constant", "auto", filled.precision)  # type: ignore[arg-type]
     return replace(filled, steps=tuple(sorted(set(filled.steps))))
+
+
+def _within(values: Sequence[float] | None, low: float, high: float) -> bool:
+    """Whether all of some numbers lie in a range, in which NaN never does."""
+    return all(low <= value <= high for value in values or ())
 
 
 def _conditions(kind: str, head: Head, asked: Settings) -> list[Condition]:

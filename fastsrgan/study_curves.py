@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,15 @@ SHOWN = {
     "generator": ("g_reconstruction", "g_adversarial", "g_loss"),
     "critic": ("d_wasserstein", "d_penalty", "d_loss"),
 }
+MOST = 2**53  # updates; whole numbers from there on are no longer told apart on an axis
+LARGEST = 3.4e38  # of a 32-bit float: no loss is beyond it, and no axis can be drawn for what is
 NOT_LOSSES = {"epoch", "update", "seconds", "data_wait_seconds", "patches_per_second", "memory_bytes"}
 
 
 def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(updates, validations) of RUN/log.jsonl, as logged; a last line that was being written is left out.
 
-    Raises InputError when there is no log or nothing in it.
+    Raises InputError when there is no log, or neither an update nor a validation in it.
     """
     path = run / LOG if run.is_dir() else run
     if is_special(path):
@@ -32,14 +33,12 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         lines = path.read_text(encoding="utf8", errors="replace").splitlines()
     except OSError as error:
         raise InputError(path, "cannot be read", "name the folder of a training run") from error
-    rows = []
-    for line in lines:
-        row = parse_json(line)
-        if isinstance(row.get("epoch"), int) and isinstance(row.get("update", 0), int):
-            rows.append(row)
-    if not rows:
+    rows = [row for row in map(parse_json, lines) if _is_count(row.get("epoch")) and _is_count(row.get("update", 0))]
+    updates = [r for r in rows if "update" in r]
+    validations = [r for r in rows if isinstance(r.get("validation"), dict)]
+    if not updates and not validations:
         raise InputError(path, "holds no line of a training run", "train for an update at least")
-    return [r for r in rows if "update" in r], [r for r in rows if isinstance(r.get("validation"), dict)]
+    return updates, validations
 
 
 def curves(run: Path) -> dict[str, Any]:
@@ -98,4 +97,8 @@ def _xy(rows: list[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[f
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) <= LARGEST
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST

@@ -11,6 +11,7 @@ from fastsrgan.runtime import atomic_write, write_json
 from fastsrgan.study_cells import FIGURES
 from fastsrgan.study_figure import Panel, draw
 
+FORMS = ("csv", "md", "json", "png", "svg")  # of the files KIND.FORM
 # Heading of the Markdown table and digits after the point.
 SHOWN = {
     "psnr_db": ("PSNR dB", 2),

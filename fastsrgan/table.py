@@ -23,6 +23,8 @@ from fastsrgan.runtime import is_special
 
 SPLITS = ("Train", "Test")
 COLUMNS = ("HR_image", "Label_image", "Base", "Mask_image")
+# What the first cell of a list says where it names no image, in any case.
+HEADINGS = frozenset(("hr_image", "lr_image", "image", "images", "path", "paths", "file", "files", "filename"))
 DELIMITERS = (",", ";", "\t")
 _SUFFIX = re.compile(r"\.(nii|hdr|img)(\.gz)?$", re.IGNORECASE)
 _RESERVED = {"zarr.json", "manifest.json", "c"}  # names with a meaning at the root of a Zarr store
@@ -95,21 +97,40 @@ def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, nee
 
 
 def read_list(path: str | os.PathLike, *, base_path: str | None = None) -> list[Path]:
-    """Read a list of images: ``.csv`` (no header, first column) or ``.txt`` (one path a line, ``#`` begins a comment).
+    """Read a list of images: ``.csv`` (first column) or ``.txt`` (one path a line, ``#`` begins a comment).
+
+    A first line of a ``.csv`` that is a heading (``HEADINGS``, and no file of that name) is passed over; where it names
+    a column ``HR_image``, as that of a training table does, the images are those of that column.
 
     Repeated entries are dropped, the order is kept, and whether the files exist is left to the caller. Paths are found
-    as in ``read_table``. Raises InputError when the list cannot be read or names nothing.
+    as in ``read_table``. Raises InputError when the list cannot be read, names nothing or leaves ``HR_image`` empty.
     """
     path = Path(path)
     text = _text(path)
     if path.suffix.lower() == ".csv":
-        entries = [cells[0].strip() for _, cells in _records(path, text, _list_delimiter)]
+        entries = _list_entries(path, _records(path, text, _list_delimiter), base_path)
     else:
         entries = [line.strip() for line in text.splitlines() if not line.lstrip().startswith("#")]
     found = dict.fromkeys(_locate(entry, path, base_path) for entry in entries if entry)
     if not found:
         raise InputError(path, "names no image", "one path a line")
     return list(found)
+
+
+def _list_entries(path: Path, records: list[tuple[int, list[str]]], base_path: str | None) -> list[str]:
+    """The column of images of a list, without its heading."""
+    header = [cell.strip() for cell in records[0][1]] if records else []
+    if not _is_heading(header) or (header[0] and os.path.exists(_locate(header[0], path, base_path))):
+        return [cells[0].strip() for _, cells in records]
+    column = header.index(COLUMNS[0]) if COLUMNS[0] in header else 0
+    rows = [(line, cells[column].strip() if column < len(cells) else "") for line, cells in records[1:]]
+    if COLUMNS[0] in header and (empty := [(line, f"{COLUMNS[0]} is empty") for line, entry in rows if not entry]):
+        raise table_error(path, empty)
+    return [entry for _, entry in rows]
+
+
+def _is_heading(cells: Sequence[str]) -> bool:
+    return bool(cells) and (cells[0].casefold() in HEADINGS or COLUMNS[0] in cells)
 
 
 def table_error(path: os.PathLike, faults: Sequence[Fault], hint: str | None = None) -> InputError:
@@ -212,9 +233,11 @@ def _table_delimiter(header: str) -> str:
 
 
 def _list_delimiter(line: str) -> str:
-    """The first separator that follows a whole image name; a comma where none does."""
+    """The first separator that follows a whole image name, or makes a heading of the line; a comma where none does."""
     match = re.search(r'\.(?:nii|hdr|img)(?:\.gz)?"?\s*([,;\t])', line, re.IGNORECASE)
-    return match.group(1) if match else ","
+    if match:
+        return match.group(1)
+    return next((d for d in DELIMITERS if _is_heading([cell.strip(' "') for cell in line.split(d)])), ",")
 
 
 def _header_faults(header: list[str], need_label: bool) -> list[tuple[int, str]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import call, one_line
 
 from fastsrgan import demo, images, weights
 from fastsrgan.errors import UsageError
@@ -49,6 +51,14 @@ def test_demo_runs_and_its_figures_agree(tmp_path, monkeypatch):
     assert written["training"]["updates"] == 4  # 8 patches a subject, batches of 4, two epochs
     with pytest.raises(UsageError, match="--overwrite"):
         demo.run(tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("low_res", [(math.nan, 1, 1), (0.0, 1, 1), (1, -1, 3), (1, 1, math.inf), (1, 1, 1e9)])
+def test_a_resolution_that_cannot_be_is_refused_before_anything(tmp_path, capsys, low_res):
+    """Was an error after the training, with half a demo left behind."""
+    code, _, told = call(capsys, "demo", "-o", tmp_path / "demo", "--low-res", *low_res)
+    assert code == 2 and not (tmp_path / "demo").exists()
+    one_line(told, "--low-res", "is not allowed")
 
 
 def test_whole_slices_end_where_the_scan_ends():

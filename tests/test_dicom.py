@@ -256,10 +256,22 @@ def test_what_cannot_be_placed_or_decoded(tmp_path):
     def skewed(ds, k):
         ds.ImageOrientationPatient = [1, 0, 0, 0.5, 0.5, 0]
 
+    def without_directions(ds, k):
+        ds.ImageOrientationPatient = [0] * 6
+
+    def one_direction(ds, k):
+        ds.ImageOrientationPatient = [1, 0, 0, 1, 0, 0]
+
+    def no_size(ds, k):
+        ds.PixelSpacing = [0, 1]
+
     for name, change, told in (
         ("position", no_position, "ImagePositionPatient"),
         ("mosaic", mosaic, "mosaic"),
-        ("skew", skewed, "impossible"),
+        ("skew", skewed, r"ImageOrientationPatient \(1, 0, 0, 0.5, 0.5, 0\) is impossible"),
+        ("zeros", without_directions, r"ImageOrientationPatient \(0, 0, 0, 0, 0, 0\) is impossible"),
+        ("parallel", one_direction, r"ImageOrientationPatient \(1, 0, 0, 1, 0, 0\) is impossible"),
+        ("size", no_size, r"PixelSpacing \(0, 1\) is impossible"),
     ):
         write_series(tmp_path / name, volume(), scanner_affine("axial"), change=change)
         refused(tmp_path / name, told)
@@ -302,6 +314,29 @@ def test_doubts_are_warnings(tmp_path):
     write_series(tmp_path, volume(), scanner_affine("axial"), change=doubtful)
     warnings = dicom.load(tmp_path).warnings
     assert "3 mm apart, their header says 3.3 mm" in warnings[0] and "20 images, 6 are here" in warnings[1]
+
+
+def test_odd_intensities_are_warnings(tmp_path):
+    """Both were passed over in silence."""
+
+    def odd(ds, k):
+        ds.RescaleSlope, ds.RescaleIntercept, ds.PhotometricInterpretation = 0, 0, "MONOCHROME1"
+
+    write_series(tmp_path / "odd", volume(), scanner_affine("axial"), change=odd)
+    write_series(tmp_path / "plain", volume(), scanner_affine("axial"))
+    plain, found = dicom.load(tmp_path / "plain"), dicom.load(tmp_path / "odd")
+    assert plain.warnings == () and (found.data == plain.data).all()
+    assert "RescaleSlope is 0" in found.warnings[0] and "MONOCHROME1" in found.warnings[1] and len(found.warnings) == 2
+
+
+def test_a_series_of_colour_pictures_is_named_as_one(tmp_path):
+    def coloured(ds, k):
+        ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PlanarConfiguration = 3, "RGB", 0
+        ds.PixelData = ds.PixelData * 3
+
+    write_series(tmp_path, volume(), scanner_affine("axial"), change=coloured)
+    (tmp_path / "a.txt").write_text("no image", encoding="utf8")
+    refused(tmp_path, "only colour pictures as IM0001.dcm")
 
 
 def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):

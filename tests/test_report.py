@@ -7,11 +7,13 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import call, one_line
 from report_results import make_results, make_run, make_scan, make_scores, make_truth
 
 from fastsrgan import cli, images
@@ -265,6 +267,45 @@ def test_what_is_missing_or_changed_is_said(results, tmp_path):
     assert got.facts["results"][0]["record"]["seconds"] == record["seconds"]
 
 
+SECRET = "root:x:0:0"
+
+
+@pytest.mark.fault(17)
+@pytest.mark.parametrize("way", ["outputs", "link", "input", "no checksum", "folder", "truth", "demo"])
+def test_a_record_cannot_put_other_files_on_the_page(results, tmp_path, way):
+    """The page of a stranger's record showed how /etc/passwd begins."""
+    secret = tmp_path / "elsewhere" / "passwd"
+    other = make_truth(tmp_path)[0].rename(tmp_path / "other.nii.gz")
+    out = tmp_path / "demo" / "out"
+    for folder in (secret.parent, out, tmp_path / "demo" / "cohort"):
+        folder.mkdir(parents=True)
+    secret.write_text(SECRET * 50, encoding="utf8")
+    record = json.loads((results / "scan.json").read_text(encoding="utf8"))
+    record["outputs"] = dict.fromkeys(("sr", "seg"), str(secret)) if way == "outputs" else {"sr": "scan_sr.nii.gz"}
+    record["input"] = {"path": str(secret.parent if way == "folder" else secret), "sha256": None}
+    if way == "no checksum":
+        record["input"] = {"path": str(other)}
+    scores = {"image": {"whole": {}}, "files": {"sr": "scan_sr.nii.gz", "hr": str(secret), "label": str(secret)}}
+    if way == "link":
+        (out / "scan_sr.nii.gz").symlink_to(secret)
+    elif way != "outputs":
+        shutil.copyfile(results / "scan_sr.nii.gz", out / "scan_sr.nii.gz")
+    if way == "truth":
+        write_json(out / "scores.json", {"definitions": {}} | scores)
+    if way == "demo":
+        write_json(out.parent / "demo.json", {"scores": scores})
+        rows = f"HR_image,Label_image,Base\n{secret},{secret},Test\n"
+        (out.parent / "cohort" / "cohort.csv").write_text(rows, encoding="utf8")
+    write_json(out / "scan.json", record)
+    (path,) = report(out.parent if way == "demo" else out)
+    got = Parsed(path.read_text(encoding="utf8"))
+    assert SECRET[:6] not in path.read_text(encoding="utf8")
+    shown = [name for name in got.blocks if name.startswith("volume-")]
+    assert shown == ([] if way in ("outputs", "link") else ["volume-sr"])
+    if way == "outputs":
+        assert "the super-resolved image is no longer there" in got.words
+
+
 def test_truth_given_to_the_report_is_evaluated(results, tmp_path):
     image, label = make_truth(tmp_path)
     (path,) = report(results / "scan.json", tmp_path / "page.html", hr=image, label=label)
@@ -422,6 +463,14 @@ def test_a_chart_puts_points_where_they_belong():
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("most", ["nan", "inf", "0", "-3", "1e308"])
+def test_a_limit_that_is_none_is_refused(results, tmp_path, capsys, most):
+    assert cli.main(["--quiet", "report", str(results), "-o", str(tmp_path / "a.html"), "--max-mb", most]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: --max-mb: ") and told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_faults_are_told_before_anything_is_written(results, page, several, tmp_path):
     with pytest.raises(UsageError, match="exists already"):
         report(results)
@@ -432,19 +481,49 @@ def test_faults_are_told_before_anything_is_written(results, page, several, tmp_
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "list.json").write_text("[1, 2", encoding="utf8")
-    with pytest.raises(InputError, match="no result, run or study"):
+    with pytest.raises(InputError, match="no result, run or study; damaged or no JSON object: list"):
         report(empty)
+    with pytest.raises(InputError, match="no result, run or study: it is damaged"):
+        report(empty / "list.json")
     with pytest.raises(UsageError, match="need --hr"):
         report(results, tmp_path / "a.html", label=results / "x.nii.gz")
     with pytest.raises(UsageError, match="3 results"):
         report(several[0], tmp_path / "a.html", hr=results / "scan_sr.nii.gz")
     with pytest.raises(InputError, match="no JSON object"):
         report(results, tmp_path / "a.html", scores=results / "scan_sr.nii.gz")
-    with pytest.raises(UsageError, match="holds no scores"):
+    with pytest.raises(InputError, match="holds no scores"):
         report(results, tmp_path / "a.html", scores=results / "scan.json")
     with pytest.raises(ResourceError, match="folder is missing"):
         report(results, tmp_path / "none" / "a.html")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{}", "holds no scores"),
+        ("\ufeff{\r\n}\n", "holds no scores"),
+        ('{"subjects": [{"dice": 1}]}', "holds no scores"),
+        ('{"definitions": {}, "rows": 5}', "holds no scores"),
+        ("[1]", "is no JSON object"),
+        ('{"rows"', "is no JSON object"),
+        ("", "is no JSON object"),
+    ],
+)
+def test_files_that_are_no_scores_say_what_they_are(results, tmp_path, capsys, text, told):
+    (tmp_path / "s.json").write_text(text, encoding="utf8")
+    code, _, err = call(capsys, "report", results, "-o", tmp_path / "a.html", "--scores", tmp_path / "s.json")
+    assert code == 3 and not (tmp_path / "a.html").exists()
+    one_line(err, f"s.json: {told}")
+
+
+def test_a_damaged_record_is_named_and_the_others_shown(tmp_path, capsys):
+    run = make_run(tmp_path / "run", updates=3)
+    (run / "scan.json").write_text('{"input": {"pa', encoding="utf8")
+    (run / "empty.json").write_text("{ }", encoding="utf8")
+    code, _, err = call(capsys, "report", run)
+    assert code == 0 and err.startswith("warning: ") and err.count("\n") == 1
+    assert "scan.json: is damaged or no JSON object" in err
 
 
 def test_the_command_writes_and_names_the_page(several, tmp_path, capsys):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
+from commands import call, one_line
 from phantom import head
 
 from fastsrgan import images, study, study_cells, study_figure, study_output, study_paper, weights
@@ -253,6 +255,14 @@ def test_a_damaged_head_costs_itself_only(folder, tmp_path, undrawn):
         ("steps", "cohort.csv", {"steps": (12, 20)}, "step"),
         ("steps", "cohort.csv", {"noise": (-0.1,)}, "from 0 up"),
         ("resolution", "cohort.csv", {"steps": (16,), "ratios": (0.5,)}, "ratio"),
+        ("steps", "cohort.csv", {"steps": (16,), "noise": (math.nan,)}, "noise"),
+        ("steps", "cohort.csv", {"steps": (16,), "ratios": (math.nan,)}, "ratio"),
+        ("resolution", "cohort.csv", {"steps": (16,), "ratios": (1e9,)}, "from 1 to 1000"),
+        ("steps", "cohort.csv", {"steps": (16,), "low_res": (0.0, 1, 1)}, "--low-res: 0 x 1 x 1 mm"),
+        ("steps", "cohort.csv", {"steps": (16,), "low_res": (math.nan, 1, 1)}, "--low-res"),
+        ("steps", "cohort.csv", {"steps": (16,), "low_res": (math.inf, 1, 1)}, "--low-res"),
+        ("steps", "cohort.csv", {"steps": (16,), "subjects": 0}, "--subjects"),
+        ("steps", "cohort.csv", {"steps": (16,), "subjects": -1}, "--subjects"),
         ("augmentation", "cohort.csv", {"steps": (16,)}, "two or more"),
     ],
 )
@@ -310,6 +320,39 @@ def test_a_folder_without_a_log_is_refused(tmp_path):
         study.run("curves", tmp_path, tmp_path / "out")
     with pytest.raises(InputError, match="cannot be read"):
         study.run("curves", tmp_path / "none", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"epoch": 1, "validation": [1]}',
+        '{"epoch": 1, "loss": 3}',
+        '{"epoch": true, "update": 1}',
+        '{"epoch": 1, "update": -1}',
+        '{"epoch": 999999999999999999999999, "update": 1}',
+    ],
+)
+def test_a_log_whose_lines_are_damaged_is_refused_and_leaves_nothing(tmp_path, capsys, line):
+    """Lines without an update or a validation were an internal error, behind half of the files."""
+    (tmp_path / "log.jsonl").write_text(line + "\n", encoding="utf8")
+    code, out, told = call(capsys, "study", "curves", tmp_path, "-o", tmp_path / "out")
+    assert (code, out) == (3, "") and not (tmp_path / "out").exists()
+    one_line(told, "log.jsonl: holds no line of a training run")
+
+
+def test_damaged_lines_of_a_log_are_passed_over(run, tmp_path, undrawn):
+    before = study.run("curves", run, tmp_path / "before")["rows"]
+    more = ['{"epoch": 9, "validation": [1]}', '{"epoch": 1e400, "update": 9}', '{"epoch": 1, "update": -3, "d": 1}']
+    with open(run / "log.jsonl", "a", encoding="utf8") as log:
+        log.write("\n" + "\n".join(more))
+    assert study.run("curves", run, tmp_path / "after")["rows"] == before
+
+
+def test_figures_that_no_axis_can_show_are_left_out(tmp_path):
+    lines = '{"epoch": 1, "update": 1, "g_loss": 1e308}\n{"epoch": 1, "update": 2, "g_loss": 2.0}\n'
+    (tmp_path / "log.jsonl").write_text(lines, encoding="utf8")
+    (row,) = study.run("curves", tmp_path, tmp_path / "out")["rows"]
+    assert row == {"epoch": 1, "g_loss": 2.0, "updates": 2}
 
 
 def test_the_command_prints_the_table_and_the_paper_beside_it(folder, run, capsys, undrawn):

@@ -256,6 +256,39 @@ def test_lists(folder):
     assert read_list(text, base_path="/data/")[0].as_posix() == "/data/x.nii"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "HR_image,Label\na.nii.gz,b.nii.gz\nc.nii,d.nii\n",
+        "PATH\na.nii.gz\nc.nii\n",
+        "\n Image ;sex\na.nii.gz;f\n\nc.nii;m\n",
+        ",HR_image\n0,a.nii.gz\n1,c.nii\n",
+        "file\tsex\na.nii.gz\tf\nc.nii\tm\n",
+        'Base;"HR_image";Label_image\nTrain;a.nii.gz;b.nii.gz\nTest;c.nii;b.nii.gz\n',
+    ],
+)
+def test_a_heading_of_a_list_is_no_image(tmp_path, text):
+    """Was an image that is not there, and code 6."""
+    (tmp_path / "list.csv").write_text(text, encoding="utf-8-sig")
+    assert read_list(tmp_path / "list.csv") == [tmp_path / "a.nii.gz", tmp_path / "c.nii"]
+
+
+def test_an_image_that_is_called_like_a_heading_is_one(tmp_path):
+    (tmp_path / "path").mkdir()
+    (tmp_path / "list.csv").write_text("path,x\na.nii.gz\n", encoding="utf8")
+    assert read_list(tmp_path / "list.csv") == [tmp_path / "path", tmp_path / "a.nii.gz"]
+
+
+def test_lists_with_a_heading_may_be_wrong_too(tmp_path):
+    table = tmp_path / "list.csv"
+    table.write_text("Base,HR_image\nTrain,a.nii.gz\nTest\n", encoding="utf8")
+    with pytest.raises(InputError, match="line 3: HR_image is empty"):
+        read_list(table)
+    table.write_text("image,sex\n", encoding="utf8")
+    with pytest.raises(InputError, match="names no image"):
+        read_list(table)
+
+
 @pytest.mark.parametrize(("raw", "words"), [(b"PK\x03\x04rest", "Excel workbook"), (b"\x1f\x8brest", "a gzip file")])
 def test_a_file_of_another_kind_is_named(tmp_path, raw, words):
     (tmp_path / "t.csv").write_bytes(raw)

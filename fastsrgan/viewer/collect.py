@@ -1,10 +1,13 @@
 """What a folder holds: results of ``infer``, scores of ``evaluate``, studies, the demo, a training run.
 
-Files are told by what they hold, not by their names. Paths in them are tried beside the file first, since folders move.
+Files are told by what they hold, not by their names. Such a file may be a stranger's, and the page is passed on:
+results are looked for in its own folder alone, the input elsewhere too, where only an image of the recorded checksum
+is shown (``stage.load_images``), the truth where it is named like a NIfTI image.
 """
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,13 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastsrgan import table
+from fastsrgan import images, table
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.runtime import read_json, real
+from fastsrgan.runtime import is_special, read_json, real
 
 log = logging.getLogger("fastsrgan")
 
 KINDS = ("sr", "seg")
+NAMED = 3  # damaged files that are told by name
+HINT = "a folder that `fastsrgan infer` or `train` wrote"
 # What other parts rely on, where it is there at all; what a file has of another kind is passed over.
 RECORD = {"warnings": list, "asked": dict, "provenance": dict}
 SCORES = {"files": dict, "notes": list, "segmentation": dict, "gain": dict, "baseline": dict}
@@ -54,14 +59,17 @@ def find(
 
     ``scores`` is the file that ``evaluate --json`` wrote; without it, the folder's own are taken. ``studies`` are JSON
     files of ``study`` beside those of the folder.
-    Raises InputError where there is nothing to report, UsageError for scores of other images.
+    Damaged files of a folder are passed over with a warning. Raises InputError where there is nothing to report and for
+    files that are none of these, UsageError for scores of other images.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(path, "no such file or folder", "a folder of results, a run, or one result's .json")
     folder = path if path.is_dir() else path.parent
     found = Found(folder, real(path).name if path.is_dir() else path.stem)
-    documents = _documents([path] if path.is_file() else [p for p in sorted(folder.glob("*.json")) if p.exists()])
+    names = [path] if path.is_file() else [p for p in sorted(folder.glob("*.json")) if p.exists()]
+    documents = _documents(names)
+    damaged = [p for p in names if p not in documents and not _is_empty(p)]
     if path.is_dir() and (folder / "log.jsonl").is_file():
         found.run = folder
     demo = documents.get(folder / "demo.json") if path.is_dir() else None
@@ -70,20 +78,42 @@ def find(
     else:
         found.results = [_result(p, d) for p, d in documents.items() if is_record(d)]
     given = _documents([Path(scores)]) if scores is not None else {}
-    if scores is not None and not given:
+    if scores is not None and not given and not _is_empty(Path(scores)):
         raise InputError(scores, "is no JSON object", "the file that `fastsrgan evaluate --json` wrote")
     more = _documents(map(Path, studies))
     for name in set(map(Path, studies)) - {p for p, d in more.items() if is_study(d)}:
         raise InputError(name, "holds no study", "the .json that `fastsrgan study` wrote")
     found.studies = [sound(d, STUDY) for d in (documents | more).values() if is_study(d)]
+    if scores is not None and not any(map(is_scores, given.values())):
+        raise InputError(scores, "holds no scores", "the file that `fastsrgan evaluate --json` wrote")
     for where, document in (given or documents).items():
         if is_scores(document):
             _assign(found.results, document, where, strict=bool(given))
-        elif given:
-            raise UsageError(where, "holds no scores", "the file that `fastsrgan evaluate --json` wrote")
     if not found.results and found.run is None and not found.studies:
-        raise InputError(path, "holds no result, run or study", "a folder that `fastsrgan infer` or `train` wrote")
+        raise InputError(path, f"holds no result, run or study{_told(damaged, path)}", HINT)
+    for name in damaged:
+        log.warning("%s: is damaged or no JSON object, left out", name)
     return found
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a file is a JSON object with nothing in it, which ``read_json`` does not tell from damage."""
+    if is_special(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(1000).removeprefix(codecs.BOM_UTF8).translate(None, b" \t\r\n") == b"{}"
+    except OSError:
+        return False
+
+
+def _told(damaged: Sequence[Path], path: Path) -> str:
+    if not damaged:
+        return ""
+    if path in damaged:
+        return ": it is damaged or no JSON object"
+    more = ", ..." if len(damaged) > NAMED else ""
+    return f"; damaged or no JSON object: {', '.join(p.name for p in damaged[:NAMED])}{more}"
 
 
 def is_record(document: Any) -> bool:
@@ -130,18 +160,24 @@ def _result(path: Path, record: dict[str, Any]) -> Result:
     files = {}
     for kind in KINDS:
         name = record["outputs"].get(kind)
-        if isinstance(name, str) and (there := _near(name, path.parent)):
+        if isinstance(name, str) and (there := _first(_near(name, path.parent))):
             files[kind] = there
     source = record["input"].get("path")
-    if isinstance(source, str) and (there := _near(source, path.parent, path.parent.parent)):
-        files["input"] = there
+    if isinstance(source, str):
+        beside = _near(source, path.parent, path.parent.parent)  # since folders move
+        if there := _first([*beside, Path(source)]):
+            files["input"] = there
     return Result(path.stem, sound(record, RECORD), files)
 
 
-def _near(name: str, *folders: Path) -> Path | None:
-    """The file meant by a recorded path: of its name in one of the folders, else where it was."""
-    candidates = [folder / Path(name).name for folder in folders] + [Path(name)]
-    return next((c for c in candidates if os.path.exists(c) and c.name), None)
+def _near(name: str, *folders: Path) -> list[Path]:
+    """A recorded path's file, if it lies in one of the folders now."""
+    own = Path(name).name
+    return [folder / own for folder in folders] if own not in ("", "..") else []
+
+
+def _first(paths: Sequence[Path]) -> Path | None:
+    return next((path for path in paths if os.path.exists(path) and path.name), None)
 
 
 def _assign(results: list[Result], scores: dict[str, Any], where: Path, strict: bool) -> None:
@@ -182,7 +218,7 @@ def _truth(result: Result, files: dict[str, Any], folder: Path) -> None:
     for kind in ("hr", "label"):
         name = files.get(kind)
         if isinstance(name, str) and (
-            there := next((p for p in (Path(name), folder / name) if os.path.isfile(p)), None)
+            there := next((p for p in (Path(name), folder / name) if images.is_image(p) and os.path.isfile(p)), None)
         ):
             result.files[kind] = there
 
@@ -202,6 +238,5 @@ def _demo(found: Found, demo: dict[str, Any]) -> None:
     cohort = folder / "cohort" / "cohort.csv"
     tests = [row for row in table.read_table(cohort) if row.base == "Test"] if cohort.is_file() else []
     if tests:
-        found.results[0].files["hr"] = tests[0].image
-        if tests[0].label is not None:
-            found.results[0].files["label"] = tests[0].label
+        truth = {"hr": tests[0].image, "label": tests[0].label}
+        found.results[0].files |= {kind: p for kind, p in truth.items() if p is not None and images.is_image(p)}

@@ -20,7 +20,8 @@ from fastsrgan._version import __version__
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import evaluate_pair, onto_grid
 from fastsrgan.geometry import Volume
-from fastsrgan.runtime import QUIET, Progress, atomic_write, finite, output_file
+from fastsrgan.output_place import PAGE, check_place
+from fastsrgan.runtime import QUIET, Progress, atomic_write, finite
 from fastsrgan.viewer import cohort, curves, sections, stage
 from fastsrgan.viewer.collect import Found, Result, find
 from fastsrgan.viewer.markup import Html, data_block, el, join, number, pointer, source_hash
@@ -29,6 +30,7 @@ from fastsrgan.viewer.volumes import Packed, pack, plane_png, unpack
 log = logging.getLogger("fastsrgan")
 
 MOST_MB = 12.0
+MOST_ALLOWED_MB = 1e6
 NAME = "report.html"
 LEAST_BYTES = 200_000  # left for the volumes, below which a limit makes no sense
 
@@ -57,11 +59,13 @@ def report(
     studies : JSON files of ``study``, shown beside those of the folder
     hr, label, mask : truth of a single result, evaluated here, with the spline of the input as baseline
     max_mb : largest page in MB (10^6 bytes); volumes are reduced until they fit
-    overwrite : replace pages that are there
+    overwrite : replace pages that are there; what is no page is kept
 
     Returns the files, the first one to open. Raises InputError, UsageError or ResourceError, before anything is written
     where a page exists or there is nothing to report.
     """
+    if not 0 < max_mb <= MOST_ALLOWED_MB:
+        raise UsageError("--max-mb", f"{max_mb:g} is not allowed", f"a size in MB above 0, at most {MOST_ALLOWED_MB:g}")
     if (label or mask) and not hr:
         raise UsageError("--label and --mask", "need --hr", "the truth that the image is compared with")
     if hr and scores:
@@ -70,10 +74,12 @@ def report(
     if hr and len(found.results) != 1:
         raise UsageError("--hr", f"one truth for {len(found.results)} results", "--scores with the JSON of evaluate")
     target = Path(out) if out is not None else found.folder / NAME
-    output_file(target)
     many = len(found.results) > 1
     names = [cohort.page_name(r.stem, target) for r in found.results] if many else []
-    standing = [p for p in [target, *(target.parent / n for n in names)] if p.exists()]
+    given = [p for p in (path, scores, hr, label, mask, *studies) if p is not None]
+    inputs = [*given, *(file for result in found.results for file in result.files.values())]
+    pages = [check_place(place, inputs, PAGE) for place in [target, *(target.parent / n for n in names)]]
+    standing = [p for p in pages if p.exists()]
     if standing and not overwrite:
         raise UsageError(standing[0], "exists already and is kept", "--overwrite, or another -o FILE.html")
     if hr:

@@ -14,6 +14,7 @@ from fastsrgan import any_image, images
 from fastsrgan.errors import FastsrganError
 from fastsrgan.evaluate import onto_grid
 from fastsrgan.geometry import Volume
+from fastsrgan.nifti_check import NotNifti
 from fastsrgan.report.figure import Column, planes_figure
 from fastsrgan.report.planes import brightness, cuts
 from fastsrgan.viewer.collect import Result
@@ -40,13 +41,16 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
             if kind in ("sr", "seg", "input"):
                 warnings.append(f"{name} is no longer there and is not shown")
             return None
+        if kind == "input" and not _unchanged(path, series, result.record["input"].get("sha256")):
+            warnings.append(f"{name} {path} is not the file that the result was made of, and is not shown")
+            return None
         try:
             if kind == "input":
-                if any_image.sha256(path, series) != result.record["input"].get("sha256"):
-                    warnings.append(f"{name} {path} is not the file that the result was made of, and is not shown")
-                    return None
                 return any_image.load_any(path, series=series, volume=which)
             return images.load_label(path) if kind in ("seg", "label") else images.load(path)
+        except NotNifti:  # what such a file begins with is nothing for a page that is passed on
+            warnings.append(f"{name} is not shown: {path} is not a NIfTI image")
+            return None
         except FastsrganError as error:
             warnings.append(f"{name} is not shown: {error}")
             return None
@@ -56,6 +60,14 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
     names |= {"seg": ("seg", "the segmentation"), "label": ("label", "the label")}
     others = {name: volume for name, what in names.items() if (volume := read(*what)) is not None}
     return sr, others
+
+
+def _unchanged(path: Path, series: str | None, sha256: object) -> bool:
+    """Whether an image has the checksum that the record knows. The path is the record's: nothing else is told of it."""
+    try:
+        return any_image.sha256(path, series) == sha256
+    except FastsrganError:
+        return False
 
 
 def viewer_card(packed: Packed, spacing: tuple[float, float, float] | None) -> Html:
