@@ -167,7 +167,8 @@ def check_sum(path: str | os.PathLike) -> None:
         while part := raw.read(2**20):
             digest.update(part)
     if digest.hexdigest() != known:
-        raise ModelError(path, "differs from the SHA-256 that was written into it", "damaged or changed; copy it again")
+        hint = "damaged: copy it again; if you changed it, leave sha256 out of its metadata"
+        raise ModelError(path, "differs from the SHA-256 that was written into it", hint)
 
 
 def read_header(path: str | os.PathLike) -> ModelHeader:
@@ -187,7 +188,6 @@ def read_parameters(path: str | os.PathLike, part: str) -> tuple[GeneratorSpec |
     """
     with _opened(path) as file:
         header = _checked_header(path, file)
-        check_sum(path)
         spec = header.critic if part == "critic" else header.generator
         if spec is None or (part == "ema" and not header.ema):
             raise ModelError(path, f"holds no {part}", "take a file that was saved with both networks")
@@ -197,6 +197,7 @@ def read_parameters(path: str | os.PathLike, part: str) -> tuple[GeneratorSpec |
             value = file.get_tensor(f"{part}.{name}").to(torch.float32, copy=True)
             check_finite(path, f"{part}.{name}", value)
             parameters[name] = value
+    check_sum(path)  # behind what names a layer, which says more
     return spec, parameters
 
 
