@@ -23,6 +23,7 @@ from fastsrgan.console import error_line, open_console, plain, say, table
 from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError
 from fastsrgan.interrupts import SAID, Interrupts, Terminated
 from fastsrgan.runtime import Progress
+from fastsrgan.startup import NO_MEMORY, out_of_memory
 
 RAW = argparse.RawDescriptionHelpFormatter
 
@@ -278,6 +279,9 @@ def failed(error: BaseException) -> int:
         return 128 + number
     if isinstance(error, MemoryError):
         error_line(f"memory: not enough ({str(error) or 'use a smaller patch, batch or volume'})")
+        return 5
+    if isinstance(error, ImportError) and out_of_memory(error):
+        error_line(NO_MEMORY)
         return 5
     if isinstance(error, OSError):
         told = (error.filename or "system", error.strerror or str(error))
