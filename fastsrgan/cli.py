@@ -222,7 +222,10 @@ def _options(parser: Parser, command: str | None) -> list[str]:
 
 
 def normalised(argv: Sequence[str]) -> list[str]:
-    """Arguments with ``_`` as ``-`` in option names, so both spellings work; values, and all behind ``--``, are left alone."""
+    """Arguments with ``_`` as ``-`` in option names, so both spellings work.
+
+    Values are left alone, and all that follows ``--``.
+    """
     options = list(argv).index("--") if "--" in argv else len(argv)
     out = []
     for word in argv[:options]:

@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import re
-import secrets
 import shutil
 import stat
 import subprocess
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 from fastsrgan.errors import ResourceError, UsageError
+from fastsrgan.temporary import remove_abandoned, temporary_name
 from fastsrgan.units import human
 
 log = logging.getLogger("fastsrgan")
@@ -47,12 +47,6 @@ def rng(seed: int, *key: int | str) -> np.random.Generator:
 
 
 # --- files --------------------------------------------------------------------------------------------------------
-
-
-def temporary_name(path: Path) -> Path:
-    """A private name beside ``path`` with the same suffixes, for writing before renaming."""
-    name, dot, suffixes = path.name.partition(".")
-    return path.with_name(f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}{dot}{suffixes}")
 
 
 @contextlib.contextmanager
@@ -166,6 +160,7 @@ def output_file(path: str | os.PathLike) -> Path:
         reason = "its folder is a file" if os.path.exists(folder) else "its folder is missing"
         raise ResourceError(path, reason, "create the folder or choose another one")
     output_folder(folder)
+    remove_abandoned(folder, [path.name])
     return path
 
 

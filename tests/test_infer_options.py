@@ -198,7 +198,8 @@ def test_a_large_image_goes_by_slabs_and_leaves_no_files_behind(files, capsys, m
 def test_options_that_mean_nothing_are_refused_before_anything_is_made(files, capsys, words):
     """Ended in internal errors, or in a fault of the image."""
     code, told = call(capsys, files, "--step", 16, *words)
-    assert code == 2 and told.count("\n") == 1 and told.startswith("error: ") and words[0].strip("-").split("-")[-1] in told, told
+    assert code == 2 and told.count("\n") == 1 and told.startswith("error: "), told
+    assert words[0].strip("-").split("-")[-1] in told, told
     assert not (files / "out").exists()
 
 

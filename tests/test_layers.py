@@ -16,7 +16,7 @@ PACKAGE = ROOT / "fastsrgan"
 LAYERS = {
     0: [
         "_version",
-        "errors interrupts startup units",
+        "errors interrupts startup temporary units",
         "activations rearranged",
         "doubling spectral winograd",
         "normed",
