@@ -1,25 +1,32 @@
 """``python -m fastsrgan``, ``torchrun -m fastsrgan`` and the ``fastsrgan`` command.
 
-Signals are looked after before the libraries are loaded, which takes seconds. So is a current folder that is gone,
-without which they cannot be loaded.
+Signals are looked after before the libraries are loaded, which takes seconds. So are standard streams that are closed,
+and a current folder that is gone, without which they cannot be loaded.
 """
 
 import os
 import sys
 
 from fastsrgan.interrupts import AtOnce
+from fastsrgan.startup import NO_MEMORY, open_streams, out_of_memory
 
 
 def main() -> int:
     """Run the command line; its exit code."""
     AtOnce().__enter__()  # to the end of the process, which takes its time too
+    open_streams()
     try:
         os.getcwd()
     except OSError:
         sys.stderr.write("error: the current folder: does not exist any more (cd to another one)\n")
         return 5
-    from fastsrgan import cli
-
+    try:
+        from fastsrgan import cli
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        sys.stderr.write(f"error: {NO_MEMORY}\n")
+        return 5
     return cli.main()
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.errors import ModelError
-from fastsrgan.runtime import disk_error, sync_folder, temporary_name
+from fastsrgan.runtime import disk_error, sync_folder
+from fastsrgan.temporary import temporary_name
 
 log = logging.getLogger("fastsrgan")
 

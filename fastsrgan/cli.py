@@ -23,6 +23,7 @@ from fastsrgan.console import error_line, open_console, plain, say, table
 from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError
 from fastsrgan.interrupts import SAID, Interrupts, Terminated
 from fastsrgan.runtime import Progress
+from fastsrgan.startup import NO_MEMORY, out_of_memory
 
 RAW = argparse.RawDescriptionHelpFormatter
 
@@ -224,23 +225,28 @@ def _options(parser: Parser, command: str | None) -> list[str]:
 
 
 def normalised(argv: Sequence[str]) -> list[str]:
-    """Arguments with ``_`` as ``-`` in option names, so both spellings work; values are left alone."""
+    """Arguments with ``_`` as ``-`` in option names, so both spellings work.
+
+    Values are left alone, and all that follows ``--``.
+    """
+    options = list(argv).index("--") if "--" in argv else len(argv)
     out = []
-    for word in argv:
+    for word in argv[:options]:
         if word.startswith("-") and len(word) > 2 and word[1:2] not in "0123456789.":
             name, equals, value = word.partition("=")
             word = name.replace("_", "-") + equals + value
         out.append(word)
     if out and not out[0].startswith("-"):
         out[0] = out[0].replace("_", "-")
-    return out
+    return [*out, *argv[options:]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     words = normalised(sys.argv[1:] if argv is None else argv)
-    flags = {flag: flag in words for flag in ("--debug", "--quiet")}
-    words = [w for w in words if w not in flags]
+    options = words.index("--") if "--" in words else len(words)
+    flags = {flag: flag in words[:options] for flag in ("--debug", "--quiet")}
+    words = [w for w in words[:options] if w not in flags] + words[options:]
     progress = open_console(flags["--quiet"], flags["--debug"])
     signals = Interrupts()
     try:
@@ -281,6 +287,9 @@ def failed(error: BaseException) -> int:
         return 128 + number
     if isinstance(error, MemoryError):
         error_line(f"memory: not enough ({str(error) or 'use a smaller patch, batch or volume'})")
+        return 5
+    if isinstance(error, ImportError) and out_of_memory(error):
+        error_line(NO_MEMORY)
         return 5
     if isinstance(error, OSError):
         told = (error.filename or "system", error.strerror or str(error))

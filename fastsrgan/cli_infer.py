@@ -7,6 +7,7 @@ import datetime
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,9 +45,12 @@ def step_size(text: str) -> int | str:
 def _in_units(text: str, units: dict[str, float], what: str) -> float:
     number, unit = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
     try:
-        return float(number) * units[unit]
+        value = float(number) * units[unit]
     except (ValueError, KeyError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from error
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return value
 
 
 def seconds(text: str) -> float:
@@ -57,6 +61,17 @@ def seconds(text: str) -> float:
 def memory(text: str) -> int:
     """``8`` or ``8G`` for GiB, ``500M`` for MiB."""
     return int(_in_units(text, {"": 2**30, "g": 2**30, "m": 2**20}, "a size such as 8G or 500M"))
+
+
+def voxels(text: str) -> int:
+    """``1000`` or ``1e9``: how many, from 1 up."""
+    try:
+        number = int(float(text))
+    except (ValueError, OverflowError):  # no number, NaN, infinite
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of voxels from 1 up")
+    return number
 
 
 def size(text: str) -> float | str:
@@ -104,7 +119,7 @@ def _add_outputs(p: argparse.ArgumentParser) -> None:
         "--series", metavar="N", help="which series of a DICOM folder: number, UID or part of its description"
     )
     p.add_argument("--volume", type=int, metavar="I", help="which volume of a 4-D image, from 0")
-    p.add_argument("--max-voxels", type=float, default=2**31, metavar="N", help="refuse larger images")
+    p.add_argument("--max-voxels", type=voxels, default=2**31, metavar="N", help="refuse larger images")
     p.add_argument("--resume", action="store_true", help="skip what is finished")
     p.add_argument("--overwrite", action="store_true", help="replace existing results")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -192,6 +207,8 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
         if len(resolution) not in (1, 3):
             raise UsageError("--new-resolution", f"{len(resolution)} sizes", "one, three, or same")
         resolution = resolution[0] if len(resolution) == 1 else resolution
+    if args.resume and args.overwrite:
+        raise UsageError("--resume and --overwrite", "exclude each other", "give one of them")
     if args.mask and args.crop_to_head:
         raise UsageError("--mask", "excludes --crop-to-head", "one of the two")
     run, source = _source(args)
@@ -227,7 +244,7 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
                 resume=args.resume,
                 series=args.series,
                 volume=args.volume,
-                max_voxels=int(args.max_voxels),
+                max_voxels=args.max_voxels,
                 ranks=ranks,
                 split_volume=args.split_volume,
                 progress=progress,

@@ -26,6 +26,7 @@ from fastsrgan.runtime import QUIET, Progress
 from fastsrgan.store import Subject
 from fastsrgan.store_writer import StoreWriter, create_store
 from fastsrgan.table import Fault, Row, read_table, table_error
+from fastsrgan.voxel_stream import NiftiFile
 
 log = logging.getLogger("fastsrgan")
 
@@ -158,10 +159,10 @@ def _inspect(row: Row) -> tuple[_Job | None, list[Fault]]:
             continue
         try:
             if name == "image":
-                header = examine(path, images.MAX_VOXELS)
-                header.pick(None)
+                header = _one_volume(path)
                 like = Volume(np.broadcast_to(np.uint8(0), header.shape), header.affine)
             else:
+                _one_volume(path)
                 images.load_label(path, like)
             sources[name] = {"path": str(path), "sha256": images.sha256(path)}
         except FastsrganError as error:
@@ -169,6 +170,15 @@ def _inspect(row: Row) -> tuple[_Job | None, list[Fault]]:
     if faults or header is None:
         return None, faults
     return _Job(row, sources, header.voxels, header.dtype), []
+
+
+def _one_volume(path: Path) -> NiftiFile:
+    """A header that was looked at. Raises InputError also for a series: a table cannot choose a volume of it."""
+    header = examine(path, images.MAX_VOXELS)
+    if header.volumes > 1:
+        reason = f"is a 4-D image with {header.volumes} volumes and one is needed"
+        raise InputError(path, reason, "split the series into one file a volume and name one")
+    return header
 
 
 def _divide(

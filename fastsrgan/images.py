@@ -59,7 +59,7 @@ def load(path: PathLike, *, volume: int | None = None, max_voxels: int = MAX_VOX
     tally = _Tally()
     for part, chunk in _pieces(data, file, index):
         file.scale(chunk, part)
-        tally.clean(part)
+        tally.clean(part, chunk)
     return _volume(file, index, data, tally, 1.0, 0.0)
 
 
@@ -86,7 +86,7 @@ def load_stored(
             part[...] = chunk
         else:
             file.scale(chunk, part)
-        tally.clean(part)
+        tally.clean(part, chunk)
     slope, inter = (file.slope, file.inter) if integer else (1.0, 0.0)
     if max(abs(tally.low * slope + inter), abs(tally.high * slope + inter)) > float(np.finfo(np.float32).max):
         raise InputError(
@@ -249,16 +249,18 @@ class _Tally:
     """What the voxels were like, in the unit of the array that is cleaned."""
 
     bad: int = 0
+    beyond: int = 0  # of the bad ones: finite in the file, or by its scaling, but not in the array's type
     low: float = np.inf
     high: float = -np.inf
 
-    def clean(self, part: np.ndarray) -> None:
-        """Set voxels that are not finite to 0, in place, and count."""
+    def clean(self, part: np.ndarray, chunk: np.ndarray) -> None:
+        """Set voxels that are not finite to 0, in place, and count. ``chunk`` is what they were in the file."""
         if part.dtype.kind == "f":
             finite = np.isfinite(part)
             bad = part.size - int(np.count_nonzero(finite))
             if bad:
                 self.bad += bad
+                self.beyond += int(np.count_nonzero(np.isfinite(chunk[~finite])))
                 part[~finite] = 0
         self.low = min(self.low, float(part.min()))
         self.high = max(self.high, float(part.max()))
@@ -282,11 +284,15 @@ def _pieces(data: np.ndarray, file: NiftiFile, index: int) -> Iterator[tuple[np.
 
 
 def _volume(file: NiftiFile, index: int, data: np.ndarray, tally: _Tally, slope: float, inter: float) -> Volume:
+    beyond = f"beyond the range of {8 * data.itemsize}-bit floats"
     if tally.bad == data.size:
-        raise InputError(file.path, "every voxel is NaN or infinite", "export the image again")
+        what = beyond if tally.beyond else "NaN or infinite"
+        raise InputError(file.path, f"every voxel is {what}", "export the image again")
     low, high = sorted((tally.low * slope + inter, tally.high * slope + inter))
-    if tally.bad:
-        file.warnings.append(f"{tally.bad} of {data.size} voxels are NaN or infinite: read as 0")
+    if nan := tally.bad - tally.beyond:
+        file.warnings.append(f"{nan} of {data.size} voxels are NaN or infinite: read as 0")
+    if tally.beyond:
+        file.warnings.append(f"{tally.beyond} of {data.size} voxels are {beyond}: read as 0")
     if low == high:
         file.warnings.append(f"the image is constant: every voxel is {low:g}")
     elif low < 0:

@@ -24,6 +24,7 @@ from fastsrgan.networks import Generator
 from fastsrgan.ranks import ALONE, Ranks
 from fastsrgan.room import need_room
 from fastsrgan.runtime import QUIET, Progress
+from fastsrgan.temporary import remove_abandoned
 
 SUMMARY = "infer_summary.json"
 PathLike = str | os.PathLike
@@ -217,14 +218,17 @@ def _check_outputs(found: Sequence[Image], job: Job, replace: bool) -> None:
     for folder in {job.record(image).parent for image in found} - {job.out}:
         runtime.output_folder(folder)
     standing = []
+    folders: dict[Path, list[str]] = {}
     for image in found:
         for target in job.outputs(image).values():
+            folders.setdefault(target.parent, []).append(target.name)
             if os.path.realpath(target) in inputs:
                 raise UsageError(target, "is an input and would be overwritten", "choose another output folder")
-            # os.path: a name that is too long is none, and the fault of its own image alone.
-            standing += [target] if os.path.exists(target) else []
+            standing += [target] if os.path.exists(target) else []  # False for a name that is too long
     if standing and not replace:
         more = f" and {len(standing) - 1} more files" if len(standing) > 1 else ""
         raise UsageError(
             f"{standing[0]}{more}", "exists already and is kept", "--overwrite, --resume or another folder"
         )
+    for folder, names_there in folders.items():
+        remove_abandoned(folder, names_there)

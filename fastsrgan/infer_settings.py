@@ -14,6 +14,7 @@ from fastsrgan.config import CHOICES
 from fastsrgan.engine import check_batch, check_precision
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.geometry import grid_size
+from fastsrgan.nifti_check import SPACING_LIMITS
 from fastsrgan.resample import SAME, check_geometry
 from fastsrgan.units import times
 from fastsrgan.windows import check_window
@@ -84,6 +85,9 @@ def target_spacing(
         asked = asked * 3 if len(asked) == 1 else asked
         if len(asked) != 3 or not all(math.isfinite(r) and r > 0 for r in asked):
             raise UsageError("new resolution", f"{new_resolution} is not allowed", "one or three positive millimetres")
+        if not all(SPACING_LIMITS[0] <= r <= SPACING_LIMITS[1] for r in asked):
+            hint = "from {:g} to {:g} mm".format(*SPACING_LIMITS)
+            raise UsageError("new resolution", f"{new_resolution} is no size of voxels", hint)
         wanted = tuple(
             s if abs(r / s - 1) < 1e-3 and grid_size(n, s, r) == n else float(r)
             for r, s, n in zip(asked, own, shape, strict=True)

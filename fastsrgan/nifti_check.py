@@ -159,7 +159,9 @@ def _voxel_type(path: Path, header: nib.Nifti1Header, warn: Warn) -> tuple[np.dt
     if int(header["bitpix"]) != dtype.itemsize * 8:
         warn(f"bitpix is {int(header['bitpix'])} but the type is {dtype.name}: the type is used")
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope == 0 or math.isnan(slope):  # the format's two ways to say "not scaled"
+    if slope == 0 or math.isnan(slope):  # the format's way to say "not scaled", and nibabel's
+        if math.isnan(slope) and math.isfinite(inter) and inter != 0:  # not nibabel's, which has no intercept then
+            warn(f"the intensity scaling has no slope (NaN): its intercept {inter:g} is ignored too")
         return dtype, 1.0, 0.0
     if not math.isfinite(slope) or not math.isfinite(inter):
         raise InputError(path, f"its intensity scaling is not finite (slope {slope}, intercept {inter})", COPY_AGAIN)
@@ -219,6 +221,8 @@ def _choose_form(path: Path, header: nib.Nifti1Header, shape: tuple[int, ...], w
         warn("no orientation (sform and qform codes are 0): axes taken as right, anterior, superior")
         return np.diag([*np.abs(pixdim), 1.0]), "pixdim", 1
     affine = forms[chosen]
+    if codes[chosen] > 5:
+        warn(f"the {chosen} code {codes[chosen]} is unknown: taken as 2, aligned to another image")
     if chosen == "sform":
         size = np.array(spacing_of(affine))
         if usable["qform"] and _conflict(affine, forms["qform"], shape):

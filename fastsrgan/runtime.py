@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import re
-import secrets
 import shutil
 import stat
 import subprocess
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 from fastsrgan.errors import ResourceError, UsageError
+from fastsrgan.temporary import remove_abandoned, temporary_name
 from fastsrgan.units import human
 
 log = logging.getLogger("fastsrgan")
@@ -47,12 +47,6 @@ def rng(seed: int, *key: int | str) -> np.random.Generator:
 
 
 # --- files --------------------------------------------------------------------------------------------------------
-
-
-def temporary_name(path: Path) -> Path:
-    """A private name beside ``path`` with the same suffixes, for writing before renaming."""
-    name, dot, suffixes = path.name.partition(".")
-    return path.with_name(f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}{dot}{suffixes}")
 
 
 @contextlib.contextmanager
@@ -85,7 +79,10 @@ def atomic_write(path: str | os.PathLike, mode: int | None = None) -> Iterator[P
 
 def disk_error(error: OSError, path: Path) -> Exception:
     """The ResourceError that says what an operating-system error means for a user; other errors unchanged."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno == errno.EFBIG:
+        hint = "raise it, ulimit -f tells it, or choose a disk of another format"
+        return ResourceError(path, "cannot be written: larger than the limit on the size of a file", hint)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(existing_parent(path)).free
         return ResourceError(
             path, f"no space left on the disk, {human(free)} free", "free space or choose another folder"
@@ -166,6 +163,7 @@ def output_file(path: str | os.PathLike) -> Path:
         reason = "its folder is a file" if os.path.exists(folder) else "its folder is missing"
         raise ResourceError(path, reason, "create the folder or choose another one")
     output_folder(folder)
+    remove_abandoned(folder, [path.name])
     return path
 
 

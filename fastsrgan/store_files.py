@@ -160,10 +160,12 @@ def local_path(url: str) -> Path | None:
 
 def read_manifest(keys: Keys) -> dict[str, Any] | None:
     """The checked manifest, None where there is none. Raises ModelError: newer format, or damaged."""
+    where, hint = f"{keys.url}/{MANIFEST}", "convert the images again with --overwrite"
+    if keys.root is not None and (keys.root / MANIFEST).is_dir():
+        raise ModelError(where, "is a folder where a file should be", "remove it, or convert into another folder")
     raw = keys.get(MANIFEST)
     if raw is None:
         return None
-    where, hint = f"{keys.url}/{MANIFEST}", "convert the images again with --overwrite"
     try:
         manifest = json.loads(raw)
         newer = int(manifest["format"]) > FORMAT

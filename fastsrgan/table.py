@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastsrgan.errors import FastsrganError, InputError
-from fastsrgan.runtime import is_special
+from fastsrgan.runtime import is_special, url_of
 
 SPLITS = ("Train", "Test")
 COLUMNS = ("HR_image", "Label_image", "Base", "Mask_image")
@@ -271,7 +271,9 @@ def _row(
                 faults.append(f"{column} is empty")
             continue
         paths[column] = _locate(text, csv_path, base_path)
-        if not os.path.exists(paths[column]):
+        if url := url_of(text):
+            faults.append(f"{column} {url[:_MAX_CELL]} is a URL, images are read from paths")
+        elif not os.path.exists(paths[column]):
             faults.append(f"{column} {text[:_MAX_CELL]}: no such file")
     base = values["Base"]
     if base not in SPLITS:
@@ -284,7 +286,9 @@ def _row(
 
 
 def _locate(text: str, table: Path, base_path: str | None) -> Path:
-    """The absolute path meant by a cell: the first candidate that exists, else the first."""
+    """The absolute path meant by a cell: the first candidate that exists, else the first. A URL stays what it is."""
+    if url_of(text):
+        return Path(text)
     if base_path:
         candidates = [Path(base_path + text), Path(base_path) / text.lstrip("/")]
         candidates += [Path(text)] if os.path.isabs(text) else []

@@ -20,10 +20,11 @@ import numpy as np
 
 from fastsrgan import runtime
 from fastsrgan.errors import InputError
-from fastsrgan.units import human, times
+from fastsrgan.units import compared, human, times
 
 CHUNK_BYTES = 1 << 22
 DEFLATE_LIMIT = 1032  # no deflate stream expands further (zlib, "technical details")
+_USUAL_OFFSETS = (0, 352, 544)  # of the voxels: alone in their file, behind the headers of NIfTI-1 and NIfTI-2
 COPY_AGAIN = "copy or download the file again"
 EXPANSION_LIMIT = 500  # a sparse label map reaches 350
 EXPANSION_FREE = 256 << 20  # below this size anything that gzip can hold is accepted
@@ -233,13 +234,17 @@ class NiftiFile:
     def check_size(self) -> None:
         """Compare what the header declares with what the file can hold, before a voxel is unpacked."""
         declared = self.declared_bytes
-        says = f"the header declares {times(self.shape)} voxels"
-        says += (f" in {self.volumes} volumes" if self.volumes > 1 else "") + f", {human(declared)}"
+        voxels = f"{times(self.shape)} voxels" + (f" in {self.volumes} volumes" if self.volumes > 1 else "")
+        if self.offset not in _USUAL_OFFSETS:
+            voxels += f" from byte {self.offset if self.offset < 10**15 else f'{self.offset:.3g}'} on"
+        says = f"the header declares {voxels}, {human(declared)}"
         with open_stream(self.voxel_path) as stream:
             size, packed = stream.size, stream.packed
         if not packed:
             if declared > size:
-                raise InputError(self.voxel_path, f"truncated: {says}, the file has {human(size)}", COPY_AGAIN)
+                wanted, there = compared(declared, size)
+                reason = f"truncated: the header declares {voxels}, {wanted}, the file has {there}"
+                raise InputError(self.voxel_path, reason, COPY_AGAIN)
             self._surplus(size - declared)
         elif declared > size * DEFLATE_LIMIT:
             reason = f"truncated: {says}, which a gzip file of {human(size)} cannot hold"
@@ -254,7 +259,8 @@ class NiftiFile:
             self._short(here + done)
 
     def _short(self, have: int) -> None:
-        reason = f"truncated: the header declares {human(self.declared_bytes)}, the file holds {human(have)}"
+        wanted, there = compared(self.declared_bytes, have)
+        reason = f"truncated: the header declares {wanted}, the file holds {there}"
         raise InputError(self.voxel_path, reason, COPY_AGAIN)
 
     def _surplus(self, n: int) -> None:

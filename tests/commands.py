@@ -26,7 +26,7 @@ from cohort import SMALL, make_store
 from nifti_files import HEAD, rigid, write
 from processes import CONTEXT, ended
 
-from fastsrgan import images, infer_job, weights
+from fastsrgan import __main__, images, infer_job, weights
 from fastsrgan.cli import main
 from fastsrgan.networks import GeneratorSpec, build_generator
 
@@ -87,6 +87,7 @@ class Command:
     hold : "slow", "stuck": see ``_hold``; ``wait_for`` returns when that moment is reached
     offline : no network device, and every attempt to use one is noted in ``Ended.asked``
     stdin : "null", "closed" or "tty"; with "tty" all three are a terminal, written to by ``key``
+    streams : what standard output (1) and error (2) are instead of files: "closed", or "dead": a pipe nobody reads
     """
 
     def __init__(self, folder: Path, *words: object, stdin: str = "null", **faults: Any) -> None:
@@ -193,8 +194,11 @@ def _enter(folder: Path, words: list[str], stdin: str, faults: dict[str, Any]) -
     asked: list[str] = []
     if faults.get("offline"):
         ctypes.CDLL(None, use_errno=True).unshare(0x10000000 | 0x40000000)  # user and network; where that is allowed
+    for number, kind in faults.get("streams", {}).items():
+        _spoil(number, kind)
+    sys.argv = ["fastsrgan", *words]
     with offline(asked) if faults.get("offline") else contextlib.nullcontext():
-        code = main(words)
+        code = __main__.main() if "streams" in faults else main(words)
     with contextlib.suppress(AttributeError, ValueError):
         sys.stdout.flush()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
@@ -226,6 +230,18 @@ def _connect(folder: Path, stdin: str, terminal: str | None) -> None:
         os.close(0)
     else:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+
+def _spoil(number: int, kind: str) -> None:
+    """Take a standard stream away, as a shell does with ``>&-``, or its reader."""
+    name = {1: "stdout", 2: "stderr"}[number]
+    if kind == "closed":
+        os.close(number)
+        setattr(sys, name, None)
+        return
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, number)
 
 
 def _hold(folder: Path, stuck: bool) -> None:

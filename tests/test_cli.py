@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,17 @@ def test_options_are_the_same_with_dashes_and_underscores():
     assert normalised(["job_model", "--new_low_res", "a_b", "--base_path=x_y", "-1.5", "-is_conditional"]) == [
         "job-model", "--new-low-res", "a_b", "--base-path=x_y", "-1.5", "-is-conditional",
     ]  # fmt: skip
+
+
+def test_names_behind_two_dashes_are_left_alone(folder, tmp_path, monkeypatch, capsys):
+    """Became -x-y.nii.gz: no such file."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(folder / "scan.nii.gz", "-x_y.nii.gz")
+    words = ["infer", "-o", "out_1", "-w", str(folder / "w.safetensors"), "--patch", "64", "--step", "64", "--"]
+    assert main([*words, "-x_y.nii.gz"]) == 0, capsys.readouterr().err
+    assert Path("out_1/-x_y_sr.nii.gz").is_file()
+    assert main([*words[:3], "--", "--debug"]) == 3
+    assert "Traceback" not in (told := capsys.readouterr().err) and "--debug: no such file" in told
 
 
 def test_help_of_every_command_ends_with_an_example(capsys):

@@ -27,7 +27,7 @@ from fastsrgan.config import TrainConfig
 from fastsrgan.console import PlainProgress
 from fastsrgan.convert import convert
 from fastsrgan.encode import PERCENTILES, axis_codes, describe, encode
-from fastsrgan.errors import FastsrganError, InputError, PartialFailure, ResourceError, UsageError
+from fastsrgan.errors import FastsrganError, InputError, ModelError, PartialFailure, ResourceError, UsageError
 from fastsrgan.store import open_store, to_float32
 from fastsrgan.store_files import LOCK
 from fastsrgan.store_writer import create_store
@@ -398,6 +398,28 @@ def test_a_second_table_adds_but_never_takes_over_a_name(tmp_path, caplog):
 
 
 @pytest.mark.fault(14)
+def test_a_series_is_to_be_split_since_a_table_cannot_choose_of_it(tmp_path):
+    """The hint named an option that convert does not have."""
+    table = cohort(tmp_path, 2)
+    nifti_files.write(tmp_path / "s0.nii.gz", np.stack([head(0)] * 2, -1), AFFINE)
+    nifti_files.write(tmp_path / "l1.nii.gz", np.ones((*SHAPE, 3), np.uint8), AFFINE)
+    with pytest.raises(InputError, match=r"4-D image with 2 volumes.*4-D image with 3 volumes") as caught:
+        convert(table, tmp_path / "store")
+    assert "--volume" not in str(caught.value)
+    nifti_files.write(tmp_path / "l1.nii.gz", np.ones(SHAPE, np.uint8), AFFINE)
+    with pytest.raises(InputError, match=r"\(split the series into one file a volume"):
+        convert(table, tmp_path / "store")
+
+
+def test_a_folder_in_place_of_the_manifest_is_named(tmp_path):
+    table = cohort(tmp_path, 2)
+    convert(table, tmp_path / "store")
+    (tmp_path / "store" / "manifest.json").unlink()
+    (tmp_path / "store" / "manifest.json").mkdir()
+    with pytest.raises(ModelError, match=r"manifest\.json: is a folder where a file should be"):
+        convert(table, tmp_path / "store", resume=True)
+
+
 def test_a_second_table_cannot_test_on_what_the_store_trains_on(tmp_path):
     table = cohort(tmp_path, 2)
     convert(table, tmp_path / "store")

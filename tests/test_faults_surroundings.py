@@ -101,6 +101,22 @@ def test_no_standard_input_no_terminal_no_colour(work, tmp_path):
     assert found.code == 0 and "\x1b[3" not in found.err, found  # no colours on a terminal that wants none
 
 
+@pytest.mark.fault(45)
+@pytest.mark.parametrize("kind", ["closed", "dead"])
+def test_standard_streams_that_are_closed_or_that_nobody_reads_change_no_exit_code(work, tmp_path, kind):
+    """Ended in an internal error behind the work, or at the first note before it."""
+    found = command(tmp_path / "a", *infer_words(work, tmp_path), streams={2: kind})
+    assert found.code == 0 and found.out.startswith("done ") and not found.err, found
+    both = {1: "closed", 2: kind}
+    found = command(tmp_path / "b", *infer_words(work, tmp_path), "--overwrite", streams=both)
+    assert found.code == 0 and not found.out + found.err, found
+    sound(tmp_path / "out")
+    for words, code in ((("infer", tmp_path / "none.nii", "-o", tmp_path / "o"), 3), (("infer",), 2)):
+        assert command(tmp_path / "c", *words, streams={2: kind}).code == code
+    found = command(tmp_path / "d", "--help", streams={1: "closed"})
+    assert found.code == 0 and not found.err, found
+
+
 @pytest.mark.fault(46)
 def test_paths_with_blanks_and_umlauts_and_another_clock_give_the_same_bytes(work, tmp_path, monkeypatch):
     """In a process whose locale is C and Turkish, see also test_train.py."""

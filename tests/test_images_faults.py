@@ -219,10 +219,39 @@ def test_nan_and_infinite_voxels_are_zero_counted_and_told(tmp_path):
     path = write(tmp_path / "nan.nii.gz", data)
     for volume in (images.load(path), images.load_stored(path)[3]):
         assert volume.meta["nan_count"] == 4
-        assert "4 of 210 voxels are NaN or infinite: read as 0" in volume.warnings
+        assert "3 of 210 voxels are NaN or infinite: read as 0" in volume.warnings
+        assert "1 of 210 voxels are beyond the range of 32-bit floats: read as 0" in volume.warnings
         assert np.isfinite(volume.data).all()
         assert volume.data[1, 2, 3] == volume.data[2, 2, 2] == 0
         assert volume.data[3, 3, 3] == HEAD[3, 3, 3]
+
+
+@pytest.mark.fault(5, 6)
+def test_numbers_too_large_for_the_arrays_are_told_apart_from_nan(tmp_path):
+    refused(write(tmp_path / "a.nii", np.full((3, 3, 3), 1e300)), "every voxel is beyond the range of 32-bit floats")
+    scaled = images.load(write(tmp_path / "b.nii", np.arange(27, dtype=np.int16).reshape(3, 3, 3), slope=3e38))
+    assert "25 of 27 voxels are beyond the range of 32-bit floats: read as 0" in scaled.warnings
+    assert not any("NaN" in warning for warning in scaled.warnings)
+
+
+@pytest.mark.fault(1)
+def test_one_byte_too_few_and_an_odd_place_of_the_voxels_are_told_exactly(tmp_path):
+    """Said that 56.59 KiB were declared and 56.59 KiB were there."""
+    big = np.zeros((40, 36, 20), np.int16)
+    path = write(tmp_path / "a.nii", big)
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(path, "20 voxels, 57952 bytes, the file has 57951 bytes")
+    refused(write(tmp_path / "b.nii", big, vox_offset=353), "20 voxels from byte 353 on, 57953 bytes, .* 57952 bytes")
+    refused(write(tmp_path / "c.nii", big, vox_offset=1e30), r"20 voxels from byte 1e\+30 on")
+
+
+@pytest.mark.fault(8)
+def test_unknown_codes_and_an_intercept_without_a_slope_are_told(tmp_path):
+    told = images.load(write(tmp_path / "a.nii", sform_code=77)).warnings
+    assert "the sform code 77 is unknown: taken as 2, aligned to another image" in told
+    told = images.load(write(tmp_path / "b.nii", slope=np.nan, inter=5.0)).warnings
+    assert "the intensity scaling has no slope (NaN): its intercept 5 is ignored too" in told
+    assert not images.load(write(tmp_path / "c.nii", slope=np.nan, inter=np.nan)).warnings  # as nibabel writes
 
 
 @pytest.mark.fault(6)

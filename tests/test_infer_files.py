@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from commands import litter
 from nifti_files import rigid
 
 from fastsrgan import images, infer_files, weights
@@ -13,6 +17,7 @@ from fastsrgan.errors import InputError, ModelError, PartialFailure, ResourceErr
 from fastsrgan.infer import infer_volume
 from fastsrgan.infer_files import SUMMARY
 from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.temporary import temporary_name
 
 FAST = {"patch": 16, "step": 12, "device": "cpu"}
 
@@ -200,6 +205,27 @@ def test_resume_refuses_results_of_something_else(tmp_path, model, change):
     with pytest.raises(UsageError, match=f"another {change}"):
         run([path], out, model, resume=True, **settings)
     assert run([path], out, model, overwrite=True, **settings)["done"] == 1
+
+
+def test_a_name_that_is_too_long_is_a_fault_of_its_image_alone(tmp_path, model):
+    """Nothing was done of any."""
+    with pytest.raises(PartialFailure, match="1 of 2 volumes failed"):
+        run([tmp_path / ("n" * 254 + ".nii.gz"), scan(tmp_path / "a.nii.gz")], tmp_path / "out", model)
+    assert (tmp_path / "out" / "a_sr.nii.gz").exists()
+
+
+def test_what_a_killed_call_left_is_taken_away_when_it_is_resumed(tmp_path, model, monkeypatch):
+    """Stayed for good."""
+    path, out = scan(tmp_path / "a.nii.gz"), tmp_path / "out"
+    run([path], out, model)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "getpid", lambda: dead.pid)
+        temporary_name(out / "a_sr.nii.gz").write_bytes(b"half")
+    before = contents(out)
+    assert run([path], out, model, resume=True)["skipped"] == 1
+    assert len(contents(out)) == len(before) - 1 and not litter(out)
 
 
 # --- refused before any work --------------------------------------------------------------------------------------

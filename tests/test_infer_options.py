@@ -10,7 +10,7 @@ from nifti_files import rigid
 
 from fastsrgan import images, infer, infer_ways, weights
 from fastsrgan.cli import main
-from fastsrgan.cli_infer import memory, seconds, step_size
+from fastsrgan.cli_infer import memory, seconds, step_size, voxels
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer import infer_volume
 from fastsrgan.networks import GeneratorSpec, build_generator
@@ -183,3 +183,25 @@ def test_a_large_image_goes_by_slabs_and_leaves_no_files_behind(files, capsys, m
     assert code == 0 and record["memory"]["mode"] == "slabs" and whole["memory"]["mode"] == "memory"
     assert seen == [files / "out" / ".a.planes"]
     assert {p.name: p.read_bytes() for p in (files / "out").iterdir() if p.name != "a.json"} == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("--max-memory", text) for text in ("1e400", "1e308G", "nan", "0")),
+        *(("--max-voxels", text) for text in ("nan", "inf", "1e400", "0", "-5", "many")),
+        *(("--new-resolution", text) for text in ("1e308", "1e-300", "1e7", "nan")),
+        ("--resume", "--overwrite"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_mean_nothing_are_refused_before_anything_is_made(files, capsys, words):
+    """Ended in internal errors, or in a fault of the image."""
+    code, told = call(capsys, files, "--step", 16, *words)
+    assert code == 2 and told.count("\n") == 1 and told.startswith("error: "), told
+    assert words[0].strip("-").split("-")[-1] in told, told
+    assert not (files / "out").exists()
+
+
+def test_large_numbers_may_be_written_short():
+    assert voxels("1e9") == 10**9 and voxels("12") == 12

@@ -81,6 +81,32 @@ def test_what_is_run_before_the_signals_are_looked_after_loads_no_library():
     assert int(count) < 150 and found.strip() == "[]"
 
 
+NO_ROOM = {
+    "torch": "ImportError('libtorch_cpu.so: failed to map segment from shared object')",
+    "numpy": "MemoryError()",
+    "rich": "RuntimeError('std::bad_alloc')",
+}
+
+
+@pytest.mark.parametrize("library", NO_ROOM)
+def test_libraries_that_do_not_fit_into_memory_are_one_line(library):
+    """Ended in a traceback."""
+    program = f"""
+import sys
+class Finder:
+    def find_spec(name, *_):
+        if name == {library!r}:
+            raise {NO_ROOM[library]}
+sys.path.insert(0, {str(ROOT)!r})
+sys.meta_path.insert(0, Finder)
+from fastsrgan.__main__ import main
+raise SystemExit(main())
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 5 and done.stderr.startswith("error: memory: not enough to load"), done
+    assert done.stderr.count("\n") == 1
+
+
 def test_signals_become_a_flag_and_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "fastsrgan"
 LAYERS = {
     0: [
         "_version",
-        "errors interrupts units",
+        "errors interrupts startup temporary units",
         "activations rearranged",
         "doubling spectral winograd",
         "normed",
@@ -95,6 +95,7 @@ SPEAKS = {
     "cli_job",
     "console",
     "interrupts",
+    "startup",
     "__main__",
 }  # print, sys.exit, argv
 OPTIONAL = ("cupy", "nvidia", "tensorstore", "s3fs", "pydicom", "SimpleITK", "monai", "torchio")

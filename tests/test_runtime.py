@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from fastsrgan import runtime
+from fastsrgan import runtime, temporary
 from fastsrgan.errors import ResourceError, UsageError
 
 
@@ -138,3 +138,35 @@ def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
     with pytest.raises(UsageError, match="is not a regular file"):
         runtime.output_file(pipe)
     assert runtime.is_special(pipe) and [p.name for p in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.parametrize("name", ["n" * 243 + ".nii.gz", "ä" * 120 + ".nii.gz", "a." + "b" * 250, "n" * 255])
+def test_any_name_that_a_file_may_have_can_be_written_to(tmp_path, name):
+    """The temporary name was too long where the name itself was not."""
+    for text in ("old", "new"):
+        with runtime.atomic_write(tmp_path / name) as place:
+            assert len(os.fsencode(place.name)) <= 255
+            place.write_text(text)
+    if name.endswith(".nii.gz"):
+        assert place.name.endswith(".nii.gz")
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == "new"
+
+
+def test_what_killed_processes_left_is_taken_away(tmp_path, monkeypatch):
+    names = ["x_sr.nii.gz", "y" * 240 + ".nii.gz"]
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    mine = [temporary.temporary_name(tmp_path / name) for name in names]
+    monkeypatch.setattr(os, "getpid", lambda: dead.pid)
+    left = [temporary.temporary_name(tmp_path / name) for name in names]
+    other = temporary.temporary_name(tmp_path / "z_sr.nii.gz")
+    monkeypatch.setattr(temporary, "_HOST", "0" * 8)
+    elsewhere, long_ago = (temporary.temporary_name(tmp_path / names[0]) for _ in range(2))
+    monkeypatch.undo()
+    for path in (*mine, *left, other, elsewhere, long_ago, tmp_path / names[0], tmp_path / ".x_sr.tmp-notes.nii.gz"):
+        path.write_text("half")
+    os.utime(long_ago, (0, 0))
+    before = set(tmp_path.iterdir())
+    temporary.remove_abandoned(tmp_path, names)
+    assert before - set(tmp_path.iterdir()) == {*left, long_ago}
+    temporary.remove_abandoned(tmp_path / "none", names)

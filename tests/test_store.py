@@ -567,7 +567,7 @@ def test_a_disk_that_fills_up_leaves_the_finished_subjects(folder):
         put(writer, "a")
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # a write beyond fails, as on a full disk
         try:
-            with pytest.raises(ResourceError, match="no space left"):
+            with pytest.raises(ResourceError, match="the size of a file"):
                 put(writer, "b", image=noise)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastsrgan import images
 from fastsrgan.errors import InputError
 from fastsrgan.table import read_list, read_table, subject_ids
 
@@ -252,6 +253,12 @@ def test_lists(folder):
     rows.write_text("\n\n")
     with pytest.raises(InputError, match="names no image"):
         read_list(rows)
+    text.write_text("x.nii\n")
+    text.write_text("https://host/y.nii.gz\n")
+    with pytest.raises(InputError, match=r"https://host/y\.nii\.gz: is a URL"):
+        images.load(read_list(text)[0])
+    with pytest.raises(InputError, match=r"HR_image https://host/y\.nii\.gz is a URL"):
+        read_table(table(folder, "https://host/y.nii.gz,a.nii.gz,Train"))
     text.write_text("x.nii\n")
     assert read_list(text, base_path="/data/")[0].as_posix() == "/data/x.nii"
 
