@@ -81,7 +81,7 @@ def disk_error(error: OSError, path: Path) -> Exception:
     """The ResourceError that says what an operating-system error means for a user; other errors unchanged."""
     if error.errno == errno.EFBIG:
         hint = "raise it, ulimit -f tells it, or choose a disk of another format"
-        return ResourceError(path, "cannot be written: larger than the limit on the size of a file", hint)
+        return ResourceError(path, "no space left: larger than the limit on the size of a file", hint)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(existing_parent(path)).free
         return ResourceError(
