@@ -291,6 +291,9 @@ def failed(error: BaseException) -> int:
     if isinstance(error, ImportError) and out_of_memory(error):
         error_line(NO_MEMORY)
         return 5
+    if isinstance(error, RuntimeError) and out_of_memory(error):  # torch's own, which has no type
+        error_line("memory: not enough (use a smaller patch, batch or volume, or raise the limit of the process)")
+        return 5
     if isinstance(error, OSError):
         told = (error.filename or "system", error.strerror or str(error))
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOENT):

@@ -153,8 +153,16 @@ def test_peers_that_cannot_run_say_why():
     assert "torchio" in case.missing and "torchio" not in case.build()
 
 
-@pytest.mark.parametrize("factor", [1.001, math.nan])
-@pytest.mark.parametrize("only", ["sum alone", "stitching alone", "whole inference"])
+@pytest.mark.parametrize(
+    ("only", "factor"),
+    [
+        ("sum alone", 1.001),
+        ("sum alone", math.nan),
+        ("stitching alone", 1.001),
+        ("stitching alone", math.nan),
+        ("whole inference", 1.001),
+    ],
+)
 def test_a_wrong_result_has_no_times_and_exit_code_1(capsys, monkeypatch, loose, factor, only):
     right = Stitcher.result
     monkeypatch.setattr(Stitcher, "result", lambda self: right(self) * factor)
@@ -164,6 +172,14 @@ def test_a_wrong_result_has_no_times_and_exit_code_1(capsys, monkeypatch, loose,
         assert not row["passed"] and "seconds_median" not in row
         assert all("seconds_median" not in facts for facts in row["peers"].values())
     assert infer_page.markdown(made) == ""
+
+
+def test_whole_inference_refuses_nan_itself(capsys, monkeypatch, loose):
+    right = Stitcher.result
+    monkeypatch.setattr(Stitcher, "result", lambda self: right(self) * math.nan)
+    assert main([*SMALL, "--only", "whole inference, constant"]) == 4
+    out, told = capsys.readouterr()
+    assert not out and "NaN or infinite" in told
 
 
 def test_time_in_the_network_lies_apart():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fastsrgan import images, weights
-from fastsrgan.cli import build_parser, main, normalised
+from fastsrgan.cli import build_parser, failed, main, normalised
 from fastsrgan.cli_train import build_config
 from fastsrgan.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 
@@ -192,3 +192,11 @@ def test_plain_output_has_no_control_codes(folder, tmp_path):
 def test_debug_shows_the_traceback(folder, capsys):
     assert main(["--debug", "verify", "nothing.zarr"]) == 3
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.fault(35)
+def test_what_torch_says_when_there_is_no_memory_is_one_line_with_5(capsys):
+    told = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 1 bytes"
+    assert failed(RuntimeError(told)) == 5 and failed(RuntimeError("another")) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: memory: not enough (") and "internal" in second

@@ -34,7 +34,7 @@ LAYERS = {
         "resample intensity metrics components checkpoint step critic_step optimise schedule board",
         "table trainlog panels template dicom",
         "resample_sitk any_image extras precision distances grids",
-        "image_list bids_names",
+        "image_list bids_names output_place",
         "blocks",
     ],
     2: [
