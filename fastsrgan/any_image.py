@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from fastsrgan import dicom, images
+from fastsrgan import dicom, images, nifti_check
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.geometry import Orientation, Volume
 
@@ -36,8 +36,8 @@ def load_mask(path: str | os.PathLike, like: Volume, *, max_voxels: int = images
     InputError for a mask on another grid, or without a voxel above zero.
     """
     mask = load_any(path, max_voxels=max_voxels)
-    turn = images.orientation_onto(mask.data.shape, mask.affine, like, path, "mask")
-    told = (*mask.warnings, *(() if turn == Orientation() else (f"the mask's {images.REORIENTED}",)))
+    turn = nifti_check.orientation_onto(mask.data.shape, mask.affine, like, path, "mask")
+    told = (*mask.warnings, *(() if turn == Orientation() else (f"the mask's {nifti_check.REORIENTED}",)))
     if not any((plane > 0).any() for plane in mask.data):
         raise InputError(path, "the mask marks no voxel", "at least one voxel above 0")
     return Volume(turn.apply(mask.data), like.affine, told, mask.meta)

@@ -191,6 +191,14 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--overwrite", action="store_true")
 
 
+def _refuse_pairs(args: argparse.Namespace) -> None:
+    """Raise UsageError for options that contradict each other."""
+    if args.resume and args.overwrite:
+        raise UsageError("--resume and --overwrite", "exclude each other", "give one of them")
+    if args.mask and args.crop_to_head:
+        raise UsageError("--mask", "excludes --crop-to-head", "one of the two")
+
+
 def _infer(args: argparse.Namespace, progress: Progress) -> int:
     import torch
 
@@ -207,10 +215,7 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
         if len(resolution) not in (1, 3):
             raise UsageError("--new-resolution", f"{len(resolution)} sizes", "one, three, or same")
         resolution = resolution[0] if len(resolution) == 1 else resolution
-    if args.resume and args.overwrite:
-        raise UsageError("--resume and --overwrite", "exclude each other", "give one of them")
-    if args.mask and args.crop_to_head:
-        raise UsageError("--mask", "excludes --crop-to-head", "one of the two")
+    _refuse_pairs(args)
     run, source = _source(args)
     code = 0
     try:

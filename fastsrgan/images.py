@@ -19,7 +19,7 @@ import numpy as np
 
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.geometry import Orientation, Volume, shear_of, spacing_of
-from fastsrgan.nifti_check import SHEAR_TOLERANCE, describe_grid, examine, grid_distance, halves, invertible
+from fastsrgan.nifti_check import REORIENTED, SHEAR_TOLERANCE, examine, halves, invertible, orientation_onto
 from fastsrgan.runtime import atomic_write, output_file
 from fastsrgan.units import human, times
 from fastsrgan.voxel_stream import CHUNK_BYTES, NiftiFile, write_voxels
@@ -27,8 +27,6 @@ from fastsrgan.voxel_stream import CHUNK_BYTES, NiftiFile, write_voxels
 PathLike = str | os.PathLike
 
 MAX_VOXELS = 2**31
-GRID_TOLERANCE = 1e-3  # voxels, over the field of view
-REORIENTED = "axes are stored in another order than the image's: reoriented onto it"
 SUFFIXES = (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img")
 _INTEGER_TOLERANCE = 1e-3  # of a label value, for labels stored as scaled integers
 
@@ -319,25 +317,6 @@ def _label_values(file: NiftiFile, chunk: np.ndarray) -> np.ndarray:
     if outside.any():
         raise InputError(file.path, f"the label holds the value {chunk[outside][0]:.10g}", hint)
     return chunk
-
-
-def orientation_onto(
-    shape: tuple[int, ...], affine_44: np.ndarray, like: Volume, what: PathLike, kind: str
-) -> Orientation:
-    """The exact turn of axes that puts an array of this shape and place onto the grid of ``like``.
-
-    Raises InputError about ``what``, a label or a mask as ``kind`` says, whose voxels lie elsewhere.
-    """
-    relative = np.linalg.solve(np.asarray(like.affine, float)[:3, :3], affine_44[:3, :3])
-    axes = tuple(int(a) for a in np.abs(relative).argmax(axis=1))
-    if sorted(axes) == [0, 1, 2]:
-        turn = Orientation(axes, tuple(bool(relative[i, a] < 0) for i, a in enumerate(axes)))  # type: ignore[arg-type]
-        apart = grid_distance(turn.affine(affine_44, shape), like.affine, like.data.shape)
-        if turn.permute(shape) == tuple(like.data.shape) and apart <= GRID_TOLERANCE * min(like.spacing):
-            return turn
-    mine, its = describe_grid(shape, affine_44), describe_grid(like.data.shape, like.affine)
-    hint = f"resample the {kind} onto the image with nearest neighbour"
-    raise InputError(what, f"the {kind}'s grid is not the image's: {kind} {mine}; image {its}", hint)
 
 
 # Writing

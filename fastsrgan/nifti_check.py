@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from fastsrgan.errors import InputError
-from fastsrgan.geometry import shear_of, spacing_of
+from fastsrgan.geometry import Orientation, Volume, shear_of, spacing_of
 from fastsrgan.units import times
 from fastsrgan.voxel_stream import COPY_AGAIN, NiftiFile, open_stream
 
@@ -23,6 +23,8 @@ ORIGIN_TOLERANCE = 0.05  # voxels between the origins of sform and qform
 TURN_TOLERANCE = 2e-3  # radians between their axes; float32 quaternions near 180 degrees are off by up to 1e-3
 HUGE = 1e15  # no coordinate is meant beyond it, and its square still is a float
 SHEAR_TOLERANCE = 1e-3
+GRID_TOLERANCE = 1e-3  # voxels, over the field of view, between the places of one grid
+REORIENTED = "axes are stored in another order than the image's: reoriented onto it"
 SPACING_LIMITS = (1e-6, 1e6)  # mm; beyond them no unit is meant
 SPACING_USUAL = (5e-3, 50.0)  # mm
 
@@ -279,3 +281,22 @@ def describe_grid(shape: tuple[int, ...], affine_44: np.ndarray) -> str:
     origin = ", ".join(f"{v:.5g}" for v in np.asarray(affine_44)[:3, 3] + 0.0)
     sizes = tuple(float(s) for s in spacing_of(affine_44))
     return f"{times(tuple(shape))} voxels of {times(sizes)} mm, axes {axes}, first voxel at ({origin}) mm"
+
+
+def orientation_onto(
+    shape: tuple[int, ...], affine_44: np.ndarray, like: Volume, what: str | os.PathLike, kind: str
+) -> Orientation:
+    """The exact turn of axes that puts an array of this shape and place onto the grid of ``like``.
+
+    Raises InputError about ``what``, a label or a mask as ``kind`` says, whose voxels lie elsewhere.
+    """
+    relative = np.linalg.solve(np.asarray(like.affine, float)[:3, :3], affine_44[:3, :3])
+    axes = tuple(int(a) for a in np.abs(relative).argmax(axis=1))
+    if sorted(axes) == [0, 1, 2]:
+        turn = Orientation(axes, tuple(bool(relative[i, a] < 0) for i, a in enumerate(axes)))  # type: ignore[arg-type]
+        apart = grid_distance(turn.affine(affine_44, shape), like.affine, like.data.shape)
+        if turn.permute(shape) == tuple(like.data.shape) and apart <= GRID_TOLERANCE * min(like.spacing):
+            return turn
+    mine, its = describe_grid(shape, affine_44), describe_grid(like.data.shape, like.affine)
+    hint = f"resample the {kind} onto the image with nearest neighbour"
+    raise InputError(what, f"the {kind}'s grid is not the image's: {kind} {mine}; image {its}", hint)

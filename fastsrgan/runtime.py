@@ -148,6 +148,7 @@ def output_folder(path: str | os.PathLike) -> Path:
 def output_file(path: str | os.PathLike) -> Path:
     """Make sure that a file can be written in its folder, before any work starts.
 
+    What killed processes left of it under temporary names is taken away.
     Raises UsageError for a folder, a device, a pipe or a URL, ResourceError where the folder is missing or cannot be
     written.
     """
