@@ -8,9 +8,13 @@ docs/decisions/015. All agree with F.conv3d and its autograd (tests/test_critic_
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastsrgan import forms
 
 FEW = 4  # input channels up to which the input gradient goes by 2^3 blocks
 PART = 2**20  # elements that a lift takes at a time, to stay in the cache
@@ -247,8 +251,28 @@ def _pairs(m: Tensor, axis: int) -> Tensor:
     return out
 
 
-def choose(weight: Tensor, size: int, fast: bool) -> Direct:
-    """The form of one layer; not ``fast``: the library's."""
+def choose(weight: Tensor, size: int, fast: bool, samples: int = 2) -> Direct:
+    """The form of one layer for ``samples`` patches of edge ``size`` at a time; not ``fast``: the library's."""
     if not fast or weight.shape[1] <= FEW:
         return Direct(weight, size)
-    return Columns(weight, size) if size <= TAPS else Winograd(weight, size)
+    shape = (samples, weight.shape[1], size, size, size)
+    fixed = "columns" if size <= TAPS else "winograd"
+
+    def trials(x: Tensor, w: Tensor) -> forms.Calls:
+        # Patches are cubes, whatever larger ones are timed as.
+        a, names = x.permute(0, 2, 3, 4, 1).contiguous(), (fixed, "direct")
+        return {name: functools.partial(_step, FORMS[name](w, x.shape[2]), a) for name in names}
+
+    return FORMS[forms.choose("critic layer", shape, weight, fixed, trials)](weight, size)
+
+
+FORMS: dict[str, type[Direct]] = {"direct": Direct, "columns": Columns, "winograd": Winograd}
+
+
+def _step(layer: Direct, a: Tensor) -> None:
+    """What an update asks of a layer."""
+    lifted = layer.lift(a)
+    d = layer.forward(lifted)
+    lifted_d = layer.lift_gradient(d)
+    layer.input_gradient(d, lifted_d)
+    layer.add(lifted, lifted_d)

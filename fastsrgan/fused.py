@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastsrgan import doubling, spectral, winograd
+from fastsrgan import doubling, forms, spectral, winograd
 from fastsrgan.normed import ALL, Normed, NormGradients
 from fastsrgan.spectral import Sink, Source, Where
 
@@ -65,18 +65,40 @@ class Reflected:
 
 
 class Kernel3(Reflected):
-    """3^3, stride 1: by Winograd's products where they pay."""
+    """3^3, stride 1: by Winograd's products where they pay. Forward and backward are of one form."""
 
     def forward(self, y: Source, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        return winograd.forward(y[ALL], weight) if winograd.pays(y.shape, weight) else super().forward(y, weight)
+        return winograd.forward(y[ALL], weight) if self._form(y, weight) == "winograd" else super().forward(y, weight)
 
     def backward(self, grad: Tensor, y: Source, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
-        if not winograd.pays(grad.shape, weight):
+        if len(y.shape) == 5:
             return super().backward(grad, y, weight, sink, wanted)
-        dy, dw = winograd.backward(grad, y[ALL], weight, (sink is not None, wanted))
+        dy, dw = winograd.backward(grad, y[ALL], weight, (sink is not None, wanted))  # y: values at the points
         if sink is not None and dy is not None:
             sink(ALL, dy)
         return dw
+
+    def _form(self, y: Source, weight: Tensor) -> str:
+        fixed = "winograd" if winograd.pays(y.shape, weight) else "library"
+        if not winograd.fits(y.shape, weight):
+            return fixed
+        if torch.is_inference_mode_enabled():
+            return forms.choose("conv3 inference", y.shape, weight, fixed, self._passes)
+        return forms.choose("conv3 training", y.shape, weight, fixed, self._steps)
+
+    def _passes(self, x: Tensor, w: Tensor) -> forms.Calls:
+        return {"winograd": lambda: winograd.forward(x, w), "library": lambda: Reflected.forward(self, x, w)}
+
+    def _steps(self, x: Tensor, w: Tensor) -> forms.Calls:
+        def fast() -> None:
+            out, values = winograd.forward(x, w)
+            winograd.backward(out, values, w, (True, True))
+
+        def library() -> None:
+            out, _ = Reflected.forward(self, x, w)
+            Reflected.backward(self, out, x, w, _drop, True)
+
+        return {"winograd": fast, "library": library}
 
 
 class Kernel7(Reflected):
@@ -84,10 +106,27 @@ class Kernel7(Reflected):
 
     def forward(self, y: Source, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         outputs, inputs = weight.shape[:2]
-        plain = inputs == 1 and outputs >= PLAIN_STEM
+        fixed = "library" if inputs == 1 and outputs >= PLAIN_STEM else "spectral"
+
+        def trials(x: Tensor, w: Tensor) -> forms.Calls:
+            return {"spectral": lambda: spectral.forward(x, w), "library": lambda: Reflected.forward(self, x, w)}
+
+        plain = forms.choose("conv7 forward", y.shape, weight, fixed, trials) == "library"
         return super().forward(y, weight) if plain else (spectral.forward(y, weight), None)
 
     def backward(self, grad: Tensor, y: Source, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
+        part = None if sink is None else _drop
+
+        def trials(x: Tensor, w: Tensor) -> forms.Calls:
+            g = x.new_ones(len(x), len(w), *x.shape[2:])
+            return {
+                "spectral": lambda: spectral.backward(g, x, w, part, wanted),
+                "library": lambda: Reflected.backward(self, g, x, w, part, wanted),
+            }
+
+        kind = f"conv7 gradient{' of the weight' if sink is None else ''}{'' if wanted else ' of the input'}"
+        if forms.choose(kind, y.shape, weight, "spectral", trials) == "library":
+            return super().backward(grad, y, weight, sink, wanted)
         return spectral.backward(grad, y, weight, sink, wanted)
 
 
@@ -95,16 +134,38 @@ class Doubling:
     """Nearest x2, then 3^3 on reflected edges."""
 
     def forward(self, y: Source, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        return doubling.forward(y[ALL], weight), None
+        def trials(x: Tensor, w: Tensor) -> forms.Calls:
+            return {
+                "folded": lambda: doubling.forward(x, w),
+                "transposed": lambda: doubling.transposed_forward(x, w),
+            }
+
+        form = forms.choose("doubling forward", y.shape, weight, "folded", trials)
+        return (doubling.forward if form == "folded" else doubling.transposed_forward)(y[ALL], weight), None
 
     def backward(self, grad: Tensor, y: Source, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
-        dy, dw = doubling.backward(grad, y[ALL], weight, (sink is not None, wanted))
+        needs = sink is not None, wanted
+
+        def trials(x: Tensor, w: Tensor) -> forms.Calls:
+            g = x.new_ones(len(x), len(w), *(2 * n for n in x.shape[2:]))
+            return {
+                "folded": lambda: doubling.backward(g, x, w, needs),
+                "transposed": lambda: doubling.transposed_backward(g, x, w, needs),
+            }
+
+        form = forms.choose("doubling gradient", y.shape, weight, "folded", trials)
+        work = doubling.backward if form == "folded" else doubling.transposed_backward
+        dy, dw = work(grad, y[ALL], weight, needs)
         if sink is not None and dy is not None:
             sink(ALL, dy)
         return dw
 
 
 KERNEL3, KERNEL7, HALVING, DOUBLING = Kernel3(), Kernel7(), Reflected(2), Doubling()
+
+
+def _drop(where: Where, part: Tensor) -> None:
+    """A sink of gradients that are only timed."""
 
 
 def _reflect(y: Tensor, weight: Tensor) -> Tensor:

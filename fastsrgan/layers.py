@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsrgan import fused
+from fastsrgan import doubling, fused
 from fastsrgan.normed import NORM_EPS
 from fastsrgan.rearranged import once
 
@@ -147,15 +147,6 @@ def _block_weight(weight: Tensor) -> Tensor:
     return torch.stack(rows, 1).flatten(0, 1)
 
 
-@once
-def _up_weight(weight: Tensor) -> Tensor:
-    """(O, I, 3, 3, 3) -> (I, O, 4, 4, 4) of the stride-2 transposed convolution equal to nearest x2 + conv 3^3."""
-    for d in (2, 3, 4):
-        a, b, c = weight.unbind(d)
-        weight = torch.stack([c, b + c, a + b, a], d)
-    return weight.transpose(0, 1)
-
-
 def conv7_reflect(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
     """Reflect-pad 3 and convolve 7^3 (stem and head of the generator), sizes even.
 
@@ -179,7 +170,7 @@ def upsample_conv(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
         return conv_reflect(F.interpolate(x, scale_factor=2, mode="nearest"), weight)
     if by_hand(x):
         return fused.Conv.apply(x, weight, fused.DOUBLING)
-    return F.conv_transpose3d(F.pad(x, (1,) * 6, mode="replicate"), _up_weight(weight), stride=2, padding=3)
+    return doubling.transposed_forward(x, weight)
 
 
 _BY_HAND: dict[Callable[..., Tensor], fused.Convolution] = {

@@ -24,6 +24,7 @@ TILE = 4  # outputs per tile and axis
 POINTS = (0.0, 0.7, -0.7, 1.4, -1.4)  # and infinity
 VALUES = len(POINTS) + 1
 MIN_CHANNELS = 48
+LEAST_CHANNELS = 16
 MAX_WASTED = 1.5  # voxels of tiles per voxel
 # Tiles per axis behind one matrix, there and back: that of a whole axis would be mostly zeros, that of one too small.
 SPREAD, GATHER = 2, 4
@@ -38,9 +39,14 @@ class _Block(NamedTuple):
 
 
 def pays(shape: torch.Size, weight: Tensor) -> bool:
-    """Whether the products saved outweigh the passes over memory, for an image of ``shape``."""
+    """Whether the products saved outweigh the passes over memory, for an image of ``shape``: the fixed rule."""
+    return fits(shape, weight) and min(weight.shape[:2]) >= MIN_CHANNELS
+
+
+def fits(shape: torch.Size, weight: Tensor) -> bool:
+    """Whether it may pay on some machine."""
     wasted = math.prod(-(-n // TILE) * TILE / n for n in shape[2:])
-    return min(weight.shape[:2]) >= MIN_CHANNELS and wasted <= MAX_WASTED
+    return min(weight.shape[:2]) >= LEAST_CHANNELS and wasted <= MAX_WASTED
 
 
 def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ def calls(monkeypatch):
         (winograd, "_weight_values"),
         (doubling, "_kernel"),
         (layers, "_block_weight"),
-        (layers, "_up_weight"),
+        (doubling, "transposed_weight"),
     ):
         plain = getattr(module, name).__wrapped__
 
