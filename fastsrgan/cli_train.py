@@ -77,6 +77,7 @@ CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "interp": (("-int", "--interp"), "interpolation of the original's numbers; sitk implies --geometry segsrgan"),
     "interpolation_type": (("-it", "--interpolation-type"), "interpolator of --interp sitk"),
     "form": (("--form",), "network layers: exact fast forms or the plain ones"),
+    "layer_forms": (("--layer-forms",), "fast forms on a CPU: timed for this machine, or the same everywhere"),
     "penalty": (("--penalty",), "critic update: by hand, with an explicit penalty graph, or double backward"),
     "feed": (("--feed",), "what moves volumes from the store"),
     "pool_precision": (("--pool-precision",), "type of the resident intensities"),

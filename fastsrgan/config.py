@@ -43,6 +43,7 @@ CHOICES = {
     ),
     "image_cropping_method": ("bounding_box", "overlapping_with_mask"),
     "form": ("fast", "reference"),
+    "layer_forms": ("auto", "measured", "fixed"),
     "penalty": ("auto", "manual", "explicit", "autograd"),
     "feed": ("auto", "dali", "threads"),
     "pool_precision": ("auto", "fp32", "fp16", "bf16"),
@@ -96,9 +97,11 @@ class TrainConfig:
     resident_memory : GB for resident volumes (None: 40 % of what is free); pool_precision : their type
     block_memory : GB above which one volume is degraded in blocks (None: whole)
     form, penalty : exact rewrites of network layers and of the gradient penalty ("reference"/"autograd": plain forms)
+    layer_forms : which fast form a layer takes on a CPU: "measured", the one that was timed as faster on this machine, or
+        "fixed", the same everywhere; "auto" is FASTSRGAN_FORMS, else measured (forms.py). A resumed run keeps its own
     joint_fakes : one generator pass for the fakes of all critic updates; generator_chunk : patches of it at a time (0:
         auto)
-    precision, tf32, layout, compile : how the device computes; "auto" decides by capability (docs/training.md)
+    precision, tf32, layout, compile : how the device computes; "auto" decides by the kind of device (docs/training.md)
     accumulate : micro-batches that make one update; auto_batch : lower batch_size before the first update until it fits
     lr_schedule, lr_warmup, lr_end : shape, updates of linear warm-up, last rate as a fraction
     patience : validations without a better score before training stops; 0 is off; best_by : that score
@@ -160,6 +163,7 @@ class TrainConfig:
     pool_precision: str = "auto"
     block_memory: float | None = None
     form: str = "fast"
+    layer_forms: str = "auto"
     penalty: str = "auto"
     joint_fakes: bool = True
     generator_chunk: int = 0

@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
+from fastsrgan import forms
 from fastsrgan._version import __version__
 from fastsrgan.engine import pick_precision
+from fastsrgan.precision import training_type
 from fastsrgan.units import human
 
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "zarr", "numcodecs", "safetensors", "h5py", "nilearn", "matplotlib")
@@ -89,7 +91,7 @@ def diagnose() -> dict[str, Any]:
 
     Keys: fastsrgan, python, platform, packages (name -> version or None), cpu, memory, shm (bytes, None without
     /dev/shm), gpu, optional (name -> version, sees_device, problem, purpose, extra), weights (list of name and bytes),
-    plan (what runs where), warnings (what a user should know or change).
+    layer_forms (mode, machine, file, layers timed on this machine), plan (what runs where), warnings (what a user should know or change).
     """
     facts: dict[str, Any] = {
         "fastsrgan": __version__,
@@ -102,6 +104,7 @@ def diagnose() -> dict[str, Any]:
         "gpu": _gpu(),
         "optional": {name: _optional(part) for name, part in OPTIONAL.items()},
         "weights": _weights(),
+        "layer_forms": forms.facts(),
     }
     facts["plan"] = plan(facts)
     facts["warnings"] = warnings(facts)
@@ -117,8 +120,11 @@ def plan(facts: dict[str, Any]) -> dict[str, str]:
     if devices:
         kernels = facts["optional"]["cupy"]["sees_device"] and os.environ.get("FASTSRGAN_REFERENCE", "0") in ("", "0")
         form = " by CUDA kernels" if kernels else " by plain torch"
+    training = "fp32"
+    if devices:
+        training = training_type(*(int(n) for n in str(devices[0]["capability"]).split(".")))
     return {
-        "training": f"fp32 on {where}",
+        "training": f"{training} on {where}",
         "inference": f"{pick_precision('auto', torch.device(kind))} on {where}",
         "stitching": f"float32 sums on {where}{form}",
         "data feed": f"a CPU thread reads and degrades ahead; volumes stay in the memory of {kind}",
@@ -169,8 +175,9 @@ def describe(facts: dict[str, Any]) -> list[str]:
     rows += [("optional" if i == 0 else "", line) for i, line in enumerate(_optional_lines(facts["optional"]))]
     shipped = ", ".join(f"{w['name']} ({w['bytes'] / 1e6:.1f} MB)" for w in facts["weights"])
     rows.append(("weights", shipped or "none shipped"))
+    rows += [("layer forms" if i == 0 else "", line) for i, line in enumerate(_forms_lines(facts["layer_forms"]))]
     rows += [("runs" if i == 0 else "", f"{what}: {how}") for i, (what, how) in enumerate(facts["plan"].items())]
-    lines = [f"{title:11}{text}" for title, text in rows]
+    lines = [f"{title:12}{text}" for title, text in rows]
     return lines + [f"warning: {text}" for text in facts["warnings"]]
 
 
@@ -326,6 +333,15 @@ def _optional_lines(optional: dict[str, dict[str, Any]]) -> list[str]:
         else:
             state = part["version"] + {None: "", True: ", sees the GPU", False: ", sees no GPU"}[part["sees_device"]]
         lines.append(f"{name}: {state} - {part['purpose']}")
+    return lines
+
+
+def _forms_lines(found: dict[str, Any]) -> list[str]:
+    where = found["file"] or "no folder to keep times in"
+    lines = [f"{found['mode']} ({forms.VARIABLE}), {len(found['layers'])} timed on this machine, {where}"]
+    for layer, row in found["layers"].items():
+        times = ", ".join(f"{form} {1e3 * seconds:.2g} ms" for form, seconds in row["seconds"].items())
+        lines.append(f"{layer}: {row['form']} ({times})")
     return lines
 
 

@@ -5,7 +5,8 @@ is asked for is the setting ``layer_forms`` of a training, else the variable FAS
 
     fixed : the rule of each layer, the same on every machine
     measured : the candidates are timed once for each kind and size of layer, on the first use. Another than the rule's
-        is taken where it is faster by the factor CLEARLY, so that a tie is not decided by noise.
+        is taken where it is faster by the factor CLEARLY, so that a tie is not decided by noise. Where other programs
+        take the processor, or where a job has timed for BUDGET, the rule's is taken and nothing is kept.
 
 Times are kept in a file of the user's cache folder for each machine: processor, instruction set, threads, torch. The
 file is only ever a saving: whatever is wrong with it, layers are timed again. A training records the forms that it used
@@ -42,7 +43,9 @@ CLEARLY = 1.2  # times faster than the fixed form
 LEAST_WORK = 2**25  # products of a call below which no form is worth timing
 LARGEST = 48  # edge in voxels up to which layers are timed as they are
 EDGES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # edges count as the next of these
-ROUNDS, SECONDS = 4, 0.08  # of timing a layer: no new round after these
+ROUNDS, SECONDS = 4, 0.05  # of timing a layer: no new round after these
+BUDGET = 1.0  # seconds that a job may spend on timing; the layer at work is finished
+UNDISTURBED = 0.8  # least share of its time that the calling thread had a processor to itself: it works, or spins
 HOPELESS = 2.5  # times slower than the best in the first round, whose first calls also make plans
 MOST_BYTES = 2**22  # of the file
 
@@ -56,22 +59,32 @@ class Choices:
     mode : "measured" or "fixed"
     kept : layer -> form, taken whatever the mode: those of a snapshot
     used : layer -> form, of every layer that had a choice, in the order of their first use
+    timed, seconds : layers timed by this job and the time that took; left : layers that could not be timed
     """
 
     def __init__(self, mode: str, kept: Mapping[str, str] | None = None) -> None:
         self.mode, self.kept = mode, dict(kept or {})
         self.used: dict[str, str] = {}
-        self.timed, self.seconds = 0, 0.0
+        self.timed, self.seconds, self.left = 0, 0.0, 0
+        self._logged = False
 
     def record(self) -> dict[str, Any]:
         """Plain values: what ``job`` takes to go on in the same forms."""
         return {"mode": self.mode, "forms": {**self.kept, **self.used}}
+
+    def tell(self) -> None:
+        """Log ``line``, once, when there was a choice."""
+        if self.used and not self._logged and self.mode == "measured":
+            self._logged = True
+            log.info(self.line())
 
     def line(self) -> str:
         """One line for a log."""
         if self.mode == "fixed":
             return "layer forms: fixed, the same on every machine"
         how = f"{self.timed} timed in {self.seconds:.2f} s" if self.timed else "known from an earlier job"
+        if self.left:
+            how += f", {self.left} left at the fixed form since the machine was busy"
         names = ", ".join(f"{layer}: {form}" for layer, form in self.used.items())
         return f"layer forms: {how}; {VARIABLE}=fixed takes the same on every machine ({names or 'no choice so far'})"
 
@@ -149,18 +162,27 @@ def layer_name(kind: str, shape: Sequence[int], weight: Tensor) -> str:
 def _measured(
     choices: Choices, layer: str, shape: Sequence[int], weight: Tensor, fixed: str, trials: Trials
 ) -> str:
+    if layer in choices.used:  # whatever another job has written since
+        return choices.used[layer]
     with _lock:
         table = table_of_machine()
         known = _checked(table.get(layer))
-        if known is None or fixed not in known:
-            began = time.perf_counter()
-            known = _time(shape, weight, fixed, trials)
-            table[layer] = {"seconds": known}
-            spent = time.perf_counter() - began
-            choices.timed, choices.seconds = choices.timed + 1, choices.seconds + spent
-            log.debug("%s timed in %.3f s: %s", layer, spent, known)
-            save(table)
-    return faster(known, fixed)
+        if known is not None and fixed in known:
+            return faster(known, fixed)
+        if choices.seconds > BUDGET:
+            choices.left += 1
+            return fixed
+        began = time.perf_counter()
+        seconds, disturbed = _time(shape, weight, fixed, trials)
+        choices.seconds += time.perf_counter() - began
+        log.debug("%s timed%s: %s", layer, " beside other programs" if disturbed else "", seconds)
+        if disturbed:
+            choices.left += 1
+            return fixed
+        choices.timed += 1
+        table[layer] = {"seconds": seconds, "fixed": fixed}
+        save(table)
+        return faster(seconds, fixed)
 
 
 def faster(seconds: Mapping[str, float], fixed: str) -> str:
@@ -169,8 +191,8 @@ def faster(seconds: Mapping[str, float], fixed: str) -> str:
     return best if seconds[best] * CLEARLY < seconds[fixed] else fixed
 
 
-def _time(shape: Sequence[int], weight: Tensor, fixed: str, trials: Trials) -> dict[str, float]:
-    """Seconds of each form, the least of a few rounds in turns."""
+def _time(shape: Sequence[int], weight: Tensor, fixed: str, trials: Trials) -> tuple[dict[str, float], bool]:
+    """Seconds of each form, the least of a few rounds in turns; and whether other programs took the processor."""
     draw = torch.Generator().manual_seed(0)  # the job's own random numbers go on as if nothing was timed
     edges = [min(n, LARGEST) for n in shape[2:]]
     # Modes that count a network's tensors must not see these; weights are others, so nothing is kept of them.
@@ -179,7 +201,7 @@ def _time(shape: Sequence[int], weight: Tensor, fixed: str, trials: Trials) -> d
         w = torch.rand(tuple(weight.shape), generator=draw) - 0.5
         calls = dict(trials(x, w))
         seconds = dict.fromkeys([fixed, *(form for form in calls if form != fixed)], math.inf)
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.thread_time()
         for turn in range(ROUNDS):
             for form in seconds:
                 if turn and seconds[form] > HOPELESS * min(seconds.values()):
@@ -189,7 +211,8 @@ def _time(shape: Sequence[int], weight: Tensor, fixed: str, trials: Trials) -> d
                 seconds[form] = min(seconds[form], time.perf_counter() - start)
             if time.perf_counter() - began > SECONDS:
                 break
-    return seconds
+    share = (time.thread_time() - worked) / (time.perf_counter() - began)
+    return seconds, share < UNDISTURBED
 
 
 # --- what is known of this machine --------------------------------------------------------------------------------
@@ -249,6 +272,21 @@ def _read(path: Path | None) -> dict[str, dict[str, Any]]:
         return {name: table for name, table in machines.items() if isinstance(table, dict)}
     except (OSError, ValueError, RecursionError, AttributeError):
         return {}
+
+
+def facts() -> dict[str, Any]:
+    """What a report of this machine says: mode, machine, file and layer -> {"form", "seconds"} of what was timed."""
+    layers = {}
+    for layer, row in sorted(table_of_machine().items()):
+        seconds = _checked(row)
+        if seconds is not None and row.get("fixed") in seconds:
+            layers[layer] = {"form": faster(seconds, row["fixed"]), "seconds": seconds}
+    path = cache_file()
+    try:
+        mode = wanted_mode()
+    except UsageError as error:
+        mode = str(error)
+    return {"mode": mode, "machine": machine(), "file": None if path is None else str(path), "layers": layers}
 
 
 def _checked(row: Any) -> dict[str, float] | None:

@@ -110,7 +110,7 @@ def infer_volume(
         see ``fastsrgan.compat``)
     window : weight of a tile's voxels where tiles overlap, "constant" (the paper) or "gaussian"
     batch : tiles per forward pass, "auto" by memory; halved when memory runs out
-    precision : "auto" (fp32 on CPU, bf16 on CUDA), "fp32", "bf16" or "fp16"; sums are float32 always
+    precision : "auto" (fp32 on CPU, fp16 on CUDA), "fp32", "bf16" or "fp16"; sums are float32 always
     compile : "on": the network through torch.compile, on CUDA as one graph; "off"; "auto": on CUDA devices where it was
         seen right (``compiled.SEEN_RIGHT``)
     budget : seconds for the tiles: ever denser steps, each twice as dense, down to ``step``, as long as they fit;

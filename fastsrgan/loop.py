@@ -15,6 +15,7 @@ import time
 import numpy as np
 import torch
 
+from fastsrgan import forms
 from fastsrgan.board import contact_sheet
 from fastsrgan.errors import InputError, ResourceError
 from fastsrgan.interrupts import StopRequest
@@ -110,6 +111,8 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
         rate = factor(c.lr_schedule, run.done(turn, at.step / at.steps), at.updates, c.lr_warmup, c.lr_end)
         run.models.set_rates(rate)
         facts = step(run, turn, pool, indices)
+        if run.first:
+            forms.current().tell()
         at.step += 1
         at.updates += 1
         seconds = time.perf_counter() - began

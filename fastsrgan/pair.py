@@ -48,15 +48,25 @@ class Models:
     mask_classes : softmax channels behind SR and segmentation
     device : where all of it lives
     ranks : the processes whose gradients are averaged, once per optimiser step
+    kept_precision : what "auto" stands for where a run goes on from a snapshot: that one's
 
     Raises
     ------
     ResourceError : the device cannot compute as asked, or computes wrongly (precision.self_test)
     """
 
-    def __init__(self, config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        mask_classes: int,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        kept_precision: str | None = None,
+    ) -> None:
         self.config, self.device, self.ranks = config, device, ranks
-        self.arithmetic = precision.choose(config, device)
+        as_before = config.precision == "auto" and kept_precision is not None
+        wanted = config.replace(precision=kept_precision) if as_before else config
+        self.arithmetic = precision.choose(wanted, device)
         if not self.arithmetic.proven:
             precision.self_test(self.arithmetic)
         spec = GeneratorSpec(

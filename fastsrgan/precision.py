@@ -1,21 +1,25 @@
-"""Types and memory layout of a training step, chosen by what the device can do (DESIGN D11), and a test of them.
+"""Types and memory layout of a training step, by the kind of device, and a test of them (docs/decisions/022).
 
-CUDA from sm_80 on computes in bfloat16, from sm_70 on in float16 with loss scaling, older devices and CPUs without
-native bfloat16 in float32. Weights, gradient norms, losses, the gradient penalty and norm statistics are float32 in
-every case. What concerns CUDA here has run on no GPU yet; the choices are tested on faked capabilities.
+CPUs compute in float32 unless another type is asked for: bfloat16 was slower on every one that was measured, with its
+own instructions for it or without. CUDA from sm_80 on computes in bfloat16, from sm_70 on in float16 with loss scaling,
+older devices in float32. Weights, gradient norms, losses, the gradient penalty and norm statistics are float32 in every
+case. What concerns CUDA here has run on no GPU yet; the choices are tested on faked capabilities.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-import re
+import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsrgan.config import TrainConfig
 from fastsrgan.critic_step import critic_gradients, parameters
@@ -26,11 +30,11 @@ from fastsrgan.step import critic_loss, generator_loss
 log = logging.getLogger("fastsrgan")
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NATIVE = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of x86 and ARM processors that multiply bfloat16
-# ||difference|| / ||oracle|| of all gradients of a network together, in the self-test. A few times what a sound device
-# shows on random weights, where instance norms on few voxels amplify rounding; a wrong kernel is off by more than one.
-TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.2, torch.bfloat16: 0.5}
-TF32_TOLERANCE = 0.1
+TF32 = "tf32"
+# ||difference|| / ||exact|| of one convolution, or of one of its gradients, against float64 from the same operands.
+KERNEL_LIMITS: dict[Any, float] = {}
+# The same of all gradients of a network together: rounding adds up over the layers.
+NETWORK_LIMITS: dict[Any, float] = {}
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,11 @@ class Arithmetic:
         return self.device.type == "cpu" and self.dtype == torch.float32
 
     @property
+    def name(self) -> str:
+        """Its name in settings."""
+        return next(k for k, v in TYPES.items() if v == self.dtype)
+
+    @property
     def scaled(self) -> bool:
         """Whether losses need a scale, for want of range."""
         return self.dtype == torch.float16
@@ -60,6 +69,17 @@ class Arithmetic:
     def autocast(self) -> AbstractContextManager:
         """The context of a forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextlib.contextmanager
+    def flags(self) -> Iterator[None]:
+        """TF32 as this arithmetic has it, within; torch lets convolutions round to it by default."""
+        convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+        before = convolutions.allow_tf32, products.allow_tf32
+        convolutions.allow_tf32 = products.allow_tf32 = self.tf32
+        try:
+            yield
+        finally:
+            convolutions.allow_tf32, products.allow_tf32 = before
 
     def arrange(self, network: torch.nn.Module) -> None:
         """Move a network's parameters to the device, in the layout that its convolutions then take over."""
@@ -69,8 +89,7 @@ class Arithmetic:
             network.to(self.device)
 
     def __str__(self) -> str:
-        name = next(k for k, v in TYPES.items() if v == self.dtype)
-        return f"{name}{' with TF32' * self.tf32}, {'channels last' if self.channels_last else 'contiguous'}"
+        return f"{self.name}{' with TF32' * self.tf32}, {'channels last' if self.channels_last else 'contiguous'}"
 
 
 def choose(config: TrainConfig, device: torch.device) -> Arithmetic:
@@ -81,30 +100,28 @@ def choose(config: TrainConfig, device: torch.device) -> Arithmetic:
     cuda = device.type == "cuda"
     dtype = TYPES[config.precision] if config.precision != "auto" else _best(device)
     if dtype == torch.float16 and not cuda:
-        raise ResourceError("--precision", "fp16 is for CUDA devices", "auto, fp32 or bf16")
+        raise ResourceError("--precision", "fp16 is for CUDA devices", "fp32, or bf16")
     if dtype == torch.bfloat16 and cuda and torch.cuda.get_device_capability(device) < (8, 0):
         raise ResourceError("--precision", f"{_name(device)} has no bf16", "auto, fp32 or fp16")
-    if dtype == torch.bfloat16 and not cuda and not native_bfloat16():
-        log.warning("--precision bf16: this CPU has no native bfloat16 and emulates it, at a fraction of fp32's speed")
+    if dtype == torch.bfloat16 and not cuda:
+        log.warning("%s", SLOW)
     if config.layout == "channels_last" and not cuda:
         log.warning("--layout channels_last is for CUDA devices; on the CPU each layer's form has its own")
     return Arithmetic(device, dtype, cuda and config.layout != "contiguous", config.tf32 and cuda)
 
 
+SLOW = "bf16 is slower than fp32 on every CPU that was measured, and less exact: --precision auto takes fp32 there"
+
+
 def _best(device: torch.device) -> torch.dtype:
     if device.type != "cuda":
-        return torch.bfloat16 if native_bfloat16() else torch.float32
-    capability = torch.cuda.get_device_capability(device)
-    return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else torch.float32
+        return torch.float32
+    return TYPES[training_type(*torch.cuda.get_device_capability(device))]
 
 
-def native_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor multiplies bfloat16 itself; False where that is not told."""
-    try:
-        found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-    except OSError:
-        return False
-    return found is not None and not NATIVE.isdisjoint(found[1].split())
+def training_type(major: int, minor: int) -> str:
+    """The precision that a CUDA device of a compute capability trains in."""
+    return "bf16" if (major, minor) >= (8, 0) else "fp16" if (major, minor) >= (7, 0) else "fp32"
 
 
 def _name(device: torch.device) -> str:
@@ -113,54 +130,134 @@ def _name(device: torch.device) -> str:
 
 @functools.cache
 def self_test(arithmetic: Arithmetic) -> dict[str, float]:
-    """Compare the gradients of a small generator and critic with those of the plain forms in float64 on the CPU.
+    """A training step of a small generator and critic against float64 on the CPU, with TF32 as the run will have it.
 
-    Once per process and choice. Some cuDNN releases return wrong 3-D convolutions for some sizes and types.
+    Every convolution and every gradient of one is compared with the same from its own operands, where rounding is small
+    and one wrong tap shows; the gradients of both networks with those of the plain forms. Once per process and choice.
+    Some cuDNN releases return wrong 3-D convolutions for some sizes and types.
 
-    Returns the relative differences. Raises ResourceError when one is beyond what rounding explains, or when the
-    device fails.
+    Returns the relative differences: "generator" and "critic" gradients, and the worst of each kernel. Raises
+    ResourceError when one is beyond what rounding explains, or when the device fails.
     """
+    kernels = _Kernels()
     try:
-        found = {name: g.double().cpu() for name, g in _gradients(arithmetic).items()}
+        with arithmetic.flags():
+            found = {name: g.double().cpu() for name, g in _gradients(arithmetic, kernels).items()}
     except (torch.OutOfMemoryError, NotImplementedError):
         raise
     except RuntimeError as error:
         reason = f"a small training step failed: {str(error).splitlines()[0]}"
         raise ResourceError(_name(arithmetic.device), reason, "see `fastsrgan doctor`, or --device cpu") from error
-    expected = _gradients(Arithmetic(torch.device("cpu"), torch.float64))
-    off = {name: float((found[name] - g).norm() / g.norm()) for name, g in expected.items()}
-    limit = TF32_TOLERANCE if arithmetic.tf32 and arithmetic.dtype == torch.float32 else TOLERANCE[arithmetic.dtype]
+    off = {name: _relative(found[name], g) for name, g in _expected().items()}
+    _refuse(arithmetic, {f"{name} gradients": value for name, value in off.items()}, NETWORK_LIMITS)
+    _refuse(arithmetic, kernels.off, KERNEL_LIMITS)
+    log.debug("self-test of %s: %s, %s", arithmetic, off, kernels.off)
+    return {**off, **kernels.off}
+
+
+@functools.cache
+def inference_test(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """``self_test`` of a forward pass alone, for inference: the worst kernel. Raises ResourceError likewise."""
+    arithmetic = Arithmetic(device, dtype)
+    kernels = _Kernels()
+    generator = Generator(GeneratorSpec(kernel=8), seed=1).to(device)
+    x = torch.rand((1, 1, 16, 16, 16), generator=torch.Generator().manual_seed(3)).to(device)
+    try:
+        with torch.no_grad(), arithmetic.flags(), arithmetic.autocast(), kernels:
+            generator.raw(x)
+    except (torch.OutOfMemoryError, NotImplementedError):
+        raise
+    except RuntimeError as error:
+        reason = f"a small forward pass failed: {str(error).splitlines()[0]}"
+        raise ResourceError(_name(device), reason, "see `fastsrgan doctor`, or --device cpu") from error
+    _refuse(arithmetic, kernels.off, KERNEL_LIMITS)
+    return kernels.off
+
+
+def _refuse(arithmetic: Arithmetic, off: dict[str, float], limits: dict[Any, float]) -> None:
+    """ResourceError where a difference is beyond the limit of this arithmetic."""
+    limit = limits[TF32 if arithmetic.tf32 and arithmetic.dtype == torch.float32 else arithmetic.dtype]
     wrong = {name: value for name, value in off.items() if not value <= limit}
-    if wrong:
-        told = ", ".join(f"{name} gradients are off by {value:.2g}" for name, value in wrong.items())
-        cudnn = f"cuDNN {torch.backends.cudnn.version()}, " if arithmetic.device.type == "cuda" else ""
-        hint = f"{cudnn}torch {torch.__version__}: try another release, --precision fp32 or --device cpu"
-        what = f"{_name(arithmetic.device)}, {arithmetic}"
-        raise ResourceError(what, f"computes wrong convolutions: {told}, {limit} allowed", hint)
-    log.debug("self-test of %s: %s", arithmetic, off)
-    return off
+    if not wrong:
+        return
+    differences = ", ".join(f"{name} are off by {value:.2g}" for name, value in wrong.items())
+    cudnn = f"cuDNN {torch.backends.cudnn.version()}, " if arithmetic.device.type == "cuda" else ""
+    hint = f"{cudnn}torch {torch.__version__}: try another release, --precision fp32 or --device cpu"
+    what = f"{_name(arithmetic.device)}, {arithmetic}"
+    raise ResourceError(what, f"computes wrong convolutions: {differences}, {limit} allowed", hint)
 
 
-def _gradients(arithmetic: Arithmetic) -> dict[str, Tensor]:
-    """All gradients of a generator and of a critic update, each as one vector, the same step for every choice."""
+class _Kernels(TorchDispatchMode):
+    """Compares what convolutions give with float64 on the CPU from the same operands.
+
+    off : "convolutions", "input gradients", "weight gradients" -> largest ||difference|| / ||exact||
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.off: dict[str, float] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        names = {
+            torch.ops.aten.convolution.default: ("convolutions",),
+            torch.ops.aten.convolution_backward.default: ("input gradients", "weight gradients"),
+        }.get(func)
+        if names:
+            with torch.autocast("cpu", enabled=False):
+                exact = func(*(_exact(a) for a in args), **(kwargs or {}))
+            both = zip(names, *((v,) if isinstance(v, Tensor) else v for v in (out, exact)), strict=False)
+            for name, got, right in both:
+                if right is not None:
+                    value = _relative(got.double().cpu(), right)
+                    self.off[name] = _worse(self.off.get(name, 0.0), value)
+        return out
+
+
+def _exact(value: Any) -> Any:
+    return value.to("cpu", torch.float64) if isinstance(value, Tensor) else value
+
+
+def _worse(a: float, b: float) -> float:
+    return a if math.isnan(a) or a > b else b
+
+
+def _relative(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+@functools.cache
+def _expected() -> dict[str, Tensor]:
+    """The gradients by the plain forms in float64."""
+    return _gradients(Arithmetic(torch.device("cpu"), torch.float64))
+
+
+def _gradients(
+    arithmetic: Arithmetic, kernels: AbstractContextManager | None = None, seed: int = 1
+) -> dict[str, Tensor]:
+    """All gradients of a generator and of a critic update, each as one vector, the same step for every choice.
+
+    The networks' work is done within ``kernels``.
+    """
     plain = arithmetic.dtype == torch.float64
     kind = torch.float64 if plain else torch.float32
-    generator = Generator(GeneratorSpec(kernel=8), "reference" if plain else "fast", seed=1).to(kind)
-    critic = Critic(CriticSpec(kernel=8, patch=16), seed=2).to(kind)
+    generator = Generator(GeneratorSpec(kernel=8), "reference" if plain else "fast", seed=seed).to(kind)
+    critic = Critic(CriticSpec(kernel=8, patch=16), seed=seed + 1).to(kind)
     arithmetic.arrange(generator)
     arithmetic.arrange(critic)
-    draw = torch.Generator().manual_seed(3)
+    draw = torch.Generator().manual_seed(seed + 2)
     y, fake = torch.rand((2, 2, 2, 16, 16, 16), generator=draw).to(arithmetic.device, kind)
     x = y[:, :1] + 0.1 * fake[:, :1]
     eps = torch.tensor([[0.3, 0.8], [0.6, 0.1]], device=arithmetic.device, dtype=kind)
-    if plain:
-        terms = critic_loss(critic, y, fake, eps, 10.0, penalty="autograd")
-        of_critic = list(torch.autograd.grad(terms["total"], parameters(critic)))
-        loss = generator_loss(generator, critic, x, y, lambda_adv=0.1)["total"]
-    else:
-        _, of_critic = critic_gradients(critic, y, fake, eps, 10.0, dtype=arithmetic.dtype)
-        with arithmetic.autocast():
+    with kernels or contextlib.nullcontext():
+        if plain:
+            terms = critic_loss(critic, y, fake, eps, 10.0, penalty="autograd")
+            of_critic = list(torch.autograd.grad(terms["total"], parameters(critic)))
             loss = generator_loss(generator, critic, x, y, lambda_adv=0.1)["total"]
-    of_generator = torch.autograd.grad(loss * 2**10, list(generator.parameters()))
+        else:
+            _, of_critic = critic_gradients(critic, y, fake, eps, 10.0, dtype=arithmetic.dtype)
+            with arithmetic.autocast():
+                loss = generator_loss(generator, critic, x, y, lambda_adv=0.1)["total"]
+        of_generator = torch.autograd.grad(loss * 2**10, list(generator.parameters()))
     joined = {"generator": [g * 2.0**-10 for g in of_generator], "critic": of_critic}
     return {name: torch.cat([g.flatten() for g in gradients]) for name, gradients in joined.items()}

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from fastsrgan import checkpoint, modelfile, weights
+from fastsrgan import checkpoint, forms, modelfile, weights
 from fastsrgan import config as settings
 from fastsrgan.errors import ModelError
 from fastsrgan.networks import CriticSpec, GeneratorSpec
 from fastsrgan.pair import differences
+from fastsrgan.precision import TYPES
 from fastsrgan.run_state import Position, Run, data_identity, epoch_part, remaining
-from fastsrgan.runtime import provenance
+from fastsrgan.runtime import mapping, provenance
 
 log = logging.getLogger("fastsrgan")
 
@@ -55,8 +56,24 @@ def save(run: Run) -> None:
         "state.pt": lambda p: p.write_bytes(packed(state)),
         "config.yaml": lambda p: p.write_text(run.config.to_yaml(), encoding="utf8"),
     }
-    checkpoint.write(run.folder, at.updates, writers, {"epoch": at.epoch, "ranks": run.ranks.world})
+    arithmetic = {"precision": m.arithmetic.name, "layer_forms": forms.current().record()}
+    facts = {"epoch": at.epoch, "ranks": run.ranks.world, "arithmetic": arithmetic}
+    checkpoint.write(run.folder, at.updates, writers, facts)
     checkpoint.prune(run.folder, run.config.keep_checkpoints)
+
+
+def kept_arithmetic(folder: Path) -> tuple[str | None, str, dict[str, str]]:
+    """How the run in a folder computed up to its newest undamaged snapshot, and in which it therefore goes on.
+
+    Returns the precision, the mode of the layer forms ("measured" or "fixed") and the form of each layer that had a
+    choice. Snapshots of versions that did not record them: None, "fixed", none.
+    """
+    recorded = mapping(checkpoint.manifest(checkpoint.newest(folder)).get("arithmetic"))
+    name, choices = recorded.get("precision"), mapping(recorded.get("layer_forms"))
+    mode = choices.get("mode")
+    names = {layer: form for layer, form in mapping(choices.get("forms")).items() if isinstance(form, str)}
+    known = name in TYPES and mode in forms.MODES
+    return (name, mode, names) if known else (None, "fixed", {})
 
 
 def packed(state: dict[str, Any]) -> memoryview:
@@ -138,7 +155,8 @@ def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
     """
     then = settings.from_yaml(snapshot / "config.yaml").to_dict()
     now = run.config.to_dict()
-    changed = [k for k in now if now[k] != then.get(k) and k not in FREE]
+    kept = [k for k in ("precision", "layer_forms") if now[k] == "auto"]  # go on as they were
+    changed = [k for k in now if now[k] != then.get(k) and k not in (*FREE, *kept)]
     if changed:
         told = ", ".join(f"{k} {then.get(k)} -> {now[k]}" for k in changed)
         log.warning("settings differ from the snapshot's, the run goes on with the new ones: %s", told)

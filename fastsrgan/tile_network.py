@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastsrgan import compiled, tiles
+from fastsrgan import compiled, forms, tiles
 from fastsrgan.activations import Needs, needs
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.networks import MIN_SIZE, Generator
+from fastsrgan.precision import inference_test
 from fastsrgan.rearranged import held, kept_bytes
 
 log = logging.getLogger("fastsrgan")
@@ -51,11 +52,14 @@ def check_batch(batch: str | int) -> str | int:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """The precision that "auto" stands for on a device: bf16 on CUDA, else fp32. Says once what a CPU is slow at."""
+    """The precision that "auto" stands for on a device: fp16 on CUDA, else fp32. Says once what a CPU is slow at.
+
+    fp16 is as fast as bf16 and closer to float32: SR by 2e-4 of the maximum instead of 1.5e-3.
+    """
     if check_precision(name) == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
-    if device.type == "cpu" and not native(name):
-        _warn_once(f"{name} is not native to this CPU and far slower than fp32: take --precision auto")
+        return "fp16" if device.type == "cuda" else "fp32"
+    if device.type == "cpu" and name != "fp32":
+        _warn_once(f"{name} is slower than fp32 on a CPU, and less exact: take --precision auto")
     return name
 
 
@@ -90,6 +94,8 @@ class TileNetwork:
         compile: str = "auto",
     ) -> None:
         self.device, self.dtype = torch.device(device), PRECISIONS[precision]
+        if self.device.type == "cuda":
+            inference_test(self.device, self.dtype)
         self.generator = generator.to(self.device)
         spec = getattr(generator, "spec", None)
         self.more = (slice_mm,) if getattr(spec, "conditional", False) else ()
@@ -123,6 +129,8 @@ class TileNetwork:
         try:
             with torch.inference_mode(), held():
                 yield
+                if self.device.type == "cpu":
+                    forms.current().tell()
         finally:
             self.generator.train(training)
 

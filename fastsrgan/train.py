@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastsrgan import checkpoint, snapshots
+from fastsrgan import checkpoint, forms, snapshots
 from fastsrgan import config as settings
 from fastsrgan._version import __version__
 from fastsrgan.board import Board
@@ -99,7 +99,8 @@ def train(
         store = open_store(source)
         refuse_inside(folder, store)
         ranks.agree("training data", data_identity(store))
-        run = prepare(store, folder, config, target, ranks, strict, resume)
+        kept = keep_arithmetic(held, folder, config, target, ranks, resume)
+        run = prepare(store, folder, config, target, ranks, strict, resume, kept)
         if run.first:
             run.log = RunLog(folder, dice_file, mse_file, run.mask_classes)
             run.snapshot_folder = output_folder(snapshot_folder) if snapshot_folder else None
@@ -163,6 +164,29 @@ def has_snapshot(ranks: Ranks, folder: Path, config: TrainConfig, start_weights:
     raise ModelError(folder, told, hint)
 
 
+def keep_arithmetic(
+    held: contextlib.ExitStack, folder: Path, config: TrainConfig, device: torch.device, ranks: Ranks, resume: bool
+) -> str | None:
+    """Set the layer forms of the run until ``held`` is closed; a resumed run has those of its snapshot, and says so.
+
+    Returns the snapshot's precision, or None. Settings other than "auto" win over the snapshot.
+    """
+    mode, names, name = forms.wanted_mode(config.layer_forms), {}, None
+    if ranks.world > 1 and device.type == "cpu":
+        mode = "fixed"  # ranks would time each other, and not all would choose the same
+    if resume:
+        name, kept_mode, names = snapshots.kept_arithmetic(folder)
+        if config.layer_forms == "auto":
+            mode = kept_mode
+        else:
+            names = {}
+        if not ranks.rank:
+            how = name if config.precision == "auto" and name else f"--precision {config.precision}"
+            log.info("going on in %s, layer forms %s, %d as in the snapshot", how, mode, len(names))
+    held.enter_context(forms.job(mode, names))
+    return name
+
+
 def refuse_inside(folder: Path, store: Store) -> None:
     """Raise UsageError for a run folder in the store, which would then hold what is none of its subjects."""
     here, stored = os.path.realpath(folder), os.path.realpath(store.url)
@@ -171,7 +195,14 @@ def refuse_inside(folder: Path, store: Store) -> None:
 
 
 def prepare(
-    store: Store, folder: Path, config: TrainConfig, device: torch.device, ranks: Ranks, strict: bool, resume: bool
+    store: Store,
+    folder: Path,
+    config: TrainConfig,
+    device: torch.device,
+    ranks: Ranks,
+    strict: bool,
+    resume: bool,
+    kept_precision: str | None = None,
 ) -> Run:
     """Networks and feed for the subjects of a store, before the first update."""
     names = {split: [s.id for s in store.subjects if s.split == split] for split in ("Train", "Test")}
@@ -211,7 +242,7 @@ def prepare(
         prefetch=c.prefetch,
         precision=c.pool_precision,
     )
-    models = Models(c, mask_classes, device, ranks)
+    models = Models(c, mask_classes, device, ranks, kept_precision)
     need_space(folder, snapshot_bytes(models) * 2)  # one that stands and one that is written
     return Run(folder, c, store, models, feed, names["Train"], names["Test"], mask_classes, ranks=ranks)
 

@@ -111,7 +111,7 @@ def test_with_a_device_the_work_goes_there(facts, monkeypatch):
     found = gpu(facts, driver="580.65.06", torch_cuda="13.0", devices=[device])
     found["optional"] = {**found["optional"], "cupy": {**found["optional"]["cupy"], "sees_device": False}}
     plan = doctor.plan(found)
-    assert plan["inference"] == "bf16 on cuda (NVIDIA H100)"
+    assert plan["inference"] == "fp16 on cuda (NVIDIA H100)"
     assert "cuda" in plan["training"] and "cuda" in plan["stitching"]
     assert plan["stitching"].endswith("by plain torch")
     with_cupy = {**found["optional"], "cupy": {**found["optional"]["cupy"], "sees_device": True}}
