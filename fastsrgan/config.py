@@ -97,8 +97,8 @@ class TrainConfig:
     resident_memory : GB for resident volumes (None: 40 % of what is free); pool_precision : their type
     block_memory : GB above which one volume is degraded in blocks (None: whole)
     form, penalty : exact rewrites of network layers and of the gradient penalty ("reference"/"autograd": plain forms)
-    layer_forms : which fast form a layer takes on a CPU: "measured", the one that was timed as faster on this machine, or
-        "fixed", the same everywhere; "auto" is FASTSRGAN_FORMS, else measured (forms.py). A resumed run keeps its own
+    layer_forms : which fast form a layer takes on a CPU: "measured", the one that was timed as faster on this machine,
+        or "fixed", the same everywhere; "auto" is FASTSRGAN_FORMS, else measured (forms.py). A resumed run keeps its own
     joint_fakes : one generator pass for the fakes of all critic updates; generator_chunk : patches of it at a time (0:
         auto)
     precision, tf32, layout, compile : how the device computes; "auto" decides by the kind of device (docs/training.md)

@@ -91,7 +91,8 @@ def diagnose() -> dict[str, Any]:
 
     Keys: fastsrgan, python, platform, packages (name -> version or None), cpu, memory, shm (bytes, None without
     /dev/shm), gpu, optional (name -> version, sees_device, problem, purpose, extra), weights (list of name and bytes),
-    layer_forms (mode, machine, file, layers timed on this machine), plan (what runs where), warnings (what a user should know or change).
+    layer_forms (mode, machine, file, layers timed on this machine), plan (what runs where), warnings (what a user
+    should know or change).
     """
     facts: dict[str, Any] = {
         "fastsrgan": __version__,

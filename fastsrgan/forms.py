@@ -159,9 +159,7 @@ def layer_name(kind: str, shape: Sequence[int], weight: Tensor) -> str:
 # --- timing -------------------------------------------------------------------------------------------------------
 
 
-def _measured(
-    choices: Choices, layer: str, shape: Sequence[int], weight: Tensor, fixed: str, trials: Trials
-) -> str:
+def _measured(choices: Choices, layer: str, shape: Sequence[int], weight: Tensor, fixed: str, trials: Trials) -> str:
     if layer in choices.used:  # whatever another job has written since
         return choices.used[layer]
     with _lock:

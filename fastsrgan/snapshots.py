@@ -68,7 +68,9 @@ def kept_arithmetic(folder: Path) -> tuple[str | None, str, dict[str, str]]:
     Returns the precision, the mode of the layer forms ("measured" or "fixed") and the form of each layer that had a
     choice. Snapshots of versions that did not record them: None, "fixed", none.
     """
-    recorded = mapping(checkpoint.manifest(checkpoint.newest(folder)).get("arithmetic"))
+    whole = (s for s in reversed(checkpoint.folders(folder)) if not checkpoint.verify(s))
+    snapshot = next(whole, None)  # where there is none, ``load`` says so
+    recorded = mapping(checkpoint.manifest(snapshot).get("arithmetic")) if snapshot else {}
     name, choices = recorded.get("precision"), mapping(recorded.get("layer_forms"))
     mode = choices.get("mode")
     names = {layer: form for layer, form in mapping(choices.get("forms")).items() if isinstance(form, str)}

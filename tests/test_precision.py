@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsrgan import precision
 from fastsrgan.config import TrainConfig
@@ -15,8 +16,9 @@ from fastsrgan.networks import Critic, CriticSpec, Generator, GeneratorSpec
 from fastsrgan.optimise import Optimiser
 from fastsrgan.pair import Models
 from fastsrgan.pool import Batch
-from fastsrgan.precision import Arithmetic, choose, native_bfloat16, self_test
+from fastsrgan.precision import TF32, Arithmetic, choose, inference_test, self_test
 from fastsrgan.step import generator_loss
+from fastsrgan.tile_network import pick_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 CONFIG = TrainConfig(new_low_res=((1.0, 1.0, 3.0),), batch_size=2, patch_size=16, kernel_gen=2, kernel_dis=2)
@@ -57,29 +59,16 @@ def test_what_a_device_cannot_do_is_refused_with_the_alternative(capability):
         choose(CONFIG.replace(precision="fp16"), CPU)
 
 
-@pytest.mark.parametrize(
-    ("text", "native"),
-    [
-        ("flags\t\t: fpu avx2 avx512f avx512_bf16 fma\n", True),
-        ("flags\t\t: fpu avx2 amx_bf16 amx_tile\n", True),
-        ("Features\t: fp asimd bf16 i8mm\n", True),
-        ("flags\t\t: fpu avx2 avx512f avx512bw fma\n", False),
-        ("nothing of the kind\n", False),
-    ],
-)
-def test_native_bfloat16_is_read_from_the_processors_flags(tmp_path, text, native):
-    (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + text, encoding="utf8")
-    assert native_bfloat16(tmp_path / "cpuinfo") is native
-    assert native_bfloat16(tmp_path / "absent") is False
-
-
-def test_a_cpu_computes_in_bfloat16_only_where_it_can_or_must(monkeypatch, caplog):
-    for native in (True, False):
-        monkeypatch.setattr(precision, "native_bfloat16", lambda native=native: native)
-        assert choose(CONFIG, CPU).dtype == (torch.bfloat16 if native else torch.float32)
+def test_a_cpu_computes_in_float32_unless_asked(monkeypatch, caplog):
+    """Whatever the processor can do."""
+    everything = dict.fromkeys(("avx512_bf16", "amx_bf16", "bf16", "avx512_fp16"), True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: everything, raising=False)
+    assert choose(CONFIG, CPU).dtype == torch.float32
+    assert pick_precision("auto", CPU) == "fp32"
+    assert not caplog.records
     with caplog.at_level(logging.WARNING, "fastsrgan"):
         assert choose(CONFIG.replace(precision="bf16"), CPU).dtype == torch.bfloat16
-    assert "no native bfloat16" in caplog.text
+    assert "slower than fp32 on every CPU" in caplog.text
     with caplog.at_level(logging.WARNING, "fastsrgan"):
         assert not choose(CONFIG.replace(layout="channels_last"), CPU).channels_last
     assert "channels_last is for CUDA" in caplog.text
@@ -169,19 +158,132 @@ def test_overflow_halves_the_scale_and_is_not_counted_as_a_bad_loss(monkeypatch)
 # --- self-test ----------------------------------------------------------------------------------------------------
 
 
+CONVOLUTION, BACKWARD = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
+
+
 @pytest.fixture
 def fresh():
     self_test.cache_clear()
+    inference_test.cache_clear()
     yield
     self_test.cache_clear()
+    inference_test.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_sound_device_passes_with_room(fresh, dtype):
+def test_a_sound_device_passes_and_the_limits_are_near(fresh, dtype):
     off = self_test(Arithmetic(CPU, dtype))
-    assert set(off) == {"generator", "critic"}
-    assert max(off.values()) < precision.TOLERANCE[dtype] / 1.5
+    kernels = [value for name, value in off.items() if name not in ("generator", "critic")]
+    for name in ("generator", "critic"):
+        assert off[name] <= precision.NETWORK_LIMITS[name][dtype]
+    if dtype != torch.float32:  # float32 on a CPU convolves by hand
+        assert len(kernels) == 3 and precision.KERNEL_LIMITS[dtype] / 8 < max(kernels) <= precision.KERNEL_LIMITS[dtype]
     assert min(off.values()) > 0, "compared with itself"
+
+
+class Kernels(TorchDispatchMode):
+    """Kernels of a device: with the operands of float32 convolutions rounded to TF32, or with a fault in one of them.
+
+    fault : "tap" (the first tap of the weight is left out), "channels" (two outputs change places), "gradient" (the
+        weight's is zero), or "" for none; at : of the calls, which one
+    """
+
+    def __init__(self, fault: str = "", at: int = 0, tf32: bool = False) -> None:
+        super().__init__()
+        self.fault, self.at, self.tf32, self.calls = fault, at, tf32, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in (CONVOLUTION, BACKWARD) or args[1].dtype == torch.float64:
+            return func(*args, **(kwargs or {}))
+        args = [rounded(a) if self.tf32 and isinstance(a, torch.Tensor) else a for a in args]
+        hit = False
+        if func == (BACKWARD if self.fault == "gradient" else CONVOLUTION):
+            hit, self.calls = self.calls == self.at, self.calls + 1
+        if hit and self.fault == "tap":
+            args[1] = args[1].clone()
+            args[1][..., 0, 0, 0] = 0
+        out = func(*args, **(kwargs or {}))
+        if hit and self.fault == "channels":
+            out[:, :2] = out[:, [1, 0]]
+        if hit and self.fault == "gradient":
+            out[1].zero_()
+        return out
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """float32 rounded to the 10 bits of mantissa of TF32."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """float32 by the library's convolutions, as on a GPU."""
+    monkeypatch.setattr("fastsrgan.layers.by_hand", lambda x: x.dtype == torch.float64)
+    monkeypatch.setattr("fastsrgan.critic_step._fast", lambda x, dtype: dtype == torch.float64)
+
+
+def arithmetic(kind) -> Arithmetic:
+    return Arithmetic(CPU, tf32=True) if kind == TF32 else Arithmetic(CPU, kind)
+
+
+KINDS = [torch.float32, torch.bfloat16, torch.float16, TF32]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sound_kernels_pass(fresh, library, kind):
+    with Kernels(tf32=kind == TF32):
+        off = self_test(arithmetic(kind))
+    assert max(off["input gradients"], off["weight gradients"], off["convolutions"]) <= precision.KERNEL_LIMITS[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", ["tap", "channels", "gradient"])
+def test_one_wrong_kernel_is_refused_by_the_limit_on_kernels(fresh, library, monkeypatch, kind, fault):
+    """One call among the forty of a step, in the middle of the generator, with no help from the other limit."""
+    monkeypatch.setattr(
+        precision, "NETWORK_LIMITS", dict.fromkeys(("generator", "critic"), dict.fromkeys(KINDS, float("inf")))
+    )
+    name = "weight gradients" if fault == "gradient" else "convolutions"
+    with Kernels(fault, at=20, tf32=kind == TF32), pytest.raises(ResourceError, match=f"{name} are off by"):
+        self_test(arithmetic(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_wrong_kernel_is_refused_by_the_limit_on_networks(fresh, library, monkeypatch, kind):
+    """Its two channels of the stem change places, with no help from the other limit."""
+    monkeypatch.setattr(precision, "KERNEL_LIMITS", dict.fromkeys(KINDS, float("inf")))
+    with Kernels("channels", at=STEM, tf32=kind == TF32), pytest.raises(ResourceError, match="gradients are off by"):
+        self_test(arithmetic(kind))
+
+
+STEM = 16  # calls of convolutions before the generator's first
+
+
+def test_tf32_that_is_not_asked_for_is_off_during_the_test(fresh, monkeypatch):
+    seen = []
+    gradients = precision._gradients
+
+    def spied(arithmetic, *more):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return gradients(arithmetic, *more)
+
+    monkeypatch.setattr(precision, "_gradients", spied)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    precision._expected()
+    seen.clear()
+    self_test(Arithmetic(CPU, torch.float32))
+    assert seen == [(False, False)]
+    assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32, "as before afterwards"
+
+
+@pytest.mark.parametrize("fault", ["tap", "channels"])
+def test_inference_refuses_a_wrong_kernel(fresh, fault):
+    assert inference_test(CPU, torch.bfloat16)["convolutions"] <= precision.KERNEL_LIMITS[torch.bfloat16]
+    inference_test.cache_clear()
+    with Kernels(fault, at=5), pytest.raises(ResourceError, match="convolutions are off by"):
+        inference_test(CPU, torch.bfloat16)
 
 
 def breaks(monkeypatch, dtype: torch.dtype, change) -> None:

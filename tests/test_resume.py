@@ -18,7 +18,7 @@ import torch
 from cohort import SMALL, losses, make_store, rows
 from processes import ended, outcome, start
 
-from fastsrgan import checkpoint, loop, weights
+from fastsrgan import checkpoint, loop, snapshots, weights
 from fastsrgan.config import TrainConfig
 from fastsrgan.errors import InputError, ModelError, ResourceError
 from fastsrgan.pair import Models
@@ -357,3 +357,40 @@ def test_a_run_killed_before_its_first_snapshot_starts_again_under_resume(store,
     ):
         train(store, run, small, resume=True)
     assert (run / checkpoint.MODEL).read_bytes() == weights_before
+
+
+def test_a_resumed_run_keeps_the_precision_and_the_layer_forms_of_its_snapshot(store, tmp_path, caplog, monkeypatch):
+    run, auto = tmp_path / "run", SMALL.replace(precision="auto", epochs=1)
+    train(store, run, auto.replace(precision="bf16", layer_forms="measured"))
+    path = checkpoint.newest(run) / checkpoint.MANIFEST
+    manifest = json.loads(path.read_text())
+    assert manifest["arithmetic"] == {"precision": "bf16", "layer_forms": {"mode": "measured", "forms": {}}}
+    manifest["arithmetic"]["layer_forms"]["forms"] = {"conv3 training 64>64 16x16x16": "winograd"}
+    path.write_text(json.dumps(manifest))  # as on a machine where this was timed
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        train(store, run, auto.replace(epochs=2), resume=True)
+    assert "going on in bf16, layer forms measured, 1 as in the snapshot" in caplog.text
+    assert "settings differ" not in caplog.text
+    assert checkpoint.manifest(checkpoint.newest(run))["arithmetic"] == manifest["arithmetic"]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        train(store, run, auto.replace(epochs=3, precision="fp32", layer_forms="fixed"), resume=True)
+    assert "settings differ" in caplog.text, "what is asked for wins, and that is said"
+    found = checkpoint.manifest(checkpoint.newest(run))["arithmetic"]
+    assert found == {"precision": "fp32", "layer_forms": {"mode": "fixed", "forms": {}}}
+
+
+def test_a_snapshot_that_records_no_arithmetic_goes_on_in_the_fixed_forms(store, tmp_path, monkeypatch):
+    run, auto = tmp_path / "run", SMALL.replace(precision="auto", epochs=1)
+    train(store, run, auto)
+    path = checkpoint.newest(run) / checkpoint.MANIFEST
+    manifest = json.loads(path.read_text())
+    for damage in ({}, {"arithmetic": 3}, {"arithmetic": {"precision": "int4", "layer_forms": []}}):
+        del manifest["arithmetic"]
+        path.write_text(json.dumps({**manifest, **damage}))
+        manifest["arithmetic"] = None
+        assert snapshots.kept_arithmetic(run) == (None, "fixed", {})
+    monkeypatch.setenv("FASTSRGAN_FORMS", "measured")
+    train(store, run, auto.replace(epochs=2), resume=True)
+    found = checkpoint.manifest(checkpoint.newest(run))["arithmetic"]
+    assert found == {"precision": "fp32", "layer_forms": {"mode": "fixed", "forms": {}}}
