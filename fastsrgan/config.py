@@ -98,7 +98,7 @@ class TrainConfig:
     block_memory : GB above which one volume is degraded in blocks (None: whole)
     form, penalty : exact rewrites of network layers and of the gradient penalty ("reference"/"autograd": plain forms)
     layer_forms : which fast form a layer takes on a CPU: "measured", the one that was timed as faster on this machine,
-        or "fixed", the same everywhere; "auto" is FASTSRGAN_FORMS, else measured (forms.py). A resumed run keeps its own
+        or "fixed", the same everywhere; "auto" is FASTSRGAN_FORMS, else measured (forms.py). A resumed run keeps its
     joint_fakes : one generator pass for the fakes of all critic updates; generator_chunk : patches of it at a time (0:
         auto)
     precision, tf32, layout, compile : how the device computes; "auto" decides by the kind of device (docs/training.md)
