@@ -250,14 +250,13 @@ def test_one_wrong_kernel_is_refused_by_the_limit_on_kernels(fresh, library, mon
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_wrong_kernel_is_refused_by_the_limit_on_networks(fresh, library, monkeypatch, kind):
-    """Its two channels of the stem change places, with no help from the other limit."""
+@pytest.mark.parametrize(("network", "at"), [("critic", 0), ("generator", 10)])
+def test_one_wrong_kernel_is_refused_by_the_limit_on_networks(fresh, library, monkeypatch, kind, network, at):
+    """Two channels change places behind the critic's first convolution, or the generator's second; no other limit."""
     monkeypatch.setattr(precision, "KERNEL_LIMITS", dict.fromkeys(KINDS, float("inf")))
-    with Kernels("channels", at=STEM, tf32=kind == TF32), pytest.raises(ResourceError, match="gradients are off by"):
+    refused = pytest.raises(ResourceError, match=f"{network} gradients are off by")
+    with Kernels("channels", at, tf32=kind == TF32), refused:
         self_test(arithmetic(kind))
-
-
-STEM = 16  # calls of convolutions before the generator's first
 
 
 def test_tf32_that_is_not_asked_for_is_off_during_the_test(fresh, monkeypatch):
