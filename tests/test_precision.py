@@ -231,10 +231,24 @@ KINDS = [torch.float32, torch.bfloat16, torch.float16, TF32]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sound_kernels_pass(fresh, library, kind):
-    with Kernels(tf32=kind == TF32):
-        off = self_test(arithmetic(kind))
-    assert max(off["input gradients"], off["weight gradients"], off["convolutions"]) <= precision.KERNEL_LIMITS[kind]
+def test_the_limits_are_near_what_sound_arithmetic_gives(library, kind):
+    """Twice the worst at most where they were measured. Sums in another order move float32 by more than its rounding,
+    so on other machines the limits of float32 are only held from one side."""
+    worst: dict[str, float] = {}
+    for seed in (1, 2):
+        exact = precision._gradients(Arithmetic(CPU, torch.float64), None, seed)
+        kernels = precision._Kernels()
+        with Kernels(tf32=kind == TF32):
+            found = precision._gradients(arithmetic(kind), kernels, seed)
+        off = {name: precision._relative(found[name].double(), exact[name]) for name in exact}
+        for name, value in {**off, "kernels": max(kernels.off.values())}.items():
+            worst[name] = max(worst.get(name, 0.0), value)
+    logging.getLogger(__name__).info("%s: %s", kind, worst)
+    limits = {"kernels": precision.KERNEL_LIMITS, **precision.NETWORK_LIMITS}
+    for name, value in worst.items():
+        limit = limits[name][kind]
+        assert value <= limit, name
+        assert kind == torch.float32 or limit <= 2.5 * value, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
