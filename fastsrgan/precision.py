@@ -39,7 +39,7 @@ TF32 = "tf32"
 # Worst: float32 1.5e-6, float16 1.1e-3, bfloat16 8.5e-3, TF32 6.0e-3. One tap of 27 left out: 0.09 and more.
 KERNEL_LIMITS: dict[Any, float] = {torch.float32: 3e-6, torch.float16: 2.1e-3, torch.bfloat16: 1.6e-2, TF32: 1.1e-2}
 # The same of all gradients of a network together: rounding adds up over the layers and through 17 norms, so this sees
-# coarse faults only. Worst, in the same order: generator 7.0e-6, 0.078, 0.247, 0.078; critic 5.5e-7, 0.047, 0.099, 0.047.
+# coarse faults only. Worst, likewise: generator 7.0e-6, 0.078, 0.247, 0.078; critic 5.5e-7, 0.047, 0.099, 0.047.
 NETWORK_LIMITS: dict[str, dict[Any, float]] = {
     "generator": {torch.float32: 1.3e-5, torch.float16: 0.15, torch.bfloat16: 0.48, TF32: 0.15},
     "critic": {torch.float32: 1.1e-6, torch.float16: 0.09, torch.bfloat16: 0.19, TF32: 0.09},
