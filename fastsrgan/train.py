@@ -171,7 +171,9 @@ def keep_arithmetic(
 
     Returns the snapshot's precision, or None. Settings other than "auto" win over the snapshot.
     """
-    mode, names, name = forms.wanted_mode(config.layer_forms), {}, None
+    mode = forms.wanted_mode(config.layer_forms)
+    name: str | None = None
+    names: dict[str, str] = {}
     if ranks.world > 1 and device.type == "cpu":
         mode = "fixed"  # ranks would time each other, and not all would choose the same
     if resume:
