@@ -6,10 +6,9 @@ import os
 from collections import Counter
 from pathlib import Path
 
-# What the caller asked for. Read when NumPy and torch are first imported.
-THREADS = os.environ.get("OMP_NUM_THREADS", "")
-# Test processes side by side would each start a thread per core.
+# Test processes side by side would each start a thread per core. Read when NumPy and torch are first imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
+    threads = int(os.environ.get("OMP_NUM_THREADS", "2"))  # what the caller asked for, see below
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
 
@@ -20,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from phantom import Phantom, head
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(int(THREADS or 2))  # not one: what goes wrong between threads would never be seen here
+    torch.set_num_threads(threads)  # by default not one: what goes wrong between threads would never be seen here
 
 # Times say nothing on shared cores, so there are no deadlines; in CI the same examples come each time.
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
