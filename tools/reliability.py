@@ -192,6 +192,8 @@ def matrix(path: Path) -> str:
     for name, row in run["rows"].items():
         result = row["result"] + (f": {row['reason']}" if "reason" in row else "")
         figures = [str(row.get(key, "")) for key in ("tests", "skipped", "seconds", "cpu_seconds")]
+        if "files" in row:
+            figures[0] += f" of {', '.join(Path(file).stem for file in row['files'])} alone"
         text += f"| {name} | {' | '.join([result, *figures])} |\n"
     return text
 
