@@ -13,16 +13,19 @@ DEMO_ARGS ?=
 MINUTES ?= 20
 FUZZ_JSON ?=
 SOAK_JSON ?=
+# Of test-matrix: words in the names of the rows to run, and the file that keeps what they came to.
+ROWS ?=
+MATRIX_JSON ?=
 # plain, atheris (pip install atheris; guided by the code that inputs reach), or auto: atheris where it is there.
 ENGINE ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz soak format docs wheel clean
+.PHONY: help setup demo test test-extras test-matrix fuzz soak format docs wheel clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  variables: PYTHON=/path/to/python3  CUDA=auto|none|12|13  JOBS=N  MINUTES=N  PYTEST_ARGS=...  DEMO_ARGS=..."
+	@echo "  variables: PYTHON=/path/to/python3  CUDA=auto|none|12|13  JOBS=N  MINUTES=N  ROWS=...  PYTEST_ARGS=...  DEMO_ARGS=..."
 
 setup: $(STAMP) ## build .venv with the versions of constraints.txt (demo and test do this by themselves)
 	@echo "$(VENV) is ready"
@@ -39,6 +42,12 @@ test: $(STAMP) ## formatting, lint, types and tests
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 	@$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+test-extras: $(STAMP) ## what the tests of pages and of BIDS datasets need beside Python: Chromium, the BIDS validator
+	@bash tools/test_extras.sh $(VENV)
+
+test-matrix: $(STAMP) ## the tests of arithmetic, signals, ranks and files in many surroundings; ROWS=... picks some
+	@$(PY) tools/test_matrix.py $(if $(ROWS),--rows $(ROWS)) $(if $(MATRIX_JSON),--json $(MATRIX_JSON))
 
 fuzz: $(STAMP) ## damaged files through every reader for MINUTES; findings go to build/fuzz
 	@$(PY) tools/fuzz.py --minutes $(MINUTES) --engine $(ENGINE) $(if $(FUZZ_JSON),--json $(FUZZ_JSON))

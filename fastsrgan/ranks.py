@@ -23,6 +23,10 @@ from fastsrgan.errors import FastsrganError, ModelError, ResourceError, UsageErr
 log = logging.getLogger("fastsrgan")
 
 TIMEOUT = datetime.timedelta(minutes=30)  # a rank that waits for a slow disk is not dead; a dead one is noticed at once
+# How long the process that holds the store waits for the others to read why it ends. They answer within milliseconds,
+# on a machine with ten times as many processes as cores within a second or two.
+FAREWELL = datetime.timedelta(seconds=20)
+KILLED = "a rank left no error"  # a key of the store
 SHARED_MEMORY = 2**28  # bytes that NCCL's buffers in /dev/shm may need for the ranks of one machine
 
 
@@ -96,7 +100,8 @@ ALONE = Ranks()
 class TorchRanks(Ranks):
     """The ranks of a torchrun job.
 
-    A rank that ends while others wait for it breaks their connection: they raise LostRank with the error it left.
+    A rank that ends while others wait for it breaks their connection: they raise LostRank with the error it left. The
+    error lies in a store that torchrun holds, or without torchrun rank 0, which ends behind all others.
     """
 
     def __init__(
@@ -111,6 +116,7 @@ class TorchRanks(Ranks):
         self._names: list[str] = []  # of values that ``mean`` was asked for
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
+            self._holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             self._lasting, *_ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
             # torchrun keeps its store over a restart: the ranks must not find the addresses of those before them.
             attempt = f"fastsrgan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world}"
@@ -183,13 +189,32 @@ class TorchRanks(Ranks):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
-            # Rank 0 may hold the store that the others still talk to.
-            self.barrier()
+            try:
+                self.barrier()  # rank 0 may hold the store that the others still talk to
+            except LostRank:
+                self._part()
+                raise
             dist.destroy_process_group()
-        elif not isinstance(error, LostRank):
+            return
+        if not isinstance(error, LostRank):
             text = str(error) if isinstance(error, FastsrganError) else f"{type(error).__name__}: {error}"
             with contextlib.suppress(RuntimeError):
                 self._store.set("error", f"rank {self.rank} failed: {' '.join(text.split())}")
+        self._part()
+
+    def _part(self) -> None:
+        """Leave the others after a failure. The process that holds the store stays until all have read the error."""
+        with contextlib.suppress(RuntimeError):
+            # First the connections: ranks that wait for this one notice it, and read the error. destroy_process_group
+            # would do for gloo; with NCCL it may wait for messages that no rank sends any more.
+            dist.distributed_c10d._abort_process_group()
+        with contextlib.suppress(RuntimeError):
+            # One that was killed reads nothing; where several were, the wait is as long as it may be.
+            expected = self.world - self._store.check([KILLED])
+            if self._store.add("parted", 1) >= expected:
+                self._store.set("all parted", "")
+            elif self._holds_store:
+                self._store.wait(["all parted"], FAREWELL)
 
     def gather(self, value: Any) -> list[Any]:
         out: list[Any] = [None] * self.world
@@ -222,6 +247,7 @@ class TorchRanks(Ranks):
         with contextlib.suppress(RuntimeError):
             if self._store.check(["error"]):
                 return self._store.get("error").decode()
+            self._store.set(KILLED, "")
         first = str(error).splitlines()[0].partition("] ")
         return f"lost another rank, which left no error: {(first[2] or first[0]).partition('. ')[0]}"
 

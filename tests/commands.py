@@ -24,13 +24,12 @@ import numpy as np
 import torch
 from cohort import SMALL, make_store
 from nifti_files import HEAD, rigid, write
-from processes import CONTEXT, ended
+from processes import CONTEXT, WAIT, ended
 
 from fastsrgan import __main__, images, infer_job, weights
 from fastsrgan.cli import main
 from fastsrgan.networks import GeneratorSpec, build_generator
 
-WAIT = 240.0
 TILES = ("--patch", "16", "--step", "16")
 SETTINGS = SMALL.replace(epochs=1, steps_per_epoch=2, critic_iterations=1)
 HELD = "held"  # file that a process makes when it has reached the moment it is to be stopped at

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 # Test processes side by side would each start a thread per core. Read when NumPy and torch are first imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
+    threads = int(os.environ.get("OMP_NUM_THREADS", "2"))  # what the caller asked for, see below
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
 
@@ -20,7 +22,7 @@ from hypothesis import HealthCheck, settings
 from phantom import Phantom, head
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(2)  # not one: what goes wrong between threads would never be seen here
+    torch.set_num_threads(threads)  # by default not one: what goes wrong between threads would never be seen here
 
 # Times say nothing on shared cores, so there are no deadlines; in CI the same examples come each time.
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -35,6 +37,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Each reason for which tests were skipped in one line, with their number."""
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(reason_of(report.longrepr) for report in reports)
+    if reasons:
+        terminalreporter.section(f"{len(reports)} skipped")
+    for reason, count in sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0])):
+        terminalreporter.line(f"{count:5d}  {reason}")
+
+
+def reason_of(longrepr: object) -> str:
+    """Why a test was skipped, from its report: (file, line, "Skipped: reason")."""
+    text = longrepr[-1] if isinstance(longrepr, (tuple, list)) else str(longrepr).splitlines()[-1]
+    return " ".join(str(text).removeprefix("Skipped: ").split())
 
 
 @pytest.fixture

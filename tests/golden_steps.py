@@ -38,7 +38,8 @@ SETTINGS: dict[str, Any] = {
     "lambda_adv": 0.1,
     "conditional": True,
 }
-CONFIG = from_mapping(SETTINGS)
+# The type is pinned here and not in the file's settings: which one `auto` takes depends on the machine.
+CONFIG = from_mapping(SETTINGS).replace(precision="fp32")
 
 
 def batch(seed: int, config: TrainConfig = CONFIG) -> tuple[Batch, Tensor]:

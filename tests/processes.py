@@ -15,8 +15,48 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+WAIT = 240.0  # seconds for what takes one or two on an idle machine
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fastsrgan.train", "torch._dynamo"])
+
+
+class Flag:
+    """An event between processes. multiprocessing's own lies in /dev/shm, which may be full."""
+
+    def __init__(self) -> None:
+        self._told, self._teller = CONTEXT.Pipe(duplex=False)
+
+    def set(self) -> None:
+        """May be called once."""
+        self._teller.send(True)
+
+    def wait(self, seconds: float = WAIT) -> bool:
+        """Whether it is set, or becomes set within some seconds."""
+        return self._told.poll(seconds)
+
+    def is_set(self) -> bool:
+        """Whether it is set now."""
+        return self._told.poll(0)
+
+
+class Post:
+    """A queue between processes, without /dev/shm: one puts, one gets."""
+
+    def __init__(self) -> None:
+        self._read, self._write = CONTEXT.Pipe(duplex=False)
+
+    def put(self, value: Any) -> None:
+        """Waits where much has not been read yet."""
+        self._write.send(value)
+
+    def get(self, seconds: float = WAIT) -> Any:
+        """The next value; AssertionError when none comes."""
+        assert self._read.poll(seconds), "nothing came"
+        return self._read.recv()
+
+    def empty(self) -> bool:
+        """Whether nothing has come that was not read yet."""
+        return not self._read.poll(0)
 
 
 def free_port() -> int:
@@ -52,7 +92,7 @@ def on_ranks(target: Callable[..., Any], world: int, *args: Any, out: Path) -> l
     return [f["value"] for f in found]
 
 
-def ended(process: multiprocessing.Process, seconds: float = 240) -> int | None:
+def ended(process: multiprocessing.Process, seconds: float = WAIT) -> int | None:
     """Exit code of a process (negative: the signal that killed it); a process that does not end is killed: None."""
     process.join(seconds)
     if process.is_alive():

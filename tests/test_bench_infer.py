@@ -7,6 +7,7 @@ import math
 import os
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,8 +196,10 @@ def test_time_in_the_network_lies_apart():
 def test_rounds_end_when_time_is_up(monkeypatch):
     args = parse([*SMALL, "--repeats", "50", "--limit", "1"])
     case = infer.Dense("slow", {"kind": "sum alone", "tiles": 1}, lambda clock: {}, "cpu")
-    turns, _ = case._rounds({"ours": lambda: time.sleep(0.3) or []}, args)
-    assert 2 <= len(turns["ours"]) <= 4
+    spent = []
+    monkeypatch.setattr(infer, "time", SimpleNamespace(perf_counter=lambda: 0.3 * len(spent)))
+    turns, _ = case._rounds({"ours": lambda: spent.append(1) or []}, args)
+    assert len(turns["ours"]) == len(spent) == 3  # a fourth would end behind 1.2 s
 
 
 # --- page ---------------------------------------------------------------------------------------------------------

@@ -82,11 +82,11 @@ def test_lines_of_an_earlier_bidsignore_are_kept(made, model, tmp_path):  # noqa
 
 
 def validator() -> str:
-    """The command of the standard's own validator; it needs deno (about 96 MB), so it is no developer dependency."""
+    """The command of the standard's own validator; with its deno about 96 MB: make test-extras brings it."""
     beside = Path(sys.executable).parent / "bids-validator-deno"
     found = shutil.which("bids-validator-deno") or (str(beside) if beside.exists() else None)
     if found is None:
-        pytest.skip("the BIDS validator is not installed: pip install bids-validator-deno")
+        pytest.skip("the BIDS validator is not installed: make test-extras")
     return found
 
 

@@ -17,7 +17,7 @@ import pytest
 from commands import TILES, call, command, litter, make_work, one_line
 from damage import Canary, flip, keras_with, strange_state
 from nifti_files import rigid, write
-from processes import CONTEXT
+from processes import CONTEXT, Flag
 
 from fastsrgan import checkpoint, weights
 from fastsrgan.networks import GeneratorSpec, build_generator
@@ -133,16 +133,16 @@ def test_a_disk_that_fills_up_ends_training_and_the_last_snapshot_stays(work, tm
 def _convert_slowly(store: Path, held, let_go) -> None:
     with create_store(store, resume=True):
         held.set()
-        let_go.wait(240)
+        let_go.wait()
 
 
 @pytest.mark.fault(27)
 def test_a_second_conversion_says_who_writes_and_a_dead_ones_lock_is_no_obstacle(work, tmp_path, capsys):
     store = tmp_path / "s.zarr"
-    held, let_go = CONTEXT.Event(), CONTEXT.Event()
+    held, let_go = Flag(), Flag()
     process = CONTEXT.Process(target=_convert_slowly, args=(store, held, let_go))
     process.start()
-    assert held.wait(240)
+    assert held.wait()
     words = ("convert", work / "cohort.csv", store)
     code, _, told = call(capsys, *words)
     assert code == 5

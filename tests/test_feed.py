@@ -164,12 +164,12 @@ def test_one_thread_is_for_the_thread_that_asks():
             with one_thread():
                 seen.append(torch.get_num_threads())
                 inside.set()
-                go.wait(20)
+                go.wait(240)
             seen.append(torch.get_num_threads())
 
         thread = threading.Thread(target=other)
         thread.start()
-        assert inside.wait(20) and torch.get_num_threads() == 3
+        assert inside.wait(240) and torch.get_num_threads() == 3
         go.set()
         thread.join()
         assert seen == [1, 3]
@@ -301,7 +301,7 @@ class Recorded:
     def read(self, name: str):
         self.read_names.append(name)
         if name in self.gates:
-            assert self.gates[name].wait(60)
+            assert self.gates[name].wait(240)
         return self.store.read(name)
 
 

@@ -253,5 +253,5 @@ except ResourceError as error:
     print(error.what)
 workers.close()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0 and done.stdout.split() == ["sub-7"] and not done.stderr

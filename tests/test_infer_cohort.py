@@ -130,14 +130,14 @@ def test_neighbours_are_read_and_written_while_the_network_works(folder, model, 
     def infer_volume(loaded, job, *args, **more):
         if loaded.image.name == "b":
             computing_b.set()
-            assert wrote_a.wait(60), "a is written meanwhile"
+            assert wrote_a.wait(240), "a is written meanwhile"
         done = compute(loaded, job, *args, **more)
-        assert loaded.image.name != "a" or read_b.wait(60), "b is read before a is left"
+        assert loaded.image.name != "a" or read_b.wait(240), "b is read before a is left"
         return done
 
     def writing(loaded, job):
         if loaded.image.name == "a":
-            assert computing_b.wait(60), "b is computed meanwhile"
+            assert computing_b.wait(240), "b is computed meanwhile"
         record = write(loaded, job)
         wrote_a.set()
         return record

@@ -62,7 +62,9 @@ def test_torchrun_restarts_a_run_whose_rank_died_where_the_last_snapshot_is(stor
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "left no error" in done.stderr and "continuing" in done.stderr and "update 6" in done.stderr
+    # Whichever comes first: rank 0 notices the death, or torchrun does and stops it.
+    assert "left no error" in done.stderr or "stopped: by SIGTERM" in done.stderr
+    assert "continuing" in done.stderr and "update 6" in done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf8"))
     assert summary["updates"] == 12 and summary["ranks"] == 2
     assert losses(tmp_path / "run") == losses(whole)

@@ -76,7 +76,7 @@ def finished(work) -> Path:
     return work
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.fault(14, 16, 19, 25)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: " ".join(form[:9]).replace("/", "-"))
 def test_one_clear_line_whatever_is_named(finished, tmp_path, capsys, monkeypatch, form):

@@ -42,7 +42,7 @@ PIPES = {
 }
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", PIPES)
 def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(work, tmp_path, capsys, kind):
     """Waited for a writer, for ever."""
@@ -55,7 +55,7 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(work, tmp_path,
     one_line(told, str(pipe), "is not a regular file")
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["manifest.json", "sub-0/image/c/0/0/0"])
 def test_a_pipe_in_a_store_is_a_missing_file(work, tmp_path, capsys, name):
     store = tmp_path / "s.zarr"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -87,23 +88,30 @@ def test_a_process_alone_changes_nothing(monkeypatch):
     assert not ALONE.noted("a")
 
 
-def waiting(death: str) -> None:
+def waiting(death: str, ending: int) -> None:
     with from_environment(CPU) as r:
         r.barrier()
-        if r.rank == 1:
+        if r.rank == ending:
             if death == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ResourceError("disk", "no space left", "free space")
+        if death == "late" and r.rank == 2:
+            read = r._reason
+            r._reason = lambda error: time.sleep(1) or read(error)  # long after rank 0 could have ended with its store
         r.average_([torch.ones(3)])
 
 
 @pytest.mark.fault(39)
-@pytest.mark.parametrize("death", ["kill", "error"])
-def test_the_others_end_with_the_error_of_a_rank_that_ends(tmp_path, death):
-    processes = start_ranks(waiting, 3, death, out=tmp_path)
+@pytest.mark.parametrize("ending", [0, 1])  # rank 0 holds the store of a job that torchrun did not start
+@pytest.mark.parametrize("death", ["kill", "error", "late"])
+def test_the_others_end_with_the_error_of_a_rank_that_ends(tmp_path, death, ending):
+    processes = start_ranks(waiting, 3, death, ending, out=tmp_path)
     codes = [ended(p) for p in processes]  # long before the half hour that a message may take
-    assert codes == [5, -signal.SIGKILL if death == "kill" else 5, 5]
-    for rank in (0, 2):
+    expected = [5, 5, 5]
+    if death == "kill":
+        expected[ending] = -signal.SIGKILL
+    assert codes == expected
+    for rank in {0, 1, 2} - {ending}:
         found = outcome(tmp_path / f"{rank}.json")
         assert found["kind"] == "LostRank", found
         wanted = "left no error" if death == "kill" else "failed: disk: no space left"

@@ -13,7 +13,7 @@ from report_results import make_results, make_run, make_scores
 
 from fastsrgan.viewer.page import report
 
-pytestmark = pytest.mark.skipif(chromium.browser() is None, reason="no Chromium is installed")
+pytestmark = pytest.mark.skipif(chromium.browser() is None, reason="no Chromium is installed: make test-extras")
 
 VIEWER = "document.getElementById('viewer')"
 OWN = ("file:", "data:", "blob:", "about:")

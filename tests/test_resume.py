@@ -152,8 +152,7 @@ def test_kill_9_at_random_moments_and_resume_gives_the_same_bits(store, whole, t
 
 
 @pytest.mark.fault(37)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("stop_at", [1, 8])
+@pytest.mark.parametrize(("number", "stop_at"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 8)])
 def test_a_signal_in_mid_epoch_leaves_a_snapshot_that_goes_on(store, whole, tmp_path, monkeypatch, stop_at, number):
     count, original = iter(range(1, 1000)), Models.generator_update
 

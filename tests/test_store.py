@@ -5,7 +5,6 @@ import errno
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import resource
 import signal
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import zarr
 from fsspec.implementations.memory import MemoryFileSystem
+from processes import CONTEXT, Flag
 
 from fastsrgan import store_files, store_writer
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
@@ -483,11 +483,10 @@ def _hold(folder, ready):
 
 @pytest.mark.fault(27)
 def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_taken_over(folder, caplog):
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    process = context.Process(target=_hold, args=(folder, ready))
+    ready = Flag()
+    process = CONTEXT.Process(target=_hold, args=(folder, ready))
     process.start()
-    assert ready.wait(200)
+    assert ready.wait()
     with pytest.raises(ResourceError, match=f"is being written by process {process.pid} on {socket.gethostname()}"):
         create_store(folder, resume=True)
     os.kill(process.pid, signal.SIGKILL)

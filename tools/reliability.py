@@ -1,7 +1,7 @@
 """``python tools/reliability.py``: docs/reliability.md from the tests that are marked ``@pytest.mark.fault(n, ...)``.
 
-The promises stand here, the tests are found in the sources, the runs of soak and fuzz are read from
-bench/results/*/soak.json and fuzz.json.
+The promises stand here, the tests are found in the sources, the runs of test-matrix, soak and fuzz are read from
+bench/results/*/matrix.json, soak.json and fuzz.json.
 ``--check`` writes nothing and ends with 1 when the page is out of date or a row has no test.
 """
 
@@ -102,6 +102,14 @@ What the commands say, word for word: [errors.md](errors.md). Untrusted files: [
 |---|---|---|---|---|
 """
 
+MATRIX = """
+## Machines
+
+`make test-matrix` runs the tests that touch arithmetic, signals, ranks and files once in each of these surroundings
+(`tools/test_matrix.py`), and looks first whether the surrounding is in force. What a machine lacks is said, and is no
+pass.
+"""
+
 FUZZ = """
 ## Fuzzing
 
@@ -171,7 +179,23 @@ def page(tests: dict[int, list[str]]) -> str:
     runs = [soaked(path) for path in found] or ["\nNo run is kept under `bench/results/` yet.\n"]
     fuzzed = [text for path in sorted((ROOT / "bench" / "results").glob("*/fuzz.json")) for text in fuzz_runs(path)]
     fuzzed = fuzzed or ["\nNo run is kept under `bench/results/` yet.\n"]
-    return TOP + "\n".join(lines) + "\n" + FUZZ + "".join(fuzzed) + SOAK + "".join(runs)
+    tables = [matrix(path) for path in sorted((ROOT / "bench" / "results").glob("*/matrix.json"))]
+    tables = tables or ["\nNo run is kept under `bench/results/` yet.\n"]
+    return TOP + "\n".join(lines) + "\n" + MATRIX + "".join(tables) + FUZZ + "".join(fuzzed) + SOAK + "".join(runs)
+
+
+def matrix(path: Path) -> str:
+    """The surroundings of one machine as a table."""
+    run = json.loads(path.read_text(encoding="utf8"))
+    text = f"\n{run['cpu']}, {run['cores']} cores ({path.parent.name}):\n\n"
+    text += "| surrounding | result | tests | skipped | seconds | processor seconds |\n|---|---|---|---|---|---|\n"
+    for name, row in run["rows"].items():
+        result = row["result"] + (f": {row['reason']}" if "reason" in row else "")
+        figures = [str(row.get(key, "")) for key in ("tests", "skipped", "seconds", "cpu_seconds")]
+        if "files" in row:
+            figures[0] += f" of {', '.join(Path(file).stem for file in row['files'])} alone"
+        text += f"| {name} | {' | '.join([result, *figures])} |\n"
+    return text
 
 
 def fuzz_runs(path: Path) -> list[str]:
