@@ -59,6 +59,8 @@ def documented() -> set[str]:
         for module, imported in re.findall(r"from (fastsrgan[\w.]*) import ([\w, ]+)", text):
             names |= {f"{module}.{name.strip()}" for name in imported.split(",")}
         names |= set(re.findall(r"^ *import (fastsrgan[\w.]*)", text, re.M))
+        for module, first, more in re.findall(r"`(fastsrgan\.[\w.]+)\.(\w+)`((?:, `\w+`)*)", text):
+            names |= {f"{module}.{name}" for name in [first, *re.findall(r"\w+", more)]}
     return names
 
 
