@@ -280,7 +280,7 @@ def not_in_force(row: Row, facts: dict[str, Any]) -> str:
 def ended(code: int, output: str) -> dict[str, Any]:
     """Result and counts from pytest's exit code and output. No test at all is no pass."""
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)\b", output)}
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
     passed = code == 0 and counts.get("passed", 0) > 0
     found: dict[str, Any] = {"result": "passed" if passed else "failed", "tests": counts.get("passed", 0)}
     if counts.get("skipped"):
