@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from bench.common import texture
-from fastsrgan import images
 from fastsrgan.convert import convert
-from fastsrgan.patch_grid import patch_origins, positive_box
-from fastsrgan.resample import modulo_size
+from fastsrgan.data.patch_grid import patch_origins, positive_box
+from fastsrgan.io import nifti as images
+from fastsrgan.volume.resample import modulo_size
 
 THRESHOLD = 500  # stored intensity above which a voxel belongs to the label
 AIR = 0.0
@@ -48,7 +48,7 @@ class Work:
     epochs : that are timed after the first one
     workers : processes of the peers' loaders; threads : of torch in the main process
     step_ms : duration of the simulated training step
-    low_res, contrast, noise, geometry : the degradation (fastsrgan.degrade.Degradation)
+    low_res, contrast, noise, geometry : the degradation (fastsrgan.observation.model.Degradation)
     """
 
     folder: str

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from fastsrgan.core.runtime import finite, pick_device, provenance, rng, source_commit, tune_allocator, write_json
 from fastsrgan.errors import UsageError
-from fastsrgan.runtime import finite, pick_device, provenance, rng, source_commit, tune_allocator, write_json
 
 __all__ = ["Case", "Sides", "peak_of", "prepare", "run", "texture", "write_json"]
 
@@ -41,7 +41,7 @@ NOTES = [
     "max_error: largest difference from any peer or the known truth, relative to the other array's largest magnitude;"
     " of gradients: Euclidean norm of the difference relative to the norm, the worst tensor",
     "peak_bytes: growth of the process (CUDA: of torch's memory) during one call, inputs and parameters not counted",
-    "fastsrgan.runtime.tune_allocator, a part of fastsrgan, is on for all sides: it cannot be taken back in a process",
+    "fastsrgan.core.runtime.tune_allocator, a part of fastsrgan, is on for all sides: it cannot be taken back in a process",
     "float32 without TF32 on all sides",
 ]
 

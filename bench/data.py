@@ -16,13 +16,14 @@ from scipy import ndimage
 
 from bench import data_engine
 from bench.common import Case, OwnWay, Sides, texture
-from fastsrgan import images, resample
-from fastsrgan.degrade import degrade
-from fastsrgan.patch_grid import patch_origins
-from fastsrgan.pool import Pool, Resident
-from fastsrgan.resample import FWHM
-from fastsrgan.store import Store, open_store
-from fastsrgan.store_writer import create_store
+from fastsrgan.data.patch_grid import patch_origins
+from fastsrgan.data.pool import Pool, Resident
+from fastsrgan.io import nifti as images
+from fastsrgan.observation.model import degrade
+from fastsrgan.store.reader import Store, open_store
+from fastsrgan.store.writer import create_store
+from fastsrgan.volume import resample
+from fastsrgan.volume.resample import FWHM
 
 FACTOR = 3
 SPACING, LOW_RES = (1.0, 1.0, 1.0), (1.0, 1.0, float(FACTOR))

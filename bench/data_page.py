@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastsrgan.core.runtime import atomic_write
 from fastsrgan.errors import InputError
-from fastsrgan.runtime import atomic_write
 
-KINDS = ("spread", "drift")  # of fastsrgan.shuffle.quality
+KINDS = ("spread", "drift")  # of fastsrgan.data.shuffle.quality
 BUDGETS = (4, 16, 64)  # GB of resident_memory
 COHORTS = (40, 1000, 100_000)
 MARK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -26,11 +26,11 @@ import torch
 from bench import peers_data as peers
 from bench.cohort import Epochs, Patches, Work, as_patches
 from bench.watch import FolderWatch, tree_cpu_seconds, tree_memory, written
-from fastsrgan.degrade import Degradation
-from fastsrgan.feed import Feed, PatchRule, epoch_groups, resident_limit
-from fastsrgan.pool import Pool, Resident
-from fastsrgan.runtime import pick_device, tune_allocator
-from fastsrgan.store import open_store
+from fastsrgan.core.runtime import pick_device, tune_allocator
+from fastsrgan.data.feed import Feed, PatchRule, epoch_groups, resident_limit
+from fastsrgan.data.pool import Pool, Resident
+from fastsrgan.observation.model import Degradation
+from fastsrgan.store.reader import open_store
 
 OURS = "fastsrgan"
 SIDES: dict[str, Callable[[Work], Epochs]] = {

@@ -16,15 +16,15 @@ from unittest import mock
 from bench.cohort import Cohort, Work
 from bench.common import synchronise
 from bench.data_sides import make_feed, make_pool
-from fastsrgan import demo
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
-from fastsrgan.degrade import Degradation
-from fastsrgan.pool import Resident
-from fastsrgan.shuffle import batch_subjects, quality
-from fastsrgan.template import make_cohort
-from fastsrgan.train import train
-from fastsrgan.weights import default_weights
+from fastsrgan.data.pool import Resident
+from fastsrgan.data.shuffle import batch_subjects, quality
+from fastsrgan.demo import run as demo
+from fastsrgan.demo.template import make_cohort
+from fastsrgan.model.weights import default_weights
+from fastsrgan.observation.model import Degradation
+from fastsrgan.train.run import train
 
 STAGES = ("read", "degrade", "place", "gather")
 
@@ -169,7 +169,7 @@ class Shuffle:
     subjects: int = 40
 
     def measure(self, args: argparse.Namespace) -> dict[str, Any]:
-        """The row: ``groups`` holds fastsrgan.shuffle.quality for each number of resident subjects."""
+        """The row: ``groups`` holds fastsrgan.data.shuffle.quality for each number of resident subjects."""
         work = self.cohort.made()
         patches = {f"subject{i}": work.patches for i in range(self.subjects)}
         groups, seconds = {}, []

@@ -36,12 +36,12 @@ from bench.common import (
     texture,
 )
 from bench.peers_infer import EXACT, Network, peers, plain_loop, reference
-from fastsrgan import tiles
-from fastsrgan.infer import infer_volume
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.rearranged import held
-from fastsrgan.stitch import WINDOWS, Stitcher
-from fastsrgan.tile_network import TileNetwork
+from fastsrgan.core.rearranged import held
+from fastsrgan.infer import tiles
+from fastsrgan.infer.network import TileNetwork
+from fastsrgan.infer.stitch import WINDOWS, Stitcher
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 STITCH_SHAPE, WHOLE_SHAPE = (160, 160, 160), (96, 112, 112)
 CHANNELS = 2  # SR and segmentation

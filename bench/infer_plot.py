@@ -10,8 +10,8 @@ import numpy as np
 
 from bench.infer_page import OURS, affine_fit, against_step, rows_of, sides
 from bench.plot_step import bars
+from fastsrgan.core.runtime import atomic_write
 from fastsrgan.errors import InputError
-from fastsrgan.runtime import atomic_write
 
 COLOUR = "black"
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from bench.common import Case, Sides, texture
-from fastsrgan import resample, stitch, tiles
-from fastsrgan.patch_grid import patch_origins
-from fastsrgan.pool import Pool, Resident
+from fastsrgan.data.patch_grid import patch_origins
+from fastsrgan.data.pool import Pool, Resident
+from fastsrgan.infer import stitch, tiles
+from fastsrgan.volume import resample
 
 FACTOR = 3
 CHANNELS = 2  # SR and segmentation

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.common import Case, Sides
-from fastsrgan import layers
+from fastsrgan.model import layers
 
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3  # of an array's norm; at a ReLU's kink either slope is right
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastsrgan.networks import Critic, Generator
-from fastsrgan.pool import Batch
+from fastsrgan.data.pool import Batch
+from fastsrgan.model.networks import Critic, Generator
 
 Pairs = list[tuple[Tensor, Tensor]]
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsrgan import tiles
-from fastsrgan.windows import WINDOWS
+from fastsrgan.infer import tiles
+from fastsrgan.infer.windows import WINDOWS
 
 Network = Callable[[Tensor], Tensor]
 Loop = Callable[[Tensor, tiles.TilePlan, Network, int, str], Tensor]

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastsrgan.core.runtime import atomic_write
 from fastsrgan.errors import InputError
-from fastsrgan.runtime import atomic_write
 
 OURS, THEIRS = "#1f77b4", "#b0b0b0"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from bench import data_page, infer_page, infer_plot, plot_step, roofline, scale
 from bench.plot import plot
+from fastsrgan.core.runtime import atomic_write
 from fastsrgan.errors import InputError
-from fastsrgan.runtime import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE, PICTURE = ROOT / "docs" / "data-engine.md", ROOT / "docs" / "images" / "data-engine.png"

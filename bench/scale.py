@@ -136,9 +136,9 @@ def volume_seconds(work: Any) -> float:
     """Median seconds to read, degrade and place a subject, on one thread."""
     import torch
 
-    from fastsrgan.degrade import Degradation
-    from fastsrgan.feed import PatchRule, make_resident
-    from fastsrgan.store import open_store
+    from fastsrgan.data.feed import PatchRule, make_resident
+    from fastsrgan.observation.model import Degradation
+    from fastsrgan.store.reader import open_store
 
     torch.set_num_threads(1)
     store, law = open_store(work.store), Degradation((work.low_res,), work.contrast, work.noise, work.geometry)
@@ -241,7 +241,7 @@ def section(report: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str]) -> str:
     """``python -m bench scale``."""
     from bench.common import machine
-    from fastsrgan.runtime import source_commit, write_json
+    from fastsrgan.core.runtime import source_commit, write_json
 
     parser = argparse.ArgumentParser(
         prog="python -m bench scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

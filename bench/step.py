@@ -16,17 +16,17 @@ from torch import Tensor
 from bench import common, flops, naive
 from bench.common import Case, Sides, texture
 from bench.step_ranks import Scaling
-from fastsrgan import precision
 from fastsrgan.config import TrainConfig
-from fastsrgan.critic_step import critic_gradients
-from fastsrgan.degrade import degrade
+from fastsrgan.core.ranks import ALONE, Ranks
+from fastsrgan.core.runtime import rng
+from fastsrgan.data.patch_grid import patch_origins
+from fastsrgan.data.pool import Batch, Pool, Resident
 from fastsrgan.losses import charbonnier
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.pair import Models
-from fastsrgan.patch_grid import patch_origins
-from fastsrgan.pool import Batch, Pool, Resident
-from fastsrgan.ranks import ALONE, Ranks
-from fastsrgan.runtime import rng
+from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.observation.model import degrade
+from fastsrgan.train import precision
+from fastsrgan.train.critic_step import critic_gradients
+from fastsrgan.train.gan import Models
 
 FORWARD_TOLERANCE = 5e-5
 # In float32 a voxel within rounding of a ReLU's kink takes either slope. Rounding alone moves the gradient of a small

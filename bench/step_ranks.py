@@ -103,9 +103,9 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
 
     from bench.step import EPOCH, pool
     from fastsrgan.config import TrainConfig
-    from fastsrgan.pair import Models
-    from fastsrgan.ranks import from_environment, local_device
-    from fastsrgan.runtime import rng, tune_allocator
+    from fastsrgan.core.ranks import from_environment, local_device
+    from fastsrgan.core.runtime import rng, tune_allocator
+    from fastsrgan.train.gan import Models
 
     torch.set_num_threads(options["threads"])
     tune_allocator()

@@ -1,26 +1,23 @@
 """fastsrgan: super-resolution and segmentation of brain MRI with one 3-D GAN (SegSRGAN), fast.
 
-The names below are the public Python interface, each loaded when it is first asked for. ``degrade`` is the function;
-its module is imported as ``from fastsrgan.degrade import ...``.
+The names below are the public Python interface, each loaded when it is first asked for.
 """
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastsrgan._version import __version__
+from fastsrgan.core.lazy import lazy
 
 if TYPE_CHECKING:
     from fastsrgan import losses
-    from fastsrgan.degrade import Degraded, degrade
     from fastsrgan.errors import FastsrganError
-    from fastsrgan.geometry import Volume
-    from fastsrgan.infer import InferResult, infer_volume
-    from fastsrgan.viewer.show import show
-    from fastsrgan.weights import load_critic, load_generator
+    from fastsrgan.infer.volume import InferResult, infer_volume
+    from fastsrgan.model.weights import load_critic, load_generator
+    from fastsrgan.observation.model import Degraded, degrade
+    from fastsrgan.report.show import show
+    from fastsrgan.volume.geometry import Volume
 
 __all__ = [
     "Degraded",
@@ -36,40 +33,22 @@ __all__ = [
     "show",
 ]
 
-_MODULES = {
-    "Degraded": "degrade",
-    "FastsrganError": "errors",
-    "InferResult": "infer",
-    "Volume": "geometry",
-    "infer_volume": "infer",
-    "load_critic": "weights",
-    "load_generator": "weights",
-    "show": "viewer.show",
-}
+__getattr__ = lazy(
+    __name__,
+    {
+        "Degraded": "fastsrgan.observation.model",
+        "FastsrganError": "fastsrgan.errors",
+        "InferResult": "fastsrgan.infer.volume",
+        "Volume": "fastsrgan.volume.geometry",
+        "infer_volume": "fastsrgan.infer.volume",
+        "load_critic": "fastsrgan.model.weights",
+        "load_generator": "fastsrgan.model.weights",
+        "show": "fastsrgan.report.show",
+        "degrade": "fastsrgan.observation.model",
+        "losses": "fastsrgan.losses",
+    },
+)
 
 
-class _Package(ModuleType):
-    """This package, whose commands must be able to answer a signal before torch is loaded."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "losses":
-            return importlib.import_module("fastsrgan.losses")
-        if name not in _MODULES:
-            raise AttributeError(f"module 'fastsrgan' has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"fastsrgan.{_MODULES[name]}"), name)
-        setattr(self, name, value)
-        return value
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
-
-    @property
-    def degrade(self) -> Any:
-        """The function; the import system would put the module of this name here."""
-        return importlib.import_module("fastsrgan.degrade").degrade
-
-    @degrade.setter
-    def degrade(self, module: ModuleType) -> None: ...
-
-
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

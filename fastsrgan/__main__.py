@@ -7,8 +7,8 @@ and a current folder that is gone, without which they cannot be loaded.
 import os
 import sys
 
-from fastsrgan.interrupts import AtOnce
-from fastsrgan.startup import NO_MEMORY, open_streams, out_of_memory
+from fastsrgan.core.signals import AtOnce
+from fastsrgan.core.startup import NO_MEMORY, open_streams, out_of_memory
 
 
 def main() -> int:
@@ -21,7 +21,7 @@ def main() -> int:
         sys.stderr.write("error: the current folder: does not exist any more (cd to another one)\n")
         return 5
     try:
-        from fastsrgan import cli
+        from fastsrgan.cli import main as cli
     except Exception as error:
         if not out_of_memory(error):
             raise

@@ -17,16 +17,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fastsrgan import images
-from fastsrgan.encode import DTYPES, axis_codes, describe, encode
+from fastsrgan.core.runtime import QUIET, Progress
 from fastsrgan.errors import FastsrganError, InputError, PartialFailure, UsageError
-from fastsrgan.geometry import Volume
-from fastsrgan.nifti_check import examine
-from fastsrgan.runtime import QUIET, Progress
-from fastsrgan.store import Subject
-from fastsrgan.store_writer import StoreWriter, create_store
-from fastsrgan.table import Fault, Row, read_table, table_error
-from fastsrgan.voxel_stream import NiftiFile
+from fastsrgan.io import nifti as images
+from fastsrgan.io.nifti_header import examine
+from fastsrgan.io.nifti_voxels import NiftiFile
+from fastsrgan.io.tables import Fault, Row, read_table, table_error
+from fastsrgan.store.encode import DTYPES, axis_codes, describe, encode
+from fastsrgan.store.reader import Subject
+from fastsrgan.store.writer import StoreWriter, create_store
+from fastsrgan.volume.geometry import Volume
 
 log = logging.getLogger("fastsrgan")
 
@@ -65,7 +65,7 @@ def convert(
 
     Parameters
     ----------
-    csv : see `fastsrgan.table.read_table`, also for ``base_path``
+    csv : see `fastsrgan.io.tables.read_table`, also for ``base_path``
     workers : threads; default one a core, at most 8
     dtype : "auto" keeps integers as stored and makes floats float32; "int16" quantises floats with an exact zero and
         records the largest error; "float32" applies the scaling of integers

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from fastsrgan import forms
 from fastsrgan._version import __version__
-from fastsrgan.engine import pick_precision
-from fastsrgan.precision import training_type
-from fastsrgan.units import human
+from fastsrgan.core.units import human
+from fastsrgan.infer.engine import pick_precision
+from fastsrgan.model.cpu import forms
+from fastsrgan.train.precision import training_type
 
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "zarr", "numcodecs", "safetensors", "h5py", "nilearn", "matplotlib")
 SMALL_SHM = 64 * 2**20  # what Docker gives a container unless told otherwise

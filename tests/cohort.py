@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsrgan import images
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
+from fastsrgan.io import nifti as images
 
 SMALL = TrainConfig(
     new_low_res=((1.0, 1.0, 3.0),),

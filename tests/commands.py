@@ -26,9 +26,12 @@ from cohort import SMALL, make_store
 from nifti_files import HEAD, rigid, write
 from processes import CONTEXT, WAIT, ended
 
-from fastsrgan import __main__, images, infer_job, weights
-from fastsrgan.cli import main
-from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan import __main__
+from fastsrgan.cli.main import main
+from fastsrgan.infer import image as infer_job
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 TILES = ("--patch", "16", "--step", "16")
 SETTINGS = SMALL.replace(epochs=1, steps_per_epoch=2, critic_iterations=1)

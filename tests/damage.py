@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 from nifti_files import header_of, rigid
 
-from fastsrgan import checkpoint
+from fastsrgan.model import checkpoint
 
 MIB = 1 << 20
 GOLDEN = Path(__file__).parent / "golden" / "weights_residual_mask3.h5"

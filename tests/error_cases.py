@@ -16,10 +16,10 @@ import numpy as np
 from damage import Canary, bomb, claims_64_tib, cut, flip, keras_with, strange_state
 from nifti_files import HEAD, qform_fields, rigid, write
 
-from fastsrgan import checkpoint, weights
-from fastsrgan.cli import main
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.store_files import MANIFEST
+from fastsrgan.cli.main import main
+from fastsrgan.model import checkpoint, weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.store.files import MANIFEST
 
 HEADER = "HR_image,Label_image,Base\n"
 INFER = ["infer", "scan.nii.gz", "-o", "out", "-w", "w.safetensors"]

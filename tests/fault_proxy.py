@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from fastsrgan.store_files import Keys
+from fastsrgan.store.files import Keys
 
 HOST = "127.0.0.1"
 BUCKET = "bucket"

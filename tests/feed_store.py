@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastsrgan.degrade import Degradation
-from fastsrgan.encode import describe
-from fastsrgan.feed import Feed, PatchRule, deal
-from fastsrgan.pool import Resident
-from fastsrgan.store import Store, open_store
-from fastsrgan.store_writer import create_store
+from fastsrgan.data.feed import Feed, PatchRule, deal
+from fastsrgan.data.pool import Resident
+from fastsrgan.observation.model import Degradation
+from fastsrgan.store.encode import describe
+from fastsrgan.store.reader import Store, open_store
+from fastsrgan.store.writer import create_store
 
 CPU = torch.device("cpu")
 SHAPES = [(41, 52, 37), (33, 29, 60), (50, 47, 44), (17, 61, 23), (61, 47, 53)]

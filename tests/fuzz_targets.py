@@ -24,33 +24,30 @@ import numpy as np
 import torch
 from cohort import SMALL
 
-from fastsrgan import (
-    any_image,
-    checkpoint,
-    config,
-    evaluate_cohort,
-    images,
-    modelfile,
-    snapshots,
-    store_files,
-    study_curves,
-    table,
-    trainlog,
-    weights,
-)
-from fastsrgan.bids import evaluate_bids, infer_bids
-from fastsrgan.bids_names import check_derivatives
+from fastsrgan import config
+from fastsrgan.core.runtime import write_json
 from fastsrgan.errors import FastsrganError
-from fastsrgan.evaluate import evaluate_files
-from fastsrgan.image_list import find_images
-from fastsrgan.infer_files import infer_files
-from fastsrgan.networks import Critic, CriticSpec, GeneratorSpec, build_generator
-from fastsrgan.remote import fingerprint
-from fastsrgan.runtime import write_json
-from fastsrgan.store import open_store
-from fastsrgan.store_writer import create_store
-from fastsrgan.viewer import stage
-from fastsrgan.viewer.page import report
+from fastsrgan.evaluate import cohort as evaluate_cohort
+from fastsrgan.evaluate.pair import evaluate_files
+from fastsrgan.infer.bids import evaluate_bids, infer_bids
+from fastsrgan.infer.files import infer_files
+from fastsrgan.io import any_image
+from fastsrgan.io import nifti as images
+from fastsrgan.io import tables as table
+from fastsrgan.io.bids import check_derivatives
+from fastsrgan.io.image_list import find_images
+from fastsrgan.model import checkpoint, weights
+from fastsrgan.model import safetensors as modelfile
+from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
+from fastsrgan.report import viewer as stage
+from fastsrgan.report.page import report
+from fastsrgan.store import files as store_files
+from fastsrgan.store.reader import open_store
+from fastsrgan.store.remote import fingerprint
+from fastsrgan.store.writer import create_store
+from fastsrgan.study import curves as study_curves
+from fastsrgan.train import logs as trainlog
+from fastsrgan.train import snapshots
 
 GOLDEN = Path(__file__).parent / "golden"
 Case = Callable[[], object]

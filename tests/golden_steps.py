@@ -19,8 +19,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fastsrgan.config import TrainConfig, from_mapping
-from fastsrgan.pair import Models
-from fastsrgan.pool import Batch
+from fastsrgan.data.pool import Batch
+from fastsrgan.train.gan import Models
 
 FILE = Path(__file__).parent / "golden" / "steps.json"
 ITERATIONS = 20

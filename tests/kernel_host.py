@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastsrgan import backend
+from fastsrgan.core import kernels as backend
 
 HEADERS = Path(__file__).parent.parent / "kernels" / "host"
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]

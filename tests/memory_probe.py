@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
-from fastsrgan.infer import infer_volume
-from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 
 class Peak:

@@ -17,7 +17,7 @@ from typing import Any
 
 WAIT = 240.0  # seconds for what takes one or two on an idle machine
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fastsrgan.train", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(["fastsrgan.train.run", "torch._dynamo"])
 
 
 class Flag:

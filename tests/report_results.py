@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from phantom import head
 
-from fastsrgan import images, weights
-from fastsrgan.evaluate import evaluate_files
-from fastsrgan.infer_files import infer_files
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.runtime import write_json
+from fastsrgan.core.runtime import write_json
+from fastsrgan.evaluate.pair import evaluate_files
+from fastsrgan.infer.files import infer_files
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 THIN, THICK = (5.0, 5.0, 5.0), (5.0, 5.0, 15.0)
 

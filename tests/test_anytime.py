@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastsrgan import anytime, tiles
-from fastsrgan.engine import predict
 from fastsrgan.errors import UsageError
-from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.infer import anytime, tiles
+from fastsrgan.infer.engine import predict
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 VOLUME = torch.rand(37, 30, 23, generator=torch.Generator().manual_seed(0))
 LEVELS = anytime.levels(VOLUME.shape, 16, 2)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastsrgan import backend
-from fastsrgan.backend import KernelUnavailable, Op
+from fastsrgan.core import kernels as backend
+from fastsrgan.core.kernels import KernelUnavailable, Op
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,10 @@ import torch
 
 from bench import common, data, naive, step
 from bench.__main__ import main, parse
-from fastsrgan import critic_step, networks, pool
-from fastsrgan.networks import Critic, CriticSpec, Generator, GeneratorSpec
+from fastsrgan.data import pool
+from fastsrgan.model import networks
+from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
+from fastsrgan.train import critic_step
 
 SMALL = {
     "step": ["--kernel", "2", "--batch", "2", "--patch", "16", "--critic-kernel", "2"],

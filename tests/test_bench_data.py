@@ -20,8 +20,8 @@ from bench.__main__ import main, parse
 from bench.cohort import Patches, Work
 from bench.plot import plot
 from bench.watch import FolderWatch, MemoryPeak, tree_cpu_seconds, tree_memory, written
-from fastsrgan.degrade import Degradation
 from fastsrgan.errors import InputError
+from fastsrgan.observation.model import Degradation
 
 ROOT = Path(__file__).parent.parent
 SHAPE = (30, 27, 33)  # a multiple of the ratio along z, as the bench makes it: all grids then agree

@@ -16,8 +16,8 @@ import torch
 from bench import common, infer, infer_page, peers_infer, report
 from bench.__main__ import main, parse
 from bench.common import texture
-from fastsrgan import tiles
-from fastsrgan.stitch import Stitcher, overlap_add
+from fastsrgan.infer import tiles
+from fastsrgan.infer.stitch import Stitcher, overlap_add
 
 SMALL = ["infer", "--quick", "--threads", "1", "--shape", "24", "20", "25", "--patch", "16", "--step", "10"]
 SMALL += ["--steps", "14", "--kernel", "2"]

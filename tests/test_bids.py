@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from phantom import head
 
-from fastsrgan import images, weights
-from fastsrgan.bids import STAGE, evaluate_bids, infer_bids
-from fastsrgan.bids_names import check_derivatives, find_bids, parse, read_json, sidecar
-from fastsrgan.cli import main
+from fastsrgan.cli.main import main
+from fastsrgan.core.runtime import write_json
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.infer_files import SomeFailed, infer_files
-from fastsrgan.networks import Critic, CriticSpec, GeneratorSpec, build_generator
-from fastsrgan.runtime import write_json
+from fastsrgan.infer.bids import STAGE, evaluate_bids, infer_bids
+from fastsrgan.infer.files import SomeFailed, infer_files
+from fastsrgan.io import nifti as images
+from fastsrgan.io.bids import check_derivatives, find_bids, parse, read_json, sidecar
+from fastsrgan.model import weights
+from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 
 SHAPE = (20, 24, 9)
 NAMES = (

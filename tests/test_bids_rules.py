@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from test_bids import QUICK, make_dataset, model  # noqa: F401 (a fixture)
 
-from fastsrgan.bids import IGNORED, infer_bids
-from fastsrgan.bids_names import DESCRIPTION, read_json, sidecar
+from fastsrgan.infer.bids import IGNORED, infer_bids
+from fastsrgan.io.bids import DESCRIPTION, read_json, sidecar
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsrgan.blocks import Slabs, Source, acquire, interpolate, plan, truth
-from fastsrgan.degrade import Degradation, degrade
+from fastsrgan.core.runtime import rng
 from fastsrgan.errors import ResourceError
-from fastsrgan.intensity import CACHED, add_noise, contrast_power, each_piece, largest
-from fastsrgan.resample import degrade_matrix, support
-from fastsrgan.runtime import rng
+from fastsrgan.observation.model import Degradation, degrade
+from fastsrgan.observation.slabs import Slabs, Source, acquire, interpolate, plan, truth
+from fastsrgan.volume.intensity import CACHED, add_noise, contrast_power, each_piece, largest
+from fastsrgan.volume.resample import degrade_matrix, support
 
 EXTRAS = {"bias_field": 0.3, "rician": True, "width": 1.15, "motion": 0.6}
 
@@ -175,7 +175,7 @@ def test_a_budget_below_one_slice_is_refused_with_what_it_takes():
 MEASURE = """
 import sys
 import numpy as np
-from fastsrgan.degrade import degrade
+from fastsrgan.observation.model import degrade
 
 def memory(name):
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])

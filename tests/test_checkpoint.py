@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from fastsrgan import checkpoint
 from fastsrgan.errors import ModelError, ResourceError
+from fastsrgan.model import checkpoint
 
 
 def write(run, step, text="x" * 5000):
@@ -105,7 +105,7 @@ def test_prune_keeps_the_newest(tmp_path):
 def test_sigkill_while_writing_leaves_whole_snapshots_only(tmp_path):
     code = (
         "import sys, pathlib\n"
-        "from fastsrgan import checkpoint\n"
+        "from fastsrgan.model import checkpoint\n"
         "data = b'x' * 3_000_000\n"
         "for step in range(10_000):\n"
         "    writers = {n: (lambda p: p.write_bytes(data)) for n in ('a.bin', 'b.bin')}\n"

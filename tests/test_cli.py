@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastsrgan import images, weights
-from fastsrgan.cli import build_parser, failed, main, normalised
-from fastsrgan.cli_train import build_config
-from fastsrgan.networks import Critic, CriticSpec, GeneratorSpec, build_generator
+from fastsrgan.cli.main import build_parser, failed, main, normalised
+from fastsrgan.cli.train import build_config
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,19 @@ import pytest
 import torch
 from scipy import ndimage
 
-from fastsrgan import compat, config, images, resample_sitk, weights
-from fastsrgan.degrade import Degradation, Draw, degrade
+from fastsrgan import config
+from fastsrgan.compat import original as compat
+from fastsrgan.data.feed import PatchRule, make_resident
+from fastsrgan.data.pool import Pool
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
-from fastsrgan.feed import PatchRule, make_resident
-from fastsrgan.infer import infer_volume
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.pool import Pool
-from fastsrgan.resample import apply_axes
-from fastsrgan.store import Sample
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.observation.model import Degradation, Draw, degrade
+from fastsrgan.store.reader import Sample
+from fastsrgan.volume import resample_sitk
+from fastsrgan.volume.resample import apply_axes
 
 ROOT = Path(__file__).parent.parent
 AFFINE = np.array([[-1.0, 0, 0, 30], [0, 1.2, 0, -20], [0, 0, 3.0, 5], [0, 0, 0, 1]])
@@ -168,8 +172,8 @@ import socket, sys
 def refuse(*args, **kwargs):
     raise SystemExit("the network was asked for")
 socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
-import fastsrgan, fastsrgan.compat
-from fastsrgan.cli import main
+import fastsrgan, fastsrgan.compat.original
+from fastsrgan.cli.main import main
 codes = [main([*words, "--help"]) for words in ([], ["job-model"], ["train"], ["infer"])]
 sys.exit(any(codes))
 """

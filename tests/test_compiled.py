@@ -14,15 +14,16 @@ import torch
 from golden_steps import CONFIG, batch, double
 from torch._dynamo.utils import counters
 
-from fastsrgan import compiled as compiled_module
-from fastsrgan import networks, tile_network
-from fastsrgan.compiled import compiled, wanted, whole
-from fastsrgan.critic_step import critic_gradients
 from fastsrgan.errors import ResourceError, UsageError
-from fastsrgan.infer import infer_volume
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.pair import Models
-from fastsrgan.step import critic_loss
+from fastsrgan.infer import network as tile_network
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.model import compiled as compiled_module
+from fastsrgan.model import networks
+from fastsrgan.model.compiled import compiled, wanted, whole
+from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.train.critic_step import critic_gradients
+from fastsrgan.train.gan import Models
+from fastsrgan.train.objectives import critic_loss
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
@@ -124,7 +125,7 @@ def breaks(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_compiler_that_fails_ends_the_run_or_is_told_once(caplog, monkeypatch):
-    monkeypatch.setattr("fastsrgan.compiled.wanted", lambda config, device: True)
+    monkeypatch.setattr("fastsrgan.model.compiled.wanted", lambda config, device: True)
     strict = compiled(breaks, CONFIG.replace(compile="on"), CPU, "eager")
     with pytest.raises(ResourceError, match=r"--compile on: compiling failed: .*--compile off"):
         strict(torch.ones(1))

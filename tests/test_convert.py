@@ -21,17 +21,19 @@ from hypothesis.extra import numpy as hnp
 from processes import CONTEXT, Flag, Post
 from rich.console import Console
 
-from fastsrgan import console, images, store_files
-from fastsrgan.cli import main
+from fastsrgan.cli import console
+from fastsrgan.cli.console import PlainProgress
+from fastsrgan.cli.main import main
 from fastsrgan.config import TrainConfig
-from fastsrgan.console import PlainProgress
 from fastsrgan.convert import convert
-from fastsrgan.encode import PERCENTILES, axis_codes, describe, encode
 from fastsrgan.errors import FastsrganError, InputError, ModelError, PartialFailure, ResourceError, UsageError
-from fastsrgan.store import open_store, to_float32
-from fastsrgan.store_files import LOCK
-from fastsrgan.store_writer import create_store
-from fastsrgan.train import train
+from fastsrgan.io import nifti as images
+from fastsrgan.store import files as store_files
+from fastsrgan.store.encode import PERCENTILES, axis_codes, describe, encode
+from fastsrgan.store.files import LOCK
+from fastsrgan.store.reader import open_store, to_float32
+from fastsrgan.store.writer import create_store
+from fastsrgan.train.run import train
 
 SHAPE = (21, 18, 10)
 AFFINE = nifti_files.rigid()

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastsrgan.critic_convs import FEW, TAPS, WIDE, Columns, Direct, Winograd, choose
-from fastsrgan.networks import same_pad
+from fastsrgan.model.cpu.critic import FEW, TAPS, WIDE, Columns, Direct, Winograd, choose
+from fastsrgan.model.networks import same_pad
 
 FORMS = (Direct, Columns, Winograd)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastsrgan import critic_step
-from fastsrgan.critic_step import critic_gradients, parameters, score
 from fastsrgan.errors import ModelError
-from fastsrgan.networks import Critic, CriticSpec
-from fastsrgan.step import critic_loss
+from fastsrgan.model.networks import Critic, CriticSpec
+from fastsrgan.train import critic_step
+from fastsrgan.train.critic_step import critic_gradients, parameters, score
+from fastsrgan.train.objectives import critic_loss
 
 CASES = [(16, 2, False, 1), (20, 2, True, 3), (24, 4, False, 2), (28, 3, True, 5), (36, 2, False, 2), (44, 2, False, 1)]
 

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from processes import ended, on_ranks, outcome, start, start_ranks
 from torch.distributed import TCPStore
 
-from fastsrgan import checkpoint, weights
 from fastsrgan.config import TrainConfig
+from fastsrgan.core.ranks import ALONE, Ranks, from_environment
+from fastsrgan.data.feed import deal
+from fastsrgan.data.pool import Batch, Pool
 from fastsrgan.errors import UsageError
-from fastsrgan.feed import deal
-from fastsrgan.pair import Models
-from fastsrgan.pool import Batch, Pool
-from fastsrgan.ranks import ALONE, Ranks, from_environment
-from fastsrgan.run_state import Position, Run, epoch_part, remaining
-from fastsrgan.train import agree_on_settings, train
+from fastsrgan.model import checkpoint, weights
+from fastsrgan.train.gan import Models
+from fastsrgan.train.run import agree_on_settings, train
+from fastsrgan.train.state import Position, Run, epoch_part, remaining
 
 CPU = torch.device("cpu")
 CONFIG = SMALL.replace(batch_size=4, ema=0.5, lr_schedule="linear", lr_end=0.2, resident_subjects=1, steps_per_epoch=6)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsrgan.degrade import Degradation, degrade
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.resample import degrade_matrix, upsample_matrix
+from fastsrgan.observation.model import Degradation, degrade
+from fastsrgan.volume.resample import degrade_matrix, upsample_matrix
 
 
 def head(shape=(20, 22, 30), seed=0) -> np.ndarray:
@@ -53,7 +53,7 @@ def test_noise_has_the_asked_strength_is_keyed_and_clipped():
 def test_golden_degradation_of_the_original(golden):
     import json
 
-    from fastsrgan import images
+    from fastsrgan.io import nifti as images
 
     folder = golden / "degradation"
     for case in json.loads((folder / "meta.json").read_text(encoding="utf8")):

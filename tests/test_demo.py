@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from commands import call, one_line
 
-from fastsrgan import demo, images, weights
+from fastsrgan.demo import run as demo
+from fastsrgan.demo.template import Cohort, Subject
 from fastsrgan.errors import UsageError
-from fastsrgan.geometry import Volume
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.template import Cohort, Subject
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.volume.geometry import Volume
 
 
 def small_cohort(folder: Path, **_: object) -> Cohort:

@@ -11,10 +11,13 @@ pytest.importorskip("pydicom", reason="needs the extra dicom")
 import dicom_files
 from dicom_files import read, scanner_affine, volume, write_enhanced, write_series
 
-from fastsrgan import any_image, cli, dicom, images, weights
+from fastsrgan.cli import main as cli
 from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.geometry import spacing_of
-from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.io import any_image, dicom
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.volume.geometry import spacing_of
 
 RECORDED = json.loads(dicom_files.GOLDEN.read_text(encoding="utf8"))
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastsrgan import engine, tile_network, tiles
-from fastsrgan.engine import predict
 from fastsrgan.errors import ResourceError, UsageError
-from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.infer import engine, tiles
+from fastsrgan.infer import network as tile_network
+from fastsrgan.infer.engine import predict
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 VOLUME = torch.rand(21, 30, 18, generator=torch.Generator().manual_seed(0))
 PLAN = tiles.plan(VOLUME.shape, 16, 6)

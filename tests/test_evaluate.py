@@ -10,10 +10,12 @@ import pytest
 from phantom import head
 from scipy import ndimage
 
-from fastsrgan import distances, evaluate, grids, images, metrics
-from fastsrgan.demo import acquire
+from fastsrgan.demo.run import acquire
 from fastsrgan.errors import InputError
-from fastsrgan.geometry import Orientation, Volume
+from fastsrgan.evaluate import distances, grids, metrics
+from fastsrgan.evaluate import pair as evaluate
+from fastsrgan.io import nifti as images
+from fastsrgan.volume.geometry import Orientation, Volume
 
 SHAPE = (22, 26, 18)
 

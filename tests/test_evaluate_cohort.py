@@ -8,11 +8,13 @@ import json
 import numpy as np
 import pytest
 
-from fastsrgan import evaluate, evaluate_cohort, images
-from fastsrgan.cli import main
-from fastsrgan.cli_evaluate import better, plain, spread
+from fastsrgan.cli.evaluate import better, plain, spread
+from fastsrgan.cli.main import main
+from fastsrgan.core.runtime import write_json
 from fastsrgan.errors import InputError
-from fastsrgan.runtime import write_json
+from fastsrgan.evaluate import cohort as evaluate_cohort
+from fastsrgan.evaluate import pair as evaluate
+from fastsrgan.io import nifti as images
 
 SHAPE = (14, 17, 13)
 

@@ -16,8 +16,8 @@ from cohort import SMALL, make_store
 from report_results import make_results, make_scores
 
 import fastsrgan
-from fastsrgan.cli import build_parser, normalised
-from fastsrgan.train import train
+from fastsrgan.cli.main import build_parser, normalised
+from fastsrgan.train.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

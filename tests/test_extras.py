@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from fastsrgan.degrade import Degradation, degrade
+from fastsrgan.core.runtime import rng
 from fastsrgan.errors import UsageError
-from fastsrgan.extras import apply_bias, apply_motion, bernstein_matrix, draw_bias, draw_motion
-from fastsrgan.geometry import centre_coordinates, grid_size
-from fastsrgan.intensity import add_noise
-from fastsrgan.resample import FWHM, degrade_matrix, slice_profile_matrix
-from fastsrgan.runtime import rng
+from fastsrgan.observation.artefacts import apply_bias, apply_motion, bernstein_matrix, draw_bias, draw_motion
+from fastsrgan.observation.model import Degradation, degrade
+from fastsrgan.volume.geometry import centre_coordinates, grid_size
+from fastsrgan.volume.intensity import add_noise
+from fastsrgan.volume.resample import FWHM, degrade_matrix, slice_profile_matrix
 
 ALL = {"bias_field": 0.3, "rician": True, "profile": 0.2, "motion": 0.7}
 SPACING, LOW = (1.0, 0.9, 0.8), (1.0, 0.9, 2.3)

@@ -19,12 +19,12 @@ from damage import Canary, flip, keras_with, strange_state
 from nifti_files import rigid, write
 from processes import CONTEXT, Flag
 
-from fastsrgan import checkpoint, weights
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.remote import fingerprint
-from fastsrgan.store import open_store
-from fastsrgan.store_files import MANIFEST, Keys, read_manifest, write_manifest
-from fastsrgan.store_writer import create_store
+from fastsrgan.model import checkpoint, weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.store.files import MANIFEST, Keys, read_manifest, write_manifest
+from fastsrgan.store.reader import open_store
+from fastsrgan.store.remote import fingerprint
+from fastsrgan.store.writer import create_store
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,16 @@ import fuzz_targets
 import pytest
 from fuzz_targets import TARGETS
 
-from fastsrgan import any_image, checkpoint, config, modelfile, table, weights
+from fastsrgan import config
 from fastsrgan.errors import FastsrganError, InputError, ModelError
-from fastsrgan.networks import CriticSpec, GeneratorSpec, build_generator
-from fastsrgan.store import open_store
-from fastsrgan.store_files import Keys, read_manifest, write_manifest
-from fastsrgan.store_writer import create_store
+from fastsrgan.io import any_image
+from fastsrgan.io import tables as table
+from fastsrgan.model import checkpoint, weights
+from fastsrgan.model import safetensors as modelfile
+from fastsrgan.model.networks import CriticSpec, GeneratorSpec, build_generator
+from fastsrgan.store.files import Keys, read_manifest, write_manifest
+from fastsrgan.store.reader import open_store
+from fastsrgan.store.writer import create_store
 from tools.fuzz_engines import Drawn, run_cases
 
 # Of each target. The first cases come always; the time box ends a slow machine's run, and with it longer ones are asked

@@ -12,9 +12,10 @@ import pytest
 from damage import bomb, claims_64_tib, cut, flip
 from nifti_files import HEAD, qform_fields, rigid, write
 
-from fastsrgan import images, weights
-from fastsrgan.cli import main
-from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.cli.main import main
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 MIB = 1 << 20
 LABEL = (HEAD > 450).astype(np.uint8)

@@ -12,8 +12,8 @@ from commands import SETTINGS, TILES, Command, call, command, litter, make_work,
 from damage import bomb, claims_64_tib
 from nifti_files import HEAD, write
 
-from fastsrgan import images
-from fastsrgan.store import open_store
+from fastsrgan.io import nifti as images
+from fastsrgan.store.reader import open_store
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import on_ranks
 
-from fastsrgan import dali_feed, feed
-from fastsrgan.crew import Crew, one_thread
-from fastsrgan.degrade import Degradation
+from fastsrgan.core.threads import Crew, one_thread
+from fastsrgan.data import dali as dali_feed
+from fastsrgan.data import feed
+from fastsrgan.data.feed import deal, epoch_groups, pick_dtype, pick_mover, pick_threads, resident_limit
+from fastsrgan.data.subject import PatchRule, make_resident, move_by_thread
 from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.feed import deal, epoch_groups, pick_dtype, pick_mover, pick_threads, resident_limit
-from fastsrgan.resident import PatchRule, make_resident, move_by_thread
-from fastsrgan.store import Store
+from fastsrgan.observation.model import Degradation
+from fastsrgan.store.reader import Store
 
 DEGRADATIONS = {
     "fixed": Degradation(((1.0, 1.0, 3.0),)),

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from feed_store import CPU, DRAWN, digest, make_feed, make_store
 
-from fastsrgan import crew, feed
-from fastsrgan.dali_feed import DaliMover
-from fastsrgan.degrade import Degradation
+from fastsrgan.core import threads as crew
+from fastsrgan.data import feed
+from fastsrgan.data.dali import DaliMover
+from fastsrgan.data.subject import PatchRule, make_resident
 from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.resident import PatchRule, make_resident
-from fastsrgan.store import Store, open_store
+from fastsrgan.observation.model import Degradation
+from fastsrgan.store.reader import Store, open_store
 
 SHAPES = [(21, 30, 17), (25, 19, 28), (18, 23, 22)]
 PLAN = [(1, ["a", "b"]), (1, ["c"]), (2, ["b", "c", "a"])]
@@ -239,9 +240,9 @@ def test_a_thread_that_hangs_does_not_keep_the_process(engine):
 import threading
 import numpy as np
 import torch
-from fastsrgan import crew
+from fastsrgan.core import threads as crew
 from fastsrgan.errors import ResourceError
-from fastsrgan.feed import pick_mover
+from fastsrgan.data.feed import pick_mover
 crew.FAREWELL = 0.1
 move = pick_mover({engine!r}, torch.device("cpu"))
 ones = np.ones((3, 4, 5), np.float32)

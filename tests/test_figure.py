@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.geometry import Orientation, Volume
-from fastsrgan.report import figure, planes
+from fastsrgan.pictures import figure, planes
+from fastsrgan.volume.geometry import Orientation, Volume
 
 SHAPE = (30, 36, 24)
 AFFINE = np.array([[1, 0, 0, -14], [0, 1, 0, -20], [0, 0, 1, -9], [0, 0, 0, 1.0]])

@@ -9,8 +9,10 @@ import os
 import pytest
 import torch
 
-from fastsrgan import critic_convs, doctor, forms, fused
+from fastsrgan import doctor
 from fastsrgan.errors import UsageError
+from fastsrgan.model.cpu import critic as critic_convs
+from fastsrgan.model.cpu import forms, fused
 
 WEIGHT = torch.ones(64, 64, 3, 3, 3)
 SHAPE = (2, 64, 16, 16, 16)

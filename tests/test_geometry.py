@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nifti_files import OBLIQUE, rigid
 from scipy.ndimage import map_coordinates
 
-from fastsrgan.geometry import (
+from fastsrgan.volume.geometry import (
     Orientation,
     Volume,
     centre_coordinates,

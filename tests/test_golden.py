@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fastsrgan import losses
-from fastsrgan.keras_h5 import weight_names
-from fastsrgan.step import critic_loss, generator_loss
-from fastsrgan.weights import load_critic, load_generator, read_spec
+from fastsrgan.model.keras import weight_names
+from fastsrgan.model.weights import load_critic, load_generator, read_spec
+from fastsrgan.train.objectives import critic_loss, generator_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = {

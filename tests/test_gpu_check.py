@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_host import Host
 
-from fastsrgan import backend
+from fastsrgan.core import kernels as backend
 from tools import gpu_check, gpu_parts
 
 ROOT = Path(__file__).parent.parent

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nifti_files import HEAD, OBLIQUE, oracle, qform_fields, rigid, write
 
-from fastsrgan import images
 from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.geometry import Orientation, Volume, spacing_of
-from fastsrgan.voxel_stream import CHUNK_BYTES
+from fastsrgan.io import nifti as images
+from fastsrgan.io.nifti_voxels import CHUNK_BYTES
+from fastsrgan.volume.geometry import Orientation, Volume, spacing_of
 
 DTYPES = ["u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"]
 quick = settings(max_examples=25, deadline=None)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nifti_files import HEAD, file_bytes, header_of, rigid, write
 
-from fastsrgan import images
 from fastsrgan.errors import FastsrganError, InputError, ResourceError
-from fastsrgan.geometry import Orientation, Volume
+from fastsrgan.io import nifti as images
+from fastsrgan.volume.geometry import Orientation, Volume
 
 MIB = 1 << 20
 LABEL = (HEAD > 450).astype(np.uint8)

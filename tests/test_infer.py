@@ -10,13 +10,13 @@ import torch
 from nifti_files import rigid
 from torch import nn
 
-from fastsrgan import images
 from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.geometry import Orientation, grid_size, spacing_of
-from fastsrgan.infer import infer_volume, target_spacing
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.resample import upsample_to
-from fastsrgan.weights import load_generator
+from fastsrgan.infer.volume import infer_volume, target_spacing
+from fastsrgan.io import nifti as images
+from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.model.weights import load_generator
+from fastsrgan.volume.geometry import Orientation, grid_size, spacing_of
+from fastsrgan.volume.resample import upsample_to
 
 GOLDEN = Path(__file__).parent / "golden"
 TURNS = [

@@ -6,10 +6,10 @@ import torch
 from nifti_files import rigid
 from torch import nn
 
-from fastsrgan.averaged import flip_axes
 from fastsrgan.errors import ModelError, UsageError
-from fastsrgan.infer import infer_volume
-from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.infer.averaged import flip_axes
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 SHAPE = (20, 16, 12)  # whole tiles of multiples of 4: padding is no mirror image of itself
 AFFINE = rigid((1.0, 1.0, 2.5)) @ np.array([[0, 0, -1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])

@@ -17,16 +17,20 @@ import torch
 from nifti_files import rigid
 from processes import ended, on_ranks, outcome, start_ranks
 
-from fastsrgan import cohort, image_list, images, infer_files, weights
+from fastsrgan.core.ranks import from_environment
 from fastsrgan.errors import PartialFailure, ResourceError, UsageError
-from fastsrgan.infer_files import SUMMARY
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.ranks import from_environment
-from fastsrgan.slabs import Whole
-from fastsrgan.split import shares
-from fastsrgan.sweep import Sweep
-from fastsrgan.tile_network import TileNetwork
-from fastsrgan.tiles import plan
+from fastsrgan.infer import cohort
+from fastsrgan.infer import files as infer_files
+from fastsrgan.infer.files import SUMMARY
+from fastsrgan.infer.network import TileNetwork
+from fastsrgan.infer.planes import Whole
+from fastsrgan.infer.split import shares
+from fastsrgan.infer.sweep import Sweep
+from fastsrgan.infer.tiles import plan
+from fastsrgan.io import image_list
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 FAST = {"patch": 16, "step": 12, "device": "cpu"}
 CPU = torch.device("cpu")

@@ -12,12 +12,14 @@ import torch
 from commands import litter
 from nifti_files import rigid
 
-from fastsrgan import images, infer_files, weights
+from fastsrgan.core.temporary import temporary_name
 from fastsrgan.errors import InputError, ModelError, PartialFailure, ResourceError, UsageError
-from fastsrgan.infer import infer_volume
-from fastsrgan.infer_files import SUMMARY
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.temporary import temporary_name
+from fastsrgan.infer import files as infer_files
+from fastsrgan.infer.files import SUMMARY
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 FAST = {"patch": 16, "step": 12, "device": "cpu"}
 

@@ -5,11 +5,13 @@ import pytest
 import torch
 from nifti_files import rigid
 
-from fastsrgan import images, infer_files, weights
+from fastsrgan.core.runtime import read_json
 from fastsrgan.errors import InputError, ModelError, PartialFailure, UsageError
-from fastsrgan.infer import infer_volume
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.runtime import read_json
+from fastsrgan.infer import files as infer_files
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 FAST = {"patch": 16, "step": 12, "device": "cpu"}
 SHAPE, AFFINE = (14, 12, 6), rigid((1.0, 1.0, 2.5))

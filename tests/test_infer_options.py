@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from nifti_files import rigid
 
-from fastsrgan import images, infer, infer_ways, weights
-from fastsrgan.cli import main
-from fastsrgan.cli_infer import memory, seconds, step_size, voxels
+from fastsrgan.cli.infer import memory, seconds, step_size, voxels
+from fastsrgan.cli.main import main
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.infer import infer_volume
-from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.infer import modes as infer_ways
+from fastsrgan.infer import volume as infer
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 FAST = {"patch": 16, "step": 4, "device": "cpu"}
 SHAPE = (26, 22, 8)

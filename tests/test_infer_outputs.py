@@ -7,12 +7,13 @@ import pytest
 from nifti_files import rigid
 from PIL import Image as Picture
 
-from fastsrgan import images, weights
-from fastsrgan.cli import main
-from fastsrgan.components import Filters, segment
+from fastsrgan.cli.main import main
 from fastsrgan.errors import UsageError
-from fastsrgan.infer_files import infer_files
-from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.infer.files import infer_files
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.volume.components import Filters, segment
 
 FAST = {"patch": 16, "step": 12, "device": "cpu"}
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fastsrgan import cli
+from fastsrgan.cli import main as cli
+from fastsrgan.core.signals import AtOnce, Interrupts, StopRequest, Terminated
 from fastsrgan.errors import InputError
-from fastsrgan.interrupts import AtOnce, Interrupts, StopRequest, Terminated
 
 ROOT = Path(__file__).parent.parent
 # More random moments than the two that come always.

@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastsrgan import cli, images, job, weights
+from fastsrgan.cli import main as cli
+from fastsrgan.compat import job_model as job
 from fastsrgan.errors import UsageError
-from fastsrgan.infer import infer_volume
-from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 RESULT = "Result_with_mine"
 

@@ -16,9 +16,10 @@ from kernel_host import Host, exactness, guarded, reference, same
 from kernel_nvrtc import compile_for
 from test_tiles import plans
 
-from fastsrgan import backend, engine, stitch, tiles
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.pool import Pool, Resident
+from fastsrgan.core import kernels as backend
+from fastsrgan.data.pool import Pool, Resident
+from fastsrgan.infer import engine, stitch, tiles
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 CPU = torch.device("cpu")
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

@@ -15,7 +15,7 @@ from cohort import losses, make_store, rows
 from processes import on_ranks
 from test_ddp import CONFIG, training
 
-from fastsrgan import checkpoint
+from fastsrgan.model import checkpoint
 
 pytestmark = [
     pytest.mark.skipif(not os.environ.get("FASTSRGAN_LONG_TESTS"), reason="slow: FASTSRGAN_LONG_TESTS=1 runs them"),
@@ -38,8 +38,8 @@ def whole(store, tmp_path_factory) -> Path:
 
 SCRIPT = """
 import os, signal, sys
-from fastsrgan import cli
-from fastsrgan.pair import Models
+from fastsrgan.cli import main as cli
+from fastsrgan.train.gan import Models
 
 original, count = Models.generator_update, iter(range(1, 1000))
 def dying(self, *args, **kwargs):

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastsrgan import doubling, fused, layers, normed, spectral, winograd
-from fastsrgan.networks import GENERATORS, GeneratorSpec, build_generator
+from fastsrgan.model import layers
+from fastsrgan.model.cpu import doubling, fused, normed, spectral, winograd
+from fastsrgan.model.networks import GENERATORS, GeneratorSpec, build_generator
 
 TOLERANCE = 1e-12
 EVEN = st.sampled_from([4, 6, 8, 10])

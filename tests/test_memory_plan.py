@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastsrgan import activations, memory_plan, tiles
 from fastsrgan.errors import ResourceError, UsageError
-from fastsrgan.infer import infer_volume
-from fastsrgan.memory_plan import LIBRARIES, MEMORY, NEXT_IMAGE, RESULT_BEFORE, SLABS, Job, plan_memory
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.tile_network import TileNetwork
+from fastsrgan.infer import activations, tiles
+from fastsrgan.infer import memory as memory_plan
+from fastsrgan.infer.memory import LIBRARIES, MEMORY, NEXT_IMAGE, RESULT_BEFORE, SLABS, Job, plan_memory
+from fastsrgan.infer.network import TileNetwork
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 PROBE = Path(__file__).parent / "memory_probe.py"
 MIB = 2**20

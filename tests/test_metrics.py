@@ -10,8 +10,8 @@ import torch
 from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from fastsrgan import metrics
 from fastsrgan.errors import InputError
+from fastsrgan.evaluate import metrics
 
 SHAPES = [(11, 11, 11), (13, 29, 17), (40, 12, 23)]
 

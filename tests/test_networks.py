@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastsrgan import networks
 from fastsrgan.errors import ModelError
-from fastsrgan.networks import Critic, CriticSpec, Generator, GeneratorSpec, build_generator
+from fastsrgan.model import networks
+from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, build_generator
 
 SPECS = [
     GeneratorSpec(network, 2, residual, conditional, classes)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import call, litter, make_work
 
-from fastsrgan.runtime import is_special
+from fastsrgan.core.runtime import is_special
 
 INFER = ("--patch", "16", "--step", "16")
 MODEL = ("-w", "w.safetensors")
@@ -66,7 +66,7 @@ def work(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def finished(work) -> Path:
     """With results and a run."""
-    from fastsrgan.cli import main
+    from fastsrgan.cli.main import main
 
     before = Path.cwd()
     os.chdir(work)

@@ -14,9 +14,10 @@ import dicom_files
 import pytest
 from commands import TILES, call, make_work, one_line
 
-from fastsrgan import cli, runtime
+from fastsrgan.cli import main as cli
+from fastsrgan.core import runtime
 from fastsrgan.errors import InputError, ResourceError
-from fastsrgan.store import open_store
+from fastsrgan.store.reader import open_store
 
 ROOT = Path(__file__).parent.parent
 
@@ -198,7 +199,7 @@ def test_a_file_system_that_connects_at_once_is_one_line(capsys, monkeypatch):
     def refused(*_: object, **__: object) -> None:
         raise OSError(-2, "Name or service not known")
 
-    monkeypatch.setattr("fastsrgan.remote.FsspecStore.from_url", refused)
+    monkeypatch.setattr("fastsrgan.store.remote.FsspecStore.from_url", refused)
     code, _, told = call(capsys, "info", "ftp://host/store")
     assert code == 5
     one_line(told, "error: ftp://host/store: cannot be opened: Name or service not known", "check the URL")
@@ -226,8 +227,8 @@ def test_files_that_could_not_be_written_are_refused_before_they_are_made(work, 
     scan, results = work / "scan0.nii.gz", tmp_path / "results"
     assert call(capsys, *infer(work, results, scan))[0] == 0
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastsrgan.evaluate.evaluate_files", lambda **_: pytest.fail("it was computed first"))
-    monkeypatch.setattr("fastsrgan.viewer.page.single_page", lambda *_, **__: pytest.fail("it was drawn first"))
+    monkeypatch.setattr("fastsrgan.evaluate.pair.evaluate_files", lambda **_: pytest.fail("it was computed first"))
+    monkeypatch.setattr("fastsrgan.report.page.single_page", lambda *_, **__: pytest.fail("it was drawn first"))
     for words in (("evaluate", "--sr", scan, "--hr", scan, "--json", place), ("report", results, "-o", place)):
         code, _, told = call(capsys, *words)
         assert code == PLACES[place], told

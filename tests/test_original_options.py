@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from fastsrgan import cli, cli_job, cli_train, images, weights
-from fastsrgan import train as training
+from fastsrgan.cli import job_model as cli_job
+from fastsrgan.cli import main as cli
+from fastsrgan.cli import train as cli_train
 from fastsrgan.config import TrainConfig, from_yaml
 from fastsrgan.errors import ModelError, UsageError
-from fastsrgan.pair import Models
-from fastsrgan.store import open_store
-from fastsrgan.validate import validation_sums
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.store.reader import open_store
+from fastsrgan.train import run as training
+from fastsrgan.train.gan import Models
+from fastsrgan.train.validate import validation_sums
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ["-csv", "t.csv", "-sf", "snapshots", "-n", "0.5", "0.5", "3"]

@@ -11,9 +11,9 @@ from commands import call, one_line
 from nifti_files import HEAD, rigid, write
 from report_results import make_run
 
-from fastsrgan import study
+from fastsrgan.core.runtime import write_json
 from fastsrgan.errors import UsageError
-from fastsrgan.runtime import write_json
+from fastsrgan.study import run as study
 
 INPUT, OTHER = "is an input and would be overwritten", "exists already and is no"
 

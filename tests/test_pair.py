@@ -10,8 +10,8 @@ import torch
 from golden_steps import CONFIG, batch, double
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsrgan.pair import Models
-from fastsrgan.ranks import Ranks
+from fastsrgan.core.ranks import Ranks
+from fastsrgan.train.gan import Models
 
 CPU = torch.device("cpu")
 
@@ -233,7 +233,7 @@ def test_an_update_reads_nothing_back_before_its_end(penalty):
     m = models(penalty=penalty, clip_norm=1.0, ema=0.5, head_rate=0.5)
     (b, eps), read = batch(1), []
     fake = m.generate(b)
-    means = "fastsrgan.pair._means"
+    means = "fastsrgan.train.gan._means"
     with pytest.MonkeyPatch.context() as patch, Waits() as waits:
         patch.setattr(means, lambda rows: read.append(waits.count) or {})
         m.critic_update(b, fake, eps)

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsrgan.degrade import Degradation, Draw
+from fastsrgan.data.feed import PatchRule, make_resident
+from fastsrgan.data.patch_grid import patch_origins, positive_box
+from fastsrgan.data.pool import Pool, Resident, copy_patch
 from fastsrgan.errors import InputError, ModelError
-from fastsrgan.feed import PatchRule, make_resident
-from fastsrgan.patch_grid import patch_origins, positive_box
-from fastsrgan.pool import Pool, Resident, copy_patch
-from fastsrgan.store import Sample
+from fastsrgan.observation.model import Degradation, Draw
+from fastsrgan.store.reader import Sample
 
 CPU = torch.device("cpu")
 

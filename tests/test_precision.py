@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsrgan import precision
 from fastsrgan.config import TrainConfig
+from fastsrgan.data.pool import Batch
 from fastsrgan.errors import ResourceError
-from fastsrgan.networks import Critic, CriticSpec, Generator, GeneratorSpec
-from fastsrgan.optimise import Optimiser
-from fastsrgan.pair import Models
-from fastsrgan.pool import Batch
-from fastsrgan.precision import TF32, Arithmetic, choose, inference_test, self_test
-from fastsrgan.step import generator_loss
-from fastsrgan.tile_network import pick_precision
+from fastsrgan.infer.network import pick_precision
+from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
+from fastsrgan.train import precision
+from fastsrgan.train.gan import Models
+from fastsrgan.train.objectives import generator_loss
+from fastsrgan.train.optimise import Optimiser
+from fastsrgan.train.precision import TF32, Arithmetic, choose, inference_test, self_test
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 CONFIG = TrainConfig(new_low_res=((1.0, 1.0, 3.0),), batch_size=2, patch_size=16, kernel_gen=2, kernel_dis=2)
@@ -145,7 +145,7 @@ def test_overflow_halves_the_scale_and_is_not_counted_as_a_bad_loss(monkeypatch)
     assert float(o.scale) == first / 2 and torch.equal(network.weight, before)
     assert float(push(network, o, float("nan"))["skipped"]) == 1
     assert float(o.scale) == first / 4
-    monkeypatch.setattr("fastsrgan.optimise.PATIENCE", 2)
+    monkeypatch.setattr("fastsrgan.train.optimise.PATIENCE", 2)
     assert float(push(network, o)["overflow"]) == 0
     kept = o.state()
     push(network, o)
@@ -219,8 +219,8 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def library(monkeypatch):
     """float32 by the library's convolutions, as on a GPU."""
-    monkeypatch.setattr("fastsrgan.layers.by_hand", lambda x: x.dtype == torch.float64)
-    monkeypatch.setattr("fastsrgan.critic_step._fast", lambda x, dtype: dtype == torch.float64)
+    monkeypatch.setattr("fastsrgan.model.layers.by_hand", lambda x: x.dtype == torch.float64)
+    monkeypatch.setattr("fastsrgan.train.critic_step._fast", lambda x, dtype: dtype == torch.float64)
 
 
 def arithmetic(kind) -> Arithmetic:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 import fastsrgan
-import fastsrgan.degrade as degrade_module
-from fastsrgan.degrade import Degradation
+import fastsrgan.observation.model as degrade_module
+from fastsrgan.observation.model import Degradation
 
 
 def test_degrade_is_the_function_whatever_was_imported_before():
-    import fastsrgan.degrade  # would hide a function of the same name
+    import fastsrgan.observation.model  # would hide a function of the same name
 
     done = fastsrgan.degrade(np.ones((8, 8, 9)), (1, 1, 1), (1, 1, 3))
     assert isinstance(done, fastsrgan.Degraded) and done.low_res.shape == (8, 8, 3)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from processes import ended, on_ranks, outcome, start_ranks
 
-from fastsrgan import ranks
+from fastsrgan.core import ranks
+from fastsrgan.core.ranks import ALONE, from_environment
 from fastsrgan.errors import ModelError, ResourceError, UsageError
-from fastsrgan.ranks import ALONE, from_environment
 
 CPU = torch.device("cpu")
 

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from fastsrgan import doubling, layers, rearranged, tiles, winograd
-from fastsrgan.engine import predict
-from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.core import rearranged
+from fastsrgan.infer import tiles
+from fastsrgan.infer.engine import predict
+from fastsrgan.model import layers
+from fastsrgan.model.cpu import doubling, winograd
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 
 @pytest.fixture

@@ -16,14 +16,15 @@ import pytest
 from commands import call, one_line
 from report_results import make_results, make_run, make_scan, make_scores, make_truth
 
-from fastsrgan import cli, images
+from fastsrgan.cli import main as cli
+from fastsrgan.core.runtime import write_json
 from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.geometry import Orientation, Volume
-from fastsrgan.runtime import write_json
-from fastsrgan.viewer import cohort, volumes
-from fastsrgan.viewer.charts import Line, line_chart, ticks
-from fastsrgan.viewer.markup import data_block, el, pointer, shown
-from fastsrgan.viewer.page import report
+from fastsrgan.io import nifti as images
+from fastsrgan.report import cohort, volumes
+from fastsrgan.report.charts import Line, line_chart, ticks
+from fastsrgan.report.html import data_block, el, pointer, shown
+from fastsrgan.report.page import report
+from fastsrgan.volume.geometry import Orientation, Volume
 
 
 class Parsed(HTMLParser):
@@ -396,7 +397,7 @@ def test_a_run_shows_its_curves(tmp_path):
 
 
 def test_sample_panels_come_from_tensorboard(tmp_path):
-    board = pytest.importorskip("fastsrgan.board", reason="board")
+    board = pytest.importorskip("fastsrgan.train.board", reason="board")
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     torch = pytest.importorskip("torch")
     run = make_run(tmp_path / "run", updates=5)

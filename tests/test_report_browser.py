@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from report_results import make_results, make_run, make_scores
 
-from fastsrgan.viewer.page import report
+from fastsrgan.report.page import report
 
 pytestmark = pytest.mark.skipif(chromium.browser() is None, reason="no Chromium is installed: make test-extras")
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from fastsrgan.errors import UsageError
-from fastsrgan.geometry import centre_coordinates, grid_size
-from fastsrgan.resample import (
+from fastsrgan.volume.geometry import centre_coordinates, grid_size
+from fastsrgan.volume.resample import (
     FWHM,
     apply_axes,
     degrade_matrix,

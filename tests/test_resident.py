@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastsrgan.degrade import Degradation, Draw
-from fastsrgan.feed import PatchRule, make_resident
-from fastsrgan.pool import Pool
-from fastsrgan.store import Sample
+from fastsrgan.data.feed import PatchRule, make_resident
+from fastsrgan.data.pool import Pool
+from fastsrgan.observation.model import Degradation, Draw
+from fastsrgan.store.reader import Sample
 
 CPU = torch.device("cpu")
 DRAW = Draw((1.0, 1.0, 3.0), power=1.3, noise=0.02, key=(3, "noise"))

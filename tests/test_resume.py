@@ -18,13 +18,14 @@ import torch
 from cohort import SMALL, losses, make_store, rows
 from processes import ended, outcome, start
 
-from fastsrgan import checkpoint, loop, snapshots, weights
 from fastsrgan.config import TrainConfig
 from fastsrgan.errors import InputError, ModelError, ResourceError
-from fastsrgan.pair import Models
-from fastsrgan.panels import find_panels
-from fastsrgan.store_files import LOCK
-from fastsrgan.train import train
+from fastsrgan.model import checkpoint, weights
+from fastsrgan.pictures.panels import find_panels
+from fastsrgan.store.files import LOCK
+from fastsrgan.train import loop, snapshots
+from fastsrgan.train.gan import Models
+from fastsrgan.train.run import train
 
 # Everything on that has a state or a place: moving average, schedule and warm-up, flips, accumulation, lazy penalty,
 # groups of one subject, resolutions that differ by epoch.

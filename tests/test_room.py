@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from commands import TILES, call, make_work, one_line
 
-from fastsrgan import infer_files, slabs
 from fastsrgan.errors import ResourceError
+from fastsrgan.infer import files as infer_files
+from fastsrgan.infer import planes as slabs
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -28,7 +29,7 @@ def disk(monkeypatch, free: int) -> None:
 def test_inference_asks_for_room_before_the_first_image_is_read(work, tmp_path, capsys, monkeypatch):
     """Of all images together: each alone would fit."""
     monkeypatch.setattr(infer_files, "load", None)
-    monkeypatch.setattr("fastsrgan.cohort.load", None)
+    monkeypatch.setattr("fastsrgan.infer.cohort.load", None)
     disk(monkeypatch, 6000)  # 7 x 6 x 15 voxels of 4 bytes and a packed label: 2.6 kB
     words = ("infer", *(work / f"scan{i}.nii.gz" for i in range(3)), "-o", tmp_path, "-w", work / "w.safetensors")
     code, _, told = call(capsys, *words, *TILES)
@@ -40,7 +41,7 @@ def test_inference_asks_for_room_before_the_first_image_is_read(work, tmp_path, 
 @pytest.mark.fault(24)
 def test_what_is_asked_for_is_enough_and_not_much_more(work, tmp_path, capsys, monkeypatch):
     asked: list[int] = []
-    monkeypatch.setattr("fastsrgan.runtime.need_space", lambda _, size: asked.append(size))
+    monkeypatch.setattr("fastsrgan.core.runtime.need_space", lambda _, size: asked.append(size))
     words = ("infer", work / "scan0.nii.gz", "-o", tmp_path, "-w", work / "w.safetensors", "--save-prob", *TILES)
     assert call(capsys, *words)[0] == 0
     images = sum(path.stat().st_size for path in tmp_path.glob("*.nii.gz"))

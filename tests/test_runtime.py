@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from fastsrgan import runtime, temporary
+from fastsrgan.core import runtime, temporary
 from fastsrgan.errors import ResourceError, UsageError
 
 
@@ -78,7 +78,7 @@ def test_devices_that_are_not_there_are_refused(name):
 def test_allocator_setting_keeps_memory_between_steps():
     code = (
         "import numpy as np, resource\n"
-        "from fastsrgan.runtime import tune_allocator\n"
+        "from fastsrgan.core.runtime import tune_allocator\n"
         "print(tune_allocator())\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"

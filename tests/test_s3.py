@@ -20,15 +20,15 @@ from processes import CONTEXT, Flag, Post
 from test_convert import cohort, head
 from test_store import StoreContract, make, put
 
-from fastsrgan import store_files
-from fastsrgan.cli import main
+from fastsrgan.cli.main import main
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
 from fastsrgan.errors import FastsrganError, InputError, ResourceError
-from fastsrgan.store import open_store
-from fastsrgan.store_files import LOCK
-from fastsrgan.store_writer import create_store
-from fastsrgan.train import train
+from fastsrgan.store import files as store_files
+from fastsrgan.store.files import LOCK
+from fastsrgan.store.reader import open_store
+from fastsrgan.store.writer import create_store
+from fastsrgan.train.run import train
 
 SHARD = "c/0/0/0"
 

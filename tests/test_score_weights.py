@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from phantom import centred_affine, head
 
-from fastsrgan import images, weights
-from fastsrgan.geometry import grid_size
-from fastsrgan.networks import Generator, GeneratorSpec
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import Generator, GeneratorSpec
+from fastsrgan.volume.geometry import grid_size
 from tools import score_weights
 
 SHAPE, SPACING = (33, 40, 30), (4.0, 4.0, 4.0)

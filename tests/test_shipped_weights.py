@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 import fastsrgan
-from fastsrgan import metrics, runtime, template, weights
-from fastsrgan.geometry import Volume, resampled_affine
-from fastsrgan.weights import default_weights, info
+from fastsrgan.core import runtime
+from fastsrgan.demo import template
+from fastsrgan.evaluate import metrics
+from fastsrgan.model import weights
+from fastsrgan.model.weights import default_weights, info
+from fastsrgan.volume.geometry import Volume, resampled_affine
 
 
 @pytest.fixture(scope="module")

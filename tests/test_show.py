@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from report_results import make_results
 
 import fastsrgan
-from fastsrgan import images
 from fastsrgan.errors import ResourceError, UsageError
-from fastsrgan.viewer import show as module
+from fastsrgan.io import nifti as images
+from fastsrgan.report import show as module
 
 
 @pytest.fixture(scope="module")

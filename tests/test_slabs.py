@@ -13,11 +13,12 @@ import damage
 import numpy as np
 import pytest
 
-from fastsrgan import infer, slabs
 from fastsrgan.errors import ResourceError
-from fastsrgan.infer import infer_volume
-from fastsrgan.memory_plan import SLABS, plan_memory
-from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.infer import planes as slabs
+from fastsrgan.infer import volume as infer
+from fastsrgan.infer.memory import SLABS, plan_memory
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"patch": 16, "step": (5, 9, 9), "device": "cpu", "batch": 2}
@@ -113,7 +114,7 @@ import json, os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import numpy as np
 from test_slabs import SETTINGS, build_generator, GeneratorSpec, image, infer, infer_volume, plan_memory, replace
-from fastsrgan import slabs
+from fastsrgan.infer import planes as slabs
 infer.plan_memory = lambda job, *args: replace(plan_memory(job, *args), mode="slabs")
 note, left = slabs.Unfinished.note, [int(sys.argv[2])]
 def counted(self, done):

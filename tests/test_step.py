@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastsrgan.losses import charbonnier, interpolate, soft_dice
-from fastsrgan.networks import Critic, CriticSpec, Generator, GeneratorSpec
-from fastsrgan.step import critic_loss, generator_loss, scores_and_input_gradient
+from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
+from fastsrgan.train.objectives import critic_loss, generator_loss, scores_and_input_gradient
 
 
 def pair(batch: int, channels: int, patch: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tiles import numbered, plans
 
-from fastsrgan import stitch, tiles
 from fastsrgan.errors import UsageError
+from fastsrgan.infer import stitch, tiles
 
 WINDOWS = st.sampled_from(sorted(stitch.WINDOWS))
 

@@ -22,11 +22,12 @@ import zarr
 from fsspec.implementations.memory import MemoryFileSystem
 from processes import CONTEXT, Flag
 
-from fastsrgan import store_files, store_writer
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
-from fastsrgan.store import REPAIR, open_store
-from fastsrgan.store_files import LOCK
-from fastsrgan.store_writer import create_store
+from fastsrgan.store import files as store_files
+from fastsrgan.store import writer as store_writer
+from fastsrgan.store.files import LOCK
+from fastsrgan.store.reader import REPAIR, open_store
+from fastsrgan.store.writer import create_store
 
 OBLIQUE = np.array([[0.9, -0.2, 0.1, -30.0], [0.25, 1.1, -0.3, 12.5], [-0.1, 0.35, 2.9, 7.0], [0, 0, 0, 1]])
 ATTRS = {"source": {"image": {"path": "/a.nii", "sha256": "0" * 64}}, "warnings": ["é"], "bad": float("nan")}

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_store import make, put, tree, volume
 
-from fastsrgan import store as store_module
-from fastsrgan import store_codec
 from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.store import open_store
-from fastsrgan.store_codec import pick_reader
-from fastsrgan.store_writer import create_store
+from fastsrgan.store import codec as store_codec
+from fastsrgan.store import reader as store_module
+from fastsrgan.store.codec import pick_reader
+from fastsrgan.store.reader import open_store
+from fastsrgan.store.writer import create_store
 
 READERS = ("zarr", "tensorstore")
 INSTALLED = importlib.util.find_spec("tensorstore") is not None

@@ -13,13 +13,13 @@ from fault_proxy import BUCKET, FAULTS, objects
 from test_convert import cohort
 from test_store import make, put, volume
 
-from fastsrgan.cli import main
+from fastsrgan.cli.main import main
 from fastsrgan.convert import convert
 from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.remote import LONGEST_WAIT, Limits
-from fastsrgan.store import open_store
-from fastsrgan.store_files import LOCK, Keys
-from fastsrgan.store_writer import create_store
+from fastsrgan.store.files import LOCK, Keys
+from fastsrgan.store.reader import open_store
+from fastsrgan.store.remote import LONGEST_WAIT, Limits
+from fastsrgan.store.writer import create_store
 
 SHARD = "c/0/0/0"
 

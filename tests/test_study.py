@@ -11,16 +11,22 @@ import pytest
 from commands import call, one_line
 from phantom import head
 
-from fastsrgan import images, study, study_cells, study_figure, study_output, study_paper, weights
-from fastsrgan.cli import main
+from fastsrgan.cli.main import main
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.evaluate import evaluate_pair, flat
-from fastsrgan.geometry import Volume
-from fastsrgan.infer import infer_volume
-from fastsrgan.networks import Critic, CriticSpec, GeneratorSpec, build_generator
-from fastsrgan.study_data import Condition, acquire, find_heads, thick
-from fastsrgan.study_output import csv_rows, markdown, paper_rows, shown_rows
-from fastsrgan.study_panels import PANELS, time_fit
+from fastsrgan.evaluate.pair import evaluate_pair, flat
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
+from fastsrgan.study import cells as study_cells
+from fastsrgan.study import paper as study_paper
+from fastsrgan.study import plots as study_figure
+from fastsrgan.study import run as study
+from fastsrgan.study import tables as study_output
+from fastsrgan.study.data import Condition, acquire, find_heads, thick
+from fastsrgan.study.panels import PANELS, time_fit
+from fastsrgan.study.tables import csv_rows, markdown, paper_rows, shown_rows
+from fastsrgan.volume.geometry import Volume
 
 SHAPE = (21, 26, 24)
 SMALL = {"patch": 16, "device": "cpu", "precision": "fp32"}

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from test_tiles import plans
 from torch import nn
 
-from fastsrgan import engine, region, slabs, sweep, tiles
-from fastsrgan.engine import predict, stream
 from fastsrgan.errors import ResourceError
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.tile_network import TileNetwork
+from fastsrgan.infer import engine, region, sweep, tiles
+from fastsrgan.infer import planes as slabs
+from fastsrgan.infer.engine import predict, stream
+from fastsrgan.infer.network import TileNetwork
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 WINDOWS = ("constant", "gaussian")
 

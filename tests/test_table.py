@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsrgan import images
 from fastsrgan.errors import InputError
-from fastsrgan.table import read_list, read_table, subject_ids
+from fastsrgan.io import nifti as images
+from fastsrgan.io.tables import read_list, read_table, subject_ids
 
 HEADER = "HR_image,Label_image,Base"
 

@@ -10,11 +10,12 @@ import sys
 import numpy as np
 import pytest
 
-from fastsrgan import images, template
+from fastsrgan.core.runtime import rng
+from fastsrgan.demo import template
 from fastsrgan.errors import ResourceError, UsageError
-from fastsrgan.geometry import Volume
-from fastsrgan.runtime import rng
-from fastsrgan.table import read_table
+from fastsrgan.io import nifti as images
+from fastsrgan.io.tables import read_table
+from fastsrgan.volume.geometry import Volume
 
 SHAPE = (30, 34, 28)
 

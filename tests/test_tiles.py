@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsrgan import tiles
 from fastsrgan.errors import UsageError
+from fastsrgan.infer import tiles
 
 PATCHES = st.none() | st.sampled_from([8, 12, 16, 20, 32])
 

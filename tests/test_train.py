@@ -17,10 +17,12 @@ import pytest
 import torch
 from cohort import SMALL, losses, make_store, rows
 
-from fastsrgan import checkpoint, loop, trial, weights
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
-from fastsrgan.pair import Models
-from fastsrgan.train import train
+from fastsrgan.model import checkpoint, weights
+from fastsrgan.train import fit_batch as trial
+from fastsrgan.train import loop
+from fastsrgan.train.gan import Models
+from fastsrgan.train.run import train
 
 CONFIG = SMALL
 
@@ -326,7 +328,7 @@ def test_surroundings_change_no_bit(store, tmp_path, monkeypatch):
     folder = tmp_path / "mit Ümlaut und blank"
     folder.mkdir()
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf8")
-    program = "from fastsrgan.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = "from fastsrgan.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [
         sys.executable,
         "-c",

@@ -10,12 +10,12 @@ import pytest
 import torch
 from cohort import SMALL, losses, make_store, rows
 
-from fastsrgan import loop
-from fastsrgan.degrade import Degradation
-from fastsrgan.feed import Feed, PatchRule
-from fastsrgan.store import open_store
-from fastsrgan.train import train
-from fastsrgan.validate import fixed_resident, validate, validate_whole
+from fastsrgan.data.feed import Feed, PatchRule
+from fastsrgan.observation.model import Degradation
+from fastsrgan.store.reader import open_store
+from fastsrgan.train import loop
+from fastsrgan.train.run import train
+from fastsrgan.train.validate import fixed_resident, validate, validate_whole
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,11 @@ from damage import Canary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsrgan import keras_h5, modelfile, weights
 from fastsrgan.errors import ModelError, ResourceError, UsageError
-from fastsrgan.networks import Critic, CriticSpec, GeneratorSpec, build_generator
+from fastsrgan.model import keras as keras_h5
+from fastsrgan.model import safetensors as modelfile
+from fastsrgan.model import weights
+from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted(GOLDEN.glob("weights_*.h5"), key=lambda p: p.name)

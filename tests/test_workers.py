@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastsrgan import workers
-from fastsrgan.degrade import degrade
-from fastsrgan.workers import run
+from fastsrgan.core import workers
+from fastsrgan.core.workers import run
+from fastsrgan.observation.model import degrade
 
 
 @pytest.fixture(params=[1, 2, 3])

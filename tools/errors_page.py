@@ -71,7 +71,7 @@ def full_disk() -> Iterator[None]:
 
 def run(words: list[str], around: contextlib.AbstractContextManager) -> tuple[int, str]:
     """Exit code of a command, and all it said, without what progress says."""
-    from fastsrgan.cli import main
+    from fastsrgan.cli.main import main
 
     said = io.StringIO()
     with around, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):

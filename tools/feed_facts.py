@@ -22,16 +22,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # nothing needs to be installed
 
-from fastsrgan.crew import one_thread
-from fastsrgan.degrade import Degradation
+from fastsrgan.core.runtime import rng
+from fastsrgan.core.threads import one_thread
+from fastsrgan.data.feed import PatchRule, make_resident, pick_mover
+from fastsrgan.data.patch_grid import patch_origins
+from fastsrgan.data.pool import Pool, Resident
+from fastsrgan.data.shuffle import batch_subjects, quality
 from fastsrgan.errors import ResourceError
-from fastsrgan.feed import PatchRule, make_resident, pick_mover
-from fastsrgan.intensity import add_noise, contrast_power
-from fastsrgan.patch_grid import patch_origins
-from fastsrgan.pool import Pool, Resident
-from fastsrgan.runtime import rng
-from fastsrgan.shuffle import batch_subjects, quality
-from fastsrgan.store import Sample
+from fastsrgan.observation.model import Degradation
+from fastsrgan.store.reader import Sample
+from fastsrgan.volume.intensity import add_noise, contrast_power
 
 CPU = torch.device("cpu")
 FIXED = Degradation(((1.0, 1.0, 3.0),))

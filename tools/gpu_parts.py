@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsrgan import backend, engine, stitch, tiles
+from fastsrgan.core import kernels as backend
+from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.errors import ResourceError
-from fastsrgan.networks import GeneratorSpec, build_generator
-from fastsrgan.pool import Pool, Resident
+from fastsrgan.infer import engine, stitch, tiles
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

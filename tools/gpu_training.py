@@ -12,13 +12,13 @@ import torch
 
 from bench.common import texture
 from bench.step import pool
-from fastsrgan import precision
 from fastsrgan.config import TrainConfig
-from fastsrgan.dali_feed import DaliMover
-from fastsrgan.degrade import Degradation
+from fastsrgan.data.dali import DaliMover
+from fastsrgan.data.pool import Batch
 from fastsrgan.errors import FastsrganError
-from fastsrgan.pair import Models
-from fastsrgan.pool import Batch
+from fastsrgan.observation.model import Degradation
+from fastsrgan.train import precision
+from fastsrgan.train.gan import Models
 from tools.gpu_parts import Check, Context
 
 UPDATES = 30

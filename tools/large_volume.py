@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from fastsrgan.console import open_console
-from fastsrgan.infer import infer_volume
-from fastsrgan.memory_plan import SLABS
-from fastsrgan.networks import GeneratorSpec, build_generator
+from fastsrgan.cli.console import open_console
+from fastsrgan.infer.memory import SLABS
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 GIB = 2**30
 

@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import save_file
 from synthetic_heads import load_maps, make_block
 
-from fastsrgan import modelfile
-from fastsrgan.degrade import degrade
-from fastsrgan.networks import Generator
-from fastsrgan.runtime import write_json
-from fastsrgan.weights import load_generator
+from fastsrgan.core.runtime import write_json
+from fastsrgan.model import safetensors as modelfile
+from fastsrgan.model.networks import Generator
+from fastsrgan.model.weights import load_generator
+from fastsrgan.observation.model import degrade
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 RATIOS = (2.0, 3.0, 4.5, 6.0)

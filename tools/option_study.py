@@ -3,7 +3,7 @@
     python tools/option_study.py -o STUDY              # goes on where it was stopped; --markdown prints the table
     python tools/option_study.py -o STUDY --updates 50 --seeds 1 --arms paper ema
 
-Every cell (option, seed) is one run of `fastsrgan.train.train` on the cohort that `fastsrgan demo` makes, from new
+Every cell (option, seed) is one run of `fastsrgan.train.run.train` on the cohort that `fastsrgan demo` makes, from new
 weights, for the same number of generator updates. Scores are those of the Test subject after the last update, patch
 by patch as in the paper's figure 6. A difference counts where all seeds agree on its sign.
 """
@@ -18,12 +18,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastsrgan.cli.console import table
 from fastsrgan.config import TrainConfig
-from fastsrgan.console import table
 from fastsrgan.convert import convert
-from fastsrgan.runtime import provenance, tune_allocator, write_json
-from fastsrgan.template import make_cohort
-from fastsrgan.train import train
+from fastsrgan.core.runtime import provenance, tune_allocator, write_json
+from fastsrgan.demo.template import make_cohort
+from fastsrgan.train.run import train
 
 BASE: dict[str, Any] = {
     "new_low_res": ((1.0, 1.0, 3.0),),

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastsrgan import modelfile, weights
-from fastsrgan.runtime import atomic_write
+from fastsrgan.core.runtime import atomic_write
+from fastsrgan.model import safetensors as modelfile
+from fastsrgan.model import weights
 
 MODELS = Path(__file__).resolve().parent.parent / "fastsrgan" / "models"
 NAME = "segsrgan-k8-synthetic-heads.safetensors"

@@ -4,7 +4,7 @@
     python tools/score_weights.py head.nii.gz --label gm.nii.gz --ratio 3 --axis 0 1 2 --tiling 64:32 128:30
 
 Each head is acquired with thick slices by fastsrgan.degrade (physical geometry) at every ratio of slice thickness to
-voxel size, noise level and slice axis, and goes through fastsrgan.infer.infer_volume as a user's image would. The
+voxel size, noise level and slice axis, and goes through fastsrgan.infer.volume.infer_volume as a user's image would. The
 spline is clipped at the acquired image's minimum, as the network's result is. With a label, a reader of the thick
 slices is imitated: the degraded label is cut at 0.5 on the low-resolution grid, interpolated and cut at 0.5 again.
 """
@@ -26,15 +26,17 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from fastsrgan import images, metrics, weights
-from fastsrgan.degrade import Degraded, degrade
+from fastsrgan.core.runtime import finite, pick_device, provenance, tune_allocator, write_json
+from fastsrgan.demo.template import make_cohort
 from fastsrgan.errors import FastsrganError, InputError, UsageError
-from fastsrgan.geometry import Volume, grid_size, processing_orientation, resampled_affine
-from fastsrgan.infer import infer_volume
-from fastsrgan.networks import Generator
-from fastsrgan.resample import apply_axes, degrade_matrix, upsample_matrix
-from fastsrgan.runtime import finite, pick_device, provenance, tune_allocator, write_json
-from fastsrgan.template import make_cohort
+from fastsrgan.evaluate import metrics
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import Generator
+from fastsrgan.observation.model import Degraded, degrade
+from fastsrgan.volume.geometry import Volume, grid_size, processing_orientation, resampled_affine
+from fastsrgan.volume.resample import apply_axes, degrade_matrix, upsample_matrix
 
 Triple = tuple[float, float, float]
 Tiling = tuple[int | None, int]

@@ -38,13 +38,14 @@ import torch  # noqa: E402
 from cohort import SMALL, losses, make_store  # noqa: E402
 from processes import CONTEXT, ended, outcome, start  # noqa: E402
 
-from fastsrgan import checkpoint, images, weights  # noqa: E402
 from fastsrgan.convert import convert  # noqa: E402
-from fastsrgan.infer_files import infer_files  # noqa: E402
-from fastsrgan.networks import GeneratorSpec, build_generator  # noqa: E402
-from fastsrgan.runtime import provenance, write_json  # noqa: E402
-from fastsrgan.store import open_store  # noqa: E402
-from fastsrgan.train import train  # noqa: E402
+from fastsrgan.core.runtime import provenance, write_json  # noqa: E402
+from fastsrgan.infer.files import infer_files  # noqa: E402
+from fastsrgan.io import nifti as images  # noqa: E402
+from fastsrgan.model import checkpoint, weights  # noqa: E402
+from fastsrgan.model.networks import GeneratorSpec, build_generator  # noqa: E402
+from fastsrgan.store.reader import open_store  # noqa: E402
+from fastsrgan.train.run import train  # noqa: E402
 
 CONFIG = SMALL.replace(epochs=4, steps_per_epoch=2, critic_iterations=1, keep_checkpoints=2, ema=0.9)
 IMAGES = 4

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from fastsrgan.resample import apply_axes, spline_matrix
-from fastsrgan.runtime import rng
+from fastsrgan.core.runtime import rng
+from fastsrgan.volume.resample import apply_axes, spline_matrix
 
 # Cyclic world orders that processing_orientation produces: axial, sagittal, coronal (through-plane axis last).
 ORDERS = ((0, 1, 2), (1, 2, 0), (2, 0, 1))

@@ -28,11 +28,11 @@ from safetensors.torch import save_file
 from synthetic_heads import Block, load_maps, make_block
 from whitened_head import WhitenedHead
 
-from fastsrgan.degrade import degrade
+from fastsrgan.core.runtime import provenance, rng, tune_allocator
 from fastsrgan.losses import charbonnier, soft_dice
-from fastsrgan.networks import Generator, GeneratorSpec
-from fastsrgan.runtime import provenance, rng, tune_allocator
-from fastsrgan.weights import load_generator
+from fastsrgan.model.networks import Generator, GeneratorSpec
+from fastsrgan.model.weights import load_generator
+from fastsrgan.observation.model import degrade
 
 BLOCK, POOL = 96, 24
 SHAPES = ((4, 48), (2, 64), (1, 80))  # (batch, patch edge): tiles of several sizes, since instance norm sees the tile

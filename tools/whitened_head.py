@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from scipy.fft import dct
 from torch import Tensor
 
-from fastsrgan.networks import Generator, GeneratorSpec
+from fastsrgan.model.networks import Generator, GeneratorSpec
 
 TAPS = 7
 BETAS = (0.9, 0.99)
@@ -82,8 +82,8 @@ def spectrum(weights: str | None = None) -> None:
     """Print the root mean square of a generator's features by cosine component, largest to smallest."""
     from synthetic_heads import load_maps, make_block
 
-    from fastsrgan.degrade import degrade
-    from fastsrgan.weights import load_generator
+    from fastsrgan.model.weights import load_generator
+    from fastsrgan.observation.model import degrade
 
     generator = Generator(GeneratorSpec(kernel=8)) if weights is None else load_generator(weights)
     block = make_block(load_maps(), 0, 3)

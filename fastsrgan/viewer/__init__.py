@@ -1,1 +1,1 @@
-"""Self-contained HTML pages about results and runs, and the figure of ``fastsrgan.show``."""
+"""The documented path of ``report``, whose home is ``fastsrgan.report``."""

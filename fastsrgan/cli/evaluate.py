@@ -1,0 +1,197 @@
+"""``fastsrgan evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from fastsrgan.cli.console import table
+from fastsrgan.cli.infer import print_json
+from fastsrgan.core.runtime import Progress, output_folder
+from fastsrgan.errors import PartialFailure, UsageError
+
+PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg")
+# Figures of the table with one line per subject: heading, section, key.
+SHORT = (
+    ("PSNR dB", "image.whole.psnr_db"),
+    ("baseline", "baseline.image.whole.psnr_db"),
+    ("SSIM", "image.whole.ssim"),
+    ("Dice", "segmentation.dice"),
+    ("HD95 mm", "segmentation.hausdorff95_mm"),
+    ("ASSD mm", "segmentation.surface_distance_mm"),
+    ("components", "segmentation.components"),
+)
+# Figures of which more, or less, is better.
+HIGHER = ("psnr", "ssim", "dice")
+LOWER = ("mae", "mse", "hausdorff95", "surface_distance", "false_component")
+
+
+def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Define the command; ``command(name, run, text, example)`` makes an empty one."""
+    example = (
+        "fastsrgan evaluate --sr out/a_sr.nii.gz --hr a.nii.gz --seg out/a_seg.nii.gz --label gm.nii.gz --lr lr.nii.gz"
+        "\n  fastsrgan evaluate out truth --csv scores.csv --png pictures"
+    )
+    p = command("evaluate", _evaluate, "compare results with the truth", example)
+    p.add_argument(
+        "folders",
+        nargs="*",
+        metavar="RESULTS TRUTH",
+        help="a folder of `infer` and one of truths: STEM_sr beside STEM or STEM_hr, STEM_label, STEM_mask",
+    )
+    helps = {
+        "sr": "result",
+        "hr": "truth",
+        "seg": "segmentation of the result",
+        "label": "its truth",
+        "mask": "region to score besides the whole image",
+        "lr": "the low-resolution image: its spline and interpolated label map become the baselines",
+        "baseline": "another image of the subject to compare with",
+        "baseline_seg": "another segmentation",
+    }
+    for name in PAIR:
+        p.add_argument(f"--{name.replace('_', '-')}", metavar="IMAGE", help=helps[name])
+    p.add_argument(
+        "--table",
+        metavar="CSV",
+        help="columns SR_image, HR_image, optional Seg_image, Label_image, Mask_image, LR_image, Baseline_image",
+    )
+    p.add_argument("--bids", action="store_true", help="the two folders are a derivatives dataset and a BIDS dataset")
+    p.add_argument(
+        "--csv", metavar="FILE", help="one line per subject, then mean, sd and n; an earlier one is replaced"
+    )
+    p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to standard output")
+    p.add_argument("--png", metavar="PATH", help="picture of the errors: a file for a pair, a folder for several")
+
+
+def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
+    from fastsrgan.core.runtime import write_json
+    from fastsrgan.evaluate.cohort import write_csv
+
+    result = _run(args, progress)
+    if args.json not in (None, "-"):
+        write_json(args.json, result)
+    if args.csv:
+        write_csv(args.csv, result)
+    if args.json == "-":
+        print_json(result)
+    elif "rows" in result:
+        print(table(subjects(result)), table(cohort_figures(result)), sep="\n\n")
+    else:
+        print(table(figures(result)))
+    if result.get("failed"):
+        names = ", ".join(f["subject"] for f in result["failed"])
+        raise PartialFailure("evaluate", f"{len(result['failed'])} not evaluated: {names}", "see the warnings")
+    return 0
+
+
+def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """The one form that was asked for."""
+    pair = {name: getattr(args, name) for name in PAIR if getattr(args, name)}
+    forms = [bool(pair), bool(args.table), bool(args.folders)]
+    if sum(forms) != 1 or (pair and not {"sr", "hr"} <= set(pair)):
+        raise UsageError("evaluate", "give --sr and --hr, or --table, or two folders", "fastsrgan evaluate --help")
+    if args.folders and len(args.folders) != 2:
+        raise UsageError("evaluate", f"{len(args.folders)} folders", "two: RESULTS TRUTH")
+    if args.bids and not args.folders:
+        raise UsageError("--bids", "two folders are needed", "fastsrgan evaluate --bids DERIVATIVES DATASET")
+    _check_places(args, [*pair.values(), *([args.table] if args.table else [])])
+    if pair:
+        from fastsrgan.evaluate.pair import evaluate_files
+
+        return evaluate_files(**pair, png=args.png)
+    from fastsrgan.evaluate import cohort as evaluate_cohort
+
+    if args.table:
+        return evaluate_cohort.evaluate_table(args.table, png=args.png, progress=progress)
+    if args.bids:
+        from fastsrgan.infer.bids import evaluate_bids
+
+        return evaluate_bids(*args.folders, png=args.png, progress=progress)
+    return evaluate_cohort.evaluate_folders(*args.folders, png=args.png, progress=progress)
+
+
+def _check_places(args: argparse.Namespace, inputs: list[str]) -> None:
+    """Before the work, not after it: every place can be written to, and holds nothing that is to be kept."""
+    from fastsrgan.io import output_place
+
+    kinds = {"csv": output_place.TABLE, "json": output_place.FIGURES, "png": output_place.PICTURE}
+    for option, kind in kinds.items():
+        target = getattr(args, option)
+        if target in (None, "-"):
+            continue
+        if option == "png" and not args.sr:  # pictures of a cohort fill a folder
+            output_folder(target)
+        else:
+            output_place.check_place(target, inputs, kind)
+
+
+def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures of one pair as rows: region or segmentation, name, value; baseline and difference beside."""
+    base, gain = result.get("baseline", {}), result.get("gain", {})
+    groups = [(region, ("image", region)) for region in result["image"]] + [("segmentation", ("segmentation",))]
+    rows = []
+    for where, path in groups:
+        scores, other, more = (_at(tree, path) for tree in (result, base, gain))
+        for key, value in scores.items():
+            row = {"where": where, "figure": key, "value": plain(value)}
+            told = {"baseline": plain(other.get(key)), "difference": plain(more.get(key))}
+            rows.append(row | (told | {"better": better(key, more.get(key))} if base else {}))
+    return rows
+
+
+def cohort_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Mean +- sd of every figure of a cohort, the baseline's and the difference beside it."""
+    told = result["summary"]
+    rows = []
+    for name, values in told.items():
+        section, _, rest = name.partition(".")
+        if section not in ("image", "segmentation"):
+            continue
+        where, _, figure = rest.rpartition(".")
+        row = {"where": where or section, "figure": figure, "value": spread(values)}
+        if any(key.startswith("baseline.") for key in told):
+            gain = told.get(f"gain.{name}")
+            row |= {"baseline": spread(told.get(f"baseline.{name}")), "difference": spread(gain)}
+            row |= {"better": better(figure, gain and gain["mean"])}
+        rows.append(row | {"n": values["n"]})
+    return rows
+
+
+def subjects(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One line per subject with the figures most looked at; the last one is mean +- sd."""
+    from fastsrgan.evaluate.pair import flat
+
+    there = [(head, name) for head, name in SHORT if name in result["summary"]]
+    rows = []
+    for row in result["rows"]:
+        values = flat(row)
+        rows.append({"subject": row["subject"]} | {head: values.get(name) for head, name in there})
+    return [*rows, {"subject": "mean ± sd"} | {head: spread(result["summary"][name]) for head, name in there}]
+
+
+def spread(values: dict[str, Any] | None) -> str | None:
+    """``26.96 ± 0.41`` of a mean and a standard deviation."""
+    if values is None:
+        return None
+    return f"{plain(values['mean'])}" + ("" if values["sd"] is None else f" ± {plain(values['sd'], 2)}")
+
+
+def plain(value: float | None, digits: int = 4) -> str | int | None:
+    """A figure of so many significant digits, without an exponent where it is large."""
+    if value is None or isinstance(value, int):
+        return value
+    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
+def better(figure: str, gain: float | None) -> str | None:
+    """Whether a difference to the baseline is one for the better; None of figures that have no better, and of 0."""
+    sign = 1 if figure.startswith(HIGHER) else -1 if figure.startswith(LOWER) else 0
+    return None if not sign or not gain else "yes" if gain * sign > 0 else "no"
+
+
+def _at(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    for key in path:
+        tree = tree.get(key, {})
+    return tree

@@ -1,0 +1,141 @@
+"""``fastsrgan job-model``: the original's application script, option by option."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fastsrgan.cli.console import error_line, say
+from fastsrgan.cli.train import boolean
+from fastsrgan.config import CHOICES
+from fastsrgan.core.runtime import Progress, finite
+from fastsrgan.errors import UsageError
+
+EXAMPLE = """examples:
+  fastsrgan job-model --path list.csv --patch 128 --step 64 --result_folder_name mine --weights_path SegSRGAN_epoch_200
+  fastsrgan job-model --path list.csv --patch "64,128" --step "32 64,64 128" --result_folder_name mine \\
+      --weights_path SegSRGAN_epoch_200 --new_low_res 0.5,0.5,0.5
+
+The CSV has no header; its first column names .nii.gz, .nii or .hdr files, or DICOM folders. Results are put beside
+each image: Result_with_mine/patch_128_step_64/{SR,Cortex,Mask}_patch_128_step_64.nii.gz. The first image of a folder
+gets these names, others have their own name put behind. --patch None takes the whole image at once."""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Define the command."""
+    text = "apply a model as SegSRGAN's job_model.py does: its options, files and numbers"
+    p = commands.add_parser(
+        "job-model",
+        help=text,
+        description=text,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("-p", "--path", required=True, metavar="CSV", help="list of images, no header, first column")
+    p.add_argument("-dp", "--debut-path", default="", metavar="BASE", help="put before the CSV's path and its entries")
+    # The original's README writes the steps without quotes: several words are put together again.
+    p.add_argument(
+        "-pa",
+        "--patch",
+        nargs="+",
+        default=["128"],
+        metavar="P",
+        help='tile edges, "64,128"; None: the whole image (128)',
+    )
+    p.add_argument("-s", "--step", nargs="+", default=["64"], metavar="S", help='steps of each, "32 64,64 128" (64)')
+    p.add_argument("-rf", "--result-folder-name", required=True, metavar="NAME", help="results go to Result_with_NAME")
+    p.add_argument("-wp", "--weights-path", metavar="FILE", help="Keras HDF5, safetensors or run (the shipped model)")
+    p.add_argument(
+        "-bb",
+        "--by-batch",
+        type=boolean,
+        metavar="True|False",
+        help="several tiles at once, as memory takes, or one after the other (what is faster)",
+    )
+    p.add_argument(
+        "-n", "--new-low-res", default="0.5,0.5,0.5", metavar="X,Y,Z", help="mm of the results (0.5,0.5,0.5)"
+    )
+    p.add_argument("-int", "--interp", choices=CHOICES["interp"], default="scipy", help="interpolation (scipy)")
+    p.add_argument(
+        "-it",
+        "--interpolation-type",
+        choices=CHOICES["interpolation_type"],
+        default="Spline",
+        metavar="KIND",
+        help=f"interpolator of --interp sitk, one of {', '.join(CHOICES['interpolation_type'])} (Spline)",
+    )
+    own = p.add_argument_group("fastsrgan's own")
+    own.add_argument(
+        "--geometry", choices=CHOICES["geometry"], default="segsrgan", help="the original's numbers, or exact in mm"
+    )
+    own.add_argument(
+        "--series", metavar="N", help="series of the DICOM folders: number, UID or part of its description"
+    )
+    own.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
+    own.add_argument("--precision", default="fp32", choices=("auto", "fp32", "bf16", "fp16"), help="(fp32)")
+    own.add_argument("--overwrite", action="store_true", help="make anew what is there")
+    own.add_argument("--json", action="store_true", help="print the summary as JSON")
+    p.set_defaults(run=run)
+
+
+def resolution(text: str) -> tuple[float, ...]:
+    """``"0.5,0.5,0.5"`` -> three numbers. Raises UsageError."""
+    try:
+        values = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3:
+        raise UsageError("--new-low-res", f"{text!r} is not allowed", "three sizes in mm, 0.5,0.5,0.5")
+    return values
+
+
+def arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of ``job.job_model`` that a command line stands for. Raises UsageError."""
+    from fastsrgan.compat import job_model as job
+
+    return {
+        "table": args.path,
+        "weights_path": args.weights_path,
+        "patch": job.patches(joined(args.patch)),
+        "step": job.steps(joined(args.step)),
+        "result_folder_name": args.result_folder_name,
+        "new_resolution": resolution(args.new_low_res),
+        "base_path": args.debut_path,
+        "by_batch": args.by_batch,
+        "interp": args.interp,
+        "interpolation_type": args.interpolation_type,
+        "geometry": args.geometry,
+        "series": args.series,
+        "device": args.device,
+        "precision": args.precision,
+        "overwrite": args.overwrite,
+    }
+
+
+def joined(words: Sequence[str]) -> str:
+    """One list that the shell cut at its blanks."""
+    return " ".join(words)
+
+
+def run(args: argparse.Namespace, progress: Progress) -> int:
+    """Process the list and say what became of each result."""
+    from fastsrgan.compat import job_model as job
+    from fastsrgan.core.runtime import tune_allocator
+
+    tune_allocator()
+    code = 0
+    try:
+        result = job.job_model(**arguments(args), progress=progress)
+    except job.SomeFailed as error:
+        error_line(str(error))
+        result, code = error.summary, error.exit_code
+    if args.json:
+        print(json.dumps(finite(result), indent=2, ensure_ascii=False))
+        return code
+    for item in result["items"]:
+        told = "  ".join(str(p) for p in (item.get("outputs") or {}).values()) or item.get("error", "")
+        size = "whole image" if item["patch"] is None else f"patch {item['patch']} step {item['step']}"
+        say(f"{item['status']:8}{item['input']}  {size}  {told}".rstrip())
+    return code

@@ -1,0 +1,310 @@
+"""The command line: parse, call one library function, print. ``-`` and ``_`` are alike in option names.
+
+Exit codes: 0 ok, 2 usage, 3 bad input, 4 bad weights / checkpoint / store version / config, 5 resources, 6 some items
+of a batch failed, 130 and 143 after SIGINT and SIGTERM. One line on standard error says what came and what to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+from fastsrgan._version import __version__
+from fastsrgan.cli.console import error_line, open_console, plain, say, table
+from fastsrgan.cli.infer import print_json
+from fastsrgan.core.runtime import Progress
+from fastsrgan.core.signals import SAID, Interrupts, Terminated
+from fastsrgan.core.startup import NO_MEMORY, out_of_memory
+from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError
+
+RAW = argparse.RawDescriptionHelpFormatter
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UsageErrors, one line with a hint."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the whole usage."""
+        wrong = re.match(r"argument .*: invalid choice: '([^']*)' \(choose from (.*)\)$", message)
+        near = close(wrong[1], re.findall(r"[\w-]+", wrong[2])) if wrong else None
+        raise UsageError(self.prog, message, f"did you mean {near}?" if near else f"{self.prog} --help")
+
+
+def close(word: str, known: Iterable[str]) -> str | None:
+    """The known word that a misspelt one is nearest to, where one is near."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1)), None)
+
+
+def build_parser() -> Parser:
+    """All commands. Heavy modules are imported by the commands that need them."""
+    from fastsrgan.cli import evaluate as cli_evaluate
+    from fastsrgan.cli import infer as cli_infer
+    from fastsrgan.cli import job_model as cli_job
+    from fastsrgan.cli import report as cli_report
+    from fastsrgan.cli import study as cli_study
+    from fastsrgan.cli import train as cli_train
+
+    parser = Parser(
+        prog="fastsrgan",
+        description="Super-resolution and segmentation of brain MRI with one 3-D GAN (SegSRGAN), fast.",
+        epilog="Each command has its own --help with an example. --debug shows tracebacks, --quiet hides progress.",
+    )
+    parser.add_argument("--version", action="version", version=f"fastsrgan {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace, Progress], int], text: str, example: str) -> Parser:
+        p = commands.add_parser(name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=RAW)
+        p.set_defaults(run=run)
+        return p
+
+    p = command(
+        "demo", _demo, "the whole job on embedded real data, with a picture at the end", "fastsrgan demo -o demo"
+    )
+    p.add_argument("-o", "--out", default="demo", help="output folder (demo)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
+    p.add_argument("--seed", type=int, default=0, help="seed of the synthetic cohort (0)")
+    p.add_argument(
+        "--low-res", nargs=3, type=float, default=(1.0, 1.0, 3.0), metavar=("X", "Y", "Z"), help="mm (1 1 3)"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
+
+    p = command(
+        "convert",
+        _convert,
+        "a CSV of images and labels -> a chunked Zarr store",
+        "fastsrgan convert cohort.csv cohort.zarr",
+    )
+    p.add_argument(
+        "csv", metavar="CSV", help="columns HR_image, Label_image, Base (Train or Test), optional Mask_image"
+    )
+    p.add_argument("store", metavar="STORE", help="folder or URL")
+    p.add_argument("--workers", type=int, help="threads (one a core)")
+    p.add_argument("--dtype", default="auto", choices=("auto", "int16", "float32"), help="stored image type (auto)")
+    p.add_argument("--base-path", help="prefix of the paths in the CSV")
+    p.add_argument("--resume", action="store_true", help="keep what is finished and unchanged")
+    p.add_argument("--overwrite", action="store_true", help="begin anew")
+    p.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+    p = command(
+        "verify", _verify, "checksums and schema of everything in a store or run", "fastsrgan verify cohort.zarr"
+    )
+    p.add_argument("path", metavar="STORE|RUN")
+
+    p = command("info", _info, "what a store holds", "fastsrgan info cohort.zarr")
+    p.add_argument("store", metavar="STORE")
+    p.add_argument("--json", action="store_true")
+
+    cli_train.add_parser(commands)
+    cli_job.add_parser(commands)
+
+    cli_infer.add_parsers(command)
+    cli_evaluate.add_parser(command)
+    cli_study.add_parser(command)
+    cli_report.add_parser(command)
+
+    p = command("doctor", _doctor, "devices, versions, and what will run where", "fastsrgan doctor")
+    p.add_argument("--json", action="store_true")
+    return parser
+
+
+def _demo(args: argparse.Namespace, progress: Progress) -> int:
+    from fastsrgan.demo import run as demo
+
+    result = demo.run(
+        args.out,
+        device=args.device,
+        seed=args.seed,
+        low_res_mm=tuple(args.low_res),
+        overwrite=args.overwrite,
+        progress=progress,
+    )
+    print(table(result["table"]))
+    print(f"picture: {result['picture']}\nfigures: {result['json']}\npage: {result['page']}")
+    print(f"total: {result['seconds']:.0f} s")
+    return int(result.get("exit_code", 0))
+
+
+def _convert(args: argparse.Namespace, progress: Progress) -> int:
+    from fastsrgan.convert import convert
+
+    result = convert(
+        args.csv,
+        args.store,
+        workers=args.workers,
+        dtype=args.dtype,
+        base_path=args.base_path,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        progress=progress,
+    )
+    if args.json:
+        print_json(result)
+        return 0
+    ratio = f", {result['ratio']:.1f} x smaller than in memory" if result["ratio"] else ""
+    size = f"{result['subjects']} subjects, {result['stored_bytes'] / 1e6:.1f} MB{ratio}"
+    print(
+        f"{result['store']}: {size}; {result['converted']} converted, {result['kept']} kept, {result['seconds']:.1f} s"
+    )
+    for subject, warnings in result["warnings"].items():
+        for text in warnings:
+            print(plain(f"warning: {subject}: {text}"), file=sys.stderr)
+    return 0
+
+
+def _verify(args: argparse.Namespace, progress: Progress) -> int:
+    from pathlib import Path
+
+    from fastsrgan.model import checkpoint, weights
+    from fastsrgan.store.reader import open_store
+
+    run = Path(args.path)
+    lone = (run / checkpoint.MANIFEST).is_file() and (run / checkpoint.MODEL).is_file()
+    if lone or checkpoint.folders(run) or (run / "config.yaml").is_file():
+        found = checkpoint.folders(run) or ([run] if lone else [])
+        problems = [line for snapshot in found for line in checkpoint.verify(snapshot)]
+        problems += [] if lone else weights.damaged(run)
+        problems += [] if found else [f"{run}: a run without snapshots, --resume has nothing to go on from"]
+        what = f"{len(found)} snapshots"
+    else:
+        store = open_store(args.path)
+        problems = store.verify(progress)
+        what = f"{len(store.subjects)} subjects"
+    for line in problems:
+        say(line)
+    print(f"{args.path}: {what}, {len(problems)} problems")
+    return 3 if problems else 0
+
+
+def _info(args: argparse.Namespace, progress: Progress) -> int:
+    from fastsrgan.store.reader import open_store
+
+    store = open_store(args.store)
+    rows = [
+        {
+            "subject": s.id,
+            "split": s.split,
+            "shape": " x ".join(map(str, s.shape)),
+            "spacing mm": " x ".join(f"{v:.3g}" for v in s.spacing),
+            "arrays": ", ".join(f"{n} {a['dtype']}" for n, a in s.arrays.items()),
+            "MB": round(s.stored_bytes / 1e6, 2),
+            "ratio": round(s.raw_bytes / s.stored_bytes, 2),
+        }
+        for s in store.subjects
+    ]
+    if args.json:
+        print_json(rows)
+        return 0
+    if rows:
+        print(table(rows))
+    size, raw = (sum(getattr(s, name) for s in store.subjects) for name in ("stored_bytes", "raw_bytes"))
+    splits = ", ".join(f"{sum(s.split == name for s in store.subjects)} {name}" for name in ("Train", "Test"))
+    ratio = f", {raw / size:.2f} x smaller than in memory" if size else ""
+    state = "" if store.complete else "; the conversion has not ended: `fastsrgan convert --resume` goes on"
+    print(f"{args.store}: {len(rows)} subjects ({splits}), {size / 1e6:.2f} MB{ratio}{state}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace, progress: Progress) -> int:
+    from fastsrgan import doctor
+
+    facts = doctor.diagnose()
+    if args.json:
+        print_json(facts)
+    else:
+        print("\n".join(doctor.describe(facts)))
+    return 0
+
+
+def _options(parser: Parser, command: str | None) -> list[str]:
+    """The option strings of a command."""
+    below = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    return [name for name in below.get(command or "", parser)._option_string_actions if name.startswith("--")]
+
+
+def normalised(argv: Sequence[str]) -> list[str]:
+    """Arguments with ``_`` as ``-`` in option names, so both spellings work.
+
+    Values are left alone, and all that follows ``--``.
+    """
+    options = list(argv).index("--") if "--" in argv else len(argv)
+    out = []
+    for word in argv[:options]:
+        if word.startswith("-") and len(word) > 2 and word[1:2] not in "0123456789.":
+            name, equals, value = word.partition("=")
+            word = name.replace("_", "-") + equals + value
+        out.append(word)
+    if out and not out[0].startswith("-"):
+        out[0] = out[0].replace("_", "-")
+    return [*out, *argv[options:]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    words = normalised(sys.argv[1:] if argv is None else argv)
+    options = words.index("--") if "--" in words else len(words)
+    flags = {flag: flag in words[:options] for flag in ("--debug", "--quiet")}
+    words = [w for w in words[:options] if w not in flags] + words[options:]
+    progress = open_console(flags["--quiet"], flags["--debug"])
+    signals = Interrupts()
+    try:
+        if "" in words:
+            raise UsageError("the command line", "holds an empty word", "a variable of the shell that is not set?")
+        parser = build_parser()
+        args, unknown = parser.parse_known_args(words)
+        if unknown:
+            command = f"fastsrgan {args.command}" if args.command else "fastsrgan"
+            near = close(unknown[0].partition("=")[0], _options(parser, args.command))
+            hint = f"did you mean {near}?" if near else f"{command} --help"
+            raise UsageError(command, f"unrecognized arguments: {' '.join(unknown)}", hint)
+        if args.command is None:
+            parser.print_help()
+            return 0
+        with signals:
+            return int(args.run(args, progress))
+    except SystemExit as stop:  # argparse's --help and --version
+        return int(stop.code or 0)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        progress.finish()
+        if flags["--debug"]:
+            traceback.print_exc()
+        return failed(error if isinstance(error, FastsrganError) else signals.raised or error)
+
+
+def failed(error: BaseException) -> int:
+    """Say an error in one line; returns the exit code it stands for."""
+    if isinstance(error, FastsrganError):
+        error_line(str(error))
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        error_line(SAID[number])
+        return 128 + number
+    if isinstance(error, MemoryError):
+        error_line(f"memory: not enough ({str(error) or 'use a smaller patch, batch or volume'})")
+        return 5
+    if isinstance(error, ImportError) and out_of_memory(error):
+        error_line(NO_MEMORY)
+        return 5
+    if isinstance(error, RuntimeError) and out_of_memory(error):  # torch's own, which has no type
+        error_line("memory: not enough (use a smaller patch, batch or volume, or raise the limit of the process)")
+        return 5
+    if isinstance(error, OSError):
+        told = (error.filename or "system", error.strerror or str(error))
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOENT):
+            return failed(InputError(*told, "check the path"))
+        place = ResourceError(*told, "check the path and its disk")
+        error_line(str(place))
+        return place.exit_code
+    error_line(f"internal: {type(error).__name__}: {error} (please report it with the output of --debug)")
+    return 1

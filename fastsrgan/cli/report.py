@@ -1,0 +1,48 @@
+"""``fastsrgan report``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+
+from fastsrgan.core.runtime import Progress
+
+
+def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Define the command."""
+    example = "fastsrgan report out\n  fastsrgan report out --scores evaluate.json -o out/cohort.html"
+    p = command("report", run, "one HTML file with viewer, figures and provenance; works offline", example)
+    p.add_argument("path", metavar="DIR|RUN|JSON", help="folder of results, demo or training run, or one result's JSON")
+    p.add_argument("-o", "--out", metavar="FILE", help="the page (report.html in that folder)")
+    p.add_argument("--scores", metavar="JSON", help="what `fastsrgan evaluate --json FILE` wrote (the folder's own)")
+    p.add_argument("--study", nargs="+", default=(), metavar="JSON", help="what `fastsrgan study` wrote, to show too")
+    for name, text in (("hr", "true image of a single result"), ("label", "its label"), ("mask", "region to score")):
+        p.add_argument(f"--{name}", metavar="IMAGE", help=text)
+    p.add_argument("--max-mb", type=float, default=12.0, metavar="MB", help="largest page; volumes are reduced (12)")
+    p.add_argument("--overwrite", action="store_true", help="replace an earlier report")
+    p.add_argument("--json", action="store_true", help="print the files as JSON")
+
+
+def run(args: argparse.Namespace, progress: Progress) -> int:
+    """Write the page and say where it is."""
+    from fastsrgan.report.page import report
+
+    truth = {"hr": args.hr, "label": args.label, "mask": args.mask}
+    written = report(
+        args.path,
+        args.out,
+        scores=args.scores,
+        studies=args.study,
+        **truth,
+        max_mb=args.max_mb,
+        overwrite=args.overwrite,
+        progress=progress,
+    )
+    if args.json:
+        print(json.dumps([str(path) for path in written], indent=2))
+        return 0
+    print(written[0])
+    if len(written) > 1:
+        print(f"and {len(written) - 1} pages of single results beside it")
+    return 0

@@ -1,0 +1,103 @@
+"""``fastsrgan study``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from fastsrgan.cli.console import table
+from fastsrgan.cli.infer import print_json, tile_edge
+from fastsrgan.core.runtime import Progress
+from fastsrgan.errors import PartialFailure
+
+KINDS = ("steps", "noise", "augmentation", "resolution", "curves")
+
+
+def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Define the command; ``command(name, run, text, example)`` makes an empty one."""
+    example = (
+        "fastsrgan study steps --quick\n"
+        "  fastsrgan study steps cohort.csv --weights run --patch 128 --steps 20 30 50 80 128\n"
+        "  fastsrgan study augmentation cohort.csv --weights with without -o augmentation\n"
+        "  fastsrgan study curves run"
+    )
+    p = command("study", _study, "the paper's tables and figures on your own images and models", example)
+    p.add_argument(
+        "kind",
+        choices=KINDS,
+        help="quality and time against the step, noise robustness, models on changed contrast, quality against slice "
+        "thickness, training curves",
+    )
+    p.add_argument(
+        "data",
+        nargs="?",
+        help="training table (its Test rows), one high-resolution image, or for curves a run folder; "
+        "left out with --quick: two small synthetic subjects",
+    )
+    p.add_argument(
+        "-o", "--out", metavar="DIR", help="output folder (study-KIND); finished measurements in it are kept"
+    )
+    p.add_argument(
+        "-w", "--weights", nargs="+", default=(), metavar="FILE", help="models, as of infer (the shipped one)"
+    )
+    p.add_argument("--quick", action="store_true", help="small patches, few steps, at most two subjects")
+    p.add_argument("--patch", type=tile_edge, default=0, metavar="N", help="tile edge in voxels, or none (128)")
+    p.add_argument("--steps", nargs="+", type=int, metavar="N", help="voxels between tiles")
+    p.add_argument("--low-res", nargs=3, type=float, metavar=("X", "Y", "Z"), help="mm of the acquisition, stored axes")
+    p.add_argument("--noise", nargs="+", type=float, metavar="F", help="standard deviations over the largest value")
+    p.add_argument(
+        "--ratios", nargs="+", type=float, metavar="R", help="slice thickness over the head's voxel size (3)"
+    )
+    p.add_argument("--axis", type=int, default=2, choices=(0, 1, 2), help="stored axis of the thick slices (2)")
+    p.add_argument("--split", default="Test", choices=("Test", "Train", "all"), help="rows of the table (Test)")
+    p.add_argument("--subjects", type=int, metavar="N", help="at most so many of them")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
+    p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="(auto)")
+    p.add_argument("--seed", type=int, default=0, help="of the noise and the synthetic subjects (0)")
+    p.add_argument("--json", action="store_true", help="print what KIND.json holds")
+
+
+def _study(args: argparse.Namespace, progress: Progress) -> int:
+    from fastsrgan.core.runtime import tune_allocator
+    from fastsrgan.study import run as study
+    from fastsrgan.study.tables import fit_text, paper_rows, shown_rows
+
+    tune_allocator()
+    settings = study.Settings(
+        patch=args.patch or None,
+        whole=args.patch is None,
+        steps=_many(args.steps),
+        low_res=_many(args.low_res),
+        noise=_many(args.noise),
+        ratios=_many(args.ratios),
+        axis=args.axis,
+        split=args.split,
+        subjects=args.subjects,
+        device=args.device,
+        precision=args.precision,
+        seed=args.seed,
+    )
+    out = args.out or f"study-{args.kind}"
+    facts = study.run(args.kind, args.data, out, args.weights, settings, quick=args.quick, progress=progress)
+    if args.json:
+        print_json(facts)
+    else:
+        print(_aligned(shown_rows(facts)))
+        for fit in facts.get("fit", []):
+            print(f"fit: {fit_text(fit)}")
+        if quoted := paper_rows(facts):
+            print(f"\n{facts['paper']['source']}:\n{_aligned(quoted)}")
+        print("\n" + "\n".join(f"{name}: {path}" for name, path in facts["files"].items()))
+    if facts.get("failed"):
+        raise PartialFailure(out, f"{len(facts['failed'])} heads could not be used", "see the warnings")
+    return 0
+
+
+def _aligned(rows: list[dict[str, str]]) -> str:
+    """A table whose rows may have different columns."""
+    return table(rows, list(dict.fromkeys(name for row in rows for name in row)))
+
+
+def _many(values: list[Any] | None) -> Any:
+    return None if values is None else tuple(values)

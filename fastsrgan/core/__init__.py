@@ -1,0 +1,1 @@
+"""What every part stands on: files, memory, progress, signals, threads, ranks and kernels."""

@@ -1,0 +1,126 @@
+"""One subject in memory: oriented, degraded, on the device, with the places of its patches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsrgan.core.threads import one_thread
+from fastsrgan.data.patch_grid import patch_origins, patch_region, positive_box
+from fastsrgan.data.pool import Resident
+from fastsrgan.errors import FastsrganError, InputError
+from fastsrgan.observation.model import Degradation, Degraded, Draw
+from fastsrgan.observation.slabs import Region
+from fastsrgan.store.reader import Sample
+from fastsrgan.volume.geometry import Orientation, processing_orientation
+from fastsrgan.volume.resample import modulo_size
+
+Triple = tuple[float, float, float]
+Moved = tuple[Tensor, Tensor, Tensor, Tensor | None]
+Law = Callable[[Any], Degraded]  # an array, or a tensor on its device
+Mover = Callable[[np.ndarray, np.ndarray, np.ndarray | None, Law], Moved]
+
+
+@dataclass(frozen=True)
+class PatchRule:
+    """Which patches are taken: edge, grid stride, and whether the mask decides (``overlapping_with_mask``)."""
+
+    patch: int
+    stride: int
+    by_mask: bool = False
+
+
+def move_by_thread(
+    image: np.ndarray, label: np.ndarray, mask: np.ndarray | None, law: Law, *, device: torch.device
+) -> Moved:
+    """Degrade on the CPU and copy to the device: interpolated, hr, label, mask."""
+    with one_thread():
+        done = law(image)
+    arrays = (done.interpolated, done.hr, label, mask)
+    return tuple(None if a is None else torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays)  # type: ignore[return-value]
+
+
+def make_resident(
+    sample: Sample,
+    degradation: Degradation,
+    draw: Draw,
+    rule: PatchRule,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    move: Mover | None = None,
+    crop: bool = False,
+) -> Resident:
+    """Degrade one subject and place its patches. The same bits on any CPU with any number of cores.
+
+    Parameters
+    ----------
+    draw : parameters, in the stored axis order
+    dtype : of the resident intensities
+    move : what degrades and brings the volumes to the device (default ``move_by_thread``)
+    crop : make and keep only the part of the volume in which patches lie: air around a head costs nothing
+
+    Raises
+    ------
+    InputError : no label, no mask where one is needed, or an image that cannot be degraded.
+    """
+    if sample.label is None:
+        raise InputError(sample.id, "has no label", "training needs Label_image for every subject")
+    if rule.by_mask and sample.mask is None:
+        raise InputError(sample.id, "has no mask", "overlapping_with_mask needs Mask_image for every subject")
+    turn = Orientation()
+    if degradation.geometry == "physical":
+        turn = processing_orientation(sample.affine, draw.low_res)
+    spacing, low_res = turn.permute(sample.spacing), turn.permute(draw.low_res)
+    image, label = np.ascontiguousarray(turn.apply(sample.image)), np.ascontiguousarray(turn.apply(sample.label))
+    mask = None if sample.mask is None else np.ascontiguousarray(turn.apply(sample.mask))
+    region = part_with_patches(image, rule, degradation, spacing, low_res) if crop else None
+    if region is not None:
+        label, mask = label[region], None if mask is None else mask[region]
+    try:
+        moved = (move or functools.partial(move_by_thread, device=device))(
+            image,
+            np.ascontiguousarray(label),
+            None if mask is None else np.ascontiguousarray(mask),
+            lambda data: degradation.apply(data, spacing, draw, low_res, region),
+        )
+    except FastsrganError as error:
+        raise type(error)(f"{sample.id}: {error.what}", error.reason, error.hint) from error
+    shape = label.shape if region is not None else used_shape(image, degradation, spacing, low_res)
+    # SciPy's zoom may return another size than the image's at fractional ratios: what all arrays share is used.
+    cut = tuple(slice(0, min(a, b)) for a, b in zip(shape, moved[0].shape, strict=True))
+    interpolated, hr, label_, mask_ = (None if t is None else t[cut].contiguous() for t in moved)
+    assert interpolated is not None and hr is not None and label_ is not None
+    inside = mask[cut] if rule.by_mask and mask is not None else None
+    box = positive_box(hr) if region is None else tuple((0, n) for n in hr.shape)  # the region is the box
+    origins = patch_origins(tuple(hr.shape), rule.patch, rule.stride, box, inside)
+    arrays = interpolated.to(dtype), hr.to(dtype), label_, mask_
+    offset = (0, 0, 0) if region is None else tuple(r.start for r in region)
+    kept = Resident(sample.id, *arrays, float(low_res[2]), origins, offset)  # type: ignore[arg-type]
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # before DALI takes the memory of what was converted back
+    return kept
+
+
+def used_shape(image: np.ndarray, degradation: Degradation, spacing: Triple, low_res: Triple) -> tuple[int, ...]:
+    """The size of the image, or that of the part which the original keeps."""
+    if degradation.geometry != "segsrgan":
+        return image.shape
+    return tuple(modulo_size(n, r / s) for n, s, r in zip(image.shape, spacing, low_res, strict=True))
+
+
+def part_with_patches(
+    image: np.ndarray, rule: PatchRule, degradation: Degradation, spacing: Triple, low_res: Triple
+) -> Region | None:
+    """Where the patches of an image lie. None: keep all, since the original's ratio changes the sizes."""
+    ratios = [r / s for s, r in zip(spacing, low_res, strict=True)]
+    if degradation.geometry == "segsrgan" and any(abs(r - round(r)) > 1e-9 for r in ratios):
+        return None
+    shape = used_shape(image, degradation, spacing, low_res)
+    return patch_region(shape, rule.patch, positive_box(image[tuple(slice(0, n) for n in shape)]))

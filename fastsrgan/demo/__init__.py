@@ -1,0 +1,1 @@
+"""The whole job on real data that needs no download."""

@@ -1,0 +1,279 @@
+"""``fastsrgan demo``: the main job on embedded real data, from cohort to picture.
+
+Synthetic subjects are made from the one real template that nilearn's wheel carries (template.py); the test subject has
+no part in training. Everything goes through the commands' own functions.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastsrgan.config import TrainConfig
+from fastsrgan.convert import convert
+from fastsrgan.core.runtime import (
+    QUIET,
+    Progress,
+    output_folder,
+    peak_memory,
+    pick_device,
+    provenance,
+    tune_allocator,
+    write_json,
+)
+from fastsrgan.core.units import times
+from fastsrgan.demo.template import Subject, make_cohort
+from fastsrgan.errors import UsageError
+from fastsrgan.evaluate.pair import evaluate_pair
+from fastsrgan.infer.files import infer_files
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.observation.model import degrade
+from fastsrgan.pictures.figure import demo_figure
+from fastsrgan.report.page import report
+from fastsrgan.train.run import train
+from fastsrgan.volume.geometry import Volume, grid_size, resampled_affine
+from fastsrgan.volume.resample import apply_axes, degrade_matrix, upsample_matrix
+
+log = logging.getLogger("fastsrgan")
+
+Triple = tuple[float, float, float]
+PATCH, STEP = 128, 30  # the defaults of `fastsrgan infer`
+LOW_RES_MM = (1.0, 20.0)  # least and most of an acquisition
+
+
+def run(
+    out: str | os.PathLike = "demo",
+    *,
+    device: str = "auto",
+    seed: int = 0,
+    low_res_mm: Triple = (1.0, 1.0, 3.0),
+    overwrite: bool = False,
+    progress: Progress = QUIET,
+) -> dict[str, Any]:
+    """Cohort -> store -> short training from the shipped weights -> dense-overlap inference -> figures and picture.
+
+    Parameters
+    ----------
+    out : folder for everything that is made
+    low_res_mm : resolution of the test subject's acquisition, stored axes
+    seed : of the synthetic cohort
+
+    Returns
+    -------
+    dict : ``table`` (rows: spline, fastsrgan), ``picture``, ``json``, ``page`` (HTML), ``seconds``
+
+    Raises UsageError for a resolution that the head cannot have, and when ``out`` holds a demo and ``overwrite`` is not
+    given; errors of the stages as they are.
+    """
+    began = time.perf_counter()
+    low, high = LOW_RES_MM
+    if len(low_res_mm) != 3 or not all(low <= size <= high for size in low_res_mm):
+        told = f"{times(low_res_mm)} mm is not allowed"
+        raise UsageError("--low-res", told, f"three sizes from {low:g} mm, those of the demo's head, to {high:g} mm")
+    pick_device(device)
+    tune_allocator()
+    start = weights.default_weights()
+    folder = fresh_folder(Path(out), overwrite)
+    stage = Stages()
+    cohort = stage(
+        "cohort",
+        lambda: make_cohort(folder / "cohort", n_train=2, n_test=1, seed=seed, sd_voxels=2.5, progress=progress),
+    )
+    store = folder / "cohort.zarr"
+    stage("convert", lambda: convert(cohort.csv, store, progress=progress))
+    trained = stage("train", lambda: short_training(store, folder / "run", start, low_res_mm, device, progress))
+    if trained["stopped"]:
+        stopped = {"table": [{"stopped": "training"}], "picture": None, "json": None, "page": None, "seconds": 0.0}
+        return {**stopped, "exit_code": trained["exit_code"]}
+    scores, picture = restore(folder, cohort.of("Test")[0], trained["weights"], low_res_mm, device, stage, progress)
+    rows = [row("cubic spline", scores["baseline"]), row("fastsrgan", scores)]
+    total = time.perf_counter() - began
+    facts = {
+        "table": rows,
+        "scores": scores,
+        "seconds": {**stage.seconds, "total": round(total, 1)},
+        "low_res_mm": low_res_mm,
+        "peak_memory_bytes": peak_memory(),
+        "training": trained,
+        "start_weights": start.name,
+        "provenance": provenance(),
+    }
+    write_json(folder / "demo.json", facts)
+    (page, *_) = stage("report", lambda: report(folder, progress=progress))
+    made = {"picture": str(picture), "json": str(folder / "demo.json"), "page": str(page)}
+    return {"table": rows, **made, "seconds": total}
+
+
+class Stages:
+    """Runs the stages of the demo, names each in the log and keeps its ``seconds``."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, call: Callable[[], Any]) -> Any:
+        """The result of ``call``."""
+        log.info("%s", name)
+        began = time.perf_counter()
+        result = call()
+        self.seconds[name] = round(time.perf_counter() - began, 1)
+        return result
+
+
+def restore(
+    folder: Path,
+    test: Subject,
+    trained: str,
+    low_res_mm: Triple,
+    device: str,
+    stage: Stages,
+    progress: Progress,
+) -> tuple[dict[str, Any], Path]:
+    """Acquire the test subject, infer, evaluate and draw: the scores of ``evaluate_pair`` and the picture's path."""
+    hr, label = (whole_slices(v, low_res_mm) for v in (images.load(test.image), images.load_label(test.label)))
+    scan, spline, label_map = acquire(hr, label, low_res_mm)
+    scan_path = images.save(folder / "scan.nii.gz", scan.data, scan.affine)
+    infer = stage(
+        "infer",
+        lambda: infer_files(
+            [scan_path],
+            folder / "out",
+            trained,
+            patch=PATCH,
+            step=STEP,
+            new_resolution=list(hr.spacing),
+            device=device,
+            progress=progress,
+        ),
+    )
+    files = infer["items"][0]["outputs"]
+    sr, seg = images.load(files["sr"]), images.load(files["seg"])
+    scores = stage(
+        "evaluate",
+        lambda: evaluate_pair(sr, hr, seg=seg, label=label, mask=brain(hr), baseline=spline, baseline_seg=label_map),
+    )
+    picture = stage("picture", lambda: draw(folder / "demo.png", scan, spline, sr, hr, seg, label, scores, low_res_mm))
+    return scores, picture
+
+
+def fresh_folder(folder: Path, overwrite: bool) -> Path:
+    """An empty demo folder; only what an earlier demo made is ever removed."""
+    made = ["cohort", "cohort.zarr", "run", "out", "scan.nii.gz", "demo.png", "demo.json"]
+    there = [folder / name for name in made if (folder / name).exists()]
+    if there and not overwrite:
+        raise UsageError(folder, "holds an earlier demo", "--overwrite replaces it, -o DIR goes elsewhere")
+    for path in there:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return output_folder(folder)
+
+
+def short_training(
+    store: Path, run_folder: Path, start: Path, low_res_mm: Triple, device: str, progress: Progress, **changes: Any
+) -> dict[str, Any]:
+    """A few dozen adversarial updates from the shipped weights: long enough to watch, too short to change much.
+
+    The head moves at a hundredth of the paper's rate, since a fresh Adam's first steps at the full rate would shift the
+    image by more than its whole error; the moving average is what is used. ``changes``: of ``TrainConfig``'s settings.
+    """
+    spec, _ = weights.read_spec(start)
+    config = TrainConfig(
+        new_low_res=(low_res_mm,),
+        epochs=2,
+        steps_per_epoch=12,
+        batch_size=4,
+        patch_size=48,
+        kernel_gen=spec.kernel,
+        scaled=spec.scaled,
+        kernel_dis=8,
+        head_rate=0.01,
+        lr_gen=2e-5,
+        ema=0.9,
+        contrast_max=0.2,
+        noise=0.0,
+    ).replace(**changes)
+    return train(store, run_folder, config, device=device, start_weights=start, progress=progress)
+
+
+def whole_slices(volume: Volume, low_res_mm: Triple) -> Volume:
+    """The volume without the last voxels that no whole low-resolution voxel covers, so that both grids end together."""
+    keep = []
+    for n, s, r in zip(volume.data.shape, volume.spacing, low_res_mm, strict=True):
+        fits = [m for m in range(n, max(n - 32, 0), -1) if abs(m * s / r - round(m * s / r)) < 1e-6]
+        keep.append(slice(0, fits[0] if fits else n))
+    return replace(volume, data=np.ascontiguousarray(volume.data[tuple(keep)]))
+
+
+def acquire(hr: Volume, label: Volume, low_res_mm: Triple) -> tuple[Volume, Volume, Volume]:
+    """The scan of a subject at ``low_res_mm``, and what interpolation alone makes of it.
+
+    Returns the low-resolution image in the units of ``hr``; its cubic-spline interpolation on the grid of ``hr``; and
+    the label map of a reader of the scan, interpolated back (paper table 2's baseline): the degraded label is cut at
+    0.5 on the low-resolution grid, as a manual segmentation would be, and its interpolation is to be cut at 0.5 again.
+    """
+    done = degrade(hr.data, hr.spacing, low_res_mm)
+    shape = tuple(grid_size(n, s, r) for n, s, r in zip(hr.data.shape, hr.spacing, low_res_mm, strict=True))
+    scan = Volume(done.low_res * np.float32(done.scale), resampled_affine(hr.affine, hr.data.shape, shape, low_res_mm))
+    spline = Volume(done.interpolated * np.float32(done.scale), hr.affine)
+    down = [degrade_matrix(n, s, r) for n, s, r in zip(hr.data.shape, hr.spacing, low_res_mm, strict=True)]
+    up = [
+        None if m == n else upsample_matrix(m, n, s / r)
+        for n, m, s, r in zip(hr.data.shape, shape, hr.spacing, low_res_mm, strict=True)
+    ]
+    drawn = apply_axes(label.data.astype(np.float32), down) > 0.5
+    label_map = apply_axes(drawn.astype(np.float32), up)
+    return scan, spline, Volume(label_map, hr.affine)
+
+
+def brain(hr: Volume) -> Volume:
+    """Where the skull-stripped subject is above zero."""
+    return Volume((hr.data > 0).astype(np.uint8), hr.affine)
+
+
+def row(name: str, scores: dict[str, Any]) -> dict[str, Any]:
+    """One line of the demo's table."""
+    image, seg = scores["image"], scores["segmentation"]
+    return {
+        "method": name,
+        "PSNR dB": image["whole"]["psnr_db"],
+        "PSNR brain dB": image["mask"]["psnr_db"],
+        "SSIM": image["whole"]["ssim"],
+        "Dice": seg["dice"],
+        "components": seg["components"],
+    }
+
+
+def draw(
+    path: Path,
+    scan: Volume,
+    spline: Volume,
+    sr: Volume,
+    hr: Volume,
+    seg: Volume,
+    label: Volume,
+    scores: dict[str, Any],
+    low_res_mm: Triple,
+) -> Path:
+    """The picture of the demo."""
+    size = " x ".join(f"{r:g}" for r in low_res_mm)
+    title = f"{size} mm scan of an unseen subject"
+    footer = "Synthetic subject made from the MNI152 template; shipped weights and a short training run."
+    return demo_figure(
+        path,
+        low_res=scan,
+        spline=spline,
+        sr=sr,
+        truth=hr,
+        seg=seg,
+        label=label,
+        scores=scores,
+        title=title,
+        footer=footer,
+    )

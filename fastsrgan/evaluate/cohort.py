@@ -1,0 +1,243 @@
+"""Many subjects against their truth: a table, or a folder of results beside a folder of truths; CSV and summary.
+
+Every form ends in the same dict: ``rows`` (what ``evaluate.evaluate_files`` says of each subject), ``failed`` and
+``summary`` (mean, sample standard deviation and count of every figure by its dotted path).
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastsrgan.core.runtime import QUIET, Progress, atomic_write, output_folder, read_json
+from fastsrgan.errors import FastsrganError, InputError
+from fastsrgan.evaluate.pair import definitions, evaluate_files, flat, summarise
+from fastsrgan.io import nifti as images
+from fastsrgan.io import tables as table
+
+log = logging.getLogger("fastsrgan")
+
+# Column of a table -> argument of ``evaluate_files``.
+COLUMNS = {
+    "SR_image": "sr",
+    "HR_image": "hr",
+    "Seg_image": "seg",
+    "Label_image": "label",
+    "Mask_image": "mask",
+    "LR_image": "lr",
+    "Baseline_image": "baseline",
+    "Baseline_seg": "baseline_seg",
+}
+REQUIRED = ("SR_image", "HR_image")
+# Endings of a truth folder's files, the first that exists is taken. STEM is that of the result STEM_sr.nii.gz.
+TRUTH = ("", "_hr", "_HR")
+LABEL = ("_label", "_seg", "_dseg", "_gm")
+MASK = ("_mask",)
+_LOW = re.compile(r"_(lr|LR)$")
+_MODALITY = re.compile(r"_(T1w|T2w)$")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One subject: its name, the files as arguments of ``evaluate_files``, and the line of the table, if there is one.
+
+    ``fault`` is set where the files could not be found.
+    """
+
+    subject: str
+    files: dict[str, Path]
+    line: int | None = None
+    fault: str | None = None
+
+
+def evaluate_table(
+    csv_path: str | os.PathLike, *, png: str | os.PathLike | None = None, progress: Progress = QUIET
+) -> dict[str, Any]:
+    """Evaluate every row of a table and sum up the cohort.
+
+    The table has the columns ``SR_image`` and ``HR_image`` and any of ``Seg_image``, ``Label_image``, ``Mask_image``,
+    ``LR_image``, ``Baseline_image``, ``Baseline_seg``; cells of the latter may be empty. Relative paths start at the
+    table's folder. ``png`` is a folder for pictures (``error_map``).
+
+    Raises InputError with every fault of the table at once, or when no row could be evaluated. Returns as
+    ``evaluate_items``, with ``line`` in each row.
+    """
+    csv_path = Path(csv_path)
+    rows = _read(csv_path)
+    subjects = table.subject_ids([files["SR_image"] for _, files in rows])
+    items = [
+        Item(subject, {COLUMNS[name]: path for name, path in files.items()}, line)
+        for (line, files), subject in zip(rows, subjects, strict=True)
+    ]
+    return evaluate_items(csv_path, items, png=png, progress=progress)
+
+
+def evaluate_folders(
+    results: str | os.PathLike,
+    truth: str | os.PathLike,
+    *,
+    png: str | os.PathLike | None = None,
+    progress: Progress = QUIET,
+) -> dict[str, Any]:
+    """Evaluate a folder of ``fastsrgan infer`` against a folder of truths, matched by the stem of the files' names.
+
+    For a result ``STEM_sr.nii.gz`` (with ``STEM_seg.nii.gz``) the truth is ``STEM`` or ``STEM_hr``, the label
+    ``STEM_label``, ``STEM_seg``, ``STEM_dseg`` or ``STEM_gm``, the mask ``STEM_mask``, with any image ending; ``_lr``
+    at the end of STEM is dropped, and ``sub-01_T1w`` also takes ``sub-01_dseg`` and ``sub-01_label-X`` as its label.
+    Results in subfolders have their truths in the same subfolder, if there is one. The low-resolution image that
+    ``STEM.json`` names makes the baselines if it is unchanged. A result without truth is
+    in ``failed``. Raises InputError when nothing could be evaluated; returns as ``evaluate_items``.
+    """
+    results, truth = Path(results), Path(truth)
+    for folder in (results, truth):
+        if not folder.is_dir():
+            raise InputError(folder, "is no folder", "evaluate RESULTS TRUTH, or --sr and --hr for one pair")
+    found = sorted(p for p in _images(results.rglob("*_sr.*")) if images.stem(p).endswith("_sr"))
+    if not found:
+        raise InputError(results, "holds no STEM_sr.nii.gz", "name the output folder of `fastsrgan infer`")
+    items = []
+    for path in found:
+        below = path.parent.relative_to(results)
+        # A cohort that was a tree has its truths in the same tree, or all in one folder.
+        folder = truth / below if (truth / below).is_dir() else truth
+        items.append(_match(path, {images.stem(p): p for p in _images(folder.iterdir())}, folder, below))
+    return evaluate_items(results, items, png=png, progress=progress)
+
+
+def _images(paths: Iterable[Path]) -> list[Path]:
+    return sorted(p for p in paths if images.is_image(p) and not p.name.startswith("."))
+
+
+def _match(sr: Path, known: dict[str, Path], truth: Path, below: Path) -> Item:
+    stem = images.stem(sr).removesuffix("_sr")
+    bases = list(dict.fromkeys([stem, _LOW.sub("", stem)]))
+    files = {"sr": sr}
+    seg = sr.with_name(sr.name.replace("_sr.", "_seg.", 1)) if sr.name.count("_sr.") == 1 else None
+    names = {"hr": [b + e for b in bases for e in TRUTH], "mask": [b + e for b in bases for e in MASK]}
+    names["label"] = [b + e for b in bases for e in LABEL]
+    for base in bases:
+        plain = _MODALITY.sub("", base)
+        if plain != base:
+            names["label"] += [f"{plain}_dseg", *(n for n in known if n.startswith(f"{plain}_label-"))]
+            names["mask"].append(f"{plain}_mask")
+    for what, candidates in names.items():
+        hit = next((known[name] for name in candidates if name in known and known[name] != sr), None)
+        files |= {} if hit is None else {what: hit}
+    if seg is not None and seg.exists() and "label" in files:
+        files["seg"] = seg
+    if (low := low_resolution(sr, read_json(sr.with_name(f"{stem}.json")))) is not None:
+        files["lr"] = low
+    wanted = ", ".join(names["hr"])
+    return Item(
+        (below / stem).as_posix(), files, fault=None if "hr" in files else f"no truth in {truth}: looked for {wanted}"
+    )
+
+
+def low_resolution(result: Path, record: dict[str, Any]) -> Path | None:
+    """The image that a result's record names as its input; None, and a note, where it is gone or was changed since."""
+    try:
+        path, digest = Path(record["input"]["path"]), record["input"]["sha256"]
+    except (KeyError, TypeError):
+        return None
+    if not os.path.isfile(path):  # also DICOM folders, whose grid may be another after conversion
+        log.info("%s: its input %s is not there, no baseline", result, path)
+        return None
+    if images.sha256(path) != digest:
+        log.warning("%s: its input %s was changed since, no baseline", result, path)
+        return None
+    return path
+
+
+def evaluate_items(
+    what: str | os.PathLike, items: Sequence[Item], *, png: str | os.PathLike | None = None, progress: Progress = QUIET
+) -> dict[str, Any]:
+    """Evaluate subjects one by one; ``what`` names their source in messages.
+
+    Returns ``rows`` (the dicts of ``evaluate_files`` with ``subject``), ``failed`` (subject, error) and ``summary``
+    {figure: {mean, sd, n}} over the rows, figures named by their dotted path (``image.whole.psnr_db``); sd is the
+    sample standard deviation (n - 1), None for one row. Raises InputError when no subject could be evaluated.
+    """
+    pictures = None if png is None else output_folder(png)
+    done: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    faults: list[table.Fault] = []
+    progress.start("evaluate", len(items), "subject")
+    for item in items:
+        named: dict[str, Any] = {"subject": item.subject} | ({} if item.line is None else {"line": item.line})
+        try:
+            if item.fault:
+                raise InputError(
+                    item.files.get("sr", item.subject), item.fault, "see --help for the names that are looked for"
+                )
+            picture = None if pictures is None else pictures / f"{item.subject.replace('/', '_')}.png"
+            done.append(named | evaluate_files(**item.files, png=picture))  # type: ignore[arg-type]
+        except FastsrganError as error:
+            log.warning("%s%s: %s", "" if item.line is None else f"line {item.line}, ", item.subject, error)
+            failed.append(named | {"error": str(error)})
+            faults += [] if item.line is None else [(item.line, error)]
+        progress.advance(1, subject=item.subject)
+    progress.finish()
+    if not done:
+        if len(faults) == len(failed):
+            raise table.table_error(Path(what), faults)
+        raise InputError(what, "no subject could be evaluated", failed[0]["error"])
+    meaning = definitions() | {"sd": "sample standard deviation over subjects (n - 1)"}
+    return {"rows": done, "failed": failed, "summary": summarise(done), "definitions": meaning}
+
+
+def write_csv(path: str | os.PathLike, result: dict[str, Any]) -> None:
+    """One line per subject and, for a cohort, one each for mean, sd and n; the first column says which it is.
+
+    ``result`` is that of one pair or of a cohort. Columns: ``kind`` (subject, mean, sd, n), ``subject``, then every
+    figure by its dotted path. Cells without a figure are empty.
+    """
+    pairs = result.get("rows", [result])
+    lines: list[dict[str, Any]] = []
+    for row in pairs:
+        name = row.get("subject") or images.stem(row["files"]["sr"])
+        lines.append({"kind": "subject", "subject": name} | flat(row))
+    for statistic in ("mean", "sd", "n") if "summary" in result else ():
+        values = {name: told[statistic] for name, told in result["summary"].items()}
+        lines.append({"kind": statistic, "subject": ""} | values)
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf8") as f:
+        writer = csv.DictWriter(f, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _read(csv_path: Path) -> list[tuple[int, dict[str, Path]]]:
+    """(line, {column: existing path}) of every row; all faults in one InputError."""
+    records = table._records(csv_path, table._text(csv_path), _delimiter)
+    if not records:
+        raise InputError(csv_path, "is empty", "its first line names the columns SR_image, HR_image, ...")
+    header = [cell.strip() for cell in records[0][1]]
+    faults = [(1, f"column {name} twice") for name in COLUMNS if header.count(name) > 1]
+    faults += [
+        (1, f"no column {name}, {table.instead(name, header, COLUMNS)}") for name in REQUIRED if name not in header
+    ]
+    if len(records) == 1:
+        faults.append((1, "no row below the header"))
+    rows: list[tuple[int, dict[str, Path]]] = []
+    for line, cells in records[1:] if not faults else []:
+        values = dict(zip(header, (cell.strip() for cell in cells), strict=False))
+        faults += [(line, f"{name} is empty") for name in REQUIRED if not values.get(name)]
+        files = {name: table._locate(values[name], csv_path, None) for name in COLUMNS if values.get(name)}
+        lost = [name for name, path in files.items() if not os.path.exists(path)]
+        faults += [(line, f"{name} {values[name]}: no such file") for name in lost]
+        if "Seg_image" in files and "Label_image" not in files:
+            faults.append((line, "Seg_image without Label_image"))
+        rows.append((line, files))
+    if faults:
+        raise table.table_error(csv_path, faults)
+    return rows
+
+
+def _delimiter(header: str) -> str:
+    return max(table.DELIMITERS, key=lambda d: len({cell.strip(' "') for cell in header.split(d)} & set(COLUMNS)))

@@ -1,0 +1,247 @@
+"""Score a super-resolved image and its segmentation against the truth: volumes or files. Cohorts: evaluate_cohort.py.
+
+Results are plain dicts of finite numbers, texts and None, ready for JSON; ``definitions`` says what each figure means.
+Volumes whose grids differ from the reference's are first resampled onto it in world space, and the result says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastsrgan.errors import InputError
+from fastsrgan.evaluate import distances, metrics
+from fastsrgan.evaluate.grids import READER, SPLINE, onto_grid, reader_label_map
+from fastsrgan.io import nifti as images
+from fastsrgan.volume.geometry import Volume, shear_of
+
+log = logging.getLogger("fastsrgan")
+
+SECTIONS = ("image", "segmentation", "baseline", "gain")
+SHEARED = 1e-3  # cosine between voxel axes from which distances in mm are noted as approximate
+SCALE_FACTOR = 2.0  # mean intensities further apart than this get a note
+REGIONS = {
+    "whole": "every voxel of the reference's grid",
+    "mask": "voxels where the mask is above 0.5",
+    "label": "voxels where the label is above 0.5",
+}
+
+
+def evaluate_pair(
+    sr: Volume,
+    hr: Volume,
+    *,
+    seg: Volume | None = None,
+    label: Volume | None = None,
+    mask: Volume | None = None,
+    lr: Volume | None = None,
+    baseline: Volume | None = None,
+    baseline_seg: Volume | None = None,
+) -> dict[str, Any]:
+    """Compare ``sr`` (and ``seg``) with ``hr`` (and ``label``) on the grid of ``hr``.
+
+    Parameters
+    ----------
+    sr, hr : image under test and reference, in the same intensity units; nothing is rescaled
+    seg, label : segmentation (mask or probability map, thresholded at 0.5) and its truth
+    mask : region to score besides the whole volume; a label is such a region too
+    lr : the low-resolution image that ``sr`` was made from: its cubic spline, and with a label the interpolated label
+        map (paper table 2), are the baselines where no others are given
+    baseline, baseline_seg : another image and segmentation of the same subject, scored likewise
+
+    Returns ``image`` {region: {psnr_db, psnr_range_db, ssim, ssim_uniform, mae, mse}}; with ``seg`` also
+    ``segmentation`` {dice, hausdorff95_mm, surface_distance_mm, components, largest_component, false_components,
+    false_component_voxels, volume_ml, label_components, label_volume_ml}; with a baseline ``baseline`` (the same two),
+    ``gain`` (value minus baseline) and ``baselines`` (what they are); and ``grid``, ``notes``, ``definitions``. None
+    stands for a figure that does not exist (infinite PSNR, SSIM of a region without a whole window, distance to an
+    empty segmentation).
+    Raises InputError when volumes do not overlap, the reference has no positive voxel or a mask is empty.
+    """
+    if label is None and (seg is not None or baseline_seg is not None):
+        raise InputError("segmentation", "there is no label to compare it with", "give --label too")
+    notes = [f"reference: {warning}" for warning in hr.warnings]
+    what = {"image": "as given"} if baseline is not None else {}
+    what |= {"segmentation": "as given"} if baseline_seg is not None else {}
+    if lr is not None and baseline is None:
+        baseline, what["image"] = lr, SPLINE
+    on: dict[str, np.ndarray] = {}
+    for name, volume, order in (
+        ("SR", sr, 3),
+        ("baseline", baseline, 3),
+        ("segmentation", seg, 0),
+        ("baseline segmentation", baseline_seg, 0),
+        ("label", label, 0),
+        ("mask", mask, 0),
+    ):
+        if volume is not None:
+            notes += [f"{name}: {warning}" for warning in volume.warnings]
+            made: list[str] = []
+            on[name] = onto_grid(volume, hr, order=order, name=name, notes=made).data
+            notes += made if volume is not lr else _surprises(made)
+    if lr is not None and label is not None and baseline_seg is None:
+        made = []
+        baseline_seg = reader_label_map(Volume(on["label"], hr.affine), lr, made)
+        notes += _surprises(made)
+        on["baseline segmentation"], what["segmentation"] = baseline_seg.data, READER
+    regions: dict[str, np.ndarray | None] = {"whole": None}
+    regions |= {name: metrics.binary(on[name]) for name in ("mask", "label") if name in on}
+    result: dict[str, Any] = _scores(on["SR"], on.get("segmentation"), on.get("label"), hr, regions, "SR", notes)
+    if baseline is not None or baseline_seg is not None:
+        base_seg = on.get("baseline segmentation")
+        other = _scores(on.get("baseline"), base_seg, on.get("label"), hr, regions, "baseline", notes)
+        result |= {"baseline": other, "gain": _difference(result, other), "baselines": what}
+    result["grid"] = {"shape": list(hr.data.shape), "spacing_mm": [round(s, 6) for s in hr.spacing]}
+    for note in notes:
+        log.info(note)
+    result["notes"] = notes
+    result["definitions"] = definitions() | {f"region {name}": REGIONS[name] for name in regions}
+    return result
+
+
+def _surprises(notes: list[str]) -> list[str]:
+    """What is to be said of baselines made from the scan: its grid always differs, that it misses a part does not."""
+    return [note for note in notes if "outside its field of view" in note]
+
+
+def definitions() -> dict[str, str]:
+    """What every figure means, in one sentence each."""
+    return metrics.DEFINITIONS | distances.DEFINITIONS | {"surface voxel": distances.SURFACE}
+
+
+def evaluate_files(
+    sr: str | os.PathLike,
+    hr: str | os.PathLike,
+    seg: str | os.PathLike | None = None,
+    label: str | os.PathLike | None = None,
+    *,
+    mask: str | os.PathLike | None = None,
+    lr: str | os.PathLike | None = None,
+    baseline: str | os.PathLike | None = None,
+    baseline_seg: str | os.PathLike | None = None,
+    png: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """``evaluate_pair`` on image files; ``files`` in the result names them.
+
+    ``png`` takes a picture of where SR (and the baseline) differ from the reference, see ``error_map``. Raises
+    InputError as reading the files does.
+    """
+    named = {"sr": sr, "hr": hr, "seg": seg, "label": label, "mask": mask, "lr": lr}
+    named |= {"baseline": baseline, "baseline_seg": baseline_seg}
+    given = {name: Path(path) for name, path in named.items() if path is not None}
+    volumes = {name: (images.load_label if name in ("label", "mask") else images.load)(p) for name, p in given.items()}
+    result = evaluate_pair(**volumes)
+    if png is not None:
+        from fastsrgan.pictures.error_map import error_map
+
+        hr_volume, other = volumes["hr"], volumes.get("baseline", volumes.get("lr"))
+        other = None if other is None else onto_grid(other, hr_volume, notes=[])
+        error_map(png, onto_grid(volumes["sr"], hr_volume, notes=[]), hr_volume, other, result)
+    return {"files": {name: str(path) for name, path in given.items()}} | result
+
+
+def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean, sample standard deviation and count of every figure over the results that have it, by dotted path."""
+    columns: dict[str, list[float]] = {}
+    for result in results:
+        for name, value in flat(result).items():
+            columns.setdefault(name, []).append(value)
+    return {name: moments(values) for name, values in columns.items()}
+
+
+def moments(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (None for one value) and count."""
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "sd": sd, "n": len(values)}
+
+
+def flat(result: dict[str, Any]) -> dict[str, float]:
+    """Every number of a result of ``evaluate_pair`` by its dotted path."""
+    found: dict[str, float] = {}
+
+    def walk(tree: dict[str, Any], prefix: str) -> None:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}.{key}")
+            elif value is not None:
+                found[f"{prefix}.{key}"] = float(value)
+
+    for section in SECTIONS:
+        walk(result.get(section, {}), section)
+    return found
+
+
+def _scores(
+    sr: np.ndarray | None,
+    seg: np.ndarray | None,
+    label: np.ndarray | None,
+    hr: Volume,
+    regions: dict[str, np.ndarray | None],
+    name: str,
+    notes: list[str],
+) -> dict[str, Any]:
+    scores: dict[str, Any] = {}
+    if sr is not None:
+        scores["image"] = _image_scores(sr, hr.data, regions, name, notes)
+    if seg is not None and label is not None:
+        voxel_ml = abs(float(np.linalg.det(np.asarray(hr.affine)[:3, :3]))) / 1000
+        surface = distances.surface_scores(seg, label, hr.spacing)
+        if None in surface.values():
+            notes.append(f"{name}: the segmentation or the label is empty, there is no surface distance")
+        elif shear_of(hr.affine) > SHEARED:
+            notes.append(f"{name}: the reference's voxel axes are not at right angles, distances in mm are approximate")
+        scores["segmentation"] = {
+            "dice": metrics.dice(seg, label),
+            **surface,
+            **metrics.components(seg, label),
+            "volume_ml": int(np.count_nonzero(metrics.binary(seg))) * voxel_ml,
+            "label_components": metrics.connected_components(label),
+            "label_volume_ml": int(np.count_nonzero(metrics.binary(label))) * voxel_ml,
+        }
+    return scores
+
+
+def _image_scores(
+    sr: np.ndarray, hr: np.ndarray, regions: dict[str, np.ndarray | None], name: str, notes: list[str]
+) -> dict[str, dict[str, float | None]]:
+    means = float(np.mean(sr, dtype=np.float64)), float(np.mean(hr, dtype=np.float64))
+    if min(means) <= 0 or max(means) > SCALE_FACTOR * min(means):
+        notes.append(f"{name}: mean intensity {means[0]:.4g}, the reference's {means[1]:.4g}: are the units the same?")
+    similarity = {}
+    for figure, window in (("ssim", metrics.GAUSSIAN), ("ssim_uniform", metrics.UNIFORM)):
+        try:
+            similarity[figure] = metrics.ssim_regions(sr, hr, list(regions.values()), window=window)
+        except InputError as error:
+            similarity[figure] = [None] * len(regions)
+            notes.append(f"{name}: no {figure}: {error.reason}")
+    top, low = float(hr.max()), float(hr.min())
+    scores: dict[str, dict[str, float | None]] = {}
+    for i, (region, inside) in enumerate(regions.items()):
+        psnr: float | None = metrics.psnr(sr, hr, inside)
+        if psnr == math.inf:
+            psnr = None
+            notes.append(f"{name}, {region}: identical to the reference, PSNR is infinite")
+        mae, mse = metrics.mae(sr, hr, inside), metrics.mse(sr, hr, inside)
+        # The two PSNRs differ by the logarithm of their ranges alone.
+        by_range = None if psnr is None or low == top else psnr + 20 * math.log10((top - low) / top)
+        scores[region] = {"psnr_db": psnr, "psnr_range_db": by_range}
+        scores[region] |= {figure: values[i] for figure, values in similarity.items()} | {"mae": mae, "mse": mse}
+    return scores
+
+
+def _difference(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """result - other for every number that both hold, in the same tree."""
+    gain: dict[str, Any] = {}
+    for key in result.keys() & other.keys():
+        a, b = result[key], other[key]
+        if isinstance(a, dict):
+            gain[key] = _difference(a, b)
+        elif not key.startswith("label_"):
+            gain[key] = None if a is None or b is None else a - b
+    return {key: gain[key] for key in result if key in gain}

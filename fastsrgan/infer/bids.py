@@ -1,0 +1,263 @@
+"""BIDS in, BIDS out: the images of a dataset through a model into a derivatives dataset, and its evaluation.
+
+For sub-01/anat/sub-01_T1w.nii.gz the derivatives hold ``sub-01_desc-sr_T1w`` (the image),
+``sub-01_desc-cortexT1w_dseg`` (the segmentation, with a table of its labels) and, where asked for,
+``sub-01_desc-cortexT1w_probseg``; with mask classes ``sub-01_desc-maskT1w_dseg``. The suffix of the source is part of
+``desc``, since segmentations of a T1w and of a T2w image would otherwise share one name.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fastsrgan._version import __version__
+from fastsrgan.core.ranks import ALONE, Ranks
+from fastsrgan.core.runtime import (
+    QUIET,
+    Progress,
+    atomic_write,
+    finite,
+    mapping,
+    output_folder,
+    read_json,
+    real,
+    write_json,
+)
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.evaluate.cohort import Item, evaluate_items, low_resolution
+from fastsrgan.infer.averaged import NONE
+from fastsrgan.infer.files import SomeFailed, infer_files
+from fastsrgan.io import nifti as images
+from fastsrgan.io.bids import (
+    DESCRIPTION,
+    SUFFIXES,
+    BidsImage,
+    check_derivatives,
+    description,
+    find_bids,
+    sidecar,
+)
+from fastsrgan.model import weights as weight_files
+from fastsrgan.volume.components import THRESHOLD
+
+log = logging.getLogger("fastsrgan")
+
+STAGE = ".fastsrgan"  # in the derivatives: results on their way to their names
+# Without a slash at the end: the BIDS validator compares names of folders that have none.
+IGNORED = (STAGE, "figures")
+LINK = "raw"  # short name of the source dataset
+RECORD = "FastsrganRecord"  # key of a sidecar: what `fastsrgan infer` wrote
+LABELS: dict[str, tuple[tuple[int, str], ...]] = {"seg": ((0, "background"), (1, "structure"))}
+# What a record leaves out where it is the default, and an option that it calls by another name.
+UNSAID = {"flips": NONE, "threshold": THRESHOLD, "largest_component": False, "min_size_mm3": 0.0, "dtype": "float32"}
+SAID_AS = {"min_size": "min_size_mm3"}
+README = (
+    "Super-resolution and segmentation by fastsrgan. desc-sr: the image on a finer grid; desc-cortex: the structure "
+    "that the model was trained to segment. Each JSON names the source and holds weights, settings and versions.\n"
+)
+
+
+def infer_bids(
+    dataset: str | os.PathLike,
+    out_dir: str | os.PathLike,
+    weights: Any = None,
+    *,
+    participants: Sequence[str] = (),
+    sessions: Sequence[str] = (),
+    suffixes: Sequence[str] = SUFFIXES,
+    overwrite: bool = False,
+    resume: bool = False,
+    ranks: Ranks = ALONE,
+    **options: Any,
+) -> dict[str, Any]:
+    """Apply a model to the T1w and T2w images of a BIDS dataset and write a derivatives dataset.
+
+    Parameters
+    ----------
+    dataset : root of the dataset
+    out_dir : of the derivatives; an existing dataset of another kind is refused
+    participants, sessions, suffixes : which images; none: all
+    overwrite, resume : what to do with derivatives that are there: replace them, or leave those images out
+    weights, ranks, options : of ``infer_files``
+
+    Returns the summary of ``infer_files`` with the names in the dataset. Raises what that raises, and SomeFailed after
+    every other image is done and in its place; InputError for a dataset that cannot be used.
+    """
+    root, out = Path(dataset), Path(out_dir)
+    found = find_bids(root, participants, sessions, suffixes)
+    said = read_json(out / DESCRIPTION)
+    if real(out) == real(root) or (said and said.get("DatasetType") != "derivative"):
+        raise UsageError(out, "is a dataset of its own", "give the derivatives their own folder")
+    done = [image for image in found if (out / image.derived("sr")).exists()]
+    if done and not (overwrite or resume):
+        reason = f"{len(done)} of {len(found)} derivatives exist and are kept, the first is {done[0].derived('sr')}"
+        raise UsageError(out, reason, "--overwrite, --resume or another folder")
+    if done and not overwrite:
+        _check_same(out, done, weights, options)
+    todo = found if overwrite else [image for image in found if image not in done]
+    items = [{"input": str(i.path), "stem": images.stem(i.path), "status": "skipped"} for i in found if i not in todo]
+    stage = output_folder(out) / STAGE
+    failure: SomeFailed | None = None
+    summary: dict[str, Any] = {"out_dir": str(out), "items": []}
+    if todo:
+        try:
+            paths = [image.path for image in todo]
+            # What a killed run left on the stage is good if it was made with these settings; else it says so.
+            summary = infer_files(
+                paths, stage, weights, overwrite=overwrite, resume=not overwrite, ranks=ranks, **options
+            )
+        except SomeFailed as error:
+            failure, summary = error, error.summary
+    by_path = {str(image.path): image for image in todo}
+    for item in summary["items"]:
+        if item["status"] in ("done", "skipped"):
+            moved = _place(item, by_path[item["input"]], root, out) if ranks.rank == 0 else {}
+            item |= {"status": "done", "outputs": moved}
+    summary["items"] = sorted([*items, *summary["items"]], key=lambda item: item["input"])
+    summary |= {"out_dir": str(out)} | {
+        status: sum(item["status"] == status for item in summary["items"]) for status in ("done", "skipped", "failed")
+    }
+    if ranks.rank == 0:
+        _finish(root, out, stage)
+    if failure is not None:
+        failure.summary = summary
+        raise failure
+    return summary
+
+
+def _check_same(out: Path, done: Sequence[BidsImage], weights: Any, options: dict[str, Any]) -> None:
+    """Raise UsageError where derivatives were made of another image, or with other weights or settings."""
+    sources = [weight_files.default_weights()] if weights is None else weights
+    sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    now = [weight_files.info(source)["sha256"] for source in sources]
+    for image in done:
+        target = sidecar(out / image.derived("sr"))
+        record = mapping(read_json(target).get(RECORD))
+        model = mapping(record.get("weights"))
+        models = model["averaged"] if isinstance(model.get("averaged"), list) else [model]
+        differing = ["weights"] * ([mapping(one).get("sha256") for one in models] != now)
+        differing += ["image"] * (mapping(record.get("input")).get("sha256") != images.sha256(image.path))
+        then = UNSAID | mapping(record.get("asked"))
+        asked = finite({SAID_AS.get(key, key): value for key, value in options.items()})
+        differing += [k for k, v in asked.items() if k in then and k not in ("batch", "device") and then[k] != v]
+        if differing:
+            reason = f"was made with another {', '.join(differing)}"
+            raise UsageError(target, reason, "--overwrite replaces it, or choose another folder")
+
+
+def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dict[str, str]:
+    """Move one image's results to their names, sidecars beside them; the SR image, which stands for all, comes last."""
+    staged = {kind: Path(path) for kind, path in item["outputs"].items()}
+    record = read_json(staged["json"])
+    source = f"bids:{LINK}:{image.path.relative_to(root).as_posix()}"
+    common: dict[str, Any] = {"Sources": [source], "SpatialReference": "orig"}
+    # A raw image has its skull unless its own JSON says otherwise.
+    stripped = bool(read_json(sidecar(image.path)).get("SkullStripped", False))
+    what: dict[str, tuple[PurePosixPath, dict[str, Any]]] = {
+        "seg": (
+            image.derived(f"cortex{image.suffix}", "dseg"),
+            {"Description": "Segmentation of the trained structure"},
+        ),
+        "prob": (image.derived(f"cortex{image.suffix}", "probseg"), {"Description": "Probability of the structure"}),
+        "mask": (image.derived(f"mask{image.suffix}", "dseg"), {"Description": "Likeliest mask class"}),
+        "sr": (
+            image.derived("sr"),
+            {"Description": "Super-resolution image", "SkullStripped": stripped, RECORD: record},
+        ),
+    }
+    placed = {}
+    for kind, (name, meta) in what.items():
+        if kind not in staged:
+            continue
+        target = out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(sidecar(target), common | meta)
+        if name.name.endswith("_dseg.nii.gz"):
+            _write_labels(sidecar(target).with_suffix(".tsv"), kind, staged[kind])
+        os.replace(staged[kind], target)
+        placed[kind] = str(target)
+    if "png" in staged:
+        figure = out / image.folder.parent / "figures" / image.derived("sr", end=".png").name
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staged["png"], figure)
+        placed["png"] = str(figure)
+    staged["json"].unlink(missing_ok=True)
+    return placed
+
+
+def _write_labels(path: Path, kind: str, image: Path) -> None:
+    """index and name of each value of a segmentation."""
+    names = LABELS.get(kind)
+    if names is None:
+        values = range(int(images.load_label(image).data.max()) + 1)
+        names = tuple((value, "background" if value == 0 else f"class {value}") for value in values)
+    with atomic_write(path) as temporary:
+        lines = ["index\tname", *(f"{index}\t{name}" for index, name in names)]
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf8")
+
+
+def _finish(root: Path, out: Path, stage: Path) -> None:
+    """What the dataset says of itself; the stage goes when nothing is left on it."""
+    raw = os.path.relpath(real(root), real(out))
+    write_json(out / DESCRIPTION, description("fastsrgan derivatives", __version__, {LINK: Path(raw).as_posix()}))
+    if not (out / "README").exists():
+        with atomic_write(out / "README") as temporary:
+            temporary.write_text(README, encoding="utf8")
+    _ignore(out / ".bidsignore")
+    if not any(stage.glob("*.nii*")):
+        shutil.rmtree(stage, ignore_errors=True)
+    for fault in check_derivatives(out):
+        log.warning("%s: %s", out, fault)
+
+
+def _ignore(path: Path) -> None:
+    """Lines for a validator to pass over what is no BIDS; those that are there are kept."""
+    there = path.read_text(encoding="utf8", errors="surrogateescape").splitlines() if path.exists() else []
+    missing = [line for line in IGNORED if line not in there]
+    if missing:
+        with atomic_write(path) as temporary:
+            temporary.write_text("\n".join([*there, *missing]) + "\n", encoding="utf8", errors="surrogateescape")
+
+
+def evaluate_bids(
+    derivatives: str | os.PathLike,
+    truth: str | os.PathLike,
+    *,
+    png: str | os.PathLike | None = None,
+    progress: Progress = QUIET,
+) -> dict[str, Any]:
+    """Evaluate what ``infer_bids`` made against a dataset of the same names.
+
+    The truth of sub-01_desc-sr_T1w is sub-01_T1w of that dataset; its label sub-01_dseg or sub-01_desc-X_dseg there or
+    in one of its ``derivatives/``. The source that the sidecar names makes the baselines. Returns and raises as
+    ``evaluate_cohort.evaluate_items``.
+    """
+    out, root = Path(derivatives), Path(truth)
+    if not root.is_dir():
+        raise InputError(root, "is no folder", "evaluate --bids DERIVATIVES DATASET")
+    items = [_item(image, root) for image in find_bids(out, desc="sr")]
+    return evaluate_items(out, items, png=png, progress=progress)
+
+
+def _item(image: BidsImage, root: Path) -> Item:
+    kept = "_".join(f"{key}-{value}" for key, value in image.entities if key != "desc")
+    subject = f"{kept}_{image.suffix}"
+    files = {"sr": image.path}
+    names = [f"{subject}{end}" for end in (".nii.gz", ".nii")]
+    hr = next((p for name in names if (p := root / image.folder / name).exists()), None)
+    if hr is None:
+        return Item(subject, files, fault=f"no {image.folder / names[0]} in {root}")
+    files["hr"] = hr
+    patterns = [f"{kept}_dseg.nii*", f"{kept}_desc-*{image.suffix}_dseg.nii*", f"{kept}_desc-*_dseg.nii*"]
+    places = [root / image.folder, *sorted((root / "derivatives").glob(f"*/{image.folder}"))]
+    label = next((p for place in places for pattern in patterns for p in sorted(place.glob(pattern))), None)
+    seg = image.path.with_name(image.derived(f"cortex{image.suffix}", "dseg").name)
+    if label is not None:
+        files |= {"label": label} | ({"seg": seg} if seg.exists() else {})
+    low = low_resolution(image.path, read_json(sidecar(image.path)).get(RECORD, {}))
+    return Item(subject, files | ({} if low is None else {"lr": low}))

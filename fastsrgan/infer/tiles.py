@@ -1,0 +1,241 @@
+"""Where a network looks: tile plans that cover a volume exactly, and the gathering of tiles into batches.
+
+A plan is a product grid: one ascending list of origins per axis, in voxels of the padded volume. Every voxel of the
+volume lies in at least one tile; tiles are visited in C order of the grid, the last axis fastest.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsrgan.core.kernels import Argument, launch, op, reference_only, runs_kernels, scalar
+from fastsrgan.errors import UsageError
+from fastsrgan.model.networks import MIN_SIZE, SIZE_MULTIPLE
+
+PADDINGS = ("shift", "original")
+
+Triple = tuple[int, int, int]
+PerAxis = int | None | Sequence[int | None]
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """A product grid of equal tiles over a padded volume.
+
+    Attributes
+    ----------
+    shape : (X, Y, Z) of the volume
+    padded_shape : its shape after padding, what the origins refer to
+    pad_before : voxels added in front of each axis
+    patch : edge lengths of every tile
+    origins : three ascending lists, tile origins along each axis
+    mirror : padding repeats the volume mirrored at its faces; else it is zero
+    """
+
+    shape: Triple
+    padded_shape: Triple
+    pad_before: Triple
+    patch: Triple
+    origins: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    mirror: bool = True
+
+    @property
+    def grid(self) -> Triple:
+        """Number of tiles along each axis."""
+        return len(self.origins[0]), len(self.origins[1]), len(self.origins[2])
+
+    def __len__(self) -> int:
+        nx, ny, nz = self.grid
+        return nx * ny * nz
+
+    def __iter__(self) -> Iterator[Triple]:
+        """Origins of the tiles in the order in which they are gathered and stitched."""
+        return (self.origin(n) for n in range(len(self)))
+
+    def index(self, n: int) -> Triple:
+        """Tile number -> its place (ix, iy, iz) in the grid."""
+        _, ny, nz = self.grid
+        return n // (ny * nz), n // nz % ny, n % nz
+
+    def origin(self, n: int) -> Triple:
+        """Tile number -> its first voxel in the padded volume."""
+        ix, iy, iz = self.index(n)
+        return self.origins[0][ix], self.origins[1][iy], self.origins[2][iz]
+
+    @property
+    def crop(self) -> tuple[slice, slice, slice]:
+        """The part of a padded array that is the volume."""
+        x, y, z = (slice(b, b + n) for b, n in zip(self.pad_before, self.shape, strict=True))
+        return x, y, z
+
+
+def plan(shape_XYZ: Sequence[int], patch: PerAxis, step: int | Sequence[int], *, padding: str = "shift") -> TilePlan:
+    """The tiles that cover a volume.
+
+    Parameters
+    ----------
+    shape_XYZ : of the volume
+    patch : edge of a tile in voxels, one for all axes or one per axis; None takes the whole axis as one tile
+    step : distance between neighbouring tiles, at most the patch; one or one per axis, without effect where a single
+        tile is enough
+    padding : ``"shift"``: the last tile is moved back so that it ends with the volume; an axis shorter than the patch
+        becomes one tile, mirrored up to the next multiple of 4 (at least 8), since instance norms see the whole tile.
+        ``"original"``: zeros around the volume so that steps fit, ``step - (n - patch) % step`` of them, a whole step
+        when they fitted already, the smaller half in front; with patch None up to a multiple of 4, plus 4 when it
+        already is one (SEGSRGAN.md section 5). An axis that this leaves shorter than the patch, where the original
+        fails, is padded to the patch.
+
+    Raises
+    ------
+    UsageError : a patch that is no multiple of 4 or below 8, a step below 1 or above the patch (gaps).
+    """
+    if padding not in PADDINGS:
+        raise UsageError("padding", f"{padding!r} is not allowed", f"one of {', '.join(PADDINGS)}")
+    shape = _triple("volume", shape_XYZ)
+    if any(n is None or n < 1 for n in shape):
+        raise UsageError("volume", f"of shape {tuple(shape_XYZ)} has no voxels", "each size must be at least 1")
+    along = _axis_shift if padding == "shift" else _axis_original
+    axes = []
+    for n, p, s in zip(shape, _triple("patch", patch), _triple("step", step), strict=True):
+        _check(p, s)
+        axes.append(along(n, p, s))
+    before, padded, sizes, origins = zip(*axes, strict=True)
+    return TilePlan(shape, padded, before, sizes, origins, mirror=padding == "shift")  # type: ignore[arg-type]
+
+
+def pad(volume_XYZ: Tensor, plan: TilePlan) -> Tensor:
+    """(X, Y, Z) -> the plan's padded shape, on the same device; the volume itself where nothing is added."""
+    if plan.padded_shape == plan.shape:
+        return volume_XYZ
+    widths = [(b, total - n - b) for n, total, b in zip(plan.shape, plan.padded_shape, plan.pad_before, strict=True)]
+    if not plan.mirror:
+        return F.pad(volume_XYZ, [w for pair in reversed(widths) for w in pair])
+    for axis, (n, (before, after)) in enumerate(zip(plan.shape, widths, strict=True)):
+        if before or after:
+            # Folding serves any width, also when more is added than the axis holds; torch's modes do not.
+            folded = np.arange(-before, n + after) % (2 * n)
+            index = torch.from_numpy(np.minimum(folded, 2 * n - 1 - folded)).to(volume_XYZ.device)
+            volume_XYZ = volume_XYZ.index_select(axis, index)
+    return volume_XYZ
+
+
+def gather(volume_XYZ: Tensor, plan: TilePlan, indices: Sequence[int], out_N1XYZ: Tensor | None = None) -> Tensor:
+    """Tiles ``indices`` of a padded volume: (len(indices), 1, *plan.patch) on the volume's device.
+
+    They are written into the first rows of ``out_N1XYZ`` when given, in its dtype, and a view of those is returned.
+    """
+    if out_N1XYZ is None:
+        out_N1XYZ = volume_XYZ.new_empty((len(indices), 1, *plan.patch))
+    return _gather(out_N1XYZ[: len(indices)], volume_XYZ, plan, indices)
+
+
+def view(volume_XYZ: Tensor, plan: TilePlan, indices: Sequence[int]) -> Tensor | None:
+    """What ``gather`` gives, as a read-only look at a padded volume: no copy, overlapping tiles share their voxels.
+
+    None where tiles do not lie at one distance from each other in memory (the last of a row is moved back, a batch goes
+    over the end of a row), or the volume still has to be padded. One or two tiles always can be looked at.
+    """
+    if tuple(volume_XYZ.shape) != plan.padded_shape:
+        return None
+    stride = volume_XYZ.stride()
+    places = [sum(o * s for o, s in zip(plan.origin(n), stride, strict=True)) for n in indices]
+    steps = {after - before for before, after in itertools.pairwise(places)}
+    if len(steps) > 1 or min(steps, default=0) < 0:
+        return None
+    apart = steps.pop() if steps else 0
+    first = volume_XYZ.storage_offset() + places[0]
+    return volume_XYZ.as_strided((len(indices), 1, *plan.patch), (apart, 0, *stride), first)
+
+
+def look(volume_XYZ: Tensor, plan: TilePlan, indices: Sequence[int]) -> Tensor:
+    """Tiles to read only: on a CPU without kernels a ``view`` where there is one, else a copy."""
+    plain = volume_XYZ.device.type == "cpu" and not runs_kernels(volume_XYZ.device) and not reference_only()
+    seen = view(volume_XYZ, plan, indices) if plain else None
+    return gather(volume_XYZ, plan, indices) if seen is None else seen
+
+
+def _gather_by_kernel(out_N1XYZ: Tensor, volume_XYZ: Tensor, plan: TilePlan, indices: Sequence[int]) -> Any:
+    source, target = scalar(volume_XYZ.dtype), scalar(out_N1XYZ.dtype)
+    if source is None or target in (None, "u8") or not out_N1XYZ.is_contiguous():
+        return NotImplemented
+    origins = torch.tensor([plan.origin(n) for n in indices], dtype=torch.int32).to(volume_XYZ.device)
+    px, py, pz = plan.patch
+    before = (0, 0, 0) if tuple(volume_XYZ.shape) == plan.padded_shape else plan.pad_before
+    args: list[Argument] = [out_N1XYZ, volume_XYZ, *volume_XYZ.stride(), origins]
+    args += [len(indices), px, py, pz, *volume_XYZ.shape, *before, int(plan.mirror)]
+    launch("gather_tiles", (py * pz, px, len(indices)), args, SOURCE=source, TARGET=target)
+    return out_N1XYZ
+
+
+def _example(seed: int, device: torch.device) -> tuple[Tensor, Tensor, TilePlan, range]:
+    some = torch.randn((5, 29, 37), generator=torch.Generator().manual_seed(seed)).to(device)
+    tiles = plan(some.shape, (16, 12, 20), (1, 5, 7))
+    return some.new_full((7, 1, *tiles.patch), torch.nan), some, tiles, range(3, 10)
+
+
+@op("gather_tiles", launch=_gather_by_kernel, example=_example)
+def _gather(out_N1XYZ: Tensor, volume_XYZ: Tensor, plan: TilePlan, indices: Sequence[int]) -> Tensor:
+    """Fill ``out`` with tiles of a volume, padded or not. One that is not is padded here, but not by the kernel."""
+    padded = volume_XYZ if tuple(volume_XYZ.shape) == plan.padded_shape else pad(volume_XYZ, plan)
+    px, py, pz = plan.patch
+    for row, n in enumerate(indices):
+        x, y, z = plan.origin(n)
+        out_N1XYZ[row, 0].copy_(padded[x : x + px, y : y + py, z : z + pz])
+    return out_N1XYZ
+
+
+def _triple(what: str, value: PerAxis) -> tuple:
+    if value is None or isinstance(value, (int, np.integer)):
+        value = (value,) * 3
+    try:
+        items = tuple(value)
+        numbers = tuple(None if v is None else int(v) for v in items)
+    except (TypeError, ValueError) as error:
+        raise UsageError(what, f"{value!r} is not allowed", "one whole number, or three") from error
+    if len(numbers) != 3 or any(v != number for v, number in zip(items, numbers, strict=True)):
+        raise UsageError(what, f"{value!r} is not allowed", "one whole number, or three")
+    return numbers
+
+
+def _check(patch: int | None, step: int | None) -> None:
+    if step is None or step < 1:
+        raise UsageError("step", f"{step} is not allowed", "a number of voxels from 1 up")
+    if patch is None:
+        return
+    if patch < MIN_SIZE or patch % SIZE_MULTIPLE:
+        below = max(MIN_SIZE, patch // SIZE_MULTIPLE * SIZE_MULTIPLE)
+        hint = f"multiples of {SIZE_MULTIPLE} from {MIN_SIZE} up; try {below} or {below + SIZE_MULTIPLE}"
+        raise UsageError("patch", f"{patch} is not allowed", hint)
+    if step > patch:
+        raise UsageError("step", f"{step} is larger than the patch, {patch}", "gaps would be left; at most the patch")
+
+
+def _allowed_size(n: int) -> int:
+    """The smallest size of at least ``n`` that the networks take."""
+    return max(MIN_SIZE, -(-n // SIZE_MULTIPLE) * SIZE_MULTIPLE)
+
+
+def _axis_shift(n: int, patch: int | None, step: int) -> tuple[int, int, int, tuple[int, ...]]:
+    """One axis -> (pad before, padded size, tile size, origins)."""
+    if patch is None or n <= patch:
+        size = _allowed_size(n)
+        return (size - n) // 2, size, size, (0,)
+    last = n - patch
+    return 0, n, patch, (*range(0, last, step), last)
+
+
+def _axis_original(n: int, patch: int | None, step: int) -> tuple[int, int, int, tuple[int, ...]]:
+    """One axis -> (pad before, padded size, tile size, origins)."""
+    if patch is None:
+        size = max(MIN_SIZE, n + SIZE_MULTIPLE - n % SIZE_MULTIPLE)
+        return (size - n) // 2, size, size, (0,)
+    size = max(n + step - (n - patch) % step, patch)
+    return (size - n) // 2, size, patch, tuple(range(0, size - patch + 1, step))

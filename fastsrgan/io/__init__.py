@@ -1,0 +1,1 @@
+"""Images, tables and datasets in files."""

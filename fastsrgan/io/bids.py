@@ -1,0 +1,177 @@
+"""The Brain Imaging Data Structure, as far as anatomical images and their derivatives go (BIDS 1.10).
+
+Names, where images lie, what a derivatives dataset must say of itself, and a check of those rules.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fastsrgan.core.runtime import mapping, read_json
+from fastsrgan.errors import InputError
+
+VERSION = "1.10.0"
+DESCRIPTION = "dataset_description.json"
+SUFFIXES = ("T1w", "T2w")
+# Entities of anatomical images and of derivatives made from them, in the order that names must have.
+ENTITIES = ("sub", "ses", "task", "acq", "ce", "rec", "run", "echo", "part", "chunk", "space", "seg", "res", "den",
+            "label", "desc")  # fmt: skip
+SEGMENTATIONS = ("dseg", "probseg")
+_NAME = re.compile(r"(?P<entities>sub-[A-Za-z0-9]+(?:_[a-z]+-[A-Za-z0-9+]+)*)_(?P<suffix>[A-Za-z0-9]+)(?P<end>\..+)")
+_IMAGE = (".nii.gz", ".nii")
+
+
+@dataclass(frozen=True)
+class BidsImage:
+    """An image of a dataset: its path, its name's entities in order, and the suffix (T1w, dseg, ...)."""
+
+    path: Path
+    entities: tuple[tuple[str, str], ...]
+    suffix: str
+
+    @property
+    def subject(self) -> str:
+        """The participant's label, without ``sub-``."""
+        return self.entities[0][1]
+
+    @property
+    def folder(self) -> PurePosixPath:
+        """Its place in a dataset: sub-01/anat or sub-01/ses-1/anat."""
+        session = dict(self.entities).get("ses")
+        return PurePosixPath(f"sub-{self.subject}", *([f"ses-{session}"] if session else []), "anat")
+
+    def derived(self, desc: str, suffix: str | None = None, end: str = ".nii.gz") -> PurePosixPath:
+        """Place and name of what is made from it: the same entities with another ``desc``."""
+        kept = [(key, value) for key, value in self.entities if key != "desc"]
+        name = "_".join(f"{key}-{value}" for key, value in [*kept, ("desc", desc)])
+        return self.folder / f"{name}_{suffix or self.suffix}{end}"
+
+
+def parse(path: Path) -> BidsImage | None:
+    """What a file's name says; None for a name that is not BIDS, or no image's."""
+    match = _NAME.fullmatch(path.name)
+    if match is None or match["end"] not in _IMAGE:
+        return None
+    pairs = [part.split("-", 1) for part in match["entities"].split("_")]
+    return BidsImage(path, tuple((key, value) for key, value in pairs), match["suffix"])
+
+
+def find_bids(
+    root: str | os.PathLike,
+    participants: Sequence[str] = (),
+    sessions: Sequence[str] = (),
+    suffixes: Sequence[str] = SUFFIXES,
+    desc: str | None = None,
+) -> list[BidsImage]:
+    """The anatomical images of a dataset, sorted by name.
+
+    Parameters
+    ----------
+    participants, sessions : labels with or without ``sub-`` / ``ses-``; none: all
+    suffixes : kinds of images
+    desc : of derivatives: only those; None: images without one
+
+    Raises InputError for a folder that is no dataset, a participant or session that is not there, or no image.
+    """
+    root = Path(root)
+    if not root.is_dir() or not any(root.glob("sub-*/")):
+        raise InputError(root, "holds no folder sub-...", "name the root of a BIDS dataset")
+    wanted = {p.removeprefix("sub-") for p in participants}
+    there = {p.name.removeprefix("sub-") for p in root.glob("sub-*") if p.is_dir()}
+    if wanted - there:
+        shown = ", ".join(sorted(there)[:10]) + (", ..." if len(there) > 10 else "")
+        raise InputError(root, f"no participant {', '.join(sorted(wanted - there))}", f"there are {shown}")
+    visits = {s.removeprefix("ses-") for s in sessions}
+    found = []
+    for pattern in ("sub-*/anat/*.nii*", "sub-*/ses-*/anat/*.nii*"):
+        for path in sorted(root.glob(pattern)):
+            image = parse(path)
+            if image is None or image.suffix not in suffixes or dict(image.entities).get("desc") != desc:
+                continue
+            if (not wanted or image.subject in wanted) and (not visits or dict(image.entities).get("ses") in visits):
+                found.append(image)
+    if not found:
+        limits = [f"participants {', '.join(sorted(wanted))}"] * bool(wanted)
+        limits += [f"sessions {', '.join(sorted(visits))}"] * bool(visits)
+        where = f" of {' and '.join(limits)}" if limits else ""
+        raise InputError(
+            root, f"no {' or '.join(suffixes)} image{where}", "they lie in sub-XX/anat or sub-XX/ses-YY/anat"
+        )
+    return sorted(found, key=lambda image: str(image.path))
+
+
+def description(name: str, version: str, sources: dict[str, str]) -> dict[str, Any]:
+    """dataset_description.json of a derivatives dataset; ``sources`` {short name: relative path or URI}."""
+    return {
+        "Name": name,
+        "BIDSVersion": VERSION,
+        "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "fastsrgan", "Version": version}],
+        "SourceDatasets": [{"URL": url} for url in sources.values()],
+        "DatasetLinks": sources,
+    }
+
+
+def sidecar(image: Path) -> Path:
+    """The JSON beside an image."""
+    return image.with_name(image.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+
+
+def check_derivatives(root: str | os.PathLike) -> list[str]:
+    """What breaks the rules in a derivatives dataset of anatomical images; empty where nothing does.
+
+    Looked at: dataset_description.json and its required fields; every name's entities, their order and agreement with
+    the folders; sidecars with the fields that derivatives must have; sources that exist; the lookup tables of
+    segmentations.
+    """
+    root = Path(root)
+    said = read_json(root / DESCRIPTION)
+    faults = [f"{DESCRIPTION}: no {key}" for key in ("Name", "BIDSVersion", "GeneratedBy") if not said.get(key)]
+    if said.get("DatasetType") != "derivative":
+        faults.append(f"{DESCRIPTION}: DatasetType is not derivative")
+    makers = said.get("GeneratedBy") or []
+    if not isinstance(makers, list) or not all(mapping(by).get("Name") for by in makers):
+        faults.append(f"{DESCRIPTION}: GeneratedBy without a Name")
+    links = {name: str(link) for name, link in mapping(said.get("DatasetLinks")).items()}
+    for path in sorted(root.glob("sub-*/**/*.nii.gz")):
+        faults += [f"{path.relative_to(root)}: {fault}" for fault in _image_faults(root, path, links)]
+    return faults
+
+
+def _image_faults(root: Path, path: Path, links: dict[str, str]) -> list[str]:
+    image = parse(path)
+    if image is None:
+        return ["not a BIDS name"]
+    keys = [key for key, _ in image.entities]
+    faults = [f"unknown entity {key}" for key in keys if key not in ENTITIES]
+    if not faults and (sorted(keys, key=ENTITIES.index) != keys or len(set(keys)) < len(keys)):
+        faults.append("entities twice or out of order")
+    if path.parent != root / image.folder:
+        faults.append(f"does not lie in {image.folder}")
+    if image.suffix not in (*SUFFIXES, *SEGMENTATIONS):
+        faults.append(f"suffix {image.suffix}")
+    meta = read_json(sidecar(path))
+    required = ["Sources", "SpatialReference"] + ["SkullStripped"] * (image.suffix in SUFFIXES)
+    faults += [f"its JSON has no {key}" for key in required if key not in meta]
+    sources = meta.get("Sources", [])
+    sources = [str(uri) for uri in sources] if isinstance(sources, list) else [str(sources)]
+    faults += [f"source {uri} is not there" for uri in sources if not _resolves(root, uri, links)]
+    if image.suffix == "dseg" and not sidecar(path).with_suffix(".tsv").exists():
+        faults.append("no table of its labels beside it")
+    return faults
+
+
+def _resolves(root: Path, uri: str, links: dict[str, str]) -> bool:
+    """Whether bids:NAME:PATH leads to a file; links to other machines are taken at their word."""
+    match = re.fullmatch(r"bids:([A-Za-z0-9_-]*):(.+)", uri)
+    if match is None or (match[1] and match[1] not in links):
+        return False
+    base = links.get(match[1], ".")
+    if "://" in base and not base.startswith("file://"):
+        return True
+    return os.path.exists(root / base.removeprefix("file://") / match[2])

@@ -1,0 +1,69 @@
+"""Where a command is told to put a file: never onto one that it reads, and of what stands there only onto its own kind.
+
+A slip of ``--csv`` or ``-o`` could otherwise put a table in the place of a scan that exists once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from fastsrgan.core.runtime import output_file, read_json
+from fastsrgan.errors import UsageError
+from fastsrgan.io import nifti as images
+
+PathLike = str | os.PathLike
+# Files of these names hold what cannot be made again, even where they are empty.
+DATA = (*images.SUFFIXES, ".dcm", ".h5", ".hdf5", ".safetensors", ".pt", ".pth")
+
+
+def _begins(*starts: bytes) -> Callable[[Path], bool]:
+    def told(path: Path) -> bool:
+        try:
+            with open(path, "rb") as file:
+                head = file.read(64)
+        except OSError:
+            return False
+        return not head or head.lower().startswith(starts)
+
+    return told
+
+
+def _figures(path: Path) -> bool:
+    return os.path.getsize(path) == 0 or "definitions" in read_json(path)
+
+
+# What `evaluate` and `report` write -> whether a file that exists is one of these, or empty.
+OWN: dict[str, Callable[[Path], bool]] = {
+    "table of `fastsrgan evaluate`": _begins(b"kind,subject"),
+    "JSON of `fastsrgan evaluate`": _figures,
+    "PNG picture": _begins(b"\x89png"),
+    "HTML page": _begins(b"<!doctype html", b"<html"),
+}
+TABLE, FIGURES, PICTURE, PAGE = OWN
+
+
+def check_place(path: PathLike, inputs: Iterable[PathLike], kind: str) -> Path:
+    """Make sure, before any work, that a file of one of the kinds ``OWN`` may be written to ``path``.
+
+    Raises UsageError for one of the ``inputs`` and for a file of another kind; and as ``runtime.output_file`` does.
+    """
+    keep_inputs(path, inputs)
+    path = output_file(path)
+    if os.path.lexists(path) and (path.name.lower().endswith(DATA) or not OWN[kind](path)):
+        raise UsageError(path, f"exists already and is no {kind}, it is kept", "name another file, or remove this one")
+    return path
+
+
+def keep_inputs(path: PathLike, inputs: Iterable[PathLike]) -> None:
+    """Refuse a place that is one of the inputs, by whatever name. Raises UsageError."""
+    if any(_same(path, source) for source in inputs):
+        raise UsageError(path, "is an input and would be overwritten", "name another file")
+
+
+def _same(one: PathLike, other: PathLike) -> bool:
+    try:
+        return os.path.isfile(one) and os.path.samefile(one, other)
+    except (OSError, ValueError):  # one of them is not there, so nothing of it is lost
+        return False

@@ -1,0 +1,330 @@
+"""The tables that name a user's files: the original's training CSV and its list of images to apply a model to.
+
+A training table has the columns ``HR_image``, ``Label_image``, ``Base`` (``Train`` or ``Test``) and, where masks are
+used, ``Mask_image`` (SEGSRGAN.md section 4). Comma, semicolon and tab are taken as separators, a byte-order mark and
+any line end are accepted, blank lines are skipped, other columns are ignored.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastsrgan.core.runtime import is_special, url_of
+from fastsrgan.errors import FastsrganError, InputError
+
+SPLITS = ("Train", "Test")
+COLUMNS = ("HR_image", "Label_image", "Base", "Mask_image")
+# What the first cell of a list says where it names no image, in any case.
+HEADINGS = frozenset(("hr_image", "lr_image", "image", "images", "path", "paths", "file", "files", "filename"))
+DELIMITERS = (",", ";", "\t")
+_SUFFIX = re.compile(r"\.(nii|hdr|img)(\.gz)?$", re.IGNORECASE)
+_RESERVED = {"zarr.json", "manifest.json", "c"}  # names with a meaning at the root of a Zarr store
+_MAX_ID = 100
+_BINARY = ((b"PK\x03\x04", "an Excel workbook or a zip archive"), (b"\x1f\x8b", "a gzip file"))
+_MAX_BYTES = 1 << 26
+_MAX_TOLD = 50  # faults in one message
+_MAX_FAULT, _MAX_CELL = 600, 200  # characters of a fault, of a cell in it
+_MAX_COLUMNS, _MAX_NAMED, _MAX_COLUMN = 200, 12, 40  # columns that are looked at, that are named, characters of one
+
+
+Fault = tuple[int, str | FastsrganError]  # line, what is wrong there
+
+
+@dataclass(frozen=True)
+class Row:
+    """One subject of a table: its line in the file, absolute paths, the split, and the name it has in a store."""
+
+    line: int
+    image: Path
+    label: Path | None
+    mask: Path | None
+    base: str
+    subject: str
+
+
+def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, need_label: bool = True) -> list[Row]:
+    """Read and check a training table; every fault of every row is collected first.
+
+    Parameters
+    ----------
+    csv_path : the table
+    base_path : text put before every path, as the original does; a missing ``/`` between the two is supplied, and an
+        absolute path that exists stays as it is. Without it a relative path is looked for beside the table, then, as
+        in the original, in the current folder.
+    need_label : False accepts rows, or a whole table, without ``Label_image``
+
+    Raises InputError naming all faults: missing or repeated columns, wrong ``Base``, empty cells, missing files,
+    repeated images, and subjects that are both in Train and in Test.
+    """
+    csv_path = Path(csv_path)
+    records = _records(csv_path, _text(csv_path), _table_delimiter)
+    if not records:
+        raise InputError(csv_path, "is empty", f"its first line names the columns {', '.join(COLUMNS[:3])}")
+    header = [cell.strip() for cell in records[0][1]]
+    faults = _header_faults(header, need_label)
+    if faults:
+        raise table_error(csv_path, faults)
+    rows: list[Row] = []
+    missing = 0
+    for line, cells in records[1:]:
+        cells = [cell.strip() for cell in cells]
+        if len(cells) > len(header):
+            faults.append((line, f"{len(cells)} fields under {len(header)} columns, quote paths that hold a separator"))
+            continue
+        values = dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=True))
+        row, row_faults = _row(line, values, csv_path, base_path, need_label)
+        faults += [(line, fault) for fault in row_faults]
+        missing += sum("no such file" in fault for fault in row_faults)
+        if row:
+            rows.append(row)
+    if len(records) == 1:
+        faults.append((1, "no row below the header"))
+    faults += _repetitions(rows)
+    if faults:
+        where = f"{base_path} is put before every path" if base_path else f"paths start at {csv_path.absolute().parent}"
+        raise table_error(csv_path, faults, f"{where}, see --base-path" if missing else None)
+    ids = subject_ids([row.image for row in rows])
+    return [Row(r.line, r.image, r.label, r.mask, r.base, name) for r, name in zip(rows, ids, strict=True)]
+
+
+def read_list(path: str | os.PathLike, *, base_path: str | None = None) -> list[Path]:
+    """Read a list of images: ``.csv`` (first column) or ``.txt`` (one path a line, ``#`` begins a comment).
+
+    A first line of a ``.csv`` that is a heading (``HEADINGS``, and no file of that name) is passed over; where it names
+    a column ``HR_image``, as that of a training table does, the images are those of that column.
+
+    Repeated entries are dropped, the order is kept, and whether the files exist is left to the caller. Paths are found
+    as in ``read_table``. Raises InputError when the list cannot be read, names nothing or leaves ``HR_image`` empty.
+    """
+    path = Path(path)
+    text = _text(path)
+    if path.suffix.lower() == ".csv":
+        entries = _list_entries(path, _records(path, text, _list_delimiter), base_path)
+    else:
+        entries = [line.strip() for line in text.splitlines() if not line.lstrip().startswith("#")]
+    found = dict.fromkeys(_locate(entry, path, base_path) for entry in entries if entry)
+    if not found:
+        raise InputError(path, "names no image", "one path a line")
+    return list(found)
+
+
+def _list_entries(path: Path, records: list[tuple[int, list[str]]], base_path: str | None) -> list[str]:
+    """The column of images of a list, without its heading."""
+    header = [cell.strip() for cell in records[0][1]] if records else []
+    if not _is_heading(header) or (header[0] and os.path.exists(_locate(header[0], path, base_path))):
+        return [cells[0].strip() for _, cells in records]
+    column = header.index(COLUMNS[0]) if COLUMNS[0] in header else 0
+    rows = [(line, cells[column].strip() if column < len(cells) else "") for line, cells in records[1:]]
+    if COLUMNS[0] in header and (empty := [(line, f"{COLUMNS[0]} is empty") for line, entry in rows if not entry]):
+        raise table_error(path, empty)
+    return [entry for _, entry in rows]
+
+
+def _is_heading(cells: Sequence[str]) -> bool:
+    return bool(cells) and (cells[0].casefold() in HEADINGS or COLUMNS[0] in cells)
+
+
+def table_error(path: os.PathLike, faults: Sequence[Fault], hint: str | None = None) -> InputError:
+    """All faults of a table, in order of lines, as one error of one line. The hint of a lone error is that error's."""
+    if len(faults) == 1 and isinstance(error := faults[0][1], FastsrganError):
+        hint = hint or error.hint
+        faults = [(faults[0][0], f"{error.what}: {error.reason}")]
+    first = sorted(((line, str(fault)) for line, fault in faults), key=lambda fault: fault[0])[:_MAX_TOLD]
+    told = "; ".join(f"line {line}: {' '.join(text.split())[:_MAX_FAULT]}" for line, text in first)
+    told += f"; and {len(faults) - _MAX_TOLD} more" if len(faults) > _MAX_TOLD else ""
+    count = f"{len(faults)} faults: " if len(faults) > 1 else ""
+    return InputError(path, count + told, hint or f"correct {'them' if len(faults) > 1 else 'it'} and run again")
+
+
+def subject_ids(images: list[Path]) -> list[str]:
+    """A name for each image that is unique, whatever the case of its letters, and safe in paths and URLs.
+
+    The name is the file name without ``.nii``, ``.nii.gz``, ``.hdr`` or ``.img``; accents are dropped and every run of
+    characters outside ``A-Z a-z 0-9 . _ -`` becomes ``_``. Where two images would share a name, the names of their
+    parent folders are put before it with ``-``, as many as it takes; what is still shared gets ``-2``, ``-3`` in order.
+    """
+    depth = [1] * len(images)
+    while True:
+        names = [_safe("-".join(_parts(image)[-d:])) for image, d in zip(images, depth, strict=True)]
+        count = Counter(name.casefold() for name in names)
+        deeper = [
+            d + 1 if count[name.casefold()] > 1 and d < len(_parts(image)) else d
+            for image, d, name in zip(images, depth, names, strict=True)
+        ]
+        if deeper == depth:
+            break
+        depth = deeper
+    seen: set[str] = set()
+    for i, name in enumerate(names):
+        n = 1
+        while names[i].casefold() in seen:
+            n += 1
+            names[i] = f"{name}-{n}"
+        seen.add(names[i].casefold())
+    return names
+
+
+def _parts(image: Path) -> list[str]:
+    folders = [part for part in image.parent.parts if part != image.anchor]
+    return [*folders, _SUFFIX.sub("", image.name)]
+
+
+def _safe(text: str) -> str:
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", plain)[-_MAX_ID:].strip("._-") or "subject"
+    return f"{name}_" if name.casefold() in _RESERVED else name
+
+
+def _text(path: Path) -> str:
+    if is_special(path):
+        raise InputError(path, "is not a regular file", "a CSV file or a list is expected")
+    try:
+        if os.path.isfile(path) and path.stat().st_size > _MAX_BYTES:
+            raise InputError(path, f"is no table: {path.stat().st_size} bytes", "a CSV file is expected")
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(path, "no such file", "check the path") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        if os.path.isdir(path):
+            raise InputError(path, "is a folder", "a CSV file or a list is expected") from error
+        raise InputError(path, f"cannot be read: {reason}", "check the path and its permissions") from error
+    kind = next((what for magic, what in _BINARY if raw.startswith(magic)), None)
+    if kind:
+        raise InputError(path, f"is {kind}, not text", "save the table as `CSV UTF-8`")
+    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError:
+        raise InputError(path, "is not UTF-8 text", "save it as `CSV UTF-8`") from None
+    if "\0" in text:
+        raise InputError(path, "is not text", "a CSV file is expected")
+    return text
+
+
+def _records(path: Path, text: str, delimiter_of: Callable[[str], str]) -> list[tuple[int, list[str]]]:
+    """(line number, cells) of every line that holds something; quotes may hide separators."""
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(first), skipinitialspace=True)
+    records = []
+    line = 1
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                records.append((line, cells))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise table_error(path, [(line, f"cannot be read as fields: {error}")], "is a quote left open?") from error
+    return records
+
+
+def _table_delimiter(header: str) -> str:
+    """The separator under which the header names the most known columns."""
+    return max(DELIMITERS, key=lambda d: len({cell.strip(' "') for cell in header.split(d)} & set(COLUMNS)))
+
+
+def _list_delimiter(line: str) -> str:
+    """The first separator that follows a whole image name, or makes a heading of the line; a comma where none does."""
+    match = re.search(r'\.(?:nii|hdr|img)(?:\.gz)?"?\s*([,;\t])', line, re.IGNORECASE)
+    if match:
+        return match.group(1)
+    return next((d for d in DELIMITERS if _is_heading([cell.strip(' "') for cell in line.split(d)])), ",")
+
+
+def _header_faults(header: list[str], need_label: bool) -> list[tuple[int, str]]:
+    faults = [(1, f"column {name} twice") for name in COLUMNS if header.count(name) > 1]
+    for name in ("HR_image", "Label_image", "Base"):
+        if name in header or (name == "Label_image" and not need_label):
+            continue
+        faults.append((1, f"no column {name}, {instead(name, header)}"))
+    return faults
+
+
+def instead(name: str, header: list[str], known: Collection[str] = COLUMNS) -> str:
+    """What a table has in place of a column; those that are ``known`` stand for themselves."""
+    cells = [cell[:_MAX_COLUMN] for cell in header[:_MAX_COLUMNS]]
+    others = [cell.lower() for cell in cells if cell not in known]
+    near = difflib.get_close_matches(name.lower(), others, 1)
+    if near:
+        return f"rename {next(cell for cell in cells if cell.lower() == near[0])}?"
+    more = f" and {len(header) - _MAX_NAMED} more" if len(header) > _MAX_NAMED else ""
+    return "found " + ", ".join(cell or "(empty)" for cell in cells[:_MAX_NAMED]) + more
+
+
+def _row(
+    line: int, values: dict[str, str], csv_path: Path, base_path: str | None, need_label: bool
+) -> tuple[Row | None, list[str]]:
+    faults, paths = [], {}
+    for column in ("HR_image", "Label_image", "Mask_image"):
+        text = values.get(column, "")
+        if not text:
+            if column == "HR_image" or (column == "Label_image" and need_label):
+                faults.append(f"{column} is empty")
+            continue
+        paths[column] = _locate(text, csv_path, base_path)
+        if url := url_of(text):
+            faults.append(f"{column} {url[:_MAX_CELL]} is a URL, images are read from paths")
+        elif not os.path.exists(paths[column]):
+            faults.append(f"{column} {text[:_MAX_CELL]}: no such file")
+    base = values["Base"]
+    if base not in SPLITS:
+        near = difflib.get_close_matches(base.capitalize(), SPLITS, 1)
+        told = f"did you mean {near[0]}?" if near else "Train or Test is allowed"
+        faults.append(f"Base is {base[:_MAX_CELL]!r}, {told}")
+    if "HR_image" not in paths:
+        return None, faults
+    return Row(line, paths["HR_image"], paths.get("Label_image"), paths.get("Mask_image"), base, ""), faults
+
+
+def _locate(text: str, table: Path, base_path: str | None) -> Path:
+    """The absolute path meant by a cell: the first candidate that exists, else the first. A URL stays what it is."""
+    if url_of(text):
+        return Path(text)
+    if base_path:
+        candidates = [Path(base_path + text), Path(base_path) / text.lstrip("/")]
+        candidates += [Path(text)] if os.path.isabs(text) else []
+    else:
+        candidates = [table.absolute().parent / text, Path(text)]
+    return Path(os.path.abspath(next((c for c in candidates if os.path.exists(c)), candidates[0])))
+
+
+def _repetitions(rows: list[Row]) -> list[tuple[int, str]]:
+    """Images named twice, and subjects that would be trained on and tested on. One fault a row is enough."""
+    faults: list[tuple[int, str]] = []
+    first: dict[tuple[str, str], Row] = {}
+    for row in (row for row in rows if row.base in SPLITS):
+        keys = [("HR_image", os.path.realpath(row.image), row.image.name)]
+        if row.label:
+            keys.append(("Label_image", os.path.realpath(row.label), row.label.name))
+        if person := _person(row.image):
+            keys.append(("subject", os.path.join(*person), person[1]))
+        told = False
+        for kind, key, name in keys:
+            before = first.setdefault((kind, key), row)
+            if told or before is row:
+                continue
+            if before.base != row.base:
+                faults.append((row.line, f"{kind} {name} is in {row.base}, and in {before.base} at line {before.line}"))
+                told = True
+            elif kind == "HR_image":
+                faults.append((row.line, f"{kind} {name} is already named at line {before.line}"))
+                told = True
+    return faults
+
+
+def _person(image: Path) -> tuple[str, str] | None:
+    """(data set folder, ``sub-XX``) where the file name follows BIDS: all sessions of one person share it."""
+    match = re.match(r"(sub-[A-Za-z0-9]+)[_.]", image.name)
+    if not match:
+        return None
+    folder = next((p.parent for p in image.parents if p.name == match.group(1)), image.parent)
+    return os.path.realpath(folder), match.group(1)

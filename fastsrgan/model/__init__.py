@@ -1,0 +1,1 @@
+"""The networks: layers, forms, weights in every file format, snapshots."""

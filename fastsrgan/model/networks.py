@@ -1,0 +1,354 @@
+"""The SegSRGAN generators and critic (Delannoy et al. 2019, section 2.4).
+
+Arrays are (B, C, X, Y, Z). The generator's only input is the interpolated low-resolution image, normalised by the
+maximum of the low-resolution image; conditional models get the slice resolution in mm as a constant second channel.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastsrgan.errors import ModelError
+from fastsrgan.model.layers import (
+    FORMS,
+    InstanceNorm,
+    by_hand,
+    conv3_reflect,
+    conv7_reflect,
+    halving_conv,
+    norm_conv,
+    upsample_conv,
+)
+
+N_BLOCKS = 6
+SIZE_MULTIPLE = 4  # two stride-2 convolutions
+MIN_SIZE = 8  # reflect padding at a quarter of the resolution needs two voxels
+ONE_BY_ONE = 2**17  # voxels of a sample from which inference on a CPU takes full resolution sample by sample
+FLAT = 2.0**-23  # of the image maximum: float32's resolution there
+
+
+@dataclass(frozen=True)
+class GeneratorSpec:
+    """What fixes a generator's architecture; stored beside its weights.
+
+    network : "plain" (the paper's) or "unet"
+    kernel : channels of the first convolution (the original's kernel_gen)
+    residual : output channel 0 is input - head instead of the head alone
+    conditional : a second input channel holds the slice resolution in mm
+    mask_classes : number of softmax channels behind SR and segmentation
+    scaled : the SR head is multiplied by the sample's in-plane gradient, so that SR(a x) = a SR(x) (not in the paper;
+        docs/decisions/011)
+    """
+
+    network: str = "plain"
+    kernel: int = 16
+    residual: bool = True
+    conditional: bool = False
+    mask_classes: int = 0
+    scaled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.network not in GENERATORS:
+            raise ModelError("network", f"unknown generator {self.network[:40]!r}", f"one of {', '.join(GENERATORS)}")
+        if self.kernel < 1 or self.mask_classes < 0:
+            raise ModelError(
+                "network", f"kernel {self.kernel}, mask_classes {self.mask_classes}", "kernel >= 1, classes >= 0"
+            )
+
+    @property
+    def out_channels(self) -> int:
+        """SR, segmentation and the mask classes."""
+        return 2 + self.mask_classes
+
+    def to_dict(self) -> dict:
+        """Plain values for YAML, JSON or a safetensors header."""
+        return asdict(self)
+
+
+def _conv(out_channels: int, in_channels: int, size: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(out_channels, in_channels, size, size, size))
+
+
+class ResidualBlock(nn.Module):
+    """conv 3^3, norm, ReLU, conv 3^3, norm, add the input; no ReLU after the sum."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv_a, self.norm_a = _conv(channels, channels, 3), InstanceNorm(channels)
+        self.conv_b, self.norm_b = _conv(channels, channels, 3), InstanceNorm(channels, relu=False)
+
+    def forward(self, x: Tensor, form: str, flat: Tensor | None = None) -> Tensor:
+        y = conv3_reflect(x, self.conv_a, form)
+        y = norm_conv(y, self.norm_a, self.conv_b, conv3_reflect, form, flat)
+        return x + self.norm_b(y, form, flat)
+
+
+class Generator(nn.Module):
+    """Residual-block generator: (B, 1, X, Y, Z) -> (B, 2 + classes, X, Y, Z), sizes multiples of 4 and at least 8.
+
+    ``form`` selects the exact fast layers ("fast") or the plain ones ("reference"); parameters are the same.
+    """
+
+    def __init__(self, spec: GeneratorSpec | None = None, form: str = "fast", seed: int = 0) -> None:
+        super().__init__()
+        if form not in FORMS:
+            raise ModelError("form", f"{form!r} is not allowed", f"one of {', '.join(FORMS)}")
+        self.spec, self.form = spec or GeneratorSpec(), form
+        self._build(self.spec.kernel)
+        init_lecun_normal(self, seed)
+
+    def _build(self, k: int) -> None:
+        self.stem, self.stem_norm = _conv(k, 1 + self.spec.conditional, 7), InstanceNorm(k)
+        self.down1, self.down1_norm = _conv(2 * k, k, 3), InstanceNorm(2 * k)
+        self.down2, self.down2_norm = _conv(4 * k, 2 * k, 3), InstanceNorm(4 * k)
+        self.blocks = nn.ModuleList(ResidualBlock(4 * k) for _ in range(N_BLOCKS))
+        self.up1, self.up1_norm = _conv(2 * k, 4 * k, 3), InstanceNorm(2 * k)
+        self.up2, self.up2_norm = _conv(k, 2 * k, 3), InstanceNorm(k)
+        self.head = _conv(self.spec.out_channels, k, 7)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 1 + conditional, X, Y, Z) -> (B, kernel, X, Y, Z), what the head convolution sees."""
+        return self.up2_norm(self._trunk(x), self.form, is_flat(x))
+
+    def _enter(self, x: Tensor, flat: Tensor) -> Tensor:
+        """Down to half the resolution."""
+        y = conv7_reflect(x, self.stem, self.form)
+        return norm_conv(y, self.stem_norm, self.down1, halving_conv, self.form, flat)
+
+    def _inner(self, y: Tensor, flat: Tensor) -> Tensor:
+        """What works at half of the resolution and below."""
+        f = self.form
+        y = norm_conv(y, self.down1_norm, self.down2, halving_conv, f, flat)
+        y = self.down2_norm(y, f, flat)
+        for block in self.blocks:
+            y = block(y, f, flat)
+        return upsample_conv(y, self.up1, f)
+
+    def _leave(self, y: Tensor, flat: Tensor) -> Tensor:
+        """Back to the full resolution, before the last norm."""
+        return norm_conv(y, self.up1_norm, self.up2, upsample_conv, self.form, flat)
+
+    def _trunk(self, x: Tensor) -> Tensor:
+        """The features before their norm."""
+        flat = is_flat(x)
+        return self._leave(self._inner(self._enter(x, flat), flat), flat)
+
+    def _head(self, x: Tensor) -> Tensor:
+        flat = is_flat(x)
+
+        def out(y: Tensor, flat: Tensor) -> Tensor:
+            y = self._leave(y, flat)
+            return norm_conv(y, self.up2_norm, self.head, conv7_reflect, self.form, flat)
+
+        # by_hand first: the compiler cannot trace the question after it.
+        if not by_hand(x) or not torch.is_inference_mode_enabled() or x[0].numel() < ONE_BY_ONE:
+            return out(self._inner(self._enter(x, flat), flat), flat)
+        # Most of the memory is at full resolution, and there one sample keeps all cores busy.
+        return each(out, self._inner(each(self._enter, x, flat), flat), flat)
+
+    def raw(self, x: Tensor, res: Tensor | float | None = None) -> Tensor:
+        """The head before subtraction, sigmoid and softmax, channel 0 in the units of x: (B, 2 + classes, X, Y, Z)."""
+        check_sizes(x.shape[2:])
+        y = self._with_resolution(x, res)
+        # The stem's norm removes whatever is constant in an input channel (reflected edges keep it constant). Taking it
+        # out here is exact and saves float32 the digits that the large mean and resolution would use up.
+        y = y - y.mean((2, 3, 4), keepdim=True)
+        head = self._head(y)
+        if not self.spec.scaled:
+            return head
+        return torch.cat([head[:, :1] * in_plane_gradient(x).to(head.dtype), head[:, 1:]], dim=1)
+
+    def forward(self, x: Tensor, res: Tensor | float | None = None) -> Tensor:
+        """Channel 0 SR, channel 1 segmentation probability, further channels mask-class probabilities.
+
+        ``res``: slice resolution in mm for conditional models: scalar, (B,) or (B, 1, X, Y, Z).
+        Raises ModelError when sizes are no multiple of 4 or ``res`` is missing.
+        """
+        head = self.raw(x, res)
+        sr = x - head[:, :1] if self.spec.residual else head[:, :1]
+        parts = [sr, torch.sigmoid(head[:, 1:2])]
+        if self.spec.mask_classes:
+            parts.append(torch.softmax(head[:, 2:], dim=1))
+        return torch.cat(parts, dim=1)
+
+    def _with_resolution(self, x: Tensor, res: Tensor | float | None) -> Tensor:
+        if not self.spec.conditional:
+            return x
+        if res is None:
+            raise ModelError(
+                "generator", "conditional weights need a resolution", "pass res, the slice thickness in mm"
+            )
+        return torch.cat([x, resolution_channel(x, res)], dim=1)
+
+
+class UNetGenerator(Generator):
+    """U-Net variant: a residual block at each of three scales and two skip connections."""
+
+    def _build(self, k: int) -> None:
+        self.stem, self.stem_norm = _conv(k, 1 + self.spec.conditional, 7), InstanceNorm(k)
+        self.down1, self.down1_norm = _conv(2 * k, k, 3), InstanceNorm(2 * k)
+        self.down2, self.down2_norm = _conv(4 * k, 2 * k, 3), InstanceNorm(4 * k)
+        self.blocks = nn.ModuleList(ResidualBlock(c) for c in (k, 2 * k, 4 * k))
+        self.up1, self.up1_norm = _conv(2 * k, 4 * k, 3), InstanceNorm(2 * k)
+        self.up2, self.up2_norm = _conv(k, 4 * k, 3), InstanceNorm(k)
+        self.head = _conv(self.spec.out_channels, 2 * k, 7)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 1 + conditional, X, Y, Z) -> (B, 2 kernel, X, Y, Z), what the head convolution sees."""
+        f, flat = self.form, is_flat(x)
+        fine = self.blocks[0](self.stem_norm(conv7_reflect(x, self.stem, f), f, flat), f, flat)
+        mid = self.blocks[1](self.down1_norm(halving_conv(fine, self.down1, f), f, flat), f, flat)
+        y = self.blocks[2](self.down2_norm(halving_conv(mid, self.down2, f), f, flat), f, flat)
+        y = torch.cat([self.up1_norm(upsample_conv(y, self.up1, f), f, flat), mid], dim=1)
+        return torch.cat([self.up2_norm(upsample_conv(y, self.up2, f), f, flat), fine], dim=1)
+
+    def _head(self, x: Tensor) -> Tensor:
+        return conv7_reflect(self.features(x), self.head, self.form)
+
+
+GENERATORS: dict[str, type[Generator]] = {"plain": Generator, "unet": UNetGenerator}
+
+
+def each(part: Callable[[Tensor, Tensor], Tensor], x: Tensor, flat: Tensor) -> Tensor:
+    """``part`` of a batch, sample by sample."""
+    parts = [part(x[b : b + 1], flat[b : b + 1]) for b in range(len(x))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def build_generator(spec: GeneratorSpec, form: str = "fast", seed: int = 0) -> Generator:
+    """A freshly initialised generator (lecun_normal, keyed by ``seed``)."""
+    return GENERATORS[spec.network](spec, form, seed)
+
+
+@dataclass(frozen=True)
+class CriticSpec:
+    """What fixes a critic's architecture.
+
+    kernel : channels of the first convolution (the original's kernel_dis)
+    patch : edge of the cubic patch it judges
+    in_channels : SR, segmentation and mask classes, without the resolution channel
+    conditional : the slice resolution in mm is its last input channel
+    """
+
+    kernel: int = 32
+    patch: int = 64
+    in_channels: int = 2
+    conditional: bool = False
+
+    def __post_init__(self) -> None:
+        if self.patch < 16 or self.patch % SIZE_MULTIPLE:
+            raise ModelError("critic", f"patch {self.patch}", "a multiple of 4 from 16 up, for example 64")
+        if self.kernel < 1 or self.in_channels < 1:
+            raise ModelError("critic", f"kernel {self.kernel}, in_channels {self.in_channels}", "both 1 or more")
+
+    @property
+    def depth(self) -> int:
+        """Stride-2 convolutions until 2 voxels are left per axis: 5 for patches of 36 to 64, as in the paper."""
+        return math.ceil(math.log2(self.patch)) - 1
+
+    def to_dict(self) -> dict:
+        """Plain values for YAML, JSON or a safetensors header."""
+        return asdict(self)
+
+
+class Critic(nn.Module):
+    """(B, C, P, P, P) -> (B, 1): stride-2 4^3 convolutions with bias and LeakyReLU 0.01, then one 2^3 kernel.
+
+    Padding is TensorFlow's "same": (1, 1) on even sizes, (1, 2) on odd ones.
+    """
+
+    SLOPE = 0.01
+
+    def __init__(self, spec: CriticSpec | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self.spec = spec or CriticSpec()
+        channels = [self.spec.in_channels + self.spec.conditional]
+        channels += [self.spec.kernel * 2**i for i in range(self.spec.depth)]
+        self.convs = nn.ParameterList(_conv(o, i, 4) for i, o in itertools.pairwise(channels))
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(o)) for o in channels[1:])
+        self.decision = _conv(1, channels[-1], 2)
+        init_he_normal(self, seed)
+
+    def forward(self, x: Tensor, res: Tensor | float | None = None) -> Tensor:
+        """Score of each sample, shape (B, 1); higher is more real. ``res`` as for the generator."""
+        if self.spec.conditional:
+            if res is None:
+                raise ModelError(
+                    "critic", "conditional weights need a resolution", "pass res, the slice thickness in mm"
+                )
+            x = torch.cat([x, resolution_channel(x, res)], dim=1)
+        for weight, bias in zip(self.convs, self.biases, strict=True):
+            x = F.leaky_relu(F.conv3d(same_pad(x), weight, bias, stride=2), self.SLOPE)
+        return F.conv3d(x, self.decision).flatten(1)
+
+
+def same_pad(x: Tensor) -> Tensor:
+    """Zero padding of TensorFlow's "same" for a 4^3 kernel with stride 2."""
+    pad: list[int] = []
+    for n in reversed(x.shape[2:]):
+        pad += [1, 1 + n % 2]
+    return F.pad(x, pad)
+
+
+def resolution_channel(x: Tensor, res: Tensor | float) -> Tensor:
+    """``res`` (scalar, (B,) or (B, 1, X, Y, Z)) as a channel of the shape of x's first one."""
+    r = torch.as_tensor(res, dtype=x.dtype, device=x.device)
+    if r.ndim <= 1:
+        r = r.reshape(-1, 1, 1, 1, 1)
+    return r.expand(x.shape[0], 1, *x.shape[2:])
+
+
+def is_flat(x: Tensor) -> Tensor:
+    """(B, C, X, Y, Z) -> (B, 1, 1, 1, 1) bool: samples with less contrast than FLAT in every channel.
+
+    A constant sample stays constant through every layer, but each norm would blow its rounding, or the last ringing
+    of a spline in the background, up to unit variance. The norms give their shift instead, the result for a constant.
+    """
+    contrast = x.amax((2, 3, 4), keepdim=True) - x.amin((2, 3, 4), keepdim=True)
+    return (contrast <= FLAT).all(1, keepdim=True)
+
+
+def in_plane_gradient(x: Tensor) -> Tensor:
+    """Root mean square of the in-plane gradient of channel 0 per voxel: (B, C, X, Y, Z) -> (B, 1, 1, 1, 1) float32.
+
+    In-plane are the first two axes: in processed orientation the last one is through-plane, the one without detail.
+    """
+    first = x[:, :1].float() if x.dtype in (torch.float16, torch.bfloat16) else x[:, :1]
+    parts = [first.diff(dim=d).square().mean((1, 2, 3, 4)) for d in (2, 3)]
+    return (parts[0] + parts[1]).sqrt().reshape(-1, 1, 1, 1, 1)
+
+
+def check_sizes(shape: tuple[int, ...]) -> None:
+    """Raise ModelError unless every size is a multiple of 4 and at least 8."""
+    if any(n % SIZE_MULTIPLE or n < MIN_SIZE for n in shape):
+        raise ModelError(
+            "generator",
+            f"input of {' x '.join(map(str, shape))} voxels",
+            f"each size must be a multiple of {SIZE_MULTIPLE} (two stride-2 layers) and at least {MIN_SIZE}",
+        )
+
+
+def _init(module: nn.Module, gain: float, seed: int) -> None:
+    # Keras draws a normal truncated at two standard deviations and rescales it to the wanted variance.
+    rng = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        if parameter.ndim == 5:
+            std = math.sqrt(gain / parameter[0].numel()) / 0.87962566103423978
+            nn.init.trunc_normal_(parameter, 0.0, std, -2 * std, 2 * std, generator=rng)
+
+
+def init_lecun_normal(module: nn.Module, seed: int) -> None:
+    """Keras' lecun_normal on every convolution kernel: variance 1 / fan_in."""
+    _init(module, 1.0, seed)
+
+
+def init_he_normal(module: nn.Module, seed: int) -> None:
+    """Keras' he_normal on every convolution kernel: variance 2 / fan_in."""
+    _init(module, 2.0, seed)

@@ -1,0 +1,251 @@
+"""Weights from any file a user has: Keras HDF5 of the original, safetensors, or a run of our own training.
+
+Which of them a path is, is read from its content. Pickles are recognised and never opened.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastsrgan.core.runtime import is_special, output_file, url_of
+from fastsrgan.errors import ModelError, UsageError
+from fastsrgan.model import checkpoint
+from fastsrgan.model import keras as keras_h5
+from fastsrgan.model import safetensors as modelfile
+from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
+
+log = logging.getLogger("fastsrgan")
+
+SHIPPED = Path(__file__).parent.parent / "models"
+LEGACY_NOTE = (
+    "residual conditional U-Net: SegSRGAN 2.2.4 subtracted from image and resolution alike and gave three channels;"
+    " here it gives two, the image (its first) and the segmentation (its third)"
+)
+_PICKLE = re.compile(rb"\x80[\x02-\x05]")
+_PICKLES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".joblib"}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A file that holds weights: ``kind`` is "keras", "safetensors" or "checkpoint"."""
+
+    file: Path
+    kind: str
+
+
+# --- loading ------------------------------------------------------------------------------------------------------
+
+
+def load_generator(path: str | os.PathLike, form: str = "fast", *, ema: bool = True) -> Generator:
+    """The generator of a weight file, in eval mode on the CPU.
+
+    Parameters
+    ----------
+    path : Keras HDF5 of the original (any name), safetensors, a snapshot folder of a training, or a run folder, of
+        which the newest undamaged snapshot is taken
+    form : "fast" or "reference", see fastsrgan.model.layers
+    ema : take the moving average of the generator where the file holds one
+
+    Raises
+    ------
+    ModelError : missing, damaged, a pickle, another architecture, NaN or infinite weights
+    """
+    spec, parameters = _generator_parameters(_resolve(path), ema)
+    return modelfile.assemble(spec, parameters, form)
+
+
+def load_critic(path: str | os.PathLike) -> Critic:
+    """The critic of a weight file, in eval mode on the CPU; ``path`` as for ``load_generator``.
+
+    Raises ModelError as ``load_generator`` does, and when the file holds no critic.
+    """
+    spec, parameters = _parameters(_resolve(path), "critic")
+    return modelfile.assemble(spec, parameters)
+
+
+def read_spec(path: str | os.PathLike) -> tuple[GeneratorSpec, CriticSpec | None]:
+    """Generator and critic specs of a weight file; the critic's is None where there is none. Reads no weight.
+
+    Raises ModelError as ``load_generator`` does.
+    """
+    header = _header(_resolve(path))
+    return header.generator, header.critic
+
+
+def info(path: str | os.PathLike) -> dict[str, Any]:
+    """Everything a weight file says about itself, as JSON values; reads no weight.
+
+    Keys: ``path``, ``file`` (the file inside a folder), ``kind`` ("keras", "safetensors" or "checkpoint"), ``bytes``,
+    ``sha256``, ``generator`` and ``critic`` (specs; critic may be None), ``parameters`` and ``critic_parameters``
+    (counts), ``ema``, ``card``, ``notes`` (list of sentences).
+    """
+    source = _resolve(path)
+    header = _header(source)
+    return {
+        "path": str(path),
+        "file": str(source.file),
+        "kind": source.kind,
+        "bytes": source.file.stat().st_size,
+        "sha256": checkpoint.sha256(source.file),
+        "generator": header.generator.to_dict(),
+        "critic": header.critic.to_dict() if header.critic else None,
+        "parameters": _count(header.generator),
+        "critic_parameters": _count(header.critic) if header.critic else 0,
+        "ema": header.ema,
+        "card": header.card,
+        "notes": [LEGACY_NOTE] if source.kind == "keras" and _is_legacy(header.generator) else [],
+    }
+
+
+def damaged(run: Path) -> list[str]:
+    """What is wrong with the weight files in a run folder, one line each (`fastsrgan.model.safetensors.check_sum`)."""
+    problems = []
+    for path in sorted(run.glob("*.safetensors")):
+        try:
+            modelfile.check_sum(path)
+        except ModelError as error:
+            problems.append(str(error))
+    return problems
+
+
+def default_weights() -> Path:
+    """The model that is shipped with the package.
+
+    Raises ModelError when there is none (or no single one), as in a checkout whose models were removed.
+    """
+    found = sorted(SHIPPED.glob("*.safetensors"))
+    if len(found) != 1:
+        reason = f"{len(found)} shipped models, one expected"
+        raise ModelError(SHIPPED, reason, "name a weight file with --weights, or reinstall fastsrgan")
+    return found[0]
+
+
+# --- saving and conversion ----------------------------------------------------------------------------------------
+
+
+def save_generator(
+    path: str | os.PathLike,
+    generator: Generator,
+    critic: Critic | None = None,
+    card: Mapping[str, Any] | None = None,
+    *,
+    ema: Generator | Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write a safetensors file, atomically; what it holds and raises: ``fastsrgan.model.safetensors.write``."""
+    return modelfile.write(path, generator, critic, ema=ema, card=card)
+
+
+def import_keras(source: str | os.PathLike, target: str | os.PathLike, *, overwrite: bool = False) -> Path:
+    """Convert a Keras HDF5 file of the original to safetensors: generator and, where there is one, critic.
+
+    Raises ModelError when ``source`` cannot be used, ResourceError when ``target`` exists or cannot be written.
+    """
+    found = _resolve(source)
+    if found.kind != "keras":
+        raise ModelError(source, "no Keras HDF5 file", "it can be used with --weights as it is")
+    target = _free(target, overwrite)
+    generator = load_generator(source)
+    critic = load_critic(source) if read_spec(source)[1] else None
+    card = {"converted_from": found.file.name, "converted_sha256": checkpoint.sha256(found.file)}
+    if _is_legacy(generator.spec):
+        card["note"] = LEGACY_NOTE
+    return modelfile.write(target, generator, critic, card=card)
+
+
+def export_keras(
+    source: str | os.PathLike, target: str | os.PathLike, *, ema: bool = True, overwrite: bool = False
+) -> Path:
+    """Convert any weight file to the HDF5 layout of the original's snapshots, which its own programs read.
+
+    A critic for patches other than 36 to 64 has another depth than the original's; it is written all the same, and a
+    log line says so. Raises as ``import_keras`` does.
+    """
+    found = _resolve(source)
+    target = _free(target, overwrite)
+    networks: list[tuple[Any, Any]] = [_generator_parameters(found, ema)]
+    critic = _header(found).critic
+    if critic is not None:
+        networks.append(_parameters(found, "critic"))
+        if critic.depth != keras_h5.CRITIC_DEPTH:
+            log.warning("%s: the critic has %d layers, the original only reads 5", target, critic.depth)
+    return keras_h5.write(target, *networks)
+
+
+def _free(target: str | os.PathLike, overwrite: bool) -> Path:
+    path = output_file(target)
+    if path.exists() and not overwrite:
+        raise UsageError(path, "exists already and is kept", "--overwrite, or another name")
+    return path
+
+
+# --- sources ------------------------------------------------------------------------------------------------------
+
+
+def _header(source: _Source) -> modelfile.ModelHeader:
+    if source.kind == "keras":
+        return modelfile.ModelHeader(*keras_h5.read_specs(source.file))
+    return modelfile.read_header(source.file)
+
+
+def _parameters(source: _Source, part: str) -> tuple[Any, dict[str, Tensor]]:
+    read = keras_h5.read_parameters if source.kind == "keras" else modelfile.read_parameters
+    return read(source.file, part)
+
+
+def _generator_parameters(source: _Source, ema: bool) -> tuple[GeneratorSpec, dict[str, Tensor]]:
+    if source.kind != "keras" and ema and _header(source).ema:
+        return _parameters(source, "ema")
+    spec, parameters = _parameters(source, "generator")
+    if source.kind == "keras" and _is_legacy(spec):
+        log.warning("%s: %s", source.file, LEGACY_NOTE)
+    return spec, parameters
+
+
+def _is_legacy(spec: GeneratorSpec) -> bool:
+    return spec.network == "unet" and spec.conditional and spec.residual
+
+
+def _count(spec: GeneratorSpec | CriticSpec) -> int:
+    return sum(math.prod(shape) for shape in modelfile.parameter_shapes(spec).values())
+
+
+def _resolve(path: str | os.PathLike) -> _Source:
+    path = Path(path)
+    if os.path.isdir(path):
+        lone = (path / checkpoint.MANIFEST).is_file()
+        return _Source(checkpoint.verified(path if lone else checkpoint.newest(path), checkpoint.MODEL), "checkpoint")
+    return _Source(path, _sniff(path))
+
+
+def _sniff(path: Path) -> str:
+    """The kind of a weight file from its first bytes."""
+    if is_special(path):
+        raise ModelError(path, "is not a regular file", "a weight file or a run folder")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except (OSError, ValueError) as error:
+        if url := url_of(path):
+            raise ModelError(url, "is a URL, weights are read from paths", "download the file first") from error
+        reason = (getattr(error, "strerror", None) or "cannot be read").lower()
+        raise ModelError(path, reason, "a weight file or a run folder") from error
+    if head.startswith(keras_h5.SIGNATURE):
+        return "keras"
+    if head[8:9] == b"{":
+        return "safetensors"
+    if path.suffix.lower() in _PICKLES or head[:4] == b"PK\x03\x04" or _PICKLE.match(head):
+        reason = "looks like a pickle or zip archive, which can run code and is never opened"
+        raise ModelError(path, reason, "convert it to safetensors, or use the original's HDF5 file")
+    if head.startswith(b"version https://git-lfs"):
+        raise ModelError(path, "a Git LFS pointer, not the file itself", "git lfs pull")
+    reason = "empty" if not head else "neither Keras HDF5 nor safetensors"
+    raise ModelError(path, reason, "the original's weights, safetensors of fastsrgan, or a run folder")

@@ -1,0 +1,130 @@
+"""What clinical scans add to thick slices, each off by default: a bias field and motion between slices.
+
+Both are a pair: ``draw_*`` makes the parameters from a key, ``apply_*`` uses them and is deterministic. The two other
+extras are one number each and live with what they change: Rician noise in ``intensity.add_noise``, the width of the
+slice profile in ``resample.degrade_matrix``. Decision 013 says what each models and what it leaves out.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+from fastsrgan.core.runtime import rng
+from fastsrgan.core.workers import run
+from fastsrgan.volume.intensity import each_piece
+from fastsrgan.volume.resample import apply_axes, spline_coefficients
+
+KNOTS = 4  # control points per axis of a bias field: cubic along each axis
+
+
+# --- bias field ---------------------------------------------------------------------------------------------------
+
+
+def draw_bias(key: tuple[int | str, ...], largest: float) -> np.ndarray:
+    """Control points of a log field: (4, 4, 4) uniform in [-largest, largest]."""
+    return largest * rng(int(key[0]), *key[1:], "bias").uniform(-1, 1, (KNOTS,) * 3)
+
+
+@functools.lru_cache(maxsize=64)
+def bernstein_matrix(n: int) -> np.ndarray:
+    """(n, 4) cubic Bernstein polynomials at the voxel centres of an axis. Weights are positive and rows sum to 1, so a
+    field never leaves the range of its control points."""
+    t = (np.arange(n) + 0.5) / n
+    return np.stack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], axis=1)
+
+
+def apply_bias(
+    slab: torch.Tensor, points: np.ndarray, shape: tuple[int, ...], axis: int = 2, start: int = 0
+) -> torch.Tensor:
+    """Multiply part of an image by its field, exp of the tensor-product cubic with these control points.
+
+    Parameters
+    ----------
+    slab : (x, y, z) contiguous float32, ``start`` and what follows along ``axis`` of an image of this ``shape``
+    points : (4, 4, 4) of ``draw_bias``
+
+    Returns
+    -------
+    A new tensor: the coils weigh the head before slices are formed, so truth and acquisition both carry the field and
+    a network has no reason to remove it.
+    """
+    matrices = [bernstein_matrix(n) for n in shape]
+    matrices[axis] = matrices[axis][start : start + slab.shape[axis]]
+    field = apply_axes(torch.from_numpy(points).to(slab.device, torch.float32), matrices)
+    each_piece(lambda weight, source: weight.exp_().mul_(source), field, slab)
+    return field
+
+
+# --- motion between slices ----------------------------------------------------------------------------------------
+
+
+def draw_motion(key: tuple[int | str, ...], slices: int, sd: float) -> np.ndarray:
+    """(slices, 3) pose of the head during each slice: two translations in mm, one rotation in degrees, all N(0, sd^2)
+    and less their mean, so that the stack as a whole stays where the truth is."""
+    poses = sd * rng(int(key[0]), *key[1:], "motion").standard_normal((slices, 3))
+    return poses - poses.mean(0)
+
+
+def apply_motion(
+    stack: torch.Tensor, poses: np.ndarray, spacing_mm: tuple[float, float, float], axis: int = 2
+) -> torch.Tensor:
+    """What slices show when the head moved in their plane: voxel p of slice m takes the value at R^-1 (p - t).
+
+    Parameters
+    ----------
+    stack : (x, y, z) float32, its slices across ``axis``, spacing in mm along the array's axes
+    poses : (slices, 3) translations along the two in-plane axes in array order, rotation about the slice's centre from
+        the first towards the second
+
+    Returns
+    -------
+    A new tensor, cubic B-spline, edges reflect. Slices with a pose of zero are unchanged. Through-plane motion and
+    motion while a slice is acquired are not modelled.
+    """
+    plane = [d for d in range(3) if d != axis]
+    images = stack.movedim(axis, 0).clone(memory_format=torch.contiguous_format)
+    knots = apply_axes(images, [None, *(spline_coefficients(n) for n in images.shape[1:])])
+
+    def job(m: int) -> None:
+        images[m] = _move_slice(knots[m], [spacing_mm[d] for d in plane], poses[m])
+
+    run(functools.partial(job, int(m)) for m in np.flatnonzero(np.abs(poses).any(1)))
+    return images.movedim(0, axis).contiguous()
+
+
+def _move_slice(knots: torch.Tensor, spacing: list[float], pose: np.ndarray) -> torch.Tensor:
+    """(x, y) the spline with these coefficients where the voxels of the moved slice came from."""
+    angle = np.deg2rad(pose[2])
+    c, s = float(np.cos(angle)), float(np.sin(angle))
+    centre = [(n - 1) / 2 for n in knots.shape]
+    x, y = (
+        (torch.arange(n, device=knots.device, dtype=torch.float32) - mid) * step - float(t)
+        for n, mid, step, t in zip(knots.shape, centre, spacing, pose[:2], strict=True)
+    )
+    taps_x = _taps((c * x[:, None] + s * y) / spacing[0] + centre[0], knots.shape[0])
+    taps_y = _taps((c * y - s * x[:, None]) / spacing[1] + centre[1], knots.shape[1])
+    # The weights of a cubic B-spline are positive, so its 4 x 4 taps are 2 x 2 linear interpolations (Sigg and
+    # Hadwiger, GPU Gems 2, chapter 20).
+    result = torch.zeros_like(knots)
+    for weight_x, at_x in taps_x:
+        for weight_y, at_y in taps_y:
+            seen = torch.nn.functional.grid_sample(
+                knots[None, None], torch.stack([at_y, at_x], -1)[None], padding_mode="reflection", align_corners=False
+            )
+            result += seen[0, 0].mul_(weight_x).mul_(weight_y)
+    return result
+
+
+def _taps(at: torch.Tensor, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Two (weight, where) per sample: the pairs of B-spline taps to the left and right of index ``at``; ``where`` in
+    torch's coordinates, -1 to 1 from edge to edge of ``n`` voxels."""
+    left = at.floor()
+    t = at - left
+    right = t**3 / 6
+    both = right + (-3 * t**3 + 3 * t**2 + 3 * t + 1) / 6
+    outer = (1 - t) ** 3 / 6
+    pairs = [(1 - both, left - outer / (1 - both)), (both, left + 1 + right / both)]
+    return [(weight, (2 * where + 1) / n - 1) for weight, where in pairs]

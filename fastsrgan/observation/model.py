@@ -1,0 +1,302 @@
+"""From a high-resolution image to what a scanner with thick slices would have seen (paper eq. 1; DESIGN D1-D3).
+
+Order of the original (SEGSRGAN.md section 1): blur and decimate, contrast power on both images, noise on the
+low-resolution one, clip at 0, divide both by the low-resolution maximum, interpolate back to the high-resolution grid.
+The extras keep it: the bias field multiplies the image before everything, motion moves each slice once it is formed
+and before decimation within slices, the profile's width is part of the blur, Rician noise takes the place of Gaussian.
+``draw`` makes the random parameters from a key, ``apply`` uses them and is deterministic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastsrgan.core.runtime import rng
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.observation.artefacts import draw_bias, draw_motion
+from fastsrgan.observation.slabs import Region, Source, acquire, interpolate, plan, truth
+from fastsrgan.volume.intensity import add_noise, contrast_power, each_piece, largest
+from fastsrgan.volume.resample import Matrix, check_geometry, degrade_matrix, modulo_size, upsample_matrix
+from fastsrgan.volume.resample_sitk import check_interpolator, decimate_matrix, expand_matrix, whole_factor
+
+INTERPS = ("scipy", "sitk")
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """How images are degraded; ranges are drawn per subject and epoch.
+
+    low_res : one triple of mm (fixed) or two (bounds, drawn uniformly per axis)
+    contrast : c, the power is uniform in [1 - c, 1 + c]
+    noise : standard deviation of the noise as a fraction of the low-resolution maximum
+    geometry : "physical" or "segsrgan"
+    interp, interpolation_type : "scipy", or "sitk" and its interpolator; see ``degrade``
+    bias_field : largest log amplitude of a smooth multiplicative field
+    rician : Rician instead of Gaussian noise
+    profile : p, the slice profile's width over the voxel size is uniform in [1 - p, 1 + p]
+    motion : standard deviation in mm and degrees of motion between slices
+    block_bytes : working memory above which a volume is degraded in slabs; None: whole
+    """
+
+    low_res: tuple[tuple[float, float, float], ...]
+    contrast: float = 0.5
+    noise: float = 0.03
+    geometry: str = "physical"
+    interp: str = "scipy"
+    interpolation_type: str = "Spline"
+    bias_field: float = 0.0
+    rician: bool = False
+    profile: float = 0.0
+    motion: float = 0.0
+    block_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        check_geometry(self.geometry)
+        check_interp(self.interp, self.interpolation_type, self.geometry)
+        if len(self.low_res) not in (1, 2) or any(len(t) != 3 or min(t) <= 0 for t in self.low_res):
+            raise UsageError(
+                "new_low_res", f"{self.low_res} is not allowed", "one or two triples of positive millimetres"
+            )
+        if not 0 <= self.contrast < 1 or not 0 <= self.noise < 1:
+            raise UsageError("degradation", f"contrast {self.contrast}, noise {self.noise}", "both in [0, 1)")
+        for name in ("bias_field", "profile", "motion"):
+            if not 0 <= getattr(self, name) < (1 if name == "profile" else np.inf):
+                raise UsageError(
+                    name, f"{getattr(self, name)} is not allowed", "in [0, 1)" if name == "profile" else "0 or above"
+                )
+        if self.block_bytes is not None and not self.block_bytes > 0:
+            raise UsageError("block_bytes", f"{self.block_bytes} is not allowed", "a number above zero, or None")
+
+    def draw(self, seed: int, epoch: int, subject: str) -> Draw:
+        """The parameters of one subject in one epoch; the same for any rank, device or resume point."""
+        low, high = np.asarray(self.low_res[0]), np.asarray(self.low_res[-1])
+        resolution = low + (high - low) * rng(seed, epoch, subject, "resolution").random(3)
+        power = 1 + self.contrast * (2 * rng(seed, epoch, subject, "contrast").random() - 1)
+        return self._drawn(resolution, power, (seed, epoch, subject, "noise"))
+
+    def apply(
+        self,
+        image_XYZ: np.ndarray,
+        spacing_mm: tuple[float, float, float],
+        draw: Draw,
+        low_res_mm: tuple[float, float, float] | None = None,
+        region: Region | None = None,
+    ) -> Degraded:
+        """Degrade one image as drawn: a pure function of its arguments.
+
+        ``low_res_mm`` is ``draw.low_res`` in the axis order of ``image_XYZ``, where that is not the stored one;
+        ``region`` as for ``degrade``.
+        """
+        return degrade(
+            image_XYZ,
+            spacing_mm,
+            draw.low_res if low_res_mm is None else low_res_mm,
+            power=draw.power,
+            noise=draw.noise,
+            key=draw.key,
+            geometry=self.geometry,
+            interp=self.interp,
+            interpolation_type=self.interpolation_type,
+            bias_field=draw.bias_field,
+            rician=draw.rician,
+            width=draw.width,
+            motion=draw.motion,
+            block_bytes=self.block_bytes,
+            region=region,
+        )
+
+    def linspace(self, index: int, count: int) -> Draw:
+        """The deterministic parameters of test subject ``index`` of ``count``: evenly spaced, as in the original."""
+        t = index / (count - 1) if count > 1 else 0.5
+        low, high = np.asarray(self.low_res[0]), np.asarray(self.low_res[-1])
+        return self._drawn(low + (high - low) * t, 1 + self.contrast * (2 * t - 1), (0, "validation", index))
+
+    def _drawn(self, resolution: np.ndarray, power: float, key: tuple[int | str, ...]) -> Draw:
+        """The draw with its extras. Each is drawn under its own name, so none depends on which others are on."""
+        width = 1 + self.profile * (2 * rng(int(key[0]), *key[1:], "profile").random() - 1)
+        low_res = tuple(float(r) for r in resolution)
+        return Draw(low_res, float(power), self.noise, key, self.bias_field, self.rician, width, self.motion)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One image's degradation: resolution in mm per stored axis, contrast power, noise fraction, and the extras.
+
+    ``width`` is the slice profile's width over the voxel size. What has one value per voxel, slice or control point
+    (noise, motion, bias field) is named by ``key`` and made where it is used.
+    """
+
+    low_res: tuple[float, float, float]
+    power: float = 1.0
+    noise: float = 0.0
+    key: tuple[int | str, ...] = (0,)
+    bias_field: float = 0.0
+    rician: bool = False
+    width: float = 1.0
+    motion: float = 0.0
+
+
+@dataclass(frozen=True)
+class Degraded:
+    """The images of the observation model, all float32 and divided by the maximum of the low-resolution one.
+
+    Arrays, or tensors on the device of the tensor that was degraded.
+
+    low_res : (x, y, z) what the scanner saw, in [0, 1]
+    interpolated : (X, Y, Z) its cubic-spline interpolation, the network's input
+    hr : (X', Y', Z') the truth; of the shape of ``interpolated`` in "physical" geometry
+    scale : the number they were divided by
+    low_res_mm : the resolution that was applied
+    """
+
+    low_res: np.ndarray
+    interpolated: np.ndarray
+    hr: np.ndarray
+    scale: float
+    low_res_mm: tuple[float, float, float]
+
+
+def check_interp(interp: str, interpolation_type: str, geometry: str) -> None:
+    """Raise UsageError for an interpolation that does not exist in this geometry."""
+    if interp not in INTERPS:
+        raise UsageError("interp", f"{interp!r} is not allowed", f"one of {', '.join(INTERPS)}")
+    check_interpolator(interpolation_type)
+    if interp == "sitk" and geometry != "segsrgan":
+        raise UsageError("interp sitk", f"is unknown in {geometry} geometry", "--geometry segsrgan")
+
+
+def degrade(
+    hr_XYZ: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    low_res_mm: tuple[float, float, float],
+    *,
+    power: float = 1.0,
+    noise: float = 0.0,
+    key: int | str | tuple[int | str, ...] | None = None,
+    geometry: str = "physical",
+    interp: str = "scipy",
+    interpolation_type: str = "Spline",
+    bias_field: float = 0.0,
+    rician: bool = False,
+    width: float = 1.0,
+    motion: float = 0.0,
+    block_bytes: int | None = None,
+    region: Region | None = None,
+) -> Degraded:
+    """Simulate the acquisition of ``hr_XYZ`` at ``low_res_mm`` (paper eq. 1, 16, 17).
+
+    Parameters
+    ----------
+    hr_XYZ : (X, Y, Z) image, any real dtype; a tensor is degraded on its device and tensors come back
+    spacing_mm, low_res_mm : voxel sizes along its axes
+    power : contrast power applied to both images
+    noise : standard deviation of the noise, as a fraction of the low-resolution maximum
+    key : names the random draws, an integer, text or a tuple that starts with the seed; None is 0
+    geometry : "physical", or "segsrgan" for the original's numbers (crops to a multiple of the ratio)
+    interp : "scipy" (cubic spline), or "sitk" in "segsrgan" geometry: ratios rounded, every k-th voxel kept, and
+        SimpleITK's Expand with the interpolator ``interpolation_type`` (``resample_sitk.INTERPOLATORS``)
+    bias_field : largest log amplitude of a smooth field on the image, before all else (extras.py)
+    rician : the noise of magnitude images instead of Gaussian noise
+    width : full width at half maximum of the slice profile over the low-resolution voxel size
+    motion : standard deviation in mm and degrees of the head's motion in the plane of each slice (extras.py)
+    block_bytes : working memory, besides the image and the results, above which slabs are used; None: one slab
+    region : slices of the high-resolution grid: ``interpolated`` and ``hr`` are made there alone. The low-resolution
+        image is always whole, and the results are those of the whole volume to float32's rounding.
+
+    Raises
+    ------
+    UsageError : a low resolution finer than the image, a power that is not positive; InputError : an image without a
+    positive voxel; ResourceError : ``block_bytes`` below one slice.
+    """
+    check_geometry(geometry)
+    check_interp(interp, interpolation_type, geometry)
+    if not power > 0:
+        raise UsageError("contrast power", f"{power:g} is not allowed", "a number above zero")
+    seed, *rest = key if isinstance(key, tuple) else (0, *(() if key is None else (key,)))
+    name: tuple[int | str, ...] = (int(seed), *rest)
+    hr = hr_XYZ if isinstance(hr_XYZ, torch.Tensor) else np.asarray(hr_XYZ)
+    if geometry == "segsrgan":
+        hr = hr[
+            tuple(slice(0, modulo_size(n, r / s)) for n, s, r in zip(hr.shape, spacing_mm, low_res_mm, strict=True))
+        ]
+    factors = [whole_factor(r, s) for s, r in zip(spacing_mm, low_res_mm, strict=True)] if interp == "sitk" else []
+    down = _down(hr.shape, spacing_mm, low_res_mm, geometry, factors, width)
+    # Slices lie across the thickest axis, the last of equals: where images are turned to, DESIGN D12.
+    axis = max(range(3), key=lambda d: (low_res_mm[d], d))
+    source = Source(hr, axis, draw_bias(name, bias_field) if bias_field else None)
+    slabs = plan(source, down, bool(motion), block_bytes)
+    if slabs.planes == hr.shape[axis]:  # one slab: converted, and given its field, once for both passes
+        source = Source(source.slab(0, hr.shape[axis]), axis)
+    matrix = down[axis]
+    poses = draw_motion(name, hr.shape[axis] if matrix is None else len(matrix), motion) if motion else None
+    lr = acquire(source, down, slabs, poses, spacing_mm)
+    unit, scale = _receive(
+        lr, power, noise, rng(int(seed), *rest), rng(int(seed), *rest, "imaginary") if rician else None
+    )
+    up = _up(tuple(lr.shape), hr.shape, spacing_mm, low_res_mm, geometry, factors, interpolation_type)
+    parts = [lr, interpolate(lr, up, axis, slabs, region), truth(source, power, unit, slabs, region)]
+    low, z, x = parts if isinstance(hr_XYZ, torch.Tensor) else [p.numpy() for p in parts]
+    return Degraded(low, z, x, scale, tuple(float(r) for r in low_res_mm))  # type: ignore[arg-type]
+
+
+def _receive(
+    lr: torch.Tensor, power: float, noise: float, real: np.random.Generator, imaginary: np.random.Generator | None
+) -> tuple[float, float]:
+    """Contrast, noise, clip and division by the maximum, in place on the low-resolution image.
+
+    Returns the number u that makes the truth of the same scale, (image / u) ** power, and the scale itself.
+    """
+    peak = largest(lr)
+    _check_maximum(peak)
+    # The power of intensities up to 1 keeps its precision, and (peak / peak) ** power is 1 to the bit.
+    top = peak if power == 1 else 1.0
+    if power != 1:
+        contrast_power(lr, power, peak, out=lr)
+    add_noise(lr, noise * top, real, imaginary)
+    each_piece(lambda part: part.clamp_(min=0), lr)
+    scale = largest(lr)
+    _check_maximum(scale)
+    each_piece(lambda part: part.div_(scale), lr)
+    return (scale, scale) if power == 1 else (peak * scale ** (1 / power), peak**power * scale)
+
+
+def _check_maximum(value: float) -> None:
+    if not value > 0 or not np.isfinite(value):
+        raise InputError("image", f"its low-resolution maximum is {value:g}", "at least one voxel must be above zero")
+
+
+def _down(
+    shape: tuple[int, ...],
+    spacing_mm: tuple[float, float, float],
+    low_res_mm: tuple[float, float, float],
+    geometry: str,
+    factors: list[int],
+    width: float,
+) -> list[Matrix]:
+    """Slice profile and decimation of each axis."""
+    if factors:
+        return [decimate_matrix(n, float(r * width), k) for n, r, k in zip(shape, low_res_mm, factors, strict=True)]
+    sizes = zip(shape, spacing_mm, low_res_mm, strict=True)
+    return [degrade_matrix(n, s, r, geometry, width) for n, s, r in sizes]
+
+
+def _up(
+    low: tuple[int, ...],
+    high: tuple[int, ...],
+    spacing_mm: tuple[float, float, float],
+    low_res_mm: tuple[float, float, float],
+    geometry: str,
+    factors: list[int],
+    interpolation_type: str,
+) -> list[Matrix]:
+    """Interpolation of each axis back to the high-resolution grid."""
+    if factors:
+        return [expand_matrix(m, k, interpolation_type) for m, k in zip(low, factors, strict=True)]
+    up = []
+    for m, n, s, r in zip(low, high, spacing_mm, low_res_mm, strict=True):
+        ratio = s / r if geometry == "segsrgan" or n != m else 1.0
+        up.append(upsample_matrix(m, n, ratio, geometry))
+    return up

@@ -1,0 +1,1 @@
+"""Pictures of volumes: planes, panels, maps of errors."""

@@ -1,0 +1,167 @@
+"""Several results as one sortable table with thumbnails; what lies far from the others is marked.
+
+An outlier's modified z-score 0.6745 (x - median) / MAD is beyond 3.5 (Iglewicz and Hoaglin 1993), MAD the median
+absolute deviation. Columns of fewer than 5 values, or whose MAD is 0, are not judged.
+"""
+
+from __future__ import annotations
+
+import statistics
+import urllib.parse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastsrgan.core.runtime import finite
+from fastsrgan.evaluate.pair import summarise
+from fastsrgan.report import sections
+from fastsrgan.report import viewer as stage
+from fastsrgan.report.collect import Result
+from fastsrgan.report.html import Html, el, join, number, pointer
+
+FEWEST = 5
+FAR = 3.5
+RULE = (
+    "Marked: modified z-score 0.6745 (x − median) / MAD beyond ±3.5 (Iglewicz and Hoaglin 1993), in columns with at "
+    "least 5 values and a MAD above 0."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result of a cohort with its page, thumbnail (PNG) and what was measured."""
+
+    result: Result
+    page: str
+    thumbnail: bytes | None
+    measured: dict[str, Any]
+
+
+def page_name(stem: str, target: Path) -> str:
+    """The file of one result beside the cohort's."""
+    name = "".join("_" if c in "/\\\0" else c for c in stem) + f"_{target.name}"
+    return name if name != target.name else f"_{name}"
+
+
+def facts(rows: Sequence[Row]) -> dict[str, Any]:
+    """All figures of the page: {"rows", "columns", "summary", "outliers"}; columns are JSON pointers inside a row."""
+    plain = [
+        finite(
+            {
+                "stem": row.result.stem,
+                "page": row.page,
+                "record": {k: row.result.record.get(k) for k in ("seconds", "device", "weights", "warnings")},
+                "scores": row.result.scores,
+                "measured": row.measured,
+            }
+        )
+        for row in rows
+    ]
+    scored = [row["scores"] for row in plain if row["scores"]]
+    columns = [c for c in candidates(scored) if any(isinstance(at(row, c), (int, float)) for row in plain)]
+    marked = {c: outliers([at(row, c) for row in plain]) for c in columns}
+    return {"rows": plain, "columns": columns, "summary": summarise(scored), "outliers": marked}
+
+
+def candidates(scored: Sequence[dict[str, Any]]) -> list[str]:
+    """Columns in order: image figures in the narrowest region, gains, the segmentation's, what was measured, time."""
+    if not scored:
+        found = []
+    else:
+        region = "mask" if all("mask" in s["image"] for s in scored) else "whole"
+        found = [pointer("scores", "image", region, key) for key in ("psnr_db", "ssim")]
+        found.append(pointer("scores", "gain", "image", region, "psnr_db"))
+        keys = dict.fromkeys(k for s in scored for k in s.get("segmentation", {}) if not k.startswith("label_"))
+        found += [pointer("scores", "segmentation", key) for key in keys if not key.endswith("_voxels")]
+        found.append(pointer("scores", "gain", "segmentation", "dice"))
+    names = ("volume_ml", "components")
+    found += [pointer("measured", k) for k in names if pointer("scores", "segmentation", k) not in found]
+    return [*found, pointer("record", "seconds")]
+
+
+def outliers(values: Sequence[Any]) -> list[int]:
+    """Indices of the values that are far from the others; see the module's text."""
+    numbers = [(i, float(v)) for i, v in enumerate(values) if isinstance(v, (int, float))]
+    if len(numbers) < FEWEST:
+        return []
+    middle = statistics.median(v for _, v in numbers)
+    deviation = statistics.median(abs(v - middle) for _, v in numbers)
+    if deviation == 0:
+        return []
+    return [i for i, v in numbers if abs(0.6745 * (v - middle) / deviation) > FAR]
+
+
+def table(rows: Sequence[Row], known: dict[str, Any]) -> Html:
+    """The section with the table; ``known`` of ``facts``."""
+    columns = known["columns"]
+    heads = [el("th", "", scope="col"), el("th", el("button", "result", type="button"), scope="col")]
+    heads += [el("th", el("button", title(c), type="button"), class_="n", scope="col") for c in columns]
+    heads.append(el("th", el("button", "warnings", type="button"), class_="n", scope="col"))
+    body = [_row(i, row, known) for i, row in enumerate(rows)]
+    foot = [
+        el("tr", el("td", ""), el("th", "mean ± sd", scope="row"), [_mean(c, known) for c in columns], el("td", ""))
+    ]
+    grid = el("table", el("thead", el("tr", heads)), el("tbody", body), el("tfoot", foot), class_="cohort")
+    return sections.card("Results", el("div", grid, class_="scroll"), el("p", RULE, class_="faint"))
+
+
+def title(column: str) -> str:
+    """Heading of a column."""
+    parts = column.split("/")[1:]
+    name = sections.name_of(parts[-1]) if parts[-1] != "seconds" else "time, s"
+    where = " in mask" if "mask" in parts else ""
+    return ("gain " if "gain" in parts else "") + name + where
+
+
+def at(tree: Any, path: str) -> Any:
+    """The value at a JSON pointer, None where there is none."""
+    for key in path.split("/")[1:]:
+        key = key.replace("~1", "/").replace("~0", "~")
+        if isinstance(tree, list) and key.isdigit() and int(key) < len(tree):
+            tree = tree[int(key)]
+        elif isinstance(tree, dict):
+            tree = tree.get(key)
+        else:
+            return None
+    return tree
+
+
+def measured_tiles(measured: dict[str, Any], path: str) -> Html:
+    """Key figures of a result without a truth."""
+    items = [
+        el(
+            "li",
+            el("span", sections.name_of(key)),
+            el("b", number(measured[key], path + pointer(key))),
+            el("small", "segmentation"),
+        )
+        for key in ("volume_ml", "components", "largest_component")
+        if key in measured
+    ]
+    return el("ul", items, class_="tiles")
+
+
+def _row(index: int, row: Row, known: dict[str, Any]) -> Html:
+    plain = known["rows"][index]
+    href = "./" + urllib.parse.quote(row.page)
+    image = stage.png(row.thumbnail, "") if row.thumbnail else None
+    cells = [el("td", el("a", image, href=href, tabindex=-1, aria_hidden="true"))]
+    cells.append(el("th", el("a", row.result.stem, href=href), scope="row"))
+    for column in known["columns"]:
+        far = "n outlier" if index in known["outliers"][column] else "n"
+        value = at(plain, column)
+        shown = number(value if isinstance(value, (int, float)) else None, pointer("rows", index) + column)
+        cells.append(el("td", shown, class_=far))
+    cells.append(el("td", str(len(row.result.record.get("warnings", []))), class_="n"))
+    return el("tr", cells)
+
+
+def _mean(column: str, known: dict[str, Any]) -> Html:
+    key = ".".join(column.split("/")[2:])
+    one = known["summary"].get(key) if column.startswith("/scores/") else None
+    if one is None:
+        return el("td", "", class_="n")
+    path = pointer("summary", key)
+    sd = join(" ± ", number(one["sd"], path + "/sd", digits=2)) if one["sd"] is not None else None
+    return el("td", number(one["mean"], path + "/mean"), sd, class_="n")

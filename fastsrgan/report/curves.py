@@ -1,0 +1,198 @@
+"""A training run as a section: losses, validation, what a step cost, sample panels, settings."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from fastsrgan.core.runtime import parse_json, read_json, real
+from fastsrgan.pictures.panels import find_panels
+from fastsrgan.report.charts import Line, line_chart
+from fastsrgan.report.html import Html, el, join, number, pointer
+from fastsrgan.report.sections import card, facts_table, raw
+
+log = logging.getLogger("fastsrgan")
+
+PANELS = 4
+SIGNATURE = b"\x89PNG"
+BINS = 300  # points of a curve; longer runs show means over several updates
+COLUMNS = "interpolated input, SR, truth, segmentation, label"
+CHARTS = (
+    ("Reconstruction", ("g_reconstruction",), "Charbonnier loss"),
+    ("Generator", ("g_total", "g_adversarial"), "loss"),
+    ("Critic", ("d_wasserstein", "d_penalty"), "loss"),
+    ("Gradient norms", ("g_gradient", "d_gradient"), "norm"),
+    ("Time of an update", ("seconds",), "s"),
+)
+SCORES = (
+    ("Dice on the test subjects", ("Dice", "Dice_label_1", "whole_Dice", "spline_Dice")),
+    ("PSNR on the test subjects, dB", ("PSNR", "whole_PSNR", "spline_PSNR")),
+    ("SSIM of whole test volumes", ("whole_SSIM", "spline_SSIM")),
+    ("Mean squared error", ("MSE",)),
+)
+# What a chart calls the columns of the log.
+LINES = {
+    **dict.fromkeys(("Dice", "Dice_label_1", "PSNR", "MSE"), "patches"),
+    **dict.fromkeys(("whole_Dice", "whole_PSNR", "whole_SSIM"), "whole volumes"),
+    **dict.fromkeys(("spline_Dice", "spline_PSNR", "spline_SSIM"), "interpolation, whole volumes"),
+    **dict.fromkeys(("g_total", "g_gradient"), "generator"),
+    "g_adversarial": "its adversarial part",
+    "d_wasserstein": "Wasserstein estimate",
+    "d_penalty": "gradient penalty",
+    "d_gradient": "critic",
+}
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """The facts of a run folder: summary, settings, curves binned to at most 300 points, validations, log faults."""
+    rows, faults = [], 0
+    for line in (run / "log.jsonl").read_text(encoding="utf8", errors="replace").splitlines():
+        row = parse_json(line)
+        faults += not row
+        rows += [row] if row else []
+    updates = [row for row in rows if isinstance(row.get("update"), int)]
+    scores = [row for row in rows if isinstance(row.get("validation"), dict) and isinstance(row.get("epoch"), int)]
+    width = -(-len(updates) // BINS) or 1
+    names = dict.fromkeys(k for _, keys, _ in CHARTS for k in keys)
+    curves: dict[str, list[float | None]] = {name: [] for name in names}
+    at = []
+    for start in range(0, len(updates), width):
+        part = updates[start : start + width]
+        at.append(sum(row["update"] for row in part) / len(part))
+        for name, curve in curves.items():
+            values = [row[name] for row in part if isinstance(row.get(name), (int, float))]
+            curve.append(sum(values) / len(values) if values else None)
+    return {
+        "folder": real(run).name,
+        "summary": read_json(run / "summary.json") or None,
+        "config": _text(run / "config.yaml"),
+        "updates": len(updates),
+        "updates_per_point": width,
+        "at": at,
+        "curves": {name: curve for name, curve in curves.items() if any(v is not None for v in curve)},
+        "validation": [{"epoch": row["epoch"], **row["validation"]} for row in scores],
+        "unreadable_lines": faults,
+    }
+
+
+def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
+    """The section; ``facts`` of ``read_run`` lie at /run."""
+    summary, validation = facts["summary"] or {}, facts["validation"]
+    plots = []
+    for title, keys in SCORES:
+        lines = [
+            Line(
+                LINES.get(key, key),
+                [v["epoch"] for v in validation],
+                [_plain(v.get(key)) for v in validation],
+                "spline" in key,
+            )
+            for key in keys
+        ]
+        plots.append(line_chart(title, lines, "epoch"))
+    for title, names, unit in CHARTS:
+        lines = [
+            Line(LINES.get(name, name), facts["at"], facts["curves"][name]) for name in names if name in facts["curves"]
+        ]
+        plots.append(line_chart(title, lines, "update", unit))
+    width = facts["updates_per_point"]
+    notes = [f"A point is the mean of {width} updates." if width > 1 else None]
+    if facts["unreadable_lines"]:
+        notes.append(f"{facts['unreadable_lines']} lines of the log could not be read.")
+    if not summary:
+        notes.append("The run has no summary: it has not ended, or was killed.")
+    head = facts_table(
+        [
+            (key.replace("_", " "), _value(value, pointer("run", "summary", key)))
+            for key, value in summary.items()
+            if not isinstance(value, (dict, list))
+        ]
+    )
+    table = el("details", el("summary", "Validations as a table"), _table(validation)) if validation else None
+    return card(
+        "Training",
+        el("p", " ".join(filter(None, notes)), class_="faint") if any(notes) else None,
+        el("div", [p for p in plots if p], class_="plots"),
+        table,
+        _samples(panels),
+        el("h3", "Summary"),
+        head,
+        raw("Settings (config.yaml)", facts["config"]) if facts["config"] else None,
+    )
+
+
+def sample_panels(run: Path) -> list[tuple[str, bytes]]:
+    """(caption, PNG) of a run's sample panels: at most four, evenly from the first to the last validation.
+
+    Runs of earlier versions have none; theirs are read from what they wrote for TensorBoard.
+    """
+    there = find_panels(run)
+    if not there:
+        return _events(run / "tensorboard")
+    last = len(there) - 1
+    shown = sorted({round(i * last / (PANELS - 1)) for i in range(PANELS)})
+    told = [(f"epoch {epoch}", path.read_bytes()) for epoch, path in (there[i] for i in shown)]
+    return [(name, data) for name, data in told if data.startswith(SIGNATURE)]
+
+
+def _events(folder: Path) -> list[tuple[str, bytes]]:
+    """(caption, PNG) of the newest sample of each picture in TensorBoard's files; none without the package."""
+    if not folder.is_dir():
+        return []
+    try:
+        reader = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    except ImportError:
+        log.warning("%s: its sample panels are left out, tensorboard is not installed", folder)
+        return []
+    events = reader.EventAccumulator(str(folder), size_guidance={"images": 1, "scalars": 1, "tensors": 1})
+    events.Reload()
+    found = []
+    for tag in events.Tags()["images"]:
+        image = events.Images(tag)[-1]
+        if image.encoded_image_string.startswith(SIGNATURE):
+            found.append((f"{tag}, update {image.step}", image.encoded_image_string))
+    return found
+
+
+def _samples(panels: list[tuple[str, bytes]]) -> Html | None:
+    if not panels:
+        return None
+    told = f"The middle slices of the same test patch along each axis. Left to right: {COLUMNS}."
+    figures = el("div", [_panel(name, data) for name, data in panels], class_="samples")
+    return join(el("h3", "Samples"), el("p", told, class_="faint"), figures)
+
+
+def _panel(name: str, data: bytes) -> Html:
+    source = "data:image/png;base64," + base64.b64encode(data).decode()
+    image = el("img", src=source, alt=f"{name}: {COLUMNS}")
+    return el("figure", el("figcaption", name), image, class_="sample")
+
+
+def _table(validation: list[dict[str, Any]]) -> Html:
+    keys = list(dict.fromkeys(k for row in validation for k in row))
+    head = el("tr", [el("th", k, scope="col") for k in keys])
+    rows = [
+        el("tr", [el("td", _value(row.get(k), pointer("run", "validation", i, k))) for k in keys])
+        for i, row in enumerate(validation)
+    ]
+    return el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
+
+
+def _value(value: Any, path: str) -> object:
+    if isinstance(value, (bool, str)):
+        return join(str(value))
+    return number(value, path) if isinstance(value, (int, float)) else None
+
+
+def _plain(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf8", errors="replace")
+    except OSError:
+        return ""

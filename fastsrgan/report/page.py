@@ -1,0 +1,305 @@
+"""``fastsrgan report``: one self-contained HTML file about a result, a demo, a training run, or a cohort of results.
+
+A page needs no network and no server: styles, scripts and volumes are inside, and its content security policy allows
+nothing else (scripts and styles by their hash, pictures as data). Everything that comes from files is escaped text.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import string
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastsrgan._version import __version__
+from fastsrgan.core.runtime import QUIET, Progress, atomic_write, finite
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.evaluate import metrics
+from fastsrgan.evaluate.pair import evaluate_pair, onto_grid
+from fastsrgan.io import nifti as images
+from fastsrgan.io.output_place import PAGE, check_place
+from fastsrgan.report import cohort, curves, sections
+from fastsrgan.report import viewer as stage
+from fastsrgan.report.collect import Found, Result, find
+from fastsrgan.report.html import Html, data_block, el, join, number, pointer, source_hash
+from fastsrgan.report.volumes import Packed, pack, plane_png, unpack
+from fastsrgan.volume.geometry import Volume
+
+log = logging.getLogger("fastsrgan")
+
+MOST_MB = 12.0
+MOST_ALLOWED_MB = 1e6
+NAME = "report.html"
+LEAST_BYTES = 200_000  # left for the volumes, below which a limit makes no sense
+
+
+def report(
+    path: str | os.PathLike,
+    out: str | os.PathLike | None = None,
+    *,
+    scores: str | os.PathLike | None = None,
+    studies: Sequence[str | os.PathLike] = (),
+    hr: str | os.PathLike | None = None,
+    label: str | os.PathLike | None = None,
+    mask: str | os.PathLike | None = None,
+    max_mb: float = MOST_MB,
+    overwrite: bool = False,
+    progress: Progress = QUIET,
+) -> list[Path]:
+    """Write the page of a folder of results, a demo, a training run, or of one result's JSON.
+
+    Parameters
+    ----------
+    path : a folder that ``infer``, ``demo`` or ``train`` wrote, or one ``STEM.json`` of it
+    out : the page, default ``report.html`` in that folder; for several results it is the cohort's table and every
+        result gets ``STEM_report.html`` beside it
+    scores : JSON of ``evaluate`` (a pair's or a table's); without it the folder's own
+    studies : JSON files of ``study``, shown beside those of the folder
+    hr, label, mask : truth of a single result, evaluated here, with the spline of the input as baseline
+    max_mb : largest page in MB (10^6 bytes); volumes are reduced until they fit
+    overwrite : replace pages that are there; what is no page is kept
+
+    Returns the files, the first one to open. Raises InputError, UsageError or ResourceError, before anything is written
+    where a page exists or there is nothing to report.
+    """
+    if not 0 < max_mb <= MOST_ALLOWED_MB:
+        raise UsageError("--max-mb", f"{max_mb:g} is not allowed", f"a size in MB above 0, at most {MOST_ALLOWED_MB:g}")
+    if (label or mask) and not hr:
+        raise UsageError("--label and --mask", "need --hr", "the truth that the image is compared with")
+    if hr and scores:
+        raise UsageError("--hr", "excludes --scores", "one of the two")
+    found = find(path, scores, studies)
+    if hr and len(found.results) != 1:
+        raise UsageError("--hr", f"one truth for {len(found.results)} results", "--scores with the JSON of evaluate")
+    target = Path(out) if out is not None else found.folder / NAME
+    many = len(found.results) > 1
+    names = [cohort.page_name(r.stem, target) for r in found.results] if many else []
+    given = [p for p in (path, scores, hr, label, mask, *studies) if p is not None]
+    inputs = [*given, *(file for result in found.results for file in result.files.values())]
+    pages = [check_place(place, inputs, PAGE) for place in [target, *(target.parent / n for n in names)]]
+    standing = [p for p in pages if p.exists()]
+    if standing and not overwrite:
+        raise UsageError(standing[0], "exists already and is kept", "--overwrite, or another -o FILE.html")
+    if hr:
+        _score(found.results[0], Path(hr), Path(label) if label else None, Path(mask) if mask else None)
+    limit = int(max_mb * 1e6)
+    written = []
+    progress.start("report", max(len(found.results), 1) + many, "page")
+    if not many:
+        _write(target, single_page(found, limit)[0])
+        progress.advance(1)
+        written.append(target)
+    else:
+        rows = []
+        for result, name in zip(found.results, names, strict=True):
+            page, thumbnail, measured = single_page(_alone(found, result), limit, back=target.name)
+            _write(target.parent / name, page)
+            rows.append(cohort.Row(result, name, thumbnail, measured))
+            written.append(target.parent / name)
+            progress.advance(1, page=name)
+        _write(target, cohort_page(found, rows))
+        progress.advance(1)
+        written.insert(0, target)
+    progress.finish()
+    return written
+
+
+def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str, bytes | None, dict[str, Any]]:
+    """A page about at most one result: (the page, its thumbnail as PNG, what was measured for it)."""
+    facts: dict[str, Any] = {"results": [], "run": None, "demo": None, "studies": finite(found.studies)}
+    result = found.results[0] if found.results else None
+    warnings: list[str] = []
+    sr: Volume | None = None
+    others: dict[str, Volume] = {}
+    measured: dict[str, Any] = {}
+    if result is not None:
+        sr, others = stage.load_images(result, warnings)
+        if "seg" in others:
+            measured = measure(others["seg"])
+        facts["results"].append(
+            {
+                "stem": result.stem,
+                "record": finite(result.record),
+                "scores": finite(result.scores),
+                "measured": measured,
+            }
+        )
+        warnings = [*result.record.get("warnings", []), *(result.scores or {}).get("notes", []), *warnings]
+    if found.run is not None:
+        facts["run"] = finite(curves.read_run(found.run))
+    if found.demo is not None:
+        facts["demo"] = finite({k: v for k, v in found.demo.items() if k != "scores"})
+    panels = curves.sample_panels(found.run) if found.run is not None else []
+    after = _after(facts, panels, found)
+    if sr is None:
+        body = join(_before(facts, warnings), after)
+        return assemble(found, facts, body, "", back, viewing=False), None, measured
+    spacing = others["low"].spacing if "low" in others else None
+    shown = dict(others)
+    if "low" in shown:
+        shown["spline"] = shown["low"]
+    # Without the volumes first: what is left of the limit is theirs. The picture does not depend on their size much.
+    first = pack(sr, shown, limit)
+    drawn = stage.picture(sr, others, first)
+    alt = "Three planes of every image side by side, with a detail and the outline of the segmentation"
+    still = sections.card("The same as a picture", stage.png(drawn, alt))
+
+    def page(packed: Packed) -> str:
+        view = stage.viewer_card(packed, spacing)
+        body = join(_before(facts, warnings), view, still, after)
+        return assemble(found, facts, body, stage.viewer_data(packed, sr, spacing), back, viewing=True)
+
+    rest = len(page(replace(first, blobs={k: (o, "") for k, (o, _) in first.blobs.items()})).encode())
+    room = limit - rest
+    if room < LEAST_BYTES:
+        raise UsageError("--max-mb", f"{limit / 1e6:g} MB, and {rest / 1e6:.1f} MB go without the volumes", "more")
+    packed = first if first.size <= room else pack(sr, shown, room)
+    small = unpack(packed)
+    middle = packed.shape[2] // 2
+    thumbnail = plane_png(small["sr"][:, :, middle], small["seg"][:, :, middle] if "seg" in small else None)
+    return page(packed), thumbnail, measured
+
+
+def cohort_page(found: Found, rows: Sequence[cohort.Row]) -> str:
+    """The table of several results."""
+    facts = cohort.facts(rows) | {"studies": finite(found.studies)}
+    studies = [sections.study_card(study, i) for i, study in enumerate(facts["studies"])]
+    body = join(cohort.table(rows, facts), studies)
+    return assemble(found, facts, body, "", None, viewing=False, sorting=True)
+
+
+def assemble(
+    found: Found,
+    facts: dict[str, Any],
+    body: Html,
+    data: str,
+    back: str | None,
+    *,
+    viewing: bool,
+    sorting: bool = False,
+) -> str:
+    """The whole file. Scripts and styles are allowed by their hash; nothing may be loaded."""
+    scripts = [asset("niivue.umd.js"), asset("viewer.js")] if viewing else []
+    scripts += [asset("cohort.js")] if sorting else []
+    style = asset("page.css")
+    allowed = " ".join(map(source_hash, scripts)) or "'none'"
+    policy = (
+        f"default-src 'none'; script-src {allowed}; style-src {source_hash(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    title = facts["results"][0]["stem"] if len(facts.get("results", [])) == 1 and not facts.get("demo") else found.title
+    kind = _kind(facts)
+    head = [el("p", el("a", "← all results", href=back)) if back else None, el("h1", title), _subtitle(facts, kind)]
+    told = f"Made by fastsrgan {__version__}. Not for diagnosis. This file holds all it shows and contacts no network."
+    return string.Template(asset("page.html")).substitute(
+        policy=join(Html(policy.replace('"', "&quot;"))),
+        title=join(f"{title} · fastsrgan {kind}"),
+        style=style,
+        header=join(head),
+        body=body,
+        footer=el("p", told),
+        data=join(data_block("facts", facts), Html(data)),
+        scripts="\n".join(f"<script>{source}</script>" for source in scripts),
+    )
+
+
+def measure(seg: Volume) -> dict[str, Any]:
+    """What a segmentation shows without a truth: components (26-connected), the largest, and the volume in mL."""
+    counted: dict[str, Any] = dict(metrics.components(seg.data))
+    spacing = seg.spacing
+    voxels = int(metrics.binary(seg.data).sum())
+    return counted | {"volume_ml": voxels * spacing[0] * spacing[1] * spacing[2] / 1000}
+
+
+@functools.cache
+def asset(name: str) -> str:
+    """A file of this package as text."""
+    return (Path(__file__).parent / "assets" / name).read_text(encoding="utf8")
+
+
+def _kind(facts: dict[str, Any]) -> str:
+    """What a page is about."""
+    if "rows" in facts:
+        return "cohort"
+    order = (("demo", facts["demo"]), ("result", facts["results"]), ("training run", facts["run"]), ("study", True))
+    return next(name for name, there in order if there)
+
+
+def _alone(found: Found, result: Result) -> Found:
+    return replace(found, results=[result], run=None, demo=None, studies=[], title=result.stem)
+
+
+def _write(path: Path, page: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, encoding="utf8")
+
+
+def _score(result: Result, hr: Path, label: Path | None, mask: Path | None) -> None:
+    """Evaluate against a truth, with the cubic spline of the input as baseline."""
+    warnings: list[str] = []
+    truth = images.load(hr)
+    result.files["hr"] = hr
+    if label is not None:
+        result.files["label"] = label
+    sr, others = stage.load_images(result, warnings)
+    if sr is None:
+        raise InputError(
+            result.stem, "its super-resolved image cannot be read", "; ".join(warnings) or "infer it again"
+        )
+    spline = onto_grid(others["low"], truth, name="the spline of the input", notes=[]) if "low" in others else None
+    result.scores = evaluate_pair(
+        sr,
+        truth,
+        seg=others.get("seg") if label is not None else None,
+        label=others.get("label"),
+        mask=images.load_label(mask) if mask is not None else None,
+        baseline=spline,
+    )
+
+
+def _before(facts: dict[str, Any], warnings: list[str]) -> Html:
+    """What stands above the viewer: the key figures and the warnings."""
+    parts: list[object] = []
+    if facts["results"]:
+        one, at = facts["results"][0], pointer("results", 0)
+        if one["scores"]:
+            parts.append(sections.tiles(one["scores"], at + "/scores"))
+        elif one["measured"]:
+            parts.append(cohort.measured_tiles(one["measured"], at + "/measured"))
+    return join(parts, sections.warnings_card(warnings))
+
+
+def _after(facts: dict[str, Any], panels: list[tuple[str, bytes]], found: Found) -> Html:
+    """What stands below the viewer: figures, studies, training, provenance."""
+    parts: list[object] = []
+    if facts["results"]:
+        one, at = facts["results"][0], pointer("results", 0)
+        if one["scores"]:
+            parts.append(sections.card("Figures", sections.scores_table(one["scores"], at + "/scores")))
+    parts += [sections.study_card(study, i) for i, study in enumerate(facts["studies"])]
+    if facts["run"]:
+        parts.append(curves.run_card(facts["run"], panels))
+    if facts["results"]:
+        parts.append(sections.provenance_card(facts["results"][0]["record"], pointer("results", 0, "record")))
+    if facts["demo"]:
+        rows: list[tuple[str, object]] = [
+            (name, join(number(value, pointer("demo", "seconds", name)), " s"))
+            for name, value in (facts["demo"].get("seconds") or {}).items()
+        ]
+        parts.append(sections.card("Time of the demo's stages", sections.facts_table(rows)))
+    return join(parts)
+
+
+def _subtitle(facts: dict[str, Any], kind: str) -> Html:
+    words = {
+        "demo": "The demo's unseen test subject, and the short training run before it.",
+        "cohort": f"{len(facts.get('rows', []))} results.",
+        "training run": "Training run.",
+        "study": "A study of the paper on own data.",
+        "result": "Super-resolution and segmentation of one image.",
+    }
+    return el("p", words[kind], class_="faint")

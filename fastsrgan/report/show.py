@@ -1,0 +1,88 @@
+"""``fastsrgan.show``: a result as a matplotlib figure, for notebooks and scripts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.infer.volume import InferResult
+from fastsrgan.pictures.figure import Column, planes
+from fastsrgan.volume.geometry import Volume
+
+WIDTH = 1000
+
+
+def show(
+    result: InferResult | Volume | str | os.PathLike,
+    image: Volume | tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    truth: Volume | tuple[np.ndarray, np.ndarray] | None = None,
+    label: Volume | tuple[np.ndarray, np.ndarray] | None = None,
+    **options: Any,
+) -> Any:
+    """Draw three planes of a result, with a detail and the segmentation's outline: a matplotlib Figure.
+
+    Parameters
+    ----------
+    result : what ``infer_volume`` returned; a folder with one result, or one result's JSON; an image file; a Volume
+    image : the low-resolution image, as a Volume or (array, affine); known already where ``result`` is a path
+    truth, label : high-resolution image and its label, likewise
+    options : title, footer, at_mm (R, A, S), convention ("radiological" or "neurological"), theme, width_px (1000)
+
+    Raises InputError for what cannot be read or shown, UsageError for a folder with several results, ResourceError
+    where matplotlib is missing.
+
+    >>> import numpy as np, fastsrgan
+    >>> ball = sum((i - 12) ** 2 for i in np.ogrid[:25, :25, :25]) < 90
+    >>> figure = fastsrgan.show(fastsrgan.Volume(ball * 500.0, np.eye(4)), width_px=300)
+    >>> type(figure).__name__, len(figure.axes)
+    ('Figure', 4)
+    """
+    others = {
+        name: v if isinstance(v, Volume) else Volume(*v)
+        for name, v in (("low", image), ("truth", truth), ("label", label))
+        if v is not None
+    }
+    if isinstance(result, InferResult):
+        sr = Volume(np.asarray(result.sr), result.affine)
+        others["seg"] = Volume(np.asarray(result.prob[0]), result.affine)
+    elif isinstance(result, Volume):
+        sr = result
+    else:
+        sr, found = _read(Path(result))
+        others = found | others
+    columns = []
+    if "low" in others:
+        size = " × ".join(f"{s:.3g}" for s in others["low"].spacing)
+        columns.append(Column(others["low"], "Low resolution", f"{size} mm", nearest=True))
+    known = bool(others) or isinstance(result, InferResult)
+    columns.append(Column(sr, "fastsrgan" if known else "Image", accent=known))
+    if "truth" in others:
+        columns.append(Column(others["truth"], "Truth"))
+    if "seg" in others:
+        columns.append(Column(sr, "Segmentation", accent=True, outlines=True))
+    masks = (others.get("seg"), others.get("label"))
+    return planes(columns, reference=others.get("truth", sr), masks=masks, **{"width_px": WIDTH, **options})
+
+
+def _read(path: Path) -> tuple[Volume, dict[str, Volume]]:
+    if path.is_file() and path.suffix.lower() != ".json":
+        from fastsrgan.io import any_image  # here, since `import fastsrgan` needs no reader of images
+
+        return any_image.load_any(path), {}
+    # Only here: `import fastsrgan` needs neither evaluate nor the pages.
+    from fastsrgan.report.collect import find
+    from fastsrgan.report.viewer import load_images
+
+    found = find(path)
+    if len(found.results) != 1:
+        raise UsageError(path, f"holds {len(found.results)} results", "one result's .json, or a folder with one")
+    warnings: list[str] = []
+    sr, others = load_images(found.results[0], warnings)
+    if sr is None:
+        raise InputError(path, "its super-resolved image cannot be read", "; ".join(warnings) or "infer it again")
+    return sr, others

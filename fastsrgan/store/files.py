@@ -1,0 +1,339 @@
+"""What a store stands on, wherever it is: bytes by key, the manifest of whole subjects, and the writer's lock."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+from zarr.abc.store import Store as ZarrStore
+from zarr.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import LocalStore
+
+from fastsrgan.core import runtime
+from fastsrgan.core.runtime import atomic_write, disk_error, sync_folder
+from fastsrgan.errors import FastsrganError, ModelError, ResourceError
+from fastsrgan.store.remote import open_url
+from fastsrgan.store.schema import check_manifest
+
+log = logging.getLogger("fastsrgan")
+
+FORMAT = 1
+NEEDS = "0.1.0"  # the oldest fastsrgan that reads FORMAT
+MANIFEST = "manifest.json"
+LOCK = ".fastsrgan.lock"
+
+
+class Keys:
+    """Bytes by key below a folder or URL; a ``Path`` is a folder, whatever its name looks like.
+
+    ``root`` is the folder, None for a URL; ``zarr`` is the place as zarr sees it. Raises UsageError for a URL that
+    nothing here can open, and from every method ResourceError where object storage does not answer.
+    """
+
+    def __init__(self, url: str | os.PathLike, read_only: bool) -> None:
+        self.url = os.fspath(url)
+        self.root = url if isinstance(url, Path) else local_path(self.url)
+        self.remote = open_url(self.url, read_only) if self.root is None else None
+        self.zarr: ZarrStore = LocalStore(str(self.root), read_only=read_only) if self.remote is None else self.remote
+
+    def why_none(self) -> str:
+        """What stands where a store was expected."""
+        if self.root is None or self.root.is_dir():
+            return "no fastsrgan store is here"
+        return "is a file, a store is a folder or a URL" if self.root.exists() else "no such folder"
+
+    def get(self, key: str) -> bytes | None:
+        """The bytes under a key, None where there are none."""
+        return self.get_all([key])[0]
+
+    def get_all(self, keys: list[str]) -> list[bytes | None]:
+        """The bytes under several keys, None where there are none; behind a URL they are asked for at once."""
+        if self.root is not None:
+            return [self._read(self.root / key) for key in keys]
+
+        async def gathered() -> list[Any]:
+            return await asyncio.gather(*(self.zarr.get(key, default_buffer_prototype()) for key in keys))
+
+        return [None if found is None else found.to_bytes() for found in sync(gathered())]
+
+    def _read(self, path: Path) -> bytes | None:
+        if runtime.is_special(path):  # a pipe, say: nothing that a writer makes, and reading it may never end
+            return None
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        except OSError as error:
+            raise ResourceError(
+                path, f"cannot be read: {error.strerror or error}", "check the path and its permissions"
+            ) from error
+
+    def put(self, key: str, data: bytes) -> None:
+        """Replace what is under a key as a whole: readers see the old bytes or the new ones."""
+        if self.remote is not None:
+            sync(self.remote.put(key, data))
+            return
+        with atomic_write(self.folder / key) as temporary:
+            temporary.write_bytes(data)
+
+    def put_all(self, data: dict[str, bytes]) -> None:
+        """Write several keys that nobody reads yet; on return they survive a power cut."""
+        if self.remote is not None:
+            remote = self.remote
+
+            async def gathered() -> None:
+                await asyncio.gather(*(remote.put(key, value) for key, value in data.items()))
+
+            sync(gathered())
+            return
+        for key, value in data.items():
+            path = self.folder / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                file.write(value)
+                file.flush()
+                os.fsync(file.fileno())
+        for folder in {parent for key in data for parent in (self.folder / key).parents}:
+            if folder.is_relative_to(self.folder):
+                sync_folder(folder)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Behind a URL: set what is under a key unless something is; False when it is."""
+        assert self.remote is not None
+        return sync(self.remote.create(key, data))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """key below the prefix -> number of bytes, for all there is."""
+        if self.remote is not None:
+            return sync(self.remote.sizes(prefix))
+        top = self.folder / prefix
+        return {p.relative_to(top).as_posix(): p.stat().st_size for p in top.rglob("*") if p.is_file()}
+
+    def drop(self, prefix: str) -> None:
+        """Remove everything below a prefix."""
+        if self.remote is None:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(self.folder / prefix)
+            return
+        for key in self.sizes(prefix):
+            self.drop_one(f"{prefix}/{key}".lstrip("/"))
+
+    def drop_one(self, key: str) -> None:
+        """Remove what is under a key, if anything."""
+        if self.remote is not None:
+            sync(self.remote.remove(key))
+        else:
+            (self.folder / key).unlink(missing_ok=True)
+
+    def names(self) -> list[str]:
+        """What stands directly below the root, sorted."""
+        if self.remote is not None:
+            return sorted(name.rstrip("/") for name in sync(self.remote.names()))
+        return sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
+
+    @property
+    def folder(self) -> Path:
+        """The root where it is a folder."""
+        assert self.root is not None
+        return self.root
+
+
+def local_path(url: str) -> Path | None:
+    """The folder that a path or a ``file://`` URL means, None for any other URL."""
+    if url.startswith("file://"):
+        return Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path))
+    return None if "://" in url or "::" in url else Path(url)
+
+
+def read_manifest(keys: Keys) -> dict[str, Any] | None:
+    """The checked manifest, None where there is none. Raises ModelError: newer format, or damaged."""
+    where, hint = f"{keys.url}/{MANIFEST}", "convert the images again with --overwrite"
+    if keys.root is not None and (keys.root / MANIFEST).is_dir():
+        raise ModelError(where, "is a folder where a file should be", "remove it, or convert into another folder")
+    raw = keys.get(MANIFEST)
+    if raw is None:
+        return None
+    try:
+        manifest = json.loads(raw)
+        newer = int(manifest["format"]) > FORMAT
+        told = f"made by fastsrgan {manifest['made_by']!s:.40}, needs >= {manifest['needs']!s:.40}"
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ModelError(where, "is damaged or of another program", hint) from error
+    if newer:
+        raise ModelError(keys.url, told, "pip install -U fastsrgan")
+    try:
+        if manifest.pop("digest", None) != _digest(manifest):
+            raise ValueError("its digest does not fit")
+        check_manifest(manifest)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(where, f"is damaged: {error}", hint) from error
+    return manifest
+
+
+def write_manifest(keys: Keys, manifest: dict[str, Any]) -> int:
+    """Replace the manifest and return its size. The bytes depend on its content alone."""
+    text = json.dumps({**manifest, "digest": _digest(manifest)}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    keys.put(MANIFEST, text.encode())
+    return len(text)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def need_space(keys: Keys, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold. Raises ResourceError; nothing is known of the room behind a URL."""
+    if keys.root is not None:
+        runtime.need_space(keys.root, needed)
+
+
+def write_error(error: OSError, url: str) -> FastsrganError:
+    """What a failure to write means for a user."""
+    found = disk_error(error, Path(url))
+    if isinstance(found, FastsrganError):
+        return found
+    return ResourceError(url, f"cannot be written: {error.strerror or error}", "check the path and its disk")
+
+
+class WriteLock:
+    """One writer at a time, for as long as this object is not released.
+
+    In a folder the kernel holds the lock and frees it when the process dies, so a file left behind is stale and is
+    taken over with a warning; one from another host may be alive where the file system keeps locks to itself, and is
+    not. Behind a URL the lock is an object that names its holder. S3 makes such an object for one of several writers
+    only; where an older server cannot, two that start in the same moment are told apart by `check` at the latest.
+
+    elsewhere : take over a file that another host left, too: the caller knows that its process has ended
+
+    Raises ResourceError when the store is locked or its folder cannot be made.
+    """
+
+    def __init__(self, keys: Keys, elsewhere: bool = False) -> None:
+        self._keys, self._elsewhere = keys, elsewhere
+        self._file: int | None = None
+        self._made_folder = False
+        self._signature = _signature()
+        if keys.root is None:
+            self._take()
+            return
+        try:
+            self._made_folder = not keys.root.exists()
+            keys.root.mkdir(parents=True, exist_ok=True)
+            self._file = self._acquire(keys.root / LOCK)
+        except OSError as error:
+            raise write_error(error, keys.url) from error
+
+    def check(self) -> None:
+        """Make sure that the lock behind a URL is still ours, before the manifest is replaced: ResourceError."""
+        if self._keys.root is None and self._keys.get(LOCK) != self._signature:
+            told = "was taken over by another conversion"
+            raise ResourceError(self._keys.url, told, "let one finish, then run the other again with --resume")
+
+    def release(self) -> None:
+        """Remove the lock, and the folder where nothing else came into it."""
+        root = self._keys.root
+        if root is None:
+            try:
+                if self._keys.get(LOCK) == self._signature:
+                    self._keys.drop_one(LOCK)
+            except FastsrganError as error:
+                log.warning("the lock stays behind: %s", error)
+        elif self._file is not None:
+            (root / LOCK).unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = None
+            if self._made_folder:
+                with contextlib.suppress(OSError):
+                    root.rmdir()
+
+    def _take(self) -> None:
+        """Make the lock's object; one of a dead process of this host is removed first."""
+        if self._keys.create(LOCK, self._signature):
+            return
+        raw = self._keys.get(LOCK)
+        if raw == self._signature:  # made by an attempt whose answer got lost
+            return
+        self._judge(_holder(raw), held=False)
+        self._keys.drop_one(LOCK)
+        if not self._keys.create(LOCK, self._signature):
+            self._judge(_holder(self._keys.get(LOCK)), held=True)
+
+    def _acquire(self, path: Path) -> int:
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                holder = _holder(os.pread(descriptor, 1000, 0))
+                self._judge(holder, held=not _flock(descriptor))
+                with contextlib.suppress(FileNotFoundError):
+                    if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+                        os.ftruncate(descriptor, 0)
+                        os.pwrite(descriptor, self._signature, 0)
+                        return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # its holder removed the file in between
+
+    def _judge(self, holder: dict[str, Any] | None, held: bool) -> None:
+        """Refuse a lock that is or may be alive; say that a dead one is taken over."""
+        told = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+        here = bool(holder) and holder["host"] == socket.gethostname()  # type: ignore[index]
+        by_pid = self._keys.root is None and here and _alive(holder["pid"])  # type: ignore[index]
+        if held or by_pid:
+            hint = "wait until it ends" + (
+                f"; if it is no conversion, delete {self._keys.url}/{LOCK}" if by_pid else ""
+            )
+            raise ResourceError(self._keys.url, f"is being written by {told}", hint)
+        if holder and not here and not self._elsewhere:
+            hint = f"if that run is over, delete {self._keys.url}/{LOCK}"
+            raise ResourceError(self._keys.url, f"is locked by {told}", hint)
+        if holder:
+            log.warning("%s: %s did not end properly, its lock is taken over", self._keys.url, told)
+
+
+def _flock(descriptor: int) -> bool:
+    """Take the kernel's lock; False when another holds it. File systems without locks are trusted."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        log.warning("the file system knows no locks: take care that only one process writes to this folder")
+    return True
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _signature() -> bytes:
+    return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": secrets.token_hex(8)}).encode()
+
+
+def _holder(raw: bytes | None) -> dict[str, Any] | None:
+    found = runtime.parse_json(raw or b"")
+    if not isinstance(found.get("pid"), int) or "host" not in found:
+        return None
+    return {"pid": found["pid"], "host": str(found["host"])}

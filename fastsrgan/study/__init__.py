@@ -1,0 +1,1 @@
+"""The paper's studies on a user's own images and models."""

@@ -1,0 +1,213 @@
+"""The measurements of a study, one file each: what is finished is kept and never measured twice.
+
+A cell is one head under one condition through one model at one step (or through interpolation alone). Its file is
+named by a hash of all that decides about its numbers: the head's files, the weights, the settings and the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastsrgan.core.runtime import QUIET, Progress, finite, output_folder, pick_device, read_json, write_json
+from fastsrgan.errors import FastsrganError, InputError
+from fastsrgan.evaluate.pair import evaluate_pair, flat, moments
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.model import weights as weight_files
+from fastsrgan.model.networks import Generator
+from fastsrgan.study.data import Case, Condition, Head, acquire
+from fastsrgan.volume.geometry import Volume
+
+log = logging.getLogger("fastsrgan")
+
+VERSION = 1  # of what a cell holds and how it is measured
+BASELINE = "interpolation"  # the "model" of the baselines: cubic spline, interpolated label map
+FOLDER = "cells"
+# Column of the tables -> number of a cell.
+FIGURES = {
+    "psnr_db": "image.whole.psnr_db",
+    "ssim": "image.whole.ssim",
+    "psnr_mask_db": "image.mask.psnr_db",
+    "ssim_mask": "image.mask.ssim",
+    "dice": "segmentation.dice",
+    "components": "segmentation.components",
+    "hausdorff95_mm": "segmentation.hausdorff95_mm",
+    "surface_distance_mm": "segmentation.surface_distance_mm",
+    "seconds": "seconds",
+    "tiles": "tiles",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A generator under the name that tables give it."""
+
+    name: str
+    path: Path
+    sha256: str
+    generator: Generator
+
+    @classmethod
+    def load(cls, path: Path, name: str | None = None) -> Model:
+        """The generator of a weight file or run folder. Raises ModelError."""
+        return cls(name or path.stem, path, weight_files.info(path)["sha256"], weight_files.load_generator(path))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How volumes go through the networks, and the seed of the noise."""
+
+    patch: int | None = 128
+    device: str = "auto"
+    precision: str = "auto"
+    seed: int = 0
+
+
+def run_cells(
+    out: Path,
+    heads: Sequence[Head],
+    models: Sequence[Model],
+    conditions: Sequence[Condition],
+    steps: Sequence[int],
+    engine: Engine,
+    progress: Progress = QUIET,
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Measure every cell that is not there yet, into ``out``/cells.
+
+    Returns the cells (``subject``, ``condition``, ``model``, ``step``, ``scores`` by dotted path, ``seconds``,
+    ``tiles``, ``notes``) in the order of conditions, models, steps and heads, and the heads that failed with their
+    errors. Raises InputError when all of them failed.
+    """
+    folder = output_folder(out / FOLDER)
+    with _quiet():
+        device = str(pick_device(engine.device))
+    jobs: list[tuple[Model | None, int | None]] = [(None, None), *((m, s) for m in models for s in steps)]
+    cells: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+    progress.start("study", len(heads) * len(conditions) * len(jobs), "cell")
+    for head in heads:
+        try:
+            cells += _of_head(folder, head, conditions, jobs, engine, device, progress)
+        except FastsrganError as error:
+            log.warning("%s: %s", head.name, error)
+            failed.append({"subject": head.name, "error": str(error)})
+    progress.finish()
+    if not cells:
+        raise InputError(out, "no head could be used", failed[0]["error"] if failed else "name one image at least")
+    order = [(c.name, BASELINE if m is None else m.name, s) for c in conditions for m, s in jobs]
+    cells.sort(key=lambda cell: order.index((cell["condition"], cell["model"], cell["step"])))
+    return cells, failed
+
+
+def _of_head(
+    folder: Path,
+    head: Head,
+    conditions: Sequence[Condition],
+    jobs: Sequence[tuple[Model | None, int | None]],
+    engine: Engine,
+    device: str,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    cells, volumes = [], None
+    for condition in conditions:
+        case: Case | None = None
+        for model, step in jobs:
+            facts = {
+                "version": VERSION,
+                "head": head.key,
+                "condition": condition.facts(),
+                "weights": model and model.sha256,
+                "step": step,
+                "patch": engine.patch if model else None,
+                "precision": engine.precision if model else None,
+                "device": device if model else None,
+                "seed": engine.seed,
+            }
+            path = folder / f"{_name(facts)}.json"
+            cell = _read(path)
+            if cell is None:
+                if case is None:
+                    volumes = volumes or head.load()
+                    case = acquire(volumes, condition, (engine.seed, head.key))
+                with _quiet():
+                    measured = _interpolation(case) if model is None else _through(case, model, step, engine)
+                cell = {"facts": facts} | finite(measured)
+                write_json(path, cell)
+            # Names are not part of what is kept: they may be others this time.
+            named = {"subject": head.name, "condition": condition.name, "model": model.name if model else BASELINE}
+            cells.append(named | {"step": step} | cell)
+            progress.advance(1, subject=head.name)
+    return cells
+
+
+def _interpolation(case: Case) -> dict[str, Any]:
+    return _scored(case, case.spline, case.label_map)
+
+
+def _through(case: Case, model: Model, step: int | None, engine: Engine) -> dict[str, Any]:
+    done = infer_volume(
+        case.scan.data,
+        case.scan.affine,
+        model.generator,
+        patch=engine.patch,  # type: ignore[arg-type]
+        step=step,  # type: ignore[arg-type]
+        new_resolution=list(case.hr.spacing),
+        device=engine.device,
+        precision=engine.precision,
+    )
+    seg = Volume((done.prob[0] > 0.5).astype(np.uint8), done.affine)
+    timed = {"seconds": done.report["seconds"], "tiles": done.report["tiles"], "device": done.report["device"]}
+    return _scored(case, Volume(done.sr, done.affine), seg) | timed
+
+
+def _scored(case: Case, image: Volume, seg: Volume | None) -> dict[str, Any]:
+    result = evaluate_pair(image, case.hr, seg=seg if case.label else None, label=case.label, mask=case.mask)
+    return {"scores": flat(result), "notes": result["notes"]}
+
+
+def aggregate(cells: Sequence[dict[str, Any]], conditions: Sequence[Condition]) -> list[dict[str, Any]]:
+    """One row per condition, model and step: its ``figures`` {name: {mean, sd, n}} over the heads that have them."""
+    acquired = {c.name: c.facts() for c in conditions}
+    groups: dict[tuple[str, str, int | None], list[dict[str, float]]] = {}
+    for cell in cells:
+        numbers = cell["scores"] | {name: cell[name] for name in ("seconds", "tiles") if name in cell}
+        groups.setdefault((cell["condition"], cell["model"], cell["step"]), []).append(numbers)
+    rows = []
+    for (condition, model, step), numbers in groups.items():
+        figures = {}
+        for name, path in FIGURES.items():
+            values = [float(n[path]) for n in numbers if path in n]
+            if values:
+                figures[name] = moments(values)
+        row: dict[str, Any] = {"condition": condition} | acquired[condition] | {"model": model, "step": step}
+        rows.append(row | {"n": len(numbers), "figures": figures})
+    return rows
+
+
+def _name(facts: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A finished cell; None where there is none or it cannot be read."""
+    cell = read_json(path)
+    return cell if "scores" in cell else None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hundreds of volumes would each tell their memory plan: warnings only. Notes are kept in the cells."""
+    before = log.level
+    log.setLevel(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        log.setLevel(before)

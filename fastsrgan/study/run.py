@@ -1,0 +1,241 @@
+"""The paper's studies on a user's own images and models: table, figure, JSON; finished cells are kept.
+
+``steps`` (figures 7-9), ``noise`` (figure 10, tables 3-4), ``augmentation`` (figures 11-14, tables 5-6), ``resolution``
+(quality against slice thickness) and ``curves`` (figure 6).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastsrgan.convert import convert
+from fastsrgan.core.runtime import QUIET, Progress, output_folder, provenance
+from fastsrgan.core.units import times
+from fastsrgan.demo.run import short_training
+from fastsrgan.errors import UsageError
+from fastsrgan.evaluate.pair import definitions
+from fastsrgan.infer.settings import check_settings
+from fastsrgan.io.output_place import keep_inputs
+from fastsrgan.model import weights
+from fastsrgan.study import curves as study_curves
+from fastsrgan.study import paper as study_paper
+from fastsrgan.study.cells import Engine, Model, aggregate, run_cells
+from fastsrgan.study.data import Condition, Head, find_heads, quick_heads, spacing_of, thick
+from fastsrgan.study.panels import PANELS, TITLES, time_fit
+from fastsrgan.study.plots import Panel
+from fastsrgan.study.tables import FORMS, write_study
+
+KINDS = ("steps", "noise", "augmentation", "resolution", "curves")
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a study goes through; None takes the study's default (``DEFAULTS``, or ``QUICK``).
+
+    steps : between tiles of ``patch`` voxels (None: the whole image)
+    low_res : mm along the stored axes; None: the head's own, ``ratio`` times as thick along ``axis``
+    noise : standard deviations over the largest value
+    ratios : slice thickness over the head's voxel size
+    split, subjects : which rows of the table, and how many at most
+    """
+
+    patch: int | None = None
+    whole: bool = False
+    steps: tuple[int, ...] | None = None
+    low_res: Triple | None = None
+    noise: tuple[float, ...] | None = None
+    ratios: tuple[float, ...] | None = None
+    axis: int = 2
+    split: str = "Test"
+    subjects: int | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    seed: int = 0
+
+
+# What --ratios, --low-res and --noise may be at most. Thicker slices than these hold the whole of any head.
+MOST_RATIO, MOST_MM, MOST_NOISE = 1000.0, 1000.0, 1000.0
+PAPER_STEPS = (30, 80, 128)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "steps": {"patch": 128, "steps": (20, 30, 50, 80, 128), "noise": (0.0,), "ratios": (3.0,)},
+    "noise": {"patch": 128, "steps": PAPER_STEPS, "noise": (0.0, 0.01, 0.02, 0.03, 0.05), "ratios": (3.0,)},
+    "augmentation": {"patch": 128, "steps": PAPER_STEPS, "noise": (0.03,), "ratios": (3.0,)},
+    "resolution": {"patch": 128, "steps": (30,), "noise": (0.0,), "ratios": (2.0, 3.0, 4.0, 6.0)},
+}
+QUICK: dict[str, dict[str, Any]] = {
+    "steps": {"patch": 48, "steps": (12, 16, 24, 32, 48), "subjects": 2},
+    "noise": {"patch": 48, "steps": (24, 48), "noise": (0.0, 0.02, 0.05), "subjects": 2},
+    "augmentation": {"patch": 48, "steps": (24, 48), "subjects": 2},
+    "resolution": {"patch": 48, "steps": (24,), "ratios": (2.0, 3.0, 4.0), "subjects": 2},
+}
+
+
+def run(
+    kind: str,
+    data: str | os.PathLike | None,
+    out: str | os.PathLike,
+    models: Sequence[str | os.PathLike] = (),
+    settings: Settings | None = None,
+    *,
+    quick: bool = False,
+    progress: Progress = QUIET,
+) -> dict[str, Any]:
+    """Make one study in the folder ``out``: KIND.csv, KIND.md, KIND.json, KIND.png, KIND.svg and the cells.
+
+    Parameters
+    ----------
+    kind : one of ``KINDS``
+    data : a training table (HR_image, Label_image, Base), one high-resolution image, or for ``curves`` a run folder;
+        None with ``quick`` makes two small synthetic subjects
+    models : weight files or run folders; none takes the shipped model. ``augmentation`` compares two or more
+    quick : small patches, few steps and subjects
+
+    Returns what KIND.json holds, with ``files``. A cell that is in ``out`` already is not measured again.
+    Raises UsageError for settings that cannot work, InputError for data, ModelError for weights.
+    """
+    if kind not in KINDS:
+        raise UsageError("study", f"{kind!r} is not allowed", f"one of {', '.join(KINDS)}")
+    if data is None and (kind == "curves" or not quick):
+        what = "a run folder" if kind == "curves" else "a table or an image, or --quick"
+        raise UsageError("study", "no data given", what)
+    began = time.perf_counter()
+    asked = _filled(kind, settings or Settings(), quick)
+    for form in FORMS:
+        keep_inputs(Path(out) / f"{kind}.{form}", [*([] if data is None else [data]), *models])
+    if kind == "curves":
+        assert data is not None
+        made = study_curves.curves(Path(data))  # read before a folder is made: nothing is left of a log that is none
+        folder = output_folder(out)
+        panels = made.pop("panels")
+        facts: dict[str, Any] = {"study": kind, "run": str(data)} | made
+        title = f"Training curves of {Path(data).name}"
+    else:
+        folder = output_folder(out)
+        facts, panels, title = _measured(kind, data, folder, models, asked, quick, progress)
+    facts["paper"] = {"source": study_paper.SOURCE, "rows": study_paper.REFERENCE[kind]}
+    facts |= {"seconds": time.perf_counter() - began, "provenance": provenance()}
+    return write_study(folder, facts, panels, title)
+
+
+def _measured(
+    kind: str,
+    data: str | os.PathLike | None,
+    folder: Path,
+    models: Sequence[str | os.PathLike],
+    asked: Settings,
+    quick: bool,
+    progress: Progress,
+) -> tuple[dict[str, Any], list[list[Panel]], str]:
+    cohort = folder / "cohort"
+    if data is None:
+        heads = quick_heads(cohort, asked.seed, progress)
+    else:
+        heads = find_heads(data, asked.split, asked.subjects)
+    if kind == "augmentation" and data is None and not models:
+        paths = [weights.default_weights(), _tuned(cohort, asked, progress)]
+        loaded = [Model.load(paths[0], "shipped"), Model.load(paths[1], "tuned without augmentation")]
+    else:
+        loaded = _models(models)
+    if kind == "augmentation" and len(loaded) < 2:
+        raise UsageError("study augmentation", "one model", "--weights WITH WITHOUT: two or more to compare")
+    conditions = _conditions(kind, heads[0], asked)
+    engine = Engine(None if asked.whole else asked.patch, asked.device, asked.precision, asked.seed)
+    assert asked.steps is not None
+    cells, failed = run_cells(folder, heads, loaded, conditions, asked.steps, engine, progress)
+    rows = aggregate(cells, conditions)
+    fit = time_fit(rows) if kind == "steps" else []
+    facts = {
+        "study": kind,
+        "quick": quick,
+        "data": "synthetic subjects made from the MNI152 template" if data is None else str(data),
+        "heads": [head.name for head in heads],
+        "models": [{"name": m.name, "path": str(m.path), "sha256": m.sha256} for m in loaded],
+        "settings": asdict(asked),
+        "rows": rows,
+        **({"fit": fit} if kind == "steps" else {}),
+        "cells": cells,
+        "failed": failed,
+        "definitions": definitions(),
+    }
+    n = len(heads) - len(failed)
+    return facts, PANELS[kind](rows, fit), TITLES[kind].format(heads=f"{n} head{'s' * (n != 1)}")
+
+
+def _filled(kind: str, settings: Settings, quick: bool) -> Settings:
+    """The settings with the study's defaults where nothing was asked."""
+    if kind == "curves":
+        return settings
+    defaults = DEFAULTS[kind] | (QUICK[kind] if quick else {})
+    given = asdict(settings)
+    filled = replace(settings, **{name: value for name, value in defaults.items() if given[name] is None})
+    if not filled.steps or min(filled.steps) < 1 or not _within(filled.noise, 0, MOST_NOISE):
+        told = f"steps {filled.steps}, noise {filled.noise}"
+        raise UsageError("study", told, f"steps from 1 up, noise from 0 up to {MOST_NOISE:g}")
+    if not _within(filled.ratios, 1, MOST_RATIO):
+        told = f"{', '.join(f'{ratio:g}' for ratio in filled.ratios or ())} is not allowed"
+        raise UsageError("--ratios", told, f"ratios from 1 to {MOST_RATIO:g}")
+    if filled.low_res is not None and not (_within(filled.low_res, 0, MOST_MM) and min(filled.low_res) > 0):
+        told = f"{times(filled.low_res)} mm is not allowed"
+        raise UsageError("--low-res", told, f"three sizes above 0, up to {MOST_MM:g} mm")
+    if filled.subjects is not None and filled.subjects < 1:
+        raise UsageError("--subjects", f"{filled.subjects} is not allowed", "a number from 1 up")
+    for step in filled.steps:
+        patch = None if filled.whole else filled.patch
+        check_settings(patch, step, None, "physical", "constant", "auto", filled.precision)  # type: ignore[arg-type]
+    return replace(filled, steps=tuple(sorted(set(filled.steps))))
+
+
+def _within(values: Sequence[float] | None, low: float, high: float) -> bool:
+    """Whether all of some numbers lie in a range, in which NaN never does."""
+    return all(low <= value <= high for value in values or ())
+
+
+def _conditions(kind: str, head: Head, asked: Settings) -> list[Condition]:
+    """What the heads go through; the voxel sizes are those of the first head."""
+    spacing = spacing_of(head)
+    assert asked.ratios is not None and asked.noise is not None
+    low_res = asked.low_res or thick(spacing, asked.ratios[0], asked.axis)
+    if kind == "resolution":
+        sizes = [thick(spacing, ratio, asked.axis) for ratio in sorted(set(asked.ratios))]
+        return [Condition(f"{low[asked.axis]:g} mm", low, asked.noise[0]) for low in sizes]
+    if kind == "augmentation":
+        noise = max(asked.noise)
+        return [
+            Condition("original", low_res),
+            Condition(f"noise {100 * noise:g} %", low_res, noise),
+            Condition("squared contrast", low_res, power=2.0),
+            Condition("square-root contrast", low_res, power=0.5),
+        ]
+    levels = sorted(set(asked.noise))
+    return [Condition("original" if n == 0 else f"noise {100 * n:g} %", low_res, n) for n in levels]
+
+
+def _models(paths: Sequence[str | os.PathLike]) -> list[Model]:
+    if not paths:
+        return [Model.load(weights.default_weights(), "shipped")]
+    names = [Path(p).stem for p in paths]
+    alike = len(set(names)) < len(names)
+    return [Model.load(Path(p), str(Path(p)) if alike else None) for p in paths]
+
+
+def _tuned(cohort: Path, asked: Settings, progress: Progress) -> Path:
+    """The shipped model after a few updates without contrast or noise augmentation: something to compare it with."""
+    made = cohort / "tuned" / "model.safetensors"
+    if made.exists():
+        return made
+    changes: dict[str, Any] = {"epochs": 1, "steps_per_epoch": 4, "critic_iterations": 1, "validate_every": 1000}
+    changes |= {"batch_size": 2, "patch_size": 36, "kernel_dis": 4, "ema": 0.0, "contrast_max": 0.0, "seed": asked.seed}
+    store, start = cohort / "train.zarr", weights.default_weights()
+    convert(cohort / "cohort.csv", store, overwrite=True, progress=progress)
+    shutil.rmtree(made.parent, ignore_errors=True)  # of a run that was stopped
+    done = short_training(store, made.parent, start, (1.0, 1.0, 3.0), asked.device, progress, **changes)
+    if done["stopped"]:
+        raise KeyboardInterrupt
+    return made

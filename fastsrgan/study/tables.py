@@ -1,0 +1,150 @@
+"""What a study leaves behind: KIND.json, KIND.csv, KIND.md and the figure."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastsrgan.core.runtime import atomic_write, write_json
+from fastsrgan.study.cells import FIGURES
+from fastsrgan.study.plots import Panel, draw
+
+FORMS = ("csv", "md", "json", "png", "svg")  # of the files KIND.FORM
+# Heading of the Markdown table and digits after the point.
+SHOWN = {
+    "psnr_db": ("PSNR dB", 2),
+    "ssim": ("SSIM", 4),
+    "psnr_mask_db": ("PSNR mask dB", 2),
+    "ssim_mask": ("SSIM mask", 4),
+    "dice": ("Dice", 4),
+    "components": ("components", 1),
+    "hausdorff95_mm": ("HD95 mm", 2),
+    "surface_distance_mm": ("ASSD mm", 3),
+    "seconds": ("seconds", 2),
+    "tiles": ("tiles", 0),
+}
+INTERPOLATION = (
+    "interpolation: cubic spline of the scan; for the segmentation the true label at the scan's resolution,\n"
+    "interpolated back (paper table 2), which knows the answer that the network has to find"
+)
+ACQUIRED = ("low_res", "noise", "power")
+
+
+def write_study(folder: Path, facts: dict[str, Any], panels: Sequence[Sequence[Panel]], title: str) -> dict[str, Any]:
+    """Write the files of one study; ``facts`` with their paths under ``files``."""
+    kind = facts["study"]
+    base = folder / kind
+    rows = csv_rows(facts["rows"])
+    _write_csv(base.with_suffix(".csv"), rows)
+    based = any(line.style == "baseline" for row in panels for panel in row for line in panel.lines)
+    pictures = draw(base, panels, title, footer=INTERPOLATION if based else "")
+    facts = facts | {"files": {path.suffix[1:]: str(path) for path in pictures}}
+    facts["files"] |= {form: str(base.with_suffix(f".{form}")) for form in ("csv", "md", "json")}
+    with atomic_write(base.with_suffix(".md")) as temporary:
+        temporary.write_text(markdown(facts, title), encoding="utf8")
+    write_json(base.with_suffix(".json"), facts)
+    return facts
+
+
+def csv_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with a column each for mean and sd of every figure (``aggregate``), or as they are (``curves``)."""
+    flat = []
+    for row in rows:
+        if "figures" not in row:
+            flat.append(dict(row))
+            continue
+        line = {key: value for key, value in row.items() if key != "figures"}
+        line["low_res"] = " x ".join(f"{r:g}" for r in row["low_res"])
+        for name, told in row["figures"].items():
+            line |= {f"{name}_mean": told["mean"], f"{name}_sd": told["sd"]}
+        flat.append(line)
+    return flat
+
+
+def shown_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
+    """The table as a reader wants it: ``mean ± sd`` in one cell; what never changes is left out."""
+    rows = facts["rows"]
+    if facts["study"] == "curves":
+        return [{key: _number(value) for key, value in row.items()} for row in rows]
+    figures = [name for name in FIGURES if any(name in row["figures"] for row in rows)]
+    shown = []
+    for row in rows:
+        step = "-" if row["step"] is None else str(row["step"])
+        line = {"condition": row["condition"], "model": row["model"], "step": step}
+        for name in figures:
+            heading, digits = SHOWN[name]
+            line[heading] = _spread(row["figures"].get(name), digits)
+        shown.append(line | {"n": str(row["n"])})
+    return shown
+
+
+def paper_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
+    """The paper's figures for this study under the same headings; empty where it has none."""
+    rows = facts["paper"]["rows"]
+    figures = [name for name in SHOWN if any(name in row for row in rows)]
+    return [
+        {"condition": row["condition"], "model": row["model"], "step": str(row["step"] or "-")}
+        | {SHOWN[name][0]: _number(row.get(name)) for name in figures}
+        for row in rows
+    ]
+
+
+def fit_text(fit: dict[str, Any]) -> str:
+    """The fit of one condition and model as a sentence."""
+    r2 = "" if fit["r2"] is None else f", R² {fit['r2']:.3f}"
+    formula = f"seconds = {fit['intercept_s']:.3g} + {fit['slope_s']:.4g} / step³{r2}"
+    return f"{fit['condition']}, {fit['model']}: {formula}"
+
+
+def markdown(facts: dict[str, Any], title: str) -> str:
+    """The study as a page."""
+    kind = facts["study"]
+    parts = [f"# {title}", f"![{title}]({kind}.png)", _table(shown_rows(facts))]
+    if kind == "curves":
+        best = facts["best"]
+        parts.append(
+            f"Run: {facts['run']}." + (f" Best Dice {best['Dice']:.4f} at epoch {best['epoch']}." if best else "")
+        )
+    else:
+        low = {" x ".join(f"{r:g}" for r in row["low_res"]) for row in facts["rows"]}
+        models = "; ".join(f"{m['name']} (SHA-256 {m['sha256'][:12]})" for m in facts["models"])
+        patch = "the whole image" if facts["settings"]["whole"] else f"{facts['settings']['patch']} voxels"
+        parts.append(
+            f"Heads: {len(facts['heads'])} of {facts['data']}. Acquired at {', '.join(sorted(low))} mm."
+            f" Models: {models}. Patch {patch}. Values are mean ± sample standard deviation over heads; PSNR and SSIM"
+            ' over the whole image. "interpolation" is the cubic spline and the interpolated label map (paper table 2).'
+        )
+        parts += [f"Left out: {f['subject']}: {f['error']}" for f in facts["failed"]]
+    parts += [f"Fit, {fit_text(fit)}." for fit in facts.get("fit", [])]
+    quoted = paper_rows(facts)
+    if quoted:
+        parts += ["## The paper's own data", facts["paper"]["source"] + ".", _table(quoted)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[dict[str, str]]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(row.get(name, "-") for name in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf8") as f:
+        writer = csv.DictWriter(f, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _spread(told: dict[str, Any] | None, digits: int) -> str:
+    if told is None:
+        return "-"
+    mean = f"{told['mean']:.{digits}f}"
+    return mean if told["sd"] is None or not digits else f"{mean} ± {told['sd']:.{digits}f}"
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

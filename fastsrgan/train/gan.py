@@ -1,0 +1,279 @@
+"""Generator and critic in training: their optimisers, the generator's moving average, and one update of each."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsrgan.config import TrainConfig
+from fastsrgan.core.ranks import ALONE, Ranks
+from fastsrgan.data.pool import Batch
+from fastsrgan.errors import ModelError
+from fastsrgan.model import safetensors as modelfile
+from fastsrgan.model import weights
+from fastsrgan.model.compiled import compiled
+from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, build_generator
+from fastsrgan.train import precision
+from fastsrgan.train.critic_step import critic_gradients, parameters, score
+from fastsrgan.train.objectives import critic_loss, generator_loss
+from fastsrgan.train.optimise import Optimiser
+
+log = logging.getLogger("fastsrgan")
+
+GENERATOR_CHUNK = {"cpu": 4, "cuda": 64}  # patches of a pass without gradients at a time
+Terms = dict[str, Tensor]
+Data = tuple[Tensor, Tensor, Tensor, float, Tensor]  # real, fake, eps, weight of the penalty, resolution
+
+
+def differences(held: GeneratorSpec, wanted: GeneratorSpec) -> tuple[str, str]:
+    """Reason and hint of an error about a generator that is not the one the settings ask for, setting by setting."""
+    names = {"kernel": "kernel_gen", "mask_classes": "classes of the masks"}
+    then, now = held.to_dict(), wanted.to_dict()
+    told = [(names.get(key, key), then[key], now[key]) for key in then if then[key] != now[key]]
+    reason = f"its network has other settings: {', '.join(f'{name} {a}, not {b}' for name, a, b in told)}"
+    hint = f"give the same {', '.join(name for name, *_ in told)}, or begin a run without these weights"
+    return reason, hint
+
+
+class Models:
+    """Generator, critic, their optimisers and the generator's moving average.
+
+    Parameters
+    ----------
+    config : settings of networks, losses, optimisers and arithmetic
+    mask_classes : softmax channels behind SR and segmentation
+    device : where all of it lives
+    ranks : the processes whose gradients are averaged, once per optimiser step
+    kept_precision : what "auto" stands for where a run goes on from a snapshot: that one's
+
+    Raises
+    ------
+    ResourceError : the device cannot compute as asked, or computes wrongly (precision.self_test)
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        mask_classes: int,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        kept_precision: str | None = None,
+    ) -> None:
+        self.config, self.device, self.ranks = config, device, ranks
+        as_before = config.precision == "auto" and kept_precision is not None
+        wanted = config.replace(precision=kept_precision) if as_before else config
+        self.arithmetic = precision.choose(wanted, device)
+        if not self.arithmetic.proven:
+            precision.self_test(self.arithmetic)
+        spec = GeneratorSpec(
+            config.network, config.kernel_gen, config.residual, config.conditional, mask_classes, config.scaled
+        )
+        self.generator = build_generator(spec, config.form, config.seed)
+        if config.zero_head:
+            with torch.no_grad():
+                self.generator.head[0].zero_()
+        self.critic = Critic(
+            CriticSpec(config.kernel_dis, config.patch_size, spec.out_channels, config.conditional), config.seed + 1
+        )
+        self.average: dict[str, Tensor] | None = None
+        self.critic_count = 0  # critic updates done, which the lazy penalty counts by
+        self._fakes = compiled(self._forward, config, device)
+        self._generator_terms = compiled(self._generator_loss, config, device)
+        self._critic_terms = compiled(critic_gradients, config, device)
+        self._explicit_terms = compiled(critic_loss, config, device)
+        self.finish()
+
+    def finish(self) -> None:
+        """Move to the device and make the optimisers; call again after replacing a network."""
+        c, scaled = self.config, self.arithmetic.scaled
+        for network in (self.generator, self.critic):
+            self.arithmetic.arrange(network.train())
+        if self.arithmetic.device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.arithmetic.tf32
+        betas = (c.beta1, c.beta2)
+        self.optimiser_g = Optimiser(
+            self.generator, c.lr_gen, betas, 1e-8, clip=c.clip_norm, scaled=scaled, ranks=self.ranks
+        )
+        self.optimiser_d = Optimiser(self.critic, c.lr_dis, betas, 1e-7, scaled=scaled, ranks=self.ranks)
+        if c.ema:
+            self.average = {k: v.detach().clone() for k, v in self.generator.named_parameters()}
+
+    def start_from(self, path: str | os.PathLike) -> None:
+        """Take over the weights of a file: the generator, and the critic where the file holds a fitting one."""
+        generator = weights.load_generator(path, self.config.form)
+        if generator.spec != self.generator.spec:
+            raise ModelError(path, *differences(generator.spec, self.generator.spec))
+        self.generator = generator.requires_grad_(True)
+        try:
+            critic = weights.load_critic(path)
+        except ModelError as error:
+            log.info("%s: the critic starts anew", error)
+        else:
+            if critic.spec == self.critic.spec:
+                self.critic = critic.requires_grad_(True)
+            else:
+                told = "%s: its critic, %s, does not fit this run, which starts a new one"
+                log.info(told, path, modelfile.describe(critic.spec))
+        self.finish()
+
+    def set_rates(self, factor: float) -> None:
+        """Both learning rates as a fraction of their first value."""
+        self.optimiser_g.set_rate(factor)
+        self.optimiser_d.set_rate(factor)
+
+    # --- critic -------------------------------------------------------------------------------------------------------
+
+    def critic_updates(self, batches: list[Batch], eps: list[Tensor]) -> dict[str, float]:
+        """All critic updates of an iteration; the generator stands still, so one pass of it makes all fakes (D7).
+
+        ``eps``: (B,) or (B, C) for each batch. Returns the means of total, wasserstein, penalty (where it was computed)
+        and gradient over the updates, and the share that was skipped, if any was.
+        """
+        if self.config.joint_fakes:
+            together = Batch(torch.cat([b.x for b in batches]), batches[0].y, torch.cat([b.res for b in batches]), [])
+            fakes = self.generate(together).split([len(b.x) for b in batches])
+            rows = [self._critic_update(b, f, e) for b, f, e in zip(batches, fakes, eps, strict=True)]
+        else:
+            rows = [self._critic_update(b, self.generate(b), e) for b, e in zip(batches, eps, strict=True)]
+        return _means(rows)
+
+    def critic_update(self, batch: Batch, fake: Tensor, eps: Tensor) -> dict[str, float]:
+        """One Adam step of the critic; skipped where the loss or its gradient is not finite."""
+        return _means([self._critic_update(batch, fake, eps)])
+
+    def _critic_update(self, batch: Batch, fake: Tensor, eps: Tensor) -> Terms:
+        c, o = self.config, self.optimiser_d
+        lazy = self.critic_count % c.penalty_every == 0
+        self.critic_count += 1
+        weight = c.lambda_gp * c.penalty_every if lazy else 0.0
+        rows = []
+        for part, share in self._parts(len(batch.x)):
+            data: Data = (batch.y[part], fake[part], eps[part], weight, batch.res[part])
+            scale = share if o.scale is None else share * o.scale
+            by_hand = c.penalty in ("auto", "manual")
+            rows.append((self._by_hand if by_hand else self._by_autograd)(data, scale))
+            rows[-1] = {k: share * v.detach() for k, v in rows[-1].items()}
+        terms = {k: sum((r[k] for r in rows[1:]), rows[0][k]) for k in rows[0]}
+        told = o.step(terms["total"])
+        terms["penalty"] = terms["penalty"] / c.penalty_every
+        return {**terms, **told} if weight else {k: v for k, v in {**terms, **told}.items() if k != "penalty"}
+
+    @property
+    def _half(self) -> torch.dtype | None:
+        """The type that the critic is computed in by hand, where it is not that of its weights."""
+        return self.arithmetic.dtype if self.arithmetic.dtype != torch.float32 else None
+
+    def _by_hand(self, data: Data, scale: Tensor | float) -> Terms:
+        terms, gradients = self._critic_terms(self.critic, *data, dtype=self._half, scale=scale)
+        for parameter, gradient in zip(parameters(self.critic), gradients, strict=True):
+            if parameter.grad is not None:
+                parameter.grad += gradient
+            elif gradient.stride() == parameter.stride():
+                parameter.grad = gradient
+            else:
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        return terms
+
+    def _by_autograd(self, data: Data, scale: Tensor | float) -> Terms:
+        with self.arithmetic.autocast():
+            if self.config.penalty == "autograd":
+                terms = critic_loss(self.critic, *data, penalty="autograd")
+            else:
+                terms = self._explicit_terms(self.critic, *data)
+        (terms["total"] * scale).backward()
+        return terms
+
+    # --- generator ----------------------------------------------------------------------------------------------------
+
+    def generator_update(self, batch: Batch, adversarial: bool) -> dict[str, float]:
+        """One Adam step of the generator and of its moving average; skipped where a number is not finite."""
+        c, o = self.config, self.optimiser_g
+        self.critic.requires_grad_(False)
+        rows = []
+        for part, share in self._parts(len(batch.x)):
+            terms = self._generator_terms(batch.x[part], batch.y[part], batch.res[part], adversarial)
+            (terms["total"] * (share if o.scale is None else share * o.scale)).backward()
+            rows.append({k: share * v.detach() for k, v in terms.items()})
+        self.critic.requires_grad_(True)
+        terms = {k: sum((r[k] for r in rows[1:]), rows[0][k]) for k in rows[0]}
+        head = self.generator.head.detach().clone() if c.head_rate != 1 else None
+        told = o.step(terms["total"])
+        with torch.no_grad():
+            if head is not None:
+                self.generator.head.lerp_(head, 1 - c.head_rate)
+            if self.average is not None:
+                weight = (1 - c.ema) * (1 - told["skipped"] - told.get("overflow", 0))
+                for name, parameter in self.generator.named_parameters():
+                    self.average[name].lerp_(parameter, weight.to(parameter.dtype))
+        return _means([{**terms, **told}])
+
+    def _generator_loss(self, x: Tensor, y: Tensor, res: Tensor, adversarial: bool) -> Terms:
+        c = self.config
+        plain = c.penalty in ("explicit", "autograd")
+        with self.arithmetic.autocast():
+            return generator_loss(
+                *(self.generator, self.critic, x, y),
+                lambda_rec=c.lambda_rec,
+                lambda_adv=c.lambda_adv if adversarial else 0.0,
+                reconstruction=c.reconstruction_loss,
+                dice_weight=c.dice_weight,
+                res=res,
+                score=Critic.__call__ if plain else functools.partial(score, dtype=self._half),
+            )
+
+    def shipped(self) -> Generator:
+        """The generator that is validated and shipped: the moving average where there is one."""
+        if self.average is None:
+            return self.generator
+        return modelfile.assemble(self.generator.spec, self.average, self.generator.form)
+
+    @torch.no_grad()
+    def generate(self, batch: Batch) -> Tensor:
+        """Fakes for the critic, without a graph: (B, 2 + classes, P, P, P) of the type of ``batch.x``, in chunks."""
+        most = self.config.generator_chunk or GENERATOR_CHUNK[self.device.type]
+        size = math.ceil(len(batch.x) / math.ceil(len(batch.x) / most))  # equal chunks are one shape to compile
+        chunks = list(zip(batch.x.split(size), batch.res.split(size), strict=True))
+        first = self._fakes(*chunks[0])
+        fakes = batch.x.new_empty(len(batch.x), *first.shape[1:])
+        fakes[:size] = first
+        for i, chunk in enumerate(chunks[1:], 1):
+            fakes[i * size : (i + 1) * size] = self._fakes(*chunk)
+        return fakes
+
+    def _forward(self, x: Tensor, res: Tensor) -> Tensor:
+        with self.arithmetic.autocast():
+            return self.generator(x, res)
+
+    # --- shared -------------------------------------------------------------------------------------------------------
+
+    def _parts(self, n: int) -> list[tuple[slice, float]]:
+        """Slices of the micro-batches of ``n`` patches, and the share of each in their mean."""
+        size = math.ceil(n / self.config.accumulate)
+        return [(slice(i, min(i + size, n)), min(size, n - i) / n) for i in range(0, n, size)]
+
+    def state(self) -> dict[str, Any]:
+        """What the next update depends on besides networks and moving average."""
+        return {
+            "generator": self.optimiser_g.state(),
+            "critic": self.optimiser_d.state(),
+            "critic_count": self.critic_count,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what ``state`` gave."""
+        self.optimiser_g.load_state(state["generator"])
+        self.optimiser_d.load_state(state["critic"])
+        self.critic_count = state["critic_count"]
+
+
+def _means(rows: list[Terms]) -> dict[str, float]:
+    """Means over updates of each term, over those that have it; one transfer from the device. No zero skipped."""
+    names = list(dict.fromkeys(k for row in rows for k in row))
+    means = torch.stack([torch.stack([row[k].double() for row in rows if k in row]).mean() for k in names]).tolist()
+    return {k: v for k, v in zip(names, means, strict=True) if v or k not in ("skipped", "overflow")}

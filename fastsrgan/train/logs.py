@@ -1,0 +1,98 @@
+"""What a training run writes about itself: log.jsonl, and the original's Dice and MSE tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import os
+import re
+from pathlib import Path
+
+from fastsrgan.core.runtime import atomic_write, output_folder, parse_json
+
+log = logging.getLogger("fastsrgan")
+
+LOG = "log.jsonl"
+_EPOCH = re.compile(r"[0-9]{1,9}")
+
+
+class RunLog:
+    """RUN/log.jsonl (one line per update and per validation) and two CSV tables indexed by epoch.
+
+    Columns are the original's (SEGSRGAN.md section 3): ``Dice`` or ``Dice_label_1``, ``Dice_mask0`` ..., and ``MSE``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dice_file: str | os.PathLike | None = None,
+        mse_file: str | os.PathLike | None = None,
+        mask_classes: int = 0,
+    ) -> None:
+        self.path = folder / LOG
+        self.dice_file = Path(dice_file) if dice_file else folder / "dice.csv"
+        self.mse_file = Path(mse_file) if mse_file else folder / "mse.csv"
+        for path in (self.dice_file, self.mse_file):
+            output_folder(path.parent)
+
+    def step(self, epoch: int, update: int, seconds: float, waited: float, facts: dict[str, float]) -> None:
+        """One generator update with its critic updates."""
+        self._line({"epoch": epoch, "update": update, "seconds": seconds, "data_wait_seconds": waited, **facts})
+
+    def epoch(self, epoch: int, scores: dict[str, float]) -> None:
+        """One validation."""
+        self._line({"epoch": epoch, "validation": scores})
+        self._row(self.dice_file, epoch, {k: v for k, v in scores.items() if k.startswith("Dice")})
+        self._row(self.mse_file, epoch, {"MSE": scores["MSE"]})
+
+    def cut(self, updates: int, epoch: int) -> None:
+        """Forget what lies after a snapshot that a resumed run starts from."""
+        if self.path.exists():
+            kept = []
+            for line in self.path.read_text(encoding="utf8", errors="replace").splitlines():
+                row = parse_json(line)
+                at, of = row.get("update", 0), row.get("epoch")
+                if not isinstance(at, int) or not isinstance(of, int):
+                    continue  # the line that a killed process was writing
+                if at <= updates and (of < epoch or "validation" not in row):
+                    kept.append(line + "\n")
+            with atomic_write(self.path) as temporary:
+                temporary.write_text("".join(kept), encoding="utf8")
+        self.begin(epoch)
+
+    def begin(self, epoch: int) -> None:
+        """Keep what the tables say of epochs before this one, also in files that the original wrote."""
+        for path in (self.dice_file, self.mse_file):
+            if path.exists():
+                self._write(path, [r for r in self._rows(path) if int(r[""]) < epoch])
+
+    def _line(self, row: dict) -> None:
+        plain = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in row.items()}
+        with open(self.path, "a", encoding="utf8") as f:
+            f.write(json.dumps(plain) + "\n")
+
+    @staticmethod
+    def _rows(path: Path) -> list[dict[str, str]]:
+        if not path.exists():
+            return []
+        try:
+            with open(path, newline="", encoding="utf8") as f:
+                rows = [{k: v for k, v in r.items() if k is not None} for r in csv.DictReader(f)]
+        except (ValueError, csv.Error):
+            log.warning("%s is damaged and is made anew; %s has the scores of all epochs", path, LOG)
+            return []
+        # The original also writes empty lines for the epochs to come.
+        return [r for r in rows if _EPOCH.fullmatch(r.get("") or "") and any(v for k, v in r.items() if k)]
+
+    def _row(self, path: Path, epoch: int, values: dict[str, float]) -> None:
+        rows = [r for r in self._rows(path) if r.get("") != str(epoch)]
+        self._write(path, [*rows, {"": str(epoch), **{k: repr(float(v)) for k, v in values.items()}}])
+
+    @staticmethod
+    def _write(path: Path, rows: list[dict[str, str]]) -> None:
+        with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf8") as f:
+            writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(k for r in rows for k in r)) or [""])
+            writer.writeheader()
+            writer.writerows(rows)

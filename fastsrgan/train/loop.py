@@ -1,0 +1,272 @@
+"""The training loop: epochs of groups of steps, validation, snapshots (paper section 2; docs/training.md).
+
+An epoch passes the generator once over every patch; before each generator update the critic takes
+``critic_iterations`` updates on patches drawn uniformly from what is resident. Every random number is keyed by its
+place (seed, epoch, group, step), so a run that was stopped anywhere continues to the same bits on the CPU. All ranks
+take the same number of steps and stop after the same one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+
+import numpy as np
+import torch
+
+from fastsrgan.core.runtime import peak_memory, rng, write_json
+from fastsrgan.core.signals import StopRequest
+from fastsrgan.data.pool import Batch, Pool, Resident
+from fastsrgan.errors import InputError, ResourceError
+from fastsrgan.model.cpu import forms
+from fastsrgan.model.networks import Generator
+from fastsrgan.pictures.panels import write_panel
+from fastsrgan.train.board import contact_sheet
+from fastsrgan.train.schedule import factor
+from fastsrgan.train.snapshots import export, save, write_weights
+from fastsrgan.train.state import Run, Turn
+from fastsrgan.train.validate import Stopped, sample_patch, validate, validate_whole
+
+log = logging.getLogger("fastsrgan")
+
+
+def loop(run: Run, stop: StopRequest) -> None:
+    """All epochs from the run's position on; ends early at a stop request, after a snapshot.
+
+    Raises InputError when no group fills a batch; ResourceError as ``count_bad``.
+    """
+    c, at = run.config, run.position
+    if out_of_patience(run):
+        run.ended_early = at.epoch - 1
+        log.info("the run ended after %d validations without a better score; a larger patience goes on", at.stale)
+        return
+    # The plan is read ahead of the position, so it is fixed before the position moves.
+    turns = run.plan()
+    run.began_at = run.done(turns[0], 0.0) if turns else 1.0
+    # Closed at the end, which stops the threads that prepare groups nobody will ask for.
+    groups = run.feed.groups(iter([(t.epoch, t.subjects) for t in turns]))
+    with contextlib.closing(groups) as residents:  # type: ignore[type-var]
+        for index, turn in enumerate(turns):
+            run_group(run, turn, next(residents), stop)
+            last = index + 1 == len(turns) or turns[index + 1].epoch != turn.epoch
+            if stopped(run, stop) or (last and at.updates and not end_epoch(run, turn.epoch, stop)):
+                save(run)
+                return
+            if not last:
+                at.next_group()
+                continue
+            at.next_epoch()
+            if not at.updates:  # no patch so far: nothing may stay that looks like a run
+                continue
+            run.ended_early = turn.epoch if out_of_patience(run) else None
+            if turn.epoch % c.snapshot == 0 or turn.epoch == c.epochs or run.ended_early:
+                save(run)
+                export(run, turn.epoch)
+            if run.ended_early:
+                log.info("epoch %d: no better score in %d validations, training ends", turn.epoch, at.stale)
+                return
+    if at.updates == 0:
+        reason = f"none of its {len(run.train)} Train subjects gave a patch"
+        raise InputError(run.store.url, reason, "see the warnings for what is left out")
+
+
+def out_of_patience(run: Run) -> bool:
+    """Whether ``patience`` validations in a row brought no better score."""
+    return 0 < run.config.patience <= run.position.stale
+
+
+def stopped(run: Run, stop: StopRequest) -> bool:
+    """Whether any rank was told to stop: a question of all ranks, who then stop with the same signal."""
+    agreed = -run.ranks.minimum(-(stop.signal or 0))
+    # A signal may have come since it was asked for: it is then the next question's.
+    stop.signal = agreed or stop.signal
+    return agreed > 0
+
+
+def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest) -> None:
+    """The generator's pass over one group of residents, critic updates before each of its updates."""
+    c, at = run.config, run.position
+    pool = None
+    if residents:
+        pool = Pool(
+            residents,
+            c.patch_size,
+            mask_classes=run.mask_classes,
+            seed=c.seed,
+            epoch=turn.epoch,
+            group=turn.group,
+            rank=run.ranks.rank,
+            flips=c.flips,
+        )
+    batches = shared_steps(run, turn, pool)
+    at.steps = batches if c.steps_per_epoch is None else min(batches, capped(run, turn, c.steps_per_epoch))
+    if pool is None or at.steps == 0:
+        return
+    run.progress.start(f"epoch {turn.epoch}/{c.epochs}", at.steps - at.step, "updates")
+    for indices in pool.generator_batches(run.batch, at.step, steps=batches):
+        if at.step >= at.steps:
+            break
+        began = time.perf_counter()
+        rate = factor(c.lr_schedule, run.done(turn, at.step / at.steps), at.updates, c.lr_warmup, c.lr_end)
+        run.models.set_rates(rate)
+        facts = step(run, turn, pool, indices)
+        if run.first:
+            forms.current().tell()
+        at.step += 1
+        at.updates += 1
+        seconds = time.perf_counter() - began
+        facts |= {"rate": rate, "patches_per_second": len(indices) * run.ranks.world / seconds}
+        tell(run, turn, facts, seconds)
+        if stopped(run, stop):
+            break
+    run.progress.finish()
+
+
+def shared_steps(run: Run, turn: Turn, pool: Pool | None) -> int:
+    """Updates that pass over a group once, as many on all ranks: the most that one of them needs for its patches, of
+    which the others then take smaller batches."""
+    own, patches = (pool.steps(run.batch), len(pool)) if pool is not None else (0, 0)
+    steps = min(-run.ranks.minimum(-own), run.ranks.minimum(patches))
+    if own and not steps:
+        log.warning("epoch %d: group %d is passed over, a rank could not read its part", turn.epoch, turn.group + 1)
+    return steps
+
+
+def capped(run: Run, turn: Turn, most: int) -> int:
+    """Updates that a group may have where an epoch has ``most``: an even share of those left, so that every subject
+    has a part."""
+    left = max(0, most - run.position.epoch_updates)
+    return -(-left // (turn.groups - turn.group))
+
+
+def step(run: Run, turn: Turn, pool: Pool, indices: np.ndarray) -> dict[str, float]:
+    """One generator update with the critic updates before it: their losses, means over the ranks."""
+    adversarial = turn.epoch > run.config.warmup_epochs and run.config.lambda_adv > 0
+    facts = critic_steps(run, turn, pool) if adversarial else {}
+    batch = pool.gather(indices)
+    values = run.models.generator_update(batch, adversarial)
+    facts.update({f"g_{k}": v for k, v in values.items()})
+    facts = run.ranks.mean(facts)
+    count_bad(run, facts, batch)
+    return facts
+
+
+def critic_steps(run: Run, turn: Turn, pool: Pool) -> dict[str, float]:
+    """The critic updates before one generator update; the generator stands still meanwhile. Means of their losses."""
+    c, at = run.config, run.position
+    channels = 2 + run.mask_classes
+    shape = (run.batch, channels) if c.eps_per_channel else (run.batch,)
+    own = (run.ranks.rank,) if run.ranks.rank else ()
+    batches, eps = [], []
+    for i, indices in enumerate(pool.critic_indices(at.step, run.batch, c.critic_iterations)):
+        batches.append(pool.gather(indices))
+        drawn = rng(c.seed, turn.epoch, turn.group, at.step, i, "eps", *own).random(shape, dtype=np.float32)
+        eps.append(torch.from_numpy(drawn).to(batches[-1].y.device))
+    return {f"d_{k}": v for k, v in run.models.critic_updates(batches, eps).items()}
+
+
+def count_bad(run: Run, facts: dict[str, float], batch: Batch) -> None:
+    """Count updates that were not finite; raise ResourceError after ``max_bad_steps`` in a row."""
+    if not facts.get("g_skipped") and not facts.get("d_skipped"):
+        run.bad = 0
+        return
+    run.bad += 1
+    number = run.position.updates
+    log.warning("update %d is not finite and was skipped (%d in a row): %s", number, run.bad, batch.ids[:4])
+    if run.bad >= run.config.max_bad_steps:
+        ids = [name for names in run.ranks.gather(batch.ids) for name in names]
+        if run.first:
+            found = {"facts": facts, "patches": ids, "position": vars(run.position)}
+            write_json(run.folder / "bad_batch.json", found)
+        raise ResourceError(
+            run.folder,
+            f"{run.bad} updates in a row were not finite",
+            "the last good snapshot is in checkpoints/, the patches are in bad_batch.json; lower the learning rates",
+        )
+
+
+def tell(run: Run, turn: Turn, facts: dict[str, float], seconds: float) -> None:
+    """Log one step and show it."""
+    at = run.position
+    if run.log is None:
+        return
+    elapsed = time.perf_counter() - run.began
+    done = run.done(turn, at.step / at.steps)
+    left = elapsed * (1 - done) / max(done - run.began_at, 1e-9)
+    facts = {**facts, "memory_bytes": float(memory(run))}
+    run.log.step(turn.epoch, at.updates, seconds, run.feed.waited, facts)
+    if run.board is not None:
+        run.board.scalars("train", facts, at.updates)
+    shown = {
+        "rec": facts["g_reconstruction"],
+        "W": facts.get("d_wasserstein"),
+        "gp": facts.get("d_penalty"),
+        "patches/s": facts["patches_per_second"],
+        "|G|": facts.get("g_gradient"),
+        "|D|": facts.get("d_gradient"),
+        "wait": f"{100 * run.feed.waited / elapsed:.1f}%",
+        "GB": facts["memory_bytes"] / 1e9,
+        "run": f"{left / 3600:.1f} h left" if left > 3600 else f"{left / 60:.0f} min left",
+    }
+    run.progress.advance(1, **{k: v for k, v in shown.items() if v is not None})
+
+
+def memory(run: Run) -> int:
+    """Peak bytes so far: of the device's memory on CUDA, else of the process."""
+    device = run.models.device
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+
+
+def end_epoch(run: Run, epoch: int, stop: StopRequest) -> bool:
+    """Validate, log, and keep the weights that are best on the Test subjects, as the paper does.
+
+    False when a stop request ended the validation, which then comes again after a resume.
+    """
+    at, c = run.position, run.config
+    scores: dict[str, float] = {}
+    generator = run.models.shipped()
+
+    def asked() -> bool:
+        return stopped(run, stop)
+
+    try:
+        if run.test and epoch % c.validate_every == 0:
+            options = {"batch_size": c.batch_size, "mask_classes": run.mask_classes}
+            scores = validate(generator, run.feed, run.test, **options, ranks=run.ranks, stopped=asked)
+        if run.test and c.whole_every and epoch % c.whole_every == 0:
+            scores |= validate_whole(generator, run.feed, run.test, ranks=run.ranks, stopped=asked)
+    except Stopped:
+        return False
+    judge(run, epoch, scores)
+    if run.log is not None and scores:
+        run.log.epoch(epoch, scores)
+        show_sample(run, generator, epoch)
+    if run.board is not None:
+        run.board.scalars("validation", scores, at.updates)
+        run.board.flush()
+    write_weights(run, run.folder / "model.safetensors", {"epoch": epoch, **scores})
+    return True
+
+
+def show_sample(run: Run, generator: Generator, epoch: int) -> None:
+    """The same patch of a Test subject after every validation, for the report and for TensorBoard."""
+    patch = sample_patch(generator, run.feed, run.test)
+    if patch is None:
+        return
+    sheet = contact_sheet(*patch).cpu()
+    write_panel(run.folder, epoch, sheet.numpy())
+    if run.board is not None:
+        run.board.picture("test/input_sr_hr_segmentation_label", sheet, run.position.updates)
+
+
+def judge(run: Run, epoch: int, scores: dict[str, float]) -> None:
+    """Whether the epoch's score (``best_by``) is the best so far; its weights are kept then."""
+    at = run.position
+    score = scores.get("PSNR") if run.config.best_by == "psnr" else scores.get("Dice", scores.get("Dice_label_1"))
+    if score is None:
+        return
+    at.stale += 1
+    if at.best is None or score > at.best:
+        at.best, at.stale = float(score), 0
+        write_weights(run, run.folder / "best.safetensors", {"epoch": epoch, **scores})

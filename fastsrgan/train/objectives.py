@@ -1,0 +1,117 @@
+"""One training iteration of SegSRGAN: critic updates with gradient penalty, then a generator update (paper eq. 9-12).
+
+The gradient penalty comes in three forms that agree to rounding (tests/test_step.py): ``autograd``, the plain double
+backward of losses.gradient_penalty, ``explicit``: the critic is piecewise linear, so its input gradient is a chain
+of transposed convolutions with LeakyReLU masks, written as a forward graph whose one ordinary backward gives all weight
+gradients (DESIGN D6), and ``manual``, which needs no autograd at all (critic_step.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsrgan.errors import ModelError
+from fastsrgan.losses import RECONSTRUCTION, gradient_penalty, interpolate, norm_penalty, soft_dice, wasserstein, widen
+from fastsrgan.model.networks import Critic, Generator, resolution_channel, same_pad
+
+
+def scores_and_input_gradient(critic: Critic, x: Tensor, tail: int) -> tuple[Tensor, Tensor]:
+    """Scores of a batch, and the gradient of the last ``tail`` samples' scores with respect to their input.
+
+    ``x`` is (B, C, P, P, P) with the resolution channel already appended where the critic is conditional. Returns
+    (B, 1) and (tail, C, P, P, P), both differentiable in the critic's weights. Exact almost everywhere, as autograd is.
+    """
+    masks, sizes = [], []
+    y = x
+    for weight, bias in zip(critic.convs, critic.biases, strict=True):
+        sizes.append(y.shape[2:])
+        before = F.conv3d(same_pad(y), weight, bias, stride=2)
+        masks.append(before.detach()[-tail:] > 0)
+        y = F.leaky_relu(before, critic.SLOPE)
+    scores = F.conv3d(y, critic.decision).flatten(1)
+    g = critic.decision.expand(tail, -1, -1, -1, -1)
+    for weight, mask, size in zip(reversed(list(critic.convs)), reversed(masks), reversed(sizes), strict=True):
+        g = torch.where(mask, g, critic.SLOPE * g)
+        g = F.conv_transpose3d(g, weight, stride=2)[..., 1 : 1 + size[0], 1 : 1 + size[1], 1 : 1 + size[2]]
+    return scores, g
+
+
+def explicit_penalty(gradient: Tensor, channels: int, weight: float) -> Tensor:
+    """weight * mean of (||gradient||_2 - 1)^2 over samples; only the first ``channels`` count: scalar."""
+    return norm_penalty(gradient[:, :channels], weight)
+
+
+def critic_loss(
+    critic: Critic,
+    real: Tensor,
+    fake: Tensor,
+    eps: Tensor,
+    lambda_gp: float,
+    res: Tensor | None = None,
+    penalty: str = "explicit",
+) -> dict[str, Tensor]:
+    """What a critic update minimises (paper eq. 9, 10), ready for ``total.backward()``.
+
+    Parameters
+    ----------
+    real, fake : (B, C, P, P, P); ``fake`` carries no graph
+    eps : (B,) or (B, C), the interpolation weight of ``real``
+    res : resolution in mm per sample, for conditional critics
+    lambda_gp : weight of the penalty; with 0 it is not computed
+    penalty : "explicit" (one batch of 3 B, one backward) or "autograd" (the oracle)
+
+    Returns scalars: total, wasserstein (mean D(fake) - mean D(real)), penalty (weighted).
+    """
+    if penalty == "autograd" or not lambda_gp:
+        condition = (res,) if critic.spec.conditional else ()
+        distance = wasserstein(critic(real, *condition), critic(fake, *condition))
+        if not lambda_gp:
+            return {"total": distance, "wasserstein": distance, "penalty": torch.zeros_like(distance)}
+        gp = gradient_penalty(critic, real, fake, eps, lambda_gp, res if critic.spec.conditional else None)
+        return {"total": distance + gp, "wasserstein": distance, "penalty": gp}
+    n = real.shape[0]
+    batch = torch.cat([real, fake, interpolate(real, fake, eps)])
+    if critic.spec.conditional:
+        if res is None:
+            raise ModelError("critic", "conditional weights need a resolution", "pass res, the slice thickness in mm")
+        batch = torch.cat([batch, resolution_channel(batch, res.repeat(3) if res.ndim else res)], 1)
+    scores, gradient = scores_and_input_gradient(critic, batch, tail=n)
+    distance = wasserstein(scores[:n], scores[n : 2 * n])
+    gp = explicit_penalty(gradient, real.shape[1], lambda_gp)
+    return {"total": distance + gp, "wasserstein": distance, "penalty": gp}
+
+
+def generator_loss(
+    generator: Generator,
+    critic: Critic,
+    x: Tensor,
+    y: Tensor,
+    *,
+    lambda_rec: float = 1.0,
+    lambda_adv: float = 1e-3,
+    reconstruction: str = "charbonnier",
+    dice_weight: float = 0.0,
+    res: Tensor | None = None,
+    score: Callable[[Critic, Tensor, Tensor | None], Tensor] = Critic.__call__,
+) -> dict[str, Tensor]:
+    """What the generator update minimises (paper eq. 11, 12): scalars total and its parts, unweighted.
+
+    ``x`` (B, 1, P, P, P) interpolated input, ``y`` (B, C, P, P, P) truth. The parts are adversarial, reconstruction
+    and, with a ``dice_weight`` (not in the paper), dice of all channels behind the image. With ``lambda_adv`` 0 the
+    critic is not run. ``score``: critic_step.score or the plain critic.
+    """
+    pred = generator(x, res)
+    rec = RECONSTRUCTION[reconstruction](pred, y)
+    terms = {"adversarial": torch.zeros_like(rec), "reconstruction": rec}
+    total = lambda_rec * rec
+    if lambda_adv:
+        terms["adversarial"] = -widen(score(critic, pred, res)).mean()
+        total = total + lambda_adv * terms["adversarial"]
+    if dice_weight:
+        terms["dice"] = soft_dice(pred[:, 1:], y[:, 1:])
+        total = total + dice_weight * terms["dice"]
+    return {"total": total, **terms}

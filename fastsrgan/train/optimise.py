@@ -1,0 +1,94 @@
+"""One network's optimiser step: mean over ranks, loss scale, clipping, Adam; skipped where a number is not finite.
+
+Nothing here waits for the device: whether a step is skipped is decided where the gradients are, and told later.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsrgan.core.ranks import ALONE, Ranks
+
+FIRST_SCALE, GROWTH, BACKOFF, PATIENCE = 2.0**14, 2.0, 0.5, 2000  # of the loss scale: torch's GradScaler, start lower
+
+
+class Optimiser:
+    """Adam of one network.
+
+    Parameters
+    ----------
+    network : its parameters, whose ``grad`` a step uses up
+    rate, betas, eps : Adam's settings
+    clip : largest gradient norm; 0 is off
+    scaled : whether gradients come multiplied by ``scale``
+    ranks : whose gradients are averaged
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        rate: float,
+        betas: tuple[float, float],
+        eps: float,
+        *,
+        clip: float = 0.0,
+        scaled: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.parameters = list(network.parameters())
+        self.rate, self.clip, self.ranks = rate, clip, ranks
+        self.adam = torch.optim.Adam(self.parameters, rate, betas, eps=eps, fused=True)
+        device = self.parameters[0].device
+        self.scale: Tensor | None = torch.full((), FIRST_SCALE, device=device) if scaled else None
+        self.growth = torch.zeros((), dtype=torch.int32, device=device)
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        self.adam.zero_grad(set_to_none=True)
+
+    def step(self, total: Tensor) -> dict[str, Tensor]:
+        """Average, scale back, clip and apply the gradients of a loss; ``total`` is that loss, unscaled.
+
+        Returns scalars on the device: gradient (its norm before clipping), skipped (1 where loss or gradient is not
+        finite and nothing changed), overflow (1 where the loss scale was too large, and nothing changed either).
+        """
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        total = total.detach().float().reshape(1).clone()
+        self.ranks.average_([*gradients, total])  # with the loss: all ranks skip, or none
+        if self.scale is not None:
+            torch._foreach_div_(gradients, self.scale)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+        lost = ~torch.isfinite(total[0])
+        bad = (lost | ~torch.isfinite(norm)).float()
+        self.adam.found_inf = bad  # type: ignore[attr-defined]  # fused kernels look at it and leave all as it is
+        self.adam.step()
+        told = {"gradient": norm, "skipped": bad}
+        if self.scale is not None:
+            told = {"gradient": norm, "skipped": lost.float(), "overflow": bad - lost.float()}
+            torch._amp_update_scale_(self.scale, self.growth, bad, GROWTH, BACKOFF, PATIENCE)
+        self.clear()
+        return told
+
+    def set_rate(self, factor: float) -> None:
+        """The learning rate as a fraction of its first value."""
+        for group in self.adam.param_groups:
+            group["lr"] = self.rate * factor
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on besides the parameters."""
+        return {"adam": self.adam.state_dict(), "scale": self.scale, "growth": self.growth}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what ``state`` gave, also under another layout or precision."""
+        self.adam.load_state_dict(state["adam"])
+        for parameter, kept in self.adam.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                kept[name] = torch.empty_like(parameter).copy_(kept[name])  # the fused kernel wants equal strides
+        if self.scale is not None and state["scale"] is not None:
+            self.scale.copy_(state["scale"])
+            self.growth.copy_(state["growth"])

@@ -1,0 +1,381 @@
+"""``fastsrgan train``: from a store and settings to a run folder with weights (DESIGN section 5; docs/training.md).
+
+Sets up the networks, the feed and the ranks, checks that all ranks are about to do the same, and calls the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsrgan import config as settings
+from fastsrgan._version import __version__
+from fastsrgan.config import TrainConfig
+from fastsrgan.core.ranks import Ranks, from_environment, local_device
+from fastsrgan.core.runtime import (
+    QUIET,
+    Progress,
+    atomic_write,
+    mapping,
+    need_space,
+    output_folder,
+    pick_device,
+    provenance,
+    write_json,
+)
+from fastsrgan.core.signals import StopRequest
+from fastsrgan.data.feed import Feed, PatchRule, resident_limit
+from fastsrgan.errors import InputError, ModelError, UsageError
+from fastsrgan.infer.network import out_of_memory
+from fastsrgan.model import checkpoint
+from fastsrgan.model.cpu import forms
+from fastsrgan.observation.model import Degradation
+from fastsrgan.pictures.panels import cut_panels
+from fastsrgan.store.files import Keys, WriteLock
+from fastsrgan.store.reader import Store, open_store
+from fastsrgan.train import snapshots
+from fastsrgan.train.board import Board
+from fastsrgan.train.fit_batch import batch_that_fits, memory_error, refuse_hopeless
+from fastsrgan.train.gan import Models
+from fastsrgan.train.logs import RunLog
+from fastsrgan.train.loop import loop
+from fastsrgan.train.state import Position, Run, data_identity
+
+log = logging.getLogger("fastsrgan")
+
+
+def train(
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    config: TrainConfig,
+    *,
+    device: str = "auto",
+    start_weights: str | os.PathLike | None = None,
+    resume: bool = False,
+    strict: bool = False,
+    snapshot_folder: str | os.PathLike | None = None,
+    dice_file: str | os.PathLike | None = None,
+    mse_file: str | os.PathLike | None = None,
+    progress: Progress = QUIET,
+) -> dict[str, Any]:
+    """Train a generator and critic on the Train subjects of a store; one of the ranks where torchrun started several.
+
+    Parameters
+    ----------
+    source : store made by ``fastsrgan convert`` (folder or URL)
+    folder : run folder; gets config.yaml, log.jsonl, dice.csv, mse.csv, checkpoints/, model.safetensors
+    device : auto, cpu, cuda or cuda:n; each rank takes its own GPU of the machine
+    start_weights : Keras HDF5, safetensors or run folder to start from
+    resume : continue the run in ``folder`` from its newest undamaged snapshot, or from the beginning where it ended
+        before the first; a restart by torchrun always does
+    snapshot_folder : also write SegSRGAN_epoch_N in the original's HDF5 form
+    dice_file, mse_file : where the per-epoch tables go (default: the run folder)
+
+    Returns
+    -------
+    dict : epochs, updates, seconds, data_wait, best validation, path of the final weights, stopped (signal or None)
+
+    Raises
+    ------
+    InputError : no Train subjects, no patches, labels of other values than 0 and 1;
+    ModelError : weights or snapshot do not fit, ranks disagree;
+    ResourceError : memory, disk, device, a lost rank, another training in ``folder``, or ``max_bad_steps`` updates in a
+    row that were not finite;
+    UsageError : a run is there already, or the batch is not divided by the ranks.
+    """
+    if snapshot_folder and config.scaled:
+        raise UsageError("snapshot_folder", "its files cannot hold a scaled head", "--scaled False, or no -sf")
+    target = pick_device(local_device(device))
+    with from_environment(target) as ranks, contextlib.ExitStack() as held:
+        agree_on_settings(ranks, config)
+        folder = output_folder(folder)
+        lock(folder, ranks, held)
+        resume = known_run(ranks, folder) if not resume else has_snapshot(ranks, folder, config, start_weights)
+        store = open_store(source)
+        refuse_inside(folder, store)
+        ranks.agree("training data", data_identity(store))
+        kept = keep_arithmetic(held, folder, config, target, ranks, resume)
+        run = prepare(store, folder, config, target, ranks, strict, resume, kept)
+        if run.first:
+            run.log = RunLog(folder, dice_file, mse_file, run.mask_classes)
+            run.snapshot_folder = output_folder(snapshot_folder) if snapshot_folder else None
+            run.progress = progress
+        begin(run, start_weights, resume)
+        began = time.perf_counter()
+        # torchrun passes on the Ctrl-C that the terminal already sent: two of them in a moment are one.
+        with StopRequest(again_after=5.0 if ranks.world > 1 else 0.0) as stop:
+            attempt(run, stop)
+        return summary(run, time.perf_counter() - began, stop)
+
+
+def agree_on_settings(ranks: Ranks, config: TrainConfig) -> None:
+    """ModelError where a rank has another version or setting; UsageError where the batch cannot be shared out."""
+    ranks.agree("version", f"fastsrgan {__version__} on torch {torch.__version__}")
+    for name, value in config.to_dict().items() if ranks.world > 1 else ():
+        ranks.agree(f"config: {name}", value)
+    if config.batch_size % ranks.world:
+        hint = f"a multiple of {ranks.world}: batch_size counts the patches of all ranks"
+        raise UsageError("batch_size", f"{config.batch_size} patches are not divided by {ranks.world} ranks", hint)
+
+
+def lock(folder: Path, ranks: Ranks, held: contextlib.ExitStack) -> None:
+    """Keep other trainings out of the run folder until ``held`` is closed: ResourceError where one is at work in it.
+
+    What a job that was started again left there on another machine has ended.
+    """
+    if ranks.rank:
+        return
+    again = ranks.noted(str(folder.absolute())) or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    held.callback(WriteLock(Keys(folder, read_only=False), elsewhere=again).release)
+
+
+def known_run(ranks: Ranks, folder: Path) -> bool:
+    """Whether to resume unasked: torchrun restarted the ranks of the job that began the run in this folder.
+
+    Raises UsageError for a run of another job.
+    """
+    found = bool(checkpoint.snapshots(folder))
+    if found and not ranks.noted(str(folder.absolute())):
+        raise UsageError(folder, "already holds a run", "--resume continues it, or choose another folder")
+    return found
+
+
+def has_snapshot(ranks: Ranks, folder: Path, config: TrainConfig, start_weights: str | os.PathLike | None) -> bool:
+    """Whether a run can be continued; False, with a warning, where it ended before its first snapshot.
+
+    Raises ModelError where no run began in the folder, or where beginning again would replace weights.
+    """
+    if checkpoint.folders(folder):
+        return True
+    told, hint = "no snapshot in this folder", "leave --resume out to begin a run"
+    if (folder / checkpoint.MODEL).is_file():
+        told = "no snapshot in this folder, only weights"
+        hint += f", which replaces them, or start from them in another folder with -w {folder / checkpoint.MODEL}"
+    elif (folder / "config.yaml").is_file() and (start_weights or config.init_epoch == 1):
+        if not ranks.rank:
+            weights = f"the weights {start_weights}" if start_weights else "new weights"
+            log.warning("%s: no snapshot yet, the run starts from the beginning with %s", folder, weights)
+        return False
+    raise ModelError(folder, told, hint)
+
+
+def keep_arithmetic(
+    held: contextlib.ExitStack, folder: Path, config: TrainConfig, device: torch.device, ranks: Ranks, resume: bool
+) -> str | None:
+    """Set the layer forms of the run until ``held`` is closed; a resumed run has those of its snapshot, and says so.
+
+    Returns the snapshot's precision, or None. Settings other than "auto" win over the snapshot.
+    """
+    mode = forms.wanted_mode(config.layer_forms)
+    name: str | None = None
+    names: dict[str, str] = {}
+    if ranks.world > 1 and device.type == "cpu":
+        mode = "fixed"  # ranks would time each other, and not all would choose the same
+    if resume:
+        name, kept_mode, names = snapshots.kept_arithmetic(folder)
+        if config.layer_forms == "auto":
+            mode = kept_mode
+        else:
+            names = {}
+        if not ranks.rank:
+            how = name if config.precision == "auto" and name else f"--precision {config.precision}"
+            log.info("going on in %s, layer forms %s, %d as in the snapshot", how, mode, len(names))
+    held.enter_context(forms.job(mode, names))
+    return name
+
+
+def refuse_inside(folder: Path, store: Store) -> None:
+    """Raise UsageError for a run folder in the store, which would then hold what is none of its subjects."""
+    here, stored = os.path.realpath(folder), os.path.realpath(store.url)
+    if os.path.isdir(stored) and os.path.commonpath([here, stored]) == stored:
+        raise UsageError(folder, "lies in the store that is trained on", "choose another output folder")
+
+
+def prepare(
+    store: Store,
+    folder: Path,
+    config: TrainConfig,
+    device: torch.device,
+    ranks: Ranks,
+    strict: bool,
+    resume: bool,
+    kept_precision: str | None = None,
+) -> Run:
+    """Networks and feed for the subjects of a store, before the first update."""
+    names = {split: [s.id for s in store.subjects if s.split == split] for split in ("Train", "Test")}
+    if not names["Train"]:
+        raise InputError(store.url, "has no Train subjects", "give rows with Base = Train to `fastsrgan convert`")
+    refuse_labels(store)
+    mask_classes = count_mask_classes(store, names["Train"]) if config.fit_mask else 0
+    if config.auto_batch:
+        config = with_fitting_batch(folder, config, mask_classes, device, ranks, resume)
+    refuse_hopeless(config, mask_classes, device, ranks)
+    c = config
+    degradation = Degradation(
+        c.new_low_res,
+        c.contrast_max,
+        c.noise,
+        c.geometry,
+        c.interp,
+        c.interpolation_type,
+        bias_field=c.bias_field,
+        rician=c.rician,
+        profile=c.profile,
+        motion=c.motion,
+        block_bytes=None if c.block_memory is None else int(c.block_memory * 1e9),
+    )
+    rule = PatchRule(c.patch_size, c.stride, c.image_cropping_method == "overlapping_with_mask")
+    feed = Feed(
+        store,
+        degradation,
+        rule,
+        seed=c.seed,
+        device=device,
+        strict=strict,
+        rank=ranks.rank,
+        world=ranks.world,
+        engine=c.feed,
+        threads=c.feed_threads,
+        prefetch=c.prefetch,
+        precision=c.pool_precision,
+    )
+    models = Models(c, mask_classes, device, ranks, kept_precision)
+    need_space(folder, snapshot_bytes(models) * 2)  # one that stands and one that is written
+    return Run(folder, c, store, models, feed, names["Train"], names["Test"], mask_classes, ranks=ranks)
+
+
+def refuse_labels(store: Store) -> None:
+    """InputError that names every subject whose label, as it was counted by the conversion, is not of 0 and 1 alone."""
+    found = {s.id: sorted(set(mapping(s.attrs.get("label_counts"))) - {"0", "1"}) for s in store.subjects}
+    wrong = [f"{name} (also {', '.join(values[:5])})" for name, values in found.items() if values]
+    if wrong:
+        told = f"labels hold other values than 0 and 1: {', '.join(wrong)}"
+        hint = "make each label 1 inside the structure and 0 outside, then convert again with --resume"
+        raise InputError(store.url, told, hint)
+
+
+def snapshot_bytes(models: Models) -> int:
+    """About what a snapshot takes: weights, two moments of each for the optimisers, the moving average."""
+    parameters = [p for network in (models.generator, models.critic) for p in network.parameters()]
+    copies = 4 if models.average is None else 5
+    return copies * sum(4 * p.numel() for p in parameters)
+
+
+def with_fitting_batch(
+    folder: Path, config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks, resume: bool
+) -> TrainConfig:
+    """The settings with the batch that fits (``auto_batch``); a resumed run keeps the one it began with."""
+    if resume:
+        size = settings.from_yaml(checkpoint.newest(folder) / "config.yaml").batch_size
+    else:
+        size = batch_that_fits(config, mask_classes, device, ranks)
+    if size != config.batch_size:
+        log.warning("batch_size %d does not fit in memory: %d is taken", config.batch_size, size)
+    return config.replace(batch_size=size)
+
+
+def begin(run: Run, start_weights: str | os.PathLike | None, resume: bool) -> None:
+    """Weights and position to start from, the same on all ranks; settings and tables of the run folder."""
+    c, ranks = run.config, run.ranks
+    run.position = Position(epoch=c.init_epoch, world=ranks.world)
+    if resume:
+        snapshots.load(run)
+    elif start_weights is not None:
+        run.models.start_from(start_weights)
+    ranks.agree("weights", weights_identity(run))
+    if run.position.resident is None:
+        run.position.resident = c.resident_subjects or group_size(run)
+    if run.log is not None:
+        if not resume:
+            run.log.cut(0, c.init_epoch)
+        cut_panels(run.folder, run.position.epoch)
+        with atomic_write(run.folder / "config.yaml") as temporary:
+            temporary.write_text(c.to_yaml(), encoding="utf8")
+        run.board = Board(run.folder, run.position.updates + 1) if c.tensorboard else None
+    ranks.note(str(run.folder.absolute()))
+
+
+def weights_identity(run: Run) -> str:
+    """A hash of every parameter of both networks."""
+    digest = hashlib.sha256()
+    for network in (run.models.generator, run.models.critic):
+        for parameter in network.parameters():
+            digest.update(parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def group_size(run: Run) -> int:
+    """Subjects of a rank in memory at once: as many as its memory allows, on the rank that has the least."""
+    c = run.config
+    budget = None if c.resident_memory is None else int(c.resident_memory * 1e9)
+    device, precision = run.models.device, c.pool_precision
+    # The original's ratios may keep a volume whole (fastsrgan.data.subject), and then all of it has to fit.
+    patch = c.patch_size if c.geometry == "physical" else 0
+    most = resident_limit(
+        run.store, run.train, budget, device=device, precision=precision, prefetch=c.prefetch, patch=patch
+    )
+    return run.ranks.minimum(most)
+
+
+def count_mask_classes(store: Store, subjects: list[str]) -> int:
+    """Classes of the masks: one more than the largest value in them."""
+    largest = 0
+    for name in subjects:
+        mask = store.read(name).mask
+        if mask is None:
+            raise InputError(name, "has no mask", "fit_mask needs Mask_image for every subject")
+        largest = max(largest, int(mask.max()))
+    return largest + 1
+
+
+def attempt(run: Run, stop: StopRequest) -> None:
+    """The loop; memory that runs out becomes an error with the measured peak and a batch that fits."""
+    told = ""
+    try:
+        loop(run, stop)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        told = str(error)
+    finally:
+        if run.board is not None:
+            run.board.close()
+    # Outside the handler, whose traceback keeps the failed step's activations alive.
+    if told:
+        raise memory_error(run, told)
+
+
+def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
+    """What the run did, for the caller and for RUN/summary.json."""
+    at, c = run.position, run.config
+    left_out = {k: v for one in run.ranks.gather(run.feed.quarantined) for k, v in one.items()}
+    waited = run.ranks.mean({"waited": run.feed.waited})["waited"]
+    facts = {
+        "epochs": min(at.epoch, c.epochs + 1) - c.init_epoch,
+        "updates": at.updates,
+        "seconds": round(seconds, 3),
+        "data_wait_seconds": round(waited, 3),
+        "first_wait_seconds": round(run.feed.first_wait, 3),
+        "best": at.best,
+        "best_by": c.best_by,
+        "best_dice": at.best if c.best_by == "dice" else None,
+        "ended_early": run.ended_early,
+        "weights": str(run.folder / "model.safetensors"),
+        "left_out": left_out,
+        "batch_size": c.batch_size,
+        "ranks": run.ranks.world,
+        "device": str(run.models.device),
+        "stopped": stop.signal,
+        "exit_code": stop.code,
+        "provenance": provenance(),
+    }
+    if run.first:
+        write_json(run.folder / "summary.json", facts)
+    return facts

@@ -1,0 +1,211 @@
+"""Snapshots of a training run: everything it needs to go on, and how it goes on (DESIGN section 4).
+
+Written by rank 0, read by all. The order of patches and every random number follow from the position, so a snapshot
+holds networks, moving average, both optimisers and the position, and nothing else moves.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsrgan import config as settings
+from fastsrgan.core.runtime import mapping, provenance
+from fastsrgan.errors import ModelError
+from fastsrgan.model import checkpoint, weights
+from fastsrgan.model import safetensors as modelfile
+from fastsrgan.model.cpu import forms
+from fastsrgan.model.networks import CriticSpec, GeneratorSpec
+from fastsrgan.train.gan import differences
+from fastsrgan.train.precision import TYPES
+from fastsrgan.train.state import Position, Run, data_identity, epoch_part, remaining
+
+log = logging.getLogger("fastsrgan")
+
+# What decides which patch comes when: with another value an epoch cannot be continued, only begun again.
+DEALING = (
+    "batch_size",
+    "patch_size",
+    "stride",
+    "seed",
+    "image_cropping_method",
+    "steps_per_epoch",
+    "geometry",
+    "resident_subjects",
+)
+# What may differ without changing an update.
+FREE = (
+    *("epochs", "init_epoch", "snapshot", "keep_checkpoints", "validate_every", "whole_every", "patience", "best_by"),
+    *("max_bad_steps", "tensorboard", "auto_batch", "prefetch", "feed", "feed_threads", "resident_memory", "preset"),
+)
+
+
+def save(run: Run) -> None:
+    """A snapshot of everything that the run needs to go on."""
+    if not run.first:
+        return
+    m, at = run.models, run.position
+    state = {"models": m.state(), "position": dict(vars(at)), "data": data_identity(run.store)}
+    writers = {
+        checkpoint.MODEL: lambda p: modelfile.write(
+            p, m.generator, m.critic, ema=m.average, card={"updates": at.updates}
+        ),
+        "state.pt": lambda p: p.write_bytes(packed(state)),
+        "config.yaml": lambda p: p.write_text(run.config.to_yaml(), encoding="utf8"),
+    }
+    arithmetic = {"precision": m.arithmetic.name, "layer_forms": forms.current().record()}
+    facts = {"epoch": at.epoch, "ranks": run.ranks.world, "arithmetic": arithmetic}
+    checkpoint.write(run.folder, at.updates, writers, facts)
+    checkpoint.prune(run.folder, run.config.keep_checkpoints)
+
+
+def kept_arithmetic(folder: Path) -> tuple[str | None, str, dict[str, str]]:
+    """How the run in a folder computed up to its newest undamaged snapshot, and in which it therefore goes on.
+
+    Returns the precision, the mode of the layer forms ("measured" or "fixed") and the form of each layer that had a
+    choice. Snapshots of versions that did not record them: None, "fixed", none.
+    """
+    whole = (s for s in reversed(checkpoint.folders(folder)) if not checkpoint.verify(s))
+    snapshot = next(whole, None)  # where there is none, ``load`` says so
+    recorded = mapping(checkpoint.manifest(snapshot).get("arithmetic")) if snapshot else {}
+    name, choices = recorded.get("precision"), mapping(recorded.get("layer_forms"))
+    mode = choices.get("mode")
+    names = {layer: form for layer, form in mapping(choices.get("forms")).items() if isinstance(form, str)}
+    known = name in TYPES and mode in forms.MODES
+    return (name, mode, names) if known else (None, "fixed", {})
+
+
+def packed(state: dict[str, Any]) -> memoryview:
+    """The bytes of torch.save, which itself ends a full disk in an error that does not say so."""
+    held = io.BytesIO()
+    torch.save(state, held)
+    return held.getbuffer()
+
+
+def load(run: Run) -> None:
+    """Continue from the newest undamaged snapshot of the run folder.
+
+    Raises ModelError where there is none, or where it does not fit the settings.
+    """
+    snapshot = checkpoint.newest(run.folder)
+    run.ranks.agree("snapshot", snapshot.name)
+    load_networks(run, snapshot)
+    state = read_state(snapshot, run.models.device)
+    run.models.load_state(state["models"])
+    known = {f.name for f in fields(Position)}
+    position = Position(**{k: v for k, v in state["position"].items() if k in known})
+    run.position = placed(run, position, snapshot, state["data"])
+    if not run.position.updates:  # what gave no patch then may give some now
+        run.position = Position(epoch=run.config.init_epoch, world=run.ranks.world)
+    if run.log is not None:
+        run.log.cut(run.position.updates, run.position.epoch)
+        log.info("continuing %s at epoch %d, update %d", snapshot, run.position.epoch, run.position.updates)
+
+
+def read_state(snapshot: Path, device: torch.device | str) -> dict[str, Any]:
+    """What a snapshot holds beside the networks: "models", "position" and "data", as `save` writes them.
+
+    Tensors and plain values only: no object is built and no code of the file is run. Raises ModelError for others.
+    """
+    path, hint = snapshot / "state.pt", "start anew from its weights, -w"
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # pickle, zip and torch each refuse in their own ways
+        raise ModelError(path, "is damaged or holds more than tensors and plain values", hint) from error
+    if not isinstance(state, dict) or not state.keys() >= {"models", "position", "data"}:
+        raise ModelError(path, "was written by another version", hint)
+    return state
+
+
+def load_networks(run: Run, snapshot: Path) -> None:
+    """Generator, critic and moving average of a snapshot. Raises ModelError where the settings ask for others."""
+    m, file = run.models, snapshot / checkpoint.MODEL
+    spec, parameters = modelfile.read_parameters(file, "generator")
+    assert isinstance(spec, GeneratorSpec)
+    if spec != m.generator.spec:
+        raise ModelError(snapshot, *differences(spec, m.generator.spec))
+    m.generator = modelfile.assemble(spec, parameters, run.config.form).requires_grad_(True)
+    critic_spec, parameters = modelfile.read_parameters(file, "critic")
+    assert isinstance(critic_spec, CriticSpec)
+    check_critic(snapshot, critic_spec, m.critic.spec)
+    m.critic = modelfile.assemble(m.critic.spec, parameters).requires_grad_(True)
+    m.finish()
+    if m.average is not None:
+        _, average = modelfile.read_parameters(file, "ema")
+        m.average = {k: v.to(m.device) for k, v in average.items()}
+
+
+def check_critic(snapshot: Path, held: CriticSpec, wanted: CriticSpec) -> None:
+    """ModelError where a snapshot's critic is not the one that is asked for; patches of another size may share one."""
+    if modelfile.parameter_shapes(held) == modelfile.parameter_shapes(wanted):
+        return
+    told = f"the critic in it is {modelfile.describe(held)}, the settings ask for {modelfile.describe(wanted)}"
+    same = f"--patch-size {held.patch} --kernel-dis {held.kernel}"
+    anew = f"-w {snapshot.parent.parent}"
+    raise ModelError(snapshot, told, f"resume with {same}, or start anew in another folder with {anew}")
+
+
+def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
+    """Where the run goes on from a snapshot's position; what differs from an unbroken run is said.
+
+    The same settings, data and number of ranks: at the very step. Another number of ranks: the subjects of the epoch
+    that are not done are dealt anew, and a group that was begun comes again. Settings or data that decide which patch
+    comes when: the epoch begins anew.
+    """
+    then = settings.from_yaml(snapshot / "config.yaml").to_dict()
+    now = run.config.to_dict()
+    kept = [k for k in ("precision", "layer_forms") if now[k] == "auto"]  # go on as they were
+    changed = [k for k in now if now[k] != then.get(k) and k not in (*FREE, *kept)]
+    if changed:
+        told = ", ".join(f"{k} {then.get(k)} -> {now[k]}" for k in changed)
+        log.warning("settings differ from the snapshot's, the run goes on with the new ones: %s", told)
+    if then.get("best_by") != now["best_by"]:
+        at.best, at.stale = None, 0
+    moved = [k for k in changed if k in DEALING] + (["data"] if data != data_identity(run.store) else [])
+    if moved:
+        log.warning("another %s: epoch %d begins anew", ", ".join(moved), at.epoch)
+        at.left, at.before, at.group, at.step, at.steps, at.epoch_updates = None, 0.0, 0, 0, 0, 0
+        at.resident, at.world = None, run.ranks.world
+    elif at.world != run.ranks.world:
+        log.warning(
+            "the run had %d ranks and has %d now: what is left of epoch %d is dealt anew",
+            at.world,
+            run.ranks.world,
+            at.epoch,
+        )
+        redeal(run, at)
+    return at
+
+
+def redeal(run: Run, at: Position) -> None:
+    """Deal what is left of the epoch to the ranks there are now.
+
+    Subjects that are too few for one per rank wait for the next epoch. The schedule goes on from where it was.
+    """
+    at.left, at.before = remaining(run, at), epoch_part(run, at)
+    if len(at.left) < run.ranks.world:
+        log.warning("%d subjects left for %d ranks wait for the next epoch", len(at.left), run.ranks.world)
+        at.left = []
+    # Updates of a group that comes again still count against steps_per_epoch.
+    at.epoch_updates += at.step
+    at.group = at.step = at.steps = 0
+    at.resident, at.world = None, run.ranks.world
+
+
+def write_weights(run: Run, path: Path, facts: dict[str, Any]) -> None:
+    """The weights for use, with the facts a reader of the file wants."""
+    if run.first:
+        card = {**facts, "updates": run.position.updates, "config": run.config.to_dict(), **provenance()}
+        weights.save_generator(path, run.models.shipped(), run.models.critic, card=card)
+
+
+def export(run: Run, epoch: int) -> None:
+    """The original's snapshot file, when a folder for it was named."""
+    if run.snapshot_folder and run.first:
+        target = run.snapshot_folder / f"SegSRGAN_epoch_{epoch}"
+        weights.export_keras(run.folder / "model.safetensors", target, overwrite=True)

@@ -1,0 +1,1 @@
+"""Arrays and where their voxels are: affines, resampling, intensities. No files."""
