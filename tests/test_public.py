@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
+import pytest
 
 import fastsrgan
-import fastsrgan.observation.model as degrade_module
-from fastsrgan.observation.model import Degradation
+import fastsrgan.losses as losses_module
+from fastsrgan.observation.model import degrade
 
 
-def test_degrade_is_the_function_whatever_was_imported_before():
-    import fastsrgan.observation.model  # would hide a function of the same name
-
+def test_degrade_is_the_function_and_losses_the_module():
+    assert fastsrgan.degrade is degrade and fastsrgan.losses is losses_module
     done = fastsrgan.degrade(np.ones((8, 8, 9)), (1, 1, 1), (1, 1, 3))
     assert isinstance(done, fastsrgan.Degraded) and done.low_res.shape == (8, 8, 3)
-    assert callable(degrade_module) and Degradation is not None
+
+
+@pytest.mark.parametrize("package", ["fastsrgan", "compat", "evaluate", "infer", "report", "store", "train"])
+def test_names_of_packages_are_loaded_when_asked_for(package):
+    name = package if package == "fastsrgan" else f"fastsrgan.{package}"
+    module = importlib.import_module(name)
+    assert all(hasattr(module, public) for public in module.__all__)
+    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'nonsense'"):
+        _ = module.nonsense
 
 
 def test_readme_calls(golden):

@@ -4,7 +4,7 @@
     python tools/score_weights.py head.nii.gz --label gm.nii.gz --ratio 3 --axis 0 1 2 --tiling 64:32 128:30
 
 Each head is acquired with thick slices by fastsrgan.degrade (physical geometry) at every ratio of slice thickness to
-voxel size, noise level and slice axis, and goes through fastsrgan.infer.volume.infer_volume as a user's image would. The
+voxel size, noise level and slice axis, and goes through fastsrgan.infer_volume as a user's image would. The
 spline is clipped at the acquired image's minimum, as the network's result is. With a label, a reader of the thick
 slices is imitated: the degraded label is cut at 0.5 on the low-resolution grid, interpolated and cut at 0.5 again.
 """

@@ -1,6 +1,6 @@
 """The original's Python function with its own arguments, numbers and files (SEGSRGAN.md section 5).
 
-``from fastsrgan.compat.original import segmentation`` takes the place of the original's import. Nothing here, nor anything that
+``from fastsrgan.compat import segmentation`` takes the place of the original's import. Nothing here, nor anything that
 the package imports, looks for the network.
 """
 

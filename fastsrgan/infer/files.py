@@ -83,7 +83,7 @@ def infer_files(
     Parameters
     ----------
     inputs : NIfTI files, folders of them, DICOM folders or files, and .txt or .csv lists; see ``image_list``
-    weights : any weight file (``fastsrgan.model.weights.load_generator``); several give the mean of their SR and of their
+    weights : any weight file (``fastsrgan.load_generator``); several give the mean of their SR and of their
         probabilities; None takes the model shipped with the package
     patch ... flips : see ``infer.infer_volume``; ``mask`` is the file of an image's mask, or "head". What
         does not fit into ``max_memory`` bytes is done by slabs into files beside the result, taken away at the end

@@ -1,6 +1,6 @@
 """NIfTI images in and out. Arrays keep the file's axis order (X, Y, Z) and its memory order (first axis fastest).
 
-Reading checks before it allocates (`fastsrgan.io.nifti_header`) and goes through the file once, in pieces: the peak is the
+Reading checks before it allocates (`io.nifti_header`) and goes through the file once, in pieces: the peak is the
 returned array and a few MiB. What is odd about a file but usable ends in ``Volume.warnings``, everything else in an
 InputError.
 """

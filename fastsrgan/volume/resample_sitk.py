@@ -1,7 +1,7 @@
 """The original's ``interp=sitk``: decimation by whole factors, and SimpleITK's Expand with nine interpolators.
 
 Both are linear and act on each axis alone, so they are written as one matrix per axis like the other operators
-(``fastsrgan.volume.resample``): SimpleITK is asked once per column for what it makes of a unit sample, and any volume is then
+(``volume.resample``): SimpleITK is asked once per column for what it makes of a unit sample, and any volume is then
 interpolated as fast as with the spline. Needs the extra ``sitk``.
 """
 
