@@ -33,7 +33,7 @@ FORWARD_TOLERANCE = 5e-5
 # weight tensor by up to 2 % of its norm, and losses by 1e-3 after a few Adam steps from a cold start, which have the
 # size of the learning rate however small a gradient is. In float64 both are equal to 1e-12 (tests/test_bench.py).
 GRADIENT_TOLERANCE = 5e-2
-# Of its gradients: LeakyReLU has kinks too, but few layers. Measured: 6.1e-3 (results/epyc-zen3-2cores/step-critic.json).
+# Of gradients: LeakyReLU has kinks too, but few layers; Measured 6.1e-3 (results/epyc-zen3-2cores/step-critic.json).
 CRITIC_TOLERANCE = 1e-2
 LOSS_TOLERANCE = 1e-2  # of the largest term
 HALF = 20.0  # times the tolerance where fastsrgan's side computes in bfloat16 or float16
