@@ -76,8 +76,9 @@ def kept_arithmetic(folder: Path) -> tuple[str | None, str, dict[str, str]]:
     name, choices = recorded.get("precision"), mapping(recorded.get("layer_forms"))
     mode = choices.get("mode")
     names = {layer: form for layer, form in mapping(choices.get("forms")).items() if isinstance(form, str)}
-    known = name in TYPES and mode in forms.MODES
-    return (name, mode, names) if known else (None, "fixed", {})
+    if not isinstance(name, str) or not isinstance(mode, str) or name not in TYPES or mode not in forms.MODES:
+        return None, "fixed", {}
+    return name, mode, names
 
 
 def packed(state: dict[str, Any]) -> memoryview:
