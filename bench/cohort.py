@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.common import texture
 from fastsrgan.convert import convert
-from fastsrgan.data.patch_grid import patch_origins, positive_box
+from fastsrgan.data.subject import patch_origins, positive_box
 from fastsrgan.io import nifti as images
 from fastsrgan.volume.resample import modulo_size
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench import data_page, infer_page, infer_plot, plot_step, roofline, scale
 from bench.plot import plot
-from fastsrgan.core.runtime import atomic_write
+from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -241,7 +241,8 @@ def section(report: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str]) -> str:
     """``python -m bench scale``."""
     from bench.common import machine
-    from fastsrgan.core.runtime import source_commit, write_json
+    from fastsrgan.core.files import write_json
+    from fastsrgan.core.system import source_commit
 
     parser = argparse.ArgumentParser(
         prog="python -m bench scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

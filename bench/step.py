@@ -17,10 +17,10 @@ from bench import common, flops, naive
 from bench.common import Case, Sides, texture
 from bench.step_ranks import Scaling
 from fastsrgan.config import TrainConfig
+from fastsrgan.core.draws import rng
 from fastsrgan.core.ranks import ALONE, Ranks
-from fastsrgan.core.runtime import rng
-from fastsrgan.data.patch_grid import patch_origins
 from fastsrgan.data.pool import Batch, Pool, Resident
+from fastsrgan.data.subject import patch_origins
 from fastsrgan.losses import charbonnier
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.observation.model import degrade

@@ -103,8 +103,9 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
 
     from bench.step import EPOCH, pool
     from fastsrgan.config import TrainConfig
+    from fastsrgan.core.draws import rng
     from fastsrgan.core.ranks import from_environment, local_device
-    from fastsrgan.core.runtime import rng, tune_allocator
+    from fastsrgan.core.system import tune_allocator
     from fastsrgan.train.gan import Models
 
     torch.set_num_threads(options["threads"])

@@ -17,15 +17,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fastsrgan.core.runtime import QUIET, Progress
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import FastsrganError, InputError, PartialFailure, UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.io.nifti_header import examine
 from fastsrgan.io.nifti_voxels import NiftiFile
 from fastsrgan.io.tables import Fault, Row, read_table, table_error
-from fastsrgan.store.encode import DTYPES, axis_codes, describe, encode
 from fastsrgan.store.reader import Subject
-from fastsrgan.store.writer import StoreWriter, create_store
+from fastsrgan.store.writer import DTYPES, StoreWriter, axis_codes, create_store, describe, encode
 from fastsrgan.volume.geometry import Volume
 
 log = logging.getLogger("fastsrgan")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fastsrgan._version import __version__
-from fastsrgan.core.units import human
+from fastsrgan.errors import human
 from fastsrgan.infer.engine import pick_precision
 from fastsrgan.model.cpu import forms
 from fastsrgan.train.precision import training_type

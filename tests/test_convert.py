@@ -29,10 +29,9 @@ from fastsrgan.convert import convert
 from fastsrgan.errors import FastsrganError, InputError, ModelError, PartialFailure, ResourceError, UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.store import files as store_files
-from fastsrgan.store.encode import PERCENTILES, axis_codes, describe, encode
 from fastsrgan.store.files import LOCK
 from fastsrgan.store.reader import open_store, to_float32
-from fastsrgan.store.writer import create_store
+from fastsrgan.store.writer import PERCENTILES, axis_codes, create_store, describe, encode
 from fastsrgan.train.run import train
 
 SHAPE = (21, 18, 10)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from fastsrgan.core import rearranged
 from fastsrgan.infer import tiles
 from fastsrgan.infer.engine import predict
 from fastsrgan.model import layers
-from fastsrgan.model.cpu import doubling, winograd
+from fastsrgan.model.cpu import doubling, rearranged, winograd
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 

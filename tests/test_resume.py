@@ -21,7 +21,7 @@ from processes import ended, outcome, start
 from fastsrgan.config import TrainConfig
 from fastsrgan.errors import InputError, ModelError, ResourceError
 from fastsrgan.model import checkpoint, weights
-from fastsrgan.pictures.panels import find_panels
+from fastsrgan.pictures.planes import find_panels
 from fastsrgan.store.files import LOCK
 from fastsrgan.train import loop, snapshots
 from fastsrgan.train.gan import Models

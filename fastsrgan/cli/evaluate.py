@@ -8,7 +8,8 @@ from typing import Any
 
 from fastsrgan.cli.console import table
 from fastsrgan.cli.infer import print_json
-from fastsrgan.core.runtime import Progress, output_folder
+from fastsrgan.core.files import output_folder
+from fastsrgan.core.progress import Progress
 from fastsrgan.errors import PartialFailure, UsageError
 
 PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg")
@@ -66,7 +67,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
-    from fastsrgan.core.runtime import write_json
+    from fastsrgan.core.files import write_json
     from fastsrgan.evaluate.cohort import write_csv
 
     result = _run(args, progress)

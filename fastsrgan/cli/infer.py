@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fastsrgan.cli.console import error_line, say
-from fastsrgan.core.runtime import Progress, finite
+from fastsrgan.core.files import finite
+from fastsrgan.core.progress import Progress
 from fastsrgan.errors import UsageError
 
 PATIENCE = datetime.timedelta(days=7)  # of ranks that are done for those that are not
@@ -202,8 +203,9 @@ def _refuse_pairs(args: argparse.Namespace) -> None:
 def _infer(args: argparse.Namespace, progress: Progress) -> int:
     import torch
 
+    from fastsrgan.core.progress import QUIET
     from fastsrgan.core.ranks import from_environment, local_device, speaks
-    from fastsrgan.core.runtime import QUIET, tune_allocator
+    from fastsrgan.core.system import tune_allocator
     from fastsrgan.infer.files import SomeFailed
 
     tune_allocator()

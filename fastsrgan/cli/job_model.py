@@ -10,7 +10,8 @@ from typing import Any
 from fastsrgan.cli.console import error_line, say
 from fastsrgan.cli.train import boolean
 from fastsrgan.config import CHOICES
-from fastsrgan.core.runtime import Progress, finite
+from fastsrgan.core.files import finite
+from fastsrgan.core.progress import Progress
 from fastsrgan.errors import UsageError
 
 EXAMPLE = """examples:
@@ -122,7 +123,7 @@ def joined(words: Sequence[str]) -> str:
 def run(args: argparse.Namespace, progress: Progress) -> int:
     """Process the list and say what became of each result."""
     from fastsrgan.compat import job_model as job
-    from fastsrgan.core.runtime import tune_allocator
+    from fastsrgan.core.system import tune_allocator
 
     tune_allocator()
     code = 0

@@ -20,9 +20,9 @@ from typing import NoReturn
 from fastsrgan._version import __version__
 from fastsrgan.cli.console import error_line, open_console, plain, say, table
 from fastsrgan.cli.infer import print_json
-from fastsrgan.core.runtime import Progress
-from fastsrgan.core.signals import SAID, Interrupts, Terminated
-from fastsrgan.core.startup import NO_MEMORY, out_of_memory
+from fastsrgan.core.progress import Progress
+from fastsrgan.core.signals import NO_MEMORY, SAID, Interrupts, Terminated
+from fastsrgan.core.system import out_of_memory
 from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError
 
 RAW = argparse.RawDescriptionHelpFormatter

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 
-from fastsrgan.core.runtime import Progress
+from fastsrgan.core.progress import Progress
 
 
 def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:

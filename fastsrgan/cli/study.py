@@ -8,7 +8,7 @@ from typing import Any
 
 from fastsrgan.cli.console import table
 from fastsrgan.cli.infer import print_json, tile_edge
-from fastsrgan.core.runtime import Progress
+from fastsrgan.core.progress import Progress
 from fastsrgan.errors import PartialFailure
 
 KINDS = ("steps", "noise", "augmentation", "resolution", "curves")
@@ -59,7 +59,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _study(args: argparse.Namespace, progress: Progress) -> int:
-    from fastsrgan.core.runtime import tune_allocator
+    from fastsrgan.core.system import tune_allocator
     from fastsrgan.study import run as study
     from fastsrgan.study.tables import fit_text, paper_rows, shown_rows
 

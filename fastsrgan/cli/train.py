@@ -10,8 +10,9 @@ from typing import Any
 
 from fastsrgan import config as settings
 from fastsrgan import convert as conversion
+from fastsrgan.core.files import output_folder
+from fastsrgan.core.progress import Progress
 from fastsrgan.core.ranks import launched, speaks
-from fastsrgan.core.runtime import Progress, output_folder
 from fastsrgan.errors import UsageError
 from fastsrgan.io.tables import read_table
 from fastsrgan.model import checkpoint

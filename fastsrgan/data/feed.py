@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fastsrgan.core.runtime import rng
+from fastsrgan.core.draws import rng
 from fastsrgan.core.threads import Crew, Job, unwatched
 from fastsrgan.data import dali as dali_feed
 from fastsrgan.data.pool import Resident

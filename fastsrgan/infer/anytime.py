@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastsrgan.core.runtime import QUIET, Progress
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import UsageError
 from fastsrgan.infer import tiles
 from fastsrgan.infer.engine import finisher, sum_devices

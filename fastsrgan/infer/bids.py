@@ -16,18 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastsrgan._version import __version__
+from fastsrgan.core.files import atomic_write, finite, mapping, output_folder, read_json, real, write_json
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, Ranks
-from fastsrgan.core.runtime import (
-    QUIET,
-    Progress,
-    atomic_write,
-    finite,
-    mapping,
-    output_folder,
-    read_json,
-    real,
-    write_json,
-)
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.cohort import Item, evaluate_items, low_resolution
 from fastsrgan.infer.averaged import NONE

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsrgan.core.runtime import QUIET, Progress
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import ResourceError
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork, check_batch, check_precision, out_of_memory, pick_precision

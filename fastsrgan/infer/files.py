@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core import runtime
+from fastsrgan.core import system
+from fastsrgan.core.files import output_folder, remove_abandoned, write_json
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, Ranks
-from fastsrgan.core.runtime import QUIET, Progress
-from fastsrgan.core.temporary import remove_abandoned
+from fastsrgan.core.system import pick_device
 from fastsrgan.errors import ModelError, PartialFailure, UsageError
 from fastsrgan.infer import tiles
 from fastsrgan.infer.averaged import NONE
@@ -116,8 +117,8 @@ def infer_files(
     found = find_images(inputs, out_dir, series)
     if mask is not None and str(mask) != HEAD and len(found) > 1:
         raise UsageError("mask", f"one file for {len(found)} images", f"{HEAD}, or one image at a time")
-    where = runtime.pick_device(device)
-    out = runtime.output_folder(out_dir)
+    where = pick_device(device)
+    out = output_folder(out_dir)
     generators, model = _models(weights)
     asked = {"patch": patch, "step": step, "new_resolution": new_resolution, "geometry": geometry, "window": window}
     asked |= {"batch": batch, "precision": precision, "device": str(where)}
@@ -144,7 +145,7 @@ def infer_files(
         max_voxels=max_voxels,
         max_memory=max_memory,
         precision_check=precision_check,
-        provenance=runtime.provenance(),
+        provenance=system.provenance(),
         progress=progress,
         resume=resume,
     )
@@ -163,7 +164,7 @@ def infer_files(
     summary: dict[str, Any] = {"out_dir": str(out), "weights": model}
     summary |= {status: counts[status] for status in ("done", "skipped", "failed")} | {"items": items}
     if len(found) > 1 and ranks.rank == 0:
-        runtime.write_json(out / SUMMARY, summary)
+        write_json(out / SUMMARY, summary)
     # Behind the file, since torchrun ends all ranks as soon as one of them ends with a failure.
     summary = summary if lost else ranks.gather(summary)[0]
     if summary["failed"]:
@@ -218,7 +219,7 @@ def _check_outputs(found: Sequence[Image], job: Job, replace: bool) -> None:
     inputs = {os.path.realpath(image.path) for image in found}
     inputs |= {os.path.realpath(mask) for mask in [job.asked["mask"]] if mask not in (None, HEAD)}
     for folder in {job.record(image).parent for image in found} - {job.out}:
-        runtime.output_folder(folder)
+        output_folder(folder)
     standing = []
     folders: dict[Path, list[str]] = {}
     for image in found:

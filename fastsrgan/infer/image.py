@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.core import runtime
-from fastsrgan.core.runtime import Progress
+from fastsrgan.core.files import finite, read_json, write_json
+from fastsrgan.core.progress import Progress
 from fastsrgan.errors import InputError, ModelError, UsageError
 from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import HEAD
@@ -201,7 +201,7 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
         "asked": job.asked,
         "provenance": job.provenance,
     }
-    runtime.write_json(outputs["json"], record)
+    write_json(outputs["json"], record)
     return record
 
 
@@ -255,8 +255,8 @@ def names(outputs: dict[str, Path]) -> dict[str, str]:
 def finished(image: Image, job: Job) -> bool:
     """Whether this image was done with these weights and settings. Raises UsageError where it was done with others."""
     outputs = job.outputs(image)
-    record = runtime.read_json(outputs["json"])
-    now = {"weights": job.model["sha256"], "volume": job.volume, **_decisive(runtime.finite(job.asked))}
+    record = read_json(outputs["json"])
+    now = {"weights": job.model["sha256"], "volume": job.volume, **_decisive(finite(job.asked))}
     try:
         then = {
             "weights": record["weights"]["sha256"],

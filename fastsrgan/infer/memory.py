@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastsrgan.core.units import human
-from fastsrgan.errors import ResourceError
+from fastsrgan.errors import ResourceError, human
 from fastsrgan.infer import tiles
 from fastsrgan.infer.interpolated import BLOCK
 from fastsrgan.infer.network import TileNetwork

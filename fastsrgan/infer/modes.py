@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsrgan.core.runtime import QUIET, Progress
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, ModelError, UsageError
 from fastsrgan.infer import anytime, tiles
 from fastsrgan.infer.engine import predict, stream

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastsrgan.core.rearranged import held, kept_bytes
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.infer import tiles
 from fastsrgan.infer.activations import Needs, needs
 from fastsrgan.model import compiled
 from fastsrgan.model.cpu import forms
+from fastsrgan.model.cpu.rearranged import held, kept_bytes
 from fastsrgan.model.networks import MIN_SIZE, Generator
 from fastsrgan.train.precision import inference_test
 

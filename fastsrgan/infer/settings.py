@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastsrgan.config import CHOICES
-from fastsrgan.core.units import times
-from fastsrgan.errors import InputError, ResourceError, UsageError
+from fastsrgan.errors import InputError, ResourceError, UsageError, times
 from fastsrgan.infer import anytime, tiles
 from fastsrgan.infer.averaged import NONE, flip_axes
 from fastsrgan.infer.engine import check_batch, check_precision

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastsrgan.core.runtime import QUIET, Progress, pick_device
+from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.core.system import pick_device
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer import anytime, tiles
 from fastsrgan.infer.averaged import NONE, Averaged, average, flip_axes, members

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fastsrgan.core.runtime import mapping, read_json
+from fastsrgan.core.files import mapping, read_json
 from fastsrgan.errors import InputError
 
 VERSION = "1.10.0"

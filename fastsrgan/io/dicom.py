@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.core.runtime import is_special
+from fastsrgan.core.files import is_special
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.io.dicom_header import DIRECTION_TOLERANCE, Frame, check_axes, pixels, read_frames, what_is_there
 from fastsrgan.io.nifti_voxels import no_such_file

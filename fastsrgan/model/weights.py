@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastsrgan.core.runtime import is_special, output_file, url_of
+from fastsrgan.core.files import is_special, output_file, url_of
 from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.model import checkpoint
 from fastsrgan.model import keras as keras_h5

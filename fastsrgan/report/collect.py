@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.runtime import is_special, read_json, real
+from fastsrgan.core.files import is_special, read_json, real
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table

@@ -1,4 +1,10 @@
-"""What a store stands on, wherever it is: bytes by key, the manifest of whole subjects, and the writer's lock."""
+"""What a store stands on, wherever it is: bytes by key, the manifest of whole subjects, and the writer's lock.
+
+What a store's manifest and the metadata of its arrays may say, checked before anything is believed.
+
+A digest says that a manifest is whole, not who wrote it. Names that lead out of the store, files that are none of a
+subject's, sizes beyond all volumes and codecs that no fastsrgan writes are refused here, whoever made the store.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,9 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -17,16 +25,17 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from zarr.abc.store import Store as ZarrStore
 from zarr.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-from fastsrgan.core import runtime
-from fastsrgan.core.runtime import atomic_write, disk_error, sync_folder
+from fastsrgan.core import files as core_files
+from fastsrgan.core.files import atomic_write, disk_error, is_special, parse_json, sync_folder
 from fastsrgan.errors import FastsrganError, ModelError, ResourceError
 from fastsrgan.store.remote import open_url
-from fastsrgan.store.schema import check_manifest
+from fastsrgan.volume.geometry import spacing_of
 
 log = logging.getLogger("fastsrgan")
 
@@ -70,7 +79,7 @@ class Keys:
         return [None if found is None else found.to_bytes() for found in sync(gathered())]
 
     def _read(self, path: Path) -> bytes | None:
-        if runtime.is_special(path):  # a pipe, say: nothing that a writer makes, and reading it may never end
+        if is_special(path):  # a pipe, say: nothing that a writer makes, and reading it may never end
             return None
         try:
             return path.read_bytes()
@@ -198,7 +207,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 def need_space(keys: Keys, needed: int) -> None:
     """Refuse to begin what the disk cannot hold. Raises ResourceError; nothing is known of the room behind a URL."""
     if keys.root is not None:
-        runtime.need_space(keys.root, needed)
+        core_files.need_space(keys.root, needed)
 
 
 def write_error(error: OSError, url: str) -> FastsrganError:
@@ -333,7 +342,97 @@ def _signature() -> bytes:
 
 
 def _holder(raw: bytes | None) -> dict[str, Any] | None:
-    found = runtime.parse_json(raw or b"")
+    found = parse_json(raw or b"")
     if not isinstance(found.get("pid"), int) or "host" not in found:
         return None
     return {"pid": found["pid"], "host": str(found["host"])}
+
+
+ARRAYS = ("image", "label", "mask")
+SPLITS = ("Train", "Test")
+SUBJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+META, SHARD, CHUNK = "zarr.json", "c/0/0/0", 64
+MAX_VOXELS = 2**31
+_TYPES = {"int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32"}
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_INNER = {"bytes", "blosc", "crc32c"}
+
+
+def check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise ValueError, in words, where a manifest is not what a writer makes."""
+    kinds = {"made_by": str, "needs": str, "settings": dict, "complete": bool, "subjects": dict}
+    for name, kind in kinds.items():
+        _demand(isinstance(manifest.get(name), kind), f"its {name} is missing or of another kind")
+    root = manifest.get("root", "missing")
+    _demand(root is None or _is_fingerprint(root), "its root is no fingerprint")
+    for name, record in manifest["subjects"].items():
+        _demand(bool(SUBJECT.fullmatch(name)) and len(name) <= 255, f"{name[:80]!r} is no subject id")
+        _demand(isinstance(record, dict), f"{name} is no mapping")
+        try:
+            _check_subject(record)
+        except (TypeError, KeyError, OverflowError) as error:
+            raise ValueError(f"{name[:80]}: {type(error).__name__} {str(error)[:80]}") from error
+        except ValueError as error:
+            raise ValueError(f"{name[:80]}: {error}") from error
+
+
+def _check_subject(record: dict[str, Any]) -> None:
+    _demand(record["split"] in SPLITS, "its split is neither Train nor Test")
+    shape = record["shape"]
+    _demand(isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape), "its shape")
+    _demand(math.prod(shape) <= MAX_VOXELS, f"more than {MAX_VOXELS} voxels")
+    affine = np.array(record["affine"], float)
+    _demand(affine.shape == (4, 4) and bool(np.isfinite(affine).all()), "its affine is none")
+    _demand(abs(np.linalg.det(affine[:3, :3])) > 0, "its affine is singular")
+    spacing = np.array(record["spacing"], float)
+    _demand(spacing.shape == (3,) and bool((np.isfinite(spacing) & (spacing > 0)).all()), "its spacing is none")
+    _demand(np.allclose(spacing, spacing_of(affine), rtol=1e-3, atol=0), "its spacing is not that of its affine")
+    _demand(isinstance(record["attrs"], dict), "its attributes are no mapping")
+    arrays = record["arrays"]
+    _demand(isinstance(arrays, dict) and "image" in arrays and set(arrays) <= set(ARRAYS), "its arrays")
+    for name, array in arrays.items():
+        allowed = _TYPES if name == "image" else {"uint8"}
+        _demand(isinstance(array, dict) and array.get("dtype") in allowed, f"its {name} is of an unknown type")
+    scaling = [arrays["image"][key] for key in ("scale", "offset")]
+    _demand(all(type(v) in (int, float) and math.isfinite(v) for v in scaling), "its intensity scaling")
+    wanted = {META, *(f"{name}/{end}" for name in arrays for end in (META, SHARD))}
+    files = record["files"]
+    _demand(isinstance(files, dict) and set(files) == wanted, "its files are not those of its arrays")
+    _demand(all(_is_fingerprint(found) for found in files.values()), "its files have no fingerprints")
+
+
+def check_array(meta: bytes, shape: tuple[int, int, int], dtype: str) -> None:
+    """Raise ValueError where an array's metadata are not what a writer makes for this shape and type.
+
+    Nothing else is handed to a library that decodes: no foreign codec, no size that the manifest does not know.
+    """
+    try:
+        found = json.loads(meta)
+        told = {key: found[key] for key in ("zarr_format", "node_type", "shape", "data_type")}
+        grid, (shards,) = found["chunk_grid"], found["codecs"]
+        inside = shards["configuration"]
+        codecs = [codec["name"] for codec in inside["codecs"] + inside["index_codecs"]]
+        cut = (grid["name"], grid["configuration"]["chunk_shape"], shards["name"], inside["chunk_shape"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError("its metadata are not those of a fastsrgan store") from error
+    same = {"zarr_format": 3, "node_type": "array", "shape": list(shape), "data_type": dtype}
+    whole = [-(-n // CHUNK) * CHUNK for n in shape]
+    fits = cut == ("regular", whole, "sharding_indexed", [CHUNK] * 3) and not found.get("storage_transformers")
+    if told != same or not fits or not all(isinstance(c, str) and c in _INNER for c in codecs):
+        raise ValueError("its metadata are not those that the manifest asks for")
+
+
+def _is_fingerprint(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and type(value[0]) is int
+        and value[0] >= 0
+        and isinstance(value[1], str)
+        and bool(_DIGEST.fullmatch(value[1]))
+    )
+
+
+def _demand(true: bool, told: str) -> None:
+    if not true:
+        raise ValueError(told)

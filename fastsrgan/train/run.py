@@ -18,33 +18,24 @@ import torch
 from fastsrgan import config as settings
 from fastsrgan._version import __version__
 from fastsrgan.config import TrainConfig
+from fastsrgan.core.files import atomic_write, mapping, need_space, output_folder, write_json
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import Ranks, from_environment, local_device
-from fastsrgan.core.runtime import (
-    QUIET,
-    Progress,
-    atomic_write,
-    mapping,
-    need_space,
-    output_folder,
-    pick_device,
-    provenance,
-    write_json,
-)
 from fastsrgan.core.signals import StopRequest
+from fastsrgan.core.system import pick_device, provenance
 from fastsrgan.data.feed import Feed, PatchRule, resident_limit
 from fastsrgan.errors import InputError, ModelError, UsageError
 from fastsrgan.infer.network import out_of_memory
 from fastsrgan.model import checkpoint
 from fastsrgan.model.cpu import forms
 from fastsrgan.observation.model import Degradation
-from fastsrgan.pictures.panels import cut_panels
+from fastsrgan.pictures.planes import cut_panels
 from fastsrgan.store.files import Keys, WriteLock
 from fastsrgan.store.reader import Store, open_store
 from fastsrgan.train import snapshots
-from fastsrgan.train.board import Board
 from fastsrgan.train.fit_batch import batch_that_fits, memory_error, refuse_hopeless
 from fastsrgan.train.gan import Models
-from fastsrgan.train.logs import RunLog
+from fastsrgan.train.logs import Board, RunLog
 from fastsrgan.train.loop import loop
 from fastsrgan.train.state import Position, Run, data_identity
 

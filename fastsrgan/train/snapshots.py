@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from fastsrgan import config as settings
-from fastsrgan.core.runtime import mapping, provenance
+from fastsrgan.core.files import mapping
+from fastsrgan.core.system import provenance
 from fastsrgan.errors import ModelError
 from fastsrgan.model import checkpoint, weights
 from fastsrgan.model import safetensors as modelfile

@@ -1,52 +1,28 @@
-"""What every long job needs around its work: keyed randomness, atomic files, devices, progress, provenance."""
+"""Files that appear whole or not at all, names they have until then, places to write to, JSON."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
-import logging
 import os
 import platform
 import re
+import secrets
 import shutil
 import stat
-import subprocess
-import sys
-from collections.abc import Iterator
-from importlib import metadata
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 
-from fastsrgan.core.temporary import remove_abandoned, temporary_name
-from fastsrgan.core.units import human
-from fastsrgan.errors import ResourceError, UsageError
-
-log = logging.getLogger("fastsrgan")
+from fastsrgan.errors import ResourceError, UsageError, human
 
 MOST_JSON = 64 * 2**20  # bytes of a JSON file that is read
 _DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 300 else float(digits))
-
-
-# --- randomness ---------------------------------------------------------------------------------------------------
-
-
-def rng(seed: int, *key: int | str) -> np.random.Generator:
-    """A counter-based generator that depends on (seed, key) alone: the same bits on any rank, device or resume point.
-
-    ``rng(seed, epoch, subject, "noise")`` names a draw by what it is for, so no draw depends on the ones before it.
-    """
-    text = json.dumps([int(seed), *key]).encode()
-    digest = hashlib.blake2b(text, digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, np.uint64)))
-
-
-# --- files --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -236,104 +212,53 @@ def finite(value: Any) -> Any:
     return str(value) if isinstance(value, os.PathLike) else value
 
 
-# --- devices ------------------------------------------------------------------------------------------------------
+_HOST = hashlib.blake2b(platform.node().encode("utf8", "replace"), digest_size=4).hexdigest()
+_NAME_ROOM = 255 - len("..tmp-01234567-4194304-01234567")  # bytes of a file's own name in a temporary one
+_TEMPORARY = re.compile(
+    r"(?P<front>\..*\.tmp-)(?:(?P<host>[0-9a-f]{8})-)?(?P<process>\d+)-[0-9a-f]{8}(?P<ending>(?:\..*)?)", re.DOTALL
+)
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` -> device. Asking for CUDA where there is none is a ResourceError."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        log.info("no CUDA device: running on the CPU")
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ResourceError("--device", f"{name!r} is no device", "auto, cpu, cuda or cuda:0") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ResourceError(
-                "--device", f"{name} asked, {count} CUDA devices seen", "--device cpu, or see `fastsrgan doctor`"
-            )
-    elif device.type != "cpu":
-        raise ResourceError("--device", f"{name!r} is not supported", "auto, cpu, cuda or cuda:0")
-    return device
+def temporary_name(path: Path) -> Path:
+    """A private name beside ``path`` with the same suffixes, for writing before renaming; at most 255 bytes long."""
+    front, ending = _around(path.name)
+    return path.with_name(f"{front}{_HOST}-{os.getpid()}-{secrets.token_hex(4)}{ending}")
 
 
-def tune_allocator() -> bool:
-    """Tell glibc to keep freed memory instead of returning it to the system at every step.
+def _around(name: str) -> tuple[str, str]:
+    """What stands before and behind host, process and number in the temporary names of a file."""
+    stem, dot, suffixes = name.partition(".")
+    ending = _fitting(dot + suffixes, slice(-_NAME_ROOM, None))
+    return f".{_fitting(stem, slice(_NAME_ROOM - len(os.fsencode(ending))))}.tmp-", ending
 
-    Large activations are otherwise mapped, zeroed and unmapped anew at each use. Returns False where the C library has
-    no ``mallopt``. Call once, at start, in a process
-    that trains or infers on the CPU.
+
+def _fitting(text: str, part: slice) -> str:
+    return text if len(raw := os.fsencode(text)) == len(raw[part]) else raw[part].decode("utf8", "ignore")
+
+
+def remove_abandoned(folder: Path, names: Iterable[str]) -> None:
+    """Take away the temporary files that killed processes left of the files ``names`` in a folder.
+
+    Those of processes that are alive stay. Whether one of another machine is alive is not known here: what that wrote
+    is taken away when it is older than a day.
     """
+    targets = {_around(name) for name in names}
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            found = _TEMPORARY.fullmatch(entry.name)
+            if found and (found["front"], found["ending"]) in targets:
+                with contextlib.suppress(OSError):
+                    if _abandoned(found, entry):
+                        os.unlink(entry)
+
+
+def _abandoned(found: re.Match[str], entry: os.DirEntry[str]) -> bool:
+    if found["host"] != _HOST:
+        return time.time() - entry.stat(follow_symlinks=False).st_mtime > 24 * 3600
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    m_trim_threshold, m_mmap_max = -1, -4
-    return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
-
-
-# --- progress -----------------------------------------------------------------------------------------------------
-
-
-class Progress(Protocol):
-    """What a long job tells about itself; the command line shows it, a library caller may ignore it."""
-
-    def start(self, label: str, total: int, unit: str) -> None:
-        """A new stretch of ``total`` units of work begins."""
-
-    def advance(self, n: int = 1, **facts: Any) -> None:
-        """``n`` more units are done; ``facts`` are live values worth showing (losses, rates)."""
-
-    def finish(self) -> None:
-        """The stretch ended, done or not."""
-
-
-class _Quiet:
-    def start(self, label: str, total: int, unit: str) -> None: ...
-
-    def advance(self, n: int = 1, **facts: Any) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-QUIET: Progress = _Quiet()
-
-
-# --- provenance ---------------------------------------------------------------------------------------------------
-
-
-def provenance() -> dict[str, str | None]:
-    """Versions of what computed a result, the platform and the source commit where it is known."""
-    facts: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("fastsrgan", "torch", "numpy", "scipy", "zarr", "nibabel"):
-        try:
-            facts[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            facts[package] = None
-    facts["commit"] = source_commit()
-    return facts
-
-
-def source_commit() -> str | None:
-    """The git commit of the checkout the package runs from, or None for an installed wheel."""
-    root = Path(__file__).resolve().parent.parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    import resource
-
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+        os.kill(int(found["process"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # somebody else's
+        pass
+    return False
