@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.data_page import amount, duration, table
+from bench.data_page import RESULTS, amount, duration, table
 from fastsrgan.errors import InputError, UsageError
 
-RESULTS = Path(__file__).resolve().parent / "results"
 EPOCHS = 3  # of a checked run
 RANKS = (1, 2)
 

@@ -26,10 +26,10 @@ from fastsrgan.cli.console import PlainProgress
 from fastsrgan.cli.main import main
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
+from fastsrgan.core.files import LOCK
 from fastsrgan.errors import FastsrganError, InputError, ModelError, PartialFailure, ResourceError, UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.store import files as store_files
-from fastsrgan.store.files import LOCK
 from fastsrgan.store.reader import open_store, to_float32
 from fastsrgan.store.writer import PERCENTILES, axis_codes, create_store, describe, encode
 from fastsrgan.train.run import train

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastsrgan.config import TrainConfig
 from fastsrgan.data.pool import Batch
 from fastsrgan.errors import ResourceError
-from fastsrgan.infer.network import pick_precision
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
+from fastsrgan.model.precision import TF32, Arithmetic, inference_test, pick_precision
 from fastsrgan.train import precision
 from fastsrgan.train.gan import Models
 from fastsrgan.train.objectives import generator_loss
 from fastsrgan.train.optimise import Optimiser
-from fastsrgan.train.precision import TF32, Arithmetic, choose, inference_test, self_test
+from fastsrgan.train.precision import choose, self_test
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 CONFIG = TrainConfig(new_low_res=((1.0, 1.0, 3.0),), batch_size=2, patch_size=16, kernel_gen=2, kernel_dis=2)
@@ -237,10 +237,10 @@ def test_the_limits_are_near_what_sound_arithmetic_gives(library, kind):
     worst: dict[str, float] = {}
     for seed in (1, 2):
         exact = precision._gradients(Arithmetic(CPU, torch.float64), None, seed)
-        kernels = precision._Kernels()
+        kernels = precision.KernelCheck()
         with Kernels(tf32=kind == TF32):
             found = precision._gradients(arithmetic(kind), kernels, seed)
-        off = {name: precision._relative(found[name].double(), exact[name]) for name in exact}
+        off = {name: precision.relative_difference(found[name].double(), exact[name]) for name in exact}
         for name, value in {**off, "kernels": max(kernels.off.values())}.items():
             worst[name] = max(worst.get(name, 0.0), value)
     logging.getLogger(__name__).info("%s: %s", kind, worst)

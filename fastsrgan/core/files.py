@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
+import logging
+import math
 import os
 import platform
 import re
 import secrets
 import shutil
+import socket
 import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from fastsrgan.errors import FastsrganError, ResourceError, UsageError, human
 
-from fastsrgan.errors import ResourceError, UsageError, human
+log = logging.getLogger("fastsrgan")
 
 MOST_JSON = 64 * 2**20  # bytes of a JSON file that is read
 _DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 300 else float(digits))
@@ -203,13 +207,11 @@ def finite(value: Any) -> Any:
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
-    if isinstance(value, np.ndarray):
+    if isinstance(value, os.PathLike):
+        return str(value)
+    if hasattr(value, "tolist"):  # arrays and numbers of NumPy, which is not loaded for others
         return finite(value.tolist())
-    if isinstance(value, np.generic):
-        return finite(value.item())
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return str(value) if isinstance(value, os.PathLike) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _HOST = hashlib.blake2b(platform.node().encode("utf8", "replace"), digest_size=4).hexdigest()
@@ -255,10 +257,123 @@ def remove_abandoned(folder: Path, names: Iterable[str]) -> None:
 def _abandoned(found: re.Match[str], entry: os.DirEntry[str]) -> bool:
     if found["host"] != _HOST:
         return time.time() - entry.stat(follow_symlinks=False).st_mtime > 24 * 3600
+    return not _is_alive(int(found["process"]))
+
+
+# --- locks --------------------------------------------------------------------------------------------------------
+
+LOCK = ".fastsrgan.lock"
+
+
+class FolderLock:
+    """One writer at a time in a folder, a store's or a run's, for as long as this object is not released.
+
+    The kernel holds the lock and frees it when the process dies, so a file left behind is stale and is taken over with
+    a warning; one from another host may be alive where the file system keeps locks to itself, and is not.
+
+    name : of the folder in messages
+    elsewhere : take over a file that another host left, too: the caller knows that its process has ended
+
+    Raises ResourceError when the folder is locked or cannot be made.
+    """
+
+    def __init__(self, folder: Path, name: str | None = None, elsewhere: bool = False) -> None:
+        self.folder, self.name, self.elsewhere = folder, name or str(folder), elsewhere
+        self._file: int | None = None
+        try:
+            self._made = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self._acquire(folder / LOCK)
+        except OSError as error:
+            raise write_error(error, self.name) from error
+
+    def release(self) -> None:
+        """Remove the lock, and the folder where nothing else came into it."""
+        if self._file is None:
+            return
+        (self.folder / LOCK).unlink(missing_ok=True)
+        os.close(self._file)
+        self._file = None
+        if self._made:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+
+    def _acquire(self, path: Path) -> int:
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                holder = lock_holder(os.pread(descriptor, 1000, 0))
+                judge_lock(self.name, holder, held=not _flock(descriptor), elsewhere=self.elsewhere)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+                        os.ftruncate(descriptor, 0)
+                        os.pwrite(descriptor, lock_signature(), 0)
+                        return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # its holder removed the file in between
+
+
+def judge_lock(
+    name: str, holder: dict[str, Any] | None, *, held: bool, by_process: bool = False, elsewhere: bool = False
+) -> None:
+    """Refuse a lock that is or may be alive; say that a dead one is taken over.
+
+    held : whether it is known to be; by_process : whether a process of this host that lives holds it too
+    """
+    who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+    here = holder is not None and holder["host"] == socket.gethostname()
+    alive = by_process and holder is not None and here and _is_alive(holder["pid"])
+    if held or alive:
+        hint = "wait until it ends" + (f"; if it is no conversion, delete {name}/{LOCK}" if alive else "")
+        raise ResourceError(name, f"is being written by {who}", hint)
+    if holder and not here and not elsewhere:
+        raise ResourceError(name, f"is locked by {who}", f"if that run is over, delete {name}/{LOCK}")
+    if holder:
+        log.warning("%s: %s did not end properly, its lock is taken over", name, who)
+
+
+def lock_signature() -> bytes:
+    """What a lock says about its holder, another at every call."""
+    return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": secrets.token_hex(8)}).encode()
+
+
+def lock_holder(raw: bytes | None) -> dict[str, Any] | None:
+    """pid and host from the bytes of a lock; None where they name nobody."""
+    content = parse_json(raw or b"")
+    if not isinstance(content.get("pid"), int) or "host" not in content:
+        return None
+    return {"pid": content["pid"], "host": str(content["host"])}
+
+
+def write_error(error: OSError, name: str) -> FastsrganError:
+    """What a failure to write means for a user."""
+    known = disk_error(error, Path(name))
+    if isinstance(known, FastsrganError):
+        return known
+    return ResourceError(name, f"cannot be written: {error.strerror or error}", "check the path and its disk")
+
+
+def _flock(descriptor: int) -> bool:
+    """Take the kernel's lock; False when another holds it. File systems without locks are trusted."""
     try:
-        os.kill(int(found["process"]), 0)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        log.warning("the file system knows no locks: take care that only one process writes to this folder")
+    return True
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this host runs, whoever's it is."""
+    try:
+        os.kill(pid, 0)
     except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
         return True
-    except (OSError, OverflowError):  # somebody else's
-        pass
-    return False
+    return True

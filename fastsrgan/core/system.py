@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import platform
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
-
-import torch
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from fastsrgan.errors import ResourceError
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("fastsrgan")
 
 
 def pick_device(name: str = "auto") -> torch.device:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` -> device. Asking for CUDA where there is none is a ResourceError."""
+    import torch
+
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -84,20 +91,85 @@ def source_commit() -> str | None:
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
-    import resource
-
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-# What the system's loader and libraries say where there is no room for them; their errors have no type of their own.
-_NO_ROOM = ("failed to map segment", "cannot allocate memory", "can't allocate memory", "bad_alloc")
+# --- memory -------------------------------------------------------------------------------------------------------
+
+# What the system's loader and libraries say where there is no room; their errors have no type of their own.
+_NO_ROOM = (
+    *("failed to map segment", "cannot allocate memory", "can't allocate memory", "bad_alloc", "out of memory"),
+)
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was made of, is about memory that was not to be had."""
+    """Whether an error, or one that it was made of, is about memory of the host or a device that was not to be had."""
     while error is not None:
-        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_ROOM):
+        untyped = isinstance(error, (RuntimeError, ImportError, OSError))
+        if isinstance(error, MemoryError) or (untyped and any(words in str(error).lower() for words in _NO_ROOM)):
+            return True
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded here
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def free_memory(device: torch.device | None = None) -> int:
+    """Bytes that this process may still take: on a CUDA device, or on the host.
+
+    The host's are what the machine has free, within the limits of the control groups (v1 and v2, of containers and of
+    batch jobs) and of the process itself (``ulimit -v``, ``-d``).
+    """
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    free += [1024 * n for n in (_kilobytes("/proc/meminfo", "MemAvailable"),) if n is not None]
+    free += [max(0, most - used) for most, used in _group_limits()]
+    for what, field in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        soft, taken = resource.getrlimit(what)[0], _kilobytes("/proc/self/status", field)
+        if soft != resource.RLIM_INFINITY and taken is not None:
+            free.append(max(0, soft - 1024 * taken))
+    return min(free)
+
+
+def total_memory() -> int:
+    """Bytes of the host that this process could have were nothing else on it: the machine's, or its groups' limit."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(most for most, _ in _group_limits())])
+
+
+def _group_limits() -> Iterator[tuple[int, int]]:
+    """(limit, used) in bytes of each control group that has a limit: of a container, and of the job within."""
+    own = {"": ["/"], "memory": ["/"]}
+    for line in _lines("/proc/self/cgroup"):
+        _, controllers, place = (line.split(":", 2) + ["", ""])[:3]
+        for kind in {"", "memory"} & set(controllers.split(",")):
+            own[kind] += [str(folder) for folder in (PurePosixPath(place), *PurePosixPath(place).parents)]
+    for kind, top, limit, usage in (
+        ("", "/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("memory", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        for place in dict.fromkeys(own[kind]):
+            folder = f"{top}{place}".rstrip("/")
+            most, used = (_number(f"{folder}/{name}") for name in (limit, usage))
+            if most is not None and used is not None and most < 2**60:  # v1 writes "none" as a number near 2^63
+                yield most, used
+
+
+def _kilobytes(path: str, field: str) -> int | None:
+    words = [line.split() for line in _lines(path) if line.startswith(f"{field}:")]
+    return int(words[0][1]) if words else None
+
+
+def _lines(path: str) -> Sequence[str]:
+    try:
+        return Path(path).read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return ()
+
+
+def _number(path: str) -> int | None:
+    lines = _lines(path)
+    return int(lines[0]) if lines and lines[0].isdigit() else None

@@ -24,6 +24,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from fastsrgan.core.system import out_of_memory
 from fastsrgan.errors import FastsrganError, ResourceError
 
 T = TypeVar("T")
@@ -108,7 +109,7 @@ class Job(Generic[T]):
             return result  # type: ignore[return-value]
         if isinstance(error, FastsrganError):
             raise error
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if out_of_memory(error):
             raise ResourceError(
                 self.what, "no memory to prepare it", "lower resident_memory, prefetch or feed_threads"
             ) from error

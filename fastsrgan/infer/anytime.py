@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.core.system import out_of_memory
 from fastsrgan.errors import UsageError
 from fastsrgan.infer import tiles
 from fastsrgan.infer.engine import finisher, sum_devices
-from fastsrgan.infer.network import TileNetwork, out_of_memory
+from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Whole
 from fastsrgan.infer.region import Region
 from fastsrgan.infer.stitch import Stitcher, divide_planes, window_sums

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.core.system import out_of_memory
 from fastsrgan.errors import ResourceError
 from fastsrgan.infer import tiles
-from fastsrgan.infer.network import TileNetwork, check_batch, check_precision, out_of_memory, pick_precision
+from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Sink, Source, Whole
 from fastsrgan.infer.region import Region
 from fastsrgan.infer.stitch import Stitcher
 from fastsrgan.infer.sweep import Sweep
-
-__all__ = ["check_batch", "check_precision", "pick_precision", "predict", "stream"]
 
 log = logging.getLogger("fastsrgan")
 

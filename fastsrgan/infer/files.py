@@ -13,13 +13,13 @@ from fastsrgan.core import system
 from fastsrgan.core.files import output_folder, remove_abandoned, write_json
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, Ranks
-from fastsrgan.core.system import pick_device
+from fastsrgan.core.system import free_memory, pick_device
 from fastsrgan.errors import ModelError, PartialFailure, UsageError
 from fastsrgan.infer import tiles
 from fastsrgan.infer.averaged import NONE
 from fastsrgan.infer.cohort import Cohort, together
 from fastsrgan.infer.image import DTYPES, Job, compute, load, names, write
-from fastsrgan.infer.memory import SHARE, free_memory
+from fastsrgan.infer.memory import SHARE
 from fastsrgan.infer.modes import HEAD
 from fastsrgan.infer.room import need_room
 from fastsrgan.infer.volume import Resolution, Step, check_settings

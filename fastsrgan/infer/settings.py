@@ -12,9 +12,10 @@ from fastsrgan.config import CHOICES
 from fastsrgan.errors import InputError, ResourceError, UsageError, times
 from fastsrgan.infer import anytime, tiles
 from fastsrgan.infer.averaged import NONE, flip_axes
-from fastsrgan.infer.engine import check_batch, check_precision
+from fastsrgan.infer.network import check_batch
 from fastsrgan.infer.windows import check_window
 from fastsrgan.io.nifti_header import SPACING_LIMITS
+from fastsrgan.model.precision import check_precision
 from fastsrgan.volume.geometry import grid_size
 from fastsrgan.volume.resample import SAME, check_geometry
 

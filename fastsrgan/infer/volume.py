@@ -24,7 +24,6 @@ from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer import anytime, tiles
 from fastsrgan.infer.averaged import NONE, Averaged, average, flip_axes, members
 from fastsrgan.infer.deviation import deviations
-from fastsrgan.infer.engine import pick_precision
 from fastsrgan.infer.interpolated import Interpolated
 from fastsrgan.infer.memory import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, Job, MemoryPlan, plan_memory
 from fastsrgan.infer.modes import How, Prepared, by_slabs, find_region, in_memory, looked_at, within
@@ -37,6 +36,7 @@ from fastsrgan.infer.settings import coarser
 from fastsrgan.infer.settings import target_spacing as target_spacing
 from fastsrgan.infer.split import Together, by_ranks
 from fastsrgan.infer.sweep import GROUP_BATCHES
+from fastsrgan.model.precision import pick_precision
 from fastsrgan.volume.geometry import Orientation, processing_orientation, resampled_affine, spacing_of
 from fastsrgan.volume.intensity import normaliser
 

@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
 import re
-import secrets
 import shutil
-import socket
 import urllib.parse
 from pathlib import Path
 from typing import Any
@@ -32,7 +28,16 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from fastsrgan.core import files as core_files
-from fastsrgan.core.files import atomic_write, disk_error, is_special, parse_json, sync_folder
+from fastsrgan.core.files import (
+    LOCK,
+    FolderLock,
+    atomic_write,
+    is_special,
+    judge_lock,
+    lock_holder,
+    lock_signature,
+    sync_folder,
+)
 from fastsrgan.errors import FastsrganError, ModelError, ResourceError
 from fastsrgan.store.remote import open_url
 from fastsrgan.volume.geometry import spacing_of
@@ -42,7 +47,6 @@ log = logging.getLogger("fastsrgan")
 FORMAT = 1
 NEEDS = "0.1.0"  # the oldest fastsrgan that reads FORMAT
 MANIFEST = "manifest.json"
-LOCK = ".fastsrgan.lock"
 
 
 class Keys:
@@ -210,41 +214,21 @@ def need_space(keys: Keys, needed: int) -> None:
         core_files.need_space(keys.root, needed)
 
 
-def write_error(error: OSError, url: str) -> FastsrganError:
-    """What a failure to write means for a user."""
-    found = disk_error(error, Path(url))
-    if isinstance(found, FastsrganError):
-        return found
-    return ResourceError(url, f"cannot be written: {error.strerror or error}", "check the path and its disk")
-
-
 class WriteLock:
-    """One writer at a time, for as long as this object is not released.
+    """One writer of a store at a time, for as long as this object is not released.
 
-    In a folder the kernel holds the lock and frees it when the process dies, so a file left behind is stale and is
-    taken over with a warning; one from another host may be alive where the file system keeps locks to itself, and is
-    not. Behind a URL the lock is an object that names its holder. S3 makes such an object for one of several writers
-    only; where an older server cannot, two that start in the same moment are told apart by `check` at the latest.
-
-    elsewhere : take over a file that another host left, too: the caller knows that its process has ended
+    A folder is locked by its ``FolderLock``. Behind a URL the lock is an object that names its holder. S3 makes such an
+    object for one of several writers only; where an older server cannot, two that start in the same moment are told
+    apart by `check` at the latest.
 
     Raises ResourceError when the store is locked or its folder cannot be made.
     """
 
-    def __init__(self, keys: Keys, elsewhere: bool = False) -> None:
-        self._keys, self._elsewhere = keys, elsewhere
-        self._file: int | None = None
-        self._made_folder = False
-        self._signature = _signature()
-        if keys.root is None:
+    def __init__(self, keys: Keys) -> None:
+        self._keys, self._signature = keys, lock_signature()
+        self._folder = FolderLock(keys.root, keys.url) if keys.root is not None else None
+        if self._folder is None:
             self._take()
-            return
-        try:
-            self._made_folder = not keys.root.exists()
-            keys.root.mkdir(parents=True, exist_ok=True)
-            self._file = self._acquire(keys.root / LOCK)
-        except OSError as error:
-            raise write_error(error, keys.url) from error
 
     def check(self) -> None:
         """Make sure that the lock behind a URL is still ours, before the manifest is replaced: ResourceError."""
@@ -254,20 +238,14 @@ class WriteLock:
 
     def release(self) -> None:
         """Remove the lock, and the folder where nothing else came into it."""
-        root = self._keys.root
-        if root is None:
-            try:
-                if self._keys.get(LOCK) == self._signature:
-                    self._keys.drop_one(LOCK)
-            except FastsrganError as error:
-                log.warning("the lock stays behind: %s", error)
-        elif self._file is not None:
-            (root / LOCK).unlink(missing_ok=True)
-            os.close(self._file)
-            self._file = None
-            if self._made_folder:
-                with contextlib.suppress(OSError):
-                    root.rmdir()
+        if self._folder is not None:
+            self._folder.release()
+            return
+        try:
+            if self._keys.get(LOCK) == self._signature:
+                self._keys.drop_one(LOCK)
+        except FastsrganError as error:
+            log.warning("the lock stays behind: %s", error)
 
     def _take(self) -> None:
         """Make the lock's object; one of a dead process of this host is removed first."""
@@ -276,76 +254,10 @@ class WriteLock:
         raw = self._keys.get(LOCK)
         if raw == self._signature:  # made by an attempt whose answer got lost
             return
-        self._judge(_holder(raw), held=False)
+        judge_lock(self._keys.url, lock_holder(raw), held=False, by_process=True)
         self._keys.drop_one(LOCK)
         if not self._keys.create(LOCK, self._signature):
-            self._judge(_holder(self._keys.get(LOCK)), held=True)
-
-    def _acquire(self, path: Path) -> int:
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                holder = _holder(os.pread(descriptor, 1000, 0))
-                self._judge(holder, held=not _flock(descriptor))
-                with contextlib.suppress(FileNotFoundError):
-                    if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
-                        os.ftruncate(descriptor, 0)
-                        os.pwrite(descriptor, self._signature, 0)
-                        return descriptor
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)  # its holder removed the file in between
-
-    def _judge(self, holder: dict[str, Any] | None, held: bool) -> None:
-        """Refuse a lock that is or may be alive; say that a dead one is taken over."""
-        told = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-        here = bool(holder) and holder["host"] == socket.gethostname()  # type: ignore[index]
-        by_pid = self._keys.root is None and here and _alive(holder["pid"])  # type: ignore[index]
-        if held or by_pid:
-            hint = "wait until it ends" + (
-                f"; if it is no conversion, delete {self._keys.url}/{LOCK}" if by_pid else ""
-            )
-            raise ResourceError(self._keys.url, f"is being written by {told}", hint)
-        if holder and not here and not self._elsewhere:
-            hint = f"if that run is over, delete {self._keys.url}/{LOCK}"
-            raise ResourceError(self._keys.url, f"is locked by {told}", hint)
-        if holder:
-            log.warning("%s: %s did not end properly, its lock is taken over", self._keys.url, told)
-
-
-def _flock(descriptor: int) -> bool:
-    """Take the kernel's lock; False when another holds it. File systems without locks are trusted."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        log.warning("the file system knows no locks: take care that only one process writes to this folder")
-    return True
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _signature() -> bytes:
-    return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": secrets.token_hex(8)}).encode()
-
-
-def _holder(raw: bytes | None) -> dict[str, Any] | None:
-    found = parse_json(raw or b"")
-    if not isinstance(found.get("pid"), int) or "host" not in found:
-        return None
-    return {"pid": found["pid"], "host": str(found["host"])}
+            judge_lock(self._keys.url, lock_holder(self._keys.get(LOCK)), held=True, by_process=True)
 
 
 ARRAYS = ("image", "label", "mask")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastsrgan._version import __version__
-from fastsrgan.core.files import finite, mapping, parse_json
+from fastsrgan.core.files import finite, mapping, parse_json, write_error
 from fastsrgan.errors import FastsrganError, InputError, ModelError, UsageError
 from fastsrgan.store.codec import CHUNK, encoded, group_bytes
 from fastsrgan.store.files import (
@@ -31,7 +31,6 @@ from fastsrgan.store.files import (
     WriteLock,
     need_space,
     read_manifest,
-    write_error,
     write_manifest,
 )
 from fastsrgan.store.files import SUBJECT as _ID

@@ -18,19 +18,17 @@ import torch
 from fastsrgan import config as settings
 from fastsrgan._version import __version__
 from fastsrgan.config import TrainConfig
-from fastsrgan.core.files import atomic_write, mapping, need_space, output_folder, write_json
+from fastsrgan.core.files import FolderLock, atomic_write, mapping, need_space, output_folder, write_json
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import Ranks, from_environment, local_device
 from fastsrgan.core.signals import StopRequest
-from fastsrgan.core.system import pick_device, provenance
+from fastsrgan.core.system import out_of_memory, pick_device, provenance
 from fastsrgan.data.feed import Feed, PatchRule, resident_limit
 from fastsrgan.errors import InputError, ModelError, UsageError
-from fastsrgan.infer.network import out_of_memory
 from fastsrgan.model import checkpoint
 from fastsrgan.model.cpu import forms
 from fastsrgan.observation.model import Degradation
 from fastsrgan.pictures.planes import cut_panels
-from fastsrgan.store.files import Keys, WriteLock
 from fastsrgan.store.reader import Store, open_store
 from fastsrgan.train import snapshots
 from fastsrgan.train.fit_batch import batch_that_fits, memory_error, refuse_hopeless
@@ -124,7 +122,7 @@ def lock(folder: Path, ranks: Ranks, held: contextlib.ExitStack) -> None:
     if ranks.rank:
         return
     again = ranks.noted(str(folder.absolute())) or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    held.callback(WriteLock(Keys(folder, read_only=False), elsewhere=again).release)
+    held.callback(FolderLock(folder, elsewhere=again).release)
 
 
 def known_run(ranks: Ranks, folder: Path) -> bool:

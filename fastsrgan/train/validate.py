@@ -20,8 +20,9 @@ from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate import metrics
 from fastsrgan.infer import tiles
-from fastsrgan.infer.engine import pick_precision, predict
+from fastsrgan.infer.engine import predict
 from fastsrgan.model.networks import Generator
+from fastsrgan.model.precision import pick_precision
 from fastsrgan.store.reader import Sample
 from fastsrgan.volume.geometry import processing_orientation
 from fastsrgan.volume.resample import apply_axes, degrade_matrix, upsample_matrix

@@ -1,0 +1,201 @@
+"""Types of numbers: which a device computes with, and whether its convolutions are right in them (docs/decisions/022).
+
+CPUs compute in float32 unless another type is asked for: bfloat16 was slower on every one that was measured. CUDA
+devices infer in float16 and train in bfloat16 from sm_80 on, in float16 from sm_70 on, older ones in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastsrgan.errors import ResourceError, UsageError
+from fastsrgan.model.networks import Generator, GeneratorSpec
+
+log = logging.getLogger("fastsrgan")
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TF32 = "tf32"
+# Each limit is at most twice the worst that sound arithmetic gave on seeds 1 and 2 of ``_gradients``, by the library's
+# convolutions of an EPYC Zen 3 with AVX2 (float32; bfloat16 and float16 emulated; TF32 by operands rounded to 10 bits
+# of mantissa): tests/test_precision.py::test_the_limits_are_near_what_sound_arithmetic_gives measures it.
+#
+# ||difference|| / ||exact|| of one convolution, or of one of its gradients, against float64 from the same operands.
+# Worst: float32 1.5e-6, float16 1.1e-3, bfloat16 8.5e-3, TF32 6.0e-3. One tap of 27 left out: 0.09 and more.
+KERNEL_LIMITS: dict[Any, float] = {torch.float32: 3e-6, torch.float16: 2.1e-3, torch.bfloat16: 1.6e-2, TF32: 1.1e-2}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a device computes.
+
+    dtype : of convolutions; the rest is float32
+    channels_last : activations with channels as their innermost axis
+    tf32 : float32 products of CUDA devices with 10 bits of mantissa
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    tf32: bool = False
+
+    @property
+    def proven(self) -> bool:
+        """Whether this is the arithmetic that every other one is measured by."""
+        return self.device.type == "cpu" and self.dtype == torch.float32
+
+    @property
+    def name(self) -> str:
+        """Its name in settings."""
+        return next(k for k, v in TYPES.items() if v == self.dtype)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether losses need a scale, for want of range."""
+        return self.dtype == torch.float16
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of a forward pass."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextlib.contextmanager
+    def flags(self) -> Iterator[None]:
+        """TF32 as this arithmetic has it, within; torch lets convolutions round to it by default."""
+        convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+        before = convolutions.allow_tf32, products.allow_tf32
+        convolutions.allow_tf32 = products.allow_tf32 = self.tf32
+        try:
+            yield
+        finally:
+            convolutions.allow_tf32, products.allow_tf32 = before
+
+    def arrange(self, network: torch.nn.Module) -> None:
+        """Move a network's parameters to the device, in the layout that its convolutions then take over."""
+        if self.channels_last:
+            network.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        else:
+            network.to(self.device)
+
+    def __str__(self) -> str:
+        return f"{self.name}{' with TF32' * self.tf32}, {'channels last' if self.channels_last else 'contiguous'}"
+
+
+def training_type(major: int, minor: int) -> str:
+    """The precision that a CUDA device of a compute capability trains in."""
+    return "bf16" if (major, minor) >= (8, 0) else "fp16" if (major, minor) >= (7, 0) else "fp32"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+@functools.cache
+def inference_test(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """``self_test`` of a forward pass alone, for inference: the worst kernel. Raises ResourceError likewise."""
+    arithmetic = Arithmetic(device, dtype)
+    kernels = KernelCheck()
+    generator = Generator(GeneratorSpec(kernel=8), seed=1).to(device)
+    x = torch.rand((1, 1, 16, 16, 16), generator=torch.Generator().manual_seed(3)).to(device)
+    try:
+        with torch.no_grad(), arithmetic.flags(), arithmetic.autocast(), kernels:
+            generator.raw(x)
+    except (torch.OutOfMemoryError, NotImplementedError):
+        raise
+    except RuntimeError as error:
+        reason = f"a small forward pass failed: {str(error).splitlines()[0]}"
+        raise ResourceError(device_name(device), reason, "see `fastsrgan doctor`, or --device cpu") from error
+    refuse_wrong(arithmetic, kernels.off, KERNEL_LIMITS)
+    return kernels.off
+
+
+def refuse_wrong(arithmetic: Arithmetic, off: dict[str, float], limits: dict[Any, float]) -> None:
+    """ResourceError where a difference is beyond the limit of this arithmetic."""
+    limit = limits[TF32 if arithmetic.tf32 and arithmetic.dtype == torch.float32 else arithmetic.dtype]
+    wrong = {name: value for name, value in off.items() if not value <= limit}
+    if not wrong:
+        return
+    differences = ", ".join(f"{name} are off by {value:.2g}" for name, value in wrong.items())
+    cudnn = f"cuDNN {torch.backends.cudnn.version()}, " if arithmetic.device.type == "cuda" else ""
+    hint = f"{cudnn}torch {torch.__version__}: try another release, --precision fp32 or --device cpu"
+    what = f"{device_name(arithmetic.device)}, {arithmetic}"
+    raise ResourceError(what, f"computes wrong convolutions: {differences}, {limit} allowed", hint)
+
+
+class KernelCheck(TorchDispatchMode):
+    """Compares what convolutions give with float64 on the CPU from the same operands.
+
+    off : "convolutions", "input gradients", "weight gradients" -> largest ||difference|| / ||exact||
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.off: dict[str, float] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        names = {
+            torch.ops.aten.convolution.default: ("convolutions",),
+            torch.ops.aten.convolution_backward.default: ("input gradients", "weight gradients"),
+        }.get(func)
+        if names:
+            with torch.autocast("cpu", enabled=False):
+                exact = func(*(_exact(a) for a in args), **(kwargs or {}))
+            both = zip(names, *((v,) if isinstance(v, Tensor) else v for v in (out, exact)), strict=False)
+            for name, got, right in both:
+                if right is not None:
+                    value = relative_difference(got.double().cpu(), right)
+                    self.off[name] = _worse(self.off.get(name, 0.0), value)
+        return out
+
+
+def _exact(value: Any) -> Any:
+    return value.to("cpu", torch.float64) if isinstance(value, Tensor) else value
+
+
+def _worse(a: float, b: float) -> float:
+    return a if math.isnan(a) or a > b else b
+
+
+def relative_difference(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+def check_precision(name: str) -> str:
+    """``name`` if it is auto or a known precision, else UsageError."""
+    if name != "auto" and name not in TYPES:
+        raise UsageError("precision", f"{name!r} is not allowed", f"auto, {', '.join(TYPES)}")
+    return name
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """The precision that "auto" stands for on a device: fp16 on CUDA, else fp32. Says once what a CPU is slow at.
+
+    fp16 is as fast as bf16 and closer to float32: SR by 2e-4 of the maximum instead of 1.5e-3.
+    """
+    if check_precision(name) == "auto":
+        return "fp16" if device.type == "cuda" else "fp32"
+    if device.type == "cpu" and name != "fp32":
+        _warn_once(f"{name} is slower than fp32 on a CPU, and less exact: take --precision auto")
+    return name
+
+
+def native(precision: str) -> bool:
+    """Whether this CPU computes in a precision."""
+    features: dict = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may not have it
+    names = ("avx512_bf16", "amx_bf16", "bf16") if precision == "bf16" else ("avx512_fp16", "amx_fp16", "fp16")
+    return precision == "fp32" or any(features.get(name) for name in names)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
