@@ -14,13 +14,13 @@ PACKAGE = ROOT / "fastsrgan"
 
 # A package, or a module beside them, imports only what stands above it. Inside a package: no cycles.
 ORDER = (
-    *("_version", "errors", "losses", "core", "config", "volume", "model", "observation", "io", "pictures", "store"),
-    *("data", "evaluate", "convert", "infer", "doctor", "train", "compat", "report", "demo", "study", "cli"),
+    *("_version", "errors", "losses", "core", "config", "volume", "model", "doctor", "observation", "io", "pictures"),
+    *("store", "data", "evaluate", "convert", "infer", "train", "compat", "report", "demo", "study", "cli"),
     *("infer_files", "evaluate_cohort", "viewer"),  # documented paths of names that live elsewhere
     *("__init__", "__main__"),
 )
 # What holds today. The aim: 10 files in the root, 15 in a folder, 500 lines in a file, chains of 16 files, 12 packages.
-MOST = {"root": 10, "folder": 25, "lines": 600, "files in a chain": 26, "packages in a chain": 12}
+MOST = {"root": 10, "folder": 25, "lines": 600, "files in a chain": 24, "packages in a chain": 12}
 # Libraries that one place knows; the others get arrays and plain values from it.
 ONLY = {
     "nibabel": {"io.nifti", "io.nifti_header"},

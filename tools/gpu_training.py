@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from bench.common import texture
-from bench.step import pool
+from bench.cohort import pool
 from fastsrgan.config import TrainConfig
 from fastsrgan.data.dali import DaliMover
 from fastsrgan.data.pool import Batch
