@@ -82,7 +82,7 @@ def test_the_variable_and_the_setting(monkeypatch):
     monkeypatch.setenv("FASTSRGAN_FORMS", "measured")
     assert (forms.wanted_mode(), forms.wanted_mode("fixed")) == ("measured", "fixed")
     monkeypatch.delenv("FASTSRGAN_FORMS")
-    assert forms.wanted_mode() == "measured"
+    assert (forms.wanted_mode(), forms.wanted_mode("auto", "measured")) == ("fixed", "measured")
     monkeypatch.setenv("FASTSRGAN_FORMS", "fastest")
     with pytest.raises(UsageError, match="'fastest' is not allowed"):
         forms.wanted_mode()
@@ -103,6 +103,25 @@ def test_a_job_keeps_a_form_whatever_the_file_says_later(cache, times):
         assert choose() == "winograd"
         forms.table_of_machine()[LAYER]["seconds"] = {"library": 0.1, "winograd": 1.0}
         assert choose() == "winograd"
+
+
+def test_the_key_of_a_result_tells_the_forms_it_was_made_with(cache, times, monkeypatch):
+    with forms.job("fixed") as fixed:
+        choose()
+    with forms.job("measured") as measured:
+        before = measured.key()
+        choose()
+        after = measured.key()
+    with forms.job("fixed", {LAYER: "winograd"}) as kept:
+        choose()
+    keys = [fixed.key(), before, after, kept.key()]
+    assert fixed.key() == ["fixed"] and all(a != b for i, a in enumerate(keys) for b in keys[:i])
+    forget()
+    with forms.job("measured") as again:
+        assert again.key() == after, "a restart finds the times in the file"
+    monkeypatch.setattr(forms, "machine", lambda: "another")
+    with forms.job("measured") as elsewhere:
+        assert elsewhere.key() not in keys
 
 
 # --- the file -----------------------------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.infer import tiles
 from fastsrgan.infer.activations import Needs, needs
 from fastsrgan.model import compiled
+from fastsrgan.model.arithmetic import inference_test
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import MIN_SIZE, Generator
-from fastsrgan.train.precision import inference_test
 
 log = logging.getLogger("fastsrgan")
 

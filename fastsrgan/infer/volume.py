@@ -36,6 +36,7 @@ from fastsrgan.infer.settings import coarser
 from fastsrgan.infer.settings import target_spacing as target_spacing
 from fastsrgan.infer.split import Together, by_ranks
 from fastsrgan.infer.sweep import GROUP_BATCHES
+from fastsrgan.model.cpu import forms
 from fastsrgan.volume.geometry import Orientation, processing_orientation, resampled_affine, spacing_of
 from fastsrgan.volume.intensity import normaliser
 
@@ -145,25 +146,27 @@ def infer_volume(
     levels = _levels(image, patch, step, by_levels)
     plan = levels[-1].plan
     can_stream = scratch is not None and (isinstance(image.source, Interpolated) or together is not None)
-    memory = _memory(image, plan, how, batch, by_levels, can_stream, max_memory, beside, together)
-    checked = {}
-    if precision_check:
-        checked = {"precision_check": deviations(image.source, plan, generator, image.slice_mm, where, precision)}
-    key = ""
-    if memory.mode == SLABS:
-        settings = [plan, geometry, image.wanted, window, precision, compile, str(where), flips]
-        key = _fingerprint(data, mask, generator, settings)
-    if by_levels:
-        sr, prob, facts = within(image, levels, how, memory.batch, BUDGET if budget is None else budget)
-        plan = levels[len(facts["levels"]) - 1].plan
-    elif together:
-        assert scratch is not None
-        sr, prob, facts = by_ranks(image, plan, how, memory.batch, Path(scratch), key, together)
-    elif memory.mode == SLABS:
-        assert scratch is not None
-        sr, prob, facts = by_slabs(image, plan, how, memory.batch, Path(scratch), key)
-    else:
-        sr, prob, facts = in_memory(image, plan, how, memory.batch)
+    # Ranks must not choose each for itself.
+    with forms.job("fixed" if together else forms.wanted_mode()) as choices:
+        memory = _memory(image, plan, how, batch, by_levels, can_stream, max_memory, beside, together)
+        checked = {}
+        if precision_check:
+            checked = {"precision_check": deviations(image.source, plan, generator, image.slice_mm, where, precision)}
+        key = ""
+        if memory.mode == SLABS:
+            settings = [plan, geometry, image.wanted, window, precision, compile, str(where), flips, choices.key()]
+            key = _fingerprint(data, mask, generator, settings)
+        if by_levels:
+            sr, prob, facts = within(image, levels, how, memory.batch, BUDGET if budget is None else budget)
+            plan = levels[len(facts["levels"]) - 1].plan
+        elif together:
+            assert scratch is not None
+            sr, prob, facts = by_ranks(image, plan, how, memory.batch, Path(scratch), key, together)
+        elif memory.mode == SLABS:
+            assert scratch is not None
+            sr, prob, facts = by_slabs(image, plan, how, memory.batch, Path(scratch), key)
+        else:
+            sr, prob, facts = in_memory(image, plan, how, memory.batch)
     odd = looked_at((sr, prob), data, precision, label)
     averaged = {"flips": flips, "networks": len(members(generator))} if isinstance(generator, Averaged) else {}
     report = {
@@ -174,6 +177,7 @@ def infer_volume(
         "window": window,
         "precision": precision,
         "compile": compile,
+        "layer_forms": choices.record(),
         "device": str(where),
         "budget": budget,
         "region": told,

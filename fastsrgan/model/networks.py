@@ -11,10 +11,12 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsrgan.core.runtime import rng
 from fastsrgan.errors import ModelError
 from fastsrgan.model.layers import (
     FORMS,
@@ -337,11 +339,24 @@ def check_sizes(shape: tuple[int, ...]) -> None:
 
 def _init(module: nn.Module, gain: float, seed: int) -> None:
     # Keras draws a normal truncated at two standard deviations and rescales it to the wanted variance.
-    rng = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         if parameter.ndim == 5:
             std = math.sqrt(gain / parameter[0].numel()) / 0.87962566103423978
-            nn.init.trunc_normal_(parameter, 0.0, std, -2 * std, 2 * std, generator=rng)
+            values = std * truncated_normal(rng(seed, "weights", name), parameter.numel())
+            with torch.no_grad():
+                parameter.copy_(torch.from_numpy(values).view_as(parameter))
+
+
+def truncated_normal(draw: np.random.Generator, n: int) -> np.ndarray:
+    """``n`` numbers in float64 from the standard normal between -2 and 2, the same bits on every processor.
+
+    NumPy's ziggurat gives a number of that range as one product of a table's value and a random integer; torch's
+    ``trunc_normal_`` has vectorised functions whose last bits depend on the instruction set.
+    """
+    values = draw.standard_normal(n)
+    while (beyond := np.flatnonzero(np.abs(values) > 2)).size:
+        values[beyond] = draw.standard_normal(beyond.size)
+    return values
 
 
 def init_lecun_normal(module: nn.Module, seed: int) -> None:

@@ -173,7 +173,7 @@ def keep_arithmetic(
 
     Returns the snapshot's precision, or None. Settings other than "auto" win over the snapshot.
     """
-    mode = forms.wanted_mode(config.layer_forms)
+    mode = forms.wanted_mode(config.layer_forms, "measured")
     name: str | None = None
     names: dict[str, str] = {}
     if ranks.world > 1 and device.type == "cpu":
