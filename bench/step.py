@@ -22,6 +22,7 @@ from fastsrgan.core.runtime import rng
 from fastsrgan.data.patch_grid import patch_origins
 from fastsrgan.data.pool import Batch, Pool, Resident
 from fastsrgan.losses import charbonnier
+from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.observation.model import degrade
 from fastsrgan.train import precision
@@ -57,8 +58,11 @@ class Work(Case):
     count: flops.Count = flops.NOTHING
 
     def measure(self, args: argparse.Namespace) -> dict[str, Any]:
-        """The row, with the work that the formulas ask for and what that is of the device's ceilings."""
-        row = common.measure(self, args)
+        """The row, with the layer forms of a training, the work that the formulas ask for and what that is of the
+        device's ceilings."""
+        with forms.job(forms.wanted_mode(otherwise="measured")) as choices:
+            row = common.measure(self, args)
+        row["layer_forms"] = choices.record()
         if not row["passed"]:
             return row
         top = ceilings(args.device, args.quick)
@@ -159,12 +163,12 @@ def _update_cases(args: argparse.Namespace, batch: int) -> list[Case]:
 def _generator_sides(kernel: int, batch: int, args: argparse.Namespace, backward: bool) -> Callable[[], Sides]:
     def build() -> Sides:
         spec = GeneratorSpec(kernel=kernel)
-        forms = {form: build_generator(spec, form).to(args.device) for form in ("fast", "reference")}
+        networks = {form: build_generator(spec, form).to(args.device) for form in ("fast", "reference")}
         plain = naive.NaiveGenerator(kernel).to(args.device)
-        pairs = plain.paired(forms["fast"])
+        pairs = plain.paired(networks["fast"])
         naive.copy(pairs)
         data = pool(args.patch, batch, args.device).gather(np.arange(batch))
-        fast, reference = forms["fast"], forms["reference"]
+        fast, reference = networks["fast"], networks["reference"]
         orders = {
             "fastsrgan": (fast, [ours for ours, _ in pairs]),
             "reference form": (reference, [ours for ours, _ in plain.paired(reference)]),
@@ -190,9 +194,9 @@ def _generator_sides(kernel: int, batch: int, args: argparse.Namespace, backward
 
 def _critic_sides(config: TrainConfig, device: str) -> Sides:
     batch = pool(config.patch_size, config.batch_size, device).gather(np.arange(config.batch_size))
-    forms = {"fastsrgan": {}, "by hand, library convolutions": {}}
-    forms |= {name: changed for name, changed in SWITCHES.items() if "penalty" in changed}
-    ours = {name: models(replace(config, **changed), device, Kept()) for name, changed in forms.items()}
+    sides: dict[str, dict[str, Any]] = {"fastsrgan": {}, "by hand, library convolutions": {}}
+    sides |= {name: changed for name, changed in SWITCHES.items() if "penalty" in changed}
+    ours = {name: models(replace(config, **changed), device, Kept()) for name, changed in sides.items()}
     ours["by hand, library convolutions"]._critic_terms = functools.partial(critic_gradients, fast=False)
     plain = naive_trainer(config, ours["fastsrgan"], device)
     draw = torch.Generator().manual_seed(0)
@@ -236,8 +240,8 @@ def _iteration_sides(config: TrainConfig, device: str) -> Sides:
     """All sides gather their patches from the same pool by the same keys: equal batches, equal interpolations."""
     patches = pool(config.patch_size, config.batch_size, device)
     indices = next(patches.generator_batches(config.batch_size))
-    forms: dict[str, dict[str, Any]] = {"fastsrgan": {}, **SWITCHES}
-    ours = {name: models(replace(config, **changed), device) for name, changed in forms.items()}
+    sides: dict[str, dict[str, Any]] = {"fastsrgan": {}, **SWITCHES}
+    ours = {name: models(replace(config, **changed), device) for name, changed in sides.items()}
     plain = naive_trainer(config, ours["fastsrgan"], device)
 
     def draws() -> tuple[list[Batch], list[Tensor]]:
