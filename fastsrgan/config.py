@@ -61,7 +61,18 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     *("lambda_rec", "lambda_adv", "lambda_gp", "noise", "warmup_epochs", "clip_norm", "ema", "contrast_max"),
-    *("bias_field", "profile", "motion", "feed_threads", "generator_chunk", "lr_warmup", "lr_end", "patience"),
+    *(
+        "bias_field",
+        "profile",
+        "profile_box",
+        "gap",
+        "motion",
+        "feed_threads",
+        "generator_chunk",
+        "lr_warmup",
+        "lr_end",
+        "patience",
+    ),
     *("whole_every", "dice_weight"),
 )
 
@@ -93,6 +104,8 @@ class TrainConfig:
     bias_field, rician, profile, flips, motion : clinical extras of the degradation, each off by default (extras.py):
         largest log amplitude of a smooth field; Rician instead of Gaussian noise; relative spread of the slice
         profile's width; axes of random mirroring, "x" to "xyz"; sd in mm and degrees of motion between slices
+    gap, profile_box : thickness of slices over their spacing is uniform in [1 - gap, 1], the share of the box in the
+        slice profile uniform in [0, profile_box]; at 0 slices touch and their profile is the Gaussian
     feed : "dali", "threads", or whichever is there; feed_threads, prefetch : its threads (0: auto), groups made ahead
     resident_memory : GB for resident volumes (None: 40 % of what is free); pool_precision : their type
     block_memory : GB above which one volume is degraded in blocks (None: whole)
@@ -154,6 +167,8 @@ class TrainConfig:
     bias_field: float = 0.0
     rician: bool = False
     profile: float = 0.0
+    profile_box: float = 0.0
+    gap: float = 0.0
     flips: str = ""
     motion: float = 0.0
     feed: str = "auto"
@@ -225,9 +240,12 @@ class TrainConfig:
         if not set(self.flips) <= set("xyz") or len(set(self.flips)) < len(self.flips):
             hint = "letters of the axes to mirror, each once, for example xy"
             raise ModelError("config: flips", f"{shown(self.flips)} is not allowed", hint)
-        for name in ("contrast_max", "ema", "noise", "beta1", "beta2", "profile"):
+        for name in ("contrast_max", "ema", "noise", "beta1", "beta2", "profile", "gap"):
             if getattr(self, name) >= 1:
                 raise ModelError(f"config: {name}", f"{getattr(self, name)} is not allowed", "below 1")
+        if self.profile_box > (1 if self.geometry == "physical" else 0):
+            hint = "at most 1, the box alone" if self.geometry == "physical" else "0: segsrgan geometry has no box"
+            raise ModelError("config: profile_box", f"{self.profile_box} is not allowed", hint)
         if self.init_epoch > self.epochs:
             raise ModelError(
                 "config: init_epoch",

@@ -59,6 +59,8 @@ OWN: dict[str, tuple[tuple[str, ...], str, type]] = {
     "feed_threads": (("--feed-threads",), "threads of the feed; 0 auto", int),
     "bias_field": (("--bias-field",), "largest log amplitude of a smooth bias field", float),
     "profile": (("--profile",), "relative spread of the slice profile's width", float),
+    "profile_box": (("--profile-box",), "largest share of a box in the slice profile, the rest a Gaussian", float),
+    "gap": (("--gap",), "largest gap between slices over their spacing", float),
     "motion": (("--motion",), "sd in mm and degrees of motion between slices", float),
     "flips": (("--flips",), "axes along which patches are mirrored at random, for example xy", str),
     "accumulate": (("--accumulate",), "micro-batches per update", int),

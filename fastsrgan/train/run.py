@@ -229,6 +229,8 @@ def prepare(
         rician=c.rician,
         profile=c.profile,
         motion=c.motion,
+        gap=c.gap,
+        profile_box=c.profile_box,
         block_bytes=None if c.block_memory is None else int(c.block_memory * 1e9),
     )
     rule = PatchRule(c.patch_size, c.stride, c.image_cropping_method == "overlapping_with_mask")
