@@ -23,6 +23,7 @@ from fastsrgan.errors import ModelError
 
 Triple = tuple[float, float, float]
 MAX_BYTES, MAX_DEPTH = 1 << 17, 8  # of a settings file, whose reader takes its time
+LARGEST_LABEL = 32767
 LARGEST = {"patch_size": 1024, "kernel_gen": 1024, "kernel_dis": 1024, "bias_field": 5}  # e^5 is 148-fold
 
 CHOICES = {
@@ -53,6 +54,7 @@ CHOICES = {
     "lr_schedule": ("constant", "linear", "cosine"),
     "best_by": ("dice", "psnr"),
 }
+SHARES = ("synthetic", "synthetic_free", "synthetic_invert", "synthetic_strip")
 
 POSITIVE = (
     *("epochs", "init_epoch", "batch_size", "stride", "critic_iterations", "head_rate", "lr_gen", "lr_dis"),
@@ -121,6 +123,12 @@ class TrainConfig:
     whole_every : epochs between validations on whole volumes with dense overlap; 0 is off
     tensorboard : write scalars and sample images to RUN/tensorboard
     penalty_every : critic updates between gradient penalties, weighted accordingly; dice_weight : soft Dice term added
+    synthetic : share of the visits of a subject with an image and tissues in which the image is made of the tissues;
+        without an image it always is
+    structure : values of the tissues that are the label, for example "3,42"
+    tissue_means : "VALUE:MEAN:SD,..." about which means are drawn, in parts of full scale ("": any contrast)
+    synthetic_free, synthetic_invert, synthetic_strip : shares of the synthetic visits with a mean for each structure,
+        with bright and dark exchanged, and of a head without all that is not brain (synthesis.py)
     """
 
     new_low_res: tuple[Triple, ...] = ()
@@ -197,6 +205,12 @@ class TrainConfig:
     tensorboard: bool = False
     penalty_every: int = 1
     dice_weight: float = 0.0
+    synthetic: float = 0.0
+    structure: str = ""
+    tissue_means: str = ""
+    synthetic_free: float = 0.25
+    synthetic_invert: float = 0.2
+    synthetic_strip: float = 0.5
     preset: str = "code"
 
     def __post_init__(self) -> None:
@@ -246,6 +260,15 @@ class TrainConfig:
         if self.profile_box > (1 if self.geometry == "physical" else 0):
             hint = "at most 1, the box alone" if self.geometry == "physical" else "0: segsrgan geometry has no box"
             raise ModelError("config: profile_box", f"{self.profile_box} is not allowed", hint)
+        for name in SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ModelError(f"config: {name}", f"{getattr(self, name)} is not allowed", "a share from 0 to 1")
+        if self.synthetic and not self.structure:
+            raise ModelError("config: synthetic", "which tissues are the label is not said", "structure: 3,42")
+        if self.synthetic and (self.fit_mask or self.image_cropping_method == "overlapping_with_mask"):
+            reason = "images that are made have no mask, which fit_mask and overlapping_with_mask need"
+            raise ModelError("config: synthetic", reason, "leave one of them out")
+        label_values(self.structure), tissue_gaussians(self.tissue_means)
         if self.init_epoch > self.epochs:
             raise ModelError(
                 "config: init_epoch",
@@ -268,6 +291,30 @@ class TrainConfig:
     def replace(self, **changes: Any) -> TrainConfig:
         """A validated copy with some settings changed."""
         return dataclasses.replace(self, **changes)
+
+
+def label_values(text: str) -> tuple[int, ...]:
+    """The whole numbers in "3,42". Raises ModelError for anything else."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() and 0 < int(part[:9]) <= LARGEST_LABEL for part in parts):
+        hint = f"label values from 1 to {LARGEST_LABEL} with commas between, 3,42"
+        raise ModelError("config: structure", f"{shown(text)} is not allowed", hint)
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def tissue_gaussians(text: str) -> tuple[tuple[int, float, float], ...]:
+    """(value, mean, sd) of each entry of "5:0.46:0.04,1:0.53:0.04". Raises ModelError for anything else."""
+    found = {}
+    for entry in text.split(",") if text else []:
+        try:
+            value, mean, sd = entry.split(":")
+            found[label_values(value.strip())[0]] = float(mean), float(sd)
+        except (ValueError, IndexError, ModelError):
+            found[0] = 0.0, 0.0
+    if 0 in found or not all(0 < mean <= 1 and 0 <= sd <= 1 for mean, sd in found.values()):
+        hint = "VALUE:MEAN:SD,... with means above 0 and up to 1, 5:0.46:0.04,1:0.53:0.04"
+        raise ModelError("config: tissue_means", f"{shown(text)} is not allowed", hint)
+    return tuple((value, *gaussian) for value, gaussian in sorted(found.items()))
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -30,14 +30,18 @@ from fastsrgan.volume.geometry import Volume
 
 log = logging.getLogger("fastsrgan")
 
-_COLUMNS = {"image": "HR_image", "label": "Label_image", "mask": "Mask_image"}
+_COLUMNS = {"image": "HR_image", "label": "Label_image", "mask": "Mask_image", "tissues": "Tissue_image"}
+LARGEST = {"label": 255, "mask": 255, "tissues": 32767}  # of their values
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A row that was found good: SHA-256 of each of its files, the image's voxels and stored type."""
+    """A row that was found good: SHA-256 of each of its files, the image's voxels and stored type.
+
+    Without an image, those of the tissues.
+    """
 
     row: Row
     sources: dict[str, dict[str, str]]
@@ -135,18 +139,23 @@ def _conflicts(jobs: list[_Job], before: dict[str, Subject]) -> list[Fault]:
     faults: list[Fault] = []
     named = {job.row.subject for job in jobs}
     kept = [s for s in before.values() if s.id not in named and "source" in s.attrs]
-    first = {s.attrs["source"]["image"]["sha256"]: (s.split, f"subject {s.id} in the store") for s in kept}
+    first = {_main(s.attrs["source"])["sha256"]: (s.split, f"subject {s.id} in the store") for s in kept}
     for job in jobs:
-        row, image = job.row, job.sources["image"]
+        row, image = job.row, _main(job.sources)
         split, twin = first.setdefault(image["sha256"], (row.base, f"{row.image.name} at line {row.line}"))
         if split != row.base:
             faults.append(
                 (row.line, f"{row.image.name} holds the same image as {twin}, one is in Train and one in Test")
             )
-        known = before[row.subject].attrs.get("source", {}).get("image", image) if row.subject in before else image
+        known = _main(before[row.subject].attrs.get("source", {}), image) if row.subject in before else image
         if known["sha256"] != image["sha256"] and known["path"] != image["path"]:
             faults.append((row.line, f"subject {row.subject} is in the store already, made from {known['path']}"))
     return faults
+
+
+def _main(sources: dict[str, dict[str, str]], other: dict[str, str] | None = None) -> dict[str, str]:
+    """The file that a subject is known by: its image, or its tissues where it has none."""
+    return sources.get("image") or sources.get("tissues") or other or {}
 
 
 def _inspect(row: Row) -> tuple[_Job | None, list[Fault]]:
@@ -154,16 +163,22 @@ def _inspect(row: Row) -> tuple[_Job | None, list[Fault]]:
     sources = {}
     like: Volume | None = None
     header = None
-    for name, path in (("image", row.image), ("label", row.label), ("mask", row.mask)):
+    paths = {
+        "image": row.image if row.has_image else None,
+        "tissues": row.tissues,
+        "label": row.label,
+        "mask": row.mask,
+    }
+    for name, path in paths.items():
         if path is None:
             continue
         try:
-            if name == "image":
-                header = _one_volume(path)
+            found = _one_volume(path)
+            if header is None:
+                header = found
                 like = Volume(np.broadcast_to(np.uint8(0), header.shape), header.affine)
-            else:
-                _one_volume(path)
-                images.load_label(path, like)
+            if name != "image":
+                images.load_label(path, like, largest=LARGEST[name])
             sources[name] = {"path": str(path), "sha256": images.sha256(path)}
         except FastsrganError as error:
             faults.append((row.line, InputError(f"{_COLUMNS[name]} {error.what}", error.reason, error.hint)))
@@ -253,22 +268,29 @@ def _parallel(function: Callable[[_T], _R], items: Iterable[_T], workers: int) -
 
 def _convert(job: _Job, writer: StoreWriter, dtype: str) -> Subject:
     row = job.row
-    stored, scale, offset, volume = images.load_stored(row.image)
-    stored, scale, offset, quantised = encode(stored, scale, offset, dtype)
+    if row.has_image:
+        stored, scale, offset, volume = images.load_stored(row.image)
+        stored, scale, offset, quantised = encode(stored, scale, offset, dtype)
+    else:
+        volume = images.load_label(row.image, largest=LARGEST["tissues"])
+        stored, scale, offset, quantised = volume.data, 1.0, 0.0, {}
+    facts = describe(stored, scale, offset)
+    if not row.has_image:
+        del facts["intensity"]
     attrs: dict[str, Any] = {
         "source": job.sources,
         "source_dtype": volume.meta["stored_dtype"],
         "orientation": axis_codes(volume.affine),
-        **describe(stored, scale, offset),
+        **facts,
         **quantised,
     }
     warnings = list(volume.warnings)
     if attrs["bounding_box"] is None:
         raise InputError(row.image, "no voxel is above 0", "there is nothing to learn from it")
-    others: dict[str, np.ndarray | None] = {"label": None, "mask": None}
-    for name, path in (("label", row.label), ("mask", row.mask)):
+    others: dict[str, np.ndarray | None] = {"label": None, "mask": None, "tissues": None}
+    for name, path in (("label", row.label), ("mask", row.mask), ("tissues", row.tissues)):
         if path is not None:
-            other = images.load_label(path, volume)
+            other = images.load_label(path, volume, largest=LARGEST[name])
             others[name] = other.data
             counts = np.bincount(other.data.ravel(order="K"))
             attrs[f"{name}_counts"] = {str(value): int(counts[value]) for value in np.flatnonzero(counts)}
@@ -278,9 +300,10 @@ def _convert(job: _Job, writer: StoreWriter, dtype: str) -> Subject:
         held = ", ".join(values[:10]) + (f" and {len(values) - 10} more values" if len(values) > 10 else "")
         warnings.append(f"label: holds {held}; training takes 1 for the structure and 0 for the rest, and no others")
     attrs["warnings"] = warnings
-    return writer.write(
-        row.subject, row.base, stored, scale, offset, others["label"], others["mask"], volume.affine, attrs
-    )
+    image, (label, mask, tissues) = stored if row.has_image else None, others.values()
+    if tissues is not None and tissues.max() <= 255:
+        tissues = tissues.astype(np.uint8)
+    return writer.write(row.subject, row.base, image, scale, offset, label, mask, volume.affine, attrs, tissues)
 
 
 def _strangers(store_url: str | os.PathLike, listed: dict[str, Subject], jobs: list[_Job]) -> None:

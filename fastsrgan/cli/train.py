@@ -71,7 +71,14 @@ OWN: dict[str, tuple[tuple[str, ...], str, type]] = {
     "whole_every": (("--whole-every",), "epochs between validations on whole volumes; 0 off", int),
     "penalty_every": (("--penalty-every",), "critic updates between gradient penalties", int),
     "dice_weight": (("--dice-weight",), "weight of an added soft Dice term", float),
+    "synthetic": (("--synthetic",), "share of the visits that show an image made of the subject's tissues", float),
+    "structure": (("--structure",), "values of the tissues that are the label, for example 3,42", str),
+    "tissue_means": (("--tissue-means",), "means of made images, VALUE:MEAN:SD,...; empty: any contrast", str),
+    "synthetic_free": (("--synthetic-free",), "share of made images with a mean for each structure", float),
+    "synthetic_invert": (("--synthetic-invert",), "share of made images with bright and dark exchanged", float),
+    "synthetic_strip": (("--synthetic-strip",), "share of made heads that show the brain alone", float),
 }
+METAVARS = {"flips": "AXES", "structure": "VALUES", "tissue_means": "MEANS"}
 CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "image_cropping_method": (("-icm", "--image-cropping-method"), "where patches are taken"),
     "reconstruction_loss": (("-rl", "--reconstruction-loss"), "reconstruction loss"),
@@ -108,7 +115,8 @@ EXAMPLE = """examples:
   fastsrgan train cohort.zarr -o run --resume
   fastsrgan train -csv cohort.csv -sf snapshots -n 0.5 0.5 3 --u_net_generator True     # the original's options
 
-A CSV has the columns HR_image, Label_image, Base (Train or Test) and, for masks, Mask_image."""
+A CSV has the columns HR_image, Label_image, Base (Train or Test) and, for masks, Mask_image, for maps of many
+structures Tissue_image: a row with tissues needs neither image nor label (--structure)."""
 
 
 def boolean(text: str) -> bool:
@@ -155,7 +163,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
             *flags,
             dest=name,
             type=kind,
-            metavar={int: "N", float: "F"}.get(kind, "AXES"),
+            metavar=METAVARS.get(name, {int: "N", float: "F"}.get(kind)),
             help=f"{text} ({getattr(defaults, name)})",
         )
     for name, (flags, text) in CHOICES.items():
@@ -301,7 +309,7 @@ def convert_table(table: str, args: argparse.Namespace, progress: Progress) -> s
 def files_named(table: str, base_path: str | None) -> set[frozenset[str]]:
     """Split and files of each row of a table."""
     return {
-        frozenset([row.base, *(str(p) for p in (row.image, row.label, row.mask) if p)])
+        frozenset([row.base, *(str(p) for p in (row.image, row.label, row.mask, row.tissues) if p)])
         for row in read_table(table, base_path=base_path)
     }
 

@@ -70,6 +70,8 @@ def make_resident(
     ------
     InputError : no label, no mask where one is needed, or an image that cannot be degraded.
     """
+    if sample.image is None:
+        raise InputError(sample.id, "has neither an image nor tissues", "training needs one of them")
     if sample.label is None:
         raise InputError(sample.id, "has no label", "training needs Label_image for every subject")
     if rule.by_mask and sample.mask is None:

@@ -102,18 +102,20 @@ def load_label(
     volume: int | None = None,
     max_voxels: int = MAX_VOXELS,
     values: Collection[int] | None = None,
+    largest: int = 255,
 ) -> Volume:
-    """Read a label map: whole numbers from 0 to 255, on the grid of ``like``.
+    """Read a label map: whole numbers from 0 to ``largest``, on the grid of ``like``.
 
     Parameters
     ----------
     like : the image it belongs to. A label on the same grid in another axis order or direction is reoriented exactly
         (with a warning); one whose voxels lie more than 1e-3 voxel elsewhere is refused.
     values : the values allowed; default any
+    largest : at most 65535
 
     Returns
     -------
-    Volume with uint8 data; ``meta["values"]`` lists what occurs.
+    Volume with uint8 data, uint16 where ``largest`` is above 255; ``meta["values"]`` lists what occurs.
 
     Raises
     ------
@@ -122,11 +124,11 @@ def load_label(
     file = examine(path, max_voxels)
     index = file.pick(volume)
     turn = None if like is None else orientation_onto(file.shape, file.affine, like, file.path, "label")
-    data = _allocate(file, np.uint8)
-    counts = np.zeros(256, np.int64)
+    data = _allocate(file, np.uint8 if largest <= 255 else np.uint16)
+    counts = np.zeros(largest + 1, np.int64)
     for part, chunk in _pieces(data, file, index):
-        part[...] = _label_values(file, chunk)
-        counts += np.bincount(part, minlength=256)
+        part[...] = _label_values(file, chunk, largest)
+        counts += np.bincount(part, minlength=largest + 1)
     present = np.flatnonzero(counts).tolist()
     if values is not None and not set(present) <= set(values):
         stray = sorted(set(present) - set(values))
@@ -299,9 +301,9 @@ def _volume(file: NiftiFile, index: int, data: np.ndarray, tally: _Tally, slope:
     return Volume(data, file.affine, tuple(file.warnings), meta)
 
 
-def _label_values(file: NiftiFile, chunk: np.ndarray) -> np.ndarray:
-    """Stored values -> whole numbers in 0 .. 255, or InputError."""
-    hint = "labels are whole numbers from 0 to 255: resample them with nearest neighbour, renumber larger ones"
+def _label_values(file: NiftiFile, chunk: np.ndarray, largest: int) -> np.ndarray:
+    """Stored values -> whole numbers in 0 .. largest, or InputError."""
+    hint = f"labels are whole numbers from 0 to {largest}: resample them with nearest neighbour, renumber larger ones"
     if file.slope != 1 or file.inter != 0:
         with np.errstate(over="ignore", invalid="ignore"):
             chunk = chunk * np.float64(file.slope) + file.inter
@@ -313,7 +315,7 @@ def _label_values(file: NiftiFile, chunk: np.ndarray) -> np.ndarray:
         if off.any():
             raise InputError(file.path, f"the label holds fractions such as {chunk[off][0]:.6g}", hint)
         chunk = whole
-    outside = (chunk < 0) | (chunk > 255)
+    outside = (chunk < 0) | (chunk > largest)
     if outside.any():
         raise InputError(file.path, f"the label holds the value {chunk[outside][0]:.10g}", hint)
     return chunk

@@ -8,6 +8,7 @@ any line end are accepted, blank lines are skipped, other columns are ignored.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import difflib
 import io
 import os
@@ -22,7 +23,7 @@ from fastsrgan.core.runtime import is_special, url_of
 from fastsrgan.errors import FastsrganError, InputError
 
 SPLITS = ("Train", "Test")
-COLUMNS = ("HR_image", "Label_image", "Base", "Mask_image")
+COLUMNS = ("HR_image", "Label_image", "Base", "Mask_image", "Tissue_image")
 # What the first cell of a list says where it names no image, in any case.
 HEADINGS = frozenset(("hr_image", "lr_image", "image", "images", "path", "paths", "file", "files", "filename"))
 DELIMITERS = (",", ";", "\t")
@@ -41,7 +42,10 @@ Fault = tuple[int, str | FastsrganError]  # line, what is wrong there
 
 @dataclass(frozen=True)
 class Row:
-    """One subject of a table: its line in the file, absolute paths, the split, and the name it has in a store."""
+    """One subject of a table: its line in the file, absolute paths, the split, and the name it has in a store.
+
+    ``image`` is the map of tissues where the table names no image, and ``has_image`` False.
+    """
 
     line: int
     image: Path
@@ -49,6 +53,8 @@ class Row:
     mask: Path | None
     base: str
     subject: str
+    tissues: Path | None = None
+    has_image: bool = True
 
 
 def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, need_label: bool = True) -> list[Row]:
@@ -93,7 +99,7 @@ def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, nee
         where = f"{base_path} is put before every path" if base_path else f"paths start at {csv_path.absolute().parent}"
         raise table_error(csv_path, faults, f"{where}, see --base-path" if missing else None)
     ids = subject_ids([row.image for row in rows])
-    return [Row(r.line, r.image, r.label, r.mask, r.base, name) for r, name in zip(rows, ids, strict=True)]
+    return [dataclasses.replace(row, subject=name) for row, name in zip(rows, ids, strict=True)]
 
 
 def read_list(path: str | os.PathLike, *, base_path: str | None = None) -> list[Path]:
@@ -245,6 +251,8 @@ def _header_faults(header: list[str], need_label: bool) -> list[tuple[int, str]]
     for name in ("HR_image", "Label_image", "Base"):
         if name in header or (name == "Label_image" and not need_label):
             continue
+        if name != "Base" and need_label and "Tissue_image" in header:
+            continue
         faults.append((1, f"no column {name}, {instead(name, header)}"))
     return faults
 
@@ -264,10 +272,13 @@ def _row(
     line: int, values: dict[str, str], csv_path: Path, base_path: str | None, need_label: bool
 ) -> tuple[Row | None, list[str]]:
     faults, paths = [], {}
-    for column in ("HR_image", "Label_image", "Mask_image"):
+    synthetic = (
+        bool(values.get("Tissue_image")) and need_label
+    )  # image and label are made of the tissues (synthesis.py)
+    for column in ("HR_image", "Label_image", "Mask_image", "Tissue_image"):
         text = values.get(column, "")
         if not text:
-            if column == "HR_image" or (column == "Label_image" and need_label):
+            if not synthetic and (column == "HR_image" or (column == "Label_image" and need_label)):
                 faults.append(f"{column} is empty")
             continue
         paths[column] = _locate(text, csv_path, base_path)
@@ -280,9 +291,11 @@ def _row(
         near = difflib.get_close_matches(base.capitalize(), SPLITS, 1)
         told = f"did you mean {near[0]}?" if near else "Train or Test is allowed"
         faults.append(f"Base is {base[:_MAX_CELL]!r}, {told}")
-    if "HR_image" not in paths:
+    label, mask, tissues = (paths.get(column) for column in ("Label_image", "Mask_image", "Tissue_image"))
+    image = paths.get("HR_image") or (tissues if synthetic else None)
+    if image is None:
         return None, faults
-    return Row(line, paths["HR_image"], paths.get("Label_image"), paths.get("Mask_image"), base, ""), faults
+    return Row(line, image, label, mask, base, "", tissues, "HR_image" in paths), faults
 
 
 def _locate(text: str, table: Path, base_path: str | None) -> Path:
@@ -303,7 +316,7 @@ def _repetitions(rows: list[Row]) -> list[tuple[int, str]]:
     first: dict[tuple[str, str], Row] = {}
     for row in (row for row in rows if row.base in SPLITS):
         keys = [("HR_image", os.path.realpath(row.image), row.image.name)]
-        if row.label:
+        if row.label and row.label != row.image:
             keys.append(("Label_image", os.path.realpath(row.label), row.label.name))
         if person := _person(row.image):
             keys.append(("subject", os.path.join(*person), person[1]))

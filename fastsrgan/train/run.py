@@ -32,11 +32,13 @@ from fastsrgan.core.runtime import (
 )
 from fastsrgan.core.signals import StopRequest
 from fastsrgan.data.feed import Feed, PatchRule, resident_limit
+from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError, UsageError
 from fastsrgan.infer.network import out_of_memory
 from fastsrgan.model import checkpoint
 from fastsrgan.model.cpu import forms
 from fastsrgan.observation.model import Degradation
+from fastsrgan.observation.synthesis import Synthesis
 from fastsrgan.pictures.panels import cut_panels
 from fastsrgan.store.files import Keys, WriteLock
 from fastsrgan.store.reader import Store, open_store
@@ -213,6 +215,7 @@ def prepare(
     if not names["Train"]:
         raise InputError(store.url, "has no Train subjects", "give rows with Base = Train to `fastsrgan convert`")
     refuse_labels(store)
+    refuse_tissues(store, config)
     mask_classes = count_mask_classes(store, names["Train"]) if config.fit_mask else 0
     if config.auto_batch:
         config = with_fitting_batch(folder, config, mask_classes, device, ranks, resume)
@@ -247,10 +250,30 @@ def prepare(
         threads=c.feed_threads,
         prefetch=c.prefetch,
         precision=c.pool_precision,
+        visits=visits(c),
     )
     models = Models(c, mask_classes, device, ranks, kept_precision)
     need_space(folder, snapshot_bytes(models) * 2)  # one that stands and one that is written
     return Run(folder, c, store, models, feed, names["Train"], names["Test"], mask_classes, ranks=ranks)
+
+
+def visits(config: TrainConfig) -> Visits:
+    """Which visits show made images, by the settings of a run."""
+    made = Synthesis(
+        settings.tissue_gaussians(config.tissue_means),
+        free=config.synthetic_free,
+        invert=config.synthetic_invert,
+        strip=config.synthetic_strip,
+    )
+    return Visits(config.synthetic, settings.label_values(config.structure), made)
+
+
+def refuse_tissues(store: Store, config: TrainConfig) -> None:
+    """InputError where subjects have tissues in place of an image or a label and no structure is named."""
+    lacking = [s.id for s in store.subjects if s.has_tissues and not (s.has_image and s.has_label)]
+    if lacking and not config.structure:
+        reason = f"{', '.join(lacking[:3])}: tissues in place of an image or a label, and no structure is named"
+        raise InputError(store.url, reason, "--structure 3,42 names the values of the tissues that are the label")
 
 
 def refuse_labels(store: Store) -> None:
@@ -321,7 +344,14 @@ def group_size(run: Run) -> int:
     # The original's ratios may keep a volume whole (fastsrgan.data.subject), and then all of it has to fit.
     patch = c.patch_size if c.geometry == "physical" else 0
     most = resident_limit(
-        run.store, run.train, budget, device=device, precision=precision, prefetch=c.prefetch, patch=patch
+        run.store,
+        run.train,
+        budget,
+        device=device,
+        precision=precision,
+        prefetch=c.prefetch,
+        patch=patch,
+        visits=run.feed.visits,
     )
     return run.ranks.minimum(most)
 

@@ -178,7 +178,8 @@ def readable(feed: Feed, subject: str) -> Sample | None:
     if subject in feed.quarantined:
         return None
     try:
-        return feed.store.read(subject)
+        # Made images look the same in every epoch; who has an image of his own is judged by it.
+        return feed.visits.of(feed.store.read(subject), (0, "validation", subject), feed.device, share=0.0)
     except InputError as error:
         if feed.strict:
             raise
