@@ -22,6 +22,8 @@ import yaml
 from fastsrgan.errors import ModelError
 
 Triple = tuple[float, float, float]
+SIZE_MULTIPLE = 4  # of the edges that networks take: two stride-2 convolutions
+MIN_SIZE = 8  # reflect padding at a quarter of the resolution needs two voxels
 MAX_BYTES, MAX_DEPTH = 1 << 17, 8  # of a settings file, whose reader takes its time
 LARGEST_LABEL = 32767
 LARGEST = {"patch_size": 1024, "kernel_gen": 1024, "kernel_dis": 1024, "bias_field": 5}  # e^5 is 148-fold

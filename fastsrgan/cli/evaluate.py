@@ -8,7 +8,8 @@ from typing import Any
 
 from fastsrgan.cli.console import table
 from fastsrgan.cli.infer import print_json
-from fastsrgan.core.runtime import Progress, output_folder
+from fastsrgan.core.runtime import Progress, output_folder, write_json
+from fastsrgan.core.startup import loading
 from fastsrgan.errors import PartialFailure, UsageError
 
 PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg")
@@ -66,13 +67,12 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
-    from fastsrgan.core.runtime import write_json
-    from fastsrgan.evaluate.cohort import write_csv
-
     result = _run(args, progress)
     if args.json not in (None, "-"):
         write_json(args.json, result)
     if args.csv:
+        from fastsrgan.evaluate.cohort import write_csv
+
         write_csv(args.csv, result)
     if args.json == "-":
         print_json(result)
@@ -98,15 +98,18 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         raise UsageError("--bids", "two folders are needed", "fastsrgan evaluate --bids DERIVATIVES DATASET")
     _check_places(args, [*pair.values(), *([args.table] if args.table else [])])
     if pair:
-        from fastsrgan.evaluate.pair import evaluate_files
+        with loading():
+            from fastsrgan.evaluate.pair import evaluate_files
 
         return evaluate_files(**pair, png=args.png)
-    from fastsrgan.evaluate import cohort as evaluate_cohort
+    with loading():
+        from fastsrgan.evaluate import cohort as evaluate_cohort
 
     if args.table:
         return evaluate_cohort.evaluate_table(args.table, png=args.png, progress=progress)
     if args.bids:
-        from fastsrgan.infer.bids import evaluate_bids
+        with loading():
+            from fastsrgan.infer.bids import evaluate_bids
 
         return evaluate_bids(*args.folders, png=args.png, progress=progress)
     return evaluate_cohort.evaluate_folders(*args.folders, png=args.png, progress=progress)
@@ -114,7 +117,8 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
 
 def _check_places(args: argparse.Namespace, inputs: list[str]) -> None:
     """Before the work, not after it: every place can be written to, and holds nothing that is to be kept."""
-    from fastsrgan.io import output_place
+    with loading():
+        from fastsrgan.io import output_place
 
     kinds = {"csv": output_place.TABLE, "json": output_place.FIGURES, "png": output_place.PICTURE}
     for option, kind in kinds.items():

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 
 from fastsrgan.core.runtime import Progress
+from fastsrgan.core.startup import loading
 
 
 def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -26,7 +27,8 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace, progress: Progress) -> int:
     """Write the page and say where it is."""
-    from fastsrgan.report.page import report
+    with loading():
+        from fastsrgan.report.page import report
 
     truth = {"hr": args.hr, "label": args.label, "mask": args.mask}
     written = report(

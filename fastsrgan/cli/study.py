@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from fastsrgan.cli.console import table
-from fastsrgan.cli.infer import print_json, tile_edge
-from fastsrgan.core.runtime import Progress
+from fastsrgan.cli.infer import print_json
+from fastsrgan.core.runtime import Progress, tune_allocator
+from fastsrgan.core.startup import loading
 from fastsrgan.errors import PartialFailure
+from fastsrgan.infer.settings import tile_edge
 
 KINDS = ("steps", "noise", "augmentation", "resolution", "curves")
 
@@ -59,9 +61,9 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _study(args: argparse.Namespace, progress: Progress) -> int:
-    from fastsrgan.core.runtime import tune_allocator
-    from fastsrgan.study import run as study
-    from fastsrgan.study.tables import fit_text, paper_rows, shown_rows
+    with loading():
+        from fastsrgan.study import run as study
+        from fastsrgan.study.tables import fit_text, paper_rows, shown_rows
 
     tune_allocator()
     settings = study.Settings(

@@ -21,17 +21,17 @@ from fastsrgan.core.runtime import (
     QUIET,
     Progress,
     atomic_write,
-    finite,
     mapping,
     output_folder,
+    pick_device,
     read_json,
     real,
     write_json,
 )
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.cohort import Item, evaluate_items, low_resolution
-from fastsrgan.infer.averaged import NONE
 from fastsrgan.infer.files import SomeFailed, infer_files
+from fastsrgan.infer.settings import InferSettings, takes_options
 from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import (
     DESCRIPTION,
@@ -43,7 +43,6 @@ from fastsrgan.io.bids import (
     sidecar,
 )
 from fastsrgan.model import weights as weight_files
-from fastsrgan.volume.components import THRESHOLD
 
 log = logging.getLogger("fastsrgan")
 
@@ -53,15 +52,13 @@ IGNORED = (STAGE, "figures")
 LINK = "raw"  # short name of the source dataset
 RECORD = "FastsrganRecord"  # key of a sidecar: what `fastsrgan infer` wrote
 LABELS: dict[str, tuple[tuple[int, str], ...]] = {"seg": ((0, "background"), (1, "structure"))}
-# What a record leaves out where it is the default, and an option that it calls by another name.
-UNSAID = {"flips": NONE, "threshold": THRESHOLD, "largest_component": False, "min_size_mm3": 0.0, "dtype": "float32"}
-SAID_AS = {"min_size": "min_size_mm3"}
 README = (
     "Super-resolution and segmentation by fastsrgan. desc-sr: the image on a finer grid; desc-cortex: the structure "
     "that the model was trained to segment. Each JSON names the source and holds weights, settings and versions.\n"
 )
 
 
+@takes_options(files=True)
 def infer_bids(
     dataset: str | os.PathLike,
     out_dir: str | os.PathLike,
@@ -73,6 +70,7 @@ def infer_bids(
     overwrite: bool = False,
     resume: bool = False,
     ranks: Ranks = ALONE,
+    progress: Progress = QUIET,
     **options: Any,
 ) -> dict[str, Any]:
     """Apply a model to the T1w and T2w images of a BIDS dataset and write a derivatives dataset.
@@ -83,12 +81,12 @@ def infer_bids(
     out_dir : of the derivatives; an existing dataset of another kind is refused
     participants, sessions, suffixes : which images; none: all
     overwrite, resume : what to do with derivatives that are there: replace them, or leave those images out
-    weights, ranks, options : of ``infer_files``
+    weights, ranks, progress, options : of ``infer_files``
 
     Returns the summary of ``infer_files`` with the names in the dataset. Raises what that raises, and SomeFailed after
     every other image is done and in its place; InputError for a dataset that cannot be used.
     """
-    root, out = Path(dataset), Path(out_dir)
+    root, out, settings = Path(dataset), Path(out_dir), InferSettings.of(options)
     found = find_bids(root, participants, sessions, suffixes)
     said = read_json(out / DESCRIPTION)
     if real(out) == real(root) or (said and said.get("DatasetType") != "derivative"):
@@ -98,7 +96,7 @@ def infer_bids(
         reason = f"{len(done)} of {len(found)} derivatives exist and are kept, the first is {done[0].derived('sr')}"
         raise UsageError(out, reason, "--overwrite, --resume or another folder")
     if done and not overwrite:
-        _check_same(out, done, weights, options)
+        _check_same(out, done, weights, settings.on(str(pick_device(settings.device))))
     todo = found if overwrite else [image for image in found if image not in done]
     items = [{"input": str(i.path), "stem": images.stem(i.path), "status": "skipped"} for i in found if i not in todo]
     stage = output_folder(out) / STAGE
@@ -109,7 +107,14 @@ def infer_bids(
             paths = [image.path for image in todo]
             # What a killed run left on the stage is good if it was made with these settings; else it says so.
             summary = infer_files(
-                paths, stage, weights, overwrite=overwrite, resume=not overwrite, ranks=ranks, **options
+                paths,
+                stage,
+                weights,
+                overwrite=overwrite,
+                resume=not overwrite,
+                ranks=ranks,
+                progress=progress,
+                **options,
             )
         except SomeFailed as error:
             failure, summary = error, error.summary
@@ -130,7 +135,7 @@ def infer_bids(
     return summary
 
 
-def _check_same(out: Path, done: Sequence[BidsImage], weights: Any, options: dict[str, Any]) -> None:
+def _check_same(out: Path, done: Sequence[BidsImage], weights: Any, settings: InferSettings) -> None:
     """Raise UsageError where derivatives were made of another image, or with other weights or settings."""
     sources = [weight_files.default_weights()] if weights is None else weights
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
@@ -142,9 +147,7 @@ def _check_same(out: Path, done: Sequence[BidsImage], weights: Any, options: dic
         models = model["averaged"] if isinstance(model.get("averaged"), list) else [model]
         differing = ["weights"] * ([mapping(one).get("sha256") for one in models] != now)
         differing += ["image"] * (mapping(record.get("input")).get("sha256") != images.sha256(image.path))
-        then = UNSAID | mapping(record.get("asked"))
-        asked = finite({SAID_AS.get(key, key): value for key, value in options.items()})
-        differing += [k for k, v in asked.items() if k in then and k not in ("batch", "device") and then[k] != v]
+        differing += settings.differing(mapping(record.get("asked")))
         if differing:
             reason = f"was made with another {', '.join(differing)}"
             raise UsageError(target, reason, "--overwrite replaces it, or choose another folder")

@@ -17,7 +17,7 @@ import numpy as np
 from fastsrgan.core.units import times
 from fastsrgan.errors import InputError
 from fastsrgan.io.nifti_voxels import COPY_AGAIN, NiftiFile, open_stream
-from fastsrgan.volume.geometry import Orientation, Volume, shear_of, spacing_of
+from fastsrgan.volume.geometry import SPACING_LIMITS, Orientation, Volume, shear_of, spacing_of
 
 ORIGIN_TOLERANCE = 0.05  # voxels between the origins of sform and qform
 TURN_TOLERANCE = 2e-3  # radians between their axes; float32 quaternions near 180 degrees are off by up to 1e-3
@@ -25,7 +25,6 @@ HUGE = 1e15  # no coordinate is meant beyond it, and its square still is a float
 SHEAR_TOLERANCE = 1e-3
 GRID_TOLERANCE = 1e-3  # voxels, over the field of view, between the places of one grid
 REORIENTED = "axes are stored in another order than the image's: reoriented onto it"
-SPACING_LIMITS = (1e-6, 1e6)  # mm; beyond them no unit is meant
 SPACING_USUAL = (5e-3, 50.0)  # mm
 
 _STORED = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}

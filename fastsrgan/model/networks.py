@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsrgan.config import MIN_SIZE, SIZE_MULTIPLE
 from fastsrgan.core.runtime import rng
 from fastsrgan.errors import ModelError
 from fastsrgan.model.layers import (
@@ -30,8 +31,6 @@ from fastsrgan.model.layers import (
 )
 
 N_BLOCKS = 6
-SIZE_MULTIPLE = 4  # two stride-2 convolutions
-MIN_SIZE = 8  # reflect padding at a quarter of the resolution needs two voxels
 ONE_BY_ONE = 2**17  # voxels of a sample from which inference on a CPU takes full resolution sample by sample
 FLAT = 2.0**-23  # of the image maximum: float32's resolution there
 

@@ -87,7 +87,7 @@ class Subject:
 
     @property
     def has_image(self) -> bool:
-        """Whether there is an image; else one is made of the tissues at each visit (`fastsrgan.observation.synthesis`)."""
+        """Whether there is an image; else one is made of the tissues at each visit (``observation.synthesis``)."""
         return "image" in self.arrays
 
     @property

@@ -20,7 +20,7 @@ from fastsrgan.core.units import times
 from fastsrgan.demo.run import short_training
 from fastsrgan.errors import UsageError
 from fastsrgan.evaluate.pair import definitions
-from fastsrgan.infer.settings import check_settings
+from fastsrgan.infer.settings import InferSettings
 from fastsrgan.io.output_place import keep_inputs
 from fastsrgan.model import weights
 from fastsrgan.study import curves as study_curves
@@ -188,7 +188,7 @@ def _filled(kind: str, settings: Settings, quick: bool) -> Settings:
         raise UsageError("--subjects", f"{filled.subjects} is not allowed", "a number from 1 up")
     for step in filled.steps:
         patch = None if filled.whole else filled.patch
-        check_settings(patch, step, None, "physical", "constant", "auto", filled.precision)  # type: ignore[arg-type]
+        InferSettings(patch=patch, step=step, precision=filled.precision)
     return replace(filled, steps=tuple(sorted(set(filled.steps))))
 
 

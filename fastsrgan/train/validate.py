@@ -20,7 +20,8 @@ from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate import metrics
 from fastsrgan.infer import tiles
-from fastsrgan.infer.engine import pick_precision, predict
+from fastsrgan.infer.engine import predict
+from fastsrgan.infer.network import TileNetwork, pick_precision
 from fastsrgan.model.networks import Generator
 from fastsrgan.store.reader import Sample
 from fastsrgan.volume.geometry import processing_orientation
@@ -127,10 +128,7 @@ def whole_scores(
     out, _ = predict(
         volume,
         tiles.plan(volume.shape, PATCH, STEP),
-        generator,
-        resident.resolution,
-        device=feed.device,
-        precision=pick_precision("auto", feed.device),
+        TileNetwork(generator, resident.resolution, feed.device, pick_precision("auto", feed.device)),
     )
     hr, label = resident.hr.float().cpu().numpy(), resident.label.cpu().numpy()
     images = {"whole": (out[0].clamp(min=0).numpy(), out[1].numpy()), "spline": (volume.numpy(), None)}

@@ -1,6 +1,6 @@
 """A result that agrees with its scan: SR' = SR + D' (D D' + w)^-1 (y - D SR).
 
-y is the scan, D how it was acquired: one matrix per axis (``fastsrgan.volume.resample``). Of all images that would give the
+y is the scan, D how it was acquired: one matrix per axis (``volume.resample``). Of all images that would give the
 scan, SR' is the one nearest to SR (w = 0); with w, the noise's variance over the variance of what is missing in SR, it
 is the best linear estimate. D D' is a Kronecker product of one small symmetric matrix per axis, D D' = V L V' on each:
 rotate the residual by V' on every axis, divide by the product of the eigenvalues plus w, and go back by D' V. All of it

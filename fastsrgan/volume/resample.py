@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from scipy import linalg, ndimage
+from scipy import linalg
 
 from fastsrgan.core.workers import run
 from fastsrgan.errors import UsageError
@@ -146,12 +146,16 @@ def spline_coefficients(n: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _scipy_degrade_matrix(n: int, resolution: float, factor: float) -> np.ndarray:
+    from scipy import ndimage
+
     blurred = ndimage.gaussian_filter1d(np.eye(n), resolution / FWHM, axis=0)
     return _frozen(ndimage.zoom(blurred, (1 / factor, 1), order=0))
 
 
 @functools.lru_cache(maxsize=256)
 def _scipy_zoom_matrix(n: int, zoom: float) -> np.ndarray:
+    from scipy import ndimage
+
     return _frozen(ndimage.zoom(np.eye(n), (zoom, 1), order=3))
 
 
