@@ -55,6 +55,13 @@ def pick_precision(name: str, device: torch.device) -> str:
     return name
 
 
+def native(precision: str) -> bool:
+    """Whether this CPU computes in a precision."""
+    features: dict = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may not have it
+    names = ("avx512_bf16", "amx_bf16", "bf16") if precision == "bf16" else ("avx512_fp16", "amx_fp16", "fp16")
+    return precision == "fp32" or any(features.get(name) for name in names)
+
+
 @functools.cache
 def _warn_once(message: str) -> None:
     log.warning(message)
