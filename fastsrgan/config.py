@@ -55,6 +55,7 @@ CHOICES = {
     "compile": ("auto", "on", "off"),
     "lr_schedule": ("constant", "linear", "cosine"),
     "best_by": ("dice", "psnr"),
+    "slice_axis": ("auto", "S", "A", "R"),
 }
 SHARES = ("synthetic", "synthetic_free", "synthetic_invert", "synthetic_strip")
 
@@ -85,7 +86,10 @@ NOT_NEGATIVE = (
 class TrainConfig:
     """Everything that determines a training run besides its data.
 
-    new_low_res : one triple of mm (fixed) or two (bounds drawn uniformly per image and epoch), stored axis order
+    new_low_res : one triple of mm (fixed) or two (bounds drawn uniformly per image and epoch), see slice_axis
+    slice_axis : directions of the body that these are along: in the plane twice, then through it along "S" (axial
+        slices), "A" (coronal) or "R" (sagittal); "auto": those of most subjects' stored axes. In segsrgan geometry
+        always each subject's stored axes
     epochs, init_epoch : last and first epoch, counted from 1; epochs - init_epoch + 1 remain
     batch_size, patch_size, stride : patches per update, their edge and grid spacing in voxels
     critic_iterations : critic updates per generator update
@@ -213,6 +217,7 @@ class TrainConfig:
     synthetic_free: float = 0.25
     synthetic_invert: float = 0.2
     synthetic_strip: float = 0.5
+    slice_axis: str = "auto"
     preset: str = "code"
 
     def __post_init__(self) -> None:
@@ -277,6 +282,8 @@ class TrainConfig:
                 f"{self.init_epoch} is behind the last epoch, {self.epochs}",
                 "more epochs, or a smaller init_epoch",
             )
+        if self.slice_axis != "auto" and self.geometry == "segsrgan":
+            raise ModelError("config: slice_axis", "the segsrgan geometry keeps the stored axes", "geometry: physical")
         if self.interp == "sitk" and self.geometry != "segsrgan":
             raise ModelError("config: interp", f"sitk is unknown in {self.geometry} geometry", "geometry: segsrgan")
 

@@ -50,7 +50,7 @@ def make_dataset(root):
     for name in (
         "sub-01/anat/sub-01_desc-old_T1w.nii.gz",
         "sub-01/anat/notes.nii.gz",
-        "sub-01/anat/sub-01_FLAIR.nii.gz",
+        "sub-01/anat/sub-01_T1map.nii.gz",
     ):
         shutil.copy(root / NAMES[0], root / name)
     write_json(root / "sub-01/anat/sub-01_T2w.json", {"SkullStripped": True})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import re
@@ -18,6 +19,19 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def add_label_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """``--label-classes`` and ``--label-names``, alike wherever a label enters."""
+    text = "which values of a label map are the structure: 3,42 or names of a lookup table"
+    more: dict[str, Any] = {"nargs": "+"} if several else {}
+    text += "; several, as cortex=3,42 white=2,41, are scored one by one" if several else ""
+    parser.add_argument("--label-classes", metavar="VALUES", help=text, **more)
+    parser.add_argument(
+        "--label-names",
+        metavar="FILE",
+        help="lookup table of FreeSurfer, ITK-SNAP or BIDS (dseg.tsv); one beside the label is found",
+    )
 
 
 def shown(facts: dict[str, Any]) -> str:

@@ -27,12 +27,20 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Define the commands; ``command(name, run, text, example)`` makes an empty one."""
     p = command("infer", _infer, "super-resolve and segment images", EXAMPLES)
     p.add_argument(
-        "inputs", nargs="*", metavar="INPUT", help="NIfTI files, folders of them, DICOM folders, .txt / .csv lists"
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="image files (NIfTI, MGH, NRRD, MetaImage), folders of them, DICOM, .txt or .csv lists",
     )
-    p.add_argument("--bids", metavar="DIR", help="in place of INPUT: the T1w and T2w images of a BIDS dataset")
+    p.add_argument("--bids", metavar="DIR", help="in place of INPUT: the anatomical images of a BIDS dataset")
     p.add_argument("--participant-label", nargs="+", default=(), metavar="LABEL", help="of the dataset (all)")
     p.add_argument("--session-label", nargs="+", default=(), metavar="LABEL", help="of the dataset (all)")
-    p.add_argument("--suffix", nargs="+", default=(), choices=("T1w", "T2w"), help="images of the dataset (both)")
+    p.add_argument(
+        "--suffix", nargs="+", default=(), metavar="SUFFIX", help="images of the dataset, such as FLAIR (all)"
+    )
+    p.add_argument(
+        "--desc", metavar="LABEL", help="images of the dataset with this desc, such as preproc (without one)"
+    )
     p.add_argument(
         "-o", "--out", required=True, metavar="DIR", help="output folder; with --bids the derivatives dataset"
     )
@@ -118,7 +126,7 @@ def _source(args: argparse.Namespace) -> tuple[Callable[..., dict[str, Any]], An
         with loading():
             from fastsrgan.infer.bids import SUFFIXES, infer_bids
 
-        chosen = {"participants": args.participant_label, "sessions": args.session_label}
+        chosen = {"participants": args.participant_label, "sessions": args.session_label, "desc": args.desc}
         return functools.partial(infer_bids, **chosen, suffixes=args.suffix or SUFFIXES), args.bids
     from fastsrgan.infer.files import infer_files
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastsrgan._version import __version__
-from fastsrgan.cli.console import error_line, open_console, plain, say, table
+from fastsrgan.cli.console import add_label_options, error_line, open_console, plain, say, table
 from fastsrgan.cli.infer import print_json
 from fastsrgan.core.runtime import QUIET, Progress
 from fastsrgan.core.signals import SAID, Interrupts, Terminated
@@ -84,12 +84,15 @@ def build_parser() -> Parser:
         "fastsrgan convert cohort.csv cohort.zarr",
     )
     p.add_argument(
-        "csv", metavar="CSV", help="columns HR_image, Label_image, Base (Train or Test), optional Mask_image"
+        "csv",
+        metavar="CSV",
+        help="columns HR_image, Label_image, Base (Train or Test), optional Mask_image, Label_classes",
     )
     p.add_argument("store", metavar="STORE", help="folder or URL")
     p.add_argument("--workers", type=int, help="threads (one a core)")
     p.add_argument("--dtype", default="auto", choices=("auto", "int16", "float32"), help="stored image type (auto)")
     p.add_argument("--base-path", help="prefix of the paths in the CSV")
+    add_label_options(p)
     p.add_argument("--resume", action="store_true", help="keep what is finished and unchanged")
     p.add_argument("--overwrite", action="store_true", help="begin anew")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -144,6 +147,8 @@ def _convert(args: argparse.Namespace, progress: Progress) -> int:
         workers=args.workers,
         dtype=args.dtype,
         base_path=args.base_path,
+        label_classes=args.label_classes,
+        label_names=args.label_names,
         resume=args.resume,
         overwrite=args.overwrite,
         progress=progress,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan import config as settings
+from fastsrgan.cli.console import add_label_options
 from fastsrgan.core.runtime import Progress, output_folder
 from fastsrgan.core.startup import loading
 from fastsrgan.errors import UsageError
@@ -77,6 +78,7 @@ METAVARS = {"flips": "AXES", "structure": "VALUES", "tissue_means": "MEANS"}
 CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "image_cropping_method": (("-icm", "--image-cropping-method"), "where patches are taken"),
     "reconstruction_loss": (("-rl", "--reconstruction-loss"), "reconstruction loss"),
+    "slice_axis": (("--slice-axis",), "direction through the slices of -n; auto: as most subjects are stored"),
     "geometry": (("--geometry",), "observation model: exact in mm, or the original's numbers"),
     "interp": (("-int", "--interp"), "interpolation of the original's numbers; sitk implies --geometry segsrgan"),
     "interpolation_type": (("-it", "--interpolation-type"), "interpolator of --interp sitk"),
@@ -149,6 +151,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.add_argument(
         "--strict", action="store_true", help="stop at a subject that cannot be read instead of leaving it out"
     )
+    add_label_options(p)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
     group = p.add_argument_group("settings (defaults: the original code's)")
@@ -301,24 +304,40 @@ def convert_table(table: str, args: argparse.Namespace, progress: Progress) -> s
 
     store = output_folder(args.out or args.snapshot_folder) / "data.zarr"
     complete = store.exists() and open_store(store).complete
-    if complete and files_in(store) == files_named(table, args.base_path):
+    if complete and files_in(store) == files_named(table, args.base_path, args.label_classes, args.label_names):
         log.info("%s holds the converted volumes of an earlier call", store)
         return str(store)
     if complete:
         log.info("%s names other files than before: converted anew", table)
     resume = store.exists() and not complete
-    convert(table, store, resume=resume, overwrite=complete, base_path=args.base_path, progress=progress)
+    result = convert(
+        table,
+        store,
+        resume=resume,
+        overwrite=complete,
+        base_path=args.base_path,
+        label_classes=args.label_classes,
+        label_names=args.label_names,
+        progress=progress,
+    )
+    log.info("%s: %d subjects, %d converted", store, result["subjects"], result["converted"])
     return str(store)
 
 
-def files_named(table: str, base_path: str | None) -> set[frozenset[str]]:
-    """Split and files of each row of a table."""
+def files_named(
+    table: str, base_path: str | None, label_classes: str | None = None, label_names: str | None = None
+) -> set[frozenset[str]]:
+    """Split, files and label classes of each row of a table."""
+    from fastsrgan.io.labels import structure
     from fastsrgan.io.tables import read_table
 
-    return {
-        frozenset([row.base, *(str(p) for p in (row.image, row.label, row.mask, row.tissues) if p)])
-        for row in read_table(table, base_path=base_path)
-    }
+    found = set()
+    for row in read_table(table, base_path=base_path):
+        chosen = row.classes or label_classes
+        classes = sorted(structure(chosen, row.label, label_names).values) if chosen and row.label else None
+        files = (str(path) for path in (row.image, row.label, row.mask, row.tissues) if path)
+        found.add(frozenset([row.base, f"classes {classes}", *files]))
+    return found
 
 
 def files_in(store: Path) -> set[frozenset[str]]:
@@ -326,4 +345,8 @@ def files_in(store: Path) -> set[frozenset[str]]:
     from fastsrgan.store.reader import open_store
 
     subjects = open_store(store).subjects
-    return {frozenset([s.split, *(f["path"] for f in s.attrs.get("source", {}).values())]) for s in subjects}
+    return {
+        frozenset([s.split, f"classes {s.attrs.get('label_classes')}"])
+        | {file["path"] for file in s.attrs.get("source", {}).values()}
+        for s in subjects
+    }

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastsrgan.core.temporary import remove_abandoned, temporary_name
 from fastsrgan.core.units import human
-from fastsrgan.errors import ResourceError, UsageError
+from fastsrgan.errors import InputError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -341,3 +341,24 @@ def peak_memory() -> int:
 
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def walk_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """Every file below a folder, by name, folders that are links included; each real folder once, no hidden ones.
+
+    A link that leads nowhere is a path too: reading it says so. Raises InputError for a folder that cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        reason = f"cannot be listed: {error.strerror or error}"
+        raise InputError(error.filename or folder, reason, "check its permissions, or move it away") from error
+
+    seen: set[str] = set()
+    for where, below, names in os.walk(os.fspath(folder), onerror=refuse, followlinks=True):
+        place = os.path.realpath(where)
+        if place in seen:
+            below[:] = []
+            continue
+        seen.add(place)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield from (Path(where, name) for name in sorted(names))

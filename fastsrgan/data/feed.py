@@ -28,6 +28,7 @@ from fastsrgan.data.subject import Mover, PatchRule, make_resident, move_by_thre
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.observation.model import Degradation
+from fastsrgan.observation.slice_axis import Axes, stored_draw
 from fastsrgan.store.files import local_path
 from fastsrgan.store.reader import Store, Subject
 
@@ -112,7 +113,9 @@ def resident_limit(
 
 def resident_voxels(subject: Subject, patch: int) -> int:
     """Voxels of a subject that are kept, at most: all of them where ``patch`` is 0 or the store names no box."""
-    box = subject.attrs.get("bounding_box") if patch else None
+    # Of an image with values below 0 nothing is air.
+    lowest = (subject.attrs.get("intensity") or {}).get("min", 0)
+    box = subject.attrs.get("bounding_box") if patch and lowest >= 0 else None
     sizes = [high - low for low, high in box] if box else subject.shape
     return math.prod(max(size, min(patch, n)) for size, n in zip(sizes, subject.shape, strict=True))
 
@@ -183,6 +186,7 @@ class Feed:
     precision : of resident intensities, "fp32", "fp16", "bf16" or "auto" (``pick_dtype``); labels are uint8
     patience : seconds that one volume may take before its worker counts as hung, more for very large ones
     visits : which visits show an image made of the subject's tissues
+    axes : world axes that the low resolution's numbers are along; None: each subject's stored ones
 
     Attributes
     ----------
@@ -208,11 +212,12 @@ class Feed:
         precision: str = "auto",
         patience: float = PATIENCE,
         visits: Visits | None = None,
+        axes: Axes | None = None,
     ) -> None:
         if prefetch < 1:
             raise UsageError("prefetch", f"{prefetch} is not allowed", "1 or more groups")
         self.store, self.degradation, self.rule = store, degradation, rule
-        self.seed, self.device, self.strict = seed, device, strict
+        self.seed, self.device, self.strict, self.axes = seed, device, strict, axes
         self.visits = visits or Visits()
         self.rank, self.world = rank, world
         self.threads, self.prefetch, self.patience = pick_threads(threads), prefetch, patience
@@ -231,7 +236,7 @@ class Feed:
         sample = self.visits.of(stored, (self.seed, epoch, subject), self.device)
         # A stream of its own: what it queues neither waits for the training step nor holds it up.
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            law, rule = self.degradation, self.rule
+            law, rule, draw = self.degradation, self.rule, stored_draw(draw, self.axes, sample.affine)
             return make_resident(sample, law, draw, rule, self.device, dtype=self.dtype, move=self.move, crop=True)
 
     def groups(self, plan: Iterator[tuple[int, list[str]]]) -> Iterator[list[Resident]]:

@@ -29,12 +29,13 @@ from fastsrgan.core.runtime import (
     write_json,
 )
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.evaluate.cohort import Item, evaluate_items, low_resolution
+from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, Item, evaluate_items, low_resolution
 from fastsrgan.infer.files import SomeFailed, infer_files
 from fastsrgan.infer.settings import InferSettings, takes_options
 from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import (
     DESCRIPTION,
+    RECORD,
     SUFFIXES,
     BidsImage,
     check_derivatives,
@@ -50,7 +51,6 @@ STAGE = ".fastsrgan"  # in the derivatives: results on their way to their names
 # Without a slash at the end: the BIDS validator compares names of folders that have none.
 IGNORED = (STAGE, "figures")
 LINK = "raw"  # short name of the source dataset
-RECORD = "FastsrganRecord"  # key of a sidecar: what `fastsrgan infer` wrote
 LABELS: dict[str, tuple[tuple[int, str], ...]] = {"seg": ((0, "background"), (1, "structure"))}
 README = (
     "Super-resolution and segmentation by fastsrgan. desc-sr: the image on a finer grid; desc-cortex: the structure "
@@ -67,19 +67,21 @@ def infer_bids(
     participants: Sequence[str] = (),
     sessions: Sequence[str] = (),
     suffixes: Sequence[str] = SUFFIXES,
+    desc: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     ranks: Ranks = ALONE,
     progress: Progress = QUIET,
     **options: Any,
 ) -> dict[str, Any]:
-    """Apply a model to the T1w and T2w images of a BIDS dataset and write a derivatives dataset.
+    """Apply a model to the anatomical images of a BIDS dataset and write a derivatives dataset.
 
     Parameters
     ----------
     dataset : root of the dataset
     out_dir : of the derivatives; an existing dataset of another kind is refused
     participants, sessions, suffixes : which images; none: all
+    desc : of images that are derivatives themselves, such as "preproc"
     overwrite, resume : what to do with derivatives that are there: replace them, or leave those images out
     weights, ranks, progress, options : of ``infer_files``
 
@@ -87,7 +89,7 @@ def infer_bids(
     every other image is done and in its place; InputError for a dataset that cannot be used.
     """
     root, out, settings = Path(dataset), Path(out_dir), InferSettings.of(options)
-    found = find_bids(root, participants, sessions, suffixes)
+    found = find_bids(root, participants, sessions, suffixes, desc)
     said = read_json(out / DESCRIPTION)
     if real(out) == real(root) or (said and said.get("DatasetType") != "derivative"):
         raise UsageError(out, "is a dataset of its own", "give the derivatives their own folder")
@@ -232,6 +234,7 @@ def evaluate_bids(
     truth: str | os.PathLike,
     *,
     png: str | os.PathLike | None = None,
+    choice: Choice = AS_IT_IS,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Evaluate what ``infer_bids`` made against a dataset of the same names.
@@ -244,7 +247,7 @@ def evaluate_bids(
     if not root.is_dir():
         raise InputError(root, "is no folder", "evaluate --bids DERIVATIVES DATASET")
     items = [_item(image, root) for image in find_bids(out, desc="sr")]
-    return evaluate_items(out, items, png=png, progress=progress)
+    return evaluate_items(out, items, png=png, choice=choice, progress=progress)
 
 
 def _item(image: BidsImage, root: Path) -> Item:

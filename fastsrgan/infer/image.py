@@ -15,6 +15,7 @@ import numpy as np
 from fastsrgan.core import runtime
 from fastsrgan.core.runtime import Progress
 from fastsrgan.errors import InputError, ModelError, UsageError
+from fastsrgan.infer.interpolated import nearest
 from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.settings import HEAD, InferSettings
 from fastsrgan.infer.split import Together
@@ -25,6 +26,7 @@ from fastsrgan.io.image_list import Image
 from fastsrgan.model.networks import Generator
 from fastsrgan.volume.components import segment
 from fastsrgan.volume.geometry import Volume
+from fastsrgan.volume.oddities import on_zeros, outliers
 
 log = logging.getLogger("fastsrgan")
 
@@ -93,6 +95,7 @@ def load(image: Image, job: Job) -> Loaded | None:
     _check_places(image, job)
     asked = job.settings
     volume = any_image.load_any(image.path, series=asked.series, volume=asked.volume, max_voxels=asked.max_voxels)
+    volume = replace(volume, warnings=(*volume.warnings, *outliers(volume.data)))
     for warning in volume.warnings:
         log.warning("%s: %s", image.path, warning)
     mask = asked.mask
@@ -161,12 +164,17 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
     code = image.meta.get("space_code", 1)
     seg, filtered = segment(result.prob[0], abs(float(np.linalg.det(result.affine[:3, :3]))), settings)
     arrays = {"seg": seg, "prob": result.prob[0]}
+    geometry, wanted = result.report["geometry"], result.report["new_resolution"]
+    odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))
     if "mask" in outputs:
         arrays["mask"] = result.prob[1:].argmax(axis=0).astype(np.uint8)
     changed = settings.changed("segmentation")
     more: dict[str, Any] = {"segmentation": changed | filtered} if changed else {}
     if settings.dtype == "input":
-        more["sr_stored"] = _save_as_input(outputs["sr"], result, image, code)
+        stored = more["sr_stored"] = _save_as_input(outputs["sr"], result, image, code)
+        if clipped := stored.get("voxels_clipped"):
+            beyond = f"{clipped} of {result.sr.size} voxels of the SR image lie beyond {stored['dtype']}"
+            odd.append(f"{beyond} and were clipped: --dtype float32 keeps them")
     else:
         arrays = {"sr": result.sr, **arrays}
     for kind in (kind for kind in outputs if kind in arrays):
@@ -174,6 +182,8 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
     if settings.png:
         _picture(outputs["png"], loaded, result, seg, settings.threshold)
     shutil.rmtree(job.planes(loaded.image), ignore_errors=True)
+    for warning in odd:
+        log.warning("%s: %s", loaded.image.path, warning)
     loaded.seconds += time.perf_counter() - began
     record = {
         "input": {
@@ -183,6 +193,7 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
             "volume": settings.volume,
             "shape": list(image.data.shape),
             "spacing_mm": list(image.spacing),
+            **({"dicom": image.meta["dicom"]} if "dicom" in image.meta else {}),
         },
         "weights": job.model,
         **result.report,
@@ -190,7 +201,7 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
         **more,
         "affine": result.affine,
         "outputs": names(outputs),
-        "warnings": [*image.warnings, *result.report["warnings"]],
+        "warnings": [*image.warnings, *result.report["warnings"], *odd],
         "seconds": loaded.seconds,
         "asked": settings.asked(),
         "provenance": job.provenance,

@@ -60,7 +60,7 @@ class Prepared:
     def stored(self, out_CXYZ: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Undo scale and orientation, in place; views of one array."""
         with torch.inference_mode():
-            out_CXYZ[0].mul_(self.norm.scale).clamp_(min=self.norm.floor)
+            self.norm.invert_(out_CXYZ[0])
         out = self.turn.undo(out_CXYZ.numpy())
         return out[0], out[1:]
 

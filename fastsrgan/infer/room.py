@@ -11,9 +11,8 @@ from fastsrgan.core import runtime
 from fastsrgan.errors import FastsrganError
 from fastsrgan.infer.image import Job
 from fastsrgan.infer.interpolated import target_spacing
-from fastsrgan.io import dicom
+from fastsrgan.io import dicom, formats
 from fastsrgan.io import nifti as images
-from fastsrgan.io import nifti_header as nifti_check
 from fastsrgan.io.image_list import Image, size_of
 from fastsrgan.volume.geometry import grid_size, spacing_of
 
@@ -34,7 +33,7 @@ def bytes_of(image: Image, job: Job) -> int:
     try:
         if dicom.is_dicom(image.path):
             return size_of(image) // 2  # of the voxels that are there, whatever is added between them
-        file = nifti_check.examine(image.path, images.MAX_VOXELS)
+        file = formats.examine(image.path, images.MAX_VOXELS)
         own = spacing_of(file.affine)
         wanted = target_spacing(own, file.shape, job.settings.new_resolution)
     except (FastsrganError, OSError):

@@ -127,7 +127,7 @@ def process(
     data, affine = _checked(data_XYZ, affine)
     where = pick_device(str(settings.device))
     settings = replace(settings.on(str(where)), precision=pick_precision(settings.precision, where))
-    image = _prepared(data, affine, settings, interpolate)
+    image = _prepared(data, affine, settings, interpolate, _shifted(generator, settings.geometry))
     region, what_region = find_region(settings.mask, data, image)
     image = replace(image, region=region)
     network = _network(generator, settings, image)
@@ -168,6 +168,7 @@ def process(
         "shape": list(sr.shape),
         "tiles": len(plan),
         "tile": list(plan.patch),
+        **({"intensity_shift": image.norm.shift} if image.norm.shift else {}),
         "processed_axes": list(image.turn.axes),
         "memory": memory.to_dict(),
         **({"flips": settings.flips, "networks": len(members(averaged))} if isinstance(averaged, Averaged) else {}),
@@ -180,14 +181,18 @@ def process(
 
 
 def _prepared(
-    data: np.ndarray, affine: np.ndarray, settings: InferSettings, interpolate: Interpolate | None
+    data: np.ndarray,
+    affine: np.ndarray,
+    settings: InferSettings,
+    interpolate: Interpolate | None,
+    shifted: bool,
 ) -> Prepared:
     geometry = settings.geometry
     original = geometry == "segsrgan"
     spacing = spacing_of(affine)
     wanted = target_spacing(spacing, data.shape, settings.new_resolution)
     turn = Orientation() if original else processing_orientation(affine)
-    norm = normaliser(data)
+    norm = normaliser(data, shifted=shifted)
     source: Interpolated | Whole
     if interpolate is None:
         source = Interpolated(data, turn, norm, spacing, wanted, geometry)
@@ -199,6 +204,16 @@ def _prepared(
             "interpolation", "only the segsrgan geometry has others than the spline", "--geometry segsrgan"
         )
     return Prepared(source, turn, norm, spacing, wanted, geometry)
+
+
+def _shifted(generator: nn.Module | Sequence[nn.Module], geometry: str) -> bool:
+    """Whether the networks were trained on images moved up from below 0. Raises UsageError where only some were."""
+    networks = [generator] if isinstance(generator, nn.Module) else list(generator)
+    found = {bool(getattr(getattr(network, "spec", None), "shifted", False)) for network in networks}
+    if len(found) > 1 and geometry == "physical":
+        reason = "some were trained with values below 0 kept, some with them cut: they see different images"
+        raise UsageError("weights", reason, "average models that were trained alike")
+    return found == {True} and geometry == "physical"
 
 
 def _network(generator: nn.Module | Sequence[nn.Module], settings: InferSettings, image: Prepared) -> TileNetwork:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ class GeneratorSpec:
     mask_classes : number of softmax channels behind SR and segmentation
     scaled : the SR head is multiplied by the sample's in-plane gradient, so that SR(a x) = a SR(x) (not in the paper;
         docs/decisions/011)
+    shifted : images with values below 0 were moved up by their minimum in training, and are in inference
+        (``intensity.lifted``); no part of the architecture, so networks that differ in it alone are equal
     """
 
     network: str = "plain"
@@ -54,6 +56,7 @@ class GeneratorSpec:
     conditional: bool = False
     mask_classes: int = 0
     scaled: bool = False
+    shifted: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.network not in GENERATORS:
@@ -69,8 +72,9 @@ class GeneratorSpec:
         return 2 + self.mask_classes
 
     def to_dict(self) -> dict:
-        """Plain values for YAML, JSON or a safetensors header."""
-        return asdict(self)
+        """Plain values for YAML, JSON or a safetensors header; without ``shifted`` where it is not so, as in files of
+        versions that did not know it."""
+        return {key: value for key, value in asdict(self).items() if key != "shifted" or value}
 
 
 def _conv(out_channels: int, in_channels: int, size: int) -> nn.Parameter:

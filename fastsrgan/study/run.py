@@ -44,6 +44,7 @@ class Settings:
     noise : standard deviations over the largest value
     ratios : slice thickness over the head's voxel size
     split, subjects : which rows of the table, and how many at most
+    label_classes, label_names : which values of the labels are the structure, see ``labels.structure``
     """
 
     patch: int | None = None
@@ -55,6 +56,8 @@ class Settings:
     axis: int = 2
     split: str = "Test"
     subjects: int | None = None
+    label_classes: str | None = None
+    label_names: str | os.PathLike | None = None
     device: str = "auto"
     precision: str = "auto"
     seed: int = 0
@@ -137,7 +140,7 @@ def _measured(
     if data is None:
         heads = quick_heads(cohort, asked.seed, progress)
     else:
-        heads = find_heads(data, asked.split, asked.subjects)
+        heads = find_heads(data, asked.split, asked.subjects, asked.label_classes, asked.label_names)
     if kind == "augmentation" and data is None and not models:
         paths = [weights.default_weights(), _tuned(cohort, asked, progress)]
         loaded = [Model.load(paths[0], "shipped"), Model.load(paths[1], "tuned without augmentation")]

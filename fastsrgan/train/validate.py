@@ -23,6 +23,7 @@ from fastsrgan.infer import tiles
 from fastsrgan.infer.engine import predict
 from fastsrgan.infer.network import TileNetwork, pick_precision
 from fastsrgan.model.networks import Generator
+from fastsrgan.observation.slice_axis import stored_draw
 from fastsrgan.store.reader import Sample
 from fastsrgan.volume.geometry import processing_orientation
 from fastsrgan.volume.resample import apply_axes, degrade_matrix, upsample_matrix
@@ -149,7 +150,7 @@ def drawn_label(feed: Feed, sample: Sample, label_XYZ: np.ndarray, index: int, c
     d = feed.degradation
     if d.interp != "scipy" or d.geometry != "physical":
         return None
-    draw = d.linspace(index, count)
+    draw = stored_draw(d.linspace(index, count), feed.axes, sample.affine)
     turn = processing_orientation(sample.affine, draw.low_res)
     sizes = list(zip(label_XYZ.shape, turn.permute(sample.spacing), turn.permute(draw.low_res), strict=True))
     low = apply_axes(label_XYZ.astype(np.float32), [degrade_matrix(n, s, r) for n, s, r in sizes]) > 0.5
@@ -188,7 +189,7 @@ def readable(feed: Feed, subject: str) -> Sample | None:
 
 def fixed_resident(feed: Feed, sample: Sample, index: int, count: int) -> Resident:
     """Test subject ``index`` of ``count``, degraded as in every epoch."""
-    draw = feed.degradation.linspace(index, count)
+    draw = stored_draw(feed.degradation.linspace(index, count), feed.axes, sample.affine)
     return make_resident(sample, feed.degradation, draw, feed.rule, feed.device, move=feed.move)
 
 
