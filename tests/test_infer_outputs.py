@@ -44,7 +44,7 @@ def blobs():
 
 
 def test_the_largest_component_stays():
-    seg, told = segment(blobs(), 1.0, InferSettings(largest_component=True))
+    seg, told = segment(blobs(), 1.0, 0.5, largest_component=True)
     assert seg.dtype == np.uint8 and seg.sum() == 27 and seg[1:4, 1:4, 1:4].all()
     assert told == {"components": 3, "components_kept": 1, "voxels_left_out": 10}
 
@@ -52,19 +52,19 @@ def test_the_largest_component_stays():
 @pytest.mark.parametrize(("mm3", "left"), [(0.4, 37), (0.5, 37), (0.51, 36), (4.5, 36), (4.6, 27), (13.6, 0)])
 def test_small_components_go_by_their_volume(mm3, left):
     """Voxels of half a cubic millimetre; a component of the very size stays."""
-    seg, told = segment(blobs(), 0.5, InferSettings(min_size=mm3))
+    seg, told = segment(blobs(), 0.5, 0.5, min_mm3=mm3)
     assert seg.sum() == left == 37 - told["voxels_left_out"] and told["components"] == 3
 
 
 def test_filters_look_at_what_the_threshold_leaves():
-    assert segment(blobs(), 1.0, InferSettings(threshold=0.85))[0].sum() == 27
-    assert segment(blobs(), 1.0, InferSettings(threshold=0.65, min_size=2))[0].sum() == 27 + 8
+    assert segment(blobs(), 1.0, 0.85)[0].sum() == 27
+    assert segment(blobs(), 1.0, 0.65, min_mm3=2)[0].sum() == 27 + 8
     for empty in (
         InferSettings(threshold=0.95, largest_component=True),
         InferSettings(min_size=99, largest_component=True),
     ):
-        assert segment(blobs(), 1.0, empty)[0].sum() == 0
-    plain, told = segment(blobs(), 1.0, InferSettings())
+        assert segment(blobs(), 1.0, *empty)[0].sum() == 0
+    plain, told = segment(blobs(), 1.0, 0.5)
     assert np.array_equal(plain, blobs() > 0.5) and told == {} and InferSettings().changed("segmentation") == {}
     for wrong in ({"threshold": 1.0}, {"threshold": np.nan}, {"min_size": -1}, {"min_size": np.inf}):
         with pytest.raises(UsageError):

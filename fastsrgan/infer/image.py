@@ -162,7 +162,8 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
     # The old record goes first: a kill between two files must not leave it standing beside new images.
     outputs["json"].unlink(missing_ok=True)
     code = image.meta.get("space_code", 1)
-    seg, filtered = segment(result.prob[0], abs(float(np.linalg.det(result.affine[:3, :3]))), settings)
+    voxel_mm3 = abs(float(np.linalg.det(result.affine[:3, :3])))
+    seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, settings.min_size)
     arrays = {"seg": seg, "prob": result.prob[0]}
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))

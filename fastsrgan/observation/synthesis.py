@@ -251,7 +251,8 @@ def draw_shape(
     """The deformation of one visit: rotation after scaling and shear, all after a smooth warp."""
     s, some = settings, rng(int(key[0]), *key[1:], "synthesis", "shape")
     angles = np.deg2rad(s.rotation) * some.uniform(-1, 1, 3)
-    scales = np.exp(some.uniform(*np.log(s.scaling), 3))
+    least, most = np.log(s.scaling)
+    scales = np.exp(some.uniform(least, most, 3))
     shears = s.shear * some.uniform(-1, 1, 3)
     forward = np.eye(3)
     for axis, angle in enumerate(angles):

@@ -53,7 +53,7 @@ class Observation:
     up: tuple[Matrix, Matrix, Matrix] = (None, None, None)
 
     def __post_init__(self) -> None:
-        spectra = []
+        spectra: list[tuple[Matrix, Matrix, Matrix]] = []
         for matrix in self.down:
             if matrix is None:
                 spectra.append((None, None, None))
