@@ -38,8 +38,9 @@ FORWARD_TOLERANCE = 2.3e-5  # 1.2e-5 (results/epyc-zen3-2cores/step.json)
 GRADIENT_TOLERANCE = 9e-3  # 4.6e-3, likewise
 CRITIC_TOLERANCE = 1.2e-2  # 6.1e-3, likewise: of gradients too, LeakyReLU has kinks as well
 LOSS_TOLERANCE = 1.5e-3  # 7.6e-4, likewise: of the largest term, after five updates of the critic
-# The same where fastsrgan's side computes in bfloat16 or float16: a limit on coarse faults.
-HALF_CRITIC_TOLERANCE, HALF_GRADIENT_TOLERANCE, HALF_LOSS_TOLERANCE = 0.2, 0.4, 0.02
+# The same where fastsrgan's side computes in bfloat16 or float16. Measured in bfloat16: critic 0.13, and at k 8 and 16,
+# batch 2, 32^3 on an EPYC Zen 3, which emulates it, 0.13, the generator's gradients together 0.018, losses 0.015.
+HALF_CRITIC_TOLERANCE, HALF_GRADIENT_TOLERANCE, HALF_LOSS_TOLERANCE = 0.2, 0.035, 0.03
 ZERO = 1e-6  # of the largest gradient: a shift in front of an instance norm has a gradient of rounding only
 EPOCH = 1
 # One setting changed back to its plain form at a time; "as it was" is all of them.
@@ -219,15 +220,20 @@ def _generator_update_sides(config: TrainConfig, device: str) -> Sides:
     batch = pool(config.patch_size, config.batch_size, device).gather(np.arange(config.batch_size))
     ours = {form: models(replace(config, form=form), device, Kept()) for form in ("fast", "reference")}
     plain = naive_trainer(config, ours["fast"], device)
+    half = ours["fast"].arithmetic.dtype != torch.float32
+
+    def compared(found: list[Tensor]) -> list[Tensor]:
+        # In half precision rounding is no longer small beside a small tensor's gradient.
+        return [torch.cat([g.flatten() for g in found])] if half else gradients(found)
 
     def own(m: Models) -> list[Tensor]:
         terms = m.generator_update(batch, adversarial=True)
         kept = dict(zip(map(id, m.generator.parameters()), cast(Kept, m.ranks).gradients, strict=True))
-        return [loss_vector(terms), *gradients([kept[id(p)] for p, _ in plain.generator.paired(m.generator)])]
+        return [loss_vector(terms), *compared([kept[id(p)] for p, _ in plain.generator.paired(m.generator)])]
 
     def theirs() -> list[Tensor]:
         terms = plain.generator_update(batch.x, batch.y)
-        return [loss_vector(terms), *gradients([cast(Tensor, p.grad) for p in plain.generator.parameters()])]
+        return [loss_vector(terms), *compared([cast(Tensor, p.grad) for p in plain.generator.parameters()])]
 
     return {
         "fastsrgan": lambda: own(ours["fast"]),

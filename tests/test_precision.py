@@ -329,13 +329,19 @@ def test_tf32_that_is_not_asked_for_is_off_during_the_test(fresh, monkeypatch):
         return gradients(arithmetic, *more)
 
     monkeypatch.setattr(precision, "_gradients", spied)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    precision._expected()
-    seen.clear()
-    self_test(Arithmetic(CPU, torch.float32))
-    assert seen == [(False, False)]
-    assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32, "as before afterwards"
+    places = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = True
+        precision._expected()
+        seen.clear()
+        self_test(Arithmetic(CPU, torch.float32))
+        assert seen == [(False, False)]
+        assert all(place.allow_tf32 for place in places), "as before afterwards"
+    finally:
+        for place, was in zip(places, before, strict=True):
+            place.allow_tf32 = was
 
 
 @pytest.mark.parametrize("fault", ["tap", "channels"])

@@ -89,7 +89,7 @@ class Arithmetic:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_devicedevice_name(device) if device.type == "cuda" else str(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def training_type(major: int, minor: int) -> str:
