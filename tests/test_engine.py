@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fastsrgan.errors import ResourceError, UsageError
-from fastsrgan.infer import engine, tiles
 from fastsrgan.infer import network as tile_network
+from fastsrgan.infer import tiles
 from fastsrgan.infer.engine import predict
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.settings import InferSettings
@@ -185,7 +185,7 @@ def test_half_precision_touches_the_head_only(generator, caplog):
     plan = tiles.plan(small.shape, 16, 16)
     with caplog.at_level(logging.WARNING, "fastsrgan"):
         for _ in range(2):
-            precision = engine.pick_precision("bf16", torch.device("cpu"))
+            precision = tile_network.pick_precision("bf16", torch.device("cpu"))
             out, _ = predict(small, plan, TileNetwork(generator, 1.0, precision=precision))
     assert sum("bf16 is slower than fp32 on a CPU" in r.getMessage() for r in caplog.records) == 1
     reference, _ = predict(small, plan, TileNetwork(generator, 1.0))
@@ -195,10 +195,10 @@ def test_half_precision_touches_the_head_only(generator, caplog):
 
 
 def test_precision_follows_the_device():
-    assert engine.pick_precision("auto", torch.device("cpu")) == "fp32"
-    assert engine.pick_precision("auto", torch.device("cuda")) == "fp16"
+    assert tile_network.pick_precision("auto", torch.device("cpu")) == "fp32"
+    assert tile_network.pick_precision("auto", torch.device("cuda")) == "fp16"
     with pytest.raises(UsageError, match="precision"):
-        engine.pick_precision("int8", torch.device("cpu"))
+        tile_network.pick_precision("int8", torch.device("cpu"))
 
 
 def test_progress_counts_tiles_and_finishes_also_after_an_error(generator):

@@ -59,10 +59,7 @@ def test_small_components_go_by_their_volume(mm3, left):
 def test_filters_look_at_what_the_threshold_leaves():
     assert segment(blobs(), 1.0, 0.85)[0].sum() == 27
     assert segment(blobs(), 1.0, 0.65, min_mm3=2)[0].sum() == 27 + 8
-    for empty in (
-        InferSettings(threshold=0.95, largest_component=True),
-        InferSettings(min_size=99, largest_component=True),
-    ):
+    for empty in ((0.95, True), (0.5, True, 99)):
         assert segment(blobs(), 1.0, *empty)[0].sum() == 0
     plain, told = segment(blobs(), 1.0, 0.5)
     assert np.array_equal(plain, blobs() > 0.5) and told == {} and InferSettings().changed("segmentation") == {}

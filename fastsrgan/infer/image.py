@@ -163,7 +163,9 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
     outputs["json"].unlink(missing_ok=True)
     code = image.meta.get("space_code", 1)
     voxel_mm3 = abs(float(np.linalg.det(result.affine[:3, :3])))
-    seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, settings.min_size)
+    seg, filtered = segment(
+        result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, settings.min_size
+    )
     arrays = {"seg": seg, "prob": result.prob[0]}
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))
