@@ -6,20 +6,23 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import re
-import secrets
 import shutil
 import stat
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from fastsrgan.errors import InputError, ResourceError, UsageError, human
 
-from fastsrgan.errors import ResourceError, UsageError, human
+if TYPE_CHECKING:
+    pass
+import secrets
+import time
+from collections.abc import Iterable
 
 MOST_JSON = 64 * 2**20  # bytes of a JSON file that is read
 _DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 300 else float(digits))
@@ -203,13 +206,32 @@ def finite(value: Any) -> Any:
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
-    if isinstance(value, np.ndarray):
+    if isinstance(value, os.PathLike):
+        return str(value)
+    if hasattr(value, "tolist"):  # arrays and numbers of NumPy, which is not loaded for others
         return finite(value.tolist())
-    if isinstance(value, np.generic):
-        return finite(value.item())
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return str(value) if isinstance(value, os.PathLike) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def walk_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """Every file below a folder, by name, folders that are links included; each real folder once, no hidden ones.
+
+    A link that leads nowhere is a path too: reading it says so. Raises InputError for a folder that cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        reason = f"cannot be listed: {error.strerror or error}"
+        raise InputError(error.filename or folder, reason, "check its permissions, or move it away") from error
+
+    seen: set[str] = set()
+    for where, below, names in os.walk(os.fspath(folder), onerror=refuse, followlinks=True):
+        place = os.path.realpath(where)
+        if place in seen:
+            below[:] = []
+            continue
+        seen.add(place)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield from (Path(where, name) for name in sorted(names))
 
 
 _HOST = hashlib.blake2b(platform.node().encode("utf8", "replace"), digest_size=4).hexdigest()
