@@ -7,7 +7,7 @@ and a current folder that is gone, without which they cannot be loaded.
 import os
 import sys
 
-from fastsrgan.core.signals import NO_MEMORY, AtOnce, open_streams
+from fastsrgan.core.signals import AtOnce, no_room, open_streams
 from fastsrgan.core.system import out_of_memory
 
 
@@ -25,7 +25,7 @@ def main() -> int:
     except Exception as error:
         if not out_of_memory(error):
             raise
-        sys.stderr.write(f"error: {NO_MEMORY}\n")
+        sys.stderr.write(f"error: {no_room()}\n")
         return 5
     return cli.main()
 

@@ -22,10 +22,9 @@ from typing import Any
 import torch
 
 from fastsrgan._version import __version__
-from fastsrgan.core.system import free_memory, total_memory
 from fastsrgan.errors import human
+from fastsrgan.model.arithmetic import pick_precision, training_type
 from fastsrgan.model.cpu import forms
-from fastsrgan.model.precision import pick_precision, training_type
 
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "zarr", "numcodecs", "safetensors", "h5py", "nilearn", "matplotlib")
 SMALL_SHM = 64 * 2**20  # what Docker gives a container unless told otherwise
@@ -91,7 +90,7 @@ def diagnose() -> dict[str, Any]:
 
     Keys: fastsrgan, python, platform, packages (name -> version or None), cpu, memory, shm (bytes, None without
     /dev/shm), gpu, optional (name -> version, sees_device, problem, purpose, extra), weights (list of name and bytes),
-    layer_forms (mode, machine, file, layers timed on this machine), plan (what runs where), warnings (what a user
+    layer_forms (modes, machine, file, layers timed on this machine), plan (what runs where), warnings (what a user
     should know or change).
     """
     facts: dict[str, Any] = {
@@ -100,7 +99,7 @@ def diagnose() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
-        "memory": {"total": total_memory(), "available": free_memory()},
+        "memory": _memory(),
         "shm": _shm(),
         "gpu": _gpu(),
         "optional": {name: _optional(part) for name, part in OPTIONAL.items()},
@@ -210,6 +209,22 @@ def _usable_cores() -> float:
     if quota.isdigit() and period.strip().isdigit():
         cores = min(cores, int(quota) / int(period))
     return int(cores) if cores == int(cores) else round(cores, 2)
+
+
+def _memory() -> dict[str, int | None]:
+    """Bytes in all and free; both within the limit of a container."""
+    kilobytes = dict(re.findall(r"^(\w+): +(\d+) kB$", _read("/proc/meminfo") or "", re.MULTILINE))
+    total, available = (int(kilobytes[k]) * 1024 if k in kilobytes else None for k in ("MemTotal", "MemAvailable"))
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        limit, used = (_read(limit_file) or "").strip(), (_read(used_file) or "").strip()
+        if limit.isdigit() and total is not None and int(limit) < total:
+            total = int(limit)
+            if used.isdigit() and available is not None:
+                available = min(available, max(0, total - int(used)))
+    return {"total": total, "available": available}
 
 
 def _shm() -> int | None:
@@ -323,7 +338,8 @@ def _optional_lines(optional: dict[str, dict[str, Any]]) -> list[str]:
 
 def _forms_lines(found: dict[str, Any]) -> list[str]:
     where = found["file"] or "no folder to keep times in"
-    lines = [f"{found['mode']} ({forms.VARIABLE}), {len(found['layers'])} timed on this machine, {where}"]
+    modes = f"{found['training']} in training, {found['inference']} in inference ({forms.VARIABLE})"
+    lines = [f"{modes}, {len(found['layers'])} timed on this machine, {where}"]
     for layer, row in found["layers"].items():
         times = ", ".join(f"{form} {1e3 * seconds:.2g} ms" for form, seconds in row["seconds"].items())
         lines.append(f"{layer}: {row['form']} ({times})")

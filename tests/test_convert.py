@@ -31,8 +31,9 @@ from fastsrgan.errors import FastsrganError, InputError, ModelError, PartialFail
 from fastsrgan.io import nifti as images
 from fastsrgan.store import files as store_files
 from fastsrgan.store.reader import open_store, to_float32
-from fastsrgan.store.writer import PERCENTILES, axis_codes, create_store, describe, encode
+from fastsrgan.store.writer import PERCENTILES, create_store, describe, encode
 from fastsrgan.train.run import train
+from fastsrgan.volume.placement import axis_codes
 
 SHAPE = (21, 18, 10)
 AFFINE = nifti_files.rigid()
@@ -142,7 +143,7 @@ def test_labels_of_other_values_than_0_and_1_are_said_and_not_trained_on(tmp_pat
     (told,) = summary["warnings"]["s0"]
     assert told.startswith("label: holds 0, 255; training takes 1 for the structure")
     assert open_store(tmp_path / "store").subject("s0").attrs["warnings"] == [told]
-    config = TrainConfig(new_low_res=((1.0, 1.0, 3.0),), patch_size=16, kernel_gen=1, kernel_dis=1)
+    config = TrainConfig(new_low_res=((1.5, 1.5, 3.0),), patch_size=16, kernel_gen=1, kernel_dis=1)
     with pytest.raises(InputError, match=r"than 0 and 1: s0 \(also 255\), s2 \(also 2, 3\) \(make each label 1"):
         train(tmp_path / "store", tmp_path / "run", config)
     assert not list((tmp_path / "run").iterdir())

@@ -25,7 +25,7 @@ from fastsrgan.data import feed
 from fastsrgan.data.feed import deal, epoch_groups, pick_dtype, pick_mover, pick_threads, resident_limit
 from fastsrgan.data.subject import PatchRule, make_resident, move_by_thread
 from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.model.precision import TYPES
+from fastsrgan.model.arithmetic import TYPES
 from fastsrgan.observation.model import Degradation
 from fastsrgan.store.reader import Store
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.errors import FastsrganError, ResourceError, UsageError, human
+from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, human
 
 log = logging.getLogger("fastsrgan")
 
@@ -212,6 +212,27 @@ def finite(value: Any) -> Any:
     if hasattr(value, "tolist"):  # arrays and numbers of NumPy, which is not loaded for others
         return finite(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def walk_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """Every file below a folder, by name, folders that are links included; each real folder once, no hidden ones.
+
+    A link that leads nowhere is a path too: reading it says so. Raises InputError for a folder that cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        reason = f"cannot be listed: {error.strerror or error}"
+        raise InputError(error.filename or folder, reason, "check its permissions, or move it away") from error
+
+    seen: set[str] = set()
+    for where, below, names in os.walk(os.fspath(folder), onerror=refuse, followlinks=True):
+        place = os.path.realpath(where)
+        if place in seen:
+            below[:] = []
+            continue
+        seen.add(place)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield from (Path(where, name) for name in sorted(names))
 
 
 _HOST = hashlib.blake2b(platform.node().encode("utf8", "replace"), digest_size=4).hexdigest()

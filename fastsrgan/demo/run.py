@@ -35,7 +35,7 @@ from fastsrgan.volume.geometry import Volume, grid_size, resampled_affine
 from fastsrgan.volume.resample import apply_axes, degrade_matrix, upsample_matrix
 
 log = logging.getLogger("fastsrgan")
-PATCH, STEP = 128, 30  # the defaults of `fastsrgan infer`
+PATCH, STEP = 128, 30  # the paper's
 LOW_RES_MM = (1.0, 20.0)  # least and most of an acquisition
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Held, Source
-from fastsrgan.model.precision import TYPES, native
+from fastsrgan.model.arithmetic import TYPES, native
 
 TILES = 4  # compared
 LOOKED_AT = 16  # places in the volume of which those with most contrast are taken

@@ -17,17 +17,20 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastsrgan.config import MIN_SIZE
 from fastsrgan.core.system import out_of_memory
-from fastsrgan.errors import ResourceError, UsageError
+from fastsrgan.errors import ResourceError
 from fastsrgan.infer import tiles
 from fastsrgan.infer.activations import Needs, needs
+from fastsrgan.infer.settings import check_batch
 from fastsrgan.model import compiled
+from fastsrgan.model.arithmetic import TYPES, inference_test
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.cpu.rearranged import held, kept_bytes
-from fastsrgan.model.networks import MIN_SIZE, Generator
-from fastsrgan.model.precision import TYPES, inference_test
+from fastsrgan.model.networks import Generator
 
 log = logging.getLogger("fastsrgan")
+
 CPU_BATCH_VOXELS = 2**19
 LONE_TILE = 96**3  # voxels; torch 2.13 convolves one smaller tile alone without oneDNN, 1.8 x slower than two at once
 CUDA_MAX_BATCH = 32
@@ -36,13 +39,6 @@ CUDA_SHARE = 0.6  # of the free memory, planned for one batch
 
 # What networks took when it was counted: the volumes of a cohort do not each pay for a pass.
 _counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Needs]] = weakref.WeakKeyDictionary()
-
-
-def check_batch(batch: str | int) -> str | int:
-    """``batch`` if it is auto or a number of tiles, else UsageError."""
-    if batch != "auto" and (not isinstance(batch, int) or batch < 1):
-        raise UsageError("batch", f"{batch!r} is not allowed", "auto, or a number of tiles from 1 up")
-    return batch
 
 
 class TileNetwork:

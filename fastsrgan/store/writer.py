@@ -23,6 +23,7 @@ from fastsrgan.errors import FastsrganError, InputError, ModelError, UsageError
 from fastsrgan.store.codec import CHUNK, encoded, group_bytes
 from fastsrgan.store.files import (
     FORMAT,
+    LABELS,
     LOCK,
     MANIFEST,
     NEEDS,
@@ -36,10 +37,10 @@ from fastsrgan.store.files import (
 from fastsrgan.store.files import SUBJECT as _ID
 from fastsrgan.store.reader import Subject, subject_of, to_float32
 from fastsrgan.store.remote import fingerprint
-from fastsrgan.volume.geometry import processing_orientation, spacing_of
+from fastsrgan.volume.geometry import spacing_of
 
 MARK = {"fastsrgan_format": FORMAT}  # among the attributes of every group that is ours
-_LAYOUT = re.compile(r"zarr\.json|(image|label|mask)(/zarr\.json|/c/\d+/\d+/\d+)|(.*/)?[^/]*\.partial")
+_LAYOUT = re.compile(r"zarr\.json|(image|label|mask|tissues)(/zarr\.json|/c/\d+/\d+/\d+)|(.*/)?[^/]*\.partial")
 _TEMPORARY = re.compile(r"\.manifest\.tmp-.*|zarr\.[0-9a-f]+\.partial")
 _LARGE = 1 << 20  # bytes of manifest above which it is not replaced after every subject
 
@@ -110,31 +111,33 @@ class StoreWriter:
         self,
         subject_id: str,
         split: str,
-        image_stored: np.ndarray,
+        image_stored: np.ndarray | None,
         scale: float,
         offset: float,
         label: np.ndarray | None,
         mask: np.ndarray | None,
         affine: np.ndarray,
         attrs: dict[str, Any],
+        tissues: np.ndarray | None = None,
     ) -> Subject:
         """Write a subject and list it; one of that id is replaced. Safe from several threads.
 
         Parameters
         ----------
-        image_stored : (X, Y, Z) integers or floats (kept as float32); intensity = stored * scale + offset
-        label, mask : (X, Y, Z) uint8 or None
+        image_stored : (X, Y, Z) integers or floats (kept as float32); intensity = stored * scale + offset. None: there
+            are tissues, of which images are made
+        label, mask : (X, Y, Z) uint8 or None; tissues : (X, Y, Z) uint8 or uint16 or None
         affine : (4, 4) voxel index -> world mm
         attrs : plain values
 
         Raises InputError for arrays or an id that cannot be stored, ResourceError when the disk is full; then nothing
         of the subject stays.
         """
-        arrays = _checked(subject_id, split, image_stored, label, mask)
+        arrays = _checked(subject_id, split, image_stored, {"label": label, "mask": mask, "tissues": tissues})
         described = {"image": {"scale": float(scale), "offset": float(offset)}}
         record: dict[str, Any] = {
             "split": split,
-            "shape": list(image_stored.shape),
+            "shape": list(next(iter(arrays.values())).shape),
             "spacing": list(spacing_of(affine)),
             "affine": np.asarray(affine, float).tolist(),
             "attrs": finite(attrs),
@@ -266,26 +269,31 @@ class StoreWriter:
 
 
 def _checked(
-    subject_id: str, split: str, image: np.ndarray, label: np.ndarray | None, mask: np.ndarray | None
+    subject_id: str, split: str, image: np.ndarray | None, others: dict[str, np.ndarray | None]
 ) -> dict[str, np.ndarray]:
     """The arrays by name, in the types that are stored. Raises InputError for what no store may hold."""
     if not _ID.fullmatch(subject_id) or subject_id in (MANIFEST, "zarr.json"):
         raise InputError(subject_id, "is no subject id", "letters, digits, dot, - and _, the first a letter or digit")
     if split not in SPLITS:
         raise InputError(subject_id, f"its split is {split!r}", " or ".join(SPLITS))
-    if image.ndim != 3 or 0 in image.shape:
-        raise InputError(subject_id, f"its image has shape {image.shape}", "three axes, none empty")
-    kept = image.dtype.kind in "iu"
-    arrays = {"image": image.astype(image.dtype.newbyteorder("=") if kept else np.float32, copy=False)}
-    for name, array in (("label", label), ("mask", mask)):
+    first, what = (image, "image") if image is not None else (others["tissues"], "map of tissues")
+    if first is None:
+        raise InputError(subject_id, "has neither an image nor tissues", "one of them is needed")
+    if first.ndim != 3 or 0 in first.shape:
+        raise InputError(subject_id, f"its {what} has shape {first.shape}", "three axes, none empty")
+    arrays = {}
+    if image is not None:
+        kept = image.dtype.kind in "iu"
+        arrays["image"] = image.astype(image.dtype.newbyteorder("=") if kept else np.float32, copy=False)
+        if not kept and not np.isfinite(arrays["image"]).all():
+            raise InputError(subject_id, "its image is not finite", "replace NaN and infinities")
+    for name, array in others.items():
         if array is None:
             continue
-        if array.shape != image.shape or array.dtype != np.uint8:
-            told = f"its {name} is {array.dtype} {array.shape}, its image {image.shape}"
-            raise InputError(subject_id, told, f"uint8 on the image's grid for a {name}")
+        if array.shape != first.shape or array.dtype.name not in LABELS[name]:
+            told = f"its {name} is {array.dtype} {array.shape}, its {what} {first.shape}"
+            raise InputError(subject_id, told, f"{' or '.join(sorted(LABELS[name]))} on the {what}'s grid for a {name}")
         arrays[name] = array
-    if not kept and not np.isfinite(arrays["image"]).all():
-        raise InputError(subject_id, "its image is not finite", "replace NaN and infinities")
     return arrays
 
 
@@ -375,12 +383,3 @@ def describe(stored: np.ndarray, scale: float, offset: float) -> dict[str, Any]:
     extremes = {"min": float(flat.min()), "max": float(flat.max()), "mean": float(flat.mean(dtype=np.float64))}
     robust = {name: float(value) for name, value in zip(PERCENTILES, found, strict=True)}
     return {"bounding_box": box, "intensity": extremes | robust}
-
-
-def axis_codes(affine_44: np.ndarray) -> str:
-    """Where each array axis points, nearest of R L A P S I: "RAS" for an array in world order."""
-    world = processing_orientation(affine_44, (1.0, 1.0, 1.0))
-    codes = [""] * 3
-    for axis, flip, ahead, back in zip(world.axes, world.flips, "RAS", "LPI", strict=True):
-        codes[axis] = back if flip else ahead
-    return "".join(codes)

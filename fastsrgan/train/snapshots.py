@@ -20,9 +20,9 @@ from fastsrgan.core.system import provenance
 from fastsrgan.errors import ModelError
 from fastsrgan.model import checkpoint, weights
 from fastsrgan.model import safetensors as modelfile
+from fastsrgan.model.arithmetic import TYPES
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import CriticSpec, GeneratorSpec
-from fastsrgan.model.precision import TYPES
 from fastsrgan.train.gan import differences
 from fastsrgan.train.state import Position, Run, data_identity, epoch_part, remaining
 
