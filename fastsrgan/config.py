@@ -22,7 +22,10 @@ import yaml
 from fastsrgan.errors import ModelError
 
 Triple = tuple[float, float, float]
+SIZE_MULTIPLE = 4  # of the edges that networks take: two stride-2 convolutions
+MIN_SIZE = 8  # reflect padding at a quarter of the resolution needs two voxels
 MAX_BYTES, MAX_DEPTH = 1 << 17, 8  # of a settings file, whose reader takes its time
+LARGEST_LABEL = 32767
 LARGEST = {"patch_size": 1024, "kernel_gen": 1024, "kernel_dis": 1024, "bias_field": 5}  # e^5 is 148-fold
 
 CHOICES = {
@@ -52,7 +55,9 @@ CHOICES = {
     "compile": ("auto", "on", "off"),
     "lr_schedule": ("constant", "linear", "cosine"),
     "best_by": ("dice", "psnr"),
+    "slice_axis": ("auto", "S", "A", "R"),
 }
+SHARES = ("synthetic", "synthetic_free", "synthetic_invert", "synthetic_strip")
 
 POSITIVE = (
     *("epochs", "init_epoch", "batch_size", "stride", "critic_iterations", "head_rate", "lr_gen", "lr_dis"),
@@ -61,7 +66,18 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     *("lambda_rec", "lambda_adv", "lambda_gp", "noise", "warmup_epochs", "clip_norm", "ema", "contrast_max"),
-    *("bias_field", "profile", "motion", "feed_threads", "generator_chunk", "lr_warmup", "lr_end", "patience"),
+    *(
+        "bias_field",
+        "profile",
+        "profile_box",
+        "gap",
+        "motion",
+        "feed_threads",
+        "generator_chunk",
+        "lr_warmup",
+        "lr_end",
+        "patience",
+    ),
     *("whole_every", "dice_weight"),
 )
 
@@ -70,7 +86,10 @@ NOT_NEGATIVE = (
 class TrainConfig:
     """Everything that determines a training run besides its data.
 
-    new_low_res : one triple of mm (fixed) or two (bounds drawn uniformly per image and epoch), stored axis order
+    new_low_res : one triple of mm (fixed) or two (bounds drawn uniformly per image and epoch), see slice_axis
+    slice_axis : directions of the body that these are along: in the plane twice, then through it along "S" (axial
+        slices), "A" (coronal) or "R" (sagittal); "auto": those of most subjects' stored axes. In segsrgan geometry
+        always each subject's stored axes
     epochs, init_epoch : last and first epoch, counted from 1; epochs - init_epoch + 1 remain
     batch_size, patch_size, stride : patches per update, their edge and grid spacing in voxels
     critic_iterations : critic updates per generator update
@@ -93,6 +112,8 @@ class TrainConfig:
     bias_field, rician, profile, flips, motion : clinical extras of the degradation, each off by default (extras.py):
         largest log amplitude of a smooth field; Rician instead of Gaussian noise; relative spread of the slice
         profile's width; axes of random mirroring, "x" to "xyz"; sd in mm and degrees of motion between slices
+    gap, profile_box : thickness of slices over their spacing is uniform in [1 - gap, 1], the share of the box in the
+        slice profile uniform in [0, profile_box]; at 0 slices touch and their profile is the Gaussian
     feed : "dali", "threads", or whichever is there; feed_threads, prefetch : its threads (0: auto), groups made ahead
     resident_memory : GB for resident volumes (None: 40 % of what is free); pool_precision : their type
     block_memory : GB above which one volume is degraded in blocks (None: whole)
@@ -108,6 +129,12 @@ class TrainConfig:
     whole_every : epochs between validations on whole volumes with dense overlap; 0 is off
     tensorboard : write scalars and sample images to RUN/tensorboard
     penalty_every : critic updates between gradient penalties, weighted accordingly; dice_weight : soft Dice term added
+    synthetic : share of the visits of a subject with an image and tissues in which the image is made of the tissues;
+        without an image it always is
+    structure : values of the tissues that are the label, for example "3,42"
+    tissue_means : "VALUE:MEAN:SD,..." about which means are drawn, in parts of full scale ("": any contrast)
+    synthetic_free, synthetic_invert, synthetic_strip : shares of the synthetic visits with a mean for each structure,
+        with bright and dark exchanged, and of a head without all that is not brain (synthesis.py)
     """
 
     new_low_res: tuple[Triple, ...] = ()
@@ -154,6 +181,8 @@ class TrainConfig:
     bias_field: float = 0.0
     rician: bool = False
     profile: float = 0.0
+    profile_box: float = 0.0
+    gap: float = 0.0
     flips: str = ""
     motion: float = 0.0
     feed: str = "auto"
@@ -182,6 +211,13 @@ class TrainConfig:
     tensorboard: bool = False
     penalty_every: int = 1
     dice_weight: float = 0.0
+    synthetic: float = 0.0
+    structure: str = ""
+    tissue_means: str = ""
+    synthetic_free: float = 0.25
+    synthetic_invert: float = 0.2
+    synthetic_strip: float = 0.5
+    slice_axis: str = "auto"
     preset: str = "code"
 
     def __post_init__(self) -> None:
@@ -225,15 +261,29 @@ class TrainConfig:
         if not set(self.flips) <= set("xyz") or len(set(self.flips)) < len(self.flips):
             hint = "letters of the axes to mirror, each once, for example xy"
             raise ModelError("config: flips", f"{shown(self.flips)} is not allowed", hint)
-        for name in ("contrast_max", "ema", "noise", "beta1", "beta2", "profile"):
+        for name in ("contrast_max", "ema", "noise", "beta1", "beta2", "profile", "gap"):
             if getattr(self, name) >= 1:
                 raise ModelError(f"config: {name}", f"{getattr(self, name)} is not allowed", "below 1")
+        if self.profile_box > (1 if self.geometry == "physical" else 0):
+            hint = "at most 1, the box alone" if self.geometry == "physical" else "0: segsrgan geometry has no box"
+            raise ModelError("config: profile_box", f"{self.profile_box} is not allowed", hint)
+        for name in SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ModelError(f"config: {name}", f"{getattr(self, name)} is not allowed", "a share from 0 to 1")
+        if self.synthetic and not self.structure:
+            raise ModelError("config: synthetic", "which tissues are the label is not said", "structure: 3,42")
+        if self.synthetic and (self.fit_mask or self.image_cropping_method == "overlapping_with_mask"):
+            reason = "images that are made have no mask, which fit_mask and overlapping_with_mask need"
+            raise ModelError("config: synthetic", reason, "leave one of them out")
+        label_values(self.structure), tissue_gaussians(self.tissue_means)
         if self.init_epoch > self.epochs:
             raise ModelError(
                 "config: init_epoch",
                 f"{self.init_epoch} is behind the last epoch, {self.epochs}",
                 "more epochs, or a smaller init_epoch",
             )
+        if self.slice_axis != "auto" and self.geometry == "segsrgan":
+            raise ModelError("config: slice_axis", "the segsrgan geometry keeps the stored axes", "geometry: physical")
         if self.interp == "sitk" and self.geometry != "segsrgan":
             raise ModelError("config: interp", f"sitk is unknown in {self.geometry} geometry", "geometry: segsrgan")
 
@@ -250,6 +300,30 @@ class TrainConfig:
     def replace(self, **changes: Any) -> TrainConfig:
         """A validated copy with some settings changed."""
         return dataclasses.replace(self, **changes)
+
+
+def label_values(text: str) -> tuple[int, ...]:
+    """The whole numbers in "3,42". Raises ModelError for anything else."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() and 0 < int(part[:9]) <= LARGEST_LABEL for part in parts):
+        hint = f"label values from 1 to {LARGEST_LABEL} with commas between, 3,42"
+        raise ModelError("config: structure", f"{shown(text)} is not allowed", hint)
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def tissue_gaussians(text: str) -> tuple[tuple[int, float, float], ...]:
+    """(value, mean, sd) of each entry of "5:0.46:0.04,1:0.53:0.04". Raises ModelError for anything else."""
+    found = {}
+    for entry in text.split(",") if text else []:
+        try:
+            value, mean, sd = entry.split(":")
+            found[label_values(value.strip())[0]] = float(mean), float(sd)
+        except (ValueError, IndexError, ModelError):
+            found[0] = 0.0, 0.0
+    if 0 in found or not all(0 < mean <= 1 and 0 <= sd <= 1 for mean, sd in found.values()):
+        hint = "VALUE:MEAN:SD,... with means above 0 and up to 1, 5:0.46:0.04,1:0.53:0.04"
+        raise ModelError("config: tissue_means", f"{shown(text)} is not allowed", hint)
+    return tuple((value, *gaussian) for value, gaussian in sorted(found.items()))
 
 
 PRESETS: dict[str, dict[str, Any]] = {

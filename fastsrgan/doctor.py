@@ -23,7 +23,7 @@ import torch
 
 from fastsrgan._version import __version__
 from fastsrgan.core.units import human
-from fastsrgan.infer.engine import pick_precision
+from fastsrgan.infer.network import pick_precision
 from fastsrgan.model.arithmetic import training_type
 from fastsrgan.model.cpu import forms
 

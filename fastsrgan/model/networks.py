@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsrgan.config import MIN_SIZE, SIZE_MULTIPLE
 from fastsrgan.core.runtime import rng
 from fastsrgan.errors import ModelError
 from fastsrgan.model.layers import (
@@ -30,8 +31,6 @@ from fastsrgan.model.layers import (
 )
 
 N_BLOCKS = 6
-SIZE_MULTIPLE = 4  # two stride-2 convolutions
-MIN_SIZE = 8  # reflect padding at a quarter of the resolution needs two voxels
 ONE_BY_ONE = 2**17  # voxels of a sample from which inference on a CPU takes full resolution sample by sample
 FLAT = 2.0**-23  # of the image maximum: float32's resolution there
 
@@ -47,6 +46,8 @@ class GeneratorSpec:
     mask_classes : number of softmax channels behind SR and segmentation
     scaled : the SR head is multiplied by the sample's in-plane gradient, so that SR(a x) = a SR(x) (not in the paper;
         docs/decisions/011)
+    shifted : images with values below 0 were moved up by their minimum in training, and are in inference
+        (``intensity.lifted``); no part of the architecture, so networks that differ in it alone are equal
     """
 
     network: str = "plain"
@@ -55,6 +56,7 @@ class GeneratorSpec:
     conditional: bool = False
     mask_classes: int = 0
     scaled: bool = False
+    shifted: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.network not in GENERATORS:
@@ -70,8 +72,9 @@ class GeneratorSpec:
         return 2 + self.mask_classes
 
     def to_dict(self) -> dict:
-        """Plain values for YAML, JSON or a safetensors header."""
-        return asdict(self)
+        """Plain values for YAML, JSON or a safetensors header; without ``shifted`` where it is not so, as in files of
+        versions that did not know it."""
+        return {key: value for key, value in asdict(self).items() if key != "shifted" or value}
 
 
 def _conv(out_channels: int, in_channels: int, size: int) -> nn.Parameter:
