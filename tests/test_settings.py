@@ -30,6 +30,7 @@ from fastsrgan.config import (
     TrainConfig,
     changes,
     from_mapping,
+    setting,
 )
 from fastsrgan.errors import ModelError
 from fastsrgan.train import snapshots
@@ -124,11 +125,11 @@ def test_a_value_is_typed_or_read_from_a_file_and_recorded(row, parser, tmp_path
 @ROWS
 def test_bounds_are_kept(row):
     step = 1 if row.kind is int else 1e-6
-    inside = [v for v in (row.low, row.high, row.above and row.above + step) if v is not None]
-    outside = [row.above, row.below, row.high and row.high + step, row.low if row.low is None else row.low - step]
-    for value in inside:
-        assert row.check or not row.hint(row.kind(value)), value
-    for value in (v for v in outside if v is not None):
+    inside = [(row.low, 0), (row.high, 0), (row.above, step), (row.below, -step)]
+    outside = [(row.low, -step), (row.high, step), (row.above, 0), (row.below, 0)]
+    for bound, away in inside:
+        assert bound is None or row.check or not row.hint(row.kind(bound + away)), bound
+    for value in (bound + away for bound, away in outside if bound is not None):
         with pytest.raises(ModelError, match=rf"^config: {row.name}: .* is not allowed") as caught:
             SMALL.replace(**{row.name: row.kind(value)})
         assert caught.value.hint
@@ -141,8 +142,8 @@ def test_bounds_are_kept(row):
 
 
 def test_an_unknown_fact_of_a_row_is_an_error():
-    with pytest.raises(TypeError):
-        fastsrgan.config.setting(0, "help", FREE, lowest=0)
+    with pytest.raises(TypeError, match="lowest"):
+        setting(0, "help", FREE, lowest=0)
 
 
 # --- resume ---------------------------------------------------------------------------------------------------------
