@@ -325,8 +325,10 @@ def _table() -> dict[str, Setting]:
     for f in fields(TrainConfig):
         kinds = typing.get_args(hints[f.name]) if isinstance(hints[f.name], types.UnionType) else (hints[f.name],)
         kind = next(k for k in kinds if k is not types.NoneType)
-        facts = {"name": f.name, "kind": typing.get_origin(kind) or kind, "optional": types.NoneType in kinds}
-        rows[f.name] = dataclasses.replace(f.metadata["row"], **facts)
+        row: Setting = f.metadata["row"]
+        rows[f.name] = dataclasses.replace(
+            row, name=f.name, kind=typing.get_origin(kind) or kind, optional=types.NoneType in kinds
+        )
     return rows
 
 
