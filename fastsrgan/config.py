@@ -229,7 +229,7 @@ class TrainConfig:
     warmup_epochs: int = setting(0, "epochs before the adversarial term starts", NEW, low=0,
         more="without updates of the critic")
     ema: float = setting(0.0, "decay of an averaged generator, which is then validated and shipped; 0 off", NEW,
-        group=BASIC, low=0, below=1)
+        group=BASIC, low=0, below=1, more="a resumed run may begin it")
     head_rate: float = setting(1.0, "learning rate of the generator's head over lr_gen", NEW, above=0,
         more="its 343 taps add up ([decision 003](decisions/003-demo-weights.md))")
     clip_norm: float = setting(0.0, "largest gradient norm of the generator; 0 off", NEW, low=0)

@@ -33,6 +33,7 @@ from fastsrgan.config import (
     setting,
 )
 from fastsrgan.errors import ModelError
+from fastsrgan.model import checkpoint, safetensors
 from fastsrgan.train import snapshots
 from fastsrgan.train.run import train
 from fastsrgan.train.state import Position
@@ -189,6 +190,17 @@ def test_another_network_is_refused(tmp_path):
             with pytest.raises(ModelError):
                 train(store, tmp_path / "run", then.replace(epochs=2, **{row.name: value}), resume=True)
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+
+
+def test_a_resumed_run_may_begin_and_end_a_moving_average(tmp_path):
+    store = make_store(tmp_path, train=1)
+    then = SMALL.replace(epochs=1, steps_per_epoch=1, critic_iterations=1)
+    train(store, tmp_path / "run", then)
+    for epochs, ema in ((2, 0.5), (3, 0.75), (4, 0.0)):
+        now = then.replace(epochs=epochs, ema=ema)
+        assert train(store, tmp_path / "run", now, resume=True)["updates"] == epochs
+        header = safetensors.read_header(checkpoint.newest(tmp_path / "run") / checkpoint.MODEL)
+        assert bool(header.ema) == (ema > 0)
 
 
 # --- one place ------------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def load_networks(run: Run, snapshot: Path) -> None:
     check_critic(snapshot, critic_spec, m.critic.spec)
     m.critic = modelfile.assemble(m.critic.spec, parameters).requires_grad_(True)
     m.finish()
-    if m.average is not None:
+    if m.average is not None and modelfile.read_header(file).ema:  # else it begins here, at the generator
         _, average = modelfile.read_parameters(file, "ema")
         m.average = {k: v.to(m.device) for k, v in average.items()}
 
