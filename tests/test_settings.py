@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from cohort import SMALL, make_store
 
 import fastsrgan
@@ -35,6 +36,7 @@ from fastsrgan.config import (
 from fastsrgan.errors import ModelError
 from fastsrgan.model import checkpoint, safetensors
 from fastsrgan.train import snapshots
+from fastsrgan.train.gan import Models
 from fastsrgan.train.run import train
 from fastsrgan.train.state import Position
 from tools import settings_page
@@ -190,6 +192,14 @@ def test_another_network_is_refused(tmp_path):
             with pytest.raises(ModelError):
                 train(store, tmp_path / "run", then.replace(epochs=2, **{row.name: value}), resume=True)
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+
+
+def test_a_resumed_run_takes_other_rates_and_decays():
+    then, now = (Models(config, 0, torch.device("cpu")) for config in (SMALL, SMALL.replace(beta1=0.25, lr_gen=0.5)))
+    now.load_state(then.state())
+    now.set_rates(1.0)
+    assert now.optimiser_g.adam.param_groups[0]["betas"] == (0.25, SMALL.beta2)
+    assert now.optimiser_g.adam.param_groups[0]["lr"] == 0.5
 
 
 def test_a_resumed_run_may_begin_and_end_a_moving_average(tmp_path):
