@@ -8,7 +8,7 @@ import os
 import sys
 
 from fastsrgan.core.signals import AtOnce
-from fastsrgan.core.startup import NO_MEMORY, open_streams, out_of_memory
+from fastsrgan.core.startup import no_room, open_streams, out_of_memory
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
     except Exception as error:
         if not out_of_memory(error):
             raise
-        sys.stderr.write(f"error: {NO_MEMORY}\n")
+        sys.stderr.write(f"error: {no_room()}\n")
         return 5
     return cli.main()
 

@@ -27,6 +27,9 @@ import yaml
 from fastsrgan.errors import ModelError
 
 Triple = tuple[float, float, float]
+SIZE_MULTIPLE = 4  # of the edges that networks take: two stride-2 convolutions
+MIN_SIZE = 8  # reflect padding at a quarter of the resolution needs two voxels
+LARGEST_LABEL = 32767
 MAX_BYTES, MAX_DEPTH = 1 << 17, 8  # of a settings file, whose reader takes its time
 
 BASIC, ADVANCED = "basic", "advanced"  # the two groups of options
@@ -160,6 +163,43 @@ def check_flips(axes: str) -> str:
     return "" if usable else "letters of the axes to mirror, each once, for example xy"
 
 
+def label_values(text: str) -> tuple[int, ...]:
+    """The whole numbers in "3,42". Raises ModelError for anything else."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() and 0 < int(part[:9]) <= LARGEST_LABEL for part in parts):
+        hint = f"label values from 1 to {LARGEST_LABEL} with commas between, 3,42"
+        raise ModelError("config: structure", f"{shown(text)} is not allowed", hint)
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def tissue_gaussians(text: str) -> tuple[tuple[int, float, float], ...]:
+    """(value, mean, sd) of each entry of "5:0.46:0.04,1:0.53:0.04". Raises ModelError for anything else."""
+    found = {}
+    for entry in text.split(",") if text else []:
+        try:
+            value, mean, sd = entry.split(":")
+            found[label_values(value.strip())[0]] = float(mean), float(sd)
+        except (ValueError, IndexError, ModelError):
+            found[0] = 0.0, 0.0
+    if 0 in found or not all(0 < mean <= 1 and 0 <= sd <= 1 for mean, sd in found.values()):
+        hint = "VALUE:MEAN:SD,... with means above 0 and up to 1, 5:0.46:0.04,1:0.53:0.04"
+        raise ModelError("config: tissue_means", f"{shown(text)} is not allowed", hint)
+    return tuple((value, *gaussian) for value, gaussian in sorted(found.items()))
+
+
+def hint_of(parse: Callable[[str], Any]) -> Callable[[str], str]:
+    """The check of a text that ``parse`` reads: its hint where it raises ModelError."""
+
+    def check(text: str) -> str:
+        try:
+            parse(text)
+        except ModelError as error:
+            return error.hint
+        return ""
+
+    return check
+
+
 # Of SimpleITK's Expand.
 SITK = ("NearestNeighbor", "Linear", "Spline", "Gaussian", "Hamming", "Cosine", "Welch", "Lanczos", "Blackman")
 
@@ -173,7 +213,7 @@ class TrainConfig:
 
     # fmt: off
     new_low_res: tuple[Triple, ...] = setting((), "low-resolution mm; twice: bounds", NEW, group=BASIC, also=("-n",),
-        check=check_resolutions, more="along the stored axes; two triples: drawn uniformly per axis, image and epoch")
+        check=check_resolutions, more="see slice_axis; two triples: drawn uniformly per axis, image and epoch")
     epochs: int = setting(200, "last epoch", FREE, group=BASIC, also=("-e", "--epoch"), above=0)
     init_epoch: int = setting(1, "first epoch (epoch - init_epoch + 1 are run)", FREE, also=("-i",), above=0,
         more="epochs count from 1")
@@ -240,6 +280,10 @@ class TrainConfig:
     bias_field: float = setting(0.0, "largest log amplitude of a smooth bias field", NEW, low=0, high=5)  # 148-fold
     rician: bool = setting(False, "Rician instead of Gaussian noise", NEW)
     profile: float = setting(0.0, "relative spread of the slice profile's width", NEW, low=0, below=1)
+    profile_box: float = setting(0.0, "largest share of a box in the slice profile, the rest a Gaussian", NEW, low=0,
+        high=1, more="drawn uniformly from 0 on")
+    gap: float = setting(0.0, "largest gap between slices over their spacing", NEW, low=0, below=1,
+        more="slice thickness over spacing is uniform from 1 - gap to 1")
     flips: str = setting("", "axes along which patches are mirrored at random, for example xy", NEW, check=check_flips,
         metavar="AXES")
     motion: float = setting(0.0, "sd in mm and degrees of motion between slices", NEW, low=0)
@@ -285,6 +329,19 @@ class TrainConfig:
     penalty_every: int = setting(1, "critic updates between gradient penalties", NEW, above=0,
         more="weighted accordingly")
     dice_weight: float = setting(0.0, "weight of an added soft Dice term", NEW, low=0)
+    synthetic: float = setting(0.0, "share of the visits that show an image made of the subject's tissues", NEW, low=0,
+        high=1, more="of subjects with an image and tissues; without an image it always is made"
+        " ([training](training.md#images-made-of-label-maps))")
+    structure: str = setting("", "values of the tissues that are the label, for example 3,42", NEW, metavar="VALUES",
+        check=hint_of(label_values))
+    tissue_means: str = setting("", "means of made images, VALUE:MEAN:SD,...; empty: any contrast", NEW,
+        check=hint_of(tissue_gaussians), metavar="MEANS", more="drawn about these, in parts of full scale")
+    synthetic_free: float = setting(0.25, "share of made images with a mean for each structure", NEW, low=0, high=1)
+    synthetic_invert: float = setting(0.2, "share of made images with bright and dark exchanged", NEW, low=0, high=1)
+    synthetic_strip: float = setting(0.5, "share of made heads that show the brain alone", NEW, low=0, high=1)
+    slice_axis: str = setting("auto", "direction through the slices of -n; auto: as most subjects are stored", NEW,
+        group=BASIC, choices=("auto", "S", "A", "R"), more="S: axial, A: coronal, R: sagittal slices; new_low_res is"
+        " in the plane twice, then through it; in segsrgan geometry always along each subject's stored axes")
     preset: str = setting("code", "defaults of the paper or of its code", FREE, group=BASIC, choices=("code", "paper"))
     # fmt: on
 
@@ -294,12 +351,22 @@ class TrainConfig:
             hint = row.hint(value)
             if hint:
                 raise ModelError(f"config: {name}", f"{shown(value)} is not allowed", hint)
+        if self.profile_box and self.geometry != "physical":
+            hint = "0: segsrgan geometry has no box"
+            raise ModelError("config: profile_box", f"{self.profile_box} is not allowed", hint)
+        if self.synthetic and not self.structure:
+            raise ModelError("config: synthetic", "which tissues are the label is not said", "structure: 3,42")
+        if self.synthetic and (self.fit_mask or self.image_cropping_method == "overlapping_with_mask"):
+            reason = "images that are made have no mask, which fit_mask and overlapping_with_mask need"
+            raise ModelError("config: synthetic", reason, "leave one of them out")
         if self.init_epoch > self.epochs:
             raise ModelError(
                 "config: init_epoch",
                 f"{self.init_epoch} is behind the last epoch, {self.epochs}",
                 "more epochs, or a smaller init_epoch",
             )
+        if self.slice_axis != "auto" and self.geometry == "segsrgan":
+            raise ModelError("config: slice_axis", "the segsrgan geometry keeps the stored axes", "geometry: physical")
         if self.interp == "sitk" and self.geometry != "segsrgan":
             raise ModelError("config: interp", f"sitk is unknown in {self.geometry} geometry", "geometry: segsrgan")
 

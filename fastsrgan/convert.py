@@ -6,6 +6,7 @@ Threads suffice: unpacking, hashing, compressing and NumPy run outside Python's 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -19,30 +20,39 @@ import numpy as np
 
 from fastsrgan.core.runtime import QUIET, Progress
 from fastsrgan.errors import FastsrganError, InputError, PartialFailure, UsageError
+from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
-from fastsrgan.io.nifti_header import examine
+from fastsrgan.io.formats import examine
 from fastsrgan.io.nifti_voxels import NiftiFile
 from fastsrgan.io.tables import Fault, Row, read_table, table_error
-from fastsrgan.store.encode import DTYPES, axis_codes, describe, encode
-from fastsrgan.store.reader import Subject
+from fastsrgan.store.encode import DTYPES, describe, encode
+from fastsrgan.store.reader import Subject, to_float32
 from fastsrgan.store.writer import StoreWriter, create_store
 from fastsrgan.volume.geometry import Volume
+from fastsrgan.volume.oddities import outliers
+from fastsrgan.volume.placement import axis_codes
 
 log = logging.getLogger("fastsrgan")
 
-_COLUMNS = {"image": "HR_image", "label": "Label_image", "mask": "Mask_image"}
+_COLUMNS = {"image": "HR_image", "label": "Label_image", "mask": "Mask_image", "tissues": "Tissue_image"}
+LARGEST = {"label": 255, "mask": 255, "tissues": 32767}  # of their values
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A row that was found good: SHA-256 of each of its files, the image's voxels and stored type."""
+    """A row that was found good: SHA-256 of each of its files, the image's voxels and stored type.
+
+    Without an image, those of the tissues.
+    classes : the values of the label that are the structure; None: it is taken as it is
+    """
 
     row: Row
     sources: dict[str, dict[str, str]]
     voxels: int
     dtype: np.dtype
+    classes: tuple[int, ...] | None = None
 
     def bytes_below(self) -> int:
         """About what the row takes on disk: not more than in memory, nor than the packed source files."""
@@ -59,6 +69,8 @@ def convert(
     resume: bool = False,
     overwrite: bool = False,
     base_path: str | None = None,
+    label_classes: str | None = None,
+    label_names: str | os.PathLike | None = None,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Convert the rows of a training table into a store. The same table gives the same bytes, however it was reached.
@@ -71,6 +83,8 @@ def convert(
         records the largest error; "float32" applies the scaling of integers
     resume : keep subjects that are finished, undamaged and whose files have not changed
     overwrite : begin anew; an existing store stays until the first new volume is ready
+    label_classes, label_names : which values of the labels are the structure, and a lookup table of names, see
+        `labels.structure`; a row's own ``Label_classes`` comes first. The store then holds 1 for them and 0 elsewhere
 
     Returns
     -------
@@ -92,7 +106,9 @@ def convert(
     with create_store(store_url, overwrite=overwrite, resume=resume, settings={"dtype": dtype}) as writer:
         rows = read_table(csv, base_path=base_path)
         before = writer.finished
-        jobs = _check(csv, rows, before, workers, progress)
+        jobs = _check(
+            csv, rows, before, workers, progress, functools.partial(_inspect, choice=(label_classes, label_names))
+        )
         todo, kept = _divide(jobs, before, writer, workers)
         writer.need_space(sum(job.bytes_below() for job in todo))
         began = time.monotonic()
@@ -111,13 +127,18 @@ def convert(
 
 
 def _check(
-    csv: str | os.PathLike, rows: list[Row], before: dict[str, Subject], workers: int, progress: Progress
+    csv: str | os.PathLike,
+    rows: list[Row],
+    before: dict[str, Subject],
+    workers: int,
+    progress: Progress,
+    inspect: Callable[[Row], tuple[_Job | None, list[Fault]]],
 ) -> list[_Job]:
     """Look at every header, label and mask, hash every file; one error for all faults."""
     jobs: list[_Job] = []
     faults: list[Fault] = []
     progress.start("check", len(rows), "subject")
-    with contextlib.closing(_parallel(_inspect, rows, workers)) as results:
+    with contextlib.closing(_parallel(inspect, rows, workers)) as results:
         for _, (job, found) in results:
             faults += found
             jobs += [job] if job else []
@@ -135,41 +156,56 @@ def _conflicts(jobs: list[_Job], before: dict[str, Subject]) -> list[Fault]:
     faults: list[Fault] = []
     named = {job.row.subject for job in jobs}
     kept = [s for s in before.values() if s.id not in named and "source" in s.attrs]
-    first = {s.attrs["source"]["image"]["sha256"]: (s.split, f"subject {s.id} in the store") for s in kept}
+    first = {_main(s.attrs["source"])["sha256"]: (s.split, f"subject {s.id} in the store") for s in kept}
     for job in jobs:
-        row, image = job.row, job.sources["image"]
+        row, image = job.row, _main(job.sources)
         split, twin = first.setdefault(image["sha256"], (row.base, f"{row.image.name} at line {row.line}"))
         if split != row.base:
             faults.append(
                 (row.line, f"{row.image.name} holds the same image as {twin}, one is in Train and one in Test")
             )
-        known = before[row.subject].attrs.get("source", {}).get("image", image) if row.subject in before else image
+        known = _main(before[row.subject].attrs.get("source", {}), image) if row.subject in before else image
         if known["sha256"] != image["sha256"] and known["path"] != image["path"]:
             faults.append((row.line, f"subject {row.subject} is in the store already, made from {known['path']}"))
     return faults
 
 
-def _inspect(row: Row) -> tuple[_Job | None, list[Fault]]:
+def _main(sources: dict[str, dict[str, str]], other: dict[str, str] | None = None) -> dict[str, str]:
+    """The file that a subject is known by: its image, or its tissues where it has none."""
+    return sources.get("image") or sources.get("tissues") or other or {}
+
+
+def _inspect(row: Row, choice: tuple[str | None, str | os.PathLike | None]) -> tuple[_Job | None, list[Fault]]:
     faults: list[Fault] = []
     sources = {}
+    classes: tuple[int, ...] | None = None
     like: Volume | None = None
     header = None
-    for name, path in (("image", row.image), ("label", row.label), ("mask", row.mask)):
+    paths = {
+        "image": row.image if row.has_image else None,
+        "tissues": row.tissues,
+        "label": row.label,
+        "mask": row.mask,
+    }
+    for name, path in paths.items():
         if path is None:
             continue
         try:
-            if name == "image":
-                header = _one_volume(path)
+            found = _one_volume(path)
+            if header is None:
+                header = found
                 like = Volume(np.broadcast_to(np.uint8(0), header.shape), header.affine)
-            else:
-                _one_volume(path)
-                images.load_label(path, like)
+            if name != "image":
+                chosen = (row.classes or choice[0]) if name == "label" else None
+                if chosen:
+                    classes = tuple(sorted(labels.structure(chosen, path, choice[1]).values))
+                images.load_label(path, like, largest=LARGEST[name], classes=classes if chosen else None)
             sources[name] = {"path": str(path), "sha256": images.sha256(path)}
         except FastsrganError as error:
             faults.append((row.line, InputError(f"{_COLUMNS[name]} {error.what}", error.reason, error.hint)))
     if faults or header is None:
         return None, faults
-    return _Job(row, sources, header.voxels, header.dtype), []
+    return _Job(row, sources, header.voxels, header.dtype, classes), []
 
 
 def _one_volume(path: Path) -> NiftiFile:
@@ -195,11 +231,12 @@ def _divide(
             todo.append(job)
             continue
         hashes = {name: source["sha256"] for name, source in known.attrs.get("source", {}).items()}
-        same = known.split == job.row.base and hashes == {n: s["sha256"] for n, s in job.sources.items()}
+        chosen = known.attrs.get("label_classes") == (None if job.classes is None else list(job.classes))
+        same = chosen and known.split == job.row.base and hashes == {n: s["sha256"] for n, s in job.sources.items()}
         if same and intact[job.row.subject]:
             kept.append(job)
             continue
-        why = "is damaged in the store" if same else "has changed files or another split"
+        why = "is damaged in the store" if same else "has changed files, another split or other label classes"
         log.warning("%s %s: converted again", job.row.subject, why)
         todo.append(job)
     return todo, kept
@@ -253,34 +290,45 @@ def _parallel(function: Callable[[_T], _R], items: Iterable[_T], workers: int) -
 
 def _convert(job: _Job, writer: StoreWriter, dtype: str) -> Subject:
     row = job.row
-    stored, scale, offset, volume = images.load_stored(row.image)
-    stored, scale, offset, quantised = encode(stored, scale, offset, dtype)
+    if row.has_image:
+        stored, scale, offset, volume = images.load_stored(row.image)
+        stored, scale, offset, quantised = encode(stored, scale, offset, dtype)
+    else:
+        volume = images.load_label(row.image, largest=LARGEST["tissues"])
+        stored, scale, offset, quantised = volume.data, 1.0, 0.0, {}
+    facts = describe(stored, scale, offset)
+    if not row.has_image:
+        del facts["intensity"]
     attrs: dict[str, Any] = {
         "source": job.sources,
         "source_dtype": volume.meta["stored_dtype"],
         "orientation": axis_codes(volume.affine),
-        **describe(stored, scale, offset),
+        **facts,
         **quantised,
     }
-    warnings = list(volume.warnings)
+    warnings = [*volume.warnings, *outliers(to_float32(stored, scale, offset))]
     if attrs["bounding_box"] is None:
         raise InputError(row.image, "no voxel is above 0", "there is nothing to learn from it")
-    others: dict[str, np.ndarray | None] = {"label": None, "mask": None}
-    for name, path in (("label", row.label), ("mask", row.mask)):
+    others: dict[str, np.ndarray | None] = {"label": None, "mask": None, "tissues": None}
+    for name, path in (("label", row.label), ("mask", row.mask), ("tissues", row.tissues)):
         if path is not None:
-            other = images.load_label(path, volume)
+            taken = job.classes if name == "label" else None
+            other = images.load_label(path, volume, largest=LARGEST[name], classes=taken)
             others[name] = other.data
             counts = np.bincount(other.data.ravel(order="K"))
             attrs[f"{name}_counts"] = {str(value): int(counts[value]) for value in np.flatnonzero(counts)}
             warnings += [f"{name}: {text}" for text in other.warnings]
+    if job.classes is not None:
+        attrs["label_classes"] = list(job.classes)
     values = list(attrs.get("label_counts", {}))
     if set(values) - {"0", "1"}:  # classes of --fit-mask are the mask's
         held = ", ".join(values[:10]) + (f" and {len(values) - 10} more values" if len(values) > 10 else "")
-        warnings.append(f"label: holds {held}; training takes 1 for the structure and 0 for the rest, and no others")
+        warnings.append(f"label: holds {held}; training takes 1 for the structure and 0 for the rest: {labels.CHOOSE}")
     attrs["warnings"] = warnings
-    return writer.write(
-        row.subject, row.base, stored, scale, offset, others["label"], others["mask"], volume.affine, attrs
-    )
+    image, (label, mask, tissues) = stored if row.has_image else None, others.values()
+    if tissues is not None and tissues.max() <= 255:
+        tissues = tissues.astype(np.uint8)
+    return writer.write(row.subject, row.base, image, scale, offset, label, mask, volume.affine, attrs, tissues)
 
 
 def _strangers(store_url: str | os.PathLike, listed: dict[str, Subject], jobs: list[_Job]) -> None:

@@ -23,9 +23,9 @@ import torch
 
 from fastsrgan._version import __version__
 from fastsrgan.core.units import human
-from fastsrgan.infer.engine import pick_precision
+from fastsrgan.infer.network import pick_precision
+from fastsrgan.model.arithmetic import training_type
 from fastsrgan.model.cpu import forms
-from fastsrgan.train.precision import training_type
 
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "zarr", "numcodecs", "safetensors", "h5py", "nilearn", "matplotlib")
 SMALL_SHM = 64 * 2**20  # what Docker gives a container unless told otherwise
@@ -91,7 +91,7 @@ def diagnose() -> dict[str, Any]:
 
     Keys: fastsrgan, python, platform, packages (name -> version or None), cpu, memory, shm (bytes, None without
     /dev/shm), gpu, optional (name -> version, sees_device, problem, purpose, extra), weights (list of name and bytes),
-    layer_forms (mode, machine, file, layers timed on this machine), plan (what runs where), warnings (what a user
+    layer_forms (modes, machine, file, layers timed on this machine), plan (what runs where), warnings (what a user
     should know or change).
     """
     facts: dict[str, Any] = {
@@ -339,7 +339,8 @@ def _optional_lines(optional: dict[str, dict[str, Any]]) -> list[str]:
 
 def _forms_lines(found: dict[str, Any]) -> list[str]:
     where = found["file"] or "no folder to keep times in"
-    lines = [f"{found['mode']} ({forms.VARIABLE}), {len(found['layers'])} timed on this machine, {where}"]
+    modes = f"{found['training']} in training, {found['inference']} in inference ({forms.VARIABLE})"
+    lines = [f"{modes}, {len(found['layers'])} timed on this machine, {where}"]
     for layer, row in found["layers"].items():
         times = ", ".join(f"{form} {1e3 * seconds:.2g} ms" for form, seconds in row["seconds"].items())
         lines.append(f"{layer}: {row['form']} ({times})")

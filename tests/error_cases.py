@@ -123,6 +123,21 @@ def label(row: int, what: str, change: Callable[[np.ndarray, np.ndarray], tuple[
 label(13, "fractions", lambda data, affine: (data * 0.4, affine))
 label(13, "another size", lambda data, affine: (data[1:], affine))
 label(13, "another place", lambda data, affine: (data, affine + np.outer([1, 0, 0, 0], [0, 0, 0, 5])))
+label(13, "the image's array without its header", lambda data, affine: (data, np.eye(4)))
+
+
+@case(13, "several structures, none of them chosen")
+def _several_structures() -> Words:
+    write("hr.nii.gz", HEAD, rigid((1.0, 1, 3)))
+    write("aseg.nii.gz", np.resize(np.array([0, 2, 3, 41, 42], np.uint8), HEAD.shape), rigid((1.0, 1, 3)))
+    return ["evaluate", "--sr", "hr.nii.gz", "--hr", "hr.nii.gz", "--seg", "aseg.nii.gz", "--label", "aseg.nii.gz"]
+
+
+@case(1, "a pointer in place of the file")
+def _pointer() -> Words:
+    Path("scan.nii.gz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")
+    return INFER
+
 
 # --- tables -------------------------------------------------------------------------------------------------------
 

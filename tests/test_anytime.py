@@ -11,6 +11,8 @@ from torch import nn
 from fastsrgan.errors import UsageError
 from fastsrgan.infer import anytime, tiles
 from fastsrgan.infer.engine import predict
+from fastsrgan.infer.network import TileNetwork
+from fastsrgan.infer.settings import InferSettings
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 VOLUME = torch.rand(37, 30, 23, generator=torch.Generator().manual_seed(0))
@@ -86,8 +88,10 @@ def test_every_tile_of_a_level_comes_once(shape, patch, step):
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_a_level_equals_a_plain_run_at_its_step(window, n, poisoned):
     plans = PLANS[:n]
-    out, facts = anytime.refine(VOLUME, LEVELS[:n], Local(), 1.0, budget=1e9, window=window, batch=7)
-    plain, _ = predict(VOLUME, plans[-1], Local(), 1.0, window=window)
+    out, facts = anytime.refine(
+        VOLUME, LEVELS[:n], TileNetwork(Local(), 1.0), InferSettings(budget=1e9, window=window, batch=7)
+    )
+    plain, _ = predict(VOLUME, plans[-1], TileNetwork(Local(), 1.0), InferSettings(window=window))
     assert out.shape == plain.shape and (out - plain).abs().max() < 2e-6
     assert [level["tiles"] for level in facts["levels"]] == [len(p) for p in plans]
     assert facts["tiles_network"] == len(plans[-1]), "no tile twice"
@@ -95,14 +99,16 @@ def test_a_level_equals_a_plain_run_at_its_step(window, n, poisoned):
 
 def test_a_level_equals_a_plain_run_with_a_real_network(generator):
     found = anytime.levels(VOLUME.shape, (16, 32, 16), (4, 8, 8))
-    out, _ = anytime.refine(VOLUME, found, generator, 1.0, budget=1e9)
-    plain, _ = predict(VOLUME, found[-1].plan, generator, 1.0)
+    out, _ = anytime.refine(VOLUME, found, TileNetwork(generator, 1.0), InferSettings(budget=1e9))
+    plain, _ = predict(VOLUME, found[-1].plan, TileNetwork(generator, 1.0))
     assert len(found) == 2 and (out - plain).abs().max() < 1e-5
 
 
 def counts(budget, pace=lambda done: 1.0, batch=1):
     clock = Clock(pace)
-    _, facts = anytime.refine(VOLUME, LEVELS, Timed(Local(), clock), 1.0, budget=budget, batch=batch, clock=clock)
+    _, facts = anytime.refine(
+        VOLUME, LEVELS, TileNetwork(Timed(Local(), clock), 1.0), InferSettings(budget=budget, batch=batch), clock=clock
+    )
     return [level["tiles"] for level in facts["levels"]], clock.now - 100, facts
 
 
@@ -121,10 +127,12 @@ def test_a_level_that_turns_out_too_slow_is_given_up_and_leaves_no_trace():
     first = len(PLANS[0])
     budget = 1.5 * len(PLANS[1])
     clock = Clock(lambda done: 1.0 if done < first + 20 else 10.0)
-    out, facts = anytime.refine(VOLUME, LEVELS, Timed(Local(), clock), 1.0, budget=budget, batch=1, clock=clock)
+    out, facts = anytime.refine(
+        VOLUME, LEVELS, TileNetwork(Timed(Local(), clock), 1.0), InferSettings(budget=budget, batch=1), clock=clock
+    )
     assert facts["level_given_up"] and [level["tiles"] for level in facts["levels"]] == [first]
     assert clock.now - 100 < anytime.SLACK * budget
-    assert torch.allclose(out, predict(VOLUME, PLANS[0], Local(), 1.0)[0], rtol=0, atol=2e-6)
+    assert torch.allclose(out, predict(VOLUME, PLANS[0], TileNetwork(Local(), 1.0))[0], rtol=0, atol=2e-6)
 
 
 def test_the_live_line_shows_level_rate_and_time_left():
@@ -143,7 +151,15 @@ def test_the_live_line_shows_level_rate_and_time_left():
 
     recorder, clock = Recorder(), Clock()
     network = Timed(Local(), clock)
-    anytime.refine(VOLUME, LEVELS[:2], network, 1.0, budget=1e9, batch=1, clock=clock, progress=recorder, label="a")
+    anytime.refine(
+        VOLUME,
+        LEVELS[:2],
+        TileNetwork(network, 1.0),
+        InferSettings(budget=1e9, batch=1),
+        clock=clock,
+        progress=recorder,
+        label="a",
+    )
     assert recorder.events[0] == ("a, level 1", len(PLANS[0]), "tiles") and recorder.events[-1] == "finish"
     advances = [e for e in recorder.events if isinstance(e[1], dict)]
     assert sum(n for n, _ in advances) == len(PLANS[1])

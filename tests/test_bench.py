@@ -15,6 +15,8 @@ from bench import common, data, naive, step
 from bench.__main__ import main, parse
 from fastsrgan.data import pool
 from fastsrgan.model import networks
+from fastsrgan.model.cpu import critic as critic_convs
+from fastsrgan.model.cpu import fused
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
 from fastsrgan.train import critic_step
 
@@ -145,6 +147,72 @@ def test_a_wrong_result_has_no_times_and_exit_code_1(capsys, monkeypatch, withou
         assert not row["passed"]
         assert not any(key.startswith("seconds") or key.endswith("per_second") for key in row)
         assert all("seconds_median" not in facts for facts in row["peers"].values())
+
+
+def one_wrong_kernel(monkeypatch, network: str, fault: str) -> None:
+    """Of fastsrgan's own forms: one layer in the middle leaves out a tap, swaps two outputs, or gives no gradient."""
+
+    def tapless(weight):
+        weight = weight.clone()
+        weight[..., 0, 0, 0] = 0
+        return weight
+
+    if network == "critic":
+        choose, made = critic_convs.choose, []
+
+        def wrong(weight, size, *more):
+            made.append(size)
+            if len(made) % 3 != 2:  # of the three layers of a critic of 16^3 patches
+                return choose(weight, size, *more)
+            layer = choose(tapless(weight) if fault == "tap" else weight, size, *more)
+            forward = layer.forward
+            if fault == "channels":
+                layer.forward = lambda *a: forward(*a)[..., [1, 0, *range(2, len(weight))]]
+            if fault == "gradient":
+                layer.gradient = lambda: torch.zeros_like(weight)
+            return layer
+
+        monkeypatch.setattr(critic_convs, "choose", wrong)
+        return
+    forward, backward, calls = fused.Kernel3.forward, fused.Kernel3.backward, {"forward": 0, "backward": 0}
+
+    def counted(name):
+        calls[name] += 1
+        return calls[name] % 12 == 6  # of the twelve layers of the blocks
+
+    def wrong_forward(self, y, weight):
+        hit = counted("forward")
+        out, kept = forward(self, y, tapless(weight) if hit and fault == "tap" else weight)
+        return (out[:, [1, 0, *range(2, len(weight))]] if hit and fault == "channels" else out), kept
+
+    def wrong_backward(self, *args):
+        dw = backward(self, *args)
+        return torch.zeros_like(dw) if counted("backward") and fault == "gradient" else dw
+
+    monkeypatch.setattr(fused.Kernel3, "forward", wrong_forward)
+    monkeypatch.setattr(fused.Kernel3, "backward", wrong_backward)
+
+
+@pytest.mark.parametrize(
+    ("row", "network", "fault"),
+    [
+        *(("generator forward,", "generator", fault) for fault in ("", "tap", "channels")),
+        *(("generator forward + backward", "generator", fault) for fault in ("", "tap", "channels", "gradient")),
+        *(("critic update", "critic", fault) for fault in ("", "tap", "channels", "gradient")),
+        *(("generator update", "generator", fault) for fault in ("", "tap", "channels", "gradient")),
+        *(("iteration", "generator", fault) for fault in ("", "tap", "channels")),
+        *(("iteration", "critic", fault) for fault in ("tap", "channels", "gradient")),
+    ],
+)
+def test_every_gate_refuses_one_wrong_kernel(monkeypatch, row, network, fault):
+    """A layer without a gradient shows where gradients are compared, and in losses that come after its step."""
+    small = ["--kernel", "4", "--batch", "2", "--patch", "16", "--critic-kernel", "4", "--critic-iterations", "3"]
+    (case,) = (c for c in step.cases(parse(["step", "--quick", *small])) if c.name.startswith(row))
+    if fault:
+        one_wrong_kernel(monkeypatch, network, fault)
+    sides = case.build()
+    ours, naives = ([torch.as_tensor(a).clone() for a in sides[name]()] for name in ("fastsrgan", "naive"))
+    assert (common.largest_difference(ours, naives, case.l2) <= case.tolerance) == (not fault)
 
 
 def test_a_step_report_is_drawn(capsys, tmp_path):

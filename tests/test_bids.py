@@ -50,7 +50,7 @@ def make_dataset(root):
     for name in (
         "sub-01/anat/sub-01_desc-old_T1w.nii.gz",
         "sub-01/anat/notes.nii.gz",
-        "sub-01/anat/sub-01_FLAIR.nii.gz",
+        "sub-01/anat/sub-01_T1map.nii.gz",
     ):
         shutil.copy(root / NAMES[0], root / name)
     write_json(root / "sub-01/anat/sub-01_T2w.json", {"SkullStripped": True})
@@ -152,6 +152,10 @@ def test_what_is_done_is_kept_resumed_or_replaced(dataset, model, tmp_path):
     assert before.items() <= {p: p.stat().st_mtime_ns for p in out.rglob("*.nii.gz")}.items()
     with pytest.raises(UsageError, match="another step"):
         infer_bids(dataset, out, model, resume=True, **QUICK | {"step": 12})
+    # Options that a record leaves out where they are the default count as any other, as for `infer_files`.
+    for name, other in {"compile": "off", "flips": "x", "threshold": 0.4, "min_size": 2.0}.items():
+        with pytest.raises(UsageError, match=f"another {name}"):
+            infer_bids(dataset, out, model, resume=True, **QUICK | {name: other})
     summary = infer_bids(dataset, out, model, overwrite=True, participants=["sub-01"], **QUICK)
     assert summary["done"] == 2
     assert all(p.stat().st_mtime_ns > t for p, t in before.items())

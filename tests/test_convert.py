@@ -29,11 +29,12 @@ from fastsrgan.convert import convert
 from fastsrgan.errors import FastsrganError, InputError, ModelError, PartialFailure, ResourceError, UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.store import files as store_files
-from fastsrgan.store.encode import PERCENTILES, axis_codes, describe, encode
+from fastsrgan.store.encode import PERCENTILES, describe, encode
 from fastsrgan.store.files import LOCK
 from fastsrgan.store.reader import open_store, to_float32
 from fastsrgan.store.writer import create_store
 from fastsrgan.train.run import train
+from fastsrgan.volume.placement import axis_codes
 
 SHAPE = (21, 18, 10)
 AFFINE = nifti_files.rigid()
@@ -143,7 +144,7 @@ def test_labels_of_other_values_than_0_and_1_are_said_and_not_trained_on(tmp_pat
     (told,) = summary["warnings"]["s0"]
     assert told.startswith("label: holds 0, 255; training takes 1 for the structure")
     assert open_store(tmp_path / "store").subject("s0").attrs["warnings"] == [told]
-    config = TrainConfig(new_low_res=((1.0, 1.0, 3.0),), patch_size=16, kernel_gen=1, kernel_dis=1)
+    config = TrainConfig(new_low_res=((1.5, 1.5, 3.0),), patch_size=16, kernel_gen=1, kernel_dis=1)
     with pytest.raises(InputError, match=r"than 0 and 1: s0 \(also 255\), s2 \(also 2, 3\) \(make each label 1"):
         train(tmp_path / "store", tmp_path / "run", config)
     assert not list((tmp_path / "run").iterdir())

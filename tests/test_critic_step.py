@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastsrgan.errors import ModelError
-from fastsrgan.model.networks import Critic, CriticSpec
+from fastsrgan.model.networks import Critic, CriticSpec, init_he_normal
 from fastsrgan.train import critic_step
 from fastsrgan.train.critic_step import critic_gradients, parameters, score
 from fastsrgan.train.objectives import critic_loss
@@ -87,17 +87,23 @@ def test_float32_is_as_close_to_float64_as_autograd_is(patch):
     assert terms["total"].item() == pytest.approx(expected["total"].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_that_of_the_convolutions_alone(dtype):
-    critic = make(16, 2, True, kernel=4, dtype=torch.float32)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.15), (torch.float16, 0.016)])
+def test_half_precision_is_that_of_the_convolutions_alone(dtype, limit):
+    """Of five critics the median, all gradients together (measured 0.076 and 0.008): one of the last layers' few voxels
+    within rounding of its kink takes either slope, and moves every gradient of that critic."""
     real, fake, res = patches(2, 2, 16)
     real, fake = real.float(), fake.float()
-    eps = torch.tensor([0.3, 0.8])
-    terms, exact = critic_gradients(critic, real, fake, eps, 10.0, res)
-    near, found = critic_gradients(critic, real, fake, eps, 10.0, res, dtype=dtype, scale=8.0)
-    assert {t.dtype for t in near.values()} == {g.dtype for g in found} == {torch.float32}
-    assert near["penalty"].item() == pytest.approx(terms["penalty"].item(), rel=0.05)
-    assert worst([g / 8 for g in found], exact) <= 0.3
+    eps, off = torch.tensor([0.3, 0.8]), []
+    for seed in range(5):
+        critic = make(16, 2, True, kernel=4, dtype=torch.float32)
+        init_he_normal(critic, seed)
+        terms, exact = critic_gradients(critic, real, fake, eps, 10.0, res)
+        near, found = critic_gradients(critic, real, fake, eps, 10.0, res, dtype=dtype, scale=8.0)
+        assert {t.dtype for t in near.values()} == {g.dtype for g in found} == {torch.float32}
+        assert near["penalty"].item() == pytest.approx(terms["penalty"].item(), rel=0.05)
+        together = [torch.cat([g.flatten() for g in gradients]) for gradients in (found, exact)]
+        off.append(worst([together[0] / 8], [together[1]]))
+    assert sorted(off)[2] <= limit, off
 
 
 @pytest.mark.parametrize("fast", [True, False])

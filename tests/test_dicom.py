@@ -1,6 +1,8 @@
 """DICOM series made by pydicom: their place in the world as dcm2niix gives it, choices, and what is refused."""
 
+import gzip
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -213,16 +215,24 @@ def test_uneven_slices(tmp_path):
     refused(tmp_path, "unevenly spaced: 2.6 to 3.4 mm")
 
 
-def test_repeated_slices(tmp_path):
-    paths = write_series(tmp_path, volume(), scanner_affine("axial"))
+def test_copies_of_images_are_left_out_with_a_warning(tmp_path):
+    """The same SOPInstanceUID and voxels: one slice, or the whole study exported twice."""
+    paths = write_series(tmp_path / "a", volume(), scanner_affine("axial"))
+    plain = dicom.load(tmp_path)
     (tmp_path / "copy.dcm").write_bytes(paths[2].read_bytes())
-    refused(tmp_path, r"a slice is there 2 times.*IM0003.dcm")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    found = dicom.load(tmp_path)
+    assert np.array_equal(found.data, plain.data) and "7 images are copies" in found.warnings[0]
 
 
-def test_every_slice_twice_without_a_difference(tmp_path):
-    for path in write_series(tmp_path, volume(), scanner_affine("axial")):
-        (tmp_path / f"copy_{path.name}").write_bytes(path.read_bytes())
-    refused(tmp_path, "2 times")
+def test_slices_that_are_there_twice_and_differ(tmp_path):
+    paths = write_series(tmp_path / "a", volume(), scanner_affine("axial"))
+    ds = read(paths[2])
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4.5"
+    ds.PixelData = bytes(len(ds.PixelData))
+    (tmp_path / "b").mkdir()
+    ds.save_as(tmp_path / "b" / "IM0003.dcm")
+    refused(tmp_path, r"a slice is there 2 times.*/a/IM0003.dcm, .*/b/IM0003.dcm; 1 of 6 places have 2 images")
 
 
 def test_localisers_in_one_series(tmp_path):
@@ -347,6 +357,204 @@ def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(ResourceError, match=r"pip install 'fastsrgan\[dicom\]'"):
         dicom.load(tmp_path)
+
+
+# --- series are judged one by one ---------------------------------------------------------------------------------
+
+
+def test_two_examinations_with_one_number_are_told_apart(tmp_path):
+    for name in "ab":
+        write_series(tmp_path / name, volume(), scanner_affine("axial"), number=5, uid=f"1.2.3.{ord(name)}")
+    for series in (None, "5"):
+        with pytest.raises(UsageError) as error:
+            dicom.load(tmp_path, series=series)
+        for name in "ab":
+            assert f"in {name}, patient secret-id, of 20200101, UID 1.2.3.{ord(name)}" in error.value.reason
+        assert f"{tmp_path / 'a'} {tmp_path / 'b'}" in error.value.hint
+    assert dicom.load(tmp_path, series="1.2.3.98").meta["series_uid"] == "1.2.3.98"
+    assert "secret-id" not in str(dicom.load(tmp_path, series="1.2.3.98").meta)
+
+
+def test_one_uid_with_two_numbers_is_two_series(tmp_path):
+    for number in (4, 401):
+        write_series(
+            tmp_path, volume() + number, scanner_affine("axial"), number=number, uid="1.2.3", prefix=f"{number}_"
+        )
+    for number in (4, 401):
+        assert np.array_equal(dicom.load(tmp_path, series=str(number)).data, (volume() + number)[:, ::-1])
+
+
+def comma(path):
+    path.write_bytes(path.read_bytes().replace(b"3.0 ", b"3,0 "))
+
+
+def cut_header(path):
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def cut_pixels(path):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def mosaic(path):
+    ds = read(path)
+    ds.ImageType = ["ORIGINAL", "PRIMARY", "M", "ND", "VFRAME"]
+    ds.save_as(path)
+
+
+def frames_without_places(path):
+    ds = read(path)
+    ds.NumberOfFrames, ds.PixelData = 3, ds.PixelData * 3
+    ds.save_as(path)
+
+
+def segmentation(path):
+    ds = read(path)
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.66.4"
+    ds.save_as(path)
+
+
+@pytest.mark.parametrize("damage", (comma, cut_header, cut_pixels, mosaic, frames_without_places, segmentation))
+def test_what_is_wrong_with_another_series_is_no_fault_of_the_wanted_one(tmp_path, damage):
+    write_series(tmp_path, volume(), scanner_affine("axial"), number=5)
+    others = write_series(tmp_path, volume(), scanner_affine("axial"), number=6, prefix="Z")
+    for path in others if damage in (mosaic, segmentation) else others[:1]:
+        damage(path)
+    assert np.array_equal(dicom.load(tmp_path, series="5").data, volume()[:, ::-1])
+    if damage in (mosaic, frames_without_places):  # and the odd one, when it is asked for, says what is wrong with it
+        refused(tmp_path, "mosaic of slices|has 3 frames", series="6")
+
+
+def cut_behind_the_number(path):
+    raw = path.read_bytes()
+    path.write_bytes(raw[: raw.index(b"\x20\x00\x13\x00") + 4])  # in front of InstanceNumber's value
+
+
+@pytest.mark.parametrize("damage", (comma, cut_behind_the_number))
+def test_another_series_of_which_nothing_can_be_read_is_a_warning(tmp_path, damage):
+    write_series(tmp_path, volume(), scanner_affine("axial"), number=5)
+    for path in write_series(tmp_path, volume(), scanner_affine("axial"), number=6, prefix="Z"):
+        damage(path)
+    found = dicom.load(tmp_path)
+    assert found.data.shape == (11, 9, 6) and sum("of another series" in text for text in found.warnings) == 6
+
+
+@pytest.mark.parametrize("keep", range(520, 1000, 40))
+def test_a_file_cut_anywhere_in_its_header_is_never_lost(tmp_path, keep):
+    """What is left of a UID may be the beginning of any."""
+    paths = write_series(tmp_path, volume((6, 5, 4)), scanner_affine("axial"))
+    paths[-1].write_bytes(paths[-1].read_bytes()[:keep])
+    refused(tmp_path, paths[-1].name)
+
+
+@pytest.mark.parametrize("where", (0, 2, -1))
+@pytest.mark.parametrize("damage", (cut_header, cut_pixels, comma, lambda path: path.write_bytes(b"")))
+def test_a_slice_that_cannot_be_read_is_never_lost(tmp_path, damage, where):
+    """At an end of the stack nothing else would show it."""
+    paths = write_series(tmp_path, volume(), scanner_affine("axial"))
+    damage(paths[where])
+    refused(tmp_path, rf"{paths[where].name}")
+
+
+def test_an_empty_slice_without_an_ending_is_not_lost(tmp_path):
+    for k, path in enumerate(write_series(tmp_path, volume(), scanner_affine("axial"))):
+        path.rename(tmp_path / f"IM{k}")
+    (tmp_path / "README").write_bytes(b"")
+    assert dicom.load(tmp_path).data.shape == (11, 9, 6)
+    (tmp_path / "IM5").write_bytes(b"")
+    refused(tmp_path, "IM5 is empty")
+
+
+def test_files_without_a_preamble_and_packed_ones(tmp_path):
+    for k, path in enumerate(write_series(tmp_path, volume(), scanner_affine("axial"))):
+        ds = read(path)
+        if k % 2:
+            del ds.file_meta
+            path.unlink()
+            ds.save_as(path.with_suffix(""), implicit_vr=True, little_endian=True, enforce_file_format=False)
+        else:
+            (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    assert np.array_equal(dicom.load(tmp_path).data, volume()[:, ::-1])
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    write_series(tmp_path / "store" / "s5", volume(), scanner_affine("axial"))
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "s5").symlink_to(tmp_path / "store" / "s5")
+    (tmp_path / "study" / "again").symlink_to(tmp_path / "study")
+    assert dicom.load(tmp_path / "study").data.shape == (11, 9, 6)
+
+
+# --- volumes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("numbering", ("volume by volume", "place by place"))
+def test_volumes_that_only_their_numbers_tell_apart(tmp_path, numbering):
+    for t in range(3):
+
+        def number(ds, k, t=t):
+            ds.InstanceNumber = t * 6 + k + 1 if numbering == "volume by volume" else k * 3 + t + 1
+
+        write_series(tmp_path, volume() + 1000 * t, scanner_affine("axial"), uid="1.2", prefix=f"V{t}_", change=number)
+    for t in range(3):
+        found = dicom.load(tmp_path, volume=t)
+        assert np.array_equal(found.data, (volume() + 1000 * t)[:, ::-1]) and found.meta["volume"] == t
+        assert any(numbering in text for text in found.warnings)
+
+
+def test_volumes_that_two_traits_together_tell_apart(tmp_path):
+    for t, (b, g) in enumerate(((0, [1, 0, 0]), (1000, [1, 0, 0]), (1000, [0, 1, 0]), (1000, [0, 0, 1]))):
+
+        def weight(ds, k, b=b, g=g):
+            ds.DiffusionBValue, ds.DiffusionGradientOrientation = float(b), g
+            ds.TriggerTime = 10.0 * k  # of each slice: no help
+
+        settings = {"uid": "1.2", "prefix": f"V{t}_", "first": 1 + 6 * t, "change": weight}
+        write_series(tmp_path, volume() + 1000 * t, scanner_affine("axial"), **settings)
+    for t in range(4):
+        assert np.array_equal(dicom.load(tmp_path, volume=t).data, (volume() + 1000 * t)[:, ::-1])
+
+
+def test_the_choice_says_which_volume_is_which(tmp_path):
+    for t, kind in enumerate("MP"):
+
+        def mark(ds, k, t=t, kind=kind):
+            ds.ImageType, ds.EchoTime = ["ORIGINAL", "PRIMARY", kind, "ND"], 5.0 * (t + 1)
+
+        write_series(tmp_path, volume(), scanner_affine("axial"), uid="1.2", prefix=kind, first=1 + 6 * t, change=mark)
+    with pytest.raises(InputError, match=r"2 volumes: 0 EchoTime 5.0, ImageType .*\\M\\ND; 1 EchoTime 10.0, .*\\P"):
+        dicom.load(tmp_path)
+
+
+def test_images_that_are_counted_over_all_volumes_are_not_missed(tmp_path):
+    for t in range(3):
+
+        def count(ds, k, t=t):
+            ds.TemporalPositionIdentifier, ds.ImagesInAcquisition = t + 1, 18
+
+        write_series(tmp_path, volume(), scanner_affine("axial"), uid="1.2", prefix=f"V{t}_", change=count)
+    assert dicom.load(tmp_path, volume=0).warnings == ()
+
+
+@pytest.mark.parametrize(("thick", "told"), ((2.0, "gaps of 1 mm"), (4.5, "an overlap of 1.5 mm"), (3.0, "")))
+def test_thickness_and_distance_of_slices(tmp_path, thick, told):
+    def set_thickness(ds, k):
+        ds.SliceThickness = thick
+
+    write_series(tmp_path, volume(), scanner_affine("axial"), description="T2 TSE", change=set_thickness)
+    found = dicom.load(tmp_path)
+    assert found.meta["slice_thickness_mm"] == thick and found.meta["slice_distance_mm"] == pytest.approx(3.0)
+    assert found.meta["dicom"]["description"] == "T2 TSE" and found.meta["dicom"]["series"] == "1"
+    assert told in "".join(found.warnings) and len(found.warnings) == bool(told)
+
+
+def test_slices_with_scalings_of_their_own_have_no_integer_type(tmp_path):
+    scale = [(1, 0)] * 5 + [(3, 0)]
+    write_series(tmp_path, volume(), scanner_affine("axial"), scale=scale)
+    found = dicom.load(tmp_path)
+    assert found.meta["stored_dtype"] == "float32" and found.meta["slope"] == 1
+    assert any("scalings of their own" in text for text in found.warnings)
 
 
 # --- as an input --------------------------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from fastsrgan.errors import ResourceError, UsageError
-from fastsrgan.infer import engine, tiles
 from fastsrgan.infer import network as tile_network
+from fastsrgan.infer import tiles
 from fastsrgan.infer.engine import predict
+from fastsrgan.infer.network import TileNetwork
+from fastsrgan.infer.settings import InferSettings
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 VOLUME = torch.rand(21, 30, 18, generator=torch.Generator().manual_seed(0))
@@ -58,7 +60,7 @@ def identity(**spec) -> nn.Module:
 @pytest.mark.parametrize("patch", [None, 8, (16, 64, 12)])
 def test_a_zero_head_gives_the_volume_to_the_last_bit(patch, window, padding):
     plan = tiles.plan(VOLUME.shape, patch, 7, padding=padding)
-    out, _ = predict(VOLUME, plan, identity(), 1.0, window=window)
+    out, _ = predict(VOLUME, plan, TileNetwork(identity(), 1.0), InferSettings(window=window))
     assert torch.equal(out[0], VOLUME)
     assert (out[1] == 0.5).all()
 
@@ -68,7 +70,7 @@ def test_an_identity_of_foreign_make_gives_the_volume(generator):
         def forward(self, x):
             return torch.cat([x, x], 1)
 
-    out, _ = predict(VOLUME, PLAN, Same(), 1.0)
+    out, _ = predict(VOLUME, PLAN, TileNetwork(Same(), 1.0))
     assert out.shape == (2, *VOLUME.shape)
     assert (out - VOLUME).abs().max() < 3e-7
 
@@ -77,8 +79,8 @@ def test_an_identity_of_foreign_make_gives_the_volume(generator):
 def test_stitching_the_head_equals_stitching_the_output(spec):
     """Fused subtraction, sigmoid and softmax against the plain forward pass, tile by tile."""
     generator = build_generator(GeneratorSpec(kernel=2, **spec), seed=2).eval()
-    fused, _ = predict(VOLUME, PLAN, generator, 1.0)
-    plain, _ = predict(VOLUME, PLAN, Foreign(generator), 1.0)
+    fused, _ = predict(VOLUME, PLAN, TileNetwork(generator, 1.0))
+    plain, _ = predict(VOLUME, PLAN, TileNetwork(Foreign(generator), 1.0))
     assert fused.shape[0] == generator.spec.out_channels
     assert torch.allclose(fused, plain, rtol=0, atol=2e-6)
     if spec.get("mask_classes"):
@@ -92,7 +94,7 @@ def test_a_subclass_with_its_own_forward_is_not_taken_apart():
 
     halved = Halved(GeneratorSpec(kernel=1))
     nn.init.zeros_(halved.head)
-    out, _ = predict(VOLUME, PLAN, halved, 1.0)
+    out, _ = predict(VOLUME, PLAN, TileNetwork(halved, 1.0))
     assert torch.allclose(out[0], 0.5 * VOLUME, atol=1e-6) and torch.allclose(out[1], torch.tensor(0.25))
 
 
@@ -104,18 +106,18 @@ def test_dense_tiles_give_the_plain_average(generator):
         with torch.inference_mode():
             total[(slice(None), *at)] += generator(VOLUME[at][None, None])[0].numpy()
         count[at] += 1
-    out, facts = predict(VOLUME, PLAN, generator, 1.0)
+    out, facts = predict(VOLUME, PLAN, TileNetwork(generator, 1.0))
     assert np.abs(out.numpy() - total / count).max() < 1e-5
     assert facts["tiles_per_second"] > 0
 
 
 def test_batch_sizes_agree_and_reruns_are_bit_identical(generator):
-    reference, facts = predict(VOLUME, PLAN, generator, 1.0, batch=1)
+    reference, facts = predict(VOLUME, PLAN, TileNetwork(generator, 1.0), InferSettings(batch=1))
     assert facts["batch"] == 1
     for batch in (3, 1000, "auto"):
-        out, _ = predict(VOLUME, PLAN, generator, 1.0, batch=batch)
+        out, _ = predict(VOLUME, PLAN, TileNetwork(generator, 1.0), InferSettings(batch=batch))
         assert torch.allclose(out, reference, rtol=0, atol=1e-5)
-        again, _ = predict(VOLUME, PLAN, generator, 1.0, batch=batch)
+        again, _ = predict(VOLUME, PLAN, TileNetwork(generator, 1.0), InferSettings(batch=batch))
         assert torch.equal(out, again)
 
 
@@ -130,12 +132,12 @@ def test_batch_sizes_agree_and_reruns_are_bit_identical(generator):
 def test_running_out_of_memory_halves_the_batch(generator, caplog, error):
     cramped = Cramped(generator, 2, error)
     with caplog.at_level(logging.WARNING, "fastsrgan"):
-        out, facts = predict(VOLUME, PLAN, cramped, 1.0, batch=8)
+        out, facts = predict(VOLUME, PLAN, TileNetwork(cramped, 1.0), InferSettings(batch=8))
     assert cramped.sizes[:3] == [8, 4, 2] and max(cramped.sizes[3:]) == 2 and facts["batch"] == 2
     assert [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()] == [
         f"out of memory on cpu: going on with {n} tiles at a time" for n in (4, 2)
     ]
-    reference, _ = predict(VOLUME, PLAN, generator, 1.0, batch=2)
+    reference, _ = predict(VOLUME, PLAN, TileNetwork(generator, 1.0), InferSettings(batch=2))
     assert torch.allclose(out, reference, rtol=0, atol=1e-5)
 
 
@@ -143,18 +145,18 @@ def test_running_out_of_memory_halves_the_batch(generator, caplog, error):
 def test_no_memory_for_one_tile_ends_with_a_hint(generator):
     cramped = Cramped(generator, 0, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(ResourceError, match="one tile of 16 x 16 x 16 voxels"):
-        predict(VOLUME, PLAN, cramped, 1.0, batch=4)
+        predict(VOLUME, PLAN, TileNetwork(cramped, 1.0), InferSettings(batch=4))
 
 
 def test_other_errors_of_a_network_are_not_swallowed(generator):
     with pytest.raises(RuntimeError, match="shapes differ"):
-        predict(VOLUME, PLAN, Cramped(generator, 0, RuntimeError("shapes differ")), 1.0)
+        predict(VOLUME, PLAN, TileNetwork(Cramped(generator, 0, RuntimeError("shapes differ")), 1.0))
 
 
 @pytest.mark.parametrize("batch", [0, -1, "many", 1.5])
 def test_an_impossible_batch_is_refused(generator, batch):
     with pytest.raises(UsageError, match="batch"):
-        predict(VOLUME, PLAN, generator, 1.0, batch=batch)
+        predict(VOLUME, PLAN, TileNetwork(generator, 1.0), InferSettings(batch=batch))
 
 
 def test_the_resolution_reaches_conditional_networks_only():
@@ -167,12 +169,12 @@ def test_the_resolution_reaches_conditional_networks_only():
             seen.append(res)
             return torch.cat([x, x], 1)
 
-    predict(VOLUME, PLAN, Conditional(), 3.3)
+    predict(VOLUME, PLAN, TileNetwork(Conditional(), 3.3))
     assert set(seen) == {3.3}
     conditional = build_generator(GeneratorSpec(kernel=2, conditional=True), seed=3)
-    fused, _ = predict(VOLUME, PLAN, conditional, 3.3)
+    fused, _ = predict(VOLUME, PLAN, TileNetwork(conditional, 3.3))
     alone = conditional(VOLUME[:16, :16, :16][None, None], 3.3)[0]
-    first, _ = predict(VOLUME[:16, :16, :16], tiles.plan((16, 16, 16), 16, 16), conditional, 3.3)
+    first, _ = predict(VOLUME[:16, :16, :16], tiles.plan((16, 16, 16), 16, 16), TileNetwork(conditional, 3.3))
     assert fused.shape == (2, *VOLUME.shape) and torch.allclose(first, alone, atol=2e-6)
 
 
@@ -183,20 +185,20 @@ def test_half_precision_touches_the_head_only(generator, caplog):
     plan = tiles.plan(small.shape, 16, 16)
     with caplog.at_level(logging.WARNING, "fastsrgan"):
         for _ in range(2):
-            precision = engine.pick_precision("bf16", torch.device("cpu"))
-            out, _ = predict(small, plan, generator, 1.0, precision=precision)
+            precision = tile_network.pick_precision("bf16", torch.device("cpu"))
+            out, _ = predict(small, plan, TileNetwork(generator, 1.0, precision=precision))
     assert sum("bf16 is slower than fp32 on a CPU" in r.getMessage() for r in caplog.records) == 1
-    reference, _ = predict(small, plan, generator, 1.0)
+    reference, _ = predict(small, plan, TileNetwork(generator, 1.0))
     assert 0 < (out - reference).abs().max() < 0.05 * reference.abs().max()
-    shifted, _ = predict(small + 1000, plan, identity(), 1.0, precision="bf16")
+    shifted, _ = predict(small + 1000, plan, TileNetwork(identity(), 1.0, precision="bf16"))
     assert torch.equal(shifted[0], small + 1000)
 
 
 def test_precision_follows_the_device():
-    assert engine.pick_precision("auto", torch.device("cpu")) == "fp32"
-    assert engine.pick_precision("auto", torch.device("cuda")) == "fp16"
+    assert tile_network.pick_precision("auto", torch.device("cpu")) == "fp32"
+    assert tile_network.pick_precision("auto", torch.device("cuda")) == "fp16"
     with pytest.raises(UsageError, match="precision"):
-        engine.pick_precision("int8", torch.device("cpu"))
+        tile_network.pick_precision("int8", torch.device("cpu"))
 
 
 def test_progress_counts_tiles_and_finishes_also_after_an_error(generator):
@@ -215,10 +217,10 @@ def test_progress_counts_tiles_and_finishes_also_after_an_error(generator):
             self.events.append("finish")
 
     recorder = Recorder()
-    predict(VOLUME, PLAN, generator, 1.0, batch=5, progress=recorder, label="a.nii.gz")
+    predict(VOLUME, PLAN, TileNetwork(generator, 1.0), InferSettings(batch=5), progress=recorder, label="a.nii.gz")
     assert recorder.events == [("a.nii.gz", len(PLAN), "tiles"), "finish"] and recorder.done == len(PLAN)
     with pytest.raises(RuntimeError):
-        predict(VOLUME, PLAN, Cramped(generator, 0, RuntimeError("no")), 1.0, progress=recorder)
+        predict(VOLUME, PLAN, TileNetwork(Cramped(generator, 0, RuntimeError("no")), 1.0), progress=recorder)
     assert recorder.events[-1] == "finish"
 
 
@@ -226,7 +228,7 @@ def test_the_generator_comes_back_as_it_was(generator):
     generator.train()
     try:
         before = {name: p.clone() for name, p in generator.state_dict().items()}
-        predict(VOLUME, PLAN, generator, 1.0)
+        predict(VOLUME, PLAN, TileNetwork(generator, 1.0))
         assert generator.training
         assert all(torch.equal(p, before[name]) for name, p in generator.state_dict().items())
         assert all(p.requires_grad for p in generator.parameters())

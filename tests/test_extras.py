@@ -19,7 +19,7 @@ from fastsrgan.volume.geometry import centre_coordinates, grid_size
 from fastsrgan.volume.intensity import add_noise
 from fastsrgan.volume.resample import FWHM, degrade_matrix, slice_profile_matrix
 
-ALL = {"bias_field": 0.3, "rician": True, "profile": 0.2, "motion": 0.7}
+ALL = {"bias_field": 0.3, "rician": True, "profile": 0.2, "motion": 0.7, "gap": 0.4, "profile_box": 0.9}
 SPACING, LOW = (1.0, 0.9, 0.8), (1.0, 0.9, 2.3)
 
 
@@ -47,9 +47,9 @@ def test_everything_is_off_by_default():
 @pytest.mark.parametrize("name", ALL)
 def test_one_extra_changes_no_draw_of_another(name):
     every, fewer = Degradation((LOW,), **ALL), Degradation((LOW,), **{**ALL, name: type(ALL[name])()})
-    fields = {"bias_field": "bias_field", "rician": "rician", "profile": "width", "motion": "motion"}
+    fields = {"profile": "width", "profile_box": "box"}
     for draws in ([d.draw(5, 2, "sub-1") for d in (every, fewer)], [d.linspace(1, 4) for d in (every, fewer)]):
-        same = dataclasses.replace(draws[1], **{fields[name]: getattr(draws[0], fields[name])})
+        same = dataclasses.replace(draws[1], **{fields.get(name, name): getattr(draws[0], fields.get(name, name))})
         assert same == draws[0] and draws[0] != draws[1]
 
 
@@ -59,6 +59,9 @@ def test_draws_depend_on_the_key_alone():
     assert draws == [setting.draw(3, epoch, f"sub-{s}") for epoch in range(60) for s in range(5)]
     widths = np.array([d.width for d in draws])
     assert 0.8 <= widths.min() < 0.81 and 1.19 < widths.max() <= 1.2 and len(set(widths)) == len(draws)
+    gaps, boxes = (np.array([getattr(d, name) for d in draws]) for name in ("gap", "box"))
+    assert 0 <= gaps.min() < 0.01 and 0.39 < gaps.max() <= 0.4 and 0 <= boxes.min() < 0.02 and 0.89 < boxes.max() <= 0.9
+    assert abs(np.corrcoef([widths, gaps, boxes]) - np.eye(3)).max() < 0.2  # none is another in disguise
     a, b = (images(setting.apply(head(), SPACING, setting.draw(3, 1, "sub-1"))) for _ in range(2))
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
     other = setting.apply(head(), SPACING, setting.draw(3, 2, "sub-1"))
@@ -69,7 +72,15 @@ def test_draws_depend_on_the_key_alone():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"bias_field": -0.1}, {"profile": 1.0}, {"motion": -1}, {"motion": float("nan")}, {"block_bytes": 0}]
+    "bad",
+    [
+        {"bias_field": -0.1},
+        {"profile": 1.0},
+        {"motion": -1},
+        {"motion": float("nan")},
+        {"block_bytes": 0},
+        {"gap": 1.0},
+    ],
 )
 def test_nonsense_is_refused(bad):
     with pytest.raises(UsageError, match=next(iter(bad))):
@@ -167,6 +178,53 @@ def test_width_one_is_the_plain_profile_and_a_narrow_one_picks_voxels():
     narrow = slice_profile_matrix(39, 13, 3.0, 0.001)
     assert np.abs(narrow - np.eye(39)[1::3]).max() < 1e-9
     assert np.isfinite(slice_profile_matrix(40, 16, 2.5, 0.01)).all()
+
+
+@given(st.integers(20, 60), st.floats(1.1, 6), st.floats(0.4, 1.3))
+def test_a_box_weighs_each_voxel_by_the_length_of_it_that_lies_inside(n, ratio, width):
+    m = grid_size(n, 1, ratio)
+    matrix = slice_profile_matrix(n, m, ratio, width, 1.0)
+    assert np.abs(matrix.sum(1) - 1).max() < 1e-12
+    fine = 1000  # parts per voxel
+    parts = (np.arange(n * fine) + 0.5) / fine - 0.5
+    for row, centre in zip(matrix, centre_coordinates(m, n, ratio), strict=True):
+        if ratio * width / 2 < centre < n - 1 - ratio * width / 2:  # away from the reflecting edges
+            inside = np.abs(parts - centre) < ratio * width / 2
+            assert np.abs(inside.reshape(n, fine).mean(1) / (ratio * width) - row).max() < 3e-3
+    half = slice_profile_matrix(n, m, ratio, width, 0.25)
+    assert np.allclose(half, 0.75 * slice_profile_matrix(n, m, ratio, width) + 0.25 * matrix, atol=1e-14)
+
+
+def test_slices_that_touch_share_the_whole_image_and_gaps_leave_some_of_it_out():
+    touching = degrade_matrix(30, 1.0, 3.0, profile="box")
+    assert np.allclose(touching.sum(0), 1 / 3) and np.allclose(touching[:, 1::3], np.eye(10) / 3)
+    apart = degrade_matrix(30, 1.0, 3.0, width=1 / 3, profile="box")
+    assert np.allclose(apart, np.eye(30)[1::3])
+
+
+def test_thickness_is_in_mm_and_across_the_slices_alone():
+    hr = head((20, 24, 30))
+    plain = degrade(hr, (1, 1, 1), (1, 2, 3))
+    assert np.array_equal(degrade(hr, (1, 1, 1), (1, 2, 3), thickness_mm=3).low_res, plain.low_res)
+    thin = degrade(hr, (1, 1, 1), (1, 2, 3), thickness_mm=1.8, profile="box")
+    down = degrade_matrix(24, 1, 2, profile="box"), degrade_matrix(30, 1, 3, width=0.6, profile="box")
+    expected = np.einsum("bj,ck,ijk->ibc", *down, hr.astype(float))
+    assert np.abs(thin.low_res * thin.scale - expected).max() < 1e-3
+    setting = Degradation(((1, 2, 3),), gap=0.5, profile_box=1.0)
+    draw = setting.draw(1, 1, "sub-1")
+    by_hand = degrade(
+        hr, (1, 1, 1), (1, 2, 3), power=draw.power, noise=draw.noise, key=draw.key,
+        thickness_mm=3 * (1 - draw.gap), profile=draw.box,
+    )  # fmt: skip
+    assert draw.gap and draw.box and np.array_equal(setting.apply(hr, (1, 1, 1), draw).low_res, by_hand.low_res)
+    for bad in (
+        {"thickness_mm": -1.0},
+        {"profile": "hann"},
+        {"profile": 1.5},
+        {"profile": "box", "geometry": "segsrgan"},
+    ):
+        with pytest.raises(UsageError, match=r"thickness|profile"):
+            degrade(hr, (1, 1, 1), (1, 2, 3), **bad)
 
 
 @pytest.mark.parametrize("geometry", ["physical", "segsrgan"])

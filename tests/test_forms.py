@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -10,9 +11,12 @@ import pytest
 import torch
 
 from fastsrgan import doctor
+from fastsrgan.config import TrainConfig
+from fastsrgan.core.ranks import ALONE
 from fastsrgan.errors import UsageError
 from fastsrgan.model.cpu import critic as critic_convs
 from fastsrgan.model.cpu import forms, fused
+from fastsrgan.train.run import keep_arithmetic
 
 WEIGHT = torch.ones(64, 64, 3, 3, 3)
 SHAPE = (2, 64, 16, 16, 16)
@@ -82,10 +86,22 @@ def test_the_variable_and_the_setting(monkeypatch):
     monkeypatch.setenv("FASTSRGAN_FORMS", "measured")
     assert (forms.wanted_mode(), forms.wanted_mode("fixed")) == ("measured", "fixed")
     monkeypatch.delenv("FASTSRGAN_FORMS")
-    assert forms.wanted_mode() == "measured"
+    assert (forms.wanted_mode(), forms.wanted_mode("auto", "measured")) == ("fixed", "measured")
     monkeypatch.setenv("FASTSRGAN_FORMS", "fastest")
     with pytest.raises(UsageError, match="'fastest' is not allowed"):
         forms.wanted_mode()
+
+
+def test_a_training_measures_and_other_work_does_not_unless_told(tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTSRGAN_FORMS")
+    monkeypatch.setattr(forms, "_current", None)
+    assert forms.current().mode == "fixed"
+    config = TrainConfig(new_low_res=((1.0, 1.0, 3.0),))
+    for setting, mode in (("auto", "measured"), ("fixed", "fixed")):
+        with contextlib.ExitStack() as held:
+            keep_arithmetic(held, tmp_path, config.replace(layer_forms=setting), torch.device("cpu"), ALONE, False)
+            assert forms.current().mode == mode
+    assert forms.current().mode == "fixed"
 
 
 def test_a_busy_machine_and_a_spent_budget_leave_the_rule(cache, times, monkeypatch):
@@ -103,6 +119,25 @@ def test_a_job_keeps_a_form_whatever_the_file_says_later(cache, times):
         assert choose() == "winograd"
         forms.table_of_machine()[LAYER]["seconds"] = {"library": 0.1, "winograd": 1.0}
         assert choose() == "winograd"
+
+
+def test_the_key_of_a_result_tells_the_forms_it_was_made_with(cache, times, monkeypatch):
+    with forms.job("fixed") as fixed:
+        choose()
+    with forms.job("measured") as measured:
+        before = measured.key()
+        choose()
+        after = measured.key()
+    with forms.job("fixed", {LAYER: "winograd"}) as kept:
+        choose()
+    keys = [fixed.key(), before, after, kept.key()]
+    assert fixed.key() == ["fixed"] and all(a != b for i, a in enumerate(keys) for b in keys[:i])
+    forget()
+    with forms.job("measured") as again:
+        assert again.key() == after, "a restart finds the times in the file"
+    monkeypatch.setattr(forms, "machine", lambda: "another")
+    with forms.job("measured") as elsewhere:
+        assert elsewhere.key() not in keys
 
 
 # --- the file -----------------------------------------------------------------------------------------------------

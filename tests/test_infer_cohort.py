@@ -92,7 +92,7 @@ def test_a_folder_is_all_its_nifti_files(tmp_path, model, caplog):
     out = tmp_path / "in" / "out"
     with caplog.at_level(logging.INFO, "fastsrgan"):
         names = [i.name for i in image_list.find_images([tmp_path / "in"], out)]
-    assert names == ["p", "sub-1/T2w", "sub-2/T2w"] and "3 NIfTI images: p.hdr, sub-1/T2w.nii.gz" in caplog.text
+    assert names == ["p", "sub-1/T2w", "sub-2/T2w"] and "3 images: p.hdr, sub-1/T2w.nii.gz" in caplog.text
     for half in ("hdr", "img"):
         (tmp_path / "in" / f"p.{half}").unlink()
     assert run([tmp_path / "in"], out, model)["done"] == 2

@@ -65,7 +65,7 @@ def test_a_mask_of_another_place_or_of_nothing_is_refused_by_its_own_name(tmp_pa
     away = half(tmp_path / "away.nii.gz", shift=5.0)
     small = images.save(tmp_path / "small.nii.gz", np.ones((13, 12, 6), np.uint8), AFFINE)
     empty = images.save(tmp_path / "empty.nii.gz", np.zeros(SHAPE, np.uint8), AFFINE)
-    for mask, reason in ((away, "grid is not the image's: mask 14 x"), (small, "grid"), (empty, "marks no voxel")):
+    for mask, reason in ((away, "grid is not the image's, up to"), (small, "grid"), (empty, "marks no voxel")):
         with pytest.raises(InputError, match=f"{mask.name}: the mask.*{reason}|{mask.name}: .*{reason}"):
             infer_files.infer_files([scan], tmp_path / "out", model, mask=mask, **FAST)
     assert not list((tmp_path / "out").iterdir())

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from nifti_files import rigid
 
-from fastsrgan.cli.infer import memory, seconds, step_size, voxels
 from fastsrgan.cli.main import main
 from fastsrgan.errors import InputError, UsageError
+from fastsrgan.infer import anytime
 from fastsrgan.infer import modes as infer_ways
 from fastsrgan.infer import volume as infer
+from fastsrgan.infer.settings import memory, seconds, step_size, voxels
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
@@ -62,7 +63,7 @@ def test_a_budget_of_zero_gives_the_first_level(data, generator):
 
 @pytest.mark.parametrize("options", [{"budget": 1e6}, {"budget": 1e6, "step": "auto"}, {"step": "auto"}])
 def test_a_large_budget_reaches_the_wanted_step(data, generator, monkeypatch, options):
-    monkeypatch.setattr(infer, "BUDGET", 1e6)
+    monkeypatch.setattr(anytime, "BUDGET", 1e6)
     data = data[:22, :17]
     done = infer_volume(data, np.eye(4), generator, **{**FAST, **options, "window": "gaussian"})
     step = 1 if options.get("step") == "auto" else 4
@@ -171,6 +172,17 @@ def test_every_option_reaches_the_run(files, capsys):
     images.save(files / "b.nii.gz", np.ones(SHAPE, np.float32), np.eye(4))
     words = ["infer", files / "a.nii.gz", files / "b.nii.gz", "-o", files / "out", "--mask", files / "mask.nii.gz"]
     assert main(["--quiet", *map(str, words)]) == 2 and "one image at a time" in capsys.readouterr().err
+
+
+def test_a_step_that_is_not_given_is_chosen_told_and_recorded(files, capsys):
+    words = ["infer", files / "a.nii.gz", "-o", files / "out", "-w", files / "w.safetensors", "--patch", 16]
+    code = main([*map(str, words), "--device", "cpu"])
+    assert code == 0 and "tiles of 16 voxels, 8 apart: --patch and --step choose others" in capsys.readouterr().err
+    record = json.loads((files / "out" / "a.json").read_text())
+    assert record["step"] == record["asked"]["step"] == 8
+    code, line = call(capsys, files, "--step", 4, "--resume")
+    assert code == 2 and "another step" in line
+    assert call(capsys, files, "--resume")[0] == 0
 
 
 def test_a_large_image_goes_by_slabs_and_leaves_no_files_behind(files, capsys, monkeypatch, caplog):

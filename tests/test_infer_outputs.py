@@ -10,10 +10,11 @@ from PIL import Image as Picture
 from fastsrgan.cli.main import main
 from fastsrgan.errors import UsageError
 from fastsrgan.infer.files import infer_files
+from fastsrgan.infer.settings import InferSettings
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
-from fastsrgan.volume.components import Filters, segment
+from fastsrgan.volume.components import segment
 
 FAST = {"patch": 16, "step": 12, "device": "cpu"}
 
@@ -43,7 +44,7 @@ def blobs():
 
 
 def test_the_largest_component_stays():
-    seg, told = segment(blobs(), 1.0, Filters(largest=True))
+    seg, told = segment(blobs(), 1.0, 0.5, largest_component=True)
     assert seg.dtype == np.uint8 and seg.sum() == 27 and seg[1:4, 1:4, 1:4].all()
     assert told == {"components": 3, "components_kept": 1, "voxels_left_out": 10}
 
@@ -51,20 +52,20 @@ def test_the_largest_component_stays():
 @pytest.mark.parametrize(("mm3", "left"), [(0.4, 37), (0.5, 37), (0.51, 36), (4.5, 36), (4.6, 27), (13.6, 0)])
 def test_small_components_go_by_their_volume(mm3, left):
     """Voxels of half a cubic millimetre; a component of the very size stays."""
-    seg, told = segment(blobs(), 0.5, Filters(min_mm3=mm3))
+    seg, told = segment(blobs(), 0.5, 0.5, min_mm3=mm3)
     assert seg.sum() == left == 37 - told["voxels_left_out"] and told["components"] == 3
 
 
 def test_filters_look_at_what_the_threshold_leaves():
-    assert segment(blobs(), 1.0, Filters(threshold=0.85))[0].sum() == 27
-    assert segment(blobs(), 1.0, Filters(threshold=0.65, min_mm3=2))[0].sum() == 27 + 8
-    for empty in (Filters(threshold=0.95, largest=True), Filters(min_mm3=99, largest=True)):
-        assert segment(blobs(), 1.0, empty)[0].sum() == 0
-    plain, told = segment(blobs(), 1.0, Filters())
-    assert np.array_equal(plain, blobs() > 0.5) and told == {} and Filters().asked == {}
-    for wrong in ({"threshold": 1.0}, {"threshold": np.nan}, {"min_mm3": -1}, {"min_mm3": np.inf}):
+    assert segment(blobs(), 1.0, 0.85)[0].sum() == 27
+    assert segment(blobs(), 1.0, 0.65, min_mm3=2)[0].sum() == 27 + 8
+    for empty in ((0.95, True), (0.5, True, 99)):
+        assert segment(blobs(), 1.0, *empty)[0].sum() == 0
+    plain, told = segment(blobs(), 1.0, 0.5)
+    assert np.array_equal(plain, blobs() > 0.5) and told == {} and InferSettings().changed("segmentation") == {}
+    for wrong in ({"threshold": 1.0}, {"threshold": np.nan}, {"min_size": -1}, {"min_size": np.inf}):
         with pytest.raises(UsageError):
-            Filters(**wrong)
+            InferSettings(**wrong)
 
 
 # --- stored types -------------------------------------------------------------------------------------------------

@@ -118,6 +118,7 @@ class Finder:
 sys.path.insert(0, {str(ROOT)!r})
 sys.meta_path.insert(0, Finder)
 from fastsrgan.__main__ import main
+sys.argv[1:] = ["infer", "scan.nii", "-o", "out"]
 raise SystemExit(main())
 """
     done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastsrgan.cli import job_model as cli_job
 from fastsrgan.cli import main as cli
 from fastsrgan.compat import job_model as job
 from fastsrgan.errors import UsageError
@@ -58,13 +59,13 @@ def items(capsys) -> list[dict]:
 
 
 def test_lists_of_patches_and_steps():
-    assert job.patches("64,128") == [64, 128] and job.patches("None,32") == [None, 32]
-    assert job.steps("32 64,64 128") == [[32, 64], [64, 128]] and job.steps("64") == [[64]]
+    assert cli_job.patches("64,128") == [64, 128] and cli_job.patches("None,32") == [None, 32]
+    assert cli_job.steps("32 64,64 128") == [[32, 64], [64, 128]] and cli_job.steps("64") == [[64]]
     for bad in ("32,,64", "32 x", ""):
         with pytest.raises(UsageError, match="--step"):
-            job.steps(bad)
+            cli_job.steps(bad)
     with pytest.raises(UsageError, match="--patch"):
-        job.patches("64 128")
+        cli_job.patches("64 128")
 
 
 def test_the_plan_is_the_originals_order_and_tree(tmp_path):

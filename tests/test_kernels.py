@@ -19,6 +19,8 @@ from test_tiles import plans
 from fastsrgan.core import kernels as backend
 from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.infer import engine, stitch, tiles
+from fastsrgan.infer.network import TileNetwork
+from fastsrgan.infer.settings import InferSettings
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 CPU = torch.device("cpu")
@@ -363,7 +365,9 @@ def test_inference_is_the_same_with_kernels(host, batch):
     generator = build_generator(GeneratorSpec(kernel=2), seed=3)
     volume = torch.rand((18, 21, 16), generator=torch.Generator().manual_seed(0))
     plan = tiles.plan(volume.shape, 8, 5)
-    got, _ = engine.predict(volume, plan, generator, 3.0, batch=batch, window="gaussian")
-    expected, _ = reference(lambda: engine.predict(volume, plan, generator, 3.0, batch=batch, window="gaussian"))
+    got, _ = engine.predict(volume, plan, TileNetwork(generator, 3.0), InferSettings(batch=batch, window="gaussian"))
+    expected, _ = reference(
+        lambda: engine.predict(volume, plan, TileNetwork(generator, 3.0), InferSettings(batch=batch, window="gaussian"))
+    )
     assert {name for name, _ in host.ran} == {"gather_tiles", "overlap_add"}
     assert same(got, expected, exactness())

@@ -1,13 +1,22 @@
 """Architectures: parameter counts, sizes, conditioning, initial values, refusals."""
 
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
+from fastsrgan.core.runtime import rng
 from fastsrgan.errors import ModelError
 from fastsrgan.model import networks
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, build_generator
 
+ROOT = Path(__file__).parent.parent
 SPECS = [
     GeneratorSpec(network, 2, residual, conditional, classes)
     for network in networks.GENERATORS
@@ -219,11 +228,38 @@ def test_a_seed_fixes_the_initial_values(make):
     ids=["lecun", "he"],
 )
 def test_initial_kernels_are_keras_truncated_normals(module, gain):
+    """Variance gain / fan_in after the cut at two standard deviations; no kernel is another one's beginning."""
     for parameter in module.parameters():
         if parameter.ndim == 5 and parameter.numel() > 2000:
             std = (gain / parameter[0].numel()) ** 0.5
             assert parameter.std().item() == pytest.approx(std, rel=0.06)
             assert parameter.abs().max().item() <= 2 * std / 0.8796 + 1e-6
+    kernels = [p.detach().flatten()[:8] / p[0].numel() ** -0.5 for p in module.parameters() if p.ndim == 5]
+    assert all(not torch.allclose(a, b, rtol=1e-3) for i, a in enumerate(kernels) for b in kernels[:i])
+
+
+def test_truncated_normals_have_their_distribution():
+    """Against the distribution function between -2 and 2, at the 1e-4 level of Kolmogorov's test."""
+    values = networks.truncated_normal(rng(3, "test"), 200_000)
+    assert np.abs(values).max() <= 2
+    assert stats.kstest(values, stats.truncnorm(-2, 2).cdf).pvalue > 1e-4
+    assert values.std() == pytest.approx(0.87962566103423978, rel=5e-3)  # what ``_init`` divides by
+
+
+def test_a_seed_gives_the_same_bits_on_every_processor():
+    """Under torch's plain instruction set, and as they were when this was written."""
+    program = (
+        "import hashlib; from fastsrgan.model.networks import *;"
+        "made = (build_generator(GeneratorSpec(kernel=3), seed=7), Critic(CriticSpec(3, 16), seed=7));"
+        "print(*(hashlib.sha256(p.detach().numpy().tobytes()).hexdigest() for m in made for p in m.parameters()))"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    made = (build_generator(GeneratorSpec(kernel=3), seed=7), Critic(CriticSpec(3, 16), seed=7))
+    here = [hashlib.sha256(p.detach().numpy().tobytes()).hexdigest() for m in made for p in m.parameters()]
+    assert done.stdout.split() == here
+    assert hashlib.sha256("".join(here).encode()).hexdigest()[:16] == "62132c700e46bf1a"
 
 
 @pytest.mark.parametrize(

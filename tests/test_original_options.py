@@ -18,7 +18,7 @@ from fastsrgan.cli import train as cli_train
 from fastsrgan.config import TrainConfig, from_yaml
 from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.io import nifti as images
-from fastsrgan.model import weights
+from fastsrgan.model import checkpoint, weights
 from fastsrgan.store.reader import open_store
 from fastsrgan.train import run as training
 from fastsrgan.train.gan import Models
@@ -211,7 +211,7 @@ def test_continuing_needs_weights_and_keeps_the_earlier_run(called, tmp_path, mo
     assert called(*command)[0] == 2 and "-w FILE" in capsys.readouterr().err
     code, seen = called(*command, "-w", "weights/SegSRGAN_epoch_20")
     assert code == 0 and seen["folder"] == "weights" and seen["start_weights"] == "weights/SegSRGAN_epoch_20"
-    monkeypatch.setattr(cli_train.checkpoint, "snapshots", lambda run: [run / "checkpoints" / "step-00000009"])
+    monkeypatch.setattr(checkpoint, "snapshots", lambda run: [run / "checkpoints" / "step-00000009"])
     code, seen = called(*command, "-w", "weights/SegSRGAN_epoch_20")
     assert code == 0 and seen["folder"] == "weights/from_epoch_21" and seen["snapshot_folder"] == "weights"
     assert called("cohort.zarr", "-sf", "weights", "-n", 1, 1, 3, "-e", 4, "-i", 5, "-w", "x")[0] == 4

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -75,3 +76,26 @@ def test_the_continuous_integration_is_make_test():
     script = ROOT / ".ci" / "run"
     commands = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
     assert os.access(script, os.X_OK) and commands[-1] == "exec make test" and "set -euo pipefail" in commands
+
+
+def extras(tmp_path: Path, browser: bool, pip: str = "exit 0") -> subprocess.CompletedProcess:
+    """``make test-extras`` with a pip that does as told, where no package manager is."""
+    for folder in ("venv/bin", "path"):
+        (tmp_path / folder).mkdir(parents=True)
+    program(tmp_path / "venv" / "bin" / "python", pip)
+    for word in ("dirname", "id"):
+        (tmp_path / "path" / word).symlink_to(shutil.which(word))
+    if browser:
+        program(tmp_path / "path" / "chromium", "exit 0")
+    words = [shutil.which("bash"), str(ROOT / "tools" / "test_extras.sh"), str(tmp_path / "venv")]
+    environment = {**os.environ, "PATH": str(tmp_path / "path")}
+    return subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_the_extras_of_the_tests_say_what_is_there_and_what_is_not(tmp_path):
+    done = extras(tmp_path / "all", browser=True)
+    assert done.returncode == 0 and f"Chromium: {tmp_path}/all/path/chromium is there" in done.stdout, done.stderr
+    done = extras(tmp_path / "no browser", browser=False)
+    assert done.returncode == 1 and "Chromium: install it" in done.stderr and "validator: 3" in done.stdout
+    done = extras(tmp_path / "no validator", browser=True, pip="exit 1")
+    assert done.returncode == 1 and "BIDS validator: pip could not install" in done.stderr

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from fastsrgan.infer import planes as slabs
 from fastsrgan.infer import volume as infer
 from fastsrgan.infer.memory import SLABS, plan_memory
 from fastsrgan.infer.volume import infer_volume
+from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +102,34 @@ def test_a_run_that_was_stopped_goes_on(generator, by_slabs, monkeypatch, tmp_pa
     assert done.report["begun_at_plane"] == calls[3 if kept else 2] > 0
     assert np.array_equal(done.sr, expected.sr) and np.array_equal(done.prob, expected.prob)
     assert done.report["batch"] == 2, "that of the run that began: another would round otherwise"
+
+
+def test_the_layer_forms_are_recorded_and_others_begin_anew(generator, by_slabs, monkeypatch, tmp_path):
+    """Other forms round otherwise: their planes do not belong into one result."""
+    monkeypatch.setattr(forms, "LEAST_WORK", 0)
+    monkeypatch.setenv("FASTSRGAN_CACHE", str(tmp_path / "cache"))
+    data, note = image((40, 18, 16)), slabs.Unfinished.note
+
+    def dies(self, done):
+        note(self, done)
+        if done:
+            raise Killed
+
+    def run(mode):
+        monkeypatch.setenv("FASTSRGAN_FORMS", mode)
+        return infer_volume(data, np.eye(4), generator, **SETTINGS, scratch=tmp_path / "result").report
+
+    with monkeypatch.context() as stopped, pytest.raises(Killed):
+        stopped.setattr(slabs.Unfinished, "note", dies)
+        run("fixed")
+    partial = slabs.Unfinished.partial_of(tmp_path / "result")
+    shutil.copytree(partial, tmp_path / "kept")
+    report = run("fixed")
+    assert report["begun_at_plane"] > 0
+    assert report["layer_forms"]["mode"] == "fixed" and set(report["layer_forms"]["forms"].values()) > {"folded"}
+    (tmp_path / "kept").rename(partial)
+    report = run("measured")
+    assert (report["begun_at_plane"], report["layer_forms"]["mode"]) == (0, "measured")
 
 
 def test_another_image_begins_anew(generator, by_slabs, tmp_path):

@@ -15,6 +15,7 @@ from fastsrgan.infer import engine, region, sweep, tiles
 from fastsrgan.infer import planes as slabs
 from fastsrgan.infer.engine import predict, stream
 from fastsrgan.infer.network import TileNetwork
+from fastsrgan.infer.settings import InferSettings
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 WINDOWS = ("constant", "gaussian")
@@ -94,7 +95,7 @@ def test_ones_in_ones_out(plan, window, dtype, batch, rolling):
     out = (
         streamed(Planes(volume), plan, Ones(dtype), window=window, batch=batch)[0]
         if rolling
-        else predict(volume, plan, Ones(dtype), 1.0, window=window, batch=batch)[0]
+        else predict(volume, plan, TileNetwork(Ones(dtype), 1.0), InferSettings(window=window, batch=batch))[0]
     )
     assert torch.equal(out, torch.ones(2, *plan.shape))
 
@@ -109,7 +110,7 @@ def test_slabs_give_the_same_bits(plan, window, batch):
     if len(plan) > 400:
         return
     volume, network = some(plan.shape), Local()
-    whole, _ = predict(volume, plan, network, 1.0, window=window, batch=batch)
+    whole, _ = predict(volume, plan, TileNetwork(network, 1.0), InferSettings(window=window, batch=batch))
     for source in (slabs.Whole(volume), Planes(volume)):
         out, facts = streamed(source, plan, network, window=window, batch=batch)
         assert torch.equal(out, whole) and facts["tiles_network"] + facts["tiles_constant"] == len(plan)
@@ -119,7 +120,7 @@ def test_slabs_give_the_same_bits_with_a_real_network(generator):
     volume = some((50, 30, 21))
     plan = tiles.plan(volume.shape, 16, (5, 9, 7))
     for batch in ("auto", 3):
-        whole, _ = predict(volume, plan, generator, 1.0, batch=batch)
+        whole, _ = predict(volume, plan, TileNetwork(generator, 1.0), InferSettings(batch=batch))
         assert torch.equal(streamed(Planes(volume), plan, generator, batch=batch)[0], whole)
 
 
@@ -178,14 +179,14 @@ def test_any_array_that_takes_slices_is_a_sink():
         stream(slabs.Whole(volume), plan, TileNetwork(Local(), 1.0), sink)
     assert np.array_equal(np.concatenate([planes for _, planes in array.written], axis=1), target)
     assert [first for first, _ in array.written] == [0, 5, 10, 12]
-    assert np.array_equal(target, predict(volume, plan, Local(), 1.0)[0].numpy())
+    assert np.array_equal(target, predict(volume, plan, TileNetwork(Local(), 1.0))[0].numpy())
 
 
 @pytest.mark.parametrize("when", ["begin", "middle"])
 def test_sums_move_to_the_cpu_when_the_device_is_full(when, generator, monkeypatch, caplog):
     """Two devices that are both this CPU: on the first one memory runs out, when sums are made or later on."""
     volume, plan = some((30, 12, 12)), tiles.plan((30, 12, 12), 8, 4)
-    expected, _ = predict(volume, plan, generator, 1.0, batch=2)
+    expected, _ = predict(volume, plan, TileNetwork(generator, 1.0), InferSettings(batch=2))
     first, second = torch.device("cpu", 0), torch.device("cpu")
     monkeypatch.setattr(engine, "sum_devices", lambda device: [first, second])
     right = engine.Stitcher.__init__, engine.Stitcher.add
@@ -238,11 +239,11 @@ def test_tiles_of_one_value_are_computed_once_for_each_value():
         count[at] += 1
         constant += int(volume[at].min() == volume[at].max())
     network.tiles = 0
-    out, facts = predict(volume, plan, network, 1.0)
+    out, facts = predict(volume, plan, TileNetwork(network, 1.0))
     assert np.abs(out.numpy() - (expected / count).clip([[[[-9]]], [[[0]]]], [[[[9]]], [[[1]]]])).max() < 1e-6
     assert facts["tiles_constant"] == constant > len(plan) / 3
     assert network.tiles == len(plan) - constant + 2, "two values"
-    again, _ = predict(volume, plan, network, 1.0)
+    again, _ = predict(volume, plan, TileNetwork(network, 1.0))
     assert torch.equal(out, again)
 
 
@@ -252,22 +253,22 @@ def test_a_tile_of_one_value_is_what_its_own_pass_gives(spec):
     generator = build_generator(GeneratorSpec(kernel=2, **spec), seed=3).eval()
     volume = blocks((40, 12, 12))
     plan = tiles.plan(volume.shape, 8, 4)
-    out, facts = predict(volume, plan, generator, 2.0, batch=3)
+    out, facts = predict(volume, plan, TileNetwork(generator, 2.0), InferSettings(batch=3))
     assert facts["tiles_constant"] > 0
     network = TileNetwork(generator, 2.0)
     with network.working():
         alone = network(torch.full((1, 1, 8, 8, 8), 0.25))[0]
-    lone, _ = predict(torch.full((8, 8, 8), 0.25), tiles.plan((8, 8, 8), 8, 8), generator, 2.0)
+    lone, _ = predict(torch.full((8, 8, 8), 0.25), tiles.plan((8, 8, 8), 8, 8), TileNetwork(generator, 2.0))
     assert torch.equal(lone[1:], alone[1:].clamp(0, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "_is_constant", lambda *args: False)
-        every, counted = predict(volume, plan, generator, 2.0, batch=3)
+        every, counted = predict(volume, plan, TileNetwork(generator, 2.0), InferSettings(batch=3))
     assert counted["tiles_constant"] == 0 and (every - out).abs().max() < 1e-6
 
 
 def test_a_volume_of_one_value_costs_one_tile(generator):
     network = Local()
-    out, facts = predict(torch.full((40, 40, 40), 3.0), tiles.plan((40, 40, 40), 16, 4), network, 1.0)
+    out, facts = predict(torch.full((40, 40, 40), 3.0), tiles.plan((40, 40, 40), 16, 4), TileNetwork(network, 1.0))
     assert network.tiles == 1 and facts["tiles_network"] == 0 and out.shape == (2, 40, 40, 40)
 
 
@@ -276,7 +277,7 @@ def test_only_so_many_values_are_kept(generator):
     volume = torch.arange(8.0).repeat_interleave(8).view(-1, 1, 1).expand(64, 8, 8).contiguous()
     network = Local()
     plan = tiles.plan(volume.shape, 8, 8)
-    out, facts = predict(volume, plan, network, 1.0)
+    out, facts = predict(volume, plan, TileNetwork(network, 1.0))
     assert facts["tiles_constant"] == 8 == network.tiles
     assert torch.allclose(out[0, 0::8], 2 * volume[0::8] - volume[0::8], atol=1e-6)
 
@@ -299,8 +300,8 @@ def test_a_region_is_computed_as_without_it_and_the_rest_left_alone(plan, window
     corner = [data.draw(st.integers(0, n - 1)) for n in plan.shape]
     mask[tuple(slice(c, c + data.draw(st.integers(1, 9))) for c in corner)] = True
     wanted = region.from_mask(mask, identity_index(plan.shape))
-    whole, _ = predict(volume, plan, generator, 1.0, window=window)
-    out, facts = predict(volume, plan, generator, 1.0, window=window, region=wanted)
+    whole, _ = predict(volume, plan, TileNetwork(generator, 1.0), InferSettings(window=window))
+    out, facts = predict(volume, plan, TileNetwork(generator, 1.0), InferSettings(window=window), region=wanted)
     inside = torch.from_numpy(mask)
     assert (out - whole)[:, inside].abs().max() < 1e-5
     assert torch.equal(out[0][~inside], volume[~inside]) and (out[1:, ~inside] == 0).all()
@@ -342,7 +343,7 @@ def test_a_tile_without_room_is_an_error_with_a_hint(generator):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(ResourceError, match="one tile of 8 x 8 x 8"):
-        predict(torch.zeros(20, 8, 8), tiles.plan((20, 8, 8), 8, 4), Full(), 1.0)
+        predict(torch.zeros(20, 8, 8), tiles.plan((20, 8, 8), 8, 4), TileNetwork(Full(), 1.0))
 
 
 class Careless(nn.Module):
@@ -378,6 +379,6 @@ def test_our_generators_look_at_the_volume_and_leave_it_alone(monkeypatch, spec)
 def test_a_network_of_unknown_make_gets_copies():
     volume, plan = some((16, 16, 32)), tiles.plan((16, 16, 32), 16, 8)
     before = volume.clone()
-    out, _ = predict(volume, plan, Careless(), 1.0)
+    out, _ = predict(volume, plan, TileNetwork(Careless(), 1.0))
     assert torch.equal(volume, before)
     torch.testing.assert_close(out[0], 2 * before)

@@ -23,6 +23,8 @@ from fastsrgan.core import kernels as backend
 from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.errors import ResourceError
 from fastsrgan.infer import engine, stitch, tiles
+from fastsrgan.infer.network import TileNetwork
+from fastsrgan.infer.settings import InferSettings
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,14 +186,16 @@ def infer(c: Context) -> Iterator[Check]:
     volume = torch.from_numpy(texture((75, 83, 66) if c.cuda else (35, 43, 26)))
     plan = tiles.plan(tuple(volume.shape), 64 if c.cuda else 16, 16 if c.cuda else 8)
     generator = build_generator(GeneratorSpec(kernel=8), seed=1).eval()
-    expected, facts = engine.predict(volume, plan, generator, 3.0, device="cpu")
+    expected, facts = engine.predict(volume, plan, TileNetwork(generator, 3.0))
     for precision in ("fp32", "bf16", "fp16") if c.cuda else ("fp32",):
         for window in stitch.WINDOWS:
             truth = expected
             if window != "constant":
-                truth, _ = engine.predict(volume, plan, generator, 3.0, device="cpu", window=window)
+                truth, _ = engine.predict(volume, plan, TileNetwork(generator, 3.0), InferSettings(window=window))
             runs = [
-                engine.predict(volume, plan, generator, 3.0, device=c.device, precision=precision, window=window)
+                engine.predict(
+                    volume, plan, TileNetwork(generator, 3.0, c.device, precision), InferSettings(window=window)
+                )
                 for _ in range(2)
             ]
             error = _difference(runs[0][0], truth)
@@ -212,9 +216,9 @@ def _compiled(
     precision: str,
 ) -> Check:
     """The same by torch.compile and one CUDA graph; the second run is the one that is timed."""
-    settings: dict[str, Any] = {"device": c.device, "precision": precision, "compile": "on"}
     try:
-        runs = [engine.predict(volume, plan, generator, 3.0, **settings) for _ in range(2)]
+        network = TileNetwork(generator, 3.0, c.device, precision, "on")
+        runs = [engine.predict(volume, plan, network) for _ in range(2)]
     except ResourceError as error:
         return Check(f"predict {precision} compiled", False, {"error": str(error)})
     error = _difference(runs[1][0], expected)

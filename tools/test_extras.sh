@@ -21,18 +21,19 @@ else
   missing=1
 fi
 
-chromium() { command -v chromium || command -v chromium-browser || command -v google-chrome; }
+# Files alone: ``command -v`` would find functions too.
+browser() { type -P chromium || type -P chromium-browser || type -P google-chrome; }
 
-if chromium >/dev/null; then
-  say "Chromium: $(chromium) is there"
+if browser >/dev/null; then
+  say "Chromium: $(browser) is there"
 elif ! command -v apt-get >/dev/null; then
   say "Chromium: install it with the packages of this system" >&2
   missing=1
 elif [[ $(id -u) != 0 ]]; then
   say "Chromium: only root may install it: sudo apt-get install chromium" >&2
   missing=1
-elif apt-get update -q && apt-get install -q -y --no-install-recommends chromium && chromium >/dev/null; then
-  say "Chromium: $(chromium) is there"
+elif apt-get update -q && apt-get install -q -y --no-install-recommends chromium && browser >/dev/null; then
+  say "Chromium: $(browser) is there"
 else
   say "Chromium: apt-get could not install it" >&2
   missing=1

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import re
 import sys
 import time
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from typing import TYPE_CHECKING, Any
 
 from fastsrgan.core.runtime import QUIET, Progress
+from fastsrgan.core.startup import loading
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
 
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def add_label_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """``--label-classes`` and ``--label-names``, alike wherever a label enters."""
+    text = "which values of a label map are the structure: 3,42 or names of a lookup table"
+    more: dict[str, Any] = {"nargs": "+"} if several else {}
+    text += "; several, as cortex=3,42 white=2,41, are scored one by one" if several else ""
+    parser.add_argument("--label-classes", metavar="VALUES", help=text, **more)
+    parser.add_argument(
+        "--label-names",
+        metavar="FILE",
+        help="lookup table of FreeSurfer, ITK-SNAP or BIDS (dseg.tsv); one beside the label is found",
+    )
 
 
 def shown(facts: dict[str, Any]) -> str:
@@ -34,6 +49,9 @@ class TerminalProgress:
 
     def start(self, label: str, total: int, unit: str) -> None:
         """Show a bar for ``total`` units."""
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
         self.finish()
         self.facts = {}
         self.bar = RichProgress(
@@ -113,6 +131,9 @@ class _Handler(logging.Handler):
 
 def open_console(quiet: bool, debug: bool) -> Progress:
     """Set up logging on standard error and return the progress display that fits it."""
+    with loading():
+        from rich.console import Console
+
     with contextlib.suppress(AttributeError, ValueError):  # not a stream of Python's own
         sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names of files are bytes
     console = Console(stderr=True)

@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from fastsrgan.cli.console import table
+from fastsrgan.cli.console import add_label_options, table
 from fastsrgan.cli.infer import print_json
-from fastsrgan.core.runtime import Progress, output_folder
+from fastsrgan.core.runtime import Progress, output_folder, write_json
+from fastsrgan.core.startup import loading
 from fastsrgan.errors import PartialFailure, UsageError
 
 PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg")
@@ -55,8 +56,10 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument(
         "--table",
         metavar="CSV",
-        help="columns SR_image, HR_image, optional Seg_image, Label_image, Mask_image, LR_image, Baseline_image",
+        help="columns SR_image, HR_image, optional Seg_image, Label_image, Label_classes, Mask_image, LR_image, "
+        "Baseline_image",
     )
+    add_label_options(p, several=True)
     p.add_argument("--bids", action="store_true", help="the two folders are a derivatives dataset and a BIDS dataset")
     p.add_argument(
         "--csv", metavar="FILE", help="one line per subject, then mean, sd and n; an earlier one is replaced"
@@ -66,13 +69,12 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
-    from fastsrgan.core.runtime import write_json
-    from fastsrgan.evaluate.cohort import write_csv
-
     result = _run(args, progress)
     if args.json not in (None, "-"):
         write_json(args.json, result)
     if args.csv:
+        from fastsrgan.evaluate.cohort import write_csv
+
         write_csv(args.csv, result)
     if args.json == "-":
         print_json(result)
@@ -98,23 +100,31 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         raise UsageError("--bids", "two folders are needed", "fastsrgan evaluate --bids DERIVATIVES DATASET")
     _check_places(args, [*pair.values(), *([args.table] if args.table else [])])
     if pair:
-        from fastsrgan.evaluate.pair import evaluate_files
+        with loading():
+            from fastsrgan.evaluate.pair import evaluate_files
 
-        return evaluate_files(**pair, png=args.png)
-    from fastsrgan.evaluate import cohort as evaluate_cohort
+        return evaluate_files(
+            **pair, png=args.png, label_classes=args.label_classes or (), label_names=args.label_names
+        )
+    with loading():
+        from fastsrgan.evaluate import cohort as evaluate_cohort
 
+    more = {"png": args.png, "progress": progress}
+    more["choice"] = evaluate_cohort.Choice(args.label_classes or (), args.label_names)
     if args.table:
-        return evaluate_cohort.evaluate_table(args.table, png=args.png, progress=progress)
+        return evaluate_cohort.evaluate_table(args.table, **more)
     if args.bids:
-        from fastsrgan.infer.bids import evaluate_bids
+        with loading():
+            from fastsrgan.infer.bids import evaluate_bids
 
-        return evaluate_bids(*args.folders, png=args.png, progress=progress)
-    return evaluate_cohort.evaluate_folders(*args.folders, png=args.png, progress=progress)
+        return evaluate_bids(*args.folders, **more)
+    return evaluate_cohort.evaluate_folders(*args.folders, **more)
 
 
 def _check_places(args: argparse.Namespace, inputs: list[str]) -> None:
     """Before the work, not after it: every place can be written to, and holds nothing that is to be kept."""
-    from fastsrgan.io import output_place
+    with loading():
+        from fastsrgan.io import output_place
 
     kinds = {"csv": output_place.TABLE, "json": output_place.FIGURES, "png": output_place.PICTURE}
     for option, kind in kinds.items():
@@ -131,6 +141,7 @@ def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures of one pair as rows: region or segmentation, name, value; baseline and difference beside."""
     base, gain = result.get("baseline", {}), result.get("gain", {})
     groups = [(region, ("image", region)) for region in result["image"]] + [("segmentation", ("segmentation",))]
+    groups += [(name, ("structures", name)) for name in result.get("structures", {})]
     rows = []
     for where, path in groups:
         scores, other, more = (_at(tree, path) for tree in (result, base, gain))
@@ -147,7 +158,7 @@ def cohort_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, values in told.items():
         section, _, rest = name.partition(".")
-        if section not in ("image", "segmentation"):
+        if section not in ("image", "segmentation", "structures"):
             continue
         where, _, figure = rest.rpartition(".")
         row = {"where": where or section, "figure": figure, "value": spread(values)}

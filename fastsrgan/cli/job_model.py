@@ -10,7 +10,8 @@ from typing import Any
 from fastsrgan.cli.console import error_line, say
 from fastsrgan.cli.train import boolean
 from fastsrgan.config import CHOICES
-from fastsrgan.core.runtime import Progress, finite
+from fastsrgan.core.runtime import Progress, finite, tune_allocator
+from fastsrgan.core.startup import loading
 from fastsrgan.errors import UsageError
 
 EXAMPLE = """examples:
@@ -91,15 +92,34 @@ def resolution(text: str) -> tuple[float, ...]:
     return values
 
 
+def patches(text: str) -> list[int | None]:
+    """``"64,128"`` -> [64, 128]; ``None`` stands for the whole image. Raises UsageError."""
+    return [None if word.strip().lower() == "none" else _whole("--patch", word) for word in text.split(",")]
+
+
+def steps(text: str) -> list[list[int]]:
+    """``"32 64,64 128"`` -> [[32, 64], [64, 128]]: the steps of each patch size. Raises UsageError."""
+    groups = [[_whole("--step", word) for word in group.split()] for group in text.split(",")]
+    if not all(groups):
+        raise UsageError("--step", f"{text!r} is not allowed", 'steps for each patch size, "32 64,64 128"')
+    return groups
+
+
+def _whole(option: str, word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        hint = '"64,128" or None' if option == "--patch" else '"32 64,64 128"'
+        raise UsageError(option, f"{word.strip()!r} is no whole number", hint) from None
+
+
 def arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``job.job_model`` that a command line stands for. Raises UsageError."""
-    from fastsrgan.compat import job_model as job
-
     return {
         "table": args.path,
         "weights_path": args.weights_path,
-        "patch": job.patches(joined(args.patch)),
-        "step": job.steps(joined(args.step)),
+        "patch": patches(joined(args.patch)),
+        "step": steps(joined(args.step)),
         "result_folder_name": args.result_folder_name,
         "new_resolution": resolution(args.new_low_res),
         "base_path": args.debut_path,
@@ -121,13 +141,14 @@ def joined(words: Sequence[str]) -> str:
 
 def run(args: argparse.Namespace, progress: Progress) -> int:
     """Process the list and say what became of each result."""
-    from fastsrgan.compat import job_model as job
-    from fastsrgan.core.runtime import tune_allocator
+    options = arguments(args)
+    with loading():
+        from fastsrgan.compat import job_model as job
 
     tune_allocator()
     code = 0
     try:
-        result = job.job_model(**arguments(args), progress=progress)
+        result = job.job_model(**options, progress=progress)
     except job.SomeFailed as error:
         error_line(str(error))
         result, code = error.summary, error.exit_code

@@ -15,14 +15,15 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from fastsrgan._version import __version__
-from fastsrgan.cli.console import error_line, open_console, plain, say, table
+from fastsrgan.cli.console import add_label_options, error_line, open_console, plain, say, table
 from fastsrgan.cli.infer import print_json
-from fastsrgan.core.runtime import Progress
+from fastsrgan.core.runtime import QUIET, Progress
 from fastsrgan.core.signals import SAID, Interrupts, Terminated
-from fastsrgan.core.startup import NO_MEMORY, out_of_memory
+from fastsrgan.core.startup import loading, no_room, out_of_memory
 from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError
 
 RAW = argparse.RawDescriptionHelpFormatter
@@ -44,7 +45,7 @@ def close(word: str, known: Iterable[str]) -> str | None:
 
 
 def build_parser() -> Parser:
-    """All commands. Heavy modules are imported by the commands that need them."""
+    """All commands. Building them loads no library that takes time: their functions do, when they are run."""
     from fastsrgan.cli import evaluate as cli_evaluate
     from fastsrgan.cli import infer as cli_infer
     from fastsrgan.cli import job_model as cli_job
@@ -83,12 +84,15 @@ def build_parser() -> Parser:
         "fastsrgan convert cohort.csv cohort.zarr",
     )
     p.add_argument(
-        "csv", metavar="CSV", help="columns HR_image, Label_image, Base (Train or Test), optional Mask_image"
+        "csv",
+        metavar="CSV",
+        help="columns HR_image, Label_image, Base (Train or Test), optional Mask_image, Label_classes",
     )
     p.add_argument("store", metavar="STORE", help="folder or URL")
     p.add_argument("--workers", type=int, help="threads (one a core)")
     p.add_argument("--dtype", default="auto", choices=("auto", "int16", "float32"), help="stored image type (auto)")
     p.add_argument("--base-path", help="prefix of the paths in the CSV")
+    add_label_options(p)
     p.add_argument("--resume", action="store_true", help="keep what is finished and unchanged")
     p.add_argument("--overwrite", action="store_true", help="begin anew")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -116,7 +120,8 @@ def build_parser() -> Parser:
 
 
 def _demo(args: argparse.Namespace, progress: Progress) -> int:
-    from fastsrgan.demo import run as demo
+    with loading():
+        from fastsrgan.demo import run as demo
 
     result = demo.run(
         args.out,
@@ -133,7 +138,8 @@ def _demo(args: argparse.Namespace, progress: Progress) -> int:
 
 
 def _convert(args: argparse.Namespace, progress: Progress) -> int:
-    from fastsrgan.convert import convert
+    with loading():
+        from fastsrgan.convert import convert
 
     result = convert(
         args.csv,
@@ -141,6 +147,8 @@ def _convert(args: argparse.Namespace, progress: Progress) -> int:
         workers=args.workers,
         dtype=args.dtype,
         base_path=args.base_path,
+        label_classes=args.label_classes,
+        label_names=args.label_names,
         resume=args.resume,
         overwrite=args.overwrite,
         progress=progress,
@@ -160,10 +168,9 @@ def _convert(args: argparse.Namespace, progress: Progress) -> int:
 
 
 def _verify(args: argparse.Namespace, progress: Progress) -> int:
-    from pathlib import Path
-
-    from fastsrgan.model import checkpoint, weights
-    from fastsrgan.store.reader import open_store
+    with loading():
+        from fastsrgan.model import checkpoint, weights
+        from fastsrgan.store.reader import open_store
 
     run = Path(args.path)
     lone = (run / checkpoint.MANIFEST).is_file() and (run / checkpoint.MODEL).is_file()
@@ -184,7 +191,8 @@ def _verify(args: argparse.Namespace, progress: Progress) -> int:
 
 
 def _info(args: argparse.Namespace, progress: Progress) -> int:
-    from fastsrgan.store.reader import open_store
+    with loading():
+        from fastsrgan.store.reader import open_store
 
     store = open_store(args.store)
     rows = [
@@ -213,7 +221,8 @@ def _info(args: argparse.Namespace, progress: Progress) -> int:
 
 
 def _doctor(args: argparse.Namespace, progress: Progress) -> int:
-    from fastsrgan import doctor
+    with loading():
+        from fastsrgan import doctor
 
     facts = doctor.diagnose()
     if args.json:
@@ -252,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = words.index("--") if "--" in words else len(words)
     flags = {flag: flag in words[:options] for flag in ("--debug", "--quiet")}
     words = [w for w in words[:options] if w not in flags] + words[options:]
-    progress = open_console(flags["--quiet"], flags["--debug"])
+    progress = QUIET
     signals = Interrupts()
     try:
         if "" in words:
@@ -267,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help()
             return 0
+        progress = open_console(flags["--quiet"], flags["--debug"])
         with signals:
             return int(args.run(args, progress))
     except SystemExit as stop:  # argparse's --help and --version
@@ -294,7 +304,7 @@ def failed(error: BaseException) -> int:
         error_line(f"memory: not enough ({str(error) or 'use a smaller patch, batch or volume'})")
         return 5
     if isinstance(error, ImportError) and out_of_memory(error):
-        error_line(NO_MEMORY)
+        error_line(str(no_room()))
         return 5
     if isinstance(error, RuntimeError) and out_of_memory(error):  # torch's own, which has no type
         error_line("memory: not enough (use a smaller patch, batch or volume, or raise the limit of the process)")

@@ -6,7 +6,9 @@ import argparse
 import json
 from collections.abc import Callable
 
+from fastsrgan.cli.console import add_label_options
 from fastsrgan.core.runtime import Progress
+from fastsrgan.core.startup import loading
 
 
 def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -19,6 +21,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--study", nargs="+", default=(), metavar="JSON", help="what `fastsrgan study` wrote, to show too")
     for name, text in (("hr", "true image of a single result"), ("label", "its label"), ("mask", "region to score")):
         p.add_argument(f"--{name}", metavar="IMAGE", help=text)
+    add_label_options(p)
     p.add_argument("--max-mb", type=float, default=12.0, metavar="MB", help="largest page; volumes are reduced (12)")
     p.add_argument("--overwrite", action="store_true", help="replace an earlier report")
     p.add_argument("--json", action="store_true", help="print the files as JSON")
@@ -26,7 +29,8 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace, progress: Progress) -> int:
     """Write the page and say where it is."""
-    from fastsrgan.report.page import report
+    with loading():
+        from fastsrgan.report.page import report
 
     truth = {"hr": args.hr, "label": args.label, "mask": args.mask}
     written = report(
@@ -35,6 +39,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         scores=args.scores,
         studies=args.study,
         **truth,
+        label_classes=args.label_classes,
+        label_names=args.label_names,
         max_mb=args.max_mb,
         overwrite=args.overwrite,
         progress=progress,

@@ -6,10 +6,12 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from fastsrgan.cli.console import table
-from fastsrgan.cli.infer import print_json, tile_edge
-from fastsrgan.core.runtime import Progress
+from fastsrgan.cli.console import add_label_options, table
+from fastsrgan.cli.infer import print_json
+from fastsrgan.core.runtime import Progress, tune_allocator
+from fastsrgan.core.startup import loading
 from fastsrgan.errors import PartialFailure
+from fastsrgan.infer.settings import tile_edge
 
 KINDS = ("steps", "noise", "augmentation", "resolution", "curves")
 
@@ -32,7 +34,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument(
         "data",
         nargs="?",
-        help="training table (its Test rows), one high-resolution image, or for curves a run folder; "
+        help="training table (its Test rows), one high-resolution image or a folder of them, for curves a run folder; "
         "left out with --quick: two small synthetic subjects",
     )
     p.add_argument(
@@ -51,6 +53,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     p.add_argument("--axis", type=int, default=2, choices=(0, 1, 2), help="stored axis of the thick slices (2)")
     p.add_argument("--split", default="Test", choices=("Test", "Train", "all"), help="rows of the table (Test)")
+    add_label_options(p)
     p.add_argument("--subjects", type=int, metavar="N", help="at most so many of them")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="(auto)")
@@ -59,9 +62,9 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _study(args: argparse.Namespace, progress: Progress) -> int:
-    from fastsrgan.core.runtime import tune_allocator
-    from fastsrgan.study import run as study
-    from fastsrgan.study.tables import fit_text, paper_rows, shown_rows
+    with loading():
+        from fastsrgan.study import run as study
+        from fastsrgan.study.tables import fit_text, paper_rows, shown_rows
 
     tune_allocator()
     settings = study.Settings(
@@ -74,6 +77,8 @@ def _study(args: argparse.Namespace, progress: Progress) -> int:
         axis=args.axis,
         split=args.split,
         subjects=args.subjects,
+        label_classes=args.label_classes,
+        label_names=args.label_names,
         device=args.device,
         precision=args.precision,
         seed=args.seed,

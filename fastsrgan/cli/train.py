@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan import config as settings
-from fastsrgan import convert as conversion
-from fastsrgan.core.ranks import launched, speaks
+from fastsrgan.cli.console import add_label_options
 from fastsrgan.core.runtime import Progress, output_folder
+from fastsrgan.core.startup import loading
 from fastsrgan.errors import UsageError
-from fastsrgan.io.tables import read_table
-from fastsrgan.model import checkpoint
-from fastsrgan.store.reader import open_store
-from fastsrgan.train import run as training
 
 log = logging.getLogger("fastsrgan")
 
@@ -26,7 +22,8 @@ EXAMPLE = """examples:
   fastsrgan train cohort.zarr -o run --resume
   fastsrgan train -csv cohort.csv -sf snapshots -n 0.5 0.5 3 --u_net_generator True     # the original's options
 
-A CSV has the columns HR_image, Label_image, Base (Train or Test) and, for masks, Mask_image."""
+A CSV has the columns HR_image, Label_image, Base (Train or Test) and, for masks, Mask_image, for maps of many
+structures Tissue_image: a row with tissues needs neither image nor label (--structure)."""
 
 
 def boolean(text: str) -> bool:
@@ -55,6 +52,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.add_argument(
         "--strict", action="store_true", help="stop at a subject that cannot be read instead of leaving it out"
     )
+    add_label_options(p)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
     for group in (settings.BASIC, settings.ADVANCED):
@@ -136,23 +134,27 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         raise UsageError("train", "one data source is needed", "STORE, CSV, or -csv CSV")
     if not (args.out or args.snapshot_folder):
         raise UsageError("train", "no run folder was given", "-o RUN (or -sf DIR as in the original)")
+    config = build_config(args)
+    if config.init_epoch > 1 and not args.weights and not args.resume:
+        reason = f"{config.init_epoch} continues an earlier training, but no weights were given"
+        raise UsageError("--init-epoch", reason, "-w FILE (or --resume)")
+    with loading():
+        from fastsrgan.core.ranks import launched, speaks
+        from fastsrgan.train.run import train
+
     if args.folder_training_data:
         log.info("--folder_training_data is not needed: patches are made in memory, nothing is written")
     if not speaks():
         log.setLevel(logging.WARNING)
     if args.multi_gpu and not launched():
         log.info("--multi_gpu: one process per GPU trains, torchrun --nproc-per-node GPUS -m fastsrgan train ...")
-    config = build_config(args)
-    if config.init_epoch > 1 and not args.weights and not args.resume:
-        reason = f"{config.init_epoch} continues an earlier training, but no weights were given"
-        raise UsageError("--init-epoch", reason, "-w FILE (or --resume)")
     if str(source).lower().endswith((".csv", ".txt")):
         if launched():
             raise UsageError(
                 source, "ranks share a store, not a table", "fastsrgan convert it first, then name the store"
             )
         source = convert_table(source, args, progress)
-    result = training.train(
+    result = train(
         source,
         run_folder(args, config),
         config,
@@ -180,6 +182,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
 def run_folder(args: argparse.Namespace, config: settings.TrainConfig) -> str:
     """-o RUN; without it -sf DIR, or, where DIR holds a run that init_epoch continues as in the original, a folder
     below it."""
+    from fastsrgan.model import checkpoint
+
     if args.out or args.resume or config.init_epoch == 1 or not checkpoint.snapshots(Path(args.snapshot_folder)):
         return args.out or args.snapshot_folder
     folder = str(Path(args.snapshot_folder) / f"from_epoch_{config.init_epoch}")
@@ -189,27 +193,55 @@ def run_folder(args: argparse.Namespace, config: settings.TrainConfig) -> str:
 
 def convert_table(table: str, args: argparse.Namespace, progress: Progress) -> str:
     """RUN/data.zarr of a CSV, made once; a second call or --resume finds it while the table names the same files."""
+    with loading():
+        from fastsrgan.convert import convert
+        from fastsrgan.store.reader import open_store
+
     store = output_folder(args.out or args.snapshot_folder) / "data.zarr"
     complete = store.exists() and open_store(store).complete
-    if complete and files_in(store) == files_named(table, args.base_path):
+    if complete and files_in(store) == files_named(table, args.base_path, args.label_classes, args.label_names):
         log.info("%s holds the converted volumes of an earlier call", store)
         return str(store)
     if complete:
         log.info("%s names other files than before: converted anew", table)
     resume = store.exists() and not complete
-    conversion.convert(table, store, resume=resume, overwrite=complete, base_path=args.base_path, progress=progress)
+    result = convert(
+        table,
+        store,
+        resume=resume,
+        overwrite=complete,
+        base_path=args.base_path,
+        label_classes=args.label_classes,
+        label_names=args.label_names,
+        progress=progress,
+    )
+    log.info("%s: %d subjects, %d converted", store, result["subjects"], result["converted"])
     return str(store)
 
 
-def files_named(table: str, base_path: str | None) -> set[frozenset[str]]:
-    """Split and files of each row of a table."""
-    return {
-        frozenset([row.base, *(str(p) for p in (row.image, row.label, row.mask) if p)])
-        for row in read_table(table, base_path=base_path)
-    }
+def files_named(
+    table: str, base_path: str | None, label_classes: str | None = None, label_names: str | None = None
+) -> set[frozenset[str]]:
+    """Split, files and label classes of each row of a table."""
+    from fastsrgan.io.labels import structure
+    from fastsrgan.io.tables import read_table
+
+    found = set()
+    for row in read_table(table, base_path=base_path):
+        chosen = row.classes or label_classes
+        classes = sorted(structure(chosen, row.label, label_names).values) if chosen and row.label else None
+        files = (str(path) for path in (row.image, row.label, row.mask, row.tissues) if path)
+        found.add(frozenset([row.base, f"classes {classes}", *files]))
+    return found
 
 
 def files_in(store: Path) -> set[frozenset[str]]:
     """Split and source files of each subject of a store, as ``files_named``."""
+    from fastsrgan.store.reader import open_store
+
     subjects = open_store(store).subjects
-    return {frozenset([s.split, *(f["path"] for f in s.attrs.get("source", {}).values())]) for s in subjects}
+    return {
+        frozenset([s.split, f"classes {s.attrs.get('label_classes')}"])
+        | {file["path"] for file in s.attrs.get("source", {}).values()}
+        for s in subjects
+    }

@@ -26,7 +26,7 @@ from fastsrgan.compat import original as compat
 from fastsrgan.core import runtime
 from fastsrgan.core.runtime import QUIET, Progress, mapping, read_json
 from fastsrgan.errors import FastsrganError, PartialFailure, ResourceError, UsageError
-from fastsrgan.infer.volume import check_settings
+from fastsrgan.infer.settings import InferSettings
 from fastsrgan.io import any_image
 from fastsrgan.io.tables import read_list
 from fastsrgan.model import weights
@@ -85,27 +85,6 @@ class _Setup:
     @property
     def kinds(self) -> list[str]:
         return ["SR", "Cortex"] + ["Mask"] * bool(self.generator.spec.mask_classes)
-
-
-def patches(text: str) -> list[int | None]:
-    """``"64,128"`` -> [64, 128]; ``None`` stands for the whole image. Raises UsageError."""
-    return [None if word.strip().lower() == "none" else _whole("--patch", word) for word in text.split(",")]
-
-
-def steps(text: str) -> list[list[int]]:
-    """``"32 64,64 128"`` -> [[32, 64], [64, 128]]: the steps of each patch size. Raises UsageError."""
-    groups = [[_whole("--step", word) for word in group.split()] for group in text.split(",")]
-    if not all(groups):
-        raise UsageError("--step", f"{text!r} is not allowed", 'steps for each patch size, "32 64,64 128"')
-    return groups
-
-
-def _whole(option: str, word: str) -> int:
-    try:
-        return int(word)
-    except ValueError:
-        hint = '"64,128" or None' if option == "--patch" else '"32 64,64 128"'
-        raise UsageError(option, f"{word.strip()!r} is no whole number", hint) from None
 
 
 def plan(
@@ -178,7 +157,10 @@ def job_model(
     interpolate = compat.interpolation(interp, interpolation_type, 3, geometry)
     for size, group in zip(patch, step, strict=False):
         for value in group:
-            check_settings(size, 1 if size is None else value, new_resolution, geometry, "constant", "auto", precision)
+            step_of = 1 if size is None else value
+            InferSettings(
+                patch=size, step=step_of, new_resolution=new_resolution, geometry=geometry, precision=precision
+            )
     joined = Path(base_path, table) if base_path and Path(base_path, table).exists() else Path(table)
     tasks = plan(sorted(read_list(joined, base_path=base_path or None), key=str), patch, step, result_folder_name)
     where = runtime.pick_device(device)

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -18,14 +19,15 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastsrgan.core.temporary import remove_abandoned, temporary_name
 from fastsrgan.core.units import human
-from fastsrgan.errors import ResourceError, UsageError
+from fastsrgan.errors import InputError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 log = logging.getLogger("fastsrgan")
 
@@ -41,6 +43,8 @@ def rng(seed: int, *key: int | str) -> np.random.Generator:
 
     ``rng(seed, epoch, subject, "noise")`` names a draw by what it is for, so no draw depends on the ones before it.
     """
+    import numpy as np
+
     text = json.dumps([int(seed), *key]).encode()
     digest = hashlib.blake2b(text, digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, np.uint64)))
@@ -227,13 +231,11 @@ def finite(value: Any) -> Any:
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
-    if isinstance(value, np.ndarray):
+    if isinstance(value, os.PathLike):
+        return str(value)
+    if hasattr(value, "tolist"):  # arrays and numbers of NumPy, which is not loaded for others
         return finite(value.tolist())
-    if isinstance(value, np.generic):
-        return finite(value.item())
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return str(value) if isinstance(value, os.PathLike) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- devices ------------------------------------------------------------------------------------------------------
@@ -241,6 +243,8 @@ def finite(value: Any) -> Any:
 
 def pick_device(name: str = "auto") -> torch.device:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` -> device. Asking for CUDA where there is none is a ResourceError."""
+    import torch
+
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -337,3 +341,24 @@ def peak_memory() -> int:
 
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def walk_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """Every file below a folder, by name, folders that are links included; each real folder once, no hidden ones.
+
+    A link that leads nowhere is a path too: reading it says so. Raises InputError for a folder that cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        reason = f"cannot be listed: {error.strerror or error}"
+        raise InputError(error.filename or folder, reason, "check its permissions, or move it away") from error
+
+    seen: set[str] = set()
+    for where, below, names in os.walk(os.fspath(folder), onerror=refuse, followlinks=True):
+        place = os.path.realpath(where)
+        if place in seen:
+            below[:] = []
+            continue
+        seen.add(place)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield from (Path(where, name) for name in sorted(names))

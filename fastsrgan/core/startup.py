@@ -1,16 +1,20 @@
-"""What the command line needs before the libraries are loaded: standard streams, and how to tell a lack of memory.
+"""What the command line needs before and while libraries are loaded: standard streams, signals, a lack of memory.
 
-Imports nothing but the standard library.
+Imports nothing but the standard library and modules that do the same.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO
 
-NO_MEMORY = "memory: not enough to load the libraries (end other programs, or raise ulimit -v or the job's limit)"
+from fastsrgan.core.signals import AtOnce
+from fastsrgan.errors import ResourceError
+
 # What the system's loader and libraries say where there is no room for them; their errors have no type of their own.
 _NO_ROOM = ("failed to map segment", "cannot allocate memory", "can't allocate memory", "bad_alloc")
 
@@ -54,6 +58,32 @@ def open_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
     if not isinstance(sys.stderr, Lasting):
         sys.stderr = Lasting(sys.stderr)
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Around the imports of a command's libraries, which take seconds: a signal meanwhile ends the process at once.
+
+    Raises ResourceError where the memory does not suffice for them.
+    """
+    with AtOnce():
+        collected = gc.isenabled()
+        gc.disable()  # hundreds of thousands of objects are made, none is given up: a tenth of the time was for nothing
+        try:
+            yield
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise no_room() from error
+        finally:
+            if collected:
+                gc.enable()
+
+
+def no_room() -> ResourceError:
+    """The error of libraries that do not fit into memory."""
+    hint = "end other programs, or raise ulimit -v or the job's limit"
+    return ResourceError("memory", "not enough to load the libraries", hint)
 
 
 def out_of_memory(error: BaseException | None) -> bool:

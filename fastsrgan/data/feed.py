@@ -25,8 +25,10 @@ from fastsrgan.core.threads import Crew, Job, unwatched
 from fastsrgan.data import dali as dali_feed
 from fastsrgan.data.pool import Resident
 from fastsrgan.data.subject import Mover, PatchRule, make_resident, move_by_thread
+from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.observation.model import Degradation
+from fastsrgan.observation.slice_axis import Axes, stored_draw
 from fastsrgan.store.files import local_path
 from fastsrgan.store.reader import Store, Subject
 
@@ -80,10 +82,12 @@ def resident_limit(
     precision: str = "auto",
     prefetch: int = 1,
     patch: int = 0,
+    visits: Visits | None = None,
 ) -> int:
     """How many of the subjects may be resident at once: a group in use and ``prefetch`` groups being made fit.
 
     ``patch`` : edge of the patches, where residents are kept to the part in which these lie; 0: they are whole
+    ``visits`` : made images may be larger than what they are made of
 
     The budget is 40 % of what is free now unless given: of the device's memory on CUDA, else of the machine's, shared
     by the ranks that run on it.
@@ -92,11 +96,12 @@ def resident_limit(
     if budget_bytes is None:
         budget_bytes = int(0.4 * free_memory(device))
     each = 2 * pick_dtype(precision, device).itemsize
+    settings = (visits or Visits()).settings
     largest = max(
-        resident_voxels(s, patch) * (each + s.has_label + s.has_mask)
+        resident_voxels(s, patch) * (each + 1 + s.has_mask) * (settings.growth if s.has_tissues else 1.0)
         for s in (store.subject(name) for name in subjects)
     )
-    fitting = budget_bytes // ((1 + prefetch) * largest)
+    fitting = int(budget_bytes // ((1 + prefetch) * largest))
     if not fitting:
         log.warning(
             "resident volumes need %.2f GB, %.2f GB are allowed: one subject at a time",
@@ -108,7 +113,9 @@ def resident_limit(
 
 def resident_voxels(subject: Subject, patch: int) -> int:
     """Voxels of a subject that are kept, at most: all of them where ``patch`` is 0 or the store names no box."""
-    box = subject.attrs.get("bounding_box") if patch else None
+    # Of an image with values below 0 nothing is air.
+    lowest = (subject.attrs.get("intensity") or {}).get("min", 0)
+    box = subject.attrs.get("bounding_box") if patch and lowest >= 0 else None
     sizes = [high - low for low, high in box] if box else subject.shape
     return math.prod(max(size, min(patch, n)) for size, n in zip(sizes, subject.shape, strict=True))
 
@@ -178,6 +185,8 @@ class Feed:
     threads : that read and degrade, 0 is automatic; prefetch : groups made ahead of the one in use
     precision : of resident intensities, "fp32", "fp16", "bf16" or "auto" (``pick_dtype``); labels are uint8
     patience : seconds that one volume may take before its worker counts as hung, more for very large ones
+    visits : which visits show an image made of the subject's tissues
+    axes : world axes that the low resolution's numbers are along; None: each subject's stored ones
 
     Attributes
     ----------
@@ -202,11 +211,14 @@ class Feed:
         prefetch: int = 1,
         precision: str = "auto",
         patience: float = PATIENCE,
+        visits: Visits | None = None,
+        axes: Axes | None = None,
     ) -> None:
         if prefetch < 1:
             raise UsageError("prefetch", f"{prefetch} is not allowed", "1 or more groups")
         self.store, self.degradation, self.rule = store, degradation, rule
-        self.seed, self.device, self.strict = seed, device, strict
+        self.seed, self.device, self.strict, self.axes = seed, device, strict, axes
+        self.visits = visits or Visits()
         self.rank, self.world = rank, world
         self.threads, self.prefetch, self.patience = pick_threads(threads), prefetch, patience
         self.dtype = pick_dtype(precision, device)
@@ -220,10 +232,11 @@ class Feed:
         draw = self.degradation.draw(self.seed, epoch, subject)
         # Object storage bounds and repeats its requests itself, and names what it gave up (fastsrgan.store.remote).
         with unwatched() if local_path(self.store.url) is None else contextlib.nullcontext():
-            sample = self.store.read(subject)
+            stored = self.store.read(subject)
+        sample = self.visits.of(stored, (self.seed, epoch, subject), self.device)
         # A stream of its own: what it queues neither waits for the training step nor holds it up.
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            law, rule = self.degradation, self.rule
+            law, rule, draw = self.degradation, self.rule, stored_draw(draw, self.axes, sample.affine)
             return make_resident(sample, law, draw, rule, self.device, dtype=self.dtype, move=self.move, crop=True)
 
     def groups(self, plan: Iterator[tuple[int, list[str]]]) -> Iterator[list[Resident]]:

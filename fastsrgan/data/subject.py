@@ -19,6 +19,7 @@ from fastsrgan.observation.model import Degradation, Degraded, Draw
 from fastsrgan.observation.slabs import Region
 from fastsrgan.store.reader import Sample
 from fastsrgan.volume.geometry import Orientation, processing_orientation
+from fastsrgan.volume.intensity import lifted
 from fastsrgan.volume.resample import modulo_size
 
 Triple = tuple[float, float, float]
@@ -70,6 +71,8 @@ def make_resident(
     ------
     InputError : no label, no mask where one is needed, or an image that cannot be degraded.
     """
+    if sample.image is None:
+        raise InputError(sample.id, "has neither an image nor tissues", "training needs one of them")
     if sample.label is None:
         raise InputError(sample.id, "has no label", "training needs Label_image for every subject")
     if rule.by_mask and sample.mask is None:
@@ -80,6 +83,8 @@ def make_resident(
     spacing, low_res = turn.permute(sample.spacing), turn.permute(draw.low_res)
     image, label = np.ascontiguousarray(turn.apply(sample.image)), np.ascontiguousarray(turn.apply(sample.label))
     mask = None if sample.mask is None else np.ascontiguousarray(turn.apply(sample.mask))
+    if degradation.geometry == "physical":  # the other keeps the original's numbers, which cut values below 0
+        image = lifted(image)
     region = part_with_patches(image, rule, degradation, spacing, low_res) if crop else None
     if region is not None:
         label, mask = label[region], None if mask is None else mask[region]

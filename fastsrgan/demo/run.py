@@ -46,7 +46,7 @@ from fastsrgan.volume.resample import apply_axes, degrade_matrix, upsample_matri
 log = logging.getLogger("fastsrgan")
 
 Triple = tuple[float, float, float]
-PATCH, STEP = 128, 30  # the defaults of `fastsrgan infer`
+PATCH, STEP = 128, 30  # the paper's
 LOW_RES_MM = (1.0, 20.0)  # least and most of an acquisition
 
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.runtime import QUIET, Progress, atomic_write, output_folder, read_json
+from fastsrgan.core.runtime import QUIET, Progress, atomic_write, output_folder, read_json, walk_files
 from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.evaluate.pair import definitions, evaluate_files, flat, summarise
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
+from fastsrgan.io.nifti_voxels import pointer_of
 
 log = logging.getLogger("fastsrgan")
 
@@ -34,6 +35,7 @@ COLUMNS = {
     "Baseline_image": "baseline",
     "Baseline_seg": "baseline_seg",
 }
+CLASSES = "Label_classes"  # column with the choice of `labels.structure` of a row
 REQUIRED = ("SR_image", "HR_image")
 # Endings of a truth folder's files, the first that exists is taken. STEM is that of the result STEM_sr.nii.gz.
 TRUTH = ("", "_hr", "_HR")
@@ -47,22 +49,39 @@ _MODALITY = re.compile(r"_(T1w|T2w)$")
 class Item:
     """One subject: its name, the files as arguments of ``evaluate_files``, and the line of the table, if there is one.
 
-    ``fault`` is set where the files could not be found.
+    ``fault`` is set where the files could not be found; ``classes`` where it says itself what of its label is scored.
     """
 
     subject: str
     files: dict[str, Path]
     line: int | None = None
     fault: str | None = None
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which values of the labels are scored, where an item does not say so itself; see ``evaluate_files``."""
+
+    classes: Sequence[str] = ()
+    names: str | os.PathLike | None = None
+
+
+AS_IT_IS = Choice()
 
 
 def evaluate_table(
-    csv_path: str | os.PathLike, *, png: str | os.PathLike | None = None, progress: Progress = QUIET
+    csv_path: str | os.PathLike,
+    *,
+    png: str | os.PathLike | None = None,
+    choice: Choice = AS_IT_IS,
+    progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Evaluate every row of a table and sum up the cohort.
 
     The table has the columns ``SR_image`` and ``HR_image`` and any of ``Seg_image``, ``Label_image``, ``Mask_image``,
-    ``LR_image``, ``Baseline_image``, ``Baseline_seg``; cells of the latter may be empty. Relative paths start at the
+    ``LR_image``, ``Baseline_image``, ``Baseline_seg``, ``Label_classes``; cells of the latter may be empty. Relative
+    paths start at the
     table's folder. ``png`` is a folder for pictures (``error_map``).
 
     Raises InputError with every fault of the table at once, or when no row could be evaluated. Returns as
@@ -70,12 +89,12 @@ def evaluate_table(
     """
     csv_path = Path(csv_path)
     rows = _read(csv_path)
-    subjects = table.subject_ids([files["SR_image"] for _, files in rows])
+    subjects = table.subject_ids([files["SR_image"] for _, files, _ in rows])
     items = [
-        Item(subject, {COLUMNS[name]: path for name, path in files.items()}, line)
-        for (line, files), subject in zip(rows, subjects, strict=True)
+        Item(subject, {COLUMNS[name]: path for name, path in files.items()}, line, classes=classes)
+        for (line, files, classes), subject in zip(rows, subjects, strict=True)
     ]
-    return evaluate_items(csv_path, items, png=png, progress=progress)
+    return evaluate_items(csv_path, items, png=png, choice=choice, progress=progress)
 
 
 def evaluate_folders(
@@ -83,6 +102,7 @@ def evaluate_folders(
     truth: str | os.PathLike,
     *,
     png: str | os.PathLike | None = None,
+    choice: Choice = AS_IT_IS,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Evaluate a folder of ``fastsrgan infer`` against a folder of truths, matched by the stem of the files' names.
@@ -98,7 +118,9 @@ def evaluate_folders(
     for folder in (results, truth):
         if not folder.is_dir():
             raise InputError(folder, "is no folder", "evaluate RESULTS TRUTH, or --sr and --hr for one pair")
-    found = sorted(p for p in _images(results.rglob("*_sr.*")) if images.stem(p).endswith("_sr"))
+    found = sorted(p for p in _images(walk_files(results)) if images.stem(p).endswith("_sr"))
+    if not found and any("desc-sr" in path.name for path in _images(walk_files(results))):
+        raise InputError(results, "is a dataset of BIDS derivatives", "fastsrgan evaluate --bids DERIVATIVES DATASET")
     if not found:
         raise InputError(results, "holds no STEM_sr.nii.gz", "name the output folder of `fastsrgan infer`")
     items = []
@@ -107,7 +129,7 @@ def evaluate_folders(
         # A cohort that was a tree has its truths in the same tree, or all in one folder.
         folder = truth / below if (truth / below).is_dir() else truth
         items.append(_match(path, {images.stem(p): p for p in _images(folder.iterdir())}, folder, below))
-    return evaluate_items(results, items, png=png, progress=progress)
+    return evaluate_items(results, items, png=png, choice=choice, progress=progress)
 
 
 def _images(paths: Iterable[Path]) -> list[Path]:
@@ -155,7 +177,12 @@ def low_resolution(result: Path, record: dict[str, Any]) -> Path | None:
 
 
 def evaluate_items(
-    what: str | os.PathLike, items: Sequence[Item], *, png: str | os.PathLike | None = None, progress: Progress = QUIET
+    what: str | os.PathLike,
+    items: Sequence[Item],
+    *,
+    png: str | os.PathLike | None = None,
+    choice: Choice = AS_IT_IS,
+    progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Evaluate subjects one by one; ``what`` names their source in messages.
 
@@ -176,7 +203,9 @@ def evaluate_items(
                     item.files.get("sr", item.subject), item.fault, "see --help for the names that are looked for"
                 )
             picture = None if pictures is None else pictures / f"{item.subject.replace('/', '_')}.png"
-            done.append(named | evaluate_files(**item.files, png=picture))  # type: ignore[arg-type]
+            classes = (item.classes or choice.classes) if "label" in item.files else ()
+            settings: dict[str, Any] = {"png": picture, "label_classes": classes, "label_names": choice.names}
+            done.append(named | evaluate_files(**item.files, **settings))  # type: ignore[arg-type]
         except FastsrganError as error:
             log.warning("%s%s: %s", "" if item.line is None else f"line {item.line}, ", item.subject, error)
             failed.append(named | {"error": str(error)})
@@ -212,28 +241,32 @@ def write_csv(path: str | os.PathLike, result: dict[str, Any]) -> None:
         writer.writerows(lines)
 
 
-def _read(csv_path: Path) -> list[tuple[int, dict[str, Path]]]:
-    """(line, {column: existing path}) of every row; all faults in one InputError."""
+def _read(csv_path: Path) -> list[tuple[int, dict[str, Path], tuple[str, ...]]]:
+    """(line, {column: existing path}, label classes) of every row; all faults in one InputError."""
     records = table._records(csv_path, table._text(csv_path), _delimiter)
     if not records:
         raise InputError(csv_path, "is empty", "its first line names the columns SR_image, HR_image, ...")
     header = [cell.strip() for cell in records[0][1]]
     faults = [(1, f"column {name} twice") for name in COLUMNS if header.count(name) > 1]
     faults += [
-        (1, f"no column {name}, {table.instead(name, header, COLUMNS)}") for name in REQUIRED if name not in header
+        (1, f"no column {name}, {table.instead(name, header, (*COLUMNS, CLASSES))}")
+        for name in REQUIRED
+        if name not in header
     ]
     if len(records) == 1:
         faults.append((1, "no row below the header"))
-    rows: list[tuple[int, dict[str, Path]]] = []
+    rows: list[tuple[int, dict[str, Path], tuple[str, ...]]] = []
     for line, cells in records[1:] if not faults else []:
         values = dict(zip(header, (cell.strip() for cell in cells), strict=False))
         faults += [(line, f"{name} is empty") for name in REQUIRED if not values.get(name)]
         files = {name: table._locate(values[name], csv_path, None) for name in COLUMNS if values.get(name)}
-        lost = [name for name, path in files.items() if not os.path.exists(path)]
-        faults += [(line, f"{name} {values[name]}: no such file") for name in lost]
+        lost = {name: pointer_of(path) for name, path in files.items() if not os.path.exists(path)}
+        faults += [
+            (line, f"{name} {values[name]}: {told[0] if told else 'no such file'}") for name, told in lost.items()
+        ]
         if "Seg_image" in files and "Label_image" not in files:
             faults.append((line, "Seg_image without Label_image"))
-        rows.append((line, files))
+        rows.append((line, files, (values[CLASSES],) if values.get(CLASSES) else ()))
     if faults:
         raise table.table_error(csv_path, faults)
     return rows

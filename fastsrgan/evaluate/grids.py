@@ -12,25 +12,16 @@ from scipy import ndimage
 
 from fastsrgan.errors import InputError
 from fastsrgan.volume.geometry import Volume
+from fastsrgan.volume.placement import EXACT, difference, refuse_placeless, same_grid
 from fastsrgan.volume.resample import FWHM, SAME
 
 log = logging.getLogger("fastsrgan")
 
-SAME_GRID = 0.01  # of a voxel: corners closer than this are one grid
 SPLINE = "cubic spline of the low-resolution image"
 READER = (
     "interpolated label map (paper table 2): the label averaged over the low-resolution voxels and cut at 0.5 there, "
     "as a reader of that image would draw it, then interpolated back by the cubic spline and cut at 0.5 again"
 )
-
-
-def same_grid(volume: Volume, like: Volume) -> bool:
-    """Whether two volumes have one shape and corners that lie within 0.01 voxel of each other."""
-    if volume.data.shape != like.data.shape:
-        return False
-    corners = np.array(np.meshgrid(*((0, n - 1) for n in like.data.shape))).reshape(3, -1)
-    apart = ((np.asarray(volume.affine) - np.asarray(like.affine))[:3] @ np.vstack([corners, np.ones(8)])) ** 2
-    return bool(np.sqrt(apart.sum(0)).max() <= SAME_GRID * min(like.spacing))
 
 
 def onto_grid(
@@ -40,10 +31,15 @@ def onto_grid(
 
     Order 3 is the cubic spline (images), 0 the nearest voxel (labels); nothing is smoothed. Voxels whose centre lies
     outside the volume's field of view become 0. What was done is appended to ``notes``, or logged without them.
-    Raises InputError when the two do not overlap.
+    Raises InputError when the two do not overlap, and for the reference's array with a header that says nothing of its
+    place: resampling would put it into the wrong one.
     """
     if same_grid(volume, like):
+        apart = difference(volume.affine, like.affine, like.data.shape)
+        if notes is not None and apart.largest > EXACT * apart.size:
+            notes.append(f"{name}: grid and the reference's are {apart}: taken as one, as headers are rounded")
         return volume
+    refuse_placeless(volume, like, name)
     matrix = np.linalg.inv(volume.affine) @ like.affine
     inside = _inside(matrix, volume.data.shape, like.data.shape)
     share = float(inside.mean())

@@ -10,21 +10,22 @@ import logging
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastsrgan.errors import InputError
+from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import distances, metrics
 from fastsrgan.evaluate.grids import READER, SPLINE, onto_grid, reader_label_map
+from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.volume.geometry import Volume, shear_of
 
 log = logging.getLogger("fastsrgan")
 
-SECTIONS = ("image", "segmentation", "baseline", "gain")
+SECTIONS = ("image", "segmentation", "structures", "baseline", "gain")
 SHEARED = 1e-3  # cosine between voxel axes from which distances in mm are noted as approximate
 SCALE_FACTOR = 2.0  # mean intensities further apart than this get a note
 REGIONS = {
@@ -44,6 +45,7 @@ def evaluate_pair(
     lr: Volume | None = None,
     baseline: Volume | None = None,
     baseline_seg: Volume | None = None,
+    structures: Mapping[str, tuple[Volume, Volume]] | None = None,
 ) -> dict[str, Any]:
     """Compare ``sr`` (and ``seg``) with ``hr`` (and ``label``) on the grid of ``hr``.
 
@@ -55,6 +57,9 @@ def evaluate_pair(
     lr : the low-resolution image that ``sr`` was made from: its cubic spline, and with a label the interpolated label
         map (paper table 2), are the baselines where no others are given
     baseline, baseline_seg : another image and segmentation of the same subject, scored likewise
+    structures : segmentation and label of further structures by name, for scores in ``structures``
+
+    A label of several values is refused: which of them is the structure is to be chosen (`labels`).
 
     Returns ``image`` {region: {psnr_db, psnr_range_db, ssim, ssim_uniform, mae, mse}}; with ``seg`` also
     ``segmentation`` {dice, hausdorff95_mm, surface_distance_mm, components, largest_component, false_components,
@@ -66,6 +71,8 @@ def evaluate_pair(
     """
     if label is None and (seg is not None or baseline_seg is not None):
         raise InputError("segmentation", "there is no label to compare it with", "give --label too")
+    if label is not None:
+        labels.refuse_many(_values(label), label.meta.get("path", "label"))
     notes = [f"reference: {warning}" for warning in hr.warnings]
     what = {"image": "as given"} if baseline is not None else {}
     what |= {"segmentation": "as given"} if baseline_seg is not None else {}
@@ -92,7 +99,14 @@ def evaluate_pair(
         on["baseline segmentation"], what["segmentation"] = baseline_seg.data, READER
     regions: dict[str, np.ndarray | None] = {"whole": None}
     regions |= {name: metrics.binary(on[name]) for name in ("mask", "label") if name in on}
+    if "label" in regions and not np.any(regions["label"]):
+        notes.append("the label is empty on the reference's grid: no figures in its region")
+        del regions["label"]
     result: dict[str, Any] = _scores(on["SR"], on.get("segmentation"), on.get("label"), hr, regions, "SR", notes)
+    if structures:
+        result["structures"] = {
+            name: _structure(seg, truth, name, hr, notes) for name, (seg, truth) in structures.items()
+        }
     if baseline is not None or baseline_seg is not None:
         base_seg = on.get("baseline segmentation")
         other = _scores(on.get("baseline"), base_seg, on.get("label"), hr, regions, "baseline", notes)
@@ -103,6 +117,22 @@ def evaluate_pair(
     result["notes"] = notes
     result["definitions"] = definitions() | {f"region {name}": REGIONS[name] for name in regions}
     return result
+
+
+def _values(label: Volume) -> list[int]:
+    """The whole numbers that a label holds; none of a probability map."""
+    if label.data.dtype.kind == "f":
+        return []
+    return label.meta.get("values") or np.unique(label.data).tolist()
+
+
+def _structure(seg: Volume, label: Volume, name: str, hr: Volume, notes: list[str]) -> dict[str, Any]:
+    """Scores of one of several structures."""
+    on = [
+        onto_grid(volume, hr, order=0, name=f"{name} {kind}", notes=notes).data
+        for volume, kind in ((seg, "segmentation"), (label, "label"))
+    ]
+    return _segmentation_scores(on[0], on[1], hr, name, notes)
 
 
 def _surprises(notes: list[str]) -> list[str]:
@@ -126,8 +156,14 @@ def evaluate_files(
     baseline: str | os.PathLike | None = None,
     baseline_seg: str | os.PathLike | None = None,
     png: str | os.PathLike | None = None,
+    label_classes: Sequence[str] = (),
+    label_names: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """``evaluate_pair`` on image files; ``files`` in the result names them.
+
+    ``label_classes`` says which values of the label, and of a segmentation that is a map of several values too, are the
+    structure, see `labels.structure`; of several, the first is the ``segmentation`` and every one has its scores in
+    ``structures``. ``label_names`` is a lookup table of names.
 
     ``png`` takes a picture of where SR (and the baseline) differ from the reference, see ``error_map``. Raises
     InputError as reading the files does.
@@ -135,8 +171,17 @@ def evaluate_files(
     named = {"sr": sr, "hr": hr, "seg": seg, "label": label, "mask": mask, "lr": lr}
     named |= {"baseline": baseline, "baseline_seg": baseline_seg}
     given = {name: Path(path) for name, path in named.items() if path is not None}
-    volumes = {name: (images.load_label if name in ("label", "mask") else images.load)(p) for name, p in given.items()}
-    result = evaluate_pair(**volumes)
+    chosen = labels.structures(label_classes, given["label"], label_names) if label_classes and "label" in given else []
+    if label_classes and not chosen:
+        raise UsageError("--label-classes", "there is no label to choose from", "give --label too")
+    first = chosen[0] if chosen else None
+    volumes = {name: _read(name, path, first) for name, path in given.items()}
+    more = {}
+    if len(chosen) > 1 and "seg" in given:
+        more = {c.name: (_read("seg", given["seg"], c), _read("label", given["label"], c)) for c in chosen}
+    result = evaluate_pair(**volumes, structures=more)
+    if chosen:
+        result["label_classes"] = {c.name: sorted(c.values) for c in chosen}
     if png is not None:
         from fastsrgan.pictures.error_map import error_map
 
@@ -144,6 +189,21 @@ def evaluate_files(
         other = None if other is None else onto_grid(other, hr_volume, notes=[])
         error_map(png, onto_grid(volumes["sr"], hr_volume, notes=[]), hr_volume, other, result)
     return {"files": {name: str(path) for name, path in given.items()}} | result
+
+
+def _read(name: str, path: Path, chosen: labels.Structure | None) -> Volume:
+    """One of the files of a pair. A segmentation that is a map of several values is cut down to the structure too."""
+    if name in ("label", "mask"):
+        return images.load_label(path, classes=chosen.values if chosen and name == "label" else None)
+    volume = images.load(path)
+    if name not in ("seg", "baseline_seg"):
+        return volume
+    values = np.unique(volume.data)
+    if np.array_equal(values, np.rint(values)) and np.count_nonzero(values) > 1:
+        labels.refuse_many([] if chosen else values.astype(int).tolist(), path)
+        data = np.isin(volume.data, sorted(chosen.values)) if chosen else volume.data
+        return Volume(data.astype(np.uint8), volume.affine, volume.warnings, volume.meta)
+    return volume
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -190,21 +250,25 @@ def _scores(
     if sr is not None:
         scores["image"] = _image_scores(sr, hr.data, regions, name, notes)
     if seg is not None and label is not None:
-        voxel_ml = abs(float(np.linalg.det(np.asarray(hr.affine)[:3, :3]))) / 1000
-        surface = distances.surface_scores(seg, label, hr.spacing)
-        if None in surface.values():
-            notes.append(f"{name}: the segmentation or the label is empty, there is no surface distance")
-        elif shear_of(hr.affine) > SHEARED:
-            notes.append(f"{name}: the reference's voxel axes are not at right angles, distances in mm are approximate")
-        scores["segmentation"] = {
-            "dice": metrics.dice(seg, label),
-            **surface,
-            **metrics.components(seg, label),
-            "volume_ml": int(np.count_nonzero(metrics.binary(seg))) * voxel_ml,
-            "label_components": metrics.connected_components(label),
-            "label_volume_ml": int(np.count_nonzero(metrics.binary(label))) * voxel_ml,
-        }
+        scores["segmentation"] = _segmentation_scores(seg, label, hr, name, notes)
     return scores
+
+
+def _segmentation_scores(seg: np.ndarray, label: np.ndarray, hr: Volume, name: str, notes: list[str]) -> dict[str, Any]:
+    voxel_ml = abs(float(np.linalg.det(np.asarray(hr.affine)[:3, :3]))) / 1000
+    surface = distances.surface_scores(seg, label, hr.spacing)
+    if None in surface.values():
+        notes.append(f"{name}: the segmentation or the label is empty, there is no surface distance")
+    elif shear_of(hr.affine) > SHEARED:
+        notes.append(f"{name}: the reference's voxel axes are not at right angles, distances in mm are approximate")
+    return {
+        "dice": metrics.dice(seg, label),
+        **surface,
+        **metrics.components(seg, label),
+        "volume_ml": int(np.count_nonzero(metrics.binary(seg))) * voxel_ml,
+        "label_components": metrics.connected_components(label),
+        "label_volume_ml": int(np.count_nonzero(metrics.binary(label))) * voxel_ml,
+    }
 
 
 def _image_scores(

@@ -14,18 +14,19 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsrgan.core.runtime import QUIET, Progress
-from fastsrgan.errors import UsageError
 from fastsrgan.infer import tiles
 from fastsrgan.infer.engine import finisher, sum_devices
 from fastsrgan.infer.network import TileNetwork, out_of_memory
 from fastsrgan.infer.planes import Whole
 from fastsrgan.infer.region import Region
+from fastsrgan.infer.settings import InferSettings, Step, per_axis
 from fastsrgan.infer.stitch import Stitcher, divide_planes, window_sums
 from fastsrgan.infer.sweep import Stopped, Sweep
 
+BUDGET = 60.0  # seconds that step "auto" takes when none are given
 LEVELS = 4  # of "auto": half the patch, a quarter, an eighth, a sixteenth
 SLACK = 1.1  # of the budget, what a level that was begun may take before it is given up
 SETTLED = 8  # tiles of a level after which its own rate counts
@@ -41,13 +42,13 @@ class Level(NamedTuple):
     plan: tiles.TilePlan
 
 
-def levels(shape: Sequence[int], patch: tiles.PerAxis, step: int | str | Sequence[int]) -> list[Level]:
+def levels(shape: Sequence[int], patch: tiles.PerAxis, step: Step) -> list[Level]:
     """Nested steps, the coarsest first: the wanted step, doubled as long as tiles still overlap by half.
 
     ``"auto"`` ends at a sixteenth of the patch. Raises UsageError as ``tiles.plan``.
     """
     edges = tiles.plan(shape, patch, 1).patch
-    steps = tuple(max(1, p // 2**LEVELS) for p in edges) if step == "auto" else _triple(step)
+    steps = tuple(max(1, p // 2**LEVELS) for p in edges) if step == "auto" else per_axis("step", step)
     found = [Level(steps, tiles.plan(shape, patch, steps))]
     while any(2 * s <= p // 2 for s, p in zip(steps, edges, strict=True)):
         steps = tuple(2 * s if 2 * s <= p // 2 else s for s, p in zip(steps, edges, strict=True))
@@ -55,12 +56,6 @@ def levels(shape: Sequence[int], patch: tiles.PerAxis, step: int | str | Sequenc
         if len(plan) < len(found[0].plan):
             found.insert(0, Level(steps, plan))
     return found
-
-
-def _triple(step: int | str | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(step, str):
-        raise UsageError("step", f"{step!r} is not allowed", "a number of voxels, three, or auto")
-    return (step,) * 3 if isinstance(step, int) else tuple(int(s) for s in step)
 
 
 def new_tiles(plan: tiles.TilePlan, before: tiles.TilePlan | None) -> list[tiles.TilePlan]:
@@ -79,15 +74,9 @@ def new_tiles(plan: tiles.TilePlan, before: tiles.TilePlan | None) -> list[tiles
 def refine(
     volume_XYZ: Tensor,
     steps: Sequence[Level],
-    generator: nn.Module,
-    slice_mm: float,
+    network: TileNetwork,
+    settings: InferSettings,
     *,
-    budget: float,
-    device: torch.device | str = "cpu",
-    precision: str = "fp32",
-    compile: str = "auto",
-    window: str = "constant",
-    batch: str | int = "auto",
     region: Region | None = None,
     progress: Progress = QUIET,
     label: str = "infer",
@@ -99,15 +88,15 @@ def refine(
     ends more than a tenth too late; the result is then that of the level before.
 
     steps : as ``levels`` gives them
+    settings : of which the budget, the window and the batch count here
 
     Returns
     -------
     As ``engine.predict``; facts also hold "levels", the step, tiles and seconds of each level that was
     finished, and "level_given_up".
     """
-    network = TileNetwork(generator, slice_mm, device, precision, compile)
-    network.choose_batch(batch, steps[-1].plan)
-    work = _Levels(network, Whole(volume_XYZ), window, region, progress, label, clock, budget)
+    network.choose_batch(settings.batch, steps[-1].plan)
+    work = _Levels(network, Whole(volume_XYZ), settings, region, progress, label, clock)
     with network.working():
         for n, level in enumerate(steps):
             if not work.level(level, n, len(steps)):
@@ -123,15 +112,15 @@ class _Levels:
         self,
         network: TileNetwork,
         source: Whole,
-        window: str,
+        settings: InferSettings,
         region: Region | None,
         progress: Progress,
         label: str,
         clock: Clock,
-        budget: float,
     ) -> None:
-        self.network, self.source, self.window, self.region = network, source, window, region
-        self.progress, self.label, self.clock, self.budget = progress, label, clock, budget
+        self.network, self.source, self.window, self.region = network, source, settings.window, region
+        self.progress, self.label, self.clock = progress, label, clock
+        self.budget = BUDGET if settings.budget is None else settings.budget
         self.began, self.tiles, self.done = clock(), 0, []  # type: ignore[var-annotated]
         self.plan: tiles.TilePlan | None = None
         self.total: Tensor | None = None

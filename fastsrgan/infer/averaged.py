@@ -8,22 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastsrgan.errors import ModelError, UsageError
+from fastsrgan.errors import ModelError
 from fastsrgan.infer.network import TileNetwork
-
-AXES = "xyz"
-NONE = "none"
-
-
-def flip_axes(flips: str) -> tuple[int, ...]:
-    """ "none" -> (), "x" -> (0,), "xyz" -> (0, 1, 2). Raises UsageError for anything else."""
-    if flips == NONE:
-        return ()
-    if not flips or len(set(flips)) < len(flips) or not set(flips) <= set(AXES):
-        raise UsageError(
-            "flips", f"{flips!r} is not allowed", "none, or the axes of the image to flip: x, y, z, xy, xz, yz or xyz"
-        )
-    return tuple(sorted(AXES.index(axis) for axis in flips))
 
 
 class Averaged(nn.Module):

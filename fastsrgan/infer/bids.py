@@ -21,20 +21,21 @@ from fastsrgan.core.runtime import (
     QUIET,
     Progress,
     atomic_write,
-    finite,
     mapping,
     output_folder,
+    pick_device,
     read_json,
     real,
     write_json,
 )
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.evaluate.cohort import Item, evaluate_items, low_resolution
-from fastsrgan.infer.averaged import NONE
+from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, Item, evaluate_items, low_resolution
 from fastsrgan.infer.files import SomeFailed, infer_files
+from fastsrgan.infer.settings import InferSettings, takes_options
 from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import (
     DESCRIPTION,
+    RECORD,
     SUFFIXES,
     BidsImage,
     check_derivatives,
@@ -43,7 +44,6 @@ from fastsrgan.io.bids import (
     sidecar,
 )
 from fastsrgan.model import weights as weight_files
-from fastsrgan.volume.components import THRESHOLD
 
 log = logging.getLogger("fastsrgan")
 
@@ -51,17 +51,14 @@ STAGE = ".fastsrgan"  # in the derivatives: results on their way to their names
 # Without a slash at the end: the BIDS validator compares names of folders that have none.
 IGNORED = (STAGE, "figures")
 LINK = "raw"  # short name of the source dataset
-RECORD = "FastsrganRecord"  # key of a sidecar: what `fastsrgan infer` wrote
 LABELS: dict[str, tuple[tuple[int, str], ...]] = {"seg": ((0, "background"), (1, "structure"))}
-# What a record leaves out where it is the default, and an option that it calls by another name.
-UNSAID = {"flips": NONE, "threshold": THRESHOLD, "largest_component": False, "min_size_mm3": 0.0, "dtype": "float32"}
-SAID_AS = {"min_size": "min_size_mm3"}
 README = (
     "Super-resolution and segmentation by fastsrgan. desc-sr: the image on a finer grid; desc-cortex: the structure "
     "that the model was trained to segment. Each JSON names the source and holds weights, settings and versions.\n"
 )
 
 
+@takes_options(files=True)
 def infer_bids(
     dataset: str | os.PathLike,
     out_dir: str | os.PathLike,
@@ -70,26 +67,29 @@ def infer_bids(
     participants: Sequence[str] = (),
     sessions: Sequence[str] = (),
     suffixes: Sequence[str] = SUFFIXES,
+    desc: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     ranks: Ranks = ALONE,
+    progress: Progress = QUIET,
     **options: Any,
 ) -> dict[str, Any]:
-    """Apply a model to the T1w and T2w images of a BIDS dataset and write a derivatives dataset.
+    """Apply a model to the anatomical images of a BIDS dataset and write a derivatives dataset.
 
     Parameters
     ----------
     dataset : root of the dataset
     out_dir : of the derivatives; an existing dataset of another kind is refused
     participants, sessions, suffixes : which images; none: all
+    desc : of images that are derivatives themselves, such as "preproc"
     overwrite, resume : what to do with derivatives that are there: replace them, or leave those images out
-    weights, ranks, options : of ``infer_files``
+    weights, ranks, progress, options : of ``infer_files``
 
     Returns the summary of ``infer_files`` with the names in the dataset. Raises what that raises, and SomeFailed after
     every other image is done and in its place; InputError for a dataset that cannot be used.
     """
-    root, out = Path(dataset), Path(out_dir)
-    found = find_bids(root, participants, sessions, suffixes)
+    root, out, settings = Path(dataset), Path(out_dir), InferSettings.of(options)
+    found = find_bids(root, participants, sessions, suffixes, desc)
     said = read_json(out / DESCRIPTION)
     if real(out) == real(root) or (said and said.get("DatasetType") != "derivative"):
         raise UsageError(out, "is a dataset of its own", "give the derivatives their own folder")
@@ -98,7 +98,7 @@ def infer_bids(
         reason = f"{len(done)} of {len(found)} derivatives exist and are kept, the first is {done[0].derived('sr')}"
         raise UsageError(out, reason, "--overwrite, --resume or another folder")
     if done and not overwrite:
-        _check_same(out, done, weights, options)
+        _check_same(out, done, weights, settings.on(str(pick_device(settings.device))))
     todo = found if overwrite else [image for image in found if image not in done]
     items = [{"input": str(i.path), "stem": images.stem(i.path), "status": "skipped"} for i in found if i not in todo]
     stage = output_folder(out) / STAGE
@@ -109,7 +109,14 @@ def infer_bids(
             paths = [image.path for image in todo]
             # What a killed run left on the stage is good if it was made with these settings; else it says so.
             summary = infer_files(
-                paths, stage, weights, overwrite=overwrite, resume=not overwrite, ranks=ranks, **options
+                paths,
+                stage,
+                weights,
+                overwrite=overwrite,
+                resume=not overwrite,
+                ranks=ranks,
+                progress=progress,
+                **options,
             )
         except SomeFailed as error:
             failure, summary = error, error.summary
@@ -130,7 +137,7 @@ def infer_bids(
     return summary
 
 
-def _check_same(out: Path, done: Sequence[BidsImage], weights: Any, options: dict[str, Any]) -> None:
+def _check_same(out: Path, done: Sequence[BidsImage], weights: Any, settings: InferSettings) -> None:
     """Raise UsageError where derivatives were made of another image, or with other weights or settings."""
     sources = [weight_files.default_weights()] if weights is None else weights
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
@@ -142,9 +149,7 @@ def _check_same(out: Path, done: Sequence[BidsImage], weights: Any, options: dic
         models = model["averaged"] if isinstance(model.get("averaged"), list) else [model]
         differing = ["weights"] * ([mapping(one).get("sha256") for one in models] != now)
         differing += ["image"] * (mapping(record.get("input")).get("sha256") != images.sha256(image.path))
-        then = UNSAID | mapping(record.get("asked"))
-        asked = finite({SAID_AS.get(key, key): value for key, value in options.items()})
-        differing += [k for k, v in asked.items() if k in then and k not in ("batch", "device") and then[k] != v]
+        differing += settings.differing(mapping(record.get("asked")))
         if differing:
             reason = f"was made with another {', '.join(differing)}"
             raise UsageError(target, reason, "--overwrite replaces it, or choose another folder")
@@ -229,6 +234,7 @@ def evaluate_bids(
     truth: str | os.PathLike,
     *,
     png: str | os.PathLike | None = None,
+    choice: Choice = AS_IT_IS,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Evaluate what ``infer_bids`` made against a dataset of the same names.
@@ -241,7 +247,7 @@ def evaluate_bids(
     if not root.is_dir():
         raise InputError(root, "is no folder", "evaluate --bids DERIVATIVES DATASET")
     items = [_item(image, root) for image in find_bids(out, desc="sr")]
-    return evaluate_items(out, items, png=png, progress=progress)
+    return evaluate_items(out, items, png=png, choice=choice, progress=progress)
 
 
 def _item(image: BidsImage, root: Path) -> Item:

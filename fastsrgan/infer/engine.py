@@ -4,49 +4,41 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsrgan.core.runtime import QUIET, Progress
 from fastsrgan.errors import ResourceError
 from fastsrgan.infer import tiles
-from fastsrgan.infer.network import TileNetwork, check_batch, check_precision, out_of_memory, pick_precision
+from fastsrgan.infer.network import TileNetwork, out_of_memory
 from fastsrgan.infer.planes import Sink, Source, Whole
 from fastsrgan.infer.region import Region
+from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.stitch import Stitcher
 from fastsrgan.infer.sweep import Sweep
 
-__all__ = ["check_batch", "check_precision", "pick_precision", "predict", "stream"]
-
 log = logging.getLogger("fastsrgan")
+
+DEFAULTS = InferSettings()
 
 
 def predict(
     volume_XYZ: Tensor,
     plan: tiles.TilePlan,
-    generator: nn.Module,
-    slice_mm: float,
+    network: TileNetwork,
+    settings: InferSettings = DEFAULTS,
     *,
-    device: torch.device | str = "cpu",
-    precision: str = "fp32",
-    compile: str = "auto",
-    window: str = "constant",
-    batch: str | int = "auto",
     region: Region | None = None,
     progress: Progress = QUIET,
     label: str = "infer",
 ) -> tuple[Tensor, dict]:
-    """Apply a generator to a normalised volume, densely.
+    """Apply a network to a normalised volume, densely.
 
     Parameters
     ----------
     volume_XYZ : (X, Y, Z) float32 on the CPU, of the plan's shape
-    generator : ``G(x)``, or ``G(x, slice_mm)`` where ``G.spec.conditional``; moved to the device
-    precision : "fp32", "bf16" or "fp16"
-    compile : "on", "off" or "auto", see ``compiled``
-    batch : tiles per forward pass; "auto" estimates it. It is halved when memory runs out.
+    settings : of which the window and the batch count here
     region : where results are wanted; elsewhere channel 0 is the volume and the others are 0
 
     Returns
@@ -58,7 +50,6 @@ def predict(
     ------
     UsageError : an impossible batch. ResourceError : no memory for a single tile.
     """
-    network = TileNetwork(generator, slice_mm, device, precision, compile)
     out: list[Tensor] = []
 
     def keep(first: int, planes: Tensor) -> None:
@@ -67,15 +58,14 @@ def predict(
         out[0][:, first : first + planes.shape[1]] = planes
 
     if network.device.type != "cpu":
-        shown: dict[str, Any] = {"region": region, "progress": progress, "label": label}
-        facts = stream(Whole(volume_XYZ), plan, network, keep, window=window, batch=batch, **shown)
+        facts = stream(Whole(volume_XYZ), plan, network, keep, settings, region=region, progress=progress, label=label)
         return out[0], facts
-    network.choose_batch(batch, plan)
+    network.choose_batch(settings.batch, plan)
     sweep = Sweep(Whole(volume_XYZ), plan, network, region=region, progress=progress)
     made: list[Stitcher] = []
 
     def stitcher(channels: int) -> Stitcher:
-        made.append(Stitcher(plan, channels, window, finished=finisher(sweep, lambda first, planes: None)))
+        made.append(Stitcher(plan, channels, settings.window, finished=finisher(sweep, lambda first, planes: None)))
         return made[0]
 
     with sweep.timed(label):
@@ -88,9 +78,8 @@ def stream(
     plan: tiles.TilePlan,
     network: TileNetwork,
     sink: Sink,
+    settings: InferSettings = DEFAULTS,
     *,
-    window: str = "constant",
-    batch: str | int = "auto",
     region: Region | None = None,
     done: int = 0,
     progress: Progress = QUIET,
@@ -100,7 +89,7 @@ def stream(
 
     done : planes that the sink has from a run before this one, with the same batch
     """
-    network.choose_batch(batch, plan)
+    network.choose_batch(settings.batch, plan)
     sweep = Sweep(source, plan, network, region=region, progress=progress)
     written = [done]
 
@@ -115,9 +104,8 @@ def stream(
             first = sweep.restart(written[0])
 
             def stitcher(channels: int, place: torch.device = place, first: int = first) -> Stitcher:
-                return Stitcher(
-                    plan, channels, window, place, finished=finisher(sweep, write), rolling=True, first=first
-                )
+                finished = finisher(sweep, write)
+                return Stitcher(plan, channels, settings.window, place, finished=finished, rolling=True, first=first)
 
             try:
                 sweep.run(stitcher, first)

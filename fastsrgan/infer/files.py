@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,16 @@ from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.core.runtime import QUIET, Progress
 from fastsrgan.core.temporary import remove_abandoned
 from fastsrgan.errors import ModelError, PartialFailure, UsageError
-from fastsrgan.infer import tiles
-from fastsrgan.infer.averaged import NONE
 from fastsrgan.infer.cohort import Cohort, together
-from fastsrgan.infer.image import DTYPES, Job, compute, load, names, write
+from fastsrgan.infer.image import Job, compute, load, names, write
 from fastsrgan.infer.memory import SHARE, free_memory
-from fastsrgan.infer.modes import HEAD
 from fastsrgan.infer.room import need_room
-from fastsrgan.infer.volume import Resolution, Step, check_settings
-from fastsrgan.io import nifti as images
+from fastsrgan.infer.settings import HEAD, InferSettings, takes_options
 from fastsrgan.io.image_list import Image, find_images
 from fastsrgan.model import weights as weight_files
 from fastsrgan.model.networks import Generator
-from fastsrgan.volume.components import THRESHOLD, Filters
+
+log = logging.getLogger("fastsrgan")
 
 SUMMARY = "infer_summary.json"
 PathLike = str | os.PathLike
@@ -38,39 +37,17 @@ class SomeFailed(PartialFailure):
     summary: dict
 
 
+@takes_options(files=True)
 def infer_files(
     inputs: Sequence[PathLike],
     out_dir: PathLike,
     weights: PathLike | Sequence[PathLike] | None = None,
     *,
-    patch: tiles.PerAxis = 128,
-    step: Step = 30,
-    new_resolution: Resolution = None,
-    device: str = "auto",
-    geometry: str = "physical",
-    window: str = "constant",
-    batch: str | int = "auto",
-    precision: str = "auto",
-    compile: str = "auto",
-    budget: float | None = None,
-    mask: str | os.PathLike | None = None,
-    max_memory: int | None = None,
-    precision_check: bool = False,
-    flips: str = NONE,
-    threshold: float = THRESHOLD,
-    largest_component: bool = False,
-    min_size: float = 0.0,
-    dtype: str = "float32",
-    save_prob: bool = False,
-    png: bool = False,
     overwrite: bool = False,
     resume: bool = False,
-    series: str | None = None,
-    volume: int | None = None,
-    max_voxels: int = images.MAX_VOXELS,
     ranks: Ranks = ALONE,
-    split_volume: bool = False,
     progress: Progress = QUIET,
+    **options: Any,
 ) -> dict:
     """Super-resolve and segment images.
 
@@ -85,17 +62,12 @@ def infer_files(
     inputs : NIfTI files, folders of them, DICOM folders or files, and .txt or .csv lists; see ``image_list``
     weights : any weight file (``fastsrgan.load_generator``); several give the mean of their SR and of their
         probabilities; None takes the model shipped with the package
-    patch ... flips : see ``infer.infer_volume``; ``mask`` is the file of an image's mask, or "head". What
-        does not fit into ``max_memory`` bytes is done by slabs into files beside the result, taken away at the end
-    threshold, largest_component, min_size : of the segmentation, mm^3; see ``components.Filters``
-    dtype : of the SR image: "float32", or "input": rounded and clipped to the type and scaling of the image it was
-        made of where that is an integer type
     overwrite, resume : what to do with results that are there: replace them; or keep those that are complete and were
         made of the same image with the same weights and settings. Without either, they are refused before any work.
-    series : which series of a DICOM folder, see ``dicom.select``; the results' names then end in ``_series-N``
-    volume, max_voxels : see ``images.load``
-    ranks : of a torchrun job that this process is one of. Each image is done by one of them, the largest first; with
-        ``split_volume`` by all of them, one machine, see ``split``. Every rank returns the same, rank 0 writes it.
+    ranks : of a torchrun job that this process is one of. Each image is done by one of them, the largest first, or by
+        all of them where volumes are split. Every rank returns the same, rank 0 writes it.
+    options : patch, step and all others that ``infer_settings.InferSettings`` describes. What does not fit into memory
+        is done by slabs into files beside the result, taken away at the end
 
     Returns
     -------
@@ -107,54 +79,28 @@ def infer_files(
     UsageError, ModelError, ResourceError : before any work. SomeFailed (with the summary), after every other volume is
     done, when a volume failed; its own error when there is only one.
     """
-    check_settings(patch, step, new_resolution, geometry, window, batch, precision, budget, max_memory, flips, compile)
-    filters = Filters(threshold, largest_component, min_size)
-    if dtype not in DTYPES:
-        raise UsageError("dtype", f"{dtype!r} is not allowed", " or ".join(DTYPES))
-    if split_volume and ranks.world == 1:
+    settings = InferSettings.of(options)
+    if settings.split_volume and ranks.world == 1:
         raise UsageError("--split-volume", "needs several processes", "torchrun --nproc-per-node N -m fastsrgan infer")
-    found = find_images(inputs, out_dir, series)
-    if mask is not None and str(mask) != HEAD and len(found) > 1:
+    found = find_images(inputs, out_dir, settings.series)
+    if settings.mask is not None and str(settings.mask) != HEAD and len(found) > 1:
         raise UsageError("mask", f"one file for {len(found)} images", f"{HEAD}, or one image at a time")
-    where = runtime.pick_device(device)
+    chosen = settings.step is None
+    settings = settings.on(str(runtime.pick_device(settings.device)))
+    if chosen and settings.patch is not None:
+        log.info("tiles of %s voxels, %s apart: --patch and --step choose others", settings.patch, settings.step)
     out = runtime.output_folder(out_dir)
     generators, model = _models(weights)
-    asked = {"patch": patch, "step": step, "new_resolution": new_resolution, "geometry": geometry, "window": window}
-    asked |= {"batch": batch, "precision": precision, "device": str(where)}
-    asked |= {"budget": budget, "mask": None if mask is None else str(mask)}
-    asked |= (
-        ({} if compile == "auto" else {"compile": compile})
-        | ({} if flips == NONE else {"flips": flips})
-        | filters.asked
-        | ({} if dtype == "float32" else {"dtype": dtype})
-    )
-    if max_memory is None and ranks.local_world > 1:
-        max_memory = int(SHARE * free_memory() / ranks.local_world)
-    job = Job(
-        out=out,
-        generators=generators,
-        model=model,
-        asked=asked,
-        filters=filters,
-        dtype=dtype,
-        save_prob=save_prob,
-        png=png,
-        series=series,
-        volume=volume,
-        max_voxels=max_voxels,
-        max_memory=max_memory,
-        precision_check=precision_check,
-        provenance=runtime.provenance(),
-        progress=progress,
-        resume=resume,
-    )
+    if settings.max_memory is None and ranks.local_world > 1:
+        settings = replace(settings, max_memory=int(SHARE * free_memory() / ranks.local_world))
+    job = Job(out, generators, model, settings, runtime.provenance(), progress, resume)
     _check_outputs(found, job, overwrite or resume)
     if ranks.rank == 0:
         need_room(found, job)
     ranks.agree("images", [image.name for image in found])  # nobody writes before all have looked
     if ranks.world == len(found) == 1:
         items, lost = [_alone(found[0], job)], False
-    elif split_volume:
+    elif settings.split_volume:
         items, lost = together(job, found, ranks), False
     else:
         cohort = Cohort(job, found, ranks)
@@ -216,7 +162,7 @@ def _alone(image: Image, job: Job) -> dict[str, Any]:
 def _check_outputs(found: Sequence[Image], job: Job, replace: bool) -> None:
     """Before any work: folders are there, nothing that exists is written over unasked, and no input ever."""
     inputs = {os.path.realpath(image.path) for image in found}
-    inputs |= {os.path.realpath(mask) for mask in [job.asked["mask"]] if mask not in (None, HEAD)}
+    inputs |= {os.path.realpath(mask) for mask in [job.settings.mask] if mask not in (None, HEAD)}
     for folder in {job.record(image).parent for image in found} - {job.out}:
         runtime.output_folder(folder)
     standing = []

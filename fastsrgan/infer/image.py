@@ -15,21 +15,21 @@ import numpy as np
 from fastsrgan.core import runtime
 from fastsrgan.core.runtime import Progress
 from fastsrgan.errors import InputError, ModelError, UsageError
+from fastsrgan.infer.interpolated import nearest
 from fastsrgan.infer.memory import Beside
-from fastsrgan.infer.modes import HEAD
+from fastsrgan.infer.settings import HEAD, InferSettings
 from fastsrgan.infer.split import Together
-from fastsrgan.infer.volume import InferResult, infer_volume
+from fastsrgan.infer.volume import InferResult, process
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import Image
 from fastsrgan.model.networks import Generator
-from fastsrgan.pictures.figure import Column, planes_figure
-from fastsrgan.volume.components import Filters, segment
+from fastsrgan.volume.components import segment
 from fastsrgan.volume.geometry import Volume
+from fastsrgan.volume.oddities import on_zeros, outliers
 
 log = logging.getLogger("fastsrgan")
 
-DTYPES = ("float32", "input")
 LONGEST_NAME = 255  # bytes that the file systems in use allow
 
 
@@ -37,32 +37,29 @@ LONGEST_NAME = 255  # bytes that the file systems in use allow
 class Job:
     """What holds for every volume of one call.
 
-    model : of the record; ``asked`` : the settings of ``infer_volume`` and others that decide about a result
-    dtype : of the SR image, in ``DTYPES``
+    model : of the record
+    settings : ``mask`` is the path of an image, or "head"
     """
 
     out: Path
     generators: tuple[Generator, ...]
     model: dict
-    asked: dict
-    filters: Filters
-    dtype: str
-    save_prob: bool
-    png: bool
-    series: str | None
-    volume: int | None
-    max_voxels: int
-    max_memory: int | None
-    precision_check: bool
+    settings: InferSettings
     provenance: dict
     progress: Progress
     resume: bool
 
     def outputs(self, image: Image) -> dict[str, Path]:
         """Every file of one image, by kind; the JSON is written last and stands for the whole."""
-        kinds = ["sr", "seg"] + ["mask"] * bool(self.generators[0].spec.mask_classes) + ["prob"] * self.save_prob
+        kinds = (
+            ["sr", "seg"] + ["mask"] * bool(self.generators[0].spec.mask_classes) + ["prob"] * self.settings.save_prob
+        )
         files = {kind: self.out / f"{image.name}_{kind}.nii.gz" for kind in kinds}
-        return files | ({"png": self.out / f"{image.name}.png"} if self.png else {}) | {"json": self.record(image)}
+        return (
+            files
+            | ({"png": self.out / f"{image.name}.png"} if self.settings.png else {})
+            | {"json": self.record(image)}
+        )
 
     def record(self, image: Image) -> Path:
         """The record of one image."""
@@ -96,17 +93,19 @@ def load(image: Image, job: Job) -> Loaded | None:
         log.info("%s: finished before, skipped", image.path)
         return None
     _check_places(image, job)
-    volume = any_image.load_any(image.path, series=job.series, volume=job.volume, max_voxels=job.max_voxels)
+    asked = job.settings
+    volume = any_image.load_any(image.path, series=asked.series, volume=asked.volume, max_voxels=asked.max_voxels)
+    volume = replace(volume, warnings=(*volume.warnings, *outliers(volume.data)))
     for warning in volume.warnings:
         log.warning("%s: %s", image.path, warning)
-    mask = job.asked["mask"]
+    mask = asked.mask
     if mask not in (None, HEAD):
-        inside = any_image.load_mask(mask, volume, max_voxels=job.max_voxels)
+        inside = any_image.load_mask(mask, volume, max_voxels=asked.max_voxels)
         for warning in inside.warnings:
             log.warning("%s: %s", mask, warning)
         told = (*volume.warnings, *(f"mask: {warning}" for warning in inside.warnings))
         volume, mask = replace(volume, warnings=told), inside.data
-    return Loaded(image, volume, mask, any_image.sha256(image.path, job.series), time.perf_counter() - began)
+    return Loaded(image, volume, mask, any_image.sha256(image.path, asked.series), time.perf_counter() - began)
 
 
 def _check_places(image: Image, job: Job) -> None:
@@ -124,21 +123,17 @@ def compute(
 ) -> Loaded:
     """The second stage: the image through the model."""
     began = time.perf_counter()
-    settings = {k: v for k, v in job.asked.items() if k not in ("mask", "dtype", *job.filters.asked)}
     try:
-        loaded.result = infer_volume(
+        loaded.result = process(
             loaded.volume.data,
             loaded.volume.affine,
             job.generators,
-            max_memory=job.max_memory,
+            replace(job.settings, mask=loaded.mask),
             scratch=job.planes(loaded.image),
-            precision_check=job.precision_check,
             beside=beside,
             together=together,
             progress=job.progress,
             label=label,
-            mask=loaded.mask,
-            **settings,
         )
     except InputError as error:
         raise InputError(loaded.image.path, error.reason, error.hint) from error
@@ -154,51 +149,64 @@ def bytes_while_writing(loaded: Loaded, job: Job) -> int:
     result = loaded.result
     assert result is not None
     held = 0 if isinstance(result.sr, np.memmap) else result.sr.nbytes + result.prob.nbytes
-    filtered, scaled = job.filters.largest or job.filters.min_mm3, job.dtype == "input"
+    filtered, scaled = job.settings.largest_component or job.settings.min_size, job.settings.dtype == "input"
     labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * scaled  # bytes a voxel
-    return held + labels * result.sr.size + (loaded.volume.data.nbytes if job.png else 0)
+    return held + labels * result.sr.size + (loaded.volume.data.nbytes if job.settings.png else 0)
 
 
 def write(loaded: Loaded, job: Job) -> dict[str, Any]:
     """The last stage: images onto the disk, then the record that stands for them, which is returned."""
     began, image, result, outputs = time.perf_counter(), loaded.volume, loaded.result, job.outputs(loaded.image)
+    settings = job.settings
     assert result is not None
     # The old record goes first: a kill between two files must not leave it standing beside new images.
     outputs["json"].unlink(missing_ok=True)
     code = image.meta.get("space_code", 1)
-    seg, filtered = segment(result.prob[0], abs(float(np.linalg.det(result.affine[:3, :3]))), job.filters)
+    voxel_mm3 = abs(float(np.linalg.det(result.affine[:3, :3])))
+    seg, filtered = segment(
+        result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, settings.min_size
+    )
     arrays = {"seg": seg, "prob": result.prob[0]}
+    geometry, wanted = result.report["geometry"], result.report["new_resolution"]
+    odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))
     if "mask" in outputs:
         arrays["mask"] = result.prob[1:].argmax(axis=0).astype(np.uint8)
-    more: dict[str, Any] = {"segmentation": job.filters.asked | filtered} if job.filters.asked else {}
-    if job.dtype == "input":
-        more["sr_stored"] = _save_as_input(outputs["sr"], result, image, code)
+    changed = settings.changed("segmentation")
+    more: dict[str, Any] = {"segmentation": changed | filtered} if changed else {}
+    if settings.dtype == "input":
+        stored = more["sr_stored"] = _save_as_input(outputs["sr"], result, image, code)
+        if clipped := stored.get("voxels_clipped"):
+            beyond = f"{clipped} of {result.sr.size} voxels of the SR image lie beyond {stored['dtype']}"
+            odd.append(f"{beyond} and were clipped: --dtype float32 keeps them")
     else:
         arrays = {"sr": result.sr, **arrays}
     for kind in (kind for kind in outputs if kind in arrays):
         images.save(outputs[kind], arrays[kind], result.affine, overwrite=True, code=code)
-    if job.png:
-        _picture(outputs["png"], loaded, result, seg, job.filters.threshold)
+    if settings.png:
+        _picture(outputs["png"], loaded, result, seg, settings.threshold)
     shutil.rmtree(job.planes(loaded.image), ignore_errors=True)
+    for warning in odd:
+        log.warning("%s: %s", loaded.image.path, warning)
     loaded.seconds += time.perf_counter() - began
     record = {
         "input": {
             "path": str(loaded.image.path.absolute()),
             "sha256": loaded.sha256,
-            "series": job.series,
-            "volume": job.volume,
+            "series": settings.series,
+            "volume": settings.volume,
             "shape": list(image.data.shape),
             "spacing_mm": list(image.spacing),
+            **({"dicom": image.meta["dicom"]} if "dicom" in image.meta else {}),
         },
         "weights": job.model,
         **result.report,
-        "threshold": job.filters.threshold,
+        "threshold": settings.threshold,
         **more,
         "affine": result.affine,
         "outputs": names(outputs),
-        "warnings": [*image.warnings, *result.report["warnings"]],
+        "warnings": [*image.warnings, *result.report["warnings"], *odd],
         "seconds": loaded.seconds,
-        "asked": job.asked,
+        "asked": settings.asked(),
         "provenance": job.provenance,
     }
     runtime.write_json(outputs["json"], record)
@@ -221,6 +229,8 @@ def _save_as_input(target: Path, result: InferResult, image: Volume, code: int) 
 
 def _picture(target: Path, loaded: Loaded, result: InferResult, seg: np.ndarray, threshold: float) -> None:
     """Image, SR, and the segmentation's outline on the SR."""
+    from fastsrgan.pictures.figure import Column, planes_figure
+
     sr, low = Volume(result.sr, result.affine), loaded.volume
     columns = [
         Column(low, "Image", f"{_millimetres(low)}\nvoxels as acquired", nearest=True),
@@ -256,24 +266,15 @@ def finished(image: Image, job: Job) -> bool:
     """Whether this image was done with these weights and settings. Raises UsageError where it was done with others."""
     outputs = job.outputs(image)
     record = runtime.read_json(outputs["json"])
-    now = {"weights": job.model["sha256"], "volume": job.volume, **_decisive(runtime.finite(job.asked))}
     try:
-        then = {
-            "weights": record["weights"]["sha256"],
-            "volume": record["input"]["volume"],
-            **_decisive(record["asked"]),
-        }
-        same_image = record["input"]["sha256"] == any_image.sha256(image.path, job.series)
-    except (KeyError, TypeError, AttributeError):
+        differing = ["weights"] * (record["weights"]["sha256"] != job.model["sha256"])
+        differing += ["volume"] * (record["input"]["volume"] != job.settings.volume)
+        differing += job.settings.differing(record["asked"])
+        differing += ["input"] * (record["input"]["sha256"] != any_image.sha256(image.path, job.settings.series))
+    except (KeyError, TypeError, AttributeError, ValueError):
         return False
-    differing = [key for key in now | then if now.get(key) != then.get(key)] + ["input"] * (not same_image)
     if differing:
         known = dict.fromkeys(key if key.isidentifier() and len(key) < 40 else "setting" for key in differing)
         reason = f"was made with another {', '.join(known)}"
         raise UsageError(outputs["json"], reason, "--overwrite replaces it, or choose another folder")
     return all(target.exists() for target in outputs.values())
-
-
-def _decisive(asked: dict) -> dict:
-    """The settings that change a result; a restart may run on another device."""
-    return {key: value for key, value in asked.items() if key not in ("batch", "device")}

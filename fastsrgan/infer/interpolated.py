@@ -6,18 +6,27 @@ a plane has the same bits in memory, by slabs and after a restart.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastsrgan.core.units import times
+from fastsrgan.errors import InputError, ResourceError
+from fastsrgan.infer.settings import Resolution, millimetres
 from fastsrgan.infer.tiles import Triple
 from fastsrgan.volume.geometry import Orientation, centre_coordinates, grid_size
 from fastsrgan.volume.intensity import Normaliser
-from fastsrgan.volume.resample import apply_axes, upsample_matrix
+from fastsrgan.volume.resample import SAME, apply_axes, upsample_matrix
+
+log = logging.getLogger("fastsrgan")
 
 BLOCK = 16  # planes made at a time
+MAX_VOXELS = 2**31  # of the grid
+GROWTH = 200  # times the image's voxels, unasked: 10 mm slices of 0.2 mm pixels give 50
 
 
 class Interpolated:
@@ -109,3 +118,46 @@ class Results:
         for n in range(planes_CnYZ.shape[1]):
             self.sr[first + n] = self.norm.invert(planes_CnYZ[0, n].numpy())
             self.prob[:, first + n] = planes_CnYZ[1:, n].numpy()
+
+
+def target_spacing(
+    spacing_mm: Sequence[float], shape: Sequence[int], new_resolution: Resolution
+) -> tuple[float, float, float]:
+    """The voxel size of the result in mm, stored axis order; see ``infer_settings``.
+
+    An axis that already has the wanted size (within 1 % of the finest for None; within 0.1 % and with the same number
+    of voxels otherwise) keeps its own, so it is not interpolated over rounding in a header.
+    Raises UsageError as ``infer_settings.millimetres``, ResourceError beyond 2^31 voxels, InputError where nothing was
+    asked for and the image's own sizes would make it more than 200 times as large.
+    """
+    own, sizes = tuple(float(s) for s in spacing_mm), millimetres(new_resolution)
+    if sizes is None:
+        finest = min(own)
+        wanted = tuple(s if s <= finest * (1 + SAME) else finest for s in own)
+    elif sizes == "same":
+        wanted = own
+    else:
+        wanted = tuple(
+            s if abs(r / s - 1) < 1e-3 and grid_size(n, s, r) == n else float(r)
+            for r, s, n in zip(sizes, own, shape, strict=True)
+        )
+    voxels = math.prod(n * s / w for n, s, w in zip(shape, own, wanted, strict=True))
+    if voxels > MAX_VOXELS:
+        reason = f"{times(wanted)} mm makes {voxels:.3g} voxels"
+        raise ResourceError("new resolution", reason, "ask for a coarser resolution")
+    if sizes is None and voxels > GROWTH * math.prod(shape):
+        reason = (
+            f"voxels of {times(own)} mm: {min(own):g} mm along all axes makes {voxels:.3g} voxels of {math.prod(shape)}"
+        )
+        raise InputError("image", reason, "correct the header, or say --new-resolution MM if the sizes are right")
+    return wanted  # type: ignore[return-value]
+
+
+def coarser(spacing_mm: Sequence[float], wanted_mm: Sequence[float]) -> list[str]:
+    """A warning, logged and given back, where the result has larger voxels than the image."""
+    axes = [d for d in range(3) if wanted_mm[d] > spacing_mm[d] * (1 + SAME)]
+    if not axes:
+        return []
+    warning = f"the new resolution is coarser than the image along axis {', '.join(map(str, axes))}: details may alias"
+    log.warning(warning)
+    return [warning]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsrgan.core.runtime import QUIET, Progress
 from fastsrgan.errors import InputError, ModelError, UsageError
@@ -20,12 +19,12 @@ from fastsrgan.infer.interpolated import Interpolated, Results, nearest
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Unfinished, Whole
 from fastsrgan.infer.region import Region, from_box, from_mask, head_box
+from fastsrgan.infer.settings import HEAD, InferSettings
 from fastsrgan.volume.geometry import Orientation
 from fastsrgan.volume.intensity import Normaliser
 
 log = logging.getLogger("fastsrgan")
 
-HEAD = "head"  # the mask that is found in the image itself
 BRIGHTER = 10  # times as bright as the image: no tissue is
 
 # SR (X, Y, Z) and probabilities (C - 1, X, Y, Z) on stored axes, and how it went
@@ -38,6 +37,7 @@ class Prepared:
 
     source : what tiles are cut from, processed axes
     spacing, wanted : voxel sizes of the image and of the result in mm, stored axis order
+    region : where results are wanted, on the grid of the source; None: everywhere
     """
 
     source: Interpolated | Whole
@@ -46,6 +46,7 @@ class Prepared:
     spacing: tuple[float, float, float]
     wanted: tuple[float, float, float]
     geometry: str
+    region: Region | None = None
 
     @property
     def slice_mm(self) -> float:
@@ -59,71 +60,51 @@ class Prepared:
     def stored(self, out_CXYZ: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Undo scale and orientation, in place; views of one array."""
         with torch.inference_mode():
-            out_CXYZ[0].mul_(self.norm.scale).clamp_(min=self.norm.floor)
+            self.norm.invert_(out_CXYZ[0])
         out = self.turn.undo(out_CXYZ.numpy())
         return out[0], out[1:]
 
 
-@dataclass(frozen=True)
-class How:
-    """What holds for every way."""
-
-    generator: nn.Module
-    device: torch.device
-    precision: str
-    window: str
-    region: Region | None = None
-    progress: Progress = QUIET
-    label: str = "infer"
-    compile: str = "auto"
-
-    def network(self, image: Prepared) -> TileNetwork:
-        """The generator on its device."""
-        return TileNetwork(self.generator, image.slice_mm, self.device, self.precision, self.compile)
-
-    @property
-    def shown(self) -> dict[str, Any]:
-        """What every way passes on."""
-        return {"window": self.window, "region": self.region, "progress": self.progress, "label": self.label}
-
-
-def in_memory(image: Prepared, plan: tiles.TilePlan, how: How, batch: int) -> Done:
+def in_memory(
+    image: Prepared,
+    plan: tiles.TilePlan,
+    network: TileNetwork,
+    settings: InferSettings,
+    progress: Progress = QUIET,
+    label: str = "infer",
+) -> Done:
     """``engine.predict``."""
-    out, facts = predict(
-        image.whole(),
-        plan,
-        how.generator,
-        image.slice_mm,
-        device=how.device,
-        precision=how.precision,
-        compile=how.compile,
-        batch=batch,
-        **how.shown,
-    )
+    out, facts = predict(image.whole(), plan, network, settings, region=image.region, progress=progress, label=label)
     return *image.stored(out), facts
 
 
-def within(image: Prepared, steps: Sequence[anytime.Level], how: How, batch: int, budget: float) -> Done:
+def by_levels(
+    image: Prepared,
+    steps: Sequence[anytime.Level],
+    network: TileNetwork,
+    settings: InferSettings,
+    progress: Progress = QUIET,
+    label: str = "infer",
+) -> Done:
     """``anytime.refine``."""
     out, facts = anytime.refine(
-        image.whole(),
-        steps,
-        how.generator,
-        image.slice_mm,
-        budget=budget,
-        device=how.device,
-        precision=how.precision,
-        compile=how.compile,
-        batch=batch,
-        **how.shown,
+        image.whole(), steps, network, settings, region=image.region, progress=progress, label=label
     )
     return *image.stored(out), facts
 
 
-def by_slabs(image: Prepared, plan: tiles.TilePlan, how: How, batch: int, folder: Path, key: str) -> Done:
+def by_slabs(
+    image: Prepared,
+    plan: tiles.TilePlan,
+    network: TileNetwork,
+    settings: InferSettings,
+    folder: Path,
+    key: str,
+    progress: Progress = QUIET,
+    label: str = "infer",
+) -> Done:
     """``engine.stream`` into files in ``folder``; goes on where a killed run with the same ``key`` ended."""
-    network = how.network(image)
-    files = Unfinished(folder, key, result_shapes(image, plan, network), plan.shape[0], {"batch": batch})
+    files = Unfinished(folder, key, result_shapes(image, plan, network), plan.shape[0], {"batch": settings.batch})
     begun_at = files.done
 
     def write(first: int, planes: Tensor) -> None:
@@ -131,7 +112,11 @@ def by_slabs(image: Prepared, plan: tiles.TilePlan, how: How, batch: int, folder
         files.note(first + planes.shape[1])
 
     # The batch of the run that began: other batches would round otherwise.
-    facts = stream(image.source, plan, network, write, batch=files.facts["batch"], done=files.done, **how.shown)
+    settings = replace(settings, batch=files.facts["batch"])
+    facts = stream(
+        image.source, plan, network, write, settings,
+        region=image.region, done=files.done, progress=progress, label=label,
+    )  # fmt: skip
     arrays = files.finish()
     return arrays["sr"], arrays["prob"], facts | {"begun_at_plane": begun_at}
 
@@ -170,7 +155,7 @@ def find_region(
     return found, {"kind": "mask", "voxels": int(np.count_nonzero(found.mask))}
 
 
-def looked_at(done: tuple[np.ndarray, np.ndarray], data_XYZ: np.ndarray, precision: str, label: str) -> list[str]:
+def check_result(done: tuple[np.ndarray, np.ndarray], data_XYZ: np.ndarray, precision: str, label: str) -> list[str]:
     """Warnings about a result that no image has: one value everywhere, or far brighter than the image it is made of.
 
     Raises ModelError where a voxel is NaN or infinite: weights that are finite may still give that.

@@ -17,14 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastsrgan.config import MIN_SIZE
 from fastsrgan.core.rearranged import held, kept_bytes
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.infer import tiles
 from fastsrgan.infer.activations import Needs, needs
+from fastsrgan.infer.settings import check_batch
 from fastsrgan.model import compiled
+from fastsrgan.model.arithmetic import inference_test
 from fastsrgan.model.cpu import forms
-from fastsrgan.model.networks import MIN_SIZE, Generator
-from fastsrgan.train.precision import inference_test
+from fastsrgan.model.networks import Generator
 
 log = logging.getLogger("fastsrgan")
 
@@ -39,27 +41,15 @@ CUDA_SHARE = 0.6  # of the free memory, planned for one batch
 _counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Needs]] = weakref.WeakKeyDictionary()
 
 
-def check_precision(name: str) -> str:
-    """``name`` if it is auto or a known precision, else UsageError."""
-    if name != "auto" and name not in PRECISIONS:
-        raise UsageError("precision", f"{name!r} is not allowed", f"auto, {', '.join(PRECISIONS)}")
-    return name
-
-
-def check_batch(batch: str | int) -> str | int:
-    """``batch`` if it is auto or a number of tiles, else UsageError."""
-    if batch != "auto" and (not isinstance(batch, int) or batch < 1):
-        raise UsageError("batch", f"{batch!r} is not allowed", "auto, or a number of tiles from 1 up")
-    return batch
-
-
 def pick_precision(name: str, device: torch.device) -> str:
     """The precision that "auto" stands for on a device: fp16 on CUDA, else fp32. Says once what a CPU is slow at.
 
     fp16 is as fast as bf16 and closer to float32: SR by 2e-4 of the maximum instead of 1.5e-3.
     """
-    if check_precision(name) == "auto":
+    if name == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
+    if name not in PRECISIONS:
+        raise UsageError("precision", f"{name!r} is not allowed", f"auto, {', '.join(PRECISIONS)}")
     if device.type == "cpu" and name != "fp32":
         _warn_once(f"{name} is slower than fp32 on a CPU, and less exact: take --precision auto")
     return name

@@ -10,10 +10,9 @@ import numpy as np
 from fastsrgan.core import runtime
 from fastsrgan.errors import FastsrganError
 from fastsrgan.infer.image import Job
-from fastsrgan.infer.settings import target_spacing
-from fastsrgan.io import dicom
+from fastsrgan.infer.interpolated import target_spacing
+from fastsrgan.io import dicom, formats
 from fastsrgan.io import nifti as images
-from fastsrgan.io import nifti_header as nifti_check
 from fastsrgan.io.image_list import Image, size_of
 from fastsrgan.volume.geometry import grid_size, spacing_of
 
@@ -34,12 +33,12 @@ def bytes_of(image: Image, job: Job) -> int:
     try:
         if dicom.is_dicom(image.path):
             return size_of(image) // 2  # of the voxels that are there, whatever is added between them
-        file = nifti_check.examine(image.path, images.MAX_VOXELS)
+        file = formats.examine(image.path, images.MAX_VOXELS)
         own = spacing_of(file.affine)
-        wanted = target_spacing(own, file.shape, job.asked["new_resolution"])
+        wanted = target_spacing(own, file.shape, job.settings.new_resolution)
     except (FastsrganError, OSError):
         return 0
     voxels = math.prod(grid_size(n, a, b) for n, a, b in zip(file.shape, own, wanted, strict=True))
-    integer = job.dtype == "input" and np.dtype(file.dtype).kind in "iu"
+    integer = job.settings.dtype == "input" and np.dtype(file.dtype).kind in "iu"
     each = {"sr": np.dtype(file.dtype).itemsize if integer else 4, "prob": 4, "seg": PACKED, "mask": PACKED}
     return int(voxels * sum(each.get(kind, 0) for kind in job.outputs(image)))

@@ -1,114 +1,605 @@
-"""What may be asked of an inference, checked before any image is read; the voxel size of a result."""
+"""What may be asked of an inference: a row for each option, with all that is to be known of it.
+
+To add an option, add a field to ``InferSettings`` (its default, help, check, and whether a resumed run compares it) and
+use it where it acts. ``fastsrgan infer``, the keywords of ``infer_volume`` and ``infer_files``, the record of a result
+and what ``--resume`` compares follow from the row. Imports nothing that takes time.
+"""
 
 from __future__ import annotations
 
-import logging
+import argparse
+import inspect
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
 
-import numpy as np
+from fastsrgan.config import CHOICES, MIN_SIZE, SIZE_MULTIPLE
+from fastsrgan.core.runtime import finite
+from fastsrgan.errors import UsageError
 
-from fastsrgan.config import CHOICES
-from fastsrgan.core.units import times
-from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.infer import anytime, tiles
-from fastsrgan.infer.averaged import NONE, flip_axes
-from fastsrgan.infer.engine import check_batch, check_precision
-from fastsrgan.infer.windows import check_window
-from fastsrgan.io.nifti_header import SPACING_LIMITS
-from fastsrgan.volume.geometry import grid_size
-from fastsrgan.volume.resample import SAME, check_geometry
-
-log = logging.getLogger("fastsrgan")
-
-MAX_VOXELS = 2**31  # of the interpolated grid
-GROWTH = 200  # times the image's voxels, unasked: 10 mm slices of 0.2 mm pixels give 50
-
-Resolution = str | float | Sequence[float] | None  # see infer.infer_volume
+PerAxis = int | None | Sequence[int | None]
+Resolution = str | float | Sequence[float] | None
 Step = str | int | Sequence[int]
+F = TypeVar("F", bound=Callable[..., Any])
+
+HEAD = "head"  # the mask that is found in the image itself
+NONE, AXES = "none", "xyz"  # of ``flips``
+ALWAYS, CHANGED, ELSEWHERE = "always", "changed", "elsewhere"
+SAME: Any = object()  # as the default of the field
+PAPER_STEP = 30
 
 
-def check_settings(
-    patch: tiles.PerAxis,
-    step: Step,
-    new_resolution: Resolution,
-    geometry: str,
-    window: str,
-    batch: str | int,
-    precision: str,
-    budget: float | None = None,
-    max_memory: int | None = None,
-    flips: str = NONE,
-    compile: str = "auto",
-) -> None:
-    """Raise UsageError for settings of ``infer.infer_volume`` that no volume could be run with."""
-    check_geometry(geometry)
-    check_window(window)
-    if isinstance(step, str):
-        anytime.levels((1, 1, 1), patch, step)
-    else:
-        tiles.plan((1, 1, 1), patch, step)
-    target_spacing((1, 1, 1), (1, 1, 1), new_resolution)
-    check_batch(batch)
-    check_precision(precision)
-    flip_axes(flips)
-    if compile not in CHOICES["compile"]:
-        raise UsageError("compile", f"{compile!r} is not allowed", ", ".join(CHOICES["compile"]))
-    if budget is not None and not (math.isfinite(budget) and budget >= 0):
-        raise UsageError("budget", f"{budget} is not allowed", "seconds, 0 for the first level")
-    if max_memory is not None and max_memory < 1:
-        raise UsageError("max memory", f"{max_memory} is not allowed", "a number of bytes from 1 up")
+# --- text of the command line -------------------------------------------------------------------------------------
 
 
-def target_spacing(
-    spacing_mm: Sequence[float], shape: Sequence[int], new_resolution: Resolution
-) -> tuple[float, float, float]:
-    """The voxel size of the result in mm, stored axis order; see ``infer.infer_volume``.
+def tile_edge(text: str) -> int | None:
+    """``none`` or a number of voxels."""
+    if text.lower() == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of voxels nor none") from error
 
-    An axis that already has the wanted size (within 1 % of the finest for None; within 0.1 % and with the same number
-    of voxels otherwise) keeps its own, so it is not interpolated over rounding in a header.
-    Raises UsageError for sizes that are not positive, ResourceError beyond 2^31 voxels, InputError where nothing was
-    asked for and the image's own sizes would make it more than 200 times as large.
-    """
-    own = tuple(float(s) for s in spacing_mm)
+
+def step_size(text: str) -> int | str:
+    """``auto`` or a number of voxels."""
+    if text.lower() == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of voxels nor auto") from error
+
+
+def _in_units(text: str, units: dict[str, float], what: str) -> float:
+    number, unit = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
+    try:
+        value = float(number) * units[unit]
+    except (ValueError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from error
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return value
+
+
+def seconds(text: str) -> float:
+    """``60``, ``60s``, ``2m`` or ``1h``."""
+    return _in_units(text, {"": 1, "s": 1, "m": 60, "h": 3600}, "a time such as 60s, 2m or 1h")
+
+
+def memory(text: str) -> int:
+    """``8`` or ``8G`` for GiB, ``500M`` for MiB."""
+    return int(_in_units(text, {"": 2**30, "g": 2**30, "m": 2**20}, "a size such as 8G or 500M"))
+
+
+def voxels(text: str) -> int:
+    """``1000`` or ``1e9``: how many, from 1 up."""
+    try:
+        number = int(float(text))
+    except (ValueError, OverflowError):  # no number, NaN, infinite
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of voxels from 1 up")
+    return number
+
+
+def size(text: str) -> float | str:
+    """``same`` or a number of millimetres."""
+    if text.lower() == "same":
+        return "same"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a size in mm nor same") from error
+
+
+def batch_size(text: str) -> int | str:
+    """``auto`` or a number of tiles."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tiles nor auto") from error
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def per_axis(what: str, value: PerAxis | Step) -> tuple:
+    """One value for all axes, or three, as three. Raises UsageError."""
+    if value is None or isinstance(value, numbers.Integral):
+        value = (value,) * 3  # type: ignore[assignment]
+    try:
+        items = tuple(value)  # type: ignore[arg-type]
+        whole = tuple(None if v is None else int(v) for v in items)
+    except (TypeError, ValueError) as error:
+        raise UsageError(what, f"{value!r} is not allowed", "one whole number, or three") from error
+    if len(whole) != 3 or any(v != number for v, number in zip(items, whole, strict=True)):
+        raise UsageError(what, f"{value!r} is not allowed", "one whole number, or three")
+    return whole
+
+
+def check_tile(patch: int | None, step: int | None) -> None:
+    """Raise UsageError for an edge of tiles that the networks do not take, and for a distance that leaves gaps."""
+    if step is None or step < 1:
+        raise UsageError("step", f"{step} is not allowed", "a number of voxels from 1 up")
+    if patch is None:
+        return
+    if patch < MIN_SIZE or patch % SIZE_MULTIPLE:
+        below = max(MIN_SIZE, patch // SIZE_MULTIPLE * SIZE_MULTIPLE)
+        hint = f"multiples of {SIZE_MULTIPLE} from {MIN_SIZE} up; try {below} or {below + SIZE_MULTIPLE}"
+        raise UsageError("patch", f"{patch} is not allowed", hint)
+    if step > patch:
+        raise UsageError("step", f"{step} is larger than the patch, {patch}", "gaps would be left; at most the patch")
+
+
+def check_batch(batch: str | int) -> str | int:
+    """``batch`` if it is auto or a number of tiles, else UsageError."""
+    if batch != "auto" and (not isinstance(batch, int) or batch < 1):
+        raise UsageError("batch", f"{batch!r} is not allowed", "auto, or a number of tiles from 1 up")
+    return batch
+
+
+def millimetres(new_resolution: Resolution) -> Literal["same"] | tuple[float, ...] | None:
+    """``new_resolution`` as None, "same" or three sizes. Raises UsageError."""
+    from fastsrgan.volume.geometry import SPACING_LIMITS
+
     if new_resolution is None:
-        finest = min(own)
-        wanted = tuple(s if s <= finest * (1 + SAME) else finest for s in own)
-    elif isinstance(new_resolution, str):
-        if new_resolution != "same":
-            raise UsageError(
-                "new resolution", f"{new_resolution!r} is not allowed", "millimetres (one or three numbers), or same"
+        return None
+    if isinstance(new_resolution, str) and new_resolution == "same":
+        return "same"
+    if isinstance(new_resolution, str):
+        hint = "millimetres (one or three numbers), or same"
+        raise UsageError("new resolution", f"{new_resolution!r} is not allowed", hint)
+    try:
+        values = tuple(float(v) for v in new_resolution)  # type: ignore[union-attr]
+    except TypeError:
+        values = (float(new_resolution),)  # type: ignore[arg-type]
+    except ValueError:  # a word among the numbers
+        values = ()
+    values = values * 3 if len(values) == 1 else values
+    if len(values) != 3 or not all(math.isfinite(v) and v > 0 for v in values):
+        raise UsageError("new resolution", f"{new_resolution} is not allowed", "one or three positive millimetres")
+    if not all(SPACING_LIMITS[0] <= v <= SPACING_LIMITS[1] for v in values):
+        hint = "from {:g} to {:g} mm".format(*SPACING_LIMITS)
+        raise UsageError("new resolution", f"{new_resolution} is no size of voxels", hint)
+    return values
+
+
+def flip_axes(flips: str) -> tuple[int, ...]:
+    """ "none" -> (), "x" -> (0,), "xyz" -> (0, 1, 2). Raises UsageError for anything else."""
+    if flips == NONE:
+        return ()
+    if not flips or len(set(flips)) < len(flips) or not set(flips) <= set(AXES):
+        raise UsageError(
+            "flips", f"{flips!r} is not allowed", "none, or the axes of the image to flip: x, y, z, xy, xz, yz or xyz"
+        )
+    return tuple(sorted(AXES.index(axis) for axis in flips))
+
+
+def _budget(value: float | None) -> None:
+    if value is not None and not (math.isfinite(value) and value >= 0):
+        raise UsageError("budget", f"{value} is not allowed", "seconds, 0 for the first level")
+
+
+def _max_memory(value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UsageError("max memory", f"{value} is not allowed", "a number of bytes from 1 up")
+
+
+def _threshold(value: float) -> None:
+    if not 0 <= value < 1:
+        raise UsageError("threshold", f"{value:g} is not allowed", "a probability from 0 up and below 1")
+
+
+def _min_size(value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise UsageError("min size", f"{value:g} is not allowed", "cubic millimetres from 0 up")
+
+
+# --- the rows -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is to be known of an option besides its name, type and default.
+
+    help : of the command line
+    flag : where it is not the name
+    parse : a word of the command line -> value; None makes a switch
+    nargs, metavar : argparse's
+    choices : all values; check : raises UsageError
+    instead : another flag that stands for one of its values, and that flag's help
+    recorded : in a record's ``asked``: ALWAYS, where it is CHANGED from the default, or ELSEWHERE in the record
+    record_as : there, where it is not the name
+    decides : whether a result depends on it, so that ``--resume`` compares it
+    reported : whether ``InferResult.report`` names its value
+    typed : the command line's default, where it is not the field's
+    of_files : an option of ``infer_files`` alone; group : the part of the record that repeats it where it is changed
+    """
+
+    help: str
+    flag: str = ""
+    parse: Callable[[str], Any] | None = None
+    nargs: str | None = None
+    metavar: str | None = None
+    choices: Sequence[str] = ()
+    check: Callable[[Any], Any] | None = None
+    instead: tuple[str, str, str] | None = None
+    recorded: str = ALWAYS
+    record_as: str = ""
+    decides: bool = True
+    reported: bool = False
+    typed: Any = SAME
+    of_files: bool = False
+    group: str = ""
+
+
+def row(help: str, **more: Any) -> dict[str, Option]:
+    """The row of a field, as its metadata."""
+    return {"option": Option(help, **more)}
+
+
+@dataclass(frozen=True)
+class InferSettings:
+    """The options of an inference. Raises UsageError for values that no volume could be run with.
+
+    Of one volume
+    -------------
+    patch, step : of the tiles in voxels of the new grid, one or one per stored axis; see ``tiles.plan``. Patch None:
+        the whole image. Step "auto": as dense as the budget allows; None, which the command line takes where it is not
+        given: see ``on``
+    budget : seconds for the tiles: ever denser steps, each twice as dense, down to ``step``, as long as they fit;
+        see ``anytime``
+    new_resolution : voxel size of the result in mm: None, isotropic at the finest of the input's; one number; one per
+        stored axis; or "same", the input's own
+    geometry : "physical" keeps every structure where it was, on any orientation; "segsrgan" gives the original's
+        numbers and its affine
+    window : weight of a tile's voxels where tiles overlap, "constant" (the paper) or "gaussian"
+    batch : tiles per forward pass, "auto" by memory; halved when memory runs out
+    precision : "auto" (fp32 on CPU, bf16 on CUDA), "fp32", "bf16" or "fp16"; sums are float32 always
+    compile : "on": the network through torch.compile, on CUDA as one graph; "off"; "auto": on CUDA devices where it was
+        seen right (``compiled.SEEN_RIGHT``)
+    precision_check : measure what the precision costs on a few tiles, for the report
+    device : "auto", "cpu", "cuda" or "cuda:n"
+    max_memory : bytes on the host beside the image; None takes what is free. What does not fit is done by slabs into
+        files, or refused. A run that was killed goes on at its last slab.
+    mask : (X, Y, Z) array, above zero where results are wanted (of files: the path of such an image), or "head": the
+        box around what is brighter than air. Elsewhere SR is the interpolated image and the probabilities are 0; tiles
+        that do not touch it are not computed
+    flips : "none", or axes of the image such as "x" or "xyz": the mean over all mirror images of each tile
+
+    Of files
+    --------
+    threshold, largest_component, min_size : of the segmentation: the probability above which a voxel belongs to it;
+        keep its largest component alone; leave out components of less mm^3. Components touch by faces, edges or corners
+    dtype : of the SR image: "float32", or "input": rounded and clipped to the type and scaling of the image it was
+        made of where that is an integer type
+    save_prob, png : also write the probabilities, a picture
+    split_volume : each image over all ranks of a machine, not one image for each; see ``split``
+    series : which series of a DICOM folder, see ``dicom.select``; the results' names then end in ``_series-N``
+    volume, max_voxels : see ``images.load``
+    """
+
+    patch: PerAxis = field(
+        default=128, metadata=row("tile edge in voxels, or none: the whole image (128)", parse=tile_edge, reported=True)
+    )
+    step: Step | None = field(
+        default=PAPER_STEP,
+        metadata=row(
+            "voxels between tiles, or auto; smaller is better and slower (30 on CUDA, half the patch on a CPU)",
+            parse=step_size,
+            typed=None,
+            reported=True,
+        ),
+    )
+    budget: float | None = field(
+        default=None,
+        metadata=row(
+            "60s, 2m: the densest steps down to --step that fit this time",
+            parse=seconds,
+            metavar="TIME",
+            check=_budget,
+            reported=True,
+        ),
+    )
+    new_resolution: Resolution = field(
+        default=None,
+        metadata=row(
+            "one size, three, or same (default: isotropic at the finest)",
+            parse=size,
+            nargs="+",
+            metavar="MM",
+            check=millimetres,
+        ),
+    )
+    geometry: str = field(
+        default="physical",
+        metadata=row("exact in mm, or the original's numbers", parse=str, choices=CHOICES["geometry"], reported=True),
+    )
+    window: str = field(
+        default="constant",
+        metadata=row("weights inside a tile (constant)", parse=str, choices=("constant", "gaussian"), reported=True),
+    )
+    batch: str | int = field(
+        default="auto",
+        metadata=row("tiles per forward pass (auto)", parse=batch_size, check=check_batch, decides=False),
+    )
+    precision: str = field(
+        default="auto", metadata=row("(auto)", parse=str, choices=CHOICES["precision"], reported=True)
+    )
+    compile: str = field(
+        default="auto",
+        metadata=row(
+            "the network by torch.compile, on CUDA as one graph (auto)",
+            parse=str,
+            choices=CHOICES["compile"],
+            recorded=CHANGED,
+            reported=True,
+        ),
+    )
+    precision_check: bool = field(
+        default=False,
+        metadata=row(
+            "report what the precision costs, on a few tiles",
+            flag="--check-precision",
+            recorded=ELSEWHERE,
+            decides=False,
+        ),
+    )
+    device: str = field(
+        default="auto", metadata=row("auto, cpu, cuda or cuda:n", parse=str, decides=False, reported=True)
+    )
+    max_memory: int | None = field(
+        default=None,
+        metadata=row(
+            "of the host, beside the image; more goes by slabs",
+            parse=memory,
+            metavar="G",
+            check=_max_memory,
+            recorded=ELSEWHERE,
+            decides=False,
+        ),
+    )
+    mask: Any = field(
+        default=None,
+        metadata=row(
+            "compute only where this image is above zero",
+            parse=str,
+            metavar="FILE",
+            instead=("--crop-to-head", HEAD, "compute only in the box around what is not air"),
+        ),
+    )
+    flips: str = field(
+        default=NONE,
+        metadata=row(
+            "mean over mirror images of each tile: x, xy, xyz, ... (none)",
+            parse=str,
+            metavar="AXES",
+            check=flip_axes,
+            recorded=CHANGED,
+        ),
+    )
+    threshold: float = field(
+        default=0.5,
+        metadata=row(
+            "probability that makes the segmentation (0.5)",
+            parse=float,
+            check=_threshold,
+            recorded=CHANGED,
+            of_files=True,
+            group="segmentation",
+        ),
+    )
+    largest_component: bool = field(
+        default=False,
+        metadata=row(
+            "keep the segmentation's largest component alone", recorded=CHANGED, of_files=True, group="segmentation"
+        ),
+    )
+    min_size: float = field(
+        default=0.0,
+        metadata=row(
+            "leave out components of less cubic millimetres",
+            parse=float,
+            metavar="MM3",
+            check=_min_size,
+            recorded=CHANGED,
+            record_as="min_size_mm3",
+            of_files=True,
+            group="segmentation",
+        ),
+    )
+    dtype: str = field(
+        default="float32",
+        metadata=row(
+            "of the SR image; input: rounded to the type and scaling of the image it was made of",
+            parse=str,
+            choices=("float32", "input"),
+            recorded=CHANGED,
+            of_files=True,
+        ),
+    )
+    save_prob: bool = field(
+        default=False, metadata=row("also write the probability map", recorded=ELSEWHERE, decides=False, of_files=True)
+    )
+    png: bool = field(
+        default=False,
+        metadata=row(
+            "also draw image, SR and segmentation side by side", recorded=ELSEWHERE, decides=False, of_files=True
+        ),
+    )
+    split_volume: bool = field(
+        default=False,
+        metadata=row(
+            "under torchrun: each image over all ranks, not one image for each",
+            recorded=ELSEWHERE,
+            decides=False,
+            of_files=True,
+        ),
+    )
+    series: str | None = field(
+        default=None,
+        metadata=row(
+            "which series of a DICOM folder: number, UID or part of its description",
+            parse=str,
+            metavar="N",
+            recorded=ELSEWHERE,
+            of_files=True,
+        ),
+    )
+    volume: int | None = field(
+        default=None,
+        metadata=row("which volume of a 4-D image, from 0", parse=int, metavar="I", recorded=ELSEWHERE, of_files=True),
+    )
+    max_voxels: int = field(
+        default=2**31,
+        metadata=row(
+            "refuse larger images", parse=voxels, metavar="N", recorded=ELSEWHERE, decides=False, of_files=True
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for name, row in options().items():
+            value = getattr(self, name)
+            if row.choices and value not in row.choices:
+                raise UsageError(name, f"{value!r} is not allowed", f"one of {', '.join(row.choices)}")
+            if row.check:
+                row.check(value)
+        if isinstance(self.step, str) and self.step != "auto":
+            raise UsageError("step", f"{self.step!r} is not allowed", "a number of voxels, three, or auto")
+        steps = per_axis("step", 1 if self.step is None or isinstance(self.step, str) else self.step)
+        for patch, step in zip(per_axis("patch", self.patch), steps, strict=True):
+            check_tile(patch, step)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], files: bool = True) -> InferSettings:
+        """From keywords. Raises TypeError for those that are none, as Python does."""
+        known = options(files)
+        for name in given:
+            if name not in known:
+                raise TypeError(f"unexpected keyword argument {name!r}")
+        return cls(**given)
+
+    def on(self, device: str) -> InferSettings:
+        """The same for a device, "cpu" or "cuda:n", and with a step where none is given.
+
+        That is the paper's 30 on CUDA, and in the original's geometry and within a budget, which ends where its time
+        does. On a CPU, where it takes minutes and gains nothing that can be measured, it is half the patch
+        (docs/inference.md). It is at most half the patch in any case.
+        """
+        if self.step is not None:
+            return replace(self, device=device)
+        sparse = device.startswith("cpu") and self.geometry == "physical" and self.budget is None
+        edges = [128 if p is None else p for p in per_axis("patch", self.patch)]
+        steps = tuple(edge // 2 if sparse else min(PAPER_STEP, edge // 2) for edge in edges)
+        return replace(self, device=device, step=steps[0] if len(set(steps)) == 1 else steps)
+
+    def asked(self) -> dict[str, Any]:
+        """The record of the options, by which another run tells whether it would do the same."""
+        said = {}
+        for name, row in options().items():
+            value = getattr(self, name)
+            if row.recorded == ALWAYS or (row.recorded == CHANGED and value != _DEFAULTS[name]):
+                said[row.record_as or name] = value
+        return said | {"mask": None if self.mask is None else str(self.mask)}
+
+    def differing(self, asked: Mapping[str, Any]) -> list[str]:
+        """Which options that decide about a result another record, as ``asked`` wrote it, has otherwise."""
+        unsaid = {row.record_as or name: _DEFAULTS[name] for name, row in options().items() if row.recorded == CHANGED}
+        idle = {row.record_as or name for name, row in options().items() if not row.decides}
+        now, then = finite(self.asked()), dict(asked)
+        return [
+            key
+            for key in {**now, **then, **unsaid}
+            if key not in idle and now.get(key, unsaid.get(key)) != then.get(key, unsaid.get(key))
+        ]
+
+    def deciding(self) -> dict[str, Any]:
+        """The options of a volume that decide about its voxels, but the mask."""
+        rows = {name: row for name, row in options(files=False).items() if row.decides and name != "mask"}
+        return {name: getattr(self, name) for name in rows}
+
+    def report(self) -> dict[str, Any]:
+        """What ``InferResult.report`` says of the options."""
+        return {name: getattr(self, name) for name, row in options().items() if row.reported}
+
+    def changed(self, group: str) -> dict[str, Any]:
+        """The options of a group that are not the default, as recorded."""
+        rows = {name: row for name, row in options().items() if row.group == group}
+        return {
+            row.record_as or name: getattr(self, name)
+            for name, row in rows.items()
+            if getattr(self, name) != _DEFAULTS[name]
+        }
+
+
+_ROWS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(InferSettings)}
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(InferSettings)}
+
+
+def options(files: bool = True) -> dict[str, Option]:
+    """The rows by name, those of files too or of a volume alone."""
+    return {name: row for name, row in _ROWS.items() if files or not row.of_files}
+
+
+def takes_options(files: bool) -> Callable[[F], F]:
+    """Decorator of a function that takes the options as keywords, ``**options``: its signature names them."""
+
+    def decorate(function: F) -> F:
+        own = inspect.signature(function)
+        kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        named = [
+            inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type)
+            for f in fields(InferSettings)
+            if f.name in options(files)
+        ]
+        first = [p for p in kept if p.kind is not keyword]
+        last = [p for p in kept if p.kind is keyword]
+        function.__signature__ = own.replace(parameters=[*first, *named, *last])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All rows as options of a command."""
+    for name, row in _ROWS.items():
+        flag = row.flag or f"--{name.replace('_', '-')}"
+        if row.parse is None:
+            parser.add_argument(flag, dest=name, action="store_true", help=row.help)
+        else:
+            parser.add_argument(
+                flag,
+                dest=name,
+                type=row.parse,
+                default=_DEFAULTS[name] if row.typed is SAME else row.typed,
+                nargs=row.nargs,
+                metavar=row.metavar,
+                choices=row.choices or None,
+                help=row.help,
             )
-        wanted = own
-    else:
-        asked = np.array(new_resolution, float).ravel().tolist()
-        asked = asked * 3 if len(asked) == 1 else asked
-        if len(asked) != 3 or not all(math.isfinite(r) and r > 0 for r in asked):
-            raise UsageError("new resolution", f"{new_resolution} is not allowed", "one or three positive millimetres")
-        if not all(SPACING_LIMITS[0] <= r <= SPACING_LIMITS[1] for r in asked):
-            hint = "from {:g} to {:g} mm".format(*SPACING_LIMITS)
-            raise UsageError("new resolution", f"{new_resolution} is no size of voxels", hint)
-        wanted = tuple(
-            s if abs(r / s - 1) < 1e-3 and grid_size(n, s, r) == n else float(r)
-            for r, s, n in zip(asked, own, shape, strict=True)
-        )
-    voxels = math.prod(n * s / w for n, s, w in zip(shape, own, wanted, strict=True))
-    if voxels > MAX_VOXELS:
-        sizes = " x ".join(f"{w:g}" for w in wanted)
-        raise ResourceError("new resolution", f"{sizes} mm makes {voxels:.3g} voxels", "ask for a coarser resolution")
-    if new_resolution is None and voxels > GROWTH * math.prod(shape):
-        reason = (
-            f"voxels of {times(own)} mm: {min(own):g} mm along all axes makes {voxels:.3g} voxels of {math.prod(shape)}"
-        )
-        raise InputError("image", reason, "correct the header, or say --new-resolution MM if the sizes are right")
-    return wanted  # type: ignore[return-value]
+        if row.instead:
+            parser.add_argument(row.instead[0], dest=_switch(row.instead[0]), action="store_true", help=row.instead[2])
 
 
-def coarser(spacing_mm: Sequence[float], wanted_mm: Sequence[float]) -> list[str]:
-    """A warning, logged and given back, where the result has larger voxels than the image."""
-    axes = [d for d in range(3) if wanted_mm[d] > spacing_mm[d] * (1 + SAME)]
-    if not axes:
-        return []
-    told = f"the new resolution is coarser than the image along axis {', '.join(map(str, axes))}: details may alias"
-    log.warning(told)
-    return [told]
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of ``add_options``'s options, as keywords. Raises UsageError for two that contradict each other."""
+    values = {}
+    for name, row in _ROWS.items():
+        value = getattr(args, name)
+        values[name] = value[0] if row.nargs and value is not None and len(value) == 1 else value
+        if row.instead and getattr(args, _switch(row.instead[0])):
+            if value is not None:
+                raise UsageError(f"--{name}", f"excludes {row.instead[0]}", "one of the two")
+            values[name] = row.instead[1]
+    return values
+
+
+def _switch(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")

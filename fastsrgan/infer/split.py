@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,10 @@ from fastsrgan.errors import FastsrganError, ResourceError, UsageError
 from fastsrgan.infer import tiles
 from fastsrgan.infer.engine import stream
 from fastsrgan.infer.interpolated import Results
-from fastsrgan.infer.modes import Done, How, Prepared, result_shapes
+from fastsrgan.infer.modes import Done, Prepared, result_shapes
+from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Unfinished
+from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.sweep import Sweep
 
 log = logging.getLogger("fastsrgan")
@@ -100,20 +102,29 @@ class _Enough(Exception):
 
 
 def by_ranks(
-    image: Prepared, plan: tiles.TilePlan, how: How, batch: int, folder: Path, key: str, together: Together
+    image: Prepared,
+    plan: tiles.TilePlan,
+    network: TileNetwork,
+    settings: InferSettings,
+    folder: Path,
+    key: str,
+    together: Together,
+    progress: Progress,
+    label: str,
 ) -> Done:
     """This rank's planes into files in ``folder``; afterwards the whole result, mapped, on every rank.
 
     Raises ResourceError where another rank failed.
     """
-    ranks, network, began = together.ranks, how.network(image), time.perf_counter()
+    ranks, began = together.ranks, time.perf_counter()
     # One batch on all ranks: with less memory on one of them they would round differently.
-    batch = network.choose_batch(together.vote(batch), plan)
+    assert isinstance(settings.batch, int)  # of the memory plan
+    batch = network.choose_batch(together.vote(settings.batch), plan)
     parts = shares(Sweep(image.source, plan, network), ranks.world)
     mine, per_slab = parts[ranks.rank], plan.grid[1] * plan.grid[2]
     files = None
     if ranks.rank == 0:
-        _tell(parts, plan, how.label)
+        _tell(parts, plan, label)
         files = Unfinished(folder, f"{key} split", result_shapes(image, plan, network), plan.shape[0])
     together.vote()
     arrays = files.arrays if files else _mapped(folder)
@@ -124,10 +135,13 @@ def by_ranks(
         if first + planes.shape[1] >= mine.stop:
             raise _Enough
 
-    shown = how.shown | {"progress": _Part(how.progress, mine.slabs * per_slab)}
+    shown = _Part(progress, mine.slabs * per_slab)
     try:
         if mine.first < mine.stop:
-            stream(image.source, plan, network, write, batch=batch, done=mine.first, **shown)
+            stream(
+                image.source, plan, network, write, replace(settings, batch=batch),
+                region=image.region, done=mine.first, progress=shown, label=label,
+            )  # fmt: skip
     except _Enough:
         pass
     seconds = time.perf_counter() - began

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsrgan.config import MIN_SIZE, SIZE_MULTIPLE
 from fastsrgan.core.kernels import Argument, launch, op, reference_only, runs_kernels, scalar
 from fastsrgan.errors import UsageError
-from fastsrgan.model.networks import MIN_SIZE, SIZE_MULTIPLE
+from fastsrgan.infer.settings import PerAxis, check_tile, per_axis
 
 PADDINGS = ("shift", "original")
 
 Triple = tuple[int, int, int]
-PerAxis = int | None | Sequence[int | None]
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,13 @@ def plan(shape_XYZ: Sequence[int], patch: PerAxis, step: int | Sequence[int], *,
     """
     if padding not in PADDINGS:
         raise UsageError("padding", f"{padding!r} is not allowed", f"one of {', '.join(PADDINGS)}")
-    shape = _triple("volume", shape_XYZ)
+    shape = per_axis("volume", shape_XYZ)
     if any(n is None or n < 1 for n in shape):
         raise UsageError("volume", f"of shape {tuple(shape_XYZ)} has no voxels", "each size must be at least 1")
     along = _axis_shift if padding == "shift" else _axis_original
     axes = []
-    for n, p, s in zip(shape, _triple("patch", patch), _triple("step", step), strict=True):
-        _check(p, s)
+    for n, p, s in zip(shape, per_axis("patch", patch), per_axis("step", step), strict=True):
+        check_tile(p, s)
         axes.append(along(n, p, s))
     before, padded, sizes, origins = zip(*axes, strict=True)
     return TilePlan(shape, padded, before, sizes, origins, mirror=padding == "shift")  # type: ignore[arg-type]
@@ -190,32 +190,6 @@ def _gather(out_N1XYZ: Tensor, volume_XYZ: Tensor, plan: TilePlan, indices: Sequ
         x, y, z = plan.origin(n)
         out_N1XYZ[row, 0].copy_(padded[x : x + px, y : y + py, z : z + pz])
     return out_N1XYZ
-
-
-def _triple(what: str, value: PerAxis) -> tuple:
-    if value is None or isinstance(value, (int, np.integer)):
-        value = (value,) * 3
-    try:
-        items = tuple(value)
-        numbers = tuple(None if v is None else int(v) for v in items)
-    except (TypeError, ValueError) as error:
-        raise UsageError(what, f"{value!r} is not allowed", "one whole number, or three") from error
-    if len(numbers) != 3 or any(v != number for v, number in zip(items, numbers, strict=True)):
-        raise UsageError(what, f"{value!r} is not allowed", "one whole number, or three")
-    return numbers
-
-
-def _check(patch: int | None, step: int | None) -> None:
-    if step is None or step < 1:
-        raise UsageError("step", f"{step} is not allowed", "a number of voxels from 1 up")
-    if patch is None:
-        return
-    if patch < MIN_SIZE or patch % SIZE_MULTIPLE:
-        below = max(MIN_SIZE, patch // SIZE_MULTIPLE * SIZE_MULTIPLE)
-        hint = f"multiples of {SIZE_MULTIPLE} from {MIN_SIZE} up; try {below} or {below + SIZE_MULTIPLE}"
-        raise UsageError("patch", f"{patch} is not allowed", hint)
-    if step > patch:
-        raise UsageError("step", f"{step} is larger than the patch, {patch}", "gaps would be left; at most the patch")
 
 
 def _allowed_size(n: int) -> int:

@@ -1,4 +1,4 @@
-"""What a user may name as an image to apply a model to: a NIfTI file, a DICOM folder, a DICOM file."""
+"""What a user may name as an image: a file of one of `formats.FORMATS`, a DICOM folder, a DICOM file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.io import dicom
 from fastsrgan.io import nifti as images
-from fastsrgan.io import nifti_header as nifti_check
-from fastsrgan.volume.geometry import Orientation, Volume
+from fastsrgan.volume import placement
+from fastsrgan.volume.geometry import Volume
 
 
 def load_any(
@@ -22,7 +22,7 @@ def load_any(
 ) -> Volume:
     """One volume of any readable kind, told by what the path is: ``dicom.load`` or ``images.load``.
 
-    Raises what those raise, and UsageError for a series of a NIfTI file.
+    Raises what those raise, and UsageError for a series of a file that is no DICOM.
     """
     if dicom.is_dicom(path):
         return dicom.load(path, series=series, volume=volume, max_voxels=max_voxels)
@@ -38,11 +38,11 @@ def load_mask(path: str | os.PathLike, like: Volume, *, max_voxels: int = images
     InputError for a mask on another grid, or without a voxel above zero.
     """
     mask = load_any(path, max_voxels=max_voxels)
-    turn = nifti_check.orientation_onto(mask.data.shape, mask.affine, like, path, "mask")
-    told = (*mask.warnings, *(() if turn == Orientation() else (f"the mask's {nifti_check.REORIENTED}",)))
+    said = mask.meta.get("orientation", "")
+    turn, told = placement.orientation_onto(mask.data.shape, mask.affine, like, path, "mask", said)
     if not any((plane > 0).any() for plane in mask.data):
         raise InputError(path, "the mask marks no voxel", "at least one voxel above 0")
-    return Volume(turn.apply(mask.data), like.affine, told, mask.meta)
+    return Volume(turn.apply(mask.data), like.affine, (*mask.warnings, *told), mask.meta)
 
 
 def stem(path: str | os.PathLike, series: str | None = None) -> str:
@@ -50,7 +50,7 @@ def stem(path: str | os.PathLike, series: str | None = None) -> str:
     path = Path(path)
     if not dicom.is_dicom(path):
         return images.stem(path)
-    name = Path(os.path.abspath(path)).name if path.is_dir() else path.stem
+    name = Path(os.path.abspath(path)).name if path.is_dir() else Path(path.name.removesuffix(".gz")).stem
     return name if series is None else f"{name}_series-{re.sub('[^A-Za-z0-9.-]+', '_', str(series).strip())}"
 
 

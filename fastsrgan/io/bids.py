@@ -5,6 +5,7 @@ Names, where images lie, what a derivatives dataset must say of itself, and a ch
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -14,14 +15,19 @@ from typing import Any
 
 from fastsrgan.core.runtime import mapping, read_json
 from fastsrgan.errors import InputError
+from fastsrgan.io import nifti as images
+
+log = logging.getLogger("fastsrgan")
 
 VERSION = "1.10.0"
 DESCRIPTION = "dataset_description.json"
-SUFFIXES = ("T1w", "T2w")
+SUFFIXES = ("T1w", "T2w", "FLAIR", "PDw", "UNIT1", "T2starw", "T2star")  # images of one contrast, weighted or uniform
+NAMED = 5  # images that are left out and told by name
 # Entities of anatomical images and of derivatives made from them, in the order that names must have.
 ENTITIES = ("sub", "ses", "task", "acq", "ce", "rec", "run", "echo", "part", "chunk", "space", "seg", "res", "den",
             "label", "desc")  # fmt: skip
 SEGMENTATIONS = ("dseg", "probseg")
+RECORD = "FastsrganRecord"  # key of a sidecar: what `fastsrgan infer` wrote
 _NAME = re.compile(r"(?P<entities>sub-[A-Za-z0-9]+(?:_[a-z]+-[A-Za-z0-9+]+)*)_(?P<suffix>[A-Za-z0-9]+)(?P<end>\..+)")
 _IMAGE = (".nii.gz", ".nii")
 
@@ -76,6 +82,8 @@ def find_bids(
     suffixes : kinds of images
     desc : of derivatives: only those; None: images without one
 
+    What lies among the anatomical images and is not taken is counted and named in the log.
+
     Raises InputError for a folder that is no dataset, a participant or session that is not there, or no image.
     """
     root = Path(root)
@@ -87,21 +95,36 @@ def find_bids(
         shown = ", ".join(sorted(there)[:10]) + (", ..." if len(there) > 10 else "")
         raise InputError(root, f"no participant {', '.join(sorted(wanted - there))}", f"there are {shown}")
     visits = {s.removeprefix("ses-") for s in sessions}
-    found = []
-    for pattern in ("sub-*/anat/*.nii*", "sub-*/ses-*/anat/*.nii*"):
-        for path in sorted(root.glob(pattern)):
-            image = parse(path)
-            if image is None or image.suffix not in suffixes or dict(image.entities).get("desc") != desc:
+    found, left = [], []
+    for pattern in ("sub-*/anat", "sub-*/ses-*/anat"):
+        for path in (path for folder in sorted(root.glob(f"{pattern}/")) for path in sorted(folder.iterdir())):
+            if not images.is_image(path) or path.name.startswith("."):
                 continue
-            if (not wanted or image.subject in wanted) and (not visits or dict(image.entities).get("ses") in visits):
+            image = parse(path)
+            if desc is None and image is not None and image.suffix in SEGMENTATIONS:
+                continue
+            if image is None:
+                left.append((path, "no BIDS name of a NIfTI image"))
+                continue
+            if (wanted and image.subject not in wanted) or (visits and dict(image.entities).get("ses") not in visits):
+                continue
+            own = dict(image.entities).get("desc")
+            if image.suffix not in suffixes:
+                left.append((path, f"suffix {image.suffix}"))
+            elif own != desc:
+                left.append((path, f"--desc {own} takes it" if own else "no desc"))
+            else:
                 found.append(image)
+    some = ", ".join(f"{path.name} ({why})" for path, why in left[:NAMED]) + ", ..." * (len(left) > NAMED)
     if not found:
         limits = [f"participants {', '.join(sorted(wanted))}"] * bool(wanted)
         limits += [f"sessions {', '.join(sorted(visits))}"] * bool(visits)
         where = f" of {' and '.join(limits)}" if limits else ""
-        raise InputError(
-            root, f"no {' or '.join(suffixes)} image{where}", "they lie in sub-XX/anat or sub-XX/ses-YY/anat"
-        )
+        others = f"; there are {len(left)} that are not taken: {some}" if left else ""
+        reason = f"no {' or '.join(suffixes)} image{where}{others}"
+        raise InputError(root, reason, "they lie in sub-XX/anat or sub-XX/ses-YY/anat")
+    if left and desc is None:
+        log.info("%s: %d images are not taken: %s", root, len(left), some)
     return sorted(found, key=lambda image: str(image.path))
 
 

@@ -3,25 +3,24 @@
 Geometry comes from Image Position (Patient) and Image Orientation (Patient) alone. The array is stored as dcm2niix
 stores it: first axis along the columns, second against the rows (bottom to top), third along row x column, so files
 and affines are those of a conversion by dcm2niix. What cannot be placed exactly is an InputError, never a guess: gaps,
-repeated slices, several orientations, tilted stacks.
+slices that are there twice, several orientations, tilted stacks. Series: `dicom_series`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastsrgan.core.runtime import is_special
-from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.io.dicom_header import DIRECTION_TOLERANCE, Frame, check_axes, pixels, read_frames, what_is_there
-from fastsrgan.io.nifti_voxels import no_such_file
+from fastsrgan.errors import InputError, ResourceError
+from fastsrgan.io.dicom_header import DIRECTION_TOLERANCE, TRAITS, Frame, check_axes, pixels
+from fastsrgan.io.dicom_series import NAMED, Series, select
+from fastsrgan.io.dicom_series import is_dicom as is_dicom
+from fastsrgan.io.dicom_series import series_of as series_of
+from fastsrgan.io.dicom_series import sha256 as sha256
 from fastsrgan.volume.geometry import Volume
 
 MAX_VOXELS = 2**31
@@ -29,80 +28,9 @@ SPACING_TOLERANCE = 0.01  # of the slice spacing
 ROUNDING_MM = 0.01  # headers hold decimal text
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 CONVERT = "convert it with dcm2niix, and give the NIfTI file"
-
-
-@dataclass(frozen=True)
-class Series:
-    """The images of one series below a folder, as the headers order them."""
-
-    uid: str
-    number: str
-    description: str
-    frames: tuple[Frame, ...]
-
-    def __str__(self) -> str:
-        rows, columns = self.frames[0].shape
-        name = f" {self.description!r}" if self.description else ""
-        return f"{self.number or '?'}{name} ({len(self.frames)} images of {columns} x {rows})"
-
-
-def is_dicom(path: str | os.PathLike) -> bool:
-    """Whether a path is a folder, or a file that is named or marked as DICOM."""
-    path = Path(path)
-    if os.path.isdir(path):
-        return True
-    if is_special(path):
-        return False
-    if path.suffix.lower() in (".dcm", ".ima", ".dicom"):
-        return True
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except (OSError, ValueError):
-        return False
-
-
-def series_of(path: str | os.PathLike) -> list[Series]:
-    """The image series of a folder and its subfolders, or the one that a file belongs to, by series number.
-
-    Raises InputError for a damaged DICOM file and where there is no image; ResourceError without pydicom.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise no_such_file(path)
-    folder = path if path.is_dir() else path.parent
-    own = None if path.is_dir() else read_frames(path, wanted=True)
-    if own and len(own) > 1:
-        return _grouped(own)
-    names = sorted(folder.iterdir()) if own else sorted(Path(p, n) for p, _, files in os.walk(folder) for n in files)
-    found = _grouped([frame for name in names for frame in read_frames(name)])
-    if own:
-        found = [s for s in found if s.uid == own[0].uid]
-    if not found:
-        raise InputError(path, what_is_there(names), "a folder of DICOM slices; name NIfTI files themselves")
-    # Series without any place, screen shots and reports as images, are offered only where there is nothing else.
-    return [s for s in found if not all(f.fault for f in s.frames)] or found
-
-
-def select(path: str | os.PathLike, series: str | None = None) -> Series:
-    """The series to use: the only one, or the one whose number, UID or description (a part of it) is ``series``.
-
-    Raises UsageError listing the series where there are several and none, or more than one, was meant.
-    """
-    found = series_of(path)
-    if series is None:
-        chosen = found
-    else:
-        wanted = str(series).strip()
-        chosen = [s for s in found if wanted in (s.number, s.uid)]
-        chosen = chosen or [s for s in found if wanted and wanted.casefold() in s.description.casefold()]
-    if len(chosen) == 1:
-        return chosen[0]
-    told = "; ".join(map(str, found))
-    if not chosen:
-        raise UsageError("--series", f"{series!r} is none of {told}", "a number, a UID or part of a description")
-    reason = f"holds {len(found)} series: {told}" if series is None else f"{series!r} fits {len(chosen)} series: {told}"
-    raise UsageError(path, reason, "choose one with --series NUMBER")
+# dcm2niix writes a corrected image beside the one with the fault.
+TILTED = "convert it with dcm2niix, and give the file NAME_Tilt_1.nii, which it corrects"
+UNEVEN = "convert it with dcm2niix, and give the file NAME_Eq_1.nii, whose slices it makes even"
 
 
 def load(
@@ -127,7 +55,9 @@ def load(
     Returns
     -------
     Volume with (X, Y, Z) intensities, rescale slope and intercept of each slice applied, and the affine that dcm2niix
-    writes. ``meta`` holds the keys of ``images.load``, no name or number of a patient.
+    writes. ``meta`` holds the keys of ``images.load``; series (its number), description, series_uid;
+    slice_thickness_mm and slice_distance_mm (None where the header has no thickness); ``dicom``, what of it a record
+    keeps. No name or number of a patient.
 
     Raises
     ------
@@ -135,9 +65,11 @@ def load(
     UsageError : several series or volumes and none chosen. ResourceError : pydicom or memory missing.
     """
     chosen = select(path, series)
-    stacks = _volumes(path, chosen)
-    frames = stacks[_pick(path, len(stacks), volume)]
-    affine, warnings = _grid(path, frames)
+    stacks, how = _volumes(path, chosen)
+    picked = _pick(path, stacks, volume)
+    frames = stacks[picked]
+    affine, warnings = _grid(path, frames, len(chosen.frames))
+    warnings = [*chosen.warnings, *([how] if how else []), *warnings]
     warnings += dict.fromkeys(note for frame in frames for note in frame.notes)
     rows, columns = frames[0].shape
     shape = (columns, rows, len(frames))
@@ -153,6 +85,14 @@ def load(
             "end other programs, or take a machine with more",
         ) from None
     stored = _fill(data, frames, warnings)
+    scaled = len({(f.slope, f.inter) for f in frames}) > 1
+    if scaled and stored.kind in "iu":
+        slopes = [f.slope for f in frames]
+        warnings.append(
+            f"the slices have scalings of their own (RescaleSlope {min(slopes):g} to {max(slopes):g}): no integer type "
+            "holds them, kept as 32-bit floats"
+        )
+        stored = np.dtype(np.float32)
     low, high = float(data.min()), float(data.max())
     if low == high:
         warnings.append(f"the image is constant: every voxel is {low:g}")
@@ -162,12 +102,16 @@ def load(
         "path": str(path),
         "format": "DICOM",
         "series": chosen.number,
+        "description": chosen.description,
+        "series_uid": chosen.uid,
         "stored_dtype": stored.name,
         "stored_shape": shape,
         "volumes": len(stacks),
-        "volume": volume or 0,
-        "slope": frames[0].slope,
-        "inter": frames[0].inter,
+        "volume": picked,
+        "slope": 1.0 if scaled else frames[0].slope,
+        "inter": 0.0 if scaled else frames[0].inter,
+        "slice_thickness_mm": frames[0].thickness or None,
+        "slice_distance_mm": float(np.linalg.norm(affine[:3, 2])),
         "units": "mm",
         "orientation": "patient",
         "space_code": 1,
@@ -175,41 +119,42 @@ def load(
         "min": low,
         "max": high,
     }
+    kept = ("series", "description", "series_uid", "volume", "volumes", "slice_thickness_mm", "slice_distance_mm")
+    meta["dicom"] = {key: meta[key] for key in kept}
     return Volume(data, affine, tuple(warnings), meta)
 
 
-def sha256(path: str | os.PathLike, series: str | None = None) -> str:
-    """SHA-256 over the files of a series, one after the other by name: another image, or one more, changes it."""
-    digest = hashlib.sha256()
-    for file in sorted({frame.path for frame in select(path, series).frames}):
-        try:
-            digest.update(file.read_bytes())
-        except OSError as error:
-            raise InputError(
-                file, f"cannot be read: {error.strerror or error}", "check the path and its permissions"
-            ) from error
-    return digest.hexdigest()
-
-
-def _grouped(frames: Sequence[Frame]) -> list[Series]:
-    groups: dict[str, list[Frame]] = defaultdict(list)
-    for frame in frames:
-        groups[frame.uid].append(frame)
-    found = [Series(uid, f[0].series, f[0].description, tuple(f)) for uid, f in groups.items()]
-    return sorted(found, key=lambda s: (not s.number.isdigit(), int(s.number) if s.number.isdigit() else 0, s.uid))
-
-
-def _pick(path: str | os.PathLike, count: int, volume: int | None) -> int:
+def _pick(path: str | os.PathLike, stacks: list[list[Frame]], volume: int | None) -> int:
+    count = len(stacks)
     if volume is None and count == 1:
         return 0
     if volume is None or not 0 <= volume < count:
-        reason = f"holds {count} volumes" + ("" if volume is None else f", there is no volume {volume}")
+        which = _differences(stacks)
+        reason = f"holds {count} volumes{which}" + ("" if volume is None else f"; there is no volume {volume}")
         raise InputError(path, reason, f"choose one with --volume 0 to {count - 1}")
     return volume
 
 
-def _volumes(path: str | os.PathLike, series: Series) -> list[list[Frame]]:
-    """The slices of each volume in order along row x column. Raises InputError where that is not certain."""
+def _differences(stacks: list[list[Frame]]) -> str:
+    """': 0 ImageType ORIGINAL\\PRIMARY\\M, 1 ...': what tells the volumes apart, as far as a line takes it."""
+    values = [[_common(stack, k) for stack in stacks] for k in range(len(TRAITS))]
+    telling = [k for k, column in enumerate(values) if len(set(column)) > 1 and all(column)]
+    if not telling:
+        return ", told apart by the order of their images alone"
+    shown = [
+        f"{v} {', '.join(f'{TRAITS[k]} {values[k][v]}' for k in telling[:NAMED])}" for v in range(min(len(stacks), 8))
+    ]
+    return f": {'; '.join(shown)}" + "; ..." * (len(stacks) > 8)
+
+
+def _common(stack: list[Frame], trait: int) -> str:
+    """The value that all slices of a volume share, or nothing."""
+    found = {frame.traits[trait] for frame in stack}
+    return found.pop() if len(found) == 1 else ""
+
+
+def _volumes(path: str | os.PathLike, series: Series) -> tuple[list[list[Frame]], str]:
+    """The slices of each volume in order along row x column, and a warning. InputError where that is not certain."""
     frames = series.frames
     bad = next((f for f in frames if f.fault), None)
     if bad:
@@ -230,25 +175,56 @@ def _volumes(path: str | os.PathLike, series: Series) -> list[list[Frame]]:
             places.append([f])
     repeats = max(map(len, places))
     if repeats == 1:
-        return [[p[0] for p in places]]
+        return [[p[0] for p in places]], ""
     if min(map(len, places)) == repeats:
-        for key in range(len(frames[0].traits) + 1):
-            stacks = _split(places, key)
+        for keys in _keys(len(frames[0].traits)):
+            stacks = _split(places, keys)
             if len(stacks) == repeats and all(len(s) == len(places) for s in stacks):
-                return sorted(stacks, key=lambda s: min((f.instance, f.index) for f in s))
+                return sorted(stacks, key=lambda s: min((f.instance, f.index) for f in s)), ""
+        if numbered := _by_number(places, repeats):
+            return numbered
     twice = next(p for p in places if len(p) > 1)
-    names = ", ".join(dict.fromkeys(f.path.name for f in twice[:3]))
+    names = ", ".join(dict.fromkeys(str(f.path) for f in twice[:NAMED]))
     reason = f"a slice is there {len(twice)} times, at {along[id(twice[0])]:.4g} mm along its normal: {names}"
-    raise InputError(path, reason, "remove the copies, or the images that belong to another acquisition")
+    counts = Counter(map(len, places))
+    if len(counts) > 1:
+        reason += f"; {counts[repeats]} of {len(places)} places have {repeats} images, others fewer"
+    hint = "if it is a series of volumes, convert it with dcm2niix and give the NIfTI file; else keep one acquisition"
+    raise InputError(path, reason, hint)
 
 
-def _split(places: list[list[Frame]], key: int) -> list[list[Frame]]:
-    """One stack per value of a trait (of all traits together, for the index behind the last one)."""
+def _keys(count: int) -> list[tuple[int, ...]]:
+    """Traits that may tell volumes apart: one, all together, two."""
+    pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
+    return [*((k,) for k in range(count)), tuple(range(count)), *pairs]
+
+
+def _split(places: list[list[Frame]], keys: tuple[int, ...]) -> list[list[Frame]]:
+    """One stack for each combination of the values of some traits."""
     groups: dict[Any, dict[int, Frame]] = defaultdict(dict)
     for number, place in enumerate(places):
         for f in place:
-            groups[f.traits if key == len(f.traits) else f.traits[key]][number] = f
+            groups[tuple(f.traits[key] for key in keys)][number] = f
     return [list(g.values()) for g in groups.values()]
+
+
+def _by_number(places: list[list[Frame]], repeats: int) -> tuple[list[list[Frame]], str] | None:
+    """Volumes that only InstanceNumber tells apart: numbered volume by volume, or place by place, as scanners do."""
+    place_of = {id(f): k for k, place in enumerate(places) for f in place}
+    order = sorted((f for place in places for f in place), key=lambda f: (f.instance, f.index))
+    if len({(f.instance, f.index) for f in order}) < len(order):
+        return None
+    size = len(places)
+    runs = [order[v * size : (v + 1) * size] for v in range(repeats)]
+    if all(len({place_of[id(f)] for f in run}) == size for run in runs):
+        how = "volume by volume"
+        stacks = [sorted(run, key=lambda f: place_of[id(f)]) for run in runs]
+    elif all(len({place_of[id(f)] for f in order[k * repeats : (k + 1) * repeats]}) == 1 for k in range(size)):
+        how = "place by place"
+        stacks = [[place[v] for place in places] for v in range(repeats)]
+    else:
+        return None
+    return stacks, f"nothing but the numbers of its images tells the {repeats} volumes apart: taken {how}"
 
 
 def _spread(rows: list) -> float:
@@ -259,8 +235,8 @@ def _normal(frame: Frame) -> np.ndarray:
     return np.cross(frame.orientation[:3], frame.orientation[3:])
 
 
-def _grid(path: str | os.PathLike, frames: list[Frame]) -> tuple[np.ndarray, list[str]]:
-    """Affine (RAS+) of an evenly spaced stack, and warnings; InputError for any other."""
+def _grid(path: str | os.PathLike, frames: list[Frame], images: int) -> tuple[np.ndarray, list[str]]:
+    """Affine (RAS+) of an evenly spaced stack, and warnings; InputError for any other. ``images``: of the series."""
     first, warnings = frames[0], []
     row, column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
     positions = np.array([f.position for f in frames])
@@ -275,12 +251,17 @@ def _grid(path: str | os.PathLike, frames: list[Frame]) -> tuple[np.ndarray, lis
         tilt = float(np.linalg.norm(step - _normal(first) * (step @ _normal(first)))) / length
         if tilt > DIRECTION_TOLERANCE or sideways > max(2 * ROUNDING_MM, SPACING_TOLERANCE * length):
             angle = np.degrees(np.arcsin(min(tilt, 1.0)))
-            raise InputError(path, f"its slices are shifted sideways ({angle:.2g} degrees, gantry tilt)", CONVERT)
+            raise InputError(path, f"its slices are shifted sideways ({angle:.2g} degrees, gantry tilt)", TILTED)
         if first.between and abs(length - first.between) > max(2 * ROUNDING_MM, SPACING_TOLERANCE * first.between):
             told = f"{length:.4g} mm apart, their header says {first.between:.4g} mm"
             warnings.append(f"the slices are {told}: the positions are used")
-    if first.expected and first.expected > len(frames):
-        warnings.append(f"the header speaks of {first.expected} images, {len(frames)} are here")
+        gap = length - first.thickness
+        if first.thickness and abs(gap) > max(2 * ROUNDING_MM, SPACING_TOLERANCE * length):
+            kind = f"gaps of {gap:.3g} mm" if gap > 0 else f"an overlap of {-gap:.3g} mm"
+            warnings.append(f"the slices are {first.thickness:.4g} mm thick and {length:.4g} mm apart, {kind}")
+    # Some scanners count the images of all volumes of a series here.
+    if first.expected and first.expected > images:
+        warnings.append(f"the header speaks of {first.expected} images, {images} are here")
     rows = first.shape[0]
     affine = np.eye(4)
     affine[:3, 0] = row * first.spacing[1]
@@ -309,7 +290,7 @@ def _check_even(path: str | os.PathLike, along: np.ndarray, steps: np.ndarray) -
     if missing >= 1 and abs(steps[here] - (missing + 1) * step) <= allowed * (missing + 1):
         raise InputError(path, f"slices are missing: {missing} {where}", "export the whole series again")
     low, high = f"{steps.min():.5g}", f"{steps.max():.5g}"
-    raise InputError(path, f"its slices are unevenly spaced: {low} to {high} mm, the widest {where}", CONVERT)
+    raise InputError(path, f"its slices are unevenly spaced: {low} to {high} mm, the widest {where}", UNEVEN)
 
 
 def _fill(data_XYZ: np.ndarray, frames: list[Frame], warnings: list[str]) -> np.dtype:

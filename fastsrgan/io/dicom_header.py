@@ -1,12 +1,16 @@
 """What pydicom reads of a DICOM file, as plain values: one ``Frame`` for each slice, and decoded pixels.
 
 Classic files hold one slice; enhanced multi-frame files (Enhanced MR, CT, PET) describe each frame in functional
-groups. Nothing that names a patient is kept.
+groups. Files without the preamble of the standard, as scanners and archives also write them, and files packed by gzip
+are read too. Patient and date of a series are for messages that tell series apart; they go into no record.
 """
 
 from __future__ import annotations
 
+import gzip
+import io
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +19,34 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.errors import FastsrganError, InputError, ResourceError
+from fastsrgan.io.nifti_voxels import pointer_of
 
 HINT = "copy or export the file again"
 _PREAMBLE = 132
+SUFFIXES = (".dcm", ".ima", ".dicom", ".dcm.gz", ".ima.gz", ".dicom.gz")
+_MOST_UNPACKED = 1 << 32  # bytes of a gzip file
+# The first element of a file without a preamble: of group 2 or 8, little endian.
+_BARE = (b"\x02\x00", b"\x08\x00")
+# SOP classes of images that may be slices, up to their last number: CR/CT/MR/US/NM/PET, legacy and enhanced ones.
+_IMAGE_CLASSES = tuple(f"1.2.840.10008.5.1.4.1.1.{n}." for n in ("1", "2", "4", "6.1", "7", "12.1", "20", "128", "130"))
+# Those that never are: what they show is no acquisition.
+_NO_ACQUISITION = {
+    "1.2.840.10008.5.1.4.1.1.66.4": "is a segmentation, not an acquisition",
+    "1.2.840.10008.5.1.4.1.1.66.7": "is a segmentation, not an acquisition",
+    "1.2.840.10008.5.1.4.1.1.30": "is a parametric map, not an acquisition",
+}
 DIRECTION_TOLERANCE = 1e-3  # of unit vectors; a slice axis off the normal by more makes a sheared grid
 # What tells images at the same place apart.
 _TRAITS = (
     "EchoTime",
+    "EchoNumbers",
+    "ComplexImageComponent",
+    "InversionTime",
     "EffectiveEchoTime",
     "TemporalPositionIdentifier",
     "TemporalPositionIndex",
     "DiffusionBValue",
+    "DiffusionGradientOrientation",
     "AcquisitionNumber",
     "FrameAcquisitionNumber",
     "TriggerTime",
@@ -42,9 +63,14 @@ _MACROS = (
     "MREchoSequence",
     "MRDiffusionSequence",
     "MRImageFrameTypeSequence",
+    "DiffusionGradientDirectionSequence",
 )
 _TAGS = (
     *_TRAITS,
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "PatientID",
+    "StudyDate",
     "InstanceNumber",
     "Rows",
     "Columns",
@@ -67,6 +93,22 @@ _TAGS = (
 )
 
 
+TRAITS = _TRAITS
+
+
+_BEHIND_UID = ("SeriesNumber", "InstanceNumber", "ImagePositionPatient", "Rows")
+
+
+class DamagedFile(InputError):
+    """A file that cannot be read, with as much as it still says of its series: ``uid``, empty where that is lost.
+
+    whole : whether the UID stands before something else, so that nothing of it is cut off
+    """
+
+    uid = ""
+    whole = False
+
+
 class ColourPicture(InputError):
     """A screen shot or a coloured map, where an image of grey values is needed."""
 
@@ -84,6 +126,7 @@ class Frame:
     instance : its number in the series; traits : what tells volumes at the same places apart
     expected : images in the acquisition, 0 where unknown
     fault : why it cannot be part of a volume, or empty; notes : what is odd about its intensities
+    image_uid : of the image (SOPInstanceUID), one and the same in copies; patient, date : what tells examinations apart
     """
 
     path: Path
@@ -105,41 +148,77 @@ class Frame:
     fault: str = ""
     count: int = 1
     notes: tuple[str, ...] = ()
+    image_uid: str = ""
+    patient: str = ""
+    date: str = ""
 
 
 def read_frames(path: Path, wanted: bool = False) -> list[Frame]:
     """The slices in a file; none where it is no DICOM image (a report, a DICOMDIR, any other file).
 
-    With ``wanted`` those are InputErrors; damaged files always are.
+    With ``wanted`` those are InputErrors; damaged files always are, of the class DamagedFile.
     """
+    if pointer := pointer_of(path):
+        if str(path).lower().endswith(SUFFIXES) or not path.suffix:
+            raise DamagedFile(path, *pointer)
+        return []
     if not path.is_file():
         return []
     try:
         with open(path, "rb") as file:
-            marked = file.read(_PREAMBLE)[128:] == b"DICM"
-    except OSError as error:
-        raise InputError(
-            path, f"cannot be read: {error.strerror or error}", "check the path and its permissions"
-        ) from error
+            head = file.read(_PREAMBLE)
+        if head[:2] == b"\x1f\x8b" and str(path).lower().endswith(SUFFIXES):
+            with gzip.open(path) as packed:
+                head = packed.read(_PREAMBLE)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise DamagedFile(path, reason, "check the path and its permissions") from error
+    marked, bare = head[128:] == b"DICM", head[:2] in _BARE
+    if not head and str(path).lower().endswith(SUFFIXES):
+        raise DamagedFile(path, "is empty (0 bytes)", HINT)
     try:
-        return _frames_of(path, marked, wanted)
-    except FastsrganError:
+        return _frames_of(path, marked, marked or bare, wanted)
+    except ColourPicture:
         raise
+    except FastsrganError as error:
+        if wanted or isinstance(error, ResourceError):
+            raise
+        raise _damaged(path, error.reason) from error
     except Exception as error:  # pydicom reads a value when it is asked for, and raises many kinds
-        raise InputError(path, f"is damaged: {_line(error)}", HINT) from error
+        raise _damaged(path, f"is damaged: {_line(error)}") from error
 
 
-def _frames_of(path: Path, marked: bool, wanted: bool) -> list[Frame]:
-    ds = _dataset(path, stop_before_pixels=True, specific_tags=_TAGS) if marked else None
+def _damaged(path: Path, reason: str) -> DamagedFile:
+    """The error about a file, with the series that its first elements name, read one by one up to the damage."""
+    from pydicom.filereader import dcmread
+
+    found = DamagedFile(path, reason, HINT)
+    try:
+        tags = ["SeriesInstanceUID", *_BEHIND_UID]
+        ds = dcmread(_opened(path), specific_tags=tags, stop_before_pixels=True, force=True)
+        found.uid = str(ds.get("SeriesInstanceUID", "") or "")
+        found.whole = any(name in ds for name in _BEHIND_UID)
+    except Exception:  # the damage lies before it
+        found.uid = ""
+    return found
+
+
+def _frames_of(path: Path, marked: bool, readable: bool, wanted: bool) -> list[Frame]:
+    ds = _dataset(path, stop_before_pixels=True, specific_tags=_TAGS, force=not marked) if readable else None
+    kind = "" if ds is None else str(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID") or "")
     if ds is None or "Rows" not in ds or "Columns" not in ds:
+        if marked and ds is not None and (not kind or f"{kind}.".startswith(_IMAGE_CLASSES)):
+            raise InputError(path, "is cut off within its header", HINT)
         if wanted:
             raise InputError(path, "holds no DICOM image", "a DICOM slice, a multi-frame file or a folder of slices")
         return []
+    if not marked and not ("SOPClassUID" in ds or "SeriesInstanceUID" in ds):
+        return []  # another file that begins like one
     if int(_number(path, ds, "SamplesPerPixel", 1)) != 1:
         if wanted:
             raise ColourPicture(path, "is a colour picture", "a grey-value series is needed")
         return []  # screen shots lie among the series
-    return list(_frames(path, ds))
+    return list(_frames(path, ds, _NO_ACQUISITION.get(kind, "")))
 
 
 def what_is_there(names: Sequence[Path]) -> str:
@@ -199,42 +278,67 @@ def _dataset(path: Path, **options: Any) -> Any:
     except ImportError as error:
         raise ResourceError(path, "DICOM needs pydicom", "pip install 'fastsrgan[dicom]'") from error
     try:
-        return dcmread(path, **options)
+        ds = dcmread(_opened(path), **options)
+    except ResourceError:
+        raise
     except Exception as error:  # a damaged file can make any part of the parser fail
         raise InputError(path, f"is damaged: {_line(error)}", HINT) from error
+    if "TransferSyntaxUID" not in ds.file_meta:  # without a preamble: pydicom found out how it is written
+        from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+        implicit, little = ds.original_encoding
+        plain = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else plain
+    return ds
+
+
+def _opened(path: Path) -> Any:
+    """What pydicom reads: the path, or the unpacked bytes of a gzip file."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            return path
+    with gzip.open(path) as packed:
+        data = packed.read(_MOST_UNPACKED + 1)
+    if len(data) > _MOST_UNPACKED:
+        raise ResourceError(path, "unpacks to more than 4 GiB", "unpack it with gunzip if you trust it")
+    return io.BytesIO(data)
 
 
 def _line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
 
 
-def _frames(path: Path, ds: Any) -> Iterator[Frame]:
+def _frames(path: Path, ds: Any, fault: str) -> Iterator[Frame]:
     count = int(_number(path, ds, "NumberOfFrames", 1))
     groups = list(_sequence(ds, "PerFrameFunctionalGroupsSequence"))
     shared = next(iter(_sequence(ds, "SharedFunctionalGroupsSequence")), None)
     if count > 1 and len(groups) != count:
-        reason = f"has {count} frames and places for {len(groups)}"
-        raise InputError(path, reason, "only enhanced multi-frame images say where their frames are")
+        fault = fault or f"has {count} frames and places for {len(groups)}: only enhanced images say where frames are"
+        groups = []
     if not groups:
-        yield _frame(path, 0, ds, [ds])
+        yield _frame(path, 0, ds, [ds], fault)
         return
     for index, group in enumerate(groups):
         # What a frame says of itself comes before what all frames share, and that before the top of the file.
-        yield _frame(path, index, ds, [*_macros(group), *(_macros(shared) if shared is not None else []), ds])
+        yield _frame(path, index, ds, [*_macros(group), *(_macros(shared) if shared is not None else []), ds], fault)
 
 
 def _macros(group: Any) -> list[Any]:
-    return [item for name in _MACROS for item in list(_sequence(group, name))[:1]]
+    found = [item for name in _MACROS for item in list(_sequence(group, name))[:1]]
+    # A gradient's direction lies one level deeper.
+    return found + [item for one in found for item in list(_sequence(one, _MACROS[-1]))[:1]]
 
 
-def _frame(path: Path, index: int, ds: Any, sources: list[Any]) -> Frame:
+def _frame(path: Path, index: int, ds: Any, sources: list[Any], fault: str) -> Frame:
     def find(name: str) -> Any:
         return next((s for s in sources if name in s and s.get(name) is not None), ds)
 
     def number(name: str, default: float = 0.0) -> float:
         return _number(path, find(name), name, default)
 
-    faults = ["is a mosaic of slices"] if "MOSAIC" in [str(t).upper() for t in _values(ds, "ImageType")] else []
+    faults = [fault] if fault else []
+    kinds = [str(t).upper() for t in _values(ds, "ImageType")]
+    faults += [f"is a mosaic of slices ({name})" for name in ("MOSAIC", "VFRAME") if name in kinds]
 
     def numbers(name: str, count: int) -> tuple[float, ...]:
         try:
@@ -272,6 +376,9 @@ def _frame(path: Path, index: int, ds: Any, sources: list[Any]) -> Frame:
         fault=faults[0] if faults else "",
         count=max(1, int(_number(path, ds, "NumberOfFrames", 1))),
         notes=tuple(notes),
+        image_uid=str(ds.get("SOPInstanceUID", "") or ""),
+        patient=str(ds.get("PatientID", "") or "").strip(),
+        date=str(ds.get("StudyDate", "") or "").strip(),
     )
 
 

@@ -1,4 +1,4 @@
-"""Which images a user means: files, lists, DICOM folders, and folders full of NIfTI files; and what each is called."""
+"""Which images a user means: files, lists, DICOM folders, and folders full of image files; and what each is called."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastsrgan.core.runtime import read_json, real
+from fastsrgan.core.runtime import read_json, real, walk_files
 from fastsrgan.errors import FastsrganError, UsageError
-from fastsrgan.io import any_image, dicom
+from fastsrgan.io import any_image, dicom, formats
 from fastsrgan.io import nifti as images
-from fastsrgan.io import nifti_header as nifti_check
 from fastsrgan.io import tables as table
 
 log = logging.getLogger("fastsrgan")
 
 LISTS = (".txt", ".csv")
 NAMED = 3  # images of a folder that are told by name
+BESIDE = (".json", ".tsv", ".png", ".html", ".csv")  # what lies beside images and results
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Image:
 def find_images(inputs: Sequence[str | os.PathLike], out: str | os.PathLike, series: str | None = None) -> list[Image]:
     """Images named directly, by lists, and in folders, in that order; those of a folder by name.
 
-    A folder with a NIfTI file in it or below stands for all of them, whatever else it holds; results of an earlier
+    A folder with an image file in it or below stands for all of them, whatever else it holds; results of an earlier
     call and hidden files are left out. Any other folder, and any for which a series is named, is a DICOM image.
 
     Raises UsageError for none, or two that would share their results; InputError for a list that cannot be read.
@@ -44,21 +44,27 @@ def find_images(inputs: Sequence[str | os.PathLike], out: str | os.PathLike, ser
             found += inside or [Image(path, any_image.stem(path, series))]
     if not found:
         raise UsageError(
-            "input", "no image given", "name NIfTI files, folders of them, DICOM folders, or lists of these"
+            "input", "no image given", "name image files, folders of them, DICOM folders, or lists of these"
         )
     by_name: dict[str, Path] = {}
     for image in found:
         other = by_name.setdefault(image.name, image.path)
         if other is not image.path:
             reason = f"would write to the same files as {other}"
-            raise UsageError(image.path, reason, "outputs are named after the image: use one output folder for each")
+            hint = (
+                "outputs are named after the image: use one output folder for each, or name the folder that holds both"
+            )
+            if image.path.parent == other.parent:
+                hint = "their names differ in the ending alone: name the one that you mean, or rename one"
+            raise UsageError(image.path, reason, hint)
     return found
 
 
 def _inside(folder: Path, out: Path) -> list[Image]:
     """The images of a folder."""
     below, here = real(out), real(folder)
-    paths = [p for p in _niftis(folder) if below == here or below not in real(p).parents]
+    files, others = _image_files(folder)
+    paths = [p for p in files if below == here or below not in real(p).parents]
     names = [str(p.relative_to(folder).with_name(images.stem(p))) for p in paths]
     results = {file for place in {path.parent for path in paths} for file in _results_in(place)}
     found = [Image(p, n) for p, n in zip(paths, names, strict=True) if p not in results]
@@ -67,27 +73,39 @@ def _inside(folder: Path, out: Path) -> list[Image]:
         more = (
             f", ... ({len(paths) - len(found)} results of an earlier call left out)" if len(found) < len(paths) else ""
         )
-        log.info("%s: %d NIfTI images: %s%s", folder, len(found), some, more or ", ..." * (len(found) > NAMED))
+        log.info("%s: %d images: %s%s", folder, len(found), some, more or ", ..." * (len(found) > NAMED))
+        _tell_of_others(folder, [p for p in others if below == here or below not in real(p).parents])
     if paths and not found:
         raise UsageError(folder, "holds results only", "name the folder of the images")
     return found
 
 
-def _niftis(folder: Path) -> list[Path]:
-    """NIfTI files in a folder and below, of a pair the header."""
-    found = []
-    for where, below, names in os.walk(folder, followlinks=False):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in names:
-            path = Path(where) / name
-            if not name.startswith(".") and images.is_image(path) and _first_half(path):
-                found.append(path)
-    return sorted(found)
+def _image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Image files in a folder and below, of a pair the header, links followed; and the other files."""
+    images_there, others = [], []
+    for path in walk_files(folder):
+        if path.name.startswith("."):
+            continue
+        if images.is_image(path):
+            images_there += [path] if _first_half(path) else []
+        else:
+            others.append(path)
+    return sorted(images_there), others
+
+
+def _tell_of_others(folder: Path, others: list[Path]) -> None:
+    """Name what is no image: dead links, and files that no command wrote or reads beside an image."""
+    dead = [path for path in others if path.is_symlink() and not path.exists()]
+    plain = [path for path in others if path not in dead and path.suffix.lower() not in BESIDE]
+    for paths, tell, what in ((dead, log.warning, "links lead nowhere"), (plain, log.info, "other files are left out")):
+        if paths:
+            some = ", ".join(str(path.relative_to(folder)) for path in paths[:NAMED]) + ", ..." * (len(paths) > NAMED)
+            tell("%s: %d %s: %s", folder, len(paths), what, some)
 
 
 def _first_half(path: Path) -> bool:
     try:
-        return nifti_check.halves(path)[0].name == path.name
+        return formats.parts(path)[0].name == path.name
     except FastsrganError:
         return True  # half of a pair: reading it says so
 
@@ -114,6 +132,6 @@ def size_of(image: Image) -> int:
         if dicom.is_dicom(image.path):
             files = image.path.rglob("*") if image.path.is_dir() else [image.path]
             return 4 * sum(file.stat().st_size for file in files if file.is_file())
-        return 4 * nifti_check.examine(image.path, images.MAX_VOXELS).voxels
+        return 4 * formats.examine(image.path, images.MAX_VOXELS).voxels
     except (FastsrganError, OSError):
         return 0

@@ -1,6 +1,8 @@
-"""NIfTI images in and out. Arrays keep the file's axis order (X, Y, Z) and its memory order (first axis fastest).
+"""Image files in (every format of `formats.FORMATS`), NIfTI out.
 
-Reading checks before it allocates (`io.nifti_header`) and goes through the file once, in pieces: the peak is the
+Arrays keep the file's axis order (X, Y, Z) and its memory order (first axis fastest).
+
+Reading checks before it allocates (`fastsrgan.io.formats`) and goes through the file once, in pieces: the peak is the
 returned array and a few MiB. What is odd about a file but usable ends in ``Volume.warnings``, everything else in an
 InputError.
 """
@@ -20,19 +22,20 @@ import numpy as np
 from fastsrgan.core.runtime import atomic_write, output_file
 from fastsrgan.core.units import human, times
 from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.io.nifti_header import REORIENTED, SHEAR_TOLERANCE, examine, halves, invertible, orientation_onto
+from fastsrgan.io.formats import SUFFIXES, examine, parts
+from fastsrgan.io.nifti_header import SHEAR_TOLERANCE, invertible
 from fastsrgan.io.nifti_voxels import CHUNK_BYTES, NiftiFile, write_voxels
 from fastsrgan.volume.geometry import Orientation, Volume, shear_of, spacing_of
+from fastsrgan.volume.placement import orientation_onto
 
 PathLike = str | os.PathLike
 
 MAX_VOXELS = 2**31
-SUFFIXES = (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img")
 _INTEGER_TOLERANCE = 1e-3  # of a label value, for labels stored as scaled integers
 
 
 def load(path: PathLike, *, volume: int | None = None, max_voxels: int = MAX_VOXELS, dtype=np.float32) -> Volume:
-    """Read a NIfTI-1 or NIfTI-2 image: .nii, .nii.gz or a .hdr / .img pair.
+    """Read an image: NIfTI-1 or NIfTI-2 (.nii, .nii.gz, a .hdr / .img pair), or another of `formats.FORMATS`.
 
     Parameters
     ----------
@@ -49,7 +52,7 @@ def load(path: PathLike, *, volume: int | None = None, max_voxels: int = MAX_VOX
     Raises
     ------
     InputError : not an image, damaged, truncated, or not one 3-D volume of real numbers
-    ResourceError : not enough memory
+    ResourceError : not enough memory, or the package that reads the format is missing
     """
     file = examine(path, max_voxels)
     index = file.pick(volume)
@@ -102,18 +105,22 @@ def load_label(
     volume: int | None = None,
     max_voxels: int = MAX_VOXELS,
     values: Collection[int] | None = None,
+    largest: int = 255,
+    classes: Collection[int] | None = None,
 ) -> Volume:
-    """Read a label map: whole numbers from 0 to 255, on the grid of ``like``.
+    """Read a label map: whole numbers from 0 to ``largest``, on the grid of ``like``.
 
     Parameters
     ----------
     like : the image it belongs to. A label on the same grid in another axis order or direction is reoriented exactly
-        (with a warning); one whose voxels lie more than 1e-3 voxel elsewhere is refused.
+        (with a warning); one that lies elsewhere by more than headers are rounded (`placement`) is refused.
     values : the values allowed; default any
+    largest : at most 65535
+    classes : the values that are the structure, of a map whose numbers may be of any size: 1 there, 0 elsewhere
 
     Returns
     -------
-    Volume with uint8 data; ``meta["values"]`` lists what occurs.
+    Volume with uint8 data, uint16 where ``largest`` is above 255; ``meta["values"]`` lists what occurs.
 
     Raises
     ------
@@ -121,24 +128,26 @@ def load_label(
     """
     file = examine(path, max_voxels)
     index = file.pick(volume)
-    turn = None if like is None else orientation_onto(file.shape, file.affine, like, file.path, "label")
-    data = _allocate(file, np.uint8)
-    counts = np.zeros(256, np.int64)
+    said = file.meta["orientation"]
+    placed = None if like is None else orientation_onto(file.shape, file.affine, like, file.path, "label", said)
+    data = _allocate(file, np.uint8 if largest <= 255 or classes is not None else np.uint16)
+    counts = np.zeros(largest + 1, np.int64)
     for part, chunk in _pieces(data, file, index):
-        part[...] = _label_values(file, chunk)
-        counts += np.bincount(part, minlength=256)
+        part[...] = _label_values(file, chunk, largest, classes)
+        counts += np.bincount(part, minlength=largest + 1)
     present = np.flatnonzero(counts).tolist()
     if values is not None and not set(present) <= set(values):
         stray = sorted(set(present) - set(values))
         raise InputError(path, f"holds the label values {stray}", f"allowed are {sorted(values)}")
-    if present == [0]:
+    if present == [0] and classes is not None:
+        file.warnings.append(f"the label holds none of the values {', '.join(map(str, sorted(classes)))}: it is empty")
+    elif present == [0]:
         file.warnings.append("the label is empty: every voxel is 0")
     affine = file.affine
-    if like is not None and turn is not None:
-        affine = np.array(like.affine, float)
-        if turn != Orientation():
-            data = np.asfortranarray(turn.apply(data))
-            file.warnings.append(f"the label's {REORIENTED}")
+    if like is not None and placed is not None:
+        affine, (turn, told) = np.array(like.affine, float), placed
+        data = data if turn == Orientation() else np.asfortranarray(turn.apply(data))
+        file.warnings.extend(told)
     return Volume(data, affine, tuple(file.warnings), {**file.meta, "volume": index, "values": present})
 
 
@@ -225,9 +234,9 @@ def stem(path: PathLike) -> str:
 
 
 def sha256(path: PathLike) -> str:
-    """SHA-256 of a file's bytes, as sha256sum prints it; of header and voxels one after the other for a pair."""
+    """SHA-256 of a file's bytes, as sha256sum prints it; of all its files one after the other where it has several."""
     digest = hashlib.sha256()
-    for part in dict.fromkeys(halves(Path(path))):
+    for part in parts(path):
         try:
             with open(part, "rb") as stream:
                 while block := stream.read(CHUNK_BYTES):
@@ -299,9 +308,11 @@ def _volume(file: NiftiFile, index: int, data: np.ndarray, tally: _Tally, slope:
     return Volume(data, file.affine, tuple(file.warnings), meta)
 
 
-def _label_values(file: NiftiFile, chunk: np.ndarray) -> np.ndarray:
-    """Stored values -> whole numbers in 0 .. 255, or InputError."""
-    hint = "labels are whole numbers from 0 to 255: resample them with nearest neighbour, renumber larger ones"
+def _label_values(file: NiftiFile, chunk: np.ndarray, largest: int, classes: Collection[int] | None) -> np.ndarray:
+    """Stored values -> whole numbers in 0 .. largest, or 1 where they are one of the classes; or InputError."""
+    hint = (
+        f"labels are whole numbers, 0 to {largest}: resample with nearest neighbour; --label-classes takes larger ones"
+    )
     if file.slope != 1 or file.inter != 0:
         with np.errstate(over="ignore", invalid="ignore"):
             chunk = chunk * np.float64(file.slope) + file.inter
@@ -313,7 +324,9 @@ def _label_values(file: NiftiFile, chunk: np.ndarray) -> np.ndarray:
         if off.any():
             raise InputError(file.path, f"the label holds fractions such as {chunk[off][0]:.6g}", hint)
         chunk = whole
-    outside = (chunk < 0) | (chunk > 255)
+    if classes is not None:
+        return np.isin(chunk, np.array(sorted(classes)))
+    outside = (chunk < 0) | (chunk > largest)
     if outside.any():
         raise InputError(file.path, f"the label holds the value {chunk[outside][0]:.10g}", hint)
     return chunk

@@ -17,15 +17,13 @@ import numpy as np
 from fastsrgan.core.units import times
 from fastsrgan.errors import InputError
 from fastsrgan.io.nifti_voxels import COPY_AGAIN, NiftiFile, open_stream
-from fastsrgan.volume.geometry import Orientation, Volume, shear_of, spacing_of
+from fastsrgan.volume.geometry import SPACING_LIMITS, shear_of, spacing_of
+from fastsrgan.volume.placement import grid_distance
 
 ORIGIN_TOLERANCE = 0.05  # voxels between the origins of sform and qform
 TURN_TOLERANCE = 2e-3  # radians between their axes; float32 quaternions near 180 degrees are off by up to 1e-3
 HUGE = 1e15  # no coordinate is meant beyond it, and its square still is a float
 SHEAR_TOLERANCE = 1e-3
-GRID_TOLERANCE = 1e-3  # voxels, over the field of view, between the places of one grid
-REORIENTED = "axes are stored in another order than the image's: reoriented onto it"
-SPACING_LIMITS = (1e-6, 1e6)  # mm; beyond them no unit is meant
 SPACING_USUAL = (5e-3, 50.0)  # mm
 
 _STORED = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
@@ -57,6 +55,14 @@ _OTHER_FORMATS = (
     (0, b"\xfd7zXZ", "an xz file"),
     (0, b"\x28\xb5\x2f\xfd", "a zstd file"),
 )
+_WAYS = {  # out of a file under a wrong name, or of a format that is not read
+    "a DICOM file": "name its folder, or end its name in .dcm",
+    "an NRRD file": "end its name in .nrrd",
+    "a FreeSurfer MGH file": "end its name in .mgh, or in .mgz if it is packed",
+    "a MetaImage header": "end its name in .mha, or in .mhd if its data lie in another file",
+    "an HDF5 or MINC file": "mnc2nii or mri_convert makes NIfTI of MINC",
+    "a NetCDF or MINC file": "mnc2nii or mri_convert makes NIfTI of MINC",
+}
 
 Warn = Callable[[str], object]
 
@@ -121,7 +127,7 @@ def _read_header(path: Path, voxel_path: Path) -> tuple[nib.Nifti1Header, str]:
         found = next((what for at, magic, what in _OTHER_FORMATS if head[at : at + len(magic)] == magic), "")
         if not found:
             raise NotNifti(path, f"is not a NIfTI image: it begins with {head[:12]!r}", "a .nii or .nii.gz file")
-        raise InputError(path, f"is not a NIfTI image but {found}", "convert it to .nii.gz first")
+        raise InputError(path, f"is not a NIfTI image but {found}", _WAYS.get(found, "convert it to .nii.gz first"))
     size = struct.unpack(order + "i", head[:4])[0]
     if len(head) < size:
         raise InputError(path, f"truncated: {len(head)} bytes where the header alone needs {size}", COPY_AGAIN)
@@ -266,37 +272,3 @@ def invertible(affine: np.ndarray) -> bool:
         return False
     norms = np.sqrt((linear**2).sum(axis=0))
     return bool((norms > 0).all() and abs(np.linalg.det(linear / norms)) > 1e-3)
-
-
-def grid_distance(a_44: np.ndarray, b_44: np.ndarray, shape: tuple[int, ...]) -> float:
-    """Largest distance between where two affines place a corner voxel of a grid, in their unit."""
-    corners = np.array([[i, j, k, 1] for i in (0, shape[0] - 1) for j in (0, shape[1] - 1) for k in (0, shape[2] - 1)])
-    moved = (np.asarray(a_44, float) - np.asarray(b_44, float)) @ corners.T
-    return float(np.linalg.norm(moved[:3], axis=0).max())
-
-
-def describe_grid(shape: tuple[int, ...], affine_44: np.ndarray) -> str:
-    """'10 x 12 x 8 voxels of 1 x 1 x 3 mm, axes RAS, first voxel at (-5, -6, -12) mm'."""
-    axes = "".join(code or "?" for code in nib.aff2axcodes(affine_44))
-    origin = ", ".join(f"{v:.5g}" for v in np.asarray(affine_44)[:3, 3] + 0.0)
-    sizes = tuple(float(s) for s in spacing_of(affine_44))
-    return f"{times(tuple(shape))} voxels of {times(sizes)} mm, axes {axes}, first voxel at ({origin}) mm"
-
-
-def orientation_onto(
-    shape: tuple[int, ...], affine_44: np.ndarray, like: Volume, what: str | os.PathLike, kind: str
-) -> Orientation:
-    """The exact turn of axes that puts an array of this shape and place onto the grid of ``like``.
-
-    Raises InputError about ``what``, a label or a mask as ``kind`` says, whose voxels lie elsewhere.
-    """
-    relative = np.linalg.solve(np.asarray(like.affine, float)[:3, :3], affine_44[:3, :3])
-    axes = tuple(int(a) for a in np.abs(relative).argmax(axis=1))
-    if sorted(axes) == [0, 1, 2]:
-        turn = Orientation(axes, tuple(bool(relative[i, a] < 0) for i, a in enumerate(axes)))  # type: ignore[arg-type]
-        apart = grid_distance(turn.affine(affine_44, shape), like.affine, like.data.shape)
-        if turn.permute(shape) == tuple(like.data.shape) and apart <= GRID_TOLERANCE * min(like.spacing):
-            return turn
-    mine, its = describe_grid(shape, affine_44), describe_grid(like.data.shape, like.affine)
-    hint = f"resample the {kind} onto the image with nearest neighbour"
-    raise InputError(what, f"the {kind}'s grid is not the image's: {kind} {mine}; image {its}", hint)

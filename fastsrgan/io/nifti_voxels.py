@@ -29,6 +29,7 @@ COPY_AGAIN = "copy or download the file again"
 EXPANSION_LIMIT = 500  # a sparse label map reaches 350
 EXPANSION_FREE = 256 << 20  # below this size anything that gzip can hold is accepted
 _PIECE = 1 << 16
+_LONGEST_POINTER = 1024  # bytes of a file that stands for another
 
 
 class PlainStream:
@@ -105,10 +106,32 @@ class GzipStream(PlainStream):
             self.trailing = len(rest) + self.size - self.file.tell()
 
 
+def pointer_of(path: str | os.PathLike) -> tuple[str, str] | None:
+    """(what a path is, what to do) where it stands for a file that was not fetched: git annex, git LFS, a dead link."""
+    try:
+        link = os.readlink(os.fspath(path)) if os.path.islink(path) and not os.path.exists(path) else ""
+        head = b""
+        if not link and os.path.isfile(path) and os.path.getsize(path) < _LONGEST_POINTER:
+            head = Path(path).read_bytes()
+    except (OSError, ValueError):
+        return None
+    if "annex" in link or head.lstrip(b"./").startswith((b"annex/objects/", b"git/annex/objects/")):
+        return "its content was not fetched: a pointer of git annex", f"datalad get or git annex get {path}"
+    if head.startswith(b"version https://git-lfs"):
+        return "its content was not fetched: a pointer of git LFS", f"git lfs pull --include {Path(path).name}"
+    if link:
+        return f"is a link to {link}, where nothing is", "mend the link, or name the file itself"
+    return None
+
+
 def no_such_file(path: Path) -> InputError:
     """For a path where nothing is."""
     if url := runtime.url_of(path):
         return InputError(url, "is a URL, images are read from paths", "download it first")
+    if pointer := pointer_of(path):
+        return InputError(path, *pointer)
+    if str(path).startswith("~"):
+        return InputError(path, "no such file", "~ is not the home folder within quotes: write the whole path")
     return InputError(path, "no such file", "check the path")
 
 
@@ -128,6 +151,8 @@ def open_stream(path: Path) -> Iterator[PlainStream]:
             raise InputError(path, "is not a regular file", "give one .nii or .nii.gz file")
         if info.st_size == 0:
             raise InputError(path, "is empty (0 bytes)", COPY_AGAIN)
+        if pointer := pointer_of(path):
+            raise InputError(path, *pointer)
         with open(path, "rb") as file:
             kind = GzipStream if file.read(2) == b"\x1f\x8b" else PlainStream
             file.seek(0)

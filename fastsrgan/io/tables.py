@@ -1,13 +1,15 @@
 """The tables that name a user's files: the original's training CSV and its list of images to apply a model to.
 
 A training table has the columns ``HR_image``, ``Label_image``, ``Base`` (``Train`` or ``Test``) and, where masks are
-used, ``Mask_image`` (SEGSRGAN.md section 4). Comma, semicolon and tab are taken as separators, a byte-order mark and
+used, ``Mask_image`` (SEGSRGAN.md section 4); ``Label_classes`` says which values of a label map are the structure
+(`labels.structure`). Comma, semicolon and tab are taken as separators, a byte-order mark and
 any line end are accepted, blank lines are skipped, other columns are ignored.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import difflib
 import io
 import os
@@ -20,13 +22,17 @@ from pathlib import Path
 
 from fastsrgan.core.runtime import is_special, url_of
 from fastsrgan.errors import FastsrganError, InputError
+from fastsrgan.io.formats import SUFFIXES
+from fastsrgan.io.nifti_voxels import pointer_of
 
 SPLITS = ("Train", "Test")
-COLUMNS = ("HR_image", "Label_image", "Base", "Mask_image")
+COLUMNS = ("HR_image", "Label_image", "Base", "Mask_image", "Tissue_image", "Label_classes")
 # What the first cell of a list says where it names no image, in any case.
 HEADINGS = frozenset(("hr_image", "lr_image", "image", "images", "path", "paths", "file", "files", "filename"))
 DELIMITERS = (",", ";", "\t")
-_SUFFIX = re.compile(r"\.(nii|hdr|img)(\.gz)?$", re.IGNORECASE)
+_ENDINGS = "|".join(map(re.escape, SUFFIXES))
+_SUFFIX = re.compile(rf"({_ENDINGS})$", re.IGNORECASE)
+_FIRST_CELL = re.compile(rf"(?:{_ENDINGS})\"?\s*([,;\t])", re.IGNORECASE)
 _RESERVED = {"zarr.json", "manifest.json", "c"}  # names with a meaning at the root of a Zarr store
 _MAX_ID = 100
 _BINARY = ((b"PK\x03\x04", "an Excel workbook or a zip archive"), (b"\x1f\x8b", "a gzip file"))
@@ -41,7 +47,10 @@ Fault = tuple[int, str | FastsrganError]  # line, what is wrong there
 
 @dataclass(frozen=True)
 class Row:
-    """One subject of a table: its line in the file, absolute paths, the split, and the name it has in a store."""
+    """One subject of a table: its line in the file, absolute paths, the split, and the name it has in a store.
+
+    ``image`` is the map of tissues where the table names no image, and ``has_image`` False.
+    """
 
     line: int
     image: Path
@@ -49,6 +58,9 @@ class Row:
     mask: Path | None
     base: str
     subject: str
+    tissues: Path | None = None
+    has_image: bool = True
+    classes: str = ""
 
 
 def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, need_label: bool = True) -> list[Row]:
@@ -93,14 +105,14 @@ def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, nee
         where = f"{base_path} is put before every path" if base_path else f"paths start at {csv_path.absolute().parent}"
         raise table_error(csv_path, faults, f"{where}, see --base-path" if missing else None)
     ids = subject_ids([row.image for row in rows])
-    return [Row(r.line, r.image, r.label, r.mask, r.base, name) for r, name in zip(rows, ids, strict=True)]
+    return [dataclasses.replace(row, subject=name) for row, name in zip(rows, ids, strict=True)]
 
 
 def read_list(path: str | os.PathLike, *, base_path: str | None = None) -> list[Path]:
-    """Read a list of images: ``.csv`` (first column) or ``.txt`` (one path a line, ``#`` begins a comment).
+    """Read a list of images: a column of a ``.csv``, or a ``.txt`` with one path a line, where ``#`` begins a comment.
 
-    A first line of a ``.csv`` that is a heading (``HEADINGS``, and no file of that name) is passed over; where it names
-    a column ``HR_image``, as that of a training table does, the images are those of that column.
+    A first line of a ``.csv`` that is a heading (one of ``HEADINGS`` in any column, and no file of that name) is passed
+    over, and its column of images is taken, ``HR_image`` before others; so is a first column that numbers the rows.
 
     Repeated entries are dropped, the order is kept, and whether the files exist is left to the caller. Paths are found
     as in ``read_table``. Raises InputError when the list cannot be read, names nothing or leaves ``HR_image`` empty.
@@ -119,18 +131,42 @@ def read_list(path: str | os.PathLike, *, base_path: str | None = None) -> list[
 
 def _list_entries(path: Path, records: list[tuple[int, list[str]]], base_path: str | None) -> list[str]:
     """The column of images of a list, without its heading."""
-    header = [cell.strip() for cell in records[0][1]] if records else []
+    table = [[cell.strip() for cell in cells] for _, cells in records]
+    header = table[0] if table else []
     if not _is_heading(header) or (header[0] and os.path.exists(_locate(header[0], path, base_path))):
-        return [cells[0].strip() for _, cells in records]
-    column = header.index(COLUMNS[0]) if COLUMNS[0] in header else 0
-    rows = [(line, cells[column].strip() if column < len(cells) else "") for line, cells in records[1:]]
+        column = _image_column(path, table, base_path)
+        entries = [cells[column] for cells in table if column < len(cells)]
+        # Above a column that was found by its images the first cell may be any name.
+        return entries[1:] if column and not _SUFFIX.search(entries[0]) else entries
+    named = [k for k, cell in enumerate(header) if cell == COLUMNS[0] or cell.casefold() in HEADINGS]
+    column = header.index(COLUMNS[0]) if COLUMNS[0] in header else named[0]
+    rows = [
+        (line, cells[column] if column < len(cells) else "")
+        for (line, _), cells in zip(records[1:], table[1:], strict=True)
+    ]
     if COLUMNS[0] in header and (empty := [(line, f"{COLUMNS[0]} is empty") for line, entry in rows if not entry]):
         raise table_error(path, empty)
     return [entry for _, entry in rows]
 
 
+def _image_column(path: Path, table: list[list[str]], base_path: str | None) -> int:
+    """The first column; of a table whose first cells number the rows, as pandas writes them, the first with images."""
+
+    def images_in(column: int) -> bool:
+        cells = [cells[column] for cells in table if column < len(cells)]
+        return any(_SUFFIX.search(cell) or (cell and os.path.exists(_locate(cell, path, base_path))) for cell in cells)
+
+    width = max(map(len, table), default=1)
+    numbered = all(not cells[0] or cells[0].isdigit() for cells in table if cells)
+    if not numbered or images_in(0):
+        return 0
+    return next((column for column in range(1, width) if images_in(column)), 0)
+
+
 def _is_heading(cells: Sequence[str]) -> bool:
-    return bool(cells) and (cells[0].casefold() in HEADINGS or COLUMNS[0] in cells)
+    """Whether a line names columns: one of them is called like a column of images, and none is an image."""
+    named = any(cell == COLUMNS[0] or cell.casefold() in HEADINGS for cell in cells)
+    return named and not any(_SUFFIX.search(cell) for cell in cells)
 
 
 def table_error(path: os.PathLike, faults: Sequence[Fault], hint: str | None = None) -> InputError:
@@ -148,7 +184,7 @@ def table_error(path: os.PathLike, faults: Sequence[Fault], hint: str | None = N
 def subject_ids(images: list[Path]) -> list[str]:
     """A name for each image that is unique, whatever the case of its letters, and safe in paths and URLs.
 
-    The name is the file name without ``.nii``, ``.nii.gz``, ``.hdr`` or ``.img``; accents are dropped and every run of
+    The name is the file name without its image ending (`formats.SUFFIXES`); accents are dropped and every run of
     characters outside ``A-Z a-z 0-9 . _ -`` becomes ``_``. Where two images would share a name, the names of their
     parent folders are put before it with ``-``, as many as it takes; what is still shared gets ``-2``, ``-3`` in order.
     """
@@ -234,7 +270,7 @@ def _table_delimiter(header: str) -> str:
 
 def _list_delimiter(line: str) -> str:
     """The first separator that follows a whole image name, or makes a heading of the line; a comma where none does."""
-    match = re.search(r'\.(?:nii|hdr|img)(?:\.gz)?"?\s*([,;\t])', line, re.IGNORECASE)
+    match = _FIRST_CELL.search(line)
     if match:
         return match.group(1)
     return next((d for d in DELIMITERS if _is_heading([cell.strip(' "') for cell in line.split(d)])), ",")
@@ -244,6 +280,8 @@ def _header_faults(header: list[str], need_label: bool) -> list[tuple[int, str]]
     faults = [(1, f"column {name} twice") for name in COLUMNS if header.count(name) > 1]
     for name in ("HR_image", "Label_image", "Base"):
         if name in header or (name == "Label_image" and not need_label):
+            continue
+        if name != "Base" and need_label and "Tissue_image" in header:
             continue
         faults.append((1, f"no column {name}, {instead(name, header)}"))
     return faults
@@ -264,31 +302,40 @@ def _row(
     line: int, values: dict[str, str], csv_path: Path, base_path: str | None, need_label: bool
 ) -> tuple[Row | None, list[str]]:
     faults, paths = [], {}
-    for column in ("HR_image", "Label_image", "Mask_image"):
+    synthetic = (
+        bool(values.get("Tissue_image")) and need_label
+    )  # image and label are made of the tissues (synthesis.py)
+    for column in ("HR_image", "Label_image", "Mask_image", "Tissue_image"):
         text = values.get(column, "")
         if not text:
-            if column == "HR_image" or (column == "Label_image" and need_label):
+            if not synthetic and (column == "HR_image" or (column == "Label_image" and need_label)):
                 faults.append(f"{column} is empty")
             continue
         paths[column] = _locate(text, csv_path, base_path)
         if url := url_of(text):
             faults.append(f"{column} {url[:_MAX_CELL]} is a URL, images are read from paths")
         elif not os.path.exists(paths[column]):
-            faults.append(f"{column} {text[:_MAX_CELL]}: no such file")
+            pointer = pointer_of(paths[column])
+            told = f"{pointer[0]}, {pointer[1]}" if pointer else "no such file"
+            faults.append(f"{column} {text[:_MAX_CELL]}: {told}")
     base = values["Base"]
     if base not in SPLITS:
         near = difflib.get_close_matches(base.capitalize(), SPLITS, 1)
         told = f"did you mean {near[0]}?" if near else "Train or Test is allowed"
         faults.append(f"Base is {base[:_MAX_CELL]!r}, {told}")
-    if "HR_image" not in paths:
+    label, mask, tissues = (paths.get(column) for column in ("Label_image", "Mask_image", "Tissue_image"))
+    image = paths.get("HR_image") or (tissues if synthetic else None)
+    if image is None:
         return None, faults
-    return Row(line, paths["HR_image"], paths.get("Label_image"), paths.get("Mask_image"), base, ""), faults
+    classes = values.get("Label_classes", "")
+    return Row(line, image, label, mask, base, "", tissues, "HR_image" in paths, classes), faults
 
 
 def _locate(text: str, table: Path, base_path: str | None) -> Path:
     """The absolute path meant by a cell: the first candidate that exists, else the first. A URL stays what it is."""
     if url_of(text):
         return Path(text)
+    text = os.path.expanduser(text) if text.startswith("~") and not base_path else text
     if base_path:
         candidates = [Path(base_path + text), Path(base_path) / text.lstrip("/")]
         candidates += [Path(text)] if os.path.isabs(text) else []
@@ -303,7 +350,7 @@ def _repetitions(rows: list[Row]) -> list[tuple[int, str]]:
     first: dict[tuple[str, str], Row] = {}
     for row in (row for row in rows if row.base in SPLITS):
         keys = [("HR_image", os.path.realpath(row.image), row.image.name)]
-        if row.label:
+        if row.label and row.label != row.image:
             keys.append(("Label_image", os.path.realpath(row.label), row.label.name))
         if person := _person(row.image):
             keys.append(("subject", os.path.join(*person), person[1]))

@@ -28,7 +28,6 @@ from fastsrgan.errors import ModelError
 from fastsrgan.model.networks import N_BLOCKS, CriticSpec, GeneratorSpec
 from fastsrgan.model.safetensors import MAX_FILE, check_finite, check_limits, describe, dims, parameter_shapes
 
-SIGNATURE = b"\x89HDF\r\n\x1a\n"
 KERAS_VERSION = "2.2.4"
 CRITIC_DEPTH = 5  # of the original, for every patch size
 MAX_LINKS = 256  # of one group; the largest here has 68

@@ -9,12 +9,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsrgan.config import MIN_SIZE, SIZE_MULTIPLE
+from fastsrgan.core.runtime import rng
 from fastsrgan.errors import ModelError
 from fastsrgan.model.layers import (
     FORMS,
@@ -28,8 +31,6 @@ from fastsrgan.model.layers import (
 )
 
 N_BLOCKS = 6
-SIZE_MULTIPLE = 4  # two stride-2 convolutions
-MIN_SIZE = 8  # reflect padding at a quarter of the resolution needs two voxels
 ONE_BY_ONE = 2**17  # voxels of a sample from which inference on a CPU takes full resolution sample by sample
 FLAT = 2.0**-23  # of the image maximum: float32's resolution there
 
@@ -45,6 +46,8 @@ class GeneratorSpec:
     mask_classes : number of softmax channels behind SR and segmentation
     scaled : the SR head is multiplied by the sample's in-plane gradient, so that SR(a x) = a SR(x) (not in the paper;
         docs/decisions/011)
+    shifted : images with values below 0 were moved up by their minimum in training, and are in inference
+        (``intensity.lifted``); no part of the architecture, so networks that differ in it alone are equal
     """
 
     network: str = "plain"
@@ -53,6 +56,7 @@ class GeneratorSpec:
     conditional: bool = False
     mask_classes: int = 0
     scaled: bool = False
+    shifted: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.network not in GENERATORS:
@@ -68,8 +72,9 @@ class GeneratorSpec:
         return 2 + self.mask_classes
 
     def to_dict(self) -> dict:
-        """Plain values for YAML, JSON or a safetensors header."""
-        return asdict(self)
+        """Plain values for YAML, JSON or a safetensors header; without ``shifted`` where it is not so, as in files of
+        versions that did not know it."""
+        return {key: value for key, value in asdict(self).items() if key != "shifted" or value}
 
 
 def _conv(out_channels: int, in_channels: int, size: int) -> nn.Parameter:
@@ -337,11 +342,24 @@ def check_sizes(shape: tuple[int, ...]) -> None:
 
 def _init(module: nn.Module, gain: float, seed: int) -> None:
     # Keras draws a normal truncated at two standard deviations and rescales it to the wanted variance.
-    rng = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         if parameter.ndim == 5:
             std = math.sqrt(gain / parameter[0].numel()) / 0.87962566103423978
-            nn.init.trunc_normal_(parameter, 0.0, std, -2 * std, 2 * std, generator=rng)
+            values = std * truncated_normal(rng(seed, "weights", name), parameter.numel())
+            with torch.no_grad():
+                parameter.copy_(torch.from_numpy(values).view_as(parameter))
+
+
+def truncated_normal(draw: np.random.Generator, n: int) -> np.ndarray:
+    """``n`` numbers in float64 from the standard normal between -2 and 2, the same bits on every processor.
+
+    NumPy's ziggurat gives a number of that range as one product of a table's value and a random integer; torch's
+    ``trunc_normal_`` has vectorised functions whose last bits depend on the instruction set.
+    """
+    values = draw.standard_normal(n)
+    while (beyond := np.flatnonzero(np.abs(values) > 2)).size:
+        values[beyond] = draw.standard_normal(beyond.size)
+    return values
 
 
 def init_lecun_normal(module: nn.Module, seed: int) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor
 from fastsrgan.core.runtime import is_special, output_file, url_of
 from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.model import checkpoint
-from fastsrgan.model import keras as keras_h5
 from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
 
 log = logging.getLogger("fastsrgan")
 
+HDF5 = b"\x89HDF\r\n\x1a\n"  # first bytes; h5py is loaded for such files only
 SHIPPED = Path(__file__).parent.parent / "models"
 LEGACY_NOTE = (
     "residual conditional U-Net: SegSRGAN 2.2.4 subtracted from image and resolution alike and gave three channels;"
@@ -169,6 +169,8 @@ def export_keras(
     A critic for patches other than 36 to 64 has another depth than the original's; it is written all the same, and a
     log line says so. Raises as ``import_keras`` does.
     """
+    from fastsrgan.model import keras as keras_h5
+
     found = _resolve(source)
     target = _free(target, overwrite)
     networks: list[tuple[Any, Any]] = [_generator_parameters(found, ema)]
@@ -192,13 +194,18 @@ def _free(target: str | os.PathLike, overwrite: bool) -> Path:
 
 def _header(source: _Source) -> modelfile.ModelHeader:
     if source.kind == "keras":
+        from fastsrgan.model import keras as keras_h5
+
         return modelfile.ModelHeader(*keras_h5.read_specs(source.file))
     return modelfile.read_header(source.file)
 
 
 def _parameters(source: _Source, part: str) -> tuple[Any, dict[str, Tensor]]:
-    read = keras_h5.read_parameters if source.kind == "keras" else modelfile.read_parameters
-    return read(source.file, part)
+    if source.kind != "keras":
+        return modelfile.read_parameters(source.file, part)
+    from fastsrgan.model import keras as keras_h5
+
+    return keras_h5.read_parameters(source.file, part)
 
 
 def _generator_parameters(source: _Source, ema: bool) -> tuple[GeneratorSpec, dict[str, Tensor]]:
@@ -238,7 +245,7 @@ def _sniff(path: Path) -> str:
             raise ModelError(url, "is a URL, weights are read from paths", "download the file first") from error
         reason = (getattr(error, "strerror", None) or "cannot be read").lower()
         raise ModelError(path, reason, "a weight file or a run folder") from error
-    if head.startswith(keras_h5.SIGNATURE):
+    if head.startswith(HDF5):
         return "keras"
     if head[8:9] == b"{":
         return "safetensors"

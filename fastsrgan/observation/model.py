@@ -19,7 +19,17 @@ from fastsrgan.errors import InputError, UsageError
 from fastsrgan.observation.artefacts import draw_bias, draw_motion
 from fastsrgan.observation.slabs import Region, Source, acquire, interpolate, plan, truth
 from fastsrgan.volume.intensity import add_noise, contrast_power, each_piece, largest
-from fastsrgan.volume.resample import Matrix, check_geometry, degrade_matrix, modulo_size, upsample_matrix
+from fastsrgan.volume.resample import (
+    Matrix,
+    Profile,
+    check_geometry,
+    check_profile,
+    degrade_matrix,
+    modulo_size,
+    slice_axis,
+    slice_width,
+    upsample_matrix,
+)
 from fastsrgan.volume.resample_sitk import check_interpolator, decimate_matrix, expand_matrix, whole_factor
 
 INTERPS = ("scipy", "sitk")
@@ -37,6 +47,8 @@ class Degradation:
     bias_field : largest log amplitude of a smooth multiplicative field
     rician : Rician instead of Gaussian noise
     profile : p, the slice profile's width over the voxel size is uniform in [1 - p, 1 + p]
+    gap : g, slice thickness over the spacing of slices is uniform in [1 - g, 1], across the slices alone
+    profile_box : b, the share of the box in the slice profile is uniform in [0, b], the rest is the Gaussian
     motion : standard deviation in mm and degrees of motion between slices
     block_bytes : working memory above which a volume is degraded in slabs; None: whole
     """
@@ -52,6 +64,8 @@ class Degradation:
     profile: float = 0.0
     motion: float = 0.0
     block_bytes: int | None = None
+    gap: float = 0.0
+    profile_box: float = 0.0
 
     def __post_init__(self) -> None:
         check_geometry(self.geometry)
@@ -62,11 +76,13 @@ class Degradation:
             )
         if not 0 <= self.contrast < 1 or not 0 <= self.noise < 1:
             raise UsageError("degradation", f"contrast {self.contrast}, noise {self.noise}", "both in [0, 1)")
-        for name in ("bias_field", "profile", "motion"):
-            if not 0 <= getattr(self, name) < (1 if name == "profile" else np.inf):
+        for name in ("bias_field", "profile", "motion", "gap"):
+            relative = name in ("profile", "gap")
+            if not 0 <= getattr(self, name) < (1 if relative else np.inf):
                 raise UsageError(
-                    name, f"{getattr(self, name)} is not allowed", "in [0, 1)" if name == "profile" else "0 or above"
+                    name, f"{getattr(self, name)} is not allowed", "in [0, 1)" if relative else "0 or above"
                 )
+        check_profile(self.profile_box, self.geometry)
         if self.block_bytes is not None and not self.block_bytes > 0:
             raise UsageError("block_bytes", f"{self.block_bytes} is not allowed", "a number above zero, or None")
 
@@ -103,6 +119,8 @@ class Degradation:
             bias_field=draw.bias_field,
             rician=draw.rician,
             width=draw.width,
+            thickness_mm=(1 - draw.gap) * max(draw.low_res),
+            profile=draw.box,
             motion=draw.motion,
             block_bytes=self.block_bytes,
             region=region,
@@ -117,16 +135,20 @@ class Degradation:
     def _drawn(self, resolution: np.ndarray, power: float, key: tuple[int | str, ...]) -> Draw:
         """The draw with its extras. Each is drawn under its own name, so none depends on which others are on."""
         width = 1 + self.profile * (2 * rng(int(key[0]), *key[1:], "profile").random() - 1)
+        gap = self.gap * rng(int(key[0]), *key[1:], "gap").random()
+        box = self.profile_box * rng(int(key[0]), *key[1:], "profile shape").random()
         low_res = tuple(float(r) for r in resolution)
-        return Draw(low_res, float(power), self.noise, key, self.bias_field, self.rician, width, self.motion)  # type: ignore[arg-type]
+        extras = (self.bias_field, self.rician, width, self.motion, gap, box)
+        return Draw(low_res, float(power), self.noise, key, *extras)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Draw:
     """One image's degradation: resolution in mm per stored axis, contrast power, noise fraction, and the extras.
 
-    ``width`` is the slice profile's width over the voxel size. What has one value per voxel, slice or control point
-    (noise, motion, bias field) is named by ``key`` and made where it is used.
+    ``width`` is the slice profile's width over the voxel size, ``gap`` the part of the spacing of slices that their
+    thickness leaves out, ``box`` the share of the box in the profile. What has one value per voxel, slice or
+    control point (noise, motion, bias field) is named by ``key`` and made where it is used.
     """
 
     low_res: tuple[float, float, float]
@@ -137,6 +159,8 @@ class Draw:
     rician: bool = False
     width: float = 1.0
     motion: float = 0.0
+    gap: float = 0.0
+    box: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -182,6 +206,8 @@ def degrade(
     bias_field: float = 0.0,
     rician: bool = False,
     width: float = 1.0,
+    thickness_mm: float | None = None,
+    profile: Profile = "gaussian",
     motion: float = 0.0,
     block_bytes: int | None = None,
     region: Region | None = None,
@@ -200,7 +226,10 @@ def degrade(
         SimpleITK's Expand with the interpolator ``interpolation_type`` (``resample_sitk.INTERPOLATORS``)
     bias_field : largest log amplitude of a smooth field on the image, before all else (extras.py)
     rician : the noise of magnitude images instead of Gaussian noise
-    width : full width at half maximum of the slice profile over the low-resolution voxel size
+    width : full width at half maximum of the slice profile over the low-resolution voxel size, on every axis
+    thickness_mm : of the slices, where it is not their spacing (gaps, or slices that overlap): the profile's width
+        across the slices, the axis of the largest ``low_res_mm``, before it is multiplied by ``width``
+    profile : "gaussian", "box", or the share of the box in a blend of both
     motion : standard deviation in mm and degrees of the head's motion in the plane of each slice (extras.py)
     block_bytes : working memory, besides the image and the results, above which slabs are used; None: one slab
     region : slices of the high-resolution grid: ``interpolated`` and ``hr`` are made there alone. The low-resolution
@@ -208,11 +237,16 @@ def degrade(
 
     Raises
     ------
-    UsageError : a low resolution finer than the image, a power that is not positive; InputError : an image without a
+    UsageError : a low resolution finer than the image, a power or a thickness that is not positive, an unknown profile,
+    or a box in "segsrgan" geometry, which knows the Gaussian alone; InputError : an image without a
     positive voxel; ResourceError : ``block_bytes`` below one slice.
     """
     check_geometry(geometry)
     check_interp(interp, interpolation_type, geometry)
+    box = check_profile(profile, geometry)
+    # Slices lie across the thickest axis, the last of equals: where images are turned to, DESIGN D12.
+    axis = slice_axis(low_res_mm)
+    widths = [width * (slice_width(thickness_mm, low_res_mm[axis]) if d == axis else 1.0) for d in range(3)]
     if not power > 0:
         raise UsageError("contrast power", f"{power:g} is not allowed", "a number above zero")
     seed, *rest = key if isinstance(key, tuple) else (0, *(() if key is None else (key,)))
@@ -223,9 +257,7 @@ def degrade(
             tuple(slice(0, modulo_size(n, r / s)) for n, s, r in zip(hr.shape, spacing_mm, low_res_mm, strict=True))
         ]
     factors = [whole_factor(r, s) for s, r in zip(spacing_mm, low_res_mm, strict=True)] if interp == "sitk" else []
-    down = _down(hr.shape, spacing_mm, low_res_mm, geometry, factors, width)
-    # Slices lie across the thickest axis, the last of equals: where images are turned to, DESIGN D12.
-    axis = max(range(3), key=lambda d: (low_res_mm[d], d))
+    down = _down(hr.shape, spacing_mm, low_res_mm, geometry, factors, widths, box)
     source = Source(hr, axis, draw_bias(name, bias_field) if bias_field else None)
     slabs = plan(source, down, bool(motion), block_bytes)
     if slabs.planes == hr.shape[axis]:  # one slab: converted, and given its field, once for both passes
@@ -274,13 +306,15 @@ def _down(
     low_res_mm: tuple[float, float, float],
     geometry: str,
     factors: list[int],
-    width: float,
+    widths: list[float],
+    box: float,
 ) -> list[Matrix]:
     """Slice profile and decimation of each axis."""
     if factors:
-        return [decimate_matrix(n, float(r * width), k) for n, r, k in zip(shape, low_res_mm, factors, strict=True)]
-    sizes = zip(shape, spacing_mm, low_res_mm, strict=True)
-    return [degrade_matrix(n, s, r, geometry, width) for n, s, r in sizes]
+        blurs = zip(shape, low_res_mm, factors, widths, strict=True)
+        return [decimate_matrix(n, float(r * width), k) for n, r, k, width in blurs]
+    sizes = zip(shape, spacing_mm, low_res_mm, widths, strict=True)
+    return [degrade_matrix(n, s, r, geometry, width, box) for n, s, r, width in sizes]
 
 
 def _up(

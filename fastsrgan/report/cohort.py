@@ -44,6 +44,18 @@ def page_name(stem: str, target: Path) -> str:
     return name if name != target.name else f"_{name}"
 
 
+def page_names(stems: Sequence[str], target: Path) -> list[str]:
+    """The files of several results, no two alike: p1/T2 and p1_T2 would share one."""
+    names: list[str] = []
+    for stem in stems:
+        name, n = page_name(stem, target), 1
+        while name in names:
+            n += 1
+            name = page_name(f"{stem}-{n}", target)
+        names.append(name)
+    return names
+
+
 def facts(rows: Sequence[Row]) -> dict[str, Any]:
     """All figures of the page: {"rows", "columns", "summary", "outliers"}; columns are JSON pointers inside a row."""
     plain = [

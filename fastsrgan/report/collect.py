@@ -1,8 +1,10 @@
 """What a folder holds: results of ``infer``, scores of ``evaluate``, studies, the demo, a training run.
 
-Files are told by what they hold, not by their names. Such a file may be a stranger's, and the page is passed on:
-results are looked for in its own folder alone, the input elsewhere too, where only an image of the recorded checksum
-is shown (``stage.load_images``), the truth where it is named like a NIfTI image.
+Folders are looked through with all below them, as ``infer`` keeps the sub-folders of what it was given, and BIDS
+derivatives are taken by their sidecars. Files are told by what they hold, not by their names. Such a file may be a
+stranger's, and the page is passed on: a result's images are looked for in the folder of its record alone, the input
+elsewhere too, where only an image of the recorded checksum is shown (``stage.load_images``), the truth where it is
+named like an image.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.runtime import is_special, read_json, real
+from fastsrgan.core.runtime import is_special, mapping, read_json, real, walk_files
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
+from fastsrgan.io.bids import RECORD, parse
 
 log = logging.getLogger("fastsrgan")
 
@@ -26,7 +29,7 @@ KINDS = ("sr", "seg")
 NAMED = 3  # damaged files that are told by name
 HINT = "a folder that `fastsrgan infer` or `train` wrote"
 # What other parts rely on, where it is there at all; what a file has of another kind is passed over.
-RECORD = {"warnings": list, "asked": dict, "provenance": dict}
+PARTS = {"warnings": list, "asked": dict, "provenance": dict}
 SCORES = {"files": dict, "notes": list, "segmentation": dict, "gain": dict, "baseline": dict}
 STUDY = {"rows": list, "fit": list}
 
@@ -68,7 +71,7 @@ def find(
         raise InputError(path, "no such file or folder", "a folder of results, a run, or one result's .json")
     folder = path if path.is_dir() else path.parent
     found = Found(folder, real(path).name if path.is_dir() else path.stem)
-    names = [path] if path.is_file() else [p for p in sorted(folder.glob("*.json")) if p.exists()]
+    names = [path] if path.is_file() else _json_files(folder)
     documents = _documents(names)
     damaged = [p for p in names if p not in documents and not _is_empty(p)]
     if path.is_dir() and (folder / "log.jsonl").is_file():
@@ -77,7 +80,10 @@ def find(
     if demo is not None and isinstance(demo.get("scores"), dict) and is_scores({"definitions": {}} | demo["scores"]):
         _demo(found, demo)
     else:
-        found.results = [_result(p, d) for p, d in documents.items() if is_record(d)]
+        found.results = [_result(p, d, folder) for p, d in documents.items() if is_record(d)]
+        derived = {p: d[RECORD] for p, d in documents.items() if is_record(mapping(d.get(RECORD)))}
+        found.results += [_derivative(p, record, folder) for p, record in derived.items()]
+        found.results.sort(key=lambda result: result.stem)
     given = _documents([Path(scores)]) if scores is not None else {}
     if scores is not None and not given and not _is_empty(Path(scores)):
         raise InputError(scores, "is no JSON object", "the file that `fastsrgan evaluate --json` wrote")
@@ -95,6 +101,21 @@ def find(
     for name in damaged:
         log.warning("%s: is damaged or no JSON object, left out", name)
     return found
+
+
+def _json_files(folder: Path) -> list[Path]:
+    """JSON files of a folder and, where it is no run or demo, of all below it but stores."""
+    own = [p for p in sorted(folder.glob("*.json")) if p.exists()]
+    if (folder / "log.jsonl").is_file() or (folder / "demo.json").is_file():
+        return own
+    below = [p for p in walk_files(folder) if p.suffix == ".json" and p.parent != folder and p.is_file()]
+    return own + [p for p in below if p.name != "zarr.json" and not _in_other(p, folder)]
+
+
+def _in_other(path: Path, folder: Path) -> bool:
+    """Whether a file below a folder is part of a store or of a training run there."""
+    between = [parent for parent in path.parents if parent != folder and folder in parent.parents]
+    return any((p / "zarr.json").is_file() or (p / "log.jsonl").is_file() for p in between)
 
 
 def _is_empty(path: Path) -> bool:
@@ -157,8 +178,8 @@ def _documents(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
     return found
 
 
-def _result(path: Path, record: dict[str, Any]) -> Result:
-    files = {}
+def _result(path: Path, record: dict[str, Any], root: Path) -> Result:
+    files: dict[str, Path] = {}
     for kind in KINDS:
         name = record["outputs"].get(kind)
         if isinstance(name, str) and (there := _first(_near(name, path.parent))):
@@ -168,7 +189,18 @@ def _result(path: Path, record: dict[str, Any]) -> Result:
         beside = _near(source, path.parent, path.parent.parent)  # since folders move
         if there := _first([*beside, Path(source)]):
             files["input"] = there
-    return Result(path.stem, sound(record, RECORD), files)
+    return Result(path.relative_to(root).with_suffix("").as_posix(), sound(record, PARTS), files)
+
+
+def _derivative(path: Path, record: dict[str, Any], root: Path) -> Result:
+    """A result of ``infer --bids``: the images lie under their BIDS names beside the sidecar."""
+    result = _result(path, record, root)
+    sr = next((p for p in (path.with_suffix(".nii.gz"), path.with_suffix(".nii")) if p.is_file()), None)
+    image = None if sr is None else parse(sr)
+    if sr is not None and image is not None:
+        seg = sr.with_name(image.derived(f"cortex{image.suffix}", "dseg").name)
+        result.files |= {"sr": sr} | ({"seg": seg} if seg.is_file() else {})
+    return result
 
 
 def _near(name: str, *folders: Path) -> list[Path]:
@@ -189,6 +221,7 @@ def _assign(results: list[Result], scores: dict[str, Any], where: Path, strict: 
     for result in results:
         own = result.files.get("sr", Path(result.record["outputs"]["sr"]))
         mine = [row for row in rows if _of(row, own)]
+        mine = [row for row in mine if row.get("subject") == result.stem] if len(mine) > 1 else mine
         if not mine and len(rows) == len(results) == 1 and "files" not in rows[0]:
             mine = rows
         if len(mine) > 1:
@@ -231,7 +264,7 @@ def _demo(found: Found, demo: dict[str, Any]) -> None:
         found.run = folder / "run"
     for path, record in _documents(sorted((folder / "out").glob("*.json"))).items():
         if is_record(record):
-            result = _result(path, record)
+            result = _result(path, record, folder / "out")
             result.scores = sound_scores(demo["scores"])
             found.results.append(result)
     if len(found.results) != 1:

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.runtime import parse_json, read_json, real
+from fastsrgan.core.runtime import mapping, parse_json, read_json, real
 from fastsrgan.pictures.panels import find_panels
 from fastsrgan.report.charts import Line, line_chart
 from fastsrgan.report.html import Html, el, join, number, pointer
@@ -68,6 +68,7 @@ def read_run(run: Path) -> dict[str, Any]:
     return {
         "folder": real(run).name,
         "summary": read_json(run / "summary.json") or None,
+        "data_warnings": _warnings(run),
         "config": _text(run / "config.yaml"),
         "updates": len(updates),
         "updates_per_point": width,
@@ -76,6 +77,12 @@ def read_run(run: Path) -> dict[str, Any]:
         "validation": [{"epoch": row["epoch"], **row["validation"]} for row in scores],
         "unreadable_lines": faults,
     }
+
+
+def _warnings(run: Path) -> list[str]:
+    """What was noted about the subjects' files, from the run's record of its data."""
+    found = mapping(read_json(run / "data.json").get("warnings"))
+    return [f"{name}: {text}" for name, texts in found.items() if isinstance(texts, list) for text in texts]
 
 
 def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
@@ -111,11 +118,19 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
             if not isinstance(value, (dict, list))
         ]
     )
+    noted = facts.get("data_warnings") or []
     table = el("details", el("summary", "Validations as a table"), _table(validation)) if validation else None
     return card(
         "Training",
         el("p", " ".join(filter(None, notes)), class_="faint") if any(notes) else None,
         el("div", [p for p in plots if p], class_="plots"),
+        el(
+            "details",
+            el("summary", f"{len(noted)} warnings about the data"),
+            el("ul", [el("li", line) for line in noted]),
+        )
+        if noted
+        else None,
         table,
         _samples(panels),
         el("h3", "Summary"),

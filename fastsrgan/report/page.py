@@ -20,6 +20,7 @@ from fastsrgan.core.runtime import QUIET, Progress, atomic_write, finite
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import metrics
 from fastsrgan.evaluate.pair import evaluate_pair, onto_grid
+from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.output_place import PAGE, check_place
 from fastsrgan.report import cohort, curves, sections
@@ -48,6 +49,8 @@ def report(
     mask: str | os.PathLike | None = None,
     max_mb: float = MOST_MB,
     overwrite: bool = False,
+    label_classes: str | None = None,
+    label_names: str | os.PathLike | None = None,
     progress: Progress = QUIET,
 ) -> list[Path]:
     """Write the page of a folder of results, a demo, a training run, or of one result's JSON.
@@ -60,6 +63,7 @@ def report(
     scores : JSON of ``evaluate`` (a pair's or a table's); without it the folder's own
     studies : JSON files of ``study``, shown beside those of the folder
     hr, label, mask : truth of a single result, evaluated here, with the spline of the input as baseline
+    label_classes, label_names : which values of the label are the structure, see `labels.structure`
     max_mb : largest page in MB (10^6 bytes); volumes are reduced until they fit
     overwrite : replace pages that are there; what is no page is kept
 
@@ -77,7 +81,7 @@ def report(
         raise UsageError("--hr", f"one truth for {len(found.results)} results", "--scores with the JSON of evaluate")
     target = Path(out) if out is not None else found.folder / NAME
     many = len(found.results) > 1
-    names = [cohort.page_name(r.stem, target) for r in found.results] if many else []
+    names = cohort.page_names([r.stem for r in found.results], target) if many else []
     given = [p for p in (path, scores, hr, label, mask, *studies) if p is not None]
     inputs = [*given, *(file for result in found.results for file in result.files.values())]
     pages = [check_place(place, inputs, PAGE) for place in [target, *(target.parent / n for n in names)]]
@@ -85,7 +89,8 @@ def report(
     if standing and not overwrite:
         raise UsageError(standing[0], "exists already and is kept", "--overwrite, or another -o FILE.html")
     if hr:
-        _score(found.results[0], Path(hr), Path(label) if label else None, Path(mask) if mask else None)
+        chosen = labels.structure(label_classes, label, label_names).values if label and label_classes else None
+        _score(found.results[0], Path(hr), Path(label) if label else None, Path(mask) if mask else None, chosen)
     limit = int(max_mb * 1e6)
     written = []
     progress.start("report", max(len(found.results), 1) + many, "page")
@@ -238,7 +243,9 @@ def _write(path: Path, page: str) -> None:
         temporary.write_text(page, encoding="utf8")
 
 
-def _score(result: Result, hr: Path, label: Path | None, mask: Path | None) -> None:
+def _score(
+    result: Result, hr: Path, label: Path | None, mask: Path | None, classes: frozenset[int] | None = None
+) -> None:
     """Evaluate against a truth, with the cubic spline of the input as baseline."""
     warnings: list[str] = []
     truth = images.load(hr)
@@ -250,6 +257,8 @@ def _score(result: Result, hr: Path, label: Path | None, mask: Path | None) -> N
         raise InputError(
             result.stem, "its super-resolved image cannot be read", "; ".join(warnings) or "infer it again"
         )
+    if label is not None and classes is not None:
+        others["label"] = images.load_label(label, classes=classes)
     spline = onto_grid(others["low"], truth, name="the spline of the input", notes=[]) if "low" in others else None
     result.scores = evaluate_pair(
         sr,

@@ -16,10 +16,11 @@ import numpy as np
 from scipy import ndimage
 
 from fastsrgan.errors import ResourceError
-from fastsrgan.evaluate.grids import onto_grid, same_grid
+from fastsrgan.evaluate.grids import onto_grid
 from fastsrgan.pictures.panels import png
 from fastsrgan.pictures.planes import OBJECT, brightness
 from fastsrgan.volume.geometry import Volume, processing_orientation
+from fastsrgan.volume.placement import same_grid
 
 MARGIN = 4  # voxels around the head
 LEVELS = 255

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.store.reader import to_float32
-from fastsrgan.volume.geometry import processing_orientation
 
 DTYPES = ("auto", "int16", "float32")
 PERCENTILES = {"p1": 0.01, "p99": 0.99, "p99.9": 0.999}
@@ -69,12 +68,3 @@ def describe(stored: np.ndarray, scale: float, offset: float) -> dict[str, Any]:
     extremes = {"min": float(flat.min()), "max": float(flat.max()), "mean": float(flat.mean(dtype=np.float64))}
     robust = {name: float(value) for name, value in zip(PERCENTILES, found, strict=True)}
     return {"bounding_box": box, "intensity": extremes | robust}
-
-
-def axis_codes(affine_44: np.ndarray) -> str:
-    """Where each array axis points, nearest of R L A P S I: "RAS" for an array in world order."""
-    world = processing_orientation(affine_44, (1.0, 1.0, 1.0))
-    codes = [""] * 3
-    for axis, flip, ahead, back in zip(world.axes, world.flips, "RAS", "LPI", strict=True):
-        codes[axis] = back if flip else ahead
-    return "".join(codes)

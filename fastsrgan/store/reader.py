@@ -8,6 +8,7 @@ Layout, ``ID`` being a subject::
     ID/image/{zarr.json, c/0/0/0}    (X, Y, Z) integers as stored in the source, or float32; attributes scale, offset
     ID/label/...             (X, Y, Z) uint8, optional
     ID/mask/...              (X, Y, Z) uint8, optional
+    ID/tissues/...           (X, Y, Z) uint8 or uint16, optional; a subject may have these and no image
 
 An array is one shard of 64^3 chunks (blosc-zstd with bit shuffle, crc32c). Every chunk is written, also a constant one,
 so what is missing is lost and never means zeros. The manifest holds size and SHA-256 of every file; an array that is
@@ -85,6 +86,16 @@ class Subject:
         return "mask" in self.arrays
 
     @property
+    def has_image(self) -> bool:
+        """Whether there is an image; else one is made of the tissues at each visit (``observation.synthesis``)."""
+        return "image" in self.arrays
+
+    @property
+    def has_tissues(self) -> bool:
+        """Whether a map of many structures was converted with it."""
+        return "tissues" in self.arrays
+
+    @property
     def raw_bytes(self) -> int:
         """Size of the arrays in memory, as stored."""
         return int(np.prod(self.shape)) * sum(np.dtype(a["dtype"]).itemsize for a in self.arrays.values())
@@ -97,15 +108,16 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One subject's arrays: image (X, Y, Z) float32, label and mask (X, Y, Z) uint8 or None."""
+    """One subject's arrays, (X, Y, Z) or None: image float32, label and mask uint8, tissues uint8 or uint16."""
 
     id: str
     split: str
-    image: np.ndarray
+    image: np.ndarray | None
     label: np.ndarray | None
     mask: np.ndarray | None
     affine: np.ndarray
     spacing: tuple[float, float, float]
+    tissues: np.ndarray | None = None
 
 
 def open_store(url: str | os.PathLike, reader: str | None = None) -> Store:
@@ -156,7 +168,7 @@ class Store:
         return self._as_listed(subject_id, self._sample)
 
     def read_region(self, subject_id: str, array: str, slices: tuple[slice, slice, slice]) -> np.ndarray:
-        """Part of an array, reading only the chunks it touches: float32 for the image, uint8 for label and mask."""
+        """Part of an array, reading only the chunks it touches: float32 for the image, whole numbers for the others."""
 
         def part(s: Subject) -> np.ndarray:
             if array not in s.arrays:
@@ -204,9 +216,8 @@ class Store:
 
     def _sample(self, s: Subject) -> Sample:
         arrays = self._whole(s, list(s.arrays))
-        return Sample(
-            s.id, s.split, arrays["image"], arrays.get("label"), arrays.get("mask"), s.affine.copy(), s.spacing
-        )
+        image, label, mask, tissues = (arrays.get(name) for name in ("image", "label", "mask", "tissues"))
+        return Sample(s.id, s.split, image, label, mask, s.affine.copy(), s.spacing, tissues)
 
     def _whole(self, s: Subject, names: list[str]) -> dict[str, np.ndarray]:
         """Whole arrays, all their files asked for at once and compared with the manifest."""

@@ -15,7 +15,8 @@ import numpy as np
 
 from fastsrgan.volume.geometry import spacing_of
 
-ARRAYS = ("image", "label", "mask")
+ARRAYS = ("image", "label", "mask", "tissues")
+LABELS = {"label": {"uint8"}, "mask": {"uint8"}, "tissues": {"uint8", "uint16"}}
 SPLITS = ("Train", "Test")
 SUBJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 META, SHARD, CHUNK = "zarr.json", "c/0/0/0", 64
@@ -56,11 +57,12 @@ def _check_subject(record: dict[str, Any]) -> None:
     _demand(np.allclose(spacing, spacing_of(affine), rtol=1e-3, atol=0), "its spacing is not that of its affine")
     _demand(isinstance(record["attrs"], dict), "its attributes are no mapping")
     arrays = record["arrays"]
-    _demand(isinstance(arrays, dict) and "image" in arrays and set(arrays) <= set(ARRAYS), "its arrays")
+    _demand(isinstance(arrays, dict) and set(arrays) <= set(ARRAYS), "its arrays")
+    _demand("image" in arrays or "tissues" in arrays, "it has neither an image nor tissues")
     for name, array in arrays.items():
-        allowed = _TYPES if name == "image" else {"uint8"}
+        allowed = LABELS.get(name, _TYPES)
         _demand(isinstance(array, dict) and array.get("dtype") in allowed, f"its {name} is of an unknown type")
-    scaling = [arrays["image"][key] for key in ("scale", "offset")]
+    scaling = [arrays["image"][key] for key in ("scale", "offset")] if "image" in arrays else []
     _demand(all(type(v) in (int, float) and math.isfinite(v) for v in scaling), "its intensity scaling")
     wanted = {META, *(f"{name}/{end}" for name in arrays for end in (META, SHARD))}
     files = record["files"]

@@ -33,12 +33,12 @@ from fastsrgan.store.files import (
 )
 from fastsrgan.store.reader import Subject, subject_of
 from fastsrgan.store.remote import fingerprint
-from fastsrgan.store.schema import SPLITS
+from fastsrgan.store.schema import LABELS, SPLITS
 from fastsrgan.store.schema import SUBJECT as _ID
 from fastsrgan.volume.geometry import spacing_of
 
 MARK = {"fastsrgan_format": FORMAT}  # among the attributes of every group that is ours
-_LAYOUT = re.compile(r"zarr\.json|(image|label|mask)(/zarr\.json|/c/\d+/\d+/\d+)|(.*/)?[^/]*\.partial")
+_LAYOUT = re.compile(r"zarr\.json|(image|label|mask|tissues)(/zarr\.json|/c/\d+/\d+/\d+)|(.*/)?[^/]*\.partial")
 _TEMPORARY = re.compile(r"\.manifest\.tmp-.*|zarr\.[0-9a-f]+\.partial")
 _LARGE = 1 << 20  # bytes of manifest above which it is not replaced after every subject
 
@@ -109,31 +109,33 @@ class StoreWriter:
         self,
         subject_id: str,
         split: str,
-        image_stored: np.ndarray,
+        image_stored: np.ndarray | None,
         scale: float,
         offset: float,
         label: np.ndarray | None,
         mask: np.ndarray | None,
         affine: np.ndarray,
         attrs: dict[str, Any],
+        tissues: np.ndarray | None = None,
     ) -> Subject:
         """Write a subject and list it; one of that id is replaced. Safe from several threads.
 
         Parameters
         ----------
-        image_stored : (X, Y, Z) integers or floats (kept as float32); intensity = stored * scale + offset
-        label, mask : (X, Y, Z) uint8 or None
+        image_stored : (X, Y, Z) integers or floats (kept as float32); intensity = stored * scale + offset. None: there
+            are tissues, of which images are made
+        label, mask : (X, Y, Z) uint8 or None; tissues : (X, Y, Z) uint8 or uint16 or None
         affine : (4, 4) voxel index -> world mm
         attrs : plain values
 
         Raises InputError for arrays or an id that cannot be stored, ResourceError when the disk is full; then nothing
         of the subject stays.
         """
-        arrays = _checked(subject_id, split, image_stored, label, mask)
+        arrays = _checked(subject_id, split, image_stored, {"label": label, "mask": mask, "tissues": tissues})
         described = {"image": {"scale": float(scale), "offset": float(offset)}}
         record: dict[str, Any] = {
             "split": split,
-            "shape": list(image_stored.shape),
+            "shape": list(next(iter(arrays.values())).shape),
             "spacing": list(spacing_of(affine)),
             "affine": np.asarray(affine, float).tolist(),
             "attrs": finite(attrs),
@@ -265,26 +267,31 @@ class StoreWriter:
 
 
 def _checked(
-    subject_id: str, split: str, image: np.ndarray, label: np.ndarray | None, mask: np.ndarray | None
+    subject_id: str, split: str, image: np.ndarray | None, others: dict[str, np.ndarray | None]
 ) -> dict[str, np.ndarray]:
     """The arrays by name, in the types that are stored. Raises InputError for what no store may hold."""
     if not _ID.fullmatch(subject_id) or subject_id in (MANIFEST, "zarr.json"):
         raise InputError(subject_id, "is no subject id", "letters, digits, dot, - and _, the first a letter or digit")
     if split not in SPLITS:
         raise InputError(subject_id, f"its split is {split!r}", " or ".join(SPLITS))
-    if image.ndim != 3 or 0 in image.shape:
-        raise InputError(subject_id, f"its image has shape {image.shape}", "three axes, none empty")
-    kept = image.dtype.kind in "iu"
-    arrays = {"image": image.astype(image.dtype.newbyteorder("=") if kept else np.float32, copy=False)}
-    for name, array in (("label", label), ("mask", mask)):
+    first, what = (image, "image") if image is not None else (others["tissues"], "map of tissues")
+    if first is None:
+        raise InputError(subject_id, "has neither an image nor tissues", "one of them is needed")
+    if first.ndim != 3 or 0 in first.shape:
+        raise InputError(subject_id, f"its {what} has shape {first.shape}", "three axes, none empty")
+    arrays = {}
+    if image is not None:
+        kept = image.dtype.kind in "iu"
+        arrays["image"] = image.astype(image.dtype.newbyteorder("=") if kept else np.float32, copy=False)
+        if not kept and not np.isfinite(arrays["image"]).all():
+            raise InputError(subject_id, "its image is not finite", "replace NaN and infinities")
+    for name, array in others.items():
         if array is None:
             continue
-        if array.shape != image.shape or array.dtype != np.uint8:
-            told = f"its {name} is {array.dtype} {array.shape}, its image {image.shape}"
-            raise InputError(subject_id, told, f"uint8 on the image's grid for a {name}")
+        if array.shape != first.shape or array.dtype.name not in LABELS[name]:
+            told = f"its {name} is {array.dtype} {array.shape}, its {what} {first.shape}"
+            raise InputError(subject_id, told, f"{' or '.join(sorted(LABELS[name]))} on the {what}'s grid for a {name}")
         arrays[name] = array
-    if not kept and not np.isfinite(arrays["image"]).all():
-        raise InputError(subject_id, "its image is not finite", "replace NaN and infinities")
     return arrays
 
 

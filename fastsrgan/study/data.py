@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from fastsrgan.demo import template
 from fastsrgan.demo.run import whole_slices
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.grids import reader_label_map
+from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
+from fastsrgan.io.image_list import find_images
 from fastsrgan.observation.model import degrade
 from fastsrgan.volume.geometry import Volume, grid_size, resampled_affine
+from fastsrgan.volume.intensity import lifted
 
 QUICK_BOX = (slice(54, 142), slice(64, 168), slice(60, 132))  # of the template: 88 x 104 x 72 mm of cortex
 QUICK_SUBJECTS = 2
@@ -46,20 +49,24 @@ class Condition:
 
 @dataclass(frozen=True)
 class Head:
-    """One subject's files; ``key`` is a hash of their bytes."""
+    """One subject's files; ``key`` is a hash of their bytes, ``classes`` are the label's values of the structure."""
 
     name: str
     image: Path
     label: Path | None
     mask: Path | None
     key: str
+    classes: frozenset[int] | None = None
 
     def load(self) -> dict[str, Volume]:
         """``hr`` and, where there are such files, ``label`` and ``mask``."""
         found = {"hr": images.load(self.image)}
         for name, path in (("label", self.label), ("mask", self.mask)):
             if path is not None:
-                found[name] = images.load_label(path, like=found["hr"])
+                classes = self.classes if name == "label" else None
+                found[name] = images.load_label(path, like=found["hr"], classes=classes)
+        if "label" in found:
+            labels.refuse_many(found["label"].meta["values"], str(self.label))
         return found
 
 
@@ -78,18 +85,36 @@ class Case:
     mask: Volume | None
 
 
-def find_heads(data: str | os.PathLike, split: str = "Test", limit: int | None = None) -> list[Head]:
-    """Heads of a training table (rows of ``split``, or "all"), or the one image that ``data`` names.
+def find_heads(
+    data: str | os.PathLike,
+    split: str = "Test",
+    limit: int | None = None,
+    label_classes: str | None = None,
+    label_names: str | os.PathLike | None = None,
+) -> list[Head]:
+    """Heads of a training table (rows of ``split``, or "all"), the one image that ``data`` names, or those of a folder.
+
+    ``label_classes``, ``label_names``: as for ``convert``; a row's own ``Label_classes`` comes first.
 
     Raises InputError for a table that cannot be used or without such rows.
     """
     path = Path(data)
     if images.is_image(path):
         return [_head(images.stem(path), path, None, None)]
+    if path.is_dir():
+        found_there = [image for image in find_images([path], path) if images.is_image(image.path)]
+        if not found_there:
+            raise InputError(path, "holds no image", "a table, an image, or a folder of high-resolution images")
+        return [_head(image.name.replace("/", "-"), image.path, None, None) for image in found_there[:limit]]
     rows = [row for row in table.read_table(path, need_label=False) if split in ("all", row.base)]
     if not rows:
         raise InputError(path, f"has no rows of Base {split}", "--split Train, Test or all")
-    return [_head(row.subject, row.image, row.label, row.mask) for row in rows[:limit]]
+    found = []
+    for row in rows[:limit]:
+        chosen = row.classes or label_classes
+        values = labels.structure(chosen, row.label, label_names).values if chosen and row.label else None
+        found.append(_head(row.subject, row.image, row.label, row.mask, values))
+    return found
 
 
 def quick_heads(folder: Path, seed: int, progress: Progress = QUIET) -> list[Head]:
@@ -119,6 +144,7 @@ def acquire(volumes: dict[str, Volume], condition: Condition, key: Sequence[int 
     """
     cut = {name: whole_slices(volume, condition.low_res) for name, volume in volumes.items()}
     hr = cut["hr"]
+    hr = replace(hr, data=lifted(hr.data))
     done = degrade(
         hr.data, hr.spacing, condition.low_res, power=condition.power, noise=condition.noise, key=(*key, "noise")
     )
@@ -142,9 +168,10 @@ def spacing_of(head: Head) -> tuple[float, float, float]:
     return images.load(head.image).spacing
 
 
-def _head(name: str, image: Path, label: Path | None, mask: Path | None) -> Head:
+def _head(name: str, image: Path, label: Path | None, mask: Path | None, classes: frozenset[int] | None = None) -> Head:
     digests = [images.sha256(path) for path in (image, label, mask) if path is not None]
-    return Head(name, image, label, mask, "-".join(digest[:16] for digest in digests))
+    digests += [] if classes is None else ["+".join(map(str, sorted(classes)))]
+    return Head(name, image, label, mask, "-".join(digest[:16] for digest in digests), classes)
 
 
 def _cut(volume: Volume) -> Volume:

@@ -20,7 +20,7 @@ from fastsrgan.core.units import times
 from fastsrgan.demo.run import short_training
 from fastsrgan.errors import UsageError
 from fastsrgan.evaluate.pair import definitions
-from fastsrgan.infer.settings import check_settings
+from fastsrgan.infer.settings import InferSettings
 from fastsrgan.io.output_place import keep_inputs
 from fastsrgan.model import weights
 from fastsrgan.study import curves as study_curves
@@ -44,6 +44,7 @@ class Settings:
     noise : standard deviations over the largest value
     ratios : slice thickness over the head's voxel size
     split, subjects : which rows of the table, and how many at most
+    label_classes, label_names : which values of the labels are the structure, see ``labels.structure``
     """
 
     patch: int | None = None
@@ -55,6 +56,8 @@ class Settings:
     axis: int = 2
     split: str = "Test"
     subjects: int | None = None
+    label_classes: str | None = None
+    label_names: str | os.PathLike | None = None
     device: str = "auto"
     precision: str = "auto"
     seed: int = 0
@@ -137,7 +140,7 @@ def _measured(
     if data is None:
         heads = quick_heads(cohort, asked.seed, progress)
     else:
-        heads = find_heads(data, asked.split, asked.subjects)
+        heads = find_heads(data, asked.split, asked.subjects, asked.label_classes, asked.label_names)
     if kind == "augmentation" and data is None and not models:
         paths = [weights.default_weights(), _tuned(cohort, asked, progress)]
         loaded = [Model.load(paths[0], "shipped"), Model.load(paths[1], "tuned without augmentation")]
@@ -188,7 +191,7 @@ def _filled(kind: str, settings: Settings, quick: bool) -> Settings:
         raise UsageError("--subjects", f"{filled.subjects} is not allowed", "a number from 1 up")
     for step in filled.steps:
         patch = None if filled.whole else filled.patch
-        check_settings(patch, step, None, "physical", "constant", "auto", filled.precision)  # type: ignore[arg-type]
+        InferSettings(patch=patch, step=step, precision=filled.precision)
     return replace(filled, steps=tuple(sorted(set(filled.steps))))
 
 

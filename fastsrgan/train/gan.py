@@ -72,7 +72,8 @@ class Models:
         if not self.arithmetic.proven:
             precision.self_test(self.arithmetic)
         spec = GeneratorSpec(
-            config.network, config.kernel_gen, config.residual, config.conditional, mask_classes, config.scaled
+            *(config.network, config.kernel_gen, config.residual, config.conditional, mask_classes, config.scaled),
+            shifted=config.geometry == "physical",
         )
         self.generator = build_generator(spec, config.form, config.seed)
         if config.zero_head:
@@ -109,6 +110,7 @@ class Models:
         generator = weights.load_generator(path, self.config.form)
         if generator.spec != self.generator.spec:
             raise ModelError(path, *differences(generator.spec, self.generator.spec))
+        generator.spec = self.generator.spec  # what this training does to values below 0 holds from here on
         self.generator = generator.requires_grad_(True)
         try:
             critic = weights.load_critic(path)

@@ -23,7 +23,6 @@ from fastsrgan.core.runtime import (
     QUIET,
     Progress,
     atomic_write,
-    mapping,
     need_space,
     output_folder,
     pick_device,
@@ -32,11 +31,15 @@ from fastsrgan.core.runtime import (
 )
 from fastsrgan.core.signals import StopRequest
 from fastsrgan.data.feed import Feed, PatchRule, resident_limit
+from fastsrgan.data.settings_check import data_warnings, refuse_faults, small_subjects
+from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError, UsageError
 from fastsrgan.infer.network import out_of_memory
 from fastsrgan.model import checkpoint
 from fastsrgan.model.cpu import forms
 from fastsrgan.observation.model import Degradation
+from fastsrgan.observation.slice_axis import Axes, choose_axes, describe
+from fastsrgan.observation.synthesis import Synthesis
 from fastsrgan.pictures.panels import cut_panels
 from fastsrgan.store.files import Keys, WriteLock
 from fastsrgan.store.reader import Store, open_store
@@ -49,6 +52,8 @@ from fastsrgan.train.loop import loop
 from fastsrgan.train.state import Position, Run, data_identity
 
 log = logging.getLogger("fastsrgan")
+
+DATA_FACTS = "data.json"  # in the run folder: the store, and warnings about its subjects
 
 
 def train(
@@ -108,6 +113,7 @@ def train(
             run.snapshot_folder = output_folder(snapshot_folder) if snapshot_folder else None
             run.progress = progress
         begin(run, start_weights, resume)
+        tell_of_data(run)
         began = time.perf_counter()
         # torchrun passes on the Ctrl-C that the terminal already sent: two of them in a moment are one.
         with StopRequest(again_after=5.0 if ranks.world > 1 else 0.0) as stop:
@@ -173,7 +179,7 @@ def keep_arithmetic(
 
     Returns the snapshot's precision, or None. Settings other than "auto" win over the snapshot.
     """
-    mode = forms.wanted_mode(config.layer_forms)
+    mode = forms.wanted_mode(config.layer_forms, "measured")
     name: str | None = None
     names: dict[str, str] = {}
     if ranks.world > 1 and device.type == "cpu":
@@ -212,7 +218,9 @@ def prepare(
     names = {split: [s.id for s in store.subjects if s.split == split] for split in ("Train", "Test")}
     if not names["Train"]:
         raise InputError(store.url, "has no Train subjects", "give rows with Base = Train to `fastsrgan convert`")
-    refuse_labels(store)
+    axes = slice_axes(store, config)
+    refuse_faults(store, config, axes)
+    refuse_tissues(store, config)
     mask_classes = count_mask_classes(store, names["Train"]) if config.fit_mask else 0
     if config.auto_batch:
         config = with_fitting_batch(folder, config, mask_classes, device, ranks, resume)
@@ -229,6 +237,8 @@ def prepare(
         rician=c.rician,
         profile=c.profile,
         motion=c.motion,
+        gap=c.gap,
+        profile_box=c.profile_box,
         block_bytes=None if c.block_memory is None else int(c.block_memory * 1e9),
     )
     rule = PatchRule(c.patch_size, c.stride, c.image_cropping_method == "overlapping_with_mask")
@@ -245,20 +255,56 @@ def prepare(
         threads=c.feed_threads,
         prefetch=c.prefetch,
         precision=c.pool_precision,
+        visits=visits(c),
+        axes=axes,
     )
     models = Models(c, mask_classes, device, ranks, kept_precision)
     need_space(folder, snapshot_bytes(models) * 2)  # one that stands and one that is written
     return Run(folder, c, store, models, feed, names["Train"], names["Test"], mask_classes, ranks=ranks)
 
 
-def refuse_labels(store: Store) -> None:
-    """InputError that names every subject whose label, as it was counted by the conversion, is not of 0 and 1 alone."""
-    found = {s.id: sorted(set(mapping(s.attrs.get("label_counts"))) - {"0", "1"}) for s in store.subjects}
-    wrong = [f"{name} (also {', '.join(values[:5])})" for name, values in found.items() if values]
-    if wrong:
-        told = f"labels hold other values than 0 and 1: {', '.join(wrong)}"
-        hint = "make each label 1 inside the structure and 0 outside, then convert again with --resume"
-        raise InputError(store.url, told, hint)
+def visits(config: TrainConfig) -> Visits:
+    """Which visits show made images, by the settings of a run."""
+    made = Synthesis(
+        settings.tissue_gaussians(config.tissue_means),
+        free=config.synthetic_free,
+        invert=config.synthetic_invert,
+        strip=config.synthetic_strip,
+    )
+    return Visits(config.synthetic, settings.label_values(config.structure), made)
+
+
+def refuse_tissues(store: Store, config: TrainConfig) -> None:
+    """InputError where subjects have tissues in place of an image or a label and no structure is named."""
+    lacking = [s.id for s in store.subjects if s.has_tissues and not (s.has_image and s.has_label)]
+    if lacking and not config.structure:
+        reason = f"{', '.join(lacking[:3])}: tissues in place of an image or a label, and no structure is named"
+        raise InputError(store.url, reason, "--structure 3,42 names the values of the tissues that are the label")
+
+
+def slice_axes(store: Store, config: TrainConfig) -> Axes | None:
+    """World axes of the low resolution's numbers, told where subjects differ; None: the stored axes of each."""
+    if config.geometry != "physical":
+        return None
+    axes, others = choose_axes({s.id: s.affine for s in store.subjects}, config.slice_axis)
+    if others:
+        some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        told = "the low resolution is %s; %d of %d subjects are stored in another axis order and turned alike (%s)"
+        log.warning(told, describe(axes, config.new_low_res), len(others), len(store.subjects), some)
+    return axes
+
+
+def tell_of_data(run: Run) -> dict[str, list[str]]:
+    """Log what the conversion noted about the subjects, and write it beside the run for its report."""
+    found = data_warnings(run.store)
+    if run.first:
+        for name, texts in found.items():
+            for text in texts:
+                log.warning("%s: %s", name, text)
+        for text in small_subjects(run.store, run.config):
+            log.warning("%s", text)
+        write_json(run.folder / DATA_FACTS, {"store": run.store.url, "warnings": found})
+    return found
 
 
 def snapshot_bytes(models: Models) -> int:
@@ -319,7 +365,14 @@ def group_size(run: Run) -> int:
     # The original's ratios may keep a volume whole (fastsrgan.data.subject), and then all of it has to fit.
     patch = c.patch_size if c.geometry == "physical" else 0
     most = resident_limit(
-        run.store, run.train, budget, device=device, precision=precision, prefetch=c.prefetch, patch=patch
+        run.store,
+        run.train,
+        budget,
+        device=device,
+        precision=precision,
+        prefetch=c.prefetch,
+        patch=patch,
+        visits=run.feed.visits,
     )
     return run.ranks.minimum(most)
 
@@ -369,6 +422,7 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
         "ended_early": run.ended_early,
         "weights": str(run.folder / "model.safetensors"),
         "left_out": left_out,
+        "data_warnings": data_warnings(run.store),
         "batch_size": c.batch_size,
         "ranks": run.ranks.world,
         "device": str(run.models.device),

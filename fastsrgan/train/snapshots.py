@@ -19,10 +19,10 @@ from fastsrgan.core.runtime import mapping, provenance
 from fastsrgan.errors import ModelError
 from fastsrgan.model import checkpoint, weights
 from fastsrgan.model import safetensors as modelfile
+from fastsrgan.model.arithmetic import TYPES
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import CriticSpec, GeneratorSpec
 from fastsrgan.train.gan import differences
-from fastsrgan.train.precision import TYPES
 from fastsrgan.train.state import Position, Run, data_identity, epoch_part, remaining
 
 log = logging.getLogger("fastsrgan")

@@ -20,8 +20,10 @@ from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate import metrics
 from fastsrgan.infer import tiles
-from fastsrgan.infer.engine import pick_precision, predict
+from fastsrgan.infer.engine import predict
+from fastsrgan.infer.network import TileNetwork, pick_precision
 from fastsrgan.model.networks import Generator
+from fastsrgan.observation.slice_axis import stored_draw
 from fastsrgan.store.reader import Sample
 from fastsrgan.volume.geometry import processing_orientation
 from fastsrgan.volume.resample import apply_axes, degrade_matrix, upsample_matrix
@@ -127,10 +129,7 @@ def whole_scores(
     out, _ = predict(
         volume,
         tiles.plan(volume.shape, PATCH, STEP),
-        generator,
-        resident.resolution,
-        device=feed.device,
-        precision=pick_precision("auto", feed.device),
+        TileNetwork(generator, resident.resolution, feed.device, pick_precision("auto", feed.device)),
     )
     hr, label = resident.hr.float().cpu().numpy(), resident.label.cpu().numpy()
     images = {"whole": (out[0].clamp(min=0).numpy(), out[1].numpy()), "spline": (volume.numpy(), None)}
@@ -151,7 +150,7 @@ def drawn_label(feed: Feed, sample: Sample, label_XYZ: np.ndarray, index: int, c
     d = feed.degradation
     if d.interp != "scipy" or d.geometry != "physical":
         return None
-    draw = d.linspace(index, count)
+    draw = stored_draw(d.linspace(index, count), feed.axes, sample.affine)
     turn = processing_orientation(sample.affine, draw.low_res)
     sizes = list(zip(label_XYZ.shape, turn.permute(sample.spacing), turn.permute(draw.low_res), strict=True))
     low = apply_axes(label_XYZ.astype(np.float32), [degrade_matrix(n, s, r) for n, s, r in sizes]) > 0.5
@@ -178,7 +177,8 @@ def readable(feed: Feed, subject: str) -> Sample | None:
     if subject in feed.quarantined:
         return None
     try:
-        return feed.store.read(subject)
+        # Made images look the same in every epoch; who has an image of his own is judged by it.
+        return feed.visits.of(feed.store.read(subject), (0, "validation", subject), feed.device, share=0.0)
     except InputError as error:
         if feed.strict:
             raise
@@ -189,7 +189,7 @@ def readable(feed: Feed, subject: str) -> Sample | None:
 
 def fixed_resident(feed: Feed, sample: Sample, index: int, count: int) -> Resident:
     """Test subject ``index`` of ``count``, degraded as in every epoch."""
-    draw = feed.degradation.linspace(index, count)
+    draw = stored_draw(feed.degradation.linspace(index, count), feed.axes, sample.affine)
     return make_resident(sample, feed.degradation, draw, feed.rule, feed.device, move=feed.move)
 
 

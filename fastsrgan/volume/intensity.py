@@ -17,30 +17,54 @@ CACHED = 24576  # voxels worked on at a time by one core; torch splits operation
 
 @dataclass(frozen=True)
 class Normaliser:
-    """Division by a positive number, and back.
+    """(data - shift) divided by a positive number, and back.
 
-    scale : the number, the maximum of the low-resolution image (SEGSRGAN.md sections 1 and 5)
+    scale : the number, the maximum of the low-resolution image (paper section 3.2) after the shift
     floor : smallest value that a result may take after the way back, the minimum of that image
+    shift : the minimum of an image with values below 0 for a network that was trained so (``lifted``); else 0
     """
 
     scale: float
     floor: float
+    shift: float = 0.0
 
     def apply(self, data):
-        """data / scale, float32."""
+        """(data - shift) / scale, float32."""
+        if self.shift:
+            data = data - np.float32(self.shift) if isinstance(data, np.ndarray) else data - self.shift
         return (data / self.scale).astype(np.float32) if isinstance(data, np.ndarray) else data / self.scale
 
     def invert(self, data: np.ndarray) -> np.ndarray:
-        """data * scale, clamped from below at the input's minimum: (X, Y, Z) float32."""
-        return np.maximum(data * np.float32(self.scale), np.float32(self.floor))
+        """data * scale + shift, clamped from below at the input's minimum: (X, Y, Z) float32."""
+        back = data * np.float32(self.scale)
+        return np.maximum(back + np.float32(self.shift) if self.shift else back, np.float32(self.floor))
+
+    def invert_(self, sr: torch.Tensor) -> None:
+        """The same in place, of a tensor."""
+        sr.mul_(self.scale)
+        if self.shift:
+            sr.add_(self.shift)
+        sr.clamp_(min=self.floor)
 
 
-def normaliser(data_XYZ: np.ndarray, what: object = "image") -> Normaliser:
-    """The normaliser of a low-resolution image. Raises InputError when no voxel is above zero."""
-    scale, floor = float(np.max(data_XYZ)), float(np.min(data_XYZ))
+def normaliser(data_XYZ: np.ndarray, what: object = "image", shifted: bool = False) -> Normaliser:
+    """The normaliser of a low-resolution image; ``shifted`` as the network's spec has it.
+
+    Raises InputError when no voxel is above zero (with ``shifted``: above the others).
+    """
+    largest, floor = float(np.max(data_XYZ)), float(np.min(data_XYZ))
+    shift = min(0.0, floor) if shifted else 0.0
+    scale = largest - shift
     if not scale > 0 or not np.isfinite(scale):
-        raise InputError(what, f"its largest value is {scale:g}", "at least one voxel must be above zero")
-    return Normaliser(scale, floor)
+        raise InputError(what, f"its largest value is {largest:g}", "at least one voxel must be above zero")
+    return Normaliser(scale, floor, shift)
+
+
+def lifted(data_XYZ: np.ndarray) -> np.ndarray:
+    """An image without values below 0: itself, or where it has some (z-scores, Hounsfield units) moved up by its
+    minimum. What `Normaliser` does in inference, training does by this before anything else."""
+    low = float(np.min(data_XYZ))
+    return data_XYZ if low >= 0 else data_XYZ - np.float32(low)
 
 
 def each_piece(function: Callable[..., object], *tensors: torch.Tensor) -> None:

@@ -4,9 +4,10 @@ Blur, decimation and spline interpolation are linear and separable: Theta = D_x 
 U_x (x) U_y (x) U_z. The matrices are built once per (size, resolution) in float64 and applied as float32 products.
 
 Two families:
-``physical``  voxel centres are mapped in millimetres, both grids share their centre. Row m of D is the slice profile,
-              a Gaussian whose full width at half maximum is the low-resolution voxel size, centred on voxel m; an axis
-              that is not decimated is not blurred. U is the cubic B-spline through the samples. Edges reflect.
+``physical``  voxel centres are mapped in millimetres, both grids share their centre. Row m of D is the slice profile
+              centred on voxel m: a Gaussian or a box whose full width at half maximum is the slice thickness, the
+              low-resolution voxel size unless there are gaps; an axis that is not decimated is not blurred. U is the
+              cubic B-spline through the samples. Edges reflect.
 ``segsrgan``  what the original computes, built by calling SciPy on the identity: Gaussian of sigma =
               resolution / 2.3548 in voxels on every axis, corner-aligned ``zoom`` of order 0 down and of order 3 up.
 """
@@ -19,13 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from scipy import linalg, ndimage
+from scipy import linalg
 
 from fastsrgan.core.workers import run
 from fastsrgan.errors import UsageError
 from fastsrgan.volume.geometry import centre_coordinates, grid_size
 
 GEOMETRIES = ("physical", "segsrgan")
+PROFILES = ("gaussian", "box")
 FWHM = 2 * math.sqrt(2 * math.log(2))  # full width at half maximum of a unit Gaussian
 TRUNCATE = 4.0  # the slice profile ends at four standard deviations, as SciPy's filter does
 SAME = 0.01  # resolutions within 1 % count as equal: the axis is left alone
@@ -33,6 +35,7 @@ NARROWEST = 0.1  # voxels, smallest sigma of a slice profile: below, it is the n
 NEGLIGIBLE = 1e-9  # weights, far below a float32's last bit: spline weights fall by 0.268 per sample and never end
 
 Matrix = np.ndarray | None  # None stands for the identity
+Profile = str | float  # one of PROFILES, or the share of the box in a blend of both
 
 
 def check_geometry(name: str) -> str:
@@ -40,6 +43,35 @@ def check_geometry(name: str) -> str:
     if name not in GEOMETRIES:
         raise UsageError("geometry", f"{name!r} is not allowed", f"one of {', '.join(GEOMETRIES)}")
     return name
+
+
+def check_profile(profile: Profile, geometry: str = "physical") -> float:
+    """The share of the box in a slice profile: 0 for "gaussian", 1 for "box", a number in [0, 1] for itself.
+
+    Raises UsageError for anything else, and for a box in the segsrgan geometry, which knows the Gaussian alone.
+    """
+    share = {"gaussian": 0.0, "box": 1.0}.get(profile) if isinstance(profile, str) else float(profile)
+    if share is None or not 0 <= share <= 1:
+        raise UsageError(
+            "profile", f"{profile!r} is not allowed", f"one of {', '.join(PROFILES)}, or a share in [0, 1]"
+        )
+    if share and geometry == "segsrgan":
+        raise UsageError("profile", "the segsrgan geometry knows the Gaussian alone", "--geometry physical")
+    return share
+
+
+def slice_axis(spacing_mm: Sequence[float]) -> int:
+    """The axis across the slices: the one of the largest spacing, the last of equals."""
+    return max(range(3), key=lambda d: (spacing_mm[d], d))
+
+
+def slice_width(thickness_mm: float | None, spacing_mm: float) -> float:
+    """Slice thickness over the spacing of slices. Raises UsageError for a thickness that is no positive number."""
+    if thickness_mm is None:
+        return 1.0
+    if not 0 < thickness_mm < math.inf:
+        raise UsageError("slice thickness", f"{thickness_mm:g} mm is not allowed", "a number of mm above zero")
+    return thickness_mm / spacing_mm
 
 
 def _reflect(index: np.ndarray, n: int) -> np.ndarray:
@@ -56,10 +88,12 @@ def _scatter_rows(columns: np.ndarray, weights: np.ndarray, n: int) -> np.ndarra
 
 
 @functools.lru_cache(maxsize=256)
-def slice_profile_matrix(n_in: int, n_out: int, ratio: float, width: float = 1.0) -> np.ndarray:
+def slice_profile_matrix(n_in: int, n_out: int, ratio: float, width: float = 1.0, box: float = 0.0) -> np.ndarray:
     """Physical D of one axis: (n_out, n_in), rows sum to 1. ``ratio`` is low over high resolution voxel size.
 
-    ``width`` is the profile's full width at half maximum over the low-resolution voxel size.
+    ``width`` is the profile's full width at half maximum over the low-resolution voxel size, below 1 where slices have
+    gaps. ``box`` is the share of the box in the profile, the rest is the Gaussian: 0 and 1 are the pure shapes. A voxel
+    counts in the box by the length of it that lies inside.
     """
     sigma = max(ratio * width / FWHM, NARROWEST)
     reach = int(TRUNCATE * sigma + 0.5) + 1
@@ -67,7 +101,12 @@ def slice_profile_matrix(n_in: int, n_out: int, ratio: float, width: float = 1.0
     columns = np.floor(centres + 0.5).astype(int)[:, None] + np.arange(-reach, reach + 1)
     distance = columns - centres[:, None]
     weights = np.where(np.abs(distance) <= TRUNCATE * sigma + 0.5, np.exp(-0.5 * (distance / sigma) ** 2), 0.0)
-    return _frozen(_scatter_rows(columns, weights / weights.sum(1, keepdims=True), n_in))
+    weights /= weights.sum(1, keepdims=True)
+    if box:
+        half = sigma * FWHM / 2
+        inside = np.clip(np.minimum(distance + 0.5, half) - np.maximum(distance - 0.5, -half), 0, None)
+        weights = (1 - box) * weights + box * inside / inside.sum(1, keepdims=True)
+    return _frozen(_scatter_rows(columns, weights, n_in))
 
 
 @functools.lru_cache(maxsize=256)
@@ -107,12 +146,16 @@ def spline_coefficients(n: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _scipy_degrade_matrix(n: int, resolution: float, factor: float) -> np.ndarray:
+    from scipy import ndimage
+
     blurred = ndimage.gaussian_filter1d(np.eye(n), resolution / FWHM, axis=0)
     return _frozen(ndimage.zoom(blurred, (1 / factor, 1), order=0))
 
 
 @functools.lru_cache(maxsize=256)
 def _scipy_zoom_matrix(n: int, zoom: float) -> np.ndarray:
+    from scipy import ndimage
+
     return _frozen(ndimage.zoom(np.eye(n), (zoom, 1), order=3))
 
 
@@ -127,13 +170,20 @@ def modulo_size(n: int, factor: float) -> int:
 
 
 def degrade_matrix(
-    n: int, spacing_mm: float, low_res_mm: float, geometry: str = "physical", width: float = 1.0
+    n: int,
+    spacing_mm: float,
+    low_res_mm: float,
+    geometry: str = "physical",
+    width: float = 1.0,
+    profile: Profile = "gaussian",
 ) -> Matrix:
     """D of one axis of ``n`` voxels: (m, n), or None where nothing changes.
 
-    ``width`` is the slice profile's full width at half maximum over the low-resolution voxel size.
-    Raises UsageError when the low resolution is finer than the image.
+    ``width`` is the slice profile's full width at half maximum over the low-resolution voxel size: slice thickness over
+    the spacing of slices. ``profile`` is its shape, see ``check_profile``.
+    Raises UsageError when the low resolution is finer than the image, or for a profile that does not exist.
     """
+    box = check_profile(profile, geometry)
     ratio = low_res_mm / spacing_mm
     if ratio < 1 - SAME:
         raise UsageError(
@@ -145,7 +195,7 @@ def degrade_matrix(
         return _scipy_degrade_matrix(n, float(low_res_mm * width), float(ratio))
     if ratio < 1 + SAME:
         return None
-    return slice_profile_matrix(n, grid_size(n, spacing_mm, low_res_mm), float(ratio), float(width))
+    return slice_profile_matrix(n, grid_size(n, spacing_mm, low_res_mm), float(ratio), float(width), box)
 
 
 def upsample_matrix(n_in: int, n_out: int, ratio: float, geometry: str = "physical") -> Matrix:
@@ -161,22 +211,27 @@ def upsample_matrix(n_in: int, n_out: int, ratio: float, geometry: str = "physic
     return spline_matrix(n_in, n_out, float(ratio))
 
 
-def apply_axes(array, matrices: Sequence[Matrix]):
-    """Apply one matrix per axis to (..., X, Y, Z): NumPy in, NumPy out; torch in, torch out on its device. float32.
+def apply_axes(array, matrices: Sequence[Matrix], dtype: torch.dtype = torch.float32):
+    """Apply one matrix per axis to (..., X, Y, Z): NumPy in, NumPy out; torch in, torch out on its device.
 
-    The matrix that shrinks most goes first, so later products are small.
+    ``dtype`` is that of the products and of the result. The matrix that shrinks most goes first, so later ones are
+    small.
     """
     is_numpy = isinstance(array, np.ndarray)
-    x = torch.from_numpy(np.require(array, np.float32, ["C", "W"])) if is_numpy else array.float()
+    x = (
+        torch.from_numpy(np.require(array, str(dtype).removeprefix("torch."), ["C", "W"]))
+        if is_numpy
+        else array.to(dtype)
+    )
     jobs = [(d, m) for d, m in enumerate(matrices) if m is not None]
     for axis, matrix in sorted(jobs, key=lambda job: job[1].shape[0] / job[1].shape[1]):
-        banded = x.device.type == "cpu" and not x.requires_grad
+        banded = x.device.type == "cpu" and not x.requires_grad and dtype == torch.float32
         x = (_apply_bands if banded else _apply_whole)(x, matrix, axis - 3)
     return x.numpy() if is_numpy else x
 
 
 def _apply_whole(x: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor:
-    weights = torch.from_numpy(matrix.astype(np.float32)).to(x.device)
+    weights = torch.from_numpy(matrix.copy()).to(x)
     if axis == -1:
         return x @ weights.T
     if axis == -2:

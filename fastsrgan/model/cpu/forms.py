@@ -1,7 +1,8 @@
 """Which of its exact forms a layer runs in on the CPU: the fixed rule, or what was timed as faster on this machine.
 
 All forms of a layer agree to rounding, so the choice changes the last bits of float32 and the time, nothing else. What
-is asked for is the setting ``layer_forms`` of a training, else the variable FASTSRGAN_FORMS, else "measured":
+is asked for is the setting ``layer_forms`` of a training, else the variable FASTSRGAN_FORMS, else "measured" for a
+training and "fixed" for all other work, which is short and whose results are to be the same on every machine:
 
     fixed : the rule of each layer, the same on every machine
     measured : the candidates are timed once for each kind and size of layer, on the first use. Another than the rule's
@@ -72,6 +73,12 @@ class Choices:
         """Plain values: what ``job`` takes to go on in the same forms."""
         return {"mode": self.mode, "forms": {**self.kept, **self.used}}
 
+    def key(self) -> list[Any]:
+        """What results depend on: the mode and, where it is "measured", all forms that are known to be taken."""
+        if self.mode == "fixed" and not self.kept:
+            return [self.mode]
+        return [self.mode, machine(), sorted({**taken(table_of_machine()), **self.kept, **self.used}.items())]
+
     def tell(self) -> None:
         """Log ``line``, once, when there was a choice."""
         if self.used and not self._logged and self.mode == "measured":
@@ -94,9 +101,9 @@ _current: Choices | None = None
 _tables: dict[tuple[str, str | None], dict[str, dict[str, Any]]] = {}  # of a machine and a file: layer -> times
 
 
-def wanted_mode(setting: str = "auto") -> str:
-    """What a setting stands for: "auto" is FASTSRGAN_FORMS, or "measured" without it. Raises UsageError."""
-    mode = os.environ.get(VARIABLE) or "measured" if setting == "auto" else setting
+def wanted_mode(setting: str = "auto", otherwise: str = "fixed") -> str:
+    """What a setting stands for: "auto" is FASTSRGAN_FORMS, or ``otherwise`` without it. Raises UsageError."""
+    mode = os.environ.get(VARIABLE) or otherwise if setting == "auto" else setting
     if mode not in MODES:
         raise UsageError(VARIABLE, f"{mode[:40]!r} is not allowed", f"one of {', '.join(MODES)}")
     return mode
@@ -272,19 +279,28 @@ def _read(path: Path | None) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def facts() -> dict[str, Any]:
-    """What a report of this machine says: mode, machine, file and layer -> {"form", "seconds"} of what was timed."""
-    layers = {}
-    for layer, row in sorted(table_of_machine().items()):
+def taken(table: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """Layer -> form of what a table knows."""
+    found = {}
+    for layer, row in table.items():
         seconds = _checked(row)
         if seconds is not None and row.get("fixed") in seconds:
-            layers[layer] = {"form": faster(seconds, row["fixed"]), "seconds": seconds}
+            found[layer] = faster(seconds, row["fixed"])
+    return found
+
+
+def facts() -> dict[str, Any]:
+    """What a report of this machine says: mode of trainings and of other work, machine, file, and layer ->
+    {"form", "seconds"} of what was timed."""
+    table = table_of_machine()
+    forms = taken(table)
+    layers = {layer: {"form": form, "seconds": table[layer]["seconds"]} for layer, form in sorted(forms.items())}
     path = cache_file()
     try:
-        mode = wanted_mode()
+        modes = {"training": wanted_mode(otherwise="measured"), "inference": wanted_mode()}
     except UsageError as error:
-        mode = str(error)
-    return {"mode": mode, "machine": machine(), "file": None if path is None else str(path), "layers": layers}
+        modes = dict.fromkeys(("training", "inference"), str(error))
+    return {**modes, "machine": machine(), "file": None if path is None else str(path), "layers": layers}
 
 
 def _checked(row: Any) -> dict[str, float] | None:

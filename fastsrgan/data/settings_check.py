@@ -1,0 +1,127 @@
+"""A run's settings against what the store says of every subject, before the first update: all faults in one list.
+
+Subjects rotate through memory, so that a fault of one would end a run in the middle of an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastsrgan.config import TrainConfig
+from fastsrgan.core.runtime import mapping
+from fastsrgan.data.patch_grid import patch_origins
+from fastsrgan.errors import InputError
+from fastsrgan.observation.slice_axis import Axes, on_stored_axes
+from fastsrgan.store.reader import Store, Subject
+from fastsrgan.volume.geometry import Orientation, processing_orientation
+from fastsrgan.volume.resample import SAME
+
+SHOWN = 20  # subjects that a message names for one fault
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What is wrong, in words that other subjects share; what of this one; and what to do."""
+
+    kind: str
+    detail: str
+    hint: str
+
+
+def refuse_faults(store: Store, config: TrainConfig, axes: Axes | None) -> None:
+    """Raise InputError that names every subject with which this run could not go on, fault by fault."""
+    found = [(subject.id, fault) for subject in store.subjects for fault in _faults(store, subject, config, axes)]
+    if not found:
+        return
+    told = []
+    for kind in dict.fromkeys(fault.kind for _, fault in found):
+        names = [name + (f" ({f.detail})" if f.detail else "") for name, f in found if f.kind == kind]
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        told.append(f"{kind}: {', '.join(names[:SHOWN])}{more}")
+    count = f"{len(found)} faults: " if len(found) > 1 and len(told) > 1 else ""
+    raise InputError(store.url, count + "; ".join(told), "; ".join(dict.fromkeys(fault.hint for _, fault in found)))
+
+
+def small_subjects(store: Store, config: TrainConfig) -> list[str]:
+    """A line for each subject that is smaller than a patch, which zeros then fill."""
+    small = [s for s in store.subjects if min(s.shape) < config.patch_size]
+    sizes = {s.id: " x ".join(map(str, s.shape)) for s in small}
+    return [f"{name}: {size} voxels are smaller than a patch of {config.patch_size}" for name, size in sizes.items()]
+
+
+def data_warnings(store: Store) -> dict[str, list[str]]:
+    """What the conversion noted about each subject's files."""
+    found = {s.id: s.attrs.get("warnings") for s in store.subjects}
+    return {name: [str(text) for text in texts] for name, texts in found.items() if isinstance(texts, list) and texts}
+
+
+def _faults(store: Store, subject: Subject, config: TrainConfig, axes: Axes | None) -> list[_Fault]:
+    found = []
+    if not subject.has_label:
+        found.append(_Fault("without a label", "", "training needs Label_image for every subject"))
+    values = sorted(set(mapping(subject.attrs.get("label_counts"))) - {"0", "1"}, key=int)
+    if values:
+        hint = (
+            "make each label 1 inside the structure and 0 outside, or choose with --label-classes; then convert again"
+        )
+        found.append(_Fault("labels hold other values than 0 and 1", f"also {', '.join(values[:5])}", hint))
+    if _too_coarse(subject, config, axes):
+        asked, own = (" x ".join(f"{s:g}" for s in sizes) for sizes in (_finest(config), subject.spacing))
+        hint = "ask for the same or coarser with -n, or leave them out"
+        found.append(_Fault(f"coarser than the low resolution of {asked} mm", f"{own} mm", hint))
+    by_mask = config.image_cropping_method == "overlapping_with_mask"
+    if not subject.has_mask and (config.fit_mask or by_mask):
+        why = "overlapping_with_mask" if by_mask else "fit_mask"
+        found.append(_Fault("without a mask", "", f"{why} needs Mask_image for every subject"))
+    elif by_mask and not _has_patch(store, subject, config, axes):
+        kind = f"without a patch of {config.patch_size} voxels of which more than half lie in the mask"
+        found.append(_Fault(kind, "", "a smaller patch_size, larger masks, or -icm bounding_box"))
+    return found
+
+
+def _finest(config: TrainConfig) -> list[float]:
+    """The smallest voxel sizes that may be drawn."""
+    return [min(sizes) for sizes in zip(*config.new_low_res, strict=True)]
+
+
+def _stored(values: Sequence[float], subject: Subject, axes: Axes | None) -> tuple[float, ...]:
+    return tuple(values) if axes is None else on_stored_axes(values, axes, subject.affine)
+
+
+def _too_coarse(subject: Subject, config: TrainConfig, axes: Axes | None) -> bool:
+    """The image's voxels against the finest that is drawn."""
+    pairs = list(zip(_stored(_finest(config), subject, axes), subject.spacing, strict=True))
+    if config.interp == "sitk":
+        return any(round(low / own) < 1 for low, own in pairs)
+    return any(low / own < 1 - SAME for low, own in pairs)
+
+
+def _has_patch(store: Store, subject: Subject, config: TrainConfig, axes: Axes | None) -> bool:
+    """Whether a patch can be taken; also True of a subject that cannot be read, which is left out with a warning."""
+    counts = mapping(subject.attrs.get("mask_counts"))
+    inside = sum(int(n) for value, n in counts.items() if value != "0")
+    if counts and inside <= config.patch_size**3 / 2:
+        return False
+    try:
+        sample: Any = store.read(subject.id)
+    except InputError:
+        return True
+    turn = Orientation()
+    if config.geometry == "physical":
+        middle = [(low + high) / 2 for low, high in zip(config.new_low_res[0], config.new_low_res[-1], strict=True)]
+        turn = processing_orientation(sample.affine, _stored(middle, subject, axes))
+    image, mask = turn.apply(sample.image), turn.apply(sample.mask)
+    box = _box(image > 0)
+    return bool(len(patch_origins(image.shape, config.patch_size, config.stride, box, mask)))
+
+
+def _box(inside: np.ndarray) -> tuple[tuple[int, int], ...]:
+    found = []
+    for axis in range(3):
+        (hit,) = np.nonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
+        found.append((int(hit[0]), int(hit[-1]) + 1) if len(hit) else (0, inside.shape[axis]))
+    return tuple(found)

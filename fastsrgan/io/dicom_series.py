@@ -1,0 +1,258 @@
+"""Which series lie in a folder, and the one that is meant: judged one by one, with copies and losses told.
+
+What is wrong with a series that is not wanted is no fault of the others; a file that may be a slice of the wanted one
+and cannot be read is never passed over in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from fastsrgan.core.runtime import is_special, walk_files
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.io.dicom_header import SUFFIXES, DamagedFile, Frame, pixels, read_frames, what_is_there
+from fastsrgan.io.nifti_voxels import no_such_file
+
+log = logging.getLogger("fastsrgan")
+
+NAMED = 3  # files and series that a message names
+
+
+@dataclass(frozen=True)
+class Series:
+    """The images of one series below a folder, as the headers order them.
+
+    damaged : files of it that cannot be read; warnings : what is odd about its files
+    """
+
+    uid: str
+    number: str
+    description: str
+    frames: tuple[Frame, ...]
+    damaged: tuple[DamagedFile, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def usable(self) -> bool:
+        """Whether any of its images has a place in the patient."""
+        return not all(f.fault for f in self.frames)
+
+    def __str__(self) -> str:
+        rows, columns = self.frames[0].shape
+        name = f" {self.description!r}" if self.description else ""
+        bad = f", {len(self.damaged)} more cannot be read" if self.damaged else ""
+        return f"{self.number or '?'}{name} ({len(self.frames)} images of {columns} x {rows}{bad})"
+
+    def apart(self, root: Path) -> str:
+        """The same with what tells it from another series of the same number: sub-folder, patient, date, UID."""
+        first = self.frames[0]
+        folder = os.path.relpath(first.path.parent, root)
+        facts = [f"in {folder}"] * (folder != ".") + [f"patient {first.patient}"] * bool(first.patient)
+        facts += [f"of {first.date}"] * bool(first.date) + [f"UID {self.uid}"]
+        return f"{self} {', '.join(facts)}"
+
+
+@dataclass
+class _Found:
+    """What lies in a folder: series, files that cannot be read and do not say of which, how many are no images."""
+
+    series: list[Series]
+    damaged: list[DamagedFile] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+
+
+def is_dicom(path: str | os.PathLike) -> bool:
+    """Whether a path is a folder, or a file that is named or marked as DICOM."""
+    path = Path(path)
+    if os.path.isdir(path):
+        return True
+    if is_special(path):
+        return False
+    if path.name.lower().endswith(SUFFIXES):
+        return True
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except (OSError, ValueError):
+        return False
+
+
+def series_of(path: str | os.PathLike) -> list[Series]:
+    """The image series of a folder and its subfolders, or the one that a file belongs to, by series number.
+
+    Raises InputError where there is no image, and for a damaged file that is named itself; ResourceError without
+    pydicom.
+    """
+    return _look(path).series
+
+
+def _look(path: str | os.PathLike) -> _Found:
+    path = Path(path)
+    if not path.exists():
+        raise no_such_file(path)
+    folder = path if path.is_dir() else path.parent
+    own = None if path.is_dir() else read_frames(path, wanted=True)
+    if own and len(own) > 1:
+        return _Found(_grouped(own, []))
+    names = sorted(folder.iterdir()) if own else sorted(walk_files(folder))
+    frames: list[Frame] = []
+    broken: list[DamagedFile] = []
+    others: list[Path] = []
+    for name in names:
+        try:
+            more = read_frames(name)
+        except DamagedFile as error:
+            broken.append(error)
+            continue
+        frames += more
+        others += [] if more else [name]
+    kin = {(f.path.parent, _skeleton(f.path)) for f in frames}
+    for name in [name for name in others if (name.parent, _skeleton(name)) in kin and not _size(name)]:
+        others.remove(name)
+        broken.append(DamagedFile(name, "is empty (0 bytes)", "copy or export the file again"))
+    found = _grouped(frames, broken)
+    known = {s.uid for s in found}
+    for b in broken:  # what is left of a UID that was cut off may be the beginning of any
+        b.uid = b.uid if b.whole or b.uid in known else ""
+    if own:
+        found = [s for s in found if (s.uid, s.number) == (own[0].uid, own[0].series)]
+    if not found:
+        if broken:
+            raise InputError(broken[0].what, broken[0].reason, broken[0].hint)
+        raise InputError(path, what_is_there(names), "a folder of DICOM slices; name image files themselves")
+    others = [name for name in others if name.is_file() and not name.name.startswith(".")]
+    if others and path.is_dir():
+        some = ", ".join(str(name.relative_to(folder)) for name in others[:NAMED])
+        more_of = ", ..." * (len(others) > NAMED)
+        log.info("%s: %d files are no DICOM images and left out: %s%s", path, len(others), some, more_of)
+    return _Found(found, [b for b in broken if b.uid not in known], others)
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
+
+
+def _skeleton(path: Path) -> str:
+    """A file's name without its numbers: that of its neighbours in a series."""
+    return re.sub(r"\d+", "#", path.name)
+
+
+def select(path: str | os.PathLike, series: str | None = None) -> Series:
+    """The series to use: the only one, or the one whose number, UID or description (a part of it) is ``series``.
+
+    Raises UsageError listing the series where there are several and none, or more than one, was meant; InputError for
+    files that cannot be read and may be slices of it.
+    """
+    look = _look(path)
+    found = look.series
+    if series is None:
+        # Without any place, as screen shots, reports and segmentations: taken only where there is nothing else.
+        chosen = [s for s in found if s.usable] or found
+    else:
+        wanted = str(series).strip()
+        chosen = [s for s in found if wanted in (s.number, s.uid)]
+        chosen = chosen or [s for s in found if wanted and wanted.casefold() in s.description.casefold()]
+        chosen = [s for s in chosen if s.usable] or chosen
+    if len(chosen) == 1:
+        return _whole(path, chosen[0], look, series)
+    if not chosen:
+        told = "; ".join(map(str, found))
+        raise UsageError("--series", f"{series!r} is none of {told}", "a number, a UID or part of a description")
+    told = "; ".join(_names(chosen, Path(path)))
+    what = f"holds {len(chosen)} series: {told}" if series is None else f"{series!r} fits {len(chosen)} series: {told}"
+    told_apart = len({s.number for s in chosen}) == len(chosen)
+    hint = "choose one with --series NUMBER" if told_apart else "choose one with --series UID"
+    folders = {os.path.relpath(s.frames[0].path.parent, path) for s in chosen}
+    if not told_apart and len(folders) == len(chosen) and "." not in folders:
+        hint += ", or name the sub-folders, each for a result of its own: " + " ".join(
+            os.path.join(path, folder) for folder in sorted(folders)[:NAMED]
+        )
+    raise UsageError(path, what, hint)
+
+
+def _names(found: Sequence[Series], root: Path) -> list[str]:
+    """Each series in words, with more of them where two would read alike."""
+    same = Counter((s.number, s.description) for s in found)
+    return [s.apart(root) if same[s.number, s.description] > 1 else str(s) for s in found]
+
+
+def _whole(path: str | os.PathLike, chosen: Series, look: _Found, series: str | None) -> Series:
+    """The series, if no file of it is lost. A file that does not say of which series it is may be one, unless the user
+    named the series: then it is a warning."""
+    lost = [*chosen.damaged, *(b for b in look.damaged if series is None and not b.uid)]
+    if lost:
+        files = ", ".join(f"{b.what} {b.reason}" for b in lost[:NAMED])
+        files += f", and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
+        hint = "copy or export it again; or move it out of the folder"
+        if series is None and not chosen.damaged:
+            hint += f"; --series {chosen.number or chosen.uid} leaves out what does not say of which series it is"
+        raise InputError(path, f"a file that may be a slice of the series cannot be read: {files}", hint)
+    whose = {True: "of another series", False: "it does not say of which series it is"}
+    told = [f"{b.what} {b.reason}: left out, {whose[bool(b.uid)]}" for b in look.damaged]
+    return replace(chosen, damaged=(), warnings=(*chosen.warnings, *told))
+
+
+def sha256(path: str | os.PathLike, series: str | None = None) -> str:
+    """SHA-256 over the files of a series, one after the other by name: another image, or one more, changes it."""
+    digest = hashlib.sha256()
+    for file in sorted({frame.path for frame in select(path, series).frames}):
+        try:
+            digest.update(file.read_bytes())
+        except OSError as error:
+            raise InputError(
+                file, f"cannot be read: {error.strerror or error}", "check the path and its permissions"
+            ) from error
+    return digest.hexdigest()
+
+
+def _grouped(frames: Sequence[Frame], damaged: Sequence[DamagedFile]) -> list[Series]:
+    """Series by UID, and by number where files of one UID have several; copies of an image are left out."""
+    groups: dict[tuple[str, str], list[Frame]] = defaultdict(list)
+    for frame in frames:
+        groups[frame.uid, frame.series].append(frame)
+    found = []
+    for (uid, number), group in groups.items():
+        kept, copies = _without_copies(group)
+        told: tuple[str, ...] = ()
+        if copies:
+            some = ", ".join(str(f.path) for f in copies[:NAMED]) + ", ..." * (len(copies) > NAMED)
+            told = (f"{len(copies)} images are copies of others in the series and left out: {some}",)
+        # Damage of a file whose number is lost counts for every series of its UID.
+        lost = tuple(d for d in damaged if d.uid and d.uid == uid)
+        found.append(Series(uid, number, kept[0].description, tuple(kept), lost, told))
+    return sorted(found, key=lambda s: (not s.number.isdigit(), int(s.number) if s.number.isdigit() else 0, s.uid))
+
+
+def _without_copies(frames: Sequence[Frame]) -> tuple[list[Frame], list[Frame]]:
+    """(images, their copies): of one SOPInstanceUID, frame, place and voxels."""
+    first: dict[tuple, Frame] = {}
+    kept, copies = [], []
+    for frame in frames:
+        key = (frame.image_uid, frame.index, frame.position, frame.orientation, frame.shape, frame.slope, frame.inter)
+        known = first.setdefault(key, frame)
+        if known is frame or not frame.image_uid or known.path == frame.path or not _same_voxels(known, frame):
+            kept.append(frame)
+        else:
+            copies.append(frame)
+    return kept, copies
+
+
+def _same_voxels(one: Frame, other: Frame) -> bool:
+    try:
+        if one.path.read_bytes() == other.path.read_bytes():
+            return True
+        return bool(np.array_equal(pixels(one.path, one.shape), pixels(other.path, other.shape)))
+    except (OSError, InputError):
+        return False

@@ -1,0 +1,285 @@
+"""The file formats that images are read from: one entry of ``FORMATS`` each, for every command.
+
+An entry says how its files are named, how messages call it, which files an image consists of and what reads the header.
+What comes back is a `NiftiFile`, whose voxels `images.load` reads in pieces, so that sizes, scaling, labels, damage and
+warnings are treated alike. DICOM, whose images are folders, is read by `dicom.load`; results are written as NIfTI.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastsrgan.core.units import human, times
+from fastsrgan.errors import InputError, ResourceError
+from fastsrgan.io import nifti_header as nifti_check
+from fastsrgan.io.nifti_header import SPACING_LIMITS, halves, invertible
+from fastsrgan.io.nifti_voxels import CHUNK_BYTES, COPY_AGAIN, DEFLATE_LIMIT, NiftiFile, open_stream
+from fastsrgan.volume.geometry import spacing_of
+
+EXPORT_AGAIN = "export the image again"
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+@dataclass(frozen=True)
+class Format:
+    """One file format.
+
+    name : as messages call it; suffixes : of its files, in small letters, longest first
+    examine : (path, most voxels of one volume) -> the checked header, see `nifti_check.examine`
+    parts : path -> the files that the image consists of, the header first
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    examine: Callable[[Path, int], NiftiFile]
+    parts: Callable[[Path], tuple[Path, ...]]
+
+
+def format_of(path: str | os.PathLike) -> Format:
+    """The format that a file's name says; NIfTI, whose reader tells what it finds, where the name says nothing."""
+    name = str(path).lower()
+    return next((f for f in FORMATS if name.endswith(f.suffixes)), FORMATS[0])
+
+
+def examine(path: str | os.PathLike, max_voxels: int) -> NiftiFile:
+    """Read and check a header, whatever the format: see `nifti_check.examine`.
+
+    Raises InputError; ResourceError where the package that reads the format is not installed.
+    """
+    return format_of(path).examine(Path(path), max_voxels)
+
+
+def parts(path: str | os.PathLike) -> tuple[Path, ...]:
+    """The files that an image consists of, the header first. Raises InputError for half of a pair."""
+    return format_of(path).parts(Path(path))
+
+
+def _one_file(path: Path) -> tuple[Path, ...]:
+    return (path,)
+
+
+def _limit(file: NiftiFile, max_voxels: int) -> NiftiFile:
+    if file.voxels > max_voxels:
+        reason = f"{times(file.shape)} voxels are more than the limit of {max_voxels}"
+        raise InputError(file.path, reason, "raise it with --max-voxels")
+    return file
+
+
+def _sane_place(path: Path, affine_44: np.ndarray) -> np.ndarray:
+    if not invertible(affine_44):
+        raise InputError(path, "its orientation is unusable (singular, huge or not finite)", EXPORT_AGAIN)
+    spacing = spacing_of(affine_44)
+    if not all(SPACING_LIMITS[0] <= s <= SPACING_LIMITS[1] for s in spacing):
+        raise InputError(path, f"its voxel size {times(spacing)} mm is impossible", "correct the header")
+    return affine_44
+
+
+# --- FreeSurfer's MGH (surfer.nmr.mgh.harvard.edu/fswiki/FsTutorial/MghFormat) ------------------------------------
+
+_MGH_HEADER, _MGH_OFFSET = 90, 284  # bytes: of the fields that are used, of all before the voxels
+_MGH_TYPES = {0: ">u1", 1: ">i4", 3: ">f4", 4: ">i2", 10: ">u2"}
+_MGH_NO_PLACE = (1, 1, 1, -1, 0, 0, 0, 0, 1, 0, -1, 0, 0, 0, 0)  # as nibabel: coronal slices around the origin
+
+
+class MghFile(NiftiFile):
+    """An .mgh or .mgz file; behind the voxels stand scan parameters and tags of any length."""
+
+    def _surplus(self, n: int) -> None:
+        pass
+
+
+def examine_mgh(path: Path, max_voxels: int) -> NiftiFile:
+    """Header of an .mgh or .mgz file; the affine is the one that nibabel and FreeSurfer (vox2ras) give."""
+    with open_stream(path) as stream:
+        head = stream.read(_MGH_HEADER)
+    if len(head) < _MGH_HEADER or struct.unpack(">i", head[:4]) != (1,):
+        raise InputError(path, f"is no FreeSurfer MGH file: it begins with {head[:12]!r}", COPY_AGAIN)
+    *sizes, kind, _, placed = struct.unpack(">6ih", head[4:30])
+    if min(sizes) < 1:
+        raise InputError(path, f"its header declares impossible dimensions {sizes}", COPY_AGAIN)
+    if kind not in _MGH_TYPES:
+        raise InputError(path, f"has voxels of the unknown type {kind}", "mri_convert -odt float writes another")
+    warnings = []
+    fields: tuple[float, ...] = struct.unpack(">15f", head[30:])
+    if placed != 1:
+        fields = _MGH_NO_PLACE
+        warnings.append("no orientation (goodRASFlag is 0): taken as nibabel does, coronal slices of 1 mm")
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(fields[3:12], (3, 3)).T * fields[:3]
+    affine[:3, 3] = np.array(fields[12:]) - affine[:3, :3] @ (np.array(sizes[:3]) / 2)
+    _sane_place(path, affine)
+    dtype, shape = np.dtype(_MGH_TYPES[kind]), (sizes[0], sizes[1], sizes[2])
+    meta = _meta(path, "MGH", dtype, shape, sizes[3], "vox2ras" if placed == 1 else "none")
+    file = MghFile(path, path, shape, sizes[3], dtype, _MGH_OFFSET, 1.0, 0.0, affine, warnings, meta)
+    file.check_size()
+    return _limit(file, max_voxels)
+
+
+def _meta(path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], volumes: int, orientation: str) -> dict:
+    return {
+        "path": str(path),
+        "format": name,
+        "byte_order": "big" if dtype.str[0] == ">" else "little",
+        "stored_dtype": dtype.newbyteorder("=").name,
+        "stored_shape": shape,
+        "volumes": volumes,
+        "slope": 1.0,
+        "inter": 0.0,
+        "units": "mm",
+        "orientation": orientation,
+        "space_code": 1,
+    }
+
+
+# --- NRRD and MetaImage, which SimpleITK reads ---------------------------------------------------------------------
+
+_ITK_MARKS = {"NRRD": (b"NRRD",), "MetaImage": (b"ObjectType", b"Comment", b"NDims")}
+_ITK_READERS = {"NRRD": "NrrdImageIO", "MetaImage": "MetaImageIO"}
+_ITK_TYPES = {
+    "sitkUInt8": "u1",
+    "sitkInt8": "i1",
+    "sitkUInt16": "u2",
+    "sitkInt16": "i2",
+    "sitkUInt32": "u4",
+    "sitkInt32": "i4",
+    "sitkUInt64": "u8",
+    "sitkInt64": "i8",
+    "sitkFloat32": "f4",
+    "sitkFloat64": "f8",
+}
+_DATA_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
+_LONGEST_TEXT = 1 << 16  # bytes in which the text of a header is looked for
+
+
+class ItkFile(NiftiFile):
+    """A file whose voxels SimpleITK reads; its header was read before, so the size is known."""
+
+    def chunks(self, volume: int = 0) -> Iterator[np.ndarray]:
+        """One volume's values in file order, in pieces. The whole file is in memory meanwhile, besides the result."""
+        sitk = _sitk(self.path)
+        try:
+            image = _itk_reader(sitk, self.path, self.meta["format"]).Execute()
+        except MemoryError:
+            raise ResourceError(
+                self.path, f"not enough memory for {human(self.declared_bytes)}", "write it as .nii.gz"
+            ) from None
+        except RuntimeError as error:
+            raise InputError(self.path, f"is damaged: {_itk_line(error)}", COPY_AGAIN) from error
+        values = sitk.GetArrayViewFromImage(image).reshape(self.volumes, -1)[volume]
+        step = CHUNK_BYTES // self.dtype.itemsize
+        for at in range(0, self.voxels, step):
+            yield values[at : at + step]
+
+
+def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
+    """``examine`` of a format of SimpleITK. Its world is LPS+; that of the affine is RAS+."""
+
+    def examine_itk(path: Path, max_voxels: int) -> NiftiFile:
+        with open_stream(path) as stream:
+            text = stream.read(_LONGEST_TEXT)
+            size = stream.size
+        if not text.lstrip().startswith(_ITK_MARKS[name]):
+            raise InputError(path, f"is no {name} file: it begins with {text[:12]!r}", COPY_AGAIN)
+        sitk = _sitk(path)
+        reader = _itk_reader(sitk, path, name)
+        try:
+            reader.ReadImageInformation()
+        except RuntimeError as error:
+            raise InputError(path, f"its header cannot be used: {_itk_line(error)}", EXPORT_AGAIN) from error
+        dims, sizes = reader.GetDimension(), reader.GetSize()
+        if dims not in (3, 4) or min(sizes) < 1:
+            raise InputError(path, f"is a {dims}-D image of {times(sizes)}", "a 3-D volume is needed")
+        kind = {getattr(sitk, key): code for key, code in _ITK_TYPES.items()}.get(reader.GetPixelID())
+        if reader.GetNumberOfComponents() > 1 or kind is None:
+            told = f"{reader.GetNumberOfComponents()} components" if kind else "vectors, colours or complex numbers"
+            raise InputError(path, f"has {told} in each voxel", "save one component as a 3-D image")
+        shape, dtype = (sizes[0], sizes[1], sizes[2]), np.dtype(kind)
+        affine = np.eye(4)
+        affine[:3, :3] = np.reshape(reader.GetDirection(), (dims, dims))[:3, :3] * np.array(reader.GetSpacing()[:3])
+        affine[:3, 3] = reader.GetOrigin()[:3]
+        affine = _sane_place(path, LPS_TO_RAS @ affine)
+        warnings = []
+        if name == "NRRD" and not re.search(rb"^space( dimension)?:", text, re.MULTILINE):
+            warnings.append("no orientation (no space field): axes taken as left, posterior, superior")
+        volumes = math.prod(sizes[3:])
+        meta = _meta(path, name, dtype, shape, volumes, "none" if warnings else "patient")
+        file = ItkFile(path, path, shape, volumes, dtype, 0, 1.0, 0.0, affine, warnings, meta)
+        held = size if len(_itk_parts(path)) == 1 else sum(_bytes_of(part) for part in _itk_parts(path))
+        if file.declared_bytes > held * DEFLATE_LIMIT:
+            told = f"truncated: {times(sizes)} voxels are declared, {human(file.declared_bytes)}"
+            raise InputError(path, f"{told}, which {human(held)} cannot hold", COPY_AGAIN)
+        return _limit(file, max_voxels)
+
+    return examine_itk
+
+
+def _bytes_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        raise InputError(path, "no such file", "keep the header and its data file side by side") from None
+
+
+def _itk_parts(path: Path) -> tuple[Path, ...]:
+    """The header and, where it names one, its data file."""
+    try:
+        with open(path, "rb") as file:
+            found = _DATA_FILE.search(file.read(_LONGEST_TEXT))
+    except OSError:
+        return (path,)  # reading it says what is wrong
+    name = os.fsdecode(found[1]) if found else "LOCAL"
+    if name.upper().startswith(("LOCAL", "LIST")) or "%" in name:
+        return (path,)
+    return (path, path.with_name(name) if os.sep not in name else path.parent / name)
+
+
+def _sitk(path: Path) -> Any:
+    try:
+        import SimpleITK
+    except ImportError as error:
+        raise ResourceError(
+            path, "NRRD and MetaImage files need SimpleITK", "pip install 'fastsrgan[sitk]', or convert it to .nii.gz"
+        ) from error
+    return SimpleITK
+
+
+def _itk_reader(sitk: Any, path: Path, name: str) -> Any:
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO(_ITK_READERS[name])
+    reader.SetFileName(str(path))
+    with contextlib.suppress(AttributeError):
+        sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    return reader
+
+
+def _itk_line(error: Exception) -> str:
+    """What ITK says, without where in its sources."""
+    lines = [line.split("ERROR:")[-1].strip() for line in str(error).splitlines() if line.strip()]
+    last = re.sub(r"^\w*\(0x[0-9a-f]+\):\s*", "", lines[-1] if lines else type(error).__name__)
+    # Of a file that ends early MetaIO tells the system's last error, which there is none.
+    return "its voxels end before their number" if last.startswith("Reason: ") else last[:160]
+
+
+FORMATS = (
+    Format(
+        "NIfTI",
+        (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img"),
+        nifti_check.examine,
+        lambda path: tuple(dict.fromkeys(halves(path))),
+    ),
+    Format("FreeSurfer MGH", (".mgh.gz", ".mgz", ".mgh"), examine_mgh, _one_file),
+    Format("NRRD", (".nrrd", ".nhdr"), _itk("NRRD"), _itk_parts),
+    Format("MetaImage", (".mha", ".mhd"), _itk("MetaImage"), _itk_parts),
+)
+SUFFIXES = tuple(suffix for each in FORMATS for suffix in each.suffixes)
+NAMES = ", ".join(each.name for each in FORMATS[:-1]) + f" or {FORMATS[-1].name}"

@@ -1,0 +1,129 @@
+"""Which values of a label map are the structure: by number, or by the name that a lookup table gives them.
+
+A choice is written ``3,42``, ``Left-Cerebral-Cortex,Right-Cerebral-Cortex`` or ``cortex=3,42``; numbers and names may
+be mixed; ``+``, ``;`` and blanks separate too, in a cell of a CSV. Lookup tables: FreeSurfer's (index name R G B A),
+ITK-SNAP's (index R G B A ... "name"), and BIDS's ``dseg.tsv`` (columns index and name), which is found beside its map.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastsrgan.core.runtime import is_special
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.io.formats import SUFFIXES
+
+CHOOSE = "choose what counts as the structure with --label-classes, for example --label-classes 3,42"
+SHOWN = 12  # values, names that a message lists
+_MOST_BYTES = 1 << 22
+_SNAP = re.compile(r'\s*(\d+)\s.*"(.*)"\s*$')
+_LINE = re.compile(r"\s*(\d+)[\s,]+([^\s,]+)")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A structure of a label map: its name and the values that are it."""
+
+    name: str
+    values: frozenset[int]
+
+
+def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | None = None) -> Structure:
+    """What a choice means for one label map.
+
+    Parameters
+    ----------
+    text : the choice; label : the map's file, beside which a ``.tsv`` of names may lie
+    table : lookup table of names, in place of that one
+
+    Raises UsageError for a choice that is empty or whose name no table knows; InputError for a table that cannot be
+    read.
+    """
+    name, _, listed = text.rpartition("=") if "=" in text else ("", "", text)
+    words = [word for word in re.split(r"[,;+\s]+", listed) if word]
+    if not words:
+        raise UsageError(
+            "--label-classes", f"{text!r} names no class", "values such as 3,42, or names of a lookup table"
+        )
+    if all(word.isdigit() for word in words):
+        return Structure(name or text.strip(), frozenset(map(int, words)))
+    path = _beside(label) if table is None else Path(table)
+    if path is None:
+        hint = (
+            "give the values, or a lookup table with --label-names FILE (FreeSurfer's, ITK-SNAP's or a BIDS dseg.tsv)"
+        )
+        raise UsageError(
+            "--label-classes", f"{text!r} is a name, and no table says which value {label} has for it", hint
+        )
+    names = read_names(path)
+    values = [int(word) if word.isdigit() else _value(word, names, path) for word in words]
+    return Structure(name or text.strip(), frozenset(values))
+
+
+def structures(
+    texts: Sequence[str], label: str | os.PathLike, table: str | os.PathLike | None = None
+) -> list[Structure]:
+    """``structure`` of each choice. Raises UsageError also where two would have one name."""
+    found = [structure(text, label, table) for text in texts]
+    names = [each.name for each in found]
+    if len(set(names)) < len(names):
+        raise UsageError("--label-classes", f"{' '.join(texts)} names a structure twice", "NAME=3,42 gives it a name")
+    return found
+
+
+def read_names(path: str | os.PathLike) -> dict[str, int]:
+    """Name -> value of a lookup table. Raises InputError for what is none."""
+    path = Path(path)
+    try:
+        if is_special(path) or path.stat().st_size > _MOST_BYTES:
+            raise InputError(path, "is no lookup table", "lines of a value and a name")
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    except FileNotFoundError:
+        raise InputError(path, "no such file", "check the path") from None
+    except OSError as error:
+        raise InputError(path, f"cannot be read: {error.strerror}", "check the path and its permissions") from error
+    rows = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    header = [cell.strip().lower() for cell in rows[0].split("\t")] if rows else []
+    names: dict[str, int] = {}
+    if {"index", "name"} <= set(header):
+        at, called = header.index("index"), header.index("name")
+        for row in rows[1:]:
+            cells = row.split("\t")
+            if len(cells) > max(at, called) and cells[at].strip().isdigit():
+                names[cells[called].strip()] = int(cells[at])
+    else:
+        for row in rows:
+            if match := _SNAP.match(row) or _LINE.match(row):
+                names[match[2].strip()] = int(match[1])
+    if not names:
+        raise InputError(path, "holds no names of label values", "lines of a value and a name, or a BIDS dseg.tsv")
+    return names
+
+
+def refuse_many(values: Sequence[int], what: str | os.PathLike) -> None:
+    """Raise InputError for a label map of several structures of which none was chosen."""
+    inside = [value for value in values if value]
+    if len(inside) > 1:
+        held = ", ".join(map(str, inside[:SHOWN])) + f" and {len(inside) - SHOWN} more" * (len(inside) > SHOWN)
+        raise InputError(what, f"the label holds several structures, the values {held}", CHOOSE)
+
+
+def _value(word: str, names: dict[str, int], path: Path) -> int:
+    folded = {name.casefold(): value for name, value in names.items()}
+    if word.casefold() in folded:
+        return folded[word.casefold()]
+    near = difflib.get_close_matches(word, names, 3, 0.5) or list(names)[:SHOWN]
+    raise UsageError("--label-classes", f"{word!r} is no name in {path}", f"there are {', '.join(near)}")
+
+
+def _beside(label: str | os.PathLike) -> Path | None:
+    """The table of names beside a label map, as BIDS has it."""
+    path = Path(label)
+    ending = next((s for s in SUFFIXES if path.name.lower().endswith(s)), "")
+    table = path.with_name(f"{path.name[: len(path.name) - len(ending)]}.tsv")
+    return table if table.is_file() else None

@@ -1,0 +1,172 @@
+"""What a scan tells about its own acquisition: its noise, how much a result has to yield to it, its slice profile.
+
+Nothing here knows more than the scan: the noise is that of its finest detail within the slices, what a result may lack
+is judged by how far the spline through the scan, acquired again, is from the scan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from fastsrgan.volume.consistency import Observation, residual
+from fastsrgan.volume.resample import apply_axes, check_profile, slice_width
+
+TISSUE = 0.1  # of the 99.9th percentile: what is brighter is no air
+SAMPLED = 32  # slices or planes, evenly spaced, that are looked at
+WINDOW = 5  # voxels in the plane, of the local energy
+CALM = 0.2  # quantile of the local energies that is taken for noise alone
+CALM_OF_NOISE = 0.770  # that quantile where there is noise alone, over the noise: simulated, see test_acquisition.py
+FEWEST = 50  # squares inside tissue, below which nothing is said about the noise
+
+PROFILE_KNOWN = 0.003  # smallest weight with a profile that was named
+PROFILE_GUESSED = 0.03  # and with one that is guessed
+NOISE_UNKNOWN = 0.1  # the weight where the noise cannot be told
+LARGEST = 10.0  # weights above this change nothing
+NARROW = 0.8  # width over the thickness of the Gaussian that is taken where no profile was named, see ``assumed``
+
+AUTO = "auto"
+
+T = TypeVar("T")
+
+
+def noise_sd(scan_xyz: np.ndarray, across: int) -> float | None:
+    """Standard deviation of a scan's noise, in its own intensities; None where too little tissue is seen.
+
+    The diagonal second difference within the slices, [1 -2 1] along one axis and along the other, takes away all that
+    is smooth. Its energy is averaged over squares of 5 x 5 voxels inside tissue; a fifth of them, the calmest,
+    are taken to hold noise alone. Tissue, not air: magnitude images, filtered and masked air have other noise there.
+    Noise that is smooth, as after interpolation within the slices, is underestimated.
+
+    Parameters
+    ----------
+    scan_xyz : (x, y, z) of any real dtype
+    across : axis across the slices
+    """
+    slices = [np.asarray(part, np.float32) for part in _sampled(scan_xyz, across)]
+    tissue = TISSUE * _bright(slices)
+    energies = []
+    for plane in slices:
+        if min(plane.shape) < WINDOW + 2:
+            return None
+        detail = _second_difference(_second_difference(plane).T).T / 6
+        darkest = _windows(plane[1:-1, 1:-1]).min((1, 3))
+        energies.append((_windows(detail) ** 2).mean((1, 3))[darkest > tissue])
+    calm = np.concatenate(energies)
+    if calm.size < FEWEST:
+        return None
+    return math.sqrt(max(0.0, float(np.quantile(calm, CALM)))) / CALM_OF_NOISE
+
+
+def missing_sd(scan_xyz: np.ndarray, seen: Observation, noise: float) -> float:
+    """Standard deviation per voxel of what the spline through the scan lacks, in the scan's intensities.
+
+    What the spline, acquired again, lacks against the scan has the variance m + g: m that of the missing detail times
+    the mean eigenvalue of D D', g that of the noise times the share that 1 - D U lets through. Inside tissue.
+
+    ``seen`` is best with the Gaussian as wide as the slices are thick, whatever profile a result is made to agree with:
+    it comes nearest to the spline's true error, and a narrower one would find that less is missing.
+    """
+    again = [None if d is None or u is None else d @ u for d, u in zip(seen.down, seen.up, strict=True)]
+    eigenvalue = through = kept = 1.0
+    for down, matrix in zip(seen.down, again, strict=True):
+        if matrix is not None and down is not None:
+            eigenvalue *= float((down**2).sum()) / len(down)
+            through *= float(np.trace(matrix)) / len(matrix)
+            kept *= float((matrix**2).sum()) / len(matrix)
+    free = [axis for axis in range(3) if seen.down[axis] is None]
+    axis = min(free) if free else 0
+    planes = _sampled(scan_xyz, axis) if free else iter(np.moveaxis(scan_xyz, axis, 0))
+    part = np.stack([np.asarray(plane, np.float32) for plane in planes], axis)
+    left = part - apply_axes(part, again)
+    inside = part > TISSUE * _bright([part])
+    energy = float(np.mean(left[inside] ** 2, dtype=np.float64)) if inside.any() else 0.0
+    return math.sqrt(max(0.0, energy - (1 - 2 * through + kept) * noise**2) / eigenvalue)
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What a result is made to agree with.
+
+    profile : shape of the slice profile; thickness_mm : its full width at half maximum; floor : smallest weight
+    """
+
+    profile: str
+    thickness_mm: float
+    floor: float
+
+
+def assumed(profile: str, thickness_mm: float | None, spacing_mm: float) -> Assumed:
+    """The slice profile to work with; ``thickness_mm`` None is the spacing of slices, without gaps.
+
+    For "auto", where nothing is known, it is a Gaussian of 0.8 times the thickness, and the weight is larger: a profile
+    wider than the scan's makes results worse than they were, a narrower one only leaves some of the gain. Of a box the
+    Gaussian of its own width at half maximum is wider.
+    """
+    thickness = slice_width(thickness_mm, spacing_mm) * spacing_mm
+    if profile == AUTO:
+        return Assumed("gaussian", NARROW * thickness, PROFILE_GUESSED)
+    check_profile(profile)
+    return Assumed(profile, thickness, PROFILE_KNOWN)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """How much a result yields to the scan: w of ``consistency.agree``, and where it comes from.
+
+    noise : standard deviation of the scan's noise, None where it cannot be told
+    missing : standard deviation of what the spline lacks; both in the scan's intensities
+    """
+
+    w: float
+    noise: float | None
+    missing: float | None
+
+
+def choose_weight(scan_xyz: np.ndarray, seen: Observation, across: int, floor: float = PROFILE_KNOWN) -> Weight:
+    """w = (noise / what is missing)^2, at least ``floor``: the best linear estimate, were what is missing white.
+
+    ``seen`` as for ``missing_sd``, ``across`` as for ``noise_sd``. Where the noise cannot be told it is 0.1, or
+    ``floor`` if that is larger.
+    """
+    noise = noise_sd(scan_xyz, across)
+    if noise is None:
+        return Weight(max(floor, NOISE_UNKNOWN), None, None)
+    missing = missing_sd(scan_xyz, seen, noise)
+    w = LARGEST if noise**2 >= LARGEST * missing**2 else (noise / missing) ** 2
+    return Weight(max(floor, w) if noise else floor, noise, missing)
+
+
+def fit_profile(sr_XYZ: np.ndarray, scan_xyz: np.ndarray, candidates: Mapping[T, Observation]) -> dict[T, float]:
+    """How well each candidate maps a result onto its scan: root mean square of scan - D SR over that of the scan."""
+    size = math.sqrt(float(np.mean(np.asarray(scan_xyz, np.float64) ** 2)))
+    fits = {}
+    for name, seen in candidates.items():
+        left = residual(sr_XYZ, scan_xyz, seen)
+        fits[name] = math.sqrt(float(np.mean(left.astype(np.float64) ** 2))) / size if size else 0.0
+    return fits
+
+
+def _sampled(array: np.ndarray, axis: int) -> Iterator[np.ndarray]:
+    """At most ``SAMPLED`` planes across an axis, evenly spaced."""
+    n = array.shape[axis]
+    for index in np.unique(np.linspace(0, n - 1, min(n, SAMPLED)).round().astype(int)):
+        yield array[(*(slice(None),) * axis, index)]
+
+
+def _bright(parts: Sequence[np.ndarray]) -> float:
+    return float(np.percentile(np.concatenate([part[::2, ::2].ravel() for part in parts]), 99.9))
+
+
+def _windows(plane: np.ndarray) -> np.ndarray:
+    """(a, WINDOW, b, WINDOW): a plane cut into squares."""
+    a, b = (n // WINDOW for n in plane.shape)
+    return plane[: a * WINDOW, : b * WINDOW].reshape(a, WINDOW, b, WINDOW)
+
+
+def _second_difference(plane: np.ndarray) -> np.ndarray:
+    return plane[2:] - 2 * plane[1:-1] + plane[:-2]

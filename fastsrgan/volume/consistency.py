@@ -1,0 +1,293 @@
+"""A result that agrees with its scan: SR' = SR + D' (D D' + w)^-1 (y - D SR).
+
+y is the scan, D how it was acquired: one matrix per axis (``volume.resample``). Of all images that would give the
+scan, SR' is the one nearest to SR (w = 0); with w, the noise's variance over the variance of what is missing in SR, it
+is the best linear estimate. D D' is a Kronecker product of one small symmetric matrix per axis, D D' = V L V' on each:
+rotate the residual by V' on every axis, divide by the product of the eigenvalues plus w, and go back by D' V. All of it
+are plain products, exact for any ratio and any number of thick axes, on any device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsrgan.errors import InputError
+from fastsrgan.volume.resample import (
+    SAME,
+    Matrix,
+    Profile,
+    apply_axes,
+    check_geometry,
+    check_profile,
+    degrade_matrix,
+    slice_axis,
+    slice_profile_matrix,
+    slice_width,
+    upsample_matrix,
+)
+
+SLAB_BYTES = 1 << 24  # of the result, worked on at a time
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """How a scan sees an image on the grid of a result.
+
+    down : D of each axis, (scan's voxels, result's voxels), None for the identity
+    align : what puts the scan on the grid that ``down`` ends at, (scan's voxels there, scan's voxels): None but on axes
+        along which the result is not finer than the scan and its voxels lie elsewhere
+    up : U of each axis, (result's voxels, scan's voxels), the interpolation that a network's input is made by
+    """
+
+    down: tuple[Matrix, Matrix, Matrix]
+    align: tuple[Matrix, Matrix, Matrix] = (None, None, None)
+    up: tuple[Matrix, Matrix, Matrix] = (None, None, None)
+
+    def __post_init__(self) -> None:
+        spectra: list[tuple[Matrix, Matrix, Matrix]] = []
+        for matrix in self.down:
+            if matrix is None:
+                spectra.append((None, None, None))
+            else:
+                values, vectors = np.linalg.eigh(matrix @ matrix.T)
+                spectra.append((np.maximum(values, 0), vectors.T.copy(), matrix.T @ vectors))
+        object.__setattr__(self, "spectra", tuple(spectra))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the result has the scan's own voxels, so that nothing is left to agree on but the scan itself."""
+        return all(matrix is None for matrix in self.down)
+
+    def eigenvalues(self, like: Tensor) -> Tensor:
+        """Of D D', a (x, y, z) array that broadcasts against a residual; on the device and of the type of ``like``."""
+        product = np.ones((1, 1, 1))
+        for axis, (values, _, _) in enumerate(self.spectra):  # type: ignore[attr-defined]
+            if values is not None:
+                product = product * values.reshape([-1 if d == axis else 1 for d in range(3)])
+        return torch.from_numpy(product).to(like)
+
+    def forward(self, image: Any) -> Any:
+        """D image: (..., X, Y, Z) -> (..., x, y, z), what the scanner would see of it."""
+        return _through(image, self.down)
+
+    def solve(self, residual: Tensor, w: float) -> Tensor:
+        """V' (D D' + w)^-1 residual: (..., x, y, z), to be taken back by ``spread``."""
+        turned = _through(residual, [spectrum[1] for spectrum in self.spectra])  # type: ignore[attr-defined]
+        return turned / (self.eigenvalues(turned) + w)
+
+    @property
+    def spread(self) -> tuple[Matrix, Matrix, Matrix]:
+        """D' V of each axis, (result's voxels, scan's voxels)."""
+        x, y, z = (spectrum[2] for spectrum in self.spectra)  # type: ignore[attr-defined]
+        return x, y, z
+
+
+def observation(
+    scan_shape: Sequence[int],
+    scan_mm: Sequence[float],
+    shape: Sequence[int],
+    voxel_mm: Sequence[float],
+    *,
+    geometry: str = "physical",
+    thickness_mm: float | None = None,
+    profile: Profile = "gaussian",
+) -> Observation | None:
+    """How a scan of ``scan_mm`` voxels sees a result of ``voxel_mm`` voxels on the grid that ``infer`` makes.
+
+    Parameters
+    ----------
+    scan_shape, scan_mm, shape, voxel_mm : of the scan and of the result, one axis order
+    geometry : "physical", both grids share their centre, or "segsrgan", the original's
+    thickness_mm : slice thickness, along the axis across the slices (``resample.slice_axis``); None: their spacing
+    profile : shape of the slice profile, see ``resample.check_profile``
+
+    Returns
+    -------
+    None where it is not known: in the segsrgan geometry, for sizes that the original's decimation does not give back.
+    Raises UsageError for a geometry, profile or thickness that is not allowed.
+    """
+    check_geometry(geometry)
+    share = check_profile(profile, geometry)
+    across = slice_axis(scan_mm)
+    width = slice_width(thickness_mm, scan_mm[across])
+    down: list[Matrix] = []
+    align: list[Matrix] = []
+    up: list[Matrix] = []
+    for axis, (m, low, n, high) in enumerate(zip(scan_shape, scan_mm, shape, voxel_mm, strict=True)):
+        ratio, wide = low / high, width if axis == across else 1.0
+        up.append(upsample_matrix(m, n, high / low, geometry))
+        if ratio < 1 + SAME and (geometry == "physical" or ratio < 1 - SAME):
+            # The network's input is the scan itself, moved onto these voxels where they are others.
+            down.append(None)
+            same = n == m and abs(ratio - 1) < SAME
+            align.append(None if same else up[-1])
+            continue
+        align.append(None)
+        if geometry == "physical":
+            down.append(slice_profile_matrix(n, m, float(ratio), float(wide), share))
+            continue
+        matrix = degrade_matrix(n, high, low, geometry, wide)
+        if matrix is None or len(matrix) != m:
+            return None
+        down.append(matrix)
+    return Observation(tuple(down), tuple(align), tuple(up))  # type: ignore[arg-type]
+
+
+def agreed(sr: Tensor, scan: Tensor, seen: Observation, w: float) -> Tensor:
+    """SR + D' (D D' + w)^-1 (scan - D SR), a new tensor that gradients flow through.
+
+    Parameters
+    ----------
+    sr : (..., X, Y, Z) float32 or float64
+    scan : (..., x, y, z) of the same intensities, device and type
+    w : variance of the noise over that of what is missing in ``sr``; 0 only where D D' can be inverted
+    """
+    return sr + _correction(_through(scan, seen.align) - seen.forward(sr), seen, w)
+
+
+def agree(
+    sr_XYZ, scan_xyz, seen: Observation, w: float, floor: float = -math.inf, slab_bytes: int = SLAB_BYTES
+) -> None:
+    """Make a result agree with its scan, in place: SR += D' (D D' + w)^-1 (scan - D SR), then not below ``floor``.
+
+    Parameters
+    ----------
+    sr_XYZ : (X, Y, Z) float32 or float64, NumPy (also a memory map, of any strides) or torch on any device
+    scan_xyz : (x, y, z) of any real dtype, in the same intensities and axis order
+    slab_bytes : of the result, worked on at a time. Along an axis on which D is the identity slabs do not depend on one
+        another and memory is that of a slab; without such an axis an array of the scan's size is kept besides.
+
+    Raises InputError for shapes that do not fit.
+    """
+    _check_shapes(sr_XYZ.shape, scan_xyz.shape, seen)
+    free = [axis for axis in range(3) if seen.down[axis] is None]
+    axis = max(free or range(3), key=lambda d: _strides(sr_XYZ)[d])
+    if free:
+        for first, last, here in _cuts(sr_XYZ, axis, slab_bytes):
+            sr = _tensor(sr_XYZ[here])
+            _store(
+                sr_XYZ,
+                here,
+                sr + _correction(_aligned(scan_xyz, seen, axis, first, last, sr) - seen.forward(sr), seen, w),
+                floor,
+            )
+        return
+    spread = seen.spread
+    left = _difference(sr_XYZ, scan_xyz, seen, axis, slab_bytes)
+    half = _through(seen.solve(left, w), _replaced(spread, axis, None))
+    for first, last, here in _cuts(sr_XYZ, axis, slab_bytes):
+        rows = _replaced((None,) * 3, axis, spread[axis][first:last])  # type: ignore[index]
+        _store(sr_XYZ, here, _tensor(sr_XYZ[here]) + _through(half, rows), floor)
+
+
+def residual(sr_XYZ, scan_xyz, seen: Observation, slab_bytes: int = SLAB_BYTES) -> np.ndarray:
+    """What the scan says and the result, acquired again, does not: scan - D SR, (x, y, z) float32.
+
+    Along axes on which the result is not finer than the scan, its voxels are the result's.
+    """
+    _check_shapes(sr_XYZ.shape, scan_xyz.shape, seen)
+    axis = max(range(3), key=lambda d: _strides(sr_XYZ)[d])
+    return _difference(sr_XYZ, scan_xyz, seen, axis, slab_bytes).float().cpu().numpy()
+
+
+def consistent_start_matrix(up: np.ndarray, down: np.ndarray, w: float) -> np.ndarray:
+    """U + D' (D D' + w)^-1 (1 - D U) of one axis: (n, m) float64, an interpolation that agrees with its samples.
+
+    Parameters
+    ----------
+    up : U, (n, m), the interpolation of m voxels onto n; down : D, (m, n), how they were acquired
+
+    With w = 0, D times it is the identity. Of several axes the product agrees as well, as
+    (D1 x D2)(U1 x U2) is the identity.
+    """
+    back = np.linalg.solve(down @ down.T + w * np.eye(len(down)), down).T  # D' (D D' + w)^-1
+    return up + back @ (np.eye(len(down)) - down @ up)
+
+
+# --- arrays of any kind, by slabs ---------------------------------------------------------------------------------
+
+
+def _through(image: Any, matrices: Sequence[Matrix]) -> Any:
+    """``apply_axes`` in the type that the image has; float32 for any that is not float64."""
+    double = image.dtype in (torch.float64, np.float64)
+    return apply_axes(image, matrices, torch.float64 if double else torch.float32)
+
+
+def _tensor(part: Any, like: Tensor | None = None) -> Tensor:
+    """A float32 or float64 tensor of part of an array, on the device and of the type of ``like``."""
+    if not isinstance(part, Tensor):
+        dtype = part.dtype if part.dtype in (np.float32, np.float64) else np.float32
+        part = torch.from_numpy(np.require(part, dtype, ["C", "W"]))
+    return part if like is None else part.to(like)
+
+
+def _strides(array: Any) -> tuple[int, ...]:
+    strides = array.stride() if isinstance(array, Tensor) else array.strides
+    return tuple(abs(s) for s in strides)
+
+
+def _cuts(array: Any, axis: int, slab_bytes: int) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
+    """First and last plane along ``axis`` of each slab, and where it is. They lie at fixed places."""
+    n = array.shape[axis]
+    step = max(1, int(slab_bytes * n // (8 * math.prod(array.shape))))
+    for first in range(0, n, step):
+        last = min(first + step, n)
+        yield first, last, (*(slice(None),) * axis, slice(first, last))
+
+
+def _aligned(scan_xyz: Any, seen: Observation, axis: int, first: int, last: int, like: Tensor) -> Tensor:
+    """Planes ``first`` to ``last`` of the scan along an axis on which D is the identity, on the result's voxels."""
+    rows = seen.align[axis]
+    if rows is None:
+        scan_xyz = scan_xyz[(*(slice(None),) * axis, slice(first, last))]
+        return _through(_tensor(scan_xyz, like), seen.align)
+    return _through(_tensor(scan_xyz, like), _replaced(seen.align, axis, rows[first:last]))
+
+
+def _difference(sr_XYZ: Any, scan_xyz: Any, seen: Observation, axis: int, slab_bytes: int) -> Tensor:
+    """scan - D SR in the type and on the device of SR, by slabs along ``axis``."""
+    left: Tensor | None = None
+    matrix = seen.down[axis]
+    for first, last, here in _cuts(sr_XYZ, axis, slab_bytes):
+        sr = _tensor(sr_XYZ[here])
+        if left is None:
+            left = _through(_tensor(scan_xyz, sr).clone(), seen.align)
+        if matrix is None:
+            left[here] -= seen.forward(sr)
+        else:
+            left -= _through(sr, _replaced(seen.down, axis, matrix[:, first:last]))
+    assert left is not None
+    return left
+
+
+def _correction(residual: Tensor, seen: Observation, w: float) -> Tensor:
+    return _through(seen.solve(residual, w), seen.spread)
+
+
+def _replaced(matrices: Sequence[Matrix], axis: int, matrix: Matrix) -> list[Matrix]:
+    return [matrix if d == axis else m for d, m in enumerate(matrices)]
+
+
+def _store(array: Any, here: tuple[slice, ...], value: Tensor, floor: float) -> None:
+    value = value.clamp(min=floor)
+    array[here] = value if isinstance(array, Tensor) else value.numpy()
+
+
+def _check_shapes(shape: Sequence[int], scan: Sequence[int], seen: Observation) -> None:
+    for n, m, down, align in zip(shape, scan, seen.down, seen.align, strict=True):
+        high, low = (n, n) if down is None else (down.shape[1], len(down))
+        if n != high or m != (low if align is None else align.shape[1]):
+            raise InputError(
+                "result",
+                f"of {tuple(shape)} voxels does not belong to a scan of {tuple(scan)}",
+                "the scan it was made of",
+            )

@@ -1,0 +1,254 @@
+"""Settings against a whole cohort before the first update, anatomy instead of stored axes, warnings that travel."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from fastsrgan.cli.main import main
+from fastsrgan.config import TrainConfig
+from fastsrgan.convert import convert
+from fastsrgan.data.patch_grid import patch_origins
+from fastsrgan.data.settings_check import refuse_faults, small_subjects
+from fastsrgan.data.subject import PatchRule, make_resident
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.model import safetensors as modelfile
+from fastsrgan.model.networks import Generator, GeneratorSpec
+from fastsrgan.observation.model import Degradation, Draw
+from fastsrgan.observation.slice_axis import axes_across, choose_axes, describe, on_stored_axes, stored_draw, world_axes
+from fastsrgan.store.reader import Sample, open_store
+from fastsrgan.train import run as train
+from fastsrgan.volume.intensity import lifted, normaliser
+
+SIDE = 20
+
+
+def head(seed=0, shape=(SIDE, SIDE, SIDE)):
+    rng = np.random.default_rng(seed)
+    image = np.zeros(shape, np.float32)
+    image[2:-2, 2:-2, 2:-2] = rng.random(tuple(n - 4 for n in shape)) + 0.5
+    return image, (image > 1).astype(np.uint8)
+
+
+def cohort(folder, *subjects):
+    """A store of subjects given as changes: spacing, label, mask, image, affine."""
+    folder.mkdir(exist_ok=True)
+    rows = ["HR_image,Label_image,Mask_image,Base"]
+    for i, change in enumerate(subjects):
+        image, label = head(i)
+        image, label, mask = change.get("image", image), change.get("label", label), change.get("mask")
+        affine = change.get("affine", np.diag([*([change.get("spacing", 1.0)] * 3), 1.0]))
+        nib.save(nib.Nifti1Image(image, affine), folder / f"h{i}.nii.gz")
+        nib.save(nib.Nifti1Image(label, affine), folder / f"l{i}.nii.gz")
+        if mask is not None:
+            nib.save(nib.Nifti1Image(mask.astype(np.uint8), affine), folder / f"m{i}.nii.gz")
+        name = f"m{i}.nii.gz" if mask is not None else ""
+        rows.append(f"h{i}.nii.gz,l{i}.nii.gz,{name},{'Test' if i == len(subjects) - 1 else 'Train'}")
+    (folder / "cohort.csv").write_text("\n".join(rows) + "\n")
+    convert(folder / "cohort.csv", folder / "c.zarr", workers=1)
+    return open_store(folder / "c.zarr")
+
+
+def config(**settings):
+    return TrainConfig(**{"new_low_res": ((1.0, 1.0, 3.0),), "patch_size": 16, "stride": 12} | settings)
+
+
+# --- one list of faults, before the first update ------------------------------------------------------------------
+
+
+def test_every_subject_that_is_too_coarse_is_named_at_once(tmp_path):
+    store = cohort(tmp_path / "c", {}, {"spacing": 1.2}, {"spacing": 1.0000005}, {"spacing": 1.5}, {})
+    with pytest.raises(InputError) as error:
+        refuse_faults(store, config(), (0, 1, 2))
+    told = "coarser than the low resolution of 1 x 1 x 3 mm: h1 (1.2 x 1.2 x 1.2 mm), h3 (1.5 x 1.5 x 1.5 mm)"
+    assert error.value.reason == told
+
+
+def test_bounds_count_by_the_finest_that_can_be_drawn(tmp_path):
+    store = cohort(tmp_path / "c", {}, {})
+    refuse_faults(store, config(new_low_res=((1.0, 1.0, 2.0), (1.6, 1.6, 4.0))), (0, 1, 2))
+    for bounds in (((0.95, 1.0, 2.0), (1.6, 1.6, 4.0)), ((1.6, 1.6, 4.0), (1.0, 0.95, 2.0))):
+        with pytest.raises(InputError, match=r"h0 \(1 x 1 x 1 mm\), h1"):
+            refuse_faults(store, config(new_low_res=bounds), (0, 1, 2))
+
+
+def test_masks_labels_and_patches_of_all_subjects_in_one_list(tmp_path):
+    whole, corner = np.ones((SIDE,) * 3), np.zeros((SIDE,) * 3)
+    corner[0, 0, 0] = 1
+    plane = np.zeros((SIDE,) * 3)
+    plane[:, :, :11] = 1  # many voxels, and still patches of 16 that are half in it
+    subjects = [{"mask": whole}, {"mask": corner}, {}, {"mask": plane}, {"mask": whole, "label": head()[1] * 2}]
+    store = cohort(tmp_path / "c", *subjects)
+    with pytest.raises(InputError) as error:
+        refuse_faults(store, config(image_cropping_method="overlapping_with_mask", new_low_res=((2, 2, 2),)), (0, 1, 2))
+    told = error.value.reason
+    assert told.startswith("3 faults: ") and "without a patch of 16 voxels" in told and "in the mask: h1" in told
+    assert "without a mask: h2" in told and "other values than 0 and 1: h4 (also 2)" in told and "h3" not in told
+
+
+@pytest.mark.parametrize("size", (9, 11, 13))
+def test_a_mask_has_a_patch_where_training_would_find_one(tmp_path, size):
+    mask = np.zeros((SIDE,) * 3, np.uint8)
+    mask[2 : 2 + size, :, :] = 1
+    store = cohort(tmp_path / "c", {"mask": mask}, {"mask": np.ones((SIDE,) * 3)})
+    settings = config(image_cropping_method="overlapping_with_mask", patch_size=16, new_low_res=((1, 1, 3),))
+    law, rule = Degradation(settings.new_low_res), PatchRule(16, 12, True)
+    found = make_resident(store.read("h0"), law, Draw((1.0, 1.0, 3.0)), rule, torch.device("cpu"), crop=True).origins
+    if len(found):
+        refuse_faults(store, settings, (0, 1, 2))
+    else:
+        with pytest.raises(InputError, match="lie in the mask: h0"):
+            refuse_faults(store, settings, (0, 1, 2))
+
+
+def test_the_command_ends_before_the_first_update(tmp_path, capsys):
+    cohort(tmp_path / "c", {}, {"spacing": 1.2}, {})
+    words = ["train", str(tmp_path / "c" / "c.zarr"), "-o", str(tmp_path / "run"), "-n", "1", "1", "3", "-ps", "16"]
+    assert main([*words, "--resident-subjects", "1", "--device", "cpu"]) == 3
+    assert "h1 (1.2 x 1.2 x 1.2 mm)" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "log.jsonl").exists() or not (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_subjects_smaller_than_a_patch_are_told(tmp_path):
+    thin = head(shape=(SIDE, SIDE, 6))
+    store = cohort(tmp_path / "c", {"image": thin[0], "label": thin[1]}, {})
+    assert small_subjects(store, config()) == ["h0: 20 x 20 x 6 voxels are smaller than a patch of 16"]
+
+
+# --- directions of the body ---------------------------------------------------------------------------------------
+
+
+ORDERS = {"RAS": (0, 1, 2), "ASR": (1, 2, 0), "SRA": (2, 0, 1), "SAR": (2, 1, 0)}
+
+
+def stored(order, flips=(1, 1, 1)):
+    affine = np.eye(4)
+    affine[:3, :3] = np.eye(3)[:, list(order)] * flips
+    return affine
+
+
+@pytest.mark.parametrize("order", ORDERS.values())
+@pytest.mark.parametrize("flips", ((1, 1, 1), (-1, 1, -1)))
+def test_stored_axes_get_the_number_of_their_direction(order, flips):
+    affine = stored(order, flips)
+    assert world_axes(affine) == order
+    sizes = on_stored_axes((1.0, 2.0, 3.0), (0, 1, 2), affine)
+    assert sizes == tuple((1.0, 2.0, 3.0)[axis] for axis in order)
+
+
+def test_auto_takes_the_axes_of_most_subjects():
+    affines = {"a": stored((0, 1, 2)), "b": stored((1, 2, 0)), "c": stored((0, 1, 2), (-1, -1, 1))}
+    assert choose_axes(affines, "auto") == ((0, 1, 2), ["b"])
+    assert choose_axes(affines, "R") == ((1, 2, 0), ["a", "c"])
+    assert [axes_across(d) for d in "SAR"] == [(0, 1, 2), (2, 0, 1), (1, 2, 0)]
+    assert describe((0, 1, 2), ((1, 1, 3), (1, 1, 5))) == "1 mm along R, 1 mm along A, 3 to 5 mm along S"
+
+
+@pytest.mark.parametrize("direction", "SAR")
+@pytest.mark.parametrize("order", ORDERS.values())
+def test_a_head_stored_in_another_order_trains_on_the_same_patches(direction, order):
+    """The law: what the network sees depends on the head alone, not on how it was stored."""
+    image, label = head(3, (20, 22, 24))
+    axes, law, rule = axes_across(direction), Degradation(((1.0, 1.0, 3.0),), noise=0.0), PatchRule(16, 8)
+    seen = []
+    for way in ((0, 1, 2), order):
+        turned = [np.ascontiguousarray(a.transpose(way)) for a in (image, label)]
+        sample = Sample("h", "Train", *turned, None, stored(way), (1.0, 1.0, 1.0))
+        draw = stored_draw(Draw((1.0, 1.0, 3.0)), axes, sample.affine)
+        seen.append(make_resident(sample, law, draw, rule, torch.device("cpu")))
+    assert torch.equal(seen[0].interpolated, seen[1].interpolated) and torch.equal(seen[0].hr, seen[1].hr)
+    assert np.array_equal(seen[0].origins, seen[1].origins)
+
+
+def test_a_mixed_cohort_is_told_once(tmp_path, caplog):
+    image, label = head(0)
+    turned = {"image": image.transpose(1, 2, 0), "label": label.transpose(1, 2, 0), "affine": stored((1, 2, 0))}
+    store = cohort(tmp_path / "c", {}, {}, turned, {})
+    assert train.slice_axes(store, config()) == (0, 1, 2)
+    assert caplog.text.count("stored in another axis order") == 1 and "3 mm along S" in caplog.text
+    assert train.slice_axes(store, config(geometry="segsrgan")) is None
+
+
+# --- one normalisation --------------------------------------------------------------------------------------------
+
+
+def test_values_below_zero_are_moved_up_alike_in_training_and_inference():
+    image, label = head(0)
+    scores = np.where(image > 0, (image - 1) / 0.3, -5).astype(np.float32)
+    sample = Sample("h", "Train", scores, label, None, np.eye(4), (1.0, 1.0, 1.0))
+    law = Degradation(((1.0, 1.0, 1.0),), noise=0.0)
+    seen = make_resident(sample, law, Draw((1.0, 1.0, 1.0)), PatchRule(16, 8), torch.device("cpu"))
+    norm = normaliser(scores, shifted=True)
+    torch.testing.assert_close(seen.interpolated, torch.from_numpy(norm.apply(scores)), atol=1e-6, rtol=0)
+    assert float(seen.interpolated.min()) == 0 and float(seen.interpolated.max()) == pytest.approx(1)
+    np.testing.assert_allclose(norm.invert(norm.apply(scores)), scores, atol=1e-5)
+
+
+def test_images_without_values_below_zero_are_untouched():
+    image = head(0)[0]
+    assert lifted(image) is image
+    assert normaliser(image, shifted=True) == normaliser(image)
+
+
+class Same(torch.nn.Module):
+    """SR is the input; the segmentation is where it is above a half."""
+
+    def __init__(self, shifted):
+        super().__init__()
+        self.spec = GeneratorSpec(shifted=shifted)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return torch.cat([x, (x > 0.5).float()], 1)
+
+
+@pytest.mark.parametrize("shift", (0.0, -3.0, 100.0))
+def test_a_shifted_scan_gives_the_shifted_result(shift):
+    """The law for networks that were trained so: adding a number to a scan with values below 0 adds it to the SR."""
+    scan = head(0)[0] - 50
+    plain, moved = (
+        infer_volume(image, np.eye(4), Same(True), patch=16, step=8, device="cpu")
+        for image in (scan, scan + shift / 10)
+    )
+    np.testing.assert_allclose(moved.sr, plain.sr + shift / 10, atol=1e-4)
+    np.testing.assert_array_equal(moved.prob, plain.prob)
+    np.testing.assert_allclose(plain.sr, scan, atol=1e-4)
+    assert plain.report["intensity_shift"] == pytest.approx(-50)
+
+
+def test_the_weights_keep_the_record_and_older_ones_are_as_they_were(tmp_path):
+    for shifted in (True, False):
+        generator = Generator(GeneratorSpec(kernel=2, shifted=shifted), "reference", seed=0)
+        modelfile.write(tmp_path / "w.safetensors", generator)
+        assert modelfile.read_header(tmp_path / "w.safetensors").generator.shifted is shifted
+        assert ("shifted" in generator.spec.to_dict()) is shifted
+
+
+def test_networks_of_both_kinds_are_not_averaged():
+    with pytest.raises(UsageError, match="trained alike"):
+        infer_volume(head(0)[0], np.eye(4), [Same(True), Same(False)], patch=16, step=8, device="cpu")
+
+
+# --- warnings travel with the data --------------------------------------------------------------------------------
+
+
+def test_what_convert_says_of_the_data_is_in_the_runs_log_record_and_report(tmp_path, caplog, capsys):
+    folder = tmp_path / "c"
+    holes = head(0)[0]
+    holes[5:8, 5:8, 5:8] = np.nan
+    cohort(folder, {"image": holes}, {})
+    text = "27 of 8000 voxels are NaN or infinite: read as 0"
+    words = ["-n", "1", "1", "3", "-ps", "16", "--stride", "12", "-b", "2", "--kernel_gen", "2", "--kernel_dis", "2"]
+    words += ["-e", "1", "--steps-per-epoch", "1", "--number-of-disciminator-iteration", "1", "--device", "cpu"]
+    assert main(["train", str(folder / "cohort.csv"), "-o", str(tmp_path / "run"), *words]) == 0
+    assert f"h0: {text}" in caplog.text + capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["data_warnings"] == {"h0": [text]}
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert text in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_origins_are_there_for_whole_masks():
+    assert len(patch_origins((20, 20, 20), 16, 12, ((0, 20),) * 3, np.ones((20, 20, 20))))

@@ -1,0 +1,171 @@
+"""The rows of the options of an inference: what follows from them agrees, whatever option is added."""
+
+import dataclasses
+import inspect
+
+import numpy as np
+import pytest
+
+from fastsrgan.cli.main import build_parser
+from fastsrgan.core.runtime import finite
+from fastsrgan.errors import UsageError
+from fastsrgan.infer import bids
+from fastsrgan.infer import files as infer_files
+from fastsrgan.infer import network as tile_network
+from fastsrgan.infer import volume as infer
+from fastsrgan.infer.settings import ALWAYS, CHANGED, InferSettings, given_options, options
+from fastsrgan.infer.windows import WINDOWS
+from fastsrgan.io import nifti as images
+
+# Another allowed value of every option.
+OTHER = {
+    "patch": 64,
+    "step": 16,
+    "budget": 3.0,
+    "new_resolution": (1.0, 1.0, 2.0),
+    "geometry": "segsrgan",
+    "window": "gaussian",
+    "batch": 3,
+    "precision": "bf16",
+    "compile": "off",
+    "precision_check": True,
+    "device": "cpu",
+    "max_memory": 2**30,
+    "mask": "mask.nii",
+    "flips": "xz",
+    "threshold": 0.25,
+    "largest_component": True,
+    "min_size": 5.0,
+    "dtype": "input",
+    "save_prob": True,
+    "png": True,
+    "split_volume": True,
+    "series": "2",
+    "volume": 1,
+    "max_voxels": 10**6,
+}
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(InferSettings)}
+
+
+def parsed(*words: str) -> dict:
+    return given_options(build_parser().parse_args(["infer", "a.nii", "-o", "out", *words]))
+
+
+def test_every_option_has_another_value_here():
+    assert OTHER.keys() == options().keys()
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_resumed_run_compares_what_decides_about_a_result_and_nothing_else(name):
+    row, changed = options()[name], InferSettings(**{name: OTHER[name]})
+    recorded = row.recorded in (ALWAYS, CHANGED)
+    for one, two in ((InferSettings(), changed), (changed, InferSettings())):
+        differing = two.differing(finite(one.asked()))
+        assert differing == [row.record_as or name] * (row.decides and recorded)
+    assert InferSettings(**{name: OTHER[name]}).differing(finite(changed.asked())) == []
+    # What is compared elsewhere is so by name, in ``infer_job.finished``.
+    assert recorded or not row.decides or name in ("series", "volume")
+    # A run by slabs goes on only where the voxels would be the same.
+    goes_on = InferSettings().deciding() == changed.deciding()
+    assert goes_on == (row.of_files or not row.decides or name == "mask")
+
+
+def test_a_record_of_something_else_is_no_match():
+    assert "patch" in InferSettings().differing({})
+    assert InferSettings().differing(InferSettings().asked() | {"a later option": 1}) == ["a later option"]
+
+
+@pytest.mark.parametrize("function", [infer.infer_volume, infer_files.infer_files, bids.infer_bids])
+def test_the_public_functions_name_the_options_with_their_defaults(function):
+    files = function is not infer.infer_volume
+    parameters = inspect.signature(function).parameters
+    named = {name: parameters[name].default for name in options(files)}
+    assert named == {name: DEFAULTS[name] for name in options(files)}
+    assert all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def test_keywords_that_are_none_are_refused_as_pythons_own(tmp_path):
+    image = np.ones((8, 8, 8)), np.eye(4), None
+    for wrong in ({"stepp": 3}, {"threshold": 0.5}):
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            infer.infer_volume(*image, **wrong)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        infer_files.infer_files([tmp_path / "a.nii"], tmp_path / "out", stepp=3)
+
+
+def test_the_command_line_and_the_functions_have_the_same_defaults():
+    assert InferSettings(**parsed()) == InferSettings(step=None), "the command line's step is the device's"
+    words = ["--patch", "none", "--step", "16", "--new-resolution", "0.5", "--max-memory", "2G", "--budget", "1m"]
+    words += ["--check-precision", "--min-size", "3", "--save_prob".replace("_", "-")]
+    changed = {"patch": None, "step": 16, "new_resolution": 0.5, "max_memory": 2**31, "budget": 60.0}
+    changed |= {"precision_check": True, "min_size": 3.0, "save_prob": True}
+    assert parsed(*words) == DEFAULTS | changed
+    assert parsed("--new-resolution", "1", "1", "2")["new_resolution"] == [1.0, 1.0, 2.0]
+    assert parsed("--crop-to-head")["mask"] == "head" and parsed("--mask", "m.nii")["mask"] == "m.nii"
+    with pytest.raises(UsageError, match="--mask: excludes --crop-to-head"):
+        parsed("--mask", "m.nii", "--crop-to-head")
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "step"),
+    [
+        ("cuda:0", {}, 30),
+        ("cpu", {}, 64),
+        ("cpu", {"patch": 32}, 16),
+        ("cuda", {"patch": 32}, 16),
+        ("cpu", {"patch": (128, 128, 64)}, (64, 64, 32)),
+        ("cuda:1", {"patch": (128, 128, 48)}, (30, 30, 24)),
+        ("cpu", {"patch": None}, 64),
+        ("cpu", {"geometry": "segsrgan"}, 30),
+        ("cpu", {"budget": 60}, 30),
+        ("cpu", {"step": 20}, 20),
+        ("cpu", {"step": "auto"}, "auto"),
+    ],
+)
+def test_the_step_that_is_not_given_is_the_papers_on_cuda_and_half_the_patch_on_a_cpu(device, given, step):
+    settings = InferSettings(**{"step": None, **given}).on(device)
+    assert (settings.step, settings.device) == (step, device)
+    assert InferSettings().on(device).step == 30, "the functions' default is the paper's on any device"
+
+
+def test_rows_agree_with_what_acts_on_them():
+    rows = options()
+    assert set(rows["window"].choices) == set(WINDOWS)
+    assert rows["precision"].choices == ("auto", *tile_network.PRECISIONS)
+    assert DEFAULTS["max_voxels"] == images.MAX_VOXELS
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"patch": 30},
+        {"patch": (16, 16)},
+        {"step": 0},
+        {"step": 129},
+        {"step": "dense"},
+        {"patch": None, "step": 0},
+        {"geometry": "itk"},
+        {"window": "hann"},
+        {"batch": 0},
+        {"batch": "many"},
+        {"precision": "int8"},
+        {"compile": "fast"},
+        {"budget": -1},
+        {"max_memory": 0},
+        {"flips": "xx"},
+        {"new_resolution": "fine"},
+        {"new_resolution": (1, 1)},
+        {"new_resolution": -1},
+        {"new_resolution": (1, 1, "same")},
+        {"new_resolution": float("nan")},
+        {"threshold": 1.0},
+        {"threshold": float("nan")},
+        {"min_size": -1},
+        {"min_size": float("inf")},
+        {"dtype": "int8"},
+    ],
+    ids=str,
+)
+def test_values_that_no_volume_could_be_run_with_are_refused(wrong):
+    with pytest.raises(UsageError):
+        InferSettings(**wrong)

@@ -1,0 +1,145 @@
+"""Which values of a label map are the structure: one choice wherever a label enters, refused where none is made."""
+
+import csv
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from fastsrgan.cli.main import main
+from fastsrgan.convert import convert
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.evaluate.pair import evaluate_files
+from fastsrgan.io import labels
+from fastsrgan.io import nifti as images
+from fastsrgan.store.reader import open_store
+from fastsrgan.study import data as study_data
+
+SHAPE = (24, 22, 20)
+CORTEX, WHITE = (3, 42), (2, 41)
+LUT = """#No. Label Name:   R G B A
+0   Unknown                  0   0   0   0
+2   Left-Cerebral-White-Matter 245 245 245 0
+3   Left-Cerebral-Cortex     205  62  78  0
+41  Right-Cerebral-White-Matter 0 225 0 0
+42  Right-Cerebral-Cortex    205  62  78  0
+1011 ctx-lh-lateraloccipital 20 30 140 0
+"""
+SNAP = '0 0 0 0 0 0 0 "Clear Label"\n3 255 0 0 1 1 1 "left cortex"\n42 0 255 0 1 1 1 "right cortex"\n'
+TSV = "index\tname\tabbreviation\n3\tleft cortex\tL\n42\tright cortex\tR\n2\twhite\tW\n"
+
+
+def save(path, data):
+    nib.save(nib.Nifti1Image(data, np.diag([1.0, 1, 1, 1])), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    aseg = rng.choice([0, 2, 3, 4, 41, 42, 1011], SHAPE).astype(np.int16)
+    save(tmp_path / "aseg.nii.gz", aseg)
+    save(tmp_path / "seg.nii.gz", np.isin(aseg, CORTEX).astype(np.uint8))
+    save(tmp_path / "white.nii.gz", np.isin(aseg, WHITE).astype(np.uint8))
+    save(tmp_path / "hr.nii.gz", rng.random(SHAPE).astype(np.float32))
+    (tmp_path / "lut.txt").write_text(LUT)
+    return tmp_path
+
+
+def scores(folder, *classes, seg="seg", **more):
+    files = {"sr": folder / "hr.nii.gz", "hr": folder / "hr.nii.gz", "seg": folder / f"{seg}.nii.gz"}
+    return evaluate_files(**files, label=folder / "aseg.nii.gz", label_classes=classes, **more)
+
+
+def test_a_chosen_structure_scores_one(folder):
+    assert scores(folder, "3,42")["segmentation"]["dice"] == 1
+    assert scores(folder, "2,41", seg="white")["segmentation"]["dice"] == 1
+    assert scores(folder, "2,41")["segmentation"]["dice"] == 0
+
+
+def test_names_of_every_kind_of_table_mean_their_values(folder):
+    (folder / "snap.label").write_text(SNAP)
+    (folder / "aseg.tsv").write_text(TSV)  # beside the map: found without being named
+    whole = "Left-Cerebral-Cortex,right-cerebral-cortex"
+    assert scores(folder, whole, label_names=folder / "lut.txt")["segmentation"]["dice"] == 1
+    for table in (folder / "snap.label", None, folder / "aseg.tsv"):
+        names = labels.read_names(table or folder / "aseg.tsv")
+        assert (names["left cortex"], names["right cortex"]) == CORTEX
+    (folder / "aseg.tsv").write_text(TSV.replace(" ", "-"))
+    assert scores(folder, "left-cortex,right-cortex")["segmentation"]["dice"] == 1
+
+
+def test_a_map_of_several_structures_needs_a_choice(folder):
+    small = images.load(folder / "aseg.nii.gz").data
+    save(folder / "aseg.nii.gz", np.where(small > 255, 0, small).astype(np.uint8))
+    with pytest.raises(InputError, match=r"several structures, the values 2, 3, 4, 41, 42 .*--label-classes"):
+        scores(folder)
+    save(folder / "aseg.nii.gz", (images.load(folder / "seg.nii.gz").data * 255).astype(np.uint8))
+    assert scores(folder)["segmentation"]["dice"] == 1  # one value, whatever it is, is one structure
+
+
+def test_several_structures_have_a_dice_each_of_a_map_of_several_values(folder):
+    seg = np.where(images.load(folder / "aseg.nii.gz").data == 3, 0, images.load(folder / "aseg.nii.gz").data)
+    save(folder / "map.nii.gz", seg.astype(np.int16))
+    found = scores(folder, "cortex=3,42", "white=2,41", seg="map")
+    assert found["structures"]["white"]["dice"] == 1
+    aseg = images.load(folder / "aseg.nii.gz").data
+    both = 2 * np.sum(aseg == 42) / (np.sum(aseg == 42) + np.sum(np.isin(aseg, CORTEX)))
+    assert found["structures"]["cortex"]["dice"] == pytest.approx(both) == found["segmentation"]["dice"]
+    with pytest.raises(InputError, match="several structures"):
+        evaluate_files(folder / "hr.nii.gz", folder / "hr.nii.gz", folder / "map.nii.gz", folder / "seg.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    (("", "names no class"), ("cortex", "no table says"), ("a=", "names no class")),
+)
+def test_choices_that_mean_nothing(folder, text, reason):
+    with pytest.raises(UsageError, match=reason):
+        labels.structure(text, folder / "aseg.nii.gz")
+
+
+def test_an_unknown_name_is_answered_with_near_ones(folder):
+    with pytest.raises(UsageError, match="there are Left-Cerebral-Cortex"):
+        labels.structure("Left-Cerebral-Cortx", folder / "aseg.nii.gz", folder / "lut.txt")
+    with pytest.raises(InputError, match="holds no names"):
+        labels.structure("x", folder / "aseg.nii.gz", save(folder / "not_a_table.tsv.nii", np.zeros((2, 2, 2), "u1")))
+
+
+def table(folder, *columns):
+    with open(folder / "t.csv", "w", newline="", encoding="utf8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["HR_image", "Label_image", "Base", *(["Label_classes"] if columns else [])])
+        writer.writerow(["hr.nii.gz", "aseg.nii.gz", "Train", *columns])
+    return folder / "t.csv"
+
+
+@pytest.mark.parametrize("how", ("option", "column", "name"))
+def test_stores_and_studies_hold_the_structure(folder, how):
+    path = table(folder, *(["3,42"] if how == "column" else []))
+    chosen = {
+        "option": {"label_classes": "3,42"},
+        "column": {},
+        "name": {"label_classes": "Left-Cerebral-Cortex,Right-Cerebral-Cortex", "label_names": folder / "lut.txt"},
+    }[how]
+    convert(path, folder / "s.zarr", workers=1, **chosen)
+    wanted = images.load(folder / "seg.nii.gz").data
+    np.testing.assert_array_equal(open_store(folder / "s.zarr").read("hr").label, wanted)
+    head = study_data.find_heads(path, "all", None, *chosen.values())[0]
+    np.testing.assert_array_equal(head.load()["label"].data, wanted)
+
+
+def test_another_choice_converts_again(folder):
+    convert(table(folder), folder / "s.zarr", workers=1, label_classes="3,42")
+    assert convert(table(folder), folder / "s.zarr", workers=1, label_classes="3,42", resume=True)["kept"] == 1
+    assert convert(table(folder), folder / "s.zarr", workers=1, label_classes="2,41", resume=True)["converted"] == 1
+
+
+def test_the_command_scores_a_table_with_a_column(folder, capsys):
+    (folder / "e.csv").write_text(
+        'SR_image,HR_image,Seg_image,Label_image,Label_classes\nhr.nii.gz,hr.nii.gz,seg.nii.gz,aseg.nii.gz,"3,42"\n'
+    )
+    assert main(["evaluate", "--table", str(folder / "e.csv"), "--json", str(folder / "e.json")]) == 0
+    row = json.loads((folder / "e.json").read_text())["rows"][0]
+    assert row["segmentation"]["dice"] == 1 and row["label_classes"] == {"3,42": [3, 42]}

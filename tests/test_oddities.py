@@ -1,0 +1,80 @@
+"""Results that are doubtful although nothing failed: told as warnings, in the log and in the record."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from fastsrgan.infer.image import _save_as_input
+from fastsrgan.infer.volume import InferResult
+from fastsrgan.io import nifti as images
+from fastsrgan.volume.geometry import Volume
+from fastsrgan.volume.oddities import on_zeros, outliers
+
+
+def scan(shape=(40, 40, 20), seed=0):
+    return np.random.default_rng(seed).uniform(10, 1000, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(("times", "told"), ((1, False), (4, False), (6, True), (100, True)))
+def test_a_few_voxels_that_outshine_the_rest_are_told(times, told):
+    data = scan()
+    data[3, 4, 5:7] = data.max() * times
+    found = outliers(data)
+    assert bool(found) == told
+    if told:
+        assert f"2 of {data.size} voxels are up to {times:.3g} times as bright" in found[0]
+
+
+def test_many_bright_voxels_are_tissue_and_a_mask_is_no_scan():
+    data = scan()
+    data.reshape(-1)[: data.size // 1000] = 10 * data.max()  # 0.1 %, as vessels are
+    assert outliers(data) == []
+    mask = np.zeros((40, 40, 20), np.float32)
+    mask[1, 1, 1] = 1
+    assert outliers(mask) == [] and outliers(np.zeros((3, 3, 3), np.float32)) == []
+
+
+@pytest.mark.parametrize("shift", (0.0, -1024.0))
+def test_negative_values_count_from_the_lowest(shift):
+    data = scan() + shift
+    assert outliers(data) == []
+    data[0, 0, 0] = 20_000
+    assert len(outliers(data)) == 1
+
+
+@pytest.mark.parametrize(("inside", "told"), ((2, True), (6, True), (9, False), (20, False)))
+def test_a_segmentation_mostly_on_exact_zeros_is_told(inside, told):
+    """Planes of tissue up to ``inside`` of 16, each voxel of the image being two of the segmentation along x."""
+    data = scan((8, 10, 10))
+    data[inside // 2 :] = 0
+    seg = np.ones((16, 10, 10), np.uint8)
+    index = [np.arange(16) // 2, np.arange(10), np.arange(10)]
+    found = on_zeros(seg, data, index)
+    assert bool(found) == told
+    if told:
+        assert found[0].startswith(f"{100 * (1 - inside / 16):.0f} % of the segmentation")
+    assert on_zeros(np.zeros_like(seg), data, index) == []
+
+
+def test_voxels_that_a_type_cannot_hold_are_counted(tmp_path):
+    data = np.full((4, 4, 4), 60_000, np.float32)
+    data[0, 0, 0] = 180_000
+    image = Volume(data, np.eye(4), (), {"stored_dtype": "uint16", "slope": 1.0, "inter": 0.0})
+    result = InferResult(data, data[None], np.eye(4), {})
+    assert _save_as_input(tmp_path / "a.nii.gz", result, image, 1)["voxels_clipped"] == 1
+
+
+def test_the_record_of_infer_carries_them(tmp_path, caplog):
+    from fastsrgan.infer.files import infer_files
+
+    data = np.rint(scan((20, 20, 8)))
+    data[4, 4, 4] = 60_000
+    affine = np.diag([1.0, 1, 3, 1])
+    nib.save(nib.Nifti1Image(data.astype(np.uint16), affine), tmp_path / "a.nii.gz")
+    infer_files([tmp_path / "a.nii.gz"], tmp_path / "o", patch=16, step=16, device="cpu")
+    warnings = json.loads((tmp_path / "o" / "a.json").read_text())["warnings"]
+    assert any("times as bright as all others" in text for text in warnings)
+    assert "times as bright as all others" in caplog.text
+    assert images.load(tmp_path / "o" / "a_sr.nii.gz").data.shape[2] == 24

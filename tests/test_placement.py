@@ -1,0 +1,126 @@
+"""One grid or two: what rounding makes of headers is accepted by every command, what lies elsewhere is not."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nifti_files import rigid
+from scipy.spatial.transform import Rotation
+
+from fastsrgan.errors import InputError
+from fastsrgan.evaluate.grids import onto_grid
+from fastsrgan.io import any_image
+from fastsrgan.io import nifti as images
+from fastsrgan.volume.geometry import Volume
+from fastsrgan.volume.placement import difference, same_grid
+
+SHAPE = (256, 40, 14)
+PLACE = rigid(spacing=(1.0, 1.0, 3.0), turn=(0, 0, 0), origin=(-30.0, -30.0, -29.0))
+
+
+def changed(**entries):
+    affine = PLACE.copy()
+    for name, value in entries.items():
+        affine[int(name[1]), int(name[2])] += value
+    return affine
+
+
+def turned(degrees, about=(0.0, 0.0, 0.0)):
+    """Turned about a voxel, as a rounded quaternion turns a grid about its first one."""
+    affine, centre = PLACE.copy(), (PLACE @ [*about, 1])[:3]
+    affine[:3, :3] = Rotation.from_euler("z", degrees, degrees=True).as_matrix() @ PLACE[:3, :3]
+    affine[:3, 3] += centre - (affine @ [*about, 1])[:3]
+    return affine
+
+
+ROUNDED = {
+    "1.000005 mm for 1": changed(a00=5e-6),
+    "1e-4 in the cosines": changed(a10=1e-4, a01=-1e-4),
+    "origins 3e-4 mm apart": changed(a03=-3.1e-4, a13=1.9e-4),
+    "text with two decimals": changed(a03=0.005, a13=-0.005, a23=0.005),
+    "a qform tilted by 0.02 degrees": turned(0.02),
+    "a qform tilted by 0.1 degrees": turned(0.1),
+    "tilted about the middle": turned(0.1, about=(127.5, 19.5, 6.5)),
+}
+ELSEWHERE = {
+    "half a voxel": changed(a03=0.5),
+    "a tenth of a voxel": changed(a13=0.1),
+    "a slice": changed(a23=3.0),
+    "one degree": turned(1.0),
+    "a spacing of 1.01": changed(a00=0.01),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_headers_are_one_grid_for_labels_masks_and_scores(tmp_path, name):
+    data = np.zeros(SHAPE, np.uint8)
+    data[100:150, 10:30, 3:9] = 1
+    nib.save(nib.Nifti1Image(data, ROUNDED[name]), tmp_path / "m.nii.gz")
+    like = Volume(np.zeros(SHAPE, np.float32), PLACE)
+    np.testing.assert_array_equal(images.load_label(tmp_path / "m.nii.gz", like).data, data)
+    np.testing.assert_array_equal(any_image.load_mask(tmp_path / "m.nii.gz", like).data, data)
+    stored = images.load(tmp_path / "m.nii.gz")
+    assert onto_grid(stored, like) is stored
+
+
+def test_what_is_taken_for_one_grid_and_differs_visibly_is_told(tmp_path):
+    nib.save(nib.Nifti1Image(np.ones(SHAPE, np.uint8), ROUNDED["a qform tilted by 0.1 degrees"]), tmp_path / "m.nii.gz")
+    like = Volume(np.zeros(SHAPE, np.float32), PLACE)
+    told = images.load_label(tmp_path / "m.nii.gz", like).warnings
+    far = 255 * np.radians(0.1)
+    assert any(f"up to {np.hypot(far, 39 * np.radians(0.1)):.3g} mm apart" in text for text in told), told
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_another_place_is_refused_with_the_difference_in_mm(tmp_path, name):
+    nib.save(nib.Nifti1Image(np.ones(SHAPE, np.uint8), ELSEWHERE[name]), tmp_path / "m.nii.gz")
+    like = Volume(np.zeros(SHAPE, np.float32), PLACE)
+    apart = difference(images.load(tmp_path / "m.nii.gz").affine, PLACE, SHAPE)
+    assert not same_grid(images.load(tmp_path / "m.nii.gz"), like)
+    for read, kind in ((images.load_label, "label"), (any_image.load_mask, "mask")):
+        with pytest.raises(InputError) as error:
+            read(tmp_path / "m.nii.gz", like)
+        assert f"up to {apart.largest:.3g} mm apart, most at voxel" in error.value.reason
+        assert kind in error.value.reason and "resample" in error.value.hint
+
+
+def test_a_flipped_copy_that_was_rounded_is_turned_exactly(tmp_path):
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 2, SHAPE).astype(np.uint8)
+    flip = ROUNDED["1e-4 in the cosines"].copy()
+    flip[:3, 3] += flip[:3, 0] * (SHAPE[0] - 1)
+    flip[:3, 0] *= -1
+    nib.save(nib.Nifti1Image(data[::-1], flip), tmp_path / "m.nii.gz")
+    like = Volume(np.zeros(SHAPE, np.float32), PLACE)
+    np.testing.assert_array_equal(images.load_label(tmp_path / "m.nii.gz", like).data, data)
+
+
+def bare(path, data, codes=0, affine=None):
+    image = nib.Nifti1Image(data, affine)
+    image.header["sform_code"] = image.header["qform_code"] = codes
+    image.header["pixdim"][1:4] = 1
+    nib.save(image, path)
+
+
+@pytest.mark.parametrize("kind", ("no form", "identity", "the identity of ITK"))
+def test_a_lost_header_is_copied_not_resampled(tmp_path, kind):
+    data = np.ones(SHAPE, np.uint8)
+    if kind == "no form":
+        bare(tmp_path / "m.nii.gz", data)
+    else:
+        place = np.eye(4) if kind == "identity" else np.diag([-1.0, -1, 1, 1])
+        nib.save(nib.Nifti1Image(data, place), tmp_path / "m.nii.gz")
+    like = Volume(np.zeros(SHAPE, np.float32), PLACE)
+    for read in (images.load_label, any_image.load_mask):
+        with pytest.raises(InputError) as error:
+            read(tmp_path / "m.nii.gz", like)
+        assert "copy the image's header" in error.value.hint and "do not resample" in error.value.hint
+    with pytest.raises(InputError, match="label has the reference's array and no place of its own") as error:
+        onto_grid(images.load(tmp_path / "m.nii.gz"), like, order=0, name="label")
+    assert "copy the image's header" in error.value.hint
+
+
+def test_an_array_written_in_reverse_order_is_recognised(tmp_path):
+    bare(tmp_path / "m.nii.gz", np.ones(SHAPE[::-1], np.uint8))
+    with pytest.raises(InputError) as error:
+        images.load_label(tmp_path / "m.nii.gz", Volume(np.zeros(SHAPE, np.float32), PLACE))
+    assert "transpose it" in error.value.hint

@@ -1,0 +1,324 @@
+"""Images made from label maps: keyed, aligned with their label, of the intensities that were drawn, never folded."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.observation import synthesis
+from fastsrgan.observation.synthesis import INJECTIVE, Synthesis, draw_look, draw_shape, measured_means, synthesise
+
+MM = (1.0, 1.0, 1.0)
+KEY = (7, 3, "sub-1")
+STILL = Synthesis(rotation=0, shear=0, scaling=(1, 1), warp=0, bias_field=0, strip=0, rim=0)
+PLAIN = dataclasses.replace(STILL, texture=(0, 0), blur=(0, 0), scatter=0)
+
+
+def brain(shape=(36, 40, 34)) -> np.ndarray:
+    """White matter (2, 41) in cortex (3, 42) in fluid (24) in bone (515) and skin (516), with one ventricle (4)."""
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
+    r = np.sqrt((grid**2).sum(0))
+    labels = np.zeros(shape, np.int16)
+    for radius, value in ((0.95, 516), (0.87, 515), (0.78, 24), (0.7, 3), (0.5, 2), (0.2, 4)):
+        labels[r < radius] = value
+    right = grid[0] > 0
+    labels[right & (labels == 3)] = 42
+    labels[right & (labels == 2)] = 41
+    return labels
+
+
+def tissues(shape=(36, 40, 34)) -> np.ndarray:
+    """The brain alone, in numbers of tissues, without any around it."""
+    labels = brain(shape)
+    found = np.zeros(shape, np.uint8)
+    for value, values in ((1, (2, 41)), (2, (4,)), (5, (3, 42))):
+        found[np.isin(labels, values)] = value
+    return found
+
+
+def core(labels: torch.Tensor, value: int, voxels: int = 3) -> np.ndarray:
+    """A structure without its edges."""
+    return ndimage.binary_erosion(labels.numpy() == value, iterations=voxels)
+
+
+def test_the_key_alone_decides():
+    labels = brain()
+    one, two = synthesise(labels, MM, KEY), synthesise(labels, MM, KEY)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    for other in ((8, 3, "sub-1"), (7, 4, "sub-1"), (7, 3, "sub-2")):
+        image, _ = synthesise(labels, MM, other)
+        assert image.shape != one[0].shape or not torch.equal(image, one[0])
+
+
+def test_every_purpose_has_draws_of_its_own():
+    """Turning one effect off leaves what the others draw: the same contrast with and without deformation."""
+    values = [0, 2, 3, 4, 24, 41, 42, 515, 516]
+    assert draw_look(KEY, values, Synthesis()).mean == draw_look(KEY, values, STILL).mean
+    upright = dataclasses.replace(Synthesis(), invert=0)
+    assert draw_look(KEY, values, upright).mean[3] == draw_look(KEY, [0, 3], upright).mean[3]
+    still, moved = (
+        draw_shape(KEY, (30, 30, 30), MM, dataclasses.replace(Synthesis(), rotation=r)) for r in (0.0, 15.0)
+    )
+    assert np.array_equal(still.warp_3KKK[:, :2, :2, :2], moved.warp_3KKK[:, :2, :2, :2])
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    labels, before = brain(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = synthesise(labels, MM, KEY)
+        torch.set_num_threads(3)
+        three = synthesise(labels, MM, KEY)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+def test_without_effects_an_image_is_its_table_of_means():
+    labels = brain()
+    image, seen = synthesise(labels, MM, KEY, PLAIN)
+    look = draw_look(KEY, sorted(map(int, np.unique(labels))), PLAIN)
+    box = tuple(slice(int(w.min()), int(w.max()) + 1) for w in np.nonzero(labels))
+    found = tuple(slice(int(w.min()), int(w.max()) + 1) for w in np.nonzero(seen.numpy()))
+    assert np.array_equal(seen.numpy()[found], labels[box])
+    for value in np.unique(labels)[1:]:
+        there = image.numpy()[seen.numpy() == value]
+        assert np.allclose(there, look.mean[int(value)], atol=1e-5), value  # coordinates are float32: 4e-7 was measured
+
+
+@pytest.mark.parametrize("key", [(1, e, "a") for e in range(6)])
+def test_image_and_label_stay_aligned(key):
+    """Deformed, blurred and textured: inside each structure of the label the image has the mean that was drawn."""
+    ranges = dataclasses.replace(Synthesis(), bias_field=0, texture=(0.02, 0.02))
+    labels = brain((70, 76, 68))
+    image, seen = synthesise(labels, MM, key, ranges)
+    assert image.shape == seen.shape
+    look = draw_look(key, sorted(map(int, np.unique(labels))), ranges)
+    for value in (2, 41, 3, 42, 4):
+        inside = core(seen, value)
+        assert inside.sum() > 50
+        there = image.numpy()[inside]
+        # The texture's smooth part leaves a mean of few independent values.
+        assert abs(float(there.mean()) - look.mean[value]) < 0.02, value
+        assert 0.004 < float(there.std()) < 0.04, value
+
+
+def test_texture_has_unit_variance_in_every_mixture():
+    for grain in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.6, 0.64, 0.48)):
+        found = synthesis._texture(KEY, (60, 64, 62), grain, torch.device("cpu"))
+        assert abs(float(found.std()) - 1) < 0.1, grain
+        assert abs(float(found.mean())) < 0.1, grain
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31), warp=st.floats(0, 1), spacing=st.sampled_from([MM, (0.8, 0.8, 0.8), (0.7, 1.2, 3.0)])
+)
+def test_a_deformation_never_folds(seed, warp, spacing):
+    """The Jacobian of where voxels come from is positive everywhere, also at the strongest warp allowed."""
+    shape = draw_shape((seed, 1, "x"), (40, 36, 20), spacing, dataclasses.replace(Synthesis(), warp=warp))
+    assert np.abs(shape.warp_3KKK).max() <= INJECTIVE * shape.distance_mm
+    frame = [(-22, 45), (-20, 41), (-12, 25)]
+    found = [at.clone() for _, at in synthesis._sources(shape, [19.5, 17.5, 9.5], spacing, frame, torch.device("cpu"))]
+    at = torch.cat(found, 1).double().numpy()
+    gradient = np.stack([np.stack(np.gradient(one), 0) for one in at])  # (3, 3, X, Y, Z)
+    determinant = np.linalg.det(gradient.transpose(2, 3, 4, 0, 1))
+    assert determinant.min() > 0
+
+
+def test_scale_is_that_of_the_result():
+    """Twice as large along x: twice as many voxels of every structure."""
+    grown = dataclasses.replace(PLAIN, scaling=(1.999, 2.001))
+    labels = tissues()
+    _, seen = synthesise(labels, MM, KEY, grown)
+    for value in (1, 2, 5):
+        assert abs(int((seen == value).sum()) / int((labels == value).sum()) - 8) < 0.8
+
+
+@pytest.mark.parametrize("key", [(2, e, "b") for e in range(8)])
+def test_the_brain_always_fits(key):
+    labels = brain((40, 44, 38))
+    for strip in (0.0, 1.0):
+        _, seen = synthesise(labels, MM, key, dataclasses.replace(Synthesis(), strip=strip))
+        inside = (seen > 0) & (seen < 500) & (seen != 24)
+        for d in range(3):
+            for end in (0, -1):
+                assert not inside.select(d, end).any()
+        grown = np.linalg.det(np.linalg.inv(draw_shape(key, labels.shape, MM, Synthesis()).affine_33))
+        cortex = int(((seen == 3) | (seen == 42)).sum()) / int(np.isin(labels, (3, 42)).sum())
+        assert 0.6 < cortex / grown < 1.6
+
+
+@pytest.mark.parametrize("key", [(3, e, "c") for e in range(6)])
+def test_what_is_stripped_is_exactly_zero(key):
+    labels = brain((44, 46, 42))
+    image, seen = synthesise(labels, MM, key, dataclasses.replace(Synthesis(), strip=1.0))
+    outside = seen.numpy() == 0
+    assert outside.any()
+    assert not image.numpy()[outside].any()
+    assert (image.numpy()[core(seen, 2, 1)] > 0).all()
+    far = ndimage.distance_transform_edt(~np.isin(seen.numpy(), (2, 3, 4, 41, 42)))
+    assert not seen.numpy()[far > 20].any()
+
+
+def test_a_brain_without_surroundings_is_zero_outside_its_rim():
+    labels = tissues((40, 44, 38))
+    rims = set()
+    for epoch in range(8):
+        image, seen = synthesise(labels, MM, (3, epoch, "d"), dataclasses.replace(STILL, rim=3))
+        look = draw_look((3, epoch, "d"), [0, 1, 2, 5], dataclasses.replace(STILL, rim=3))
+        steps = ndimage.distance_transform_cdt(seen.numpy() == 0, metric="taxicab")
+        assert not image.numpy()[steps > look.rim].any()
+        rims.add(look.rim)
+        if look.rim:
+            assert (image.numpy()[(steps > 0) & (steps <= look.rim)] > 0).mean() > 0.95
+    assert len(rims) > 1
+
+
+def test_shares_and_ranges_are_those_asked_for():
+    values = [0, 2, 3, 4, 41, 42, 515]
+    ranges = Synthesis(strip=0.3, rim=2)
+    looks = [draw_look((1, i, "e"), values, ranges) for i in range(400)]
+    assert abs(np.mean([look.strip for look in looks]) - 0.3) < 0.08
+    assert {look.rim for look in looks} == {0, 1, 2}
+    means = np.array([[look.mean[v] for v in values[1:]] for look in looks])
+    assert means.min() >= ranges.contrast[0] and means.max() <= ranges.contrast[1]
+    assert means.min() < 0.1 and means.max() > 0.95
+    sds = np.array([[look.sd[v] for v in values[1:]] for look in looks])
+    assert sds.min() >= ranges.texture[0] and sds.max() <= ranges.texture[1]
+    assert all(ranges.blur[0] - 0.025 <= look.blur <= ranges.blur[1] + 0.025 for look in looks)
+    # Both sides have one Gaussian; white and grey matter are independent.
+    assert np.array_equal(means[:, 0], means[:, 3]) and np.array_equal(means[:, 1], means[:, 4])
+    assert abs(np.corrcoef(means[:, 0], means[:, 1])[0, 1]) < 0.2
+    shapes = [draw_shape((1, i, "e"), (8, 8, 8), MM, ranges) for i in range(200)]
+    sizes = np.array([np.linalg.norm(np.linalg.inv(s.affine_33), axis=0) for s in shapes])
+    assert 0.75 < sizes[:, 0].min() < 0.85 and 1.2 < sizes[:, 0].max() < 1.26
+    assert all(ranges.warp_mm[0] <= s.distance_mm <= ranges.warp_mm[1] for s in shapes)
+
+
+def test_means_are_drawn_about_those_given():
+    asked = ((1, 0.5, 0.02), (5, 0.4, 0.02))
+    near = Synthesis(means=asked, free=0, invert=0)
+    looks = [draw_look((1, i, "f"), [0, 1, 5], near).mean for i in range(100)]
+    assert abs(np.mean([m[1] for m in looks]) - 0.5) < 0.01 and abs(np.mean([m[5] for m in looks]) - 0.4) < 0.01
+    assert 0.01 < np.std([m[1] for m in looks]) < 0.03
+    turned = [draw_look((1, i, "f"), [0, 1, 5], dataclasses.replace(near, invert=1.0)).mean for i in range(100)]
+    for before, after in zip(looks, turned, strict=True):  # bright and dark exchanged, the range kept
+        assert after[1] == pytest.approx(before[5]) and after[5] == pytest.approx(before[1])
+    free = [draw_look((1, i, "f"), [0, 1, 5], dataclasses.replace(near, free=1.0)).mean[1] for i in range(100)]
+    assert np.std(free) > 0.2
+
+
+def test_measured_means_are_those_of_an_image():
+    labels = tissues()
+    image = np.where(labels == 1, 300.0, np.where(labels == 5, 200.0, np.where(labels == 2, 400.0, 0.0)))
+    found = {value: (mean, sd) for value, mean, sd in measured_means([image], [labels])}
+    assert found[1][0] == pytest.approx(0.75) and found[5][0] == pytest.approx(0.5) and found[2][0] == pytest.approx(1)
+    doubled = measured_means([image, np.where(labels == 1, 380.0, image)], [labels, labels])
+    assert {v: sd for v, _, sd in doubled}[1] > 0.05
+
+
+def test_the_edge_lies_between_the_two_means():
+    """Partial volume: at a border the image passes through what lies between, never beyond (no noise)."""
+    ranges = dataclasses.replace(STILL, texture=(0, 0), blur=(0.6, 0.6), rotation=15, scaling=(0.9, 1.1), strip=1.0)
+    image, seen = synthesise(brain(), MM, KEY, ranges)
+    look = draw_look(KEY, sorted(map(int, np.unique(brain()))), ranges)
+    white = np.isin(seen.numpy(), (2, 41))
+    near = ndimage.binary_dilation(white) & np.isin(seen.numpy(), (3, 42))
+    low, high = sorted((look.mean[2], look.mean[3]))
+    between = image.numpy()[near]
+    assert ((between > low + 0.05 * (high - low)) & (between < high - 0.05 * (high - low))).mean() > 0.3
+
+
+def test_a_bias_field_is_smooth_and_bounded():
+    labels = brain()
+    even, _ = synthesise(labels, MM, KEY, PLAIN)
+    shaded, _ = synthesise(labels, MM, KEY, dataclasses.replace(PLAIN, bias_field=0.4))
+    inside = even > 0.01
+    field = (shaded[inside] / even[inside]).log()
+    assert float(field.std()) > 0.01 and float(field.abs().max()) <= 0.4 + 1e-5
+
+
+def test_the_coordinates_are_those_of_the_plain_form():
+    """One B-spline for warp and affine together, against the formula in float64."""
+    spacing = (0.8, 1.0, 1.5)
+    shape = draw_shape(KEY, (30, 28, 22), spacing, Synthesis())
+    frame, middle = [(-16, 33), (-15, 29), (-11, 24)], [14.5, 13.5, 10.5]
+    at = torch.cat([a for _, a in synthesis._sources(shape, middle, spacing, frame, torch.device("cpu"))], 1)
+    k = shape.warp_3KKK.shape[1]
+    voxels = [first + np.arange(n) for first, n in frame]
+    matrices = [
+        synthesis._spline(v.astype(float), shape.distance_mm / mm, k) for v, mm in zip(voxels, spacing, strict=True)
+    ]
+    x = np.stack(np.meshgrid(*(v * mm for v, mm in zip(voxels, spacing, strict=True)), indexing="ij"))
+    x = x + np.einsum("cijk,xi,yj,zk->cxyz", shape.warp_3KKK, *matrices)
+    expected = np.einsum("dc,cxyz->dxyz", shape.affine_33, x) / np.reshape(spacing, (3, 1, 1, 1))
+    expected += np.reshape(middle, (3, 1, 1, 1))
+    assert np.abs(at.numpy() - expected).max() < 1e-4
+
+
+def test_tensors_and_arrays_of_any_type_give_the_same():
+    labels = tissues()
+    first = synthesise(labels, MM, KEY)
+    for other in (torch.from_numpy(labels), labels.astype(np.int64), np.asfortranarray(labels.astype(np.uint16))):
+        assert all(torch.equal(a, b) for a, b in zip(first, synthesise(other, MM, KEY), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        (np.zeros((8, 8, 8), np.uint8), "no label from 1 to 499"),
+        (np.full((8, 8, 8), 507, np.int16), "no label from 1 to 499"),
+        (np.full((8, 8, 8), -1, np.int16), "outside 0 to 32767"),
+        (np.full((8, 8, 8), 40000, np.int32), "outside 0 to 32767"),
+        (np.arange(512, dtype=np.int16).reshape(8, 8, 8), "512 values"),
+        (np.ones((8, 8, 8), np.float32), "three dimensions of whole numbers"),
+        (np.ones((8, 8), np.uint8), "three dimensions of whole numbers"),
+        (np.ones((0, 8, 8), np.uint8), "is empty"),
+    ],
+)
+def test_maps_that_are_none_are_refused(labels, reason):
+    with pytest.raises(InputError, match=reason):
+        synthesise(labels, MM, KEY)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"free": 1.5},
+        {"warp": 2},
+        {"scaling": (0, 1)},
+        {"scaling": (2, 1)},
+        {"shear": 0.6},
+        {"texture": (-1, 1)},
+        {"rim": -1},
+    ],
+)
+def test_ranges_that_are_none_are_refused(wrong):
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        Synthesis(**wrong)
+
+
+def test_small_and_thin_maps_work():
+    for shape in ((3, 3, 3), (1, 20, 20), (5, 30, 2)):
+        labels = np.ones(shape, np.uint8)
+        image, seen = synthesise(labels, MM, KEY)
+        assert image.shape == seen.shape and bool((seen == 1).any()) and bool(torch.isfinite(image).all())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_makes_the_same_image():
+    labels = brain((70, 76, 68))
+    image, seen = synthesise(labels, MM, KEY)
+    other, there = synthesise(labels, MM, KEY, device="cuda")
+    assert other.shape == image.shape
+    assert float((there.cpu() != seen).float().mean()) < 1e-4  # a coordinate at a voxel's edge rounds either way
+    same = there.cpu() == seen
+    assert float((other.cpu() - image)[same].abs().max()) < 1e-3
