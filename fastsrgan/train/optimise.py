@@ -85,7 +85,10 @@ class Optimiser:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what ``state`` gave, also under another layout or precision."""
+        betas = self.adam.param_groups[0]["betas"]
         self.adam.load_state_dict(state["adam"])
+        for group in self.adam.param_groups:  # torch takes the settings of the state too
+            group["betas"] = betas
         for parameter, kept in self.adam.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 kept[name] = torch.empty_like(parameter).copy_(kept[name])  # the fused kernel wants equal strides
