@@ -49,7 +49,7 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--weights",
         action="append",
         metavar="FILE",
-        help="Keras HDF5, safetensors or run folder (the shipped model); several times: their mean",
+        help="adult (the default) or perinatal, Keras HDF5, safetensors or run folder; several times: their mean",
     )
     add_options(p)
     p.add_argument("--resume", action="store_true", help="skip what is finished")
