@@ -49,7 +49,7 @@ def some(shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def streamed(source, plan, network, **options) -> tuple[torch.Tensor, dict]:
+def streamed(source, plan, network, done=0, region=None, **options) -> tuple[torch.Tensor, dict]:
     """What the sink gets; every plane once."""
     out = torch.full((2, *plan.shape), torch.nan)
 
@@ -57,7 +57,9 @@ def streamed(source, plan, network, **options) -> tuple[torch.Tensor, dict]:
         assert out[:, first : first + planes.shape[1]].isnan().all()
         out[:, first : first + planes.shape[1]] = planes
 
-    return out, stream(source, plan, TileNetwork(network, 1.0), sink, **options)
+    return out, stream(
+        source, plan, TileNetwork(network, 1.0), sink, InferSettings(**options), region=region, done=done
+    )
 
 
 @pytest.fixture(scope="module")
