@@ -18,13 +18,13 @@ from bench.common import synchronise
 from bench.data_sides import make_feed, make_pool
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
+from fastsrgan.core.progress import QUIET
 from fastsrgan.data.pool import Resident
 from fastsrgan.data.shuffle import batch_subjects, quality
-from fastsrgan.demo import run as demo
 from fastsrgan.demo.template import make_cohort
 from fastsrgan.model.weights import default_weights
 from fastsrgan.observation.model import Degradation
-from fastsrgan.train.run import train
+from fastsrgan.train.run import short_training, train
 
 STAGES = ("read", "degrade", "place", "gather")
 
@@ -139,7 +139,7 @@ class Training:
                 cohort = make_cohort(Path(folder, "cohort"), n_train=2, n_test=1, seed=0, sd_voxels=2.5)
                 convert(cohort.csv, Path(folder, "store"))
                 start = default_weights()
-                done = demo.short_training(Path(folder, "store"), run, start, (1.0, 1.0, 3.0), args.device, demo.QUIET)
+                done = short_training(Path(folder, "store"), run, start, (1.0, 1.0, 3.0), args.device, QUIET)
             log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf8").splitlines()]
         steps = [line["seconds"] for line in log if "update" in line]
         return {

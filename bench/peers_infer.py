@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastsrgan.infer import tiles
-from fastsrgan.infer.windows import WINDOWS
+from fastsrgan.infer.tiles import window_of
 
 Network = Callable[[Tensor], Tensor]
 Loop = Callable[[Tensor, tiles.TilePlan, Network, int, str], Tensor]
@@ -68,7 +68,7 @@ def _overlap(plan: tiles.TilePlan) -> tuple[int, ...]:
 
 def weight_of(plan: tiles.TilePlan, window: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """(patch) weight of a tile's voxels."""
-    wx, wy, wz = (torch.from_numpy(WINDOWS[window](p)) for p in plan.patch)
+    wx, wy, wz = (torch.from_numpy(window_of(window, p)) for p in plan.patch)
     return (wx[:, None, None] * wy[:, None] * wz).to(dtype)
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 
 from fastsrgan.core.signals import AtOnce, no_room, open_streams
-from fastsrgan.core.system import out_of_memory
+from fastsrgan.errors import out_of_memory
 
 
 def main() -> int:

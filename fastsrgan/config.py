@@ -27,6 +27,7 @@ import yaml
 from fastsrgan.errors import ModelError
 
 Triple = tuple[float, float, float]
+SPACING_LIMITS = (1e-6, 1e6)  # mm; beyond them no unit is meant
 SIZE_MULTIPLE = 4  # of the edges that networks take: two stride-2 convolutions
 MIN_SIZE = 8  # reflect padding at a quarter of the resolution needs two voxels
 LARGEST_LABEL = 32767

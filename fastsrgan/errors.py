@@ -84,3 +84,21 @@ def compared(a_bytes: int, b_bytes: int) -> tuple[str, str]:
 def times(values: Sequence[float]) -> str:
     """(1, 2, 0.5) -> '1 x 2 x 0.5'."""
     return " x ".join(f"{v:.5g}" if isinstance(v, float) else str(v) for v in values)
+
+
+# What the system's loader and libraries say where there is no room; their errors have no type of their own.
+_NO_ROOM = (
+    *("failed to map segment", "cannot allocate memory", "can't allocate memory", "bad_alloc", "out of memory"),
+)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was made of, is about memory of the host or a device that was not to be had."""
+    while error is not None:
+        untyped = isinstance(error, (RuntimeError, ImportError, OSError))
+        if isinstance(error, MemoryError) or (untyped and any(words in str(error).lower() for words in _NO_ROOM)):
+            return True
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded here
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -10,9 +10,9 @@ from torch import nn
 
 from fastsrgan.errors import UsageError
 from fastsrgan.infer import anytime, tiles
-from fastsrgan.infer.engine import predict
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.settings import InferSettings
+from fastsrgan.infer.sweep import predict
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 VOLUME = torch.rand(37, 30, 23, generator=torch.Generator().manual_seed(0))

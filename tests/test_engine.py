@@ -9,9 +9,9 @@ from torch import nn
 
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.infer import tiles
-from fastsrgan.infer.engine import predict
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.settings import InferSettings
+from fastsrgan.infer.sweep import predict
 from fastsrgan.model import arithmetic as arithmetics
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 

@@ -7,7 +7,7 @@ from nifti_files import rigid
 from torch import nn
 
 from fastsrgan.errors import ModelError, UsageError
-from fastsrgan.infer.settings import flip_axes
+from fastsrgan.infer.values import flip_axes
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 

@@ -19,12 +19,12 @@ from processes import ended, on_ranks, outcome, start_ranks
 
 from fastsrgan.core.ranks import from_environment
 from fastsrgan.errors import PartialFailure, ResourceError, UsageError
-from fastsrgan.infer import cohort
+from fastsrgan.infer import files
 from fastsrgan.infer import files as infer_files
 from fastsrgan.infer.files import SUMMARY
+from fastsrgan.infer.modes import shares
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Whole
-from fastsrgan.infer.split import shares
 from fastsrgan.infer.sweep import Sweep
 from fastsrgan.infer.tiles import plan
 from fastsrgan.io import image_list
@@ -123,7 +123,7 @@ def test_a_cohort_gives_the_bytes_of_single_calls(folder, model, tmp_path, one_b
 def test_neighbours_are_read_and_written_while_the_network_works(folder, model, tmp_path, monkeypatch):
     """b is read while a is computed, a is written while b is: one after the other, this would wait for ever."""
     read_b, computing_b, wrote_a = threading.Event(), threading.Event(), threading.Event()
-    load, compute, write = cohort.load, cohort.compute, cohort.write
+    load, compute, write = files.load, files.compute, files.write
 
     def loading(image, job):
         found = load(image, job)
@@ -147,14 +147,14 @@ def test_neighbours_are_read_and_written_while_the_network_works(folder, model, 
         return record
 
     for name, function in (("load", loading), ("compute", infer_volume), ("write", writing)):
-        monkeypatch.setattr(cohort, name, function)
+        monkeypatch.setattr(files, name, function)
     assert run([folder], tmp_path / "out", model)["done"] == 3
 
 
 def test_without_room_images_follow_each_other(folder, model, tmp_path, one_by_one, monkeypatch, caplog):
     """Neighbours that do not fit are not there, and change nothing."""
-    monkeypatch.setattr(cohort, "size_of", lambda image: 2**50)
-    monkeypatch.setattr(cohort, "bytes_while_writing", lambda loaded, job: 2**50)
+    monkeypatch.setattr(files, "size_of", lambda image: 2**50)
+    monkeypatch.setattr(files, "bytes_while_writing", lambda loaded, job: 2**50)
     with caplog.at_level(logging.INFO, "fastsrgan"):
         run([folder], tmp_path / "out", model)
     assert results(tmp_path / "out") == one_by_one
@@ -186,7 +186,7 @@ def test_an_error_while_reading_or_writing_is_its_own_image_s(folder, model, tmp
 
 def on_rank(inputs, out, model, dies: str = "", **settings) -> dict:
     """``infer_files`` as a rank; rank 1 is killed, or fails, when it computes."""
-    compute = cohort.compute
+    compute = files.compute
 
     def computed(loaded, job, *args, **more):
         mark = Path(out) / ".dying"
@@ -199,7 +199,7 @@ def on_rank(inputs, out, model, dies: str = "", **settings) -> dict:
             time.sleep(0.01)
         return compute(loaded, job, *args, **more)
 
-    cohort.compute = computed
+    files.compute = computed
     try:
         with from_environment(CPU) as ranks:
             return infer_files.infer_files(inputs, out, model, **{**FAST, **settings}, ranks=ranks)

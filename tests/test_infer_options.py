@@ -13,7 +13,7 @@ from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer import anytime
 from fastsrgan.infer import modes as infer_ways
 from fastsrgan.infer import volume as infer
-from fastsrgan.infer.settings import memory, seconds, step_size, voxels
+from fastsrgan.infer.values import memory, seconds, step_size, voxels
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights

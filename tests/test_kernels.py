@@ -18,9 +18,10 @@ from test_tiles import plans
 
 from fastsrgan.core import kernels as backend
 from fastsrgan.data.pool import Pool, Resident
-from fastsrgan.infer import engine, stitch, tiles
+from fastsrgan.infer import stitch, sweep, tiles
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.settings import InferSettings
+from fastsrgan.infer.values import WINDOWS
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 CPU = torch.device("cpu")
@@ -129,7 +130,7 @@ def in_parts(plan: tiles.TilePlan, some: torch.Tensor, window: str, cuts: list[i
     plans(largest=26),
     st.integers(1, 4),
     st.sampled_from(sorted(FLOATS)),
-    st.sampled_from(sorted(stitch.WINDOWS)),
+    st.sampled_from(sorted(WINDOWS)),
     st.booleans(),
     st.booleans(),
     st.data(),
@@ -151,7 +152,7 @@ def test_overlap_add_equals_the_reference(host, poisoned, plan, channels, dtype,
 
 
 @pytest.mark.parametrize("dtype", sorted(FLOATS))
-@pytest.mark.parametrize("window", sorted(stitch.WINDOWS))
+@pytest.mark.parametrize("window", sorted(WINDOWS))
 def test_overlap_add_of_ones_is_ones(host, poisoned, window, dtype):
     plan = tiles.plan((23, 31, 19), (12, 16, 8), (3, 5, 1))
     ones = torch.ones(1, 2, 1, 1, 1, dtype=FLOATS[dtype]).expand(len(plan), 2, *plan.patch)
@@ -365,9 +366,9 @@ def test_inference_is_the_same_with_kernels(host, batch):
     generator = build_generator(GeneratorSpec(kernel=2), seed=3)
     volume = torch.rand((18, 21, 16), generator=torch.Generator().manual_seed(0))
     plan = tiles.plan(volume.shape, 8, 5)
-    got, _ = engine.predict(volume, plan, TileNetwork(generator, 3.0), InferSettings(batch=batch, window="gaussian"))
+    got, _ = sweep.predict(volume, plan, TileNetwork(generator, 3.0), InferSettings(batch=batch, window="gaussian"))
     expected, _ = reference(
-        lambda: engine.predict(volume, plan, TileNetwork(generator, 3.0), InferSettings(batch=batch, window="gaussian"))
+        lambda: sweep.predict(volume, plan, TileNetwork(generator, 3.0), InferSettings(batch=batch, window="gaussian"))
     )
     assert {name for name, _ in host.ran} == {"gather_tiles", "overlap_add"}
     assert same(got, expected, exactness())

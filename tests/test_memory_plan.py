@@ -14,10 +14,11 @@ import torch
 
 from fastsrgan.core import system
 from fastsrgan.errors import ResourceError, UsageError
-from fastsrgan.infer import activations, tiles
 from fastsrgan.infer import memory as memory_plan
+from fastsrgan.infer import tiles
 from fastsrgan.infer.memory import LIBRARIES, MEMORY, NEXT_IMAGE, RESULT_BEFORE, SLABS, Job, plan_memory
-from fastsrgan.infer.network import TileNetwork
+from fastsrgan.infer.network import KEPT, Needs, TileNetwork
+from fastsrgan.infer.network import needs as count_needs
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
@@ -205,10 +206,10 @@ def test_the_count_knows_what_is_alive():
         return torch.cat([b, b], 1) + c
 
     one = 4 * 16 * 24 * 64
-    found = activations.needs(network, (16, 24, 200))
+    found = count_needs(network, (16, 24, 200))
     # x stays with the caller; b, the doubled array, and the doubled result of the sum
-    assert found == activations.Needs((16, 24, 64), one * (1 + 1 + 2 + 2) + 4, 2)
-    assert found.of((16, 24, 64), 3) == 3 * found.of((16, 24, 64)) == activations.KEPT * 3 * found.alive
+    assert found == Needs((16, 24, 64), one * (1 + 1 + 2 + 2) + 4, 2)
+    assert found.of((16, 24, 64), 3) == 3 * found.of((16, 24, 64)) == KEPT * 3 * found.alive
     assert found.of((16, 24, 128)) / found.of((16, 24, 64)) == pytest.approx(134 / 70)
 
 

@@ -29,7 +29,7 @@ def disk(monkeypatch, free: int) -> None:
 def test_inference_asks_for_room_before_the_first_image_is_read(work, tmp_path, capsys, monkeypatch):
     """Of all images together: each alone would fit."""
     monkeypatch.setattr(infer_files, "load", None)
-    monkeypatch.setattr("fastsrgan.infer.cohort.load", None)
+    monkeypatch.setattr("fastsrgan.infer.files.load", None)
     disk(monkeypatch, 6000)  # 7 x 6 x 15 voxels of 4 bytes and a packed label: 2.6 kB
     words = ("infer", *(work / f"scan{i}.nii.gz" for i in range(3)), "-o", tmp_path, "-w", work / "w.safetensors")
     code, _, told = call(capsys, *words, *TILES)

@@ -11,8 +11,9 @@ from test_tiles import numbered, plans
 
 from fastsrgan.errors import UsageError
 from fastsrgan.infer import stitch, tiles
+from fastsrgan.infer.values import WINDOWS
 
-WINDOWS = st.sampled_from(sorted(stitch.WINDOWS))
+WINDOW = st.sampled_from(sorted(WINDOWS))
 
 
 def tiles_of(volume: torch.Tensor, plan: tiles.TilePlan) -> torch.Tensor:
@@ -21,8 +22,7 @@ def tiles_of(volume: torch.Tensor, plan: tiles.TilePlan) -> torch.Tensor:
 
 def naive(tiles_N1: torch.Tensor, plan: tiles.TilePlan, window: str) -> np.ndarray:
     """The textbook form in float64: weighted sum over sum of weights."""
-    w = stitch.WINDOWS[window]
-    weight = np.einsum("x,y,z->xyz", *(w(p) for p in plan.patch))
+    weight = np.einsum("x,y,z->xyz", *(tiles.window_of(window, p) for p in plan.patch))
     total, count = np.zeros(plan.padded_shape), np.zeros(plan.padded_shape)
     for tile, origin in zip(tiles_N1[:, 0].double().numpy(), plan, strict=True):
         at = tuple(slice(o, o + p) for o, p in zip(origin, plan.patch, strict=True))
@@ -32,11 +32,11 @@ def naive(tiles_N1: torch.Tensor, plan: tiles.TilePlan, window: str) -> np.ndarr
 
 
 @settings(max_examples=200, deadline=None)
-@given(plans(largest=300), WINDOWS)
+@given(plans(largest=300), WINDOW)
 def test_the_windows_over_every_voxel_sum_to_one(plan, window):
     """Along each axis, in float32 and in the order of the sum: exactly 1."""
     for n, patch, origins, ws in zip(
-        plan.padded_shape, plan.patch, plan.origins, stitch.weights(plan, window), strict=True
+        plan.padded_shape, plan.patch, plan.origins, tiles.weights(plan, window), strict=True
     ):
         total = np.zeros(n, np.float32)
         for o, w in zip(origins, ws, strict=True):
@@ -46,7 +46,7 @@ def test_the_windows_over_every_voxel_sum_to_one(plan, window):
 
 
 @settings(max_examples=50, deadline=None)
-@given(plans(largest=28), WINDOWS)
+@given(plans(largest=28), WINDOW)
 def test_ones_in_ones_out(plan, window):
     if len(plan) > 2000:
         return
@@ -55,7 +55,7 @@ def test_ones_in_ones_out(plan, window):
 
 
 @settings(max_examples=50, deadline=None)
-@given(plans(largest=28), WINDOWS)
+@given(plans(largest=28), WINDOW)
 def test_the_tiles_of_a_volume_give_the_volume(plan, window):
     if len(plan) > 2000:
         return
@@ -65,7 +65,7 @@ def test_the_tiles_of_a_volume_give_the_volume(plan, window):
 
 
 @settings(max_examples=40, deadline=None)
-@given(plans(largest=24), WINDOWS)
+@given(plans(largest=24), WINDOW)
 def test_disagreeing_tiles_give_the_windowed_mean(plan, window):
     if len(plan) > 500:
         return
@@ -73,7 +73,7 @@ def test_disagreeing_tiles_give_the_windowed_mean(plan, window):
     assert np.abs(stitch.overlap_add(some, plan, window)[0].numpy() - naive(some, plan, window)).max() < 3e-6
 
 
-@pytest.mark.parametrize("window", sorted(stitch.WINDOWS))
+@pytest.mark.parametrize("window", sorted(WINDOWS))
 def test_flips_commute(window):
     """Stitching mirrored tiles at mirrored places is the mirrored result, for any unsymmetric plan."""
     plan = tiles.plan((29, 21, 37), (16, 12, 20), (5, 7, 6))
@@ -93,7 +93,7 @@ def test_flips_commute(window):
     assert torch.allclose(out, stitch.overlap_add(some, plan, window), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("window", sorted(stitch.WINDOWS))
+@pytest.mark.parametrize("window", sorted(WINDOWS))
 def test_coverage_of_4096_is_as_exact_as_float32(window):
     """A flat float32 sum of 13^3 equal terms drifts by 3e-5; counters of 8 bits and half-precision sums fail here."""
     plan = tiles.plan((31, 31, 31), 16, 1)
@@ -126,7 +126,7 @@ def test_batch_sizes_and_reruns_do_not_change_a_bit():
 
 
 @pytest.mark.parametrize("step", [8, 3])
-@pytest.mark.parametrize("window", sorted(stitch.WINDOWS))
+@pytest.mark.parametrize("window", sorted(WINDOWS))
 def test_unwritten_voxels_would_be_seen(poisoned, window, step):
     """Memory that the allocator did not clear, for flat and nested sums."""
     plan = tiles.plan((20, 21, 22), 8, step)
@@ -150,7 +150,7 @@ def planes_of(some: torch.Tensor, plan: tiles.TilePlan, window: str, rolling: bo
 
 
 @settings(max_examples=60, deadline=None)
-@given(plans(largest=26), WINDOWS)
+@given(plans(largest=26), WINDOW)
 def test_rolling_sums_are_the_same_bits_in_less_memory(plan, window):
     """Planes come in order as soon as they are final; beginning at a later slab changes those alone that miss tiles."""
     if len(plan) > 500:
@@ -168,7 +168,7 @@ def test_rolling_sums_are_the_same_bits_in_less_memory(plan, window):
 
 
 @settings(max_examples=60, deadline=None)
-@given(plans(largest=26), WINDOWS, st.data())
+@given(plans(largest=26), WINDOW, st.data())
 def test_parts_of_a_grid_add_up_to_the_whole(plan, window, data):
     """Plans with gaps that share no tile, onto one sum; divided by the window sums it is the plain result."""
     if len(plan) > 500:
@@ -197,12 +197,19 @@ def parts(plan: tiles.TilePlan, old: list[set[int]]) -> list[tiles.TilePlan]:
 
 def test_the_gaussian_never_vanishes_and_is_symmetric():
     for n in (8, 64, 128, 512):
-        w = stitch.WINDOWS["gaussian"](n)
+        w = tiles.window_of("gaussian", n)
         assert w.min() >= 1e-3 and w.max() <= 1 and np.array_equal(w, w[::-1])
         centre = np.log(w[n // 2 - 2 : n // 2 + 2])
         assert np.diff(centre, 2) == pytest.approx(-((8 / n) ** 2), rel=1e-6)  # -1 / sigma^2
 
 
+@pytest.mark.parametrize("n", [8, 64, 128])
+def test_hann_windows_at_half_the_patch_sum_to_one(n):
+    w = tiles.window_of("hann", n)
+    assert w.min() >= 1e-3 and w.max() <= 1 and np.array_equal(w, w[::-1])
+    np.testing.assert_allclose(w[: n // 2] + w[n // 2 :], 1, atol=1e-3)  # the floor's share
+
+
 def test_an_unknown_window_is_refused():
-    with pytest.raises(UsageError, match="constant, gaussian"):
-        stitch.weights(tiles.plan((16, 16, 16), 8, 4), "hann")
+    with pytest.raises(UsageError, match="constant, gaussian, hann"):
+        tiles.weights(tiles.plan((16, 16, 16), 8, 4), "welch")

@@ -11,11 +11,11 @@ from test_tiles import plans
 from torch import nn
 
 from fastsrgan.errors import ResourceError
-from fastsrgan.infer import engine, region, sweep, tiles
 from fastsrgan.infer import planes as slabs
-from fastsrgan.infer.engine import predict, stream
+from fastsrgan.infer import sweep, tiles
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.settings import InferSettings
+from fastsrgan.infer.sweep import predict, stream
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 WINDOWS = ("constant", "gaussian")
@@ -177,8 +177,12 @@ def test_any_array_that_takes_slices_is_a_sink():
 
     volume, plan = some((20, 9, 8)), tiles.plan((20, 9, 8), 8, 5)
     array, target = Zarr(), np.full((2, 20, 9, 8), np.nan, np.float32)
-    for sink in (slabs.write_into(array), slabs.write_into(target)):
-        stream(slabs.Whole(volume), plan, TileNetwork(Local(), 1.0), sink)
+    for store in (array, target):
+
+        def write(first, planes, store=store):
+            store[:, first : first + planes.shape[1]] = planes.numpy()
+
+        stream(slabs.Whole(volume), plan, TileNetwork(Local(), 1.0), write)
     assert np.array_equal(np.concatenate([planes for _, planes in array.written], axis=1), target)
     assert [first for first, _ in array.written] == [0, 5, 10, 12]
     assert np.array_equal(target, predict(volume, plan, TileNetwork(Local(), 1.0))[0].numpy())
@@ -190,8 +194,8 @@ def test_sums_move_to_the_cpu_when_the_device_is_full(when, generator, monkeypat
     volume, plan = some((30, 12, 12)), tiles.plan((30, 12, 12), 8, 4)
     expected, _ = predict(volume, plan, TileNetwork(generator, 1.0), InferSettings(batch=2))
     first, second = torch.device("cpu", 0), torch.device("cpu")
-    monkeypatch.setattr(engine, "sum_devices", lambda device: [first, second])
-    right = engine.Stitcher.__init__, engine.Stitcher.add
+    monkeypatch.setattr(sweep, "sum_devices", lambda device: [first, second])
+    right = sweep.Stitcher.__init__, sweep.Stitcher.add
     calls = []
 
     def full(self, *args, **kwargs):
@@ -205,15 +209,15 @@ def test_sums_move_to_the_cpu_when_the_device_is_full(when, generator, monkeypat
             raise RuntimeError("CUDA error: out of memory")
         right[1](self, some_tiles)
 
-    monkeypatch.setattr(engine.Stitcher, "__init__", full)
-    monkeypatch.setattr(engine.Stitcher, "add", add)
+    monkeypatch.setattr(sweep.Stitcher, "__init__", full)
+    monkeypatch.setattr(sweep.Stitcher, "add", add)
     with caplog.at_level(logging.WARNING, "fastsrgan"):
         out, _ = streamed(Planes(volume), plan, generator, batch=2)
     assert torch.allclose(out, expected, rtol=0, atol=1e-5)
     assert [r.getMessage() for r in caplog.records] == [
         "out of memory on cpu:0: the result is summed on the CPU, which is slower"
     ]
-    monkeypatch.setattr(engine, "sum_devices", lambda device: [first])
+    monkeypatch.setattr(sweep, "sum_devices", lambda device: [first])
     calls.clear()
     with pytest.raises((torch.OutOfMemoryError, RuntimeError), match="out of memory"):
         streamed(slabs.Whole(volume), plan, generator, batch=2)
@@ -301,7 +305,7 @@ def test_a_region_is_computed_as_without_it_and_the_rest_left_alone(plan, window
     mask = np.zeros(plan.shape, bool)
     corner = [data.draw(st.integers(0, n - 1)) for n in plan.shape]
     mask[tuple(slice(c, c + data.draw(st.integers(1, 9))) for c in corner)] = True
-    wanted = region.from_mask(mask, identity_index(plan.shape))
+    wanted = tiles.from_mask(mask, identity_index(plan.shape))
     whole, _ = predict(volume, plan, TileNetwork(generator, 1.0), InferSettings(window=window))
     out, facts = predict(volume, plan, TileNetwork(generator, 1.0), InferSettings(window=window), region=wanted)
     inside = torch.from_numpy(mask)
@@ -319,7 +323,7 @@ def test_a_region_is_computed_as_without_it_and_the_rest_left_alone(plan, window
 
 def test_a_box_is_a_region():
     index = [np.array([0, 0, 1, 1, 2, 2, 3]), np.arange(5), np.arange(4)]
-    box = region.from_box((1, 0, 2), (2, 3, 3), index)
+    box = tiles.from_box((1, 0, 2), (2, 3, 3), index)
     planes = box.planes(0, 7)
     assert planes.shape == (7, 5, 4) and planes.sum() == 4 * 4 * 2
     assert planes[2:6, :4, 2:].all()
@@ -332,7 +336,7 @@ def test_the_box_around_a_head(phantom):
     data = np.pad(np.asarray(phantom.data), ((9, 3), (4, 12), (7, 7)))
     noisy = data + np.random.default_rng(0).rayleigh(0.01 * data.max(), data.shape)
     for image in (data, noisy):
-        low, high = region.head_box(image, (4.0, 4.0, 4.0))
+        low, high = tiles.head_box(image, (4.0, 4.0, 4.0))
         tissue = np.argwhere(data > 0.1 * data.max())
         first, last = tissue.min(0), tissue.max(0)
         assert all(0 <= a - b <= 6 for a, b in zip(first, low, strict=True)), (first, low)

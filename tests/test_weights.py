@@ -21,9 +21,8 @@ from hypothesis import strategies as st
 
 from fastsrgan.errors import ModelError, ResourceError, UsageError
 from fastsrgan.model import keras as keras_h5
-from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model import weights
-from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
+from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator, check_limits
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted(GOLDEN.glob("weights_*.h5"), key=lambda p: p.name)
@@ -689,8 +688,8 @@ def test_safetensors_with_weights_that_are_not_finite(tmp_path, value):
 
 def test_limits_hold_for_every_network_of_the_original():
     """A network as large as anybody trains is far below what is refused."""
-    modelfile.check_limits("x", GeneratorSpec(kernel=64, mask_classes=40))
-    modelfile.check_limits("x", CriticSpec(128, 256, 42))
+    check_limits("x", GeneratorSpec(kernel=64, mask_classes=40))
+    check_limits("x", CriticSpec(128, 256, 42))
     assert 2 * len(keras_h5.weight_names(GeneratorSpec())) < keras_h5.MAX_LINKS
 
 

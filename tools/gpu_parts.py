@@ -22,9 +22,10 @@ from torch import Tensor
 from fastsrgan.core import kernels as backend
 from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.errors import ResourceError
-from fastsrgan.infer import engine, stitch, tiles
+from fastsrgan.infer import stitch, sweep, tiles
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.settings import InferSettings
+from fastsrgan.infer.values import WINDOWS
 from fastsrgan.model.arithmetic import TYPES
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
@@ -104,7 +105,7 @@ LARGE = (((95, 71, 82), (32, 24, 40), (10, 8, 7)), ((64, 64, 64), 64, 64), ((47,
 
 def _overlap_add(c: Context) -> Iterator[Check]:
     plans = LARGE if c.cuda and not c.inside_sanitizer else SMALL
-    for (shape, patch, step), (kind, dtype), window in itertools.product(plans, TYPES.items(), stitch.WINDOWS):
+    for (shape, patch, step), (kind, dtype), window in itertools.product(plans, TYPES.items(), WINDOWS):
         plan = tiles.plan(shape, patch, step)
         draw = torch.Generator().manual_seed(0)
         some = torch.randn(len(plan), 2, *plan.patch, generator=draw).to(dtype)
@@ -186,14 +187,14 @@ def infer(c: Context) -> Iterator[Check]:
     volume = torch.from_numpy(texture((75, 83, 66) if c.cuda else (35, 43, 26)))
     plan = tiles.plan(tuple(volume.shape), 64 if c.cuda else 16, 16 if c.cuda else 8)
     generator = build_generator(GeneratorSpec(kernel=8), seed=1).eval()
-    expected, facts = engine.predict(volume, plan, TileNetwork(generator, 3.0))
+    expected, facts = sweep.predict(volume, plan, TileNetwork(generator, 3.0))
     for precision in ("fp32", "bf16", "fp16") if c.cuda else ("fp32",):
-        for window in stitch.WINDOWS:
+        for window in WINDOWS:
             truth = expected
             if window != "constant":
-                truth, _ = engine.predict(volume, plan, TileNetwork(generator, 3.0), InferSettings(window=window))
+                truth, _ = sweep.predict(volume, plan, TileNetwork(generator, 3.0), InferSettings(window=window))
             runs = [
-                engine.predict(
+                sweep.predict(
                     volume, plan, TileNetwork(generator, 3.0, c.device, precision), InferSettings(window=window)
                 )
                 for _ in range(2)
@@ -218,7 +219,7 @@ def _compiled(
     """The same by torch.compile and one CUDA graph; the second run is the one that is timed."""
     try:
         network = TileNetwork(generator, 3.0, c.device, precision, "on")
-        runs = [engine.predict(volume, plan, network) for _ in range(2)]
+        runs = [sweep.predict(volume, plan, network) for _ in range(2)]
     except ResourceError as error:
         return Check(f"predict {precision} compiled", False, {"error": str(error)})
     error = _difference(runs[1][0], expected)

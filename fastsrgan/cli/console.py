@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from fastsrgan.core.files import finite
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import loading
 
@@ -19,6 +21,14 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def boolean(text: str) -> bool:
+    """The original's booleans: True / False, also yes / no, 1 / 0."""
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return known[text.lower()]
 
 
 def add_label_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -189,3 +199,8 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else plain(str(value))
+
+
+def print_json(value: Any) -> None:
+    """Plain JSON on standard output."""
+    print(json.dumps(finite(value), indent=2, ensure_ascii=False))

@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from fastsrgan.cli.console import add_label_options, table
-from fastsrgan.cli.infer import print_json
+from fastsrgan.cli.console import add_label_options, print_json, table
 from fastsrgan.core.files import output_folder, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading

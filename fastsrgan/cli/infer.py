@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import json
 import logging
 from collections.abc import Callable
 from typing import Any
 
-from fastsrgan.cli.console import error_line, say
-from fastsrgan.core.files import finite
+from fastsrgan.cli.console import error_line, print_json, say
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
@@ -147,8 +145,3 @@ def _weights(args: argparse.Namespace, progress: Progress) -> int:
     action = weights.import_keras if args.action == "import" else weights.export_keras
     print(action(args.source, args.target, overwrite=args.overwrite))
     return 0
-
-
-def print_json(value: Any) -> None:
-    """Plain JSON on standard output."""
-    print(json.dumps(finite(value), indent=2, ensure_ascii=False))

@@ -7,8 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from fastsrgan.cli.console import error_line, say
-from fastsrgan.cli.train import boolean
+from fastsrgan.cli.console import boolean, error_line, say
 from fastsrgan.config import CHOICES
 from fastsrgan.core.files import finite
 from fastsrgan.core.progress import Progress

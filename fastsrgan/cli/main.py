@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastsrgan._version import __version__
-from fastsrgan.cli.console import add_label_options, error_line, open_console, plain, say, table
-from fastsrgan.cli.infer import print_json
+from fastsrgan.cli.console import add_label_options, error_line, open_console, plain, print_json, say, table
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import SAID, Interrupts, Terminated, loading, no_room
-from fastsrgan.core.system import out_of_memory
-from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError
+from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, out_of_memory
 
 RAW = argparse.RawDescriptionHelpFormatter
 

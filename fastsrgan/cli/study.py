@@ -6,13 +6,12 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from fastsrgan.cli.console import add_label_options, table
-from fastsrgan.cli.infer import print_json
+from fastsrgan.cli.console import add_label_options, print_json, table
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
 from fastsrgan.errors import PartialFailure
-from fastsrgan.infer.settings import tile_edge
+from fastsrgan.infer.values import tile_edge
 
 KINDS = ("steps", "noise", "augmentation", "resolution", "curves")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan import config as settings
-from fastsrgan.cli.console import add_label_options
+from fastsrgan.cli.console import add_label_options, boolean
 from fastsrgan.core.files import output_folder
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
@@ -25,14 +25,6 @@ EXAMPLE = """examples:
 
 A CSV has the columns HR_image, Label_image, Base (Train or Test) and, for masks, Mask_image, for maps of many
 structures Tissue_image: a row with tissues needs neither image nor label (--structure)."""
-
-
-def boolean(text: str) -> bool:
-    """The original's booleans: True / False, also yes / no, 1 / 0."""
-    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return known[text.lower()]
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -19,8 +19,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from fastsrgan.core.system import out_of_memory
-from fastsrgan.errors import ResourceError
+from fastsrgan.errors import ResourceError, out_of_memory
 
 SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped: by SIGTERM"}
 

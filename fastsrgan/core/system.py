@@ -97,23 +97,6 @@ def peak_memory() -> int:
 
 # --- memory -------------------------------------------------------------------------------------------------------
 
-# What the system's loader and libraries say where there is no room; their errors have no type of their own.
-_NO_ROOM = (
-    *("failed to map segment", "cannot allocate memory", "can't allocate memory", "bad_alloc", "out of memory"),
-)
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was made of, is about memory of the host or a device that was not to be had."""
-    while error is not None:
-        untyped = isinstance(error, (RuntimeError, ImportError, OSError))
-        if isinstance(error, MemoryError) or (untyped and any(words in str(error).lower() for words in _NO_ROOM)):
-            return True
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded here
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
 
 def free_memory(device: torch.device | None = None) -> int:
     """Bytes that this process may still take: on a CUDA device, or on the host.

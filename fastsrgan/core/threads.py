@@ -24,8 +24,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from fastsrgan.core.system import out_of_memory
-from fastsrgan.errors import FastsrganError, ResourceError
+from fastsrgan.errors import FastsrganError, ResourceError, out_of_memory
 
 T = TypeVar("T")
 

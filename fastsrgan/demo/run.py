@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
 from fastsrgan.core.files import output_folder, write_json
 from fastsrgan.core.progress import QUIET, Progress
@@ -30,7 +29,7 @@ from fastsrgan.model import weights
 from fastsrgan.observation.model import degrade
 from fastsrgan.pictures.figure import demo_figure
 from fastsrgan.report.page import report
-from fastsrgan.train.run import train
+from fastsrgan.train.run import short_training
 from fastsrgan.volume.geometry import Volume, grid_size, resampled_affine
 from fastsrgan.volume.resample import apply_axes, degrade_matrix, upsample_matrix
 
@@ -162,33 +161,6 @@ def fresh_folder(folder: Path, overwrite: bool) -> Path:
     for path in there:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return output_folder(folder)
-
-
-def short_training(
-    store: Path, run_folder: Path, start: Path, low_res_mm: Triple, device: str, progress: Progress, **changes: Any
-) -> dict[str, Any]:
-    """A few dozen adversarial updates from the shipped weights: long enough to watch, too short to change much.
-
-    The head moves at a hundredth of the paper's rate, since a fresh Adam's first steps at the full rate would shift the
-    image by more than its whole error; the moving average is what is used. ``changes``: of ``TrainConfig``'s settings.
-    """
-    spec, _ = weights.read_spec(start)
-    config = TrainConfig(
-        new_low_res=(low_res_mm,),
-        epochs=2,
-        steps_per_epoch=12,
-        batch_size=4,
-        patch_size=48,
-        kernel_gen=spec.kernel,
-        scaled=spec.scaled,
-        kernel_dis=8,
-        head_rate=0.01,
-        lr_gen=2e-5,
-        ema=0.9,
-        contrast_max=0.2,
-        noise=0.0,
-    ).replace(**changes)
-    return train(store, run_folder, config, device=device, start_weights=start, progress=progress)
 
 
 def acquire(hr: Volume, label: Volume, low_res_mm: Triple) -> tuple[Volume, Volume, Volume]:

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.core.system import out_of_memory
+from fastsrgan.errors import out_of_memory
 from fastsrgan.infer import tiles
-from fastsrgan.infer.engine import finisher, sum_devices
 from fastsrgan.infer.network import TileNetwork
-from fastsrgan.infer.planes import Whole
-from fastsrgan.infer.region import Region
-from fastsrgan.infer.settings import InferSettings, Step, per_axis
+from fastsrgan.infer.planes import Done, Prepared, Whole
+from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.stitch import Stitcher, divide_planes, window_sums
-from fastsrgan.infer.sweep import Stopped, Sweep
+from fastsrgan.infer.sweep import Stopped, Sweep, finisher, sum_devices
+from fastsrgan.infer.tiles import Region
+from fastsrgan.infer.values import Step, per_axis
 
 BUDGET = 60.0  # seconds that step "auto" takes when none are given
 LEVELS = 4  # of "auto": half the patch, a quarter, an eighth, a sixteenth
@@ -50,13 +50,13 @@ def levels(shape: Sequence[int], patch: tiles.PerAxis, step: Step) -> list[Level
     """
     edges = tiles.plan(shape, patch, 1).patch
     steps = tuple(max(1, p // 2**LEVELS) for p in edges) if step == "auto" else per_axis("step", step)
-    found = [Level(steps, tiles.plan(shape, patch, steps))]
+    result = [Level(steps, tiles.plan(shape, patch, steps))]
     while any(2 * s <= p // 2 for s, p in zip(steps, edges, strict=True)):
         steps = tuple(2 * s if 2 * s <= p // 2 else s for s, p in zip(steps, edges, strict=True))
         plan = tiles.plan(shape, patch, steps)
-        if len(plan) < len(found[0].plan):
-            found.insert(0, Level(steps, plan))
-    return found
+        if len(plan) < len(result[0].plan):
+            result.insert(0, Level(steps, plan))
+    return result
 
 
 def new_tiles(plan: tiles.TilePlan, before: tiles.TilePlan | None) -> list[tiles.TilePlan]:
@@ -83,7 +83,7 @@ def refine(
     label: str = "infer",
     clock: Clock = time.perf_counter,
 ) -> tuple[Tensor, dict]:
-    """``engine.predict`` at the densest level that fits a budget of seconds; the first level is done in any case.
+    """``sweep.predict`` at the densest level that fits a budget of seconds; the first level is done in any case.
 
     A level is begun only where the tiles so far say that it will end in time, and given up when it turns out that it
     ends more than a tenth too late; the result is then that of the level before.
@@ -93,7 +93,7 @@ def refine(
 
     Returns
     -------
-    As ``engine.predict``; facts also hold "levels", the step, tiles and seconds of each level that was
+    As ``sweep.predict``; facts also hold "levels", the step, tiles and seconds of each level that was
     finished, and "level_given_up".
     """
     network.choose_batch(settings.batch, steps[-1].plan)
@@ -104,6 +104,19 @@ def refine(
                 break
         out = work.result()
     return out, work.facts
+
+
+def by_levels(
+    image: Prepared,
+    steps: Sequence[Level],
+    network: TileNetwork,
+    settings: InferSettings,
+    progress: Progress = QUIET,
+    label: str = "infer",
+) -> Done:
+    """``refine`` of an image."""
+    out, facts = refine(image.whole(), steps, network, settings, region=image.region, progress=progress, label=label)
+    return *image.stored(out), facts
 
 
 class _Levels:
@@ -179,8 +192,8 @@ class _Levels:
         else:
             self.total += self.fresh
             self.fresh.zero_()
-        told = {"step": list(level.step), "tiles": len(level.plan), "new_tiles": count, "seconds": seconds}
-        self.done.append(told)
+        facts = {"step": list(level.step), "tiles": len(level.plan), "new_tiles": count, "seconds": seconds}
+        self.done.append(facts)
         self.plan = level.plan
 
     def result(self) -> Tensor:

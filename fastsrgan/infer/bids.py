@@ -81,18 +81,18 @@ def infer_bids(
     every other image is done and in its place; InputError for a dataset that cannot be used.
     """
     root, out, settings = Path(dataset), Path(out_dir), InferSettings.of(options)
-    found = find_bids(root, participants, sessions, suffixes, desc)
+    listed = find_bids(root, participants, sessions, suffixes, desc)
     said = read_json(out / DESCRIPTION)
     if real(out) == real(root) or (said and said.get("DatasetType") != "derivative"):
         raise UsageError(out, "is a dataset of its own", "give the derivatives their own folder")
-    done = [image for image in found if (out / image.derived("sr")).exists()]
+    done = [image for image in listed if (out / image.derived("sr")).exists()]
     if done and not (overwrite or resume):
-        reason = f"{len(done)} of {len(found)} derivatives exist and are kept, the first is {done[0].derived('sr')}"
+        reason = f"{len(done)} of {len(listed)} derivatives exist and are kept, the first is {done[0].derived('sr')}"
         raise UsageError(out, reason, "--overwrite, --resume or another folder")
     if done and not overwrite:
         _check_same(out, done, weights, settings.on(str(pick_device(settings.device))))
-    todo = found if overwrite else [image for image in found if image not in done]
-    items = [{"input": str(i.path), "stem": images.stem(i.path), "status": "skipped"} for i in found if i not in todo]
+    todo = listed if overwrite else [image for image in listed if image not in done]
+    items = [{"input": str(i.path), "stem": images.stem(i.path), "status": "skipped"} for i in listed if i not in todo]
     stage = output_folder(out) / STAGE
     failure: SomeFailed | None = None
     summary: dict[str, Any] = {"out_dir": str(out), "items": []}

@@ -1,32 +1,341 @@
-"""Files in, files out: images through one model, with provenance, restart and a summary."""
+"""Files in, files out: images through one model, with provenance, restart and a summary.
+
+The next image is read and the one before written while the network works: one image ahead and one behind, where memory
+allows (``memory.Beside``); the results are those of one after the other, to the byte. Several ranks take the images
+from one counter, the largest first, so that none is idle while there are images left; an image that a rank took and did
+not finish, because it died, is failed and not done.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import logging
+import math
 import os
+import shutil
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastsrgan.core import system
-from fastsrgan.core.files import output_folder, remove_abandoned, write_json
+from fastsrgan.core.files import finite, need_space, output_folder, remove_abandoned, write_json
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.core.ranks import ALONE, Ranks
+from fastsrgan.core.ranks import ALONE, LostRank, Ranks
 from fastsrgan.core.system import free_memory, pick_device
-from fastsrgan.errors import ModelError, PartialFailure, UsageError
-from fastsrgan.infer.cohort import Cohort, together
-from fastsrgan.infer.image import Job, compute, load, names, write
+from fastsrgan.errors import FastsrganError, ModelError, PartialFailure, ResourceError, UsageError
+from fastsrgan.infer.image import Job, Loaded, bytes_while_writing, compute, load, names, write
 from fastsrgan.infer.memory import SHARE
-from fastsrgan.infer.room import need_room
+from fastsrgan.infer.modes import Together
+from fastsrgan.infer.planes import Unfinished, target_spacing
 from fastsrgan.infer.settings import HEAD, InferSettings, takes_options
-from fastsrgan.io.image_list import Image, find_images
+from fastsrgan.io import dicom, formats
+from fastsrgan.io import nifti as images
+from fastsrgan.io.image_list import Image, find_images, size_of
 from fastsrgan.model import weights as weight_files
 from fastsrgan.model.networks import Generator
+from fastsrgan.volume.geometry import grid_size, spacing_of
 
 log = logging.getLogger("fastsrgan")
+
+# --- many images ----------------------------------------------------------------------------------------------------
+
+Item = dict[str, Any]  # what the summary says of one image
+
+
+class Deal:
+    """Whose image is next: places in the list, each given to one rank.
+
+    images : in the order of the list, the same on all ranks
+    """
+
+    def __init__(self, images: Sequence[Image], ranks: Ranks = ALONE) -> None:
+        self.ranks, self.store, self.taken = ranks, ranks.store, 0
+        self.order = list(range(len(images)))
+        if self.store is not None:
+            sizes = [size_of(image) for image in images]
+            self.order.sort(key=lambda n: -sizes[n])
+
+    def take(self, ahead: bool = False) -> int | None:
+        """The next place; None at the end. Ahead of need (``ahead``) none of the last images is taken: one for each
+        rank, they are left for those that are free first."""
+        if self.store is None:
+            self.taken += 1
+            at = self.taken - 1
+        else:
+            with _reachable():
+                if ahead and len(self.order) - self.store.add("taken", 0) < self.ranks.world:
+                    return None
+                at = self.store.add("taken", 1) - 1
+        return self.order[at] if at < len(self.order) else None
+
+    def tell(self, place: int, item: Item) -> int:
+        """An image is done with; how many are."""
+        if self.store is None:
+            return 0
+        with _reachable():
+            self.store.set(f"image {place}", json.dumps(finite(item)))
+            return self.store.add("ended", 1)
+
+    def item(self, place: int) -> Item | None:
+        """What was told of an image, by any rank."""
+        assert self.store is not None
+        key = f"image {place}"
+        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+
+
+@contextlib.contextmanager
+def _reachable() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRank("ranks", "the process that deals the images is gone", "see --resume") from error
+
+
+class Cohort:
+    """The images of one call, one after the other, as this rank sees them.
+
+    Attributes
+    ----------
+    items : place -> what the summary says; after ``run`` of all images on rank 0, elsewhere of those done here
+    lost : whether a rank died
+    """
+
+    def __init__(self, job: Job, images: Sequence[Image], ranks: Ranks = ALONE) -> None:
+        self.job, self.images, self.ranks = job, images, ranks
+        self.deal = Deal(images, ranks)
+        self.items: dict[int, Item] = {}
+        self.lost = False
+        self.began, self.ended, self.worked = time.perf_counter(), 0, 0
+        self.ahead: tuple[int, Future[Loaded | None] | None] | None = None
+        self.behind: tuple[int, int, Future[dict[str, Any]]] | None = None
+
+    def run(self) -> list[Item]:
+        """All images; every failure ends in its image's item. Raises LostRank on other ranks than 0."""
+        with contextlib.ExitStack() as stack:
+            self.reader = stack.enter_context(ThreadPoolExecutor(1, "reader"))
+            self.writer = stack.enter_context(ThreadPoolExecutor(1, "writer"))
+            stack.callback(self._cancel)
+            while (place := self._next()) is not None:
+                try:
+                    loaded = self._read(place)
+                    if loaded is None:
+                        self._skipped(place)
+                        continue
+                    compute(loaded, self.job, self._label(place), beside=self._beside())
+                except LostRank:
+                    raise
+                except Exception as error:
+                    self._failed(place, error)
+                    continue
+                self.wait()
+                size = bytes_while_writing(loaded, self.job)
+                self.behind = place, size, self.writer.submit(write, loaded, self.job)
+                del loaded  # the writer's alone, who drops it
+            self.wait()
+        return self._gathered()
+
+    # --- one image ahead, one behind
+
+    def _next(self) -> int | None:
+        return self.ahead[0] if self.ahead else self.deal.take()
+
+    def _read(self, place: int) -> Loaded | None:
+        ahead, self.ahead = self.ahead, None
+        if ahead and ahead[1]:
+            return ahead[1].result()
+        if ahead:
+            self.wait()  # there was no room for this image beside another: nor is there beside a result
+        return load(self.images[place], self.job)
+
+    def _beside(self) -> _Neighbours:
+        """The result that is being written, and the image that would be read, while one is computed."""
+        if self.behind and self.behind[2].done():
+            self.wait()
+        place = self.deal.take(ahead=True)
+        self.ahead = None if place is None else (place, None)
+        return _Neighbours(self, self.behind[1] if self.behind else 0, 0 if place is None else self._size(place))
+
+    def _size(self, place: int) -> int:
+        return max(1, size_of(self.images[place]))
+
+    def read_ahead(self) -> None:
+        """Begin to read the image that was taken ahead."""
+        if self.ahead:
+            place = self.ahead[0]
+            self.ahead = place, self.reader.submit(load, self.images[place], self.job)
+
+    def wait(self) -> None:
+        """Until the result before is written; its errors are its image's."""
+        if self.behind:
+            (place, _, future), self.behind = self.behind, None
+            try:
+                record = future.result()
+            except Exception as error:
+                self._failed(place, error)
+            else:
+                self._ended(place, {key: record[key] for key in ("outputs", "seconds", "warnings")})
+
+    def _cancel(self) -> None:
+        for pool in (self.reader, self.writer):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    # --- what becomes of an image
+
+    def _item(self, place: int, status: str) -> Item:
+        image = self.images[place]
+        return {"input": str(image.path), "stem": image.name, "status": status}
+
+    def _skipped(self, place: int) -> None:
+        outputs = names(self.job.outputs(self.images[place]))
+        self._note(place, self._item(place, "skipped") | {"outputs": outputs})
+
+    def _failed(self, place: int, error: Exception) -> None:
+        self._note(place, failure(self._item(place, "failed"), error))
+
+    def _ended(self, place: int, facts: dict[str, Any]) -> None:
+        self.worked += 1
+        self._note(place, self._item(place, "done") | facts)
+
+    def _note(self, place: int, item: Item) -> None:
+        self.items[place] = item
+        self.ended = self.deal.tell(place, item) or self.ended + 1
+        tell_progress(self.items.values(), self.ended, len(self.images), self.worked, self.began, self.ranks.world)
+
+    def _label(self, place: int) -> str:
+        image = self.images[place]
+        return f"{len(self.items) + (self.behind is not None) + 1}/{len(self.images)} {image.path.name}"
+
+    def _gathered(self) -> list[Item]:
+        """In the order of the list; images of ranks that died are failed."""
+        try:
+            self.ranks.barrier()
+        except LostRank as error:
+            if self.ranks.rank:
+                raise
+            log.error("%s", error)
+            self.lost = True
+        if self.ranks.world > 1 and not self.ranks.rank:
+            for place in range(len(self.images)):
+                lost = ResourceError(self.images[place].path, "its rank ended before it was done", "--resume does it")
+                item = self.deal.item(place) or failure(self._item(place, "failed"), lost, tell=False)
+                self.items.setdefault(place, item)
+        return [self.items[place] for place in sorted(self.items)]
+
+
+class _Neighbours:
+    """``memory.Beside`` of a cohort."""
+
+    def __init__(self, cohort: Cohort, result: int, image: int) -> None:
+        self.cohort, self.result, self.image = cohort, result, image
+
+    def settle(self, result: bool, image: bool) -> None:
+        if self.result and not result:
+            log.info("no room for a result that is being written beside this image: waiting for it")
+            self.cohort.wait()
+        if image:
+            self.cohort.read_ahead()
+        elif self.image:
+            log.info("no room for the next image beside this one: it is read afterwards")
+
+
+def together(job: Job, images: Sequence[Image], ranks: Ranks) -> list[Item]:
+    """The images one after the other, each over all ranks (``modes``); rank 0 writes."""
+    items: list[Item] = []
+    began = time.perf_counter()
+    for place, image in enumerate(images):
+        item: Item = {"input": str(image.path), "stem": image.name, "status": "done"}
+        shared = Together(ranks)
+        try:
+            loaded = load(image, job)
+            if loaded is None:
+                item |= {"status": "skipped", "outputs": names(job.outputs(image))}
+            else:
+                compute(loaded, job, f"{place + 1}/{len(images)} {image.path.name}", together=shared)
+                if not ranks.rank:
+                    record = write(loaded, job)
+                    item |= {key: record[key] for key in ("outputs", "seconds", "warnings")}
+        except LostRank:
+            raise
+        except Exception as error:
+            shared.failed(error)
+            if not ranks.rank:
+                shutil.rmtree(Unfinished.partial_of(job.planes(image)), ignore_errors=True)
+            item = failure(item | {"status": "failed"}, error, tell=not ranks.rank)
+        items.append(item)
+        worked = sum(i["status"] == "done" for i in items)
+        tell_progress(items, len(items), len(images), worked, began)
+    return items
+
+
+def failure(item: Item, error: Exception, tell: bool = True) -> Item:
+    """The item of an image that failed, which is told in one line; what is not a user's fault keeps its traceback."""
+    if tell:
+        log.error("%s", error, exc_info=None if isinstance(error, FastsrganError) else error)
+    code = error.exit_code if isinstance(error, FastsrganError) else FastsrganError.exit_code
+    return item | {"error": str(error) or type(error).__name__, "exit_code": code}
+
+
+def tell_progress(items: Any, ended: int, total: int, worked: int, began: float, world: int = 1) -> None:
+    """One line for a cohort: how many images, how long each took, how long it will be; nothing for one image."""
+    if total == 1:
+        return
+    bad = sum(item["status"] == "failed" for item in items)
+    text = f"{ended} of {total} images" + (f", {bad} failed" if bad else "")
+    left = total - ended
+    if worked and left:
+        each = (time.perf_counter() - began) / worked
+        text += f", {lasting(each / world)} each, {lasting(each * left / world)} left"
+    elif not left:
+        text += f" in {lasting(time.perf_counter() - began)}"
+    log.info("%s", text)
+
+
+def lasting(seconds: float) -> str:
+    """A time as people say it: 12 s, 4.5 min, 3.1 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+# --- room on the disk -----------------------------------------------------------------------------------------------
+
+PACKED = 0.125  # bytes that gzip leaves of a label; of measured numbers, as SR and probabilities are, nothing is saved
+
+
+def need_room(listed: Sequence[Image], job: Job) -> None:
+    """Refuse to begin what the disk of the output folder cannot hold; raises ResourceError.
+
+    Images that a resumed call will find finished are not counted.
+    """
+    todo = [image for image in listed if not (job.resume and job.record(image).exists())]
+    need_space(job.out, sum(bytes_of(image, job) for image in todo))
+
+
+def bytes_of(image: Image, job: Job) -> int:
+    """Of the results of one image, at most; 0 where only reading it tells what is wrong with it."""
+    try:
+        if dicom.is_dicom(image.path):
+            return size_of(image) // 2  # of the voxels that are there, whatever is added between them
+        file = formats.examine(image.path, images.MAX_VOXELS)
+        own = spacing_of(file.affine)
+        wanted = target_spacing(own, file.shape, job.settings.new_resolution)
+    except (FastsrganError, OSError):
+        return 0
+    voxels = math.prod(grid_size(n, a, b) for n, a, b in zip(file.shape, own, wanted, strict=True))
+    integer = job.settings.dtype == "input" and np.dtype(file.dtype).kind in "iu"
+    each = {"sr": np.dtype(file.dtype).itemsize if integer else 4, "prob": 4, "seg": PACKED, "mask": PACKED}
+    return int(voxels * sum(each.get(kind, 0) for kind in job.outputs(image)))
+
+
+# --- the call -------------------------------------------------------------------------------------------------------
 
 SUMMARY = "infer_summary.json"
 PathLike = str | os.PathLike
@@ -67,7 +376,7 @@ def infer_files(
         made of the same image with the same weights and settings. Without either, they are refused before any work.
     ranks : of a torchrun job that this process is one of. Each image is done by one of them, the largest first, or by
         all of them where volumes are split. Every rank returns the same, rank 0 writes it.
-    options : patch, step and all others that ``infer_settings.InferSettings`` describes. What does not fit into memory
+    options : patch, step and all others that ``settings.InferSettings`` describes. What does not fit into memory
         is done by slabs into files beside the result, taken away at the end
 
     Returns
@@ -83,9 +392,9 @@ def infer_files(
     settings = InferSettings.of(options)
     if settings.split_volume and ranks.world == 1:
         raise UsageError("--split-volume", "needs several processes", "torchrun --nproc-per-node N -m fastsrgan infer")
-    found = find_images(inputs, out_dir, settings.series)
-    if settings.mask is not None and str(settings.mask) != HEAD and len(found) > 1:
-        raise UsageError("mask", f"one file for {len(found)} images", f"{HEAD}, or one image at a time")
+    listed = find_images(inputs, out_dir, settings.series)
+    if settings.mask is not None and str(settings.mask) != HEAD and len(listed) > 1:
+        raise UsageError("mask", f"one file for {len(listed)} images", f"{HEAD}, or one image at a time")
     chosen = settings.step is None
     settings = settings.on(str(pick_device(settings.device)))
     if chosen and settings.patch is not None:
@@ -95,21 +404,21 @@ def infer_files(
     if settings.max_memory is None and ranks.local_world > 1:
         settings = replace(settings, max_memory=int(SHARE * free_memory() / ranks.local_world))
     job = Job(out, generators, model, settings, system.provenance(), progress, resume)
-    _check_outputs(found, job, overwrite or resume)
+    _check_outputs(listed, job, overwrite or resume)
     if ranks.rank == 0:
-        need_room(found, job)
-    ranks.agree("images", [image.name for image in found])  # nobody writes before all have looked
-    if ranks.world == len(found) == 1:
-        items, lost = [_alone(found[0], job)], False
+        need_room(listed, job)
+    ranks.agree("images", [image.name for image in listed])  # nobody writes before all have looked
+    if ranks.world == len(listed) == 1:
+        items, lost = [_alone(listed[0], job)], False
     elif settings.split_volume:
-        items, lost = together(job, found, ranks), False
+        items, lost = together(job, listed, ranks), False
     else:
-        cohort = Cohort(job, found, ranks)
+        cohort = Cohort(job, listed, ranks)
         items, lost = cohort.run(), cohort.lost
     counts = Counter(item["status"] for item in items)
     summary: dict[str, Any] = {"out_dir": str(out), "weights": model}
     summary |= {status: counts[status] for status in ("done", "skipped", "failed")} | {"items": items}
-    if len(found) > 1 and ranks.rank == 0:
+    if len(listed) > 1 and ranks.rank == 0:
         write_json(out / SUMMARY, summary)
     # Behind the file, since torchrun ends all ranks as soon as one of them ends with a failure.
     summary = summary if lost else ranks.gather(summary)[0]
@@ -135,7 +444,7 @@ def _models(weights: PathLike | Sequence[PathLike] | None) -> tuple[tuple[Genera
     if not sources:
         raise UsageError("weights", "none given", "a weight file, or leave it out for the shipped model")
     facts = [weight_files.info(source) for source in sources]
-    told = [
+    models = [
         {"path": str(source), "sha256": fact["sha256"], "spec": fact["generator"]}
         for source, fact in zip(sources, facts, strict=True)
     ]
@@ -144,10 +453,10 @@ def _models(weights: PathLike | Sequence[PathLike] | None) -> tuple[tuple[Genera
     if len(classes) > 1:
         reason = f"of {' and '.join(map(str, sorted(classes)))} mask classes cannot be averaged"
         raise ModelError("weights", reason, "name models of the same classes")
-    if len(told) == 1:
-        return generators, told[0]
-    together = hashlib.sha256("".join(one["sha256"] for one in told).encode()).hexdigest()
-    return generators, {"sha256": together, "averaged": told}
+    if len(models) == 1:
+        return generators, models[0]
+    together = hashlib.sha256("".join(one["sha256"] for one in models).encode()).hexdigest()
+    return generators, {"sha256": together, "averaged": models}
 
 
 def _alone(image: Image, job: Job) -> dict[str, Any]:
@@ -160,15 +469,15 @@ def _alone(image: Image, job: Job) -> dict[str, Any]:
     return item | {"status": "done"} | {key: record[key] for key in ("outputs", "seconds", "warnings")}
 
 
-def _check_outputs(found: Sequence[Image], job: Job, replace: bool) -> None:
+def _check_outputs(listed: Sequence[Image], job: Job, replace: bool) -> None:
     """Before any work: folders are there, nothing that exists is written over unasked, and no input ever."""
-    inputs = {os.path.realpath(image.path) for image in found}
+    inputs = {os.path.realpath(image.path) for image in listed}
     inputs |= {os.path.realpath(mask) for mask in [job.settings.mask] if mask not in (None, HEAD)}
-    for folder in {job.record(image).parent for image in found} - {job.out}:
+    for folder in {job.record(image).parent for image in listed} - {job.out}:
         output_folder(folder)
     standing = []
     folders: dict[Path, list[str]] = {}
-    for image in found:
+    for image in listed:
         for target in job.outputs(image).values():
             folders.setdefault(target.parent, []).append(target.name)
             if os.path.realpath(target) in inputs:

@@ -15,10 +15,10 @@ import numpy as np
 from fastsrgan.core.files import read_json, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.errors import InputError, ModelError, UsageError
-from fastsrgan.infer.interpolated import nearest
 from fastsrgan.infer.memory import Beside
+from fastsrgan.infer.modes import Together
+from fastsrgan.infer.planes import nearest
 from fastsrgan.infer.settings import HEAD, InferSettings
-from fastsrgan.infer.split import Together
 from fastsrgan.infer.volume import InferResult, process
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images

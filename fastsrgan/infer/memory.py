@@ -1,6 +1,6 @@
-"""What an inference will take, and where, before it starts: in memory, by slabs, or not at all (FAULTS 35).
+"""What an inference will take, and where, before it starts: in memory, by slabs, or not at all.
 
-Everything follows from shapes; what the network takes is counted on one tile (``activations``). Measured peaks stay
+Everything follows from shapes; what the network takes is counted on one tile (``network``). Measured peaks stay
 between half the plan and the plan (tests/test_memory_plan.py).
 """
 
@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from fastsrgan.core.system import free_memory
 from fastsrgan.errors import ResourceError, human
 from fastsrgan.infer import tiles
-from fastsrgan.infer.interpolated import BLOCK
 from fastsrgan.infer.network import TileNetwork
+from fastsrgan.infer.planes import BLOCK
 from fastsrgan.infer.stitch import memory_of
 from fastsrgan.infer.sweep import GROUP_BATCHES
 
@@ -120,12 +120,12 @@ def plan_memory(
         if made.total("host") <= limit:
             return made if beside is None else _with(made, beside)
     least = min(plans, key=lambda made: made.total("host")).total("host")
-    asked = f"the limit is {human(limit)}" if given is not None else f"{human(limit)} are free"
+    available = f"the limit is {human(limit)}" if given is not None else f"{human(limit)} are free"
     advice = _advice(job, network, limit)
     if given is not None:
         free = "" if least <= SHARE * free_memory() else f", more than the {human(free_memory())} that are free"
         advice = f"--max-memory {-(-least >> 20)}M{free}; or {advice}"
-    raise ResourceError("memory", f"this image needs {human(least)}, {asked}", advice)
+    raise ResourceError("memory", f"this image needs {human(least)}, {available}", advice)
 
 
 def _with(made: MemoryPlan, beside: Beside) -> MemoryPlan:
@@ -184,8 +184,8 @@ def _advice(job: Job, network: TileNetwork, limit: int) -> str:
     way = SLABS if job.can_stream and not job.levels else MEMORY
     by_slabs = sum(size for _, where, size in _rows(job, network, 1, SLABS) if where == "host")
     if way == MEMORY and by_slabs <= limit and not job.split:
-        how = "without --budget" if job.levels else "with scratch, a folder for its files"
-        return f"by slabs it needs {human(by_slabs)}: {how}"
+        change = "without --budget" if job.levels else "with scratch, a folder for its files"
+        return f"by slabs it needs {human(by_slabs)}: {change}"
     smallest = ""
     for patch in SMALLER:
         if patch >= max(job.plan.patch):

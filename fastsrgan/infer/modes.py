@@ -1,68 +1,36 @@
-"""The ways of doing one volume: in memory, by slabs into files, or within a budget of seconds."""
+"""The ways of doing one volume: in memory, by slabs into files, over the ranks of a machine (see also ``anytime``).
+
+Over ranks, each does a range of planes, into files that all of them have mapped. A rank begins at the group of slabs
+that its first plane needs, as a run that goes on after a kill does, and ends with its last plane: the same groups, the
+same batches, the same bytes as one process. The price are the tiles that reach over a seam, which both sides compute:
+up to a patch of planes at each seam. Ranges are chosen so that the slowest rank has as few slabs as possible; where a
+volume not much longer than a patch gains little, a warning says so.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.errors import InputError, ModelError, UsageError
-from fastsrgan.infer import anytime, tiles
-from fastsrgan.infer.engine import predict, stream
-from fastsrgan.infer.interpolated import Interpolated, Results, nearest
+from fastsrgan.core.ranks import Ranks
+from fastsrgan.errors import FastsrganError, InputError, ModelError, ResourceError, UsageError
+from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
-from fastsrgan.infer.planes import Unfinished, Whole
-from fastsrgan.infer.region import Region, from_box, from_mask, head_box
+from fastsrgan.infer.planes import Done, Prepared, Results, Unfinished, nearest
 from fastsrgan.infer.settings import HEAD, InferSettings
-from fastsrgan.volume.geometry import Orientation
-from fastsrgan.volume.intensity import Normaliser
+from fastsrgan.infer.sweep import Sweep, predict, stream
+from fastsrgan.infer.tiles import Region, from_box, from_mask, head_box
 
 log = logging.getLogger("fastsrgan")
 
 BRIGHTER = 10  # times as bright as the image: no tissue is
-
-# SR (X, Y, Z) and probabilities (C - 1, X, Y, Z) on stored axes, and how it went
-Done = tuple[np.ndarray, np.ndarray, dict]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An image ready for tiles, and the way back.
-
-    source : what tiles are cut from, processed axes
-    spacing, wanted : voxel sizes of the image and of the result in mm, stored axis order
-    region : where results are wanted, on the grid of the source; None: everywhere
-    """
-
-    source: Interpolated | Whole
-    turn: Orientation
-    norm: Normaliser
-    spacing: tuple[float, float, float]
-    wanted: tuple[float, float, float]
-    geometry: str
-    region: Region | None = None
-
-    @property
-    def slice_mm(self) -> float:
-        """Size of the image's voxels through the plane."""
-        return self.turn.permute(self.spacing)[2]
-
-    def whole(self) -> Tensor:
-        """(X, Y, Z) float32, processed axes."""
-        return self.source.planes(0, self.source.shape[0])
-
-    def stored(self, out_CXYZ: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Undo scale and orientation, in place; views of one array."""
-        with torch.inference_mode():
-            self.norm.invert_(out_CXYZ[0])
-        out = self.turn.undo(out_CXYZ.numpy())
-        return out[0], out[1:]
 
 
 def in_memory(
@@ -73,23 +41,8 @@ def in_memory(
     progress: Progress = QUIET,
     label: str = "infer",
 ) -> Done:
-    """``engine.predict``."""
+    """``sweep.predict``."""
     out, facts = predict(image.whole(), plan, network, settings, region=image.region, progress=progress, label=label)
-    return *image.stored(out), facts
-
-
-def by_levels(
-    image: Prepared,
-    steps: Sequence[anytime.Level],
-    network: TileNetwork,
-    settings: InferSettings,
-    progress: Progress = QUIET,
-    label: str = "infer",
-) -> Done:
-    """``anytime.refine``."""
-    out, facts = anytime.refine(
-        image.whole(), steps, network, settings, region=image.region, progress=progress, label=label
-    )
     return *image.stored(out), facts
 
 
@@ -103,7 +56,7 @@ def by_slabs(
     progress: Progress = QUIET,
     label: str = "infer",
 ) -> Done:
-    """``engine.stream`` into files in ``folder``; goes on where a killed run with the same ``key`` ended."""
+    """``sweep.stream`` into files in ``folder``; goes on where a killed run with the same ``key`` ended."""
     files = Unfinished(folder, key, result_shapes(image, plan, network), plan.shape[0], {"batch": settings.batch})
     begun_at = files.done
 
@@ -151,8 +104,8 @@ def find_region(
         raise InputError(
             "mask", f"has the shape {np.shape(mask)}, the image {data_XYZ.shape}", "a mask on the grid of the image"
         )
-    found = from_mask(turn.apply(np.asarray(mask)), index)
-    return found, {"kind": "mask", "voxels": int(np.count_nonzero(found.mask))}
+    region = from_mask(turn.apply(np.asarray(mask)), index)
+    return region, {"kind": "mask", "voxels": int(np.count_nonzero(region.mask))}
 
 
 def check_result(done: tuple[np.ndarray, np.ndarray], data_XYZ: np.ndarray, precision: str, label: str) -> list[str]:
@@ -170,13 +123,178 @@ def check_result(done: tuple[np.ndarray, np.ndarray], data_XYZ: np.ndarray, prec
                 raise ModelError("weights", reason, f"{other}other weights")
             low, high = (min(low, least), max(high, most)) if number == 0 else (low, high)
     brightest = max(float(plane.max()) for plane in data_XYZ)
-    told = []
+    warnings = []
     if low == high and data_XYZ.min() < brightest:
-        told.append(f"every voxel of the SR image is {low:g}: the weights may be damaged, try others")
+        warnings.append(f"every voxel of the SR image is {low:g}: the weights may be damaged, try others")
     if high > BRIGHTER * brightest:
-        told.append(
+        warnings.append(
             f"the SR image reaches {high:.4g}, the image {brightest:.4g}: the weights may be damaged, try others"
         )
-    for warning in told:
+    for warning in warnings:
         log.warning("%s: %s", label, warning)
-    return told
+    return warnings
+
+
+# --- over ranks -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Share:
+    """Planes ``first`` ... ``stop`` of a volume, and the ``slabs`` of tiles that are computed for them."""
+
+    first: int
+    stop: int
+    slabs: int
+
+
+class Together:
+    """What all ranks do with one volume: every rank calls ``vote`` as often as the others, whatever goes wrong on it.
+
+    There are three votes: before and after the files are made, and after the tiles. One who failed tells the others in
+    the vote that it has not reached; they raise ResourceError with its reason.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        if ranks.local_world != ranks.world:
+            raise UsageError(
+                "--split-volume", "the ranks are on several machines", "one machine, or whole volumes each"
+            )
+        if ranks.world == 1:
+            raise UsageError("--split-volume", "one process has nobody to share with", "torchrun --nproc-per-node N")
+        self.ranks, self.left = ranks, 3
+
+    def vote(self, value: int = 0, error: BaseException | None = None) -> int:
+        """Wait for all ranks; the smallest of their values. ResourceError where another one failed and this did not."""
+        self.left -= 1
+        own = None if error is None else f"{type(error).__name__}: {error}"
+        if isinstance(error, FastsrganError):
+            own = str(error)
+        reports = self.ranks.gather([own, value])
+        failed = [(r, text) for r, (text, _) in enumerate(reports) if text]
+        if failed:
+            self.left = 0
+            if error is None:
+                rank, text = failed[0]
+                raise ResourceError(f"rank {rank}", text, "the other ranks ended with it")
+        return min(number for _, number in reports)
+
+    def failed(self, error: BaseException) -> None:
+        """Tell the others, unless they know."""
+        if self.left:
+            self.vote(error=error)
+
+
+def shares(sweep: Sweep, world: int) -> list[Share]:
+    """The planes of each rank: contiguous, all of them, with the smallest possible number of slabs for the one with
+    most; ranks for which none are left have no planes."""
+    origins, n, before = sweep.plan.origins[0], sweep.plan.shape[0], sweep.plan.pad_before[0]
+    for most in range(1, len(origins) + 1):
+        result: list[Share] = []
+        at = 0
+        while at < n and len(result) < world:
+            first = sweep.restart(at)
+            last = min(first + most, len(origins))
+            stop = n if last == len(origins) else min(n, max(0, origins[last] - before))
+            if stop <= at:
+                break
+            result.append(Share(at, stop, last - first))
+            at = stop
+        if at == n:
+            return result + [Share(n, n, 0)] * (world - len(result))
+    raise AssertionError("one rank can do all slabs")
+
+
+class _Enough(Exception):
+    """All planes of this rank are written."""
+
+
+def by_ranks(
+    image: Prepared,
+    plan: tiles.TilePlan,
+    network: TileNetwork,
+    settings: InferSettings,
+    folder: Path,
+    key: str,
+    together: Together,
+    progress: Progress,
+    label: str,
+) -> Done:
+    """This rank's planes into files in ``folder``; afterwards the whole result, mapped, on every rank.
+
+    Raises ResourceError where another rank failed.
+    """
+    ranks, began = together.ranks, time.perf_counter()
+    # One batch on all ranks: with less memory on one of them they would round differently.
+    assert isinstance(settings.batch, int)  # of the memory plan
+    batch = network.choose_batch(together.vote(settings.batch), plan)
+    parts = shares(Sweep(image.source, plan, network), ranks.world)
+    mine, per_slab = parts[ranks.rank], plan.grid[1] * plan.grid[2]
+    files = None
+    if ranks.rank == 0:
+        _tell(parts, plan, label)
+        files = Unfinished(folder, f"{key} split", result_shapes(image, plan, network), plan.shape[0])
+    together.vote()
+    arrays = files.arrays if files else _mapped(folder)
+    sink = Results(arrays["sr"], arrays["prob"], image.turn, image.norm)
+
+    def write(first: int, planes: Tensor) -> None:
+        sink(first, planes[:, : mine.stop - first])
+        if first + planes.shape[1] >= mine.stop:
+            raise _Enough
+
+    shown = _Part(progress, mine.slabs * per_slab)
+    try:
+        if mine.first < mine.stop:
+            stream(
+                image.source, plan, network, write, replace(settings, batch=batch),
+                region=image.region, done=mine.first, progress=shown, label=label,
+            )  # fmt: skip
+    except _Enough:
+        pass
+    seconds = time.perf_counter() - began
+    together.vote()
+    if files is not None:
+        files.note(plan.shape[0])
+        arrays = files.finish()
+    computed = sum(part.slabs for part in parts)
+    facts = {
+        "batch": network.size,
+        "tile_seconds": seconds,
+        "tiles_per_second": computed * per_slab / seconds,
+        "split": {
+            "ranks": ranks.world,
+            "planes": [[part.first, part.stop] for part in parts],
+            "tiles": [part.slabs * per_slab for part in parts],
+            "tiles_computed_twice": computed * per_slab - len(plan),
+        },
+    }
+    return arrays["sr"], arrays["prob"], facts
+
+
+def _mapped(folder: Path) -> dict[str, np.ndarray]:
+    """What rank 0 made."""
+    partial = Unfinished.partial_of(folder)
+    return {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in ("sr", "prob")}
+
+
+def _tell(parts: list[Share], plan: tiles.TilePlan, label: str) -> None:
+    whole, most = plan.grid[0], max(part.slabs for part in parts)
+    counts = ", ".join(str(part.slabs) for part in parts)
+    text = "%s: %d slabs of tiles over %d ranks, %s each with those at the seams: %.2g x one process at best"
+    log.info(text, label, whole, len(parts), counts, whole / most)
+    if whole / most < 1 + 0.25 * (len(parts) - 1):
+        log.warning(
+            "%s: too short for its patch to be worth splitting; several volumes at once are better dealt", label
+        )
+
+
+class _Part:
+    """Progress of a part: another number of tiles than the whole plan has."""
+
+    def __init__(self, shown: Progress, total: int) -> None:
+        self.shown, self.total = shown, total
+        self.advance, self.finish = shown.advance, shown.finish
+
+    def start(self, label: str, total: int, unit: str) -> None:
+        """``total`` is that of the part."""
+        self.shown.start(label, self.total, unit)

@@ -9,27 +9,99 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastsrgan.config import MIN_SIZE
-from fastsrgan.core.system import out_of_memory
-from fastsrgan.errors import ResourceError
+from fastsrgan.errors import ModelError, ResourceError, out_of_memory
 from fastsrgan.infer import tiles
-from fastsrgan.infer.activations import Needs, needs
-from fastsrgan.infer.settings import check_batch
+from fastsrgan.infer.planes import Held, Source
+from fastsrgan.infer.values import check_batch
 from fastsrgan.model import compiled
-from fastsrgan.model.arithmetic import TYPES, inference_test
+from fastsrgan.model.arithmetic import KERNEL_LIMITS, TYPES, Arithmetic, Kernels, device_name, native, refuse
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.cpu.rearranged import held, kept_bytes
-from fastsrgan.model.networks import Generator
+from fastsrgan.model.networks import Generator, GeneratorSpec
 
 log = logging.getLogger("fastsrgan")
+
+# --- what a network takes while it works ----------------------------------------------------------------------------
+
+LARGEST = 64  # edge in voxels up to which tiles are counted as they are: such a pass has room on any machine
+HALO = 6  # voxels that the widest convolution adds to an axis
+KEPT = 1.25  # what a process holds over what it uses: freed blocks of one layer do not fit the next one
+
+
+class Needs(NamedTuple):
+    """edges : of the tile that was counted; alive : bytes at once; channels : of the output; fixed : bytes whatever the
+    tile.
+    """
+
+    edges: tuple[int, ...]
+    alive: int
+    channels: int
+    fixed: int = 0
+
+    def of(self, patch: Sequence[int], tiles: int = 1) -> int:
+        """Bytes for a batch of other tiles: layers grow at most with the voxels that the widest convolution sees."""
+        larger = math.prod((p + HALO) / (e + HALO) for p, e in zip(patch, self.edges, strict=True))
+        return self.fixed + math.ceil(KEPT * self.alive * tiles * larger)
+
+
+class _Tally(TorchFunctionMode):
+    """Counts the bytes of tensors that are alive, and the most that ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self.known: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
+        for tensor in made:
+            self._note(tensor)
+        # Convolutions bring input and output into a layout of their own, beside the tensors that are seen.
+        scratch = sum(t.nbytes for t in (args[0], *made)) if "conv" in getattr(func, "__name__", "") else 0
+        self.peak = max(self.peak, self.live + scratch)
+        return out
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.live += size
+            weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+def needs(network: Callable[[Tensor], Tensor], patch: Sequence[int], device: torch.device | str = "cpu") -> Needs:
+    """Run a network, (B, 1, X, Y, Z) -> (B, C, X, Y, Z), once on a tile and count what it has alive at once.
+
+    The count follows any network and any change of it; no figure about a layer is written down anywhere.
+    """
+    edges = tuple(min(p, LARGEST) for p in patch)
+    with torch.inference_mode(), _Tally() as tally:
+        x = torch.rand((1, 1, *edges), device=device)
+        out = network(x)
+    return Needs(edges, tally.peak, out.shape[1])
+
+
+# --- one network ----------------------------------------------------------------------------------------------------
 
 CPU_BATCH_VOXELS = 2**19
 LONE_TILE = 96**3  # voxels; torch 2.13 convolves one smaller tile alone without oneDNN, 1.8 x slower than two at once
@@ -39,6 +111,28 @@ CUDA_SHARE = 0.6  # of the free memory, planned for one batch
 
 # What networks took when it was counted: the volumes of a cohort do not each pay for a pass.
 _counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Needs]] = weakref.WeakKeyDictionary()
+
+
+@functools.cache
+def inference_test(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """The convolutions of a small forward pass against float64, once per process: kernel -> its relative difference.
+
+    Raises ResourceError where one is beyond what rounding explains, or the device fails.
+    """
+    arithmetic = Arithmetic(device, dtype)
+    kernels = Kernels()
+    generator = Generator(GeneratorSpec(kernel=8), seed=1).to(device)
+    x = torch.rand((1, 1, 16, 16, 16), generator=torch.Generator().manual_seed(3)).to(device)
+    try:
+        with torch.no_grad(), arithmetic.flags(), arithmetic.autocast(), kernels:
+            generator.raw(x)
+    except (torch.OutOfMemoryError, NotImplementedError):
+        raise
+    except RuntimeError as error:
+        reason = f"a small forward pass failed: {str(error).splitlines()[0]}"
+        raise ResourceError(device_name(device), reason, "see `fastsrgan doctor`, or --device cpu") from error
+    refuse(arithmetic, kernels.off, KERNEL_LIMITS)
+    return kernels.off
 
 
 class TileNetwork:
@@ -114,14 +208,14 @@ class TileNetwork:
         """Memory that ``count`` tiles take in the network."""
         return self.probe(patch).of(patch, count) if self.fused else math.prod(patch) * FOREIGN * count
 
-    def choose_batch(self, asked: str | int, plan: tiles.TilePlan) -> int:
+    def choose_batch(self, batch: str | int, plan: tiles.TilePlan) -> int:
         """Set and return ``size``: an estimate for "auto", which running out of memory corrects."""
-        self.size = min(self._wanted(asked, plan), len(plan))
+        self.size = min(self._wanted(batch, plan), len(plan))
         return self.size
 
-    def _wanted(self, asked: str | int, plan: tiles.TilePlan) -> int:
-        if isinstance(check_batch(asked), int):
-            return int(asked)
+    def _wanted(self, batch: str | int, plan: tiles.TilePlan) -> int:
+        if isinstance(check_batch(batch), int):
+            return int(batch)
         voxels = math.prod(plan.patch)
         if self.device.type == "cpu":
             return max(CPU_BATCH_VOXELS // voxels, 2 if voxels < LONE_TILE else 1)
@@ -195,3 +289,133 @@ def head(generator: nn.Module, tiles_N1XYZ: Tensor, *more: float) -> Tensor:
 def fast_head(device: torch.device, strict: bool) -> Callable[..., Tensor]:
     """``head`` compiled, on CUDA one graph; its result is written over by the next call. One for all volumes."""
     return compiled.whole(head, device, strict)
+
+
+# --- the mean of several --------------------------------------------------------------------------------------------
+
+
+class Averaged(nn.Module):
+    """(B, 1, X, Y, Z) -> (B, C, X, Y, Z) float32: the mean SR and the mean probabilities.
+
+    Tiles are flipped, not the volume, as nnU-Net does: the mean is over tiles at the same places. Each axis doubles the
+    work.
+
+    Parameters
+    ----------
+    generators : of one number of classes, as ``TileNetwork`` takes them
+    axes : spatial axes, 0 to 2, of which every combination is flipped
+    slice_mm : for generators that depend on it
+    device : they are moved to
+    compile : each of them, see ``compiled``
+
+    Raises ModelError for generators whose channels differ.
+    """
+
+    def __init__(
+        self,
+        generators: Sequence[nn.Module],
+        axes: Sequence[int],
+        slice_mm: float,
+        device: torch.device | str,
+        compile: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(generators)
+        # The precision is the caller's, whose autocast holds in here too.
+        self.networks = [TileNetwork(generator, slice_mm, device, compile=compile) for generator in generators]
+        self.flips = [c for n in range(len(axes) + 1) for c in itertools.combinations([2 + a for a in axes], n)]
+        channels = {network.channels for network in self.networks if network.channels is not None}
+        if len(channels) > 1:
+            raise ModelError(
+                "weights", f"of {sorted(channels)} channels cannot be averaged", "models of the same classes"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mean over members and flips."""
+        total = None
+        for network, dims in itertools.product(self.networks, self.flips):
+            seen = x.flip(dims) if dims else x
+            y = network(seen)
+            if network.residual:
+                y[:, :1] = seen - y[:, :1]
+            y = y.flip(dims) if dims else y
+            if total is not None:
+                total.add_(y)
+            else:  # what was compiled is written over by the next pass
+                total = y.clone() if network.compiled else y
+        assert total is not None
+        return total.div_(len(self.networks) * len(self.flips))
+
+
+def average(
+    generators: Sequence[nn.Module],
+    axes: Sequence[int],
+    slice_mm: float,
+    device: torch.device | str,
+    compile: str = "auto",
+) -> nn.Module:
+    """``Averaged``, or the generator itself where there is nothing to average."""
+    if len(generators) == 1 and not axes:
+        return generators[0]
+    return Averaged(generators, axes, slice_mm, device, compile)
+
+
+def members(generator: nn.Module) -> list[nn.Module]:
+    """What is averaged; a generator that is no average is its own only member."""
+    return list(generator.members) if isinstance(generator, Averaged) else [generator]
+
+
+# --- what a precision costs -----------------------------------------------------------------------------------------
+
+TILES = 4  # compared
+CANDIDATES = 16  # places in the volume of which those with most contrast are taken
+EMULATED = 32  # edge of the tiles on a CPU that has to emulate the precision
+
+
+def deviations(source: Source, plan: tiles.TilePlan, generator: nn.Module, slice_mm: float, device: torch.device,
+               precision: str) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Largest and root-mean-square deviation from float32 of each precision that makes sense on a device.
+
+    These are the chosen one, and of the others those that the device has. Units: SR in maxima of the image,
+    probabilities as they are.
+
+    Returns
+    -------
+    precision -> {"tiles", "edge", "sr_max", "sr_rms", "prob_max", "prob_rms"}
+    """
+    has = [name for name in TYPES if device.type == "cuda" or native(name)]
+    wanted = [name for name in TYPES if name != "fp32" and (name in has or name == precision)]
+    tiles_N1XYZ = _tiles(source, plan)
+    result = {"fp32": _row(torch.zeros(1, 2), tiles_N1XYZ)} if precision == "fp32" else {}
+    for name in wanted:
+        some = tiles_N1XYZ if name in has else tiles_N1XYZ[:1, :, :EMULATED, :EMULATED, :EMULATED]
+        results = []
+        for each in ("fp32", name):
+            network = TileNetwork(generator, slice_mm, device, each)
+            with network.working():
+                results.append(torch.cat([network(tile[None].to(device)).cpu() for tile in some]))
+        result[name] = _row(results[1] - results[0], some)
+    return result
+
+
+def _tiles(source: Source, plan: tiles.TilePlan) -> torch.Tensor:
+    """(N, 1, *patch): the tiles with most contrast among some that lie evenly in the volume."""
+    places = sorted(set(np.linspace(0, len(plan) - 1, min(CANDIDATES, len(plan))).round().astype(int).tolist()))
+    held, best = Held(source, plan), []
+    for n in places:
+        x, y, z = plan.origin(n)
+        volume = held.planes(x, x + plan.patch[0])
+        shape = (volume.shape[0], volume.shape[1], volume.shape[2])
+        part = replace(plan, shape=shape, padded_shape=shape, pad_before=(0, 0, 0), origins=((0,), (y,), (z,)))
+        tile = tiles.gather(volume, part, [0])
+        best.append((float(tile.amax() - tile.amin()), n, tile))
+        best = sorted(best, key=lambda item: item[:2], reverse=True)[:TILES]
+    return torch.cat([tile for _, _, tile in sorted(best, key=lambda item: item[1])])
+
+
+def _row(difference: torch.Tensor, some: torch.Tensor) -> dict[str, float]:
+    row: dict[str, float] = {"tiles": len(some), "edge": max(some.shape[2:])}
+    for name, part in (("sr", difference[:, :1]), ("prob", difference[:, 1:])):
+        row[f"{name}_max"] = float(part.abs().max())
+        row[f"{name}_rms"] = math.sqrt(float(part.square().mean()))
+    return row

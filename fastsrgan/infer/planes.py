@@ -1,7 +1,9 @@
 """Volumes that are seen a few planes at a time: sources, what is held of them, and results that survive a kill.
 
 Planes lie along the first axis, the one along which slabs of tiles follow each other. Memory is that of a slab,
-whatever the length of the volume along that axis.
+whatever the length of the volume along that axis. The usual source is a stored image that is oriented, normalised and
+interpolated: each plane is made when it is asked for, in blocks that lie at fixed places, so that a plane has the same
+bits in memory, by slabs and after a restart.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +23,13 @@ import torch
 from torch import Tensor
 
 from fastsrgan.core.files import atomic_write, disk_error, mapping, need_space, read_json, sync_folder
+from fastsrgan.errors import InputError, ResourceError, times
 from fastsrgan.infer import tiles
+from fastsrgan.infer.tiles import Region, Triple
+from fastsrgan.infer.values import Resolution, millimetres
+from fastsrgan.volume.geometry import Orientation, centre_coordinates, grid_size
+from fastsrgan.volume.intensity import Normaliser
+from fastsrgan.volume.resample import SAME, apply_axes, upsample_matrix
 
 log = logging.getLogger("fastsrgan")
 
@@ -109,7 +117,7 @@ class Held:
         real = (index >= 0) & (index < n)
         if not real.all():
             out.zero_()
-        within = replace(
+        one_plane = replace(
             plan,
             shape=(1, *plan.shape[1:]),
             padded_shape=(1, *plan.padded_shape[1:]),
@@ -123,19 +131,10 @@ class Held:
             if real[at]:
                 some = self.source.planes(int(index[at]), int(index[run - 1]) + 1)
                 part = replace(
-                    within, shape=(len(some), *plan.shape[1:]), padded_shape=(len(some), *plan.padded_shape[1:])
+                    one_plane, shape=(len(some), *plan.shape[1:]), padded_shape=(len(some), *plan.padded_shape[1:])
                 )
                 out[at:run] = tiles.pad(some, part)
             at = run
-
-
-def write_into(array: Any) -> Sink:
-    """A sink that assigns to ``array[:, first:stop]``: NumPy, a memory map, Zarr, or any (C, X, Y, Z) like them."""
-
-    def write(first: int, planes_CnYZ: Tensor) -> None:
-        array[:, first : first + planes_CnYZ.shape[1]] = planes_CnYZ.numpy()
-
-    return write
 
 
 # --- results that survive a kill ----------------------------------------------------------------------------------
@@ -212,15 +211,15 @@ class Unfinished:
 
     def _resumed(self, shapes: dict[str, Sequence[int]], planes: int) -> bool:
         """Go on where a run before this one stopped, where it was this run's work and its files are whole."""
-        found = read_json(self.partial / JOURNAL)
-        if found.get("key") != self.key:
+        journal = read_json(self.partial / JOURNAL)
+        if journal.get("key") != self.key:
             return False
-        done, facts = found.get("done"), mapping(found.get("facts"))
+        done, facts = journal.get("done"), mapping(journal.get("facts"))
         known = isinstance(done, int) and done in range(planes + 1) and facts.keys() == self.facts.keys()
         if not known or not all(self._is_whole(name, shape) for name, shape in shapes.items()):
             log.warning("%s: what an earlier run left is damaged, it is made anew", self.folder)
             return False
-        self.done, self.facts = found["done"], facts
+        self.done, self.facts = journal["done"], facts
         self.arrays = {name: np.load(self._file(name), mmap_mode="r+") for name in shapes}
         return True
 
@@ -241,3 +240,182 @@ class Unfinished:
 
     def _file(self, name: str) -> Path:
         return self.partial / f"{name}.npy"
+
+
+# --- the grid that tiles are cut from, and the way back -------------------------------------------------------------
+
+BLOCK = 16  # planes made at a time
+MAX_VOXELS = 2**31  # of the grid
+GROWTH = 200  # times the image's voxels, unasked: 10 mm slices of 0.2 mm pixels give 50
+
+
+class Interpolated:
+    """A ``Source``: the cubic spline through a stored image, on another grid.
+
+    Parameters
+    ----------
+    data_XYZ : as stored; looked at where it is, unless its first processed axis is interpolated
+    turn : stored -> processed axes
+    norm : what a network sees
+    spacing, wanted : voxel sizes in mm, stored axis order
+    geometry : family of ``resample``
+    """
+
+    def __init__(
+        self,
+        data_XYZ: np.ndarray,
+        turn: Orientation,
+        norm: Normaliser,
+        spacing: Sequence[float],
+        wanted: Sequence[float],
+        geometry: str,
+    ) -> None:
+        self.data, self.norm = turn.apply(data_XYZ), norm
+        old, new = turn.permute(tuple(spacing)), turn.permute(tuple(wanted))
+        sizes = [grid_size(n, a, b) for n, a, b in zip(self.data.shape, old, new, strict=True)]
+        self.matrices = [
+            upsample_matrix(n, size, b / a, geometry)
+            for n, size, a, b in zip(self.data.shape, sizes, old, new, strict=True)
+        ]
+        x, y, z = (n if m is None else len(m) for n, m in zip(self.data.shape, self.matrices, strict=True))
+        self.shape: Triple = (x, y, z)
+        self._low: np.ndarray | None = None
+        self._block: tuple[int, Tensor] | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """What is kept of the image besides the image: all of it in float32, where planes mix."""
+        return 4 * self.data.size if self.matrices[0] is not None else 0
+
+    def planes(self, first: int, stop: int) -> Tensor:
+        """(stop - first, Y, Z) float32."""
+        out = torch.empty((stop - first, *self.shape[1:]))
+        for block in range(first // BLOCK, -(-stop // BLOCK)):
+            start = block * BLOCK
+            made = self._made(block)
+            a, b = max(first, start), min(stop, start + len(made))
+            out[a - first : b - first] = made[a - start : b - start]
+        return out
+
+    def _made(self, block: int) -> Tensor:
+        if self._block is None or self._block[0] != block:
+            self._block = None  # before the next one is made
+            self._block = block, torch.from_numpy(self._make(slice(block * BLOCK, (block + 1) * BLOCK)))
+        return self._block[1]
+
+    def _make(self, rows: slice) -> np.ndarray:
+        along_x, along_y, along_z = self.matrices
+        if along_x is None:
+            return apply_axes(self.norm.apply(self.data[rows]), (None, along_y, along_z))
+        if self._low is None:
+            self._low = np.empty(self.data.shape, np.float32)
+            for x in range(0, len(self._low), BLOCK):
+                self._low[x : x + BLOCK] = self.norm.apply(self.data[x : x + BLOCK])
+        return apply_axes(self._low, (along_x[rows], along_y, along_z))
+
+
+def nearest(
+    shape: Sequence[int], old: Sequence[float], size: Sequence[int], new: Sequence[float], geometry: str
+) -> list[np.ndarray]:
+    """For each axis the nearest voxel of an image of ``shape`` and ``old`` mm to every voxel of the new grid."""
+    places = []
+    for n, a, m, b in zip(shape, old, size, new, strict=True):
+        at = np.linspace(0, n - 1, m) if geometry == "segsrgan" else centre_coordinates(m, n, b / a)
+        places.append(np.clip(np.floor(at + 0.5), 0, n - 1).astype(int))
+    return places
+
+
+class Results:
+    """A sink that undoes orientation and scale: SR and probabilities on the stored axes.
+
+    sr : (X, Y, Z), prob : (C - 1, X, Y, Z) float32, on stored axes; arrays or memory maps that planes are written into
+    """
+
+    def __init__(self, sr: np.ndarray, prob: np.ndarray, turn: Orientation, norm: Normaliser) -> None:
+        self.sr, self.prob, self.norm = turn.apply(sr), turn.apply(prob), norm
+
+    def __call__(self, first: int, planes_CnYZ: Tensor) -> None:
+        for n in range(planes_CnYZ.shape[1]):
+            self.sr[first + n] = self.norm.invert(planes_CnYZ[0, n].numpy())
+            self.prob[:, first + n] = planes_CnYZ[1:, n].numpy()
+
+
+# SR (X, Y, Z) and probabilities (C - 1, X, Y, Z) on stored axes, and how it went
+Done = tuple[np.ndarray, np.ndarray, dict]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image ready for tiles, and the way back.
+
+    source : what tiles are cut from, processed axes
+    spacing, wanted : voxel sizes of the image and of the result in mm, stored axis order
+    region : where results are wanted, on the grid of the source; None: everywhere
+    """
+
+    source: Interpolated | Whole
+    turn: Orientation
+    norm: Normaliser
+    spacing: tuple[float, float, float]
+    wanted: tuple[float, float, float]
+    geometry: str
+    region: Region | None = None
+
+    @property
+    def slice_mm(self) -> float:
+        """Size of the image's voxels through the plane."""
+        return self.turn.permute(self.spacing)[2]
+
+    def whole(self) -> Tensor:
+        """(X, Y, Z) float32, processed axes."""
+        return self.source.planes(0, self.source.shape[0])
+
+    def stored(self, out_CXYZ: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Undo scale and orientation, in place; views of one array."""
+        with torch.inference_mode():
+            self.norm.invert_(out_CXYZ[0])
+        out = self.turn.undo(out_CXYZ.numpy())
+        return out[0], out[1:]
+
+
+def target_spacing(
+    spacing_mm: Sequence[float], shape: Sequence[int], new_resolution: Resolution
+) -> tuple[float, float, float]:
+    """The voxel size of the result in mm, stored axis order; see ``settings``.
+
+    An axis that already has the wanted size (within 1 % of the finest for None; within 0.1 % and with the same number
+    of voxels otherwise) keeps its own, so it is not interpolated over rounding in a header.
+    Raises UsageError as ``values.millimetres``, ResourceError beyond 2^31 voxels, InputError where nothing was
+    asked for and the image's own sizes would make it more than 200 times as large.
+    """
+    own, sizes = tuple(float(s) for s in spacing_mm), millimetres(new_resolution)
+    if sizes is None:
+        finest = min(own)
+        wanted = tuple(s if s <= finest * (1 + SAME) else finest for s in own)
+    elif sizes == "same":
+        wanted = own
+    else:
+        wanted = tuple(
+            s if abs(r / s - 1) < 1e-3 and grid_size(n, s, r) == n else float(r)
+            for r, s, n in zip(sizes, own, shape, strict=True)
+        )
+    voxels = math.prod(n * s / w for n, s, w in zip(shape, own, wanted, strict=True))
+    if voxels > MAX_VOXELS:
+        reason = f"{times(wanted)} mm makes {voxels:.3g} voxels"
+        raise ResourceError("new resolution", reason, "ask for a coarser resolution")
+    if sizes is None and voxels > GROWTH * math.prod(shape):
+        reason = (
+            f"voxels of {times(own)} mm: {min(own):g} mm along all axes makes {voxels:.3g} voxels of {math.prod(shape)}"
+        )
+        raise InputError("image", reason, "correct the header, or say --new-resolution MM if the sizes are right")
+    return wanted  # type: ignore[return-value]
+
+
+def coarser(spacing_mm: Sequence[float], wanted_mm: Sequence[float]) -> list[str]:
+    """A warning, logged and given back, where the result has larger voxels than the image."""
+    axes = [d for d in range(3) if wanted_mm[d] > spacing_mm[d] * (1 + SAME)]
+    if not axes:
+        return []
+    warning = f"the new resolution is coarser than the image along axis {', '.join(map(str, axes))}: details may alias"
+    log.warning(warning)
+    return [warning]

@@ -9,196 +9,43 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from fastsrgan.config import CHOICES, MIN_SIZE, SIZE_MULTIPLE
+from fastsrgan.config import CHOICES
 from fastsrgan.core.files import finite
 from fastsrgan.errors import UsageError
+from fastsrgan.infer.values import (
+    NONE,
+    WINDOWS,
+    PerAxis,
+    Resolution,
+    Step,
+    batch_size,
+    check_batch,
+    check_budget,
+    check_max_memory,
+    check_min_size,
+    check_threshold,
+    check_tile,
+    flip_axes,
+    memory,
+    millimetres,
+    per_axis,
+    seconds,
+    size,
+    step_size,
+    tile_edge,
+    voxels,
+)
 
-PerAxis = int | None | Sequence[int | None]
-Resolution = str | float | Sequence[float] | None
-Step = str | int | Sequence[int]
 F = TypeVar("F", bound=Callable[..., Any])
 
 HEAD = "head"  # the mask that is found in the image itself
-NONE, AXES = "none", "xyz"  # of ``flips``
 ALWAYS, CHANGED, ELSEWHERE = "always", "changed", "elsewhere"
 SAME: Any = object()  # as the default of the field
 PAPER_STEP = 30
-
-
-# --- text of the command line -------------------------------------------------------------------------------------
-
-
-def tile_edge(text: str) -> int | None:
-    """``none`` or a number of voxels."""
-    if text.lower() == "none":
-        return None
-    try:
-        return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of voxels nor none") from error
-
-
-def step_size(text: str) -> int | str:
-    """``auto`` or a number of voxels."""
-    if text.lower() == "auto":
-        return "auto"
-    try:
-        return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of voxels nor auto") from error
-
-
-def _in_units(text: str, units: dict[str, float], what: str) -> float:
-    number, unit = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
-    try:
-        value = float(number) * units[unit]
-    except (ValueError, KeyError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from error
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return value
-
-
-def seconds(text: str) -> float:
-    """``60``, ``60s``, ``2m`` or ``1h``."""
-    return _in_units(text, {"": 1, "s": 1, "m": 60, "h": 3600}, "a time such as 60s, 2m or 1h")
-
-
-def memory(text: str) -> int:
-    """``8`` or ``8G`` for GiB, ``500M`` for MiB."""
-    return int(_in_units(text, {"": 2**30, "g": 2**30, "m": 2**20}, "a size such as 8G or 500M"))
-
-
-def voxels(text: str) -> int:
-    """``1000`` or ``1e9``: how many, from 1 up."""
-    try:
-        number = int(float(text))
-    except (ValueError, OverflowError):  # no number, NaN, infinite
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of voxels from 1 up")
-    return number
-
-
-def size(text: str) -> float | str:
-    """``same`` or a number of millimetres."""
-    if text.lower() == "same":
-        return "same"
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a size in mm nor same") from error
-
-
-def batch_size(text: str) -> int | str:
-    """``auto`` or a number of tiles."""
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tiles nor auto") from error
-
-
-# --- checks ---------------------------------------------------------------------------------------------------------
-
-
-def per_axis(what: str, value: PerAxis | Step) -> tuple:
-    """One value for all axes, or three, as three. Raises UsageError."""
-    if value is None or isinstance(value, numbers.Integral):
-        value = (value,) * 3  # type: ignore[assignment]
-    try:
-        items = tuple(value)  # type: ignore[arg-type]
-        whole = tuple(None if v is None else int(v) for v in items)
-    except (TypeError, ValueError) as error:
-        raise UsageError(what, f"{value!r} is not allowed", "one whole number, or three") from error
-    if len(whole) != 3 or any(v != number for v, number in zip(items, whole, strict=True)):
-        raise UsageError(what, f"{value!r} is not allowed", "one whole number, or three")
-    return whole
-
-
-def check_tile(patch: int | None, step: int | None) -> None:
-    """Raise UsageError for an edge of tiles that the networks do not take, and for a distance that leaves gaps."""
-    if step is None or step < 1:
-        raise UsageError("step", f"{step} is not allowed", "a number of voxels from 1 up")
-    if patch is None:
-        return
-    if patch < MIN_SIZE or patch % SIZE_MULTIPLE:
-        below = max(MIN_SIZE, patch // SIZE_MULTIPLE * SIZE_MULTIPLE)
-        hint = f"multiples of {SIZE_MULTIPLE} from {MIN_SIZE} up; try {below} or {below + SIZE_MULTIPLE}"
-        raise UsageError("patch", f"{patch} is not allowed", hint)
-    if step > patch:
-        raise UsageError("step", f"{step} is larger than the patch, {patch}", "gaps would be left; at most the patch")
-
-
-def check_batch(batch: str | int) -> str | int:
-    """``batch`` if it is auto or a number of tiles, else UsageError."""
-    if batch != "auto" and (not isinstance(batch, int) or batch < 1):
-        raise UsageError("batch", f"{batch!r} is not allowed", "auto, or a number of tiles from 1 up")
-    return batch
-
-
-def millimetres(new_resolution: Resolution) -> Literal["same"] | tuple[float, ...] | None:
-    """``new_resolution`` as None, "same" or three sizes. Raises UsageError."""
-    from fastsrgan.volume.geometry import SPACING_LIMITS
-
-    if new_resolution is None:
-        return None
-    if isinstance(new_resolution, str) and new_resolution == "same":
-        return "same"
-    if isinstance(new_resolution, str):
-        hint = "millimetres (one or three numbers), or same"
-        raise UsageError("new resolution", f"{new_resolution!r} is not allowed", hint)
-    try:
-        values = tuple(float(v) for v in new_resolution)  # type: ignore[union-attr]
-    except TypeError:
-        values = (float(new_resolution),)  # type: ignore[arg-type]
-    except ValueError:  # a word among the numbers
-        values = ()
-    values = values * 3 if len(values) == 1 else values
-    if len(values) != 3 or not all(math.isfinite(v) and v > 0 for v in values):
-        raise UsageError("new resolution", f"{new_resolution} is not allowed", "one or three positive millimetres")
-    if not all(SPACING_LIMITS[0] <= v <= SPACING_LIMITS[1] for v in values):
-        hint = "from {:g} to {:g} mm".format(*SPACING_LIMITS)
-        raise UsageError("new resolution", f"{new_resolution} is no size of voxels", hint)
-    return values
-
-
-def flip_axes(flips: str) -> tuple[int, ...]:
-    """ "none" -> (), "x" -> (0,), "xyz" -> (0, 1, 2). Raises UsageError for anything else."""
-    if flips == NONE:
-        return ()
-    if not flips or len(set(flips)) < len(flips) or not set(flips) <= set(AXES):
-        raise UsageError(
-            "flips", f"{flips!r} is not allowed", "none, or the axes of the image to flip: x, y, z, xy, xz, yz or xyz"
-        )
-    return tuple(sorted(AXES.index(axis) for axis in flips))
-
-
-def _budget(value: float | None) -> None:
-    if value is not None and not (math.isfinite(value) and value >= 0):
-        raise UsageError("budget", f"{value} is not allowed", "seconds, 0 for the first level")
-
-
-def _max_memory(value: int | None) -> None:
-    if value is not None and value < 1:
-        raise UsageError("max memory", f"{value} is not allowed", "a number of bytes from 1 up")
-
-
-def _threshold(value: float) -> None:
-    if not 0 <= value < 1:
-        raise UsageError("threshold", f"{value:g} is not allowed", "a probability from 0 up and below 1")
-
-
-def _min_size(value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise UsageError("min size", f"{value:g} is not allowed", "cubic millimetres from 0 up")
 
 
 # --- the rows -------------------------------------------------------------------------------------------------------
@@ -259,7 +106,7 @@ class InferSettings:
         stored axis; or "same", the input's own
     geometry : "physical" keeps every structure where it was, on any orientation; "segsrgan" gives the original's
         numbers and its affine
-    window : weight of a tile's voxels where tiles overlap, "constant" (the paper) or "gaussian"
+    window : weight of a tile's voxels where tiles overlap, a name in ``values.WINDOWS``; "constant" is the paper's
     batch : tiles per forward pass, "auto" by memory; halved when memory runs out
     precision : "auto" (fp32 on CPU, bf16 on CUDA), "fp32", "bf16" or "fp16"; sums are float32 always
     compile : "on": the network through torch.compile, on CUDA as one graph; "off"; "auto": on CUDA devices where it was
@@ -280,7 +127,7 @@ class InferSettings:
     dtype : of the SR image: "float32", or "input": rounded and clipped to the type and scaling of the image it was
         made of where that is an integer type
     save_prob, png : also write the probabilities, a picture
-    split_volume : each image over all ranks of a machine, not one image for each; see ``split``
+    split_volume : each image over all ranks of a machine, not one image for each; see ``modes``
     series : which series of a DICOM folder, see ``dicom.select``; the results' names then end in ``_series-N``
     volume, max_voxels : see ``images.load``
     """
@@ -303,7 +150,7 @@ class InferSettings:
             "60s, 2m: the densest steps down to --step that fit this time",
             parse=seconds,
             metavar="TIME",
-            check=_budget,
+            check=check_budget,
             reported=True,
         ),
     )
@@ -323,7 +170,7 @@ class InferSettings:
     )
     window: str = field(
         default="constant",
-        metadata=row("weights inside a tile (constant)", parse=str, choices=("constant", "gaussian"), reported=True),
+        metadata=row("weights inside a tile (constant)", parse=str, choices=tuple(WINDOWS), reported=True),
     )
     batch: str | int = field(
         default="auto",
@@ -360,7 +207,7 @@ class InferSettings:
             "of the host, beside the image; more goes by slabs",
             parse=memory,
             metavar="G",
-            check=_max_memory,
+            check=check_max_memory,
             recorded=ELSEWHERE,
             decides=False,
         ),
@@ -389,7 +236,7 @@ class InferSettings:
         metadata=row(
             "probability that makes the segmentation (0.5)",
             parse=float,
-            check=_threshold,
+            check=check_threshold,
             recorded=CHANGED,
             of_files=True,
             group="segmentation",
@@ -407,7 +254,7 @@ class InferSettings:
             "leave out components of less cubic millimetres",
             parse=float,
             metavar="MM3",
-            check=_min_size,
+            check=check_min_size,
             recorded=CHANGED,
             record_as="min_size_mm3",
             of_files=True,

@@ -1,7 +1,9 @@
-"""Where a network looks: tile plans that cover a volume exactly, and the gathering of tiles into batches.
+"""Where a network looks: tile plans, the gathering of tiles into batches, their windows, and regions of interest.
 
 A plan is a product grid: one ascending list of origins per axis, in voxels of the padded volume. Every voxel of the
-volume lies in at least one tile; tiles are visited in C order of the grid, the last axis fastest.
+volume lies in at least one tile; tiles are visited in C order of the grid, the last axis fastest. The weight of a
+tile's voxels where tiles overlap is therefore a product of three 1-D windows. Tiles that do not touch the region where
+results are wanted, a mask or the box around a head, are left out.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from torch import Tensor
 
 from fastsrgan.config import MIN_SIZE, SIZE_MULTIPLE
 from fastsrgan.core.kernels import Argument, launch, op, reference_only, runs_kernels, scalar
-from fastsrgan.errors import UsageError
-from fastsrgan.infer.settings import PerAxis, check_tile, per_axis
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.infer.values import WINDOWS, PerAxis, check_tile, per_axis
 
 PADDINGS = ("shift", "original")
 
@@ -213,3 +215,151 @@ def _axis_original(n: int, patch: int | None, step: int) -> tuple[int, int, int,
         return (size - n) // 2, size, size, (0,)
     size = max(n + step - (n - patch) % step, patch)
     return (size - n) // 2, size, patch, tuple(range(0, size - patch + 1, step))
+
+
+# --- windows --------------------------------------------------------------------------------------------------------
+
+FLOOR = 1e-3  # of the peak: a voxel that only tile corners cover must keep digits
+
+
+def window_of(name: str, n: int) -> np.ndarray:
+    """The weights of ``n`` voxels along a tile's edge, (n,) float64, from 1e-3 to 1. Raises UsageError."""
+    if name not in WINDOWS:
+        raise UsageError("window", f"{name!r} is not allowed", f"one of {', '.join(WINDOWS)}")
+    return np.array([max(WINDOWS[name]((2 * i + 1 - n) / n), FLOOR) for i in range(n)])
+
+
+def weights(plan: TilePlan, window: str = "constant") -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """The pre-divided 1-D windows of a plan: for each axis one (patch,) float32 array per tile along it.
+
+    At every voxel of the padded axis the float32 sum, in tile order, of the weights that cover it is exactly 1.
+    Raises UsageError for an unknown window.
+    """
+    x, y, z = (
+        _axis_weights(n, p, origins, window_of(window, p))
+        for n, p, origins in zip(plan.padded_shape, plan.patch, plan.origins, strict=True)
+    )
+    return x, y, z
+
+
+def _axis_weights(n: int, patch: int, origins: tuple[int, ...], window: np.ndarray) -> list[np.ndarray]:
+    total = np.zeros(n)
+    for o in origins:
+        total[o : o + patch] += window
+    result, so_far = [], np.zeros(n, np.float32)
+    for o, following in zip(origins, (*origins[1:], n), strict=True):
+        here = slice(o, o + patch)
+        w = (window / total[here]).astype(np.float32)
+        # The last tile over a voxel gets what is missing to 1, so that ones in are ones out to the last bit.
+        final = min(following - o, patch)
+        w[:final] = 1 - so_far[o : o + final]
+        so_far[here] += w
+        result.append(w)
+    return result
+
+
+def raw_weights(plan: TilePlan, window: str = "constant") -> tuple[np.ndarray | None, ...]:
+    """What every tile is multiplied with along x, y and z where the sum is divided at the end: (patch,) float64.
+
+    None stands for ones: the constant window, and an axis that a single tile fills.
+    """
+    return tuple(
+        None if window == "constant" or p == n else window_of(window, p)
+        for p, n in zip(plan.patch, plan.padded_shape, strict=True)
+    )
+
+
+def window_sums(plan: TilePlan, window: str = "constant") -> tuple[Tensor, Tensor, Tensor]:
+    """``raw_weights`` summed over the tiles of each axis, (X,), (Y,) and (Z,) float32; of a voxel, their product."""
+    sums = []
+    for n, p, origins, w in zip(plan.padded_shape, plan.patch, plan.origins, raw_weights(plan, window), strict=True):
+        total = np.zeros(n)
+        for o in origins:
+            total[o : o + p] += 1 if w is None else w
+        sums.append(torch.from_numpy(total.astype(np.float32)))
+    return sums[0], sums[1], sums[2]
+
+
+def divide_planes(planes_CnYZ: Tensor, x: int, sums: Sequence[Tensor]) -> None:
+    """Divide planes ``x``, ``x`` + 1, ... by their ``window_sums``, in place: one pass."""
+    along_x, along_y, along_z = sums
+    in_plane = along_y[:, None] * along_z
+    # Neighbouring planes lie in the same tiles mostly: one division for all of those.
+    for value, alike in itertools.groupby(along_x[x : x + planes_CnYZ.shape[1]].tolist()):
+        count = len(list(alike))
+        planes_CnYZ[:, :count].div_(in_plane * value)
+        planes_CnYZ = planes_CnYZ[:, count:]
+
+
+# --- where results are wanted ---------------------------------------------------------------------------------------
+
+LEVEL = 0.1  # of the brightest voxels: above it is tissue, below it air and its noise
+SHARE = 0.002  # of a plane's voxels that must be tissue for the plane to belong to a head
+MARGIN_MM = 10.0  # around it
+SAMPLE = 10**6  # voxels that the brightness is found from
+
+
+@dataclass(frozen=True)
+class Region:
+    """Voxels of a volume, by way of a mask on another grid.
+
+    mask : (A, B, C) bool
+    index : for each axis of the volume the place in the mask of every voxel, ascending
+    """
+
+    mask: np.ndarray
+    index: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+    def planes(self, first: int, stop: int) -> Tensor:
+        """(stop - first, Y, Z) bool."""
+        x, y, z = self.index
+        return torch.from_numpy(self.mask[x[first:stop]][:, y][:, :, z])
+
+    def touches(self, first: Sequence[int], stop: Sequence[int]) -> bool:
+        """Whether a block of voxels, which may reach over the volume's edges, holds one of the region."""
+        cuts = []
+        for index, a, b in zip(self.index, first, stop, strict=True):
+            a, b = max(a, 0), min(b, len(index))
+            if a >= b:
+                return False
+            cuts.append(slice(index[a], index[b - 1] + 1))
+        return bool(self.mask[tuple(cuts)].any())
+
+
+def from_mask(mask_XYZ: np.ndarray, index: Sequence[np.ndarray]) -> Region:
+    """The voxels that a mask marks. Raises InputError when there is none."""
+    mask = np.asarray(mask_XYZ) > 0
+    if not mask.any():
+        raise InputError("mask", "marks no voxel", "at least one voxel above 0")
+    return Region(mask, (index[0], index[1], index[2]))
+
+
+def from_box(low: Sequence[int], high: Sequence[int], index: Sequence[np.ndarray]) -> Region:
+    """The voxels whose place lies within ``low`` ... ``high``, both included."""
+    mask = np.zeros((3, 3, 3), bool)
+    mask[1, 1, 1] = True
+    inside = [(i >= a).astype(int) + (i > b) for i, a, b in zip(index, low, high, strict=True)]
+    return Region(mask, (inside[0], inside[1], inside[2]))
+
+
+def head_box(data_XYZ: np.ndarray, spacing_mm: Sequence[float]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First and last voxel, per axis, of the box around a head: planes with tissue in them, and 10 mm more.
+
+    Tissue is what exceeds a tenth of the brightest voxels (99.5th percentile of those above zero).
+    """
+    some = data_XYZ.reshape(-1)[:: max(1, data_XYZ.size // SAMPLE)] if data_XYZ.flags.c_contiguous else data_XYZ
+    some = some[some > 0]
+    level = LEVEL * float(np.percentile(some, 99.5)) if some.size else 0.0
+    counts = [np.zeros(n) for n in data_XYZ.shape]
+    for x, plane in enumerate(data_XYZ):
+        tissue = plane > level
+        counts[0][x] = tissue.sum()
+        counts[1] += tissue.sum(1)
+        counts[2] += tissue.sum(0)
+    low, high = [], []
+    for n, spacing, count in zip(data_XYZ.shape, spacing_mm, counts, strict=True):
+        (planes,) = np.nonzero(count >= max(1, SHARE * data_XYZ.size / n))
+        margin = round(MARGIN_MM / spacing)
+        low.append(max(0, int(planes[0]) - margin) if planes.size else 0)
+        high.append(min(n - 1, int(planes[-1]) + margin) if planes.size else n - 1)
+    return tuple(low), tuple(high)

@@ -22,16 +22,14 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.system import pick_device
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer import anytime, tiles
-from fastsrgan.infer.averaged import Averaged, average, members
-from fastsrgan.infer.deviation import deviations
-from fastsrgan.infer.interpolated import Interpolated, coarser, target_spacing
+from fastsrgan.infer.anytime import by_levels
 from fastsrgan.infer.memory import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, Job, MemoryPlan, plan_memory
-from fastsrgan.infer.modes import Prepared, by_levels, by_slabs, check_result, find_region, in_memory
-from fastsrgan.infer.network import TileNetwork
-from fastsrgan.infer.planes import Whole
-from fastsrgan.infer.settings import InferSettings, flip_axes, takes_options
-from fastsrgan.infer.split import Together, by_ranks
+from fastsrgan.infer.modes import Together, by_ranks, by_slabs, check_result, find_region, in_memory
+from fastsrgan.infer.network import Averaged, TileNetwork, average, deviations, members
+from fastsrgan.infer.planes import Interpolated, Prepared, Whole, coarser, target_spacing
+from fastsrgan.infer.settings import InferSettings, takes_options
 from fastsrgan.infer.sweep import GROUP_BATCHES
+from fastsrgan.infer.values import flip_axes
 from fastsrgan.model.arithmetic import pick_precision
 from fastsrgan.model.cpu import forms
 from fastsrgan.volume.geometry import Orientation, processing_orientation, resampled_affine, spacing_of
@@ -87,10 +85,10 @@ def infer_volume(
     interpolate : takes the place of the cubic spline in "segsrgan" geometry (the original's other interpolators,
         see ``fastsrgan.compat.original``)
     scratch : a folder for the files of a result that does not fit into memory
-    beside : what of other volumes is in memory meanwhile, see ``memory_plan.Beside``
+    beside : what of other volumes is in memory meanwhile, see ``memory.Beside``
     together : the ranks that share this volume, ``scratch`` being on a disk that all of them see; every one of them
-        gets the whole result. Their caller tells ``together`` of errors, see ``split.Together``
-    options : patch, step and the others of a volume that ``infer_settings.InferSettings`` describes
+        gets the whole result. Their caller tells ``together`` of errors, see ``modes.Together``
+    options : patch, step and the others of a volume that ``settings.InferSettings`` describes
 
     Raises
     ------

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from fastsrgan.config import SPACING_LIMITS
 from fastsrgan.errors import InputError, ResourceError, human, times
 from fastsrgan.io import nifti_header as nifti_check
-from fastsrgan.io.nifti_header import SPACING_LIMITS, halves, invertible
+from fastsrgan.io.nifti_header import halves, invertible
 from fastsrgan.io.nifti_voxels import CHUNK_BYTES, COPY_AGAIN, DEFLATE_LIMIT, NiftiFile, open_stream
 from fastsrgan.volume.geometry import spacing_of
 

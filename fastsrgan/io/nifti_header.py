@@ -14,9 +14,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from fastsrgan.config import SPACING_LIMITS
 from fastsrgan.errors import InputError, times
 from fastsrgan.io.nifti_voxels import COPY_AGAIN, NiftiFile, open_stream
-from fastsrgan.volume.geometry import SPACING_LIMITS, shear_of, spacing_of
+from fastsrgan.volume.geometry import shear_of, spacing_of
 from fastsrgan.volume.placement import grid_distance
 
 ORIGIN_TOLERANCE = 0.05  # voxels between the origins of sform and qform

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsrgan.errors import ResourceError, UsageError
-from fastsrgan.model.networks import Generator, GeneratorSpec
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 log = logging.getLogger("fastsrgan")
@@ -98,25 +97,6 @@ def device_name(device: torch.device) -> str:
 def training_type(major: int, minor: int) -> str:
     """The precision that a CUDA device of a compute capability trains in."""
     return "bf16" if (major, minor) >= (8, 0) else "fp16" if (major, minor) >= (7, 0) else "fp32"
-
-
-@functools.cache
-def inference_test(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """``self_test`` of a forward pass alone, for inference: the worst kernel. Raises ResourceError likewise."""
-    arithmetic = Arithmetic(device, dtype)
-    kernels = Kernels()
-    generator = Generator(GeneratorSpec(kernel=8), seed=1).to(device)
-    x = torch.rand((1, 1, 16, 16, 16), generator=torch.Generator().manual_seed(3)).to(device)
-    try:
-        with torch.no_grad(), arithmetic.flags(), arithmetic.autocast(), kernels:
-            generator.raw(x)
-    except (torch.OutOfMemoryError, NotImplementedError):
-        raise
-    except RuntimeError as error:
-        reason = f"a small forward pass failed: {str(error).splitlines()[0]}"
-        raise ResourceError(device_name(device), reason, "see `fastsrgan doctor`, or --device cpu") from error
-    refuse(arithmetic, kernels.off, KERNEL_LIMITS)
-    return kernels.off
 
 
 class Kernels(TorchDispatchMode):

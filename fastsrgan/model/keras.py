@@ -25,8 +25,17 @@ from torch import Tensor
 
 from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import ModelError
-from fastsrgan.model.networks import N_BLOCKS, CriticSpec, GeneratorSpec
-from fastsrgan.model.safetensors import MAX_FILE, check_finite, check_limits, describe, dims, parameter_shapes
+from fastsrgan.model.networks import (
+    MAX_FILE,
+    N_BLOCKS,
+    CriticSpec,
+    GeneratorSpec,
+    check_finite,
+    check_limits,
+    describe,
+    dims,
+    parameter_shapes,
+)
 
 KERAS_VERSION = "2.2.4"
 CRITIC_DEPTH = 5  # of the original, for every patch size

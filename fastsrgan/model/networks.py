@@ -6,10 +6,12 @@ maximum of the low-resolution image; conditional models get the slice resolution
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +34,9 @@ from fastsrgan.model.layers import (
 
 N_BLOCKS = 6
 ONE_BY_ONE = 2**17  # voxels of a sample from which inference on a CPU takes full resolution sample by sample
+MAX_FILE = 16 * 2**30  # bytes of weights
+# The largest a spec may ask for: far above any network of this kind, far below what exhausts a machine.
+LIMITS = {"kernel": 1024, "mask_classes": 256, "patch": 1024, "in_channels": 258}
 FLAT = 2.0**-23  # of the image maximum: float32's resolution there
 
 
@@ -370,3 +375,53 @@ def init_lecun_normal(module: nn.Module, seed: int) -> None:
 def init_he_normal(module: nn.Module, seed: int) -> None:
     """Keras' he_normal on every convolution kernel: variance 2 / fan_in."""
     _init(module, 2.0, seed)
+
+
+# --- networks and their parameters --------------------------------------------------------------------------------
+
+
+def skeleton(spec: GeneratorSpec | CriticSpec, form: str = "fast") -> Generator | Critic:
+    """The network of ``spec`` with parameters that have shapes but no memory."""
+    with torch.device("meta"):
+        return build_generator(spec, form) if isinstance(spec, GeneratorSpec) else Critic(spec)
+
+
+@functools.lru_cache(64)
+def parameter_shapes(spec: GeneratorSpec | CriticSpec) -> Mapping[str, tuple[int, ...]]:
+    """Name and shape of every parameter, torch's axis order (out, in, x, y, z)."""
+    return {name: tuple(p.shape) for name, p in skeleton(spec).named_parameters()}
+
+
+def assemble(spec: GeneratorSpec | CriticSpec, parameters: Mapping[str, Tensor], form: str = "fast") -> Any:
+    """The network of ``spec`` that owns the given parameters, in eval mode."""
+    network = skeleton(spec, form)
+    network.load_state_dict(dict(parameters), strict=True, assign=True)
+    return network.eval()
+
+
+def check_limits(what: object, spec: GeneratorSpec | CriticSpec) -> None:
+    """Raise ModelError where a spec asks for a network of absurd size."""
+    for name, value in spec.to_dict().items():
+        if name in LIMITS and value > LIMITS[name]:
+            raise ModelError(what, f"declares {name} {value}", f"at most {LIMITS[name]}")
+
+
+def check_finite(what: object, name: str, tensor: Tensor) -> None:
+    """Raise ModelError where a weight is NaN or infinite."""
+    if not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        reason = f"{name} holds {count} NaN or infinite values"
+        raise ModelError(what, reason, "the file is damaged or its training diverged")
+
+
+def describe(spec: GeneratorSpec | CriticSpec) -> str:
+    """A spec in a few words, for messages."""
+    if isinstance(spec, CriticSpec):
+        return f"a critic of kernel {spec.kernel} for patch {spec.patch}"
+    parts = [spec.network, *(["conditional"] if spec.conditional else []), "generator of kernel", str(spec.kernel)]
+    return "a " + " ".join(parts) + (f" with {spec.mask_classes} mask classes" if spec.mask_classes else "")
+
+
+def dims(shape: tuple[int, ...]) -> str:
+    """A shape as it stands in messages."""
+    return " x ".join(map(str, shape)) if shape else "a scalar"

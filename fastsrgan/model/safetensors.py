@@ -8,7 +8,6 @@ zeros. Shapes are compared with the spec before anything is read, files with tha
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -25,16 +24,24 @@ from torch import Tensor, nn
 
 from fastsrgan.core.files import atomic_write, finite, parse_json
 from fastsrgan.errors import ModelError
-from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, build_generator
+from fastsrgan.model.networks import (
+    MAX_FILE,
+    Critic,
+    CriticSpec,
+    Generator,
+    GeneratorSpec,
+    check_finite,
+    check_limits,
+    describe,
+    dims,
+    parameter_shapes,
+)
 
 FORMAT = 1
 UNKNOWN = "0" * 64  # in the place of the file's own SHA-256 while that is computed
 _SUM = re.compile(r"[0-9a-f]{64}")
 PARTS = ("generator", "critic", "ema")
 MAX_HEADER = 16 * 2**20
-MAX_FILE = 16 * 2**30
-# The largest a spec may ask for: far above any network of this kind, far below what exhausts a machine.
-LIMITS = {"kernel": 1024, "mask_classes": 256, "patch": 1024, "in_channels": 258}
 
 
 @dataclass(frozen=True)
@@ -52,56 +59,6 @@ class ModelHeader:
     critic: CriticSpec | None = None
     ema: bool = False
     card: dict = field(default_factory=dict)
-
-
-# --- networks and their parameters --------------------------------------------------------------------------------
-
-
-def skeleton(spec: GeneratorSpec | CriticSpec, form: str = "fast") -> Generator | Critic:
-    """The network of ``spec`` with parameters that have shapes but no memory."""
-    with torch.device("meta"):
-        return build_generator(spec, form) if isinstance(spec, GeneratorSpec) else Critic(spec)
-
-
-@functools.lru_cache(64)
-def parameter_shapes(spec: GeneratorSpec | CriticSpec) -> Mapping[str, tuple[int, ...]]:
-    """Name and shape of every parameter, torch's axis order (out, in, x, y, z)."""
-    return {name: tuple(p.shape) for name, p in skeleton(spec).named_parameters()}
-
-
-def assemble(spec: GeneratorSpec | CriticSpec, parameters: Mapping[str, Tensor], form: str = "fast") -> Any:
-    """The network of ``spec`` that owns the given parameters, in eval mode."""
-    network = skeleton(spec, form)
-    network.load_state_dict(dict(parameters), strict=True, assign=True)
-    return network.eval()
-
-
-def check_limits(what: object, spec: GeneratorSpec | CriticSpec) -> None:
-    """Raise ModelError where a spec asks for a network of absurd size."""
-    for name, value in spec.to_dict().items():
-        if name in LIMITS and value > LIMITS[name]:
-            raise ModelError(what, f"declares {name} {value}", f"at most {LIMITS[name]}")
-
-
-def check_finite(what: object, name: str, tensor: Tensor) -> None:
-    """Raise ModelError where a weight is NaN or infinite."""
-    if not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
-        reason = f"{name} holds {count} NaN or infinite values"
-        raise ModelError(what, reason, "the file is damaged or its training diverged")
-
-
-def describe(spec: GeneratorSpec | CriticSpec) -> str:
-    """A spec in a few words, for messages."""
-    if isinstance(spec, CriticSpec):
-        return f"a critic of kernel {spec.kernel} for patch {spec.patch}"
-    parts = [spec.network, *(["conditional"] if spec.conditional else []), "generator of kernel", str(spec.kernel)]
-    return "a " + " ".join(parts) + (f" with {spec.mask_classes} mask classes" if spec.mask_classes else "")
-
-
-def dims(shape: tuple[int, ...]) -> str:
-    """A shape as it stands in messages."""
-    return " x ".join(map(str, shape)) if shape else "a scalar"
 
 
 # --- writing ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from fastsrgan.core.files import is_special, output_file, url_of
 from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.model import checkpoint
 from fastsrgan.model import safetensors as modelfile
-from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
+from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, assemble, parameter_shapes
 
 log = logging.getLogger("fastsrgan")
 
@@ -85,7 +85,7 @@ def load_generator(path: str | os.PathLike = DEFAULT, form: str = "fast", *, ema
     ModelError : missing, damaged, a pickle, another architecture, NaN or infinite weights
     """
     spec, parameters = _generator_parameters(_resolve(path), ema)
-    return modelfile.assemble(spec, parameters, form)
+    return assemble(spec, parameters, form)
 
 
 def load_critic(path: str | os.PathLike) -> Critic:
@@ -94,7 +94,7 @@ def load_critic(path: str | os.PathLike) -> Critic:
     Raises ModelError as ``load_generator`` does, and when the file holds no critic.
     """
     spec, parameters = _parameters(_resolve(path), "critic")
-    return modelfile.assemble(spec, parameters)
+    return assemble(spec, parameters)
 
 
 def read_spec(path: str | os.PathLike) -> tuple[GeneratorSpec, CriticSpec | None]:
@@ -254,7 +254,7 @@ def _is_legacy(spec: GeneratorSpec) -> bool:
 
 
 def _count(spec: GeneratorSpec | CriticSpec) -> int:
-    return sum(math.prod(shape) for shape in modelfile.parameter_shapes(spec).values())
+    return sum(math.prod(shape) for shape in parameter_shapes(spec).values())
 
 
 def _resolve(path: str | os.PathLike) -> _Source:

@@ -18,7 +18,6 @@ from fastsrgan.convert import convert
 from fastsrgan.core.files import output_folder
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.system import provenance
-from fastsrgan.demo.run import short_training
 from fastsrgan.errors import UsageError, times
 from fastsrgan.evaluate.pair import definitions
 from fastsrgan.infer.settings import InferSettings
@@ -29,6 +28,7 @@ from fastsrgan.study.cells import Engine, Model, aggregate, run_cells
 from fastsrgan.study.data import Condition, Head, find_heads, quick_heads, spacing_of, thick
 from fastsrgan.study.plots import PANELS, REFERENCE, SOURCE, TITLES, Panel, time_fit
 from fastsrgan.study.tables import FORMS, write_study
+from fastsrgan.train.run import short_training
 
 KINDS = ("steps", "noise", "augmentation", "resolution", "curves")
 Triple = tuple[float, float, float]

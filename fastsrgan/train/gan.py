@@ -15,10 +15,9 @@ from fastsrgan.config import TrainConfig
 from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.data.pool import Batch
 from fastsrgan.errors import ModelError
-from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model import weights
 from fastsrgan.model.compiled import compiled
-from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, build_generator
+from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, assemble, build_generator, describe
 from fastsrgan.train import precision
 from fastsrgan.train.critic_step import critic_gradients, parameters, score
 from fastsrgan.train.objectives import critic_loss, generator_loss
@@ -121,7 +120,7 @@ class Models:
                 self.critic = critic.requires_grad_(True)
             else:
                 told = "%s: its critic, %s, does not fit this run, which starts a new one"
-                log.info(told, path, modelfile.describe(critic.spec))
+                log.info(told, path, describe(critic.spec))
         self.finish()
 
     def set_rates(self, factor: float) -> None:
@@ -233,7 +232,7 @@ class Models:
         """The generator that is validated and shipped: the moving average where there is one."""
         if self.average is None:
             return self.generator
-        return modelfile.assemble(self.generator.spec, self.average, self.generator.form)
+        return assemble(self.generator.spec, self.average, self.generator.form)
 
     @torch.no_grad()
     def generate(self, batch: Batch) -> Tensor:

@@ -22,13 +22,14 @@ from fastsrgan.core.files import FolderLock, atomic_write, need_space, output_fo
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import Ranks, from_environment, local_device
 from fastsrgan.core.signals import StopRequest
-from fastsrgan.core.system import out_of_memory, pick_device, provenance
+from fastsrgan.core.system import pick_device, provenance
 from fastsrgan.data.feed import Feed, PatchRule, resident_limit
 from fastsrgan.data.settings_check import data_warnings, refuse_faults, small_subjects
 from fastsrgan.data.visit import Visits
-from fastsrgan.errors import InputError, ModelError, UsageError
+from fastsrgan.errors import InputError, ModelError, UsageError, out_of_memory
 from fastsrgan.model import checkpoint
 from fastsrgan.model.cpu import forms
+from fastsrgan.model.weights import read_spec
 from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.slice_axis import Axes, choose_axes, describe
 from fastsrgan.observation.synthesis import Synthesis
@@ -109,6 +110,39 @@ def train(
         with StopRequest(again_after=5.0 if ranks.world > 1 else 0.0) as stop:
             attempt(run, stop)
         return summary(run, time.perf_counter() - began, stop)
+
+
+def short_training(
+    store: Path,
+    run_folder: Path,
+    start: Path,
+    low_res_mm: tuple[float, float, float],
+    device: str,
+    progress: Progress,
+    **changes: Any,
+) -> dict[str, Any]:
+    """A few dozen adversarial updates from the shipped weights: long enough to watch, too short to change much.
+
+    The head moves at a hundredth of the paper's rate, since a fresh Adam's first steps at the full rate would shift the
+    image by more than its whole error; the moving average is what is used. ``changes``: of ``TrainConfig``'s settings.
+    """
+    spec, _ = read_spec(start)
+    config = TrainConfig(
+        new_low_res=(low_res_mm,),
+        epochs=2,
+        steps_per_epoch=12,
+        batch_size=4,
+        patch_size=48,
+        kernel_gen=spec.kernel,
+        scaled=spec.scaled,
+        kernel_dis=8,
+        head_rate=0.01,
+        lr_gen=2e-5,
+        ema=0.9,
+        contrast_max=0.2,
+        noise=0.0,
+    ).replace(**changes)
+    return train(store, run_folder, config, device=device, start_weights=start, progress=progress)
 
 
 def agree_on_settings(ranks: Ranks, config: TrainConfig) -> None:

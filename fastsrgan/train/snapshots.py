@@ -22,7 +22,7 @@ from fastsrgan.model import checkpoint, weights
 from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model.arithmetic import TYPES
 from fastsrgan.model.cpu import forms
-from fastsrgan.model.networks import CriticSpec, GeneratorSpec
+from fastsrgan.model.networks import CriticSpec, GeneratorSpec, assemble, describe, parameter_shapes
 from fastsrgan.train.gan import differences
 from fastsrgan.train.state import Position, Run, data_identity, epoch_part, remaining
 
@@ -114,11 +114,11 @@ def load_networks(run: Run, snapshot: Path) -> None:
     assert isinstance(spec, GeneratorSpec)
     if spec != m.generator.spec:
         raise ModelError(snapshot, *differences(spec, m.generator.spec))
-    m.generator = modelfile.assemble(spec, parameters, run.config.form).requires_grad_(True)
+    m.generator = assemble(spec, parameters, run.config.form).requires_grad_(True)
     critic_spec, parameters = modelfile.read_parameters(file, "critic")
     assert isinstance(critic_spec, CriticSpec)
     check_critic(snapshot, critic_spec, m.critic.spec)
-    m.critic = modelfile.assemble(m.critic.spec, parameters).requires_grad_(True)
+    m.critic = assemble(m.critic.spec, parameters).requires_grad_(True)
     m.finish()
     if m.average is not None and modelfile.read_header(file).ema:  # else it begins here, at the generator
         _, average = modelfile.read_parameters(file, "ema")
@@ -127,9 +127,9 @@ def load_networks(run: Run, snapshot: Path) -> None:
 
 def check_critic(snapshot: Path, held: CriticSpec, wanted: CriticSpec) -> None:
     """ModelError where a snapshot's critic is not the one that is asked for; patches of another size may share one."""
-    if modelfile.parameter_shapes(held) == modelfile.parameter_shapes(wanted):
+    if parameter_shapes(held) == parameter_shapes(wanted):
         return
-    told = f"the critic in it is {modelfile.describe(held)}, the settings ask for {modelfile.describe(wanted)}"
+    told = f"the critic in it is {describe(held)}, the settings ask for {describe(wanted)}"
     same = f"--patch-size {held.patch} --kernel-dis {held.kernel}"
     anew = f"-w {snapshot.parent.parent}"
     raise ModelError(snapshot, told, f"resume with {same}, or start anew in another folder with {anew}")

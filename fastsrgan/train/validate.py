@@ -20,8 +20,8 @@ from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate import metrics
 from fastsrgan.infer import tiles
-from fastsrgan.infer.engine import predict
 from fastsrgan.infer.network import TileNetwork
+from fastsrgan.infer.sweep import predict
 from fastsrgan.model.arithmetic import pick_precision
 from fastsrgan.model.networks import Generator
 from fastsrgan.observation.slice_axis import stored_draw

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 WORLD_AXES = ("R", "A", "S")
-SPACING_LIMITS = (1e-6, 1e6)  # mm; beyond them no unit is meant
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsrgan.core.files import temporary_name
 from fastsrgan.errors import UsageError
 
 log = logging.getLogger("fastsrgan")
@@ -317,7 +316,7 @@ def save(table: Mapping[str, dict[str, Any]]) -> bool:
     path = cache_file()
     if path is None:
         return False
-    temporary = temporary_name(path)
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         machines = _read(path)
