@@ -29,6 +29,7 @@ NONE, AXES = "none", "xyz"  # of ``flips``
 ALWAYS, CHANGED, ELSEWHERE = "always", "changed", "elsewhere"
 SAME: Any = object()  # as the default of the field
 PAPER_STEP = 30
+AUTO, OFF = "auto", "off"  # of ``agree``; AUTO of ``slice_thickness`` and ``profile`` too
 
 
 # --- text of the command line -------------------------------------------------------------------------------------
@@ -94,6 +95,20 @@ def size(text: str) -> float | str:
         return float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a size in mm nor same") from error
+
+
+def word_or_number(*words: str) -> Callable[[str], str | float]:
+    """A parser of one of some words, or a number."""
+
+    def parse(text: str) -> str | float:
+        if text.lower() in words:
+            return text.lower()
+        try:
+            return float(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither {', '.join(words)} nor a number") from error
+
+    return parse
 
 
 def batch_size(text: str) -> int | str:
@@ -201,6 +216,16 @@ def _min_size(value: float) -> None:
         raise UsageError("min size", f"{value:g} is not allowed", "cubic millimetres from 0 up")
 
 
+def _agree(value: str | float) -> None:
+    if value not in (AUTO, OFF) and (isinstance(value, str) or not 0 < value < math.inf):
+        raise UsageError("agree", f"{value!r} is not allowed", "auto, off, or a weight above 0, such as 0.01")
+
+
+def _slice_thickness(value: str | float) -> None:
+    if value != AUTO and (isinstance(value, str) or not 0 < value < math.inf):
+        raise UsageError("slice thickness", f"{value!r} is not allowed", "auto, or a number of mm above 0")
+
+
 # --- the rows -------------------------------------------------------------------------------------------------------
 
 
@@ -272,6 +297,13 @@ class InferSettings:
         box around what is brighter than air. Elsewhere SR is the interpolated image and the probabilities are 0; tiles
         that do not touch it are not computed
     flips : "none", or axes of the image such as "x" or "xyz": the mean over all mirror images of each tile
+    agree : make the result agree with the scan (see ``agreement``): "auto", with a weight by the scan's noise, in the
+        physical geometry; "off", the network's own result; or the weight, above 0: the smaller, the more the scan
+        counts. A result on the scan's own grid has nothing to agree on
+    slice_thickness : mm of the slices, for ``agree``; "auto": of files what DICOM or a BIDS sidecar says, else the
+        spacing of slices
+    profile : of the slices, for ``agree``: "gaussian" or "box", as wide as they are thick; "auto": not known, a Gaussian
+        of 0.8 times that, and a larger weight
 
     Of files
     --------
@@ -280,6 +312,7 @@ class InferSettings:
     dtype : of the SR image: "float32", or "input": rounded and clipped to the type and scaling of the image it was
         made of where that is an integer type
     save_prob, png : also write the probabilities, a picture
+    save_residual : also write what the scan says and the result, acquired again, does not, on the scan's grid
     split_volume : each image over all ranks of a machine, not one image for each; see ``split``
     series : which series of a DICOM folder, see ``dicom.select``; the results' names then end in ``_series-N``
     volume, max_voxels : see ``images.load``
@@ -384,6 +417,31 @@ class InferSettings:
             recorded=CHANGED,
         ),
     )
+    agree: str | float = field(
+        default=AUTO,
+        metadata=row(
+            "make SR, acquired again, agree with the scan: auto, off, or the weight of what the scan cannot say (auto)",
+            parse=word_or_number(AUTO, OFF),
+            metavar="W",
+            check=_agree,
+        ),
+    )
+    slice_thickness: str | float = field(
+        default=AUTO,
+        metadata=row(
+            "of the scan, where slices have gaps (auto: of DICOM or a BIDS sidecar, else the spacing)",
+            parse=word_or_number(AUTO),
+            metavar="MM",
+            check=_slice_thickness,
+            recorded=CHANGED,
+        ),
+    )
+    profile: str = field(
+        default=AUTO,
+        metadata=row(
+            "of the slices (auto: not known)", parse=str, choices=(AUTO, "gaussian", "box"), recorded=CHANGED
+        ),
+    )
     threshold: float = field(
         default=0.5,
         metadata=row(
@@ -426,6 +484,12 @@ class InferSettings:
     )
     save_prob: bool = field(
         default=False, metadata=row("also write the probability map", recorded=ELSEWHERE, decides=False, of_files=True)
+    )
+    save_residual: bool = field(
+        default=False,
+        metadata=row(
+            "also write the scan minus the result acquired again", recorded=ELSEWHERE, decides=False, of_files=True
+        ),
     )
     png: bool = field(
         default=False,

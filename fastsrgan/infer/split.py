@@ -43,8 +43,8 @@ class Share:
 class Together:
     """What all ranks do with one volume: every rank calls ``vote`` as often as the others, whatever goes wrong on it.
 
-    There are three votes: before and after the files are made, and after the tiles. One who failed tells the others in
-    the vote that it has not reached; they raise ResourceError with its reason.
+    There are four votes: before and after the files are made, after the tiles, and after the last step on the whole.
+    One who failed tells the others in the vote that it has not reached; they raise ResourceError with its reason.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -54,7 +54,7 @@ class Together:
             )
         if ranks.world == 1:
             raise UsageError("--split-volume", "one process has nobody to share with", "torchrun --nproc-per-node N")
-        self.ranks, self.left = ranks, 3
+        self.ranks, self.left = ranks, 4
 
     def vote(self, value: int = 0, error: BaseException | None = None) -> int:
         """Wait for all ranks; the smallest of their values. ResourceError where another one failed and this did not."""

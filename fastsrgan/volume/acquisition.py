@@ -88,6 +88,28 @@ def missing_sd(scan_xyz: np.ndarray, seen: Observation, noise: float) -> float:
     return math.sqrt(max(0.0, energy - (1 - 2 * through + kept) * noise**2) / eigenvalue)
 
 
+def lacking_sd(sr_XYZ: np.ndarray, scan_xyz: np.ndarray, seen: Observation, noise: float) -> float:
+    """Standard deviation per voxel of what a result lacks, in the scan's intensities: as ``missing_sd``, of any result.
+
+    The variance of scan - D SR inside tissue, less that of the noise, over the mean eigenvalue of D D': 0 where noise
+    explains all that is left.
+    """
+    free = [axis for axis in range(3) if seen.down[axis] is None and seen.align[axis] is None]
+    here: tuple = (slice(None),)
+    if free:
+        n = scan_xyz.shape[free[0]]
+        places = np.unique(np.linspace(0, n - 1, min(n, SAMPLED)).round().astype(int))
+        here = (*(slice(None),) * free[0], places)
+    sr, scan = sr_XYZ[here], np.asarray(scan_xyz[here], np.float32)
+    inside = scan > TISSUE * _bright([scan])
+    left = residual(sr, scan, seen, axis=0)
+    if left.shape != inside.shape or not inside.any():
+        return 0.0
+    eigenvalue = math.prod(float((d**2).sum()) / len(d) for d in seen.down if d is not None)
+    energy = float(np.mean(left[inside] ** 2, dtype=np.float64))
+    return math.sqrt(max(0.0, energy - noise**2) / eigenvalue)
+
+
 @dataclass(frozen=True)
 class Assumed:
     """What a result is made to agree with.
