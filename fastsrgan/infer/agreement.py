@@ -1,8 +1,8 @@
 """The last step of an inference: a result that agrees with its scan, and is empty where the scan is.
 
-SR' = SR + D' (D D' + w)^-1 (scan - D SR), see ``volume.consistency``: in place, in the image's own intensities, over the
-whole image whatever the region of interest. It comes when all planes are finished and have their name: what a run that
-ended meanwhile leaves is not gone on with, so that no result is corrected twice.
+SR' = SR + D' (D D' + w)^-1 (scan - D SR), see ``volume.consistency``: in place, in the image's own intensities, over
+the whole image whatever the region of interest. It comes when all planes are finished and have their name: what a run
+that ended meanwhile leaves is not gone on with, so that no result is corrected twice.
 
 Slabs lie along one axis in the processed orientation, so that the bits are the same in memory and in files.
 """
@@ -40,7 +40,7 @@ class Wanted:
     full : the same with the Gaussian as wide as the slices are thick, by which ``missing_sd`` judges
     believed : the profile of ``seen``; across : the axis across the slices
     weight : w; AUTO, to be chosen; None, the result is left as it is
-    empty : whether exact zeros of the scan are kept
+    empty : whether exact zeros of the scan are kept; held_bytes : what all this takes on the host
     """
 
     seen: Observation
@@ -91,7 +91,8 @@ def wanted(
     held = 0
     if not off and not seen.is_identity:
         # A slab and what the products make of it; where slabs depend on one another, what is as large as the scan.
-        held = 6 * min(SLAB_BYTES, 4 * math.prod(image.source.shape)) + (0 if _free(seen) else 4 * (3 * math.prod(shape) + _half(seen, shape)))
+        held = 6 * min(SLAB_BYTES, 4 * math.prod(image.source.shape))
+        held += 0 if _free(seen) else 4 * (3 * math.prod(shape) + _half(seen, shape))
     held += 8 * math.prod(shape) if settings.save_residual else 0
     weight = None if off or seen.is_identity else settings.agree
     return Wanted(seen, full, believed, across, weight, not off and not original, held)
@@ -144,7 +145,8 @@ def _weight(sr: np.ndarray, scan: np.ndarray, what: Wanted) -> tuple[float, floa
         return chosen.w, chosen.noise
     lacking = lacking_sd(sr, scan, what.seen, chosen.noise)
     ratio = LARGEST if chosen.noise**2 >= LARGEST * lacking**2 else (chosen.noise / lacking) ** 2
-    return max(chosen.w, ratio), chosen.noise
+    # Rounded: sums over voxels have other last bits with another layout of the array.
+    return float(f"{max(chosen.w, ratio):.3g}"), chosen.noise
 
 
 def _agree(sr: np.ndarray, scan: np.ndarray, seen: Observation, w: float, floor: float) -> tuple[float, float]:

@@ -142,7 +142,7 @@ def compute(
     except ModelError:
         shutil.rmtree(job.planes(loaded.image), ignore_errors=True)  # nothing that another run could go on with
         raise
-    if loaded.result.report["agree"]:
+    if loaded.result.report.get("agree"):
         loaded.result.report["agree"]["thickness_from"] = said
     loaded.seconds += time.perf_counter() - began
     return loaded
@@ -171,6 +171,7 @@ def bytes_while_writing(loaded: Loaded, job: Job) -> int:
     result = loaded.result
     assert result is not None
     held = 0 if isinstance(result.sr, np.memmap) else result.sr.nbytes + result.prob.nbytes
+    held += 0 if result.residual is None else result.residual.nbytes
     filtered, scaled = job.settings.largest_component or job.settings.min_size, job.settings.dtype == "input"
     labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * scaled  # bytes a voxel
     return held + labels * result.sr.size + (loaded.volume.data.nbytes if job.settings.png else 0)

@@ -302,8 +302,8 @@ class InferSettings:
         counts. A result on the scan's own grid has nothing to agree on
     slice_thickness : mm of the slices, for ``agree``; "auto": of files what DICOM or a BIDS sidecar says, else the
         spacing of slices
-    profile : of the slices, for ``agree``: "gaussian" or "box", as wide as they are thick; "auto": not known, a Gaussian
-        of 0.8 times that, and a larger weight
+    profile : of the slices, for ``agree``: "gaussian" or "box", as wide as they are thick; "auto": not known, a
+        Gaussian of 0.8 times that, and a larger weight
 
     Of files
     --------

@@ -65,8 +65,11 @@ def slice_thickness(image: Volume, path: str | os.PathLike) -> Thickness | None:
     It is not used where it cannot be that of the thickest axis: out of proportion to the spacing, or beside another
     SpacingBetweenSlices, as after resampling.
     """
-    spacing = image.spacing[slice_axis(image.spacing)]
+    thickest = slice_axis(image.spacing)
+    spacing = image.spacing[thickest]
     if image.meta.get("format") == "DICOM":
+        if thickest != 2:  # finer across the slices than within them
+            return None
         said, apart, source = image.meta.get("slice_thickness_mm"), image.meta.get("slice_distance_mm"), "DICOM"
     else:
         beside = Path(path).with_name(images.stem(path) + ".json")

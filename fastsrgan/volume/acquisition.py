@@ -47,7 +47,7 @@ def noise_sd(scan_xyz: np.ndarray, across: int) -> float | None:
     scan_xyz : (x, y, z) of any real dtype
     across : axis across the slices
     """
-    slices = [np.asarray(part, np.float32) for part in _sampled(scan_xyz, across)]
+    slices = [np.ascontiguousarray(part, np.float32) for part in _sampled(scan_xyz, across)]
     tissue = TISSUE * _bright(slices)
     energies = []
     for plane in slices:
@@ -81,7 +81,7 @@ def missing_sd(scan_xyz: np.ndarray, seen: Observation, noise: float) -> float:
     free = [axis for axis in range(3) if seen.down[axis] is None]
     axis = min(free) if free else 0
     planes = _sampled(scan_xyz, axis) if free else iter(np.moveaxis(scan_xyz, axis, 0))
-    part = np.stack([np.asarray(plane, np.float32) for plane in planes], axis)
+    part = np.ascontiguousarray(np.stack([np.asarray(plane, np.float32) for plane in planes], axis))
     left = part - apply_axes(part, again)
     inside = part > TISSUE * _bright([part])
     energy = float(np.mean(left[inside] ** 2, dtype=np.float64)) if inside.any() else 0.0
@@ -100,7 +100,7 @@ def lacking_sd(sr_XYZ: np.ndarray, scan_xyz: np.ndarray, seen: Observation, nois
         n = scan_xyz.shape[free[0]]
         places = np.unique(np.linspace(0, n - 1, min(n, SAMPLED)).round().astype(int))
         here = (*(slice(None),) * free[0], places)
-    sr, scan = sr_XYZ[here], np.asarray(scan_xyz[here], np.float32)
+    sr, scan = (np.ascontiguousarray(array[here], np.float32) for array in (sr_XYZ, scan_xyz))
     inside = scan > TISSUE * _bright([scan])
     left = residual(sr, scan, seen, axis=0)
     if left.shape != inside.shape or not inside.any():
