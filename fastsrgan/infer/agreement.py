@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,7 @@ def finish(
         )  # fmt: skip
     if what.empty and (kept := _keep_empty(turned, image.turn.apply(prob), scan, image, what.seen)):
         told["voxels_kept_empty"] = kept
-    left = None
+    left: np.ndarray | None = None
     if keep_residual:
         left = image.turn.undo(residual(turned, scan, what.seen, axis=0))
     if told["agree"] is not None:
@@ -158,7 +158,8 @@ def _agree(sr: np.ndarray, scan: np.ndarray, seen: Observation, w: float, floor:
         return _energy(residual(part, low, seen, slab_bytes, axis))
 
     axis, slab = (free[0], WHOLE) if free else (0, SLAB_BYTES)
-    for here in _slabs(sr, axis) if free else [(slice(None),)]:
+    cuts: Iterable[tuple[slice, ...]] = _slabs(sr, axis) if free else [(slice(None),)]
+    for here in cuts:
         part, low = sr[here], scan[here]
         sums[0] += left(part, low, slab, axis)
         agree(part, low, seen, w, floor, slab, axis)

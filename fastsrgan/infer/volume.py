@@ -196,7 +196,7 @@ def _finished(
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """``agreement.finish``; of ranks that share a volume the first does it, for all."""
     told: dict[str, Any] = {"agree": None}
-    left = None
+    left: np.ndarray | None = None
     if agreeing and not (together and together.ranks.rank):
         told, left = agreement.finish(*done, data, image, agreeing, settings.save_residual, label)
     if together:

@@ -77,11 +77,11 @@ def slice_thickness(image: Volume, path: str | os.PathLike) -> Thickness | None:
         said, apart = header.get("SliceThickness"), header.get("SpacingBetweenSlices")
     if not _is_size(said):
         return None
-    if _is_size(apart) and abs(apart / spacing - 1) > SPACING_SAME:  # type: ignore[operator]
+    if _is_size(apart) and abs(apart / spacing - 1) > SPACING_SAME:
         return Thickness(None, f"{source}: slices {apart:g} mm apart, the image's are {spacing:g}: resampled")
-    if not THICKNESS[0] <= said / spacing <= THICKNESS[1]:  # type: ignore[operator]
+    if not THICKNESS[0] <= said / spacing <= THICKNESS[1]:
         return Thickness(None, f"{source}: slices of {said:g} mm, {spacing:g} apart, are not believed")
-    return Thickness(float(said), source)  # type: ignore[arg-type]
+    return Thickness(float(said), source)
 
 
 def _is_size(value: object) -> bool:
