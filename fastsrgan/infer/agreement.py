@@ -22,13 +22,14 @@ from fastsrgan.errors import UsageError
 from fastsrgan.infer.interpolated import nearest
 from fastsrgan.infer.modes import Prepared
 from fastsrgan.infer.settings import AUTO, OFF, InferSettings
-from fastsrgan.volume.acquisition import LARGEST, Assumed, assumed, choose_weight, lacking_sd
+from fastsrgan.volume.acquisition import Assumed, assumed, choose_weight, lacking_sd
 from fastsrgan.volume.consistency import SLAB_BYTES, Observation, agree, observation, residual
 from fastsrgan.volume.resample import slice_axis
 
 log = logging.getLogger("fastsrgan")
 
 EMPTY = 0.05  # share of voxels that are exactly 0, above which a scan is taken to be masked
+NOTHING = 1000.0  # a weight that changes nothing worth the name
 WHOLE = 1 << 62  # bytes of a slab that is never cut
 
 
@@ -90,9 +91,9 @@ def wanted(
         raise UsageError("save residual", "the result is coarser than the scan", "a finer --new-resolution")
     held = 0
     if not off and not seen.is_identity:
-        # A slab and what the products make of it; where slabs depend on one another, what is as large as the scan.
-        held = 6 * min(SLAB_BYTES, 4 * math.prod(image.source.shape))
-        held += 0 if _free(seen) else 4 * (3 * math.prod(shape) + _half(seen, shape))
+        # A slab and what the products make of it, the residual; where slabs depend on one another, what is made of it.
+        held = 6 * min(SLAB_BYTES, 4 * math.prod(image.source.shape)) + 8 * math.prod(shape)
+        held += 0 if _free(seen) else 4 * (2 * math.prod(shape) + _half(seen, shape))
     held += 8 * math.prod(shape) if settings.save_residual else 0
     weight = None if off or seen.is_identity else settings.agree
     return Wanted(seen, full, believed, across, weight, not off and not original, held)
@@ -109,8 +110,13 @@ def finish(
     turned, scan = image.turn.apply(sr), image.turn.apply(data)
     told: dict[str, Any] = {"agree": None}
     if what.weight is not None:
-        weight, noise = _weight(turned, scan, what)
-        before, after = _agree(turned, scan, what.seen, weight, image.norm.floor)
+        free = _free(what.seen)
+        found = residual(turned, scan, what.seen, SLAB_BYTES, free[0] if free else 0)
+        weight, noise = _weight(found, scan, what)
+        size = _energy(scan)
+        before = _percent(_energy(found), size)
+        del found
+        after = _percent(_agree(turned, scan, what.seen, weight, image.norm.floor), size)
         told["agree"] = {
             "weight": weight,
             "noise": noise,
@@ -134,39 +140,40 @@ def finish(
     return told, left
 
 
-def _weight(sr: np.ndarray, scan: np.ndarray, what: Wanted) -> tuple[float, float | None]:
+def _weight(left: np.ndarray, scan: np.ndarray, what: Wanted) -> tuple[float, float | None]:
     """w and the scan's noise. The noise over what the spline lacks, or over what the result lacks if that is less: the
     better a result is, and the more of what is left is noise, the less is to be gained from the scan."""
     if what.weight != AUTO:
         assert isinstance(what.weight, (int, float))
         return float(what.weight), None
     chosen = choose_weight(scan, what.full, what.across, what.believed.floor)
-    if not chosen.noise:
-        return chosen.w, chosen.noise
-    lacking = lacking_sd(sr, scan, what.seen, chosen.noise)
-    ratio = LARGEST if chosen.noise**2 >= LARGEST * lacking**2 else (chosen.noise / lacking) ** 2
-    # Rounded: sums over voxels have other last bits with another layout of the array.
-    return float(f"{max(chosen.w, ratio):.3g}"), chosen.noise
+    if not chosen.noise or left.shape != scan.shape:
+        return _rounded(chosen.w), chosen.noise
+    lacking = lacking_sd(left, scan, what.seen, what.across)
+    ratio = NOTHING if chosen.noise**2 >= NOTHING * lacking**2 else (chosen.noise / lacking) ** 2
+    return _rounded(max(chosen.w, ratio)), chosen.noise
 
 
-def _agree(sr: np.ndarray, scan: np.ndarray, seen: Observation, w: float, floor: float) -> tuple[float, float]:
-    """Root mean square of scan - D SR over that of the scan in percent, before and after."""
+def _rounded(w: float) -> float:
+    """To three digits: sums over voxels have other last bits with another layout of the array."""
+    return float(f"{w:.3g}")
+
+
+def _agree(sr: np.ndarray, scan: np.ndarray, seen: Observation, w: float, floor: float) -> float:
+    """In place; the sum of squares of scan - D SR afterwards."""
     free = _free(seen)
-    sums = np.zeros(3)
-
-    def left(part: np.ndarray, low: np.ndarray, slab_bytes: int, axis: int) -> float:
-        return _energy(residual(part, low, seen, slab_bytes, axis))
-
     axis, slab = (free[0], WHOLE) if free else (0, SLAB_BYTES)
     cuts: Iterable[tuple[slice, ...]] = _slabs(sr, axis) if free else [(slice(None),)]
+    left = 0.0
     for here in cuts:
         part, low = sr[here], scan[here]
-        sums[0] += left(part, low, slab, axis)
         agree(part, low, seen, w, floor, slab, axis)
-        sums[1] += left(part, low, slab, axis)
-        sums[2] += _energy(low)
-    before, after, whole = sums
-    return (100 * math.sqrt(before / whole), 100 * math.sqrt(after / whole)) if whole else (0.0, 0.0)
+        left += _energy(residual(part, low, seen, slab, axis))
+    return left
+
+
+def _percent(left: float, whole: float) -> float:
+    return 100 * math.sqrt(left / whole) if whole else 0.0
 
 
 def _energy(array: np.ndarray) -> float:
