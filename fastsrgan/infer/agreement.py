@@ -121,7 +121,7 @@ def finish(
             "weight": weight,
             "noise": noise,
             "profile": what.believed.profile,
-            "thickness_mm": what.believed.thickness_mm,
+            "thickness_mm": float(f"{what.believed.thickness_mm:.6g}"),
             "residual_percent": after,
             "residual_percent_without": before,
         }
