@@ -28,7 +28,9 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from fastsrgan.core.runtime import finite, pick_device, provenance, rng, source_commit, tune_allocator, write_json
+from fastsrgan.core.draws import rng
+from fastsrgan.core.files import finite, write_json
+from fastsrgan.core.system import pick_device, provenance, source_commit, tune_allocator
 from fastsrgan.errors import UsageError
 
 __all__ = ["Case", "Sides", "peak_of", "prepare", "run", "texture", "write_json"]

@@ -16,8 +16,8 @@ from scipy import ndimage
 
 from bench import data_engine
 from bench.common import Case, OwnWay, Sides, texture
-from fastsrgan.data.patch_grid import patch_origins
 from fastsrgan.data.pool import Pool, Resident
+from fastsrgan.data.subject import patch_origins
 from fastsrgan.io import nifti as images
 from fastsrgan.observation.model import degrade
 from fastsrgan.store.reader import Store, open_store

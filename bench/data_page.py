@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.runtime import atomic_write
+from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import InputError
 
+RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("spread", "drift")  # of fastsrgan.data.shuffle.quality
 BUDGETS = (4, 16, 64)  # GB of resident_memory
 COHORTS = (40, 1000, 100_000)
@@ -252,8 +253,6 @@ def machine(report: dict[str, Any]) -> str:
 def main(argv: Sequence[str]) -> str:
     """``python -m bench project``: the table of cohort sizes."""
     import json
-
-    from bench.report import RESULTS
 
     parser = argparse.ArgumentParser(prog="python -m bench project", description=projection.__doc__)
     parser.add_argument("subjects", nargs="*", type=int, default=list(COHORTS), metavar="N", help="cohort sizes")

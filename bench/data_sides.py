@@ -26,7 +26,7 @@ import torch
 from bench import peers_data as peers
 from bench.cohort import Epochs, Patches, Work, as_patches
 from bench.watch import FolderWatch, tree_cpu_seconds, tree_memory, written
-from fastsrgan.core.runtime import pick_device, tune_allocator
+from fastsrgan.core.system import pick_device, tune_allocator
 from fastsrgan.data.feed import Feed, PatchRule, epoch_groups, resident_limit
 from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.observation.model import Degradation

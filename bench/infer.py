@@ -36,11 +36,11 @@ from bench.common import (
     texture,
 )
 from bench.peers_infer import EXACT, Network, peers, plain_loop, reference
-from fastsrgan.core.rearranged import held
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.stitch import WINDOWS, Stitcher
 from fastsrgan.infer.volume import infer_volume
+from fastsrgan.model.cpu.rearranged import held
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 STITCH_SHAPE, WHOLE_SHAPE = (160, 160, 160), (96, 112, 112)

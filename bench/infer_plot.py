@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.infer_page import OURS, affine_fit, against_step, rows_of, sides
 from bench.plot_step import bars
-from fastsrgan.core.runtime import atomic_write
+from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import InputError
 
 COLOUR = "black"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bench.common import Case, Sides, texture
-from fastsrgan.data.patch_grid import patch_origins
 from fastsrgan.data.pool import Pool, Resident
+from fastsrgan.data.subject import patch_origins
 from fastsrgan.infer import stitch, tiles
 from fastsrgan.volume import resample
 

@@ -20,7 +20,7 @@ import torch
 from scipy import ndimage
 
 from bench.cohort import Epochs, Patches, Work, batches, forever
-from fastsrgan.core.runtime import rng
+from fastsrgan.core.draws import rng
 from fastsrgan.volume.resample import FWHM
 
 Law = tuple[np.ndarray, np.ndarray, np.ndarray]  # interpolated, truth, label of one volume, (X, Y, Z)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.data_page import end_to_end, row_of, sides
-from fastsrgan.core.runtime import atomic_write
+from fastsrgan.core.files import atomic_write
 
 OURS, THEIRS = "#1f77b4", "#b0b0b0"
 STAGE_COLOURS = {"read": "#4c78a8", "degrade": "#f58518", "place": "#54a24b", "gather": "#b279a2"}

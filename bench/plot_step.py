@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.runtime import atomic_write
+from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import InputError
 
 OURS, THEIRS = "#1f77b4", "#b0b0b0"

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from bench import data_page, infer_page, infer_plot, plot_step, roofline, scale
+from bench.data_page import RESULTS
 from bench.plot import plot
-from fastsrgan.core.runtime import atomic_write
+from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE, PICTURE = ROOT / "docs" / "data-engine.md", ROOT / "docs" / "images" / "data-engine.png"
 STEP, STEP_REPORT = ROOT / "docs" / "images" / "step.png", "step.json"
 STEPS = ROOT / "docs" / "images" / "infer-steps.png"
-RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 ROOFLINE = ROOT / "docs" / "roofline.md"
 HEAD = """# Benchmarks
 

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import flops
-from bench.data_page import duration, table
+from bench.data_page import RESULTS, duration, table
 from bench.flops import Count
 from fastsrgan.errors import InputError
 
-RESULTS = Path(__file__).resolve().parent / "results"
 BLOCKS = 12  # convolutions of the residual blocks
 REPEATED = {"norm, 3^3 of a block": BLOCKS}
 HEAD = """# Roofline

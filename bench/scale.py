@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.data_page import amount, duration, table
+from bench.data_page import RESULTS, amount, duration, table
 from fastsrgan.errors import InputError, UsageError
 
-RESULTS = Path(__file__).resolve().parent / "results"
 EPOCHS = 3  # of a checked run
 RANKS = (1, 2)
 
@@ -241,7 +240,8 @@ def section(report: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str]) -> str:
     """``python -m bench scale``."""
     from bench.common import machine
-    from fastsrgan.core.runtime import source_commit, write_json
+    from fastsrgan.core.files import write_json
+    from fastsrgan.core.system import source_commit
 
     parser = argparse.ArgumentParser(
         prog="python -m bench scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -101,10 +101,11 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
 
     import torch
 
-    from bench.step import EPOCH, pool
+    from bench.cohort import EPOCH, pool
     from fastsrgan.config import TrainConfig
+    from fastsrgan.core.draws import rng
     from fastsrgan.core.ranks import from_environment, local_device
-    from fastsrgan.core.runtime import rng, tune_allocator
+    from fastsrgan.core.system import tune_allocator
     from fastsrgan.train.gan import Models
 
     torch.set_num_threads(options["threads"])

@@ -7,8 +7,8 @@ and a current folder that is gone, without which they cannot be loaded.
 import os
 import sys
 
-from fastsrgan.core.signals import AtOnce
-from fastsrgan.core.startup import no_room, open_streams, out_of_memory
+from fastsrgan.core.signals import AtOnce, no_room, open_streams
+from fastsrgan.core.system import out_of_memory
 
 
 def main() -> int:

@@ -1,6 +1,10 @@
-"""Training settings: one frozen dataclass that refuses nonsense, read from and written to YAML.
+"""Training settings: a row each, and the frozen dataclass of them, which refuses nonsense and is read from YAML.
 
-Defaults are the original code's (SEGSRGAN.md section 4); ``PRESETS`` holds the paper's where they differ.
+A row holds all that is known of a setting. Made from it are its field, its checks, its option of ``fastsrgan train``,
+its line in docs/config.md (``python tools/settings_page.py``), its part of ``PRESETS`` and what a resumed run does with
+another value. A new setting is a row here and the place where it acts.
+
+Defaults are those of the original's code; ``PRESETS`` holds the paper's where they differ.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ import re
 import reprlib
 import types
 import typing
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,282 +29,138 @@ from fastsrgan.errors import ModelError
 Triple = tuple[float, float, float]
 SIZE_MULTIPLE = 4  # of the edges that networks take: two stride-2 convolutions
 MIN_SIZE = 8  # reflect padding at a quarter of the resolution needs two voxels
-MAX_BYTES, MAX_DEPTH = 1 << 17, 8  # of a settings file, whose reader takes its time
 LARGEST_LABEL = 32767
-LARGEST = {"patch_size": 1024, "kernel_gen": 1024, "kernel_dis": 1024, "bias_field": 5}  # e^5 is 148-fold
+MAX_BYTES, MAX_DEPTH = 1 << 17, 8  # of a settings file, whose reader takes its time
 
-CHOICES = {
-    "network": ("plain", "unet"),
-    "reconstruction_loss": ("charbonnier", "dice"),
-    "geometry": ("physical", "segsrgan"),
-    "interp": ("scipy", "sitk"),
-    "interpolation_type": (
-        "NearestNeighbor",
-        "Linear",
-        "Spline",
-        "Gaussian",
-        "Hamming",
-        "Cosine",
-        "Welch",
-        "Lanczos",
-        "Blackman",
-    ),
-    "image_cropping_method": ("bounding_box", "overlapping_with_mask"),
-    "form": ("fast", "reference"),
-    "layer_forms": ("auto", "measured", "fixed"),
-    "penalty": ("auto", "manual", "explicit", "autograd"),
-    "feed": ("auto", "dali", "threads"),
-    "pool_precision": ("auto", "fp32", "fp16", "bf16"),
-    "precision": ("auto", "fp32", "bf16", "fp16"),
-    "layout": ("auto", "contiguous", "channels_last"),
-    "compile": ("auto", "on", "off"),
-    "lr_schedule": ("constant", "linear", "cosine"),
-    "best_by": ("dice", "psnr"),
-    "slice_axis": ("auto", "S", "A", "R"),
+BASIC, ADVANCED = "basic", "advanced"  # the two groups of options
+
+# What a run that is resumed does with another value than its snapshot's.
+FREE, NEW, KEPT, ANEW, START, MATCH = "free", "new value", "auto goes on", "epoch anew", "not used", "must match"
+RESUMED = {
+    FREE: "takes the new value, which changes no update of the networks",
+    NEW: "takes the new value and says so",
+    KEPT: "`auto` goes on as the snapshot did; any other value is taken, and that is said",
+    ANEW: "takes the new value, says so and begins the epoch anew, since other patches come at other times",
+    START: "keeps what it began with: the setting acts only where a run begins",
+    MATCH: "is refused: the snapshot holds other networks",
 }
-SHARES = ("synthetic", "synthetic_free", "synthetic_invert", "synthetic_strip")
-
-POSITIVE = (
-    *("epochs", "init_epoch", "batch_size", "stride", "critic_iterations", "head_rate", "lr_gen", "lr_dis"),
-    *("kernel_gen", "kernel_dis", "snapshot", "validate_every", "keep_checkpoints", "max_bad_steps"),
-    *("prefetch", "accumulate", "penalty_every"),
-)
-NOT_NEGATIVE = (
-    *("lambda_rec", "lambda_adv", "lambda_gp", "noise", "warmup_epochs", "clip_norm", "ema", "contrast_max"),
-    *(
-        "bias_field",
-        "profile",
-        "profile_box",
-        "gap",
-        "motion",
-        "feed_threads",
-        "generator_chunk",
-        "lr_warmup",
-        "lr_end",
-        "patience",
-    ),
-    *("whole_every", "dice_weight"),
-)
+TAKEN = (NEW, KEPT, ANEW)  # these are said
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that determines a training run besides its data.
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """The row of one setting.
 
-    new_low_res : one triple of mm (fixed) or two (bounds drawn uniformly per image and epoch), see slice_axis
-    slice_axis : directions of the body that these are along: in the plane twice, then through it along "S" (axial
-        slices), "A" (coronal) or "R" (sagittal); "auto": those of most subjects' stored axes. In segsrgan geometry
-        always each subject's stored axes
-    epochs, init_epoch : last and first epoch, counted from 1; epochs - init_epoch + 1 remain
-    batch_size, patch_size, stride : patches per update, their edge and grid spacing in voxels
-    critic_iterations : critic updates per generator update
-    lambda_rec, lambda_adv, lambda_gp : weights of reconstruction, adversarial term and gradient penalty
-    eps_per_channel : draw the penalty's interpolation per sample and channel (the code) or per sample (the paper)
-    contrast_max, noise : the power is uniform in [1 - c, 1 + c]; noise std as a fraction of the LR maximum
-    geometry : observation model, "physical" in millimetres or "segsrgan", the original's numbers
-    interp, interpolation_type : "sitk" (segsrgan geometry): SimpleITK's Expand with one of nine interpolators
-    network, kernel_gen, kernel_dis, residual, conditional, fit_mask : architecture (networks.py)
-    scaled : SR head in units of the patch's in-plane gradient (networks.GeneratorSpec; not in the paper)
-    zero_head : start a new generator's SR head at zero, so that training starts at the spline
-    snapshot : epochs between checkpoints; validate_every : epochs between validations
-    steps_per_epoch : stop an epoch after so many generator updates (None: every patch once)
-    warmup_epochs : epochs without the adversarial term and without critic updates
-    ema : decay of the averaged generator that is saved beside the trained one; 0 is off
-    head_rate : learning rate of the generator's head as a fraction of lr_gen (its 7^3 taps add up, docs/decisions/003)
-    clip_norm : largest gradient norm of a generator update; 0 is off
-    resident_subjects : subjects kept in memory at once (None: as many as fit)
-    max_bad_steps : updates with NaN or infinite loss in a row before training stops
-    bias_field, rician, profile, flips, motion : clinical extras of the degradation, each off by default (extras.py):
-        largest log amplitude of a smooth field; Rician instead of Gaussian noise; relative spread of the slice
-        profile's width; axes of random mirroring, "x" to "xyz"; sd in mm and degrees of motion between slices
-    gap, profile_box : thickness of slices over their spacing is uniform in [1 - gap, 1], the share of the box in the
-        slice profile uniform in [0, profile_box]; at 0 slices touch and their profile is the Gaussian
-    feed : "dali", "threads", or whichever is there; feed_threads, prefetch : its threads (0: auto), groups made ahead
-    resident_memory : GB for resident volumes (None: 40 % of what is free); pool_precision : their type
-    block_memory : GB above which one volume is degraded in blocks (None: whole)
-    form, penalty : exact rewrites of network layers and of the gradient penalty ("reference"/"autograd": plain forms)
-    layer_forms : which fast form a layer takes on a CPU: "measured", the one that was timed as faster on this machine,
-        or "fixed", the same everywhere; "auto" is FASTSRGAN_FORMS, else measured (forms.py). A resumed run keeps its
-    joint_fakes : one generator pass for the fakes of all critic updates; generator_chunk : patches of it at a time (0:
-        auto)
-    precision, tf32, layout, compile : how the device computes; "auto" decides by the kind of device (docs/training.md)
-    accumulate : micro-batches that make one update; auto_batch : lower batch_size before the first update until it fits
-    lr_schedule, lr_warmup, lr_end : shape, updates of linear warm-up, last rate as a fraction
-    patience : validations without a better score before training stops; 0 is off; best_by : that score
-    whole_every : epochs between validations on whole volumes with dense overlap; 0 is off
-    tensorboard : write scalars and sample images to RUN/tensorboard
-    penalty_every : critic updates between gradient penalties, weighted accordingly; dice_weight : soft Dice term added
-    synthetic : share of the visits of a subject with an image and tissues in which the image is made of the tissues;
-        without an image it always is
-    structure : values of the tissues that are the label, for example "3,42"
-    tissue_means : "VALUE:MEAN:SD,..." about which means are drawn, in parts of full scale ("": any contrast)
-    synthetic_free, synthetic_invert, synthetic_strip : shares of the synthetic visits with a mean for each structure,
-        with bright and dark exchanged, and of a head without all that is not brain (synthesis.py)
+    default, help : value without which it is given, and what it means, as ``--help`` says it
+    resume : one of ``RESUMED``
+    also : names of its option besides ``--name``, those of the original among them
+    more : what docs/config.md says besides ``help``
+    choices : the values there are; ``above``, ``low``, ``high``, ``below`` : bounds of numbers, the inner two included
+    check : the hint about a value that is not allowed, "" about one that is
+    presets : preset -> its value there
+    metavar : what the help shows for text
+    name, kind, optional : of its field: name, type (int, float, bool, str or tuple) and whether None is allowed
     """
 
-    new_low_res: tuple[Triple, ...] = ()
-    epochs: int = 200
-    init_epoch: int = 1
-    batch_size: int = 16
-    patch_size: int = 64
-    stride: int = 20
-    critic_iterations: int = 5
-    lr_gen: float = 1e-4
-    lr_dis: float = 1e-4
-    beta1: float = 0.5
-    beta2: float = 0.999
-    lambda_rec: float = 1.0
-    lambda_adv: float = 1e-3
-    lambda_gp: float = 10.0
-    eps_per_channel: bool = True
-    reconstruction_loss: str = "charbonnier"
-    contrast_max: float = 0.5
-    noise: float = 0.03
-    geometry: str = "physical"
-    interp: str = "scipy"
-    interpolation_type: str = "Spline"
-    image_cropping_method: str = "bounding_box"
-    network: str = "plain"
-    kernel_gen: int = 16
-    kernel_dis: int = 32
-    residual: bool = True
-    conditional: bool = False
-    fit_mask: bool = False
-    scaled: bool = False
-    zero_head: bool = False
-    snapshot: int = 1
-    validate_every: int = 1
-    keep_checkpoints: int = 3
-    steps_per_epoch: int | None = None
-    warmup_epochs: int = 0
-    ema: float = 0.0
-    head_rate: float = 1.0
-    clip_norm: float = 0.0
-    resident_subjects: int | None = None
-    max_bad_steps: int = 10
-    seed: int = 0
-    bias_field: float = 0.0
-    rician: bool = False
-    profile: float = 0.0
-    profile_box: float = 0.0
-    gap: float = 0.0
-    flips: str = ""
-    motion: float = 0.0
-    feed: str = "auto"
-    feed_threads: int = 0
-    prefetch: int = 1
-    resident_memory: float | None = None
-    pool_precision: str = "auto"
-    block_memory: float | None = None
-    form: str = "fast"
-    layer_forms: str = "auto"
-    penalty: str = "auto"
-    joint_fakes: bool = True
-    generator_chunk: int = 0
-    precision: str = "auto"
-    tf32: bool = False
-    layout: str = "auto"
-    compile: str = "auto"
-    accumulate: int = 1
-    auto_batch: bool = False
-    lr_schedule: str = "constant"
-    lr_warmup: int = 0
-    lr_end: float = 0.0
-    patience: int = 0
-    best_by: str = "dice"
-    whole_every: int = 0
-    tensorboard: bool = False
-    penalty_every: int = 1
-    dice_weight: float = 0.0
-    synthetic: float = 0.0
-    structure: str = ""
-    tissue_means: str = ""
-    synthetic_free: float = 0.25
-    synthetic_invert: float = 0.2
-    synthetic_strip: float = 0.5
-    slice_axis: str = "auto"
-    preset: str = "code"
+    default: Any
+    help: str
+    resume: str
+    also: tuple[str, ...] = ()
+    group: str = ADVANCED
+    more: str = ""
+    choices: tuple[str, ...] = ()
+    above: float | None = None
+    low: float | None = None
+    high: float | None = None
+    below: float | None = None
+    check: Callable[[Any], str] | None = None
+    presets: Mapping[str, Any] = field(default_factory=dict)
+    metavar: str = ""
+    name: str = ""
+    kind: type = str
+    optional: bool = False
 
-    def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ModelError(f"config: {name}", f"{shown(value)} is not allowed", f"one of {', '.join(allowed)}")
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ModelError(f"config: {f.name}", f"{value} is not allowed", "a finite number")
-        usable = all(len(t) == 3 and min(t) > 0 and math.isfinite(sum(t)) for t in self.new_low_res)
-        if len(self.new_low_res) not in (1, 2) or not usable:
-            raise ModelError(
-                "config: new_low_res",
-                f"{shown(self.new_low_res)} is not allowed",
-                "one or two triples of positive millimetres",
-            )
-        for name, largest in LARGEST.items():
-            if getattr(self, name) > largest:
-                raise ModelError(
-                    f"config: {name}", f"{shown(getattr(self, name))} is not allowed", f"at most {largest}"
-                )
-        if self.patch_size % 4 or self.patch_size < 16:
-            lower = max(16, self.patch_size // 4 * 4)
-            raise ModelError(
-                "config: patch_size",
-                f"{self.patch_size} is not allowed",
-                f"a multiple of 4 (two stride-2 layers) from 16 up; try {lower} or {lower + 4}",
-            )
-        for name in POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ModelError(f"config: {name}", f"{getattr(self, name)} is not allowed", "a number above zero")
-        for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                raise ModelError(f"config: {name}", f"{getattr(self, name)} is not allowed", "zero or above")
-        for name in ("resident_memory", "block_memory", "resident_subjects", "steps_per_epoch"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ModelError(f"config: {name}", f"{value} is not allowed", "a number above zero, or leave it out")
-        if not set(self.flips) <= set("xyz") or len(set(self.flips)) < len(self.flips):
-            hint = "letters of the axes to mirror, each once, for example xy"
-            raise ModelError("config: flips", f"{shown(self.flips)} is not allowed", hint)
-        for name in ("contrast_max", "ema", "noise", "beta1", "beta2", "profile", "gap"):
-            if getattr(self, name) >= 1:
-                raise ModelError(f"config: {name}", f"{getattr(self, name)} is not allowed", "below 1")
-        if self.profile_box > (1 if self.geometry == "physical" else 0):
-            hint = "at most 1, the box alone" if self.geometry == "physical" else "0: segsrgan geometry has no box"
-            raise ModelError("config: profile_box", f"{self.profile_box} is not allowed", hint)
-        for name in SHARES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ModelError(f"config: {name}", f"{getattr(self, name)} is not allowed", "a share from 0 to 1")
-        if self.synthetic and not self.structure:
-            raise ModelError("config: synthetic", "which tissues are the label is not said", "structure: 3,42")
-        if self.synthetic and (self.fit_mask or self.image_cropping_method == "overlapping_with_mask"):
-            reason = "images that are made have no mask, which fit_mask and overlapping_with_mask need"
-            raise ModelError("config: synthetic", reason, "leave one of them out")
-        label_values(self.structure), tissue_gaussians(self.tissue_means)
-        if self.init_epoch > self.epochs:
-            raise ModelError(
-                "config: init_epoch",
-                f"{self.init_epoch} is behind the last epoch, {self.epochs}",
-                "more epochs, or a smaller init_epoch",
-            )
-        if self.slice_axis != "auto" and self.geometry == "segsrgan":
-            raise ModelError("config: slice_axis", "the segsrgan geometry keeps the stored axes", "geometry: physical")
-        if self.interp == "sitk" and self.geometry != "segsrgan":
-            raise ModelError("config: interp", f"sitk is unknown in {self.geometry} geometry", "geometry: segsrgan")
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Names of its option, in the spelling with ``-``."""
+        return (*self.also, f"--{self.name.replace('_', '-')}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, tuples as lists."""
-        values = dataclasses.asdict(self)
-        values["new_low_res"] = [list(t) for t in self.new_low_res]
-        return values
+    def text(self, value: Any) -> str:
+        """A value of it as help and documentation show it."""
+        if isinstance(value, float):
+            return f"{value:g}"
+        return "none" if value is None else str(value) or "empty"
 
-    def to_yaml(self) -> str:
-        """YAML text that ``from_yaml`` reads back to an equal configuration."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+    def hint(self, value: Any) -> str:
+        """What is allowed, where ``value`` is not; else nothing."""
+        if self.choices and value not in self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if value is None and self.optional:
+            return ""
+        if isinstance(value, float) and not math.isfinite(value):
+            return "a finite number"
+        if self.high is not None and value > self.high:
+            return f"at most {self.high}"
+        if self.above is not None and not value > self.above:
+            return f"a number above {self.above or 'zero'}{', or leave it out' if self.optional else ''}"
+        if self.low is not None and value < self.low:
+            return f"{self.low or 'zero'} or above"
+        if self.below is not None and value >= self.below:
+            return f"below {self.below}"
+        return self.check(value) if self.check else ""
 
-    def replace(self, **changes: Any) -> TrainConfig:
-        """A validated copy with some settings changed."""
-        return dataclasses.replace(self, **changes)
+    def plain(self, value: Any, what: str) -> Any:
+        """A plain value, as a file holds it, in the type of the field; booleans are no numbers here, nor the reverse.
+
+        Raises ModelError, which names ``what``, for a value of another type.
+        """
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is None and self.optional:
+            return None
+        if self.kind is tuple:
+            return triples(value, f"{what}: {self.name}")
+        if self.kind is float and number and (isinstance(value, float) or abs(value) < 1e300):
+            return float(value)
+        if self.kind is int and number and isinstance(value, int) and abs(value) < 2**63:
+            return value
+        if self.kind in (bool, str) and isinstance(value, self.kind):
+            return value
+        allowed = {int: "a whole number", float: "a number", bool: "true or false"}.get(self.kind, "text")
+        raise ModelError(f"{what}: {self.name}", f"{shown(value)} is not {allowed}", "see docs/config.md")
+
+
+def setting(default: Any, help: str, resume: str, **facts: Any) -> Any:
+    """A field of ``TrainConfig`` with its row: ``facts`` are further fields of `Setting`."""
+    return field(default=default, metadata={"row": Setting(default=default, help=help, resume=resume, **facts)})
+
+
+def triples(value: Any, what: str) -> tuple[tuple[float, ...], ...]:
+    """[1, 1, 3] or [[1, 1, 2], [1, 1, 4]] as tuples of floats. Raises ModelError for what has no such form."""
+    try:
+        listed = [value] if value and not isinstance(value[0], (list, tuple)) else value
+        return tuple(tuple(float(v) for v in t) for t in listed)
+    except (TypeError, ValueError, LookupError, OverflowError) as error:
+        reason = f"{shown(value)} is not allowed"
+        raise ModelError(what, reason, "one or two triples of millimetres, [[1, 1, 3]]") from error
+
+
+def check_resolutions(value: tuple[Triple, ...]) -> str:
+    """One triple, or two for bounds."""
+    usable = all(len(t) == 3 and min(t) > 0 and math.isfinite(sum(t)) for t in value)
+    return "" if len(value) in (1, 2) and usable else "one or two triples of positive millimetres"
+
+
+def check_patch(edge: int) -> str:
+    """The networks halve a patch twice."""
+    lower = max(16, edge // 4 * 4)
+    hint = f"a multiple of 4 (two stride-2 layers) from 16 up; try {lower} or {lower + 4}"
+    return hint if edge % 4 or edge < 16 else ""
+
+
+def check_flips(axes: str) -> str:
+    """Some of the letters x, y and z."""
+    usable = set(axes) <= set("xyz") and len(set(axes)) == len(axes)
+    return "" if usable else "letters of the axes to mirror, each once, for example xy"
 
 
 def label_values(text: str) -> tuple[int, ...]:
@@ -326,58 +187,249 @@ def tissue_gaussians(text: str) -> tuple[tuple[int, float, float], ...]:
     return tuple((value, *gaussian) for value, gaussian in sorted(found.items()))
 
 
+def hint_of(parse: Callable[[str], Any]) -> Callable[[str], str]:
+    """The check of a text that ``parse`` reads: its hint where it raises ModelError."""
+
+    def check(text: str) -> str:
+        try:
+            parse(text)
+        except ModelError as error:
+            return error.hint
+        return ""
+
+    return check
+
+
+# Of SimpleITK's Expand.
+SITK = ("NearestNeighbor", "Linear", "Spline", "Gaussian", "Hamming", "Cosine", "Welch", "Lanczos", "Blackman")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines a training run besides its data. The fields' rows say what they mean.
+
+    Raises ModelError for a value that is not allowed.
+    """
+
+    # fmt: off
+    new_low_res: tuple[Triple, ...] = setting((), "low-resolution mm; twice: bounds", NEW, group=BASIC, also=("-n",),
+        check=check_resolutions, more="see slice_axis; two triples: drawn uniformly per axis, image and epoch")
+    epochs: int = setting(200, "last epoch", FREE, group=BASIC, also=("-e", "--epoch"), above=0)
+    init_epoch: int = setting(1, "first epoch (epoch - init_epoch + 1 are run)", FREE, also=("-i",), above=0,
+        more="epochs count from 1")
+    batch_size: int = setting(16, "patches per update", ANEW, group=BASIC, also=("-b",), presets={"paper": 32}, above=0,
+        more="of all ranks")
+    patch_size: int = setting(64, "edge of the training patches", ANEW, group=BASIC, also=("-ps",), high=1024,
+        check=check_patch,
+        more="in voxels, a multiple of 4 from 16 up; refused on resume where the critic would have other layers")
+    stride: int = setting(20, "grid spacing of the training patches", ANEW, above=0, more="in voxels")
+    critic_iterations: int = setting(5, "critic updates per generator update", NEW,
+        also=("--number-of-disciminator-iteration", "--number-of-discriminator-iteration"), above=0)
+    lr_gen: float = setting(1e-4, "learning rate of the generator", NEW, group=BASIC, also=("--lrgen",), above=0)
+    lr_dis: float = setting(1e-4, "learning rate of the critic", NEW, group=BASIC, also=("--lrdis",), above=0)
+    beta1: float = setting(0.5, "Adam's decay of gradients", NEW, presets={"paper": 0.9}, low=0, below=1)
+    beta2: float = setting(0.999, "Adam's decay of squared gradients", NEW, low=0, below=1)
+    lambda_rec: float = setting(1.0, "weight of the reconstruction loss", NEW, also=("--lambrec",), low=0)
+    lambda_adv: float = setting(1e-3, "weight of the adversarial loss; 0 trains without a critic", NEW, group=BASIC,
+        also=("--lambadv",), low=0)
+    lambda_gp: float = setting(10.0, "weight of the gradient penalty", NEW, also=("--lambgp",),
+        presets={"paper": 100.0}, low=0)
+    eps_per_channel: bool = setting(True, "draw the penalty's interpolation per sample and channel, not per sample",
+        NEW, presets={"paper": False})
+    reconstruction_loss: str = setting("charbonnier", "reconstruction loss", NEW, also=("-rl",),
+        choices=("charbonnier", "dice"))
+    contrast_max: float = setting(0.5, "contrast power is uniform in [1 - c, 1 + c]", NEW, group=BASIC,
+        also=("-contrast-max",), low=0, below=1)
+    noise: float = setting(0.03, "noise std over the LR maximum", NEW, group=BASIC,
+        also=("-percent-val-max", "--percent-val-max"), low=0, below=1)
+    geometry: str = setting("physical", "observation model: exact in mm, or the original's numbers", ANEW,
+        choices=("physical", "segsrgan"))
+    interp: str = setting("scipy", "interpolation of the original's numbers; sitk implies --geometry segsrgan", NEW,
+        also=("-int",), choices=("scipy", "sitk"),
+        more="sitk: SimpleITK's Expand, of the extra `sitk`; in a file it needs `geometry: segsrgan` beside it")
+    interpolation_type: str = setting("Spline", "interpolator of --interp sitk", NEW, also=("-it",), choices=SITK)
+    image_cropping_method: str = setting("bounding_box", "where patches are taken", ANEW, also=("-icm",),
+        choices=("bounding_box", "overlapping_with_mask"))
+    network: str = setting("plain", "architecture of the generator", MATCH, group=BASIC, choices=("plain", "unet"))
+    kernel_gen: int = setting(16, "channels of the generator's first convolution", MATCH, group=BASIC, above=0,
+        high=1024)
+    kernel_dis: int = setting(32, "channels of the critic's first convolution", MATCH, group=BASIC, above=0, high=1024)
+    residual: bool = setting(True, "output = input - head", MATCH, also=("-is-residual", "--is-residual"))
+    conditional: bool = setting(False, "resolution as a second input", MATCH,
+        also=("-is-conditional", "--is-conditional"), more="[no effect](decisions/010-conditional-input.md)")
+    fit_mask: bool = setting(False, "also learn the classes of Mask_image", MATCH, group=BASIC, also=("-fm",))
+    scaled: bool = setting(False, "SR head in units of the patch's in-plane gradient: intensity-equivariant", MATCH,
+        more="[why](decisions/011-scaled-head.md); not in the paper")
+    zero_head: bool = setting(False, "start the SR head at zero: training starts at the spline", START)
+    snapshot: int = setting(1, "epochs between snapshots", FREE, group=BASIC, also=("-s",), above=0)
+    validate_every: int = setting(1, "epochs between validations", FREE, group=BASIC, above=0)
+    keep_checkpoints: int = setting(3, "snapshots kept for --resume", FREE, above=0)
+    steps_per_epoch: int | None = setting(None, "end each epoch after so many updates", ANEW, group=BASIC, above=0,
+        more="none: every patch once")
+    warmup_epochs: int = setting(0, "epochs before the adversarial term starts", NEW, low=0,
+        more="without updates of the critic")
+    ema: float = setting(0.0, "decay of an averaged generator, which is then validated and shipped; 0 off", NEW,
+        group=BASIC, low=0, below=1, more="a resumed run may begin it")
+    head_rate: float = setting(1.0, "learning rate of the generator's head over lr_gen", NEW, above=0,
+        more="its 343 taps add up ([decision 003](decisions/003-demo-weights.md))")
+    clip_norm: float = setting(0.0, "largest gradient norm of the generator; 0 off", NEW, low=0)
+    resident_subjects: int | None = setting(None, "subjects in memory at once", ANEW, above=0,
+        more="none: as many as fit")
+    max_bad_steps: int = setting(10, "updates in a row that may be not finite", FREE, above=0)
+    seed: int = setting(0, "seed of every random number", ANEW, group=BASIC)
+    bias_field: float = setting(0.0, "largest log amplitude of a smooth bias field", NEW, low=0, high=5)  # 148-fold
+    rician: bool = setting(False, "Rician instead of Gaussian noise", NEW)
+    profile: float = setting(0.0, "relative spread of the slice profile's width", NEW, low=0, below=1)
+    profile_box: float = setting(0.0, "largest share of a box in the slice profile, the rest a Gaussian", NEW, low=0,
+        high=1, more="drawn uniformly from 0 on")
+    gap: float = setting(0.0, "largest gap between slices over their spacing", NEW, low=0, below=1,
+        more="slice thickness over spacing is uniform from 1 - gap to 1")
+    flips: str = setting("", "axes along which patches are mirrored at random, for example xy", NEW, check=check_flips,
+        metavar="AXES")
+    motion: float = setting(0.0, "sd in mm and degrees of motion between slices", NEW, low=0)
+    feed: str = setting("auto", "what moves volumes from the store", FREE, choices=("auto", "dali", "threads"),
+        more="auto: DALI where it is installed")
+    feed_threads: int = setting(0, "threads of the feed; 0 auto", FREE, low=0)
+    prefetch: int = setting(1, "groups of subjects made ahead", FREE, above=0)
+    resident_memory: float | None = setting(None, "GB for the volumes in memory", FREE, above=0,
+        more="none: 40 % of what is free")
+    pool_precision: str = setting("auto", "type of the resident intensities", NEW,
+        choices=("auto", "fp32", "fp16", "bf16"))
+    block_memory: float | None = setting(None, "GB above which a volume is degraded in blocks", NEW, above=0,
+        more="none: whole")
+    form: str = setting("fast", "network layers: exact fast forms or the plain ones", NEW,
+        choices=("fast", "reference"))
+    layer_forms: str = setting("auto", "fast forms on a CPU: timed for this machine, or the same everywhere", KEPT,
+        choices=("auto", "measured", "fixed"), more="auto: the variable FASTSRGAN_FORMS, else measured")
+    penalty: str = setting("auto", "critic update: by hand, with an explicit penalty graph, or double backward", NEW,
+        choices=("auto", "manual", "explicit", "autograd"), more="all give the same gradients; auto takes the fastest")
+    joint_fakes: bool = setting(True, "one generator pass for all critic updates of an iteration", NEW)
+    generator_chunk: int = setting(0, "patches per generator pass without gradients; 0 auto", NEW, low=0)
+    precision: str = setting("auto", "arithmetic of the networks", KEPT, group=BASIC,
+        choices=("auto", "fp32", "bf16", "fp16"), more="auto decides by the kind of device ([training](training.md))")
+    tf32: bool = setting(False, "TF32 in float32 products of CUDA devices", NEW)
+    layout: str = setting("auto", "memory layout of the activations", NEW,
+        choices=("auto", "contiguous", "channels_last"), more="auto decides by the kind of device")
+    compile: str = setting("auto", "torch.compile and CUDA graphs", NEW, choices=("auto", "on", "off"),
+        more="auto decides by the kind of device")
+    accumulate: int = setting(1, "micro-batches per update", NEW, above=0)
+    auto_batch: bool = setting(False, "lower the batch size before the first update until it fits", FREE, group=BASIC)
+    lr_schedule: str = setting("constant", "learning rate over the run", NEW, choices=("constant", "linear", "cosine"),
+        more="from the first update to the last")
+    lr_warmup: int = setting(0, "updates of linear warm-up", NEW, low=0)
+    lr_end: float = setting(0.0, "last learning rate as a fraction of the first", NEW, low=0,
+        more="of `linear` and `cosine`")
+    patience: int = setting(0, "validations without a better score before training stops; 0 off", FREE, group=BASIC,
+        low=0)
+    best_by: str = setting("dice", "validation score that chooses best.safetensors", FREE, group=BASIC,
+        choices=("dice", "psnr"))
+    whole_every: int = setting(0, "epochs between validations on whole volumes; 0 off", FREE, low=0,
+        more="with dense overlap")
+    tensorboard: bool = setting(False, "write RUN/tensorboard", FREE, group=BASIC, more="scalars and sample images")
+    penalty_every: int = setting(1, "critic updates between gradient penalties", NEW, above=0,
+        more="weighted accordingly")
+    dice_weight: float = setting(0.0, "weight of an added soft Dice term", NEW, low=0)
+    synthetic: float = setting(0.0, "share of the visits that show an image made of the subject's tissues", NEW, low=0,
+        high=1, more="of subjects with an image and tissues; without an image it always is made"
+        " ([training](training.md#images-made-of-label-maps))")
+    structure: str = setting("", "values of the tissues that are the label, for example 3,42", NEW, metavar="VALUES",
+        check=hint_of(label_values))
+    tissue_means: str = setting("", "means of made images, VALUE:MEAN:SD,...; empty: any contrast", NEW,
+        check=hint_of(tissue_gaussians), metavar="MEANS", more="drawn about these, in parts of full scale")
+    synthetic_free: float = setting(0.25, "share of made images with a mean for each structure", NEW, low=0, high=1)
+    synthetic_invert: float = setting(0.2, "share of made images with bright and dark exchanged", NEW, low=0, high=1)
+    synthetic_strip: float = setting(0.5, "share of made heads that show the brain alone", NEW, low=0, high=1)
+    slice_axis: str = setting("auto", "direction through the slices of -n; auto: as most subjects are stored", NEW,
+        group=BASIC, choices=("auto", "S", "A", "R"), more="S: axial, A: coronal, R: sagittal slices; new_low_res is"
+        " in the plane twice, then through it; in segsrgan geometry always along each subject's stored axes")
+    preset: str = setting("code", "defaults of the paper or of its code", FREE, group=BASIC, choices=("code", "paper"))
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for name, row in SETTINGS.items():
+            value = getattr(self, name)
+            hint = row.hint(value)
+            if hint:
+                raise ModelError(f"config: {name}", f"{shown(value)} is not allowed", hint)
+        if self.profile_box and self.geometry != "physical":
+            hint = "0: segsrgan geometry has no box"
+            raise ModelError("config: profile_box", f"{self.profile_box} is not allowed", hint)
+        if self.synthetic and not self.structure:
+            raise ModelError("config: synthetic", "which tissues are the label is not said", "structure: 3,42")
+        if self.synthetic and (self.fit_mask or self.image_cropping_method == "overlapping_with_mask"):
+            reason = "images that are made have no mask, which fit_mask and overlapping_with_mask need"
+            raise ModelError("config: synthetic", reason, "leave one of them out")
+        if self.init_epoch > self.epochs:
+            raise ModelError(
+                "config: init_epoch",
+                f"{self.init_epoch} is behind the last epoch, {self.epochs}",
+                "more epochs, or a smaller init_epoch",
+            )
+        if self.slice_axis != "auto" and self.geometry == "segsrgan":
+            raise ModelError("config: slice_axis", "the segsrgan geometry keeps the stored axes", "geometry: physical")
+        if self.interp == "sitk" and self.geometry != "segsrgan":
+            raise ModelError("config: interp", f"sitk is unknown in {self.geometry} geometry", "geometry: segsrgan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, tuples as lists."""
+        values = dataclasses.asdict(self)
+        values["new_low_res"] = [list(t) for t in self.new_low_res]
+        return values
+
+    def to_yaml(self) -> str:
+        """YAML text that ``from_yaml`` reads back to an equal configuration."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A validated copy with some settings changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def _table() -> dict[str, Setting]:
+    """Name -> row, completed with what the field says."""
+    hints = typing.get_type_hints(TrainConfig)
+    rows = {}
+    for f in fields(TrainConfig):
+        kinds = typing.get_args(hints[f.name]) if isinstance(hints[f.name], types.UnionType) else (hints[f.name],)
+        kind = next(k for k in kinds if k is not types.NoneType)
+        row: Setting = f.metadata["row"]
+        rows[f.name] = dataclasses.replace(
+            row, name=f.name, kind=typing.get_origin(kind) or kind, optional=types.NoneType in kinds
+        )
+    return rows
+
+
+SETTINGS: dict[str, Setting] = _table()
+CHOICES: dict[str, tuple[str, ...]] = {name: row.choices for name, row in SETTINGS.items() if row.choices}
 PRESETS: dict[str, dict[str, Any]] = {
-    "code": {},
-    "paper": {"batch_size": 32, "lambda_gp": 100.0, "eps_per_channel": False, "beta1": 0.9},
+    preset: {name: row.presets[preset] for name, row in SETTINGS.items() if preset in row.presets}
+    for preset in CHOICES["preset"]
 }
+
+
+def changes(then: TrainConfig, now: TrainConfig) -> dict[str, str]:
+    """Settings that differ between a snapshot and the run that goes on from it -> what is done with them (RESUMED)."""
+    return {name: row.resume for name, row in SETTINGS.items() if getattr(then, name) != getattr(now, name)}
 
 
 def from_mapping(values: dict[str, Any], what: str = "config") -> TrainConfig:
     """A configuration from plain values; unknown keys and wrong types are ModelErrors that name what was meant."""
-    known = {f.name: f for f in fields(TrainConfig)}
-    hints = typing.get_type_hints(TrainConfig)
     preset = values.get("preset", "code")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ModelError(f"{what}: preset", f"{shown(preset)} is not allowed", f"one of {', '.join(PRESETS)}")
     checked: dict[str, Any] = dict(PRESETS[preset])
     for key, value in values.items():
         name = (key if isinstance(key, str) else shown(key)).replace("-", "_")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if name not in SETTINGS:
+            near = difflib.get_close_matches(name, SETTINGS, n=1)
             raise ModelError(
                 f"{what}: {name[:80]}", "unknown setting", f"did you mean {near[0]}?" if near else "see docs/config.md"
             )
-        checked[name] = _coerce(name, value, hints[name], what)
+        checked[name] = SETTINGS[name].plain(value, what)
     try:
         return TrainConfig(**checked)
     except ModelError as error:  # what is allowed is known there, where it was read here
         raise ModelError(error.what.replace("config", what, 1), error.reason, error.hint) from error
-
-
-def _coerce(name: str, value: Any, hint: Any, what: str) -> Any:
-    """``value`` as the annotated type, or ModelError; booleans are not numbers here, nor numbers booleans."""
-    if name == "new_low_res":
-        try:
-            triples = [value] if value and not isinstance(value[0], (list, tuple)) else value
-            return tuple(tuple(float(v) for v in t) for t in triples)
-        except (TypeError, ValueError, LookupError, OverflowError) as error:
-            raise ModelError(
-                f"{what}: {name}", f"{shown(value)} is not allowed", "one or two triples of millimetres, [[1, 1, 3]]"
-            ) from error
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    kind = next(k for k in kinds if k is not type(None))
-    if kind is float and isinstance(value, float):
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300:
-        return float(value)
-    if kind is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
-        return value
-    if kind in (bool, str) and isinstance(value, kind):
-        return value
-    allowed = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
-    raise ModelError(f"{what}: {name}", f"{shown(value)} is not {allowed}", "see docs/config.md")
 
 
 def shown(value: Any) -> str:

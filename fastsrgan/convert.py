@@ -18,16 +18,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fastsrgan.core.runtime import QUIET, Progress
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import FastsrganError, InputError, PartialFailure, UsageError
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.formats import examine
 from fastsrgan.io.nifti_voxels import NiftiFile
 from fastsrgan.io.tables import Fault, Row, read_table, table_error
-from fastsrgan.store.encode import DTYPES, describe, encode
 from fastsrgan.store.reader import Subject, to_float32
-from fastsrgan.store.writer import StoreWriter, create_store
+from fastsrgan.store.writer import DTYPES, StoreWriter, create_store, describe, encode
 from fastsrgan.volume.geometry import Volume
 from fastsrgan.volume.oddities import outliers
 from fastsrgan.volume.placement import axis_codes

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from fastsrgan._version import __version__
-from fastsrgan.core.units import human
-from fastsrgan.infer.network import pick_precision
-from fastsrgan.model.arithmetic import training_type
+from fastsrgan.core.system import free_memory, total_memory
+from fastsrgan.errors import human
+from fastsrgan.model.arithmetic import pick_precision, training_type
 from fastsrgan.model.cpu import forms
 
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "zarr", "numcodecs", "safetensors", "h5py", "nilearn", "matplotlib")
@@ -100,7 +100,7 @@ def diagnose() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
-        "memory": _memory(),
+        "memory": {"total": total_memory(), "available": free_memory()},
         "shm": _shm(),
         "gpu": _gpu(),
         "optional": {name: _optional(part) for name, part in OPTIONAL.items()},
@@ -210,22 +210,6 @@ def _usable_cores() -> float:
     if quota.isdigit() and period.strip().isdigit():
         cores = min(cores, int(quota) / int(period))
     return int(cores) if cores == int(cores) else round(cores, 2)
-
-
-def _memory() -> dict[str, int | None]:
-    """Bytes in all and free; both within the limit of a container."""
-    kilobytes = dict(re.findall(r"^(\w+): +(\d+) kB$", _read("/proc/meminfo") or "", re.MULTILINE))
-    total, available = (int(kilobytes[k]) * 1024 if k in kilobytes else None for k in ("MemTotal", "MemAvailable"))
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        limit, used = (_read(limit_file) or "").strip(), (_read(used_file) or "").strip()
-        if limit.isdigit() and total is not None and int(limit) < total:
-            total = int(limit)
-            if used.isdigit() and available is not None:
-                available = min(available, max(0, total - int(used)))
-    return {"total": total, "available": available}
 
 
 def _shm() -> int | None:

@@ -27,16 +27,16 @@ SMALL = TrainConfig(
 )
 
 
-def make_store(folder: Path, train: int = 2, test: int = 1) -> Path:
-    """A store of subjects of 24 x 28 x 30 voxels."""
-    lines = ["HR_image,Label_image,Base"]
+def make_store(folder: Path, train: int = 2, test: int = 1, masks: bool = False) -> Path:
+    """A store of subjects of 24 x 28 x 30 voxels; as masks, where they are wanted, serve the labels."""
+    lines = ["HR_image,Label_image,Base" + ",Mask_image" * masks]
     for i, base in enumerate(["Train"] * train + ["Test"] * test):
         grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in (24, 28, 30)), indexing="ij"))
         r = np.sqrt(((grid * np.array([1.1, 1.0 + 0.1 * i, 1.2])[:, None, None, None]) ** 2).sum(0))
         image = np.where(r < 0.9, 400 + 300 * np.cos(9 * r + i), 0).astype(np.int16)
         images.save(folder / f"sub-{i}.nii.gz", image, np.eye(4))
         images.save(folder / f"sub-{i}_gm.nii.gz", (r < 0.6).astype(np.uint8), np.eye(4))
-        lines.append(f"sub-{i}.nii.gz,sub-{i}_gm.nii.gz,{base}")
+        lines.append(f"sub-{i}.nii.gz,sub-{i}_gm.nii.gz,{base}" + f",sub-{i}_gm.nii.gz" * masks)
     (folder / "cohort.csv").write_text("\n".join(lines) + "\n", encoding="utf8")
     convert(folder / "cohort.csv", folder / "cohort.zarr")
     return folder / "cohort.zarr"

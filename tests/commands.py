@@ -251,7 +251,7 @@ def _hold(folder: Path, stuck: bool) -> None:
 
     ``stuck``: so slowly that nobody waits for it.
     """
-    compute, write, calls = infer_job.infer_volume, images.write_voxels, []
+    compute, write, calls = infer_job.process, images.write_voxels, []
 
     def held(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -265,4 +265,4 @@ def _hold(folder: Path, stuck: bool) -> None:
         time.sleep(WAIT if stuck else 0.2)
         write(stream, *args, **options)
 
-    infer_job.infer_volume, images.write_voxels = held, slow
+    infer_job.process, images.write_voxels = held, slow

@@ -11,9 +11,8 @@ import torch
 from fastsrgan.data.feed import Feed, PatchRule, deal
 from fastsrgan.data.pool import Resident
 from fastsrgan.observation.model import Degradation
-from fastsrgan.store.encode import describe
 from fastsrgan.store.reader import Store, open_store
-from fastsrgan.store.writer import create_store
+from fastsrgan.store.writer import create_store, describe
 
 CPU = torch.device("cpu")
 SHAPES = [(41, 52, 37), (33, 29, 60), (50, 47, 44), (17, 61, 23), (61, 47, 53)]

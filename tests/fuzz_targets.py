@@ -25,7 +25,7 @@ import torch
 from cohort import SMALL
 
 from fastsrgan import config
-from fastsrgan.core.runtime import write_json
+from fastsrgan.core.files import write_json
 from fastsrgan.errors import FastsrganError
 from fastsrgan.evaluate import cohort as evaluate_cohort
 from fastsrgan.evaluate.pair import evaluate_files

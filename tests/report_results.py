@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from phantom import head
 
-from fastsrgan.core.runtime import write_json
+from fastsrgan.core.files import write_json
 from fastsrgan.evaluate.pair import evaluate_files
 from fastsrgan.infer.files import infer_files
 from fastsrgan.io import nifti as images

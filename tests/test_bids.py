@@ -10,7 +10,7 @@ import pytest
 from phantom import head
 
 from fastsrgan.cli.main import main
-from fastsrgan.core.runtime import write_json
+from fastsrgan.core.files import write_json
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer.bids import STAGE, evaluate_bids, infer_bids
 from fastsrgan.infer.files import SomeFailed, infer_files

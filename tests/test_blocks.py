@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsrgan.core.runtime import rng
+from fastsrgan.core.draws import rng
 from fastsrgan.errors import ResourceError
 from fastsrgan.observation.model import Degradation, degrade
 from fastsrgan.observation.slabs import Slabs, Source, acquire, interpolate, plan, truth

@@ -10,9 +10,8 @@ import torch
 from fastsrgan.cli.main import main
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
-from fastsrgan.data.patch_grid import patch_origins
 from fastsrgan.data.settings_check import refuse_faults, small_subjects
-from fastsrgan.data.subject import PatchRule, make_resident
+from fastsrgan.data.subject import PatchRule, make_resident, patch_origins
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.model import safetensors as modelfile

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import yaml
@@ -87,25 +86,6 @@ def test_yaml_that_builds_objects_or_is_broken_is_refused(tmp_path, monkeypatch,
 def test_a_missing_file_is_said(tmp_path):
     with pytest.raises(ModelError, match="cannot be read"):
         from_yaml(tmp_path / "none.yaml")
-
-
-def test_the_documentation_lists_every_setting_with_its_default():
-    text = (Path(__file__).parent.parent / "docs" / "config.md").read_text(encoding="utf8")
-    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
-    documented = {}
-    for row in rows:
-        names, values = row[1].replace("`", "").split(","), row[2].split(",")
-        for i, name in enumerate(names):
-            documented[name.strip()] = values[min(i, len(values) - 1)].strip()
-    fields = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
-    assert set(documented) == set(fields)
-    for name, default in fields.items():
-        word = {None: "none", True: "true", False: "false"}.get(default, str(default)) if default not in (0, 1) else ""
-        assert name == "new_low_res" or documented[name] == word or _number(documented[name]) == default, name
-
-
-def _number(text: str) -> float | bool:
-    return text == "true" if text in ("true", "false") else float(text)
 
 
 # --- properties ---------------------------------------------------------------------------------------------------

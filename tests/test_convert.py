@@ -26,13 +26,12 @@ from fastsrgan.cli.console import PlainProgress
 from fastsrgan.cli.main import main
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
+from fastsrgan.core.files import LOCK
 from fastsrgan.errors import FastsrganError, InputError, ModelError, PartialFailure, ResourceError, UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.store import files as store_files
-from fastsrgan.store.encode import PERCENTILES, describe, encode
-from fastsrgan.store.files import LOCK
 from fastsrgan.store.reader import open_store, to_float32
-from fastsrgan.store.writer import create_store
+from fastsrgan.store.writer import PERCENTILES, create_store, describe, encode
 from fastsrgan.train.run import train
 from fastsrgan.volume.placement import axis_codes
 

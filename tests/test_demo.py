@@ -11,6 +11,7 @@ import pytest
 from commands import call, one_line
 
 from fastsrgan.demo import run as demo
+from fastsrgan.demo import template
 from fastsrgan.demo.template import Cohort, Subject
 from fastsrgan.errors import UsageError
 from fastsrgan.io import nifti as images
@@ -65,7 +66,7 @@ def test_a_resolution_that_cannot_be_is_refused_before_anything(tmp_path, capsys
 
 def test_whole_slices_end_where_the_scan_ends():
     volume = Volume(np.zeros((20, 21, 31)), np.diag([1, 1, 0.5, 1]))
-    assert demo.whole_slices(volume, (1.0, 2.0, 3.0)).data.shape == (20, 20, 30)
+    assert template.whole_slices(volume, (1.0, 2.0, 3.0)).data.shape == (20, 20, 30)
 
 
 def test_the_label_baseline_is_a_map_drawn_on_the_scan():

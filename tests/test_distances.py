@@ -8,7 +8,7 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 from fastsrgan.errors import InputError
-from fastsrgan.evaluate.distances import surface, surface_distances, surface_scores
+from fastsrgan.evaluate.metrics import surface, surface_distances, surface_scores
 
 CASES = [((9, 13, 11), (1.0, 1.0, 1.0)), ((17, 7, 12), (0.5, 0.7, 3.0)), ((5, 5, 21), (2.5, 1.0, 0.3))]
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from fastsrgan.errors import ResourceError, UsageError
-from fastsrgan.infer import network as tile_network
 from fastsrgan.infer import tiles
 from fastsrgan.infer.engine import predict
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.settings import InferSettings
+from fastsrgan.model import arithmetic as arithmetics
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 VOLUME = torch.rand(21, 30, 18, generator=torch.Generator().manual_seed(0))
@@ -180,12 +180,12 @@ def test_the_resolution_reaches_conditional_networks_only():
 
 def test_half_precision_touches_the_head_only(generator, caplog):
     """bf16 keeps 8 bits: the head deviates by that, a volume of large values not at all."""
-    tile_network._warn_once.cache_clear()
+    arithmetics._warn_once.cache_clear()
     small = VOLUME[:16, :16, :16]
     plan = tiles.plan(small.shape, 16, 16)
     with caplog.at_level(logging.WARNING, "fastsrgan"):
         for _ in range(2):
-            precision = tile_network.pick_precision("bf16", torch.device("cpu"))
+            precision = arithmetics.pick_precision("bf16", torch.device("cpu"))
             out, _ = predict(small, plan, TileNetwork(generator, 1.0, precision=precision))
     assert sum("bf16 is slower than fp32 on a CPU" in r.getMessage() for r in caplog.records) == 1
     reference, _ = predict(small, plan, TileNetwork(generator, 1.0))
@@ -195,10 +195,10 @@ def test_half_precision_touches_the_head_only(generator, caplog):
 
 
 def test_precision_follows_the_device():
-    assert tile_network.pick_precision("auto", torch.device("cpu")) == "fp32"
-    assert tile_network.pick_precision("auto", torch.device("cuda")) == "fp16"
+    assert arithmetics.pick_precision("auto", torch.device("cpu")) == "fp32"
+    assert arithmetics.pick_precision("auto", torch.device("cuda")) == "fp16"
     with pytest.raises(UsageError, match="precision"):
-        tile_network.pick_precision("int8", torch.device("cpu"))
+        arithmetics.pick_precision("int8", torch.device("cpu"))
 
 
 def test_progress_counts_tiles_and_finishes_also_after_an_error(generator):

@@ -10,7 +10,7 @@ import pytest
 
 from fastsrgan.cli.evaluate import better, plain, spread
 from fastsrgan.cli.main import main
-from fastsrgan.core.runtime import write_json
+from fastsrgan.core.files import write_json
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate import cohort as evaluate_cohort
 from fastsrgan.evaluate import pair as evaluate

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from fastsrgan.core.runtime import rng
+from fastsrgan.core.draws import rng
 from fastsrgan.errors import UsageError
 from fastsrgan.observation.artefacts import apply_bias, apply_motion, bernstein_matrix, draw_bias, draw_motion
 from fastsrgan.observation.model import Degradation, degrade

@@ -18,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import on_ranks
 
+from fastsrgan.core import system
 from fastsrgan.core.threads import Crew, one_thread
 from fastsrgan.data import dali as dali_feed
 from fastsrgan.data import feed
 from fastsrgan.data.feed import deal, epoch_groups, pick_dtype, pick_mover, pick_threads, resident_limit
 from fastsrgan.data.subject import PatchRule, make_resident, move_by_thread
 from fastsrgan.errors import InputError, ResourceError, UsageError
+from fastsrgan.model.arithmetic import TYPES
 from fastsrgan.observation.model import Degradation
 from fastsrgan.store.reader import Store
 
@@ -252,7 +254,7 @@ def test_intensities_are_halves_on_cuda_and_floats_on_a_cpu():
 @pytest.mark.parametrize("engine", ["threads", "dali"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_residents_in_another_precision_and_what_they_weigh(store, dali, engine, precision):
-    dtype = feed.PRECISIONS[precision]
+    dtype = TYPES[precision]
     exact = make_feed(store).prepare(1, "b")
     made = make_feed(store, engine=engine, precision=precision).prepare(1, "b")
     assert made.interpolated.dtype == made.hr.dtype == dtype and made.label.dtype == torch.uint8
@@ -282,9 +284,19 @@ def test_the_limit_counts_the_bytes_of_all_groups_that_live(store, caplog, preci
 
 def test_the_automatic_budget_is_shared_by_the_ranks_of_a_machine(store, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    whole = feed.free_memory(CPU)
+    whole = feed.share_of_memory(CPU)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert 0 < feed.free_memory(CPU) < whole / 16
+    assert 0 < feed.share_of_memory(CPU) < whole / 16
+
+
+def test_the_automatic_budget_stays_within_the_limit_of_a_container(store, monkeypatch):
+    largest = max(feed.resident_voxels(store.subject(name), 0) for name in names(store)) * (2 * 4 + 2)
+    limit = int(2 * 3 * largest / 0.4)  # of which 40 % hold three groups of one subject, twice
+    text = {"/sys/fs/cgroup/memory.max": str(limit + 10**9), "/sys/fs/cgroup/memory.current": str(10**9)}
+    monkeypatch.setattr(system, "_lines", lambda path: text.get(path, "").splitlines())
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert feed.share_of_memory(CPU) == limit
+    assert resident_limit(store, names(store), prefetch=2) == 2
 
 
 # --- ahead of the step --------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import os
 import re
 import shutil
 import sys
@@ -372,4 +373,5 @@ def freeze() -> None:
 
 
 if __name__ == "__main__":
+    os.environ["FASTSRGAN_FORMS"] = "fixed"  # as conftest.py sets it for the tests
     freeze()

@@ -12,7 +12,7 @@ import torch
 from commands import litter
 from nifti_files import rigid
 
-from fastsrgan.core.temporary import temporary_name
+from fastsrgan.core.files import temporary_name
 from fastsrgan.errors import InputError, ModelError, PartialFailure, ResourceError, UsageError
 from fastsrgan.infer import files as infer_files
 from fastsrgan.infer.files import SUMMARY

@@ -5,7 +5,7 @@ import pytest
 import torch
 from nifti_files import rigid
 
-from fastsrgan.core.runtime import read_json
+from fastsrgan.core.files import read_json
 from fastsrgan.errors import InputError, ModelError, PartialFailure, UsageError
 from fastsrgan.infer import files as infer_files
 from fastsrgan.infer.volume import infer_volume

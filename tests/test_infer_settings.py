@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastsrgan.cli.main import build_parser
-from fastsrgan.core.runtime import finite
+from fastsrgan.core.files import finite
 from fastsrgan.errors import UsageError
 from fastsrgan.infer import bids
 from fastsrgan.infer import files as infer_files

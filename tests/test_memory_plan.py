@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastsrgan.core import system
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.infer import activations, tiles
 from fastsrgan.infer import memory as memory_plan
@@ -154,14 +155,24 @@ def test_without_a_limit_what_is_free_counts(network, monkeypatch):
 
 
 def test_free_memory_is_what_the_tightest_limit_leaves(monkeypatch):
-    plain = memory_plan.free_memory()
+    plain = system.free_memory()
     assert plain > 0
     monkeypatch.setattr(resource, "getrlimit", lambda what: (10**6, 10**6) if what == resource.RLIMIT_AS else (-1, -1))
-    assert memory_plan.free_memory() == 0, "this process has taken more already"
+    assert system.free_memory() == 0, "this process has taken more already"
     text = {"/sys/fs/cgroup/memory.max": "123456789", "/sys/fs/cgroup/memory.current": "23456789"}
     monkeypatch.setattr(resource, "getrlimit", lambda what: (-1, -1))
-    monkeypatch.setattr(memory_plan, "_lines", lambda path: text.get(path, "").splitlines())
-    assert memory_plan.free_memory() == min(10**8, memory_plan.free_memory())
+    monkeypatch.setattr(system, "_lines", lambda path: text.get(path, "").splitlines())
+    assert system.free_memory() == 10**8 and system.total_memory() == 123456789
+    text["/proc/self/cgroup"] = "0::/jobs/a"  # a batch job within: its group's limit, and those of all around it
+    text |= {"/sys/fs/cgroup/jobs/memory.max": "33000000", "/sys/fs/cgroup/jobs/memory.current": "3000000"}
+    assert system.free_memory() == 3 * 10**7
+    text |= {"/sys/fs/cgroup/jobs/a/memory.max": "max", "/sys/fs/cgroup/jobs/a/memory.current": "3000000"}
+    assert system.free_memory() == 3 * 10**7
+    folder = "/sys/fs/cgroup/memory"
+    text = {f"{folder}/memory.limit_in_bytes": "50000000", f"{folder}/memory.usage_in_bytes": "1000000"}
+    assert system.free_memory() == 49 * 10**6, "the first version of control groups"
+    text[f"{folder}/memory.limit_in_bytes"] = str(2**63 - 4096)
+    assert system.free_memory() > 2**27, "which has a number for none"
 
 
 def test_the_plan_reaches_log_and_report(caplog):

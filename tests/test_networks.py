@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fastsrgan.core.runtime import rng
+from fastsrgan.core.draws import rng
 from fastsrgan.errors import ModelError
 from fastsrgan.model import networks
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, build_generator

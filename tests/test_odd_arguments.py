@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import call, litter, make_work
 
-from fastsrgan.core.runtime import is_special
+from fastsrgan.core.files import is_special
 
 INFER = ("--patch", "16", "--step", "16")
 MODEL = ("-w", "w.safetensors")

@@ -15,7 +15,7 @@ import pytest
 from commands import TILES, call, make_work, one_line
 
 from fastsrgan.cli import main as cli
-from fastsrgan.core import runtime
+from fastsrgan.core import files as core_files
 from fastsrgan.errors import InputError, ResourceError
 from fastsrgan.store.reader import open_store
 
@@ -115,7 +115,7 @@ def test_a_file_in_place_of_the_output_folder_is_named_as_what_it_is(work, tmp_p
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_a_folder_that_cannot_be_made_is_one_line_with_a_way_out():
     with pytest.raises(ResourceError, match=r"cannot be written here \(choose another folder"):
-        runtime.output_folder("/proc/x")
+        core_files.output_folder("/proc/x")
 
 
 def test_a_run_in_the_store_that_it_is_trained_on_is_refused(work, tmp_path, capsys):

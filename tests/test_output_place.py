@@ -11,7 +11,7 @@ from commands import call, one_line
 from nifti_files import HEAD, rigid, write
 from report_results import make_run
 
-from fastsrgan.core.runtime import write_json
+from fastsrgan.core.files import write_json
 from fastsrgan.errors import UsageError
 from fastsrgan.study import run as study
 

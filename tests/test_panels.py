@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from report_results import make_run
 
-from fastsrgan.pictures.panels import cut_panels, find_panels, png, write_panel
+from fastsrgan.pictures.planes import cut_panels, find_panels, png, write_panel
 from fastsrgan.report import curves
 from fastsrgan.report.page import report
-from fastsrgan.train.board import contact_sheet
+from fastsrgan.train.logs import contact_sheet
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 13), (5, 9, 3)])

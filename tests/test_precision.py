@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastsrgan.config import TrainConfig
 from fastsrgan.data.pool import Batch
 from fastsrgan.errors import ResourceError
-from fastsrgan.infer.network import pick_precision
 from fastsrgan.model import arithmetic as arithmetics
-from fastsrgan.model.arithmetic import TF32, Arithmetic, inference_test
+from fastsrgan.model.arithmetic import TF32, Arithmetic, inference_test, pick_precision
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
 from fastsrgan.train import precision
 from fastsrgan.train.gan import Models

@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from fastsrgan.core import rearranged
 from fastsrgan.infer import tiles
 from fastsrgan.infer.engine import predict
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.settings import InferSettings
 from fastsrgan.model import layers
-from fastsrgan.model.cpu import doubling, winograd
+from fastsrgan.model.cpu import doubling, rearranged, winograd
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 

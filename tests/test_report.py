@@ -17,12 +17,11 @@ from commands import call, one_line
 from report_results import make_results, make_run, make_scan, make_scores, make_truth
 
 from fastsrgan.cli import main as cli
-from fastsrgan.core.runtime import write_json
+from fastsrgan.core.files import write_json
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.report import cohort, volumes
-from fastsrgan.report.charts import Line, line_chart, ticks
-from fastsrgan.report.html import data_block, el, pointer, shown
+from fastsrgan.report.html import Line, data_block, el, line_chart, pointer, shown, ticks
 from fastsrgan.report.page import report
 from fastsrgan.volume.geometry import Orientation, Volume
 
@@ -397,7 +396,7 @@ def test_a_run_shows_its_curves(tmp_path):
 
 
 def test_sample_panels_come_from_tensorboard(tmp_path):
-    board = pytest.importorskip("fastsrgan.train.board", reason="board")
+    board = pytest.importorskip("fastsrgan.train.logs", reason="board")
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     torch = pytest.importorskip("torch")
     run = make_run(tmp_path / "run", updates=5)

@@ -19,10 +19,10 @@ from cohort import SMALL, losses, make_store, rows
 from processes import ended, outcome, start
 
 from fastsrgan.config import TrainConfig
+from fastsrgan.core.files import LOCK
 from fastsrgan.errors import InputError, ModelError, ResourceError
 from fastsrgan.model import checkpoint, weights
-from fastsrgan.pictures.panels import find_panels
-from fastsrgan.store.files import LOCK
+from fastsrgan.pictures.planes import find_panels
 from fastsrgan.train import loop, snapshots
 from fastsrgan.train.gan import Models
 from fastsrgan.train.run import train

@@ -11,32 +11,33 @@ import sys
 import numpy as np
 import pytest
 
-from fastsrgan.core import runtime, temporary
+from fastsrgan.core import draws, system
+from fastsrgan.core import files as core_files
 from fastsrgan.errors import ResourceError, UsageError
 
 
 def test_draws_depend_on_their_key_alone():
-    a = runtime.rng(1, 2, "sub-01", "noise").standard_normal(5)
-    runtime.rng(1, 2, "sub-01", "noise").random(100)
-    assert np.array_equal(a, runtime.rng(1, 2, "sub-01", "noise").standard_normal(5))
+    a = draws.rng(1, 2, "sub-01", "noise").standard_normal(5)
+    draws.rng(1, 2, "sub-01", "noise").random(100)
+    assert np.array_equal(a, draws.rng(1, 2, "sub-01", "noise").standard_normal(5))
     others = [(2, 2, "sub-01", "noise"), (1, 3, "sub-01", "noise"), (1, 2, "sub-02", "noise"), (1, 2, "sub-01", "x")]
-    assert all(not np.array_equal(a, runtime.rng(*k).standard_normal(5)) for k in others)
+    assert all(not np.array_equal(a, draws.rng(*k).standard_normal(5)) for k in others)
 
 
 def test_draws_are_the_same_on_every_machine():
     # Philox is defined to the bit; these values may never change, or stored runs could not be resumed.
-    assert runtime.rng(0, 1, "sub-01", "contrast").integers(0, 2**32, 3).tolist() == [1588247429, 4291509495, 543574631]
+    assert draws.rng(0, 1, "sub-01", "contrast").integers(0, 2**32, 3).tolist() == [1588247429, 4291509495, 543574631]
 
 
 @pytest.mark.fault(24)
 def test_atomic_write_leaves_the_old_file_on_any_failure(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old", encoding="utf8")
-    with pytest.raises(RuntimeError), runtime.atomic_write(path) as temporary:
+    with pytest.raises(RuntimeError), core_files.atomic_write(path) as temporary:
         temporary.write_text("half", encoding="utf8")
         raise RuntimeError
     assert path.read_text(encoding="utf8") == "old" and os.listdir(tmp_path) == ["a.json"]
-    with runtime.atomic_write(path) as temporary:
+    with core_files.atomic_write(path) as temporary:
         assert temporary.suffix == ".json" and temporary.parent == tmp_path
         temporary.write_text("new", encoding="utf8")
     assert path.read_text(encoding="utf8") == "new" and os.listdir(tmp_path) == ["a.json"]
@@ -46,7 +47,7 @@ def test_atomic_write_leaves_the_old_file_on_any_failure(tmp_path):
 def test_a_full_disk_is_a_resource_error_that_names_the_file(tmp_path):
     with (
         pytest.raises(ResourceError, match=r"a\.bin: no space left") as caught,
-        runtime.atomic_write(tmp_path / "a.bin"),
+        core_files.atomic_write(tmp_path / "a.bin"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.exit_code == 5 and not os.listdir(tmp_path)
@@ -57,13 +58,13 @@ def test_output_folder_says_when_a_file_is_in_the_way(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf8")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ResourceError):
-            runtime.output_folder(path)
-    assert runtime.output_folder(tmp_path / "a" / "b").is_dir()
+            core_files.output_folder(path)
+    assert core_files.output_folder(tmp_path / "a" / "b").is_dir()
 
 
 def test_json_has_no_nan(tmp_path):
     values = {"a": float("nan"), "b": [np.float32(1.5), np.inf], "c": np.arange(2), "d": tmp_path}
-    runtime.write_json(tmp_path / "a.json", values)
+    core_files.write_json(tmp_path / "a.json", values)
     read = json.loads((tmp_path / "a.json").read_text(encoding="utf8"))
     assert read == {"a": None, "b": [1.5, None], "c": [0, 1], "d": str(tmp_path)}
 
@@ -72,13 +73,13 @@ def test_json_has_no_nan(tmp_path):
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "gpu", "meta"])
 def test_devices_that_are_not_there_are_refused(name):
     with pytest.raises(ResourceError, match="--device"):
-        runtime.pick_device(name)
+        system.pick_device(name)
 
 
 def test_allocator_setting_keeps_memory_between_steps():
     code = (
         "import numpy as np, resource\n"
-        "from fastsrgan.core.runtime import tune_allocator\n"
+        "from fastsrgan.core.system import tune_allocator\n"
         "print(tune_allocator())\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
@@ -98,10 +99,10 @@ def test_a_disk_that_is_read_only_is_one_line_with_the_final_name(tmp_path, monk
     def refused(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "temporary")
 
-    monkeypatch.setattr(runtime.Path, "unlink", refused)
+    monkeypatch.setattr(core_files.Path, "unlink", refused)
     with (
         pytest.raises(ResourceError, match=r"a\.json: cannot be written \(check"),
-        runtime.atomic_write(tmp_path / "a.json"),
+        core_files.atomic_write(tmp_path / "a.json"),
     ):
         refused()
 
@@ -109,22 +110,23 @@ def test_a_disk_that_is_read_only_is_one_line_with_the_final_name(tmp_path, monk
 def test_json_is_read_as_it_is_written_and_whatever_else_is_there_is_none(tmp_path):
     path = tmp_path / "a.json"
     values = {"path": os.fsdecode(b"/tmp/\xff.nii"), "n": [1, 2.5, None], "big": 10**50}
-    runtime.write_json(path, values)
-    assert runtime.read_json(path) == values
+    core_files.write_json(path, values)
+    assert core_files.read_json(path) == values
     for text in (b"", b"[1]", b"5", b"[" * 10**5, b"\xff\xfe", b'{"a": ' + b"9" * 10**4 + b"}", b"{"):
         path.write_bytes(text)
-        assert runtime.read_json(path) in ({}, {"a": float("inf")})
+        assert core_files.read_json(path) in ({}, {"a": float("inf")})
     for place in (tmp_path, tmp_path / "none", "a\0b"):
-        assert runtime.read_json(place) == {}
+        assert core_files.read_json(place) == {}
 
 
 def test_a_folder_with_a_colon_is_no_url(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (
-        runtime.url_of("exp:/r.html") == "exp://r.html" and runtime.url_of("C:/x") is runtime.url_of("a/b:/c") is None
+        core_files.url_of("exp:/r.html") == "exp://r.html"
+        and core_files.url_of("C:/x") is core_files.url_of("a/b:/c") is None
     )
     (tmp_path / "exp:").mkdir()
-    assert runtime.url_of("exp:/r.html") is None and runtime.output_file("exp:/r.html").name == "r.html"
+    assert core_files.url_of("exp:/r.html") is None and core_files.output_file("exp:/r.html").name == "r.html"
 
 
 @pytest.mark.fault(25)
@@ -133,18 +135,18 @@ def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     match = r"pipe: is not a regular file \(name a file\)"
-    with pytest.raises(ResourceError, match=match), runtime.atomic_write(pipe) as temporary:
+    with pytest.raises(ResourceError, match=match), core_files.atomic_write(pipe) as temporary:
         temporary.write_text("x")
     with pytest.raises(UsageError, match="is not a regular file"):
-        runtime.output_file(pipe)
-    assert runtime.is_special(pipe) and [p.name for p in tmp_path.iterdir()] == ["pipe"]
+        core_files.output_file(pipe)
+    assert core_files.is_special(pipe) and [p.name for p in tmp_path.iterdir()] == ["pipe"]
 
 
 @pytest.mark.parametrize("name", ["n" * 243 + ".nii.gz", "ä" * 120 + ".nii.gz", "a." + "b" * 250, "n" * 255])
 def test_any_name_that_a_file_may_have_can_be_written_to(tmp_path, name):
     """The temporary name was too long where the name itself was not."""
     for text in ("old", "new"):
-        with runtime.atomic_write(tmp_path / name) as place:
+        with core_files.atomic_write(tmp_path / name) as place:
             assert len(os.fsencode(place.name)) <= 255
             place.write_text(text)
     if name.endswith(".nii.gz"):
@@ -156,17 +158,17 @@ def test_what_killed_processes_left_is_taken_away(tmp_path, monkeypatch):
     names = ["x_sr.nii.gz", "y" * 240 + ".nii.gz"]
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    mine = [temporary.temporary_name(tmp_path / name) for name in names]
+    mine = [core_files.temporary_name(tmp_path / name) for name in names]
     monkeypatch.setattr(os, "getpid", lambda: dead.pid)
-    left = [temporary.temporary_name(tmp_path / name) for name in names]
-    other = temporary.temporary_name(tmp_path / "z_sr.nii.gz")
-    monkeypatch.setattr(temporary, "_HOST", "0" * 8)
-    elsewhere, long_ago = (temporary.temporary_name(tmp_path / names[0]) for _ in range(2))
+    left = [core_files.temporary_name(tmp_path / name) for name in names]
+    other = core_files.temporary_name(tmp_path / "z_sr.nii.gz")
+    monkeypatch.setattr("fastsrgan.core.files._HOST", "0" * 8)
+    elsewhere, long_ago = (core_files.temporary_name(tmp_path / names[0]) for _ in range(2))
     monkeypatch.undo()
     for path in (*mine, *left, other, elsewhere, long_ago, tmp_path / names[0], tmp_path / ".x_sr.tmp-notes.nii.gz"):
         path.write_text("half")
     os.utime(long_ago, (0, 0))
     before = set(tmp_path.iterdir())
-    temporary.remove_abandoned(tmp_path, names)
+    core_files.remove_abandoned(tmp_path, names)
     assert before - set(tmp_path.iterdir()) == {*left, long_ago}
-    temporary.remove_abandoned(tmp_path / "none", names)
+    core_files.remove_abandoned(tmp_path / "none", names)

@@ -23,9 +23,9 @@ from test_store import StoreContract, make, put
 from fastsrgan.cli.main import main
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
+from fastsrgan.core.files import LOCK
 from fastsrgan.errors import FastsrganError, InputError, ResourceError
 from fastsrgan.store import files as store_files
-from fastsrgan.store.files import LOCK
 from fastsrgan.store.reader import open_store
 from fastsrgan.store.writer import create_store
 from fastsrgan.train.run import train

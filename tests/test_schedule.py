@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsrgan.train.schedule import factor, share
+from fastsrgan.train.optimise import factor, share
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])

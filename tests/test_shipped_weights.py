@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fastsrgan
-from fastsrgan.core import runtime
+from fastsrgan.core import draws
 from fastsrgan.demo import template
 from fastsrgan.evaluate import metrics
 from fastsrgan.model import weights
@@ -20,8 +20,8 @@ def subject() -> tuple[np.ndarray, np.ndarray]:
     volumes = template.mni152()
     cut = (slice(40, 120), slice(70, 150), slice(60, 140))
     pieces = [Volume(np.ascontiguousarray(v.data[cut]), v.affine) for v in volumes]
-    contrast = template.Contrast.draw(runtime.rng(987, "contrast"))
-    image, label = template.synthesise(*pieces, contrast, runtime.rng(987, "deformation"), sd_voxels=2.0)
+    contrast = template.Contrast.draw(draws.rng(987, "contrast"))
+    image, label = template.synthesise(*pieces, contrast, draws.rng(987, "deformation"), sd_voxels=2.0)
     inner = (slice(4, 76),) * 3
     return image[inner].astype(np.float32), label[inner]
 

@@ -22,10 +22,10 @@ import zarr
 from fsspec.implementations.memory import MemoryFileSystem
 from processes import CONTEXT, Flag
 
+from fastsrgan.core.files import LOCK
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
 from fastsrgan.store import files as store_files
 from fastsrgan.store import writer as store_writer
-from fastsrgan.store.files import LOCK
 from fastsrgan.store.reader import REPAIR, open_store
 from fastsrgan.store.writer import create_store
 
@@ -596,6 +596,6 @@ def test_a_large_manifest_is_replaced_less_often_and_ends_complete(folder, monke
 def test_a_lock_that_nobody_wrote_is_taken_over(folder, raw):
     """Ended in RecursionError or OverflowError."""
     make(folder, "a")
-    (folder / store_files.LOCK).write_bytes(raw)
+    (folder / LOCK).write_bytes(raw)
     with create_store(folder, resume=True) as writer:
         assert set(writer.finished) == {"a"}

@@ -15,8 +15,9 @@ from test_store import make, put, volume
 
 from fastsrgan.cli.main import main
 from fastsrgan.convert import convert
+from fastsrgan.core.files import LOCK
 from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.store.files import LOCK, Keys
+from fastsrgan.store.files import Keys
 from fastsrgan.store.reader import open_store
 from fastsrgan.store.remote import LONGEST_WAIT, Limits
 from fastsrgan.store.writer import create_store

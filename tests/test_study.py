@@ -19,12 +19,13 @@ from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 from fastsrgan.study import cells as study_cells
-from fastsrgan.study import paper as study_paper
+from fastsrgan.study import data as data_module
+from fastsrgan.study import plots
 from fastsrgan.study import plots as study_figure
 from fastsrgan.study import run as study
 from fastsrgan.study import tables as study_output
 from fastsrgan.study.data import Condition, acquire, find_heads, thick
-from fastsrgan.study.panels import PANELS, time_fit
+from fastsrgan.study.plots import PANELS, time_fit
 from fastsrgan.study.tables import csv_rows, markdown, paper_rows, shown_rows
 from fastsrgan.volume.geometry import Volume
 
@@ -93,7 +94,7 @@ def test_a_cell_is_what_evaluate_says_of_infer(folder, steps):
 def test_rows_are_means_over_the_test_heads_in_order(steps):
     rows = steps["rows"]
     keys = [(row["condition"], row["model"], row["step"]) for row in rows]
-    models = [(study_cells.BASELINE, None), ("with", 8), ("with", 12), ("with", 16)]
+    models = [(data_module.BASELINE, None), ("with", 8), ("with", 12), ("with", 16)]
     assert keys == [(condition, *model) for condition in ("original", "noise 10 %") for model in models]
     row = rows[2]
     values = [
@@ -227,7 +228,7 @@ def test_contrast_is_changed_in_both_images(folder):
 
 
 def test_the_papers_figures_are_labelled_and_never_mixed_with_rows(steps):
-    assert "own data" in study_paper.SOURCE and "not a target" in study_paper.SOURCE
+    assert "own data" in plots.SOURCE and "not a target" in plots.SOURCE
     assert steps["paper"]["rows"] and not any("figures" in row for row in steps["paper"]["rows"])
     assert {row["Dice"] for row in paper_rows(steps)} >= {"0.855", "0.831", "0.805", "-"}
     assert paper_rows({"paper": {"rows": []}}) == []

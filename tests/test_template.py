@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from fastsrgan.core.runtime import rng
+from fastsrgan.core.draws import rng
 from fastsrgan.demo import template
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.io import nifti as images

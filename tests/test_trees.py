@@ -12,7 +12,7 @@ from report_results import make_model, make_scan, make_truth
 
 import fastsrgan
 from fastsrgan.cli.main import main
-from fastsrgan.core.runtime import walk_files
+from fastsrgan.core.files import walk_files
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.cohort import evaluate_folders
 from fastsrgan.infer.bids import infer_bids

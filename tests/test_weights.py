@@ -254,15 +254,27 @@ def test_info_tells_what_a_file_holds(tmp_path):
     json.dumps(native)
 
 
-def test_the_shipped_model_is_the_one_file_there(tmp_path, monkeypatch):
+def test_names_of_shipped_models_stand_for_their_files(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(weights, "SHIPPED", tmp_path)
-    with pytest.raises(ModelError, match=r"0 shipped models.*--weights"):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"'adult' is missing.*reinstall"):
         weights.default_weights()
-    path = weights.save_generator(tmp_path / "small.safetensors", random_generator(GeneratorSpec(kernel=1)))
-    assert weights.default_weights() == path
-    shutil.copyfile(path, tmp_path / "other.safetensors")
-    with pytest.raises(ModelError, match="2 shipped models"):
-        weights.default_weights()
+    made = {}
+    for kernel, (name, model) in enumerate(weights.MODELS.items(), 1):
+        made[name] = random_generator(GeneratorSpec(kernel=kernel))
+        weights.save_generator(tmp_path / model.file, made[name])
+    for name, generator in made.items():
+        loaded = weights.load_generator(name)
+        assert loaded.spec == generator.spec and torch.equal(loaded.stem[0], generator.stem[0])
+    assert weights.load_generator().spec.kernel == 1
+    with caplog.at_level("INFO", "fastsrgan"):
+        assert weights.default_weights() == tmp_path / weights.MODELS["adult"].file
+    assert "adult" in caplog.text and "perinatal" in caplog.text
+    # A path of that name is what it is everywhere else: a path.
+    weights.save_generator(tmp_path / "perinatal", random_generator(GeneratorSpec(kernel=5)))
+    assert weights.load_generator("perinatal").spec.kernel == 5
+    with pytest.raises(ModelError, match=r"newborn: no such file.*adult, perinatal"):
+        weights.load_generator("newborn")
 
 
 def test_a_failed_write_leaves_the_file_before_it(tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastsrgan.core import workers
-from fastsrgan.core.workers import run
+from fastsrgan.core import threads as core_threads
+from fastsrgan.core.threads import run_each
 from fastsrgan.observation.model import degrade
 
 
@@ -28,7 +28,7 @@ def test_every_job_is_done_once_on_one_core_and_the_caller_keeps_its_cores(threa
     def job(number: int) -> None:
         seen.append((number, torch.get_num_threads(), threading.current_thread().name))
 
-    run(lambda n=n: job(n) for n in range(40))
+    run_each(lambda n=n: job(n) for n in range(40))
     assert sorted(n for n, _, _ in seen) == list(range(40))
     assert {cores for _, cores, _ in seen} == {1}
     assert len({name for _, _, name in seen}) <= threads
@@ -42,11 +42,11 @@ def test_every_job_is_done_once_on_one_core_and_the_caller_keeps_its_cores(threa
 
 def test_jobs_of_jobs_are_done_and_errors_are_raised(threads):
     done: list[int] = []
-    run(lambda: run(lambda n=n: done.append(n) for n in range(3)) for _ in range(5))
+    run_each(lambda: run_each(lambda n=n: done.append(n) for n in range(3)) for _ in range(5))
     assert sorted(done) == sorted([0, 1, 2] * 5)
     with pytest.raises(ZeroDivisionError):
-        run(lambda: 1 // 0 for _ in range(5))
-    run(lambda: done.clear() for _ in range(2))
+        run_each(lambda: 1 // 0 for _ in range(5))
+    run_each(lambda: done.clear() for _ in range(2))
     assert not done
 
 
@@ -57,19 +57,19 @@ def test_jobs_are_in_the_mode_of_their_caller(threads, mode):
         out = torch.zeros(4, 3)
         wanted = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         seen: list[tuple[bool, bool]] = []
-        run(lambda n=n: torch.mm(torch.ones(1, 3), torch.eye(3), out=out[n : n + 1]) for n in range(4))
-        run(lambda: seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled())) for _ in range(4))
+        run_each(lambda n=n: torch.mm(torch.ones(1, 3), torch.eye(3), out=out[n : n + 1]) for n in range(4))
+        run_each(lambda: seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled())) for _ in range(4))
         assert out.sum() == 12 and set(seen) == {wanted}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_process_has_workers_of_its_own():
-    pools = dict(workers._pools)
+    pools = dict(core_threads._pools)
     child = os.fork()
     if not child:
-        os._exit(len(workers._pools))
-    assert os.waitpid(child, 0)[1] == 0 and workers._pools == pools
+        os._exit(len(core_threads._pools))
+    assert os.waitpid(child, 0)[1] == 0 and core_threads._pools == pools
 
 
 def test_bits_do_not_depend_on_the_number_of_threads():

@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT))  # nothing needs to be installed
 
 import torch  # noqa: E402
 
-from fastsrgan.core.runtime import finite, provenance, write_json  # noqa: E402
+from fastsrgan.core.files import finite, write_json  # noqa: E402
+from fastsrgan.core.system import provenance  # noqa: E402
 from tools import gpu_parts  # noqa: E402
 from tools.gpu_parts import Check, Context  # noqa: E402
 

@@ -25,10 +25,10 @@ from fastsrgan.errors import ResourceError
 from fastsrgan.infer import engine, stitch, tiles
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.settings import InferSettings
+from fastsrgan.model.arithmetic import TYPES
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SUM_TOLERANCE = 1e-6  # of the largest value: torch's addcmul may round twice where the kernel rounds once
 
 
@@ -104,7 +104,7 @@ LARGE = (((95, 71, 82), (32, 24, 40), (10, 8, 7)), ((64, 64, 64), 64, 64), ((47,
 
 def _overlap_add(c: Context) -> Iterator[Check]:
     plans = LARGE if c.cuda and not c.inside_sanitizer else SMALL
-    for (shape, patch, step), (kind, dtype), window in itertools.product(plans, FLOATS.items(), stitch.WINDOWS):
+    for (shape, patch, step), (kind, dtype), window in itertools.product(plans, TYPES.items(), stitch.WINDOWS):
         plan = tiles.plan(shape, patch, step)
         draw = torch.Generator().manual_seed(0)
         some = torch.randn(len(plan), 2, *plan.patch, generator=draw).to(dtype)
@@ -131,7 +131,7 @@ def _gathers(c: Context) -> Iterator[Check]:
     some = np.random.default_rng(0)
     volume = torch.from_numpy(some.random((41, 37, 53), np.float32))
     plan = tiles.plan((41, 37, 53), (16, 12, 20), (5, 7, 9))
-    for (kind, dtype), (target, to) in itertools.product(FLOATS.items(), FLOATS.items()):
+    for (kind, dtype), (target, to) in itertools.product(TYPES.items(), TYPES.items()):
         if "fp32" not in (kind, target):
             continue
         out, expected = (
@@ -140,7 +140,7 @@ def _gathers(c: Context) -> Iterator[Check]:
         tiles.gather(volume.to(dtype).to(c.device), plan, range(len(plan)), out)
         tiles.gather(volume.to(dtype), plan, range(len(plan)), expected)
         yield Check(f"gather_tiles {kind} to {target}", torch.equal(out.cpu(), expected))
-    for (kind, dtype), classes in itertools.product(FLOATS.items(), (0, 3)):
+    for (kind, dtype), classes in itertools.product(TYPES.items(), (0, 3)):
         both = []
         for device in (c.device, torch.device("cpu")):
             pool = Pool(_residents(dtype, device), 12, mask_classes=classes)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from synthetic_heads import load_maps, make_block
 
-from fastsrgan.core.runtime import write_json
+from fastsrgan.core.files import write_json
 from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model.networks import Generator
 from fastsrgan.model.weights import load_generator

@@ -21,7 +21,8 @@ from typing import Any
 from fastsrgan.cli.console import table
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
-from fastsrgan.core.runtime import provenance, tune_allocator, write_json
+from fastsrgan.core.files import write_json
+from fastsrgan.core.system import provenance, tune_allocator
 from fastsrgan.demo.template import make_cohort
 from fastsrgan.train.run import train
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from fastsrgan.core.runtime import atomic_write
+from fastsrgan.core.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"

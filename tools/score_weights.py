@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from fastsrgan.core.runtime import finite, pick_device, provenance, tune_allocator, write_json
+from fastsrgan.core.files import finite, write_json
+from fastsrgan.core.system import pick_device, provenance, tune_allocator
 from fastsrgan.demo.template import make_cohort
 from fastsrgan.errors import FastsrganError, InputError, UsageError
 from fastsrgan.evaluate import metrics

@@ -39,7 +39,8 @@ from cohort import SMALL, losses, make_store  # noqa: E402
 from processes import CONTEXT, ended, outcome, start  # noqa: E402
 
 from fastsrgan.convert import convert  # noqa: E402
-from fastsrgan.core.runtime import provenance, write_json  # noqa: E402
+from fastsrgan.core.files import write_json  # noqa: E402
+from fastsrgan.core.system import provenance  # noqa: E402
 from fastsrgan.infer.files import infer_files  # noqa: E402
 from fastsrgan.io import nifti as images  # noqa: E402
 from fastsrgan.model import checkpoint, weights  # noqa: E402

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from fastsrgan.core.runtime import rng
+from fastsrgan.core.draws import rng
 from fastsrgan.volume.resample import apply_axes, spline_matrix
 
 # Cyclic world orders that processing_orientation produces: axial, sagittal, coronal (through-plane axis last).

@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from synthetic_heads import Block, load_maps, make_block
 from whitened_head import WhitenedHead
 
-from fastsrgan.core.runtime import provenance, rng, tune_allocator
+from fastsrgan.core.draws import rng
+from fastsrgan.core.system import provenance, tune_allocator
 from fastsrgan.losses import charbonnier, soft_dice
 from fastsrgan.model.networks import Generator, GeneratorSpec
 from fastsrgan.model.weights import load_generator

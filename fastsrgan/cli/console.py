@@ -10,8 +10,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from fastsrgan.core.runtime import QUIET, Progress
-from fastsrgan.core.startup import loading
+from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.core.signals import loading
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,8 +8,9 @@ from typing import Any
 
 from fastsrgan.cli.console import add_label_options, table
 from fastsrgan.cli.infer import print_json
-from fastsrgan.core.runtime import Progress, output_folder, write_json
-from fastsrgan.core.startup import loading
+from fastsrgan.core.files import output_folder, write_json
+from fastsrgan.core.progress import Progress
+from fastsrgan.core.signals import loading
 from fastsrgan.errors import PartialFailure, UsageError
 
 PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg")

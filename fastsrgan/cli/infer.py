@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from fastsrgan.cli.console import error_line, say
-from fastsrgan.core.runtime import QUIET, Progress, finite, tune_allocator
-from fastsrgan.core.startup import loading
+from fastsrgan.core.files import finite
+from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.core.signals import loading
+from fastsrgan.core.system import tune_allocator
 from fastsrgan.errors import UsageError
 from fastsrgan.infer.settings import InferSettings, add_options, given_options
 
@@ -49,7 +51,7 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--weights",
         action="append",
         metavar="FILE",
-        help="Keras HDF5, safetensors or run folder (the shipped model); several times: their mean",
+        help="adult (the default) or perinatal, Keras HDF5, safetensors or run folder; several times: their mean",
     )
     add_options(p)
     p.add_argument("--resume", action="store_true", help="skip what is finished")

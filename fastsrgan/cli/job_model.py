@@ -10,8 +10,10 @@ from typing import Any
 from fastsrgan.cli.console import error_line, say
 from fastsrgan.cli.train import boolean
 from fastsrgan.config import CHOICES
-from fastsrgan.core.runtime import Progress, finite, tune_allocator
-from fastsrgan.core.startup import loading
+from fastsrgan.core.files import finite
+from fastsrgan.core.progress import Progress
+from fastsrgan.core.signals import loading
+from fastsrgan.core.system import tune_allocator
 from fastsrgan.errors import UsageError
 
 EXAMPLE = """examples:

@@ -21,9 +21,9 @@ from typing import NoReturn
 from fastsrgan._version import __version__
 from fastsrgan.cli.console import add_label_options, error_line, open_console, plain, say, table
 from fastsrgan.cli.infer import print_json
-from fastsrgan.core.runtime import QUIET, Progress
-from fastsrgan.core.signals import SAID, Interrupts, Terminated
-from fastsrgan.core.startup import loading, no_room, out_of_memory
+from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.core.signals import SAID, Interrupts, Terminated, loading, no_room
+from fastsrgan.core.system import out_of_memory
 from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError
 
 RAW = argparse.RawDescriptionHelpFormatter

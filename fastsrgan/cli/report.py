@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable
 
 from fastsrgan.cli.console import add_label_options
-from fastsrgan.core.runtime import Progress
-from fastsrgan.core.startup import loading
+from fastsrgan.core.progress import Progress
+from fastsrgan.core.signals import loading
 
 
 def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:

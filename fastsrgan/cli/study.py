@@ -8,8 +8,9 @@ from typing import Any
 
 from fastsrgan.cli.console import add_label_options, table
 from fastsrgan.cli.infer import print_json
-from fastsrgan.core.runtime import Progress, tune_allocator
-from fastsrgan.core.startup import loading
+from fastsrgan.core.progress import Progress
+from fastsrgan.core.signals import loading
+from fastsrgan.core.system import tune_allocator
 from fastsrgan.errors import PartialFailure
 from fastsrgan.infer.settings import tile_edge
 

@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.compat import original as compat
-from fastsrgan.core import runtime
-from fastsrgan.core.runtime import QUIET, Progress, mapping, read_json
+from fastsrgan.core import system
+from fastsrgan.core.files import disk_error, finite, mapping, read_json, write_json
+from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.core.system import pick_device
 from fastsrgan.errors import FastsrganError, PartialFailure, ResourceError, UsageError
 from fastsrgan.infer.settings import InferSettings
 from fastsrgan.io import any_image
@@ -163,7 +165,7 @@ def job_model(
             )
     joined = Path(base_path, table) if base_path and Path(base_path, table).exists() else Path(table)
     tasks = plan(sorted(read_list(joined, base_path=base_path or None), key=str), patch, step, result_folder_name)
-    where = runtime.pick_device(device)
+    where = pick_device(device)
     source = weights.default_weights() if weights_path is None else Path(weights_path)
     facts = weights.info(source)
     settings: dict[str, Any] = {"new_resolution": list(new_resolution), "geometry": geometry, "precision": precision}
@@ -227,8 +229,8 @@ def _one(task: Task, tag: str, image: Volume, setup: _Setup) -> dict[str, Any]:
     compat.write(outputs, result, image)
     record = _identity(task, setup)
     record |= {"outputs": {kind: path.name for kind, path in outputs.items()}, "report": result.report}
-    record |= {"warnings": list(image.warnings), "provenance": runtime.provenance()}
-    runtime.write_json(task.record(tag), record)
+    record |= {"warnings": list(image.warnings), "provenance": system.provenance()}
+    write_json(task.record(tag), record)
     seconds = time.perf_counter() - began
     return {"outputs": {k: str(p) for k, p in outputs.items()}, "seconds": seconds, "warnings": list(image.warnings)}
 
@@ -248,7 +250,7 @@ def _claim(task: Task, setup: _Setup) -> str | None:
     try:
         task.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise runtime.disk_error(error, task.folder) from error
+        raise disk_error(error, task.folder) from error
     name = setup.name(task.image)
     own = [any_image.stem(task.image, setup.series), name]
     tags = [tag for tag in own if _owner(task, tag) == name]  # a name that it had before
@@ -283,14 +285,14 @@ def _reserve(task: Task, tag: str, name: str) -> None:
     except FileExistsError:
         pass
     except OSError as error:
-        raise runtime.disk_error(error, path) from error
+        raise disk_error(error, path) from error
 
 
 def _finished(task: Task, tag: str, setup: _Setup) -> bool:
     record = _read(task, tag)
     if setup.overwrite or "outputs" not in record:
         return False
-    now = runtime.finite(_identity(task, setup))
+    now = finite(_identity(task, setup))
     then = mapping(record.get("made_with"))
     differing = [key for key, value in now["made_with"].items() if then.get(key) != value]
     differing += ["image"] * (record.get("sha256") != now["sha256"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from fastsrgan.core.runtime import QUIET, Progress
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer.volume import InferResult, Interpolate, Spacing, infer_volume
 from fastsrgan.io import any_image

@@ -2,19 +2,29 @@
 
 Threads, not processes: reading, decompression and products all release the interpreter lock, arrays come back without
 a copy, and /dev/shm is not needed. They are daemons, so one that hangs cannot keep the process from ending.
+
+Array work on the cores of a CPU: jobs that are cut beforehand, each done by one thread alone.
+
+torch and BLAS split every operation over all cores and wait for the last, spinning. Beside a training step that has the
+cores too, one operation of a millisecond then takes a time slice of the system, and where the split falls shows in the
+last bits. Jobs cut by the caller cost no waiting, and their bits are the same for any number of threads.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import torch
 
+from fastsrgan.core.system import out_of_memory
 from fastsrgan.errors import FastsrganError, ResourceError
 
 T = TypeVar("T")
@@ -99,7 +109,7 @@ class Job(Generic[T]):
             return result  # type: ignore[return-value]
         if isinstance(error, FastsrganError):
             raise error
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if out_of_memory(error):
             raise ResourceError(
                 self.what, "no memory to prepare it", "lower resident_memory, prefetch or feed_threads"
             ) from error
@@ -159,3 +169,49 @@ class Crew:
         end = time.monotonic() + FAREWELL
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+_making = threading.Lock()
+os.register_at_fork(after_in_child=_pools.clear)  # threads do not follow into a forked process
+
+
+def run_each(jobs: Iterable[Callable[[], object]]) -> None:
+    """Call every job, on as many threads as torch has in the calling one; inside a job, torch and BLAS have one.
+
+    Jobs are in inference mode, and know gradients, where the caller does. An exception of a job is raised when all
+    before it have ended.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        for job in jobs:
+            job()
+        return
+    call = functools.partial(_in_modes, torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+    for _ in _pool(threads).map(call, jobs):
+        pass
+
+
+def _in_modes(inference: bool, grad: bool, job: Callable[[], object]) -> None:
+    """A thread of its own has torch's modes of its own: what the caller made in its mode can be written in it only."""
+    with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        job()
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    with _making:
+        if threads not in _pools:
+            pool = ThreadPoolExecutor(threads, thread_name_prefix="worker")
+            ready = threading.Barrier(threads)
+            for _ in pool.map(_on_one_core, [ready] * threads):
+                pass
+            # The number that a thread sets is also what threads born later start with.
+            torch.set_num_threads(threads)
+            _pools[threads] = pool
+    return _pools[threads]
+
+
+def _on_one_core(ready: threading.Barrier) -> None:
+    torch.get_num_threads()  # a thread's first question sets its number to the default
+    torch.set_num_threads(1)
+    ready.wait()

@@ -20,13 +20,15 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fastsrgan.core.runtime import rng
+from fastsrgan.core.draws import rng
+from fastsrgan.core.system import free_memory
 from fastsrgan.core.threads import Crew, Job, unwatched
 from fastsrgan.data import dali as dali_feed
 from fastsrgan.data.pool import Resident
 from fastsrgan.data.subject import Mover, PatchRule, make_resident, move_by_thread
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ResourceError, UsageError
+from fastsrgan.model.arithmetic import TYPES
 from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.slice_axis import Axes, stored_draw
 from fastsrgan.store.files import local_path
@@ -35,7 +37,6 @@ from fastsrgan.store.reader import Store, Subject
 log = logging.getLogger("fastsrgan")
 
 ENGINES = ("auto", "dali", "threads")
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MOST_THREADS = 8  # of a feed: from there on memory bandwidth is the limit
 PATIENCE = 25.0  # seconds that preparing a volume of up to PATIENT_VOXELS may take, in proportion for larger ones
 PATIENT_VOXELS = 5e7
@@ -94,7 +95,7 @@ def resident_limit(
     """
     device = device or torch.device("cpu")
     if budget_bytes is None:
-        budget_bytes = int(0.4 * free_memory(device))
+        budget_bytes = int(0.4 * share_of_memory(device))
     each = 2 * pick_dtype(precision, device).itemsize
     settings = (visits or Visits()).settings
     largest = max(
@@ -120,11 +121,9 @@ def resident_voxels(subject: Subject, patch: int) -> int:
     return math.prod(max(size, min(patch, n)) for size, n in zip(sizes, subject.shape, strict=True))
 
 
-def free_memory(device: torch.device) -> int:
+def share_of_memory(device: torch.device) -> int:
     """Bytes that this process may count on: free on its CUDA device, or its share of what is free on the machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_ranks()
+    return free_memory(device) // (1 if device.type == "cuda" else local_ranks())
 
 
 def local_ranks() -> int:
@@ -147,9 +146,9 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Type of resident intensities. "auto" is fp16 on CUDA, 11 bits of a number up to about 1, and fp32 on a CPU."""
     if precision == "auto":
         precision = "fp16" if device.type == "cuda" else "fp32"
-    if precision not in PRECISIONS:
-        raise UsageError("pool_precision", f"{precision!r} is not allowed", f"auto or one of {', '.join(PRECISIONS)}")
-    return PRECISIONS[precision]
+    if precision not in TYPES:
+        raise UsageError("pool_precision", f"{precision!r} is not allowed", f"auto or one of {', '.join(TYPES)}")
+    return TYPES[precision]
 
 
 def pick_mover(engine: str, device: torch.device) -> Mover:

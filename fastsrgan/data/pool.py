@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsrgan.core.draws import rng
 from fastsrgan.core.kernels import launch, op, scalar
-from fastsrgan.core.runtime import rng
 from fastsrgan.errors import InputError, ModelError
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.config import TrainConfig
-from fastsrgan.core.runtime import mapping
-from fastsrgan.data.patch_grid import patch_origins
+from fastsrgan.core.files import mapping
+from fastsrgan.data.subject import patch_origins
 from fastsrgan.errors import InputError
 from fastsrgan.observation.slice_axis import Axes, on_stored_axes
 from fastsrgan.store.reader import Store, Subject

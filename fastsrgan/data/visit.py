@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fastsrgan.core.runtime import rng
+from fastsrgan.core.draws import rng
 from fastsrgan.core.threads import one_thread
 from fastsrgan.errors import InputError
 from fastsrgan.observation.synthesis import Synthesis, synthesise

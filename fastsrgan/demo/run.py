@@ -11,7 +11,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,11 @@ import numpy as np
 
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
-from fastsrgan.core.runtime import (
-    QUIET,
-    Progress,
-    output_folder,
-    peak_memory,
-    pick_device,
-    provenance,
-    tune_allocator,
-    write_json,
-)
-from fastsrgan.core.units import times
-from fastsrgan.demo.template import Subject, make_cohort
-from fastsrgan.errors import UsageError
+from fastsrgan.core.files import output_folder, write_json
+from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.core.system import peak_memory, pick_device, provenance, tune_allocator
+from fastsrgan.demo.template import Subject, Triple, make_cohort, whole_slices
+from fastsrgan.errors import UsageError, times
 from fastsrgan.evaluate.pair import evaluate_pair
 from fastsrgan.infer.files import infer_files
 from fastsrgan.io import nifti as images
@@ -44,8 +35,6 @@ from fastsrgan.volume.geometry import Volume, grid_size, resampled_affine
 from fastsrgan.volume.resample import apply_axes, degrade_matrix, upsample_matrix
 
 log = logging.getLogger("fastsrgan")
-
-Triple = tuple[float, float, float]
 PATCH, STEP = 128, 30  # the paper's
 LOW_RES_MM = (1.0, 20.0)  # least and most of an acquisition
 
@@ -200,15 +189,6 @@ def short_training(
         noise=0.0,
     ).replace(**changes)
     return train(store, run_folder, config, device=device, start_weights=start, progress=progress)
-
-
-def whole_slices(volume: Volume, low_res_mm: Triple) -> Volume:
-    """The volume without the last voxels that no whole low-resolution voxel covers, so that both grids end together."""
-    keep = []
-    for n, s, r in zip(volume.data.shape, volume.spacing, low_res_mm, strict=True):
-        fits = [m for m in range(n, max(n - 32, 0), -1) if abs(m * s / r - round(m * s / r)) < 1e-6]
-        keep.append(slice(0, fits[0] if fits else n))
-    return replace(volume, data=np.ascontiguousarray(volume.data[tuple(keep)]))
 
 
 def acquire(hr: Volume, label: Volume, low_res_mm: Triple) -> tuple[Volume, Volume, Volume]:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import csv
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 from scipy.interpolate import make_interp_spline
 
-from fastsrgan.core import runtime
-from fastsrgan.core.runtime import QUIET, Progress
+from fastsrgan.core import draws
+from fastsrgan.core.files import atomic_write, output_folder, write_json
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.volume.geometry import Volume
@@ -185,7 +186,7 @@ def make_cohort(
     """
     if n_train < 0 or n_test < 0 or n_train + n_test == 0:
         raise UsageError("cohort", f"{n_train} training and {n_test} test subjects", "at least one subject")
-    out = runtime.output_folder(out_dir)
+    out = output_folder(out_dir)
     t1, grey, white = template or mni152()
     if crop:
         t1, grey, white = _crop_to_brain(t1, grey, white)
@@ -194,8 +195,8 @@ def make_cohort(
     for i in range(n_train + n_test):
         name = f"sub-{i + 1:02d}"
         # Draws are named by the subject alone: a larger cohort of the same seed begins with the same subjects.
-        contrast = Contrast.draw(runtime.rng(seed, "cohort", name, "contrast"))
-        bend = runtime.rng(seed, "cohort", name, "deformation")
+        contrast = Contrast.draw(draws.rng(seed, "cohort", name, "contrast"))
+        bend = draws.rng(seed, "cohort", name, "deformation")
         image, label = synthesise(t1, grey, white, contrast, bend, sd_voxels)
         base = "Train" if i < n_train else "Test"
         subject = Subject(name, base, out / f"{name}_T1w.nii.gz", out / f"{name}_label-GM.nii.gz")
@@ -207,7 +208,7 @@ def make_cohort(
     progress.finish()
     table = _write_table(out / "cohort.csv", subjects)
     facts = {"template": NOTICE, "seed": seed, "sd_voxels": sd_voxels, "shape": t1.data.shape, "subjects": drawn}
-    runtime.write_json(out / "cohort.json", facts)
+    write_json(out / "cohort.json", facts)
     return Cohort(table, tuple(subjects))
 
 
@@ -237,8 +238,20 @@ def _crop_to_brain(*volumes: Volume) -> tuple[Volume, ...]:
 
 
 def _write_table(path: Path, subjects: Sequence[Subject]) -> Path:
-    with runtime.atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf8") as f:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf8") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(["HR_image", "Label_image", "Base"])
         writer.writerows([s.image.name, s.label.name, s.base] for s in subjects)
     return path
+
+
+Triple = tuple[float, float, float]
+
+
+def whole_slices(volume: Volume, low_res_mm: Triple) -> Volume:
+    """The volume without the last voxels that no whole low-resolution voxel covers, so that both grids end together."""
+    keep = []
+    for n, s, r in zip(volume.data.shape, volume.spacing, low_res_mm, strict=True):
+        fits = [m for m in range(n, max(n - 32, 0), -1) if abs(m * s / r - round(m * s / r)) < 1e-6]
+        keep.append(slice(0, fits[0] if fits else n))
+    return replace(volume, data=np.ascontiguousarray(volume.data[tuple(keep)]))

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.runtime import QUIET, Progress, atomic_write, output_folder, read_json, walk_files
+from fastsrgan.core.files import atomic_write, output_folder, read_json, walk_files
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.evaluate.pair import definitions, evaluate_files, flat, summarise
 from fastsrgan.io import nifti as images

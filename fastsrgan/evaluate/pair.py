@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.evaluate import distances, metrics
+from fastsrgan.evaluate import metrics
 from fastsrgan.evaluate.grids import READER, SPLINE, onto_grid, reader_label_map
+from fastsrgan.evaluate.metrics import DISTANCES, SURFACE, surface_scores
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.volume.geometry import Volume, shear_of
@@ -142,7 +143,7 @@ def _surprises(notes: list[str]) -> list[str]:
 
 def definitions() -> dict[str, str]:
     """What every figure means, in one sentence each."""
-    return metrics.DEFINITIONS | distances.DEFINITIONS | {"surface voxel": distances.SURFACE}
+    return metrics.DEFINITIONS | DISTANCES | {"surface voxel": SURFACE}
 
 
 def evaluate_files(
@@ -256,7 +257,7 @@ def _scores(
 
 def _segmentation_scores(seg: np.ndarray, label: np.ndarray, hr: Volume, name: str, notes: list[str]) -> dict[str, Any]:
     voxel_ml = abs(float(np.linalg.det(np.asarray(hr.affine)[:3, :3]))) / 1000
-    surface = distances.surface_scores(seg, label, hr.spacing)
+    surface = surface_scores(seg, label, hr.spacing)
     if None in surface.values():
         notes.append(f"{name}: the segmentation or the label is empty, there is no surface distance")
     elif shear_of(hr.affine) > SHEARED:

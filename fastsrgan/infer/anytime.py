@@ -16,10 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsrgan.core.runtime import QUIET, Progress
+from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.core.system import out_of_memory
 from fastsrgan.infer import tiles
 from fastsrgan.infer.engine import finisher, sum_devices
-from fastsrgan.infer.network import TileNetwork, out_of_memory
+from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Whole
 from fastsrgan.infer.region import Region
 from fastsrgan.infer.settings import InferSettings, Step, per_axis

@@ -16,18 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastsrgan._version import __version__
+from fastsrgan.core.files import atomic_write, mapping, output_folder, read_json, real, write_json
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, Ranks
-from fastsrgan.core.runtime import (
-    QUIET,
-    Progress,
-    atomic_write,
-    mapping,
-    output_folder,
-    pick_device,
-    read_json,
-    real,
-    write_json,
-)
+from fastsrgan.core.system import pick_device
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, Item, evaluate_items, low_resolution
 from fastsrgan.infer.files import SomeFailed, infer_files

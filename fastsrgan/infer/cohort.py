@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from fastsrgan.core.files import finite
 from fastsrgan.core.ranks import ALONE, LostRank, Ranks
-from fastsrgan.core.runtime import finite
 from fastsrgan.errors import FastsrganError, ResourceError
 from fastsrgan.infer.image import Job, Loaded, bytes_while_writing, compute, load, names, write
 from fastsrgan.infer.planes import Unfinished

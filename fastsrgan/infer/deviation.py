@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fastsrgan.infer import tiles
-from fastsrgan.infer.network import PRECISIONS, TileNetwork, native
+from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Held, Source
+from fastsrgan.model.arithmetic import TYPES, native
 
 TILES = 4  # compared
 LOOKED_AT = 16  # places in the volume of which those with most contrast are taken
@@ -29,8 +30,8 @@ def deviations(source: Source, plan: tiles.TilePlan, generator: nn.Module, slice
     -------
     precision -> {"tiles", "edge", "sr_max", "sr_rms", "prob_max", "prob_rms"}
     """
-    has = [name for name in PRECISIONS if device.type == "cuda" or native(name)]
-    wanted = [name for name in PRECISIONS if name != "fp32" and (name in has or name == precision)]
+    has = [name for name in TYPES if device.type == "cuda" or native(name)]
+    wanted = [name for name in TYPES if name != "fp32" and (name in has or name == precision)]
     tiles_N1XYZ = _tiles(source, plan)
     found = {"fp32": _row(torch.zeros(1, 2), tiles_N1XYZ)} if precision == "fp32" else {}
     for name in wanted:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsrgan.core.runtime import QUIET, Progress
+from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.core.system import out_of_memory
 from fastsrgan.errors import ResourceError
 from fastsrgan.infer import tiles
-from fastsrgan.infer.network import TileNetwork, out_of_memory
+from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Sink, Source, Whole
 from fastsrgan.infer.region import Region
 from fastsrgan.infer.settings import InferSettings

@@ -11,14 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core import runtime
+from fastsrgan.core import system
+from fastsrgan.core.files import output_folder, remove_abandoned, write_json
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, Ranks
-from fastsrgan.core.runtime import QUIET, Progress
-from fastsrgan.core.temporary import remove_abandoned
+from fastsrgan.core.system import free_memory, pick_device
 from fastsrgan.errors import ModelError, PartialFailure, UsageError
 from fastsrgan.infer.cohort import Cohort, together
 from fastsrgan.infer.image import Job, compute, load, names, write
-from fastsrgan.infer.memory import SHARE, free_memory
+from fastsrgan.infer.memory import SHARE
 from fastsrgan.infer.room import need_room
 from fastsrgan.infer.settings import HEAD, InferSettings, takes_options
 from fastsrgan.io.image_list import Image, find_images
@@ -86,14 +87,14 @@ def infer_files(
     if settings.mask is not None and str(settings.mask) != HEAD and len(found) > 1:
         raise UsageError("mask", f"one file for {len(found)} images", f"{HEAD}, or one image at a time")
     chosen = settings.step is None
-    settings = settings.on(str(runtime.pick_device(settings.device)))
+    settings = settings.on(str(pick_device(settings.device)))
     if chosen and settings.patch is not None:
         log.info("tiles of %s voxels, %s apart: --patch and --step choose others", settings.patch, settings.step)
-    out = runtime.output_folder(out_dir)
+    out = output_folder(out_dir)
     generators, model = _models(weights)
     if settings.max_memory is None and ranks.local_world > 1:
         settings = replace(settings, max_memory=int(SHARE * free_memory() / ranks.local_world))
-    job = Job(out, generators, model, settings, runtime.provenance(), progress, resume)
+    job = Job(out, generators, model, settings, system.provenance(), progress, resume)
     _check_outputs(found, job, overwrite or resume)
     if ranks.rank == 0:
         need_room(found, job)
@@ -109,7 +110,7 @@ def infer_files(
     summary: dict[str, Any] = {"out_dir": str(out), "weights": model}
     summary |= {status: counts[status] for status in ("done", "skipped", "failed")} | {"items": items}
     if len(found) > 1 and ranks.rank == 0:
-        runtime.write_json(out / SUMMARY, summary)
+        write_json(out / SUMMARY, summary)
     # Behind the file, since torchrun ends all ranks as soon as one of them ends with a failure.
     summary = summary if lost else ranks.gather(summary)[0]
     if summary["failed"]:
@@ -164,7 +165,7 @@ def _check_outputs(found: Sequence[Image], job: Job, replace: bool) -> None:
     inputs = {os.path.realpath(image.path) for image in found}
     inputs |= {os.path.realpath(mask) for mask in [job.settings.mask] if mask not in (None, HEAD)}
     for folder in {job.record(image).parent for image in found} - {job.out}:
-        runtime.output_folder(folder)
+        output_folder(folder)
     standing = []
     folders: dict[Path, list[str]] = {}
     for image in found:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.core import runtime
-from fastsrgan.core.runtime import Progress
+from fastsrgan.core.files import read_json, write_json
+from fastsrgan.core.progress import Progress
 from fastsrgan.errors import InputError, ModelError, UsageError
 from fastsrgan.infer.interpolated import nearest
 from fastsrgan.infer.memory import Beside
@@ -234,7 +234,7 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
         "asked": settings.asked(),
         "provenance": job.provenance,
     }
-    runtime.write_json(outputs["json"], record)
+    write_json(outputs["json"], record)
     return record
 
 
@@ -290,7 +290,7 @@ def names(outputs: dict[str, Path]) -> dict[str, str]:
 def finished(image: Image, job: Job) -> bool:
     """Whether this image was done with these weights and settings. Raises UsageError where it was done with others."""
     outputs = job.outputs(image)
-    record = runtime.read_json(outputs["json"])
+    record = read_json(outputs["json"])
     try:
         differing = ["weights"] * (record["weights"]["sha256"] != job.model["sha256"])
         differing += ["volume"] * (record["input"]["volume"] != job.settings.volume)

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsrgan.core.units import times
-from fastsrgan.errors import InputError, ResourceError
+from fastsrgan.errors import InputError, ResourceError, times
 from fastsrgan.infer.settings import Resolution, millimetres
 from fastsrgan.infer.tiles import Triple
 from fastsrgan.volume.geometry import Orientation, centre_coordinates, grid_size

@@ -7,15 +7,11 @@ between half the plan and the plan (tests/test_memory_plan.py).
 from __future__ import annotations
 
 import math
-import os
-import resource
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
-from fastsrgan.core.units import human
-from fastsrgan.errors import ResourceError
+from fastsrgan.core.system import free_memory
+from fastsrgan.errors import ResourceError, human
 from fastsrgan.infer import tiles
 from fastsrgan.infer.interpolated import BLOCK
 from fastsrgan.infer.network import TileNetwork
@@ -206,32 +202,3 @@ def _advice(job: Job, network: TileNetwork, limit: int) -> str:
             return f"--patch {patch} needs {human(needed)}"
         smallest = f"; --patch {patch} still needs {human(needed)}"
     return f"a machine with more memory, or a coarser --new-resolution{smallest}"
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take on the host: of the machine, its control group and its own limits."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            found.append(int(line.split()[1]) * 1024)
-    most, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
-    if most is not None and used is not None:
-        found.append(max(0, most - used))
-    for what, field in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
-        soft = resource.getrlimit(what)[0]
-        taken = [int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith(field)]
-        if soft != resource.RLIM_INFINITY and taken:
-            found.append(max(0, soft - taken[0]))
-    return min(found)
-
-
-def _lines(path: str) -> Sequence[str]:
-    try:
-        return Path(path).read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return ()
-
-
-def _number(path: str) -> int | None:
-    lines = _lines(path)
-    return int(lines[0]) if lines and lines[0].isdigit() else None

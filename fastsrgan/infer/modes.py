@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsrgan.core.runtime import QUIET, Progress
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, ModelError, UsageError
 from fastsrgan.infer import anytime, tiles
 from fastsrgan.infer.engine import predict, stream

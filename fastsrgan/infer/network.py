@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from fastsrgan.config import MIN_SIZE
-from fastsrgan.core.rearranged import held, kept_bytes
-from fastsrgan.errors import ResourceError, UsageError
+from fastsrgan.core.system import out_of_memory
+from fastsrgan.errors import ResourceError
 from fastsrgan.infer import tiles
 from fastsrgan.infer.activations import Needs, needs
 from fastsrgan.infer.settings import check_batch
 from fastsrgan.model import compiled
-from fastsrgan.model.arithmetic import inference_test
+from fastsrgan.model.arithmetic import TYPES, inference_test
 from fastsrgan.model.cpu import forms
+from fastsrgan.model.cpu.rearranged import held, kept_bytes
 from fastsrgan.model.networks import Generator
 
 log = logging.getLogger("fastsrgan")
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_BATCH_VOXELS = 2**19
 LONE_TILE = 96**3  # voxels; torch 2.13 convolves one smaller tile alone without oneDNN, 1.8 x slower than two at once
 CUDA_MAX_BATCH = 32
@@ -39,32 +39,6 @@ CUDA_SHARE = 0.6  # of the free memory, planned for one batch
 
 # What networks took when it was counted: the volumes of a cohort do not each pay for a pass.
 _counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Needs]] = weakref.WeakKeyDictionary()
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """The precision that "auto" stands for on a device: fp16 on CUDA, else fp32. Says once what a CPU is slow at.
-
-    fp16 is as fast as bf16 and closer to float32: SR by 2e-4 of the maximum instead of 1.5e-3.
-    """
-    if name == "auto":
-        return "fp16" if device.type == "cuda" else "fp32"
-    if name not in PRECISIONS:
-        raise UsageError("precision", f"{name!r} is not allowed", f"auto, {', '.join(PRECISIONS)}")
-    if device.type == "cpu" and name != "fp32":
-        _warn_once(f"{name} is slower than fp32 on a CPU, and less exact: take --precision auto")
-    return name
-
-
-def native(precision: str) -> bool:
-    """Whether this CPU computes in a precision."""
-    features: dict = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may not have it
-    names = ("avx512_bf16", "amx_bf16", "bf16") if precision == "bf16" else ("avx512_fp16", "amx_fp16", "fp16")
-    return precision == "fp32" or any(features.get(name) for name in names)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning(message)
 
 
 class TileNetwork:
@@ -85,7 +59,7 @@ class TileNetwork:
         precision: str = "fp32",
         compile: str = "auto",
     ) -> None:
-        self.device, self.dtype = torch.device(device), PRECISIONS[precision]
+        self.device, self.dtype = torch.device(device), TYPES[precision]
         if self.device.type == "cuda":
             inference_test(self.device, self.dtype)
         self.generator = generator.to(self.device)
@@ -221,10 +195,3 @@ def head(generator: nn.Module, tiles_N1XYZ: Tensor, *more: float) -> Tensor:
 def fast_head(device: torch.device, strict: bool) -> Callable[..., Tensor]:
     """``head`` compiled, on CUDA one graph; its result is written over by the next call. One for all volumes."""
     return compiled.whole(head, device, strict)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device or the host had no memory."""
-    text = str(error).lower()
-    known = "out of memory" in text or "can't allocate memory" in text
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and known)

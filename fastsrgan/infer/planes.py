@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsrgan.core.runtime import atomic_write, disk_error, mapping, need_space, read_json, sync_folder
+from fastsrgan.core.files import atomic_write, disk_error, mapping, need_space, read_json, sync_folder
 from fastsrgan.infer import tiles
 
 log = logging.getLogger("fastsrgan")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastsrgan.core import runtime
+from fastsrgan.core.files import need_space
 from fastsrgan.errors import FastsrganError
 from fastsrgan.infer.image import Job
 from fastsrgan.infer.interpolated import target_spacing
@@ -25,7 +25,7 @@ def need_room(found: Sequence[Image], job: Job) -> None:
     Images that a resumed call will find finished are not counted.
     """
     todo = [image for image in found if not (job.resume and job.record(image).exists())]
-    runtime.need_space(job.out, sum(bytes_of(image, job) for image in todo))
+    need_space(job.out, sum(bytes_of(image, job) for image in todo))
 
 
 def bytes_of(image: Image, job: Job) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 from fastsrgan.config import CHOICES, MIN_SIZE, SIZE_MULTIPLE
-from fastsrgan.core.runtime import finite
+from fastsrgan.core.files import finite
 from fastsrgan.errors import UsageError
 
 PerAxis = int | None | Sequence[int | None]

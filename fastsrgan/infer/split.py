@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from fastsrgan.core.progress import Progress
 from fastsrgan.core.ranks import Ranks
-from fastsrgan.core.runtime import Progress
 from fastsrgan.errors import FastsrganError, ResourceError, UsageError
 from fastsrgan.infer import tiles
 from fastsrgan.infer.engine import stream

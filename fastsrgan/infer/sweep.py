@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsrgan.core.runtime import QUIET, Progress
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Held, Source

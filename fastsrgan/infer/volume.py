@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastsrgan.core.runtime import QUIET, Progress, pick_device
+from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.core.system import pick_device
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer import agreement, anytime, tiles
 from fastsrgan.infer.averaged import Averaged, average, members
@@ -26,11 +27,12 @@ from fastsrgan.infer.deviation import deviations
 from fastsrgan.infer.interpolated import Interpolated, coarser, target_spacing
 from fastsrgan.infer.memory import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, Job, MemoryPlan, plan_memory
 from fastsrgan.infer.modes import Prepared, by_levels, by_slabs, check_result, find_region, in_memory
-from fastsrgan.infer.network import TileNetwork, pick_precision
+from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Whole
 from fastsrgan.infer.settings import InferSettings, flip_axes, takes_options
 from fastsrgan.infer.split import Together, by_ranks
 from fastsrgan.infer.sweep import GROUP_BATCHES
+from fastsrgan.model.arithmetic import pick_precision
 from fastsrgan.model.cpu import forms
 from fastsrgan.volume.geometry import Orientation, processing_orientation, resampled_affine, spacing_of
 from fastsrgan.volume.intensity import normaliser

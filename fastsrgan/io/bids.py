@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fastsrgan.core.runtime import mapping, read_json
+from fastsrgan.core.files import mapping, read_json
 from fastsrgan.errors import InputError
 from fastsrgan.io import nifti as images
 

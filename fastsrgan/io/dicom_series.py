@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsrgan.core.runtime import is_special, walk_files
+from fastsrgan.core.files import is_special, walk_files
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.io.dicom_header import SUFFIXES, DamagedFile, Frame, pixels, read_frames, what_is_there
 from fastsrgan.io.nifti_voxels import no_such_file

@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.core.units import human, times
-from fastsrgan.errors import InputError, ResourceError
+from fastsrgan.errors import InputError, ResourceError, human, times
 from fastsrgan.io import nifti_header as nifti_check
 from fastsrgan.io.nifti_header import SPACING_LIMITS, halves, invertible
 from fastsrgan.io.nifti_voxels import CHUNK_BYTES, COPY_AGAIN, DEFLATE_LIMIT, NiftiFile, open_stream

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastsrgan.core.runtime import read_json, real, walk_files
+from fastsrgan.core.files import read_json, real, walk_files
 from fastsrgan.errors import FastsrganError, UsageError
 from fastsrgan.io import any_image, dicom, formats
 from fastsrgan.io import nifti as images

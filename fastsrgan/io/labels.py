@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastsrgan.core.runtime import is_special
+from fastsrgan.core.files import is_special
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.io.formats import SUFFIXES
 

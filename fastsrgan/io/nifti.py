@@ -19,9 +19,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from fastsrgan.core.runtime import atomic_write, output_file
-from fastsrgan.core.units import human, times
-from fastsrgan.errors import InputError, ResourceError, UsageError
+from fastsrgan.core.files import atomic_write, output_file
+from fastsrgan.errors import InputError, ResourceError, UsageError, human, times
 from fastsrgan.io.formats import SUFFIXES, examine, parts
 from fastsrgan.io.nifti_header import SHEAR_TOLERANCE, invertible
 from fastsrgan.io.nifti_voxels import CHUNK_BYTES, NiftiFile, write_voxels

@@ -14,8 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from fastsrgan.core.units import times
-from fastsrgan.errors import InputError
+from fastsrgan.errors import InputError, times
 from fastsrgan.io.nifti_voxels import COPY_AGAIN, NiftiFile, open_stream
 from fastsrgan.volume.geometry import SPACING_LIMITS, shear_of, spacing_of
 from fastsrgan.volume.placement import grid_distance

@@ -18,9 +18,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastsrgan.core import runtime
-from fastsrgan.core.units import compared, human, times
-from fastsrgan.errors import InputError
+from fastsrgan.core.files import url_of
+from fastsrgan.errors import InputError, compared, human, times
 
 CHUNK_BYTES = 1 << 22
 DEFLATE_LIMIT = 1032  # no deflate stream expands further (zlib, "technical details")
@@ -126,7 +125,7 @@ def pointer_of(path: str | os.PathLike) -> tuple[str, str] | None:
 
 def no_such_file(path: Path) -> InputError:
     """For a path where nothing is."""
-    if url := runtime.url_of(path):
+    if url := url_of(path):
         return InputError(url, "is a URL, images are read from paths", "download it first")
     if pointer := pointer_of(path):
         return InputError(path, *pointer)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from fastsrgan.core.runtime import output_file, read_json
+from fastsrgan.core.files import output_file, read_json
 from fastsrgan.errors import UsageError
 from fastsrgan.io import nifti as images
 

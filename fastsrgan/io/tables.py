@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastsrgan.core.runtime import is_special, url_of
+from fastsrgan.core.files import is_special, url_of
 from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.io.formats import SUFFIXES
 from fastsrgan.io.nifti_voxels import pointer_of

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.runtime import disk_error, sync_folder
-from fastsrgan.core.temporary import temporary_name
+from fastsrgan.core.files import disk_error, sync_folder, temporary_name
 from fastsrgan.errors import ModelError
 
 log = logging.getLogger("fastsrgan")

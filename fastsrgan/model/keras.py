@@ -23,7 +23,7 @@ import torch
 from h5py import h5d, h5g, h5l, h5o, h5s, h5t, h5z
 from torch import Tensor
 
-from fastsrgan.core.runtime import atomic_write
+from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import ModelError
 from fastsrgan.model.networks import N_BLOCKS, CriticSpec, GeneratorSpec
 from fastsrgan.model.safetensors import MAX_FILE, check_finite, check_limits, describe, dims, parameter_shapes

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsrgan.core.rearranged import once
 from fastsrgan.model.cpu import doubling, fused
 from fastsrgan.model.cpu.normed import NORM_EPS
+from fastsrgan.model.cpu.rearranged import once
 
 FORMS = ("fast", "reference")
 

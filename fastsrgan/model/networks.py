@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsrgan.config import MIN_SIZE, SIZE_MULTIPLE
-from fastsrgan.core.runtime import rng
+from fastsrgan.core.draws import rng
 from fastsrgan.errors import ModelError
 from fastsrgan.model.layers import (
     FORMS,

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fastsrgan.core.runtime import atomic_write, finite, parse_json
+from fastsrgan.core.files import atomic_write, finite, parse_json
 from fastsrgan.errors import ModelError
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, build_generator
 

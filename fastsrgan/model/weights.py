@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastsrgan.core.runtime import is_special, output_file, url_of
+from fastsrgan.core.files import is_special, output_file, url_of
 from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.model import checkpoint
 from fastsrgan.model import safetensors as modelfile
@@ -26,6 +26,31 @@ log = logging.getLogger("fastsrgan")
 
 HDF5 = b"\x89HDF\r\n\x1a\n"  # first bytes; h5py is loaded for such files only
 SHIPPED = Path(__file__).parent.parent / "models"
+
+
+@dataclass(frozen=True)
+class ShippedModel:
+    """A model of the package: its file, the structure that it segments, and the images that it was made for."""
+
+    file: str
+    structure: str
+    made_for: str
+
+
+# Names that stand for a path wherever weights are asked for. The first is the default.
+MODELS = {
+    "adult": ShippedModel(
+        "segsrgan-k8-synthetic-heads.safetensors",
+        "grey matter",
+        "whole adult heads of T1-like contrast, made from one template",
+    ),
+    "perinatal": ShippedModel(
+        "segsrgan-k8-perinatal.safetensors",
+        "cortical grey matter",
+        "T2-weighted brains before and about birth, 0.5 to 1.1 mm in plane, slice ratio 2 to 6.5",
+    ),
+}
+DEFAULT = next(iter(MODELS))
 LEGACY_NOTE = (
     "residual conditional U-Net: SegSRGAN 2.2.4 subtracted from image and resolution alike and gave three channels;"
     " here it gives two, the image (its first) and the segmentation (its third)"
@@ -45,13 +70,13 @@ class _Source:
 # --- loading ------------------------------------------------------------------------------------------------------
 
 
-def load_generator(path: str | os.PathLike, form: str = "fast", *, ema: bool = True) -> Generator:
+def load_generator(path: str | os.PathLike = DEFAULT, form: str = "fast", *, ema: bool = True) -> Generator:
     """The generator of a weight file, in eval mode on the CPU.
 
     Parameters
     ----------
-    path : Keras HDF5 of the original (any name), safetensors, a snapshot folder of a training, or a run folder, of
-        which the newest undamaged snapshot is taken
+    path : Keras HDF5 of the original (any name), safetensors, a snapshot folder of a training, a run folder, of
+        which the newest undamaged snapshot is taken, or the name of a model of the package (``MODELS``)
     form : "fast" or "reference", see fastsrgan.model.layers
     ema : take the moving average of the generator where the file holds one
 
@@ -118,15 +143,22 @@ def damaged(run: Path) -> list[str]:
 
 
 def default_weights() -> Path:
-    """The model that is shipped with the package.
+    """The model of the package that is taken where none is named; one log line says which and what it was made for.
 
-    Raises ModelError when there is none (or no single one), as in a checkout whose models were removed.
+    Raises ModelError where its file is missing, as in a checkout whose models were removed.
     """
-    found = sorted(SHIPPED.glob("*.safetensors"))
-    if len(found) != 1:
-        reason = f"{len(found)} shipped models, one expected"
-        raise ModelError(SHIPPED, reason, "name a weight file with --weights, or reinstall fastsrgan")
-    return found[0]
+    model = MODELS[DEFAULT]
+    others = ", ".join(name for name in MODELS if name != DEFAULT)
+    log.info("weights: %s (%s of %s); others: %s", DEFAULT, model.structure, model.made_for, others)
+    return shipped(DEFAULT)
+
+
+def shipped(name: str) -> Path:
+    """The file of a model of the package. Raises ModelError where it is not there."""
+    path = SHIPPED / MODELS[name].file
+    if not path.is_file():
+        raise ModelError(path, f"the shipped model {name!r} is missing", "reinstall fastsrgan, or name a weight file")
+    return path
 
 
 # --- saving and conversion ----------------------------------------------------------------------------------------
@@ -226,7 +258,8 @@ def _count(spec: GeneratorSpec | CriticSpec) -> int:
 
 
 def _resolve(path: str | os.PathLike) -> _Source:
-    path = Path(path)
+    # A file or folder of that name comes first: it is what a path means everywhere else.
+    path = shipped(str(path)) if str(path) in MODELS and not os.path.lexists(path) else Path(path)
     if os.path.isdir(path):
         lone = (path / checkpoint.MANIFEST).is_file()
         return _Source(checkpoint.verified(path if lone else checkpoint.newest(path), checkpoint.MODEL), "checkpoint")
@@ -244,7 +277,8 @@ def _sniff(path: Path) -> str:
         if url := url_of(path):
             raise ModelError(url, "is a URL, weights are read from paths", "download the file first") from error
         reason = (getattr(error, "strerror", None) or "cannot be read").lower()
-        raise ModelError(path, reason, "a weight file or a run folder") from error
+        hint = f"a weight file, a run folder, or a model of the package: {', '.join(MODELS)}"
+        raise ModelError(path, reason, hint) from error
     if head.startswith(HDF5):
         return "keras"
     if head[8:9] == b"{":

@@ -12,8 +12,8 @@ import functools
 import numpy as np
 import torch
 
-from fastsrgan.core.runtime import rng
-from fastsrgan.core.workers import run
+from fastsrgan.core.draws import rng
+from fastsrgan.core.threads import run_each
 from fastsrgan.volume.intensity import each_piece
 from fastsrgan.volume.resample import apply_axes, spline_coefficients
 
@@ -91,7 +91,7 @@ def apply_motion(
     def job(m: int) -> None:
         images[m] = _move_slice(knots[m], [spacing_mm[d] for d in plane], poses[m])
 
-    run(functools.partial(job, int(m)) for m in np.flatnonzero(np.abs(poses).any(1)))
+    run_each(functools.partial(job, int(m)) for m in np.flatnonzero(np.abs(poses).any(1)))
     return images.movedim(0, axis).contiguous()
 
 

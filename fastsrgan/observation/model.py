@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastsrgan.core.runtime import rng
+from fastsrgan.core.draws import rng
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.observation.artefacts import draw_bias, draw_motion
 from fastsrgan.observation.slabs import Region, Source, acquire, interpolate, plan, truth

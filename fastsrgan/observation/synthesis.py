@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsrgan.core.runtime import rng
+from fastsrgan.core.draws import rng
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.observation.artefacts import apply_bias, draw_bias
 from fastsrgan.volume.intensity import CACHED

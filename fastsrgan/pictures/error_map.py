@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.core.runtime import atomic_write
+from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import ResourceError
 from fastsrgan.pictures.planes import brightness, cuts
 from fastsrgan.volume.geometry import Volume

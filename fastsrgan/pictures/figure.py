@@ -14,7 +14,7 @@ from typing import Any
 
 from scipy import ndimage
 
-from fastsrgan.core.runtime import atomic_write
+from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.pictures.planes import ENDS, Cut, brightness, cuts, detail
 from fastsrgan.volume.geometry import Volume

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.runtime import finite
+from fastsrgan.core.files import finite
 from fastsrgan.evaluate.pair import summarise
 from fastsrgan.report import sections
 from fastsrgan.report import viewer as stage

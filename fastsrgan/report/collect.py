@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.runtime import is_special, mapping, read_json, real, walk_files
+from fastsrgan.core.files import is_special, mapping, read_json, real, walk_files
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table

@@ -8,10 +8,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.runtime import mapping, parse_json, read_json, real
-from fastsrgan.pictures.panels import find_panels
-from fastsrgan.report.charts import Line, line_chart
-from fastsrgan.report.html import Html, el, join, number, pointer
+from fastsrgan.core.files import mapping, parse_json, read_json, real
+from fastsrgan.pictures.planes import find_panels
+from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer
 from fastsrgan.report.sections import card, facts_table, raw
 
 log = logging.getLogger("fastsrgan")

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan._version import __version__
-from fastsrgan.core.runtime import QUIET, Progress, atomic_write, finite
+from fastsrgan.core.files import atomic_write, finite
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import metrics
 from fastsrgan.evaluate.pair import evaluate_pair, onto_grid

@@ -6,8 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastsrgan.report.charts import Line, line_chart
-from fastsrgan.report.html import Html, el, join, number, pointer
+from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer
 
 NAMES = {
     "psnr_db": "PSNR, dB",

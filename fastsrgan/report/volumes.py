@@ -17,8 +17,7 @@ from scipy import ndimage
 
 from fastsrgan.errors import ResourceError
 from fastsrgan.evaluate.grids import onto_grid
-from fastsrgan.pictures.panels import png
-from fastsrgan.pictures.planes import OBJECT, brightness
+from fastsrgan.pictures.planes import OBJECT, brightness, png
 from fastsrgan.volume.geometry import Volume, processing_orientation
 from fastsrgan.volume.placement import same_grid
 

@@ -23,7 +23,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import Buffer, BufferPrototype, cpu
 from zarr.storage import MemoryStore, WrapperStore
 
-from fastsrgan.core.runtime import is_special
+from fastsrgan.core.files import is_special
 from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError
 
 log = logging.getLogger("fastsrgan")

@@ -1,39 +1,52 @@
-"""What a store stands on, wherever it is: bytes by key, the manifest of whole subjects, and the writer's lock."""
+"""What a store stands on, wherever it is: bytes by key, the manifest of whole subjects, and the writer's lock.
+
+What a store's manifest and the metadata of its arrays may say, checked before anything is believed.
+
+A digest says that a manifest is whole, not who wrote it. Names that lead out of the store, files that are none of a
+subject's, sizes beyond all volumes and codecs that no fastsrgan writes are refused here, whoever made the store.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
-import secrets
+import re
 import shutil
-import socket
 import urllib.parse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from zarr.abc.store import Store as ZarrStore
 from zarr.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-from fastsrgan.core import runtime
-from fastsrgan.core.runtime import atomic_write, disk_error, sync_folder
+from fastsrgan.core import files as core_files
+from fastsrgan.core.files import (
+    LOCK,
+    FolderLock,
+    atomic_write,
+    is_special,
+    judge_lock,
+    lock_holder,
+    lock_signature,
+    sync_folder,
+)
 from fastsrgan.errors import FastsrganError, ModelError, ResourceError
 from fastsrgan.store.remote import open_url
-from fastsrgan.store.schema import check_manifest
+from fastsrgan.volume.geometry import spacing_of
 
 log = logging.getLogger("fastsrgan")
 
 FORMAT = 1
 NEEDS = "0.1.0"  # the oldest fastsrgan that reads FORMAT
 MANIFEST = "manifest.json"
-LOCK = ".fastsrgan.lock"
 
 
 class Keys:
@@ -70,7 +83,7 @@ class Keys:
         return [None if found is None else found.to_bytes() for found in sync(gathered())]
 
     def _read(self, path: Path) -> bytes | None:
-        if runtime.is_special(path):  # a pipe, say: nothing that a writer makes, and reading it may never end
+        if is_special(path):  # a pipe, say: nothing that a writer makes, and reading it may never end
             return None
         try:
             return path.read_bytes()
@@ -198,44 +211,24 @@ def _digest(manifest: dict[str, Any]) -> str:
 def need_space(keys: Keys, needed: int) -> None:
     """Refuse to begin what the disk cannot hold. Raises ResourceError; nothing is known of the room behind a URL."""
     if keys.root is not None:
-        runtime.need_space(keys.root, needed)
-
-
-def write_error(error: OSError, url: str) -> FastsrganError:
-    """What a failure to write means for a user."""
-    found = disk_error(error, Path(url))
-    if isinstance(found, FastsrganError):
-        return found
-    return ResourceError(url, f"cannot be written: {error.strerror or error}", "check the path and its disk")
+        core_files.need_space(keys.root, needed)
 
 
 class WriteLock:
-    """One writer at a time, for as long as this object is not released.
+    """One writer of a store at a time, for as long as this object is not released.
 
-    In a folder the kernel holds the lock and frees it when the process dies, so a file left behind is stale and is
-    taken over with a warning; one from another host may be alive where the file system keeps locks to itself, and is
-    not. Behind a URL the lock is an object that names its holder. S3 makes such an object for one of several writers
-    only; where an older server cannot, two that start in the same moment are told apart by `check` at the latest.
-
-    elsewhere : take over a file that another host left, too: the caller knows that its process has ended
+    A folder is locked by its ``FolderLock``. Behind a URL the lock is an object that names its holder. S3 makes such an
+    object for one of several writers only; where an older server cannot, two that start in the same moment are told
+    apart by `check` at the latest.
 
     Raises ResourceError when the store is locked or its folder cannot be made.
     """
 
-    def __init__(self, keys: Keys, elsewhere: bool = False) -> None:
-        self._keys, self._elsewhere = keys, elsewhere
-        self._file: int | None = None
-        self._made_folder = False
-        self._signature = _signature()
-        if keys.root is None:
+    def __init__(self, keys: Keys) -> None:
+        self._keys, self._signature = keys, lock_signature()
+        self._folder = FolderLock(keys.root, keys.url) if keys.root is not None else None
+        if self._folder is None:
             self._take()
-            return
-        try:
-            self._made_folder = not keys.root.exists()
-            keys.root.mkdir(parents=True, exist_ok=True)
-            self._file = self._acquire(keys.root / LOCK)
-        except OSError as error:
-            raise write_error(error, keys.url) from error
 
     def check(self) -> None:
         """Make sure that the lock behind a URL is still ours, before the manifest is replaced: ResourceError."""
@@ -245,20 +238,14 @@ class WriteLock:
 
     def release(self) -> None:
         """Remove the lock, and the folder where nothing else came into it."""
-        root = self._keys.root
-        if root is None:
-            try:
-                if self._keys.get(LOCK) == self._signature:
-                    self._keys.drop_one(LOCK)
-            except FastsrganError as error:
-                log.warning("the lock stays behind: %s", error)
-        elif self._file is not None:
-            (root / LOCK).unlink(missing_ok=True)
-            os.close(self._file)
-            self._file = None
-            if self._made_folder:
-                with contextlib.suppress(OSError):
-                    root.rmdir()
+        if self._folder is not None:
+            self._folder.release()
+            return
+        try:
+            if self._keys.get(LOCK) == self._signature:
+                self._keys.drop_one(LOCK)
+        except FastsrganError as error:
+            log.warning("the lock stays behind: %s", error)
 
     def _take(self) -> None:
         """Make the lock's object; one of a dead process of this host is removed first."""
@@ -267,73 +254,99 @@ class WriteLock:
         raw = self._keys.get(LOCK)
         if raw == self._signature:  # made by an attempt whose answer got lost
             return
-        self._judge(_holder(raw), held=False)
+        judge_lock(self._keys.url, lock_holder(raw), held=False, by_process=True)
         self._keys.drop_one(LOCK)
         if not self._keys.create(LOCK, self._signature):
-            self._judge(_holder(self._keys.get(LOCK)), held=True)
-
-    def _acquire(self, path: Path) -> int:
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                holder = _holder(os.pread(descriptor, 1000, 0))
-                self._judge(holder, held=not _flock(descriptor))
-                with contextlib.suppress(FileNotFoundError):
-                    if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
-                        os.ftruncate(descriptor, 0)
-                        os.pwrite(descriptor, self._signature, 0)
-                        return descriptor
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)  # its holder removed the file in between
-
-    def _judge(self, holder: dict[str, Any] | None, held: bool) -> None:
-        """Refuse a lock that is or may be alive; say that a dead one is taken over."""
-        told = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-        here = bool(holder) and holder["host"] == socket.gethostname()  # type: ignore[index]
-        by_pid = self._keys.root is None and here and _alive(holder["pid"])  # type: ignore[index]
-        if held or by_pid:
-            hint = "wait until it ends" + (
-                f"; if it is no conversion, delete {self._keys.url}/{LOCK}" if by_pid else ""
-            )
-            raise ResourceError(self._keys.url, f"is being written by {told}", hint)
-        if holder and not here and not self._elsewhere:
-            hint = f"if that run is over, delete {self._keys.url}/{LOCK}"
-            raise ResourceError(self._keys.url, f"is locked by {told}", hint)
-        if holder:
-            log.warning("%s: %s did not end properly, its lock is taken over", self._keys.url, told)
+            judge_lock(self._keys.url, lock_holder(self._keys.get(LOCK)), held=True, by_process=True)
 
 
-def _flock(descriptor: int) -> bool:
-    """Take the kernel's lock; False when another holds it. File systems without locks are trusted."""
+ARRAYS = ("image", "label", "mask", "tissues")
+LABELS = {"label": {"uint8"}, "mask": {"uint8"}, "tissues": {"uint8", "uint16"}}
+SPLITS = ("Train", "Test")
+SUBJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+META, SHARD, CHUNK = "zarr.json", "c/0/0/0", 64
+MAX_VOXELS = 2**31
+_TYPES = {"int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32"}
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_INNER = {"bytes", "blosc", "crc32c"}
+
+
+def check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise ValueError, in words, where a manifest is not what a writer makes."""
+    kinds = {"made_by": str, "needs": str, "settings": dict, "complete": bool, "subjects": dict}
+    for name, kind in kinds.items():
+        _demand(isinstance(manifest.get(name), kind), f"its {name} is missing or of another kind")
+    root = manifest.get("root", "missing")
+    _demand(root is None or _is_fingerprint(root), "its root is no fingerprint")
+    for name, record in manifest["subjects"].items():
+        _demand(bool(SUBJECT.fullmatch(name)) and len(name) <= 255, f"{name[:80]!r} is no subject id")
+        _demand(isinstance(record, dict), f"{name} is no mapping")
+        try:
+            _check_subject(record)
+        except (TypeError, KeyError, OverflowError) as error:
+            raise ValueError(f"{name[:80]}: {type(error).__name__} {str(error)[:80]}") from error
+        except ValueError as error:
+            raise ValueError(f"{name[:80]}: {error}") from error
+
+
+def _check_subject(record: dict[str, Any]) -> None:
+    _demand(record["split"] in SPLITS, "its split is neither Train nor Test")
+    shape = record["shape"]
+    _demand(isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape), "its shape")
+    _demand(math.prod(shape) <= MAX_VOXELS, f"more than {MAX_VOXELS} voxels")
+    affine = np.array(record["affine"], float)
+    _demand(affine.shape == (4, 4) and bool(np.isfinite(affine).all()), "its affine is none")
+    _demand(abs(np.linalg.det(affine[:3, :3])) > 0, "its affine is singular")
+    spacing = np.array(record["spacing"], float)
+    _demand(spacing.shape == (3,) and bool((np.isfinite(spacing) & (spacing > 0)).all()), "its spacing is none")
+    _demand(np.allclose(spacing, spacing_of(affine), rtol=1e-3, atol=0), "its spacing is not that of its affine")
+    _demand(isinstance(record["attrs"], dict), "its attributes are no mapping")
+    arrays = record["arrays"]
+    _demand(isinstance(arrays, dict) and set(arrays) <= set(ARRAYS), "its arrays")
+    _demand("image" in arrays or "tissues" in arrays, "it has neither an image nor tissues")
+    for name, array in arrays.items():
+        allowed = LABELS.get(name, _TYPES)
+        _demand(isinstance(array, dict) and array.get("dtype") in allowed, f"its {name} is of an unknown type")
+    scaling = [arrays["image"][key] for key in ("scale", "offset")] if "image" in arrays else []
+    _demand(all(type(v) in (int, float) and math.isfinite(v) for v in scaling), "its intensity scaling")
+    wanted = {META, *(f"{name}/{end}" for name in arrays for end in (META, SHARD))}
+    files = record["files"]
+    _demand(isinstance(files, dict) and set(files) == wanted, "its files are not those of its arrays")
+    _demand(all(_is_fingerprint(found) for found in files.values()), "its files have no fingerprints")
+
+
+def check_array(meta: bytes, shape: tuple[int, int, int], dtype: str) -> None:
+    """Raise ValueError where an array's metadata are not what a writer makes for this shape and type.
+
+    Nothing else is handed to a library that decodes: no foreign codec, no size that the manifest does not know.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        log.warning("the file system knows no locks: take care that only one process writes to this folder")
-    return True
+        found = json.loads(meta)
+        told = {key: found[key] for key in ("zarr_format", "node_type", "shape", "data_type")}
+        grid, (shards,) = found["chunk_grid"], found["codecs"]
+        inside = shards["configuration"]
+        codecs = [codec["name"] for codec in inside["codecs"] + inside["index_codecs"]]
+        cut = (grid["name"], grid["configuration"]["chunk_shape"], shards["name"], inside["chunk_shape"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError("its metadata are not those of a fastsrgan store") from error
+    same = {"zarr_format": 3, "node_type": "array", "shape": list(shape), "data_type": dtype}
+    whole = [-(-n // CHUNK) * CHUNK for n in shape]
+    fits = cut == ("regular", whole, "sharding_indexed", [CHUNK] * 3) and not found.get("storage_transformers")
+    if told != same or not fits or not all(isinstance(c, str) and c in _INNER for c in codecs):
+        raise ValueError("its metadata are not those that the manifest asks for")
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+def _is_fingerprint(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and type(value[0]) is int
+        and value[0] >= 0
+        and isinstance(value[1], str)
+        and bool(_DIGEST.fullmatch(value[1]))
+    )
 
 
-def _signature() -> bytes:
-    return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": secrets.token_hex(8)}).encode()
-
-
-def _holder(raw: bytes | None) -> dict[str, Any] | None:
-    found = runtime.parse_json(raw or b"")
-    if not isinstance(found.get("pid"), int) or "host" not in found:
-        return None
-    return {"pid": found["pid"], "host": str(found["host"])}
+def _demand(true: bool, told: str) -> None:
+    if not true:
+        raise ValueError(told)

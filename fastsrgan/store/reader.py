@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fastsrgan.core.runtime import QUIET, Progress
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.store.codec import (
     META,
@@ -39,9 +39,8 @@ from fastsrgan.store.codec import (
     in_words,
     pick_reader,
 )
-from fastsrgan.store.files import Keys, read_manifest
+from fastsrgan.store.files import Keys, check_array, read_manifest
 from fastsrgan.store.remote import fingerprint
-from fastsrgan.store.schema import check_array
 from fastsrgan.volume.geometry import spacing_of
 
 DAMAGED = "damaged"

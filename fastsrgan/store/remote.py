@@ -24,7 +24,7 @@ from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore, WrapperStore
 
-from fastsrgan.core.runtime import rng
+from fastsrgan.core.draws import rng
 from fastsrgan.errors import FastsrganError, ResourceError, UsageError
 
 log = logging.getLogger("fastsrgan")

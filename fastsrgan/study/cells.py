@@ -17,33 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.core.runtime import QUIET, Progress, finite, output_folder, pick_device, read_json, write_json
+from fastsrgan.core.files import finite, output_folder, read_json, write_json
+from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.core.system import pick_device
 from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.evaluate.pair import evaluate_pair, flat, moments
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.model import weights as weight_files
 from fastsrgan.model.networks import Generator
-from fastsrgan.study.data import Case, Condition, Head, acquire
+from fastsrgan.study.data import BASELINE, FIGURES, Case, Condition, Head, acquire
 from fastsrgan.volume.geometry import Volume
 
 log = logging.getLogger("fastsrgan")
 
 VERSION = 1  # of what a cell holds and how it is measured
-BASELINE = "interpolation"  # the "model" of the baselines: cubic spline, interpolated label map
 FOLDER = "cells"
-# Column of the tables -> number of a cell.
-FIGURES = {
-    "psnr_db": "image.whole.psnr_db",
-    "ssim": "image.whole.ssim",
-    "psnr_mask_db": "image.mask.psnr_db",
-    "ssim_mask": "image.mask.ssim",
-    "dice": "segmentation.dice",
-    "components": "segmentation.components",
-    "hausdorff95_mm": "segmentation.hausdorff95_mm",
-    "surface_distance_mm": "segmentation.surface_distance_mm",
-    "seconds": "seconds",
-    "tiles": "tiles",
-}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.runtime import is_special, parse_json
+from fastsrgan.core.files import is_special, parse_json
 from fastsrgan.errors import InputError
 from fastsrgan.study.plots import GREY_LINE, Line, Panel
 

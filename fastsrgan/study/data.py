@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.core.runtime import QUIET, Progress
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.demo import template
-from fastsrgan.demo.run import whole_slices
+from fastsrgan.demo.template import whole_slices
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.grids import reader_label_map
 from fastsrgan.io import labels
@@ -178,3 +178,19 @@ def _cut(volume: Volume) -> Volume:
     affine = np.array(volume.affine, float)
     affine[:3, 3] = (affine @ [*(s.start for s in QUICK_BOX), 1])[:3]
     return Volume(np.ascontiguousarray(volume.data[QUICK_BOX]), affine, volume.warnings, volume.meta)
+
+
+BASELINE = "interpolation"  # the "model" of the baselines: cubic spline, interpolated label map
+# Column of the tables -> number of a cell.
+FIGURES = {
+    "psnr_db": "image.whole.psnr_db",
+    "ssim": "image.whole.ssim",
+    "psnr_mask_db": "image.mask.psnr_db",
+    "ssim_mask": "image.mask.ssim",
+    "dice": "segmentation.dice",
+    "components": "segmentation.components",
+    "hausdorff95_mm": "segmentation.hausdorff95_mm",
+    "surface_distance_mm": "segmentation.surface_distance_mm",
+    "seconds": "seconds",
+    "tiles": "tiles",
+}

@@ -1,15 +1,26 @@
-"""Figures of the studies: small panels of lines with error bars, as PNG and SVG."""
+"""Figures of the studies: small panels of lines with error bars, as PNG and SVG.
+
+Figures that the SegSRGAN paper reports, for orientation beside a study on other images (SEGSRGAN.md section 6).
+
+Delannoy et al. 2020: dHCP newborns at 0.5 mm, 8 test subjects, slices of 3 mm, patches of 128; nothing of it was
+measured with this software. "augmented" models were trained with contrast and noise augmentation.
+
+Which lines each study draws, and the affine fit of time in step^-3 (paper section 3, figure 9).
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.runtime import atomic_write
+import numpy as np
+
+from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import ResourceError
+from fastsrgan.study.data import BASELINE
 
 # Readable for the colour-blind, and in print (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -138,3 +149,180 @@ def _line(axes: Any, line: Line) -> Any:
         line.x, line.y, yerr=bars, color=colour, marker=marker, linestyle="--" if dashed else "-", markersize=4,
         linewidth=1.4, capsize=2.5, elinewidth=0.9,
     )  # fmt: skip
+
+
+SOURCE = (
+    "The paper's own data (Delannoy et al. 2020; dHCP newborns, 8 test subjects, 0.5 x 0.5 x 3 mm, patch 128): other "
+    "images and other weights, a reference for the shape of the curves and not a target"
+)
+NOISY = "noisy (sigma 2)"
+STEPS = (30, 80, 128)
+
+
+def _rows(condition: str, model: str, **columns: tuple[float, ...]) -> list[dict[str, Any]]:
+    return [
+        {"condition": condition, "model": model, "step": step} | {name: values[i] for name, values in columns.items()}
+        for i, step in enumerate(STEPS)
+    ]
+
+
+IMAGES = [
+    *_rows("original", "image figures", psnr_db=(26.96, 25.85, 24.24), ssim=(0.73, 0.69, 0.65)),
+    *_rows(NOISY, "image figures", psnr_db=(25.40, 24.45, 23.24), ssim=(0.49, 0.46, 0.44)),
+]
+SEGMENTATIONS = [
+    *_rows("original", "plain", dice=(0.855, 0.831, 0.805), components=(8.6, 45.3, 104.3)),
+    *_rows(NOISY, "plain", dice=(0.819, 0.785, 0.740), components=(26.6, 98.5, 193.1)),
+    *_rows("original", "augmented", dice=(0.849, 0.827, 0.806), components=(5.7, 33.6, 61.7)),
+    *_rows(NOISY, "augmented", dice=(0.836, 0.812, 0.790), components=(5.8, 33.5, 61.8)),
+]
+BASELINES = [
+    {"condition": "original", "model": "baseline", "step": None, "psnr_db": 24.22, "ssim": 0.63, "dice": 0.735},
+]
+TIMES = [
+    {"condition": "original", "model": "P100, about", "step": 10, "seconds": 600.0},
+    {"condition": "original", "model": "P100, about", "step": 100, "seconds": 4.0},
+]
+# What is printed beside each study.
+REFERENCE: dict[str, list[dict[str, Any]]] = {
+    "steps": [*BASELINES, *IMAGES[:3], *SEGMENTATIONS[:3], *TIMES],
+    "noise": [*BASELINES, *IMAGES, *SEGMENTATIONS[:6]],
+    "augmentation": SEGMENTATIONS,
+    "resolution": [],
+    "curves": [],
+}
+
+TITLES = {
+    "steps": "Quality and time against the step between tiles ({heads}, mean and sd)",
+    "noise": "Quality against noise ({heads}, mean and sd)",
+    "augmentation": "Models on images they were and were not trained for ({heads}, mean and sd)",
+    "resolution": "Quality against slice thickness ({heads}, mean and sd)",
+}
+HEADINGS = {
+    "dice": "Dice",
+    "psnr_db": "PSNR, dB",
+    "ssim": "SSIM",
+    "components": "connected components",
+    "hausdorff95_mm": "Hausdorff 95, mm",
+    "seconds": "seconds per volume",
+}
+
+
+def _lines(rows: list[dict[str, Any]], figure: str, x: str, by: Sequence[str]) -> list[Line]:
+    """One line per value of the columns ``by``; rows of the baseline become dashed lines, grey where there is one."""
+    series: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        columns = [c for c in by if not (row["model"] == BASELINE and c == "step")]
+        name = ", ".join(f"step {row[c]}" if c == "step" else str(row[c]) for c in columns)
+        series.setdefault(name, []).append(row)
+    bases = [name for name, members in series.items() if members[0]["model"] == BASELINE]
+    data = [name for name in series if name not in bases]
+    lines = []
+    for name, members in series.items():
+        there = [row for row in members if figure in row["figures"]]
+        if not there:
+            continue
+        at = [float(row[x]) if row[x] is not None else 0.0 for row in there]
+        told = [row["figures"][figure] for row in there]
+        means, sds = [t["mean"] for t in told], [t["sd"] for t in told]
+        if name in bases:
+            lines.append(Line(name, at, means, sds, "baseline", bases.index(name) if len(bases) > 1 else GREY_LINE))
+        else:
+            lines.append(Line(name, at, means, sds, "data", data.index(name)))
+    return lines
+
+
+def _step_panels(rows: list[dict[str, Any]], fit: list[dict[str, Any]]) -> list[list[Panel]]:
+    noisy = len({row["condition"] for row in rows}) > 1
+    by = ["condition", "model"] if noisy else ["model"]
+    measured = [row["step"] for row in rows if row["step"]]
+    panels = []
+    for figure, heading in HEADINGS.items():
+        lines = _lines(rows, figure, "step", by)
+        # Far outside the steps that were measured the paper's points would squeeze the rest.
+        quoted = [
+            row for row in REFERENCE["steps"]
+            if figure in row and row["step"] and min(measured) <= row["step"] <= 1.1 * max(measured)
+        ]  # fmt: skip
+        if figure == "seconds":
+            lines += [_fit_line(told, i) for i, told in enumerate(fit)]
+        elif len(quoted) > 1 and lines:
+            lines.append(Line("the paper, its own data", *_columns(quoted, figure), style="paper"))
+        panels.append(Panel(heading, "step, voxels", lines, log_y=figure in ("seconds", "components")))
+    return [panels[:3], panels[3:]]
+
+
+def _columns(quoted: list[dict[str, Any]], figure: str) -> tuple[list[float], list[float]]:
+    return [float(row["step"]) for row in quoted], [float(row[figure]) for row in quoted]
+
+
+def _noise_panels(rows: list[dict[str, Any]], fit: list[dict[str, Any]]) -> list[list[Panel]]:
+    percent = [row | {"noise": 100 * row["noise"]} for row in rows]
+    x = "noise, % of the largest value"
+    panels = [
+        Panel(HEADINGS[f], x, _lines(percent, f, "noise", ["model", "step"]), log_y=f == "components")
+        for f in ("dice", "psnr_db", "ssim", "components")
+    ]
+    return [panels[:2], panels[2:]]
+
+
+def _augmentation_panels(rows: list[dict[str, Any]], fit: list[dict[str, Any]]) -> list[list[Panel]]:
+    grid = []
+    for condition in dict.fromkeys(row["condition"] for row in rows):
+        mine = [row for row in rows if row["condition"] == condition]
+        grid.append(
+            [
+                Panel(f"{HEADINGS[f]}, {condition}", "step, voxels", _lines(mine, f, "step", ["model"]))
+                for f in ("psnr_db", "ssim", "dice", "components")
+            ]
+        )
+    return grid
+
+
+def _resolution_panels(rows: list[dict[str, Any]], fit: list[dict[str, Any]]) -> list[list[Panel]]:
+    sized = [row | {"thickness": max(row["low_res"])} for row in rows]
+    panels = [
+        Panel(HEADINGS[f], "slice thickness, mm", _lines(sized, f, "thickness", ["model", "step"]))
+        for f in ("psnr_db", "ssim", "dice", "hausdorff95_mm")
+    ]
+    return [panels[:2], panels[2:]]
+
+
+# (rows, fits of ``time_fit``) -> panels in rows
+PANELS: dict[str, Callable[[list[dict[str, Any]], list[dict[str, Any]]], list[list[Panel]]]] = {
+    "steps": _step_panels,
+    "noise": _noise_panels,
+    "augmentation": _augmentation_panels,
+    "resolution": _resolution_panels,
+}
+
+
+def time_fit(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """seconds = intercept + slope / step^3 by least squares over the means, for each condition and model.
+
+    ``r2`` is the share of the variance that the fit explains; fits of fewer than three steps are left out, since two
+    points say nothing about the form.
+    """
+    groups: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["step"] and "seconds" in row["figures"]:
+            point = (row["step"], row["figures"]["seconds"]["mean"])
+            groups.setdefault((row["condition"], row["model"]), []).append(point)
+    fits = []
+    for (condition, model), points in groups.items():
+        if len(points) < 3:
+            continue
+        steps, seconds = np.array(points, float).T
+        slope, intercept = np.polyfit(steps**-3, seconds, 1)
+        spread = float(((seconds - seconds.mean()) ** 2).sum())
+        left = float(((intercept + slope * steps**-3 - seconds) ** 2).sum())
+        fit = {"condition": condition, "model": model, "intercept_s": float(intercept), "slope_s": float(slope)}
+        fits.append(fit | {"r2": 1 - left / spread if spread else None, "steps": [int(s) for s in steps]})
+    return fits
+
+
+def _fit_line(fit: dict[str, Any], number: int) -> Line:
+    steps = np.geomspace(min(fit["steps"]), max(fit["steps"]), 60)
+    seconds = fit["intercept_s"] + fit["slope_s"] * steps**-3
+    shown = seconds > 0  # the axis is logarithmic
+    return Line("affine in step^-3", steps[shown].tolist(), seconds[shown].tolist(), style="fit", number=number)

@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.convert import convert
-from fastsrgan.core.runtime import QUIET, Progress, output_folder, provenance
-from fastsrgan.core.units import times
+from fastsrgan.core.files import output_folder
+from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.core.system import provenance
 from fastsrgan.demo.run import short_training
-from fastsrgan.errors import UsageError
+from fastsrgan.errors import UsageError, times
 from fastsrgan.evaluate.pair import definitions
 from fastsrgan.infer.settings import InferSettings
 from fastsrgan.io.output_place import keep_inputs
 from fastsrgan.model import weights
 from fastsrgan.study import curves as study_curves
-from fastsrgan.study import paper as study_paper
 from fastsrgan.study.cells import Engine, Model, aggregate, run_cells
 from fastsrgan.study.data import Condition, Head, find_heads, quick_heads, spacing_of, thick
-from fastsrgan.study.panels import PANELS, TITLES, time_fit
-from fastsrgan.study.plots import Panel
+from fastsrgan.study.plots import PANELS, REFERENCE, SOURCE, TITLES, Panel, time_fit
 from fastsrgan.study.tables import FORMS, write_study
 
 KINDS = ("steps", "noise", "augmentation", "resolution", "curves")
@@ -122,7 +121,7 @@ def run(
     else:
         folder = output_folder(out)
         facts, panels, title = _measured(kind, data, folder, models, asked, quick, progress)
-    facts["paper"] = {"source": study_paper.SOURCE, "rows": study_paper.REFERENCE[kind]}
+    facts["paper"] = {"source": SOURCE, "rows": REFERENCE[kind]}
     facts |= {"seconds": time.perf_counter() - began, "provenance": provenance()}
     return write_study(folder, facts, panels, title)
 
@@ -233,12 +232,27 @@ def _tuned(cohort: Path, asked: Settings, progress: Progress) -> Path:
     made = cohort / "tuned" / "model.safetensors"
     if made.exists():
         return made
-    changes: dict[str, Any] = {"epochs": 1, "steps_per_epoch": 4, "critic_iterations": 1, "validate_every": 1000}
-    changes |= {"batch_size": 2, "patch_size": 36, "kernel_dis": 4, "ema": 0.0, "contrast_max": 0.0, "seed": asked.seed}
     store, start = cohort / "train.zarr", weights.default_weights()
     convert(cohort / "cohort.csv", store, overwrite=True, progress=progress)
     shutil.rmtree(made.parent, ignore_errors=True)  # of a run that was stopped
-    done = short_training(store, made.parent, start, (1.0, 1.0, 3.0), asked.device, progress, **changes)
+    done = short_training(
+        store,
+        made.parent,
+        start,
+        (1.0, 1.0, 3.0),
+        asked.device,
+        progress,
+        epochs=1,
+        steps_per_epoch=4,
+        critic_iterations=1,
+        validate_every=1000,
+        batch_size=2,
+        patch_size=36,
+        kernel_dis=4,
+        ema=0.0,
+        contrast_max=0.0,
+        seed=asked.seed,
+    )
     if done["stopped"]:
         raise KeyboardInterrupt
     return made

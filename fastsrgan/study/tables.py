@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.runtime import atomic_write, write_json
-from fastsrgan.study.cells import FIGURES
+from fastsrgan.core.files import atomic_write, write_json
+from fastsrgan.study.data import FIGURES
 from fastsrgan.study.plots import Panel, draw
 
 FORMS = ("csv", "md", "json", "png", "svg")  # of the files KIND.FORM

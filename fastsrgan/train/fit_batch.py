@@ -9,12 +9,9 @@ import torch
 
 from fastsrgan.config import TrainConfig
 from fastsrgan.core.ranks import Ranks
-from fastsrgan.core.runtime import peak_memory
-from fastsrgan.core.units import human
+from fastsrgan.core.system import free_memory, out_of_memory, peak_memory
 from fastsrgan.data.pool import Batch
-from fastsrgan.errors import ResourceError
-from fastsrgan.infer.memory import free_memory
-from fastsrgan.infer.network import out_of_memory
+from fastsrgan.errors import ResourceError, human
 from fastsrgan.train.gan import Models
 from fastsrgan.train.state import Run
 

@@ -15,15 +15,17 @@ import time
 import numpy as np
 import torch
 
-from fastsrgan.core.runtime import peak_memory, rng, write_json
+from fastsrgan.core.draws import rng
+from fastsrgan.core.files import write_json
 from fastsrgan.core.signals import StopRequest
+from fastsrgan.core.system import peak_memory
 from fastsrgan.data.pool import Batch, Pool, Resident
 from fastsrgan.errors import InputError, ResourceError
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import Generator
-from fastsrgan.pictures.panels import write_panel
-from fastsrgan.train.board import contact_sheet
-from fastsrgan.train.schedule import factor
+from fastsrgan.pictures.planes import write_panel
+from fastsrgan.train.logs import contact_sheet
+from fastsrgan.train.optimise import factor
 from fastsrgan.train.snapshots import export, save, write_weights
 from fastsrgan.train.state import Run, Turn
 from fastsrgan.train.validate import Stopped, sample_patch, validate, validate_whole

@@ -18,36 +18,26 @@ import torch
 from fastsrgan import config as settings
 from fastsrgan._version import __version__
 from fastsrgan.config import TrainConfig
+from fastsrgan.core.files import FolderLock, atomic_write, need_space, output_folder, write_json
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import Ranks, from_environment, local_device
-from fastsrgan.core.runtime import (
-    QUIET,
-    Progress,
-    atomic_write,
-    need_space,
-    output_folder,
-    pick_device,
-    provenance,
-    write_json,
-)
 from fastsrgan.core.signals import StopRequest
+from fastsrgan.core.system import out_of_memory, pick_device, provenance
 from fastsrgan.data.feed import Feed, PatchRule, resident_limit
 from fastsrgan.data.settings_check import data_warnings, refuse_faults, small_subjects
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError, UsageError
-from fastsrgan.infer.network import out_of_memory
 from fastsrgan.model import checkpoint
 from fastsrgan.model.cpu import forms
 from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.slice_axis import Axes, choose_axes, describe
 from fastsrgan.observation.synthesis import Synthesis
-from fastsrgan.pictures.panels import cut_panels
-from fastsrgan.store.files import Keys, WriteLock
+from fastsrgan.pictures.planes import cut_panels
 from fastsrgan.store.reader import Store, open_store
 from fastsrgan.train import snapshots
-from fastsrgan.train.board import Board
 from fastsrgan.train.fit_batch import batch_that_fits, memory_error, refuse_hopeless
 from fastsrgan.train.gan import Models
-from fastsrgan.train.logs import RunLog
+from fastsrgan.train.logs import Board, RunLog
 from fastsrgan.train.loop import loop
 from fastsrgan.train.state import Position, Run, data_identity
 
@@ -139,7 +129,7 @@ def lock(folder: Path, ranks: Ranks, held: contextlib.ExitStack) -> None:
     if ranks.rank:
         return
     again = ranks.noted(str(folder.absolute())) or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    held.callback(WriteLock(Keys(folder, read_only=False), elsewhere=again).release)
+    held.callback(FolderLock(folder, elsewhere=again).release)
 
 
 def known_run(ranks: Ranks, folder: Path) -> bool:

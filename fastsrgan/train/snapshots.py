@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from fastsrgan import config as settings
-from fastsrgan.core.runtime import mapping, provenance
+from fastsrgan.core.files import mapping
+from fastsrgan.core.system import provenance
 from fastsrgan.errors import ModelError
 from fastsrgan.model import checkpoint, weights
 from fastsrgan.model import safetensors as modelfile
@@ -26,23 +27,6 @@ from fastsrgan.train.gan import differences
 from fastsrgan.train.state import Position, Run, data_identity, epoch_part, remaining
 
 log = logging.getLogger("fastsrgan")
-
-# What decides which patch comes when: with another value an epoch cannot be continued, only begun again.
-DEALING = (
-    "batch_size",
-    "patch_size",
-    "stride",
-    "seed",
-    "image_cropping_method",
-    "steps_per_epoch",
-    "geometry",
-    "resident_subjects",
-)
-# What may differ without changing an update.
-FREE = (
-    *("epochs", "init_epoch", "snapshot", "keep_checkpoints", "validate_every", "whole_every", "patience", "best_by"),
-    *("max_bad_steps", "tensorboard", "auto_batch", "prefetch", "feed", "feed_threads", "resident_memory", "preset"),
-)
 
 
 def save(run: Run) -> None:
@@ -136,7 +120,7 @@ def load_networks(run: Run, snapshot: Path) -> None:
     check_critic(snapshot, critic_spec, m.critic.spec)
     m.critic = modelfile.assemble(m.critic.spec, parameters).requires_grad_(True)
     m.finish()
-    if m.average is not None:
+    if m.average is not None and modelfile.read_header(file).ema:  # else it begins here, at the generator
         _, average = modelfile.read_parameters(file, "ema")
         m.average = {k: v.to(m.device) for k, v in average.items()}
 
@@ -158,16 +142,20 @@ def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
     that are not done are dealt anew, and a group that was begun comes again. Settings or data that decide which patch
     comes when: the epoch begins anew.
     """
-    then = settings.from_yaml(snapshot / "config.yaml").to_dict()
-    now = run.config.to_dict()
-    kept = [k for k in ("precision", "layer_forms") if now[k] == "auto"]  # go on as they were
-    changed = [k for k in now if now[k] != then.get(k) and k not in (*FREE, *kept)]
-    if changed:
-        told = ", ".join(f"{k} {then.get(k)} -> {now[k]}" for k in changed)
+    then, now = settings.from_yaml(snapshot / "config.yaml"), run.config
+    changed = settings.changes(then, now)
+    kept = {k for k, resume in changed.items() if resume == settings.KEPT and getattr(now, k) == "auto"}
+    taken = [k for k, resume in changed.items() if resume in settings.TAKEN and k not in kept]
+    if taken:
+        told = ", ".join(f"{k} {getattr(then, k)} -> {getattr(now, k)}" for k in taken)
         log.warning("settings differ from the snapshot's, the run goes on with the new ones: %s", told)
-    if then.get("best_by") != now["best_by"]:
+    unused = [k for k, resume in changed.items() if resume == settings.START]
+    if unused:
+        log.warning("settings that act only where a run begins, and not in this one: %s", ", ".join(unused))
+    if then.best_by != now.best_by:
         at.best, at.stale = None, 0
-    moved = [k for k in changed if k in DEALING] + (["data"] if data != data_identity(run.store) else [])
+    moved = [k for k, resume in changed.items() if resume == settings.ANEW]
+    moved += ["data"] if data != data_identity(run.store) else []
     if moved:
         log.warning("another %s: epoch %d begins anew", ", ".join(moved), at.epoch)
         at.left, at.before, at.group, at.step, at.steps, at.epoch_updates = None, 0.0, 0, 0, 0, 0

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastsrgan.config import TrainConfig
+from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, Ranks
-from fastsrgan.core.runtime import QUIET, Progress
 from fastsrgan.data.feed import Feed, deal
 from fastsrgan.store.reader import Store
-from fastsrgan.train.board import Board
 from fastsrgan.train.gan import Models
-from fastsrgan.train.logs import RunLog
-from fastsrgan.train.schedule import share
+from fastsrgan.train.logs import Board, RunLog
+from fastsrgan.train.optimise import share
 
 
 @dataclass

@@ -21,7 +21,8 @@ from fastsrgan.errors import InputError
 from fastsrgan.evaluate import metrics
 from fastsrgan.infer import tiles
 from fastsrgan.infer.engine import predict
-from fastsrgan.infer.network import TileNetwork, pick_precision
+from fastsrgan.infer.network import TileNetwork
+from fastsrgan.model.arithmetic import pick_precision
 from fastsrgan.model.networks import Generator
 from fastsrgan.observation.slice_axis import stored_draw
 from fastsrgan.store.reader import Sample

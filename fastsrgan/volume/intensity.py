@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastsrgan.core.workers import run
+from fastsrgan.core.threads import run_each
 from fastsrgan.errors import InputError
 
 CACHED = 24576  # voxels worked on at a time by one core; torch splits operations from 32768 on
@@ -79,7 +79,7 @@ def each_piece(function: Callable[..., object], *tensors: torch.Tensor) -> None:
         for start in range(first, min(first + 16 * CACHED, len(flat[0])), CACHED):
             function(*(f[start : start + CACHED] for f in flat))
 
-    run(functools.partial(job, first) for first in range(0, len(flat[0]), 16 * CACHED))
+    run_each(functools.partial(job, first) for first in range(0, len(flat[0]), 16 * CACHED))
 
 
 def largest(data: torch.Tensor) -> float:

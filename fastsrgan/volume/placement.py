@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastsrgan.core.units import times
-from fastsrgan.errors import InputError
+from fastsrgan.errors import InputError, times
 from fastsrgan.volume.geometry import Orientation, Volume, processing_orientation, spacing_of
 
 SHIFT_TOLERANCE = 0.03  # voxels that even the nearest place of two grids may be apart

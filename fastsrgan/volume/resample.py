@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from scipy import linalg
 
-from fastsrgan.core.workers import run
+from fastsrgan.core.threads import run_each
 from fastsrgan.errors import UsageError
 from fastsrgan.volume.geometry import centre_coordinates, grid_size
 
@@ -258,7 +258,7 @@ def _apply_bands(x: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor
     shape[axis] = len(matrix)
     out = torch.empty(shape)
     jobs = {-1: _line_jobs, -2: _plane_jobs, -3: _volume_jobs}[axis](x, out, bands)
-    run(jobs)
+    run_each(jobs)
     return out
 
 

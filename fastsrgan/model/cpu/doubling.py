@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsrgan.core.rearranged import once
+from fastsrgan.model.cpu.rearranged import once
 
 U, V = 0, 1
 

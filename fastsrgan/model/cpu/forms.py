@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsrgan.core.temporary import temporary_name
+from fastsrgan.core.files import temporary_name
 from fastsrgan.errors import UsageError
 
 log = logging.getLogger("fastsrgan")

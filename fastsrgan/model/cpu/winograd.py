@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsrgan.core.rearranged import once
+from fastsrgan.model.cpu.rearranged import once
 
 TILE = 4  # outputs per tile and axis
 POINTS = (0.0, 0.7, -0.7, 1.4, -1.4)  # and infinity

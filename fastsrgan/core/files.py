@@ -1,10 +1,10 @@
-"""What every long job needs around its work: keyed randomness, atomic files, devices, progress, provenance."""
+"""Files that appear whole or not at all, names they have until then, places to write to, JSON."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -12,45 +12,21 @@ import math
 import os
 import platform
 import re
+import secrets
 import shutil
+import socket
 import stat
-import subprocess
-import sys
-from collections.abc import Iterator
-from importlib import metadata
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-from fastsrgan.core.temporary import remove_abandoned, temporary_name
-from fastsrgan.core.units import human
-from fastsrgan.errors import InputError, ResourceError, UsageError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
+from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, human
 
 log = logging.getLogger("fastsrgan")
 
 MOST_JSON = 64 * 2**20  # bytes of a JSON file that is read
 _DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 300 else float(digits))
-
-
-# --- randomness ---------------------------------------------------------------------------------------------------
-
-
-def rng(seed: int, *key: int | str) -> np.random.Generator:
-    """A counter-based generator that depends on (seed, key) alone: the same bits on any rank, device or resume point.
-
-    ``rng(seed, epoch, subject, "noise")`` names a draw by what it is for, so no draw depends on the ones before it.
-    """
-    import numpy as np
-
-    text = json.dumps([int(seed), *key]).encode()
-    digest = hashlib.blake2b(text, digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, np.uint64)))
-
-
-# --- files --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -238,111 +214,6 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --- devices ------------------------------------------------------------------------------------------------------
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` -> device. Asking for CUDA where there is none is a ResourceError."""
-    import torch
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        log.info("no CUDA device: running on the CPU")
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ResourceError("--device", f"{name!r} is no device", "auto, cpu, cuda or cuda:0") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ResourceError(
-                "--device", f"{name} asked, {count} CUDA devices seen", "--device cpu, or see `fastsrgan doctor`"
-            )
-    elif device.type != "cpu":
-        raise ResourceError("--device", f"{name!r} is not supported", "auto, cpu, cuda or cuda:0")
-    return device
-
-
-def tune_allocator() -> bool:
-    """Tell glibc to keep freed memory instead of returning it to the system at every step.
-
-    Large activations are otherwise mapped, zeroed and unmapped anew at each use. Returns False where the C library has
-    no ``mallopt``. Call once, at start, in a process
-    that trains or infers on the CPU.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    m_trim_threshold, m_mmap_max = -1, -4
-    return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
-
-
-# --- progress -----------------------------------------------------------------------------------------------------
-
-
-class Progress(Protocol):
-    """What a long job tells about itself; the command line shows it, a library caller may ignore it."""
-
-    def start(self, label: str, total: int, unit: str) -> None:
-        """A new stretch of ``total`` units of work begins."""
-
-    def advance(self, n: int = 1, **facts: Any) -> None:
-        """``n`` more units are done; ``facts`` are live values worth showing (losses, rates)."""
-
-    def finish(self) -> None:
-        """The stretch ended, done or not."""
-
-
-class _Quiet:
-    def start(self, label: str, total: int, unit: str) -> None: ...
-
-    def advance(self, n: int = 1, **facts: Any) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-QUIET: Progress = _Quiet()
-
-
-# --- provenance ---------------------------------------------------------------------------------------------------
-
-
-def provenance() -> dict[str, str | None]:
-    """Versions of what computed a result, the platform and the source commit where it is known."""
-    facts: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("fastsrgan", "torch", "numpy", "scipy", "zarr", "nibabel"):
-        try:
-            facts[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            facts[package] = None
-    facts["commit"] = source_commit()
-    return facts
-
-
-def source_commit() -> str | None:
-    """The git commit of the checkout the package runs from, or None for an installed wheel."""
-    root = Path(__file__).resolve().parent.parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    import resource
-
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
 def walk_files(folder: str | os.PathLike) -> Iterator[Path]:
     """Every file below a folder, by name, folders that are links included; each real folder once, no hidden ones.
 
@@ -362,3 +233,168 @@ def walk_files(folder: str | os.PathLike) -> Iterator[Path]:
         seen.add(place)
         below[:] = sorted(name for name in below if not name.startswith("."))
         yield from (Path(where, name) for name in sorted(names))
+
+
+_HOST = hashlib.blake2b(platform.node().encode("utf8", "replace"), digest_size=4).hexdigest()
+_NAME_ROOM = 255 - len("..tmp-01234567-4194304-01234567")  # bytes of a file's own name in a temporary one
+_TEMPORARY = re.compile(
+    r"(?P<front>\..*\.tmp-)(?:(?P<host>[0-9a-f]{8})-)?(?P<process>\d+)-[0-9a-f]{8}(?P<ending>(?:\..*)?)", re.DOTALL
+)
+
+
+def temporary_name(path: Path) -> Path:
+    """A private name beside ``path`` with the same suffixes, for writing before renaming; at most 255 bytes long."""
+    front, ending = _around(path.name)
+    return path.with_name(f"{front}{_HOST}-{os.getpid()}-{secrets.token_hex(4)}{ending}")
+
+
+def _around(name: str) -> tuple[str, str]:
+    """What stands before and behind host, process and number in the temporary names of a file."""
+    stem, dot, suffixes = name.partition(".")
+    ending = _fitting(dot + suffixes, slice(-_NAME_ROOM, None))
+    return f".{_fitting(stem, slice(_NAME_ROOM - len(os.fsencode(ending))))}.tmp-", ending
+
+
+def _fitting(text: str, part: slice) -> str:
+    return text if len(raw := os.fsencode(text)) == len(raw[part]) else raw[part].decode("utf8", "ignore")
+
+
+def remove_abandoned(folder: Path, names: Iterable[str]) -> None:
+    """Take away the temporary files that killed processes left of the files ``names`` in a folder.
+
+    Those of processes that are alive stay. Whether one of another machine is alive is not known here: what that wrote
+    is taken away when it is older than a day.
+    """
+    targets = {_around(name) for name in names}
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            found = _TEMPORARY.fullmatch(entry.name)
+            if found and (found["front"], found["ending"]) in targets:
+                with contextlib.suppress(OSError):
+                    if _abandoned(found, entry):
+                        os.unlink(entry)
+
+
+def _abandoned(found: re.Match[str], entry: os.DirEntry[str]) -> bool:
+    if found["host"] != _HOST:
+        return time.time() - entry.stat(follow_symlinks=False).st_mtime > 24 * 3600
+    return not _is_alive(int(found["process"]))
+
+
+# --- locks --------------------------------------------------------------------------------------------------------
+
+LOCK = ".fastsrgan.lock"
+
+
+class FolderLock:
+    """One writer at a time in a folder, a store's or a run's, for as long as this object is not released.
+
+    The kernel holds the lock and frees it when the process dies, so a file left behind is stale and is taken over with
+    a warning; one from another host may be alive where the file system keeps locks to itself, and is not.
+
+    name : of the folder in messages
+    elsewhere : take over a file that another host left, too: the caller knows that its process has ended
+
+    Raises ResourceError when the folder is locked or cannot be made.
+    """
+
+    def __init__(self, folder: Path, name: str | None = None, elsewhere: bool = False) -> None:
+        self.folder, self.name, self.elsewhere = folder, name or str(folder), elsewhere
+        self._file: int | None = None
+        try:
+            self._made = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self._acquire(folder / LOCK)
+        except OSError as error:
+            raise write_error(error, self.name) from error
+
+    def release(self) -> None:
+        """Remove the lock, and the folder where nothing else came into it."""
+        if self._file is None:
+            return
+        (self.folder / LOCK).unlink(missing_ok=True)
+        os.close(self._file)
+        self._file = None
+        if self._made:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+
+    def _acquire(self, path: Path) -> int:
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                holder = lock_holder(os.pread(descriptor, 1000, 0))
+                judge_lock(self.name, holder, held=not _flock(descriptor), elsewhere=self.elsewhere)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+                        os.ftruncate(descriptor, 0)
+                        os.pwrite(descriptor, lock_signature(), 0)
+                        return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # its holder removed the file in between
+
+
+def judge_lock(
+    name: str, holder: dict[str, Any] | None, *, held: bool, by_process: bool = False, elsewhere: bool = False
+) -> None:
+    """Refuse a lock that is or may be alive; say that a dead one is taken over.
+
+    held : whether it is known to be; by_process : whether a process of this host that lives holds it too
+    """
+    who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+    here = holder is not None and holder["host"] == socket.gethostname()
+    alive = by_process and holder is not None and here and _is_alive(holder["pid"])
+    if held or alive:
+        hint = "wait until it ends" + (f"; if it is no conversion, delete {name}/{LOCK}" if alive else "")
+        raise ResourceError(name, f"is being written by {who}", hint)
+    if holder and not here and not elsewhere:
+        raise ResourceError(name, f"is locked by {who}", f"if that run is over, delete {name}/{LOCK}")
+    if holder:
+        log.warning("%s: %s did not end properly, its lock is taken over", name, who)
+
+
+def lock_signature() -> bytes:
+    """What a lock says about its holder, another at every call."""
+    return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": secrets.token_hex(8)}).encode()
+
+
+def lock_holder(raw: bytes | None) -> dict[str, Any] | None:
+    """pid and host from the bytes of a lock; None where they name nobody."""
+    content = parse_json(raw or b"")
+    if not isinstance(content.get("pid"), int) or "host" not in content:
+        return None
+    return {"pid": content["pid"], "host": str(content["host"])}
+
+
+def write_error(error: OSError, name: str) -> FastsrganError:
+    """What a failure to write means for a user."""
+    known = disk_error(error, Path(name))
+    if isinstance(known, FastsrganError):
+        return known
+    return ResourceError(name, f"cannot be written: {error.strerror or error}", "check the path and its disk")
+
+
+def _flock(descriptor: int) -> bool:
+    """Take the kernel's lock; False when another holds it. File systems without locks are trusted."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        log.warning("the file system knows no locks: take care that only one process writes to this folder")
+    return True
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this host runs, whoever's it is."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True

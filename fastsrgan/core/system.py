@@ -1,0 +1,175 @@
+"""The machine: devices, memory that is free or was not to be had, types of numbers, versions.
+
+Loads torch only where a function needs it, so that what stands at the start of a command can import it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from fastsrgan.errors import ResourceError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("fastsrgan")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` -> device. Asking for CUDA where there is none is a ResourceError."""
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        log.info("no CUDA device: running on the CPU")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ResourceError("--device", f"{name!r} is no device", "auto, cpu, cuda or cuda:0") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ResourceError(
+                "--device", f"{name} asked, {count} CUDA devices seen", "--device cpu, or see `fastsrgan doctor`"
+            )
+    elif device.type != "cpu":
+        raise ResourceError("--device", f"{name!r} is not supported", "auto, cpu, cuda or cuda:0")
+    return device
+
+
+def tune_allocator() -> bool:
+    """Tell glibc to keep freed memory instead of returning it to the system at every step.
+
+    Large activations are otherwise mapped, zeroed and unmapped anew at each use. Returns False where the C library has
+    no ``mallopt``. Call once, at start, in a process
+    that trains or infers on the CPU.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4
+    return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
+
+
+def provenance() -> dict[str, str | None]:
+    """Versions of what computed a result, the platform and the source commit where it is known."""
+    facts: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("fastsrgan", "torch", "numpy", "scipy", "zarr", "nibabel"):
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = None
+    facts["commit"] = source_commit()
+    return facts
+
+
+def source_commit() -> str | None:
+    """The git commit of the checkout the package runs from, or None for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+# What the system's loader and libraries say where there is no room; their errors have no type of their own.
+_NO_ROOM = (
+    *("failed to map segment", "cannot allocate memory", "can't allocate memory", "bad_alloc", "out of memory"),
+)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was made of, is about memory of the host or a device that was not to be had."""
+    while error is not None:
+        untyped = isinstance(error, (RuntimeError, ImportError, OSError))
+        if isinstance(error, MemoryError) or (untyped and any(words in str(error).lower() for words in _NO_ROOM)):
+            return True
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded here
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def free_memory(device: torch.device | None = None) -> int:
+    """Bytes that this process may still take: on a CUDA device, or on the host.
+
+    The host's are what the machine has free, within the limits of the control groups (v1 and v2, of containers and of
+    batch jobs) and of the process itself (``ulimit -v``, ``-d``).
+    """
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    free += [1024 * n for n in (_kilobytes("/proc/meminfo", "MemAvailable"),) if n is not None]
+    free += [max(0, most - used) for most, used in _group_limits()]
+    for what, field in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        soft, taken = resource.getrlimit(what)[0], _kilobytes("/proc/self/status", field)
+        if soft != resource.RLIM_INFINITY and taken is not None:
+            free.append(max(0, soft - 1024 * taken))
+    return min(free)
+
+
+def total_memory() -> int:
+    """Bytes of the host that this process could have were nothing else on it: the machine's, or its groups' limit."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(most for most, _ in _group_limits())])
+
+
+def _group_limits() -> Iterator[tuple[int, int]]:
+    """(limit, used) in bytes of each control group that has a limit: of a container, and of the job within."""
+    own = {"": ["/"], "memory": ["/"]}
+    for line in _lines("/proc/self/cgroup"):
+        _, controllers, place = (line.split(":", 2) + ["", ""])[:3]
+        for kind in {"", "memory"} & set(controllers.split(",")):
+            own[kind] += [str(folder) for folder in (PurePosixPath(place), *PurePosixPath(place).parents)]
+    for kind, top, limit, usage in (
+        ("", "/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("memory", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        for place in dict.fromkeys(own[kind]):
+            folder = f"{top}{place}".rstrip("/")
+            most, used = (_number(f"{folder}/{name}") for name in (limit, usage))
+            if most is not None and used is not None and most < 2**60:  # v1 writes "none" as a number near 2^63
+                yield most, used
+
+
+def _kilobytes(path: str, field: str) -> int | None:
+    words = [line.split() for line in _lines(path) if line.startswith(f"{field}:")]
+    return int(words[0][1]) if words else None
+
+
+def _lines(path: str) -> Sequence[str]:
+    try:
+        return Path(path).read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return ()
+
+
+def _number(path: str) -> int | None:
+    lines = _lines(path)
+    return int(lines[0]) if lines and lines[0].isdigit() else None

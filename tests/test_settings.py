@@ -1,0 +1,230 @@
+"""The table of training settings: every row is whole, and command line, checks, documentation and resume follow it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cohort import SMALL, make_store
+
+import fastsrgan
+from fastsrgan.cli import main as cli
+from fastsrgan.cli import train as cli_train
+from fastsrgan.config import (
+    ADVANCED,
+    ANEW,
+    BASIC,
+    FREE,
+    KEPT,
+    MATCH,
+    NEW,
+    PRESETS,
+    RESUMED,
+    SETTINGS,
+    START,
+    Setting,
+    TrainConfig,
+    changes,
+    from_mapping,
+    setting,
+)
+from fastsrgan.errors import ModelError
+from fastsrgan.model import checkpoint, safetensors
+from fastsrgan.train import snapshots
+from fastsrgan.train.gan import Models
+from fastsrgan.train.run import train
+from fastsrgan.train.state import Position
+from tools import settings_page
+
+ROOT = Path(__file__).parent.parent
+ROWS = pytest.mark.parametrize("row", SETTINGS.values(), ids=list(SETTINGS))
+LOW = [[1, 1, 3]]
+# What a setting needs beside it, and texts that some setting takes.
+BESIDE = {"interp": {"geometry": "segsrgan"}, "synthetic": {"structure": "3"}}
+TEXTS = ("xy", "3,42", "5:0.46:0.04")
+
+
+def another(row: Setting, default: object) -> object:
+    """An allowed value of a setting that is not its default."""
+    if row.kind is bool:
+        return not default
+    if row.kind is tuple:
+        return ((2.0, 2.0, 4.0),)
+    tried = [choice for choice in row.choices if choice != "auto"] or (
+        TEXTS if row.kind is str else map(row.kind, (3, 32, 0.25, 0.75))
+    )
+    return next(value for value in tried if value != default and not row.hint(value))
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return cli.build_parser()
+
+
+def typed(parser, *words: str) -> TrainConfig:
+    return cli_train.build_config(parser.parse_args(cli.normalised(["train", "c.zarr", "-o", "run", *words])))
+
+
+def actions(parser):
+    """The parser of ``train``."""
+    return next(a for a in parser._actions if a.dest == "command").choices["train"]
+
+
+# --- the rows -------------------------------------------------------------------------------------------------------
+
+
+@ROWS
+def test_a_row_is_whole(row, parser):
+    assert row.help and row.help == row.help.strip() and not row.help.endswith(".")
+    assert row.resume in RESUMED and row.group in (BASIC, ADVANCED)
+    assert row.kind in (int, float, bool, str, tuple)
+    assert row.default == () or not row.hint(row.default), "the default is allowed"
+    assert row.default is None or type(row.default) is row.kind
+    assert (row.default is None) <= row.optional
+    assert set(row.presets) <= set(PRESETS) and not any(map(row.hint, row.presets.values()))
+    # Free text has a name in the help and a check.
+    assert row.kind is not str or row.choices or (row.metavar and row.check)
+    option = next(a for a in actions(parser)._actions if a.dest == row.name)
+    assert tuple(option.option_strings) == row.flags and row.help in option.help.replace("%%", "%")
+    assert f"\n| `{row.name}` |" in settings_page.PAGE.read_text(encoding="utf8")
+
+
+def test_the_page_is_made_of_the_rows():
+    told = settings_page.PAGE.read_text(encoding="utf8")
+    assert told == settings_page.page(), "run python tools/settings_page.py"
+    assert settings_page.main(["--check"]) == 0
+    assert told.count("\n| `") == len(SETTINGS)
+
+
+def test_help_shows_the_basic_settings_first(parser):
+    groups = {g.title.partition(" ")[0]: [a.dest for a in g._group_actions] for g in actions(parser)._action_groups}
+    assert list(groups).index(BASIC) < list(groups).index(ADVANCED)
+    for name in (BASIC, ADVANCED):
+        assert groups[name] == [row.name for row in SETTINGS.values() if row.group == name]
+    assert len(groups[BASIC]) <= 30 and {"new_low_res", "epochs", "batch_size", "preset"} <= set(groups[BASIC])
+
+
+@ROWS
+def test_a_value_is_typed_or_read_from_a_file_and_recorded(row, parser, tmp_path):
+    value = another(row, row.default)
+    beside = BESIDE.get(row.name, {})
+    listed = [list(t) for t in value] if row.kind is tuple else value
+    config = from_mapping({"new_low_res": LOW, **beside, row.name: listed})
+    assert getattr(config, row.name) == value and type(getattr(config, row.name)) is row.kind
+    (tmp_path / "c.yaml").write_text(config.to_yaml(), encoding="utf8")
+    assert typed(parser, "--config", str(tmp_path / "c.yaml")) == config
+    others = [word for name, one in beside.items() for word in (SETTINGS[name].flags[-1], str(one))]
+    others += [] if row.kind is tuple else ["-n", "1", "1", "3"]
+    for flag in row.flags:
+        words = map(str, value[0]) if row.kind is tuple else [str(value)]
+        assert typed(parser, *others, flag, *words) == config, flag
+
+
+@ROWS
+def test_bounds_are_kept(row):
+    step = 1 if row.kind is int else 1e-6
+    inside = [(row.low, 0), (row.high, 0), (row.above, step), (row.below, -step)]
+    outside = [(row.low, -step), (row.high, step), (row.above, 0), (row.below, 0)]
+    for bound, away in inside:
+        assert bound is None or row.check or not row.hint(row.kind(bound + away)), bound
+    for value in (bound + away for bound, away in outside if bound is not None):
+        with pytest.raises(ModelError, match=rf"^config: {row.name}: .* is not allowed") as caught:
+            SMALL.replace(**{row.name: row.kind(value)})
+        assert caught.value.hint
+    for value in [float("nan"), float("inf")] if row.kind is float else []:
+        with pytest.raises(ModelError, match="a finite number"):
+            SMALL.replace(**{row.name: value})
+    if row.choices:
+        with pytest.raises(ModelError, match=f"one of {', '.join(row.choices)}"):
+            SMALL.replace(**{row.name: "nothing like it"})
+
+
+def test_an_unknown_fact_of_a_row_is_an_error():
+    with pytest.raises(TypeError, match="lowest"):
+        setting(0, "help", FREE, lowest=0)
+
+
+# --- resume ---------------------------------------------------------------------------------------------------------
+
+
+def other_config(row: Setting) -> tuple[TrainConfig, TrainConfig]:
+    """Settings of a snapshot, and of the run that goes on with another value of ``row``."""
+    # Small enough to compute, many epochs so that the first one may be another.
+    then = SMALL.replace(epochs=4, precision="fp32", **BESIDE.get(row.name, {}))
+    return then, then.replace(**{row.name: another(row, getattr(then, row.name))})
+
+
+@ROWS
+def test_a_resumed_run_does_with_another_value_what_the_row_says(row, tmp_path, monkeypatch, caplog):
+    then, now = other_config(row)
+    assert changes(then, now) == {row.name: row.resume}
+    (tmp_path / "config.yaml").write_text(then.to_yaml(), encoding="utf8")
+    monkeypatch.setattr(snapshots, "data_identity", lambda store: "data")
+    run = SimpleNamespace(config=now, store=None, ranks=SimpleNamespace(world=1))
+    with caplog.at_level(logging.WARNING, "fastsrgan"):
+        at = snapshots.placed(run, Position(epoch=2, group=1, step=3, best=0.5), tmp_path, "data")
+    assert (f"{row.name} {getattr(then, row.name)} -> " in caplog.text) == (row.resume in (NEW, KEPT, ANEW))
+    assert (f"another {row.name}: epoch 2 begins anew" in caplog.text) == (row.resume == ANEW)
+    assert (at.epoch, at.group, at.step) == ((2, 0, 0) if row.resume == ANEW else (2, 1, 3))
+    assert (f"not in this one: {row.name}" in caplog.text) == (row.resume == START)
+    assert bool(caplog.records) == (row.resume in (NEW, KEPT, ANEW, START))
+    if row.resume == KEPT:
+        caplog.clear()
+        run.config = then.replace(**{row.name: "auto"})
+        snapshots.placed(run, Position(), tmp_path, "data")
+        assert not caplog.records
+
+
+def test_another_network_is_refused(tmp_path):
+    """Every row that says so, in a real run folder, which is left as it was."""
+    store = make_store(tmp_path, masks=True)
+    then = SMALL.replace(epochs=1, steps_per_epoch=1, critic_iterations=1)
+    train(store, tmp_path / "run", then)
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    for row in SETTINGS.values():
+        if row.resume == MATCH:
+            value = another(row, getattr(then, row.name))
+            with pytest.raises(ModelError):
+                train(store, tmp_path / "run", then.replace(epochs=2, **{row.name: value}), resume=True)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+
+
+def test_a_resumed_run_takes_other_rates_and_decays():
+    then, now = (Models(config, 0, torch.device("cpu")) for config in (SMALL, SMALL.replace(beta1=0.25, lr_gen=0.5)))
+    now.load_state(then.state())
+    now.set_rates(1.0)
+    assert now.optimiser_g.adam.param_groups[0]["betas"] == (0.25, SMALL.beta2)
+    assert now.optimiser_g.adam.param_groups[0]["lr"] == 0.5
+
+
+def test_a_resumed_run_may_begin_and_end_a_moving_average(tmp_path):
+    store = make_store(tmp_path, train=1)
+    then = SMALL.replace(epochs=1, steps_per_epoch=1, critic_iterations=1)
+    train(store, tmp_path / "run", then)
+    for epochs, ema in ((2, 0.5), (3, 0.75), (4, 0.0)):
+        now = then.replace(epochs=epochs, ema=ema)
+        assert train(store, tmp_path / "run", now, resume=True)["updates"] == epochs
+        header = safetensors.read_header(checkpoint.newest(tmp_path / "run") / checkpoint.MODEL)
+        assert bool(header.ema) == (ema > 0)
+
+
+# --- one place ------------------------------------------------------------------------------------------------------
+
+
+def test_no_other_module_lists_settings():
+    """Lists, tuples, sets and dictionaries with more than four names of settings that inference does not share."""
+    shared = set(inspect.signature(fastsrgan.infer_volume).parameters)
+    names = set(SETTINGS) - shared
+    found = []
+    for path in sorted((ROOT / "fastsrgan").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+            listed = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", [])
+            named = {item.value for item in listed if isinstance(item, ast.Constant)} & names
+            if len(named) > 4:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno} {sorted(named)}")
+    assert not found, "\n".join(found)
