@@ -438,9 +438,7 @@ class InferSettings:
     )
     profile: str = field(
         default=AUTO,
-        metadata=row(
-            "of the slices (auto: not known)", parse=str, choices=(AUTO, "gaussian", "box"), recorded=CHANGED
-        ),
+        metadata=row("of the slices (auto: not known)", parse=str, choices=(AUTO, "gaussian", "box"), recorded=CHANGED),
     )
     threshold: float = field(
         default=0.5,

@@ -197,9 +197,7 @@ def agree(
         _store(sr_XYZ, here, _tensor(sr_XYZ[here]) + _through(half, rows), floor)
 
 
-def residual(
-    sr_XYZ, scan_xyz, seen: Observation, slab_bytes: int = SLAB_BYTES, axis: int | None = None
-) -> np.ndarray:
+def residual(sr_XYZ, scan_xyz, seen: Observation, slab_bytes: int = SLAB_BYTES, axis: int | None = None) -> np.ndarray:
     """What the scan says and the result, acquired again, does not: scan - D SR, (x, y, z) float32.
 
     Along axes on which the result is not finer than the scan, its voxels are the result's.
