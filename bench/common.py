@@ -43,7 +43,7 @@ NOTES = [
     "max_error: largest difference from any peer or the known truth, relative to the other array's largest magnitude;"
     " of gradients: Euclidean norm of the difference relative to the norm, the worst tensor",
     "peak_bytes: growth of the process (CUDA: of torch's memory) during one call, inputs and parameters not counted",
-    "core.runtime.tune_allocator, a part of fastsrgan, is on for all sides: it cannot be taken back in a process",
+    "core.system.tune_allocator, a part of fastsrgan, is on for all sides: it cannot be taken back in a process",
     "float32 without TF32 on all sides",
 ]
 

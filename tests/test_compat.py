@@ -149,9 +149,8 @@ def test_physical_geometry_is_a_choice(scan, tmp_path):
     path = weights.save_generator(tmp_path / "m.safetensors", model)
     sr, _ = segment(scan, path, tmp_path, geometry="physical")
     image = images.load(scan)
-    expected = infer_volume(
-        image.data, image.affine, model, patch=16, step=8, new_resolution=(0.5, 0.6, 1.0), device="cpu"
-    )
+    settings = {"patch": 16, "step": 8, "new_resolution": (0.5, 0.6, 1.0), "device": "cpu", "agree": "off"}
+    expected = infer_volume(image.data, image.affine, model, **settings)
     assert same(sr.data, expected.sr) and np.allclose(sr.affine, expected.affine, atol=1e-5)
 
 

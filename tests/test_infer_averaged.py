@@ -13,8 +13,8 @@ from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 SHAPE = (20, 16, 12)  # whole tiles of multiples of 4: padding is no mirror image of itself
 AFFINE = rigid((1.0, 1.0, 2.5)) @ np.array([[0, 0, -1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])
-TILES = {"patch": 16, "step": 12, "device": "cpu"}
-WHOLE = {"patch": None, "step": 12, "device": "cpu"}
+TILES = {"patch": 16, "step": 12, "device": "cpu", "agree": "off"}
+WHOLE = {"patch": None, "step": 12, "device": "cpu", "agree": "off"}
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from fastsrgan.core.files import finite
 from fastsrgan.errors import UsageError
 from fastsrgan.infer import bids
 from fastsrgan.infer import files as infer_files
-from fastsrgan.infer import network as tile_network
 from fastsrgan.infer import volume as infer
 from fastsrgan.infer.settings import ALWAYS, CHANGED, InferSettings, given_options, options
 from fastsrgan.io import nifti as images
+from fastsrgan.model.arithmetic import TYPES
 
 # Another allowed value of every option.
 OTHER = {
@@ -32,11 +32,15 @@ OTHER = {
     "max_memory": 2**30,
     "mask": "mask.nii",
     "flips": "xz",
+    "agree": 0.5,
+    "slice_thickness": 2.5,
+    "profile": "box",
     "threshold": 0.25,
     "largest_component": True,
     "min_size": 5.0,
     "dtype": "input",
     "save_prob": True,
+    "save_residual": True,
     "png": True,
     "split_volume": True,
     "series": "2",
@@ -129,7 +133,7 @@ def test_the_step_that_is_not_given_is_the_papers_on_cuda_and_half_the_patch_on_
 
 def test_rows_agree_with_what_acts_on_them():
     rows = options()
-    assert rows["precision"].choices == ("auto", *tile_network.PRECISIONS)
+    assert rows["precision"].choices == ("auto", *TYPES)
     assert DEFAULTS["max_voxels"] == images.MAX_VOXELS
 
 

@@ -31,13 +31,14 @@ from fastsrgan.core.system import pick_device, provenance, tune_allocator
 from fastsrgan.demo.template import make_cohort
 from fastsrgan.errors import FastsrganError, InputError, UsageError
 from fastsrgan.evaluate import metrics
+from fastsrgan.infer.values import AUTO, OFF, word_or_number
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import Generator
 from fastsrgan.observation.model import Degraded, degrade
 from fastsrgan.volume.geometry import Volume, grid_size, processing_orientation, resampled_affine
-from fastsrgan.volume.resample import apply_axes, degrade_matrix, upsample_matrix
+from fastsrgan.volume.resample import PROFILES, apply_axes, degrade_matrix, upsample_matrix
 
 Triple = tuple[float, float, float]
 Tiling = tuple[int | None, int]
@@ -146,7 +147,8 @@ def score_head(head: Head, generator: Generator, args: argparse.Namespace) -> It
         low_res: Triple = tuple(s * ratio if d == axis else s for d, s in enumerate(spacing))  # type: ignore[assignment]
         label_map = None if fitted.label is None else readers_map(fitted.label, spacing, low_res)
         for noise in args.noise:
-            scan = degrade(fitted.image.data, spacing, low_res, noise=noise, key=f"score {axis} {ratio:g} {noise:g}")
+            key = f"score {axis} {ratio:g} {noise:g}"
+            scan = degrade(fitted.image.data, spacing, low_res, noise=noise, key=key, profile=args.scan_profile)
             spline = np.maximum(scan.interpolated, scan.low_res.min())
             baseline = _scores(spline, label_map, scan.hr, fitted)
             for patch, step in args.tiling:
@@ -179,6 +181,7 @@ def _infer(
         new_resolution=list(truth.spacing),
         device=args.device,
         precision=args.precision,
+        agree=args.agree,
     )
     if done.sr.shape != scan.hr.shape or not np.allclose(done.affine, truth.affine, atol=1e-3):
         raise InputError("inference", f"its grid {done.sr.shape} is not the truth's {scan.hr.shape}", "another --ratio")
@@ -298,6 +301,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--tiling", type=tiling, nargs="+", default=[(64, 32)], metavar="PATCH:STEP", help="(64:32)")
     p.add_argument("--crop", type=int, default=0, metavar="N", help="score the central N voxels per axis only")
+    p.add_argument("--scan-profile", default="gaussian", choices=PROFILES, help="of the slices (gaussian)")
+    p.add_argument(
+        "--agree", type=word_or_number(AUTO, OFF), default=AUTO, metavar="W", help="as of fastsrgan infer (auto)"
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     p.add_argument("--precision", default="fp32", help="fp32, bf16, fp16 or auto (fp32)")
     p.add_argument("--threads", type=int, help="for torch (all cores)")

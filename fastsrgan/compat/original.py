@@ -146,7 +146,13 @@ def apply(image: Volume, generator: Generator, *, by_batch: bool | None, label: 
     """``infer_volume`` of a loaded image. ``by_batch`` True and None let the engine choose the batch, False is 1."""
     try:
         return infer_volume(
-            image.data, image.affine, generator, batch=1 if by_batch is False else "auto", label=label, **settings
+            image.data,
+            image.affine,
+            generator,
+            batch=1 if by_batch is False else "auto",
+            agree="off",  # the network's own result, as the original's
+            label=label,
+            **settings,
         )
     except InputError as error:
         raise InputError(image.meta.get("path", label), error.reason, error.hint) from error

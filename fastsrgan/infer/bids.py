@@ -162,6 +162,10 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
         ),
         "prob": (image.derived(f"cortex{image.suffix}", "probseg"), {"Description": "Probability of the structure"}),
         "mask": (image.derived(f"mask{image.suffix}", "dseg"), {"Description": "Likeliest mask class"}),
+        "residual": (
+            image.derived("residual"),
+            {"Description": "The image minus the super-resolution image acquired again", "SkullStripped": stripped},
+        ),
         "sr": (
             image.derived("sr"),
             {"Description": "Super-resolution image", "SkullStripped": stripped, RECORD: record},

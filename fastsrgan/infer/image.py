@@ -19,6 +19,7 @@ from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
 from fastsrgan.infer.planes import nearest
 from fastsrgan.infer.settings import HEAD, InferSettings
+from fastsrgan.infer.values import AUTO, OFF
 from fastsrgan.infer.volume import InferResult, process
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
@@ -54,6 +55,7 @@ class Job:
         kinds = (
             ["sr", "seg"] + ["mask"] * bool(self.generators[0].spec.mask_classes) + ["prob"] * self.settings.save_prob
         )
+        kinds += ["residual"] * self.settings.save_residual
         files = {kind: self.out / f"{image.name}_{kind}.nii.gz" for kind in kinds}
         return (
             files
@@ -123,12 +125,13 @@ def compute(
 ) -> Loaded:
     """The second stage: the image through the model."""
     began = time.perf_counter()
+    settings, said = _with_thickness(loaded, job.settings)
     try:
         loaded.result = process(
             loaded.volume.data,
             loaded.volume.affine,
             job.generators,
-            replace(job.settings, mask=loaded.mask),
+            settings,
             scratch=job.planes(loaded.image),
             beside=beside,
             together=together,
@@ -140,8 +143,28 @@ def compute(
     except ModelError:
         shutil.rmtree(job.planes(loaded.image), ignore_errors=True)  # nothing that another run could go on with
         raise
+    if loaded.result.report.get("agree"):
+        loaded.result.report["agree"]["thickness_from"] = said
     loaded.seconds += time.perf_counter() - began
     return loaded
+
+
+def _with_thickness(loaded: Loaded, settings: InferSettings) -> tuple[InferSettings, str]:
+    """The settings for one image: its mask, and the slice thickness that its header states; and who stated it."""
+    settings = replace(settings, mask=loaded.mask)
+    if settings.slice_thickness != AUTO:
+        return settings, "asked"
+    if settings.geometry != "physical" or (settings.agree == OFF and not settings.save_residual):
+        return settings, "spacing"
+    found = any_image.slice_thickness(loaded.volume, loaded.image.path)
+    if found is None:
+        return settings, "spacing"
+    if found.mm is None:
+        warning = f"slice thickness not used, {found.source}"
+        log.warning("%s: %s", loaded.image.path, warning)
+        loaded.volume = replace(loaded.volume, warnings=(*loaded.volume.warnings, warning))
+        return settings, "spacing"
+    return replace(settings, slice_thickness=found.mm), found.source
 
 
 def bytes_while_writing(loaded: Loaded, job: Job) -> int:
@@ -149,6 +172,7 @@ def bytes_while_writing(loaded: Loaded, job: Job) -> int:
     result = loaded.result
     assert result is not None
     held = 0 if isinstance(result.sr, np.memmap) else result.sr.nbytes + result.prob.nbytes
+    held += 0 if result.residual is None else result.residual.nbytes
     filtered, scaled = job.settings.largest_component or job.settings.min_size, job.settings.dtype == "input"
     labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * scaled  # bytes a voxel
     return held + labels * result.sr.size + (loaded.volume.data.nbytes if job.settings.png else 0)
@@ -180,6 +204,8 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
             odd.append(f"{beyond} and were clipped: --dtype float32 keeps them")
     else:
         arrays = {"sr": result.sr, **arrays}
+    if result.residual is not None:
+        images.save(outputs["residual"], result.residual, image.affine, overwrite=True, code=code)
     for kind in (kind for kind in outputs if kind in arrays):
         images.save(outputs[kind], arrays[kind], result.affine, overwrite=True, code=code)
     if settings.png:

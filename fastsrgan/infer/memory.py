@@ -35,6 +35,7 @@ class Job:
     can_stream : whether there is a place for results that do not fit into memory
     split : whether this process does a part of the planes only, which always go to files
     averaged : whether a tile's result is a mean over several passes
+    after : bytes on the host that the last step takes when there are no more tiles
     """
 
     plan: tiles.TilePlan
@@ -45,6 +46,7 @@ class Job:
     can_stream: bool = False
     split: bool = False
     averaged: bool = False
+    after: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,9 @@ def _rows(job: Job, network: TileNetwork, batch: int, mode: str) -> tuple[tuple[
         ]
     elif rolling:
         rows.append(("result", "host", 4 * channels * voxels))
+    free_again = sum(size for what, where, size in rows if where == "host" and what in ("planes", "network", "means"))
+    if job.after > free_again:  # else it finds room where the tiles were
+        rows.append(("agreement", "host", job.after - free_again))
     rows.append(("libraries", "host", LIBRARIES))
     return tuple((what, where, int(size)) for what, where, size in rows)
 

@@ -17,16 +17,20 @@ from fastsrgan.config import CHOICES
 from fastsrgan.core.files import finite
 from fastsrgan.errors import UsageError
 from fastsrgan.infer.values import (
+    AUTO,
     NONE,
+    OFF,
     WINDOWS,
     PerAxis,
     Resolution,
     Step,
     batch_size,
+    check_agree,
     check_batch,
     check_budget,
     check_max_memory,
     check_min_size,
+    check_slice_thickness,
     check_threshold,
     check_tile,
     flip_axes,
@@ -38,6 +42,7 @@ from fastsrgan.infer.values import (
     step_size,
     tile_edge,
     voxels,
+    word_or_number,
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -119,6 +124,13 @@ class InferSettings:
         box around what is brighter than air. Elsewhere SR is the interpolated image and the probabilities are 0; tiles
         that do not touch it are not computed
     flips : "none", or axes of the image such as "x" or "xyz": the mean over all mirror images of each tile
+    agree : make the result agree with the scan (see ``agreement``): "auto", with a weight by the scan's noise, in the
+        physical geometry; "off", the network's own result; or the weight, above 0: the smaller, the more the scan
+        counts. A result on the scan's own grid has nothing to agree on
+    slice_thickness : mm of the slices, for ``agree``; "auto": of files what DICOM or a BIDS sidecar says, else the
+        spacing of slices
+    profile : of the slices, for ``agree``: "gaussian" or "box", as wide as they are thick; "auto": not known, a
+        Gaussian of 0.8 times that, and a larger weight
 
     Of files
     --------
@@ -127,6 +139,7 @@ class InferSettings:
     dtype : of the SR image: "float32", or "input": rounded and clipped to the type and scaling of the image it was
         made of where that is an integer type
     save_prob, png : also write the probabilities, a picture
+    save_residual : also write what the scan says and the result, acquired again, does not, on the scan's grid
     split_volume : each image over all ranks of a machine, not one image for each; see ``modes``
     series : which series of a DICOM folder, see ``dicom.select``; the results' names then end in ``_series-N``
     volume, max_voxels : see ``images.load``
@@ -231,6 +244,29 @@ class InferSettings:
             recorded=CHANGED,
         ),
     )
+    agree: str | float = field(
+        default=AUTO,
+        metadata=row(
+            "make SR, acquired again, agree with the scan: auto, off, or the weight of what the scan cannot say (auto)",
+            parse=word_or_number(AUTO, OFF),
+            metavar="W",
+            check=check_agree,
+        ),
+    )
+    slice_thickness: str | float = field(
+        default=AUTO,
+        metadata=row(
+            "of the scan, where slices have gaps (auto: of DICOM or a BIDS sidecar, else the spacing)",
+            parse=word_or_number(AUTO),
+            metavar="MM",
+            check=check_slice_thickness,
+            recorded=CHANGED,
+        ),
+    )
+    profile: str = field(
+        default=AUTO,
+        metadata=row("of the slices (auto: not known)", parse=str, choices=(AUTO, "gaussian", "box"), recorded=CHANGED),
+    )
     threshold: float = field(
         default=0.5,
         metadata=row(
@@ -273,6 +309,12 @@ class InferSettings:
     )
     save_prob: bool = field(
         default=False, metadata=row("also write the probability map", recorded=ELSEWHERE, decides=False, of_files=True)
+    )
+    save_residual: bool = field(
+        default=False,
+        metadata=row(
+            "also write the scan minus the result acquired again", recorded=ELSEWHERE, decides=False, of_files=True
+        ),
     )
     png: bool = field(
         default=False,

@@ -19,6 +19,7 @@ Resolution = str | float | Sequence[float] | None
 Step = str | int | Sequence[int]
 
 NONE, AXES = "none", "xyz"  # of ``flips``
+AUTO, OFF = "auto", "off"  # of ``agree``; AUTO of ``slice_thickness`` and ``profile`` too
 
 
 # --- text of the command line -------------------------------------------------------------------------------------
@@ -84,6 +85,20 @@ def size(text: str) -> float | str:
         return float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a size in mm nor same") from error
+
+
+def word_or_number(*words: str) -> Callable[[str], str | float]:
+    """A parser of one of some words, or a number."""
+
+    def parse(text: str) -> str | float:
+        if text.lower() in words:
+            return text.lower()
+        try:
+            return float(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither {', '.join(words)} nor a number") from error
+
+    return parse
 
 
 def batch_size(text: str) -> int | str:
@@ -215,3 +230,15 @@ def check_min_size(value: float) -> None:
     """Raise UsageError for what is no volume in mm^3."""
     if not (math.isfinite(value) and value >= 0):
         raise UsageError("min size", f"{value:g} is not allowed", "cubic millimetres from 0 up")
+
+
+def check_agree(value: str | float) -> None:
+    """Raise UsageError for a weight that is neither a word of ``agree`` nor positive."""
+    if value not in (AUTO, OFF) and (isinstance(value, str) or not 0 < value < math.inf):
+        raise UsageError("agree", f"{value!r} is not allowed", "auto, off, or a weight above 0, such as 0.01")
+
+
+def check_slice_thickness(value: str | float) -> None:
+    """Raise UsageError for a thickness that is neither auto nor positive."""
+    if value != AUTO and (isinstance(value, str) or not 0 < value < math.inf):
+        raise UsageError("slice thickness", f"{value!r} is not allowed", "auto, or a number of mm above 0")

@@ -21,7 +21,7 @@ from torch import nn
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.system import pick_device
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.infer import anytime, tiles
+from fastsrgan.infer import anytime, modes, tiles
 from fastsrgan.infer.anytime import by_levels
 from fastsrgan.infer.memory import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, Job, MemoryPlan, plan_memory
 from fastsrgan.infer.modes import Together, by_ranks, by_slabs, check_result, find_region, in_memory
@@ -50,6 +50,7 @@ class InferResult:
     prob : (1 + classes, X', Y', Z') float32 in [0, 1]: channel 0 the structure, then the mask classes
     affine : (4, 4) of both
     report : settings as they were used, sizes, times
+    residual : (x, y, z) float32, the scan minus the result acquired again, on the scan's grid, where it was asked for
 
     Both arrays may be views of one another's memory; of a volume that was done by slabs they are maps of files.
     """
@@ -58,6 +59,7 @@ class InferResult:
     prob: np.ndarray
     affine: np.ndarray
     report: dict
+    residual: np.ndarray | None = None
 
 
 @takes_options(files=False)
@@ -130,6 +132,7 @@ def process(
     image = _prepared(data, affine, settings, interpolate, _shifted(generator, settings.geometry))
     region, what_region = find_region(settings.mask, data, image)
     image = replace(image, region=region)
+    agreeing = modes.wanted(image, data.shape, settings, interpolate is not None)
     network = _network(generator, settings, image)
     in_levels = settings.step == "auto" or settings.budget is not None
     if in_levels and together:
@@ -139,7 +142,7 @@ def process(
     can_stream = scratch is not None and (isinstance(image.source, Interpolated) or together is not None)
     # Ranks must not choose each for itself.
     with forms.job("fixed" if together else forms.wanted_mode()) as choices:
-        memory = _memory(image, plan, network, settings, in_levels, can_stream, beside, together)
+        memory = _memory(image, plan, network, settings, in_levels, can_stream, beside, together, agreeing)
         log.info("%s: %s", label, memory.line)
         checked = {}
         if settings.precision_check:
@@ -159,6 +162,7 @@ def process(
         else:
             sr, prob, facts = in_memory(image, plan, network, run, progress, label)
     odd = check_result((sr, prob), data, settings.precision, label)
+    told, left = _finished((sr, prob), data, image, agreeing, settings, together, label)
     averaged = network.generator
     report = {
         **settings.report(),
@@ -174,10 +178,31 @@ def process(
         **({"flips": settings.flips, "networks": len(members(averaged))} if isinstance(averaged, Averaged) else {}),
         **checked,
         **facts,
+        **told,
         "seconds": time.perf_counter() - began,
         "warnings": coarser(image.spacing, image.wanted) + odd,
     }
-    return InferResult(sr, prob, _new_affine(affine, data.shape, sr.shape, image), report)
+    return InferResult(sr, prob, _new_affine(affine, data.shape, sr.shape, image), report, left)
+
+
+def _finished(
+    done: tuple[np.ndarray, np.ndarray],
+    data: np.ndarray,
+    image: Prepared,
+    agreeing: modes.Wanted | None,
+    settings: InferSettings,
+    together: Together | None,
+    label: str,
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """``modes.finish``; of ranks that share a volume the first does it, for all."""
+    told: dict[str, Any] = {"agree": None}
+    left: np.ndarray | None = None
+    if agreeing and not (together and together.ranks.rank):
+        told, left = modes.finish(*done, data, image, agreeing, settings.save_residual, label)
+    if together:
+        together.vote()
+        told = together.ranks.gather(told)[0]
+    return told, left
 
 
 def _prepared(
@@ -236,6 +261,7 @@ def _memory(
     can_stream: bool,
     beside: Beside | None,
     together: Together | None,
+    agreeing: modes.Wanted | None,
 ) -> MemoryPlan:
     """The plan; neighbours in memory as it says."""
     # Members of an average work one after the other: the largest one counts.
@@ -255,6 +281,7 @@ def _memory(
         can_stream,
         together is not None,
         isinstance(network.generator, Averaged),
+        agreeing.held_bytes if agreeing else 0,
     )
     memory = plan_memory(job, counted, batch, settings.max_memory, beside)
     if beside:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
+from fastsrgan.core.files import read_json
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.io import dicom
 from fastsrgan.io import nifti as images
 from fastsrgan.volume import placement
 from fastsrgan.volume.geometry import Volume
+from fastsrgan.volume.resample import slice_axis
+
+THICKNESS = (0.1, 2.0)  # over the spacing of slices: from thin slices with gaps to ones that overlap by half
+SPACING_SAME = 0.02  # relative: a sidecar's spacing of slices and the image's own
 
 
 def load_any(
@@ -43,6 +49,43 @@ def load_mask(path: str | os.PathLike, like: Volume, *, max_voxels: int = images
     if not any((plane > 0).any() for plane in mask.data):
         raise InputError(path, "the mask marks no voxel", "at least one voxel above 0")
     return Volume(turn.apply(mask.data), like.affine, (*mask.warnings, *told), mask.meta)
+
+
+class Thickness(NamedTuple):
+    """Slice thickness in mm, and who says so: "DICOM", or a sidecar's file name. ``mm`` None: why that is not used."""
+
+    mm: float | None
+    source: str
+
+
+def slice_thickness(image: Volume, path: str | os.PathLike) -> Thickness | None:
+    """The slice thickness that a scan's header states: of DICOM, or of the JSON beside a NIfTI file as BIDS has it
+    (SliceThickness, in mm); None where nothing is said.
+
+    It is not used where it cannot be that of the thickest axis: out of proportion to the spacing, or beside another
+    SpacingBetweenSlices, as after resampling.
+    """
+    thickest = slice_axis(image.spacing)
+    spacing = image.spacing[thickest]
+    if image.meta.get("format") == "DICOM":
+        if thickest != 2:  # finer across the slices than within them
+            return None
+        said, apart, source = image.meta.get("slice_thickness_mm"), image.meta.get("slice_distance_mm"), "DICOM"
+    else:
+        beside = Path(path).with_name(images.stem(path) + ".json")
+        header, source = read_json(beside), beside.name
+        said, apart = header.get("SliceThickness"), header.get("SpacingBetweenSlices")
+    if not _is_size(said):
+        return None
+    if _is_size(apart) and abs(apart / spacing - 1) > SPACING_SAME:
+        return Thickness(None, f"{source}: slices {apart:g} mm apart, the image's are {spacing:g}: resampled")
+    if not THICKNESS[0] <= said / spacing <= THICKNESS[1]:
+        return Thickness(None, f"{source}: slices of {said:g} mm, {spacing:g} apart, are not believed")
+    return Thickness(float(said), source)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def stem(path: str | os.PathLike, series: str | None = None) -> str:

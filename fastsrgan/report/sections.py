@@ -137,6 +137,7 @@ def provenance_card(record: Mapping[str, Any], at: str) -> Html:
         ("geometry", record.get("geometry")),
         ("options", _settings(asked)),
         ("tiles", _settings({k: record[k] for k in ("tiles", "tile", "window", "batch") if k in record})),
+        ("agreement with the scan", _agreement(record.get("agree"), at + "/agree")),
         ("threshold", number(record["threshold"], at + "/threshold") if _is_number(record.get("threshold")) else None),
         ("precision", record.get("precision")),
         ("device", record.get("device")),
@@ -144,6 +145,21 @@ def provenance_card(record: Mapping[str, Any], at: str) -> Html:
         ("versions", _settings(record.get("provenance"))),
     ]
     return card("Provenance", facts_table(rows), raw("The whole record (JSON)", record))
+
+
+def _agreement(agree: Any, at: str) -> Html | None:
+    """How far the result, acquired again, is from the scan; None where it was not made to agree."""
+    if not isinstance(agree, Mapping) or not _is_number(agree.get("residual_percent")):
+        return None
+    before = agree.get("residual_percent_without")
+    return join(
+        "acquired again, it differs by ",
+        number(agree["residual_percent"], at + "/residual_percent"),
+        " %",
+        join(" (", number(before, at + "/residual_percent_without"), " % without agreement)")
+        if _is_number(before)
+        else None,
+    )
 
 
 def _weights(weights: Mapping[str, Any]) -> list[tuple[str, object]]:

@@ -34,7 +34,7 @@ AUTO = "auto"
 T = TypeVar("T")
 
 
-def noise_sd(scan_xyz: np.ndarray, across: int) -> float | None:
+def noise_sd(scan_xyz: np.ndarray, across: int, left_xyz: np.ndarray | None = None) -> float | None:
     """Standard deviation of a scan's noise, in its own intensities; None where too little tissue is seen.
 
     The diagonal second difference within the slices, [1 -2 1] along one axis and along the other, takes away all that
@@ -46,14 +46,18 @@ def noise_sd(scan_xyz: np.ndarray, across: int) -> float | None:
     ----------
     scan_xyz : (x, y, z) of any real dtype
     across : axis across the slices
+    left_xyz : (x, y, z), measured in place of the scan, within the scan's tissue
     """
-    slices = [np.asarray(part, np.float32) for part in _sampled(scan_xyz, across)]
+    slices = [np.ascontiguousarray(part, np.float32) for part in _sampled(scan_xyz, across)]
     tissue = TISSUE * _bright(slices)
+    measured = slices
+    if left_xyz is not None:
+        measured = [np.ascontiguousarray(part, np.float32) for part in _sampled(left_xyz, across)]
     energies = []
-    for plane in slices:
+    for plane, noisy in zip(slices, measured, strict=True):
         if min(plane.shape) < WINDOW + 2:
             return None
-        detail = _second_difference(_second_difference(plane).T).T / 6
+        detail = _second_difference(_second_difference(noisy).T).T / 6
         darkest = _windows(plane[1:-1, 1:-1]).min((1, 3))
         energies.append((_windows(detail) ** 2).mean((1, 3))[darkest > tissue])
     calm = np.concatenate(energies)
@@ -81,11 +85,29 @@ def missing_sd(scan_xyz: np.ndarray, seen: Observation, noise: float) -> float:
     free = [axis for axis in range(3) if seen.down[axis] is None]
     axis = min(free) if free else 0
     planes = _sampled(scan_xyz, axis) if free else iter(np.moveaxis(scan_xyz, axis, 0))
-    part = np.stack([np.asarray(plane, np.float32) for plane in planes], axis)
+    part = np.ascontiguousarray(np.stack([np.asarray(plane, np.float32) for plane in planes], axis))
     left = part - apply_axes(part, again)
     inside = part > TISSUE * _bright([part])
     energy = float(np.mean(left[inside] ** 2, dtype=np.float64)) if inside.any() else 0.0
     return math.sqrt(max(0.0, energy - (1 - 2 * through + kept) * noise**2) / eigenvalue)
+
+
+def lacking_sd(left_xyz: np.ndarray, scan_xyz: np.ndarray, seen: Observation, across: int) -> float:
+    """Standard deviation per voxel of what a result lacks, in the scan's intensities: as ``missing_sd``, of any result.
+
+    The variance of ``left``, scan - D SR, inside tissue, less that of the noise that is in it, over the mean eigenvalue
+    of D D'. How much of the scan's noise a result has kept is not known, so the noise is that of the finest detail of
+    ``left`` itself. 0 where noise explains all that is left.
+    """
+    level = TISSUE * _bright([np.ascontiguousarray(part, np.float32) for part in _sampled(scan_xyz, across)])
+    total, voxels = 0.0, 0
+    for left, plane in zip(np.moveaxis(left_xyz, across, 0), np.moveaxis(scan_xyz, across, 0), strict=True):
+        inside = np.ascontiguousarray(plane) > level
+        total += float(np.sum(np.ascontiguousarray(left)[inside] ** 2, dtype=np.float64))
+        voxels += int(np.count_nonzero(inside))
+    noise = noise_sd(scan_xyz, across, left_xyz) or 0.0
+    eigenvalue = math.prod(float((d**2).sum()) / len(d) for d in seen.down if d is not None)
+    return math.sqrt(max(0.0, total / max(voxels, 1) - noise**2) / eigenvalue)
 
 
 @dataclass(frozen=True)

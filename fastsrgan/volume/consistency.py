@@ -155,7 +155,13 @@ def agreed(sr: Tensor, scan: Tensor, seen: Observation, w: float) -> Tensor:
 
 
 def agree(
-    sr_XYZ, scan_xyz, seen: Observation, w: float, floor: float = -math.inf, slab_bytes: int = SLAB_BYTES
+    sr_XYZ,
+    scan_xyz,
+    seen: Observation,
+    w: float,
+    floor: float = -math.inf,
+    slab_bytes: int = SLAB_BYTES,
+    axis: int | None = None,
 ) -> None:
     """Make a result agree with its scan, in place: SR += D' (D D' + w)^-1 (scan - D SR), then not below ``floor``.
 
@@ -165,13 +171,15 @@ def agree(
     scan_xyz : (x, y, z) of any real dtype, in the same intensities and axis order
     slab_bytes : of the result, worked on at a time. Along an axis on which D is the identity slabs do not depend on one
         another and memory is that of a slab; without such an axis an array of the scan's size is kept besides.
+    axis : along which the slabs lie; None: such an axis, the one whose planes are farthest apart in memory
 
     Raises InputError for shapes that do not fit.
     """
     _check_shapes(sr_XYZ.shape, scan_xyz.shape, seen)
     free = [axis for axis in range(3) if seen.down[axis] is None]
-    axis = max(free or range(3), key=lambda d: _strides(sr_XYZ)[d])
-    if free:
+    if axis is None:
+        axis = max(free or range(3), key=lambda d: _strides(sr_XYZ)[d])
+    if axis in free:
         for first, last, here in _cuts(sr_XYZ, axis, slab_bytes):
             sr = _tensor(sr_XYZ[here])
             _store(
@@ -189,13 +197,14 @@ def agree(
         _store(sr_XYZ, here, _tensor(sr_XYZ[here]) + _through(half, rows), floor)
 
 
-def residual(sr_XYZ, scan_xyz, seen: Observation, slab_bytes: int = SLAB_BYTES) -> np.ndarray:
+def residual(sr_XYZ, scan_xyz, seen: Observation, slab_bytes: int = SLAB_BYTES, axis: int | None = None) -> np.ndarray:
     """What the scan says and the result, acquired again, does not: scan - D SR, (x, y, z) float32.
 
     Along axes on which the result is not finer than the scan, its voxels are the result's.
     """
     _check_shapes(sr_XYZ.shape, scan_xyz.shape, seen)
-    axis = max(range(3), key=lambda d: _strides(sr_XYZ)[d])
+    if axis is None:
+        axis = max(range(3), key=lambda d: _strides(sr_XYZ)[d])
     return _difference(sr_XYZ, scan_xyz, seen, axis, slab_bytes).float().cpu().numpy()
 
 

@@ -1,0 +1,220 @@
+"""The last step of an inference: SR, acquired again, is the scan; exact zeros stay; nothing else is touched."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from nifti_files import rigid
+
+from fastsrgan.cli.main import main
+from fastsrgan.compat.original import interpolation
+from fastsrgan.errors import UsageError
+from fastsrgan.infer import modes
+from fastsrgan.infer import volume as infer
+from fastsrgan.infer.memory import SLABS, plan_memory
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.io import any_image
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.volume.consistency import observation, residual
+from fastsrgan.volume.geometry import Orientation, Volume
+
+FAST = {"patch": 16, "step": 12, "device": "cpu"}
+SHAPE, MM = (18, 14, 8), (1.0, 1.0, 3.0)
+AFFINE = rigid(MM)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """Close to the interpolation, as a trained one is, so that no voxel is clipped."""
+    made = build_generator(GeneratorSpec(kernel=1), seed=6).eval()
+    with torch.no_grad():
+        made.head.mul_(0.01)
+    return made
+
+
+@pytest.fixture
+def scan():
+    """Smooth, all of it well above the lowest voxel: only in the column of that one the result is clipped."""
+    x, y, z = np.meshgrid(*(np.linspace(0, 3, n) for n in SHAPE), indexing="ij")
+    data = (500 + 100 * np.sin(x) * np.cos(y) + 50 * np.sin(2 * z)).astype(np.float32)
+    data[0, 0, 0] = 20
+    return data
+
+
+def seen(shape=(18, 14, 24), **profile):
+    return observation(SHAPE, MM, shape, (1, 1, 1), **profile)
+
+
+@pytest.mark.parametrize(("profile", "thickness"), [("gaussian", 3.0), ("box", 3.0), ("gaussian", 2.0)])
+def test_with_a_small_weight_the_result_acquired_again_is_the_scan(generator, scan, profile, thickness, caplog):
+    caplog.set_level("INFO", logger="fastsrgan")
+    options = {"profile": profile, "slice_thickness": thickness, "agree": 1e-5}
+    done = infer_volume(scan, AFFINE, generator, **FAST, **options)
+    d = seen(profile=profile, thickness_mm=thickness)
+    alone = infer_volume(scan, AFFINE, generator, **FAST, agree="off")
+    # D mixes voxels along z alone.
+    assert np.abs(residual(done.sr, scan, d)[1:]).max() < 0.05 < 1 < np.abs(residual(alone.sr, scan, d)[1:]).max()
+    assert np.array_equal(done.prob, alone.prob)
+    told = done.report["agree"]
+    assert (told["weight"], told["profile"], told["thickness_mm"]) == (1e-5, profile, thickness)
+    percent = f"{told['residual_percent']:.2g} % ({told['residual_percent_without']:.2g} % without agreement"
+    assert f"the result, acquired again, differs from the scan by {percent}" in caplog.text
+    rms = [100 * np.sqrt(np.mean(residual(r.sr, scan, d) ** 2) / np.mean(scan**2)) for r in (done, alone)]
+    assert [told["residual_percent"], told["residual_percent_without"]] == pytest.approx(rms, rel=1e-3)
+    assert alone.report["agree"] is None
+
+
+def test_auto_takes_a_narrow_profile_and_a_weight_that_grows_with_the_noise(generator):
+    rng = np.random.default_rng(0)
+    x, y, z = np.meshgrid(*(np.linspace(0, 6, n) for n in (40, 40, 16)), indexing="ij")
+    clean = (500 + 100 * np.sin(x) * np.cos(y) + 50 * np.sin(3 * z)).astype(np.float32)
+    found = []
+    for noise in (0, 10, 60):
+        data = (clean + noise * rng.normal(size=clean.shape)).astype(np.float32)
+        found.append(infer_volume(data, AFFINE, generator, **FAST).report["agree"])
+    assert found[0]["weight"] == 0.03 and found[0]["thickness_mm"] == pytest.approx(2.4)
+    assert found[0]["weight"] < found[1]["weight"] <= found[2]["weight"] and found[2]["weight"] >= 0.5
+    assert found[2]["noise"] == pytest.approx(60, rel=0.15)
+
+
+@pytest.mark.parametrize("resolution", [None, "same"])
+def test_a_result_on_the_scan_s_grid_is_left_alone(generator, scan, resolution):
+    affine = np.eye(4) if resolution is None else AFFINE
+    options = {**FAST, "new_resolution": resolution}
+    one, off = (infer_volume(scan, affine, generator, **options, agree=w) for w in (1e-3, "off"))
+    assert np.array_equal(one.sr, off.sr) and one.report["agree"] is None
+
+
+def test_the_original_s_geometry_is_left_alone_unless_asked(generator, scan):
+    options = {**FAST, "geometry": "segsrgan", "new_resolution": 1.0}
+    auto, off = (infer_volume(scan, AFFINE, generator, **options, agree=w) for w in ("auto", "off"))
+    assert np.array_equal(auto.sr, off.sr) and auto.report["agree"] is None
+    assert infer_volume(scan, AFFINE, generator, **options, agree=0.1).report["agree"]["weight"] == 0.1
+    with pytest.raises(UsageError, match="agree: how the scan sees"):
+        infer_volume(scan, AFFINE, generator, **options, interpolate=interpolation("scipy", spline_order=1), agree=0.1)
+    for more in ({"profile": "box"}, {"slice_thickness": 2.0}):
+        with pytest.raises(UsageError, match="no use without agreement"):
+            infer_volume(scan, AFFINE, generator, **options, **more)
+
+
+@pytest.mark.parametrize("wrong", [{"agree": 0}, {"agree": -1.0}, {"agree": "on"}, {"agree": np.inf}, {"profile": "x"}])
+def test_nonsense_is_refused(generator, scan, wrong):
+    with pytest.raises(UsageError):
+        infer_volume(scan, AFFINE, generator, **FAST, **wrong)
+
+
+@pytest.mark.parametrize("resolution", [None, 0.8])
+def test_by_slabs_it_is_the_same_to_the_bit(generator, scan, monkeypatch, tmp_path, resolution):
+    monkeypatch.setattr(agreement, "SLAB_BYTES", 4 * 18 * 14 * 5)
+    turned = np.array([[0, -1, 0, 5], [0, 0, 1, -3], [1, 0, 0, 9], [0, 0, 0, 1.0]]) @ AFFINE
+    options = {**FAST, "new_resolution": resolution}
+    whole = infer_volume(scan, turned, generator, **options)
+    monkeypatch.setattr(infer, "plan_memory", lambda job, *args: replace(plan_memory(job, *args), mode=SLABS))
+    done = infer_volume(scan, turned, generator, **options, scratch=tmp_path / "s")
+    assert isinstance(done.sr, np.memmap) and np.array_equal(done.sr, whole.sr)
+    monkeypatch.setattr(agreement, "SLAB_BYTES", 1 << 24)
+    uncut = infer_volume(scan, turned, generator, **options, scratch=tmp_path / "s")
+    assert np.allclose(uncut.sr, whole.sr, rtol=1e-5)
+
+
+def test_a_run_that_ends_meanwhile_is_not_corrected_twice(generator, scan, monkeypatch, tmp_path):
+    expected = infer_volume(scan, AFFINE, generator, **FAST)
+    monkeypatch.setattr(infer, "plan_memory", lambda job, *args: replace(plan_memory(job, *args), mode=SLABS))
+    real = modes.agree
+
+    def dies(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(agreement, "agree", dies)
+    with pytest.raises(KeyboardInterrupt):
+        infer_volume(scan, AFFINE, generator, **FAST, scratch=tmp_path / "s")
+    monkeypatch.setattr(agreement, "agree", real)
+    again = infer_volume(scan, AFFINE, generator, **FAST, scratch=tmp_path / "s")
+    assert np.array_equal(again.sr, expected.sr)
+
+
+@pytest.mark.parametrize("stored", [Orientation((2, 0, 1), (True, False, True)), Orientation((1, 0, 2))], ids=str)
+def test_a_scan_stored_otherwise_gives_the_same_in_the_world(generator, scan, stored):
+    scan[:, :3] = 0
+    plain = infer_volume(scan, AFFINE, generator, **FAST)
+    moved = infer_volume(stored.apply(scan), stored.affine(AFFINE, SHAPE), generator, **FAST)
+    assert np.array_equal(moved.sr, stored.apply(plain.sr)) and np.array_equal(moved.prob, stored.apply(plain.prob))
+    assert moved.report["voxels_kept_empty"] == plain.report["voxels_kept_empty"] > 0
+
+
+def test_exact_zeros_stay_zero_and_are_not_segmented(generator, scan):
+    scan[:6, :, :] = 0
+    scan[10, :, 4] = 0  # its neighbours across the slices are tissue
+    done = infer_volume(scan, AFFINE, generator, **FAST)
+    assert not done.sr[:6].any() and not done.prob[:, :6].any() and (done.prob[:, 6:] > 0).all()
+    assert done.report["voxels_kept_empty"] == 6 * 14 * 24
+    off = infer_volume(scan, AFFINE, generator, **FAST, agree="off")
+    assert off.sr[:6].any() and off.prob[:, :6].all()
+    few = scan.copy()
+    few[few == 0] = 400
+    few[0, 0] = 0  # less than one voxel in twenty
+    assert "voxels_kept_empty" not in infer_volume(few, AFFINE, generator, **FAST).report
+    below = scan.copy()
+    below[17] = -5
+    assert "voxels_kept_empty" not in infer_volume(below, AFFINE, generator, **FAST).report
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path, generator, scan):
+    weights.save_generator(tmp_path / "w.safetensors", generator)
+    images.save(tmp_path / "a.nii.gz", scan, AFFINE)
+    return tmp_path
+
+
+def call(files, *words):
+    first = [files / "a.nii.gz", "-o", files / "out", "-w", files / "w.safetensors", "--patch", 16, "--step", 12]
+    code = main(["--quiet", "infer", *map(str, [*first, *words])])
+    return json.loads((files / "out" / "a.json").read_text()) if code == 0 else code
+
+
+def test_the_record_the_residual_and_what_a_resumed_call_compares(files, scan):
+    record = call(files, "--agree", "0.01", "--profile", "box", "--slice-thickness", "2.5", "--save-residual")
+    told = record["agree"]
+    assert told["profile"] == "box" and told["thickness_mm"] == 2.5 and told["thickness_from"] == "asked"
+    assert 0 < told["residual_percent"] < told["residual_percent_without"] and told["seconds"] > 0
+    left = images.load(record["outputs"]["residual"])
+    sr = images.load(record["outputs"]["sr"]).data
+    assert np.allclose(left.affine, AFFINE, atol=1e-5)
+    assert np.allclose(left.data, residual(sr, scan, seen(profile="box", thickness_mm=2.5)), atol=1e-3)
+    assert call(files, "--agree", "0.01", "--profile", "box", "--slice-thickness", "2.5", "--resume") == record
+    for other in (["0.02", "box", "2.5"], ["0.01", "gaussian", "2.5"], ["0.01", "box", "2"]):
+        words = zip(("--agree", "--profile", "--slice-thickness"), other, strict=True)
+        assert call(files, *(word for pair in words for word in pair), "--resume") == 2
+
+
+def test_the_thickness_of_a_sidecar_is_used_and_recorded(files):
+    (files / "a.json").write_text(json.dumps({"SliceThickness": 2.5, "SpacingBetweenSlices": 3.0}))
+    told = call(files, "--profile", "gaussian")["agree"]
+    assert told["thickness_mm"] == 2.5 and told["thickness_from"] == "a.json"
+    told = call(files, "--overwrite")["agree"]
+    assert told["thickness_mm"] == pytest.approx(2.0) and told["profile"] == "gaussian"  # 0.8 of it
+    (files / "a.json").write_text(json.dumps({"SliceThickness": 2.5, "SpacingBetweenSlices": 5.0}))
+    record = call(files, "--overwrite")
+    assert record["agree"]["thickness_from"] == "spacing" and "resampled" in record["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("spacing", "meta", "expected"),
+    [
+        (MM, {"slice_thickness_mm": 2.0, "slice_distance_mm": 3.0}, 2.0),
+        (MM, {"slice_thickness_mm": None, "slice_distance_mm": 3.0}, None),
+        ((3.0, 1.0, 1.0), {"slice_thickness_mm": 1.0, "slice_distance_mm": 1.0}, None),
+    ],
+)
+def test_the_thickness_of_dicom(spacing, meta, expected):
+    volume = Volume(np.ones(SHAPE), np.diag([*spacing, 1]), (), {"format": "DICOM", **meta})
+    found = any_image.slice_thickness(volume, "series")
+    assert (found and found.mm) == expected
