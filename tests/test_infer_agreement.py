@@ -109,14 +109,14 @@ def test_nonsense_is_refused(generator, scan, wrong):
 
 @pytest.mark.parametrize("resolution", [None, 0.8])
 def test_by_slabs_it_is_the_same_to_the_bit(generator, scan, monkeypatch, tmp_path, resolution):
-    monkeypatch.setattr(agreement, "SLAB_BYTES", 4 * 18 * 14 * 5)
+    monkeypatch.setattr(modes, "SLAB_BYTES", 4 * 18 * 14 * 5)
     turned = np.array([[0, -1, 0, 5], [0, 0, 1, -3], [1, 0, 0, 9], [0, 0, 0, 1.0]]) @ AFFINE
     options = {**FAST, "new_resolution": resolution}
     whole = infer_volume(scan, turned, generator, **options)
     monkeypatch.setattr(infer, "plan_memory", lambda job, *args: replace(plan_memory(job, *args), mode=SLABS))
     done = infer_volume(scan, turned, generator, **options, scratch=tmp_path / "s")
     assert isinstance(done.sr, np.memmap) and np.array_equal(done.sr, whole.sr)
-    monkeypatch.setattr(agreement, "SLAB_BYTES", 1 << 24)
+    monkeypatch.setattr(modes, "SLAB_BYTES", 1 << 24)
     uncut = infer_volume(scan, turned, generator, **options, scratch=tmp_path / "s")
     assert np.allclose(uncut.sr, whole.sr, rtol=1e-5)
 
@@ -130,10 +130,10 @@ def test_a_run_that_ends_meanwhile_is_not_corrected_twice(generator, scan, monke
         real(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(agreement, "agree", dies)
+    monkeypatch.setattr(modes, "agree", dies)
     with pytest.raises(KeyboardInterrupt):
         infer_volume(scan, AFFINE, generator, **FAST, scratch=tmp_path / "s")
-    monkeypatch.setattr(agreement, "agree", real)
+    monkeypatch.setattr(modes, "agree", real)
     again = infer_volume(scan, AFFINE, generator, **FAST, scratch=tmp_path / "s")
     assert np.array_equal(again.sr, expected.sr)
 

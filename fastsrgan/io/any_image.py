@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from fastsrgan.core.files import read_json
 from fastsrgan.errors import InputError, UsageError
@@ -84,7 +84,7 @@ def slice_thickness(image: Volume, path: str | os.PathLike) -> Thickness | None:
     return Thickness(float(said), source)
 
 
-def _is_size(value: object) -> bool:
+def _is_size(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
