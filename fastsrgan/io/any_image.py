@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from fastsrgan.core.runtime import read_json
+from fastsrgan.core.files import read_json
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.io import dicom
 from fastsrgan.io import nifti as images
