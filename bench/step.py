@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import common, flops, naive
-from bench.cohort import EPOCH, pool
+from bench.step_pool import EPOCH, pool
 from bench.common import Case, Sides
 from bench.step_ranks import Scaling
 from fastsrgan.config import TrainConfig

@@ -101,7 +101,7 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
 
     import torch
 
-    from bench.cohort import EPOCH, pool
+    from bench.step_pool import EPOCH, pool
     from fastsrgan.config import TrainConfig
     from fastsrgan.core.draws import rng
     from fastsrgan.core.ranks import from_environment, local_device

@@ -286,7 +286,7 @@ def test_a_start_without_a_patch_leaves_no_run_and_what_was_left_out_is_tried_ag
     for _ in range(2):
         with pytest.raises(InputError, match="none of its 2 Train subjects gave a patch"):
             train(copy, run, small)
-    assert {p.name for p in run.iterdir()} == {"config.yaml"}
+    assert {p.name for p in run.iterdir()} == {"config.yaml", "data.json"}
     # A stop before the first update does leave a snapshot, from which all subjects are tried again, in both epochs.
     monkeypatch.setattr(loop, "stopped", lambda run, stop: run.position.epoch == 2)
     train(copy, run, small)

@@ -13,6 +13,7 @@ from feed_store import CPU, DRAWN, RULE, digest
 
 from fastsrgan.convert import convert
 from fastsrgan.data.feed import Feed, deal, resident_limit
+from fastsrgan.data.settings_check import refuse_faults
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError
 from fastsrgan.io import nifti as images
@@ -23,6 +24,7 @@ from fastsrgan.train.validate import fixed_resident, readable
 
 SHAPE = (24, 28, 30)
 CONFIG = SMALL.replace(structure="3,42", synthetic_strip=0.5, resident_subjects=1)
+BY_MASK = {"image_cropping_method": "overlapping_with_mask"}
 
 
 def tissues(i: int) -> np.ndarray:
@@ -200,6 +202,24 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(path, tmp_path):
 def test_a_run_without_a_structure_is_refused_at_once(path, tmp_path):
     with pytest.raises(InputError, match="no structure is named"):
         train(path, tmp_path / "run", CONFIG.replace(structure=""))
+
+
+@pytest.mark.parametrize(("way", "why"), [({"fit_mask": True}, "fit_mask"), (BY_MASK, "overlapping_with_mask")])
+def test_masks_are_refused_where_images_are_made(tmp_path, way, why):
+    images.save(tmp_path / "a_tissues.nii.gz", tissues(0), np.eye(4))
+    images.save(tmp_path / "a_mask.nii.gz", (tissues(0) > 0).astype(np.uint8), np.eye(4))
+    row = "HR_image,Label_image,Mask_image,Tissue_image,Base\n,,a_mask.nii.gz,a_tissues.nii.gz,Train\n"
+    (tmp_path / "t.csv").write_text(row, encoding="utf8")
+    convert(tmp_path / "t.csv", tmp_path / "s.zarr")
+    with pytest.raises(InputError, match=f"made of tissues have no mask: a_tissues .{why} needs HR_image"):
+        train(tmp_path / "s.zarr", tmp_path / "run", CONFIG.replace(**way))
+
+
+def test_a_subject_with_neither_label_nor_tissues_is_refused_beside_those_with_tissues(path):
+    store = open_store(path)
+    del store.subject("sub-2_T1w").arrays["tissues"]
+    with pytest.raises(InputError, match="without a label: sub-2_T1w .training needs Label_image or Tissue_image"):
+        refuse_faults(store, CONFIG, None)
 
 
 @pytest.mark.parametrize(

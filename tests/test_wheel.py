@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import site
 import subprocess
 import sys
 import venv
@@ -54,7 +53,9 @@ def installed(wheel, tmp_path_factory) -> Path:
     run([sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel], folder)
     (place,) = (folder / "venv" / "lib").glob("python*/site-packages")
     # Names in a .pth of that folder are not followed from here, so an editable install of the checkout stays unseen.
-    (place / "outer.pth").write_text("\n".join(site.getsitepackages()))
+    # Packages of the running environment may lie in several such folders.
+    outer = [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
+    (place / "outer.pth").write_text("\n".join(outer))
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.cohort import pool
+from bench.step_pool import pool
 from bench.common import texture
 from fastsrgan.config import TrainConfig
 from fastsrgan.data.dali import DaliMover

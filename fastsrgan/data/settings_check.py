@@ -61,8 +61,11 @@ def data_warnings(store: Store) -> dict[str, list[str]]:
 
 def _faults(store: Store, subject: Subject, config: TrainConfig, axes: Axes | None) -> list[_Fault]:
     found = []
-    if not subject.has_label:
-        found.append(_Fault("without a label", "", "training needs Label_image for every subject"))
+    if not (subject.has_label or subject.has_tissues):
+        found.append(_Fault("without a label", "", "training needs Label_image or Tissue_image for every subject"))
+    elif subject.has_tissues and not (subject.has_image and subject.has_label) and not config.structure:
+        hint = "--structure 3,42 names the values of the tissues that are the label"
+        found.append(_Fault("tissues in place of an image or a label, and no structure is named", "", hint))
     values = sorted(set(mapping(subject.attrs.get("label_counts"))) - {"0", "1"}, key=int)
     if values:
         hint = (
@@ -74,8 +77,11 @@ def _faults(store: Store, subject: Subject, config: TrainConfig, axes: Axes | No
         hint = "ask for the same or coarser with -n, or leave them out"
         found.append(_Fault(f"coarser than the low resolution of {asked} mm", f"{own} mm", hint))
     by_mask = config.image_cropping_method == "overlapping_with_mask"
-    if not subject.has_mask and (config.fit_mask or by_mask):
-        why = "overlapping_with_mask" if by_mask else "fit_mask"
+    why = "overlapping_with_mask" if by_mask else "fit_mask"
+    if not subject.has_image and (config.fit_mask or by_mask):
+        hint = f"{why} needs HR_image and Mask_image for every subject"
+        found.append(_Fault("images that are made of tissues have no mask", "", hint))
+    elif not subject.has_mask and (config.fit_mask or by_mask):
         found.append(_Fault("without a mask", "", f"{why} needs Mask_image for every subject"))
     elif by_mask and not _has_patch(store, subject, config, axes):
         kind = f"without a patch of {config.patch_size} voxels of which more than half lie in the mask"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ from fastsrgan.data.pool import Resident
 from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.observation.model import Degradation, Degraded, Draw
 from fastsrgan.observation.slabs import Region
-from fastsrgan.store.reader import Sample
 from fastsrgan.volume.geometry import Orientation, processing_orientation
 from fastsrgan.volume.intensity import lifted
 from fastsrgan.volume.resample import modulo_size
+
+if TYPE_CHECKING:  # patches of an array are cut where no store can be read
+    from fastsrgan.store.reader import Sample
 
 Triple = tuple[float, float, float]
 Moved = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -76,7 +78,7 @@ def make_resident(
     if sample.image is None:
         raise InputError(sample.id, "has neither an image nor tissues", "training needs one of them")
     if sample.label is None:
-        raise InputError(sample.id, "has no label", "training needs Label_image for every subject")
+        raise InputError(sample.id, "has no label", "training needs Label_image or Tissue_image for every subject")
     if rule.by_mask and sample.mask is None:
         raise InputError(sample.id, "has no mask", "overlapping_with_mask needs Mask_image for every subject")
     turn = Orientation()

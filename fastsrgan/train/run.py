@@ -244,7 +244,6 @@ def prepare(
         raise InputError(store.url, "has no Train subjects", "give rows with Base = Train to `fastsrgan convert`")
     axes = slice_axes(store, config)
     refuse_faults(store, config, axes)
-    refuse_tissues(store, config)
     mask_classes = count_mask_classes(store, names["Train"]) if config.fit_mask else 0
     if config.auto_batch:
         config = with_fitting_batch(folder, config, mask_classes, device, ranks, resume)
@@ -296,14 +295,6 @@ def visits(config: TrainConfig) -> Visits:
         strip=config.synthetic_strip,
     )
     return Visits(config.synthetic, settings.label_values(config.structure), made)
-
-
-def refuse_tissues(store: Store, config: TrainConfig) -> None:
-    """InputError where subjects have tissues in place of an image or a label and no structure is named."""
-    lacking = [s.id for s in store.subjects if s.has_tissues and not (s.has_image and s.has_label)]
-    if lacking and not config.structure:
-        reason = f"{', '.join(lacking[:3])}: tissues in place of an image or a label, and no structure is named"
-        raise InputError(store.url, reason, "--structure 3,42 names the values of the tissues that are the label")
 
 
 def slice_axes(store: Store, config: TrainConfig) -> Axes | None:
