@@ -85,7 +85,8 @@ def main() -> None:
         page = (ROOT / "README.md").read_text(encoding="utf8")
         before, rest = page.split(BEGIN)
         shown = [r for r in rows if r["noise"] or r["profile"] == "gauss" or r["ratio"] == 3]
-        note = f"PSNR in dB inside the head: the spline's, and the gain of the best linear estimate and of fastsrgan. On {args.machine}."
+        note = "PSNR in dB inside the head: the spline's, and the gain of the best linear estimate and of fastsrgan. "
+        note += f"On {args.machine}."
         with atomic_write(ROOT / "README.md") as temporary:
             text = f"{before}{BEGIN}\n{table(shown, True)}\n\n{note}\n{END}{rest.split(END)[1]}"
             temporary.write_text(text, encoding="utf8")
