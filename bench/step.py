@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bench import common, flops, naive
-from bench.step_pool import EPOCH, pool
 from bench.common import Case, Sides
+from bench.step_pool import EPOCH, pool
 from bench.step_ranks import Scaling
 from fastsrgan.config import TrainConfig
 from fastsrgan.core.draws import rng

@@ -218,7 +218,7 @@ def test_masks_are_refused_where_images_are_made(tmp_path, way, why):
 def test_a_subject_with_neither_label_nor_tissues_is_refused_beside_those_with_tissues(path):
     store = open_store(path)
     del store.subject("sub-2_T1w").arrays["tissues"]
-    with pytest.raises(InputError, match="without a label: sub-2_T1w .training needs Label_image or Tissue_image"):
+    with pytest.raises(InputError, match=r"without a label: sub-2_T1w .training needs Label_image or Tissue_image"):
         refuse_faults(store, CONFIG, None)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.step_pool import pool
 from bench.common import texture
+from bench.step_pool import pool
 from fastsrgan.config import TrainConfig
 from fastsrgan.data.dali import DaliMover
 from fastsrgan.data.pool import Batch
