@@ -174,6 +174,7 @@ def forget_files(work: Work) -> None:
     paths = [Path(p) for name in work.names for p in (work.image(name), work.label(name))]
     for path in [*paths, *(p for p in Path(work.store).rglob("*") if p.is_file())]:
         descriptor = os.open(path, os.O_RDONLY)
+        os.read(descriptor, 1)  # now, not counted: the first read of a new file dirties a page, for its access time
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
