@@ -62,3 +62,13 @@ def test_the_file_is_small_and_says_what_it_is():
 def test_the_model_card_names_the_file_and_its_hash():
     text = (default_weights().parent / "README.md").read_text(encoding="utf8")
     assert default_weights().name in text and info(default_weights())["sha256"] in text
+
+
+@pytest.mark.parametrize(("name", "card"), [("adult", "README.md"), ("perinatal", "perinatal.md")])
+def test_every_named_model_is_there_small_and_as_its_card_says(name, card):
+    path = weights.shipped(name)
+    text = (path.parent / card).read_text(encoding="utf8")
+    assert path.stat().st_size < 4_000_000
+    assert path.name in text and info(name)["sha256"] in text
+    assert weights.MODELS[name].structure in text
+    assert weights.load_generator(name).spec == weights.load_generator(path).spec
