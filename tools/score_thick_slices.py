@@ -1,0 +1,114 @@
+"""Scores weights on sharp images that are given as thick slices: `python tools/score_thick_slices.py CASES.json -w W`.
+
+CASES.json: {"name": {"image": "x_T2w.nii.gz", "labels": "x_tissues.nii.gz", "structure": [5]}, ...}, paths relative to
+it. Slices lie along the third axis in RAS order, 3 or 6 voxels apart and thick, their profile a Gaussian (FWHM of the
+thickness) or a box; noise is a fraction of the scan's maximum. PSNR (maximum of the truth) is inside the head, above a
+tenth of the 99.9th percentile; SSIM of the whole volume.
+
+spline       cubic spline through the slices' centres
+best linear  spline + D' (D D' + w)^-1 (scan - D spline) with the Gaussian profile and the best of eight w for each
+             case: an oracle that no linear method which knows only profile and noise can beat
+fastsrgan    `infer_volume` with the tiles that the command takes on a CPU
+
+"dice_interpolated" is that of the true label drawn on the slices and interpolated. Writes a JSON list for
+tools/publish_weights.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+import fastsrgan
+from fastsrgan.core.files import write_json
+from fastsrgan.core.system import provenance
+from fastsrgan.evaluate import metrics
+from fastsrgan.volume.consistency import Observation, agree, observation
+from fastsrgan.volume.resample import apply_axes, slice_profile_matrix, spline_matrix
+
+ACQUISITIONS = [(r, p, n) for r in (3, 6) for p, n in (("gaussian", 0.0), ("box", 0.0), ("gaussian", 0.03))]
+WEIGHTS = (1e-3, 1e-2, 3e-2, 0.1, 0.2, 0.3, 0.5, 1.0)
+MARGIN = 6  # voxels of air kept around the head
+TILES = {"patch": 128, "step": 64}
+
+
+def load(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
+    """(X, Y, Z) in RAS order, and its voxel size."""
+    image = nib.as_closest_canonical(nib.load(path))
+    return np.squeeze(np.asarray(image.dataobj)).astype(np.float32), nib.affines.voxel_sizes(image.affine)
+
+
+def agreed(image: np.ndarray, scan: np.ndarray, seen: Observation, w: float) -> np.ndarray:
+    """A copy of the image that agrees with the scan."""
+    made = image.copy()
+    agree(made, scan, seen, w)
+    return made
+
+
+def score(name: str, case: dict, folder: Path, generator) -> list[dict]:
+    """The rows of one case."""
+    whole, mm = load(folder / case["image"])
+    whole = np.clip(whole / np.percentile(whole[whole > 0], 99.9), 0, 1.2)
+    inside = np.argwhere(whole > 0.05)
+    cut = tuple(
+        slice(max(low - MARGIN, 0), high + MARGIN + 1) for low, high in zip(inside.min(0), inside.max(0), strict=True)
+    )
+    whole, structure = whole[cut], np.isin(load(folder / case["labels"])[0][cut], case["structure"])
+    rows: list[dict] = []
+    for ratio, profile, noise in ACQUISITIONS:
+        n = whole.shape[2] // ratio * ratio
+        truth, label = whole[:, :, :n], structure[:, :, :n]
+        down = slice_profile_matrix(n, n // ratio, float(ratio), 1.0, float(profile == "box"))
+        up = spline_matrix(n // ratio, n, 1 / ratio)
+        scan = apply_axes(truth, [None, None, down])
+        if noise:
+            drawn = np.random.default_rng(0).normal(0, noise * scan.max(), scan.shape)
+            scan = np.clip(scan + drawn, 0, None).astype(np.float32)
+        low_mm = (mm[0], mm[1], mm[2] * ratio)
+        spline, head = apply_axes(scan, [None, None, up]), truth > 0.1
+        seen = observation(scan.shape, low_mm, truth.shape, mm)
+        assert seen is not None
+        linear = max(metrics.psnr(agreed(spline, scan, seen, w), truth, mask=head) for w in WEIGHTS)
+        result = fastsrgan.infer_volume(
+            scan, np.diag([*low_mm, 1.0]), generator, new_resolution=[float(s) for s in mm], device="cpu", **TILES
+        )
+        seg, base = result.prob[0] > 0.5, metrics.psnr(spline, truth, mask=head)
+        drawn_label = apply_axes(apply_axes(label.astype(np.float32), [None, None, down]), [None, None, up]) > 0.5
+        row = {"case": name, "ratio": ratio, "profile": profile, "noise": noise, "spline_db": base}
+        row |= {"linear_gain": linear - base, "sr_gain": metrics.psnr(result.sr, truth, mask=head) - base}
+        row["spline_ssim"] = metrics.ssim(spline, truth)
+        row["ssim_gain"] = metrics.ssim(result.sr, truth) - row["spline_ssim"]
+        row |= {"dice": metrics.dice(seg, label), "dice_interpolated": metrics.dice(drawn_label, label)}
+        row["components"] = int(ndimage.label(seg, np.ones((3, 3, 3)))[1])
+        rows.append({k: round(float(v), 4) if isinstance(v, (float, np.floating)) else v for k, v in row.items()})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    """All cases, one after the other."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("cases", type=Path)
+    p.add_argument("-w", "--weights", default="perinatal")
+    p.add_argument("--json", type=Path)
+    args = p.parse_args()
+    generator = fastsrgan.load_generator(args.weights)
+    rows = []
+    for name, case in json.loads(args.cases.read_text(encoding="utf8")).items():
+        rows += score(name, case, args.cases.parent, generator)
+    if args.json:
+        write_json(args.json, rows)
+    print(f"worst gain {min(r['sr_gain'] for r in rows):+.2f} dB, over best linear", end=" ")
+    print(
+        f"{min(r['sr_gain'] - r['linear_gain'] for r in rows):+.2f} dB, worst Dice {min(r['dice'] for r in rows):.3f}"
+    )
+    print(provenance())
+
+
+if __name__ == "__main__":
+    main()
