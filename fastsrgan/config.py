@@ -424,7 +424,9 @@ def from_mapping(values: dict[str, Any], what: str = "config") -> TrainConfig:
         if name not in SETTINGS:
             near = difflib.get_close_matches(name, SETTINGS, n=1)
             raise ModelError(
-                f"{what}: {name[:80]}", "unknown setting", f"did you mean {near[0]}?" if near else "see docs/config.md"
+                f"{what}: {name[:80] if name.isprintable() else shown(key)}",
+                "unknown setting",
+                f"did you mean {near[0]}?" if near else "see docs/config.md",
             )
         checked[name] = SETTINGS[name].plain(value, what)
     try:

@@ -265,7 +265,7 @@ def test_a_resolution_beyond_any_memory_is_refused_before_work(identity):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"patch": 30}, {"step": 200}, {"window": "hann"}, {"precision": "int8"}, {"geometry": "itk"}, {"batch": 0}],
+    [{"patch": 30}, {"step": 200}, {"window": "welch"}, {"precision": "int8"}, {"geometry": "itk"}, {"batch": 0}],
 )
 def test_nonsense_settings_are_usage_errors(identity, setting):
     with pytest.raises(UsageError):

@@ -47,7 +47,18 @@ def files(tmp_path_factory):
 
 def score(files, tmp_path, *more: str) -> tuple[int, dict]:
     out = tmp_path / "out.json"
-    base = ["-w", str(files / "spline.safetensors"), "--threads", "1", "--device", "cpu", "--json", str(out)]
+    base = [
+        "-w",
+        str(files / "spline.safetensors"),
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--agree",
+        "off",
+        "--json",
+        str(out),
+    ]
     code = score_weights.main([*base, *more])
     return code, json.loads(out.read_text()) if out.exists() else {}
 
