@@ -52,7 +52,11 @@ FAULTS: dict[int, tuple[str, str, str]] = {
         "a file in its place, which stops root too",
     ),
     26: ("output exists", "kept without `--overwrite`; skipped under `--resume`", ""),
-    27: ("two conversions into one store", "5 names the other process; a dead one's lock is taken over", ""),
+    27: (
+        "two conversions into one store, two trainings into one run",
+        "5 names the other process; a dead one's lock is taken over",
+        "",
+    ),
     28: ("readers while a store is written", "whole subjects only", ""),
     29: (
         "byte of a chunk flipped, or a manifest forged",
@@ -65,7 +69,7 @@ FAULTS: dict[int, tuple[str, str, str]] = {
         "tried again, bounded, then 5",
         "an S3 server and a proxy on loopback",
     ),
-    32: ("store of a newer format", "4, `made by X, needs >= Y`", ""),
+    32: ("store or snapshot of a newer format", "4, `made by X, needs >= Y`", ""),
     33: ("no device memory in inference", "smaller batches, equal result; 5 at one tile", "an allocator that raises"),
     34: (
         "no device memory in training",
@@ -119,7 +123,7 @@ on time and memory. A case may end in success or in a one-line error.
 Where atheris is installed (`pip install atheris`) the damage is drawn from inputs that grow by the code they reach;
 elsewhere by number alone. `ENGINE=plain` or `ENGINE=atheris` chooses.
 `make test` reads the first cases of each target. Runs are listed as they ended; what each found was corrected since,
-and is a test in `tests/test_faults_fuzz.py`.
+and is a test in `tests/test_faults_fuzz.py`. The files that a finding names are called as they were then.
 """
 
 SOAK = """
