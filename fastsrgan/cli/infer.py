@@ -70,7 +70,7 @@ def _refuse_pairs(args: argparse.Namespace) -> None:
         raise UsageError("--resume and --overwrite", "exclude each other", "give one of them")
     if args.bids and args.inputs:
         raise UsageError("--bids", f"and {args.inputs[0]}", "one of the two")
-    if not args.bids and (args.participant_label or args.session_label or args.suffix):
+    if not args.bids and (args.participant_label or args.session_label or args.suffix or args.desc):
         raise UsageError("infer", "participants, sessions and suffixes are of a dataset", "--bids DIR")
     if not args.bids and not args.inputs:
         raise UsageError("infer", "no image given", "NIfTI files, folders of them, or --bids DIR")

@@ -113,7 +113,7 @@ class InferSettings:
         numbers and its affine
     window : weight of a tile's voxels where tiles overlap, a name in ``values.WINDOWS``; "constant" is the paper's
     batch : tiles per forward pass, "auto" by memory; halved when memory runs out
-    precision : "auto" (fp32 on CPU, bf16 on CUDA), "fp32", "bf16" or "fp16"; sums are float32 always
+    precision : "auto" (fp32 on CPU, fp16 on CUDA), "fp32", "bf16" or "fp16"; sums are float32 always
     compile : "on": the network through torch.compile, on CUDA as one graph; "off"; "auto": on CUDA devices where it was
         seen right (``compiled.SEEN_RIGHT``)
     precision_check : measure what the precision costs on a few tiles, for the report

@@ -30,7 +30,7 @@ from fastsrgan.volume.geometry import Volume
 
 log = logging.getLogger("fastsrgan")
 
-VERSION = 1  # of what a cell holds and how it is measured
+VERSION = 2  # of what a cell holds and how it is measured
 FOLDER = "cells"
 
 
