@@ -123,6 +123,7 @@ def test_weights_import_and_export_round_trip(folder, tmp_path, capsys):
         (["infer", "SCAN", "-o", "SCAN", "-w", "W"], 5, "scan.nii.gz"),
         (["infer", "SCAN", "-o", "out", "-w", "W", "--patch", "63"], 2, "multiples of 4"),
         (["infer", "SCAN", "-o", "out", "-w", "W", "--new-resolution", "1", "2"], 2, "one or three"),
+        (["infer", "SCAN", "-o", "out", "-w", "W", "--desc", "preproc"], 2, "--bids DIR"),
         (["evaluate", "--sr", "SCAN"], 2, "--hr"),
         (["convert", "none.csv", "store.zarr"], 3, "none.csv"),
         (["verify", "nothing.zarr"], 3, "no such folder"),
