@@ -91,6 +91,7 @@ class Arithmetic:
 
 
 def device_name(device: torch.device) -> str:
+    """The device as its maker names it, or its kind."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
@@ -135,6 +136,7 @@ def _worse(a: float, b: float) -> float:
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
+    """||found - exact|| / ||exact||, over all values together."""
     return float((found - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
