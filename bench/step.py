@@ -36,7 +36,9 @@ from fastsrgan.train.gan import Models
 FORWARD_TOLERANCE = 2.3e-5  # 1.2e-5 (results/epyc-zen3-2cores/step.json)
 GRADIENT_TOLERANCE = 9e-3  # 4.6e-3, likewise
 CRITIC_TOLERANCE = 1.2e-2  # 6.1e-3, likewise: of gradients too, LeakyReLU has kinks as well
-LOSS_TOLERANCE = 1.5e-3  # 7.6e-4, likewise: of the largest term, after five updates of the critic
+# Of the largest term, after five updates of the critic: 2.8e-3 (naive, k 16 and 32, batch 4, 64^3, commit 93e2722 on an
+# EPYC Zen 3); 7.6e-4 with the initial weights of results/epyc-zen3-2cores/step.json.
+LOSS_TOLERANCE = 5.5e-3
 # The same where fastsrgan's side computes in bfloat16 or float16. Measured in bfloat16 at k 8 and 16, batch 2, 32^3 on
 # an EPYC Zen 3, which emulates it: critic 0.13, the generator's gradients together 0.018, losses after two updates 5e-3
 HALF_CRITIC_TOLERANCE, HALF_GRADIENT_TOLERANCE, HALF_LOSS_TOLERANCE = 0.2, 0.035, 9e-3
