@@ -64,7 +64,8 @@ def test_by_slabs_memory_does_not_grow_with_the_length():
     assert short["mode"] == long["mode"] == SLABS
     assert long["planned"] == short["planned"] and long["measured"] <= long["planned"]
     result = 2 * 4 * 1024 * 64 * 64
-    assert abs(long["measured"] - short["measured"]) < result / 8
+    # a result that grew with the length would add 24 MiB; the allocator's own noise was 0.5 to 5.3 MiB on two machines
+    assert abs(long["measured"] - short["measured"]) < result / 4
     assert long["measured"] < result + 4 * 1024 * 64 * 64, "less than image and result would take"
 
 
