@@ -1,0 +1,135 @@
+"""Bytes that a compiled generator moves per patch, by the compiler's own count: no GPU and no compiler of C++ is needed.
+
+    python -m bench traffic                          # forward alone and forward + backward, k = 16, 64^3, bfloat16
+    python -m bench traffic --largest 20             # and the kernels that move most
+
+The network is traced in its forms for CUDA (fastsrgan/model/gpu.py) and lowered by Inductor for the CPU; each kernel
+that its scheduler makes counts every array that it reads or writes once, convolutions among them. No code is generated
+and nothing is computed. What it cannot see: the cache, what a convolution's library does inside, and the outputs of a
+convolution's gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._inductor import compile_fx, config
+from torch._inductor.debug import DebugContext
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+
+from bench.data_page import table
+from fastsrgan.model import layers
+from fastsrgan.model.networks import Generator, GeneratorSpec
+
+
+class Moved(NamedTuple):
+    """Bytes of one kernel: in which pass it is, and what it computes."""
+
+    backward: bool
+    bytes: int
+    what: str
+
+
+class Count:
+    """Stands for Inductor's compiler: lowers and schedules a graph, counts, and gives a function of empty results."""
+
+    def __init__(self) -> None:
+        self.kernels: list[Moved] = []
+
+    def of(self, backward: bool) -> int:
+        """Bytes of the forward or of the backward pass."""
+        return sum(kernel.bytes for kernel in self.kernels if kernel.backward == backward)
+
+    def __call__(self, gm: Any, inputs: Any, *, is_inference: bool = False, is_backward: bool = False, **_: Any) -> Any:
+        results = [r.meta["val"] if isinstance(r, torch.fx.Node) else r for r in gm.graph.output_node().args[0]]
+        fake = torch._guards.detect_fake_mode([*inputs, *(r for r in results if isinstance(r, Tensor))])
+        with V.set_fake_mode(fake):
+            compile_fx._recursive_post_grad_passes(gm, is_inference=is_inference)
+            compile_fx.record_original_output_strides(gm)
+            graph = GraphLowering(gm, example_inputs=inputs, is_inference=is_inference, is_backward=is_backward)
+            with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
+                graph.run(*inputs)
+                graph.init_wrapper_code()
+                graph._update_scheduler()
+                for node in graph.scheduler.nodes:
+                    self.kernels.append(Moved(is_backward, node.get_read_write_buffers_sizes(), _name(node)))
+
+        def run(_: Any) -> Any:
+            return tuple(
+                torch.empty_strided(r.shape, r.stride(), dtype=r.dtype) if isinstance(r, Tensor) else r
+                for r in results
+            )
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+
+def _name(node: Any) -> str:
+    origins = {str(origin) for one in node.get_nodes() for origin in one.node.get_origins()}
+    return " ".join(sorted(origins))
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Layers in the forms that they have on CUDA, on any device."""
+    with mock.patch.object(layers, "by_hand", lambda x: False), mock.patch.object(layers, "for_gpu", lambda x: True):
+        yield
+
+
+def count(function: Callable[[Tensor], Tensor], x: Tensor, backward: bool) -> Count:
+    """What ``function`` moves on x, compiled; with ``backward`` the gradient of its sum with respect to all parameters."""
+    torch._dynamo.reset()
+    found = Count()
+    with config.patch(force_disable_caches=True), as_on_cuda():
+        fast = torch.compile(
+            function,
+            fullgraph=True,
+            dynamic=False,
+            backend=lambda gm, inputs: compile_fx.compile_fx(gm, inputs, inner_compile=found),
+        )
+        with torch.set_grad_enabled(backward):
+            out = fast(x)
+        if backward:
+            out.sum().backward()
+    torch._dynamo.reset()
+    return found
+
+
+def generator(kernel: int, patch: int, dtype: torch.dtype, backward: bool) -> Count:
+    """A pass of the plain generator on one patch."""
+    network = Generator(GeneratorSpec(kernel=kernel)).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+    def function(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return network.raw(x)
+
+    return count(function, torch.rand(1, 1, patch, patch, patch), backward)
+
+
+def main(argv: Sequence[str]) -> str:
+    """``python -m bench traffic``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (("kernel", 16), ("patch", 64), ("largest", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
+    args = parser.parse_args(argv)
+    alone = generator(args.kernel, args.patch, torch.bfloat16, False)
+    both = generator(args.kernel, args.patch, torch.bfloat16, True)
+    rows = [
+        ["forward alone", len(alone.kernels), f"{alone.of(False) / 1e6:.1f}"],
+        ["forward of a training step", sum(not k.backward for k in both.kernels), f"{both.of(False) / 1e6:.1f}"],
+        ["its backward", sum(k.backward for k in both.kernels), f"{both.of(True) / 1e6:.1f}"],
+        ["forward + backward", len(both.kernels), f"{(both.of(False) + both.of(True)) / 1e6:.1f}"],
+    ]
+    lines = table(["pass", "kernels", "MB per patch"], [[str(cell) for cell in row] for row in rows])
+    for kernel in sorted(both.kernels, key=lambda k: -k.bytes)[: args.largest]:
+        lines += f"\n{'backward' if kernel.backward else 'forward'} {kernel.bytes / 1e6:.1f} MB: {kernel.what[:160]}"
+    return lines
