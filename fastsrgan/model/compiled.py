@@ -143,5 +143,6 @@ def _modes() -> tuple:
 
 
 def _line(error: BaseException) -> str:
+    error = getattr(error, "inner_exception", error)  # torch names its backend first
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"

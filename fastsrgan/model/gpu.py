@@ -10,6 +10,8 @@ holds it to the plain forms, but no layer of a CPU takes it. None of it has run 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -71,8 +73,9 @@ def fold(g: Tensor, padding: Padding) -> Tensor:
     w = padding.width
     if not w:
         return g
-    if not torch.compiler.is_compiling():
-        g = g.clone()
+    if torch.compiler.is_compiling():
+        return _fold_at_once(g, padding)
+    g = g.clone()
     for axis in AXES:
         n = g.shape[axis] - 2 * w
         for side in (0, 1):
@@ -81,18 +84,32 @@ def fold(g: Tensor, padding: Padding) -> Tensor:
                 rim, first = rim.sum(axis, keepdim=True), w + side * (n - 1)
             else:
                 rim, first = rim.flip(axis), w + 1 if side == 0 else n - 1
-            if torch.compiler.is_compiling():  # writing in place would be a pass over everything for each rim
-                size = g.shape[axis]
-                g = g + _placed(rim, axis, first, size)
-            else:
-                g.narrow(axis, first, rim.shape[axis]).add_(rim)
+            g.narrow(axis, first, rim.shape[axis]).add_(rim)
         g = g.narrow(axis, w, n)
     return g
 
 
-def _placed(part: Tensor, axis: int, first: int, size: int) -> Tensor:
-    """``part`` from ``first`` on within zeros of ``size`` on an axis."""
-    return F.pad(part, (0, 0) * (part.ndim - 1 - axis) + (first, size - first - part.shape[axis]))
+def _fold_at_once(g: Tensor, padding: Padding) -> Tensor:
+    """``fold`` without a result between: a sum of 27 gathers, each from where it has any, which a compiler makes one."""
+    w = padding.width
+    places = []
+    for axis in AXES:
+        n = g.shape[axis] - 2 * w
+        at = torch.arange(n, device=g.device)
+        low, high = (at == 0, at == n - 1) if padding.repeated else ((at > 0) & (at <= w), (at >= n - 1 - w) & (at < n - 1))
+        mirrored = (at, at + 2 * w) if padding.repeated else (w - at, 2 * (n - 1) + w - at)
+        both = [(m.clamp(0, n - 1 + 2 * w), where) for m, where in zip(mirrored, (low, high), strict=True)]
+        shape = (-1, *(1,) * (len(AXES) - axis))
+        places.append([(i.view(shape), None if m is None else m.view(*shape, 1)) for i, m in ((at + w, None), *both)])
+    total = None
+    for combination in itertools.product(*places):
+        part = torch.ops.aten._unsafe_index(g, [None, *(index for index, _ in combination)])
+        masks = [mask for _, mask in combination if mask is not None]
+        if masks:
+            part = torch.where(functools.reduce(torch.logical_and, masks), part, 0)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
 
 
 class _Pad(torch.autograd.Function):
@@ -136,12 +153,13 @@ class _NormPad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, mean, std, rstd, gain, bias = ctx.saved_tensors
-        v, g = inner(x).to(mean.dtype), fold(inner(grad), ctx.padding).to(mean.dtype)
+        # g stays in the type of the activations: a compiler writes it between its two passes.
+        v, g = inner(x).to(mean.dtype), fold(inner(grad), ctx.padding)
         if ctx.relu:
             g = torch.where(torch.addcmul(bias, v, gain) > 0, g, 0)
         n = math.prod(v.shape[1:4])
         v = v - mean
-        g_sum, gx_sum = g.sum(AXES, keepdim=True), (g * v).sum(AXES, keepdim=True)
+        g_sum, gx_sum = g.sum(AXES, keepdim=True, dtype=mean.dtype), (g * v).sum(AXES, keepdim=True)
         pull = torch.where(std > 0, rstd * gx_sum / (n * std), 0)
         dx = gain * (g - g_sum / n - v * pull)
         return outer(dx.to(x.dtype)), (gx_sum * rstd).sum(0).flatten(), g_sum.sum(0).flatten(), None, None, None
@@ -170,7 +188,13 @@ def halving(padded: Tensor, weight: Tensor) -> Tensor:
 
 def doubling(padded: Tensor, weight: Tensor) -> Tensor:
     """Nearest x2 and 3^3 as one transposed convolution (cpu/doubling.py)."""
-    return F.conv_transpose3d(padded, transposed_weight(weight), stride=2, padding=3)
+    return F.conv_transpose3d(padded, _transposed(weight), stride=2, padding=3)
+
+
+@once
+def _transposed(weight: Tensor) -> Tensor:
+    # A convolution's result has its channels innermost where its weight has: a compiler does not see it in the input.
+    return transposed_weight(weight).contiguous(memory_format=torch.channels_last_3d)
 
 
 def seven(padded: Tensor, weight: Tensor) -> Tensor:
@@ -183,7 +207,7 @@ def seven(padded: Tensor, weight: Tensor) -> Tensor:
     """
     sizes = [n - 6 for n in padded.shape[2:]]
     if weight.shape[1] * 8 <= 2 * ALIGNED:
-        return _merge(F.conv3d(_split(padded), _split_taps(_dense(weight, (2, 2, 2)))), (2, 2, 2))
+        return _merge(F.conv3d(_split(padded), _split_taps(weight)), (2, 2, 2))
     stride = (2, 4 if sizes[1] % 4 == 0 else 2, 4 if sizes[2] % 4 == 0 else 2)
     return _merge(F.conv3d(padded, _dense(weight, stride), stride=stride), stride)
 
@@ -196,7 +220,7 @@ def _dense(weight: Tensor, block: tuple[int, int, int]) -> Tensor:
         F.pad(weight, (z, bz - 1 - z, y, by - 1 - y, x, bx - 1 - x))
         for x in range(bx) for y in range(by) for z in range(bz)
     ]  # fmt: skip
-    return torch.cat(rows)
+    return torch.cat(rows).contiguous(memory_format=torch.channels_last_3d)
 
 
 def _merge(y: Tensor, block: tuple[int, int, int]) -> Tensor:
@@ -216,11 +240,14 @@ def _split(x: Tensor) -> Tensor:
     return outer(v.reshape(b, nx // 2, ny // 2, nz // 2, 8 * c))
 
 
+@once
 def _split_taps(weight: Tensor) -> Tensor:
-    """(O, I, 2 t, 2 t, 2 t) -> (O, 8 I, t, t, t), as ``_split`` has the input."""
+    """(O, I, 7, 7, 7) -> (8 O, 8 I, 4, 4, 4): 2^3 outputs from 2^3 blocks of the input, as ``_split`` has them."""
+    weight = _dense(weight, (2, 2, 2))
     o, i, k = weight.shape[:3]
     taps = weight.reshape(o, i, k // 2, 2, k // 2, 2, k // 2, 2).permute(0, 3, 5, 7, 1, 2, 4, 6)
-    return taps.reshape(o, 8 * i, k // 2, k // 2, k // 2)
+    taps = taps.reshape(o, 8 * i, k // 2, k // 2, k // 2)
+    return taps.contiguous(memory_format=torch.channels_last_3d)
 
 
 SAME, HALVING = Layer(Padding(1), same), Layer(Padding(1), halving)

@@ -284,7 +284,7 @@ class Models:
         for at in range(0, n, size):
             part = slice(at, min(at + size, n))
             count = part.stop - at
-            weights = (torch.arange(size, device=batch.x.device) < count) / count
+            weights = (torch.arange(size, device=batch.x.device) < count).to(batch.x.dtype) / count
             x, y, res = (_repeated(t[part], size) for t in (batch.x, batch.y, batch.res))
             yield x, y, res, weights, count / n
 
