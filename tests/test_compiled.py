@@ -6,6 +6,7 @@ The backend is aot_eager: tracing, functions of one's own and the joint backward
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 
 import numpy as np
@@ -363,7 +364,7 @@ def test_a_cohort_keeps_the_batch_of_its_first_volume(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(tile_network, "fast_head", functools.cache(fast))
-    wanted_sizes = iter([4, 7, 2])
+    wanted_sizes = itertools.cycle([4, 7, 2])
     monkeypatch.setattr(tile_network.TileNetwork, "_wanted", lambda self, batch, plan: next(wanted_sizes))
     generator = build_generator(GeneratorSpec(kernel=1, conditional=True)).eval()
     for spacing in (1.0, 2.0, 3.0):
