@@ -343,13 +343,24 @@ def from_box(low: Sequence[int], high: Sequence[int], index: Sequence[np.ndarray
 
 
 def head_box(data_XYZ: np.ndarray, spacing_mm: Sequence[float]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """First and last voxel, per axis, of the box around a head: planes with tissue in them, and 10 mm more.
+    """First and last voxel, per axis, of the box around a head: ``tissue_box`` and 10 mm more."""
+    low, high = tissue_box(data_XYZ, tissue_level(data_XYZ))
+    margins = [round(MARGIN_MM / spacing) for spacing in spacing_mm]
+    return (
+        tuple(max(0, a - margin) for a, margin in zip(low, margins, strict=True)),
+        tuple(min(n - 1, b + margin) for n, b, margin in zip(data_XYZ.shape, high, margins, strict=True)),
+    )
 
-    Tissue is what exceeds a tenth of the brightest voxels (99.5th percentile of those above zero).
-    """
+
+def tissue_level(data_XYZ: np.ndarray) -> float:
+    """What tissue exceeds: a tenth of the brightest voxels (99.5th percentile of those above zero)."""
     some = data_XYZ.reshape(-1)[:: max(1, data_XYZ.size // SAMPLE)] if data_XYZ.flags.c_contiguous else data_XYZ
     some = some[some > 0]
-    level = LEVEL * float(np.percentile(some, 99.5)) if some.size else 0.0
+    return LEVEL * float(np.percentile(some, 99.5)) if some.size else 0.0
+
+
+def tissue_box(data_XYZ: np.ndarray, level: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First and last voxel, per axis, of the planes with tissue in them; the whole image where there is none."""
     counts = [np.zeros(n) for n in data_XYZ.shape]
     for x, plane in enumerate(data_XYZ):
         tissue = plane > level
@@ -357,9 +368,8 @@ def head_box(data_XYZ: np.ndarray, spacing_mm: Sequence[float]) -> tuple[tuple[i
         counts[1] += tissue.sum(1)
         counts[2] += tissue.sum(0)
     low, high = [], []
-    for n, spacing, count in zip(data_XYZ.shape, spacing_mm, counts, strict=True):
+    for n, count in zip(data_XYZ.shape, counts, strict=True):
         (planes,) = np.nonzero(count >= max(1, SHARE * data_XYZ.size / n))
-        margin = round(MARGIN_MM / spacing)
-        low.append(max(0, int(planes[0]) - margin) if planes.size else 0)
-        high.append(min(n - 1, int(planes[-1]) + margin) if planes.size else n - 1)
+        low.append(int(planes[0]) if planes.size else 0)
+        high.append(int(planes[-1]) if planes.size else n - 1)
     return tuple(low), tuple(high)
