@@ -10,7 +10,8 @@ from fastsrgan.infer.image import _save_as_input
 from fastsrgan.infer.volume import InferResult
 from fastsrgan.io import nifti as images
 from fastsrgan.volume.geometry import Volume
-from fastsrgan.volume.oddities import on_zeros, outliers
+from fastsrgan.volume.intensity import outliers
+from fastsrgan.volume.oddities import on_zeros, outshone
 
 
 def scan(shape=(40, 40, 20), seed=0):
@@ -21,27 +22,29 @@ def scan(shape=(40, 40, 20), seed=0):
 def test_a_few_voxels_that_outshine_the_rest_are_told(times, told):
     data = scan()
     data[3, 4, 5:7] = data.max() * times
-    found = outliers(data)
+    found = outshone(data, compressed=True)
     assert bool(found) == told
     if told:
+        assert "compressed" in found[0] and "divided by its maximum" in outshone(data, compressed=False)[0]
         assert f"2 of {data.size} voxels are up to {times:.3g} times as bright" in found[0]
 
 
 def test_many_bright_voxels_are_tissue_and_a_mask_is_no_scan():
     data = scan()
     data.reshape(-1)[: data.size // 1000] = 10 * data.max()  # 0.1 %, as vessels are
-    assert outliers(data) == []
+    assert outliers(data) is None
     mask = np.zeros((40, 40, 20), np.float32)
     mask[1, 1, 1] = 1
-    assert outliers(mask) == [] and outliers(np.zeros((3, 3, 3), np.float32)) == []
+    assert outliers(mask) is None and outliers(np.zeros((3, 3, 3), np.float32)) is None
 
 
 @pytest.mark.parametrize("shift", (0.0, -1024.0))
 def test_negative_values_count_from_the_lowest(shift):
     data = scan() + shift
-    assert outliers(data) == []
+    assert outliers(data) is None
     data[0, 0, 0] = 20_000
-    assert len(outliers(data)) == 1
+    found = outliers(data)
+    assert found is not None and found.count == 1
 
 
 @pytest.mark.parametrize(("inside", "told"), ((2, True), (6, True), (9, False), (20, False)))

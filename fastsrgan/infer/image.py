@@ -28,7 +28,7 @@ from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import Image
 from fastsrgan.volume.components import segment
 from fastsrgan.volume.geometry import Volume
-from fastsrgan.volume.oddities import on_zeros, outliers
+from fastsrgan.volume.oddities import on_zeros, outshone
 
 log = logging.getLogger("fastsrgan")
 
@@ -112,7 +112,7 @@ def load(image: Image, job: Job) -> Loaded | None:
         reason = f"voxels of {times(volume.spacing)} mm: there is nothing to super-resolve, nothing was done"
         hint = "--new-resolution same segments it as it is, --new-resolution MM makes finer voxels"
         raise Isotropic(image.path, reason, hint)
-    volume = replace(volume, warnings=(*volume.warnings, *outliers(volume.data)))
+    volume = replace(volume, warnings=(*volume.warnings, *outshone(volume.data, asked.geometry == "physical")))
     for warning in volume.warnings:
         log.warning("%s: %s", image.path, warning)
     mask = asked.mask
@@ -270,7 +270,7 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
         "weights": loaded.model.facts | ({"name": name, "chosen": f"auto: {why}"} if name else {}),
         "structures": [{"value": value, "name": text} for value, text in purpose.structures],
         "made_for": purpose.to_dict(),
-        "plausibility": {"light": verdict.light, "reasons": list(verdict.reasons), "scan": loaded.look.to_dict()},
+        "plausibility": verdict.to_dict() | {"scan": loaded.look.to_dict()},
         **result.report,
         "threshold": settings.threshold,
         **more,

@@ -34,6 +34,14 @@ CT = -500.0  # intensities of CT begin at -1000; z-scores of MRI at about -5
 BORDER = 0.01  # of the segmentation, in the image's border planes
 # How far beyond the range of the weights is yellow, as a factor; what is further is red.
 SLACK = {"head_mm": 1.1, "voxel_mm": 2.0, "slice_ratio": 2.0, "structure_ml": 1.5, "structure_share": 1.5}
+CHECKED = {
+    "head_mm": "size of the head",
+    "fluid": "contrast",
+    "voxel_mm": "voxel size",
+    "slice_ratio": "slice ratio",
+    "structure_ml": "volume of the structure",
+    "structure_share": "its share of the head",
+}
 UNDECIDED = 1.25  # a head beyond this factor of all models' ranges chooses none of them
 
 
@@ -158,14 +166,22 @@ def _beyond(value: float, wanted: Range | None) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A light, and in words what speaks against green, the worst first."""
+    """A light, and in words what speaks against green, the worst first.
+
+    checked : what the weights say enough about to be looked at
+    """
 
     light: str
     reasons: tuple[str, ...]
+    checked: tuple[str, ...] = ()
 
     def line(self) -> str:
-        """Both."""
-        return f"{self.light}: {'; '.join(self.reasons) or 'nothing speaks against it'}"
+        """The light and the reasons; of a green one what was checked."""
+        return f"{self.light}: {'; '.join(self.reasons) or 'as expected in ' + ', '.join(self.checked)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the record."""
+        return {"light": self.light, "reasons": list(self.reasons), "checked": list(self.checked)}
 
 
 def judge(look: Look, seg_XYZ: np.ndarray, voxel_mm3: float, purpose: Purpose, masked: bool = False) -> Verdict:
@@ -174,11 +190,12 @@ def judge(look: Look, seg_XYZ: np.ndarray, voxel_mm3: float, purpose: Purpose, m
     ``masked`` : whether a mask was given, which is offered otherwise where it may help
     """
     found = [*_of_image(look, purpose, masked), *_of_segmentation(look, seg_XYZ, voxel_mm3, purpose)]
-    if purpose.head_mm is None and purpose.structure_ml is None and purpose.slice_ratio is None:
+    checked = tuple(words for name, words in CHECKED.items() if getattr(purpose, name))
+    if not checked:
         found.append((YELLOW, f"of the weights {NOT_SAID}"))
     found.sort(key=lambda one: one[0] != RED)
     light = found[0][0] if found else GREEN
-    return Verdict(light, tuple(reason for _, reason in found))
+    return Verdict(light, tuple(reason for _, reason in found), checked)
 
 
 Finding = tuple[str, str]
