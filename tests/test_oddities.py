@@ -5,12 +5,15 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from phantom import head
 
 from fastsrgan.infer.image import _save_as_input
 from fastsrgan.infer.volume import InferResult
 from fastsrgan.io import nifti as images
+from fastsrgan.model.weights import load_generator
 from fastsrgan.volume.geometry import Volume
-from fastsrgan.volume.intensity import outliers
+from fastsrgan.volume.intensity import normaliser, outliers
 from fastsrgan.volume.oddities import on_zeros, outshone
 
 
@@ -45,6 +48,46 @@ def test_negative_values_count_from_the_lowest(shift):
     data[0, 0, 0] = 20_000
     found = outliers(data)
     assert found is not None and found.count == 1
+
+
+@pytest.mark.parametrize("shifted", (False, True))
+def test_outliers_are_compressed_and_come_back_exactly(shifted):
+    data = scan() - 50 * shifted
+    plain = normaliser(data, shifted=shifted, robust=True)
+    assert plain == normaliser(data, shifted=shifted), "an image without outliers is normalised as ever"
+    odd = data.copy()
+    odd[3, 4, 5:7] = (10 * data.max(), 40 * data.max())
+    norm = normaliser(odd, shifted=shifted, robust=True)
+    seen = norm.apply(odd)
+    assert norm.scale == pytest.approx(plain.scale, rel=1e-3)
+    assert 1.5 < seen[3, 4, 5] < seen[3, 4, 6] < 2 and np.partition(seen.ravel(), -3)[-3] <= 1
+    back = norm.invert(seen)
+    np.testing.assert_allclose(back, odd, rtol=1e-5, atol=1e-3)
+    tensor = torch.from_numpy(seen.copy())
+    norm.invert_(tensor)
+    assert np.array_equal(tensor.numpy(), back)
+    assert norm.invert(np.float32([[50.0]])) == pytest.approx(odd.max(), rel=1e-5), "never brighter than the scan"
+
+
+def test_what_outliers_do_to_a_result_stays_where_they_are():
+    from fastsrgan.infer.volume import infer_volume
+
+    generator, affine = load_generator("perinatal"), np.diag([1.0, 1, 3, 1])
+    data = head((32, 32, 12), (5.0, 6.0, 11.0)).data.copy()
+
+    def result(times):
+        odd = data.copy()
+        odd[16, 16, 6] *= times
+        return infer_volume(odd, affine, generator, patch=36, step=36, device="cpu", agree="off")
+
+    plain = result(1)
+    away = np.ones(plain.sr.shape, bool)
+    away[10:23, 10:23, 10:29] = False
+    for times in (10, 100):
+        odd = result(times)
+        assert "intensity_scale" in odd.report and "intensity_scale" not in plain.report
+        assert np.sqrt(np.mean((odd.sr - plain.sr)[away] ** 2)) < 0.01 * data.max()
+        assert np.abs(odd.prob - plain.prob)[0][away].mean() < 0.01
 
 
 @pytest.mark.parametrize(("inside", "told"), ((2, True), (6, True), (9, False), (20, False)))

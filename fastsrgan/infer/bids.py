@@ -24,8 +24,7 @@ from fastsrgan.core.system import pick_device
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, Item, evaluate_items, low_resolution
 from fastsrgan.infer.files import STATUSES, SomeFailed, infer_files
-from fastsrgan.infer.image import look_at
-from fastsrgan.infer.models import Models
+from fastsrgan.infer.image import Models, look_at
 from fastsrgan.infer.settings import InferSettings, takes_options
 from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import (

@@ -30,9 +30,8 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, LostRank, Ranks
 from fastsrgan.core.system import free_memory, pick_device
 from fastsrgan.errors import FastsrganError, PartialFailure, ResourceError, UsageError
-from fastsrgan.infer.image import Isotropic, Job, Loaded, bytes_while_writing, compute, load, names, write
+from fastsrgan.infer.image import Isotropic, Job, Loaded, Models, bytes_while_writing, compute, load, names, write
 from fastsrgan.infer.memory import SHARE
-from fastsrgan.infer.models import Models
 from fastsrgan.infer.modes import Together
 from fastsrgan.infer.planes import Unfinished, target_spacing
 from fastsrgan.infer.settings import HEAD, InferSettings, takes_options
@@ -376,7 +375,7 @@ def infer_files(
     inputs : NIfTI files, folders of them, DICOM folders or files, and .txt or .csv lists; see ``image_list``
     weights : any weight file (``fastsrgan.load_generator``); several give the mean of their SR and of their
         probabilities; None and "auto" choose one of the package's models for each image, by the size of its head
-        (``plausibility.choose``)
+        (``evaluate.plausibility.choose``)
     overwrite, resume : what to do with results that are there: replace them; or keep those that are complete and were
         made of the same image with the same weights and settings. Without either, they are refused before any work.
     ranks : of a torchrun job that this process is one of. Each image is done by one of them, the largest first, or by

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,24 +17,115 @@ import numpy as np
 from fastsrgan.core.files import read_json, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.errors import InputError, ModelError, UsageError, times
+from fastsrgan.evaluate.plausibility import RED, Look, choose, judge, measure
 from fastsrgan.infer.memory import Beside
-from fastsrgan.infer.models import Model, Models
 from fastsrgan.infer.modes import Together
 from fastsrgan.infer.planes import is_isotropic, nearest
-from fastsrgan.infer.plausibility import RED, Look, judge, measure
 from fastsrgan.infer.settings import HEAD, InferSettings
 from fastsrgan.infer.values import AUTO, OFF
 from fastsrgan.infer.volume import InferResult, process
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import Image
+from fastsrgan.model import weights as weight_files
+from fastsrgan.model.networks import Generator
+from fastsrgan.model.purpose import MODELS, Purpose, common
 from fastsrgan.volume.components import segment
 from fastsrgan.volume.geometry import Volume
 from fastsrgan.volume.oddities import on_zeros, outshone
 
 log = logging.getLogger("fastsrgan")
 
+PathLike = str | os.PathLike
 LONGEST_NAME = 255  # bytes that the file systems in use allow
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights that are loaded: one file, or several whose results are averaged.
+
+    facts : what a record says of the files
+    """
+
+    generators: tuple[Generator, ...]
+    facts: dict[str, Any]
+    purpose: Purpose
+
+
+class Models:
+    """What ``--weights`` stands for; None and "auto" choose for each image. A file named auto comes first.
+
+    Raises UsageError, ModelError for what cannot be used.
+    """
+
+    def __init__(self, weights: PathLike | Sequence[PathLike] | None) -> None:
+        sources = [AUTO] if weights is None else [weights] if isinstance(weights, (str, os.PathLike)) else list(weights)
+        chosen = [source for source in sources if str(source) == AUTO and not os.path.lexists(source)]
+        if chosen and len(sources) > 1:
+            raise UsageError("weights", "auto chooses one model, it is averaged with none", "name the models")
+        self.by_name = {name: load_weights([weight_files.shipped(name)]) for name in MODELS} if chosen else {}
+        self.named = None if chosen else load_weights(sources)
+        if self.named and all(str(source) in MODELS for source in sources):
+            log.info("weights: %s (%s)", ", ".join(map(str, sources)), self.named.purpose.line())
+        elif self.named and self.named.purpose == Purpose():
+            log.info("weights: %s: %s", ", ".join(map(str, sources)), self.named.purpose.line())
+
+    @property
+    def mask_classes(self) -> int:
+        """Of all of them."""
+        return (self.named or next(iter(self.by_name.values()))).generators[0].spec.mask_classes
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For a summary."""
+        if self.named:
+            return self.named.facts
+        return {"auto": {name: model.facts["sha256"] for name, model in self.by_name.items()}}
+
+    def of(self, look: Look) -> tuple[Model, str, str]:
+        """The model of an image; where it was chosen, its name and why."""
+        if self.named:
+            return self.named, "", ""
+        name, why = choose(look)
+        return self.by_name[name], name, why
+
+    def made(self, record: Mapping[str, Any], look: Callable[[], Look]) -> bool:
+        """Whether a result was made with what its image would get now; ``look`` looks at the image, where the record
+        does not hold what was seen. Raises KeyError for a record without weights."""
+        if self.named:
+            wanted = self.named
+        else:
+            told = record.get("plausibility")
+            seen = Look.of(told.get("scan") if isinstance(told, Mapping) else None)
+            wanted = self.of(seen or look())[0]
+        return bool(record["weights"]["sha256"] == wanted.facts["sha256"])
+
+
+def load_weights(sources: Sequence[PathLike]) -> Model:
+    """The files, each any that ``fastsrgan.load_generator`` takes. Raises UsageError without any, ModelError."""
+    if not sources:
+        raise UsageError("weights", "none given", "a weight file, or leave it out for a model of the package")
+    facts = [weight_files.info(source) for source in sources]
+    models = [
+        {"path": str(source), "sha256": fact["sha256"], "spec": fact["generator"]}
+        for source, fact in zip(sources, facts, strict=True)
+    ]
+    generators = tuple(weight_files.load_generator(source) for source in sources)
+    classes = {generator.spec.mask_classes for generator in generators}
+    if len(classes) > 1:
+        reason = f"of {' and '.join(map(str, sorted(classes)))} mask classes cannot be averaged"
+        raise ModelError("weights", reason, "name models of the same classes")
+    purpose = common([Purpose.of(fact["made_for"]) for fact in facts])
+    if len(models) == 1:
+        return Model(generators, models[0], purpose)
+    together = hashlib.sha256("".join(one["sha256"] for one in models).encode()).hexdigest()
+    return Model(generators, {"sha256": together, "averaged": models}, purpose)
+
+
+# --- the stages -----------------------------------------------------------------------------------------------------
 
 
 class Isotropic(UsageError):
@@ -56,9 +149,7 @@ class Job:
 
     def outputs(self, image: Image) -> dict[str, Path]:
         """Every file of one image, by kind; the JSON is written last and stands for the whole."""
-        kinds = (
-            ["sr", "seg"] + ["mask"] * bool(self.models.mask_classes) + ["prob"] * self.settings.save_prob
-        )
+        kinds = ["sr", "seg"] + ["mask"] * bool(self.models.mask_classes) + ["prob"] * self.settings.save_prob
         kinds += ["residual"] * self.settings.save_residual
         files = {kind: self.out / f"{image.name}_{kind}.nii.gz" for kind in kinds}
         return (

@@ -16,7 +16,7 @@ from fastsrgan.errors import InputError
 CACHED = 24576  # voxels worked on at a time by one core; torch splits operations from 32768 on
 
 
-BEND = 0.1  # of the scale: how soon what is brighter than it is compressed
+KNEE, BEND = 1.25, 0.1  # of the scale: from where on, and how soon, what is brighter is compressed
 BRIGHTEST = 1e-4  # share of the voxels that may be outliers
 TIMES = 5.0  # as bright as all others, from which on they are
 
@@ -25,9 +25,9 @@ TIMES = 5.0  # as bright as all others, from which on they are
 class Normaliser:
     """(data - shift) divided by a positive number, and back.
 
-    Of an image with outliers the number is the maximum of all other voxels, and what exceeds 1 then goes through
-    1 + b log(1 + (x - 1) / b), b = ``BEND``, whose slope at 1 is 1: exactly invertible, and what a network makes of
-    the rest does not depend on how bright the outliers are.
+    Of an image with outliers the number is the maximum of all other voxels, and what exceeds k = ``KNEE`` then goes
+    through k + b log(1 + (x - k) / b), b = ``BEND``, whose slope at k is 1: exactly invertible, and what a network
+    makes of the rest hardly depends on how bright the outliers are. Between 1 and ``TIMES`` the scan has no voxel.
 
     scale : the number, the maximum of the low-resolution image (paper section 3.2) after the shift
     floor : smallest value that a result may take after the way back, the minimum of that image
@@ -41,21 +41,21 @@ class Normaliser:
     top: float = 0.0
 
     def apply(self, data: np.ndarray) -> np.ndarray:
-        """(data - shift) / scale, float32, compressed above 1 where there are outliers."""
+        """(data - shift) / scale, float32, compressed where there are outliers."""
         if self.shift:
             data = data - np.float32(self.shift)
         divided = (data / self.scale).astype(np.float32)
         if self.top:
-            above = divided > 1
-            divided[above] = 1 + BEND * np.log1p((divided[above] - 1) / BEND)
+            above = divided > KNEE
+            divided[above] = KNEE + BEND * np.log1p((divided[above] - KNEE) / BEND)
         return divided
 
     def invert(self, data: np.ndarray) -> np.ndarray:
         """data * scale + shift, clamped from below at the input's minimum: (X, Y, Z) float32."""
         if self.top:
-            data = np.minimum(data, np.float32(1 + BEND * math.log1p((self.top - 1) / BEND)))
-            above = data > 1
-            data[above] = 1 + BEND * np.expm1((data[above] - 1) / BEND)
+            data = np.minimum(data, np.float32(KNEE + BEND * math.log1p((self.top - KNEE) / BEND)))
+            above = data > KNEE
+            data[above] = KNEE + BEND * np.expm1((data[above] - KNEE) / BEND)
         back = data * np.float32(self.scale)
         return np.maximum(back + np.float32(self.shift) if self.shift else back, np.float32(self.floor))
 
@@ -71,9 +71,7 @@ class Normaliser:
         sr.clamp_(min=self.floor)
 
 
-def normaliser(
-    data_XYZ: np.ndarray, what: object = "image", shifted: bool = False, robust: bool = False
-) -> Normaliser:
+def normaliser(data_XYZ: np.ndarray, what: object = "image", shifted: bool = False, robust: bool = False) -> Normaliser:
     """The normaliser of a low-resolution image; ``shifted`` as the network's spec has it; ``robust`` against outliers.
 
     Raises InputError when no voxel is above zero (with ``shifted``: above the others).

@@ -19,7 +19,8 @@ def outshone(data_XYZ: np.ndarray, compressed: bool) -> list[str]:
     seen = (
         "the network sees them compressed, and the rest as it would be without them"
         if compressed
-        else "the image is divided by its maximum, so that the rest is dark to the network; clip them if they are no tissue"
+        else "the image is divided by its maximum, so that the rest is dark to the network; clip them if they are no "
+        "tissue"
     )
     return [
         f"{found.count} of {data_XYZ.size} voxels are up to {found.times:.3g} times as bright as all others: {seen}"

@@ -1,8 +1,8 @@
 """Whether a scan and its segmentation look like what the weights were made for: a traffic light with reasons.
 
-``measure`` looks at the scan, ``choose`` picks a model of the package by it, ``judge`` compares with what the weights say
-(`model.purpose`). Arrays only, on at most ``SAMPLE`` voxels. It finds images of another kind; it does not find a
-segmentation that is wrong on an image of the right kind.
+``measure`` looks at the scan, ``choose`` picks a model of the package by it, ``judge`` compares with what the weights
+say (`model.purpose`). Arrays only, the scan on about ``SAMPLE`` voxels. It finds images of another kind; a segmentation
+that is wrong on an image of the right kind it finds only by its volume.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.infer.tiles import LEVEL, tissue_box, tissue_level
 from fastsrgan.model.purpose import MODELS, NOT_SAID, Purpose, Range, ShippedModel, span
+from fastsrgan.volume.head import tissue_box, tissue_level
 
 GREEN, YELLOW, RED = "green", "yellow", "red"
 SAMPLE = 2 * 10**6  # voxels that are looked at
@@ -27,7 +27,9 @@ CORE = 0.7  # of the half axes of the head's box: the ellipsoid that contrast is
 # real fetal stacks, whole and in their masks; adult: heads synthesised from label maps (T1-like, T2-like, FLAIR-like,
 # whole and stripped) at ratio 4, and the MNI152 template.
 
-FILLED = 0.5  # tissue in a border plane; whole stacks 0.86 to 1, noise 0.78; the neck of a head at most 0.27, masked 0.13
+FILLED = (
+    0.5  # tissue in a border plane; whole stacks 0.86 to 1, noise 0.78; the neck of a head at most 0.27, masked 0.13
+)
 MOST_FILLED = 2  # border planes of a head; whole stacks and noise 6; all heads 0
 FLUID_SKEW = 0.2  # perinatal -0.04 to 0.36, adult T2 0.31 to 0.62, T1 -0.43 to 0.06, FLAIR -0.54
 CT = -500.0  # intensities of CT begin at -1000; z-scores of MRI at about -5
@@ -72,7 +74,7 @@ class Look:
 
     def to_dict(self) -> dict[str, float]:
         """For the record."""
-        return {name: float(f"{value:.4g}") for name, value in asdict(self).items()}
+        return asdict(self)
 
     @classmethod
     def of(cls, record: object) -> Look | None:
@@ -98,15 +100,17 @@ def measure(data_XYZ: np.ndarray, spacing_mm: Sequence[float], mask_XYZ: np.ndar
     sides = [(b - a + 1) * size for a, b, size in zip(low, high, spacing, strict=True)]
     there = bool(tissue.any())
     finest = min(spacing_mm)
-    return Look(
+    seen = (
         max(sides) if there else 0.0,
         float(np.count_nonzero(tissue)) * math.prod(spacing) / 1000,
         sum(_tissue_in(data_XYZ, mask_XYZ, axis, end, level) > FILLED for axis in range(3) for end in (0, -1)),
         _skew(some[tissue & _ellipsoid(some.shape, low, high)]),
-        float(finest),
-        float(max(spacing_mm) / finest),
-        float(some.min()),
+        finest,
+        max(spacing_mm) / finest,
+        some.min(),
     )
+    # To four digits, as a record keeps them: a resumed call decides by the record.
+    return Look(*(round(v) if isinstance(v, int) else float(f"{v:.4g}") for v in seen))
 
 
 def _tissue_in(data_XYZ: np.ndarray, mask_XYZ: np.ndarray | None, axis: int, end: int, level: float) -> float:
@@ -218,7 +222,9 @@ def _of_image(look: Look, purpose: Purpose, masked: bool) -> list[Finding]:
     if light := _light("voxel_mm", look.voxel_mm, purpose.voxel_mm):
         found.append((light, f"voxels of {look.voxel_mm:.3g} mm, made for {span(purpose.voxel_mm)} mm"))
     if light := _light("slice_ratio", look.slice_ratio, purpose.slice_ratio):
-        found.append((light, f"slices {look.slice_ratio:.3g} times the voxel size, made for {span(purpose.slice_ratio)}"))
+        found.append(
+            (light, f"slices {look.slice_ratio:.3g} times the voxel size, made for {span(purpose.slice_ratio)}")
+        )
     return found
 
 
@@ -241,7 +247,9 @@ def _of_segmentation(look: Look, seg_XYZ: np.ndarray, voxel_mm3: float, purpose:
     share = ml / look.head_ml if look.head_ml else math.inf
     if (light := _light("structure_share", share, purpose.structure_share)) and purpose.structure_share:
         low, high = (100 * value for value in purpose.structure_share)
-        found.append((light, f"{purpose.structure} is {100 * share:.3g} % of the head, expected {low:.0f} to {high:.0f} %"))
+        found.append(
+            (light, f"{purpose.structure} is {100 * share:.3g} % of the head, expected {low:.0f} to {high:.0f} %")
+        )
     border = sum(int(np.count_nonzero(seg_XYZ.take(end, axis))) for axis in range(3) for end in (0, -1))
     if purpose.structure_ml and border > BORDER * inside:
         found.append((YELLOW, f"{100 * border / inside:.2g} % of the segmentation lies on the image's border"))
