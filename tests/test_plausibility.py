@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from cohort import SMALL, make_store
 from nifti_files import rigid
 from phantom import head
 
@@ -23,7 +25,9 @@ from fastsrgan.infer.image import Models
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
-from fastsrgan.model.purpose import MADE_FOR, MODELS, Purpose, common
+from fastsrgan.model.purpose import MADE_FOR, MODELS, Purpose, common, span
+from fastsrgan.store.reader import Store
+from fastsrgan.train.snapshots import made_for
 
 FAST = {"patch": 16, "step": 16, "device": "cpu"}
 ADULT, PERINATAL = (MODELS[name].purpose for name in ("adult", "perinatal"))
@@ -168,7 +172,7 @@ def test_every_deviation_changes_the_light_and_says_why(change, wanted, words):
 
 
 def test_the_segmentation_is_compared_with_the_weights():
-    assert light(GROWN, 300, ADULT)[0] == YELLOW and "300 mL, expected 350 to 1e+03 mL" in light(GROWN, 300, ADULT)[1]
+    assert light(GROWN, 300, ADULT)[0] == YELLOW and "300 mL, expected 350 to 1000 mL" in light(GROWN, 300, ADULT)[1]
     assert light(GROWN, 100, ADULT)[0] == RED
     assert light(GROWN, 0, ADULT) == (RED, "nothing was segmented")
     found, why = light(NEWBORN, 50, PERINATAL, border=True)
@@ -195,6 +199,21 @@ def test_a_purpose_survives_a_file_and_a_shipped_one_has_all_parts(name, tmp_pat
     )
     assert weights.purpose(saved) == purpose
     assert purpose.structure in purpose.line() and purpose.contrast in purpose.line()
+
+
+def test_a_training_says_what_it_knows(tmp_path):
+    store = Store(make_store(tmp_path))
+    config = SMALL.replace(new_low_res=((0.5, 0.5, 2.0), (1.0, 1.0, 6.0)))
+    known = made_for(config, store)
+    volumes = [s.attrs["label_counts"]["1"] / 1000 for s in store.subjects if s.split == "Train"]
+    assert known.structures == ((1, "structure of the training's labels"),)
+    assert known.voxel_mm == (0.5, 1.0) and known.slice_ratio == (4.0, 6.0) and known.head_mm is None
+    assert known.structure_ml == (min(volumes) / 1.5, max(volumes) * 1.5)
+    for subject in store.subjects:
+        subject.attrs["label_classes"] = [3, 42]
+    assert made_for(config, store).structure == "label 3, 42"
+    assert light(replace(GROWN, voxel_mm=1.0, slice_ratio=5.0), sum(known.structure_ml) / 2, known)[0] == GREEN
+    assert Purpose.of(known.to_dict()) == known
 
 
 @pytest.mark.parametrize(
@@ -356,3 +375,17 @@ def test_the_light_is_in_the_terminal_and_the_report(tmp_path, small, capsys):
     assert 'class="light-red">● red</b>' in page and "made for 140 to 290 mm" in page
     assert "Segmented: grey matter; made for T1-like contrast" in page
     capsys.readouterr()
+
+
+# --- one table of models --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_and_the_card_say_what_the_model_says(name):
+    purpose, root = MODELS[name].purpose, Path(__file__).parent.parent
+    (row,) = [line for line in (root / "README.md").read_text("utf8").splitlines() if line.startswith(f"| `{name}`")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    wanted = [purpose.structure, purpose.contrast, purpose.ages, purpose.view]
+    assert cells[1:-1] == [*wanted, span(purpose.head_mm), span(purpose.slice_ratio)]
+    card = (root / "fastsrgan" / "models" / {"adult": "README.md"}.get(name, f"{name}.md")).read_text("utf8")
+    assert f"| segments | {purpose.line()} |" in card

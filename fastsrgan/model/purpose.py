@@ -85,7 +85,7 @@ class Purpose:
 
 def span(of: Range | None) -> str:
     """A range as people say it."""
-    return "" if of is None else f"{of[0]:.3g} to {of[1]:.3g}"
+    return "" if of is None else f"{of[0]:.4g} to {of[1]:.4g}"
 
 
 def common(purposes: list[Purpose]) -> Purpose:
@@ -159,7 +159,7 @@ MODELS = {
             structures=((1, "cortical grey matter"),),
             contrast="T2-like contrast",
             fluid="bright",
-            ages="21 to 40 weeks after conception",
+            ages="21 to 40 weeks of gestation",
             species="human",
             view="brain, stripped or with the head around it",
             head_mm=(50, 130),  # 12 atlas brains of 21 to 34 weeks 57 to 102; three real stacks in their masks 67 to 81
