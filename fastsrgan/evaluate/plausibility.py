@@ -100,17 +100,21 @@ def measure(data_XYZ: np.ndarray, spacing_mm: Sequence[float], mask_XYZ: np.ndar
     sides = [(b - a + 1) * size for a, b, size in zip(low, high, spacing, strict=True)]
     there = bool(tissue.any())
     finest = min(spacing_mm)
-    seen = (
-        max(sides) if there else 0.0,
-        float(np.count_nonzero(tissue)) * math.prod(spacing) / 1000,
-        sum(_tissue_in(data_XYZ, mask_XYZ, axis, end, level) > FILLED for axis in range(3) for end in (0, -1)),
-        _skew(some[tissue & _ellipsoid(some.shape, low, high)]),
-        finest,
-        max(spacing_mm) / finest,
-        some.min(),
-    )
+    filled = sum(_tissue_in(data_XYZ, mask_XYZ, axis, end, level) > FILLED for axis in range(3) for end in (0, -1))
     # To four digits, as a record keeps them: a resumed call decides by the record.
-    return Look(*(round(v) if isinstance(v, int) else float(f"{v:.4g}") for v in seen))
+    return Look(
+        head_mm=_digits(max(sides) if there else 0.0),
+        head_ml=_digits(np.count_nonzero(tissue) * math.prod(spacing) / 1000),
+        filled=filled,
+        fluid=_digits(_skew(some[tissue & _ellipsoid(some.shape, low, high)])),
+        voxel_mm=_digits(finest),
+        slice_ratio=_digits(max(spacing_mm) / finest),
+        lowest=_digits(float(some.min())),
+    )
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _tissue_in(data_XYZ: np.ndarray, mask_XYZ: np.ndarray | None, axis: int, end: int, level: float) -> float:
