@@ -173,6 +173,7 @@ def process(
         "tiles": len(plan),
         "tile": list(plan.patch),
         **({"intensity_shift": image.norm.shift} if image.norm.shift else {}),
+        **({"intensity_scale": image.norm.scale} if image.norm.top else {}),
         "processed_axes": list(image.turn.axes),
         "memory": memory.to_dict(),
         **({"flips": settings.flips, "networks": len(members(averaged))} if isinstance(averaged, Averaged) else {}),
@@ -217,7 +218,7 @@ def _prepared(
     spacing = spacing_of(affine)
     wanted = target_spacing(spacing, data.shape, settings.new_resolution)
     turn = Orientation() if original else processing_orientation(affine)
-    norm = normaliser(data, shifted=shifted)
+    norm = normaliser(data, shifted=shifted, robust=not original)
     source: Interpolated | Whole
     if interpolate is None:
         source = Interpolated(data, turn, norm, spacing, wanted, geometry)
