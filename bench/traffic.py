@@ -1,12 +1,12 @@
-"""Bytes that a compiled generator moves per patch, by the compiler's own count: no GPU and no compiler of C++ is needed.
+"""Bytes that a compiled generator moves per patch, by the compiler's own count: no GPU and no C++ compiler is needed.
 
-    python -m bench traffic                          # forward alone and forward + backward, k = 16, 64^3, bfloat16
+    python -m bench traffic                          # forward alone and forward + backward, k = 16, batch 16 of 64^3
     python -m bench traffic --largest 20             # and the kernels that move most
 
-The network is traced in its forms for CUDA (fastsrgan/model/gpu.py) and lowered by Inductor for the CPU; each kernel
-that its scheduler makes counts every array that it reads or writes once, convolutions among them. No code is generated
-and nothing is computed. What it cannot see: the cache, what a convolution's library does inside, and the outputs of a
-convolution's gradient.
+The network is traced in its forms for CUDA (fastsrgan/model/gpu.py), its activations in bfloat16, and lowered by
+Inductor for the CPU; each kernel that its scheduler makes counts every array that it reads or writes once, convolutions
+among them. No code is generated and nothing is computed. What it cannot see: the cache, what a convolution's library
+does inside, and the outputs of a convolution's gradient.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ class Count:
 
         def run(_: Any) -> Any:
             return tuple(
-                torch.empty_strided(r.shape, r.stride(), dtype=r.dtype) if isinstance(r, Tensor) else r
-                for r in results
+                torch.empty_strided(r.shape, r.stride(), dtype=r.dtype) if isinstance(r, Tensor) else r for r in results
             )
 
         run._boxed_call = True  # type: ignore[attr-defined]
@@ -90,7 +89,7 @@ def as_on_cuda() -> Iterator[None]:
 
 
 def count(function: Callable[[Tensor], Tensor], x: Tensor, backward: bool) -> Count:
-    """What ``function`` moves on x, compiled; with ``backward`` the gradient of its sum with respect to all parameters."""
+    """What ``function`` moves on x, compiled; with ``backward`` its gradient for all parameters too."""
     torch._dynamo.reset()
     found = Count()
     with config.patch(force_disable_caches=True), as_on_cuda():
@@ -124,18 +123,21 @@ def main(argv: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(
         prog="python -m bench traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in (("kernel", 16), ("patch", 64), ("largest", 0)):
+    for name, default in (("kernel", 16), ("patch", 64), ("batch", 16), ("largest", 0)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
     args = parser.parse_args(argv)
-    alone = generator(args.kernel, args.patch, torch.bfloat16, False)
-    both = generator(args.kernel, args.patch, torch.bfloat16, True)
+    alone, both = (
+        generator(args.kernel, args.patch, torch.bfloat16, backward, args.batch) for backward in (False, True)
+    )
+    million = 1e6 * args.batch  # bytes per patch
     rows = [
-        ["forward alone", len(alone.kernels), f"{alone.of(False) / 1e6:.1f}"],
-        ["forward of a training step", sum(not k.backward for k in both.kernels), f"{both.of(False) / 1e6:.1f}"],
-        ["its backward", sum(k.backward for k in both.kernels), f"{both.of(True) / 1e6:.1f}"],
-        ["forward + backward", len(both.kernels), f"{(both.of(False) + both.of(True)) / 1e6:.1f}"],
+        ["forward alone", len(alone.kernels), f"{alone.of(False) / million:.1f}"],
+        ["forward of a training step", sum(not k.backward for k in both.kernels), f"{both.of(False) / million:.1f}"],
+        ["its backward", sum(k.backward for k in both.kernels), f"{both.of(True) / million:.1f}"],
+        ["forward + backward", len(both.kernels), f"{(both.of(False) + both.of(True)) / million:.1f}"],
     ]
     lines = table(["pass", "kernels", "MB per patch"], [[str(cell) for cell in row] for row in rows])
     for kernel in sorted(both.kernels, key=lambda k: -k.bytes)[: args.largest]:
-        lines += f"\n{'backward' if kernel.backward else 'forward'} {kernel.bytes / 1e6:.1f} MB: {kernel.what[:160]}"
+        which = "backward" if kernel.backward else "forward"
+        lines += f"\n{which} {kernel.bytes / million:.1f} MB: {kernel.what[:160]}"
     return lines

@@ -12,8 +12,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from golden_steps import CONFIG, batch, double
 from functorch.compile import make_boxed_func
+from golden_steps import CONFIG, batch, double
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
@@ -223,11 +223,11 @@ def test_uneven_batches_are_one_graph_each_with_the_same_result(accumulate):
 
 def test_training_compiles_on_cuda_after_the_compiled_self_test(monkeypatch, caplog):
     """The device is this one; what is asked of it is what a CUDA device is asked."""
-    asked = []
+    asked, failing = [], False
 
     def self_test(arithmetic, compiled=False):
         asked.append(compiled)
-        if compiled and fails:
+        if compiled and failing:
             raise ResourceError("card", "generator gradients are off by 1\nmore", "--compile off")
 
     class Stop(Exception): ...
@@ -241,11 +241,12 @@ def test_training_compiles_on_cuda_after_the_compiled_self_test(monkeypatch, cap
     monkeypatch.setattr(precision, "choose", lambda config, device: precision.Arithmetic(CUDA, torch.bfloat16))
     for fails, setting, wanted_setting in ((False, "auto", "auto"), (True, "auto", "off"), (False, "on", "on")):
         asked.clear()
+        failing = fails
         with pytest.raises(Stop), caplog.at_level(logging.WARNING, "fastsrgan"):
             Models(SMALL.replace(compile=setting), 0, CUDA)
         assert asked == [False, True, wanted_setting]
     assert caplog.text.count("everything runs uncompiled") == 1 and told(caplog) == 1
-    fails = True
+    failing = True
     with pytest.raises(ResourceError, match="off by 1"):
         Models(SMALL.replace(compile="on"), 0, CUDA)
 

@@ -53,7 +53,10 @@ def test_few_channels_are_filled_up_where_tensor_cores_multiply(monkeypatch):
     monkeypatch.setattr(critic, "for_tensor_cores", lambda weight: weight.dtype == torch.bfloat16)
     first = choose(half, 16, False)
     assert type(first) is Aligned and first.lift(half.new_zeros(1, 16, 16, 16, 2)).shape[-1] == ALIGNED
-    assert type(choose(half.float(), 16, False)) is Direct and type(choose(half.repeat(1, 4, 1, 1, 1), 16, False)) is Direct
+    assert (
+        type(choose(half.float(), 16, False)) is Direct
+        and type(choose(half.repeat(1, 4, 1, 1, 1), 16, False)) is Direct
+    )
 
 
 def test_float32_stays_within_a_few_times_a_plain_convolutions_rounding():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastsrgan.model import layers
 from fastsrgan.model.cpu import doubling, fused, normed, spectral, winograd
-from fastsrgan.model.networks import GENERATORS, GeneratorSpec, build_generator
+from fastsrgan.model.networks import NETWORKS, GeneratorSpec, build_generator
 
 TOLERANCE = 1e-12
 EVEN = st.sampled_from([4, 6, 8, 10])
@@ -26,7 +26,7 @@ drawn = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCh
 
 @pytest.fixture(params=["cpu", "gpu", "other"])
 def forms(request, monkeypatch):
-    """The fast forms of CUDA, of a CPU, and of a CPU in half precision; of the second's with Winograd's products however small the layer."""
+    """The fast forms of a CPU, of CUDA, and of a CPU in half precision; Winograd's products however small the layer."""
     monkeypatch.setattr(winograd, "MIN_CHANNELS", 1)
     monkeypatch.setattr(winograd, "MAX_WASTED", 1e9)
     if request.param != "cpu":
@@ -314,7 +314,7 @@ def test_upsampling_repeats_each_voxel():
 
 SPECS = [
     GeneratorSpec(network, 3, residual, conditional, classes, scaled)
-    for network in GENERATORS
+    for network in NETWORKS
     for residual, conditional, classes, scaled in [
         (True, False, 0, False),
         (False, False, 2, True),

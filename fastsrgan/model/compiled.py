@@ -1,4 +1,4 @@
-"""torch.compile and CUDA graphs for the parts of a training step and for tiles, with one switch (DESIGN D13).
+"""torch.compile and CUDA graphs for the parts of a training step and for tiles, with one switch.
 
 Compiled are the generator on a batch of tiles (infer/network.py) and three functions of a training step: the critic's
 gradients, the generator's loss (with its backward pass) and the generator's forward pass without gradients. All have
@@ -25,7 +25,7 @@ MOST = 4  # shapes for which one function is compiled; further ones run as they 
 _LAZY = "force_non_lazy_backward_lowering"  # compiles a backward pass with its forward pass, where errors are caught
 
 
-def asked(setting: str, device: torch.device) -> bool:
+def turned_on(setting: str, device: torch.device) -> bool:
     """Whether a ``compile`` setting asks for it on a device: "auto" is CUDA."""
     return setting == "on" or (setting == "auto" and device.type == "cuda")
 
@@ -40,7 +40,7 @@ def wanted(config: TrainConfig, device: torch.device) -> bool:
         if config.compile == "on":
             raise ResourceError("--compile", "double backward cannot be compiled", "--penalty manual, or --compile off")
         return False
-    return asked(config.compile, device)
+    return turned_on(config.compile, device)
 
 
 def compiled(function: Callable, config: TrainConfig, device: torch.device, backend: Any = "inductor") -> Callable:
@@ -114,7 +114,9 @@ class _Guarded:
         except Exception as error:
             # The first call compiles: whatever fails then, but for want of memory, is the compiler's until the plain
             # function fails too.
-            known = isinstance(error, (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit))
+            known = isinstance(
+                error, (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
+            )
             if out_of_memory(error) or isinstance(error, FastsrganError) or not (new or known):
                 raise
             if self.strict:

@@ -1,11 +1,12 @@
 """The generator's layers for CUDA: channels innermost throughout, as few passes over memory as a compiler can make.
 
-Arrays are (B, C, X, Y, Z) whose memory is (B, X, Y, Z, C). torch's reflect and replicate padding return the other layout
-on CUDA, so every pad would undo what the convolutions want, and their gradients add with atomics. Here an index
+Arrays are (B, C, X, Y, Z) whose memory is (B, X, Y, Z, C). torch's reflect and replicate padding return the other
+layout on CUDA, so every pad would undo what the convolutions want, and their gradients add with atomics. Here an index
 gathers the padded voxels, and its gradient gathers what was padded from each voxel; norm, ReLU and padding are one
 function of the norm's input, which is all that it keeps. Inductor makes two passes of it forward (statistics; the rest)
-and two backward; ``python -m bench traffic`` counts the bytes. All of it runs on a CPU too, where tests/test_gpu_forms.py
-holds it to the plain forms, but no layer of a CPU takes it. None of it has run on a GPU.
+and three backward (the gradient; sums; the rest); ``python -m bench traffic`` counts the bytes. All of it runs on a CPU
+too, where tests/test_gpu_forms.py and test_layers_forms.py hold it to the plain forms, but no layer of a CPU takes it.
+None of it has run on a GPU.
 """
 
 from __future__ import annotations
@@ -90,13 +91,15 @@ def fold(g: Tensor, padding: Padding) -> Tensor:
 
 
 def _fold_at_once(g: Tensor, padding: Padding) -> Tensor:
-    """``fold`` without a result between: a sum of 27 gathers, each from where it has any, which a compiler makes one."""
+    """``fold`` without a result between: a sum of 27 gathers, of which a compiler makes one pass."""
     w = padding.width
     places = []
     for axis in AXES:
         n = g.shape[axis] - 2 * w
         at = torch.arange(n, device=g.device)
-        low, high = (at == 0, at == n - 1) if padding.repeated else ((at > 0) & (at <= w), (at >= n - 1 - w) & (at < n - 1))
+        low, high = (
+            (at == 0, at == n - 1) if padding.repeated else ((at > 0) & (at <= w), (at >= n - 1 - w) & (at < n - 1))
+        )
         mirrored = (at, at + 2 * w) if padding.repeated else (w - at, 2 * (n - 1) + w - at)
         both = [(m.clamp(0, n - 1 + 2 * w), where) for m, where in zip(mirrored, (low, high), strict=True)]
         shape = (-1, *(1,) * (len(AXES) - axis))

@@ -162,8 +162,8 @@ def _block_weight(weight: Tensor) -> Tensor:
 def conv7_reflect(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
     """Reflect-pad 3 and convolve 7^3 (stem and head of the generator), sizes even.
 
-    Fast form: spectra on the CPU, ``gpu.seven`` on CUDA. Elsewhere the same sums as a 4^3 convolution between 2^3 blocks: 7^3 kernels with 1
-    input or 2 output channels leave a vector unit idle; 8 or 16 channels fill it.
+    Fast form: spectra on the CPU, ``gpu.seven`` on CUDA. Elsewhere the same sums as a 4^3 convolution between 2^3
+    blocks: 7^3 kernels with 1 input or 2 output channels leave a vector unit idle; 8 or 16 channels fill it.
     """
     if form == "reference":
         return conv_reflect(x, weight)

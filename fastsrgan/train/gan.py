@@ -71,9 +71,9 @@ class Models:
         if not self.arithmetic.proven:
             precision.self_test(self.arithmetic)
         fast, strict = config, config.compile == "on"
-        if device.type == "cuda" and wanted(config, device):
-            if not proven(lambda: precision.self_test(self.arithmetic, compiled=True), strict):
-                fast = config.replace(compile="off")
+        on_cuda = device.type == "cuda" and wanted(config, device)
+        if on_cuda and not proven(lambda: precision.self_test(self.arithmetic, compiled=True), strict):
+            fast = config.replace(compile="off")
         self.static = wanted(fast, device)  # batches are filled up to one size: each other one would be compiled anew
         spec = GeneratorSpec(
             *(config.network, config.kernel_gen, config.residual, config.conditional, mask_classes, config.scaled),
@@ -136,7 +136,7 @@ class Models:
     # --- critic -------------------------------------------------------------------------------------------------------
 
     def critic_updates(self, batches: list[Batch], eps: list[Tensor]) -> dict[str, float]:
-        """All critic updates of an iteration; the generator stands still, so one pass of it makes all fakes (D7).
+        """All critic updates of an iteration; the generator stands still, so one pass of it makes all fakes.
 
         ``eps``: (B,) or (B, C) for each batch. Returns the means of total, wasserstein, penalty (where it was computed)
         and gradient over the updates, and the share that was skipped, if any was.
@@ -202,8 +202,8 @@ class Models:
         c, o = self.config, self.optimiser_g
         self.critic.requires_grad_(False)
         rows = []
-        for x, y, res, weights, share in self._filled(batch):
-            terms = self._generator_terms(x, y, res, adversarial, weights)
+        for x, y, res, of_samples, share in self._filled(batch):
+            terms = self._generator_terms(x, y, res, adversarial, of_samples)
             (terms["total"] * (share if o.scale is None else share * o.scale)).backward()
             rows.append({k: share * v.detach() for k, v in terms.items()})
         self.critic.requires_grad_(True)

@@ -3,7 +3,7 @@
 The gradient penalty comes in three forms that agree to rounding (tests/test_step.py): ``autograd``, the plain double
 backward of losses.gradient_penalty, ``explicit``: the critic is piecewise linear, so its input gradient is a chain
 of transposed convolutions with LeakyReLU masks, written as a forward graph whose one ordinary backward gives all weight
-gradients (DESIGN D6), and ``manual``, which needs no autograd at all (critic_step.py).
+gradients (decision 005), and ``manual``, which needs no autograd at all (critic_step.py).
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def generator_loss(
 
     ``x`` (B, 1, P, P, P) interpolated input, ``y`` (B, C, P, P, P) truth. The parts are adversarial, reconstruction
     and, with a ``dice_weight`` (not in the paper), dice of all channels behind the image. With ``lambda_adv`` 0 the
-    critic is not run. ``score``: critic_step.score or the plain critic. ``weights`` (B,), of sum 1: of the samples in all
-    means, equal by default; those of weight 0 only fill the batch up.
+    critic is not run. ``score``: critic_step.score or the plain critic. ``weights`` (B,), of sum
+    1: of the samples in all means, equal by default; those of weight 0 only fill the batch up.
     """
     pred = generator(x, res)
     rec = RECONSTRUCTION[reconstruction](pred, y, weights)
