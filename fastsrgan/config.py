@@ -10,8 +10,8 @@ Defaults are those of the original's code; ``PRESETS`` holds the paper's where t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import difflib
+import functools
 import math
 import os
 import re
@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-
 
 from fastsrgan.errors import ModelError
 

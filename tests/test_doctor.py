@@ -102,7 +102,10 @@ def test_both_cuda_extras_at_once_are_a_warning(site):
 
 
 def gpu(facts: dict, **changes) -> dict:
-    return {**facts, "gpu": {"driver": None, "torch_cuda": None, "cudnn": 91500, "devices": [], "problem": None, **changes}}
+    return {
+        **facts,
+        "gpu": {"driver": None, "torch_cuda": None, "cudnn": 91500, "devices": [], "problem": None, **changes},
+    }
 
 
 def test_with_a_device_the_work_goes_there(facts, monkeypatch):

@@ -186,7 +186,9 @@ def test_an_iteration_never_waits_but_for_the_values_of_the_one_before(waits, mo
         for p in models.generator.parameters():
             p.grad = torch.empty_like(p)
 
-    monkeypatch.setattr(models, "_generator_terms", lambda x, y, res, adversarial: {"total": (x.sum() + y.sum()) * res.sum()})
+    monkeypatch.setattr(
+        models, "_generator_terms", lambda x, y, res, adversarial: {"total": (x.sum() + y.sum()) * res.sum()}
+    )
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     assert models.arithmetic.dtype == torch.bfloat16
     run, turn = group(models, rows)
@@ -213,7 +215,10 @@ def test_an_iteration_never_waits_but_for_the_values_of_the_one_before(waits, mo
     queued = [i for i, what in enumerate(order) if what == "queued"]
     assert len(queued) == 3 and [u for u, _ in rows] == [1, 2, 3]
     # The values of a step are read once the next one is queued, the last ones at the end.
-    assert min(reads) > queued[1] and sum(queued[1] < r < queued[2] for r in reads) == sum(r > queued[2] for r in reads) / 2
+    assert (
+        min(reads) > queued[1]
+        and sum(queued[1] < r < queued[2] for r in reads) == sum(r > queued[2] for r in reads) / 2
+    )
     assert launched == (["gather_patches"] * 9 if moved_by == "kernel" else [])
 
 

@@ -67,17 +67,6 @@ def unwatched() -> Iterator[None]:
             job.began = time.monotonic() - spent
 
 
-@contextlib.contextmanager
-def held(lock: threading.Lock) -> Iterator[None]:
-    """Hold a lock; the wait for it is not counted, so that of several jobs the one that hangs is named."""
-    with unwatched():
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 class Job(Generic[T]):
     """A call that a crew makes: ``what`` it is about, and for how many seconds it may run."""
 

@@ -176,7 +176,7 @@ class Pool:
         p, n = self.patch, len(indices)
         if flips is not None:
             indices = indices % len(self.table) + np.asarray(flips, bool) @ np.array([1, 2, 4]) * len(self.table)
-        # On a CUDA device nothing here waits: the table of patches lies there, and the indices go over from pinned memory.
+        # On a CUDA device nothing here waits: the table of patches lies there, the indices come from pinned memory.
         at = to_device(np.ascontiguousarray(indices, np.int64), self.patches.device)
         x = self._buffers.take((n, 1, p, p, p), self.patches.device)
         y = self._buffers.take((n, 2 + self.mask_classes, p, p, p), self.patches.device)
@@ -281,7 +281,7 @@ def _example(seed: int, device: torch.device) -> tuple[Tensor, Tensor, Patches, 
 def _gather(
     x_B1PPP: Tensor, y_BCPPP: Tensor, patches: Patches, indices_B: np.ndarray, at_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fill network inputs and targets with a patch for each index (``Pool.gather``); ``at_B`` is the same on the device."""
+    """Fill network inputs and targets with a patch for each index (``Pool.gather``); ``at_B``: the same on the device."""
     classes, count = y_BCPPP.shape[1] - 2, len(patches.table)
     for b, index in enumerate(indices_B):
         number, *origin = patches.table[index % count]

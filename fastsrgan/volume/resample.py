@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from scipy import linalg
 
-from fastsrgan.core.threads import run_each
 from fastsrgan.core.system import to_device
+from fastsrgan.core.threads import run_each
 from fastsrgan.errors import UsageError
 from fastsrgan.volume.geometry import centre_coordinates, grid_size
 
