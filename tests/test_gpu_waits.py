@@ -1,4 +1,4 @@
-"""A training iteration on a GPU that only seems to be there: nothing in it makes the host wait (docs/data-engine.md)."""
+"""A training iteration on a GPU that only seems to be there: nothing in it makes the host wait."""
 
 from __future__ import annotations
 

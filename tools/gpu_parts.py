@@ -196,7 +196,7 @@ INFER_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 
 def infer(c: Context) -> Iterator[Check | Step]:
-    """A whole volume with air: the device against the CPU in float32, in fp16 first, the precision that "auto" takes."""
+    """A whole volume with air: the device against the CPU in float32; in fp16 first, which "auto" takes."""
     from bench.common import texture
 
     volume = torch.from_numpy(texture((75, 83, 66) if c.cuda else (35, 43, 26)))

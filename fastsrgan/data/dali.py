@@ -33,8 +33,8 @@ NAMES = ("image", "label", "mask")
 class DaliMover:
     """Degrades volumes and brings them to a device, for any number of threads.
 
-    Up to ``volumes`` at a time, each through a pipeline and a stream of its own; a thread that finds all of them at work
-    waits for one.
+    Up to ``volumes`` at a time, each through a pipeline and a stream of its own; a thread that finds all of them at
+    work waits for one.
 
     Raises ResourceError where DALI is not installed or cannot work on the device.
     """

@@ -281,7 +281,7 @@ def _example(seed: int, device: torch.device) -> tuple[Tensor, Tensor, Patches, 
 def _gather(
     x_B1PPP: Tensor, y_BCPPP: Tensor, patches: Patches, indices_B: np.ndarray, at_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fill network inputs and targets with a patch for each index (``Pool.gather``); ``at_B``: the same on the device."""
+    """Fill network inputs and targets with a patch for each index (``Pool.gather``); ``at_B``: these on the device."""
     classes, count = y_BCPPP.shape[1] - 2, len(patches.table)
     for b, index in enumerate(indices_B):
         number, *origin = patches.table[index % count]

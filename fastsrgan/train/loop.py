@@ -154,7 +154,8 @@ def capped(run: Run, turn: Turn, most: int) -> int:
 class Told:
     """One step's means of losses, which the device may still be working on, and what is logged with them.
 
-    update, done : updates and share of the run behind it; seconds : of its step, that reads the values of the one before
+    update, done : updates and share of the run behind it
+    seconds : of its step, in which the values of the one before are read
     """
 
     critic: Mapping[str, float]

@@ -66,8 +66,8 @@ def _by_kernel(out: Tensor, generator: np.random.Generator) -> Any:
 
 
 def _tail(signed: np.ndarray) -> np.ndarray:
-    """Draws in the tail from their uniform number and sign. The logarithm is the C library's, as in NumPy: others differ
-    in the last bit."""
+    """Draws in the tail from their uniform number and sign. The logarithm is the C library's, as in NumPy: others
+    differ in the last bit."""
     log1pf = ctypes.CDLL(None).log1pf
     log1pf.restype, log1pf.argtypes = ctypes.c_float, [ctypes.c_float]
     logs = np.array([log1pf(-abs(u)) for u in signed.tolist()], np.float32)
