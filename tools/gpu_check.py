@@ -4,9 +4,9 @@
     python tools/gpu_check.py --only kernels step              what a short lease is worth spending on
 
 Each part is a list of checks that end as passed, FAILED, or "not run" with the reason: a package that is missing, a
-part that a device refuses, or time that is over is never a pass, and takes no other check with it. The report is written
-anew after every check, so one that is cut off still holds what was found. Without a CUDA device, or with --device cpu,
-what a CPU can check is run and the rest is not run, for want of one. Exit code 1 when a check failed.
+part that a device refuses, or time that is over is never a pass, and takes no other check with it. The report is
+written anew after every check, so one that is cut off still holds what was found. Without a CUDA device, or with
+--device cpu, what a CPU can check is run and the rest is not run, for want of one. Exit code 1 when a check failed.
 
 Needs torch, NumPy and SciPy, and CuPy for the kernels; takes DALI and compute-sanitizer where they are installed.
 """
