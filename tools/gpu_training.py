@@ -173,7 +173,7 @@ def feed(c: Context) -> Iterator[Check | Step]:
     """Volumes through each mover on the device against the same law called on the CPU, and how many a second."""
     image = texture((61, 47, 55))
     label = (image > 0.5).astype(np.uint8)
-    extra = {"bias_field": 0.3, "rician": True, "profile": 0.2}
+    extra = {"rician": True, "profile": 0.2, "artefacts": {"bias_field": 0.3}}
     laws = {
         "plain": Degradation(((1.0, 1.0, 3.2),), contrast=0.3, noise=0.02),
         "with extras": Degradation(((1.0, 1.0, 2.7),), contrast=0.3, noise=0.02, **extra),  # type: ignore[arg-type]
