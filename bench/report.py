@@ -94,7 +94,8 @@ def scaled(path: Path, report: dict[str, Any]) -> list[str]:
     except InputError:
         return lines
     lines.append("What the same sums say of this machine's own step and data figures (`python -m bench scale`):\n")
-    return [*lines, scale.prediction_table(figures, (40, 1000, 100_000), (1, 8, 64), 0.0)]
+    lines.append(scale.prediction_table(figures, (40, 1000, 100_000), (1, 8, 64), 0.0))
+    return [*lines, scale.assumed(figures)]
 
 
 def main() -> Path:

@@ -135,8 +135,10 @@ def _update_cases(args: argparse.Namespace, batch: int) -> list[Case]:
         patch_size=args.patch,
         critic_iterations=args.critic_iterations,
     )
-    g, d = flops.generator(config.kernel_gen, args.patch), flops.critic(config.kernel_dis, args.patch)
-    half = precision.choose(config, torch.device(args.device)).dtype != torch.float32
+    dtype = precision.choose(config, torch.device(args.device)).dtype
+    half, element = dtype != torch.float32, dtype.itemsize
+    g = flops.generator(config.kernel_gen, args.patch, element)
+    d = flops.critic(config.kernel_dis, args.patch, element=element)
     where = f"batch {batch}, {args.patch}^3"
     both = f"k {config.kernel_gen} and {config.kernel_dis}"
     n = config.critic_iterations
@@ -261,7 +263,8 @@ def _iteration_sides(config: TrainConfig, device: str) -> Sides:
 
     def own(m: Models) -> list[Tensor]:
         critic = m.critic_updates(*draws())
-        return [loss_vector(critic), loss_vector(m.generator_update(patches.gather(indices), adversarial=True))]
+        generator = m.generator_update(patches.gather(indices), adversarial=True)
+        return [loss_vector(critic), loss_vector(generator)]  # read at the end, as in a training
 
     def theirs() -> list[Tensor]:
         critic, values = plain.iteration(*draws(), patches.gather(indices))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from bench import flops, roofline, scale
+from bench import flops, roofline, scale, uncompiled
 from bench.__main__ import main
 from fastsrgan.errors import InputError, UsageError
 
@@ -39,6 +40,34 @@ def test_counts_of_the_roofline_are_those_of_the_networks():
     assert phases["iteration"].flop > 5 * phases["critic update"].flop
 
 
+def test_bytes_are_those_of_the_type():
+    """Half as many in half precision, the products the same; float32 where nothing is said."""
+    for four, two in (
+        (flops.generator(16, 64), flops.generator(16, 64, 2)),
+        (flops.critic(32, 64), flops.critic(32, 64, element=2)),
+    ):
+        assert [c.flop for c in four] == [c.flop for c in two]
+        assert [c.bytes for c in four] == [2 * c.bytes for c in two]
+    assert flops.conv(3, 5, 8, 3) == flops.Count(2 * 15 * 27 * 512, 4 * (3 * 512 + 5 * 512 + 15 * 27))
+    half, single = (roofline.phase_counts(16, 32, 64, 5, size)["iteration"] for size in (2, 4))
+    assert half.flop == single.flop and 2 * half.bytes == single.bytes
+
+
+def test_uncompiled_counts_what_operations_read_and_write():
+    x = torch.empty((4, 8), device=uncompiled.META, dtype=torch.bfloat16)
+    assert uncompiled.counted(lambda: x + x).bytes == 3 * 64
+    assert uncompiled.counted(lambda: x.view(8, 4).T[1:]).bytes == 0, "views move nothing"
+    assert uncompiled.counted(lambda: x.copy_(x.float())).bytes == 64 + 128 + 128 + 64
+    product = uncompiled.counted(lambda: x @ x.T)
+    assert product.flop == 2 * 4 * 4 * 8 and product.bytes == 64 + 64 + 32
+    small = uncompiled.phases(2, 2, 16, 5, torch.bfloat16)
+    floor = roofline.phase_counts(2, 2, 16, 5, 2)
+    assert all(small[name].bytes > floor[name].bytes for name in floor)
+    assert small["iteration"].flop > 5 * small["critic update"].flop
+    double = uncompiled.phases(2, 2, 16, 5, torch.float32)["generator forward,"]
+    assert 1.4 < double.bytes / small["generator forward,"].bytes <= 2
+
+
 def test_the_floor_is_the_tighter_ceiling():
     top = roofline.Ceilings(matmul=100.0, copy=10.0)
     assert top.floor(flops.Count(1000, 10)) == 10 and top.bound(flops.Count(1000, 10)) == "products"
@@ -48,8 +77,8 @@ def test_the_floor_is_the_tighter_ceiling():
 def test_floors_of_another_device_from_the_command_line(capsys):
     assert main(["roofline", "--matmul", "1e12", "--copy", "1e9", "--batch", "1"]) == 0
     line = next(row for row in capsys.readouterr().out.splitlines() if row.startswith("| iteration"))
-    count = flops.iteration(flops.generator(16, 64), flops.critic(32, 64), 5)
-    assert f"{count.flop / 1e9:.4g}" in line and "memory" in line
+    count = flops.iteration(flops.generator(16, 64, 2), flops.critic(32, 64, element=2), 5)
+    assert f"{count.bytes / 1e9:.3g}" in line and f"{count.flop / 1e9:.4g}" in line and "memory" in line
 
 
 def test_a_step_report_becomes_a_table_of_floors(tmp_path, monkeypatch):

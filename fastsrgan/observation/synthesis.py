@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from fastsrgan.core.draws import rng
+from fastsrgan.core.threads import CACHED
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.observation.artefacts import apply_bias, draw_bias
-from fastsrgan.volume.intensity import CACHED
 from fastsrgan.volume.resample import FWHM, apply_axes, slice_profile_matrix, support
 
 OUTER_FLUID = 24  # around the brain, in FreeSurfer's numbers
