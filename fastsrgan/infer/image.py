@@ -20,8 +20,8 @@ from fastsrgan.errors import InputError, ModelError, UsageError, times
 from fastsrgan.evaluate.plausibility import RED, Look, choose, judge, measure
 from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
-from fastsrgan.infer.planes import is_isotropic, nearest
-from fastsrgan.infer.settings import HEAD, InferSettings
+from fastsrgan.infer.planes import is_isotropic, nearest, own_grid
+from fastsrgan.infer.settings import HEAD, ZERO, InferSettings
 from fastsrgan.infer.values import AUTO, OFF
 from fastsrgan.infer.volume import InferResult, process
 from fastsrgan.io import any_image
@@ -249,7 +249,7 @@ def compute(
 ) -> Loaded:
     """The second stage: the image through the model."""
     began = time.perf_counter()
-    settings, said = _with_thickness(loaded, job.settings)
+    settings, said = _with_thickness(loaded, _as_made(loaded, job.settings))
     try:
         loaded.result = process(
             loaded.volume.data,
@@ -273,9 +273,22 @@ def compute(
     return loaded
 
 
+def _as_made(loaded: Loaded, settings: InferSettings) -> InferSettings:
+    """The settings for one image: its mask, and what is left to the weights."""
+    purpose, name = loaded.model.purpose, loaded.image.path.name
+    grid = own_grid(loaded.volume.spacing, purpose.grid_mm and purpose.grid_mm[1])
+    physical = settings.geometry == "physical"
+    if settings.new_resolution is None and grid is not None and physical:
+        log.info("%s: voxels of %g mm, which the weights were made for (--new-resolution chooses others)", name, grid)
+        settings = replace(settings, new_resolution=grid)
+    if isinstance(loaded.mask, np.ndarray) and settings.outside == AUTO and purpose.outside == ZERO and physical:
+        log.info("%s: zero outside the mask, as in what the weights were made for (--outside keep shows it all)", name)
+        settings = replace(settings, outside=ZERO)
+    return replace(settings, mask=loaded.mask)
+
+
 def _with_thickness(loaded: Loaded, settings: InferSettings) -> tuple[InferSettings, str]:
-    """The settings for one image: its mask, and the slice thickness that its header states; and who stated it."""
-    settings = replace(settings, mask=loaded.mask)
+    """The settings with the slice thickness that the image's header states; and who stated it."""
     if settings.slice_thickness != AUTO:
         return settings, "asked"
     if settings.geometry != "physical" or (settings.agree == OFF and not settings.save_residual):

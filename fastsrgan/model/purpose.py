@@ -14,6 +14,7 @@ Range = tuple[float, float]
 
 MADE_FOR = "made_for"  # of a card
 FLUID = ("dark", "bright")  # than tissue
+OUTSIDE = ("zero",)
 NOT_SAID = "what they were made for is not said"
 MOST_TEXT, MOST_STRUCTURES = 120, 64
 
@@ -27,6 +28,8 @@ class Purpose:
     ages, species, view : in words; ``view`` is the field of view
     head_mm : longest side of the box around the head (or of the brain where images are stripped)
     voxel_mm : finest voxel size of a scan; slice_ratio : coarsest over finest
+    grid_mm : voxel size of the images that it learned from, where coarser scans are better taken to it
+    outside : "zero" where brains alone were seen, so that all outside a brain mask is better set to zero
     structure_ml : volume of the structure; structure_share : of the volume of all that is not air
     """
 
@@ -36,6 +39,8 @@ class Purpose:
     ages: str = ""
     species: str = ""
     view: str = ""
+    outside: str = ""
+    grid_mm: Range | None = None
     head_mm: Range | None = None
     voxel_mm: Range | None = None
     slice_ratio: Range | None = None
@@ -55,8 +60,8 @@ class Purpose:
                 found[f.name] = _range(value)
             else:
                 found[f.name] = " ".join(value.split())[:MOST_TEXT] if isinstance(value, str) else ""
-        if found["fluid"] not in FLUID:
-            found["fluid"] = ""
+        for name, allowed in (("fluid", FLUID), ("outside", OUTSIDE)):
+            found[name] = found[name] if found[name] in allowed else ""
         return cls(**found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,6 +168,8 @@ MODELS = {
             ages="21 to 40 weeks of gestation",
             species="human",
             view="brain, stripped or with the head around it",
+            outside="zero",
+            grid_mm=(0.8, 0.8),
             head_mm=(50, 130),  # 12 atlas brains of 21 to 34 weeks 57 to 102; three real stacks in their masks 67 to 81
             voxel_mm=(0.5, 1.2),  # training: 0.5 to 1.1; real stacks 1.125
             slice_ratio=(2, 6.5),  # training: the same
