@@ -21,7 +21,7 @@ from fastsrgan.evaluate.plausibility import GREEN, RED, YELLOW, Look, choose, ju
 from fastsrgan.infer import image as infer_image
 from fastsrgan.infer.bids import infer_bids
 from fastsrgan.infer.files import infer_files
-from fastsrgan.infer.image import Models
+from fastsrgan.infer.image import ModelChoice
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
@@ -310,11 +310,11 @@ def test_the_head_chooses_the_weights_and_the_record_says_so(tmp_path, small, ca
 
 def test_auto_is_averaged_with_nothing_and_a_file_of_that_name_comes_first(tmp_path, small, monkeypatch):
     with pytest.raises(UsageError, match="averaged with none"):
-        Models(["auto", "adult"])
+        ModelChoice(["auto", "adult"])
     monkeypatch.chdir(tmp_path)
     weights.save_generator(tmp_path / "auto", build_generator(GeneratorSpec(kernel=2), seed=1))
-    named = Models("auto").named
-    assert named is not None and named.facts["spec"]["kernel"] == 2 and Models(None).named is not None
+    named = ModelChoice("auto").named
+    assert named is not None and named.facts["spec"]["kernel"] == 2 and ModelChoice(None).named is not None
 
 
 def test_weights_that_do_not_say_are_told_in_one_line(tmp_path, caplog):

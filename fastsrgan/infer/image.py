@@ -55,7 +55,7 @@ class Model:
     purpose: Purpose
 
 
-class Models:
+class ModelChoice:
     """What ``--weights`` stands for; None and "auto" choose for each image. A file named auto comes first.
 
     Raises UsageError, ModelError for what cannot be used.
@@ -141,7 +141,7 @@ class ImageJob:
     """
 
     out: Path
-    models: Models
+    models: ModelChoice
     settings: InferSettings
     provenance: dict
     progress: Progress

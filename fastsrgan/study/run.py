@@ -24,7 +24,7 @@ from fastsrgan.infer.settings import InferSettings
 from fastsrgan.io.output_place import keep_inputs
 from fastsrgan.model import weights
 from fastsrgan.study import curves as study_curves
-from fastsrgan.study.cells import Engine, Model, aggregate, run_cells
+from fastsrgan.study.cells import Engine, StudyModel, aggregate, run_cells
 from fastsrgan.study.data import Condition, Head, find_heads, quick_heads, spacing_of, thick
 from fastsrgan.study.plots import PANELS, REFERENCE, SOURCE, TITLES, Panel, time_fit
 from fastsrgan.study.tables import FORMS, write_study
@@ -142,7 +142,7 @@ def _measured(
         heads = find_heads(data, asked.split, asked.subjects, asked.label_classes, asked.label_names)
     if kind == "augmentation" and data is None and not models:
         paths = [weights.default_weights(), _tuned(cohort, asked, progress)]
-        loaded = [Model.load(paths[0], "shipped"), Model.load(paths[1], "tuned without augmentation")]
+        loaded = [StudyModel.load(paths[0], "shipped"), StudyModel.load(paths[1], "tuned without augmentation")]
     else:
         loaded = _models(models)
     if kind == "augmentation" and len(loaded) < 2:
@@ -219,12 +219,12 @@ def _conditions(kind: str, head: Head, asked: Settings) -> list[Condition]:
     return [Condition("original" if n == 0 else f"noise {100 * n:g} %", low_res, n) for n in levels]
 
 
-def _models(paths: Sequence[str | os.PathLike]) -> list[Model]:
+def _models(paths: Sequence[str | os.PathLike]) -> list[StudyModel]:
     if not paths:
-        return [Model.load(weights.default_weights(), "shipped")]
+        return [StudyModel.load(weights.default_weights(), "shipped")]
     names = [Path(p).stem for p in paths]
     alike = len(set(names)) < len(names)
-    return [Model.load(Path(p), str(Path(p)) if alike else None) for p in paths]
+    return [StudyModel.load(Path(p), str(Path(p)) if alike else None) for p in paths]
 
 
 def _tuned(cohort: Path, asked: Settings, progress: Progress) -> Path:
