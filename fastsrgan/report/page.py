@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import string
 from collections.abc import Sequence
@@ -28,15 +29,16 @@ from fastsrgan.report import cohort, curves, sections
 from fastsrgan.report import viewer as stage
 from fastsrgan.report.collect import Found, Result, find
 from fastsrgan.report.html import Html, data_block, el, join, number, pointer, source_hash
-from fastsrgan.report.volumes import Packed, pack, plane_png, unpack
+from fastsrgan.report.volumes import Packed, images_of, pack, plane_png
 from fastsrgan.volume.geometry import Volume
 
 log = logging.getLogger("fastsrgan")
 
-MOST_MB = 12.0
+MOST_MB = 30.0
 MOST_ALLOWED_MB = 1e6
 NAME = "report.html"
 LEAST_BYTES = 200_000  # left for the volumes, below which a limit makes no sense
+WORDS_BYTES = 2_000  # by which a page's words may grow when a part of the volumes is shown
 
 
 def report(
@@ -65,7 +67,7 @@ def report(
     studies : JSON files of ``study``, shown beside those of the folder
     hr, label, mask : truth of a single result, evaluated here, with the spline of the input as baseline
     label_classes, label_names : which values of the label are the structure, see `labels.structure`
-    max_mb : largest page in MB (10^6 bytes); volumes are reduced until they fit
+    max_mb : largest page in MB (10^6 bytes); of volumes that are too large for it a slab or block is shown
     overwrite : replace pages that are there; what is no page is kept
 
     Returns the files, the first one to open. Raises InputError, UsageError or ResourceError, before anything is written
@@ -144,30 +146,29 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
     if sr is None:
         body = join(_before(facts, warnings), after)
         return assemble(found, facts, body, "", back, viewing=False), None, measured
-    spacing = others["low"].spacing if "low" in others else None
-    shown = dict(others)
-    if "low" in shown:
-        shown["spline"] = shown["low"]
-    # Without the volumes first: what is left of the limit is theirs. The picture does not depend on their size much.
-    first = pack(sr, shown, limit)
-    drawn = stage.picture(sr, others, first)
-    alt = "Three planes of every image side by side, with a detail and the outline of the segmentation"
-    still = sections.card("The same as a picture", stage.png(drawn, alt))
+    low = others.get("low")
+    shown = others | ({} if low is None else {"spline": onto_grid(low, sr, name="the spline of the input", notes=[])})
+    view = stage.open_at(sr, shown)
+    alt = "Planes of every image side by side, with a detail and the outline of the segmentation"
+    still = sections.card("The same as a picture", stage.png(stage.picture(sr, shown), alt))
+    images_ = images_of(sr, shown)
 
-    def page(packed: Packed) -> str:
-        view = stage.viewer_card(packed, spacing)
-        body = join(_before(facts, warnings), view, still, after)
-        return assemble(found, facts, body, stage.viewer_data(packed, sr, spacing), back, viewing=True)
+    def page(packed: Packed, rest: int = 0) -> str:
+        mb = math.ceil((rest + packed.all_bytes) / 1e6)
+        card = stage.viewer_card(packed, view, low.spacing if low is not None else None, mb)
+        body = join(_before(facts, warnings), card, still, after)
+        return assemble(found, facts, body, stage.viewer_data(packed, view, low), back, viewing=True)
 
-    rest = len(page(replace(first, blobs={k: (o, "") for k, (o, _) in first.blobs.items()})).encode())
+    # Without the volumes first: what is left of the limit is theirs. A part is said in more words than the whole.
+    rest = len(page(images_.part(images_.all, packing=False)).encode()) + WORDS_BYTES
     room = limit - rest
     if room < LEAST_BYTES:
         raise UsageError("--max-mb", f"{limit / 1e6:g} MB, and {rest / 1e6:.1f} MB go without the volumes", "more")
-    packed = first if first.size <= room else pack(sr, shown, room)
-    small = unpack(packed)
-    middle = packed.shape[2] // 2
-    thumbnail = plane_png(small["sr"][:, :, middle], small["seg"][:, :, middle] if "seg" in small else None)
-    return page(packed), thumbnail, measured
+    packed = pack(images_, room, view.at_mm, view.across)
+    whole = images_.arrays
+    middle = whole["sr"].shape[2] // 2
+    thumbnail = plane_png(whole["sr"][:, :, middle], whole["seg"][:, :, middle] if "seg" in whole else None)
+    return page(packed, rest), thumbnail, measured
 
 
 def cohort_page(found: Found, rows: Sequence[cohort.Row]) -> str:
