@@ -1,7 +1,8 @@
 """Score a super-resolved image and its segmentation against the truth: volumes or files. Cohorts: evaluate_cohort.py.
 
 Results are plain dicts of finite numbers, texts and None, ready for JSON; ``definitions`` says what each figure means.
-Volumes whose grids differ from the reference's are first resampled onto it in world space, and the result says so.
+Volumes whose grids differ from the reference's are first resampled onto it in world space, and scores are those of the
+part that SR, baseline and reference share; the result says both.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import metrics
-from fastsrgan.evaluate.grids import READER, SPLINE, onto_grid, reader_label_map
+from fastsrgan.evaluate.grids import READER, SPLINE, field_of_view, onto_grid, reader_label_map
 from fastsrgan.evaluate.metrics import DISTANCES, SURFACE, surface_scores
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
@@ -47,6 +50,7 @@ def evaluate_pair(
     baseline: Volume | None = None,
     baseline_seg: Volume | None = None,
     structures: Mapping[str, tuple[Volume, Volume]] | None = None,
+    subject: str | None = "",
 ) -> dict[str, Any]:
     """Compare ``sr`` (and ``seg``) with ``hr`` (and ``label``) on the grid of ``hr``.
 
@@ -59,13 +63,16 @@ def evaluate_pair(
         map (paper table 2), are the baselines where no others are given
     baseline, baseline_seg : another image and segmentation of the same subject, scored likewise
     structures : segmentation and label of further structures by name, for scores in ``structures``
+    subject : named before each note in the log; None: nothing is logged
 
     A label of several values is refused: which of them is the structure is to be chosen (`labels`).
 
     Returns ``image`` {region: {psnr_db, psnr_range_db, ssim, ssim_uniform, mae, mse}}; with ``seg`` also
     ``segmentation`` {dice, hausdorff95_mm, surface_distance_mm, components, largest_component, false_components,
     false_component_voxels, volume_ml, label_components, label_volume_ml}; with a baseline ``baseline`` (the same two),
-    ``gain`` (value minus baseline) and ``baselines`` (what they are); and ``grid``, ``notes``, ``definitions``. None
+    ``gain`` (value minus baseline) and ``baselines`` (what they are); and ``grid``, ``notes``, ``definitions``.
+    Where SR or baseline do not cover the reference, all figures are those of the overlap, and ``grid`` has its share
+    ``overlap`` of the reference's voxels. None
     stands for a figure that does not exist (infinite PSNR, SSIM of a region without a whole window, distance to an
     empty segmentation).
     Raises InputError when volumes do not overlap, the reference has no positive voxel or a mask is empty.
@@ -92,30 +99,44 @@ def evaluate_pair(
             notes += [f"{name}: {warning}" for warning in volume.warnings]
             made: list[str] = []
             on[name] = onto_grid(volume, hr, order=order, name=name, notes=made).data
-            notes += made if volume is not lr else _surprises(made)
+            # What lies outside the two images is not scored; a scan's grid always differs.
+            scored = [m.split("; ")[0] for m in made] if name in ("SR", "baseline") else made
+            notes += scored if volume is not lr else []
+    part, cropped = _overlap(hr, {"SR": sr, "baseline": baseline}, notes)
     if lr is not None and label is not None and baseline_seg is None:
         made = []
         baseline_seg = reader_label_map(Volume(on["label"], hr.affine), lr, made)
-        notes += _surprises(made)
+        notes += _surprises(made) if baseline is not lr else []
         on["baseline segmentation"], what["segmentation"] = baseline_seg.data, READER
-    regions: dict[str, np.ndarray | None] = {"whole": None}
+    top, low = float(hr.data.max()), float(hr.data.min())
+    grid: dict[str, Any] = {"shape": list(hr.data.shape), "spacing_mm": [round(s, 6) for s in hr.spacing]}
+    if part is not None:
+        grid["overlap"] = float(part.mean())
+        on = {name: data[cropped] for name, data in on.items()}
+        hr, part = _cropped(hr, cropped), part[cropped]
+        part = None if part.all() else part
+        for name in ("segmentation", "baseline segmentation", "label", "mask"):
+            if part is not None and name in on:
+                on[name] = on[name] * part
+    regions: dict[str, np.ndarray | None] = {"whole": part}
     regions |= {name: metrics.binary(on[name]) for name in ("mask", "label") if name in on}
     if "label" in regions and not np.any(regions["label"]):
         notes.append("the label is empty on the reference's grid: no figures in its region")
         del regions["label"]
-    result: dict[str, Any] = _scores(on["SR"], on.get("segmentation"), on.get("label"), hr, regions, "SR", notes)
+    frame = Frame(hr, top, low, regions, part)
+    result: dict[str, Any] = _scores(on["SR"], on.get("segmentation"), on.get("label"), frame, "SR", notes)
     if structures:
         result["structures"] = {
-            name: _structure(seg, truth, name, hr, notes) for name, (seg, truth) in structures.items()
+            name: _structure(seg, truth, name, frame, notes) for name, (seg, truth) in structures.items()
         }
     if baseline is not None or baseline_seg is not None:
         base_seg = on.get("baseline segmentation")
-        other = _scores(on.get("baseline"), base_seg, on.get("label"), hr, regions, "baseline", notes)
+        other = _scores(on.get("baseline"), base_seg, on.get("label"), frame, "baseline", notes)
         result |= {"baseline": other, "gain": _difference(result, other), "baselines": what}
-    result["grid"] = {"shape": list(hr.data.shape), "spacing_mm": [round(s, 6) for s in hr.spacing]}
-    for note in notes:
-        log.info(note)
-    result["notes"] = notes
+    result["grid"] = grid
+    result["notes"] = notes = list(dict.fromkeys(notes))
+    for note in notes if subject is not None else ():
+        log.info("%s%s", f"{subject}: " if subject else "", note)
     result["definitions"] = definitions() | {f"region {name}": REGIONS[name] for name in regions}
     return result
 
@@ -127,13 +148,54 @@ def _values(label: Volume) -> list[int]:
     return label.meta.get("values") or np.unique(label.data).tolist()
 
 
-def _structure(seg: Volume, label: Volume, name: str, hr: Volume, notes: list[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Frame:
+    """What is scored: the reference, cut to the box of the overlap; the largest and smallest value of the whole of it;
+    the regions; and the voxels of the box that lie in every image, None for all."""
+
+    hr: Volume
+    top: float
+    low: float
+    regions: dict[str, np.ndarray | None]
+    part: np.ndarray | None
+
+
+def _overlap(
+    hr: Volume, others: Mapping[str, Volume | None], notes: list[str]
+) -> tuple[np.ndarray | None, tuple[slice, ...]]:
+    """The reference's voxels that lie in the field of view of all others, None for all, and their box.
+
+    Raises InputError where there is none.
+    """
+    parts = {name: field_of_view(v, hr) for name, v in others.items() if v is not None}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    if not parts:
+        return None, ()
+    part = np.logical_and.reduce(list(parts.values()))
+    if not part.any():
+        reason = f"{' and '.join(parts)} do not overlap the reference in world space together"
+        raise InputError(others[next(iter(parts))].meta.get("path", "SR"), reason, "check the affines")  # type: ignore[union-attr]
+    notes.append(
+        f"scored on the overlap, {100 * part.mean():.1f} % of the truth's voxels: the rest lies outside the field of "
+        f"view of {' and '.join(parts)}"
+    )
+    return part, ndimage.find_objects(part.astype(np.uint8))[0]
+
+
+def _cropped(volume: Volume, box: tuple[slice, ...]) -> Volume:
+    shift = np.eye(4)
+    shift[:3, 3] = [s.start for s in box]
+    return Volume(volume.data[box], np.asarray(volume.affine, float) @ shift, volume.warnings, volume.meta)
+
+
+def _structure(seg: Volume, label: Volume, name: str, frame: Frame, notes: list[str]) -> dict[str, Any]:
     """Scores of one of several structures."""
     on = [
-        onto_grid(volume, hr, order=0, name=f"{name} {kind}", notes=notes).data
+        onto_grid(volume, frame.hr, order=0, name=f"{name} {kind}", notes=notes).data
         for volume, kind in ((seg, "segmentation"), (label, "label"))
     ]
-    return _segmentation_scores(on[0], on[1], hr, name, notes)
+    on = on if frame.part is None else [data * frame.part for data in on]
+    return _segmentation_scores(on[0], on[1], frame.hr, name, notes)
 
 
 def _surprises(notes: list[str]) -> list[str]:
@@ -159,8 +221,9 @@ def evaluate_files(
     png: str | os.PathLike | None = None,
     label_classes: Sequence[str] = (),
     label_names: str | os.PathLike | None = None,
+    subject: str | None = "",
 ) -> dict[str, Any]:
-    """``evaluate_pair`` on image files; ``files`` in the result names them.
+    """``evaluate_pair`` on image files; ``files`` in the result names them. ``subject`` is the SR's stem by default.
 
     ``label_classes`` says which values of the label, and of a segmentation that is a map of several values too, are the
     structure, see `labels.structure`; of several, the first is the ``segmentation`` and every one has its scores in
@@ -180,7 +243,7 @@ def evaluate_files(
     more = {}
     if len(chosen) > 1 and "seg" in given:
         more = {c.name: (_read("seg", given["seg"], c), _read("label", given["label"], c)) for c in chosen}
-    result = evaluate_pair(**volumes, structures=more)
+    result = evaluate_pair(**volumes, structures=more, subject=images.stem(given["sr"]) if subject == "" else subject)
     if chosen:
         result["label_classes"] = {c.name: sorted(c.values) for c in chosen}
     if png is not None:
@@ -242,16 +305,15 @@ def _scores(
     sr: np.ndarray | None,
     seg: np.ndarray | None,
     label: np.ndarray | None,
-    hr: Volume,
-    regions: dict[str, np.ndarray | None],
+    frame: Frame,
     name: str,
     notes: list[str],
 ) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     if sr is not None:
-        scores["image"] = _image_scores(sr, hr.data, regions, name, notes)
+        scores["image"] = _image_scores(sr, frame, name, notes)
     if seg is not None and label is not None:
-        scores["segmentation"] = _segmentation_scores(seg, label, hr, name, notes)
+        scores["segmentation"] = _segmentation_scores(seg, label, frame.hr, name, notes)
     return scores
 
 
@@ -272,23 +334,22 @@ def _segmentation_scores(seg: np.ndarray, label: np.ndarray, hr: Volume, name: s
     }
 
 
-def _image_scores(
-    sr: np.ndarray, hr: np.ndarray, regions: dict[str, np.ndarray | None], name: str, notes: list[str]
-) -> dict[str, dict[str, float | None]]:
+def _image_scores(sr: np.ndarray, frame: Frame, name: str, notes: list[str]) -> dict[str, dict[str, float | None]]:
+    hr, regions = frame.hr.data, frame.regions
     means = float(np.mean(sr, dtype=np.float64)), float(np.mean(hr, dtype=np.float64))
     if min(means) <= 0 or max(means) > SCALE_FACTOR * min(means):
         notes.append(f"{name}: mean intensity {means[0]:.4g}, the reference's {means[1]:.4g}: are the units the same?")
     similarity = {}
     for figure, window in (("ssim", metrics.GAUSSIAN), ("ssim_uniform", metrics.UNIFORM)):
         try:
-            similarity[figure] = metrics.ssim_regions(sr, hr, list(regions.values()), window=window)
+            similarity[figure] = metrics.ssim_regions(sr, hr, _windowed(frame, window.radius), frame.top, window)
         except InputError as error:
             similarity[figure] = [None] * len(regions)
             notes.append(f"{name}: no {figure}: {error.reason}")
-    top, low = float(hr.max()), float(hr.min())
+    top, low = frame.top, frame.low
     scores: dict[str, dict[str, float | None]] = {}
     for i, (region, inside) in enumerate(regions.items()):
-        psnr: float | None = metrics.psnr(sr, hr, inside)
+        psnr: float | None = metrics.psnr(sr, hr, inside, top)
         if psnr == math.inf:
             psnr = None
             notes.append(f"{name}, {region}: identical to the reference, PSNR is infinite")
@@ -298,6 +359,14 @@ def _image_scores(
         scores[region] = {"psnr_db": psnr, "psnr_range_db": by_range}
         scores[region] |= {figure: values[i] for figure, values in similarity.items()} | {"mae": mae, "mse": mse}
     return scores
+
+
+def _windowed(frame: Frame, radius: int) -> list[np.ndarray | None]:
+    """The regions where a whole window lies in every image."""
+    if frame.part is None:
+        return list(frame.regions.values())
+    whole = ndimage.minimum_filter(frame.part, 2 * radius + 1)
+    return [whole if inside is None else inside & whole for inside in frame.regions.values()]
 
 
 def _difference(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
