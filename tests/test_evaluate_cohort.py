@@ -10,7 +10,7 @@ import pytest
 
 from fastsrgan.cli.evaluate import better, plain, spread
 from fastsrgan.cli.main import main
-from fastsrgan.core.files import write_json
+from fastsrgan.core.files import short_names, write_json
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import cohort as evaluate_cohort
 from fastsrgan.evaluate import compare
@@ -305,8 +305,8 @@ def test_a_test_that_cannot_show_a_difference_says_so(two):
 
 
 def test_results_of_one_name_are_told_apart():
-    assert compare.result_names("a/out", "b/out") == ("a/out", "b/out")
-    assert compare.result_names("x/a", "y/b") == ("a", "b")
+    assert short_names(["a/out", "b/out"]) == ["a/out", "b/out"]
+    assert short_names(["x/a", "y/b"]) == ["a", "b"] and short_names(["x/a", "x/a"]) == ["a", "a"]
 
 
 def test_the_bland_altman_picture_holds_each_subjects_difference(monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.core.files import output_folder
+from fastsrgan.core.files import output_folder, short_names
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, evaluate_folders
@@ -55,7 +55,7 @@ def compare_folders(
     if Path(first).resolve() == Path(second).resolve():
         raise UsageError("evaluate", "the two results are one folder", "RESULTS OTHER_RESULTS TRUTH")
     results = [evaluate_folders(folder, truth, choice=choice, progress=progress) for folder in (first, second)]
-    names = result_names(first, second)
+    names = short_names([first, second])
     scores = [{row["subject"]: _figures(row) for row in result["rows"]} for result in results]
     subjects = [name for name in scores[0] if name in scores[1]]
     failed = [f | {"error": f"{name}: {f['error']}"} for name, r in zip(names, results, strict=True) for f in r["failed"]]
@@ -82,10 +82,10 @@ def compare_folders(
         from fastsrgan.pictures.bland_altman import bland_altman
 
         shown = [(heading, *pairs[figure]) for figure, heading in PANELS if figure in pairs]
-        bland_altman(output_folder(png) / PICTURE, shown, names)
+        bland_altman(output_folder(png) / PICTURE, shown, (names[0], names[1]))
     columns = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     return {
-        "names": list(names),
+        "names": names,
         "rows": rows,
         "failed": failed,
         "summary": {n: moments([r["figures"][n] for r in rows if n in r["figures"]]) for n in columns},
@@ -94,16 +94,6 @@ def compare_folders(
         "notes": list(dict.fromkeys(notes)),
         "definitions": results[0]["definitions"] | {"limits": "mean difference +- 1.96 sd (Bland and Altman 1986)"},
     }
-
-
-def result_names(first: str | os.PathLike, second: str | os.PathLike) -> tuple[str, str]:
-    """What two folders are called: the ends of their paths from the first part that differs."""
-    a, b = Path(first).resolve().parts, Path(second).resolve().parts
-    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)) - 1)
-    same = min(same, len(a) - 1, len(b) - 1)
-    if a[-1] != b[-1]:
-        return a[-1], b[-1]
-    return "/".join(a[same:]), "/".join(b[same:])
 
 
 def compared(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan._version import __version__
-from fastsrgan.core.files import atomic_write, finite
+from fastsrgan.core.files import atomic_write, finite, short_names
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import metrics
@@ -37,6 +37,7 @@ log = logging.getLogger("fastsrgan")
 MOST_MB = 30.0
 MOST_ALLOWED_MB = 1e6
 NAME = "report.html"
+COMPARISON = "comparison.html"
 LEAST_BYTES = 200_000  # left for the volumes, below which a limit makes no sense
 WORDS_BYTES = 2_000  # by which a page's words may grow when a part of the volumes is shown
 
@@ -114,6 +115,32 @@ def report(
         written.insert(0, target)
     progress.finish()
     return written
+
+
+def runs_report(
+    runs: Sequence[str | os.PathLike], out: str | os.PathLike | None = None, *, overwrite: bool = False
+) -> list[Path]:
+    """Write one page on which the curves of several training runs are laid over each other.
+
+    ``out`` is ``comparison.html`` in the first run's folder by default. Raises UsageError where a folder is no training
+    run or named twice, or a page is there already.
+    """
+    folders = [Path(run) for run in runs]
+    for folder in folders:
+        if not (folder / "log.jsonl").is_file():
+            hint = "fastsrgan evaluate RESULTS RESULTS TRUTH compares results"
+            raise UsageError(folder, "is no training run, and only runs are laid over each other", hint)
+    names = short_names(folders)
+    if len(set(names)) < len(names):
+        raise UsageError("report", "a run is named twice", "name each run once")
+    target = check_place(Path(out) if out is not None else folders[0] / COMPARISON, folders, PAGE)
+    if target.exists() and not overwrite:
+        raise UsageError(target, "exists already and is kept", "--overwrite, or another -o FILE.html")
+    read = [finite(curves.read_run(folder)) for folder in folders]
+    facts: dict[str, Any] = {"results": [], "run": None, "demo": None, "studies": [], "runs": read}
+    found = Found(folders[0], " and ".join(names))
+    _write(target, assemble(found, facts, join(curves.runs_card(read, names)), "", None, viewing=False))
+    return [target]
 
 
 def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str, bytes | None, dict[str, Any]]:
@@ -232,6 +259,8 @@ def _kind(facts: dict[str, Any]) -> str:
     """What a page is about."""
     if "rows" in facts:
         return "cohort"
+    if "runs" in facts:
+        return "training runs"
     order = (("demo", facts["demo"]), ("result", facts["results"]), ("training run", facts["run"]), ("study", True))
     return next(name for name, there in order if there)
 
@@ -310,6 +339,7 @@ def _subtitle(facts: dict[str, Any], kind: str) -> Html:
         "demo": "The demo's unseen test subject, and the short training run before it.",
         "cohort": f"{len(facts.get('rows', []))} results.",
         "training run": "Training run.",
+        "training runs": f"{len(facts.get('runs', []))} training runs, their curves laid over each other.",
         "study": "A study of the paper on own data.",
         "result": "Super-resolution and segmentation of one image.",
     }
