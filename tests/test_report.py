@@ -246,7 +246,7 @@ def test_pages_stay_below_the_limit_and_say_what_it_cost(results, page, tmp_path
     whole = len(page.encode())
     parsed = Parsed(page)
     held = sum(len(text) for name, text in parsed.blocks.items() if name.startswith("volume-"))
-    limit = (whole - held + 200_000) / 1e6
+    limit = (whole - held + 203_000) / 1e6
     sizes = []
     for most in (limit, 12):
         (path,) = report(results, tmp_path / "page.html", max_mb=most, overwrite=True)
