@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from fastsrgan.errors import InputError, ResourceError, UsageError
+from fastsrgan.evaluate.figures import captions
 from fastsrgan.pictures import figure, planes
 from fastsrgan.volume.geometry import Orientation, Volume
 
@@ -195,13 +196,13 @@ def test_captions_hold_the_scores_and_the_gain():
         "baseline": {"image": {"whole": {"psnr_db": 29.1, "ssim": None}}, "segmentation": {"dice": 0.75}},
         "linear": {"image": {"whole": {"psnr_db": 30.0, "ssim": 0.9}}},
     }
-    assert figure.score_captions(scores) == {
-        "spline": "PSNR 29.10 dB",
-        "linear": "PSNR 30.00 dB  (+0.90)\nSSIM 0.900",
-        "sr": "PSNR 31.26 dB  (+2.16)\nSSIM 0.951",
-        "seg": "Dice 0.891\ninterpolated labels 0.750",
-    }
-    assert figure.score_captions({}) == {}
+    scores["gain"] = {"image": {"whole": {"psnr_db": 2.156, "ssim": None}}}
+    scores["linear"]["gain"] = {"image": {"whole": {"psnr_db": 0.9}}}
+    words = captions(scores)
+    assert words["sr"] == "PSNR 31.26 dB  (+2.16 dB)\nSSIM 0.9514" and words["spline"] == "PSNR 29.10 dB"
+    assert words["linear"] == "PSNR 30.00 dB  (+0.90 dB)\nSSIM 0.9000"
+    assert words["seg"] == "Dice 0.8912\ninterpolated labels: Dice 0.7500"
+    assert not any(captions({}).values())
 
 
 def test_every_theme_and_missing_parts_are_drawn(truth, tmp_path):

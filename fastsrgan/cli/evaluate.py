@@ -13,19 +13,6 @@ from fastsrgan.core.signals import loading
 from fastsrgan.errors import PartialFailure, UsageError
 
 PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg")
-# Figures of the table with one line per subject: heading, section, key.
-SHORT = (
-    ("PSNR dB", "image.whole.psnr_db"),
-    ("baseline", "baseline.image.whole.psnr_db"),
-    ("SSIM", "image.whole.ssim"),
-    ("Dice", "segmentation.dice"),
-    ("HD95 mm", "segmentation.hausdorff95_mm"),
-    ("ASSD mm", "segmentation.surface_distance_mm"),
-    ("components", "segmentation.components"),
-)
-# Figures of which more, or less, is better.
-HIGHER = ("psnr", "ssim", "dice")
-LOWER = ("mae", "mse", "hausdorff95", "surface_distance", "false_component")
 
 
 def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -183,9 +170,15 @@ def cohort_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def subjects(result: dict[str, Any]) -> list[dict[str, Any]]:
     """One line per subject with the figures most looked at; the last one is mean +- sd."""
+    from fastsrgan.evaluate.figures import columns
     from fastsrgan.evaluate.pair import flat
 
-    there = [(head, name) for head, name in SHORT if name in result["summary"]]
+    shown = []
+    for column in columns().values():
+        shown.append((column.heading, column.path))
+        if column.figure.headline and column.figure.image:
+            shown.append((f"baseline {column.heading}", f"baseline.{column.path}"))
+    there = [(head, name) for head, name in shown if name in result["summary"]]
     rows = []
     for row in result["rows"]:
         values = flat(row)
@@ -195,7 +188,9 @@ def subjects(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def beside(result: dict[str, Any]) -> list[dict[str, Any]]:
     """One line per subject: the figures most looked at of the first result, the second, and their difference."""
-    there = [(head, name) for head, name in SHORT if name in result["comparison"]]
+    from fastsrgan.evaluate.figures import columns
+
+    there = [(c.heading, c.path) for c in columns().values() if c.path in result["comparison"]]
     rows = []
     for row in result["rows"]:
         line = {"subject": row["subject"]}
@@ -208,11 +203,13 @@ def beside(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def comparison(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Every figure of the two results, the difference, its limits of agreement, and the paired test's p."""
+    from fastsrgan.evaluate.figures import FIGURES
+
     rows = []
     for name, told in result["comparison"].items():
         _, _, rest = name.partition(".")
         where, _, figure = rest.rpartition(".")
-        if figure.startswith("label_"):
+        if FIGURES[figure].of_label:
             continue
         gain, ends = told["difference"]["mean"], told["limits"]
         row = {"where": where or "segmentation", "figure": figure}
@@ -239,7 +236,9 @@ def plain(value: float | None, digits: int = 4) -> str | int | None:
 
 def better(figure: str, gain: float | None) -> str | None:
     """Whether a difference to the baseline is one for the better; None of figures that have no better, and of 0."""
-    sign = 1 if figure.startswith(HIGHER) else -1 if figure.startswith(LOWER) else 0
+    from fastsrgan.evaluate.figures import FIGURES
+
+    sign = FIGURES[figure].better
     return None if not sign or not gain else "yes" if gain * sign > 0 else "no"
 
 

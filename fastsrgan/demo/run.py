@@ -20,14 +20,15 @@ from fastsrgan.convert import convert
 from fastsrgan.core.files import output_folder, write_json
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.system import peak_memory, pick_device, provenance, tune_allocator
-from fastsrgan.demo.template import Subject, Triple, make_cohort, whole_slices
+from fastsrgan.demo.template import TemplateSubject, Triple, make_cohort, whole_slices
 from fastsrgan.errors import UsageError, times
-from fastsrgan.evaluate.pair import evaluate_pair
+from fastsrgan.evaluate.figures import captions, columns
+from fastsrgan.evaluate.pair import evaluate_pair, flat
 from fastsrgan.infer.files import infer_files
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.observation.model import degrade
-from fastsrgan.pictures.figure import result_figure, score_captions
+from fastsrgan.pictures.figure import result_figure
 from fastsrgan.report.page import report
 from fastsrgan.train.run import short_training
 from fastsrgan.volume.acquisition import choose_weight
@@ -120,7 +121,7 @@ class Stages:
 
 def restore(
     folder: Path,
-    test: Subject,
+    test: TemplateSubject,
     trained: str,
     low_res_mm: Triple,
     device: str,
@@ -151,7 +152,8 @@ def restore(
         "evaluate",
         lambda: evaluate_pair(sr, hr, seg=seg, label=label, mask=brain(hr), baseline=spline, baseline_seg=label_map),
     )
-    scores["linear"] = {"image": evaluate_pair(linear, hr, mask=brain(hr))["image"]}
+    plain = evaluate_pair(linear, hr, mask=brain(hr), baseline=spline)
+    scores["linear"] = {key: plain[key] for key in ("image", "gain")}
     volumes = {"low": scan, "spline": spline, "linear": linear, "sr": sr, "truth": hr, "seg": seg, "label": label}
     picture = stage("picture", lambda: draw(folder / "demo.png", volumes, scores, low_res_mm))
     return scores, picture
@@ -208,19 +210,13 @@ def brain(hr: Volume) -> Volume:
 
 def row(name: str, scores: dict[str, Any]) -> dict[str, Any]:
     """One line of the demo's table."""
-    image, seg = scores["image"], scores.get("segmentation", {})
-    return {
-        "method": name,
-        "PSNR dB": image["whole"]["psnr_db"],
-        "PSNR brain dB": image["mask"]["psnr_db"],
-        "SSIM": image["whole"]["ssim"],
-        "Dice": seg.get("dice"),
-        "components": seg.get("components"),
-    }
+    numbers = flat(scores)
+    shown = {c.heading.replace("mask", "brain"): numbers.get(c.path) for c in columns().values() if c.figure.headline}
+    return {"method": name} | shown
 
 
 def draw(path: Path, volumes: dict[str, Volume], scores: dict[str, Any], low_res_mm: Triple) -> Path:
     """The picture of the demo."""
     title = f"{' x '.join(f'{r:g}' for r in low_res_mm)} mm scan of an unseen subject"
     footer = "Synthetic subject made from the MNI152 template; shipped weights and a short training run"
-    return result_figure(path, volumes, score_captions(scores), title=title, footer=footer)
+    return result_figure(path, volumes, captions(scores), title=title, footer=footer)

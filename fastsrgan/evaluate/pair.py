@@ -8,11 +8,9 @@ part that SR, baseline and reference share; the result says both.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +19,16 @@ from scipy import ndimage
 
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import metrics
+from fastsrgan.evaluate.figures import FIGURES, REGIONS, Compared, captions, definitions, scores
 from fastsrgan.evaluate.grids import READER, SPLINE, field_of_view, onto_grid, reader_label_map
-from fastsrgan.evaluate.metrics import DISTANCES, SURFACE, surface_scores
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
-from fastsrgan.volume.geometry import Volume, shear_of
+from fastsrgan.volume.geometry import Volume
 
 log = logging.getLogger("fastsrgan")
 
 SECTIONS = ("image", "segmentation", "structures", "baseline", "gain")
-SHEARED = 1e-3  # cosine between voxel axes from which distances in mm are noted as approximate
 SCALE_FACTOR = 2.0  # mean intensities further apart than this get a note
-REGIONS = {
-    "whole": "every voxel of the reference's grid",
-    "mask": "voxels where the mask is above 0.5",
-    "label": "voxels where the label is above 0.5",
-}
 
 
 def evaluate_pair(
@@ -67,14 +59,12 @@ def evaluate_pair(
 
     A label of several values is refused: which of them is the structure is to be chosen (`labels`).
 
-    Returns ``image`` {region: {psnr_db, psnr_range_db, ssim, ssim_uniform, mae, mse}}; with ``seg`` also
-    ``segmentation`` {dice, hausdorff95_mm, surface_distance_mm, components, largest_component, false_components,
-    false_component_voxels, volume_ml, label_components, label_volume_ml}; with a baseline ``baseline`` (the same two),
-    ``gain`` (value minus baseline) and ``baselines`` (what they are); and ``grid``, ``notes``, ``definitions``.
-    Where SR or baseline do not cover the reference, all figures are those of the overlap, and ``grid`` has its share
-    ``overlap`` of the reference's voxels. None
-    stands for a figure that does not exist (infinite PSNR, SSIM of a region without a whole window, distance to an
-    empty segmentation).
+    Returns ``image`` {region: {figure: value}}; with ``seg`` also ``segmentation`` {figure: value}, the figures being
+    those of ``FIGURES``; with a baseline ``baseline`` (the same two), ``gain`` (value minus baseline) and ``baselines``
+    (what they are); and ``grid``, ``notes``, ``definitions``. Where SR or baseline do not cover the reference, all
+    figures are those of the overlap, and ``grid`` has its share ``overlap`` of the reference's voxels. None stands for
+    a figure that does not exist (infinite PSNR, SSIM of a region without a whole window, distance to an empty
+    segmentation).
     Raises InputError when volumes do not overlap, the reference has no positive voxel or a mask is empty.
     """
     if label is None and (seg is not None or baseline_seg is not None):
@@ -123,21 +113,26 @@ def evaluate_pair(
     if "label" in regions and not np.any(regions["label"]):
         notes.append("the label is empty on the reference's grid: no figures in its region")
         del regions["label"]
-    frame = Frame(hr, top, low, regions, part)
-    result: dict[str, Any] = _scores(on["SR"], on.get("segmentation"), on.get("label"), frame, "SR", notes)
+    more: dict[str, Any] = {"notes": notes, "ends": (low, top), "part": part}
+    _note_scale(on["SR"], hr.data, "SR", notes)
+    result = scores(Compared(hr, regions, on["SR"], on.get("segmentation"), on.get("label"), "SR", **more))
     if structures:
         result["structures"] = {
-            name: _structure(seg, truth, name, frame, notes) for name, (seg, truth) in structures.items()
+            name: _structure(pair, Compared(hr, {}, on["SR"], name=name, **more)) for name, pair in structures.items()
         }
     if baseline is not None or baseline_seg is not None:
+        if "baseline" in on:
+            _note_scale(on["baseline"], hr.data, "baseline", notes)
         base_seg = on.get("baseline segmentation")
-        other = _scores(on.get("baseline"), base_seg, on.get("label"), frame, "baseline", notes)
+        other = scores(Compared(hr, regions, on.get("baseline"), base_seg, on.get("label"), "baseline", **more))
         result |= {"baseline": other, "gain": _difference(result, other), "baselines": what}
     result["grid"] = grid
     result["notes"] = notes = list(dict.fromkeys(notes))
     for note in notes if subject is not None else ():
         log.info("%s%s", f"{subject}: " if subject else "", note)
     result["definitions"] = definitions() | {f"region {name}": REGIONS[name] for name in regions}
+    if "overlap" in grid:
+        result["definitions"]["region whole"] = "every voxel of the reference's grid that lies in all images"
     return result
 
 
@@ -146,18 +141,6 @@ def _values(label: Volume) -> list[int]:
     if label.data.dtype.kind == "f":
         return []
     return label.meta.get("values") or np.unique(label.data).tolist()
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What is scored: the reference, cut to the box of the overlap; the largest and smallest value of the whole of it;
-    the regions; and the voxels of the box that lie in every image, None for all."""
-
-    hr: Volume
-    top: float
-    low: float
-    regions: dict[str, np.ndarray | None]
-    part: np.ndarray | None
 
 
 def _overlap(
@@ -173,8 +156,7 @@ def _overlap(
         return None, ()
     part = np.logical_and.reduce(list(parts.values()))
     if not part.any():
-        reason = f"{' and '.join(parts)} do not overlap the reference in world space together"
-        raise InputError(others[next(iter(parts))].meta.get("path", "SR"), reason, "check the affines")  # type: ignore[union-attr]
+        raise InputError("evaluate", f"{' and '.join(parts)} and the truth have no voxel in common", "check the affines")
     notes.append(
         f"scored on the overlap, {100 * part.mean():.1f} % of the truth's voxels: the rest lies outside the field of "
         f"view of {' and '.join(parts)}"
@@ -188,24 +170,18 @@ def _cropped(volume: Volume, box: tuple[slice, ...]) -> Volume:
     return Volume(volume.data[box], np.asarray(volume.affine, float) @ shift, volume.warnings, volume.meta)
 
 
-def _structure(seg: Volume, label: Volume, name: str, frame: Frame, notes: list[str]) -> dict[str, Any]:
+def _structure(pair: tuple[Volume, Volume], compared: Compared) -> dict[str, Any]:
     """Scores of one of several structures."""
-    on = [
-        onto_grid(volume, frame.hr, order=0, name=f"{name} {kind}", notes=notes).data
-        for volume, kind in ((seg, "segmentation"), (label, "label"))
-    ]
-    on = on if frame.part is None else [data * frame.part for data in on]
-    return _segmentation_scores(on[0], on[1], frame.hr, name, notes)
+    for volume, kind in zip(pair, ("seg", "label"), strict=True):
+        name = f"{compared.name} {'segmentation' if kind == 'seg' else kind}"
+        data = onto_grid(volume, compared.hr, order=0, name=name, notes=compared.notes).data
+        setattr(compared, kind, data if compared.part is None else data * compared.part)
+    return scores(compared)["segmentation"]
 
 
 def _surprises(notes: list[str]) -> list[str]:
     """What is to be said of baselines made from the scan: its grid always differs, that it misses a part does not."""
     return [note for note in notes if "outside its field of view" in note]
-
-
-def definitions() -> dict[str, str]:
-    """What every figure means, in one sentence each."""
-    return metrics.DEFINITIONS | DISTANCES | {"surface voxel": SURFACE}
 
 
 def evaluate_files(
@@ -251,7 +227,10 @@ def evaluate_files(
 
         hr_volume, other = volumes["hr"], volumes.get("baseline", volumes.get("lr"))
         other = None if other is None else onto_grid(other, hr_volume, notes=[])
-        error_map(png, onto_grid(volumes["sr"], hr_volume, notes=[]), hr_volume, other, result)
+        words = captions(result)
+        name = "baseline" if result.get("baselines", {}).get("image", "as given") == "as given" else "spline"
+        said = words["sr"], words["spline"]
+        error_map(png, onto_grid(volumes["sr"], hr_volume, notes=[]), hr_volume, other, name, said)
     return {"files": {name: str(path) for name, path in given.items()}} | result
 
 
@@ -301,72 +280,10 @@ def flat(result: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _scores(
-    sr: np.ndarray | None,
-    seg: np.ndarray | None,
-    label: np.ndarray | None,
-    frame: Frame,
-    name: str,
-    notes: list[str],
-) -> dict[str, Any]:
-    scores: dict[str, Any] = {}
-    if sr is not None:
-        scores["image"] = _image_scores(sr, frame, name, notes)
-    if seg is not None and label is not None:
-        scores["segmentation"] = _segmentation_scores(seg, label, frame.hr, name, notes)
-    return scores
-
-
-def _segmentation_scores(seg: np.ndarray, label: np.ndarray, hr: Volume, name: str, notes: list[str]) -> dict[str, Any]:
-    voxel_ml = abs(float(np.linalg.det(np.asarray(hr.affine)[:3, :3]))) / 1000
-    surface = surface_scores(seg, label, hr.spacing)
-    if None in surface.values():
-        notes.append(f"{name}: the segmentation or the label is empty, there is no surface distance")
-    elif shear_of(hr.affine) > SHEARED:
-        notes.append(f"{name}: the reference's voxel axes are not at right angles, distances in mm are approximate")
-    return {
-        "dice": metrics.dice(seg, label),
-        **surface,
-        **metrics.components(seg, label),
-        "volume_ml": int(np.count_nonzero(metrics.binary(seg))) * voxel_ml,
-        "label_components": metrics.connected_components(label),
-        "label_volume_ml": int(np.count_nonzero(metrics.binary(label))) * voxel_ml,
-    }
-
-
-def _image_scores(sr: np.ndarray, frame: Frame, name: str, notes: list[str]) -> dict[str, dict[str, float | None]]:
-    hr, regions = frame.hr.data, frame.regions
-    means = float(np.mean(sr, dtype=np.float64)), float(np.mean(hr, dtype=np.float64))
+def _note_scale(image: np.ndarray, hr: np.ndarray, name: str, notes: list[str]) -> None:
+    means = float(np.mean(image, dtype=np.float64)), float(np.mean(hr, dtype=np.float64))
     if min(means) <= 0 or max(means) > SCALE_FACTOR * min(means):
         notes.append(f"{name}: mean intensity {means[0]:.4g}, the reference's {means[1]:.4g}: are the units the same?")
-    similarity = {}
-    for figure, window in (("ssim", metrics.GAUSSIAN), ("ssim_uniform", metrics.UNIFORM)):
-        try:
-            similarity[figure] = metrics.ssim_regions(sr, hr, _windowed(frame, window.radius), frame.top, window)
-        except InputError as error:
-            similarity[figure] = [None] * len(regions)
-            notes.append(f"{name}: no {figure}: {error.reason}")
-    top, low = frame.top, frame.low
-    scores: dict[str, dict[str, float | None]] = {}
-    for i, (region, inside) in enumerate(regions.items()):
-        psnr: float | None = metrics.psnr(sr, hr, inside, top)
-        if psnr == math.inf:
-            psnr = None
-            notes.append(f"{name}, {region}: identical to the reference, PSNR is infinite")
-        mae, mse = metrics.mae(sr, hr, inside), metrics.mse(sr, hr, inside)
-        # The two PSNRs differ by the logarithm of their ranges alone.
-        by_range = None if psnr is None or low == top else psnr + 20 * math.log10((top - low) / top)
-        scores[region] = {"psnr_db": psnr, "psnr_range_db": by_range}
-        scores[region] |= {figure: values[i] for figure, values in similarity.items()} | {"mae": mae, "mse": mse}
-    return scores
-
-
-def _windowed(frame: Frame, radius: int) -> list[np.ndarray | None]:
-    """The regions where a whole window lies in every image."""
-    if frame.part is None:
-        return list(frame.regions.values())
-    whole = ndimage.minimum_filter(frame.part, 2 * radius + 1)
-    return [whole if inside is None else inside & whole for inside in frame.regions.values()]
 
 
 def _difference(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -376,6 +293,6 @@ def _difference(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]
         a, b = result[key], other[key]
         if isinstance(a, dict):
             gain[key] = _difference(a, b)
-        elif not key.startswith("label_"):
+        elif not FIGURES[key].of_label:
             gain[key] = None if a is None or b is None else a - b
     return {key: gain[key] for key in result if key in gain}

@@ -93,16 +93,16 @@ TITLES = {
 def result_columns(volumes: Mapping[str, Volume], captions: Mapping[str, str] | None = None) -> list[Column]:
     """The columns of a result's picture for those of ``TITLES`` that are there; "sr" always is.
 
-    ``captions`` stand under the titles; low resolution, SR and truth say their voxel size where none is given.
+    ``captions`` stand under the titles (see ``evaluate.figures.captions``); low resolution, SR and truth say their voxel size where none is given.
     """
     known = {name: _spacing(volumes[name]) for name in ("low", "sr", "truth") if name in volumes}
     known |= {"low": f"{known['low']}\nvoxels as acquired"} if "low" in known else {}
-    told = known | dict(captions or {})
+    words = known | {name: text for name, text in (captions or {}).items() if text}
     return [
         Column(
             volumes["sr" if name == "seg" else name],
             title,
-            told.get(name, ""),
+            words.get(name, ""),
             nearest=name == "low",
             accent=name in ("sr", "seg"),
             outlines=name == "seg",
@@ -132,21 +132,6 @@ def result_figure(
     raised as in ``planes``.
     """
     return planes_figure(path, result_columns(volumes, captions), **{**result_options(volumes), **options})
-
-
-def score_captions(scores: Mapping[str, Any], region: str = "whole") -> dict[str, str]:
-    """Captions with the figures of ``evaluate.evaluate_pair``, whose baseline is the spline, in one of its regions.
-
-    ``scores["linear"]`` holds those of the best linear estimate, where it was scored.
-    """
-    base = scores.get("baseline", {})
-    told = {
-        "spline": _image_caption(base, region),
-        "linear": _image_caption(scores.get("linear", {}), region, base),
-        "sr": _image_caption(scores, region, base),
-        "seg": _seg_caption(scores, base),
-    }
-    return {name: text for name, text in told.items() if text}
 
 
 def planes_figure(path: str | os.PathLike, columns: Sequence[Column], **options: Any) -> Path:
@@ -408,23 +393,3 @@ def _outline(axes, cut: Cut, masks: tuple[Volume | None, Volume | None], theme: 
 def _spacing(volume: Volume) -> str:
     sizes = [f"{s:.3g}" for s in volume.spacing]
     return " × ".join(sizes) + " mm"
-
-
-def _image_caption(scores: Mapping[str, Any], region: str, base: Mapping[str, Any] | None = None) -> str:
-    """PSNR and SSIM, and in brackets what they are above the baseline's."""
-    values, below = (s.get("image", {}).get(region, {}) for s in (scores, base or {}))
-    lines = []
-    for key, name, digits, unit in (("psnr_db", "PSNR", 2, " dB"), ("ssim", "SSIM", 3, "")):
-        if values.get(key) is not None:
-            more = "" if below.get(key) is None else f"  ({values[key] - below[key]:+.{digits}f})"
-            lines.append(f"{name} {values[key]:.{digits}f}{unit}{more}")
-    return "\n".join(lines)
-
-
-def _seg_caption(own: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    lines = []
-    if "segmentation" in own:
-        lines.append(f"Dice {own['segmentation']['dice']:.3f}")
-    if "segmentation" in base:
-        lines.append(f"interpolated labels {base['segmentation']['dice']:.3f}")
-    return "\n".join(lines)

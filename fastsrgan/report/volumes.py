@@ -84,7 +84,9 @@ class Images:
         shift[:3, 3] = [s.start for s in box]
         arrays = {name: data[box] for name, data in self.arrays.items()}
         affine, shape = self.affine @ shift, arrays["sr"].shape
-        blobs = _coded(arrays) if packing else {name: (None, "") for name in _order(arrays)}
+        blobs: dict[str, tuple[str | None, str]] = dict.fromkeys(_order(arrays), (None, ""))
+        if packing:
+            blobs = _coded(arrays)
         head = self.arrays["sr"].shape
         return Packed(
             shape, affine, spacing_of(affine), head, self.full_shape, self.top, self.limit, all_bytes, blobs

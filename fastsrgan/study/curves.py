@@ -9,7 +9,7 @@ from typing import Any
 
 from fastsrgan.core.files import is_special, parse_json, short_names
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.study.plots import GREY_LINE, Line, Panel
+from fastsrgan.study.plots import GREY_LINE, Panel, PlotLine
 
 LOG = "log.jsonl"
 # Losses of the figure; the table has the epoch means of all of them.
@@ -90,11 +90,11 @@ def overlaid(runs: Sequence[Path]) -> dict[str, Any]:
         for number, (name, one) in enumerate(made.items()):
             key = next((k for k in keys if any(_is_number(row.get(k)) for row in one["rows"])), None)
             if key is not None:
-                lines.append(Line(name, *_xy(one["rows"], "epoch", key), number=number))
+                lines.append(PlotLine(name, *_xy(one["rows"], "epoch", key), number=number))
             base = f"spline_{key.removeprefix('whole_')}" if key and key.startswith("whole_") else ""
             x, y = _xy(one["rows"], "epoch", base)
             if x and number == 0:
-                lines.append(Line("interpolation", x, y, style="baseline", number=GREY_LINE))
+                lines.append(PlotLine("interpolation", x, y, style="baseline", number=GREY_LINE))
         panels.append(Panel(title, "epoch", lines))
     rows = [{"run": name} | row for name, one in made.items() for row in one["rows"]]
     return {"rows": rows, "runs": told, "panels": [panels[:3], panels[3:]]}
@@ -105,9 +105,9 @@ def _panels(rows: list[dict[str, Any]], updates: list[dict[str, Any]]) -> list[l
     for title, endings in (("Dice", ("Dice", "Dice_label_1")), ("PSNR, dB", ("PSNR",))):
         keys = dict.fromkeys(k for row in rows for k in row if k.endswith(endings))
         lines = [
-            Line(_called(key), *_xy(rows, "epoch", key), style="baseline", number=GREY_LINE)
+            PlotLine(_called(key), *_xy(rows, "epoch", key), style="baseline", number=GREY_LINE)
             if key.startswith("spline_")
-            else Line(_called(key), *_xy(rows, "epoch", key), number=i)
+            else PlotLine(_called(key), *_xy(rows, "epoch", key), number=i)
             for i, key in enumerate(keys)
         ]
         panels.append(Panel(title, "epoch", lines))
@@ -117,7 +117,7 @@ def _panels(rows: list[dict[str, Any]], updates: list[dict[str, Any]]) -> list[l
         for name in names:
             x, y = _xy(updates, "update", name)
             if x:
-                lines.append(Line(name, x, y, number=number))
+                lines.append(PlotLine(name, x, y, number=number))
                 number += 1
         losses.append(Panel(f"{who}, losses", "update", lines))
     return [panels, losses]
