@@ -53,7 +53,17 @@ def with_ratios(monkeypatch):
 
 
 def test_quick_tells_no_ratios(capsys, tmp_path):
-    told = ["data", "--quick", "--threads", "1", *SMALL["data"], "--only", "patch gather", "--json", tmp_path / "a.json"]
+    told = [
+        "data",
+        "--quick",
+        "--threads",
+        "1",
+        *SMALL["data"],
+        "--only",
+        "patch gather",
+        "--json",
+        tmp_path / "a.json",
+    ]
     assert main(list(map(str, told))) == 0
     out = capsys.readouterr().out
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]

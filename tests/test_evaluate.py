@@ -301,7 +301,9 @@ def test_images_of_different_extent_are_scored_where_both_are(pair, turned, capl
     for region, scores in found["image"].items():
         assert again["image"][region] == pytest.approx(scores, rel=1e-6), region
     if not turned:
-        alone = evaluate.evaluate_pair(**{n: Volume(np.ascontiguousarray(v.data[part]), affine) for n, v in pair.items()})
+        alone = evaluate.evaluate_pair(
+            **{n: Volume(np.ascontiguousarray(v.data[part]), affine) for n, v in pair.items()}
+        )
         assert alone["segmentation"] == found["segmentation"]
         assert alone["image"]["mask"]["mse"] == pytest.approx(found["image"]["mask"]["mse"])
         assert alone["image"]["whole"]["ssim"] == pytest.approx(found["image"]["whole"]["ssim"], rel=1e-3)

@@ -281,7 +281,9 @@ def test_two_results_are_compared_subject_by_subject(two, tmp_path, capsys):
     one = result["comparison"][figure]
     apart = values[1] - values[0]
     assert one["p"] == pytest.approx(wilcoxon(apart).pvalue) == pytest.approx(2 / 2**6)
-    assert one["limits"] == pytest.approx([apart.mean() - 1.96 * apart.std(ddof=1), apart.mean() + 1.96 * apart.std(ddof=1)])
+    assert one["limits"] == pytest.approx(
+        [apart.mean() - 1.96 * apart.std(ddof=1), apart.mean() + 1.96 * apart.std(ddof=1)]
+    )
     assert one["difference"]["n"] == 6 and "Wilcoxon" in result["test"] and result["test"] in told.out
     assert "s0" in told.out and "other" in told.out and (tmp_path / "p" / "bland-altman.png").is_file()
     with open(tmp_path / "c.csv", newline="", encoding="utf8") as f:

@@ -423,7 +423,9 @@ def test_several_runs_are_laid_over_each_other(tmp_path, capsys):
     dice = re.search(r"<svg[^>]*><title>Dice.*?</svg>", text, re.DOTALL)[0]
     assert "Dice on the test subjects: one, two against epoch" in dice
     # Two points of the first run, three of the second, each in its colour, at its values.
-    first, second = (re.findall(rf'<circle cx="([\d.]+)" cy="([\d.]+)" r="2.6" class="dot s{i}">', dice) for i in (0, 1))
+    first, second = (
+        re.findall(rf'<circle cx="([\d.]+)" cy="([\d.]+)" r="2.6" class="dot s{i}">', dice) for i in (0, 1)
+    )
     assert len(first) == 2 and first == second[:2] and len(second) == 3
     assert "Settings that differ" in got.words and "epochs" in got.words and "9" in got.words
     assert "canvas" not in got.tags and "alert(1)" not in list(got.attributes)

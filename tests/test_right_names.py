@@ -106,6 +106,7 @@ def test_the_demos_picture_has_every_volume_under_its_title_and_figures(pages, t
 
     scores = scored(33.0) | {"baseline": scored(21.0), "linear": scored(27.0), "segmentation": {"dice": 0.77}}
     scores["baseline"]["segmentation"] = {"dice": 0.66}
+    scores["gain"], scores["linear"]["gain"] = scored(12.0), scored(6.0)
     path = demo.draw(tmp_path / "demo.png", volumes, scores, (1.0, 1.0, 3.0))
     (page,) = pages
     found = check(page, path, LEVELS | {"seg": LEVELS["sr"]}, LEVELS["truth"])
@@ -113,10 +114,10 @@ def test_the_demos_picture_has_every_volume_under_its_title_and_figures(pages, t
     assert captions == {
         "Low resolution": "1 × 1 × 3 mm\nvoxels as acquired",
         "Cubic spline": "PSNR 21.00 dB",
-        "Best linear": "PSNR 27.00 dB  (+6.00)",
-        "fastsrgan": "PSNR 33.00 dB  (+12.00)",
+        "Best linear": "PSNR 27.00 dB  (+6.00 dB)",
+        "fastsrgan": "PSNR 33.00 dB  (+12.00 dB)",
         "Truth": "1 × 1 × 1 mm",
-        "Segmentation": "Dice 0.770\ninterpolated labels 0.660",
+        "Segmentation": "Dice 0.7700\ninterpolated labels: Dice 0.6600",
     }
     for title, (_, _, pixels) in found.items():
         assert (near(pixels, CYAN) > 40 and near(pixels, AMBER) > 40) == (title == "Segmentation"), title
@@ -135,10 +136,10 @@ def test_the_outlines_have_the_colours_of_their_masks(pages, tmp_path):
     height, width = pixels.shape[:2]
     # The axial plane of the column with outlines: upwards is anterior, so the seg lies low and the label high.
     box = page.figure.axes[len(page.rows)].get_position()
-    part = pixels[round((1 - box.y1) * height) : round((1 - box.y0) * height), round(box.x0 * width) : round(box.x1 * width)]
-    rows = {
-        colour: np.argwhere(np.abs(part - colour).max(2) < 30)[:, 0].mean() / len(part) for colour in (CYAN, AMBER)
-    }
+    part = pixels[
+        round((1 - box.y1) * height) : round((1 - box.y0) * height), round(box.x0 * width) : round(box.x1 * width)
+    ]
+    rows = {colour: np.argwhere(np.abs(part - colour).max(2) < 30)[:, 0].mean() / len(part) for colour in (CYAN, AMBER)}
     assert rows[CYAN] > 0.6 > 0.4 > rows[AMBER] and axes
 
 
@@ -240,7 +241,9 @@ def test_every_pane_of_the_page_shows_what_its_caption_says(written):
         data = np.frombuffer(gzip.decompress(base64.b64decode(raw)), np.uint8).reshape(nz, ny, nx).astype(int)
         data = data + volumes[one["minus"]] if one["minus"] else data.cumsum(2)
         volumes[one["name"]] = data % 256
-    assert np.unique(volumes["sr"]).tolist() == [255] and np.unique(volumes["truth"]).tolist() == [round(255 * TRUTH / SR)]
+    assert np.unique(volumes["sr"]).tolist() == [255] and np.unique(volumes["truth"]).tolist() == [
+        round(255 * TRUTH / SR)
+    ]
     bands = {round(255 * value / SR) for value in BANDS}
     assert set(np.unique(volumes["low"])) == bands and len(np.unique(volumes["spline"])) > 2
     assert abs(volumes["spline"].mean() - np.mean(list(bands))) < 6
@@ -256,7 +259,9 @@ def test_every_pane_of_the_page_shows_what_its_caption_says(written):
 
 def test_the_picture_of_the_page_shows_the_same(written, pages, tmp_path):
     folder = written.parent
-    report(folder / "scan.json", tmp_path / "a.html", hr=folder.parent / "hr.nii.gz", label=folder.parent / "label.nii.gz")
+    report(
+        folder / "scan.json", tmp_path / "a.html", hr=folder.parent / "hr.nii.gz", label=folder.parent / "label.nii.gz"
+    )
     (page,) = pages
     text = (tmp_path / "a.html").read_text(encoding="utf8")
     data = base64.b64decode(re.search(r'src="data:image/png;base64,([^"]+)"', text)[1])
@@ -278,7 +283,8 @@ def columns_of_bands(page, path) -> dict[str, float]:
             box = axes.get_position()
             if text.get_text() in TITLES.values() and box.x0 * width < x < box.x1 * width:
                 middle, across = round((1 - (box.y0 + box.y1) / 2) * height), round((box.x0 + box.x1) / 2 * width)
-                found.setdefault(text.get_text(), float(np.median(pixels[middle - 9 : middle + 9, across - 9 : across + 9])))
+                part = pixels[middle - 9 : middle + 9, across - 9 : across + 9]
+                found.setdefault(text.get_text(), float(np.median(part)))
     return found
 
 
@@ -297,11 +303,14 @@ def test_what_is_seen_under_a_caption_is_what_it_names(written, tmp_path, more):
         tab.frames(4)
         seen = {}
         places = tab.ask(
-            "[...document.querySelectorAll('.pane')].map(p => { const b = p.querySelector('canvas').getBoundingClientRect();"
-            " return [p.querySelector('figcaption').firstChild.textContent, b.x + scrollX, b.y + scrollY, b.width, b.height]; })"
+            "[...document.querySelectorAll('.pane')].map(p => {"
+            " const b = p.querySelector('canvas').getBoundingClientRect();"
+            " const title = p.querySelector('figcaption').firstChild.textContent;"
+            " return [title, b.x + scrollX, b.y + scrollY, b.width, b.height]; })"
         )
         for title, x, y, width, height in places:
-            clip = {"x": x + 0.3 * width, "y": y + 0.3 * height, "width": 0.4 * width, "height": 0.4 * height, "scale": 1}
+            clip = {"x": x + 0.3 * width, "y": y + 0.3 * height, "width": 0.4 * width, "height": 0.4 * height}
+            clip["scale"] = 1
             with Image.open(io.BytesIO(tab.shot(clip=clip, whole=True))) as image:
                 seen[title] = np.asarray(image.convert("RGB")).astype(int).reshape(-1, 3)
     assert set(seen) == set(PANES.values())

@@ -54,7 +54,11 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--csv", metavar="FILE", help="one line per subject, then mean, sd and n; an earlier one is replaced"
     )
     p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to standard output")
-    p.add_argument("--png", metavar="PATH", help="picture of the errors: a file for a pair, a folder for several; of a comparison Bland and Altman's")
+    p.add_argument(
+        "--png",
+        metavar="PATH",
+        help="picture of the errors: a file for a pair, a folder for several; of a comparison Bland and Altman's",
+    )
 
 
 def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
@@ -86,7 +90,9 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     pair = {name: getattr(args, name) for name in PAIR if getattr(args, name)}
     forms = [bool(pair), bool(args.table), bool(args.folders)]
     if sum(forms) != 1 or (pair and not {"sr", "hr"} <= set(pair)):
-        raise UsageError("evaluate", "give --sr and --hr, or --table, or two or three folders", "fastsrgan evaluate --help")
+        raise UsageError(
+            "evaluate", "give --sr and --hr, or --table, or two or three folders", "fastsrgan evaluate --help"
+        )
     if args.folders and len(args.folders) not in (2, 3):
         raise UsageError("evaluate", f"{len(args.folders)} folders", "RESULTS TRUTH, or RESULTS RESULTS TRUTH")
     if args.bids and len(args.folders) != 2:

@@ -29,7 +29,9 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     for name, text in (("hr", "true image of a single result"), ("label", "its label"), ("mask", "region to score")):
         p.add_argument(f"--{name}", metavar="IMAGE", help=text)
     add_label_options(p)
-    p.add_argument("--max-mb", type=float, default=30.0, metavar="MB", help="largest page; of larger volumes a slab (30)")
+    p.add_argument(
+        "--max-mb", type=float, default=30.0, metavar="MB", help="largest page; of larger volumes a slab (30)"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace an earlier report")
     p.add_argument("--json", action="store_true", help="print the files as JSON")
 

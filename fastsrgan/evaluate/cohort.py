@@ -206,7 +206,12 @@ def evaluate_items(
                 )
             picture = None if pictures is None else pictures / f"{item.subject.replace('/', '_')}.png"
             classes = (item.classes or choice.classes) if "label" in item.files else ()
-            settings: dict[str, Any] = {"png": picture, "label_classes": classes, "label_names": choice.names, "subject": None}
+            settings: dict[str, Any] = {
+                "png": picture,
+                "label_classes": classes,
+                "label_names": choice.names,
+                "subject": None,
+            }
             done.append(named | evaluate_files(**item.files, **settings))  # type: ignore[arg-type]
         except FastsrganError as error:
             log.warning("%s%s: %s", "" if item.line is None else f"line {item.line}, ", item.subject, error)

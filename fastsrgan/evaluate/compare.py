@@ -58,7 +58,9 @@ def compare_folders(
     names = short_names([first, second])
     scores = [{row["subject"]: _figures(row) for row in result["rows"]} for result in results]
     subjects = [name for name in scores[0] if name in scores[1]]
-    failed = [f | {"error": f"{name}: {f['error']}"} for name, r in zip(names, results, strict=True) for f in r["failed"]]
+    failed = [
+        f | {"error": f"{name}: {f['error']}"} for name, r in zip(names, results, strict=True) for f in r["failed"]
+    ]
     known = {f["subject"] for f in failed}
     failed += [
         {"subject": subject, "error": f"only in {names[i]}"}

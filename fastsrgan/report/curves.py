@@ -130,7 +130,9 @@ def _changed(configs: Sequence[str], names: Sequence[str]) -> Html | None:
     if not keys:
         return None
     head = el("tr", el("th", ""), [el("th", name, scope="col") for name in names])
-    rows = [el("tr", el("th", k.strip(), scope="row"), [el("td", s.get(k, "–").strip()) for s in settings]) for k in keys]
+    rows = [
+        el("tr", el("th", k.strip(), scope="row"), [el("td", s.get(k, "–").strip()) for s in settings]) for k in keys
+    ]
     return el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
 
 

@@ -131,7 +131,9 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str = "
         role="img",
         class_="chart",
     )
-    legend = [el("li", el("span", class_=f"swatch s{i % COLOURS}"), line.name) for i, line in zip(numbers, lines, strict=True)]
+    legend = [
+        el("li", el("span", class_=f"swatch s{i % COLOURS}"), line.name) for i, line in zip(numbers, lines, strict=True)
+    ]
     keys = el("ul", legend, class_="legend") if len(lines) > 1 else None
     return el("figure", el("figcaption", title), keys, drawing, class_="plot")
 

@@ -88,9 +88,7 @@ class Images:
         if packing:
             blobs = _coded(arrays)
         head = self.arrays["sr"].shape
-        return Packed(
-            shape, affine, spacing_of(affine), head, self.full_shape, self.top, self.limit, all_bytes, blobs
-        )
+        return Packed(shape, affine, spacing_of(affine), head, self.full_shape, self.top, self.limit, all_bytes, blobs)
 
     @property
     def all(self) -> tuple[slice, slice, slice]:
