@@ -99,11 +99,11 @@ def _iteration(reports: Reports) -> str:
     row = iteration(reports)
     if row is None:
         return f"An iteration of training beside plain PyTorch {NOT_MEASURED}."
+    ours, plain = duration(row["seconds_median"]), duration(row["peers"]["naive"]["seconds_median"])
     return (
         f"An iteration of training ({row['critic_updates']} updates of the critic and one of the generator, k "
-        f"{row['kernel']} and {row['kernel_dis']}, {row['batch']} patches of {row['patch']}^3) takes {duration(row['seconds_median'])} against "
-        f"{duration(row['peers']['naive']['seconds_median'])} in plain PyTorch, which is {row['ratio_to']['naive']:.2f} "
-        "times as long."
+        f"{row['kernel']} and {row['kernel_dis']}, {row['batch']} patches of {row['patch']}^3) takes {ours} against "
+        f"{plain} in plain PyTorch, which is {row['ratio_to']['naive']:.2f} times as long."
     )
 
 

@@ -177,7 +177,7 @@ def test_the_picture_of_errors_has_every_difference_under_its_title(tmp_path, mo
     assert all(axes.images[0].get_cmap().name == "RdBu_r" for axes in drawn[0].axes[2:4])  # red: brighter
 
 
-# --- the report ---------------------------------------------------------------------------------------------------------
+# --- the report -------------------------------------------------------------------------------------------------------
 
 SR, TRUTH = 400.0, 250.0
 BANDS = (60.0, 140.0)  # of the scan's slices, in turn: its spline has what lies between too

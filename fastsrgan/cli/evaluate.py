@@ -27,8 +27,8 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "folders",
         nargs="*",
         metavar="RESULTS [RESULTS] TRUTH",
-        help="a folder of `infer` and one of truths: STEM_sr beside STEM or STEM_hr, STEM_label, STEM_mask; two folders "
-        "of results are compared",
+        help="a folder of `infer` and one of truths: STEM_sr beside STEM or STEM_hr, STEM_label, STEM_mask; two "
+        "folders of results are compared",
     )
     helps = {
         "sr": "result",

@@ -21,7 +21,8 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "path",
         nargs="+",
         metavar="DIR|RUN|JSON",
-        help="folder of results, demo or training run, or one result's JSON; several training runs are laid over each other",
+        help="folder of results, demo or training run, or one result's JSON; several training runs are laid over each "
+        "other",
     )
     p.add_argument("-o", "--out", metavar="FILE", help="the page (report.html in that folder)")
     p.add_argument("--scores", metavar="JSON", help="what `fastsrgan evaluate --json FILE` wrote (the folder's own)")

@@ -93,7 +93,8 @@ TITLES = {
 def result_columns(volumes: Mapping[str, Volume], captions: Mapping[str, str] | None = None) -> list[Column]:
     """The columns of a result's picture for those of ``TITLES`` that are there; "sr" always is.
 
-    ``captions`` stand under the titles (see ``evaluate.figures.captions``); low resolution, SR and truth say their voxel size where none is given.
+    ``captions`` stand under the titles (see ``evaluate.figures.captions``); low resolution, SR and truth say their
+    voxel size where none is given.
     """
     known = {name: _spacing(volumes[name]) for name in ("low", "sr", "truth") if name in volumes}
     known |= {"low": f"{known['low']}\nvoxels as acquired"} if "low" in known else {}
