@@ -35,8 +35,8 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument(
         "data",
         nargs="*",
-        help="training table (its Test rows), one high-resolution image or a folder of them, for curves a run folder or "
-        "several; left out with --quick: two small synthetic subjects",
+        help="training table (its Test rows), one high-resolution image or a folder of them, for curves a run "
+        "folder or several; left out with --quick: two small synthetic subjects",
     )
     p.add_argument(
         "-o", "--out", metavar="DIR", help="output folder (study-KIND); finished measurements in it are kept"
