@@ -247,7 +247,7 @@ def test_the_slices_of_a_scan_are_found_however_it_is_stored(axes, flips, thick)
     np.testing.assert_allclose(edges, 5 - 1.5 + 3 * np.arange(n + 1))
     inner = planes.slice_edges(stored, thick, (5, 5, 5), 6, 100)
     assert inner[0] == pytest.approx(6.5) and len(inner) == n
-    sizes[thick] = 1.3  # not thick beside 1.1
+    sizes[thick] = 1.2  # not thick beside 1.0
     assert planes.slices_of(Volume(scan.data, np.diag([*sizes, 1.0]))) is None
 
 
@@ -257,7 +257,10 @@ def test_the_place_of_largest_change_is_found_inside_the_mask(truth):
     other[2:5, 2:5, 2:5] += 900  # outside
     within = Volume((truth.data > 500).astype(np.uint8), AFFINE)
     inside = planes.inside_of(truth, within)
-    assert planes.largest_change(truth, Volume(other, AFFINE), inside) == (13 - 14, 16 - 20, 16 - 9)
+    place = planes.largest_change(truth, Volume(other, AFFINE), inside)
+    # To half a block of 4 mm, and on a voxel of the mask.
+    assert np.abs(np.subtract(place, (13 - 14, 16 - 20, 16 - 9))).max() <= planes.BLOCK_MM / 2
+    assert within.data[tuple(np.add(place, (14, 20, 9)).astype(int))] == 1
     assert planes.largest_change(truth, truth, inside) is None
     away = Volume(other, AFFINE + np.eye(4, k=3) * 0.4)
     assert planes.largest_change(truth, away, inside) is None
@@ -269,12 +272,12 @@ def test_without_a_mask_the_rim_of_the_head_does_not_count():
     inside = planes.inside_of(head, None, Volume(np.zeros_like(data), np.eye(4)))
     index = np.argwhere(inside.data)
     away = np.sqrt(((index - 30) ** 2).sum(1))
-    assert 12 < away.max() < 25 - planes.RIM_MM / 2 and inside.data[30, 30, 30]
+    assert 12 < away.max() < 23 and inside.data[30, 30, 30]
     other = data.copy()
     other[30, 30, 6:9] += 900  # the skin
     other[34, 30, 34] += 30
     place = planes.largest_change(head, Volume(other, np.eye(4)), inside)
-    assert place == (34, 30, 34)
+    assert np.abs(np.subtract(place, (34, 30, 34))).max() <= planes.BLOCK_MM / 2
 
 
 @pytest.mark.parametrize("thick", [0, 1, 2])

@@ -161,9 +161,8 @@ def test_the_picture_of_errors_has_every_difference_under_its_title(tmp_path, mo
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.write_bytes(b""))[1])
-    scores = {"image": {"whole": {"psnr_db": 31.0}}, "baseline": {"image": {"whole": {"psnr_db": 22.0}}}}
     sr, hr, baseline = level(450.0), level(600.0), level(250.0)
-    error_map_module.error_map(tmp_path / "e.png", sr, hr, baseline, scores)
+    error_map_module.error_map(tmp_path / "e.png", sr, hr, baseline, captions=("31.00 dB", "22.00 dB"))
     told = {}
     for i, axes in enumerate(drawn[0].axes[:12]):  # three rows of four columns
         inside = axes.images[0].get_array()
