@@ -295,7 +295,7 @@ def _controls(packed: Packed, view: View, wiping: bool) -> Html:
         el("div", el("span", "Layout"), _choice("layout", layouts), class_="row") if wiping else None,
         slider("wipe", "Spline | SR", 0, 100, 50) if wiping else None,
         el("div", el("span", "Over the SR"), _choice("layer", layers), class_="row") if len(layers) > 1 else None,
-        slider("overlay", "Opacity", 0, 100, 35) if len(layers) > 1 else None,
+        slider("overlay", "Opacity", 0, 100, 50) if len(layers) > 1 else None,
         slider("slice", "Slice", 0, packed.shape[2] - 1, 0),
         slider("zoom", "Zoom", 1, 8, 1, 0.05),
         el("label", "Crosshair", el("input", type="checkbox", id="cross", checked=True)),

@@ -12,7 +12,7 @@
   const COLOURS = { seg: [34, 211, 238], label: [251, 191, 36] };
   const DARKER = [96, 165, 250], BRIGHTER = [248, 113, 113]; // ends of the colours of a difference; nothing is black
   const MARK = "#facc15"; // of the slice
-  const state = { at: plan.start.slice(), plane: plan.plane, zoom: 1, overlay: 0.35, wipe: 0.5, cross: true, layer: "none", marks: true };
+  const state = { at: plan.start.slice(), plane: plan.plane, zoom: 1, overlay: 0.5, wipe: 0.5, cross: true, layer: "none", marks: true };
   const $ = (id) => document.getElementById(id);
 
   // --- volumes ---------------------------------------------------------------------------------------------------
