@@ -121,7 +121,7 @@ def slices_of(scan: Volume) -> tuple[int, float] | None:
     """(world axis nearest to the direction across the slices, mm from slice to slice); None where no edge is thick."""
     sizes = scan.spacing
     axis = max(range(3), key=lambda d: sizes[d])
-    if sizes[axis] < THICK * sorted(sizes)[1]:
+    if sizes[axis] < THICK * float(np.median(sizes)):
         return None
     return processing_orientation(scan.affine, (1.0, 1.0, 1.0)).axes.index(axis), sizes[axis]
 
