@@ -77,7 +77,7 @@ def predict(f: Figures, subjects: int, devices: int, price: float = 0.0) -> dict
 
 
 def prediction_table(f: Figures, subjects: Sequence[int], devices: Sequence[int], price: float) -> str:
-    """Markdown, a line for each cohort and number of devices."""
+    """Markdown, a line for each cohort and number of devices; with the cost where there is a price."""
     lines = []
     for n in subjects:
         for m in devices:
@@ -86,8 +86,10 @@ def prediction_table(f: Figures, subjects: Sequence[int], devices: Sequence[int]
             p = predict(f, n, m, price)
             bound = "updates" if p["step_seconds"] >= p["volume_seconds"] else "volumes"
             cells = [f"{n:,}", str(m), f"{p['updates']:,.0f}", duration(p["epoch_seconds"]), bound]
-            lines.append([*cells, amount(p["bytes"]), f"{amount(p['bytes_per_second'])}/s", f"{p['cost']:.4g}"])
-    head = ["subjects", "devices", "updates", "epoch", "bound by", "read per epoch", "network", "cost of an epoch"]
+            cost = [f"{p['cost']:.4g}"] if price else []
+            lines.append([*cells, amount(p["bytes"]), f"{amount(p['bytes_per_second'])}/s", *cost])
+    head = ["subjects", "devices", "updates", "epoch", "bound by", "read per epoch", "network"]
+    head += ["cost of an epoch"] if price else []
     return table(head, lines)
 
 

@@ -312,7 +312,9 @@ def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     held += 0 if result.residual is None else result.residual.nbytes
     filtered, scaled = job.settings.largest_component or job.settings.min_size, job.settings.dtype == "input"
     labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * scaled  # bytes a voxel
-    return held + labels * result.sr.size + (loaded.volume.data.nbytes if job.settings.png else 0)
+    # The picture: the spline's coefficients and itself, which voxels lie in the scan, and differences.
+    drawn = loaded.volume.data.nbytes + 8 * loaded.volume.data.size + 10 * result.sr.size if job.settings.png else 0
+    return held + labels * result.sr.size + drawn
 
 
 def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
@@ -404,30 +406,20 @@ def _save_as_input(target: Path, result: InferResult, image: Volume, code: int) 
 
 
 def _picture(target: Path, loaded: Loaded, result: InferResult, seg: np.ndarray, threshold: float) -> None:
-    """Image, SR, and the segmentation's outline on the SR."""
-    from fastsrgan.pictures.figure import Column, planes_figure
+    """Scan, its cubic spline, SR, and the segmentation's outline on the SR."""
+    from fastsrgan.evaluate.grids import onto_grid
+    from fastsrgan.pictures.figure import result_figure
 
     sr, low = Volume(result.sr, result.affine), loaded.volume
-    columns = [
-        Column(low, "Image", f"{_millimetres(low)}\nvoxels as acquired", nearest=True),
-        Column(sr, "fastsrgan", _millimetres(sr), accent=True),
-        Column(sr, "Segmentation", f"probability above {threshold:g}", accent=True, outlines=True),
-    ]
-    footer = f"patch {result.report['patch']}, step {result.report['step']}"
-    masks = (Volume(seg, result.affine), None)
-    planes_figure(
+    spline = onto_grid(low, sr, name="the spline of the input", notes=[])
+    volumes = {"low": low, "spline": spline, "sr": sr, "seg": Volume(seg, result.affine)}
+    result_figure(
         target,
-        columns,
-        reference=sr,
-        masks=masks,
-        compared=low,
+        volumes,
+        {"spline": "of the same scan", "seg": f"probability above {threshold:g}"},
         title=loaded.image.name.encode("utf8", "replace").decode(),
-        footer=footer,
+        footer=f"patch {result.report['patch']}, step {result.report['step']}",
     )
-
-
-def _millimetres(volume: Volume) -> str:
-    return " × ".join(f"{size:.3g}" for size in volume.spacing) + " mm"
 
 
 def names(outputs: dict[str, Path]) -> dict[str, str]:

@@ -81,7 +81,7 @@ QUICK: dict[str, dict[str, Any]] = {
 
 def run(
     kind: str,
-    data: str | os.PathLike | None,
+    data: str | os.PathLike | Sequence[str | os.PathLike] | None,
     out: str | os.PathLike,
     models: Sequence[str | os.PathLike] = (),
     settings: Settings | None = None,
@@ -94,8 +94,8 @@ def run(
     Parameters
     ----------
     kind : one of ``KINDS``
-    data : a training table (HR_image, Label_image, Base), one high-resolution image, or for ``curves`` a run folder;
-        None with ``quick`` makes two small synthetic subjects
+    data : a training table (HR_image, Label_image, Base), one high-resolution image, or for ``curves`` a run folder, or
+        several, whose curves are laid over each other; None with ``quick`` makes two small synthetic subjects
     models : weight files or run folders; none takes the shipped model. ``augmentation`` compares two or more
     quick : small patches, few steps and subjects
 
@@ -104,21 +104,33 @@ def run(
     """
     if kind not in KINDS:
         raise UsageError("study", f"{kind!r} is not allowed", f"one of {', '.join(KINDS)}")
+    several = [] if data is None or isinstance(data, (str, os.PathLike)) else list(data)
+    if len(several) == 1:
+        data, several = several[0], []
+    if several and kind != "curves":
+        raise UsageError(f"study {kind}", f"{len(several)} places of data", "one table, image or folder")
     if data is None and (kind == "curves" or not quick):
         what = "a run folder" if kind == "curves" else "a table or an image, or --quick"
         raise UsageError("study", "no data given", what)
     began = time.perf_counter()
+    facts: dict[str, Any]
     asked = _filled(kind, settings or Settings(), quick)
     for form in FORMS:
-        keep_inputs(Path(out) / f"{kind}.{form}", [*([] if data is None else [data]), *models])
-    if kind == "curves":
-        assert data is not None
+        keep_inputs(Path(out) / f"{kind}.{form}", [*(several or ([] if data is None else [data])), *models])  # type: ignore[list-item]
+    if several:
+        made = study_curves.overlaid([Path(run) for run in several])
+        folder, panels = output_folder(out), made.pop("panels")
+        facts = {"study": kind} | made
+        title = f"Training curves of {', '.join(run['name'] for run in made['runs'])}"
+    elif kind == "curves":
+        assert isinstance(data, (str, os.PathLike))
         made = study_curves.curves(Path(data))  # read before a folder is made: nothing is left of a log that is none
         folder = output_folder(out)
         panels = made.pop("panels")
-        facts: dict[str, Any] = {"study": kind, "run": str(data)} | made
+        facts = {"study": kind, "run": str(data)} | made
         title = f"Training curves of {Path(data).name}"
     else:
+        assert data is None or isinstance(data, (str, os.PathLike))
         folder = output_folder(out)
         facts, panels, title = _measured(kind, data, folder, models, asked, quick, progress)
     facts["paper"] = {"source": SOURCE, "rows": REFERENCE[kind]}
