@@ -26,7 +26,7 @@ from fastsrgan.volume.geometry import Volume, shear_of
 
 log = logging.getLogger("fastsrgan")
 
-SECTIONS = ("image", "segmentation", "structures", "baseline", "gain")
+SECTIONS = ("image", "doubt", "segmentation", "structures", "baseline", "gain")
 SHEARED = 1e-3  # cosine between voxel axes from which distances in mm are noted as approximate
 SCALE_FACTOR = 2.0  # mean intensities further apart than this get a note
 REGIONS = {
@@ -46,6 +46,7 @@ def evaluate_pair(
     lr: Volume | None = None,
     baseline: Volume | None = None,
     baseline_seg: Volume | None = None,
+    doubt: Volume | None = None,
     structures: Mapping[str, tuple[Volume, Volume]] | None = None,
 ) -> dict[str, Any]:
     """Compare ``sr`` (and ``seg``) with ``hr`` (and ``label``) on the grid of ``hr``.
@@ -58,11 +59,13 @@ def evaluate_pair(
     lr : the low-resolution image that ``sr`` was made from: its cubic spline, and with a label the interpolated label
         map (paper table 2), are the baselines where no others are given
     baseline, baseline_seg : another image and segmentation of the same subject, scored likewise
+    doubt : the standard deviation that the error of ``sr`` is taken to have: ``doubt`` says whether it is so
     structures : segmentation and label of further structures by name, for scores in ``structures``
 
     A label of several values is refused: which of them is the structure is to be chosen (`labels`).
 
-    Returns ``image`` {region: {psnr_db, psnr_range_db, ssim, ssim_uniform, mae, mse}}; with ``seg`` also
+    Returns ``image`` {region: {psnr_db, psnr_range_db, ssim, ssim_uniform, mae, mse}}; with ``doubt`` also ``doubt``
+    {rank_correlation, error_over_doubt, deciles}; with ``seg`` also
     ``segmentation`` {dice, hausdorff95_mm, surface_distance_mm, components, largest_component, false_components,
     false_component_voxels, volume_ml, label_components, label_volume_ml}; with a baseline ``baseline`` (the same two),
     ``gain`` (value minus baseline) and ``baselines`` (what they are); and ``grid``, ``notes``, ``definitions``. None
@@ -83,6 +86,7 @@ def evaluate_pair(
     for name, volume, order in (
         ("SR", sr, 3),
         ("baseline", baseline, 3),
+        ("doubt", doubt, 1),
         ("segmentation", seg, 0),
         ("baseline segmentation", baseline_seg, 0),
         ("label", label, 0),
@@ -104,6 +108,8 @@ def evaluate_pair(
         notes.append("the label is empty on the reference's grid: no figures in its region")
         del regions["label"]
     result: dict[str, Any] = _scores(on["SR"], on.get("segmentation"), on.get("label"), hr, regions, "SR", notes)
+    if "doubt" in on:
+        result["doubt"] = metrics.calibration(on["SR"], hr.data, on["doubt"], regions.get("mask"))
     if structures:
         result["structures"] = {
             name: _structure(seg, truth, name, hr, notes) for name, (seg, truth) in structures.items()
@@ -116,7 +122,8 @@ def evaluate_pair(
     for note in notes:
         log.info(note)
     result["notes"] = notes
-    result["definitions"] = definitions() | {f"region {name}": REGIONS[name] for name in regions}
+    result["definitions"] = definitions() | (metrics.CALIBRATION if "doubt" in on else {})
+    result["definitions"] |= {f"region {name}": REGIONS[name] for name in regions}
     return result
 
 
@@ -156,6 +163,7 @@ def evaluate_files(
     lr: str | os.PathLike | None = None,
     baseline: str | os.PathLike | None = None,
     baseline_seg: str | os.PathLike | None = None,
+    doubt: str | os.PathLike | None = None,
     png: str | os.PathLike | None = None,
     label_classes: Sequence[str] = (),
     label_names: str | os.PathLike | None = None,
@@ -166,11 +174,11 @@ def evaluate_files(
     structure, see `labels.structure`; of several, the first is the ``segmentation`` and every one has its scores in
     ``structures``. ``label_names`` is a lookup table of names.
 
-    ``png`` takes a picture of where SR (and the baseline) differ from the reference, see ``error_map``. Raises
-    InputError as reading the files does.
+    ``doubt`` is found where ``infer`` wrote it beside ``sr``. ``png`` takes a picture of where SR (and the baseline)
+    differ from the reference, see ``error_map``. Raises InputError as reading the files does.
     """
     named = {"sr": sr, "hr": hr, "seg": seg, "label": label, "mask": mask, "lr": lr}
-    named |= {"baseline": baseline, "baseline_seg": baseline_seg}
+    named |= {"baseline": baseline, "baseline_seg": baseline_seg, "doubt": doubt or _beside(Path(sr))}
     given = {name: Path(path) for name, path in named.items() if path is not None}
     chosen = labels.structures(label_classes, given["label"], label_names) if label_classes and "label" in given else []
     if label_classes and not chosen:
@@ -190,6 +198,14 @@ def evaluate_files(
         other = None if other is None else onto_grid(other, hr_volume, notes=[])
         error_map(png, onto_grid(volumes["sr"], hr_volume, notes=[]), hr_volume, other, result)
     return {"files": {name: str(path) for name, path in given.items()}} | result
+
+
+def _beside(sr: Path) -> Path | None:
+    """The doubt that ``infer`` wrote with a result."""
+    for own, other in (("_sr.", "_doubt."), ("_desc-sr_", "_desc-doubt_")):
+        if sr.name.count(own) == 1 and (there := sr.with_name(sr.name.replace(own, other))).is_file():
+            return there
+    return None
 
 
 def _read(name: str, path: Path, chosen: labels.Structure | None) -> Volume:
@@ -230,7 +246,7 @@ def flat(result: dict[str, Any]) -> dict[str, float]:
         for key, value in tree.items():
             if isinstance(value, dict):
                 walk(value, f"{prefix}.{key}")
-            elif value is not None:
+            elif isinstance(value, (int, float)):
                 found[f"{prefix}.{key}"] = float(value)
 
     for section in SECTIONS:

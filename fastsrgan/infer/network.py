@@ -336,6 +336,7 @@ class Averaged(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mean over members and flips."""
         total, passes = None, len(self.networks) * len(self.flips)
+        squares = torch.zeros_like(x)
         for n, (network, dims) in enumerate(itertools.product(self.networks, self.flips)):
             seen = x.flip(dims) if dims else x
             y = network(seen)
@@ -348,7 +349,6 @@ class Averaged(nn.Module):
                 total.add_(y)
             else:  # what was compiled is written over by the next pass
                 total = y.clone() if network.compiled else y
-                squares = torch.zeros_like(y[:, :1])
         assert total is not None
         total.div_(passes)
         return torch.cat([total, squares.div_(max(1, passes - 1))], 1) if self.spread else total

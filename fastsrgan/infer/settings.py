@@ -127,8 +127,8 @@ class InferSettings:
     agree : make the result agree with the scan (see ``agreement``): "auto", with a weight by the scan's noise, in the
         physical geometry; "off", the network's own result; or the weight, above 0: the smaller, the more the scan
         counts. A result on the scan's own grid has nothing to agree on
-    uncertainty : also estimate how far SR may be from the truth, voxel by voxel; see ``volume.doubt``. With ``flips`` or
-        several networks their spread is a part of it
+    uncertainty : also estimate how far SR may be from the truth, voxel by voxel; see ``volume.doubt``. The spread of
+        ``flips`` and of several networks is a part of it
     slice_thickness : mm of the slices, for ``agree``; "auto": of files what DICOM or a BIDS sidecar says, else the
         spacing of slices
     profile : of the slices, for ``agree``: "gaussian" or "box", as wide as they are thick; "auto": not known, a

@@ -1,8 +1,8 @@
 """How far a result may be from the truth: an estimate of the standard deviation of its error, voxel by voxel.
 
 A voxel of the scan is a weighted mean of voxels of the result, a row of D. The scan determines that mean, not how the
-values lie about it. Their variance D SR^2 - (D SR)^2, brought back onto the result's voxels, is W: 0 where the result is
-flat or has the scan's own voxels, large at edges that thick slices average away. How much of W an interpolation gets
+values lie about it. Their variance D SR^2 - (D SR)^2, brought back onto the result's voxels, is W: 0 where the result
+is flat or has the scan's own voxels, large at edges that thick slices average away. How much of W an interpolation gets
 wrong, r^2, differs from image to image, and the scan tells it: along the axes that it resolves, its voxels are averaged
 to such slices and interpolated again. With the mean V of W inside tissue, the variance S of the network's passes (over
 mirror images and networks) and the variance n^2 of the scan's noise,
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastsrgan.volume.acquisition import TISSUE, bright, noise_sd, sampled
-from fastsrgan.volume.consistency import SLAB_BYTES, Observation, cuts, as_tensor, through, consistent_start_matrix
+from fastsrgan.volume.consistency import SLAB_BYTES, Observation, as_tensor, consistent_start_matrix, cuts, through
 from fastsrgan.volume.resample import apply_axes, slice_profile_matrix, spline_matrix
 
 SLICES = 4  # that an axis has to hold for anything to be measured along it
