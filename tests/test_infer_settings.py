@@ -33,6 +33,7 @@ OTHER = {
     "mask": "mask.nii",
     "flips": "xz",
     "agree": 0.5,
+    "uncertainty": True,
     "slice_thickness": 2.5,
     "profile": "box",
     "threshold": 0.25,

@@ -166,7 +166,8 @@ def fit(cases: Sequence[Case], spread: bool) -> tuple[Rule, float]:
 
 def row(case: Case, rule: Rule) -> dict[str, Any]:
     """How a rule does on a case."""
-    found = calibration(case.error, np.zeros_like(case.error), np.sqrt(case.variance(rule)), case.error < math.inf)
+    error, made = (a.reshape(-1, 1, 1) for a in (case.error, np.sqrt(case.variance(rule))))
+    found = calibration(error, np.zeros_like(error), made, np.ones(error.shape, bool))
     return {"case": case.name, **case.facts, **found}
 
 
