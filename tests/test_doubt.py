@@ -249,6 +249,12 @@ def test_evaluate_finds_it_and_says_whether_the_error_is_where_it_is(files, caps
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "rank_correlation" in shown and "decile" in shown
+    (files / "truth").mkdir()
+    images.save(files / "truth" / "a.nii.gz", truth, sr.affine)
+    assert main(["evaluate", str(files / "out"), str(files / "truth"), "--json", str(files / "scores.json")]) == 0
+    told = json.loads((files / "scores.json").read_text())
+    assert told["summary"]["doubt.error_over_doubt"]["mean"] == found["error_over_doubt"]
+    assert "rank_correlation" in told["definitions"]
 
 
 def test_the_rank_correlation_is_scipy_s():

@@ -411,6 +411,11 @@ def target_spacing(
     return wanted  # type: ignore[return-value]
 
 
+def is_isotropic(spacing_mm: Sequence[float]) -> bool:
+    """Whether ``target_spacing``, unasked, is the image's own."""
+    return max(spacing_mm) <= min(spacing_mm) * (1 + SAME)
+
+
 def coarser(spacing_mm: Sequence[float], wanted_mm: Sequence[float]) -> list[str]:
     """A warning, logged and given back, where the result has larger voxels than the image."""
     axes = [d for d in range(3) if wanted_mm[d] > spacing_mm[d] * (1 + SAME)]

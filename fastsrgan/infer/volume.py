@@ -1,4 +1,4 @@
-"""One low-resolution volume in, super-resolution and segmentation out (paper section 2.5, DESIGN D12).
+"""One low-resolution volume in, super-resolution and segmentation out (paper section 2.5).
 
 normalise -> interpolate to the wanted grid -> dense overlapping tiles through the generator -> overlap-add -> undo
 """
@@ -23,7 +23,7 @@ from fastsrgan.core.system import pick_device
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer import anytime, modes, tiles
 from fastsrgan.infer.anytime import by_levels
-from fastsrgan.infer.memory import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, Job, MemoryPlan, plan_memory
+from fastsrgan.infer.memory import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, MemoryPlan, TilingJob, plan_memory
 from fastsrgan.infer.modes import Together, by_ranks, by_slabs, check_result, find_region, in_memory
 from fastsrgan.infer.network import Averaged, TileNetwork, average, deviations, members
 from fastsrgan.infer.planes import Interpolated, Prepared, Whole, coarser, target_spacing
@@ -178,6 +178,7 @@ def process(
         "tiles": len(plan),
         "tile": list(plan.patch),
         **({"intensity_shift": image.norm.shift} if image.norm.shift else {}),
+        **({"intensity_scale": image.norm.scale} if image.norm.top else {}),
         "processed_axes": list(image.turn.axes),
         "memory": memory.to_dict(),
         **({"flips": settings.flips, "networks": len(members(averaged))} if isinstance(averaged, Averaged) else {}),
@@ -224,7 +225,7 @@ def _prepared(
     spacing = spacing_of(affine)
     wanted = target_spacing(spacing, data.shape, settings.new_resolution)
     turn = Orientation() if original else processing_orientation(affine)
-    norm = normaliser(data, shifted=shifted)
+    norm = normaliser(data, shifted=shifted, robust=not original)
     source: Interpolated | Whole
     if interpolate is None:
         source = Interpolated(data, turn, norm, spacing, wanted, geometry)
@@ -279,7 +280,7 @@ def _memory(
     if together and batch == "auto":
         # A group of slabs is the least that a rank can do: here it is to be one slab.
         batch = min(counted.choose_batch(batch, plan), max(1, plan.grid[1] * plan.grid[2] // GROUP_BATCHES))
-    job = Job(
+    job = TilingJob(
         plan,
         (counted.channels or 2) + settings.uncertainty,
         settings.window,

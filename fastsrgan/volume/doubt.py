@@ -26,7 +26,7 @@ from fastsrgan.volume.resample import apply_axes, slice_profile_matrix, spline_m
 
 SLICES = 4  # that an axis has to hold for anything to be measured along it
 START = 0.03  # weight with which the interpolation there is made to agree
-HIDDEN = 0.8  # share of the error there above which noise hides the rest
+HIDDEN = 0.9  # share of the error there above which noise hides the rest
 LACKING = 0.6  # r where it cannot be told: in the middle of what was measured
 
 
