@@ -184,7 +184,7 @@ def picture(base: Path, rows: Sequence[dict[str, Any]], names: Sequence[str]) ->
         ]
         ends = [f(d["doubt"] for r in own for d in r["deciles"]) for f in (min, max)]
         lines.append(Line("as large as the doubt", ends, ends, style="fit", number=-1))
-        panels.append(Panel(f"slices of {ratio} voxels: error by doubt", "doubt", lines, log_x=True, log_y=True))
+        panels.append(Panel(f"slices of {ratio} voxels: error by doubt", "doubt", lines))
     for path in draw(base, [panels], "Root mean square of the error in each decile of the doubt"):
         if path.suffix == ".svg":
             path.unlink()
