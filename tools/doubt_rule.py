@@ -31,7 +31,7 @@ from fastsrgan.core.system import provenance
 from fastsrgan.evaluate.metrics import calibration
 from fastsrgan.observation.model import degrade
 from fastsrgan.observation.synthesis import synthesise
-from fastsrgan.study.plots import Line, Panel, draw
+from fastsrgan.study.plots import Panel, PlotLine, draw
 from fastsrgan.volume import doubt
 from fastsrgan.volume.consistency import Observation, observation
 from fastsrgan.volume.doubt import Rule, doubt_
@@ -177,13 +177,13 @@ def picture(base: Path, rows: Sequence[dict[str, Any]], names: Sequence[str]) ->
     for ratio in (3, 6):
         own = [r for r in rows if r["ratio"] == ratio]
         lines = [
-            Line(name, [d["doubt"] for d in r["deciles"]], [d["error"] for d in r["deciles"]], number=n)
+            PlotLine(name, [d["doubt"] for d in r["deciles"]], [d["error"] for d in r["deciles"]], number=n)
             for n, name in enumerate(names)
             for r in own
             if r["case"].startswith(name)
         ]
         ends = [f(d["doubt"] for r in own for d in r["deciles"]) for f in (min, max)]
-        lines.append(Line("as large as the doubt", ends, ends, style="fit", number=-1))
+        lines.append(PlotLine("as large as the doubt", ends, ends, style="fit", number=-1))
         panels.append(Panel(f"slices of {ratio} voxels: error by doubt", "doubt", lines))
     for path in draw(base, [panels], "Root mean square of the error in each decile of the doubt"):
         if path.suffix == ".svg":
@@ -208,10 +208,12 @@ def main() -> None:
     names = list(dict.fromkeys(case.head for case in cases))
     rule, loss = fit(cases, spread=True)
     alone, alone_loss = fit(cases, spread=False)
+    elsewhere = {}
+    if len(names) > 1:
+        elsewhere = {name: fit([c for c in cases if c.head != name], spread=True)[0] for name in names}
     rows = []
     for case in cases:
-        others = [c for c in cases if c.head != case.head]
-        left = row(case, fit(others, spread=True)[0]) if len(names) > 1 else {}
+        left = row(case, elsewhere[case.head]) if elsewhere else {}
         told = row(case, rule)
         by_parts = {
             part: row(case, replace(Rule(0, 1, 0), **{part: 1.0}))["rank_correlation"] for part in ("detail", "spread")

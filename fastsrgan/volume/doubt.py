@@ -10,7 +10,7 @@ mirror images and networks) and the variance n^2 of the scan's noise,
     doubt^2 = a^2 r^2 V (W / V)^p + s^2 u S + n^2
 
 where u is the share of the result's voxels that the scan has no value for. tools/doubt_rule.py measures a, p and s
-(docs/decisions/025-doubt.md).
+(docs/decisions/028-doubt.md).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ LACKING = 0.6  # r where it cannot be told: in the middle of what was measured
 class Rule:
     """a, p and s of the rule."""
 
-    detail: float = 1.26
-    power: float = 0.69
-    spread: float = 1.0
+    detail: float = 1.28
+    power: float = 0.72
+    spread: float = 1.32
 
 
 RULE = Rule()
