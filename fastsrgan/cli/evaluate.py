@@ -12,7 +12,7 @@ from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.errors import PartialFailure, UsageError
 
-PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg")
+PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg", "doubt")
 
 
 def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -39,6 +39,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "lr": "the low-resolution image: its spline and interpolated label map become the baselines",
         "baseline": "another image of the subject to compare with",
         "baseline_seg": "another segmentation",
+        "doubt": "what `infer --uncertainty` wrote: is the error larger where it is? (found beside the result)",
     }
     for name in PAIR:
         p.add_argument(f"--{name.replace('_', '-')}", metavar="IMAGE", help=helps[name])
@@ -79,6 +80,9 @@ def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
         print(table(subjects(result)), table(cohort_figures(result)), sep="\n\n")
     else:
         print(table(figures(result)))
+        if "doubt" in result:
+            rows = enumerate(result["doubt"]["deciles"], 1)
+            print("", table([{"decile": n} | {k: plain(v) for k, v in row.items()} for n, row in rows]), sep="\n")
     if result.get("failed"):
         names = ", ".join(f["subject"] for f in result["failed"])
         raise PartialFailure("evaluate", f"{len(result['failed'])} not evaluated: {names}", "see the warnings")
@@ -144,12 +148,15 @@ def _check_places(args: argparse.Namespace, inputs: list[str]) -> None:
 def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures of one pair as rows: region or segmentation, name, value; baseline and difference beside."""
     base, gain = result.get("baseline", {}), result.get("gain", {})
-    groups = [(region, ("image", region)) for region in result["image"]] + [("segmentation", ("segmentation",))]
+    groups = [(region, ("image", region)) for region in result["image"]]
+    groups += [("doubt", ("doubt",)), ("segmentation", ("segmentation",))]
     groups += [(name, ("structures", name)) for name in result.get("structures", {})]
     rows = []
     for where, path in groups:
         scores, other, more = (_at(tree, path) for tree in (result, base, gain))
         for key, value in scores.items():
+            if isinstance(value, list):
+                continue
             row = {"where": where, "figure": key, "value": plain(value)}
             told = {"baseline": plain(other.get(key)), "difference": plain(more.get(key))}
             rows.append(row | (told | {"better": better(key, more.get(key))} if base else {}))
@@ -162,7 +169,7 @@ def cohort_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, values in told.items():
         section, _, rest = name.partition(".")
-        if section not in ("image", "segmentation", "structures"):
+        if section not in ("image", "doubt", "segmentation", "structures"):
             continue
         where, _, figure = rest.rpartition(".")
         row = {"where": where or section, "figure": figure, "value": spread(values)}
@@ -244,7 +251,7 @@ def better(figure: str, gain: float | None) -> str | None:
     """Whether a difference to the baseline is one for the better; None of figures that have no better, and of 0."""
     from fastsrgan.evaluate.figures import FIGURES
 
-    sign = FIGURES[figure].better
+    sign = FIGURES[figure].better if figure in FIGURES else 0
     return None if not sign or not gain else "yes" if gain * sign > 0 else "no"
 
 

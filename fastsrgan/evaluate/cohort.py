@@ -18,6 +18,7 @@ from typing import Any
 from fastsrgan.core.files import atomic_write, output_folder, read_json, walk_files
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import FastsrganError, InputError
+from fastsrgan.evaluate.metrics import CALIBRATION
 from fastsrgan.evaluate.pair import definitions, evaluate_files, flat, summarise
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
@@ -225,6 +226,7 @@ def evaluate_items(
         raise InputError(what, "no subject could be evaluated", failed[0]["error"])
     _tell_notes(done)
     meaning = definitions() | {"sd": "sample standard deviation over subjects (n - 1)"}
+    meaning |= CALIBRATION if any("doubt" in row for row in done) else {}
     return {"rows": done, "failed": failed, "summary": summarise(done), "definitions": meaning}
 
 

@@ -27,7 +27,7 @@ from fastsrgan.volume.geometry import Volume
 
 log = logging.getLogger("fastsrgan")
 
-SECTIONS = ("image", "segmentation", "structures", "baseline", "gain")
+SECTIONS = ("image", "doubt", "segmentation", "structures", "baseline", "gain")
 SCALE_FACTOR = 2.0  # mean intensities further apart than this get a note
 
 
@@ -41,6 +41,7 @@ def evaluate_pair(
     lr: Volume | None = None,
     baseline: Volume | None = None,
     baseline_seg: Volume | None = None,
+    doubt: Volume | None = None,
     structures: Mapping[str, tuple[Volume, Volume]] | None = None,
     subject: str | None = "",
 ) -> dict[str, Any]:
@@ -54,17 +55,18 @@ def evaluate_pair(
     lr : the low-resolution image that ``sr`` was made from: its cubic spline, and with a label the interpolated label
         map (paper table 2), are the baselines where no others are given
     baseline, baseline_seg : another image and segmentation of the same subject, scored likewise
+    doubt : the standard deviation that the error of ``sr`` is taken to have: ``doubt`` says whether it is so
     structures : segmentation and label of further structures by name, for scores in ``structures``
     subject : named before each note in the log; None: nothing is logged
 
     A label of several values is refused: which of them is the structure is to be chosen (`labels`).
 
     Returns ``image`` {region: {figure: value}}; with ``seg`` also ``segmentation`` {figure: value}, the figures being
-    those of ``FIGURES``; with a baseline ``baseline`` (the same two), ``gain`` (value minus baseline) and ``baselines``
-    (what they are); and ``grid``, ``notes``, ``definitions``. Where SR or baseline do not cover the reference, all
-    figures are those of the overlap, and ``grid`` has its share ``overlap`` of the reference's voxels. None stands for
-    a figure that does not exist (infinite PSNR, SSIM of a region without a whole window, distance to an empty
-    segmentation).
+    those of ``FIGURES``; with ``doubt`` also ``doubt``, see ``metrics.calibration``; with a baseline ``baseline`` (the
+    same two), ``gain`` (value minus baseline) and ``baselines`` (what they are); and ``grid``, ``notes``,
+    ``definitions``. Where SR or baseline do not cover the reference, all figures are those of the overlap, and ``grid``
+    has its share ``overlap`` of the reference's voxels. None stands for a figure that does not exist (infinite PSNR,
+    SSIM of a region without a whole window, distance to an empty segmentation).
     Raises InputError when volumes do not overlap, the reference has no positive voxel or a mask is empty.
     """
     if label is None and (seg is not None or baseline_seg is not None):
@@ -80,6 +82,7 @@ def evaluate_pair(
     for name, volume, order in (
         ("SR", sr, 3),
         ("baseline", baseline, 3),
+        ("doubt", doubt, 1),
         ("segmentation", seg, 0),
         ("baseline segmentation", baseline_seg, 0),
         ("label", label, 0),
@@ -116,6 +119,8 @@ def evaluate_pair(
     more: dict[str, Any] = {"notes": notes, "ends": (low, top), "part": part}
     _note_scale(on["SR"], hr.data, "SR", notes)
     result = scores(Compared(hr, regions, on["SR"], on.get("segmentation"), on.get("label"), "SR", **more))
+    if "doubt" in on:
+        result["doubt"] = metrics.calibration(on["SR"], hr.data, on["doubt"], regions.get("mask"), part)
     if structures:
         result["structures"] = {
             name: _structure(pair, Compared(hr, {}, on["SR"], name=name, **more)) for name, pair in structures.items()
@@ -130,7 +135,8 @@ def evaluate_pair(
     result["notes"] = notes = list(dict.fromkeys(notes))
     for note in notes if subject is not None else ():
         log.info("%s%s", f"{subject}: " if subject else "", note)
-    result["definitions"] = definitions() | {f"region {name}": REGIONS[name] for name in regions}
+    result["definitions"] = definitions() | (metrics.CALIBRATION if "doubt" in on else {})
+    result["definitions"] |= {f"region {name}": REGIONS[name] for name in regions}
     if "overlap" in grid:
         result["definitions"]["region whole"] = "every voxel of the reference's grid that lies in all images"
     return result
@@ -196,6 +202,7 @@ def evaluate_files(
     lr: str | os.PathLike | None = None,
     baseline: str | os.PathLike | None = None,
     baseline_seg: str | os.PathLike | None = None,
+    doubt: str | os.PathLike | None = None,
     png: str | os.PathLike | None = None,
     label_classes: Sequence[str] = (),
     label_names: str | os.PathLike | None = None,
@@ -207,11 +214,11 @@ def evaluate_files(
     structure, see `labels.structure`; of several, the first is the ``segmentation`` and every one has its scores in
     ``structures``. ``label_names`` is a lookup table of names.
 
-    ``png`` takes a picture of where SR (and the baseline) differ from the reference, see ``error_map``. Raises
-    InputError as reading the files does.
+    ``doubt`` is found where ``infer`` wrote it beside ``sr``. ``png`` takes a picture of where SR (and the baseline)
+    differ from the reference, see ``error_map``. Raises InputError as reading the files does.
     """
     named = {"sr": sr, "hr": hr, "seg": seg, "label": label, "mask": mask, "lr": lr}
-    named |= {"baseline": baseline, "baseline_seg": baseline_seg}
+    named |= {"baseline": baseline, "baseline_seg": baseline_seg, "doubt": doubt or _beside(Path(sr))}
     given = {name: Path(path) for name, path in named.items() if path is not None}
     chosen = labels.structures(label_classes, given["label"], label_names) if label_classes and "label" in given else []
     if label_classes and not chosen:
@@ -234,6 +241,14 @@ def evaluate_files(
         said = words["sr"], words["spline"]
         error_map(png, onto_grid(volumes["sr"], hr_volume, notes=[]), hr_volume, other, name, said)
     return {"files": {name: str(path) for name, path in given.items()}} | result
+
+
+def _beside(sr: Path) -> Path | None:
+    """The doubt that ``infer`` wrote with a result."""
+    for own, other in (("_sr.", "_doubt."), ("_desc-sr_", "_desc-doubt_")):
+        if sr.name.count(own) == 1 and (there := sr.with_name(sr.name.replace(own, other))).is_file():
+            return there
+    return None
 
 
 def _read(name: str, path: Path, chosen: labels.Structure | None) -> Volume:
@@ -274,7 +289,7 @@ def flat(result: dict[str, Any]) -> dict[str, float]:
         for key, value in tree.items():
             if isinstance(value, dict):
                 walk(value, f"{prefix}.{key}")
-            elif value is not None:
+            elif isinstance(value, (int, float)):
                 found[f"{prefix}.{key}"] = float(value)
 
     for section in SECTIONS:

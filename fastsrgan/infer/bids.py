@@ -162,6 +162,13 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
         ),
         "prob": (image.derived(f"cortex{image.suffix}", "probseg"), {"Description": f"Probability of {structure}"}),
         "mask": (image.derived(f"mask{image.suffix}", "dseg"), {"Description": "Likeliest mask class"}),
+        "doubt": (
+            image.derived("doubt"),
+            {
+                "Description": "Standard deviation that the error of the super-resolution image is taken to have",
+                "SkullStripped": stripped,
+            },
+        ),
         "residual": (
             image.derived("residual"),
             {"Description": "The image minus the super-resolution image acquired again", "SkullStripped": stripped},

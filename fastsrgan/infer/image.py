@@ -149,7 +149,8 @@ class ImageJob:
 
     def outputs(self, image: Image) -> dict[str, Path]:
         """Every file of one image, by kind; the JSON is written last and stands for the whole."""
-        kinds = ["sr", "seg"] + ["mask"] * bool(self.models.mask_classes) + ["prob"] * self.settings.save_prob
+        kinds = ["sr", "seg"] + ["mask"] * bool(self.models.mask_classes) + ["prob"] * self.settings.writes_prob
+        kinds += ["doubt"] * self.settings.uncertainty
         kinds += ["residual"] * self.settings.save_residual
         files = {kind: self.out / f"{image.name}_{kind}.nii.gz" for kind in kinds}
         return (
@@ -309,6 +310,7 @@ def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     result = loaded.result
     assert result is not None
     held = 0 if isinstance(result.sr, np.memmap) else result.sr.nbytes + result.prob.nbytes
+    held += 0 if result.doubt is None or held == 0 else result.doubt.nbytes
     held += 0 if result.residual is None else result.residual.nbytes
     filtered, scaled = job.settings.largest_component or job.settings.min_size, job.settings.dtype == "input"
     labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * scaled  # bytes a voxel
@@ -331,7 +333,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     )
     purpose = loaded.model.purpose
     verdict = judge(loaded.look, seg, voxel_mm3, purpose, masked=isinstance(loaded.mask, np.ndarray))
-    arrays = {"seg": seg, "prob": result.prob[0]}
+    arrays = {"seg": seg, "prob": result.prob[0]} | ({} if result.doubt is None else {"doubt": result.doubt})
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))
     if "mask" in outputs:
