@@ -189,6 +189,7 @@ OTHER_MEANINGS = {
 # Settings that are read in more files than the one where they act, and why.
 TRIED = "fit_batch.py tries an iteration of the run with less of it"
 CHECKED = "settings_check.py compares it with the store before the run"
+SAID = "weights say what they were made for"
 COUNTED = "the run's position, its log and its end count in it"
 READ_IN = {
     "accumulate": (3, TRIED),
@@ -205,14 +206,14 @@ READ_IN = {
     "interp": (2, CHECKED),
     "kernel_gen": (2, TRIED),
     "lambda_adv": (3, TRIED + "; without it there is no critic"),
-    "new_low_res": (2, CHECKED),
+    "new_low_res": (3, CHECKED + "; " + SAID),
     "patch_size": (5, TRIED + "; " + CHECKED),
     "penalty": (2, "what it excludes from compilation"),
     "precision": (3, "a self-test may lower it"),
     "scaled": (2, "what it excludes"),
     "seed": (4, "draws are keyed where they are made"),
     "stride": (2, CHECKED),
-    "structure": (2, CHECKED),
+    "structure": (3, CHECKED + "; " + SAID),
 }
 
 

@@ -20,13 +20,15 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     example = (
         "fastsrgan evaluate --sr out/a_sr.nii.gz --hr a.nii.gz --seg out/a_seg.nii.gz --label gm.nii.gz --lr lr.nii.gz"
         "\n  fastsrgan evaluate out truth --csv scores.csv --png pictures"
+        "\n  fastsrgan evaluate out other truth --png pictures"
     )
     p = command("evaluate", _evaluate, "compare results with the truth", example)
     p.add_argument(
         "folders",
         nargs="*",
-        metavar="RESULTS TRUTH",
-        help="a folder of `infer` and one of truths: STEM_sr beside STEM or STEM_hr, STEM_label, STEM_mask",
+        metavar="RESULTS [RESULTS] TRUTH",
+        help="a folder of `infer` and one of truths: STEM_sr beside STEM or STEM_hr, STEM_label, STEM_mask; two "
+        "folders of results are compared",
     )
     helps = {
         "sr": "result",
@@ -53,7 +55,11 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--csv", metavar="FILE", help="one line per subject, then mean, sd and n; an earlier one is replaced"
     )
     p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to standard output")
-    p.add_argument("--png", metavar="PATH", help="picture of the errors: a file for a pair, a folder for several")
+    p.add_argument(
+        "--png",
+        metavar="PATH",
+        help="picture of the errors: a file for a pair, a folder for several; of a comparison Bland and Altman's",
+    )
 
 
 def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
@@ -66,6 +72,10 @@ def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
         write_csv(args.csv, result)
     if args.json == "-":
         print_json(result)
+    elif "comparison" in result:
+        print(table(beside(result)), table(comparison(result)), f"p: {result['test']}", sep="\n\n")
+        for note in result["notes"]:
+            print(f"note: {note}")
     elif "rows" in result:
         print(table(subjects(result)), table(cohort_figures(result)), sep="\n\n")
     else:
@@ -84,10 +94,12 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     pair = {name: getattr(args, name) for name in PAIR if getattr(args, name)}
     forms = [bool(pair), bool(args.table), bool(args.folders)]
     if sum(forms) != 1 or (pair and not {"sr", "hr"} <= set(pair)):
-        raise UsageError("evaluate", "give --sr and --hr, or --table, or two folders", "fastsrgan evaluate --help")
-    if args.folders and len(args.folders) != 2:
-        raise UsageError("evaluate", f"{len(args.folders)} folders", "two: RESULTS TRUTH")
-    if args.bids and not args.folders:
+        raise UsageError(
+            "evaluate", "give --sr and --hr, or --table, or two or three folders", "fastsrgan evaluate --help"
+        )
+    if args.folders and len(args.folders) not in (2, 3):
+        raise UsageError("evaluate", f"{len(args.folders)} folders", "RESULTS TRUTH, or RESULTS RESULTS TRUTH")
+    if args.bids and len(args.folders) != 2:
         raise UsageError("--bids", "two folders are needed", "fastsrgan evaluate --bids DERIVATIVES DATASET")
     _check_places(args, [*pair.values(), *([args.table] if args.table else [])])
     if pair:
@@ -109,6 +121,11 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
             from fastsrgan.infer.bids import evaluate_bids
 
         return evaluate_bids(*args.folders, **more)
+    if len(args.folders) == 3:
+        with loading():
+            from fastsrgan.evaluate.compare import compare_folders
+
+        return compare_folders(*args.folders, **more)
     return evaluate_cohort.evaluate_folders(*args.folders, **more)
 
 
@@ -180,6 +197,40 @@ def subjects(result: dict[str, Any]) -> list[dict[str, Any]]:
         values = flat(row)
         rows.append({"subject": row["subject"]} | {head: values.get(name) for head, name in there})
     return [*rows, {"subject": "mean ± sd"} | {head: spread(result["summary"][name]) for head, name in there}]
+
+
+def beside(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One line per subject: the figures most looked at of the first result, the second, and their difference."""
+    from fastsrgan.evaluate.figures import columns
+
+    there = [(c.heading, c.path) for c in columns().values() if c.path in result["comparison"]]
+    rows = []
+    for row in result["rows"]:
+        line = {"subject": row["subject"]}
+        for head, name in there:
+            first, second, apart = (row["figures"].get(f"{k}.{name}") for k in ("first", "second", "difference"))
+            line[head] = f"{plain(first)} {plain(second)} ({'+' if (apart or 0) > 0 else ''}{plain(apart, 3)})"
+        rows.append(line)
+    return rows
+
+
+def comparison(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every figure of the two results, the difference, its limits of agreement, and the paired test's p."""
+    from fastsrgan.evaluate.figures import FIGURES
+
+    rows = []
+    for name, told in result["comparison"].items():
+        _, _, rest = name.partition(".")
+        where, _, figure = rest.rpartition(".")
+        if FIGURES[figure].of_label:
+            continue
+        gain, ends = told["difference"]["mean"], told["limits"]
+        row = {"where": where or "segmentation", "figure": figure}
+        row |= {label: spread(told[k]) for label, k in zip(result["names"], ("first", "second"), strict=True)}
+        row |= {"difference": spread(told["difference"]), "better": better(figure, gain)}
+        row |= {"limits": None if ends is None else f"{plain(ends[0], 3)} to {plain(ends[1], 3)}"}
+        rows.append(row | {"p": None if told["p"] is None else f"{told['p']:.3g}", "n": told["difference"]["n"]})
+    return rows
 
 
 def spread(values: dict[str, Any] | None) -> str | None:

@@ -148,11 +148,18 @@ def dice(seg: np.ndarray, label: np.ndarray) -> float:
     return 1.0 if total == 0 else 2 * int(np.count_nonzero(a & b)) / total
 
 
-def calibration(sr: np.ndarray, ref: np.ndarray, doubt: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
+def calibration(
+    sr: np.ndarray,
+    ref: np.ndarray,
+    doubt: np.ndarray,
+    mask: np.ndarray | None = None,
+    part: np.ndarray | None = None,
+) -> dict[str, Any]:
     """Whether the error of an image is where, and as large as, its doubt says.
 
     sr, ref, doubt : (X, Y, Z), doubt the standard deviation that the error is taken to have
     mask : where; None: where the reference is above a tenth of its 99.9th percentile
+    part : and nowhere else
 
     Returns {rank_correlation, error_over_doubt, deciles: [{doubt, error}]}, see ``CALIBRATION``; None for what does not
     exist, as the rank correlation of a doubt that is the same everywhere.
@@ -160,6 +167,7 @@ def calibration(sr: np.ndarray, ref: np.ndarray, doubt: np.ndarray, mask: np.nda
     """
     _same_shape(sr, ref, doubt, mask)
     inside = ref > 0.1 * np.percentile(ref, 99.9) if mask is None else mask
+    inside = inside if part is None else inside & part
     error, doubt = np.abs(sr[inside].astype(np.float64) - ref[inside]), doubt[inside].astype(np.float64)
     if error.size < DECILES:
         raise InputError("doubt", f"{error.size} voxels to compare with the error", "another mask")

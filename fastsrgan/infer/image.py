@@ -20,8 +20,8 @@ from fastsrgan.errors import InputError, ModelError, UsageError, times
 from fastsrgan.evaluate.plausibility import RED, Look, choose, judge, measure
 from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
-from fastsrgan.infer.planes import is_isotropic, nearest
-from fastsrgan.infer.settings import HEAD, InferSettings
+from fastsrgan.infer.planes import is_isotropic, nearest, own_grid
+from fastsrgan.infer.settings import HEAD, ZERO, InferSettings
 from fastsrgan.infer.values import AUTO, OFF
 from fastsrgan.infer.volume import InferResult, process
 from fastsrgan.io import any_image
@@ -55,7 +55,7 @@ class Model:
     purpose: Purpose
 
 
-class Models:
+class ModelChoice:
     """What ``--weights`` stands for; None and "auto" choose for each image. A file named auto comes first.
 
     Raises UsageError, ModelError for what cannot be used.
@@ -141,7 +141,7 @@ class ImageJob:
     """
 
     out: Path
-    models: Models
+    models: ModelChoice
     settings: InferSettings
     provenance: dict
     progress: Progress
@@ -250,7 +250,7 @@ def compute(
 ) -> Loaded:
     """The second stage: the image through the model."""
     began = time.perf_counter()
-    settings, said = _with_thickness(loaded, job.settings)
+    settings, said = _with_thickness(loaded, _as_made(loaded, job.settings))
     try:
         loaded.result = process(
             loaded.volume.data,
@@ -274,9 +274,22 @@ def compute(
     return loaded
 
 
+def _as_made(loaded: Loaded, settings: InferSettings) -> InferSettings:
+    """The settings for one image: its mask, and what is left to the weights."""
+    purpose, name = loaded.model.purpose, loaded.image.path.name
+    grid = own_grid(loaded.volume.spacing, purpose.grid_mm and purpose.grid_mm[1])
+    physical = settings.geometry == "physical"
+    if settings.new_resolution is None and grid is not None and physical:
+        log.info("%s: voxels of %g mm, which the weights were made for (--new-resolution chooses others)", name, grid)
+        settings = replace(settings, new_resolution=grid)
+    if isinstance(loaded.mask, np.ndarray) and settings.outside == AUTO and purpose.outside == ZERO and physical:
+        log.info("%s: zero outside the mask, as in what the weights were made for (--outside keep shows it all)", name)
+        settings = replace(settings, outside=ZERO)
+    return replace(settings, mask=loaded.mask)
+
+
 def _with_thickness(loaded: Loaded, settings: InferSettings) -> tuple[InferSettings, str]:
-    """The settings for one image: its mask, and the slice thickness that its header states; and who stated it."""
-    settings = replace(settings, mask=loaded.mask)
+    """The settings with the slice thickness that the image's header states; and who stated it."""
     if settings.slice_thickness != AUTO:
         return settings, "asked"
     if settings.geometry != "physical" or (settings.agree == OFF and not settings.save_residual):
@@ -301,7 +314,9 @@ def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     held += 0 if result.residual is None else result.residual.nbytes
     filtered, scaled = job.settings.largest_component or job.settings.min_size, job.settings.dtype == "input"
     labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * scaled  # bytes a voxel
-    return held + labels * result.sr.size + (loaded.volume.data.nbytes if job.settings.png else 0)
+    # The picture: the spline's coefficients and itself, which voxels lie in the scan, and differences.
+    drawn = loaded.volume.data.nbytes + 8 * loaded.volume.data.size + 10 * result.sr.size if job.settings.png else 0
+    return held + labels * result.sr.size + drawn
 
 
 def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
@@ -393,30 +408,20 @@ def _save_as_input(target: Path, result: InferResult, image: Volume, code: int) 
 
 
 def _picture(target: Path, loaded: Loaded, result: InferResult, seg: np.ndarray, threshold: float) -> None:
-    """Image, SR, and the segmentation's outline on the SR."""
-    from fastsrgan.pictures.figure import Column, planes_figure
+    """Scan, its cubic spline, SR, and the segmentation's outline on the SR."""
+    from fastsrgan.evaluate.grids import onto_grid
+    from fastsrgan.pictures.figure import result_figure
 
     sr, low = Volume(result.sr, result.affine), loaded.volume
-    columns = [
-        Column(low, "Image", f"{_millimetres(low)}\nvoxels as acquired", nearest=True),
-        Column(sr, "fastsrgan", _millimetres(sr), accent=True),
-        Column(sr, "Segmentation", f"probability above {threshold:g}", accent=True, outlines=True),
-    ]
-    footer = f"patch {result.report['patch']}, step {result.report['step']}"
-    masks = (Volume(seg, result.affine), None)
-    planes_figure(
+    spline = onto_grid(low, sr, name="the spline of the input", notes=[])
+    volumes = {"low": low, "spline": spline, "sr": sr, "seg": Volume(seg, result.affine)}
+    result_figure(
         target,
-        columns,
-        reference=sr,
-        masks=masks,
-        compared=low,
+        volumes,
+        {"spline": "of the same scan", "seg": f"probability above {threshold:g}"},
         title=loaded.image.name.encode("utf8", "replace").decode(),
-        footer=footer,
+        footer=f"patch {result.report['patch']}, step {result.report['step']}",
     )
-
-
-def _millimetres(volume: Volume) -> str:
-    return " × ".join(f"{size:.3g}" for size in volume.spacing) + " mm"
 
 
 def names(outputs: dict[str, Path]) -> dict[str, str]:

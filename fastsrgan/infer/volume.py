@@ -26,8 +26,8 @@ from fastsrgan.infer.anytime import by_levels
 from fastsrgan.infer.memory import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, MemoryPlan, TilingJob, plan_memory
 from fastsrgan.infer.modes import Together, by_ranks, by_slabs, check_result, find_region, in_memory
 from fastsrgan.infer.network import Averaged, TileNetwork, average, deviations, members
-from fastsrgan.infer.planes import Interpolated, Prepared, Whole, coarser, target_spacing
-from fastsrgan.infer.settings import InferSettings, takes_options
+from fastsrgan.infer.planes import Interpolated, Prepared, Whole, coarser, masked, target_spacing
+from fastsrgan.infer.settings import ZERO, InferSettings, takes_options
 from fastsrgan.infer.sweep import GROUP_BATCHES
 from fastsrgan.infer.values import flip_axes
 from fastsrgan.model.arithmetic import pick_precision
@@ -133,6 +133,9 @@ def process(
     data, affine = _checked(data_XYZ, affine)
     where = pick_device(str(settings.device))
     settings = replace(settings.on(str(where)), precision=pick_precision(settings.precision, where))
+    alone = settings.outside == ZERO and isinstance(settings.mask, np.ndarray)
+    if alone:
+        data = masked(data, settings.mask)
     image = _prepared(data, affine, settings, interpolate, _shifted(generator, settings.geometry))
     region, what_region = find_region(settings.mask, data, image)
     image = replace(image, region=region)
@@ -173,7 +176,7 @@ def process(
         **settings.report(),
         "new_resolution": list(image.wanted),
         "layer_forms": choices.record(),
-        "region": what_region,
+        "region": {**what_region, "outside": ZERO} if alone else what_region,
         "shape": list(sr.shape),
         "tiles": len(plan),
         "tile": list(plan.patch),

@@ -14,6 +14,7 @@ Range = tuple[float, float]
 
 MADE_FOR = "made_for"  # of a card
 FLUID = ("dark", "bright")  # than tissue
+OUTSIDE = ("zero",)
 NOT_SAID = "what they were made for is not said"
 MOST_TEXT, MOST_STRUCTURES = 120, 64
 
@@ -27,6 +28,8 @@ class Purpose:
     ages, species, view : in words; ``view`` is the field of view
     head_mm : longest side of the box around the head (or of the brain where images are stripped)
     voxel_mm : finest voxel size of a scan; slice_ratio : coarsest over finest
+    grid_mm : voxel size of the images that it learned from, where coarser scans are better taken to it
+    outside : "zero" where brains alone were seen, so that all outside a brain mask is better set to zero
     structure_ml : volume of the structure; structure_share : of the volume of all that is not air
     """
 
@@ -36,6 +39,8 @@ class Purpose:
     ages: str = ""
     species: str = ""
     view: str = ""
+    outside: str = ""
+    grid_mm: Range | None = None
     head_mm: Range | None = None
     voxel_mm: Range | None = None
     slice_ratio: Range | None = None
@@ -55,8 +60,8 @@ class Purpose:
                 found[f.name] = _range(value)
             else:
                 found[f.name] = " ".join(value.split())[:MOST_TEXT] if isinstance(value, str) else ""
-        if found["fluid"] not in FLUID:
-            found["fluid"] = ""
+        for name, allowed in (("fluid", FLUID), ("outside", OUTSIDE)):
+            found[name] = found[name] if found[name] in allowed else ""
         return cls(**found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,8 +154,9 @@ MODELS = {
             head_mm=(140, 290),  # 12 whole heads 207 to 252, brains alone 156 to 216
             voxel_mm=(0.7, 1.3),  # training: 1
             slice_ratio=(1.5, 6.5),  # training: the same
-            structure_ml=(350, 1000),  # labels of 12 heads 407 to 752
-            structure_share=(0.08, 0.55),  # of whole heads 0.106 to 0.229, of brains alone 0.286 to 0.445
+            structure_ml=(350, 1300),  # labels of 12 heads 407 to 752, of the MNI152 template 1080
+            # Labels of 12 whole heads 0.106 to 0.229, of their brains alone 0.286 to 0.445, of the template 0.572.
+            structure_share=(0.08, 0.65),
         ),
     ),
     "perinatal": ShippedModel(
@@ -162,6 +168,8 @@ MODELS = {
             ages="21 to 40 weeks of gestation",
             species="human",
             view="brain, stripped or with the head around it",
+            outside="zero",
+            grid_mm=(0.8, 0.8),
             head_mm=(50, 130),  # 12 atlas brains of 21 to 34 weeks 57 to 102; three real stacks in their masks 67 to 81
             voxel_mm=(0.5, 1.2),  # training: 0.5 to 1.1; real stacks 1.125
             slice_ratio=(2, 6.5),  # training: the same
