@@ -346,8 +346,8 @@ def test_tiles_that_wait_are_not_written_over(monkeypatch):
     draw = np.random.default_rng(1)
     for shape, patch in (((24, 20, 44), 8), ((20, 24, 40), 12), ((44, 20, 24), 8)):
         image = draw.random(shape, np.float32) * 900
-        for n, at in enumerate(range(10, shape[2] - 8, 10)):  # slabs of one value each, network tiles between
-            image[:, :, at : at + 8] = 100 * n
+        for n, at in enumerate(range(patch, shape[2] - patch, 2 * patch)):  # tiles of one value, others between
+            image[:, :, at : at + patch] = 100 * (n + 1)
         options = {"patch": patch, "step": patch, "device": "cpu", "batch": 3}
         plain = infer_volume(image, np.eye(4), generator, **options)
         done = infer_volume(image, np.eye(4), generator, **options, compile="on")
