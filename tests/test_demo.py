@@ -43,9 +43,9 @@ def test_demo_runs_and_its_figures_agree(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "make_cohort", small_cohort)
     monkeypatch.setattr(demo.weights, "default_weights", lambda: model)
     result = demo.run(tmp_path / "out", device="cpu")
-    spline, ours = result["table"]
+    spline, linear, ours = result["table"]
     written = json.loads((tmp_path / "out" / "demo.json").read_text(encoding="utf8"))
-    assert written["table"] == [spline, ours]
+    assert written["table"] == [spline, linear, ours]
     assert written["scores"]["image"]["whole"]["psnr_db"] == ours["PSNR dB"]
     assert abs(ours["PSNR dB"] - spline["PSNR dB"]) < 3  # two dozen tiny steps from the spline
     assert spline["Dice"] > 0.8

@@ -22,7 +22,7 @@ from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.volume import doubt
 from fastsrgan.volume.consistency import Observation, observation
-from fastsrgan.volume.doubt import Rule, doubt_, lacking, summary, within
+from fastsrgan.volume.doubt import Rule, doubt_, lacking, summary, variance_in_profiles
 
 SHAPE, MM = (26, 24, 8), (1.0, 1.0, 3.0)
 FINE = (26, 24, 24)
@@ -64,7 +64,7 @@ def test_what_profiles_hide_is_a_plain_variance(shape):
     """Of every voxel of the scan, by loops in float64, for one and for two thick axes."""
     mm = tuple(f / n for f, n in zip(FINE, shape, strict=True))
     d, image = seen(shape, mm=mm).down, smooth(FINE)
-    got = within(image, d)
+    got = variance_in_profiles(image, d)
     full = [np.eye(n) if m is None else m for n, m in zip(FINE, d, strict=True)]
     rng = np.random.default_rng(1)
     for place in rng.integers(0, FINE, (4, 3)):
@@ -76,7 +76,7 @@ def test_what_profiles_hide_is_a_plain_variance(shape):
             total += here * (profile * (image - mean) ** 2).sum()
             weight += here
         assert got[tuple(place)] == pytest.approx(total / weight, rel=1e-9)
-    assert np.allclose(within(np.full(FINE, 7.0), d), 0, atol=1e-12)
+    assert np.allclose(variance_in_profiles(np.full(FINE, 7.0), d), 0, atol=1e-12)
 
 
 @pytest.mark.parametrize("slab_bytes", [1 << 24, SMALL])
@@ -85,7 +85,7 @@ def test_the_rule_is_its_formula_in_float64(slab_bytes):
     variance = np.random.default_rng(2).random(FINE) * 1e-3
     made, rule = variance.copy(), Rule(1.3, 0.6, 1.7)
     told = doubt_(made, sr, scan, seen(), 2, 900.0, rule, slab_bytes)
-    w = within(sr, seen().down)
+    w = variance_in_profiles(sr, seen().down)
     typical = float(f"{w[sr > 0.1 * np.percentile(sr[::2, ::2], 99.9)].mean():.3g}")
     r, noise = (float(f"{told[key]:.3g}") for key in ("lacking", "noise"))
     expected = 1.3**2 * r**2 * typical * (w / typical) ** 0.6 + 1.7**2 * (2 / 3) * 900**2 * variance + noise**2

@@ -148,7 +148,7 @@ def _check_places(args: argparse.Namespace, inputs: list[str]) -> None:
 def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures of one pair as rows: region or segmentation, name, value; baseline and difference beside."""
     base, gain = result.get("baseline", {}), result.get("gain", {})
-    groups = [(region, ("image", region)) for region in result["image"]]
+    groups: list[tuple[str, tuple[str, ...]]] = [(region, ("image", region)) for region in result["image"]]
     groups += [("doubt", ("doubt",)), ("segmentation", ("segmentation",))]
     groups += [(name, ("structures", name)) for name in result.get("structures", {})]
     rows = []

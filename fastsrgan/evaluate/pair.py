@@ -156,8 +156,8 @@ def _overlap(
 
     Raises InputError where there is none.
     """
-    parts = {name: field_of_view(v, hr) for name, v in others.items() if v is not None}
-    parts = {name: part for name, part in parts.items() if part is not None}
+    seen = {name: field_of_view(v, hr) for name, v in others.items() if v is not None}
+    parts = {name: part for name, part in seen.items() if part is not None}
     if not parts:
         return None, ()
     part = np.logical_and.reduce(list(parts.values()))

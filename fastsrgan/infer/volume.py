@@ -177,7 +177,7 @@ def process(
         **settings.report(),
         "new_resolution": list(image.wanted),
         "layer_forms": choices.record(),
-        "region": {**what_region, "outside": ZERO} if alone else what_region,
+        "region": {**(what_region or {}), "outside": ZERO} if alone else what_region,
         "shape": list(sr.shape),
         "tiles": len(plan),
         "tile": list(plan.patch),

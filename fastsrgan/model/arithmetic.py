@@ -106,7 +106,7 @@ SLOW_CUDNN = range(90800, 91500)  # 9.8.0 up to 9.14.x, as torch.backends.cudnn.
 def slow_cudnn(version: int | None) -> str | None:
     """What is to be said of a cuDNN release in which 3-D convolutions of half precision fall back to a slow path; None
     for the others."""
-    if version not in SLOW_CUDNN:
+    if version is None or version not in SLOW_CUDNN:
         return None
     told = (
         f"cuDNN {version // 10000}.{version // 100 % 100}.{version % 100} runs 3-D convolutions in bf16 and fp16 by a "

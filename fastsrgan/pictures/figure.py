@@ -304,11 +304,11 @@ class _Page:
             else:
                 axes.plot(*points, color=colour, marker="|" if across else "_", ls="", ms=self.px(10) * 0.72, mew=0.8)
         middle, beside = float(pair.mean()), edge + 5 * inwards
-        x, y = (middle, beside) if across else (beside, middle)
+        place_x, place_y = (middle, beside) if across else (beside, middle)
         from matplotlib.patheffects import withStroke
 
         axes.text(
-            x, y, f"slice {thickness_mm:.3g} mm", color=MARK, ha="center" if across else "left",
+            place_x, place_y, f"slice {thickness_mm:.3g} mm", color=MARK, ha="center" if across else "left",
             va="bottom" if across else "center", path_effects=[withStroke(linewidth=2, foreground="#000000")],
             **self._font(22),
         )  # fmt: skip

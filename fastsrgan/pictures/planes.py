@@ -170,7 +170,7 @@ def largest_change(first: Volume, second: Volume, inside: Volume) -> tuple[float
     sums = ndimage.uniform_filter(energy, 3, mode="constant")
     if not sums.max() > 0:
         return None
-    best = np.unravel_index(int(sums.argmax()), sums.shape)
+    best = [int(i) for i in np.unravel_index(int(sums.argmax()), sums.shape)]
     cube = tuple(slice(max(b - 1, 0), b + 2) for b in best)
     centre = np.array(ndimage.center_of_mass(energy[cube])) + [c.start for c in cube]
     voxel = (centre + 0.5) * edge - 0.5

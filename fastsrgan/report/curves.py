@@ -101,7 +101,7 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
             ]
             plots.append(line_chart(f"{title}: {LINES[column]}" if column in LINES else title, lines, "update", unit))
     told = [f["summary"] or {} for f in runs]
-    keys = dict.fromkeys(k for summary in told for k, v in summary.items() if not isinstance(v, (dict, list)))
+    entries = dict.fromkeys(k for summary in told for k, v in summary.items() if not isinstance(v, (dict, list)))
     head = el("tr", el("th", ""), [el("th", name, scope="col") for name in names])
     rows = [
         el(
@@ -109,7 +109,7 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
             el("th", key.replace("_", " "), scope="row"),
             [el("td", _value(one.get(key), pointer("runs", i, "summary", key))) for i, one in enumerate(told)],
         )
-        for key in keys
+        for key in entries
     ]
     table = el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
     changed = _changed([f["config"] for f in runs], names)

@@ -136,10 +136,11 @@ def pack(
     if at_mm is not None:
         place = np.linalg.inv(images.affine) @ [*at_mm, 1.0]
         at = [int(np.clip(round(float(v)), 0, n - 1)) for v, n in zip(place, shape, strict=False)]
-    share, best = most / all_bytes, None
+    share, best, least = most / all_bytes, None, 0
     for _ in range(TRIES):
         box = _around(shape, share, at, across)
         packed = images.part(box, all_bytes=all_bytes)
+        least = packed.size
         if packed.size <= most and (best is None or packed.size > best.size):
             best = packed
         if best is not None and best.size >= FULL * most:
@@ -148,7 +149,7 @@ def pack(
             break
         share *= min(max(0.95 * most / packed.size, 0.1), 4.0)
     if best is None:
-        reason = f"{packed.size / 1e6:.1f} MB of voxels for {most / 1e6:.1f} MB"
+        reason = f"{least / 1e6:.1f} MB of voxels for {most / 1e6:.1f} MB"
         raise ResourceError("report", reason, "a larger --max-mb")
     return best
 

@@ -73,7 +73,7 @@ def lacking(scan_xyz: np.ndarray, seen: Observation, across: int, noise: float) 
         if not inside.any():
             continue
         errors += float(np.mean((part - made)[inside] ** 2, dtype=np.float64))
-        variances += float(np.mean(within(made, lows)[inside], dtype=np.float64))
+        variances += float(np.mean(variance_in_profiles(made, lows)[inside], dtype=np.float64))
         by_noise += noise**2 * float(((np.eye(n) - again) ** 2).sum()) / n
         # The noise that the interpolation keeps is a part of the variance of its values.
         kept = again @ again.T
@@ -84,7 +84,7 @@ def lacking(scan_xyz: np.ndarray, seen: Observation, across: int, noise: float) 
     return math.sqrt((errors - by_noise) / variances)
 
 
-def within(image, down):
+def variance_in_profiles(image, down):
     """W: (X, Y, Z) -> the same, the variance of an image within the profiles of a scan's voxels.
 
     down : D of each axis, (m, n) of rows that sum to 1, None for the identity; without any the result is 0. A voxel has
@@ -140,7 +140,7 @@ def doubt_(
     for _, _, here in cuts(sr_XYZ, axis, slab_bytes if free else 1 << 62):
         total = as_tensor(map_XYZ[here]) * (rule.spread**2 * share * scale**2)
         if typical > 0:
-            detail = (within(as_tensor(sr_XYZ[here]), seen.down) / typical) ** rule.power
+            detail = (variance_in_profiles(as_tensor(sr_XYZ[here]), seen.down) / typical) ** rule.power
             total += detail * ((rule.detail * r) ** 2 * typical)
         map_XYZ[here] = (total + (_rounded(noise or 0.0)) ** 2).sqrt().numpy()
     return {"noise": noise, "lacking": lack}
@@ -168,7 +168,7 @@ def _typical(sr_XYZ: np.ndarray, seen: Observation, axis: int, slab_bytes: int) 
     for _, _, here in cuts(sr_XYZ, axis, slab_bytes):
         part = as_tensor(sr_XYZ[here])
         inside = part > level
-        total += float(within(part, seen.down)[inside].double().sum())
+        total += float(variance_in_profiles(part, seen.down)[inside].double().sum())
         voxels += int(inside.sum())
     return total / max(voxels, 1)
 
