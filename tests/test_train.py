@@ -209,6 +209,7 @@ class Noting:
 
     def __init__(self) -> None:
         self.lines: list = []
+        self.told: list = []
 
     def start(self, label, total, unit):
         self.lines.append((label, total, unit))
@@ -219,11 +220,14 @@ class Noting:
     def finish(self):
         self.lines.append("finish")
 
+    def tell(self, group, text, **facts):
+        self.told.append((group, text, facts))
+
 
 def test_progress_counts_updates_and_shows_losses_wait_memory_and_time_left(store, tmp_path):
     progress = Noting()
     train(store, tmp_path / "run", CONFIG, progress=progress)
-    assert progress.lines[0] == ("epoch 1/2", 4, "updates")
+    assert progress.lines[0] == ("training epoch 1/2", 4, "updates")
     shown = [line[1] for line in progress.lines if line != "finish" and len(line) == 2]
     assert len(shown) == 8
     assert set(shown[0]) == {"rec", "W", "gp", "|G|", "|D|", "patches/s", "wait", "GB", "run"}

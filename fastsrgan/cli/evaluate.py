@@ -33,6 +33,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     example = (
         "fastsrgan evaluate --sr out/a_sr.nii.gz --hr a.nii.gz --seg out/a_seg.nii.gz --label gm.nii.gz --lr lr.nii.gz"
         "\n  fastsrgan evaluate out truth --csv scores.csv --png pictures"
+        "\n  fastsrgan evaluate --table pairs.csv --json scores.json"
     )
     p = command("evaluate", _evaluate, "compare results with the truth", example)
     p.add_argument(
@@ -42,14 +43,14 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="a folder of `infer` and one of truths: STEM_sr beside STEM or STEM_hr, STEM_label, STEM_mask",
     )
     helps = {
-        "sr": "result",
-        "hr": "truth",
+        "sr": "super-resolved image, the result",
+        "hr": "high-resolution image, the truth",
         "seg": "segmentation of the result",
         "label": "its truth",
         "mask": "region to score besides the whole image",
         "lr": "the low-resolution image: its spline and interpolated label map become the baselines",
         "baseline": "another image of the subject to compare with",
-        "baseline_seg": "another segmentation",
+        "baseline_seg": "another segmentation to compare with",
     }
     for name in PAIR:
         p.add_argument(f"--{name.replace('_', '-')}", metavar="IMAGE", help=helps[name])
@@ -57,7 +58,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--table",
         metavar="CSV",
         help="columns SR_image, HR_image, optional Seg_image, Label_image, Label_classes, Mask_image, LR_image, "
-        "Baseline_image",
+        "Baseline_image, Baseline_seg",
     )
     add_label_options(p, several=True)
     p.add_argument("--bids", action="store_true", help="the two folders are a derivatives dataset and a BIDS dataset")

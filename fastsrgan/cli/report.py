@@ -13,7 +13,11 @@ from fastsrgan.core.signals import loading
 
 def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Define the command."""
-    example = "fastsrgan report out\n  fastsrgan report out --scores evaluate.json -o out/cohort.html"
+    example = (
+        "fastsrgan report out\n"
+        "  fastsrgan report run                                               # curves and panels of a training\n"
+        "  fastsrgan report out --scores evaluate.json -o out/cohort.html"
+    )
     p = command("report", run, "one HTML file with viewer, figures and provenance; works offline", example)
     p.add_argument("path", metavar="DIR|RUN|JSON", help="folder of results, demo or training run, or one result's JSON")
     p.add_argument("-o", "--out", metavar="FILE", help="the page (report.html in that folder)")

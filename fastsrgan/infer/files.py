@@ -446,6 +446,7 @@ def _models(weights: PathLike | Sequence[PathLike] | None) -> tuple[tuple[Genera
     facts = [weight_files.info(source) for source in sources]
     models = [
         {"path": str(source), "sha256": fact["sha256"], "spec": fact["generator"]}
+        | ({} if Path(fact["file"]) == Path(source) else {"file": fact["file"]})
         for source, fact in zip(sources, facts, strict=True)
     ]
     generators = tuple(weight_files.load_generator(source) for source in sources)

@@ -9,7 +9,7 @@ and before decimation within slices, the profile's width is part of the blur, Ri
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from fastsrgan.core.draws import rng
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.observation.artefacts import draw_bias, draw_motion
 from fastsrgan.observation.slabs import Region, Source, acquire, interpolate, plan, truth
+from fastsrgan.volume.consistency import Observation
 from fastsrgan.volume.intensity import add_noise, contrast_power, each_piece, largest
 from fastsrgan.volume.resample import (
     Matrix,
@@ -42,6 +43,7 @@ class Degradation:
     low_res : one triple of mm (fixed) or two (bounds, drawn uniformly per axis)
     contrast : c, the power is uniform in [1 - c, 1 + c]
     noise : standard deviation of the noise as a fraction of the low-resolution maximum
+    noise_from : drawn uniformly from this to ``noise`` per subject and epoch; None: ``noise`` for all
     geometry : "physical" or "segsrgan"
     interp, interpolation_type : "scipy", or "sitk" and its interpolator; see ``degrade``
     bias_field : largest log amplitude of a smooth multiplicative field
@@ -66,6 +68,7 @@ class Degradation:
     block_bytes: int | None = None
     gap: float = 0.0
     profile_box: float = 0.0
+    noise_from: float | None = None
 
     def __post_init__(self) -> None:
         check_geometry(self.geometry)
@@ -74,7 +77,7 @@ class Degradation:
             raise UsageError(
                 "new_low_res", f"{self.low_res} is not allowed", "one or two triples of positive millimetres"
             )
-        if not 0 <= self.contrast < 1 or not 0 <= self.noise < 1:
+        if not 0 <= self.contrast < 1 or not 0 <= (self.noise_from or 0) <= self.noise < 1:
             raise UsageError("degradation", f"contrast {self.contrast}, noise {self.noise}", "both in [0, 1)")
         for name in ("bias_field", "profile", "motion", "gap"):
             relative = name in ("profile", "gap")
@@ -91,7 +94,11 @@ class Degradation:
         low, high = np.asarray(self.low_res[0]), np.asarray(self.low_res[-1])
         resolution = low + (high - low) * rng(seed, epoch, subject, "resolution").random(3)
         power = 1 + self.contrast * (2 * rng(seed, epoch, subject, "contrast").random() - 1)
-        return self._drawn(resolution, power, (seed, epoch, subject, "noise"))
+        drawn = self._drawn(resolution, power, (seed, epoch, subject, "noise"))
+        if self.noise_from is None:
+            return drawn
+        part = rng(seed, epoch, subject, "noise level").random()
+        return replace(drawn, noise=self.noise_from + (self.noise - self.noise_from) * part)
 
     def apply(
         self,
@@ -125,6 +132,22 @@ class Degradation:
             block_bytes=self.block_bytes,
             region=region,
         )
+
+    def seen(
+        self,
+        shape: tuple[int, ...],
+        spacing_mm: tuple[float, float, float],
+        draw: Draw,
+        low_res_mm: tuple[float, float, float],
+    ) -> Observation | None:
+        """How the scan of ``apply`` sees the image, motion and bias field aside; None in "segsrgan" geometry."""
+        if self.geometry != "physical":
+            return None
+        across = slice_axis(low_res_mm)
+        thickness = slice_width((1 - draw.gap) * max(draw.low_res), low_res_mm[across])
+        widths = [draw.width * (thickness if axis == across else 1.0) for axis in range(3)]
+        down = _down(shape, spacing_mm, low_res_mm, self.geometry, [], widths, check_profile(draw.box, self.geometry))
+        return Observation(tuple(down))  # type: ignore[arg-type]
 
     def linspace(self, index: int, count: int) -> Draw:
         """The deterministic parameters of test subject ``index`` of ``count``: evenly spaced, as in the original."""
@@ -224,13 +247,13 @@ def degrade(
     geometry : "physical", or "segsrgan" for the original's numbers (crops to a multiple of the ratio)
     interp : "scipy" (cubic spline), or "sitk" in "segsrgan" geometry: ratios rounded, every k-th voxel kept, and
         SimpleITK's Expand with the interpolator ``interpolation_type`` (``resample_sitk.INTERPOLATORS``)
-    bias_field : largest log amplitude of a smooth field on the image, before all else (extras.py)
+    bias_field : largest log amplitude of a smooth field on the image, before all else (artefacts.py)
     rician : the noise of magnitude images instead of Gaussian noise
     width : full width at half maximum of the slice profile over the low-resolution voxel size, on every axis
     thickness_mm : of the slices, where it is not their spacing (gaps, or slices that overlap): the profile's width
         across the slices, the axis of the largest ``low_res_mm``, before it is multiplied by ``width``
     profile : "gaussian", "box", or the share of the box in a blend of both
-    motion : standard deviation in mm and degrees of the head's motion in the plane of each slice (extras.py)
+    motion : standard deviation in mm and degrees of the head's motion in the plane of each slice (artefacts.py)
     block_bytes : working memory, besides the image and the results, above which slabs are used; None: one slab
     region : slices of the high-resolution grid: ``interpolated`` and ``hr`` are made there alone. The low-resolution
         image is always whole, and the results are those of the whole volume to float32's rounding.

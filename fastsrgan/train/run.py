@@ -29,7 +29,7 @@ from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError, UsageError, out_of_memory
 from fastsrgan.model import checkpoint
 from fastsrgan.model.cpu import forms
-from fastsrgan.model.weights import read_spec
+from fastsrgan.model.weights import BEST, read_spec
 from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.slice_axis import Axes, choose_axes, describe
 from fastsrgan.observation.synthesis import Synthesis
@@ -262,6 +262,7 @@ def prepare(
         motion=c.motion,
         gap=c.gap,
         profile_box=c.profile_box,
+        noise_from=c.noise_from,
         block_bytes=None if c.block_memory is None else int(c.block_memory * 1e9),
     )
     rule = PatchRule(c.patch_size, c.stride, c.image_cropping_method == "overlapping_with_mask")
@@ -433,9 +434,11 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
         "first_wait_seconds": round(run.feed.first_wait, 3),
         "best": at.best,
         "best_by": c.best_by,
-        "best_dice": at.best if c.best_by == "dice" else None,
+        "best_epoch": at.best_epoch,
+        "best_dice": at.best_dice,
         "ended_early": run.ended_early,
-        "weights": str(run.folder / "model.safetensors"),
+        "weights": str(run.folder / checkpoint.MODEL),
+        "best_weights": None if at.best is None else str(run.folder / BEST),
         "left_out": left_out,
         "data_warnings": data_warnings(run.store),
         "batch_size": c.batch_size,

@@ -153,7 +153,7 @@ def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
     if unused:
         log.warning("settings that act only where a run begins, and not in this one: %s", ", ".join(unused))
     if then.best_by != now.best_by:
-        at.best, at.stale = None, 0
+        at.best, at.best_epoch, at.best_dice, at.stale = None, None, None, 0
     moved = [k for k, resume in changed.items() if resume == settings.ANEW]
     moved += ["data"] if data != data_identity(run.store) else []
     if moved:

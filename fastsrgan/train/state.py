@@ -17,6 +17,7 @@ from fastsrgan.store.reader import Store
 from fastsrgan.train.gan import Models
 from fastsrgan.train.logs import Board, RunLog
 from fastsrgan.train.optimise import share
+from fastsrgan.train.validate import Known
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Position:
 
     steps : steps of that group, 0 before it began
     updates : generator updates done; of them ``epoch_updates`` in the groups of this epoch before this one
-    best : best validation score so far, ``stale`` validations ago
+    best : best validation score so far, of ``best_epoch``, ``stale`` validations ago; its ``best_dice`` too
     resident : subjects of a rank in memory at once: chosen by the memory that was free at the start, kept when the run
         is resumed, since another number would deal the subjects anew
     world : ranks that the subjects were dealt to
@@ -39,6 +40,8 @@ class Position:
     updates: int = 0
     epoch_updates: int = 0
     best: float | None = None
+    best_epoch: int | None = None
+    best_dice: float | None = None
     stale: int = 0
     resident: int | None = None
     world: int = 1
@@ -73,6 +76,8 @@ class Run:
     log, board, progress : of rank 0 alone
     bad : updates in a row that were not finite
     ended_early : the epoch after which ``patience`` ended the run
+    baselines : what is compared with on the Test subjects, the same in every epoch
+    scores : of the validation before
     """
 
     folder: Path
@@ -91,6 +96,8 @@ class Run:
     snapshot_folder: Path | None = None
     bad: int = 0
     ended_early: int | None = None
+    baselines: Known = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
     began_at: float = 0.0
 
