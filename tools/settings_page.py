@@ -19,7 +19,7 @@ Made by `python tools/settings_page.py` from the rows of `fastsrgan/config.py`; 
 date.
 
 `fastsrgan train --config FILE.yaml` reads a mapping of these settings; options on the command line win over it, and
-`preset: paper` or `--preset paper` changes defaults. The settings of a run are kept in `RUN/config.yaml` and in every
+`preset: paper` or `recommended`, or the option `--preset`, changes defaults. The settings of a run are kept in `RUN/config.yaml` and in every
 snapshot. Unknown keys, wrong types and values that are not allowed are refused. `none` is `null` in a file, or no line
 at all. Names of options take `-` and `_` alike.
 

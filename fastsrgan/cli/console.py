@@ -35,12 +35,15 @@ def boolean(text: str) -> bool:
     return known[text.lower()]
 
 
-def add_label_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """``--label-classes`` and ``--label-names``, alike wherever a label enters."""
+def add_label_options(parser: argparse.ArgumentParser, several: str = "", *names: str) -> None:
+    """``--label-classes``, also under other names, and ``--label-names``, alike wherever a label enters.
+
+    several : what is done with more than one structure, where they are taken
+    """
     text = "which values of a label map are the structure: 3,42 or names of a lookup table"
     more: dict[str, Any] = {"nargs": "+"} if several else {}
-    text += "; several, as cortex=3,42 white=2,41, are scored one by one" if several else ""
-    parser.add_argument("--label-classes", metavar="VALUES", help=text, **more)
+    text += f"; several, as cortex=3,42 white=2,41, {several}" if several else ""
+    parser.add_argument("--label-classes", *names, metavar="VALUES", help=text, **more)
     parser.add_argument(
         "--label-names",
         metavar="FILE",

@@ -60,7 +60,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="columns SR_image, HR_image, optional Seg_image, Label_image, Label_classes, Mask_image, LR_image, "
         "Baseline_image, Baseline_seg",
     )
-    add_label_options(p, several=True)
+    add_label_options(p, "are scored one by one")
     p.add_argument("--bids", action="store_true", help="the two folders are a derivatives dataset and a BIDS dataset")
     p.add_argument(
         "--csv", metavar="FILE", help="one line per subject, then mean, sd and n; an earlier one is replaced"

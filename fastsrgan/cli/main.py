@@ -89,6 +89,7 @@ def build_parser() -> Parser:
         "a CSV of images and labels -> a chunked Zarr store",
         "fastsrgan convert cohort.csv cohort.zarr\n"
         "  fastsrgan convert cohort.csv cohort.zarr --label 3,42              # two values of a map are the structure\n"
+        "  fastsrgan convert cohort.csv cohort.zarr --label cortex=3,42 white=2,41  # two structures\n"
         "  fastsrgan convert cohort.csv cohort.zarr --resume                  # after new rows, or a stop",
     )
     p.add_argument(
@@ -106,7 +107,7 @@ def build_parser() -> Parser:
         help="stored type of images; auto: integers as they are, other numbers as float32 (auto)",
     )
     p.add_argument("--base-path", metavar="DIR", help="prefix of the paths in the CSV")
-    add_label_options(p)
+    add_label_options(p, "are classes of their own, for `train --fit-mask True`; the first is the label", "--label")
     p.add_argument("--resume", action="store_true", help="keep what is finished and unchanged")
     p.add_argument("--overwrite", action="store_true", help="begin anew")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.add_argument(
         "--strict", action="store_true", help="stop at a subject that cannot be read instead of leaving it out"
     )
-    add_label_options(p)
+    add_label_options(p, "are learned together, with a Dice each", "--label")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
     for group in (settings.BASIC, settings.ADVANCED):
@@ -120,6 +121,8 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
     values |= {name: getattr(args, name) for name in settings.SETTINGS if getattr(args, name) is not None}
     if args.interp == "sitk" and "geometry" not in values:
         values["geometry"] = "segsrgan"
+    if args.label_classes and len(args.label_classes) > 1:
+        values.setdefault("fit_mask", True)
     if args.weights and not args.resume:
         values |= network_of(args.weights, values)
     given = bool(values.get("new_low_res"))
@@ -245,16 +248,17 @@ def convert_table(table: str, args: argparse.Namespace, progress: Progress) -> s
 
 
 def files_named(
-    table: str, base_path: str | None, label_classes: str | None = None, label_names: str | None = None
+    table: str, base_path: str | None, label_classes: Sequence[str] | None = None, label_names: str | None = None
 ) -> set[frozenset[str]]:
     """Split, files and label classes of each row of a table."""
-    from fastsrgan.io.labels import structure
+    from fastsrgan.io.labels import choices, structures
     from fastsrgan.io.tables import read_table
 
     found = set()
     for row in read_table(table, base_path=base_path):
-        chosen = row.classes or label_classes
-        classes = sorted(structure(chosen, row.label, label_names).values) if chosen and row.label else None
+        chosen = structures(choices(row.classes, label_classes), row.label, label_names) if row.label else []
+        classes: Any = [[one.name, sorted(one.values)] for one in chosen]
+        classes = classes if len(chosen) > 1 else classes[0][1] if chosen else None
         files = (str(path) for path in (row.image, row.label, row.mask, row.tissues) if path)
         found.add(frozenset([row.base, f"classes {classes}", *files]))
     return found
@@ -266,7 +270,7 @@ def files_in(store: Path) -> set[frozenset[str]]:
 
     subjects = open_store(store).subjects
     return {
-        frozenset([s.split, f"classes {s.attrs.get('label_classes')}"])
+        frozenset([s.split, f"classes {s.attrs.get('structures') or s.attrs.get('label_classes')}"])
         | {file["path"] for file in s.attrs.get("source", {}).values()}
         for s in subjects
     }

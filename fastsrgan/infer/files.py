@@ -447,6 +447,7 @@ def _models(weights: PathLike | Sequence[PathLike] | None) -> tuple[tuple[Genera
     models = [
         {"path": str(source), "sha256": fact["sha256"], "spec": fact["generator"]}
         | ({} if Path(fact["file"]) == Path(source) else {"file": fact["file"]})
+        | ({"structures": found} if (found := (fact["card"] or {}).get("structures")) else {})
         for source, fact in zip(sources, facts, strict=True)
     ]
     generators = tuple(weight_files.load_generator(source) for source in sources)
@@ -456,6 +457,8 @@ def _models(weights: PathLike | Sequence[PathLike] | None) -> tuple[tuple[Genera
         raise ModelError("weights", reason, "name models of the same classes")
     if len(models) == 1:
         return generators, models[0]
+    if any(one.get("structures") != models[0].get("structures") for one in models):
+        raise ModelError("weights", "of other structures cannot be averaged", "name models of the same structures")
     together = hashlib.sha256("".join(one["sha256"] for one in models).encode()).hexdigest()
     return generators, {"sha256": together, "averaged": models}
 

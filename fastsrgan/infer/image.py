@@ -194,7 +194,7 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))
     if "mask" in outputs:
-        arrays["mask"] = result.prob[1:].argmax(axis=0).astype(np.uint8)
+        arrays["mask"] = mask_values(job.model)[result.prob[1:].argmax(axis=0)]
     changed = settings.changed("segmentation")
     more: dict[str, Any] = {"segmentation": changed | filtered} if changed else {}
     if settings.dtype == "input":
@@ -237,6 +237,18 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
     }
     write_json(outputs["json"], record)
     return record
+
+
+def mask_values(model: dict[str, Any]) -> np.ndarray:
+    """The value of each class in the mask image: for structures of a label map the first that they have there.
+
+    ``evaluate --label-classes cortex=3,42`` then means the same in the mask and in the label map.
+    """
+    known = model.get("structures") or (model.get("averaged") or [{}])[0].get("structures")
+    if not known:
+        return np.arange(256, dtype=np.uint8)
+    values = np.array([0, *(min(one["values"]) for one in known)])
+    return values.astype(np.uint8 if values.max() < 256 else np.uint16)
 
 
 def _save_as_input(target: Path, result: InferResult, image: Volume, code: int) -> dict[str, Any]:

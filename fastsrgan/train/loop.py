@@ -239,6 +239,7 @@ def end_epoch(run: Run, epoch: int, stop: StopRequest) -> bool:
     try:
         if run.test and epoch % c.validate_every == 0:
             options = {"batch_size": c.batch_size, "mask_classes": run.mask_classes, "known": run.baselines}
+            options["structures"] = [name for name, _ in run.structures]
             scores = validate(generator, run.feed, run.test, **options, ranks=run.ranks, stopped=asked)
         if run.test and c.whole_every and epoch % c.whole_every == 0:
             scores |= validate_whole(generator, run.feed, run.test, ranks=run.ranks, stopped=asked)
@@ -288,9 +289,9 @@ def judge(run: Run, epoch: int, scores: dict[str, float]) -> None:
 
 
 def mean_dice(scores: dict[str, float]) -> float | None:
-    """Mean Dice of the structures; the classes of a mask head do not count."""
-    values = [v for k, v in scores.items() if k.startswith("Dice") and not k.startswith("Dice_mask")]
-    return float(np.mean(values)) if values else None
+    """Mean Dice of several structures, or that of the label; the classes of a Mask_image do not count."""
+    named = [v for k, v in scores.items() if k.startswith("Dice_") and not k.startswith(("Dice_mask", "Dice_label"))]
+    return float(np.mean(named)) if named else scores.get("Dice", scores.get("Dice_label_1"))
 
 
 def score(scores: dict[str, float], best_by: str) -> float | None:

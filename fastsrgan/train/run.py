@@ -24,7 +24,7 @@ from fastsrgan.core.ranks import Ranks, from_environment, local_device
 from fastsrgan.core.signals import StopRequest
 from fastsrgan.core.system import pick_device, provenance
 from fastsrgan.data.feed import Feed, PatchRule, resident_limit
-from fastsrgan.data.settings_check import data_warnings, refuse_faults, small_subjects
+from fastsrgan.data.settings_check import data_warnings, refuse_faults, small_subjects, structures
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError, UsageError, out_of_memory
 from fastsrgan.model import checkpoint
@@ -244,7 +244,14 @@ def prepare(
         raise InputError(store.url, "has no Train subjects", "give rows with Base = Train to `fastsrgan convert`")
     axes = slice_axes(store, config)
     refuse_faults(store, config, axes)
-    mask_classes = count_mask_classes(store, names["Train"]) if config.fit_mask else 0
+    found = structures(store)
+    if found and not config.fit_mask:
+        log.warning(
+            "of %s %s alone is learned: --fit-mask True learns each", ", ".join(n for n, _ in found), found[0][0]
+        )
+    mask_classes = 0
+    if config.fit_mask:
+        mask_classes = len(found) + 1 if found else count_mask_classes(store, names["Train"])
     if config.auto_batch:
         config = with_fitting_batch(folder, config, mask_classes, device, ranks, resume)
     refuse_hopeless(config, mask_classes, device, ranks)
@@ -284,7 +291,18 @@ def prepare(
     )
     models = Models(c, mask_classes, device, ranks, kept_precision)
     need_space(folder, snapshot_bytes(models) * 2)  # one that stands and one that is written
-    return Run(folder, c, store, models, feed, names["Train"], names["Test"], mask_classes, ranks=ranks)
+    return Run(
+        folder,
+        c,
+        store,
+        models,
+        feed,
+        names["Train"],
+        names["Test"],
+        mask_classes,
+        found if config.fit_mask else [],
+        ranks=ranks,
+    )
 
 
 def visits(config: TrainConfig) -> Visits:

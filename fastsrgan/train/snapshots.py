@@ -37,7 +37,7 @@ def save(run: Run) -> None:
     state = {"models": m.state(), "position": dict(vars(at)), "data": data_identity(run.store)}
     writers = {
         checkpoint.MODEL: lambda p: modelfile.write(
-            p, m.generator, m.critic, ema=m.average, card={"updates": at.updates}
+            p, m.generator, m.critic, ema=m.average, card={"updates": at.updates, **said_structures(run)}
         ),
         "state.pt": lambda p: p.write_bytes(packed(state)),
         "config.yaml": lambda p: p.write_text(run.config.to_yaml(), encoding="utf8"),
@@ -189,8 +189,19 @@ def redeal(run: Run, at: Position) -> None:
 def write_weights(run: Run, path: Path, facts: dict[str, Any]) -> None:
     """The weights for use, with the facts a reader of the file wants."""
     if run.first:
-        card = {**facts, "updates": run.position.updates, "config": run.config.to_dict(), **provenance()}
+        card = {
+            **facts,
+            **said_structures(run),
+            "updates": run.position.updates,
+            "config": run.config.to_dict(),
+            **provenance(),
+        }
         weights.save_generator(path, run.models.shipped(), run.models.critic, card=card)
+
+
+def said_structures(run: Run) -> dict[str, Any]:
+    """What the weights say of the classes of their mask head."""
+    return {"structures": [{"name": n, "values": v} for n, v in run.structures]} if run.structures else {}
 
 
 def export(run: Run, epoch: int) -> None:

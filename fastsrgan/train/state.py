@@ -73,6 +73,7 @@ class Run:
     """One call of ``train``: everything the loop hands around.
 
     batch : patches per update of this rank
+    structures : name and label values of the mask's classes from 1 on, where they are structures of a label map
     log, board, progress : of rank 0 alone
     bad : updates in a row that were not finite
     ended_early : the epoch after which ``patience`` ended the run
@@ -88,6 +89,7 @@ class Run:
     train: list[str]
     test: list[str]
     mask_classes: int
+    structures: list[tuple[str, list[int]]] = field(default_factory=list)
     progress: Progress = QUIET
     log: RunLog | None = None
     ranks: Ranks = ALONE

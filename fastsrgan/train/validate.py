@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -65,6 +65,7 @@ def validate(
     ranks: Ranks = ALONE,
     stopped: Callable[[], bool] = never,
     known: Known | None = None,
+    structures: Sequence[str] = (),
 ) -> dict[str, float]:
     """Patch-wise scores on the Test subjects (paper figure 6).
 
@@ -74,8 +75,9 @@ def validate(
     ``PSNR_linear``, ``SSIM_linear``: of the network's input and of the best linear estimate (``best_linear``) on the
     same patches, clipped alike; they are those of every epoch and kept in ``known``. ``Seg_share``, ``Label_share``:
     parts of the patches' voxels that are segmented, and that the label holds. With a mask head, the Dice of each mask
-    class also. Empty without subjects. ``stopped`` is asked by all ranks together, before each turn of one subject per
-    rank; Stopped is raised when true.
+    class also, named by ``structures`` from class 1 on where they are structures of a label map. Empty without
+    subjects. ``stopped`` is asked by all ranks together, before each turn of one subject per rank; Stopped is raised
+    when true.
     """
     channels = 2 + mask_classes
     known = {} if known is None else known
@@ -103,7 +105,9 @@ def validate(
         return {}
     squared, voxels, *rest = values[3 + 3 * len(BASELINES) :]
     dices = [2 * both / max(a + b, 1) for both, a, b in zip(rest[::3], rest[1::3], rest[2::3], strict=True)]
-    names = ["Dice"] if len(dices) == 1 else ["Dice_label_1", *(f"Dice_mask{i}" for i in range(len(dices) - 1))]
+    names = ["Dice"] if len(dices) == 1 or structures else ["Dice_label_1"]
+    names += ["Dice_mask0", *(f"Dice_{name}" for name in structures)] if structures else []
+    names += [] if structures else [f"Dice_mask{i}" for i in range(len(dices) - 1)]
     scores = {**dict(zip(names, dices, strict=True)), "MSE": squared / voxels}
     for i, ending in enumerate(("", *(f"_{name}" for name in BASELINES))):
         level, similar, count = values[3 * i : 3 * i + 3]
