@@ -147,9 +147,11 @@ def test_when_no_subject_can_be_read_training_ends_with_an_error(store, tmp_path
 
 
 def scripted(monkeypatch, scores: list[float]) -> list[str]:
-    """Validations that give these Dice and PSNR in turn; returns the names of the weights files written."""
+    """Validations that give these Dice, PSNR and MSE in turn; returns the names of the weights files written."""
     told, written, write = iter(scores), [], loop.write_weights
-    monkeypatch.setattr(loop, "validate", lambda *a, **k: dict(zip(("Dice", "PSNR", "MSE"), next(told), strict=True)))
+    others = {"PSNR_spline": 26.0, "SSIM": 0.9, "Seg_share": 0.1, "Label_share": 0.1}
+    names = ("Dice", "PSNR", "MSE")
+    monkeypatch.setattr(loop, "validate", lambda *a, **k: dict(zip(names, next(told), strict=True)) | others)
     monkeypatch.setattr(
         loop, "write_weights", lambda run, path, facts: (written.append(path.name), write(run, path, facts))
     )
@@ -160,7 +162,7 @@ def test_patience_ends_a_run_behind_the_best_epoch(store, tmp_path, monkeypatch,
     caplog.set_level(logging.INFO, "fastsrgan")
     dice = [0.1, 0.4, 0.3, 0.4, 0.2, 0.9]
     scripted(monkeypatch, [(d, 20 - d, 1.0) for d in dice])
-    config = CONFIG.replace(epochs=6, patience=3, steps_per_epoch=1, snapshot=4, critic_iterations=1)
+    config = CONFIG.replace(best_by="dice", epochs=6, patience=3, steps_per_epoch=1, snapshot=4, critic_iterations=1)
     result = train(store, tmp_path / "run", config)
     assert result["ended_early"] == 5 and result["updates"] == 5 and result["best"] == 0.4
     assert result["exit_code"] == 0 and checkpoint.newest(tmp_path / "run").name == "step-00000005"
@@ -172,7 +174,7 @@ def test_patience_ends_a_run_behind_the_best_epoch(store, tmp_path, monkeypatch,
 
 
 def test_best_by_chooses_the_score_that_counts(store, tmp_path, monkeypatch):
-    for best_by, epoch in (("dice", 2), ("psnr", 1)):
+    for best_by, epoch in (("dice", 2), ("psnr", 1), ("both", 1)):
         scripted(monkeypatch, [(0.1, 30.0, 1.0), (0.2, 20.0, 1.0)])
         config = CONFIG.replace(best_by=best_by, steps_per_epoch=1, critic_iterations=1)
         train(store, tmp_path / best_by, config)
