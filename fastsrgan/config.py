@@ -4,7 +4,7 @@ A row holds all that is known of a setting. Made from it are its field, its chec
 its line in docs/config.md (``python tools/settings_page.py``), its part of ``PRESETS`` and what a resumed run does with
 another value. A new setting is a row here and the place where it acts.
 
-Defaults are those of the original's code; ``PRESETS`` holds the paper's where they differ.
+Defaults are those of the original's code; ``PRESETS`` holds the paper's where they differ, and those of a recipe.
 """
 
 from __future__ import annotations

@@ -140,6 +140,12 @@ def test_the_line_of_a_validation_fits_80_columns():
     assert len(line) <= 80
 
 
+def test_the_line_of_whole_volumes_names_whose_figures_they_are():
+    scores = {"whole_PSNR": 31.21, "spline_PSNR": 30.0, "linear_PSNR": 30.5, "whole_Dice": 0.7, "spline_Dice": 0.61}
+    told = "epoch 3, whole volumes PSNR 31.21 (spline 30, linear 30.5) Dice 0.7 (spline 0.61)"
+    assert loop.whole_line(3, scores) == told
+
+
 def test_the_panel_s_patch_has_structure_in_its_middle_planes(store):
     feed = make_feed(store)
     subject = feed.store.subjects[0].id

@@ -34,6 +34,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser(
         "train",
         help="train a generator and critic",
+        description="train a generator and critic on a store or table; what a run writes and says: docs/training.md",
         usage="%(prog)s STORE|CSV -o RUN -n X Y Z [-n X Y Z] [options]",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -297,15 +297,16 @@ def mean_dice(scores: dict[str, float]) -> float | None:
 def score(scores: dict[str, float], best_by: str) -> float | None:
     """The number that chooses the best weights; None without a validation.
 
-    "both": Dice plus the part of the spline's squared error that is gone, 1 - 10^(-gain / 10 dB). Each is at most 1, so
-    an empty segmentation loses by the Dice it gives up, and an image no better than the spline by what others gain.
+    "both": Dice plus the part of the spline's squared error that is gone, 1 - 10^(-gain / 10 dB), from -1 up to 1. An
+    empty segmentation loses by the Dice it gives up, and an image no better than the spline by what others gain.
     """
     dice = mean_dice(scores)
     if dice is None:
         return None
     if best_by == "dice":
         return dice
-    return scores["PSNR"] if best_by == "psnr" else dice + 1 - 10 ** ((scores["PSNR_spline"] - scores["PSNR"]) / 10)
+    gone = 1 - 10 ** ((scores["PSNR_spline"] - scores["PSNR"]) / 10)
+    return scores["PSNR"] if best_by == "psnr" else dice + max(gone, -1.0)
 
 
 def validation_line(epoch: int, scores: dict[str, float], best: int) -> str:

@@ -17,7 +17,6 @@ from fastsrgan.store.reader import Store
 from fastsrgan.train.gan import Models
 from fastsrgan.train.logs import Board, RunLog
 from fastsrgan.train.optimise import share
-from fastsrgan.train.validate import Known
 
 
 @dataclass
@@ -98,7 +97,7 @@ class Run:
     snapshot_folder: Path | None = None
     bad: int = 0
     ended_early: int | None = None
-    baselines: Known = field(default_factory=dict)
+    baselines: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
     began_at: float = 0.0
