@@ -79,7 +79,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     own.add_argument(
         "--precision",
         default="fp32",
-        choices=("auto", "fp32", "bf16", "fp16"),
+        choices=CHOICES["precision"],
         help="arithmetic of the networks (fp32)",
     )
     own.add_argument("--overwrite", action="store_true", help="make anew what is there")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastsrgan.cli.console import add_checkpoint_option, add_label_options, chosen_weights, print_json, table
+from fastsrgan.config import CHOICES
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
@@ -72,7 +73,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument(
         "--precision",
         default="auto",
-        choices=("auto", "fp32", "bf16", "fp16"),
+        choices=CHOICES["precision"],
         help="arithmetic of the networks; auto: fp16 on CUDA, fp32 on a CPU (auto)",
     )
     p.add_argument("--seed", type=int, default=0, help="of the noise and the synthetic subjects (0)")

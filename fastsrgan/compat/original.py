@@ -1,4 +1,4 @@
-"""The original's Python function with its own arguments, numbers and files (SEGSRGAN.md section 5).
+"""The original's Python function with its own arguments, numbers and files.
 
 ``from fastsrgan.compat import segmentation`` takes the place of the original's import. Nothing here, nor anything that
 the package imports, looks for the network.

@@ -20,9 +20,10 @@ from fastsrgan.convert import convert
 from fastsrgan.core.files import output_folder, write_json
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.system import peak_memory, pick_device, provenance, tune_allocator
-from fastsrgan.demo.template import Subject, Triple, make_cohort, whole_slices
+from fastsrgan.demo.template import TemplateSubject, Triple, make_cohort, whole_slices
 from fastsrgan.errors import UsageError, times
-from fastsrgan.evaluate.pair import evaluate_pair
+from fastsrgan.evaluate.figures import captions, columns
+from fastsrgan.evaluate.pair import evaluate_pair, flat
 from fastsrgan.infer.files import infer_files
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
@@ -118,7 +119,7 @@ class Stages:
 
 def restore(
     folder: Path,
-    test: Subject,
+    test: TemplateSubject,
     trained: str,
     low_res_mm: Triple,
     device: str,
@@ -191,15 +192,9 @@ def brain(hr: Volume) -> Volume:
 
 def row(name: str, scores: dict[str, Any]) -> dict[str, Any]:
     """One line of the demo's table."""
-    image, seg = scores["image"], scores["segmentation"]
-    return {
-        "method": name,
-        "PSNR dB": image["whole"]["psnr_db"],
-        "PSNR brain dB": image["mask"]["psnr_db"],
-        "SSIM": image["whole"]["ssim"],
-        "Dice": seg["dice"],
-        "components": seg["components"],
-    }
+    numbers = flat(scores)
+    shown = {c.heading.replace("mask", "brain"): numbers[c.path] for c in columns().values() if c.figure.headline}
+    return {"method": name} | shown
 
 
 def draw(
@@ -225,7 +220,7 @@ def draw(
         truth=hr,
         seg=seg,
         label=label,
-        scores=scores,
+        captions=captions(scores),
         title=title,
         footer=footer,
     )

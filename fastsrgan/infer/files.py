@@ -31,7 +31,7 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, LostRank, Ranks
 from fastsrgan.core.system import free_memory, pick_device
 from fastsrgan.errors import FastsrganError, ModelError, PartialFailure, ResourceError, UsageError
-from fastsrgan.infer.image import Job, Loaded, bytes_while_writing, compute, load, names, write
+from fastsrgan.infer.image import ImageJob, Loaded, bytes_while_writing, compute, load, names, write
 from fastsrgan.infer.memory import SHARE
 from fastsrgan.infer.modes import Together
 from fastsrgan.infer.planes import Unfinished, target_spacing
@@ -108,7 +108,7 @@ class Cohort:
     lost : whether a rank died
     """
 
-    def __init__(self, job: Job, images: Sequence[Image], ranks: Ranks = ALONE) -> None:
+    def __init__(self, job: ImageJob, images: Sequence[Image], ranks: Ranks = ALONE) -> None:
         self.job, self.images, self.ranks = job, images, ranks
         self.deal = Deal(images, ranks)
         self.items: dict[int, Item] = {}
@@ -246,7 +246,7 @@ class _Neighbours:
             log.info("no room for the next image beside this one: it is read afterwards")
 
 
-def together(job: Job, images: Sequence[Image], ranks: Ranks) -> list[Item]:
+def together(job: ImageJob, images: Sequence[Image], ranks: Ranks) -> list[Item]:
     """The images one after the other, each over all ranks (``modes``); rank 0 writes."""
     items: list[Item] = []
     began = time.perf_counter()
@@ -310,7 +310,7 @@ def lasting(seconds: float) -> str:
 PACKED = 0.125  # bytes that gzip leaves of a label; of measured numbers, as SR and probabilities are, nothing is saved
 
 
-def need_room(listed: Sequence[Image], job: Job) -> None:
+def need_room(listed: Sequence[Image], job: ImageJob) -> None:
     """Refuse to begin what the disk of the output folder cannot hold; raises ResourceError.
 
     Images that a resumed call will find finished are not counted.
@@ -319,7 +319,7 @@ def need_room(listed: Sequence[Image], job: Job) -> None:
     need_space(job.out, sum(bytes_of(image, job) for image in todo))
 
 
-def bytes_of(image: Image, job: Job) -> int:
+def bytes_of(image: Image, job: ImageJob) -> int:
     """Of the results of one image, at most; 0 where only reading it tells what is wrong with it."""
     try:
         if dicom.is_dicom(image.path):
@@ -403,7 +403,7 @@ def infer_files(
     generators, model = _models(weights)
     if settings.max_memory is None and ranks.local_world > 1:
         settings = replace(settings, max_memory=int(SHARE * free_memory() / ranks.local_world))
-    job = Job(out, generators, model, settings, system.provenance(), progress, resume)
+    job = ImageJob(out, generators, model, settings, system.provenance(), progress, resume)
     _check_outputs(listed, job, overwrite or resume)
     if ranks.rank == 0:
         need_room(listed, job)
@@ -463,7 +463,7 @@ def _models(weights: PathLike | Sequence[PathLike] | None) -> tuple[tuple[Genera
     return generators, {"sha256": together, "averaged": models}
 
 
-def _alone(image: Image, job: Job) -> dict[str, Any]:
+def _alone(image: Image, job: ImageJob) -> dict[str, Any]:
     """The only image: its errors are the call's."""
     item = {"input": str(image.path), "stem": image.name}
     loaded = load(image, job)
@@ -473,7 +473,7 @@ def _alone(image: Image, job: Job) -> dict[str, Any]:
     return item | {"status": "done"} | {key: record[key] for key in ("outputs", "seconds", "warnings")}
 
 
-def _check_outputs(listed: Sequence[Image], job: Job, replace: bool) -> None:
+def _check_outputs(listed: Sequence[Image], job: ImageJob, replace: bool) -> None:
     """Before any work: folders are there, nothing that exists is written over unasked, and no input ever."""
     inputs = {os.path.realpath(image.path) for image in listed}
     inputs |= {os.path.realpath(mask) for mask in [job.settings.mask] if mask not in (None, HEAD)}

@@ -35,7 +35,7 @@ LONGEST_NAME = 255  # bytes that the file systems in use allow
 
 
 @dataclass(frozen=True)
-class Job:
+class ImageJob:
     """What holds for every volume of one call.
 
     model : of the record
@@ -85,7 +85,7 @@ class Loaded:
     result: InferResult | None = field(default=None, repr=False)
 
 
-def load(image: Image, job: Job) -> Loaded | None:
+def load(image: Image, job: ImageJob) -> Loaded | None:
     """The first stage; None for an image that was finished before, where that is asked for.
 
     Raises as ``any_image.load_any``; UsageError for results that were made otherwise.
@@ -110,7 +110,7 @@ def load(image: Image, job: Job) -> Loaded | None:
     return Loaded(image, volume, mask, any_image.sha256(image.path, asked.series), time.perf_counter() - began)
 
 
-def _check_places(image: Image, job: Job) -> None:
+def _check_places(image: Image, job: ImageJob) -> None:
     """Refuse an image whose results could not be written, before it is read."""
     for target in job.outputs(image).values():
         if len(os.fsencode(target.name)) > LONGEST_NAME:
@@ -121,7 +121,7 @@ def _check_places(image: Image, job: Job) -> None:
 
 
 def compute(
-    loaded: Loaded, job: Job, label: str, beside: Beside | None = None, together: Together | None = None
+    loaded: Loaded, job: ImageJob, label: str, beside: Beside | None = None, together: Together | None = None
 ) -> Loaded:
     """The second stage: the image through the model."""
     began = time.perf_counter()
@@ -167,7 +167,7 @@ def _with_thickness(loaded: Loaded, settings: InferSettings) -> tuple[InferSetti
     return replace(settings, slice_thickness=found.mm), found.source
 
 
-def bytes_while_writing(loaded: Loaded, job: Job) -> int:
+def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     """What the last stage keeps in memory: the result where it is no file, the segmentation, and for a picture more."""
     result = loaded.result
     assert result is not None
@@ -178,7 +178,7 @@ def bytes_while_writing(loaded: Loaded, job: Job) -> int:
     return held + labels * result.sr.size + (loaded.volume.data.nbytes if job.settings.png else 0)
 
 
-def write(loaded: Loaded, job: Job) -> dict[str, Any]:
+def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     """The last stage: images onto the disk, then the record that stands for them, which is returned."""
     began, image, result, outputs = time.perf_counter(), loaded.volume, loaded.result, job.outputs(loaded.image)
     settings = job.settings
@@ -232,7 +232,7 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
         "outputs": names(outputs),
         "warnings": [*image.warnings, *result.report["warnings"], *odd],
         "seconds": loaded.seconds,
-        "asked": settings.asked(),
+        "asked": settings.record(),
         "provenance": job.provenance,
     }
     write_json(outputs["json"], record)
@@ -300,7 +300,7 @@ def names(outputs: dict[str, Path]) -> dict[str, str]:
 # --- what is there already ----------------------------------------------------------------------------------------
 
 
-def finished(image: Image, job: Job) -> bool:
+def finished(image: Image, job: ImageJob) -> bool:
     """Whether this image was done with these weights and settings. Raises UsageError where it was done with others."""
     outputs = job.outputs(image)
     record = read_json(outputs["json"])

@@ -163,7 +163,7 @@ class TileNetwork:
         self.fused = isinstance(generator, Generator) and type(generator).forward is Generator.forward
         self.residual = self.fused and generator.spec.residual  # type: ignore[union-attr]
         self.size = 1
-        self.compiled = self.fused and compiled.asked(compile, self.device)
+        self.compiled = self.fused and compiled.turned_on(compile, self.device)
         self._plain = head if self.fused else whole
         self._forward = fast_head(self.device, compile == "on") if self.compiled else self._plain
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -79,7 +79,7 @@ class Option:
     parse: Callable[[str], Any] | None = None
     nargs: str | None = None
     metavar: str | None = None
-    choices: Sequence[str] = ()
+    choices: Collection[str] = ()
     check: Callable[[Any], Any] | None = None
     instead: tuple[str, str, str] | None = None
     recorded: str = ALWAYS
@@ -183,7 +183,7 @@ class InferSettings:
     )
     window: str = field(
         default="constant",
-        metadata=row("weights inside a tile (constant)", parse=str, choices=tuple(WINDOWS), reported=True),
+        metadata=row("weights inside a tile (constant)", parse=str, choices=WINDOWS, reported=True),
     )
     batch: str | int = field(
         default="auto",
@@ -394,7 +394,7 @@ class InferSettings:
         steps = tuple(edge // 2 if sparse else min(PAPER_STEP, edge // 2) for edge in edges)
         return replace(self, device=device, step=steps[0] if len(set(steps)) == 1 else steps)
 
-    def asked(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """The record of the options, by which another run tells whether it would do the same."""
         said = {}
         for name, row in options().items():
@@ -403,11 +403,11 @@ class InferSettings:
                 said[row.record_as or name] = value
         return said | {"mask": None if self.mask is None else str(self.mask)}
 
-    def differing(self, asked: Mapping[str, Any]) -> list[str]:
-        """Which options that decide about a result another record, as ``asked`` wrote it, has otherwise."""
+    def differing(self, record: Mapping[str, Any]) -> list[str]:
+        """Which options that decide about a result another record, as ``record`` wrote it, has otherwise."""
         unsaid = {row.record_as or name: _DEFAULTS[name] for name, row in options().items() if row.recorded == CHANGED}
         idle = {row.record_as or name for name, row in options().items() if not row.decides}
-        now, then = finite(self.asked()), dict(asked)
+        now, then = finite(self.record()), dict(record)
         return [
             key
             for key in {**now, **then, **unsaid}
@@ -476,7 +476,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                 default=_DEFAULTS[name] if row.typed is SAME else row.typed,
                 nargs=row.nargs,
                 metavar=row.metavar,
-                choices=row.choices or None,
+                choices=tuple(row.choices) or None,
                 help=row.help,
             )
         if row.instead:

@@ -92,7 +92,7 @@ def plan(shape_XYZ: Sequence[int], patch: PerAxis, step: int | Sequence[int], *,
         becomes one tile, mirrored up to the next multiple of 4 (at least 8), since instance norms see the whole tile.
         ``"original"``: zeros around the volume so that steps fit, ``step - (n - patch) % step`` of them, a whole step
         when they fitted already, the smaller half in front; with patch None up to a multiple of 4, plus 4 when it
-        already is one (SEGSRGAN.md section 5). An axis that this leaves shorter than the patch, where the original
+        already is one, as in the original. An axis that this leaves shorter than the patch, where the original
         fails, is padded to the patch.
 
     Raises

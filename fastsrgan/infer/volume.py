@@ -1,4 +1,4 @@
-"""One low-resolution volume in, super-resolution and segmentation out (paper section 2.5, DESIGN D12).
+"""One low-resolution volume in, super-resolution and segmentation out (paper section 2.5).
 
 normalise -> interpolate to the wanted grid -> dense overlapping tiles through the generator -> overlap-add -> undo
 """
@@ -23,7 +23,7 @@ from fastsrgan.core.system import pick_device
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer import anytime, modes, tiles
 from fastsrgan.infer.anytime import by_levels
-from fastsrgan.infer.memory import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, Job, MemoryPlan, plan_memory
+from fastsrgan.infer.memory import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, MemoryPlan, TilingJob, plan_memory
 from fastsrgan.infer.modes import Together, by_ranks, by_slabs, check_result, find_region, in_memory
 from fastsrgan.infer.network import Averaged, TileNetwork, average, deviations, members
 from fastsrgan.infer.planes import Interpolated, Prepared, Whole, coarser, target_spacing
@@ -272,7 +272,7 @@ def _memory(
     if together and batch == "auto":
         # A group of slabs is the least that a rank can do: here it is to be one slab.
         batch = min(counted.choose_batch(batch, plan), max(1, plan.grid[1] * plan.grid[2] // GROUP_BATCHES))
-    job = Job(
+    job = TilingJob(
         plan,
         counted.channels or 2,
         settings.window,

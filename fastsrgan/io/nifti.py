@@ -56,7 +56,7 @@ def load(path: PathLike, *, volume: int | None = None, max_voxels: int = MAX_VOX
     file = examine(path, max_voxels)
     index = file.pick(volume)
     data = _allocate(file, dtype)
-    tally = _Tally()
+    tally = _VoxelTally()
     for part, chunk in _pieces(data, file, index):
         file.scale(chunk, part)
         tally.clean(part, chunk)
@@ -80,7 +80,7 @@ def load_stored(
     index = file.pick(volume)
     integer = file.dtype.kind in "iu"
     data = _allocate(file, file.dtype.newbyteorder("=") if integer else np.float32)
-    tally = _Tally()
+    tally = _VoxelTally()
     for part, chunk in _pieces(data, file, index):
         if integer:
             part[...] = chunk
@@ -251,7 +251,7 @@ def sha256(path: PathLike) -> str:
 
 
 @dataclass
-class _Tally:
+class _VoxelTally:
     """What the voxels were like, in the unit of the array that is cleaned."""
 
     bad: int = 0
@@ -289,7 +289,7 @@ def _pieces(data: np.ndarray, file: NiftiFile, index: int) -> Iterator[tuple[np.
         at += chunk.size
 
 
-def _volume(file: NiftiFile, index: int, data: np.ndarray, tally: _Tally, slope: float, inter: float) -> Volume:
+def _volume(file: NiftiFile, index: int, data: np.ndarray, tally: _VoxelTally, slope: float, inter: float) -> Volume:
     beyond = f"beyond the range of {8 * data.itemsize}-bit floats"
     if tally.bad == data.size:
         what = beyond if tally.beyond else "NaN or infinite"

@@ -20,7 +20,7 @@ from fastsrgan.core.files import is_special, output_file, url_of
 from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.model import checkpoint
 from fastsrgan.model import safetensors as modelfile
-from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, assemble, parameter_shapes
+from fastsrgan.model.networks import NETWORKS, Critic, CriticSpec, Generator, GeneratorSpec, assemble, parameter_shapes
 
 log = logging.getLogger("fastsrgan")
 
@@ -61,7 +61,7 @@ _PICKLES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".joblib"}
 
 
 @dataclass(frozen=True)
-class _Source:
+class _WeightFile:
     """A file that holds weights: ``kind`` is "keras", "safetensors" or "checkpoint"."""
 
     file: Path
@@ -253,7 +253,7 @@ def _free(target: str | os.PathLike, overwrite: bool) -> Path:
 # --- sources ------------------------------------------------------------------------------------------------------
 
 
-def _header(source: _Source) -> modelfile.ModelHeader:
+def _header(source: _WeightFile) -> modelfile.ModelHeader:
     if source.kind == "keras":
         from fastsrgan.model import keras as keras_h5
 
@@ -261,7 +261,7 @@ def _header(source: _Source) -> modelfile.ModelHeader:
     return modelfile.read_header(source.file)
 
 
-def _parameters(source: _Source, part: str) -> tuple[Any, dict[str, Tensor]]:
+def _parameters(source: _WeightFile, part: str) -> tuple[Any, dict[str, Tensor]]:
     if source.kind != "keras":
         return modelfile.read_parameters(source.file, part)
     from fastsrgan.model import keras as keras_h5
@@ -269,7 +269,7 @@ def _parameters(source: _Source, part: str) -> tuple[Any, dict[str, Tensor]]:
     return keras_h5.read_parameters(source.file, part)
 
 
-def _generator_parameters(source: _Source, ema: bool) -> tuple[GeneratorSpec, dict[str, Tensor]]:
+def _generator_parameters(source: _WeightFile, ema: bool) -> tuple[GeneratorSpec, dict[str, Tensor]]:
     if source.kind != "keras" and ema and _header(source).ema:
         return _parameters(source, "ema")
     spec, parameters = _parameters(source, "generator")
@@ -279,22 +279,24 @@ def _generator_parameters(source: _Source, ema: bool) -> tuple[GeneratorSpec, di
 
 
 def _is_legacy(spec: GeneratorSpec) -> bool:
-    return spec.network == "unet" and spec.conditional and spec.residual
+    return NETWORKS[spec.network].legacy and spec.conditional and spec.residual
 
 
 def _count(spec: GeneratorSpec | CriticSpec) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(spec).values())
 
 
-def _resolve(path: str | os.PathLike) -> _Source:
+def _resolve(path: str | os.PathLike) -> _WeightFile:
     # A file or folder of that name comes first: it is what a path means everywhere else.
     path = shipped(str(path)) if str(path) in MODELS and not os.path.lexists(path) else Path(path)
     if os.path.isdir(path):
         lone = (path / checkpoint.MANIFEST).is_file()
         if not lone and (path / BEST).is_file():
-            return _Source(path / BEST, "safetensors")
-        return _Source(checkpoint.verified(path if lone else checkpoint.newest(path), checkpoint.MODEL), "checkpoint")
-    return _Source(path, _sniff(path))
+            return _WeightFile(path / BEST, "safetensors")
+        return _WeightFile(
+            checkpoint.verified(path if lone else checkpoint.newest(path), checkpoint.MODEL), "checkpoint"
+        )
+    return _WeightFile(path, _sniff(path))
 
 
 def _sniff(path: Path) -> str:

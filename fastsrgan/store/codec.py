@@ -33,7 +33,7 @@ CHUNK = 64
 VARIABLE = "FASTSRGAN_READER"
 REPAIR = "`fastsrgan convert --resume` writes damaged subjects again"
 Files = dict[str, bytes]  # META and SHARD of one array
-_told: set[str] = set()
+_named_readers: set[str] = set()
 
 
 def encoded(attributes: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
@@ -80,8 +80,8 @@ def pick_reader(name: str | None = None) -> str:
     if name == "tensorstore" and not installed:
         raise ResourceError(VARIABLE, "tensorstore is not installed", "pip install 'fastsrgan[tensorstore]'")
     found = "tensorstore" if installed and name != "zarr" else "zarr"
-    if found not in _told:
-        _told.add(found)
+    if found not in _named_readers:
+        _named_readers.add(found)
         slower = "" if installed or name == "zarr" else ": tensorstore, which is faster, is not installed"
         log.info("stores are read with %s%s", found, slower)
     return found

@@ -1,4 +1,4 @@
-"""Snapshots of a training run: everything it needs to go on, and how it goes on (DESIGN section 4).
+"""Snapshots of a training run: everything it needs to go on, and how it goes on (docs/training.md).
 
 Written by rank 0, read by all. The order of patches and every random number follow from the position, so a snapshot
 holds networks, moving average, both optimisers and the position, and nothing else moves.

@@ -1,4 +1,4 @@
-"""The observation model and the interpolation as one small matrix per axis (DESIGN D1; paper eq. 1, 16, 17).
+"""The observation model and the interpolation as one small matrix per axis (decision 001; paper eq. 1, 16, 17).
 
 Blur, decimation and spline interpolation are linear and separable: Theta = D_x (x) D_y (x) D_z, and the way back is
 U_x (x) U_y (x) U_z. The matrices are built once per (size, resolution) in float64 and applied as float32 products.

@@ -1,0 +1,162 @@
+"""Registries: an entry that is added while the program runs is in every command, table and output, and nowhere else
+does a name have to be added."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastsrgan.cli import evaluate as cli_evaluate
+from fastsrgan.cli import main as cli
+from fastsrgan.config import CHOICES, TrainConfig
+from fastsrgan.errors import ModelError, UsageError
+from fastsrgan.evaluate import metrics
+from fastsrgan.evaluate.figures import FIGURES, LOWER, Figure, captions, definitions
+from fastsrgan.evaluate.pair import evaluate_pair, flat, summarise
+from fastsrgan.infer import tiles, values
+from fastsrgan.infer.settings import InferSettings
+from fastsrgan.io import formats
+from fastsrgan.model import weights
+from fastsrgan.model.networks import NETWORKS, Architecture, Generator, GeneratorSpec, build_generator
+from fastsrgan.observation.artefacts import ARTEFACTS, IMAGE, SCAN, SLICES, Artefact
+from fastsrgan.observation.model import Degradation, degrade
+from fastsrgan.report import sections
+from fastsrgan.study import tables
+from fastsrgan.study.data import figure_paths
+from fastsrgan.train.run import artefact_amounts
+from fastsrgan.volume.geometry import Volume
+from tools import settings_page
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair() -> dict[str, Volume]:
+    hr = np.random.default_rng(0).random((14, 13, 12)).astype(np.float32) + 1
+    label = hr > 1.5
+    volumes = {"hr": hr, "sr": hr + 0.1 * label, "seg": label & (hr < 1.9), "label": label, "baseline": hr + 0.2}
+    return {
+        name: Volume(np.asarray(v, np.uint8 if v.dtype == bool else v.dtype), np.eye(4)) for name, v in volumes.items()
+    }
+
+
+def test_a_new_figure_is_everywhere(pair, monkeypatch):
+    def largest_error(compared, region):
+        return float(np.abs(compared.sr - compared.hr.data).max())
+
+    entry = Figure(
+        "largest error", "the largest absolute difference", largest_error,
+        image=True, unit="mV", digits=1, better=LOWER, short="LE", headline=True,
+    )  # fmt: skip
+    monkeypatch.setitem(FIGURES, "largest_error", entry)
+    result = evaluate_pair(**pair)
+    assert result["image"]["label"]["largest_error"] == pytest.approx(0.1, abs=1e-6)
+    assert result["gain"]["image"]["whole"]["largest_error"] == pytest.approx(-0.1, abs=1e-6)
+    assert result["definitions"]["largest_error"] == definitions()["largest_error"] == entry.definition
+    # The command: a pair, a cohort's figures, a line per subject.
+    row = next(r for r in cli_evaluate.figures(result) if r["figure"] == "largest_error")
+    assert row["better"] == "yes" and row["value"] == "0.1"
+    cohort = {"rows": [{"subject": "a"} | result], "summary": summarise([result])}
+    assert any(r["figure"] == "largest_error" and r["better"] == "yes" for r in cli_evaluate.cohort_figures(cohort))
+    assert {"LE mV", "baseline LE mV"} <= set(cli_evaluate.subjects(cohort)[0])
+    # Studies: number of a cell, heading of the table.
+    assert flat(result)[figure_paths()["largest_error"]] == result["image"]["whole"]["largest_error"]
+    assert tables.headings()["largest_error"] == ("LE mV", 1)
+    assert tables.headings()["largest_error_mask"] == ("LE mask mV", 1)
+    # Reports, pictures, documentation.
+    page = str(sections.scores_table(result, "/scores")) + str(sections.tiles(result, "/scores"))
+    assert page.count("largest error, mV") >= 3
+    assert "largest error 0.1 mV  (-0.1 mV)" in captions(result)["sr"]
+    assert "| `largest_error` | largest error, mV | less | the largest absolute difference |" in settings_page.figures()
+
+
+def test_the_error_in_the_segmented_structure_is_that_of_its_own_voxels(pair):
+    result = evaluate_pair(**pair)
+    inside = pair["seg"].data > 0
+    assert result["segmentation"]["structure_mae"] == metrics.mae(pair["sr"].data, pair["hr"].data, inside)
+    assert result["segmentation"]["structure_mae"] == pytest.approx(0.1, abs=1e-6)
+    empty = Volume(np.zeros_like(pair["seg"].data), np.eye(4))
+    alone = evaluate_pair(pair["sr"], pair["hr"], seg=empty, label=pair["label"], baseline_seg=pair["label"])
+    assert alone["segmentation"]["structure_mae"] is None  # no voxel
+    assert alone["baseline"]["segmentation"]["structure_mae"] is None  # no image
+
+
+def test_every_figure_of_a_result_is_in_the_table_and_the_other_way_round(pair):
+    result = evaluate_pair(**pair)
+    assert [*result["image"]["whole"], *result["segmentation"]] == list(FIGURES)
+    assert set(FIGURES) <= set(result["definitions"])
+
+
+# --- artefacts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [IMAGE, SLICES, SCAN])
+def test_a_new_artefact_is_drawn_applied_and_set_by_its_name(stage, monkeypatch):
+    """One that adds a constant, drawn from its key: it is on the truth only where it acts on the image itself."""
+    entry = Artefact(
+        stage,
+        lambda key, amount, slices: np.full((slices, 1), amount) if stage == SLICES else amount,
+        lambda part, amount, *where: part + float(np.max(amount)),
+        "added to everything",
+        below=60,
+    )
+    monkeypatch.setitem(ARTEFACTS, "offset", entry)
+    hr = np.random.default_rng(0).random((12, 12, 12)).astype(np.float32) * 50 + 1
+    plain, more = (degrade(hr, (1, 1, 1), (1, 1, 3), key=1, offset=amount) for amount in (0.0, 30.0))
+    assert np.abs(more.low_res * more.scale - plain.low_res * plain.scale - 30).max() < 1e-4
+    on_truth = np.abs(more.hr * more.scale - plain.hr * plain.scale - (30 if stage == IMAGE else 0)).max()
+    assert on_truth < 1e-4
+    # From the command line's text to the law.
+    config = TrainConfig(new_low_res=((1.0, 1.0, 3.0),), artefacts="offset:30", motion=0.5)
+    law = Degradation(config.new_low_res, 0.0, 0.0, artefacts=artefact_amounts(config))
+    assert law.draw(0, 1, "a").artefacts["offset"] == 30 and law.artefacts["motion"] == 0.5
+    assert "| `offset` |" in settings_page.artefacts()
+    with pytest.raises(UsageError, match=r"offset.*60"):
+        Degradation(config.new_low_res, artefacts={"offset": 61.0})
+    with pytest.raises(UsageError, match=r"unheard.*one of bias_field, motion, gibbs, offset"):
+        Degradation(config.new_low_res, artefacts={"unheard": 1.0})
+
+
+def test_an_artefact_has_one_amount():
+    with pytest.raises(ModelError, match="motion has an amount of its own too"):
+        TrainConfig(new_low_res=((1.0, 1.0, 3.0),), artefacts="motion:1", motion=0.5)
+
+
+# --- networks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_network_is_built_kept_and_read(tmp_path, monkeypatch):
+    class Shallow(Generator):
+        def _build(self, k):
+            super()._build(k)
+            self.blocks = self.blocks[:1]
+
+    monkeypatch.setitem(NETWORKS, "shallow", Architecture(Shallow))
+    network = build_generator(GeneratorSpec("shallow", 2))
+    assert type(network) is Shallow
+    kept = weights.save_generator(tmp_path / "a.safetensors", network)
+    assert type(weights.load_generator(kept)) is Shallow
+    with pytest.raises(ModelError, match=r"the original has no network 'shallow'.*safetensors"):
+        weights.export_keras(kept, tmp_path / "a.h5")
+    with pytest.raises(ModelError, match="one of plain, unet, shallow"):
+        GeneratorSpec("unheard")
+
+
+def test_the_settings_name_the_networks_there_are():
+    assert CHOICES["network"] == tuple(NETWORKS)
+
+
+# --- windows and formats --------------------------------------------------------------------------------------------
+
+
+def test_a_new_window_is_allowed_and_weighs_tiles(monkeypatch):
+    monkeypatch.setitem(values.WINDOWS, "triangle", lambda t: 1 - abs(t))
+    assert InferSettings(window="triangle").window == "triangle"
+    assert tiles.window_of("triangle", 5) == pytest.approx([0.2, 0.6, 1, 0.6, 0.2])
+
+
+def test_every_choice_of_the_command_line_is_an_entry():
+    commands = next(a for a in cli.build_parser()._actions if a.dest == "command").choices
+    window = next(a for a in commands["infer"]._actions if a.dest == "window")
+    assert tuple(window.choices) == tuple(values.WINDOWS)
+    assert formats.NAMES.replace(" or ", ", ").split(", ") == [each.name for each in formats.FORMATS]
