@@ -347,8 +347,8 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
             attrs[f"{name}_counts"] = {str(value): int(counts[value]) for value in np.flatnonzero(counts)}
             warnings += [f"{name}: {text}" for text in other.warnings]
     if job.structures and row.label is not None:
-        others["mask"] = classes_of(row.label, volume, job.structures)
-        counts = np.bincount(others["mask"].ravel(order="K"), minlength=len(job.structures) + 1)
+        others["mask"] = classes = classes_of(row.label, volume, job.structures)
+        counts = np.bincount(classes.ravel(order="K"), minlength=len(job.structures) + 1)
         attrs["mask_counts"] = {str(value): int(n) for value, n in enumerate(counts)}
         attrs["structures"] = _listed(job.structures)
         absent = [one.name for one, n in zip(job.structures, counts[1:], strict=True) if not n]

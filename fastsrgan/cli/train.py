@@ -158,8 +158,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         raise UsageError("train", "one data source is needed", "STORE, CSV, or -csv CSV")
     if not (args.out or args.snapshot_folder):
         raise UsageError("train", "no run folder was given", "-o RUN (or -sf DIR as in the original)")
-    if args.weights or args.checkpoint:
-        args.weights = (chosen_weights([args.weights] if args.weights else None, args.checkpoint) or [None])[0]
+    for chosen in chosen_weights([args.weights] if args.weights else None, args.checkpoint) or ():
+        args.weights = chosen
     config = build_config(args)
     if config.init_epoch > 1 and not args.weights and not args.resume:
         reason = f"{config.init_epoch} continues an earlier training, but no weights were given"

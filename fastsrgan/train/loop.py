@@ -238,9 +238,17 @@ def end_epoch(run: Run, epoch: int, stop: StopRequest) -> bool:
 
     try:
         if run.test and epoch % c.validate_every == 0:
-            options = {"batch_size": c.batch_size, "mask_classes": run.mask_classes, "known": run.baselines}
-            options["structures"] = [name for name, _ in run.structures]
-            scores = validate(generator, run.feed, run.test, **options, ranks=run.ranks, stopped=asked)
+            scores = validate(
+                generator,
+                run.feed,
+                run.test,
+                batch_size=c.batch_size,
+                mask_classes=run.mask_classes,
+                structures=[name for name, _ in run.structures],
+                known=run.baselines,
+                ranks=run.ranks,
+                stopped=asked,
+            )
         if run.test and c.whole_every and epoch % c.whole_every == 0:
             scores |= validate_whole(generator, run.feed, run.test, ranks=run.ranks, stopped=asked)
     except Stopped:
