@@ -15,6 +15,7 @@ from fastsrgan.evaluate.cohort import Choice, evaluate_folders
 from fastsrgan.infer.files import infer_files
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
+from fastsrgan.report.sections import scores_table
 from fastsrgan.store.reader import open_store
 from fastsrgan.train.run import train
 
@@ -99,3 +100,5 @@ def test_a_dice_for_each_from_validation_to_evaluation(table, tmp_path):
     for name, values in (("cortex", (3, 42)), ("white", (2041,))):
         a, b = np.isin(mask.data, values), np.isin(label, values)
         assert found[name]["dice"] == pytest.approx(2 * (a & b).sum() / max(a.sum() + b.sum(), 1))
+    page = str(scores_table(result["rows"][0], "/scores"))
+    assert all(f">{name}</th>" in page and f"/scores/structures/{name}/dice" in page for name in found)

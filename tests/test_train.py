@@ -60,7 +60,8 @@ def test_training_lowers_the_reconstruction_loss(store, tmp_path):
 def test_starting_from_weights_takes_generator_and_critic(store, tmp_path):
     train(store, tmp_path / "first", CONFIG.replace(epochs=1))
     config = CONFIG.replace(epochs=1, steps_per_epoch=1, lr_gen=1e-12, lr_dis=1e-12)
-    train(store, tmp_path / "second", config, start_weights=tmp_path / "first" / "model.safetensors")
+    result = train(store, tmp_path / "second", config, start_weights=tmp_path / "first")
+    assert result["start_weights"]["file"] == str(tmp_path / "first" / "best.safetensors")
     for load in (weights.load_generator, weights.load_critic):
         first, second = (load(tmp_path / name / "model.safetensors") for name in ("first", "second"))
         for a, b in zip(first.parameters(), second.parameters(), strict=True):

@@ -29,7 +29,7 @@ from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError, UsageError, out_of_memory
 from fastsrgan.model import checkpoint
 from fastsrgan.model.cpu import forms
-from fastsrgan.model.weights import BEST, read_spec
+from fastsrgan.model.weights import BEST, info, read_spec
 from fastsrgan.observation.artefacts import ARTEFACTS
 from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.slice_axis import Axes, choose_axes, describe
@@ -100,6 +100,9 @@ def train(
         ranks.agree("training data", data_identity(store))
         kept = keep_arithmetic(held, folder, config, target, ranks, resume)
         run = prepare(store, folder, config, target, ranks, strict, resume, kept)
+        if start_weights is not None and not resume:
+            began_with = info(start_weights)
+            run.start = {"path": str(start_weights), "file": began_with["file"], "sha256": began_with["sha256"]}
         if run.first:
             run.log = RunLog(folder, dice_file, mse_file, run.mask_classes)
             run.snapshot_folder = output_folder(snapshot_folder) if snapshot_folder else None
@@ -461,6 +464,7 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
         "best_epoch": at.best_epoch,
         "best_dice": at.best_dice,
         "ended_early": run.ended_early,
+        "start_weights": run.start,
         "weights": str(run.folder / checkpoint.MODEL),
         "best_weights": None if at.best is None else str(run.folder / BEST),
         "left_out": left_out,
