@@ -349,9 +349,9 @@ def collapse(scores: dict[str, float], before: dict[str, float]) -> str:
             f"the segmentation is {what} (Dice {dice:.3f}) while PSNR rises: --dice-weight 1 or more, a smaller "
             f"--lambda-rec, or other label classes ({hint})"
         )
-    if before and max(scores["PSNR"], before["PSNR"]) < scores["PSNR_spline"] - WORSE_DB:
+    if before and scores["PSNR"] <= before["PSNR"] < scores["PSNR_spline"] - WORSE_DB:
         return (
-            f"SR is {scores['PSNR_spline'] - scores['PSNR']:.1f} dB worse than the spline: a smaller --lrgen or "
+            f"SR is {scores['PSNR_spline'] - scores['PSNR']:.1f} dB worse than the spline and does not rise: a smaller --lrgen or "
             f"--head-rate, --zero-head True, or a smaller --lambda-adv ({hint})"
         )
     return ""
