@@ -350,8 +350,9 @@ def collapse(scores: dict[str, float], before: dict[str, float]) -> str:
             f"--lambda-rec, or other label classes ({hint})"
         )
     if before and scores["PSNR"] <= before["PSNR"] < scores["PSNR_spline"] - WORSE_DB:
+        below = scores["PSNR_spline"] - scores["PSNR"]
         return (
-            f"SR is {scores['PSNR_spline'] - scores['PSNR']:.1f} dB worse than the spline and does not rise: a smaller --lrgen or "
-            f"--head-rate, --zero-head True, or a smaller --lambda-adv ({hint})"
+            f"SR is {below:.1f} dB worse than the spline and does not rise: a smaller --lrgen or --head-rate, "
+            f"--zero-head True, or a smaller --lambda-adv ({hint})"
         )
     return ""
