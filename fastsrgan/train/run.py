@@ -103,6 +103,10 @@ def train(
         if start_weights is not None and not resume:
             began_with = info(start_weights)
             run.start = {"path": str(start_weights), "file": began_with["file"], "sha256": began_with["sha256"]}
+            learned = [one["name"] for one in (began_with["card"] or {}).get("structures", [])]
+            if learned and learned != (names := [name for name, _ in run.structures]) and run.first:
+                told = "%s: its classes are %s, those of this run %s: the mask head learns others in their place"
+                log.warning(told, start_weights, ", ".join(learned), ", ".join(names) or "of Mask_image")
         if run.first:
             run.log = RunLog(folder, dice_file, mse_file, run.mask_classes)
             run.snapshot_folder = output_folder(snapshot_folder) if snapshot_folder else None
