@@ -28,7 +28,7 @@ from fastsrgan.io.tables import Fault, TableRow, read_table, table_error
 from fastsrgan.store.reader import Subject, to_float32
 from fastsrgan.store.writer import DTYPES, StoreWriter, create_store, describe, encode
 from fastsrgan.volume.geometry import Volume
-from fastsrgan.volume.oddities import outliers
+from fastsrgan.volume.oddities import outshone
 from fastsrgan.volume.placement import axis_codes
 
 log = logging.getLogger("fastsrgan")
@@ -334,7 +334,7 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
         **facts,
         **quantised,
     }
-    warnings = [*volume.warnings, *outliers(to_float32(stored, scale, offset))]
+    warnings = [*volume.warnings, *outshone(to_float32(stored, scale, offset), compressed=False)]
     if attrs["bounding_box"] is None:
         raise InputError(row.image, "no voxel is above 0", "there is nothing to learn from it")
     others: dict[str, np.ndarray | None] = {"label": None, "mask": None, "tissues": None}

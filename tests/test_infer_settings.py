@@ -31,6 +31,7 @@ OTHER = {
     "device": "cpu",
     "max_memory": 2**30,
     "mask": "mask.nii",
+    "outside": "zero",
     "flips": "xz",
     "agree": 0.5,
     "slice_thickness": 2.5,

@@ -3,12 +3,17 @@ does a name have to be added."""
 
 from __future__ import annotations
 
+import ast
+import collections
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import fastsrgan
 from fastsrgan.cli import evaluate as cli_evaluate
 from fastsrgan.cli import main as cli
-from fastsrgan.config import CHOICES, TrainConfig
+from fastsrgan.config import CHOICES, SETTINGS, TrainConfig
 from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.evaluate import metrics
 from fastsrgan.evaluate.figures import FIGURES, LOWER, Figure, captions, definitions
@@ -160,3 +165,89 @@ def test_every_choice_of_the_command_line_is_an_entry():
     window = next(a for a in commands["infer"]._actions if a.dest == "window")
     assert tuple(window.choices) == tuple(values.WINDOWS)
     assert formats.NAMES.replace(" or ", ", ").split(", ") == [each.name for each in formats.FORMATS]
+
+
+# --- one fact, one place --------------------------------------------------------------------------------------------
+
+PACKAGE = Path(fastsrgan.__file__).parent
+TREES = {str(p.relative_to(PACKAGE)): ast.parse(p.read_text(encoding="utf8")) for p in sorted(PACKAGE.rglob("*.py"))}
+# What a name of an entry stands for besides the entry, file by file.
+OTHER_MEANINGS = {
+    "constant": "a learning rate's course, padding, a region of one value",
+    "gaussian": "the slice profile, and the window that SSIM is averaged in",
+    "dice": "a loss and a validation score, which have rows in config.py",
+    "components": "counted without a truth by reports and filters; the paper's own values",
+    "largest_component": "an option of infer, and counted without a truth by reports",
+    "hausdorff95_mm": "computed by metrics.py; a panel of studies",
+    "volume_ml": "of a segmentation without a truth, in reports",
+    "psnr_db": "the paper's own values and panels of studies",
+    "ssim": "the paper's own values and panels of studies",
+    "bias_field": "a row of config.py, and a parameter of made images",
+    "plain": "the original's option, forms of training steps, the paper's own values",
+    "unet": "a row of config.py, and the original's option",
+}
+# Settings that are read in more files than the one where they act, and why.
+TRIED = "fit_batch.py tries an iteration of the run with less of it"
+CHECKED = "settings_check.py compares it with the store before the run"
+SAID = "weights say what they were made for"
+COUNTED = "the run's position, its log and its end count in it"
+READ_IN = {
+    "accumulate": (3, TRIED),
+    "batch_size": (4, TRIED + "; " + COUNTED),
+    "best_by": (2, "judged in the loop, told at the end"),
+    "critic_iterations": (2, TRIED),
+    "epochs": (3, COUNTED),
+    "eps_per_channel": (2, TRIED),
+    "fit_mask": (2, CHECKED),
+    "form": (2, "snapshots compare it with their own"),
+    "geometry": (3, CHECKED + "; networks learn whether images were lifted"),
+    "image_cropping_method": (2, CHECKED),
+    "init_epoch": (3, "decides about weights and folder before the run"),
+    "interp": (2, CHECKED),
+    "kernel_gen": (2, TRIED),
+    "lambda_adv": (3, TRIED + "; without it there is no critic"),
+    "new_low_res": (3, CHECKED + "; " + SAID),
+    "patch_size": (5, TRIED + "; " + CHECKED),
+    "penalty": (2, "what it excludes from compilation"),
+    "precision": (3, "a self-test may lower it"),
+    "scaled": (2, "what it excludes"),
+    "seed": (4, "draws are keyed where they are made"),
+    "stride": (2, CHECKED),
+    "structure": (3, CHECKED + "; " + SAID),
+}
+
+
+def holder(node: ast.expr) -> str:
+    """``run.config`` -> config."""
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+LITERALS, READ = collections.defaultdict(set), collections.defaultdict(set)  # string, setting -> files
+for _file, _tree in TREES.items():
+    for _node in ast.walk(_tree):
+        if isinstance(_node, ast.Constant) and isinstance(_node.value, str):
+            LITERALS[_node.value].add(_file)
+        elif isinstance(_node, ast.Attribute) and holder(_node.value) in ("c", "config") and _file != "config.py":
+            READ[_node.attr].add(_file)
+
+ENTRIES = (*FIGURES, *ARTEFACTS, *NETWORKS, *values.WINDOWS, *(each.name for each in formats.FORMATS))
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_is_named_in_one_source_file_or_two(name):
+    files = LITERALS[name]
+    assert files, "an entry that nothing names"
+    assert len(files) <= 2 or name in OTHER_MEANINGS, files
+    assert len(files) > 1 or name not in OTHER_MEANINGS, "it has no other meaning"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_is_named_where_it_acts_and_nowhere_else(name):
+    files = READ[name]
+    most, _ = READ_IN.get(name, (1, ""))
+    assert len(files) <= most, files
+    assert len(files) == most or name not in READ_IN, "fewer than the list allows: shorten it"
+
+
+def test_the_lists_of_exceptions_name_what_there_is():
+    assert set(READ_IN) <= set(SETTINGS) and set(OTHER_MEANINGS) <= set(ENTRIES)

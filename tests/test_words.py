@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_layers import ORDER
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastsrgan"
@@ -107,3 +108,49 @@ def test_modules_that_are_named_exist():
         if name not in there | OTHERS
     ]
     assert not gone, "\n".join(gone)
+
+
+# --- CONTRIBUTING.md ------------------------------------------------------------------------------------------------
+
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf8")
+STEP = re.compile(r"^\d\. `([\w/]+\.py)`(.*(?:\n   .*)*)", re.M)
+
+
+def defined(path: Path) -> set[str]:
+    """Names of functions, classes and their methods (`Class.method` too) in a file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return found
+
+
+def test_the_map_names_every_package_in_order():
+    block = GUIDE.split("```")[3]
+    assert "errors" in block, "the second block of CONTRIBUTING.md is the map"
+    words = [word for line in block.splitlines() for word in re.split(r"\s{3,}", line)[0].replace("/", "").split()]
+    assert words and set(words) == {name for name in ORDER if not name.startswith("__")}
+    places = [ORDER.index(name) for name in words if name not in ("_version",)]
+    assert sorted(places) == sorted(set(places))
+
+
+@pytest.mark.parametrize("begin, most", [("to the first loss", 4), ("NIfTI file to its result", 6)])
+def test_a_walk_names_files_and_functions_that_are_there(begin, most):
+    part = GUIDE[GUIDE.index(begin) :]
+    steps = STEP.findall(part[: part.index("\n\n", part.index("\n1. "))])
+    assert 0 < len(steps) <= most
+    for name, words in steps:
+        path = PACKAGE / name
+        assert path.is_file(), name
+        first, _, _ = words.partition(":")
+        called = [word.split("(")[0] for word in re.findall(r"`([\w.]+)`", first)]
+        assert called and set(called) <= defined(path), (name, called)
+
+
+def test_every_file_that_contributing_names_is_there():
+    named = set(re.findall(r"`((?:fastsrgan|tests|tools|docs|bench)?/?[\w/]+\.(?:py|md))`", GUIDE))
+    assert named
+    gone = [name for name in named if not any((base / name).is_file() for base in (ROOT, PACKAGE))]
+    assert not gone, gone

@@ -48,6 +48,8 @@ from fastsrgan.infer.values import (
 F = TypeVar("F", bound=Callable[..., Any])
 
 HEAD = "head"  # the mask that is found in the image itself
+KEEP, ZERO = "keep", "zero"  # of ``outside``
+OUTSIDE = (AUTO, KEEP, ZERO)
 ALWAYS, CHANGED, ELSEWHERE = "always", "changed", "elsewhere"
 SAME: Any = object()  # as the default of the field
 PAPER_STEP = 30
@@ -107,8 +109,9 @@ class InferSettings:
         given: see ``on``
     budget : seconds for the tiles: ever denser steps, each twice as dense, down to ``step``, as long as they fit;
         see ``anytime``
-    new_resolution : voxel size of the result in mm: None, isotropic at the finest of the input's; one number; one per
-        stored axis; or "same", the input's own
+    new_resolution : voxel size of the result in mm: None, isotropic at the finest of the input's (of files the weights'
+        own size where the scan is much coarser, see ``planes.own_grid``); one number; one per stored axis; or "same",
+        the input's own
     geometry : "physical" keeps every structure where it was, on any orientation; "segsrgan" gives the original's
         numbers and its affine
     window : weight of a tile's voxels where tiles overlap, a name in ``values.WINDOWS``; "constant" is the paper's
@@ -123,6 +126,8 @@ class InferSettings:
     mask : (X, Y, Z) array, above zero where results are wanted (of files: the path of such an image), or "head": the
         box around what is brighter than air. Elsewhere SR is the interpolated image and the probabilities are 0; tiles
         that do not touch it are not computed
+    outside : what the network sees where a mask array is not above zero: "keep", the scan; "zero", nothing, as in
+        images of brains alone, and then SR is 0 there; "auto": of files what the weights were made for, else keep
     flips : "none", or axes of the image such as "x" or "xyz": the mean over all mirror images of each tile
     agree : make the result agree with the scan (see ``agreement``): "auto", with a weight by the scan's noise, in the
         physical geometry; "off", the network's own result; or the weight, above 0: the smaller, the more the scan
@@ -238,6 +243,16 @@ class InferSettings:
             parse=str,
             metavar="FILE",
             instead=("--crop-to-head", HEAD, "compute only in the box around what is not air"),
+        ),
+    )
+    outside: str = field(
+        default=AUTO,
+        metadata=row(
+            "what the network sees outside --mask: the scan, or zero as in images of brains alone (auto: as the weights"
+            " were made)",
+            parse=str,
+            choices=OUTSIDE,
+            recorded=CHANGED,
         ),
     )
     flips: str = field(

@@ -21,6 +21,7 @@ from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.model import checkpoint
 from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model.networks import NETWORKS, Critic, CriticSpec, Generator, GeneratorSpec, assemble, parameter_shapes
+from fastsrgan.model.purpose import MADE_FOR, MODELS, Purpose
 
 log = logging.getLogger("fastsrgan")
 
@@ -29,28 +30,6 @@ BEST = "best.safetensors"  # of a run folder: the weights of its best validation
 SHIPPED = Path(__file__).parent.parent / "models"
 
 
-@dataclass(frozen=True)
-class ShippedModel:
-    """A model of the package: its file, the structure that it segments, and the images that it was made for."""
-
-    file: str
-    structure: str
-    made_for: str
-
-
-# Names that stand for a path wherever weights are asked for. The first is the default.
-MODELS = {
-    "adult": ShippedModel(
-        "segsrgan-k8-synthetic-heads.safetensors",
-        "grey matter",
-        "whole adult heads of T1-like contrast, made from one template",
-    ),
-    "perinatal": ShippedModel(
-        "segsrgan-k8-perinatal.safetensors",
-        "cortical grey matter",
-        "T2-weighted brains before and about birth, 0.5 to 1.1 mm in plane, slice ratio 2 to 6.5",
-    ),
-}
 DEFAULT = next(iter(MODELS))
 LEGACY_NOTE = (
     "residual conditional U-Net: SegSRGAN 2.2.4 subtracted from image and resolution alike and gave three channels;"
@@ -78,7 +57,7 @@ def load_generator(path: str | os.PathLike = DEFAULT, form: str = "fast", *, ema
     ----------
     path : Keras HDF5 of the original (any name), safetensors, a snapshot folder of a training, a run folder (its
         ``best.safetensors``, else its newest undamaged snapshot; others: ``of_run``), or the name of a model of the
-        package (``MODELS``)
+        package, "adult" or "perinatal"
     form : "fast" or "reference", see fastsrgan.model.layers
     ema : take the moving average of the generator where the file holds one
 
@@ -116,7 +95,7 @@ def info(path: str | os.PathLike) -> dict[str, Any]:
 
     Keys: ``path``, ``file`` (the file inside a folder), ``kind`` ("keras", "safetensors" or "checkpoint"), ``bytes``,
     ``sha256``, ``generator`` and ``critic`` (specs; critic may be None), ``parameters`` and ``critic_parameters``
-    (counts), ``ema``, ``card``, ``notes`` (list of sentences).
+    (counts), ``ema``, ``card``, ``made_for`` (see ``purpose``), ``notes`` (list of sentences).
     """
     source = _resolve(path)
     header = _header(source)
@@ -132,6 +111,7 @@ def info(path: str | os.PathLike) -> dict[str, Any]:
         "critic_parameters": _count(header.critic) if header.critic else 0,
         "ema": header.ema,
         "card": header.card,
+        "made_for": _purpose(source, header).to_dict(),
         "notes": [LEGACY_NOTE] if source.kind == "keras" and _is_legacy(header.generator) else [],
     }
 
@@ -171,14 +151,22 @@ def damaged(run: Path) -> list[str]:
     return problems
 
 
+def purpose(path: str | os.PathLike) -> Purpose:
+    """What weights were made for, by their card; of the package's own models by ``MODELS``.
+
+    Raises ModelError as ``load_generator`` does.
+    """
+    source = _resolve(path)
+    return _purpose(source, _header(source))
+
+
 def default_weights() -> Path:
-    """The model of the package that is taken where none is named; one log line says which and what it was made for.
+    """The first model of the package; one log line says which and what it was made for.
 
     Raises ModelError where its file is missing, as in a checkout whose models were removed.
     """
-    model = MODELS[DEFAULT]
     others = ", ".join(name for name in MODELS if name != DEFAULT)
-    log.info("weights: %s (%s of %s); others: %s", DEFAULT, model.structure, model.made_for, others)
+    log.info("weights: %s (%s); others: %s", DEFAULT, MODELS[DEFAULT].purpose.line(), others)
     return shipped(DEFAULT)
 
 
@@ -251,6 +239,13 @@ def _free(target: str | os.PathLike, overwrite: bool) -> Path:
 
 
 # --- sources ------------------------------------------------------------------------------------------------------
+
+
+def _purpose(source: _WeightFile, header: modelfile.ModelHeader) -> Purpose:
+    for model in MODELS.values():
+        if source.file == SHIPPED / model.file:
+            return model.purpose
+    return Purpose.of(header.card.get(MADE_FOR))
 
 
 def _header(source: _WeightFile) -> modelfile.ModelHeader:

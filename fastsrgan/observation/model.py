@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from fastsrgan.config import CHOICES
 from fastsrgan.core.draws import rng
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.observation.artefacts import IMAGE, SCAN, SLICES, check_amounts, drawn
@@ -33,8 +34,6 @@ from fastsrgan.volume.resample import (
     upsample_matrix,
 )
 from fastsrgan.volume.resample_sitk import check_interpolator, decimate_matrix, expand_matrix, whole_factor
-
-INTERPS = ("scipy", "sitk")
 
 
 @dataclass(frozen=True)
@@ -203,8 +202,8 @@ class Degraded:
 
 def check_interp(interp: str, interpolation_type: str, geometry: str) -> None:
     """Raise UsageError for an interpolation that does not exist in this geometry."""
-    if interp not in INTERPS:
-        raise UsageError("interp", f"{interp!r} is not allowed", f"one of {', '.join(INTERPS)}")
+    if interp not in CHOICES["interp"]:
+        raise UsageError("interp", f"{interp!r} is not allowed", f"one of {', '.join(CHOICES['interp'])}")
     check_interpolator(interpolation_type)
     if interp == "sitk" and geometry != "segsrgan":
         raise UsageError("interp sitk", f"is unknown in {geometry} geometry", "--geometry segsrgan")

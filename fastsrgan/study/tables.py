@@ -17,7 +17,6 @@ INTERPOLATION = (
     "interpolation: cubic spline of the scan; for the segmentation the true label at the scan's resolution,\n"
     "interpolated back (paper table 2), which knows the answer that the network has to find"
 )
-ACQUIRED = ("low_res", "noise", "power")
 
 
 def write_study(folder: Path, facts: dict[str, Any], panels: Sequence[Sequence[Panel]], title: str) -> dict[str, Any]:
