@@ -283,10 +283,8 @@ class TrainConfig:
     fit_mask: bool = setting(False, "also learn the classes of Mask_image, or of several --label", MATCH,
         group=BASIC, also=("-fm",))
     scaled: bool = setting(False, "SR head in units of the patch's in-plane gradient: intensity-equivariant", MATCH,
-        presets={"recommended": True},
-        more="[why](decisions/011-scaled-head.md); not in the paper")
-    zero_head: bool = setting(False, "start the SR head at zero: training starts at the spline", START,
-        presets={"recommended": True})
+        presets={"recommended": True}, more="[why](decisions/011-scaled-head.md); not in the paper")
+    zero_head: bool = setting(False, "start at the spline: SR head zero", START, presets={"recommended": True})
     snapshot: int = setting(1, "epochs between snapshots", FREE, group=BASIC, also=("-s",), above=0)
     validate_every: int = setting(1, "epochs between validations", FREE, group=BASIC, above=0)
     keep_checkpoints: int = setting(3, "snapshots kept for --resume", FREE, above=0)
@@ -296,11 +294,9 @@ class TrainConfig:
         more="without updates of the critic")
     ema: float = setting(0.0, "decay of an averaged generator, which is then validated and shipped; 0 off", NEW,
         group=BASIC, presets={"recommended": 0.999}, low=0, below=1, more="a resumed run may begin it")
-    head_rate: float = setting(1.0, "learning rate of the generator's head over lr_gen", NEW,
-        presets={"recommended": 0.1}, above=0,
-        more="its 343 taps add up ([decision 003](decisions/003-demo-weights.md))")
-    clip_norm: float = setting(0.0, "largest gradient norm of the generator; 0 off", NEW,
-        presets={"recommended": 5.0}, low=0)
+    head_rate: float = setting(1.0, "learning rate of the generator's head over lr_gen", NEW, above=0,
+        presets={"recommended": 0.1}, more="its 343 taps add up ([decision 003](decisions/003-demo-weights.md))")
+    clip_norm: float = setting(0.0, "largest gradient norm of the generator; 0 off", NEW, presets={"recommended": 5.0}, low=0)
     resident_subjects: int | None = setting(None, "subjects in memory at once", ANEW, above=0,
         more="none: as many as fit")
     max_bad_steps: int = setting(10, "updates in a row that may be not finite", FREE, above=0)
@@ -346,19 +342,16 @@ class TrainConfig:
     accumulate: int = setting(1, "micro-batches per update", NEW, above=0)
     auto_batch: bool = setting(False, "lower the batch size before the first update until it fits", FREE, group=BASIC)
     lr_schedule: str = setting("constant", "learning rate over the run", NEW, choices=("constant", "linear", "cosine"),
-        presets={"recommended": "cosine"},
-        more="from the first update to the last")
+        presets={"recommended": "cosine"}, more="from the first update to the last")
     lr_warmup: int = setting(0, "updates of linear warm-up", NEW, presets={"recommended": 100}, low=0)
     lr_end: float = setting(0.0, "last learning rate as a fraction of the first", NEW, low=0,
         more="of `linear` and `cosine`")
-    patience: int = setting(0, "validations without a better score before training stops; 0 off", FREE, group=BASIC,
-        low=0)
+    patience: int = setting(0, "validations without a better score that end a run; 0 off", FREE, group=BASIC, low=0)
     best_by: str = setting("both", "score that chooses best.safetensors; both: Dice and gain over the spline", FREE,
         group=BASIC, choices=("both", "dice", "psnr"),
-        more="both: Dice plus the part of the spline's squared error that is gone"
-        " ([decision 025](decisions/025-training-by-sight.md))")
+        more="Dice plus the part of the spline's error that is gone ([decision 027](decisions/027-best-weights.md))")
     whole_every: int = setting(0, "epochs between validations on whole volumes; 0 off", FREE, low=0,
-        more="with dense overlap")
+        more="as `infer` and `evaluate` give them")
     tensorboard: bool = setting(False, "write RUN/tensorboard", FREE, group=BASIC, more="scalars and sample images")
     penalty_every: int = setting(1, "critic updates between gradient penalties", NEW, above=0,
         more="weighted accordingly")
