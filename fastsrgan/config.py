@@ -296,7 +296,7 @@ class TrainConfig:
         group=BASIC, presets={"recommended": 0.999}, low=0, below=1, more="a resumed run may begin it")
     head_rate: float = setting(1.0, "learning rate of the generator's head over lr_gen", NEW, above=0,
         presets={"recommended": 0.1}, more="its 343 taps add up ([decision 003](decisions/003-demo-weights.md))")
-    clip_norm: float = setting(0.0, "largest gradient norm of the generator; 0 off", NEW, presets={"recommended": 5.0}, low=0)
+    clip_norm: float = setting(0.0, "largest generator gradient norm; 0 off", NEW, presets={"recommended": 5.0}, low=0)
     resident_subjects: int | None = setting(None, "subjects in memory at once", ANEW, above=0,
         more="none: as many as fit")
     max_bad_steps: int = setting(10, "updates in a row that may be not finite", FREE, above=0)
