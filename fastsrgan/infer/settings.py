@@ -117,8 +117,8 @@ class InferSettings:
     window : weight of a tile's voxels where tiles overlap, a name in ``values.WINDOWS``; "constant" is the paper's
     batch : tiles per forward pass, "auto" by memory; halved when memory runs out
     precision : "auto" (fp32 on CPU, fp16 on CUDA), "fp32", "bf16" or "fp16"; sums are float32 always
-    compile : "on": the network through torch.compile, on CUDA as one graph; "off"; "auto": on CUDA devices where it was
-        seen right (``compiled.SEEN_RIGHT``)
+    compile : "on": the network through torch.compile, on CUDA as one graph; "off"; "auto": on CUDA, where a small
+        compiled pass is right (``network.compiled_test``)
     precision_check : measure what the precision costs on a few tiles, for the report
     device : "auto", "cpu", "cuda" or "cuda:n"
     max_memory : bytes on the host beside the image; None takes what is free. What does not fit is done by slabs into
