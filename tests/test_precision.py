@@ -426,3 +426,20 @@ def test_a_device_that_fails_is_named(fresh, monkeypatch):
 def test_the_oracles_own_arithmetic_is_not_tested_anew(monkeypatch):
     monkeypatch.setattr(precision, "self_test", lambda arithmetic: pytest.fail("float32 on the CPU is the oracle"))
     assert Models(CONFIG.replace(precision="fp32"), 0, CPU).arithmetic.proven
+
+
+def test_the_self_test_names_a_cudnn_release_that_is_slow_in_half_precision(monkeypatch, caplog):
+    monkeypatch.setattr(precision, "_gradients", lambda arithmetic, kernels=None: precision._expected())
+    for version, dtype, told in (
+        (90799, torch.bfloat16, False),
+        (90800, torch.bfloat16, True),
+        (91002, torch.float16, True),
+        (91002, torch.float32, False),
+        (91500, torch.bfloat16, False),
+    ):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda v=version: v)
+        self_test.cache_clear()
+        caplog.clear()
+        self_test(Arithmetic(torch.device("cuda", 0), dtype))
+        assert ("several times slower" in caplog.text) is told, (version, dtype)
+    self_test.cache_clear()

@@ -362,6 +362,7 @@ class Averaged(nn.Module):
     slice_mm : for generators that depend on it
     device : they are moved to
     compile : each of them, see ``compiled``
+    spread : one more channel, the variance of the SR over members and flips, 0 of a single pass
 
     Raises ModelError for generators whose channels differ.
     """
@@ -373,8 +374,10 @@ class Averaged(nn.Module):
         slice_mm: float,
         device: torch.device | str,
         compile: str = "off",
+        spread: bool = False,
     ) -> None:
         super().__init__()
+        self.spread = spread
         self.members = nn.ModuleList(generators)
         # The precision is the caller's, whose autocast holds in here too.
         self.networks = [TileNetwork(generator, slice_mm, device, compile=compile) for generator in generators]
@@ -387,19 +390,23 @@ class Averaged(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean over members and flips."""
-        total = None
-        for network, dims in itertools.product(self.networks, self.flips):
+        total, passes = None, len(self.networks) * len(self.flips)
+        squares = torch.zeros_like(x)
+        for n, (network, dims) in enumerate(itertools.product(self.networks, self.flips)):
             seen = x.flip(dims) if dims else x
             y = network(seen)
             if network.residual:
                 y[:, :1] = seen - y[:, :1]
             y = y.flip(dims) if dims else y
             if total is not None:
+                if self.spread:  # what a value adds to the sum of squares about the mean (Welford 1962)
+                    squares += (y[:, :1] - total[:, :1] / n).square_().mul_(n / (n + 1))
                 total.add_(y)
             else:  # what was compiled is written over by the next pass
                 total = y.clone() if network.compiled else y
         assert total is not None
-        return total.div_(len(self.networks) * len(self.flips))
+        total.div_(passes)
+        return torch.cat([total, squares.div_(max(1, passes - 1))], 1) if self.spread else total
 
 
 def average(
@@ -408,11 +415,12 @@ def average(
     slice_mm: float,
     device: torch.device | str,
     compile: str = "off",
+    spread: bool = False,
 ) -> nn.Module:
     """``Averaged``, or the generator itself where there is nothing to average."""
-    if len(generators) == 1 and not axes:
+    if len(generators) == 1 and not axes and not spread:
         return generators[0]
-    return Averaged(generators, axes, slice_mm, device, compile)
+    return Averaged(generators, axes, slice_mm, device, compile, spread)
 
 
 def members(generator: nn.Module) -> list[nn.Module]:

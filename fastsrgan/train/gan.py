@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +101,7 @@ class Models:
             self.arithmetic.arrange(network.train())
         if self.arithmetic.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.arithmetic.tf32
+            torch.backends.cudnn.benchmark = True  # patches have one size: each layer is timed once, then the fastest
         betas = (c.beta1, c.beta2)
         self.optimiser_g = Optimiser(
             self.generator, c.lr_gen, betas, 1e-8, clip=c.clip_norm, scaled=scaled, ranks=self.ranks
@@ -135,7 +136,7 @@ class Models:
 
     # --- critic -------------------------------------------------------------------------------------------------------
 
-    def critic_updates(self, batches: list[Batch], eps: list[Tensor]) -> dict[str, float]:
+    def critic_updates(self, batches: list[Batch], eps: Sequence[Tensor]) -> Means:
         """All critic updates of an iteration; the generator stands still, so one pass of it makes all fakes.
 
         ``eps``: (B,) or (B, C) for each batch. Returns the means of total, wasserstein, penalty (where it was computed)
@@ -147,11 +148,11 @@ class Models:
             rows = [self._critic_update(b, f, e) for b, f, e in zip(batches, fakes, eps, strict=True)]
         else:
             rows = [self._critic_update(b, self.generate(b), e) for b, e in zip(batches, eps, strict=True)]
-        return _means(rows)
+        return Means(rows)
 
-    def critic_update(self, batch: Batch, fake: Tensor, eps: Tensor) -> dict[str, float]:
+    def critic_update(self, batch: Batch, fake: Tensor, eps: Tensor) -> Means:
         """One Adam step of the critic; skipped where the loss or its gradient is not finite."""
-        return _means([self._critic_update(batch, fake, eps)])
+        return Means([self._critic_update(batch, fake, eps)])
 
     def _critic_update(self, batch: Batch, fake: Tensor, eps: Tensor) -> Terms:
         c, o = self.config, self.optimiser_d
@@ -197,7 +198,7 @@ class Models:
 
     # --- generator ----------------------------------------------------------------------------------------------------
 
-    def generator_update(self, batch: Batch, adversarial: bool) -> dict[str, float]:
+    def generator_update(self, batch: Batch, adversarial: bool) -> Means:
         """One Adam step of the generator and of its moving average; skipped where a number is not finite."""
         c, o = self.config, self.optimiser_g
         self.critic.requires_grad_(False)
@@ -217,7 +218,7 @@ class Models:
                 weight = (1 - c.ema) * (1 - told["skipped"] - told.get("overflow", 0))
                 for name, parameter in self.generator.named_parameters():
                     self.average[name].lerp_(parameter, weight.to(parameter.dtype))
-        return _means([{**terms, **told}])
+        return Means([{**terms, **told}])
 
     def _generator_loss(
         self, x: Tensor, y: Tensor, res: Tensor, adversarial: bool, weights: Tensor | None = None
@@ -308,8 +309,33 @@ def _repeated(x: Tensor, size: int) -> Tensor:
     return x if len(x) == size else x[torch.arange(size, device=x.device) % len(x)]
 
 
-def _means(rows: list[Terms]) -> dict[str, float]:
-    """Means over updates of each term, over those that have it; one transfer from the device. No zero skipped."""
-    names = list(dict.fromkeys(k for row in rows for k in row))
-    means = torch.stack([torch.stack([row[k].double() for row in rows if k in row]).mean() for k in names]).tolist()
-    return {k: v for k, v in zip(names, means, strict=True) if v or k not in ("skipped", "overflow")}
+class Means(Mapping[str, float]):
+    """Means over updates of each of their terms, over those that have it, read when they are first asked for.
+
+    Until then nobody waits for the device: it writes them to the host behind the work that is queued.
+    """
+
+    def __init__(self, rows: list[Terms]) -> None:
+        self._names = list(dict.fromkeys(k for row in rows for k in row))
+        means = [torch.stack([row[k].double() for row in rows if k in row]).mean() for k in self._names]
+        self._numbers = torch.stack(means).to("cpu", non_blocking=True)  # pinned memory, where they come from CUDA
+        self._there = torch.cuda.Event() if means[0].is_cuda else None
+        if self._there is not None:
+            self._there.record(torch.cuda.current_stream(means[0].device))
+
+    @functools.cached_property
+    def _values(self) -> dict[str, float]:
+        """Where no update was skipped, nothing is said of it."""
+        if self._there is not None:
+            self._there.synchronize()
+        found = zip(self._names, self._numbers.tolist(), strict=True)
+        return {k: v for k, v in found if v or k not in ("skipped", "overflow")}
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)

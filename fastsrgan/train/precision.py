@@ -29,6 +29,7 @@ from fastsrgan.model.arithmetic import (
     device_name,
     refuse,
     relative,
+    slow_cudnn,
     training_type,
 )
 from fastsrgan.model.compiled import whole
@@ -106,6 +107,9 @@ def self_test(arithmetic: Arithmetic, compiled: bool = False) -> dict[str, float
         refuse(arithmetic, {f"{name} gradients": value}, NETWORK_LIMITS[name])
     refuse(arithmetic, kernels.off, KERNEL_LIMITS)
     log.debug("self-test of %s: %s, %s", arithmetic, off, kernels.off)
+    slow = slow_cudnn(torch.backends.cudnn.version()) if arithmetic.device.type == "cuda" else None
+    if slow and arithmetic.dtype != torch.float32:
+        log.warning("%s", slow)
     return {**off, **kernels.off}
 
 

@@ -7,6 +7,7 @@ contrast, no noise. Subjects are dealt to the ranks; what comes back is the same
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -27,7 +28,7 @@ from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.sweep import predict
 from fastsrgan.infer.volume import infer_volume
-from fastsrgan.model.arithmetic import pick_precision
+from fastsrgan.model.arithmetic import Arithmetic, pick_precision
 from fastsrgan.model.networks import Generator
 from fastsrgan.observation.model import Draw
 from fastsrgan.observation.slice_axis import stored_draw
@@ -66,6 +67,7 @@ def validate(
     stopped: Callable[[], bool] = never,
     known: Known | None = None,
     structures: Sequence[str] = (),
+    arithmetic: Arithmetic | None = None,
 ) -> dict[str, float]:
     """Patch-wise scores on the Test subjects (paper figure 6).
 
@@ -77,8 +79,10 @@ def validate(
     parts of the patches' voxels that are segmented, and that the label holds. With a mask head, the Dice of each mask
     class also, named by ``structures`` from class 1 on where they are structures of a label map. Empty without
     subjects. ``stopped`` is asked by all ranks together, before each turn of one subject per rank; Stopped is raised
-    when true.
+    when true. On a GPU the network computes as in training (``arithmetic``), in batches of one size, and a subject's
+    sums are read once; on a CPU in float32.
     """
+    fixed = feed.device.type == "cuda"
     channels = 2 + mask_classes
     known = {} if known is None else known
     total = torch.zeros(3 + 3 * len(BASELINES) + 2 + 3 * (channels - 1), dtype=torch.double)
@@ -88,17 +92,24 @@ def validate(
             continue
         resident = fixed_resident(feed, sample, index, len(subjects))
         pool, highest = Pool([resident], feed.rule.patch, mask_classes=mask_classes), float(resident.hr.max())
-        sums, top, similar = torch.zeros(2 + 3 * (channels - 1), dtype=torch.double), 0.0, 0.0
+        sums = torch.zeros(2 + 3 * (channels - 1), dtype=torch.double, device=feed.device)
+        top, similar = torch.zeros((), device=feed.device), torch.zeros((), dtype=torch.double, device=feed.device)
         for start in range(0, len(pool), batch_size):
-            batch = pool.gather(np.arange(start, min(start + batch_size, len(pool))))
-            pred = generator(batch.x, batch.res)
-            sums += validation_sums(pred, batch.y).cpu()
-            top = max(top, float(batch.y[:, 0].max()))
-            similar += float(patch_ssim(pred[:, 0].clamp(min=0), batch.y[:, 0], highest).sum())
+            chosen = np.arange(start, min(start + batch_size, len(pool)))
+            n = len(chosen)
+            batch = pool.gather(np.pad(chosen, (0, batch_size - n), mode="edge") if fixed else chosen)
+            with arithmetic.autocast() if fixed and arithmetic is not None else contextlib.nullcontext():
+                pred = generator(batch.x, batch.res)
+            pred, target = pred[:n].float(), batch.y[:n]
+            sums += validation_sums(pred, target)
+            top = torch.maximum(top, target[:, 0].max())
+            similar += patch_ssim(pred[:, 0].clamp(min=0), target[:, 0], highest).sum()
+        sums = sums.cpu()
         if sample.id not in known:
             known[sample.id] = baselines(feed, sample, resident, index, len(subjects), batch_size)
         there = [(*known[sample.id][name], 1.0) if name in known[sample.id] else (0.0, 0.0, 0.0) for name in BASELINES]
-        own = [decibels(top, float(sums[0] / sums[1])), similar / len(pool), 1.0, *(v for row in there for v in row)]
+        level = decibels(float(top), float(sums[0] / sums[1]))
+        own = [level, float(similar) / len(pool), 1.0, *(v for row in there for v in row)]
         total += torch.cat([torch.tensor(own, dtype=torch.double), sums])
     values = ranks.sums(total.tolist())
     if not values[2]:
