@@ -39,7 +39,7 @@ class Absent:
         top = name.split(".")[0]
         if name.startswith("nvidia.dali") or top in {
             "zarr", "numcodecs", "nibabel", "nilearn", "cupy", "tensorstore", "h5py", "yaml", "safetensors", "rich",
-            "matplotlib", "pydicom", "SimpleITK", "fsspec", "s3fs", "pandas", "sklearn",
+            "pydicom", "SimpleITK", "fsspec", "s3fs",
         }:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())

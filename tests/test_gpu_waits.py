@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsrgan.config import TrainConfig
-from fastsrgan.core import kernels, system
+from fastsrgan.core import kernels
 from fastsrgan.data.pool import Patches, Pool, Resident
 from fastsrgan.model import arithmetic
 from fastsrgan.train import gan, loop, precision
@@ -231,7 +231,7 @@ def test_the_counter_sees_what_waits(waits):
         host.to(CUDA, non_blocking=True)  # pageable
         there.to("cpu")
         there.copy_(host)
-        system.to_device(np.zeros(4, np.float32), CUDA)
+        kernels.to_device(np.zeros(4, np.float32), CUDA)
         there.to("cpu", non_blocking=True)
         with pytest.raises(Exception, match="_local_scalar_dense"):
             there[0].item()

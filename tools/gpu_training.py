@@ -21,8 +21,9 @@ from bench.step_pool import pool
 from bench.step_ranks import on_ranks
 from fastsrgan.config import TrainConfig
 from fastsrgan.core.draws import rng
+from fastsrgan.core.kernels import to_device
 from fastsrgan.core.ranks import TorchRanks
-from fastsrgan.core.system import pick_device, to_device
+from fastsrgan.core.system import pick_device
 from fastsrgan.data.dali import DaliMover
 from fastsrgan.data.pool import Pool
 from fastsrgan.data.subject import move_by_thread

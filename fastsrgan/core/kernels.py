@@ -68,6 +68,16 @@ def define_options(defines: dict[str, object]) -> tuple[str, ...]:
     return (*OPTIONS, *(f"-D{key}={value}" for key, value in sorted({"BLOCK": BLOCK, **defines}.items())))
 
 
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on a device. On a CPU it shares the array's memory. On CUDA it goes through pinned memory, and nobody
+    waits for the copy but what is queued behind it on the current stream; torch keeps the pinned memory until then."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 # --- CuPy ---------------------------------------------------------------------------------------------------------
 
 

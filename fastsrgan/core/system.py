@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from fastsrgan.errors import ResourceError
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 log = logging.getLogger("fastsrgan")
@@ -62,15 +61,6 @@ def _current(device: torch.device) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     torch.cuda.set_device(device)
     return device
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The array on a device. On a CPU it shares the array's memory. On CUDA it goes through pinned memory, and nobody
-    waits for the copy but what is queued behind it on the current stream; torch keeps the pinned memory until then."""
-    import torch
-
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def tune_allocator() -> bool:

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsrgan.core.draws import rng
-from fastsrgan.core.kernels import launch, op, scalar
-from fastsrgan.core.system import to_device
+from fastsrgan.core.kernels import launch, op, scalar, to_device
 from fastsrgan.errors import InputError, ModelError
 
 

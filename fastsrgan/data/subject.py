@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsrgan.core.system import to_device
+from fastsrgan.core.kernels import to_device
 from fastsrgan.core.threads import one_thread
 from fastsrgan.data.pool import Resident
 from fastsrgan.errors import FastsrganError, InputError

@@ -432,8 +432,8 @@ def finish(
             "weight %.3g, %s profile of %.3g mm)",
             label, after, before, weight, what.believed.profile, what.believed.thickness_mm,
         )  # fmt: skip
+    doubt = image.turn.apply(prob[-1])
     if settings.uncertainty:
-        doubt = image.turn.apply(prob[-1])
         told["doubt"] = doubt_(doubt, turned, scan, what.full, what.across, image.norm.scale)
         if what.seen.is_identity:
             told["warnings"] = ["the result has the scan's own voxels, which leave nothing open: the doubt is 0"]

@@ -261,10 +261,13 @@ class TileNetwork:
 
     def choose_batch(self, batch: str | int, plan: tiles.TilePlan) -> int:
         """Set and return ``size``: an estimate for "auto", which running out of memory corrects."""
-        self.size = min(self._wanted(batch, plan), len(plan))
-        if self.compiled:
-            self.size = _sizes.setdefault((self.device, self.dtype, plan.patch, batch), self.size)
+        wanted = self._wanted(batch, plan)
+        self.size = wanted if self.compiled else min(wanted, len(plan))
         return self.size
+
+    def steady(self, batch: int, plan: tiles.TilePlan) -> int:
+        """An automatic batch; where it is compiled, that of the first volume of this process with such tiles."""
+        return _sizes.setdefault((self.device, self.dtype, plan.patch), batch) if self.compiled else batch
 
     def _wanted(self, batch: str | int, plan: tiles.TilePlan) -> int:
         if isinstance(check_batch(batch), int):
@@ -302,9 +305,8 @@ class TileNetwork:
                 ) from error
         # Outside the handler, whose traceback keeps the failed attempt's activations alive.
         self.size = len(indices) // 2
-        for key, size in _sizes.items():
-            if key[:3] == (self.device, self.dtype, plan.patch):
-                _sizes[key] = min(size, self.size)
+        if self.compiled:
+            _sizes[(self.device, self.dtype, plan.patch)] = self.size
         log.warning("out of memory on %s: going on with %d tiles at a time", self.device, self.size)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

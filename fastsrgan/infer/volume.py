@@ -155,7 +155,8 @@ def process(
         if settings.precision_check:
             found = deviations(image.source, plan, network.generator, image.slice_mm, where, settings.precision)
             checked = {"precision_check": found}
-        run = replace(settings, batch=memory.batch)
+        steady = network.steady(memory.batch, plan) if settings.batch == "auto" else memory.batch
+        run = replace(settings, batch=steady)
         key = _fingerprint(data, plan, image, network, settings, choices.key()) if memory.mode == SLABS else ""
         if in_levels:
             sr, prob, facts = by_levels(image, levels, network, run, progress, label)

@@ -155,12 +155,11 @@ def pack(
 
 def _around(shape: Sequence[int], share: float, at: Sequence[int], across: int) -> tuple[slice, slice, slice]:
     """The box of about ``share`` of a volume's voxels around a place: a slab, or a block where that were too thin."""
-    thick = min(shape[across], max(THINNEST, round(shape[across] * share)))
-    edge = min(1.0, share * shape[across] / thick) ** 0.5  # of the two other axes
-    if edge < 1 and edge * min(shape) < thick:  # a block: no axis much longer than the others
-        edge = min(1.0, share ** (1 / 3))
-        thick = max(min(shape[across], SMALLEST), round(edge * shape[across]))
-    sizes = [thick if d == across else max(min(n, SMALLEST), round(n * edge)) for d, n in enumerate(shape)]
+    thick = round(shape[across] * share)
+    if thick >= min(THINNEST, shape[across]):
+        sizes = [min(thick, n) if d == across else n for d, n in enumerate(shape)]
+    else:
+        sizes = [max(min(n, SMALLEST), round(n * min(1.0, share ** (1 / 3)))) for n in shape]
     starts = [min(max(a - s // 2, 0), n - s) for a, s, n in zip(at, sizes, shape, strict=True)]
     x, y, z = (slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
     return x, y, z

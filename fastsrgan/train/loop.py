@@ -19,8 +19,9 @@ import torch
 
 from fastsrgan.core.draws import rng
 from fastsrgan.core.files import write_json
+from fastsrgan.core.kernels import to_device
 from fastsrgan.core.signals import StopRequest
-from fastsrgan.core.system import peak_memory, to_device
+from fastsrgan.core.system import peak_memory
 from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.errors import InputError, ResourceError
 from fastsrgan.model.cpu import forms

@@ -144,6 +144,8 @@ def _gradients(
     by_hand: Callable = critic_gradients
     if compiled:
         by_hand, loss_of = (whole(f, arithmetic.device, strict=True) for f in (by_hand, loss_of))
+    of_critic: list[Tensor] = []
+    of_generator: tuple[Tensor, ...] = ()
     for _ in range(REPLAYS if compiled else 1):
         with kernels or contextlib.nullcontext():
             if plain:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsrgan.core.draws import rng
-from fastsrgan.core.kernels import launch, op
-from fastsrgan.core.system import to_device
+from fastsrgan.core.kernels import launch, op, to_device
 
 EDGE = 3.6541528853610088  # where the ziggurat's last layer ends and the tail begins
 LAYERS, UNIT, TAIL = 256, 2.0**23, 1 << 30  # UNIT: words of a width; TAIL as in kernels/standard_normal.cu

@@ -23,7 +23,7 @@ import torch
 from scipy import linalg
 
 from fastsrgan.config import CHOICES
-from fastsrgan.core.system import to_device
+from fastsrgan.core.kernels import to_device
 from fastsrgan.core.threads import run_each
 from fastsrgan.errors import UsageError
 from fastsrgan.volume.geometry import centre_coordinates, grid_size
