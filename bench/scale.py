@@ -2,6 +2,7 @@
 
     python -m bench scale --check --json bench/results/MACHINE/scale.json
     python -m bench scale --subjects 1000 --devices 8 --step-ms 145 --batch 16 --price 2.5
+    python -m bench scale --hours 1 10 100 --subjects 40 --devices 1         # how far a run comes
 
 An epoch is the longer of two things that run side by side: the updates, and making the volumes ahead of them. Every
 device does patches / (devices x batch) updates; an update on several takes that on one divided by the weak-scaling
@@ -110,6 +111,32 @@ def assumed(f: Figures, price: float = 0.0) -> str:
         lines.append(f"An update of 16 patches in {duration(seconds)}, {name} (by arithmetic, docs/roofline.md):\n")
         lines.append(prediction_table(there, (1000, 100_000), (1, 8), price))
     return "\n".join(lines)
+
+
+def reached(
+    f: Figures, subjects: Sequence[int], devices: Sequence[int], hours: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Updates, epochs and patches of a run after so many hours, a row for each cohort and number of devices."""
+    rows = []
+    for n in subjects:
+        for m in (m for m in devices if m <= n):
+            p = predict(f, n, m)
+            for h in hours:
+                epochs = 3600 * h / p["epoch_seconds"]
+                row = {"subjects": n, "devices": m, "hours": h, "updates": epochs * p["updates"], "epochs": epochs}
+                rows.append(row | {"patches": epochs * n * f.patches})
+    return rows
+
+
+def reached_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of ``reached``."""
+    cells = [[f"{r['subjects']:,}", str(r["devices"]), f"{r['hours']:g}"] for r in rows]
+    counts = [
+        [f"{r[name]:,.0f}" if r[name] >= 10 else f"{r[name]:.2g}" for name in ("updates", "epochs", "patches")]
+        for r in rows
+    ]
+    head = ["subjects", "devices", "hours", "updates", "epochs", "patches seen"]
+    return table(head, [a + b for a, b in zip(cells, counts, strict=True)])
 
 
 # --- the check ----------------------------------------------------------------------------------------------------
@@ -271,6 +298,7 @@ def main(argv: Sequence[str]) -> str:
     )
     parser.add_argument("--subjects", type=int, nargs="+", default=[40, 1000, 100_000], metavar="N")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64], metavar="M")
+    parser.add_argument("--hours", type=float, nargs="+", metavar="H", help="how far a run comes in so many hours")
     parser.add_argument("--price", type=float, default=0.0, help="of a device for an hour, in any currency")
     parser.add_argument("--machine", metavar="NAME", help="folder of bench/results that the figures come from")
     parser.add_argument("--step-ms", type=float, help="of an update of one device, where it is not that machine's")
@@ -281,7 +309,7 @@ def main(argv: Sequence[str]) -> str:
     parser.add_argument("--check", action="store_true", help="measure, predict and run epochs on 1 and 2 CPU ranks")
     parser.add_argument("--quick", action="store_true", help="the check in seconds: does it work, not how well")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", metavar="FILE", help="write what was checked here")
+    parser.add_argument("--json", metavar="FILE", help="write what was checked, or the rows of --hours, here")
     args = parser.parse_args(argv)
     if min(*args.subjects, *args.devices, args.repeats) < 1:
         parser.error("subjects, devices and repeats are numbers from 1 up")
@@ -296,4 +324,11 @@ def main(argv: Sequence[str]) -> str:
     chosen = [p for p in folders if args.machine in (None, p.name)]
     if not chosen:
         raise UsageError("--machine", f"{args.machine} is not in bench/results", ", ".join(p.name for p in folders))
-    return prediction_table(with_options(measured(chosen[0]), args), args.subjects, args.devices, args.price)
+    figures = with_options(measured(chosen[0]), args)
+    if args.hours:
+        rows = reached(figures, args.subjects, args.devices, args.hours)
+        if args.json:
+            report = {"bench": "scale", "figures": dataclasses.asdict(figures), "from": chosen[0].name, "hours": rows}
+            write_json(args.json, report | {"command": ["python", "-m", "bench", "scale", *argv]})
+        return reached_table(rows)
+    return prediction_table(figures, args.subjects, args.devices, args.price)

@@ -4,7 +4,7 @@ A row holds all that is known of a setting. Made from it are its field, its chec
 its line in docs/config.md (``python tools/settings_page.py``), its part of ``PRESETS`` and what a resumed run does with
 another value. A new setting is a row here and the place where it acts.
 
-Defaults are those of the original's code; ``PRESETS`` holds the paper's where they differ.
+Defaults are those of the original's code; ``PRESETS`` holds the paper's where they differ, and those of a recipe.
 """
 
 from __future__ import annotations
@@ -228,7 +228,8 @@ class TrainConfig:
     """
 
     # fmt: off
-    new_low_res: tuple[Triple, ...] = setting((), "low-resolution mm; twice: bounds", NEW, group=BASIC, also=("-n",),
+    new_low_res: tuple[Triple, ...] = setting((),
+        "mm of the scans to train for, in plane twice and through it; twice: bounds", NEW, group=BASIC, also=("-n",),
         check=check_resolutions, more="see slice_axis; two triples: drawn uniformly per axis, image and epoch")
     epochs: int = setting(200, "last epoch", FREE, group=BASIC, also=("-e", "--epoch"), above=0)
     init_epoch: int = setting(1, "first epoch (epoch - init_epoch + 1 are run)", FREE, also=("-i",), above=0,
@@ -241,13 +242,15 @@ class TrainConfig:
     stride: int = setting(20, "grid spacing of the training patches", ANEW, above=0, more="in voxels")
     critic_iterations: int = setting(5, "critic updates per generator update", NEW,
         also=("--number-of-disciminator-iteration", "--number-of-discriminator-iteration"), above=0)
-    lr_gen: float = setting(1e-4, "learning rate of the generator", NEW, group=BASIC, also=("--lrgen",), above=0)
+    lr_gen: float = setting(1e-4, "learning rate of the generator", NEW, group=BASIC, also=("--lrgen",),
+        presets={"recommended": 8e-4}, above=0)
     lr_dis: float = setting(1e-4, "learning rate of the critic", NEW, group=BASIC, also=("--lrdis",), above=0)
     beta1: float = setting(0.5, "Adam's decay of gradients", NEW, presets={"paper": 0.9}, low=0, below=1)
     beta2: float = setting(0.999, "Adam's decay of squared gradients", NEW, low=0, below=1)
-    lambda_rec: float = setting(1.0, "weight of the reconstruction loss", NEW, also=("--lambrec",), low=0)
+    lambda_rec: float = setting(1.0, "weight of the reconstruction loss", NEW, also=("--lambrec",),
+        presets={"recommended": 20.0}, low=0)
     lambda_adv: float = setting(1e-3, "weight of the adversarial loss; 0 trains without a critic", NEW, group=BASIC,
-        also=("--lambadv",), low=0)
+        also=("--lambadv",), presets={"recommended": 0.0}, low=0)
     lambda_gp: float = setting(10.0, "weight of the gradient penalty", NEW, also=("--lambgp",),
         presets={"paper": 100.0}, low=0)
     eps_per_channel: bool = setting(True, "draw the penalty's interpolation per sample and channel, not per sample",
@@ -256,8 +259,11 @@ class TrainConfig:
         choices=("charbonnier", "dice"))
     contrast_max: float = setting(0.5, "contrast power is uniform in [1 - c, 1 + c]", NEW, group=BASIC,
         also=("-contrast-max",), low=0, below=1)
-    noise: float = setting(0.03, "noise std over the LR maximum", NEW, group=BASIC,
-        also=("-percent-val-max", "--percent-val-max"), low=0, below=1)
+    noise: float = setting(0.03, "noise std over the LR maximum, of every image (see --noise-from)", NEW, group=BASIC,
+        also=("-percent-val-max", "--percent-val-max"), presets={"recommended": 0.04}, low=0, below=1)
+    noise_from: float | None = setting(None, "noise std drawn per image and epoch from this to --noise", NEW,
+        group=BASIC, presets={"recommended": 0.0}, low=0, below=1,
+        more="none: every image has `noise`, as in the original; validation on patches always has `noise`")
     geometry: str = setting("physical", "observation model: exact in mm, or the original's numbers", ANEW,
         choices=("physical", "segsrgan"))
     interp: str = setting("scipy", "interpolation of the original's numbers; sitk implies --geometry segsrgan", NEW,
@@ -273,35 +279,37 @@ class TrainConfig:
     residual: bool = setting(True, "output = input - head", MATCH, also=("-is-residual", "--is-residual"))
     conditional: bool = setting(False, "resolution as a second input", MATCH,
         also=("-is-conditional", "--is-conditional"), more="[no effect](decisions/010-conditional-input.md)")
-    fit_mask: bool = setting(False, "also learn the classes of Mask_image", MATCH, group=BASIC, also=("-fm",))
+    fit_mask: bool = setting(False, "also learn the classes of Mask_image, or of several --label", MATCH,
+        group=BASIC, also=("-fm",))
     scaled: bool = setting(False, "SR head in units of the patch's in-plane gradient: intensity-equivariant", MATCH,
-        more="[why](decisions/011-scaled-head.md); not in the paper")
-    zero_head: bool = setting(False, "start the SR head at zero: training starts at the spline", START)
+        presets={"recommended": True}, more="[why](decisions/011-scaled-head.md); not in the paper")
+    zero_head: bool = setting(False, "start at the spline: SR head zero", START, presets={"recommended": True})
     snapshot: int = setting(1, "epochs between snapshots", FREE, group=BASIC, also=("-s",), above=0)
     validate_every: int = setting(1, "epochs between validations", FREE, group=BASIC, above=0)
     keep_checkpoints: int = setting(3, "snapshots kept for --resume", FREE, above=0)
-    steps_per_epoch: int | None = setting(None, "end each epoch after so many updates", ANEW, group=BASIC, above=0,
-        more="none: every patch once")
+    steps_per_epoch: int | None = setting(None, "updates after which an epoch ends; none: every patch once", ANEW,
+        group=BASIC, above=0)
     warmup_epochs: int = setting(0, "epochs before the adversarial term starts", NEW, low=0,
         more="without updates of the critic")
     ema: float = setting(0.0, "decay of an averaged generator, which is then validated and shipped; 0 off", NEW,
-        group=BASIC, low=0, below=1, more="a resumed run may begin it")
+        group=BASIC, presets={"recommended": 0.999}, low=0, below=1, more="a resumed run may begin it")
     head_rate: float = setting(1.0, "learning rate of the generator's head over lr_gen", NEW, above=0,
-        more="its 343 taps add up ([decision 003](decisions/003-demo-weights.md))")
-    clip_norm: float = setting(0.0, "largest gradient norm of the generator; 0 off", NEW, low=0)
+        presets={"recommended": 0.1}, more="its 343 taps add up ([decision 003](decisions/003-demo-weights.md))")
+    clip_norm: float = setting(0.0, "largest generator gradient norm; 0 off", NEW, presets={"recommended": 5.0}, low=0)
     resident_subjects: int | None = setting(None, "subjects in memory at once", ANEW, above=0,
         more="none: as many as fit")
     max_bad_steps: int = setting(10, "updates in a row that may be not finite", FREE, above=0)
     seed: int = setting(0, "seed of every random number", ANEW, group=BASIC)
     bias_field: float = setting(0.0, "largest log amplitude of a smooth bias field", NEW, low=0, high=5)  # 148-fold
     rician: bool = setting(False, "Rician instead of Gaussian noise", NEW)
-    profile: float = setting(0.0, "relative spread of the slice profile's width", NEW, low=0, below=1)
-    profile_box: float = setting(0.0, "largest share of a box in the slice profile, the rest a Gaussian", NEW, low=0,
-        high=1, more="drawn uniformly from 0 on")
+    profile: float = setting(0.0, "relative spread of the slice profile's width", NEW, presets={"recommended": 0.2},
+        low=0, below=1)
+    profile_box: float = setting(0.0, "largest share of a box in the slice profile, the rest a Gaussian", NEW,
+        presets={"recommended": 1.0}, low=0, high=1, more="drawn uniformly from 0 on")
     gap: float = setting(0.0, "largest gap between slices over their spacing", NEW, low=0, below=1,
         more="slice thickness over spacing is uniform from 1 - gap to 1")
     flips: str = setting("", "axes along which patches are mirrored at random, for example xy", NEW, check=check_flips,
-        metavar="AXES")
+        presets={"recommended": "x"}, metavar="AXES")
     motion: float = setting(0.0, "sd in mm and degrees of motion between slices", NEW, low=0)
     artefacts: str = setting("", "further artefacts of the scans, for example gibbs:0.3", NEW,
         metavar="NAME:AMOUNT,...", check=hint_of(named_amounts), more="[which there are](training.md#artefacts)")
@@ -333,20 +341,20 @@ class TrainConfig:
     accumulate: int = setting(1, "micro-batches per update", NEW, above=0)
     auto_batch: bool = setting(False, "lower the batch size before the first update until it fits", FREE, group=BASIC)
     lr_schedule: str = setting("constant", "learning rate over the run", NEW, choices=("constant", "linear", "cosine"),
-        more="from the first update to the last")
-    lr_warmup: int = setting(0, "updates of linear warm-up", NEW, low=0)
+        presets={"recommended": "cosine"}, more="from the first update to the last")
+    lr_warmup: int = setting(0, "updates of linear warm-up", NEW, presets={"recommended": 100}, low=0)
     lr_end: float = setting(0.0, "last learning rate as a fraction of the first", NEW, low=0,
         more="of `linear` and `cosine`")
-    patience: int = setting(0, "validations without a better score before training stops; 0 off", FREE, group=BASIC,
-        low=0)
-    best_by: str = setting("dice", "validation score that chooses best.safetensors", FREE, group=BASIC,
-        choices=("dice", "psnr"))
+    patience: int = setting(0, "validations without a better score that end a run; 0 off", FREE, group=BASIC, low=0)
+    best_by: str = setting("both", "score that chooses best.safetensors; both: Dice and gain over the spline", FREE,
+        group=BASIC, choices=("both", "dice", "psnr"),
+        more="Dice plus the part of the spline's error that is gone ([decision 027](decisions/027-best-weights.md))")
     whole_every: int = setting(0, "epochs between validations on whole volumes; 0 off", FREE, low=0,
-        more="with dense overlap")
+        more="as `infer` and `evaluate` give them")
     tensorboard: bool = setting(False, "write RUN/tensorboard", FREE, group=BASIC, more="scalars and sample images")
     penalty_every: int = setting(1, "critic updates between gradient penalties", NEW, above=0,
         more="weighted accordingly")
-    dice_weight: float = setting(0.0, "weight of an added soft Dice term", NEW, low=0)
+    dice_weight: float = setting(0.0, "weight of an added soft Dice term", NEW, presets={"recommended": 1.0}, low=0)
     synthetic: float = setting(0.0, "share of the visits that show an image made of the subject's tissues", NEW, low=0,
         high=1, more="of subjects with an image and tissues; without an image it always is made"
         " ([training](training.md#images-made-of-label-maps))")
@@ -360,7 +368,9 @@ class TrainConfig:
     slice_axis: str = setting("auto", "direction through the slices of -n; auto: as most subjects are stored", NEW,
         group=BASIC, choices=("auto", "S", "A", "R"), more="S: axial, A: coronal, R: sagittal slices; new_low_res is"
         " in the plane twice, then through it; in segsrgan geometry always along each subject's stored axes")
-    preset: str = setting("code", "defaults of the paper or of its code", FREE, group=BASIC, choices=("code", "paper"))
+    preset: str = setting("code", "defaults: the original code's, the paper's, or what was found to work", FREE,
+        group=BASIC, choices=("code", "paper", "recommended"),
+        more="recommended: [what to expect](training.md#a-recipe); options given beside it win")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -377,6 +387,8 @@ class TrainConfig:
         if self.synthetic and (self.fit_mask or self.image_cropping_method == "overlapping_with_mask"):
             reason = "images that are made have no mask, which fit_mask and overlapping_with_mask need"
             raise ModelError("config: synthetic", reason, "leave one of them out")
+        if self.noise_from is not None and self.noise_from > self.noise:
+            raise ModelError("config: noise_from", f"{self.noise_from} is above noise, {self.noise}", "from 0 to noise")
         for name in named_amounts(self.artefacts):
             if getattr(self, name, 0):
                 raise ModelError("config: artefacts", f"{name} has an amount of its own too", f"leave out --{name}")

@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ class _Conversion:
 
     Without an image, those of the tissues.
     classes : the values of the label that are the structure; None: it is taken as it is
+    structures : of several, their names and values; the first is the label, the mask holds 1, 2, ... where they are
     """
 
     row: TableRow
@@ -52,6 +53,7 @@ class _Conversion:
     voxels: int
     dtype: np.dtype
     classes: tuple[int, ...] | None = None
+    structures: tuple[labels.Structure, ...] = ()
 
     def bytes_below(self) -> int:
         """About what the row takes on disk: not more than in memory, nor than the packed source files."""
@@ -68,7 +70,7 @@ def convert(
     resume: bool = False,
     overwrite: bool = False,
     base_path: str | None = None,
-    label_classes: str | None = None,
+    label_classes: str | Sequence[str] | None = None,
     label_names: str | os.PathLike | None = None,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
@@ -83,7 +85,8 @@ def convert(
     resume : keep subjects that are finished, undamaged and whose files have not changed
     overwrite : begin anew; an existing store stays until the first new volume is ready
     label_classes, label_names : which values of the labels are the structure, and a lookup table of names, see
-        `labels.structure`; a row's own ``Label_classes`` comes first. The store then holds 1 for them and 0 elsewhere
+        `labels.structure`; a row's own ``Label_classes`` comes first. The store then holds 1 for them and 0 elsewhere.
+        Of several structures the first is the label, and the mask holds 1, 2, ... for each, for ``fit_mask``
 
     Returns
     -------
@@ -175,11 +178,12 @@ def _main(sources: dict[str, dict[str, str]], other: dict[str, str] | None = Non
 
 
 def _inspect(
-    row: TableRow, choice: tuple[str | None, str | os.PathLike | None]
+    row: TableRow, choice: tuple[str | Sequence[str] | None, str | os.PathLike | None]
 ) -> tuple[_Conversion | None, list[Fault]]:
     faults: list[Fault] = []
     sources = {}
     classes: tuple[int, ...] | None = None
+    found_structures: list[labels.Structure] = []
     like: Volume | None = None
     header = None
     paths = {
@@ -197,16 +201,38 @@ def _inspect(
                 header = found
                 like = Volume(np.broadcast_to(np.uint8(0), header.shape), header.affine)
             if name != "image":
-                chosen = (row.classes or choice[0]) if name == "label" else None
+                chosen = labels.choices(row.classes, choice[0]) if name == "label" else []
+                found_structures = labels.structures(chosen, path, choice[1]) if chosen else found_structures
                 if chosen:
-                    classes = tuple(sorted(labels.structure(chosen, path, choice[1]).values))
+                    labels.refuse_overlap(found_structures)
+                    classes = tuple(sorted(found_structures[0].values))
+                if len(found_structures) > 1 and row.mask is not None:
+                    reason = (
+                        "and several structures of a label are not taken together: both would be the mask's classes"
+                    )
+                    raise InputError(row.mask, reason, "leave Mask_image empty, or choose one structure")
                 images.load_label(path, like, largest=LARGEST[name], classes=classes if chosen else None)
             sources[name] = {"path": str(path), "sha256": images.sha256(path)}
         except FastsrganError as error:
             faults.append((row.line, InputError(f"{_COLUMNS[name]} {error.what}", error.reason, error.hint)))
     if faults or header is None:
         return None, faults
-    return _Conversion(row, sources, header.voxels, header.dtype, classes), []
+    return _Conversion(
+        row, sources, header.voxels, header.dtype, classes, tuple(found_structures[1:] and found_structures)
+    ), []
+
+
+def _listed(structures: Sequence[labels.Structure]) -> list[list[Any]]:
+    """[name, values] of each, as the manifest keeps them."""
+    return [[one.name, sorted(one.values)] for one in structures]
+
+
+def classes_of(label: Path, like: Volume, structures: Sequence[labels.Structure]) -> np.ndarray:
+    """(X, Y, Z) uint8: 1, 2, ... where the first, second, ... structure is, 0 elsewhere. Raises as `load_label`."""
+    classes = np.zeros(like.data.shape, np.uint8)
+    for number, one in enumerate(structures, 1):
+        classes[images.load_label(label, like, classes=one.values).data > 0] = number
+    return classes
 
 
 def _one_volume(path: Path) -> NiftiFile:
@@ -233,6 +259,7 @@ def _divide(
             continue
         hashes = {name: source["sha256"] for name, source in known.attrs.get("source", {}).items()}
         chosen = known.attrs.get("label_classes") == (None if job.classes is None else list(job.classes))
+        chosen &= known.attrs.get("structures", []) == _listed(job.structures)
         same = chosen and known.split == job.row.base and hashes == {n: s["sha256"] for n, s in job.sources.items()}
         if same and intact[job.row.subject]:
             kept.append(job)
@@ -319,6 +346,13 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
             counts = np.bincount(other.data.ravel(order="K"))
             attrs[f"{name}_counts"] = {str(value): int(counts[value]) for value in np.flatnonzero(counts)}
             warnings += [f"{name}: {text}" for text in other.warnings]
+    if job.structures and row.label is not None:
+        others["mask"] = classes = classes_of(row.label, volume, job.structures)
+        counts = np.bincount(classes.ravel(order="K"), minlength=len(job.structures) + 1)
+        attrs["mask_counts"] = {str(value): int(n) for value, n in enumerate(counts)}
+        attrs["structures"] = _listed(job.structures)
+        absent = [one.name for one, n in zip(job.structures, counts[1:], strict=True) if not n]
+        warnings += [f"label: holds nothing of {', '.join(absent)}"] if absent else []
     if job.classes is not None:
         attrs["label_classes"] = list(job.classes)
     values = list(attrs.get("label_counts", {}))

@@ -34,6 +34,19 @@ def test_devices_share_the_subjects_and_lose_what_weak_scaling_loses():
         scale.predict(FIGURES, 2, 3)
 
 
+def test_what_hours_reach_follows_from_the_time_of_an_epoch():
+    rows = scale.reached(FIGURES, [6, 2], [1, 3], [1.0, 10.0])
+    assert [(r["subjects"], r["devices"], r["hours"]) for r in rows] == [
+        *((n, m, h) for n, m in ((6, 1), (6, 3), (2, 1)) for h in (1.0, 10.0))
+    ]
+    epoch = scale.predict(FIGURES, 6, 1)["epoch_seconds"]
+    assert rows[0]["epochs"] == pytest.approx(3600 / epoch) and rows[1]["updates"] == pytest.approx(
+        10 * rows[0]["updates"]
+    )
+    assert rows[0]["patches"] == pytest.approx(rows[0]["epochs"] * 6 * 100)
+    assert "| 6 | 1 | 10 |" in scale.reached_table(rows)
+
+
 def test_counts_of_the_roofline_are_those_of_the_networks():
     counts = roofline.layer_counts(16, 64)
     total = sum((c.times(roofline.REPEATED.get(name, 1)) for name, c in counts.items()), flops.NOTHING)

@@ -577,7 +577,7 @@ def test_progress_tells_rates_and_the_time_left(tmp_path, monkeypatch):
     convert(cohort(tmp_path, 3), tmp_path / "store", workers=1, progress=PlainProgress(Console(file=out, width=200)))
     lines = [line for line in out.getvalue().splitlines() if line.startswith("convert:")]
     number = r"[\d.e+-]+"
-    rates = rf"volumes_per_s {number}  mb_per_s {number}  failed 0"
+    rates = rf"volumes_per_s={number} mb_per_s={number} failed=0"
     assert re.fullmatch(rf"convert: 1/3 volume  {number}/s  \d+ s left  {rates}", lines[0])
     assert re.fullmatch(rf"convert: 3/3 volume  {number}/s  {rates}", lines[-1])
 

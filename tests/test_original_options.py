@@ -6,6 +6,7 @@ that options and files of the original mean what they meant.
 
 import csv
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +180,7 @@ def called(monkeypatch, tmp_path):
 
     def train(source, folder, config, **options):
         seen.update(options, source=source, folder=str(folder), config=config)
-        return {"updates": 0, "seconds": 0.0, "best_dice": None, "weights": "", "stopped": None, "exit_code": 0}
+        return {"updates": 0, "seconds": 0.0, "best_epoch": None, "weights": "", "stopped": None, "exit_code": 0}
 
     monkeypatch.setattr(training, "train", train)
     monkeypatch.chdir(tmp_path)
@@ -209,6 +210,9 @@ def test_a_command_of_the_original_runs_unchanged(called, capsys, monkeypatch):
 def test_continuing_needs_weights_and_keeps_the_earlier_run(called, tmp_path, monkeypatch, capsys):
     command = ["cohort.zarr", "-sf", "weights", "-n", 1, 1, 3, "-e", 40, "-i", 21]
     assert called(*command)[0] == 2 and "-w FILE" in capsys.readouterr().err
+    (tmp_path / "weights").mkdir()
+    held = Path(__file__).parent / "golden" / "weights_residual_mask3.h5"
+    shutil.copyfile(held, tmp_path / "weights" / "SegSRGAN_epoch_20")
     code, seen = called(*command, "-w", "weights/SegSRGAN_epoch_20")
     assert code == 0 and seen["folder"] == "weights" and seen["start_weights"] == "weights/SegSRGAN_epoch_20"
     monkeypatch.setattr(checkpoint, "snapshots", lambda run: [run / "checkpoints" / "step-00000009"])

@@ -12,6 +12,7 @@ from commands import call, one_line
 from phantom import head
 
 from fastsrgan.cli.main import main
+from fastsrgan.convert import convert
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.pair import evaluate_pair, flat
 from fastsrgan.infer.volume import infer_volume
@@ -24,7 +25,7 @@ from fastsrgan.study import plots
 from fastsrgan.study import plots as study_figure
 from fastsrgan.study import run as study
 from fastsrgan.study import tables as study_output
-from fastsrgan.study.data import Condition, acquire, find_heads, thick
+from fastsrgan.study.data import Condition, acquire, find_heads, spacing_of, thick
 from fastsrgan.study.plots import PANELS, time_fit
 from fastsrgan.study.tables import csv_rows, markdown, paper_rows, shown_rows
 from fastsrgan.volume.geometry import Volume
@@ -213,6 +214,32 @@ def test_each_study_has_its_conditions_and_panels(folder, kind, settings, condit
     if kind == "resolution":
         base = [r["figures"]["psnr_db"]["mean"] for r in made["rows"] if r["model"] == "interpolation"]
         assert base[0] > base[1]  # thicker slices lose more
+
+
+def test_a_store_is_studied_as_its_table_is(folder, tmp_path):
+    convert(folder / "cohort.csv", tmp_path / "c.zarr")
+    of_table, of_store = find_heads(folder / "cohort.csv", "all"), find_heads(tmp_path / "c.zarr", "all")
+    assert {one.name for one in of_store} == {one.name for one in of_table}
+    for first in of_table:
+        twin = next(one for one in of_store if one.name == first.name)
+        volumes, others = first.load(), twin.load()
+        assert set(volumes) == set(others) and spacing_of(first) == pytest.approx(spacing_of(twin))
+        for name, volume in volumes.items():
+            np.testing.assert_allclose(others[name].data, volume.data, rtol=1e-6)
+            np.testing.assert_allclose(others[name].affine, volume.affine)
+    assert len({one.key for one in of_store}) == len(of_store)
+    with pytest.raises(UsageError, match="were chosen by"):
+        find_heads(tmp_path / "c.zarr", label_classes="3,42")
+    with pytest.raises(InputError, match="no subjects of Base Test"):
+        convert_train_only(folder, tmp_path)
+
+
+def convert_train_only(folder, tmp_path):
+    """The heads of a store that has no Test subject."""
+    text = (folder / "cohort.csv").read_text(encoding="utf8").replace("Test", "Train")
+    (folder / "train_only.csv").write_text(text, encoding="utf8")
+    convert(folder / "train_only.csv", tmp_path / "t.zarr")
+    return find_heads(tmp_path / "t.zarr")
 
 
 def test_contrast_is_changed_in_both_images(folder):

@@ -60,7 +60,8 @@ def test_training_lowers_the_reconstruction_loss(store, tmp_path):
 def test_starting_from_weights_takes_generator_and_critic(store, tmp_path):
     train(store, tmp_path / "first", CONFIG.replace(epochs=1))
     config = CONFIG.replace(epochs=1, steps_per_epoch=1, lr_gen=1e-12, lr_dis=1e-12)
-    train(store, tmp_path / "second", config, start_weights=tmp_path / "first" / "model.safetensors")
+    result = train(store, tmp_path / "second", config, start_weights=tmp_path / "first")
+    assert result["start_weights"]["file"] == str(tmp_path / "first" / "best.safetensors")
     for load in (weights.load_generator, weights.load_critic):
         first, second = (load(tmp_path / name / "model.safetensors") for name in ("first", "second"))
         for a, b in zip(first.parameters(), second.parameters(), strict=True):
@@ -147,9 +148,11 @@ def test_when_no_subject_can_be_read_training_ends_with_an_error(store, tmp_path
 
 
 def scripted(monkeypatch, scores: list[float]) -> list[str]:
-    """Validations that give these Dice and PSNR in turn; returns the names of the weights files written."""
+    """Validations that give these Dice, PSNR and MSE in turn; returns the names of the weights files written."""
     told, written, write = iter(scores), [], loop.write_weights
-    monkeypatch.setattr(loop, "validate", lambda *a, **k: dict(zip(("Dice", "PSNR", "MSE"), next(told), strict=True)))
+    others = {"PSNR_spline": 26.0, "SSIM": 0.9, "Seg_share": 0.1, "Label_share": 0.1}
+    names = ("Dice", "PSNR", "MSE")
+    monkeypatch.setattr(loop, "validate", lambda *a, **k: dict(zip(names, next(told), strict=True)) | others)
     monkeypatch.setattr(
         loop, "write_weights", lambda run, path, facts: (written.append(path.name), write(run, path, facts))
     )
@@ -160,7 +163,7 @@ def test_patience_ends_a_run_behind_the_best_epoch(store, tmp_path, monkeypatch,
     caplog.set_level(logging.INFO, "fastsrgan")
     dice = [0.1, 0.4, 0.3, 0.4, 0.2, 0.9]
     scripted(monkeypatch, [(d, 20 - d, 1.0) for d in dice])
-    config = CONFIG.replace(epochs=6, patience=3, steps_per_epoch=1, snapshot=4, critic_iterations=1)
+    config = CONFIG.replace(best_by="dice", epochs=6, patience=3, steps_per_epoch=1, snapshot=4, critic_iterations=1)
     result = train(store, tmp_path / "run", config)
     assert result["ended_early"] == 5 and result["updates"] == 5 and result["best"] == 0.4
     assert result["exit_code"] == 0 and checkpoint.newest(tmp_path / "run").name == "step-00000005"
@@ -172,7 +175,7 @@ def test_patience_ends_a_run_behind_the_best_epoch(store, tmp_path, monkeypatch,
 
 
 def test_best_by_chooses_the_score_that_counts(store, tmp_path, monkeypatch):
-    for best_by, epoch in (("dice", 2), ("psnr", 1)):
+    for best_by, epoch in (("dice", 2), ("psnr", 1), ("both", 1)):
         scripted(monkeypatch, [(0.1, 30.0, 1.0), (0.2, 20.0, 1.0)])
         config = CONFIG.replace(best_by=best_by, steps_per_epoch=1, critic_iterations=1)
         train(store, tmp_path / best_by, config)
@@ -209,6 +212,7 @@ class Noting:
 
     def __init__(self) -> None:
         self.lines: list = []
+        self.told: list = []
 
     def start(self, label, total, unit):
         self.lines.append((label, total, unit))
@@ -219,11 +223,14 @@ class Noting:
     def finish(self):
         self.lines.append("finish")
 
+    def tell(self, group, text, **facts):
+        self.told.append((group, text, facts))
+
 
 def test_progress_counts_updates_and_shows_losses_wait_memory_and_time_left(store, tmp_path):
     progress = Noting()
     train(store, tmp_path / "run", CONFIG, progress=progress)
-    assert progress.lines[0] == ("epoch 1/2", 4, "updates")
+    assert progress.lines[0] == ("training epoch 1/2", 4, "updates")
     shown = [line[1] for line in progress.lines if line != "finish" and len(line) == 2]
     assert len(shown) == 8
     assert set(shown[0]) == {"rec", "W", "gp", "|G|", "|D|", "patches/s", "wait", "GB", "run"}

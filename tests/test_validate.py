@@ -11,11 +11,18 @@ import torch
 from cohort import SMALL, losses, make_store, rows
 
 from fastsrgan.data.feed import Feed, PatchRule
-from fastsrgan.observation.model import Degradation
+from fastsrgan.evaluate import metrics
+from fastsrgan.evaluate.pair import evaluate_files
+from fastsrgan.infer.files import infer_files
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.observation.model import Degradation, degrade
 from fastsrgan.store.reader import open_store
 from fastsrgan.train import loop
 from fastsrgan.train.run import train
-from fastsrgan.train.validate import fixed_resident, validate, validate_whole
+from fastsrgan.train.validate import central_patch, fixed_resident, patch_ssim, validate, validate_whole
+from fastsrgan.volume.geometry import resampled_affine
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +64,105 @@ def test_validation_scores_are_those_of_the_paper_s_definitions(store):
     assert validate(Identity(), feed, [], batch_size=3) == {}
 
 
-def test_whole_volumes_of_a_network_that_does_nothing_score_as_the_spline(store):
-    feed = make_feed(store)
+def test_patches_are_compared_with_the_spline_and_the_best_linear_estimate(store):
+    """A network that does nothing is the spline; the best linear estimate is nearer to the truth."""
+    feed, known = make_feed(store), {}
     names = [s.id for s in feed.store.subjects]
-    scores = validate_whole(Identity(), feed, names)
-    assert scores["whole_PSNR"] == pytest.approx(scores["spline_PSNR"], abs=0.05)  # SR is cut at 0, the spline is not
-    assert scores["whole_SSIM"] == pytest.approx(scores["spline_SSIM"], abs=0.02)
-    assert 15 < scores["spline_PSNR"] < 60 and 0 < scores["whole_Dice"] < scores["spline_Dice"] < 1
+    scores = validate(Identity(), feed, names, batch_size=3, known=known)
+    assert scores["PSNR"] == pytest.approx(scores["PSNR_spline"]) and scores["SSIM"] == pytest.approx(
+        scores["SSIM_spline"]
+    )
+    assert scores["PSNR_linear"] > scores["PSNR_spline"] + 0.3
+    assert 0 < scores["Label_share"] < scores["Seg_share"] < 1
+    x, y = torch.rand(2, 2, 16, 16, 16, dtype=torch.float64)
+    by_patch = [metrics.ssim(a.numpy(), b.numpy(), data_range=0.7) for a, b in zip(x, y, strict=True)]
+    assert patch_ssim(x, y, 0.7).tolist() == pytest.approx(by_patch, abs=1e-12)
+    assert set(known) == set(names)
+    known[names[0]] = {"spline": (0.0, 0.0)}  # what is known is not computed again
+    again = validate(Identity(), feed, names, batch_size=3, known=known)
+    assert again["PSNR_spline"] < scores["PSNR_spline"] and again["PSNR"] == scores["PSNR"]
+
+
+def test_whole_volumes_score_as_infer_and_evaluate_do(store, tmp_path):
+    """The thick slices of a Test subject, through `infer` and `evaluate`: the figures of the validation."""
+    feed = make_feed(store)
+    subject = next(s.id for s in feed.store.subjects if s.split == "Test")
+    generator = build_generator(GeneratorSpec(kernel=2, shifted=True), seed=3).eval()
+    scores = validate_whole(generator, feed, [subject])
+    weights.save_generator(tmp_path / "w.safetensors", generator)
+    sample = feed.store.read(subject)
+    done = degrade(sample.image, sample.spacing, (1.0, 1.0, 3.0))
+    affine = resampled_affine(sample.affine, sample.image.shape, done.low_res.shape, (1.0, 1.0, 3.0))
+    images.save(tmp_path / "x.nii.gz", done.low_res * np.float32(done.scale), affine)
+    images.save(tmp_path / "hr.nii.gz", sample.image, sample.affine)
+    images.save(tmp_path / "label.nii.gz", sample.label, sample.affine)
+    infer_files(
+        [tmp_path / "x.nii.gz"], tmp_path / "out", tmp_path / "w.safetensors", new_resolution=[1.0] * 3, device="cpu"
+    )
+    files = [tmp_path / "out" / "x_sr.nii.gz", tmp_path / "hr.nii.gz", tmp_path / "out" / "x_seg.nii.gz"]
+    found = evaluate_files(*files, tmp_path / "label.nii.gz", lr=tmp_path / "x.nii.gz")
+    for who, result in (("whole", found), ("spline", found["baseline"])):
+        image, seg = result["image"]["whole"], result["segmentation"]
+        assert scores[f"{who}_PSNR"] == pytest.approx(image["psnr_db"], abs=1e-3)
+        assert scores[f"{who}_SSIM"] == pytest.approx(image["ssim"], abs=1e-4)
+        assert scores[f"{who}_Dice"] == pytest.approx(seg["dice"], abs=1e-3)
+    assert scores["linear_PSNR"] > scores["spline_PSNR"]
+
+
+def made(dice: float, gain: float, **more: float) -> dict[str, float]:
+    """Scores of a validation whose spline has 26 dB."""
+    shares = {"Seg_share": 0.1, "Label_share": 0.1}
+    return {"Dice": dice, "PSNR": 26.0 + gain, "PSNR_spline": 26.0, "SSIM": 0.9} | shares | more
+
+
+def test_neither_a_lost_segmentation_nor_a_blurred_image_is_the_best():
+    healthy, empty, blurred = made(0.6, 0.5), made(0.0, 2.0), made(0.63, -1.0)
+    assert loop.score(empty, "psnr") > loop.score(healthy, "psnr")  # what one score alone would take
+    assert loop.score(blurred, "dice") > loop.score(healthy, "dice")
+    assert loop.score(healthy, "both") > max(loop.score(empty, "both"), loop.score(blurred, "both"))
+    assert loop.score(made(0.5, 0.0), "both") == pytest.approx(0.5)  # the spline adds nothing
+    assert loop.score({}, "both") is None
+
+
+def test_a_lost_output_is_said_once_the_other_rises():
+    before = made(0.0, 0.1)
+    assert "empty" in loop.collapse(made(0.0, 0.2, Seg_share=0.0), before)
+    assert "full" in loop.collapse(made(0.15, 0.2, Seg_share=1.0), before)
+    assert "next to nothing" in loop.collapse(made(0.001, 0.2), before)
+    assert "worse than the spline" in loop.collapse(made(0.5, -3.0), made(0.4, -2.0))
+    for scores, earlier in (
+        (made(0.0, 0.2), {}),
+        (made(0.0, 0.05), before),
+        (made(0.3, 0.2), before),
+        (made(0.5, -2.0), made(0.4, -3.0)),
+    ):
+        assert loop.collapse(scores, earlier) == ""
+
+
+def test_the_line_of_a_validation_fits_80_columns():
+    line = loop.validation_line(200, made(0.5834, 0.615, PSNR_linear=26.4), 187)
+    assert line == "epoch 200 PSNR 26.61 spline 26.00 linear 26.40 SSIM 0.900 Dice 0.583 best 187"
+    assert len(line) <= 80
+
+
+def test_the_line_of_whole_volumes_names_whose_figures_they_are():
+    scores = {"whole_PSNR": 31.21, "spline_PSNR": 30.0, "linear_PSNR": 30.5, "whole_Dice": 0.7, "spline_Dice": 0.61}
+    told = "epoch 3, whole volumes PSNR 31.21 (spline 30, linear 30.5) Dice 0.7 (spline 0.61)"
+    assert loop.whole_line(3, scores) == told
+
+
+def test_the_panel_s_patch_has_structure_in_its_middle_planes(store):
+    feed = make_feed(store)
+    subject = feed.store.subjects[0].id
+    resident = fixed_resident(feed, feed.store.read(subject), 0, 1)
+    chosen = resident.origins[central_patch(resident, 16)]
+    label = np.pad(resident.label.numpy(), 16)
+    held = []
+    for origin in (chosen, *resident.origins):
+        cut = label[tuple(slice(int(o) + 16, int(o) + 32) for o in origin)]
+        planes = [cut.take(8, axis) for axis in range(3)]
+        held.append(sum(min(int(p.sum()), p.size - int(p.sum())) for p in planes))
+    assert held[0] == max(held) > 100
 
 
 def test_a_stop_in_the_middle_of_a_validation_comes_back_to_it(store, tmp_path, monkeypatch):

@@ -344,6 +344,28 @@ def test_a_run_gives_its_newest_snapshot(tmp_path, caplog):
         weights.load_critic(tmp_path)
 
 
+def test_a_run_gives_its_best_and_others_by_name(tmp_path, caplog):
+    generators = {n: snapshot(tmp_path / "checkpoints" / f"step-{n:08d}", n) for n in (20, 40)}
+    best = random_generator(GeneratorSpec(kernel=1), 7)
+    weights.save_generator(tmp_path / "best.safetensors", best)
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        assert same(weights.load_generator(tmp_path), best)
+    assert f"{tmp_path}: weights of {tmp_path / 'best.safetensors'}" in caplog.text
+    assert weights.info(tmp_path)["file"] == str(tmp_path / "best.safetensors")
+    wanted = {"best": best, "last": generators[40], "20": generators[20]}
+    for which, generator in wanted.items():
+        assert same(weights.load_generator(weights.of_run(tmp_path, which)), generator)
+    with pytest.raises(ModelError, match=r"no snapshot of 30 updates \(there are: 20, 40"):
+        weights.of_run(tmp_path, "30")
+    (tmp_path / "best.safetensors").unlink()
+    assert same(weights.load_generator(tmp_path), generators[40])  # where no validation ended
+    with pytest.raises(ModelError, match="--checkpoint last"):
+        weights.of_run(tmp_path, "best")
+    for path, which in ((tmp_path, "first"), (PLAIN, "last")):
+        with pytest.raises(UsageError):
+            weights.of_run(path, which)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"files": 3}', '{"files": {}}', "[" * 100_000])
 def test_damaged_manifests(tmp_path, text):
     snapshot(tmp_path / "epoch-0001", 1)

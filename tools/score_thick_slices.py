@@ -28,11 +28,10 @@ import fastsrgan
 from fastsrgan.core.files import write_json
 from fastsrgan.core.system import provenance
 from fastsrgan.evaluate import metrics
-from fastsrgan.volume.consistency import Observation, agree, observation
+from fastsrgan.volume.consistency import LINEAR_WEIGHTS, Observation, agree, observation
 from fastsrgan.volume.resample import apply_axes, slice_profile_matrix, spline_matrix
 
 ACQUISITIONS = [(r, p, n) for r in (3, 6) for p, n in (("gaussian", 0.0), ("box", 0.0), ("gaussian", 0.03))]
-WEIGHTS = (1e-3, 1e-2, 3e-2, 0.1, 0.2, 0.3, 0.5, 1.0)
 MARGIN = 6  # voxels of air kept around the head
 TILES = {"patch": 128, "step": 64}
 
@@ -73,7 +72,7 @@ def score(name: str, case: dict, folder: Path, generator) -> list[dict]:
         spline, head = apply_axes(scan, [None, None, up]), truth > 0.1
         seen = observation(scan.shape, low_mm, truth.shape, mm)
         assert seen is not None
-        linear = max(metrics.psnr(agreed(spline, scan, seen, w), truth, mask=head) for w in WEIGHTS)
+        linear = max(metrics.psnr(agreed(spline, scan, seen, w), truth, mask=head) for w in LINEAR_WEIGHTS)
         result = fastsrgan.infer_volume(
             scan, np.diag([*low_mm, 1.0]), generator, new_resolution=[float(s) for s in mm], device="cpu", **TILES
         )

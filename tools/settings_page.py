@@ -24,9 +24,9 @@ Made by `python tools/settings_page.py` from the rows of `fastsrgan/config.py`; 
 date.
 
 `fastsrgan train --config FILE.yaml` reads a mapping of these settings; options on the command line win over it, and
-`preset: paper` or `--preset paper` changes defaults. The settings of a run are kept in `RUN/config.yaml` and in every
-snapshot. Unknown keys, wrong types and values that are not allowed are refused. `none` is `null` in a file, or no line
-at all. Names of options take `-` and `_` alike.
+`preset: paper` or `recommended`, or the option `--preset`, changes defaults. The settings of a run are kept in
+`RUN/config.yaml` and in every snapshot. Unknown keys, wrong types and values that are not allowed are refused. `none`
+is `null` in a file, or no line at all. Names of options take `-` and `_` alike.
 
 ```yaml
 new_low_res: [[0.5, 0.5, 2], [0.5, 0.5, 4]]

@@ -8,17 +8,21 @@ import json
 import logging
 import re
 import sys
+import textwrap
 import time
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastsrgan.core.files import finite
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import loading
+from fastsrgan.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
 
+WIDE, BAR_COLUMNS = 100, 54  # width of a terminal for the long bar; what stands beside the name of a stretch
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -31,12 +35,15 @@ def boolean(text: str) -> bool:
     return known[text.lower()]
 
 
-def add_label_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """``--label-classes`` and ``--label-names``, alike wherever a label enters."""
+def add_label_options(parser: argparse.ArgumentParser, several: str = "", *names: str) -> None:
+    """``--label-classes``, also under other names, and ``--label-names``, alike wherever a label enters.
+
+    several : what is done with more than one structure, where they are taken
+    """
     text = "which values of a label map are the structure: 3,42 or names of a lookup table"
     more: dict[str, Any] = {"nargs": "+"} if several else {}
-    text += "; several, as cortex=3,42 white=2,41, are scored one by one" if several else ""
-    parser.add_argument("--label-classes", metavar="VALUES", help=text, **more)
+    text += f"; several, as cortex=3,42 white=2,41, {several}" if several else ""
+    parser.add_argument("--label-classes", *names, metavar="VALUES", help=text, **more)
     parser.add_argument(
         "--label-names",
         metavar="FILE",
@@ -44,13 +51,43 @@ def add_label_options(parser: argparse.ArgumentParser, several: bool = False) ->
     )
 
 
+def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
+    """``--checkpoint``, wherever ``-w`` takes a run folder."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="best|last|N",
+        help="which weights of a run folder: of its best validation, of its newest snapshot, or of the snapshot after "
+        "N updates (best; last where there is no best)",
+    )
+
+
+def chosen_weights(paths: Sequence[str] | None, which: str | None) -> list[str] | None:
+    """The paths of ``-w``, each run folder among them replaced by the file that ``--checkpoint`` names.
+
+    Raises UsageError where it is given without a run folder; ModelError where there are no such weights.
+    """
+    if which is None:
+        return None if paths is None else list(paths)
+    if not paths:
+        raise UsageError("--checkpoint", "no run folder was given", "-w RUN")
+    with loading():
+        from fastsrgan.model.weights import of_run
+    return [str(of_run(path, which)) for path in paths]
+
+
 def shown(facts: dict[str, Any]) -> str:
     """Live values in a few characters: "rec 0.0213  W -0.41"."""
     return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {plain(str(v))}" for k, v in facts.items())
 
 
+def fields(facts: dict[str, Any], digits: int = 4) -> str:
+    """Values for programs: ``rec=0.0213 run="18 min left"``."""
+    cells = [(k, f"{v:.{digits}g}" if isinstance(v, float) else plain(str(v))) for k, v in facts.items()]
+    return " ".join(f'{k.replace(" ", "_")}="{v}"' if re.search(r'[\s="]', v) else f"{k}={v}" for k, v in cells)
+
+
 class TerminalProgress:
-    """A bar on a terminal."""
+    """A bar on a terminal, the live values in lines of their own below it: nothing is cut where it is narrow."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -61,21 +98,33 @@ class TerminalProgress:
         """Show a bar for ``total`` units."""
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
+        from rich.text import Text
 
         self.finish()
         self.facts = {}
-        self.bar = RichProgress(
+        name, width = plain(label), self.console.width
+        above = len(name) > width - BAR_COLUMNS  # a long name has a line of its own
+        progress = self
+
+        class Bar(RichProgress):
+            def get_renderables(self) -> Iterator[Any]:
+                if above:
+                    yield Text(name)
+                yield self.make_tasks_table(self.tasks)
+                if progress.facts:
+                    yield Text(shown(progress.facts))
+
+        self.bar = Bar(
             TextColumn("{task.description}", markup=False),
-            BarColumn(24),
+            BarColumn(24 if width >= WIDE else 8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}  {task.fields[rate]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[facts]}", markup=False),
             console=self.console,
             refresh_per_second=4,
         )
         self.began = time.perf_counter()
-        self.task = self.bar.add_task(plain(label), total=total, unit=unit, rate="", facts="")
+        self.task = self.bar.add_task("" if above else name, total=total, unit=unit, rate="")
         self.bar.start()
 
     def advance(self, n: int = 1, **facts: Any) -> None:
@@ -85,13 +134,18 @@ class TerminalProgress:
         task = self.bar.tasks[0]
         rate = (task.completed + n) / max(time.perf_counter() - self.began, 1e-9)
         self.facts = facts or self.facts
-        self.bar.update(self.task, advance=n, rate=f"{rate:.3g}/s", facts=shown(self.facts))
+        self.bar.update(self.task, advance=n, rate=f"{rate:.3g}/s")
 
     def finish(self) -> None:
         """Leave the bar as it stands."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+    def tell(self, group: str, text: str, **facts: Any) -> None:
+        """A line above the bar."""
+        lines = textwrap.fill(plain(text), self.console.width, subsequent_indent="  ")
+        self.console.print(lines, markup=False, highlight=False, soft_wrap=True)
 
 
 class PlainProgress:
@@ -120,12 +174,18 @@ class PlainProgress:
             self._line()
         self.label = ""
 
+    def tell(self, group: str, text: str, **facts: Any) -> None:
+        """``group: name=value ...`` in one line."""
+        self._print(f"{group}: {fields(facts, 6)}")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text.rstrip(), markup=False, highlight=False, soft_wrap=True)
+
     def _line(self) -> None:
         self.last_line = time.perf_counter()
         rate = self.done / max(self.last_line - self.began, 1e-9)
         left = f"  {(self.total - self.done) / rate:.0f} s left" if self.done < self.total and rate else ""
-        text = f"{self.label}: {self.done}/{self.total} {self.unit}  {rate:.3g}/s{left}  {shown(self.facts)}"
-        self.console.print(text.rstrip(), markup=False, highlight=False, soft_wrap=True)
+        self._print(f"{self.label}: {self.done}/{self.total} {self.unit}  {rate:.3g}/s{left}  {fields(self.facts)}")
 
 
 class _Handler(logging.Handler):

@@ -20,6 +20,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     example = (
         "fastsrgan evaluate --sr out/a_sr.nii.gz --hr a.nii.gz --seg out/a_seg.nii.gz --label gm.nii.gz --lr lr.nii.gz"
         "\n  fastsrgan evaluate out truth --csv scores.csv --png pictures"
+        "\n  fastsrgan evaluate --table pairs.csv --json scores.json"
         "\n  fastsrgan evaluate out other truth --png pictures"
     )
     p = command("evaluate", _evaluate, "compare results with the truth", example)
@@ -31,14 +32,14 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "folders of results are compared",
     )
     helps = {
-        "sr": "result",
-        "hr": "truth",
+        "sr": "super-resolved image, the result",
+        "hr": "high-resolution image, the truth",
         "seg": "segmentation of the result",
         "label": "its truth",
         "mask": "region to score besides the whole image",
         "lr": "the low-resolution image: its spline and interpolated label map become the baselines",
         "baseline": "another image of the subject to compare with",
-        "baseline_seg": "another segmentation",
+        "baseline_seg": "another segmentation to compare with",
         "doubt": "what `infer --uncertainty` wrote: is the error larger where it is? (found beside the result)",
     }
     for name in PAIR:
@@ -47,9 +48,9 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--table",
         metavar="CSV",
         help="columns SR_image, HR_image, optional Seg_image, Label_image, Label_classes, Mask_image, LR_image, "
-        "Baseline_image",
+        "Baseline_image, Baseline_seg",
     )
-    add_label_options(p, several=True)
+    add_label_options(p, "are scored one by one")
     p.add_argument("--bids", action="store_true", help="the two folders are a derivatives dataset and a BIDS dataset")
     p.add_argument(
         "--csv", metavar="FILE", help="one line per subject, then mean, sd and n; an earlier one is replaced"

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from fastsrgan.cli.console import error_line, print_json, say
+from fastsrgan.cli.console import add_checkpoint_option, chosen_weights, error_line, print_json, say
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
@@ -53,17 +53,27 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
         "adult heads), perinatal (cortical grey matter of T2-like brains about birth), Keras HDF5, safetensors or run "
         "folder; several times: their mean",
     )
+    add_checkpoint_option(p)
     add_options(p)
     p.add_argument("--resume", action="store_true", help="skip what is finished")
     p.add_argument("--overwrite", action="store_true", help="replace existing results")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
 
-    example = "fastsrgan weights import SegSRGAN_epoch_200 model.safetensors"
+    example = (
+        "fastsrgan weights info perinatal\n"
+        "  fastsrgan weights import SegSRGAN_epoch_200 model.safetensors\n"
+        "  fastsrgan weights export run SegSRGAN_epoch_200"
+    )
     p = command("weights", _weights, "look at, import and export weight files", example)
-    p.add_argument("action", choices=("info", "import", "export"))
-    p.add_argument("source", metavar="FILE")
+    p.add_argument(
+        "action",
+        choices=("info", "import", "export"),
+        help="info: what a file says of itself; import: the original's to safetensors; export: any to the original's",
+    )
+    p.add_argument("source", metavar="FILE", help="adult, perinatal, Keras HDF5, safetensors or run folder")
     p.add_argument("target", nargs="?", metavar="OUT", help="safetensors (import) or Keras HDF5 (export)")
-    p.add_argument("--overwrite", action="store_true")
+    add_checkpoint_option(p)
+    p.add_argument("--overwrite", action="store_true", help="replace OUT")
 
 
 def _refuse_pairs(args: argparse.Namespace) -> None:
@@ -73,15 +83,16 @@ def _refuse_pairs(args: argparse.Namespace) -> None:
     if args.bids and args.inputs:
         raise UsageError("--bids", f"and {args.inputs[0]}", "one of the two")
     if not args.bids and (args.participant_label or args.session_label or args.suffix or args.desc):
-        raise UsageError("infer", "participants, sessions and suffixes are of a dataset", "--bids DIR")
+        raise UsageError("infer", "participants, sessions, suffixes and desc are of a dataset", "--bids DIR")
     if not args.bids and not args.inputs:
-        raise UsageError("infer", "no image given", "NIfTI files, folders of them, or --bids DIR")
+        raise UsageError("infer", "no image given", "image files, folders of them, DICOM, a list, or --bids DIR")
 
 
 def _infer(args: argparse.Namespace, progress: Progress) -> int:
     options = given_options(args)
     InferSettings.of(options)  # what cannot be is said before anything is loaded
     _refuse_pairs(args)
+    chosen = chosen_weights(args.weights, args.checkpoint)
     with loading():
         import torch
 
@@ -100,7 +111,7 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
             result = run(
                 source,
                 args.out,
-                args.weights,
+                chosen,
                 overwrite=args.overwrite,
                 resume=args.resume,
                 ranks=ranks,
@@ -143,6 +154,7 @@ def _weights(args: argparse.Namespace, progress: Progress) -> int:
     with loading():
         from fastsrgan.model import weights
 
+    (args.source,) = chosen_weights([args.source], args.checkpoint) or [args.source]
     if args.action == "info":
         print_json(weights.info(args.source))
         return 0

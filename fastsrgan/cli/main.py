@@ -60,7 +60,10 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, run: Callable[[argparse.Namespace, Progress], int], text: str, example: str) -> Parser:
-        p = commands.add_parser(name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=RAW)
+        heading = "examples" if "\n" in example else "example"
+        p = commands.add_parser(
+            name, help=text, description=text, epilog=f"{heading}:\n  {example}", formatter_class=RAW
+        )
         p.set_defaults(run=run)
         return p
 
@@ -71,7 +74,12 @@ def build_parser() -> Parser:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     p.add_argument("--seed", type=int, default=0, help="seed of the synthetic cohort (0)")
     p.add_argument(
-        "--low-res", nargs=3, type=float, default=(1.0, 1.0, 3.0), metavar=("X", "Y", "Z"), help="mm (1 1 3)"
+        "--low-res",
+        nargs=3,
+        type=float,
+        default=(1.0, 1.0, 3.0),
+        metavar=("X", "Y", "Z"),
+        help="mm of the scan (1 1 3)",
     )
     p.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
 
@@ -79,30 +87,47 @@ def build_parser() -> Parser:
         "convert",
         _convert,
         "a CSV of images and labels -> a chunked Zarr store",
-        "fastsrgan convert cohort.csv cohort.zarr",
+        "fastsrgan convert cohort.csv cohort.zarr\n"
+        "  fastsrgan convert cohort.csv cohort.zarr --label 3,42              # two values of a map are the structure\n"
+        "  fastsrgan convert cohort.csv cohort.zarr --label cortex=3,42 white=2,41  # two structures\n"
+        "  fastsrgan convert cohort.csv cohort.zarr --resume                  # after new rows, or a stop",
     )
     p.add_argument(
         "csv",
         metavar="CSV",
-        help="columns HR_image, Label_image, Base (Train or Test), optional Mask_image, Label_classes",
+        help="columns HR_image, Label_image, Base (Train or Test), optional Mask_image, Label_classes, Tissue_image "
+        "(a map of many structures that images are made of: no image and label are needed)",
     )
-    p.add_argument("store", metavar="STORE", help="folder or URL")
-    p.add_argument("--workers", type=int, help="threads (one a core)")
-    p.add_argument("--dtype", default="auto", choices=("auto", "int16", "float32"), help="stored image type (auto)")
-    p.add_argument("--base-path", help="prefix of the paths in the CSV")
-    add_label_options(p)
+    p.add_argument("store", metavar="STORE", help="folder or URL of the store to make")
+    p.add_argument("--workers", type=int, metavar="N", help="threads (one a core, at most 8)")
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "int16", "float32"),
+        help="stored type of images; auto: integers as they are, other numbers as float32 (auto)",
+    )
+    p.add_argument("--base-path", metavar="DIR", help="prefix of the paths in the CSV")
+    add_label_options(p, "are classes of their own, for `train --fit-mask True`; the first is the label", "--label")
     p.add_argument("--resume", action="store_true", help="keep what is finished and unchanged")
     p.add_argument("--overwrite", action="store_true", help="begin anew")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
 
     p = command(
-        "verify", _verify, "checksums and schema of everything in a store or run", "fastsrgan verify cohort.zarr"
+        "verify",
+        _verify,
+        "compare every file of a store or run with its checksum",
+        "fastsrgan verify cohort.zarr\n  fastsrgan verify run",
     )
-    p.add_argument("path", metavar="STORE|RUN")
+    p.add_argument("path", metavar="STORE|RUN", help="store of `convert`, run folder of `train`, or one snapshot of it")
 
-    p = command("info", _info, "what a store holds", "fastsrgan info cohort.zarr")
-    p.add_argument("store", metavar="STORE")
-    p.add_argument("--json", action="store_true")
+    p = command(
+        "info",
+        _info,
+        "what a store holds",
+        "fastsrgan info cohort.zarr\n  fastsrgan info s3://bucket/cohort.zarr --json",
+    )
+    p.add_argument("store", metavar="STORE", help="folder or URL")
+    p.add_argument("--json", action="store_true", help="print it as JSON")
 
     cli_train.add_parser(commands)
     cli_job.add_parser(commands)
@@ -113,7 +138,7 @@ def build_parser() -> Parser:
     cli_report.add_parser(command)
 
     p = command("doctor", _doctor, "devices, versions, and what will run where", "fastsrgan doctor")
-    p.add_argument("--json", action="store_true")
+    p.add_argument("--json", action="store_true", help="print it as JSON")
     return parser
 
 

@@ -15,7 +15,11 @@ from fastsrgan.errors import UsageError
 
 def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Define the command."""
-    example = "fastsrgan report out\n  fastsrgan report out --scores evaluate.json -o out/cohort.html"
+    example = (
+        "fastsrgan report out\n"
+        "  fastsrgan report run                                               # curves and panels of a training\n"
+        "  fastsrgan report out --scores evaluate.json -o out/cohort.html"
+    )
     p = command("report", run, "one HTML file with viewer, figures and provenance; works offline", example)
     p.add_argument(
         "path",

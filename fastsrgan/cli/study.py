@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from fastsrgan.cli.console import add_label_options, print_json, table
+from fastsrgan.cli.console import add_checkpoint_option, add_label_options, chosen_weights, print_json, table
 from fastsrgan.config import CHOICES
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
@@ -22,6 +22,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     example = (
         "fastsrgan study steps --quick\n"
         "  fastsrgan study steps cohort.csv --weights run --patch 128 --steps 20 30 50 80 128\n"
+        "  fastsrgan study resolution cohort.zarr -w perinatal --ratios 2 3 4 6\n"
         "  fastsrgan study augmentation cohort.csv --weights with without -o augmentation\n"
         "  fastsrgan study curves run other-run"
     )
@@ -35,17 +36,29 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument(
         "data",
         nargs="*",
-        help="training table (its Test rows), one high-resolution image or a folder of them, for curves a run "
+        help="training table or store (its Test rows), one high-resolution image or a folder of them, for curves a run "
         "folder or several; left out with --quick: two small synthetic subjects",
     )
     p.add_argument(
         "-o", "--out", metavar="DIR", help="output folder (study-KIND); finished measurements in it are kept"
     )
     p.add_argument(
-        "-w", "--weights", nargs="+", default=(), metavar="FILE", help="models, as of infer (the shipped one)"
+        "-w",
+        "--weights",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="models: adult (the default), perinatal, weight files or run folders; augmentation compares two or more",
     )
-    p.add_argument("--quick", action="store_true", help="small patches, few steps, at most two subjects")
-    p.add_argument("--patch", type=tile_edge, default=0, metavar="N", help="tile edge in voxels, or none (128)")
+    add_checkpoint_option(p)
+    p.add_argument("--quick", action="store_true", help="tiles of 48 voxels, few steps, at most two subjects")
+    p.add_argument(
+        "--patch",
+        type=tile_edge,
+        default=0,
+        metavar="N",
+        help="tile edge in voxels, or none: the whole image in one tile (128, with --quick 48)",
+    )
     p.add_argument("--steps", nargs="+", type=int, metavar="N", help="voxels between tiles")
     p.add_argument("--low-res", nargs=3, type=float, metavar=("X", "Y", "Z"), help="mm of the acquisition, stored axes")
     p.add_argument("--noise", nargs="+", type=float, metavar="F", help="standard deviations over the largest value")
@@ -57,7 +70,12 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     add_label_options(p)
     p.add_argument("--subjects", type=int, metavar="N", help="at most so many of them")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
-    p.add_argument("--precision", default="auto", choices=CHOICES["precision"], help="(auto)")
+    p.add_argument(
+        "--precision",
+        default="auto",
+        choices=CHOICES["precision"],
+        help="arithmetic of the networks; auto: fp16 on CUDA, fp32 on a CPU (auto)",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the noise and the synthetic subjects (0)")
     p.add_argument("--json", action="store_true", help="print what KIND.json holds")
 
@@ -84,8 +102,8 @@ def _study(args: argparse.Namespace, progress: Progress) -> int:
         precision=args.precision,
         seed=args.seed,
     )
-    out = args.out or f"study-{args.kind}"
-    facts = study.run(args.kind, args.data or None, out, args.weights, settings, quick=args.quick, progress=progress)
+    out, chosen = args.out or f"study-{args.kind}", chosen_weights(args.weights, args.checkpoint) or ()
+    facts = study.run(args.kind, args.data or None, out, chosen, settings, quick=args.quick, progress=progress)
     if args.json:
         print_json(facts)
     else:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastsrgan import config as settings
-from fastsrgan.cli.console import add_label_options, boolean
+from fastsrgan.cli.console import add_checkpoint_option, add_label_options, boolean, chosen_weights
 from fastsrgan.core.files import output_folder
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import UsageError
+from fastsrgan.errors import ModelError, UsageError
 
 log = logging.getLogger("fastsrgan")
 
 EXAMPLE = """examples:
-  fastsrgan train cohort.zarr -o run -n 1 1 3
+  fastsrgan train cohort.zarr -o run -n 1 1 3 --preset recommended
+  fastsrgan train cohort.zarr -o tuned -w perinatal -n 0.8 0.8 3 -n 0.8 0.8 5    # go on from weights
   fastsrgan train cohort.csv -o run -n 0.5 0.5 2 -n 0.5 0.5 4 --batch-size 8 --epoch 50
   fastsrgan train cohort.zarr -o run --resume
   fastsrgan train -csv cohort.csv -sf snapshots -n 0.5 0.5 3 --u_net_generator True     # the original's options
@@ -32,6 +34,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser(
         "train",
         help="train a generator and critic",
+        description="train a generator and critic on a store or table; what a run writes and says: docs/training.md",
         usage="%(prog)s STORE|CSV -o RUN -n X Y Z [-n X Y Z] [options]",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -40,16 +43,23 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.add_argument("-csv", "--csv", metavar="CSV", help="table of files (the original's way to name the data)")
     p.add_argument("-o", "--out", metavar="RUN", help="run folder")
     p.add_argument("--config", metavar="YAML", help="settings file; options on the command line win")
-    p.add_argument("-w", "--weights", metavar="FILE", help="start from these weights (Keras HDF5, safetensors, run)")
+    p.add_argument(
+        "-w",
+        "--weights",
+        metavar="FILE",
+        help="start from these weights: adult, perinatal, Keras HDF5, safetensors or run folder; the options of the "
+        "network are then theirs",
+    )
+    add_checkpoint_option(p)
     p.add_argument("--resume", action="store_true", help="continue the run in RUN")
     p.add_argument(
         "--strict", action="store_true", help="stop at a subject that cannot be read instead of leaving it out"
     )
-    add_label_options(p)
+    add_label_options(p, "are learned together, with a Dice each", "--label")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
     for group in (settings.BASIC, settings.ADVANCED):
-        options = p.add_argument_group(f"{group} settings (defaults: the original code's)")
+        options = p.add_argument_group(f"{group} settings (defaults: the original code's, unless --preset says others)")
         for row in settings.SETTINGS.values():
             if row.group == group:
                 add_setting(options, row)
@@ -112,12 +122,33 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
     values |= {name: getattr(args, name) for name in settings.SETTINGS if getattr(args, name) is not None}
     if args.interp == "sitk" and "geometry" not in values:
         values["geometry"] = "segsrgan"
+    if args.label_classes and len(args.label_classes) > 1:
+        values.setdefault("fit_mask", True)
+    if args.weights and not args.resume:
+        values |= network_of(args.weights, values)
     given = bool(values.get("new_low_res"))
     # A misspelt setting is told first: it may be the one that is missing.
     config = settings.from_mapping(values if given else values | {"new_low_res": [1, 1, 1]}, args.config or "settings")
     if not given:
         raise UsageError("train", "no low resolution was given", "-n X Y Z in mm, for example -n 1 1 3")
     return config
+
+
+def network_of(path: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the network that a weights file holds. Raises ModelError where another one is asked for."""
+    with loading():
+        from fastsrgan.model.weights import read_spec
+
+    spec, critic = read_spec(path)
+    held: dict[str, Any] = {"network": spec.network, "kernel_gen": spec.kernel, "fit_mask": spec.mask_classes > 0}
+    held |= {name: getattr(spec, name) for name in ("residual", "conditional", "scaled")}
+    for name, value in held.items():
+        if given.get(name, value) != value:
+            option = f"--{name.replace('_', '-')}"
+            reason = f"its network has {name} {value}, and {option} {given[name]} is asked for"
+            raise ModelError(path, reason, f"leave {option} out, or begin without these weights")
+    log.info("%s: the network is that of the weights: %s", path, ", ".join(f"{k} {v}" for k, v in held.items()))
+    return held | ({} if critic is None or "kernel_dis" in given else {"kernel_dis": critic.kernel})
 
 
 def run(args: argparse.Namespace, progress: Progress) -> int:
@@ -127,6 +158,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         raise UsageError("train", "one data source is needed", "STORE, CSV, or -csv CSV")
     if not (args.out or args.snapshot_folder):
         raise UsageError("train", "no run folder was given", "-o RUN (or -sf DIR as in the original)")
+    for chosen in chosen_weights([args.weights] if args.weights else None, args.checkpoint) or ():
+        args.weights = chosen
     config = build_config(args)
     if config.init_epoch > 1 and not args.weights and not args.resume:
         reason = f"{config.init_epoch} continues an earlier training, but no weights were given"
@@ -165,8 +198,11 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        dice = "" if result["best_dice"] is None else f", best Dice on the Test subjects {result['best_dice']:.4f}"
-        print(f"{result['updates']} updates in {result['seconds']:.0f} s{dice}; weights: {result['weights']}")
+        best = ""
+        if result["best_epoch"] is not None:
+            dice = "" if result["best_dice"] is None else f", Dice on the Test subjects {result['best_dice']:.4f}"
+            best = f"; best: epoch {result['best_epoch']}{dice}, {result['best_weights']}"
+        print(f"{result['updates']} updates in {result['seconds']:.0f} s; last weights: {result['weights']}{best}")
         if result["stopped"]:
             print(f"stopped by signal {result['stopped']}; continue with --resume")
     return int(result["exit_code"])
@@ -213,16 +249,17 @@ def convert_table(table: str, args: argparse.Namespace, progress: Progress) -> s
 
 
 def files_named(
-    table: str, base_path: str | None, label_classes: str | None = None, label_names: str | None = None
+    table: str, base_path: str | None, label_classes: Sequence[str] | None = None, label_names: str | None = None
 ) -> set[frozenset[str]]:
     """Split, files and label classes of each row of a table."""
-    from fastsrgan.io.labels import structure
+    from fastsrgan.io.labels import choices, structures
     from fastsrgan.io.tables import read_table
 
     found = set()
     for row in read_table(table, base_path=base_path):
-        chosen = row.classes or label_classes
-        classes = sorted(structure(chosen, row.label, label_names).values) if chosen and row.label else None
+        chosen = structures(choices(row.classes, label_classes), row.label, label_names) if row.label else []
+        classes: Any = [[one.name, sorted(one.values)] for one in chosen]
+        classes = classes if len(chosen) > 1 else classes[0][1] if chosen else None
         files = (str(path) for path in (row.image, row.label, row.mask, row.tissues) if path)
         found.add(frozenset([row.base, f"classes {classes}", *files]))
     return found
@@ -234,7 +271,7 @@ def files_in(store: Path) -> set[frozenset[str]]:
 
     subjects = open_store(store).subjects
     return {
-        frozenset([s.split, f"classes {s.attrs.get('label_classes')}"])
+        frozenset([s.split, f"classes {s.attrs.get('structures') or s.attrs.get('label_classes')}"])
         | {file["path"] for file in s.attrs.get("source", {}).values()}
         for s in subjects
     }

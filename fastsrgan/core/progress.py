@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    pass
+log = logging.getLogger("fastsrgan")
 
 
 class Progress(Protocol):
@@ -20,6 +22,9 @@ class Progress(Protocol):
     def finish(self) -> None:
         """The stretch ended, done or not."""
 
+    def tell(self, group: str, text: str, **facts: Any) -> None:
+        """A result in between: ``text`` for a terminal; for a pipe ``facts`` in full, behind ``group``."""
+
 
 class _Quiet:
     def start(self, label: str, total: int, unit: str) -> None: ...
@@ -28,5 +33,18 @@ class _Quiet:
 
     def finish(self) -> None: ...
 
+    def tell(self, group: str, text: str, **facts: Any) -> None: ...
+
 
 QUIET: Progress = _Quiet()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Warnings only: volumes that are a small part of the work do not each tell how they are done."""
+    before = log.level
+    log.setLevel(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        log.setLevel(before)

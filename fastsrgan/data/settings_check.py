@@ -5,6 +5,7 @@ Subjects rotate through memory, so that a fault of one would end a run in the mi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,22 @@ def small_subjects(store: Store, config: TrainConfig) -> list[str]:
     small = [s for s in store.subjects if min(s.shape) < config.patch_size]
     sizes = {s.id: " x ".join(map(str, s.shape)) for s in small}
     return [f"{name}: {size} voxels are smaller than a patch of {config.patch_size}" for name, size in sizes.items()]
+
+
+def structures(store: Store) -> list[tuple[str, list[int]]]:
+    """Name and label values of each structure that `convert` made a class of; empty where there are not several.
+
+    Raises InputError where subjects have others.
+    """
+    kinds: dict[str, list[str]] = {}
+    for s in store.subjects:
+        kinds.setdefault(json.dumps(s.attrs.get("structures") or []), []).append(s.id)
+    if len(kinds) > 1:
+        told = "; ".join(
+            f"{', '.join(ids[:3])}: {', '.join(n for n, _ in json.loads(k)) or 'one'}" for k, ids in kinds.items()
+        )
+        raise InputError(store.url, f"its subjects hold other structures: {told}", "convert all with the same --label")
+    return [(str(name), list(values)) for kind in kinds for name, values in json.loads(kind)]
 
 
 def data_warnings(store: Store) -> dict[str, list[str]]:

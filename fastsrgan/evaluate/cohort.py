@@ -131,7 +131,8 @@ def evaluate_folders(
         below = path.parent.relative_to(results)
         # A cohort that was a tree has its truths in the same tree, or all in one folder.
         folder = truth / below if (truth / below).is_dir() else truth
-        items.append(_match(path, {images.stem(p): p for p in _images(folder.iterdir())}, folder, below))
+        known = {images.stem(p): p for p in _images(folder.iterdir())}
+        items.append(_match(path, known, folder, below, len(choice.classes) > 1))
     return evaluate_items(results, items, png=png, choice=choice, progress=progress)
 
 
@@ -139,11 +140,13 @@ def _images(paths: Iterable[Path]) -> list[Path]:
     return sorted(p for p in paths if images.is_image(p) and not p.name.startswith("."))
 
 
-def _match(sr: Path, known: dict[str, Path], truth: Path, below: Path) -> Item:
+def _match(sr: Path, known: dict[str, Path], truth: Path, below: Path, several: bool = False) -> Item:
     stem = images.stem(sr).removesuffix("_sr")
     bases = list(dict.fromkeys([stem, _LOW.sub("", stem)]))
     files = {"sr": sr}
     seg = sr.with_name(sr.name.replace("_sr.", "_seg.", 1)) if sr.name.count("_sr.") == 1 else None
+    if several and seg is not None and (classes := sr.with_name(sr.name.replace("_sr.", "_mask.", 1))).exists():
+        seg = classes  # of a model of several structures: its segmentation is the first alone
     names = {"hr": [b + e for b in bases for e in TRUTH], "mask": [b + e for b in bases for e in MASK]}
     names["label"] = [b + e for b in bases for e in LABEL]
     for base in bases:

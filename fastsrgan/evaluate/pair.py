@@ -1,4 +1,4 @@
-"""Score a super-resolved image and its segmentation against the truth: volumes or files. Cohorts: evaluate_cohort.py.
+"""Score a super-resolved image and its segmentation against the truth: volumes or files. Cohorts: cohort.py.
 
 Results are plain dicts of finite numbers, texts and None, ready for JSON; ``definitions`` says what each figure means.
 Volumes whose grids differ from the reference's are first resampled onto it in world space, and scores are those of the

@@ -242,7 +242,7 @@ def evaluate_bids(
 
     The truth of sub-01_desc-sr_T1w is sub-01_T1w of that dataset; its label sub-01_dseg or sub-01_desc-X_dseg there or
     in one of its ``derivatives/``. The source that the sidecar names makes the baselines. Returns and raises as
-    ``evaluate_cohort.evaluate_items``.
+    ``evaluate.cohort.evaluate_items``.
     """
     out, root = Path(derivatives), Path(truth)
     if not root.is_dir():

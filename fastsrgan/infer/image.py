@@ -111,6 +111,8 @@ def load_weights(sources: Sequence[PathLike]) -> Model:
     facts = [weight_files.info(source) for source in sources]
     models = [
         {"path": str(source), "sha256": fact["sha256"], "spec": fact["generator"]}
+        | ({} if Path(fact["file"]) == Path(source) else {"file": fact["file"]})
+        | ({"structures": found} if (found := (fact["card"] or {}).get("structures")) else {})
         for source, fact in zip(sources, facts, strict=True)
     ]
     generators = tuple(weight_files.load_generator(source) for source in sources)
@@ -121,6 +123,8 @@ def load_weights(sources: Sequence[PathLike]) -> Model:
     purpose = common([Purpose.of(fact["made_for"]) for fact in facts])
     if len(models) == 1:
         return Model(generators, models[0], purpose)
+    if any(one.get("structures") != models[0].get("structures") for one in models):
+        raise ModelError("weights", "of other structures cannot be averaged", "name models of the same structures")
     together = hashlib.sha256("".join(one["sha256"] for one in models).encode()).hexdigest()
     return Model(generators, {"sha256": together, "averaged": models}, purpose)
 
@@ -337,7 +341,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))
     if "mask" in outputs:
-        arrays["mask"] = result.prob[1:].argmax(axis=0).astype(np.uint8)
+        arrays["mask"] = mask_values(loaded.model.facts)[result.prob[1:].argmax(axis=0)]
     changed = settings.changed("segmentation")
     more: dict[str, Any] = {"segmentation": changed | filtered} if changed else {}
     if settings.dtype == "input":
@@ -391,6 +395,18 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     }
     write_json(outputs["json"], record)
     return record
+
+
+def mask_values(model: dict[str, Any]) -> np.ndarray:
+    """The value of each class in the mask image: for structures of a label map the first that they have there.
+
+    ``evaluate --label-classes cortex=3,42`` then means the same in the mask and in the label map.
+    """
+    known = model.get("structures") or (model.get("averaged") or [{}])[0].get("structures")
+    if not known:
+        return np.arange(256, dtype=np.uint8)
+    values = np.array([0, *(min(one["values"]) for one in known)])
+    return values.astype(np.uint8 if values.max() < 256 else np.uint16)
 
 
 def _save_as_input(target: Path, result: InferResult, image: Volume, code: int) -> dict[str, Any]:

@@ -306,6 +306,10 @@ class _ShareOfProgress:
         """``total`` is that of the part."""
         self.shown.start(label, self.total, unit)
 
+    def tell(self, group: str, text: str, **facts: Any) -> None:
+        """As it is."""
+        self.shown.tell(group, text, **facts)
+
 
 # --- agreement with the scan ----------------------------------------------------------------------------------------
 #

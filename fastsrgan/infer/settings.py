@@ -197,7 +197,13 @@ class InferSettings:
         metadata=row("tiles per forward pass (auto)", parse=batch_size, check=check_batch, decides=False),
     )
     precision: str = field(
-        default="auto", metadata=row("(auto)", parse=str, choices=CHOICES["precision"], reported=True)
+        default="auto",
+        metadata=row(
+            "arithmetic of the network; auto: fp16 on CUDA, fp32 on a CPU (auto)",
+            parse=str,
+            choices=CHOICES["precision"],
+            reported=True,
+        ),
     )
     compile: str = field(
         default="auto",

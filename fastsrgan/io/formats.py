@@ -1,7 +1,7 @@
 """The file formats that images are read from: one entry of ``FORMATS`` each, for every command.
 
 An entry says how its files are named, how messages call it, which files an image consists of and what reads the header.
-What comes back is a `NiftiFile`, whose voxels `images.load` reads in pieces, so that sizes, scaling, labels, damage and
+What comes back is a `NiftiFile`, whose voxels `nifti.load` reads in pieces, so that sizes, scaling, labels, damage and
 warnings are treated alike. DICOM, whose images are folders, is read by `dicom.load`; results are written as NIfTI.
 """
 

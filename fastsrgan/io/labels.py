@@ -76,6 +76,21 @@ def structures(
     return found
 
 
+def choices(row: str, given: str | Sequence[str] | None) -> list[str]:
+    """The choices of a table's row: its own ``Label_classes``, several with ``|`` between, else the given ones."""
+    listed = [part.strip() for part in row.split("|")] if row else [given] if isinstance(given, str) else given or ()
+    return [text for text in listed if text]
+
+
+def refuse_overlap(chosen: Sequence[Structure]) -> None:
+    """Raise UsageError where two structures share a value: a voxel has one class."""
+    for i, one in enumerate(chosen):
+        for other in chosen[i + 1 :]:
+            if shared := one.values & other.values:
+                reason = f"{one.name} and {other.name} both hold {', '.join(map(str, sorted(shared)))}"
+                raise UsageError("--label", reason, "give each value to one structure")
+
+
 def read_names(path: str | os.PathLike) -> dict[str, int]:
     """Name -> value of a lookup table. Raises InputError for what is none."""
     path = Path(path)

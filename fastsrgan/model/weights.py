@@ -26,6 +26,7 @@ from fastsrgan.model.purpose import MADE_FOR, MODELS, Purpose
 log = logging.getLogger("fastsrgan")
 
 HDF5 = b"\x89HDF\r\n\x1a\n"  # first bytes; h5py is loaded for such files only
+BEST = "best.safetensors"  # of a run folder: the weights of its best validation
 SHIPPED = Path(__file__).parent.parent / "models"
 
 
@@ -54,8 +55,9 @@ def load_generator(path: str | os.PathLike = DEFAULT, form: str = "fast", *, ema
 
     Parameters
     ----------
-    path : Keras HDF5 of the original (any name), safetensors, a snapshot folder of a training, a run folder, of
-        which the newest undamaged snapshot is taken, or the name of a model of the package, "adult" or "perinatal"
+    path : Keras HDF5 of the original (any name), safetensors, a snapshot folder of a training, a run folder (its
+        ``best.safetensors``, else its newest undamaged snapshot; others: ``of_run``), or the name of a model of the
+        package, "adult" or "perinatal"
     form : "fast" or "reference", see fastsrgan.model.layers
     ema : take the moving average of the generator where the file holds one
 
@@ -63,7 +65,10 @@ def load_generator(path: str | os.PathLike = DEFAULT, form: str = "fast", *, ema
     ------
     ModelError : missing, damaged, a pickle, another architecture, NaN or infinite weights
     """
-    spec, parameters = _generator_parameters(_resolve(path), ema)
+    source = _resolve(path)
+    if source.file != Path(path):
+        log.info("%s: weights of %s", path, source.file)
+    spec, parameters = _generator_parameters(source, ema)
     return assemble(spec, parameters, form)
 
 
@@ -109,6 +114,30 @@ def info(path: str | os.PathLike) -> dict[str, Any]:
         "made_for": _purpose(source, header).to_dict(),
         "notes": [LEGACY_NOTE] if source.kind == "keras" and _is_legacy(header.generator) else [],
     }
+
+
+def of_run(path: str | os.PathLike, which: str) -> Path:
+    """The weights of a run folder that ``which`` names: "best", "last" (the newest snapshot) or a number of updates.
+
+    Raises UsageError for a path that is no run folder or another ``which``; ModelError where there are none such.
+    """
+    run = Path(path)
+    if not run.is_dir():
+        raise UsageError(path, f"is no run folder, of which {which} could be taken", "leave --checkpoint out")
+    if which == "best":
+        if not (run / BEST).is_file():
+            reason = "holds no best weights: no validation ended yet, or there are no Test subjects"
+            raise ModelError(run, reason, "--checkpoint last")
+        return run / BEST
+    if which == "last":
+        return checkpoint.newest(run)
+    if not which.isdecimal():
+        raise UsageError("--checkpoint", f"{which!r} is not allowed", "best, last or a number of updates")
+    found = {int(folder.name.partition("-")[2]): folder for folder in checkpoint.snapshots(run)}
+    if int(which) not in found:
+        there = ", ".join(map(str, found)) or "none"
+        raise ModelError(run, f"holds no snapshot of {which} updates", f"there are: {there} (--keep-checkpoints)")
+    return found[int(which)]
 
 
 def damaged(run: Path) -> list[str]:
@@ -257,6 +286,8 @@ def _resolve(path: str | os.PathLike) -> _WeightFile:
     path = shipped(str(path)) if str(path) in MODELS and not os.path.lexists(path) else Path(path)
     if os.path.isdir(path):
         lone = (path / checkpoint.MANIFEST).is_file()
+        if not lone and (path / BEST).is_file():
+            return _WeightFile(path / BEST, "safetensors")
         return _WeightFile(
             checkpoint.verified(path if lone else checkpoint.newest(path), checkpoint.MODEL), "checkpoint"
         )

@@ -10,7 +10,7 @@ place of Gaussian.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from fastsrgan.core.threads import each_piece
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.observation.artefacts import IMAGE, SCAN, SLICES, check_amounts, drawn
 from fastsrgan.observation.slabs import Region, SharpImage, acquire, interpolate, plan, truth
+from fastsrgan.volume.consistency import Observation
 from fastsrgan.volume.intensity import add_noise, contrast_power, largest
 from fastsrgan.volume.resample import (
     Matrix,
@@ -43,6 +44,7 @@ class Degradation:
     low_res : one triple of mm (fixed) or two (bounds, drawn uniformly per axis)
     contrast : c, the power is uniform in [1 - c, 1 + c]
     noise : standard deviation of the noise as a fraction of the low-resolution maximum
+    noise_from : drawn uniformly from this to ``noise`` per subject and epoch; None: ``noise`` for all
     geometry : "physical" or "segsrgan"
     interp, interpolation_type : "scipy", or "sitk" and its interpolator; see ``degrade``
     artefacts : name in ``ARTEFACTS`` -> amount, 0 off
@@ -65,6 +67,7 @@ class Degradation:
     gap: float = 0.0
     profile_box: float = 0.0
     artefacts: Mapping[str, float] = field(default_factory=dict)
+    noise_from: float | None = None
 
     def __post_init__(self) -> None:
         check_geometry(self.geometry)
@@ -73,7 +76,7 @@ class Degradation:
             raise UsageError(
                 "new_low_res", f"{self.low_res} is not allowed", "one or two triples of positive millimetres"
             )
-        if not 0 <= self.contrast < 1 or not 0 <= self.noise < 1:
+        if not 0 <= self.contrast < 1 or not 0 <= (self.noise_from or 0) <= self.noise < 1:
             raise UsageError("degradation", f"contrast {self.contrast}, noise {self.noise}", "both in [0, 1)")
         for name in ("profile", "gap"):
             if not 0 <= getattr(self, name) < 1:
@@ -88,7 +91,11 @@ class Degradation:
         low, high = np.asarray(self.low_res[0]), np.asarray(self.low_res[-1])
         resolution = low + (high - low) * rng(seed, epoch, subject, "resolution").random(3)
         power = 1 + self.contrast * (2 * rng(seed, epoch, subject, "contrast").random() - 1)
-        return self._drawn(resolution, power, (seed, epoch, subject, "noise"))
+        drawn = self._drawn(resolution, power, (seed, epoch, subject, "noise"))
+        if self.noise_from is None:
+            return drawn
+        part = rng(seed, epoch, subject, "noise level").random()
+        return replace(drawn, noise=self.noise_from + (self.noise - self.noise_from) * part)
 
     def apply(
         self,
@@ -121,6 +128,22 @@ class Degradation:
             region=region,
             **draw.artefacts,
         )
+
+    def seen(
+        self,
+        shape: tuple[int, ...],
+        spacing_mm: tuple[float, float, float],
+        draw: Draw,
+        low_res_mm: tuple[float, float, float],
+    ) -> Observation | None:
+        """How the scan of ``apply`` sees the image, artefacts aside; None in "segsrgan" geometry."""
+        if self.geometry != "physical":
+            return None
+        across = slice_axis(low_res_mm)
+        thickness = slice_width((1 - draw.gap) * max(draw.low_res), low_res_mm[across])
+        widths = [draw.width * (thickness if axis == across else 1.0) for axis in range(3)]
+        down = _down(shape, spacing_mm, low_res_mm, self.geometry, [], widths, check_profile(draw.box, self.geometry))
+        return Observation(tuple(down))  # type: ignore[arg-type]
 
     def linspace(self, index: int, count: int) -> Draw:
         """The deterministic parameters of test subject ``index`` of ``count``: evenly spaced, as in the original."""

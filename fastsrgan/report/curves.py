@@ -29,13 +29,18 @@ CHARTS = (
 )
 SCORES = (
     ("Dice on the test subjects", ("Dice", "Dice_label_1", "whole_Dice", "spline_Dice")),
-    ("PSNR on the test subjects, dB", ("PSNR", "whole_PSNR", "spline_PSNR")),
-    ("SSIM of whole test volumes", ("whole_SSIM", "spline_SSIM")),
+    (
+        "PSNR on the test subjects, dB",
+        ("PSNR", "PSNR_spline", "PSNR_linear", "whole_PSNR", "spline_PSNR", "linear_PSNR"),
+    ),
+    ("SSIM on the test subjects", ("SSIM", "SSIM_spline", "whole_SSIM", "spline_SSIM")),
     ("Mean squared error", ("MSE",)),
 )
 # What a chart calls the columns of the log.
 LINES = {
-    **dict.fromkeys(("Dice", "Dice_label_1", "PSNR", "MSE"), "patches"),
+    **dict.fromkeys(("Dice", "Dice_label_1", "PSNR", "SSIM", "MSE"), "patches"),
+    **dict.fromkeys(("PSNR_spline", "SSIM_spline"), "spline, patches"),
+    **{"PSNR_linear": "best linear estimate, patches", "linear_PSNR": "best linear estimate, whole volumes"},
     **dict.fromkeys(("whole_Dice", "whole_PSNR", "whole_SSIM"), "whole volumes"),
     **dict.fromkeys(("spline_Dice", "spline_PSNR", "spline_SSIM"), "interpolation, whole volumes"),
     **dict.fromkeys(("g_total", "g_gradient"), "generator"),
@@ -146,13 +151,15 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
     """The section; ``facts`` of ``read_run`` lie at /run."""
     summary, validation = facts["summary"] or {}, facts["validation"]
     plots = []
-    for title, keys in SCORES:
+    for title, known in SCORES:
+        named = [k for v in validation for k in v if k.startswith("Dice_")] if "Dice" in known else []
+        keys = dict.fromkeys((*known, *(k for k in named if not k.startswith("Dice_mask"))))  # structures by name
         lines = [
             Line(
                 LINES.get(key, key),
                 [v["epoch"] for v in validation],
                 [_plain(v.get(key)) for v in validation],
-                "spline" in key,
+                "spline" in key or "linear" in key,
             )
             for key in keys
         ]

@@ -52,6 +52,8 @@ def scores_table(scores: Mapping[str, Any], at: str) -> Html:
     ]
     if isinstance(scores.get("segmentation"), dict):
         groups.append(("segmentation", ("segmentation",)))
+    if isinstance(scores.get("structures"), dict):
+        groups += [(str(name), ("structures", name)) for name in scores["structures"]]
     rows = []
     for title, keys in groups:
         rows.append(el("tr", el("th", title, colspan=4, scope="rowgroup"), class_="region"))

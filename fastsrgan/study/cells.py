@@ -6,11 +6,10 @@ named by a hash of all that decides about its numbers: the head's files, the wei
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.core.files import finite, output_folder, read_json, write_json
-from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.core.progress import QUIET, Progress, quiet
 from fastsrgan.core.system import pick_device
 from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.evaluate.pair import evaluate_pair, flat, moments
@@ -75,7 +74,7 @@ def run_cells(
     errors. Raises InputError when all of them failed.
     """
     folder = output_folder(out / FOLDER)
-    with _quiet():
+    with quiet():
         device = str(pick_device(engine.device))
     jobs: list[tuple[StudyModel | None, int | None]] = [(None, None), *((m, s) for m in models for s in steps)]
     cells: list[dict[str, Any]] = []
@@ -125,7 +124,7 @@ def _of_head(
                 if case is None:
                     volumes = volumes or head.load()
                     case = acquire(volumes, condition, (engine.seed, head.key))
-                with _quiet():
+                with quiet():
                     measured = _interpolation(case) if model is None else _through(case, model, step, engine)
                 cell = {"facts": facts} | finite(measured)
                 write_json(path, cell)
@@ -188,14 +187,3 @@ def _read(path: Path) -> dict[str, Any] | None:
     """A finished cell; None where there is none or it cannot be read."""
     cell = read_json(path)
     return cell if "scores" in cell else None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hundreds of volumes would each tell their memory plan: warnings only. Notes are kept in the cells."""
-    before = log.level
-    log.setLevel(max(before, logging.WARNING))
-    try:
-        yield
-    finally:
-        log.setLevel(before)

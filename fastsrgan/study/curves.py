@@ -102,11 +102,11 @@ def overlaid(runs: Sequence[Path]) -> dict[str, Any]:
 
 def _panels(rows: list[dict[str, Any]], updates: list[dict[str, Any]]) -> list[list[Panel]]:
     panels = []
-    for title, endings in (("Dice", ("Dice", "Dice_label_1")), ("PSNR, dB", ("PSNR",))):
+    for title, endings in (("Dice", ("Dice", "Dice_label_1")), ("PSNR, dB", ("PSNR", "PSNR_spline", "PSNR_linear"))):
         keys = dict.fromkeys(k for row in rows for k in row if k.endswith(endings))
         lines = [
             PlotLine(_called(key), *_xy(rows, "epoch", key), style="baseline", number=GREY_LINE)
-            if key.startswith("spline_")
+            if "spline" in key or "linear" in key
             else PlotLine(_called(key), *_xy(rows, "epoch", key), number=i)
             for i, key in enumerate(keys)
         ]
@@ -126,7 +126,9 @@ def _panels(rows: list[dict[str, Any]], updates: list[dict[str, Any]]) -> list[l
 def _called(key: str) -> str:
     """Dice of patches, of whole volumes and of the spline share a colour with their PSNR."""
     who = {"whole": "whole volumes", "spline": "interpolation, whole volumes"}
-    return who.get(key.split("_", 1)[0], "patches (paper figure 6)")
+    who |= {"linear": "best linear estimate, whole volumes"}
+    patches = {"PSNR_spline": "interpolation, patches", "PSNR_linear": "best linear estimate, patches"}
+    return patches[key] if key in patches else who.get(key.split("_", 1)[0], "patches (paper figure 6)")
 
 
 def _xy(rows: list[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:

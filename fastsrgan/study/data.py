@@ -5,6 +5,7 @@ Heads are degraded by the paper's observation model in units of the largest low-
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fastsrgan.core.files import url_of
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.demo import template
 from fastsrgan.demo.template import whole_slices
@@ -24,6 +26,8 @@ from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
 from fastsrgan.io.image_list import find_images
 from fastsrgan.observation.model import degrade
+from fastsrgan.store.files import MANIFEST
+from fastsrgan.store.reader import Store, open_store
 from fastsrgan.volume.geometry import Volume, grid_size, resampled_affine
 from fastsrgan.volume.intensity import lifted
 
@@ -50,7 +54,10 @@ class Condition:
 
 @dataclass(frozen=True)
 class Head:
-    """One subject's files; ``key`` is a hash of their bytes, ``classes`` are the label's values of the structure."""
+    """One subject's files; ``key`` is a hash of their bytes, ``classes`` are the label's values of the structure.
+
+    With a ``store``, ``image`` is its place and the subject's arrays are read from it.
+    """
 
     name: str
     image: Path
@@ -58,9 +65,17 @@ class Head:
     mask: Path | None
     key: str
     classes: frozenset[int] | None = None
+    store: Store | None = None
 
     def load(self) -> dict[str, Volume]:
         """``hr`` and, where there are such files, ``label`` and ``mask``."""
+        if self.store is not None:
+            sample = self.store.read(self.name)
+            arrays = {"hr": sample.image, "label": sample.label, "mask": sample.mask}
+            volumes = {name: Volume(array, sample.affine) for name, array in arrays.items() if array is not None}
+            if "label" in volumes:
+                labels.refuse_many(np.unique(volumes["label"].data).tolist(), f"label of {self.name}")
+            return volumes
         found = {"hr": images.load(self.image)}
         for name, path in (("label", self.label), ("mask", self.mask)):
             if path is not None:
@@ -93,13 +108,21 @@ def find_heads(
     label_classes: str | None = None,
     label_names: str | os.PathLike | None = None,
 ) -> list[Head]:
-    """Heads of a training table (rows of ``split``, or "all"), the one image that ``data`` names, or those of a folder.
+    """Heads of a training table or store (rows of ``split``, or "all"), the one image that ``data`` names, or those of
+    a folder.
 
-    ``label_classes``, ``label_names``: as for ``convert``; a row's own ``Label_classes`` comes first.
+    ``label_classes``, ``label_names``: as for ``convert``; a row's own ``Label_classes`` comes first. A store's labels
+    were chosen when it was made.
 
-    Raises InputError for a table that cannot be used or without such rows.
+    Raises InputError for a table or store that cannot be used or without such rows; UsageError for label classes and a
+    store.
     """
     path = Path(data)
+    if url_of(str(data)) or (path / MANIFEST).is_file():
+        if label_classes:
+            reason = "the labels of a store were chosen by `fastsrgan convert --label-classes`"
+            raise UsageError("--label-classes", reason, "name the table, or convert it with these classes")
+        return _stored_heads(open_store(data), split, limit)
     if images.is_image(path):
         return [_head(images.stem(path), path, None, None)]
     if path.is_dir():
@@ -115,6 +138,18 @@ def find_heads(
         chosen = row.classes or label_classes
         values = labels.structure(chosen, row.label, label_names).values if chosen and row.label else None
         found.append(_head(row.subject, row.image, row.label, row.mask, values))
+    return found
+
+
+def _stored_heads(store: Store, split: str, limit: int | None) -> list[Head]:
+    """The subjects of a store that have an image of their own."""
+    rows = [s for s in store.subjects if split in ("all", s.split) and s.has_image]
+    if not rows:
+        raise InputError(store.url, f"has no subjects of Base {split} with an image", "--split Train, Test or all")
+    found = []
+    for s in rows[:limit]:
+        digest = hashlib.sha256("".join(sha for _, (_, sha) in sorted(s.files.items())).encode()).hexdigest()
+        found.append(Head(s.id, Path(store.url), None, None, digest[:32], store=store))
     return found
 
 
@@ -166,7 +201,7 @@ def thick(spacing: Sequence[float], ratio: float, axis: int) -> tuple[float, flo
 
 def spacing_of(head: Head) -> tuple[float, float, float]:
     """Voxel sizes of a head, stored axes."""
-    return images.load(head.image).spacing
+    return images.load(head.image).spacing if head.store is None else head.store.subject(head.name).spacing
 
 
 def _head(name: str, image: Path, label: Path | None, mask: Path | None, classes: frozenset[int] | None = None) -> Head:

@@ -94,8 +94,9 @@ def run(
     Parameters
     ----------
     kind : one of ``KINDS``
-    data : a training table (HR_image, Label_image, Base), one high-resolution image, or for ``curves`` a run folder, or
-        several, whose curves are laid over each other; None with ``quick`` makes two small synthetic subjects
+    data : a training table (HR_image, Label_image, Base) or store, one high-resolution image, or for ``curves`` a run
+        folder, or several, whose curves are laid over each other; None with ``quick`` makes two small synthetic
+        subjects
     models : weight files or run folders; none takes the shipped model. ``augmentation`` compares two or more
     quick : small patches, few steps and subjects
 

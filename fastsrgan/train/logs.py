@@ -52,8 +52,10 @@ class RunLog:
     def epoch(self, epoch: int, scores: dict[str, float]) -> None:
         """One validation."""
         self._line({"epoch": epoch, "validation": scores})
-        self._row(self.dice_file, epoch, {k: v for k, v in scores.items() if k.startswith("Dice")})
-        self._row(self.mse_file, epoch, {"MSE": scores["MSE"]})
+        if dices := {k: v for k, v in scores.items() if k.startswith("Dice")}:
+            self._row(self.dice_file, epoch, dices)
+        if "MSE" in scores:  # not where whole volumes alone were scored
+            self._row(self.mse_file, epoch, {"MSE": scores["MSE"]})
 
     def cut(self, updates: int, epoch: int) -> None:
         """Forget what lies after a snapshot that a resumed run starts from."""

@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.errors import InputError, ResourceError
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import Generator
+from fastsrgan.model.weights import BEST
 from fastsrgan.pictures.planes import write_panel
 from fastsrgan.train.logs import contact_sheet
 from fastsrgan.train.optimise import factor
@@ -35,6 +35,9 @@ from fastsrgan.train.state import Run, Turn
 from fastsrgan.train.validate import Stopped, sample_patch, validate, validate_whole
 
 log = logging.getLogger("fastsrgan")
+
+LOST = 0.01  # Dice, or part of the label's size, below which a segmentation counts as none
+WORSE_DB = 0.5  # below the spline from which an image counts as damaged
 
 
 def loop(run: Run, stop: StopRequest) -> None:
@@ -109,7 +112,7 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
     at.steps = batches if c.steps_per_epoch is None else min(batches, capped(run, turn, c.steps_per_epoch))
     if pool is None or at.steps == 0:
         return
-    run.progress.start(f"epoch {turn.epoch}/{c.epochs}", at.steps - at.step, "updates")
+    run.progress.start(f"training epoch {turn.epoch}/{c.epochs}", at.steps - at.step, "updates")
     last: Told | None = None
     for indices in pool.generator_batches(run.batch, at.step, steps=batches):
         if at.step >= at.steps:
@@ -263,14 +266,26 @@ def end_epoch(run: Run, epoch: int, stop: StopRequest) -> bool:
 
     try:
         if run.test and epoch % c.validate_every == 0:
-            options: dict[str, Any] = {"batch_size": c.batch_size, "mask_classes": run.mask_classes}
-            options |= {"arithmetic": run.models.arithmetic}
-            scores = validate(generator, run.feed, run.test, **options, ranks=run.ranks, stopped=asked)
+            scores = validate(
+                generator,
+                run.feed,
+                run.test,
+                batch_size=c.batch_size,
+                mask_classes=run.mask_classes,
+                structures=[name for name, _ in run.structures],
+                known=run.baselines,
+                arithmetic=run.models.arithmetic,
+                ranks=run.ranks,
+                stopped=asked,
+            )
         if run.test and c.whole_every and epoch % c.whole_every == 0:
             scores |= validate_whole(generator, run.feed, run.test, ranks=run.ranks, stopped=asked)
     except Stopped:
         return False
     judge(run, epoch, scores)
+    if "whole_PSNR" in scores and run.first:
+        whole = {name: value for name, value in scores.items() if name.startswith(("whole_", "spline_", "linear_"))}
+        run.progress.tell("validation of whole volumes", whole_line(epoch, whole), epoch=epoch, **whole)
     if run.log is not None and scores:
         run.log.epoch(epoch, scores)
         show_sample(run, generator, epoch)
@@ -293,12 +308,80 @@ def show_sample(run: Run, generator: Generator, epoch: int) -> None:
 
 
 def judge(run: Run, epoch: int, scores: dict[str, float]) -> None:
-    """Whether the epoch's score (``best_by``) is the best so far; its weights are kept then."""
+    """Whether the epoch's score (``best_by``) is the best so far; its weights are kept then. Says how it goes."""
     at = run.position
-    score = scores.get("PSNR") if run.config.best_by == "psnr" else scores.get("Dice", scores.get("Dice_label_1"))
-    if score is None:
+    value = score(scores, run.config.best_by)
+    if value is None:
         return
     at.stale += 1
-    if at.best is None or score > at.best:
-        at.best, at.stale = float(score), 0
-        write_weights(run, run.folder / "best.safetensors", {"epoch": epoch, **scores})
+    if at.best is None or value > at.best:
+        at.best, at.best_epoch, at.best_dice, at.stale = value, epoch, mean_dice(scores), 0
+        write_weights(run, run.folder / BEST, {"epoch": epoch, **scores})
+    if run.first:
+        facts = {"epoch": epoch, **scores, "score": value, "best": at.best, "best_epoch": at.best_epoch}
+        run.progress.tell("validation", validation_line(epoch, scores, at.best_epoch or epoch), **facts)
+        if warning := collapse(scores, run.scores):
+            log.warning("epoch %d: %s", epoch, warning)
+    run.scores = scores
+
+
+def mean_dice(scores: dict[str, float]) -> float | None:
+    """Mean Dice of several structures, or that of the label; the classes of a Mask_image do not count."""
+    named = [v for k, v in scores.items() if k.startswith("Dice_") and not k.startswith(("Dice_mask", "Dice_label"))]
+    return float(np.mean(named)) if named else scores.get("Dice", scores.get("Dice_label_1"))
+
+
+def score(scores: dict[str, float], best_by: str) -> float | None:
+    """The number that chooses the best weights; None without a validation.
+
+    "both": Dice plus the part of the spline's squared error that is gone, 1 - 10^(-gain / 10 dB), from -1 up to 1. An
+    empty segmentation loses by the Dice it gives up, and an image no better than the spline by what others gain.
+    """
+    dice = mean_dice(scores)
+    if dice is None:
+        return None
+    if best_by == "dice":
+        return dice
+    gone = 1 - 10 ** ((scores["PSNR_spline"] - scores["PSNR"]) / 10)
+    return scores["PSNR"] if best_by == "psnr" else dice + max(gone, -1.0)
+
+
+def validation_line(epoch: int, scores: dict[str, float], best: int) -> str:
+    """A validation in at most 80 columns, where there is one structure: PSNR in dB beside that of the spline and of the
+    best linear estimate, SSIM, Dice, and the epoch that is best so far."""
+    words = [f"epoch {epoch}"]
+    names = {"PSNR": "PSNR", "PSNR_spline": "spline", "PSNR_linear": "linear"}
+    words += [f"{word} {scores[name]:.2f}" for name, word in names.items() if name in scores]
+    thirds = ["SSIM", *(name for name in scores if name.startswith("Dice"))]
+    words += [f"{name} {scores[name]:.3f}" for name in thirds]
+    return " ".join([*words, f"best {best}"])
+
+
+def whole_line(epoch: int, scores: dict[str, float]) -> str:
+    """The figures of whole volumes, as ``validation_line``."""
+    words = [f"epoch {epoch}, whole volumes"]
+    for name in ("PSNR", "SSIM", "Dice"):
+        others = [f"{who} {scores[key]:.4g}" for who in ("spline", "linear") if (key := f"{who}_{name}") in scores]
+        if f"whole_{name}" in scores:
+            words.append(f"{name} {scores[f'whole_{name}']:.4g}" + f" ({', '.join(others)})" * bool(others))
+    return " ".join(words)
+
+
+def collapse(scores: dict[str, float], before: dict[str, float]) -> str:
+    """What is wrong where one output is lost while the other is learned; empty where nothing is."""
+    dice, share = mean_dice(scores) or 0.0, scores["Seg_share"]
+    empty, full = share < LOST * scores["Label_share"], share > 1 - LOST
+    hint = "docs/training.md, When one output is lost"
+    if before and (dice < LOST or empty or full) and scores["PSNR"] > before["PSNR"]:
+        what = "empty" if empty else "full" if full else "next to nothing of the label"
+        return (
+            f"the segmentation is {what} (Dice {dice:.3f}) while PSNR rises: --dice-weight 1 or more, a smaller "
+            f"--lambda-rec, or other label classes ({hint})"
+        )
+    if before and scores["PSNR"] <= before["PSNR"] < scores["PSNR_spline"] - WORSE_DB:
+        below = scores["PSNR_spline"] - scores["PSNR"]
+        return (
+            f"SR is {below:.1f} dB worse than the spline and does not rise: a smaller --lrgen or --head-rate, "
+            f"--zero-head True, or a smaller --lambda-adv ({hint})"
+        )
+    return ""

@@ -24,12 +24,12 @@ from fastsrgan.core.ranks import Ranks, from_environment, local_device
 from fastsrgan.core.signals import StopRequest
 from fastsrgan.core.system import pick_device, provenance
 from fastsrgan.data.feed import Feed, PatchRule, resident_limit
-from fastsrgan.data.settings_check import data_warnings, refuse_faults, small_subjects
+from fastsrgan.data.settings_check import data_warnings, refuse_faults, small_subjects, structures
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError, UsageError, out_of_memory
 from fastsrgan.model import checkpoint
 from fastsrgan.model.cpu import forms
-from fastsrgan.model.weights import read_spec
+from fastsrgan.model.weights import BEST, info, read_spec
 from fastsrgan.observation.artefacts import ARTEFACTS
 from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.slice_axis import Axes, choose_axes, describe
@@ -100,6 +100,13 @@ def train(
         ranks.agree("training data", data_identity(store))
         kept = keep_arithmetic(held, folder, config, target, ranks, resume)
         run = prepare(store, folder, config, target, ranks, strict, resume, kept)
+        if start_weights is not None and not resume:
+            began_with = info(start_weights)
+            run.start = {"path": str(start_weights), "file": began_with["file"], "sha256": began_with["sha256"]}
+            learned = [one["name"] for one in (began_with["card"] or {}).get("structures", [])]
+            if learned and learned != (names := [name for name, _ in run.structures]) and run.first:
+                told = "%s: its classes are %s, those of this run %s: the mask head learns others in their place"
+                log.warning(told, start_weights, ", ".join(learned), ", ".join(names) or "of Mask_image")
         if run.first:
             run.log = RunLog(folder, dice_file, mse_file, run.mask_classes)
             run.snapshot_folder = output_folder(snapshot_folder) if snapshot_folder else None
@@ -245,7 +252,14 @@ def prepare(
         raise InputError(store.url, "has no Train subjects", "give rows with Base = Train to `fastsrgan convert`")
     axes = slice_axes(store, config)
     refuse_faults(store, config, axes)
-    mask_classes = count_mask_classes(store, names["Train"]) if config.fit_mask else 0
+    found = structures(store)
+    if found and not config.fit_mask:
+        log.warning(
+            "of %s %s alone is learned: --fit-mask True learns each", ", ".join(n for n, _ in found), found[0][0]
+        )
+    mask_classes = 0
+    if config.fit_mask:
+        mask_classes = len(found) + 1 if found else count_mask_classes(store, names["Train"])
     if config.auto_batch:
         config = with_fitting_batch(folder, config, mask_classes, device, ranks, resume)
     refuse_hopeless(config, mask_classes, device, ranks)
@@ -261,6 +275,7 @@ def prepare(
         profile=c.profile,
         gap=c.gap,
         profile_box=c.profile_box,
+        noise_from=c.noise_from,
         artefacts=artefact_amounts(c),
         block_bytes=None if c.block_memory is None else int(c.block_memory * 1e9),
     )
@@ -283,7 +298,18 @@ def prepare(
     )
     models = Models(c, mask_classes, device, ranks, kept_precision)
     need_space(folder, snapshot_bytes(models) * 2)  # one that stands and one that is written
-    return Run(folder, c, store, models, feed, names["Train"], names["Test"], mask_classes, ranks=ranks)
+    return Run(
+        folder,
+        c,
+        store,
+        models,
+        feed,
+        names["Train"],
+        names["Test"],
+        mask_classes,
+        found if config.fit_mask else [],
+        ranks=ranks,
+    )
 
 
 def artefact_amounts(config: TrainConfig) -> dict[str, float]:
@@ -439,9 +465,12 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
         "first_wait_seconds": round(run.feed.first_wait, 3),
         "best": at.best,
         "best_by": c.best_by,
-        "best_dice": at.best if c.best_by == "dice" else None,
+        "best_epoch": at.best_epoch,
+        "best_dice": at.best_dice,
         "ended_early": run.ended_early,
-        "weights": str(run.folder / "model.safetensors"),
+        "start_weights": run.start,
+        "weights": str(run.folder / checkpoint.MODEL),
+        "best_weights": None if at.best is None else str(run.folder / BEST),
         "left_out": left_out,
         "data_warnings": data_warnings(run.store),
         "batch_size": c.batch_size,

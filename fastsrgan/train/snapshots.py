@@ -42,7 +42,7 @@ def save(run: Run) -> None:
     state = {"models": m.state(), "position": dict(vars(at)), "data": data_identity(run.store)}
     writers = {
         checkpoint.MODEL: lambda p: modelfile.write(
-            p, m.generator, m.critic, ema=m.average, card={"updates": at.updates}
+            p, m.generator, m.critic, ema=m.average, card={"updates": at.updates, **said_structures(run)}
         ),
         "state.pt": lambda p: p.write_bytes(packed(state)),
         "config.yaml": lambda p: p.write_text(run.config.to_yaml(), encoding="utf8"),
@@ -158,7 +158,7 @@ def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
     if unused:
         log.warning("settings that act only where a run begins, and not in this one: %s", ", ".join(unused))
     if then.best_by != now.best_by:
-        at.best, at.stale = None, 0
+        at.best, at.best_epoch, at.best_dice, at.stale = None, None, None, 0
     moved = [k for k, resume in changed.items() if resume == settings.ANEW]
     moved += ["data"] if data != data_identity(run.store) else []
     if moved:
@@ -194,7 +194,13 @@ def redeal(run: Run, at: Position) -> None:
 def write_weights(run: Run, path: Path, facts: dict[str, Any]) -> None:
     """The weights for use, with the facts a reader of the file wants."""
     if run.first:
-        card = {**facts, "updates": run.position.updates, "config": run.config.to_dict(), **provenance()}
+        card = {
+            **facts,
+            **said_structures(run),
+            "updates": run.position.updates,
+            "config": run.config.to_dict(),
+            **provenance(),
+        }
         card[MADE_FOR] = made_for(run.config, run.store).to_dict()
         weights.save_generator(path, run.models.shipped(), run.models.critic, card=card)
 
@@ -219,6 +225,11 @@ def made_for(config: settings.TrainConfig, store: Store) -> Purpose:
         slice_ratio=(min(ratios), max(ratios)),
         structure_ml=(min(volumes) / ROOM, max(volumes) * ROOM) if volumes else None,
     )
+
+
+def said_structures(run: Run) -> dict[str, Any]:
+    """What the weights say of the classes of their mask head."""
+    return {"structures": [{"name": n, "values": v} for n, v in run.structures]} if run.structures else {}
 
 
 def export(run: Run, epoch: int) -> None:

@@ -25,7 +25,7 @@ class Position:
 
     steps : steps of that group, 0 before it began
     updates : generator updates done; of them ``epoch_updates`` in the groups of this epoch before this one
-    best : best validation score so far, ``stale`` validations ago
+    best : best validation score so far, of ``best_epoch``, ``stale`` validations ago; its ``best_dice`` too
     resident : subjects of a rank in memory at once: chosen by the memory that was free at the start, kept when the run
         is resumed, since another number would deal the subjects anew
     world : ranks that the subjects were dealt to
@@ -39,6 +39,8 @@ class Position:
     updates: int = 0
     epoch_updates: int = 0
     best: float | None = None
+    best_epoch: int | None = None
+    best_dice: float | None = None
     stale: int = 0
     resident: int | None = None
     world: int = 1
@@ -70,9 +72,13 @@ class Run:
     """One call of ``train``: everything the loop hands around.
 
     batch : patches per update of this rank
+    structures : name and label values of the mask's classes from 1 on, where they are structures of a label map
     log, board, progress : of rank 0 alone
     bad : updates in a row that were not finite
     ended_early : the epoch after which ``patience`` ended the run
+    baselines : what is compared with on the Test subjects, the same in every epoch
+    scores : of the validation before
+    start : path, file and SHA-256 of the weights that the run began with
     """
 
     folder: Path
@@ -83,6 +89,7 @@ class Run:
     train: list[str]
     test: list[str]
     mask_classes: int
+    structures: list[tuple[str, list[int]]] = field(default_factory=list)
     progress: Progress = QUIET
     log: RunLog | None = None
     ranks: Ranks = ALONE
@@ -91,6 +98,9 @@ class Run:
     snapshot_folder: Path | None = None
     bad: int = 0
     ended_early: int | None = None
+    baselines: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    start: dict[str, str] | None = None
     began: float = field(default_factory=time.perf_counter)
     began_at: float = 0.0
 

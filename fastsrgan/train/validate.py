@@ -1,39 +1,49 @@
 """Scores of a generator on the Test subjects between epochs: patch-wise (paper figure 6), and on whole volumes.
 
-Contrast and resolution are spaced evenly over the subjects, as in the original, and the noise is keyed, so every epoch
-sees the same images. Subjects are dealt to the ranks; what comes back is the same on all of them.
+On patches contrast and resolution are spaced evenly over the subjects, as in the original, and the noise is keyed, so
+every epoch sees the same images. Whole volumes are scored as ``infer`` and ``evaluate`` would: the subject's own
+contrast, no noise. Subjects are dealt to the ranks; what comes back is the same on all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastsrgan.core.progress import quiet
 from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.data.feed import Feed, make_resident
 from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate import metrics
+from fastsrgan.evaluate.grids import onto_grid, reader_label_map
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.sweep import predict
+from fastsrgan.infer.volume import infer_volume
 from fastsrgan.model.arithmetic import Arithmetic, pick_precision
 from fastsrgan.model.networks import Generator
+from fastsrgan.observation.model import Draw
 from fastsrgan.observation.slice_axis import stored_draw
 from fastsrgan.store.reader import Sample
-from fastsrgan.volume.geometry import processing_orientation
-from fastsrgan.volume.resample import apply_axes, degrade_matrix, upsample_matrix
+from fastsrgan.volume.consistency import best_linear, observation
+from fastsrgan.volume.geometry import Volume, processing_orientation, resampled_affine
+from fastsrgan.volume.intensity import lifted
+from fastsrgan.volume.resample import apply_axes
 
 log = logging.getLogger("fastsrgan")
 
-PATCH, STEP = 128, 30  # whole volumes: the defaults of `fastsrgan infer`
+PATCH, STEP = 128, 30  # whole volumes in the original's geometry
 SMALLEST = 2 * metrics.SSIM_RADIUS + 1
+BASELINES = ("spline", "linear")  # what a network is compared with on the same patches
+Known = dict[str, dict[str, tuple[float, float]]]  # subject -> baseline -> PSNR in dB, SSIM
 
 
 class Stopped(Exception):
@@ -55,44 +65,71 @@ def validate(
     mask_classes: int = 0,
     ranks: Ranks = ALONE,
     stopped: Callable[[], bool] = never,
+    known: Known | None = None,
+    structures: Sequence[str] = (),
     arithmetic: Arithmetic | None = None,
 ) -> dict[str, float]:
     """Patch-wise scores on the Test subjects (paper figure 6).
 
     ``Dice`` over all patches and ``MSE`` of SR clipped at 0, as in the original; ``PSNR``, the mean over subjects of
-    10 log10(max HR^2 / MSE) in dB. With a mask head, the Dice of each mask class also. Empty without subjects.
-    ``stopped`` is asked by all ranks together, before each turn of one subject per rank; Stopped is raised when true.
-    On a GPU the network computes as in training (``arithmetic``), in batches of one size, and a subject's sums are read
-    once; on a CPU in float32.
+    10 log10(max HR^2 / MSE) in dB, and ``SSIM``, the mean over subjects of that of their patches (``metrics.ssim``, the
+    range is the maximum of the subject's HR). ``PSNR_spline``, ``SSIM_spline`` and, in physical geometry,
+    ``PSNR_linear``, ``SSIM_linear``: of the network's input and of the best linear estimate (``best_linear``) on the
+    same patches, clipped alike; they are those of every epoch and kept in ``known``. ``Seg_share``, ``Label_share``:
+    parts of the patches' voxels that are segmented, and that the label holds. With a mask head, the Dice of each mask
+    class also, named by ``structures`` from class 1 on where they are structures of a label map. Empty without
+    subjects. ``stopped`` is asked by all ranks together, before each turn of one subject per rank; Stopped is raised
+    when true. On a GPU the network computes as in training (``arithmetic``), in batches of one size, and a subject's
+    sums are read once; on a CPU in float32.
     """
     fixed = feed.device.type == "cuda"
     channels = 2 + mask_classes
-    total = torch.zeros(4 + 3 * (channels - 1), dtype=torch.double)
+    known = {} if known is None else known
+    total = torch.zeros(3 + 3 * len(BASELINES) + 2 + 3 * (channels - 1), dtype=torch.double)
     for index in dealt(len(subjects), ranks, stopped):
         sample = readable(feed, subjects[index])
         if sample is None:
             continue
         resident = fixed_resident(feed, sample, index, len(subjects))
-        pool = Pool([resident], feed.rule.patch, mask_classes=mask_classes)
+        pool, highest = Pool([resident], feed.rule.patch, mask_classes=mask_classes), float(resident.hr.max())
         sums = torch.zeros(2 + 3 * (channels - 1), dtype=torch.double, device=feed.device)
-        top = torch.zeros((), device=feed.device)
+        top, similar = torch.zeros((), device=feed.device), torch.zeros((), dtype=torch.double, device=feed.device)
         for start in range(0, len(pool), batch_size):
             chosen = np.arange(start, min(start + batch_size, len(pool)))
             n = len(chosen)
             batch = pool.gather(np.pad(chosen, (0, batch_size - n), mode="edge") if fixed else chosen)
             with arithmetic.autocast() if fixed and arithmetic is not None else contextlib.nullcontext():
                 pred = generator(batch.x, batch.res)
-            sums += validation_sums(pred[:n].float(), batch.y[:n])
-            top = torch.maximum(top, batch.y[:n, 0].max())
+            pred, target = pred[:n].float(), batch.y[:n]
+            sums += validation_sums(pred, target)
+            top = torch.maximum(top, target[:, 0].max())
+            similar += patch_ssim(pred[:, 0].clamp(min=0), target[:, 0], highest).sum()
         sums = sums.cpu()
-        decibels = 10 * math.log10(max(float(top), 1e-12) ** 2 / max(float(sums[0] / sums[1]), 1e-20))
-        total += torch.cat([torch.tensor([decibels, 1.0], dtype=torch.double), sums])
-    decibels, count, squared, voxels, *rest = ranks.sums(total.tolist())
-    if not count:
+        if sample.id not in known:
+            known[sample.id] = baselines(feed, sample, resident, index, len(subjects), batch_size)
+        there = [(*known[sample.id][name], 1.0) if name in known[sample.id] else (0.0, 0.0, 0.0) for name in BASELINES]
+        level = decibels(float(top), float(sums[0] / sums[1]))
+        own = [level, float(similar) / len(pool), 1.0, *(v for row in there for v in row)]
+        total += torch.cat([torch.tensor(own, dtype=torch.double), sums])
+    values = ranks.sums(total.tolist())
+    if not values[2]:
         return {}
+    squared, voxels, *rest = values[3 + 3 * len(BASELINES) :]
     dices = [2 * both / max(a + b, 1) for both, a, b in zip(rest[::3], rest[1::3], rest[2::3], strict=True)]
-    labels = ["Dice"] if len(dices) == 1 else ["Dice_label_1", *(f"Dice_mask{i}" for i in range(len(dices) - 1))]
-    return {**dict(zip(labels, dices, strict=True)), "MSE": squared / voxels, "PSNR": decibels / count}
+    names = ["Dice"] if len(dices) == 1 or structures else ["Dice_label_1"]
+    names += ["Dice_mask0", *(f"Dice_{name}" for name in structures)] if structures else []
+    names += [] if structures else [f"Dice_mask{i}" for i in range(len(dices) - 1)]
+    scores = {**dict(zip(names, dices, strict=True)), "MSE": squared / voxels}
+    for i, ending in enumerate(("", *(f"_{name}" for name in BASELINES))):
+        level, similar, count = values[3 * i : 3 * i + 3]
+        if count:
+            scores |= {f"PSNR{ending}": level / count, f"SSIM{ending}": similar / count}
+    return scores | {"Seg_share": rest[1] / voxels, "Label_share": rest[2] / voxels}
+
+
+def decibels(top: float, squared: float) -> float:
+    """10 log10(top^2 / MSE)."""
+    return 10 * math.log10(max(top, 1e-12) ** 2 / max(squared, 1e-20))
 
 
 def validation_sums(pred: Tensor, target: Tensor) -> Tensor:
@@ -105,6 +142,63 @@ def validation_sums(pred: Tensor, target: Tensor) -> Tensor:
     return torch.stack([part.to(torch.double) for part in parts])
 
 
+def patch_ssim(image_BPPP: Tensor, truth_BPPP: Tensor, top: float) -> Tensor:
+    """``metrics.ssim`` of each patch with the range ``top``, on the device: (B,) float64."""
+    size, r = image_BPPP.shape[-1], metrics.SSIM_RADIUS
+    taps = torch.exp(-0.5 * (torch.arange(-r, r + 1, dtype=torch.double) / metrics.SSIM_SIGMA) ** 2)
+    window = torch.zeros(size - 2 * r, size, dtype=torch.double)
+    for row in range(size - 2 * r):
+        window[row, row : row + 2 * r + 1] = taps / taps.sum()
+    window = window.to(image_BPPP.device)
+
+    def mean(values: Tensor) -> Tensor:
+        values = torch.einsum("px,bxyz->bpyz", window, values)
+        return torch.einsum("qy,bpyz->bpqz", window, values) @ window.T
+
+    x, y = image_BPPP.double(), truth_BPPP.double()
+    mean_x, mean_y = mean(x), mean(y)
+    c1, c2 = (metrics.SSIM_K1 * max(top, 1e-12)) ** 2, (metrics.SSIM_K2 * max(top, 1e-12)) ** 2
+    product, squares = mean_x * mean_y, mean_x**2 + mean_y**2
+    upper = (2 * product + c1) * (2 * (mean(x * y) - product) + c2)
+    return (upper / ((squares + c1) * (mean(x * x + y * y) - squares + c2))).mean((1, 2, 3))
+
+
+def baselines(
+    feed: Feed, sample: Sample, resident: Resident, index: int, count: int, batch_size: int
+) -> dict[str, tuple[float, float]]:
+    """PSNR in dB and SSIM of ``BASELINES`` on the patches of a Test subject; no best linear estimate in the original's
+    geometry."""
+    images = {"spline": resident.interpolated, "linear": linear_estimate(feed, sample, resident, index, count)}
+    highest, found = float(resident.hr.max()), {}
+    for name, image in images.items():
+        if image is None:
+            continue
+        pool = Pool([dataclasses.replace(resident, interpolated=image)], feed.rule.patch)
+        squared, top, similar = 0.0, 0.0, 0.0
+        for start in range(0, len(pool), batch_size):
+            batch = pool.gather(np.arange(start, min(start + batch_size, len(pool))))
+            x, y = batch.x[:, 0].clamp(min=0), batch.y[:, 0]
+            squared += float(((x - y) ** 2).double().sum())
+            top = max(top, float(y.max()))
+            similar += float(patch_ssim(x, y, highest).sum())
+        found[name] = decibels(top, squared / (len(pool) * feed.rule.patch**3)), similar / len(pool)
+    return found
+
+
+def linear_estimate(feed: Feed, sample: Sample, resident: Resident, index: int, count: int) -> Tensor | None:
+    """The best linear estimate of a Test subject from its scan as it is validated on, on the grid of ``resident``."""
+    law = feed.degradation
+    draw = stored_draw(law.linspace(index, count), feed.axes, sample.affine)
+    turn = processing_orientation(sample.affine, draw.low_res)
+    spacing, low_res = turn.permute(sample.spacing), turn.permute(draw.low_res)
+    seen = law.seen(tuple(resident.hr.shape), spacing, draw, low_res)
+    if seen is None or sample.image is None:
+        return None
+    done = law.apply(lifted(np.ascontiguousarray(turn.apply(sample.image))), spacing, draw, low_res)
+    made = best_linear(done.interpolated, done.low_res, done.hr, seen)
+    return torch.from_numpy(made).to(resident.hr)
+
+
 def validate_whole(
     generator: Generator,
     feed: Feed,
@@ -113,30 +207,66 @@ def validate_whole(
     ranks: Ranks = ALONE,
     stopped: Callable[[], bool] = never,
 ) -> dict[str, float]:
-    """Scores of whole Test volumes by dense overlapping tiles, beside the spline's: means over the subjects.
+    """Scores of whole Test volumes, those that ``evaluate`` gives of ``infer``'s results: means over the subjects.
 
-    ``whole_PSNR``, ``whole_SSIM`` (metrics.DEFINITIONS), ``whole_Dice``; ``spline_PSNR``, ``spline_SSIM`` of the
-    network's input, ``spline_Dice`` of the label a reader of the low-resolution image would draw, interpolated back
-    (paper table 2). A score that a volume does not allow (SSIM below 11 voxels) is left out. ``stopped``: as for
-    ``validate``.
+    The scan is the subject's image as thick slices of the subject's resolution, its own contrast, without noise.
+    ``whole_PSNR``, ``whole_SSIM`` (metrics.DEFINITIONS), ``whole_Dice``; ``spline_PSNR``, ``spline_SSIM``,
+    ``spline_Dice``: of the spline, and of the label a reader of the low-resolution image would draw, interpolated back
+    (paper table 2);
+    ``linear_PSNR``, ``linear_SSIM`` of the best linear estimate. A score that a volume does not allow (SSIM below 11
+    voxels) is left out. ``stopped``: as for ``validate``.
     """
-    names = [f"{who}_{score}" for who in ("whole", "spline") for score in ("PSNR", "SSIM", "Dice")]
+    names = [f"{who}_{score}" for who in ("whole", *BASELINES) for score in ("PSNR", "SSIM", "Dice")]
     total = dict.fromkeys(names, (0.0, 0))
     for index in dealt(len(subjects), ranks, stopped):
         sample = readable(feed, subjects[index])
         if sample is None:
             continue
-        resident = fixed_resident(feed, sample, index, len(subjects))
-        for name, value in whole_scores(generator, feed, sample, resident, index, len(subjects)).items():
+        plain = Draw(stored_draw(feed.degradation.linspace(index, len(subjects)), feed.axes, sample.affine).low_res)
+        scored = whole_scores if feed.degradation.geometry == "physical" else original_scores
+        for name, value in scored(generator, feed, sample, plain).items():
             total[name] = (total[name][0] + value, total[name][1] + 1)
     pairs = ranks.sums([v for name in names for v in total[name]])
     return {name: pairs[2 * i] / pairs[2 * i + 1] for i, name in enumerate(names) if pairs[2 * i + 1]}
 
 
-def whole_scores(
-    generator: Generator, feed: Feed, sample: Sample, resident: Resident, index: int, count: int
-) -> dict[str, float]:
-    """Scores of one subject; names as for ``validate_whole``."""
+def whole_scores(generator: Generator, feed: Feed, sample: Sample, draw: Draw) -> dict[str, float]:
+    """Scores of one subject through ``infer_volume``; names as for ``validate_whole``."""
+    assert sample.image is not None and sample.label is not None
+    hr, label = Volume(lifted(sample.image), sample.affine), Volume(sample.label, sample.affine)
+    done = feed.degradation.apply(hr.data, hr.spacing, draw)
+    low = done.low_res * np.float32(done.scale)
+    scan = Volume(low, resampled_affine(hr.affine, hr.data.shape, low.shape, draw.low_res))
+    with quiet():
+        made = infer_volume(scan.data, scan.affine, generator, new_resolution=list(hr.spacing), device=str(feed.device))
+    notes: list[str] = []
+    sr, spline = (onto_grid(v, hr, notes=notes).data for v in (Volume(made.sr, made.affine), scan))
+    seg = onto_grid(
+        Volume((made.prob[0] > metrics.SEG_THRESHOLD).astype(np.uint8), made.affine), hr, order=0, notes=notes
+    )
+    seen = observation(low.shape, draw.low_res, hr.data.shape, hr.spacing)
+    assert seen is not None
+    turned = apply_axes(low, seen.up)
+    return {
+        **image_scores("whole", sr, hr.data),
+        **image_scores("spline", spline, hr.data),
+        **image_scores("linear", best_linear(turned, low, hr.data, seen), hr.data),
+        "whole_Dice": metrics.dice(seg.data, label.data),
+        "spline_Dice": metrics.dice(reader_label_map(label, scan, notes).data, label.data),
+    }
+
+
+def image_scores(who: str, image: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """PSNR and SSIM of a volume where they exist."""
+    scores = {f"{who}_PSNR": metrics.psnr(image, truth)}
+    if min(truth.shape) >= SMALLEST:
+        scores[f"{who}_SSIM"] = metrics.ssim(image, truth)
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
+
+
+def original_scores(generator: Generator, feed: Feed, sample: Sample, draw: Draw) -> dict[str, float]:
+    """Scores of one subject in the original's geometry, whose grids no file names: by tiles on the processed arrays."""
+    resident = make_resident(sample, feed.degradation, draw, feed.rule, feed.device, move=feed.move)
     volume = resident.interpolated.float().cpu()
     out, _ = predict(
         volume,
@@ -144,44 +274,43 @@ def whole_scores(
         TileNetwork(generator, resident.resolution, feed.device, pick_precision("auto", feed.device)),
     )
     hr, label = resident.hr.float().cpu().numpy(), resident.label.cpu().numpy()
-    images = {"whole": (out[0].clamp(min=0).numpy(), out[1].numpy()), "spline": (volume.numpy(), None)}
-    scores = {}
-    for who, (image, segmentation) in images.items():
-        scores[f"{who}_PSNR"] = metrics.psnr(image, hr)
-        if min(hr.shape) >= SMALLEST:
-            scores[f"{who}_SSIM"] = metrics.ssim(image, hr)
-        if segmentation is None:
-            segmentation = drawn_label(feed, sample, label, index, count)
-        if segmentation is not None:
-            scores[f"{who}_Dice"] = metrics.dice(segmentation, label)
-    return {k: v for k, v in scores.items() if math.isfinite(v)}
-
-
-def drawn_label(feed: Feed, sample: Sample, label_XYZ: np.ndarray, index: int, count: int) -> np.ndarray | None:
-    """The label cut at 0.5 on the low-resolution grid, interpolated back; None with the original's SimpleITK forms."""
-    d = feed.degradation
-    if d.interp != "scipy" or d.geometry != "physical":
-        return None
-    draw = stored_draw(d.linspace(index, count), feed.axes, sample.affine)
-    turn = processing_orientation(sample.affine, draw.low_res)
-    sizes = list(zip(label_XYZ.shape, turn.permute(sample.spacing), turn.permute(draw.low_res), strict=True))
-    low = apply_axes(label_XYZ.astype(np.float32), [degrade_matrix(n, s, r) for n, s, r in sizes]) > 0.5
-    back = [None if m == n else upsample_matrix(m, n, s / r) for (n, s, r), m in zip(sizes, low.shape, strict=True)]
-    return apply_axes(low.astype(np.float32), back)
+    return {
+        **image_scores("whole", out[0].clamp(min=0).numpy(), hr),
+        **image_scores("spline", volume.numpy(), hr),
+        "whole_Dice": metrics.dice(out[1].numpy(), label),
+    }
 
 
 def sample_patch(generator: Generator, feed: Feed, subjects: list[str]) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The middle patch of the first Test subject that can be read: input (P, P, P), prediction and target
-    (C, P, P, P); None without one. No random number is drawn."""
+    """The patch of the first readable Test subject whose middle planes show most of the label's edge: input (P, P, P),
+    prediction and target (C, P, P, P); None without one. No random number is drawn."""
     for index, subject in enumerate(subjects):
         sample = readable(feed, subject)
         if sample is None:
             continue
-        pool = Pool([fixed_resident(feed, sample, index, len(subjects))], feed.rule.patch)
-        batch = pool.gather(np.array([len(pool) // 2]))
+        resident = fixed_resident(feed, sample, index, len(subjects))
+        pool = Pool([resident], feed.rule.patch)
+        batch = pool.gather(np.array([central_patch(resident, feed.rule.patch)]))
         with torch.inference_mode():
             return batch.x[0, 0], generator(batch.x, batch.res)[0], batch.y[0]
     return None
+
+
+def central_patch(resident: Resident, patch: int) -> int:
+    """Index of the patch with most structure in its three middle planes: in each, the smaller of what the label holds
+    and leaves; of equals the one nearest to the middle of the volume."""
+    label, middle = resident.label, np.array(resident.label.shape) / 2
+    ranked = []
+    for index, origin in enumerate(resident.origins):
+        cut = [slice(max(int(o), 0), max(int(o) + patch, 0)) for o in origin]
+        held = 0
+        for axis, start in enumerate(origin):
+            at = min(max(int(start) + patch // 2, 0), label.shape[axis] - 1)
+            plane = label[tuple(slice(at, at + 1) if d == axis else s for d, s in enumerate(cut))]
+            inside = int((plane > 0).sum())
+            held += min(inside, plane.numel() - inside)
+        ranked.append((-held, float(np.abs(origin + patch / 2 - middle).sum()), index))
+    return min(ranked)[-1]
 
 
 def readable(feed: Feed, subject: str) -> Sample | None:
