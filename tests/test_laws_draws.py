@@ -248,3 +248,16 @@ def test_no_two_kernels_start_alike():
     first = [p.detach().flatten()[:8].numpy() for n in networks for p in n.parameters() if p.ndim == 5]
     for a, b in itertools.combinations([p / np.abs(p).max() for p in first], 2):
         assert not np.allclose(a, b)
+
+
+def test_a_subject_looks_otherwise_in_every_epoch_and_seed(tmp_path):
+    """What the feed gives, not what it could draw: contrast, resolution and noise of the epoch that was asked for."""
+    store = make_store(tmp_path, [(20, 18, 22)])
+    looks = []
+    for seed, epoch in ((0, 1), (0, 2), (1, 1), (0, 1)):
+        feed = Feed(store, PAPER, PatchRule(16, 9), seed=seed, device=torch.device("cpu"), threads=1)
+        looks.append(feed.prepare(epoch, "a"))
+    assert torch.equal(looks[0].interpolated, looks[3].interpolated)
+    for a, b in itertools.combinations(looks[:3], 2):
+        assert not torch.equal(a.hr, b.hr) and not torch.equal(a.interpolated, b.interpolated)
+        assert a.resolution != b.resolution

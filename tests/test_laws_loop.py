@@ -16,6 +16,7 @@ from fastsrgan.data.pool import Batch
 from fastsrgan.errors import ResourceError
 from fastsrgan.model import safetensors
 from fastsrgan.model import weights as weight_files
+from fastsrgan.train import loop as loop_module
 from fastsrgan.train import snapshots
 from fastsrgan.train.gan import Models
 from fastsrgan.train.state import Position
@@ -119,7 +120,15 @@ def test_fakes_come_from_the_generator_before_its_update_and_each_update_moves_t
     after = weights(models.critic)
     models.generator_update(batches[0], adversarial=True)
     assert weights(models.critic) == after and weights(models.generator) != before
-    assert all(p.grad is None for p in models.critic.parameters()), "no gradient waits for the critic's next update"
+
+
+@pytest.mark.parametrize("penalty", ["auto", "explicit"])
+def test_the_generators_update_leaves_no_gradient_in_the_critic(penalty):
+    """Else it would be part of the critic's next update."""
+    models = Models(CONFIG.replace(precision="fp32", penalty=penalty), 0, torch.device("cpu"))
+    batch = Batch(torch.rand(1, 1, 16, 16, 16), torch.rand(1, 2, 16, 16, 16), torch.full((1,), 3.0), ["a"])
+    models.generator_update(batch, adversarial=True)
+    assert all(p.grad is None and p.requires_grad for p in models.critic.parameters())
 
 
 def weights(network: torch.nn.Module) -> bytes:
@@ -170,6 +179,30 @@ def group_of(facts: SimpleNamespace, epoch: list[SimpleNamespace]) -> frozenset[
     at = next(i for i, one in enumerate(epoch) if one is facts)
     half = epoch[: len(epoch) // 2] if at < len(epoch) // 2 else epoch[len(epoch) // 2 :]
     return frozenset().union(*(subjects_of(one.ids) for one in half))
+
+
+def test_every_epoch_deals_its_subjects_anew(monkeypatch):
+    """Which subjects are in memory together changes from epoch to epoch."""
+    networks, _ = spied(monkeypatch, CONFIG.replace(epochs=5))
+    updates = networks.of("generator")
+    per_epoch = len(updates) // 5
+    first = [group_of(updates[e * per_epoch], updates[e * per_epoch : (e + 1) * per_epoch]) for e in range(5)]
+    assert len(set(first)) >= 4  # of 20 possible ones; found: 5
+
+
+def test_the_pool_of_a_group_has_the_key_of_its_place(monkeypatch):
+    """Seed, epoch, group and rank: whatever a pool draws then differs between them."""
+    made = []
+    plain = loop_module.Pool
+
+    def pool(*args, **more):
+        made.append(plain(*args, **more))
+        return made[-1]
+
+    monkeypatch.setattr(loop_module, "Pool", pool)
+    spied(monkeypatch, CONFIG.replace(seed=4, resident_subjects=2, batch_size=8), rank=1, world=2)
+    # Three subjects a rank, two groups in each of two epochs.
+    assert [one.key for one in made] == [(4, epoch, group, 1) for epoch in (1, 2) for group in (0, 1)]
 
 
 def test_every_epoch_has_an_order_of_its_own(monkeypatch):

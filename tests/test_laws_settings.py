@@ -382,3 +382,8 @@ def test_a_setting_reaches_the_place_where_it_acts(name, tmp_path):
     for config, expected in ((plain.replace(**{name: act.value}), True), (plain, False)):
         with pytest.MonkeyPatch.context() as patch:
             assert (act.look(Seen(config, patch, tmp_path)) == found) == expected, config
+
+
+def test_train_and_test_subjects_are_those_of_the_store(monkeypatch, tmp_path):
+    seen = Seen(CONFIG, monkeypatch, tmp_path)
+    assert (seen.run.train, seen.run.test) == (["a", "b"], ["t"])

@@ -160,7 +160,7 @@ def put_in(copy: Path, mutant: Mutant, turn: int) -> Iterator[None]:
 def first_failure(lines: str) -> str:
     """The test that pytest's short summary names first."""
     named = [line.split()[1] for line in lines.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    return named[0] if named else "the tests do not run to their end"
+    return named[0] if named else f"ended early: {(lines.splitlines() or ['no word'])[-1][:120]}"
 
 
 def run(
