@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
@@ -32,7 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "tools" / "mutants"
 NOTICED, MISSED, GONE, BROKEN = "noticed", "missed", "no longer applies", "tests fail without it"
 # Imported once, before the tests of each fault run in a fork: most of a short test's time is spent on these.
-LIBRARIES = ("numpy", "torch", "scipy.ndimage", "zarr", "nibabel", "pytest", "hypothesis", "yaml", "h5py", "safetensors")
+LIBRARIES = ("torch", "torch.utils._python_dispatch", "torch.distributed", "torch.optim", "scipy.ndimage", "scipy.stats")
+LIBRARIES += ("zarr", "nibabel", "pytest", "hypothesis", "hypothesis.strategies", "yaml", "h5py", "safetensors.torch")
+LIBRARIES += ("fsspec", "skimage.metrics", "rich.progress")
 CPU_SECONDS = 300  # of the tests of one fault: what never ends is noticed too
 PASSED, FAILED = 0, 1  # pytest's exit codes
 
@@ -129,7 +132,7 @@ def _child(copy: Path, tests: Sequence[str], log: Path) -> None:
     os.chdir(copy)
     sys.path[:0] = [str(copy)]
     # CI: hypothesis takes the same examples each time.
-    os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "CI": "1"}
+    os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "CI": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(out, stream)
@@ -137,7 +140,8 @@ def _child(copy: Path, tests: Sequence[str], log: Path) -> None:
     try:
         import pytest
 
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", *tests]))
+        plugins = [word for name in ("pytest_timeout", "no:cacheprovider") for word in ("-p", name)]
+        code = int(pytest.main(["-x", "-q", "--tb=line", "-W", "ignore", *plugins, *tests]))
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -175,7 +179,9 @@ def run(
     todo.sort(key=lambda m: m.name in results)  # new ones first
     end = time.monotonic() + 60 * minutes
     for library in LIBRARIES:
-        importlib.import_module(library)
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
+    gc.freeze()  # a fork then shares what was imported
     sound: dict[tuple[str, ...], bool] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = Path(folder)
