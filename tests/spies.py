@@ -113,9 +113,7 @@ def spied(monkeypatch, config: TrainConfig = CONFIG, *, rank: int = 0, world: in
     monkeypatch.setattr(loop_module, "validate_whole", whole)
     for what in ("save", "export", "write_weights"):
         monkeypatch.setattr(loop_module, what, note(what))
-    position = more.get("position") or Position(
-        epoch=config.init_epoch, resident=config.resident_subjects, world=world
-    )
+    position = more.get("position") or Position(epoch=config.init_epoch, resident=config.resident_subjects, world=world)
     run = Run(
         more.get("folder", Path("run")),
         config,

@@ -17,7 +17,19 @@ from bench.__main__ import parse
 from bench.peers_infer import PEERS
 from fastsrgan.infer import tiles
 
-QUICK = ["--quick", "--kernel", "2", "--batch", "2", "--patch", "16", "--critic-kernel", "2", "--critic-iterations", "2"]
+QUICK = [
+    "--quick",
+    "--kernel",
+    "2",
+    "--batch",
+    "2",
+    "--patch",
+    "16",
+    "--critic-kernel",
+    "2",
+    "--critic-iterations",
+    "2",
+]
 LARGE = 1000  # elements: what counts as an array and not as a number
 
 
@@ -150,7 +162,9 @@ def test_peers_of_inference_see_each_tile_once_and_convert_nothing_but_by_their_
         PEERS[name].loop(volume, plan, network, 2, "constant")
     assert sum(seen) == len(plan) == 8
     # MONAI and TorchIO copy by their own code, which is what is timed; neither volume nor tiles change their type.
-    assert not [text for text in mode.found if "_to_copy" in text and str(plan.patch) not in text]  # the window's weights
+    assert not [
+        text for text in mode.found if "_to_copy" in text and str(plan.patch) not in text
+    ]  # the window's weights
 
 
 def test_every_side_of_a_row_has_its_inputs_before_it_is_timed(monkeypatch):

@@ -95,7 +95,9 @@ def test_no_two_purposes_share_a_key(monkeypatch, tmp_path):
     # Ranks deal the same permutation of subjects like cards: one key for all, from one place.
     assert not shared, shared
     purposes = {place for asked in places.values() for place in asked}
-    assert len(purposes) >= 14, sorted(purposes)  # resolution, contrast, noise, ..., order, critic, flips, eps, subjects
+    assert len(purposes) >= 14, sorted(
+        purposes
+    )  # resolution, contrast, noise, ..., order, critic, flips, eps, subjects
     assert {key[0] for key in places} == {0}, "every key begins with the seed"
 
 

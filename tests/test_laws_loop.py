@@ -90,8 +90,6 @@ def test_ranks_train_on_other_subjects_and_other_patches(monkeypatch):
         assert sorted(one + other) == sorted({*one, *other})
 
 
-
-
 def test_fakes_come_from_the_generator_before_its_update_and_each_update_moves_the_critic():
     """Real networks: the weights that each of the six calls of an iteration saw, and changed."""
     torch.manual_seed(0)
@@ -139,7 +137,9 @@ def weights(network: torch.nn.Module) -> bytes:
 def test_each_update_gets_the_fakes_of_its_own_patches(joint):
     config = CONFIG.replace(critic_iterations=3, precision="fp32", joint_fakes=joint)
     models = Models(config, 0, torch.device("cpu"))
-    batches = [Batch(torch.rand(2, 1, 16, 16, 16), torch.rand(2, 2, 16, 16, 16), torch.full((2,), 3.0), []) for _ in range(3)]
+    batches = [
+        Batch(torch.rand(2, 1, 16, 16, 16), torch.rand(2, 2, 16, 16, 16), torch.full((2,), 3.0), []) for _ in range(3)
+    ]
     given = []
     terms = models._critic_terms
 
@@ -168,7 +168,12 @@ def test_one_epoch_passes_once_over_every_patch_of_every_group(monkeypatch):
         part = slice(epoch * per_epoch, (epoch + 1) * per_epoch)
         names = [name for facts in generator[part] for name in facts.ids]
         assert len(names) == TOTAL == len(set(names))
-        groups = [g for g, _ in itertools.groupby(generator[part], key=lambda f: len(subjects_of(f.ids)) and group_of(f, generator[part]))]
+        groups = [
+            g
+            for g, _ in itertools.groupby(
+                generator[part], key=lambda f: len(subjects_of(f.ids)) and group_of(f, generator[part])
+            )
+        ]
         assert len(groups) == 2 and not groups[0] & groups[1] and groups[0] | groups[1] == set(SUBJECTS)
         for g, c in zip(generator[part], critic[part], strict=True):
             assert subjects_of([name for ids in c.ids for name in ids]) <= group_of(g, generator[part])

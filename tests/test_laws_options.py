@@ -7,6 +7,7 @@ found there; without the option something else is found. So a wire that is cut a
 from __future__ import annotations
 
 import functools
+import itertools
 import inspect
 from collections import defaultdict
 from collections.abc import Callable
@@ -127,7 +128,7 @@ DENSE = "--patch 8 --step 4 --agree off"
 
 ACTS: dict[str, Act] = {
     "patch": Act("--patch 12", lambda e: e.plan.patch[0], 12),
-    "step": Act("--step 3", lambda e: {b - a for a, b in zip(e.plan.origins[0], e.plan.origins[0][1:-1])}, {3},
+    "step": Act("--step 3", lambda e: {b - a for a, b in itertools.pairwise(e.plan.origins[0][:-1])}, {3},
         "--patch 8 --agree off"),
     "budget": Act("--budget 0s", lambda e: e.calls["by_levels"] and e.of("by_levels", "settings").budget, 0.0, DENSE),
     "new_resolution": Act("--new-resolution 1 1 1.25", spacing, (1.0, 1.0, 1.25)),
@@ -195,9 +196,13 @@ def test_the_series_of_a_folder_is_asked_for_wherever_the_image_is_read(folder, 
     """A stand-in for a DICOM folder, whose readers take the series."""
     for module, name in ((image_module.any_image, "load_any"), (image_module.any_image, "sha256")):
         spied = getattr(module, name)
-        plain = functools.partial(lambda spied, path, series=None, **more: (
-            engine.calls[spied.__wrapped__.__name__].append({"series": series}), spied.__wrapped__(path, **more)
-        )[1], spied)
+        plain = functools.partial(
+            lambda spied, path, series=None, **more: (
+                engine.calls[spied.__wrapped__.__name__].append({"series": series}),
+                spied.__wrapped__(path, **more),
+            )[1],
+            spied,
+        )
         monkeypatch.setattr(module, name, plain)
     found = engine.calls["find_images"]
     monkeypatch.setattr(

@@ -249,7 +249,9 @@ class Act(NamedTuple):
 
 
 def adam(s: Seen, which: int) -> set[float]:
-    return {group["betas"][which] for o in (s.models.optimiser_g, s.models.optimiser_d) for group in o.adam.param_groups}
+    return {
+        group["betas"][which] for o in (s.models.optimiser_g, s.models.optimiser_d) for group in o.adam.param_groups
+    }
 
 
 def rate(optimiser) -> float:
@@ -265,12 +267,15 @@ def line(s: Seen, end: float) -> bool:
 def initial(s: Seen, seed: int) -> bool:
     """Whether the networks begin with the values of a seed, the critic with those of the next, and draws use it."""
     generator, critic = Generator(s.models.generator.spec, seed=seed), Critic(s.models.critic.spec, seed + 1)
-    same = torch.equal(generator.stem, s.models.generator.stem) and torch.equal(critic.convs[0], s.models.critic.convs[0])
+    same = torch.equal(generator.stem, s.models.generator.stem) and torch.equal(
+        critic.convs[0], s.models.critic.convs[0]
+    )
     return same and s.run.feed.seed == seed and bool(s.loop) and {p["seed"] for p in s.pools} == {seed}
 
 
 SITK = {"geometry": "segsrgan"}
 TISSUES = {"structure": "3"}
+LOW = [1, 1, 3]
 FITTING = {"resident_subjects": None}  # as many as fit in memory
 
 ACTS: dict[str, Act] = {
@@ -365,7 +370,7 @@ ACTS: dict[str, Act] = {
     "lr_warmup": Act(3, lambda s: np.allclose(s.factors[:4], [1 / 3, 2 / 3, 1, 1]), True),
     "tensorboard": Act(True, lambda s: bool(s.began) and len(s.boards), 1),
     # It acts where settings are read: it gives other defaults.
-    "preset": Act("paper", lambda s: from_mapping({"new_low_res": [1, 1, 3], "preset": s.config.preset}).batch_size, 32),
+    "preset": Act("paper", lambda s: from_mapping({"new_low_res": [LOW], "preset": s.config.preset}).batch_size, 32),
 }  # fmt: skip
 
 

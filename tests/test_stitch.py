@@ -205,7 +205,7 @@ def test_the_gaussian_never_vanishes_and_is_symmetric():
 
 @pytest.mark.parametrize("n", [8, 20, 64, 128])
 def test_the_gaussian_is_its_formula_with_a_floor_of_a_thousandth(n):
-    """sigma = n / 8; the outermost voxels would have 3e-4, and where corners alone cover a voxel digits would be lost."""
+    """sigma = n / 8; the outermost voxels would have 3e-4: where corners alone cover a voxel, digits would be lost."""
     distance = np.arange(n) - (n - 1) / 2
     plain = np.exp(-0.5 * (distance / (n / 8)) ** 2)
     np.testing.assert_allclose(tiles.window_of("gaussian", n), np.maximum(plain, 1e-3), rtol=1e-12)

@@ -33,7 +33,14 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "tools" / "mutants"
 NOTICED, MISSED, GONE, BROKEN = "noticed", "missed", "no longer applies", "tests fail without it"
 # Imported once, before the tests of each fault run in a fork: most of a short test's time is spent on these.
-LIBRARIES = ("torch", "torch.utils._python_dispatch", "torch.distributed", "torch.optim", "scipy.ndimage", "scipy.stats")
+LIBRARIES = (
+    "torch",
+    "torch.utils._python_dispatch",
+    "torch.distributed",
+    "torch.optim",
+    "scipy.ndimage",
+    "scipy.stats",
+)
 LIBRARIES += ("zarr", "nibabel", "pytest", "hypothesis", "hypothesis.strategies", "yaml", "h5py", "safetensors.torch")
 LIBRARIES += ("fsspec", "skimage.metrics", "rich.progress")
 CPU_SECONDS = 300  # of the tests of one fault: what never ends is noticed too
@@ -61,9 +68,14 @@ class Mutant:
         """The file's text with the fault in it, "" where the old one does not stand there exactly once."""
         return text.replace(self.old, self.new) if text.count(self.old) == 1 else ""
 
+    @property
+    def fault(self) -> str:
+        """A hash of all that the table says of it: what was noticed stays so while that is the same."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
     def state(self, root: Path) -> str:
         """A hash of the fault, of its file and of its tests: what decides whether a survivor is tried again."""
-        digest = hashlib.sha256(repr(self).encode())
+        digest = hashlib.sha256(self.fault.encode())
         for file in sorted({self.file, *(test.partition("::")[0] for test in self.tests)}):
             digest.update((root / file).read_bytes() if (root / file).is_file() else b"")
         return digest.hexdigest()[:16]
@@ -189,7 +201,11 @@ def run(
         for turn, mutant in enumerate(todo):
             if time.monotonic() > end:
                 break
-            results[mutant.name] = {**tried(copy, mutant, turn, sound), "state": mutant.state(root)}
+            results[mutant.name] = {
+                **tried(copy, mutant, turn, sound),
+                "fault": mutant.fault,
+                "state": mutant.state(root),
+            }
             result = results[mutant.name]
             print(f"{result['result']:10} {mutant.name}  {result.get('by', '')}", flush=True)
             save(target, results, mutants)
@@ -218,7 +234,7 @@ def read(target: Path) -> dict[str, Any]:
 
 def settled(mutant: Mutant, result: dict[str, Any] | None, root: Path) -> bool:
     """Whether a fault need not be tried again."""
-    if result is None or result["result"] in (GONE, BROKEN):
+    if result is None or result["result"] in (GONE, BROKEN) or result["fault"] != mutant.fault:
         return False
     return result["result"] == NOTICED or result["state"] == mutant.state(root)
 
@@ -234,6 +250,7 @@ def save(target: Path, results: dict[str, Any], mutants: Sequence[Mutant]) -> No
 def report(mutants: Sequence[Mutant], results: dict[str, Any]) -> str:
     """Parts as a table in Markdown, then every fault that no test noticed."""
     text = "| part | faults | noticed | the same by law | missed | not tried |\n|---|---|---|---|---|---|\n"
+    results = {m.name: results[m.name] for m in mutants if results.get(m.name, {}).get("fault") == m.fault}
     rows = {part: [m for m in mutants if m.part == part] for part in dict.fromkeys(m.part for m in mutants)}
     for part, found in {**rows, "all": list(mutants)}.items():
         said = Counter(verdict(m, results.get(m.name)) for m in found)
