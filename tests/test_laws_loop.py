@@ -1,4 +1,4 @@
-"""The laws of an iteration and of the loop around it, by networks that write down what they are given, in which order."""
+"""The laws of an iteration and of the loop around it, by networks that write down what they are given, and when."""
 
 from __future__ import annotations
 

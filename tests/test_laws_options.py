@@ -7,8 +7,8 @@ found there; without the option something else is found. So a wire that is cut a
 from __future__ import annotations
 
 import functools
-import itertools
 import inspect
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path

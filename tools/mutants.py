@@ -124,7 +124,7 @@ def copy_of(root: Path, target: Path) -> None:
 
 
 def outcome(copy: Path, tests: Sequence[str]) -> tuple[int, str, float]:
-    """(exit code, its last lines, processor seconds) of pytest in a fork, stopped at the first failure."""
+    """(exit code, what it said, processor seconds) of pytest in a fork, stopped at the first failure."""
     log = copy / ".mutant.log"
     pid = os.fork()
     if not pid:
@@ -133,8 +133,8 @@ def outcome(copy: Path, tests: Sequence[str]) -> tuple[int, str, float]:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)  # what the tests started and left
     code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else FAILED
-    lines = log.read_text(encoding="utf8", errors="replace").strip().splitlines() if log.exists() else []
-    return code, "\n".join(lines[-12:]), used.ru_utime + used.ru_stime
+    told = log.read_text(encoding="utf8", errors="replace") if log.exists() else ""
+    return code, told.strip(), used.ru_utime + used.ru_stime
 
 
 def _child(copy: Path, tests: Sequence[str], log: Path) -> None:
