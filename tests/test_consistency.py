@@ -170,7 +170,7 @@ def test_a_consistent_start_gives_the_scan_back_and_keeps_constants(n, ratio, pr
     sr, scan = up @ np.arange(len(down)), np.arange(len(down), dtype=float)
     seen = Observation((None, None, down))
     by_agree = agreeing(sr[None, None], scan[None, None], seen, 0.01)[0, 0]
-    assert np.abs(consistent_start_matrix(up, down, 0.01) @ scan - by_agree).max() < 1e-12 * n  # found: 2e-14
+    assert np.abs(consistent_start_matrix(up, down, 0.01) @ scan - by_agree).max() < 1e-11 * n  # found: 2e-14
 
 
 def test_slabs_leave_memory_at_a_few_planes(monkeypatch):
