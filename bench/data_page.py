@@ -16,7 +16,7 @@ from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import InputError
 
 RESULTS = Path(__file__).resolve().parent / "results"
-KINDS = ("spread", "drift")  # of fastsrgan.data.shuffle.quality
+KINDS = ("spread", "drift")  # of bench.shuffle.quality
 BUDGETS = (4, 16, 64)  # GB of resident_memory
 COHORTS = (40, 1000, 100_000)
 MARK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

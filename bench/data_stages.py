@@ -16,11 +16,11 @@ from unittest import mock
 from bench.cohort import Cohort, Work
 from bench.common import synchronise
 from bench.data_sides import make_feed, make_pool
+from bench.shuffle import batch_subjects, quality
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
 from fastsrgan.core.progress import QUIET
 from fastsrgan.data.pool import Resident
-from fastsrgan.data.shuffle import batch_subjects, quality
 from fastsrgan.demo.template import make_cohort
 from fastsrgan.model.weights import default_weights
 from fastsrgan.observation.model import Degradation
@@ -169,7 +169,7 @@ class Shuffle:
     subjects: int = 40
 
     def measure(self, args: argparse.Namespace) -> dict[str, Any]:
-        """The row: ``groups`` holds fastsrgan.data.shuffle.quality for each number of resident subjects."""
+        """The row: ``groups`` holds bench.shuffle.quality for each number of resident subjects."""
         work = self.cohort.made()
         patches = {f"subject{i}": work.patches for i in range(self.subjects)}
         groups, seconds = {}, []

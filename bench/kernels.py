@@ -112,7 +112,7 @@ def _gather_patches(args: argparse.Namespace) -> Sides:
 
 
 def _products(args: argparse.Namespace) -> Sides:
-    """Blur, decimation and spline interpolation along one axis, as the matrix products of DESIGN D1 (NumPy)."""
+    """Blur, decimation and spline interpolation along one axis, as the matrix products of decision 001 (NumPy)."""
     hr = texture(args.shape)
     n = hr.shape[2]
     down = resample.degrade_matrix(n, 1.0, float(FACTOR), "physical")

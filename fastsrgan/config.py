@@ -188,6 +188,22 @@ def tissue_gaussians(text: str) -> tuple[tuple[int, float, float], ...]:
     return tuple((value, *gaussian) for value, gaussian in sorted(found.items()))
 
 
+def named_amounts(text: str) -> dict[str, float]:
+    """Name -> amount of the entries of "gibbs:0.3,motion:0.5". Raises ModelError for anything else."""
+    amounts: dict[str, float] = {}
+    for entry in text.split(",") if text else []:
+        name, _, amount = (part.strip() for part in entry.partition(":"))
+        try:
+            value = float(amount)
+        except ValueError:
+            value = -1.0
+        if not name.isidentifier() or name in amounts or not 0 <= value < math.inf:
+            hint = "NAME:AMOUNT,... with each name once and amounts from 0 up, gibbs:0.3"
+            raise ModelError("config: artefacts", f"{shown(text)} is not allowed", hint)
+        amounts[name] = value
+    return amounts
+
+
 def hint_of(parse: Callable[[str], Any]) -> Callable[[str], str]:
     """The check of a text that ``parse`` reads: its hint where it raises ModelError."""
 
@@ -288,6 +304,8 @@ class TrainConfig:
     flips: str = setting("", "axes along which patches are mirrored at random, for example xy", NEW, check=check_flips,
         metavar="AXES")
     motion: float = setting(0.0, "sd in mm and degrees of motion between slices", NEW, low=0)
+    artefacts: str = setting("", "further artefacts of the scans, for example gibbs:0.3", NEW,
+        metavar="NAME:AMOUNT,...", check=hint_of(named_amounts), more="[which there are](training.md#artefacts)")
     feed: str = setting("auto", "what moves volumes from the store", FREE, choices=("auto", "dali", "threads"),
         more="auto: DALI where it is installed")
     feed_threads: int = setting(0, "threads of the feed; 0 auto", FREE, low=0)
@@ -360,6 +378,9 @@ class TrainConfig:
         if self.synthetic and (self.fit_mask or self.image_cropping_method == "overlapping_with_mask"):
             reason = "images that are made have no mask, which fit_mask and overlapping_with_mask need"
             raise ModelError("config: synthetic", reason, "leave one of them out")
+        for name in named_amounts(self.artefacts):
+            if getattr(self, name, 0):
+                raise ModelError("config: artefacts", f"{name} has an amount of its own too", f"leave out --{name}")
         if self.init_epoch > self.epochs:
             raise ModelError(
                 "config: init_epoch",

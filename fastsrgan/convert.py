@@ -1,4 +1,4 @@
-"""A table of images and labels -> a store (DESIGN D4): all is checked first, then volumes are written in parallel.
+"""A table of images and labels -> a store: all is checked first, then volumes are written in parallel.
 
 Threads suffice: unpacking, hashing, compressing and NumPy run outside Python's lock.
 """
@@ -24,11 +24,11 @@ from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.formats import examine
 from fastsrgan.io.nifti_voxels import NiftiFile
-from fastsrgan.io.tables import Fault, Row, read_table, table_error
+from fastsrgan.io.tables import Fault, TableRow, read_table, table_error
 from fastsrgan.store.reader import Subject, to_float32
 from fastsrgan.store.writer import DTYPES, StoreWriter, create_store, describe, encode
 from fastsrgan.volume.geometry import Volume
-from fastsrgan.volume.oddities import outliers
+from fastsrgan.volume.oddities import outshone
 from fastsrgan.volume.placement import axis_codes
 
 log = logging.getLogger("fastsrgan")
@@ -40,14 +40,14 @@ _R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Conversion:
     """A row that was found good: SHA-256 of each of its files, the image's voxels and stored type.
 
     Without an image, those of the tissues.
     classes : the values of the label that are the structure; None: it is taken as it is
     """
 
-    row: Row
+    row: TableRow
     sources: dict[str, dict[str, str]]
     voxels: int
     dtype: np.dtype
@@ -127,14 +127,14 @@ def convert(
 
 def _check(
     csv: str | os.PathLike,
-    rows: list[Row],
+    rows: list[TableRow],
     before: dict[str, Subject],
     workers: int,
     progress: Progress,
-    inspect: Callable[[Row], tuple[_Job | None, list[Fault]]],
-) -> list[_Job]:
+    inspect: Callable[[TableRow], tuple[_Conversion | None, list[Fault]]],
+) -> list[_Conversion]:
     """Look at every header, label and mask, hash every file; one error for all faults."""
-    jobs: list[_Job] = []
+    jobs: list[_Conversion] = []
     faults: list[Fault] = []
     progress.start("check", len(rows), "subject")
     with contextlib.closing(_parallel(inspect, rows, workers)) as results:
@@ -150,7 +150,7 @@ def _check(
     return jobs
 
 
-def _conflicts(jobs: list[_Job], before: dict[str, Subject]) -> list[Fault]:
+def _conflicts(jobs: list[_Conversion], before: dict[str, Subject]) -> list[Fault]:
     """One image in both splits under two names, in the table or in the store; a name that the store has otherwise."""
     faults: list[Fault] = []
     named = {job.row.subject for job in jobs}
@@ -174,7 +174,9 @@ def _main(sources: dict[str, dict[str, str]], other: dict[str, str] | None = Non
     return sources.get("image") or sources.get("tissues") or other or {}
 
 
-def _inspect(row: Row, choice: tuple[str | None, str | os.PathLike | None]) -> tuple[_Job | None, list[Fault]]:
+def _inspect(
+    row: TableRow, choice: tuple[str | None, str | os.PathLike | None]
+) -> tuple[_Conversion | None, list[Fault]]:
     faults: list[Fault] = []
     sources = {}
     classes: tuple[int, ...] | None = None
@@ -204,7 +206,7 @@ def _inspect(row: Row, choice: tuple[str | None, str | os.PathLike | None]) -> t
             faults.append((row.line, InputError(f"{_COLUMNS[name]} {error.what}", error.reason, error.hint)))
     if faults or header is None:
         return None, faults
-    return _Job(row, sources, header.voxels, header.dtype, classes), []
+    return _Conversion(row, sources, header.voxels, header.dtype, classes), []
 
 
 def _one_volume(path: Path) -> NiftiFile:
@@ -217,8 +219,8 @@ def _one_volume(path: Path) -> NiftiFile:
 
 
 def _divide(
-    jobs: list[_Job], before: dict[str, Subject], writer: StoreWriter, workers: int
-) -> tuple[list[_Job], list[_Job]]:
+    jobs: list[_Conversion], before: dict[str, Subject], writer: StoreWriter, workers: int
+) -> tuple[list[_Conversion], list[_Conversion]]:
     """(to convert, to keep): kept is what is listed, from these very files, and undamaged."""
     todo, kept = [], []
     listed = [job for job in jobs if job.row.subject in before]
@@ -242,13 +244,13 @@ def _divide(
 
 
 def _run(
-    jobs: list[_Job], writer: StoreWriter, dtype: str, workers: int, progress: Progress
-) -> tuple[list[Subject], list[tuple[_Job, FastsrganError]]]:
+    jobs: list[_Conversion], writer: StoreWriter, dtype: str, workers: int, progress: Progress
+) -> tuple[list[Subject], list[tuple[_Conversion, FastsrganError]]]:
     """Convert; an image that cannot be used is set aside, anything else that fails stops all."""
     done: list[Subject] = []
-    failed: list[tuple[_Job, FastsrganError]] = []
+    failed: list[tuple[_Conversion, FastsrganError]] = []
 
-    def one(job: _Job) -> Subject | InputError:
+    def one(job: _Conversion) -> Subject | InputError:
         try:
             return _convert(job, writer, dtype)
         except InputError as error:
@@ -287,7 +289,7 @@ def _parallel(function: Callable[[_T], _R], items: Iterable[_T], workers: int) -
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _convert(job: _Job, writer: StoreWriter, dtype: str) -> Subject:
+def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
     row = job.row
     if row.has_image:
         stored, scale, offset, volume = images.load_stored(row.image)
@@ -305,7 +307,7 @@ def _convert(job: _Job, writer: StoreWriter, dtype: str) -> Subject:
         **facts,
         **quantised,
     }
-    warnings = [*volume.warnings, *outliers(to_float32(stored, scale, offset))]
+    warnings = [*volume.warnings, *outshone(to_float32(stored, scale, offset), compressed=False)]
     if attrs["bounding_box"] is None:
         raise InputError(row.image, "no voxel is above 0", "there is nothing to learn from it")
     others: dict[str, np.ndarray | None] = {"label": None, "mask": None, "tissues": None}
@@ -330,14 +332,18 @@ def _convert(job: _Job, writer: StoreWriter, dtype: str) -> Subject:
     return writer.write(row.subject, row.base, image, scale, offset, label, mask, volume.affine, attrs, tissues)
 
 
-def _strangers(store_url: str | os.PathLike, listed: dict[str, Subject], jobs: list[_Job]) -> None:
+def _strangers(store_url: str | os.PathLike, listed: dict[str, Subject], jobs: list[_Conversion]) -> None:
     others = sorted(set(listed) - {job.row.subject for job in jobs})
     if others:
         log.warning("%s: %d subjects are not in this table and were kept (%s)", store_url, len(others), others[0])
 
 
 def _summary(
-    store_url: str | os.PathLike, listed: dict[str, Subject], done: list[Subject], kept: list[_Job], seconds: float
+    store_url: str | os.PathLike,
+    listed: dict[str, Subject],
+    done: list[Subject],
+    kept: list[_Conversion],
+    seconds: float,
 ) -> dict[str, Any]:
     raw, size = (sum(getattr(s, name) for s in listed.values()) for name in ("raw_bytes", "stored_bytes"))
     new = sum(s.raw_bytes for s in done)

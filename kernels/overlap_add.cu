@@ -1,4 +1,4 @@
-// Windowed sum of overlapping tiles (DESIGN D9), for consecutive tiles of one slab of the plan's grid.
+// Windowed sum of overlapping tiles, for consecutive tiles of one slab of the plan's grid.
 //
 //   out[x, y, z] = sum_i wx_i[x] ( sum_j wy_j[y] ( sum_k wz_k[z] tile_ijk[x, y, z] ) )
 //

@@ -26,7 +26,7 @@ INFER = ["infer", "scan.nii.gz", "-o", "out", "-w", "w.safetensors"]
 TRAIN = ["train", "cohort.zarr", "-o", "run", "--config", "c.yaml"]
 CONVERT = ["convert", "table.csv", "new.zarr"]
 Words = list[str]
-CASES: list[tuple[int, str, Callable[[], Words]]] = []  # row of FAULTS.md (0: the command line), what came, the fault
+CASES: list[tuple[int, str, Callable[[], Words]]] = []  # row of docs/reliability.md or 0, what came, the fault
 
 
 def case(row: int, what: str) -> Callable[[Callable[[], Words]], Callable[[], Words]]:

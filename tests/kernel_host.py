@@ -1,4 +1,4 @@
-"""Kernels on the CPU: g++ compiles the text of a .cu behind kernels/host/cuda_on_host.h (DESIGN D10)."""
+"""Kernels on the CPU: g++ compiles the text of a .cu behind kernels/host/cuda_on_host.h."""
 
 from __future__ import annotations
 

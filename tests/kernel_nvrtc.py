@@ -1,4 +1,4 @@
-"""NVRTC from its wheel: CUDA text -> PTX or machine code, without a device, a driver or a toolkit (DESIGN D10)."""
+"""NVRTC from its wheel: CUDA text -> PTX or machine code, without a device, a driver or a toolkit."""
 
 from __future__ import annotations
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from fastsrgan.core.draws import rng
 from fastsrgan.errors import ResourceError
+from fastsrgan.observation.artefacts import ARTEFACTS, Drawn
 from fastsrgan.observation.model import Degradation, degrade
-from fastsrgan.observation.slabs import Slabs, Source, acquire, interpolate, plan, truth
+from fastsrgan.observation.slabs import SharpImage, Slabs, acquire, interpolate, plan, truth
 from fastsrgan.volume.intensity import CACHED, add_noise, contrast_power, each_piece, largest
 from fastsrgan.volume.resample import degrade_matrix, support
 
@@ -43,13 +44,13 @@ def worst(a, b) -> float:
 def slab_counter(monkeypatch):
     """How many slabs were read, so that a comparison of the whole with the whole cannot pass for one with slabs."""
     read = []
-    slab = Source.slab
+    slab = SharpImage.slab
 
     def counted(self, start, stop):
         read.append((start, stop))
         return slab(self, start, stop)
 
-    monkeypatch.setattr(Source, "slab", counted)
+    monkeypatch.setattr(SharpImage, "slab", counted)
     return read
 
 
@@ -82,11 +83,11 @@ def test_slabs_are_the_whole_volume(shape, low, geometry, extras, slab_counter):
     st.booleans(),
 )
 def test_any_slabs_of_any_axis(shape, ratio, axis, slices, planes, biased):
-    image, points = head(shape), rng(1, "points").uniform(-0.3, 0.3, (4, 4, 4)) if biased else None
+    image, points = head(shape), rng(1, "points").uniform(-0.3, 0.3, (4, 4, 4))
     sizes = [ratio if d == axis else 1.0 for d in range(3)]
     down = [degrade_matrix(n, 1.0, r) for n, r in zip(shape, sizes, strict=True)]
     up = [None if d is None else d.T.copy() for d in down]
-    source = Source(image, axis, points)
+    source = SharpImage(image, axis, [Drawn(ARTEFACTS["bias_field"], points)] if biased else [])
     one, many = Slabs(*[max(shape)] * 2), Slabs(slices, planes)
     whole, parts = (acquire(source, down, slabs) for slabs in (one, many))
     assert (whole / parts - 1).abs().max() < 1e-6
@@ -132,8 +133,8 @@ def test_slices_read_the_planes_under_their_profile_and_no_more():
     seen = support(matrix[10:14])
     assert seen.stop - seen.start < 60
     poisoned[..., : seen.start] = poisoned[..., seen.stop :] = np.nan
-    alone = acquire(Source(poisoned[..., seen], 2), [None, None, matrix[10:14, seen]], Slabs(4, 4))
-    low = acquire(Source(poisoned, 2), [None, None, matrix], Slabs(2, 200))
+    alone = acquire(SharpImage(poisoned[..., seen], 2), [None, None, matrix[10:14, seen]], Slabs(4, 4))
+    low = acquire(SharpImage(poisoned, 2), [None, None, matrix], Slabs(2, 200))
     assert torch.isfinite(alone).all() and torch.isnan(low[..., 0]).all()
     assert (low[..., 10:14] / alone - 1).abs().max() < 1e-6
 
@@ -168,7 +169,7 @@ def test_a_budget_below_one_slice_is_refused_with_what_it_takes():
     hr = head((50, 51, 60))
     with pytest.raises(ResourceError, match="block memory"):
         Degradation(((1, 1, 3),), block_bytes=1000).apply(hr, (1, 1, 1), Degradation(((1, 1, 3),)).draw(0, 1, "a"))
-    slabs = plan(Source(hr, 2), [None, None, degrade_matrix(60, 1, 3)], False, 10**9)
+    slabs = plan(SharpImage(hr, 2), [None, None, degrade_matrix(60, 1, 3)], False, 10**9)
     assert slabs == Slabs(20, 60)
 
 

@@ -453,7 +453,7 @@ def _times(store: Path) -> dict[str, int]:
 
 @pytest.mark.fault(20)
 def test_killed_at_random_moments_and_resumed(tmp_path):
-    """FAULTS 20. FASTSRGAN_KILLS is the number of kills (8; the full check is 20)."""
+    """FASTSRGAN_KILLS is the number of kills (8; the full check is 20)."""
     table, store = cohort(tmp_path, 6), tmp_path / "store"
     began = time.monotonic()
     convert(table, tmp_path / "clean", workers=2)
@@ -512,7 +512,7 @@ def _watch(store, allowed, ready, stop, problems):
 
 @pytest.mark.fault(28)
 def test_another_process_sees_whole_subjects_only(tmp_path):
-    """FAULTS 28: first while subjects are added, then while half of them are written anew."""
+    """First while subjects are added, then while half of them are written anew."""
     table, store = cohort(tmp_path, 8), tmp_path / "store"
     heads = {f"s{i}": [head(i), head(i + 50)] if i % 2 else [head(i)] for i in range(8)}
     allowed = {

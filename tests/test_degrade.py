@@ -85,7 +85,9 @@ def test_draws_depend_on_the_key_alone_and_stay_in_their_ranges():
 
 @pytest.mark.parametrize("geometry", ["physical", "segsrgan"])
 def test_apply_is_degrade_with_what_was_drawn(geometry):
-    setting = Degradation(((1, 1.2, 2.3), (1, 1.6, 3.1)), geometry=geometry, profile=0.1, motion=0.2, bias_field=0.1)
+    setting = Degradation(
+        ((1, 1.2, 2.3), (1, 1.6, 3.1)), geometry=geometry, profile=0.1, artefacts={"motion": 0.2, "bias_field": 0.1}
+    )
     draw, hr = setting.draw(3, 2, "sub-1"), head()
     by_hand = degrade(
         hr,

@@ -12,7 +12,7 @@ from commands import call, one_line
 
 from fastsrgan.demo import run as demo
 from fastsrgan.demo import template
-from fastsrgan.demo.template import Cohort, Subject
+from fastsrgan.demo.template import TemplateCohort, TemplateSubject
 from fastsrgan.errors import UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
@@ -20,7 +20,7 @@ from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.volume.geometry import Volume
 
 
-def small_cohort(folder: Path, **_: object) -> Cohort:
+def small_cohort(folder: Path, **_: object) -> TemplateCohort:
     folder.mkdir(parents=True)
     subjects, lines = [], ["HR_image,Label_image,Base"]
     for i, base in enumerate(("Train", "Train", "Test")):
@@ -29,10 +29,10 @@ def small_cohort(folder: Path, **_: object) -> Cohort:
         image, label = folder / f"s{i}.nii.gz", folder / f"s{i}_gm.nii.gz"
         images.save(image, np.where(r < 0.9, 500 + 300 * np.cos(7 * r + i), 0).astype(np.int16), np.eye(4))
         images.save(label, (r < 0.6).astype(np.uint8), np.eye(4))
-        subjects.append(Subject(f"s{i}", base, image, label))
+        subjects.append(TemplateSubject(f"s{i}", base, image, label))
         lines.append(f"{image.name},{label.name},{base}")
     (folder / "cohort.csv").write_text("\n".join(lines) + "\n", encoding="utf8")
-    return Cohort(folder / "cohort.csv", tuple(subjects))
+    return TemplateCohort(folder / "cohort.csv", tuple(subjects))
 
 
 def test_demo_runs_and_its_figures_agree(tmp_path, monkeypatch):

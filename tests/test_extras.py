@@ -13,13 +13,25 @@ from scipy import ndimage
 
 from fastsrgan.core.draws import rng
 from fastsrgan.errors import UsageError
-from fastsrgan.observation.artefacts import apply_bias, apply_motion, bernstein_matrix, draw_bias, draw_motion
+from fastsrgan.observation.artefacts import (
+    ARTEFACTS,
+    apply_bias,
+    apply_motion,
+    apply_truncation,
+    bernstein_matrix,
+    draw_bias,
+    draw_motion,
+    draw_truncation,
+    drawn,
+    truncation_matrix,
+)
 from fastsrgan.observation.model import Degradation, degrade
 from fastsrgan.volume.geometry import centre_coordinates, grid_size
 from fastsrgan.volume.intensity import add_noise
 from fastsrgan.volume.resample import FWHM, degrade_matrix, slice_profile_matrix
 
-ALL = {"bias_field": 0.3, "rician": True, "profile": 0.2, "motion": 0.7, "gap": 0.4, "profile_box": 0.9}
+AMOUNTS = {"bias_field": 0.3, "motion": 0.7, "gibbs": 0.5}
+ALL = {"artefacts": AMOUNTS, "rician": True, "profile": 0.2, "gap": 0.4, "profile_box": 0.9}
 SPACING, LOW = (1.0, 0.9, 0.8), (1.0, 0.9, 2.3)
 
 
@@ -35,10 +47,15 @@ def images(done) -> list[np.ndarray]:
 
 
 def test_everything_is_off_by_default():
-    plain, off = Degradation((LOW,)), Degradation((LOW,), bias_field=0, rician=False, profile=0, motion=0)
+    plain, off = (
+        Degradation((LOW,)),
+        Degradation((LOW,), rician=False, profile=0, artefacts=dict.fromkeys(ARTEFACTS, 0.0)),
+    )
     draw = plain.draw(3, 1, "sub-1")
-    assert (draw.bias_field, draw.rician, draw.width, draw.motion) == (0, False, 1, 0)
-    assert plain.linspace(1, 3).width == 1 and off.draw(3, 1, "sub-1") == draw
+    assert (draw.artefacts, draw.rician, draw.width) == ({}, False, 1)
+    assert plain.linspace(1, 3).width == 1
+    assert dataclasses.replace(off.draw(3, 1, "sub-1"), artefacts={}) == draw
+    assert not any(drawn(draw.key, off.artefacts, 9).values())
     by_hand = degrade(head(), SPACING, LOW, power=draw.power, noise=draw.noise, key=draw.key)
     for a, b in zip(images(plain.apply(head(), SPACING, draw)), images(by_hand), strict=True):
         assert np.array_equal(a, b)
@@ -74,16 +91,20 @@ def test_draws_depend_on_the_key_alone():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"bias_field": -0.1},
+        {"artefacts": {"bias_field": -0.1}},
+        {"artefacts": {"bias_field": 5.1}},
         {"profile": 1.0},
-        {"motion": -1},
-        {"motion": float("nan")},
+        {"artefacts": {"motion": -1}},
+        {"artefacts": {"motion": float("nan")}},
+        {"artefacts": {"motion": float("inf")}},
+        {"artefacts": {"gibs": 0.1}},
         {"block_bytes": 0},
         {"gap": 1.0},
     ],
 )
 def test_nonsense_is_refused(bad):
-    with pytest.raises(UsageError, match=next(iter(bad))):
+    name = next(iter(bad))
+    with pytest.raises(UsageError, match=name if name != "artefacts" else next(iter(bad[name]))):
         Degradation((LOW,), **bad)
 
 
@@ -319,3 +340,46 @@ def test_motion_comes_before_decimation_within_slices():
         angle = np.deg2rad(poses[m, 2])
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         assert np.abs(turn @ (before - centre) + poses[m, :2] + centre - after).max() < 0.05
+
+
+# --- Gibbs ringing ------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 70), st.floats(0, 0.9))
+def test_truncation_is_the_low_pass_of_the_discrete_fourier_transform(n, share):
+    matrix = truncation_matrix(n, share)
+    frequencies = np.rint(np.abs(np.fft.fftfreq(n) * n))
+    kept = np.floor((1 - share) * n / 2)
+    expected = np.fft.ifft(np.fft.fft(np.eye(n), axis=0) * (frequencies <= kept)[:, None], axis=0).real
+    assert np.abs((np.eye(n) if matrix is None else matrix) - expected).max() < 1e-12
+    if matrix is not None:
+        assert np.abs(matrix @ matrix - matrix).max() < 1e-12  # once cut, cut
+        assert np.abs(matrix.sum(1) - 1).max() < 1e-12  # what is constant stays
+
+
+@pytest.mark.parametrize("share", [0.8, 0.9])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_an_edge_rings_by_the_wilbraham_gibbs_constant_in_the_plane_alone(axis, share):
+    shape = [512, 512, 512]
+    shape[axis], shape[(axis + 1) % 3] = 2, 3
+    image = torch.ones(shape)
+    edged = image.narrow((axis + 2) % 3, 128, 256)
+    edged += 1
+    seen = apply_truncation(image, share, axis)
+    assert float(seen.max()) == pytest.approx(2 + 0.0895, abs=0.01)
+    assert float(seen.min()) == pytest.approx(1 - 0.0895, abs=0.01)
+    through = torch.ones(8, 8, 8)
+    through.narrow(axis, 2, 3).add_(1)
+    assert (apply_truncation(through, share, axis) - through).abs().max() < 1e-5
+
+
+def test_truncation_is_drawn_from_its_key_and_leaves_the_truth():
+    shares = np.array([draw_truncation((0, str(i)), 0.6) for i in range(400)])
+    assert 0 <= shares.min() < 0.02 and 0.58 < shares.max() <= 0.6
+    assert draw_truncation((0, "1"), 0.6) == shares[1]
+    hr = head((20, 24, 30))
+    plain, cut = (degrade(hr, (1, 1, 1), (1, 1, 3), key=2, gibbs=g) for g in (0.0, 0.6))
+    assert np.abs(cut.hr * cut.scale - plain.hr * plain.scale).max() < 1e-3
+    expected = apply_truncation(torch.from_numpy(plain.low_res * plain.scale), draw_truncation((0, 2), 0.6)).numpy()
+    assert np.abs(cut.low_res * cut.scale - expected).max() < 1e-3
+    assert np.abs(cut.low_res - plain.low_res).max() > 0.01

@@ -35,7 +35,7 @@ def call(capsys, *words: object) -> tuple[int, str]:
     return code, capsys.readouterr().err
 
 
-# fault of FAULTS.md -> (what is done to a good file, words of the message)
+# fault -> (what is done to a good file, words of the message)
 REFUSED = {
     "1 truncated": (lambda p: cut(p, p.stat().st_size - 40), "truncated"),
     "2 checksum": (lambda p: flip(p, -8), "checksum"),

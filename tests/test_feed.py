@@ -33,7 +33,7 @@ DEGRADATIONS = {
     "fixed": Degradation(((1.0, 1.0, 3.0),)),
     "drawn": DRAWN,
     "sagittal": Degradation(((3.0, 1.0, 1.0),), noise=0.0),
-    "extras": Degradation(((1.0, 1.0, 3.0),), bias_field=0.3, rician=True, profile=0.2, motion=1.0),
+    "extras": Degradation(((1.0, 1.0, 3.0),), rician=True, profile=0.2, artefacts={"bias_field": 0.3, "motion": 1.0}),
     "blocks": Degradation(((1.0, 1.0, 3.0),), block_bytes=400_000),
     "segsrgan": Degradation(((1.0, 1.0, 2.6),), geometry="segsrgan"),
 }

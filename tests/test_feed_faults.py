@@ -114,7 +114,7 @@ def test_missing_labels_and_masks_are_said_before_anything_is_degraded(store, en
         make_resident(sample, DRAWN, draw, PatchRule(8, 8, by_mask=True), CPU, move=move)
 
 
-# --- workers (FAULTS 41) ------------------------------------------------------------------------------------------
+# --- workers ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault(41)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from fastsrgan.errors import InputError, ResourceError, UsageError
+from fastsrgan.evaluate.figures import captions
 from fastsrgan.pictures import figure, planes
 from fastsrgan.volume.geometry import Orientation, Volume
 
@@ -194,10 +195,10 @@ def test_captions_hold_the_scores_and_the_gain():
         "baseline": {"image": {"whole": {"psnr_db": 29.1, "ssim": None}}, "segmentation": {"dice": 0.75}},
         "gain": {"image": {"whole": {"psnr_db": 2.156, "ssim": None}}},
     }
-    assert figure._image_caption(scores, "whole", scores["gain"]) == "PSNR 31.26 dB  (+2.16)\nSSIM 0.951"
-    assert figure._image_caption(scores["baseline"], "whole") == "PSNR 29.10 dB"
-    assert figure._image_caption({}, "whole") == ""
-    assert figure._seg_caption(scores, scores["baseline"]) == "Dice 0.891\ninterpolated labels 0.750"
+    words = captions(scores)
+    assert words["sr"] == "PSNR 31.26 dB  (+2.16 dB)\nSSIM 0.9514" and words["spline"] == "PSNR 29.10 dB"
+    assert words["seg"] == "Dice 0.8912\ninterpolated labels: Dice 0.7500"
+    assert captions({}) == {"sr": "", "spline": "", "seg": ""}
 
 
 def test_every_theme_and_missing_parts_are_drawn(truth, tmp_path):

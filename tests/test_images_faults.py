@@ -1,4 +1,4 @@
-"""Damaged, lying and odd images end as FAULTS.md rows 1 to 8, 11 and 13 say: a clear error or a warning."""
+"""Damaged, lying and odd images end as docs/reliability.md says, rows 1 to 8, 11 and 13: a clear error or a warning."""
 
 import gzip
 import os

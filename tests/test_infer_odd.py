@@ -92,7 +92,9 @@ def test_finite_weights_that_give_nan_end_with_4_and_leave_nothing(tmp_path, gen
             weight.mul_(1e30)
     weights.save_generator(tmp_path / "wild.safetensors", generator)
     with pytest.raises(ModelError, match=r"NaN or infinite.*other weights"):
-        infer_files.infer_files([big], tmp_path / "out", tmp_path / "wild.safetensors", max_memory=limit, **FAST)
+        infer_files.infer_files(
+            [big], tmp_path / "out", tmp_path / "wild.safetensors", max_memory=limit, new_resolution="same", **FAST
+        )
     assert way in caplog.text and not list((tmp_path / "out").iterdir())
 
 

@@ -10,7 +10,7 @@ from nifti_files import rigid
 
 from fastsrgan.cli.main import main
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.infer import anytime
+from fastsrgan.infer import anytime, planes
 from fastsrgan.infer import modes as infer_ways
 from fastsrgan.infer import volume as infer
 from fastsrgan.infer.values import memory, seconds, step_size, voxels
@@ -239,3 +239,49 @@ def test_options_that_mean_nothing_are_refused_before_anything_is_made(files, ca
 
 def test_large_numbers_may_be_written_short():
     assert voxels("1e9") == 10**9 and voxels("12") == 12
+
+
+# --- what the weights are used to -----------------------------------------------------------------------------------
+
+
+def test_zero_outside_the_mask_is_the_scan_that_was_stripped_before(data, generator):
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[5:20, 4:17, 2:7] = 1
+    affine = rigid((1.0, 1.0, 2.5))
+    stripped = infer_volume(data, affine, generator, **FAST, mask=mask, outside="zero")
+    before = infer_volume(np.where(mask, data, np.float32(0)), affine, generator, **FAST, mask=mask)
+    kept = infer_volume(data, affine, generator, **FAST, mask=mask)
+    assert np.array_equal(stripped.sr, before.sr) and np.array_equal(stripped.prob, before.prob)
+    assert not np.array_equal(stripped.sr, kept.sr)
+    assert stripped.report["region"] == {**kept.report["region"], "outside": "zero"}
+    with pytest.raises(InputError, match="mask: has the shape"):
+        infer_volume(data, affine, generator, **FAST, mask=mask[1:], outside="zero")
+
+
+def test_what_is_below_zero_outside_a_mask_becomes_the_lowest_value():
+    scan = np.array([[[-3.0, 2.0, 4.0, -1.0]]], np.float32)
+    assert planes.masked(scan, np.array([[[0, 0, 1, 1]]])).tolist() == [[[-3.0, -3.0, 4.0, -1.0]]]
+    assert planes.masked(scan[..., 1:3], np.array([[[0, 2]]])).tolist() == [[[0.0, 4.0]]]
+    assert planes.masked(scan.astype(np.int16), np.ones_like(scan)).dtype == np.int16
+
+
+@pytest.mark.parametrize(
+    ("made_for", "words", "outside", "voxel"),
+    [
+        ({"outside": "zero", "grid_mm": [0.7, 0.7]}, [], "zero", 0.7),
+        ({"outside": "zero", "grid_mm": [0.7, 0.7]}, ["--outside", "keep", "--new-resolution", "1"], None, 1),
+        ({"outside": "zero", "grid_mm": [0.7, 0.7]}, ["--geometry", "segsrgan"], None, 1),
+        ({"grid_mm": [0.81, 0.81]}, ["--outside", "zero"], "zero", 1),
+        ({"outside": "nonsense", "grid_mm": "x"}, [], None, 1),
+    ],
+    ids=["as made", "asked otherwise", "original", "grid near enough", "says nothing"],
+)
+def test_files_are_taken_as_the_weights_were_made(capsys, files, made_for, words, outside, voxel):
+    network = build_generator(GeneratorSpec(kernel=1), seed=6)
+    weights.save_generator(files / "w.safetensors", network, card={"made_for": made_for})
+    code, record = call(capsys, files, "--mask", files / "mask.nii.gz", *words)
+    assert code == 0
+    assert record["region"].get("outside") == outside
+    assert record["new_resolution"] == pytest.approx([voxel] * 3)
+    code, again = call(capsys, files, "--mask", files / "mask.nii.gz", "--resume", *words)
+    assert code == 0 and again == record

@@ -31,6 +31,7 @@ OTHER = {
     "device": "cpu",
     "max_memory": 2**30,
     "mask": "mask.nii",
+    "outside": "zero",
     "flips": "xz",
     "agree": 0.5,
     "slice_thickness": 2.5,
@@ -63,9 +64,9 @@ def test_a_resumed_run_compares_what_decides_about_a_result_and_nothing_else(nam
     row, changed = options()[name], InferSettings(**{name: OTHER[name]})
     recorded = row.recorded in (ALWAYS, CHANGED)
     for one, two in ((InferSettings(), changed), (changed, InferSettings())):
-        differing = two.differing(finite(one.asked()))
+        differing = two.differing(finite(one.record()))
         assert differing == [row.record_as or name] * (row.decides and recorded)
-    assert InferSettings(**{name: OTHER[name]}).differing(finite(changed.asked())) == []
+    assert InferSettings(**{name: OTHER[name]}).differing(finite(changed.record())) == []
     # What is compared elsewhere is so by name, in ``infer_job.finished``.
     assert recorded or not row.decides or name in ("series", "volume")
     # A run by slabs goes on only where the voxels would be the same.
@@ -75,7 +76,7 @@ def test_a_resumed_run_compares_what_decides_about_a_result_and_nothing_else(nam
 
 def test_a_record_of_something_else_is_no_match():
     assert "patch" in InferSettings().differing({})
-    assert InferSettings().differing(InferSettings().asked() | {"a later option": 1}) == ["a later option"]
+    assert InferSettings().differing(InferSettings().record() | {"a later option": 1}) == ["a later option"]
 
 
 @pytest.mark.parametrize("function", [infer.infer_volume, infer_files.infer_files, bids.infer_bids])

@@ -1,4 +1,4 @@
-"""CUDA kernels, checked three ways (DESIGN D10): run on the CPU through g++, compiled by NVRTC, run on a GPU if any.
+"""CUDA kernels, checked three ways: run on the CPU through g++, compiled by NVRTC, run on a GPU if any.
 
 Outputs are poisoned with NaN and lie between guards, so a voxel that is not written or one too many fails.
 """

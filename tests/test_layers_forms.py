@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastsrgan.model import layers
 from fastsrgan.model.cpu import doubling, fused, normed, spectral, winograd
-from fastsrgan.model.networks import GENERATORS, GeneratorSpec, build_generator
+from fastsrgan.model.networks import NETWORKS, GeneratorSpec, build_generator
 
 TOLERANCE = 1e-12
 EVEN = st.sampled_from([4, 6, 8, 10])
@@ -313,7 +313,7 @@ def test_upsampling_repeats_each_voxel():
 
 SPECS = [
     GeneratorSpec(network, 3, residual, conditional, classes, scaled)
-    for network in GENERATORS
+    for network in NETWORKS
     for residual, conditional, classes, scaled in [
         (True, False, 0, False),
         (False, False, 2, True),

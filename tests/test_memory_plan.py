@@ -16,7 +16,7 @@ from fastsrgan.core import system
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.infer import memory as memory_plan
 from fastsrgan.infer import tiles
-from fastsrgan.infer.memory import LIBRARIES, MEMORY, NEXT_IMAGE, RESULT_BEFORE, SLABS, Job, plan_memory
+from fastsrgan.infer.memory import LIBRARIES, MEMORY, NEXT_IMAGE, RESULT_BEFORE, SLABS, TilingJob, plan_memory
 from fastsrgan.infer.network import KEPT, Needs, TileNetwork
 from fastsrgan.infer.network import needs as count_needs
 from fastsrgan.infer.volume import infer_volume
@@ -77,8 +77,8 @@ def network():
     return TileNetwork(build_generator(GeneratorSpec(kernel=4)), 1.0)
 
 
-def job(shape=(300, 100, 90), patch=64, step=32, **more) -> Job:
-    return Job(tiles.plan(shape, patch, step), 2, "constant", **more)
+def job(shape=(300, 100, 90), patch=64, step=32, **more) -> TilingJob:
+    return TilingJob(tiles.plan(shape, patch, step), 2, "constant", **more)
 
 
 def test_the_way_follows_the_limit(network):

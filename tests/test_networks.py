@@ -19,7 +19,7 @@ from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpe
 ROOT = Path(__file__).parent.parent
 SPECS = [
     GeneratorSpec(network, 2, residual, conditional, classes)
-    for network in networks.GENERATORS
+    for network in networks.NETWORKS
     for residual in (True, False)
     for conditional in (True, False)
     for classes in (0, 3)
@@ -62,7 +62,7 @@ def test_output_channels_and_ranges(spec):
         assert torch.allclose(y[:, 2:].log().diff(dim=1), head[:, 2:].diff(dim=1), atol=1e-4)
 
 
-@pytest.mark.parametrize("network", networks.GENERATORS)
+@pytest.mark.parametrize("network", networks.NETWORKS)
 def test_a_batch_is_its_samples(network):
     generator = build_generator(GeneratorSpec(network, 2)).double()
     x = random(3, 1, 8, 8, 12).double()
@@ -81,7 +81,7 @@ def test_a_head_of_zero_returns_the_input():
     assert torch.equal(y[:, 1:], torch.full_like(x, 0.5))
 
 
-@pytest.mark.parametrize("network", networks.GENERATORS)
+@pytest.mark.parametrize("network", networks.NETWORKS)
 def test_the_stem_does_not_see_a_constant_offset(network):
     """The stem's norm removes the mean of the input and of the resolution, so float32 must not suffer from them."""
     generator = build_generator(GeneratorSpec(network, 2, conditional=True), seed=2)
@@ -100,7 +100,7 @@ def with_shifts(network, form):
 
 
 @pytest.mark.parametrize("form", ["fast", "reference"])
-@pytest.mark.parametrize("network", networks.GENERATORS)
+@pytest.mark.parametrize("network", networks.NETWORKS)
 def test_constant_patches_give_constants_and_finite_gradients(network, form):
     """A norm of rounding is noise of unit variance, and 17 gradients of 1e7 overflow: background must do neither."""
     generator = with_shifts(network, form)
@@ -116,7 +116,7 @@ def test_constant_patches_give_constants_and_finite_gradients(network, form):
         assert parameter.grad.abs().max() <= 1e6, name
 
 
-@pytest.mark.parametrize("network", networks.GENERATORS)
+@pytest.mark.parametrize("network", networks.NETWORKS)
 def test_a_constant_patch_does_not_change_its_neighbours_in_the_batch(network):
     generator = with_shifts(network, "fast").double()
     x = torch.cat([random(1, 1, 8, 8, 8), torch.full((1, 1, 8, 8, 8), 0.3)]).double()

@@ -5,12 +5,16 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from phantom import head
 
 from fastsrgan.infer.image import _save_as_input
 from fastsrgan.infer.volume import InferResult
 from fastsrgan.io import nifti as images
+from fastsrgan.model.weights import load_generator
 from fastsrgan.volume.geometry import Volume
-from fastsrgan.volume.oddities import on_zeros, outliers
+from fastsrgan.volume.intensity import normaliser, outliers
+from fastsrgan.volume.oddities import on_zeros, outshone
 
 
 def scan(shape=(40, 40, 20), seed=0):
@@ -21,27 +25,69 @@ def scan(shape=(40, 40, 20), seed=0):
 def test_a_few_voxels_that_outshine_the_rest_are_told(times, told):
     data = scan()
     data[3, 4, 5:7] = data.max() * times
-    found = outliers(data)
+    found = outshone(data, compressed=True)
     assert bool(found) == told
     if told:
+        assert "compressed" in found[0] and "divided by its maximum" in outshone(data, compressed=False)[0]
         assert f"2 of {data.size} voxels are up to {times:.3g} times as bright" in found[0]
 
 
 def test_many_bright_voxels_are_tissue_and_a_mask_is_no_scan():
     data = scan()
     data.reshape(-1)[: data.size // 1000] = 10 * data.max()  # 0.1 %, as vessels are
-    assert outliers(data) == []
+    assert outliers(data) is None
     mask = np.zeros((40, 40, 20), np.float32)
     mask[1, 1, 1] = 1
-    assert outliers(mask) == [] and outliers(np.zeros((3, 3, 3), np.float32)) == []
+    assert outliers(mask) is None and outliers(np.zeros((3, 3, 3), np.float32)) is None
 
 
 @pytest.mark.parametrize("shift", (0.0, -1024.0))
 def test_negative_values_count_from_the_lowest(shift):
     data = scan() + shift
-    assert outliers(data) == []
+    assert outliers(data) is None
     data[0, 0, 0] = 20_000
-    assert len(outliers(data)) == 1
+    found = outliers(data)
+    assert found is not None and found.count == 1
+
+
+@pytest.mark.parametrize("shifted", (False, True))
+def test_outliers_are_compressed_and_come_back_exactly(shifted):
+    data = scan() - 50 * shifted
+    plain = normaliser(data, shifted=shifted, robust=True)
+    assert plain == normaliser(data, shifted=shifted), "an image without outliers is normalised as ever"
+    odd = data.copy()
+    odd[3, 4, 5:7] = (10 * data.max(), 40 * data.max())
+    norm = normaliser(odd, shifted=shifted, robust=True)
+    seen = norm.apply(odd)
+    assert norm.scale == pytest.approx(plain.scale, rel=1e-3)
+    assert 1.5 < seen[3, 4, 5] < seen[3, 4, 6] < 2 and np.partition(seen.ravel(), -3)[-3] <= 1
+    back = norm.invert(seen)
+    np.testing.assert_allclose(back, odd, rtol=1e-5, atol=1e-3)
+    tensor = torch.from_numpy(seen.copy())
+    norm.invert_(tensor)
+    assert np.array_equal(tensor.numpy(), back)
+    assert norm.invert(np.float32([[50.0]])) == pytest.approx(odd.max(), rel=1e-5), "never brighter than the scan"
+
+
+def test_what_outliers_do_to_a_result_stays_where_they_are():
+    from fastsrgan.infer.volume import infer_volume
+
+    generator, affine = load_generator("perinatal"), np.diag([1.0, 1, 3, 1])
+    data = head((32, 32, 12), (5.0, 6.0, 11.0)).data.copy()
+
+    def result(times):
+        odd = data.copy()
+        odd[16, 16, 6] *= times
+        return infer_volume(odd, affine, generator, patch=36, step=36, device="cpu", agree="off")
+
+    plain = result(1)
+    away = np.ones(plain.sr.shape, bool)
+    away[10:23, 10:23, 10:29] = False
+    for times in (10, 100):
+        odd = result(times)
+        assert "intensity_scale" in odd.report and "intensity_scale" not in plain.report
+        assert np.sqrt(np.mean((odd.sr - plain.sr)[away] ** 2)) < 0.01 * data.max()
+        assert np.abs(odd.prob - plain.prob)[0][away].mean() < 0.01
 
 
 @pytest.mark.parametrize(("inside", "told"), ((2, True), (6, True), (9, False), (20, False)))

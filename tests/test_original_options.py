@@ -1,6 +1,6 @@
 """Every option of the original's two scripts, one row each: names, short forms, defaults, values.
 
-The rows are those of SEGSRGAN.md section 4. They are parsed through the real parser; two tiny trainings at the end see
+The rows are the original's own. They are parsed through the real parser; two tiny trainings at the end see
 that options and files of the original mean what they meant.
 """
 

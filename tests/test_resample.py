@@ -19,7 +19,6 @@ from fastsrgan.volume.resample import (
     slice_profile_matrix,
     spline_matrix,
     upsample_matrix,
-    upsample_to,
 )
 
 sizes = st.integers(2, 61)
@@ -108,6 +107,7 @@ def test_apply_axes_is_the_product_of_the_three_matrices_in_any_backend():
 
 def test_203_slices_to_3_mm_and_back():
     data = np.random.default_rng(3).random((8, 8, 203)).astype(np.float32)
-    coarse = upsample_to(data, (0.5, 0.5, 0.5), (0.5, 0.5, 3.0))
-    fine = upsample_to(coarse, (0.5, 0.5, 3.0), (0.5, 0.5, 0.5))
+    coarse = apply_axes(data, [None, None, upsample_matrix(203, grid_size(203, 0.5, 3.0), 6.0)])
+    back = upsample_matrix(coarse.shape[2], grid_size(coarse.shape[2], 3.0, 0.5), 1 / 6)
+    fine = apply_axes(coarse, [None, None, back])
     assert coarse.shape == (8, 8, 34) and abs(fine.shape[2] * 0.5 - 203 * 0.5) <= 1.5

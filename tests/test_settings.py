@@ -46,7 +46,7 @@ ROWS = pytest.mark.parametrize("row", SETTINGS.values(), ids=list(SETTINGS))
 LOW = [[1, 1, 3]]
 # What a setting needs beside it, and texts that some setting takes.
 BESIDE = {"interp": {"geometry": "segsrgan"}, "synthetic": {"structure": "3"}}
-TEXTS = ("xy", "3,42", "5:0.46:0.04")
+TEXTS = ("xy", "3,42", "5:0.46:0.04", "gibbs:0.3")
 
 
 def another(row: Setting, default: object) -> object:

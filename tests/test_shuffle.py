@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastsrgan.data.shuffle import batch_subjects, quality
+from bench.shuffle import batch_subjects, quality
 
 PATCHES = {f"s{i}": 150 + 7 * i for i in range(20)}
 

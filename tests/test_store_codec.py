@@ -212,7 +212,7 @@ def test_a_file_of_another_store_is_not_taken_for_ours(tmp_path):
 
 
 def test_the_reader_is_chosen_and_told_once(monkeypatch, caplog):
-    monkeypatch.setattr(store_codec, "_told", set())
+    monkeypatch.setattr(store_codec, "_named_readers", set())
     monkeypatch.setattr(store_codec.importlib.util, "find_spec", lambda name: object())
     with caplog.at_level(logging.INFO, "fastsrgan"):
         assert [pick_reader(), pick_reader("zarr"), pick_reader(), pick_reader("zarr")] == ["tensorstore", "zarr"] * 2
@@ -225,7 +225,7 @@ def test_the_reader_is_chosen_and_told_once(monkeypatch, caplog):
 
 
 def test_without_tensorstore_zarr_reads(monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr(store_codec, "_told", set())
+    monkeypatch.setattr(store_codec, "_named_readers", set())
     monkeypatch.setattr(store_codec.importlib.util, "find_spec", lambda name: None)
     with caplog.at_level(logging.INFO, "fastsrgan"):
         store = make(tmp_path / "store", "a")

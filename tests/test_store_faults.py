@@ -1,4 +1,4 @@
-"""Object storage that fails (FAULTS 31): errors, resets, cut answers, silence, trickles; for a while and for good."""
+"""Object storage that fails: errors, resets, cut answers, silence, trickles; for a while and for good."""
 
 import logging
 import random
@@ -173,7 +173,7 @@ def test_training_ends_with_5_when_the_store_goes_away(url, proxy, tmp_path, cap
 
 @pytest.mark.fault(29)
 def test_training_leaves_out_what_is_damaged(url, tmp_path, capsys):
-    """FAULTS 29 and 30: with a warning, or with exit code 3 under --strict."""
+    """With a warning, or with exit code 3 under --strict."""
     convert(cohort(tmp_path, 4, shape=(22, 18, 19)), url)
     keys = Keys(url, read_only=False)
     shard = keys.get(f"s0/image/{SHARD}")

@@ -167,12 +167,12 @@ def test_a_logarithmic_axis_needs_a_factor_of_ten_and_ticks_are_the_measured_ste
     for values, scale in (([3.0, 20.0], "linear"), ([2.0, 20.0], "log"), ([0.0, 0.0], "linear")):
         axes = Figure().subplots()
         study_figure._panel(
-            axes, study_figure.Panel("t", "step", [study_figure.Line("a", [12, 48], values)], log_y=True)
+            axes, study_figure.Panel("t", "step", [study_figure.PlotLine("a", [12, 48], values)], log_y=True)
         )
         assert axes.get_yscale() == scale
         assert [tick.get_text() for tick in axes.get_xticklabels()] == ["12", "48"]
     axes = Figure().subplots()
-    study_figure._panel(axes, study_figure.Panel("t", "update", [study_figure.Line("a", range(1, 19), range(18))]))
+    study_figure._panel(axes, study_figure.Panel("t", "update", [study_figure.PlotLine("a", range(1, 19), range(18))]))
     assert all(float(x).is_integer() for x in axes.get_xticks())
 
 

@@ -33,7 +33,9 @@ def feed(c: Context) -> Iterator[Check]:
     image = texture((61, 47, 55))
     label = (image > 0.5).astype(np.uint8)
     plain = Degradation(((1.0, 1.0, 3.2),), contrast=0.3, noise=0.02)
-    extras = Degradation(((1.0, 1.0, 2.7),), contrast=0.3, noise=0.02, bias_field=0.3, rician=True, profile=0.2)
+    extras = Degradation(
+        ((1.0, 1.0, 2.7),), contrast=0.3, noise=0.02, rician=True, profile=0.2, artefacts={"bias_field": 0.3}
+    )
     try:
         move = DaliMover(c.device)
     except FastsrganError as error:

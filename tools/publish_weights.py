@@ -6,7 +6,8 @@
 For adult, RUN is a folder of train_demo_weights.py and FILE.md holds the tables of `tools/score_weights.py --markdown`.
 For perinatal, RUN is a run of `fastsrgan train` (docs/decisions/024) and SCORES.json a list of rows with case, ratio,
 profile, noise, spline_db, linear_gain, sr_gain, spline_ssim, ssim_gain, dice, dice_interpolated and components.
-Writes the model's file in fastsrgan/models/ and its card beside it, for perinatal the table in README.md too.
+Writes the model's file in fastsrgan/models/, with what it was made for (fastsrgan/model/purpose.py: change that first),
+and its card beside it, for perinatal the table in README.md too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from fastsrgan.core.files import atomic_write
 from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model import weights
+from fastsrgan.model.purpose import MADE_FOR
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = {"adult": ("model_card.md", "README.md"), "perinatal": ("model_card_perinatal.md", "perinatal.md")}
@@ -71,9 +73,12 @@ def main() -> None:
     generator = weights.load_generator(file)
     card = modelfile.read_header(file).card if args.model == "adult" else {"updates": args.updates}
     target = weights.SHIPPED / weights.MODELS[args.model].file
-    weights.save_generator(target, generator, card={**card, "recipe": RECIPES[args.model]})
+    made_for = weights.MODELS[args.model].purpose
+    card |= {"recipe": RECIPES[args.model], MADE_FOR: made_for.to_dict()}
+    weights.save_generator(target, generator, card=card)
     facts = weights.info(target)
     known = {"name": target.name, "parameters": facts["parameters"], "sha256": facts["sha256"]}
+    known["made_for"] = made_for.line()
     known["megabytes"] = facts["bytes"] / 1e6
     if args.model == "adult":
         known |= {k: card.get(k) for k in ("seed", "step", "minutes", "commit", "share")}

@@ -30,7 +30,7 @@ from fastsrgan.core.files import finite, write_json
 from fastsrgan.core.system import pick_device, provenance, tune_allocator
 from fastsrgan.demo.template import make_cohort
 from fastsrgan.errors import FastsrganError, InputError, UsageError
-from fastsrgan.evaluate import metrics
+from fastsrgan.evaluate import figures, metrics
 from fastsrgan.infer.values import AUTO, OFF, word_or_number
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io import nifti as images
@@ -46,7 +46,7 @@ Tiling = tuple[int | None, int]
 PLANES = ("sagittal", "coronal", "axial")  # slices across R, A, S
 HEAD_LEVEL = 0.1  # of the maximum
 SYNTHETIC_SEED = 1000
-DEFINITIONS = metrics.DEFINITIONS | {
+DEFINITIONS = figures.definitions() | {
     "inside": f"the mask; without one, voxels above {HEAD_LEVEL} of the maximum, holes filled",
     "gain_db": "PSNR inside of SR minus that of the spline",
     "ratio": "slice thickness over voxel size; in-plane voxels stay as they are",

@@ -1,15 +1,20 @@
-"""``python tools/settings_page.py``: docs/config.md from the rows of fastsrgan/config.py.
+"""``python tools/settings_page.py``: docs/config.md from the rows of fastsrgan/config.py, and the tables of registries.
 
-``--check`` writes nothing and ends with 1 when the page is out of date.
+A table stands in its page between ``<!-- NAME: python tools/settings_page.py -->`` and ``<!-- end -->``.
+``--check`` writes nothing and ends with 1 when a page is out of date.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from fastsrgan.config import ADVANCED, BASIC, RESUMED, SETTINGS, Setting
+from fastsrgan.evaluate.figures import FIGURES
+from fastsrgan.observation.artefacts import ARTEFACTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "config.md"
@@ -67,18 +72,54 @@ def page() -> str:
     return text
 
 
+def figures() -> str:
+    """The figures of an evaluation."""
+    better = {1: "more", -1: "less", 0: ""}
+    head = "| name | figure | better | definition |\n|---|---|---|---|\n"
+    rows = [(name, f.named, better[f.better], f.definition.replace("|", "\\|")) for name, f in FIGURES.items()]
+    return head + "".join(f"| `{name}` | {label} | {sign} | {meaning} |\n" for name, label, sign, meaning in rows)
+
+
+def artefacts() -> str:
+    """What `artefacts` of a training run takes."""
+    where = {"image": "image and truth", "slices": "slices as they are formed", "scan": "the finished scan"}
+    rows = [(name, where[a.stage], a.amount, a.below) for name, a in ARTEFACTS.items()]
+    head = "| name | acts on | amount | up to |\n|---|---|---|---|\n"
+    return head + "".join(f"| `{n}` | {on} | {amount} | {below:g} |\n" for n, on, amount, below in rows)
+
+
+# Page and table -> what makes it.
+TABLES: dict[tuple[str, str], Callable[[], str]] = {
+    ("evaluation.md", "figures"): figures,
+    ("training.md", "artefacts"): artefacts,
+}
+
+
+def pages() -> dict[Path, str]:
+    """Every page that is made here, or has a table that is, and its text."""
+    made = {PAGE: page()}
+    for (name, table), make in TABLES.items():
+        path = ROOT / "docs" / name
+        text = made.get(path) or path.read_text(encoding="utf8")
+        mark = f"<!-- {table}: python tools/settings_page.py -->\n"
+        assert text.count(mark) == 1, f"{path} has no place for the table {table}"
+        made[path] = re.sub(f"({re.escape(mark)}).*?(<!-- end -->)", lambda m: m[1] + make() + m[2], text, flags=re.S)  # noqa: B023
+    return made
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
-    if not args.check:
-        PAGE.write_text(page(), encoding="utf8")
-        return 0
-    stale = not PAGE.exists() or PAGE.read_text(encoding="utf8") != page()
-    if stale:
-        print(f"{PAGE} is out of date: python tools/settings_page.py", file=sys.stderr)
-    return int(stale)
+    stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf8") != text]
+    if args.check:
+        for path in stale:
+            print(f"{path} is out of date: python tools/settings_page.py", file=sys.stderr)
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(pages()[path], encoding="utf8")
+    return 0
 
 
 if __name__ == "__main__":

@@ -104,14 +104,14 @@ class PlainProgress:
     def start(self, label: str, total: int, unit: str) -> None:
         """Begin counting."""
         self.label, self.total, self.unit, self.done = plain(label), total, unit, 0
-        self.began = self.told = time.perf_counter()
+        self.began = self.last_line = time.perf_counter()
         self.facts: dict[str, Any] = {}
 
     def advance(self, n: int = 1, **facts: Any) -> None:
         """Count; say so now and then."""
         self.done += n
         self.facts = facts or self.facts
-        if time.perf_counter() - self.told >= PLAIN_SECONDS and self.done < self.total:
+        if time.perf_counter() - self.last_line >= PLAIN_SECONDS and self.done < self.total:
             self._line()
 
     def finish(self) -> None:
@@ -121,8 +121,8 @@ class PlainProgress:
         self.label = ""
 
     def _line(self) -> None:
-        self.told = time.perf_counter()
-        rate = self.done / max(self.told - self.began, 1e-9)
+        self.last_line = time.perf_counter()
+        rate = self.done / max(self.last_line - self.began, 1e-9)
         left = f"  {(self.total - self.done) / rate:.0f} s left" if self.done < self.total and rate else ""
         text = f"{self.label}: {self.done}/{self.total} {self.unit}  {rate:.3g}/s{left}  {shown(self.facts)}"
         self.console.print(text.rstrip(), markup=False, highlight=False, soft_wrap=True)

@@ -13,19 +13,6 @@ from fastsrgan.core.signals import loading
 from fastsrgan.errors import PartialFailure, UsageError
 
 PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg")
-# Figures of the table with one line per subject: heading, section, key.
-SHORT = (
-    ("PSNR dB", "image.whole.psnr_db"),
-    ("baseline", "baseline.image.whole.psnr_db"),
-    ("SSIM", "image.whole.ssim"),
-    ("Dice", "segmentation.dice"),
-    ("HD95 mm", "segmentation.hausdorff95_mm"),
-    ("ASSD mm", "segmentation.surface_distance_mm"),
-    ("components", "segmentation.components"),
-)
-# Figures of which more, or less, is better.
-HIGHER = ("psnr", "ssim", "dice")
-LOWER = ("mae", "mse", "hausdorff95", "surface_distance", "false_component")
 
 
 def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -172,9 +159,15 @@ def cohort_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def subjects(result: dict[str, Any]) -> list[dict[str, Any]]:
     """One line per subject with the figures most looked at; the last one is mean +- sd."""
+    from fastsrgan.evaluate.figures import columns
     from fastsrgan.evaluate.pair import flat
 
-    there = [(head, name) for head, name in SHORT if name in result["summary"]]
+    shown = []
+    for column in columns().values():
+        shown.append((column.heading, column.path))
+        if column.figure.headline and column.figure.image:
+            shown.append((f"baseline {column.heading}", f"baseline.{column.path}"))
+    there = [(head, name) for head, name in shown if name in result["summary"]]
     rows = []
     for row in result["rows"]:
         values = flat(row)
@@ -198,7 +191,9 @@ def plain(value: float | None, digits: int = 4) -> str | int | None:
 
 def better(figure: str, gain: float | None) -> str | None:
     """Whether a difference to the baseline is one for the better; None of figures that have no better, and of 0."""
-    sign = 1 if figure.startswith(HIGHER) else -1 if figure.startswith(LOWER) else 0
+    from fastsrgan.evaluate.figures import FIGURES
+
+    sign = FIGURES[figure].better
     return None if not sign or not gain else "yes" if gain * sign > 0 else "no"
 
 

@@ -49,7 +49,9 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--weights",
         action="append",
         metavar="FILE",
-        help="adult (the default) or perinatal, Keras HDF5, safetensors or run folder; several times: their mean",
+        help="auto (the default: adult or perinatal, by the size of each scan's head), adult (grey matter of T1-like "
+        "adult heads), perinatal (cortical grey matter of T2-like brains about birth), Keras HDF5, safetensors or run "
+        "folder; several times: their mean",
     )
     add_options(p)
     p.add_argument("--resume", action="store_true", help="skip what is finished")
@@ -116,8 +118,10 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
     else:
         for item in result["items"]:
             outputs = "  ".join(str(p) for p in (item.get("outputs") or {}).values())
-            say(f"{item['status']:8}{item['input']}  {outputs or item.get('error', '')}".rstrip())
-    return code
+            light = item["plausibility"]["light"] if "plausibility" in item else ""
+            text = outputs or item.get("error", "") or item.get("reason", "")
+            say("  ".join(part for part in (f"{item['status']:8}{item['input']}", light, text) if part))
+    return code or UsageError.exit_code * (result["unneeded"] == len(result["items"]))
 
 
 def _source(args: argparse.Namespace) -> tuple[Callable[..., dict[str, Any]], Any]:

@@ -76,7 +76,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--series", metavar="N", help="series of the DICOM folders: number, UID or part of its description"
     )
     own.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
-    own.add_argument("--precision", default="fp32", choices=("auto", "fp32", "bf16", "fp16"), help="(fp32)")
+    own.add_argument("--precision", default="fp32", choices=CHOICES["precision"], help="(fp32)")
     own.add_argument("--overwrite", action="store_true", help="make anew what is there")
     own.add_argument("--json", action="store_true", help="print the summary as JSON")
     p.set_defaults(run=run)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastsrgan.cli.console import add_label_options, print_json, table
+from fastsrgan.config import CHOICES
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
@@ -56,7 +57,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     add_label_options(p)
     p.add_argument("--subjects", type=int, metavar="N", help="at most so many of them")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
-    p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="(auto)")
+    p.add_argument("--precision", default="auto", choices=CHOICES["precision"], help="(auto)")
     p.add_argument("--seed", type=int, default=0, help="of the noise and the synthetic subjects (0)")
     p.add_argument("--json", action="store_true", help="print what KIND.json holds")
 

@@ -1,4 +1,4 @@
-"""A list of images, patch sizes and steps -> the original's output tree (SEGSRGAN.md section 4, ``job_model.py``).
+"""A list of images, patch sizes and steps -> the original's output tree (its ``job_model.py``).
 
 Beside an image, ``Result_with_NAME/patch_P_step_S/`` gets ``SR_patch_P_step_S.nii.gz``, ``Cortex_...`` and, from a
 model with a mask head, ``Mask_...``; patch None makes ``patch_None/SR_whole_image.nii.gz``.
@@ -27,7 +27,8 @@ from fastsrgan.core import system
 from fastsrgan.core.files import disk_error, finite, mapping, read_json, write_json
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.system import pick_device
-from fastsrgan.errors import FastsrganError, PartialFailure, ResourceError, UsageError
+from fastsrgan.errors import FastsrganError, ResourceError, UsageError
+from fastsrgan.infer.files import SomeFailed
 from fastsrgan.infer.settings import InferSettings
 from fastsrgan.io import any_image
 from fastsrgan.io.tables import read_list
@@ -38,12 +39,6 @@ from fastsrgan.volume.geometry import Volume
 log = logging.getLogger("fastsrgan")
 
 RECORD = "fastsrgan"
-
-
-class SomeFailed(PartialFailure):
-    """Some results could not be made; ``summary`` is what ``job_model`` would have returned."""
-
-    summary: dict
 
 
 @dataclass(frozen=True)

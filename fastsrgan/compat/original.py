@@ -1,4 +1,4 @@
-"""The original's Python function with its own arguments, numbers and files (SEGSRGAN.md section 5).
+"""The original's Python function with its own arguments, numbers and files.
 
 ``from fastsrgan.compat import segmentation`` takes the place of the original's import. Nothing here, nor anything that
 the package imports, looks for the network.
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from fastsrgan.config import CHOICES
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer.volume import InferResult, Interpolate, Spacing, infer_volume
@@ -24,7 +25,6 @@ from fastsrgan.volume.geometry import Volume
 from fastsrgan.volume.resample import Matrix, apply_axes
 from fastsrgan.volume.resample_sitk import check_interpolator, expand_matrix, whole_factor
 
-INTERPS = ("scipy", "sitk")
 DONE = "Segmentation Done"  # what the original returns
 
 
@@ -112,8 +112,8 @@ def interpolation(
     there with sitk, stands for Spline.
     """
     kind = interpolation_type if isinstance(interpolation_type, str) else "Spline"
-    if interp not in INTERPS:
-        raise UsageError("interp", f"{interp!r} is not allowed", f"one of {', '.join(INTERPS)}")
+    if interp not in CHOICES["interp"]:
+        raise UsageError("interp", f"{interp!r} is not allowed", f"one of {', '.join(CHOICES['interp'])}")
     if spline_order not in range(6):
         raise UsageError("spline order", f"{spline_order!r} is not allowed", "0 to 5")
     check_interpolator(kind)

@@ -118,11 +118,6 @@ def to_cupy(tensor: Tensor) -> Any:
     )
 
 
-def to_torch(array: Any) -> Tensor:
-    """The same device memory as a torch tensor, handed over by DLPack without a copy."""
-    return torch.from_dlpack(array)
-
-
 def _run_cupy(name: str, grid: tuple[int, int, int], args: Sequence[Argument], defines: dict[str, object]) -> None:
     """Queue a kernel on torch's current stream, so that it runs between torch's own kernels without waiting."""
     cupy = importlib.import_module("cupy")

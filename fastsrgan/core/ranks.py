@@ -46,9 +46,6 @@ class Ranks:
     def average_(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its mean over the ranks, in place: one message per type and device."""
 
-    def broadcast_(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by rank 0's, in place."""
-
     def sums(self, values: list[float]) -> list[float]:
         """Sum of each value over the ranks, in float64."""
         return values
@@ -139,9 +136,6 @@ class TorchRanks(Ranks):
             flat.div_(self.world)
 
         self._flat(tensors, mean)
-
-    def broadcast_(self, tensors: list[Tensor]) -> None:
-        self._flat(tensors, lambda flat: dist.broadcast(flat, 0))
 
     def sums(self, values: list[float]) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64)

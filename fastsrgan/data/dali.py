@@ -1,4 +1,4 @@
-"""Volumes through a DALI pipeline: from the reading threads to the device, degraded on the way (DESIGN D5).
+"""Volumes through a DALI pipeline: from the reading threads to the device, degraded on the way.
 
 One definition for CPU and GPU: external sources, the copy to the device, and the law of degradation as a Python
 function that gets the volume by DLPack where it lies. The law is called and not written again in DALI's operators:

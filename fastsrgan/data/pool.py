@@ -1,4 +1,4 @@
-"""Degraded volumes resident in memory, and the patches that are gathered from them (DESIGN section 1).
+"""Degraded volumes resident in memory, and the patches that are gathered from them.
 
 The order of patches is a function of (seed, epoch, group) and a position, so resuming in mid-epoch needs the position
 alone: nothing of the pool is saved.

@@ -20,9 +20,11 @@ from fastsrgan.convert import convert
 from fastsrgan.core.files import output_folder, write_json
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.system import peak_memory, pick_device, provenance, tune_allocator
-from fastsrgan.demo.template import Subject, Triple, make_cohort, whole_slices
+from fastsrgan.demo.template import TemplateSubject, Triple, make_cohort, whole_slices
 from fastsrgan.errors import UsageError, times
-from fastsrgan.evaluate.pair import evaluate_pair
+from fastsrgan.evaluate.figures import captions, columns
+from fastsrgan.evaluate.grids import reader_label_map
+from fastsrgan.evaluate.pair import evaluate_pair, flat
 from fastsrgan.infer.files import infer_files
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
@@ -31,7 +33,6 @@ from fastsrgan.pictures.figure import demo_figure
 from fastsrgan.report.page import report
 from fastsrgan.train.run import short_training
 from fastsrgan.volume.geometry import Volume, grid_size, resampled_affine
-from fastsrgan.volume.resample import apply_axes, degrade_matrix, upsample_matrix
 
 log = logging.getLogger("fastsrgan")
 PATCH, STEP = 128, 30  # the paper's
@@ -118,7 +119,7 @@ class Stages:
 
 def restore(
     folder: Path,
-    test: Subject,
+    test: TemplateSubject,
     trained: str,
     low_res_mm: Triple,
     device: str,
@@ -167,21 +168,13 @@ def acquire(hr: Volume, label: Volume, low_res_mm: Triple) -> tuple[Volume, Volu
     """The scan of a subject at ``low_res_mm``, and what interpolation alone makes of it.
 
     Returns the low-resolution image in the units of ``hr``; its cubic-spline interpolation on the grid of ``hr``; and
-    the label map of a reader of the scan, interpolated back (paper table 2's baseline): the degraded label is cut at
-    0.5 on the low-resolution grid, as a manual segmentation would be, and its interpolation is to be cut at 0.5 again.
+    the label map of a reader of the scan (``reader_label_map``).
     """
     done = degrade(hr.data, hr.spacing, low_res_mm)
     shape = tuple(grid_size(n, s, r) for n, s, r in zip(hr.data.shape, hr.spacing, low_res_mm, strict=True))
     scan = Volume(done.low_res * np.float32(done.scale), resampled_affine(hr.affine, hr.data.shape, shape, low_res_mm))
     spline = Volume(done.interpolated * np.float32(done.scale), hr.affine)
-    down = [degrade_matrix(n, s, r) for n, s, r in zip(hr.data.shape, hr.spacing, low_res_mm, strict=True)]
-    up = [
-        None if m == n else upsample_matrix(m, n, s / r)
-        for n, m, s, r in zip(hr.data.shape, shape, hr.spacing, low_res_mm, strict=True)
-    ]
-    drawn = apply_axes(label.data.astype(np.float32), down) > 0.5
-    label_map = apply_axes(drawn.astype(np.float32), up)
-    return scan, spline, Volume(label_map, hr.affine)
+    return scan, spline, reader_label_map(label, scan, [])
 
 
 def brain(hr: Volume) -> Volume:
@@ -191,15 +184,9 @@ def brain(hr: Volume) -> Volume:
 
 def row(name: str, scores: dict[str, Any]) -> dict[str, Any]:
     """One line of the demo's table."""
-    image, seg = scores["image"], scores["segmentation"]
-    return {
-        "method": name,
-        "PSNR dB": image["whole"]["psnr_db"],
-        "PSNR brain dB": image["mask"]["psnr_db"],
-        "SSIM": image["whole"]["ssim"],
-        "Dice": seg["dice"],
-        "components": seg["components"],
-    }
+    numbers = flat(scores)
+    shown = {c.heading.replace("mask", "brain"): numbers[c.path] for c in columns().values() if c.figure.headline}
+    return {"method": name} | shown
 
 
 def draw(
@@ -225,7 +212,7 @@ def draw(
         truth=hr,
         seg=seg,
         label=label,
-        scores=scores,
+        captions=captions(scores),
         title=title,
         footer=footer,
     )

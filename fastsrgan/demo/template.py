@@ -135,7 +135,7 @@ def deform(
 
 
 @dataclass(frozen=True)
-class Subject:
+class TemplateSubject:
     """One synthetic subject on disk: int16 image, uint8 label, and "Train" or "Test"."""
 
     name: str
@@ -145,13 +145,13 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Cohort:
+class TemplateCohort:
     """The table (the original's CSV: HR_image, Label_image, Base) and the subjects it lists, in its order."""
 
     csv: Path
-    subjects: tuple[Subject, ...]
+    subjects: tuple[TemplateSubject, ...]
 
-    def of(self, base: str) -> tuple[Subject, ...]:
+    def of(self, base: str) -> tuple[TemplateSubject, ...]:
         """The subjects of "Train" or of "Test"."""
         return tuple(s for s in self.subjects if s.base == base)
 
@@ -167,7 +167,7 @@ def make_cohort(
     template: tuple[Volume, Volume, Volume] | None = None,
     overwrite: bool = False,
     progress: Progress = QUIET,
-) -> Cohort:
+) -> TemplateCohort:
     """Write a cohort of synthetic subjects made from one real template: the same seed gives the same bytes.
 
     Each subject is the template with a contrast of its own (``Contrast``) under a smooth deformation of its own
@@ -199,7 +199,7 @@ def make_cohort(
         bend = draws.rng(seed, "cohort", name, "deformation")
         image, label = synthesise(t1, grey, white, contrast, bend, sd_voxels)
         base = "Train" if i < n_train else "Test"
-        subject = Subject(name, base, out / f"{name}_T1w.nii.gz", out / f"{name}_label-GM.nii.gz")
+        subject = TemplateSubject(name, base, out / f"{name}_T1w.nii.gz", out / f"{name}_label-GM.nii.gz")
         images.save(subject.image, image, t1.affine, overwrite=overwrite, description="fastsrgan synthetic subject")
         images.save(subject.label, label, t1.affine, overwrite=overwrite, description="fastsrgan grey matter")
         subjects.append(subject)
@@ -209,7 +209,7 @@ def make_cohort(
     table = _write_table(out / "cohort.csv", subjects)
     facts = {"template": NOTICE, "seed": seed, "sd_voxels": sd_voxels, "shape": t1.data.shape, "subjects": drawn}
     write_json(out / "cohort.json", facts)
-    return Cohort(table, tuple(subjects))
+    return TemplateCohort(table, tuple(subjects))
 
 
 def synthesise(
@@ -237,7 +237,7 @@ def _crop_to_brain(*volumes: Volume) -> tuple[Volume, ...]:
     return tuple(Volume(np.ascontiguousarray(v.data[part]), affine, v.warnings, v.meta) for v in volumes)
 
 
-def _write_table(path: Path, subjects: Sequence[Subject]) -> Path:
+def _write_table(path: Path, subjects: Sequence[TemplateSubject]) -> Path:
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf8") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(["HR_image", "Label_image", "Base"])

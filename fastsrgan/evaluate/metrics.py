@@ -1,9 +1,7 @@
-"""Image and segmentation metrics on (X, Y, Z) arrays, each with one exact definition (``DEFINITIONS``).
+"""Image and segmentation metrics on (X, Y, Z) arrays; ``figures.FIGURES`` defines each.
 
 PSNR, SSIM, Dice and the number of connected components are the figures of the SegSRGAN paper (Delannoy et al. 2019,
 section 3). Everything is summed in float64, slab by slab: no more than a few slabs are held besides the inputs.
-
-Distances in mm between the surfaces of two segmentations (``DEFINITIONS``).
 """
 
 from __future__ import annotations
@@ -21,23 +19,6 @@ SSIM_SIGMA, SSIM_TRUNCATE, SSIM_K1, SSIM_K2 = 1.5, 3.5, 0.01, 0.03
 SSIM_RADIUS = int(SSIM_TRUNCATE * SSIM_SIGMA + 0.5)  # 5: an 11 x 11 x 11 window
 SEG_THRESHOLD = 0.5
 _SLAB_VOXELS = 1 << 20
-
-DEFINITIONS = {
-    "psnr_db": "10 log10(R^2 / MSE) in dB; R = maximum of the whole reference (as in the SegSRGAN paper)",
-    "psnr_range_db": "the same with R = maximum - minimum of the whole reference (the other common data range)",
-    "ssim": "mean over voxels of the 3-D structural similarity (Wang et al. 2004): Gaussian window, sigma 1.5 voxels, "
-    "radius 5, population covariance, K1 0.01, K2 0.03, range = maximum of the whole reference; the outer 5 voxels on "
-    "each side are not averaged (as in scikit-image with Gaussian weights, and in MONAI)",
-    "ssim_uniform": "the same with scikit-image's defaults: mean over 7 x 7 x 7 voxels, sample covariance; the outer 3 "
-    "voxels on each side are not averaged",
-    "mse": "mean squared difference, in squared units of the reference",
-    "mae": "mean absolute difference, in units of the reference",
-    "dice": "2 |A and B| / (|A| + |B|) of the voxels above 0.5; 1 when both are empty",
-    "components": "number of 26-connected components of the voxels above 0.5",
-    "largest_component": "voxels of the largest of them",
-    "false_components": "components without a voxel in common with the label",
-    "false_component_voxels": "voxels of those components",
-}
 
 
 @dataclass(frozen=True)
@@ -85,7 +66,7 @@ def psnr(
 
     Raises InputError as ``mse``, and when the reference has no positive maximum.
     """
-    scale = _data_range(ref, data_range)
+    scale = positive_range(ref, data_range)
     error = mse(sr, ref, mask)
     return math.inf if error == 0 else 10 * math.log10(scale**2 / error)
 
@@ -129,7 +110,7 @@ def ssim_regions(
     """``ssim`` over several masks (None: the whole volume) for the price of one; None for a mask without a window."""
     for mask in masks:
         _same_shape(sr, ref, mask)
-    scale = _data_range(ref, data_range)
+    scale = positive_range(ref, data_range)
     r = window.radius
     if min(ref.shape) < 2 * r + 1:
         raise InputError("SSIM", f"the volume is {_size(ref)} voxels", f"at least {2 * r + 1} per axis")
@@ -270,7 +251,8 @@ def _size(array: np.ndarray) -> str:
     return " x ".join(str(n) for n in np.shape(array))
 
 
-def _data_range(ref: np.ndarray, data_range: float | None) -> float:
+def positive_range(ref: np.ndarray, data_range: float | None = None) -> float:
+    """``data_range``, or the maximum of the reference. Raises InputError where it is not positive and finite."""
     if ref.size == 0:
         raise InputError("reference", "has no voxels", "a volume of at least one voxel")
     value = float(ref.max()) if data_range is None else float(data_range)
@@ -286,16 +268,6 @@ def _finite(value: float) -> float:
     return value
 
 
-DISTANCES = {
-    "hausdorff95_mm": "the larger of the two directed 95th percentiles (linear between ranks) of the distances from "
-    "each surface voxel of one segmentation to the nearest surface voxel of the other, in mm (as in MONAI, undirected)",
-    "surface_distance_mm": "average symmetric surface distance: mean of those distances over the surface voxels of "
-    "both segmentations together, in mm",
-}
-DISTANCE_NAMES = tuple(DISTANCES)
-SURFACE = "a surface voxel is one of the segmentation with a face neighbour outside it, or outside the volume"
-
-
 def surface_scores(seg: np.ndarray, label: np.ndarray, spacing_mm: Sequence[float]) -> dict[str, float | None]:
     """``hausdorff95_mm`` and ``surface_distance_mm`` of two (X, Y, Z) segmentations, thresholded at 0.5.
 
@@ -304,7 +276,7 @@ def surface_scores(seg: np.ndarray, label: np.ndarray, spacing_mm: Sequence[floa
     """
     distances = surface_distances(seg, label, spacing_mm)
     if distances is None:
-        return dict.fromkeys(DISTANCE_NAMES)
+        return {"hausdorff95_mm": None, "surface_distance_mm": None}
     return {
         "hausdorff95_mm": float(max(np.percentile(d, 95) for d in distances)),
         "surface_distance_mm": float(np.concatenate(distances).mean()),

@@ -7,7 +7,6 @@ Volumes whose grids differ from the reference's are first resampled onto it in w
 from __future__ import annotations
 
 import logging
-import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,22 +17,16 @@ import numpy as np
 
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import metrics
+from fastsrgan.evaluate.figures import FIGURES, REGIONS, Compared, captions, definitions, scores
 from fastsrgan.evaluate.grids import READER, SPLINE, onto_grid, reader_label_map
-from fastsrgan.evaluate.metrics import DISTANCES, SURFACE, surface_scores
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
-from fastsrgan.volume.geometry import Volume, shear_of
+from fastsrgan.volume.geometry import Volume
 
 log = logging.getLogger("fastsrgan")
 
 SECTIONS = ("image", "segmentation", "structures", "baseline", "gain")
-SHEARED = 1e-3  # cosine between voxel axes from which distances in mm are noted as approximate
 SCALE_FACTOR = 2.0  # mean intensities further apart than this get a note
-REGIONS = {
-    "whole": "every voxel of the reference's grid",
-    "mask": "voxels where the mask is above 0.5",
-    "label": "voxels where the label is above 0.5",
-}
 
 
 def evaluate_pair(
@@ -62,12 +55,10 @@ def evaluate_pair(
 
     A label of several values is refused: which of them is the structure is to be chosen (`labels`).
 
-    Returns ``image`` {region: {psnr_db, psnr_range_db, ssim, ssim_uniform, mae, mse}}; with ``seg`` also
-    ``segmentation`` {dice, hausdorff95_mm, surface_distance_mm, components, largest_component, false_components,
-    false_component_voxels, volume_ml, label_components, label_volume_ml}; with a baseline ``baseline`` (the same two),
-    ``gain`` (value minus baseline) and ``baselines`` (what they are); and ``grid``, ``notes``, ``definitions``. None
-    stands for a figure that does not exist (infinite PSNR, SSIM of a region without a whole window, distance to an
-    empty segmentation).
+    Returns ``image`` {region: {figure: value}}; with ``seg`` also ``segmentation`` {figure: value}, the figures being
+    those of ``FIGURES``; with a baseline ``baseline`` (the same two), ``gain`` (value minus baseline) and ``baselines``
+    (what they are); and ``grid``, ``notes``, ``definitions``. None stands for a figure that does not exist (infinite
+    PSNR, SSIM of a region without a whole window, distance to an empty segmentation).
     Raises InputError when volumes do not overlap, the reference has no positive voxel or a mask is empty.
     """
     if label is None and (seg is not None or baseline_seg is not None):
@@ -103,14 +94,17 @@ def evaluate_pair(
     if "label" in regions and not np.any(regions["label"]):
         notes.append("the label is empty on the reference's grid: no figures in its region")
         del regions["label"]
-    result: dict[str, Any] = _scores(on["SR"], on.get("segmentation"), on.get("label"), hr, regions, "SR", notes)
+    _note_scale(on["SR"], hr.data, "SR", notes)
+    result = scores(Compared(hr, regions, on["SR"], on.get("segmentation"), on.get("label"), "SR", notes))
     if structures:
         result["structures"] = {
-            name: _structure(seg, truth, name, hr, notes) for name, (seg, truth) in structures.items()
+            name: _structure(seg, truth, name, hr, on["SR"], notes) for name, (seg, truth) in structures.items()
         }
     if baseline is not None or baseline_seg is not None:
+        if "baseline" in on:
+            _note_scale(on["baseline"], hr.data, "baseline", notes)
         base_seg = on.get("baseline segmentation")
-        other = _scores(on.get("baseline"), base_seg, on.get("label"), hr, regions, "baseline", notes)
+        other = scores(Compared(hr, regions, on.get("baseline"), base_seg, on.get("label"), "baseline", notes))
         result |= {"baseline": other, "gain": _difference(result, other), "baselines": what}
     result["grid"] = {"shape": list(hr.data.shape), "spacing_mm": [round(s, 6) for s in hr.spacing]}
     for note in notes:
@@ -127,23 +121,18 @@ def _values(label: Volume) -> list[int]:
     return label.meta.get("values") or np.unique(label.data).tolist()
 
 
-def _structure(seg: Volume, label: Volume, name: str, hr: Volume, notes: list[str]) -> dict[str, Any]:
+def _structure(seg: Volume, label: Volume, name: str, hr: Volume, sr: np.ndarray, notes: list[str]) -> dict[str, Any]:
     """Scores of one of several structures."""
     on = [
         onto_grid(volume, hr, order=0, name=f"{name} {kind}", notes=notes).data
         for volume, kind in ((seg, "segmentation"), (label, "label"))
     ]
-    return _segmentation_scores(on[0], on[1], hr, name, notes)
+    return scores(Compared(hr, {}, sr, on[0], on[1], name, notes))["segmentation"]
 
 
 def _surprises(notes: list[str]) -> list[str]:
     """What is to be said of baselines made from the scan: its grid always differs, that it misses a part does not."""
     return [note for note in notes if "outside its field of view" in note]
-
-
-def definitions() -> dict[str, str]:
-    """What every figure means, in one sentence each."""
-    return metrics.DEFINITIONS | DISTANCES | {"surface voxel": SURFACE}
 
 
 def evaluate_files(
@@ -188,7 +177,10 @@ def evaluate_files(
 
         hr_volume, other = volumes["hr"], volumes.get("baseline", volumes.get("lr"))
         other = None if other is None else onto_grid(other, hr_volume, notes=[])
-        error_map(png, onto_grid(volumes["sr"], hr_volume, notes=[]), hr_volume, other, result)
+        words = captions(result)
+        name = "baseline" if result.get("baselines", {}).get("image", "as given") == "as given" else "spline"
+        said = words["sr"], words["spline"]
+        error_map(png, onto_grid(volumes["sr"], hr_volume, notes=[]), hr_volume, other, name, said)
     return {"files": {name: str(path) for name, path in given.items()}} | result
 
 
@@ -238,66 +230,10 @@ def flat(result: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _scores(
-    sr: np.ndarray | None,
-    seg: np.ndarray | None,
-    label: np.ndarray | None,
-    hr: Volume,
-    regions: dict[str, np.ndarray | None],
-    name: str,
-    notes: list[str],
-) -> dict[str, Any]:
-    scores: dict[str, Any] = {}
-    if sr is not None:
-        scores["image"] = _image_scores(sr, hr.data, regions, name, notes)
-    if seg is not None and label is not None:
-        scores["segmentation"] = _segmentation_scores(seg, label, hr, name, notes)
-    return scores
-
-
-def _segmentation_scores(seg: np.ndarray, label: np.ndarray, hr: Volume, name: str, notes: list[str]) -> dict[str, Any]:
-    voxel_ml = abs(float(np.linalg.det(np.asarray(hr.affine)[:3, :3]))) / 1000
-    surface = surface_scores(seg, label, hr.spacing)
-    if None in surface.values():
-        notes.append(f"{name}: the segmentation or the label is empty, there is no surface distance")
-    elif shear_of(hr.affine) > SHEARED:
-        notes.append(f"{name}: the reference's voxel axes are not at right angles, distances in mm are approximate")
-    return {
-        "dice": metrics.dice(seg, label),
-        **surface,
-        **metrics.components(seg, label),
-        "volume_ml": int(np.count_nonzero(metrics.binary(seg))) * voxel_ml,
-        "label_components": metrics.connected_components(label),
-        "label_volume_ml": int(np.count_nonzero(metrics.binary(label))) * voxel_ml,
-    }
-
-
-def _image_scores(
-    sr: np.ndarray, hr: np.ndarray, regions: dict[str, np.ndarray | None], name: str, notes: list[str]
-) -> dict[str, dict[str, float | None]]:
-    means = float(np.mean(sr, dtype=np.float64)), float(np.mean(hr, dtype=np.float64))
+def _note_scale(image: np.ndarray, hr: np.ndarray, name: str, notes: list[str]) -> None:
+    means = float(np.mean(image, dtype=np.float64)), float(np.mean(hr, dtype=np.float64))
     if min(means) <= 0 or max(means) > SCALE_FACTOR * min(means):
         notes.append(f"{name}: mean intensity {means[0]:.4g}, the reference's {means[1]:.4g}: are the units the same?")
-    similarity = {}
-    for figure, window in (("ssim", metrics.GAUSSIAN), ("ssim_uniform", metrics.UNIFORM)):
-        try:
-            similarity[figure] = metrics.ssim_regions(sr, hr, list(regions.values()), window=window)
-        except InputError as error:
-            similarity[figure] = [None] * len(regions)
-            notes.append(f"{name}: no {figure}: {error.reason}")
-    top, low = float(hr.max()), float(hr.min())
-    scores: dict[str, dict[str, float | None]] = {}
-    for i, (region, inside) in enumerate(regions.items()):
-        psnr: float | None = metrics.psnr(sr, hr, inside)
-        if psnr == math.inf:
-            psnr = None
-            notes.append(f"{name}, {region}: identical to the reference, PSNR is infinite")
-        mae, mse = metrics.mae(sr, hr, inside), metrics.mse(sr, hr, inside)
-        # The two PSNRs differ by the logarithm of their ranges alone.
-        by_range = None if psnr is None or low == top else psnr + 20 * math.log10((top - low) / top)
-        scores[region] = {"psnr_db": psnr, "psnr_range_db": by_range}
-        scores[region] |= {figure: values[i] for figure, values in similarity.items()} | {"mae": mae, "mse": mse}
-    return scores
 
 
 def _difference(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -307,6 +243,6 @@ def _difference(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]
         a, b = result[key], other[key]
         if isinstance(a, dict):
             gain[key] = _difference(a, b)
-        elif not key.startswith("label_"):
+        elif not FIGURES[key].of_label:
             gain[key] = None if a is None or b is None else a - b
     return {key: gain[key] for key in result if key in gain}

@@ -23,7 +23,7 @@ from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Done, Prepared, Whole
 from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.stitch import Stitcher, divide_planes, window_sums
-from fastsrgan.infer.sweep import Stopped, Sweep, finisher, sum_devices
+from fastsrgan.infer.sweep import Sweep, SweepStopped, finisher, sum_devices
 from fastsrgan.infer.tiles import Region
 from fastsrgan.infer.values import Step, per_axis
 
@@ -158,7 +158,7 @@ class _Levels:
             rate = (mine if mine >= SETTLED else self.tiles + sweep.done) / max(seconds, 1e-9)
             left = (count - mine) / rate
             if self.plan is not None and now - self.began + left > SLACK * self.budget:
-                raise Stopped
+                raise SweepStopped
             return {"tiles/s": rate, "level": f"{n + 1}/{of}", "eta": f"{left:.0f} s"}
 
         self.progress.start(f"{self.label}, level {n + 1}", count, "tiles")
@@ -172,7 +172,7 @@ class _Levels:
                 sweep.run(lambda channels, grid=grid: self._stitcher(grid, channels))  # type: ignore[misc]
                 self.tiles += sweep.done
                 self.counts = {kind: self.counts.get(kind, 0) + c for kind, c in sweep.counts.items()}
-        except Stopped:
+        except SweepStopped:
             self.given_up = True
             return False
         finally:

@@ -8,6 +8,7 @@ For sub-01/anat/sub-01_T1w.nii.gz the derivatives hold ``sub-01_desc-sr_T1w`` (t
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -22,7 +23,8 @@ from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.core.system import pick_device
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, Item, evaluate_items, low_resolution
-from fastsrgan.infer.files import SomeFailed, infer_files
+from fastsrgan.infer.files import STATUSES, SomeFailed, infer_files
+from fastsrgan.infer.image import Models, look_at
 from fastsrgan.infer.settings import InferSettings, takes_options
 from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import (
@@ -35,7 +37,7 @@ from fastsrgan.io.bids import (
     find_bids,
     sidecar,
 )
-from fastsrgan.model import weights as weight_files
+from fastsrgan.model.purpose import Purpose
 
 log = logging.getLogger("fastsrgan")
 
@@ -43,7 +45,6 @@ STAGE = ".fastsrgan"  # in the derivatives: results on their way to their names
 # Without a slash at the end: the BIDS validator compares names of folders that have none.
 IGNORED = (STAGE, "figures")
 LINK = "raw"  # short name of the source dataset
-LABELS: dict[str, tuple[tuple[int, str], ...]] = {"seg": ((0, "background"), (1, "structure"))}
 README = (
     "Super-resolution and segmentation by fastsrgan. desc-sr: the image on a finer grid; desc-cortex: the structure "
     "that the model was trained to segment. Each JSON names the source and holds weights, settings and versions.\n"
@@ -90,7 +91,7 @@ def infer_bids(
         reason = f"{len(done)} of {len(listed)} derivatives exist and are kept, the first is {done[0].derived('sr')}"
         raise UsageError(out, reason, "--overwrite, --resume or another folder")
     if done and not overwrite:
-        _check_same(out, done, weights, settings.on(str(pick_device(settings.device))))
+        _check_same(out, done, Models(weights), settings.on(str(pick_device(settings.device))))
     todo = listed if overwrite else [image for image in listed if image not in done]
     items = [{"input": str(i.path), "stem": images.stem(i.path), "status": "skipped"} for i in listed if i not in todo]
     stage = output_folder(out) / STAGE
@@ -119,7 +120,7 @@ def infer_bids(
             item |= {"status": "done", "outputs": moved}
     summary["items"] = sorted([*items, *summary["items"]], key=lambda item: item["input"])
     summary |= {"out_dir": str(out)} | {
-        status: sum(item["status"] == status for item in summary["items"]) for status in ("done", "skipped", "failed")
+        status: sum(item["status"] == status for item in summary["items"]) for status in STATUSES
     }
     if ranks.rank == 0:
         _finish(root, out, stage)
@@ -129,17 +130,14 @@ def infer_bids(
     return summary
 
 
-def _check_same(out: Path, done: Sequence[BidsImage], weights: Any, settings: InferSettings) -> None:
+def _check_same(out: Path, done: Sequence[BidsImage], models: Models, settings: InferSettings) -> None:
     """Raise UsageError where derivatives were made of another image, or with other weights or settings."""
-    sources = [weight_files.default_weights()] if weights is None else weights
-    sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    now = [weight_files.info(source)["sha256"] for source in sources]
     for image in done:
         target = sidecar(out / image.derived("sr"))
         record = mapping(read_json(target).get(RECORD))
-        model = mapping(record.get("weights"))
-        models = model["averaged"] if isinstance(model.get("averaged"), list) else [model]
-        differing = ["weights"] * ([mapping(one).get("sha256") for one in models] != now)
+        seen = functools.partial(look_at, image.path, settings)
+        same = "sha256" in mapping(record.get("weights")) and models.made(record, seen)
+        differing = ["weights"] * (not same)
         differing += ["image"] * (mapping(record.get("input")).get("sha256") != images.sha256(image.path))
         differing += settings.differing(mapping(record.get("asked")))
         if differing:
@@ -155,12 +153,14 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
     common: dict[str, Any] = {"Sources": [source], "SpatialReference": "orig"}
     # A raw image has its skull unless its own JSON says otherwise.
     stripped = bool(read_json(sidecar(image.path)).get("SkullStripped", False))
+    structures = Purpose.of(record.get("made_for")).structures or ((1, "structure"),)
+    structure = ", ".join(name for _, name in structures)
     what: dict[str, tuple[PurePosixPath, dict[str, Any]]] = {
         "seg": (
             image.derived(f"cortex{image.suffix}", "dseg"),
-            {"Description": "Segmentation of the trained structure"},
+            {"Description": f"Segmentation of {structure}"},
         ),
-        "prob": (image.derived(f"cortex{image.suffix}", "probseg"), {"Description": "Probability of the structure"}),
+        "prob": (image.derived(f"cortex{image.suffix}", "probseg"), {"Description": f"Probability of {structure}"}),
         "mask": (image.derived(f"mask{image.suffix}", "dseg"), {"Description": "Likeliest mask class"}),
         "residual": (
             image.derived("residual"),
@@ -179,7 +179,7 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(sidecar(target), common | meta)
         if name.name.endswith("_dseg.nii.gz"):
-            _write_labels(sidecar(target).with_suffix(".tsv"), kind, staged[kind])
+            _write_labels(sidecar(target).with_suffix(".tsv"), structures if kind == "seg" else None, staged[kind])
         os.replace(staged[kind], target)
         placed[kind] = str(target)
     if "png" in staged:
@@ -191,12 +191,10 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
     return placed
 
 
-def _write_labels(path: Path, kind: str, image: Path) -> None:
+def _write_labels(path: Path, known: Sequence[tuple[int, str]] | None, image: Path) -> None:
     """index and name of each value of a segmentation."""
-    names = LABELS.get(kind)
-    if names is None:
-        values = range(int(images.load_label(image).data.max()) + 1)
-        names = tuple((value, "background" if value == 0 else f"class {value}") for value in values)
+    values = range(1, int(images.load_label(image).data.max()) + 1) if known is None else ()
+    names = ((0, "background"), *(known or ((value, f"class {value}") for value in values)))
     with atomic_write(path) as temporary:
         lines = ["index\tname", *(f"{index}\t{name}" for index, name in names)]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf8")

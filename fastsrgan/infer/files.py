@@ -9,7 +9,6 @@ not finish, because it died, is failed and not done.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -30,8 +29,8 @@ from fastsrgan.core.files import finite, need_space, output_folder, remove_aband
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, LostRank, Ranks
 from fastsrgan.core.system import free_memory, pick_device
-from fastsrgan.errors import FastsrganError, ModelError, PartialFailure, ResourceError, UsageError
-from fastsrgan.infer.image import Job, Loaded, bytes_while_writing, compute, load, names, write
+from fastsrgan.errors import FastsrganError, PartialFailure, ResourceError, UsageError
+from fastsrgan.infer.image import ImageJob, Isotropic, Loaded, Models, bytes_while_writing, compute, load, names, write
 from fastsrgan.infer.memory import SHARE
 from fastsrgan.infer.modes import Together
 from fastsrgan.infer.planes import Unfinished, target_spacing
@@ -39,8 +38,6 @@ from fastsrgan.infer.settings import HEAD, InferSettings, takes_options
 from fastsrgan.io import dicom, formats
 from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import Image, find_images, size_of
-from fastsrgan.model import weights as weight_files
-from fastsrgan.model.networks import Generator
 from fastsrgan.volume.geometry import grid_size, spacing_of
 
 log = logging.getLogger("fastsrgan")
@@ -48,6 +45,7 @@ log = logging.getLogger("fastsrgan")
 # --- many images ----------------------------------------------------------------------------------------------------
 
 Item = dict[str, Any]  # what the summary says of one image
+TOLD = ("outputs", "structures", "plausibility", "seconds", "warnings")  # of its record
 
 
 class Deal:
@@ -108,7 +106,7 @@ class Cohort:
     lost : whether a rank died
     """
 
-    def __init__(self, job: Job, images: Sequence[Image], ranks: Ranks = ALONE) -> None:
+    def __init__(self, job: ImageJob, images: Sequence[Image], ranks: Ranks = ALONE) -> None:
         self.job, self.images, self.ranks = job, images, ranks
         self.deal = Deal(images, ranks)
         self.items: dict[int, Item] = {}
@@ -181,7 +179,7 @@ class Cohort:
             except Exception as error:
                 self._failed(place, error)
             else:
-                self._ended(place, {key: record[key] for key in ("outputs", "seconds", "warnings")})
+                self._ended(place, {key: record[key] for key in TOLD})
 
     def _cancel(self) -> None:
         for pool in (self.reader, self.writer):
@@ -246,7 +244,7 @@ class _Neighbours:
             log.info("no room for the next image beside this one: it is read afterwards")
 
 
-def together(job: Job, images: Sequence[Image], ranks: Ranks) -> list[Item]:
+def together(job: ImageJob, images: Sequence[Image], ranks: Ranks) -> list[Item]:
     """The images one after the other, each over all ranks (``modes``); rank 0 writes."""
     items: list[Item] = []
     began = time.perf_counter()
@@ -261,7 +259,7 @@ def together(job: Job, images: Sequence[Image], ranks: Ranks) -> list[Item]:
                 compute(loaded, job, f"{place + 1}/{len(images)} {image.path.name}", together=shared)
                 if not ranks.rank:
                     record = write(loaded, job)
-                    item |= {key: record[key] for key in ("outputs", "seconds", "warnings")}
+                    item |= {key: record[key] for key in TOLD}
         except LostRank:
             raise
         except Exception as error:
@@ -277,6 +275,10 @@ def together(job: Job, images: Sequence[Image], ranks: Ranks) -> list[Item]:
 
 def failure(item: Item, error: Exception, tell: bool = True) -> Item:
     """The item of an image that failed, which is told in one line; what is not a user's fault keeps its traceback."""
+    if isinstance(error, Isotropic):
+        if tell:
+            log.warning("%s", error)
+        return item | {"status": "unneeded", "reason": str(error)}
     if tell:
         log.error("%s", error, exc_info=None if isinstance(error, FastsrganError) else error)
     code = error.exit_code if isinstance(error, FastsrganError) else FastsrganError.exit_code
@@ -310,7 +312,7 @@ def lasting(seconds: float) -> str:
 PACKED = 0.125  # bytes that gzip leaves of a label; of measured numbers, as SR and probabilities are, nothing is saved
 
 
-def need_room(listed: Sequence[Image], job: Job) -> None:
+def need_room(listed: Sequence[Image], job: ImageJob) -> None:
     """Refuse to begin what the disk of the output folder cannot hold; raises ResourceError.
 
     Images that a resumed call will find finished are not counted.
@@ -319,7 +321,7 @@ def need_room(listed: Sequence[Image], job: Job) -> None:
     need_space(job.out, sum(bytes_of(image, job) for image in todo))
 
 
-def bytes_of(image: Image, job: Job) -> int:
+def bytes_of(image: Image, job: ImageJob) -> int:
     """Of the results of one image, at most; 0 where only reading it tells what is wrong with it."""
     try:
         if dicom.is_dicom(image.path):
@@ -338,6 +340,7 @@ def bytes_of(image: Image, job: Job) -> int:
 # --- the call -------------------------------------------------------------------------------------------------------
 
 SUMMARY = "infer_summary.json"
+STATUSES = ("done", "skipped", "failed", "unneeded")  # of an item; unneeded: see ``image.Isotropic``
 PathLike = str | os.PathLike
 
 
@@ -371,7 +374,8 @@ def infer_files(
     ----------
     inputs : NIfTI files, folders of them, DICOM folders or files, and .txt or .csv lists; see ``image_list``
     weights : any weight file (``fastsrgan.load_generator``); several give the mean of their SR and of their
-        probabilities; None takes the model shipped with the package
+        probabilities; None and "auto" choose one of the package's models for each image, by the size of its head
+        (``evaluate.plausibility.choose``)
     overwrite, resume : what to do with results that are there: replace them; or keep those that are complete and were
         made of the same image with the same weights and settings. Without either, they are refused before any work.
     ranks : of a torchrun job that this process is one of. Each image is done by one of them, the largest first, or by
@@ -381,8 +385,9 @@ def infer_files(
 
     Returns
     -------
-    {"out_dir", "weights", "done", "skipped", "failed", "items": [{"input", "stem", "status", "outputs", ...}]}; for
-    more than one image also written to ``infer_summary.json``.
+    {"out_dir", "weights", "done", "skipped", "failed", "unneeded", "items": [{"input", "stem", "status", "outputs",
+    "structures", "plausibility", ...}]}; for more than one image also written to ``infer_summary.json``. Images that
+    are isotropic already are unneeded: nothing is done with them unless ``new_resolution`` says what.
 
     Raises
     ------
@@ -400,10 +405,10 @@ def infer_files(
     if chosen and settings.patch is not None:
         log.info("tiles of %s voxels, %s apart: --patch and --step choose others", settings.patch, settings.step)
     out = output_folder(out_dir)
-    generators, model = _models(weights)
+    models = Models(weights)
     if settings.max_memory is None and ranks.local_world > 1:
         settings = replace(settings, max_memory=int(SHARE * free_memory() / ranks.local_world))
-    job = Job(out, generators, model, settings, system.provenance(), progress, resume)
+    job = ImageJob(out, models, settings, system.provenance(), progress, resume)
     _check_outputs(listed, job, overwrite or resume)
     if ranks.rank == 0:
         need_room(listed, job)
@@ -416,8 +421,8 @@ def infer_files(
         cohort = Cohort(job, listed, ranks)
         items, lost = cohort.run(), cohort.lost
     counts = Counter(item["status"] for item in items)
-    summary: dict[str, Any] = {"out_dir": str(out), "weights": model}
-    summary |= {status: counts[status] for status in ("done", "skipped", "failed")} | {"items": items}
+    summary: dict[str, Any] = {"out_dir": str(out), "weights": models.facts}
+    summary |= {status: counts[status] for status in STATUSES} | {"items": items}
     if len(listed) > 1 and ranks.rank == 0:
         write_json(out / SUMMARY, summary)
     # Behind the file, since torchrun ends all ranks as soon as one of them ends with a failure.
@@ -436,40 +441,20 @@ def _some_failed(out: Path, summary: dict[str, Any]) -> SomeFailed:
     return failure
 
 
-def _models(weights: PathLike | Sequence[PathLike] | None) -> tuple[tuple[Generator, ...], dict[str, Any]]:
-    """The generators, and what the record says of their files."""
-    if weights is None:
-        weights = weight_files.default_weights()
-    sources = [weights] if isinstance(weights, (str, os.PathLike)) else list(weights)
-    if not sources:
-        raise UsageError("weights", "none given", "a weight file, or leave it out for the shipped model")
-    facts = [weight_files.info(source) for source in sources]
-    models = [
-        {"path": str(source), "sha256": fact["sha256"], "spec": fact["generator"]}
-        for source, fact in zip(sources, facts, strict=True)
-    ]
-    generators = tuple(weight_files.load_generator(source) for source in sources)
-    classes = {generator.spec.mask_classes for generator in generators}
-    if len(classes) > 1:
-        reason = f"of {' and '.join(map(str, sorted(classes)))} mask classes cannot be averaged"
-        raise ModelError("weights", reason, "name models of the same classes")
-    if len(models) == 1:
-        return generators, models[0]
-    together = hashlib.sha256("".join(one["sha256"] for one in models).encode()).hexdigest()
-    return generators, {"sha256": together, "averaged": models}
-
-
-def _alone(image: Image, job: Job) -> dict[str, Any]:
+def _alone(image: Image, job: ImageJob) -> dict[str, Any]:
     """The only image: its errors are the call's."""
     item = {"input": str(image.path), "stem": image.name}
-    loaded = load(image, job)
+    try:
+        loaded = load(image, job)
+    except Isotropic as error:
+        return failure(item, error)
     if loaded is None:
         return item | {"status": "skipped", "outputs": names(job.outputs(image))}
     record = write(compute(loaded, job, image.path.name), job)
-    return item | {"status": "done"} | {key: record[key] for key in ("outputs", "seconds", "warnings")}
+    return item | {"status": "done"} | {key: record[key] for key in TOLD}
 
 
-def _check_outputs(listed: Sequence[Image], job: Job, replace: bool) -> None:
+def _check_outputs(listed: Sequence[Image], job: ImageJob, replace: bool) -> None:
     """Before any work: folders are there, nothing that exists is written over unasked, and no input ever."""
     inputs = {os.path.realpath(image.path) for image in listed}
     inputs |= {os.path.realpath(mask) for mask in [job.settings.mask] if mask not in (None, HEAD)}

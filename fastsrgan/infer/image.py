@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,37 +16,132 @@ import numpy as np
 
 from fastsrgan.core.files import read_json, write_json
 from fastsrgan.core.progress import Progress
-from fastsrgan.errors import InputError, ModelError, UsageError
+from fastsrgan.errors import InputError, ModelError, UsageError, times
+from fastsrgan.evaluate.plausibility import RED, Look, choose, judge, measure
 from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
-from fastsrgan.infer.planes import nearest
-from fastsrgan.infer.settings import HEAD, InferSettings
+from fastsrgan.infer.planes import is_isotropic, nearest, own_grid
+from fastsrgan.infer.settings import HEAD, ZERO, InferSettings
 from fastsrgan.infer.values import AUTO, OFF
 from fastsrgan.infer.volume import InferResult, process
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import Image
+from fastsrgan.model import weights as weight_files
 from fastsrgan.model.networks import Generator
+from fastsrgan.model.purpose import MODELS, Purpose, common
 from fastsrgan.volume.components import segment
 from fastsrgan.volume.geometry import Volume
-from fastsrgan.volume.oddities import on_zeros, outliers
+from fastsrgan.volume.oddities import on_zeros, outshone
 
 log = logging.getLogger("fastsrgan")
 
+PathLike = str | os.PathLike
 LONGEST_NAME = 255  # bytes that the file systems in use allow
 
 
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Job:
+class Model:
+    """Weights that are loaded: one file, or several whose results are averaged.
+
+    facts : what a record says of the files
+    """
+
+    generators: tuple[Generator, ...]
+    facts: dict[str, Any]
+    purpose: Purpose
+
+
+class Models:
+    """What ``--weights`` stands for; None and "auto" choose for each image. A file named auto comes first.
+
+    Raises UsageError, ModelError for what cannot be used.
+    """
+
+    def __init__(self, weights: PathLike | Sequence[PathLike] | None) -> None:
+        sources = [AUTO] if weights is None else [weights] if isinstance(weights, (str, os.PathLike)) else list(weights)
+        chosen = [source for source in sources if str(source) == AUTO and not os.path.lexists(source)]
+        if chosen and len(sources) > 1:
+            raise UsageError("weights", "auto chooses one model, it is averaged with none", "name the models")
+        self.by_name = {name: load_weights([weight_files.shipped(name)]) for name in MODELS} if chosen else {}
+        self.named = None if chosen else load_weights(sources)
+        if self.named and all(str(source) in MODELS for source in sources):
+            log.info("weights: %s (%s)", ", ".join(map(str, sources)), self.named.purpose.line())
+        elif self.named and self.named.purpose == Purpose():
+            log.info("weights: %s: %s", ", ".join(map(str, sources)), self.named.purpose.line())
+
+    @property
+    def mask_classes(self) -> int:
+        """Of all of them."""
+        return (self.named or next(iter(self.by_name.values()))).generators[0].spec.mask_classes
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For a summary."""
+        if self.named:
+            return self.named.facts
+        return {"auto": {name: model.facts["sha256"] for name, model in self.by_name.items()}}
+
+    def of(self, look: Look) -> tuple[Model, str, str]:
+        """The model of an image; where it was chosen, its name and why."""
+        if self.named:
+            return self.named, "", ""
+        name, why = choose(look)
+        return self.by_name[name], name, why
+
+    def made(self, record: Mapping[str, Any], look: Callable[[], Look]) -> bool:
+        """Whether a result was made with what its image would get now; ``look`` looks at the image, where the record
+        does not hold what was seen. Raises KeyError for a record without weights."""
+        if self.named:
+            wanted = self.named
+        else:
+            told = record.get("plausibility")
+            seen = Look.of(told.get("scan") if isinstance(told, Mapping) else None)
+            wanted = self.of(seen or look())[0]
+        return bool(record["weights"]["sha256"] == wanted.facts["sha256"])
+
+
+def load_weights(sources: Sequence[PathLike]) -> Model:
+    """The files, each any that ``fastsrgan.load_generator`` takes. Raises UsageError without any, ModelError."""
+    if not sources:
+        raise UsageError("weights", "none given", "a weight file, or leave it out for a model of the package")
+    facts = [weight_files.info(source) for source in sources]
+    models = [
+        {"path": str(source), "sha256": fact["sha256"], "spec": fact["generator"]}
+        for source, fact in zip(sources, facts, strict=True)
+    ]
+    generators = tuple(weight_files.load_generator(source) for source in sources)
+    classes = {generator.spec.mask_classes for generator in generators}
+    if len(classes) > 1:
+        reason = f"of {' and '.join(map(str, sorted(classes)))} mask classes cannot be averaged"
+        raise ModelError("weights", reason, "name models of the same classes")
+    purpose = common([Purpose.of(fact["made_for"]) for fact in facts])
+    if len(models) == 1:
+        return Model(generators, models[0], purpose)
+    together = hashlib.sha256("".join(one["sha256"] for one in models).encode()).hexdigest()
+    return Model(generators, {"sha256": together, "averaged": models}, purpose)
+
+
+# --- the stages -----------------------------------------------------------------------------------------------------
+
+
+class Isotropic(UsageError):
+    """An image whose voxels have the result's size already: nothing is done unless it is asked for."""
+
+
+@dataclass(frozen=True)
+class ImageJob:
     """What holds for every volume of one call.
 
-    model : of the record
+    models : the weights
     settings : ``mask`` is the path of an image, or "head"
     """
 
     out: Path
-    generators: tuple[Generator, ...]
-    model: dict
+    models: Models
     settings: InferSettings
     provenance: dict
     progress: Progress
@@ -52,9 +149,7 @@ class Job:
 
     def outputs(self, image: Image) -> dict[str, Path]:
         """Every file of one image, by kind; the JSON is written last and stands for the whole."""
-        kinds = (
-            ["sr", "seg"] + ["mask"] * bool(self.generators[0].spec.mask_classes) + ["prob"] * self.settings.save_prob
-        )
+        kinds = ["sr", "seg"] + ["mask"] * bool(self.models.mask_classes) + ["prob"] * self.settings.save_prob
         kinds += ["residual"] * self.settings.save_residual
         files = {kind: self.out / f"{image.name}_{kind}.nii.gz" for kind in kinds}
         return (
@@ -75,20 +170,27 @@ class Job:
 
 @dataclass
 class Loaded:
-    """An image in memory; ``seconds`` grows from stage to stage."""
+    """An image in memory.
+
+    look : what it is like; chosen : name of the model and why, both empty where weights were named
+    seconds : grows from stage to stage
+    """
 
     image: Image
     volume: Volume
     mask: np.ndarray | str | None
     sha256: str
+    look: Look
+    model: Model
+    chosen: tuple[str, str]
     seconds: float = 0.0
     result: InferResult | None = field(default=None, repr=False)
 
 
-def load(image: Image, job: Job) -> Loaded | None:
+def load(image: Image, job: ImageJob) -> Loaded | None:
     """The first stage; None for an image that was finished before, where that is asked for.
 
-    Raises as ``any_image.load_any``; UsageError for results that were made otherwise.
+    Raises as ``any_image.load_any``; UsageError for results that were made otherwise; Isotropic.
     """
     began = time.perf_counter()
     if job.resume and finished(image, job):
@@ -97,7 +199,11 @@ def load(image: Image, job: Job) -> Loaded | None:
     _check_places(image, job)
     asked = job.settings
     volume = any_image.load_any(image.path, series=asked.series, volume=asked.volume, max_voxels=asked.max_voxels)
-    volume = replace(volume, warnings=(*volume.warnings, *outliers(volume.data)))
+    if asked.new_resolution is None and is_isotropic(volume.spacing):
+        reason = f"voxels of {times(volume.spacing)} mm: there is nothing to super-resolve, nothing was done"
+        hint = "--new-resolution same segments it as it is, --new-resolution MM makes finer voxels"
+        raise Isotropic(image.path, reason, hint)
+    volume = replace(volume, warnings=(*volume.warnings, *outshone(volume.data, asked.geometry == "physical")))
     for warning in volume.warnings:
         log.warning("%s: %s", image.path, warning)
     mask = asked.mask
@@ -107,10 +213,28 @@ def load(image: Image, job: Job) -> Loaded | None:
             log.warning("%s: %s", mask, warning)
         told = (*volume.warnings, *(f"mask: {warning}" for warning in inside.warnings))
         volume, mask = replace(volume, warnings=told), inside.data
-    return Loaded(image, volume, mask, any_image.sha256(image.path, asked.series), time.perf_counter() - began)
+    look = _look(volume, mask)
+    model, name, why = job.models.of(look)
+    if name:
+        log.info("%s: weights: %s (%s; --weights chooses otherwise)", image.path.name, name, why)
+    digest = any_image.sha256(image.path, asked.series)
+    return Loaded(image, volume, mask, digest, look, model, (name, why), time.perf_counter() - began)
 
 
-def _check_places(image: Image, job: Job) -> None:
+def _look(volume: Volume, mask: np.ndarray | str | None) -> Look:
+    return measure(volume.data, volume.spacing, mask if isinstance(mask, np.ndarray) else None)
+
+
+def look_at(path: Path, asked: InferSettings) -> Look:
+    """What ``load`` sees in an image, where a record does not hold it."""
+    volume = any_image.load_any(path, series=asked.series, volume=asked.volume, max_voxels=asked.max_voxels)
+    inside = None
+    if asked.mask not in (None, HEAD):
+        inside = any_image.load_mask(asked.mask, volume, max_voxels=asked.max_voxels).data
+    return _look(volume, inside)
+
+
+def _check_places(image: Image, job: ImageJob) -> None:
     """Refuse an image whose results could not be written, before it is read."""
     for target in job.outputs(image).values():
         if len(os.fsencode(target.name)) > LONGEST_NAME:
@@ -121,16 +245,16 @@ def _check_places(image: Image, job: Job) -> None:
 
 
 def compute(
-    loaded: Loaded, job: Job, label: str, beside: Beside | None = None, together: Together | None = None
+    loaded: Loaded, job: ImageJob, label: str, beside: Beside | None = None, together: Together | None = None
 ) -> Loaded:
     """The second stage: the image through the model."""
     began = time.perf_counter()
-    settings, said = _with_thickness(loaded, job.settings)
+    settings, said = _with_thickness(loaded, _as_made(loaded, job.settings))
     try:
         loaded.result = process(
             loaded.volume.data,
             loaded.volume.affine,
-            job.generators,
+            loaded.model.generators,
             settings,
             scratch=job.planes(loaded.image),
             beside=beside,
@@ -149,9 +273,22 @@ def compute(
     return loaded
 
 
+def _as_made(loaded: Loaded, settings: InferSettings) -> InferSettings:
+    """The settings for one image: its mask, and what is left to the weights."""
+    purpose, name = loaded.model.purpose, loaded.image.path.name
+    grid = own_grid(loaded.volume.spacing, purpose.grid_mm and purpose.grid_mm[1])
+    physical = settings.geometry == "physical"
+    if settings.new_resolution is None and grid is not None and physical:
+        log.info("%s: voxels of %g mm, which the weights were made for (--new-resolution chooses others)", name, grid)
+        settings = replace(settings, new_resolution=grid)
+    if isinstance(loaded.mask, np.ndarray) and settings.outside == AUTO and purpose.outside == ZERO and physical:
+        log.info("%s: zero outside the mask, as in what the weights were made for (--outside keep shows it all)", name)
+        settings = replace(settings, outside=ZERO)
+    return replace(settings, mask=loaded.mask)
+
+
 def _with_thickness(loaded: Loaded, settings: InferSettings) -> tuple[InferSettings, str]:
-    """The settings for one image: its mask, and the slice thickness that its header states; and who stated it."""
-    settings = replace(settings, mask=loaded.mask)
+    """The settings with the slice thickness that the image's header states; and who stated it."""
     if settings.slice_thickness != AUTO:
         return settings, "asked"
     if settings.geometry != "physical" or (settings.agree == OFF and not settings.save_residual):
@@ -167,7 +304,7 @@ def _with_thickness(loaded: Loaded, settings: InferSettings) -> tuple[InferSetti
     return replace(settings, slice_thickness=found.mm), found.source
 
 
-def bytes_while_writing(loaded: Loaded, job: Job) -> int:
+def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     """What the last stage keeps in memory: the result where it is no file, the segmentation, and for a picture more."""
     result = loaded.result
     assert result is not None
@@ -178,7 +315,7 @@ def bytes_while_writing(loaded: Loaded, job: Job) -> int:
     return held + labels * result.sr.size + (loaded.volume.data.nbytes if job.settings.png else 0)
 
 
-def write(loaded: Loaded, job: Job) -> dict[str, Any]:
+def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     """The last stage: images onto the disk, then the record that stands for them, which is returned."""
     began, image, result, outputs = time.perf_counter(), loaded.volume, loaded.result, job.outputs(loaded.image)
     settings = job.settings
@@ -190,6 +327,8 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
     seg, filtered = segment(
         result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, settings.min_size
     )
+    purpose = loaded.model.purpose
+    verdict = judge(loaded.look, seg, voxel_mm3, purpose, masked=isinstance(loaded.mask, np.ndarray))
     arrays = {"seg": seg, "prob": result.prob[0]}
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))
@@ -206,13 +345,21 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
         arrays = {"sr": result.sr, **arrays}
     if result.residual is not None:
         images.save(outputs["residual"], result.residual, image.affine, overwrite=True, code=code)
+    about = {"seg": f"fastsrgan: {purpose.structure}", "prob": f"fastsrgan: probability of {purpose.structure}"}
     for kind in (kind for kind in outputs if kind in arrays):
-        images.save(outputs[kind], arrays[kind], result.affine, overwrite=True, code=code)
+        intent = purpose.structure if kind == "seg" else ""
+        images.save(
+            outputs[kind], arrays[kind], result.affine, overwrite=True, code=code,
+            description=about.get(kind, "fastsrgan"), intent=intent,
+        )  # fmt: skip
     if settings.png:
         _picture(outputs["png"], loaded, result, seg, settings.threshold)
     shutil.rmtree(job.planes(loaded.image), ignore_errors=True)
     for warning in odd:
         log.warning("%s: %s", loaded.image.path, warning)
+    (log.warning if verdict.light == RED else log.info)("%s: plausibility %s", loaded.image.path, verdict.line())
+    odd += [f"plausibility {verdict.line()}"] * (verdict.light == RED)
+    name, why = loaded.chosen
     loaded.seconds += time.perf_counter() - began
     record = {
         "input": {
@@ -224,7 +371,10 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
             "spacing_mm": list(image.spacing),
             **({"dicom": image.meta["dicom"]} if "dicom" in image.meta else {}),
         },
-        "weights": job.model,
+        "weights": loaded.model.facts | ({"name": name, "chosen": f"auto: {why}"} if name else {}),
+        "structures": [{"value": value, "name": text} for value, text in purpose.structures],
+        "made_for": purpose.to_dict(),
+        "plausibility": verdict.to_dict() | {"scan": loaded.look.to_dict()},
         **result.report,
         "threshold": settings.threshold,
         **more,
@@ -232,7 +382,7 @@ def write(loaded: Loaded, job: Job) -> dict[str, Any]:
         "outputs": names(outputs),
         "warnings": [*image.warnings, *result.report["warnings"], *odd],
         "seconds": loaded.seconds,
-        "asked": settings.asked(),
+        "asked": settings.record(),
         "provenance": job.provenance,
     }
     write_json(outputs["json"], record)
@@ -288,12 +438,12 @@ def names(outputs: dict[str, Path]) -> dict[str, str]:
 # --- what is there already ----------------------------------------------------------------------------------------
 
 
-def finished(image: Image, job: Job) -> bool:
+def finished(image: Image, job: ImageJob) -> bool:
     """Whether this image was done with these weights and settings. Raises UsageError where it was done with others."""
     outputs = job.outputs(image)
     record = read_json(outputs["json"])
     try:
-        differing = ["weights"] * (record["weights"]["sha256"] != job.model["sha256"])
+        differing = ["weights"] * (not job.models.made(record, lambda: look_at(image.path, job.settings)))
         differing += ["volume"] * (record["input"]["volume"] != job.settings.volume)
         differing += job.settings.differing(record["asked"])
         differing += ["input"] * (record["input"]["sha256"] != any_image.sha256(image.path, job.settings.series))

@@ -26,7 +26,7 @@ MEMORY, SLABS = "memory", "slabs"
 
 
 @dataclass(frozen=True)
-class Job:
+class TilingJob:
     """What the plan depends on.
 
     plan : of the tiles; channels : of the result; window : of the tiles
@@ -102,7 +102,7 @@ RESULT_BEFORE, NEXT_IMAGE = "result before", "next image"
 
 
 def plan_memory(
-    job: Job, network: TileNetwork, batch: str | int, limit: int | None = None, beside: Beside | None = None
+    job: TilingJob, network: TileNetwork, batch: str | int, limit: int | None = None, beside: Beside | None = None
 ) -> MemoryPlan:
     """Choose how a volume is done and with which batch: as if it was alone, then its neighbours are let in where there
     is room, so that they change no result.
@@ -138,7 +138,7 @@ def _with(made: MemoryPlan, beside: Beside) -> MemoryPlan:
     return made
 
 
-def _fitted(job: Job, network: TileNetwork, batch: str | int, mode: str, limit: int) -> MemoryPlan:
+def _fitted(job: TilingJob, network: TileNetwork, batch: str | int, mode: str, limit: int) -> MemoryPlan:
     """The largest batch that fits, down to one tile."""
     size = network.choose_batch(batch, job.plan)
     while True:
@@ -148,7 +148,7 @@ def _fitted(job: Job, network: TileNetwork, batch: str | int, mode: str, limit: 
         size //= 2
 
 
-def _rows(job: Job, network: TileNetwork, batch: int, mode: str) -> tuple[tuple[str, str, int], ...]:
+def _rows(job: TilingJob, network: TileNetwork, batch: int, mode: str) -> tuple[tuple[str, str, int], ...]:
     plan, channels = job.plan, job.channels
     on_device = network.device.type != "cpu"
     work = "device" if on_device else "host"
@@ -184,7 +184,7 @@ def _rows(job: Job, network: TileNetwork, batch: int, mode: str) -> tuple[tuple[
     return tuple((what, where, int(size)) for what, where, size in rows)
 
 
-def _advice(job: Job, network: TileNetwork, limit: int) -> str:
+def _advice(job: TilingJob, network: TileNetwork, limit: int) -> str:
     """What would fit: a smaller patch, or nothing."""
     way = SLABS if job.can_stream and not job.levels else MEMORY
     by_slabs = sum(size for _, where, size in _rows(job, network, 1, SLABS) if where == "host")

@@ -248,7 +248,7 @@ def by_ranks(
         if first + planes.shape[1] >= mine.stop:
             raise _Enough
 
-    shown = _Part(progress, mine.slabs * per_slab)
+    shown = _ShareOfProgress(progress, mine.slabs * per_slab)
     try:
         if mine.first < mine.stop:
             stream(
@@ -294,7 +294,7 @@ def _tell(parts: list[Share], plan: tiles.TilePlan, label: str) -> None:
         )
 
 
-class _Part:
+class _ShareOfProgress:
     """Progress of a part: another number of tiles than the whole plan has."""
 
     def __init__(self, shown: Progress, total: int) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastsrgan.config import MIN_SIZE
+from fastsrgan.core.system import free_memory
 from fastsrgan.errors import ModelError, ResourceError, out_of_memory
 from fastsrgan.infer import tiles
 from fastsrgan.infer.planes import Held, Source
@@ -163,7 +164,7 @@ class TileNetwork:
         self.fused = isinstance(generator, Generator) and type(generator).forward is Generator.forward
         self.residual = self.fused and generator.spec.residual  # type: ignore[union-attr]
         self.size = 1
-        self.compiled = self.fused and compiled.asked(compile, self.device)
+        self.compiled = self.fused and compiled.turned_on(compile, self.device)
         self._plain = head if self.fused else whole
         self._forward = fast_head(self.device, compile == "on") if self.compiled else self._plain
 
@@ -219,8 +220,7 @@ class TileNetwork:
         voxels = math.prod(plan.patch)
         if self.device.type == "cpu":
             return max(CPU_BATCH_VOXELS // voxels, 2 if voxels < LONE_TILE else 1)
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return max(1, min(int(CUDA_SHARE * free / self.bytes_of(plan.patch)), CUDA_MAX_BATCH))
+        return max(1, min(int(CUDA_SHARE * free_memory(self.device) / self.bytes_of(plan.patch)), CUDA_MAX_BATCH))
 
     def outputs(self, volume_XYZ: Tensor, plan: tiles.TilePlan, indices: Sequence[int]) -> Iterator[Tensor]:
         """Tiles ``indices`` through the network, batch by batch, in order; smaller ones once memory has run out.

@@ -246,6 +246,7 @@ class Unfinished:
 
 BLOCK = 16  # planes made at a time
 MAX_VOXELS = 2**31  # of the grid
+FAR = 1.25  # times the voxels that a network learned from
 GROWTH = 200  # times the image's voxels, unasked: 10 mm slices of 0.2 mm pixels give 50
 
 
@@ -409,6 +410,31 @@ def target_spacing(
         )
         raise InputError("image", reason, "correct the header, or say --new-resolution MM if the sizes are right")
     return wanted  # type: ignore[return-value]
+
+
+def own_grid(spacing_mm: Sequence[float], grid_mm: float | None) -> float | None:
+    """The voxel size that a network was trained on, where a scan's finest is more than a quarter larger; else None.
+
+    A cortex that is thinner than the network has ever seen, in voxels, is not segmented (decision 025).
+    """
+    return grid_mm if grid_mm is not None and min(spacing_mm) > FAR * grid_mm else None
+
+
+def masked(data_XYZ: np.ndarray, mask_XYZ: np.ndarray) -> np.ndarray:
+    """A copy of the scan in which all outside the mask is what air is: 0, or the lowest value where that is below.
+
+    Raises InputError for a mask of another size.
+    """
+    mask = np.asarray(mask_XYZ)
+    if mask.shape != data_XYZ.shape:
+        reason = f"has the shape {mask.shape}, the image {data_XYZ.shape}"
+        raise InputError("mask", reason, "a mask on the grid of the image")
+    return np.where(mask > 0, data_XYZ, min(data_XYZ.min(), data_XYZ.dtype.type(0)))
+
+
+def is_isotropic(spacing_mm: Sequence[float]) -> bool:
+    """Whether ``target_spacing``, unasked, is the image's own."""
+    return max(spacing_mm) <= min(spacing_mm) * (1 + SAME)
 
 
 def coarser(spacing_mm: Sequence[float], wanted_mm: Sequence[float]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -48,6 +48,8 @@ from fastsrgan.infer.values import (
 F = TypeVar("F", bound=Callable[..., Any])
 
 HEAD = "head"  # the mask that is found in the image itself
+KEEP, ZERO = "keep", "zero"  # of ``outside``
+OUTSIDE = (AUTO, KEEP, ZERO)
 ALWAYS, CHANGED, ELSEWHERE = "always", "changed", "elsewhere"
 SAME: Any = object()  # as the default of the field
 PAPER_STEP = 30
@@ -79,7 +81,7 @@ class Option:
     parse: Callable[[str], Any] | None = None
     nargs: str | None = None
     metavar: str | None = None
-    choices: Sequence[str] = ()
+    choices: Collection[str] = ()
     check: Callable[[Any], Any] | None = None
     instead: tuple[str, str, str] | None = None
     recorded: str = ALWAYS
@@ -107,8 +109,9 @@ class InferSettings:
         given: see ``on``
     budget : seconds for the tiles: ever denser steps, each twice as dense, down to ``step``, as long as they fit;
         see ``anytime``
-    new_resolution : voxel size of the result in mm: None, isotropic at the finest of the input's; one number; one per
-        stored axis; or "same", the input's own
+    new_resolution : voxel size of the result in mm: None, isotropic at the finest of the input's (of files the weights'
+        own size where the scan is much coarser, see ``planes.own_grid``); one number; one per stored axis; or "same",
+        the input's own
     geometry : "physical" keeps every structure where it was, on any orientation; "segsrgan" gives the original's
         numbers and its affine
     window : weight of a tile's voxels where tiles overlap, a name in ``values.WINDOWS``; "constant" is the paper's
@@ -123,6 +126,8 @@ class InferSettings:
     mask : (X, Y, Z) array, above zero where results are wanted (of files: the path of such an image), or "head": the
         box around what is brighter than air. Elsewhere SR is the interpolated image and the probabilities are 0; tiles
         that do not touch it are not computed
+    outside : what the network sees where a mask array is not above zero: "keep", the scan; "zero", nothing, as in
+        images of brains alone, and then SR is 0 there; "auto": of files what the weights were made for, else keep
     flips : "none", or axes of the image such as "x" or "xyz": the mean over all mirror images of each tile
     agree : make the result agree with the scan (see ``agreement``): "auto", with a weight by the scan's noise, in the
         physical geometry; "off", the network's own result; or the weight, above 0: the smaller, the more the scan
@@ -183,7 +188,7 @@ class InferSettings:
     )
     window: str = field(
         default="constant",
-        metadata=row("weights inside a tile (constant)", parse=str, choices=tuple(WINDOWS), reported=True),
+        metadata=row("weights inside a tile (constant)", parse=str, choices=WINDOWS, reported=True),
     )
     batch: str | int = field(
         default="auto",
@@ -232,6 +237,16 @@ class InferSettings:
             parse=str,
             metavar="FILE",
             instead=("--crop-to-head", HEAD, "compute only in the box around what is not air"),
+        ),
+    )
+    outside: str = field(
+        default=AUTO,
+        metadata=row(
+            "what the network sees outside --mask: the scan, or zero as in images of brains alone (auto: as the weights"
+            " were made)",
+            parse=str,
+            choices=OUTSIDE,
+            recorded=CHANGED,
         ),
     )
     flips: str = field(
@@ -388,7 +403,7 @@ class InferSettings:
         steps = tuple(edge // 2 if sparse else min(PAPER_STEP, edge // 2) for edge in edges)
         return replace(self, device=device, step=steps[0] if len(set(steps)) == 1 else steps)
 
-    def asked(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """The record of the options, by which another run tells whether it would do the same."""
         said = {}
         for name, row in options().items():
@@ -397,11 +412,11 @@ class InferSettings:
                 said[row.record_as or name] = value
         return said | {"mask": None if self.mask is None else str(self.mask)}
 
-    def differing(self, asked: Mapping[str, Any]) -> list[str]:
-        """Which options that decide about a result another record, as ``asked`` wrote it, has otherwise."""
+    def differing(self, record: Mapping[str, Any]) -> list[str]:
+        """Which options that decide about a result another record, as ``record`` wrote it, has otherwise."""
         unsaid = {row.record_as or name: _DEFAULTS[name] for name, row in options().items() if row.recorded == CHANGED}
         idle = {row.record_as or name for name, row in options().items() if not row.decides}
-        now, then = finite(self.asked()), dict(asked)
+        now, then = finite(self.record()), dict(record)
         return [
             key
             for key in {**now, **then, **unsaid}
@@ -470,7 +485,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                 default=_DEFAULTS[name] if row.typed is SAME else row.typed,
                 nargs=row.nargs,
                 metavar=row.metavar,
-                choices=row.choices or None,
+                choices=tuple(row.choices) or None,
                 help=row.help,
             )
         if row.instead:

@@ -35,11 +35,11 @@ CONSTANTS = 4  # distinct values whose tiles are kept
 NETWORK, CONSTANT, OUTSIDE = "network", "constant", "outside"
 
 
-class Stopped(Exception):
+class SweepStopped(Exception):
     """The one who watches a sweep wants no more of it."""
 
 
-class Run(NamedTuple):
+class TileRun(NamedTuple):
     """Consecutive tiles that are treated alike: through the network, of one value, or left out."""
 
     kind: str
@@ -148,20 +148,20 @@ class Sweep:
                 left -= len(some)
                 yield some, NETWORK
 
-    def _runs(self, volume_XYZ: Tensor, part: tiles.TilePlan, x: int) -> list[Run]:
+    def _runs(self, volume_XYZ: Tensor, part: tiles.TilePlan, x: int) -> list[TileRun]:
         """The tiles of a group by kind; its first plane is plane ``x`` of the padded volume."""
         starts = [torch.tensor(o, device=volume_XYZ.device) for o in part.origins]
         corners = []
         for ix, iy, iz in (starts, [o + p - 1 for o, p in zip(starts, part.patch, strict=True)]):
             corners.append(volume_XYZ[ix][:, iy][:, :, iz].flatten().tolist())
-        runs: list[Run] = []
+        runs: list[TileRun] = []
         for n, (value, other) in enumerate(zip(*corners, strict=True)):
             if self.region is not None and not self._inside(part, n, x):
-                run = Run(OUTSIDE, [n])
+                run = TileRun(OUTSIDE, [n])
             elif value == other and _is_constant(volume_XYZ, part, n):
-                run = Run(CONSTANT, [n], value)
+                run = TileRun(CONSTANT, [n], value)
             else:
-                run = Run(NETWORK, [n])
+                run = TileRun(NETWORK, [n])
             if runs and runs[-1][::2] == run[::2]:
                 runs[-1].indices.append(n)
             else:

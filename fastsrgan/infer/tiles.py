@@ -22,6 +22,7 @@ from fastsrgan.config import MIN_SIZE, SIZE_MULTIPLE
 from fastsrgan.core.kernels import Argument, launch, op, reference_only, runs_kernels, scalar
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer.values import WINDOWS, PerAxis, check_tile, per_axis
+from fastsrgan.volume.head import tissue_box, tissue_level
 
 PADDINGS = ("shift", "original")
 
@@ -92,7 +93,7 @@ def plan(shape_XYZ: Sequence[int], patch: PerAxis, step: int | Sequence[int], *,
         becomes one tile, mirrored up to the next multiple of 4 (at least 8), since instance norms see the whole tile.
         ``"original"``: zeros around the volume so that steps fit, ``step - (n - patch) % step`` of them, a whole step
         when they fitted already, the smaller half in front; with patch None up to a multiple of 4, plus 4 when it
-        already is one (SEGSRGAN.md section 5). An axis that this leaves shorter than the patch, where the original
+        already is one, as in the original. An axis that this leaves shorter than the patch, where the original
         fails, is padded to the patch.
 
     Raises
@@ -293,10 +294,7 @@ def divide_planes(planes_CnYZ: Tensor, x: int, sums: Sequence[Tensor]) -> None:
 
 # --- where results are wanted ---------------------------------------------------------------------------------------
 
-LEVEL = 0.1  # of the brightest voxels: above it is tissue, below it air and its noise
-SHARE = 0.002  # of a plane's voxels that must be tissue for the plane to belong to a head
-MARGIN_MM = 10.0  # around it
-SAMPLE = 10**6  # voxels that the brightness is found from
+MARGIN_MM = 10.0  # around a head
 
 
 @dataclass(frozen=True)
@@ -343,23 +341,10 @@ def from_box(low: Sequence[int], high: Sequence[int], index: Sequence[np.ndarray
 
 
 def head_box(data_XYZ: np.ndarray, spacing_mm: Sequence[float]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """First and last voxel, per axis, of the box around a head: planes with tissue in them, and 10 mm more.
-
-    Tissue is what exceeds a tenth of the brightest voxels (99.5th percentile of those above zero).
-    """
-    some = data_XYZ.reshape(-1)[:: max(1, data_XYZ.size // SAMPLE)] if data_XYZ.flags.c_contiguous else data_XYZ
-    some = some[some > 0]
-    level = LEVEL * float(np.percentile(some, 99.5)) if some.size else 0.0
-    counts = [np.zeros(n) for n in data_XYZ.shape]
-    for x, plane in enumerate(data_XYZ):
-        tissue = plane > level
-        counts[0][x] = tissue.sum()
-        counts[1] += tissue.sum(1)
-        counts[2] += tissue.sum(0)
-    low, high = [], []
-    for n, spacing, count in zip(data_XYZ.shape, spacing_mm, counts, strict=True):
-        (planes,) = np.nonzero(count >= max(1, SHARE * data_XYZ.size / n))
-        margin = round(MARGIN_MM / spacing)
-        low.append(max(0, int(planes[0]) - margin) if planes.size else 0)
-        high.append(min(n - 1, int(planes[-1]) + margin) if planes.size else n - 1)
-    return tuple(low), tuple(high)
+    """First and last voxel, per axis, of the box around a head: ``tissue_box`` and 10 mm more."""
+    low, high = tissue_box(data_XYZ, tissue_level(data_XYZ))
+    margins = [round(MARGIN_MM / spacing) for spacing in spacing_mm]
+    return (
+        tuple(max(0, a - margin) for a, margin in zip(low, margins, strict=True)),
+        tuple(min(n - 1, b + margin) for n, b, margin in zip(data_XYZ.shape, high, margins, strict=True)),
+    )

@@ -1,4 +1,4 @@
-"""One low-resolution volume in, super-resolution and segmentation out (paper section 2.5, DESIGN D12).
+"""One low-resolution volume in, super-resolution and segmentation out (paper section 2.5).
 
 normalise -> interpolate to the wanted grid -> dense overlapping tiles through the generator -> overlap-add -> undo
 """
@@ -23,11 +23,11 @@ from fastsrgan.core.system import pick_device
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer import anytime, modes, tiles
 from fastsrgan.infer.anytime import by_levels
-from fastsrgan.infer.memory import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, Job, MemoryPlan, plan_memory
+from fastsrgan.infer.memory import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, MemoryPlan, TilingJob, plan_memory
 from fastsrgan.infer.modes import Together, by_ranks, by_slabs, check_result, find_region, in_memory
 from fastsrgan.infer.network import Averaged, TileNetwork, average, deviations, members
-from fastsrgan.infer.planes import Interpolated, Prepared, Whole, coarser, target_spacing
-from fastsrgan.infer.settings import InferSettings, takes_options
+from fastsrgan.infer.planes import Interpolated, Prepared, Whole, coarser, masked, target_spacing
+from fastsrgan.infer.settings import ZERO, InferSettings, takes_options
 from fastsrgan.infer.sweep import GROUP_BATCHES
 from fastsrgan.infer.values import flip_axes
 from fastsrgan.model.arithmetic import pick_precision
@@ -129,6 +129,9 @@ def process(
     data, affine = _checked(data_XYZ, affine)
     where = pick_device(str(settings.device))
     settings = replace(settings.on(str(where)), precision=pick_precision(settings.precision, where))
+    alone = settings.outside == ZERO and isinstance(settings.mask, np.ndarray)
+    if alone:
+        data = masked(data, settings.mask)
     image = _prepared(data, affine, settings, interpolate, _shifted(generator, settings.geometry))
     region, what_region = find_region(settings.mask, data, image)
     image = replace(image, region=region)
@@ -168,11 +171,12 @@ def process(
         **settings.report(),
         "new_resolution": list(image.wanted),
         "layer_forms": choices.record(),
-        "region": what_region,
+        "region": {**what_region, "outside": ZERO} if alone else what_region,
         "shape": list(sr.shape),
         "tiles": len(plan),
         "tile": list(plan.patch),
         **({"intensity_shift": image.norm.shift} if image.norm.shift else {}),
+        **({"intensity_scale": image.norm.scale} if image.norm.top else {}),
         "processed_axes": list(image.turn.axes),
         "memory": memory.to_dict(),
         **({"flips": settings.flips, "networks": len(members(averaged))} if isinstance(averaged, Averaged) else {}),
@@ -217,7 +221,7 @@ def _prepared(
     spacing = spacing_of(affine)
     wanted = target_spacing(spacing, data.shape, settings.new_resolution)
     turn = Orientation() if original else processing_orientation(affine)
-    norm = normaliser(data, shifted=shifted)
+    norm = normaliser(data, shifted=shifted, robust=not original)
     source: Interpolated | Whole
     if interpolate is None:
         source = Interpolated(data, turn, norm, spacing, wanted, geometry)
@@ -272,7 +276,7 @@ def _memory(
     if together and batch == "auto":
         # A group of slabs is the least that a rank can do: here it is to be one slab.
         batch = min(counted.choose_batch(batch, plan), max(1, plan.grid[1] * plan.grid[2] // GROUP_BATCHES))
-    job = Job(
+    job = TilingJob(
         plan,
         counted.channels or 2,
         settings.window,

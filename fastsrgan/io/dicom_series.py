@@ -62,7 +62,7 @@ class Series:
 
 
 @dataclass
-class _Found:
+class _Listing:
     """What lies in a folder: series, files that cannot be read and do not say of which, how many are no images."""
 
     series: list[Series]
@@ -95,14 +95,14 @@ def series_of(path: str | os.PathLike) -> list[Series]:
     return _look(path).series
 
 
-def _look(path: str | os.PathLike) -> _Found:
+def _look(path: str | os.PathLike) -> _Listing:
     path = Path(path)
     if not path.exists():
         raise no_such_file(path)
     folder = path if path.is_dir() else path.parent
     own = None if path.is_dir() else read_frames(path, wanted=True)
     if own and len(own) > 1:
-        return _Found(_grouped(own, []))
+        return _Listing(_grouped(own, []))
     names = sorted(folder.iterdir()) if own else sorted(walk_files(folder))
     frames: list[Frame] = []
     broken: list[DamagedFile] = []
@@ -134,7 +134,7 @@ def _look(path: str | os.PathLike) -> _Found:
         some = ", ".join(str(name.relative_to(folder)) for name in others[:NAMED])
         more_of = ", ..." * (len(others) > NAMED)
         log.info("%s: %d files are no DICOM images and left out: %s%s", path, len(others), some, more_of)
-    return _Found(found, [b for b in broken if b.uid not in known], others)
+    return _Listing(found, [b for b in broken if b.uid not in known], others)
 
 
 def _size(path: Path) -> int:
@@ -188,7 +188,7 @@ def _names(found: Sequence[Series], root: Path) -> list[str]:
     return [s.apart(root) if same[s.number, s.description] > 1 else str(s) for s in found]
 
 
-def _whole(path: str | os.PathLike, chosen: Series, look: _Found, series: str | None) -> Series:
+def _whole(path: str | os.PathLike, chosen: Series, look: _Listing, series: str | None) -> Series:
     """The series, if no file of it is lost. A file that does not say of which series it is may be one, unless the user
     named the series: then it is a warning."""
     lost = [*chosen.damaged, *(b for b in look.damaged if series is None and not b.uid)]

@@ -30,6 +30,7 @@ from fastsrgan.volume.placement import orientation_onto
 PathLike = str | os.PathLike
 
 MAX_VOXELS = 2**31
+LABEL_INTENT = 1002  # NIFTI_INTENT_LABEL
 _INTEGER_TOLERANCE = 1e-3  # of a label value, for labels stored as scaled integers
 
 
@@ -56,7 +57,7 @@ def load(path: PathLike, *, volume: int | None = None, max_voxels: int = MAX_VOX
     file = examine(path, max_voxels)
     index = file.pick(volume)
     data = _allocate(file, dtype)
-    tally = _Tally()
+    tally = _VoxelTally()
     for part, chunk in _pieces(data, file, index):
         file.scale(chunk, part)
         tally.clean(part, chunk)
@@ -80,7 +81,7 @@ def load_stored(
     index = file.pick(volume)
     integer = file.dtype.kind in "iu"
     data = _allocate(file, file.dtype.newbyteorder("=") if integer else np.float32)
-    tally = _Tally()
+    tally = _VoxelTally()
     for part, chunk in _pieces(data, file, index):
         if integer:
             part[...] = chunk
@@ -161,6 +162,7 @@ def save(
     description: str = "fastsrgan",
     code: int = 1,
     scaling: tuple[float, float] = (1.0, 0.0),
+    intent: str = "",
 ) -> Path:
     """Write a NIfTI image, whole or not at all; NIfTI-2 where a dimension exceeds NIfTI-1.
 
@@ -174,6 +176,7 @@ def save(
     units : "mm", "meter" or "micron"
     code : what the world is (NIfTI xform code): 1 scanner, 2 aligned, 3 Talairach, 4 MNI, 5 template
     scaling : slope and intercept of the header; what is stored is (data - intercept) / slope
+    intent : name of the structure of a segmentation, which gives the image the intent of labels; 15 characters fit
 
     Raises
     ------
@@ -189,6 +192,8 @@ def save(
         raise ValueError(f"{affine.tolist()} is no affine")
     stored = _storable(np.dtype(data.dtype if dtype is None else dtype))
     header = _header(data.shape, affine, stored, units, description, code)
+    if intent:
+        header["intent_code"], header["intent_name"] = LABEL_INTENT, intent.encode("ascii", "replace")[:15]
     if scaling != (1, 0):
         header["scl_slope"], header["scl_inter"] = scaling
         # The header holds them in float32: what is read back is scaled with those.
@@ -251,7 +256,7 @@ def sha256(path: PathLike) -> str:
 
 
 @dataclass
-class _Tally:
+class _VoxelTally:
     """What the voxels were like, in the unit of the array that is cleaned."""
 
     bad: int = 0
@@ -289,7 +294,7 @@ def _pieces(data: np.ndarray, file: NiftiFile, index: int) -> Iterator[tuple[np.
         at += chunk.size
 
 
-def _volume(file: NiftiFile, index: int, data: np.ndarray, tally: _Tally, slope: float, inter: float) -> Volume:
+def _volume(file: NiftiFile, index: int, data: np.ndarray, tally: _VoxelTally, slope: float, inter: float) -> Volume:
     beyond = f"beyond the range of {8 * data.itemsize}-bit floats"
     if tally.bad == data.size:
         what = beyond if tally.beyond else "NaN or infinite"

@@ -47,7 +47,7 @@ TABLE, FIGURES, PICTURE, PAGE = OWN
 def check_place(path: PathLike, inputs: Iterable[PathLike], kind: str) -> Path:
     """Make sure, before any work, that a file of one of the kinds ``OWN`` may be written to ``path``.
 
-    Raises UsageError for one of the ``inputs`` and for a file of another kind; and as ``runtime.output_file`` does.
+    Raises UsageError for one of the ``inputs`` and for a file of another kind; and as ``core.files.output_file`` does.
     """
     keep_inputs(path, inputs)
     path = output_file(path)

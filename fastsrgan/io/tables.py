@@ -1,7 +1,7 @@
 """The tables that name a user's files: the original's training CSV and its list of images to apply a model to.
 
 A training table has the columns ``HR_image``, ``Label_image``, ``Base`` (``Train`` or ``Test``) and, where masks are
-used, ``Mask_image`` (SEGSRGAN.md section 4); ``Label_classes`` says which values of a label map are the structure
+used, ``Mask_image``, as in the original; ``Label_classes`` says which values of a label map are the structure
 (`labels.structure`). Comma, semicolon and tab are taken as separators, a byte-order mark and
 any line end are accepted, blank lines are skipped, other columns are ignored.
 """
@@ -46,7 +46,7 @@ Fault = tuple[int, str | FastsrganError]  # line, what is wrong there
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One subject of a table: its line in the file, absolute paths, the split, and the name it has in a store.
 
     ``image`` is the map of tissues where the table names no image, and ``has_image`` False.
@@ -63,7 +63,7 @@ class Row:
     classes: str = ""
 
 
-def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, need_label: bool = True) -> list[Row]:
+def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, need_label: bool = True) -> list[TableRow]:
     """Read and check a training table; every fault of every row is collected first.
 
     Parameters
@@ -85,7 +85,7 @@ def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, nee
     faults = _header_faults(header, need_label)
     if faults:
         raise table_error(csv_path, faults)
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     missing = 0
     for line, cells in records[1:]:
         cells = [cell.strip() for cell in cells]
@@ -300,7 +300,7 @@ def instead(name: str, header: list[str], known: Collection[str] = COLUMNS) -> s
 
 def _row(
     line: int, values: dict[str, str], csv_path: Path, base_path: str | None, need_label: bool
-) -> tuple[Row | None, list[str]]:
+) -> tuple[TableRow | None, list[str]]:
     faults, paths = [], {}
     synthetic = (
         bool(values.get("Tissue_image")) and need_label
@@ -328,7 +328,7 @@ def _row(
     if image is None:
         return None, faults
     classes = values.get("Label_classes", "")
-    return Row(line, image, label, mask, base, "", tissues, "HR_image" in paths, classes), faults
+    return TableRow(line, image, label, mask, base, "", tissues, "HR_image" in paths, classes), faults
 
 
 def _locate(text: str, table: Path, base_path: str | None) -> Path:
@@ -344,10 +344,10 @@ def _locate(text: str, table: Path, base_path: str | None) -> Path:
     return Path(os.path.abspath(next((c for c in candidates if os.path.exists(c)), candidates[0])))
 
 
-def _repetitions(rows: list[Row]) -> list[tuple[int, str]]:
+def _repetitions(rows: list[TableRow]) -> list[tuple[int, str]]:
     """Images named twice, and subjects that would be trained on and tested on. One fault a row is enough."""
     faults: list[tuple[int, str]] = []
-    first: dict[tuple[str, str], Row] = {}
+    first: dict[tuple[str, str], TableRow] = {}
     for row in (row for row in rows if row.base in SPLITS):
         keys = [("HR_image", os.path.realpath(row.image), row.image.name)]
         if row.label and row.label != row.image:

@@ -1,9 +1,9 @@
-"""torch.compile and CUDA graphs for the parts of a training step and for tiles, with one switch (DESIGN D13).
+"""torch.compile and CUDA graphs for the parts of a training step and for tiles, with one switch.
 
-Compiled are the generator on a batch of tiles (tile_network.py) and three functions of a training step: the critic's
+Compiled are the generator on a batch of tiles (infer/network.py) and three functions of a training step: the critic's
 gradients, the generator's loss (with its backward pass) and the generator's forward pass without gradients. All have
 static shapes and never wait for the device. tests/test_compiled.py traces them whole, without graph breaks, with the
-backends that run on a CPU. None of this has run on a GPU yet.
+backends that run on a CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger("fastsrgan")
 SEEN_RIGHT: frozenset[tuple[int, int]] = frozenset()
 
 
-def asked(setting: str, device: torch.device) -> bool:
+def turned_on(setting: str, device: torch.device) -> bool:
     """Whether a ``compile`` setting asks for it on a device: "auto" is the CUDA devices of ``SEEN_RIGHT``."""
     if setting != "auto":
         return setting == "on"
@@ -40,7 +40,7 @@ def wanted(config: TrainConfig, device: torch.device) -> bool:
         if config.compile == "on":
             raise ResourceError("--compile", "double backward cannot be compiled", "--penalty manual, or --compile off")
         return False
-    return asked(config.compile, device)
+    return turned_on(config.compile, device)
 
 
 def compiled(function: Callable, config: TrainConfig, device: torch.device, backend: Any = "inductor") -> Callable:

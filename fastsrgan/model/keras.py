@@ -27,7 +27,7 @@ from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import ModelError
 from fastsrgan.model.networks import (
     MAX_FILE,
-    N_BLOCKS,
+    NETWORKS,
     CriticSpec,
     GeneratorSpec,
     check_finite,
@@ -45,7 +45,6 @@ MAX_SLACK = 16 * 2**20  # bytes of a file beside its weights: names, attributes,
 MAX_INFLATION = 20  # declared bytes over file bytes; random weights do not compress
 KNOWN_FILTERS = (h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32)
 
-_GENERATOR = re.compile(r"G(_unet)?(_cond)?(_nn_residual)?")
 _CRITIC = re.compile(r"DX(_cond)?")
 _LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link to another file"}
 _TO_TORCH, _TO_KERAS = (4, 3, 0, 1, 2), (2, 3, 4, 1, 0)
@@ -61,7 +60,22 @@ def group_name(spec: Spec) -> str:
     """The root group that holds a network."""
     if isinstance(spec, CriticSpec):
         return "DX" + "_cond" * spec.conditional
-    return "G" + "_unet" * (spec.network == "unet") + "_cond" * spec.conditional + "_nn_residual" * (not spec.residual)
+    kind = NETWORKS[spec.network].keras
+    if kind is None:
+        raise ModelError(
+            "network", f"the original has no network {spec.network!r}", "safetensors files hold every network"
+        )
+    return f"G{kind}" + "_cond" * spec.conditional + "_nn_residual" * (not spec.residual)
+
+
+def _kinds() -> dict[str, str]:
+    """What the original appends to a generator's name -> network."""
+    return {entry.keras: name for name, entry in NETWORKS.items() if entry.keras is not None}
+
+
+def _generator_group(name: str) -> re.Match[str] | None:
+    kinds = "|".join(map(re.escape, sorted(_kinds(), key=len, reverse=True)))
+    return re.fullmatch(f"G({kinds})(_cond)?(_nn_residual)?", name)
 
 
 def input_names(spec: GeneratorSpec) -> list[str]:
@@ -78,16 +92,8 @@ def weight_names(spec: Spec) -> dict[str, str]:
             names[f"convs.{i}"] = f"{prefix}_conv_dis_{i + 1}/kernel:0"
             names[f"biases.{i}"] = f"{prefix}_conv_dis_{i + 1}/bias:0"
         return {**names, "decision": "dis_decision/kernel:0"}
-    labels = {"stem": "conv1", "down1": "conv2", "down2": "conv3", "up1": "deconv1", "up2": "deconv2"}
-    if spec.network == "unet":
-        order = ["stem", "blocks.0", "down1", "blocks.1", "down2", "blocks.2", "up1", "up2"]
-        labels |= {"blocks.0": "block", "blocks.1": "block1", "blocks.2": "block2"}
-    else:
-        order = ["stem", "down1", "down2", *(f"blocks.{i}" for i in range(N_BLOCKS)), "up1", "up2"]
-        labels |= {f"blocks.{i}": f"block{i + 1}" for i in range(N_BLOCKS)}
     names = {}
-    for stage in order:
-        label = labels[stage]
+    for stage, label in NETWORKS[spec.network].stages.items():
         layers = [(stage, f"{stage}_norm", label, f"isnorm_{label}")]
         if stage.startswith("blocks."):
             layers = [
@@ -166,7 +172,7 @@ def _networks(path: Path, file: h5py.h5f.FileID) -> dict[str, _Network]:
         if not isinstance(item, h5g.GroupID):
             raise ModelError(path, f"{name[:80]!r} stands at the root", KERAS_FILE)
         groups[name] = _layers(path, item, name)
-    generators = [g for g in groups if _GENERATOR.fullmatch(g)]
+    generators = [g for g in groups if _generator_group(g)]
     critics = [g for g in groups if _CRITIC.fullmatch(g)]
     others = [g for g in groups if g not in generators + critics and groups[g]]
     if len(generators) != 1 or len(critics) > 1 or others:
@@ -226,14 +232,14 @@ def _kernel_axes(path: Path, layers: Layers, name: str, size: int) -> tuple[int,
 
 
 def _generator_spec(path: Path, group: str, layers: Layers) -> GeneratorSpec:
-    unet, cond, plain = _GENERATOR.fullmatch(group).groups()  # type: ignore[union-attr]
+    kind, cond, plain = _generator_group(group).groups()  # type: ignore[union-attr]
     inputs, kernel = _kernel_axes(path, layers, f"{group}_gen_conv1/kernel:0", 7)
     outputs = _kernel_axes(path, layers, f"{group}_gen_1conv/kernel:0", 7)[1]
     if inputs != 1 + bool(cond):
         raise ModelError(path, f"layer {group}_gen_conv1 has {inputs} inputs", f"group {group} has {1 + bool(cond)}")
     if outputs < 2:
         raise ModelError(path, f"layer {group}_gen_1conv has {outputs} outputs", "at least 2: image and segmentation")
-    spec = GeneratorSpec("unet" if unet else "plain", kernel, plain is None, bool(cond), outputs - 2)
+    spec = GeneratorSpec(_kinds()[kind], kernel, plain is None, bool(cond), outputs - 2)
     check_limits(path, spec)
     return spec
 

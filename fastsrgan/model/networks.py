@@ -44,7 +44,7 @@ FLAT = 2.0**-23  # of the image maximum: float32's resolution there
 class GeneratorSpec:
     """What fixes a generator's architecture; stored beside its weights.
 
-    network : "plain" (the paper's) or "unet"
+    network : a name in ``NETWORKS``
     kernel : channels of the first convolution (the original's kernel_gen)
     residual : output channel 0 is input - head instead of the head alone
     conditional : a second input channel holds the slice resolution in mm
@@ -64,8 +64,8 @@ class GeneratorSpec:
     shifted: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.network not in GENERATORS:
-            raise ModelError("network", f"unknown generator {self.network[:40]!r}", f"one of {', '.join(GENERATORS)}")
+        if self.network not in NETWORKS:
+            raise ModelError("network", f"unknown generator {self.network[:40]!r}", f"one of {', '.join(NETWORKS)}")
         if self.kernel < 1 or self.mask_classes < 0:
             raise ModelError(
                 "network", f"kernel {self.kernel}, mask_classes {self.mask_classes}", "kernel >= 1, classes >= 0"
@@ -223,7 +223,39 @@ class UNetGenerator(Generator):
         return conv7_reflect(self.features(x), self.head, self.form)
 
 
-GENERATORS: dict[str, type[Generator]] = {"plain": Generator, "unet": UNetGenerator}
+@dataclass(frozen=True)
+class Architecture:
+    """A network in ``NETWORKS``.
+
+    build : its class
+    keras : what the original's weight files append to a generator's name; None: the original has no such network
+    stages : stage of the network -> the original's name of it, in its order of creation, without the head
+    legacy : the original's published weights are of this kind where they are conditional and residual
+    """
+
+    build: type[Generator]
+    keras: str | None = None
+    stages: Mapping[str, str] = field(default_factory=dict)
+    legacy: bool = False
+
+
+# A new network is a class and an entry here; config.py names the entries, since the command line starts without torch.
+NETWORKS: dict[str, Architecture] = {
+    "plain": Architecture(
+        Generator,
+        "",
+        {"stem": "conv1", "down1": "conv2", "down2": "conv3"}
+        | {f"blocks.{i}": f"block{i + 1}" for i in range(N_BLOCKS)}
+        | {"up1": "deconv1", "up2": "deconv2"},
+    ),
+    "unet": Architecture(
+        UNetGenerator,
+        "_unet",
+        {"stem": "conv1", "blocks.0": "block", "down1": "conv2", "blocks.1": "block1", "down2": "conv3"}
+        | {"blocks.2": "block2", "up1": "deconv1", "up2": "deconv2"},
+        legacy=True,
+    ),
+}
 
 
 def each(part: Callable[[Tensor, Tensor], Tensor], x: Tensor, flat: Tensor) -> Tensor:
@@ -234,7 +266,7 @@ def each(part: Callable[[Tensor, Tensor], Tensor], x: Tensor, flat: Tensor) -> T
 
 def build_generator(spec: GeneratorSpec, form: str = "fast", seed: int = 0) -> Generator:
     """A freshly initialised generator (lecun_normal, keyed by ``seed``)."""
-    return GENERATORS[spec.network](spec, form, seed)
+    return NETWORKS[spec.network].build(spec, form, seed)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from fastsrgan.core.files import is_special, output_file, url_of
 from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.model import checkpoint
 from fastsrgan.model import safetensors as modelfile
-from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, assemble, parameter_shapes
+from fastsrgan.model.networks import NETWORKS, Critic, CriticSpec, Generator, GeneratorSpec, assemble, parameter_shapes
+from fastsrgan.model.purpose import MADE_FOR, MODELS, Purpose
 
 log = logging.getLogger("fastsrgan")
 
@@ -28,28 +29,6 @@ HDF5 = b"\x89HDF\r\n\x1a\n"  # first bytes; h5py is loaded for such files only
 SHIPPED = Path(__file__).parent.parent / "models"
 
 
-@dataclass(frozen=True)
-class ShippedModel:
-    """A model of the package: its file, the structure that it segments, and the images that it was made for."""
-
-    file: str
-    structure: str
-    made_for: str
-
-
-# Names that stand for a path wherever weights are asked for. The first is the default.
-MODELS = {
-    "adult": ShippedModel(
-        "segsrgan-k8-synthetic-heads.safetensors",
-        "grey matter",
-        "whole adult heads of T1-like contrast, made from one template",
-    ),
-    "perinatal": ShippedModel(
-        "segsrgan-k8-perinatal.safetensors",
-        "cortical grey matter",
-        "T2-weighted brains before and about birth, 0.5 to 1.1 mm in plane, slice ratio 2 to 6.5",
-    ),
-}
 DEFAULT = next(iter(MODELS))
 LEGACY_NOTE = (
     "residual conditional U-Net: SegSRGAN 2.2.4 subtracted from image and resolution alike and gave three channels;"
@@ -60,7 +39,7 @@ _PICKLES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".joblib"}
 
 
 @dataclass(frozen=True)
-class _Source:
+class _WeightFile:
     """A file that holds weights: ``kind`` is "keras", "safetensors" or "checkpoint"."""
 
     file: Path
@@ -76,7 +55,7 @@ def load_generator(path: str | os.PathLike = DEFAULT, form: str = "fast", *, ema
     Parameters
     ----------
     path : Keras HDF5 of the original (any name), safetensors, a snapshot folder of a training, a run folder, of
-        which the newest undamaged snapshot is taken, or the name of a model of the package (``MODELS``)
+        which the newest undamaged snapshot is taken, or the name of a model of the package, "adult" or "perinatal"
     form : "fast" or "reference", see fastsrgan.model.layers
     ema : take the moving average of the generator where the file holds one
 
@@ -111,7 +90,7 @@ def info(path: str | os.PathLike) -> dict[str, Any]:
 
     Keys: ``path``, ``file`` (the file inside a folder), ``kind`` ("keras", "safetensors" or "checkpoint"), ``bytes``,
     ``sha256``, ``generator`` and ``critic`` (specs; critic may be None), ``parameters`` and ``critic_parameters``
-    (counts), ``ema``, ``card``, ``notes`` (list of sentences).
+    (counts), ``ema``, ``card``, ``made_for`` (see ``purpose``), ``notes`` (list of sentences).
     """
     source = _resolve(path)
     header = _header(source)
@@ -127,6 +106,7 @@ def info(path: str | os.PathLike) -> dict[str, Any]:
         "critic_parameters": _count(header.critic) if header.critic else 0,
         "ema": header.ema,
         "card": header.card,
+        "made_for": _purpose(source, header).to_dict(),
         "notes": [LEGACY_NOTE] if source.kind == "keras" and _is_legacy(header.generator) else [],
     }
 
@@ -142,14 +122,22 @@ def damaged(run: Path) -> list[str]:
     return problems
 
 
+def purpose(path: str | os.PathLike) -> Purpose:
+    """What weights were made for, by their card; of the package's own models by ``MODELS``.
+
+    Raises ModelError as ``load_generator`` does.
+    """
+    source = _resolve(path)
+    return _purpose(source, _header(source))
+
+
 def default_weights() -> Path:
-    """The model of the package that is taken where none is named; one log line says which and what it was made for.
+    """The first model of the package; one log line says which and what it was made for.
 
     Raises ModelError where its file is missing, as in a checkout whose models were removed.
     """
-    model = MODELS[DEFAULT]
     others = ", ".join(name for name in MODELS if name != DEFAULT)
-    log.info("weights: %s (%s of %s); others: %s", DEFAULT, model.structure, model.made_for, others)
+    log.info("weights: %s (%s); others: %s", DEFAULT, MODELS[DEFAULT].purpose.line(), others)
     return shipped(DEFAULT)
 
 
@@ -224,7 +212,14 @@ def _free(target: str | os.PathLike, overwrite: bool) -> Path:
 # --- sources ------------------------------------------------------------------------------------------------------
 
 
-def _header(source: _Source) -> modelfile.ModelHeader:
+def _purpose(source: _WeightFile, header: modelfile.ModelHeader) -> Purpose:
+    for model in MODELS.values():
+        if source.file == SHIPPED / model.file:
+            return model.purpose
+    return Purpose.of(header.card.get(MADE_FOR))
+
+
+def _header(source: _WeightFile) -> modelfile.ModelHeader:
     if source.kind == "keras":
         from fastsrgan.model import keras as keras_h5
 
@@ -232,7 +227,7 @@ def _header(source: _Source) -> modelfile.ModelHeader:
     return modelfile.read_header(source.file)
 
 
-def _parameters(source: _Source, part: str) -> tuple[Any, dict[str, Tensor]]:
+def _parameters(source: _WeightFile, part: str) -> tuple[Any, dict[str, Tensor]]:
     if source.kind != "keras":
         return modelfile.read_parameters(source.file, part)
     from fastsrgan.model import keras as keras_h5
@@ -240,7 +235,7 @@ def _parameters(source: _Source, part: str) -> tuple[Any, dict[str, Tensor]]:
     return keras_h5.read_parameters(source.file, part)
 
 
-def _generator_parameters(source: _Source, ema: bool) -> tuple[GeneratorSpec, dict[str, Tensor]]:
+def _generator_parameters(source: _WeightFile, ema: bool) -> tuple[GeneratorSpec, dict[str, Tensor]]:
     if source.kind != "keras" and ema and _header(source).ema:
         return _parameters(source, "ema")
     spec, parameters = _parameters(source, "generator")
@@ -250,20 +245,22 @@ def _generator_parameters(source: _Source, ema: bool) -> tuple[GeneratorSpec, di
 
 
 def _is_legacy(spec: GeneratorSpec) -> bool:
-    return spec.network == "unet" and spec.conditional and spec.residual
+    return NETWORKS[spec.network].legacy and spec.conditional and spec.residual
 
 
 def _count(spec: GeneratorSpec | CriticSpec) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(spec).values())
 
 
-def _resolve(path: str | os.PathLike) -> _Source:
+def _resolve(path: str | os.PathLike) -> _WeightFile:
     # A file or folder of that name comes first: it is what a path means everywhere else.
     path = shipped(str(path)) if str(path) in MODELS and not os.path.lexists(path) else Path(path)
     if os.path.isdir(path):
         lone = (path / checkpoint.MANIFEST).is_file()
-        return _Source(checkpoint.verified(path if lone else checkpoint.newest(path), checkpoint.MODEL), "checkpoint")
-    return _Source(path, _sniff(path))
+        return _WeightFile(
+            checkpoint.verified(path if lone else checkpoint.newest(path), checkpoint.MODEL), "checkpoint"
+        )
+    return _WeightFile(path, _sniff(path))
 
 
 def _sniff(path: Path) -> str:

@@ -1,29 +1,35 @@
-"""What clinical scans add to thick slices, each off by default: a bias field and motion between slices.
+"""What clinical scans add to thick slices, one entry of ``ARTEFACTS`` each: a bias field, motion, Gibbs ringing.
 
-Both are a pair: ``draw_*`` makes the parameters from a key, ``apply_*`` uses them and is deterministic. The two other
-extras are one number each and live with what they change: Rician noise in ``intensity.add_noise``, the width of the
-slice profile in ``resample.degrade_matrix``. Decision 013 says what each models and what it leaves out.
+Each is a pair: ``draw_*`` makes the parameters from a key, ``apply_*`` uses them and is deterministic. What is one
+number lives with what it changes: Rician noise in ``intensity.add_noise``, the width of the slice profile in
+``resample.degrade_matrix``. Decision 013 says what each models and what it leaves out. A new artefact is another entry.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastsrgan.core.draws import rng
 from fastsrgan.core.threads import run_each
+from fastsrgan.errors import UsageError
 from fastsrgan.volume.intensity import each_piece
-from fastsrgan.volume.resample import apply_axes, spline_coefficients
+from fastsrgan.volume.resample import Matrix, apply_axes, spline_coefficients
 
 KNOTS = 4  # control points per axis of a bias field: cubic along each axis
+Key = tuple[int | str, ...]
 
 
 # --- bias field ---------------------------------------------------------------------------------------------------
 
 
-def draw_bias(key: tuple[int | str, ...], largest: float) -> np.ndarray:
+def draw_bias(key: Key, largest: float) -> np.ndarray:
     """Control points of a log field: (4, 4, 4) uniform in [-largest, largest]."""
     return largest * rng(int(key[0]), *key[1:], "bias").uniform(-1, 1, (KNOTS,) * 3)
 
@@ -61,7 +67,7 @@ def apply_bias(
 # --- motion between slices ----------------------------------------------------------------------------------------
 
 
-def draw_motion(key: tuple[int | str, ...], slices: int, sd: float) -> np.ndarray:
+def draw_motion(key: Key, slices: int, sd: float) -> np.ndarray:
     """(slices, 3) pose of the head during each slice: two translations in mm, one rotation in degrees, all N(0, sd^2)
     and less their mean, so that the stack as a whole stays where the truth is."""
     poses = sd * rng(int(key[0]), *key[1:], "motion").standard_normal((slices, 3))
@@ -128,3 +134,130 @@ def _taps(at: torch.Tensor, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     outer = (1 - t) ** 3 / 6
     pairs = [(1 - both, left - outer / (1 - both)), (both, left + 1 + right / both)]
     return [(weight, (2 * where + 1) / n - 1) for weight, where in pairs]
+
+
+# --- Gibbs ringing ------------------------------------------------------------------------------------------------
+
+
+def draw_truncation(key: Key, largest: float) -> float:
+    """Share of the spatial frequencies along each axis of the slices that is not acquired: uniform in [0, largest]."""
+    return largest * rng(int(key[0]), *key[1:], "gibbs").random()
+
+
+@functools.lru_cache(maxsize=64)
+def truncation_matrix(n: int, share: float) -> Matrix:
+    """(n, n) the periodic low pass that keeps the lowest frequencies, all but ``share`` of them; None keeps them all.
+
+    A projection, symmetric and circulant: the Dirichlet kernel, whose lobes are the ringing beside an edge.
+    """
+    kept = math.floor((1 - share) * n / 2)
+    if kept >= n // 2:
+        return None
+    at = np.arange(n)
+    kernel = (1 + 2 * np.cos(2 * np.pi * np.outer(at, np.arange(1, kept + 1)) / n).sum(1)) / n
+    return kernel[(at[:, None] - at) % n]
+
+
+def apply_truncation(low_res: torch.Tensor, share: float, axis: int = 2) -> torch.Tensor:
+    """Slices as reconstructed from a k-space that is cut off in their plane and filled with zeros, their magnitude.
+
+    Parameters
+    ----------
+    low_res : (x, y, z) float32, its slices across ``axis``
+    share : of ``draw_truncation``
+
+    Returns
+    -------
+    A new tensor. Edges ring by 9 % of their height (the Wilbraham-Gibbs constant) at any ``share``, which sets how wide
+    the lobes are. Ringing through the plane is not modelled: 2-D slices have none.
+    """
+    matrices = [None if d == axis else truncation_matrix(n, share) for d, n in enumerate(low_res.shape)]
+    return apply_axes(low_res, matrices).abs().contiguous()
+
+
+# --- the registry -------------------------------------------------------------------------------------------------
+
+IMAGE, SLICES, SCAN = "image", "slices", "scan"
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """An entry.
+
+    stage : what it changes, and with what ``apply`` is called behind the part and the parameters:
+        ``IMAGE``, planes of the high-resolution image before all else, so that the truth carries it too:
+        (shape of the whole, axis, first plane along it);
+        ``SLICES``, slices once they are formed, before decimation within them; parameters have a row for each slice:
+        (spacing in mm, axis across the slices);
+        ``SCAN``, the whole low-resolution image before contrast and noise: (axis across the slices)
+    draw : (key, amount, number of slices) -> parameters, a function of the key alone
+    amount : what its amount means, for documentation
+    below : amounts are from 0, which is off, up to this
+    """
+
+    stage: str
+    draw: Callable[[Key, float, int], Any]
+    apply: Callable[..., torch.Tensor]
+    amount: str
+    below: float = math.inf
+
+
+ARTEFACTS: dict[str, Artefact] = {
+    "bias_field": Artefact(
+        IMAGE,
+        lambda key, amount, slices: draw_bias(key, amount),
+        apply_bias,
+        "largest log amplitude of a smooth bias field",
+        below=5,
+    ),
+    "motion": Artefact(
+        SLICES,
+        lambda key, amount, slices: draw_motion(key, slices, amount),
+        apply_motion,
+        "sd in mm and degrees of motion between slices",
+    ),
+    "gibbs": Artefact(
+        SCAN,
+        lambda key, amount, slices: draw_truncation(key, amount),
+        apply_truncation,
+        "largest share of the spatial frequencies in the plane that is not acquired, which makes edges ring",
+        below=0.9,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An artefact with its parameters."""
+
+    artefact: Artefact
+    parameters: Any
+
+    def __call__(self, part: torch.Tensor, *where: Any) -> torch.Tensor:
+        return self.artefact.apply(part, self.parameters, *where)
+
+    def rows(self, first: int, last: int) -> Drawn:
+        """Of some slices."""
+        return Drawn(self.artefact, self.parameters[first:last])
+
+
+def check_amounts(amounts: Mapping[str, float]) -> None:
+    """Raise UsageError for an artefact that does not exist and an amount that is not allowed."""
+    for name, amount in amounts.items():
+        if name not in ARTEFACTS:
+            raise UsageError("artefacts", f"{name!r} is not known", f"one of {', '.join(ARTEFACTS)}")
+        below = ARTEFACTS[name].below
+        if not 0 <= amount <= below or amount == math.inf:
+            hint = "0 or above" if below == math.inf else f"from 0 up to {below:g}"
+            raise UsageError(name, f"{amount} is not allowed", hint)
+
+
+def drawn(key: Key, amounts: Mapping[str, float], slices: int) -> dict[str, list[Drawn]]:
+    """Stage -> the artefacts of it that are on, in the order of ``ARTEFACTS``; each is drawn under its own name, so
+    none depends on which others are on. Raises as ``check_amounts``."""
+    check_amounts(amounts)
+    stages: dict[str, list[Drawn]] = {IMAGE: [], SLICES: [], SCAN: []}
+    for name, artefact in ARTEFACTS.items():
+        if amounts.get(name):
+            stages[artefact.stage].append(Drawn(artefact, artefact.draw(key, amounts[name], slices)))
+    return stages

@@ -1,23 +1,25 @@
-"""From a high-resolution image to what a scanner with thick slices would have seen (paper eq. 1; DESIGN D1-D3).
+"""From a high-resolution image to what a scanner with thick slices would have seen (paper eq. 1; decision 001).
 
-Order of the original (SEGSRGAN.md section 1): blur and decimate, contrast power on both images, noise on the
+Order of the original: blur and decimate, contrast power on both images, noise on the
 low-resolution one, clip at 0, divide both by the low-resolution maximum, interpolate back to the high-resolution grid.
-The extras keep it: the bias field multiplies the image before everything, motion moves each slice once it is formed
-and before decimation within slices, the profile's width is part of the blur, Rician noise takes the place of Gaussian.
+The extras keep it: each of ``ARTEFACTS`` has its stage, the profile's width is part of the blur, Rician noise takes the
+place of Gaussian.
 ``draw`` makes the random parameters from a key, ``apply`` uses them and is deterministic.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from fastsrgan.config import CHOICES
 from fastsrgan.core.draws import rng
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.observation.artefacts import draw_bias, draw_motion
-from fastsrgan.observation.slabs import Region, Source, acquire, interpolate, plan, truth
+from fastsrgan.observation.artefacts import IMAGE, SCAN, SLICES, check_amounts, drawn
+from fastsrgan.observation.slabs import Region, SharpImage, acquire, interpolate, plan, truth
 from fastsrgan.volume.intensity import add_noise, contrast_power, each_piece, largest
 from fastsrgan.volume.resample import (
     Matrix,
@@ -32,8 +34,6 @@ from fastsrgan.volume.resample import (
 )
 from fastsrgan.volume.resample_sitk import check_interpolator, decimate_matrix, expand_matrix, whole_factor
 
-INTERPS = ("scipy", "sitk")
-
 
 @dataclass(frozen=True)
 class Degradation:
@@ -44,12 +44,11 @@ class Degradation:
     noise : standard deviation of the noise as a fraction of the low-resolution maximum
     geometry : "physical" or "segsrgan"
     interp, interpolation_type : "scipy", or "sitk" and its interpolator; see ``degrade``
-    bias_field : largest log amplitude of a smooth multiplicative field
+    artefacts : name in ``ARTEFACTS`` -> amount, 0 off
     rician : Rician instead of Gaussian noise
     profile : p, the slice profile's width over the voxel size is uniform in [1 - p, 1 + p]
     gap : g, slice thickness over the spacing of slices is uniform in [1 - g, 1], across the slices alone
     profile_box : b, the share of the box in the slice profile is uniform in [0, b], the rest is the Gaussian
-    motion : standard deviation in mm and degrees of motion between slices
     block_bytes : working memory above which a volume is degraded in slabs; None: whole
     """
 
@@ -59,13 +58,12 @@ class Degradation:
     geometry: str = "physical"
     interp: str = "scipy"
     interpolation_type: str = "Spline"
-    bias_field: float = 0.0
     rician: bool = False
     profile: float = 0.0
-    motion: float = 0.0
     block_bytes: int | None = None
     gap: float = 0.0
     profile_box: float = 0.0
+    artefacts: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_geometry(self.geometry)
@@ -76,12 +74,10 @@ class Degradation:
             )
         if not 0 <= self.contrast < 1 or not 0 <= self.noise < 1:
             raise UsageError("degradation", f"contrast {self.contrast}, noise {self.noise}", "both in [0, 1)")
-        for name in ("bias_field", "profile", "motion", "gap"):
-            relative = name in ("profile", "gap")
-            if not 0 <= getattr(self, name) < (1 if relative else np.inf):
-                raise UsageError(
-                    name, f"{getattr(self, name)} is not allowed", "in [0, 1)" if relative else "0 or above"
-                )
+        for name in ("profile", "gap"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(name, f"{getattr(self, name)} is not allowed", "in [0, 1)")
+        check_amounts(self.artefacts)
         check_profile(self.profile_box, self.geometry)
         if self.block_bytes is not None and not self.block_bytes > 0:
             raise UsageError("block_bytes", f"{self.block_bytes} is not allowed", "a number above zero, or None")
@@ -116,14 +112,13 @@ class Degradation:
             geometry=self.geometry,
             interp=self.interp,
             interpolation_type=self.interpolation_type,
-            bias_field=draw.bias_field,
             rician=draw.rician,
             width=draw.width,
             thickness_mm=(1 - draw.gap) * max(draw.low_res),
             profile=draw.box,
-            motion=draw.motion,
             block_bytes=self.block_bytes,
             region=region,
+            **draw.artefacts,
         )
 
     def linspace(self, index: int, count: int) -> Draw:
@@ -138,7 +133,7 @@ class Degradation:
         gap = self.gap * rng(int(key[0]), *key[1:], "gap").random()
         box = self.profile_box * rng(int(key[0]), *key[1:], "profile shape").random()
         low_res = tuple(float(r) for r in resolution)
-        extras = (self.bias_field, self.rician, width, self.motion, gap, box)
+        extras = (self.rician, width, gap, box, self.artefacts)
         return Draw(low_res, float(power), self.noise, key, *extras)  # type: ignore[arg-type]
 
 
@@ -148,19 +143,18 @@ class Draw:
 
     ``width`` is the slice profile's width over the voxel size, ``gap`` the part of the spacing of slices that their
     thickness leaves out, ``box`` the share of the box in the profile. What has one value per voxel, slice or
-    control point (noise, motion, bias field) is named by ``key`` and made where it is used.
+    control point (noise, artefacts) is named by ``key`` and made where it is used.
     """
 
     low_res: tuple[float, float, float]
     power: float = 1.0
     noise: float = 0.0
     key: tuple[int | str, ...] = (0,)
-    bias_field: float = 0.0
     rician: bool = False
     width: float = 1.0
-    motion: float = 0.0
     gap: float = 0.0
     box: float = 0.0
+    artefacts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -185,8 +179,8 @@ class Degraded:
 
 def check_interp(interp: str, interpolation_type: str, geometry: str) -> None:
     """Raise UsageError for an interpolation that does not exist in this geometry."""
-    if interp not in INTERPS:
-        raise UsageError("interp", f"{interp!r} is not allowed", f"one of {', '.join(INTERPS)}")
+    if interp not in CHOICES["interp"]:
+        raise UsageError("interp", f"{interp!r} is not allowed", f"one of {', '.join(CHOICES['interp'])}")
     check_interpolator(interpolation_type)
     if interp == "sitk" and geometry != "segsrgan":
         raise UsageError("interp sitk", f"is unknown in {geometry} geometry", "--geometry segsrgan")
@@ -203,14 +197,13 @@ def degrade(
     geometry: str = "physical",
     interp: str = "scipy",
     interpolation_type: str = "Spline",
-    bias_field: float = 0.0,
     rician: bool = False,
     width: float = 1.0,
     thickness_mm: float | None = None,
     profile: Profile = "gaussian",
-    motion: float = 0.0,
     block_bytes: int | None = None,
     region: Region | None = None,
+    **artefacts: float,
 ) -> Degraded:
     """Simulate the acquisition of ``hr_XYZ`` at ``low_res_mm`` (paper eq. 1, 16, 17).
 
@@ -224,27 +217,26 @@ def degrade(
     geometry : "physical", or "segsrgan" for the original's numbers (crops to a multiple of the ratio)
     interp : "scipy" (cubic spline), or "sitk" in "segsrgan" geometry: ratios rounded, every k-th voxel kept, and
         SimpleITK's Expand with the interpolator ``interpolation_type`` (``resample_sitk.INTERPOLATORS``)
-    bias_field : largest log amplitude of a smooth field on the image, before all else (extras.py)
     rician : the noise of magnitude images instead of Gaussian noise
     width : full width at half maximum of the slice profile over the low-resolution voxel size, on every axis
     thickness_mm : of the slices, where it is not their spacing (gaps, or slices that overlap): the profile's width
         across the slices, the axis of the largest ``low_res_mm``, before it is multiplied by ``width``
     profile : "gaussian", "box", or the share of the box in a blend of both
-    motion : standard deviation in mm and degrees of the head's motion in the plane of each slice (extras.py)
     block_bytes : working memory, besides the image and the results, above which slabs are used; None: one slab
     region : slices of the high-resolution grid: ``interpolated`` and ``hr`` are made there alone. The low-resolution
         image is always whole, and the results are those of the whole volume to float32's rounding.
+    artefacts : amounts of ``artefacts.ARTEFACTS`` by name, for example ``bias_field=0.3``
 
     Raises
     ------
-    UsageError : a low resolution finer than the image, a power or a thickness that is not positive, an unknown profile,
-    or a box in "segsrgan" geometry, which knows the Gaussian alone; InputError : an image without a
-    positive voxel; ResourceError : ``block_bytes`` below one slice.
+    UsageError : an unknown artefact or amount, a low resolution finer than the image, a power or a thickness that is
+    not positive, an unknown profile, or a box in "segsrgan" geometry, which knows the Gaussian alone;
+    InputError : an image without a positive voxel; ResourceError : ``block_bytes`` below one slice.
     """
     check_geometry(geometry)
     check_interp(interp, interpolation_type, geometry)
     box = check_profile(profile, geometry)
-    # Slices lie across the thickest axis, the last of equals: where images are turned to, DESIGN D12.
+    # Slices lie across the thickest axis, the last of equals: where images are turned to.
     axis = slice_axis(low_res_mm)
     widths = [width * (slice_width(thickness_mm, low_res_mm[axis]) if d == axis else 1.0) for d in range(3)]
     if not power > 0:
@@ -258,13 +250,15 @@ def degrade(
         ]
     factors = [whole_factor(r, s) for s, r in zip(spacing_mm, low_res_mm, strict=True)] if interp == "sitk" else []
     down = _down(hr.shape, spacing_mm, low_res_mm, geometry, factors, widths, box)
-    source = Source(hr, axis, draw_bias(name, bias_field) if bias_field else None)
-    slabs = plan(source, down, bool(motion), block_bytes)
-    if slabs.planes == hr.shape[axis]:  # one slab: converted, and given its field, once for both passes
-        source = Source(source.slab(0, hr.shape[axis]), axis)
     matrix = down[axis]
-    poses = draw_motion(name, hr.shape[axis] if matrix is None else len(matrix), motion) if motion else None
-    lr = acquire(source, down, slabs, poses, spacing_mm)
+    stages = drawn(name, artefacts, hr.shape[axis] if matrix is None else len(matrix))
+    source = SharpImage(hr, axis, stages[IMAGE])
+    slabs = plan(source, down, bool(stages[SLICES]), block_bytes)
+    if slabs.planes == hr.shape[axis]:  # one slab: converted, and given its fields, once for both passes
+        source = SharpImage(source.slab(0, hr.shape[axis]), axis)
+    lr = acquire(source, down, slabs, stages[SLICES], spacing_mm)
+    for artefact in stages[SCAN]:
+        lr = artefact(lr, axis)
     unit, scale = _receive(
         lr, power, noise, rng(int(seed), *rest), rng(int(seed), *rest, "imaginary") if rician else None
     )

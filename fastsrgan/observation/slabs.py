@@ -1,4 +1,4 @@
-"""The passes of degradation over a volume, whole or in slabs across its thickest axis (DESIGN D2).
+"""The passes of degradation over a volume, whole or in slabs across its thickest axis (decision 001).
 
 Two passes, because the maximum and the noise of the low-resolution image are global: ``acquire`` makes that image,
 ``interpolate`` and ``truth`` make what is on the high-resolution grid. A slab of low-resolution slices reads the planes
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fastsrgan.errors import ResourceError
-from fastsrgan.observation.artefacts import apply_bias, apply_motion
+from fastsrgan.observation.artefacts import Drawn
 from fastsrgan.volume.intensity import contrast_power
 from fastsrgan.volume.resample import Matrix, apply_axes, support
 
@@ -25,24 +25,26 @@ Region = tuple[slice, slice, slice]  # of the high-resolution grid, without step
 
 
 @dataclass(frozen=True)
-class Source:
+class SharpImage:
     """An image that is read in slabs across ``axis``.
 
     image : (X, Y, Z) array of any real dtype (also memory-mapped), or a tensor on any device
-    bias : control points of its bias field (``extras.draw_bias``), or None
+    fields : artefacts of the image itself
     """
 
     image: Any
     axis: int
-    bias: np.ndarray | None = None
+    fields: Sequence[Drawn] = ()
 
     def slab(self, start: int, stop: int) -> torch.Tensor:
-        """Planes start..stop as contiguous float32, the field applied; may share memory with the image."""
+        """Planes start..stop as contiguous float32, the fields applied; may share memory with the image."""
         part = self.image[(slice(None),) * self.axis + (slice(start, stop),)]
         if not isinstance(part, torch.Tensor):
             part = torch.from_numpy(np.require(part, np.float32, ["C", "W"]))
         part = part.to(torch.float32).contiguous()
-        return part if self.bias is None else apply_bias(part, self.bias, self.image.shape, self.axis, start)
+        for field in self.fields:
+            part = field(part, self.image.shape, self.axis, start)
+        return part
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Slabs:
     planes: int
 
 
-def plan(source: Source, down: list[Matrix], moving: bool, budget: int | None) -> Slabs:
+def plan(source: SharpImage, down: list[Matrix], moving: bool, budget: int | None) -> Slabs:
     """Slabs whose working memory stays below ``budget`` bytes; None is one slab.
 
     Working memory is what is needed besides the image and the three results. Raises ResourceError for a budget below
@@ -65,7 +67,7 @@ def plan(source: Source, down: list[Matrix], moving: bool, budget: int | None) -
         return Slabs(m, n)
     plane = 4 * math.prod(source.image.shape) // n
     reach = 1 if matrix is None else max(support(row[None]).stop - support(row[None]).start for row in matrix)
-    copies = 2 + (source.bias is not None)  # as float32, its product with the first operator, the field
+    copies = 2 + bool(source.fields)  # as float32, its product with the first operator, a field
     per_slice = plane * (copies * n / m + 2 + 4 * moving)
     halo = plane * copies * (reach + 1)
     least = max(halo + per_slice, (copies + 1) * plane)
@@ -77,16 +79,15 @@ def plan(source: Source, down: list[Matrix], moving: bool, budget: int | None) -
 
 
 def acquire(
-    source: Source,
+    source: SharpImage,
     down: list[Matrix],
     slabs: Slabs,
-    poses: np.ndarray | None = None,
+    artefacts: Sequence[Drawn] = (),
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> torch.Tensor:
     """The image through the operators ``down``: (x, y, z) float32, in memory of its own.
 
-    With ``poses`` of the head (``extras.draw_motion``), slices are formed first, each then shows the moved head, and
-    decimation within the slices comes last.
+    With ``artefacts`` of slices, these are formed first, then changed, and decimation within them comes last.
     """
     axis, matrix = source.axis, down[source.axis]
     shape = [n if d is None else len(d) for n, d in zip(source.image.shape, down, strict=True)]
@@ -98,11 +99,14 @@ def acquire(
         across: list[Matrix] = [None] * 3
         across[axis] = None if rows is None else rows[:, read]
         within = [None if d == axis else m for d, m in enumerate(down)]
-        if poses is None:
+        if not artefacts:
             within[axis] = across[axis]
             done = apply_axes(slab, within)
             return done.clone() if done.data_ptr() == slab.data_ptr() else done
-        return apply_axes(apply_motion(apply_axes(slab, across), poses[first:last], spacing_mm, axis), within)
+        stack = apply_axes(slab, across)
+        for artefact in artefacts:
+            stack = artefact.rows(first, last)(stack, spacing_mm, axis)
+        return apply_axes(stack, within)
 
     return _gather(slices, shape, axis, slabs.slices)
 
@@ -126,7 +130,7 @@ def interpolate(
     return _gather(planes, shape, axis, slabs.planes)
 
 
-def truth(source: Source, power: float, unit: float, slabs: Slabs, region: Region | None = None) -> torch.Tensor:
+def truth(source: SharpImage, power: float, unit: float, slabs: Slabs, region: Region | None = None) -> torch.Tensor:
     """The image after the contrast power, max(image / unit, 0) ** power: (X, Y, Z) float32, or ``region`` of it."""
     region = region or (slice(0, None),) * 3
     starts, stops, _ = zip(*(r.indices(n) for r, n in zip(region, source.image.shape, strict=True)), strict=True)

@@ -1,4 +1,4 @@
-"""An image of any contrast from a label map, with the label that belongs to it (DESIGN D15).
+"""An image of any contrast from a label map, with the label that belongs to it.
 
 The generative model of SynthSeg and SynthSR (Billot et al., MedIA 2023; Iglesias et al., NeuroImage 2021): one Gaussian
 per structure, its mean and standard deviation drawn anew at each visit, a smooth deformation, partial volume at the

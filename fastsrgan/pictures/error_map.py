@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,16 @@ def error_map(
     sr: Volume,
     hr: Volume,
     baseline: Volume | None = None,
-    result: Mapping[str, Any] | None = None,
+    name: str = "baseline",
+    captions: Sequence[str] = ("", ""),
 ) -> Path:
     """Write a PNG: SR, truth, SR - truth and, with a baseline, baseline - truth, in three planes at one scale in mm.
 
     Parameters
     ----------
     sr, hr, baseline : images in one intensity unit, each on its own grid; between voxels they are shown linear
-    result : of ``evaluate.evaluate_pair``, for the captions
+    name : what the baseline is called
+    captions : text below the titles of the differences of SR and of the baseline
 
     Red is where an image is brighter than the truth, blue where it is darker, white where they agree; both differences
     share one scale, which ends at the 99.5th percentile of the largest. Raises InputError for a truth without positive
@@ -43,7 +45,7 @@ def error_map(
     except ImportError as error:
         raise ResourceError("picture", "matplotlib is not installed", "pip install matplotlib") from error
     planes, top = cuts(hr), brightness(hr)
-    columns = _columns(sr, hr, baseline, result or {})
+    columns = _columns(sr, hr, baseline, name, captions)
     samples = [{v: cut.sample(image) for _, image, v in columns} for cut in planes]
     apart = [np.abs(s[v] - s["truth"]) for s in samples for _, _, v in columns if v != "truth"]
     limit = max(float(np.percentile(np.concatenate([a.ravel() for a in apart]), CLIP)), 1e-9 * top)
@@ -82,19 +84,10 @@ def error_map(
 
 
 def _columns(
-    sr: Volume, hr: Volume, baseline: Volume | None, result: Mapping[str, Any]
+    sr: Volume, hr: Volume, baseline: Volume | None, name: str, captions: Sequence[str]
 ) -> list[tuple[str, Volume, str]]:
     """(title, image, what) of each column; one with " - truth" in its title shows the difference."""
-    columns = [("SR", sr, "SR"), ("truth", hr, "truth"), (f"SR - truth{_figures(result)}", sr, "SR")]
+    columns = [("SR", sr, "SR"), ("truth", hr, "truth"), (f"SR - truth\n{captions[0]}", sr, "SR")]
     if baseline is not None:
-        given = result.get("baselines", {}).get("image", "as given") == "as given"
-        name = "baseline" if given else "spline"
-        columns.append((f"{name} - truth{_figures(result.get('baseline', {}))}", baseline, "baseline"))
+        columns.append((f"{name} - truth\n{captions[1]}", baseline, "baseline"))
     return columns
-
-
-def _figures(result: Mapping[str, Any]) -> str:
-    scores = result.get("image", {}).get("whole", {})
-    told = [f"{scores['psnr_db']:.2f} dB"] if scores.get("psnr_db") is not None else []
-    told += [f"SSIM {scores['ssim']:.3f}"] if scores.get("ssim") is not None else []
-    return "\n" + ", ".join(told) if told else ""

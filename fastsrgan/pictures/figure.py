@@ -73,8 +73,7 @@ def demo_figure(
     truth: Volume,
     seg: Volume | None = None,
     label: Volume | None = None,
-    scores: Mapping[str, Any] | None = None,
-    region: str = "whole",
+    captions: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Path:
     """Write the demo's PNG: low resolution, cubic spline, SR, truth, and with ``seg`` the outlines over the SR.
@@ -83,20 +82,18 @@ def demo_figure(
     ----------
     low_res, spline, sr, truth : images in one intensity unit, each on its own grid
     seg, label : segmentation and its truth, masks or probabilities (outlined at 0.5)
-    scores : what ``evaluate.evaluate_pair`` returned with the spline as baseline; its figures become captions
-    region : which of the scores' regions the captions show
+    captions : text above ``spline``, ``sr`` and ``seg``, see ``evaluate.figures.captions``
     options : title, footer, at_mm, convention, theme, width_px of ``planes``, which also says what is raised
     """
-    own: Mapping[str, Any] = scores or {}
-    base: Mapping[str, Any] = own.get("baseline", {})
+    words = {"spline": "", "sr": "", "seg": ""} | dict(captions or {})
     columns = [
         Column(low_res, "Low resolution", f"{_spacing(low_res)}\nvoxels as acquired", nearest=True),
-        Column(spline, "Cubic spline", _image_caption(base, region)),
-        Column(sr, "fastsrgan", _image_caption(own, region, own.get("gain", {})), accent=True),
+        Column(spline, "Cubic spline", words["spline"]),
+        Column(sr, "fastsrgan", words["sr"], accent=True),
         Column(truth, "Truth", f"{_spacing(truth)}\nhigh resolution"),
     ]
     if seg is not None:
-        columns.append(Column(sr, "Segmentation", _seg_caption(own, base), accent=True, outlines=True))
+        columns.append(Column(sr, "Segmentation", words["seg"], accent=True, outlines=True))
     return planes_figure(path, columns, reference=truth, masks=(seg, label), compared=spline, **options)
 
 
@@ -307,22 +304,3 @@ def _outline(axes, cut: Cut, masks: tuple[Volume | None, Volume | None], theme: 
 def _spacing(volume: Volume) -> str:
     sizes = [f"{s:.3g}" for s in volume.spacing]
     return " × ".join(sizes) + " mm"
-
-
-def _image_caption(scores: Mapping[str, Any], region: str, gain: Mapping[str, Any] | None = None) -> str:
-    values, gains = (s.get("image", {}).get(region, {}) for s in (scores, gain or {}))
-    lines = []
-    for key, name, digits, unit in (("psnr_db", "PSNR", 2, " dB"), ("ssim", "SSIM", 3, "")):
-        if values.get(key) is not None:
-            more = "" if gains.get(key) is None else f"  ({gains[key]:+.{digits}f})"
-            lines.append(f"{name} {values[key]:.{digits}f}{unit}{more}")
-    return "\n".join(lines)
-
-
-def _seg_caption(own: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    lines = []
-    if "segmentation" in own:
-        lines.append(f"Dice {own['segmentation']['dice']:.3f}")
-    if "segmentation" in base:
-        lines.append(f"interpolated labels {base['segmentation']['dice']:.3f}")
-    return "\n".join(lines)

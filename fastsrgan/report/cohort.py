@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import finite
+from fastsrgan.evaluate.figures import FIGURES, name_of
 from fastsrgan.evaluate.pair import summarise
 from fastsrgan.report import sections
 from fastsrgan.report import viewer as stage
@@ -82,11 +83,13 @@ def candidates(scored: Sequence[dict[str, Any]]) -> list[str]:
         found = []
     else:
         region = "mask" if all("mask" in s["image"] for s in scored) else "whole"
-        found = [pointer("scores", "image", region, key) for key in ("psnr_db", "ssim")]
-        found.append(pointer("scores", "gain", "image", region, "psnr_db"))
-        keys = dict.fromkeys(k for s in scored for k in s.get("segmentation", {}) if not k.startswith("label_"))
+        first = {image: [k for k, f in FIGURES.items() if f.headline and f.image == image] for image in (True, False)}
+        found = [pointer("scores", "image", region, key) for key in first[True]]
+        found.append(pointer("scores", "gain", "image", region, first[True][0]))
+        label = {k for k, figure in FIGURES.items() if figure.of_label}
+        keys = dict.fromkeys(k for s in scored for k in s.get("segmentation", {}) if k not in label)
         found += [pointer("scores", "segmentation", key) for key in keys if not key.endswith("_voxels")]
-        found.append(pointer("scores", "gain", "segmentation", "dice"))
+        found.append(pointer("scores", "gain", "segmentation", first[False][0]))
     names = ("volume_ml", "components")
     found += [pointer("measured", k) for k in names if pointer("scores", "segmentation", k) not in found]
     return [*found, pointer("record", "seconds")]
@@ -121,7 +124,7 @@ def table(rows: Sequence[Row], known: dict[str, Any]) -> Html:
 def title(column: str) -> str:
     """Heading of a column."""
     parts = column.split("/")[1:]
-    name = sections.name_of(parts[-1]) if parts[-1] != "seconds" else "time, s"
+    name = name_of(parts[-1]) if parts[-1] != "seconds" else "time, s"
     where = " in mask" if "mask" in parts else ""
     return ("gain " if "gain" in parts else "") + name + where
 
@@ -144,7 +147,7 @@ def measured_tiles(measured: dict[str, Any], path: str) -> Html:
     items = [
         el(
             "li",
-            el("span", sections.name_of(key)),
+            el("span", name_of(key)),
             el("b", number(measured[key], path + pointer(key))),
             el("small", "segmentation"),
         )

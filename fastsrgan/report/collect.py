@@ -97,7 +97,7 @@ def find(
         if is_scores(document):
             _assign(found.results, document, where, strict=bool(given))
     if not found.results and found.run is None and not found.studies:
-        raise InputError(path, f"holds no result, run or study{_told(damaged, path)}", HINT)
+        raise InputError(path, f"holds no result, run or study{_of_damage(damaged, path)}", HINT)
     for name in damaged:
         log.warning("%s: is damaged or no JSON object, left out", name)
     return found
@@ -129,7 +129,7 @@ def _is_empty(path: Path) -> bool:
         return False
 
 
-def _told(damaged: Sequence[Path], path: Path) -> str:
+def _of_damage(damaged: Sequence[Path], path: Path) -> str:
     if not damaged:
         return ""
     if path in damaged:

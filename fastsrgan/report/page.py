@@ -280,6 +280,7 @@ def _before(facts: dict[str, Any], warnings: list[str]) -> Html:
             parts.append(sections.tiles(one["scores"], at + "/scores"))
         elif one["measured"]:
             parts.append(cohort.measured_tiles(one["measured"], at + "/measured"))
+        parts.append(sections.trust_line(one["record"]))
     return join(parts, sections.warnings_card(warnings))
 
 

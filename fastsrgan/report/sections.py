@@ -6,36 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastsrgan.evaluate.figures import FIGURES, name_of
+from fastsrgan.model.purpose import Purpose
 from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer
 
-NAMES = {
-    "psnr_db": "PSNR, dB",
-    "ssim": "SSIM",
-    "psnr_range_db": "PSNR over the value range, dB",
-    "ssim_uniform": "SSIM, uniform window",
-    "mae": "mean absolute error",
-    "mse": "mean squared error",
-    "dice": "Dice",
-    "components": "components",
-    "largest_component": "largest component, voxels",
-    "false_components": "false components",
-    "false_component_voxels": "voxels in false components",
-    "volume_ml": "volume, mL",
-    "hausdorff95_mm": "95 % Hausdorff distance, mm",
-    "surface_distance_mm": "mean surface distance, mm",
-    "psnr_mask_db": "PSNR inside the mask, dB",
-    "ssim_mask": "SSIM inside the mask",
-    "label_components": "components of the label",
-    "label_volume_ml": "volume of the label, mL",
-}
+LIGHTS = ("green", "yellow", "red")
 INTERPOLATION = "interpolation"  # what studies call the baseline
 AXES = {"step": "step, voxels", "noise": "noise over the largest value", "thickness": "slice thickness, mm"}
 REGIONS = {"whole": "whole image", "mask": "inside the mask", "label": "inside the label"}
-
-
-def name_of(key: str) -> str:
-    """A figure's name for people; unknown keys as they are, without underscores."""
-    return NAMES.get(key, key.replace("_", " "))
 
 
 def card(title: str, *children: object, **attributes: object) -> Html:
@@ -48,8 +26,10 @@ def tiles(scores: Mapping[str, Any], at: str) -> Html | None:
     """The most telling figures: PSNR and SSIM (inside the mask where there is one), Dice, components."""
     regions = scores.get("image", {})
     region = "mask" if "mask" in regions else "whole"
-    wanted = [("image", region, "psnr_db"), ("image", region, "ssim")]
-    places: list[tuple[str, ...]] = [*wanted, ("segmentation", "dice"), ("segmentation", "components")]
+    first = {name: figure for name, figure in FIGURES.items() if figure.headline}
+    places: list[tuple[str, ...]] = [
+        ("image", region, name) if figure.image else ("segmentation", name) for name, figure in first.items()
+    ]
     items = []
     for keys in places:
         value, base = _get(scores, keys), _get(scores.get("baseline", {}), keys)
@@ -115,6 +95,19 @@ def warnings_card(lines: Sequence[object]) -> Html | None:
         return None
     items = [el("li", line) for line in dict.fromkeys(map(str, lines))]
     return card("Warnings and notes", el("ul", items), class_="card warnings")
+
+
+def trust_line(record: Mapping[str, Any]) -> Html | None:
+    """What is segmented, and whether the scan looks like what the weights were made for; None of older records."""
+    told = record.get("plausibility")
+    if not isinstance(told, Mapping) or told.get("light") not in LIGHTS:
+        return None
+    purpose = Purpose.of(record.get("made_for"))
+    reasons = told.get("reasons")
+    words = "; ".join(map(str, reasons)) if isinstance(reasons, list) else ""
+    words = words or "the scan and the result look like what the weights were made for"
+    light = el("b", f"● {told['light']}", class_=f"light-{told['light']}")
+    return el("p", "Plausibility ", light, f": {words}. Segmented: {purpose.line()}.", class_="trust")
 
 
 def facts_table(rows: Sequence[tuple[str, object]]) -> Html:

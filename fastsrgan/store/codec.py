@@ -34,7 +34,7 @@ ENTRY, CHECKSUM = 16, 4  # bytes of a chunk's place and size in the index of a s
 VARIABLE = "FASTSRGAN_READER"
 REPAIR = "`fastsrgan convert --resume` writes damaged subjects again"
 Files = dict[str, bytes]  # META and SHARD of one array
-_told: set[str] = set()
+_named_readers: set[str] = set()
 
 
 def encoded(attributes: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
@@ -81,8 +81,8 @@ def pick_reader(name: str | None = None) -> str:
     if name == "tensorstore" and not installed:
         raise ResourceError(VARIABLE, "tensorstore is not installed", "pip install 'fastsrgan[tensorstore]'")
     found = "tensorstore" if installed and name != "zarr" else "zarr"
-    if found not in _told:
-        _told.add(found)
+    if found not in _named_readers:
+        _named_readers.add(found)
         slower = "" if installed or name == "zarr" else ": tensorstore, which is faster, is not installed"
         log.info("stores are read with %s%s", found, slower)
     return found

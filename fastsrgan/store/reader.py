@@ -1,4 +1,4 @@
-"""Volumes in one Zarr v3 store: the layout on disk and its reader (DESIGN D4). The writer is `fastsrgan.store.writer`.
+"""Volumes in one Zarr v3 store: the layout on disk and its reader (decision 014). `fastsrgan.store.writer` writes.
 
 Layout, ``ID`` being a subject::
 

@@ -25,7 +25,7 @@ from fastsrgan.evaluate.pair import evaluate_pair, flat, moments
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.model import weights as weight_files
 from fastsrgan.model.networks import Generator
-from fastsrgan.study.data import BASELINE, FIGURES, Case, Condition, Head, acquire
+from fastsrgan.study.data import BASELINE, OWN, Case, Condition, Head, acquire, figure_paths
 from fastsrgan.volume.geometry import Volume
 
 log = logging.getLogger("fastsrgan")
@@ -166,12 +166,12 @@ def aggregate(cells: Sequence[dict[str, Any]], conditions: Sequence[Condition]) 
     acquired = {c.name: c.facts() for c in conditions}
     groups: dict[tuple[str, str, int | None], list[dict[str, float]]] = {}
     for cell in cells:
-        numbers = cell["scores"] | {name: cell[name] for name in ("seconds", "tiles") if name in cell}
+        numbers = cell["scores"] | {name: cell[name] for name in OWN if name in cell}
         groups.setdefault((cell["condition"], cell["model"], cell["step"]), []).append(numbers)
     rows = []
     for (condition, model, step), numbers in groups.items():
         figures = {}
-        for name, path in FIGURES.items():
+        for name, path in figure_paths().items():
             values = [float(n[path]) for n in numbers if path in n]
             if values:
                 figures[name] = moments(values)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastsrgan.core.files import is_special, parse_json
 from fastsrgan.errors import InputError
-from fastsrgan.study.plots import GREY_LINE, Line, Panel
+from fastsrgan.study.plots import GREY_LINE, Panel, PlotLine
 
 LOG = "log.jsonl"
 # Losses of the figure; the table has the epoch means of all of them.
@@ -67,9 +67,9 @@ def _panels(rows: list[dict[str, Any]], updates: list[dict[str, Any]]) -> list[l
     for title, endings in (("Dice", ("Dice", "Dice_label_1")), ("PSNR, dB", ("PSNR",))):
         keys = dict.fromkeys(k for row in rows for k in row if k.endswith(endings))
         lines = [
-            Line(_called(key), *_xy(rows, "epoch", key), style="baseline", number=GREY_LINE)
+            PlotLine(_called(key), *_xy(rows, "epoch", key), style="baseline", number=GREY_LINE)
             if key.startswith("spline_")
-            else Line(_called(key), *_xy(rows, "epoch", key), number=i)
+            else PlotLine(_called(key), *_xy(rows, "epoch", key), number=i)
             for i, key in enumerate(keys)
         ]
         panels.append(Panel(title, "epoch", lines))
@@ -79,7 +79,7 @@ def _panels(rows: list[dict[str, Any]], updates: list[dict[str, Any]]) -> list[l
         for name in names:
             x, y = _xy(updates, "update", name)
             if x:
-                lines.append(Line(name, x, y, number=number))
+                lines.append(PlotLine(name, x, y, number=number))
                 number += 1
         losses.append(Panel(f"{who}, losses", "update", lines))
     return [panels, losses]

@@ -1,6 +1,6 @@
 """What a study is made on: heads with labels from a table, one image, or a small cohort made from the template.
 
-Heads are degraded by the paper's observation model (degrade.py) in units of the largest low-resolution value.
+Heads are degraded by the paper's observation model in units of the largest low-resolution value.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.demo import template
 from fastsrgan.demo.template import whole_slices
 from fastsrgan.errors import InputError, UsageError
+from fastsrgan.evaluate.figures import columns
 from fastsrgan.evaluate.grids import reader_label_map
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
@@ -181,16 +182,10 @@ def _cut(volume: Volume) -> Volume:
 
 
 BASELINE = "interpolation"  # the "model" of the baselines: cubic spline, interpolated label map
-# Column of the tables -> number of a cell.
-FIGURES = {
-    "psnr_db": "image.whole.psnr_db",
-    "ssim": "image.whole.ssim",
-    "psnr_mask_db": "image.mask.psnr_db",
-    "ssim_mask": "image.mask.ssim",
-    "dice": "segmentation.dice",
-    "components": "segmentation.components",
-    "hausdorff95_mm": "segmentation.hausdorff95_mm",
-    "surface_distance_mm": "segmentation.surface_distance_mm",
-    "seconds": "seconds",
-    "tiles": "tiles",
-}
+# Figures of a cell besides those of an evaluation: name -> heading, digits.
+OWN = {"seconds": ("seconds", 2), "tiles": ("tiles", 0)}
+
+
+def figure_paths() -> dict[str, str]:
+    """Column of the tables -> number of a cell."""
+    return {name: column.path for name, column in columns().items()} | {name: name for name in OWN}

@@ -1,6 +1,6 @@
 """Figures of the studies: small panels of lines with error bars, as PNG and SVG.
 
-Figures that the SegSRGAN paper reports, for orientation beside a study on other images (SEGSRGAN.md section 6).
+Figures that the SegSRGAN paper reports, for orientation beside a study on other images.
 
 Delannoy et al. 2020: dHCP newborns at 0.5 mm, 8 test subjects, slices of 3 mm, patches of 128; nothing of it was
 measured with this software. "augmented" models were trained with contrast and noise augmentation.
@@ -20,6 +20,7 @@ import numpy as np
 
 from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import ResourceError
+from fastsrgan.evaluate.figures import FIGURES
 from fastsrgan.study.data import BASELINE
 
 # Readable for the colour-blind, and in print (Okabe and Ito).
@@ -31,7 +32,7 @@ GREY_LINE = -1  # the number of a line that needs no colour of its own
 
 
 @dataclass(frozen=True)
-class Line:
+class PlotLine:
     """Values ``y`` at ``x``; ``sd`` draws error bars.
 
     style : "data" (coloured, by ``number``), "baseline" (dashed; one point becomes a level), "paper" (grey crosses) or
@@ -52,7 +53,7 @@ class Panel:
 
     title: str
     x: str
-    lines: Sequence[Line] = field(default_factory=tuple)
+    lines: Sequence[PlotLine] = field(default_factory=tuple)
     log_x: bool = False
     log_y: bool = False  # where the values span a factor of ten
 
@@ -134,7 +135,7 @@ def _wide(panel: Panel) -> bool:
     return bool(values) and max(values) >= 10 * min(values)
 
 
-def _line(axes: Any, line: Line) -> Any:
+def _line(axes: Any, line: PlotLine) -> Any:
     colour = GREY if line.number == GREY_LINE else COLOURS[line.number % len(COLOURS)]
     if line.style == "baseline" and len(line.x) < 2:
         return axes.axhline(line.y[0], color=colour, linestyle="--", linewidth=1.2)
@@ -198,17 +199,14 @@ TITLES = {
     "augmentation": "Models on images they were and were not trained for ({heads}, mean and sd)",
     "resolution": "Quality against slice thickness ({heads}, mean and sd)",
 }
-HEADINGS = {
-    "dice": "Dice",
-    "psnr_db": "PSNR, dB",
-    "ssim": "SSIM",
-    "components": "connected components",
-    "hausdorff95_mm": "Hausdorff 95, mm",
-    "seconds": "seconds per volume",
-}
+STEP_FIGURES = ("dice", "psnr_db", "ssim", "components", "hausdorff95_mm", "seconds")
 
 
-def _lines(rows: list[dict[str, Any]], figure: str, x: str, by: Sequence[str]) -> list[Line]:
+def _heading(figure: str) -> str:
+    return FIGURES[figure].named if figure in FIGURES else "seconds per volume"
+
+
+def _lines(rows: list[dict[str, Any]], figure: str, x: str, by: Sequence[str]) -> list[PlotLine]:
     """One line per value of the columns ``by``; rows of the baseline become dashed lines, grey where there is one."""
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -226,9 +224,9 @@ def _lines(rows: list[dict[str, Any]], figure: str, x: str, by: Sequence[str]) -
         told = [row["figures"][figure] for row in there]
         means, sds = [t["mean"] for t in told], [t["sd"] for t in told]
         if name in bases:
-            lines.append(Line(name, at, means, sds, "baseline", bases.index(name) if len(bases) > 1 else GREY_LINE))
+            lines.append(PlotLine(name, at, means, sds, "baseline", bases.index(name) if len(bases) > 1 else GREY_LINE))
         else:
-            lines.append(Line(name, at, means, sds, "data", data.index(name)))
+            lines.append(PlotLine(name, at, means, sds, "data", data.index(name)))
     return lines
 
 
@@ -237,7 +235,7 @@ def _step_panels(rows: list[dict[str, Any]], fit: list[dict[str, Any]]) -> list[
     by = ["condition", "model"] if noisy else ["model"]
     measured = [row["step"] for row in rows if row["step"]]
     panels = []
-    for figure, heading in HEADINGS.items():
+    for figure in STEP_FIGURES:
         lines = _lines(rows, figure, "step", by)
         # Far outside the steps that were measured the paper's points would squeeze the rest.
         quoted = [
@@ -247,8 +245,8 @@ def _step_panels(rows: list[dict[str, Any]], fit: list[dict[str, Any]]) -> list[
         if figure == "seconds":
             lines += [_fit_line(told, i) for i, told in enumerate(fit)]
         elif len(quoted) > 1 and lines:
-            lines.append(Line("the paper, its own data", *_columns(quoted, figure), style="paper"))
-        panels.append(Panel(heading, "step, voxels", lines, log_y=figure in ("seconds", "components")))
+            lines.append(PlotLine("the paper, its own data", *_columns(quoted, figure), style="paper"))
+        panels.append(Panel(_heading(figure), "step, voxels", lines, log_y=figure in ("seconds", "components")))
     return [panels[:3], panels[3:]]
 
 
@@ -260,7 +258,7 @@ def _noise_panels(rows: list[dict[str, Any]], fit: list[dict[str, Any]]) -> list
     percent = [row | {"noise": 100 * row["noise"]} for row in rows]
     x = "noise, % of the largest value"
     panels = [
-        Panel(HEADINGS[f], x, _lines(percent, f, "noise", ["model", "step"]), log_y=f == "components")
+        Panel(_heading(f), x, _lines(percent, f, "noise", ["model", "step"]), log_y=f == "components")
         for f in ("dice", "psnr_db", "ssim", "components")
     ]
     return [panels[:2], panels[2:]]
@@ -272,7 +270,7 @@ def _augmentation_panels(rows: list[dict[str, Any]], fit: list[dict[str, Any]]) 
         mine = [row for row in rows if row["condition"] == condition]
         grid.append(
             [
-                Panel(f"{HEADINGS[f]}, {condition}", "step, voxels", _lines(mine, f, "step", ["model"]))
+                Panel(f"{_heading(f)}, {condition}", "step, voxels", _lines(mine, f, "step", ["model"]))
                 for f in ("psnr_db", "ssim", "dice", "components")
             ]
         )
@@ -282,7 +280,7 @@ def _augmentation_panels(rows: list[dict[str, Any]], fit: list[dict[str, Any]]) 
 def _resolution_panels(rows: list[dict[str, Any]], fit: list[dict[str, Any]]) -> list[list[Panel]]:
     sized = [row | {"thickness": max(row["low_res"])} for row in rows]
     panels = [
-        Panel(HEADINGS[f], "slice thickness, mm", _lines(sized, f, "thickness", ["model", "step"]))
+        Panel(_heading(f), "slice thickness, mm", _lines(sized, f, "thickness", ["model", "step"]))
         for f in ("psnr_db", "ssim", "dice", "hausdorff95_mm")
     ]
     return [panels[:2], panels[2:]]
@@ -321,8 +319,8 @@ def time_fit(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return fits
 
 
-def _fit_line(fit: dict[str, Any], number: int) -> Line:
+def _fit_line(fit: dict[str, Any], number: int) -> PlotLine:
     steps = np.geomspace(min(fit["steps"]), max(fit["steps"]), 60)
     seconds = fit["intercept_s"] + fit["slope_s"] * steps**-3
     shown = seconds > 0  # the axis is logarithmic
-    return Line("affine in step^-3", steps[shown].tolist(), seconds[shown].tolist(), style="fit", number=number)
+    return PlotLine("affine in step^-3", steps[shown].tolist(), seconds[shown].tolist(), style="fit", number=number)

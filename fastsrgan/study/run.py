@@ -177,13 +177,13 @@ def _filled(kind: str, settings: Settings, quick: bool) -> Settings:
     defaults = DEFAULTS[kind] | (QUICK[kind] if quick else {})
     given = asdict(settings)
     filled = replace(settings, **{name: value for name, value in defaults.items() if given[name] is None})
-    if not filled.steps or min(filled.steps) < 1 or not _within(filled.noise, 0, MOST_NOISE):
+    if not filled.steps or min(filled.steps) < 1 or not _between(filled.noise, 0, MOST_NOISE):
         told = f"steps {filled.steps}, noise {filled.noise}"
         raise UsageError("study", told, f"steps from 1 up, noise from 0 up to {MOST_NOISE:g}")
-    if not _within(filled.ratios, 1, MOST_RATIO):
+    if not _between(filled.ratios, 1, MOST_RATIO):
         told = f"{', '.join(f'{ratio:g}' for ratio in filled.ratios or ())} is not allowed"
         raise UsageError("--ratios", told, f"ratios from 1 to {MOST_RATIO:g}")
-    if filled.low_res is not None and not (_within(filled.low_res, 0, MOST_MM) and min(filled.low_res) > 0):
+    if filled.low_res is not None and not (_between(filled.low_res, 0, MOST_MM) and min(filled.low_res) > 0):
         told = f"{times(filled.low_res)} mm is not allowed"
         raise UsageError("--low-res", told, f"three sizes above 0, up to {MOST_MM:g} mm")
     if filled.subjects is not None and filled.subjects < 1:
@@ -194,7 +194,7 @@ def _filled(kind: str, settings: Settings, quick: bool) -> Settings:
     return replace(filled, steps=tuple(sorted(set(filled.steps))))
 
 
-def _within(values: Sequence[float] | None, low: float, high: float) -> bool:
+def _between(values: Sequence[float] | None, low: float, high: float) -> bool:
     """Whether all of some numbers lie in a range, in which NaN never does."""
     return all(low <= value <= high for value in values or ())
 

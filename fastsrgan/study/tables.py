@@ -8,28 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import atomic_write, write_json
-from fastsrgan.study.data import FIGURES
+from fastsrgan.evaluate.figures import columns
+from fastsrgan.study.data import OWN
 from fastsrgan.study.plots import Panel, draw
 
 FORMS = ("csv", "md", "json", "png", "svg")  # of the files KIND.FORM
-# Heading of the Markdown table and digits after the point.
-SHOWN = {
-    "psnr_db": ("PSNR dB", 2),
-    "ssim": ("SSIM", 4),
-    "psnr_mask_db": ("PSNR mask dB", 2),
-    "ssim_mask": ("SSIM mask", 4),
-    "dice": ("Dice", 4),
-    "components": ("components", 1),
-    "hausdorff95_mm": ("HD95 mm", 2),
-    "surface_distance_mm": ("ASSD mm", 3),
-    "seconds": ("seconds", 2),
-    "tiles": ("tiles", 0),
-}
 INTERPOLATION = (
     "interpolation: cubic spline of the scan; for the segmentation the true label at the scan's resolution,\n"
     "interpolated back (paper table 2), which knows the answer that the network has to find"
 )
-ACQUIRED = ("low_res", "noise", "power")
 
 
 def write_study(folder: Path, facts: dict[str, Any], panels: Sequence[Sequence[Panel]], title: str) -> dict[str, Any]:
@@ -63,18 +50,22 @@ def csv_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return flat
 
 
+def headings() -> dict[str, tuple[str, int]]:
+    """Heading of a column of the tables and digits after the point."""
+    return {name: (column.heading, column.figure.digits) for name, column in columns().items()} | OWN
+
+
 def shown_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
     """The table as a reader wants it: ``mean ± sd`` in one cell; what never changes is left out."""
     rows = facts["rows"]
     if facts["study"] == "curves":
         return [{key: _number(value) for key, value in row.items()} for row in rows]
-    figures = [name for name in FIGURES if any(name in row["figures"] for row in rows)]
+    figures = {name: head for name, head in headings().items() if any(name in row["figures"] for row in rows)}
     shown = []
     for row in rows:
         step = "-" if row["step"] is None else str(row["step"])
         line = {"condition": row["condition"], "model": row["model"], "step": step}
-        for name in figures:
-            heading, digits = SHOWN[name]
+        for name, (heading, digits) in figures.items():
             line[heading] = _spread(row["figures"].get(name), digits)
         shown.append(line | {"n": str(row["n"])})
     return shown
@@ -83,10 +74,10 @@ def shown_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
 def paper_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
     """The paper's figures for this study under the same headings; empty where it has none."""
     rows = facts["paper"]["rows"]
-    figures = [name for name in SHOWN if any(name in row for row in rows)]
+    figures = {name: head for name, (head, _) in headings().items() if any(name in row for row in rows)}
     return [
         {"condition": row["condition"], "model": row["model"], "step": str(row["step"] or "-")}
-        | {SHOWN[name][0]: _number(row.get(name)) for name in figures}
+        | {heading: _number(row.get(name)) for name, heading in figures.items()}
         for row in rows
     ]
 

@@ -1,4 +1,4 @@
-"""The critic's gradients of a WGAN-GP update without autograd (paper eq. 9, 10; DESIGN D6; docs/decisions/015).
+"""The critic's gradients of a WGAN-GP update without autograd (paper eq. 9, 10; docs/decisions/015).
 
 The critic is piecewise linear. One forward pass over real, fake and interpolated patches fixes the slopes; one chain of
 transposed convolutions gives the score's gradient with respect to every layer, down to the input for the interpolated

@@ -1,4 +1,4 @@
-"""Memory of a training step: what to say when it ran out, and which batch fits (FAULTS 34)."""
+"""Memory of a training step: what to say when it ran out, and which batch fits."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class Models:
     # --- critic -------------------------------------------------------------------------------------------------------
 
     def critic_updates(self, batches: list[Batch], eps: list[Tensor]) -> dict[str, float]:
-        """All critic updates of an iteration; the generator stands still, so one pass of it makes all fakes (D7).
+        """All critic updates of an iteration; the generator stands still, so one pass of it makes all fakes.
 
         ``eps``: (B,) or (B, C) for each batch. Returns the means of total, wasserstein, penalty (where it was computed)
         and gradient over the updates, and the share that was skipped, if any was.

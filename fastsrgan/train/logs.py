@@ -29,7 +29,7 @@ _EPOCH = re.compile(r"[0-9]{1,9}")
 class RunLog:
     """RUN/log.jsonl (one line per update and per validation) and two CSV tables indexed by epoch.
 
-    Columns are the original's (SEGSRGAN.md section 3): ``Dice`` or ``Dice_label_1``, ``Dice_mask0`` ..., and ``MSE``.
+    Columns are the original's: ``Dice`` or ``Dice_label_1``, ``Dice_mask0`` ..., and ``MSE``.
     """
 
     def __init__(

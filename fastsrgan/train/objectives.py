@@ -3,7 +3,7 @@
 The gradient penalty comes in three forms that agree to rounding (tests/test_step.py): ``autograd``, the plain double
 backward of losses.gradient_penalty, ``explicit``: the critic is piecewise linear, so its input gradient is a chain
 of transposed convolutions with LeakyReLU masks, written as a forward graph whose one ordinary backward gives all weight
-gradients (DESIGN D6), and ``manual``, which needs no autograd at all (critic_step.py).
+gradients (decision 005), and ``manual``, which needs no autograd at all (critic_step.py).
 """
 
 from __future__ import annotations

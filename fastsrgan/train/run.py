@@ -1,4 +1,4 @@
-"""``fastsrgan train``: from a store and settings to a run folder with weights (DESIGN section 5; docs/training.md).
+"""``fastsrgan train``: from a store and settings to a run folder with weights (docs/training.md).
 
 Sets up the networks, the feed and the ranks, checks that all ranks are about to do the same, and calls the loop.
 """
@@ -30,6 +30,7 @@ from fastsrgan.errors import InputError, ModelError, UsageError, out_of_memory
 from fastsrgan.model import checkpoint
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.weights import read_spec
+from fastsrgan.observation.artefacts import ARTEFACTS
 from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.slice_axis import Axes, choose_axes, describe
 from fastsrgan.observation.synthesis import Synthesis
@@ -256,12 +257,11 @@ def prepare(
         c.geometry,
         c.interp,
         c.interpolation_type,
-        bias_field=c.bias_field,
         rician=c.rician,
         profile=c.profile,
-        motion=c.motion,
         gap=c.gap,
         profile_box=c.profile_box,
+        artefacts=artefact_amounts(c),
         block_bytes=None if c.block_memory is None else int(c.block_memory * 1e9),
     )
     rule = PatchRule(c.patch_size, c.stride, c.image_cropping_method == "overlapping_with_mask")
@@ -284,6 +284,12 @@ def prepare(
     models = Models(c, mask_classes, device, ranks, kept_precision)
     need_space(folder, snapshot_bytes(models) * 2)  # one that stands and one that is written
     return Run(folder, c, store, models, feed, names["Train"], names["Test"], mask_classes, ranks=ranks)
+
+
+def artefact_amounts(config: TrainConfig) -> dict[str, float]:
+    """Amount of every artefact: of the setting of its name, where there is one, and of ``artefacts``."""
+    own = {name: getattr(config, name) for name in ARTEFACTS if name in settings.SETTINGS}
+    return own | settings.named_amounts(config.artefacts)
 
 
 def visits(config: TrainConfig) -> Visits:

@@ -1,4 +1,4 @@
-"""Snapshots of a training run: everything it needs to go on, and how it goes on (DESIGN section 4).
+"""Snapshots of a training run: everything it needs to go on, and how it goes on (docs/training.md).
 
 Written by rank 0, read by all. The order of patches and every random number follow from the position, so a snapshot
 holds networks, moving average, both optimisers and the position, and nothing else moves.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,14 @@ from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model.arithmetic import TYPES
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import CriticSpec, GeneratorSpec, assemble, describe, parameter_shapes
+from fastsrgan.model.purpose import MADE_FOR, Purpose
+from fastsrgan.store.reader import Store
 from fastsrgan.train.gan import differences
 from fastsrgan.train.state import Position, Run, data_identity, epoch_part, remaining
 
 log = logging.getLogger("fastsrgan")
+
+ROOM = 1.5  # factor by which the structure of a scan may be smaller or larger than those of the training
 
 
 def save(run: Run) -> None:
@@ -190,7 +195,30 @@ def write_weights(run: Run, path: Path, facts: dict[str, Any]) -> None:
     """The weights for use, with the facts a reader of the file wants."""
     if run.first:
         card = {**facts, "updates": run.position.updates, "config": run.config.to_dict(), **provenance()}
+        card[MADE_FOR] = made_for(run.config, run.store).to_dict()
         weights.save_generator(path, run.models.shipped(), run.models.critic, card=card)
+
+
+def made_for(config: settings.TrainConfig, store: Store) -> Purpose:
+    """What a training knows of it: label values, voxel sizes and slice ratios, volumes of the structure with room."""
+    subjects = [subject for subject in store.subjects if subject.split == "Train"]
+    values = settings.label_values(config.structure) if config.structure else ()
+    chosen = [list(values)] if values else [s.attrs["label_classes"] for s in subjects if "label_classes" in s.attrs]
+    same = chosen and all(one == chosen[0] for one in chosen)
+    name = f"label {', '.join(map(str, chosen[0]))}" if same else "structure of the training's labels"
+    volumes = []
+    for subject in subjects:
+        kind, wanted = ("label_counts", (1,)) if "label_counts" in subject.attrs else ("tissues_counts", values)
+        voxels = sum(subject.attrs.get(kind, {}).get(str(value), 0) for value in wanted)
+        volumes += [voxels * math.prod(subject.spacing) / 1000] * bool(voxels)
+    finest = [min(sizes) for sizes in config.new_low_res]
+    ratios = [float(f"{max(sizes) / min(sizes):.4g}") for sizes in config.new_low_res]
+    return Purpose(
+        structures=((1, name),),
+        voxel_mm=(min(finest), max(finest)),
+        slice_ratio=(min(ratios), max(ratios)),
+        structure_ml=(min(volumes) / ROOM, max(volumes) * ROOM) if volumes else None,
+    )
 
 
 def export(run: Run, epoch: int) -> None:

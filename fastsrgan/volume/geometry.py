@@ -91,7 +91,7 @@ class Orientation:
 
 
 def processing_orientation(affine_44: np.ndarray, spacing_mm: tuple[float, ...] | None = None) -> Orientation:
-    """The orientation in which every array is processed (DESIGN D12).
+    """The orientation in which every array is processed.
 
     The through-plane (thickest) axis comes last, the others follow it cyclically in world order, every axis points
     to R, A or S: axial (R, A, S), sagittal (A, S, R), coronal (S, R, A). It depends on the world alone, so one head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,40 +16,63 @@ from fastsrgan.errors import InputError
 CACHED = 24576  # voxels worked on at a time by one core; torch splits operations from 32768 on
 
 
+KNEE, BEND = 1.25, 0.1  # of the scale: from where on, and how soon, what is brighter is compressed
+BRIGHTEST = 1e-4  # share of the voxels that may be outliers
+TIMES = 5.0  # as bright as all others, from which on they are
+
+
 @dataclass(frozen=True)
 class Normaliser:
     """(data - shift) divided by a positive number, and back.
 
+    Of an image with outliers the number is the maximum of all other voxels, and what exceeds k = ``KNEE`` then goes
+    through k + b log(1 + (x - k) / b), b = ``BEND``, whose slope at k is 1: exactly invertible, and what a network
+    makes of the rest hardly depends on how bright the outliers are. Between 1 and ``TIMES`` the scan has no voxel.
+
     scale : the number, the maximum of the low-resolution image (paper section 3.2) after the shift
     floor : smallest value that a result may take after the way back, the minimum of that image
     shift : the minimum of an image with values below 0 for a network that was trained so (``lifted``); else 0
+    top : largest value divided by the scale, which a result may not exceed, of an image with outliers; else 0
     """
 
     scale: float
     floor: float
     shift: float = 0.0
+    top: float = 0.0
 
-    def apply(self, data):
-        """(data - shift) / scale, float32."""
+    def apply(self, data: np.ndarray) -> np.ndarray:
+        """(data - shift) / scale, float32, compressed where there are outliers."""
         if self.shift:
-            data = data - np.float32(self.shift) if isinstance(data, np.ndarray) else data - self.shift
-        return (data / self.scale).astype(np.float32) if isinstance(data, np.ndarray) else data / self.scale
+            data = data - np.float32(self.shift)
+        divided = (data / self.scale).astype(np.float32)
+        if self.top:
+            above = divided > KNEE
+            divided[above] = KNEE + BEND * np.log1p((divided[above] - KNEE) / BEND)
+        return divided
 
     def invert(self, data: np.ndarray) -> np.ndarray:
         """data * scale + shift, clamped from below at the input's minimum: (X, Y, Z) float32."""
+        if self.top:
+            data = np.minimum(data, np.float32(KNEE + BEND * math.log1p((self.top - KNEE) / BEND)))
+            above = data > KNEE
+            data[above] = KNEE + BEND * np.expm1((data[above] - KNEE) / BEND)
         back = data * np.float32(self.scale)
         return np.maximum(back + np.float32(self.shift) if self.shift else back, np.float32(self.floor))
 
     def invert_(self, sr: torch.Tensor) -> None:
         """The same in place, of a tensor."""
+        if self.top:
+            for plane in sr:
+                plane.copy_(torch.from_numpy(self.invert(plane.numpy())))
+            return
         sr.mul_(self.scale)
         if self.shift:
             sr.add_(self.shift)
         sr.clamp_(min=self.floor)
 
 
-def normaliser(data_XYZ: np.ndarray, what: object = "image", shifted: bool = False) -> Normaliser:
-    """The normaliser of a low-resolution image; ``shifted`` as the network's spec has it.
+def normaliser(data_XYZ: np.ndarray, what: object = "image", shifted: bool = False, robust: bool = False) -> Normaliser:
+    """The normaliser of a low-resolution image; ``shifted`` as the network's spec has it; ``robust`` against outliers.
 
     Raises InputError when no voxel is above zero (with ``shifted``: above the others).
     """
@@ -57,7 +81,34 @@ def normaliser(data_XYZ: np.ndarray, what: object = "image", shifted: bool = Fal
     scale = largest - shift
     if not scale > 0 or not np.isfinite(scale):
         raise InputError(what, f"its largest value is {largest:g}", "at least one voxel must be above zero")
+    found = outliers(data_XYZ) if robust else None
+    if found and found.rest > shift:
+        return Normaliser(found.rest - shift, floor, shift, scale / (found.rest - shift))
     return Normaliser(scale, floor, shift)
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """``count`` voxels are up to ``times`` as bright as all others, of which the brightest is ``rest``."""
+
+    count: int
+    times: float
+    rest: float
+
+
+def outliers(data_XYZ: np.ndarray) -> Outliers | None:
+    """Whether the brightest 0.01 % of the voxels exceed five times the rest, intensities counted from 0 or, where some
+    are negative, from the lowest one."""
+    zero, top = min(0.0, float(data_XYZ.min())), float(data_XYZ.max())
+    limit = zero + (top - zero) / TIMES
+    bright, rest = 0, zero
+    for plane in data_XYZ:
+        above = plane > limit
+        bright += int(np.count_nonzero(above))
+        rest = max(rest, float(np.max(plane, where=~above, initial=zero)))
+    if not 0 < bright <= max(1, math.floor(BRIGHTEST * data_XYZ.size)) or rest <= zero:
+        return None
+    return Outliers(bright, (top - zero) / (rest - zero), rest)
 
 
 def lifted(data_XYZ: np.ndarray) -> np.ndarray:

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
-BRIGHTEST = 1e-4  # share of the voxels that may be outliers
-TIMES = 5.0  # as bright as all others, from which on they are told
+from fastsrgan.volume.intensity import outliers
+
 SHARE = 0.5  # of a segmentation that lies on exact zeros, from which on that is told
 
 
-def outliers(data_XYZ: np.ndarray) -> list[str]:
-    """A warning where the brightest 0.01 % of the voxels exceed five times the rest, intensities counted from 0 or,
-    where some are negative, from the lowest one: the network sees the image divided by its maximum."""
-    zero, top = min(0.0, float(data_XYZ.min())), float(data_XYZ.max())
-    limit = zero + (top - zero) / TIMES
-    bright, rest = 0, zero
-    for plane in data_XYZ:
-        above = plane > limit
-        bright += int(np.count_nonzero(above))
-        rest = max(rest, float(np.max(plane, where=~above, initial=zero)))
-    if not 0 < bright <= max(1, math.floor(BRIGHTEST * data_XYZ.size)) or rest <= zero:
+def outshone(data_XYZ: np.ndarray, compressed: bool) -> list[str]:
+    """A warning about ``intensity.outliers``; ``compressed``: whether the network sees them so."""
+    found = outliers(data_XYZ)
+    if found is None:
         return []
-    times = (top - zero) / (rest - zero)
+    seen = (
+        "the network sees them compressed, and the rest as it would be without them"
+        if compressed
+        else "the image is divided by its maximum, so that the rest is dark to the network; clip them if they are no "
+        "tissue"
+    )
     return [
-        f"{bright} of {data_XYZ.size} voxels are up to {times:.3g} times as bright as all others: the image is divided "
-        "by its maximum, so that the rest is dark to the network; clip them if they are no tissue"
+        f"{found.count} of {data_XYZ.size} voxels are up to {found.times:.3g} times as bright as all others: {seen}"
     ]
 
 

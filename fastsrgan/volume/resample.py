@@ -1,4 +1,4 @@
-"""The observation model and the interpolation as one small matrix per axis (DESIGN D1; paper eq. 1, 16, 17).
+"""The observation model and the interpolation as one small matrix per axis (decision 001; paper eq. 1, 16, 17).
 
 Blur, decimation and spline interpolation are linear and separable: Theta = D_x (x) D_y (x) D_z, and the way back is
 U_x (x) U_y (x) U_z. The matrices are built once per (size, resolution) in float64 and applied as float32 products.
@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from scipy import linalg
 
+from fastsrgan.config import CHOICES
 from fastsrgan.core.threads import run_each
 from fastsrgan.errors import UsageError
 from fastsrgan.volume.geometry import centre_coordinates, grid_size
 
-GEOMETRIES = ("physical", "segsrgan")
 PROFILES = ("gaussian", "box")
 FWHM = 2 * math.sqrt(2 * math.log(2))  # full width at half maximum of a unit Gaussian
 TRUNCATE = 4.0  # the slice profile ends at four standard deviations, as SciPy's filter does
@@ -40,8 +40,8 @@ Profile = str | float  # one of PROFILES, or the share of the box in a blend of 
 
 def check_geometry(name: str) -> str:
     """``name`` if it is a known family, else UsageError."""
-    if name not in GEOMETRIES:
-        raise UsageError("geometry", f"{name!r} is not allowed", f"one of {', '.join(GEOMETRIES)}")
+    if name not in CHOICES["geometry"]:
+        raise UsageError("geometry", f"{name!r} is not allowed", f"one of {', '.join(CHOICES['geometry'])}")
     return name
 
 
@@ -303,24 +303,3 @@ def _volume_jobs(x: torch.Tensor, out: torch.Tensor, bands: list[Band]) -> Jobs:
             torch.mm(w, volumes[volume, columns, here], out=made[volume, rows, here])
 
     return (functools.partial(job, v, first) for v in range(len(volumes)) for first in range(0, size, 8192))
-
-
-def upsample_to(data_XYZ, spacing_mm, new_spacing_mm, geometry: str = "physical"):
-    """Cubic-spline interpolation of a volume from one voxel size to another.
-
-    Parameters
-    ----------
-    data_XYZ : (X, Y, Z) array or tensor
-    spacing_mm, new_spacing_mm : 3 sizes each, array axis order
-    geometry : "physical" (centre-aligned, sizes from ``geometry.grid_size``) or "segsrgan" (SciPy's ``zoom``)
-
-    Returns
-    -------
-    (X', Y', Z') float32. Works in both directions; no blur is applied when coarsening.
-    """
-    check_geometry(geometry)
-    matrices = []
-    for n, old, new in zip(data_XYZ.shape, spacing_mm, new_spacing_mm, strict=True):
-        n_out = grid_size(n, old, new)
-        matrices.append(upsample_matrix(n, n_out, new / old, geometry))
-    return apply_axes(data_XYZ, matrices)

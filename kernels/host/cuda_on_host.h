@@ -1,4 +1,4 @@
-// Lets g++ compile a kernel's text and run it on the CPU, one thread after the other (DESIGN D10): for kernels without
+// Lets g++ compile a kernel's text and run it on the CPU, one thread after the other: for kernels without
 // barriers, shared memory or atomics. HOST_ENTRY(kernel) exports `run`, which takes its arguments like cuLaunchKernel: one
 // pointer to each. Threads run forwards or backwards; a kernel whose threads do not depend on each other does not care.
 #pragma once

@@ -6,7 +6,7 @@ y[2i+1] = a x[i] + b x[i] + c x[i+1]: sums of u[i] = b x[i] and of v[i] = a x[i]
     y[2i] = u[i] + v[i-1],  y[2i+1] = u[i] + v[i].
 
 Three products per coarse voxel and axis: 27 in three dimensions, where the doubled grid has 216 and phase convolutions
-64 (DESIGN D8). Reflecting the doubled grid by one voxel repeats the coarse edge voxel. On the last axis u and v are the
+64. Reflecting the doubled grid by one voxel repeats the coarse edge voxel. On the last axis u and v are the
 outputs of one convolution, since two channels of output are better than one for a vector unit.
 """
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fastsrgan.model.cpu import doubling, forms, spectral, winograd
 from fastsrgan.model.cpu.normed import ALL, Normed, NormGradients
-from fastsrgan.model.cpu.spectral import Sink, Source, Where
+from fastsrgan.model.cpu.spectral import ImageParts, Sink, Where
 
 HELD_BYTES = 2**25  # of a padded input at a time
 PLAIN_STEM = 16  # outputs of a convolution from one channel that fill a vector unit
@@ -31,9 +31,11 @@ class Convolution(Protocol):
     input or that, hands the input's gradient to ``sink`` in one or more parts, and returns the weight's if wanted.
     """
 
-    def forward(self, y: Source, weight: Tensor) -> tuple[Tensor, Tensor | None]: ...
+    def forward(self, y: ImageParts, weight: Tensor) -> tuple[Tensor, Tensor | None]: ...
 
-    def backward(self, grad: Tensor, y: Source, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None: ...
+    def backward(
+        self, grad: Tensor, y: ImageParts, weight: Tensor, sink: Sink | None, wanted: bool
+    ) -> Tensor | None: ...
 
 
 class Reflected:
@@ -42,11 +44,11 @@ class Reflected:
     def __init__(self, stride: int = 1) -> None:
         self.stride = stride
 
-    def forward(self, y: Source, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, y: ImageParts, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         parts = [doubling.convolve(_reflect(y[where], weight), weight, self.stride) for where in _samples(y, weight)]
         return parts[0] if len(parts) == 1 else torch.cat(parts), None
 
-    def backward(self, grad: Tensor, y: Source, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
+    def backward(self, grad: Tensor, y: ImageParts, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
         dw = None
         for where in _samples(y, weight):
             if wanted:
@@ -67,10 +69,10 @@ class Reflected:
 class Kernel3(Reflected):
     """3^3, stride 1: by Winograd's products where they pay. Forward and backward are of one form."""
 
-    def forward(self, y: Source, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, y: ImageParts, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         return winograd.forward(y[ALL], weight) if self._form(y, weight) == "winograd" else super().forward(y, weight)
 
-    def backward(self, grad: Tensor, y: Source, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
+    def backward(self, grad: Tensor, y: ImageParts, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
         if len(y.shape) == 5:
             return super().backward(grad, y, weight, sink, wanted)
         dy, dw = winograd.backward(grad, y[ALL], weight, (sink is not None, wanted))  # y: values at the points
@@ -78,7 +80,7 @@ class Kernel3(Reflected):
             sink(ALL, dy)
         return dw
 
-    def _form(self, y: Source, weight: Tensor) -> str:
+    def _form(self, y: ImageParts, weight: Tensor) -> str:
         fixed = "winograd" if winograd.pays(y.shape, weight) else "library"
         if not winograd.fits(y.shape, weight):
             return fixed
@@ -104,7 +106,7 @@ class Kernel3(Reflected):
 class Kernel7(Reflected):
     """7^3: by spectra, but forward from one channel to many, which a plain convolution does as fast in less memory."""
 
-    def forward(self, y: Source, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, y: ImageParts, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         outputs, inputs = weight.shape[:2]
         fixed = "library" if inputs == 1 and outputs >= PLAIN_STEM else "spectral"
 
@@ -114,7 +116,7 @@ class Kernel7(Reflected):
         plain = forms.choose("conv7 forward", y.shape, weight, fixed, trials) == "library"
         return super().forward(y, weight) if plain else (spectral.forward(y, weight), None)
 
-    def backward(self, grad: Tensor, y: Source, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
+    def backward(self, grad: Tensor, y: ImageParts, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
         part = None if sink is None else _drop
 
         def trials(x: Tensor, w: Tensor) -> forms.Calls:
@@ -133,7 +135,7 @@ class Kernel7(Reflected):
 class Doubling:
     """Nearest x2, then 3^3 on reflected edges."""
 
-    def forward(self, y: Source, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, y: ImageParts, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         def trials(x: Tensor, w: Tensor) -> forms.Calls:
             return {
                 "folded": lambda: doubling.forward(x, w),
@@ -143,7 +145,7 @@ class Doubling:
         form = forms.choose("doubling forward", y.shape, weight, "folded", trials)
         return (doubling.forward if form == "folded" else doubling.transposed_forward)(y[ALL], weight), None
 
-    def backward(self, grad: Tensor, y: Source, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
+    def backward(self, grad: Tensor, y: ImageParts, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
         needs = sink is not None, wanted
 
         def trials(x: Tensor, w: Tensor) -> forms.Calls:
@@ -172,12 +174,12 @@ def _reflect(y: Tensor, weight: Tensor) -> Tensor:
     return F.pad(y, (weight.shape[-1] // 2,) * 6, mode="reflect")
 
 
-def _padded_shape(y: Source, weight: Tensor, where: Where) -> list[int]:
+def _padded_shape(y: ImageParts, weight: Tensor, where: Where) -> list[int]:
     more = weight.shape[-1] // 2 * 2
     return [len(range(y.shape[0])[where[0]]), y.shape[1], *(n + more for n in y.shape[2:])]
 
 
-def _samples(y: Source, weight: Tensor) -> Iterator[Where]:
+def _samples(y: ImageParts, weight: Tensor) -> Iterator[Where]:
     """All of y where it is small, else two samples or three at a time: torch convolves a lone small one slowly."""
     batch = y.shape[0]
     runs = 1 if math.prod(_padded_shape(y, weight, ALL)) * weight.element_size() <= HELD_BYTES else max(1, batch // 2)

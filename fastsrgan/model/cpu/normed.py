@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsrgan.model.cpu.spectral import Where
 
-NORM_EPS = 1e-7  # added to the standard deviation, outside the root, as the original does (SEGSRGAN.md section 2)
+NORM_EPS = 1e-7  # added to the standard deviation, outside the root, as the original does
 BLOCK = 2**20  # voxels of a block of channels
 ALL: Where = (slice(None), slice(None))
 

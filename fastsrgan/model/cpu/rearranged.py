@@ -1,4 +1,4 @@
-"""Weights re-arranged once for a whole inference (DESIGN D8).
+"""Weights re-arranged once for a whole inference.
 
 The exact layers bring a weight into another shape at every call, since training changes it between two calls. Within
 ``held`` what came out is kept and used again.

@@ -2,8 +2,8 @@
 
 Of 343 products per voxel and pair of channels four remain, and one transform per channel. Taps and spectra meet in
 partial DFTs, one small matrix per axis. A few channels of one sample are transformed at a time: spectra are never held
-together, and the image can be made where it is needed (``Source``). Exact; the rounding is an FFT's, below that of the
-plain sum.
+together, and the image can be made where it is needed (``ImageParts``). Exact; the rounding is an FFT's, below that of
+the plain sum.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Where = tuple[slice, slice]  # samples, channels
 Sink = Callable[[Where, Tensor], None]  # takes the gradient of a part of a source, once for each part
 
 
-class Source(Protocol):
+class ImageParts(Protocol):
     """(B, C, X, Y, Z) of which parts can be had: a tensor, or what makes them."""
 
     @property
@@ -35,7 +35,7 @@ class Source(Protocol):
     def __getitem__(self, where: Where, /) -> Tensor: ...
 
 
-def forward(image: Source, weight: Tensor) -> Tensor:
+def forward(image: ImageParts, weight: Tensor) -> Tensor:
     """(B, I, X, Y, Z), (O, I, 7, 7, 7) -> (B, O, X, Y, Z)."""
     plan = _Plan.of(image.shape, weight)
     samples, taps = range(image.shape[0]), plan.partial(weight, 1)
@@ -58,7 +58,7 @@ def forward(image: Source, weight: Tensor) -> Tensor:
     return out
 
 
-def backward(grad: Tensor, image: Source, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
+def backward(grad: Tensor, image: ImageParts, weight: Tensor, sink: Sink | None, wanted: bool) -> Tensor | None:
     """The weight's gradient if wanted; that of the image goes to ``sink``, if there is one, in parts."""
     plan = _Plan.of(image.shape, weight)
     dw = torch.empty_like(weight) if wanted else None
@@ -67,7 +67,7 @@ def backward(grad: Tensor, image: Source, weight: Tensor, sink: Sink | None, wan
 
 
 def _few_outputs(
-    plan: _Plan, grad: Tensor, image: Source, weight: Tensor, sink: Sink | None, dw: Tensor | None
+    plan: _Plan, grad: Tensor, image: ImageParts, weight: Tensor, sink: Sink | None, dw: Tensor | None
 ) -> None:
     gradients = [plan.transform(g) for g in grad]
     conjugate = [g.conj().resolve_conj() for g in gradients]
@@ -84,7 +84,9 @@ def _few_outputs(
             dw[:, group] = plan.collect(products, 1)
 
 
-def _few_inputs(plan: _Plan, grad: Tensor, image: Source, weight: Tensor, sink: Sink | None, dw: Tensor | None) -> None:
+def _few_inputs(
+    plan: _Plan, grad: Tensor, image: ImageParts, weight: Tensor, sink: Sink | None, dw: Tensor | None
+) -> None:
     conjugate = (
         [plan.padded(image[_one(b), :]).conj().resolve_conj() for b in range(len(grad))] if dw is not None else []
     )

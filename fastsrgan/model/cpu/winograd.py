@@ -78,7 +78,7 @@ def backward(
     return dx, dw
 
 
-class _Axis(NamedTuple):
+class _TileAxis(NamedTuple):
     """What brings an axis to the points (``inputs``) and, transposed, back (``outputs``)."""
 
     inputs: list[_Block]
@@ -104,12 +104,12 @@ def _taps(dtype: torch.dtype) -> list[_Block]:
     return [_Block(0, 3, torch.from_numpy(_toom()[1]).to(dtype))]
 
 
-def _axes(x: Tensor, tiles: int) -> list[_Axis]:
+def _axes(x: Tensor, tiles: int) -> list[_TileAxis]:
     return [_axis(n, x.dtype, tiles) for n in x.shape[2:]]
 
 
 @functools.cache
-def _axis(n: int, dtype: torch.dtype, wanted: int) -> _Axis:
+def _axis(n: int, dtype: torch.dtype, wanted: int) -> _TileAxis:
     """The matrices of an axis of n voxels, edges reflected, about ``wanted`` tiles to a block."""
     a, _, b = _toom()
     total = -(-n // TILE)
@@ -128,7 +128,7 @@ def _axis(n: int, dtype: torch.dtype, wanted: int) -> _Axis:
                 out[:, tile, first + i] = a[:, i]
         inputs.append(_cut(into, dtype))
         outputs.append(_cut(out, dtype))
-    return _Axis(inputs, outputs, tiles)
+    return _TileAxis(inputs, outputs, tiles)
 
 
 def _cut(matrix: np.ndarray, dtype: torch.dtype) -> _Block:
@@ -176,7 +176,7 @@ def _rows(x: Tensor, blocks: list[_Block]) -> tuple[Tensor, ...]:
     return x.split([len(block.matrix) for block in blocks])
 
 
-def _group(x: Tensor, axes: list[_Axis], out: Tensor) -> Tensor:
+def _group(x: Tensor, axes: list[_TileAxis], out: Tensor) -> Tensor:
     """(X', Y', Z', b, c) -> ``out`` (216, tiles, c): what belongs to one point together."""
     shape = [n for a in axes for n in (len(a.inputs), VALUES, a.tiles)]
     x = x.view(*shape, *x.shape[3:]).permute(1, 4, 7, 0, 2, 3, 5, 6, 8, 9, 10)
@@ -184,7 +184,7 @@ def _group(x: Tensor, axes: list[_Axis], out: Tensor) -> Tensor:
     return out
 
 
-def _ungroup(x: Tensor, axes: list[_Axis], batch: int) -> Tensor:
+def _ungroup(x: Tensor, axes: list[_TileAxis], batch: int) -> Tensor:
     """The inverse of ``_group``."""
     tiles = [n for a in axes for n in (len(a.inputs), a.tiles)]
     x = x.view(*(VALUES,) * 3, *tiles, batch, x.shape[-1]).permute(3, 0, 4, 5, 1, 6, 7, 2, 8, 9, 10)

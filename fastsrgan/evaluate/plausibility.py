@@ -1,0 +1,266 @@
+"""Whether a scan and its segmentation look like what the weights were made for: a traffic light with reasons.
+
+``measure`` looks at the scan, ``choose`` picks a model of the package by it, ``judge`` compares with what the weights
+say (`model.purpose`). Arrays only, the scan on about ``SAMPLE`` voxels. It finds images of another kind; a segmentation
+that is wrong on an image of the right kind it finds only by its volume.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from fastsrgan.model.purpose import MODELS, NOT_SAID, Purpose, Range, ShippedModel, span
+from fastsrgan.volume.head import tissue_box, tissue_level
+
+GREEN, YELLOW, RED = "green", "yellow", "red"
+SAMPLE = 2 * 10**6  # voxels that are looked at
+CORE = 0.7  # of the half axes of the head's box: the ellipsoid that contrast is judged in
+
+# --- thresholds, each with what was measured ------------------------------------------------------------------------
+#
+# perinatal: atlas brains of 21 to 34 weeks as thick slices of ratio 3 and 6, without noise and with 3 %; stacks: three
+# real fetal stacks, whole and in their masks; adult: heads synthesised from label maps (T1-like, T2-like, FLAIR-like,
+# whole and stripped) at ratio 4, and the MNI152 template.
+
+FILLED = (
+    0.5  # tissue in a border plane; whole stacks 0.86 to 1, noise 0.78; the neck of a head at most 0.27, masked 0.13
+)
+MOST_FILLED = 2  # border planes of a head; whole stacks and noise 6; all heads 0
+FLUID_SKEW = 0.2  # perinatal -0.04 to 0.36, adult T2 0.31 to 0.62, T1 -0.43 to 0.06, FLAIR -0.54
+CT = -500.0  # intensities of CT begin at -1000; z-scores of MRI at about -5
+BORDER = 0.01  # of the segmentation, in the image's border planes
+# How far beyond the range of the weights is yellow, as a factor; what is further is red.
+SLACK = {"head_mm": 1.1, "voxel_mm": 2.0, "slice_ratio": 2.0, "structure_ml": 1.5, "structure_share": 1.5}
+CHECKED = {
+    "head_mm": "size of the head",
+    "fluid": "contrast",
+    "voxel_mm": "voxel size",
+    "slice_ratio": "slice ratio",
+    "structure_ml": "volume of the structure",
+    "structure_share": "its share of the head",
+}
+UNDECIDED = 1.25  # a head beyond this factor of all models' ranges chooses none of them
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a scan is like.
+
+    head_mm : longest side of the box around what is brighter than air, 0 where nothing is
+    head_ml : volume of what is brighter than air
+    filled : border planes of the image that are more than half tissue
+    fluid : (q98 + q2 - 2 q50) / (q98 - q2) of intensities in the head's core: above 0 where the tail is bright
+    voxel_mm, slice_ratio : finest size, coarsest over finest
+    lowest : intensity
+    """
+
+    head_mm: float
+    head_ml: float
+    filled: int
+    fluid: float
+    voxel_mm: float
+    slice_ratio: float
+    lowest: float
+
+    @property
+    def is_head(self) -> bool:
+        """Whether there is tissue with air around it."""
+        return self.head_mm > 0 and self.filled <= MOST_FILLED
+
+    def to_dict(self) -> dict[str, float]:
+        """For the record."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, record: object) -> Look | None:
+        """From a record; None where it holds none."""
+        known = record if isinstance(record, Mapping) else {}
+        values = {f.name: known.get(f.name) for f in fields(cls)}
+        if not all(isinstance(v, (int, float)) for v in values.values()):
+            return None
+        return cls(**values | {"filled": int(values["filled"])})  # type: ignore[arg-type]
+
+
+def measure(data_XYZ: np.ndarray, spacing_mm: Sequence[float], mask_XYZ: np.ndarray | None = None) -> Look:
+    """What a scan is like, inside a mask where there is one. ``data_XYZ`` is finite, axes as stored."""
+    every = max(1, math.ceil((data_XYZ.size / SAMPLE) ** (1 / 3)))
+    thin = tuple(slice(None, None, min(every, max(1, n // 32))) for n in data_XYZ.shape)
+    some = np.asarray(data_XYZ[thin], np.float32)
+    if mask_XYZ is not None:
+        some = np.where(np.asarray(mask_XYZ)[thin] > 0, some, np.float32(0))
+    spacing = [size * (part.step or 1) for size, part in zip(spacing_mm, thin, strict=True)]
+    level = tissue_level(some)
+    tissue = some > level
+    low, high = tissue_box(some, level)
+    sides = [(b - a + 1) * size for a, b, size in zip(low, high, spacing, strict=True)]
+    there = bool(tissue.any())
+    finest = min(spacing_mm)
+    filled = sum(_tissue_in(data_XYZ, mask_XYZ, axis, end, level) > FILLED for axis in range(3) for end in (0, -1))
+    # To four digits, as a record keeps them: a resumed call decides by the record.
+    return Look(
+        head_mm=_digits(max(sides) if there else 0.0),
+        head_ml=_digits(np.count_nonzero(tissue) * math.prod(spacing) / 1000),
+        filled=filled,
+        fluid=_digits(_skew(some[tissue & _ellipsoid(some.shape, low, high)])),
+        voxel_mm=_digits(finest),
+        slice_ratio=_digits(max(spacing_mm) / finest),
+        lowest=_digits(float(some.min())),
+    )
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _tissue_in(data_XYZ: np.ndarray, mask_XYZ: np.ndarray | None, axis: int, end: int, level: float) -> float:
+    """Share of tissue in a border plane."""
+    plane = data_XYZ.take(end, axis) > level
+    if mask_XYZ is not None:
+        plane = plane & (np.asarray(mask_XYZ).take(end, axis) > 0)
+    return float(np.mean(plane))
+
+
+def _ellipsoid(shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> np.ndarray:
+    """(X, Y, Z) bool: the core of a box."""
+    square: Any = 0.0
+    for axis, (n, a, b) in enumerate(zip(shape, low, high, strict=True)):
+        half = max(0.5 * CORE * (b - a + 1), 0.5)
+        along = ((np.arange(n) - 0.5 * (a + b)) / half) ** 2
+        square = square + along.reshape([-1 if axis == d else 1 for d in range(3)])
+    return square <= 1
+
+
+def _skew(values: np.ndarray) -> float:
+    if values.size < 2:
+        return 0.0
+    low, middle, high = np.percentile(values, [2, 50, 98])
+    return float((low + high - 2 * middle) / (high - low)) if high > low else 0.0
+
+
+# --- which model ---------------------------------------------------------------------------------------------------
+
+
+def choose(look: Look, models: Mapping[str, ShippedModel] = MODELS) -> tuple[str, str]:
+    """The model of the package whose range of head sizes holds, or is nearest to, the scan's; and why.
+
+    Contrast does not choose: T1 of some heads and T2 of noisy ones measure alike. Where no head is seen, or one that
+    fits none, it is the first model.
+    """
+    first, name = next(iter(models)), "no head is seen in the image"
+    if not look.is_head:
+        return first, f"{name}, which decides nothing"
+    away = {name: _beyond(look.head_mm, model.purpose.head_mm) for name, model in models.items()}
+    best = min(away, key=lambda name: away[name])
+    size = f"head {look.head_mm:.0f} mm long"
+    return (best, size) if away[best] <= UNDECIDED else (first, f"{size}, which fits no model")
+
+
+def _beyond(value: float, wanted: Range | None) -> float:
+    """How far a value lies outside a range, as a factor; 1 inside."""
+    if wanted is None or wanted[0] <= value <= wanted[1]:
+        return 1.0
+    if value <= 0:
+        return math.inf
+    return wanted[0] / value if value < wanted[0] else value / wanted[1]
+
+
+# --- the traffic light ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A light, and in words what speaks against green, the worst first.
+
+    checked : what the weights say enough about to be looked at
+    """
+
+    light: str
+    reasons: tuple[str, ...]
+    checked: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        """The light and the reasons; of a green one what was checked."""
+        return f"{self.light}: {'; '.join(self.reasons) or 'as expected in ' + ', '.join(self.checked)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the record."""
+        return {"light": self.light, "reasons": list(self.reasons), "checked": list(self.checked)}
+
+
+def judge(look: Look, seg_XYZ: np.ndarray, voxel_mm3: float, purpose: Purpose, masked: bool = False) -> Verdict:
+    """Compare a scan and its segmentation (above 0 in the structure) with what the weights were made for.
+
+    ``masked`` : whether a mask was given, which is offered otherwise where it may help
+    """
+    found = [*_of_image(look, purpose, masked), *_of_segmentation(look, seg_XYZ, voxel_mm3, purpose)]
+    checked = tuple(words for name, words in CHECKED.items() if getattr(purpose, name))
+    if not checked:
+        found.append((YELLOW, f"of the weights {NOT_SAID}"))
+    found.sort(key=lambda one: one[0] != RED)
+    light = found[0][0] if found else GREEN
+    return Verdict(light, tuple(reason for _, reason in found), checked)
+
+
+Finding = tuple[str, str]
+
+
+def _of_image(look: Look, purpose: Purpose, masked: bool) -> list[Finding]:
+    found: list[Finding] = []
+    if purpose.contrast and look.lowest <= CT:
+        found.append((RED, f"intensities go down to {look.lowest:.0f}, as in CT; made for {purpose.contrast}"))
+    if purpose.head_mm and not look.is_head:
+        where = f"tissue fills {look.filled} of the 6 borders" if look.head_mm else "nothing is brighter than air"
+        help_ = "" if masked or not look.head_mm else " (--mask FILE limits it to the head)"
+        found.append((RED, f"no head with air around it is seen, {where}{help_}"))
+    elif (light := _light("head_mm", look.head_mm, purpose.head_mm)) and purpose.head_mm:
+        fits = [name for name, model in MODELS.items() if _beyond(look.head_mm, model.purpose.head_mm) == 1]
+        more = f" (--weights {fits[0]} is made for it)" if fits else ""
+        found.append((light, f"the head is {look.head_mm:.0f} mm long, made for {span(purpose.head_mm)} mm{more}"))
+    if purpose.fluid and look.is_head:
+        found += _of_contrast(look.fluid, purpose)
+    if light := _light("voxel_mm", look.voxel_mm, purpose.voxel_mm):
+        found.append((light, f"voxels of {look.voxel_mm:.3g} mm, made for {span(purpose.voxel_mm)} mm"))
+    if light := _light("slice_ratio", look.slice_ratio, purpose.slice_ratio):
+        found.append(
+            (light, f"slices {look.slice_ratio:.3g} times the voxel size, made for {span(purpose.slice_ratio)}")
+        )
+    return found
+
+
+def _of_contrast(skew: float, purpose: Purpose) -> list[Finding]:
+    seen = "bright" if skew > FLUID_SKEW else "dark" if skew < -FLUID_SKEW else purpose.fluid
+    if seen == purpose.fluid:
+        return []
+    usual = "T2-weighted" if seen == "bright" else "T1-weighted and FLAIR"
+    return [(RED, f"the {seen} tail of intensities is as in {usual} images; made for {purpose.contrast}")]
+
+
+def _of_segmentation(look: Look, seg_XYZ: np.ndarray, voxel_mm3: float, purpose: Purpose) -> list[Finding]:
+    inside = int(np.count_nonzero(seg_XYZ))
+    if not inside:
+        return [(RED if purpose.structure_ml else YELLOW, "nothing was segmented")]
+    found: list[Finding] = []
+    ml = inside * voxel_mm3 / 1000
+    if (light := _light("structure_ml", ml, purpose.structure_ml)) and purpose.structure_ml:
+        found.append((light, f"{purpose.structure} of {ml:.3g} mL, expected {span(purpose.structure_ml)} mL"))
+    share = ml / look.head_ml if look.head_ml else math.inf
+    if (light := _light("structure_share", share, purpose.structure_share)) and purpose.structure_share:
+        low, high = (100 * value for value in purpose.structure_share)
+        found.append(
+            (light, f"{purpose.structure} is {100 * share:.3g} % of the head, expected {low:.0f} to {high:.0f} %")
+        )
+    border = sum(int(np.count_nonzero(seg_XYZ.take(end, axis))) for axis in range(3) for end in (0, -1))
+    if purpose.structure_ml and border > BORDER * inside:
+        found.append((YELLOW, f"{100 * border / inside:.2g} % of the segmentation lies on the image's border"))
+    return found
+
+
+def _light(what: str, value: float, wanted: Range | None) -> str:
+    """Empty inside the range."""
+    away = _beyond(value, wanted)
+    return "" if away <= 1.001 else YELLOW if away <= SLACK[what] else RED

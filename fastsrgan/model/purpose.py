@@ -1,0 +1,179 @@
+"""What weights were made for: the structure that they segment and the images that they know.
+
+It travels in a weight file's card as ``made_for``. The models of the package have theirs here, which is where their
+ranges are kept; ``tools/publish_weights.py`` writes them into the files. Where a file says nothing, nothing is assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+Range = tuple[float, float]
+
+MADE_FOR = "made_for"  # of a card
+FLUID = ("dark", "bright")  # than tissue
+OUTSIDE = ("zero",)
+NOT_SAID = "what they were made for is not said"
+MOST_TEXT, MOST_STRUCTURES = 120, 64
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What is known of it; empty text and None: not said.
+
+    structures : (value in the segmentation, name)
+    contrast : in words; fluid : "dark" or "bright" beside tissue in such images, "" where either may be
+    ages, species, view : in words; ``view`` is the field of view
+    head_mm : longest side of the box around the head (or of the brain where images are stripped)
+    voxel_mm : finest voxel size of a scan; slice_ratio : coarsest over finest
+    grid_mm : voxel size of the images that it learned from, where coarser scans are better taken to it
+    outside : "zero" where brains alone were seen, so that all outside a brain mask is better set to zero
+    structure_ml : volume of the structure; structure_share : of the volume of all that is not air
+    """
+
+    structures: tuple[tuple[int, str], ...] = ()
+    contrast: str = ""
+    fluid: str = ""
+    ages: str = ""
+    species: str = ""
+    view: str = ""
+    outside: str = ""
+    grid_mm: Range | None = None
+    head_mm: Range | None = None
+    voxel_mm: Range | None = None
+    slice_ratio: Range | None = None
+    structure_ml: Range | None = None
+    structure_share: Range | None = None
+
+    @classmethod
+    def of(cls, values: object) -> Purpose:
+        """From the plain values of a card; what is not of its form counts as not said."""
+        known = values if isinstance(values, Mapping) else {}
+        found: dict[str, Any] = {}
+        for f in fields(cls):
+            value = known.get(f.name)
+            if f.name == "structures":
+                found[f.name] = _structures(value)
+            elif f.default is None:
+                found[f.name] = _range(value)
+            else:
+                found[f.name] = " ".join(value.split())[:MOST_TEXT] if isinstance(value, str) else ""
+        for name, allowed in (("fluid", FLUID), ("outside", OUTSIDE)):
+            found[name] = found[name] if found[name] in allowed else ""
+        return cls(**found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values without what is not said."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
+        if self.structures:
+            values["structures"] = [{"value": value, "name": name} for value, name in self.structures]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @property
+    def structure(self) -> str:
+        """The names of the structures, "structure" where they are not said."""
+        return ", ".join(name for _, name in self.structures) or "structure"
+
+    def line(self) -> str:
+        """All of it in words."""
+        parts = [self.contrast, self.ages, self.species, self.view]
+        parts += [f"head {span(self.head_mm)} mm"] * bool(self.head_mm)
+        parts += [f"voxels {span(self.voxel_mm)} mm"] * bool(self.voxel_mm)
+        parts += [f"slice ratio {span(self.slice_ratio)}"] * bool(self.slice_ratio)
+        told = ", ".join(part for part in parts if part)
+        if not told and not self.structures:
+            return NOT_SAID
+        return f"{self.structure}; made for {told}" if told else self.structure
+
+
+def span(of: Range | None) -> str:
+    """A range as people say it."""
+    return "" if of is None else f"{of[0]:.4g} to {of[1]:.4g}"
+
+
+def common(purposes: list[Purpose]) -> Purpose:
+    """Of weights that are averaged: what all of them say alike."""
+    first, *others = purposes
+    return Purpose(
+        **{
+            f.name: getattr(first, f.name)
+            for f in fields(Purpose)
+            if all(getattr(other, f.name) == getattr(first, f.name) for other in others)
+        }
+    )
+
+
+def _range(value: object) -> Range | None:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return None
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < 1e9 for v in value):
+        return None
+    low, high = float(value[0]), float(value[1])
+    return (low, high) if low <= high else None
+
+
+def _structures(value: object) -> tuple[tuple[int, str], ...]:
+    found = []
+    for one in value[:MOST_STRUCTURES] if isinstance(value, (list, tuple)) else ():
+        number, name = (one.get("value"), one.get("name")) if isinstance(one, Mapping) else (None, None)
+        if isinstance(number, int) and not isinstance(number, bool) and isinstance(name, str) and name.strip():
+            found.append((number, " ".join(name.split())[:MOST_TEXT]))
+    return tuple(found)
+
+
+# --- the models of the package ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShippedModel:
+    """A model of the package: its file, and what it was made for."""
+
+    file: str
+    purpose: Purpose
+
+    @property
+    def structure(self) -> str:
+        """What it segments."""
+        return self.purpose.structure
+
+
+# Names that stand for a path wherever weights are asked for. The first is the default of `load_generator`. Ranges hold
+# the values measured beside them, with room: heads by `infer.plausibility.measure`.
+MODELS = {
+    "adult": ShippedModel(
+        "segsrgan-k8-synthetic-heads.safetensors",
+        Purpose(
+            structures=((1, "grey matter"),),
+            contrast="T1-like contrast",
+            fluid="dark",
+            ages="adults",
+            species="human",
+            view="whole head",
+            head_mm=(140, 290),  # 12 whole heads 207 to 252, brains alone 156 to 216
+            voxel_mm=(0.7, 1.3),  # training: 1
+            slice_ratio=(1.5, 6.5),  # training: the same
+            structure_ml=(350, 1000),  # labels of 12 heads 407 to 752
+            structure_share=(0.08, 0.55),  # of whole heads 0.106 to 0.229, of brains alone 0.286 to 0.445
+        ),
+    ),
+    "perinatal": ShippedModel(
+        "segsrgan-k8-perinatal.safetensors",
+        Purpose(
+            structures=((1, "cortical grey matter"),),
+            contrast="T2-like contrast",
+            fluid="bright",
+            ages="21 to 40 weeks of gestation",
+            species="human",
+            view="brain, stripped or with the head around it",
+            outside="zero",
+            grid_mm=(0.8, 0.8),
+            head_mm=(50, 130),  # 12 atlas brains of 21 to 34 weeks 57 to 102; three real stacks in their masks 67 to 81
+            voxel_mm=(0.5, 1.2),  # training: 0.5 to 1.1; real stacks 1.125
+            slice_ratio=(2, 6.5),  # training: the same
+            structure_ml=(4, 150),  # labels of 12 brains 6 to 56; newborns have more
+            structure_share=(0.06, 0.35),  # labels of 12 brains 0.116 to 0.213
+        ),
+    ),
+}

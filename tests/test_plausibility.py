@@ -1,0 +1,392 @@
+"""Trust: what weights say they were made for, the traffic light, weights chosen by the head, isotropic images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from cohort import SMALL, make_store
+from nifti_files import rigid
+from phantom import head
+
+import fastsrgan
+from fastsrgan.cli.main import main
+from fastsrgan.errors import UsageError
+from fastsrgan.evaluate import plausibility
+from fastsrgan.evaluate.plausibility import GREEN, RED, YELLOW, Look, choose, judge, measure
+from fastsrgan.infer import image as infer_image
+from fastsrgan.infer.bids import infer_bids
+from fastsrgan.infer.files import infer_files
+from fastsrgan.infer.image import Models
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.model.purpose import MADE_FOR, MODELS, Purpose, common, span
+from fastsrgan.store.reader import Store
+from fastsrgan.train.snapshots import made_for
+
+FAST = {"patch": 16, "step": 16, "device": "cpu"}
+ADULT, PERINATAL = (MODELS[name].purpose for name in ("adult", "perinatal"))
+
+
+# --- what a scan is like --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def grown():
+    """A whole phantom head, 140 x 176 x 124 mm, with thick slices."""
+    return head((40, 48, 18), (4.0, 4.0, 8.0))
+
+
+def test_the_head_is_measured_in_mm_whatever_the_grid(grown):
+    for shape, spacing in (((40, 48, 18), (4.0, 4.0, 8.0)), ((80, 32, 36), (2.0, 6.0, 4.0))):
+        found = head(shape, spacing)
+        look = measure(found.data, found.spacing)
+        assert abs(look.head_mm - 176) <= max(spacing) and look.is_head and look.filled == 0
+        assert look.voxel_mm == min(spacing) and look.slice_ratio == max(spacing) / min(spacing)
+        # The phantom's edges are as soft as its voxels are large, and air ends at a tenth of the brightest.
+        assert look.head_ml == pytest.approx(4 / 3 * np.pi * 70 * 88 * 62 / 1000, rel=0.2)
+    turned = measure(np.ascontiguousarray(grown.data.transpose(2, 0, 1)), (8.0, 4.0, 4.0))
+    assert turned == measure(grown.data, grown.spacing)
+
+
+def test_a_large_image_is_looked_at_in_part_and_measures_the_same(grown, monkeypatch):
+    fine = head((80, 96, 72), (2.0, 2.0, 2.0))
+    whole = measure(fine.data, fine.spacing)
+    monkeypatch.setattr(plausibility, "SAMPLE", 20_000)
+    part = measure(fine.data, fine.spacing)
+    assert abs(part.head_mm - whole.head_mm) <= 8 and abs(part.fluid - whole.fluid) < 0.1
+    assert part.head_ml == pytest.approx(whole.head_ml, rel=0.03) and part.filled == whole.filled
+
+
+def test_what_is_cut_out_of_a_body_is_no_head_and_a_mask_makes_it_one(grown):
+    inside = grown.data[12:28, 14:34, 5:13]
+    look = measure(inside, grown.spacing)
+    assert look.filled == 6 and not look.is_head
+    mask = np.zeros(inside.shape, np.uint8)
+    mask[2:-2, 2:-2, 1:-1] = 1
+    masked = measure(inside, grown.spacing, mask)
+    assert masked.is_head and masked.head_mm == 64
+    nothing = measure(np.zeros((8, 8, 8), np.float32), (1, 1, 1))
+    assert nothing.head_mm == 0 and not nothing.is_head
+    noise = measure(np.random.default_rng(0).uniform(0, 900, (64, 64, 20)), (1, 1, 3))
+    assert not noise.is_head
+
+
+def test_fluid_is_told_from_the_tail_of_intensities(grown):
+    """The phantom's fluid is dark; in the negative of its inside it is bright."""
+    dark = measure(grown.data, grown.spacing).fluid
+    negative = np.where(grown.data > 0, 250 - grown.data, 0)
+    assert dark < -plausibility.FLUID_SKEW and measure(negative, grown.spacing).fluid > plausibility.FLUID_SKEW
+    assert measure(grown.data * 7 + 3, grown.spacing).fluid == pytest.approx(dark, abs=0.02)
+
+
+def test_a_look_survives_its_record():
+    look = measure(head().data, (4.0, 4.0, 4.0))
+    assert Look.of(json.loads(json.dumps(look.to_dict()))) == look
+    assert (
+        Look.of(None) is None and Look.of({"head_mm": 3}) is None and Look.of(look.to_dict() | {"fluid": "a"}) is None
+    )
+
+
+# --- which model ----------------------------------------------------------------------------------------------------
+
+NEWBORN = Look(96.0, 300.0, 0, 0.3, 0.8, 3.0, 0.0)
+GROWN = Look(180.0, 3500.0, 0, -0.4, 1.0, 4.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("look", "name", "why"),
+    (
+        (NEWBORN, "perinatal", "head 96 mm long"),
+        (GROWN, "adult", "head 180 mm long"),
+        (replace(NEWBORN, head_mm=134.0), "perinatal", "134"),
+        (replace(NEWBORN, head_mm=137.0), "adult", "137"),
+        (replace(NEWBORN, head_mm=20.0), "adult", "fits no model"),
+        (replace(NEWBORN, filled=6), "adult", "no head is seen"),
+        (replace(NEWBORN, head_mm=0.0), "adult", "no head is seen"),
+    ),
+)
+def test_the_size_of_the_head_chooses(look, name, why):
+    chosen, said = choose(look)
+    assert chosen == name and why in said
+
+
+# --- the light ------------------------------------------------------------------------------------------------------
+
+
+def seg_of(ml: float, border: bool = False) -> np.ndarray:
+    """A segmentation of voxels of 1 mL."""
+    seg = np.zeros((12, 12, 12), np.uint8)
+    inner = np.zeros((10, 10, 10), np.uint8)
+    inner.reshape(-1)[: round(ml)] = 1
+    seg[1:-1, 1:-1, 1:-1] = inner
+    if border:
+        seg[0, :4, 0] = 1
+    return seg
+
+
+def light(look: Look, ml: float, purpose: Purpose, **more) -> tuple[str, str]:
+    verdict = judge(look, seg_of(ml, **more), 1000.0, purpose)
+    assert verdict.line().startswith(verdict.light)
+    return verdict.light, "; ".join(verdict.reasons)
+
+
+def test_what_the_weights_were_made_for_is_green():
+    assert light(NEWBORN, 50, PERINATAL) == (GREEN, "")
+    assert light(GROWN, 600, ADULT) == (GREEN, "")
+    told = judge(GROWN, seg_of(600), 1000.0, ADULT).line()
+    assert told.startswith("green: as expected in size of the head, contrast") and "slice ratio" in told
+
+
+def test_a_newborn_given_to_adult_and_the_reverse_are_red():
+    found, why = light(NEWBORN, 50, ADULT)
+    assert found == RED and "96 mm long, made for 140 to 290 mm (--weights perinatal is made for it)" in why
+    found, why = light(GROWN, 600, PERINATAL)
+    assert found == RED and "--weights adult is made for it" in why
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted", "words"),
+    (
+        ({"filled": 6}, RED, "tissue fills 6 of the 6 borders (--mask FILE"),
+        ({"head_mm": 0.0}, RED, "nothing is brighter than air"),
+        ({"head_mm": 135.0}, YELLOW, "135 mm long"),
+        ({"fluid": 0.5}, RED, "as in T2-weighted images; made for T1-like contrast"),
+        ({"fluid": 0.1}, GREEN, ""),
+        ({"lowest": -1000.0}, RED, "as in CT"),
+        ({"voxel_mm": 0.5}, YELLOW, "voxels of 0.5 mm, made for 0.7 to 1.3 mm"),
+        ({"voxel_mm": 0.2}, RED, "voxels of 0.2 mm"),
+        ({"slice_ratio": 9.0}, YELLOW, "slices 9 times the voxel size"),
+        ({"slice_ratio": 30.0}, RED, "slices 30 times"),
+        ({"head_ml": 900.0}, YELLOW, "66.7 % of the head, expected 8 to 55 %"),
+    ),
+)
+def test_every_deviation_changes_the_light_and_says_why(change, wanted, words):
+    found, why = light(replace(GROWN, **change), 600, ADULT)
+    assert found == wanted and words in why
+
+
+def test_the_segmentation_is_compared_with_the_weights():
+    assert light(GROWN, 300, ADULT)[0] == YELLOW and "300 mL, expected 350 to 1000 mL" in light(GROWN, 300, ADULT)[1]
+    assert light(GROWN, 100, ADULT)[0] == RED
+    assert light(GROWN, 0, ADULT) == (RED, "nothing was segmented")
+    found, why = light(NEWBORN, 50, PERINATAL, border=True)
+    assert found == YELLOW and "lies on the image's border" in why
+    assert "--mask" not in judge(replace(GROWN, filled=6), seg_of(600), 1000.0, ADULT, masked=True).line()
+
+
+def test_weights_that_say_nothing_are_never_green():
+    found, why = light(GROWN, 600, Purpose())
+    assert found == YELLOW and "what they were made for is not said" in why
+    assert light(replace(GROWN, filled=6, lowest=-1000.0), 600, Purpose())[0] == YELLOW  # nothing to hold it against
+
+
+# --- what weights say -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_purpose_survives_a_file_and_a_shipped_one_has_all_parts(name, tmp_path):
+    purpose = MODELS[name].purpose
+    said = [key for key in purpose.__dataclass_fields__ if getattr(purpose, key)]
+    assert set(purpose.__dataclass_fields__) - set(said) <= {"outside", "grid_mm"}  # not of every model
+    assert weights.purpose(name) == purpose and Purpose.of(weights.info(name)["made_for"]) == purpose
+    saved = weights.save_generator(
+        tmp_path / "w.safetensors", build_generator(GeneratorSpec(kernel=1)), card={MADE_FOR: purpose.to_dict()}
+    )
+    assert weights.purpose(saved) == purpose
+    assert purpose.structure in purpose.line() and purpose.contrast in purpose.line()
+
+
+def test_a_training_says_what_it_knows(tmp_path):
+    store = Store(make_store(tmp_path))
+    config = SMALL.replace(new_low_res=((0.5, 0.5, 2.0), (1.0, 1.0, 6.0)))
+    known = made_for(config, store)
+    volumes = [s.attrs["label_counts"]["1"] / 1000 for s in store.subjects if s.split == "Train"]
+    assert known.structures == ((1, "structure of the training's labels"),)
+    assert known.voxel_mm == (0.5, 1.0) and known.slice_ratio == (4.0, 6.0) and known.head_mm is None
+    assert known.structure_ml == (min(volumes) / 1.5, max(volumes) * 1.5)
+    for subject in store.subjects:
+        subject.attrs["label_classes"] = [3, 42]
+    assert made_for(config, store).structure == "label 3, 42"
+    assert light(replace(GROWN, voxel_mm=1.0, slice_ratio=5.0), sum(known.structure_ml) / 2, known)[0] == GREEN
+    assert Purpose.of(known.to_dict()) == known
+
+
+@pytest.mark.parametrize(
+    "card",
+    (
+        None,
+        "a brain",
+        {"head_mm": [9, 3], "slice_ratio": ["a", 2], "voxel_mm": [1], "structures": "cortex", "contrast": 5},
+        {"structures": [{"value": "1", "name": "cortex"}, {"value": 1, "name": " "}, 3], "fluid": "grey"},
+    ),
+)
+def test_what_is_no_purpose_is_not_said(card):
+    assert Purpose.of(card) == Purpose() and Purpose.of(card).line() == "what they were made for is not said"
+
+
+def test_of_averaged_weights_counts_what_all_say_alike():
+    other = replace(ADULT, contrast="any", structure_ml=None)
+    both = common([ADULT, other])
+    assert both.structures == ADULT.structures and both.contrast == "" and both.structure_ml is None
+
+
+def test_the_first_model_is_the_default_of_load_generator():
+    assert weights.DEFAULT == "adult" and fastsrgan.load_generator().spec == fastsrgan.load_generator("adult").spec
+    assert not np.array_equal(
+        fastsrgan.load_generator("perinatal").stem[0].detach(), fastsrgan.load_generator().stem[0].detach()
+    )
+
+
+# --- through files --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The package's models replaced by tiny networks."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    monkeypatch.setattr(weights, "SHIPPED", folder)
+    for seed, model in enumerate(MODELS.values(), 1):
+        weights.save_generator(folder / model.file, build_generator(GeneratorSpec(kernel=1), seed=seed))
+    return folder
+
+
+def scan(path, size_mm: float, spacing=(4.0, 4.0, 8.0), code=None):
+    """The phantom's head, of another size."""
+    shape = tuple(round(1.1 * extent / s) for extent, s in zip((140, 176, 124), spacing, strict=True))
+    data = head(shape, spacing).data
+    affine = rigid(tuple(size_mm / 176 * s for s in spacing))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return images.save(path, data, affine)
+
+
+def record_of(out, name="a"):
+    return json.loads((out / f"{name}.json").read_text())
+
+
+def test_the_head_chooses_the_weights_and_the_record_says_so(tmp_path, small, caplog):
+    caplog.set_level("INFO", "fastsrgan")
+    paths = [scan(tmp_path / "a.nii.gz", 96), scan(tmp_path / "b.nii.gz", 200)]
+    done = infer_files(paths, tmp_path / "out", **FAST)
+    assert done["weights"] == {"auto": {name: weights.info(name)["sha256"] for name in MODELS}}
+    for name, model in (("a", "perinatal"), ("b", "adult")):
+        record = record_of(tmp_path / "out", name)
+        assert record["weights"]["name"] == model and record["weights"]["chosen"].startswith("auto: head")
+        assert record["weights"]["sha256"] == weights.info(model)["sha256"]
+        assert record["structures"] == [{"value": 1, "name": MODELS[model].structure}]
+        assert record["made_for"] == MODELS[model].purpose.to_dict()
+        header = nib.load(tmp_path / "out" / f"{name}_seg.nii.gz").header
+        assert header.get_intent()[0] == "label" and header.get_intent()[2] == MODELS[model].structure[:15]
+        assert MODELS[model].structure in bytes(header["descrip"]).decode()
+    assert "a.nii.gz: weights: perinatal (head" in caplog.text and "--weights chooses otherwise" in caplog.text
+    # A resumed call compares what it would choose, by what was seen then.
+    seen = []
+    look_at = infer_image.look_at
+    infer_image.look_at = lambda *args: seen.append(args) or look_at(*args)
+    try:
+        assert infer_files(paths, tmp_path / "out", "auto", resume=True, **FAST)["skipped"] == 2
+        assert not seen
+        record = record_of(tmp_path / "out")
+        del record["plausibility"]
+        (tmp_path / "out" / "a.json").write_text(json.dumps(record))
+        assert infer_files(paths[:1], tmp_path / "out", resume=True, **FAST)["skipped"] == 1 and len(seen) == 1
+    finally:
+        infer_image.look_at = look_at
+    with pytest.raises(UsageError, match="another weights"):
+        infer_files(paths[:1], tmp_path / "out", "adult", resume=True, **FAST)
+    infer_files(paths[:1], tmp_path / "out", "adult", overwrite=True, **FAST)
+    record = record_of(tmp_path / "out")
+    assert "chosen" not in record["weights"] and record["plausibility"]["light"] == RED
+    assert any(w.startswith("plausibility red") and "--weights perinatal" in w for w in record["warnings"])
+    with pytest.raises(UsageError, match="another weights"):
+        infer_files(paths[:1], tmp_path / "out", resume=True, **FAST)
+
+
+def test_auto_is_averaged_with_nothing_and_a_file_of_that_name_comes_first(tmp_path, small, monkeypatch):
+    with pytest.raises(UsageError, match="averaged with none"):
+        Models(["auto", "adult"])
+    monkeypatch.chdir(tmp_path)
+    weights.save_generator(tmp_path / "auto", build_generator(GeneratorSpec(kernel=2), seed=1))
+    named = Models("auto").named
+    assert named is not None and named.facts["spec"]["kernel"] == 2 and Models(None).named is not None
+
+
+def test_weights_that_do_not_say_are_told_in_one_line(tmp_path, caplog):
+    caplog.set_level("INFO", "fastsrgan")
+    model = weights.save_generator(tmp_path / "w.safetensors", build_generator(GeneratorSpec(kernel=1), seed=1))
+    infer_files([scan(tmp_path / "a.nii.gz", 96)], tmp_path / "out", model, **FAST)
+    assert caplog.text.count("w.safetensors: what they were made for is not said") == 1
+    record = record_of(tmp_path / "out")
+    assert record["structures"] == [] and record["made_for"] == {} and record["plausibility"]["light"] == YELLOW
+    assert nib.load(tmp_path / "out" / "a_seg.nii.gz").header.get_intent()[2] == "structure"
+
+
+def test_derivatives_are_resumed_by_the_chosen_name(tmp_path, small):
+    root = tmp_path / "raw"
+    scan(root / "sub-01" / "anat" / "sub-01_T2w.nii.gz", 96)
+    (root / "dataset_description.json").write_text('{"Name": "raw", "BIDSVersion": "1.9.0"}')
+    infer_bids(root, tmp_path / "out", **FAST)
+    anat = tmp_path / "out" / "sub-01" / "anat"
+    assert "cortical grey matter" in (anat / "sub-01_desc-cortexT2w_dseg.tsv").read_text()
+    assert infer_bids(root, tmp_path / "out", resume=True, **FAST)["skipped"] == 1
+    with pytest.raises(UsageError, match="another weights"):
+        infer_bids(root, tmp_path / "out", "adult", resume=True, **FAST)
+
+
+# --- isotropic images -----------------------------------------------------------------------------------------------
+
+
+def infer(*words) -> int:
+    return main([str(word) for word in ("infer", "--patch", 16, "--step", 16, "--device", "cpu", *words)])
+
+
+def test_an_isotropic_image_is_left_alone_unless_asked_for(tmp_path, small, capsys):
+    same = scan(tmp_path / "same.nii.gz", 96, (6.0, 6.0, 6.0))
+    thick = scan(tmp_path / "thick.nii.gz", 96)
+    assert infer(same, "-o", tmp_path / "out", "--json") == 2
+    shown = capsys.readouterr()
+    told = json.loads(shown.out)
+    assert told["unneeded"] == 1 and told["done"] == 0 and told["items"][0]["status"] == "unneeded"
+    assert "nothing to super-resolve" in told["items"][0]["reason"] and "--new-resolution same" in shown.err
+    assert not list((tmp_path / "out").iterdir())
+    assert infer(same, thick, "-o", tmp_path / "out") == 0
+    told = json.loads((tmp_path / "out" / "infer_summary.json").read_text())
+    assert [item["status"] for item in told["items"]] == ["unneeded", "done"] and told["failed"] == 0
+    assert infer(same, "-o", tmp_path / "out", "--new-resolution", "same") == 0
+    assert images.load(tmp_path / "out" / "same_seg.nii.gz").data.shape == images.load(same).data.shape
+    capsys.readouterr()
+
+
+# --- the light is shown ---------------------------------------------------------------------------------------------
+
+
+def test_the_light_is_in_the_terminal_and_the_report(tmp_path, small, capsys):
+    path = scan(tmp_path / "a.nii.gz", 96)
+    assert infer(path, "-o", tmp_path / "out", "-w", "adult") == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"done    {path}  red  ") and "plausibility red: " in shown.err
+    assert main(["report", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert 'class="light-red">● red</b>' in page and "made for 140 to 290 mm" in page
+    assert "Segmented: grey matter; made for T1-like contrast" in page
+    capsys.readouterr()
+
+
+# --- one table of models --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_and_the_card_say_what_the_model_says(name):
+    purpose, root = MODELS[name].purpose, Path(__file__).parent.parent
+    (row,) = [line for line in (root / "README.md").read_text("utf8").splitlines() if line.startswith(f"| `{name}`")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    wanted = [purpose.structure, purpose.contrast, purpose.ages, purpose.view]
+    assert cells[1:-1] == [*wanted, span(purpose.head_mm), span(purpose.slice_ratio)]
+    card = (root / "fastsrgan" / "models" / {"adult": "README.md"}.get(name, f"{name}.md")).read_text("utf8")
+    assert f"| segments | {purpose.line()} |" in card

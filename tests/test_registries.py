@@ -1,0 +1,253 @@
+"""Registries: an entry that is added while the program runs is in every command, table and output, and nowhere else
+does a name have to be added."""
+
+from __future__ import annotations
+
+import ast
+import collections
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastsrgan
+from fastsrgan.cli import evaluate as cli_evaluate
+from fastsrgan.cli import main as cli
+from fastsrgan.config import CHOICES, SETTINGS, TrainConfig
+from fastsrgan.errors import ModelError, UsageError
+from fastsrgan.evaluate import metrics
+from fastsrgan.evaluate.figures import FIGURES, LOWER, Figure, captions, definitions
+from fastsrgan.evaluate.pair import evaluate_pair, flat, summarise
+from fastsrgan.infer import tiles, values
+from fastsrgan.infer.settings import InferSettings
+from fastsrgan.io import formats
+from fastsrgan.model import weights
+from fastsrgan.model.networks import NETWORKS, Architecture, Generator, GeneratorSpec, build_generator
+from fastsrgan.observation.artefacts import ARTEFACTS, IMAGE, SCAN, SLICES, Artefact
+from fastsrgan.observation.model import Degradation, degrade
+from fastsrgan.report import sections
+from fastsrgan.study import tables
+from fastsrgan.study.data import figure_paths
+from fastsrgan.train.run import artefact_amounts
+from fastsrgan.volume.geometry import Volume
+from tools import settings_page
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair() -> dict[str, Volume]:
+    hr = np.random.default_rng(0).random((14, 13, 12)).astype(np.float32) + 1
+    label = hr > 1.5
+    volumes = {"hr": hr, "sr": hr + 0.1 * label, "seg": label & (hr < 1.9), "label": label, "baseline": hr + 0.2}
+    return {
+        name: Volume(np.asarray(v, np.uint8 if v.dtype == bool else v.dtype), np.eye(4)) for name, v in volumes.items()
+    }
+
+
+def test_a_new_figure_is_everywhere(pair, monkeypatch):
+    def largest_error(compared, region):
+        return float(np.abs(compared.sr - compared.hr.data).max())
+
+    entry = Figure(
+        "largest error", "the largest absolute difference", largest_error,
+        image=True, unit="mV", digits=1, better=LOWER, short="LE", headline=True,
+    )  # fmt: skip
+    monkeypatch.setitem(FIGURES, "largest_error", entry)
+    result = evaluate_pair(**pair)
+    assert result["image"]["label"]["largest_error"] == pytest.approx(0.1, abs=1e-6)
+    assert result["gain"]["image"]["whole"]["largest_error"] == pytest.approx(-0.1, abs=1e-6)
+    assert result["definitions"]["largest_error"] == definitions()["largest_error"] == entry.definition
+    # The command: a pair, a cohort's figures, a line per subject.
+    row = next(r for r in cli_evaluate.figures(result) if r["figure"] == "largest_error")
+    assert row["better"] == "yes" and row["value"] == "0.1"
+    cohort = {"rows": [{"subject": "a"} | result], "summary": summarise([result])}
+    assert any(r["figure"] == "largest_error" and r["better"] == "yes" for r in cli_evaluate.cohort_figures(cohort))
+    assert {"LE mV", "baseline LE mV"} <= set(cli_evaluate.subjects(cohort)[0])
+    # Studies: number of a cell, heading of the table.
+    assert flat(result)[figure_paths()["largest_error"]] == result["image"]["whole"]["largest_error"]
+    assert tables.headings()["largest_error"] == ("LE mV", 1)
+    assert tables.headings()["largest_error_mask"] == ("LE mask mV", 1)
+    # Reports, pictures, documentation.
+    page = str(sections.scores_table(result, "/scores")) + str(sections.tiles(result, "/scores"))
+    assert page.count("largest error, mV") >= 3
+    assert "largest error 0.1 mV  (-0.1 mV)" in captions(result)["sr"]
+    assert "| `largest_error` | largest error, mV | less | the largest absolute difference |" in settings_page.figures()
+
+
+def test_the_error_in_the_segmented_structure_is_that_of_its_own_voxels(pair):
+    result = evaluate_pair(**pair)
+    inside = pair["seg"].data > 0
+    assert result["segmentation"]["structure_mae"] == metrics.mae(pair["sr"].data, pair["hr"].data, inside)
+    assert result["segmentation"]["structure_mae"] == pytest.approx(0.1, abs=1e-6)
+    empty = Volume(np.zeros_like(pair["seg"].data), np.eye(4))
+    alone = evaluate_pair(pair["sr"], pair["hr"], seg=empty, label=pair["label"], baseline_seg=pair["label"])
+    assert alone["segmentation"]["structure_mae"] is None  # no voxel
+    assert alone["baseline"]["segmentation"]["structure_mae"] is None  # no image
+
+
+def test_every_figure_of_a_result_is_in_the_table_and_the_other_way_round(pair):
+    result = evaluate_pair(**pair)
+    assert [*result["image"]["whole"], *result["segmentation"]] == list(FIGURES)
+    assert set(FIGURES) <= set(result["definitions"])
+
+
+# --- artefacts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [IMAGE, SLICES, SCAN])
+def test_a_new_artefact_is_drawn_applied_and_set_by_its_name(stage, monkeypatch):
+    """One that adds a constant, drawn from its key: it is on the truth only where it acts on the image itself."""
+    entry = Artefact(
+        stage,
+        lambda key, amount, slices: np.full((slices, 1), amount) if stage == SLICES else amount,
+        lambda part, amount, *where: part + float(np.max(amount)),
+        "added to everything",
+        below=60,
+    )
+    monkeypatch.setitem(ARTEFACTS, "offset", entry)
+    hr = np.random.default_rng(0).random((12, 12, 12)).astype(np.float32) * 50 + 1
+    plain, more = (degrade(hr, (1, 1, 1), (1, 1, 3), key=1, offset=amount) for amount in (0.0, 30.0))
+    assert np.abs(more.low_res * more.scale - plain.low_res * plain.scale - 30).max() < 1e-4
+    on_truth = np.abs(more.hr * more.scale - plain.hr * plain.scale - (30 if stage == IMAGE else 0)).max()
+    assert on_truth < 1e-4
+    # From the command line's text to the law.
+    config = TrainConfig(new_low_res=((1.0, 1.0, 3.0),), artefacts="offset:30", motion=0.5)
+    law = Degradation(config.new_low_res, 0.0, 0.0, artefacts=artefact_amounts(config))
+    assert law.draw(0, 1, "a").artefacts["offset"] == 30 and law.artefacts["motion"] == 0.5
+    assert "| `offset` |" in settings_page.artefacts()
+    with pytest.raises(UsageError, match=r"offset.*60"):
+        Degradation(config.new_low_res, artefacts={"offset": 61.0})
+    with pytest.raises(UsageError, match=r"unheard.*one of bias_field, motion, gibbs, offset"):
+        Degradation(config.new_low_res, artefacts={"unheard": 1.0})
+
+
+def test_an_artefact_has_one_amount():
+    with pytest.raises(ModelError, match="motion has an amount of its own too"):
+        TrainConfig(new_low_res=((1.0, 1.0, 3.0),), artefacts="motion:1", motion=0.5)
+
+
+# --- networks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_network_is_built_kept_and_read(tmp_path, monkeypatch):
+    class Shallow(Generator):
+        def _build(self, k):
+            super()._build(k)
+            self.blocks = self.blocks[:1]
+
+    monkeypatch.setitem(NETWORKS, "shallow", Architecture(Shallow))
+    network = build_generator(GeneratorSpec("shallow", 2))
+    assert type(network) is Shallow
+    kept = weights.save_generator(tmp_path / "a.safetensors", network)
+    assert type(weights.load_generator(kept)) is Shallow
+    with pytest.raises(ModelError, match=r"the original has no network 'shallow'.*safetensors"):
+        weights.export_keras(kept, tmp_path / "a.h5")
+    with pytest.raises(ModelError, match="one of plain, unet, shallow"):
+        GeneratorSpec("unheard")
+
+
+def test_the_settings_name_the_networks_there_are():
+    assert CHOICES["network"] == tuple(NETWORKS)
+
+
+# --- windows and formats --------------------------------------------------------------------------------------------
+
+
+def test_a_new_window_is_allowed_and_weighs_tiles(monkeypatch):
+    monkeypatch.setitem(values.WINDOWS, "triangle", lambda t: 1 - abs(t))
+    assert InferSettings(window="triangle").window == "triangle"
+    assert tiles.window_of("triangle", 5) == pytest.approx([0.2, 0.6, 1, 0.6, 0.2])
+
+
+def test_every_choice_of_the_command_line_is_an_entry():
+    commands = next(a for a in cli.build_parser()._actions if a.dest == "command").choices
+    window = next(a for a in commands["infer"]._actions if a.dest == "window")
+    assert tuple(window.choices) == tuple(values.WINDOWS)
+    assert formats.NAMES.replace(" or ", ", ").split(", ") == [each.name for each in formats.FORMATS]
+
+
+# --- one fact, one place --------------------------------------------------------------------------------------------
+
+PACKAGE = Path(fastsrgan.__file__).parent
+TREES = {str(p.relative_to(PACKAGE)): ast.parse(p.read_text(encoding="utf8")) for p in sorted(PACKAGE.rglob("*.py"))}
+# What a name of an entry stands for besides the entry, file by file.
+OTHER_MEANINGS = {
+    "constant": "a learning rate's course, padding, a region of one value",
+    "gaussian": "the slice profile, and the window that SSIM is averaged in",
+    "dice": "a loss and a validation score, which have rows in config.py",
+    "components": "counted without a truth by reports and filters; the paper's own values",
+    "largest_component": "an option of infer, and counted without a truth by reports",
+    "hausdorff95_mm": "computed by metrics.py; a panel of studies",
+    "volume_ml": "of a segmentation without a truth, in reports",
+    "psnr_db": "the paper's own values and panels of studies",
+    "ssim": "the paper's own values and panels of studies",
+    "bias_field": "a row of config.py, and a parameter of made images",
+    "plain": "the original's option, forms of training steps, the paper's own values",
+    "unet": "a row of config.py, and the original's option",
+}
+# Settings that are read in more files than the one where they act, and why.
+TRIED = "fit_batch.py tries an iteration of the run with less of it"
+CHECKED = "settings_check.py compares it with the store before the run"
+SAID = "weights say what they were made for"
+COUNTED = "the run's position, its log and its end count in it"
+READ_IN = {
+    "accumulate": (3, TRIED),
+    "batch_size": (4, TRIED + "; " + COUNTED),
+    "best_by": (2, "judged in the loop, told at the end"),
+    "critic_iterations": (2, TRIED),
+    "epochs": (3, COUNTED),
+    "eps_per_channel": (2, TRIED),
+    "fit_mask": (2, CHECKED),
+    "form": (2, "snapshots compare it with their own"),
+    "geometry": (3, CHECKED + "; networks learn whether images were lifted"),
+    "image_cropping_method": (2, CHECKED),
+    "init_epoch": (3, "decides about weights and folder before the run"),
+    "interp": (2, CHECKED),
+    "kernel_gen": (2, TRIED),
+    "lambda_adv": (3, TRIED + "; without it there is no critic"),
+    "new_low_res": (3, CHECKED + "; " + SAID),
+    "patch_size": (5, TRIED + "; " + CHECKED),
+    "penalty": (2, "what it excludes from compilation"),
+    "precision": (3, "a self-test may lower it"),
+    "scaled": (2, "what it excludes"),
+    "seed": (4, "draws are keyed where they are made"),
+    "stride": (2, CHECKED),
+    "structure": (3, CHECKED + "; " + SAID),
+}
+
+
+def holder(node: ast.expr) -> str:
+    """``run.config`` -> config."""
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+LITERALS, READ = collections.defaultdict(set), collections.defaultdict(set)  # string, setting -> files
+for _file, _tree in TREES.items():
+    for _node in ast.walk(_tree):
+        if isinstance(_node, ast.Constant) and isinstance(_node.value, str):
+            LITERALS[_node.value].add(_file)
+        elif isinstance(_node, ast.Attribute) and holder(_node.value) in ("c", "config") and _file != "config.py":
+            READ[_node.attr].add(_file)
+
+ENTRIES = (*FIGURES, *ARTEFACTS, *NETWORKS, *values.WINDOWS, *(each.name for each in formats.FORMATS))
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_is_named_in_one_source_file_or_two(name):
+    files = LITERALS[name]
+    assert files, "an entry that nothing names"
+    assert len(files) <= 2 or name in OTHER_MEANINGS, files
+    assert len(files) > 1 or name not in OTHER_MEANINGS, "it has no other meaning"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_is_named_where_it_acts_and_nowhere_else(name):
+    files = READ[name]
+    most, _ = READ_IN.get(name, (1, ""))
+    assert len(files) <= most, files
+    assert len(files) == most or name not in READ_IN, "fewer than the list allows: shorten it"
+
+
+def test_the_lists_of_exceptions_name_what_there_is():
+    assert set(READ_IN) <= set(SETTINGS) and set(OTHER_MEANINGS) <= set(ENTRIES)
