@@ -15,6 +15,7 @@ from fastsrgan.core.draws import rng
 from fastsrgan.data.feed import Feed, PatchRule, deal
 from fastsrgan.data.pool import Pool
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
+from fastsrgan.observation.artefacts import ARTEFACTS
 from fastsrgan.observation.model import Degradation, degrade
 from fastsrgan.train.validate import fixed_resident
 from fastsrgan.volume.resample import FWHM, slice_axis
@@ -79,7 +80,8 @@ def test_no_two_purposes_share_a_key(monkeypatch, tmp_path):
     """Over a whole training, with everything on that draws: one place in the sources asks for a key, no other does."""
     store = make_store(tmp_path)
     found = recorded(monkeypatch)
-    law = Degradation(PAPER.low_res, profile=0.1, gap=0.1, profile_box=0.5, motion=0.2, bias_field=0.1, rician=True)
+    everything = dict.fromkeys(ARTEFACTS, 0.2)
+    law = Degradation(PAPER.low_res, profile=0.1, gap=0.1, profile_box=0.5, artefacts=everything, rician=True)
     names = [s.id for s in store.subjects][:3]
     feed = Feed(store, law, PatchRule(16, 9), seed=0, device=torch.device("cpu"), threads=1)
     for epoch, name in itertools.product((1, 2), names):

@@ -52,7 +52,7 @@ def test_epsilon_is_drawn_for_every_sample_channel_update_step_group_epoch_and_r
     config = CONFIG.replace(eps_per_channel=per_channel)
     found = []
     for rank in range(2):
-        networks, _ = spied(monkeypatch, config.replace(batch_size=8), rank=rank, world=2)
+        networks, _ = spied(monkeypatch, config.replace(batch_size=8, resident_subjects=2), rank=rank, world=2)
         found += [eps for facts in networks.of("critic") for eps in facts.eps]
     assert {eps.shape for eps in found} == {(4, 2) if per_channel else (4,)}
     every = np.concatenate([eps.ravel() for eps in found])

@@ -143,6 +143,8 @@ ACTS: dict[str, Act] = {
     "max_memory": Act("--max-memory 3G", lambda e: e.of("plan_memory", "limit"), 3 * 2**30),
     "mask": Act("--mask {folder}/mask.nii", lambda e: e.calls["find_region"][0]["result"][1],
         {"kind": "mask", "voxels": 7 * 5 * 3}),
+    "outside": Act("--outside zero", lambda e: float(e.of("find_region", "data_XYZ")[0, 0, 0]), 0.0,
+        "--agree off --mask {folder}/mask.nii"),
     "flips": Act("--flips xz", lambda e: sorted(e.of("average", "axes")), [0, 2]),
     "agree": Act("--agree 0.5", lambda e: e.calls["_weight"][0]["result"][0], 0.5, ""),
     "slice_thickness": Act("--slice-thickness 2", lambda e: e.calls["observation"][1]["thickness_mm"], 2.0, ""),

@@ -234,7 +234,7 @@ def read(target: Path) -> dict[str, Any]:
 
 def settled(mutant: Mutant, result: dict[str, Any] | None, root: Path) -> bool:
     """Whether a fault need not be tried again."""
-    if result is None or result["result"] in (GONE, BROKEN) or result["fault"] != mutant.fault:
+    if result is None or result["result"] in (GONE, BROKEN) or result.get("fault") != mutant.fault:
         return False
     return result["result"] == NOTICED or result["state"] == mutant.state(root)
 
