@@ -333,7 +333,7 @@ ACTS: dict[str, Act] = {
     "precision": Act("bf16", lambda s: s.models.arithmetic.dtype, torch.bfloat16),
     "tf32": Act(True, lambda s: s.on_cuda.tf32),
     "layout": Act("contiguous", lambda s: s.on_cuda.channels_last, False),
-    "compile": Act("on", lambda s: bool(s.run) and {compiled.asked(c, CPU) for c in s.compiled_with}, {True}),
+    "compile": Act("on", lambda s: bool(s.run) and {compiled.turned_on(c, CPU) for c in s.compiled_with}, {True}),
     # one update
     "critic_iterations": Act(3, lambda s: len(s.events("critic")[0].ids)),
     "eps_per_channel": Act(False, lambda s: s.events("critic")[0].eps[0].ndim, 1),
