@@ -7,6 +7,7 @@
     python -m bench report        # bench/results -> docs/benchmarks.md and the figures of docs/data-engine.md
     python -m bench project 1000  # what the measured figures mean for a cohort of 1,000 subjects
     python -m bench roofline      # what the device's ceilings allow, beside what was measured
+    python -m bench traffic       # bytes that the compiled generator moves per patch on CUDA, counted without one
     python -m bench scale         # epoch, traffic and cost for N subjects on M devices; --check tries it on CPU ranks
 
 Exit code 1 when a correctness gate failed: that row has no times.
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(page.main())
         return 0
-    if argv and argv[0] in ("project", "roofline", "scale"):
+    if argv and argv[0] in ("project", "roofline", "scale", "traffic"):
         return from_results(argv[0], argv[1:])
     args = parse(argv)
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):

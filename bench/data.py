@@ -159,7 +159,7 @@ def _read_sides(shape: tuple[int, ...]) -> Sides:
     def checked(_: Any = folder) -> list[np.ndarray]:
         return [images.load(paths[0]).data, images.load_label(paths[1]).data]
 
-    sides = {"fastsrgan": ours, "nii.gz, nibabel": plain, "nii.gz, fastsrgan.images": checked}
+    sides = {"fastsrgan": ours, "nii.gz, nibabel": plain, "nii.gz, fastsrgan.io.nifti": checked}
     if store.reader != by_zarr.reader:
         sides[f"{by_zarr.reader} for {store.reader}"] = lambda: ours(store=by_zarr)
     return sides

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.common import other_work
 from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import InputError
 
@@ -89,7 +90,7 @@ def rates(report: dict[str, Any]) -> str:
             cpu = row["cpu_ratio_to"].get(name)
             lines.append(
                 [
-                    f"{name} ({geometry})" if name == "fastsrgan" else name,
+                    f"{name} ({geometry})" if name == "fastsrgan" else name + (" †" if other_work(name) else ""),
                     rate(facts["patches_per_second"]),
                     rate(facts["cold_patches_per_second"]),
                     "" if ratio is None else f"{ratio:.3g} x ({low:.3g} to {high:.3g})",
@@ -102,7 +103,9 @@ def rates(report: dict[str, Any]) -> str:
         lines += [[name, f"not run: {p['not_run']}", *[""] * 6] for name, p in row["peers"].items() if "not_run" in p]
     step = report["settings"]["step_ms"]
     head = ["side", "patches/s", "first epoch", "fastsrgan is faster", "per CPU second"]
-    return table([*head, f"waits at {step} ms steps", "written per patch", "peak memory"], lines)
+    told = {text for row in end_to_end(report).values() for name in sides(row) if (text := other_work(name))}
+    notes = "".join(f"\n† other work: {text}.\n" for text in sorted(told))
+    return table([*head, f"waits at {step} ms steps", "written per patch", "peak memory"], lines) + notes
 
 
 def goals(report: dict[str, Any]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
-FLOAT = 4  # bytes
+FLOAT = 4  # bytes of a value, where nothing else is said
 
 
 class Count(NamedTuple):
@@ -26,32 +27,38 @@ class Count(NamedTuple):
 NOTHING = Count(0, 0)
 
 
-def conv(inputs: int, outputs: int, size: int, taps: int, stride: int = 1, grow: int = 1) -> Count:
-    """One convolution of one patch of edge ``size``, up-sampled by ``grow`` before: each array read or written once."""
+def conv(
+    inputs: int, outputs: int, size: int, taps: int, stride: int = 1, grow: int = 1, element: int = FLOAT
+) -> Count:
+    """One convolution of one patch of edge ``size``, up-sampled by ``grow`` before: each array read or written once.
+
+    ``element``: bytes of a value.
+    """
     out = size * grow // stride
     moved = inputs * size**3 + outputs * out**3 + inputs * outputs * taps**3
-    return Count(2 * inputs * outputs * taps**3 * out**3, FLOAT * moved)
+    return Count(2 * inputs * outputs * taps**3 * out**3, element * moved)
 
 
-def generator(k: int, patch: int) -> list[Count]:
-    """The layers of the plain generator, as usually written."""
+def generator(k: int, patch: int, element: int = FLOAT) -> list[Count]:
+    """The layers of the plain generator, as usually written, with ``element`` bytes a value."""
     half, quarter = patch // 2, patch // 4
+    layer = functools.partial(conv, element=element)
     return [
-        conv(1, k, patch, 7),
-        conv(k, 2 * k, patch, 3, 2),
-        conv(2 * k, 4 * k, half, 3, 2),
-        *[conv(4 * k, 4 * k, quarter, 3)] * 12,
-        conv(4 * k, 2 * k, quarter, 3, grow=2),
-        conv(2 * k, k, half, 3, grow=2),
-        conv(k, 2, patch, 7),
+        layer(1, k, patch, 7),
+        layer(k, 2 * k, patch, 3, 2),
+        layer(2 * k, 4 * k, half, 3, 2),
+        *[layer(4 * k, 4 * k, quarter, 3)] * 12,
+        layer(4 * k, 2 * k, quarter, 3, grow=2),
+        layer(2 * k, k, half, 3, grow=2),
+        layer(k, 2, patch, 7),
     ]
 
 
-def critic(k: int, patch: int, channels: int = 2) -> list[Count]:
-    """The layers of the critic without its decision, a dot product."""
+def critic(k: int, patch: int, channels: int = 2, element: int = FLOAT) -> list[Count]:
+    """The layers of the critic without its decision, a dot product, with ``element`` bytes a value."""
     layers = []
     for i in range(math.ceil(math.log2(patch)) - 1):
-        layers.append(conv(channels if i == 0 else k * 2 ** (i - 1), k * 2**i, patch, 4, 2))
+        layers.append(conv(channels if i == 0 else k * 2 ** (i - 1), k * 2**i, patch, 4, 2, element=element))
         patch = (patch + 1) // 2
     return layers
 

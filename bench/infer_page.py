@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bench.common import other_work
+
 OURS = "fastsrgan"
+MARK = " †"  # of sides that do other work
 KINDS = ("sum alone", "stitching alone", "whole inference")
 
 
@@ -76,8 +79,10 @@ def _table(kind: str, window: str, rows: list[dict[str, Any]]) -> list[str]:
         for name, facts in sides(row).items():
             first = name == OURS
             cells = [str(row["step"]), str(row["tiles"])] if first else ["", ""]
-            cells += [name, f"{facts['seconds_median']:.3g} s", f"{facts['tiles_per_second']:.4g}"]
-            cells += ["" if first else f"{row['ratio_to'][name]:.2f} x", f"{facts['error_to_float64']:.1e}"]
+            mark = MARK if other_work(name) else ""
+            cells += [name + mark, f"{facts['seconds_median']:.3g} s", f"{facts['tiles_per_second']:.4g}"]
+            ratio = row["ratio_to"].get(name)
+            cells += ["" if ratio is None else f"{ratio:.2f} x", f"{facts['error_to_float64']:.1e}"]
             if more:
                 share = facts.get("outside_network" if kind == "whole inference" else "of_copy_ceiling")
                 cells.append("" if share is None else f"{100 * share:.1f} %")

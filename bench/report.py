@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench import data_page, infer_page, infer_plot, plot_step, roofline, scale
+from bench import data_page, infer_page, infer_plot, plot_step, roofline, scale, step, summary
+from bench.common import NOTES, other_work
 from bench.data_page import RESULTS
 from bench.plot import plot
 from fastsrgan.core.files import atomic_write
@@ -16,17 +17,20 @@ from fastsrgan.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE, PICTURE = ROOT / "docs" / "data-engine.md", ROOT / "docs" / "images" / "data-engine.png"
 STEP, STEP_REPORT = ROOT / "docs" / "images" / "step.png", "step.json"
+SUMMARY = ROOT / "docs" / "images" / "benchmarks.png"
 STEPS = ROOT / "docs" / "images" / "infer-steps.png"
 PAGE = ROOT / "docs" / "benchmarks.md"
 ROOFLINE = ROOT / "docs" / "roofline.md"
-HEAD = """# Benchmarks
+HEAD = """
+## How this was measured
 
 Made by `python -m bench report` from the files in `bench/results/`; run the commands below to repeat them on your
-machine. In every case the sides do the same work on the same inputs in one process and take turns; results are
-compared first, and a case that exceeds its tolerance has no times. Times are medians, with the smallest and largest in
+machine. Results are compared first, and a case that exceeds its gate has no times. The sides get the same inputs in one
+process, do the same work but for those marked †, and take turns. Times are medians, with the smallest and largest in
 brackets.
 """
-NO_GPU = "**No result on this page was measured on a GPU: none has been run on one yet.**\n"
+# Names that the code had when a result was measured, and has now.
+RENAMED = {"nii.gz, fastsrgan.images": "nii.gz, fastsrgan.io.nifti"}
 
 
 def load() -> list[tuple[Path, dict[str, Any]]]:
@@ -55,7 +59,10 @@ def section(path: Path, report: dict[str, Any]) -> list[str]:
     m = report["machine"]
     lines = [f"\n## {report['bench']}, {path.parent.name}\n", f"`{' '.join(report['command'])}`\n"]
     made = f"torch {m['torch']}, commit {report['commit']}"
-    lines.append(f"{m['cpu']}, {m['threads']} threads, device {report['device']}, {made}\n")
+    load = f"load average {m['load_average'][0]:.1f}, " if m.get("load_average") else ""
+    lines.append(f"{m['cpu']}, {m['threads']} threads, {load}device {report['device']}, {made}\n")
+    quick = report.get("settings", {}).get("quick")
+    lines += ["**Measured with --quick: whether the sides work, no comparison.**\n"] if quick else []
     lines += [
         "| case | side | time | ratio to fastsrgan | peak memory | largest difference |",
         "|---|---|---|---|---|---|",
@@ -71,15 +78,35 @@ def section(path: Path, report: dict[str, Any]) -> list[str]:
             if "not_run" in facts:
                 lines.append(f"| | {peer} | not run: {facts['not_run']} | | | |")
             else:
-                ratio = f"{row['ratio_to'][peer]:.2f} x"
-                lines.append(f"| | {peer} | {times(facts)} | {ratio} | {memory(facts)} | {facts['max_error']:.1e} |")
+                ratio = f"{row['ratio_to'][peer]:.2f} x" if peer in row["ratio_to"] and not quick else ""
+                name = RENAMED.get(peer, peer) + (infer_page.MARK if other_work(peer) else "")
+                lines.append(f"| | {name} | {times(facts)} | {ratio} | {memory(facts)} | {facts['max_error']:.1e} |")
     if path.name == STEP_REPORT:
         lines += ["", f"![time and memory of every side](images/{STEP.name})"]
     if any(row["name"].startswith("end to end") for row in report["rows"]):
         lines += ["", "End to end (docs/data-engine.md says what the columns are):\n", data_page.rates(report).rstrip()]
     if report["bench"] == "infer" and (tables := infer_page.markdown(report)):
         lines += ["", f"![seconds against step](images/{STEPS.name})", "", tables]
-    return [*lines, "", *(f"* {note}" for note in report["notes"])]
+    return [*lines, *_marked(report), *_widened(report)]
+
+
+def _marked(report: dict[str, Any]) -> list[str]:
+    """What the sides marked † do otherwise."""
+    found = {peer: text for row in report["rows"] for peer in row["peers"] if (text := other_work(peer))}
+    return ["", *(f"* † {peer}: {text}" for peer, text in found.items())] if found else []
+
+
+def _widened(report: dict[str, Any]) -> list[str]:
+    """Cases that missed an earlier gate and were run again with a wider one, and why."""
+    told = []
+    for row in report["rows"]:
+        for start, (earlier, missed, why) in step.WIDENED.items() if report["bench"] == "step" else ():
+            if row["name"].startswith(start) and row["tolerance"] > earlier:
+                told.append(
+                    f"* {row['name']}: missed its earlier gate of {earlier:g} with {missed:g} and was run again with "
+                    f"{row['tolerance']:g} (this run: {row['max_error']:.1e}): {why}"
+                )
+    return ["", *told] if told else []
 
 
 def scaled(path: Path, report: dict[str, Any]) -> list[str]:
@@ -94,17 +121,31 @@ def scaled(path: Path, report: dict[str, Any]) -> list[str]:
     except InputError:
         return lines
     lines.append("What the same sums say of this machine's own step and data figures (`python -m bench scale`):\n")
-    return [*lines, scale.prediction_table(figures, (40, 1000, 100_000), (1, 8, 64), 0.0)]
+    lines.append(scale.prediction_table(figures, (40, 1000, 100_000), (1, 8, 64), 0.0))
+    return [*lines, scale.assumed(figures)]
+
+
+def opening(reports: list[tuple[Path, dict[str, Any]]]) -> list[str]:
+    """Five sentences for each machine, and one picture of all; drawn here."""
+    machines: dict[str, dict[str, Any]] = {}
+    for path, report in reports:
+        if path.name == f"{report['bench']}.json" and not report.get("settings", {}).get("quick"):
+            machines.setdefault(path.parent.name, {})[report["bench"]] = report
+    lines = []
+    named = {f"{name}: {next(iter(found.values()))['machine']['cpu']}": found for name, found in machines.items()}
+    for name, found in named.items():
+        lines += [f"\nOn {name}:\n", *(f"{i}. {text}" for i, text in enumerate(summary.sentences(found), 1))]
+    summary.plot(list(named.items()), SUMMARY)
+    return [*lines, f"\n![What the other sides take, in units of fastsrgan's time and memory](images/{SUMMARY.name})"]
 
 
 def main() -> Path:
     """Write the page."""
     reports = load()
-    lines = [HEAD]
-    if not any("cuda" in report["device"].lower() or "nvidia" in report["device"].lower() for _, report in reports):
-        lines.append(NO_GPU)
+    lines = ["# Benchmarks", *opening(reports), HEAD]
     for path, report in reports:
         lines += scaled(path, report) if report["bench"] == "scale" else section(path, report)
+    lines += ["\n## What the words mean\n", *(f"* {note}" for note in NOTES)]
     with atomic_write(PAGE) as temporary:
         temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf8")
     with atomic_write(ROOFLINE) as temporary:
@@ -112,9 +153,9 @@ def main() -> Path:
     drawn = [report for path, report in reports if path.name == "infer.json" and infer_page.markdown(report)]
     if drawn:
         infer_plot.plot(drawn[0], STEPS)
-    steps = [report for path, report in reports if path.name == STEP_REPORT]
-    if steps:
-        plot_step.plot(steps[0], STEP)
+    measured = [report for path, report in reports if path.name == STEP_REPORT]
+    if measured:
+        plot_step.plot(measured[0], STEP)
     data = [report for path, report in reports if path.name == "data.json"]
     if data and ENGINE.is_file():
         data_page.refresh(ENGINE, data[0])

@@ -1,7 +1,7 @@
 """What a device's ceilings allow, layer by layer and phase by phase, beside what was measured: docs/roofline.md.
 
     python -m bench roofline                                     # from bench/results/*/{layers,step}.json
-    python -m bench roofline --matmul 300e12 --copy 2e12         # floors of a device with these ceilings
+    python -m bench roofline --matmul 300e12 --copy 2e12         # floors of a device with these ceilings, --type bf16
 
 FLOPs and bytes come from the layers' shapes (``bench.flops``). The floor of a piece of work is the longer of its FLOPs
 over the device's best matrix product and its least bytes over the device's best copy, both measured in the run that
@@ -21,6 +21,7 @@ from bench import flops
 from bench.data_page import RESULTS, duration, table
 from bench.flops import Count
 from fastsrgan.errors import InputError
+from fastsrgan.model.arithmetic import TYPES
 
 BLOCKS = 12  # convolutions of the residual blocks
 REPEATED = {"norm, 3^3 of a block": BLOCKS}
@@ -46,6 +47,19 @@ What to read from the tables, and what would close the gaps:
 * The critic's weight gradients have few output voxels and many taps; the step by hand computes them from inputs that
   are lifted once (decision 015).
 """
+H100 = (700e12, 2.9e12)  # FLOP per second of bfloat16 products, bytes per second of copies: assumed
+ASSUMED = """
+## An accelerator, by arithmetic
+
+No accelerator was measured. `python -m bench roofline --matmul 700e12 --copy 2.9e12 --type bf16`: ceilings that one
+H100 is said to have, bfloat16, k 16 and 32, batch 16, 64^3. `floor`: every array of a convolution read or written once,
+two bytes a value, products as usually written. `as run` and `uncompiled`: what the code asks for when every operation
+is a kernel of its own, counted on tensors without memory (`bench/uncompiled.py`). `at best`: the longer of the two at
+the ceilings; a compiler that fuses norms, pads and activations lies between it and the floor. `left`: `at best` over
+`floor`.
+
+{table}
+"""
 
 
 class Ceilings(NamedTuple):
@@ -63,17 +77,20 @@ class Ceilings(NamedTuple):
         return "products" if count.flop / self.matmul > count.bytes / self.copy else "memory"
 
 
-def layer_counts(kernel: int, patch: int) -> dict[str, Count]:
+def layer_counts(kernel: int, patch: int, element: int = flops.FLOAT) -> dict[str, Count]:
     """The generator's layers by the names of ``bench layers``, one of each."""
-    g = flops.generator(kernel, patch)
+    g = flops.generator(kernel, patch, element)
     names = ["stem 7^3", "norm, first halving", "norm, second halving", "norm, 3^3 of a block"]
     names += ["norm, first doubling", "norm, second doubling", "norm, head 7^3"]
     return dict(zip(names, [*g[:4], *g[-3:]], strict=True))
 
 
-def phase_counts(kernel: int, critic_kernel: int, patch: int, critics: int) -> dict[str, Count]:
-    """The phases of training by the beginnings of the row names of ``bench step``, per patch."""
-    g, d = flops.generator(kernel, patch), flops.critic(critic_kernel, patch)
+def phase_counts(
+    kernel: int, critic_kernel: int, patch: int, critics: int, element: int = flops.FLOAT
+) -> dict[str, Count]:
+    """The phases of training by the beginnings of the row names of ``bench step``, per patch, ``element`` bytes a
+    value."""
+    g, d = flops.generator(kernel, patch, element), flops.critic(critic_kernel, patch, element=element)
     return {
         "generator forward,": flops.forward(g),
         "generator forward + backward": flops.both(g),
@@ -120,7 +137,8 @@ def layer_table(report: dict[str, Any], top: Ceilings) -> str:
 
 
 def phase_table(report: dict[str, Any], top: Ceilings) -> str:
-    """Each phase of training beside its floor."""
+    """Each phase of training beside its floor. The least bytes are those that the row itself counted, in the type that
+    it computed in; rows of older reports have float32's."""
     s = report["settings"]
     counts = phase_counts(s["kernel"][0], s["critic_kernel"], s["patch"], s["critic_iterations"])
     lines = []
@@ -129,6 +147,7 @@ def phase_table(report: dict[str, Any], top: Ceilings) -> str:
         if row is None:
             continue
         count = one.times(row["batch"])
+        count = Count(count.flop, row.get("least_bytes", count.bytes))
         took, naive = row["seconds_median"], row["peers"]["naive"]["seconds_median"]
         floor = top.floor(count)
         lines.append(
@@ -144,14 +163,22 @@ def phase_table(report: dict[str, Any], top: Ceilings) -> str:
     return table(["phase", "GFLOP", "GB", "floor", "fastsrgan", "naive"], lines)
 
 
-def floors(top: Ceilings, kernel: int, critic_kernel: int, patch: int, batch: int, critics: int) -> str:
-    """Floors of every phase on a device with these ceilings."""
+def floors(top: Ceilings, kernel: int, critic_kernel: int, patch: int, batch: int, critics: int, kind: str) -> str:
+    """Every phase on a device with these ceilings: its floor, what the code does uncompiled, and what is left."""
+    from bench import uncompiled
+
+    dtype = TYPES[kind]
+    written = phase_counts(kernel, critic_kernel, patch, critics, dtype.itemsize)
+    run = uncompiled.phases(kernel, critic_kernel, patch, critics, dtype)
     lines = []
-    for name, one in phase_counts(kernel, critic_kernel, patch, critics).items():
-        count = one.times(batch)
-        cells = [f"{count.flop / 1e9:.4g}", f"{count.bytes / 1e9:.3g}", top.bound(count), duration(top.floor(count))]
-        lines.append([name.rstrip(","), *cells])
-    return table(["phase", "GFLOP", "GB", "bound by", "floor"], lines)
+    for name, one in written.items():
+        count, ours = one.times(batch), run[name].times(batch)
+        floor, took = top.floor(count), top.floor(ours)
+        cells = [f"{count.flop / 1e9:.4g}", f"{count.bytes / 1e9:.3g}", top.bound(count), duration(floor)]
+        cells += [f"{ours.flop / 1e9:.4g}", f"{ours.bytes / 1e9:.3g}", top.bound(ours), duration(took)]
+        lines.append([name.rstrip(","), *cells, f"{took / floor:.2g} x"])
+    head = ["phase", "GFLOP", "GB", "bound by", "floor", "GFLOP as run", "GB uncompiled", "bound by", "at best", "left"]
+    return table(head, lines)
 
 
 def ceilings(step: dict[str, Any]) -> Ceilings:
@@ -187,7 +214,12 @@ def section(folder: Path) -> list[str]:
 def page() -> str:
     """The whole page."""
     sections = [line for folder in sorted(RESULTS.iterdir()) if folder.is_dir() for line in section(folder)]
-    return "\n".join([HEAD, *sections]).rstrip() + "\n" + CLOSING
+    return "\n".join([HEAD, *sections]).rstrip() + "\n" + CLOSING + ASSUMED.format(table=assumed()).rstrip() + "\n"
+
+
+def assumed() -> str:
+    """The table of the device that ``ASSUMED`` names, with the settings that a training has unless told otherwise."""
+    return floors(Ceilings(*H100), 16, 32, 64, 16, 5, "bf16")
 
 
 def main(argv: Sequence[str]) -> str:
@@ -196,6 +228,7 @@ def main(argv: Sequence[str]) -> str:
         prog="python -m bench roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--matmul", type=float, metavar="FLOPS", help="ceiling of matrix products, FLOP per second")
+    parser.add_argument("--type", choices=sorted(TYPES), default="bf16", help="that the networks compute in (bf16)")
     parser.add_argument(
         "--copy", type=float, metavar="BYTES", help="ceiling of copies, bytes read and written a second"
     )
@@ -209,4 +242,4 @@ def main(argv: Sequence[str]) -> str:
     if min(args.matmul, args.copy, args.kernel, args.critic_kernel, args.patch, args.batch, args.critics) <= 0:
         parser.error("numbers above zero")
     top = Ceilings(args.matmul, args.copy)
-    return floors(top, args.kernel, args.critic_kernel, args.patch, args.batch, args.critics)
+    return floors(top, args.kernel, args.critic_kernel, args.patch, args.batch, args.critics, args.type)

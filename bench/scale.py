@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.data_page import RESULTS, amount, duration, table
 from fastsrgan.errors import InputError, UsageError
 
@@ -75,7 +77,7 @@ def predict(f: Figures, subjects: int, devices: int, price: float = 0.0) -> dict
 
 
 def prediction_table(f: Figures, subjects: Sequence[int], devices: Sequence[int], price: float) -> str:
-    """Markdown, a line for each cohort and number of devices."""
+    """Markdown, a line for each cohort and number of devices; with the cost where there is a price."""
     lines = []
     for n in subjects:
         for m in devices:
@@ -84,9 +86,30 @@ def prediction_table(f: Figures, subjects: Sequence[int], devices: Sequence[int]
             p = predict(f, n, m, price)
             bound = "updates" if p["step_seconds"] >= p["volume_seconds"] else "volumes"
             cells = [f"{n:,}", str(m), f"{p['updates']:,.0f}", duration(p["epoch_seconds"]), bound]
-            lines.append([*cells, amount(p["bytes"]), f"{amount(p['bytes_per_second'])}/s", f"{p['cost']:.4g}"])
-    head = ["subjects", "devices", "updates", "epoch", "bound by", "read per epoch", "network", "cost of an epoch"]
+            cost = [f"{p['cost']:.4g}"] if price else []
+            lines.append([*cells, amount(p["bytes"]), f"{amount(p['bytes_per_second'])}/s", *cost])
+    head = ["subjects", "devices", "updates", "epoch", "bound by", "read per epoch", "network"]
+    head += ["cost of an epoch"] if price else []
     return table(head, lines)
+
+
+def assumed(f: Figures, price: float = 0.0) -> str:
+    """The same for the accelerator of docs/roofline.md, which nobody measured: an update takes what its floor is, or
+    what the code moves uncompiled; volumes are made at this machine's pace by eight threads a device."""
+    from bench import roofline, uncompiled
+
+    top = roofline.Ceilings(*roofline.H100)
+    kinds = {
+        "at the floor": roofline.phase_counts(16, 32, 64, 5, 2)["iteration"],
+        "uncompiled at best": uncompiled.phases(16, 32, 64, 5, torch.bfloat16)["iteration"],
+    }
+    lines = []
+    for name, one in kinds.items():
+        seconds = top.floor(one.times(16))
+        there = dataclasses.replace(f, step_seconds=seconds, batch=16, threads=8, efficiency=1.0)
+        lines.append(f"An update of 16 patches in {duration(seconds)}, {name} (by arithmetic, docs/roofline.md):\n")
+        lines.append(prediction_table(there, (1000, 100_000), (1, 8), price))
+    return "\n".join(lines)
 
 
 # --- the check ----------------------------------------------------------------------------------------------------

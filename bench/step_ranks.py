@@ -49,6 +49,8 @@ class Scaling:
 
     def lines(self, row: Mapping[str, Any]) -> Sequence[str]:
         """The efficiency, and what it would be at best."""
+        if "weak_scaling_efficiency" not in row:
+            return []
         speed = row["ranks"] * row["weak_scaling_efficiency"]
         return [f"weak scaling efficiency {row['weak_scaling_efficiency']:.0%}: {speed:.2f} x the patches of one rank"]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
@@ -21,8 +22,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from fastsrgan.errors import ModelError
 
@@ -400,6 +399,8 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """YAML text that ``from_yaml`` reads back to an equal configuration."""
+        import yaml  # here and below: what only computes, as on a bare GPU machine, needs no YAML
+
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def replace(self, **changes: Any) -> TrainConfig:
@@ -464,34 +465,36 @@ def shown(value: Any) -> str:
         return "a number of thousands of digits"
 
 
-class _Loader(yaml.SafeLoader):
+@functools.cache
+def _loader() -> type:
     """Plain values only. Aliases, which can make a small file a huge structure, and repeated keys are refused."""
+    import yaml
 
-    depth = 0
+    class Loader(yaml.SafeLoader):
+        depth = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError("aliases are not taken in settings")
-        if self.depth >= MAX_DEPTH:
-            raise yaml.YAMLError(f"lists within lists, more than {MAX_DEPTH} deep")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.events.AliasEvent):
+                raise yaml.YAMLError("aliases are not taken in settings")
+            if self.depth >= MAX_DEPTH:
+                raise yaml.YAMLError(f"lists within lists, more than {MAX_DEPTH} deep")
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        names = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise yaml.YAMLError(f"{twice[:80]} is there twice")
-        return super().construct_mapping(node, deep)
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            names = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise yaml.YAMLError(f"{twice[:80]} is there twice")
+            return super().construct_mapping(node, deep)
 
-
-# YAML 1.1 takes 1e-4, without a point, for text.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+    # YAML 1.1 takes 1e-4, without a point, for text.
+    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
 
 
 def from_yaml(path: str | Path) -> TrainConfig:
@@ -501,12 +504,14 @@ def from_yaml(path: str | Path) -> TrainConfig:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file (safe loader). Raises ModelError."""
+    import yaml
+
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe may never end
         raise ModelError(path, "is not a regular file", "a YAML file of settings is expected")
     try:
         if Path(path).stat().st_size > MAX_BYTES:
             raise ModelError(path, "is too large for settings", f"at most {MAX_BYTES} bytes")
-        values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _Loader)
+        values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _loader())
     except OSError as error:
         told = f"cannot be read: {error.strerror or error}"
         raise ModelError(path, told, "a YAML file of settings, see docs/config.md") from error

@@ -24,7 +24,7 @@ import torch
 from fastsrgan._version import __version__
 from fastsrgan.core.system import free_memory, total_memory
 from fastsrgan.errors import human
-from fastsrgan.model.arithmetic import pick_precision, training_type
+from fastsrgan.model.arithmetic import pick_precision, slow_cudnn, training_type
 from fastsrgan.model.cpu import forms
 
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "zarr", "numcodecs", "safetensors", "h5py", "nilearn", "matplotlib")
@@ -40,7 +40,7 @@ if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(i)
         assert float(torch.ones(8, device=f"cuda:{i}").sum()) == 8
         found.append({"name": p.name, "memory_bytes": p.total_memory, "capability": f"{p.major}.{p.minor}"})
-print(json.dumps(found))
+print(json.dumps({"devices": found, "cudnn": torch.backends.cudnn.version() if found else None}))
 """
 _CUPY_PROBE = """
 import json, cupy
@@ -222,10 +222,11 @@ def _shm() -> int | None:
 
 def _gpu() -> dict[str, Any]:
     """Driver, torch's CUDA version, devices that computed something, and what went wrong."""
-    found: dict[str, Any] = {"driver": driver(), "torch_cuda": torch.version.cuda, "devices": [], "problem": None}
+    found: dict[str, Any] = {"driver": driver(), "torch_cuda": torch.version.cuda, "cudnn": None}
+    found |= {"devices": [], "problem": None}
     if found["torch_cuda"] is not None:
         answer, found["problem"] = probe(_TORCH_PROBE)
-        found["devices"] = answer or []
+        found |= answer or {}
     return found
 
 
@@ -294,7 +295,8 @@ def _weights() -> list[dict[str, Any]]:
 
 def _gpu_warnings(gpu: dict[str, Any], torch_version: str | None) -> list[str]:
     if gpu["devices"]:
-        return []
+        slow = slow_cudnn(gpu["cudnn"])
+        return [slow] if slow else []
     if gpu["problem"]:
         return [f"CUDA {gpu['torch_cuda']} of torch {torch_version} cannot be used: {gpu['problem']}"]
     if gpu["driver"] is None:

@@ -19,25 +19,37 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def charbonnier(pred: Tensor, target: Tensor) -> Tensor:
+def charbonnier(pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean of sqrt((pred - target)^2 + nu^2) over batch, channels and space, nu = 1e-3: scalar.
 
-    The segmentation channel is a channel like any other, as in the original.
+    The segmentation channel is a channel like any other, as in the original. ``weights`` (B,), of sum 1: of the samples
+    in the mean, equal by default.
     """
-    return torch.sqrt((widen(pred) - widen(target)) ** 2 + NU**2).mean()
+    return mean_of_samples(torch.sqrt((widen(pred) - widen(target)) ** 2 + NU**2), weights)
 
 
-def soft_dice(pred: Tensor, target: Tensor) -> Tensor:
-    """1 - mean over channels of (2 sum(y p) + 1) / (sum y + sum p + 1), sums over batch and space: scalar."""
+def mean_of_samples(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of everything, or the sum over samples of ``weights`` (B,) times the mean of each: scalar."""
+    return values.mean() if weights is None else (values.flatten(1).mean(1) * weights).sum()
+
+
+def soft_dice(pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """1 - mean over channels of (2 sum(y p) + 1) / (sum y + sum p + 1), sums over batch and space: scalar.
+
+    Samples whose ``weights`` (B,) are 0 are left out.
+    """
     p, y = widen(pred), widen(target)
+    if weights is not None:
+        seen = (weights > 0).view(-1, *(1,) * (p.ndim - 1))
+        p, y = p * seen, y * seen
     dims = (0, 2, 3, 4)
     score = (2 * (p * y).sum(dims) + DICE_SMOOTH) / (p.sum(dims) + y.sum(dims) + DICE_SMOOTH)
     return 1 - score.mean()
 
 
-def dice_charbonnier(pred: Tensor, target: Tensor) -> Tensor:
-    """Soft Dice of every channel behind the image, plus Charbonnier of the image channel: scalar."""
-    return soft_dice(pred[:, 1:], target[:, 1:]) + charbonnier(pred[:, :1], target[:, :1])
+def dice_charbonnier(pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Soft Dice of every channel behind the image, plus Charbonnier of the image channel: scalar; weights as there."""
+    return soft_dice(pred[:, 1:], target[:, 1:], weights) + charbonnier(pred[:, :1], target[:, :1], weights)
 
 
 RECONSTRUCTION = {"charbonnier": charbonnier, "dice": dice_charbonnier}

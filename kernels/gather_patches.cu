@@ -7,21 +7,22 @@
 
 typedef long long Int;
 
-// One patch, (11) integers: addresses of interpolated, hr, label, mask (X, Y, Z, contiguous), sizes, origin, flips as
-// bits 1, 2, 4 for x, y, z. Volumes of different subjects differ in size and place, hence addresses.
-enum { INTERPOLATED, HR, LABEL, MASK, SIZE, ORIGIN = SIZE + 3, FLIPS = ORIGIN + 3, FIELDS };
+// One patch of the pool, (10) integers: addresses of interpolated, hr, label, mask (X, Y, Z, contiguous), sizes, origin.
+// Volumes of different subjects differ in size and place, hence addresses.
+enum { INTERPOLATED, HR, LABEL, MASK, SIZE, ORIGIN = SIZE + 3, FIELDS = ORIGIN + 3 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) gather_patches(
     float* x,            // (n, 1, p, p, p)
     float* y,            // (n, 2 + classes, p, p, p)
-    const Int* patches,  // (n, FIELDS)
-    Int n, Int p, Int classes) {
+    const Int* patches,  // (count, FIELDS)
+    const Int* indices,  // (n) patch + f count: mirrored along the axes in the bits 1, 2, 4 of f for x, y, z
+    Int count, Int n, Int p, Int classes) {
   const unsigned i = blockIdx.x * BLOCK + threadIdx.x;
   if (i >= p * p) return;
   const Int at_1 = i / (unsigned)p, at_2 = i % (unsigned)p, voxels = p * p * p;
   for (Int b = blockIdx.z; b < n; b += gridDim.z) {
-    const Int* patch = patches + b * FIELDS;
-    const Int flips = patch[FLIPS];
+    const Int* patch = patches + indices[b] % count * FIELDS;
+    const Int flips = indices[b] / count;
     const Int from_1 = patch[ORIGIN + 1] + (flips & 2 ? p - 1 - at_1 : at_1);
     const Int from_2 = patch[ORIGIN + 2] + (flips & 4 ? p - 1 - at_2 : at_2);
     for (Int at_0 = blockIdx.y; at_0 < p; at_0 += gridDim.y) {

@@ -70,3 +70,18 @@ def epochs_of_rank(folder: str, rank: int, world: int, size: int) -> list[list[l
     plan = [(e, g) for e in (1, 2) for g in deal(names(store), 3, e, size, rank, world)]
     done = [[(r.subject, digest(r)) for r in g] for g in make_feed(store, rank=rank, world=world).groups(iter(plan))]
     return [[g for (e, _), g in zip(plan, done, strict=True) if e == epoch] for epoch in (1, 2)]
+
+
+class Pipeline:
+    """In place of DALI's: calls the step on what it was fed, at once."""
+
+    def __init__(self, step, device: torch.device) -> None:
+        self.step, self.fed = step, {}
+
+    def feed_input(self, name: str, arrays: list[np.ndarray]) -> None:
+        self.fed[name] = torch.from_numpy(arrays[0].copy())
+
+    def run(self) -> list[list[torch.Tensor]]:
+        made = self.step(torch.utils.dlpack.to_dlpack(self.fed["image"]))
+        made = [torch.utils.dlpack.from_dlpack(capsule) for capsule in made]
+        return [[t] for t in (*made, self.fed["label"], self.fed["mask"])]

@@ -46,6 +46,36 @@ def bench(capsys, name: str, *more: str) -> tuple[int, dict]:
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.fixture
+def with_ratios(monkeypatch):
+    """The ratios of a --quick run, which are not to be told but are to be right."""
+    monkeypatch.setattr(common, "without_ratios", lambda row: None)
+
+
+def test_quick_tells_no_ratios(capsys, tmp_path):
+    told = [
+        "data",
+        "--quick",
+        "--threads",
+        "1",
+        *SMALL["data"],
+        "--only",
+        "patch gather",
+        "--json",
+        tmp_path / "a.json",
+    ]
+    assert main(list(map(str, told))) == 0
+    out = capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert row["ratio_to"] == row["ratio_range"] == {} and "seconds_median" in row["peers"]["numpy slices and stack"]
+    assert "numpy slices and stack" in out and "x ours" not in out
+    row |= {"of_copy_ceiling": 0.5, "weak_scaling_efficiency": 0.9, "cpu_ratio_to": {"a": 2}}
+    row["peers"]["a"] = {"of_matmul_ceiling": 0.3}
+    common.without_ratios(row)
+    assert not {"of_copy_ceiling", "weak_scaling_efficiency", "of_matmul_ceiling"} & {*row, *row["peers"]["a"]}
+    assert row["cpu_ratio_to"] == {}
+
+
 PROMISED = {  # (start of a row's name, a peer in it)
     "step": [
         ("generator forward,", "reference form"),
@@ -69,7 +99,7 @@ PROMISED = {  # (start of a row's name, a peer in it)
 
 
 @pytest.mark.parametrize("name", ["step", "data"])
-def test_report_has_the_form_of_the_design(capsys, tmp_path, without_monai, name):
+def test_report_has_the_form_of_the_design(capsys, tmp_path, without_monai, with_ratios, name):
     code, report = bench(capsys, name, "--json", str(tmp_path / "out.json"))
     assert code == 0
     assert json.loads((tmp_path / "out.json").read_text()) == report
@@ -220,7 +250,7 @@ def test_a_step_report_is_drawn(capsys, tmp_path):
     assert code == 0 and (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ranks_that_drift_apart_have_no_times(capsys, monkeypatch):
+def test_ranks_that_drift_apart_have_no_times(capsys, monkeypatch, with_ratios):
     code, report = bench(capsys, "step", "--ranks", "2", "--only", "on 2 ranks")
     (row,) = report["rows"]
     assert code == 0 and row["weak_scaling_efficiency"] > 0 and row["ratio_to"].keys() == {"one rank"}

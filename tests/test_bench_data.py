@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import cohort, data_engine, data_page, data_sides, data_stages, peers_data
+from bench import cohort, common, data_engine, data_page, data_sides, data_stages, peers_data
 from bench.__main__ import main, parse
 from bench.cohort import Patches, Work
 from bench.plot import plot
@@ -269,7 +269,8 @@ def test_a_peer_that_is_not_installed_is_not_run(work, monkeypatch):
 # --- the command --------------------------------------------------------------------------------------------------
 
 
-def test_quick_runs_end_to_end(capsys, tmp_path):
+def test_quick_runs_end_to_end(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "without_ratios", lambda row: None)
     small = ["--shape", *map(str, SHAPE), "--patch", "12", "--stride", "6", "--batch", "5", "--epochs", "2"]
     target, picture = tmp_path / "data.json", tmp_path / "data.png"
     told = ["--json", str(target), "--plot", str(picture), "--only", "12^3, segsrgan", "--memory"]

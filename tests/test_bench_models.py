@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
-from bench import flops, roofline, scale
+from bench import flops, roofline, scale, summary, uncompiled
+from bench import report as page
 from bench.__main__ import main
 from fastsrgan.errors import InputError, UsageError
 
@@ -39,6 +42,34 @@ def test_counts_of_the_roofline_are_those_of_the_networks():
     assert phases["iteration"].flop > 5 * phases["critic update"].flop
 
 
+def test_bytes_are_those_of_the_type():
+    """Half as many in half precision, the products the same; float32 where nothing is said."""
+    for four, two in (
+        (flops.generator(16, 64), flops.generator(16, 64, 2)),
+        (flops.critic(32, 64), flops.critic(32, 64, element=2)),
+    ):
+        assert [c.flop for c in four] == [c.flop for c in two]
+        assert [c.bytes for c in four] == [2 * c.bytes for c in two]
+    assert flops.conv(3, 5, 8, 3) == flops.Count(2 * 15 * 27 * 512, 4 * (3 * 512 + 5 * 512 + 15 * 27))
+    half, single = (roofline.phase_counts(16, 32, 64, 5, size)["iteration"] for size in (2, 4))
+    assert half.flop == single.flop and 2 * half.bytes == single.bytes
+
+
+def test_uncompiled_counts_what_operations_read_and_write():
+    x = torch.empty((4, 8), device=uncompiled.META, dtype=torch.bfloat16)
+    assert uncompiled.counted(lambda: x + x).bytes == 3 * 64
+    assert uncompiled.counted(lambda: x.view(8, 4).T[1:]).bytes == 0, "views move nothing"
+    assert uncompiled.counted(lambda: x.copy_(x.float())).bytes == 64 + 128 + 128 + 64
+    product = uncompiled.counted(lambda: x @ x.T)
+    assert product.flop == 2 * 4 * 4 * 8 and product.bytes == 64 + 64 + 32
+    small = uncompiled.phases(2, 2, 16, 5, torch.bfloat16)
+    floor = roofline.phase_counts(2, 2, 16, 5, 2)
+    assert all(small[name].bytes > floor[name].bytes for name in floor)
+    assert small["iteration"].flop > 5 * small["critic update"].flop
+    double = uncompiled.phases(2, 2, 16, 5, torch.float32)["generator forward,"]
+    assert 1.4 < double.bytes / small["generator forward,"].bytes <= 2
+
+
 def test_the_floor_is_the_tighter_ceiling():
     top = roofline.Ceilings(matmul=100.0, copy=10.0)
     assert top.floor(flops.Count(1000, 10)) == 10 and top.bound(flops.Count(1000, 10)) == "products"
@@ -48,8 +79,8 @@ def test_the_floor_is_the_tighter_ceiling():
 def test_floors_of_another_device_from_the_command_line(capsys):
     assert main(["roofline", "--matmul", "1e12", "--copy", "1e9", "--batch", "1"]) == 0
     line = next(row for row in capsys.readouterr().out.splitlines() if row.startswith("| iteration"))
-    count = flops.iteration(flops.generator(16, 64), flops.critic(32, 64), 5)
-    assert f"{count.flop / 1e9:.4g}" in line and "memory" in line
+    count = flops.iteration(flops.generator(16, 64, 2), flops.critic(32, 64, element=2), 5)
+    assert f"{count.bytes / 1e9:.3g}" in line and f"{count.flop / 1e9:.4g}" in line and "memory" in line
 
 
 def test_a_step_report_becomes_a_table_of_floors(tmp_path, monkeypatch):
@@ -79,3 +110,111 @@ def test_a_quick_check_predicts_and_runs_one_and_two_ranks(tmp_path, capsys):
     assert all(row["predicted"] > 0 and row["measured"] > 0 for row in report["rows"])
     assert report["rows"][0]["updates"] == 2 * report["rows"][1]["updates"]
     assert "| predicted |" in capsys.readouterr().out.replace("updates of an epoch | ", "")
+
+
+# --- the page's opening ---------------------------------------------------------------------------------------------
+
+
+def side(seconds: float, **more) -> dict:
+    return {"seconds_median": seconds, "seconds_min": seconds, "seconds_max": seconds, "max_error": 0.0, **more}
+
+
+@pytest.fixture
+def reports() -> dict:
+    """Results of one machine whose every figure is another number."""
+    machine = {"cpu": "abacus", "threads": 2, "torch": "t", "load_average": [0.25, 0, 0]}
+    common = {"machine": machine, "device": "cpu", "commit": "c", "command": ["x"], "settings": {"quick": False}}
+
+    def row(name, ours, peers, **more):
+        told = {"name": name, "passed": True, "tolerance": 1.0, "peers": peers, **side(ours), **more}
+        return told | {"ratio_to": {k: v["seconds_median"] / ours for k, v in peers.items()}}
+
+    mib = 2**20
+    step_row = row(
+        "iteration of 5 + 1, k 16 and 32, batch 4, 64^3", 3.0, {"naive": side(21.0, peak_bytes=901 * mib)},
+        peak_bytes=301 * mib, critic_updates=5, kernel=16, kernel_dis=32, batch=4, patch=64,
+    )  # fmt: skip
+    peers = {summary.PLAIN: side(26.0, peak_bytes=503 * mib), summary.OWN: side(6.5), "nnU-Net style": side(9.0)}
+    infer_row = row(
+        "whole inference", 5.0, peers, peak_bytes=101 * mib, shape=[9, 8, 7], kernel=8, patch=64, step=32,
+    )  # fmt: skip
+    feed = row("end to end, x", 1.0, {"torchio": side(31.0), "monai": side(17.0), "monai, trilinear": side(2.0)})
+    feed |= {"patches_per_second": 77.0, "patch": 48}
+    critic = row("critic update, k 32", 1.0, {}) | {"tolerance": 0.01, "max_error": 6e-4}
+    return {
+        "step": {"bench": "step", "rows": [critic, step_row], **common},
+        "infer": {"bench": "infer", "rows": [infer_row], **common},
+        "data": {"bench": "data", "rows": [feed], **common},
+    }
+
+
+def test_the_page_opens_with_the_figures_of_the_results(reports):
+    told = summary.sentences(reports)
+    assert len(told) == 5
+    assert "3 s against 21 s" in told[0] and "7.00 times" in told[0] and "plain PyTorch" in told[0]
+    assert "5 s against 26 s with MONAI" in told[1] and "5.20 times" in told[1]
+    assert "a factor of 4.00 is the network and 1.30 gathering" in told[1]  # 26 / 6.5 and 6.5 / 5
+    assert "77 patches of 48^3" in told[2] and "31 times TorchIO and 17 times MONAI" in told[2]
+    assert "301 MiB in an iteration (901 MiB" in told[3] and "101 MiB in whole inference (503 MiB" in told[3]
+    assert "data, infer, step" in told[4]
+    reports["infer"]["device"] = "NVIDIA H200"
+    assert "Never on a GPU has run: data, step;" in summary.sentences(reports)[4]
+    assert all(summary.NOT_MEASURED in text for text in summary.sentences({})[:4])
+    for report in reports.values():  # a gate that failed leaves no times
+        for one in report["rows"]:
+            del one["seconds_median"]
+    assert all(summary.NOT_MEASURED in text for text in summary.sentences(reports)[:4])
+
+
+def test_the_opening_picture_has_each_ratio_under_its_name(reports, monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.write_bytes(b""))[1])
+    summary.plot([("here", reports)], tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    ends = {
+        tick.get_text(): bar.get_x() + bar.get_width()
+        for tick, bar in zip(axes.get_yticklabels(), axes.patches, strict=True)
+    }
+    assert ends == pytest.approx(
+        {
+            "iteration of training: plain PyTorch": 7,
+            "whole inference: MONAI, plain network": 5.2,
+            "whole inference: MONAI, fastsrgan's network": 1.3,
+            "feed: TorchIO, equal work": 31,
+            "feed: MONAI, equal work": 17,
+            "memory of an iteration: plain PyTorch": 901 / 301,
+            "memory of inference: MONAI": 503 / 101,
+        }
+    )
+
+
+def test_sections_mark_other_work_wider_gates_and_quick_runs(reports):
+    told = "\n".join(page.section(Path("m/infer.json"), reports["infer"]))
+    assert "| nnU-Net style † |" in told and "† nnU-Net style: sums tiles" in told and f"| {summary.PLAIN} |" in told
+    assert "1.80 x" in told and "load average 0.2" in told
+    step_page = "\n".join(page.section(Path("m/step.json"), reports["step"]))
+    assert "missed its earlier gate of 0.005 with 0.0061 and was run again with 0.01 (this run: 6.0e-04)" in step_page
+    assert "†" not in step_page
+    reports["infer"]["settings"]["quick"] = True
+    quick = "\n".join(page.section(Path("m/infer.json"), reports["infer"]))
+    assert "--quick" in quick and "1.80 x" not in quick
+
+
+def test_the_cost_stands_where_there_is_a_price():
+    for price in (0.0, 2.5):
+        head, _, line = scale.prediction_table(FIGURES, (40,), (1,), price).splitlines()
+        assert ("cost" in head) == (price > 0) and head.count("|") == line.count("|")
+
+
+def test_the_committed_page_opens_with_the_committed_results():
+    text = (page.ROOT / "docs" / "benchmarks.md").read_text(encoding="utf8")
+    machines: dict = {}
+    for path, report in page.load():
+        if path.name == f"{report['bench']}.json":
+            machines.setdefault(path.parent.name, {})[report["bench"]] = report
+    for found in machines.values():
+        for i, sentence in enumerate(summary.sentences(found), 1):
+            assert f"{i}. {sentence}\n" in text, "python -m bench report"
+    assert "fastsrgan.runtime" not in text and "fastsrgan.images" not in text

@@ -19,7 +19,9 @@ from fastsrgan.io.bids import DESCRIPTION, read_json, sidecar
 @pytest.fixture(scope="module")
 def made(model, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("bids")
-    infer_bids(make_dataset(folder / "raw"), folder / "deriv", model, save_prob=True, png=True, **QUICK)
+    infer_bids(
+        make_dataset(folder / "raw"), folder / "deriv", model, save_prob=True, uncertainty=True, png=True, **QUICK
+    )
     return folder
 
 

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsrgan.core.draws import rng
+from fastsrgan.core.threads import CACHED, each_piece
 from fastsrgan.errors import ResourceError
 from fastsrgan.observation.artefacts import ARTEFACTS, Drawn
 from fastsrgan.observation.model import Degradation, degrade
 from fastsrgan.observation.slabs import SharpImage, Slabs, acquire, interpolate, plan, truth
-from fastsrgan.volume.intensity import CACHED, add_noise, contrast_power, each_piece, largest
+from fastsrgan.volume.intensity import add_noise, contrast_power, largest
 from fastsrgan.volume.resample import degrade_matrix, support
 
 EXTRAS = {"bias_field": 0.3, "rician": True, "width": 1.15, "motion": 0.6}

@@ -6,21 +6,24 @@ The backend is aot_eager: tracing, functions of one's own and the joint backward
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from golden_steps import CONFIG, batch, double
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.infer import network as tile_network
 from fastsrgan.infer.volume import infer_volume
-from fastsrgan.model import compiled as compiled_module
 from fastsrgan.model import networks
-from fastsrgan.model.compiled import compiled, wanted, whole
+from fastsrgan.model.compiled import MOST, compiled, wanted, whole
 from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.train import precision
 from fastsrgan.train.critic_step import critic_gradients
 from fastsrgan.train.gan import Models
 from fastsrgan.train.objectives import critic_loss
@@ -34,6 +37,7 @@ SMALL = CONFIG.replace(compile="off", patch_size=16)
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
     monkeypatch.setattr(networks, "N_BLOCKS", 1)  # all are alike, and tracing takes its time
+    tile_network._sizes.clear()
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -45,6 +49,7 @@ def traced(m: Models) -> Models:
     on = functools.partial(compiled, config=m.config.replace(compile="on"), device=CPU, backend="aot_eager")
     m._fakes, m._generator_terms = on(m._forward), on(m._generator_loss)
     m._critic_terms, m._explicit_terms = on(critic_gradients), on(critic_loss)
+    m.static = True
     return m
 
 
@@ -90,13 +95,10 @@ def test_half_precision_is_one_graph_too():
 # --- the switch ---------------------------------------------------------------------------------------------------
 
 
-def test_who_is_compiled(monkeypatch):
+def test_who_is_compiled():
     def config(how, penalty="auto"):
         return CONFIG.replace(compile=how, penalty=penalty)
 
-    assert not wanted(config("auto"), CUDA) and not wanted(config("auto"), CPU)
-    monkeypatch.setattr(compiled_module, "SEEN_RIGHT", {(9, 0)})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert wanted(config("auto"), CUDA) and not wanted(config("auto"), CPU)
     assert wanted(config("on"), CPU) and not wanted(config("off"), CUDA)
     assert not wanted(config("auto", "autograd"), CUDA)
@@ -119,6 +121,11 @@ def test_graphs_are_for_cuda_and_for_gradients_that_do_not_add_up(monkeypatch, a
     assert asked == {"fullgraph": True, "dynamic": False, "backend": "inductor", "mode": mode}
 
 
+def told(caplog) -> int:
+    """Lines of ours; torch logs its own."""
+    return sum(record.name == "fastsrgan" for record in caplog.records)
+
+
 def breaks(x: torch.Tensor) -> torch.Tensor:
     torch._dynamo.graph_break()
     return x + 1
@@ -135,6 +142,146 @@ def test_a_compiler_that_fails_ends_the_run_or_is_told_once(caplog, monkeypatch)
     assert caplog.text.count("it runs uncompiled") == 1
 
 
+def test_further_shapes_than_are_compiled_for_run_as_they_are(caplog):
+    """Instead of the error of torch's limit on recompilation, which ends a run."""
+    fast = whole(lambda x, more: x * 2 + more, CPU, strict=True, backend="eager")
+    with caplog.at_level(logging.WARNING, "fastsrgan"):
+        for n in (*range(2, 14), *range(2, 14)):
+            assert torch.equal(fast(torch.ones(n), 1.0), torch.full((n,), 3.0))
+    assert counters["stats"]["unique_graphs"] == MOST
+    assert caplog.text.count("further ones run uncompiled") == 1
+
+
+@pytest.mark.parametrize("error", [torch._dynamo.exc.FailOnRecompileLimitHit("8 reached"), ValueError("in a pass"),
+                                   RuntimeError("nvcc\nline 2"), ImportError("triton")], ids=repr)  # fmt: skip
+def test_any_failure_of_the_compiler_falls_back(caplog, error):
+    def fails(gm, inputs):
+        raise error
+
+    loose = whole(lambda x: x + 1, CPU, strict=False, backend=fails)
+    with caplog.at_level(logging.WARNING, "fastsrgan"):
+        assert [float(loose(torch.ones(1))) for _ in range(3)] == [2.0] * 3
+    assert caplog.text.count("it runs uncompiled") == 1 and told(caplog) == 1 and "line 2" not in caplog.text
+    with pytest.raises(ResourceError, match="compiling failed"):
+        whole(lambda x: x + 2, CPU, strict=True, backend=fails)(torch.ones(1))
+
+
+def test_the_recompile_limit_itself_falls_back(caplog):
+    """One that torch raises after calls that went well."""
+    guarded = whole(lambda x: x + 1, CPU, strict=False, backend="eager")
+    assert float(guarded(torch.ones(1))) == 2
+
+    def fails(x):
+        raise torch._dynamo.exc.FailOnRecompileLimitHit("recompile_limit reached")
+
+    guarded.fast = fails
+    assert float(guarded(torch.ones(1))) == 2 and "it runs uncompiled" in caplog.text
+
+
+def test_memory_and_the_functions_own_errors_are_not_the_compilers():
+    def full(gm, inputs):
+        return lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+
+    with pytest.raises(torch.OutOfMemoryError):
+        whole(lambda x: x + 1, CPU, strict=False, backend=full)(torch.ones(1))
+    guarded = whole(lambda x: x.view(7), CPU, strict=False, backend="eager")
+    with pytest.raises(RuntimeError, match="shape"):
+        guarded(torch.ones(3))
+
+
+def test_a_backward_pass_that_cannot_be_compiled_is_found_in_the_forward_call(caplog):
+    def fails(gm, inputs):
+        raise RuntimeError("no backward")
+
+    backend = aot_autograd(fw_compiler=lambda gm, inputs: make_boxed_func(gm.forward), bw_compiler=fails)
+    loose = whole(lambda x: (x * x).sum(), CPU, strict=False, backend=backend)
+    x = torch.full((3,), 2.0, requires_grad=True)
+    with caplog.at_level(logging.WARNING, "fastsrgan"):
+        loose(x).backward()
+    assert x.grad.tolist() == [4.0] * 3 and "no backward" in caplog.text
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_uneven_batches_are_one_graph_each_with_the_same_result(accumulate):
+    """The sizes that a pool of 16 patches gives in steps of at most 6, and groups of other sizes."""
+    config = SMALL.replace(batch_size=6, accumulate=accumulate, dice_weight=0.1, generator_chunk=4)
+    plain, static = (double(Models(config, 0, CPU)) for _ in range(2))
+    traced(static)
+    for i, n in enumerate((6, 5, 5, 4, 2)):
+        made = [batch(i, config.replace(batch_size=n))[0] for _ in range(2)]
+        critic = batch(10 + i, config)
+        rows = [
+            (m.critic_updates([critic[0]], [critic[1]]), m.generator_update(b, True))
+            for m, b in zip((plain, static), made, strict=True)
+        ]
+        for a, b in zip(*rows, strict=True):
+            assert a == pytest.approx(b, rel=1e-9)
+    for a, b in zip(plain.generator.parameters(), static.generator.parameters(), strict=True):
+        assert (a - b).abs().max() <= 1e-9
+    assert counters["stats"]["unique_graphs"] == 3 <= MOST, "fakes, critic, generator"
+
+
+def test_training_compiles_on_cuda_after_the_compiled_self_test(monkeypatch, caplog):
+    """The device is this one; what is asked of it is what a CUDA device is asked."""
+    asked, failing = [], False
+
+    def self_test(arithmetic, compiled=False):
+        asked.append(compiled)
+        if compiled and failing:
+            raise ResourceError("card", "generator gradients are off by 1\nmore", "--compile off")
+
+    class Stop(Exception): ...
+
+    def stopped(function, config, device):
+        asked.append(config.compile)
+        raise Stop
+
+    monkeypatch.setattr(precision, "self_test", self_test)
+    monkeypatch.setattr("fastsrgan.train.gan.compiled", stopped)
+    monkeypatch.setattr(precision, "choose", lambda config, device: precision.Arithmetic(CUDA, torch.bfloat16))
+    for fails, setting, wanted_setting in ((False, "auto", "auto"), (True, "auto", "off"), (False, "on", "on")):
+        asked.clear()
+        failing = fails
+        with pytest.raises(Stop), caplog.at_level(logging.WARNING, "fastsrgan"):
+            Models(SMALL.replace(compile=setting), 0, CUDA)
+        assert asked == [False, True, wanted_setting]
+    assert caplog.text.count("everything runs uncompiled") == 1 and told(caplog) == 1
+    failing = True
+    with pytest.raises(ResourceError, match="off by 1"):
+        Models(SMALL.replace(compile="on"), 0, CUDA)
+
+
+def test_the_compiled_self_test_measures_what_was_compiled(monkeypatch, caplog):
+    """A step and a pass by a compiler that is right, and by one that is wrong."""
+
+    def right(function, device, strict, backend="aot_eager", graphs=True):
+        return whole(function, device, strict, "aot_eager")
+
+    def wrong(function, device, strict, backend=None, graphs=True):
+        def other(*args, **options):
+            out = function(*args, **options)
+            return (out[0], [g.flip(0) for g in out[1]]) if isinstance(out, tuple) else out * 1.5
+
+        return other
+
+    arithmetic = precision.Arithmetic(CPU, torch.bfloat16)
+    monkeypatch.setattr(precision, "whole", right)
+    off = precision.self_test.__wrapped__(arithmetic, compiled=True)
+    assert all(0 < off[n] <= precision.NETWORK_LIMITS[n][torch.bfloat16] for n in ("generator", "critic"))
+    monkeypatch.setattr(precision, "whole", wrong)
+    with pytest.raises(ResourceError, match="gradients are off by"):
+        precision.self_test.__wrapped__(arithmetic, compiled=True)
+
+    monkeypatch.setattr(tile_network.compiled, "whole", right)
+    assert tile_network.compiled_test.__wrapped__(CPU, torch.bfloat16, False)
+    monkeypatch.setattr(tile_network.compiled, "whole", wrong)
+    with caplog.at_level(logging.WARNING, "fastsrgan"):
+        assert not tile_network.compiled_test.__wrapped__(CPU, torch.bfloat16, False)
+    assert "a compiled pass is off by" in caplog.text and told(caplog) == 1
+    with pytest.raises(ResourceError, match="a compiled pass is off by"):
+        tile_network.compiled_test.__wrapped__(CPU, torch.bfloat16, True)
+
+
 # --- tiles ------------------------------------------------------------------------------------------------------------
 
 
@@ -142,10 +289,12 @@ class Replayed:
     """A compiled function as a CUDA graph gives its results: always in the same memory."""
 
     def __init__(self, fast) -> None:
-        self.fast, self.memory, self.batches = fast, None, []
+        self.fast, self.memory, self.batches, self.more, self.strides = fast, None, [], [], []
 
     def __call__(self, generator, tiles, *more):
         self.batches.append(len(tiles))
+        self.strides.append((tiles.stride(), id(generator)))
+        self.more += more
         out = self.fast(generator, tiles, *more)
         if self.memory is None or self.memory.shape != out.shape:
             self.memory = torch.empty_like(out)
@@ -180,12 +329,52 @@ def test_compiled_tiles_are_one_graph_of_one_size_with_the_same_result(monkeypat
     done = infer_volume(IMAGE, np.eye(4), generator, **TILES, **more, compile="on")
     assert np.abs(done.sr - plain.sr).max() <= 900 * 2e-5 and np.abs(done.prob - plain.prob).max() <= 2e-5
     assert len(made) == 1 and not counters["graph_break"]
-    if "flips" not in more:  # an average calls its members with what it gets
-        assert set(made[0].batches) == {4}
-        assert counters["stats"]["unique_graphs"] == 1
+    assert set(made[0].batches) == {4}
+    assert counters["stats"]["unique_graphs"] == (1 if "flips" not in more else len(set(made[0].strides)))
 
 
-def test_compile_is_checked_and_stays_off_where_nothing_was_seen_right(monkeypatch):
+def test_tiles_that_wait_are_not_written_over(monkeypatch):
+    """Volumes of several shapes, tiles of several constant values between those that wait, one memory for results."""
+    made = []
+
+    def fast(device, strict):
+        made.append(Replayed(tile_network.head))
+        return made[-1]
+
+    monkeypatch.setattr(tile_network, "fast_head", functools.cache(fast))
+    generator = build_generator(GeneratorSpec(kernel=2)).eval()
+    draw = np.random.default_rng(1)
+    for shape, patch in (((24, 20, 44), 8), ((20, 24, 40), 12), ((44, 20, 24), 8)):
+        image = draw.random(shape, np.float32) * 900
+        for n, at in enumerate(range(10, shape[2] - 8, 10)):  # slabs of one value each, network tiles between
+            image[:, :, at : at + 8] = 100 * n
+        options = {"patch": patch, "step": patch, "device": "cpu", "batch": 3}
+        plain = infer_volume(image, np.eye(4), generator, **options)
+        done = infer_volume(image, np.eye(4), generator, **options, compile="on")
+        assert np.abs(done.sr - plain.sr).max() <= 900 * 2e-5 and np.abs(done.prob - plain.prob).max() <= 2e-5
+    assert done.record["tiles_constant"] if hasattr(done, "record") else True
+    assert set(made[0].batches) == {3}
+
+
+def test_a_cohort_keeps_the_batch_of_its_first_volume(monkeypatch):
+    """The automatic batch follows free memory, which differs from volume to volume."""
+    made = []
+
+    def fast(device, strict):
+        made.append(Replayed(tile_network.head))
+        return made[-1]
+
+    monkeypatch.setattr(tile_network, "fast_head", functools.cache(fast))
+    wanted_sizes = itertools.cycle([4, 7, 2])
+    monkeypatch.setattr(tile_network.TileNetwork, "_wanted", lambda self, batch, plan: next(wanted_sizes))
+    generator = build_generator(GeneratorSpec(kernel=1, conditional=True)).eval()
+    for spacing in (1.0, 2.0, 3.0):
+        infer_volume(IMAGE, np.diag([1, 1, spacing, 1]), generator, **{**TILES, "batch": "auto"}, compile="on")
+    assert set(made[0].batches) == {4} and len(made[0].more) >= 2
+    assert all(isinstance(mm, torch.Tensor) for mm in made[0].more), "a number would be compiled in"
+
+
+def test_compile_is_checked_and_stays_off_on_a_cpu(monkeypatch):
     monkeypatch.setattr(tile_network, "fast_head", lambda device, strict: pytest.fail("compiled without being asked"))
     infer_volume(IMAGE, np.eye(4), build_generator(GeneratorSpec(kernel=1)), **TILES)
     with pytest.raises(UsageError, match="compile: 'fast'"):

@@ -176,8 +176,8 @@ def test_a_consistent_start_gives_the_scan_back_and_keeps_constants(n, ratio, pr
 def test_slabs_leave_memory_at_a_few_planes(monkeypatch):
     seen, _, _ = case("one thick axis")
     sizes = []
-    plain = consistency._through
-    monkeypatch.setattr(consistency, "_through", lambda x, m: (sizes.append(x.numel()), plain(x, m))[1])
+    plain = consistency.through
+    monkeypatch.setattr(consistency, "through", lambda x, m: (sizes.append(x.numel()), plain(x, m))[1])
     sr, scan = np.zeros((6, 7, 27), np.float32), np.zeros((6, 7, 9), np.float32)
     agree(sr, scan, seen, 0.1, slab_bytes=4 * 2 * sr[0].size)
     assert max(sizes) <= sr[0].size

@@ -1,4 +1,4 @@
-"""The critic's convolution in three forms: each equals conv3d and its autograd, on sizes that divide nothing."""
+"""The critic's convolution in its forms: each equals conv3d and its autograd, on sizes that divide nothing."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastsrgan.model.cpu.critic import FEW, TAPS, WIDE, Columns, Direct, Winograd, choose
+from fastsrgan.model.cpu import critic
+from fastsrgan.model.cpu.critic import ALIGNED, FEW, TAPS, WIDE, Aligned, Columns, Direct, Winograd, choose
 from fastsrgan.model.networks import same_pad
 
 FORMS = (Direct, Columns, Winograd)
+ALL = [(f, c) for f in FORMS for c in ((2, 5), (FEW, 3), (7, 6), (WIDE, 3))] + [(Aligned, c) for c in ((2, 5), (7, 6))]
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "channels"), ALL)
 @pytest.mark.parametrize("size", [3, 4, 5, 8, 10, 13, 16])
-@pytest.mark.parametrize("channels", [(2, 5), (FEW, 3), (7, 6), (WIDE, 3)])
 def test_forms_equal_the_plain_convolution_and_its_gradients(poisoned, form, size, channels):
     inputs, outputs = channels
     weight = draw(1, outputs, inputs, 4, 4, 4).requires_grad_()
@@ -43,6 +44,19 @@ def test_forms_equal_the_plain_convolution_and_its_gradients(poisoned, form, siz
     ):
         assert found.shape == wanted.shape
         assert (found - wanted).abs().max() <= 1e-13 * wanted.abs().max() * inputs
+
+
+def test_few_channels_are_filled_up_where_tensor_cores_multiply(monkeypatch):
+    """And nowhere else: not on a CPU, not in float32."""
+    half = torch.zeros(8, 2, 4, 4, 4, dtype=torch.bfloat16)
+    assert type(choose(half, 16, False)) is Direct
+    monkeypatch.setattr(critic, "for_tensor_cores", lambda weight: weight.dtype == torch.bfloat16)
+    first = choose(half, 16, False)
+    assert type(first) is Aligned and first.lift(half.new_zeros(1, 16, 16, 16, 2)).shape[-1] == ALIGNED
+    assert (
+        type(choose(half.float(), 16, False)) is Direct
+        and type(choose(half.repeat(1, 4, 1, 1, 1), 16, False)) is Direct
+    )
 
 
 def test_float32_stays_within_a_few_times_a_plain_convolutions_rounding():

@@ -102,7 +102,10 @@ def test_both_cuda_extras_at_once_are_a_warning(site):
 
 
 def gpu(facts: dict, **changes) -> dict:
-    return {**facts, "gpu": {"driver": None, "torch_cuda": None, "devices": [], "problem": None, **changes}}
+    return {
+        **facts,
+        "gpu": {"driver": None, "torch_cuda": None, "cudnn": 91500, "devices": [], "problem": None, **changes},
+    }
 
 
 def test_with_a_device_the_work_goes_there(facts, monkeypatch):
@@ -119,6 +122,7 @@ def test_with_a_device_the_work_goes_there(facts, monkeypatch):
     lines = doctor.describe({**found, "plan": plan, "warnings": doctor.warnings(found)})
     assert any("cuda:0 NVIDIA H100, 80 GiB, capability 9.0" in line for line in lines)
     assert not any("driver" in w for w in doctor.warnings(found))
+    assert any("cuDNN 9.10.2" in w and "9.15" in w for w in doctor.warnings(gpu(facts, devices=[device], cudnn=91002)))
 
 
 @pytest.mark.fault(42)

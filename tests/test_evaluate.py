@@ -264,14 +264,54 @@ def test_the_scans_baselines_are_the_networks_input_and_the_readers_label_map(lo
     assert not any("grid differs" in note for note in result["notes"])  # a scan's always does
 
 
-def test_a_scan_that_misses_a_part_of_the_truth_is_noted():
+def test_a_scan_that_misses_a_part_of_the_truth_is_scored_where_it_is():
     hr, label, scan, *_ = _acquired((1, 1, 3))
     cut = Volume(np.ascontiguousarray(scan.data[:, :, :8]), scan.affine)
-    notes = evaluate.evaluate_pair(hr, hr, seg=label, label=label, lr=cut)["notes"]
-    assert [n.split(":")[0] for n in notes if "outside its field of view" in n] == [
-        "baseline",
-        "interpolated label map",
-    ]
+    result = evaluate.evaluate_pair(hr, hr, seg=label, label=label, lr=cut)
+    (note,) = [n for n in result["notes"] if "field of view" in n]
+    assert note.startswith("scored on the overlap") and note.endswith("baseline")
+    near = Volume(hr.data[:, :, : 8 * 3], hr.affine)
+    expected = evaluate.evaluate_pair(near, near, lr=cut)["baseline"]["image"]["whole"]
+    assert result["baseline"]["image"]["whole"]["mse"] == pytest.approx(expected["mse"], rel=1e-6)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_images_of_different_extent_are_scored_where_both_are(pair, turned, caplog):
+    """Whatever lies outside the SR's field of view changes no figure: as if the truth had been cut to it."""
+    affine = pair["sr"].affine.copy()
+    part = (slice(3, None), slice(None, -4), slice(None))
+    affine[0, 3] = 3
+    small = {n: Volume(np.ascontiguousarray(pair[n].data[part]), affine) for n in ("sr", "seg")}
+    if turned:  # the overlap is no box
+        spin = np.array([[0.94, -0.342, 0, 5], [0.342, 0.94, 0, -3], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+        small = {n: Volume(pair[n].data, spin) for n in ("sr", "seg")}
+    cut = pair | small
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        found = evaluate.evaluate_pair(**cut, subject="case 7")
+    (note,) = [n for n in found["notes"] if "overlap" in n]
+    assert f"case 7: {note}" in caplog.text and "set to 0" not in found["notes"][0]
+    share = found["grid"]["overlap"]
+    assert f"{100 * share:.1f} % of the truth" in note and 0.5 < share < 1
+    # Another truth outside the overlap, of the same largest and smallest value, gives the same figures.
+    seen = grids.field_of_view(small["sr"], pair["hr"])
+    assert share == pytest.approx(seen.mean())
+    other = pair["hr"].data.copy()
+    other[~seen] = np.clip(other[~seen] * 0.5, pair["hr"].data.min(), pair["hr"].data.max())
+    other[0, 0, 0], other[1, 0, 0] = pair["hr"].data.max(), pair["hr"].data.min()
+    label = np.where(seen, pair["label"].data, 1 - pair["label"].data)
+    changed = cut | {"hr": Volume(other, pair["hr"].affine), "label": Volume(label, pair["hr"].affine)}
+    again = evaluate.evaluate_pair(**changed)
+    assert not seen[0, 0, 0] and not seen[1, 0, 0]
+    assert again["segmentation"] == found["segmentation"]
+    for region, scores in found["image"].items():
+        assert again["image"][region] == pytest.approx(scores, rel=1e-6), region
+    if not turned:
+        alone = evaluate.evaluate_pair(
+            **{n: Volume(np.ascontiguousarray(v.data[part]), affine) for n, v in pair.items()}
+        )
+        assert alone["segmentation"] == found["segmentation"]
+        assert alone["image"]["mask"]["mse"] == pytest.approx(found["image"]["mask"]["mse"])
+        assert alone["image"]["whole"]["ssim"] == pytest.approx(found["image"]["whole"]["ssim"], rel=1e-3)
 
 
 def test_the_baselines_do_not_depend_on_how_the_scan_is_stored():

@@ -10,11 +10,13 @@ import pytest
 
 from fastsrgan.cli.evaluate import better, plain, spread
 from fastsrgan.cli.main import main
-from fastsrgan.core.files import write_json
-from fastsrgan.errors import InputError
+from fastsrgan.core.files import short_names, write_json
+from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import cohort as evaluate_cohort
+from fastsrgan.evaluate import compare
 from fastsrgan.evaluate import pair as evaluate
 from fastsrgan.io import nifti as images
+from fastsrgan.pictures.bland_altman import bland_altman
 
 SHAPE = (14, 17, 13)
 
@@ -227,13 +229,116 @@ def test_one_pair_as_csv(files, tmp_path):
     assert header.startswith("kind,subject,image.whole.psnr_db") and line.startswith("subject,sr,")
 
 
+def test_a_note_of_a_cohort_is_told_once_with_its_subjects(folders, caplog):
+    """Was told for every subject, without its name."""
+    out, truth = folders
+    for stem in ("a", "b_lr"):
+        sr = images.load(out / f"{stem}_sr.nii.gz").data
+        images.save(out / f"{stem}_sr.nii.gz", sr, np.diag([1, 1, 1.01, 1]), overwrite=True)
+    with caplog.at_level("INFO", "fastsrgan"):
+        result = evaluate_cohort.evaluate_folders(out, truth)
+    assert [any("grid differs" in note for note in row["notes"]) for row in result["rows"]] == [True, True, False]
+    told = [r.message for r in caplog.records if "SR: grid differs" in r.message]
+    assert len(told) == 1 and told[0].startswith("a, b_lr: SR: grid differs")
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two folders of results of six subjects and their truth; the second is better by a known amount, of one less."""
+    rng = np.random.default_rng(3)
+    first, second, truth = (tmp_path / name for name in ("one", "other", "truth"))
+    for folder in (first, second, truth):
+        folder.mkdir()
+    for i in range(7):
+        hr = (100 + 30 * rng.random(SHAPE)).astype(np.float32)
+        label = (hr > 115).astype(np.uint8)
+        noise = rng.normal(0, 2 + 0.2 * i, SHAPE).astype(np.float32)
+        images.save(truth / f"s{i}.nii.gz", hr, np.eye(4))
+        images.save(truth / f"s{i}_label.nii.gz", label, np.eye(4))
+        for folder, scale in ((first, 1.0), (second, 0.5)):
+            images.save(folder / f"s{i}_sr.nii.gz", hr + np.float32(scale) * noise, np.eye(4))
+            images.save(folder / f"s{i}_seg.nii.gz", (hr + scale * noise > 115).astype(np.uint8), np.eye(4))
+    (second / "s6_sr.nii.gz").unlink()
+    return first, second, truth
+
+
+def test_two_results_are_compared_subject_by_subject(two, tmp_path, capsys):
+    from scipy.stats import wilcoxon
+
+    words = ["evaluate", *two, "--json", tmp_path / "c.json", "--csv", tmp_path / "c.csv", "--png", tmp_path / "p"]
+    assert main(["--quiet", *map(str, words)]) == 6  # s6 is in one of the two only
+    told = capsys.readouterr()
+    result = json.loads((tmp_path / "c.json").read_text(encoding="utf8"))
+    assert result["names"] == ["one", "other"] and [r["subject"] for r in result["rows"]] == [f"s{i}" for i in range(6)]
+    assert result["failed"] == [{"subject": "s6", "error": "only in one"}]
+    alone = [evaluate_cohort.evaluate_folders(folder, two[2]) for folder in two[:2]]
+    figure = "image.whole.psnr_db"
+    values = np.array([[r["image"]["whole"]["psnr_db"] for r in a["rows"] if r["subject"] != "s6"] for a in alone])
+    for i, row in enumerate(result["rows"]):
+        assert row["figures"][f"first.{figure}"] == pytest.approx(values[0, i])
+        assert row["figures"][f"difference.{figure}"] == pytest.approx(values[1, i] - values[0, i])
+        assert row["figures"][f"difference.{figure}"] == pytest.approx(20 * np.log10(2), abs=0.01)  # half the noise
+    one = result["comparison"][figure]
+    apart = values[1] - values[0]
+    assert one["p"] == pytest.approx(wilcoxon(apart).pvalue) == pytest.approx(2 / 2**6)
+    assert one["limits"] == pytest.approx(
+        [apart.mean() - 1.96 * apart.std(ddof=1), apart.mean() + 1.96 * apart.std(ddof=1)]
+    )
+    assert one["difference"]["n"] == 6 and "Wilcoxon" in result["test"] and result["test"] in told.out
+    assert "s0" in told.out and "other" in told.out and (tmp_path / "p" / "bland-altman.png").is_file()
+    with open(tmp_path / "c.csv", newline="", encoding="utf8") as f:
+        lines = list(csv.DictReader(f))
+    assert [line["kind"] for line in lines] == ["subject"] * 6 + ["mean", "sd", "n"]
+    assert float(lines[2][f"second.{figure}"]) == pytest.approx(values[1, 2])
+
+
+def test_a_test_that_cannot_show_a_difference_says_so(two):
+    first, second, truth = two
+    for folder in (first, second):
+        for i in range(4, 7):
+            (folder / f"s{i}_sr.nii.gz").unlink(missing_ok=True)
+    result = compare.compare_folders(first, second, truth)
+    (note,) = [n for n in result["notes"] if "smallest p" in n]
+    assert note.startswith("with 4 subjects the smallest p of the test is 0.125")
+    assert result["comparison"]["image.whole.mse"]["p"] == 0.125
+    assert compare.compared([1, 2], [1, 2])["p"] == 1 and compare.compared([1], [2])["p"] is None
+    with pytest.raises(UsageError, match="one folder"):
+        compare.compare_folders(first, first, truth)
+
+
+def test_results_of_one_name_are_told_apart():
+    assert short_names(["a/out", "b/out"]) == ["a/out", "b/out"]
+    assert short_names(["x/a", "y/b"]) == ["a", "b"] and short_names(["x/a", "x/a"]) == ["a", "a"]
+
+
+def test_the_bland_altman_picture_holds_each_subjects_difference(monkeypatch, tmp_path):
+    """Points, lines and titles of every panel, taken from the figure that is written."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.write_bytes(b""))[1])
+    panels = [("PSNR, dB", [30.0, 31, 33], [31.0, 31.5, 35]), ("Dice", [0.5, 0.6, 0.7], [0.4, 0.6, 0.65])]
+    bland_altman(tmp_path / "b.png", panels, ("one", "other"))
+    (figure,) = drawn
+    assert figure.get_suptitle() == "other minus one"
+    for axes, (heading, first, second) in zip(figure.axes, panels, strict=True):
+        a, b = np.array(first), np.array(second)
+        np.testing.assert_allclose(axes.collections[0].get_offsets(), np.stack([(a + b) / 2, b - a], 1))
+        assert axes.get_title() == heading
+        heights = [line.get_ydata()[0] for line in axes.lines]
+        mean, sd = (b - a).mean(), (b - a).std(ddof=1)
+        assert heights == pytest.approx([0, mean, mean + 1.96 * sd, mean - 1.96 * sd])
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "two folders"),
+        ([], "two or three folders"),
         (["one"], "1 folders"),
+        (["a", "b", "c", "d"], "4 folders"),
+        (["a", "b", "c", "--bids"], "two folders are needed"),
         (["--sr", "a.nii"], "--sr and --hr"),
-        (["a", "b", "--table", "t.csv"], "two folders"),
+        (["a", "b", "--table", "t.csv"], "two or three folders"),
         (["--bids", "--table", "t.csv"], "two folders are needed"),
     ],
 )

@@ -9,11 +9,12 @@ import logging
 import threading
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from feed_store import CPU, DRAWN, RULE, SHAPES, digest, epochs_of_rank, make_feed, make_store, names
+from feed_store import CPU, DRAWN, RULE, SHAPES, Pipeline, digest, epochs_of_rank, make_feed, make_store, names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import on_ranks
@@ -26,7 +27,7 @@ from fastsrgan.data.feed import deal, epoch_groups, pick_dtype, pick_mover, pick
 from fastsrgan.data.subject import PatchRule, make_resident, move_by_thread
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.model.arithmetic import TYPES
-from fastsrgan.observation.model import Degradation
+from fastsrgan.observation.model import Degradation, Degraded
 from fastsrgan.store.reader import Store
 
 DEGRADATIONS = {
@@ -68,8 +69,9 @@ def test_dali_and_threads_give_the_same_bits(store, dali, kind):
 
 def test_volumes_leave_dali_without_a_copy_and_stay(store, dali):
     mover, outputs = dali_feed.DaliMover(CPU), []
-    run = mover._pipeline.run
-    mover._pipeline.run = lambda: outputs.append(run()) or outputs[-1]
+    pipeline = mover._idle.queue[-1][0]
+    run = pipeline.run
+    pipeline.run = lambda: outputs.append(run()) or outputs[-1]
     sample, d = store.read("e"), DEGRADATIONS["fixed"]
     resident = make_resident(sample, d, d.draw(0, 1, "e"), RULE, CPU, move=mover)
     theirs = [np.asarray(out[0]) for out in outputs[0]]
@@ -107,7 +109,7 @@ def test_a_gpu_gets_the_same_volumes(store, dali, engine, kind):
 def test_a_pipeline_goes_with_its_feed(store, dali):
     made = make_feed(store, engine="dali")
     made.prepare(1, "a")
-    gone = weakref.ref(made.move._pipeline)
+    gone = weakref.ref(made.move._idle.queue[-1][0])
     del made
     gc.collect()
     assert gone() is None
@@ -129,9 +131,9 @@ def test_dali_that_is_asked_for_and_cannot_be_used_is_an_error(monkeypatch, capl
         pick_mover("dali", CPU)
     assert pick_mover("auto", CPU).func is move_by_thread and not caplog.records
     if not torch.cuda.is_available():
-        with caplog.at_level(logging.WARNING, "fastsrgan"):
+        with caplog.at_level(logging.INFO, "fastsrgan"):
             assert pick_mover("auto", torch.device("cuda")).func is move_by_thread
-        assert "threads move the volumes, which is slower" in caplog.text
+        assert "threads move the volumes" in caplog.text
 
 
 def test_engines(dali):
@@ -139,6 +141,62 @@ def test_engines(dali):
     assert isinstance(pick_mover("dali", CPU), dali_feed.DaliMover)
     with pytest.raises(UsageError, match="feed: 'dalli'"):
         pick_mover("dalli", CPU)
+
+
+def test_several_volumes_go_through_dali_at_a_time(monkeypatch):
+    """Three laws that wait for each other: with one volume at a time they would wait for ever."""
+    monkeypatch.setattr(dali_feed, "define", Pipeline)
+    mover, together = dali_feed.DaliMover(CPU, 3), threading.Barrier(3)
+
+    def law(image):
+        together.wait(100)
+        return Degraded(image, image + 1, image + 2, 1.0, (1.0, 1.0, 1.0))
+
+    def move(value: int) -> tuple:
+        image = np.full((3, 4, 5), value, np.float32)
+        return mover(image, image.astype(np.uint8), None, law)
+
+    with ThreadPoolExecutor(3) as crew:
+        moved = list(crew.map(move, range(6)))
+    assert [(float(z.mean()), float(x.mean()), int(label.max())) for z, x, label, _ in moved] == [
+        (v + 1, v + 2, v) for v in range(6)
+    ]
+    assert len([p for p in mover._idle.queue if p is not None]) == 3 and not mover.busy
+
+
+def test_no_worker_turns_a_switch_that_is_one_for_all_threads(monkeypatch):
+    """The precision of products is global: a worker that turned it would change the step that runs meanwhile."""
+    monkeypatch.setattr(dali_feed, "define", Pipeline)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: pytest.fail("turned by a worker"))
+    image = np.ones((4, 4, 4), np.float32)
+    seen = []
+
+    def law(array):
+        seen.append(torch.get_float32_matmul_precision())
+        return Degraded(array, array, array, 1.0, (1.0, 1.0, 1.0))
+
+    dali_feed.DaliMover(CPU)(image, image.astype(np.uint8), None, law)
+    assert seen == [torch.get_float32_matmul_precision()]
+
+
+@pytest.mark.parametrize("faster", ["threads", "dali"])
+def test_auto_on_a_gpu_takes_what_was_faster_on_the_first_volumes(monkeypatch, faster):
+    moved, clock = [], [0.0]
+
+    def mover(name: str):
+        def move(image, label, mask, law):
+            moved.append(name)
+            clock[0] += 1.0 if name == faster else 2.0
+            return law(image)
+
+        return move
+
+    monkeypatch.setattr(feed.time, "perf_counter", lambda: clock[0])
+    both = feed.Measured({name: mover(name) for name in ("threads", "dali")}, CPU)
+    image = np.zeros((2, 3, 4), np.float32)
+    results = [both(image, image, None, lambda array: array) for _ in range(12)]
+    assert len(results) == 12 and both.chosen == faster
+    assert Counter(moved[:8]) == {"threads": 4, "dali": 4} and set(moved[8:]) == {faster}
 
 
 # --- bits ---------------------------------------------------------------------------------------------------------

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from feed_store import CPU, DRAWN, digest, make_feed, make_store
+from feed_store import CPU, DRAWN, Pipeline, digest, make_feed, make_store
 
 from fastsrgan.core import threads as crew
-from fastsrgan.data import feed
+from fastsrgan.data import dali, feed
 from fastsrgan.data.dali import DaliMover
 from fastsrgan.data.subject import PatchRule, make_resident
 from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.observation.model import Degradation
+from fastsrgan.observation.model import Degradation, Degraded
 from fastsrgan.store.reader import Store, open_store
 
 SHAPES = [(21, 30, 17), (25, 19, 28), (18, 23, 22)]
@@ -173,18 +173,18 @@ def test_a_worker_that_hangs_is_an_error_with_the_subject(store, engine, monkeyp
                 thread.join(100)
 
 
-def test_the_one_that_hangs_is_named_and_not_those_that_wait_for_it():
-    """As with DALI's pipeline, which works on one volume at a time."""
-    lock, taken, release, workers = threading.Lock(), threading.Event(), threading.Event(), crew.Crew(2)
+def test_the_one_that_hangs_is_named_and_not_those_that_wait_for_it(monkeypatch):
+    """One pipeline of DALI and two threads that want it."""
+    monkeypatch.setattr(dali, "define", Pipeline)
+    mover, taken, release, workers = DaliMover(CPU), threading.Event(), threading.Event(), crew.Crew(2)
+    image = np.ones((2, 2, 2), np.float32)
+    done = Degraded(image, image, image, 1.0, (1.0, 1.0, 1.0))
 
     def first() -> None:
-        with crew.held(lock):
-            taken.set()
-            release.wait(200)
+        mover(image, image.astype(np.uint8), None, lambda _: taken.set() or (release.wait(200) and done))
 
     def second() -> None:
-        with crew.held(lock):
-            pass
+        mover(image, image.astype(np.uint8), None, lambda _: done)
 
     try:
         jobs = [workers.submit("hangs", first, 2.0)]

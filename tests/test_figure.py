@@ -89,7 +89,7 @@ def test_the_detail_is_where_the_images_differ(truth):
     compared = truth.data.copy()
     compared[12:15, 22:24, 8:10] += 300
     cut = planes.cuts(truth, at_mm=(-1, 0, 0))[2]
-    part = planes.detail(cut, 8, 6, truth, Volume(compared, AFFINE))
+    part = planes.detail(cut, 8, 6, truth, (truth, Volume(compared, AFFINE)))
     assert part.u[0] <= 22 - 20 <= 23 - 20 <= part.u[-1]
     assert part.v[0] <= 8 - 9 <= 9 - 9 <= part.v[-1]
     assert part.size == (8, 6)
@@ -104,20 +104,21 @@ def test_differences_outside_the_mask_do_not_count(truth):
     within = np.zeros(SHAPE, np.uint8)
     within[:, 10:18, 12:18] = 1
     cut = planes.cuts(truth, at_mm=(-1, 0, 0))[2]
-    part = planes.detail(cut, 8, 6, truth, Volume(compared, AFFINE), Volume(within, AFFINE))
+    part = planes.detail(cut, 8, 6, truth, (truth, Volume(compared, AFFINE)), Volume(within, AFFINE))
     assert part.u[0] <= 14 - 20 <= 15 - 20 <= part.u[-1]
     assert part.v[0] <= 14 - 9 <= 15 - 9 <= part.v[-1]
 
 
-def _demo(path, truth, **options):
+def _demo(path, truth, left_out=(), **options):
     low = Volume(
         truth.data[:, :, 1::3], truth.affine @ np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 3, 1], [0, 0, 0, 1.0]])
     )
     blurred = Volume(truth.data * np.float32(0.9), truth.affine)
     label = Volume((truth.data > 400).astype(np.uint8), truth.affine)
     seg = Volume(_ball(radius=8) > 400, truth.affine)
-    options = {"width_px": 500, "seg": seg, "label": label} | options
-    return figure.demo_figure(path, low_res=low, spline=blurred, sr=truth, truth=truth, **options)
+    volumes = {"low": low, "spline": blurred, "sr": truth, "truth": truth, "seg": seg, "label": label}
+    volumes = {name: volume for name, volume in volumes.items() if name not in left_out}
+    return figure.result_figure(path, volumes, **{"width_px": 500, **options})
 
 
 def _pixels(path):
@@ -135,7 +136,7 @@ def test_the_same_picture_is_the_same_bytes_and_nothing_else_is_left(truth, tmp_
 def test_storage_order_does_not_change_the_picture(truth, tmp_path):
     turned = _stored_otherwise(truth)
     label = Volume((truth.data > 400).astype(np.uint8), truth.affine)
-    options = {"compared": None, "width_px": 400}
+    options = {"changed": None, "width_px": 400}
     columns = [figure.Column(truth, "a"), figure.Column(truth, "b", outlines=True)]
     a = figure.planes_figure(tmp_path / "a.png", columns, reference=truth, masks=(label, None), **options)
     columns = [figure.Column(turned, "a"), figure.Column(turned, "b", outlines=True)]
@@ -193,18 +194,21 @@ def test_captions_hold_the_scores_and_the_gain():
         "image": {"whole": {"psnr_db": 31.256, "ssim": 0.9514}},
         "segmentation": {"dice": 0.8912},
         "baseline": {"image": {"whole": {"psnr_db": 29.1, "ssim": None}}, "segmentation": {"dice": 0.75}},
-        "gain": {"image": {"whole": {"psnr_db": 2.156, "ssim": None}}},
+        "linear": {"image": {"whole": {"psnr_db": 30.0, "ssim": 0.9}}},
     }
+    scores["gain"] = {"image": {"whole": {"psnr_db": 2.156, "ssim": None}}}
+    scores["linear"]["gain"] = {"image": {"whole": {"psnr_db": 0.9}}}
     words = captions(scores)
     assert words["sr"] == "PSNR 31.26 dB  (+2.16 dB)\nSSIM 0.9514" and words["spline"] == "PSNR 29.10 dB"
+    assert words["linear"] == "PSNR 30.00 dB  (+0.90 dB)\nSSIM 0.9000"
     assert words["seg"] == "Dice 0.8912\ninterpolated labels: Dice 0.7500"
-    assert captions({}) == {"sr": "", "spline": "", "seg": ""}
+    assert not any(captions({}).values())
 
 
 def test_every_theme_and_missing_parts_are_drawn(truth, tmp_path):
-    light = _demo(tmp_path / "a.png", truth, theme=figure.LIGHT, seg=None, label=None, title="A title", footer="A note")
+    light = _demo(tmp_path / "a.png", truth, ("seg", "label"), theme=figure.LIGHT, title="A title", footer="A note")
     assert (_pixels(light)[:4] == 255).all()
-    dark = _demo(tmp_path / "b.png", truth, label=None)
+    dark = _demo(tmp_path / "b.png", truth, ("label",))
     assert (_pixels(dark)[:4] == 0).all()
 
 
@@ -224,3 +228,79 @@ def test_faults_are_told(truth, tmp_path, monkeypatch):
     with pytest.raises(ResourceError, match="pip install matplotlib"):
         _demo(tmp_path / "a.png", truth)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- where to look ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("axes", "flips"), [((0, 1, 2), (False,) * 3), ((2, 0, 1), (True, False, True))])
+@pytest.mark.parametrize("thick", [0, 1, 2])
+def test_the_slices_of_a_scan_are_found_however_it_is_stored(axes, flips, thick):
+    sizes = [1.0, 1.1, 0.9]
+    sizes[thick] = 3.0
+    scan = Volume(np.zeros((7, 8, 9)), np.diag([*sizes, 1.0]) + np.array([[0, 0, 0, 5.0]] * 3 + [[0] * 4]))
+    turn = Orientation(axes, flips)
+    stored = Volume(turn.apply(scan.data), turn.affine(scan.affine, scan.data.shape))
+    assert planes.slices_of(stored) == (thick, 3.0)
+    n = scan.data.shape[thick]
+    edges = planes.slice_edges(stored, thick, (5, 5, 5), -100, 100)
+    np.testing.assert_allclose(edges, 5 - 1.5 + 3 * np.arange(n + 1))
+    inner = planes.slice_edges(stored, thick, (5, 5, 5), 6, 100)
+    assert inner[0] == pytest.approx(6.5) and len(inner) == n
+    sizes[thick] = 1.2  # not thick beside 1.0
+    assert planes.slices_of(Volume(scan.data, np.diag([*sizes, 1.0]))) is None
+
+
+def test_the_place_of_largest_change_is_found_inside_the_mask(truth):
+    other = truth.data.copy()
+    other[13, 16, 16] += 90  # inside
+    other[2:5, 2:5, 2:5] += 900  # outside
+    within = Volume((truth.data > 500).astype(np.uint8), AFFINE)
+    inside = planes.inside_of(truth, within)
+    place = planes.largest_change(truth, Volume(other, AFFINE), inside)
+    # To half a block of 4 mm, and on a voxel of the mask.
+    assert np.abs(np.subtract(place, (13 - 14, 16 - 20, 16 - 9))).max() <= planes.BLOCK_MM / 2
+    assert within.data[tuple(np.add(place, (14, 20, 9)).astype(int))] == 1
+    assert planes.largest_change(truth, truth, inside) is None
+    away = Volume(other, AFFINE + np.eye(4, k=3) * 0.4)
+    assert planes.largest_change(truth, away, inside) is None
+
+
+def test_without_a_mask_the_rim_of_the_head_does_not_count():
+    data = _ball((30, 30, 30), 25.0, (60, 60, 60))
+    head = Volume(data, np.eye(4))
+    inside = planes.inside_of(head, None, Volume(np.zeros_like(data), np.eye(4)))
+    index = np.argwhere(inside.data)
+    away = np.sqrt(((index - 30) ** 2).sum(1))
+    assert 12 < away.max() < 23 and inside.data[30, 30, 30]
+    other = data.copy()
+    other[30, 30, 6:9] += 900  # the skin
+    other[34, 30, 34] += 30
+    place = planes.largest_change(head, Volume(other, np.eye(4)), inside)
+    assert np.abs(np.subtract(place, (34, 30, 34))).max() <= planes.BLOCK_MM / 2
+
+
+@pytest.mark.parametrize("thick", [0, 1, 2])
+def test_only_planes_across_the_slices_are_drawn_and_a_slice_is_as_long_as_it_is(truth, tmp_path, monkeypatch, thick):
+    step = np.ones(3)
+    step[thick] = 3
+    low = Volume(truth.data[tuple(slice(1, None, int(n)) if n > 1 else slice(None) for n in step)], truth.affine.copy())
+    low.affine[:3, :3] = np.diag(step)
+    low.affine[thick, 3] += 1
+    pages = []
+    write = figure._Page.write
+    monkeypatch.setattr(figure._Page, "write", lambda page, path: (pages.append(page), write(page, path))[1])
+    spline = Volume(truth.data * np.float32(0.9), truth.affine)
+    figure.result_figure(tmp_path / "a.png", {"low": low, "spline": spline, "sr": truth}, width_px=600)
+    (page,) = pages
+    assert [cut.axis for cut in page.rows[:-1]] == [axis for _, axis, *_ in planes.PLANES if axis != thick]
+    assert all(thick in (cut.right, cut.up) for cut in page.rows)
+    said = [(axes, text) for axes in page.figure.axes for text in axes.texts if "slice" in text.get_text()]
+    assert [text.get_text() for _, text in said] == ["slice 3 mm"] * len(page.rows)
+    for (axes, _), cut in zip(said, page.rows, strict=True):
+        bar = axes.lines[-1]
+        ends = np.sort(bar.get_xdata() if cut.right == thick else bar.get_ydata())
+        assert ends[1] - ends[0] == pytest.approx(3)
+        # The bar lies on a slice of the scan, not between two.
+        number = (ends.mean() - low.affine[thick, 3]) / 3
+        assert number == pytest.approx(round(number))

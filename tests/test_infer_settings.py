@@ -34,6 +34,7 @@ OTHER = {
     "outside": "zero",
     "flips": "xz",
     "agree": 0.5,
+    "uncertainty": True,
     "slice_thickness": 2.5,
     "profile": "box",
     "threshold": 0.25,

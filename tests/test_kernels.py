@@ -32,6 +32,7 @@ VARIANTS = [
     *(("overlap_add", {"TILE": t}) for t in FLOATS),
     *(("gather_tiles", {"SOURCE": s, "TARGET": t}) for s, t in (*CONVERSIONS, ("u8", "f32"))),
     *(("gather_patches", {"IMAGE": t}) for t in FLOATS),
+    *(("standard_normal", {"PASS": n}) for n in (0, 1)),
 ]
 SHARED = {"suppress_health_check": [HealthCheck.function_scoped_fixture]}  # fixtures that hold for all examples
 

@@ -36,7 +36,7 @@ ONLY = {
     "rich": {"cli.console"},
     "pydicom": {"io.dicom", "io.dicom_header"},
     "SimpleITK": {"volume.resample_sitk", "io.formats"},
-    "matplotlib": {"pictures.figure", "pictures.error_map", "study.plots"},
+    "matplotlib": {"pictures.figure", "pictures.error_map", "pictures.bland_altman", "study.plots"},
 }
 NEVER = {"tensorflow", "keras", "pickle", "requests", "nilearn"}  # nilearn's files are read, its code is not run
 SPEAKS = {"cli", "core.signals", "__main__"}  # print, sys.exit, argv

@@ -24,13 +24,14 @@ CONVOLUTIONS = {
 drawn = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(params=["cpu", "gpu"])
+@pytest.fixture(params=["cpu", "gpu", "other"])
 def forms(request, monkeypatch):
-    """The fast forms of either device, here; of the CPU's with Winograd's products however small the layer."""
+    """The fast forms of a CPU, of CUDA, and of a CPU in half precision; Winograd's products however small the layer."""
     monkeypatch.setattr(winograd, "MIN_CHANNELS", 1)
     monkeypatch.setattr(winograd, "MAX_WASTED", 1e9)
-    if request.param == "gpu":
+    if request.param != "cpu":
         monkeypatch.setattr(layers, "by_hand", lambda x: False)
+    monkeypatch.setattr(layers, "for_gpu", lambda x: request.param == "gpu")
     return request.param
 
 

@@ -233,9 +233,8 @@ def test_an_update_reads_nothing_back_before_its_end(penalty):
     m = models(penalty=penalty, clip_norm=1.0, ema=0.5, head_rate=0.5)
     (b, eps), read = batch(1), []
     fake = m.generate(b)
-    means = "fastsrgan.train.gan._means"
     with pytest.MonkeyPatch.context() as patch, Waits() as waits:
-        patch.setattr(means, lambda rows: read.append(waits.count) or {})
+        patch.setattr("fastsrgan.train.gan.Means", lambda rows: read.append(waits.count) or {})
         m.critic_update(b, fake, eps)
         m.generator_update(b, True)
     assert read == [0, 0]

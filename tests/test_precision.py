@@ -320,6 +320,40 @@ def test_one_wrong_kernel_is_refused_by_the_limit_on_networks(fresh, library, mo
         self_test(arithmetic(kind))
 
 
+def test_float32_with_operands_cut_to_tf32_is_refused(fresh, library):
+    """What cuDNN does by default, where TF32 was not asked for; where it was, the same products are right."""
+    with Kernels(tf32=True), pytest.raises(ResourceError, match=r"(convolutions|gradients) are off by"):
+        self_test(Arithmetic(CPU, torch.float32))
+    with Kernels(tf32=True):
+        assert self_test(arithmetic(TF32))["convolutions"] <= arithmetics.KERNEL_LIMITS[TF32]
+    with Kernels(tf32=True), pytest.raises(ResourceError, match="convolutions are off by"):
+        inference_test(CPU, torch.float32)
+
+
+class Operands(TorchDispatchMode):
+    """A tensor core: operands of float32 convolutions rounded to a half type, products summed in float32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (CONVOLUTION, BACKWARD) and args[1].dtype == self.dtype:
+            wide = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
+            out = func(*wide, **(kwargs or {}))
+            narrow = tuple(None if o is None else o.to(self.dtype) for o in (out if isinstance(out, tuple) else (out,)))
+            return narrow if isinstance(out, tuple) else narrow[0]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_operands_rounded_to_half_precision_pass(fresh, library, dtype):
+    with Operands(dtype):
+        off = self_test(Arithmetic(CPU, dtype))
+        assert inference_test(CPU, dtype)["convolutions"] <= arithmetics.KERNEL_LIMITS[dtype]
+    assert all(off[name] <= precision.NETWORK_LIMITS[name][dtype] for name in ("generator", "critic"))
+
+
 def test_tf32_that_is_not_asked_for_is_off_during_the_test(fresh, monkeypatch):
     seen = []
     gradients = precision._gradients
@@ -392,3 +426,20 @@ def test_a_device_that_fails_is_named(fresh, monkeypatch):
 def test_the_oracles_own_arithmetic_is_not_tested_anew(monkeypatch):
     monkeypatch.setattr(precision, "self_test", lambda arithmetic: pytest.fail("float32 on the CPU is the oracle"))
     assert Models(CONFIG.replace(precision="fp32"), 0, CPU).arithmetic.proven
+
+
+def test_the_self_test_names_a_cudnn_release_that_is_slow_in_half_precision(monkeypatch, caplog):
+    monkeypatch.setattr(precision, "_gradients", lambda arithmetic, kernels=None: precision._expected())
+    for version, dtype, told in (
+        (90799, torch.bfloat16, False),
+        (90800, torch.bfloat16, True),
+        (91002, torch.float16, True),
+        (91002, torch.float32, False),
+        (91500, torch.bfloat16, False),
+    ):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda v=version: v)
+        self_test.cache_clear()
+        caplog.clear()
+        self_test(Arithmetic(torch.device("cuda", 0), dtype))
+        assert ("several times slower" in caplog.text) is told, (version, dtype)
+    self_test.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import chromium
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from report_results import make_results, make_run, make_scores
 
+from fastsrgan.report import page as page_module
 from fastsrgan.report.page import report
 
 pytestmark = pytest.mark.skipif(chromium.browser() is None, reason="no Chromium is installed: make test-extras")
@@ -117,6 +119,94 @@ def test_the_two_ways_of_drawing_agree(tab, folder):
     # Same place, size and direction: letters and smoothing differ.
     assert np.corrcoef(pictures[0].ravel(), pictures[1].ravel())[0, 1] > 0.97
     assert np.corrcoef(pictures[0].ravel(), pictures[1][:, ::-1].ravel())[0, 1] < 0.97
+
+
+PLAN = "JSON.parse(document.getElementById('plan').textContent)"
+INK = """(() => {
+  const sheet = document.querySelector('#canvas-low').parentElement.querySelector('.marks');
+  const { data, width, height } = sheet.getContext('2d').getImageData(0, 0, sheet.width, sheet.height);
+  const rows = [];
+  for (let y = 0; y < height; y++) for (let x = width - 7; x < width - 3; x++) {
+    const at = 4 * (y * width + x);
+    if (data[at] > 200 && data[at + 1] > 160 && data[at + 2] < 90 && data[at + 3] > 200) { rows.push(y); break; }
+  }
+  return rows;
+})()"""
+
+
+def coloured(tab, canvas: str, least: int = 40) -> float:
+    """Share of a canvas' pixels that are no grey: channels that far apart."""
+    find = f"document.getElementById('canvas-{canvas}').getBoundingClientRect()"
+    box = tab.ask(f"(() => {{ const b = {find}; return [b.x + scrollX, b.y + scrollY, b.width, b.height]; }})()")
+    clip = dict(zip(("x", "y", "width", "height"), box, strict=True)) | {"scale": 1}
+    with Image.open(io.BytesIO(tab.shot(clip=clip, whole=True))) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    return float((np.ptp(pixels, axis=2) > least).mean())
+
+
+@pytest.mark.parametrize("more", ["", "#canvas"])
+def test_it_opens_across_the_slices_and_what_lies_over_the_sr_can_be_chosen(tab, folder, more):
+    shown(tab, folder / "one" / "out" / "report.html", more)
+    plan = tab.ask(PLAN)
+    assert plan["slices"]["axis"] == 2 and plan["slices"]["mm"] == 15 and plan["plane"] in ("coronal", "sagittal")
+    assert tab.ask("document.querySelector('input[name=plane]:checked').value") == plan["plane"]
+    world = np.array(plan["affine"]) @ [*plan["start"], 1]
+    place = "document.getElementById('place').textContent"
+    told = "R {:.1f}  A {:.1f}  S {:.1f} mm".format(*world[:3])
+    assert tab.ask(place) == told
+    # The slice of the crosshair is drawn as long as it is thick, where it lies.
+    rows = tab.ask(INK)
+    size = tab.ask("document.querySelector('#canvas-low').clientHeight")
+    wide, high = (0, 2) if plan["plane"] == "coronal" else (1, 2)
+    scale = min(size / (plan["shape"][d] * plan["spacing"][d]) for d in (wide, high))
+    assert len(rows) == pytest.approx(15 * scale, abs=2.5)
+    through = size / 2 - (plan["start"][2] - (plan["shape"][2] - 1) / 2) * plan["spacing"][2] * scale
+    assert min(rows) - 1 <= through <= max(rows) + 1
+    # The crosshair and the marks off: what is coloured now is what is laid over the SR.
+    for switch in ("cross", "marks"):
+        tab.ask(f"document.getElementById('{switch}').click()")
+    tab.ask("document.getElementById('wipe').value = 0")
+    tab.ask("document.getElementById('wipe').dispatchEvent(new Event('input'))")
+    tab.frames(3)
+    assert tab.ask(INK) == [] and coloured(tab, "sr") < 0.001
+    shares = {}
+    for layer in ("seg", "change"):
+        tab.ask(f"document.querySelector('input[name=layer][value={layer}]').click()")
+        for opacity in (0, 100):
+            tab.ask(f"document.getElementById('overlay').value = {opacity}")
+            tab.ask("document.getElementById('overlay').dispatchEvent(new Event('input'))")
+            tab.frames(4)
+            shares[layer, opacity] = coloured(tab, "sr", 40 if layer == "seg" else 4)
+    assert shares["seg", 0] < 0.001
+    assert shares["seg", 100] > 0.02 and shares["change", 100] > shares["change", 0] + 0.001
+    tab.ask("document.querySelector('input[name=layer][value=none]').click()")
+    tab.frames(4)
+    assert coloured(tab, "sr") < 0.001
+    # Away, and back to the place.
+    tab.ask("document.getElementById('canvas-low').focus()")
+    for _ in range(3):
+        tab.press("ArrowUp")
+    tab.frames(3)
+    assert tab.ask(place) != told
+    tab.ask("document.getElementById('start').click()")
+    tab.frames(3)
+    assert tab.ask(place) == told and tab.problems == []
+
+
+def test_a_page_that_shows_a_slab_says_so_and_draws(tab, folder, monkeypatch):
+    """At full resolution, whole in the plane that is opened."""
+    out = folder / "one" / "out"
+    monkeypatch.setattr(page_module, "LEAST_BYTES", 0)
+    whole = (out / "report.html").read_text(encoding="utf8")
+    held = sum(len(text) for text in re.findall(r'id="volume-\w+">([^<]*)<', whole))
+    most = (len(whole.encode()) - held / 2) / 1e6
+    (path,) = report(out, folder / "slab.html", max_mb=most)
+    assert path.stat().st_size <= most * 1e6
+    shown(tab, path)
+    words = tab.ask("document.getElementById('viewer').textContent")
+    assert "Shown at full resolution: a" in words and "--max-mb" in words and tab.problems == []
+    plan = tab.ask(PLAN)
+    assert plan["spacing"] == pytest.approx([5, 5, 5]) and drawn(tab, "sr").std() > 15
 
 
 def test_nothing_is_wider_than_a_phone(tab, folder):

@@ -10,8 +10,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
-from fastsrgan.core import draws, system
+from fastsrgan.core import draws, ranks, system
 from fastsrgan.core import files as core_files
 from fastsrgan.errors import ResourceError, UsageError
 
@@ -172,3 +173,21 @@ def test_what_killed_processes_left_is_taken_away(tmp_path, monkeypatch):
     core_files.remove_abandoned(tmp_path, names)
     assert before - set(tmp_path.iterdir()) == {*left, long_ago}
     core_files.remove_abandoned(tmp_path / "none", names)
+
+
+def test_the_chosen_gpu_is_the_current_one_before_anything_else_is_asked_of_it(monkeypatch):
+    """Work that names no device would otherwise open a context on GPU 0, in every rank."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: calls.append("current") or 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(str(device)))
+    for name, value in {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    device = system.pick_device(ranks.local_device("auto"))
+    assert device == torch.device("cuda:2") and calls == ["cuda:2"]
+    for variable in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(variable)
+    calls.clear()
+    assert system.pick_device("cuda") == system.pick_device("auto") == torch.device("cuda:0")
+    assert calls == ["current", "current"], "the device that torch has already is taken as it is"

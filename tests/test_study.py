@@ -321,6 +321,35 @@ def test_curves_are_the_logs_values(run, tmp_path):
     assert (tmp_path / "curves" / "curves.png").stat().st_size > 1000
 
 
+def test_the_curves_of_several_runs_are_laid_over_each_other(run, tmp_path, monkeypatch, capsys):
+    """Every run's own values under its own name, and in the picture a colour for each."""
+    other = tmp_path / "other"
+    other.mkdir()
+    text = (run / "log.jsonl").read_text(encoding="utf8").replace('"Dice": 0.8', '"Dice": 0.9')
+    (other / "log.jsonl").write_text(text, encoding="utf8")
+    drawn = {}
+    draw = study_output.draw
+    monkeypatch.setattr(
+        study_output, "draw", lambda base, rows, *a, **k: (drawn.setdefault("rows", rows), draw(base, rows, *a, **k))[1]
+    )
+    made = study.run("curves", [run, other], tmp_path / "curves")
+    names = [told["name"] for told in made["runs"]]
+    assert len(set(names)) == 2 and names[1] == "other"
+    alone = [study.run("curves", r, tmp_path / f"alone{i}")["rows"] for i, r in enumerate((run, other))]
+    assert made["rows"] == [{"run": n} | row for n, rows in zip(names, alone, strict=True) for row in rows]
+    assert [told["best"]["Dice"] for told in made["runs"]] == [0.8, 0.9]
+    panels = {p.title: p for row in drawn["rows"] for p in row}
+    lines = [line for line in panels["Dice"].lines if line.style == "data"]
+    assert [(line.name, line.number) for line in lines] == [(names[0], 0), (names[1], 1)]
+    for line, rows in zip(lines, alone, strict=True):
+        assert list(line.y) == [row["whole_Dice"] for row in rows if "whole_Dice" in row]
+    text = (tmp_path / "curves" / "curves.md").read_text(encoding="utf8")
+    assert "other:" in text and "0.9000 at epoch 2" in text
+    assert main(["--quiet", "study", "curves", str(run), str(run), "-o", str(tmp_path / "x")]) == 2
+    assert "named twice" in capsys.readouterr().err
+    assert main(["--quiet", "study", "steps", str(run), str(run), "-o", str(tmp_path / "x")]) == 2
+
+
 def test_a_folder_without_a_log_is_refused(tmp_path):
     (tmp_path / "log.jsonl").write_text("nonsense\n")
     with pytest.raises(InputError, match="no line of a training run"):

@@ -18,7 +18,7 @@ def block(facts: dict) -> str:
     columns = list(facts["table"][0])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in facts["table"]:
-        cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
+        cells = ["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
         lines.append("| " + " | ".join(cells) + " |")
     training, total = facts["training"], facts["seconds"]["total"]
     made = facts["provenance"]

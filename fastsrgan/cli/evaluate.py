@@ -12,7 +12,7 @@ from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.errors import PartialFailure, UsageError
 
-PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg")
+PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg", "doubt")
 
 
 def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -20,13 +20,15 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     example = (
         "fastsrgan evaluate --sr out/a_sr.nii.gz --hr a.nii.gz --seg out/a_seg.nii.gz --label gm.nii.gz --lr lr.nii.gz"
         "\n  fastsrgan evaluate out truth --csv scores.csv --png pictures"
+        "\n  fastsrgan evaluate out other truth --png pictures"
     )
     p = command("evaluate", _evaluate, "compare results with the truth", example)
     p.add_argument(
         "folders",
         nargs="*",
-        metavar="RESULTS TRUTH",
-        help="a folder of `infer` and one of truths: STEM_sr beside STEM or STEM_hr, STEM_label, STEM_mask",
+        metavar="RESULTS [RESULTS] TRUTH",
+        help="a folder of `infer` and one of truths: STEM_sr beside STEM or STEM_hr, STEM_label, STEM_mask; two "
+        "folders of results are compared",
     )
     helps = {
         "sr": "result",
@@ -37,6 +39,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "lr": "the low-resolution image: its spline and interpolated label map become the baselines",
         "baseline": "another image of the subject to compare with",
         "baseline_seg": "another segmentation",
+        "doubt": "what `infer --uncertainty` wrote: is the error larger where it is? (found beside the result)",
     }
     for name in PAIR:
         p.add_argument(f"--{name.replace('_', '-')}", metavar="IMAGE", help=helps[name])
@@ -52,7 +55,11 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--csv", metavar="FILE", help="one line per subject, then mean, sd and n; an earlier one is replaced"
     )
     p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to standard output")
-    p.add_argument("--png", metavar="PATH", help="picture of the errors: a file for a pair, a folder for several")
+    p.add_argument(
+        "--png",
+        metavar="PATH",
+        help="picture of the errors: a file for a pair, a folder for several; of a comparison Bland and Altman's",
+    )
 
 
 def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
@@ -65,10 +72,17 @@ def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
         write_csv(args.csv, result)
     if args.json == "-":
         print_json(result)
+    elif "comparison" in result:
+        print(table(beside(result)), table(comparison(result)), f"p: {result['test']}", sep="\n\n")
+        for note in result["notes"]:
+            print(f"note: {note}")
     elif "rows" in result:
         print(table(subjects(result)), table(cohort_figures(result)), sep="\n\n")
     else:
         print(table(figures(result)))
+        if "doubt" in result:
+            rows = enumerate(result["doubt"]["deciles"], 1)
+            print("", table([{"decile": n} | {k: plain(v) for k, v in row.items()} for n, row in rows]), sep="\n")
     if result.get("failed"):
         names = ", ".join(f["subject"] for f in result["failed"])
         raise PartialFailure("evaluate", f"{len(result['failed'])} not evaluated: {names}", "see the warnings")
@@ -80,10 +94,12 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     pair = {name: getattr(args, name) for name in PAIR if getattr(args, name)}
     forms = [bool(pair), bool(args.table), bool(args.folders)]
     if sum(forms) != 1 or (pair and not {"sr", "hr"} <= set(pair)):
-        raise UsageError("evaluate", "give --sr and --hr, or --table, or two folders", "fastsrgan evaluate --help")
-    if args.folders and len(args.folders) != 2:
-        raise UsageError("evaluate", f"{len(args.folders)} folders", "two: RESULTS TRUTH")
-    if args.bids and not args.folders:
+        raise UsageError(
+            "evaluate", "give --sr and --hr, or --table, or two or three folders", "fastsrgan evaluate --help"
+        )
+    if args.folders and len(args.folders) not in (2, 3):
+        raise UsageError("evaluate", f"{len(args.folders)} folders", "RESULTS TRUTH, or RESULTS RESULTS TRUTH")
+    if args.bids and len(args.folders) != 2:
         raise UsageError("--bids", "two folders are needed", "fastsrgan evaluate --bids DERIVATIVES DATASET")
     _check_places(args, [*pair.values(), *([args.table] if args.table else [])])
     if pair:
@@ -105,6 +121,11 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
             from fastsrgan.infer.bids import evaluate_bids
 
         return evaluate_bids(*args.folders, **more)
+    if len(args.folders) == 3:
+        with loading():
+            from fastsrgan.evaluate.compare import compare_folders
+
+        return compare_folders(*args.folders, **more)
     return evaluate_cohort.evaluate_folders(*args.folders, **more)
 
 
@@ -127,12 +148,15 @@ def _check_places(args: argparse.Namespace, inputs: list[str]) -> None:
 def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures of one pair as rows: region or segmentation, name, value; baseline and difference beside."""
     base, gain = result.get("baseline", {}), result.get("gain", {})
-    groups = [(region, ("image", region)) for region in result["image"]] + [("segmentation", ("segmentation",))]
+    groups = [(region, ("image", region)) for region in result["image"]]
+    groups += [("doubt", ("doubt",)), ("segmentation", ("segmentation",))]
     groups += [(name, ("structures", name)) for name in result.get("structures", {})]
     rows = []
     for where, path in groups:
         scores, other, more = (_at(tree, path) for tree in (result, base, gain))
         for key, value in scores.items():
+            if isinstance(value, list):
+                continue
             row = {"where": where, "figure": key, "value": plain(value)}
             told = {"baseline": plain(other.get(key)), "difference": plain(more.get(key))}
             rows.append(row | (told | {"better": better(key, more.get(key))} if base else {}))
@@ -145,7 +169,7 @@ def cohort_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, values in told.items():
         section, _, rest = name.partition(".")
-        if section not in ("image", "segmentation", "structures"):
+        if section not in ("image", "doubt", "segmentation", "structures"):
             continue
         where, _, figure = rest.rpartition(".")
         row = {"where": where or section, "figure": figure, "value": spread(values)}
@@ -175,6 +199,40 @@ def subjects(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [*rows, {"subject": "mean ± sd"} | {head: spread(result["summary"][name]) for head, name in there}]
 
 
+def beside(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One line per subject: the figures most looked at of the first result, the second, and their difference."""
+    from fastsrgan.evaluate.figures import columns
+
+    there = [(c.heading, c.path) for c in columns().values() if c.path in result["comparison"]]
+    rows = []
+    for row in result["rows"]:
+        line = {"subject": row["subject"]}
+        for head, name in there:
+            first, second, apart = (row["figures"].get(f"{k}.{name}") for k in ("first", "second", "difference"))
+            line[head] = f"{plain(first)} {plain(second)} ({'+' if (apart or 0) > 0 else ''}{plain(apart, 3)})"
+        rows.append(line)
+    return rows
+
+
+def comparison(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every figure of the two results, the difference, its limits of agreement, and the paired test's p."""
+    from fastsrgan.evaluate.figures import FIGURES
+
+    rows = []
+    for name, told in result["comparison"].items():
+        _, _, rest = name.partition(".")
+        where, _, figure = rest.rpartition(".")
+        if FIGURES[figure].of_label:
+            continue
+        gain, ends = told["difference"]["mean"], told["limits"]
+        row = {"where": where or "segmentation", "figure": figure}
+        row |= {label: spread(told[k]) for label, k in zip(result["names"], ("first", "second"), strict=True)}
+        row |= {"difference": spread(told["difference"]), "better": better(figure, gain)}
+        row |= {"limits": None if ends is None else f"{plain(ends[0], 3)} to {plain(ends[1], 3)}"}
+        rows.append(row | {"p": None if told["p"] is None else f"{told['p']:.3g}", "n": told["difference"]["n"]})
+    return rows
+
+
 def spread(values: dict[str, Any] | None) -> str | None:
     """``26.96 ± 0.41`` of a mean and a standard deviation."""
     if values is None:
@@ -193,7 +251,7 @@ def better(figure: str, gain: float | None) -> str | None:
     """Whether a difference to the baseline is one for the better; None of figures that have no better, and of 0."""
     from fastsrgan.evaluate.figures import FIGURES
 
-    sign = FIGURES[figure].better
+    sign = FIGURES[figure].better if figure in FIGURES else 0
     return None if not sign or not gain else "yes" if gain * sign > 0 else "no"
 
 

@@ -5,24 +5,34 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from fastsrgan.cli.console import add_label_options
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
+from fastsrgan.errors import UsageError
 
 
 def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Define the command."""
     example = "fastsrgan report out\n  fastsrgan report out --scores evaluate.json -o out/cohort.html"
     p = command("report", run, "one HTML file with viewer, figures and provenance; works offline", example)
-    p.add_argument("path", metavar="DIR|RUN|JSON", help="folder of results, demo or training run, or one result's JSON")
+    p.add_argument(
+        "path",
+        nargs="+",
+        metavar="DIR|RUN|JSON",
+        help="folder of results, demo or training run, or one result's JSON; several training runs are laid over each "
+        "other",
+    )
     p.add_argument("-o", "--out", metavar="FILE", help="the page (report.html in that folder)")
     p.add_argument("--scores", metavar="JSON", help="what `fastsrgan evaluate --json FILE` wrote (the folder's own)")
     p.add_argument("--study", nargs="+", default=(), metavar="JSON", help="what `fastsrgan study` wrote, to show too")
     for name, text in (("hr", "true image of a single result"), ("label", "its label"), ("mask", "region to score")):
         p.add_argument(f"--{name}", metavar="IMAGE", help=text)
     add_label_options(p)
-    p.add_argument("--max-mb", type=float, default=12.0, metavar="MB", help="largest page; volumes are reduced (12)")
+    p.add_argument(
+        "--max-mb", type=float, default=30.0, metavar="MB", help="largest page; of larger volumes a slab (30)"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace an earlier report")
     p.add_argument("--json", action="store_true", help="print the files as JSON")
 
@@ -30,11 +40,16 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace, progress: Progress) -> int:
     """Write the page and say where it is."""
     with loading():
-        from fastsrgan.report.page import report
+        from fastsrgan.report.page import report, runs_report
 
+    if len(args.path) > 1:
+        given = [name for name in ("scores", "study", "hr", "label", "mask") if getattr(args, name)]
+        if given:
+            raise UsageError(f"--{given[0]}", f"{len(args.path)} runs are laid over each other", "leave it out")
+        return _tell(runs_report(args.path, args.out, overwrite=args.overwrite), args.json)
     truth = {"hr": args.hr, "label": args.label, "mask": args.mask}
     written = report(
-        args.path,
+        args.path[0],
         args.out,
         scores=args.scores,
         studies=args.study,
@@ -45,7 +60,11 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         overwrite=args.overwrite,
         progress=progress,
     )
-    if args.json:
+    return _tell(written, args.json)
+
+
+def _tell(written: list[Path], as_json: bool) -> int:
+    if as_json:
         print(json.dumps([str(path) for path in written], indent=2))
         return 0
     print(written[0])

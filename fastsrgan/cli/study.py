@@ -23,7 +23,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "fastsrgan study steps --quick\n"
         "  fastsrgan study steps cohort.csv --weights run --patch 128 --steps 20 30 50 80 128\n"
         "  fastsrgan study augmentation cohort.csv --weights with without -o augmentation\n"
-        "  fastsrgan study curves run"
+        "  fastsrgan study curves run other-run"
     )
     p = command("study", _study, "the paper's tables and figures on your own images and models", example)
     p.add_argument(
@@ -34,9 +34,9 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     p.add_argument(
         "data",
-        nargs="?",
-        help="training table (its Test rows), one high-resolution image or a folder of them, for curves a run folder; "
-        "left out with --quick: two small synthetic subjects",
+        nargs="*",
+        help="training table (its Test rows), one high-resolution image or a folder of them, for curves a run "
+        "folder or several; left out with --quick: two small synthetic subjects",
     )
     p.add_argument(
         "-o", "--out", metavar="DIR", help="output folder (study-KIND); finished measurements in it are kept"
@@ -85,7 +85,7 @@ def _study(args: argparse.Namespace, progress: Progress) -> int:
         seed=args.seed,
     )
     out = args.out or f"study-{args.kind}"
-    facts = study.run(args.kind, args.data, out, args.weights, settings, quick=args.quick, progress=progress)
+    facts = study.run(args.kind, args.data or None, out, args.weights, settings, quick=args.quick, progress=progress)
     if args.json:
         print_json(facts)
     else:

@@ -17,7 +17,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -398,3 +398,14 @@ def _is_alive(pid: int) -> bool:
     except (OSError, OverflowError):
         return True
     return True
+
+
+def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """What several folders are called side by side: their names, or as much of the ends of their paths as differs."""
+    parts = [Path(path).resolve().parts for path in paths]
+    names: list[str] = []
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-count:]).replace("//", "/") for own in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names

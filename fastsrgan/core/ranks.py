@@ -99,6 +99,8 @@ class TorchRanks(Ranks):
 
     A rank that ends while others wait for it breaks their connection: they raise LostRank with the error it left. The
     error lies in a store that torchrun holds, or without torchrun rank 0, which ends behind all others.
+
+    backend : "gloo" lets ranks share a GPU, which NCCL refuses; None: NCCL for CUDA devices
     """
 
     def __init__(
@@ -108,10 +110,11 @@ class TorchRanks(Ranks):
         local_world: int,
         device: torch.device,
         patience: datetime.timedelta = TIMEOUT,
+        backend: str | None = None,
     ) -> None:
         self.rank, self.world, self.local_world = rank, world, local_world
         self._names: list[str] = []  # of values that ``mean`` was asked for
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = backend or ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         try:
             self._holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             self._lasting, *_ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
@@ -124,7 +127,7 @@ class TorchRanks(Ranks):
                 rank=rank,
                 world_size=world,
                 timeout=patience,
-                device_id=device if device.type == "cuda" else None,
+                device_id=device if "nccl" in backend else None,
             )
         except (ValueError, RuntimeError) as error:
             reason = f"cannot reach the other ranks: {str(error).splitlines()[0]}"

@@ -20,18 +20,23 @@ from typing import TYPE_CHECKING
 from fastsrgan.errors import ResourceError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 log = logging.getLogger("fastsrgan")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` -> device. Asking for CUDA where there is none is a ResourceError."""
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` -> device. Asking for CUDA where there is none is a ResourceError.
+
+    A CUDA device becomes the current one of this process, before anything opens a context: a rank whose work named no
+    device would otherwise open one on GPU 0 too, and take its memory.
+    """
     import torch
 
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
+            return _current(torch.device("cuda"))
         log.info("no CUDA device: running on the CPU")
         return torch.device("cpu")
     try:
@@ -44,9 +49,28 @@ def pick_device(name: str = "auto") -> torch.device:
             raise ResourceError(
                 "--device", f"{name} asked, {count} CUDA devices seen", "--device cpu, or see `fastsrgan doctor`"
             )
+        return _current(device)
     elif device.type != "cpu":
         raise ResourceError("--device", f"{name!r} is not supported", "auto, cpu, cuda or cuda:0")
     return device
+
+
+def _current(device: torch.device) -> torch.device:
+    import torch
+
+    if device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(device)
+    return device
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array on a device. On a CPU it shares the array's memory. On CUDA it goes through pinned memory, and nobody
+    waits for the copy but what is queued behind it on the current stream; torch keeps the pinned memory until then."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def tune_allocator() -> bool:

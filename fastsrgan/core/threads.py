@@ -29,6 +29,7 @@ from fastsrgan.errors import FastsrganError, ResourceError, out_of_memory
 T = TypeVar("T")
 
 POLL = 1.0  # seconds between two looks at the threads while waiting
+CACHED = 24576  # voxels worked on at a time by one core; torch splits operations from 32768 on
 FAREWELL = 3.0  # seconds that closing a crew waits for what its threads are about
 
 
@@ -65,17 +66,6 @@ def unwatched() -> Iterator[None]:
     finally:
         if job is not None:
             job.began = time.monotonic() - spent
-
-
-@contextlib.contextmanager
-def held(lock: threading.Lock) -> Iterator[None]:
-    """Hold a lock; the wait for it is not counted, so that of several jobs the one that hangs is named."""
-    with unwatched():
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Job(Generic[T]):
@@ -189,6 +179,21 @@ def run_each(jobs: Iterable[Callable[[], object]]) -> None:
     call = functools.partial(_in_modes, torch.is_inference_mode_enabled(), torch.is_grad_enabled())
     for _ in _pool(threads).map(call, jobs):
         pass
+
+
+def each_piece(function: Callable[..., object], *tensors: torch.Tensor) -> None:
+    """Call ``function`` with flat views of contiguous tensors of one size: on a CPU with pieces short enough to stay in
+    the cache from one operation to the next, on all cores, in any order; on an accelerator with the whole."""
+    flat = [t.view(-1) for t in tensors]
+    if flat[0].device.type != "cpu":
+        function(*flat)
+        return
+
+    def job(first: int) -> None:
+        for start in range(first, min(first + 16 * CACHED, len(flat[0])), CACHED):
+            function(*(f[start : start + CACHED] for f in flat))
+
+    run_each(functools.partial(job, first) for first in range(0, len(flat[0]), 16 * CACHED))
 
 
 def _in_modes(inference: bool, grad: bool, job: Callable[[], object]) -> None:

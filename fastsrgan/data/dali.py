@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import functools
 import importlib
-import threading
+import queue
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils import dlpack
 
-from fastsrgan.core.threads import held, one_thread
+from fastsrgan.core.threads import one_thread, unwatched
 from fastsrgan.errors import ResourceError
 from fastsrgan.observation.model import Degraded
 
@@ -31,21 +31,30 @@ NAMES = ("image", "label", "mask")
 
 
 class DaliMover:
-    """Degrades volumes and brings them to a device, one at a time, for any number of threads.
+    """Degrades volumes and brings them to a device, for any number of threads.
+
+    Up to ``volumes`` at a time, each through a pipeline and a stream of its own; a thread that finds all of them at
+    work waits for one.
 
     Raises ResourceError where DALI is not installed or cannot work on the device.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, device: torch.device, volumes: int = 1) -> None:
+        self.device, self.busy = device, set[Any]()
+        self._idle: queue.LifoQueue[tuple[Any, Step] | None] = queue.LifoQueue()
+        for _ in range(volumes - 1):
+            self._idle.put(None)  # is made when it is needed
         try:
-            self._step = Step(device)
-            self._pipeline = define(self._step, device)  # imports DALI, whose own way out comes after _leave
+            self._idle.put(self._made())  # imports DALI, whose own way out comes after _leave
             _movers.add(self)
             _before_dali_leaves()
         except Exception as error:  # a broken installation or an old driver raises anything
             words = " ".join(str(error).split())[:200]
             raise ResourceError("DALI", f"cannot be used here: {type(error).__name__}: {words}", HINT) from error
+
+    def _made(self) -> tuple[Any, Step]:
+        step = Step(self.device)
+        return define(step, self.device), step
 
     def __call__(
         self, image: np.ndarray, label: np.ndarray, mask: np.ndarray | None, law: Callable[[Any], Degraded]
@@ -55,18 +64,33 @@ class DaliMover:
         Raises what ``law`` raises.
         """
         nothing = np.zeros((1, 1, 1), np.uint8)
-        with held(self._lock):
-            self._step.law, self._step.error = law, None
+        with self._pipeline() as (pipeline, step):
+            step.law, step.error = law, None
             for name, array in zip(NAMES, (image, label, nothing if mask is None else mask), strict=True):
-                self._pipeline.feed_input(name, [array])
-            outputs = self._pipeline.run()
-            self._step.law, error = None, self._step.error
+                pipeline.feed_input(name, [array])
+            outputs = pipeline.run()
+            step.law, error = None, step.error
             moved = [torch.from_dlpack(output[0]) for output in outputs]
             if moved[0].is_cuda:  # before the next volume takes the memory that DALI still copies from
                 torch.cuda.current_stream(moved[0].device).synchronize()
         if error is not None:
             raise error
         return moved[0], moved[1], moved[2], None if mask is None else moved[3]
+
+    @contextlib.contextmanager
+    def _pipeline(self) -> Iterator[tuple[Any, Step]]:
+        """A pipeline that no other thread has. The wait for it is not counted: of several jobs the one that hangs is
+        named."""
+        with unwatched():
+            taken = self._idle.get()
+        try:
+            taken = taken or self._made()
+            self.busy.add(taken[0])
+            yield taken
+        finally:
+            if taken is not None:
+                self.busy.discard(taken[0])
+            self._idle.put(taken)
 
 
 _movers: weakref.WeakSet[DaliMover] = weakref.WeakSet()
@@ -79,11 +103,9 @@ def _before_dali_leaves() -> None:
 
 def _leave() -> None:
     """At its end a process waits for every pipeline, for ever for one whose step hangs: such a one is left behind."""
-    for mover in _movers:
-        if mover._lock.locked():
-            pipeline = mover._pipeline
-            getattr(type(pipeline), "_pipes", set()).discard(weakref.ref(pipeline))
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(pipeline))
+    for pipeline in [p for mover in _movers for p in [*mover.busy]]:
+        getattr(type(pipeline), "_pipes", set()).discard(weakref.ref(pipeline))
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pipeline))
 
 
 class Step:
@@ -113,20 +135,14 @@ class Step:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """One thread on a CPU. On CUDA a stream, finished at the end, and products in full precision, whatever the
-        training step asks of its own."""
+        """One thread on a CPU; on CUDA a stream, finished at the end."""
         if self._stream is None:
             with one_thread():
                 yield
             return
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-            self._stream.synchronize()
-        finally:
-            torch.set_float32_matmul_precision(before)
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
 
 
 def define(degrade: Callable[[Any], tuple[Any, Any]], device: torch.device) -> Any:

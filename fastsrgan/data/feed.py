@@ -14,6 +14,7 @@ import itertools
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator
 
@@ -25,7 +26,7 @@ from fastsrgan.core.system import free_memory
 from fastsrgan.core.threads import Crew, Job, unwatched
 from fastsrgan.data import dali as dali_feed
 from fastsrgan.data.pool import Resident
-from fastsrgan.data.subject import Mover, PatchRule, make_resident, move_by_thread
+from fastsrgan.data.subject import Law, Moved, Mover, PatchRule, make_resident, move_by_thread
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.model.arithmetic import TYPES
@@ -40,6 +41,7 @@ ENGINES = ("auto", "dali", "threads")
 MOST_THREADS = 8  # of a feed: from there on memory bandwidth is the limit
 PATIENCE = 25.0  # seconds that preparing a volume of up to PATIENT_VOXELS may take, in proportion for larger ones
 PATIENT_VOXELS = 5e7
+TRIALS = 3  # timed volumes of each mover, of which the best counts
 
 
 # --- which subjects, when -----------------------------------------------------------------------------------------
@@ -151,22 +153,64 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return TYPES[precision]
 
 
-def pick_mover(engine: str, device: torch.device) -> Mover:
-    """What degrades volumes and brings them to the device.
+def pick_mover(engine: str, device: torch.device, volumes: int = 1) -> Mover:
+    """What degrades volumes and brings them to the device, ``volumes`` at a time.
 
-    "auto" takes DALI on CUDA devices where it is installed: on a CPU it has nothing to move, and costs copies
-    (docs/decisions/012-dali-feed.md). Raises ResourceError when DALI is asked for and cannot be used.
+    "auto": on a CPU threads, since DALI has nothing to move there and costs copies (docs/decisions/012-dali-feed.md).
+    On CUDA devices where DALI is installed, the faster of the two on the run's own first volumes (``Measured``), else
+    threads. Raises ResourceError when DALI is asked for and cannot be used.
     """
     if engine not in ENGINES:
         raise UsageError("feed", f"{engine!r} is not allowed", f"one of {', '.join(ENGINES)}")
-    if engine == "dali" or (engine == "auto" and device.type == "cuda"):
-        try:
-            return dali_feed.DaliMover(device)
-        except ResourceError as error:
-            if engine == "dali":
-                raise
-            log.warning("%s: threads move the volumes, which is slower", error)
-    return functools.partial(move_by_thread, device=device)
+    threads = functools.partial(move_by_thread, device=device)
+    if engine == "threads" or (engine == "auto" and device.type == "cpu"):
+        return threads
+    try:
+        dali = dali_feed.DaliMover(device, volumes)
+    except ResourceError as error:
+        if engine == "dali":
+            raise
+        log.info("%s: threads move the volumes", error)
+        return threads
+    return dali if engine == "dali" else Measured({"threads": threads, "dali": dali}, device)
+
+
+class Measured:
+    """Moves volumes by each of several movers in turn, then by the one that took least time per voxel.
+
+    All of them call the same law on the same tensors, so what a volume becomes does not depend on the choice.
+    """
+
+    def __init__(self, movers: dict[str, Mover], device: torch.device) -> None:
+        self.movers, self.device = movers, device
+        self.chosen: str | None = None
+        self._begun = dict.fromkeys(movers, 0)
+        self._seconds: dict[str, list[float]] = {name: [] for name in movers}
+        self._lock = threading.Lock()
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, mask: np.ndarray | None, law: Law) -> Moved:
+        with self._lock:
+            name = self.chosen or min(self._begun, key=lambda one: self._begun[one])
+            self._begun[name] += 1
+        if self.chosen:
+            return self.movers[name](image, label, mask, law)
+        began = time.perf_counter()
+        moved = self.movers[name](image, label, mask, law)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        self._judge(name, (time.perf_counter() - began) / image.size)
+        return moved
+
+    def _judge(self, name: str, seconds: float) -> None:
+        with self._lock:
+            self._seconds[name].append(seconds)
+            # The first volume of each also makes pipelines, tables and room in memory.
+            if self.chosen or min(map(len, self._seconds.values())) <= TRIALS:
+                return
+            least = {one: min(times[1:]) for one, times in self._seconds.items()}
+            self.chosen = min(least, key=lambda one: least[one])
+        told = ", ".join(f"{one} {1e9 * value:.3g}" for one, value in least.items())
+        log.info("feed: %s from here on (ns per voxel: %s)", self.chosen, told)
 
 
 # --- the feed -----------------------------------------------------------------------------------------------------
@@ -221,20 +265,21 @@ class Feed:
         self.rank, self.world = rank, world
         self.threads, self.prefetch, self.patience = pick_threads(threads), prefetch, patience
         self.dtype = pick_dtype(precision, device)
-        self.move = pick_mover(engine, device)
+        self.move = pick_mover(engine, device, self.threads)
         self.first_wait = self.waited = 0.0
         self.quarantined: dict[str, str] = {}
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._cuda = device.type == "cuda"
 
     def prepare(self, epoch: int, subject: str) -> Resident:
         """One subject as it is in one epoch, in the memory of the device."""
         draw = self.degradation.draw(self.seed, epoch, subject)
-        # Object storage bounds and repeats its requests itself, and names what it gave up (fastsrgan.store.remote).
-        with unwatched() if local_path(self.store.url) is None else contextlib.nullcontext():
-            stored = self.store.read(subject)
-        sample = self.visits.of(stored, (self.seed, epoch, subject), self.device)
-        # A stream of its own: what it queues neither waits for the training step nor holds it up.
-        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+        # A stream of this thread's own: what it queues waits neither for the training step nor for the volumes of other
+        # threads, and holds none of them up. It is also on the right GPU, which a new thread does not know.
+        with torch.cuda.stream(torch.cuda.Stream(self.device)) if self._cuda else contextlib.nullcontext():
+            # Object storage bounds and repeats its requests itself, and names what it gave up (fastsrgan.store.remote).
+            with unwatched() if local_path(self.store.url) is None else contextlib.nullcontext():
+                stored = self.store.read(subject)
+            sample = self.visits.of(stored, (self.seed, epoch, subject), self.device)
             law, rule, draw = self.degradation, self.rule, stored_draw(draw, self.axes, sample.affine)
             return make_resident(sample, law, draw, rule, self.device, dtype=self.dtype, move=self.move, crop=True)
 
@@ -257,7 +302,7 @@ class Feed:
                 first = False
                 look_ahead(self.prefetch)
                 yield residents
-                if self._stream is not None:
+                if self._cuda:
                     # What the caller queued may still read the group that is about to be freed.
                     torch.cuda.current_stream(self.device).synchronize()
                 del residents

@@ -6,9 +6,10 @@ alone: nothing of the pool is saved.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fastsrgan.core.draws import rng
 from fastsrgan.core.kernels import launch, op, scalar
+from fastsrgan.core.system import to_device
 from fastsrgan.errors import InputError, ModelError
 
 
@@ -101,6 +103,7 @@ class Pool:
         if not len(self.table):
             names = ", ".join(r.subject for r in residents)
             raise InputError("training patches", f"none found in {names}", "smaller patch_size, or check the masks")
+        self.patches = Patches(residents, self.table)
         self._buffers = Buffers()
 
     def __len__(self) -> int:
@@ -171,19 +174,55 @@ class Pool:
         Raises InputError where mask classes are asked of a subject that has no mask.
         """
         p, n = self.patch, len(indices)
-        bits, chosen = np.divmod(indices, len(self.table))
-        if flips is None and bits.any():
-            flips = bits[:, None] & np.array([1, 2, 4]) > 0
-        rows = self.table[chosen]
-        residents, origins = [self.residents[i] for i in rows[:, 0]], rows[:, 1:]
-        device = self.residents[0].hr.device
-        x = self._buffers.take((n, 1, p, p, p), device)
-        y = self._buffers.take((n, 2 + self.mask_classes, p, p, p), device)
-        _gather(x, y, residents, origins, flips)
-        res = torch.tensor([r.resolution for r in residents], dtype=torch.float32)
-        corners = [(r.subject, o + r.offset) for r, o in zip(residents, origins, strict=True)]
-        ids = [f"{subject}@{i},{j},{k}" for subject, (i, j, k) in corners]
-        return Batch(x, y, res.to(device), ids)
+        if flips is not None:
+            indices = indices % len(self.table) + np.asarray(flips, bool) @ np.array([1, 2, 4]) * len(self.table)
+        # On a CUDA device nothing here waits: the table of patches lies there, the indices come from pinned memory.
+        at = to_device(np.ascontiguousarray(indices, np.int64), self.patches.device)
+        x = self._buffers.take((n, 1, p, p, p), self.patches.device)
+        y = self._buffers.take((n, 2 + self.mask_classes, p, p, p), self.patches.device)
+        _gather(x, y, self.patches, indices, at)
+        res = self.patches.resolutions.index_select(0, at % len(self.table))
+        rows = self.table[indices % len(self.table)]
+        corners = [(self.residents[i], o) for i, o in zip(rows[:, 0], rows[:, 1:], strict=True)]
+        ids = [f"{r.subject}@{','.join(map(str, o + r.offset))}" for r, o in corners]
+        return Batch(x, y, res, ids)
+
+
+class Patches:
+    """The patches of some residents: where they lie, for the host and for the device.
+
+    residents : degraded subjects; table : (n, 4) int64, subject and corner of each patch
+    """
+
+    def __init__(self, residents: list[Resident], table: np.ndarray) -> None:
+        self.residents, self.table = residents, table
+        self.device = residents[0].hr.device
+
+    @functools.cached_property
+    def resolutions(self) -> Tensor:
+        """(n,) float32 through-plane voxel size in mm of each patch, on the device."""
+        mm = np.array([r.resolution for r in self.residents], np.float32)
+        return to_device(mm[self.table[:, 0]], self.device)
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """(n, 10) int64 on the device, the fields of kernels/gather_patches.cu: four addresses, sizes, corner."""
+        one = np.zeros((len(self.residents), 7), np.int64)
+        for row, r in zip(one, self.residents, strict=True):
+            row[:4] = [0 if t is None else t.data_ptr() for t in (r.interpolated, r.hr, r.label, r.mask)]
+            row[4:] = r.hr.shape
+        return to_device(np.concatenate([one[self.table[:, 0]], self.table[:, 1:]], axis=1), self.device)
+
+    @functools.cached_property
+    def image(self) -> str | None:
+        """The kernel's name of the type of all intensities; None where it does not take these volumes: it knows one
+        size per resident, and no strides."""
+        images = {t.dtype for r in self.residents for t in (r.interpolated, r.hr)}
+        classes = {t.dtype for r in self.residents for t in (r.label, r.mask) if t is not None}
+        volumes = [(t, r.hr.shape) for r in self.residents for t in (r.interpolated, r.hr, r.label, r.mask)]
+        plain = all(t is None or (t.is_contiguous() and t.shape == shape) for t, shape in volumes)
+        found = scalar(next(iter(images)))
+        return found if len(images) == 1 and found != "u8" and classes == {torch.uint8} and plain else None
 
 
 class Buffers:
@@ -213,68 +252,53 @@ class Buffers:
         return torch.from_numpy(lent)
 
 
-def _gather_by_kernel(
-    x_B1PPP: Tensor, y_BCPPP: Tensor, residents: list[Resident], origins_B3: np.ndarray, flips_B3: np.ndarray | None
-) -> Any:
-    classes = y_BCPPP.shape[1] - 2
-    images = {t.dtype for r in residents for t in (r.interpolated, r.hr)}
-    labels = [t for r in residents for t in ((r.label, r.mask) if classes else (r.label,))]
-    image = scalar(next(iter(images)))
-    if len(images) != 1 or image in (None, "u8") or any(t is None or t.dtype != torch.uint8 for t in labels):
+def _gather_by_kernel(x_B1PPP: Tensor, y_BCPPP: Tensor, patches: Patches, indices_B: np.ndarray, at_B: Tensor) -> Any:
+    classes, count, p = y_BCPPP.shape[1] - 2, len(patches.table), x_B1PPP.shape[-1]
+    if patches.image is None or (classes and any(r.mask is None for r in patches.residents)):
         return NotImplemented
-    # The kernel knows one size per resident, and no strides.
-    volumes = [(t, r.hr.shape) for r in residents for t in (r.interpolated, r.hr, r.label, r.mask) if t is not None]
-    if not all(t.is_contiguous() and t.shape == shape for t, shape in volumes):
-        return NotImplemented
-    table = np.zeros((len(residents), 11), np.int64)  # the fields of kernels/gather_patches.cu
-    for row, r in zip(table, residents, strict=True):
-        row[:4] = [0 if t is None else t.data_ptr() for t in (r.interpolated, r.hr, r.label, r.mask)]
-        row[4:7] = r.hr.shape
-    table[:, 7:10] = origins_B3
-    if flips_B3 is not None:
-        table[:, 10] = np.asarray(flips_B3, bool) @ np.array([1, 2, 4])
-    p = x_B1PPP.shape[-1]
     launch(
         "gather_patches",
-        (p * p, p, len(table)),
-        [x_B1PPP, y_BCPPP, torch.from_numpy(table).to(x_B1PPP.device), len(table), p, classes],
-        IMAGE=image,
+        (p * p, p, len(at_B)),
+        [x_B1PPP, y_BCPPP, patches.rows, at_B, count, len(at_B), p, classes],
+        IMAGE=patches.image,
     )
     return x_B1PPP, y_BCPPP
 
 
-def _example(seed: int, device: torch.device) -> tuple[Tensor, Tensor, list[Resident], np.ndarray, np.ndarray]:
+def _example(seed: int, device: torch.device) -> tuple[Tensor, Tensor, Patches, np.ndarray, Tensor]:
     some, residents = np.random.default_rng(seed), []
     for name, shape in (("a", (9, 21, 17)), ("b", (16, 13, 30))):
         image, hr = (torch.from_numpy(some.random(shape, np.float32)).to(device) for _ in range(2))
         label, mask = (torch.from_numpy(some.integers(0, n, shape, np.uint8)).to(device) for n in (2, 3))
         residents.append(Resident(name, image, hr, label, mask, 3.0, np.zeros((0, 3), int)))
-    chosen = [residents[i] for i in (0, 1, 1, 0, 1)]
-    origins, flips = some.integers(-4, 10, (5, 3)), some.integers(0, 2, (5, 3)) > 0
+    table = np.column_stack([[0, 1, 1, 0, 1], some.integers(-4, 10, (5, 3))])
+    indices = some.permutation(5) + 5 * some.integers(0, 8, 5)
     x, y = (torch.full((5, channels, 12, 12, 12), torch.nan, device=device) for channels in (1, 5))
-    return x, y, chosen, origins, flips
+    return x, y, Patches(residents, table), indices, torch.from_numpy(indices).to(device)
 
 
 @op("gather_patches", launch=_gather_by_kernel, example=_example)
 def _gather(
-    x_B1PPP: Tensor, y_BCPPP: Tensor, residents: list[Resident], origins_B3: np.ndarray, flips_B3: np.ndarray | None
+    x_B1PPP: Tensor, y_BCPPP: Tensor, patches: Patches, indices_B: np.ndarray, at_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fill network inputs and targets with one patch of each resident."""
-    classes = y_BCPPP.shape[1] - 2
-    for b, (r, origin) in enumerate(zip(residents, origins_B3, strict=True)):
+    """Fill network inputs and targets with a patch for each index (``Pool.gather``); ``at_B``: these on the device."""
+    classes, count = y_BCPPP.shape[1] - 2, len(patches.table)
+    for b, index in enumerate(indices_B):
+        number, *origin = patches.table[index % count]
+        r = patches.residents[number]
         copy_patch(x_B1PPP[b, 0], r.interpolated, origin)
         copy_patch(y_BCPPP[b, 0], r.hr, origin)
         copy_patch(y_BCPPP[b, 1], r.label, origin)
         if classes:
             _one_hot(y_BCPPP[b, 2:], r, origin)
-        if flips_B3 is not None and flips_B3[b].any():
-            axes = [1 + int(d) for d in np.flatnonzero(flips_B3[b])]
+        axes = [1 + d for d in range(3) if index // count >> d & 1]
+        if axes:
             for patch in (x_B1PPP[b], y_BCPPP[b]):
                 patch.copy_(patch.flip(axes))
     return x_B1PPP, y_BCPPP
 
 
-def _one_hot(out_CPPP: Tensor, resident: Resident, origin: np.ndarray) -> None:
+def _one_hot(out_CPPP: Tensor, resident: Resident, origin: Sequence[int]) -> None:
     if resident.mask is None:
         raise InputError(resident.subject, "has no mask", "fit_mask needs Mask_image for every subject")
     classes = torch.empty_like(out_CPPP[0], dtype=torch.uint8)
@@ -283,7 +307,7 @@ def _one_hot(out_CPPP: Tensor, resident: Resident, origin: np.ndarray) -> None:
         torch.eq(classes, c, out=out)
 
 
-def copy_patch(out_PPP: Tensor, volume_XYZ: Tensor, origin: np.ndarray) -> None:
+def copy_patch(out_PPP: Tensor, volume_XYZ: Tensor, origin: Sequence[int] | np.ndarray) -> None:
     """Copy the patch at ``origin`` into ``out``, converting its type; zeros where it hangs over an edge."""
     source, target, inside = [], [], True
     for o, p, n in zip(origin, out_PPP.shape, volume_XYZ.shape, strict=True):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsrgan.core.system import to_device
 from fastsrgan.core.threads import one_thread
 from fastsrgan.data.pool import Resident
 from fastsrgan.errors import FastsrganError, InputError
@@ -44,11 +45,21 @@ class PatchRule:
 def move_by_thread(
     image: np.ndarray, label: np.ndarray, mask: np.ndarray | None, law: Law, *, device: torch.device
 ) -> Moved:
-    """Degrade on the CPU and copy to the device: interpolated, hr, label, mask."""
-    with one_thread():
-        done = law(image)
+    """Bring to the device and degrade there: interpolated, hr, label, mask. All is queued on the current stream, copies
+    from pinned memory."""
+    if device.type == "cpu":
+        with one_thread():
+            done = law(image)
+    else:
+        done = law(to_device(image, device))
     arrays = (done.interpolated, done.hr, label, mask)
-    return tuple(None if a is None else torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays)  # type: ignore[return-value]
+    return tuple(_there(a, device) for a in arrays)  # type: ignore[return-value]
+
+
+def _there(array: np.ndarray | Tensor | None, device: torch.device) -> Tensor | None:
+    if array is None or isinstance(array, Tensor):
+        return array
+    return to_device(np.ascontiguousarray(array), device)
 
 
 def make_resident(

@@ -18,6 +18,7 @@ from typing import Any
 from fastsrgan.core.files import atomic_write, output_folder, read_json, walk_files
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import FastsrganError, InputError
+from fastsrgan.evaluate.metrics import CALIBRATION
 from fastsrgan.evaluate.pair import definitions, evaluate_files, flat, summarise
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
@@ -42,6 +43,7 @@ REQUIRED = ("SR_image", "HR_image")
 TRUTH = ("", "_hr", "_HR")
 LABEL = ("_label", "_seg", "_dseg", "_gm")
 MASK = ("_mask",)
+NAMED = 5  # subjects that a note of a cohort names
 _LOW = re.compile(r"_(lr|LR)$")
 _MODALITY = re.compile(r"_(T1w|T2w)$")
 
@@ -205,7 +207,12 @@ def evaluate_items(
                 )
             picture = None if pictures is None else pictures / f"{item.subject.replace('/', '_')}.png"
             classes = (item.classes or choice.classes) if "label" in item.files else ()
-            settings: dict[str, Any] = {"png": picture, "label_classes": classes, "label_names": choice.names}
+            settings: dict[str, Any] = {
+                "png": picture,
+                "label_classes": classes,
+                "label_names": choice.names,
+                "subject": None,
+            }
             done.append(named | evaluate_files(**item.files, **settings))  # type: ignore[arg-type]
         except FastsrganError as error:
             log.warning("%s%s: %s", "" if item.line is None else f"line {item.line}, ", item.subject, error)
@@ -217,21 +224,35 @@ def evaluate_items(
         if len(faults) == len(failed):
             raise table.table_error(Path(what), faults)
         raise InputError(what, "no subject could be evaluated", failed[0]["error"])
+    _tell_notes(done)
     meaning = definitions() | {"sd": "sample standard deviation over subjects (n - 1)"}
+    meaning |= CALIBRATION if any("doubt" in row for row in done) else {}
     return {"rows": done, "failed": failed, "summary": summarise(done), "definitions": meaning}
+
+
+def _tell_notes(rows: Sequence[dict[str, Any]]) -> None:
+    """Log every note once, with the subjects that it is about."""
+    about: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row["notes"]:
+            about.setdefault(note, []).append(row["subject"])
+    for note, subjects in about.items():
+        more = f" and {len(subjects) - NAMED} more" if len(subjects) > NAMED else ""
+        log.info("%s%s: %s", ", ".join(subjects[:NAMED]), more, note)
 
 
 def write_csv(path: str | os.PathLike, result: dict[str, Any]) -> None:
     """One line per subject and, for a cohort, one each for mean, sd and n; the first column says which it is.
 
     ``result`` is that of one pair or of a cohort. Columns: ``kind`` (subject, mean, sd, n), ``subject``, then every
-    figure by its dotted path. Cells without a figure are empty.
+    figure by its dotted path. Cells without a figure are empty. A comparison's (``compare``) figures are those of both
+    results and their difference.
     """
     pairs = result.get("rows", [result])
     lines: list[dict[str, Any]] = []
     for row in pairs:
         name = row.get("subject") or images.stem(row["files"]["sr"])
-        lines.append({"kind": "subject", "subject": name} | flat(row))
+        lines.append({"kind": "subject", "subject": name} | (row["figures"] if "figures" in row else flat(row)))
     for statistic in ("mean", "sd", "n") if "summary" in result else ():
         values = {name: told[statistic] for name, told in result["summary"].items()}
         lines.append({"kind": statistic, "subject": ""} | values)

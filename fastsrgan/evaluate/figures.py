@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate import metrics
@@ -29,6 +30,8 @@ class Compared:
 
     hr : the reference; sr, seg, label : (X, Y, Z) arrays of its shape, or None
     regions : name -> (X, Y, Z) bool, None for the whole volume
+    ends : smallest and largest value of the whole reference, of which ``hr`` may be a part; default those of ``hr``
+    part : voxels that lie in every image's field of view, None for all: SSIM counts where a whole window does
     name : what it is called in ``notes``, which say why a figure does not exist or is not exact
     """
 
@@ -39,6 +42,17 @@ class Compared:
     label: np.ndarray | None = None
     name: str = ""
     notes: list[str] = field(default_factory=list)
+    ends: tuple[float, float] | None = None
+    part: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.ends is None:
+            self.ends = float(self.hr.data.min()), float(self.hr.data.max())
+
+    @property
+    def top(self) -> float:
+        """The largest value of the whole reference."""
+        return self.ends[1]  # type: ignore[index]
 
     def mse(self, region: str) -> float:
         """Mean squared difference in a region."""
@@ -54,15 +68,18 @@ class Compared:
         if error == 0:
             note = f"{self.name}, {region}: identical to the reference, PSNR is infinite"
             self.notes += [] if note in self.notes else [note]
-        metrics.positive_range(self.hr.data)
+        metrics.positive_range(np.array(self.ends))
         return None if error == 0 or value_range == 0 else 10 * math.log10(value_range**2 / error)
 
     def similarity(self, region: str, window: metrics.Window) -> float | None:
         """SSIM; None, and a note, for volumes smaller than a window."""
         if window not in self._similarities:
             wanted = list(self.regions.values())
+            if self.part is not None:
+                whole = ndimage.minimum_filter(self.part, 2 * window.radius + 1)
+                wanted = [whole if inside is None else inside & whole for inside in wanted]
             try:
-                found = metrics.ssim_regions(self.sr, self.hr.data, wanted, window=window)  # type: ignore[arg-type]
+                found = metrics.ssim_regions(self.sr, self.hr.data, wanted, self.top, window)  # type: ignore[arg-type]
             except InputError as error:
                 found = [None] * len(wanted)
                 self.notes.append(f"{self.name}: no SSIM in windows of {2 * window.radius + 1} voxels: {error.reason}")
@@ -140,13 +157,13 @@ FIGURES: dict[str, Figure] = {
     "psnr_db": Figure(
         "PSNR",
         "10 log10(R^2 / MSE) in dB; R = maximum of the whole reference (as in the SegSRGAN paper)",
-        lambda c, region: c.psnr(region, float(c.hr.data.max())),
+        lambda c, region: c.psnr(region, c.top),
         image=True, unit="dB", digits=2, better=HIGHER, short="PSNR", headline=True,
     ),
     "psnr_range_db": Figure(
         "PSNR over the value range",
         "the same with R = maximum - minimum of the whole reference (the other common data range)",
-        lambda c, region: c.psnr(region, float(c.hr.data.max()) - float(c.hr.data.min())),
+        lambda c, region: c.psnr(region, c.top - c.ends[0]),
         image=True, unit="dB", digits=2, better=HIGHER,
     ),
     "ssim": Figure(
@@ -319,11 +336,14 @@ def said(values: Mapping[str, Any], image: bool, gains: Mapping[str, Any] | None
 
 
 def captions(result: Mapping[str, Any], region: str = "whole") -> dict[str, str]:
-    """What pictures say of a result of ``evaluate_pair``: ``sr``, its baseline ``spline``, and ``seg``."""
+    """What pictures say of a result of ``evaluate_pair``: ``sr``, its baseline ``spline``, ``seg``, and ``linear``, the
+    best linear estimate, where its ``image`` and ``gain`` are in ``result["linear"]``."""
     base, gain = result.get("baseline", {}), result.get("gain", {})
     image, other, gains = (tree.get("image", {}).get(region, {}) for tree in (result, base, gain))
     labels = [f"interpolated labels: {text}" for text in said(base.get("segmentation", {}), False)]
+    linear = [result.get("linear", {}).get(k, {}) for k in ("image", "gain")]
     return {
+        "linear": "\n".join(said(linear[0].get(region, {}), True, linear[1].get("image", {}).get(region, {}))),
         "sr": "\n".join(said(image, True, gains)),
         "spline": "\n".join(said(other, True)),
         "seg": "\n".join([*said(result.get("segmentation", {}), False), *labels]),

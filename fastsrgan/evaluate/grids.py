@@ -64,6 +64,14 @@ def onto_grid(
     return Volume(moved, like.affine, volume.warnings, volume.meta)
 
 
+def field_of_view(volume: Volume, like: Volume) -> np.ndarray | None:
+    """(X, Y, Z) bool: voxels of ``like`` whose centre lies in a voxel of ``volume``; None where all do."""
+    if same_grid(volume, like):
+        return None
+    inside = _inside(np.linalg.inv(volume.affine) @ like.affine, volume.data.shape, like.data.shape)
+    return None if inside.all() else inside
+
+
 def _inside(matrix_44: np.ndarray, shape_in: tuple[int, ...], shape_out: tuple[int, ...]) -> np.ndarray:
     """(X, Y, Z) bool: output voxels whose centre lies in a voxel of the input."""
     i, j, k = np.ogrid[tuple(slice(n) for n in shape_out)]

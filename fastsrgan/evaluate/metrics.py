@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -19,6 +20,14 @@ SSIM_SIGMA, SSIM_TRUNCATE, SSIM_K1, SSIM_K2 = 1.5, 3.5, 0.01, 0.03
 SSIM_RADIUS = int(SSIM_TRUNCATE * SSIM_SIGMA + 0.5)  # 5: an 11 x 11 x 11 window
 SEG_THRESHOLD = 0.5
 _SLAB_VOXELS = 1 << 20
+
+CALIBRATION = {
+    "rank_correlation": "Spearman's, of the doubt and the absolute error",
+    "error_over_doubt": "root mean square of the error over that of the doubt: 1 where both are as large",
+    "doubt": "inside the mask, or where the reference is above a tenth of its 99.9th percentile; deciles are ten parts "
+    "of equally many voxels, by rising doubt: root mean squares in each",
+}
+DECILES = 10
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,49 @@ def dice(seg: np.ndarray, label: np.ndarray) -> float:
     a, b = binary(seg), binary(label)
     total = int(np.count_nonzero(a)) + int(np.count_nonzero(b))
     return 1.0 if total == 0 else 2 * int(np.count_nonzero(a & b)) / total
+
+
+def calibration(
+    sr: np.ndarray,
+    ref: np.ndarray,
+    doubt: np.ndarray,
+    mask: np.ndarray | None = None,
+    part: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Whether the error of an image is where, and as large as, its doubt says.
+
+    sr, ref, doubt : (X, Y, Z), doubt the standard deviation that the error is taken to have
+    mask : where; None: where the reference is above a tenth of its 99.9th percentile
+    part : the voxels that are compared at all; None: all
+
+    Returns {rank_correlation, error_over_doubt, deciles: [{doubt, error}]}, see ``CALIBRATION``; None for what does not
+    exist, as the rank correlation of a doubt that is the same everywhere.
+    Raises InputError for shapes that differ, and where there are fewer than ten voxels.
+    """
+    _same_shape(sr, ref, doubt, mask, part)
+    inside = ref > 0.1 * np.percentile(ref, 99.9) if mask is None else mask
+    inside = inside if part is None else inside & part
+    error, doubt = np.abs(sr[inside].astype(np.float64) - ref[inside]), doubt[inside].astype(np.float64)
+    if error.size < DECILES:
+        raise InputError("doubt", f"{error.size} voxels to compare with the error", "another mask")
+    parts = np.array_split(np.argsort(doubt, kind="stable"), DECILES)
+    ranks = np.corrcoef(_ranks(error), _ranks(doubt))[0, 1] if np.ptp(doubt) and np.ptp(error) else math.nan
+    whole = _rms(doubt)
+    return {
+        "rank_correlation": float(ranks) if math.isfinite(ranks) else None,
+        "error_over_doubt": _rms(error) / whole if whole else None,
+        "deciles": [{"doubt": _rms(doubt[part]), "error": _rms(error[part])} for part in parts],
+    }
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Mean ranks of equals."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def _rms(values: np.ndarray) -> float:
+    return math.sqrt(float(np.mean(values**2)))
 
 
 def connected_components(seg: np.ndarray) -> int:

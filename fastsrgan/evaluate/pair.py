@@ -1,7 +1,8 @@
 """Score a super-resolved image and its segmentation against the truth: volumes or files. Cohorts: evaluate_cohort.py.
 
 Results are plain dicts of finite numbers, texts and None, ready for JSON; ``definitions`` says what each figure means.
-Volumes whose grids differ from the reference's are first resampled onto it in world space, and the result says so.
+Volumes whose grids differ from the reference's are first resampled onto it in world space, and scores are those of the
+part that SR, baseline and reference share; the result says both.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import metrics
 from fastsrgan.evaluate.figures import FIGURES, REGIONS, Compared, captions, definitions, scores
-from fastsrgan.evaluate.grids import READER, SPLINE, onto_grid, reader_label_map
+from fastsrgan.evaluate.grids import READER, SPLINE, field_of_view, onto_grid, reader_label_map
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.volume.geometry import Volume
 
 log = logging.getLogger("fastsrgan")
 
-SECTIONS = ("image", "segmentation", "structures", "baseline", "gain")
+SECTIONS = ("image", "doubt", "segmentation", "structures", "baseline", "gain")
 SCALE_FACTOR = 2.0  # mean intensities further apart than this get a note
 
 
@@ -39,7 +41,9 @@ def evaluate_pair(
     lr: Volume | None = None,
     baseline: Volume | None = None,
     baseline_seg: Volume | None = None,
+    doubt: Volume | None = None,
     structures: Mapping[str, tuple[Volume, Volume]] | None = None,
+    subject: str | None = "",
 ) -> dict[str, Any]:
     """Compare ``sr`` (and ``seg``) with ``hr`` (and ``label``) on the grid of ``hr``.
 
@@ -51,14 +55,18 @@ def evaluate_pair(
     lr : the low-resolution image that ``sr`` was made from: its cubic spline, and with a label the interpolated label
         map (paper table 2), are the baselines where no others are given
     baseline, baseline_seg : another image and segmentation of the same subject, scored likewise
+    doubt : the standard deviation that the error of ``sr`` is taken to have: ``doubt`` says whether it is so
     structures : segmentation and label of further structures by name, for scores in ``structures``
+    subject : named before each note in the log; None: nothing is logged
 
     A label of several values is refused: which of them is the structure is to be chosen (`labels`).
 
     Returns ``image`` {region: {figure: value}}; with ``seg`` also ``segmentation`` {figure: value}, the figures being
-    those of ``FIGURES``; with a baseline ``baseline`` (the same two), ``gain`` (value minus baseline) and ``baselines``
-    (what they are); and ``grid``, ``notes``, ``definitions``. None stands for a figure that does not exist (infinite
-    PSNR, SSIM of a region without a whole window, distance to an empty segmentation).
+    those of ``FIGURES``; with ``doubt`` also ``doubt``, see ``metrics.calibration``; with a baseline ``baseline`` (the
+    same two), ``gain`` (value minus baseline) and ``baselines`` (what they are); and ``grid``, ``notes``,
+    ``definitions``. Where SR or baseline do not cover the reference, all figures are those of the overlap, and ``grid``
+    has its share ``overlap`` of the reference's voxels. None stands for a figure that does not exist (infinite PSNR,
+    SSIM of a region without a whole window, distance to an empty segmentation).
     Raises InputError when volumes do not overlap, the reference has no positive voxel or a mask is empty.
     """
     if label is None and (seg is not None or baseline_seg is not None):
@@ -74,6 +82,7 @@ def evaluate_pair(
     for name, volume, order in (
         ("SR", sr, 3),
         ("baseline", baseline, 3),
+        ("doubt", doubt, 1),
         ("segmentation", seg, 0),
         ("baseline segmentation", baseline_seg, 0),
         ("label", label, 0),
@@ -83,34 +92,53 @@ def evaluate_pair(
             notes += [f"{name}: {warning}" for warning in volume.warnings]
             made: list[str] = []
             on[name] = onto_grid(volume, hr, order=order, name=name, notes=made).data
-            notes += made if volume is not lr else _surprises(made)
+            # What lies outside the two images is not scored; a scan's grid always differs.
+            scored = [m.split("; ")[0] for m in made] if name in ("SR", "baseline") else made
+            notes += scored if volume is not lr else []
+    part, cropped = _overlap(hr, {"SR": sr, "baseline": baseline}, notes)
     if lr is not None and label is not None and baseline_seg is None:
         made = []
         baseline_seg = reader_label_map(Volume(on["label"], hr.affine), lr, made)
-        notes += _surprises(made)
+        notes += _surprises(made) if baseline is not lr else []
         on["baseline segmentation"], what["segmentation"] = baseline_seg.data, READER
-    regions: dict[str, np.ndarray | None] = {"whole": None}
+    top, low = float(hr.data.max()), float(hr.data.min())
+    grid: dict[str, Any] = {"shape": list(hr.data.shape), "spacing_mm": [round(s, 6) for s in hr.spacing]}
+    if part is not None:
+        grid["overlap"] = float(part.mean())
+        on = {name: data[cropped] for name, data in on.items()}
+        hr, part = _cropped(hr, cropped), part[cropped]
+        part = None if part.all() else part
+        for name in ("segmentation", "baseline segmentation", "label", "mask"):
+            if part is not None and name in on:
+                on[name] = on[name] * part
+    regions: dict[str, np.ndarray | None] = {"whole": part}
     regions |= {name: metrics.binary(on[name]) for name in ("mask", "label") if name in on}
     if "label" in regions and not np.any(regions["label"]):
         notes.append("the label is empty on the reference's grid: no figures in its region")
         del regions["label"]
+    more: dict[str, Any] = {"notes": notes, "ends": (low, top), "part": part}
     _note_scale(on["SR"], hr.data, "SR", notes)
-    result = scores(Compared(hr, regions, on["SR"], on.get("segmentation"), on.get("label"), "SR", notes))
+    result = scores(Compared(hr, regions, on["SR"], on.get("segmentation"), on.get("label"), "SR", **more))
+    if "doubt" in on:
+        result["doubt"] = metrics.calibration(on["SR"], hr.data, on["doubt"], regions.get("mask"), part)
     if structures:
         result["structures"] = {
-            name: _structure(seg, truth, name, hr, on["SR"], notes) for name, (seg, truth) in structures.items()
+            name: _structure(pair, Compared(hr, {}, on["SR"], name=name, **more)) for name, pair in structures.items()
         }
     if baseline is not None or baseline_seg is not None:
         if "baseline" in on:
             _note_scale(on["baseline"], hr.data, "baseline", notes)
         base_seg = on.get("baseline segmentation")
-        other = scores(Compared(hr, regions, on.get("baseline"), base_seg, on.get("label"), "baseline", notes))
+        other = scores(Compared(hr, regions, on.get("baseline"), base_seg, on.get("label"), "baseline", **more))
         result |= {"baseline": other, "gain": _difference(result, other), "baselines": what}
-    result["grid"] = {"shape": list(hr.data.shape), "spacing_mm": [round(s, 6) for s in hr.spacing]}
-    for note in notes:
-        log.info(note)
-    result["notes"] = notes
-    result["definitions"] = definitions() | {f"region {name}": REGIONS[name] for name in regions}
+    result["grid"] = grid
+    result["notes"] = notes = list(dict.fromkeys(notes))
+    for note in notes if subject is not None else ():
+        log.info("%s%s", f"{subject}: " if subject else "", note)
+    result["definitions"] = definitions() | (metrics.CALIBRATION if "doubt" in on else {})
+    result["definitions"] |= {f"region {name}": REGIONS[name] for name in regions}
+    if "overlap" in grid:
+        result["definitions"]["region whole"] = "every voxel of the reference's grid that lies in all images"
     return result
 
 
@@ -121,13 +149,42 @@ def _values(label: Volume) -> list[int]:
     return label.meta.get("values") or np.unique(label.data).tolist()
 
 
-def _structure(seg: Volume, label: Volume, name: str, hr: Volume, sr: np.ndarray, notes: list[str]) -> dict[str, Any]:
+def _overlap(
+    hr: Volume, others: Mapping[str, Volume | None], notes: list[str]
+) -> tuple[np.ndarray | None, tuple[slice, ...]]:
+    """The reference's voxels that lie in the field of view of all others, None for all, and their box.
+
+    Raises InputError where there is none.
+    """
+    parts = {name: field_of_view(v, hr) for name, v in others.items() if v is not None}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    if not parts:
+        return None, ()
+    part = np.logical_and.reduce(list(parts.values()))
+    if not part.any():
+        raise InputError(
+            "evaluate", f"{' and '.join(parts)} and the truth have no voxel in common", "check the affines"
+        )
+    notes.append(
+        f"scored on the overlap, {100 * part.mean():.1f} % of the truth's voxels: the rest lies outside the field of "
+        f"view of {' and '.join(parts)}"
+    )
+    return part, ndimage.find_objects(part.astype(np.uint8))[0]
+
+
+def _cropped(volume: Volume, box: tuple[slice, ...]) -> Volume:
+    shift = np.eye(4)
+    shift[:3, 3] = [s.start for s in box]
+    return Volume(volume.data[box], np.asarray(volume.affine, float) @ shift, volume.warnings, volume.meta)
+
+
+def _structure(pair: tuple[Volume, Volume], compared: Compared) -> dict[str, Any]:
     """Scores of one of several structures."""
-    on = [
-        onto_grid(volume, hr, order=0, name=f"{name} {kind}", notes=notes).data
-        for volume, kind in ((seg, "segmentation"), (label, "label"))
-    ]
-    return scores(Compared(hr, {}, sr, on[0], on[1], name, notes))["segmentation"]
+    for volume, kind in zip(pair, ("seg", "label"), strict=True):
+        name = f"{compared.name} {'segmentation' if kind == 'seg' else kind}"
+        data = onto_grid(volume, compared.hr, order=0, name=name, notes=compared.notes).data
+        setattr(compared, kind, data if compared.part is None else data * compared.part)
+    return scores(compared)["segmentation"]
 
 
 def _surprises(notes: list[str]) -> list[str]:
@@ -145,21 +202,23 @@ def evaluate_files(
     lr: str | os.PathLike | None = None,
     baseline: str | os.PathLike | None = None,
     baseline_seg: str | os.PathLike | None = None,
+    doubt: str | os.PathLike | None = None,
     png: str | os.PathLike | None = None,
     label_classes: Sequence[str] = (),
     label_names: str | os.PathLike | None = None,
+    subject: str | None = "",
 ) -> dict[str, Any]:
-    """``evaluate_pair`` on image files; ``files`` in the result names them.
+    """``evaluate_pair`` on image files; ``files`` in the result names them. ``subject`` is the SR's stem by default.
 
     ``label_classes`` says which values of the label, and of a segmentation that is a map of several values too, are the
     structure, see `labels.structure`; of several, the first is the ``segmentation`` and every one has its scores in
     ``structures``. ``label_names`` is a lookup table of names.
 
-    ``png`` takes a picture of where SR (and the baseline) differ from the reference, see ``error_map``. Raises
-    InputError as reading the files does.
+    ``doubt`` is found where ``infer`` wrote it beside ``sr``. ``png`` takes a picture of where SR (and the baseline)
+    differ from the reference, see ``error_map``. Raises InputError as reading the files does.
     """
     named = {"sr": sr, "hr": hr, "seg": seg, "label": label, "mask": mask, "lr": lr}
-    named |= {"baseline": baseline, "baseline_seg": baseline_seg}
+    named |= {"baseline": baseline, "baseline_seg": baseline_seg, "doubt": doubt or _beside(Path(sr))}
     given = {name: Path(path) for name, path in named.items() if path is not None}
     chosen = labels.structures(label_classes, given["label"], label_names) if label_classes and "label" in given else []
     if label_classes and not chosen:
@@ -169,7 +228,7 @@ def evaluate_files(
     more = {}
     if len(chosen) > 1 and "seg" in given:
         more = {c.name: (_read("seg", given["seg"], c), _read("label", given["label"], c)) for c in chosen}
-    result = evaluate_pair(**volumes, structures=more)
+    result = evaluate_pair(**volumes, structures=more, subject=images.stem(given["sr"]) if subject == "" else subject)
     if chosen:
         result["label_classes"] = {c.name: sorted(c.values) for c in chosen}
     if png is not None:
@@ -182,6 +241,14 @@ def evaluate_files(
         said = words["sr"], words["spline"]
         error_map(png, onto_grid(volumes["sr"], hr_volume, notes=[]), hr_volume, other, name, said)
     return {"files": {name: str(path) for name, path in given.items()}} | result
+
+
+def _beside(sr: Path) -> Path | None:
+    """The doubt that ``infer`` wrote with a result."""
+    for own, other in (("_sr.", "_doubt."), ("_desc-sr_", "_desc-doubt_")):
+        if sr.name.count(own) == 1 and (there := sr.with_name(sr.name.replace(own, other))).is_file():
+            return there
+    return None
 
 
 def _read(name: str, path: Path, chosen: labels.Structure | None) -> Volume:
@@ -222,7 +289,7 @@ def flat(result: dict[str, Any]) -> dict[str, float]:
         for key, value in tree.items():
             if isinstance(value, dict):
                 walk(value, f"{prefix}.{key}")
-            elif value is not None:
+            elif isinstance(value, (int, float)):
                 found[f"{prefix}.{key}"] = float(value)
 
     for section in SECTIONS:

@@ -24,7 +24,7 @@ from fastsrgan.core.system import pick_device
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, Item, evaluate_items, low_resolution
 from fastsrgan.infer.files import STATUSES, SomeFailed, infer_files
-from fastsrgan.infer.image import Models, look_at
+from fastsrgan.infer.image import ModelChoice, look_at
 from fastsrgan.infer.settings import InferSettings, takes_options
 from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import (
@@ -91,7 +91,7 @@ def infer_bids(
         reason = f"{len(done)} of {len(listed)} derivatives exist and are kept, the first is {done[0].derived('sr')}"
         raise UsageError(out, reason, "--overwrite, --resume or another folder")
     if done and not overwrite:
-        _check_same(out, done, Models(weights), settings.on(str(pick_device(settings.device))))
+        _check_same(out, done, ModelChoice(weights), settings.on(str(pick_device(settings.device))))
     todo = listed if overwrite else [image for image in listed if image not in done]
     items = [{"input": str(i.path), "stem": images.stem(i.path), "status": "skipped"} for i in listed if i not in todo]
     stage = output_folder(out) / STAGE
@@ -130,7 +130,7 @@ def infer_bids(
     return summary
 
 
-def _check_same(out: Path, done: Sequence[BidsImage], models: Models, settings: InferSettings) -> None:
+def _check_same(out: Path, done: Sequence[BidsImage], models: ModelChoice, settings: InferSettings) -> None:
     """Raise UsageError where derivatives were made of another image, or with other weights or settings."""
     for image in done:
         target = sidecar(out / image.derived("sr"))
@@ -162,6 +162,13 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
         ),
         "prob": (image.derived(f"cortex{image.suffix}", "probseg"), {"Description": f"Probability of {structure}"}),
         "mask": (image.derived(f"mask{image.suffix}", "dseg"), {"Description": "Likeliest mask class"}),
+        "doubt": (
+            image.derived("doubt"),
+            {
+                "Description": "Standard deviation that the error of the super-resolution image is taken to have",
+                "SkullStripped": stripped,
+            },
+        ),
         "residual": (
             image.derived("residual"),
             {"Description": "The image minus the super-resolution image acquired again", "SkullStripped": stripped},

@@ -30,7 +30,17 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, LostRank, Ranks
 from fastsrgan.core.system import free_memory, pick_device
 from fastsrgan.errors import FastsrganError, PartialFailure, ResourceError, UsageError
-from fastsrgan.infer.image import ImageJob, Isotropic, Loaded, Models, bytes_while_writing, compute, load, names, write
+from fastsrgan.infer.image import (
+    ImageJob,
+    Isotropic,
+    Loaded,
+    ModelChoice,
+    bytes_while_writing,
+    compute,
+    load,
+    names,
+    write,
+)
 from fastsrgan.infer.memory import SHARE
 from fastsrgan.infer.modes import Together
 from fastsrgan.infer.planes import Unfinished, target_spacing
@@ -333,7 +343,7 @@ def bytes_of(image: Image, job: ImageJob) -> int:
         return 0
     voxels = math.prod(grid_size(n, a, b) for n, a, b in zip(file.shape, own, wanted, strict=True))
     integer = job.settings.dtype == "input" and np.dtype(file.dtype).kind in "iu"
-    each = {"sr": np.dtype(file.dtype).itemsize if integer else 4, "prob": 4, "seg": PACKED, "mask": PACKED}
+    each = {"sr": np.dtype(file.dtype).itemsize if integer else 4, "prob": 4, "doubt": 4, "seg": PACKED, "mask": PACKED}
     return int(voxels * sum(each.get(kind, 0) for kind in job.outputs(image)))
 
 
@@ -405,7 +415,7 @@ def infer_files(
     if chosen and settings.patch is not None:
         log.info("tiles of %s voxels, %s apart: --patch and --step choose others", settings.patch, settings.step)
     out = output_folder(out_dir)
-    models = Models(weights)
+    models = ModelChoice(weights)
     if settings.max_memory is None and ranks.local_world > 1:
         settings = replace(settings, max_memory=int(SHARE * free_memory() / ranks.local_world))
     job = ImageJob(out, models, settings, system.provenance(), progress, resume)

@@ -55,7 +55,7 @@ class Model:
     purpose: Purpose
 
 
-class Models:
+class ModelChoice:
     """What ``--weights`` stands for; None and "auto" choose for each image. A file named auto comes first.
 
     Raises UsageError, ModelError for what cannot be used.
@@ -141,7 +141,7 @@ class ImageJob:
     """
 
     out: Path
-    models: Models
+    models: ModelChoice
     settings: InferSettings
     provenance: dict
     progress: Progress
@@ -149,7 +149,8 @@ class ImageJob:
 
     def outputs(self, image: Image) -> dict[str, Path]:
         """Every file of one image, by kind; the JSON is written last and stands for the whole."""
-        kinds = ["sr", "seg"] + ["mask"] * bool(self.models.mask_classes) + ["prob"] * self.settings.save_prob
+        kinds = ["sr", "seg"] + ["mask"] * bool(self.models.mask_classes) + ["prob"] * self.settings.writes_prob
+        kinds += ["doubt"] * self.settings.uncertainty
         kinds += ["residual"] * self.settings.save_residual
         files = {kind: self.out / f"{image.name}_{kind}.nii.gz" for kind in kinds}
         return (
@@ -309,10 +310,13 @@ def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     result = loaded.result
     assert result is not None
     held = 0 if isinstance(result.sr, np.memmap) else result.sr.nbytes + result.prob.nbytes
+    held += 0 if result.doubt is None or held == 0 else result.doubt.nbytes
     held += 0 if result.residual is None else result.residual.nbytes
     filtered, scaled = job.settings.largest_component or job.settings.min_size, job.settings.dtype == "input"
     labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * scaled  # bytes a voxel
-    return held + labels * result.sr.size + (loaded.volume.data.nbytes if job.settings.png else 0)
+    # The picture: the spline's coefficients and itself, which voxels lie in the scan, and differences.
+    drawn = loaded.volume.data.nbytes + 8 * loaded.volume.data.size + 10 * result.sr.size if job.settings.png else 0
+    return held + labels * result.sr.size + drawn
 
 
 def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
@@ -329,7 +333,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     )
     purpose = loaded.model.purpose
     verdict = judge(loaded.look, seg, voxel_mm3, purpose, masked=isinstance(loaded.mask, np.ndarray))
-    arrays = {"seg": seg, "prob": result.prob[0]}
+    arrays = {"seg": seg, "prob": result.prob[0]} | ({} if result.doubt is None else {"doubt": result.doubt})
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))
     if "mask" in outputs:
@@ -404,30 +408,20 @@ def _save_as_input(target: Path, result: InferResult, image: Volume, code: int) 
 
 
 def _picture(target: Path, loaded: Loaded, result: InferResult, seg: np.ndarray, threshold: float) -> None:
-    """Image, SR, and the segmentation's outline on the SR."""
-    from fastsrgan.pictures.figure import Column, planes_figure
+    """Scan, its cubic spline, SR, and the segmentation's outline on the SR."""
+    from fastsrgan.evaluate.grids import onto_grid
+    from fastsrgan.pictures.figure import result_figure
 
     sr, low = Volume(result.sr, result.affine), loaded.volume
-    columns = [
-        Column(low, "Image", f"{_millimetres(low)}\nvoxels as acquired", nearest=True),
-        Column(sr, "fastsrgan", _millimetres(sr), accent=True),
-        Column(sr, "Segmentation", f"probability above {threshold:g}", accent=True, outlines=True),
-    ]
-    footer = f"patch {result.report['patch']}, step {result.report['step']}"
-    masks = (Volume(seg, result.affine), None)
-    planes_figure(
+    spline = onto_grid(low, sr, name="the spline of the input", notes=[])
+    volumes = {"low": low, "spline": spline, "sr": sr, "seg": Volume(seg, result.affine)}
+    result_figure(
         target,
-        columns,
-        reference=sr,
-        masks=masks,
-        compared=low,
+        volumes,
+        {"spline": "of the same scan", "seg": f"probability above {threshold:g}"},
         title=loaded.image.name.encode("utf8", "replace").decode(),
-        footer=footer,
+        footer=f"patch {result.report['patch']}, step {result.report['step']}",
     )
-
-
-def _millimetres(volume: Volume) -> str:
-    return " × ".join(f"{size:.3g}" for size in volume.spacing) + " mm"
 
 
 def names(outputs: dict[str, Path]) -> dict[str, str]:

@@ -32,6 +32,7 @@ from fastsrgan.infer.tiles import Region, from_box, from_mask, head_box
 from fastsrgan.infer.values import AUTO, OFF
 from fastsrgan.volume.acquisition import Assumed, assumed, choose_weight, lacking_sd
 from fastsrgan.volume.consistency import SLAB_BYTES, Observation, agree, observation, residual
+from fastsrgan.volume.doubt import doubt_, summary
 from fastsrgan.volume.resample import slice_axis
 
 log = logging.getLogger("fastsrgan")
@@ -350,6 +351,8 @@ def wanted(
     """
     original = image.geometry == "segsrgan" or interpolated_otherwise
     off = settings.agree == OFF or (settings.agree == AUTO and original)
+    if interpolated_otherwise and settings.uncertainty:
+        raise UsageError("uncertainty", "told of the spline alone, the scan was interpolated otherwise", "leave it out")
     if off and not settings.save_residual:
         for name, value in (("profile", settings.profile), ("slice thickness", settings.slice_thickness)):
             if value != AUTO:
@@ -380,17 +383,26 @@ def wanted(
         # A slab and what the products make of it, the residual; where slabs depend on one another, what is made of it.
         held = 6 * min(SLAB_BYTES, 4 * math.prod(image.source.shape)) + 8 * math.prod(shape)
         held += 0 if _free(seen) else 4 * (2 * math.prod(shape) + _half(seen, shape))
+        if settings.uncertainty and all(matrix is not None for matrix in seen.down):
+            held += 5 * 4 * math.prod(image.source.shape)  # no axis that slabs could lie along
     held += 8 * math.prod(shape) if settings.save_residual else 0
     weight = None if off or seen.is_identity else settings.agree
     return Wanted(seen, full, believed, across, weight, not off and not original, held)
 
 
 def finish(
-    sr: np.ndarray, prob: np.ndarray, data: np.ndarray, image: Prepared, what: Wanted, keep_residual: bool, label: str
+    sr: np.ndarray,
+    prob: np.ndarray,
+    data: np.ndarray,
+    image: Prepared,
+    what: Wanted,
+    settings: InferSettings,
+    label: str,
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """Do it, in place; what the report says about it, and the residual on the scan's stored axes where it is kept.
 
-    sr (X, Y, Z), prob (C, X, Y, Z), data (x, y, z) : stored axes
+    sr (X, Y, Z), prob (C, X, Y, Z), data (x, y, z) : stored axes; with ``uncertainty`` the last channel of ``prob`` is
+        the variance of the network's passes, and becomes the doubt
     """
     began = time.perf_counter()
     turned, scan = image.turn.apply(sr), image.turn.apply(data)
@@ -416,10 +428,20 @@ def finish(
             "weight %.3g, %s profile of %.3g mm)",
             label, after, before, weight, what.believed.profile, what.believed.thickness_mm,
         )  # fmt: skip
+    if settings.uncertainty:
+        doubt = image.turn.apply(prob[-1])
+        told["doubt"] = doubt_(doubt, turned, scan, what.full, what.across, image.norm.scale)
+        if what.seen.is_identity:
+            told["warnings"] = ["the result has the scan's own voxels, which leave nothing open: the doubt is 0"]
+            log.warning("%s: %s", label, told["warnings"][0])
     if what.empty and (kept := _keep_empty(turned, image.turn.apply(prob), scan, image, what.seen)):
         told["voxels_kept_empty"] = kept
+    if settings.uncertainty:
+        told["doubt"] |= summary(doubt, turned)
+        log.info("%s: doubt inside the head: %.3g on average, 95 %% of it below %.3g", label,
+                 told["doubt"]["mean"], told["doubt"]["p95"])  # fmt: skip
     left: np.ndarray | None = None
-    if keep_residual:
+    if settings.save_residual:
         left = image.turn.undo(residual(turned, scan, what.seen, axis=0))
     if told["agree"] is not None:
         told["agree"]["seconds"] = time.perf_counter() - began

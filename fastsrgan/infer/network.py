@@ -8,6 +8,7 @@ precision nor through the sums.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import logging
@@ -29,7 +30,7 @@ from fastsrgan.infer import tiles
 from fastsrgan.infer.planes import Held, Source
 from fastsrgan.infer.values import check_batch
 from fastsrgan.model import compiled
-from fastsrgan.model.arithmetic import KERNEL_LIMITS, TYPES, Arithmetic, Kernels, device_name, native, refuse
+from fastsrgan.model.arithmetic import KERNEL_LIMITS, TYPES, Arithmetic, Kernels, device_name, native, refuse, relative
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.cpu.rearranged import held, kept_bytes
 from fastsrgan.model.networks import Generator, GeneratorSpec
@@ -120,10 +121,8 @@ def inference_test(device: torch.device, dtype: torch.dtype) -> dict[str, float]
 
     Raises ResourceError where one is beyond what rounding explains, or the device fails.
     """
-    arithmetic = Arithmetic(device, dtype)
+    arithmetic, generator, x = _small(device, dtype)
     kernels = Kernels()
-    generator = Generator(GeneratorSpec(kernel=8), seed=1).to(device)
-    x = torch.rand((1, 1, 16, 16, 16), generator=torch.Generator().manual_seed(3)).to(device)
     try:
         with torch.no_grad(), arithmetic.flags(), arithmetic.autocast(), kernels:
             generator.raw(x)
@@ -136,6 +135,45 @@ def inference_test(device: torch.device, dtype: torch.dtype) -> dict[str, float]
     return kernels.off
 
 
+def _small(device: torch.device, dtype: torch.dtype) -> tuple[Arithmetic, Generator, Tensor]:
+    arithmetic = Arithmetic(device, dtype, device.type == "cuda")
+    generator = Generator(GeneratorSpec(kernel=8), seed=1)
+    arithmetic.arrange(generator)
+    return arithmetic, generator, torch.rand((1, 1, 16, 16, 16), generator=torch.Generator().manual_seed(3)).to(device)
+
+
+REPLAYS = 3  # of a compiled pass: the first compiles, the second records a graph, the third replays it
+ALIKE = 4.0  # times the plain form's difference from float64 that a compiled pass may have
+
+
+@functools.cache
+def compiled_test(device: torch.device, dtype: torch.dtype, strict: bool) -> bool:
+    """Whether a small pass comes out of ``fast_head`` as near to float64 as uncompiled; else a line in the log says so.
+
+    strict : that is a ResourceError. Once per process.
+    """
+
+    def test() -> None:
+        arithmetic, generator, x = _small(device, dtype)
+        exact = copy.deepcopy(generator).to("cpu", torch.float64)
+        exact.form = "reference"
+        with torch.inference_mode():
+            right = head(exact, x.cpu().double())
+            fast = compiled.whole(head, device, True)
+            with arithmetic.flags(), arithmetic.autocast():
+                plain = relative(head(generator, x).double().cpu(), right)
+                off = [relative(fast(generator, x).double().cpu(), right) for _ in range(REPLAYS)]
+        if not all(value <= ALIKE * plain for value in off):
+            reason = f"a compiled pass is off by {max(off):.2g}, uncompiled {plain:.2g}"
+            raise ResourceError(device_name(device), reason, "--compile off")
+
+    return compiled.proven(test, strict)
+
+
+# Tiles per compiled pass by device, type and tile: what the first volume of a job took, so that all are of one shape.
+_sizes: dict[tuple, int] = {}
+
+
 class TileNetwork:
     """A generator on a device.
 
@@ -143,7 +181,8 @@ class TileNetwork:
     ----------
     residual : channel 0 of what comes out is what the volume loses, else it is the result itself
     size : tiles per forward pass; halved when memory runs out
-    compiled : by torch.compile: batches are filled up to ``size``, and a result holds until the next pass
+    compiled : by torch.compile: batches are filled up to ``size``, the same for all volumes of a process with such
+        tiles, and a result holds until the next pass
     """
 
     def __init__(
@@ -152,21 +191,32 @@ class TileNetwork:
         slice_mm: float,
         device: torch.device | str = "cpu",
         precision: str = "fp32",
-        compile: str = "auto",
+        compile: str = "off",
     ) -> None:
         self.device, self.dtype = torch.device(device), TYPES[precision]
         if self.device.type == "cuda":
             inference_test(self.device, self.dtype)
-        self.generator = generator.to(self.device)
+        # Ours only: torch refuses this layout for weights of 2-D convolutions.
+        innermost = self.device.type == "cuda" and isinstance(generator, Generator)
+        Arithmetic(self.device, self.dtype, innermost).arrange(generator)
+        self.generator = generator
         spec = getattr(generator, "spec", None)
-        self.more = (slice_mm,) if getattr(spec, "conditional", False) else ()
+        self.more: tuple = (slice_mm,) if getattr(spec, "conditional", False) else ()
         # The head can be taken apart only where the subtraction and the sigmoid are known to be ours.
         self.fused = isinstance(generator, Generator) and type(generator).forward is Generator.forward
         self.residual = self.fused and generator.spec.residual  # type: ignore[union-attr]
         self.size = 1
-        self.compiled = self.fused and compiled.turned_on(compile, self.device)
         self._plain = head if self.fused else whole
-        self._forward = fast_head(self.device, compile == "on") if self.compiled else self._plain
+        self._forward = self._plain
+        strict = compile == "on"
+        self.compiled = self.fused and compiled.turned_on(compile, self.device)
+        if self.compiled and self.device.type == "cuda":
+            self.compiled = compiled_test(self.device, self.dtype, strict)
+        if self.compiled:
+            self._forward = fast_head(self.device, strict)
+            self.more = tuple(torch.tensor(mm, device=self.device) for mm in self.more)  # a number would be compiled in
+        elif isinstance(generator, Averaged):
+            self.compiled = any(network.compiled for network in generator.networks)
 
     def __call__(self, tiles_N1XYZ: Tensor) -> Tensor:
         """(N, 1, X, Y, Z) -> (N, C, X, Y, Z) float32."""
@@ -212,6 +262,8 @@ class TileNetwork:
     def choose_batch(self, batch: str | int, plan: tiles.TilePlan) -> int:
         """Set and return ``size``: an estimate for "auto", which running out of memory corrects."""
         self.size = min(self._wanted(batch, plan), len(plan))
+        if self.compiled:
+            self.size = _sizes.setdefault((self.device, self.dtype, plan.patch, batch), self.size)
         return self.size
 
     def _wanted(self, batch: str | int, plan: tiles.TilePlan) -> int:
@@ -250,6 +302,9 @@ class TileNetwork:
                 ) from error
         # Outside the handler, whose traceback keeps the failed attempt's activations alive.
         self.size = len(indices) // 2
+        for key, size in _sizes.items():
+            if key[:3] == (self.device, self.dtype, plan.patch):
+                _sizes[key] = min(size, self.size)
         log.warning("out of memory on %s: going on with %d tiles at a time", self.device, self.size)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -307,6 +362,7 @@ class Averaged(nn.Module):
     slice_mm : for generators that depend on it
     device : they are moved to
     compile : each of them, see ``compiled``
+    spread : one more channel, the variance of the SR over members and flips, 0 of a single pass
 
     Raises ModelError for generators whose channels differ.
     """
@@ -317,9 +373,11 @@ class Averaged(nn.Module):
         axes: Sequence[int],
         slice_mm: float,
         device: torch.device | str,
-        compile: str = "auto",
+        compile: str = "off",
+        spread: bool = False,
     ) -> None:
         super().__init__()
+        self.spread = spread
         self.members = nn.ModuleList(generators)
         # The precision is the caller's, whose autocast holds in here too.
         self.networks = [TileNetwork(generator, slice_mm, device, compile=compile) for generator in generators]
@@ -332,19 +390,23 @@ class Averaged(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean over members and flips."""
-        total = None
-        for network, dims in itertools.product(self.networks, self.flips):
+        total, passes = None, len(self.networks) * len(self.flips)
+        squares = torch.zeros_like(x)
+        for n, (network, dims) in enumerate(itertools.product(self.networks, self.flips)):
             seen = x.flip(dims) if dims else x
             y = network(seen)
             if network.residual:
                 y[:, :1] = seen - y[:, :1]
             y = y.flip(dims) if dims else y
             if total is not None:
+                if self.spread:  # what a value adds to the sum of squares about the mean (Welford 1962)
+                    squares += (y[:, :1] - total[:, :1] / n).square_().mul_(n / (n + 1))
                 total.add_(y)
             else:  # what was compiled is written over by the next pass
                 total = y.clone() if network.compiled else y
         assert total is not None
-        return total.div_(len(self.networks) * len(self.flips))
+        total.div_(passes)
+        return torch.cat([total, squares.div_(max(1, passes - 1))], 1) if self.spread else total
 
 
 def average(
@@ -352,12 +414,13 @@ def average(
     axes: Sequence[int],
     slice_mm: float,
     device: torch.device | str,
-    compile: str = "auto",
+    compile: str = "off",
+    spread: bool = False,
 ) -> nn.Module:
     """``Averaged``, or the generator itself where there is nothing to average."""
-    if len(generators) == 1 and not axes:
+    if len(generators) == 1 and not axes and not spread:
         return generators[0]
-    return Averaged(generators, axes, slice_mm, device, compile)
+    return Averaged(generators, axes, slice_mm, device, compile, spread)
 
 
 def members(generator: nn.Module) -> list[nn.Module]:

@@ -117,8 +117,8 @@ class InferSettings:
     window : weight of a tile's voxels where tiles overlap, a name in ``values.WINDOWS``; "constant" is the paper's
     batch : tiles per forward pass, "auto" by memory; halved when memory runs out
     precision : "auto" (fp32 on CPU, fp16 on CUDA), "fp32", "bf16" or "fp16"; sums are float32 always
-    compile : "on": the network through torch.compile, on CUDA as one graph; "off"; "auto": on CUDA devices where it was
-        seen right (``compiled.SEEN_RIGHT``)
+    compile : "on": the network through torch.compile, on CUDA as one graph; "off"; "auto": on CUDA, where a small
+        compiled pass is right (``network.compiled_test``)
     precision_check : measure what the precision costs on a few tiles, for the report
     device : "auto", "cpu", "cuda" or "cuda:n"
     max_memory : bytes on the host beside the image; None takes what is free. What does not fit is done by slabs into
@@ -132,6 +132,8 @@ class InferSettings:
     agree : make the result agree with the scan (see ``agreement``): "auto", with a weight by the scan's noise, in the
         physical geometry; "off", the network's own result; or the weight, above 0: the smaller, the more the scan
         counts. A result on the scan's own grid has nothing to agree on
+    uncertainty : also estimate how far SR may be from the truth, voxel by voxel; see ``volume.doubt``. The spread of
+        ``flips`` and of several networks is a part of it
     slice_thickness : mm of the slices, for ``agree``; "auto": of files what DICOM or a BIDS sidecar says, else the
         spacing of slices
     profile : of the slices, for ``agree``: "gaussian" or "box", as wide as they are thick; "auto": not known, a
@@ -268,6 +270,14 @@ class InferSettings:
             check=check_agree,
         ),
     )
+    uncertainty: bool = field(
+        default=False,
+        metadata=row(
+            "also write the standard deviation that SR's error is taken to have, and the probability map; it costs no "
+            "pass of the network of its own, with --flips (2 to 8 passes) or several weights their spread is a part",
+            recorded=CHANGED,
+        ),
+    )
     slice_thickness: str | float = field(
         default=AUTO,
         metadata=row(
@@ -376,6 +386,9 @@ class InferSettings:
                 row.check(value)
         if isinstance(self.step, str) and self.step != "auto":
             raise UsageError("step", f"{self.step!r} is not allowed", "a number of voxels, three, or auto")
+        if self.uncertainty and (self.agree == OFF or (self.agree == AUTO and self.geometry == "segsrgan")):
+            reason = "what the scan leaves open is told of a result that agrees with it"
+            raise UsageError("uncertainty", reason, "--agree auto and --geometry physical, or --agree W")
         steps = per_axis("step", 1 if self.step is None or isinstance(self.step, str) else self.step)
         for patch, step in zip(per_axis("patch", self.patch), steps, strict=True):
             check_tile(patch, step)
@@ -427,6 +440,11 @@ class InferSettings:
         """The options of a volume that decide about its voxels, but the mask."""
         rows = {name: row for name, row in options(files=False).items() if row.decides and name != "mask"}
         return {name: getattr(self, name) for name in rows}
+
+    @property
+    def writes_prob(self) -> bool:
+        """Whether the probability map is written: it is how far the segmentation may be trusted."""
+        return self.save_prob or self.uncertainty
 
     def report(self) -> dict[str, Any]:
         """What ``InferResult.report`` says of the options."""

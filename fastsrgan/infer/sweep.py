@@ -138,6 +138,8 @@ class Sweep:
         for run in runs:
             left = len(run.indices)
             if run.kind != NETWORK:
+                if self.network.compiled:  # what waits lies where the pass of a tile of one value would write
+                    batch = batch.clone()
                 tile = self._constant(run.value, part) if run.kind == CONSTANT else self._nothing(part)
                 yield tile.expand(left, -1, -1, -1, -1), run.kind
                 continue

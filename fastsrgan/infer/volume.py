@@ -51,8 +51,11 @@ class InferResult:
     affine : (4, 4) of both
     report : settings as they were used, sizes, times
     residual : (x, y, z) float32, the scan minus the result acquired again, on the scan's grid, where it was asked for
+    doubt : (X', Y', Z') float32, standard deviation that the error of ``sr`` is taken to have (``volume.doubt``), in
+        the input's intensities, where it was asked for
 
-    Both arrays may be views of one another's memory; of a volume that was done by slabs they are maps of files.
+    The arrays on the result's grid may be views of one another's memory; of a volume that was done by slabs they are
+    maps of files.
     """
 
     sr: np.ndarray
@@ -60,6 +63,7 @@ class InferResult:
     affine: np.ndarray
     report: dict
     residual: np.ndarray | None = None
+    doubt: np.ndarray | None = None
 
 
 @takes_options(files=False)
@@ -166,6 +170,7 @@ def process(
             sr, prob, facts = in_memory(image, plan, network, run, progress, label)
     odd = check_result((sr, prob), data, settings.precision, label)
     told, left = _finished((sr, prob), data, image, agreeing, settings, together, label)
+    odd += told.pop("warnings", [])
     averaged = network.generator
     report = {
         **settings.report(),
@@ -186,7 +191,9 @@ def process(
         "seconds": time.perf_counter() - began,
         "warnings": coarser(image.spacing, image.wanted) + odd,
     }
-    return InferResult(sr, prob, _new_affine(affine, data.shape, sr.shape, image), report, left)
+    doubt = prob[-1] if settings.uncertainty else None
+    prob = prob[:-1] if settings.uncertainty else prob
+    return InferResult(sr, prob, _new_affine(affine, data.shape, sr.shape, image), report, left, doubt)
 
 
 def _finished(
@@ -202,7 +209,7 @@ def _finished(
     told: dict[str, Any] = {"agree": None}
     left: np.ndarray | None = None
     if agreeing and not (together and together.ranks.rank):
-        told, left = modes.finish(*done, data, image, agreeing, settings.save_residual, label)
+        told, left = modes.finish(*done, data, image, agreeing, settings, label)
     if together:
         together.vote()
         told = together.ranks.gather(told)[0]
@@ -252,7 +259,7 @@ def _network(generator: nn.Module | Sequence[nn.Module], settings: InferSettings
         raise UsageError("generator", "none given", "one network, or several to be averaged")
     axes = [image.turn.axes.index(axis) for axis in flip_axes(settings.flips)]
     device = torch.device(settings.device)
-    one = average(generators, axes, image.slice_mm, device, settings.compile)
+    one = average(generators, axes, image.slice_mm, device, settings.compile, settings.uncertainty)
     return TileNetwork(one, image.slice_mm, device, settings.precision, settings.compile)
 
 
@@ -278,7 +285,7 @@ def _memory(
         batch = min(counted.choose_batch(batch, plan), max(1, plan.grid[1] * plan.grid[2] // GROUP_BATCHES))
     job = TilingJob(
         plan,
-        counted.channels or 2,
+        (counted.channels or 2) + settings.uncertainty,
         settings.window,
         image.source.held_bytes if isinstance(image.source, Interpolated) else 0,
         in_levels,

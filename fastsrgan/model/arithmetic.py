@@ -100,6 +100,22 @@ def training_type(major: int, minor: int) -> str:
     return "bf16" if (major, minor) >= (8, 0) else "fp16" if (major, minor) >= (7, 0) else "fp32"
 
 
+SLOW_CUDNN = range(90800, 91500)  # 9.8.0 up to 9.14.x, as torch.backends.cudnn.version() has them
+
+
+def slow_cudnn(version: int | None) -> str | None:
+    """What is to be said of a cuDNN release in which 3-D convolutions of half precision fall back to a slow path; None
+    for the others."""
+    if version not in SLOW_CUDNN:
+        return None
+    told = (
+        f"cuDNN {version // 10000}.{version // 100 % 100}.{version % 100} runs 3-D convolutions in bf16 and fp16 by a "
+    )
+    return (
+        told + "path that is several times slower: install 9.15 or later (pip install -U nvidia-cudnn-cu13, or -cu12)"
+    )
+
+
 class Kernels(TorchDispatchMode):
     """Compares what convolutions give with float64 on the CPU from the same operands.
 

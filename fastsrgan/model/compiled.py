@@ -3,31 +3,31 @@
 Compiled are the generator on a batch of tiles (infer/network.py) and three functions of a training step: the critic's
 gradients, the generator's loss (with its backward pass) and the generator's forward pass without gradients. All have
 static shapes and never wait for the device. tests/test_compiled.py traces them whole, without graph breaks, with the
-backends that run on a CPU.
+backends that run on a CPU. None of this has run on a GPU yet: on CUDA "auto" compiles after a small compiled step has
+been compared with float64 on the device at hand, and whatever the compiler fails at runs uncompiled.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastsrgan.config import TrainConfig
-from fastsrgan.errors import ResourceError
+from fastsrgan.errors import FastsrganError, ResourceError, out_of_memory
 
 log = logging.getLogger("fastsrgan")
 
-# Capabilities of the GPUs on which tools/gpu_check.py has seen the compiled step right. None so far: "auto" is off.
-SEEN_RIGHT: frozenset[tuple[int, int]] = frozenset()
+MOST = 4  # shapes for which one function is compiled; further ones run as they are
+_LAZY = "force_non_lazy_backward_lowering"  # compiles a backward pass with its forward pass, where errors are caught
 
 
 def turned_on(setting: str, device: torch.device) -> bool:
-    """Whether a ``compile`` setting asks for it on a device: "auto" is the CUDA devices of ``SEEN_RIGHT``."""
-    if setting != "auto":
-        return setting == "on"
-    return device.type == "cuda" and bool(SEEN_RIGHT) and torch.cuda.get_device_capability(device) in SEEN_RIGHT
+    """Whether a ``compile`` setting asks for it on a device: "auto" is CUDA."""
+    return setting == "on" or (setting == "auto" and device.type == "cuda")
 
 
 def wanted(config: TrainConfig, device: torch.device) -> bool:
@@ -69,19 +69,82 @@ def whole(
     return _Guarded(function, fast, strict)
 
 
+def proven(test: Callable[[], object], strict: bool) -> bool:
+    """Whether a test of compiled functions passes; else the log says in one line that all runs uncompiled.
+
+    strict : its error is raised. Memory that runs out is raised in any case.
+    """
+    try:
+        test()
+    except Exception as error:
+        if strict or out_of_memory(error):
+            raise
+        log.warning("the self-test failed when compiled, everything runs uncompiled: %s", _line(error))
+        return False
+    return True
+
+
 class _Guarded:
-    """Calls the compiled function, or the plain one once compiling has failed."""
+    """Calls the compiled function, or the plain one once compiling has failed and for shapes beyond ``MOST``.
+
+    kinds : shapes, types and plain values of the arguments that it was compiled for
+    """
 
     def __init__(self, plain: Callable, fast: Callable, strict: bool) -> None:
         self.plain, self.fast, self.strict = plain, fast, strict
+        self.kinds: set[Any] = set()
+        self._told = False
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        try:
-            return self.fast(*args, **options)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            if self.strict:
-                raise ResourceError("--compile on", f"compiling failed: {reason}", "--compile off") from error
-            log.warning("compiling failed, it runs uncompiled: %s", reason)
-            self.fast = self.plain
+        if self.fast is self.plain:
             return self.plain(*args, **options)
+        kind = _kind((args, sorted(options.items()))), _modes()
+        new = kind not in self.kinds
+        if new and len(self.kinds) == MOST:
+            if not self._told:
+                log.warning("compiled for %d shapes already, further ones run uncompiled", MOST)
+                self._told = True
+            return self.plain(*args, **options)
+        self.kinds.add(kind)
+        try:
+            if not new or not hasattr(torch._functorch.config, _LAZY):
+                return self.fast(*args, **options)
+            with torch._functorch.config.patch(_LAZY, True):
+                return self.fast(*args, **options)
+        except Exception as error:
+            # The first call compiles: whatever fails then, but for want of memory, is the compiler's until the plain
+            # function fails too.
+            known = isinstance(
+                error, (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
+            )
+            if out_of_memory(error) or isinstance(error, FastsrganError) or not (new or known):
+                raise
+            if self.strict:
+                raise ResourceError("--compile on", f"compiling failed: {_line(error)}", "--compile off") from error
+            reason = _line(error)
+        log.warning("compiling failed, it runs uncompiled: %s", reason)
+        self.fast = self.plain
+        return self.plain(*args, **options)
+
+
+def _kind(value: Any) -> Any:
+    """What a compiled function depends on: of tensors shape, type and strides, of everything else itself."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, value.stride(), value.requires_grad
+    if isinstance(value, (list, tuple)):
+        return tuple(_kind(v) for v in value)
+    if isinstance(value, Mapping):
+        return tuple((k, _kind(v)) for k, v in value.items())
+    return value if isinstance(value, (bool, int, float, str, torch.dtype, type(None))) else type(value)
+
+
+def _modes() -> tuple:
+    """Modes of torch that are part of what is compiled."""
+    casts = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts
+
+
+def _line(error: BaseException) -> str:
+    error = getattr(error, "inner_exception", error)  # torch names its backend first
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"

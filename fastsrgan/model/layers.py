@@ -2,8 +2,8 @@
 
 Arrays are (B, C, X, Y, Z). ``form`` is ``"fast"`` or ``"reference"``; both share parameters and agree to rounding
 (tests/test_layers_forms.py, float64 <= 1e-12). "fast" means gradients written by hand, spectra and Winograd's products
-on the CPU (fused.py), and convolutions of better shape elsewhere: where the device is a GPU, in half precision and
-under torch.compile. Why each form is faster, with figures: docs/decisions/002.
+on the CPU (fused.py), the layers of gpu.py on CUDA, and convolutions of better shape elsewhere: on a CPU in half
+precision and under torch.compile. Why each form is faster, with figures: docs/decisions/002.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsrgan.model import gpu
 from fastsrgan.model.cpu import doubling, fused
 from fastsrgan.model.cpu.normed import NORM_EPS
 from fastsrgan.model.cpu.rearranged import once
@@ -25,6 +26,11 @@ def by_hand(x: Tensor) -> bool:
     """Whether x is for the forms of fused.py: full precision on the CPU, outside autocast and torch.compile."""
     wide = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
     return x.device.type == "cpu" and wide and not torch.compiler.is_compiling()
+
+
+def for_gpu(x: Tensor) -> bool:
+    """Whether x is for the forms of gpu.py."""
+    return x.device.type == "cuda"
 
 
 class _NormFunction(torch.autograd.Function):
@@ -85,6 +91,8 @@ class InstanceNorm(nn.Module):
     def forward(self, x: Tensor, form: str = "fast", flat: Tensor | None = None) -> Tensor:
         if form == "fast" and by_hand(x):
             return fused.Norm.apply(x, self.scale, self.shift, self.relu, flat)
+        if form == "fast" and for_gpu(x):
+            return gpu.norm_pad(x, self.scale, self.shift, self.relu, flat, gpu.Padding(0))
         if form == "fast":
             return _NormFunction.apply(x, self.scale, self.shift, self.relu, flat)
         xc = x - x.mean((2, 3, 4), keepdim=True)
@@ -107,11 +115,15 @@ def conv_reflect(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
 
 def conv3_reflect(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
     """Reflect-pad 1 and convolve 3^3, size kept. Fast form: Winograd's products where they pay."""
+    if form == "fast" and for_gpu(x):
+        return gpu.same(gpu.pad(x, gpu.SAME.padding), weight)
     return fused.Conv.apply(x, weight, fused.KERNEL3) if form == "fast" and by_hand(x) else conv_reflect(x, weight)
 
 
 def halving_conv(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
     """Reflect-pad 1 and convolve 3^3 with stride 2: (B, I, 2X, 2Y, 2Z) -> (B, O, X, Y, Z)."""
+    if form == "fast" and for_gpu(x):
+        return gpu.halving(gpu.pad(x, gpu.HALVING.padding), weight)
     return fused.Conv.apply(x, weight, fused.HALVING) if form == "fast" and by_hand(x) else conv_reflect(x, weight, 2)
 
 
@@ -150,13 +162,15 @@ def _block_weight(weight: Tensor) -> Tensor:
 def conv7_reflect(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
     """Reflect-pad 3 and convolve 7^3 (stem and head of the generator), sizes even.
 
-    Fast form: spectra on the CPU. Elsewhere the same sums as a 4^3 convolution between 2^3 blocks: 7^3 kernels with 1
-    input or 2 output channels leave a vector unit idle; 8 or 16 channels fill it.
+    Fast form: spectra on the CPU, ``gpu.seven`` on CUDA. Elsewhere the same sums as a 4^3 convolution between 2^3
+    blocks: 7^3 kernels with 1 input or 2 output channels leave a vector unit idle; 8 or 16 channels fill it.
     """
     if form == "reference":
         return conv_reflect(x, weight)
     if by_hand(x):
         return fused.Conv.apply(x, weight, fused.KERNEL7)
+    if for_gpu(x):
+        return gpu.seven(gpu.pad(x, gpu.SEVEN.padding), weight)
     return _merge_blocks(F.conv3d(_split_blocks(reflect_pad(x, 3)), _block_weight(weight)))
 
 
@@ -170,6 +184,8 @@ def upsample_conv(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
         return conv_reflect(F.interpolate(x, scale_factor=2, mode="nearest"), weight)
     if by_hand(x):
         return fused.Conv.apply(x, weight, fused.DOUBLING)
+    if for_gpu(x):
+        return gpu.doubling(gpu.pad(x, gpu.DOUBLING.padding), weight)
     return doubling.transposed_forward(x, weight)
 
 
@@ -178,6 +194,12 @@ _BY_HAND: dict[Callable[..., Tensor], fused.Convolution] = {
     conv7_reflect: fused.KERNEL7,
     halving_conv: fused.HALVING,
     upsample_conv: fused.DOUBLING,
+}
+_ON_GPU: dict[Callable[..., Tensor], gpu.Layer] = {
+    conv3_reflect: gpu.SAME,
+    conv7_reflect: gpu.SEVEN,
+    halving_conv: gpu.HALVING,
+    upsample_conv: gpu.DOUBLING,
 }
 
 
@@ -191,8 +213,11 @@ def norm_conv(
 ) -> Tensor:
     """``convolution(norm(x), weight)``, the norm with ReLU; without gradients x may be written over.
 
-    Fast form on the CPU: one step that keeps x alone for its backward pass.
+    Fast form on the CPU: one step that keeps x alone for its backward pass; on CUDA norm and padding are one.
     """
+    if form == "fast" and for_gpu(x) and convolution in _ON_GPU:
+        layer = _ON_GPU[convolution]
+        return layer.convolve(gpu.norm_pad(x, norm.scale, norm.shift, norm.relu, flat, layer.padding), weight)
     known = _BY_HAND.get(convolution)
     if form != "fast" or known is None or not by_hand(x) or not norm.relu:
         return convolution(norm(x, form, flat), weight, form)

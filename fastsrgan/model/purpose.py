@@ -154,8 +154,9 @@ MODELS = {
             head_mm=(140, 290),  # 12 whole heads 207 to 252, brains alone 156 to 216
             voxel_mm=(0.7, 1.3),  # training: 1
             slice_ratio=(1.5, 6.5),  # training: the same
-            structure_ml=(350, 1000),  # labels of 12 heads 407 to 752
-            structure_share=(0.08, 0.55),  # of whole heads 0.106 to 0.229, of brains alone 0.286 to 0.445
+            structure_ml=(350, 1300),  # labels of 12 heads 407 to 752, of the MNI152 template 1080
+            # Labels of 12 whole heads 0.106 to 0.229, of their brains alone 0.286 to 0.445, of the template 0.572.
+            structure_share=(0.08, 0.65),
         ),
     ),
     "perinatal": ShippedModel(

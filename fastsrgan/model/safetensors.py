@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastsrgan.core.files import atomic_write, finite, parse_json
@@ -99,6 +97,8 @@ def write(
         "critic": critic.spec.to_dict() if critic is not None else None,
         "card": finite(dict(card or {})),
     }
+    from safetensors.torch import save  # here and below: what only computes needs no files
+
     image = save(tensors, metadata={"fastsrgan": json.dumps(header | {"sha256": UNKNOWN}, sort_keys=True)})
     # The last one of the header: its keys are sorted, and a card may hold anything.
     place = image.rindex(UNKNOWN.encode(), 0, 8 + int.from_bytes(image[:8], "little"))
@@ -165,6 +165,8 @@ class _opened:
         self.path = Path(path)
 
     def __enter__(self) -> Any:
+        from safetensors import SafetensorError, safe_open
+
         try:
             size = self.path.stat().st_size
             with open(self.path, "rb") as raw:
@@ -178,6 +180,8 @@ class _opened:
             raise _damaged(self.path, error) from error
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from safetensors import SafetensorError
+
         self._file.__exit__(kind, error, trace)
         if isinstance(error, (SafetensorError, OSError)):
             raise _damaged(self.path, error) from error

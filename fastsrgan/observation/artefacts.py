@@ -17,9 +17,8 @@ import numpy as np
 import torch
 
 from fastsrgan.core.draws import rng
-from fastsrgan.core.threads import run_each
+from fastsrgan.core.threads import each_piece, run_each
 from fastsrgan.errors import UsageError
-from fastsrgan.volume.intensity import each_piece
 from fastsrgan.volume.resample import Matrix, apply_axes, spline_coefficients
 
 KNOTS = 4  # control points per axis of a bias field: cubic along each axis

@@ -17,10 +17,11 @@ import torch
 
 from fastsrgan.config import CHOICES
 from fastsrgan.core.draws import rng
+from fastsrgan.core.threads import each_piece
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.observation.artefacts import IMAGE, SCAN, SLICES, check_amounts, drawn
 from fastsrgan.observation.slabs import Region, SharpImage, acquire, interpolate, plan, truth
-from fastsrgan.volume.intensity import add_noise, contrast_power, each_piece, largest
+from fastsrgan.volume.intensity import add_noise, contrast_power, largest
 from fastsrgan.volume.resample import (
     Matrix,
     Profile,

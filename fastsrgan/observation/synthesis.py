@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from fastsrgan.core.draws import rng
+from fastsrgan.core.threads import CACHED
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.observation.artefacts import apply_bias, draw_bias
-from fastsrgan.volume.intensity import CACHED
 from fastsrgan.volume.resample import FWHM, apply_axes, slice_profile_matrix, support
 
 OUTER_FLUID = 24  # around the brain, in FreeSurfer's numbers
@@ -116,7 +116,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Look:
+class DrawnLook:
     """Intensities of one visit: mean and sd of each label value, the rim's, and whether all but the brain goes
     (``tight``: outer fluid too, except in the rim).
 
@@ -196,7 +196,7 @@ def synthesise(
 # --- draws --------------------------------------------------------------------------------------------------------
 
 
-def draw_look(key: tuple[int | str, ...], values: list[int], settings: Synthesis) -> Look:
+def draw_look(key: tuple[int | str, ...], values: list[int], settings: Synthesis) -> DrawnLook:
     """Intensities of one visit for these label values. Every value has draws of its own: none depends on the others."""
     s = settings
 
@@ -233,7 +233,7 @@ def draw_look(key: tuple[int | str, ...], values: list[int], settings: Synthesis
         mean[0], sd[0] = 0.0, float(air.uniform(0, 0.02))
     around = some("surround")
     grain = some("grain").dirichlet((1.0, 2.0, 2.0)) ** 0.5
-    return Look(
+    return DrawnLook(
         mean,
         sd,
         (float(around.uniform(*s.contrast)), float(around.uniform(*s.texture))),
@@ -293,7 +293,7 @@ def measured_means(images: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -
 # --- intensities --------------------------------------------------------------------------------------------------
 
 
-def _intensities(key: tuple[int | str, ...], classes: Tensor, values: list[int], look: Look) -> Tensor:
+def _intensities(key: tuple[int | str, ...], classes: Tensor, values: list[int], look: DrawnLook) -> Tensor:
     """mean[label] + sd[label] * texture, blurred by the partial volume: (X, Y, Z) float32 on the map's grid."""
     gaussians = [(look.mean[v], look.sd[v]) for v in values]
     if not any(v >= EXTRACEREBRAL for v in values):  # the map ends at the brain, what it measures does not

@@ -1,7 +1,9 @@
-"""One picture of a result: three planes of every image side by side, with a detail and the segmentation's outline.
+"""One picture of a result: planes of every image side by side, with a detail and the segmentation's outline.
 
-All panels are drawn at one scale in mm and in one intensity window; nothing is sharpened or smoothed but by the
-display's interpolation between pixels.
+The planes lie across the slices of the scan, where its thickness is seen, and go through the place where SR and spline
+differ most inside the segmentation or the head; the detail is where they differ most in such a plane. All panels are
+drawn at one scale in mm and in one intensity window; nothing is sharpened or smoothed but by the display's
+interpolation between pixels.
 """
 
 from __future__ import annotations
@@ -12,17 +14,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy import ndimage
 
 from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import ResourceError, UsageError
-from fastsrgan.pictures.planes import ENDS, Cut, brightness, cuts, detail
+from fastsrgan.pictures.planes import (
+    ENDS,
+    Cut,
+    brightness,
+    change_in,
+    cuts,
+    detail,
+    inside_of,
+    largest_change,
+    slice_edges,
+    slices_of,
+)
 from fastsrgan.volume.geometry import Volume
 
 CONVENTIONS = ("radiological", "neurological")
-DETAIL_OF = "sagittal"
+DETAIL_OF = "sagittal"  # where nothing says in which plane more changes
 DETAIL_ZOOM = 3.0
 DETAIL_ASPECT = 0.72  # height over width
+MARK = "#facc15"  # of the slice
 FONT = "DejaVu Sans"  # comes with matplotlib: the picture looks the same everywhere
 # In pixels of a picture 2000 wide.
 PAGE_MARGIN, GAP, GUTTER, TITLE, HEADER, FOOTER = 30, 12, 46, 74, 138, 64
@@ -64,37 +79,60 @@ class Column:
     outlines: bool = False
 
 
-def demo_figure(
-    path: str | os.PathLike,
-    *,
-    low_res: Volume,
-    spline: Volume,
-    sr: Volume,
-    truth: Volume,
-    seg: Volume | None = None,
-    label: Volume | None = None,
-    captions: Mapping[str, str] | None = None,
-    **options: Any,
-) -> Path:
-    """Write the demo's PNG: low resolution, cubic spline, SR, truth, and with ``seg`` the outlines over the SR.
+# Image -> title of its column, in the order of the columns; "seg" is the SR with the outlines.
+TITLES = {
+    "low": "Low resolution",
+    "spline": "Cubic spline",
+    "linear": "Best linear",
+    "sr": "fastsrgan",
+    "truth": "Truth",
+    "seg": "Segmentation",
+}
 
-    Parameters
-    ----------
-    low_res, spline, sr, truth : images in one intensity unit, each on its own grid
-    seg, label : segmentation and its truth, masks or probabilities (outlined at 0.5)
-    captions : text above ``spline``, ``sr`` and ``seg``, see ``evaluate.figures.captions``
-    options : title, footer, at_mm, convention, theme, width_px of ``planes``, which also says what is raised
+
+def result_columns(volumes: Mapping[str, Volume], captions: Mapping[str, str] | None = None) -> list[Column]:
+    """The columns of a result's picture for those of ``TITLES`` that are there; "sr" always is.
+
+    ``captions`` stand under the titles (see ``evaluate.figures.captions``); low resolution, SR and truth say their
+    voxel size where none is given.
     """
-    words = {"spline": "", "sr": "", "seg": ""} | dict(captions or {})
-    columns = [
-        Column(low_res, "Low resolution", f"{_spacing(low_res)}\nvoxels as acquired", nearest=True),
-        Column(spline, "Cubic spline", words["spline"]),
-        Column(sr, "fastsrgan", words["sr"], accent=True),
-        Column(truth, "Truth", f"{_spacing(truth)}\nhigh resolution"),
+    known = {name: _spacing(volumes[name]) for name in ("low", "sr", "truth") if name in volumes}
+    known |= {"low": f"{known['low']}\nvoxels as acquired"} if "low" in known else {}
+    words = known | {name: text for name, text in (captions or {}).items() if text}
+    return [
+        Column(
+            volumes["sr" if name == "seg" else name],
+            title,
+            words.get(name, ""),
+            nearest=name == "low",
+            accent=name in ("sr", "seg"),
+            outlines=name == "seg",
+        )
+        for name, title in TITLES.items()
+        if name in volumes
     ]
-    if seg is not None:
-        columns.append(Column(sr, "Segmentation", words["seg"], accent=True, outlines=True))
-    return planes_figure(path, columns, reference=truth, masks=(seg, label), compared=spline, **options)
+
+
+def result_options(volumes: Mapping[str, Volume]) -> dict[str, Any]:
+    """Options of ``planes`` for the same volumes, of which "label" is the truth of "seg"."""
+    changed = (volumes["sr"], volumes["spline"]) if "spline" in volumes else None
+    return {
+        "reference": volumes.get("truth", volumes["sr"]),
+        "masks": (volumes.get("seg"), volumes.get("label")),
+        "changed": changed,
+        "scan": volumes.get("low"),
+    }
+
+
+def result_figure(
+    path: str | os.PathLike, volumes: Mapping[str, Volume], captions: Mapping[str, str] | None = None, **options: Any
+) -> Path:
+    """Write a result's PNG: scan, spline, best linear estimate, SR, truth and segmentation, as far as they are there.
+
+    ``volumes`` as for ``result_columns``, in one intensity unit, each on its own grid; further options and what is
+    raised as in ``planes``.
+    """
+    return planes_figure(path, result_columns(volumes, captions), **{**result_options(volumes), **options})
 
 
 def planes_figure(path: str | os.PathLike, columns: Sequence[Column], **options: Any) -> Path:
@@ -107,13 +145,15 @@ def planes(columns: Sequence[Column], **options: Any) -> Any:
 
     Parameters
     ----------
-    reference : decides the planes, the pixel size, the extent and the intensity window (0 to the 99.9th percentile of
-        what is above 0)
+    reference : decides the pixel size, the extent and the intensity window (0 to the 99.9th percentile of what is
+        above 0)
     masks : segmentation and label, outlined at 0.5 over the columns that ask for it
-    compared : the detail is where this image differs most from the reference (inside the label, if there is one);
-        default where the reference varies most
+    changed : two images, SR and spline: the planes go through the place where they differ most inside the segmentation,
+        the label, or the head (``inside_of``), and the detail is where they do in one of the planes; default the
+        reference's centre, and where the reference varies most
+    scan : where its slices are thick only the planes across them are drawn, and columns of voxels as they are mark one
     title, footer : text above and below, may be empty
-    at_mm : world position (R, A, S) of the three planes; default near the reference's centre
+    at_mm : world position (R, A, S) of the planes instead
     convention : "radiological" (the patient's left on the right) or "neurological"
     width_px : width of the picture; everything scales with it
 
@@ -128,7 +168,8 @@ def _drawn(
     *,
     reference: Volume,
     masks: tuple[Volume | None, Volume | None] = (None, None),
-    compared: Volume | None = None,
+    changed: tuple[Volume, Volume] | None = None,
+    scan: Volume | None = None,
     title: str = "",
     footer: str = "",
     at_mm: Sequence[float] | None = None,
@@ -138,11 +179,20 @@ def _drawn(
 ) -> _Page:
     if convention not in CONVENTIONS:
         raise UsageError("convention", f"{convention!r} is not allowed", f"one of {', '.join(CONVENTIONS)}")
-    rows = cuts(reference, at_mm)
+    inside = None if changed is None else inside_of(changed[0], *masks)
+    if at_mm is None and changed is not None and inside is not None:
+        at_mm = largest_change(*changed, inside)
+        where = "planes through the largest change" if at_mm else ""
+        footer = " · ".join(filter(None, (footer, where)))
+    thick = None if scan is None else slices_of(scan)
+    rows = [cut for cut in cuts(reference, at_mm) if thick is None or cut.axis != thick[0]]
     widest = max(cut.size[0] for cut in rows)
-    source = next(cut for cut in rows if cut.name == DETAIL_OF)
     width = widest / DETAIL_ZOOM
-    zoomed = detail(source, width, width * DETAIL_ASPECT, reference, compared, masks[1])
+    parts = {cut.name: detail(cut, width, width * DETAIL_ASPECT, reference, changed, inside) for cut in rows}
+    source = next((cut for cut in rows if cut.name == DETAIL_OF), rows[-1])
+    if changed is not None:
+        source = max(rows, key=lambda cut: change_in(parts[cut.name], changed, inside))
+    zoomed = parts[source.name]
     page = _Page([*rows, zoomed], widest, len(columns), bool(title), theme, convention == "radiological", width_px)
     page.texts(columns, title, footer, masks)
     for i, column in enumerate(columns):
@@ -163,6 +213,8 @@ def _drawn(
                 _outline(axes, cut, masks, theme, page.px(2.4 if cut is zoomed else 1.3))
             if cut is source:
                 page.frame(axes, zoomed)
+            if thick is not None and column.nearest and column.volume is scan:
+                page.slice(axes, cut, scan, *thick)
             page.finish(axes, cut, letters=i == 0)
     return page
 
@@ -222,6 +274,44 @@ class _Page:
 
         left, _, bottom, _ = part.extent
         axes.add_patch(Rectangle((left, bottom), *part.size, fill=False, ec=self.theme.frame, lw=self.px(1.4) * 0.72))
+
+    def slice(self, axes, cut: Cut, scan: Volume, through: int, thickness_mm: float) -> None:
+        """A bar as long as one slice is thick, at its place near the edge of the plane, and the borders of the others.
+
+        A plane along the slices has none.
+        """
+        if through not in (cut.right, cut.up):
+            return
+        across = through == cut.right
+        at = [0.0, 0.0, 0.0]
+        left, right, bottom, top = cut.extent
+        low, high = (left, right) if across else (bottom, top)
+        at[cut.axis] = cut.at
+        # The edge that is on the left, or the lower one.
+        edge = bottom if across else (right if self.mirrored and cut.right == 0 else left)
+        inwards = (top - bottom if across else left - right if edge == right else right - left) / 100
+        at[cut.up if across else cut.right] = edge
+        borders = slice_edges(scan, through, at, low, high)
+        if len(borders) < 2:
+            return
+        chosen = len(borders) // 4
+        pair = borders[chosen : chosen + 2]
+        for line, colour, place, width in ((borders, DARK.faint, 1.5, 1.2), (pair, MARK, 3, 5)):
+            x = np.full(len(line), edge + place * inwards)
+            points = (line, x) if across else (x, line)
+            if line is pair:
+                axes.plot(*points, color=colour, lw=self.px(width) * 0.72, solid_capstyle="butt")
+            else:
+                axes.plot(*points, color=colour, marker="|" if across else "_", ls="", ms=self.px(10) * 0.72, mew=0.8)
+        middle, beside = float(pair.mean()), edge + 5 * inwards
+        x, y = (middle, beside) if across else (beside, middle)
+        from matplotlib.patheffects import withStroke
+
+        axes.text(
+            x, y, f"slice {thickness_mm:.3g} mm", color=MARK, ha="center" if across else "left",
+            va="bottom" if across else "center", path_effects=[withStroke(linewidth=2, foreground="#000000")],
+            **self._font(22),
+        )  # fmt: skip
 
     def texts(self, columns: Sequence[Column], title: str, footer: str, masks) -> None:
         """Title, captions of columns and rows, legend and footer."""

@@ -1,5 +1,7 @@
 """Planes cut through volumes in world space (mm, RAS+), whatever each volume's orientation and voxel size.
 
+Where to look: across the slices of the scan, at the place where two images of it differ most.
+
 Sample panels of a training run, RUN/panels/epoch-0001.png: one picture per validation, for the report.
 """
 
@@ -17,7 +19,8 @@ from scipy import ndimage
 
 from fastsrgan.core.files import atomic_write, output_folder
 from fastsrgan.errors import InputError
-from fastsrgan.volume.geometry import Volume
+from fastsrgan.volume.geometry import Volume, processing_orientation
+from fastsrgan.volume.placement import same_grid
 
 # Name, world axis cut through, world axis to the right, world axis upwards.
 PLANES = (("axial", 2, 0, 1), ("coronal", 1, 0, 2), ("sagittal", 0, 1, 2))
@@ -26,6 +29,9 @@ MARGIN_MM = 3.0
 OBJECT = 0.05  # of the reference's brightness: what is above it decides the extent
 FILLED = 0.97  # of what can be had: share of object in the detail
 LATERAL = 0.1  # of the object's width: the sagittal plane keeps off the cleft between the hemispheres
+THICK = 1.25  # slices are thick from so many times the next smaller voxel edge on
+BLOCK_MM = 4.0  # differences are summed over blocks of about this edge, and three of them along each axis
+RIM_MM = 8.0  # of a head without a mask that does not count: skin, bone and the border to the air
 
 
 @dataclass(frozen=True)
@@ -111,21 +117,108 @@ def cuts(reference: Volume, at_mm: Sequence[float] | None = None) -> list[Cut]:
     return planes
 
 
+def slices_of(scan: Volume) -> tuple[int, float] | None:
+    """(world axis nearest to the direction across the slices, mm from slice to slice); None where no edge is thick."""
+    sizes = scan.spacing
+    axis = max(range(3), key=lambda d: sizes[d])
+    if sizes[axis] < THICK * float(np.median(sizes)):
+        return None
+    return processing_orientation(scan.affine, (1.0, 1.0, 1.0)).axes.index(axis), sizes[axis]
+
+
+def slice_edges(scan: Volume, through: int, at_mm: Sequence[float], low: float, high: float) -> np.ndarray:
+    """Where the borders of a scan's slices lie between ``low`` and ``high`` on the world axis ``through``, in mm.
+
+    Along the line through ``at_mm`` (R, A, S), for slices that are turned against the world too; (N,) ascending.
+    """
+    stored = processing_orientation(scan.affine, (1.0, 1.0, 1.0)).axes[through]
+    row = np.linalg.inv(scan.affine)[stored]
+    start = np.array([*at_mm, 1.0])
+    start[through] = 0
+    place, slope = float(row @ start), float(row[through])  # slice number = place + slope * mm
+    edges = (np.arange(scan.data.shape[stored] + 1) - 0.5 - place) / slope
+    return np.sort(edges[(edges >= min(low, high)) & (edges <= max(low, high))])
+
+
+def inside_of(reference: Volume, *masks: Volume | None) -> Volume:
+    """The first of some masks (cut at 0.5) that is not empty; without one the head of ``reference`` without its rim.
+
+    What is brighter than air, holes filled, less ``RIM_MM``: the skin, most of the skull, and the border to the air
+    change most and say least. bool, on the grid of the mask or of ``reference``.
+    """
+    for mask in masks:
+        if mask is not None and (mask.data > 0.5).any():
+            return Volume(mask.data > 0.5, mask.affine)
+    edge = _block(reference)
+    full = _blocks(reference.data > OBJECT * brightness(reference), edge) > 0.5 * np.prod(edge)
+    full = ndimage.binary_fill_holes(np.pad(full, 1))
+    rim = max(1, round(RIM_MM / BLOCK_MM))
+    kept = ndimage.binary_erosion(full, iterations=rim)
+    kept = (kept if kept.any() else full)[1:-1, 1:-1, 1:-1]
+    for axis, n in enumerate(edge):
+        kept = np.repeat(kept, n, axis=axis)
+    return Volume(kept[tuple(slice(n) for n in reference.data.shape)], reference.affine)
+
+
+def largest_change(first: Volume, second: Volume, inside: Volume) -> tuple[float, float, float] | None:
+    """World mm (R, A, S) of where two images of one grid differ most inside a mask: the sum of squares over cubes of
+    about 12 mm. None where the three have other grids, or the images are the same there."""
+    if not (same_grid(first, second) and same_grid(first, inside)):
+        return None
+    edge = _block(first)
+    energy = _blocks(np.square(np.subtract(first.data, second.data, dtype=np.float32)) * inside.data, edge)
+    sums = ndimage.uniform_filter(energy, 3, mode="constant")
+    if not sums.max() > 0:
+        return None
+    best = np.unravel_index(int(sums.argmax()), sums.shape)
+    cube = tuple(slice(max(b - 1, 0), b + 2) for b in best)
+    centre = np.array(ndimage.center_of_mass(energy[cube])) + [c.start for c in cube]
+    voxel = (centre + 0.5) * edge - 0.5
+    # The nearest voxel of the mask: a fold's centre may lie beside it.
+    box = tuple(slice(c.start * n, c.stop * n) for c, n in zip(cube, edge, strict=True))
+    there = np.argwhere(inside.data[box]) + [b.start for b in box]
+    nearest = there[np.square((there - voxel) * first.spacing).sum(1).argmin()]
+    r, a, s = (first.affine @ [*nearest, 1])[:3]
+    return float(r), float(a), float(s)
+
+
+def change_in(cut: Cut, changed: tuple[Volume, Volume], inside: Volume | None = None) -> float:
+    """Sum of the squared difference of two images over a plane's pixels, inside a mask."""
+    apart = cut.sample(changed[0]) - cut.sample(changed[1])
+    return float(np.square(apart if inside is None else apart * (cut.sample(inside, nearest=True) > 0.5)).sum())
+
+
+def _block(volume: Volume) -> tuple[int, int, int]:
+    x, y, z = (max(1, round(BLOCK_MM / size)) for size in volume.spacing)
+    return x, y, z
+
+
+def _blocks(values: np.ndarray, edge: tuple[int, int, int]) -> np.ndarray:
+    """Sums over blocks of (X, Y, Z) voxels, the last ones smaller: float64."""
+    summed = values
+    for axis, n in enumerate(edge):
+        summed = np.add.reduceat(summed, np.arange(0, values.shape[axis], n), axis=axis, dtype=np.float64)
+    return summed
+
+
 def detail(
     cut: Cut,
     width_mm: float,
     height_mm: float,
     reference: Volume,
-    compared: Volume | None = None,
+    changed: tuple[Volume, Volume] | None = None,
     within: Volume | None = None,
 ) -> Cut:
-    """The rectangle of a plane where ``compared`` differs most from the reference (sum of squares); without it, where
-    the reference varies most. It lies inside the object as far as it can: the sharp rim against the background would
-    win otherwise. ``within``: only differences inside this mask count. Never larger than the plane."""
+    """The rectangle of a plane where two images differ most (sum of squares); without them, where the reference varies
+    most. It lies inside the object as far as it can: the sharp rim against the background would win otherwise.
+    ``within``: only differences inside this mask count. Never larger than the plane."""
     rows = min(len(cut.v), max(2, round(height_mm / cut.pitch)))
     columns = min(len(cut.u), max(2, round(width_mm / cut.pitch)))
     there = cut.sample(reference)
-    energy = (there - (ndimage.gaussian_filter(there, 2) if compared is None else cut.sample(compared))) ** 2
+    if changed is None:
+        energy = (there - ndimage.gaussian_filter(there, 2)) ** 2
+    else:
+        energy = (cut.sample(changed[0]) - cut.sample(changed[1])) ** 2
     if within is not None:
         energy = energy * (cut.sample(within, nearest=True) > 0.5)
     filled = _box_sums(there > OBJECT * brightness(reference), rows, columns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,63 @@ def read_run(run: Path) -> dict[str, Any]:
         "validation": [{"epoch": row["epoch"], **row["validation"]} for row in scores],
         "unreadable_lines": faults,
     }
+
+
+def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
+    """Several runs laid over each other; facts of ``read_run`` lie at /runs/INDEX: a line of its own for each."""
+    plots = []
+    for title, keys in SCORES:
+        # Of the columns the one that says most: whole volumes before patches.
+        own = sorted((k for k in keys if "spline" not in k), key=lambda k: not k.startswith("whole_"))
+        lines = []
+        for i, (name, facts) in enumerate(zip(names, runs, strict=True)):
+            rows = facts["validation"]
+            key = next((k for k in own if any(_plain(v.get(k)) is not None for v in rows)), None)
+            if key is not None:
+                lines.append(Line(name, [v["epoch"] for v in rows], [_plain(v.get(key)) for v in rows], number=i))
+        plots.append(line_chart(title, lines, "epoch"))
+    for title, columns, unit in CHARTS:
+        for column in columns:
+            lines = [
+                Line(name, facts["at"], facts["curves"][column], number=i)
+                for i, (name, facts) in enumerate(zip(names, runs, strict=True))
+                if column in facts["curves"]
+            ]
+            plots.append(line_chart(f"{title}: {LINES[column]}" if column in LINES else title, lines, "update", unit))
+    told = [f["summary"] or {} for f in runs]
+    keys = dict.fromkeys(k for summary in told for k, v in summary.items() if not isinstance(v, (dict, list)))
+    head = el("tr", el("th", ""), [el("th", name, scope="col") for name in names])
+    rows = [
+        el(
+            "tr",
+            el("th", key.replace("_", " "), scope="row"),
+            [el("td", _value(one.get(key), pointer("runs", i, "summary", key))) for i, one in enumerate(told)],
+        )
+        for key in keys
+    ]
+    table = el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
+    changed = _changed([f["config"] for f in runs], names)
+    return card(
+        "Training runs",
+        el("div", [p for p in plots if p], class_="plots"),
+        el("h3", "Summary"),
+        table,
+        el("h3", "Settings that differ"),
+        changed or el("p", "None.", class_="faint"),
+    )
+
+
+def _changed(configs: Sequence[str], names: Sequence[str]) -> Html | None:
+    """The lines of config.yaml that are not the same in all runs."""
+    settings = [dict(line.split(":", 1) for line in text.splitlines() if ":" in line) for text in configs]
+    keys = [k for k in dict.fromkeys(k for s in settings for k in s) if len({s.get(k) for s in settings}) > 1]
+    if not keys:
+        return None
+    head = el("tr", el("th", ""), [el("th", name, scope="col") for name in names])
+    rows = [
+        el("tr", el("th", k.strip(), scope="row"), [el("td", s.get(k, "–").strip()) for s in settings]) for k in keys
+    ]
+    return el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
 
 
 def _warnings(run: Path) -> list[str]:

@@ -96,12 +96,13 @@ MARKED = 40  # a line of at most so many points shows them
 
 @dataclass(frozen=True)
 class Line:
-    """A named series; points whose y is None are gaps."""
+    """A named series; points whose y is None are gaps. ``number`` is its colour, that of its place by default."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float | None]
     dashed: bool = False
+    number: int | None = None
 
 
 def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str = "") -> Html:
@@ -120,7 +121,8 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str = "
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
     parts = [_axes(at, x_ticks, y_ticks, x_range, y_range, x_label, y_label)]
-    parts += [_line(line, i, at) for i, line in enumerate(lines)]
+    numbers = [i if line.number is None else line.number for i, line in enumerate(lines)]
+    parts += [_line(line, i, at) for i, line in zip(numbers, lines, strict=True)]
     drawing = el(
         "svg",
         el("title", f"{title}: {', '.join(line.name for line in lines)} against {x_label}"),
@@ -129,7 +131,9 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str = "
         role="img",
         class_="chart",
     )
-    legend = [el("li", el("span", class_=f"swatch s{i % COLOURS}"), line.name) for i, line in enumerate(lines)]
+    legend = [
+        el("li", el("span", class_=f"swatch s{i % COLOURS}"), line.name) for i, line in zip(numbers, lines, strict=True)
+    ]
     keys = el("ul", legend, class_="legend") if len(lines) > 1 else None
     return el("figure", el("figcaption", title), keys, drawing, class_="plot")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import string
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan._version import __version__
-from fastsrgan.core.files import atomic_write, finite
+from fastsrgan.core.files import atomic_write, finite, short_names
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import metrics
@@ -28,15 +29,17 @@ from fastsrgan.report import cohort, curves, sections
 from fastsrgan.report import viewer as stage
 from fastsrgan.report.collect import Found, Result, find
 from fastsrgan.report.html import Html, data_block, el, join, number, pointer, source_hash
-from fastsrgan.report.volumes import Packed, pack, plane_png, unpack
+from fastsrgan.report.volumes import Packed, images_of, pack, plane_png
 from fastsrgan.volume.geometry import Volume
 
 log = logging.getLogger("fastsrgan")
 
-MOST_MB = 12.0
+MOST_MB = 30.0
 MOST_ALLOWED_MB = 1e6
 NAME = "report.html"
+COMPARISON = "comparison.html"
 LEAST_BYTES = 200_000  # left for the volumes, below which a limit makes no sense
+WORDS_BYTES = 2_000  # by which a page's words may grow when a part of the volumes is shown
 
 
 def report(
@@ -65,7 +68,7 @@ def report(
     studies : JSON files of ``study``, shown beside those of the folder
     hr, label, mask : truth of a single result, evaluated here, with the spline of the input as baseline
     label_classes, label_names : which values of the label are the structure, see `labels.structure`
-    max_mb : largest page in MB (10^6 bytes); volumes are reduced until they fit
+    max_mb : largest page in MB (10^6 bytes); of volumes that are too large for it a slab or block is shown
     overwrite : replace pages that are there; what is no page is kept
 
     Returns the files, the first one to open. Raises InputError, UsageError or ResourceError, before anything is written
@@ -114,6 +117,32 @@ def report(
     return written
 
 
+def runs_report(
+    runs: Sequence[str | os.PathLike], out: str | os.PathLike | None = None, *, overwrite: bool = False
+) -> list[Path]:
+    """Write one page on which the curves of several training runs are laid over each other.
+
+    ``out`` is ``comparison.html`` in the first run's folder by default. Raises UsageError where a folder is no training
+    run or named twice, or a page is there already.
+    """
+    folders = [Path(run) for run in runs]
+    for folder in folders:
+        if not (folder / "log.jsonl").is_file():
+            hint = "fastsrgan evaluate RESULTS RESULTS TRUTH compares results"
+            raise UsageError(folder, "is no training run, and only runs are laid over each other", hint)
+    names = short_names(folders)
+    if len(set(names)) < len(names):
+        raise UsageError("report", "a run is named twice", "name each run once")
+    target = check_place(Path(out) if out is not None else folders[0] / COMPARISON, folders, PAGE)
+    if target.exists() and not overwrite:
+        raise UsageError(target, "exists already and is kept", "--overwrite, or another -o FILE.html")
+    read = [finite(curves.read_run(folder)) for folder in folders]
+    facts: dict[str, Any] = {"results": [], "run": None, "demo": None, "studies": [], "runs": read}
+    found = Found(folders[0], " and ".join(names))
+    _write(target, assemble(found, facts, join(curves.runs_card(read, names)), "", None, viewing=False))
+    return [target]
+
+
 def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str, bytes | None, dict[str, Any]]:
     """A page about at most one result: (the page, its thumbnail as PNG, what was measured for it)."""
     facts: dict[str, Any] = {"results": [], "run": None, "demo": None, "studies": finite(found.studies)}
@@ -144,30 +173,29 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
     if sr is None:
         body = join(_before(facts, warnings), after)
         return assemble(found, facts, body, "", back, viewing=False), None, measured
-    spacing = others["low"].spacing if "low" in others else None
-    shown = dict(others)
-    if "low" in shown:
-        shown["spline"] = shown["low"]
-    # Without the volumes first: what is left of the limit is theirs. The picture does not depend on their size much.
-    first = pack(sr, shown, limit)
-    drawn = stage.picture(sr, others, first)
-    alt = "Three planes of every image side by side, with a detail and the outline of the segmentation"
-    still = sections.card("The same as a picture", stage.png(drawn, alt))
+    low = others.get("low")
+    shown = others | ({} if low is None else {"spline": onto_grid(low, sr, name="the spline of the input", notes=[])})
+    view = stage.open_at(sr, shown)
+    alt = "Planes of every image side by side, with a detail and the outline of the segmentation"
+    still = sections.card("The same as a picture", stage.png(stage.picture(sr, shown), alt))
+    images_ = images_of(sr, shown)
 
-    def page(packed: Packed) -> str:
-        view = stage.viewer_card(packed, spacing)
-        body = join(_before(facts, warnings), view, still, after)
-        return assemble(found, facts, body, stage.viewer_data(packed, sr, spacing), back, viewing=True)
+    def page(packed: Packed, rest: int = 0) -> str:
+        mb = math.ceil((rest + packed.all_bytes) / 1e6)
+        card = stage.viewer_card(packed, view, low.spacing if low is not None else None, mb)
+        body = join(_before(facts, warnings), card, still, after)
+        return assemble(found, facts, body, stage.viewer_data(packed, view, low), back, viewing=True)
 
-    rest = len(page(replace(first, blobs={k: (o, "") for k, (o, _) in first.blobs.items()})).encode())
+    # Without the volumes first: what is left of the limit is theirs. A part is said in more words than the whole.
+    rest = len(page(images_.part(images_.all, packing=False)).encode()) + WORDS_BYTES
     room = limit - rest
     if room < LEAST_BYTES:
         raise UsageError("--max-mb", f"{limit / 1e6:g} MB, and {rest / 1e6:.1f} MB go without the volumes", "more")
-    packed = first if first.size <= room else pack(sr, shown, room)
-    small = unpack(packed)
-    middle = packed.shape[2] // 2
-    thumbnail = plane_png(small["sr"][:, :, middle], small["seg"][:, :, middle] if "seg" in small else None)
-    return page(packed), thumbnail, measured
+    packed = pack(images_, room, view.at_mm, view.across)
+    whole = images_.arrays
+    middle = whole["sr"].shape[2] // 2
+    thumbnail = plane_png(whole["sr"][:, :, middle], whole["seg"][:, :, middle] if "seg" in whole else None)
+    return page(packed, rest), thumbnail, measured
 
 
 def cohort_page(found: Found, rows: Sequence[cohort.Row]) -> str:
@@ -231,6 +259,8 @@ def _kind(facts: dict[str, Any]) -> str:
     """What a page is about."""
     if "rows" in facts:
         return "cohort"
+    if "runs" in facts:
+        return "training runs"
     order = (("demo", facts["demo"]), ("result", facts["results"]), ("training run", facts["run"]), ("study", True))
     return next(name for name, there in order if there)
 
@@ -310,6 +340,7 @@ def _subtitle(facts: dict[str, Any], kind: str) -> Html:
         "demo": "The demo's unseen test subject, and the short training run before it.",
         "cohort": f"{len(facts.get('rows', []))} results.",
         "training run": "Training run.",
+        "training runs": f"{len(facts.get('runs', []))} training runs, their curves laid over each other.",
         "study": "A study of the paper on own data.",
         "result": "Super-resolution and segmentation of one image.",
     }

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer.volume import InferResult
-from fastsrgan.pictures.figure import Column, planes
+from fastsrgan.pictures.figure import Column, planes, result_columns, result_options
 from fastsrgan.volume.geometry import Volume
 
 WIDTH = 1000
@@ -24,7 +24,7 @@ def show(
     label: Volume | tuple[np.ndarray, np.ndarray] | None = None,
     **options: Any,
 ) -> Any:
-    """Draw three planes of a result, with a detail and the segmentation's outline: a matplotlib Figure.
+    """Draw planes of a result across its slices, with a detail and the segmentation's outline: a matplotlib Figure.
 
     Parameters
     ----------
@@ -55,18 +55,14 @@ def show(
     else:
         sr, found = _read(Path(result))
         others = found | others
-    columns = []
-    if "low" in others:
-        size = " × ".join(f"{s:.3g}" for s in others["low"].spacing)
-        columns.append(Column(others["low"], "Low resolution", f"{size} mm", nearest=True))
-    known = bool(others) or isinstance(result, InferResult)
-    columns.append(Column(sr, "fastsrgan" if known else "Image", accent=known))
-    if "truth" in others:
-        columns.append(Column(others["truth"], "Truth"))
-    if "seg" in others:
-        columns.append(Column(sr, "Segmentation", accent=True, outlines=True))
-    masks = (others.get("seg"), others.get("label"))
-    return planes(columns, reference=others.get("truth", sr), masks=masks, **{"width_px": WIDTH, **options})
+    if not others and not isinstance(result, InferResult):
+        return planes([Column(sr, "Image")], **{"reference": sr, "width_px": WIDTH, **options})
+    volumes = {"sr": sr} | others
+    if "low" in volumes:
+        from fastsrgan.evaluate.grids import onto_grid
+
+        volumes["spline"] = onto_grid(volumes["low"], sr, notes=[])
+    return planes(result_columns(volumes), **{**result_options(volumes), "width_px": WIDTH, **options})
 
 
 def _read(path: Path) -> tuple[Volume, dict[str, Volume]]:

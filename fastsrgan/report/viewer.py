@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import logging
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,58 @@ from fastsrgan.evaluate.pair import onto_grid
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
 from fastsrgan.io.nifti_header import NotNifti
-from fastsrgan.pictures.figure import Column, planes_figure
-from fastsrgan.pictures.planes import brightness, cuts
+from fastsrgan.pictures.figure import TITLES, result_figure
+from fastsrgan.pictures.planes import OBJECT, PLANES, brightness, change_in, cuts, inside_of, largest_change, slices_of
 from fastsrgan.report.collect import Result
-from fastsrgan.report.html import Html, data_block, el, join
-from fastsrgan.report.volumes import Packed, unpack
-from fastsrgan.volume.geometry import Volume
+from fastsrgan.report.html import Html, data_block, el, join, shown
+from fastsrgan.report.volumes import DIFFERENCES, Packed
+from fastsrgan.volume.geometry import Volume, processing_orientation
 
 log = logging.getLogger("fastsrgan")
 
-ERROR_GAIN = 4
 PICTURE_WIDTH = 1500
+OVER = ("seg", "change")  # what can be laid over the SR
+WORDS = {"sr": "SR", "spline": "spline", "truth": "truth"}
+
+
+@dataclass(frozen=True)
+class View:
+    """Where a page opens: a place in world mm (R, A, S), a plane by its name, and the scan's slices.
+
+    changed : whether the place is that of the largest change between SR and spline
+    through, slice_mm : world axis across the slices and their distance; None and 0 where no edge is thick
+    """
+
+    at_mm: tuple[float, float, float]
+    plane: str = "axial"
+    changed: bool = False
+    through: int | None = None
+    slice_mm: float = 0.0
+
+    @property
+    def across(self) -> int:
+        """The world axis that the plane cuts."""
+        return next(axis for name, axis, _, _ in PLANES if name == self.plane)
+
+
+def open_at(sr: Volume, others: Mapping[str, Volume]) -> View:
+    """The place of largest change between SR and spline inside the segmentation, the label or the head, in the plane
+    across the slices where more changes; the middle of the head, axial, where there is no spline."""
+    at = None
+    spline = others.get("spline")
+    if spline is not None:
+        inside = inside_of(sr, others.get("seg"), others.get("label"))
+        inside = onto_grid(Volume(inside.data.astype(np.uint8), inside.affine), sr, order=0, notes=[])
+        at = largest_change(sr, spline, Volume(inside.data > 0, inside.affine))
+    planes = cuts(Volume(np.where(sr.data > OBJECT * brightness(sr), sr.data, 0), sr.affine), at)
+    place = {cut.axis: cut.at for cut in planes}
+    thick = slices_of(others["low"]) if "low" in others else None
+    middle = (place[0], place[1], place[2])
+    if thick is None or spline is None:
+        return View(middle, changed=at is not None)
+    across = [cut for cut in planes if cut.axis != thick[0]]
+    chosen = max(across, key=lambda cut: change_in(cut, (sr, spline), inside))
+    return View(middle, chosen.name, at is not None, *thick)
 
 
 def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dict[str, Volume]]:
@@ -71,8 +114,8 @@ def _unchanged(path: Path, series: str | None, sha256: object) -> bool:
         return False
 
 
-def viewer_card(packed: Packed, spacing: tuple[float, float, float] | None) -> Html:
-    """The section with the panes and their controls."""
+def viewer_card(packed: Packed, view: View, spacing: tuple[float, float, float] | None, whole_mb: float) -> Html:
+    """The section with the panes and their controls; ``whole_mb`` is the size of a page that shows all voxels."""
     panes = pane_list(packed, spacing)
     wiping = "spline" in packed.blobs
     main = [_pane(p, over=wiping and p["id"] == "sr") for p in panes if p["id"] in ("spline", "sr")]
@@ -80,12 +123,6 @@ def viewer_card(packed: Packed, spacing: tuple[float, float, float] | None) -> H
     side = [_pane(p) for p in panes if p["id"] not in ("spline", "sr")]
     few = "panes few" if len(side) < 3 else "panes"
     stage = el("div", main, divider, id="stage", class_="stage wipe" if wiping else "stage")
-    grey = f"255 grey levels from 0 to {packed.top:.6g}"
-    size = " × ".join(map(str, packed.full_shape))
-    kept = " × ".join(map(str, packed.shape))
-    told = f"Shown: {kept} voxels, cropped to the head from {size}, {grey}, turned to the axes R, A, S."
-    if packed.block > 1:
-        told += f" Each shown voxel is the mean of {packed.block} × {packed.block} × {packed.block}."
     helped = join(
         "Click or drag in an image to move all of them. In an image: ",
         [join(el("kbd", k), " ") for k in ("←", "→", "↑", "↓")],
@@ -102,54 +139,84 @@ def viewer_card(packed: Packed, spacing: tuple[float, float, float] | None) -> H
     return el(
         "section",
         el("h2", "Images"),
+        el("p", _opened(view), class_="faint"),
         el("div", stage, side, id="panes", class_=few),
-        _controls(packed, wiping),
+        _scale(packed) if wiping else None,
+        _controls(packed, view, wiping),
         el("p", helped, class_="faint help"),
-        el("p", told, " ", el("span", id="renderer"), class_="faint"),
+        el("p", _said(packed, whole_mb), " ", el("span", id="renderer"), class_="faint"),
         el("noscript", el("p", "Without JavaScript only the picture below is shown.")),
         id="viewer",
         class_="card",
     )
 
 
+def _opened(view: View) -> str:
+    """Where the page opens, in words."""
+    place = "at the largest change between SR and spline" if view.changed else "in the middle of the head"
+    if view.through is None:
+        return f"Opened {place}."
+    axes = ("right-left", "front-back", "head-foot")
+    return f"Opened {place}, across the slices: they are {view.slice_mm:.3g} mm apart, {axes[view.through]}."
+
+
+def _said(packed: Packed, whole_mb: float) -> str:
+    """What is done to the voxels for the page."""
+    size, box, kept = (" × ".join(map(str, s)) for s in (packed.full_shape, packed.head, packed.shape))
+    grey = f"255 grey levels from 0 to {packed.top:.6g}, turned to the axes R, A, S"
+    if not packed.is_part:
+        return f"Shown at full resolution: {kept} voxels, cropped to the head from {size}; {grey}."
+    thin = [d for d in range(3) if packed.shape[d] < packed.head[d]]
+    part = "a slab" if len(thin) == 1 else "a block"
+    return (
+        f"Shown at full resolution: {part} of {kept} voxels around the place where the page opens, of {box} in the box "
+        f"of the head and {size} in the image; {grey}. --max-mb {whole_mb:.0f} shows all."
+    )
+
+
 def pane_list(packed: Packed, spacing: tuple[float, float, float] | None) -> list[dict[str, Any]]:
-    """What each pane shows: {"id", "base", "masks", "nearest", "colours", "title", "caption"}."""
+    """What each pane shows: {"id", "base", "layers", "nearest", "title", "caption"}.
+
+    ``base`` is a volume or a difference (``DIFFERENCES``); ``layers`` lie over it, of the SR's the one that is chosen.
+    """
     masks = [name for name in ("seg", "label") if name in packed.blobs]
+    there = set(packed.blobs) | {n for n, pair in DIFFERENCES.items() if set(pair) <= set(packed.blobs)}
     size = " × ".join(f"{s:.3g}" for s in spacing) + " mm, voxels as acquired" if spacing else ""
-    panes = [("low", "low", "Low resolution", size), ("spline", "spline", "Cubic spline", "of the scan")]
-    panes += [("sr", "sr", "fastsrgan", "super-resolved"), ("seg", "sr", "Segmentation", "")]
-    panes += [
-        ("truth", "truth", "Truth", "high resolution"),
-        ("error", "error", "Error", f"|SR - truth| × {ERROR_GAIN}"),
-    ]
-    there = set(packed.blobs) | ({"error"} if "truth" in packed.blobs else set())
+    named = {name: f"{WORDS[a]} − {WORDS[b]}" for name, (a, b) in DIFFERENCES.items()}
+    panes = [("low", "low", TITLES["low"], size), ("spline", "spline", TITLES["spline"], "of the scan")]
+    panes += [("sr", "sr", TITLES["sr"], "super-resolved"), ("seg", "sr", TITLES["seg"], "")]
+    panes += [("change", "change", "Difference", named["change"]), ("truth", "truth", TITLES["truth"], "")]
+    panes += [("error", "error", "Error", named["error"]), ("spline_error", "spline_error", "Error of the spline", "")]
+    layers = {"seg": masks, "sr": [name for name in OVER if name in there]}
     return [
         {
             "id": name,
             "base": base,
-            "masks": masks if name == "seg" else [],
+            "layers": layers.get(name, []),
             "nearest": name == "low",
-            "colours": "hot" if name == "error" else "gray",
             "title": title,
-            "caption": caption,
+            "caption": named["spline_error"] if name == "spline_error" else caption,
         }
         for name, base, title, caption in panes
         if base in there and (name != "seg" or masks)
     ]
 
 
-def viewer_data(packed: Packed, sr: Volume, spacing: tuple[float, float, float] | None) -> Html:
+def viewer_data(packed: Packed, view: View, low: Volume | None) -> Html:
     """The data blocks that viewer.js reads."""
-    place = np.linalg.inv(packed.affine) @ [*_start(sr), 1]
+    place = np.linalg.inv(packed.affine) @ [*view.at_mm, 1]
     start = [int(np.clip(round(float(v)), 0, n - 1)) for v, n in zip(place, packed.shape, strict=False)]
     plan = {
         "shape": packed.shape,
         "spacing": packed.spacing,
         "affine": packed.affine.tolist(),
         "start": start,
-        "error_gain": ERROR_GAIN,
+        "plane": view.plane,
+        "slices": _slices(packed, view, low),
+        "limit": packed.limit,
         "volumes": [{"name": name, "minus": other} for name, (other, _) in packed.blobs.items()],
-        "panes": pane_list(packed, spacing),
+        "differences": {n: pair for n, pair in DIFFERENCES.items() if set(pair) <= set(packed.blobs)},
+        "panes": pane_list(packed, low.spacing if low is not None else None),
     }
     blocks = [
         el("script", Html(text), type="application/octet-stream", id=f"volume-{name}")
@@ -158,28 +225,20 @@ def viewer_data(packed: Packed, sr: Volume, spacing: tuple[float, float, float] 
     return join(data_block("plan", plan), blocks)
 
 
-def picture(sr: Volume, others: dict[str, Volume], packed: Packed) -> bytes:
-    """The same images as one PNG: three planes and a detail of each."""
-    spline = None
-    if "spline" in packed.blobs:
-        data = unpack(packed)["spline"] * np.float32(packed.top / 255)
-        spline = Volume(data, packed.affine) if packed.block == 1 else onto_grid(others["low"], sr, notes=[])
-    columns = []
-    if "low" in others:
-        size = " × ".join(f"{s:.3g}" for s in others["low"].spacing)
-        columns.append(Column(others["low"], "Low resolution", f"{size} mm", nearest=True))
-    if spline is not None:
-        columns.append(Column(spline, "Cubic spline"))
-    columns.append(Column(sr, "fastsrgan", accent=True))
-    if "truth" in others:
-        columns.append(Column(others["truth"], "Truth"))
-    if "seg" in others:
-        columns.append(Column(sr, "Segmentation", accent=True, outlines=True))
-    masks = (others.get("seg"), others.get("label"))
+def _slices(packed: Packed, view: View, low: Volume | None) -> dict[str, Any] | None:
+    """The scan's slices on the page's grid: number of a slice = row . (i, j, k, 1), along the axis across them."""
+    if low is None or view.through is None:
+        return None
+    stored = processing_orientation(low.affine, (1.0, 1.0, 1.0)).axes[view.through]
+    row = (np.linalg.inv(low.affine) @ packed.affine)[stored]
+    return {"axis": view.through, "mm": view.slice_mm, "row": row.tolist(), "count": low.data.shape[stored]}
+
+
+def picture(sr: Volume, others: Mapping[str, Volume]) -> bytes:
+    """The same images as one PNG: planes across the slices and a detail of each."""
     with tempfile.TemporaryDirectory(prefix="fastsrgan-") as folder:
         path = Path(folder) / "picture.png"
-        reference = others.get("truth", sr)
-        planes_figure(path, columns, reference=reference, masks=masks, compared=spline, width_px=PICTURE_WIDTH)
+        result_figure(path, {"sr": sr, **others}, width_px=PICTURE_WIDTH)
         return path.read_bytes()
 
 
@@ -188,46 +247,69 @@ def png(data: bytes, alt: str, **attributes: object) -> Html:
     return el("img", src="data:image/png;base64," + base64.b64encode(data).decode(), alt=alt, **attributes)
 
 
-def _start(sr: Volume) -> list[float]:
-    """World mm of the first view: the planes of the picture."""
-    axial, coronal, sagittal = cuts(Volume(np.where(sr.data > 0.05 * brightness(sr), sr.data, 0), sr.affine))
-    return [sagittal.at, coronal.at, axial.at]
-
-
 def _pane(pane: dict[str, Any], over: bool = False) -> Html:
     label = f"{pane['title']}: arrow keys move, Page Up and Page Down change the slice"
     canvas = el("canvas", id=f"canvas-{pane['id']}", tabindex=0, role="img", aria_label=label)
     caption = el("figcaption", pane["title"], el("small", pane["caption"]) if pane["caption"] else None)
-    if pane["masks"]:
-        keys = [join(el("span", class_=f"key {m}"), {"seg": "fastsrgan ", "label": "truth"}[m]) for m in pane["masks"]]
+    if pane["id"] == "seg":
+        keys = [join(el("span", class_=f"key {m}"), {"seg": "fastsrgan ", "label": "truth"}[m]) for m in pane["layers"]]
         caption = el("figcaption", pane["title"], el("small", keys))
     return el("figure", caption, el("div", canvas, class_="holder"), class_="pane over" if over else "pane")
 
 
-def _choice(name: str, values: list[tuple[str, str]]) -> Html:
+def _choice(name: str, values: list[tuple[str, str]], chosen: str = "") -> Html:
     options = [
-        el("label", el("input", type="radio", name=name, value=value, checked=i == 0), text)
-        for i, (value, text) in enumerate(values)
+        el("label", el("input", type="radio", name=name, value=value, checked=value == (chosen or values[0][0])), text)
+        for value, text in values
     ]
     return el("fieldset", options, class_="choice", aria_label=name)
 
 
-def _controls(packed: Packed, wiping: bool) -> Html:
+def _scale(packed: Packed) -> Html:
+    """What the colours of the differences mean, in the image's units."""
+    end = shown(packed.limit * packed.top / 255, 3)
+    return el(
+        "p",
+        el("span", "Differences: first image darker"),
+        el("span", f"−{end}", class_="end"),
+        el("span", class_="signed", role="img", aria_label="blue over black to red"),
+        el("span", f"+{end}", class_="end"),
+        el("span", "brighter; in units of the image, the same in every pane"),
+        class_="scale faint",
+    )
+
+
+def _controls(packed: Packed, view: View, wiping: bool) -> Html:
     def slider(name: str, text: str, low: float, high: float, at: float, step: float = 1) -> Html:
         return el("label", text, el("input", type="range", id=name, min=low, max=high, value=at, step=step))
 
-    planes = [("axial", "Axial"), ("coronal", "Coronal"), ("sagittal", "Sagittal")]
+    planes = [(name, name.capitalize()) for name, *_ in PLANES]
     layouts = [("wipe", "Wipe"), ("side", "Side by side")]
-    masks = any(name in packed.blobs for name in ("seg", "label"))
+    words = {"seg": "Segmentation", "change": "SR − spline"}
+    layers = [("none", "None")]
+    layers += [(n, words[n]) for n in OVER if n in packed.blobs or (n == "change" and wiping)]
+    marked = view.through is not None
     return el(
         "div",
-        el("div", el("span", "Plane"), _choice("plane", planes), class_="row"),
+        el("div", el("span", "Plane"), _choice("plane", planes, view.plane), class_="row"),
         el("div", el("span", "Layout"), _choice("layout", layouts), class_="row") if wiping else None,
         slider("wipe", "Spline | SR", 0, 100, 50) if wiping else None,
+        el("div", el("span", "Over the SR"), _choice("layer", layers), class_="row") if len(layers) > 1 else None,
+        slider("overlay", "Opacity", 0, 100, 50) if len(layers) > 1 else None,
         slider("slice", "Slice", 0, packed.shape[2] - 1, 0),
         slider("zoom", "Zoom", 1, 8, 1, 0.05),
-        slider("overlay", "Overlay", 0, 100, 35) if masks else None,
         el("label", "Crosshair", el("input", type="checkbox", id="cross", checked=True)),
-        el("div", el("span", "Place"), el("output", id="place"), class_="row"),
+        el("label", "Slice marks", el("input", type="checkbox", id="marks", checked=True)) if marked else None,
+        el(
+            "div",
+            el("span", "Place"),
+            el(
+                "span",
+                el("output", id="place"),
+                " ",
+                el("button", "largest change" if view.changed else "back", type="button", id="start"),
+            ),
+            class_="row",
+        ),
         class_="controls",
     )

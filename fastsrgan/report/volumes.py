@@ -1,16 +1,16 @@
 """Volumes made small enough for a page: one grid along the world's axes, cropped to the head, 8 bits, packed.
 
 Every image of a page is brought onto the super-resolved image's grid, its axes turned to R, A, S (exactly), and cut to
-the box of what is brighter than air. Grey values are rounded to 255 levels between 0 and one common maximum; a large
-volume is averaged over blocks of voxels until it fits. The page says all of this.
+the box of what is brighter than air. Grey values are rounded to 255 levels between 0 and one common maximum. No voxels
+are averaged: of a volume too large for its page a slab or block is shown. The page says all of this.
 """
 
 from __future__ import annotations
 
 import base64
 import gzip
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
@@ -18,14 +18,20 @@ from scipy import ndimage
 from fastsrgan.errors import ResourceError
 from fastsrgan.evaluate.grids import onto_grid
 from fastsrgan.pictures.planes import OBJECT, brightness, png
-from fastsrgan.volume.geometry import Volume, processing_orientation
+from fastsrgan.volume.geometry import Volume, processing_orientation, spacing_of
 from fastsrgan.volume.placement import same_grid
 
 MARGIN = 4  # voxels around the head
 LEVELS = 255
 MASKS = ("seg", "label")
 NEAREST = ("low", *MASKS)  # shown as the voxels are
-WORST = 8  # voxels a block may have along an axis before the page gives up
+THINNEST = 24  # voxels that a slab keeps across; below, a block is cut
+SMALLEST = 8  # voxels along an axis of a block before the page gives up
+TRIES = 6
+FULL = 0.85  # of the bytes at hand: what a part should fill
+DIFFERENCES = {"change": ("sr", "spline"), "error": ("sr", "truth"), "spline_error": ("spline", "truth")}
+CLIP = 99.5  # percentile of the differences at which their colours end
+LEAST_LIMIT = 4.0  # grey levels
 
 
 @dataclass(frozen=True)
@@ -33,18 +39,22 @@ class Packed:
     """The volumes of a page.
 
     shape, affine : of the grid they share, R A S voxels -> world mm
-    block : voxels of the super-resolved image that one shown voxel is the mean of, per axis
+    head : voxels of the head's box, of which ``shape`` is a part or all
     full_shape : of the super-resolved image, in R A S order
     top : intensity that is shown as 255
+    limit : grey levels at which the colours of differences end
+    all_bytes : what the whole box would take in a page
     blobs : name -> (what it is the difference to, or None; base64 of the gzip of the differences)
     """
 
     shape: tuple[int, int, int]
     affine: np.ndarray
     spacing: tuple[float, float, float]
-    block: int
+    head: tuple[int, int, int]
     full_shape: tuple[int, int, int]
     top: float
+    limit: float
+    all_bytes: int
     blobs: dict[str, tuple[str | None, str]]
 
     @property
@@ -52,18 +62,48 @@ class Packed:
         """Bytes that the volumes take in a page."""
         return sum(len(text) for _, text in self.blobs.values())
 
+    @property
+    def is_part(self) -> bool:
+        """Whether a slab or block is shown."""
+        return self.shape != self.head
 
-def pack(sr: Volume, others: Mapping[str, Volume], most: int) -> Packed:
-    """Bring images onto one grid and pack them into ``most`` bytes of text.
 
-    Parameters
-    ----------
+@dataclass(frozen=True)
+class Images:
+    """Volumes of a page before they are packed: (X, Y, Z) uint8 on the grid of the head's box, R A S."""
+
+    arrays: dict[str, np.ndarray]
+    affine: np.ndarray
+    full_shape: tuple[int, int, int]
+    top: float
+    limit: float
+
+    def part(self, box: tuple[slice, slice, slice], packing: bool = True, all_bytes: int = 0) -> Packed:
+        """A box of them as a page has it; without ``packing`` a page without voxels, to see what it takes."""
+        shift = np.eye(4)
+        shift[:3, 3] = [s.start for s in box]
+        arrays = {name: data[box] for name, data in self.arrays.items()}
+        affine, shape = self.affine @ shift, arrays["sr"].shape
+        blobs: dict[str, tuple[str | None, str]] = dict.fromkeys(_order(arrays), (None, ""))
+        if packing:
+            blobs = _coded(arrays)
+        head = self.arrays["sr"].shape
+        return Packed(shape, affine, spacing_of(affine), head, self.full_shape, self.top, self.limit, all_bytes, blobs)
+
+    @property
+    def all(self) -> tuple[slice, slice, slice]:
+        """The whole box."""
+        x, y, z = map(slice, (0, 0, 0), self.arrays["sr"].shape)
+        return x, y, z
+
+
+def images_of(sr: Volume, others: Mapping[str, Volume]) -> Images:
+    """Bring images onto one grid.
+
     sr : decides grid, crop and brightness
     others : by name; "low", "seg" and "label" are shown voxel by voxel, all others are interpolated by a cubic spline
-    most : bytes for all of them together
 
-    Raises InputError when an image does not overlap ``sr`` or that holds nothing above 0, ResourceError when blocks of
-    8 x 8 x 8 voxels are still too much.
+    Raises InputError when an image does not overlap ``sr`` or that holds nothing above 0.
     """
     upright = _upright(sr)
     top = brightness(sr)
@@ -71,14 +111,59 @@ def pack(sr: Volume, others: Mapping[str, Volume], most: int) -> Packed:
     shift = np.eye(4)
     shift[:3, 3] = [s.start for s in box]
     cut = Volume(upright.data[box], upright.affine @ shift)
-    images = {"sr": cut.data} | {name: _onto(v, sr, cut, box, name) for name, v in others.items()}
-    packed = _packed(images, cut, upright.data.shape, top, 1)
-    while packed.size > most:
-        if packed.block == WORST:
-            reason = f"{packed.size / 1e6:.1f} MB of voxels for {most / 1e6:.1f} MB"
-            raise ResourceError("report", reason, "a larger --max-mb")
-        packed = _packed(images, cut, upright.data.shape, top, packed.block + 1)
-    return packed
+    arrays = {"sr": _levels(cut.data, "sr", top)}
+    arrays |= {name: _levels(_onto(v, sr, cut, box, name), name, top) for name, v in others.items()}
+    full = upright.data.shape
+    return Images(arrays, cut.affine, (full[0], full[1], full[2]), top, _limit(arrays))
+
+
+def pack(
+    images: Images, most: int, at_mm: Sequence[float] | None = None, across: int = 2, all_bytes: int = 0
+) -> Packed:
+    """Pack images into ``most`` bytes of text: all voxels of the head, or a slab around ``at_mm`` (R, A, S).
+
+    The slab is thin along the world axis ``across``, so that the plane across that axis is shown whole; where a slab of
+    24 voxels is too much, a block is cut. ``all_bytes`` is what all voxels take, where it is known.
+    Raises ResourceError when a block of 8 x 8 x 8 voxels is still too much.
+    """
+    whole = images.part(images.all) if not all_bytes else None
+    if whole is not None:
+        all_bytes = whole.size
+        if all_bytes <= most:
+            return replace(whole, all_bytes=all_bytes)
+    shape = images.arrays["sr"].shape
+    at = [n // 2 for n in shape]
+    if at_mm is not None:
+        place = np.linalg.inv(images.affine) @ [*at_mm, 1.0]
+        at = [int(np.clip(round(float(v)), 0, n - 1)) for v, n in zip(place, shape, strict=False)]
+    share, best = most / all_bytes, None
+    for _ in range(TRIES):
+        box = _around(shape, share, at, across)
+        packed = images.part(box, all_bytes=all_bytes)
+        if packed.size <= most and (best is None or packed.size > best.size):
+            best = packed
+        if best is not None and best.size >= FULL * most:
+            break
+        if packed.size > most and max(packed.shape) <= SMALLEST:
+            break
+        share *= min(max(0.95 * most / packed.size, 0.1), 4.0)
+    if best is None:
+        reason = f"{packed.size / 1e6:.1f} MB of voxels for {most / 1e6:.1f} MB"
+        raise ResourceError("report", reason, "a larger --max-mb")
+    return best
+
+
+def _around(shape: Sequence[int], share: float, at: Sequence[int], across: int) -> tuple[slice, slice, slice]:
+    """The box of about ``share`` of a volume's voxels around a place: a slab, or a block where that were too thin."""
+    thick = min(shape[across], max(THINNEST, round(shape[across] * share)))
+    edge = min(1.0, share * shape[across] / thick) ** 0.5  # of the two other axes
+    if edge < 1 and edge * min(shape) < thick:  # a block: no axis much longer than the others
+        edge = min(1.0, share ** (1 / 3))
+        thick = max(min(shape[across], SMALLEST), round(edge * shape[across]))
+    sizes = [thick if d == across else max(min(n, SMALLEST), round(n * edge)) for d, n in enumerate(shape)]
+    starts = [min(max(a - s // 2, 0), n - s) for a, s, n in zip(at, sizes, shape, strict=True)]
+    x, y, z = (slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    return x, y, z
 
 
 def unpack(packed: Packed) -> dict[str, np.ndarray]:
@@ -122,11 +207,14 @@ def _onto(volume: Volume, sr: Volume, cut: Volume, box: tuple[slice, slice, slic
     return onto_grid(volume, cut, order=0 if name in NEAREST else 3, name=name, notes=notes).data
 
 
-def _packed(images: Mapping[str, np.ndarray], cut: Volume, full: tuple[int, ...], top: float, block: int) -> Packed:
-    volumes = {name: _reduced(data, name, top, block) for name, data in images.items()}
-    names = sorted(volumes, key=lambda name: (name != "spline", name != "sr", name))
+def _order(names: Iterable[str]) -> list[str]:
+    """Others are coded as differences to the spline, which comes first."""
+    return sorted(names, key=lambda name: (name != "spline", name != "sr", name))
+
+
+def _coded(volumes: Mapping[str, np.ndarray]) -> dict[str, tuple[str | None, str]]:
     blobs: dict[str, tuple[str | None, str]] = {}
-    for name in names:
+    for name in _order(volumes):
         flat = volumes[name].transpose(2, 1, 0)  # first axis fastest, as in NIfTI
         forms: list[tuple[str | None, np.ndarray]] = [(None, np.diff(flat, axis=2, prepend=np.uint8(0)))]
         if name not in NEAREST and "spline" in blobs:
@@ -134,23 +222,21 @@ def _packed(images: Mapping[str, np.ndarray], cut: Volume, full: tuple[int, ...]
         coded = [(other, gzip.compress(np.ascontiguousarray(form).tobytes(), 6, mtime=0)) for other, form in forms]
         other, data = min(coded, key=lambda pair: len(pair[1]))
         blobs[name] = (other, base64.b64encode(data).decode())
-    affine = np.array(cut.affine, float)
-    affine[:3, 3] += affine[:3, :3] @ np.full(3, (block - 1) / 2)
-    affine[:3, :3] *= block
-    shape = volumes["sr"].shape
-    spacing = (cut.spacing[0] * block, cut.spacing[1] * block, cut.spacing[2] * block)
-    return Packed((shape[0], shape[1], shape[2]), affine, spacing, block, (full[0], full[1], full[2]), top, blobs)
+    return blobs
 
 
-def _reduced(data: np.ndarray, name: str, top: float, block: int) -> np.ndarray:
-    values = data.astype(np.float32)
-    if block > 1:
-        # Voxels that fill no whole block are left out, but never a whole axis.
-        kept = [max(n // block, 1) * block for n in values.shape]
-        short = [(0, max(k - n, 0)) for n, k in zip(values.shape, kept, strict=True)]
-        values = np.pad(values, short, mode="edge")[: kept[0], : kept[1], : kept[2]]
-        split = values.reshape(kept[0] // block, block, kept[1] // block, block, kept[2] // block, block)
-        values = split.mean((1, 3, 5))
+def _levels(data: np.ndarray, name: str, top: float) -> np.ndarray:
     if name in MASKS:
-        return (values > 0.5).astype(np.uint8) if block == 1 else (values >= 0.5).astype(np.uint8)
-    return np.clip(np.rint(values * (LEVELS / top)), 0, LEVELS).astype(np.uint8)
+        return (data > 0.5).astype(np.uint8)
+    return np.clip(np.rint(data.astype(np.float32) * np.float32(LEVELS / top)), 0, LEVELS).astype(np.uint8)
+
+
+def _limit(arrays: Mapping[str, np.ndarray]) -> float:
+    """The grey levels at which the colours of all differences end: their 99.5th percentile where they are not 0."""
+    found = [LEAST_LIMIT]
+    for first, second in DIFFERENCES.values():
+        if first in arrays and second in arrays:
+            apart = np.abs(np.subtract(arrays[first], arrays[second], dtype=np.int16))
+            apart = apart[apart > 0]
+            found.append(float(np.percentile(apart, CLIP)) if apart.size else 0.0)
+    return max(found)

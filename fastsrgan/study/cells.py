@@ -35,7 +35,7 @@ FOLDER = "cells"
 
 
 @dataclass(frozen=True)
-class Model:
+class StudyModel:
     """A generator under the name that tables give it."""
 
     name: str
@@ -44,7 +44,7 @@ class Model:
     generator: Generator
 
     @classmethod
-    def load(cls, path: Path, name: str | None = None) -> Model:
+    def load(cls, path: Path, name: str | None = None) -> StudyModel:
         """The generator of a weight file or run folder. Raises ModelError."""
         return cls(name or path.stem, path, weight_files.info(path)["sha256"], weight_files.load_generator(path))
 
@@ -62,7 +62,7 @@ class Engine:
 def run_cells(
     out: Path,
     heads: Sequence[Head],
-    models: Sequence[Model],
+    models: Sequence[StudyModel],
     conditions: Sequence[Condition],
     steps: Sequence[int],
     engine: Engine,
@@ -77,7 +77,7 @@ def run_cells(
     folder = output_folder(out / FOLDER)
     with _quiet():
         device = str(pick_device(engine.device))
-    jobs: list[tuple[Model | None, int | None]] = [(None, None), *((m, s) for m in models for s in steps)]
+    jobs: list[tuple[StudyModel | None, int | None]] = [(None, None), *((m, s) for m in models for s in steps)]
     cells: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     progress.start("study", len(heads) * len(conditions) * len(jobs), "cell")
@@ -99,7 +99,7 @@ def _of_head(
     folder: Path,
     head: Head,
     conditions: Sequence[Condition],
-    jobs: Sequence[tuple[Model | None, int | None]],
+    jobs: Sequence[tuple[StudyModel | None, int | None]],
     engine: Engine,
     device: str,
     progress: Progress,
@@ -140,7 +140,7 @@ def _interpolation(case: Case) -> dict[str, Any]:
     return _scored(case, case.spline, case.label_map)
 
 
-def _through(case: Case, model: Model, step: int | None, engine: Engine) -> dict[str, Any]:
+def _through(case: Case, model: StudyModel, step: int | None, engine: Engine) -> dict[str, Any]:
     done = infer_volume(
         case.scan.data,
         case.scan.affine,

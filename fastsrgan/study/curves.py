@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.files import is_special, parse_json
-from fastsrgan.errors import InputError
+from fastsrgan.core.files import is_special, parse_json, short_names
+from fastsrgan.errors import InputError, UsageError
 from fastsrgan.study.plots import GREY_LINE, Panel, PlotLine
 
 LOG = "log.jsonl"
@@ -60,6 +61,43 @@ def curves(run: Path) -> dict[str, Any]:
     dice = [(row["Dice"], row["epoch"]) for row in rows if "Dice" in row]
     best = None if not dice else {"epoch": max(dice, key=lambda d: (d[0], -d[1]))[1], "Dice": max(dice)[0]}
     return {"rows": rows, "best": best, "updates": len(updates), "panels": _panels(rows, updates)}
+
+
+# What is drawn of several runs: titles, and the columns of which the first that a run has is taken.
+OVERLAID = (
+    ("Dice", ("whole_Dice", "Dice", "Dice_label_1")),
+    ("PSNR, dB", ("whole_PSNR", "PSNR")),
+    ("SSIM", ("whole_SSIM", "SSIM")),
+    ("reconstruction loss", ("g_reconstruction",)),
+    ("Wasserstein estimate", ("d_wasserstein",)),
+    ("gradient penalty", ("d_penalty",)),
+)
+
+
+def overlaid(runs: Sequence[Path]) -> dict[str, Any]:
+    """Several runs: ``rows`` as of ``curves`` with the name of their run, ``runs`` (name, path, best, updates), and
+    panels in which every run has a line of its own colour, the interpolation a grey one."""
+    made = {name: curves(run) for name, run in zip(short_names(runs), runs, strict=True)}
+    if len(made) < len(runs):
+        raise UsageError("study curves", "a run is named twice", "name each run once")
+    told = [
+        {"name": name, "path": str(run), "best": one["best"], "updates": one["updates"]}
+        for (name, one), run in zip(made.items(), runs, strict=True)
+    ]
+    panels = []
+    for title, keys in OVERLAID:
+        lines = []
+        for number, (name, one) in enumerate(made.items()):
+            key = next((k for k in keys if any(_is_number(row.get(k)) for row in one["rows"])), None)
+            if key is not None:
+                lines.append(PlotLine(name, *_xy(one["rows"], "epoch", key), number=number))
+            base = f"spline_{key.removeprefix('whole_')}" if key and key.startswith("whole_") else ""
+            x, y = _xy(one["rows"], "epoch", base)
+            if x and number == 0:
+                lines.append(PlotLine("interpolation", x, y, style="baseline", number=GREY_LINE))
+        panels.append(Panel(title, "epoch", lines))
+    rows = [{"run": name} | row for name, one in made.items() for row in one["rows"]]
+    return {"rows": rows, "runs": told, "panels": [panels[:3], panels[3:]]}
 
 
 def _panels(rows: list[dict[str, Any]], updates: list[dict[str, Any]]) -> list[list[Panel]]:

@@ -24,7 +24,7 @@ from fastsrgan.infer.settings import InferSettings
 from fastsrgan.io.output_place import keep_inputs
 from fastsrgan.model import weights
 from fastsrgan.study import curves as study_curves
-from fastsrgan.study.cells import Engine, Model, aggregate, run_cells
+from fastsrgan.study.cells import Engine, StudyModel, aggregate, run_cells
 from fastsrgan.study.data import Condition, Head, find_heads, quick_heads, spacing_of, thick
 from fastsrgan.study.plots import PANELS, REFERENCE, SOURCE, TITLES, Panel, time_fit
 from fastsrgan.study.tables import FORMS, write_study
@@ -81,7 +81,7 @@ QUICK: dict[str, dict[str, Any]] = {
 
 def run(
     kind: str,
-    data: str | os.PathLike | None,
+    data: str | os.PathLike | Sequence[str | os.PathLike] | None,
     out: str | os.PathLike,
     models: Sequence[str | os.PathLike] = (),
     settings: Settings | None = None,
@@ -94,8 +94,8 @@ def run(
     Parameters
     ----------
     kind : one of ``KINDS``
-    data : a training table (HR_image, Label_image, Base), one high-resolution image, or for ``curves`` a run folder;
-        None with ``quick`` makes two small synthetic subjects
+    data : a training table (HR_image, Label_image, Base), one high-resolution image, or for ``curves`` a run folder, or
+        several, whose curves are laid over each other; None with ``quick`` makes two small synthetic subjects
     models : weight files or run folders; none takes the shipped model. ``augmentation`` compares two or more
     quick : small patches, few steps and subjects
 
@@ -104,21 +104,33 @@ def run(
     """
     if kind not in KINDS:
         raise UsageError("study", f"{kind!r} is not allowed", f"one of {', '.join(KINDS)}")
+    several = [] if data is None or isinstance(data, (str, os.PathLike)) else list(data)
+    if len(several) == 1:
+        data, several = several[0], []
+    if several and kind != "curves":
+        raise UsageError(f"study {kind}", f"{len(several)} places of data", "one table, image or folder")
     if data is None and (kind == "curves" or not quick):
         what = "a run folder" if kind == "curves" else "a table or an image, or --quick"
         raise UsageError("study", "no data given", what)
     began = time.perf_counter()
+    facts: dict[str, Any]
     asked = _filled(kind, settings or Settings(), quick)
     for form in FORMS:
-        keep_inputs(Path(out) / f"{kind}.{form}", [*([] if data is None else [data]), *models])
-    if kind == "curves":
-        assert data is not None
+        keep_inputs(Path(out) / f"{kind}.{form}", [*(several or ([] if data is None else [data])), *models])  # type: ignore[list-item]
+    if several:
+        made = study_curves.overlaid([Path(run) for run in several])
+        folder, panels = output_folder(out), made.pop("panels")
+        facts = {"study": kind} | made
+        title = f"Training curves of {', '.join(run['name'] for run in made['runs'])}"
+    elif kind == "curves":
+        assert isinstance(data, (str, os.PathLike))
         made = study_curves.curves(Path(data))  # read before a folder is made: nothing is left of a log that is none
         folder = output_folder(out)
         panels = made.pop("panels")
-        facts: dict[str, Any] = {"study": kind, "run": str(data)} | made
+        facts = {"study": kind, "run": str(data)} | made
         title = f"Training curves of {Path(data).name}"
     else:
+        assert data is None or isinstance(data, (str, os.PathLike))
         folder = output_folder(out)
         facts, panels, title = _measured(kind, data, folder, models, asked, quick, progress)
     facts["paper"] = {"source": SOURCE, "rows": REFERENCE[kind]}
@@ -142,7 +154,7 @@ def _measured(
         heads = find_heads(data, asked.split, asked.subjects, asked.label_classes, asked.label_names)
     if kind == "augmentation" and data is None and not models:
         paths = [weights.default_weights(), _tuned(cohort, asked, progress)]
-        loaded = [Model.load(paths[0], "shipped"), Model.load(paths[1], "tuned without augmentation")]
+        loaded = [StudyModel.load(paths[0], "shipped"), StudyModel.load(paths[1], "tuned without augmentation")]
     else:
         loaded = _models(models)
     if kind == "augmentation" and len(loaded) < 2:
@@ -219,12 +231,12 @@ def _conditions(kind: str, head: Head, asked: Settings) -> list[Condition]:
     return [Condition("original" if n == 0 else f"noise {100 * n:g} %", low_res, n) for n in levels]
 
 
-def _models(paths: Sequence[str | os.PathLike]) -> list[Model]:
+def _models(paths: Sequence[str | os.PathLike]) -> list[StudyModel]:
     if not paths:
-        return [Model.load(weights.default_weights(), "shipped")]
+        return [StudyModel.load(weights.default_weights(), "shipped")]
     names = [Path(p).stem for p in paths]
     alike = len(set(names)) < len(names)
-    return [Model.load(Path(p), str(Path(p)) if alike else None) for p in paths]
+    return [StudyModel.load(Path(p), str(Path(p)) if alike else None) for p in paths]
 
 
 def _tuned(cohort: Path, asked: Settings, progress: Progress) -> Path:

@@ -93,7 +93,12 @@ def markdown(facts: dict[str, Any], title: str) -> str:
     """The study as a page."""
     kind = facts["study"]
     parts = [f"# {title}", f"![{title}]({kind}.png)", _table(shown_rows(facts))]
-    if kind == "curves":
+    if "runs" in facts:
+        for run in facts["runs"]:
+            best = run["best"]
+            told = f" Best Dice {best['Dice']:.4f} at epoch {best['epoch']}." if best else ""
+            parts.append(f"{run['name']}: {run['path']}, {run['updates']} updates.{told}")
+    elif kind == "curves":
         best = facts["best"]
         parts.append(
             f"Run: {facts['run']}." + (f" Best Dice {best['Dice']:.4f} at epoch {best['epoch']}." if best else "")

@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.data.pool import Batch
 from fastsrgan.errors import ModelError
 from fastsrgan.model import weights
-from fastsrgan.model.compiled import compiled
+from fastsrgan.model.compiled import compiled, proven, wanted
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, assemble, build_generator, describe
 from fastsrgan.train import precision
 from fastsrgan.train.critic_step import critic_gradients, parameters, score
@@ -66,10 +67,14 @@ class Models:
     ) -> None:
         self.config, self.device, self.ranks = config, device, ranks
         as_before = config.precision == "auto" and kept_precision is not None
-        wanted = config.replace(precision=kept_precision) if as_before else config
-        self.arithmetic = precision.choose(wanted, device)
+        self.arithmetic = precision.choose(config.replace(precision=kept_precision) if as_before else config, device)
         if not self.arithmetic.proven:
             precision.self_test(self.arithmetic)
+        fast, strict = config, config.compile == "on"
+        on_cuda = device.type == "cuda" and wanted(config, device)
+        if on_cuda and not proven(lambda: precision.self_test(self.arithmetic, compiled=True), strict):
+            fast = config.replace(compile="off")
+        self.static = wanted(fast, device)  # batches are filled up to one size: each other one would be compiled anew
         spec = GeneratorSpec(
             *(config.network, config.kernel_gen, config.residual, config.conditional, mask_classes, config.scaled),
             shifted=config.geometry == "physical",
@@ -83,10 +88,10 @@ class Models:
         )
         self.average: dict[str, Tensor] | None = None
         self.critic_count = 0  # critic updates done, which the lazy penalty counts by
-        self._fakes = compiled(self._forward, config, device)
-        self._generator_terms = compiled(self._generator_loss, config, device)
-        self._critic_terms = compiled(critic_gradients, config, device)
-        self._explicit_terms = compiled(critic_loss, config, device)
+        self._fakes = compiled(self._forward, fast, device)
+        self._generator_terms = compiled(self._generator_loss, fast, device)
+        self._critic_terms = compiled(critic_gradients, fast, device)
+        self._explicit_terms = compiled(critic_loss, fast, device)
         self.finish()
 
     def finish(self) -> None:
@@ -96,6 +101,7 @@ class Models:
             self.arithmetic.arrange(network.train())
         if self.arithmetic.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.arithmetic.tf32
+            torch.backends.cudnn.benchmark = True  # patches have one size: each layer is timed once, then the fastest
         betas = (c.beta1, c.beta2)
         self.optimiser_g = Optimiser(
             self.generator, c.lr_gen, betas, 1e-8, clip=c.clip_norm, scaled=scaled, ranks=self.ranks
@@ -130,7 +136,7 @@ class Models:
 
     # --- critic -------------------------------------------------------------------------------------------------------
 
-    def critic_updates(self, batches: list[Batch], eps: list[Tensor]) -> dict[str, float]:
+    def critic_updates(self, batches: list[Batch], eps: Sequence[Tensor]) -> Means:
         """All critic updates of an iteration; the generator stands still, so one pass of it makes all fakes.
 
         ``eps``: (B,) or (B, C) for each batch. Returns the means of total, wasserstein, penalty (where it was computed)
@@ -142,11 +148,11 @@ class Models:
             rows = [self._critic_update(b, f, e) for b, f, e in zip(batches, fakes, eps, strict=True)]
         else:
             rows = [self._critic_update(b, self.generate(b), e) for b, e in zip(batches, eps, strict=True)]
-        return _means(rows)
+        return Means(rows)
 
-    def critic_update(self, batch: Batch, fake: Tensor, eps: Tensor) -> dict[str, float]:
+    def critic_update(self, batch: Batch, fake: Tensor, eps: Tensor) -> Means:
         """One Adam step of the critic; skipped where the loss or its gradient is not finite."""
-        return _means([self._critic_update(batch, fake, eps)])
+        return Means([self._critic_update(batch, fake, eps)])
 
     def _critic_update(self, batch: Batch, fake: Tensor, eps: Tensor) -> Terms:
         c, o = self.config, self.optimiser_d
@@ -192,13 +198,13 @@ class Models:
 
     # --- generator ----------------------------------------------------------------------------------------------------
 
-    def generator_update(self, batch: Batch, adversarial: bool) -> dict[str, float]:
+    def generator_update(self, batch: Batch, adversarial: bool) -> Means:
         """One Adam step of the generator and of its moving average; skipped where a number is not finite."""
         c, o = self.config, self.optimiser_g
         self.critic.requires_grad_(False)
         rows = []
-        for part, share in self._parts(len(batch.x)):
-            terms = self._generator_terms(batch.x[part], batch.y[part], batch.res[part], adversarial)
+        for x, y, res, of_samples, share in self._filled(batch):
+            terms = self._generator_terms(x, y, res, adversarial, of_samples)
             (terms["total"] * (share if o.scale is None else share * o.scale)).backward()
             rows.append({k: share * v.detach() for k, v in terms.items()})
         self.critic.requires_grad_(True)
@@ -212,9 +218,11 @@ class Models:
                 weight = (1 - c.ema) * (1 - told["skipped"] - told.get("overflow", 0))
                 for name, parameter in self.generator.named_parameters():
                     self.average[name].lerp_(parameter, weight.to(parameter.dtype))
-        return _means([{**terms, **told}])
+        return Means([{**terms, **told}])
 
-    def _generator_loss(self, x: Tensor, y: Tensor, res: Tensor, adversarial: bool) -> Terms:
+    def _generator_loss(
+        self, x: Tensor, y: Tensor, res: Tensor, adversarial: bool, weights: Tensor | None = None
+    ) -> Terms:
         c = self.config
         plain = c.penalty in ("explicit", "autograd")
         with self.arithmetic.autocast():
@@ -225,6 +233,7 @@ class Models:
                 reconstruction=c.reconstruction_loss,
                 dice_weight=c.dice_weight,
                 res=res,
+                weights=weights,
                 score=Critic.__call__ if plain else functools.partial(score, dtype=self._half),
             )
 
@@ -239,12 +248,17 @@ class Models:
         """Fakes for the critic, without a graph: (B, 2 + classes, P, P, P) of the type of ``batch.x``, in chunks."""
         most = self.config.generator_chunk or GENERATOR_CHUNK[self.device.type]
         size = math.ceil(len(batch.x) / math.ceil(len(batch.x) / most))  # equal chunks are one shape to compile
-        chunks = list(zip(batch.x.split(size), batch.res.split(size), strict=True))
-        first = self._fakes(*chunks[0])
-        fakes = batch.x.new_empty(len(batch.x), *first.shape[1:])
-        fakes[:size] = first
-        for i, chunk in enumerate(chunks[1:], 1):
-            fakes[i * size : (i + 1) * size] = self._fakes(*chunk)
+        fakes = None
+        for at in range(0, len(batch.x), size):
+            x, res = batch.x[at : at + size], batch.res[at : at + size]
+            n = len(x)
+            if self.static and n < size:
+                x, res = _repeated(x, size), _repeated(res, size)
+            made = self._fakes(x, res)[:n]
+            if fakes is None:
+                fakes = batch.x.new_empty(len(batch.x), *made.shape[1:])
+            fakes[at : at + n] = made
+        assert fakes is not None
         return fakes
 
     def _forward(self, x: Tensor, res: Tensor) -> Tensor:
@@ -257,6 +271,23 @@ class Models:
         """Slices of the micro-batches of ``n`` patches, and the share of each in their mean."""
         size = math.ceil(n / self.config.accumulate)
         return [(slice(i, min(i + size, n)), min(size, n - i) / n) for i in range(0, n, size)]
+
+    def _filled(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, float]]:
+        """The micro-batches of a generator update: x, y, res, weights of their samples, share in the whole batch.
+
+        Where they are compiled, all are of one size whatever the batch's: repeated samples of weight 0 fill them up.
+        """
+        n, size = len(batch.x), math.ceil(self.config.batch_size // self.ranks.world / self.config.accumulate)
+        if not self.static or n > size * self.config.accumulate:
+            for part, share in self._parts(n):
+                yield batch.x[part], batch.y[part], batch.res[part], None, share
+            return
+        for at in range(0, n, size):
+            part = slice(at, min(at + size, n))
+            count = part.stop - at
+            weights = (torch.arange(size, device=batch.x.device) < count).to(batch.x.dtype) / count
+            x, y, res = (_repeated(t[part], size) for t in (batch.x, batch.y, batch.res))
+            yield x, y, res, weights, count / n
 
     def state(self) -> dict[str, Any]:
         """What the next update depends on besides networks and moving average."""
@@ -273,8 +304,38 @@ class Models:
         self.critic_count = state["critic_count"]
 
 
-def _means(rows: list[Terms]) -> dict[str, float]:
-    """Means over updates of each term, over those that have it; one transfer from the device. No zero skipped."""
-    names = list(dict.fromkeys(k for row in rows for k in row))
-    means = torch.stack([torch.stack([row[k].double() for row in rows if k in row]).mean() for k in names]).tolist()
-    return {k: v for k, v in zip(names, means, strict=True) if v or k not in ("skipped", "overflow")}
+def _repeated(x: Tensor, size: int) -> Tensor:
+    """(n, ...) -> (size, ...): its samples over and over."""
+    return x if len(x) == size else x[torch.arange(size, device=x.device) % len(x)]
+
+
+class Means(Mapping[str, float]):
+    """Means over updates of each of their terms, over those that have it, read when they are first asked for.
+
+    Until then nobody waits for the device: it writes them to the host behind the work that is queued.
+    """
+
+    def __init__(self, rows: list[Terms]) -> None:
+        self._names = list(dict.fromkeys(k for row in rows for k in row))
+        means = [torch.stack([row[k].double() for row in rows if k in row]).mean() for k in self._names]
+        self._numbers = torch.stack(means).to("cpu", non_blocking=True)  # pinned memory, where they come from CUDA
+        self._there = torch.cuda.Event() if means[0].is_cuda else None
+        if self._there is not None:
+            self._there.record(torch.cuda.current_stream(means[0].device))
+
+    @functools.cached_property
+    def _values(self) -> dict[str, float]:
+        """Where no update was skipped, nothing is said of it."""
+        if self._there is not None:
+            self._there.synchronize()
+        found = zip(self._names, self._numbers.tolist(), strict=True)
+        return {k: v for k, v in found if v or k not in ("skipped", "overflow")}
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)

@@ -11,6 +11,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +21,8 @@ import torch
 from fastsrgan.core.draws import rng
 from fastsrgan.core.files import write_json
 from fastsrgan.core.signals import StopRequest
-from fastsrgan.core.system import peak_memory
-from fastsrgan.data.pool import Batch, Pool, Resident
+from fastsrgan.core.system import peak_memory, to_device
+from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.errors import InputError, ResourceError
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import Generator
@@ -106,22 +109,27 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
     if pool is None or at.steps == 0:
         return
     run.progress.start(f"epoch {turn.epoch}/{c.epochs}", at.steps - at.step, "updates")
+    last: Told | None = None
     for indices in pool.generator_batches(run.batch, at.step, steps=batches):
         if at.step >= at.steps:
             break
         began = time.perf_counter()
         rate = factor(c.lr_schedule, run.done(turn, at.step / at.steps), at.updates, c.lr_warmup, c.lr_end)
         run.models.set_rates(rate)
-        facts = step(run, turn, pool, indices)
+        told = step(run, turn, pool, indices)
+        told.rate = rate
         if run.first:
             forms.current().tell()
         at.step += 1
         at.updates += 1
-        seconds = time.perf_counter() - began
-        facts |= {"rate": rate, "patches_per_second": len(indices) * run.ranks.world / seconds}
-        tell(run, turn, facts, seconds)
+        told.update, told.done = at.updates, run.done(turn, at.step / at.steps)
+        # One step late: a GPU then has the next step to work on while the host reads what the last one gave.
+        settle(run, turn, last)
+        last = told
+        told.seconds = time.perf_counter() - began
         if stopped(run, stop):
             break
+    settle(run, turn, last)
     run.progress.finish()
 
 
@@ -142,44 +150,65 @@ def capped(run: Run, turn: Turn, most: int) -> int:
     return -(-left // (turn.groups - turn.group))
 
 
-def step(run: Run, turn: Turn, pool: Pool, indices: np.ndarray) -> dict[str, float]:
-    """One generator update with the critic updates before it: their losses, means over the ranks."""
+@dataclass
+class Told:
+    """One step's means of losses, which the device may still be working on, and what is logged with them.
+
+    update, done : updates and share of the run behind it
+    seconds : of its step, in which the values of the one before are read
+    """
+
+    critic: Mapping[str, float]
+    generator: Mapping[str, float]
+    batch: list[str]
+    rate: float = 0.0
+    update: int = 0
+    done: float = 0.0
+    seconds: float = 0.0
+
+
+def step(run: Run, turn: Turn, pool: Pool, indices: np.ndarray) -> Told:
+    """Queue one generator update with the critic updates before it. On a GPU nothing here waits for it."""
     adversarial = turn.epoch > run.config.warmup_epochs and run.config.lambda_adv > 0
-    facts = critic_steps(run, turn, pool) if adversarial else {}
+    critic = critic_steps(run, turn, pool) if adversarial else {}
     batch = pool.gather(indices)
-    values = run.models.generator_update(batch, adversarial)
-    facts.update({f"g_{k}": v for k, v in values.items()})
-    facts = run.ranks.mean(facts)
-    count_bad(run, facts, batch)
-    return facts
+    return Told(critic, run.models.generator_update(batch, adversarial), batch.ids)
 
 
-def critic_steps(run: Run, turn: Turn, pool: Pool) -> dict[str, float]:
+def critic_steps(run: Run, turn: Turn, pool: Pool) -> Mapping[str, float]:
     """The critic updates before one generator update; the generator stands still meanwhile. Means of their losses."""
     c, at = run.config, run.position
     channels = 2 + run.mask_classes
     shape = (run.batch, channels) if c.eps_per_channel else (run.batch,)
     own = (run.ranks.rank,) if run.ranks.rank else ()
-    batches, eps = [], []
-    for i, indices in enumerate(pool.critic_indices(at.step, run.batch, c.critic_iterations)):
-        batches.append(pool.gather(indices))
-        drawn = rng(c.seed, turn.epoch, turn.group, at.step, i, "eps", *own).random(shape, dtype=np.float32)
-        eps.append(torch.from_numpy(drawn).to(batches[-1].y.device))
-    return {f"d_{k}": v for k, v in run.models.critic_updates(batches, eps).items()}
+    keys = [(c.seed, turn.epoch, turn.group, at.step, i, "eps", *own) for i in range(c.critic_iterations)]
+    eps = to_device(np.stack([rng(*key).random(shape, dtype=np.float32) for key in keys]), run.models.device)
+    batches = [pool.gather(i) for i in pool.critic_indices(at.step, run.batch, c.critic_iterations)]
+    return run.models.critic_updates(batches, list(eps))
 
 
-def count_bad(run: Run, facts: dict[str, float], batch: Batch) -> None:
+def settle(run: Run, turn: Turn, told: Told | None) -> None:
+    """Read a step's losses, means over the ranks: judge, log and show them."""
+    if told is None:
+        return
+    facts = {f"d_{k}": v for k, v in told.critic.items()} | {f"g_{k}": v for k, v in told.generator.items()}
+    facts = run.ranks.mean(facts)
+    count_bad(run, facts, told)
+    tell(run, turn, facts, told)
+
+
+def count_bad(run: Run, facts: dict[str, float], told: Told) -> None:
     """Count updates that were not finite; raise ResourceError after ``max_bad_steps`` in a row."""
     if not facts.get("g_skipped") and not facts.get("d_skipped"):
         run.bad = 0
         return
     run.bad += 1
-    number = run.position.updates
-    log.warning("update %d is not finite and was skipped (%d in a row): %s", number, run.bad, batch.ids[:4])
+    number = told.update - 1
+    log.warning("update %d is not finite and was skipped (%d in a row): %s", number, run.bad, told.batch[:4])
     if run.bad >= run.config.max_bad_steps:
-        ids = [name for names in run.ranks.gather(batch.ids) for name in names]
+        ids = [name for names in run.ranks.gather(told.batch) for name in names]
         if run.first:
-            found = {"facts": facts, "patches": ids, "position": vars(run.position)}
+            found = {"facts": facts, "patches": ids, "update": number, "position": vars(run.position)}
             write_json(run.folder / "bad_batch.json", found)
         raise ResourceError(
             run.folder,
@@ -188,18 +217,17 @@ def count_bad(run: Run, facts: dict[str, float], batch: Batch) -> None:
         )
 
 
-def tell(run: Run, turn: Turn, facts: dict[str, float], seconds: float) -> None:
+def tell(run: Run, turn: Turn, facts: dict[str, float], told: Told) -> None:
     """Log one step and show it."""
-    at = run.position
     if run.log is None:
         return
-    elapsed = time.perf_counter() - run.began
-    done = run.done(turn, at.step / at.steps)
-    left = elapsed * (1 - done) / max(done - run.began_at, 1e-9)
-    facts = {**facts, "memory_bytes": float(memory(run))}
-    run.log.step(turn.epoch, at.updates, seconds, run.feed.waited, facts)
+    rate = {"rate": told.rate, "patches_per_second": len(told.batch) * run.ranks.world / told.seconds}
+    facts = {**facts, **rate, "memory_bytes": float(memory(run))}
+    run.log.step(turn.epoch, told.update, told.seconds, run.feed.waited, facts)
     if run.board is not None:
-        run.board.scalars("train", facts, at.updates)
+        run.board.scalars("train", facts, told.update)
+    elapsed = time.perf_counter() - run.began
+    left = elapsed * (1 - told.done) / max(told.done - run.began_at, 1e-9)
     shown = {
         "rec": facts["g_reconstruction"],
         "W": facts.get("d_wasserstein"),
@@ -234,7 +262,8 @@ def end_epoch(run: Run, epoch: int, stop: StopRequest) -> bool:
 
     try:
         if run.test and epoch % c.validate_every == 0:
-            options = {"batch_size": c.batch_size, "mask_classes": run.mask_classes}
+            options: dict[str, Any] = {"batch_size": c.batch_size, "mask_classes": run.mask_classes}
+            options |= {"arithmetic": run.models.arithmetic}
             scores = validate(generator, run.feed, run.test, **options, ranks=run.ranks, stopped=asked)
         if run.test and c.whole_every and epoch % c.whole_every == 0:
             scores |= validate_whole(generator, run.feed, run.test, ranks=run.ranks, stopped=asked)

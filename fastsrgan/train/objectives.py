@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsrgan.errors import ModelError
-from fastsrgan.losses import RECONSTRUCTION, gradient_penalty, interpolate, norm_penalty, soft_dice, wasserstein, widen
+from fastsrgan.losses import (
+    RECONSTRUCTION,
+    gradient_penalty,
+    interpolate,
+    mean_of_samples,
+    norm_penalty,
+    soft_dice,
+    wasserstein,
+    widen,
+)
 from fastsrgan.model.networks import Critic, Generator, resolution_channel, same_pad
 
 
@@ -97,21 +106,23 @@ def generator_loss(
     dice_weight: float = 0.0,
     res: Tensor | None = None,
     score: Callable[[Critic, Tensor, Tensor | None], Tensor] = Critic.__call__,
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What the generator update minimises (paper eq. 11, 12): scalars total and its parts, unweighted.
 
     ``x`` (B, 1, P, P, P) interpolated input, ``y`` (B, C, P, P, P) truth. The parts are adversarial, reconstruction
     and, with a ``dice_weight`` (not in the paper), dice of all channels behind the image. With ``lambda_adv`` 0 the
-    critic is not run. ``score``: critic_step.score or the plain critic.
+    critic is not run. ``score``: critic_step.score or the plain critic. ``weights`` (B,), of sum
+    1: of the samples in all means, equal by default; those of weight 0 only fill the batch up.
     """
     pred = generator(x, res)
-    rec = RECONSTRUCTION[reconstruction](pred, y)
+    rec = RECONSTRUCTION[reconstruction](pred, y, weights)
     terms = {"adversarial": torch.zeros_like(rec), "reconstruction": rec}
     total = lambda_rec * rec
     if lambda_adv:
-        terms["adversarial"] = -widen(score(critic, pred, res)).mean()
+        terms["adversarial"] = -mean_of_samples(widen(score(critic, pred, res)), weights)
         total = total + lambda_adv * terms["adversarial"]
     if dice_weight:
-        terms["dice"] = soft_dice(pred[:, 1:], y[:, 1:])
+        terms["dice"] = soft_dice(pred[:, 1:], y[:, 1:], weights)
         total = total + dice_weight * terms["dice"]
     return {"total": total, **terms}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,8 +29,10 @@ from fastsrgan.model.arithmetic import (
     device_name,
     refuse,
     relative,
+    slow_cudnn,
     training_type,
 )
+from fastsrgan.model.compiled import whole
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
 from fastsrgan.train.critic_step import critic_gradients, parameters
 from fastsrgan.train.objectives import critic_loss, generator_loss
@@ -42,6 +45,9 @@ NETWORK_LIMITS: dict[str, dict[Any, float]] = {
     "generator": {torch.float32: 9e-6, torch.float16: 0.1, torch.bfloat16: 0.33, TF32: 0.11},
     "critic": {torch.float32: 1.4e-6, torch.float16: 0.077, torch.bfloat16: 0.24, TF32: 0.078},
 }
+
+
+REPLAYS = 3  # of a compiled step: the first compiles, the second records graphs, the third replays them
 
 
 def choose(config: TrainConfig, device: torch.device) -> Arithmetic:
@@ -72,20 +78,23 @@ def _best(device: torch.device) -> torch.dtype:
 
 
 @functools.cache
-def self_test(arithmetic: Arithmetic) -> dict[str, float]:
+def self_test(arithmetic: Arithmetic, compiled: bool = False) -> dict[str, float]:
     """A training step of a small generator and critic against float64 on the CPU, with TF32 as the run will have it.
 
     Every convolution and every gradient of one is compared with the same from its own operands, where rounding is small
     and one wrong tap shows; the gradients of both networks with those of the plain forms. Once per process and choice.
-    Some cuDNN releases return wrong 3-D convolutions for some sizes and types.
+    Some cuDNN releases return wrong 3-D convolutions for some sizes and types. ``compiled``: the step's functions by
+    torch.compile, whose convolutions cannot be seen one by one; of the last of ``REPLAYS`` steps, which on CUDA is the
+    first that graphs alone compute.
 
     Returns the relative differences: "generator" and "critic" gradients, and the worst of each kernel. Raises
     ResourceError when one is beyond what rounding explains, or when the device fails.
     """
     kernels = Kernels()
+    more: tuple = (None, 1, True) if compiled else (kernels,)
     try:
         with arithmetic.flags():
-            found = {name: g.double().cpu() for name, g in _gradients(arithmetic, kernels).items()}
+            found = {name: g.double().cpu() for name, g in _gradients(arithmetic, *more).items()}
     except (torch.OutOfMemoryError, NotImplementedError):
         raise
     except RuntimeError as error:
@@ -98,6 +107,9 @@ def self_test(arithmetic: Arithmetic) -> dict[str, float]:
         refuse(arithmetic, {f"{name} gradients": value}, NETWORK_LIMITS[name])
     refuse(arithmetic, kernels.off, KERNEL_LIMITS)
     log.debug("self-test of %s: %s, %s", arithmetic, off, kernels.off)
+    slow = slow_cudnn(torch.backends.cudnn.version()) if arithmetic.device.type == "cuda" else None
+    if slow and arithmetic.dtype != torch.float32:
+        log.warning("%s", slow)
     return {**off, **kernels.off}
 
 
@@ -108,11 +120,11 @@ def _expected() -> dict[str, Tensor]:
 
 
 def _gradients(
-    arithmetic: Arithmetic, kernels: AbstractContextManager | None = None, seed: int = 1
+    arithmetic: Arithmetic, kernels: AbstractContextManager | None = None, seed: int = 1, compiled: bool = False
 ) -> dict[str, Tensor]:
     """All gradients of a generator and of a critic update, each as one vector, the same step for every choice.
 
-    The networks' work is done within ``kernels``.
+    The networks' work is done within ``kernels``; ``compiled``: by compiled functions, several times.
     """
     plain = arithmetic.dtype == torch.float64
     kind = torch.float64 if plain else torch.float32
@@ -124,15 +136,22 @@ def _gradients(
     y, fake = torch.rand((2, 2, 2, 16, 16, 16), generator=draw).to(arithmetic.device, kind)
     x = y[:, :1] + 0.1 * fake[:, :1]
     eps = torch.tensor([[0.3, 0.8], [0.6, 0.1]], device=arithmetic.device, dtype=kind)
-    with kernels or contextlib.nullcontext():
-        if plain:
-            terms = critic_loss(critic, y, fake, eps, 10.0, penalty="autograd")
-            of_critic = list(torch.autograd.grad(terms["total"], parameters(critic)))
-            loss = generator_loss(generator, critic, x, y, lambda_adv=0.1)["total"]
-        else:
-            _, of_critic = critic_gradients(critic, y, fake, eps, 10.0, dtype=arithmetic.dtype)
-            with arithmetic.autocast():
-                loss = generator_loss(generator, critic, x, y, lambda_adv=0.1)["total"]
-        of_generator = torch.autograd.grad(loss * 2**10, list(generator.parameters()))
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        with arithmetic.autocast():
+            return generator_loss(generator, critic, x, y, lambda_adv=0.1)["total"]
+
+    by_hand: Callable = critic_gradients
+    if compiled:
+        by_hand, loss_of = (whole(f, arithmetic.device, strict=True) for f in (by_hand, loss_of))
+    for _ in range(REPLAYS if compiled else 1):
+        with kernels or contextlib.nullcontext():
+            if plain:
+                terms = critic_loss(critic, y, fake, eps, 10.0, penalty="autograd")
+                of_critic = list(torch.autograd.grad(terms["total"], parameters(critic)))
+            else:
+                _, of_critic = by_hand(critic, y, fake, eps, 10.0, dtype=arithmetic.dtype)
+                of_critic = [g.clone() for g in of_critic]  # a graph's results are written over by the next one
+            of_generator = torch.autograd.grad(loss_of(x, y) * 2**10, list(generator.parameters()))
     joined = {"generator": [g * 2.0**-10 for g in of_generator], "critic": of_critic}
     return {name: torch.cat([g.flatten() for g in gradients]) for name, gradients in joined.items()}

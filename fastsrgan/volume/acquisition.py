@@ -48,11 +48,11 @@ def noise_sd(scan_xyz: np.ndarray, across: int, left_xyz: np.ndarray | None = No
     across : axis across the slices
     left_xyz : (x, y, z), measured in place of the scan, within the scan's tissue
     """
-    slices = [np.ascontiguousarray(part, np.float32) for part in _sampled(scan_xyz, across)]
-    tissue = TISSUE * _bright(slices)
+    slices = [np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, across)]
+    tissue = TISSUE * bright(slices)
     measured = slices
     if left_xyz is not None:
-        measured = [np.ascontiguousarray(part, np.float32) for part in _sampled(left_xyz, across)]
+        measured = [np.ascontiguousarray(part, np.float32) for part in sampled(left_xyz, across)]
     energies = []
     for plane, noisy in zip(slices, measured, strict=True):
         if min(plane.shape) < WINDOW + 2:
@@ -84,10 +84,10 @@ def missing_sd(scan_xyz: np.ndarray, seen: Observation, noise: float) -> float:
             kept *= float((matrix**2).sum()) / len(matrix)
     free = [axis for axis in range(3) if seen.down[axis] is None]
     axis = min(free) if free else 0
-    planes = _sampled(scan_xyz, axis) if free else iter(np.moveaxis(scan_xyz, axis, 0))
+    planes = sampled(scan_xyz, axis) if free else iter(np.moveaxis(scan_xyz, axis, 0))
     part = np.ascontiguousarray(np.stack([np.asarray(plane, np.float32) for plane in planes], axis))
     left = part - apply_axes(part, again)
-    inside = part > TISSUE * _bright([part])
+    inside = part > TISSUE * bright([part])
     energy = float(np.mean(left[inside] ** 2, dtype=np.float64)) if inside.any() else 0.0
     return math.sqrt(max(0.0, energy - (1 - 2 * through + kept) * noise**2) / eigenvalue)
 
@@ -99,7 +99,7 @@ def lacking_sd(left_xyz: np.ndarray, scan_xyz: np.ndarray, seen: Observation, ac
     of D D'. How much of the scan's noise a result has kept is not known, so the noise is that of the finest detail of
     ``left`` itself. 0 where noise explains all that is left.
     """
-    level = TISSUE * _bright([np.ascontiguousarray(part, np.float32) for part in _sampled(scan_xyz, across)])
+    level = TISSUE * bright([np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, across)])
     total, voxels = 0.0, 0
     for left, plane in zip(np.moveaxis(left_xyz, across, 0), np.moveaxis(scan_xyz, across, 0), strict=True):
         inside = np.ascontiguousarray(plane) > level
@@ -173,14 +173,15 @@ def fit_profile(sr_XYZ: np.ndarray, scan_xyz: np.ndarray, candidates: Mapping[T,
     return fits
 
 
-def _sampled(array: np.ndarray, axis: int) -> Iterator[np.ndarray]:
+def sampled(array: np.ndarray, axis: int) -> Iterator[np.ndarray]:
     """At most ``SAMPLED`` planes across an axis, evenly spaced."""
     n = array.shape[axis]
     for index in np.unique(np.linspace(0, n - 1, min(n, SAMPLED)).round().astype(int)):
         yield array[(*(slice(None),) * axis, index)]
 
 
-def _bright(parts: Sequence[np.ndarray]) -> float:
+def bright(parts: Sequence[np.ndarray]) -> float:
+    """The 99.9th percentile of some planes."""
     return float(np.percentile(np.concatenate([part[::2, ::2].ravel() for part in parts]), 99.9))
 
 

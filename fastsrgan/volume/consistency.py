@@ -77,11 +77,11 @@ class Observation:
 
     def forward(self, image: Any) -> Any:
         """D image: (..., X, Y, Z) -> (..., x, y, z), what the scanner would see of it."""
-        return _through(image, self.down)
+        return through(image, self.down)
 
     def solve(self, residual: Tensor, w: float) -> Tensor:
         """V' (D D' + w)^-1 residual: (..., x, y, z), to be taken back by ``spread``."""
-        turned = _through(residual, [spectrum[1] for spectrum in self.spectra])  # type: ignore[attr-defined]
+        turned = through(residual, [spectrum[1] for spectrum in self.spectra])  # type: ignore[attr-defined]
         return turned / (self.eigenvalues(turned) + w)
 
     @property
@@ -151,7 +151,7 @@ def agreed(sr: Tensor, scan: Tensor, seen: Observation, w: float) -> Tensor:
     scan : (..., x, y, z) of the same intensities, device and type
     w : variance of the noise over that of what is missing in ``sr``; 0 only where D D' can be inverted
     """
-    return sr + _correction(_through(scan, seen.align) - seen.forward(sr), seen, w)
+    return sr + _correction(through(scan, seen.align) - seen.forward(sr), seen, w)
 
 
 def agree(
@@ -180,8 +180,8 @@ def agree(
     if axis is None:
         axis = max(free or range(3), key=lambda d: _strides(sr_XYZ)[d])
     if axis in free:
-        for first, last, here in _cuts(sr_XYZ, axis, slab_bytes):
-            sr = _tensor(sr_XYZ[here])
+        for first, last, here in cuts(sr_XYZ, axis, slab_bytes):
+            sr = as_tensor(sr_XYZ[here])
             _store(
                 sr_XYZ,
                 here,
@@ -191,10 +191,10 @@ def agree(
         return
     spread = seen.spread
     left = _difference(sr_XYZ, scan_xyz, seen, axis, slab_bytes)
-    half = _through(seen.solve(left, w), _replaced(spread, axis, None))
-    for first, last, here in _cuts(sr_XYZ, axis, slab_bytes):
+    half = through(seen.solve(left, w), _replaced(spread, axis, None))
+    for first, last, here in cuts(sr_XYZ, axis, slab_bytes):
         rows = _replaced((None,) * 3, axis, spread[axis][first:last])  # type: ignore[index]
-        _store(sr_XYZ, here, _tensor(sr_XYZ[here]) + _through(half, rows), floor)
+        _store(sr_XYZ, here, as_tensor(sr_XYZ[here]) + through(half, rows), floor)
 
 
 def residual(sr_XYZ, scan_xyz, seen: Observation, slab_bytes: int = SLAB_BYTES, axis: int | None = None) -> np.ndarray:
@@ -225,13 +225,13 @@ def consistent_start_matrix(up: np.ndarray, down: np.ndarray, w: float) -> np.nd
 # --- arrays of any kind, by slabs ---------------------------------------------------------------------------------
 
 
-def _through(image: Any, matrices: Sequence[Matrix]) -> Any:
+def through(image: Any, matrices: Sequence[Matrix]) -> Any:
     """``apply_axes`` in the type that the image has; float32 for any that is not float64."""
     double = image.dtype in (torch.float64, np.float64)
     return apply_axes(image, matrices, torch.float64 if double else torch.float32)
 
 
-def _tensor(part: Any, like: Tensor | None = None) -> Tensor:
+def as_tensor(part: Any, like: Tensor | None = None) -> Tensor:
     """A float32 or float64 tensor of part of an array, on the device and of the type of ``like``."""
     if not isinstance(part, Tensor):
         dtype = part.dtype if part.dtype in (np.float32, np.float64) else np.float32
@@ -244,7 +244,7 @@ def _strides(array: Any) -> tuple[int, ...]:
     return tuple(abs(s) for s in strides)
 
 
-def _cuts(array: Any, axis: int, slab_bytes: int) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
+def cuts(array: Any, axis: int, slab_bytes: int) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
     """First and last plane along ``axis`` of each slab, and where it is. They lie at fixed places."""
     n = array.shape[axis]
     step = max(1, int(slab_bytes * n // (8 * math.prod(array.shape))))
@@ -258,28 +258,28 @@ def _aligned(scan_xyz: Any, seen: Observation, axis: int, first: int, last: int,
     rows = seen.align[axis]
     if rows is None:
         scan_xyz = scan_xyz[(*(slice(None),) * axis, slice(first, last))]
-        return _through(_tensor(scan_xyz, like), seen.align)
-    return _through(_tensor(scan_xyz, like), _replaced(seen.align, axis, rows[first:last]))
+        return through(as_tensor(scan_xyz, like), seen.align)
+    return through(as_tensor(scan_xyz, like), _replaced(seen.align, axis, rows[first:last]))
 
 
 def _difference(sr_XYZ: Any, scan_xyz: Any, seen: Observation, axis: int, slab_bytes: int) -> Tensor:
     """scan - D SR in the type and on the device of SR, by slabs along ``axis``."""
     left: Tensor | None = None
     matrix = seen.down[axis]
-    for first, last, here in _cuts(sr_XYZ, axis, slab_bytes):
-        sr = _tensor(sr_XYZ[here])
+    for first, last, here in cuts(sr_XYZ, axis, slab_bytes):
+        sr = as_tensor(sr_XYZ[here])
         if left is None:
-            left = _through(_tensor(scan_xyz, sr).clone(), seen.align)
+            left = through(as_tensor(scan_xyz, sr).clone(), seen.align)
         if matrix is None:
             left[here] -= seen.forward(sr)
         else:
-            left -= _through(sr, _replaced(seen.down, axis, matrix[:, first:last]))
+            left -= through(sr, _replaced(seen.down, axis, matrix[:, first:last]))
     assert left is not None
     return left
 
 
 def _correction(residual: Tensor, seen: Observation, w: float) -> Tensor:
-    return _through(seen.solve(residual, w), seen.spread)
+    return through(seen.solve(residual, w), seen.spread)
 
 
 def _replaced(matrices: Sequence[Matrix], axis: int, matrix: Matrix) -> list[Matrix]:

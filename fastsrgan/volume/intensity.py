@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from fastsrgan.core.threads import run_each
+from fastsrgan.core.threads import CACHED, each_piece
 from fastsrgan.errors import InputError
-
-CACHED = 24576  # voxels worked on at a time by one core; torch splits operations from 32768 on
-
+from fastsrgan.volume.noise import standard_normal
 
 KNEE, BEND = 1.25, 0.1  # of the scale: from where on, and how soon, what is brighter is compressed
 BRIGHTEST = 1e-4  # share of the voxels that may be outliers
@@ -118,21 +114,6 @@ def lifted(data_XYZ: np.ndarray) -> np.ndarray:
     return data_XYZ if low >= 0 else data_XYZ - np.float32(low)
 
 
-def each_piece(function: Callable[..., object], *tensors: torch.Tensor) -> None:
-    """Call ``function`` with flat views of contiguous tensors of one size: on a CPU with pieces short enough to stay in
-    the cache from one operation to the next, on all cores, in any order; on an accelerator with the whole."""
-    flat = [t.view(-1) for t in tensors]
-    if flat[0].device.type != "cpu":
-        function(*flat)
-        return
-
-    def job(first: int) -> None:
-        for start in range(first, min(first + 16 * CACHED, len(flat[0])), CACHED):
-            function(*(f[start : start + CACHED] for f in flat))
-
-    run_each(functools.partial(job, first) for first in range(0, len(flat[0]), 16 * CACHED))
-
-
 def largest(data: torch.Tensor) -> float:
     """The maximum of a contiguous tensor, NaN if it holds one."""
     found: list[torch.Tensor] = []
@@ -175,13 +156,12 @@ def add_noise(
     if std == 0:
         return data
     flat = data.view(-1)
-    for start in range(0, len(flat), CACHED):  # in order: the draws are one stream
-        part = flat[start : start + CACHED]
-        part += _normal(part, rng).mul_(std)
+    on_cpu = data.device.type == "cpu"
+    # On a CPU in pieces that stay in the cache, in order: the draws are one stream. Elsewhere by one kernel.
+    step, draw = (CACHED, standard_normal.body) if on_cpu else (len(flat), standard_normal)
+    for start in range(0, len(flat), step):
+        part = flat[start : start + step]
+        part += draw(torch.empty_like(part), rng).mul_(std)
         if imaginary is not None:
-            torch.hypot(part, _normal(part, imaginary).mul_(std), out=part)
+            torch.hypot(part, draw(torch.empty_like(part), imaginary).mul_(std), out=part)
     return data
-
-
-def _normal(like: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    return torch.from_numpy(rng.standard_normal(like.shape, dtype=np.float32)).to(like.device)

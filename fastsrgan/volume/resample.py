@@ -23,6 +23,7 @@ import torch
 from scipy import linalg
 
 from fastsrgan.config import CHOICES
+from fastsrgan.core.system import to_device
 from fastsrgan.core.threads import run_each
 from fastsrgan.errors import UsageError
 from fastsrgan.volume.geometry import centre_coordinates, grid_size
@@ -231,7 +232,10 @@ def apply_axes(array, matrices: Sequence[Matrix], dtype: torch.dtype = torch.flo
 
 
 def _apply_whole(x: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor:
-    weights = torch.from_numpy(matrix.copy()).to(x)
+    if x.dtype == torch.float32 and x.is_cuda and torch.get_float32_matmul_precision() != "highest":
+        # TF32 is for the networks alone. The switch is one for all threads, so it is not turned; float64 knows no TF32.
+        return _apply_whole(x.double(), matrix, axis).float()
+    weights = to_device(matrix.copy(), x.device).to(x.dtype)
     if axis == -1:
         return x @ weights.T
     if axis == -2:

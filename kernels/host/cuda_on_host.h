@@ -26,6 +26,9 @@ static inline float __uint_as_float(unsigned bits) {
   memcpy(&v, &bits, sizeof v);
   return v;
 }
+static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return (unsigned long long)((unsigned __int128)a * b >> 64);
+}
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }
 

@@ -10,7 +10,9 @@
   const ENDS = ["LR", "PA", "IS"];
   const THIN = 0.4; // voxels that NiiVue's crosshair is wide
   const COLOURS = { seg: [34, 211, 238], label: [251, 191, 36] };
-  const state = { at: plan.start.slice(), plane: "axial", zoom: 1, overlay: 0.35, wipe: 0.5, cross: true };
+  const DARKER = [96, 165, 250], BRIGHTER = [248, 113, 113]; // ends of the colours of a difference; nothing is black
+  const MARK = "#facc15"; // of the slice
+  const state = { at: plan.start.slice(), plane: plan.plane, zoom: 1, overlay: 0.5, wipe: 0.5, cross: true, layer: "none", marks: true };
   const $ = (id) => document.getElementById(id);
 
   // --- volumes ---------------------------------------------------------------------------------------------------
@@ -36,10 +38,11 @@
       }
       volumes[name] = data;
     }
-    if (volumes.truth) {
-      const error = new Uint8Array(NX * NY * NZ);
-      for (let i = 0; i < error.length; i++) error[i] = Math.min(255, plan.error_gain * Math.abs(volumes.sr[i] - volumes.truth[i]));
-      volumes.error = error;
+    // A difference is 128 where there is none, 1 and 255 at the ends of its colours.
+    for (const [name, [first, second]] of Object.entries(plan.differences)) {
+      const a = volumes[first], b = volumes[second], out = new Uint8Array(NX * NY * NZ);
+      for (let i = 0; i < out.length; i++) out[i] = 128 + Math.round(127 * clamp((a[i] - b[i]) / plan.limit, -1, 1));
+      volumes[name] = out;
     }
     return volumes;
   }
@@ -78,7 +81,79 @@
 
   const middle = (d) => (plan.shape[d] - 1) / 2;
   const clamp = (v, low, high) => Math.min(Math.max(v, low), high);
-  const hot = (v) => [clamp(v * 3, 0, 255), clamp(v * 3 - 255, 0, 255), clamp(v * 3 - 510, 0, 255)];
+  const signed = (v) => (v < 128 ? DARKER : BRIGHTER).map((c) => Math.round(c * Math.abs(v - 128) / 127));
+  // Over the SR only the chosen layer is seen, over the segmentation's pane all are; an outline is stronger than a fill.
+  const opacity = (pane, name) => pane.id === "sr" && state.layer !== name ? 0 :
+    name === "label" ? Math.min(1, 2.5 * state.overlay) : state.overlay;
+
+  // Where a slice lies in a square of so many pixels: axes across and up, pixels per mm, the voxel in the middle.
+  function placed(width, height) {
+    const [u, v] = PLANES[state.plane];
+    const wide = plan.shape[u] * plan.spacing[u], high = plan.shape[v] * plan.spacing[v];
+    const scale = Math.min(width / wide, height / high) * state.zoom;
+    const centre = [u, v].map((d) => middle(d) + (state.at[d] - middle(d)) * (1 - 1 / state.zoom));
+    return { u, v, scale, centre, mirrored: u === 0 };
+  }
+
+  // --- the scan's slices -----------------------------------------------------------------------------------------
+
+  // Numbers of slices along the axis across them, through the crosshair: [place of the border below slice k].
+  function borders() {
+    const { axis, row, count } = plan.slices;
+    const rest = row.reduce((sum, r, d) => sum + (d === axis ? 0 : d === 3 ? r : r * state.at[d]), 0);
+    return Array.from({ length: count + 1 }, (_, k) => (k - 0.5 - rest) / row[axis]);
+  }
+
+  // The slice of the crosshair as a bar at the edge of the image with its thickness, the borders of the others as ticks.
+  class Marks {
+    constructor(canvas) {
+      this.sheet = document.createElement("canvas");
+      this.sheet.className = "marks";
+      this.sheet.setAttribute("aria-hidden", "true");
+      canvas.parentElement.append(this.sheet);
+      new ResizeObserver(() => this.draw()).observe(canvas.parentElement);
+    }
+
+    draw() {
+      const { sheet } = this, context = sheet.getContext("2d");
+      const box = sheet.parentElement.getBoundingClientRect(), ratio = window.devicePixelRatio || 1;
+      const width = sheet.width = Math.max(1, Math.round(box.width * ratio));
+      const height = sheet.height = Math.max(1, Math.round(box.height * ratio));
+      if (!state.marks || !plan.slices) return;
+      const { axis, mm } = plan.slices;
+      const { u, v, scale, centre, mirrored } = placed(width, height);
+      const words = "slice " + Number(mm.toPrecision(3)) + " mm";
+      context.font = `600 ${11 * ratio}px system-ui, sans-serif`;
+      context.fillStyle = MARK;
+      context.shadowColor = "#000";
+      context.shadowBlur = 3 * ratio;
+      if (axis !== u && axis !== v) {
+        context.fillText("along the slices, each " + Number(mm.toPrecision(3)) + " mm", 10 * ratio, height - 10 * ratio);
+        return;
+      }
+      const upwards = axis === v;
+      const pixel = (at) => upwards ? height / 2 - (at - centre[1]) * plan.spacing[v] * scale :
+        width / 2 + (at - centre[0]) * plan.spacing[u] * scale * (mirrored ? -1 : 1);
+      const places = borders(), most = upwards ? height : width;
+      const line = (from, to, depth, thick, colour) => {
+        context.strokeStyle = colour;
+        context.lineWidth = thick * ratio;
+        context.beginPath();
+        if (upwards) { context.moveTo(width - depth * ratio, from); context.lineTo(width - (from === to ? 2 : depth) * ratio, to); }
+        else { context.moveTo(from, height - depth * ratio); context.lineTo(to, height - (from === to ? 2 : depth) * ratio); }
+        context.stroke();
+      };
+      const dense = mm * scale < 3 * ratio; // ticks that touch say nothing
+      if (!dense) for (const at of places.map(pixel)) if (at >= 0 && at <= most) line(at, at, 8, 1, "rgba(203, 213, 225, 0.8)");
+      const own = places.findIndex((at, k) => k < places.length - 1 && (state.at[axis] - at) * (state.at[axis] - places[k + 1]) <= 0);
+      if (own < 0) return;
+      const ends = [pixel(places[own]), pixel(places[own + 1])];
+      line(ends[0], ends[1], 5, 4, MARK);
+      const between = (ends[0] + ends[1]) / 2, size = context.measureText(words).width;
+      if (upwards) context.fillText(words, width - size - 24 * ratio, clamp(between - 5 * ratio, 12 * ratio, height - 6 * ratio));
+      else context.fillText(words, clamp(between - size / 2, 6 * ratio, width - size - 6 * ratio), height - 14 * ratio);
+    }
+  }
 
   // --- a view on a 2-D canvas ------------------------------------------------------------------------------------
 
@@ -95,16 +170,8 @@
       }, { passive: false });
     }
 
-    place() {
-      const [u, v] = PLANES[state.plane];
-      const wide = plan.shape[u] * plan.spacing[u], high = plan.shape[v] * plan.spacing[v];
-      const scale = Math.min(this.canvas.width / wide, this.canvas.height / high) * state.zoom;
-      const centre = [u, v].map((d) => middle(d) + (state.at[d] - middle(d)) * (1 - 1 / state.zoom));
-      return { u, v, scale, centre, mirrored: u === 0 };
-    }
-
     point(event) {
-      const { u, v, scale, centre, mirrored } = this.place();
+      const { u, v, scale, centre, mirrored } = placed(this.canvas.width, this.canvas.height);
       const box = this.canvas.getBoundingClientRect();
       const ratio = this.canvas.width / box.width;
       let across = ((event.clientX - box.left) * ratio - this.canvas.width / 2) / scale / plan.spacing[u];
@@ -133,11 +200,19 @@
       return sheet;
     }
 
-    grey() {
-      const coloured = this.pane.colours === "hot";
+    base() {
+      const coloured = this.pane.base in plan.differences;
       return this.slice(this.pane.base, (out, k, value) => {
-        const rgb = coloured ? hot(value) : [value, value, value];
+        const rgb = coloured ? signed(value) : [value, value, value];
         out.set([rgb[0], rgb[1], rgb[2], 255], k);
+      });
+    }
+
+    // A difference over an image: the stronger, the less is seen through.
+    change(name) {
+      return this.slice(name, (out, k, value) => {
+        const strength = Math.abs(value - 128) / 127;
+        out.set([...(value < 128 ? DARKER : BRIGHTER), 255 * strength * opacity(this.pane, name)], k);
       });
     }
 
@@ -147,8 +222,9 @@
       const inner = (i, j, from) => i > 0 && j > 0 && i < plan.shape[u] - 1 && j < plan.shape[v] - 1 &&
         data[from - strides[u]] && data[from + strides[u]] && data[from - strides[v]] && data[from + strides[v]];
       const fill = name === "label" ? 0 : state.overlay;
+      const edge = Math.min(1, 2.5 * state.overlay);
       return this.slice(name, (out, k, value, from, i, j) => {
-        if (value) out.set([...COLOURS[name], 255 * (inner(i, j, from) ? fill : Math.min(1, 2.5 * state.overlay))], k);
+        if (value) out.set([...COLOURS[name], 255 * (inner(i, j, from) ? fill : edge)], k);
       });
     }
 
@@ -158,16 +234,18 @@
       const ratio = window.devicePixelRatio || 1;
       canvas.width = Math.max(1, Math.round(box.width * ratio));
       canvas.height = Math.max(1, Math.round(box.height * ratio));
-      const { u, v, scale, centre, mirrored } = this.place();
+      const { u, v, scale, centre, mirrored } = placed(canvas.width, canvas.height);
       const sizes = [plan.shape[u] * plan.spacing[u] * scale, plan.shape[v] * plan.spacing[v] * scale];
       context.save();
       context.translate(canvas.width / 2, canvas.height / 2);
       if (mirrored) context.scale(-1, 1);
       context.translate(-(centre[0] + 0.5) * plan.spacing[u] * scale, -(plan.shape[v] - centre[1] - 0.5) * plan.spacing[v] * scale);
       context.imageSmoothingEnabled = !this.pane.nearest;
-      context.drawImage(this.grey(), 0, 0, ...sizes);
+      context.drawImage(this.base(), 0, 0, ...sizes);
       context.imageSmoothingEnabled = false;
-      if (state.overlay > 0) for (const name of this.pane.masks) context.drawImage(this.mask(name), 0, 0, ...sizes);
+      for (const name of this.pane.layers) if (opacity(this.pane, name) > 0) {
+        context.drawImage(name in plan.differences ? this.change(name) : this.mask(name), 0, 0, ...sizes);
+      }
       if (state.cross) {
         const x = (state.at[u] + 0.5) * plan.spacing[u] * scale, y = (plan.shape[v] - state.at[v] - 0.5) * plan.spacing[v] * scale;
         context.strokeStyle = "rgba(250, 204, 21, 0.6)";
@@ -206,12 +284,17 @@
       for (const [name, rgb] of Object.entries(COLOURS)) {
         nv.addColormap(name, { R: [0, rgb[0]], G: [0, rgb[1]], B: [0, rgb[2]], A: [0, 255], I: [0, 255] });
       }
+      const ends = (c) => ({ R: [DARKER[0], c * DARKER[0], c * BRIGHTER[0], BRIGHTER[0]], G: [DARKER[1], c * DARKER[1], c * BRIGHTER[1], BRIGHTER[1]],
+        B: [DARKER[2], c * DARKER[2], c * BRIGHTER[2], BRIGHTER[2]], I: [0, 127, 129, 255] });
+      nv.addColormap("signed", { ...ends(0), A: [255, 255, 255, 255] });
+      nv.addColormap("signed over", { ...ends(1), A: [255, 0, 0, 255] });
       await nv.attachToCanvas(canvas);
-      const layers = [[pane.base, pane.colours, 255, 1], ...pane.masks.map((name) => [name, name, 1, state.overlay])];
-      for (const [name, colours, most, opacity] of layers) {
-        nv.addVolume(await niivue.NVImage.new(nifti(volumes[name]), name + ".nii", colours, opacity, null, 0, most));
+      const layers = [[pane.base, pane.base in plan.differences ? "signed" : "gray", 255, 1]];
+      for (const name of pane.layers) layers.push(name in plan.differences ? [name, "signed over", 255, opacity(pane, name)] : [name, name, 1, opacity(pane, name)]);
+      for (const [name, colours, most, seen] of layers) {
+        nv.addVolume(await niivue.NVImage.new(nifti(volumes[name]), name + ".nii", colours, seen, null, 0, most));
       }
-      Object.assign(view, { volumes, outlined: pane.masks.indexOf("label") + 1 });
+      Object.assign(view, { volumes, outlined: pane.layers.indexOf("label") + 1 });
       nv.onLocationChange = (place) => {
         if (!view.drawing) move(place.mm.slice(0, 3).map((mm, d) => mm / plan.spacing[d] + middle(d)), view);
       };
@@ -225,9 +308,9 @@
       nv.scene.crosshairPos = nv.mm2frac(state.at.map((v, d) => (v - middle(d)) * plan.spacing[d]));
       const shift = state.at.map((v, d) => -(v - middle(d)) * plan.spacing[d] * (state.zoom - 1));
       nv.scene.pan2Dxyzmm = [...shift, state.zoom];
-      this.pane.masks.forEach((name, i) => {
-        const opacity = i + 1 === this.outlined ? Math.min(1, 2.5 * state.overlay) : state.overlay;
-        if (nv.volumes[i + 1].opacity !== opacity) nv.setOpacity(i + 1, opacity);
+      this.pane.layers.forEach((name, i) => {
+        const seen = opacity(this.pane, name);
+        if (nv.volumes[i + 1].opacity !== seen) nv.setOpacity(i + 1, seen);
       });
       if (this.outlined && this.plane !== state.plane) {
         // The truth is an outline, so that the segmentation under it stays visible.
@@ -244,7 +327,7 @@
 
   // --- what the controls do ----------------------------------------------------------------------------------------
 
-  let views = [];
+  let views = [], marks = [];
   let waiting = false;
 
   function redraw() {
@@ -252,9 +335,14 @@
     waiting = true;
     requestAnimationFrame(() => {
       waiting = false;
-      views.forEach((view) => view.draw());
-      tell();
+      draw();
     });
+  }
+
+  function draw() {
+    views.forEach((view) => view.draw());
+    marks.forEach((sheet) => sheet.draw());
+    tell();
   }
 
   function move(at, from) {
@@ -318,6 +406,9 @@
     $("zoom").addEventListener("input", () => zoom(Number($("zoom").value)));
     if ($("wipe")) $("wipe").addEventListener("input", () => wipe(Number($("wipe").value) / 100));
     if ($("overlay")) $("overlay").addEventListener("input", () => { state.overlay = Number($("overlay").value) / 100; redraw(); });
+    for (const input of document.getElementsByName("layer")) input.addEventListener("change", () => { state.layer = input.value; redraw(); });
+    $("start").addEventListener("click", () => move(plan.start));
+    if ($("marks")) $("marks").addEventListener("change", () => { state.marks = $("marks").checked; redraw(); });
     $("cross").addEventListener("change", () => { state.cross = $("cross").checked; redraw(); });
     const slide = (event) => {
       const box = $("stage").getBoundingClientRect();
@@ -354,10 +445,10 @@
       }
     }
     if (by === "canvas") views = canvases().map((canvas, i) => new CanvasView(fresh(canvas), plan.panes[i], volumes));
+    marks = canvases().map((canvas) => new Marks(canvas));
     bind();
     wipe(state.wipe);
-    views.forEach((view) => view.draw());
-    tell();
+    draw();
     $("renderer").textContent = by === "niivue" ? "Drawn by NiiVue." : "Drawn without WebGL 2.";
     holder.dataset.viewer = by;
   }

@@ -1,0 +1,163 @@
+"""The layers for CUDA, on this CPU: no change of layout, bytes by the compiler's count, columns of the head.
+
+That they equal the plain forms with all gradients (float64, 1e-12) is in test_layers_forms.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import traffic
+from fastsrgan.model import gpu, layers, networks
+from fastsrgan.model.networks import GeneratorSpec, build_generator
+
+aten = torch.ops.aten
+CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+PADS = {aten.reflection_pad3d, aten.replication_pad3d, aten.reflection_pad3d_backward, aten.replication_pad3d_backward}
+VIEWS = (
+    "view",
+    "permute",
+    "slice",
+    "expand",
+    "unsqueeze",
+    "select",
+    "transpose",
+    "detach",
+    "split",
+    "alias",
+    "squeeze",
+)
+
+
+class Layouts(TorchDispatchMode):
+    """Operations that take an activation in one layout and give, or also take, one in the other: passes over memory.
+
+    Layouts are those of CUDA: torch's pads give contiguous results there, cuDNN's convolutions channels innermost where
+    input or weight have them so, as oneDNN's do here. Activations are arrays of 5 axes with several channels.
+    """
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch, self.changes, self.atomics = batch, [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in PADS:
+            out = out.contiguous()
+            self.atomics += [func] if "backward" in str(func) else []
+        if "index_put" in str(func) or "scatter_add" in str(func):
+            self.atomics.append(func)
+        if str(func).split(".")[1] in VIEWS:
+            return out
+        seen = []
+        for value in (*args, *(out if isinstance(out, (tuple, list)) else (out,))):
+            if isinstance(value, torch.Tensor) and value.ndim == 5 and len(value) == self.batch:
+                seen.append(layout(value))
+        kinds = set(seen) - {None}
+        if len(kinds) > 1:
+            self.changes.append((str(func), seen))
+        return out
+
+
+def layout(x: torch.Tensor) -> str | None:
+    """Which axis of (B, C, X, Y, Z) or (B, X, Y, Z, C) moves least in memory; None where there is but one channel."""
+    strides = [s for s, n in zip(x.stride(), x.shape, strict=True) if n > 1 and s]
+    if len(strides) < 5:
+        return None
+    return {1: "second axis innermost", 4: "last axis innermost"}.get(x.stride().index(min(x.stride())), "another")
+
+
+def passes(spec: GeneratorSpec) -> Layouts:
+    """A forward and a backward pass of a generator as on CUDA; activations are seen as (B, C, X, Y, Z)."""
+    network = build_generator(spec).to(memory_format=torch.channels_last_3d)
+    x = torch.rand(3, 1, 16, 24, 32)
+    with Layouts(3) as seen:
+        out = network.raw(x, 2.0) if spec.conditional else network.raw(x)
+        grad = torch.rand_like(out, memory_format=torch.channels_last_3d)
+        torch.autograd.grad(out, list(network.parameters()), grad)
+    return seen
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Layers as on CUDA."""
+    monkeypatch.setattr(networks, "N_BLOCKS", 1)
+    monkeypatch.setattr(layers, "by_hand", lambda x: False)
+    monkeypatch.setattr(layers, "for_gpu", lambda x: True)
+
+
+@pytest.mark.parametrize("spec", [GeneratorSpec(kernel=8), GeneratorSpec("unet", kernel=8)], ids=["plain", "unet"])
+def test_no_layer_changes_the_layout_and_nothing_adds_with_atomics(cuda, monkeypatch, spec):
+    seen = passes(spec)
+    assert not seen.changes and not seen.atomics
+    monkeypatch.setattr(layers, "for_gpu", lambda x: False)
+    before = passes(spec)
+    assert len(before.changes) >= 10 and before.atomics, "the spy sees what torch's own pads do"
+
+
+def test_the_head_is_a_product_of_64_columns(cuda, monkeypatch):
+    calls = []
+    right = F.conv3d
+    monkeypatch.setattr(F, "conv3d", lambda x, w, *a, **o: calls.append((tuple(w.shape), o)) or right(x, w, *a, **o))
+    network = build_generator(GeneratorSpec(kernel=16))
+    network.raw(torch.rand(1, 1, 16, 16, 16))
+    assert calls[-1] == ((64, 16, 8, 10, 10), {"stride": (2, 4, 4)})
+    assert calls[0][0] == (8 * 16, 8, 4, 4, 4), "the stem reads 8 channels at once"
+
+
+@pytest.mark.parametrize(("inputs", "sizes"), [(16, (4, 8, 12)), (16, (6, 10, 8)), (1, (4, 6, 8)), (2, (8, 8, 4))])
+def test_the_head_and_the_stem_are_the_plain_convolution(cuda, inputs, sizes):
+    """Float64, forward and both gradients; strides of 4 and of 2, blocks of the input from few channels."""
+    draw = torch.Generator().manual_seed(1)
+    x, weight = (
+        torch.randn(s, generator=draw, dtype=torch.double).requires_grad_()
+        for s in ((2, inputs, *sizes), (2, inputs, 7, 7, 7))
+    )
+    fast, plain = (layers.conv7_reflect(x, weight, form) for form in ("fast", "reference"))
+    grad = torch.randn(plain.shape, generator=draw, dtype=torch.double)
+    for a, b in zip(
+        [fast, *torch.autograd.grad(fast, (x, weight), grad)],
+        [plain, *torch.autograd.grad(plain, (x, weight), grad)],
+        strict=True,
+    ):
+        assert (a - b).abs().max() <= 1e-12 * b.abs().max()
+
+
+def test_a_cpu_takes_none_of_it(monkeypatch):
+    """Neither in float32 nor in half precision nor compiled."""
+    for name in ("pad", "norm_pad"):
+        monkeypatch.setattr(gpu, name, lambda *a: pytest.fail("a form for CUDA"))
+    network, x = build_generator(GeneratorSpec(kernel=2)), torch.rand(1, 1, 8, 8, 8)
+    network(x).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        network(x).sum().backward()
+
+
+@pytest.mark.parametrize("padding", [gpu.Padding(1), gpu.Padding(3), gpu.Padding(1, True)], ids=str)
+@pytest.mark.parametrize("compiling", [False, True])
+def test_the_gradient_of_a_pad_is_its_transpose(monkeypatch, padding, compiling):
+    """Both ways of adding what was padded, against torch's own pad."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    x = torch.randn(2, 3, 4, 6, 5, dtype=torch.double, requires_grad=True)
+    right = F.pad(x, (padding.width,) * 6, mode="replicate" if padding.repeated else "reflect")
+    found = gpu.pad(x, padding)
+    grad = torch.randn_like(right)
+    assert torch.equal(found, right)
+    a, b = (torch.autograd.grad(y, x, grad)[0] for y in (found, right))
+    assert torch.allclose(a, b, rtol=0, atol=1e-14)
+
+
+def test_bytes_of_a_compiled_pass_are_within_the_budget(monkeypatch):
+    """By Inductor's count, half precision, k = 16, 64^3 and one residual block of six.
+
+    ``python -m bench traffic`` counts the whole network: BUDGET of 200 and 600 MB per patch, of which the other five
+    blocks take 54 and 150.
+    """
+    monkeypatch.setattr(networks, "N_BLOCKS", 1)
+    batch = 16  # over which the weights' share is spread
+    moved = traffic.generator(16, 64, torch.bfloat16, backward=True, batch=batch)
+    forward, backward = (moved.of(back) / batch / 1e6 for back in (False, True))
+    assert backward > 0 and 0 < forward <= 155 and forward + backward <= 450

@@ -1,0 +1,111 @@
+"""Normal draws by a kernel: NumPy's own bits, from NumPy's own tables (volume/noise.py)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from kernel_host import Host, reference
+
+from fastsrgan.core import kernels as backend
+from fastsrgan.core.draws import rng
+from fastsrgan.volume import intensity, noise
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Host:
+    return Host(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def host(compiled, monkeypatch) -> Iterator[Host]:
+    monkeypatch.delenv("FASTSRGAN_REFERENCE", raising=False)
+    monkeypatch.setitem(backend.RUNNERS, "cpu", compiled)
+    compiled.ran.clear()
+    compiled.backwards = False
+    yield compiled
+    compiled.backwards = False
+
+
+class Interface(ctypes.Structure):
+    """NumPy's ``bitgen_t``."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("state", "next_64", "next_32", "next_double", "raw")]
+
+
+class Words:
+    """NumPy's normal draws from words of our choice; ``used`` of them by the last draw."""
+
+    def __init__(self) -> None:
+        self.words: list[int] = []
+        self.used = 0
+        bits = np.random.Philox(0)
+        interface = Interface.from_address(ctypes.cast(bits.ctypes.bit_generator, ctypes.c_void_p).value)
+        self._next = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p)(self._word)
+        interface.next_32 = ctypes.cast(self._next, ctypes.c_void_p).value
+        self._generator = np.random.Generator(bits)
+
+    def _word(self, state: object) -> int:
+        self.used += 1
+        return self.words.pop(0) if self.words else 512  # of layer 0, near zero: certain
+
+    def draw(self, *words: int) -> np.float32:
+        self.words, self.used = list(words), 0
+        return self._generator.standard_normal(dtype=np.float32)
+
+
+def test_the_tables_are_numpys():
+    """The limit of every layer, on both sides of it, and every width."""
+    numpy = Words()
+    certain, width, _ = (t.numpy() for t in noise.tables(CPU))
+    for layer, limit in enumerate(certain.tolist()):
+        if limit:
+            inside = numpy.draw((limit - 1) << 9 | layer)
+            assert numpy.used == 1 and inside == np.float32(limit - 1) * width[layer]
+        numpy.draw(limit << 9 | layer, 2**32 - 1, 2**32 - 1)
+        assert numpy.used > 1, layer
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_long_streams_have_numpys_bits(host, backwards):
+    """A million draws: 12,000 rejections and about 250 in the tail, whatever the order of the threads."""
+    host.backwards = backwards
+    out = noise.standard_normal(torch.full((1_000_003,), torch.nan), rng(7, 1, "a", "noise"))
+    expected = rng(7, 1, "a", "noise").standard_normal(1_000_003, dtype=np.float32)
+    assert [name for name, _ in host.ran] == ["standard_normal"] * 2
+    assert np.array_equal(out.numpy().view(np.uint32), expected.view(np.uint32))
+    assert (np.abs(expected) > noise.EDGE).sum() > 150
+
+
+@pytest.mark.parametrize("n", [1, 2, 255, 4097])
+def test_short_streams_too(host, n):
+    for seed in range(5):
+        out = noise.standard_normal(torch.empty(n), rng(seed, "x"))
+        assert np.array_equal(out.numpy(), rng(seed, "x").standard_normal(n, dtype=np.float32))
+
+
+def test_what_has_drawn_before_goes_on_on_the_host(host):
+    used, same = rng(3, "x"), rng(3, "x")
+    assert used.random() == same.random()
+    out = noise.standard_normal(torch.empty(50), used)
+    assert not host.ran and np.array_equal(out.numpy(), same.standard_normal(50, dtype=np.float32))
+
+
+def test_noise_on_a_device_is_noise_on_the_cpu(monkeypatch, host):
+    """What a GPU does, whole at once by the kernel, beside what a CPU does, piece by piece: Gaussian and Rician."""
+    image = torch.rand((31, 44, 53), generator=torch.Generator().manual_seed(0))
+    keys = rng(1, "a"), rng(1, "a", "imaginary")
+    draws = [noise.standard_normal(torch.empty(image.numel()), key) for key in keys]
+    assert len(host.ran) == 4
+    for own in (1, 2):
+        got = image.flatten() + draws[0] * 0.03
+        if own == 2:
+            got = torch.hypot(got, draws[1] * 0.03)
+        fresh = [rng(1, "a"), *([rng(1, "a", "imaginary")] if own == 2 else [])]
+        expected = reference(lambda f=fresh: intensity.add_noise(image.clone(), 0.03, *f))
+        assert torch.equal(got.view(image.shape), expected)
