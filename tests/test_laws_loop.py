@@ -334,7 +334,7 @@ def test_the_count_of_bad_updates_begins_anew_behind_a_good_one(monkeypatch, tmp
     with pytest.raises(ResourceError, match="3 updates in a row"):
         spied(monkeypatch, CONFIG.replace(max_bad_steps=3), skipped={4, 5, 6}.__contains__, folder=tmp_path)
     found = json.loads((tmp_path / "bad_batch.json").read_text(encoding="utf8"))
-    assert found["position"]["updates"] == 5
+    assert found["update"] == 5
 
 
 def test_an_epoch_may_be_cut_short_and_every_group_has_its_share(monkeypatch):

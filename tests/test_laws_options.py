@@ -155,6 +155,7 @@ ACTS: dict[str, Act] = {
     "dtype": Act("--dtype input", lambda e: e.sr.get_data_dtype(), np.int16),
     "save_prob": Act("--save-prob", lambda e: e.written("_prob.nii.gz")),
     "save_residual": Act("--save-residual", lambda e: e.written("_residual.nii.gz"), beside=""),
+    "uncertainty": Act("--uncertainty", lambda e: e.written("_doubt.nii.gz"), beside=""),
     "png": Act("--png", lambda e: [call["target"].name for call in e.calls["_picture"]], ["a.png"]),
     "max_voxels": Act("--max-voxels 900",
         lambda e: {call["max_voxels"] for call in e.calls["load_any"]}, {900}, "--agree off --mask {folder}/mask.nii"),

@@ -155,7 +155,7 @@ class Seen:
         """What one generator update with a gradient of ones does to the weights: parts, movements, average."""
         models, parts = self.models, []
 
-        def terms(x, y, res, adversarial):
+        def terms(x, y, res, adversarial, weights=None):
             parts.append(len(x))
             total = sum(p.sum() for p in models.generator.parameters())
             return {"total": total, "reconstruction": total, "adversarial": total * 0}
