@@ -13,6 +13,8 @@ DEMO_ARGS ?=
 MINUTES ?= 20
 FUZZ_JSON ?=
 SOAK_JSON ?=
+# Of mutants: the file that keeps what they came to; build/mutants.json where it is not set.
+MUTANTS_JSON ?=
 # Of test-matrix: words in the names of the rows to run, and the file that keeps what they came to.
 ROWS ?=
 MATRIX_JSON ?=
@@ -20,7 +22,7 @@ MATRIX_JSON ?=
 ENGINE ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-extras test-matrix fuzz soak format docs wheel clean
+.PHONY: help setup demo test test-extras test-matrix mutants fuzz soak format docs wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +50,9 @@ test-extras: $(STAMP) ## what the tests of pages and of BIDS datasets need besid
 
 test-matrix: $(STAMP) ## the tests of arithmetic, signals, ranks and files in many surroundings; ROWS=... picks some
 	@$(PY) tools/test_matrix.py $(if $(ROWS),--rows $(ROWS)) $(if $(MATRIX_JSON),--json $(MATRIX_JSON))
+
+mutants: $(STAMP) ## small faults in a copy, one at a time, for MINUTES: which do the tests notice? Goes on where it ended
+	@$(PY) tools/mutants.py --minutes $(MINUTES) $(if $(MUTANTS_JSON),--json $(MUTANTS_JSON))
 
 fuzz: $(STAMP) ## damaged files through every reader for MINUTES; findings go to build/fuzz
 	@$(PY) tools/fuzz.py --minutes $(MINUTES) --engine $(ENGINE) $(if $(FUZZ_JSON),--json $(FUZZ_JSON))

@@ -1,6 +1,7 @@
 """Settings against a whole cohort before the first update, anatomy instead of stored axes, warnings that travel."""
 
 import json
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -20,6 +21,7 @@ from fastsrgan.observation.model import Degradation, Draw
 from fastsrgan.observation.slice_axis import axes_across, choose_axes, describe, on_stored_axes, stored_draw, world_axes
 from fastsrgan.store.reader import Sample, open_store
 from fastsrgan.train import run as train
+from fastsrgan.train.validate import fixed_resident
 from fastsrgan.volume.intensity import lifted, normaliser
 
 SIDE = 20
@@ -160,6 +162,22 @@ def test_a_head_stored_in_another_order_trains_on_the_same_patches(direction, or
         seen.append(make_resident(sample, law, draw, rule, torch.device("cpu")))
     assert torch.equal(seen[0].interpolated, seen[1].interpolated) and torch.equal(seen[0].hr, seen[1].hr)
     assert np.array_equal(seen[0].origins, seen[1].origins)
+
+
+@pytest.mark.parametrize("order", ORDERS.values())
+def test_a_test_subject_stored_in_another_order_is_validated_alike(order):
+    """As above, of validation: its low resolution is along the directions of the body too."""
+    image, label = head(3, (20, 22, 24))
+    feed = SimpleNamespace(
+        degradation=Degradation(((1.0, 1.0, 3.0),), noise=0.0), axes=axes_across("R"), rule=PatchRule(16, 8),
+        device=torch.device("cpu"), move=None,
+    )  # fmt: skip
+    seen = []
+    for way in ((0, 1, 2), order):
+        turned = [np.ascontiguousarray(a.transpose(way)) for a in (image, label)]
+        sample = Sample("h", "Test", *turned, None, stored(way), (1.0, 1.0, 1.0))
+        seen.append(fixed_resident(feed, sample, 0, 2))
+    assert torch.equal(seen[0].interpolated, seen[1].interpolated) and torch.equal(seen[0].hr, seen[1].hr)
 
 
 def test_a_mixed_cohort_is_told_once(tmp_path, caplog):

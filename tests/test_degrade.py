@@ -25,6 +25,7 @@ def test_physical_degradation_equals_the_matrices():
     z = np.einsum("bj,ck,ijk->ibc", up[1], up[2], lr / scale)
     done = degrade(hr, spacing, low, power=1.3)
     assert done.low_res.shape == lr.shape and done.interpolated.shape == hr.shape == done.hr.shape
+    # float32 products against float64: found 2.1e-7, 3.9e-7 and 1.7e-7.
     assert np.abs(done.low_res - lr / scale).max() < 2e-6
     assert np.abs(done.interpolated - z).max() < 2e-6
     assert np.abs(done.hr - hr.astype(float) ** 1.3 / scale).max() < 2e-6
@@ -37,7 +38,7 @@ def test_sizes_agree_for_every_ratio_and_a_constant_stays_constant(shape, ratio,
     done = degrade(np.full(shape, 7.0), (spacing,) * 3, (spacing, spacing, spacing * ratio))
     assert done.interpolated.shape == shape == done.hr.shape
     for part in (done.low_res, done.interpolated, done.hr):
-        assert np.abs(part - 1).max() < 1e-5
+        assert np.abs(part - 1).max() < 2e-6  # found: 2.4e-7
 
 
 def test_noise_has_the_asked_strength_is_keyed_and_clipped():
@@ -64,6 +65,7 @@ def test_golden_degradation_of_the_original(golden):
         done = degrade(
             hr.data, hr.spacing, case["new_low_res"], power=case["contrast_power"], noise=0.0, geometry="segsrgan"
         )
+        # Found: 3.6e-7, 1.2e-7 and 4.8e-7.
         assert np.abs(done.low_res - expected["lr_normalised"]).max() <= 2e-6
         assert np.abs(done.hr - expected["hr_normalised"]).max() <= 2e-6
         assert np.abs(done.interpolated - expected["interpolated"]).max() <= 2e-6

@@ -72,7 +72,7 @@ def test_an_identity_of_foreign_make_gives_the_volume(generator):
 
     out, _ = predict(VOLUME, PLAN, TileNetwork(Same(), 1.0))
     assert out.shape == (2, *VOLUME.shape)
-    assert (out - VOLUME).abs().max() < 3e-7
+    assert (out - VOLUME).abs().max() < 3e-7  # found: 2.4e-7, two units in the last place of 1
 
 
 @pytest.mark.parametrize("spec", [{}, {"residual": False}, {"mask_classes": 3}, {"network": "unet"}])
@@ -82,9 +82,9 @@ def test_stitching_the_head_equals_stitching_the_output(spec):
     fused, _ = predict(VOLUME, PLAN, TileNetwork(generator, 1.0))
     plain, _ = predict(VOLUME, PLAN, TileNetwork(Foreign(generator), 1.0))
     assert fused.shape[0] == generator.spec.out_channels
-    assert torch.allclose(fused, plain, rtol=0, atol=2e-6)
+    assert torch.allclose(fused, plain, rtol=0, atol=2e-6)  # found: 4.8e-7
     if spec.get("mask_classes"):
-        assert torch.allclose(fused[2:].sum(0), torch.ones(VOLUME.shape), atol=1e-5)
+        assert torch.allclose(fused[2:].sum(0), torch.ones(VOLUME.shape), rtol=0, atol=1e-6)  # found: 1.2e-7
 
 
 def test_a_subclass_with_its_own_forward_is_not_taken_apart():
@@ -107,7 +107,8 @@ def test_dense_tiles_give_the_plain_average(generator):
             total[(slice(None), *at)] += generator(VOLUME[at][None, None])[0].numpy()
         count[at] += 1
     out, facts = predict(VOLUME, PLAN, TileNetwork(generator, 1.0))
-    assert np.abs(out.numpy() - total / count).max() < 1e-5
+    # Found: 8.2e-6. A lone tile may be convolved by another form than two at once: twice that is allowed.
+    assert np.abs(out.numpy() - total / count).max() < 1.6e-5
     assert facts["tiles_per_second"] > 0
 
 
@@ -116,7 +117,7 @@ def test_batch_sizes_agree_and_reruns_are_bit_identical(generator):
     assert facts["batch"] == 1
     for batch in (3, 1000, "auto"):
         out, _ = predict(VOLUME, PLAN, TileNetwork(generator, 1.0), InferSettings(batch=batch))
-        assert torch.allclose(out, reference, rtol=0, atol=1e-5)
+        assert torch.allclose(out, reference, rtol=0, atol=1.6e-5)  # found: 8.2e-6, as above
         again, _ = predict(VOLUME, PLAN, TileNetwork(generator, 1.0), InferSettings(batch=batch))
         assert torch.equal(out, again)
 
@@ -138,7 +139,7 @@ def test_running_out_of_memory_halves_the_batch(generator, caplog, error):
         f"out of memory on cpu: going on with {n} tiles at a time" for n in (4, 2)
     ]
     reference, _ = predict(VOLUME, PLAN, TileNetwork(generator, 1.0), InferSettings(batch=2))
-    assert torch.allclose(out, reference, rtol=0, atol=1e-5)
+    assert torch.allclose(out, reference, rtol=0, atol=1.6e-5)  # found: 8.2e-6, as above
 
 
 @pytest.mark.fault(33)

@@ -128,7 +128,7 @@ def test_bias_field_uses_its_range_and_covers_the_volume():
     assert log[0, 0, 0] == pytest.approx(points[0, 0, 0], abs=0.08)  # half a voxel from the corner
     assert log[-1, 0, -1] == pytest.approx(points[-1, 0, -1], abs=0.08)
     expected = np.einsum("xa,yb,zc,abc->xyz", *(bernstein_matrix(n) for n in log.shape), points)
-    assert np.abs(log - expected).max() < 1e-6
+    assert np.abs(log - expected).max() < 1e-6  # found: 1.1e-7
 
 
 def test_part_of_a_field_is_that_part():
@@ -148,7 +148,7 @@ def test_bias_field_is_on_the_truth_and_on_what_the_scanner_saw(geometry):
     done = degrade(hr, *args, power=1.2, bias_field=0.5, key="k", geometry=geometry)
     expected = degrade(biased, *args, power=1.2, key="k", geometry=geometry)
     for a, b in zip(images(done), images(expected), strict=True):
-        assert np.abs(a - b).max() < 2e-6
+        assert np.abs(a - b).max() < 2e-6  # found: 3.6e-7
 
 
 # --- Rician noise -------------------------------------------------------------------------------------------------
@@ -211,6 +211,7 @@ def test_a_box_weighs_each_voxel_by_the_length_of_it_that_lies_inside(n, ratio, 
     for row, centre in zip(matrix, centre_coordinates(m, n, ratio), strict=True):
         if ratio * width / 2 < centre < n - 1 - ratio * width / 2:  # away from the reflecting edges
             inside = np.abs(parts - centre) < ratio * width / 2
+            # Found: 1.4e-3, of the fine grid that stands for the integral.
             assert np.abs(inside.reshape(n, fine).mean(1) / (ratio * width) - row).max() < 3e-3
     half = slice_profile_matrix(n, m, ratio, width, 0.25)
     assert np.allclose(half, 0.75 * slice_profile_matrix(n, m, ratio, width) + 0.25 * matrix, atol=1e-14)
@@ -230,7 +231,7 @@ def test_thickness_is_in_mm_and_across_the_slices_alone():
     thin = degrade(hr, (1, 1, 1), (1, 2, 3), thickness_mm=1.8, profile="box")
     down = degrade_matrix(24, 1, 2, profile="box"), degrade_matrix(30, 1, 3, width=0.6, profile="box")
     expected = np.einsum("bj,ck,ijk->ibc", *down, hr.astype(float))
-    assert np.abs(thin.low_res * thin.scale - expected).max() < 1e-3
+    assert np.abs(thin.low_res * thin.scale - expected).max() < 1e-3  # of intensities of hundreds; found: 1e-4
     setting = Degradation(((1, 2, 3),), gap=0.5, profile_box=1.0)
     draw = setting.draw(1, 1, "sub-1")
     by_hand = degrade(
@@ -255,7 +256,7 @@ def test_width_blurs_what_the_scanner_saw_and_leaves_the_truth(geometry):
     stds = [(d.low_res * d.scale).std() for d in (sharp, plain, soft)]
     assert stds[0] > 1.1 * stds[1] > 1.2 * stds[2]
     for other in (sharp, soft):
-        assert np.abs(other.hr * other.scale - plain.hr * plain.scale).max() < 1e-3
+        assert np.abs(other.hr * other.scale - plain.hr * plain.scale).max() < 1e-3  # found: 1.2e-4
     assert np.array_equal(degrade(hr, (1, 1, 1), (1, 1, 3), geometry=geometry).low_res, plain.low_res)
     assert degrade_matrix(40, 0.5, 0.5, width=1.3) is None  # an axis that is not decimated is not blurred
 
@@ -288,7 +289,7 @@ def test_motion_carries_a_blob_to_where_the_pose_says(axis):
         start = (np.array([centre[d] for d in in_plane]) - (size - 1) / 2) * step  # mm from the slice's centre
         c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
         goal = np.array([[c, -s], [s, c]]) @ start + (t1, t2)
-        assert np.abs((found - (size - 1) / 2) * step - goal).max() < 2e-3
+        assert np.abs((found - (size - 1) / 2) * step - goal).max() < 3e-5  # mm; found: 3.6e-6
 
 
 def test_motion_is_the_spline_that_scipy_computes():
@@ -321,7 +322,7 @@ def test_motion_moves_each_slice_as_drawn_and_leaves_the_truth():
     hr = blob((48, 44, 36), (24, 22, 17.5), 6.0) * 500
     still = degrade(hr, (1, 1, 1), (1, 1, 3), key=4)
     moved = degrade(hr, (1, 1, 1), (1, 1, 3), key=4, motion=0.9)
-    assert np.abs(moved.hr * moved.scale - still.hr * still.scale).max() < 1e-3
+    assert np.abs(moved.hr * moved.scale - still.hr * still.scale).max() < 3e-4  # found: 3.1e-5
     poses = draw_motion((0, 4), 12, 0.9)
     for m in range(3, 9):
         where = [np.array(ndimage.center_of_mass(d.low_res[..., m])) for d in (still, moved)]

@@ -56,7 +56,7 @@ def test_generators_give_the_originals_output(variant, form):
     with torch.no_grad():
         got = load_generator(path, form)(tensor(io["g_input"]), float(io.get("g_res", 0))).numpy()
     assert got.shape == wanted.shape
-    assert np.abs(got - wanted).max() <= 5e-5
+    assert np.abs(got - wanted).max() <= 5e-5  # found: 1.9e-5
 
 
 def test_the_residual_conditional_unet_is_loaded_with_a_note(caplog):
@@ -73,7 +73,7 @@ def test_critics_give_the_originals_scores(variant):
     with torch.no_grad():
         got = load_critic(path)(tensor(io["d_input"]), float(io.get("g_res", 0))).numpy()
     assert got.shape == (1, 1)
-    assert np.abs(got - io["d_output"]).max() <= 5e-6
+    assert np.abs(got - io["d_output"]).max() <= 5e-6  # found: 1.3e-6
 
 
 # --- losses, gradients and updates of one training iteration -----------------------------------------------------
@@ -102,7 +102,8 @@ def assert_gradients(network, names, step, prefix):
     largest = max(np.abs(w).max() for w in wanted)
     for name, want in zip(names, wanted, strict=True):
         got = to_keras(parameters[str(name)].grad)
-        # Relative to the array; a few arrays are rounding around 0, those relative to the largest gradient.
+        # Relative to the array; a few arrays are rounding around 0, those relative to the largest gradient. Found: at
+        # most 6e-2 of what is allowed, 7.5e-6 where that is 1.2e-4: the slope at a kink may be either one.
         assert np.abs(got - want).max() <= 1e-4 * max(np.abs(want).max(), 1e-2 * largest), name
 
 
@@ -127,7 +128,7 @@ def assert_updates(network, names, step, prefix, t, epsilon):
         clear = np.abs(gradient) > 1e-3 * largest  # elsewhere even the sign may be rounding
         compared += clear.sum()
         error = np.abs(start - moved - step[f"{prefix}_after_{i:02d}"])[clear]
-        assert error.max(initial=0) <= 2e-3 * LR, name
+        assert error.max(initial=0) <= 2e-3 * LR, name  # found: 6e-4 LR, of weights in float32
     assert compared > 0.1 * sum(p.numel() for p in parameters.values())
 
 
@@ -186,7 +187,7 @@ def test_scores_on_the_way(step):
     real, fake, eps = (tensor(step[k]) for k in ("real", "fake", "eps"))
     with torch.no_grad():
         for key, x in {"d_real": real, "d_fake": fake, "d_interp": losses.interpolate(real, fake, eps)}.items():
-            assert np.abs(critic(x).numpy() - step[key]).max() <= 5e-6
+            assert np.abs(critic(x).numpy() - step[key]).max() <= 2e-6  # found: 1.9e-7
 
 
 def test_generator_step_against_the_updated_critic(step):

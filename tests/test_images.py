@@ -249,6 +249,19 @@ def test_what_is_saved_is_read_back(folder, dtype, name, lead, affine, shape):
     assert [w for w in again.warnings if "constant" not in w] == []
 
 
+@quick
+@given(st.sampled_from([1, 2, 4]), st.sampled_from(["w.nii", "w.nii.gz"]), affines, shapes)
+def test_sform_and_qform_are_written_and_say_the_same(folder, code, name, affine, shape):
+    """Programs that know one of the two place the voxels alike, in the same world."""
+    header = nib.load(images.save(folder / name, np.ones(shape, np.uint8), affine, overwrite=True, code=code)).header
+    sform, qform = header.get_sform(coded=True), header.get_qform(coded=True)
+    assert sform[1] == qform[1] == code
+    # Quaternions in float32: 2e-5 of the largest number, as for the sform.
+    scale = max(1.0, np.abs(affine).max())
+    np.testing.assert_allclose(qform[0], sform[0], atol=2e-5 * scale)
+    np.testing.assert_allclose(sform[0], affine, atol=2e-5 * scale)
+
+
 @pytest.mark.parametrize("dtype", ["u1", "i2", "i4", "i8", "u8"])
 def test_integers_are_rounded_and_clipped(tmp_path, dtype):
     info = np.iinfo(dtype)

@@ -103,6 +103,25 @@ def test_a_mask_keeps_what_is_inside_and_interpolates_outside(data, generator, g
     assert np.allclose(where, np.argwhere(mask).mean(0) / np.array(SHAPE), atol=0.05), "the same place"
 
 
+@pytest.mark.parametrize("turn", [(0, 1, 2), (2, 0, 1)])
+@pytest.mark.parametrize("new", [0.5, "same"])
+def test_the_region_of_a_mask_is_exact_to_the_voxel(turn, new):
+    """Inside are the voxels whose centre lies in a marked voxel of the scan, and no other, whatever the storage."""
+    shape, spacing = (13, 12, 9), (1.0, 1.0, 2.5)
+    affine = np.diag([*spacing, 1.0]) @ np.block([[np.eye(3)[:, list(turn)], np.zeros((3, 1))], [0, 0, 0, 1]])
+    scan_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    some = np.random.default_rng(1)
+    image, mask = some.random(shape, np.float32) + 1, np.zeros(shape, np.uint8)
+    mask[3:5, 4:9, 2:4] = mask[12, 11, 8] = mask[0, 0, 0] = 1
+    generator = build_generator(GeneratorSpec(kernel=1), seed=6).eval()
+    done = infer_volume(image, affine, generator, **FAST, new_resolution=new, mask=mask)
+    places = np.stack(np.meshgrid(*(np.arange(n) for n in done.sr.shape), indexing="ij"), -1).reshape(-1, 3)
+    world = places @ done.affine[:3, :3].T + done.affine[:3, 3]
+    scan = np.rint((world - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T).astype(int)
+    expected = mask[tuple(np.clip(scan, 0, np.array(shape) - 1).T)].reshape(done.sr.shape) > 0
+    assert scan_mm.min() == 1 and np.array_equal(done.prob[0] > 0, expected)
+
+
 def test_the_box_around_a_head_is_off_by_default_and_told(data, generator):
     image = np.zeros((60, 40, 40), np.float32)
     image[25:35, 15:25, 15:25] = 50

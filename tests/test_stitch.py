@@ -203,6 +203,24 @@ def test_the_gaussian_never_vanishes_and_is_symmetric():
         assert np.diff(centre, 2) == pytest.approx(-((8 / n) ** 2), rel=1e-6)  # -1 / sigma^2
 
 
+@pytest.mark.parametrize("n", [8, 20, 64, 128])
+def test_the_gaussian_is_its_formula_with_a_floor_of_a_thousandth(n):
+    """sigma = n / 8; the outermost voxels would have 3e-4: where corners alone cover a voxel, digits would be lost."""
+    distance = np.arange(n) - (n - 1) / 2
+    plain = np.exp(-0.5 * (distance / (n / 8)) ** 2)
+    np.testing.assert_allclose(tiles.window_of("gaussian", n), np.maximum(plain, 1e-3), rtol=1e-12)
+    if n >= 20:
+        assert plain.min() < 1e-3 == tiles.window_of("gaussian", n).min()
+
+
+def test_a_corner_that_one_tile_covers_keeps_its_digits():
+    plan = tiles.plan((40, 40, 40), 32, 8)
+    some = torch.rand((len(plan), 1, *plan.patch), generator=torch.Generator().manual_seed(0))
+    out = stitch.overlap_add(some, plan, "gaussian")
+    assert out[0, 0, 0, 0] == pytest.approx(float(some[0, 0, 0, 0, 0]), rel=1e-6)
+    assert out[0, -1, -1, -1] == pytest.approx(float(some[-1, 0, -1, -1, -1]), rel=1e-6)
+
+
 @pytest.mark.parametrize("n", [8, 64, 128])
 def test_hann_windows_at_half_the_patch_sum_to_one(n):
     w = tiles.window_of("hann", n)

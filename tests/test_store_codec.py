@@ -128,6 +128,44 @@ def check(folder: Path, kinds: dict[str, int]) -> None:
         kinds["refused" if isinstance(one, str) else "read"] += 1
 
 
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("reader", [READERS[0], pytest.param(READERS[1], marks=both)])
+def test_a_chunk_that_is_missing_is_an_error_in_every_reader(tmp_path, reader):
+    """Lost files, shards that end too early, and sound shards of the right size whose index says that one is gone."""
+    folder = tmp_path / "store"
+    image = volume(6, (70, 5, 6))
+    make(folder, "a", image=image, label=False)
+    path = folder / "a/image/c/0/0/0"
+    whole = path.read_bytes()
+    chunks = 2
+    index = whole[-(16 * chunks + 4) : -4]
+    gone = index[:16] + b"\xff" * 16
+    lost = whole[: -(16 * chunks + 4)] + gone + crc32c(gone).to_bytes(4, "little")
+    regions = [np.s_[66:68, 0:2, 0:2], np.s_[0:70:2, 0:5, 0:6], np.s_[0:70, 0:5, 0:6]]
+    for damaged in (None, whole[:-60], lost):
+        path.unlink()
+        if damaged is not None:
+            path.write_bytes(damaged)
+        for region in regions:
+            with pytest.raises(InputError, match="a/image"):
+                open_store(folder, reader).read_region("a", "image", region)
+        with pytest.raises(InputError, match="a/image"):
+            open_store(folder, reader).read("a")
+        path.write_bytes(whole)
+    for region in regions:
+        np.testing.assert_array_equal(open_store(folder, reader).read_region("a", "image", region), image[region])
+
+
+def crc32c(data: bytes) -> int:
+    """The checksum of an index, bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
 @both
 def test_many_threads_share_a_store(odd):
     stores, _ = odd

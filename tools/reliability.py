@@ -1,7 +1,7 @@
 """``python tools/reliability.py``: docs/reliability.md from the tests that are marked ``@pytest.mark.fault(n, ...)``.
 
-The promises stand here, the tests are found in the sources, the runs of test-matrix, soak and fuzz are read from
-bench/results/*/matrix.json, soak.json and fuzz.json.
+The promises stand here, the tests are found in the sources, the runs of test-matrix, mutants, soak and fuzz are read
+from bench/results/*/matrix.json, mutants.json, soak.json and fuzz.json.
 ``--check`` writes nothing and ends with 1 when the page is out of date or a row has no test.
 """
 
@@ -14,6 +14,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools import mutants  # noqa: E402
+
 PAGE = ROOT / "docs" / "reliability.md"
 
 # number -> (fault, what fastsrgan does, what is simulated and why)
@@ -126,6 +130,14 @@ elsewhere by number alone. `ENGINE=plain` or `ENGINE=atheris` chooses.
 and is a test in `tests/test_faults_fuzz.py`. The files that a finding names are called as they were then.
 """
 
+MUTANTS = """
+## Faults in the code
+
+`make mutants MINUTES=30` puts small faults into a copy, one at a time, and runs the tests that are named beside each in
+`tools/mutants/*.toml`: they must fail. What no test noticed is listed, and a change that is the same by law has its
+reason. A test of every run looks that each fault still stands where the table says.
+"""
+
 SOAK = """
 ## Soak
 
@@ -185,7 +197,15 @@ def page(tests: dict[int, list[str]]) -> str:
     fuzzed = fuzzed or ["\nNo run is kept under `bench/results/` yet.\n"]
     tables = [matrix(path) for path in sorted((ROOT / "bench" / "results").glob("*/matrix.json"))]
     tables = tables or ["\nNo run is kept under `bench/results/` yet.\n"]
-    return TOP + "\n".join(lines) + "\n" + MATRIX + "".join(tables) + FUZZ + "".join(fuzzed) + SOAK + "".join(runs)
+    put_in = [faults(path) for path in sorted((ROOT / "bench" / "results").glob("*/mutants.json"))]
+    put_in = put_in or ["\nNo run is kept under `bench/results/` yet.\n"]
+    parts = [TOP + "\n".join(lines) + "\n", MATRIX, *tables, MUTANTS, *put_in, FUZZ, *fuzzed, SOAK, *runs]
+    return "".join(parts)
+
+
+def faults(path: Path) -> str:
+    """The faults that one machine put into the code."""
+    return f"\n{path.parent.name}:\n\n{mutants.report(mutants.table(), mutants.read(path))}"
 
 
 def matrix(path: Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import Buffer, BufferPrototype, cpu
 from zarr.storage import MemoryStore, WrapperStore
@@ -30,6 +30,7 @@ log = logging.getLogger("fastsrgan")
 
 META, SHARD = "zarr.json", "c/0/0/0"
 CHUNK = 64
+ENTRY, CHECKSUM = 16, 4  # bytes of a chunk's place and size in the index of a shard, and of what ends it
 VARIABLE = "FASTSRGAN_READER"
 REPAIR = "`fastsrgan convert --resume` writes damaged subjects again"
 Files = dict[str, bytes]  # META and SHARD of one array
@@ -154,15 +155,16 @@ def _read_tensorstore(place: dict[str, str], region: tuple[slice, ...], files: F
 
 
 class NothingMissing(WrapperStore[Store]):
-    """A store in which a lost or shortened chunk file is an error: zarr itself reads it as the fill value."""
+    """A store in which a lost or shortened chunk file, or a chunk lost in it, is an error: zarr itself reads the fill
+    value. ``listed`` : key -> bytes of the file and how many chunks it holds."""
 
-    def __init__(self, store: Store, url: str, size_of: Callable[[str], int | None]) -> None:
+    def __init__(self, store: Store, url: str, listed: Callable[[str], tuple[int, int] | None]) -> None:
         super().__init__(store)
-        self._url, self._size_of = url, size_of
+        self._url, self._listed = url, listed
         self._seen: set[tuple[str, int]] = set()
 
     def with_read_only(self, read_only: bool = False) -> NothingMissing:
-        return NothingMissing(self._store.with_read_only(read_only), self._url, self._size_of)
+        return NothingMissing(self._store.with_read_only(read_only), self._url, self._listed)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         root = getattr(self._store, "root", None)
@@ -170,11 +172,14 @@ class NothingMissing(WrapperStore[Store]):
         found = None if special else await self._store.get(key, prototype, byte_range)
         if not key.endswith(f"/{SHARD}"):
             return found
-        expected = self._size_of(key)
-        if found is None or expected is None:
+        listed = self._listed(key)
+        if found is None or listed is None:
             raise InputError(self._url, f"{key}: missing", REPAIR)
+        expected, chunks = listed
         if byte_range is not None and len(found) == expected:  # an HTTP server that knows no ranges sent all
             found = found[_as_slice(byte_range, expected)]
+        if byte_range is None or isinstance(byte_range, SuffixByteRequest):  # the index is at the end
+            self._check_index(key, found.to_bytes(), chunks)
         if byte_range is not None and (key, expected) in self._seen:
             return found
         size = len(found) if byte_range is None else await self._store.getsize(key)
@@ -182,6 +187,13 @@ class NothingMissing(WrapperStore[Store]):
             raise InputError(self._url, f"{key}: {size} bytes where {expected} were written", REPAIR)
         self._seen.add((key, expected))
         return found
+
+    def _check_index(self, key: str, data: bytes, chunks: int) -> None:
+        """InputError where the index, place and size of each chunk and a checksum, says that one is not there."""
+        index = data[-(CHECKSUM + ENTRY * chunks) : -CHECKSUM]
+        lost = [n for n in range(len(index) // ENTRY) if index[n * ENTRY : (n + 1) * ENTRY] == b"\xff" * ENTRY]
+        if lost:
+            raise InputError(self._url, f"{key}: {len(lost)} of {chunks} chunks are missing", REPAIR)
 
 
 def _as_slice(wanted: ByteRequest, size: int) -> slice:

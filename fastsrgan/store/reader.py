@@ -17,6 +17,7 @@ read whole is compared with them, in a folder and behind a URL: a reader gets wh
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ import numpy as np
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.store.codec import (
+    CHUNK,
     META,
     REPAIR,
     SHARD,
@@ -137,7 +139,7 @@ class Store:
         self._keys = Keys(url, read_only=True)
         self.url = self._keys.url
         self.reader = pick_reader(reader)
-        self._ranges = NothingMissing(self._keys.zarr, self.url, self._size_of)
+        self._ranges = NothingMissing(self._keys.zarr, self.url, self._listed)
         self.refresh()
 
     def refresh(self) -> None:
@@ -292,11 +294,13 @@ class Store:
             return stored
         return to_float32(stored, s.arrays["image"]["scale"], s.arrays["image"]["offset"])
 
-    def _size_of(self, key: str) -> int | None:
-        """Bytes that the manifest expects under a chunk's key."""
+    def _listed(self, key: str) -> tuple[int, int] | None:
+        """Bytes that the manifest expects under a chunk file's key, and how many chunks are in it."""
         subject_id, _, below = key.partition("/")
         subject = self._subjects.get(subject_id)
-        return subject.files.get(below, (None, ""))[0] if subject else None
+        if subject is None or below not in subject.files:
+            return None
+        return subject.files[below][0], math.prod(-(-n // CHUNK) for n in subject.shape)
 
 
 def _fault(s: Subject, key: str, data: bytes | None) -> str:

@@ -121,9 +121,9 @@ def validate(
     names += [] if structures else [f"Dice_mask{i}" for i in range(len(dices) - 1)]
     scores = {**dict(zip(names, dices, strict=True)), "MSE": squared / voxels}
     for i, ending in enumerate(("", *(f"_{name}" for name in BASELINES))):
-        level, similar, count = values[3 * i : 3 * i + 3]
+        levels, similarities, count = values[3 * i : 3 * i + 3]
         if count:
-            scores |= {f"PSNR{ending}": level / count, f"SSIM{ending}": similar / count}
+            scores |= {f"PSNR{ending}": levels / count, f"SSIM{ending}": similarities / count}
     return scores | {"Seg_share": rest[1] / voxels, "Label_share": rest[2] / voxels}
 
 
