@@ -393,11 +393,8 @@ class TrainConfig:
             if getattr(self, name, 0):
                 raise ModelError("config: artefacts", f"{name} has an amount of its own too", f"leave out --{name}")
         if self.init_epoch > self.epochs:
-            raise ModelError(
-                "config: init_epoch",
-                f"{self.init_epoch} is behind the last epoch, {self.epochs}",
-                "more epochs, or a smaller init_epoch",
-            )
+            reason = f"{self.init_epoch} is behind the last epoch, {self.epochs}"
+            raise ModelError("config: init_epoch", reason, "more epochs, or a smaller init_epoch")
         if self.slice_axis != "auto" and self.geometry == "segsrgan":
             raise ModelError("config: slice_axis", "the segsrgan geometry keeps the stored axes", "geometry: physical")
         if self.interp == "sitk" and self.geometry != "segsrgan":
@@ -427,10 +424,8 @@ def _table() -> dict[str, Setting]:
     for f in fields(TrainConfig):
         kinds = typing.get_args(hints[f.name]) if isinstance(hints[f.name], types.UnionType) else (hints[f.name],)
         kind = next(k for k in kinds if k is not types.NoneType)
-        row: Setting = f.metadata["row"]
-        rows[f.name] = dataclasses.replace(
-            row, name=f.name, kind=typing.get_origin(kind) or kind, optional=types.NoneType in kinds
-        )
+        row, optional = f.metadata["row"], types.NoneType in kinds
+        rows[f.name] = dataclasses.replace(row, name=f.name, kind=typing.get_origin(kind) or kind, optional=optional)
     return rows
 
 
@@ -457,11 +452,9 @@ def from_mapping(values: dict[str, Any], what: str = "config") -> TrainConfig:
         name = (key if isinstance(key, str) else shown(key)).replace("-", "_")
         if name not in SETTINGS:
             near = difflib.get_close_matches(name, SETTINGS, n=1)
-            raise ModelError(
-                f"{what}: {name[:80] if name.isprintable() else shown(key)}",
-                "unknown setting",
-                f"did you mean {near[0]}?" if near else "see docs/config.md",
-            )
+            named = name[:80] if name.isprintable() else shown(key)
+            hint = f"did you mean {near[0]}?" if near else "see docs/config.md"
+            raise ModelError(f"{what}: {named}", "unknown setting", hint)
         checked[name] = SETTINGS[name].plain(value, what)
     try:
         return TrainConfig(**checked)

@@ -193,8 +193,9 @@ SAID = "weights say what they were made for"
 COUNTED = "the run's position, its log and its end count in it"
 READ_IN = {
     "accumulate": (3, TRIED),
-    "batch_size": (4, TRIED + "; " + COUNTED),
+    "batch_size": (5, TRIED + "; " + COUNTED),
     "best_by": (2, "judged in the loop, told at the end"),
+    "compile": (2, '"on" makes a failed self-test an error'),
     "critic_iterations": (2, TRIED),
     "epochs": (3, COUNTED),
     "eps_per_channel": (2, TRIED),
