@@ -420,13 +420,10 @@ def finish(
         del found
         after = _percent(_agree(turned, scan, what.seen, weight, image.norm.floor), size)
         told["agree"] = {
-            "weight": weight,
-            "noise": noise,
-            "profile": what.believed.profile,
-            "thickness_mm": float(f"{what.believed.thickness_mm:.6g}"),
-            "residual_percent": after,
-            "residual_percent_without": before,
-        }
+            "weight": weight, "noise": noise,
+            "profile": what.believed.profile, "thickness_mm": float(f"{what.believed.thickness_mm:.6g}"),
+            "residual_percent": after, "residual_percent_without": before,
+        }  # fmt: skip
         log.info(
             "%s: the result, acquired again, differs from the scan by %.2g %% (%.2g %% without agreement; "
             "weight %.3g, %s profile of %.3g mm)",

@@ -48,8 +48,7 @@ from fastsrgan.infer.values import (
 F = TypeVar("F", bound=Callable[..., Any])
 
 HEAD = "head"  # the mask that is found in the image itself
-KEEP, ZERO = "keep", "zero"  # of ``outside``
-OUTSIDE = (AUTO, KEEP, ZERO)
+OUTSIDE = (AUTO, "keep", ZERO := "zero")
 ALWAYS, CHANGED, ELSEWHERE = "always", "changed", "elsewhere"
 SAME: Any = object()  # as the default of the field
 PAPER_STEP = 30
@@ -252,11 +251,9 @@ class InferSettings:
         metadata=row(
             "what the network sees outside --mask: the scan, or zero as in images of brains alone (auto: as the weights"
             " were made)",
-            parse=str,
-            choices=OUTSIDE,
-            recorded=CHANGED,
+            parse=str, choices=OUTSIDE, recorded=CHANGED,
         ),
-    )
+    )  # fmt: skip
     flips: str = field(
         default=NONE,
         metadata=row(
