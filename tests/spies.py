@@ -47,7 +47,7 @@ class Networks:
         self.config, self.events, self.skipped = config, [], skipped
         self.device = torch.device("cpu")
         self.generator, self.averaged = object(), object()
-        self.critic = object()
+        self.critic, self.arithmetic = object(), object()
 
     def critic_updates(self, batches: list[Batch], eps: list[torch.Tensor]) -> dict[str, float]:
         self.events.append(("critic", SimpleNamespace(ids=[b.ids for b in batches], eps=[e.numpy() for e in eps])))

@@ -63,7 +63,7 @@ class Seen:
         note = lambda function, config, device: self.compiled_with.append(config.compile) or function  # noqa: E731
         self.patch.setattr(gan, "compiled", note)
         self.engines: list[str] = []
-        self.patch.setattr(feed_module, "pick_mover", lambda engine, device: self.engines.append(engine))
+        self.patch.setattr(feed_module, "pick_mover", lambda engine, *more: self.engines.append(engine))
         return run_module.prepare(store, self.folder, self.config, CPU, ALONE, strict=False, resume=False)
 
     @property
