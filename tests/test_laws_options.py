@@ -217,6 +217,7 @@ def test_the_series_of_a_folder_is_asked_for_wherever_the_image_is_read(folder, 
 
 
 PLAIN_FIND = files_module.find_images
+NOTHING: dict[str, Any] = {"items": [], "unneeded": 0}  # a summary
 
 
 @pytest.mark.parametrize("split", [True, False])
