@@ -132,7 +132,7 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
             light = item["plausibility"]["light"] if "plausibility" in item else ""
             text = outputs or item.get("error", "") or item.get("reason", "")
             say("  ".join(part for part in (f"{item['status']:8}{item['input']}", light, text) if part))
-    return code or UsageError.exit_code * (result["unneeded"] == len(result["items"]))
+    return code or UsageError.exit_code * (0 < result["unneeded"] == len(result["items"]))
 
 
 def _source(args: argparse.Namespace) -> tuple[Callable[..., dict[str, Any]], Any]:
