@@ -1,13 +1,11 @@
 """Put trained weights into the package, with their card.
 
-    python tools/publish_weights.py adult RUN [--scores FILE.md]
-    python tools/publish_weights.py perinatal RUN --updates 7000 --scores SCORES.json --machine "..."
+    python tools/publish_weights.py adult RUN --updates 2000 --scores SCORES.json --machine "..." --commit COMMIT
+    python tools/publish_weights.py perinatal RUN --updates 7000 --scores SCORES.json --machine "..." --commit COMMIT
 
-For adult, RUN is a folder of train_demo_weights.py and FILE.md holds the tables of `tools/score_weights.py --markdown`.
-For perinatal, RUN is a run of `fastsrgan train` (docs/decisions/024) and SCORES.json a list of rows with case, ratio,
-profile, noise, spline_db, linear_gain, sr_gain, spline_ssim, ssim_gain, dice, dice_interpolated and components.
-Writes the model's file in fastsrgan/models/, with what it was made for (fastsrgan/model/purpose.py: change that first),
-and its card beside it, for perinatal the table in README.md too.
+RUN is a run of `fastsrgan train` (docs/decisions/024 and 026), COMMIT the code that trained, and SCORES.json the list
+of `tools/score_thick_slices.py`. Writes the model's file in fastsrgan/models/, with what it was made for
+(fastsrgan/model/purpose.py: change that first), and its card beside it, for perinatal the table in README.md too.
 """
 
 from __future__ import annotations
@@ -18,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import atomic_write
-from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model import weights
 from fastsrgan.model.purpose import MADE_FOR
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = {"adult": ("model_card.md", "README.md"), "perinatal": ("model_card_perinatal.md", "perinatal.md")}
 RECIPES = {
-    "adult": "tools/train_demo_weights.py, docs/decisions/003-demo-weights.md",
+    "adult": "docs/decisions/026-adult-weights.md",
     "perinatal": "tools/perinatal_volumes.py, docs/decisions/024-perinatal-weights.md",
 }
 BEGIN, END = "<!-- perinatal:begin -->", "<!-- perinatal:end -->"
@@ -49,7 +46,7 @@ def table(rows: list[dict[str, Any]], short: bool) -> str:
 
 
 def of_scores(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """What a perinatal card says of its scores, and the rows."""
+    """What a card says of its scores, and the rows."""
     rows = json.loads(path.read_text(encoding="utf8"))
 
     def said(r: dict[str, Any]) -> str:
@@ -64,29 +61,24 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", choices=CARDS)
     p.add_argument("run", type=Path)
-    p.add_argument("--scores", type=Path, help="Markdown tables of score_weights.py; for perinatal a JSON list")
-    p.add_argument("--updates", type=int, help="of all stages, for perinatal")
-    p.add_argument("--machine", default="one machine", help="where the scores were made")
+    p.add_argument("--scores", type=Path, required=True, help="JSON of tools/score_thick_slices.py")
+    p.add_argument("--updates", type=int, required=True, help="of all stages")
+    p.add_argument("--seed", type=int, default=0, help="of the training (0)")
+    p.add_argument("--commit", required=True, help="of the code that trained")
+    p.add_argument("--machine", required=True, help="where the scores were made")
     p.add_argument("--options", default="", help="of fastsrgan infer, in the scores")
     args = p.parse_args()
-    file = args.run / "ema.safetensors" if args.model == "adult" else args.run
-    generator = weights.load_generator(file)
-    card = modelfile.read_header(file).card if args.model == "adult" else {"updates": args.updates}
     target = weights.SHIPPED / weights.MODELS[args.model].file
     made_for = weights.MODELS[args.model].purpose
-    card |= {"recipe": RECIPES[args.model], MADE_FOR: made_for.to_dict()}
-    weights.save_generator(target, generator, card=card)
+    card = {"step": args.updates, "seed": args.seed, "commit": args.commit, "recipe": RECIPES[args.model]}
+    weights.save_generator(target, weights.load_generator(args.run), card={**card, MADE_FOR: made_for.to_dict()})
     facts = weights.info(target)
     known = {"name": target.name, "parameters": facts["parameters"], "sha256": facts["sha256"]}
-    known["made_for"] = made_for.line()
-    known["megabytes"] = facts["bytes"] / 1e6
-    if args.model == "adult":
-        known |= {k: card.get(k) for k in ("seed", "step", "minutes", "commit", "share")}
-        known["scores"] = args.scores.read_text(encoding="utf8").strip() if args.scores else "Not scored."
-    else:
-        scores, rows = of_scores(args.scores)
-        options = f" and `{args.options}`" if args.options else ""
-        known |= scores | {"updates": f"{args.updates:,}", "machine": args.machine, "options": options}
+    known |= {"made_for": made_for.line(), "megabytes": facts["bytes"] / 1e6, "commit": args.commit}
+    scores, rows = of_scores(args.scores)
+    options = f" and `{args.options}`" if args.options else ""
+    known |= scores | {"updates": f"{args.updates:,}", "machine": args.machine, "options": options}
+    if args.model == "perinatal":
         page = (ROOT / "README.md").read_text(encoding="utf8")
         before, rest = page.split(BEGIN)
         shown = [r for r in rows if r["ratio"] == 3]

@@ -143,20 +143,19 @@ class ShippedModel:
 # the values measured beside them, with room: heads by `infer.plausibility.measure`.
 MODELS = {
     "adult": ShippedModel(
-        "segsrgan-k8-synthetic-heads.safetensors",
+        "segsrgan-k8-adult.safetensors",
         Purpose(
-            structures=((1, "grey matter"),),
+            structures=((1, "cortical grey matter"),),
             contrast="T1-like contrast",
             fluid="dark",
             ages="adults",
             species="human",
-            view="whole head",
+            view="whole head or brain alone",
             head_mm=(140, 290),  # 12 whole heads 207 to 252, brains alone 156 to 216
             voxel_mm=(0.7, 1.3),  # training: 1
-            slice_ratio=(1.5, 6.5),  # training: the same
-            structure_ml=(350, 1300),  # labels of 12 heads 407 to 752, of the MNI152 template 1080
-            # Labels of 12 whole heads 0.106 to 0.229, of their brains alone 0.286 to 0.445, of the template 0.572.
-            structure_share=(0.08, 0.65),
+            slice_ratio=(1.5, 6.5),  # training: 2 to 6
+            structure_ml=(230, 800),  # labels of 12 heads 311 to 610
+            structure_share=(0.06, 0.45),  # labels of 12 whole heads 0.081 to 0.185, of their brains alone 0.219 to 0.359
         ),
     ),
     "perinatal": ShippedModel(
