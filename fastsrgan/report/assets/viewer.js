@@ -11,6 +11,7 @@
   const THIN = 0.4; // voxels that NiiVue's crosshair is wide
   const COLOURS = { seg: [34, 211, 238], label: [251, 191, 36] };
   const DARKER = [96, 165, 250], BRIGHTER = [248, 113, 113]; // ends of the colours of a difference; nothing is black
+  const DOUBT = [[0, 0, 0], [192, 38, 211], [254, 240, 138]]; // none, half, and where its colours end
   const MARK = "#facc15"; // of the slice
   const state = { at: plan.start.slice(), plane: plan.plane, zoom: 1, overlay: 0.5, wipe: 0.5, cross: true, layer: "none", marks: true };
   const $ = (id) => document.getElementById(id);
@@ -82,6 +83,10 @@
   const middle = (d) => (plan.shape[d] - 1) / 2;
   const clamp = (v, low, high) => Math.min(Math.max(v, low), high);
   const signed = (v) => (v < 128 ? DARKER : BRIGHTER).map((c) => Math.round(c * Math.abs(v - 128) / 127));
+  const heat = (v, from = DOUBT[0]) => {
+    const [low, high] = v < 128 ? [from, DOUBT[1]] : [DOUBT[1], DOUBT[2]], part = v < 128 ? v / 128 : (v - 128) / 127;
+    return low.map((c, i) => Math.round(c + part * (high[i] - c)));
+  };
   // Over the SR only the chosen layer is seen, over the segmentation's pane all are; an outline is stronger than a fill.
   const opacity = (pane, name) => pane.id === "sr" && state.layer !== name ? 0 :
     name === "label" ? Math.min(1, 2.5 * state.overlay) : state.overlay;
@@ -201,9 +206,10 @@
     }
 
     base() {
-      const coloured = this.pane.base in plan.differences;
-      return this.slice(this.pane.base, (out, k, value) => {
-        const rgb = coloured ? signed(value) : [value, value, value];
+      const { base } = this.pane;
+      const colour = base in plan.differences ? signed : base === "doubt" ? (value) => heat(value) : (value) => [value, value, value];
+      return this.slice(base, (out, k, value) => {
+        const rgb = colour(value);
         out.set([rgb[0], rgb[1], rgb[2], 255], k);
       });
     }
@@ -216,6 +222,10 @@
       });
     }
 
+    doubt(name) {
+      return this.slice(name, (out, k, value) => out.set([...heat(value, DOUBT[1]), value * opacity(this.pane, name)], k));
+    }
+
     mask(name) {
       const [u, v] = PLANES[state.plane];
       const strides = [1, NX, NX * NY], data = this.volumes[name];
@@ -224,7 +234,7 @@
       const fill = name === "label" ? 0 : state.overlay;
       const edge = Math.min(1, 2.5 * state.overlay);
       return this.slice(name, (out, k, value, from, i, j) => {
-        if (value) out.set([...COLOURS[name], 255 * (inner(i, j, from) ? fill : edge)], k);
+        if (value) out.set([...(name === "mask" ? plan.colours[value - 1] : COLOURS[name]), 255 * (inner(i, j, from) ? fill : edge)], k);
       });
     }
 
@@ -244,7 +254,8 @@
       context.drawImage(this.base(), 0, 0, ...sizes);
       context.imageSmoothingEnabled = false;
       for (const name of this.pane.layers) if (opacity(this.pane, name) > 0) {
-        context.drawImage(name in plan.differences ? this.change(name) : this.mask(name), 0, 0, ...sizes);
+        const sheet = name in plan.differences ? this.change(name) : name === "doubt" ? this.doubt(name) : this.mask(name);
+        context.drawImage(sheet, 0, 0, ...sizes);
       }
       if (state.cross) {
         const x = (state.at[u] + 0.5) * plan.spacing[u] * scale, y = (plan.shape[v] - state.at[v] - 0.5) * plan.spacing[v] * scale;
@@ -288,9 +299,21 @@
         B: [DARKER[2], c * DARKER[2], c * BRIGHTER[2], BRIGHTER[2]], I: [0, 127, 129, 255] });
       nv.addColormap("signed", { ...ends(0), A: [255, 255, 255, 255] });
       nv.addColormap("signed over", { ...ends(1), A: [255, 0, 0, 255] });
+      const warm = (low) => ({ R: [low[0], DOUBT[1][0], DOUBT[2][0]], G: [low[1], DOUBT[1][1], DOUBT[2][1]], B: [low[2], DOUBT[1][2], DOUBT[2][2]], I: [0, 128, 255] });
+      nv.addColormap("doubt", { ...warm(DOUBT[0]), A: [255, 255, 255] });
+      nv.addColormap("doubt over", { ...warm(DOUBT[1]), A: [0, 128, 255] });
+      if (plan.colours) { // a colour for each of the 256 values; those that do not occur have the last one's
+        const table = Array.from({ length: 256 }, (_, v) => plan.colours[clamp(v - 1, 0, plan.colours.length - 1)]);
+        const [R, G, B] = [0, 1, 2].map((c) => table.map((rgb) => rgb[c]));
+        nv.addColormap("mask", { R, G, B, A: table.map((_, v) => v && 255), I: table.map((_, v) => v) });
+      }
       await nv.attachToCanvas(canvas);
-      const layers = [[pane.base, pane.base in plan.differences ? "signed" : "gray", 255, 1]];
-      for (const name of pane.layers) layers.push(name in plan.differences ? [name, "signed over", 255, opacity(pane, name)] : [name, name, 1, opacity(pane, name)]);
+      const base = pane.base in plan.differences ? "signed" : pane.base === "doubt" ? "doubt" : "gray";
+      const layers = [[pane.base, base, 255, 1]];
+      for (const name of pane.layers) {
+        const over = name in plan.differences ? "signed over" : name === "doubt" ? "doubt over" : name;
+        layers.push([name, over, name in COLOURS ? 1 : 255, opacity(pane, name)]);
+      }
       for (const [name, colours, most, seen] of layers) {
         nv.addVolume(await niivue.NVImage.new(nifti(volumes[name]), name + ".nii", colours, seen, null, 0, most));
       }
