@@ -261,9 +261,9 @@ def test_without_webgl_the_canvases_draw(folder, tmp_path):
 PURPLE, YELLOW = (192, 38, 211), (254, 240, 138)
 
 
-def of_doubt(value: float, low=(0, 0, 0)) -> np.ndarray:
-    """RGB of a grey level of the doubt: from ``low`` over purple at 128 to yellow."""
-    return np.array([np.interp(value, (0, 128, 255), three) for three in zip(low, PURPLE, YELLOW, strict=True)])
+def of_doubt(value: float) -> np.ndarray:
+    """RGB of a grey level of the doubt: black, purple at 128, yellow."""
+    return np.array([np.interp(value, (0, 128, 255), three) for three in zip((0, 0, 0), PURPLE, YELLOW, strict=True)])
 
 
 @pytest.mark.parametrize("more", ["", "#canvas"])
@@ -275,8 +275,10 @@ def test_doubt_and_structures_have_the_colours_of_their_scale_and_legend(tab, fo
         tab.ask(f"document.getElementById('{switch}').click()")
     for choice in ("layout][value=side", "plane][value=axial"):
         tab.ask(f"document.querySelector('input[name={choice}]').click()")
-    tab.ask("document.getElementById('overlay').value = 100")
-    tab.ask("document.getElementById('overlay').dispatchEvent(new Event('input'))")
+
+    def opaque(percent: int) -> None:
+        tab.ask(f"document.getElementById('overlay').value = {percent}")
+        tab.ask("document.getElementById('overlay').dispatchEvent(new Event('input'))")
 
     def seen(canvas: str, x: float, y: float) -> np.ndarray:
         """What is shown around a voxel: right is left, upwards is anterior."""
@@ -288,11 +290,12 @@ def test_doubt_and_structures_have_the_colours_of_their_scale_and_legend(tab, fo
 
     for x, level in ((10, 85), (30, 255)):
         assert seen("doubt", x, 8) == pytest.approx(of_doubt(level), abs=8), x
-    # Over the SR, which is white: the less doubt, the more of it is seen.
+    # Over the SR, which is white, half seen through.
     tab.ask("document.querySelector('input[name=layer][value=doubt]').click()")
+    opaque(50)
     for x, level in ((10, 85), (30, 255)):
-        through = 255 * (1 - level / 255) + of_doubt(level, PURPLE) * level / 255
-        assert seen("sr", x, 8) == pytest.approx(through, abs=8), x
+        assert seen("sr", x, 8) == pytest.approx((255 + of_doubt(level)) / 2, abs=8), x
+    opaque(100)
     tab.ask("document.querySelector('input[name=layer][value=mask]').click()")
     legend = tab.ask("[...document.querySelectorAll('#structures rect')].map(e => getComputedStyle(e).fill)")
     for y, colour in zip((8.5, 21.5, 34.5), legend, strict=True):

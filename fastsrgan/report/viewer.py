@@ -35,7 +35,7 @@ OVER = {
     "change": "SR − spline",
     "doubt": "Doubt",
 }  # can be laid over the SR
-MOST_VALUES = 255  # of a mask image
+MOST_VALUES = 85  # of a mask image: viewer.js takes three of 256 levels for each
 WORDS = {"sr": "SR", "spline": "spline", "truth": "truth"}
 
 
@@ -80,7 +80,7 @@ def open_at(sr: Volume, others: Mapping[str, Volume]) -> View:
 
 
 def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dict[str, Volume]]:
-    """The super-resolved image and what is shown beside it: low, truth, seg, label, doubt, mask, as far as they are there.
+    """The super-resolved image and, as far as they are there, low, truth, seg, label, doubt and mask.
 
     What is missing, unreadable or no longer the same is said in ``warnings``.
     """

@@ -109,7 +109,7 @@ def images_of(sr: Volume, others: Mapping[str, Volume]) -> Images:
 
     sr : decides grid, crop and brightness
     others : by name; "low", "seg", "label" and "mask" are shown voxel by voxel, all others are interpolated by a cubic
-        spline. "mask" has a value for each structure (at most 255), "doubt" a scale of its own.
+        spline. "mask" has a value for each structure (at most 255 of them), "doubt" a scale of its own.
 
     Raises InputError when an image does not overlap ``sr`` or that holds nothing above 0.
     """
