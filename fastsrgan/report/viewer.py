@@ -101,7 +101,7 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
                 return any_image.load_any(path, series=series, volume=which)
             if kind == "mask":
                 volume = images.load_label(path, largest=65535)
-                if len(volume.meta["values"]) > MOST_VALUES:
+                if len(set(volume.meta["values"]) - {0}) > MOST_VALUES:
                     raise InputError(path, f"holds more than {MOST_VALUES} values", "a mask image that infer wrote")
                 return volume
             return images.load_label(path) if kind in ("seg", "label") else images.load(path)

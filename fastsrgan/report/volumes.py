@@ -124,7 +124,7 @@ def images_of(sr: Volume, others: Mapping[str, Volume]) -> Images:
     for name, volume in others.items():
         data = _onto(volume, sr, cut, box, name)
         if name == "mask":
-            values = np.unique(data[data > 0])
+            values = np.unique(data[data > 0]).astype(int)
             arrays[name] = np.where(data > 0, np.searchsorted(values, data) + 1, 0).astype(np.uint8)
         elif name == "doubt":
             doubt_top = float(np.percentile(data[data > 0], CLIP)) if (data > 0).any() else 1.0
