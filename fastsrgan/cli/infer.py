@@ -130,8 +130,8 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
         for item in result["items"]:
             outputs = "  ".join(str(p) for p in (item.get("outputs") or {}).values())
             light = item["plausibility"]["light"] if "plausibility" in item else ""
-            text = outputs or item.get("error", "") or item.get("reason", "")
-            say("  ".join(part for part in (f"{item['status']:8}{item['input']}", light, text) if part))
+            text = outputs or (item.get("error") or item.get("reason", "")).removeprefix(f"{item['input']}: ")
+            say("  ".join(part for part in (f"{item['status']:7} {item['input']}", light, text) if part))
     if 0 < result["unneeded"] == len(result["items"]):
         # the reason of a single image; of several each has been named by a warning
         alone = result["items"][0]["reason"] if result["unneeded"] == 1 else ""

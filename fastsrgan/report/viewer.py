@@ -207,7 +207,7 @@ def pane_list(packed: Packed, spacing: tuple[float, float, float] | None) -> lis
     """
     masks = [name for name in ("seg", "label") if name in packed.blobs]
     there = set(packed.blobs) | {n for n, pair in DIFFERENCES.items() if set(pair) <= set(packed.blobs)}
-    size = " × ".join(f"{s:.3g}" for s in spacing) + " mm, voxels as acquired" if spacing else ""
+    size = " × ".join(f"{s:.4g}" for s in spacing) + " mm, voxels as acquired" if spacing else ""
     named = {name: f"{WORDS[a]} − {WORDS[b]}" for name, (a, b) in DIFFERENCES.items()}
     panes = [("low", "low", TITLES["low"], size), ("spline", "spline", TITLES["spline"], "of the scan")]
     panes += [("sr", "sr", TITLES["sr"], "super-resolved"), ("seg", "sr", TITLES["seg"], "")]
