@@ -134,7 +134,11 @@ def opening(reports: list[tuple[Path, dict[str, Any]]]) -> list[str]:
     lines = []
     named = {f"{name}: {next(iter(found.values()))['machine']['cpu']}": found for name, found in machines.items()}
     for name, found in named.items():
-        lines += [f"\nOn {name}:\n", *(f"{i}. {text}" for i, text in enumerate(summary.sentences(found), 1))]
+        machine, processor = name.split(": ", 1)
+        lines += [
+            f"\nMeasured on {processor} ({machine}):\n",
+            *(f"{i}. {text}" for i, text in enumerate(summary.sentences(found), 1)),
+        ]
     summary.plot(list(named.items()), SUMMARY)
     return [*lines, f"\n![What the other sides take, in units of fastsrgan's time and memory](images/{SUMMARY.name})"]
 

@@ -117,7 +117,7 @@ def _inference(reports: Reports) -> str:
         f"Whole inference of {size} voxels (k {row['kernel']}, patch {row['patch']}, step {row['step']}) takes "
         f"{duration(row['seconds_median'])} against {duration(row['peers'][PLAIN]['seconds_median'])} with MONAI's "
         f"sliding window, {plain:.2f} times as long, of which a factor of {plain / own:.2f} is the network and "
-        f"{own:.2f} gathering and stitching around it."
+        f"one of {own:.2f} gathering and stitching around it."
     )
 
 
@@ -150,7 +150,7 @@ def _gpu(reports: Reports) -> str:
     never = sorted(name for name, report in reports.items() if not on_gpu(report))
     if not never:
         return "All of it has run on a GPU."
-    return f"Never on a GPU has run: {', '.join(never)}; what a GPU gives is not known."
+    return f"Not yet run on a GPU: {', '.join(never)}. How fast they are there is not known."
 
 
 def on_gpu(report: Mapping[str, Any]) -> bool:

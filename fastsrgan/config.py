@@ -314,7 +314,7 @@ class TrainConfig:
     artefacts: str = setting("", "further artefacts of the scans, for example gibbs:0.3", NEW,
         metavar="NAME:AMOUNT,...", check=hint_of(named_amounts), more="[which there are](training.md#artefacts)")
     feed: str = setting("auto", "what moves volumes from the store", FREE, choices=("auto", "dali", "threads"),
-        more="auto: DALI where it is installed")
+        more="auto: threads; on CUDA with DALI whichever was faster on the first volumes")
     feed_threads: int = setting(0, "threads of the feed; 0 auto", FREE, low=0)
     prefetch: int = setting(1, "groups of subjects made ahead", FREE, above=0)
     resident_memory: float | None = setting(None, "GB for the volumes in memory", FREE, above=0,

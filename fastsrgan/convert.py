@@ -358,7 +358,7 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
     values = list(attrs.get("label_counts", {}))
     if set(values) - {"0", "1"}:  # classes of --fit-mask are the mask's
         held = ", ".join(values[:10]) + (f" and {len(values) - 10} more values" if len(values) > 10 else "")
-        warnings.append(f"label: holds {held}; training takes 1 for the structure and 0 for the rest: {labels.CHOOSE}")
+        warnings.append(f"label: holds {held}; training wants 1 in the structure and 0 outside: {labels.CHOOSE}")
     attrs["warnings"] = warnings
     image, (label, mask, tissues) = stored if row.has_image else None, others.values()
     if tissues is not None and tissues.max() <= 255:

@@ -40,6 +40,11 @@ class Alone(Ranks):
         self.rank, self.world = rank, world
 
 
+# What a validation gives; of the baselines too.
+SCORES = {"Dice": 0.5, "PSNR": 30.0, "SSIM": 0.9, "PSNR_spline": 30.0, "SSIM_spline": 0.9, "PSNR_linear": 30.0}
+SCORES |= {"SSIM_linear": 0.9, "MSE": 0.1, "Seg_share": 0.1, "Label_share": 0.1}
+
+
 class Networks:
     """In place of ``Models``: events in their order, each (what, facts)."""
 
@@ -47,7 +52,7 @@ class Networks:
         self.config, self.events, self.skipped = config, [], skipped
         self.device = torch.device("cpu")
         self.generator, self.averaged = object(), object()
-        self.critic = object()
+        self.critic, self.arithmetic = object(), object()
 
     def critic_updates(self, batches: list[Batch], eps: list[torch.Tensor]) -> dict[str, float]:
         self.events.append(("critic", SimpleNamespace(ids=[b.ids for b in batches], eps=[e.numpy() for e in eps])))
@@ -96,7 +101,7 @@ def spied(monkeypatch, config: TrainConfig = CONFIG, *, rank: int = 0, world: in
     """
     networks = Networks(config, more.get("skipped", lambda update: False))
     calls: list[tuple[str, Any]] = []
-    scores = more.get("scores", lambda turn: {"Dice": 0.5, "PSNR": 30.0, "MSE": 0.1})
+    scores = more.get("scores", lambda turn: SCORES)
 
     def validate(generator, feed, subjects, **options):
         calls.append(("validate", SimpleNamespace(generator=generator, subjects=list(subjects), options=options)))

@@ -171,7 +171,7 @@ def test_the_page_opens_with_the_figures_of_the_results(reports):
     assert "301 MiB in an iteration (901 MiB" in told[3] and "101 MiB in whole inference (503 MiB" in told[3]
     assert "data, infer, step" in told[4]
     reports["infer"]["device"] = "NVIDIA H200"
-    assert "Never on a GPU has run: data, step;" in summary.sentences(reports)[4]
+    assert "Not yet run on a GPU: data, step." in summary.sentences(reports)[4]
     assert all(summary.NOT_MEASURED in text for text in summary.sentences({})[:4])
     for report in reports.values():  # a gate that failed leaves no times
         for one in report["rows"]:

@@ -11,7 +11,7 @@ import torch
 from fastsrgan.cli.main import main
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
-from fastsrgan.data.settings_check import refuse_faults, small_subjects
+from fastsrgan.data.settings_check import full_subjects, refuse_faults, small_subjects
 from fastsrgan.data.subject import PatchRule, make_resident, patch_origins
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer.volume import infer_volume
@@ -111,6 +111,13 @@ def test_the_command_ends_before_the_first_update(tmp_path, capsys):
     assert main([*words, "--resident-subjects", "1", "--device", "cpu"]) == 3
     assert "h1 (1.2 x 1.2 x 1.2 mm)" in capsys.readouterr().err
     assert not (tmp_path / "run" / "log.jsonl").exists() or not (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_scans_with_the_images_own_voxels_are_told(tmp_path):
+    store = cohort(tmp_path / "c", {}, {"spacing": 0.5})
+    told = full_subjects(store, config(new_low_res=((1.0, 1.0, 1.0),)), (0, 1, 2))
+    assert told == ["1 of 2 subjects: 1 x 1 x 1 mm (-n) are their own voxels, so nothing is to be super-resolved: h0"]
+    assert not full_subjects(store, config(new_low_res=((1.0, 1.0, 1.0), (1.0, 1.0, 2.0))), (0, 1, 2))
 
 
 def test_subjects_smaller_than_a_patch_are_told(tmp_path):

@@ -132,6 +132,17 @@ def test_noise_is_weighed_as_the_best_linear_estimate_says():
     assert min(errors, key=errors.get) == 0.1
 
 
+def test_the_best_linear_estimate_is_never_worse_than_the_spline():
+    seen, _, scan = case("one thick axis")
+    rng = np.random.default_rng(4)
+    truth = (5 + rng.random((6, 7, 27))).astype(np.float32)
+    spline = truth + np.float32(0.05)
+    clean = through(seen.down, truth).astype(np.float32)
+    noisy = (clean + 3 * rng.normal(size=scan.shape)).astype(np.float32)
+    assert np.array_equal(consistency.best_linear(spline, noisy, truth, seen), spline)
+    assert ((consistency.best_linear(spline, clean, truth, seen) - truth) ** 2).sum() < 0.5 * truth.size * 0.05**2
+
+
 def test_the_floor_holds():
     seen, sr, scan = case("one thick axis")
     free, bound = agreeing(sr, scan, seen, 0.1), agreeing(sr, scan, seen, 0.1, floor=-0.5)

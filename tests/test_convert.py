@@ -141,7 +141,7 @@ def test_labels_of_other_values_than_0_and_1_are_said_and_not_trained_on(tmp_pat
     summary = convert(table, tmp_path / "store")
     assert set(summary["warnings"]) == {"s0", "s2"}
     (told,) = summary["warnings"]["s0"]
-    assert told.startswith("label: holds 0, 255; training takes 1 for the structure")
+    assert told.startswith("label: holds 0, 255; training wants 1 in the structure")
     assert open_store(tmp_path / "store").subject("s0").attrs["warnings"] == [told]
     config = TrainConfig(new_low_res=((1.5, 1.5, 3.0),), patch_size=16, kernel_gen=1, kernel_dis=1)
     with pytest.raises(InputError, match=r"than 0 and 1: s0 \(also 255\), s2 \(also 2, 3\) \(make each label 1"):

@@ -96,7 +96,7 @@ ACCEPTED = {
         {"sform_code": 0, "qform_code": 0, "pixdim": (slice(1, 4), (-1, 1, 3))},
         "negative",
     ),
-    "12 smaller than a patch": (HEAD[:3, :1, :2], rigid((1.0, 1, 1)), {}, ""),
+    "12 smaller than a patch": (HEAD[:3, :1, :2], rigid((1.0, 1, 2)), {}, ""),
 }
 ACCEPTED_ROWS = [pytest.param(name, id=name, marks=pytest.mark.fault(int(name.split()[0]))) for name in ACCEPTED]
 

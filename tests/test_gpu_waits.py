@@ -142,7 +142,7 @@ def waits(monkeypatch) -> Iterator[Waits]:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(precision, "self_test", lambda arithmetic: {})
+    monkeypatch.setattr(precision, "self_test", lambda *args, **more: {})
     monkeypatch.setattr(arithmetic.Arithmetic, "arrange", arrange)
     monkeypatch.setattr(Event, "waited", 0)
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)  # a fused kernel, which has no form without memory
@@ -187,7 +187,7 @@ def test_an_iteration_never_waits_but_for_the_values_of_the_one_before(waits, mo
             p.grad = torch.empty_like(p)
 
     monkeypatch.setattr(
-        models, "_generator_terms", lambda x, y, res, adversarial: {"total": (x.sum() + y.sum()) * res.sum()}
+        models, "_generator_terms", lambda x, y, res, adversarial, *more: {"total": (x.sum() + y.sum()) * res.sum()}
     )
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     assert models.arithmetic.dtype == torch.bfloat16

@@ -93,7 +93,9 @@ def test_kernels_do_what_the_references_do_on_a_gpu(name):
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize(("name", "defines"), VARIANTS, ids=lambda v: v if isinstance(v, str) else "-".join(v.values()))
+@pytest.mark.parametrize(
+    ("name", "defines"), VARIANTS, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))
+)
 def test_kernels_compile_for_gpus(name, defines, architecture):
     """Without headers: machine code comes out, no warning, and the kernel is in it by its plain name."""
     code = compile_for(backend.kernel_source(name), name, architecture, backend.define_options(defines))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from spies import CONFIG, PATCHES, SUBJECTS, spied
+from spies import CONFIG, PATCHES, SCORES, SUBJECTS, spied
 
 from fastsrgan.data.pool import Batch
 from fastsrgan.errors import ResourceError
@@ -292,7 +292,7 @@ def test_validations_and_snapshots_come_in_the_epochs_that_were_asked_for(monkey
 @pytest.mark.parametrize("best_by", ["dice", "psnr"])
 def test_the_best_epoch_by_the_chosen_score_is_kept(monkeypatch, best_by):
     table = {1: (0.4, 31.0), 2: (0.6, 30.0), 3: (0.5, 33.0), 4: (0.6, 32.0)}
-    scores = lambda turn: {"Dice": table[turn][0], "PSNR": table[turn][1], "MSE": 0.1}  # noqa: E731
+    scores = lambda turn: SCORES | {"Dice": table[turn][0], "PSNR": table[turn][1]}  # noqa: E731
     _, calls = spied(monkeypatch, CONFIG.replace(epochs=4, best_by=best_by), scores=scores)
     kept = [f.args[1]["epoch"] for what, f in calls if what == "write_weights" and f.args[0].name == "best.safetensors"]
     assert kept == ([1, 2] if best_by == "dice" else [1, 3])
@@ -309,6 +309,7 @@ def test_the_weights_that_are_written_are_the_averaged_ones_and_the_snapshot_hol
     run = SimpleNamespace(
         first=True, models=models, config=config, position=Position(updates=3), folder=tmp_path,
         store=SimpleNamespace(subjects=[]), ranks=SimpleNamespace(world=1), snapshot_folder=tmp_path / "keras",
+        structures=(),
     )  # fmt: skip
     (tmp_path / "keras").mkdir()
     snapshots.write_weights(run, tmp_path / "model.safetensors", {"epoch": 1})
@@ -346,6 +347,6 @@ def test_an_epoch_may_be_cut_short_and_every_group_has_its_share(monkeypatch):
 
 
 def test_patience_ends_a_run_after_exactly_as_many_validations_without_a_better_score(monkeypatch):
-    scores = lambda turn: {"Dice": 0.5 if turn == 2 else 0.4, "PSNR": 30.0, "MSE": 0.1}  # noqa: E731
+    scores = lambda turn: SCORES | {"Dice": 0.5 if turn == 2 else 0.4}  # noqa: E731
     _, calls = spied(monkeypatch, CONFIG.replace(epochs=9, patience=3), scores=scores)
     assert sum(what == "validate" for what, _ in calls) == 5

@@ -217,6 +217,7 @@ def test_the_series_of_a_folder_is_asked_for_wherever_the_image_is_read(folder, 
 
 
 PLAIN_FIND = files_module.find_images
+NOTHING: dict[str, Any] = {"items": [], "unneeded": 0}  # a summary
 
 
 @pytest.mark.parametrize("split", [True, False])
@@ -257,7 +258,9 @@ def test_every_network_that_is_named_is_averaged(folder, engine):
 )
 def test_what_is_no_option_of_a_volume_reaches_infer_files(monkeypatch, words, expected):
     calls = []
-    monkeypatch.setattr(files_module, "infer_files", lambda *args, **more: calls.append((args, more)) or {"items": []})
+    monkeypatch.setattr(
+        files_module, "infer_files", lambda *args, **more: calls.append((args, more)) or {"items": [], "unneeded": 0}
+    )
     assert main(["--quiet", "infer", "one.nii", "two.nii", "-o", "there", *words]) == 0
     (inputs, out, given), more = calls[0]
     assert inputs == ["one.nii", "two.nii"] and out == "there"
@@ -266,7 +269,9 @@ def test_what_is_no_option_of_a_volume_reaches_infer_files(monkeypatch, words, e
 
 def test_the_choice_of_a_dataset_reaches_infer_bids(monkeypatch):
     calls = []
-    monkeypatch.setattr(bids, "infer_bids", lambda *args, **more: calls.append((args, more)) or {"items": []})
+    monkeypatch.setattr(
+        bids, "infer_bids", lambda *args, **more: calls.append((args, more)) or {"items": [], "unneeded": 0}
+    )
     words = "--bids data -o there --participant-label 01 02 --session-label a --suffix FLAIR --desc preproc --step 8"
     assert main(["--quiet", "infer", *words.split()]) == 0
     (root, out, _), more = calls[0]
@@ -278,14 +283,14 @@ def test_the_choice_of_a_dataset_reaches_infer_bids(monkeypatch):
 
 TRAIN = {
     "device": (["--device", "cuda:3"], "cuda:3"),
-    "start_weights": (["-w", "w.safetensors"], "w.safetensors"),
+    "start_weights": (["-w", "adult"], "adult"),
     "resume": (["--resume"], True),
     "strict": (["--strict"], True),
     "snapshot_folder": (["-sf", "snapshots"], "snapshots"),
     "dice_file": (["-dice", "d.csv"], "d.csv"),
     "mse_file": (["-mse", "m.csv"], "m.csv"),
 }
-RESULT = {"exit_code": 0, "updates": 0, "seconds": 0.0, "best_dice": None, "weights": "", "stopped": None}
+RESULT = {"exit_code": 0, "updates": 0, "seconds": 0.0, "best_epoch": None, "weights": "", "stopped": None}
 
 
 def trained(monkeypatch, *words: str) -> tuple[tuple, dict[str, Any]]:
@@ -314,7 +319,7 @@ def test_every_option_of_train_is_a_setting_or_stands_here():
         *("source", "csv", "out", "config", "json", "u_net"),  # read by the command itself: tests/test_cli.py
         *("base_path", "label_classes", "label_names"),  # of the conversion, below
         *("folder_training_data", "multi_gpu"),  # of the original, accepted and told
-        *("weights",),  # start_weights
+        *("weights", "checkpoint"),  # start_weights; tests/test_weights.py
     }
     assert names - elsewhere == (set(vars(CONFIG)) | set(TRAIN)) - {"start_weights"}
 
@@ -332,7 +337,11 @@ def test_what_names_the_data_reaches_the_conversion(monkeypatch, tmp_path):
     words = ["-csv", tmp_path / "c.csv", "-o", tmp_path / "run", "-n", 1, 1, 3, "--base-path", "data"]
     words += ["--label-classes", "3,42", "--label-names", "names.txt"]
     assert main(["--quiet", "train", *map(str, words)]) == 0
-    assert (calls[0]["base_path"], calls[0]["label_classes"], calls[0]["label_names"]) == ("data", "3,42", "names.txt")
+    assert (calls[0]["base_path"], calls[0]["label_classes"], calls[0]["label_names"]) == (
+        "data",
+        ["3,42"],
+        "names.txt",
+    )
 
 
 def test_what_train_is_given_reaches_the_run(monkeypatch, tmp_path):

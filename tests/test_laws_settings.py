@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from spies import CONFIG, Alone, spied
+from spies import CONFIG, SCORES, Alone, spied
 
 from fastsrgan.config import SETTINGS, TrainConfig, from_mapping
 from fastsrgan.core.ranks import ALONE
@@ -58,12 +58,12 @@ class Seen:
         for name in ("refuse_faults", "refuse_hopeless", "need_space"):
             self.patch.setattr(run_module, name, lambda *args: None)
         self.patch.setattr(run_module, "batch_that_fits", lambda *args: 1)
-        self.patch.setattr(precision, "self_test", lambda arithmetic: {})
+        self.patch.setattr(precision, "self_test", lambda *args: {})
         self.compiled_with: list[str] = []
         note = lambda function, config, device: self.compiled_with.append(config.compile) or function  # noqa: E731
         self.patch.setattr(gan, "compiled", note)
         self.engines: list[str] = []
-        self.patch.setattr(feed_module, "pick_mover", lambda engine, device: self.engines.append(engine))
+        self.patch.setattr(feed_module, "pick_mover", lambda engine, *more: self.engines.append(engine))
         return run_module.prepare(store, self.folder, self.config, CPU, ALONE, strict=False, resume=False)
 
     @property
@@ -183,7 +183,7 @@ class Seen:
             return plain(residents, patch, **more)
 
         self.patch.setattr(loop_module, "Pool", pool)
-        scores = lambda turn: {"Dice": 0.5 - 0.01 * turn, "PSNR": 30.0 + turn, "MSE": 0.1}  # noqa: E731
+        scores = lambda turn: SCORES | {"Dice": 0.5 - 0.01 * turn, "PSNR": 30.0 + turn}  # noqa: E731
         networks, calls = spied(self.patch, self.config, scores=scores, folder=self.folder)
         return networks, calls
 
@@ -283,6 +283,7 @@ ACTS: dict[str, Act] = {
     "new_low_res": Act(((2.0, 2.0, 4.0),), lambda s: s.law.low_res),
     "contrast_max": Act(0.25, lambda s: s.law.contrast),
     "noise": Act(0.25, lambda s: s.law.noise),
+    "noise_from": Act(0.01, lambda s: s.law.noise_from),
     "geometry": Act("segsrgan", lambda s: s.law.geometry),
     "interp": Act("sitk", lambda s: s.law.interp, beside=SITK),
     "interpolation_type": Act("Linear", lambda s: s.law.interpolation_type, beside=SITK | {"interp": "sitk"}),
@@ -364,8 +365,8 @@ ACTS: dict[str, Act] = {
     "validate_every": Act(2, lambda s: len(s.calls("validate")), 2, {"epochs": 4}),
     "whole_every": Act(1, lambda s: len(s.calls("whole")), 2),
     "keep_checkpoints": Act(7, lambda s: s.snapshots_kept),
-    "patience": Act(1, lambda s: s.epochs, 2, {"epochs": 4}),
-    "best_by": Act("psnr", lambda s: len(s.calls("write_weights", "best.safetensors")), 2),
+    "patience": Act(1, lambda s: s.epochs, 2, {"epochs": 4, "best_by": "dice"}),
+    "best_by": Act("dice", lambda s: len(s.calls("write_weights", "best.safetensors")), 1),
     "lr_schedule": Act("linear", lambda s: line(s, 0.0), True),
     "lr_end": Act(0.5, lambda s: line(s, 0.5), True, {"lr_schedule": "linear"}),
     "lr_warmup": Act(3, lambda s: np.allclose(s.factors[:4], [1 / 3, 2 / 3, 1, 1]), True),

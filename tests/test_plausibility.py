@@ -355,6 +355,8 @@ def test_an_isotropic_image_is_left_alone_unless_asked_for(tmp_path, small, caps
     assert told["unneeded"] == 1 and told["done"] == 0 and told["items"][0]["status"] == "unneeded"
     assert "nothing to super-resolve" in told["items"][0]["reason"] and "--new-resolution same" in shown.err
     assert not list((tmp_path / "out").iterdir())
+    assert infer(same, "-o", tmp_path / "out") == 2
+    assert capsys.readouterr().out.startswith(f"unneeded {same}  voxels of 3.27")
     assert infer(same, thick, "-o", tmp_path / "out") == 0
     told = json.loads((tmp_path / "out" / "infer_summary.json").read_text())
     assert [item["status"] for item in told["items"]] == ["unneeded", "done"] and told["failed"] == 0

@@ -293,7 +293,9 @@ def test_a_record_cannot_put_other_files_on_the_page(results, tmp_path, way):
         folder.mkdir(parents=True)
     secret.write_text(SECRET * 50, encoding="utf8")
     record = json.loads((results / "scan.json").read_text(encoding="utf8"))
-    record["outputs"] = dict.fromkeys(("sr", "seg"), str(secret)) if way == "outputs" else {"sr": "scan_sr.nii.gz"}
+    record["outputs"] = (
+        dict.fromkeys(("sr", "seg", "doubt", "mask"), str(secret)) if way == "outputs" else {"sr": "scan_sr.nii.gz"}
+    )
     record["input"] = {"path": str(secret.parent if way == "folder" else secret), "sha256": None}
     if way == "no checksum":
         record["input"] = {"path": str(other)}

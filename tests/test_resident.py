@@ -15,7 +15,7 @@ from fastsrgan.store.reader import Sample
 
 CPU = torch.device("cpu")
 DRAW = Draw((1.0, 1.0, 3.0), power=1.3, noise=0.02, key=(3, "noise"))
-EXTRAS = dataclasses.replace(DRAW, bias_field=0.3, rician=True, width=1.2, motion=0.5)
+EXTRAS = dataclasses.replace(DRAW, rician=True, width=1.2, artefacts={"bias_field": 0.3, "motion": 0.5})
 
 
 def head(shape=(41, 37, 46), low=(3, 6, 9), high=(35, 31, 43)) -> Sample:

@@ -76,6 +76,14 @@ def test_starting_from_weights_takes_generator_and_critic(store, tmp_path):
         )
 
 
+@pytest.mark.parametrize("lambda_adv", [0.0, 0.001])
+def test_a_missing_critic_is_told_where_one_is_used(lambda_adv, caplog):
+    config = CONFIG.replace(kernel_gen=8, scaled=True, lambda_adv=lambda_adv)
+    with caplog.at_level("INFO", logger="fastsrgan"):
+        Models(config, 0, torch.device("cpu")).start_from(weights.shipped("adult"))
+    assert ("the critic starts anew" in caplog.text) == (lambda_adv > 0)
+
+
 @pytest.mark.fault(36)
 def test_nan_updates_are_skipped_and_end_the_run(store, tmp_path, monkeypatch):
     original = Models.generate

@@ -130,9 +130,15 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
         for item in result["items"]:
             outputs = "  ".join(str(p) for p in (item.get("outputs") or {}).values())
             light = item["plausibility"]["light"] if "plausibility" in item else ""
-            text = outputs or item.get("error", "") or item.get("reason", "")
-            say("  ".join(part for part in (f"{item['status']:8}{item['input']}", light, text) if part))
-    return code or UsageError.exit_code * (result["unneeded"] == len(result["items"]))
+            text = outputs or (item.get("error") or item.get("reason", "")).removeprefix(f"{item['input']}: ")
+            say("  ".join(part for part in (f"{item['status']:7} {item['input']}", light, text) if part))
+    if 0 < result["unneeded"] == len(result["items"]):
+        # the reason of a single image; of several each has been named by a warning
+        alone = result["items"][0]["reason"] if result["unneeded"] == 1 else ""
+        reason = f"all {result['unneeded']} images have equal voxels along all axes: nothing was done"
+        error_line(alone or str(UsageError("infer", reason, "--new-resolution same, or --new-resolution MM")))
+        return UsageError.exit_code
+    return code
 
 
 def _source(args: argparse.Namespace) -> tuple[Callable[..., dict[str, Any]], Any]:

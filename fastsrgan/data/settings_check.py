@@ -54,6 +54,20 @@ def small_subjects(store: Store, config: TrainConfig) -> list[str]:
     return [f"{name}: {size} voxels are smaller than a patch of {config.patch_size}" for name, size in sizes.items()]
 
 
+def full_subjects(store: Store, config: TrainConfig, axes: Axes | None) -> list[str]:
+    """A line where subjects are as coarse as the coarsest scan that may be drawn: nothing of them is to be restored."""
+    coarsest = [max(sizes) for sizes in zip(*config.new_low_res, strict=True)]
+    names = [
+        s.id
+        for s in store.subjects
+        if all(low / own < 1 + SAME for low, own in zip(_stored(coarsest, s, axes), s.spacing, strict=True))
+    ]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    size = " x ".join(f"{low:g}" for low in coarsest)
+    told = f"{size} mm (-n) are their own voxels, so nothing is to be super-resolved: {', '.join(names[:SHOWN])}{more}"
+    return [f"{len(names)} of {len(store.subjects)} subjects: {told}"] if names else []
+
+
 def structures(store: Store) -> list[tuple[str, list[int]]]:
     """Name and label values of each structure that `convert` made a class of; empty where there are not several.
 

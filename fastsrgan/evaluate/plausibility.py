@@ -153,7 +153,7 @@ def choose(look: Look, models: Mapping[str, ShippedModel] = MODELS) -> tuple[str
     """
     first, name = next(iter(models)), "no head is seen in the image"
     if not look.is_head:
-        return first, f"{name}, which decides nothing"
+        return first, f"{name}, so its size cannot choose"
     away = {name: _beyond(look.head_mm, model.purpose.head_mm) for name, model in models.items()}
     best = min(away, key=lambda name: away[name])
     size = f"head {look.head_mm:.0f} mm long"

@@ -457,7 +457,7 @@ def _alone(image: Image, job: ImageJob) -> dict[str, Any]:
     try:
         loaded = load(image, job)
     except Isotropic as error:
-        return failure(item, error)
+        return failure(item, error, tell=False)  # the caller says it, once
     if loaded is None:
         return item | {"status": "skipped", "outputs": names(job.outputs(image))}
     record = write(compute(loaded, job, image.path.name), job)

@@ -392,5 +392,5 @@ def _outline(axes, cut: Cut, masks: tuple[Volume | None, Volume | None], theme: 
 
 
 def _spacing(volume: Volume) -> str:
-    sizes = [f"{s:.3g}" for s in volume.spacing]
+    sizes = [f"{s:.4g}" for s in volume.spacing]
     return " × ".join(sizes) + " mm"

@@ -117,16 +117,17 @@ class Models:
             raise ModelError(path, *differences(generator.spec, self.generator.spec))
         generator.spec = self.generator.spec  # what this training does to values below 0 holds from here on
         self.generator = generator.requires_grad_(True)
+        tell = log.info if self.config.lambda_adv else log.debug  # without its loss there is no use of a critic
         try:
             critic = weights.load_critic(path)
         except ModelError as error:
-            log.info("%s: the critic starts anew", error)
+            tell("%s: the critic starts anew", error)
         else:
             if critic.spec == self.critic.spec:
                 self.critic = critic.requires_grad_(True)
             else:
                 told = "%s: its critic, %s, does not fit this run, which starts a new one"
-                log.info(told, path, describe(critic.spec))
+                tell(told, path, describe(critic.spec))
         self.finish()
 
     def set_rates(self, factor: float) -> None:

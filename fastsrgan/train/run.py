@@ -24,7 +24,7 @@ from fastsrgan.core.ranks import Ranks, from_environment, local_device
 from fastsrgan.core.signals import StopRequest
 from fastsrgan.core.system import pick_device, provenance
 from fastsrgan.data.feed import Feed, PatchRule, resident_limit
-from fastsrgan.data.settings_check import data_warnings, refuse_faults, small_subjects, structures
+from fastsrgan.data.settings_check import data_warnings, full_subjects, refuse_faults, small_subjects, structures
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError, UsageError, out_of_memory
 from fastsrgan.model import checkpoint
@@ -348,7 +348,7 @@ def tell_of_data(run: Run) -> dict[str, list[str]]:
         for name, texts in found.items():
             for text in texts:
                 log.warning("%s: %s", name, text)
-        for text in small_subjects(run.store, run.config):
+        for text in small_subjects(run.store, run.config) + full_subjects(run.store, run.config, run.feed.axes):
             log.warning("%s", text)
         write_json(run.folder / DATA_FACTS, {"store": run.store.url, "warnings": found})
     return found
