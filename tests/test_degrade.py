@@ -118,7 +118,7 @@ def test_what_is_seen_of_an_image_is_what_apply_makes_of_it():
         done = setting.apply(hr, (1, 1, 1), draw, low_res)
         seen = setting.seen(hr.shape, (1, 1, 1), draw, low_res)
         assert abs(draw.width - 1) > 0.01 and draw.gap > 0.01 and draw.box > 0.01
-        assert np.abs(seen.forward(done.hr) - done.low_res).max() < 2e-6  # float32; found: see below
+        assert np.abs(seen.forward(done.hr) - done.low_res).max() < 2e-6  # float32 products, as the matrices above
 
 
 def test_validation_parameters_are_evenly_spaced():
