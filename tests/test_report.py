@@ -330,6 +330,13 @@ def test_truth_given_to_the_report_is_evaluated(results, tmp_path):
     assert scores["baseline"]["image"]["whole"]["psnr_db"] > 15
 
 
+def test_a_mask_of_the_truth_is_a_region_of_the_figures(results, tmp_path):
+    image, label = make_truth(tmp_path)
+    (path,) = report(results / "scan.json", tmp_path / "page.html", hr=image, label=label, mask=label)
+    scores = Parsed(path.read_text(encoding="utf8")).facts["results"][0]["scores"]["image"]
+    assert scores["mask"] == scores["label"] and scores["mask"]["mae"] != scores["whole"]["mae"]
+
+
 # --- cohort ---------------------------------------------------------------------------------------------------------
 
 
