@@ -71,3 +71,31 @@ def make_run(folder: Path, updates: int = 700) -> Path:
     write_json(folder / "summary.json", {"epochs": 7, "updates": updates, "best": 0.9375, "device": "cpu"})
     (folder / "config.yaml").write_text("epochs: 7\nname: </pre><script>alert(1)</script>\n", encoding="utf8")
     return folder
+
+
+def make_known(folder: Path) -> Path:
+    """The record of a result with a doubt map and several structures, each of known values in known places.
+
+    40 x 44 x 36 voxels of 1 mm in the axes R, A, S. SR: 400. Doubt: 20, from x = 20 on 60. Segmentation: y = 4 to 13;
+    structures 3, 41 and 90 from y = 4, 17 and 30 on, 10 voxels each. The weights name 3 and 41, and call 41 "<white>".
+    """
+    out = folder / "out"
+    out.mkdir(parents=True)
+    shape, affine, thick = (40, 44, 36), np.eye(4), np.diag([1.0, 1, 3, 1])
+    thick[2, 3] = 1
+    low = np.broadcast_to(np.where(np.arange(12) % 2, 140, 60).astype(np.float32), (*shape[:2], 12)).copy()
+    sr, doubt = np.full(shape, 400, np.float32), np.full(shape, 20, np.float32)
+    doubt[20:] = 60
+    seg, mask = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+    for value, first in ((3, 4), (41, 17), (90, 30)):
+        mask[6:34, first : first + 10, 6:30] = value
+    seg[mask == 3] = 1
+    scan = images.save(folder / "scan.nii.gz", low, thick)
+    arrays = {"sr": sr, "seg": seg, "doubt": doubt, "mask": mask}
+    outputs = {kind: str(images.save(out / f"scan_{kind}.nii.gz", data, affine)) for kind, data in arrays.items()}
+    structures = [{"name": "cortex", "values": [3, 42]}, {"name": "<white>", "values": [77, 41]}]
+    source = {"path": str(scan), "sha256": images.sha256(scan), "series": None, "volume": None}
+    weights = {"path": "w", "sha256": "0", "structures": structures}
+    record = {"input": source, "outputs": outputs, "weights": weights, "doubt": {"mean": 41.25, "p95": 60.5}}
+    write_json(out / "scan.json", record)
+    return out / "scan.json"

@@ -94,6 +94,7 @@ def test_a_level_equals_a_plain_run_at_its_step(window, n, poisoned):
     plain, _ = predict(VOLUME, plans[-1], TileNetwork(Local(), 1.0), InferSettings(window=window))
     assert out.shape == plain.shape and (out - plain).abs().max() < 2e-6
     assert [level["tiles"] for level in facts["levels"]] == [len(p) for p in plans]
+    assert list(itertools.accumulate(level["new_tiles"] for level in facts["levels"])) == [len(p) for p in plans]
     assert facts["tiles_network"] == len(plans[-1]), "no tile twice"
 
 

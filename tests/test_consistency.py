@@ -159,6 +159,13 @@ def test_the_original_s_operator_where_its_sizes_fit(low):
     assert observation((8, 9, m), (1, 1, low), (8, 9, n + 9), (1, 1, 1), geometry="segsrgan") is None
 
 
+def test_the_best_linear_estimate_is_not_below_zero():
+    seen, truth, scan = case("one thick axis")
+    spline = np.full(truth.shape, 0.1, np.float32)
+    made = consistency.best_linear(spline, np.full(scan.shape, -1.0), np.full(truth.shape, -1.0), seen)
+    assert made.min() == made.max() == 0 and (spline == np.float32(0.1)).all()
+
+
 def test_the_observation_is_the_model_that_degrades():
     from fastsrgan.observation.model import degrade
 

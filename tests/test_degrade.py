@@ -108,6 +108,19 @@ def test_apply_is_degrade_with_what_was_drawn(geometry):
     assert turned.low_res_mm[1] == draw.low_res[2] and turned.hr.shape[1] == done.hr.shape[2]
 
 
+def test_what_is_seen_of_an_image_is_what_apply_makes_of_it():
+    """With the width, the gap and the shape of the profile that were drawn, on whichever axis is thick."""
+    setting = Degradation(((1, 1.4, 2.3), (1, 1.6, 3.1)), 0.0, 0.0, profile=0.3, gap=0.4, profile_box=0.9)
+    hr = head()
+    for number, order in enumerate(((0, 1, 2), (2, 0, 1))):
+        draw = setting.draw(3, number, "sub-1")
+        low_res = tuple(draw.low_res[d] for d in order)
+        done = setting.apply(hr, (1, 1, 1), draw, low_res)
+        seen = setting.seen(hr.shape, (1, 1, 1), draw, low_res)
+        assert abs(draw.width - 1) > 0.01 and draw.gap > 0.01 and draw.box > 0.01
+        assert np.abs(seen.forward(done.hr) - done.low_res).max() < 2e-6  # float32 products, as the matrices above
+
+
 def test_validation_parameters_are_evenly_spaced():
     setting = Degradation(((1, 1, 2), (1, 1, 4)), contrast=0.5)
     draws = [setting.linspace(i, 3) for i in range(3)]

@@ -267,3 +267,15 @@ def test_the_rank_correlation_is_scipy_s():
     assert found["rank_correlation"] == pytest.approx(stats.spearmanr(made.ravel(), np.abs(sr - truth).ravel())[0])
     assert found["error_over_doubt"] == pytest.approx(np.sqrt(((sr - truth) ** 2).mean() / (made**2).mean()))
     assert metrics.calibration(sr, truth, np.ones_like(made))["rank_correlation"] is None
+
+
+def test_the_calibration_looks_at_the_field_of_view_alone():
+    rng = np.random.default_rng(5)
+    made, truth = rng.random((12, 9, 9)), np.full((12, 9, 9), 100.0)
+    sr = 100 + made * rng.normal(size=made.shape)
+    there = np.zeros(made.shape, bool)
+    there[:5] = True
+    sr[5:], cut = 0, slice(0, 5)  # as where an image ends
+    alone = metrics.calibration(sr[cut], truth[cut], made[cut])
+    for mask in (None, np.ones(made.shape, bool)):
+        assert metrics.calibration(sr, truth, made, mask, part=there) == alone

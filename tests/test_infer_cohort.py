@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,6 +217,13 @@ def test_ranks_share_the_images_of_a_list(folder, model, tmp_path, one_by_one):
     assert results(tmp_path / "out") == one_by_one
     told = json.loads((tmp_path / "out" / SUMMARY).read_text())
     assert told["items"] == found[0]["items"] and told["failed"] == 1
+
+
+def test_ranks_take_the_largest_images_first(monkeypatch):
+    """What is begun last is short, so that no rank waits long for another; a single process keeps the list's order."""
+    monkeypatch.setattr(files, "size_of", lambda image: image)
+    assert files.Deal([3, 9, 5, 9], SimpleNamespace(store=object())).order == [1, 3, 2, 0]
+    assert files.Deal([3, 9, 5, 9], SimpleNamespace(store=None)).order == [0, 1, 2, 3]
 
 
 def test_the_images_of_a_rank_that_died_are_not_done(folder, model, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from nifti_files import rigid
 
 from fastsrgan.cli.main import main
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.infer import anytime, planes
+from fastsrgan.infer import anytime, planes, tiles
 from fastsrgan.infer import modes as infer_ways
 from fastsrgan.infer import volume as infer
+from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.values import memory, seconds, step_size, voxels
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io import nifti as images
@@ -217,6 +219,24 @@ def test_a_large_image_goes_by_slabs_and_leaves_no_files_behind(files, capsys, m
     assert code == 0 and record["memory"]["mode"] == "slabs" and whole["memory"]["mode"] == "memory"
     assert seen == [files / "out" / ".a.planes"]
     assert {p.name: p.read_bytes() for p in (files / "out").iterdir() if p.name != "a.json"} == expected
+
+
+def test_what_a_killed_run_left_is_gone_on_with_by_the_same_work_alone(data, generator):
+    """Another image, mask, network, grid, tiles or option that decides is other work."""
+    other = build_generator(GeneratorSpec(kernel=1), seed=7)
+
+    def key(image=data, mask=None, network=generator, mm=1.0, step=4, forms=(), **options) -> str:
+        plan, settings = tiles.plan(image.shape, 16, step), InferSettings(**FAST, mask=mask, **options)
+        made = SimpleNamespace(wanted=(mm,) * 3), SimpleNamespace(generator=network)
+        return infer._fingerprint(image, plan, *made, settings, list(forms))
+
+    brighter, marked, all_ = data.copy(), np.zeros(SHAPE, np.uint8), np.ones(SHAPE, np.uint8)
+    brighter[3, 4, 5] += 1
+    marked[3, 4, 5] = 1
+    works = [{}, {"image": brighter}, {"mask": marked}, {"mask": all_}, {"mask": "head"}, {"network": other}]
+    works += [{"mm": 0.9}, {"step": 8}, {"forms": ["a"]}, {"flips": "x"}, {"window": "gaussian"}]
+    assert len({key(**work) for work in works}) == len(works)
+    assert key(image=data.copy(), mask=marked.copy()) == key(mask=marked)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,16 @@ def test_negative_values_count_from_the_lowest(shift):
     assert found is not None and found.count == 1
 
 
+def test_what_is_an_outlier_of_an_image_with_negative_values_is_counted_from_the_lowest():
+    """A voxel at 1500 is 3.1 times as far from the lowest as the rest, though the rest is all below 0."""
+    data = np.random.default_rng(0).uniform(-1000, -200, (20, 20, 20)).astype(np.float32)
+    data[0, 0, 0] = 1500
+    assert outliers(data) is None
+    data[0, 0, 0] = 4000
+    found = outliers(data)
+    assert found is not None and found.count == 1 and found.times == pytest.approx(5000 / 800, rel=0.01)
+
+
 @pytest.mark.parametrize("shifted", (False, True))
 def test_outliers_are_compressed_and_come_back_exactly(shifted):
     data = scan() - 50 * shifted
@@ -110,6 +120,16 @@ def test_voxels_that_a_type_cannot_hold_are_counted(tmp_path):
     image = Volume(data, np.eye(4), (), {"stored_dtype": "uint16", "slope": 1.0, "inter": 0.0})
     result = InferResult(data, data[None], np.eye(4), {})
     assert _save_as_input(tmp_path / "a.nii.gz", result, image, 1)["voxels_clipped"] == 1
+
+
+def test_what_rounds_to_the_last_number_of_a_type_is_not_counted_as_clipped(tmp_path):
+    data = np.full((4, 4, 4), 100, np.float32)
+    data[0, 0] = -0.4, 65535.4, -0.6, 65535.6
+    image = Volume(data, np.eye(4), (), {"stored_dtype": "uint16", "slope": 1.0, "inter": 0.0})
+    result = InferResult(data, data[None], np.eye(4), {})
+    assert _save_as_input(tmp_path / "a.nii.gz", result, image, 1)["voxels_clipped"] == 2
+    halves = Volume(data, np.eye(4), (), {"stored_dtype": "uint16", "slope": 0.5, "inter": -2.0})
+    assert _save_as_input(tmp_path / "b.nii.gz", result, halves, 1)["voxels_clipped"] == 2  # -2 to 32765.5
 
 
 def test_the_record_of_infer_carries_them(tmp_path, caplog):

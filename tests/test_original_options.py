@@ -170,6 +170,12 @@ def test_interp_sitk_takes_the_originals_geometry():
         settings("--interp", "sitk", "--geometry", "physical")
 
 
+def test_several_structures_are_learned_unless_that_is_declined():
+    several = ("--label-classes", "3", "42")
+    assert not settings().fit_mask and not settings(*several[:2]).fit_mask and settings(*several).fit_mask
+    assert not settings(*several, "--fit-mask", "False").fit_mask
+
+
 # --- what a call does with them -----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from golden_steps import CONFIG, batch, double
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsrgan.core.ranks import Ranks
+from fastsrgan.model.networks import build_generator
+from fastsrgan.model.weights import save_generator
 from fastsrgan.train.gan import Models
 
 CPU = torch.device("cpu")
@@ -238,3 +241,12 @@ def test_an_update_reads_nothing_back_before_its_end(penalty):
         m.critic_update(b, fake, eps)
         m.generator_update(b, True)
     assert read == [0, 0]
+
+
+@pytest.mark.parametrize("geometry", ["physical", "segsrgan"])
+def test_start_weights_take_the_way_of_this_training_with_values_below_zero(tmp_path, geometry):
+    m = Models(CONFIG.replace(geometry=geometry), 0, CPU, Ranks())
+    other = replace(m.generator.spec, shifted=geometry != "physical")
+    save_generator(tmp_path / "w.safetensors", build_generator(other, seed=5))
+    m.start_from(tmp_path / "w.safetensors")
+    assert m.generator.spec.shifted is m.shipped().spec.shifted is (geometry == "physical")

@@ -293,7 +293,9 @@ def test_a_record_cannot_put_other_files_on_the_page(results, tmp_path, way):
         folder.mkdir(parents=True)
     secret.write_text(SECRET * 50, encoding="utf8")
     record = json.loads((results / "scan.json").read_text(encoding="utf8"))
-    record["outputs"] = dict.fromkeys(("sr", "seg"), str(secret)) if way == "outputs" else {"sr": "scan_sr.nii.gz"}
+    record["outputs"] = (
+        dict.fromkeys(("sr", "seg", "doubt", "mask"), str(secret)) if way == "outputs" else {"sr": "scan_sr.nii.gz"}
+    )
     record["input"] = {"path": str(secret.parent if way == "folder" else secret), "sha256": None}
     if way == "no checksum":
         record["input"] = {"path": str(other)}
@@ -326,6 +328,13 @@ def test_truth_given_to_the_report_is_evaluated(results, tmp_path):
     assert scores["image"]["whole"] == pytest.approx(told["image"]["whole"])
     assert scores["segmentation"]["dice"] == told["segmentation"]["dice"]
     assert scores["baseline"]["image"]["whole"]["psnr_db"] > 15
+
+
+def test_a_mask_of_the_truth_is_a_region_of_the_figures(results, tmp_path):
+    image, label = make_truth(tmp_path)
+    (path,) = report(results / "scan.json", tmp_path / "page.html", hr=image, label=label, mask=label)
+    scores = Parsed(path.read_text(encoding="utf8")).facts["results"][0]["scores"]["image"]
+    assert scores["mask"] == scores["label"] and scores["mask"]["mae"] != scores["whole"]["mae"]
 
 
 # --- cohort ---------------------------------------------------------------------------------------------------------

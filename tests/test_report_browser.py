@@ -10,7 +10,7 @@ import chromium
 import numpy as np
 import pytest
 from PIL import Image
-from report_results import make_results, make_run, make_scores
+from report_results import make_known, make_results, make_run, make_scores
 
 from fastsrgan.report import page as page_module
 from fastsrgan.report.page import report
@@ -29,6 +29,7 @@ def folder(tmp_path_factory) -> Path:
     report(out)
     report(make_results(folder / "many", count=2))
     report(make_run(folder / "run", updates=30))
+    report(make_known(folder / "known"))
     return folder
 
 
@@ -124,7 +125,10 @@ def test_the_two_ways_of_drawing_agree(tab, folder):
 PLAN = "JSON.parse(document.getElementById('plan').textContent)"
 INK = """(() => {
   const sheet = document.querySelector('#canvas-low').parentElement.querySelector('.marks');
-  const { data, width, height } = sheet.getContext('2d').getImageData(0, 0, sheet.width, sheet.height);
+  const { width, height } = sheet, copy = Object.assign(document.createElement('canvas'), { width, height });
+  const context = copy.getContext('2d', { willReadFrequently: true }); // without it, Chromium complains of the second
+  context.drawImage(sheet, 0, 0);
+  const { data } = context.getImageData(0, 0, width, height);
   const rows = [];
   for (let y = 0; y < height; y++) for (let x = width - 7; x < width - 3; x++) {
     const at = 4 * (y * width + x);
@@ -134,14 +138,18 @@ INK = """(() => {
 })()"""
 
 
-def coloured(tab, canvas: str, least: int = 40) -> float:
-    """Share of a canvas' pixels that are no grey: channels that far apart."""
+def pixels(tab, canvas: str) -> np.ndarray:
+    """(H, W, 3) what a canvas shows."""
     find = f"document.getElementById('canvas-{canvas}').getBoundingClientRect()"
     box = tab.ask(f"(() => {{ const b = {find}; return [b.x + scrollX, b.y + scrollY, b.width, b.height]; }})()")
     clip = dict(zip(("x", "y", "width", "height"), box, strict=True)) | {"scale": 1}
     with Image.open(io.BytesIO(tab.shot(clip=clip, whole=True))) as image:
-        pixels = np.asarray(image.convert("RGB")).astype(int)
-    return float((np.ptp(pixels, axis=2) > least).mean())
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def coloured(tab, canvas: str, least: int = 40) -> float:
+    """Share of a canvas' pixels that are no grey: channels that far apart."""
+    return float((np.ptp(pixels(tab, canvas), axis=2) > least).mean())
 
 
 @pytest.mark.parametrize("more", ["", "#canvas"])
@@ -212,7 +220,7 @@ def test_a_page_that_shows_a_slab_says_so_and_draws(tab, folder, monkeypatch):
 def test_nothing_is_wider_than_a_phone(tab, folder):
     for dark in (False, True):
         tab.look(390, 800, mobile=True, dark=dark, scale=2)
-        for path in ("one/out/report.html", "many/out/report.html", "run/report.html"):
+        for path in ("one/out/report.html", "known/out/report.html", "many/out/report.html", "run/report.html"):
             tab.open(url(folder / path, "#canvas"))
             tab.frames()
             assert tab.ask("document.documentElement.scrollWidth") <= 390, path
@@ -248,3 +256,51 @@ def test_without_webgl_the_canvases_draw(folder, tmp_path):
         assert shown(tab, folder / "one" / "out" / "report.html") == "canvas"
         assert drawn(tab, "sr").std() > 15 and drawn(tab, "low").std() > 15
         assert "without WebGL 2" in tab.ask("document.getElementById('renderer').textContent")
+
+
+PURPLE, YELLOW = (192, 38, 211), (254, 240, 138)
+
+
+def of_doubt(value: float) -> np.ndarray:
+    """RGB of a grey level of the doubt: black, purple at 128, yellow."""
+    return np.array([np.interp(value, (0, 128, 255), three) for three in zip((0, 0, 0), PURPLE, YELLOW, strict=True)])
+
+
+@pytest.mark.parametrize("more", ["", "#canvas"])
+def test_doubt_and_structures_have_the_colours_of_their_scale_and_legend(tab, folder, more):
+    path = folder / "known" / "out" / "report.html"
+    assert shown(tab, path, more) == ("canvas" if more else "niivue")
+    plan = tab.ask(PLAN)
+    for switch in ("cross", "marks"):
+        tab.ask(f"document.getElementById('{switch}').click()")
+    for choice in ("layout][value=side", "plane][value=axial"):
+        tab.ask(f"document.querySelector('input[name={choice}]').click()")
+
+    def opaque(percent: int) -> None:
+        tab.ask(f"document.getElementById('overlay').value = {percent}")
+        tab.ask("document.getElementById('overlay').dispatchEvent(new Event('input'))")
+
+    def seen(canvas: str, x: float, y: float) -> np.ndarray:
+        """What is shown around a voxel: right is left, upwards is anterior."""
+        tab.frames(4)
+        picture = pixels(tab, canvas)
+        scale = len(picture) / max(plan["shape"][:2])
+        row, column = (round(len(picture) / 2 - (at - (n - 1) / 2) * scale) for at, n in ((y, 44), (x, 40)))
+        return np.median(picture[row - 4 : row + 5, column - 4 : column + 5].reshape(-1, 3), axis=0)
+
+    for x, level in ((10, 85), (30, 255)):
+        assert seen("doubt", x, 8) == pytest.approx(of_doubt(level), abs=8), x
+    # Over the SR, which is white, half seen through.
+    tab.ask("document.querySelector('input[name=layer][value=doubt]').click()")
+    opaque(50)
+    for x, level in ((10, 85), (30, 255)):
+        assert seen("sr", x, 8) == pytest.approx((255 + of_doubt(level)) / 2, abs=8), x
+    opaque(100)
+    tab.ask("document.querySelector('input[name=layer][value=mask]').click()")
+    legend = tab.ask("[...document.querySelectorAll('#structures rect')].map(e => getComputedStyle(e).fill)")
+    for y, colour in zip((8.5, 21.5, 34.5), legend, strict=True):
+        assert seen("sr", 20, y) == pytest.approx([int(v) for v in re.findall(r"\d+", colour)], abs=8), y
+    assert seen("sr", 20, 15.5) == pytest.approx([255] * 3, abs=8)
+    # The scale's colours are those of the picture, and the page has no complaint.
+    scale = tab.ask("getComputedStyle(document.querySelector('.scale .heat')).backgroundImage")
+    assert all(f"rgb({r}, {g}, {b})" in scale for r, g, b in (PURPLE, YELLOW)) and tab.problems == []

@@ -15,6 +15,7 @@ import chromium
 import numpy as np
 import pytest
 from PIL import Image
+from report_results import make_known
 
 from fastsrgan.core.files import write_json
 from fastsrgan.demo import run as demo
@@ -330,3 +331,101 @@ def test_what_is_seen_under_a_caption_is_what_it_names(written, tmp_path, more):
         assert sign * (red - blue) > 40, title
     tinted = seen["Segmentation"].max(1) - seen["Segmentation"].min(1) > 20
     assert tinted.any() and not (seen["fastsrgan"].max(1) - seen["fastsrgan"].min(1) > 20).any()
+
+
+# --- doubt and structures ---------------------------------------------------------------------------------------------
+
+
+def unpacked(text: str) -> tuple[dict, dict]:
+    """A page's plan, and its volumes as [x, y, z]."""
+    plan = json.loads(re.search(r'id="plan">(.*?)</script>', text)[1])
+    volumes: dict = {}
+    for one in plan["volumes"]:
+        raw = re.search(rf'id="volume-{one["name"]}">(.*?)</script>', text)[1]
+        data = np.frombuffer(gzip.decompress(base64.b64decode(raw)), np.uint8).reshape(plan["shape"][::-1]).astype(int)
+        data = data.transpose(2, 1, 0)
+        volumes[one["name"]] = (data + volumes[one["minus"]] if one["minus"] else data.cumsum(0)) % 256
+    return plan, volumes
+
+
+def choices(text: str) -> dict[str, str]:
+    """What can be laid over the SR: value -> words."""
+    found = re.findall(r'<input type="radio" name="layer" value="(\w+)"[^>]*>(.*?)</label>', text)
+    return {value: html.unescape(words) for value, words in found}
+
+
+def test_the_doubt_is_shown_on_its_own_scale_in_units_of_the_image(tmp_path):
+    (path,) = report(make_known(tmp_path))
+    text = path.read_text(encoding="utf8")
+    plan, volumes = unpacked(text)
+    assert plan["shape"] == list(SHAPE)
+    expected = np.where(np.arange(SHAPE[0]) < 20, 85, 255)  # 20 and 60 of 60
+    assert np.array_equal(volumes["doubt"], np.broadcast_to(expected[:, None, None], SHAPE))
+    assert np.unique(volumes["sr"]).tolist() == [255]
+    panes = {pane["id"]: pane for pane in plan["panes"]}
+    assert panes["doubt"]["base"] == "doubt" and panes["sr"]["layers"] == ["seg", "mask", "change", "doubt"]
+    assert panes["seg"]["layers"] == ["seg"] and panes["doubt"]["layers"] == []
+    assert re.search(r'<figcaption>Doubt<small>of the SR</small></figcaption><div[^>]*><canvas id="canvas-doubt"', text)
+    words = {"none": "None", "seg": "Segmentation", "mask": "Structures", "change": "SR − spline", "doubt": "Doubt"}
+    assert choices(text) == words
+    scale = re.search(r'<p[^>]*><span>Doubt: 0</span><span class="heat".*?<span class="end">(.*?)</span>', text)
+    assert scale and float(scale[1]) == 60
+
+
+def test_the_doubts_figures_are_those_of_the_record(tmp_path):
+    record = make_known(tmp_path)
+    (path,) = report(record)
+    tile = re.search(r"<li><span>doubt</span>(.*?)</li>", path.read_text(encoding="utf8"))
+    at = "/results/0/record/doubt"
+    found = re.findall(r'<data value="(.*?)" data-path="(.*?)">(.*?)</data>', tile[1])
+    assert found == [("41.25", f"{at}/mean", "41.25"), ("60.5", f"{at}/p95", "60.5")]
+    # They stand beside the scores too.
+    (path,) = report(record, tmp_path / "a.html", hr=tmp_path / "out" / "scan_sr.nii.gz")
+    text = path.read_text(encoding="utf8")
+    assert tile[0] in text and text.count('class="tiles"') == 1 and "<span>SSIM" in text
+
+
+def test_structures_have_their_names_beside_their_colours(tmp_path):
+    (path,) = report(make_known(tmp_path))
+    text = path.read_text(encoding="utf8")
+    plan, volumes = unpacked(text)
+    stored = images.load_label(tmp_path / "out" / "scan_mask.nii.gz").data
+    assert np.array_equal(np.array([0, 3, 41, 90])[volumes["mask"]], stored)
+    legend = re.search(r'<ul class="legend" id="structures">(.*?)</ul>', text)[1]
+    told = re.findall(r'<li><svg.*?fill="#(\w{6})".*?</svg>(.*?)</li>', legend)
+    assert [html.unescape(name) for _, name in told] == ["cortex", "<white>", "class 90"]
+    assert [list(bytes.fromhex(colour)) for colour, _ in told] == plan["colours"]
+    colours = np.array([*plan["colours"], CYAN, AMBER])
+    apart = np.abs(colours[:, None] - colours).max(2)[np.triu_indices(len(colours), 1)]
+    assert apart.min() > 60, apart
+
+
+def test_a_page_without_doubt_and_structures_has_nothing_of_them(tmp_path):
+    record = make_known(tmp_path)
+    known = json.loads(record.read_text(encoding="utf8"))
+    for kind in ("doubt", "mask"):
+        (tmp_path / "out" / f"scan_{kind}.nii.gz").unlink()
+    (path,) = report(record, tmp_path / "gone.html")
+    assert "the doubt is no longer there" in path.read_text(encoding="utf8")
+    write_json(record, {k: v for k, v in known.items() if k != "doubt"} | {
+        "outputs": {kind: known["outputs"][kind] for kind in ("sr", "seg")}
+    })  # fmt: skip
+    (path,) = report(record, tmp_path / "a.html")
+    text = path.read_text(encoding="utf8")
+    body = re.sub(r"<img[^>]*>", "", text[text.index("<main") : text.index(">Provenance<")])
+    assert "oubt" not in body and 'id="structures"' not in body and "no longer there" not in body
+    plan, volumes = unpacked(text)
+    assert "colours" not in plan and list(volumes) == ["spline", "sr", "low", "seg"]
+    assert choices(text) == {"none": "None", "seg": "Segmentation", "change": "SR − spline"}
+
+
+def test_a_doubt_of_nothing_is_dark_and_too_many_values_are_no_structures(tmp_path):
+    record = make_known(tmp_path)
+    images.save(tmp_path / "out" / "scan_doubt.nii.gz", np.zeros(SHAPE, np.float32), AFFINE, overwrite=True)
+    many = (np.arange(np.prod(SHAPE)) % 87).reshape(SHAPE).astype(np.uint16)
+    images.save(tmp_path / "out" / "scan_mask.nii.gz", many, AFFINE, overwrite=True)
+    (path,) = report(record)
+    text = path.read_text(encoding="utf8")
+    plan, volumes = unpacked(text)
+    assert not volumes["doubt"].any() and "mask" not in volumes and "colours" not in plan
+    assert "the map of structures is not shown: " in text and "holds more than 85 values" in text

@@ -42,10 +42,20 @@ def test_inference_asks_for_room_before_the_first_image_is_read(work, tmp_path, 
 def test_what_is_asked_for_is_enough_and_not_much_more(work, tmp_path, capsys, monkeypatch):
     asked: list[int] = []
     monkeypatch.setattr("fastsrgan.infer.files.need_space", lambda _, size: asked.append(size))
-    words = ("infer", work / "scan0.nii.gz", "-o", tmp_path, "-w", work / "w.safetensors", "--save-prob", *TILES)
+    words = (
+        "infer",
+        work / "scan0.nii.gz",
+        "-o",
+        tmp_path,
+        "-w",
+        work / "w.safetensors",
+        "--save-prob",
+        "--uncertainty",
+        *TILES,
+    )
     assert call(capsys, *words)[0] == 0
     images = sum(path.stat().st_size for path in tmp_path.glob("*.nii.gz"))
-    headers = 3 * 400
+    headers = 4 * 400
     assert images - headers <= asked[0] <= 3 * images
 
 

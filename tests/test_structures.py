@@ -16,6 +16,7 @@ from fastsrgan.infer.files import infer_files
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.report.sections import scores_table
+from fastsrgan.report.viewer import structure_names
 from fastsrgan.store.reader import open_store
 from fastsrgan.train.run import train
 
@@ -94,6 +95,7 @@ def test_a_dice_for_each_from_validation_to_evaluation(table, tmp_path):
     assert set(mask.meta["values"]) <= {0, 3, 2041}
     record = json.loads((out / "s2.json").read_text(encoding="utf8"))
     assert record["weights"]["structures"] == told and record["weights"]["file"].endswith("best.safetensors")
+    assert structure_names(record) == {3: "cortex", 2041: "white"}  # of the page's legend
     result = evaluate_folders(out, truth, choice=Choice(tuple(CHOSEN)))
     found = result["rows"][0]["structures"]
     label = images.load_label(truth / "s2_label.nii.gz", largest=65535).data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,6 +138,31 @@ def test_finished_cells_are_kept_and_others_are_not(folder, steps, monkeypatch, 
         "steps", again[0], again[1], [folder / "without.safetensors"], study.Settings(**SMALL, steps=(10,))
     )
     assert measured == [10, 10, 10, 10, 10] and {m["name"] for m in other["models"]} == {"without"}
+
+
+@pytest.mark.parametrize("other", [{"patch": 24}, {"precision": "bf16"}, {"seed": 1}])
+def test_a_cell_of_another_patch_precision_or_seed_is_measured_anew(tmp_path, monkeypatch, other):
+    measured = []
+    monkeypatch.setattr(study_cells, "acquire", lambda *_: None)
+    monkeypatch.setattr(study_cells, "_interpolation", lambda case: {"scores": {}})
+    monkeypatch.setattr(study_cells, "_through", lambda case, *how: measured.append(how) or {"scores": {}})
+    model = SimpleNamespace(name="m", sha256="0")
+    one = SimpleNamespace(name="a", key="a", load=object)
+
+    def made(**engine) -> int:
+        how = study_cells.Engine(**{"patch": 16, "device": "cpu", "precision": "fp32", **engine})
+        study_cells.run_cells(tmp_path, [one], [model], [Condition("", (1.0, 1.0, 3.0))], [8], how)
+        return len(measured)
+
+    assert [made(), made(), made(**other), made(**other), made()] == [1, 1, 2, 2, 2]
+
+
+def test_a_condition_does_what_its_name_says(monkeypatch):
+    monkeypatch.setattr(study, "spacing_of", lambda head: (1.0, 1.0, 1.0))
+    asked = study._filled("augmentation", study.Settings(), False)
+    made = {c.name: (c.power, c.noise) for c in study._conditions("augmentation", None, asked)}
+    contrasts = {"squared contrast": (2.0, 0.0), "square-root contrast": (0.5, 0.0)}
+    assert made == {"original": (1.0, 0.0), "noise 3 %": (1.0, 0.03)} | contrasts
 
 
 def test_what_is_written_holds_the_rows(folder, steps):

@@ -343,6 +343,14 @@ def test_the_box_around_a_head(phantom):
         assert all(0 <= b - a <= 6 or b == n - 1 for a, b, n in zip(last, high, data.shape, strict=True)), (last, high)
 
 
+def test_the_margin_around_a_head_is_one_length_in_mm_on_every_axis():
+    data = np.zeros((40, 40, 40), np.float32)
+    data[15:25, 15:25, 15:25] = 100
+    low, high = tiles.head_box(data, (1.0, 2.0, 5.0))
+    assert (low, high) == ((5, 10, 13), (34, 29, 26))  # 10, 5 and 2 voxels
+    assert tiles.head_box(data, (0.5, 9.0, 30.0)) == ((0, 14, 15), (39, 25, 24)), "not beyond the volume"
+
+
 def test_a_tile_without_room_is_an_error_with_a_hint(generator):
     class Full(nn.Module):
         def forward(self, x):

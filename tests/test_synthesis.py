@@ -197,10 +197,20 @@ def test_shares_and_ranges_are_those_asked_for():
     # Both sides have one Gaussian; white and grey matter are independent.
     assert np.array_equal(means[:, 0], means[:, 3]) and np.array_equal(means[:, 1], means[:, 4])
     assert abs(np.corrcoef(means[:, 0], means[:, 1])[0, 1]) < 0.2
+    # Scanners differ: half of them write zero in air, and none of their voxels has any noise then.
+    assert 0.4 < np.mean([look.mean[0] == look.sd[0] == 0 for look in looks]) < 0.6  # found: 0.5
     shapes = [draw_shape((1, i, "e"), (8, 8, 8), MM, ranges) for i in range(200)]
     sizes = np.array([np.linalg.norm(np.linalg.inv(s.affine_33), axis=0) for s in shapes])
     assert 0.75 < sizes[:, 0].min() < 0.85 and 1.2 < sizes[:, 0].max() < 1.26
     assert all(ranges.warp_mm[0] <= s.distance_mm <= ranges.warp_mm[1] for s in shapes)
+
+
+def test_heads_are_turned_either_way_about_every_axis():
+    turned = dataclasses.replace(STILL, rotation=15.0)
+    angles = np.array([np.linalg.inv(draw_shape((1, i), (8, 8, 8), MM, turned).affine_33) for i in range(200)])
+    for one, other in ((1, 2), (0, 2), (0, 1)):
+        sines = angles[:, one, other]
+        assert 0.4 < np.mean(sines > 0) < 0.6 and 0.2 < np.abs(sines).max() < 0.32  # sin 15 degrees is 0.26
 
 
 def test_means_are_drawn_about_those_given():

@@ -121,6 +121,7 @@ def test_neither_a_lost_segmentation_nor_a_blurred_image_is_the_best():
     assert loop.score(blurred, "dice") > loop.score(healthy, "dice")
     assert loop.score(healthy, "both") > max(loop.score(empty, "both"), loop.score(blurred, "both"))
     assert loop.score(made(0.5, 0.0), "both") == pytest.approx(0.5)  # the spline adds nothing
+    assert loop.score(made(0.9, -40.0), "both") == pytest.approx(-0.1)  # the worst image takes 1, and no more
     assert loop.score({}, "both") is None
 
 

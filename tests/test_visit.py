@@ -138,6 +138,14 @@ def test_the_share_of_made_images_is_the_one_asked_for(store):
     assert not any(Visits(1.0, (3, 42)).of(sample, (0, e, "sub-2")).image is sample.image for e in range(3))
 
 
+def test_a_made_image_has_no_mask_of_another_image(store):
+    sample = store.read("sub-2_T1w")
+    sample = dataclasses.replace(sample, mask=np.zeros(sample.image.shape, np.uint8))
+    made = Visits(1.0, (3, 42)).of(sample, (0, 1, "sub-2"))
+    assert made.image is not sample.image and made.mask is None and made.tissues is None
+    assert Visits(0.0, (3, 42)).of(sample, (0, 1, "sub-2")).mask is sample.mask
+
+
 def test_the_label_is_the_structure_in_made_and_own_images(store):
     sample = store.read("sub-2_T1w")
     own = Visits(0.0, (3, 42)).of(sample, (0, 1, "a"))

@@ -142,9 +142,9 @@ def at(tree: Any, path: str) -> Any:
     return tree
 
 
-def measured_tiles(measured: dict[str, Any], path: str) -> Html:
+def measured_tiles(measured: dict[str, Any], path: str) -> list[Html]:
     """Key figures of a result without a truth."""
-    items = [
+    return [
         el(
             "li",
             el("span", name_of(key)),
@@ -154,7 +154,6 @@ def measured_tiles(measured: dict[str, Any], path: str) -> Html:
         for key in ("volume_ml", "components", "largest_component")
         if key in measured
     ]
-    return el("ul", items, class_="tiles")
 
 
 def _row(index: int, row: Row, known: dict[str, Any]) -> Html:

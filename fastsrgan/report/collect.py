@@ -25,7 +25,7 @@ from fastsrgan.io.bids import RECORD, parse
 
 log = logging.getLogger("fastsrgan")
 
-KINDS = ("sr", "seg", "doubt")
+KINDS = ("sr", "seg", "doubt", "mask")
 NAMED = 3  # damaged files that are told by name
 HINT = "a folder that `fastsrgan infer` or `train` wrote"
 # What other parts rely on, where it is there at all; what a file has of another kind is passed over.
@@ -36,7 +36,7 @@ STUDY = {"rows": list, "fit": list}
 
 @dataclass
 class Result:
-    """One super-resolved image: its record, its files (sr, seg, doubt, input, hr, label) and its scores."""
+    """One super-resolved image: its record, its files (sr, seg, doubt, mask, input, hr, label) and its scores."""
 
     stem: str
     record: dict[str, Any]
@@ -200,7 +200,8 @@ def _derivative(path: Path, record: dict[str, Any], root: Path) -> Result:
     if sr is not None and image is not None:
         seg = sr.with_name(image.derived(f"cortex{image.suffix}", "dseg").name)
         doubt = sr.with_name(image.derived("doubt").name)
-        there = {"seg": seg, "doubt": doubt}
+        mask = sr.with_name(image.derived(f"mask{image.suffix}", "dseg").name)
+        there = {"seg": seg, "doubt": doubt, "mask": mask}
         result.files |= {"sr": sr} | {kind: path for kind, path in there.items() if path.is_file()}
     return result
 

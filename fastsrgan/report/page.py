@@ -182,7 +182,8 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
 
     def page(packed: Packed, rest: int = 0) -> str:
         mb = math.ceil((rest + packed.all_bytes) / 1e6)
-        card = stage.viewer_card(packed, view, low.spacing if low is not None else None, mb)
+        names = stage.structure_names(result.record) if result is not None else {}
+        card = stage.viewer_card(packed, view, low.spacing if low is not None else None, mb, names)
         body = join(_before(facts, warnings), card, still, after)
         return assemble(found, facts, body, stage.viewer_data(packed, view, low), back, viewing=True)
 
@@ -306,10 +307,11 @@ def _before(facts: dict[str, Any], warnings: list[str]) -> Html:
     parts: list[object] = []
     if facts["results"]:
         one, at = facts["results"][0], pointer("results", 0)
-        if one["scores"]:
-            parts.append(sections.tiles(one["scores"], at + "/scores"))
-        elif one["measured"]:
-            parts.append(cohort.measured_tiles(one["measured"], at + "/measured"))
+        tiles = sections.tiles(one["scores"], at + "/scores") if one["scores"] else []
+        if one["measured"] and not one["scores"]:
+            tiles = cohort.measured_tiles(one["measured"], at + "/measured")
+        tiles += sections.doubt_tiles(one["record"], at + "/record")
+        parts.append(el("ul", tiles, class_="tiles") if tiles else None)
         parts.append(sections.trust_line(one["record"]))
     return join(parts, sections.warnings_card(warnings))
 

@@ -22,7 +22,7 @@ def card(title: str, *children: object, **attributes: object) -> Html:
     return el("section", el("h2", title), *children, **attributes)
 
 
-def tiles(scores: Mapping[str, Any], at: str) -> Html | None:
+def tiles(scores: Mapping[str, Any], at: str) -> list[Html]:
     """The most telling figures: PSNR and SSIM (inside the mask where there is one), Dice, components."""
     regions = scores.get("image", {})
     region = "mask" if "mask" in regions else "whole"
@@ -39,7 +39,19 @@ def tiles(scores: Mapping[str, Any], at: str) -> Html | None:
         other = el("small", "baseline: ", number(base, at + pointer("baseline", *keys))) if _is_number(base) else None
         shown = el("b", number(value, at + pointer(*keys)))
         items.append(el("li", el("span", name_of(keys[-1])), shown, el("small", where), other))
-    return el("ul", items, class_="tiles") if items else None
+    return items
+
+
+def doubt_tiles(record: Mapping[str, Any], at: str) -> list[Html]:
+    """Mean and 95th percentile of the doubt, as the record has them."""
+    told = record.get("doubt")
+    mean, most = (_get(told, (key,)) for key in ("mean", "p95"))
+    if not _is_number(mean):
+        return []
+    path = at + "/doubt"
+    below = el("small", "95 % of it below: ", number(most, path + "/p95")) if _is_number(most) else None
+    where = el("small", "mean inside the head, in units of the image")
+    return [el("li", el("span", "doubt"), el("b", number(mean, path + "/mean")), where, below)]
 
 
 def scores_table(scores: Mapping[str, Any], at: str) -> Html:

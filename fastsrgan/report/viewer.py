@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import base64
+import colorsys
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastsrgan.errors import FastsrganError
+from fastsrgan.core.files import mapping
+from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.evaluate.pair import onto_grid
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
@@ -27,7 +29,13 @@ from fastsrgan.volume.geometry import Volume, processing_orientation
 log = logging.getLogger("fastsrgan")
 
 PICTURE_WIDTH = 1500
-OVER = ("seg", "change")  # what can be laid over the SR
+OVER = {
+    "seg": "Segmentation",
+    "mask": "Structures",
+    "change": "SR − spline",
+    "doubt": "Doubt",
+}  # can be laid over the SR
+MOST_VALUES = 85  # of a mask image: viewer.js takes three of 256 levels for each
 WORDS = {"sr": "SR", "spline": "spline", "truth": "truth"}
 
 
@@ -72,7 +80,7 @@ def open_at(sr: Volume, others: Mapping[str, Volume]) -> View:
 
 
 def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dict[str, Volume]]:
-    """The super-resolved image and what is shown beside it: low, spline, truth, seg, label, as far as they are there.
+    """The super-resolved image and, as far as they are there, low, truth, seg, label, doubt and mask.
 
     What is missing, unreadable or no longer the same is said in ``warnings``.
     """
@@ -82,7 +90,7 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
     def read(kind: str, name: str) -> Volume | None:
         path = result.files.get(kind)
         if path is None:
-            if kind in ("sr", "seg", "input"):
+            if kind in ("sr", "seg", "input") or isinstance(result.record["outputs"].get(kind), str):
                 warnings.append(f"{name} is no longer there and is not shown")
             return None
         if kind == "input" and not _unchanged(path, series, result.record["input"].get("sha256")):
@@ -91,6 +99,11 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
         try:
             if kind == "input":
                 return any_image.load_any(path, series=series, volume=which)
+            if kind == "mask":
+                volume = images.load_label(path, largest=65535)
+                if len(set(volume.meta["values"]) - {0}) > MOST_VALUES:
+                    raise InputError(path, f"holds more than {MOST_VALUES} values", "a mask image that infer wrote")
+                return volume
             return images.load_label(path) if kind in ("seg", "label") else images.load(path)
         except NotNifti:  # what such a file begins with is nothing for a page that is passed on
             warnings.append(f"{name} is not shown: {path} is not a NIfTI image")
@@ -102,6 +115,7 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
     sr = read("sr", "the super-resolved image")
     names = {"low": ("input", "the input"), "truth": ("hr", "the truth")}
     names |= {"seg": ("seg", "the segmentation"), "label": ("label", "the label")}
+    names |= {"doubt": ("doubt", "the doubt"), "mask": ("mask", "the map of structures")}
     others = {name: volume for name, what in names.items() if (volume := read(*what)) is not None}
     return sr, others
 
@@ -114,8 +128,18 @@ def _unchanged(path: Path, series: str | None, sha256: object) -> bool:
         return False
 
 
-def viewer_card(packed: Packed, view: View, spacing: tuple[float, float, float] | None, whole_mb: float) -> Html:
-    """The section with the panes and their controls; ``whole_mb`` is the size of a page that shows all voxels."""
+def viewer_card(
+    packed: Packed,
+    view: View,
+    spacing: tuple[float, float, float] | None,
+    whole_mb: float,
+    names: Mapping[int, str] | None = None,
+) -> Html:
+    """The section with the panes and their controls.
+
+    whole_mb : the size of a page that shows all voxels
+    names : of the values of the mask image, as far as they are known
+    """
     panes = pane_list(packed, spacing)
     wiping = "spline" in packed.blobs
     main = [_pane(p, over=wiping and p["id"] == "sr") for p in panes if p["id"] in ("spline", "sr")]
@@ -142,6 +166,8 @@ def viewer_card(packed: Packed, view: View, spacing: tuple[float, float, float] 
         el("p", _opened(view), class_="faint"),
         el("div", stage, side, id="panes", class_=few),
         _scale(packed) if wiping else None,
+        _doubt_scale(packed) if "doubt" in packed.blobs else None,
+        _legend(packed.values, names or {}) if packed.values else None,
         _controls(packed, view, wiping),
         el("p", helped, class_="faint help"),
         el("p", _said(packed, whole_mb), " ", el("span", id="renderer"), class_="faint"),
@@ -185,7 +211,8 @@ def pane_list(packed: Packed, spacing: tuple[float, float, float] | None) -> lis
     named = {name: f"{WORDS[a]} − {WORDS[b]}" for name, (a, b) in DIFFERENCES.items()}
     panes = [("low", "low", TITLES["low"], size), ("spline", "spline", TITLES["spline"], "of the scan")]
     panes += [("sr", "sr", TITLES["sr"], "super-resolved"), ("seg", "sr", TITLES["seg"], "")]
-    panes += [("change", "change", "Difference", named["change"]), ("truth", "truth", TITLES["truth"], "")]
+    panes += [("change", "change", "Difference", named["change"]), ("doubt", "doubt", "Doubt", "of the SR")]
+    panes += [("truth", "truth", TITLES["truth"], "")]
     panes += [("error", "error", "Error", named["error"]), ("spline_error", "spline_error", "Error of the spline", "")]
     layers = {"seg": masks, "sr": [name for name in OVER if name in there]}
     return [
@@ -218,6 +245,8 @@ def viewer_data(packed: Packed, view: View, low: Volume | None) -> Html:
         "differences": {n: pair for n, pair in DIFFERENCES.items() if set(pair) <= set(packed.blobs)},
         "panes": pane_list(packed, low.spacing if low is not None else None),
     }
+    if packed.values:
+        plan["colours"] = [colour_of(i) for i in range(len(packed.values))]
     blocks = [
         el("script", Html(text), type="application/octet-stream", id=f"volume-{name}")
         for name, (_, text) in packed.blobs.items()
@@ -279,15 +308,57 @@ def _scale(packed: Packed) -> Html:
     )
 
 
+def _doubt_scale(packed: Packed) -> Html:
+    """What the colours of the doubt mean, in the image's units."""
+    return el(
+        "p",
+        el("span", "Doubt: 0"),
+        el("span", class_="heat", role="img", aria_label="black over purple to yellow"),
+        el("span", shown(packed.doubt_top, 3), class_="end"),
+        el("span", "and more; the standard deviation that the error of SR is taken to have, in units of the image"),
+        class_="scale faint",
+    )
+
+
+def structure_names(record: Mapping[str, Any]) -> dict[int, str]:
+    """value in the mask image -> name, of the structures that the weights of a record were trained on."""
+    weights = record["weights"]
+    averaged = weights.get("averaged")
+    known = weights.get("structures") or (
+        mapping(averaged[0]).get("structures") if isinstance(averaged, list) else None
+    )
+    found = {}
+    for one in known if isinstance(known, list) else []:
+        values, name = mapping(one).get("values"), mapping(one).get("name")
+        if isinstance(values, list) and values and all(isinstance(v, int) for v in values) and isinstance(name, str):
+            found[min(values)] = name  # the first, see `infer.image.mask_values`
+    return found
+
+
+def colour_of(index: int) -> tuple[int, int, int]:
+    """RGB of a structure: hues far apart one after the other, the first away from those of the masks."""
+    parts = colorsys.hls_to_rgb((0.9 + 0.381966 * index) % 1, 0.62 if index % 2 else 0.5, 0.8)
+    return tuple(round(255 * part) for part in parts)  # type: ignore[return-value]
+
+
+def _legend(values: Sequence[int], names: Mapping[int, str]) -> Html:
+    """The structures' names beside their colours."""
+    items = []
+    for i, value in enumerate(values):
+        rect = el("rect", width=12, height=12, rx=3, fill="#{:02x}{:02x}{:02x}".format(*colour_of(i)))
+        key = el("svg", rect, width=12, height=12, class_="key", aria_hidden="true")
+        items.append(el("li", key, names.get(value, f"class {value}")))
+    return el("ul", el("li", "Structures:"), items, class_="legend", id="structures")
+
+
 def _controls(packed: Packed, view: View, wiping: bool) -> Html:
     def slider(name: str, text: str, low: float, high: float, at: float, step: float = 1) -> Html:
         return el("label", text, el("input", type="range", id=name, min=low, max=high, value=at, step=step))
 
     planes = [(name, name.capitalize()) for name, *_ in PLANES]
     layouts = [("wipe", "Wipe"), ("side", "Side by side")]
-    words = {"seg": "Segmentation", "change": "SR − spline"}
     layers = [("none", "None")]
-    layers += [(n, words[n]) for n in OVER if n in packed.blobs or (n == "change" and wiping)]
+    layers += [(n, words) for n, words in OVER.items() if n in packed.blobs or (n == "change" and wiping)]
     marked = view.through is not None
     return el(
         "div",

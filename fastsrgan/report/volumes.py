@@ -24,13 +24,13 @@ from fastsrgan.volume.placement import same_grid
 MARGIN = 4  # voxels around the head
 LEVELS = 255
 MASKS = ("seg", "label")
-NEAREST = ("low", *MASKS)  # shown as the voxels are
+NEAREST = ("low", "mask", *MASKS)  # shown as the voxels are
 THINNEST = 24  # voxels that a slab keeps across; below, a block is cut
 SMALLEST = 8  # voxels along an axis of a block before the page gives up
 TRIES = 6
 FULL = 0.85  # of the bytes at hand: what a part should fill
 DIFFERENCES = {"change": ("sr", "spline"), "error": ("sr", "truth"), "spline_error": ("spline", "truth")}
-CLIP = 99.5  # percentile of the differences at which their colours end
+CLIP = 99.5  # percentile of the differences, and of the doubt, at which their colours end
 LEAST_LIMIT = 4.0  # grey levels
 
 
@@ -45,6 +45,8 @@ class Packed:
     limit : grey levels at which the colours of differences end
     all_bytes : what the whole box would take in a page
     blobs : name -> (what it is the difference to, or None; base64 of the gzip of the differences)
+    doubt_top : doubt in units of the image that is shown as 255, 0 where there is none
+    values : values of the mask image that are shown as 1, 2, ...
     """
 
     shape: tuple[int, int, int]
@@ -56,6 +58,8 @@ class Packed:
     limit: float
     all_bytes: int
     blobs: dict[str, tuple[str | None, str]]
+    doubt_top: float = 0.0
+    values: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -77,6 +81,8 @@ class Images:
     full_shape: tuple[int, int, int]
     top: float
     limit: float
+    doubt_top: float = 0.0
+    values: tuple[int, ...] = ()
 
     def part(self, box: tuple[slice, slice, slice], packing: bool = True, all_bytes: int = 0) -> Packed:
         """A box of them as a page has it; without ``packing`` a page without voxels, to see what it takes."""
@@ -88,7 +94,8 @@ class Images:
         if packing:
             blobs = _coded(arrays)
         head = self.arrays["sr"].shape
-        return Packed(shape, affine, spacing_of(affine), head, self.full_shape, self.top, self.limit, all_bytes, blobs)
+        grid = (shape, affine, spacing_of(affine), head, self.full_shape)
+        return Packed(*grid, self.top, self.limit, all_bytes, blobs, self.doubt_top, self.values)
 
     @property
     def all(self) -> tuple[slice, slice, slice]:
@@ -101,7 +108,8 @@ def images_of(sr: Volume, others: Mapping[str, Volume]) -> Images:
     """Bring images onto one grid.
 
     sr : decides grid, crop and brightness
-    others : by name; "low", "seg" and "label" are shown voxel by voxel, all others are interpolated by a cubic spline
+    others : by name; "low", "seg", "label" and "mask" are shown voxel by voxel, all others are interpolated by a cubic
+        spline. "mask" has a value for each structure (at most 255 of them), "doubt" a scale of its own.
 
     Raises InputError when an image does not overlap ``sr`` or that holds nothing above 0.
     """
@@ -112,9 +120,20 @@ def images_of(sr: Volume, others: Mapping[str, Volume]) -> Images:
     shift[:3, 3] = [s.start for s in box]
     cut = Volume(upright.data[box], upright.affine @ shift)
     arrays = {"sr": _levels(cut.data, "sr", top)}
-    arrays |= {name: _levels(_onto(v, sr, cut, box, name), name, top) for name, v in others.items()}
+    doubt_top, values = 0.0, np.zeros(0, int)
+    for name, volume in others.items():
+        data = _onto(volume, sr, cut, box, name)
+        if name == "mask":
+            values = np.unique(data[data > 0]).astype(int)
+            arrays[name] = np.where(data > 0, np.searchsorted(values, data) + 1, 0).astype(np.uint8)
+        elif name == "doubt":
+            doubt_top = float(np.percentile(data[data > 0], CLIP)) if (data > 0).any() else 1.0
+            arrays[name] = _levels(data, name, doubt_top)
+        else:
+            arrays[name] = _levels(data, name, top)
     full = upright.data.shape
-    return Images(arrays, cut.affine, (full[0], full[1], full[2]), top, _limit(arrays))
+    shape = (full[0], full[1], full[2])
+    return Images(arrays, cut.affine, shape, top, _limit(arrays), doubt_top, tuple(values.tolist()))
 
 
 def pack(

@@ -11,6 +11,7 @@
   const THIN = 0.4; // voxels that NiiVue's crosshair is wide
   const COLOURS = { seg: [34, 211, 238], label: [251, 191, 36] };
   const DARKER = [96, 165, 250], BRIGHTER = [248, 113, 113]; // ends of the colours of a difference; nothing is black
+  const DOUBT = [[0, 0, 0], [192, 38, 211], [254, 240, 138]]; // none, half, and where its colours end
   const MARK = "#facc15"; // of the slice
   const state = { at: plan.start.slice(), plane: plan.plane, zoom: 1, overlay: 0.5, wipe: 0.5, cross: true, layer: "none", marks: true };
   const $ = (id) => document.getElementById(id);
@@ -82,6 +83,10 @@
   const middle = (d) => (plan.shape[d] - 1) / 2;
   const clamp = (v, low, high) => Math.min(Math.max(v, low), high);
   const signed = (v) => (v < 128 ? DARKER : BRIGHTER).map((c) => Math.round(c * Math.abs(v - 128) / 127));
+  const heat = (v) => {
+    const [low, high] = v < 128 ? [DOUBT[0], DOUBT[1]] : [DOUBT[1], DOUBT[2]], part = v < 128 ? v / 128 : (v - 128) / 127;
+    return low.map((c, i) => Math.round(c + part * (high[i] - c)));
+  };
   // Over the SR only the chosen layer is seen, over the segmentation's pane all are; an outline is stronger than a fill.
   const opacity = (pane, name) => pane.id === "sr" && state.layer !== name ? 0 :
     name === "label" ? Math.min(1, 2.5 * state.overlay) : state.overlay;
@@ -200,20 +205,9 @@
       return sheet;
     }
 
-    base() {
-      const coloured = this.pane.base in plan.differences;
-      return this.slice(this.pane.base, (out, k, value) => {
-        const rgb = coloured ? signed(value) : [value, value, value];
-        out.set([rgb[0], rgb[1], rgb[2], 255], k);
-      });
-    }
-
-    // A difference over an image: the stronger, the less is seen through.
-    change(name) {
-      return this.slice(name, (out, k, value) => {
-        const strength = Math.abs(value - 128) / 127;
-        out.set([...(value < 128 ? DARKER : BRIGHTER), 255 * strength * opacity(this.pane, name)], k);
-      });
+    image(name, seen) {
+      const colour = name in plan.differences ? signed : name === "doubt" ? heat : (value) => [value, value, value];
+      return this.slice(name, (out, k, value) => out.set([...colour(value), 255 * seen], k));
     }
 
     mask(name) {
@@ -224,7 +218,7 @@
       const fill = name === "label" ? 0 : state.overlay;
       const edge = Math.min(1, 2.5 * state.overlay);
       return this.slice(name, (out, k, value, from, i, j) => {
-        if (value) out.set([...COLOURS[name], 255 * (inner(i, j, from) ? fill : edge)], k);
+        if (value) out.set([...(name === "mask" ? plan.colours[value - 1] : COLOURS[name]), 255 * (inner(i, j, from) ? fill : edge)], k);
       });
     }
 
@@ -241,10 +235,11 @@
       if (mirrored) context.scale(-1, 1);
       context.translate(-(centre[0] + 0.5) * plan.spacing[u] * scale, -(plan.shape[v] - centre[1] - 0.5) * plan.spacing[v] * scale);
       context.imageSmoothingEnabled = !this.pane.nearest;
-      context.drawImage(this.base(), 0, 0, ...sizes);
+      context.drawImage(this.image(this.pane.base, 1), 0, 0, ...sizes);
       context.imageSmoothingEnabled = false;
       for (const name of this.pane.layers) if (opacity(this.pane, name) > 0) {
-        context.drawImage(name in plan.differences ? this.change(name) : this.mask(name), 0, 0, ...sizes);
+        const mask = name in COLOURS || name === "mask";
+        context.drawImage(mask ? this.mask(name) : this.image(name, opacity(this.pane, name)), 0, 0, ...sizes);
       }
       if (state.cross) {
         const x = (state.at[u] + 0.5) * plan.spacing[u] * scale, y = (plan.shape[v] - state.at[v] - 0.5) * plan.spacing[v] * scale;
@@ -284,15 +279,21 @@
       for (const [name, rgb] of Object.entries(COLOURS)) {
         nv.addColormap(name, { R: [0, rgb[0]], G: [0, rgb[1]], B: [0, rgb[2]], A: [0, 255], I: [0, 255] });
       }
-      const ends = (c) => ({ R: [DARKER[0], c * DARKER[0], c * BRIGHTER[0], BRIGHTER[0]], G: [DARKER[1], c * DARKER[1], c * BRIGHTER[1], BRIGHTER[1]],
-        B: [DARKER[2], c * DARKER[2], c * BRIGHTER[2], BRIGHTER[2]], I: [0, 127, 129, 255] });
-      nv.addColormap("signed", { ...ends(0), A: [255, 255, 255, 255] });
-      nv.addColormap("signed over", { ...ends(1), A: [255, 0, 0, 255] });
+      // An overlay's alpha is on or off in NiiVue: differences and doubt lie over the SR in the colours of their scales.
+      const colours = (stops, I) => ({ R: stops.map((c) => c[0]), G: stops.map((c) => c[1]), B: stops.map((c) => c[2]), A: I.map(() => 255), I });
+      nv.addColormap("signed", colours([DARKER, [0, 0, 0], [0, 0, 0], BRIGHTER], [0, 127, 129, 255]));
+      nv.addColormap("doubt", colours(DOUBT, [0, 128, 255]));
+      if (plan.colours) { // between two values colours run into each other: each takes up three of the 256
+        const own = Array.from({ length: 256 }, (_, v) => Math.min(Math.round(v / 3), plan.colours.length));
+        const map = colours(own.map((k) => plan.colours[Math.max(k - 1, 0)]), own.map((_, v) => v));
+        nv.addColormap("mask", { ...map, A: own.map((k) => k && 255) });
+      }
       await nv.attachToCanvas(canvas);
-      const layers = [[pane.base, pane.base in plan.differences ? "signed" : "gray", 255, 1]];
-      for (const name of pane.layers) layers.push(name in plan.differences ? [name, "signed over", 255, opacity(pane, name)] : [name, name, 1, opacity(pane, name)]);
-      for (const [name, colours, most, seen] of layers) {
-        nv.addVolume(await niivue.NVImage.new(nifti(volumes[name]), name + ".nii", colours, seen, null, 0, most));
+      const layers = [pane.base, ...pane.layers].map((name, i) => [name, i ? opacity(pane, name) : 1]);
+      for (const [name, seen] of layers) {
+        const map = name in plan.differences ? "signed" : name in COLOURS || name === "doubt" || name === "mask" ? name : "gray";
+        const data = name === "mask" ? volumes.mask.map((v) => 3 * v) : volumes[name];
+        nv.addVolume(await niivue.NVImage.new(nifti(data), name + ".nii", map, seen, null, 0, name in COLOURS ? 1 : 255));
       }
       Object.assign(view, { volumes, outlined: pane.layers.indexOf("label") + 1 });
       nv.onLocationChange = (place) => {
