@@ -212,6 +212,13 @@ def test_integers_of_a_fitting_range_stay_exact(stored, start, spread):
         np.testing.assert_array_equal(to_float32(levels, new_scale, new_offset), to_float32(moved, scale, offset))
 
 
+def test_integers_that_just_fill_sixteen_bits_stay_exact():
+    for stored in (np.array([[[0, 1, 32768, 65535]]], np.uint16), np.array([[[-5, 0, 7, 65530]]], np.int32)):
+        levels, scale, offset, facts = encode(stored, 1.0, 0.0, "int16")
+        assert levels.dtype == np.int16 and not facts
+        np.testing.assert_array_equal(to_float32(levels, scale, offset), stored)
+
+
 def test_int16_conversion_says_its_error(tmp_path):
     table = cohort(tmp_path, 1)
     values = head(0).astype(np.float32) * np.float32(np.pi)

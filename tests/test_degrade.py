@@ -108,6 +108,11 @@ def test_apply_is_degrade_with_what_was_drawn(geometry):
     assert turned.low_res_mm[1] == draw.low_res[2] and turned.hr.shape[1] == done.hr.shape[2]
 
 
+def test_a_lone_test_subject_has_the_middle_of_the_ranges():
+    alone = Degradation(((1, 1, 2), (1, 2, 4)), contrast=0.4).linspace(0, 1)
+    assert alone.low_res == (1.0, 1.5, 3.0) and alone.power == 1.0
+
+
 def test_what_is_seen_of_an_image_is_what_apply_makes_of_it():
     """With the width, the gap and the shape of the profile that were drawn, on whichever axis is thick."""
     setting = Degradation(((1, 1.4, 2.3), (1, 1.6, 3.1)), 0.0, 0.0, profile=0.3, gap=0.4, profile_box=0.9)

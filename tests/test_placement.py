@@ -83,6 +83,14 @@ def test_another_place_is_refused_with_the_difference_in_mm(tmp_path, name):
         assert kind in error.value.reason and "resample" in error.value.hint
 
 
+def test_a_turn_beyond_rounding_is_another_grid_however_small_the_array():
+    for radians, same in ((1e-3, True), (4e-3, False)):
+        turned = np.eye(4)
+        turned[:2, :2] = [[np.cos(radians), -np.sin(radians)], [np.sin(radians), np.cos(radians)]]
+        apart = difference(turned, np.eye(4), (20, 20, 20))
+        assert apart.least == 0 and apart.largest < 0.2 and apart.same is same
+
+
 def test_a_flipped_copy_that_was_rounded_is_turned_exactly(tmp_path):
     rng = np.random.default_rng(0)
     data = rng.integers(0, 2, SHAPE).astype(np.uint8)

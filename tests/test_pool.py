@@ -211,6 +211,12 @@ def test_mask_rule_keeps_patches_with_more_than_half_inside():
         Pool([Resident("a", r.hr, r.hr, r.label, None, 3.0, np.empty((0, 3), int))], 8)
 
 
+def test_half_of_a_patch_inside_the_mask_is_not_enough():
+    mask = np.zeros((8, 4, 4), np.uint8)
+    mask[:2], mask[4:7] = 1, 1  # two and three of four planes
+    assert patch_origins((8, 4, 4), 4, 4, ((0, 8), (0, 4), (0, 4)), mask).tolist() == [[4, 0, 0]]
+
+
 def test_positive_box_keeps_the_last_plane():
     image = np.zeros((6, 7, 8))
     image[2:5, 1:3, 7] = 1

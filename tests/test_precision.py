@@ -158,6 +158,16 @@ def test_overflow_halves_the_scale_and_is_not_counted_as_a_bad_loss(monkeypatch)
     assert float(other.scale) == first / 2 and int(other.growth) == int(o.growth)
 
 
+def test_good_steps_are_counted_over_a_snapshot():
+    """The scale grows after so many of them, whether the run was resumed meanwhile or not."""
+    network, o = scaled()
+    push(network, o)
+    push(network, o)
+    _, other = scaled()
+    other.load_state(o.state())
+    assert int(other.growth) == int(o.growth) == 2
+
+
 # --- self-test ----------------------------------------------------------------------------------------------------
 
 

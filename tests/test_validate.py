@@ -83,6 +83,21 @@ def test_patches_are_compared_with_the_spline_and_the_best_linear_estimate(store
     assert again["PSNR_spline"] < scores["PSNR_spline"] and again["PSNR"] == scores["PSNR"]
 
 
+def test_what_is_below_zero_counts_as_zero_in_every_score(store):
+    class Darker(Identity):
+        def __init__(self, floor: float) -> None:
+            super().__init__()
+            self.floor = floor
+
+        def forward(self, x, res=None):
+            return torch.cat([(x - 0.2).clamp(min=self.floor), (x > 0.3).to(x.dtype)], 1)
+
+    feed = make_feed(store)
+    names, known = [s.id for s in feed.store.subjects], {}
+    below, zero = (validate(Darker(floor), feed, names, batch_size=3, known=known) for floor in (-1.0, 0.0))
+    assert below == zero and zero["SSIM"] < zero["SSIM_spline"]
+
+
 def test_whole_volumes_score_as_infer_and_evaluate_do(store, tmp_path):
     """The thick slices of a Test subject, through `infer` and `evaluate`: the figures of the validation."""
     feed = make_feed(store)
