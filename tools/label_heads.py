@@ -1,6 +1,6 @@
 """Heads of chosen contrast made of label maps, with CASES.json for `tools/score_thick_slices.py`.
 
-    python tools/label_heads.py MAP_labels.nii.gz [...] -o FOLDER      # FreeSurfer's numbers, from 500 on outside the brain
+    python tools/label_heads.py MAP_labels.nii.gz [...] -o FOLDER      # FreeSurfer's numbers, 500 and above outside
     python tools/label_heads.py --means                                # for `fastsrgan train --tissue-means`
 
 Each map gives a T1-like head, whole and stripped, a FLAIR-like whole one and a T2-like stripped one, not deformed; what

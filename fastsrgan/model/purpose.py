@@ -155,7 +155,7 @@ MODELS = {
             voxel_mm=(0.7, 1.3),  # training: 1
             slice_ratio=(1.5, 6.5),  # training: 2 to 6
             structure_ml=(230, 800),  # labels of 12 heads 311 to 610
-            structure_share=(0.06, 0.45),  # labels of 12 whole heads 0.081 to 0.185, of their brains alone 0.219 to 0.359
+            structure_share=(0.06, 0.45),  # labels of 12 whole heads 0.081 to 0.185, their brains alone 0.219 to 0.359
         ),
     ),
     "perinatal": ShippedModel(
