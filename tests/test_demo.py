@@ -41,7 +41,7 @@ def test_demo_runs_and_its_figures_agree(tmp_path, monkeypatch):
     generator.head.data[0] = 0  # starts at the spline, as the shipped weights did
     weights.save_generator(model, generator)
     monkeypatch.setattr(demo, "make_cohort", small_cohort)
-    monkeypatch.setattr(demo.weights, "default_weights", lambda: model)
+    monkeypatch.setattr(demo.weights, "template_weights", lambda: model)
     result = demo.run(tmp_path / "out", device="cpu")
     spline, linear, ours = result["table"]
     written = json.loads((tmp_path / "out" / "demo.json").read_text(encoding="utf8"))

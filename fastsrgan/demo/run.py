@@ -73,7 +73,7 @@ def run(
         raise UsageError("--low-res", told, f"three sizes from {low:g} mm, those of the demo's head, to {high:g} mm")
     pick_device(device)
     tune_allocator()
-    start = weights.default_weights()
+    start = weights.template_weights()
     folder = fresh_folder(Path(out), overwrite)
     stage = Stages()
     cohort = stage(

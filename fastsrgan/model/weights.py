@@ -28,6 +28,7 @@ log = logging.getLogger("fastsrgan")
 HDF5 = b"\x89HDF\r\n\x1a\n"  # first bytes; h5py is loaded for such files only
 BEST = "best.safetensors"  # of a run folder: the weights of its best validation
 SHIPPED = Path(__file__).parent.parent / "models"
+TEMPLATE = "segsrgan-k8-synthetic-heads.safetensors"
 
 
 DEFAULT = next(iter(MODELS))
@@ -158,6 +159,17 @@ def purpose(path: str | os.PathLike) -> Purpose:
     """
     source = _resolve(path)
     return _purpose(source, _header(source))
+
+
+def template_weights() -> Path:
+    """The weights that know the heads which the demo and quick studies make of the template: grey matter (decision 003).
+
+    Raises ModelError where the file is missing.
+    """
+    path = SHIPPED / TEMPLATE
+    if not path.is_file():
+        raise ModelError(path, "is missing from the installation", "install fastsrgan again")
+    return path
 
 
 def default_weights() -> Path:

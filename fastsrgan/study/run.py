@@ -154,10 +154,10 @@ def _measured(
     else:
         heads = find_heads(data, asked.split, asked.subjects, asked.label_classes, asked.label_names)
     if kind == "augmentation" and data is None and not models:
-        paths = [weights.default_weights(), _tuned(cohort, asked, progress)]
+        paths = [weights.template_weights(), _tuned(cohort, asked, progress)]
         loaded = [StudyModel.load(paths[0], "shipped"), StudyModel.load(paths[1], "tuned without augmentation")]
     else:
-        loaded = _models(models)
+        loaded = _models(models, weights.template_weights() if data is None else weights.default_weights())
     if kind == "augmentation" and len(loaded) < 2:
         raise UsageError("study augmentation", "one model", "--weights WITH WITHOUT: two or more to compare")
     conditions = _conditions(kind, heads[0], asked)
@@ -232,9 +232,9 @@ def _conditions(kind: str, head: Head, asked: Settings) -> list[Condition]:
     return [Condition("original" if n == 0 else f"noise {100 * n:g} %", low_res, n) for n in levels]
 
 
-def _models(paths: Sequence[str | os.PathLike]) -> list[StudyModel]:
+def _models(paths: Sequence[str | os.PathLike], default: Path) -> list[StudyModel]:
     if not paths:
-        return [StudyModel.load(weights.default_weights(), "shipped")]
+        return [StudyModel.load(default, "shipped")]
     names = [Path(p).stem for p in paths]
     alike = len(set(names)) < len(names)
     return [StudyModel.load(Path(p), str(Path(p)) if alike else None) for p in paths]
@@ -245,7 +245,7 @@ def _tuned(cohort: Path, asked: Settings, progress: Progress) -> Path:
     made = cohort / "tuned" / "model.safetensors"
     if made.exists():
         return made
-    store, start = cohort / "train.zarr", weights.default_weights()
+    store, start = cohort / "train.zarr", weights.template_weights()
     convert(cohort / "cohort.csv", store, overwrite=True, progress=progress)
     shutil.rmtree(made.parent, ignore_errors=True)  # of a run that was stopped
     done = short_training(
