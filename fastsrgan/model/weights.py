@@ -162,7 +162,7 @@ def purpose(path: str | os.PathLike) -> Purpose:
 
 
 def template_weights() -> Path:
-    """The weights that know the heads which the demo and quick studies make of the template: grey matter (decision 003).
+    """The weights that know the heads which demo and quick studies make of the template: grey matter (decision 003).
 
     Raises ModelError where the file is missing.
     """
