@@ -9,7 +9,7 @@ interpolation between pixels.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ DETAIL_ASPECT = 0.72  # height over width
 MARK = "#facc15"  # of the slice
 FONT = "DejaVu Sans"  # comes with matplotlib: the picture looks the same everywhere
 # In pixels of a picture 2000 wide.
+LEGEND = 370  # its width
+LETTER = 0.57  # mean width of a letter over its size
 PAGE_MARGIN, GAP, GUTTER, TITLE, HEADER, FOOTER = 30, 12, 46, 74, 138, 64
 
 
@@ -319,12 +321,20 @@ class _Page:
         if title:
             self._text(x0, self.px(PAGE_MARGIN), title, 38, theme.text, va="top", weight="bold")
         head = self.top - self.px(HEADER)
+        caption = self._fitting(24, (line for c in columns for line in c.caption.splitlines()), self.column)
         for i, column in enumerate(columns):
             middle = self._left(i) + self.column / 2
             colour = theme.accent if column.accent else theme.text
             self._text(middle, head, column.title, 34, colour, ha="center", va="top", weight="bold")
             self._text(
-                middle, head + self.px(52), column.caption, 24, theme.faint, ha="center", va="top", linespacing=1.35
+                middle,
+                head + self.px(52),
+                column.caption,
+                caption,
+                theme.faint,
+                ha="center",
+                va="top",
+                linespacing=1.35,
             )
         for j, cut in enumerate(self.rows):
             zoomed = cut is self.rows[-1]
@@ -336,9 +346,17 @@ class _Page:
             "radiological: patient's left on the right" if self.mirrored else "neurological: patient's left on the left"
         )
         y = self.height - self.px(PAGE_MARGIN)
-        self._text(x0, y, f"{footer} · {side}" if footer else side, 22, theme.faint, va="bottom")
-        if any(column.outlines for column in columns):
+        outlined = any(column.outlines for column in columns)
+        below = f"{footer} · {side}" if footer else side
+        room = self.width - x0 - self.px(PAGE_MARGIN + LEGEND * outlined)
+        self._text(x0, y, below, self._fitting(22, [below], room), theme.faint, va="bottom")
+        if outlined:
             self._legend(y, masks)
+
+    def _fitting(self, size: float, lines: Iterable[str], room: float) -> float:
+        """The size of text, at most ``size``, at which its longest line fits into so many pixels."""
+        longest = max((len(line) for line in lines), default=0)
+        return min(size, room / (self.px(1) * LETTER * max(longest, 1)))
 
     def _legend(self, y: float, masks) -> None:
         from matplotlib.lines import Line2D
