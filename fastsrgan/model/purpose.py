@@ -90,7 +90,9 @@ class Purpose:
 
 def span(of: Range | None) -> str:
     """A range as people say it."""
-    return "" if of is None else f"{of[0]:.4g} to {of[1]:.4g}"
+    if of is None:
+        return ""
+    return f"{of[0]:.4g}" if of[0] == of[1] else f"{of[0]:.4g} to {of[1]:.4g}"
 
 
 def common(purposes: list[Purpose]) -> Purpose:
