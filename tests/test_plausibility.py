@@ -357,6 +357,9 @@ def test_an_isotropic_image_is_left_alone_unless_asked_for(tmp_path, small, caps
     assert not list((tmp_path / "out").iterdir())
     assert infer(same, "-o", tmp_path / "out") == 2
     assert capsys.readouterr().out.startswith(f"unneeded {same}  voxels of 3.27")
+    blurred = scan(tmp_path / "blurred.nii.gz", 96, (6.0, 6.0, 6.0))
+    (tmp_path / "blurred.json").write_text('{"SliceThickness": 6.0}', encoding="utf8")  # of voxels of 3.27 mm
+    assert infer(blurred, "-o", tmp_path / "blurred") == 0, "slices that overlap"
     assert infer(same, thick, "-o", tmp_path / "out") == 0
     told = json.loads((tmp_path / "out" / "infer_summary.json").read_text())
     assert [item["status"] for item in told["items"]] == ["unneeded", "done"] and told["failed"] == 0
