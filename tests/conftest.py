@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 # Test processes side by side would each start a thread per core. Read when NumPy and torch are first imported.
@@ -19,7 +20,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from kernel_host import Host
 from phantom import Phantom, head
+
+from fastsrgan.core import kernels
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(threads)  # by default not one: what goes wrong between threads would never be seen here
@@ -95,3 +99,20 @@ def golden() -> Path:
 def phantom() -> Phantom:
     """A head of 40 x 48 x 36 voxels of 4 mm with its label; arrays are read-only, ``phantom.head`` makes others."""
     return head()
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> Host:
+    """Kernels that g++ has compiled, kept for the whole session."""
+    return Host(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def host(compiled, monkeypatch) -> Iterator[Host]:
+    """Operations on CPU tensors run the text of the kernels."""
+    monkeypatch.delenv("FASTSRGAN_REFERENCE", raising=False)
+    monkeypatch.setitem(kernels.RUNNERS, "cpu", compiled)
+    compiled.ran.clear()
+    compiled.backwards = False
+    yield compiled
+    compiled.backwards = False

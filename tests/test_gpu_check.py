@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_host import Host
 
 from fastsrgan.core import kernels as backend
 from fastsrgan.errors import ResourceError
@@ -17,19 +16,6 @@ from tools import gpu_check, gpu_parts
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> Host:
-    return Host(tmp_path_factory.mktemp("kernels"))
-
-
-@pytest.fixture
-def host(compiled, monkeypatch) -> Host:
-    """Kernels run on CPU tensors, so that the checks for a GPU have something to check."""
-    monkeypatch.delenv("FASTSRGAN_REFERENCE", raising=False)
-    monkeypatch.setitem(backend.RUNNERS, "cpu", compiled)
-    return compiled
 
 
 BARE = """

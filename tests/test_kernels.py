@@ -5,14 +5,12 @@ Outputs are poisoned with NaN and lie between guards, so a voxel that is not wri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_host import Host, exactness, guarded, reference, same
+from kernel_host import exactness, guarded, reference, same
 from kernel_nvrtc import compile_for
 from test_tiles import plans
 
@@ -35,22 +33,6 @@ VARIANTS = [
     *(("standard_normal", {"PASS": n}) for n in (0, 1)),
 ]
 SHARED = {"suppress_health_check": [HealthCheck.function_scoped_fixture]}  # fixtures that hold for all examples
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory) -> Host:
-    return Host(tmp_path_factory.mktemp("kernels"))
-
-
-@pytest.fixture
-def host(compiled, monkeypatch) -> Iterator[Host]:
-    """Operations on CPU tensors run the text of the kernels."""
-    monkeypatch.delenv("FASTSRGAN_REFERENCE", raising=False)
-    monkeypatch.setitem(backend.RUNNERS, "cpu", compiled)
-    compiled.ran.clear()
-    compiled.backwards = False
-    yield compiled
-    compiled.backwards = False
 
 
 # --- every operation ----------------------------------------------------------------------------------------------

@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from kernel_host import Host, reference
+from kernel_host import reference
 
-from fastsrgan.core import kernels as backend
 from fastsrgan.core.draws import rng
 from fastsrgan.volume import intensity, noise
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> Host:
-    return Host(tmp_path_factory.mktemp("kernels"))
-
-
-@pytest.fixture
-def host(compiled, monkeypatch) -> Iterator[Host]:
-    monkeypatch.delenv("FASTSRGAN_REFERENCE", raising=False)
-    monkeypatch.setitem(backend.RUNNERS, "cpu", compiled)
-    compiled.ran.clear()
-    compiled.backwards = False
-    yield compiled
-    compiled.backwards = False
 
 
 class Interface(ctypes.Structure):
