@@ -172,19 +172,22 @@ def label_values(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def tissue_gaussians(text: str) -> tuple[tuple[int, float, float], ...]:
-    """(value, mean, sd) of each entry of "5:0.46:0.04,1:0.53:0.04". Raises ModelError for anything else."""
-    found = {}
-    for entry in text.split(",") if text else []:
-        try:
-            value, mean, sd = entry.split(":")
-            found[label_values(value.strip())[0]] = float(mean), float(sd)
-        except (ValueError, IndexError, ModelError):
-            found[0] = 0.0, 0.0
-    if 0 in found or not all(0 < mean <= 1 and 0 <= sd <= 1 for mean, sd in found.values()):
-        hint = "VALUE:MEAN:SD,... with means above 0 and up to 1, 5:0.46:0.04,1:0.53:0.04"
-        raise ModelError("config: tissue_means", f"{shown(text)} is not allowed", hint)
-    return tuple((value, *gaussian) for value, gaussian in sorted(found.items()))
+def tissue_gaussians(text: str) -> tuple[tuple[tuple[int, float, float], ...], ...]:
+    """(value, mean, sd) of each entry of "5:0.46:0.04,1:0.53:0.04", per contrast, "/" between. Raises ModelError."""
+    contrasts = []
+    for part in text.split("/") if text else []:
+        found = {}
+        for entry in part.split(","):
+            try:
+                value, mean, sd = map(str.strip, entry.split(":"))
+                found[label_values(value)[0]] = float(mean), float(sd)
+            except (ValueError, IndexError, ModelError):
+                found[0] = 0.0, 0.0
+        if 0 in found or not all(0 < mean <= 1 >= sd >= 0 for mean, sd in found.values()):
+            hint = "VALUE:MEAN:SD,..., means in (0, 1], 5:0.46:0.04,1:0.53:0.04; / between contrasts"
+            raise ModelError("config: tissue_means", f"{shown(text)} is not allowed", hint)
+        contrasts.append(tuple((value, *gaussian) for value, gaussian in sorted(found.items())))
+    return tuple(contrasts)
 
 
 def named_amounts(text: str) -> dict[str, float]:
@@ -360,8 +363,8 @@ class TrainConfig:
         " ([training](training.md#images-made-of-label-maps))")
     structure: str = setting("", "values of the tissues that are the label, for example 3,42", NEW, metavar="VALUES",
         check=hint_of(label_values))
-    tissue_means: str = setting("", "means of made images, VALUE:MEAN:SD,...; empty: any contrast", NEW,
-        check=hint_of(tissue_gaussians), metavar="MEANS", more="drawn about these, in parts of full scale")
+    tissue_means: str = setting("", "means of made images, VALUE:MEAN:SD,...; / between contrasts; empty: any", NEW,
+        check=hint_of(tissue_gaussians), metavar="MEANS", more="drawn about these, one contrast per visit")
     synthetic_free: float = setting(0.25, "share of made images with a mean for each structure", NEW, low=0, high=1)
     synthetic_invert: float = setting(0.2, "share of made images with bright and dark exchanged", NEW, low=0, high=1)
     synthetic_strip: float = setting(0.5, "share of made heads that show the brain alone", NEW, low=0, high=1)
@@ -518,8 +521,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             raise ModelError(path, "is too large for settings", f"at most {MAX_BYTES} bytes")
         values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _loader())
     except OSError as error:
-        told = f"cannot be read: {error.strerror or error}"
-        raise ModelError(path, told, "a YAML file of settings, see docs/config.md") from error
+        raise ModelError(path, f"cannot be read: {error.strerror or error}", "settings: docs/config.md") from error
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # dates and numbers that are none
         reason = (str(getattr(error, "problem", None) or error).splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(path, f"is not plain YAML: {reason}", "a mapping of settings, see docs/config.md") from error

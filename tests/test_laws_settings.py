@@ -297,7 +297,7 @@ ACTS: dict[str, Act] = {
     "block_memory": Act(2.0, lambda s: s.law.block_bytes, 2 * 10**9),
     "synthetic": Act(0.75, lambda s: s.run.feed.visits.share, beside=TISSUES),
     "structure": Act("3,42", lambda s: s.run.feed.visits.structure, (3, 42)),
-    "tissue_means": Act("5:0.46:0.04", lambda s: s.made.means, ((5, 0.46, 0.04),)),
+    "tissue_means": Act("5:0.46:0.04/5:0.6:0", lambda s: s.made.means, (((5, 0.46, 0.04),), ((5, 0.6, 0.0),))),
     "synthetic_free": Act(0.75, lambda s: s.made.free),
     "synthetic_invert": Act(0.75, lambda s: s.made.invert),
     "synthetic_strip": Act(0.75, lambda s: s.made.strip),

@@ -215,7 +215,7 @@ def test_heads_are_turned_either_way_about_every_axis():
 
 def test_means_are_drawn_about_those_given():
     asked = ((1, 0.5, 0.02), (5, 0.4, 0.02))
-    near = Synthesis(means=asked, free=0, invert=0)
+    near = Synthesis(means=(asked,), free=0, invert=0)
     looks = [draw_look((1, i, "f"), [0, 1, 5], near).mean for i in range(100)]
     assert abs(np.mean([m[1] for m in looks]) - 0.5) < 0.01 and abs(np.mean([m[5] for m in looks]) - 0.4) < 0.01
     assert 0.01 < np.std([m[1] for m in looks]) < 0.03
@@ -224,6 +224,15 @@ def test_means_are_drawn_about_those_given():
         assert after[1] == pytest.approx(before[5]) and after[5] == pytest.approx(before[1])
     free = [draw_look((1, i, "f"), [0, 1, 5], dataclasses.replace(near, free=1.0)).mean[1] for i in range(100)]
     assert np.std(free) > 0.2
+
+
+def test_one_of_several_contrasts_is_drawn_per_visit():
+    """A contrast holds for all structures of a visit; one that is given twice is drawn twice as often."""
+    dark, bright = ((1, 0.2, 0.0), (5, 0.3, 0.0)), ((1, 0.8, 0.0), (5, 0.6, 0.0))
+    mixed = Synthesis(means=(dark, dark, bright), free=0, invert=0)
+    looks = [draw_look((1, i, "f"), [0, 1, 5], mixed).mean for i in range(300)]
+    assert {(round(m[1], 3), round(m[5], 3)) for m in looks} == {(0.2, 0.3), (0.8, 0.6)}
+    assert 0.58 < np.mean([m[1] < 0.5 for m in looks]) < 0.75  # 2 of 3; sd of such a mean: 0.027
 
 
 def test_measured_means_are_those_of_an_image():

@@ -28,7 +28,8 @@ CONTRASTS = {
     "T2": (0.35, 0.52, 0.42, 0.95),
 }
 KINDS = (("T1", 0), ("T1", 1), ("FLAIR", 0), ("T2", 1))  # contrast; whether stripped
-TRAINED = ((0.78, 0.05), (0.52, 0.05), (0.62, 0.06), (0.15, 0.06))  # mean and sd of the same four tissues
+SPREAD = {"T1": (0.05, 0.05, 0.06, 0.06), "FLAIR": (0.04, 0.04, 0.05, 0.05), "T2": (0.05, 0.05, 0.06, 0.05)}
+SHARES = ("T1", "T1", "FLAIR", "T2")  # of the visits in training
 
 
 def tissue(value: int) -> int | None:
@@ -37,10 +38,10 @@ def tissue(value: int) -> int | None:
 
 
 def means() -> str:
-    """What the adult weights were trained with."""
+    """What the adult weights were trained with: contrasts with / between, T1 twice."""
     values = sorted({v for members in _TISSUES for v in members} | set(_LEFT))
     known = [(v, t) for v in values if (t := tissue(v)) is not None and v < 100]
-    return ",".join(f"{v}:{TRAINED[t][0]}:{TRAINED[t][1]}" for v, t in known)
+    return "/".join(",".join(f"{v}:{CONTRASTS[name][t]}:{SPREAD[name][t]}" for v, t in known) for name in SHARES)
 
 
 def image(labels_XYZ: np.ndarray, name: str, contrast: str, stripped: int) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +52,7 @@ def image(labels_XYZ: np.ndarray, name: str, contrast: str, stripped: int) -> tu
         kind = tissue(value)
         levels.append((value, CONTRASTS[contrast][kind] if kind is not None else float(draw.uniform(0.1, 0.8)), 0.02))
     settings = Synthesis(
-        means=tuple(levels), free=0, invert=0, scaling=(1, 1), warp=0, shear=0, rotation=0, strip=stripped,
+        means=(tuple(levels),), free=0, invert=0, scaling=(1, 1), warp=0, shear=0, rotation=0, strip=stripped,
         bias_field=0.15, blur=(0.5, 0.6), texture=(0.02, 0.03),
     )  # fmt: skip
     made, labels = synthesise(labels_XYZ, (1.0, 1.0, 1.0), (9, name, contrast), settings)

@@ -43,14 +43,16 @@ _TISSUES = (
 )
 
 Triple = tuple[float, float, float]
+Means = tuple[tuple[int, float, float], ...]  # label, mean and sd of its mean
 
 
 @dataclass(frozen=True)
 class Synthesis:
     """How images are made from label maps; ranges are drawn uniformly per visit.
 
-    means : (label, mean, sd) for each label: its mean is drawn from N(mean, sd^2) in parts of full scale. Empty: one
-        mean for each tissue, uniform in ``contrast``, and structures of one tissue differ by ``scatter``
+    means : contrasts, each (label, mean, sd) of its labels: one is drawn per visit (given twice it counts twice), and
+        in it the mean of a label from N(mean, sd^2), in parts of full scale. Empty: one mean for each tissue, uniform
+        in ``contrast``, and structures of one tissue differ by ``scatter``
     free : share of the visits in which every structure has a mean of its own, uniform in ``contrast``
     invert : share of the visits in which bright and dark are exchanged
     contrast : range of a mean
@@ -66,7 +68,7 @@ class Synthesis:
     rim : largest width in voxels of what such a brain, or one without surroundings, keeps around it
     """
 
-    means: tuple[tuple[int, float, float], ...] = ()
+    means: tuple[Means, ...] = ()
     free: float = 0.25
     invert: float = 0.2
     contrast: tuple[float, float] = (0.05, 1.0)
@@ -204,7 +206,8 @@ def draw_look(key: tuple[int | str, ...], values: list[int], settings: Synthesis
         return rng(int(key[0]), *key[1:], "synthesis", *purpose)
 
     chances = some("chances").random(4)
-    given = {label: (mean, sd) for label, mean, sd in s.means}
+    contrast = s.means[some("which contrast").integers(len(s.means))] if s.means else ()
+    given = {label: (mean, sd) for label, mean, sd in contrast}
     free, inverted = chances[0] < s.free, chances[1] < s.invert
     mean, sd = {}, {}
     for value in values:
@@ -273,8 +276,8 @@ def draw_shape(
     return Shape(np.linalg.inv(forward), points, distance)
 
 
-def measured_means(images: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> tuple[tuple[int, float, float], ...]:
-    """(label, mean, sd) over subjects of each structure's mean, for ``Synthesis.means``.
+def measured_means(images: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Means:
+    """(label, mean, sd) over subjects of each structure's mean: one contrast of ``Synthesis.means``.
 
     images, labels : (X, Y, Z) of each subject. An image counts in parts of the largest mean of its structures.
     """
