@@ -344,7 +344,8 @@ def bytes_of(image: Image, job: ImageJob) -> int:
     voxels = math.prod(grid_size(n, a, b) for n, a, b in zip(file.shape, own, wanted, strict=True))
     integer = job.settings.dtype == "input" and np.dtype(file.dtype).kind in "iu"
     each = {"sr": np.dtype(file.dtype).itemsize if integer else 4, "prob": 4, "doubt": 4, "seg": PACKED, "mask": PACKED}
-    return int(voxels * sum(each.get(kind, 0) for kind in job.outputs(image)))
+    residual = 4 * math.prod(file.shape) if job.settings.save_residual else 0  # on the scan's own grid
+    return residual + int(voxels * sum(each.get(kind, 0) for kind in job.outputs(image)))
 
 
 # --- the call -------------------------------------------------------------------------------------------------------
