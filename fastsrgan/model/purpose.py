@@ -13,10 +13,31 @@ from typing import Any
 Range = tuple[float, float]
 
 MADE_FOR = "made_for"  # of a card
-FLUID = ("dark", "bright")  # than tissue
 OUTSIDE = ("zero",)
 NOT_SAID = "what they were made for is not said"
 MOST_TEXT, MOST_STRUCTURES = 120, 64
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What images of a kind look like around a segmented cortex.
+
+    fluid : "dark" or "bright" beside tissue
+    enclosed : brightness of the white matter that the segmentation encloses, over the segmentation's
+        (`evaluate.plausibility.enclosed`)
+    """
+
+    fluid: str
+    enclosed: Range
+
+
+# Measured by tools/plausibility_figures.py.
+CONTRASTS = {
+    "T1": Contrast("dark", (1.25, 2.2)),
+    "FLAIR": Contrast("dark", (0.5, 1.0)),
+    "T2": Contrast("bright", (0.4, 0.95)),
+    "T2 before myelination": Contrast("bright", (1.0, 1.8)),
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +45,7 @@ class Purpose:
     """What is known of it; empty text and None: not said.
 
     structures : (value in the segmentation, name)
-    contrast : in words; fluid : "dark" or "bright" beside tissue in such images, "" where either may be
+    contrast : in words; contrasts : those of ``CONTRASTS`` that the weights were made for
     ages, species, view : in words; ``view`` is the field of view
     head_mm : longest side of the box around the head (or of the brain where images are stripped)
     voxel_mm : finest voxel size of a scan; slice_ratio : coarsest over finest
@@ -35,7 +56,7 @@ class Purpose:
 
     structures: tuple[tuple[int, str], ...] = ()
     contrast: str = ""
-    fluid: str = ""
+    contrasts: tuple[str, ...] = ()
     ages: str = ""
     species: str = ""
     view: str = ""
@@ -56,12 +77,14 @@ class Purpose:
             value = known.get(f.name)
             if f.name == "structures":
                 found[f.name] = _structures(value)
+            elif f.name == "contrasts":
+                given = value if isinstance(value, (list, tuple)) else ()
+                found[f.name] = tuple(name for name in CONTRASTS if name in given)
             elif f.default is None:
                 found[f.name] = _range(value)
             else:
                 found[f.name] = " ".join(value.split())[:MOST_TEXT] if isinstance(value, str) else ""
-        for name, allowed in (("fluid", FLUID), ("outside", OUTSIDE)):
-            found[name] = found[name] if found[name] in allowed else ""
+        found["outside"] = found["outside"] if found["outside"] in OUTSIDE else ""
         return cls(**found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,7 +172,7 @@ MODELS = {
         Purpose(
             structures=((1, "cortical grey matter"),),
             contrast="T1-like contrast",
-            fluid="dark",
+            contrasts=("T1",),
             ages="adults",
             species="human",
             view="whole head or brain alone",
@@ -165,7 +188,7 @@ MODELS = {
         Purpose(
             structures=((1, "cortical grey matter"),),
             contrast="T2-like contrast",
-            fluid="bright",
+            contrasts=("T2 before myelination",),
             ages="21 to 40 weeks of gestation",
             species="human",
             view="brain, stripped or with the head around it",
