@@ -24,18 +24,16 @@ CORE = 0.7  # of the half axes of the head's box: the ellipsoid that contrast is
 
 # --- thresholds, each with what was measured ------------------------------------------------------------------------
 #
-# perinatal: atlas brains of 21 to 34 weeks as thick slices of ratio 3 and 6, without noise and with 3 %; stacks: three
-# real fetal stacks, whole and in their masks; adult: heads synthesised from label maps (T1-like, T2-like, FLAIR-like,
-# whole and stripped) at ratio 4, and the MNI152 template.
+# By tools/plausibility_figures.py. perinatal: 12 atlas brains of 21 to 34 weeks as thick slices of ratio 3 and 6, without
+# noise and with 3 %; stacks: three real fetal stacks, whole and in their masks; adult: two heads of
+# tools/label_heads.py (T1 and FLAIR whole, T1 and T2 stripped), of the same slices and noise.
 
-FILLED = (
-    0.5  # tissue in a border plane; whole stacks 0.86 to 1, noise 0.78; the neck of a head at most 0.27, masked 0.13
-)
-MOST_FILLED = 2  # border planes of a head; whole stacks and noise 6; all heads 0
+FILLED = 0.5  # tissue in a border plane; fullest and third fullest of whole stacks 1 and 0.96; of brains 0.18 and 0.004
+MOST_FILLED = 2  # border planes of a head, whose neck fills one; whole stacks 6, brains 0
 REACH = 0.085  # of the segmentation's longest side: half the width of the gaps that count as enclosed; adults 14 mm
 APART, DEEPER, FINE = 0.2, 0.3, 5.0  # of it: from the segmentation, from the rim of what is enclosed; voxels in it
 FEWEST = 100  # enclosed voxels, below which nothing is said
-FLUID_SKEW = 0.2  # perinatal -0.04 to 0.36, adult T2 0.31 to 0.62, T1 -0.43 to 0.06, FLAIR -0.54
+FLUID_SKEW = 0.2  # perinatal -0.15 to 0.37, stacks 0.17 to 0.34, adult T2 0.46 to 0.62, T1 -0.45 to -0.26, FLAIR -0.50
 CT = -500.0  # intensities of CT begin at -1000; z-scores of MRI at about -5
 BORDER = 0.01  # of the segmentation, in the image's border planes
 # How far beyond the range of the weights is yellow, as a factor; what is further is red.
@@ -287,7 +285,8 @@ def _of_contrast(look: Look, purpose: Purpose, within: float | None) -> list[Fin
         return []
     like = " or ".join(name for name, light in lights.items() if not light and name not in purpose.contrasts)
     seen = [f"the {fluid} tail of intensities"] * bool(fluid)
-    seen += [f"{within:.2f} times the structure's brightness inside it"] * (within is not None)
+    if within is not None:
+        seen.append(f"{within:.2f} times the structure's brightness inside it")
     words = f" as in {like} images" if like else " as in no contrast that is known"
     return [(best, f"{' and '.join(seen)}{words}; made for {purpose.contrast or ', '.join(purpose.contrasts)}")]
 
