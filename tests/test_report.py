@@ -167,7 +167,7 @@ def test_the_best_linear_estimate_lies_beside_spline_and_sr(results, parsed, tmp
     got = Parsed(path.read_text(encoding="utf8"))
     own = estimate(told["weight"], thickness_mm=told["thickness_mm"], profile=told["profile"])
     assert shown_linear(got, sr, own) <= 0.52 and np.abs(own - best).max() > 1
-    assert f"w = {told['weight']:.3g} as the result's record chose" in got.words
+    assert f"w = {told['weight']:.3g} as the record chose" in got.words
 
 
 @pytest.mark.parametrize("change", [{"agree": None}, {"agree": {"weight": "0.1"}}, {"geometry": "segsrgan"}])

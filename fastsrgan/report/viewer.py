@@ -149,12 +149,12 @@ def linear_estimate(
             there = onto_grid(truth, sr, notes=[]).data
             made, weight = best_linear(spline.data, low.data, there, seen), "w the best of eight by the truth"
         else:
-            made, weight = np.array(spline.data, np.float32), f"w = {w:.3g} as the result's record chose"
+            made, weight = np.array(spline.data, np.float32), f"w = {w:.3g} as the record chose"
             agree(made, low.data, seen, float(w), floor=0.0)  # type: ignore[arg-type]
     except FastsrganError:  # of a record that says what cannot be, or a truth elsewhere
         return None
-    formula = "spline + D′(DD′ + w)⁻¹(scan − D spline), D being how the scan was acquired"
-    return Volume(made, sr.affine), f"Best linear: {formula}, {weight}: what can be had without a network."
+    formula = "spline + D′(DD′ + w)⁻¹(scan − D spline), D the acquisition"
+    return Volume(made, sr.affine), f"Best linear, without a network: {formula}, {weight}."
 
 
 def _unchanged(path: Path, series: str | None, sha256: object) -> bool:
@@ -406,7 +406,7 @@ def _controls(packed: Packed, view: View, wiping: bool) -> Html:
         el("div", el("span", "Plane"), _choice("plane", planes, view.plane), class_="row"),
         el("div", el("span", "Layout"), _choice("layout", layouts), class_="row") if wiping else None,
         slider("wipe", "Spline | SR", 0, 100, 50) if wiping else None,
-        el("div", el("span", "Over the SR"), _choice("layer", layers), class_="row") if len(layers) > 1 else None,
+        el("div", el("span", "Over the SR"), _choice("layer", layers), class_="row wide") if len(layers) > 1 else None,
         slider("overlay", "Opacity", 0, 100, 50) if len(layers) > 1 else None,
         slider("slice", "Slice", 0, packed.shape[2] - 1, 0),
         slider("zoom", "Zoom", 1, 8, 1, 0.05),
@@ -421,7 +421,7 @@ def _controls(packed: Packed, view: View, wiping: bool) -> Html:
                 " ",
                 el("button", "largest change" if view.changed else "back", type="button", id="start"),
             ),
-            class_="row",
+            class_="row wide",
         ),
         class_="controls",
     )
