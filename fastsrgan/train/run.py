@@ -279,7 +279,9 @@ def prepare(
         artefacts=artefact_amounts(c),
         block_bytes=None if c.block_memory is None else int(c.block_memory * 1e9),
     )
-    rule = PatchRule(c.patch_size, c.stride, c.image_cropping_method == "overlapping_with_mask")
+    if c.agree and c.geometry != "physical":
+        raise UsageError("agree", "the original's geometry has no slices to agree with", "--geometry physical")
+    rule = PatchRule(c.patch_size, c.stride, c.image_cropping_method == "overlapping_with_mask", c.agree)
     feed = Feed(
         store,
         degradation,
