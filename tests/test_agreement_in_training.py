@@ -3,15 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from cohort import make_store
 
 from fastsrgan.config import TrainConfig
+from fastsrgan.core.ranks import ALONE
 from fastsrgan.core.threads import one_thread
 from fastsrgan.data.pool import Batch, Pool, Slices
 from fastsrgan.data.subject import PatchRule, make_resident, slices_of
+from fastsrgan.errors import UsageError
 from fastsrgan.observation.model import Degradation
-from fastsrgan.store.reader import Sample
+from fastsrgan.store.reader import Sample, open_store
 from fastsrgan.train.gan import Models
 from fastsrgan.train.objectives import agreed_patches, generator_loss
+from fastsrgan.train.run import prepare
 from fastsrgan.volume.acquisition import NARROW
 from fastsrgan.volume.consistency import observation, patch_agreement
 from fastsrgan.volume.resample import slice_profile_matrix, spline_matrix
@@ -125,7 +129,8 @@ def test_a_loss_behind_the_layer_does_not_pay_for_what_the_scan_says():
     assert (kept - wave).abs().max() < 1e-2 * wave.abs().max()
 
 
-def test_the_originals_geometry_is_refused(made_store, tmp_path):
+def test_the_originals_geometry_is_refused(tmp_path):
+    store = open_store(make_store(tmp_path))
     config = TrainConfig(new_low_res=((1.0, 1.0, 3.0),), patch_size=16, agree=True, geometry="segsrgan")
     with pytest.raises(UsageError, match="--geometry physical"):
-        prepare(store, tmp_path, config, CPU, ALONE, strict=False, resume=False)
+        prepare(store, tmp_path / "run", config, CPU, ALONE, strict=False, resume=False)

@@ -202,7 +202,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         if result["best_epoch"] is not None:
             dice = "" if result["best_dice"] is None else f", Dice on the Test subjects {result['best_dice']:.4f}"
             best = f"; best: epoch {result['best_epoch']}{dice}, {result['best_weights']}"
-        print(f"{result['updates']} updates in {result['seconds']:.0f} s; last weights: {result['weights']}{best}")
+        last = f"last weights: {result['weights']}" if result["weights"] else "no weights before the first epoch's end"
+        print(f"{result['updates']} updates in {result['seconds']:.0f} s; {last}{best}")
         if result["stopped"]:
             print(f"stopped by signal {result['stopped']}; continue with --resume")
     return int(result["exit_code"])

@@ -471,7 +471,7 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
         "best_dice": at.best_dice,
         "ended_early": run.ended_early,
         "start_weights": run.start,
-        "weights": str(run.folder / checkpoint.MODEL),
+        "weights": str(run.folder / checkpoint.MODEL) if (run.folder / checkpoint.MODEL).exists() else None,
         "best_weights": None if at.best is None else str(run.folder / BEST),
         "left_out": left_out,
         "data_warnings": data_warnings(run.store),
