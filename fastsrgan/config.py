@@ -300,7 +300,7 @@ class TrainConfig:
         presets={"recommended": 0.1}, more="its 343 taps add up ([decision 003](decisions/003-demo-weights.md))")
     clip_norm: float = setting(0.0, "largest generator gradient norm; 0 off", NEW, presets={"recommended": 5.0}, low=0)
     resident_subjects: int | None = setting(None, "subjects in memory at once; none: all that fit", ANEW, above=0)
-    max_bad_steps: int = setting(10, "updates in a row that may be not finite", FREE, above=0)
+    max_bad_steps: int = setting(10, "updates in a row, none finite, that end the run", FREE, above=0)
     seed: int = setting(0, "seed of every random number", ANEW, group=BASIC)
     bias_field: float = setting(0.0, "largest log amplitude of a smooth bias field", NEW, low=0, high=5)  # 148-fold
     rician: bool = setting(False, "Rician instead of Gaussian noise", NEW)

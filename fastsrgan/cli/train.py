@@ -92,7 +92,12 @@ def add_original(p: argparse.ArgumentParser) -> None:
         metavar="True|False",
         help="train the U-Net variant: --network unet (False)",
     )
-    group.add_argument("-sf", "--snapshot-folder", metavar="DIR", help="also write SegSRGAN_epoch_N (Keras HDF5) here")
+    group.add_argument(
+        "-sf",
+        "--snapshot-folder",
+        metavar="DIR",
+        help="also write SegSRGAN_epoch_N (Keras HDF5) here; not with --scaled True",
+    )
     group.add_argument("-dice", "--dice-file", metavar="CSV", help="Dice per epoch (RUN/dice.csv)")
     group.add_argument("-mse", "--mse-file", metavar="CSV", help="MSE per epoch (RUN/mse.csv)")
     group.add_argument(
