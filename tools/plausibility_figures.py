@@ -40,7 +40,10 @@ RATIOS, NOISES = (3, 6), (0.0, 0.03)
 
 @dataclass(frozen=True)
 class Scan:
-    """A scan of a case. ratio : 0 where it is as it was acquired; labels, image : of the sharp image, cut as the scan"""
+    """A scan of a case.
+
+    ratio : 0 where it is as it was acquired; labels, image : of the sharp image, cut as the scan
+    """
 
     kind: str
     ratio: int

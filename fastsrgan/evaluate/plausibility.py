@@ -24,8 +24,8 @@ CORE = 0.7  # of the half axes of the head's box: the ellipsoid that contrast is
 
 # --- thresholds, each with what was measured ------------------------------------------------------------------------
 #
-# By tools/plausibility_figures.py. perinatal: 12 atlas brains of 21 to 34 weeks as thick slices of ratio 3 and 6, without
-# noise and with 3 %; stacks: three real fetal stacks, whole and in their masks; adult: two heads of
+# By tools/plausibility_figures.py. perinatal: 12 atlas brains of 21 to 34 weeks as thick slices of ratio 3 and 6,
+# without noise and with 3 %; stacks: three real fetal stacks, whole and in their masks; adult: two heads of
 # tools/label_heads.py (T1 and FLAIR whole, T1 and T2 stripped), of the same slices and noise.
 
 FILLED = 0.5  # tissue in a border plane; fullest and third fullest of whole stacks 1 and 0.96; of brains 0.18 and 0.004

@@ -252,5 +252,7 @@ DICE_OF = "dice_"  # before the name of a structure, in a column of the tables
 def structure_paths(numbers: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """The same of the Dice of each of several structures, as far as cells have them."""
     ends = ("structures.", ".dice")
-    paths = dict.fromkeys(path for one in numbers for path in one if path.startswith(ends[0]) and path.endswith(ends[1]))
+    paths = dict.fromkeys(
+        path for one in numbers for path in one if path.startswith(ends[0]) and path.endswith(ends[1])
+    )
     return {DICE_OF + path.removeprefix(ends[0]).removesuffix(ends[1]): path for path in paths}
