@@ -38,7 +38,7 @@ CONTRASTS = {
     "T2": Contrast("bright", (0.4, 0.95)),  # 0.76; of what T1 weights segment 0.74 to 0.75
     "T2 before myelination": Contrast(
         "bright", (1.0, 1.8)
-    ),  # 21 weeks 1.43, 34 weeks 1.16; of what is segmented 1.16 to 1.31
+    ),  # 21 weeks 1.43, 34 weeks 1.16; as segmented 1.16 to 1.35, with stacks
 }
 
 
@@ -167,7 +167,7 @@ class ShippedModel:
 
 
 # Names that stand for a path wherever weights are asked for. The first is the default of `load_generator`. Ranges hold
-# the values measured beside them, with room: heads by `infer.plausibility.measure`.
+# the values measured beside them by tools/plausibility_figures.py, with room.
 MODELS = {
     "adult": ShippedModel(
         "segsrgan-k8-adult.safetensors",
@@ -178,11 +178,11 @@ MODELS = {
             ages="adults",
             species="human",
             view="whole head or brain alone",
-            head_mm=(140, 290),  # 12 whole heads 207 to 252, brains alone 156 to 216
+            head_mm=(140, 290),  # two whole heads 199 to 210, their brains alone 162 to 187
             voxel_mm=(0.7, 1.3),  # training: 1
             slice_ratio=(1.5, 6.5),  # training: 2 to 6
             structure_ml=(230, 800),  # labels of 12 heads 311 to 610
-            structure_share=(0.06, 0.45),  # labels of 12 whole heads 0.081 to 0.185, their brains alone 0.219 to 0.359
+            structure_share=(0.06, 0.45),  # labels of two whole heads 0.158 to 0.177, their brains alone 0.311 to 0.355
         ),
     ),
     "perinatal": ShippedModel(
@@ -196,11 +196,11 @@ MODELS = {
             view="brain, stripped or with the head around it",
             outside="zero",
             grid_mm=(0.8, 0.8),
-            head_mm=(50, 130),  # 12 atlas brains of 21 to 34 weeks 57 to 102; three real stacks in their masks 67 to 81
+            head_mm=(50, 130),  # 12 atlas brains of 21 to 34 weeks 58 to 106; three real stacks in their masks 67 to 81
             voxel_mm=(0.5, 1.2),  # training: 0.5 to 1.1; real stacks 1.125
             slice_ratio=(2, 6.5),  # training: the same
             structure_ml=(4, 150),  # labels of 12 brains 6 to 56; newborns have more
-            structure_share=(0.06, 0.35),  # labels of 12 brains 0.116 to 0.213
+            structure_share=(0.06, 0.35),  # labels of 12 brains 0.095 to 0.190
         ),
     ),
 }
