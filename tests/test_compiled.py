@@ -159,7 +159,9 @@ def test_further_shapes_than_are_compiled_for_run_as_they_are(caplog):
 def test_functions_of_a_job_share_its_compilations():
     """Networks count by what they are made of; a job that is not given is a function's own."""
     job = Job()
-    first, second = (whole(f, CPU, True, "eager", job=job) for f in (lambda x: x + 1, lambda net, x: x * 2))
+    first, second = (
+        whole(f, CPU, True, "eager", job=job) for f in (lambda x: x + 1, lambda net, x: x * 2 + 0 * net.head.sum())
+    )
     first(torch.ones(2)), first(torch.ones(3))
     for kernel, seed in ((1, 0), (1, 1), (2, 0)):
         second(build_generator(GeneratorSpec(kernel=kernel), seed=seed), torch.ones(2))
@@ -198,8 +200,7 @@ def test_a_training_compiles_four_times_at_most(monkeypatch, caplog, more):
     """Warm-up, critic updates with and without penalty, a pool's uneven batches; only the warm-up may go without."""
     counted = Counted(monkeypatch)
     config = SMALL.replace(batch_size=6, lambda_adv=1e-3, **more)
-    plain = Models(config, 0, CPU)
-    m = Models(config.replace(compile="on"), 0, CPU)
+    plain, m = (double(Models(config.replace(compile=how), 0, CPU)) for how in ("off", "on"))
     with caplog.at_level(logging.WARNING, "fastsrgan"):
         for i, n in enumerate((6, 5, 4)):
             made = batch(i, config.replace(batch_size=n))[0]
@@ -445,7 +446,7 @@ def test_a_cohort_keeps_the_batch_of_its_first_volume(monkeypatch):
 
 
 def test_volumes_of_many_sizes_compile_four_times_at_most(monkeypatch, caplog):
-    """As on CUDA: axes shorter than a tile are mirrored up to few sizes; of two networks, more of them run as they are."""
+    """As on CUDA: axes shorter than a tile are mirrored up to few sizes. What is beyond four runs as it is."""
     counted = Counted(monkeypatch)
     monkeypatch.setattr(tile_network, "fast_head", functools.cache(tile_network.fast_head.__wrapped__))
     monkeypatch.setitem(tile_network.MULTIPLES, "cpu", tile_network.MULTIPLES["cuda"])

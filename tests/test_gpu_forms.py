@@ -34,6 +34,17 @@ VIEWS = (
 )
 
 
+class Raw(torch.nn.Module):
+    """A generator's head before subtraction and sigmoid, as a module."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network.raw(x)
+
+
 class Layouts(TorchDispatchMode):
     """Operations that take an activation in one layout and give, or also take, one in the other: passes over memory.
 
@@ -89,7 +100,7 @@ def passes_on_fake_cuda(spec: GeneratorSpec) -> Layouts:
     Autograd's engine has no threads for a device that no driver knows ("PyTorch is not linked with support for cuda
     devices"): both passes are traced on the CPU, and their operations called again, each with CUDA tensors.
     """
-    network = build_generator(spec).to(memory_format=torch.channels_last_3d)
+    network = Raw(build_generator(spec).to(memory_format=torch.channels_last_3d))
     names, parameters = zip(*network.named_parameters(), strict=True)
 
     def both(parameters: list[torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
@@ -172,7 +183,7 @@ def test_a_cpu_takes_none_of_it(monkeypatch):
 def test_the_gradient_of_a_pad_is_its_transpose(monkeypatch, padding, compiling):
     """Both ways of adding what was padded, against torch's own pad."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    x = torch.randn(2, 3, 4, 6, 5, dtype=torch.double, requires_grad=True)
+    x = torch.randn(2, 3, 4, 8, 5, dtype=torch.double, requires_grad=True)  # a long axis among short ones
     right = F.pad(x, (padding.width,) * 6, mode="replicate" if padding.repeated else "reflect")
     found = gpu.pad(x, padding)
     grad = torch.randn_like(right)

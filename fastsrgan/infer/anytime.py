@@ -44,9 +44,7 @@ class Level(NamedTuple):
     plan: tiles.TilePlan
 
 
-def levels(
-    shape: Sequence[int], patch: tiles.PerAxis, step: Step, multiple: int = SIZE_MULTIPLE
-) -> list[Level]:
+def levels(shape: Sequence[int], patch: tiles.PerAxis, step: Step, multiple: int = SIZE_MULTIPLE) -> list[Level]:
     """Nested steps, the coarsest first: the wanted step, doubled as long as tiles still overlap by half.
 
     ``"auto"`` ends at a sixteenth of the patch. ``multiple``, and raises UsageError, as ``tiles.plan``.

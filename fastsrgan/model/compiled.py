@@ -23,8 +23,8 @@ log = logging.getLogger("fastsrgan")
 
 MOST = 4  # compilations of a job; what comes beyond runs as it is
 # Of Inductor, for CUDA. Layouts stay as the layers have them: its own choice is for 2-D convolutions and forgets, where
-# nothing needs a gradient, that inputs of 3-D ones have their channels innermost, so that each would be copied. Norm, ReLU
-# and padding have more than the 30 operations from which it writes, in float32, what is between.
+# nothing needs a gradient, that inputs of 3-D ones have their channels innermost, so that each would be copied. Norm,
+# ReLU and padding have more than the 30 operations from which it writes what is between, in float32.
 INDUCTOR = {"layout_optimization": False, "realize_opcount_threshold": 100}
 _LAZY = "force_non_lazy_backward_lowering"  # compiles a backward pass with its forward pass, where errors are caught
 
