@@ -63,7 +63,6 @@ the ceilings; a compiler that fuses norms, pads and activations lies between it 
 What the compiled generator moves, `python -m bench traffic`, k 16, batch 16, 64^3, bfloat16: @ALONE@ MB per patch in a
 forward pass alone (budget 200), @TRAIN@ MB in the forward pass of a training step and @BACK@ MB in its backward pass,
 @BOTH@ MB together (budget 600; tests/test_gpu_forms.py holds both). Each array that a kernel reads or writes counts once.
-@REST@ MB of the first figure are what the convolutions read and write.
 
 Emulated: the compiler's passes and its plan of kernels, made for a CPU with the options, forms and layouts of CUDA
 (cuDNN's rule of layouts by oneDNN's, which is the same); changes of layout, counted on CPU tensors and on CUDA tensors

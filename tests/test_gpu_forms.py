@@ -97,8 +97,8 @@ def passes(spec: GeneratorSpec) -> Layouts:
 def passes_on_fake_cuda(spec: GeneratorSpec) -> Layouts:
     """The same on CUDA tensors without memory.
 
-    Autograd's engine has no threads for a device that no driver knows ("PyTorch is not linked with support for cuda
-    devices"): both passes are traced on the CPU, and their operations called again, each with CUDA tensors.
+    Autograd ends the process at a CUDA tensor that needs a gradient, where torch has no CUDA ("PyTorch is not linked
+    with support for cuda devices"): both passes are traced on the CPU, and each operation called again on CUDA tensors.
     """
     network = Raw(build_generator(spec).to(memory_format=torch.channels_last_3d))
     names, parameters = zip(*network.named_parameters(), strict=True)
