@@ -300,7 +300,7 @@ def test_training_compiles_on_cuda_after_the_compiled_self_test(monkeypatch, cap
 
     class Stop(Exception): ...
 
-    def stopped(function, config, device):
+    def stopped(function, config, device, job):
         asked.append(config.compile)
         raise Stop
 

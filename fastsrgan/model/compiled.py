@@ -25,7 +25,7 @@ MOST = 4  # compilations of a job; what comes beyond runs as it is
 # Of Inductor, for CUDA. Layouts stay as the layers have them: its own choice is for 2-D convolutions and forgets, where
 # nothing needs a gradient, that inputs of 3-D ones have their channels innermost, so that each would be copied. Norm,
 # ReLU and padding have more than the 30 operations from which it writes what is between, in float32.
-INDUCTOR = {"layout_optimization": False, "realize_opcount_threshold": 100}
+INDUCTOR: dict[str, Any] = {"layout_optimization": False, "realize_opcount_threshold": 100}
 _LAZY = "force_non_lazy_backward_lowering"  # compiles a backward pass with its forward pass, where errors are caught
 
 
@@ -99,7 +99,7 @@ def whole(
     strict : an error of the compiler is a ResourceError, else the function runs as it is and the log says so
     job : what its compilations are counted with; None: it has ``MOST`` of its own
     """
-    options = None
+    options: dict[str, Any] | None = None
     if device.type == "cuda" and backend == "inductor":
         options = INDUCTOR | ({"triton.cudagraphs": True} if graphs else {})  # the latter is mode "reduce-overhead"
     fast = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)

@@ -240,8 +240,9 @@ def whole_scores(generator: Generator, feed: Feed, sample: Sample, draw: Draw) -
     scan = Volume(low, resampled_affine(hr.affine, hr.data.shape, low.shape, draw.low_res))
     with quiet():
         # Uncompiled: the compilations of this job are for its updates.
-        options = {"new_resolution": list(hr.spacing), "device": str(feed.device), "compile": "off"}
-        made = infer_volume(scan.data, scan.affine, generator, **options)
+        made = infer_volume(
+            scan.data, scan.affine, generator, new_resolution=list(hr.spacing), device=str(feed.device), compile="off"
+        )
     notes: list[str] = []
     sr, spline = (onto_grid(v, hr, notes=notes).data for v in (Volume(made.sr, made.affine), scan))
     seg = onto_grid(
