@@ -60,9 +60,9 @@ the ceilings; a compiler that fuses norms, pads and activations lies between it 
 
 {table}
 
-What the compiled generator moves, `python -m bench traffic`, k 16, batch 16, 64^3, bfloat16: @ALONE@ MB per patch in a
-forward pass alone (budget 200), @TRAIN@ MB in the forward pass of a training step and @BACK@ MB in its backward pass,
-@BOTH@ MB together (budget 600; tests/test_gpu_forms.py holds both). Each array that a kernel reads or writes counts once.
+What the compiled generator moves is counted by `python -m bench traffic` (k 16, batch 16, 64^3, bfloat16), each array
+that a kernel reads or writes once. The budgets are 200 MB per patch for a forward pass alone and 600 MB for the forward
+and backward pass of a training step; tests/test_gpu_forms.py asks for both of the whole generator.
 
 Emulated: the compiler's passes and its plan of kernels, made for a CPU with the options, forms and layouts of CUDA
 (cuDNN's rule of layouts by oneDNN's, which is the same); changes of layout, counted on CPU tensors and on CUDA tensors

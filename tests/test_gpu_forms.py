@@ -194,8 +194,7 @@ def test_the_gradient_of_a_pad_is_its_transpose(monkeypatch, padding, compiling)
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward alone", "training"])
 def test_bytes_of_a_compiled_pass_are_within_the_budget(backward):
-    """By Inductor's count, the whole generator in half precision, k = 16, MB per 64^3 patch; measured values are in
-    docs/roofline.md."""
+    """By Inductor's count, the whole generator in half precision, k = 16, MB per 64^3 patch."""
     batch = 16  # over which the weights' share is spread
     moved = traffic.generator(16, 64, torch.bfloat16, backward, batch)
     forward, both = (sum(moved.of(back) for back in which) / batch / 1e6 for which in ((False,), (False, True)))
