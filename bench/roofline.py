@@ -66,8 +66,8 @@ and backward pass of a training step; tests/test_gpu_forms.py asks for both of t
 
 Emulated: the compiler's passes and its plan of kernels, made for a CPU with the options, forms and layouts of CUDA
 (cuDNN's rule of layouts by oneDNN's, which is the same); changes of layout, counted on CPU tensors and on CUDA tensors
-without memory, on which autograd cannot run: its operations are traced on a CPU and called again one by one. Compiled by
-a real compiler: the kernels of `kernels/`, by NVRTC. Run on a GPU: nothing.
+without memory, on which autograd cannot run: its operations are traced on a CPU and called again one by one.
+Compiled by a real compiler: the kernels of `kernels/`, by NVRTC. Run on a GPU: nothing.
 """
 
 
