@@ -92,7 +92,8 @@ def test_what_is_missing_is_judged_by_the_gaussian_as_wide_as_the_slices_are_thi
     infer_volume(scan, AFFINE, generator, **FAST, profile=profile, slice_thickness=thickness)
     (by,) = judged
     expected = seen(profile="gaussian", thickness_mm=None if thickness == "auto" else thickness)
-    assert all(a is b is None or np.array_equal(a, b) for a, b in zip(by.down, expected.down, strict=True))
+    assert [matrix is None for matrix in by.down] == [True, True, False]
+    assert np.abs(by.down[2] - expected.down[2]).max() < 1e-6  # found: FILL
 
 
 @pytest.mark.parametrize("resolution", [None, "same"])
