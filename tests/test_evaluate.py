@@ -64,7 +64,7 @@ def test_a_doubt_is_compared_with_the_error_inside_the_mask(pair):
     assert found == metrics.calibration(pair["sr"].data, pair["hr"].data, doubt, inside)
     assert 0.5 < found["error_over_doubt"] < 1
     without = evaluate.evaluate_pair(pair["sr"], pair["hr"], doubt=Volume(doubt, pair["hr"].affine))["doubt"]
-    assert without["error_over_doubt"] < 0.1
+    assert without["error_over_doubt"] < 0.1  # found: 0.009
 
 
 def test_one_grid_gives_the_metrics_themselves(pair):
@@ -172,7 +172,7 @@ def test_a_constant_image_is_constant_up_to_the_edge_of_its_field_of_view(order)
     like = np.diag([0.5, 1.0, 1.0, 1.0])
     like[:3, 3] = -0.25, 0, -1.5  # centres of the reference's first voxels: its corner is the scan's
     moved = grids.onto_grid(scan, Volume(np.zeros((12, 7, 20), np.float32), like), order=order, notes=[])
-    assert np.abs(moved.data - 80).max() < 1e-3  # found: 1.5e-5
+    assert np.abs(moved.data - 80).max() < 1e-3  # found: 6.1e-5
 
 
 def test_a_grid_stored_in_another_order_is_exact(pair):

@@ -170,7 +170,8 @@ def test_every_head_and_seed_has_noise_of_its_own_the_same_in_every_condition():
     bright = clean.scan.data.ravel() > 0.4  # far from where it is cut at zero
     assert np.array_equal(noise[0], noise[3])
     alike = np.corrcoef([n[bright] for n in noise[:3]]) - np.eye(3)
-    assert np.abs(alike).max() < 0.2 and all(0.05 < n[bright].std() < 0.15 for n in noise)
+    assert np.abs(alike).max() < 0.2  # found: 0.045
+    assert all(0.05 < n[bright].std() < 0.15 for n in noise)
 
 
 def test_a_condition_does_what_its_name_says(monkeypatch):
