@@ -97,7 +97,7 @@ def test_a_small_turn_is_rounding_until_another_voxel_is_the_nearest(n, same):
     turned = np.eye(4)
     turned[:3, :3] = Rotation.from_euler("z", 0.1, degrees=True).as_matrix()
     apart = difference(turned, np.eye(4), (n, 10, 10))
-    assert apart.least == 0 and apart.largest == pytest.approx((n - 1) * np.radians(0.1), rel=1e-3)
+    assert apart.least == 0 and apart.largest == pytest.approx((n - 1) * np.radians(0.1), rel=1e-3)  # found: 6e-4
     assert apart.same is same
 
 
