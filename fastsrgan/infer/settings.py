@@ -157,7 +157,7 @@ class InferSettings:
     step: Step | None = field(
         default=PAPER_STEP,
         metadata=row(
-            "voxels between tiles, or auto; smaller is better and slower (30 on CUDA, half the patch on a CPU)",
+            "voxels between tiles, or auto; small is good and slow (CPU: half the patch; CUDA, segsrgan, --budget: 30)",
             parse=step_size,
             typed=None,
             reported=True,
@@ -176,7 +176,7 @@ class InferSettings:
     new_resolution: Resolution = field(
         default=None,
         metadata=row(
-            "one size, three, or same (default: isotropic at the finest)",
+            "one size, three, or same (default: isotropic at the finest, or at the weights' own where that is coarse)",
             parse=size,
             nargs="+",
             metavar="MM",
@@ -185,7 +185,7 @@ class InferSettings:
     )
     geometry: str = field(
         default="physical",
-        metadata=row("exact in mm, or the original's numbers", parse=str, choices=CHOICES["geometry"], reported=True),
+        metadata=row("exact (physical), or the original's", parse=str, choices=CHOICES["geometry"], reported=True),
     )
     window: str = field(
         default="constant",

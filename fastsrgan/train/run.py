@@ -279,7 +279,9 @@ def prepare(
         artefacts=artefact_amounts(c),
         block_bytes=None if c.block_memory is None else int(c.block_memory * 1e9),
     )
-    rule = PatchRule(c.patch_size, c.stride, c.image_cropping_method == "overlapping_with_mask")
+    if c.agree and c.geometry != "physical":
+        raise UsageError("agree", "the original's geometry has no slices to agree with", "--geometry physical")
+    rule = PatchRule(c.patch_size, c.stride, c.image_cropping_method == "overlapping_with_mask", c.agree)
     feed = Feed(
         store,
         degradation,
@@ -469,7 +471,7 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
         "best_dice": at.best_dice,
         "ended_early": run.ended_early,
         "start_weights": run.start,
-        "weights": str(run.folder / checkpoint.MODEL),
+        "weights": str(run.folder / checkpoint.MODEL) if (run.folder / checkpoint.MODEL).exists() else None,
         "best_weights": None if at.best is None else str(run.folder / BEST),
         "left_out": left_out,
         "data_warnings": data_warnings(run.store),
