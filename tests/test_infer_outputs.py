@@ -14,6 +14,7 @@ from fastsrgan.infer.settings import InferSettings
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.model.purpose import Purpose
 from fastsrgan.volume.components import segment
 
 FAST = {"patch": 16, "step": 12, "device": "cpu"}
@@ -128,3 +129,22 @@ def test_options_that_make_no_sense_are_refused_before_any_work(tmp_path, model)
         with pytest.raises(UsageError):
             infer_files([tmp_path / "none.nii"], tmp_path / "out", model, **FAST, **wrong)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("asked", "least"), [((), 3.0), (("--min-size", "0"), 0.0), (("--min-size", "8"), 8.0)])
+def test_weights_say_how_small_a_component_may_be(tmp_path, model, monkeypatch, asked, least):
+    """Unless the command says it; the record tells what was left out, and the original's geometry leaves nothing out."""
+    monkeypatch.setattr("fastsrgan.infer.image.segment", lambda prob, *more: seen.append(more) or segment(prob, *more))
+    purpose = Purpose(structures=((1, "cortex"),), island_mm3=(3.0, 3.0))
+    monkeypatch.setattr("fastsrgan.infer.image.common", lambda purposes: purpose)
+    data = np.random.default_rng(1).integers(0, 900, (14, 12, 6)).astype(np.int16)
+    images.save(tmp_path / "a.nii.gz", data, rigid((1.0, 1.0, 2.5)))
+    words = ["--quiet", "infer", tmp_path / "a.nii.gz", "--patch", 16, "--step", 12, "--device", "cpu", "-w", model]
+    for geometry, wanted in (("physical", least), ("segsrgan", float(asked[1]) if asked else 0.0)):
+        seen: list[tuple] = []
+        out = tmp_path / geometry
+        assert main([*map(str, [*words, "-o", out, *asked, "--geometry", geometry])]) == 0
+        assert seen[0][-1] == wanted
+        record = json.loads((out / "a.json").read_text())
+        told = record.get("segmentation", {})
+        assert told.get("min_size_mm3", 0.0) == wanted and ("components_kept" in told) == bool(wanted)

@@ -10,6 +10,7 @@ best linear  spline + D' (D D' + w)^-1 (scan - D spline) with the Gaussian profi
              case: an oracle that no linear method which knows only profile and noise can beat
 fastsrgan    `infer_volume` with the tiles that the command takes on a CPU
 
+"sharpness" is the root mean square of differences across the slices inside the head, over the truth's.
 "dice_interpolated" is that of the true label drawn on the slices and interpolated. Writes a JSON list for
 tools/publish_weights.py.
 """
@@ -83,10 +84,18 @@ def score(name: str, case: dict, folder: Path, generator) -> list[dict]:
         row["spline_ssim"] = metrics.ssim(spline, truth)
         row["ssim_gain"] = metrics.ssim(result.sr, truth) - row["spline_ssim"]
         row |= {"dice": metrics.dice(seg, label), "dice_interpolated": metrics.dice(drawn_label, label)}
+        row |= {"spline_sharpness": sharpness(spline, truth, head), "sharpness": sharpness(result.sr, truth, head)}
         row["components"] = int(ndimage.label(seg, np.ones((3, 3, 3)))[1])
         rows.append({k: round(float(v), 4) if isinstance(v, (float, np.floating)) else v for k, v in row.items()})
         print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def sharpness(image: np.ndarray, truth: np.ndarray, head: np.ndarray) -> float:
+    """Root mean square of the differences across the slices inside the head, over the truth's: below 1 is blurred."""
+    both = head[:, :, 1:] & head[:, :, :-1]
+    steps = [float(np.sqrt(np.mean(np.diff(a.astype(np.float64))[both] ** 2))) for a in (image, truth)]
+    return steps[0] / steps[1]
 
 
 def main() -> None:

@@ -319,6 +319,14 @@ def _with_thickness(loaded: Loaded, settings: InferSettings) -> tuple[InferSetti
     return replace(settings, slice_thickness=found.mm), found.source
 
 
+def _least(loaded: Loaded, settings: InferSettings) -> float:
+    """Cubic millimetres of the smallest component that is kept."""
+    if settings.min_size is not None:
+        return settings.min_size
+    said = loaded.model.purpose.island_mm3
+    return said[1] if said and settings.geometry == "physical" else 0.0
+
+
 def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     """What the last stage keeps in memory: the result where it is no file, the segmentation, and for a picture more."""
     result = loaded.result
@@ -326,7 +334,7 @@ def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     held = 0 if isinstance(result.sr, np.memmap) else result.sr.nbytes + result.prob.nbytes
     held += 0 if result.doubt is None or held == 0 else result.doubt.nbytes
     held += 0 if result.residual is None else result.residual.nbytes
-    filtered, scaled = job.settings.largest_component or job.settings.min_size, job.settings.dtype == "input"
+    filtered, scaled = job.settings.largest_component or _least(loaded, job.settings), job.settings.dtype == "input"
     labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * scaled  # bytes a voxel
     # The picture: the spline's coefficients and itself, which voxels lie in the scan, and differences.
     drawn = loaded.volume.data.nbytes + 8 * loaded.volume.data.size + 10 * result.sr.size if job.settings.png else 0
@@ -342,10 +350,8 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     outputs["json"].unlink(missing_ok=True)
     code = image.meta.get("space_code", 1)
     voxel_mm3 = abs(float(np.linalg.det(result.affine[:3, :3])))
-    seg, filtered = segment(
-        result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, settings.min_size
-    )
-    purpose = loaded.model.purpose
+    least, purpose = _least(loaded, settings), loaded.model.purpose
+    seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, least)
     within = enclosed(result.sr, seg, spacing_of(result.affine)) if purpose.contrasts else None
     verdict = judge(loaded.look, seg, voxel_mm3, purpose, isinstance(loaded.mask, np.ndarray), within)
     arrays = {"seg": seg, "prob": result.prob[0]} | ({} if result.doubt is None else {"doubt": result.doubt})
@@ -353,7 +359,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))
     if "mask" in outputs:
         arrays["mask"] = mask_values(loaded.model.facts)[result.prob[1:].argmax(axis=0)]
-    changed = settings.changed("segmentation")
+    changed = settings.changed("segmentation") | ({"min_size_mm3": least} if least else {})
     more: dict[str, Any] = {"segmentation": changed | filtered} if changed else {}
     if settings.dtype == "input":
         stored = more["sr_stored"] = _save_as_input(outputs["sr"], result, image, code)

@@ -312,10 +312,10 @@ class InferSettings:
             "keep the segmentation's largest component alone", recorded=CHANGED, of_files=True, group="segmentation"
         ),
     )
-    min_size: float = field(
-        default=0.0,
+    min_size: float | None = field(
+        default=None,
         metadata=row(
-            "leave out components of less cubic millimetres",
+            "leave out components of less cubic millimetres, 0 none (as the weights say)",
             parse=float,
             metavar="MM3",
             check=check_min_size,

@@ -226,9 +226,9 @@ def check_threshold(value: float) -> None:
         raise UsageError("threshold", f"{value:g} is not allowed", "a probability from 0 up and below 1")
 
 
-def check_min_size(value: float) -> None:
-    """Raise UsageError for what is no volume in mm^3."""
-    if not (math.isfinite(value) and value >= 0):
+def check_min_size(value: float | None) -> None:
+    """Raise UsageError for what is no volume in mm^3; None is left to the weights."""
+    if value is not None and not (math.isfinite(value) and value >= 0):
         raise UsageError("min size", f"{value:g} is not allowed", "cubic millimetres from 0 up")
 
 

@@ -53,6 +53,7 @@ class Purpose:
     voxel_mm : finest voxel size of a scan; slice_ratio : coarsest over finest
     grid_mm : voxel size of the images that it learned from, where coarser scans are better taken to it
     outside : "zero" where brains alone were seen, so that all outside a brain mask is better set to zero
+    island_mm3 : smallest component of a segmentation that is kept unless something else is asked for
     structure_ml : volume of the structure; structure_share : of the volume of all that is not air
     """
 
@@ -67,6 +68,7 @@ class Purpose:
     head_mm: Range | None = None
     voxel_mm: Range | None = None
     slice_ratio: Range | None = None
+    island_mm3: Range | None = None
     structure_ml: Range | None = None
     structure_share: Range | None = None
 
