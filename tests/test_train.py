@@ -297,9 +297,8 @@ def test_out_of_memory_names_the_peak_and_the_batch_that_fits(store, tmp_path, m
 def test_the_advice_after_out_of_memory_counts_the_micro_batches_there_were(monkeypatch):
     """Four parts of each of three parts: the same patches at once as the batch that fits."""
     monkeypatch.setattr(trial, "fits", lambda config, classes, device, batch: batch <= 2)
-    config = CONFIG.replace(batch_size=8, accumulate=3)
-    models, ranks = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(world=1)
-    run = SimpleNamespace(models=models, config=config, batch=8, mask_classes=0, ranks=ranks)
+    models, ranks = SimpleNamespace(device=torch.device("cpu"), micro_batches=3), SimpleNamespace(world=1)
+    run = SimpleNamespace(models=models, config=CONFIG, batch=8, mask_classes=0, ranks=ranks)
     assert "--batch-size 2 fits, or --accumulate 12" in str(trial.memory_error(run, "out of memory"))
 
 

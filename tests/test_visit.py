@@ -19,6 +19,7 @@ from fastsrgan.errors import InputError, ModelError
 from fastsrgan.io import nifti as images
 from fastsrgan.observation.synthesis import Synthesis
 from fastsrgan.store.reader import Store, open_store
+from fastsrgan.train import run as run_module
 from fastsrgan.train.run import train
 from fastsrgan.train.validate import fixed_resident, readable
 
@@ -227,7 +228,7 @@ def test_a_subject_with_neither_label_nor_tissues_is_refused_beside_those_with_t
     store = open_store(path)
     del store.subject("sub-2_T1w").arrays["tissues"]
     with pytest.raises(InputError, match=r"without a label: sub-2_T1w .training needs Label_image or Tissue_image"):
-        refuse_faults(store, CONFIG, None)
+        refuse_faults(store, run_module.degradation(CONFIG), run_module.patch_rule(CONFIG), None)
 
 
 @pytest.mark.parametrize(

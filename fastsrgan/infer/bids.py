@@ -20,7 +20,6 @@ from fastsrgan._version import __version__
 from fastsrgan.core.files import atomic_write, mapping, output_folder, read_json, real, write_json
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, Ranks
-from fastsrgan.core.system import pick_device
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, Item, evaluate_items, low_resolution
 from fastsrgan.infer.files import STATUSES, SomeFailed, infer_files
@@ -91,7 +90,7 @@ def infer_bids(
         reason = f"{len(done)} of {len(listed)} derivatives exist and are kept, the first is {done[0].derived('sr')}"
         raise UsageError(out, reason, "--overwrite, --resume or another folder")
     if done and not overwrite:
-        _check_same(out, done, ModelChoice(weights), settings.on(str(pick_device(settings.device))))
+        _check_same(out, done, ModelChoice(weights), settings.placed())
     todo = listed if overwrite else [image for image in listed if image not in done]
     items = [{"input": str(i.path), "stem": images.stem(i.path), "status": "skipped"} for i in listed if i not in todo]
     stage = output_folder(out) / STAGE

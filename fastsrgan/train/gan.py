@@ -41,6 +41,12 @@ def differences(held: GeneratorSpec, wanted: GeneratorSpec) -> tuple[str, str]:
     return reason, hint
 
 
+def least_bytes(config: TrainConfig, mask_classes: int, batch: int) -> int:
+    """What no step can do without: ``batch`` patches with their truth, and of a part of them the first features."""
+    channels = batch * (1 + 2 + mask_classes) + -(-batch // config.accumulate) * config.kernel_gen
+    return 4 * channels * config.patch_size**3
+
+
 class Models:
     """Generator, critic, their optimisers and the generator's moving average.
 
@@ -66,8 +72,7 @@ class Models:
         kept_precision: str | None = None,
     ) -> None:
         self.config, self.device, self.ranks = config, device, ranks
-        as_before = config.precision == "auto" and kept_precision is not None
-        self.arithmetic = precision.choose(config.replace(precision=kept_precision) if as_before else config, device)
+        self.arithmetic = precision.choose(config, device, kept_precision)
         if not self.arithmetic.proven:
             precision.self_test(self.arithmetic)
         fast, strict = config, config.compile == "on"
@@ -92,6 +97,8 @@ class Models:
         self._generator_terms = compiled(self._generator_loss, fast, device)
         self._critic_terms = compiled(critic_gradients, fast, device)
         self._explicit_terms = compiled(critic_loss, fast, device)
+        self.critic_iterations, self.micro_batches = config.critic_iterations, config.accumulate
+        self.batch = config.batch_size // ranks.world  # patches per update of this rank
         self.finish()
 
     def finish(self) -> None:
@@ -134,6 +141,25 @@ class Models:
         """Both learning rates as a fraction of their first value."""
         self.optimiser_g.set_rate(factor)
         self.optimiser_d.set_rate(factor)
+
+    def eps_shape(self, patches: int) -> tuple[int, ...]:
+        """Of the random numbers of a critic update: one for each patch, or for each of its channels."""
+        channels = (self.generator.spec.out_channels,) if self.config.eps_per_channel else ()
+        return patches, *channels
+
+    def adversarial(self, epoch: int) -> bool:
+        """Whether the critic learns, and the generator from it, in an epoch."""
+        return epoch > self.config.warmup_epochs and self.config.lambda_adv > 0
+
+    def try_iteration(self, patches: int) -> None:
+        """One iteration on random patches."""
+        p, channels = self.config.patch_size, self.generator.spec.out_channels
+        x = torch.rand((patches, 1, p, p, p), device=self.device)
+        y = torch.rand((patches, channels, p, p, p), device=self.device)
+        batch = Batch(x, y, torch.ones(patches, device=self.device), ["trial"] * patches)
+        eps = torch.rand(self.eps_shape(patches), device=self.device)
+        self.critic_updates([batch] * self.critic_iterations, [eps] * self.critic_iterations)
+        self.generator_update(batch, self.config.lambda_adv > 0)
 
     # --- critic -------------------------------------------------------------------------------------------------------
 
@@ -270,7 +296,7 @@ class Models:
 
     def _parts(self, n: int) -> list[tuple[slice, float]]:
         """Slices of the micro-batches of ``n`` patches, and the share of each in their mean."""
-        size = math.ceil(n / self.config.accumulate)
+        size = math.ceil(n / self.micro_batches)
         return [(slice(i, min(i + size, n)), min(size, n - i) / n) for i in range(0, n, size)]
 
     def _filled(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, float]]:
@@ -278,8 +304,8 @@ class Models:
 
         Where they are compiled, all are of one size whatever the batch's: repeated samples of weight 0 fill them up.
         """
-        n, size = len(batch.x), math.ceil(self.config.batch_size // self.ranks.world / self.config.accumulate)
-        if not self.static or n > size * self.config.accumulate:
+        n, size = len(batch.x), math.ceil(self.batch / self.micro_batches)
+        if not self.static or n > size * self.micro_batches:
             for part, share in self._parts(n):
                 yield batch.x[part], batch.y[part], batch.res[part], None, share
             return
