@@ -187,7 +187,6 @@ OTHER_MEANINGS = {
     "unet": "a row of config.py, and the original's option",
 }
 # Settings and options that are read in more files than the one where they act, and why. How often it is allowed.
-TRIED = "fit_batch.py tries an iteration of the run with less of it"
 EARLY = "what cannot be is said before anything is made of it"
 READ_IN = {
     "accumulate": (2, "CUDA graphs allow one micro-batch alone"),
@@ -196,7 +195,7 @@ READ_IN = {
     "compile": (2, '"on" makes a failed self-test an error'),
     "geometry": (2, "of the degradation; networks learn whether images were lifted"),
     "init_epoch": (3, EARLY + ": no weights or folder to go on from; the run begins there"),
-    "patch_size": (3, TRIED + "; of the critic, and of the patch rule"),
+    "patch_size": (2, "of the critic, and of the patch rule"),
     "penalty": (2, "what it excludes from compilation"),
     "scaled": (2, EARLY + ": files that cannot hold it"),
     "seed": (2, "of the networks, and of the feed, which the loop's draws are keyed by"),
@@ -215,12 +214,7 @@ def holder(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
-# Elsewhere ``settings`` are others, such as a study's.
-TAKES_OPTIONS = {
-    file
-    for file, tree in TREES.items()
-    if any(isinstance(n, ast.alias) and n.name == "InferSettings" for n in ast.walk(tree))
-}
+STUDY = "study/run.py"  # whose settings are its own
 LITERALS, READ, ASKED = (collections.defaultdict(set) for _ in range(3))  # string, setting, option -> files
 for _file, _tree in TREES.items():
     for _node in ast.walk(_tree):
@@ -230,7 +224,7 @@ for _file, _tree in TREES.items():
             _holder = holder(_node.value)
             if _holder in ("c", "config", "then", "now") and _file != "config.py":
                 READ[_node.attr].add(_file)
-            elif _holder in ("settings", "asked", "typed") and _file in TAKES_OPTIONS:
+            elif _holder in ("settings", "asked", "typed") and _file not in ("infer/settings.py", STUDY):
                 ASKED[_node.attr].add(_file)
 
 ENTRIES = (*FIGURES, *ARTEFACTS, *NETWORKS, *values.WINDOWS, *(each.name for each in formats.FORMATS))

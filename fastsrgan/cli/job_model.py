@@ -14,6 +14,7 @@ from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
 from fastsrgan.errors import UsageError
+from fastsrgan.infer.settings import add_options
 
 EXAMPLE = """examples:
   fastsrgan job-model --path list.csv --patch 128 --step 64 --result_folder_name mine --weights_path SegSRGAN_epoch_200
@@ -75,7 +76,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     own.add_argument(
         "--series", metavar="N", help="series of the DICOM folders: number, UID or part of its description"
     )
-    own.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
+    add_options(own, "device")
     own.add_argument(
         "--precision",
         default="fp32",

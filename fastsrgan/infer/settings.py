@@ -394,9 +394,9 @@ def takes_options(files: bool) -> Callable[[F], F]:
     return decorate
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """All rows as options of a command."""
-    for name, row in _ROWS.items():
+def add_options(parser: argparse._ActionsContainer, *names: str) -> None:
+    """Rows as options of a command: those that are named, else all."""
+    for name, row in ((name, _ROWS[name]) for name in names or _ROWS):
         flag = row.flag or f"--{name.replace('_', '-')}"
         if row.parse is None:
             parser.add_argument(flag, dest=name, action="store_true", help=row.help)

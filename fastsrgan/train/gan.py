@@ -1,8 +1,10 @@
-"""Generator and critic in training: their optimisers, the generator's moving average, and one update of each."""
+"""Generator and critic in training: their optimisers, the generator's moving average, one update of each, and which
+batch of patches the memory has room for."""
 
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import math
 import os
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from fastsrgan.config import TrainConfig
 from fastsrgan.core.ranks import ALONE, Ranks
+from fastsrgan.core.system import free_memory, peak_memory
 from fastsrgan.data.pool import Batch
-from fastsrgan.errors import ModelError
+from fastsrgan.errors import ModelError, ResourceError, human, out_of_memory
 from fastsrgan.model import weights
 from fastsrgan.model.compiled import compiled, proven, wanted
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, assemble, build_generator, describe
@@ -39,12 +42,6 @@ def differences(held: GeneratorSpec, wanted: GeneratorSpec) -> tuple[str, str]:
     reason = f"its network has other settings: {', '.join(f'{name} {a}, not {b}' for name, a, b in told)}"
     hint = f"give the same {', '.join(name for name, *_ in told)}, or begin a run without these weights"
     return reason, hint
-
-
-def least_bytes(config: TrainConfig, mask_classes: int, batch: int) -> int:
-    """What no step can do without: ``batch`` patches with their truth, and of a part of them the first features."""
-    channels = batch * (1 + 2 + mask_classes) + -(-batch // config.accumulate) * config.kernel_gen
-    return 4 * channels * config.patch_size**3
 
 
 class Models:
@@ -366,3 +363,77 @@ class Means(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def least_bytes(config: TrainConfig, mask_classes: int, batch: int) -> int:
+    """What no step can do without: ``batch`` patches with their truth, and of a part of them the first features."""
+    channels = batch * (1 + 2 + mask_classes) + -(-batch // config.accumulate) * config.kernel_gen
+    return 4 * channels * config.patch_size**3
+
+
+def fits(config: TrainConfig, mask_classes: int, device: torch.device, batch: int) -> bool:
+    """Whether one iteration with ``batch`` patches runs in the memory there is, on networks made for the trial."""
+    if device.type == "cpu" and least_bytes(config, mask_classes, batch) > free_memory():
+        return False  # the system would end the process rather than refuse the memory
+    trial = None
+    try:
+        trial = Models(config, mask_classes, device)
+        trial.try_iteration(batch)
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    finally:
+        del trial
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def refuse_hopeless(config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks, batch: int) -> None:
+    """Raise ResourceError where ``batch`` patches alone are more than a CPU's memory: it would end without a word."""
+    own = batch // ranks.world
+    least, free = least_bytes(config, mask_classes, own), free_memory() // ranks.local_world
+    if device.type == "cpu" and least > free:
+        what = f"{batch} patches of {config.patch_size} voxels need more than {human(least)} on each rank"
+        fewer = own * free // least * ranks.world
+        raise ResourceError("--batch-size", f"{what}, {human(free)} are free", f"below {fewer}, or --auto-batch True")
+
+
+def batch_that_fits(config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks, batch: int) -> int:
+    """The largest of ``batch``, half of it, a quarter ... (patches of all ranks) whose iteration every rank can run.
+
+    Raises ResourceError where not even one patch per rank fits.
+    """
+    own = batch // ranks.world
+    while True:
+        if ranks.minimum(int(fits(config, mask_classes, device, own))):
+            return own * ranks.world
+        if own == 1:
+            raise ResourceError(
+                str(device), "no memory for a batch of one patch", "a smaller --patch-size or --kernel-gen"
+            )
+        own //= 2
+
+
+def memory_error(models: Models, told: str) -> ResourceError:
+    """What ran out, the measured peak, and the largest batch that fits, found by trying."""
+    device, own, world = models.device, models.batch // 2, models.ranks.world
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        peak = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} of {total / 1e9:.1f} GB were in use"
+    else:
+        peak = f"the process held {peak_memory() / 1e9:.1f} GB"
+    while own and not fits(models.config, models.generator.spec.mask_classes, device, own):
+        own //= 2
+    hint = "a smaller --patch-size or --kernel-gen"
+    if own:
+        parts = -(-models.batch // own)
+        more = parts * models.micro_batches
+        hint = f"--batch-size {own * world} fits, or --accumulate {more}; also --auto-batch True"
+    log.debug("%s", told)
+    return ResourceError(str(device), f"out of memory at a batch of {models.batch * world} patches, {peak}", hint)

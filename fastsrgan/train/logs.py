@@ -37,7 +37,6 @@ class RunLog:
         folder: Path,
         dice_file: str | os.PathLike | None = None,
         mse_file: str | os.PathLike | None = None,
-        mask_classes: int = 0,
     ) -> None:
         self.path = folder / LOG
         self.dice_file = Path(dice_file) if dice_file else folder / "dice.csv"

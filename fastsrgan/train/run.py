@@ -37,8 +37,7 @@ from fastsrgan.observation.synthesis import Synthesis
 from fastsrgan.pictures.planes import cut_panels
 from fastsrgan.store.reader import Store, open_store
 from fastsrgan.train import snapshots
-from fastsrgan.train.fit_batch import batch_that_fits, memory_error, refuse_hopeless
-from fastsrgan.train.gan import Models
+from fastsrgan.train.gan import Models, batch_that_fits, memory_error, refuse_hopeless
 from fastsrgan.train.logs import Board, RunLog
 from fastsrgan.train.loop import loop
 from fastsrgan.train.precision import goes_on_in
@@ -109,7 +108,7 @@ def train(
                 told = "%s: its classes are %s, those of this run %s: the mask head learns others in their place"
                 log.warning(told, start_weights, ", ".join(learned), ", ".join(names) or "of Mask_image")
         if run.first:
-            run.log = RunLog(folder, dice_file, mse_file, run.mask_classes)
+            run.log = RunLog(folder, dice_file, mse_file)
             run.snapshot_folder = output_folder(snapshot_folder) if snapshot_folder else None
             run.progress = progress
         begin(run, start_weights, resume)
@@ -455,7 +454,7 @@ def attempt(run: Run, stop: StopRequest) -> None:
             run.board.close()
     # Outside the handler, whose traceback keeps the failed step's activations alive.
     if told:
-        raise memory_error(run, told)
+        raise memory_error(run.models, told)
 
 
 def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
