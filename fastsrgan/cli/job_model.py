@@ -30,11 +30,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Define the command."""
     text = "apply a model as SegSRGAN's job_model.py does: its options, files and numbers"
     p = commands.add_parser(
-        "job-model",
-        help=text,
-        description=text,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "job-model", help=text, description=text, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("-p", "--path", required=True, metavar="CSV", help="list of images, no header, first column")
     p.add_argument("-dp", "--debut-path", default="", metavar="BASE", help="put before the CSV's path and its entries")
@@ -78,10 +74,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add_options(own, "device")
     own.add_argument(
-        "--precision",
-        default="fp32",
-        choices=CHOICES["precision"],
-        help="arithmetic of the networks (fp32)",
+        "--precision", default="fp32", choices=CHOICES["precision"], help="arithmetic of the networks (fp32)"
     )
     own.add_argument("--overwrite", action="store_true", help="make anew what is there")
     own.add_argument("--json", action="store_true", help="print the summary as JSON")

@@ -155,10 +155,7 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
     structures = Purpose.of(record.get("made_for")).structures or ((1, "structure"),)
     structure = ", ".join(name for _, name in structures)
     what: dict[str, tuple[PurePosixPath, dict[str, Any]]] = {
-        "seg": (
-            image.derived(f"cortex{image.suffix}", "dseg"),
-            {"Description": f"Segmentation of {structure}"},
-        ),
+        "seg": (image.derived(f"cortex{image.suffix}", "dseg"), {"Description": f"Segmentation of {structure}"}),
         "prob": (image.derived(f"cortex{image.suffix}", "probseg"), {"Description": f"Probability of {structure}"}),
         "mask": (image.derived(f"mask{image.suffix}", "dseg"), {"Description": "Likeliest mask class"}),
         "doubt": (

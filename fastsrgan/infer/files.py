@@ -130,7 +130,7 @@ class Cohort:
             self.reader = stack.enter_context(ThreadPoolExecutor(1, "reader"))
             self.writer = stack.enter_context(ThreadPoolExecutor(1, "writer"))
             stack.callback(self._cancel)
-            while (place := self._next()) is not None:
+            while (place := self.ahead[0] if self.ahead else self.deal.take()) is not None:
                 try:
                     loaded = self._read(place)
                     if loaded is None:
@@ -151,9 +151,6 @@ class Cohort:
 
     # --- one image ahead, one behind
 
-    def _next(self) -> int | None:
-        return self.ahead[0] if self.ahead else self.deal.take()
-
     def _read(self, place: int) -> Loaded | None:
         ahead, self.ahead = self.ahead, None
         if ahead and ahead[1]:
@@ -168,10 +165,8 @@ class Cohort:
             self.wait()
         place = self.deal.take(ahead=True)
         self.ahead = None if place is None else (place, None)
-        return _Neighbours(self, self.behind[1] if self.behind else 0, 0 if place is None else self._size(place))
-
-    def _size(self, place: int) -> int:
-        return max(1, size_of(self.images[place]))
+        image = 0 if place is None else max(1, size_of(self.images[place]))
+        return _Neighbours(self, self.behind[1] if self.behind else 0, image)
 
     def read_ahead(self) -> None:
         """Begin to read the image that was taken ahead."""

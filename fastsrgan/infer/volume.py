@@ -217,11 +217,7 @@ def _finished(
 
 
 def _prepared(
-    data: np.ndarray,
-    affine: np.ndarray,
-    settings: InferSettings,
-    interpolate: Interpolate | None,
-    shifted: bool,
+    data: np.ndarray, affine: np.ndarray, settings: InferSettings, interpolate: Interpolate | None, shifted: bool
 ) -> Prepared:
     geometry = settings.geometry
     original = geometry == "segsrgan"
