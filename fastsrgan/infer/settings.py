@@ -312,9 +312,14 @@ class InferSettings:
             return "asked"
         return "" if self.physical and (self.agree != OFF or self.save_residual) else "spacing"
 
+    @property
+    def writes_prob(self) -> bool:
+        """Whether the probability map is written: it is how far the segmentation may be trusted."""
+        return self.save_prob or self.uncertainty
+
     def kinds(self, mask_classes: int) -> list[str]:
-        """What is written of an image. The probability is how far a segmentation may be trusted, as the doubt is."""
-        asked = {"mask": mask_classes > 0, "prob": self.save_prob or self.uncertainty, "doubt": self.uncertainty}
+        """What is written of an image."""
+        asked = {"mask": mask_classes > 0, "prob": self.writes_prob, "doubt": self.uncertainty}
         asked |= {"residual": self.save_residual, "png": self.png}
         return ["sr", "seg", *(kind for kind, wanted in asked.items() if wanted)]
 
