@@ -4,7 +4,7 @@
     python -m bench data  --threads 2
     python -m bench infer --quick
     python -m bench kernels --device cuda
-    python -m bench report        # bench/results -> docs/benchmarks.md and the figures of docs/data-engine.md
+    python -m bench report        # bench/results -> docs/benchmarks.md, roofline.md and figures of data-engine.md
     python -m bench project 1000  # what the measured figures mean for a cohort of 1,000 subjects
     python -m bench roofline      # what the device's ceilings allow, beside what was measured
     python -m bench traffic       # bytes that the compiled generator moves per patch on CUDA, counted without one

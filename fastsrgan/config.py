@@ -299,9 +299,8 @@ class TrainConfig:
     head_rate: float = setting(1.0, "learning rate of the generator's head over lr_gen", NEW, above=0,
         presets={"recommended": 0.1}, more="its 343 taps add up ([decision 003](decisions/003-demo-weights.md))")
     clip_norm: float = setting(0.0, "largest generator gradient norm; 0 off", NEW, presets={"recommended": 5.0}, low=0)
-    resident_subjects: int | None = setting(None, "subjects in memory at once", ANEW, above=0,
-        more="none: as many as fit")
-    max_bad_steps: int = setting(10, "updates in a row that may be not finite", FREE, above=0)
+    resident_subjects: int | None = setting(None, "subjects in memory at once; none: all that fit", ANEW, above=0)
+    max_bad_steps: int = setting(10, "updates in a row, none finite, that end the run", FREE, above=0)
     seed: int = setting(0, "seed of every random number", ANEW, group=BASIC)
     bias_field: float = setting(0.0, "largest log amplitude of a smooth bias field", NEW, low=0, high=5)  # 148-fold
     rician: bool = setting(False, "Rician instead of Gaussian noise", NEW)
@@ -346,8 +345,7 @@ class TrainConfig:
     lr_schedule: str = setting("constant", "learning rate over the run", NEW, choices=("constant", "linear", "cosine"),
         presets={"recommended": "cosine"}, more="from the first update to the last")
     lr_warmup: int = setting(0, "updates of linear warm-up", NEW, presets={"recommended": 100}, low=0)
-    lr_end: float = setting(0.0, "last learning rate as a fraction of the first", NEW, low=0,
-        more="of `linear` and `cosine`")
+    lr_end: float = setting(0.0, "last learning rate over the first, of linear and cosine", NEW, low=0)
     patience: int = setting(0, "validations without a better score that end a run; 0 off", FREE, group=BASIC, low=0)
     best_by: str = setting("both", "score that chooses best.safetensors; both: Dice and gain over the spline", FREE,
         group=BASIC, choices=("both", "dice", "psnr"),
@@ -358,6 +356,8 @@ class TrainConfig:
     penalty_every: int = setting(1, "critic updates between gradient penalties", NEW, above=0,
         more="weighted accordingly")
     dice_weight: float = setting(0.0, "weight of an added soft Dice term", NEW, presets={"recommended": 1.0}, low=0)
+    agree: bool = setting(False, "make results agree with their scans before the loss sees them", NEW,
+        more="a last layer as `infer --agree auto` ([decision 029](decisions/029-agreement-in-training.md))")
     synthetic: float = setting(0.0, "share of the visits that show an image made of the subject's tissues", NEW, low=0,
         high=1, more="of subjects with an image and tissues; without an image it always is made"
         " ([training](training.md#images-made-of-label-maps))")

@@ -269,7 +269,13 @@ def _strangers_state() -> Words:
     return [*words, "--resume"]
 
 
+@case(0, "equal voxels")
+def _equal() -> Words:
+    write("small.nii.gz", HEAD[:3, :1, :2], rigid((1.0, 1, 1)))
+    return ["infer", "small.nii.gz", "-o", "out", "-w", "w.safetensors"]
+
+
 @case(12, "smaller than a patch")
 def _small() -> Words:
-    write("small.nii.gz", HEAD[:3, :1, :2], rigid((1.0, 1, 1)))
+    write("small.nii.gz", HEAD[:3, :1, :2], rigid((1.0, 1, 2)))
     return ["infer", "small.nii.gz", "-o", "out", "-w", "w.safetensors"]

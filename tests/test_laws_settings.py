@@ -137,7 +137,7 @@ class Seen:
         models._critic_terms, models._explicit_terms = way("by hand"), way("graph")
         self.patch.setattr(gan, "critic_loss", way("graph"))
 
-        def fakes(x, res):
+        def fakes(x, res, agree=None):
             self.passes.append(len(x))
             return torch.zeros(len(x), 2, *x.shape[2:])
 
@@ -155,7 +155,7 @@ class Seen:
         """What one generator update with a gradient of ones does to the weights: parts, movements, average."""
         models, parts = self.models, []
 
-        def terms(x, y, res, adversarial, weights=None):
+        def terms(x, y, res, adversarial, weights=None, agree=None):
             parts.append(len(x))
             total = sum(p.sum() for p in models.generator.parameters())
             return {"total": total, "reconstruction": total, "adversarial": total * 0}
@@ -345,6 +345,7 @@ ACTS: dict[str, Act] = {
     "lambda_rec": Act(0.25, lambda s: s.loss["lambda_rec"]),
     "lambda_adv": Act(0.25, lambda s: s.loss["lambda_adv"]),
     "reconstruction_loss": Act("dice", lambda s: s.loss["reconstruction"]),
+    "agree": Act(True, lambda s: s.run.feed.rule.agree),
     "dice_weight": Act(0.25, lambda s: s.loss["dice_weight"]),
     "lambda_gp": Act(3.0, lambda s: [c.weight for c in s.critic], [3.0] * 4),
     "penalty_every": Act(2, lambda s: [c.weight for c in s.critic], [20.0, 0.0, 20.0, 0.0]),

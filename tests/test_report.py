@@ -282,7 +282,6 @@ def test_what_is_missing_or_changed_is_said(results, tmp_path):
 SECRET = "root:x:0:0"
 
 
-@pytest.mark.fault(17)
 @pytest.mark.parametrize("way", ["outputs", "link", "input", "no checksum", "folder", "truth", "demo"])
 def test_a_record_cannot_put_other_files_on_the_page(results, tmp_path, way):
     """The page of a stranger's record showed how /etc/passwd begins."""

@@ -166,6 +166,7 @@ def test_a_signal_in_mid_epoch_leaves_a_snapshot_that_goes_on(store, whole, tmp_
     monkeypatch.setattr(Models, "generator_update", counted)
     result = train(store, tmp_path / "run", EVERYTHING)
     assert result["exit_code"] == 143 and result["updates"] == stop_at == len(rows(tmp_path / "run"))
+    assert result["weights"] is None if stop_at == 1 else Path(result["weights"]).exists()
     monkeypatch.undo()
     train(store, tmp_path / "run", EVERYTHING, resume=True)
     assert_the_same(tmp_path / "run", whole[0])

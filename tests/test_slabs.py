@@ -226,7 +226,7 @@ def _journal(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.fault(20, 22)
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("what", DAMAGE)
 def test_what_an_earlier_run_left_damaged_is_made_anew(tmp_path, what):
     """A short file was mapped, grown with zeros, and taken for whole."""

@@ -2,10 +2,12 @@
 
     python tools/option_study.py -o STUDY              # goes on where it was stopped; --markdown prints the table
     python tools/option_study.py -o STUDY --updates 50 --seeds 1 --arms paper ema
+    python tools/option_study.py -o STUDY --arms recipe agreement --json FILE      # docs/decisions/029
 
 Every cell (option, seed) is one run of `fastsrgan.train.run.train` on the cohort that `fastsrgan demo` makes, from new
 weights, for the same number of generator updates. Scores are those of the Test subject after the last update, patch
-by patch as in the paper's figure 6. A difference counts where all seeds agree on its sign.
+by patch as in the paper's figure 6, and of some arms on the whole volume, through ``infer``. Options are compared with
+the first arm; a difference counts where all seeds agree on its sign.
 """
 
 from __future__ import annotations
@@ -50,7 +52,25 @@ ARMS: dict[str, dict[str, Any]] = {
     "u-net": {"network": "unet"},
     "scaled head": {"scaled": True},
 }
-SCORES = ("PSNR", "Dice")
+# As the shipped weights are trained: no critic, profiles and thicknesses drawn; with whole volumes in the end.
+RECIPE: dict[str, Any] = {
+    "new_low_res": ((1.0, 1.0, 2.0), (1.0, 1.0, 6.0)),
+    "lambda_adv": 0.0,
+    "lambda_rec": 20.0,
+    "dice_weight": 1.0,
+    "scaled": True,
+    "head_rate": 0.1,
+    "ema": 0.98,
+    "clip_norm": 5.0,
+    "flips": "x",
+    "profile": 0.1,
+    "profile_box": 1.0,
+    "noise_from": 0.0,
+    "noise": 0.04,
+    "whole_every": 2,
+}
+ARMS |= {"recipe": RECIPE, "agreement": RECIPE | {"agree": True}}
+SCORES = ("PSNR", "Dice", "whole_PSNR", "whole_Dice")
 
 
 def parse() -> argparse.Namespace:
@@ -59,7 +79,8 @@ def parse() -> argparse.Namespace:
     p.add_argument("-o", "--out", type=Path, required=True, help="folder of the runs; finished cells are kept")
     p.add_argument("--updates", type=int, default=160, help="generator updates of a run")
     p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
+    p.add_argument("--arms", nargs="+", default=list(ARMS)[:8], choices=list(ARMS), metavar="ARM")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write all cells into one file")
     p.add_argument("--markdown", action="store_true", help="only print the table of what is there")
     return p.parse_args()
 
@@ -86,17 +107,28 @@ def cell(out: Path, store: Path, arm: str, seed: int, updates: int) -> dict[str,
     return json.loads(target.read_text(encoding="utf8"))
 
 
+def own_settings(arm: str, first: str) -> list[tuple[str, Any]]:
+    """What an arm sets otherwise than the first one."""
+    return [(k, v) for k, v in ARMS[arm].items() if arm == first or ARMS[first].get(k) != v]
+
+
 def summary(cells: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """One row per option: mean over the seeds, and the difference from the paper's recipe seed by seed."""
-    base = {c["seed"]: c["scores"] for c in cells if c["arm"] == "paper"}
+    """One row per option: mean over the seeds, and the difference from the first one's seed by seed."""
+    first = cells[0]["arm"]
+    base = {c["seed"]: c["scores"] for c in cells if c["arm"] == first}
+    common = [score for score in SCORES if all(score in c["scores"] for c in cells)]
     rows = []
     for arm in dict.fromkeys(c["arm"] for c in cells):
         own = {c["seed"]: c["scores"] for c in cells if c["arm"] == arm}
-        row = {"option": arm, "settings": ", ".join(f"{k} {v}" for k, v in ARMS[arm].items()), "runs": str(len(own))}
-        for score in SCORES:
+        row = {
+            "option": arm,
+            "settings": ", ".join(f"{k} {v}" for k, v in own_settings(arm, first)),
+            "runs": str(len(own)),
+        }
+        for score in common:
             row[score] = f"{statistics.fmean(s[score] for s in own.values()):.4g}"
             gains = [own[seed][score] - base[seed][score] for seed in own if seed in base]
-            if arm != "paper" and gains:
+            if arm != first and gains:
                 sure = len({g > 0 for g in gains}) == 1 and len(gains) > 1
                 told = " ".join(f"{g:+.2g}" for g in gains)
                 row[f"{score} gain"] = f"{statistics.fmean(gains):+.2g} ({told}){' *' if sure else ''}"
@@ -126,6 +158,8 @@ def main() -> None:
         for arm in args.arms:
             cells.append(cell(args.out, store, arm, seed, args.updates))
             print(arm, seed, f"{cells[-1]['seconds']:.0f} s", cells[-1]["scores"], flush=True)
+    if args.json:
+        write_json(args.json, {"cells": cells})
     print(table(summary(cells)))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 from fastsrgan.core.files import atomic_write
@@ -36,7 +36,9 @@ def block(facts: dict) -> str:
 
 def main() -> None:
     """Copy the picture, rewrite the block between the markers."""
-    demo = Path(sys.argv[1] if len(sys.argv) > 1 else "demo")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("demo", nargs="?", type=Path, default=Path("demo"), help="output folder of a demo (demo)")
+    demo = parser.parse_args().demo
     facts = json.loads((demo / "demo.json").read_text(encoding="utf8"))
     (ROOT / "docs" / "images").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(demo / "demo.png", ROOT / "docs" / "images" / "demo.png")

@@ -48,23 +48,23 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     24: (
         "full disk",
         "5, `no space left`; temporary files removed, last good kept; room is asked for before the work",
-        "the system refuses bytes beyond a file size (RLIMIT_FSIZE), with the errors of a full disk",
+        "a limit on the size of a file (RLIMIT_FSIZE), told as such; calls that raise ENOSPC; the answer on free room",
     ),
     25: (
-        "output folder missing or not writable",
-        "2 or 5 before any work",
+        "output folder not writable, or that of an output file missing",
+        "2 or 5 before any work; a missing output folder is made",
         "a file in its place, which stops root too",
     ),
     26: ("output exists", "kept without `--overwrite`; skipped under `--resume`", ""),
     27: (
         "two conversions into one store, two trainings into one run",
-        "5 names the other process; a dead one's lock is taken over",
+        "5 names the other process; a dead one's lock on the same host is taken over",
         "",
     ),
     28: ("readers while a store is written", "whole subjects only", ""),
     29: (
         "byte of a chunk flipped, or a manifest forged",
-        "named by subject, array, chunk; left out or 3; `verify`",
+        "a chunk: named by subject, array, chunk; left out or 3; `verify`; a manifest: 4",
         "",
     ),
     30: ("chunk missing", "an error, never zeros", ""),
@@ -73,8 +73,16 @@ FAULTS: dict[int, tuple[str, str, str]] = {
         "tried again, bounded, then 5",
         "an S3 server and a proxy on loopback",
     ),
-    32: ("store or snapshot of a newer format", "4, `made by X, needs >= Y`", ""),
-    33: ("no device memory in inference", "smaller batches, equal result; 5 at one tile", "an allocator that raises"),
+    32: (
+        "store or snapshot of a newer format",
+        "4; a store: `made by X, needs >= Y`; a snapshot: its format and the newest that is read",
+        "",
+    ),
+    33: (
+        "no device memory in inference",
+        "smaller batches, the same result to rounding; 5 at one tile",
+        "an allocator that raises",
+    ),
     34: (
         "no device memory in training",
         "5 with peak and a batch that fits; `--auto-batch`",
@@ -82,7 +90,11 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     ),
     35: ("no host memory", "planned from shapes; slabs on disk; refused over `--max-memory`", ""),
     36: ("loss or gradient not finite", "skipped and counted; 5 after several in a row, with the batch", ""),
-    37: ("SIGTERM, SIGUSR1", "training: snapshot at the step's end, 143; others: cleaned up, 143", ""),
+    37: (
+        "SIGTERM, SIGUSR1",
+        "training, once its loop runs: snapshot at the step's end, 143; others, SIGTERM: cleaned up, 143",
+        "",
+    ),
     38: ("Ctrl-C once, twice", "130 after cleaning up; at once", "a pseudo-terminal"),
     39: ("a rank dies", "the others end with its error; torchrun's restart resumes", "gloo ranks on the CPU"),
     40: ("ranks disagree", "4 before the first step", "gloo ranks on the CPU"),
@@ -92,7 +104,7 @@ FAULTS: dict[int, tuple[str, str, str]] = {
         "CPU with one line; 5 for `--device cuda`; `doctor` tells",
         "probes that fail as broken CUDA",
     ),
-    43: ("no network", "everything works, nothing asks for it", ""),
+    43: ("no network", "convert, verify, train, infer, evaluate, weights and doctor work, none asks for it", ""),
     44: ("small /dev/shm", "said, with `--shm-size`; not used", "the system's answer is replaced"),
     45: ("no stdin, no terminal, NO_COLOR, 80 columns", "plain lines, no control codes", ""),
     46: ("clock, locales, blanks in paths", "the same bytes", ""),
@@ -101,7 +113,7 @@ FAULTS: dict[int, tuple[str, str, str]] = {
 TOP = """# Reliability
 
 Made by `python tools/reliability.py` from the tests, which make each fault themselves; a test says when this page is
-out of date. `pytest -m fault` runs them. Codes are public: see "Exit codes" in the [README](../README.md). An error
+out of date. `pytest -m fault` runs them. Codes are public: "Words and codes" in the [README](../README.md). An error
 is one line on standard error, `error: WHAT: REASON (HINT)`: what came, what is allowed, what to do. Nothing
 half-written has its final name.
 What the commands say, word for word: [errors.md](errors.md). Untrusted files: [SECURITY.md](../SECURITY.md).
@@ -113,9 +125,10 @@ What the commands say, word for word: [errors.md](errors.md). Untrusted files: [
 MATRIX = """
 ## Machines
 
-`make test-matrix` runs the tests that touch arithmetic, signals, ranks and files once in each of these surroundings
-(`tools/test_matrix.py`), and looks first whether the surrounding is in force. What a machine lacks is said, and is no
-pass.
+`make test-matrix` runs the tests that touch arithmetic, signals, ranks and files once in each surrounding that
+`python tools/test_matrix.py --list` names, and looks first whether it is in force, where a probe can tell. The table
+holds the rows that were run, with the files they were run on, as they were then. What a machine lacks is said, and is
+no pass.
 """
 
 FUZZ = """
@@ -135,15 +148,17 @@ MUTANTS = """
 
 `make mutants MINUTES=30` puts small faults into a copy, one at a time, and runs the tests that are named beside each in
 `tools/mutants/*.toml`: they must fail. What no test noticed is listed, and a change that is the same by law has its
-reason. A test of every run looks that each fault still stands where the table says.
+reason. A test of every run looks that each fault still stands where the table says. What was noticed stays so while its
+entry in the table is the same.
 """
 
 SOAK = """
 ## Soak
 
 `make soak MINUTES=20` converts, trains and infers on a small cohort; each job is killed with SIGKILL at random moments
-and called again until it ends, and must then have every bit of an unbroken run. Beside them a process that is never
-killed trains and infers over and over: its memory, descriptors and threads must not grow.
+and called again until it ends, and must then have every bit of an unbroken run (of inference: its images). Beside them
+a process that is never killed trains and infers over and over: its memory (by more than 16 MiB), descriptors and
+threads must not grow.
 """
 
 

@@ -1,4 +1,4 @@
-"""Train the generator that ships in fastsrgan/models/ (kernel_gen 8), from nothing but nilearn's MNI152 maps.
+"""Train segsrgan-k8-synthetic-heads of fastsrgan/models/ (kernel_gen 8), from nothing but nilearn's MNI152 maps.
 
     python tools/train_demo_weights.py -o RUN --minutes 90
     python tools/train_demo_weights.py -o RUN --resume              # after an interruption

@@ -10,7 +10,7 @@ on u. The network's function and its file are unchanged.
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import numpy as np
 import torch
@@ -95,4 +95,6 @@ def spectrum(weights: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    spectrum(*sys.argv[1:2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", nargs="?", help="a weight file (new weights)")
+    spectrum(parser.parse_args().weights)

@@ -68,7 +68,8 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument(
         "action",
         choices=("info", "import", "export"),
-        help="info: what a file says of itself; import: the original's to safetensors; export: any to the original's",
+        help="info: what a file says of itself; import: the original's to safetensors; export: to "
+        "the original's, but for networks with a scaled head (--scaled, --preset recommended, the shipped models)",
     )
     p.add_argument("source", metavar="FILE", help="adult, perinatal, Keras HDF5, safetensors or run folder")
     p.add_argument("target", nargs="?", metavar="OUT", help="safetensors (import) or Keras HDF5 (export)")

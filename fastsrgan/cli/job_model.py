@@ -67,7 +67,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     own = p.add_argument_group("fastsrgan's own")
     own.add_argument(
-        "--geometry", choices=CHOICES["geometry"], default="segsrgan", help="the original's numbers, or exact in mm"
+        "--geometry",
+        choices=CHOICES["geometry"],
+        default="segsrgan",
+        help="exact in mm, or the original's numbers (segsrgan)",
     )
     own.add_argument(
         "--series", metavar="N", help="series of the DICOM folders: number, UID or part of its description"

@@ -28,7 +28,12 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="folder of results, demo or training run, or one result's JSON; several training runs are laid over each "
         "other",
     )
-    p.add_argument("-o", "--out", metavar="FILE", help="the page (report.html in that folder)")
+    p.add_argument(
+        "-o",
+        "--out",
+        metavar="FILE",
+        help="the page (report.html in that folder; of several runs comparison.html in the first)",
+    )
     p.add_argument("--scores", metavar="JSON", help="what `fastsrgan evaluate --json FILE` wrote (the folder's own)")
     p.add_argument("--study", nargs="+", default=(), metavar="JSON", help="what `fastsrgan study` wrote, to show too")
     for name, text in (("hr", "true image of a single result"), ("label", "its label"), ("mask", "region to score")):
@@ -41,15 +46,19 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--json", action="store_true", help="print the files as JSON")
 
 
+ONE_PAGE = ("scores", "study", "hr", "label", "mask", "label_classes", "label_names")  # options of a single page
+
+
 def run(args: argparse.Namespace, progress: Progress) -> int:
     """Write the page and say where it is."""
     with loading():
         from fastsrgan.report.page import report, runs_report
 
     if len(args.path) > 1:
-        given = [name for name in ("scores", "study", "hr", "label", "mask") if getattr(args, name)]
+        given = [name for name in ONE_PAGE if getattr(args, name)]
         if given:
-            raise UsageError(f"--{given[0]}", f"{len(args.path)} runs are laid over each other", "leave it out")
+            option = f"--{given[0].replace('_', '-')}"
+            raise UsageError(option, f"{len(args.path)} runs are laid over each other", "leave it out")
         return _tell(runs_report(args.path, args.out, overwrite=args.overwrite), args.json)
     truth = {"hr": args.hr, "label": args.label, "mask": args.mask}
     written = report(

@@ -61,10 +61,26 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="tile edge in voxels, or none: the whole image in one tile (128, with --quick 48)",
     )
     p.add_argument("--steps", nargs="+", type=int, metavar="N", help="voxels between tiles")
-    p.add_argument("--low-res", nargs=3, type=float, metavar=("X", "Y", "Z"), help="mm of the acquisition, stored axes")
-    p.add_argument("--noise", nargs="+", type=float, metavar="F", help="standard deviations over the largest value")
     p.add_argument(
-        "--ratios", nargs="+", type=float, metavar="R", help="slice thickness over the head's voxel size (3)"
+        "--low-res",
+        nargs=3,
+        type=float,
+        metavar=("X", "Y", "Z"),
+        help="mm of the acquisition, stored axes (not of resolution: --ratios)",
+    )
+    p.add_argument(
+        "--noise",
+        nargs="+",
+        type=float,
+        metavar="F",
+        help="standard deviations over the largest value (resolution: the first, augmentation: the largest)",
+    )
+    p.add_argument(
+        "--ratios",
+        nargs="+",
+        type=float,
+        metavar="R",
+        help="slice thickness over the head's voxel size (resolution: 2 3 4 6, with --quick 2 3 4; else 3, the first)",
     )
     p.add_argument("--axis", type=int, default=2, choices=(0, 1, 2), help="stored axis of the thick slices (2)")
     p.add_argument("--split", default="Test", choices=("Test", "Train", "all"), help="rows of the table (Test)")

@@ -93,7 +93,12 @@ def add_original(p: argparse.ArgumentParser) -> None:
         metavar="True|False",
         help="train the U-Net variant: --network unet (False)",
     )
-    group.add_argument("-sf", "--snapshot-folder", metavar="DIR", help="also write SegSRGAN_epoch_N (Keras HDF5) here")
+    group.add_argument(
+        "-sf",
+        "--snapshot-folder",
+        metavar="DIR",
+        help="also write SegSRGAN_epoch_N (Keras HDF5) here; not with --scaled True",
+    )
     group.add_argument("-dice", "--dice-file", metavar="CSV", help="Dice per epoch (RUN/dice.csv)")
     group.add_argument("-mse", "--mse-file", metavar="CSV", help="MSE per epoch (RUN/mse.csv)")
     group.add_argument(
@@ -203,7 +208,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         if result["best_epoch"] is not None:
             dice = "" if result["best_dice"] is None else f", Dice on the Test subjects {result['best_dice']:.4f}"
             best = f"; best: epoch {result['best_epoch']}{dice}, {result['best_weights']}"
-        print(f"{result['updates']} updates in {result['seconds']:.0f} s; last weights: {result['weights']}{best}")
+        last = f"last weights: {result['weights']}" if result["weights"] else "no weights before the first epoch's end"
+        print(f"{result['updates']} updates in {result['seconds']:.0f} s; {last}{best}")
         if result["stopped"]:
             print(f"stopped by signal {result['stopped']}; continue with --resume")
     return int(result["exit_code"])

@@ -20,6 +20,24 @@ from torch import Tensor
 from fastsrgan.core.draws import rng
 from fastsrgan.core.kernels import launch, op, scalar, to_device
 from fastsrgan.errors import InputError, ModelError
+from fastsrgan.volume.acquisition import NARROW
+from fastsrgan.volume.consistency import patch_agreement
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Arguments of ``consistency.patch_agreement`` that a whole volume shares: voxels of it and of its scan across the
+    slices, the ratio of their sizes, and the weight."""
+
+    n: int
+    m: int
+    ratio: float
+    weight: float
+
+    def of(self, first: int, patch: int, mirrored: bool) -> np.ndarray:
+        """C and E of one patch, (2, P, P) float32."""
+        found = patch_agreement(first, patch, self.n, self.m, self.ratio, NARROW, self.weight)
+        return found[:, ::-1, ::-1] if mirrored else found
 
 
 @dataclass(frozen=True)
@@ -31,6 +49,7 @@ class Resident:
     resolution : through-plane voxel size in mm (the conditional input)
     origins : (n, 3) int, corners of its patches in these arrays
     offset : voxel of the whole volume at which the arrays begin
+    slices : how the scan sees the whole volume, where patches are made to agree with it
     """
 
     subject: str
@@ -41,6 +60,7 @@ class Resident:
     resolution: float
     origins: np.ndarray
     offset: tuple[int, int, int] = (0, 0, 0)
+    slices: Slices | None = None
 
     @property
     def nbytes(self) -> int:
@@ -52,12 +72,16 @@ class Resident:
 
 @dataclass
 class Batch:
-    """x (B, 1, P, P, P); y (B, 2 + classes, P, P, P); res (B,); ids: "subject@i,j,k" of each patch."""
+    """x (B, 1, P, P, P); y (B, 2 + classes, P, P, P); res (B,); ids: "subject@i,j,k" of each patch.
+
+    agree : (B, 2, P, P), C and E of ``consistency.patch_agreement`` for each patch; None where nothing has to agree
+    """
 
     x: Tensor
     y: Tensor
     res: Tensor
     ids: list[str]
+    agree: Tensor | None = None
 
 
 class Pool:
@@ -184,7 +208,18 @@ class Pool:
         rows = self.table[indices % len(self.table)]
         corners = [(self.residents[i], o) for i, o in zip(rows[:, 0], rows[:, 1:], strict=True)]
         ids = [f"{r.subject}@{','.join(map(str, o + r.offset))}" for r, o in corners]
-        return Batch(x, y, res, ids)
+        return Batch(x, y, res, ids, self._agreement(corners, indices))
+
+    def _agreement(self, corners: list[tuple[Resident, np.ndarray]], indices: np.ndarray) -> Tensor | None:
+        if all(r.slices is None for r in self.residents):
+            return None
+        p, mirrored = self.patch, indices // len(self.table) & 4
+        nothing = np.zeros((2, p, p), np.float32)
+        found = [
+            nothing if r.slices is None else r.slices.of(int(o[2] + r.offset[2]), p, bool(turned))
+            for (r, o), turned in zip(corners, mirrored, strict=True)
+        ]
+        return to_device(np.stack(found), self.patches.device)
 
 
 class Patches:

@@ -198,7 +198,8 @@ def load(image: Image, job: ImageJob) -> Loaded | None:
     _check_places(image, job)
     asked = job.settings
     volume = any_image.load_any(image.path, series=asked.series, volume=asked.volume, max_voxels=asked.max_voxels)
-    if asked.grid_is_open and is_isotropic(volume.spacing) and not _overlapping(volume, image.path):
+    done = asked.grid_is_open and is_isotropic(volume.spacing)
+    if done and not _overlapping(volume, image.path, asked.thickness_mm):
         reason = f"voxels of {times(volume.spacing)} mm: there is nothing to super-resolve, nothing was done"
         hint = "--new-resolution same segments it as it is, --new-resolution MM makes finer voxels"
         raise Isotropic(image.path, reason, hint)
@@ -220,10 +221,13 @@ def load(image: Image, job: ImageJob) -> Loaded | None:
     return Loaded(image, volume, mask, digest, look, model, (name, why), time.perf_counter() - began)
 
 
-def _overlapping(volume: Volume, path: Path) -> bool:
-    """Whether the header states slices that are thicker than they are apart: equal voxels, but a blurred scan."""
-    stated = any_image.slice_thickness(volume, path)
-    return stated is not None and stated.mm is not None and stated.mm > 1.01 * max(volume.spacing)
+def _overlapping(volume: Volume, path: Path, asked_mm: float | None) -> bool:
+    """Whether slices are thicker than they are apart, as it was asked for or as the header states: equal voxels, but a
+    blurred scan."""
+    if asked_mm is None:
+        stated = any_image.slice_thickness(volume, path)
+        asked_mm = stated.mm if stated is not None and stated.mm is not None else 0.0
+    return asked_mm > 1.01 * max(volume.spacing)
 
 
 def look_at(path: Path, asked: InferSettings) -> Look:

@@ -156,13 +156,14 @@ class InferSettings:
     patch: PerAxis = option(128, "tile edge in voxels, or none: the whole image (128)", parse=tile_edge,
         reported=True)
     step: Step | None = option(PAPER_STEP,
-        "voxels between tiles, or auto; smaller is better and slower (30 on CUDA, half the patch on a CPU)",
+        "voxels between tiles, or auto; small is good and slow (CPU: half the patch; CUDA, segsrgan, --budget: 30)",
         parse=step_size, typed=None, reported=True)
     budget: float | None = option(None, "60s, 2m: the densest steps down to --step that fit this time", parse=seconds,
         metavar="TIME", check=check_budget, reported=True)
-    new_resolution: Resolution = option(None, "one size, three, or same (default: isotropic at the finest)", parse=size,
-        nargs="+", metavar="MM", check=millimetres)
-    geometry: str = option("physical", "exact in mm, or the original's numbers", parse=str, choices=CHOICES["geometry"],
+    new_resolution: Resolution = option(None,
+        "one size, three, or same (default: isotropic at the finest, or at the weights' own where that is coarse)",
+        parse=size, nargs="+", metavar="MM", check=millimetres)
+    geometry: str = option("physical", "exact (physical), or the original's", parse=str, choices=CHOICES["geometry"],
         reported=True)
     window: str = option("constant", "weights inside a tile (constant)", parse=str, choices=WINDOWS, reported=True)
     batch: str | int = option("auto", "tiles per forward pass (auto)", parse=batch_size, check=check_batch,
@@ -304,6 +305,11 @@ class InferSettings:
     def mask_file(self) -> Any:
         """The mask where it is a file, else None."""
         return None if self.mask is None or str(self.mask) == HEAD else self.mask
+
+    @property
+    def thickness_mm(self) -> float | None:
+        """Of the slices, where it was asked for."""
+        return None if isinstance(self.slice_thickness, str) else self.slice_thickness
 
     @property
     def thickness_from(self) -> str:

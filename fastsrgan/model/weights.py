@@ -225,7 +225,7 @@ def import_keras(source: str | os.PathLike, target: str | os.PathLike, *, overwr
 def export_keras(
     source: str | os.PathLike, target: str | os.PathLike, *, ema: bool = True, overwrite: bool = False
 ) -> Path:
-    """Convert any weight file to the HDF5 layout of the original's snapshots, which its own programs read.
+    """Convert weights without a scaled head to the HDF5 layout of the original's snapshots, which its programs read.
 
     A critic for patches other than 36 to 64 has another depth than the original's; it is written all the same, and a
     log line says so. Raises as ``import_keras`` does.

@@ -93,6 +93,8 @@ def report(
     if standing and not overwrite:
         raise UsageError(standing[0], "exists already and is kept", "--overwrite, or another -o FILE.html")
     if hr:
+        if label_classes and not label:
+            raise UsageError("--label-classes", "no label is given", "--label IMAGE, or leave it out")
         chosen = labels.structure(label_classes, label, label_names).values if label and label_classes else None
         _score(found.results[0], Path(hr), Path(label) if label else None, Path(mask) if mask else None, chosen)
     limit = int(max_mb * 1e6)

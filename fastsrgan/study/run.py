@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -148,16 +148,16 @@ def _measured(
     quick: bool,
     progress: Progress,
 ) -> tuple[dict[str, Any], list[list[Panel]], str]:
-    cohort = folder / "cohort"
+    cohort = folder / f"cohort-{asked.seed}"
     if data is None:
-        heads = quick_heads(cohort, asked.seed, progress)
+        heads = quick_heads(cohort, asked.seed, progress)[: asked.subjects]
     else:
         heads = find_heads(data, asked.split, asked.subjects, asked.label_classes, asked.label_names)
     if kind == "augmentation" and data is None and not models:
         paths = [weights.template_weights(), _tuned(cohort, asked, progress)]
         loaded = [StudyModel.load(paths[0], "shipped"), StudyModel.load(paths[1], "tuned without augmentation")]
     else:
-        loaded = _models(models, weights.template_weights() if data is None else weights.default_weights())
+        loaded = _models(models, weights.template_weights if data is None else weights.default_weights)
     if kind == "augmentation" and len(loaded) < 2:
         raise UsageError("study augmentation", "one model", "--weights WITH WITHOUT: two or more to compare")
     conditions = _conditions(kind, heads[0], asked)
@@ -232,9 +232,9 @@ def _conditions(kind: str, head: Head, asked: Settings) -> list[Condition]:
     return [Condition("original" if n == 0 else f"noise {100 * n:g} %", low_res, n) for n in levels]
 
 
-def _models(paths: Sequence[str | os.PathLike], default: Path) -> list[StudyModel]:
+def _models(paths: Sequence[str | os.PathLike], default: Callable[[], Path]) -> list[StudyModel]:
     if not paths:
-        return [StudyModel.load(default, "shipped")]
+        return [StudyModel.load(default(), "shipped")]
     names = [Path(p).stem for p in paths]
     alike = len(set(names)) < len(names)
     return [StudyModel.load(Path(p), str(Path(p)) if alike else None) for p in paths]

@@ -24,7 +24,7 @@ from fastsrgan.model.compiled import compiled, proven, wanted
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, assemble, build_generator, describe
 from fastsrgan.train import precision
 from fastsrgan.train.critic_step import critic_gradients, parameters, score
-from fastsrgan.train.objectives import critic_loss, generator_loss
+from fastsrgan.train.objectives import agreed_patches, critic_loss, generator_loss
 from fastsrgan.train.optimise import Optimiser
 
 log = logging.getLogger("fastsrgan")
@@ -167,7 +167,9 @@ class Models:
         and gradient over the updates, and the share that was skipped, if any was.
         """
         if self.config.joint_fakes:
-            together = Batch(torch.cat([b.x for b in batches]), batches[0].y, torch.cat([b.res for b in batches]), [])
+            agree = None if batches[0].agree is None else torch.cat([b.agree for b in batches])  # type: ignore[misc]
+            x, res = (torch.cat([getattr(b, name) for b in batches]) for name in ("x", "res"))
+            together = Batch(x, batches[0].y, res, [], agree)
             fakes = self.generate(together).split([len(b.x) for b in batches])
             rows = [self._critic_update(b, f, e) for b, f, e in zip(batches, fakes, eps, strict=True)]
         else:
@@ -227,8 +229,8 @@ class Models:
         c, o = self.config, self.optimiser_g
         self.critic.requires_grad_(False)
         rows = []
-        for x, y, res, of_samples, share in self._filled(batch):
-            terms = self._generator_terms(x, y, res, adversarial, of_samples)
+        for x, y, res, agree, of_samples, share in self._filled(batch):
+            terms = self._generator_terms(x, y, res, adversarial, of_samples, agree)
             (terms["total"] * (share if o.scale is None else share * o.scale)).backward()
             rows.append({k: share * v.detach() for k, v in terms.items()})
         self.critic.requires_grad_(True)
@@ -245,7 +247,13 @@ class Models:
         return Means([{**terms, **told}])
 
     def _generator_loss(
-        self, x: Tensor, y: Tensor, res: Tensor, adversarial: bool, weights: Tensor | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        res: Tensor,
+        adversarial: bool,
+        weights: Tensor | None = None,
+        agree: Tensor | None = None,
     ) -> Terms:
         c = self.config
         plain = c.penalty in ("explicit", "autograd")
@@ -258,6 +266,7 @@ class Models:
                 dice_weight=c.dice_weight,
                 res=res,
                 weights=weights,
+                agree=agree,
                 score=Critic.__call__ if plain else functools.partial(score, dtype=self._half),
             )
 
@@ -274,20 +283,22 @@ class Models:
         size = math.ceil(len(batch.x) / math.ceil(len(batch.x) / most))  # equal chunks are one shape to compile
         fakes = None
         for at in range(0, len(batch.x), size):
-            x, res = batch.x[at : at + size], batch.res[at : at + size]
+            part = slice(at, at + size)
+            x, res, agree = batch.x[part], batch.res[part], _part(batch.agree, part)
             n = len(x)
             if self.static and n < size:
                 x, res = _repeated(x, size), _repeated(res, size)
-            made = self._fakes(x, res)[:n]
+                agree = None if agree is None else _repeated(agree, size)
+            made = self._fakes(x, res, agree)[:n]
             if fakes is None:
                 fakes = batch.x.new_empty(len(batch.x), *made.shape[1:])
             fakes[at : at + n] = made
         assert fakes is not None
         return fakes
 
-    def _forward(self, x: Tensor, res: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, res: Tensor, agree: Tensor | None = None) -> Tensor:
         with self.arithmetic.autocast():
-            return self.generator(x, res)
+            return agreed_patches(self.generator(x, res), x, agree)
 
     # --- shared -------------------------------------------------------------------------------------------------------
 
@@ -296,22 +307,23 @@ class Models:
         size = math.ceil(n / self.micro_batches)
         return [(slice(i, min(i + size, n)), min(size, n - i) / n) for i in range(0, n, size)]
 
-    def _filled(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, float]]:
-        """The micro-batches of a generator update: x, y, res, weights of their samples, share in the whole batch.
+    def _filled(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float]]:
+        """The micro-batches of a generator update: x, y, res, agree, weights of their samples, share of the batch.
 
         Where they are compiled, all are of one size whatever the batch's: repeated samples of weight 0 fill them up.
         """
         n, size = len(batch.x), math.ceil(self.batch / self.micro_batches)
         if not self.static or n > size * self.micro_batches:
             for part, share in self._parts(n):
-                yield batch.x[part], batch.y[part], batch.res[part], None, share
+                yield batch.x[part], batch.y[part], batch.res[part], _part(batch.agree, part), None, share
             return
         for at in range(0, n, size):
             part = slice(at, min(at + size, n))
             count = part.stop - at
             weights = (torch.arange(size, device=batch.x.device) < count).to(batch.x.dtype) / count
             x, y, res = (_repeated(t[part], size) for t in (batch.x, batch.y, batch.res))
-            yield x, y, res, weights, count / n
+            agree = _part(batch.agree, part)
+            yield x, y, res, None if agree is None else _repeated(agree, size), weights, count / n
 
     def state(self) -> dict[str, Any]:
         """What the next update depends on besides networks and moving average."""
@@ -326,6 +338,10 @@ class Models:
         self.optimiser_g.load_state(state["generator"])
         self.optimiser_d.load_state(state["critic"])
         self.critic_count = state["critic_count"]
+
+
+def _part(x: Tensor | None, part: slice) -> Tensor | None:
+    return None if x is None else x[part]
 
 
 def _repeated(x: Tensor, size: int) -> Tensor:

@@ -94,6 +94,21 @@ def critic_loss(
     return {"total": distance + gp, "wasserstein": distance, "penalty": gp}
 
 
+def agreed_patches(pred: Tensor, x: Tensor, agree: Tensor | None) -> Tensor:
+    """``pred`` (B, C, P, P, P) with an image that agrees with the scan of which ``x`` (B, 1, P, P, P) is the
+    interpolation: channel 0 becomes SR + C x - E SR along the last axis (not in the paper; decision 029).
+
+    ``agree`` (B, 2, P, P): C and E of ``consistency.patch_agreement``; None: ``pred`` as it is. The gradient of what
+    the scan says is gone: a loss behind this layer pays for what the scan cannot say.
+    """
+    if agree is None:
+        return pred
+    sr, change = widen(pred[:, :1]), agree.to(torch.promote_types(pred.dtype, torch.float32))
+    with torch.autocast(pred.device.type, enabled=False):  # a difference of close numbers
+        given, seen = (torch.einsum("bczk,bcxyk->bcxyz", change[:, i : i + 1], v) for i, v in ((0, widen(x)), (1, sr)))
+    return torch.cat([(sr + given - seen).to(pred.dtype), pred[:, 1:]], 1)
+
+
 def generator_loss(
     generator: Generator,
     critic: Critic,
@@ -107,15 +122,17 @@ def generator_loss(
     res: Tensor | None = None,
     score: Callable[[Critic, Tensor, Tensor | None], Tensor] = Critic.__call__,
     weights: Tensor | None = None,
+    agree: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What the generator update minimises (paper eq. 11, 12): scalars total and its parts, unweighted.
 
     ``x`` (B, 1, P, P, P) interpolated input, ``y`` (B, C, P, P, P) truth. The parts are adversarial, reconstruction
     and, with a ``dice_weight`` (not in the paper), dice of all channels behind the image. With ``lambda_adv`` 0 the
     critic is not run. ``score``: critic_step.score or the plain critic. ``weights`` (B,), of sum
-    1: of the samples in all means, equal by default; those of weight 0 only fill the batch up.
+    1: of the samples in all means, equal by default; those of weight 0 only fill the batch up. ``agree``: as for
+    ``agreed_patches``, which comes before all terms.
     """
-    pred = generator(x, res)
+    pred = agreed_patches(generator(x, res), x, agree)
     rec = RECONSTRUCTION[reconstruction](pred, y, weights)
     terms = {"adversarial": torch.zeros_like(rec), "reconstruction": rec}
     total = lambda_rec * rec

@@ -312,8 +312,11 @@ def degradation(config: TrainConfig) -> Degradation:
 
 
 def patch_rule(config: TrainConfig) -> PatchRule:
-    """Which patches a run takes."""
-    return PatchRule(config.patch_size, config.stride, config.image_cropping_method == "overlapping_with_mask")
+    """Which patches a run takes. Raises UsageError where they could not agree with a scan."""
+    if config.agree and config.geometry != "physical":
+        raise UsageError("agree", "the original's geometry has no slices to agree with", "--geometry physical")
+    by_mask = config.image_cropping_method == "overlapping_with_mask"
+    return PatchRule(config.patch_size, config.stride, by_mask, config.agree)
 
 
 def artefact_amounts(config: TrainConfig) -> dict[str, float]:
@@ -474,7 +477,7 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
         "best_dice": at.best_dice,
         "ended_early": run.ended_early,
         "start_weights": run.start,
-        "weights": str(run.folder / checkpoint.MODEL),
+        "weights": str(run.folder / checkpoint.MODEL) if (run.folder / checkpoint.MODEL).exists() else None,
         "best_weights": None if at.best is None else str(run.folder / BEST),
         "left_out": left_out,
         "data_warnings": data_warnings(run.store),

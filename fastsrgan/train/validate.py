@@ -33,6 +33,7 @@ from fastsrgan.model.networks import Generator
 from fastsrgan.observation.model import Draw
 from fastsrgan.observation.slice_axis import stored_draw
 from fastsrgan.store.reader import Sample
+from fastsrgan.train.objectives import agreed_patches
 from fastsrgan.volume.consistency import best_linear, observation
 from fastsrgan.volume.geometry import Volume, processing_orientation, resampled_affine
 from fastsrgan.volume.intensity import lifted
@@ -99,7 +100,7 @@ def validate(
             n = len(chosen)
             batch = pool.gather(np.pad(chosen, (0, batch_size - n), mode="edge") if fixed else chosen)
             with arithmetic.autocast() if fixed and arithmetic is not None else contextlib.nullcontext():
-                pred = generator(batch.x, batch.res)
+                pred = agreed_patches(generator(batch.x, batch.res), batch.x, batch.agree)
             pred, target = pred[:n].float(), batch.y[:n]
             sums += validation_sums(pred, target)
             top = torch.maximum(top, target[:, 0].max())
@@ -287,7 +288,8 @@ def sample_patch(generator: Generator, feed: Feed, subjects: list[str]) -> tuple
         pool = Pool([resident], feed.rule.patch)
         batch = pool.gather(np.array([central_patch(resident, feed.rule.patch)]))
         with torch.inference_mode():
-            return batch.x[0, 0], generator(batch.x, batch.res)[0], batch.y[0]
+            pred = agreed_patches(generator(batch.x, batch.res), batch.x, batch.agree)
+            return batch.x[0, 0], pred[0], batch.y[0]
     return None
 
 

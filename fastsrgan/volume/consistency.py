@@ -9,6 +9,7 @@ are plain products, exact for any ratio and any number of thick axes, on any dev
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fastsrgan.errors import InputError
 from fastsrgan.volume.resample import (
+    NEGLIGIBLE,
     SAME,
     Matrix,
     Profile,
@@ -30,11 +32,13 @@ from fastsrgan.volume.resample import (
     slice_axis,
     slice_profile_matrix,
     slice_width,
+    spline_matrix,
     upsample_matrix,
 )
 
 LINEAR_WEIGHTS = (1e-3, 1e-2, 3e-2, 0.1, 0.2, 0.3, 0.5, 1.0)  # of the best linear estimate
 SLAB_BYTES = 1 << 24  # of the result, worked on at a time
+NO_SLICES = 1.2  # ratio below which a patch's scan is not found from its interpolation
 
 Triple = tuple[float, float, float]
 
@@ -236,6 +240,37 @@ def consistent_start_matrix(up: np.ndarray, down: np.ndarray, w: float) -> np.nd
     """
     back = np.linalg.solve(down @ down.T + w * np.eye(len(down)), down).T  # D' (D D' + w)^-1
     return up + back @ (np.eye(len(down)) - down @ up)
+
+
+@functools.lru_cache(maxsize=1024)
+def patch_agreement(first: int, patch: int, n: int, m: int, ratio: float, width: float, w: float) -> np.ndarray:
+    """The correction of ``agree`` on a patch along the axis across the slices: (2, patch, patch) float32, C and E.
+
+    The result r of a patch whose interpolated scan is x becomes r + C x - E r, with E = D'(DD' + w)^-1 D and C the same
+    of the scan that x interpolates: so x itself becomes the best linear estimate for this w.
+
+    Parameters
+    ----------
+    first, patch : first voxel of the patch, which may hang over both ends, and its edge
+    n, m : voxels of the volume and of its scan along the axis; ratio : of their sizes
+    width : full width at half maximum of the Gaussian slice profile over the spacing of slices
+
+    Only slices whose profile lies in the patch count: near its ends less is corrected, and without any nothing.
+    """
+    out = np.zeros((2, patch, patch), np.float32)
+    low, high = max(first, 0), min(first + patch, n)
+    if high <= low or ratio <= NO_SLICES:
+        return out
+    down = slice_profile_matrix(n, m, ratio, width)
+    inside = np.flatnonzero(down[:, low:high].sum(1) > 1 - NEGLIGIBLE)
+    down = down[inside, low:high]
+    up = spline_matrix(m, n, 1 / ratio)[low:high]
+    near = np.flatnonzero(np.abs(up).max(0) > NEGLIGIBLE)
+    seen = np.linalg.pinv(up[:, near], rcond=1e-6)[np.searchsorted(near, inside)]  # the scan, of its interpolation
+    back = np.linalg.solve(down @ down.T + w * np.eye(len(down)), down).T  # D' (D D' + w)^-1
+    here = slice(low - first, high - first)
+    out[0, here, here], out[1, here, here] = back @ seen, back @ down
+    return out
 
 
 # --- arrays of any kind, by slabs ---------------------------------------------------------------------------------
