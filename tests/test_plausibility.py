@@ -159,7 +159,7 @@ def test_a_newborn_given_to_adult_and_the_reverse_are_red():
         ({"filled": 6}, RED, "tissue fills 6 of the 6 borders (--mask FILE"),
         ({"head_mm": 0.0}, RED, "nothing is brighter than air"),
         ({"head_mm": 135.0}, YELLOW, "135 mm long"),
-        ({"fluid": 0.5}, RED, "as in T2-weighted images; made for T1-like contrast"),
+        ({"fluid": 0.5}, RED, "the bright tail of intensities as in T2 or T2 before myelination images; made for T1"),
         ({"fluid": 0.1}, GREEN, ""),
         ({"lowest": -1000.0}, RED, "as in CT"),
         ({"voxel_mm": 0.5}, YELLOW, "voxels of 0.5 mm, made for 0.7 to 1.3 mm"),
@@ -172,6 +172,65 @@ def test_a_newborn_given_to_adult_and_the_reverse_are_red():
 def test_every_deviation_changes_the_light_and_says_why(change, wanted, words):
     found, why = light(replace(GROWN, **change), 600, ADULT)
     assert found == wanted and words in why
+
+
+def ribbon(inside: float, cortex: float, outside: float, spacing=(1.0, 1.0, 1.0)) -> tuple[np.ndarray, np.ndarray]:
+    """A brain of 120 x 150 x 110 mm: white matter, a cortex 3 mm thick with folds 24 mm apart, fluid, scalp; labels."""
+    grid = np.meshgrid(*(np.arange(-80, 80, s) for s in spacing), indexing="ij")
+    x, y, z = grid
+
+    def ball(less: float) -> np.ndarray:
+        return (x / (60 - less)) ** 2 + (y / (75 - less)) ** 2 + (z / (55 - less)) ** 2 < 1
+
+    label = (ball(0) & ~ball(3)) | (ball(0) & (x % 24 < 3))
+    image = np.select([label, ball(0), ball(-4), ball(-12)], [cortex, inside, outside, 700.0], 0.0)
+    return image, label.astype(np.uint8)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.8, 2.0, 1.6)])
+def test_what_the_segmentation_encloses_is_told_beside_it(spacing):
+    """Whatever the grid, and scalp that is brighter than all of it."""
+    for inside, cortex, outside in ((780, 520, 150), (480, 620, 120), (350, 520, 950)):
+        image, label = ribbon(inside, cortex, outside, spacing)
+        assert plausibility.enclosed(image, label, spacing) == pytest.approx(inside / cortex, rel=0.01)
+    assert plausibility.enclosed(image, np.zeros_like(label), spacing) is None
+    ball = ribbon(1, 1, 1, spacing)[0] == 1
+    assert plausibility.enclosed(image, ball, spacing) is None, "a structure that encloses nothing"
+
+
+ALL = replace(ADULT, contrasts=("T1", "FLAIR", "T2"))
+SEEN = {  # skew of intensities, brightness of what is enclosed
+    "T1": (-0.35, 1.4),
+    "FLAIR": (-0.45, 0.86),
+    "FLAIR, cut wrongly": (-0.45, 1.14),
+    "T2": (0.5, 0.75),
+    "newborn T2": (0.3, 1.3),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_a_contrast_is_foreign_only_where_the_weights_do_not_know_it(name):
+    fluid, within = SEEN[name]
+
+    def seen(purpose: Purpose, **more: float) -> tuple[str, str]:
+        verdict = judge(replace(GROWN, fluid=fluid, **more), seg_of(600), 1000.0, purpose, within=within)
+        assert verdict.to_dict()["enclosed"] == within
+        return verdict.light, "; ".join(verdict.reasons)
+
+    light, why = seen(ADULT)
+    assert light == (GREEN if name == "T1" else RED)
+    if name == "FLAIR":
+        assert "0.86 times the structure's brightness inside it as in FLAIR images; made for T1-like contrast" in why
+    assert (seen(ALL)[0] == GREEN) == (name in ("T1", "FLAIR", "T2"))
+    assert seen(replace(ADULT, contrasts=()))[0] == GREEN  # not said, not judged
+    newborn = replace(ADULT, contrasts=("T2 before myelination",))
+    assert (seen(newborn)[0] == GREEN) == (name == "newborn T2")
+
+
+def test_a_contrast_near_its_range_is_yellow_and_unclear_fluid_decides_nothing():
+    assert judge(GROWN, seg_of(600), 1000.0, ADULT, within=1.22).light == YELLOW
+    assert judge(replace(GROWN, fluid=0.1), seg_of(600), 1000.0, ADULT, within=1.4).light == GREEN
+    assert judge(replace(GROWN, fluid=0.1), seg_of(600), 1000.0, ADULT, within=0.8).light == RED
 
 
 def test_the_segmentation_is_compared_with_the_weights():
@@ -227,7 +286,7 @@ def test_a_training_says_what_it_knows(tmp_path):
         None,
         "a brain",
         {"head_mm": [9, 3], "slice_ratio": ["a", 2], "voxel_mm": [1], "structures": "cortex", "contrast": 5},
-        {"structures": [{"value": "1", "name": "cortex"}, {"value": 1, "name": " "}, 3], "fluid": "grey"},
+        {"structures": [{"value": "1", "name": "cortex"}, {"value": 1, "name": " "}, 3], "contrasts": ["X", 3]},
     ),
 )
 def test_what_is_no_purpose_is_not_said(card):

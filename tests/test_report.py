@@ -19,10 +19,12 @@ from report_results import make_results, make_run, make_scan, make_scores, make_
 from fastsrgan.cli import main as cli
 from fastsrgan.core.files import write_json
 from fastsrgan.errors import InputError, ResourceError, UsageError
+from fastsrgan.evaluate.grids import onto_grid
 from fastsrgan.io import nifti as images
 from fastsrgan.report import cohort, volumes
 from fastsrgan.report.html import Line, data_block, el, line_chart, pointer, shown, ticks
 from fastsrgan.report.page import report
+from fastsrgan.volume.consistency import LINEAR_WEIGHTS, observation
 from fastsrgan.volume.geometry import Orientation, Volume
 
 
@@ -121,7 +123,7 @@ def decoded(parsed: Parsed) -> tuple[dict[str, np.ndarray], dict]:
 
 def test_the_voxels_are_those_of_the_images(results, parsed):
     shown_volumes, plan = decoded(parsed)
-    assert set(shown_volumes) == {"sr", "low", "spline", "seg", "truth", "label"}
+    assert set(shown_volumes) == {"sr", "low", "spline", "linear", "seg", "truth", "label"}
     sr, seg = images.load(results / "scan_sr.nii.gz"), images.load_label(results / "scan_seg.nii.gz")
     scan = images.load(results.parent / "scan.nii.gz")
     top = float(np.percentile(sr.data[sr.data > 0], 99.9))
@@ -133,6 +135,53 @@ def test_the_voxels_are_those_of_the_images(results, parsed):
         assert shown_volumes["seg"][i, j, k] == seg.data[tuple(voxel)]
         slot = np.rint(np.linalg.inv(scan.affine) @ world).astype(int)[:3]
         assert abs(shown_volumes["low"][i, j, k] - np.clip(scan.data[tuple(slot)] * 255 / top, 0, 255)) <= 0.51
+
+
+def shown_linear(got: Parsed, sr: Volume, wanted: np.ndarray) -> float:
+    """Grey levels that the page's best linear estimate is from ``wanted`` at most, which lies on the grid of SR."""
+    found, plan = decoded(got)
+    top = float(np.percentile(sr.data[sr.data > 0], 99.9))
+    first = np.rint(np.linalg.inv(sr.affine) @ np.array(plan["affine"]))[:3, 3].astype(int)
+    box = tuple(slice(f, f + n) for f, n in zip(first, plan["shape"], strict=True))
+    return float(np.abs(found["linear"] - np.clip(wanted[box] * 255 / top, 0, 255)).max())
+
+
+def test_the_best_linear_estimate_lies_beside_spline_and_sr(results, parsed, tmp_path):
+    """By the truth where there is one, else with the weight and slices of the record; said in one line."""
+    sr, scan = images.load(results / "scan_sr.nii.gz"), images.load(results.parent / "scan.nii.gz")
+    spline = onto_grid(scan, sr, notes=[]).data
+    told = json.loads((results / "scan.json").read_text(encoding="utf8"))["agree"]
+
+    def estimate(w: float, **slices) -> np.ndarray:
+        seen = observation(scan.data.shape, scan.spacing, sr.data.shape, sr.spacing, **slices)
+        down = seen.down[2]
+        back = np.linalg.solve(down @ down.T + w * np.eye(9), down)
+        return np.maximum(spline + (scan.data - spline @ down.T) @ back, 0)
+
+    truth = images.load(make_truth(tmp_path)[0]).data
+    by_truth = [estimate(w) for w in LINEAR_WEIGHTS]
+    best = min(by_truth, key=lambda made: ((made - truth) ** 2).sum())
+    assert shown_linear(parsed, sr, best) <= 0.52
+    assert "w the best of eight by the truth" in parsed.words and {"spline", "linear"} <= panes_of(parsed)
+    (path,) = report(results / "scan.json", tmp_path / "page.html")
+    got = Parsed(path.read_text(encoding="utf8"))
+    own = estimate(told["weight"], thickness_mm=told["thickness_mm"], profile=told["profile"])
+    assert shown_linear(got, sr, own) <= 0.52 and np.abs(own - best).max() > 1
+    assert f"w = {told['weight']:.3g} as the record chose" in got.words
+
+
+@pytest.mark.parametrize("change", [{"agree": None}, {"agree": {"weight": "0.1"}}, {"geometry": "segsrgan"}])
+def test_a_record_without_a_weight_has_no_linear_estimate(results, tmp_path, change):
+    record = json.loads((results / "scan.json").read_text(encoding="utf8")) | change
+    for name in ("scan_sr.nii.gz", "scan_seg.nii.gz"):
+        shutil.copyfile(results / name, tmp_path / name)
+    write_json(tmp_path / "scan.json", record)
+    got = Parsed(report(tmp_path / "scan.json")[0].read_text(encoding="utf8"))
+    assert "linear" not in panes_of(got) and "spline" in panes_of(got) and "Best linear" not in got.words
+
+
+def panes_of(got: Parsed) -> set[str]:
+    return {pane["id"] for pane in json.loads(got.blocks["plan"])["panes"]}
 
 
 @pytest.mark.parametrize(("axes", "flips"), [((2, 0, 1), (True, False, True)), ((1, 0, 2), (False, True, False))])
@@ -197,7 +246,7 @@ def test_what_comes_from_files_stays_text(results, parsed, tmp_path):
     (path,) = report(out, tmp_path / "page.html")
     got = Parsed(path.read_text(encoding="utf8"))
     assert got.facts["results"][0]["record"] == evil and got.facts["results"][0]["scores"]["notes"] == [HOSTILE]
-    assert got.tags.count("script") == parsed.tags.count("script") - 2  # no input: neither scan nor spline
+    assert got.tags.count("script") == parsed.tags.count("script") - 3  # no input: no scan, spline or linear estimate
     assert set(got.tags) <= set(parsed.tags) | {"ul", "li"}
     assert not [a for a in got.attributes if a[1].startswith("on")]
     assert got.tags.count("img") == parsed.tags.count("img")

@@ -68,7 +68,7 @@ def shown(tab, path: Path, more: str = "") -> str:
 def test_the_viewer_draws_and_its_controls_work(tab, folder, more, by):
     assert shown(tab, folder / "one" / "out" / "report.html", more) == by
     assert tab.problems == [] and all(u.startswith(OWN) for u in tab.asked)
-    for name in ("low", "spline", "sr", "seg", "truth", "error"):
+    for name in ("low", "spline", "linear", "sr", "seg", "truth", "error"):
         picture = drawn(tab, name)
         assert picture.std() > (3 if name == "error" else 15), name
 
@@ -187,8 +187,19 @@ def test_it_opens_across_the_slices_and_what_lies_over_the_sr_can_be_chosen(tab,
             shares[layer, opacity] = coloured(tab, "sr", 40 if layer == "seg" else 4)
     assert shares["seg", 0] < 0.001
     assert shares["seg", 100] > 0.02 and shares["change", 100] > shares["change", 0] + 0.001
+    # The best linear estimate over the SR, as grey as the SR is.
+    tab.ask("document.querySelector('input[name=layer][value=linear]').click()")
+    pictures = []
+    for opacity in (0, 100):
+        tab.ask(f"document.getElementById('overlay').value = {opacity}")
+        tab.ask("document.getElementById('overlay').dispatchEvent(new Event('input'))")
+        tab.frames(4)
+        pictures.append(drawn(tab, "sr"))
+        assert coloured(tab, "sr") < 0.001
     tab.ask("document.querySelector('input[name=layer][value=none]').click()")
     tab.frames(4)
+    below = drawn(tab, "sr")
+    assert np.abs(pictures[0] - below).mean() < 0.01 and np.abs(pictures[1] - below).mean() > 0.2
     assert coloured(tab, "sr") < 0.001
     # Away, and back to the place.
     tab.ask("document.getElementById('canvas-low').focus()")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import namedtuple
 
+import nibabel as nib
 import numpy as np
 import pytest
 from commands import TILES, call, make_work, one_line
@@ -36,6 +37,15 @@ def test_inference_asks_for_room_before_the_first_image_is_read(work, tmp_path, 
     assert code == 5
     one_line(told, str(tmp_path), "no space left on the disk: needs", "free", "choose another folder")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_residual_is_asked_for_with_the_scans_own_voxels(work, tmp_path, capsys, monkeypatch):
+    asked: list[int] = []
+    monkeypatch.setattr("fastsrgan.infer.files.need_space", lambda _, size: asked.append(size))
+    words = ("infer", work / "scan0.nii.gz", "-w", work / "w.safetensors", *TILES)
+    assert call(capsys, *words, "-o", tmp_path / "a")[0] == 0
+    assert call(capsys, *words, "-o", tmp_path / "b", "--save-residual")[0] == 0
+    assert asked[1] - asked[0] == 4 * int(np.prod(nib.load(tmp_path / "b" / "scan0_residual.nii.gz").shape))
 
 
 @pytest.mark.fault(24)

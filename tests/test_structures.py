@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +14,18 @@ from fastsrgan.cli.main import main
 from fastsrgan.convert import convert
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate.cohort import Choice, evaluate_folders
+from fastsrgan.infer.bids import evaluate_bids, infer_bids
 from fastsrgan.infer.files import infer_files
+from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io import nifti as images
+from fastsrgan.io.bids import check_derivatives
 from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.report.sections import scores_table
 from fastsrgan.report.viewer import structure_names
 from fastsrgan.store.reader import open_store
+from fastsrgan.study import run as study
+from fastsrgan.study.data import Condition, acquire, find_heads
 from fastsrgan.train.run import train
 
 CHOSEN = ["cortex=3,42", "white=2041"]
@@ -104,3 +112,66 @@ def test_a_dice_for_each_from_validation_to_evaluation(table, tmp_path):
         assert found[name]["dice"] == pytest.approx(2 * (a & b).sum() / max(a.sum() + b.sum(), 1))
     page = str(scores_table(result["rows"][0], "/scores"))
     assert all(f">{name}</th>" in page and f"/scores/structures/{name}/dice" in page for name in found)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Weights that know the two structures, and have learned neither."""
+    spec = GeneratorSpec(kernel=1, mask_classes=3)
+    told = [{"name": "cortex", "values": [42, 3]}, {"name": "white", "values": [2041]}]
+    return weights.save_generator(tmp_path / "w.safetensors", build_generator(spec, seed=2), card={"structures": told})
+
+
+def test_derivatives_hold_all_structures_in_one_image_with_their_names(table, model, tmp_path):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    (raw / "sub-01" / "anat").mkdir(parents=True)
+    (raw / "dataset_description.json").write_text('{"Name": "raw", "BIDSVersion": "1.10.0"}')
+    for name, given in (("T1w", "s0"), ("dseg", "s0_label")):
+        shutil.copyfile(tmp_path / f"{given}.nii.gz", raw / "sub-01" / "anat" / f"sub-01_{name}.nii.gz")
+    infer_bids(raw, out, model, device="cpu", new_resolution=[1.0] * 3)
+    base = out / "sub-01" / "anat" / "sub-01_desc-maskT1w_dseg"
+    assert base.with_suffix(".tsv").read_text().splitlines() == [
+        "index\tname", "0\tbackground", "3\tcortex", "2041\twhite"
+    ]  # fmt: skip
+    made = images.load_label(base.with_suffix(".nii.gz"), largest=65535)
+    assert set(made.meta["values"]) <= {0, 3, 2041} and max(made.meta["values"]) > 0
+    assert json.loads(base.with_suffix(".json").read_text())["Description"] == "Segmentation of cortex, white"
+    assert check_derivatives(out) == []
+    truth = images.load_label(raw / "sub-01" / "anat" / "sub-01_dseg.nii.gz", largest=65535).data
+    found = evaluate_bids(out, raw, choice=Choice(tuple(CHOSEN)))["rows"][0]["structures"]
+    for name, values in (("cortex", (3, 42)), ("white", (2041,))):
+        a, b = np.isin(made.data, values), np.isin(truth, values)
+        assert found[name]["dice"] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+def test_a_study_has_a_dice_for_each_of_table_and_store(table, model, tmp_path):
+    asked = study.Settings(patch=16, steps=(16,), ratios=(3.0,), noise=(0.0,), label_classes=CHOSEN, device="cpu")
+    facts = study.run("steps", table, tmp_path / "a", [model], asked)
+    by_model = {row["model"]: row["figures"] for row in facts["rows"]}
+    (head,) = find_heads(table, label_classes=CHOSEN)
+    case = acquire(head.load(), Condition("x", (1.0, 1.0, 3.0)), (0, head.key))
+    done = infer_volume(case.scan.data, case.scan.affine, weights.load_generator(model), patch=16, step=16,
+                        new_resolution=[1.0] * 3, device="cpu")  # fmt: skip
+    truth = images.load_label(tmp_path / "s2_label.nii.gz", largest=65535).data[:, :, : case.hr.data.shape[2]]
+    for number, (name, values) in enumerate((("cortex", (3, 42)), ("white", (2041,))), 1):
+        a, b = done.prob[1:].argmax(axis=0) == number, np.isin(truth, values)
+        wanted = 2 * (a & b).sum() / (a.sum() + b.sum())
+        assert by_model["w"][f"dice_{name}"]["mean"] == pytest.approx(wanted)
+        assert 0.5 < by_model["interpolation"][f"dice_{name}"]["mean"] < 1
+    assert by_model["interpolation"]["dice_cortex"]["mean"] == by_model["interpolation"]["dice"]["mean"]
+    heading = (tmp_path / "a" / "steps.md").read_text(encoding="utf8")
+    assert "| Dice cortex | Dice white |" in heading
+    convert(table, tmp_path / "c.zarr", label_classes=CHOSEN)
+    asked = replace(asked, label_classes=None)
+    again = study.run("steps", tmp_path / "c.zarr", tmp_path / "b", [model], asked)
+    stored = {row["model"]: row["figures"] for row in again["rows"]}
+    for who in by_model:
+        own = {k: v["mean"] for k, v in stored[who].items() if k != "seconds"}
+        assert own == pytest.approx({k: v["mean"] for k, v in by_model[who].items() if k != "seconds"})
+
+
+def test_weights_that_know_one_structure_have_no_dice_of_others(table, tmp_path):
+    plain = weights.save_generator(tmp_path / "w.safetensors", build_generator(GeneratorSpec(kernel=1), seed=2))
+    asked = study.Settings(patch=16, steps=(16,), ratios=(3.0,), noise=(0.0,), label_classes=CHOSEN, device="cpu")
+    rows = study.run("steps", table, tmp_path / "a", [plain], asked)["rows"]
+    assert {row["model"]: "dice_white" in row["figures"] for row in rows} == {"interpolation": True, "w": False}

@@ -17,6 +17,7 @@ import pytest
 import torch
 from cohort import SMALL, losses, make_store, rows
 
+from fastsrgan.cli.main import main
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
 from fastsrgan.model import checkpoint, weights
 from fastsrgan.train import gan as trial
@@ -189,6 +190,22 @@ def test_best_by_chooses_the_score_that_counts(store, tmp_path, monkeypatch):
         train(store, tmp_path / best_by, config)
         assert weights.info(tmp_path / best_by / "best.safetensors")["card"]["epoch"] == epoch
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("by", "told"),
+    [
+        ("both", "epoch 1, Dice plus gain 0.7019 (Dice 0.1000) on the Test"),  # 0.1 + 1 - 10^-0.4
+        ("dice", "epoch 2, Dice 0.2000 on the Test"),
+        ("psnr", "epoch 1, PSNR 30.00 dB on the Test"),
+    ],
+)
+def test_the_last_line_names_the_score_that_chose(store, tmp_path, monkeypatch, capsys, by, told):
+    scripted(monkeypatch, [(0.1, 30.0, 1.0), (0.2, 20.0, 1.0)])
+    config = CONFIG.replace(best_by=by, steps_per_epoch=1, critic_iterations=1)
+    (tmp_path / "c.yaml").write_text(config.to_yaml(), encoding="utf8")
+    assert main(["train", str(store), "-o", str(tmp_path / "run"), "--config", str(tmp_path / "c.yaml")]) == 0
+    assert f"; best: {told} subjects, " in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_the_log_follows_the_schedule_and_the_optimisers_follow_the_log(store, tmp_path, monkeypatch):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 
 import pytest
 from cohort import SMALL
 from rich.console import Console
 
+from fastsrgan.cli import console as console_module
 from fastsrgan.cli.console import PlainProgress, TerminalProgress
 from fastsrgan.cli.main import build_parser, normalised
 from fastsrgan.cli.train import build_config
@@ -38,6 +40,16 @@ def test_nothing_is_cut_on_a_narrow_terminal(label, width):
     for word in (label if len(label) <= width else label[:width], "1/12345", "rec 0.02131", "|D| 0.5", "18 min left"):
         assert word in re.sub(r"\s+", " ", text), word
     assert width < 80 or LINE in text
+
+
+def test_notes_are_broken_between_words_on_a_terminal_alone():
+    words = "made for T2-like contrast, 21 to 40 weeks of gestation, human, brain, stripped or with the head around it"
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), width=40, force_terminal=terminal, legacy_windows=False)
+        console_module._Handler(console).emit(logging.makeLogRecord({"msg": words, "levelname": "INFO"}))
+        lines = console.file.getvalue().splitlines()
+        assert " ".join(map(str.strip, lines)) == f"note: {words}"
+        assert (max(map(len, lines)) <= 40 and len(lines) > 2) if terminal else len(lines) == 1
 
 
 def test_a_pipe_gets_groups_of_lines_with_fields():

@@ -196,7 +196,16 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         word = {"INFO": "note", "WARNING": "warning"}.get(record.levelname, record.levelname.lower())
         text = "\n".join(map(plain, record.getMessage().rstrip().splitlines()))  # warnings of libraries have several
-        self.console.print(f"{word}: {text}", markup=False, highlight=False, soft_wrap=True)
+        text = f"{word}: {text}"
+        if self.console.is_terminal:  # broken between words; in pipes a line stays a line
+            lines = text.splitlines()
+            text = "\n".join(
+                textwrap.fill(
+                    line, self.console.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+                )
+                for line in lines
+            )
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def open_console(quiet: bool, debug: bool) -> Progress:

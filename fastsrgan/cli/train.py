@@ -19,6 +19,12 @@ from fastsrgan.infer.settings import add_options
 
 log = logging.getLogger("fastsrgan")
 
+BEST_BY = {  # what chose the best weights, as the last line says it
+    "both": "Dice plus gain {score:.4f} (Dice {dice:.4f})",
+    "dice": "Dice {score:.4f}",
+    "psnr": "PSNR {score:.2f} dB",
+}
+
 EXAMPLE = """examples:
   fastsrgan train cohort.zarr -o run -n 1 1 3 --preset recommended
   fastsrgan train cohort.zarr -o tuned -w perinatal -n 0.8 0.8 3 -n 0.8 0.8 5    # go on from weights
@@ -206,8 +212,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     else:
         best = ""
         if result["best_epoch"] is not None:
-            dice = "" if result["best_dice"] is None else f", Dice on the Test subjects {result['best_dice']:.4f}"
-            best = f"; best: epoch {result['best_epoch']}{dice}, {result['best_weights']}"
+            value = BEST_BY[result["best_by"]].format(score=result["best"], dice=result["best_dice"])
+            best = f"; best: epoch {result['best_epoch']}, {value} on the Test subjects, {result['best_weights']}"
         last = f"last weights: {result['weights']}" if result["weights"] else "no weights before the first epoch's end"
         print(f"{result['updates']} updates in {result['seconds']:.0f} s; {last}{best}")
         if result["stopped"]:

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
-from fastsrgan.model.purpose import MODELS, NOT_SAID, Purpose, Range, ShippedModel, span
+from fastsrgan.model.purpose import CONTRASTS, MODELS, NOT_SAID, Contrast, Purpose, Range, ShippedModel, span
 from fastsrgan.volume.head import tissue_box, tissue_level
 
 GREEN, YELLOW, RED = "green", "yellow", "red"
@@ -23,22 +24,24 @@ CORE = 0.7  # of the half axes of the head's box: the ellipsoid that contrast is
 
 # --- thresholds, each with what was measured ------------------------------------------------------------------------
 #
-# perinatal: atlas brains of 21 to 34 weeks as thick slices of ratio 3 and 6, without noise and with 3 %; stacks: three
-# real fetal stacks, whole and in their masks; adult: heads synthesised from label maps (T1-like, T2-like, FLAIR-like,
-# whole and stripped) at ratio 4, and the MNI152 template.
+# By tools/plausibility_figures.py. perinatal: 12 atlas brains of 21 to 34 weeks as thick slices of ratio 3 and 6,
+# without noise and with 3 %; stacks: three real fetal stacks, whole and in their masks; adult: two heads of
+# tools/label_heads.py (T1 and FLAIR whole, T1 and T2 stripped), of the same slices and noise.
 
-FILLED = (
-    0.5  # tissue in a border plane; whole stacks 0.86 to 1, noise 0.78; the neck of a head at most 0.27, masked 0.13
-)
-MOST_FILLED = 2  # border planes of a head; whole stacks and noise 6; all heads 0
-FLUID_SKEW = 0.2  # perinatal -0.04 to 0.36, adult T2 0.31 to 0.62, T1 -0.43 to 0.06, FLAIR -0.54
+FILLED = 0.5  # tissue in a border plane; fullest and third fullest of whole stacks 1 and 0.96; of brains 0.18 and 0.004
+MOST_FILLED = 2  # border planes of a head, whose neck fills one; whole stacks 6, brains 0
+REACH = 0.085  # of the segmentation's longest side: half the width of the gaps that count as enclosed; adults 14 mm
+APART, DEEPER, FINE = 0.2, 0.3, 5.0  # of it: from the segmentation, from the rim of what is enclosed; voxels in it
+FEWEST = 100  # enclosed voxels, below which nothing is said
+FLUID_SKEW = 0.2  # perinatal -0.15 to 0.37, stacks 0.17 to 0.34, adult T2 0.46 to 0.62, T1 -0.45 to -0.26, FLAIR -0.50
 CT = -500.0  # intensities of CT begin at -1000; z-scores of MRI at about -5
 BORDER = 0.01  # of the segmentation, in the image's border planes
 # How far beyond the range of the weights is yellow, as a factor; what is further is red.
 SLACK = {"head_mm": 1.1, "voxel_mm": 2.0, "slice_ratio": 2.0, "structure_ml": 1.5, "structure_share": 1.5}
+SLACK["enclosed"] = 1.05
 CHECKED = {
     "head_mm": "size of the head",
-    "fluid": "contrast",
+    "contrasts": "contrast",
     "voxel_mm": "voxel size",
     "slice_ratio": "slice ratio",
     "structure_ml": "volume of the structure",
@@ -142,6 +145,35 @@ def _skew(values: np.ndarray) -> float:
     return float((low + high - 2 * middle) / (high - low)) if high > low else 0.0
 
 
+def enclosed(image_XYZ: np.ndarray, seg_XYZ: np.ndarray, spacing_mm: Sequence[float]) -> float | None:
+    """Brightness of what a segmentation encloses over its own, medians: in T1 white matter is brighter than the cortex
+    around it, in FLAIR and T2 darker, before myelination brighter again. None where nothing is enclosed.
+
+    Enclosed is what a box of ``REACH`` cannot reach from outside (a closing), away from the segmentation and from the
+    rim. Fluid in furrows and ventricles is too little to count.
+    """
+    some = seg_XYZ[:: (every := max(1, min(seg_XYZ.shape) // 64)), ::every, ::every] > 0
+    places = np.argwhere(some)
+    if not len(places):
+        return None
+    reach = REACH * float(((np.ptp(places, axis=0) + 1) * every * np.asarray(spacing_mm)).max())
+    thin = tuple(slice(None, None, max(1, round(reach / FINE / size))) for size in spacing_mm)
+    seg, image = np.asarray(seg_XYZ[thin]) > 0, np.asarray(image_XYZ[thin], np.float32)
+    steps = [reach / (size * part.step) for size, part in zip(spacing_mm, thin, strict=True)]  # voxels
+
+    def sizes(share: float) -> list[int]:
+        return [2 * round(share * n) + 1 for n in steps]
+
+    pad = [math.ceil((1 + DEEPER) * n) + 1 for n in steps]
+    wide = ndimage.maximum_filter(np.pad(seg, [(n, n) for n in pad]), sizes(1))
+    closed = ndimage.minimum_filter(wide, sizes(1 + DEEPER))[tuple(slice(n, -n) for n in pad)]
+    deep = closed & ~ndimage.maximum_filter(seg, sizes(APART))
+    own = float(np.median(image[seg])) if seg.any() else 0.0
+    if np.count_nonzero(deep) < FEWEST or own <= 0:
+        return None
+    return _digits(float(np.median(image[deep])) / own)
+
+
 # --- which model ---------------------------------------------------------------------------------------------------
 
 
@@ -177,11 +209,13 @@ class Verdict:
     """A light, and in words what speaks against green, the worst first.
 
     checked : what the weights say enough about to be looked at
+    enclosed : see the function of this name
     """
 
     light: str
     reasons: tuple[str, ...]
     checked: tuple[str, ...] = ()
+    enclosed: float | None = None
 
     def line(self) -> str:
         """The light and the reasons; of a green one what was checked."""
@@ -189,21 +223,31 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """For the record."""
-        return {"light": self.light, "reasons": list(self.reasons), "checked": list(self.checked)}
+        plain = {"light": self.light, "reasons": list(self.reasons), "checked": list(self.checked)}
+        return plain | {"enclosed": self.enclosed}
 
 
-def judge(look: Look, seg_XYZ: np.ndarray, voxel_mm3: float, purpose: Purpose, masked: bool = False) -> Verdict:
+def judge(
+    look: Look,
+    seg_XYZ: np.ndarray,
+    voxel_mm3: float,
+    purpose: Purpose,
+    masked: bool = False,
+    within: float | None = None,
+) -> Verdict:
     """Compare a scan and its segmentation (above 0 in the structure) with what the weights were made for.
 
     ``masked`` : whether a mask was given, which is offered otherwise where it may help
+    ``within`` : what ``enclosed`` measured in the result
     """
-    found = [*_of_image(look, purpose, masked), *_of_segmentation(look, seg_XYZ, voxel_mm3, purpose)]
+    found = [*_of_image(look, purpose, masked), *_of_contrast(look, purpose, within)]
+    found += [*_of_segmentation(look, seg_XYZ, voxel_mm3, purpose)]
     checked = tuple(words for name, words in CHECKED.items() if getattr(purpose, name))
     if not checked:
         found.append((YELLOW, f"of the weights {NOT_SAID}"))
     found.sort(key=lambda one: one[0] != RED)
     light = found[0][0] if found else GREEN
-    return Verdict(light, tuple(reason for _, reason in found), checked)
+    return Verdict(light, tuple(reason for _, reason in found), checked, within)
 
 
 Finding = tuple[str, str]
@@ -221,8 +265,6 @@ def _of_image(look: Look, purpose: Purpose, masked: bool) -> list[Finding]:
         fits = [name for name, model in MODELS.items() if _beyond(look.head_mm, model.purpose.head_mm) == 1]
         more = f" (--weights {fits[0]} is made for it)" if fits else ""
         found.append((light, f"the head is {look.head_mm:.0f} mm long, made for {span(purpose.head_mm)} mm{more}"))
-    if purpose.fluid and look.is_head:
-        found += _of_contrast(look.fluid, purpose)
     if light := _light("voxel_mm", look.voxel_mm, purpose.voxel_mm):
         found.append((light, f"voxels of {look.voxel_mm:.3g} mm, made for {span(purpose.voxel_mm)} mm"))
     if light := _light("slice_ratio", look.slice_ratio, purpose.slice_ratio):
@@ -232,12 +274,28 @@ def _of_image(look: Look, purpose: Purpose, masked: bool) -> list[Finding]:
     return found
 
 
-def _of_contrast(skew: float, purpose: Purpose) -> list[Finding]:
-    seen = "bright" if skew > FLUID_SKEW else "dark" if skew < -FLUID_SKEW else purpose.fluid
-    if seen == purpose.fluid:
+def _of_contrast(look: Look, purpose: Purpose, within: float | None) -> list[Finding]:
+    """Nothing where the scan is like one of the contrasts that the weights know."""
+    if not purpose.contrasts or not look.is_head:
         return []
-    usual = "T2-weighted" if seen == "bright" else "T1-weighted and FLAIR"
-    return [(RED, f"the {seen} tail of intensities is as in {usual} images; made for {purpose.contrast}")]
+    fluid = "bright" if look.fluid > FLUID_SKEW else "dark" if look.fluid < -FLUID_SKEW else ""
+    lights = {name: _as_contrast(one, fluid, within) for name, one in CONTRASTS.items()}
+    best = min((lights[name] for name in purpose.contrasts), key=("", YELLOW, RED).index)
+    if not best:
+        return []
+    like = " or ".join(name for name, light in lights.items() if not light and name not in purpose.contrasts)
+    seen = [f"the {fluid} tail of intensities"] * bool(fluid)
+    if within is not None:
+        seen.append(f"{within:.2f} times the structure's brightness inside it")
+    words = f" as in {like} images" if like else " as in no contrast that is known"
+    return [(best, f"{' and '.join(seen)}{words}; made for {purpose.contrast or ', '.join(purpose.contrasts)}")]
+
+
+def _as_contrast(known: Contrast, fluid: str, within: float | None) -> str:
+    """The light of a scan, were it of this contrast."""
+    if fluid and fluid != known.fluid:
+        return RED
+    return "" if within is None else _light("enclosed", within, known.enclosed)
 
 
 def _of_segmentation(look: Look, seg_XYZ: np.ndarray, voxel_mm3: float, purpose: Purpose) -> list[Finding]:

@@ -2,7 +2,8 @@
 
 For sub-01/anat/sub-01_T1w.nii.gz the derivatives hold ``sub-01_desc-sr_T1w`` (the image),
 ``sub-01_desc-cortexT1w_dseg`` (the segmentation, with a table of its labels) and, where asked for,
-``sub-01_desc-cortexT1w_probseg``; with mask classes ``sub-01_desc-maskT1w_dseg``. The suffix of the source is part of
+``sub-01_desc-cortexT1w_probseg``; with mask classes, as of several structures, ``sub-01_desc-maskT1w_dseg``, all of
+them in one image with a table of their names. The suffix of the source is part of
 ``desc``, since segmentations of a T1w and of a T2w image would otherwise share one name.
 """
 
@@ -23,7 +24,7 @@ from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, Item, evaluate_items, low_resolution
 from fastsrgan.infer.files import STATUSES, SomeFailed, infer_files
-from fastsrgan.infer.image import ModelChoice, look_at
+from fastsrgan.infer.image import ModelChoice, look_at, mask_names
 from fastsrgan.infer.settings import InferSettings, takes_options
 from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import (
@@ -154,10 +155,12 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
     stripped = bool(read_json(sidecar(image.path)).get("SkullStripped", False))
     structures = Purpose.of(record.get("made_for")).structures or ((1, "structure"),)
     structure = ", ".join(name for _, name in structures)
+    several = ", ".join(name for _, name in mask_names(record["weights"]))
+    told_mask = f"Segmentation of {several}" if several else "Likeliest mask class"
     what: dict[str, tuple[PurePosixPath, dict[str, Any]]] = {
         "seg": (image.derived(f"cortex{image.suffix}", "dseg"), {"Description": f"Segmentation of {structure}"}),
         "prob": (image.derived(f"cortex{image.suffix}", "probseg"), {"Description": f"Probability of {structure}"}),
-        "mask": (image.derived(f"mask{image.suffix}", "dseg"), {"Description": "Likeliest mask class"}),
+        "mask": (image.derived(f"mask{image.suffix}", "dseg"), {"Description": told_mask}),
         "doubt": (
             image.derived("doubt"),
             {
@@ -182,7 +185,8 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(sidecar(target), common | meta)
         if name.name.endswith("_dseg.nii.gz"):
-            _write_labels(sidecar(target).with_suffix(".tsv"), structures if kind == "seg" else None, staged[kind])
+            known = structures if kind == "seg" else mask_names(record["weights"])
+            _write_labels(sidecar(target).with_suffix(".tsv"), known, staged[kind])
         os.replace(staged[kind], target)
         placed[kind] = str(target)
     if "png" in staged:
@@ -194,9 +198,9 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
     return placed
 
 
-def _write_labels(path: Path, known: Sequence[tuple[int, str]] | None, image: Path) -> None:
-    """index and name of each value of a segmentation."""
-    values = range(1, int(images.load_label(image).data.max()) + 1) if known is None else ()
+def _write_labels(path: Path, known: Sequence[tuple[int, str]], image: Path) -> None:
+    """index and name of each value of a segmentation; of classes without a name their numbers."""
+    values = () if known else range(1, int(images.load_label(image).data.max()) + 1)
     names = ((0, "background"), *(known or ((value, f"class {value}") for value in values)))
     with atomic_write(path) as temporary:
         lines = ["index\tname", *(f"{index}\t{name}" for index, name in names)]
@@ -243,11 +247,11 @@ def evaluate_bids(
     out, root = Path(derivatives), Path(truth)
     if not root.is_dir():
         raise InputError(root, "is no folder", "evaluate --bids DERIVATIVES DATASET")
-    items = [_item(image, root) for image in find_bids(out, desc="sr")]
+    items = [_item(image, root, len(choice.classes) > 1) for image in find_bids(out, desc="sr")]
     return evaluate_items(out, items, png=png, choice=choice, progress=progress)
 
 
-def _item(image: BidsImage, root: Path) -> Item:
+def _item(image: BidsImage, root: Path, several: bool) -> Item:
     kept = "_".join(f"{key}-{value}" for key, value in image.entities if key != "desc")
     subject = f"{kept}_{image.suffix}"
     files = {"sr": image.path}
@@ -259,7 +263,8 @@ def _item(image: BidsImage, root: Path) -> Item:
     patterns = [f"{kept}_dseg.nii*", f"{kept}_desc-*{image.suffix}_dseg.nii*", f"{kept}_desc-*_dseg.nii*"]
     places = [root / image.folder, *sorted((root / "derivatives").glob(f"*/{image.folder}"))]
     label = next((p for place in places for pattern in patterns for p in sorted(place.glob(pattern))), None)
-    seg = image.path.with_name(image.derived(f"cortex{image.suffix}", "dseg").name)
+    seg, mask = (image.path.with_name(image.derived(f"{n}{image.suffix}", "dseg").name) for n in ("cortex", "mask"))
+    seg = mask if several and mask.exists() else seg  # the segmentation is the first structure alone
     if label is not None:
         files |= {"label": label} | ({"seg": seg} if seg.exists() else {})
     low = low_resolution(image.path, read_json(sidecar(image.path)).get(RECORD, {}))

@@ -17,7 +17,7 @@ import numpy as np
 from fastsrgan.core.files import read_json, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.errors import InputError, ModelError, UsageError, times
-from fastsrgan.evaluate.plausibility import RED, Look, choose, judge, measure
+from fastsrgan.evaluate.plausibility import RED, Look, choose, enclosed, judge, measure
 from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
 from fastsrgan.infer.planes import is_isotropic, nearest, own_grid
@@ -31,7 +31,7 @@ from fastsrgan.model import weights as weight_files
 from fastsrgan.model.networks import Generator
 from fastsrgan.model.purpose import MODELS, Purpose, common
 from fastsrgan.volume.components import segment
-from fastsrgan.volume.geometry import Volume
+from fastsrgan.volume.geometry import Volume, spacing_of
 from fastsrgan.volume.oddities import on_zeros, outshone
 
 log = logging.getLogger("fastsrgan")
@@ -330,7 +330,8 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
         result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, settings.min_size
     )
     purpose = loaded.model.purpose
-    verdict = judge(loaded.look, seg, voxel_mm3, purpose, masked=loaded.mask is not None)
+    within = enclosed(result.sr, seg, spacing_of(result.affine)) if purpose.contrasts else None
+    verdict = judge(loaded.look, seg, voxel_mm3, purpose, loaded.mask is not None, within)
     arrays = {"seg": seg, "prob": result.prob[0]} | ({} if result.doubt is None else {"doubt": result.doubt})
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))
@@ -396,11 +397,17 @@ def mask_values(model: dict[str, Any]) -> np.ndarray:
 
     ``evaluate --label-classes cortex=3,42`` then means the same in the mask and in the label map.
     """
-    known = model.get("structures") or (model.get("averaged") or [{}])[0].get("structures")
+    known = mask_names(model)
     if not known:
         return np.arange(256, dtype=np.uint8)
-    values = np.array([0, *(min(one["values"]) for one in known)])
+    values = np.array([0, *(value for value, _ in known)])
     return values.astype(np.uint8 if values.max() < 256 else np.uint16)
+
+
+def mask_names(model: Mapping[str, Any]) -> tuple[tuple[int, str], ...]:
+    """Value in the mask image and name of each structure, of the facts about weights; none for other mask classes."""
+    known = model.get("structures") or (model.get("averaged") or [{}])[0].get("structures") or ()
+    return tuple((min(one["values"]), one["name"]) for one in known)
 
 
 def _save_as_input(target: Path, result: InferResult, image: Volume, code: int) -> dict[str, Any]:

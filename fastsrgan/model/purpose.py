@@ -13,10 +13,33 @@ from typing import Any
 Range = tuple[float, float]
 
 MADE_FOR = "made_for"  # of a card
-FLUID = ("dark", "bright")  # than tissue
 OUTSIDE = ("zero",)
 NOT_SAID = "what they were made for is not said"
 MOST_TEXT, MOST_STRUCTURES = 120, 64
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What images of a kind look like around a segmented cortex.
+
+    fluid : "dark" or "bright" beside tissue
+    enclosed : brightness of the white matter that the segmentation encloses, over the segmentation's
+        (`evaluate.plausibility.enclosed`)
+    """
+
+    fluid: str
+    enclosed: Range
+
+
+# Ranges hold what tools/plausibility_figures.py measured, with room: `enclosed` of the true labels on sharp images.
+CONTRASTS = {
+    "T1": Contrast("dark", (1.25, 2.2)),  # 1.41 to 1.47; of what T1 weights segment 1.37 to 1.43, in FLAIR 1.10 to 1.14
+    "FLAIR": Contrast("dark", (0.5, 1.0)),  # 0.82 to 0.86
+    "T2": Contrast("bright", (0.4, 0.95)),  # 0.76; of what T1 weights segment 0.74 to 0.75
+    "T2 before myelination": Contrast(
+        "bright", (1.0, 1.8)
+    ),  # 21 weeks 1.43, 34 weeks 1.16; as segmented 1.16 to 1.35, with stacks
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +47,7 @@ class Purpose:
     """What is known of it; empty text and None: not said.
 
     structures : (value in the segmentation, name)
-    contrast : in words; fluid : "dark" or "bright" beside tissue in such images, "" where either may be
+    contrast : in words; contrasts : those of ``CONTRASTS`` that the weights were made for
     ages, species, view : in words; ``view`` is the field of view
     head_mm : longest side of the box around the head (or of the brain where images are stripped)
     voxel_mm : finest voxel size of a scan; slice_ratio : coarsest over finest
@@ -35,7 +58,7 @@ class Purpose:
 
     structures: tuple[tuple[int, str], ...] = ()
     contrast: str = ""
-    fluid: str = ""
+    contrasts: tuple[str, ...] = ()
     ages: str = ""
     species: str = ""
     view: str = ""
@@ -56,12 +79,14 @@ class Purpose:
             value = known.get(f.name)
             if f.name == "structures":
                 found[f.name] = _structures(value)
+            elif f.name == "contrasts":
+                given = value if isinstance(value, (list, tuple)) else ()
+                found[f.name] = tuple(name for name in CONTRASTS if name in given)
             elif f.default is None:
                 found[f.name] = _range(value)
             else:
                 found[f.name] = " ".join(value.split())[:MOST_TEXT] if isinstance(value, str) else ""
-        for name, allowed in (("fluid", FLUID), ("outside", OUTSIDE)):
-            found[name] = found[name] if found[name] in allowed else ""
+        found["outside"] = found["outside"] if found["outside"] in OUTSIDE else ""
         return cls(**found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,22 +167,22 @@ class ShippedModel:
 
 
 # Names that stand for a path wherever weights are asked for. The first is the default of `load_generator`. Ranges hold
-# the values measured beside them, with room: heads by `infer.plausibility.measure`.
+# the values measured beside them by tools/plausibility_figures.py, with room.
 MODELS = {
     "adult": ShippedModel(
         "segsrgan-k8-adult.safetensors",
         Purpose(
             structures=((1, "cortical grey matter"),),
             contrast="T1-like contrast",
-            fluid="dark",
+            contrasts=("T1",),
             ages="adults",
             species="human",
             view="whole head or brain alone",
-            head_mm=(140, 290),  # 12 whole heads 207 to 252, brains alone 156 to 216
+            head_mm=(140, 290),  # two whole heads 199 to 210, their brains alone 162 to 187
             voxel_mm=(0.7, 1.3),  # training: 1
             slice_ratio=(1.5, 6.5),  # training: 2 to 6
             structure_ml=(230, 800),  # labels of 12 heads 311 to 610
-            structure_share=(0.06, 0.45),  # labels of 12 whole heads 0.081 to 0.185, their brains alone 0.219 to 0.359
+            structure_share=(0.06, 0.45),  # labels of two whole heads 0.158 to 0.177, their brains alone 0.311 to 0.355
         ),
     ),
     "perinatal": ShippedModel(
@@ -165,17 +190,17 @@ MODELS = {
         Purpose(
             structures=((1, "cortical grey matter"),),
             contrast="T2-like contrast",
-            fluid="bright",
+            contrasts=("T2 before myelination",),
             ages="21 to 40 weeks of gestation",
             species="human",
             view="brain, stripped or with the head around it",
             outside="zero",
             grid_mm=(0.8, 0.8),
-            head_mm=(50, 130),  # 12 atlas brains of 21 to 34 weeks 57 to 102; three real stacks in their masks 67 to 81
+            head_mm=(50, 130),  # 12 atlas brains of 21 to 34 weeks 58 to 106; three real stacks in their masks 67 to 81
             voxel_mm=(0.5, 1.2),  # training: 0.5 to 1.1; real stacks 1.125
             slice_ratio=(2, 6.5),  # training: the same
             structure_ml=(4, 150),  # labels of 12 brains 6 to 56; newborns have more
-            structure_share=(0.06, 0.35),  # labels of 12 brains 0.116 to 0.213
+            structure_share=(0.06, 0.35),  # labels of 12 brains 0.095 to 0.190
         ),
     ),
 }

@@ -266,7 +266,7 @@ class _Page:
         axes.set_axis_off()
         if letters and cut is not self.rows[-1]:
             ends = ENDS[cut.right][::-1] if mirrored else ENDS[cut.right]
-            for x, text, side in ((0.02, ends[0], "left"), (0.98, ends[1], "right")):
+            for x, text, side in ((0.05, ends[0], "left"), (0.95, ends[1], "right")):
                 place = {"transform": axes.transAxes, "ha": side, "va": "top"}
                 axes.text(x, 0.96, text, color=DARK.faint, **place, **self._font(24))
 

@@ -175,8 +175,12 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
     if sr is None:
         body = join(_before(facts, warnings), after)
         return assemble(found, facts, body, "", back, viewing=False), None, measured
-    low = others.get("low")
-    shown = others | ({} if low is None else {"spline": onto_grid(low, sr, name="the spline of the input", notes=[])})
+    low, shown, told = others.get("low"), others, ""
+    if low is not None and result is not None:
+        spline = onto_grid(low, sr, name="the spline of the input", notes=[])
+        shown = others | {"spline": spline}
+        if linear := stage.linear_estimate(result.record, low, sr, spline, others.get("truth")):
+            shown["linear"], told = linear
     view = stage.open_at(sr, shown)
     alt = "Planes of every image side by side, with a detail and the outline of the segmentation"
     still = sections.card("The same as a picture", stage.png(stage.picture(sr, shown), alt))
@@ -185,7 +189,7 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
     def page(packed: Packed, rest: int = 0) -> str:
         mb = math.ceil((rest + packed.all_bytes) / 1e6)
         names = stage.structure_names(result.record) if result is not None else {}
-        card = stage.viewer_card(packed, view, low.spacing if low is not None else None, mb, names)
+        card = stage.viewer_card(packed, view, low.spacing if low is not None else None, mb, names, told)
         body = join(_before(facts, warnings), card, still, after)
         return assemble(found, facts, body, stage.viewer_data(packed, view, low), back, viewing=True)
 

@@ -287,7 +287,9 @@ def _get(tree: Any, keys: Sequence[object]) -> Any:
 
 def _grid(shape: Any, spacing: Any) -> str | None:
     parts = [
-        " × ".join(f"{v:g}" if _is_number(v) else str(v) for v in p) for p in (shape, spacing) if isinstance(p, list)
+        " × ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in p)
+        for p in (shape, spacing)
+        if isinstance(p, list)
     ]
     return " voxels of ".join(parts) + " mm" if len(parts) == 2 else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import colorsys
 import logging
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,13 +25,16 @@ from fastsrgan.pictures.planes import OBJECT, PLANES, brightness, change_in, cut
 from fastsrgan.report.collect import Result
 from fastsrgan.report.html import Html, data_block, el, join, shown
 from fastsrgan.report.volumes import DIFFERENCES, Packed
-from fastsrgan.volume.geometry import Volume, processing_orientation
+from fastsrgan.volume.consistency import agree, best_linear, observation
+from fastsrgan.volume.geometry import Volume, processing_orientation, resampled_affine
+from fastsrgan.volume.placement import same_grid
 
 log = logging.getLogger("fastsrgan")
 
 PICTURE_WIDTH = 1500
 OVER = {
     "seg": "Segmentation",
+    "linear": "Best linear",
     "mask": "Structures",
     "change": "SR − spline",
     "doubt": "Doubt",
@@ -120,6 +124,39 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
     return sr, others
 
 
+def linear_estimate(
+    record: Mapping[str, Any], low: Volume, sr: Volume, spline: Volume, truth: Volume | None
+) -> tuple[Volume, str] | None:
+    """The best linear estimate on the grid of ``sr``, and what it is in one line.
+
+    With a truth the weight is the best by it, of Gaussian slices; without one weight and slices are the record's. None
+    where the record names none, and for a result that is not on the grid that `infer` makes of the scan.
+    """
+    told = mapping(record.get("agree"))
+    width, profile, w = (told.get(key) for key in ("thickness_mm", "profile", "weight"))
+    grid = resampled_affine(low.affine, low.data.shape, sr.data.shape, sr.spacing)
+    if record.get("geometry") != "physical" or not same_grid(Volume(sr.data, grid), sr):
+        return None
+    known = isinstance(w, (int, float)) and 0 < w < math.inf and isinstance(width, (int, float))
+    if truth is None and not (known and isinstance(profile, str)):
+        return None
+    asked: dict[str, Any] = {} if truth is not None else {"thickness_mm": width, "profile": profile}
+    try:
+        seen = observation(low.data.shape, low.spacing, sr.data.shape, sr.spacing, **asked)
+        if seen is None or seen.is_identity:
+            return None
+        if truth is not None:
+            there = onto_grid(truth, sr, notes=[]).data
+            made, weight = best_linear(spline.data, low.data, there, seen), "w the best of eight by the truth"
+        else:
+            made, weight = np.array(spline.data, np.float32), f"w = {w:.3g} as the record chose"
+            agree(made, low.data, seen, float(w), floor=0.0)  # type: ignore[arg-type]
+    except FastsrganError:  # of a record that says what cannot be, or a truth elsewhere
+        return None
+    formula = "spline + D′(DD′ + w)⁻¹(scan − D spline), D the acquisition"
+    return Volume(made, sr.affine), f"Best linear, without a network: {formula}, {weight}."
+
+
 def _unchanged(path: Path, series: str | None, sha256: object) -> bool:
     """Whether an image has the checksum that the record knows. The path is the record's: nothing else is told of it."""
     try:
@@ -134,11 +171,13 @@ def viewer_card(
     spacing: tuple[float, float, float] | None,
     whole_mb: float,
     names: Mapping[int, str] | None = None,
+    linear: str = "",
 ) -> Html:
     """The section with the panes and their controls.
 
     whole_mb : the size of a page that shows all voxels
     names : of the values of the mask image, as far as they are known
+    linear : what the best linear estimate is
     """
     panes = pane_list(packed, spacing)
     wiping = "spline" in packed.blobs
@@ -169,6 +208,7 @@ def viewer_card(
         _doubt_scale(packed) if "doubt" in packed.blobs else None,
         _legend(packed.values, names or {}) if packed.values else None,
         _controls(packed, view, wiping),
+        el("p", linear, class_="faint") if linear else None,
         el("p", helped, class_="faint help"),
         el("p", _said(packed, whole_mb), " ", el("span", id="renderer"), class_="faint"),
         el("noscript", el("p", "Without JavaScript only the picture below is shown.")),
@@ -210,6 +250,7 @@ def pane_list(packed: Packed, spacing: tuple[float, float, float] | None) -> lis
     size = " × ".join(f"{s:.4g}" for s in spacing) + " mm, voxels as acquired" if spacing else ""
     named = {name: f"{WORDS[a]} − {WORDS[b]}" for name, (a, b) in DIFFERENCES.items()}
     panes = [("low", "low", TITLES["low"], size), ("spline", "spline", TITLES["spline"], "of the scan")]
+    panes += [("linear", "linear", TITLES["linear"], "without a network")]
     panes += [("sr", "sr", TITLES["sr"], "super-resolved"), ("seg", "sr", TITLES["seg"], "")]
     panes += [("change", "change", "Difference", named["change"]), ("doubt", "doubt", "Doubt", "of the SR")]
     panes += [("truth", "truth", TITLES["truth"], "")]
@@ -365,7 +406,7 @@ def _controls(packed: Packed, view: View, wiping: bool) -> Html:
         el("div", el("span", "Plane"), _choice("plane", planes, view.plane), class_="row"),
         el("div", el("span", "Layout"), _choice("layout", layouts), class_="row") if wiping else None,
         slider("wipe", "Spline | SR", 0, 100, 50) if wiping else None,
-        el("div", el("span", "Over the SR"), _choice("layer", layers), class_="row") if len(layers) > 1 else None,
+        el("div", el("span", "Over the SR"), _choice("layer", layers), class_="row wide") if len(layers) > 1 else None,
         slider("overlay", "Opacity", 0, 100, 50) if len(layers) > 1 else None,
         slider("slice", "Slice", 0, packed.shape[2] - 1, 0),
         slider("zoom", "Zoom", 1, 8, 1, 0.05),
@@ -380,7 +421,7 @@ def _controls(packed: Packed, view: View, wiping: bool) -> Html:
                 " ",
                 el("button", "largest change" if view.changed else "back", type="button", id="start"),
             ),
-            class_="row",
+            class_="row wide",
         ),
         class_="controls",
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,30 +22,44 @@ from fastsrgan.core.system import pick_device
 from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.evaluate.pair import evaluate_pair, flat, moments
 from fastsrgan.infer.volume import infer_volume
+from fastsrgan.io.labels import Structure
 from fastsrgan.model import weights as weight_files
 from fastsrgan.model.networks import Generator
-from fastsrgan.study.data import BASELINE, OWN, Case, Condition, Head, acquire, figure_paths
+from fastsrgan.study.data import BASELINE, OWN, Case, Condition, Head, acquire, figure_paths, structure_paths
 from fastsrgan.volume.geometry import Volume
 
 log = logging.getLogger("fastsrgan")
 
-VERSION = 2  # of what a cell holds and how it is measured
+VERSION = 3  # of what a cell holds and how it is measured
 FOLDER = "cells"
 
 
 @dataclass(frozen=True)
 class StudyModel:
-    """A generator under the name that tables give it."""
+    """A generator under the name that tables give it.
+
+    classes : of a mask head that knows several structures of a label: (name, values) of each class, in their order
+    """
 
     name: str
     path: Path
     sha256: str
     generator: Generator
+    classes: tuple[tuple[str, frozenset[int]], ...] = ()
 
     @classmethod
     def load(cls, path: Path, name: str | None = None) -> StudyModel:
         """The generator of a weight file or run folder. Raises ModelError."""
-        return cls(name or path.stem, path, weight_files.info(path)["sha256"], weight_files.load_generator(path))
+        facts = weight_files.info(path)
+        known = (facts["card"] or {}).get("structures") or ()
+        classes = tuple((one["name"], frozenset(one["values"])) for one in known)
+        return cls(name or path.stem, path, facts["sha256"], weight_files.load_generator(path), classes)
+
+    def class_of(self, structure: Structure) -> int | None:
+        """The class of the mask head that is a structure of a label map, by its name or by its values."""
+        same = (i for i, (name, values) in enumerate(self.classes, 1) if name == structure.name)
+        alike = (i for i, (name, values) in enumerate(self.classes, 1) if values == structure.values)
+        return next(same, None) or next(alike, None)
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,11 @@ def _of_head(
                     volumes = volumes or head.load()
                     case = acquire(volumes, condition, (engine.seed, head.key))
                 with quiet():
-                    measured = _interpolation(case) if model is None else _through(case, model, step, engine)
+                    measured = (
+                        _interpolation(case)
+                        if model is None
+                        else _through(case, model, step, engine, head.structures if case.structures else ())
+                    )
                 cell = {"facts": facts} | finite(measured)
                 write_json(path, cell)
             # Names are not part of what is kept: they may be others this time.
@@ -136,10 +154,12 @@ def _of_head(
 
 
 def _interpolation(case: Case) -> dict[str, Any]:
-    return _scored(case, case.spline, case.label_map)
+    return _scored(case, case.spline, case.label_map, {name: drawn for name, (_, drawn) in case.structures.items()})
 
 
-def _through(case: Case, model: StudyModel, step: int | None, engine: Engine) -> dict[str, Any]:
+def _through(
+    case: Case, model: StudyModel, step: int | None, engine: Engine, structures: Sequence[Structure]
+) -> dict[str, Any]:
     done = infer_volume(
         case.scan.data,
         case.scan.affine,
@@ -151,12 +171,22 @@ def _through(case: Case, model: StudyModel, step: int | None, engine: Engine) ->
         precision=engine.precision,
     )
     seg = Volume((done.prob[0] > 0.5).astype(np.uint8), done.affine)
+    found = {one.name: number for one in structures if (number := model.class_of(one)) is not None}
+    likeliest = done.prob[1:].argmax(axis=0) if found else None
+    more = {name: Volume((likeliest == number).astype(np.uint8), done.affine) for name, number in found.items()}
     timed = {"seconds": done.report["seconds"], "tiles": done.report["tiles"], "device": done.report["device"]}
-    return _scored(case, Volume(done.sr, done.affine), seg) | timed
+    return _scored(case, Volume(done.sr, done.affine), seg, more) | timed
 
 
-def _scored(case: Case, image: Volume, seg: Volume | None) -> dict[str, Any]:
-    result = evaluate_pair(image, case.hr, seg=seg if case.label else None, label=case.label, mask=case.mask)
+def _scored(case: Case, image: Volume, seg: Volume | None, more: Mapping[str, Volume]) -> dict[str, Any]:
+    result = evaluate_pair(
+        image,
+        case.hr,
+        seg=seg if case.label else None,
+        label=case.label,
+        mask=case.mask,
+        structures={name: (made, case.structures[name][0]) for name, made in more.items()},
+    )
     return {"scores": flat(result), "notes": result["notes"]}
 
 
@@ -170,7 +200,7 @@ def aggregate(cells: Sequence[dict[str, Any]], conditions: Sequence[Condition]) 
     rows = []
     for (condition, model, step), numbers in groups.items():
         figures = {}
-        for name, path in figure_paths().items():
+        for name, path in (figure_paths() | structure_paths(numbers)).items():
             values = [float(n[path]) for n in numbers if path in n]
             if values:
                 figures[name] = moments(values)

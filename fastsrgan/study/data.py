@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from fastsrgan.volume.intensity import lifted
 
 QUICK_BOX = (slice(54, 142), slice(64, 168), slice(60, 132))  # of the template: 88 x 104 x 72 mm of cortex
 QUICK_SUBJECTS = 2
+STRUCTURE = "structure "  # before the name of one, among a head's volumes
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class Condition:
 
 @dataclass(frozen=True)
 class Head:
-    """One subject's files; ``key`` is a hash of their bytes, ``classes`` are the label's values of the structure.
+    """One subject's files; ``key`` is a hash of their bytes and of which values of the label are what.
 
-    With a ``store``, ``image`` is its place and the subject's arrays are read from it.
+    structures : of the label, the first is the one that is scored throughout; none: whatever is above 0
+    store : the subject's arrays are read from it, ``image`` is its place
     """
 
     name: str
@@ -64,14 +66,18 @@ class Head:
     label: Path | None
     mask: Path | None
     key: str
-    classes: frozenset[int] | None = None
+    structures: tuple[labels.Structure, ...] = ()
     store: Store | None = None
 
     def load(self) -> dict[str, Volume]:
-        """``hr`` and, where there are such files, ``label`` and ``mask``."""
+        """``hr`` and, where there are such files, ``label`` and ``mask``; of several structures a label each under
+        ``STRUCTURE`` and its name."""
+        several = {STRUCTURE + one.name: one for one in self.structures} if len(self.structures) > 1 else {}
         if self.store is not None:
             sample = self.store.read(self.name)
-            arrays = {"hr": sample.image, "label": sample.label, "mask": sample.mask}
+            arrays = {"hr": sample.image, "label": sample.label, "mask": None if several else sample.mask}
+            if sample.mask is not None:  # of several structures it holds their classes
+                arrays |= {name: (sample.mask == i).astype(np.uint8) for i, name in enumerate(several, 1)}
             volumes = {name: Volume(array, sample.affine) for name, array in arrays.items() if array is not None}
             if "label" in volumes:
                 labels.refuse_many(np.unique(volumes["label"].data).tolist(), f"label of {self.name}")
@@ -79,8 +85,10 @@ class Head:
         found = {"hr": images.load(self.image)}
         for name, path in (("label", self.label), ("mask", self.mask)):
             if path is not None:
-                classes = self.classes if name == "label" else None
+                classes = self.structures[0].values if name == "label" and self.structures else None
                 found[name] = images.load_label(path, like=found["hr"], classes=classes)
+        for name, one in several.items() if self.label is not None else ():
+            found[name] = images.load_label(self.label, like=found["hr"], classes=one.values)
         if "label" in found:
             labels.refuse_many(found["label"].meta["values"], str(self.label))
         return found
@@ -91,6 +99,7 @@ class Case:
     """A head as acquired, on the head's grid but for ``scan``; all in units of the largest low-resolution value.
 
     label_map : the interpolated label map of a reader of the scan, float32, to be cut at 0.5 (paper table 2)
+    structures : of several, name -> label, label map
     """
 
     scan: Volume
@@ -99,13 +108,14 @@ class Case:
     label: Volume | None
     label_map: Volume | None
     mask: Volume | None
+    structures: Mapping[str, tuple[Volume, Volume]] = field(default_factory=dict)
 
 
 def find_heads(
     data: str | os.PathLike,
     split: str = "Test",
     limit: int | None = None,
-    label_classes: str | None = None,
+    label_classes: str | Sequence[str] | None = None,
     label_names: str | os.PathLike | None = None,
 ) -> list[Head]:
     """Heads of a training table or store (rows of ``split``, or "all"), the one image that ``data`` names, or those of
@@ -135,9 +145,10 @@ def find_heads(
         raise InputError(path, f"has no rows of Base {split}", "--split Train, Test or all")
     found = []
     for row in rows[:limit]:
-        chosen = row.classes or label_classes
-        values = labels.structure(chosen, row.label, label_names).values if chosen and row.label else None
-        found.append(_head(row.subject, row.image, row.label, row.mask, values))
+        chosen = labels.choices(row.classes, label_classes) if row.label else []
+        known = labels.structures(chosen, row.label, label_names) if row.label else []
+        labels.refuse_overlap(known)
+        found.append(_head(row.subject, row.image, row.label, row.mask, tuple(known)))
     return found
 
 
@@ -149,7 +160,8 @@ def _stored_heads(store: Store, split: str, limit: int | None) -> list[Head]:
     found = []
     for s in rows[:limit]:
         digest = hashlib.sha256("".join(sha for _, (_, sha) in sorted(s.files.items())).encode()).hexdigest()
-        found.append(Head(s.id, Path(store.url), None, None, digest[:32], store=store))
+        known = tuple(labels.Structure(name, frozenset(values)) for name, values in s.attrs.get("structures", ()))
+        found.append(Head(s.id, Path(store.url), None, None, digest[:32], known, store))
     return found
 
 
@@ -189,7 +201,12 @@ def acquire(volumes: dict[str, Volume], condition: Condition, key: Sequence[int 
     label = cut.get("label")
     label_map = None if label is None else reader_label_map(label, scan, [])
     truth, spline = Volume(done.hr, hr.affine), Volume(done.interpolated, hr.affine)
-    return Case(scan, truth, spline, label, label_map, cut.get("mask"))
+    structures = {
+        name.removeprefix(STRUCTURE): (volume, reader_label_map(volume, scan, []))
+        for name, volume in cut.items()
+        if name.startswith(STRUCTURE)
+    }
+    return Case(scan, truth, spline, label, label_map, cut.get("mask"), structures)
 
 
 def thick(spacing: Sequence[float], ratio: float, axis: int) -> tuple[float, float, float]:
@@ -204,10 +221,13 @@ def spacing_of(head: Head) -> tuple[float, float, float]:
     return images.load(head.image).spacing if head.store is None else head.store.subject(head.name).spacing
 
 
-def _head(name: str, image: Path, label: Path | None, mask: Path | None, classes: frozenset[int] | None = None) -> Head:
-    digests = [images.sha256(path) for path in (image, label, mask) if path is not None]
-    digests += [] if classes is None else ["+".join(map(str, sorted(classes)))]
-    return Head(name, image, label, mask, "-".join(digest[:16] for digest in digests), classes)
+def _head(
+    name: str, image: Path, label: Path | None, mask: Path | None, known: tuple[labels.Structure, ...] = ()
+) -> Head:
+    digests = [images.sha256(path)[:16] for path in (image, label, mask) if path is not None]
+    values = ["+".join(map(str, sorted(one.values))) for one in known]
+    digests += values if len(known) == 1 else [f"{one.name}={v}" for one, v in zip(known, values, strict=True)]
+    return Head(name, image, label, mask, "-".join(digests), known)
 
 
 def _cut(volume: Volume) -> Volume:
@@ -224,3 +244,15 @@ OWN = {"seconds": ("seconds", 2), "tiles": ("tiles", 0)}
 def figure_paths() -> dict[str, str]:
     """Column of the tables -> number of a cell."""
     return {name: column.path for name, column in columns().items()} | {name: name for name in OWN}
+
+
+DICE_OF = "dice_"  # before the name of a structure, in a column of the tables
+
+
+def structure_paths(numbers: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """The same of the Dice of each of several structures, as far as cells have them."""
+    ends = ("structures.", ".dice")
+    paths = dict.fromkeys(
+        path for one in numbers for path in one if path.startswith(ends[0]) and path.endswith(ends[1])
+    )
+    return {DICE_OF + path.removeprefix(ends[0]).removesuffix(ends[1]): path for path in paths}

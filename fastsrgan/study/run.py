@@ -43,7 +43,8 @@ class Settings:
     noise : standard deviations over the largest value
     ratios : slice thickness over the head's voxel size
     split, subjects : which rows of the table, and how many at most
-    label_classes, label_names : which values of the labels are the structure, see ``labels.structure``
+    label_classes, label_names : which values of the labels are the structure, see ``labels.structure``; of several
+        the first is scored throughout, and every one has its Dice
     """
 
     patch: int | None = None
@@ -55,7 +56,7 @@ class Settings:
     axis: int = 2
     split: str = "Test"
     subjects: int | None = None
-    label_classes: str | None = None
+    label_classes: str | Sequence[str] | None = None
     label_names: str | os.PathLike | None = None
     device: str = "auto"
     precision: str = "auto"

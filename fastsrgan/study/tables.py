@@ -9,7 +9,7 @@ from typing import Any
 
 from fastsrgan.core.files import atomic_write, write_json
 from fastsrgan.evaluate.figures import columns
-from fastsrgan.study.data import OWN
+from fastsrgan.study.data import DICE_OF, OWN
 from fastsrgan.study.plots import Panel, draw
 
 FORMS = ("csv", "md", "json", "png", "svg")  # of the files KIND.FORM
@@ -60,7 +60,10 @@ def shown_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
     rows = facts["rows"]
     if facts["study"] == "curves":
         return [{key: _number(value) for key, value in row.items()} for row in rows]
-    figures = {name: head for name, head in headings().items() if any(name in row["figures"] for row in rows)}
+    known = headings()
+    found = dict.fromkeys(name for row in rows for name in row["figures"])
+    more = {n: (f"Dice {n.removeprefix(DICE_OF)}", known["dice"][1]) for n in found if n not in known}
+    figures = {name: head for name, head in (known | more).items() if name in found}
     shown = []
     for row in rows:
         step = "-" if row["step"] is None else str(row["step"])

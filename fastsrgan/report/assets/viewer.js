@@ -283,6 +283,7 @@
       const colours = (stops, I) => ({ R: stops.map((c) => c[0]), G: stops.map((c) => c[1]), B: stops.map((c) => c[2]), A: I.map(() => 255), I });
       nv.addColormap("signed", colours([DARKER, [0, 0, 0], [0, 0, 0], BRIGHTER], [0, 127, 129, 255]));
       nv.addColormap("doubt", colours(DOUBT, [0, 128, 255]));
+      nv.addColormap("opaque", colours([[0, 0, 0], [255, 255, 255]], [0, 255]));
       if (plan.colours) { // between two values colours run into each other: each takes up three of the 256
         const own = Array.from({ length: 256 }, (_, v) => Math.min(Math.round(v / 3), plan.colours.length));
         const map = colours(own.map((k) => plan.colours[Math.max(k - 1, 0)]), own.map((_, v) => v));
@@ -290,8 +291,8 @@
       }
       await nv.attachToCanvas(canvas);
       const layers = [pane.base, ...pane.layers].map((name, i) => [name, i ? opacity(pane, name) : 1]);
-      for (const [name, seen] of layers) {
-        const map = name in plan.differences ? "signed" : name in COLOURS || name === "doubt" || name === "mask" ? name : "gray";
+      for (const [i, [name, seen]] of layers.entries()) {
+        const map = name in plan.differences ? "signed" : name in COLOURS || name === "doubt" || name === "mask" ? name : i ? "opaque" : "gray";
         const data = name === "mask" ? volumes.mask.map((v) => 3 * v) : volumes[name];
         nv.addVolume(await niivue.NVImage.new(nifti(data), name + ".nii", map, seen, null, 0, name in COLOURS ? 1 : 255));
       }
