@@ -337,7 +337,7 @@ def bytes_of(image: Image, job: ImageJob) -> int:
         return 0
     voxels = math.prod(grid_size(n, a, b) for n, a, b in zip(file.shape, own, wanted, strict=True))
     stored, outputs = np.dtype(file.dtype), job.outputs(image)
-    each = {"sr": job.settings.sr_bytes(stored.kind, stored.itemsize)}
+    each: dict[str, float] = {"sr": job.settings.sr_bytes(stored.kind, stored.itemsize)}
     each |= {"prob": 4, "doubt": 4, "seg": PACKED, "mask": PACKED}
     residual = 4 * math.prod(file.shape) if "residual" in outputs else 0  # on the scan's own grid
     return residual + int(voxels * sum(each.get(kind, 0) for kind in outputs))
