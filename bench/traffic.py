@@ -26,6 +26,7 @@ from torch._inductor.virtualized import V
 
 from bench.data_page import table
 from fastsrgan.model import layers
+from fastsrgan.model.compiled import INDUCTOR
 from fastsrgan.model.networks import Generator, GeneratorSpec
 
 
@@ -92,7 +93,7 @@ def count(function: Callable[[Tensor], Tensor], x: Tensor, backward: bool) -> Co
     """What ``function`` moves on x, compiled; with ``backward`` its gradient for all parameters too."""
     torch._dynamo.reset()
     found = Count()
-    with config.patch(force_disable_caches=True), as_on_cuda():
+    with config.patch(force_disable_caches=True, **INDUCTOR), as_on_cuda():
         fast = torch.compile(
             function,
             fullgraph=True,

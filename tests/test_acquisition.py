@@ -20,6 +20,7 @@ from fastsrgan.volume.acquisition import (
     fit_profile,
     missing_sd,
     noise_sd,
+    sampled,
 )
 from fastsrgan.volume.consistency import agreed, observation
 from fastsrgan.volume.resample import apply_axes
@@ -58,6 +59,16 @@ def test_noise_alone_is_measured_exactly_and_scales_with_the_image():
     assert noise_sd(flat, 2) == pytest.approx(1, rel=0.01)
     assert noise_sd(flat.transpose(2, 0, 1), 0) == pytest.approx(noise_sd(flat, 2), rel=1e-6)
     assert noise_sd(1000 * flat, 2) == pytest.approx(1000 * noise_sd(flat, 2), rel=1e-5)
+
+
+@pytest.mark.parametrize(("n", "expected"), [(1, [0]), (20, range(20)), (32, range(32)), (311, range(0, 311, 10))])
+def test_planes_are_looked_at_from_the_first_to_the_last_evenly(n, expected):
+    """At most 32 of them, across every axis."""
+    for axis in range(3):
+        volume = np.broadcast_to(
+            np.arange(n).reshape([-1 if d == axis else 1 for d in range(3)]), [n if d == axis else 2 for d in range(3)]
+        )
+        assert [int(plane[0, 0]) for plane in sampled(volume, axis)] == list(expected)
 
 
 def test_too_little_tissue_says_nothing():

@@ -297,6 +297,23 @@ def test_sides_take_turns():
     assert list(found.values()) == [2, 1, 3, 4, 3]
 
 
+@pytest.mark.parametrize(("quick", "n", "edge"), [(True, 2**20, 128), (False, 2**26, 2048)])
+def test_ceilings_count_what_a_copy_moves_and_a_product_multiplies(monkeypatch, quick, n, edge):
+    """Each float is read and written, 8 bytes; an element of a product is edge multiplications and additions."""
+    asked = []
+
+    def timed(sides, repeats, device):
+        asked.append((repeats, device))
+        return {"copy": [common.Turn(s, 9.0) for s in (0.5, 0.25, 1.0)], "matmul": [common.Turn(2.0, 0.1)]}
+
+    monkeypatch.setattr(common, "take_turns", timed)
+    if not quick:  # what is not timed need not be there
+        monkeypatch.setattr(common.torch, "ones", lambda *shape: torch.empty(0))
+    found = common.ceilings(quick)
+    assert found == {"copy_bytes_per_second": 2 * 4 * n / 0.25, "matmul_flop_per_second": 2 * edge**3 / 2.0}
+    assert asked == [(5, "cpu")]
+
+
 def test_peak_memory_sees_what_is_allocated_and_given_back():
     size = 80 * 2**20
 

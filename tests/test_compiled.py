@@ -21,7 +21,7 @@ from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.infer import network as tile_network
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.model import networks
-from fastsrgan.model.compiled import MOST, compiled, wanted, whole
+from fastsrgan.model.compiled import INDUCTOR, MOST, Job, compiled, wanted, whole
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.train import precision
 from fastsrgan.train.critic_step import critic_gradients
@@ -113,13 +113,16 @@ def test_who_is_compiled():
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "device", "mode"), [(1, CUDA, "reduce-overhead"), (2, CUDA, None), (1, CPU, None)]
+    ("accumulate", "device", "options"),
+    [(1, CUDA, INDUCTOR | {"triton.cudagraphs": True}), (2, CUDA, INDUCTOR), (1, CPU, None)],
 )
-def test_graphs_are_for_cuda_and_for_gradients_that_do_not_add_up(monkeypatch, accumulate, device, mode):
+def test_graphs_are_for_cuda_and_for_gradients_that_do_not_add_up(monkeypatch, accumulate, device, options):
     asked = {}
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.update(options) or function)
     compiled(lambda: None, CONFIG.replace(compile="on", accumulate=accumulate), device)
-    assert asked == {"fullgraph": True, "dynamic": False, "backend": "inductor", "mode": mode}
+    assert asked == {"fullgraph": True, "dynamic": False, "backend": "inductor", "options": options}
+    known = torch._inductor.config.get_config_copy()
+    assert all(name in known for name in options or ()), "torch refuses names that it does not know"
 
 
 def told(caplog) -> int:
@@ -150,7 +153,67 @@ def test_further_shapes_than_are_compiled_for_run_as_they_are(caplog):
         for n in (*range(2, 14), *range(2, 14)):
             assert torch.equal(fast(torch.ones(n), 1.0), torch.full((n,), 3.0))
     assert counters["stats"]["unique_graphs"] == MOST
-    assert caplog.text.count("further ones run uncompiled") == 1
+    assert caplog.text.count("what differs runs uncompiled") == 1
+
+
+def test_functions_of_a_job_share_its_compilations():
+    """Networks count by what they are made of; a job that is not given is a function's own."""
+    job = Job()
+    first, second = (
+        whole(f, CPU, True, "eager", job=job) for f in (lambda x: x + 1, lambda net, x: x * 2 + 0 * net.head.sum())
+    )
+    first(torch.ones(2)), first(torch.ones(3))
+    for kernel, seed in ((1, 0), (1, 1), (2, 0)):
+        second(build_generator(GeneratorSpec(kernel=kernel), seed=seed), torch.ones(2))
+    assert len(job.kinds) == counters["stats"]["unique_graphs"] == MOST
+    assert second(build_generator(GeneratorSpec(kernel=3)), torch.ones(2)).tolist() == [2, 2]
+    assert first(torch.ones(4)).tolist() == [2] * 4 and len(job.kinds) == MOST
+    assert whole(lambda x: x - 1, CPU, True, "eager")(torch.ones(2)).tolist() == [0, 0]
+    assert counters["stats"]["unique_graphs"] == MOST + 1
+
+
+class Counted:
+    """In place of torch.compile: functions run as they are; what it would compile anew is counted, over all of them."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.kinds, self.calls = set(), 0
+        monkeypatch.setattr(torch, "compile", self.compile)
+
+    def compile(self, function, **options):
+        def fast(*args, **more):
+            self.calls += 1
+            self.kinds.add((function.__name__, self.what(args), self.what(tuple(sorted(more.items())))))
+            return function(*args, **more)
+
+        return fast
+
+    def what(self, value):
+        if isinstance(value, torch.nn.Module):
+            return tuple(p.shape for p in value.parameters())
+        if isinstance(value, torch.Tensor):
+            return value.shape, value.stride(), value.dtype, value.requires_grad
+        return tuple(map(self.what, value)) if isinstance(value, (tuple, list)) else value
+
+
+@pytest.mark.parametrize("more", [{}, {"penalty_every": 2}, {"accumulate": 2}, {"joint_fakes": False}], ids=str)
+def test_a_training_compiles_four_times_at_most(monkeypatch, caplog, more):
+    """Warm-up, critic updates with and without penalty, a pool's uneven batches; only the warm-up may go without."""
+    counted = Counted(monkeypatch)
+    config = SMALL.replace(batch_size=6, lambda_adv=1e-3, **more)
+    plain, m = (double(Models(config.replace(compile=how), 0, CPU)) for how in ("off", "on"))
+    with caplog.at_level(logging.WARNING, "fastsrgan"):
+        for i, n in enumerate((6, 5, 4)):
+            made = batch(i, config.replace(batch_size=n))[0]
+            assert m.generator_update(made, False) == pytest.approx(plain.generator_update(made, False), rel=1e-3)
+        warm = counted.calls
+        for i, n in enumerate((6, 5, 4)):
+            drawn = [batch(10 * i + j, config) for j in range(3)]
+            m.critic_updates([b for b, _ in drawn], [e for _, e in drawn])
+            m.generator_update(batch(i, config.replace(batch_size=n))[0], True)
+    assert 3 <= len(counted.kinds) <= MOST and "uncompiled" not in caplog.text
+    parts = config.accumulate
+    assert warm == (0 if "penalty_every" in more else 3 * parts)
+    assert counted.calls - warm > 3 * (3 + 1) * parts, "all critic and generator updates, and their fakes"
 
 
 @pytest.mark.parametrize("error", [torch._dynamo.exc.FailOnRecompileLimitHit("8 reached"), ValueError("in a pass"),
@@ -237,7 +300,7 @@ def test_training_compiles_on_cuda_after_the_compiled_self_test(monkeypatch, cap
 
     class Stop(Exception): ...
 
-    def stopped(function, config, device):
+    def stopped(function, config, device, job):
         asked.append(config.compile)
         raise Stop
 
@@ -380,6 +443,44 @@ def test_a_cohort_keeps_the_batch_of_its_first_volume(monkeypatch):
         infer_volume(IMAGE, np.diag([1, 1, spacing, 1]), generator, **{**TILES, "batch": "auto"}, compile="on")
     assert set(made[0].batches) == {4} and len(made[0].more) >= 2
     assert all(isinstance(mm, torch.Tensor) for mm in made[0].more), "a number would be compiled in"
+
+
+def test_volumes_of_many_sizes_compile_four_times_at_most(monkeypatch, caplog):
+    """As on CUDA: axes shorter than a tile are mirrored up to few sizes. What is beyond four runs as it is."""
+    counted = Counted(monkeypatch)
+    monkeypatch.setattr(tile_network, "fast_head", functools.cache(tile_network.fast_head.__wrapped__))
+    monkeypatch.setitem(tile_network.MULTIPLES, "cpu", tile_network.MULTIPLES["cuda"])
+    draw = np.random.default_rng(3)
+    options = {"patch": 40, "step": 40, "device": "cpu", "batch": 1}
+    networks = [build_generator(GeneratorSpec(kernel=k)).eval() for k in (1, 2)]
+
+    def done(network, shape) -> list[int]:
+        image = draw.random(shape, np.float32) * 900
+        result = infer_volume(image, np.eye(4), network, **options, compile="on")
+        assert result.sr.shape == shape and np.isfinite(result.sr).all()
+        return result.report["tile"]
+
+    with caplog.at_level(logging.WARNING, "fastsrgan"):
+        shapes = [(9, 12, 13), (14, 17, 18), (21, 22, 25), (26, 29, 30), (24, 32, 11)]
+        assert all(done(networks[0], shape) == [32, 32, 32] for shape in shapes)
+        assert counted.calls == len(shapes) and len(counted.kinds) == 1
+        assert done(networks[0], (33, 20, 41)) == [40, 32, 40]  # no larger than the patch that was asked for
+        done(networks[1], (20, 20, 20)), done(networks[1], (34, 20, 20))
+        assert len(counted.kinds) == MOST and "uncompiled" not in caplog.text
+        done(networks[1], (20, 34, 20))
+    assert len(counted.kinds) == MOST and caplog.text.count("what differs runs uncompiled") == 1
+
+
+def test_tiles_on_a_cpu_are_of_the_sizes_that_they_were(monkeypatch):
+    """Compiled or not."""
+    Counted(monkeypatch)
+    network = build_generator(GeneratorSpec(kernel=1)).eval()
+    for compile in ("off", "on"):
+        assert infer_volume(IMAGE, np.eye(4), network, **{**TILES, "patch": 40}, compile=compile).report["tile"] == [
+            24,
+            20,
+            28,
+        ]
 
 
 def test_compile_is_checked_and_stays_off_on_a_cpu(monkeypatch):

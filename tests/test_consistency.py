@@ -143,8 +143,9 @@ def test_the_best_linear_estimate_is_never_worse_than_the_spline():
     assert ((consistency.best_linear(spline, clean, truth, seen) - truth) ** 2).sum() < 0.5 * truth.size * 0.05**2
 
 
-def test_the_floor_holds():
-    seen, sr, scan = case("one thick axis")
+@pytest.mark.parametrize("name", CASES)
+def test_the_floor_holds(name):
+    seen, sr, scan = case(name)
     free, bound = agreeing(sr, scan, seen, 0.1), agreeing(sr, scan, seen, 0.1, floor=-0.5)
     assert np.array_equal(bound, np.maximum(free, -0.5)) and (free < -0.5).any()
 

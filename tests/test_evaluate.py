@@ -55,6 +55,18 @@ def files(tmp_path, pair):
     return {n: images.save(tmp_path / f"{n}.nii.gz", v.data, v.affine) for n, v in pair.items()}
 
 
+def test_a_doubt_is_compared_with_the_error_inside_the_mask(pair):
+    """Outside it the doubt is wrong by a factor of a hundred, which nothing of the result may tell."""
+    inside = pair["mask"].data > 0
+    doubt = np.abs(pair["sr"].data - pair["hr"].data) + np.float32(0.5)
+    doubt[~inside] *= 100
+    found = evaluate.evaluate_pair(**pair, doubt=Volume(doubt, pair["hr"].affine))["doubt"]
+    assert found == metrics.calibration(pair["sr"].data, pair["hr"].data, doubt, inside)
+    assert 0.5 < found["error_over_doubt"] < 1
+    without = evaluate.evaluate_pair(pair["sr"], pair["hr"], doubt=Volume(doubt, pair["hr"].affine))["doubt"]
+    assert without["error_over_doubt"] < 0.1  # found: 0.009
+
+
 def test_one_grid_gives_the_metrics_themselves(pair):
     result = evaluate.evaluate_pair(**pair)
     sr, hr, mask = pair["sr"].data, pair["hr"].data, pair["mask"].data
@@ -151,6 +163,16 @@ def test_another_grid_is_resampled_in_world_space(case, caplog):
     assert any("cubic spline" in note for note in result["notes"])
     assert any("nearest voxel" in note for note in result["notes"])
     assert "resampled" in caplog.text
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_a_constant_image_is_constant_up_to_the_edge_of_its_field_of_view(order):
+    """Also in the half voxel beyond the outermost centres, where thick slices have several voxels of the reference."""
+    scan = Volume(np.full((6, 7, 5), 80.0, np.float32), np.diag([1.0, 1.0, 4.0, 1.0]))
+    like = np.diag([0.5, 1.0, 1.0, 1.0])
+    like[:3, 3] = -0.25, 0, -1.5  # centres of the reference's first voxels: its corner is the scan's
+    moved = grids.onto_grid(scan, Volume(np.zeros((12, 7, 20), np.float32), like), order=order, notes=[])
+    assert np.abs(moved.data - 80).max() < 1e-3  # found: 6.1e-5
 
 
 def test_a_grid_stored_in_another_order_is_exact(pair):

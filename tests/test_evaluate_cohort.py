@@ -292,6 +292,15 @@ def test_two_results_are_compared_subject_by_subject(two, tmp_path, capsys):
     assert float(lines[2][f"second.{figure}"]) == pytest.approx(values[1, 2])
 
 
+def test_limits_of_agreement_are_the_mean_and_twice_the_sample_deviation_of_unequal_differences():
+    """Second minus first, 1.96 times the root of the squares' sum over n - 1, by hand."""
+    told = compare.compared([1.0, 2.0, 3.0, 4.0], [2.0, 4.0, 4.0, 9.0])  # 1, 2, 1 and 5 apart
+    sd = ((1.25**2 + 0.25**2 + 1.25**2 + 2.75**2) / 3) ** 0.5
+    assert told["limits"] == pytest.approx([2.25 - 1.96 * sd, 2.25 + 1.96 * sd], rel=1e-12)
+    assert told["difference"] == pytest.approx({"mean": 2.25, "sd": sd, "n": 4}, rel=1e-12)
+    assert compare.compared([1.0], [2.0])["limits"] is None
+
+
 def test_a_test_that_cannot_show_a_difference_says_so(two):
     first, second, truth = two
     for folder in (first, second):

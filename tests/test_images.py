@@ -358,6 +358,9 @@ def test_sha256_covers_all_bytes_of_an_image(tmp_path):
     assert images.sha256(pair) == images.sha256(tmp_path / "b.img") == hashlib.sha256(both).hexdigest()
     with pytest.raises(InputError):
         images.sha256(tmp_path / "none.nii")
+    long = tmp_path / "long.nii"  # in pieces: a change in the last of them is another image
+    long.write_bytes(bytes(2 * CHUNK_BYTES) + b"end")
+    assert images.sha256(long) == hashlib.sha256(bytes(2 * CHUNK_BYTES) + b"end").hexdigest()
 
 
 def test_volume_of_the_contract(tmp_path):

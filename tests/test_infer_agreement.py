@@ -81,6 +81,21 @@ def test_auto_takes_a_narrow_profile_and_a_weight_that_grows_with_the_noise(gene
     assert found[2]["noise"] == pytest.approx(60, rel=0.15)
 
 
+@pytest.mark.parametrize("thickness", ["auto", 2.0])
+@pytest.mark.parametrize("profile", ["auto", "box", "gaussian"])
+def test_what_is_missing_is_judged_by_the_gaussian_as_wide_as_the_slices_are_thick(
+    generator, scan, monkeypatch, profile, thickness
+):
+    """Whatever profile the result is made to agree with: a narrower one would find that less is missing."""
+    judged, real = [], modes.choose_weight
+    monkeypatch.setattr(modes, "choose_weight", lambda *given: judged.append(given[1]) or real(*given))
+    infer_volume(scan, AFFINE, generator, **FAST, profile=profile, slice_thickness=thickness)
+    (by,) = judged
+    expected = seen(profile="gaussian", thickness_mm=None if thickness == "auto" else thickness)
+    assert [matrix is None for matrix in by.down] == [True, True, False]
+    assert np.abs(by.down[2] - expected.down[2]).max() < 1e-12  # found: 6.7e-16
+
+
 @pytest.mark.parametrize("resolution", [None, "same"])
 def test_a_result_on_the_scan_s_grid_is_left_alone(generator, scan, resolution):
     affine = np.eye(4) if resolution is None else AFFINE

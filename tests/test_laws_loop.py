@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from spies import CONFIG, PATCHES, SCORES, SUBJECTS, spied
 
+from fastsrgan.data.feed import deal
 from fastsrgan.data.pool import Batch
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import ResourceError
@@ -291,6 +292,23 @@ def test_validations_and_snapshots_come_in_the_epochs_that_were_asked_for(monkey
     assert saved == sorted({*expected, epochs}) and [f.args[0] for w, f in calls if w == "export"] == saved
 
 
+def epochs_of(calls, kind: str) -> list[int]:
+    """In which epochs there were calls of a kind; an epoch ends where its weights are written."""
+    epoch, found = 1, []
+    for what, facts in calls:
+        if what == kind:
+            found.append(epoch)
+        epoch += what == "write_weights" and facts.args[0].name == "model.safetensors"
+    return found
+
+
+@pytest.mark.parametrize(("patches", "whole"), [(2, 3), (3, 2), (1, 4), (4, 0)])
+def test_whole_volumes_are_validated_in_epochs_of_their_own(monkeypatch, patches, whole):
+    _, calls = spied(monkeypatch, CONFIG.replace(validate_every=patches, whole_every=whole, epochs=6))
+    assert epochs_of(calls, "validate") == [e for e in range(1, 7) if e % patches == 0]
+    assert epochs_of(calls, "whole") == [e for e in range(1, 7) if whole and e % whole == 0]
+
+
 @pytest.mark.parametrize("best_by", ["dice", "psnr"])
 def test_the_best_epoch_by_the_chosen_score_is_kept(monkeypatch, best_by):
     table = {1: (0.4, 31.0), 2: (0.6, 30.0), 3: (0.5, 33.0), 4: (0.6, 32.0)}
@@ -348,6 +366,17 @@ def test_an_epoch_may_be_cut_short_and_every_group_has_its_share(monkeypatch):
     assert len(seen) == 8
     for epoch in (seen[:4], seen[4:]):
         assert not (epoch[0] | epoch[1]) & (epoch[2] | epoch[3])
+
+
+@pytest.mark.parametrize(("most", "shares"), [(1, [1, 0]), (3, [2, 1]), (4, [2, 2]), (9, [5, 4]), (99, [5, 5])])
+def test_updates_of_a_short_epoch_are_shared_out_evenly_the_first_groups_having_those_left_over(
+    monkeypatch, most, shares
+):
+    """Groups of three subjects, 18 patches in batches of 4: at most 5 updates each. Larger groups come first."""
+    networks, _ = spied(monkeypatch, CONFIG.replace(steps_per_epoch=most, epochs=1))
+    seen = [frozenset(subjects_of(f.ids)) for f in networks.of("generator")]
+    groups = [frozenset(members) for members in deal(list(SUBJECTS), CONFIG.seed, 1, 3, 0, 1)]
+    assert [sum(subjects <= group for subjects in seen) for group in groups] == shares and len(seen) == sum(shares)
 
 
 def test_patience_ends_a_run_after_exactly_as_many_validations_without_a_better_score(monkeypatch):

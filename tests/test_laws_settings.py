@@ -60,7 +60,7 @@ class Seen:
         self.patch.setattr(run_module, "batch_that_fits", lambda *args: 1)
         self.patch.setattr(precision, "self_test", lambda *args: {})
         self.compiled_with: list[str] = []
-        note = lambda function, config, device: self.compiled_with.append(config.compile) or function  # noqa: E731
+        note = lambda function, config, device, job: self.compiled_with.append(config.compile) or function  # noqa: E731
         self.patch.setattr(gan, "compiled", note)
         self.engines: list[str] = []
         self.patch.setattr(feed_module, "pick_mover", lambda engine, *more: self.engines.append(engine))

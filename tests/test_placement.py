@@ -91,6 +91,16 @@ def test_a_turn_beyond_rounding_is_another_grid_however_small_the_array():
         assert apart.least == 0 and apart.largest < 0.2 and apart.same is same
 
 
+@pytest.mark.parametrize(("n", "same"), [(256, True), (400, False)])
+def test_a_small_turn_is_rounding_until_another_voxel_is_the_nearest(n, same):
+    """0.1 degrees about the first voxel: at the other end of 400 voxels they are 0.7 voxels apart."""
+    turned = np.eye(4)
+    turned[:3, :3] = Rotation.from_euler("z", 0.1, degrees=True).as_matrix()
+    apart = difference(turned, np.eye(4), (n, 10, 10))
+    assert apart.least == 0 and apart.largest == pytest.approx((n - 1) * np.radians(0.1), rel=1e-3)  # found: 6e-4
+    assert apart.same is same
+
+
 def test_a_flipped_copy_that_was_rounded_is_turned_exactly(tmp_path):
     rng = np.random.default_rng(0)
     data = rng.integers(0, 2, SHAPE).astype(np.uint8)

@@ -157,6 +157,23 @@ def test_a_cell_of_another_patch_precision_or_seed_is_measured_anew(tmp_path, mo
     assert [made(), made(), made(**other), made(**other), made()] == [1, 1, 2, 2, 2]
 
 
+def test_every_head_and_seed_has_noise_of_its_own_the_same_in_every_condition():
+    """The key names it: two heads alike are not acquired with one noise, and a study made again is the same."""
+    phantom = head(SHAPE, (7.0, 7.0, 7.0))
+    hr = {"hr": Volume(phantom.data, phantom.affine)}
+    noisy = Condition("noisy", (7.0, 7.0, 21.0), 0.1)
+    clean = acquire(hr, Condition("clean", (7.0, 7.0, 21.0)), (0, "a"))
+    keys = ((0, "a"), (0, "b"), (1, "a"), (0, "a"))
+    cases = [acquire(hr, noisy, key) for key in keys]
+    noise = [c.scan.data.ravel() * float(clean.hr.data.max() / c.hr.data.max()) for c in cases]
+    noise = [n - clean.scan.data.ravel() for n in noise]
+    bright = clean.scan.data.ravel() > 0.4  # far from where it is cut at zero
+    assert np.array_equal(noise[0], noise[3])
+    alike = np.corrcoef([n[bright] for n in noise[:3]]) - np.eye(3)
+    assert np.abs(alike).max() < 0.2  # found: 0.045
+    assert all(0.05 < n[bright].std() < 0.15 for n in noise)
+
+
 def test_a_condition_does_what_its_name_says(monkeypatch):
     monkeypatch.setattr(study, "spacing_of", lambda head: (1.0, 1.0, 1.0))
     asked = study._filled("augmentation", study.Settings(), False)

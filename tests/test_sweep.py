@@ -321,6 +321,28 @@ def test_a_region_is_computed_as_without_it_and_the_rest_left_alone(plan, window
     assert torch.equal(by_slabs, out)
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_region_meets_the_tiles_that_see_it_wherever_padding_lies_in_front(axis):
+    """Of every voxel along an axis that has three zeros in front of it: no tile too few, and none too many."""
+    shape = [8, 8, 8]
+    shape[axis] = 22
+    plan = tiles.plan(shape, 8, 7, padding="original")
+    assert plan.pad_before == (3, 3, 3) and plan.grid[axis] == 4
+    volume, network = some(plan.shape), Local()
+    whole, _ = predict(volume, plan, TileNetwork(network, 1.0))
+    for place in range(22):
+        mask = np.zeros(plan.shape, bool)
+        mask[tuple(place if d == axis else 4 for d in range(3))] = True
+        region = tiles.from_mask(mask, identity_index(plan.shape))
+        out, facts = predict(volume, plan, TileNetwork(network, 1.0), region=region)
+        padded = np.pad(
+            mask, [(b, n - m - b) for b, n, m in zip(plan.pad_before, plan.padded_shape, plan.shape, strict=True)]
+        )
+        seen = sum(padded[tuple(slice(o, o + 8) for o in at)].any() for at in plan)
+        assert facts["tiles_outside"] == len(plan) - seen and 0 < seen < len(plan)
+        assert torch.allclose(out[:, mask], whole[:, mask], atol=1e-6)
+
+
 def test_a_box_is_a_region():
     index = [np.array([0, 0, 1, 1, 2, 2, 3]), np.arange(5), np.arange(4)]
     box = tiles.from_box((1, 0, 2), (2, 3, 3), index)

@@ -115,6 +115,9 @@ def test_an_axis_shorter_than_the_patch_is_one_tile_of_the_next_allowed_size():
     plan = tiles.plan((70, 5, 203), (128, 64, None), 30)
     assert plan.patch == (72, 8, 204) and plan.origins == ((0,), (0,), (0,))
     assert plan.pad_before == (1, 1, 0)
+    plan = tiles.plan((70, 5, 203), (80, 64, None), 30, multiple=32)
+    assert plan.patch == (80, 32, 224) and plan.origins == ((0,), (0,), (0,)), "no larger than the patch"
+    assert plan.crop == (slice(5, 75), slice(13, 18), slice(10, 213)) and plan.padded_shape == plan.patch
 
 
 def test_mirror_padding_is_numpys_symmetric():

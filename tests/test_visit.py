@@ -17,6 +17,7 @@ from fastsrgan.data.settings_check import refuse_faults
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError
 from fastsrgan.io import nifti as images
+from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.synthesis import Synthesis
 from fastsrgan.store.reader import Store, open_store
 from fastsrgan.train import run as run_module
@@ -114,6 +115,18 @@ def test_every_visit_is_a_function_of_seed_epoch_and_subject(store):
     assert len(set(made.values())) == len(made)
     other = Feed(store, DRAWN, RULE, seed=4, device=CPU, visits=Visits(0.0, (3, 42), Synthesis()))
     assert digest(other.prepare(1, "sub-0_tissues")) != made[1, "sub-0_tissues"]
+
+
+def test_images_are_made_anew_in_every_epoch_and_seed(store):
+    """Not only degraded anew: with one resolution and contrast and without noise they differ, and their labels do."""
+    plain = Degradation(((1.0, 1.0, 3.0),), 0.0, 0.0)
+    looks = []
+    for seed, epoch in ((3, 1), (3, 2), (3, 3), (4, 1), (3, 1)):
+        made = Feed(store, plain, RULE, seed=seed, device=CPU, visits=Visits(1.0, (3, 42), Synthesis()))
+        looks.append(made.prepare(epoch, "sub-0_tissues"))
+    for part in ("hr", "label"):
+        bits = [getattr(look, part).numpy().tobytes() for look in looks]
+        assert bits[0] == bits[-1] and len(set(bits)) == 4
 
 
 def test_ranks_and_threads_see_the_same_visits(store):

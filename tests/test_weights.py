@@ -323,6 +323,20 @@ def flip(path, at=-5):
     path.write_bytes(data)
 
 
+def test_the_moving_average_of_a_snapshot_is_what_a_run_is_used_with(tmp_path):
+    """Of a run folder, of its checkpoints, of a snapshot alone; a snapshot goes on with both."""
+    generator = snapshot(tmp_path / "checkpoints" / "step-00000020", 1)
+    average = random_generator(generator.spec, 2)
+    model = weights.save_generator(tmp_path / "m.safetensors", generator, Critic(CriticSpec(1, 16), 1), ema=average)
+    folder = tmp_path / "checkpoints" / "step-00000020"
+    entry = {"sha256": hashlib.sha256(model.read_bytes()).hexdigest(), "bytes": model.stat().st_size}
+    model.replace(folder / "model.safetensors")
+    (folder / "manifest.json").write_text(json.dumps({"files": {"model.safetensors": entry}}))
+    for path in (tmp_path, tmp_path / "checkpoints", folder, folder / "model.safetensors"):
+        assert same(weights.load_generator(path), average)
+        assert same(weights.load_generator(path, ema=False), generator)
+
+
 def test_a_run_gives_its_newest_snapshot(tmp_path, caplog):
     checkpoints = tmp_path / "checkpoints"
     generators = [snapshot(checkpoints / f"epoch-{n:04d}", n) for n in (2, 10, 9)]

@@ -140,7 +140,7 @@ def main() -> None:
     """Run what is missing, then print the table."""
     args = parse()
     if args.markdown:
-        files = sorted(args.out.glob("*-*.json"), key=lambda p: list(ARMS).index(json.loads(p.read_text())["arm"]))
+        files = sorted(args.out.glob("*-[0-9]*.json"), key=lambda p: list(ARMS).index(json.loads(p.read_text())["arm"]))
         rows = summary([json.loads(path.read_text(encoding="utf8")) for path in files])
         columns = list(dict.fromkeys(k for row in rows for k in row))
         print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

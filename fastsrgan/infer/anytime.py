@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsrgan.config import SIZE_MULTIPLE
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import out_of_memory
 from fastsrgan.infer import tiles
@@ -43,17 +44,17 @@ class Level(NamedTuple):
     plan: tiles.TilePlan
 
 
-def levels(shape: Sequence[int], patch: tiles.PerAxis, step: Step) -> list[Level]:
+def levels(shape: Sequence[int], patch: tiles.PerAxis, step: Step, multiple: int = SIZE_MULTIPLE) -> list[Level]:
     """Nested steps, the coarsest first: the wanted step, doubled as long as tiles still overlap by half.
 
-    ``"auto"`` ends at a sixteenth of the patch. Raises UsageError as ``tiles.plan``.
+    ``"auto"`` ends at a sixteenth of the patch. ``multiple``, and raises UsageError, as ``tiles.plan``.
     """
-    edges = tiles.plan(shape, patch, 1).patch
+    edges = tiles.plan(shape, patch, 1, multiple=multiple).patch
     steps = tuple(max(1, p // 2**LEVELS) for p in edges) if step == "auto" else per_axis("step", step)
-    result = [Level(steps, tiles.plan(shape, patch, steps))]
+    result = [Level(steps, tiles.plan(shape, patch, steps, multiple=multiple))]
     while any(2 * s <= p // 2 for s, p in zip(steps, edges, strict=True)):
         steps = tuple(2 * s if 2 * s <= p // 2 else s for s, p in zip(steps, edges, strict=True))
-        plan = tiles.plan(shape, patch, steps)
+        plan = tiles.plan(shape, patch, steps, multiple=multiple)
         if len(plan) < len(result[0].plan):
             result.insert(0, Level(steps, plan))
     return result

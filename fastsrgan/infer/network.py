@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastsrgan.config import MIN_SIZE
+from fastsrgan.config import MIN_SIZE, SIZE_MULTIPLE
 from fastsrgan.core.system import free_memory
 from fastsrgan.errors import ModelError, ResourceError, out_of_memory
 from fastsrgan.infer import tiles
@@ -170,6 +170,10 @@ def compiled_test(device: torch.device, dtype: torch.dtype, strict: bool) -> boo
     return compiled.proven(test, strict)
 
 
+# Of the edges of tiles that an axis shorter than the patch gets where passes are compiled: volumes of many sizes have
+# tiles of few. A CPU, where compiling is the exception, keeps to what the networks need.
+MULTIPLES = {"cpu": SIZE_MULTIPLE, "cuda": 32}
+
 # Tiles per compiled pass by device, type and tile: what the first volume of a job took, so that all are of one shape.
 _sizes: dict[tuple, int] = {}
 
@@ -258,6 +262,11 @@ class TileNetwork:
     def bytes_of(self, patch: Sequence[int], count: int = 1) -> int:
         """Memory that ``count`` tiles take in the network."""
         return self.probe(patch).of(patch, count) if self.fused else math.prod(patch) * FOREIGN * count
+
+    @property
+    def multiple(self) -> int:
+        """What the edges of a tile that holds a whole axis are multiples of."""
+        return MULTIPLES[self.device.type] if self.compiled else SIZE_MULTIPLE
 
     def choose_batch(self, batch: str | int, plan: tiles.TilePlan) -> int:
         """Set and return ``size``: an estimate for "auto", which running out of memory corrects."""

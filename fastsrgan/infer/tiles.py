@@ -8,6 +8,7 @@ results are wanted, a mask or the box around a head, are left out.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,14 @@ class TilePlan:
         return x, y, z
 
 
-def plan(shape_XYZ: Sequence[int], patch: PerAxis, step: int | Sequence[int], *, padding: str = "shift") -> TilePlan:
+def plan(
+    shape_XYZ: Sequence[int],
+    patch: PerAxis,
+    step: int | Sequence[int],
+    *,
+    padding: str = "shift",
+    multiple: int = SIZE_MULTIPLE,
+) -> TilePlan:
     """The tiles that cover a volume.
 
     Parameters
@@ -90,11 +98,12 @@ def plan(shape_XYZ: Sequence[int], patch: PerAxis, step: int | Sequence[int], *,
     step : distance between neighbouring tiles, at most the patch; one or one per axis, without effect where a single
         tile is enough
     padding : ``"shift"``: the last tile is moved back so that it ends with the volume; an axis shorter than the patch
-        becomes one tile, mirrored up to the next multiple of 4 (at least 8), since instance norms see the whole tile.
+        becomes one tile, mirrored up to the next ``multiple`` (at least 8), since instance norms see the whole tile.
         ``"original"``: zeros around the volume so that steps fit, ``step - (n - patch) % step`` of them, a whole step
         when they fitted already, the smaller half in front; with patch None up to a multiple of 4, plus 4 when it
         already is one, as in the original. An axis that this leaves shorter than the patch, where the original
         fails, is padded to the patch.
+    multiple : a multiple of 4; a larger one gives volumes of many sizes tiles of few sizes
 
     Raises
     ------
@@ -105,7 +114,7 @@ def plan(shape_XYZ: Sequence[int], patch: PerAxis, step: int | Sequence[int], *,
     shape = per_axis("volume", shape_XYZ)
     if any(n is None or n < 1 for n in shape):
         raise UsageError("volume", f"of shape {tuple(shape_XYZ)} has no voxels", "each size must be at least 1")
-    along = _axis_shift if padding == "shift" else _axis_original
+    along = functools.partial(_axis_shift, multiple=multiple) if padding == "shift" else _axis_original
     axes = []
     for n, p, s in zip(shape, per_axis("patch", patch), per_axis("step", step), strict=True):
         check_tile(p, s)
@@ -195,15 +204,11 @@ def _gather(out_N1XYZ: Tensor, volume_XYZ: Tensor, plan: TilePlan, indices: Sequ
     return out_N1XYZ
 
 
-def _allowed_size(n: int) -> int:
-    """The smallest size of at least ``n`` that the networks take."""
-    return max(MIN_SIZE, -(-n // SIZE_MULTIPLE) * SIZE_MULTIPLE)
-
-
-def _axis_shift(n: int, patch: int | None, step: int) -> tuple[int, int, int, tuple[int, ...]]:
+def _axis_shift(n: int, patch: int | None, step: int, multiple: int) -> tuple[int, int, int, tuple[int, ...]]:
     """One axis -> (pad before, padded size, tile size, origins)."""
     if patch is None or n <= patch:
-        size = _allowed_size(n)
+        size = max(MIN_SIZE, -(-n // multiple) * multiple)
+        size = size if patch is None else min(size, patch)
         return (size - n) // 2, size, size, (0,)
     last = n - patch
     return 0, n, patch, (*range(0, last, step), last)

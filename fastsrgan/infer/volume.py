@@ -143,7 +143,7 @@ def process(
     network = _network(generator, settings, image)
     if settings.in_levels and together:
         raise UsageError("budget", "ranks that share a volume would end at different steps", "a fixed --step")
-    levels = _levels(image, settings)
+    levels = _levels(image, settings, network.multiple)
     plan = levels[-1].plan
     can_stream = scratch is not None and (isinstance(image.source, Interpolated) or together is not None)
     # Ranks must not choose each for itself.
@@ -295,17 +295,18 @@ def _memory(
     return memory
 
 
-def _levels(image: Prepared, settings: InferSettings) -> list[anytime.Level]:
-    """The steps that may be reached; without a budget it is one."""
+def _levels(image: Prepared, settings: InferSettings, multiple: int) -> list[anytime.Level]:
+    """The steps that may be reached; without a budget it is one. ``multiple``: of the edges of tiles."""
     shape = image.source.shape
     patch, step = _turned(settings.patch, image.turn), _turned(settings.step, image.turn)
     original = image.geometry == "segsrgan"
     if not settings.in_levels:
         assert not isinstance(step, str)
-        return [anytime.Level((), tiles.plan(shape, patch, step, padding="original" if original else "shift"))]
+        padding = "original" if original else "shift"
+        return [anytime.Level((), tiles.plan(shape, patch, step, padding=padding, multiple=multiple))]
     if original:
         raise UsageError("budget", "the segsrgan geometry pads differently for every step", "--geometry physical")
-    return anytime.levels(shape, patch, step)
+    return anytime.levels(shape, patch, step, multiple)
 
 
 def _new_affine(affine: np.ndarray, old: tuple[int, ...], new: tuple[int, ...], image: Prepared) -> np.ndarray:

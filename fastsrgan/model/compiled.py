@@ -21,7 +21,11 @@ from fastsrgan.errors import FastsrganError, ResourceError, out_of_memory
 
 log = logging.getLogger("fastsrgan")
 
-MOST = 4  # shapes for which one function is compiled; further ones run as they are
+MOST = 4  # compilations of a job; what comes beyond runs as it is
+# Of Inductor, for CUDA. Layouts stay as the layers have them: its own choice is for 2-D convolutions and forgets, where
+# nothing needs a gradient, that inputs of 3-D ones have their channels innermost, so that each would be copied. Norm,
+# ReLU and padding have more than the 30 operations from which it writes what is between, in float32.
+INDUCTOR: dict[str, Any] = {"layout_optimization": False, "realize_opcount_threshold": 100}
 _LAZY = "force_non_lazy_backward_lowering"  # compiles a backward pass with its forward pass, where errors are caught
 
 
@@ -43,7 +47,34 @@ def wanted(config: TrainConfig, device: torch.device) -> bool:
     return turned_on(config.compile, device)
 
 
-def compiled(function: Callable, config: TrainConfig, device: torch.device, backend: Any = "inductor") -> Callable:
+class Job:
+    """The compilations of one job, which its functions share: ``MOST`` of them.
+
+    kinds : each function with the shapes, types and plain values of the arguments that it was compiled for
+    """
+
+    def __init__(self) -> None:
+        self.kinds: set[Any] = set()
+        self._told = False
+
+    def admits(self, kind: Any) -> bool:
+        """Whether it is among the kinds, or one of the first ``MOST`` and from now on among them."""
+        if kind not in self.kinds and len(self.kinds) == MOST:
+            if not self._told:
+                log.warning("compiled %d times already, what differs runs uncompiled", MOST)
+                self._told = True
+            return False
+        self.kinds.add(kind)
+        return True
+
+
+def compiled(
+    function: Callable,
+    config: TrainConfig,
+    device: torch.device,
+    backend: Any = "inductor",
+    job: Job | None = None,
+) -> Callable:
     """``function``, compiled whole where ``wanted``; on CUDA as a graph that one launch replays.
 
     A graph's outputs are overwritten by its next replay, so gradients of micro-batches that add up go without.
@@ -52,21 +83,27 @@ def compiled(function: Callable, config: TrainConfig, device: torch.device, back
     """
     if not wanted(config, device):
         return function
-    return whole(function, device, config.compile == "on", backend, graphs=config.accumulate == 1)
+    return whole(function, device, config.compile == "on", backend, config.accumulate == 1, job)
 
 
 def whole(
-    function: Callable, device: torch.device, strict: bool, backend: Any = "inductor", graphs: bool = True
+    function: Callable,
+    device: torch.device,
+    strict: bool,
+    backend: Any = "inductor",
+    graphs: bool = True,
+    job: Job | None = None,
 ) -> Callable:
     """``function`` compiled for the shapes it is called with, without graph breaks; ``graphs``: by CUDA graphs.
 
     strict : an error of the compiler is a ResourceError, else the function runs as it is and the log says so
+    job : what its compilations are counted with; None: it has ``MOST`` of its own
     """
-    graphs = graphs and device.type == "cuda" and backend == "inductor"
-    fast = torch.compile(
-        function, fullgraph=True, dynamic=False, backend=backend, mode="reduce-overhead" if graphs else None
-    )
-    return _Guarded(function, fast, strict)
+    options: dict[str, Any] | None = None
+    if device.type == "cuda" and backend == "inductor":
+        options = INDUCTOR | ({"triton.cudagraphs": True} if graphs else {})  # the latter is mode "reduce-overhead"
+    fast = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
+    return _Guarded(function, fast, strict, job or Job())
 
 
 def proven(test: Callable[[], object], strict: bool) -> bool:
@@ -85,27 +122,18 @@ def proven(test: Callable[[], object], strict: bool) -> bool:
 
 
 class _Guarded:
-    """Calls the compiled function, or the plain one once compiling has failed and for shapes beyond ``MOST``.
+    """Calls the compiled function, or the plain one once compiling has failed and for what its job does not admit."""
 
-    kinds : shapes, types and plain values of the arguments that it was compiled for
-    """
-
-    def __init__(self, plain: Callable, fast: Callable, strict: bool) -> None:
-        self.plain, self.fast, self.strict = plain, fast, strict
-        self.kinds: set[Any] = set()
-        self._told = False
+    def __init__(self, plain: Callable, fast: Callable, strict: bool, job: Job) -> None:
+        self.plain, self.fast, self.strict, self.job = plain, fast, strict, job
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         if self.fast is self.plain:
             return self.plain(*args, **options)
-        kind = _kind((args, sorted(options.items()))), _modes()
-        new = kind not in self.kinds
-        if new and len(self.kinds) == MOST:
-            if not self._told:
-                log.warning("compiled for %d shapes already, further ones run uncompiled", MOST)
-                self._told = True
+        kind = self, _kind((args, sorted(options.items()))), _modes()
+        new = kind not in self.job.kinds
+        if not self.job.admits(kind):
             return self.plain(*args, **options)
-        self.kinds.add(kind)
         try:
             if not new or not hasattr(torch._functorch.config, _LAZY):
                 return self.fast(*args, **options)
@@ -128,9 +156,11 @@ class _Guarded:
 
 
 def _kind(value: Any) -> Any:
-    """What a compiled function depends on: of tensors shape, type and strides, of everything else itself."""
+    """What a compiled function depends on: of tensors shape, type and strides, of networks what they are made of."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype, value.stride(), value.requires_grad
+    if isinstance(value, torch.nn.Module):
+        return type(value), getattr(value, "spec", None), tuple(_kind(p) for p in value.parameters())
     if isinstance(value, (list, tuple)):
         return tuple(_kind(v) for v in value)
     if isinstance(value, Mapping):

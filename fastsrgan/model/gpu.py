@@ -91,7 +91,10 @@ def fold(g: Tensor, padding: Padding) -> Tensor:
 
 
 def _fold_at_once(g: Tensor, padding: Padding) -> Tensor:
-    """``fold`` without a result between: a sum of 27 gathers, of which a compiler makes one pass."""
+    """``fold`` without a result between: a sum of gathers, of which a compiler makes one pass.
+
+    Along an axis a voxel is padded to one side at most, but where that has few voxels: 8 gathers, or up to 27.
+    """
     w = padding.width
     places = []
     for axis in AXES:
@@ -102,6 +105,8 @@ def _fold_at_once(g: Tensor, padding: Padding) -> Tensor:
         )
         mirrored = (at, at + 2 * w) if padding.repeated else (w - at, 2 * (n - 1) + w - at)
         both = [(m.clamp(0, n - 1 + 2 * w), where) for m, where in zip(mirrored, (low, high), strict=True)]
+        if n > (1 if padding.repeated else 2 * w + 1):
+            both = [(torch.where(low, both[0][0], both[1][0]), low | high)]
         shape = (-1, *(1,) * (len(AXES) - axis))
         places.append([(i.view(shape), None if m is None else m.view(*shape, 1)) for i, m in ((at + w, None), *both)])
     total = None

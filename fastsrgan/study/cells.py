@@ -172,8 +172,8 @@ def _through(
     )
     seg = Volume((done.prob[0] > 0.5).astype(np.uint8), done.affine)
     found = {one.name: number for one in structures if (number := model.class_of(one)) is not None}
-    likeliest = done.prob[1:].argmax(axis=0) if found else None
-    more = {name: Volume((likeliest == number).astype(np.uint8), done.affine) for name, number in found.items()}
+    likeliest = done.prob[1:].argmax(axis=0) if found else np.zeros(0)
+    more = {name: Volume(np.equal(likeliest, number).astype(np.uint8), done.affine) for name, number in found.items()}
     timed = {"seconds": done.report["seconds"], "tiles": done.report["tiles"], "device": done.report["device"]}
     return _scored(case, Volume(done.sr, done.affine), seg, more) | timed
 

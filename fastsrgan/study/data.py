@@ -87,7 +87,9 @@ class Head:
             if path is not None:
                 classes = self.structures[0].values if name == "label" and self.structures else None
                 found[name] = images.load_label(path, like=found["hr"], classes=classes)
-        for name, one in several.items() if self.label is not None else ():
+        for name, one in several.items():
+            if self.label is None:
+                break
             found[name] = images.load_label(self.label, like=found["hr"], classes=one.values)
         if "label" in found:
             labels.refuse_many(found["label"].meta["values"], str(self.label))

@@ -20,7 +20,7 @@ from fastsrgan.core.system import free_memory, peak_memory
 from fastsrgan.data.pool import Batch
 from fastsrgan.errors import ModelError, ResourceError, human, out_of_memory
 from fastsrgan.model import weights
-from fastsrgan.model.compiled import compiled, proven, wanted
+from fastsrgan.model.compiled import Job, compiled, proven, wanted
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, assemble, build_generator, describe
 from fastsrgan.train import precision
 from fastsrgan.train.critic_step import critic_gradients, parameters, score
@@ -90,10 +90,9 @@ class Models:
         )
         self.average: dict[str, Tensor] | None = None
         self.critic_count = 0  # critic updates done, which the lazy penalty counts by
-        self._fakes = compiled(self._forward, fast, device)
-        self._generator_terms = compiled(self._generator_loss, fast, device)
-        self._critic_terms = compiled(critic_gradients, fast, device)
-        self._explicit_terms = compiled(critic_loss, fast, device)
+        by_job = functools.partial(compiled, config=fast, device=device, job=Job())
+        self._fakes, self._generator_terms = by_job(self._forward), by_job(self._generator_loss)
+        self._critic_terms, self._explicit_terms = by_job(critic_gradients), by_job(critic_loss)
         self.critic_iterations, self.micro_batches = config.critic_iterations, config.accumulate
         self.batch = config.batch_size // ranks.world  # patches per update of this rank
         self.finish()
@@ -229,8 +228,11 @@ class Models:
         c, o = self.config, self.optimiser_g
         self.critic.requires_grad_(False)
         rows = []
+        # With a critic of two kinds, with its penalty and without, a job's compilations are for what comes after.
+        warming = not adversarial and c.lambda_adv > 0 and c.penalty_every > 1
+        loss = self._generator_loss if warming else self._generator_terms
         for x, y, res, agree, of_samples, share in self._filled(batch):
-            terms = self._generator_terms(x, y, res, adversarial, of_samples, agree)
+            terms = loss(x, y, res, adversarial, of_samples, agree)
             (terms["total"] * (share if o.scale is None else share * o.scale)).backward()
             rows.append({k: share * v.detach() for k, v in terms.items()})
         self.critic.requires_grad_(True)

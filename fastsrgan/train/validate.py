@@ -234,7 +234,10 @@ def whole_scores(generator: Generator, feed: Feed, sample: Sample, draw: Draw) -
     low = done.low_res * np.float32(done.scale)
     scan = Volume(low, resampled_affine(hr.affine, hr.data.shape, low.shape, draw.low_res))
     with quiet():
-        made = infer_volume(scan.data, scan.affine, generator, new_resolution=list(hr.spacing), device=str(feed.device))
+        # Uncompiled: the compilations of this job are for its updates.
+        made = infer_volume(
+            scan.data, scan.affine, generator, new_resolution=list(hr.spacing), device=str(feed.device), compile="off"
+        )
     notes: list[str] = []
     sr, spline = (onto_grid(v, hr, notes=notes).data for v in (Volume(made.sr, made.affine), scan))
     seg = onto_grid(
