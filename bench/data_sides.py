@@ -27,7 +27,7 @@ from bench import peers_data as peers
 from bench.cohort import Epochs, Patches, Work, as_patches
 from bench.watch import FolderWatch, tree_cpu_seconds, tree_memory, written
 from fastsrgan.core.system import pick_device, tune_allocator
-from fastsrgan.data.feed import Feed, PatchRule, epoch_groups, resident_limit
+from fastsrgan.data.feed import Feed, PatchRule, deal, resident_limit
 from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.observation.model import Degradation
 from fastsrgan.store.reader import open_store
@@ -72,7 +72,7 @@ def fastsrgan(work: Work) -> Epochs:
     feed = make_feed(work)
     size = resident_limit(feed.store, work.names, device=feed.device)
     last = work.epochs + EXTRA_EPOCHS
-    plan = [(e, group) for e in range(1, last + 1) for group in epoch_groups(work.names, work.seed, e, size)]
+    plan = [(e, group) for e in range(1, last + 1) for group in deal(work.names, work.seed, e, size, 0, 1)]
     groups = feed.groups(iter(plan))
 
     def epoch(number: int, count: int) -> Iterator[Patches]:

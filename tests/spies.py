@@ -17,6 +17,8 @@ from fastsrgan.core.ranks import Ranks
 from fastsrgan.core.signals import StopRequest
 from fastsrgan.data.pool import Batch, Resident
 from fastsrgan.train import loop as loop_module
+from fastsrgan.train.gan import Models
+from fastsrgan.train.run import patch_rule
 from fastsrgan.train.state import Position, Run
 
 CONFIG = TrainConfig(
@@ -48,10 +50,16 @@ SCORES |= {"SSIM_linear": 0.9, "MSE": 0.1, "Seg_share": 0.1, "Label_share": 0.1}
 class Networks:
     """In place of ``Models``: events in their order, each (what, facts)."""
 
-    def __init__(self, config: TrainConfig, skipped: Callable[[int], bool] = lambda update: False) -> None:
+    # What these say follows from the settings alone.
+    eps_shape, adversarial = Models.eps_shape, Models.adversarial
+
+    def __init__(
+        self, config: TrainConfig, skipped: Callable[[int], bool] = lambda update: False, world: int = 1
+    ) -> None:
         self.config, self.events, self.skipped = config, [], skipped
+        self.batch, self.critic_iterations = config.batch_size // world, config.critic_iterations
         self.device = torch.device("cpu")
-        self.generator, self.averaged = object(), object()
+        self.generator, self.averaged = SimpleNamespace(spec=SimpleNamespace(out_channels=2)), object()
         self.critic, self.arithmetic = object(), object()
 
     def critic_updates(self, batches: list[Batch], eps: list[torch.Tensor]) -> dict[str, float]:
@@ -78,7 +86,8 @@ class Networks:
 class Ready:
     """In place of ``Feed``: residents without an image to speak of."""
 
-    def __init__(self, patches: int = PATCHES) -> None:
+    def __init__(self, config: TrainConfig, patches: int = PATCHES) -> None:
+        self.seed, self.rule = config.seed, patch_rule(config)
         self.waited, self.first_wait, self.quarantined, self.patches = 0.0, 0.0, {}, patches
 
     def groups(self, plan):
@@ -99,7 +108,7 @@ def spied(monkeypatch, config: TrainConfig = CONFIG, *, rank: int = 0, world: in
 
     more : scores (epoch -> what a validation returns), skipped (of ``Networks``), position, test, folder
     """
-    networks = Networks(config, more.get("skipped", lambda update: False))
+    networks = Networks(config, more.get("skipped", lambda update: False), world)
     calls: list[tuple[str, Any]] = []
     scores = more.get("scores", lambda turn: SCORES)
 
@@ -124,7 +133,7 @@ def spied(monkeypatch, config: TrainConfig = CONFIG, *, rank: int = 0, world: in
         config,
         None,  # type: ignore[arg-type]
         networks,  # type: ignore[arg-type]
-        Ready(patches),  # type: ignore[arg-type]
+        Ready(config, patches),  # type: ignore[arg-type]
         list(SUBJECTS),
         more.get("test", ["t1", "t2"]),
         0,

@@ -11,7 +11,7 @@ import torch
 from fastsrgan.cli.main import main
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
-from fastsrgan.data.settings_check import full_subjects, refuse_faults, small_subjects
+from fastsrgan.data.settings_check import full_subjects, small_subjects
 from fastsrgan.data.subject import PatchRule, make_resident, patch_origins
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer.volume import infer_volume
@@ -57,23 +57,29 @@ def config(**settings):
     return TrainConfig(**{"new_low_res": ((1.0, 1.0, 3.0),), "patch_size": 16, "stride": 12} | settings)
 
 
+def refuse(store, c):
+    """What ``prepare`` asks of the subjects."""
+    law, rule, shown = train.degradation(c), train.patch_rule(c), train.visits(c)
+    train.refuse_faults(store, law, rule, (0, 1, 2), shown.structure, c.fit_mask)
+
+
 # --- one list of faults, before the first update ------------------------------------------------------------------
 
 
 def test_every_subject_that_is_too_coarse_is_named_at_once(tmp_path):
     store = cohort(tmp_path / "c", {}, {"spacing": 1.2}, {"spacing": 1.0000005}, {"spacing": 1.5}, {})
     with pytest.raises(InputError) as error:
-        refuse_faults(store, config(), (0, 1, 2))
+        refuse(store, config())
     told = "coarser than the low resolution of 1 x 1 x 3 mm: h1 (1.2 x 1.2 x 1.2 mm), h3 (1.5 x 1.5 x 1.5 mm)"
     assert error.value.reason == told
 
 
 def test_bounds_count_by_the_finest_that_can_be_drawn(tmp_path):
     store = cohort(tmp_path / "c", {}, {})
-    refuse_faults(store, config(new_low_res=((1.0, 1.0, 2.0), (1.6, 1.6, 4.0))), (0, 1, 2))
+    refuse(store, config(new_low_res=((1.0, 1.0, 2.0), (1.6, 1.6, 4.0))))
     for bounds in (((0.95, 1.0, 2.0), (1.6, 1.6, 4.0)), ((1.6, 1.6, 4.0), (1.0, 0.95, 2.0))):
         with pytest.raises(InputError, match=r"h0 \(1 x 1 x 1 mm\), h1"):
-            refuse_faults(store, config(new_low_res=bounds), (0, 1, 2))
+            refuse(store, config(new_low_res=bounds))
 
 
 def test_masks_labels_and_patches_of_all_subjects_in_one_list(tmp_path):
@@ -84,7 +90,7 @@ def test_masks_labels_and_patches_of_all_subjects_in_one_list(tmp_path):
     subjects = [{"mask": whole}, {"mask": corner}, {}, {"mask": plane}, {"mask": whole, "label": head()[1] * 2}]
     store = cohort(tmp_path / "c", *subjects)
     with pytest.raises(InputError) as error:
-        refuse_faults(store, config(image_cropping_method="overlapping_with_mask", new_low_res=((2, 2, 2),)), (0, 1, 2))
+        refuse(store, config(image_cropping_method="overlapping_with_mask", new_low_res=((2, 2, 2),)))
     told = error.value.reason
     assert told.startswith("3 faults: ") and "without a patch of 16 voxels" in told and "in the mask: h1" in told
     assert "without a mask: h2" in told and "other values than 0 and 1: h4 (also 2)" in told and "h3" not in told
@@ -99,10 +105,10 @@ def test_a_mask_has_a_patch_where_training_would_find_one(tmp_path, size):
     law, rule = Degradation(settings.new_low_res), PatchRule(16, 12, True)
     found = make_resident(store.read("h0"), law, Draw((1.0, 1.0, 3.0)), rule, torch.device("cpu"), crop=True).origins
     if len(found):
-        refuse_faults(store, settings, (0, 1, 2))
+        refuse(store, settings)
     else:
         with pytest.raises(InputError, match="lie in the mask: h0"):
-            refuse_faults(store, settings, (0, 1, 2))
+            refuse(store, settings)
 
 
 def test_the_command_ends_before_the_first_update(tmp_path, capsys):
@@ -115,15 +121,15 @@ def test_the_command_ends_before_the_first_update(tmp_path, capsys):
 
 def test_scans_with_the_images_own_voxels_are_told(tmp_path):
     store = cohort(tmp_path / "c", {}, {"spacing": 0.5})
-    told = full_subjects(store, config(new_low_res=((1.0, 1.0, 1.0),)), (0, 1, 2))
+    told = full_subjects(store, Degradation(((1.0, 1.0, 1.0),)), (0, 1, 2))
     assert told == ["1 of 2 subjects: 1 x 1 x 1 mm (-n) are their own voxels, so nothing is to be super-resolved: h0"]
-    assert not full_subjects(store, config(new_low_res=((1.0, 1.0, 1.0), (1.0, 1.0, 2.0))), (0, 1, 2))
+    assert not full_subjects(store, Degradation(((1.0, 1.0, 1.0), (1.0, 1.0, 2.0))), (0, 1, 2))
 
 
 def test_subjects_smaller_than_a_patch_are_told(tmp_path):
     thin = head(shape=(SIDE, SIDE, 6))
     store = cohort(tmp_path / "c", {"image": thin[0], "label": thin[1]}, {})
-    assert small_subjects(store, config()) == ["h0: 20 x 20 x 6 voxels are smaller than a patch of 16"]
+    assert small_subjects(store, PatchRule(16, 12)) == ["h0: 20 x 20 x 6 voxels are smaller than a patch of 16"]
 
 
 # --- directions of the body ---------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from fastsrgan.core import system
 from fastsrgan.core.threads import Crew, one_thread
 from fastsrgan.data import dali as dali_feed
 from fastsrgan.data import feed
-from fastsrgan.data.feed import deal, epoch_groups, pick_dtype, pick_mover, pick_threads, resident_limit
+from fastsrgan.data.feed import deal, pick_dtype, pick_mover, pick_threads, resident_limit
 from fastsrgan.data.subject import PatchRule, make_resident, move_by_thread
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.model.arithmetic import TYPES
@@ -56,7 +56,7 @@ def dali() -> None:
 @pytest.mark.parametrize("kind", sorted(DEGRADATIONS))
 def test_dali_and_threads_give_the_same_bits(store, dali, kind):
     """Several subjects and epochs, odd sizes, extras off and on, any number of threads."""
-    plan = [(e, g) for e in (1, 2) for g in epoch_groups(names(store), 3, e, 2)]
+    plan = [(e, g) for e in (1, 2) for g in deal(names(store), 3, e, 2, 0, 1)]
     found = {}
     for engine, threads in (("threads", 1), ("dali", 3)):
         made = make_feed(store, DEGRADATIONS[kind], engine=engine, threads=threads)
@@ -94,7 +94,7 @@ def test_volumes_leave_dali_without_a_copy_and_stay(store, dali):
 def test_a_gpu_gets_the_same_volumes(store, dali, engine, kind):
     """Sums in another order, so the last bits differ; labels and places of patches do not."""
     device = torch.device("cuda", torch.cuda.current_device())
-    plan = [(e, g) for e in (1, 2) for g in epoch_groups(names(store), 3, e, 2)]
+    plan = [(e, g) for e in (1, 2) for g in deal(names(store), 3, e, 2, 0, 1)]
     expected = make_feed(store, DEGRADATIONS[kind])
     made = make_feed(store, DEGRADATIONS[kind], engine=engine, device=device, precision="fp32", threads=3)
     for (epoch, _), group in zip(plan, made.groups(iter(plan)), strict=True):
@@ -284,9 +284,9 @@ def test_subjects_are_dealt_once_in_groups_that_all_ranks_have(count, size, worl
 
 def test_every_epoch_has_an_order_of_its_own_and_the_ranks_share_it():
     subjects = [f"s{i}" for i in range(11)]
-    groups = epoch_groups(subjects, 0, 1, 4)
+    groups = deal(subjects, 0, 1, 4, 0, 1)
     assert sorted(n for g in groups for n in g) == sorted(subjects) and max(map(len, groups)) <= 4
-    assert groups == epoch_groups(subjects, 0, 1, 4) != epoch_groups(subjects, 0, 2, 4)
+    assert groups == deal(subjects, 0, 1, 4, 0, 1) != deal(subjects, 0, 2, 4, 0, 1)
     order = [n for g in groups for n in g]
     assert [n for g in deal(subjects, 0, 1, 4, 1, 3) for n in g] == order[1::3]
 

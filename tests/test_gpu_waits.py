@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastsrgan.config import TrainConfig
 from fastsrgan.core import kernels
 from fastsrgan.data.pool import Patches, Pool, Resident
+from fastsrgan.data.subject import PatchRule
 from fastsrgan.model import arithmetic
 from fastsrgan.train import gan, loop, precision
 from fastsrgan.train.state import Position, Run, Turn
@@ -163,7 +164,7 @@ def residents() -> list[Resident]:
 
 def group(models: gan.Models, rows: list) -> tuple[Run, Turn]:
     board = types.SimpleNamespace(step=lambda epoch, update, seconds, waited, facts: rows.append((update, facts)))
-    feed = types.SimpleNamespace(waited=0.0)
+    feed = types.SimpleNamespace(waited=0.0, seed=CONFIG.seed, rule=PatchRule(CONFIG.patch_size, CONFIG.stride))
     run = Run(Path(), CONFIG, None, models, feed, ["a", "b"], [], 0, log=board, position=Position())  # type: ignore[arg-type]
     return run, Turn(1, 0, 1, ["a", "b"])
 

@@ -11,7 +11,9 @@ from nifti_files import rigid
 from torch import nn
 
 from fastsrgan.errors import InputError, ResourceError, UsageError
-from fastsrgan.infer.volume import infer_volume, target_spacing
+from fastsrgan.infer.planes import target_spacing
+from fastsrgan.infer.settings import InferSettings
+from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io import nifti as images
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.model.weights import load_generator
@@ -244,19 +246,23 @@ def test_segsrgan_geometry_keeps_the_origin_and_declares_the_new_spacing(identit
 # --- settings -----------------------------------------------------------------------------------------------------
 
 
+def asked(new_resolution):
+    return InferSettings(new_resolution=new_resolution)
+
+
 def test_target_spacing():
     own, shape = (0.9, 0.903, 3.0), (100, 100, 30)
-    assert target_spacing(own, shape, None) == (0.9, 0.903, 0.9)  # within 1 % of the finest: left alone
-    assert target_spacing(own, shape, "same") == own
-    assert target_spacing(own, shape, 0.5) == (0.5, 0.5, 0.5)
-    assert target_spacing(own, shape, np.float32(0.5)) == (0.5, 0.5, 0.5)
-    assert target_spacing(own, shape, [0.90001, 1.0, 3.0]) == (0.9, 1.0, 3.0)  # rounding of a header
+    assert target_spacing(own, shape, asked(None)) == (0.9, 0.903, 0.9)  # within 1 % of the finest: left alone
+    assert target_spacing(own, shape, asked("same")) == own
+    assert target_spacing(own, shape, asked(0.5)) == (0.5, 0.5, 0.5)
+    assert target_spacing(own, shape, asked(np.float32(0.5))) == (0.5, 0.5, 0.5)
+    assert target_spacing(own, shape, asked([0.90001, 1.0, 3.0])) == (0.9, 1.0, 3.0)  # rounding of a header
 
 
 @pytest.mark.parametrize("nonsense", [0, -1.0, (1.0, 1.0), (1, 1, float("nan")), "fine", [1, 1, 1, 1]])
 def test_resolutions_that_are_none_are_refused(nonsense):
     with pytest.raises(UsageError, match="new resolution"):
-        target_spacing((1, 1, 3), (10, 10, 10), nonsense)
+        target_spacing((1, 1, 3), (10, 10, 10), asked(nonsense))
 
 
 def test_a_resolution_beyond_any_memory_is_refused_before_work(identity):

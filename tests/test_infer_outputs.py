@@ -133,7 +133,7 @@ def test_options_that_make_no_sense_are_refused_before_any_work(tmp_path, model)
 
 @pytest.mark.parametrize(("asked", "least"), [((), 3.0), (("--min-size", "0"), 0.0), (("--min-size", "8"), 8.0)])
 def test_weights_say_how_small_a_component_may_be(tmp_path, model, monkeypatch, asked, least):
-    """Unless the command says it; the record tells what was left out, and the original's geometry leaves nothing out."""
+    """Unless the command says it; the record tells what was left out, the original's geometry leaves nothing out."""
     monkeypatch.setattr("fastsrgan.infer.image.segment", lambda prob, *more: seen.append(more) or segment(prob, *more))
     purpose = Purpose(structures=((1, "cortex"),), island_mm3=(3.0, 3.0))
     monkeypatch.setattr("fastsrgan.infer.image.common", lambda purposes: purpose)

@@ -14,12 +14,14 @@ from spies import CONFIG, PATCHES, SCORES, SUBJECTS, spied
 
 from fastsrgan.data.feed import deal
 from fastsrgan.data.pool import Batch
+from fastsrgan.data.visit import Visits
 from fastsrgan.errors import ResourceError
 from fastsrgan.model import safetensors
 from fastsrgan.model import weights as weight_files
 from fastsrgan.train import loop as loop_module
 from fastsrgan.train import snapshots
 from fastsrgan.train.gan import Models
+from fastsrgan.train.run import degradation
 from fastsrgan.train.state import Position
 
 TOTAL = len(SUBJECTS) * PATCHES
@@ -324,9 +326,11 @@ def test_the_weights_that_are_written_are_the_averaged_ones_and_the_snapshot_hol
         for value in models.average.values():
             value.add_(1.0)
     raw, averaged = dict(models.generator.named_parameters()), models.average
+    store = SimpleNamespace(subjects=[])
+    feed = SimpleNamespace(store=store, degradation=degradation(config), visits=Visits())
     run = SimpleNamespace(
         first=True, models=models, config=config, position=Position(updates=3), folder=tmp_path,
-        store=SimpleNamespace(subjects=[]), ranks=SimpleNamespace(world=1), snapshot_folder=tmp_path / "keras",
+        store=store, feed=feed, ranks=SimpleNamespace(world=1), snapshot_folder=tmp_path / "keras",
         structures=(),
     )  # fmt: skip
     (tmp_path / "keras").mkdir()

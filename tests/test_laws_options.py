@@ -29,6 +29,7 @@ from fastsrgan.infer import bids, sweep
 from fastsrgan.infer import files as files_module
 from fastsrgan.infer import image as image_module
 from fastsrgan.infer import modes as modes_module
+from fastsrgan.infer import settings as settings_module
 from fastsrgan.infer import volume as volume_module
 from fastsrgan.infer.network import TileNetwork, members
 from fastsrgan.infer.settings import options
@@ -65,7 +66,8 @@ class Engine:
         # Drawing takes longer than all else; tests/test_infer_outputs.py sees the picture.
         monkeypatch.setattr(image_module, "_picture", lambda *args: self.calls["_picture"].append({"target": args[0]}))
         for module, name in (
-            *((volume_module, n) for n in ("pick_device", "plan_memory", "find_region", "average", "by_levels")),
+            (settings_module, "pick_device"),
+            *((volume_module, n) for n in ("plan_memory", "find_region", "average", "by_levels")),
             *((volume_module, n) for n in ("deviations",)),
             *((volume_module.tiles, "plan"), (modes_module, "observation"), (modes_module, "_weight")),
             *((image_module, "segment"), (image_module, "process")),
@@ -232,9 +234,8 @@ def test_a_volume_is_split_over_ranks_where_that_is_asked(folder, engine, monkey
 
 def test_the_device_that_is_named_is_the_one_that_is_asked_for(folder, engine, monkeypatch):
     asked = []
-    plain = files_module.pick_device
-    for module in (files_module, volume_module):
-        monkeypatch.setattr(module, "pick_device", lambda name: asked.append(name) or plain("cpu"))
+    plain = settings_module.pick_device
+    monkeypatch.setattr(settings_module, "pick_device", lambda name: asked.append(name) or plain("cpu"))
     assert infer(folder, engine.out, "a.nii", "--agree off --device cuda:7") == 0
     assert asked[0] == "cuda:7"
     assert engine.of("TileNetwork.__init__", "device") == torch.device("cpu") == engine.of("average", "device")

@@ -216,7 +216,7 @@ class Seen:
         self.patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         chosen = []
         plain = precision.choose
-        self.patch.setattr(precision, "choose", lambda config, device: chosen.append(config) or plain(config, device))
+        self.patch.setattr(precision, "choose", lambda config, *more: chosen.append(config) or plain(config, *more))
         assert self.models
         return plain(chosen[0], torch.device("cuda"))
 

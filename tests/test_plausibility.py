@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +16,7 @@ from phantom import head
 
 import fastsrgan
 from fastsrgan.cli.main import main
+from fastsrgan.data.visit import Visits
 from fastsrgan.errors import UsageError
 from fastsrgan.evaluate import plausibility
 from fastsrgan.evaluate.plausibility import GREEN, RED, YELLOW, Look, choose, judge, measure
@@ -27,6 +29,7 @@ from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.model.purpose import MADE_FOR, MODELS, Purpose, common, span
 from fastsrgan.store.reader import Store
+from fastsrgan.train.run import degradation
 from fastsrgan.train.snapshots import made_for
 
 FAST = {"patch": 16, "step": 16, "device": "cpu"}
@@ -263,15 +266,16 @@ def test_a_purpose_survives_a_file_and_a_shipped_one_has_all_parts(name, tmp_pat
 
 def test_a_training_says_what_it_knows(tmp_path):
     store = Store(make_store(tmp_path))
-    config = SMALL.replace(new_low_res=((0.5, 0.5, 2.0), (1.0, 1.0, 6.0)))
-    known = made_for(config, store)
+    law = degradation(SMALL.replace(new_low_res=((0.5, 0.5, 2.0), (1.0, 1.0, 6.0))))
+    feed = SimpleNamespace(store=store, degradation=law, visits=Visits())
+    known = made_for(feed)
     volumes = [s.attrs["label_counts"]["1"] / 1000 for s in store.subjects if s.split == "Train"]
     assert known.structures == ((1, "structure of the training's labels"),)
     assert known.voxel_mm == (0.5, 1.0) and known.slice_ratio == (4.0, 6.0) and known.head_mm is None
     assert known.structure_ml == (min(volumes) / 1.5, max(volumes) * 1.5)
     for subject in store.subjects:
         subject.attrs["label_classes"] = [3, 42]
-    assert made_for(config, store).structure == "label 3, 42"
+    assert made_for(feed).structure == "label 3, 42"
     assert light(replace(GROWN, voxel_mm=1.0, slice_ratio=5.0), sum(known.structure_ml) / 2, known)[0] == GREEN
     assert Purpose.of(known.to_dict()) == known
 

@@ -19,7 +19,7 @@ from fastsrgan.evaluate import metrics
 from fastsrgan.evaluate.figures import FIGURES, LOWER, Figure, captions, definitions
 from fastsrgan.evaluate.pair import evaluate_pair, flat, summarise
 from fastsrgan.infer import tiles, values
-from fastsrgan.infer.settings import InferSettings
+from fastsrgan.infer.settings import InferSettings, options
 from fastsrgan.io import formats
 from fastsrgan.model import weights
 from fastsrgan.model.networks import NETWORKS, Architecture, Generator, GeneratorSpec, build_generator
@@ -186,35 +186,26 @@ OTHER_MEANINGS = {
     "plain": "the original's option, forms of training steps, the paper's own values",
     "unet": "a row of config.py, and the original's option",
 }
-# Settings that are read in more files than the one where they act, and why.
-TRIED = "fit_batch.py tries an iteration of the run with less of it"
-CHECKED = "settings_check.py compares it with the store before the run"
-SAID = "weights say what they were made for"
-COUNTED = "the run's position, its log and its end count in it"
+# Settings and options that are read in more files than the one where they act, and why. How often it is allowed.
+EARLY = "what cannot be is said before anything is made of it"
 READ_IN = {
-    "accumulate": (3, TRIED),
-    "batch_size": (5, TRIED + "; " + COUNTED),
-    "best_by": (2, "judged in the loop, told at the end"),
+    "accumulate": (2, "CUDA graphs allow one micro-batch alone"),
+    "batch_size": (2, "gan.py makes each rank's part of it, run.py the number that fits"),
+    "best_by": (3, "judged in the loop, told at the end; another one forgets the best of a snapshot"),
     "compile": (2, '"on" makes a failed self-test an error'),
-    "critic_iterations": (2, TRIED),
-    "epochs": (3, COUNTED),
-    "eps_per_channel": (2, TRIED),
-    "fit_mask": (2, CHECKED),
-    "form": (2, "snapshots compare it with their own"),
-    "geometry": (3, CHECKED + "; networks learn whether images were lifted"),
-    "image_cropping_method": (2, CHECKED),
-    "init_epoch": (3, "decides about weights and folder before the run"),
-    "interp": (2, CHECKED),
-    "kernel_gen": (2, TRIED),
-    "lambda_adv": (3, TRIED + "; without it there is no critic"),
-    "new_low_res": (3, CHECKED + "; " + SAID),
-    "patch_size": (5, TRIED + "; " + CHECKED),
+    "geometry": (2, "of the degradation; networks learn whether images were lifted"),
+    "init_epoch": (3, EARLY + ": no weights or folder to go on from; the run begins there"),
+    "patch_size": (2, "of the critic, and of the patch rule"),
     "penalty": (2, "what it excludes from compilation"),
-    "precision": (3, "a self-test may lower it"),
-    "scaled": (2, "what it excludes"),
-    "seed": (4, "draws are keyed where they are made"),
-    "stride": (2, CHECKED),
-    "structure": (3, CHECKED + "; " + SAID),
+    "scaled": (2, EARLY + ": files that cannot hold it"),
+    "seed": (2, "of the networks, and of the feed, which the loop's draws are keyed by"),
+}
+NOT_YET = "the modes hand it on to the sweep"
+OPTION_READ_IN = {
+    "batch": (4, NOT_YET + "; a run that goes on keeps its own"),
+    "series": (2, "results are named by it, and the image is read by it"),
+    "uncertainty": (2, "the network gives its spread, which becomes the doubt at the end"),
+    "window": (3, "of the tiles in levels and in a sweep, and of their memory"),
 }
 
 
@@ -223,13 +214,18 @@ def holder(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
-LITERALS, READ = collections.defaultdict(set), collections.defaultdict(set)  # string, setting -> files
+STUDY = "study/run.py"  # whose settings are its own
+LITERALS, READ, ASKED = (collections.defaultdict(set) for _ in range(3))  # string, setting, option -> files
 for _file, _tree in TREES.items():
     for _node in ast.walk(_tree):
         if isinstance(_node, ast.Constant) and isinstance(_node.value, str):
             LITERALS[_node.value].add(_file)
-        elif isinstance(_node, ast.Attribute) and holder(_node.value) in ("c", "config") and _file != "config.py":
-            READ[_node.attr].add(_file)
+        elif isinstance(_node, ast.Attribute):
+            _holder = holder(_node.value)
+            if _holder in ("c", "config", "then", "now") and _file != "config.py":
+                READ[_node.attr].add(_file)
+            elif _holder in ("settings", "asked", "typed") and _file not in ("infer/settings.py", STUDY):
+                ASKED[_node.attr].add(_file)
 
 ENTRIES = (*FIGURES, *ARTEFACTS, *NETWORKS, *values.WINDOWS, *(each.name for each in formats.FORMATS))
 
@@ -242,13 +238,32 @@ def test_an_entry_is_named_in_one_source_file_or_two(name):
     assert len(files) > 1 or name not in OTHER_MEANINGS, "it has no other meaning"
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_setting_is_named_where_it_acts_and_nowhere_else(name):
-    files = READ[name]
-    most, _ = READ_IN.get(name, (1, ""))
+@pytest.mark.parametrize(
+    ("name", "files", "allowed"),
+    [pytest.param(name, READ[name], READ_IN.get(name), id=name) for name in SETTINGS]
+    + [pytest.param(name, ASKED[name], OPTION_READ_IN.get(name), id=f"infer {name}") for name in options()],
+)
+def test_a_setting_or_an_option_is_read_where_it_acts_and_nowhere_else(name, files, allowed):
+    most, _ = allowed or (1, "")
     assert len(files) <= most, files
-    assert len(files) == most or name not in READ_IN, "fewer than the list allows: shorten it"
+    assert len(files) == most or not allowed, "fewer than the list allows: shorten it"
+
+
+def test_the_holders_that_are_counted_are_those_there_are():
+    """An object of settings under another name would not be counted."""
+    for kind, counted in (
+        ("TrainConfig", {"c", "config", "then", "now"}),
+        ("InferSettings", {"settings", "asked", "typed"}),
+    ):
+        found = set()
+        for tree in TREES.values():
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation is not None:
+                    name = node.arg if isinstance(node, ast.arg) else holder(node.target)
+                    found |= {name} if ast.unparse(node.annotation).split(".")[-1] == kind else set()
+        assert found and found <= counted, found - counted
 
 
 def test_the_lists_of_exceptions_name_what_there_is():
     assert set(READ_IN) <= set(SETTINGS) and set(OTHER_MEANINGS) <= set(ENTRIES)
+    assert set(OPTION_READ_IN) <= set(options())

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from cohort import SMALL, losses, make_store, rows
 from fastsrgan.cli.main import main
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
 from fastsrgan.model import checkpoint, weights
-from fastsrgan.train import fit_batch as trial
+from fastsrgan.train import gan as trial
 from fastsrgan.train import loop
 from fastsrgan.train.gan import Models
 from fastsrgan.train.run import train
@@ -314,10 +313,8 @@ def test_out_of_memory_names_the_peak_and_the_batch_that_fits(store, tmp_path, m
 def test_the_advice_after_out_of_memory_counts_the_micro_batches_there_were(monkeypatch):
     """Four parts of each of three parts: the same patches at once as the batch that fits."""
     monkeypatch.setattr(trial, "fits", lambda config, classes, device, batch: batch <= 2)
-    config = CONFIG.replace(batch_size=8, accumulate=3)
-    models, ranks = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(world=1)
-    run = SimpleNamespace(models=models, config=config, batch=8, mask_classes=0, ranks=ranks)
-    assert "--batch-size 2 fits, or --accumulate 12" in str(trial.memory_error(run, "out of memory"))
+    models = Models(CONFIG.replace(batch_size=8, accumulate=3), 0, torch.device("cpu"))
+    assert "--batch-size 2 fits, or --accumulate 12" in str(trial.memory_error(models, "out of memory"))
 
 
 @pytest.mark.fault(34)

@@ -20,6 +20,7 @@ from fastsrgan.io import nifti as images
 from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.synthesis import Synthesis
 from fastsrgan.store.reader import Store, open_store
+from fastsrgan.train import run as run_module
 from fastsrgan.train.run import train
 from fastsrgan.train.validate import fixed_resident, readable
 
@@ -239,8 +240,9 @@ def test_masks_are_refused_where_images_are_made(tmp_path, way, why):
 def test_a_subject_with_neither_label_nor_tissues_is_refused_beside_those_with_tissues(path):
     store = open_store(path)
     del store.subject("sub-2_T1w").arrays["tissues"]
+    law, rule = run_module.degradation(CONFIG), run_module.patch_rule(CONFIG)
     with pytest.raises(InputError, match=r"without a label: sub-2_T1w .training needs Label_image or Tissue_image"):
-        refuse_faults(store, CONFIG, None)
+        refuse_faults(store, law, rule, None, run_module.visits(CONFIG).structure)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import itertools
 import re
 from pathlib import Path
 
@@ -147,6 +148,21 @@ def test_a_walk_names_files_and_functions_that_are_there(begin, most):
         first, _, _ = words.partition(":")
         called = [word.split("(")[0] for word in re.findall(r"`([\w.]+)`", first)]
         assert called and set(called) <= defined(path), (name, called)
+
+
+def called_in(path: Path) -> set[str]:
+    """Names of what a file calls or hands on to be called."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf8"))))
+    return {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+
+
+@pytest.mark.parametrize("begin", ["to the first loss", "NIfTI file to its result"])
+def test_every_step_of_a_walk_is_called_in_the_one_before(begin):
+    part = GUIDE[GUIDE.index(begin) :]
+    steps = STEP.findall(part[: part.index("\n\n", part.index("\n1. "))])
+    for (name, _), (following, words) in itertools.pairwise(steps):
+        first = re.findall(r"`([\w.]+)`", words.partition(":")[0])[0].split(".")[-1]
+        assert first in called_in(PACKAGE / name), f"{name} does not call {first} of {following}"
 
 
 def test_every_file_that_contributing_names_is_there():

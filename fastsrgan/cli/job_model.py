@@ -14,6 +14,7 @@ from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
 from fastsrgan.errors import UsageError
+from fastsrgan.infer.settings import add_options
 
 EXAMPLE = """examples:
   fastsrgan job-model --path list.csv --patch 128 --step 64 --result_folder_name mine --weights_path SegSRGAN_epoch_200
@@ -29,11 +30,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Define the command."""
     text = "apply a model as SegSRGAN's job_model.py does: its options, files and numbers"
     p = commands.add_parser(
-        "job-model",
-        help=text,
-        description=text,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "job-model", help=text, description=text, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("-p", "--path", required=True, metavar="CSV", help="list of images, no header, first column")
     p.add_argument("-dp", "--debut-path", default="", metavar="BASE", help="put before the CSV's path and its entries")
@@ -78,12 +75,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     own.add_argument(
         "--series", metavar="N", help="series of the DICOM folders: number, UID or part of its description"
     )
-    own.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
+    add_options(own, "device")
     own.add_argument(
-        "--precision",
-        default="fp32",
-        choices=CHOICES["precision"],
-        help="arithmetic of the networks (fp32)",
+        "--precision", default="fp32", choices=CHOICES["precision"], help="arithmetic of the networks (fp32)"
     )
     own.add_argument("--overwrite", action="store_true", help="make anew what is there")
     own.add_argument("--json", action="store_true", help="print the summary as JSON")

@@ -23,6 +23,7 @@ from fastsrgan.cli.console import add_label_options, error_line, open_console, p
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import SAID, Interrupts, Terminated, loading, no_room
 from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, out_of_memory
+from fastsrgan.infer.settings import add_options
 
 RAW = argparse.RawDescriptionHelpFormatter
 
@@ -71,7 +72,7 @@ def build_parser() -> Parser:
         "demo", _demo, "the whole job on embedded real data, with a picture at the end", "fastsrgan demo -o demo"
     )
     p.add_argument("-o", "--out", default="demo", help="output folder (demo)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
+    add_options(p, "device")
     p.add_argument("--seed", type=int, default=0, help="seed of the synthetic cohort (0)")
     p.add_argument(
         "--low-res",

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from fastsrgan.cli.console import add_checkpoint_option, add_label_options, chosen_weights, print_json, table
-from fastsrgan.config import CHOICES
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
 from fastsrgan.errors import PartialFailure
+from fastsrgan.infer.settings import add_options
 from fastsrgan.infer.values import tile_edge
 
 KINDS = ("steps", "noise", "augmentation", "resolution", "curves")
@@ -86,13 +86,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--split", default="Test", choices=("Test", "Train", "all"), help="rows of the table (Test)")
     add_label_options(p, "have a Dice each")
     p.add_argument("--subjects", type=int, metavar="N", help="at most so many of them")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
-    p.add_argument(
-        "--precision",
-        default="auto",
-        choices=CHOICES["precision"],
-        help="arithmetic of the networks; auto: fp16 on CUDA, fp32 on a CPU (auto)",
-    )
+    add_options(p, "device", "precision")
     p.add_argument("--seed", type=int, default=0, help="of the noise and the synthetic subjects (0)")
     p.add_argument("--json", action="store_true", help="print what KIND.json holds")
 

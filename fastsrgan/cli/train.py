@@ -15,6 +15,7 @@ from fastsrgan.core.files import output_folder
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.errors import ModelError, UsageError
+from fastsrgan.infer.settings import add_options
 
 log = logging.getLogger("fastsrgan")
 
@@ -62,7 +63,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--strict", action="store_true", help="stop at a subject that cannot be read instead of leaving it out"
     )
     add_label_options(p, "are learned together, with a Dice each", "--label")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
+    add_options(p, "device")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
     for group in (settings.BASIC, settings.ADVANCED):
         options = p.add_argument_group(f"{group} settings (defaults: the original code's, unless --preset says others)")

@@ -47,11 +47,6 @@ TRIALS = 3  # timed volumes of each mover, of which the best counts
 # --- which subjects, when -----------------------------------------------------------------------------------------
 
 
-def epoch_groups(subjects: list[str], seed: int, epoch: int, size: int) -> list[list[str]]:
-    """The subjects of an epoch in keyed order, in groups of at most ``size``, as even as possible."""
-    return deal(subjects, seed, epoch, size, 0, 1)
-
-
 def deal(subjects: list[str], seed: int, epoch: int, size: int, rank: int, world: int) -> list[list[str]]:
     """The groups of one rank in one epoch: at most ``size`` subjects each, equally many groups on every rank.
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.config import TrainConfig
 from fastsrgan.core.files import mapping
-from fastsrgan.data.subject import patch_origins
+from fastsrgan.data.subject import PatchRule, patch_origins, positive_box
 from fastsrgan.errors import InputError
+from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.slice_axis import Axes, on_stored_axes
 from fastsrgan.store.reader import Store, Subject
 from fastsrgan.volume.geometry import Orientation, processing_orientation
@@ -33,9 +33,23 @@ class _Fault:
     hint: str
 
 
-def refuse_faults(store: Store, config: TrainConfig, axes: Axes | None) -> None:
-    """Raise InputError that names every subject with which this run could not go on, fault by fault."""
-    found = [(subject.id, fault) for subject in store.subjects for fault in _faults(store, subject, config, axes)]
+def refuse_faults(
+    store: Store,
+    law: Degradation,
+    rule: PatchRule,
+    axes: Axes | None,
+    structure: Sequence[int] = (),
+    fit_mask: bool = False,
+) -> None:
+    """Raise InputError that names every subject with which this run could not go on, fault by fault.
+
+    structure : values of the tissues that are the label; fit_mask : whether the masks are learned
+    """
+    found = [
+        (subject.id, fault)
+        for subject in store.subjects
+        for fault in _faults(store, subject, law, rule, axes, bool(structure), fit_mask)
+    ]
     if not found:
         return
     told = []
@@ -47,16 +61,16 @@ def refuse_faults(store: Store, config: TrainConfig, axes: Axes | None) -> None:
     raise InputError(store.url, count + "; ".join(told), "; ".join(dict.fromkeys(fault.hint for _, fault in found)))
 
 
-def small_subjects(store: Store, config: TrainConfig) -> list[str]:
+def small_subjects(store: Store, rule: PatchRule) -> list[str]:
     """A line for each subject that is smaller than a patch, which zeros then fill."""
-    small = [s for s in store.subjects if min(s.shape) < config.patch_size]
+    small = [s for s in store.subjects if min(s.shape) < rule.patch]
     sizes = {s.id: " x ".join(map(str, s.shape)) for s in small}
-    return [f"{name}: {size} voxels are smaller than a patch of {config.patch_size}" for name, size in sizes.items()]
+    return [f"{name}: {size} voxels are smaller than a patch of {rule.patch}" for name, size in sizes.items()]
 
 
-def full_subjects(store: Store, config: TrainConfig, axes: Axes | None) -> list[str]:
+def full_subjects(store: Store, law: Degradation, axes: Axes | None) -> list[str]:
     """A line where subjects are as coarse as the coarsest scan that may be drawn: nothing of them is to be restored."""
-    coarsest = [max(sizes) for sizes in zip(*config.new_low_res, strict=True)]
+    coarsest = [max(sizes) for sizes in zip(*law.low_res, strict=True)]
     names = [
         s.id
         for s in store.subjects
@@ -90,11 +104,13 @@ def data_warnings(store: Store) -> dict[str, list[str]]:
     return {name: [str(text) for text in texts] for name, texts in found.items() if isinstance(texts, list) and texts}
 
 
-def _faults(store: Store, subject: Subject, config: TrainConfig, axes: Axes | None) -> list[_Fault]:
+def _faults(
+    store: Store, subject: Subject, law: Degradation, rule: PatchRule, axes: Axes | None, named: bool, fit_mask: bool
+) -> list[_Fault]:
     found = []
     if not (subject.has_label or subject.has_tissues):
         found.append(_Fault("without a label", "", "training needs Label_image or Tissue_image for every subject"))
-    elif subject.has_tissues and not (subject.has_image and subject.has_label) and not config.structure:
+    elif subject.has_tissues and not (subject.has_image and subject.has_label) and not named:
         hint = "--structure 3,42 names the values of the tissues that are the label"
         found.append(_Fault("tissues in place of an image or a label, and no structure is named", "", hint))
     values = sorted(set(mapping(subject.attrs.get("label_counts"))) - {"0", "1"}, key=int)
@@ -103,62 +119,54 @@ def _faults(store: Store, subject: Subject, config: TrainConfig, axes: Axes | No
             "make each label 1 inside the structure and 0 outside, or choose with --label-classes; then convert again"
         )
         found.append(_Fault("labels hold other values than 0 and 1", f"also {', '.join(values[:5])}", hint))
-    if _too_coarse(subject, config, axes):
-        asked, own = (" x ".join(f"{s:g}" for s in sizes) for sizes in (_finest(config), subject.spacing))
+    if _too_coarse(subject, law, axes):
+        asked, own = (" x ".join(f"{s:g}" for s in sizes) for sizes in (_finest(law), subject.spacing))
         hint = "ask for the same or coarser with -n, or leave them out"
         found.append(_Fault(f"coarser than the low resolution of {asked} mm", f"{own} mm", hint))
-    by_mask = config.image_cropping_method == "overlapping_with_mask"
-    why = "overlapping_with_mask" if by_mask else "fit_mask"
-    if not subject.has_image and (config.fit_mask or by_mask):
+    why = "overlapping_with_mask" if rule.by_mask else "fit_mask"
+    if not subject.has_image and (fit_mask or rule.by_mask):
         hint = f"{why} needs HR_image and Mask_image for every subject"
         found.append(_Fault("images that are made of tissues have no mask", "", hint))
-    elif not subject.has_mask and (config.fit_mask or by_mask):
+    elif not subject.has_mask and (fit_mask or rule.by_mask):
         found.append(_Fault("without a mask", "", f"{why} needs Mask_image for every subject"))
-    elif by_mask and not _has_patch(store, subject, config, axes):
-        kind = f"without a patch of {config.patch_size} voxels of which more than half lie in the mask"
+    elif rule.by_mask and not _has_patch(store, subject, law, rule, axes):
+        kind = f"without a patch of {rule.patch} voxels of which more than half lie in the mask"
         found.append(_Fault(kind, "", "a smaller patch_size, larger masks, or -icm bounding_box"))
     return found
 
 
-def _finest(config: TrainConfig) -> list[float]:
+def _finest(law: Degradation) -> list[float]:
     """The smallest voxel sizes that may be drawn."""
-    return [min(sizes) for sizes in zip(*config.new_low_res, strict=True)]
+    return [min(sizes) for sizes in zip(*law.low_res, strict=True)]
 
 
 def _stored(values: Sequence[float], subject: Subject, axes: Axes | None) -> tuple[float, ...]:
     return tuple(values) if axes is None else on_stored_axes(values, axes, subject.affine)
 
 
-def _too_coarse(subject: Subject, config: TrainConfig, axes: Axes | None) -> bool:
+def _too_coarse(subject: Subject, law: Degradation, axes: Axes | None) -> bool:
     """The image's voxels against the finest that is drawn."""
-    pairs = list(zip(_stored(_finest(config), subject, axes), subject.spacing, strict=True))
-    if config.interp == "sitk":
+    pairs = list(zip(_stored(_finest(law), subject, axes), subject.spacing, strict=True))
+    if law.interp == "sitk":
         return any(round(low / own) < 1 for low, own in pairs)
     return any(low / own < 1 - SAME for low, own in pairs)
 
 
-def _has_patch(store: Store, subject: Subject, config: TrainConfig, axes: Axes | None) -> bool:
+def _has_patch(store: Store, subject: Subject, law: Degradation, rule: PatchRule, axes: Axes | None) -> bool:
     """Whether a patch can be taken; also True of a subject that cannot be read, which is left out with a warning."""
     counts = mapping(subject.attrs.get("mask_counts"))
     inside = sum(int(n) for value, n in counts.items() if value != "0")
-    if counts and inside <= config.patch_size**3 / 2:
+    if counts and inside <= rule.patch**3 / 2:
         return False
     try:
         sample: Any = store.read(subject.id)
     except InputError:
         return True
     turn = Orientation()
-    if config.geometry == "physical":
-        middle = [(low + high) / 2 for low, high in zip(config.new_low_res[0], config.new_low_res[-1], strict=True)]
+    if law.geometry == "physical":
+        middle = [(low + high) / 2 for low, high in zip(law.low_res[0], law.low_res[-1], strict=True)]
         turn = processing_orientation(sample.affine, _stored(middle, subject, axes))
     image, mask = turn.apply(sample.image), turn.apply(sample.mask)
-    box = _box(image > 0)
-    return bool(len(patch_origins(image.shape, config.patch_size, config.stride, box, mask)))
-
-
-def _box(inside: np.ndarray) -> tuple[tuple[int, int], ...]:
-    found = []
-    for axis in range(3):
-        (hit,) = np.nonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
-        found.append((int(hit[0]), int(hit[-1]) + 1) if len(hit) else (0, inside.shape[axis]))
-    return tuple(found)
+    return bool(
+        len(patch_origins(image.shape, rule.patch, rule.stride, positive_box(np.ascontiguousarray(image)), mask))
+    )

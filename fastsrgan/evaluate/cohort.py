@@ -268,7 +268,7 @@ def write_csv(path: str | os.PathLike, result: dict[str, Any]) -> None:
 
 def _read(csv_path: Path) -> list[tuple[int, dict[str, Path], tuple[str, ...]]]:
     """(line, {column: existing path}, label classes) of every row; all faults in one InputError."""
-    records = table._records(csv_path, table._text(csv_path), _delimiter)
+    records = table._records(csv_path, table._text(csv_path), table.delimiter_for(COLUMNS))
     if not records:
         raise InputError(csv_path, "is empty", "its first line names the columns SR_image, HR_image, ...")
     header = [cell.strip() for cell in records[0][1]]
@@ -295,7 +295,3 @@ def _read(csv_path: Path) -> list[tuple[int, dict[str, Path], tuple[str, ...]]]:
     if faults:
         raise table.table_error(csv_path, faults)
     return rows
-
-
-def _delimiter(header: str) -> str:
-    return max(table.DELIMITERS, key=lambda d: len({cell.strip(' "') for cell in header.split(d)} & set(COLUMNS)))

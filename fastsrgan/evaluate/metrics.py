@@ -59,12 +59,7 @@ def mae(sr: np.ndarray, ref: np.ndarray, mask: np.ndarray | None = None) -> floa
     return _mean_power(sr, ref, mask, 1)
 
 
-def psnr(
-    sr: np.ndarray,
-    ref: np.ndarray,
-    mask: np.ndarray | None = None,
-    data_range: float | None = None,
-) -> float:
+def psnr(sr: np.ndarray, ref: np.ndarray, mask: np.ndarray | None = None, data_range: float | None = None) -> float:
     """10 log10(R^2 / MSE) in dB; infinite for identical arrays.
 
     Parameters
@@ -149,11 +144,7 @@ def dice(seg: np.ndarray, label: np.ndarray) -> float:
 
 
 def calibration(
-    sr: np.ndarray,
-    ref: np.ndarray,
-    doubt: np.ndarray,
-    mask: np.ndarray | None = None,
-    part: np.ndarray | None = None,
+    sr: np.ndarray, ref: np.ndarray, doubt: np.ndarray, mask: np.ndarray | None = None, part: np.ndarray | None = None
 ) -> dict[str, Any]:
     """Whether the error of an image is where, and as large as, its doubt says.
 

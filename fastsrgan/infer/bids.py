@@ -21,7 +21,6 @@ from fastsrgan._version import __version__
 from fastsrgan.core.files import atomic_write, mapping, output_folder, read_json, real, write_json
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, Ranks
-from fastsrgan.core.system import pick_device
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, Item, evaluate_items, low_resolution
 from fastsrgan.infer.files import STATUSES, SomeFailed, infer_files
@@ -92,7 +91,7 @@ def infer_bids(
         reason = f"{len(done)} of {len(listed)} derivatives exist and are kept, the first is {done[0].derived('sr')}"
         raise UsageError(out, reason, "--overwrite, --resume or another folder")
     if done and not overwrite:
-        _check_same(out, done, ModelChoice(weights), settings.on(str(pick_device(settings.device))))
+        _check_same(out, done, ModelChoice(weights), settings.placed())
     todo = listed if overwrite else [image for image in listed if image not in done]
     items = [{"input": str(i.path), "stem": images.stem(i.path), "status": "skipped"} for i in listed if i not in todo]
     stage = output_folder(out) / STAGE
@@ -159,10 +158,7 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
     several = ", ".join(name for _, name in mask_names(record["weights"]))
     told_mask = f"Segmentation of {several}" if several else "Likeliest mask class"
     what: dict[str, tuple[PurePosixPath, dict[str, Any]]] = {
-        "seg": (
-            image.derived(f"cortex{image.suffix}", "dseg"),
-            {"Description": f"Segmentation of {structure}"},
-        ),
+        "seg": (image.derived(f"cortex{image.suffix}", "dseg"), {"Description": f"Segmentation of {structure}"}),
         "prob": (image.derived(f"cortex{image.suffix}", "probseg"), {"Description": f"Probability of {structure}"}),
         "mask": (image.derived(f"mask{image.suffix}", "dseg"), {"Description": told_mask}),
         "doubt": (

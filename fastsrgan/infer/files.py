@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from fastsrgan.core import system
 from fastsrgan.core.files import finite, need_space, output_folder, remove_abandoned, write_json
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, LostRank, Ranks
-from fastsrgan.core.system import free_memory, pick_device
+from fastsrgan.core.system import free_memory
 from fastsrgan.errors import FastsrganError, PartialFailure, ResourceError, UsageError
 from fastsrgan.infer.image import (
     ImageJob,
@@ -131,7 +130,7 @@ class Cohort:
             self.reader = stack.enter_context(ThreadPoolExecutor(1, "reader"))
             self.writer = stack.enter_context(ThreadPoolExecutor(1, "writer"))
             stack.callback(self._cancel)
-            while (place := self._next()) is not None:
+            while (place := self.ahead[0] if self.ahead else self.deal.take()) is not None:
                 try:
                     loaded = self._read(place)
                     if loaded is None:
@@ -152,9 +151,6 @@ class Cohort:
 
     # --- one image ahead, one behind
 
-    def _next(self) -> int | None:
-        return self.ahead[0] if self.ahead else self.deal.take()
-
     def _read(self, place: int) -> Loaded | None:
         ahead, self.ahead = self.ahead, None
         if ahead and ahead[1]:
@@ -169,10 +165,8 @@ class Cohort:
             self.wait()
         place = self.deal.take(ahead=True)
         self.ahead = None if place is None else (place, None)
-        return _Neighbours(self, self.behind[1] if self.behind else 0, 0 if place is None else self._size(place))
-
-    def _size(self, place: int) -> int:
-        return max(1, size_of(self.images[place]))
+        image = 0 if place is None else max(1, size_of(self.images[place]))
+        return _Neighbours(self, self.behind[1] if self.behind else 0, image)
 
     def read_ahead(self) -> None:
         """Begin to read the image that was taken ahead."""
@@ -338,14 +332,15 @@ def bytes_of(image: Image, job: ImageJob) -> int:
             return size_of(image) // 2  # of the voxels that are there, whatever is added between them
         file = formats.examine(image.path, images.MAX_VOXELS)
         own = spacing_of(file.affine)
-        wanted = target_spacing(own, file.shape, job.settings.new_resolution)
+        wanted = target_spacing(own, file.shape, job.settings)
     except (FastsrganError, OSError):
         return 0
     voxels = math.prod(grid_size(n, a, b) for n, a, b in zip(file.shape, own, wanted, strict=True))
-    integer = job.settings.dtype == "input" and np.dtype(file.dtype).kind in "iu"
-    each = {"sr": np.dtype(file.dtype).itemsize if integer else 4, "prob": 4, "doubt": 4, "seg": PACKED, "mask": PACKED}
-    residual = 4 * math.prod(file.shape) if job.settings.save_residual else 0  # on the scan's own grid
-    return residual + int(voxels * sum(each.get(kind, 0) for kind in job.outputs(image)))
+    stored, outputs = np.dtype(file.dtype), job.outputs(image)
+    each: dict[str, float] = {"sr": job.settings.sr_bytes(stored.kind, stored.itemsize)}
+    each |= {"prob": 4, "doubt": 4, "seg": PACKED, "mask": PACKED}
+    residual = 4 * math.prod(file.shape) if "residual" in outputs else 0  # on the scan's own grid
+    return residual + int(voxels * sum(each.get(kind, 0) for kind in outputs))
 
 
 # --- the call -------------------------------------------------------------------------------------------------------
@@ -409,16 +404,15 @@ def infer_files(
     if settings.split_volume and ranks.world == 1:
         raise UsageError("--split-volume", "needs several processes", "torchrun --nproc-per-node N -m fastsrgan infer")
     listed = find_images(inputs, out_dir, settings.series)
-    if settings.mask is not None and str(settings.mask) != HEAD and len(listed) > 1:
+    if settings.mask_file is not None and len(listed) > 1:
         raise UsageError("mask", f"one file for {len(listed)} images", f"{HEAD}, or one image at a time")
-    chosen = settings.step is None
-    settings = settings.on(str(pick_device(settings.device)))
-    if chosen and settings.patch is not None:
-        log.info("tiles of %s voxels, %s apart: --patch and --step choose others", settings.patch, settings.step)
+    typed, settings = settings, settings.placed()
+    if line := settings.chosen_tiles(typed):
+        log.info("%s", line)
     out = output_folder(out_dir)
     models = ModelChoice(weights)
-    if settings.max_memory is None and ranks.local_world > 1:
-        settings = replace(settings, max_memory=int(SHARE * free_memory() / ranks.local_world))
+    if ranks.local_world > 1:
+        settings = settings.within(int(SHARE * free_memory() / ranks.local_world))
     job = ImageJob(out, models, settings, system.provenance(), progress, resume)
     _check_outputs(listed, job, overwrite or resume)
     if ranks.rank == 0:
@@ -468,7 +462,7 @@ def _alone(image: Image, job: ImageJob) -> dict[str, Any]:
 def _check_outputs(listed: Sequence[Image], job: ImageJob, replace: bool) -> None:
     """Before any work: folders are there, nothing that exists is written over unasked, and no input ever."""
     inputs = {os.path.realpath(image.path) for image in listed}
-    inputs |= {os.path.realpath(mask) for mask in [job.settings.mask] if mask not in (None, HEAD)}
+    inputs |= {os.path.realpath(mask) for mask in [job.settings.mask_file] if mask is not None}
     for folder in {job.record(image).parent for image in listed} - {job.out}:
         output_folder(folder)
     standing = []

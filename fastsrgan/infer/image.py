@@ -21,8 +21,8 @@ from fastsrgan.evaluate.plausibility import RED, Look, choose, enclosed, judge, 
 from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
 from fastsrgan.infer.planes import is_isotropic, nearest, own_grid
-from fastsrgan.infer.settings import HEAD, ZERO, InferSettings
-from fastsrgan.infer.values import AUTO, OFF
+from fastsrgan.infer.settings import InferSettings
+from fastsrgan.infer.values import AUTO
 from fastsrgan.infer.volume import InferResult, process
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
@@ -153,15 +153,9 @@ class ImageJob:
 
     def outputs(self, image: Image) -> dict[str, Path]:
         """Every file of one image, by kind; the JSON is written last and stands for the whole."""
-        kinds = ["sr", "seg"] + ["mask"] * bool(self.models.mask_classes) + ["prob"] * self.settings.writes_prob
-        kinds += ["doubt"] * self.settings.uncertainty
-        kinds += ["residual"] * self.settings.save_residual
-        files = {kind: self.out / f"{image.name}_{kind}.nii.gz" for kind in kinds}
-        return (
-            files
-            | ({"png": self.out / f"{image.name}.png"} if self.settings.png else {})
-            | {"json": self.record(image)}
-        )
+        ends = {kind: f"_{kind}.nii.gz" for kind in self.settings.kinds(self.models.mask_classes)}
+        ends |= {"png": ".png"} if "png" in ends else {}
+        return {kind: self.out / f"{image.name}{end}" for kind, end in ends.items()} | {"json": self.record(image)}
 
     def record(self, image: Image) -> Path:
         """The record of one image."""
@@ -183,7 +177,7 @@ class Loaded:
 
     image: Image
     volume: Volume
-    mask: np.ndarray | str | None
+    mask: np.ndarray | None
     sha256: str
     look: Look
     model: Model
@@ -204,22 +198,22 @@ def load(image: Image, job: ImageJob) -> Loaded | None:
     _check_places(image, job)
     asked = job.settings
     volume = any_image.load_any(image.path, series=asked.series, volume=asked.volume, max_voxels=asked.max_voxels)
-    done = asked.new_resolution is None and is_isotropic(volume.spacing)
-    if done and not _overlapping(volume, image.path, asked.slice_thickness):
+    done = asked.grid_is_open and is_isotropic(volume.spacing)
+    if done and not _overlapping(volume, image.path, asked.thickness_mm):
         reason = f"voxels of {times(volume.spacing)} mm: there is nothing to super-resolve, nothing was done"
         hint = "--new-resolution same segments it as it is, --new-resolution MM makes finer voxels"
         raise Isotropic(image.path, reason, hint)
-    volume = replace(volume, warnings=(*volume.warnings, *outshone(volume.data, asked.geometry == "physical")))
+    volume = replace(volume, warnings=(*volume.warnings, *outshone(volume.data, asked.physical)))
     for warning in volume.warnings:
         log.warning("%s: %s", image.path, warning)
-    mask = asked.mask
-    if mask not in (None, HEAD):
-        inside = any_image.load_mask(mask, volume, max_voxels=asked.max_voxels)
+    mask: np.ndarray | None = None
+    if asked.mask_file is not None:
+        inside = any_image.load_mask(asked.mask_file, volume, max_voxels=asked.max_voxels)
         for warning in inside.warnings:
-            log.warning("%s: %s", mask, warning)
+            log.warning("%s: %s", asked.mask_file, warning)
         told = (*volume.warnings, *(f"mask: {warning}" for warning in inside.warnings))
         volume, mask = replace(volume, warnings=told), inside.data
-    look = _look(volume, mask)
+    look = measure(volume.data, volume.spacing, mask)
     model, name, why = job.models.of(look)
     if name:
         log.info("%s: weights: %s (%s; --weights chooses otherwise)", image.path.name, name, why)
@@ -227,26 +221,22 @@ def load(image: Image, job: ImageJob) -> Loaded | None:
     return Loaded(image, volume, mask, digest, look, model, (name, why), time.perf_counter() - began)
 
 
-def _overlapping(volume: Volume, path: Path, asked_mm: float | str) -> bool:
+def _overlapping(volume: Volume, path: Path, asked_mm: float | None) -> bool:
     """Whether slices are thicker than they are apart, as it was asked for or as the header states: equal voxels, but a
     blurred scan."""
-    if isinstance(asked_mm, str):
+    if asked_mm is None:
         stated = any_image.slice_thickness(volume, path)
         asked_mm = stated.mm if stated is not None and stated.mm is not None else 0.0
     return asked_mm > 1.01 * max(volume.spacing)
-
-
-def _look(volume: Volume, mask: np.ndarray | str | None) -> Look:
-    return measure(volume.data, volume.spacing, mask if isinstance(mask, np.ndarray) else None)
 
 
 def look_at(path: Path, asked: InferSettings) -> Look:
     """What ``load`` sees in an image, where a record does not hold it."""
     volume = any_image.load_any(path, series=asked.series, volume=asked.volume, max_voxels=asked.max_voxels)
     inside = None
-    if asked.mask not in (None, HEAD):
-        inside = any_image.load_mask(asked.mask, volume, max_voxels=asked.max_voxels).data
-    return _look(volume, inside)
+    if asked.mask_file is not None:
+        inside = any_image.load_mask(asked.mask_file, volume, max_voxels=asked.max_voxels).data
+    return measure(volume.data, volume.spacing, inside)
 
 
 def _check_places(image: Image, job: ImageJob) -> None:
@@ -292,22 +282,16 @@ def _as_made(loaded: Loaded, settings: InferSettings) -> InferSettings:
     """The settings for one image: its mask, and what is left to the weights."""
     purpose, name = loaded.model.purpose, loaded.image.path.name
     grid = own_grid(loaded.volume.spacing, purpose.grid_mm and purpose.grid_mm[1])
-    physical = settings.geometry == "physical"
-    if settings.new_resolution is None and grid is not None and physical:
-        log.info("%s: voxels of %g mm, which the weights were made for (--new-resolution chooses others)", name, grid)
-        settings = replace(settings, new_resolution=grid)
-    if isinstance(loaded.mask, np.ndarray) and settings.outside == AUTO and purpose.outside == ZERO and physical:
-        log.info("%s: zero outside the mask, as in what the weights were made for (--outside keep shows it all)", name)
-        settings = replace(settings, outside=ZERO)
-    return replace(settings, mask=loaded.mask)
+    settings, lines = settings.for_image(loaded.mask, grid, purpose.outside)
+    for line in lines:
+        log.info("%s: %s", name, line)
+    return settings
 
 
 def _with_thickness(loaded: Loaded, settings: InferSettings) -> tuple[InferSettings, str]:
     """The settings with the slice thickness that the image's header states; and who stated it."""
-    if settings.slice_thickness != AUTO:
-        return settings, "asked"
-    if settings.geometry != "physical" or (settings.agree == OFF and not settings.save_residual):
-        return settings, "spacing"
+    if settings.thickness_from:
+        return settings, settings.thickness_from
     found = any_image.slice_thickness(loaded.volume, loaded.image.path)
     if found is None:
         return settings, "spacing"
@@ -353,7 +337,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     least, purpose = _least(loaded, settings), loaded.model.purpose
     seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, least)
     within = enclosed(result.sr, seg, spacing_of(result.affine)) if purpose.contrasts else None
-    verdict = judge(loaded.look, seg, voxel_mm3, purpose, isinstance(loaded.mask, np.ndarray), within)
+    verdict = judge(loaded.look, seg, voxel_mm3, purpose, loaded.mask is not None, within)
     arrays = {"seg": seg, "prob": result.prob[0]} | ({} if result.doubt is None else {"doubt": result.doubt})
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))

@@ -25,8 +25,9 @@ from torch import Tensor
 from fastsrgan.core.files import atomic_write, disk_error, mapping, need_space, read_json, sync_folder
 from fastsrgan.errors import InputError, ResourceError, times
 from fastsrgan.infer import tiles
+from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.tiles import Region, Triple
-from fastsrgan.infer.values import Resolution, millimetres
+from fastsrgan.infer.values import millimetres
 from fastsrgan.volume.geometry import Orientation, centre_coordinates, grid_size
 from fastsrgan.volume.intensity import Normaliser
 from fastsrgan.volume.resample import SAME, apply_axes, upsample_matrix
@@ -380,7 +381,7 @@ class Prepared:
 
 
 def target_spacing(
-    spacing_mm: Sequence[float], shape: Sequence[int], new_resolution: Resolution
+    spacing_mm: Sequence[float], shape: Sequence[int], settings: InferSettings
 ) -> tuple[float, float, float]:
     """The voxel size of the result in mm, stored axis order; see ``settings``.
 
@@ -389,7 +390,7 @@ def target_spacing(
     Raises UsageError as ``values.millimetres``, ResourceError beyond 2^31 voxels, InputError where nothing was
     asked for and the image's own sizes would make it more than 200 times as large.
     """
-    own, sizes = tuple(float(s) for s in spacing_mm), millimetres(new_resolution)
+    own, sizes = tuple(float(s) for s in spacing_mm), millimetres(settings.new_resolution)
     if sizes is None:
         finest = min(own)
         wanted = tuple(s if s <= finest * (1 + SAME) else finest for s in own)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from fastsrgan.config import CHOICES
 from fastsrgan.core.files import finite
+from fastsrgan.core.system import pick_device
 from fastsrgan.errors import UsageError
 from fastsrgan.infer.values import (
     AUTO,
@@ -92,9 +93,9 @@ class Option:
     group: str = ""
 
 
-def row(help: str, **more: Any) -> dict[str, Option]:
-    """The row of a field, as its metadata."""
-    return {"option": Option(help, **more)}
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A field with its row."""
+    return field(default=default, metadata={"option": Option(help, **more)})
 
 
 @dataclass(frozen=True)
@@ -151,234 +152,74 @@ class InferSettings:
     volume, max_voxels : see ``images.load``
     """
 
-    patch: PerAxis = field(
-        default=128, metadata=row("tile edge in voxels, or none: the whole image (128)", parse=tile_edge, reported=True)
-    )
-    step: Step | None = field(
-        default=PAPER_STEP,
-        metadata=row(
-            "voxels between tiles, or auto; small is good and slow (CPU: half the patch; CUDA, segsrgan, --budget: 30)",
-            parse=step_size,
-            typed=None,
-            reported=True,
-        ),
-    )
-    budget: float | None = field(
-        default=None,
-        metadata=row(
-            "60s, 2m: the densest steps down to --step that fit this time",
-            parse=seconds,
-            metavar="TIME",
-            check=check_budget,
-            reported=True,
-        ),
-    )
-    new_resolution: Resolution = field(
-        default=None,
-        metadata=row(
-            "one size, three, or same (default: isotropic at the finest, or at the weights' own where that is coarse)",
-            parse=size,
-            nargs="+",
-            metavar="MM",
-            check=millimetres,
-        ),
-    )
-    geometry: str = field(
-        default="physical",
-        metadata=row("exact (physical), or the original's", parse=str, choices=CHOICES["geometry"], reported=True),
-    )
-    window: str = field(
-        default="constant",
-        metadata=row("weights inside a tile (constant)", parse=str, choices=WINDOWS, reported=True),
-    )
-    batch: str | int = field(
-        default="auto",
-        metadata=row("tiles per forward pass (auto)", parse=batch_size, check=check_batch, decides=False),
-    )
-    precision: str = field(
-        default="auto",
-        metadata=row(
-            "arithmetic of the network; auto: fp16 on CUDA, fp32 on a CPU (auto)",
-            parse=str,
-            choices=CHOICES["precision"],
-            reported=True,
-        ),
-    )
-    compile: str = field(
-        default="auto",
-        metadata=row(
-            "the network by torch.compile, on CUDA as one graph (auto)",
-            parse=str,
-            choices=CHOICES["compile"],
-            recorded=CHANGED,
-            reported=True,
-        ),
-    )
-    precision_check: bool = field(
-        default=False,
-        metadata=row(
-            "report what the precision costs, on a few tiles",
-            flag="--check-precision",
-            recorded=ELSEWHERE,
-            decides=False,
-        ),
-    )
-    device: str = field(
-        default="auto", metadata=row("auto, cpu, cuda or cuda:n", parse=str, decides=False, reported=True)
-    )
-    max_memory: int | None = field(
-        default=None,
-        metadata=row(
-            "of the host, beside the image; more goes by slabs",
-            parse=memory,
-            metavar="G",
-            check=check_max_memory,
-            recorded=ELSEWHERE,
-            decides=False,
-        ),
-    )
-    mask: Any = field(
-        default=None,
-        metadata=row(
-            "compute only where this image is above zero",
-            parse=str,
-            metavar="FILE",
-            instead=("--crop-to-head", HEAD, "compute only in the box around what is not air"),
-        ),
-    )
-    outside: str = field(
-        default=AUTO,
-        metadata=row(
-            "what the network sees outside --mask: the scan, or zero as in images of brains alone (auto: as the weights"
-            " were made)",
-            parse=str, choices=OUTSIDE, recorded=CHANGED,
-        ),
-    )  # fmt: skip
-    flips: str = field(
-        default=NONE,
-        metadata=row(
-            "mean over mirror images of each tile: x, xy, xyz, ... (none)",
-            parse=str,
-            metavar="AXES",
-            check=flip_axes,
-            recorded=CHANGED,
-        ),
-    )
-    agree: str | float = field(
-        default=AUTO,
-        metadata=row(
-            "make SR, acquired again, agree with the scan: auto, off, or the weight of what the scan cannot say (auto)",
-            parse=word_or_number(AUTO, OFF),
-            metavar="W",
-            check=check_agree,
-        ),
-    )
-    uncertainty: bool = field(
-        default=False,
-        metadata=row(
-            "also write the standard deviation that SR's error is taken to have, and the probability map; it costs no "
-            "pass of the network of its own, with --flips (2 to 8 passes) or several weights their spread is a part",
-            recorded=CHANGED,
-        ),
-    )
-    slice_thickness: str | float = field(
-        default=AUTO,
-        metadata=row(
-            "of the scan, where slices have gaps (auto: of DICOM or a BIDS sidecar, else the spacing)",
-            parse=word_or_number(AUTO),
-            metavar="MM",
-            check=check_slice_thickness,
-            recorded=CHANGED,
-        ),
-    )
-    profile: str = field(
-        default=AUTO,
-        metadata=row("of the slices (auto: not known)", parse=str, choices=(AUTO, "gaussian", "box"), recorded=CHANGED),
-    )
-    threshold: float = field(
-        default=0.5,
-        metadata=row(
-            "probability that makes the segmentation (0.5)",
-            parse=float,
-            check=check_threshold,
-            recorded=CHANGED,
-            of_files=True,
-            group="segmentation",
-        ),
-    )
-    largest_component: bool = field(
-        default=False,
-        metadata=row(
-            "keep the segmentation's largest component alone", recorded=CHANGED, of_files=True, group="segmentation"
-        ),
-    )
-    min_size: float | None = field(
-        default=None,
-        metadata=row(
-            "leave out components of less cubic millimetres, 0 none (as the weights say)",
-            parse=float,
-            metavar="MM3",
-            check=check_min_size,
-            recorded=CHANGED,
-            record_as="min_size_mm3",
-            of_files=True,
-            group="segmentation",
-        ),
-    )
-    dtype: str = field(
-        default="float32",
-        metadata=row(
-            "of the SR image; input: rounded to the type and scaling of the image it was made of",
-            parse=str,
-            choices=("float32", "input"),
-            recorded=CHANGED,
-            of_files=True,
-        ),
-    )
-    save_prob: bool = field(
-        default=False, metadata=row("also write the probability map", recorded=ELSEWHERE, decides=False, of_files=True)
-    )
-    save_residual: bool = field(
-        default=False,
-        metadata=row(
-            "also write the scan minus the result acquired again", recorded=ELSEWHERE, decides=False, of_files=True
-        ),
-    )
-    png: bool = field(
-        default=False,
-        metadata=row(
-            "also draw image, SR and segmentation side by side", recorded=ELSEWHERE, decides=False, of_files=True
-        ),
-    )
-    split_volume: bool = field(
-        default=False,
-        metadata=row(
-            "under torchrun: each image over all ranks, not one image for each",
-            recorded=ELSEWHERE,
-            decides=False,
-            of_files=True,
-        ),
-    )
-    series: str | None = field(
-        default=None,
-        metadata=row(
-            "which series of a DICOM folder: number, UID or part of its description",
-            parse=str,
-            metavar="N",
-            recorded=ELSEWHERE,
-            of_files=True,
-        ),
-    )
-    volume: int | None = field(
-        default=None,
-        metadata=row("which volume of a 4-D image, from 0", parse=int, metavar="I", recorded=ELSEWHERE, of_files=True),
-    )
-    max_voxels: int = field(
-        default=2**31,
-        metadata=row(
-            "refuse larger images", parse=voxels, metavar="N", recorded=ELSEWHERE, decides=False, of_files=True
-        ),
-    )
+    # fmt: off
+    patch: PerAxis = option(128, "tile edge in voxels, or none: the whole image (128)", parse=tile_edge,
+        reported=True)
+    step: Step | None = option(PAPER_STEP,
+        "voxels between tiles, or auto; small is good and slow (CPU: half the patch; CUDA, segsrgan, --budget: 30)",
+        parse=step_size, typed=None, reported=True)
+    budget: float | None = option(None, "60s, 2m: the densest steps down to --step that fit this time", parse=seconds,
+        metavar="TIME", check=check_budget, reported=True)
+    new_resolution: Resolution = option(None,
+        "one size, three, or same (default: isotropic at the finest, or at the weights' own where that is coarse)",
+        parse=size, nargs="+", metavar="MM", check=millimetres)
+    geometry: str = option("physical", "exact (physical), or the original's", parse=str, choices=CHOICES["geometry"],
+        reported=True)
+    window: str = option("constant", "weights inside a tile (constant)", parse=str, choices=WINDOWS, reported=True)
+    batch: str | int = option("auto", "tiles per forward pass (auto)", parse=batch_size, check=check_batch,
+        decides=False)
+    precision: str = option("auto", "arithmetic of the network; auto: fp16 on CUDA, fp32 on a CPU (auto)", parse=str,
+        choices=CHOICES["precision"], reported=True)
+    compile: str = option("auto", "the network by torch.compile, on CUDA as one graph (auto)", parse=str,
+        choices=CHOICES["compile"], recorded=CHANGED, reported=True)
+    precision_check: bool = option(False, "report what the precision costs, on a few tiles", flag="--check-precision",
+        recorded=ELSEWHERE, decides=False)
+    device: str = option("auto", "auto, cpu, cuda or cuda:n", parse=str, decides=False, reported=True)
+    max_memory: int | None = option(None, "of the host, beside the image; more goes by slabs", parse=memory,
+        metavar="G", check=check_max_memory, recorded=ELSEWHERE, decides=False)
+    mask: Any = option(None, "compute only where this image is above zero", parse=str, metavar="FILE",
+        instead=("--crop-to-head", HEAD, "compute only in the box around what is not air"))
+    outside: str = option(AUTO,
+        "what the network sees outside --mask: the scan, or zero as in images of brains alone (auto: as the "
+        "weights were made)", parse=str, choices=OUTSIDE, recorded=CHANGED)
+    flips: str = option(NONE, "mean over mirror images of each tile: x, xy, xyz, ... (none)", parse=str, metavar="AXES",
+        check=flip_axes, recorded=CHANGED)
+    agree: str | float = option(AUTO,
+        "make SR, acquired again, agree with the scan: auto, off, or the weight of what the scan cannot say (auto)",
+        parse=word_or_number(AUTO, OFF), metavar="W", check=check_agree)
+    uncertainty: bool = option(False,
+        "also write the standard deviation that SR's error is taken to have, and the probability map; it "
+        "costs no pass of the network of its own, with --flips (2 to 8 passes) or several weights their "
+        "spread is a part", recorded=CHANGED)
+    slice_thickness: str | float = option(AUTO,
+        "of the scan, where slices have gaps (auto: of DICOM or a BIDS sidecar, else the spacing)",
+        parse=word_or_number(AUTO), metavar="MM", check=check_slice_thickness, recorded=CHANGED)
+    profile: str = option(AUTO, "of the slices (auto: not known)", parse=str, choices=(AUTO, "gaussian", "box"),
+        recorded=CHANGED)
+    threshold: float = option(0.5, "probability that makes the segmentation (0.5)", parse=float, check=check_threshold,
+        recorded=CHANGED, of_files=True, group="segmentation")
+    largest_component: bool = option(False, "keep the segmentation's largest component alone", recorded=CHANGED,
+        of_files=True, group="segmentation")
+    min_size: float | None = option(None, "leave out components of less cubic millimetres, 0 none (as the weights say)",
+        parse=float, metavar="MM3", check=check_min_size, recorded=CHANGED, record_as="min_size_mm3", of_files=True,
+        group="segmentation")
+    dtype: str = option("float32",
+        "of the SR image; input: rounded to the type and scaling of the image it was made of", parse=str,
+        choices=("float32", "input"), recorded=CHANGED, of_files=True)
+    save_prob: bool = option(False, "also write the probability map", recorded=ELSEWHERE, decides=False, of_files=True)
+    save_residual: bool = option(False, "also write the scan minus the result acquired again", recorded=ELSEWHERE,
+        decides=False, of_files=True)
+    png: bool = option(False, "also draw image, SR and segmentation side by side", recorded=ELSEWHERE, decides=False,
+        of_files=True)
+    split_volume: bool = option(False, "under torchrun: each image over all ranks, not one image for each",
+        recorded=ELSEWHERE, decides=False, of_files=True)
+    series: str | None = option(None, "which series of a DICOM folder: number, UID or part of its description",
+        parse=str, metavar="N", recorded=ELSEWHERE, of_files=True)
+    volume: int | None = option(None, "which volume of a 4-D image, from 0", parse=int, metavar="I", recorded=ELSEWHERE,
+        of_files=True)
+    max_voxels: int = option(2**31, "refuse larger images", parse=voxels, metavar="N", recorded=ELSEWHERE,
+        decides=False, of_files=True)
+    # fmt: on
 
     def __post_init__(self) -> None:
         for name, row in options().items():
@@ -444,10 +285,83 @@ class InferSettings:
         rows = {name: row for name, row in options(files=False).items() if row.decides and name != "mask"}
         return {name: getattr(self, name) for name in rows}
 
+    # --- what several options say together
+
+    @property
+    def physical(self) -> bool:
+        """Whether every structure keeps its place, which the original's numbers do not."""
+        return self.geometry == "physical"
+
+    @property
+    def in_levels(self) -> bool:
+        """Whether ever denser tiles are tried, as ``anytime`` does."""
+        return self.step == "auto" or self.budget is not None
+
+    @property
+    def grid_is_open(self) -> bool:
+        """Whether the result's grid is left to the image and the weights."""
+        return self.new_resolution is None
+
+    @property
+    def mask_file(self) -> Any:
+        """The mask where it is a file, else None."""
+        return None if self.mask is None or str(self.mask) == HEAD else self.mask
+
+    @property
+    def thickness_mm(self) -> float | None:
+        """Of the slices, where it was asked for."""
+        return None if isinstance(self.slice_thickness, str) else self.slice_thickness
+
+    @property
+    def thickness_from(self) -> str:
+        """Who says how thick the slices are, "asked" or "spacing"; empty: the header may know."""
+        if self.slice_thickness != AUTO:
+            return "asked"
+        return "" if self.physical and (self.agree != OFF or self.save_residual) else "spacing"
+
     @property
     def writes_prob(self) -> bool:
         """Whether the probability map is written: it is how far the segmentation may be trusted."""
         return self.save_prob or self.uncertainty
+
+    def kinds(self, mask_classes: int) -> list[str]:
+        """What is written of an image."""
+        asked = {"mask": mask_classes > 0, "prob": self.writes_prob, "doubt": self.uncertainty}
+        asked |= {"residual": self.save_residual, "png": self.png}
+        return ["sr", "seg", *(kind for kind, wanted in asked.items() if wanted)]
+
+    def sr_bytes(self, kind: str, size: int) -> int:
+        """A voxel of the SR image on the disk; ``kind`` and ``size`` as NumPy has them of the input's type."""
+        return size if self.dtype == "input" and kind in "iu" else 4
+
+    def placed(self) -> InferSettings:
+        """``on`` the device that is there. Raises ResourceError where the one that is asked for is not."""
+        return self.on(str(pick_device(str(self.device))))
+
+    def chosen_tiles(self, typed: InferSettings) -> str:
+        """A line about the tiles where they were left open when the options were typed; else nothing."""
+        if typed.step is not None or self.patch is None:
+            return ""
+        return f"tiles of {self.patch} voxels, {self.step} apart: --patch and --step choose others"
+
+    def within(self, host_bytes: int) -> InferSettings:
+        """The same with a limit to the host's memory where none is asked for."""
+        return self if self.max_memory is not None else replace(self, max_memory=host_bytes)
+
+    def for_image(self, mask: Any, grid_mm: float | None, outside: str) -> tuple[InferSettings, list[str]]:
+        """The same for one image, with its mask, and a line about whatever is left to the weights.
+
+        grid_mm : the voxel size that they were made for, where the scan is much coarser
+        outside : what they saw outside a mask
+        """
+        own, told = {} if mask is None else {"mask": mask}, []
+        if self.grid_is_open and grid_mm is not None and self.physical:
+            own["new_resolution"] = grid_mm
+            told.append(f"voxels of {grid_mm:g} mm, which the weights were made for (--new-resolution chooses others)")
+        if mask is not None and self.outside == AUTO and outside == ZERO and self.physical:
+            own["outside"] = ZERO
+            told.append("zero outside the mask, as in what the weights were made for (--outside keep shows it all)")
+        return replace(self, **own), told
 
     def report(self) -> dict[str, Any]:
         """What ``InferResult.report`` says of the options."""
@@ -492,9 +406,9 @@ def takes_options(files: bool) -> Callable[[F], F]:
     return decorate
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """All rows as options of a command."""
-    for name, row in _ROWS.items():
+def add_options(parser: argparse._ActionsContainer, *names: str) -> None:
+    """Rows as options of a command: those that are named, else all."""
+    for name, row in ((name, _ROWS[name]) for name in names or _ROWS):
         flag = row.flag or f"--{name.replace('_', '-')}"
         if row.parse is None:
             parser.add_argument(flag, dest=name, action="store_true", help=row.help)

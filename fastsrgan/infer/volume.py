@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.core.system import pick_device
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer import anytime, modes, tiles
 from fastsrgan.infer.anytime import by_levels
@@ -131,8 +130,9 @@ def process(
     """``infer_volume`` with its options in one object."""
     began = time.perf_counter()
     data, affine = _checked(data_XYZ, affine)
-    where = pick_device(str(settings.device))
-    settings = replace(settings.on(str(where)), precision=pick_precision(settings.precision, where))
+    settings = settings.placed()
+    where = torch.device(settings.device)
+    settings = replace(settings, precision=pick_precision(settings.precision, where))
     alone = settings.outside == ZERO and isinstance(settings.mask, np.ndarray)
     if alone:
         data = masked(data, settings.mask)
@@ -141,15 +141,14 @@ def process(
     image = replace(image, region=region)
     agreeing = modes.wanted(image, data.shape, settings, interpolate is not None)
     network = _network(generator, settings, image)
-    in_levels = settings.step == "auto" or settings.budget is not None
-    if in_levels and together:
+    if settings.in_levels and together:
         raise UsageError("budget", "ranks that share a volume would end at different steps", "a fixed --step")
-    levels = _levels(image, settings, in_levels, network.multiple)
+    levels = _levels(image, settings, network.multiple)
     plan = levels[-1].plan
     can_stream = scratch is not None and (isinstance(image.source, Interpolated) or together is not None)
     # Ranks must not choose each for itself.
     with forms.job("fixed" if together else forms.wanted_mode()) as choices:
-        memory = _memory(image, plan, network, settings, in_levels, can_stream, beside, together, agreeing)
+        memory = _memory(image, plan, network, settings, can_stream, beside, together, agreeing)
         log.info("%s: %s", label, memory.line)
         checked = {}
         if settings.precision_check:
@@ -158,7 +157,7 @@ def process(
         steady = network.steady(memory.batch, plan) if settings.batch == "auto" else memory.batch
         run = replace(settings, batch=steady)
         key = _fingerprint(data, plan, image, network, settings, choices.key()) if memory.mode == SLABS else ""
-        if in_levels:
+        if settings.in_levels:
             sr, prob, facts = by_levels(image, levels, network, run, progress, label)
             plan = levels[len(facts["levels"]) - 1].plan
         elif together:
@@ -218,16 +217,12 @@ def _finished(
 
 
 def _prepared(
-    data: np.ndarray,
-    affine: np.ndarray,
-    settings: InferSettings,
-    interpolate: Interpolate | None,
-    shifted: bool,
+    data: np.ndarray, affine: np.ndarray, settings: InferSettings, interpolate: Interpolate | None, shifted: bool
 ) -> Prepared:
     geometry = settings.geometry
     original = geometry == "segsrgan"
     spacing = spacing_of(affine)
-    wanted = target_spacing(spacing, data.shape, settings.new_resolution)
+    wanted = target_spacing(spacing, data.shape, settings)
     turn = Orientation() if original else processing_orientation(affine)
     norm = normaliser(data, shifted=shifted, robust=not original)
     source: Interpolated | Whole
@@ -269,7 +264,6 @@ def _memory(
     plan: tiles.TilePlan,
     network: TileNetwork,
     settings: InferSettings,
-    in_levels: bool,
     can_stream: bool,
     beside: Beside | None,
     together: Together | None,
@@ -289,7 +283,7 @@ def _memory(
         (counted.channels or 2) + settings.uncertainty,
         settings.window,
         image.source.held_bytes if isinstance(image.source, Interpolated) else 0,
-        in_levels,
+        settings.in_levels,
         can_stream,
         together is not None,
         isinstance(network.generator, Averaged),
@@ -301,12 +295,12 @@ def _memory(
     return memory
 
 
-def _levels(image: Prepared, settings: InferSettings, in_levels: bool, multiple: int) -> list[anytime.Level]:
+def _levels(image: Prepared, settings: InferSettings, multiple: int) -> list[anytime.Level]:
     """The steps that may be reached; without a budget it is one. ``multiple``: of the edges of tiles."""
     shape = image.source.shape
     patch, step = _turned(settings.patch, image.turn), _turned(settings.step, image.turn)
     original = image.geometry == "segsrgan"
-    if not in_levels:
+    if not settings.in_levels:
         assert not isinstance(step, str)
         padding = "original" if original else "shift"
         return [anytime.Level((), tiles.plan(shape, patch, step, padding=padding, multiple=multiple))]

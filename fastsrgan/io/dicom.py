@@ -19,7 +19,6 @@ from fastsrgan.errors import InputError, ResourceError
 from fastsrgan.io.dicom_header import DIRECTION_TOLERANCE, TRAITS, Frame, check_axes, pixels
 from fastsrgan.io.dicom_series import NAMED, Series, select
 from fastsrgan.io.dicom_series import is_dicom as is_dicom
-from fastsrgan.io.dicom_series import series_of as series_of
 from fastsrgan.io.dicom_series import sha256 as sha256
 from fastsrgan.volume.geometry import Volume
 

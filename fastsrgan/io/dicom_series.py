@@ -86,16 +86,12 @@ def is_dicom(path: str | os.PathLike) -> bool:
         return False
 
 
-def series_of(path: str | os.PathLike) -> list[Series]:
+def _look(path: str | os.PathLike) -> _Listing:
     """The image series of a folder and its subfolders, or the one that a file belongs to, by series number.
 
     Raises InputError where there is no image, and for a damaged file that is named itself; ResourceError without
     pydicom.
     """
-    return _look(path).series
-
-
-def _look(path: str | os.PathLike) -> _Listing:
     path = Path(path)
     if not path.exists():
         raise no_such_file(path)

@@ -16,7 +16,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, nee
     repeated images, and subjects that are both in Train and in Test.
     """
     csv_path = Path(csv_path)
-    records = _records(csv_path, _text(csv_path), _table_delimiter)
+    records = _records(csv_path, _text(csv_path), delimiter_for(COLUMNS))
     if not records:
         raise InputError(csv_path, "is empty", f"its first line names the columns {', '.join(COLUMNS[:3])}")
     header = [cell.strip() for cell in records[0][1]]
@@ -263,9 +263,10 @@ def _records(path: Path, text: str, delimiter_of: Callable[[str], str]) -> list[
     return records
 
 
-def _table_delimiter(header: str) -> str:
-    """The separator under which the header names the most known columns."""
-    return max(DELIMITERS, key=lambda d: len({cell.strip(' "') for cell in header.split(d)} & set(COLUMNS)))
+def delimiter_for(columns: Iterable[str]) -> Callable[[str], str]:
+    """Header -> the separator under which it names the most of some columns."""
+    known = set(columns)
+    return lambda header: max(DELIMITERS, key=lambda d: len({cell.strip(' "') for cell in header.split(d)} & known))
 
 
 def _list_delimiter(line: str) -> str:

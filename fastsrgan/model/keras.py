@@ -105,10 +105,6 @@ def weight_names(spec: Spec) -> dict[str, str]:
     return {**names, "head": f"{prefix}_gen_1conv/kernel:0"}
 
 
-def _keras_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(shape[a] for a in _TO_KERAS) if len(shape) == 5 else shape
-
-
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +255,8 @@ def _match(path: Path, spec: Spec, layers: Layers) -> _Network:
     names, shapes = weight_names(spec), parameter_shapes(spec)
     datasets = {}
     for parameter, name in names.items():
-        dataset, wanted = _find(path, layers, name), _keras_shape(shapes[parameter])
+        dataset, wanted = _find(path, layers, name), shapes[parameter]
+        wanted = tuple(wanted[a] for a in _TO_KERAS) if len(wanted) == 5 else wanted
         if dataset.shape != wanted:
             raise ModelError(path, f"layer {name} is {dims(dataset.shape)}", f"{describe(spec)} needs {dims(wanted)}")
         _check_storage(path, name, dataset)

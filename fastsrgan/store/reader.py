@@ -148,7 +148,6 @@ class Store:
         if manifest is None:
             raise InputError(self.url, self._keys.why_none(), "make one with `fastsrgan convert CSV STORE`")
         self.complete: bool = manifest["complete"]
-        self.made_by: str = manifest["made_by"]
         self.settings: dict[str, Any] = manifest["settings"]
         self._root = manifest["root"]
         self._subjects = {name: subject_of(name, record) for name, record in manifest["subjects"].items()}

@@ -178,7 +178,7 @@ SEGMENTATIONS = [
     *_rows(NOISY, "augmented", dice=(0.836, 0.812, 0.790), components=(5.8, 33.5, 61.8)),
 ]
 BASELINES = [
-    {"condition": "original", "model": "baseline", "step": None, "psnr_db": 24.22, "ssim": 0.63, "dice": 0.735},
+    {"condition": "original", "model": "baseline", "step": None, "psnr_db": 24.22, "ssim": 0.63, "dice": 0.735}
 ]
 TIMES = [
     {"condition": "original", "model": "P100, about", "step": 10, "seconds": 600.0},

@@ -94,12 +94,7 @@ class _Score(torch.autograd.Function):
 
 
 def score(
-    critic: Critic,
-    x: Tensor,
-    res: Tensor | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    fast: bool | None = None,
+    critic: Critic, x: Tensor, res: Tensor | None = None, *, dtype: torch.dtype | None = None, fast: bool | None = None
 ) -> Tensor:
     """``critic(x, res)``, (B, 1) in float32 or wider, differentiable in ``x`` (B, C, P, P, P) but not in the weights.
 

@@ -1,8 +1,10 @@
-"""Generator and critic in training: their optimisers, the generator's moving average, and one update of each."""
+"""Generator and critic in training: their optimisers, the generator's moving average, one update of each, and which
+batch of patches the memory has room for."""
 
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import math
 import os
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from fastsrgan.config import TrainConfig
 from fastsrgan.core.ranks import ALONE, Ranks
+from fastsrgan.core.system import free_memory, peak_memory
 from fastsrgan.data.pool import Batch
-from fastsrgan.errors import ModelError
+from fastsrgan.errors import ModelError, ResourceError, human, out_of_memory
 from fastsrgan.model import weights
 from fastsrgan.model.compiled import Job, compiled, proven, wanted
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, assemble, build_generator, describe
@@ -66,8 +69,7 @@ class Models:
         kept_precision: str | None = None,
     ) -> None:
         self.config, self.device, self.ranks = config, device, ranks
-        as_before = config.precision == "auto" and kept_precision is not None
-        self.arithmetic = precision.choose(config.replace(precision=kept_precision) if as_before else config, device)
+        self.arithmetic = precision.choose(config, device, kept_precision)
         if not self.arithmetic.proven:
             precision.self_test(self.arithmetic)
         fast, strict = config, config.compile == "on"
@@ -91,6 +93,8 @@ class Models:
         by_job = functools.partial(compiled, config=fast, device=device, job=Job())
         self._fakes, self._generator_terms = by_job(self._forward), by_job(self._generator_loss)
         self._critic_terms, self._explicit_terms = by_job(critic_gradients), by_job(critic_loss)
+        self.critic_iterations, self.micro_batches = config.critic_iterations, config.accumulate
+        self.batch = config.batch_size // ranks.world  # patches per update of this rank
         self.finish()
 
     def finish(self) -> None:
@@ -133,6 +137,25 @@ class Models:
         """Both learning rates as a fraction of their first value."""
         self.optimiser_g.set_rate(factor)
         self.optimiser_d.set_rate(factor)
+
+    def eps_shape(self, patches: int) -> tuple[int, ...]:
+        """Of the random numbers of a critic update: one for each patch, or for each of its channels."""
+        channels = (self.generator.spec.out_channels,) if self.config.eps_per_channel else ()
+        return patches, *channels
+
+    def adversarial(self, epoch: int) -> bool:
+        """Whether the critic learns, and the generator from it, in an epoch."""
+        return epoch > self.config.warmup_epochs and self.config.lambda_adv > 0
+
+    def try_iteration(self, patches: int) -> None:
+        """One iteration on random patches."""
+        p, channels = self.config.patch_size, self.generator.spec.out_channels
+        x = torch.rand((patches, 1, p, p, p), device=self.device)
+        y = torch.rand((patches, channels, p, p, p), device=self.device)
+        batch = Batch(x, y, torch.ones(patches, device=self.device), ["trial"] * patches)
+        eps = torch.rand(self.eps_shape(patches), device=self.device)
+        self.critic_updates([batch] * self.critic_iterations, [eps] * self.critic_iterations)
+        self.generator_update(batch, self.config.lambda_adv > 0)
 
     # --- critic -------------------------------------------------------------------------------------------------------
 
@@ -283,7 +306,7 @@ class Models:
 
     def _parts(self, n: int) -> list[tuple[slice, float]]:
         """Slices of the micro-batches of ``n`` patches, and the share of each in their mean."""
-        size = math.ceil(n / self.config.accumulate)
+        size = math.ceil(n / self.micro_batches)
         return [(slice(i, min(i + size, n)), min(size, n - i) / n) for i in range(0, n, size)]
 
     def _filled(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float]]:
@@ -291,8 +314,8 @@ class Models:
 
         Where they are compiled, all are of one size whatever the batch's: repeated samples of weight 0 fill them up.
         """
-        n, size = len(batch.x), math.ceil(self.config.batch_size // self.ranks.world / self.config.accumulate)
-        if not self.static or n > size * self.config.accumulate:
+        n, size = len(batch.x), math.ceil(self.batch / self.micro_batches)
+        if not self.static or n > size * self.micro_batches:
             for part, share in self._parts(n):
                 yield batch.x[part], batch.y[part], batch.res[part], _part(batch.agree, part), None, share
             return
@@ -358,3 +381,77 @@ class Means(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def least_bytes(config: TrainConfig, mask_classes: int, batch: int) -> int:
+    """What no step can do without: ``batch`` patches with their truth, and of a part of them the first features."""
+    channels = batch * (1 + 2 + mask_classes) + -(-batch // config.accumulate) * config.kernel_gen
+    return 4 * channels * config.patch_size**3
+
+
+def fits(config: TrainConfig, mask_classes: int, device: torch.device, batch: int) -> bool:
+    """Whether one iteration with ``batch`` patches runs in the memory there is, on networks made for the trial."""
+    if device.type == "cpu" and least_bytes(config, mask_classes, batch) > free_memory():
+        return False  # the system would end the process rather than refuse the memory
+    trial = None
+    try:
+        trial = Models(config, mask_classes, device)
+        trial.try_iteration(batch)
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    finally:
+        del trial
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def refuse_hopeless(config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks, batch: int) -> None:
+    """Raise ResourceError where ``batch`` patches alone are more than a CPU's memory: it would end without a word."""
+    own = batch // ranks.world
+    least, free = least_bytes(config, mask_classes, own), free_memory() // ranks.local_world
+    if device.type == "cpu" and least > free:
+        what = f"{batch} patches of {config.patch_size} voxels need more than {human(least)} on each rank"
+        fewer = own * free // least * ranks.world
+        raise ResourceError("--batch-size", f"{what}, {human(free)} are free", f"below {fewer}, or --auto-batch True")
+
+
+def batch_that_fits(config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks, batch: int) -> int:
+    """The largest of ``batch``, half of it, a quarter ... (patches of all ranks) whose iteration every rank can run.
+
+    Raises ResourceError where not even one patch per rank fits.
+    """
+    own = batch // ranks.world
+    while True:
+        if ranks.minimum(int(fits(config, mask_classes, device, own))):
+            return own * ranks.world
+        if own == 1:
+            raise ResourceError(
+                str(device), "no memory for a batch of one patch", "a smaller --patch-size or --kernel-gen"
+            )
+        own //= 2
+
+
+def memory_error(models: Models, told: str) -> ResourceError:
+    """What ran out, the measured peak, and the largest batch that fits, found by trying."""
+    device, own, world = models.device, models.batch // 2, models.ranks.world
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        peak = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} of {total / 1e9:.1f} GB were in use"
+    else:
+        peak = f"the process held {peak_memory() / 1e9:.1f} GB"
+    while own and not fits(models.config, models.generator.spec.mask_classes, device, own):
+        own //= 2
+    hint = "a smaller --patch-size or --kernel-gen"
+    if own:
+        parts = -(-models.batch // own)
+        more = parts * models.micro_batches
+        hint = f"--batch-size {own * world} fits, or --accumulate {more}; also --auto-batch True"
+    log.debug("%s", told)
+    return ResourceError(str(device), f"out of memory at a batch of {models.batch * world} patches, {peak}", hint)

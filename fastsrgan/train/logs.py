@@ -33,11 +33,7 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        dice_file: str | os.PathLike | None = None,
-        mse_file: str | os.PathLike | None = None,
-        mask_classes: int = 0,
+        self, folder: Path, dice_file: str | os.PathLike | None = None, mse_file: str | os.PathLike | None = None
     ) -> None:
         self.path = folder / LOG
         self.dice_file = Path(dice_file) if dice_file else folder / "dice.csv"

@@ -69,7 +69,7 @@ def loop(run: Run, stop: StopRequest) -> None:
             if not at.updates:  # no patch so far: nothing may stay that looks like a run
                 continue
             run.ended_early = turn.epoch if out_of_patience(run) else None
-            if turn.epoch % c.snapshot == 0 or turn.epoch == c.epochs or run.ended_early:
+            if turn.epoch % c.snapshot == 0 or turn.epoch == run.last_epoch or run.ended_early:
                 save(run)
                 export(run, turn.epoch)
             if run.ended_early:
@@ -100,9 +100,9 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
     if residents:
         pool = Pool(
             residents,
-            c.patch_size,
+            run.feed.rule.patch,
             mask_classes=run.mask_classes,
-            seed=c.seed,
+            seed=run.feed.seed,
             epoch=turn.epoch,
             group=turn.group,
             rank=run.ranks.rank,
@@ -112,7 +112,7 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
     at.steps = batches if c.steps_per_epoch is None else min(batches, capped(run, turn, c.steps_per_epoch))
     if pool is None or at.steps == 0:
         return
-    run.progress.start(f"training epoch {turn.epoch}/{c.epochs}", at.steps - at.step, "updates")
+    run.progress.start(f"training epoch {turn.epoch}/{run.last_epoch}", at.steps - at.step, "updates")
     last: Told | None = None
     for indices in pool.generator_batches(run.batch, at.step, steps=batches):
         if at.step >= at.steps:
@@ -173,7 +173,7 @@ class Told:
 
 def step(run: Run, turn: Turn, pool: Pool, indices: np.ndarray) -> Told:
     """Queue one generator update with the critic updates before it. On a GPU nothing here waits for it."""
-    adversarial = turn.epoch > run.config.warmup_epochs and run.config.lambda_adv > 0
+    adversarial = run.models.adversarial(turn.epoch)
     critic = critic_steps(run, turn, pool) if adversarial else {}
     batch = pool.gather(indices)
     return Told(critic, run.models.generator_update(batch, adversarial), batch.ids)
@@ -181,13 +181,11 @@ def step(run: Run, turn: Turn, pool: Pool, indices: np.ndarray) -> Told:
 
 def critic_steps(run: Run, turn: Turn, pool: Pool) -> Mapping[str, float]:
     """The critic updates before one generator update; the generator stands still meanwhile. Means of their losses."""
-    c, at = run.config, run.position
-    channels = 2 + run.mask_classes
-    shape = (run.batch, channels) if c.eps_per_channel else (run.batch,)
+    at, count, shape = run.position, run.models.critic_iterations, run.models.eps_shape(run.batch)
     own = (run.ranks.rank,) if run.ranks.rank else ()
-    keys = [(c.seed, turn.epoch, turn.group, at.step, i, "eps", *own) for i in range(c.critic_iterations)]
+    keys = [(run.feed.seed, turn.epoch, turn.group, at.step, i, "eps", *own) for i in range(count)]
     eps = to_device(np.stack([rng(*key).random(shape, dtype=np.float32) for key in keys]), run.models.device)
-    batches = [pool.gather(i) for i in pool.critic_indices(at.step, run.batch, c.critic_iterations)]
+    batches = [pool.gather(i) for i in pool.critic_indices(at.step, run.batch, count)]
     return run.models.critic_updates(batches, list(eps))
 
 
@@ -270,7 +268,7 @@ def end_epoch(run: Run, epoch: int, stop: StopRequest) -> bool:
                 generator,
                 run.feed,
                 run.test,
-                batch_size=c.batch_size,
+                batch_size=run.batch * run.ranks.world,
                 mask_classes=run.mask_classes,
                 structures=[name for name, _ in run.structures],
                 known=run.baselines,

@@ -50,13 +50,18 @@ NETWORK_LIMITS: dict[str, dict[Any, float]] = {
 REPLAYS = 3  # of a compiled step: the first compiles, the second records graphs, the third replays them
 
 
-def choose(config: TrainConfig, device: torch.device) -> Arithmetic:
-    """What ``precision``, ``tf32`` and ``layout`` mean on this device.
+def goes_on_in(config: TrainConfig, kept: str | None) -> str:
+    """The precision of a run: that of the snapshot it goes on from (``kept``) where the settings leave it open."""
+    return kept or "auto" if config.precision == "auto" else config.precision
+
+
+def choose(config: TrainConfig, device: torch.device, kept: str | None = None) -> Arithmetic:
+    """What ``precision`` (see ``goes_on_in``), ``tf32`` and ``layout`` mean on this device.
 
     Raises ResourceError when a type was asked for that the device cannot compute with.
     """
-    cuda = device.type == "cuda"
-    dtype = TYPES[config.precision] if config.precision != "auto" else _best(device)
+    cuda, name = device.type == "cuda", goes_on_in(config, kept)
+    dtype = TYPES[name] if name != "auto" else _best(device)
     if dtype == torch.float16 and not cuda:
         raise ResourceError("--precision", "fp16 is for CUDA devices", "fp32, or bf16")
     if dtype == torch.bfloat16 and cuda and torch.cuda.get_device_capability(device) < (8, 0):

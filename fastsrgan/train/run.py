@@ -37,11 +37,11 @@ from fastsrgan.observation.synthesis import Synthesis
 from fastsrgan.pictures.planes import cut_panels
 from fastsrgan.store.reader import Store, open_store
 from fastsrgan.train import snapshots
-from fastsrgan.train.fit_batch import batch_that_fits, memory_error, refuse_hopeless
-from fastsrgan.train.gan import Models
+from fastsrgan.train.gan import Models, batch_that_fits, memory_error, refuse_hopeless
 from fastsrgan.train.logs import Board, RunLog
 from fastsrgan.train.loop import loop
-from fastsrgan.train.state import Position, Run, data_identity
+from fastsrgan.train.precision import goes_on_in
+from fastsrgan.train.state import Run, data_identity
 
 log = logging.getLogger("fastsrgan")
 
@@ -108,7 +108,7 @@ def train(
                 told = "%s: its classes are %s, those of this run %s: the mask head learns others in their place"
                 log.warning(told, start_weights, ", ".join(learned), ", ".join(names) or "of Mask_image")
         if run.first:
-            run.log = RunLog(folder, dice_file, mse_file, run.mask_classes)
+            run.log = RunLog(folder, dice_file, mse_file)
             run.snapshot_folder = output_folder(snapshot_folder) if snapshot_folder else None
             run.progress = progress
         begin(run, start_weights, resume)
@@ -223,8 +223,8 @@ def keep_arithmetic(
         else:
             names = {}
         if not ranks.rank:
-            how = name if config.precision == "auto" and name else f"--precision {config.precision}"
-            log.info("going on in %s, layer forms %s, %d as in the snapshot", how, mode, len(names))
+            told = "going on in %s, layer forms %s, %d as in the snapshot"
+            log.info(told, goes_on_in(config, name), mode, len(names))
     held.enter_context(forms.job(mode, names))
     return name
 
@@ -250,8 +250,8 @@ def prepare(
     names = {split: [s.id for s in store.subjects if s.split == split] for split in ("Train", "Test")}
     if not names["Train"]:
         raise InputError(store.url, "has no Train subjects", "give rows with Base = Train to `fastsrgan convert`")
-    axes = slice_axes(store, config)
-    refuse_faults(store, config, axes)
+    axes, law, rule, shown = slice_axes(store, config), degradation(config), patch_rule(config), visits(config)
+    refuse_faults(store, law, rule, axes, shown.structure, config.fit_mask)
     found = structures(store)
     if found and not config.fit_mask:
         log.warning(
@@ -262,29 +262,11 @@ def prepare(
         mask_classes = len(found) + 1 if found else count_mask_classes(store, names["Train"])
     if config.auto_batch:
         config = with_fitting_batch(folder, config, mask_classes, device, ranks, resume)
-    refuse_hopeless(config, mask_classes, device, ranks)
+    refuse_hopeless(config, mask_classes, device, ranks, config.batch_size)
     c = config
-    degradation = Degradation(
-        c.new_low_res,
-        c.contrast_max,
-        c.noise,
-        c.geometry,
-        c.interp,
-        c.interpolation_type,
-        rician=c.rician,
-        profile=c.profile,
-        gap=c.gap,
-        profile_box=c.profile_box,
-        noise_from=c.noise_from,
-        artefacts=artefact_amounts(c),
-        block_bytes=None if c.block_memory is None else int(c.block_memory * 1e9),
-    )
-    if c.agree and c.geometry != "physical":
-        raise UsageError("agree", "the original's geometry has no slices to agree with", "--geometry physical")
-    rule = PatchRule(c.patch_size, c.stride, c.image_cropping_method == "overlapping_with_mask", c.agree)
     feed = Feed(
         store,
-        degradation,
+        law,
         rule,
         seed=c.seed,
         device=device,
@@ -295,7 +277,7 @@ def prepare(
         threads=c.feed_threads,
         prefetch=c.prefetch,
         precision=c.pool_precision,
-        visits=visits(c),
+        visits=shown,
         axes=axes,
     )
     models = Models(c, mask_classes, device, ranks, kept_precision)
@@ -312,6 +294,29 @@ def prepare(
         found if config.fit_mask else [],
         ranks=ranks,
     )
+
+
+def degradation(config: TrainConfig) -> Degradation:
+    """How the images of a run are degraded."""
+    c = config
+    return Degradation(
+        *(c.new_low_res, c.contrast_max, c.noise, c.geometry, c.interp, c.interpolation_type),
+        rician=c.rician,
+        profile=c.profile,
+        gap=c.gap,
+        profile_box=c.profile_box,
+        noise_from=c.noise_from,
+        artefacts=artefact_amounts(c),
+        block_bytes=None if c.block_memory is None else int(c.block_memory * 1e9),
+    )
+
+
+def patch_rule(config: TrainConfig) -> PatchRule:
+    """Which patches a run takes. Raises UsageError where they could not agree with a scan."""
+    if config.agree and config.geometry != "physical":
+        raise UsageError("agree", "the original's geometry has no slices to agree with", "--geometry physical")
+    by_mask = config.image_cropping_method == "overlapping_with_mask"
+    return PatchRule(config.patch_size, config.stride, by_mask, config.agree)
 
 
 def artefact_amounts(config: TrainConfig) -> dict[str, float]:
@@ -350,7 +355,8 @@ def tell_of_data(run: Run) -> dict[str, list[str]]:
         for name, texts in found.items():
             for text in texts:
                 log.warning("%s: %s", name, text)
-        for text in small_subjects(run.store, run.config) + full_subjects(run.store, run.config, run.feed.axes):
+        feed = run.feed
+        for text in small_subjects(feed.store, feed.rule) + full_subjects(feed.store, feed.degradation, feed.axes):
             log.warning("%s", text)
         write_json(run.folder / DATA_FACTS, {"store": run.store.url, "warnings": found})
     return found
@@ -370,7 +376,7 @@ def with_fitting_batch(
     if resume:
         size = settings.from_yaml(checkpoint.newest(folder) / "config.yaml").batch_size
     else:
-        size = batch_that_fits(config, mask_classes, device, ranks)
+        size = batch_that_fits(config, mask_classes, device, ranks, config.batch_size)
     if size != config.batch_size:
         log.warning("batch_size %d does not fit in memory: %d is taken", config.batch_size, size)
     return config.replace(batch_size=size)
@@ -379,7 +385,7 @@ def with_fitting_batch(
 def begin(run: Run, start_weights: str | os.PathLike | None, resume: bool) -> None:
     """Weights and position to start from, the same on all ranks; settings and tables of the run folder."""
     c, ranks = run.config, run.ranks
-    run.position = Position(epoch=c.init_epoch, world=ranks.world)
+    run.position = run.beginning
     if resume:
         snapshots.load(run)
     elif start_weights is not None:
@@ -389,7 +395,7 @@ def begin(run: Run, start_weights: str | os.PathLike | None, resume: bool) -> No
         run.position.resident = c.resident_subjects or group_size(run)
     if run.log is not None:
         if not resume:
-            run.log.cut(0, c.init_epoch)
+            run.log.cut(0, run.position.epoch)
         cut_panels(run.folder, run.position.epoch)
         with atomic_write(run.folder / "config.yaml") as temporary:
             temporary.write_text(c.to_yaml(), encoding="utf8")
@@ -412,7 +418,7 @@ def group_size(run: Run) -> int:
     budget = None if c.resident_memory is None else int(c.resident_memory * 1e9)
     device, precision = run.models.device, c.pool_precision
     # The original's ratios may keep a volume whole (fastsrgan.data.subject), and then all of it has to fit.
-    patch = c.patch_size if c.geometry == "physical" else 0
+    patch = run.feed.rule.patch if run.feed.degradation.geometry == "physical" else 0
     most = resident_limit(
         run.store,
         run.train,
@@ -451,7 +457,7 @@ def attempt(run: Run, stop: StopRequest) -> None:
             run.board.close()
     # Outside the handler, whose traceback keeps the failed step's activations alive.
     if told:
-        raise memory_error(run, told)
+        raise memory_error(run.models, told)
 
 
 def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
@@ -460,7 +466,7 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
     left_out = {k: v for one in run.ranks.gather(run.feed.quarantined) for k, v in one.items()}
     waited = run.ranks.mean({"waited": run.feed.waited})["waited"]
     facts = {
-        "epochs": min(at.epoch, c.epochs + 1) - c.init_epoch,
+        "epochs": min(at.epoch, run.last_epoch + 1) - run.beginning.epoch,
         "updates": at.updates,
         "seconds": round(seconds, 3),
         "data_wait_seconds": round(waited, 3),

@@ -18,6 +18,7 @@ import torch
 from fastsrgan import config as settings
 from fastsrgan.core.files import mapping
 from fastsrgan.core.system import provenance
+from fastsrgan.data.feed import Feed
 from fastsrgan.errors import ModelError
 from fastsrgan.model import checkpoint, weights
 from fastsrgan.model import safetensors as modelfile
@@ -25,7 +26,6 @@ from fastsrgan.model.arithmetic import TYPES
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import CriticSpec, GeneratorSpec, assemble, describe, parameter_shapes
 from fastsrgan.model.purpose import MADE_FOR, Purpose
-from fastsrgan.store.reader import Store
 from fastsrgan.train.gan import differences
 from fastsrgan.train.state import Position, Run, data_identity, epoch_part, remaining
 
@@ -91,7 +91,7 @@ def load(run: Run) -> None:
     position = Position(**{k: v for k, v in state["position"].items() if k in known})
     run.position = placed(run, position, snapshot, state["data"])
     if not run.position.updates:  # what gave no patch then may give some now
-        run.position = Position(epoch=run.config.init_epoch, world=run.ranks.world)
+        run.position = run.beginning
     if run.log is not None:
         run.log.cut(run.position.updates, run.position.epoch)
         log.info("continuing %s at epoch %d, update %d", snapshot, run.position.epoch, run.position.updates)
@@ -119,7 +119,7 @@ def load_networks(run: Run, snapshot: Path) -> None:
     assert isinstance(spec, GeneratorSpec)
     if spec != m.generator.spec:
         raise ModelError(snapshot, *differences(spec, m.generator.spec))
-    m.generator = assemble(spec, parameters, run.config.form).requires_grad_(True)
+    m.generator = assemble(spec, parameters, m.generator.form).requires_grad_(True)
     critic_spec, parameters = modelfile.read_parameters(file, "critic")
     assert isinstance(critic_spec, CriticSpec)
     check_critic(snapshot, critic_spec, m.critic.spec)
@@ -201,14 +201,14 @@ def write_weights(run: Run, path: Path, facts: dict[str, Any]) -> None:
             "config": run.config.to_dict(),
             **provenance(),
         }
-        card[MADE_FOR] = made_for(run.config, run.store).to_dict()
+        card[MADE_FOR] = made_for(run.feed).to_dict()
         weights.save_generator(path, run.models.shipped(), run.models.critic, card=card)
 
 
-def made_for(config: settings.TrainConfig, store: Store) -> Purpose:
+def made_for(feed: Feed) -> Purpose:
     """What a training knows of it: label values, voxel sizes and slice ratios, volumes of the structure with room."""
-    subjects = [subject for subject in store.subjects if subject.split == "Train"]
-    values = settings.label_values(config.structure) if config.structure else ()
+    subjects = [subject for subject in feed.store.subjects if subject.split == "Train"]
+    values = feed.visits.structure
     chosen = [list(values)] if values else [s.attrs["label_classes"] for s in subjects if "label_classes" in s.attrs]
     same = chosen and all(one == chosen[0] for one in chosen)
     name = f"label {', '.join(map(str, chosen[0]))}" if same else "structure of the training's labels"
@@ -217,8 +217,8 @@ def made_for(config: settings.TrainConfig, store: Store) -> Purpose:
         kind, wanted = ("label_counts", (1,)) if "label_counts" in subject.attrs else ("tissues_counts", values)
         voxels = sum(subject.attrs.get(kind, {}).get(str(value), 0) for value in wanted)
         volumes += [voxels * math.prod(subject.spacing) / 1000] * bool(voxels)
-    finest = [min(sizes) for sizes in config.new_low_res]
-    ratios = [float(f"{max(sizes) / min(sizes):.4g}") for sizes in config.new_low_res]
+    finest = [min(sizes) for sizes in feed.degradation.low_res]
+    ratios = [float(f"{max(sizes) / min(sizes):.4g}") for sizes in feed.degradation.low_res]
     return Purpose(
         structures=((1, name),),
         voxel_mm=(min(finest), max(finest)),

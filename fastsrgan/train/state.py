@@ -106,7 +106,16 @@ class Run:
 
     @property
     def batch(self) -> int:
-        return self.config.batch_size // self.ranks.world
+        return self.models.batch
+
+    @property
+    def last_epoch(self) -> int:
+        return self.config.epochs
+
+    @property
+    def beginning(self) -> Position:
+        """Where it stood before its first update."""
+        return Position(epoch=self.config.init_epoch, world=self.ranks.world)
 
     @property
     def first(self) -> bool:
@@ -116,12 +125,12 @@ class Run:
     def plan(self) -> list[Turn]:
         """Every group of this rank still to do. An epoch without one, which only awaits its validation, has an empty
         group."""
-        at, c, size = self.position, self.config, self.position.resident or 1
+        at, size = self.position, self.position.resident or 1
         turns = []
-        for epoch in range(at.epoch, c.epochs + 1):
+        for epoch in range(at.epoch, self.last_epoch + 1):
             resumed = epoch == at.epoch
             names = at.left if resumed and at.left is not None else self.train
-            groups = deal(names, c.seed, epoch, size, self.ranks.rank, self.ranks.world) if names else []
+            groups = deal(names, self.feed.seed, epoch, size, self.ranks.rank, self.ranks.world) if names else []
             first = at.group if resumed else 0
             turns += [Turn(epoch, g, len(groups), groups[g]) for g in range(first, len(groups))]
             if first >= len(groups):
@@ -132,7 +141,7 @@ class Run:
         """Share of the whole run that is done at ``part`` of a group."""
         at = self.position
         epoch_part = at.before + (1 - at.before) * (turn.group + part) / turn.groups
-        return share(turn.epoch, self.config.epochs, epoch_part)
+        return share(turn.epoch, self.last_epoch, epoch_part)
 
 
 def data_identity(store: Store) -> str:
@@ -144,7 +153,7 @@ def data_identity(store: Store) -> str:
 def old_groups(run: Run, old: Position) -> list[list[list[str]]]:
     """The groups of the old position's epoch for each of its ranks."""
     names = run.train if old.left is None else old.left
-    size, seed = old.resident or 1, run.config.seed
+    size, seed = old.resident or 1, run.feed.seed
     return [deal(names, seed, old.epoch, size, rank, old.world) if names else [] for rank in range(old.world)]
 
 

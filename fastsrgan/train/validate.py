@@ -201,12 +201,7 @@ def linear_estimate(feed: Feed, sample: Sample, resident: Resident, index: int, 
 
 
 def validate_whole(
-    generator: Generator,
-    feed: Feed,
-    subjects: list[str],
-    *,
-    ranks: Ranks = ALONE,
-    stopped: Callable[[], bool] = never,
+    generator: Generator, feed: Feed, subjects: list[str], *, ranks: Ranks = ALONE, stopped: Callable[[], bool] = never
 ) -> dict[str, float]:
     """Scores of whole Test volumes, those that ``evaluate`` gives of ``infer``'s results: means over the subjects.
 

@@ -137,10 +137,7 @@ def centre_coordinates(n_out: int, n_in: int, ratio: float) -> np.ndarray:
 
 
 def resampled_affine(
-    affine_44: np.ndarray,
-    shape: tuple[int, ...],
-    new_shape: tuple[int, ...],
-    new_spacing_mm: tuple[float, ...],
+    affine_44: np.ndarray, shape: tuple[int, ...], new_shape: tuple[int, ...], new_spacing_mm: tuple[float, ...]
 ) -> np.ndarray:
     """Affine of a centre-aligned grid of ``new_shape`` voxels of ``new_spacing_mm``, same axes directions."""
     old = spacing_of(affine_44)

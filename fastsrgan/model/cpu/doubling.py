@@ -45,8 +45,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]) 
         for j in (U, V):
             g = _last(_separate(plane, 3, j))
             dpart, dkernel, _ = torch.ops.aten.convolution_backward(
-                *(g, padded, _kernel(weight, i, j), None, [1] * 3, [0] * 3, [1] * 3, False, [0] * 3, 1),
-                [*needs, False],
+                *(g, padded, _kernel(weight, i, j), None, [1] * 3, [0] * 3, [1] * 3, False, [0] * 3, 1), [*needs, False]
             )
             if needs[0]:
                 dp = dpart if dp is None else dp.add_(dpart)
@@ -65,8 +64,7 @@ def transposed_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and of the weight by the library, those of ``needs``; the first is a view."""
     dp, dw, _ = torch.ops.aten.convolution_backward(
-        *(grad, _pad(x), transposed_weight(weight), None, [2] * 3, [3] * 3, [1] * 3, True, [0] * 3, 1),
-        [*needs, False],
+        *(grad, _pad(x), transposed_weight(weight), None, [2] * 3, [3] * 3, [1] * 3, True, [0] * 3, 1), [*needs, False]
     )
     if needs[1]:
         dw = dw.transpose(0, 1)

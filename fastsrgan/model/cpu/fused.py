@@ -137,10 +137,7 @@ class Doubling:
 
     def forward(self, y: ImageParts, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         def trials(x: Tensor, w: Tensor) -> forms.Calls:
-            return {
-                "folded": lambda: doubling.forward(x, w),
-                "transposed": lambda: doubling.transposed_forward(x, w),
-            }
+            return {"folded": lambda: doubling.forward(x, w), "transposed": lambda: doubling.transposed_forward(x, w)}
 
         form = forms.choose("doubling forward", y.shape, weight, "folded", trials)
         return (doubling.forward if form == "folded" else doubling.transposed_forward)(y[ALL], weight), None
