@@ -54,6 +54,8 @@ def test_demo_runs_and_its_figures_agree(tmp_path, monkeypatch):
     assert written["training"]["updates"] == 4  # 8 patches a subject, batches of 4, two epochs
     with pytest.raises(UsageError, match="--overwrite"):
         demo.run(tmp_path / "out", device="cpu")
+    demo.fresh_folder(tmp_path / "out", True)
+    assert not list((tmp_path / "out").iterdir())  # a second demo would end at the page that the first one left
 
 
 @pytest.mark.parametrize("low_res", [(math.nan, 1, 1), (0.0, 1, 1), (1, -1, 3), (1, 1, math.inf), (1, 1, 1e9)])

@@ -47,7 +47,7 @@ def add_label_options(parser: argparse.ArgumentParser, several: str = "", *names
     parser.add_argument(
         "--label-names",
         metavar="FILE",
-        help="lookup table of FreeSurfer, ITK-SNAP or BIDS (dseg.tsv); one beside the label is found",
+        help="lookup table of FreeSurfer, ITK-SNAP or BIDS (dseg.tsv); a .tsv of its own name beside it is found",
     )
 
 

@@ -45,7 +45,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument("-s", "--step", nargs="+", default=["64"], metavar="S", help='steps of each, "32 64,64 128" (64)')
     p.add_argument("-rf", "--result-folder-name", required=True, metavar="NAME", help="results go to Result_with_NAME")
-    p.add_argument("-wp", "--weights-path", metavar="FILE", help="Keras HDF5, safetensors or run (the shipped model)")
+    p.add_argument("-wp", "--weights-path", metavar="FILE", help="Keras HDF5, safetensors or run (adult)")
     p.add_argument(
         "-bb",
         "--by-batch",

@@ -116,7 +116,7 @@ def build_parser() -> Parser:
     p = command(
         "verify",
         _verify,
-        "compare every file of a store or run with its checksum",
+        "compare the files of a store, or the snapshots and weights of a run, with their checksums",
         "fastsrgan verify cohort.zarr\n  fastsrgan verify run",
     )
     p.add_argument("path", metavar="STORE|RUN", help="store of `convert`, run folder of `train`, or one snapshot of it")

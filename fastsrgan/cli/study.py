@@ -48,11 +48,13 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         nargs="+",
         default=(),
         metavar="FILE",
-        help="models: adult (the default; with --quick weights that know its heads), perinatal, weight files or run "
-        "folders; augmentation compares two or more",
+        help="models: adult (the default; of --quick without data weights that know its heads), perinatal, weight "
+        "files or run folders; augmentation compares two or more",
     )
     add_checkpoint_option(p)
-    p.add_argument("--quick", action="store_true", help="tiles of 48 voxels, few steps, at most two subjects")
+    p.add_argument(
+        "--quick", action="store_true", help="tiles of 48 voxels, few steps, two subjects, unless options say otherwise"
+    )
     p.add_argument(
         "--patch",
         type=tile_edge,

@@ -174,7 +174,7 @@ def best_linear(scan: Volume, spline: Volume) -> Volume:
 
 def fresh_folder(folder: Path, overwrite: bool) -> Path:
     """An empty demo folder; only what an earlier demo made is ever removed."""
-    made = ["cohort", "cohort.zarr", "run", "out", "scan.nii.gz", "demo.png", "demo.json"]
+    made = ["cohort", "cohort.zarr", "run", "out", "scan.nii.gz", "demo.png", "demo.json", "report.html"]
     there = [folder / name for name in made if (folder / name).exists()]
     if there and not overwrite:
         raise UsageError(folder, "holds an earlier demo", "--overwrite replaces it, -o DIR goes elsewhere")

@@ -129,11 +129,11 @@ def check_result(done: tuple[np.ndarray, np.ndarray], data_XYZ: np.ndarray, prec
                 reason = "give voxels that are NaN or infinite: they are damaged, or their training diverged"
                 raise ModelError("weights", reason, f"{other}other weights")
             low, high = (min(low, least), max(high, most)) if number == 0 else (low, high)
-    brightest = max(float(plane.max()) for plane in data_XYZ)
+    brightest, floor = max(float(plane.max()) for plane in data_XYZ), min(0.0, float(data_XYZ.min()))
     warnings = []
     if low == high and data_XYZ.min() < brightest:
         warnings.append(f"every voxel of the SR image is {low:g}: the weights may be damaged, try others")
-    if high > BRIGHTER * brightest:
+    if high - floor > BRIGHTER * (brightest - floor):
         warnings.append(
             f"the SR image reaches {high:.4g}, the image {brightest:.4g}: the weights may be damaged, try others"
         )

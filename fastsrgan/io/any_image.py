@@ -13,7 +13,7 @@ from fastsrgan.io import dicom
 from fastsrgan.io import nifti as images
 from fastsrgan.volume import placement
 from fastsrgan.volume.geometry import Volume
-from fastsrgan.volume.resample import slice_axis
+from fastsrgan.volume.resample import SAME, slice_axis
 
 THICKNESS = (0.1, 2.0)  # over the spacing of slices: from thin slices with gaps to ones that overlap by half
 SPACING_SAME = 0.02  # relative: a sidecar's spacing of slices and the image's own
@@ -68,7 +68,7 @@ def slice_thickness(image: Volume, path: str | os.PathLike) -> Thickness | None:
     thickest = slice_axis(image.spacing)
     spacing = image.spacing[thickest]
     if image.meta.get("format") == "DICOM":
-        if thickest != 2:  # finer across the slices than within them
+        if image.spacing[2] * (1 + SAME) < spacing:  # finer across the slices than within them
             return None
         said, apart, source = image.meta.get("slice_thickness_mm"), image.meta.get("slice_distance_mm"), "DICOM"
     else:
