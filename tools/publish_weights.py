@@ -15,6 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastsrgan.core.files import atomic_write
 from fastsrgan.model import weights
 from fastsrgan.model.purpose import MADE_FOR
@@ -61,6 +63,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", choices=CARDS)
     p.add_argument("run", type=Path)
+    p.add_argument("--mean-with", type=Path, metavar="RUN", help="ship the mean of both runs' weights")
     p.add_argument("--scores", type=Path, required=True, help="JSON of tools/score_thick_slices.py")
     p.add_argument("--updates", type=int, required=True, help="of all stages")
     p.add_argument("--seed", type=int, default=0, help="of the training (0)")
@@ -71,7 +74,13 @@ def main() -> None:
     target = weights.SHIPPED / weights.MODELS[args.model].file
     made_for = weights.MODELS[args.model].purpose
     card = {"step": args.updates, "seed": args.seed, "commit": args.commit, "recipe": RECIPES[args.model]}
-    weights.save_generator(target, weights.load_generator(args.run), card={**card, MADE_FOR: made_for.to_dict()})
+    generator = weights.load_generator(args.run)
+    if args.mean_with:
+        other = dict(weights.load_generator(args.mean_with).named_parameters())
+        with torch.no_grad():
+            for name, parameter in generator.named_parameters():
+                parameter.copy_((parameter + other[name]) / 2)
+    weights.save_generator(target, generator, card={**card, MADE_FOR: made_for.to_dict()})
     facts = weights.info(target)
     known = {"name": target.name, "parameters": facts["parameters"], "sha256": facts["sha256"]}
     known |= {"made_for": made_for.line(), "megabytes": facts["bytes"] / 1e6, "commit": args.commit}
