@@ -33,7 +33,8 @@ from fastsrgan.train.run import degradation
 from fastsrgan.train.snapshots import made_for
 
 FAST = {"patch": 16, "step": 16, "device": "cpu"}
-ADULT, PERINATAL = (MODELS[name].purpose for name in ("adult", "perinatal"))
+ADULT = replace(MODELS["adult"].purpose, contrasts=("T1",), contrast="T1-like contrast")  # of T1 alone
+PERINATAL = MODELS["perinatal"].purpose
 
 
 # --- what a scan is like --------------------------------------------------------------------------------------------
@@ -442,7 +443,7 @@ def test_the_light_is_in_the_terminal_and_the_report(tmp_path, small, capsys):
     assert main(["report", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert 'class="light-red">● red</b>' in page and "made for 140 to 290 mm" in page
-    assert "Segmented: cortical grey matter; made for T1-like contrast" in page
+    assert "Segmented: cortical grey matter; made for T1-, T2- or FLAIR-like contrast" in page
     capsys.readouterr()
 
 

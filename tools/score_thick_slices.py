@@ -29,6 +29,9 @@ import fastsrgan
 from fastsrgan.core.files import write_json
 from fastsrgan.core.system import provenance
 from fastsrgan.evaluate import metrics
+from fastsrgan.model import weights
+from fastsrgan.model.purpose import Purpose
+from fastsrgan.volume.components import segment
 from fastsrgan.volume.consistency import LINEAR_WEIGHTS, Observation, agree, observation
 from fastsrgan.volume.resample import apply_axes, slice_profile_matrix, spline_matrix
 
@@ -50,7 +53,7 @@ def agreed(image: np.ndarray, scan: np.ndarray, seen: Observation, w: float) -> 
     return made
 
 
-def score(name: str, case: dict, folder: Path, generator) -> list[dict]:
+def score(name: str, case: dict, folder: Path, generator, island: float) -> list[dict]:
     """The rows of one case."""
     whole, mm = load(folder / case["image"])
     whole = np.clip(whole / np.percentile(whole[whole > 0], 99.9), 0, 1.2)
@@ -77,7 +80,8 @@ def score(name: str, case: dict, folder: Path, generator) -> list[dict]:
         result = fastsrgan.infer_volume(
             scan, np.diag([*low_mm, 1.0]), generator, new_resolution=[float(s) for s in mm], device="cpu", **TILES
         )
-        seg, base = result.prob[0] > 0.5, metrics.psnr(spline, truth, mask=head)
+        seg = segment(result.prob[0], float(np.prod(mm)), 0.5, min_mm3=island)[0] > 0
+        base = metrics.psnr(spline, truth, mask=head)
         drawn_label = apply_axes(apply_axes(label.astype(np.float32), [None, None, down]), [None, None, up]) > 0.5
         row = {"case": name, "ratio": ratio, "profile": profile, "noise": noise, "spline_db": base}
         row |= {"linear_gain": linear - base, "sr_gain": metrics.psnr(result.sr, truth, mask=head) - base}
@@ -106,9 +110,10 @@ def main() -> None:
     p.add_argument("--json", type=Path)
     args = p.parse_args()
     generator = fastsrgan.load_generator(args.weights)
+    island = Purpose.of(weights.info(args.weights)["made_for"]).island_mm3
     rows = []
     for name, case in json.loads(args.cases.read_text(encoding="utf8")).items():
-        rows += score(name, case, args.cases.parent, generator)
+        rows += score(name, case, args.cases.parent, generator, island[1] if island else 0.0)
     if args.json:
         write_json(args.json, rows)
     print(f"worst gain {min(r['sr_gain'] for r in rows):+.2f} dB, over best linear", end=" ")

@@ -49,9 +49,9 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--weights",
         action="append",
         metavar="FILE",
-        help="auto (the default: adult or perinatal, by the size of each scan's head), adult (grey matter of T1-like "
-        "adult heads), perinatal (cortical grey matter of T2-like brains about birth), Keras HDF5, safetensors or run "
-        "folder; several times: their mean",
+        help="auto (the default: adult or perinatal, by the size of each scan's head), adult (cortical grey "
+        "matter of adult heads), perinatal (cortical grey matter of T2-like brains about birth), Keras HDF5, "
+        "safetensors or run folder; several times: their mean",
     )
     add_checkpoint_option(p)
     add_options(p)

@@ -175,14 +175,15 @@ MODELS = {
         "segsrgan-k8-adult.safetensors",
         Purpose(
             structures=((1, "cortical grey matter"),),
-            contrast="T1-like contrast",
-            contrasts=("T1",),
+            contrast="T1-, T2- or FLAIR-like contrast",
+            contrasts=("T1", "FLAIR", "T2"),
             ages="adults",
             species="human",
             view="whole head or brain alone",
             head_mm=(140, 290),  # two whole heads 199 to 210, their brains alone 162 to 187
             voxel_mm=(0.7, 1.3),  # training: 1
             slice_ratio=(1.5, 6.5),  # training: 2 to 6
+            island_mm3=(200, 200),  # true cortex of a head: one component, and nine of at most 17
             structure_ml=(230, 800),  # labels of 12 heads 311 to 610
             structure_share=(0.06, 0.45),  # labels of two whole heads 0.158 to 0.177, their brains alone 0.311 to 0.355
         ),
