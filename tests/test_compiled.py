@@ -21,7 +21,7 @@ from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.infer import network as tile_network
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.model import networks
-from fastsrgan.model.compiled import INDUCTOR, MOST, Job, compiled, wanted, whole
+from fastsrgan.model.compiled import INDUCTOR, MOST, CompiledJob, compiled, wanted, whole
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.train import precision
 from fastsrgan.train.critic_step import critic_gradients
@@ -158,7 +158,7 @@ def test_further_shapes_than_are_compiled_for_run_as_they_are(caplog):
 
 def test_functions_of_a_job_share_its_compilations():
     """Networks count by what they are made of; a job that is not given is a function's own."""
-    job = Job()
+    job = CompiledJob()
     first, second = (
         whole(f, CPU, True, "eager", job=job) for f in (lambda x: x + 1, lambda net, x: x * 2 + 0 * net.head.sum())
     )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from fastsrgan.model.purpose import CONTRASTS, MODELS, NOT_SAID, Contrast, Purpose, Range, ShippedModel, span
+from fastsrgan.model.purpose import CONTRASTS, MODELS, NOT_SAID, ContrastLook, Purpose, Range, ShippedModel, span
 from fastsrgan.volume.head import tissue_box, tissue_level
 
 GREEN, YELLOW, RED = "green", "yellow", "red"
@@ -291,7 +291,7 @@ def _of_contrast(look: Look, purpose: Purpose, within: float | None) -> list[Fin
     return [(best, f"{' and '.join(seen)}{words}; made for {purpose.contrast or ', '.join(purpose.contrasts)}")]
 
 
-def _as_contrast(known: Contrast, fluid: str, within: float | None) -> str:
+def _as_contrast(known: ContrastLook, fluid: str, within: float | None) -> str:
     """The light of a scan, were it of this contrast."""
     if fluid and fluid != known.fluid:
         return RED

@@ -412,7 +412,7 @@ def infer_files(
     out = output_folder(out_dir)
     models = ModelChoice(weights)
     if ranks.local_world > 1:
-        settings = settings.within(int(SHARE * free_memory() / ranks.local_world))
+        settings = settings.limited_to(int(SHARE * free_memory() / ranks.local_world))
     job = ImageJob(out, models, settings, system.provenance(), progress, resume)
     _check_outputs(listed, job, overwrite or resume)
     if ranks.rank == 0:

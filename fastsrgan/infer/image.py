@@ -303,14 +303,6 @@ def _with_thickness(loaded: Loaded, settings: InferSettings) -> tuple[InferSetti
     return replace(settings, slice_thickness=found.mm), found.source
 
 
-def _least(loaded: Loaded, settings: InferSettings) -> float:
-    """Cubic millimetres of the smallest component that is kept."""
-    if settings.min_size is not None:
-        return settings.min_size
-    said = loaded.model.purpose.island_mm3
-    return said[1] if said and settings.geometry == "physical" else 0.0
-
-
 def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     """What the last stage keeps in memory: the result where it is no file, the segmentation, and for a picture more."""
     result = loaded.result
@@ -318,7 +310,10 @@ def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     held = 0 if isinstance(result.sr, np.memmap) else result.sr.nbytes + result.prob.nbytes
     held += 0 if result.doubt is None or held == 0 else result.doubt.nbytes
     held += 0 if result.residual is None else result.residual.nbytes
-    filtered, scaled = job.settings.largest_component or _least(loaded, job.settings), job.settings.dtype == "input"
+    filtered, scaled = (
+        job.settings.largest_component or job.settings.least_component(loaded.model.purpose.island_mm3),
+        job.settings.dtype == "input",
+    )
     labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * scaled  # bytes a voxel
     # The picture: the spline's coefficients and itself, which voxels lie in the scan, and differences.
     drawn = loaded.volume.data.nbytes + 8 * loaded.volume.data.size + 10 * result.sr.size if job.settings.png else 0
@@ -334,7 +329,8 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     outputs["json"].unlink(missing_ok=True)
     code = image.meta.get("space_code", 1)
     voxel_mm3 = abs(float(np.linalg.det(result.affine[:3, :3])))
-    least, purpose = _least(loaded, settings), loaded.model.purpose
+    purpose = loaded.model.purpose
+    least = settings.least_component(purpose.island_mm3)
     seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, least)
     within = enclosed(result.sr, seg, spacing_of(result.affine)) if purpose.contrasts else None
     verdict = judge(loaded.look, seg, voxel_mm3, purpose, loaded.mask is not None, within)

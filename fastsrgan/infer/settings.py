@@ -344,7 +344,7 @@ class InferSettings:
             return ""
         return f"tiles of {self.patch} voxels, {self.step} apart: --patch and --step choose others"
 
-    def within(self, host_bytes: int) -> InferSettings:
+    def limited_to(self, host_bytes: int) -> InferSettings:
         """The same with a limit to the host's memory where none is asked for."""
         return self if self.max_memory is not None else replace(self, max_memory=host_bytes)
 
@@ -362,6 +362,12 @@ class InferSettings:
             own["outside"] = ZERO
             told.append("zero outside the mask, as in what the weights were made for (--outside keep shows it all)")
         return replace(self, **own), told
+
+    def least_component(self, island_mm3: tuple[float, float] | None) -> float:
+        """Cubic millimetres of the smallest component that is kept; ``island_mm3`` : what the weights say of it."""
+        if self.min_size is not None:
+            return self.min_size
+        return island_mm3[1] if island_mm3 and self.physical else 0.0
 
     def report(self) -> dict[str, Any]:
         """What ``InferResult.report`` says of the options."""

@@ -47,7 +47,7 @@ def wanted(config: TrainConfig, device: torch.device) -> bool:
     return turned_on(config.compile, device)
 
 
-class Job:
+class CompiledJob:
     """The compilations of one job, which its functions share: ``MOST`` of them.
 
     kinds : each function with the shapes, types and plain values of the arguments that it was compiled for
@@ -73,7 +73,7 @@ def compiled(
     config: TrainConfig,
     device: torch.device,
     backend: Any = "inductor",
-    job: Job | None = None,
+    job: CompiledJob | None = None,
 ) -> Callable:
     """``function``, compiled whole where ``wanted``; on CUDA as a graph that one launch replays.
 
@@ -92,7 +92,7 @@ def whole(
     strict: bool,
     backend: Any = "inductor",
     graphs: bool = True,
-    job: Job | None = None,
+    job: CompiledJob | None = None,
 ) -> Callable:
     """``function`` compiled for the shapes it is called with, without graph breaks; ``graphs``: by CUDA graphs.
 
@@ -103,7 +103,7 @@ def whole(
     if device.type == "cuda" and backend == "inductor":
         options = INDUCTOR | ({"triton.cudagraphs": True} if graphs else {})  # the latter is mode "reduce-overhead"
     fast = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
-    return _Guarded(function, fast, strict, job or Job())
+    return _Guarded(function, fast, strict, job or CompiledJob())
 
 
 def proven(test: Callable[[], object], strict: bool) -> bool:
@@ -124,7 +124,7 @@ def proven(test: Callable[[], object], strict: bool) -> bool:
 class _Guarded:
     """Calls the compiled function, or the plain one once compiling has failed and for what its job does not admit."""
 
-    def __init__(self, plain: Callable, fast: Callable, strict: bool, job: Job) -> None:
+    def __init__(self, plain: Callable, fast: Callable, strict: bool, job: CompiledJob) -> None:
         self.plain, self.fast, self.strict, self.job = plain, fast, strict, job
 
     def __call__(self, *args: Any, **options: Any) -> Any:

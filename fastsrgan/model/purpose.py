@@ -19,7 +19,7 @@ MOST_TEXT, MOST_STRUCTURES = 120, 64
 
 
 @dataclass(frozen=True)
-class Contrast:
+class ContrastLook:
     """What images of a kind look like around a segmented cortex.
 
     fluid : "dark" or "bright" beside tissue
@@ -33,10 +33,12 @@ class Contrast:
 
 # Ranges hold what tools/plausibility_figures.py measured, with room: `enclosed` of the true labels on sharp images.
 CONTRASTS = {
-    "T1": Contrast("dark", (1.25, 2.2)),  # 1.41 to 1.47; of what T1 weights segment 1.37 to 1.43, in FLAIR 1.10 to 1.14
-    "FLAIR": Contrast("dark", (0.5, 1.0)),  # 0.82 to 0.86
-    "T2": Contrast("bright", (0.4, 0.95)),  # 0.76; of what T1 weights segment 0.74 to 0.75
-    "T2 before myelination": Contrast(
+    "T1": ContrastLook(
+        "dark", (1.25, 2.2)
+    ),  # 1.41 to 1.47; of what T1 weights segment 1.37 to 1.43, in FLAIR 1.10 to 1.14
+    "FLAIR": ContrastLook("dark", (0.5, 1.0)),  # 0.82 to 0.86
+    "T2": ContrastLook("bright", (0.4, 0.95)),  # 0.76; of what T1 weights segment 0.74 to 0.75
+    "T2 before myelination": ContrastLook(
         "bright", (1.0, 1.8)
     ),  # 21 weeks 1.43, 34 weeks 1.16; as segmented 1.16 to 1.35, with stacks
 }

@@ -20,7 +20,7 @@ from fastsrgan.core.system import free_memory, peak_memory
 from fastsrgan.data.pool import Batch
 from fastsrgan.errors import ModelError, ResourceError, human, out_of_memory
 from fastsrgan.model import weights
-from fastsrgan.model.compiled import Job, compiled, proven, wanted
+from fastsrgan.model.compiled import CompiledJob, compiled, proven, wanted
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, assemble, build_generator, describe
 from fastsrgan.train import precision
 from fastsrgan.train.critic_step import critic_gradients, parameters, score
@@ -90,7 +90,7 @@ class Models:
         )
         self.average: dict[str, Tensor] | None = None
         self.critic_count = 0  # critic updates done, which the lazy penalty counts by
-        by_job = functools.partial(compiled, config=fast, device=device, job=Job())
+        by_job = functools.partial(compiled, config=fast, device=device, job=CompiledJob())
         self._fakes, self._generator_terms = by_job(self._forward), by_job(self._generator_loss)
         self._critic_terms, self._explicit_terms = by_job(critic_gradients), by_job(critic_loss)
         self.critic_iterations, self.micro_batches = config.critic_iterations, config.accumulate
