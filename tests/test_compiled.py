@@ -306,7 +306,7 @@ def test_training_compiles_on_cuda_after_the_compiled_self_test(monkeypatch, cap
 
     monkeypatch.setattr(precision, "self_test", self_test)
     monkeypatch.setattr("fastsrgan.train.gan.compiled", stopped)
-    monkeypatch.setattr(precision, "choose", lambda config, device: precision.Arithmetic(CUDA, torch.bfloat16))
+    monkeypatch.setattr(precision, "choose", lambda config, device, *kept: precision.Arithmetic(CUDA, torch.bfloat16))
     for fails, setting, wanted_setting in ((False, "auto", "auto"), (True, "auto", "off"), (False, "on", "on")):
         asked.clear()
         failing = fails
