@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -232,7 +233,7 @@ def test_what_is_left_of_an_epoch_is_what_no_rank_finished(count, worlds, size, 
     worlds = tuple(min(w, count) for w in worlds)
     names = [f"s{i}" for i in range(count)]
     run = Run.__new__(Run)
-    run.train, run.config = names, SMALL
+    run.train, run.config, run.feed = names, SMALL, SimpleNamespace(seed=SMALL.seed)
     old = Position(epoch=3, group=groups, step=2, steps=2 if whole_group else 5, resident=size, world=worlds[0])
     dealt = [deal(names, SMALL.seed, 3, size, rank, worlds[0]) for rank in range(worlds[0])]
     finished = [n for own in dealt for group in own[: groups + whole_group] for n in group]

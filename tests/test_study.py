@@ -116,9 +116,9 @@ def test_finished_cells_are_kept_and_others_are_not(folder, steps, monkeypatch, 
     measured = []
     true_one = study_cells._through
 
-    def counted(case, model, step, engine):
+    def counted(case, model, step, engine, structures):
         measured.append(step)
-        return true_one(case, model, step, engine)
+        return true_one(case, model, step, engine, structures)
 
     monkeypatch.setattr(study_cells, "_through", counted)
     again = [folder / "cohort.csv", folder / "steps", [folder / "with.safetensors"]]
@@ -143,7 +143,7 @@ def test_finished_cells_are_kept_and_others_are_not(folder, steps, monkeypatch, 
 @pytest.mark.parametrize("other", [{"patch": 24}, {"precision": "bf16"}, {"seed": 1}])
 def test_a_cell_of_another_patch_precision_or_seed_is_measured_anew(tmp_path, monkeypatch, other):
     measured = []
-    monkeypatch.setattr(study_cells, "acquire", lambda *_: None)
+    monkeypatch.setattr(study_cells, "acquire", lambda *_: SimpleNamespace(structures={}))
     monkeypatch.setattr(study_cells, "_interpolation", lambda case: {"scores": {}})
     monkeypatch.setattr(study_cells, "_through", lambda case, *how: measured.append(how) or {"scores": {}})
     model = SimpleNamespace(name="m", sha256="0")
