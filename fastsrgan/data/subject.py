@@ -20,17 +20,13 @@ from fastsrgan.data.pool import Resident, Slices
 from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.observation.model import Degradation, Degraded, Draw
 from fastsrgan.observation.slabs import Region
-from fastsrgan.volume.acquisition import PROFILE_GUESSED
+from fastsrgan.volume.acquisition import expected_weight
 from fastsrgan.volume.geometry import Orientation, grid_size, processing_orientation
 from fastsrgan.volume.intensity import lifted
 from fastsrgan.volume.resample import SAME, modulo_size
 
 if TYPE_CHECKING:  # patches of an array are cut where no store can be read
     from fastsrgan.store.reader import Sample
-
-# What a result lacks at ratio 1, in parts of the scan's maximum, grows with the ratio: with 3 % noise ``--agree auto``
-# chose w = 4 to 6 at ratio 3 and 1 to 2 at ratio 6 (decision 023).
-MISSING = 0.0045
 
 Triple = tuple[float, float, float]
 Moved = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -144,8 +140,7 @@ def slices_of(shape: tuple[int, ...], spacing: Triple, low_res: Triple, noise: f
     ratio, *plane = (low_res[d] / spacing[d] for d in (2, 0, 1))
     if max(plane) > 1 + SAME:
         return None
-    weight = max(PROFILE_GUESSED, (noise / (MISSING * ratio)) ** 2)
-    return Slices(shape[2], grid_size(shape[2], spacing[2], low_res[2]), ratio, float(f"{weight:.3g}"))
+    return Slices(shape[2], grid_size(shape[2], spacing[2], low_res[2]), ratio, expected_weight(noise, ratio))
 
 
 def used_shape(image: np.ndarray, degradation: Degradation, spacing: Triple, low_res: Triple) -> tuple[int, ...]:
