@@ -27,7 +27,7 @@ def tensors(rank: int) -> list[torch.Tensor]:
 def reductions() -> dict:
     with from_environment(CPU) as r:
         averaged = tensors(r.rank)
-        r.average_(averaged)
+        r.start_average_(averaged)()
         facts = [{"loss": float(r.rank), "same": 2.0} for _ in range(2)]
         means = [r.mean(facts[0]), r.mean(facts[1])]
         uneven = r.mean({"loss": float(r.rank)} | ({"skipped": 1.0} if r.rank == 1 else {}))
@@ -75,7 +75,7 @@ def test_a_process_alone_changes_nothing(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert from_environment(CPU) is ALONE
     mine = tensors(0)
-    ALONE.average_(mine)
+    ALONE.start_average_(mine)()
     assert all(torch.equal(a, b) for a, b in zip(mine, tensors(0), strict=True))
     assert ALONE.mean({"a": 1.5}) == {"a": 1.5} and ALONE.sums([2.0]) == [2.0] and ALONE.minimum(-3) == -3
     assert ALONE.any(True) and not ALONE.any(False) and ALONE.gather("x") == ["x"]
@@ -94,7 +94,7 @@ def waiting(death: str, ending: int) -> None:
         if death == "late" and r.rank == 2:
             read = r._reason
             r._reason = lambda error: time.sleep(1) or read(error)  # long after rank 0 could have ended with its store
-        r.average_([torch.ones(3)])
+        r.start_average_([torch.ones(3)])()
 
 
 @pytest.mark.fault(39)
