@@ -150,9 +150,8 @@ def test_weights_are_those_of_gradients_that_are_sent_afterwards(tmp_path, world
     assert all(found["weights"] == overlapped[0]["weights"] for found in overlapped)
     if world == 2:
         assert np.array_equal(first, then)  # a sum of two has one order
-    else:
-        print(np.abs(first - then).max(), np.abs(then).max())
-        assert np.abs(first - then).max() <= 0
+    else:  # measured: 6e-6, where Adam's first steps of 1e-4 make something of rounding
+        assert np.abs(first - then).max() <= 3e-5
 
 
 def failing(late: bool) -> None:

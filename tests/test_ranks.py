@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,37 @@ def test_the_others_end_with_the_error_of_a_rank_that_ends(tmp_path, death, endi
         assert found["kind"] == "LostRank", found
         wanted = "left no error" if death == "kill" else "failed: disk: no space left"
         assert wanted in found["error"]
+
+
+def lingering(folder: Path) -> None:
+    """Rank 1 fails with messages under way, and ends behind the others."""
+    with from_environment(CPU) as r:
+        import torch.distributed.nn.functional  # as torch's compiler does
+
+        part = r._part
+
+        def parted() -> None:
+            part()
+            (folder / f"parted {r.rank}").touch()
+            until = time.monotonic() + 60
+            while r.rank == 1 and len(list(folder.glob("parted *"))) < 3:
+                assert time.monotonic() < until, "the others still wait for this rank"
+                time.sleep(0.01)
+
+        r._part = parted
+        begun = [r.start_average_([torch.ones(3)]) for _ in range(2)]
+        if r.rank == 1:
+            raise ResourceError("disk", "no space left", "free space")
+        for finish in [*begun, r.start_average_([torch.ones(3)])]:
+            finish()
+
+
+@pytest.mark.fault(39)
+def test_a_rank_that_fails_closes_its_connections_before_it_ends(tmp_path):
+    processes = start_ranks(lingering, 3, tmp_path, out=tmp_path)
+    assert [ended(p) for p in processes] == [5, 5, 5]
+    for rank in (0, 2):
+        assert "failed: disk: no space left" in outcome(tmp_path / f"{rank}.json")["error"]
 
 
 def test_incomplete_variables_are_a_usage_error(monkeypatch):

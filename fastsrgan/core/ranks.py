@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import logging
 import os
 import traceback
@@ -128,6 +129,9 @@ class TorchRanks(Ranks):
             # torchrun keeps its store over a restart: the ranks must not find the addresses of those before them.
             attempt = f"fastsrgan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world}"
             self._store = dist.PrefixStore(attempt, self._lasting)
+            # Its functions have the default group as an argument: imported later, by torch's compiler, they would keep
+            # the connections open that ``_part`` closes.
+            importlib.import_module("torch.distributed.nn.functional")
             dist.init_process_group(
                 backend,
                 store=self._store,
