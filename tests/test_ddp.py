@@ -24,7 +24,7 @@ from fastsrgan.core.ranks import ALONE, Ranks, from_environment
 from fastsrgan.data.feed import deal
 from fastsrgan.data.pool import Batch, Pool
 from fastsrgan.errors import ResourceError, UsageError
-from fastsrgan.model import checkpoint, weights
+from fastsrgan.model import checkpoint, networks, weights
 from fastsrgan.train.gan import Models
 from fastsrgan.train.optimise import Optimiser
 from fastsrgan.train.run import agree_on_settings, train
@@ -97,6 +97,8 @@ def iterations(how: str, accumulate: int = 1) -> dict:
 
     how : "" as it is; "after": every gradient is sent when the backward pass is over; "compiled": traced whole
     """
+    if how == "compiled":
+        networks.N_BLOCKS = 2  # tracing takes its time
     with from_environment(CPU) as ranks:
         models = Models(TRAVEL.replace(accumulate=accumulate), 0, CPU, ranks)
         events: list[str] = []
