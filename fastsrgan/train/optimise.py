@@ -149,8 +149,8 @@ class Optimiser:
 def grouped(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
     """The last parameters first, as a backward pass of the generator comes to them, in at most ``GROUPS`` groups.
 
-    All but the last have the ``GROUPS``-th part of all values or a little more, so the last, which travels when there is
-    nothing left to compute, is the smallest.
+    All but the last have the ``GROUPS``-th part of all values or a little more, so the last, which travels when
+    nothing is left to compute, is the smallest.
     """
     groups: list[list[Tensor]] = [[]]
     most = sum(p.numel() for p in parameters) / GROUPS
