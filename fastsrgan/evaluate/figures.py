@@ -284,6 +284,15 @@ def scores(compared: Compared) -> dict[str, Any]:
     return result
 
 
+ALONE = ("volume_ml", "components", "largest_component")  # of a segmentation without a truth, as reports order them
+
+
+def alone(seg: Volume) -> dict[str, float]:
+    """The figures ``ALONE`` of a segmentation."""
+    compared = Compared(seg, {}, seg=seg.data)
+    return {name: FIGURES[name].of(compared) for name in ALONE}  # type: ignore[misc]
+
+
 def definitions() -> dict[str, str]:
     """What every figure means, in one sentence each."""
     return {name: figure.definition for name, figure in FIGURES.items()} | {"surface voxel": SURFACE}

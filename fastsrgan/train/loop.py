@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -321,6 +322,17 @@ def judge(run: Run, epoch: int, scores: dict[str, float]) -> None:
         if warning := collapse(scores, run.scores):
             log.warning("epoch %d: %s", epoch, warning)
     run.scores = scores
+
+
+def best_so_far(run: Run) -> dict[str, Any]:
+    """The best score, what chose it, its epoch and Dice, for a summary; None before the first validation."""
+    at = run.position
+    return {
+        "best": at.best,
+        "best_by": run.config.best_by,
+        "best_epoch": at.best_epoch,
+        "best_dice": at.best_dice,
+    }
 
 
 def mean_dice(scores: dict[str, float]) -> float | None:
