@@ -11,6 +11,7 @@ import inspect
 import itertools
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -212,7 +213,8 @@ def test_the_series_of_a_folder_is_asked_for_wherever_the_image_is_read(folder, 
     found = engine.calls["find_images"]
     monkeypatch.setattr(
         files_module, "find_images",
-        lambda inputs, out, series: found.append({"series": series}) or PLAIN_FIND(inputs, out),
+        lambda inputs, out, series: found.append({"series": series})
+        or [replace(image, series=series) for image in PLAIN_FIND(inputs, out)],
     )  # fmt: skip
     assert infer(folder, engine.out, "a.nii", "--agree off --series 2") == 0
     assert [engine.of(name, "series") for name in ("load_any", "sha256", "find_images")] == ["2", "2", "2"]

@@ -173,13 +173,8 @@ def test_every_choice_of_the_command_line_is_an_entry():
 PACKAGE = Path(fastsrgan.__file__).parent
 TREES = {str(p.relative_to(PACKAGE)): ast.parse(p.read_text(encoding="utf8")) for p in sorted(PACKAGE.rglob("*.py"))}
 # What a name of an entry stands for besides the entry, file by file.
-RATE, PADDING, PROFILE, LOSS, PAPER = "a rate's course", "of SciPy", "of slices", "a loss, a score", "its values"
-    "a learning rate's course",
-    "of SciPy",
-    "of slices",
-    "a loss, a score",
-    "its values",
-)
+RATE, PADDING, PROFILE, LOSS = "a learning rate's course", "padding of SciPy", "profile of slices", "a loss, a score"
+PAPER = "panels of studies, the paper's own values"
 OTHER_MEANINGS = {
     "constant": dict.fromkeys(("config.py", "train/optimise.py"), RATE)
     | dict.fromkeys(("demo/template.py", "pictures/planes.py"), PADDING)
@@ -189,7 +184,7 @@ OTHER_MEANINGS = {
         + ("volume/consistency.py", "volume/resample.py"),
         PROFILE,
     ),
-    "dice": dict.fromkeys(("cli/train.py", "config.py", "losses.py", "train/loop.py", "train/objectives.py"), LOSS)
+    "dice": dict.fromkeys(("config.py", "losses.py", "train/loop.py", "train/objectives.py"), LOSS)
     | {"study/plots.py": PAPER},
     "components": {"volume/components.py": "before a filter", "study/plots.py": PAPER},
     "hausdorff95_mm": {"study/plots.py": PAPER},

@@ -19,12 +19,6 @@ from fastsrgan.infer.settings import add_options
 
 log = logging.getLogger("fastsrgan")
 
-BEST_BY = {  # what chose the best weights, as the last line says it
-    "both": "Dice plus gain {score:.4f} (Dice {dice:.4f})",
-    "dice": "Dice {score:.4f}",
-    "psnr": "PSNR {score:.2f} dB",
-}
-
 EXAMPLE = """examples:
   fastsrgan train cohort.zarr -o run -n 1 1 3 --preset recommended
   fastsrgan train cohort.zarr -o tuned -w perinatal -n 0.8 0.8 3 -n 0.8 0.8 5    # go on from weights
@@ -178,6 +172,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         raise UsageError("--init-epoch", reason, "-w FILE (or --resume)")
     with loading():
         from fastsrgan.core.ranks import launched, speaks
+        from fastsrgan.train.loop import BEST_BY
         from fastsrgan.train.run import train
 
     if args.folder_training_data:

@@ -21,9 +21,9 @@ from fastsrgan.errors import out_of_memory
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Done, Prepared, Whole
-from fastsrgan.infer.stitch import Stitcher, divide_planes, window_sums
+from fastsrgan.infer.stitch import Stitcher
 from fastsrgan.infer.sweep import Sweep, SweepStopped, finisher, sum_devices
-from fastsrgan.infer.tiles import Region
+from fastsrgan.infer.tiles import Region, divide_planes, window_sums
 from fastsrgan.infer.values import Step, per_axis
 
 BUDGET = 60.0  # seconds that step "auto" takes when none are given

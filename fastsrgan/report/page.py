@@ -21,7 +21,8 @@ from fastsrgan.core.files import atomic_write, finite, short_names
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.figures import alone
-from fastsrgan.evaluate.pair import evaluate_pair, onto_grid
+from fastsrgan.evaluate.grids import onto_grid
+from fastsrgan.evaluate.pair import evaluate_pair
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.output_place import PAGE, check_place

@@ -23,8 +23,9 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import Ranks, from_environment, local_device
 from fastsrgan.core.signals import StopRequest
 from fastsrgan.core.system import pick_device, provenance
-from fastsrgan.data.feed import Feed, PatchRule, resident_limit
+from fastsrgan.data.feed import Feed, resident_limit
 from fastsrgan.data.settings_check import data_warnings, full_subjects, refuse_faults, small_subjects, structures
+from fastsrgan.data.subject import PatchRule
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError, UsageError, out_of_memory
 from fastsrgan.model import checkpoint
