@@ -22,7 +22,9 @@ CPU = torch.device("cpu")
 
 
 def models(ranks: Ranks | None = None, **changes) -> Models:
-    return double(Models(CONFIG.replace(**changes), 0, CPU, ranks or Ranks()))
+    ranks = ranks or Ranks()
+    config = CONFIG.replace(batch_size=CONFIG.batch_size * ranks.world, **changes)
+    return double(Models(config, 0, CPU, ranks))
 
 
 def weights(m: Models) -> list[torch.Tensor]:

@@ -212,21 +212,17 @@ class Models:
         ``eps``: (B,) or (B, C) for each batch. Returns the means of total, wasserstein, penalty (where it was computed)
         and gradient over the updates, and the share that was skipped, if any was.
         """
-        fakes: Iterator[Tensor]
+        fakes: Iterator[Tensor] = map(self.generate, batches)  # each when its turn comes
         if self.joint_fakes:
             agree = None if batches[0].agree is None else torch.cat([b.agree for b in batches])  # type: ignore[misc]
             x, res = (torch.cat([getattr(b, name) for b in batches]) for name in ("x", "res"))
             together = Batch(x, batches[0].y, res, [], agree)
             fakes = iter(self.generate(together).split([len(b.x) for b in batches]))
-        else:
-            fakes = map(self.generate, batches)
         rows: list[Terms] = []
-        apply: Callable[[], Terms] | None = None
+        apply: Callable[[], Terms] = dict  # there is no update before the first one
         for batch, fake, e in zip(batches, fakes, eps, strict=True):
-            if apply is not None:
-                rows.append(apply())
+            rows.append(apply())
             apply = self._critic_gradients(batch, fake, e)
-        assert apply is not None
         return Means([*rows, apply()])
 
     def critic_update(self, batch: Batch, fake: Tensor, eps: Tensor) -> Means:
