@@ -232,9 +232,8 @@ class Models:
     def _critic_gradients(self, batch: Batch, fake: Tensor, eps: Tensor) -> Callable[[], Terms]:
         """Send the gradients of an update to the other ranks; what is returned waits for theirs and takes the step."""
         c, o = self.config, self.optimiser_d
-        lazy = self.critic_count % c.penalty_every == 0
+        weight = c.lambda_gp * c.penalty_every if self.critic_count % c.penalty_every == 0 else 0.0
         self.critic_count += 1
-        weight = c.lambda_gp * c.penalty_every if lazy else 0.0
         rows = []
         for part, share in self._parts(len(batch.x)):
             data: Data = (batch.y[part], fake[part], eps[part], weight, batch.res[part])
