@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import numpy as np
@@ -173,6 +174,23 @@ def test_the_patients_right_is_on_the_side_of_the_convention(tmp_path, conventio
     half = panel.shape[1] // 2
     left, right = panel[:, :half].sum(), panel[:, half:].sum()
     assert (left > 1.3 * right) if bright_side == "left" else (right > 1.3 * left)
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_what_is_in_front_or_on_top_is_shown_above(tmp_path, above):
+    """In every plane, read back from the PNG: nothing is upside down."""
+    data = _ball() / 4
+    front, top = (slice(22, 27), slice(16, 21)) if above else (slice(10, 15), slice(4, 9))
+    data[12:19, front, 9:16] = data[12:19, 15:22, top] = 800  # beside the centre at (15, 18, 12)
+    volume = Volume(data, AFFINE)
+    drawn = figure.planes([figure.Column(volume, "")], reference=volume, at_mm=(1, -2, 3), width_px=500)
+    drawn.savefig(tmp_path / "a.png", dpi=100)
+    pixels = _pixels(tmp_path / "a.png").sum(2)
+    for axes in drawn.axes[:3]:  # axial, coronal, sagittal
+        box, height = axes.get_position(), len(pixels)
+        edges = [round((1 - y) * height) for y in (box.y1, (box.y0 + box.y1) / 2, box.y0)]
+        upper, lower = (pixels[a:b].sum() for a, b in itertools.pairwise(edges))
+        assert (upper > 1.3 * lower) if above else (lower > 1.3 * upper)
 
 
 def test_outlines_appear_only_where_they_are_asked_for(truth, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -14,9 +15,11 @@ from spies import CONFIG, SUBJECTS, recorded, resident, spied
 from fastsrgan.core.draws import rng
 from fastsrgan.data.feed import Feed, PatchRule, deal
 from fastsrgan.data.pool import Pool
+from fastsrgan.data.visit import Visits
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
 from fastsrgan.observation.artefacts import ARTEFACTS
 from fastsrgan.observation.model import Degradation, degrade
+from fastsrgan.observation.synthesis import Synthesis
 from fastsrgan.train.validate import fixed_resident
 from fastsrgan.volume.resample import FWHM, slice_axis
 
@@ -86,6 +89,14 @@ def test_no_two_purposes_share_a_key(monkeypatch, tmp_path):
     feed = Feed(store, law, PatchRule(16, 9), seed=0, device=torch.device("cpu"), threads=1)
     for epoch, name in itertools.product((1, 2), names):
         feed.prepare(epoch, name)
+    # Of a subject with an image and tissues it is drawn which of the two a visit shows.
+    both = dataclasses.replace(store.read("b"), tissues=store.read("b").mask + 1)
+    visits = Visits(0.5, (2, 3), Synthesis())
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "read", lambda name: both)
+        dressed = Feed(store, law, PatchRule(16, 9), seed=0, device=torch.device("cpu"), threads=1, visits=visits)
+        for epoch in range(3, 7):
+            dressed.prepare(epoch, "b")
     for index, name in enumerate(names):
         fixed_resident(feed, store.read(name), index, len(names))
     for rank in range(2):

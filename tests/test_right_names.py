@@ -233,6 +233,8 @@ def test_every_pane_of_the_page_shows_what_its_caption_says(written):
         "spline_error": ["spline", "truth"],
     }
     assert panes["seg"]["layers"] == ["seg", "label"] and panes["sr"]["layers"] == ["seg", "change"]
+    keys = re.findall(r'class="key (\w+)"></span>([^<]*)', text)
+    assert {layer: html.unescape(name).strip() for layer, name in keys} == {"seg": "fastsrgan", "label": "truth"}
     assert panes["low"]["nearest"] and not panes["spline"]["nearest"]
     nx, ny, nz = plan["shape"]
     volumes: dict = {}
