@@ -33,7 +33,8 @@ def test_psnr_is_scikit_images_with_the_references_maximum(shape, slabs):
     # Found: 8.1e-9 (rounding)
     assert metrics.psnr(sr, ref) == pytest.approx(peak_signal_noise_ratio(ref, sr, data_range=ref.max()), abs=1e-6)
     assert metrics.psnr(sr, ref, data_range=10) == pytest.approx(
-        peak_signal_noise_ratio(ref, sr, data_range=10), abs=1e-6  # found: 8.1e-9 (rounding)
+        peak_signal_noise_ratio(ref, sr, data_range=10),
+        abs=1e-6,  # found: 8.1e-9 (rounding)
     )
 
 
