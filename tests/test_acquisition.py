@@ -47,6 +47,7 @@ def test_noise_is_found_in_tissue_whatever_the_air_holds(noise):
     clean, _, _ = acquire()
     scan, _, _ = acquire(noise=noise)
     # The phantom's own detail counts as noise where there is little: measured 1.13, 1.04 and 1.01 of the truth.
+    # Found: 1.01 to 1.13 of it; what tissue adds is 0.001
     assert 0.97 * noise < noise_sd(scan, 2) < 1.03 * noise + 0.002
     # Found: 0 (rounding)
     assert noise_sd(np.where(clean > 0, scan, 0), 2) == pytest.approx(noise_sd(scan, 2), rel=1e-6)  # masked air
@@ -83,7 +84,7 @@ def test_too_little_tissue_says_nothing():
 def test_what_the_spline_lacks_is_judged_to_within_a_factor_of_two(noise):
     scan, seen, _ = acquire(noise=noise)
     error = np.std((apply_axes(acquire()[0], seen.up) - truth())[truth() > 0.1])
-    assert 0.5 * error < missing_sd(scan, seen, noise) < 2 * error
+    assert 0.5 * error < missing_sd(scan, seen, noise) < 2 * error  # found: 0.84 of it
 
 
 @pytest.mark.parametrize("profile", ["gaussian", "box"])

@@ -66,7 +66,8 @@ def test_without_noise_the_result_acquired_again_is_the_scan_and_a_second_time_c
     seen, sr, scan = case(name)
     once = agreeing(sr, scan, seen, 0.0)
     assert np.abs(through(seen.down, once) - through(seen.align, scan)).max() < 1e-12  # found: 6e-15 (rounding)
-    assert np.abs(residual(once, scan, seen)).max() < 1e-6 < np.abs(residual(sr, scan, seen)).max()
+    # Found: 5.8e-15, 2.8
+    assert np.abs(residual(once, scan, seen)).max() < 1e-12 and np.abs(residual(sr, scan, seen)).max() > 1
     assert np.abs(agreeing(once, scan, seen, 0.0) - once).max() < 1e-12  # found: 1.5e-14 (rounding)
 
 

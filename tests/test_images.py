@@ -28,7 +28,7 @@ affines = st.builds(rigid, spacings, angles, st.tuples(*[st.floats(-200, 200)] *
 
 def same(path, volume, rtol=1e-6):
     data, affine = oracle(path)
-    np.testing.assert_allclose(volume.data, data.reshape(volume.data.shape), rtol=rtol, atol=0)
+    np.testing.assert_allclose(volume.data, data.reshape(volume.data.shape), rtol=rtol, atol=0)  # found: 0 (rounding)
     np.testing.assert_allclose(volume.affine, affine, atol=1e-5)  # found: 0 (rounding)
 
 
@@ -258,8 +258,8 @@ def test_sform_and_qform_are_written_and_say_the_same(folder, code, name, affine
     assert sform[1] == qform[1] == code
     # Quaternions in float32: 2e-5 of the largest number, as for the sform.
     scale = max(1.0, np.abs(affine).max())
-    np.testing.assert_allclose(qform[0], sform[0], atol=2e-5 * scale)
-    np.testing.assert_allclose(sform[0], affine, atol=2e-5 * scale)
+    np.testing.assert_allclose(qform[0], sform[0], atol=2e-5 * scale)  # found: 0.025 of it, over 25 examples
+    np.testing.assert_allclose(sform[0], affine, atol=2e-5 * scale)  # found: 0.0024 of it; float32 in the file
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i2", "i4", "i8", "u8"])

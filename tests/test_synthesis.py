@@ -196,7 +196,7 @@ def test_shares_and_ranges_are_those_asked_for():
     assert all(ranges.blur[0] - 0.025 <= look.blur <= ranges.blur[1] + 0.025 for look in looks)
     # Both sides have one Gaussian; white and grey matter are independent.
     assert np.array_equal(means[:, 0], means[:, 3]) and np.array_equal(means[:, 1], means[:, 4])
-    assert abs(np.corrcoef(means[:, 0], means[:, 1])[0, 1]) < 0.02  # found: 0.0048
+    assert abs(np.corrcoef(means[:, 0], means[:, 1])[0, 1]) < 0.2  # found: 0.0048; by chance its sd is 0.05
     # Scanners differ: half of them write zero in air, and none of their voxels has any noise then.
     assert 0.4 < np.mean([look.mean[0] == look.sd[0] == 0 for look in looks]) < 0.6  # found: 0.5
     shapes = [draw_shape((1, i, "e"), (8, 8, 8), MM, ranges) for i in range(200)]
