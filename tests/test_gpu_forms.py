@@ -193,9 +193,14 @@ def test_the_gradient_of_a_pad_is_its_transpose(monkeypatch, padding, compiling)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward alone", "training"])
-def test_bytes_of_a_compiled_pass_are_within_the_budget(backward):
-    """By Inductor's count, the whole generator in half precision, k = 16, MB per 64^3 patch."""
+def test_bytes_of_a_compiled_pass_are_within_the_budget(monkeypatch, backward):
+    """By Inductor's count, k = 16 in half precision, MB per 64^3 patch: 200 forward and 600 in all for six blocks.
+
+    One block stands for the six, which are alike and move 7.8 and 20.8 MB each; tracing takes its time.
+    """
+    monkeypatch.setattr(networks, "N_BLOCKS", 1)
     batch = 16  # over which the weights' share is spread
     moved = traffic.generator(16, 64, torch.bfloat16, backward, batch)
     forward, both = (sum(moved.of(back) for back in which) / batch / 1e6 for which in ((False,), (False, True)))
-    assert 100 < forward <= 200 and both <= 600 and (both > 2 * forward) == backward
+    # Found: 130.9 forward alone, 147.6 and 414.9 in training.
+    assert 100 < forward <= 200 - 5 * 7.8 and both <= 600 - 5 * 20.8 and (both > 2 * forward) == backward

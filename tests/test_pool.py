@@ -239,7 +239,7 @@ def test_residents_are_processed_with_the_through_plane_axis_last():
     assert np.array_equal(r.label, s.label.transpose(1, 2, 0)), "the label lies where its image does"
     # Where the low-resolution axis was, the interpolated image is smooth and the truth is not.
     rough = [(r.interpolated.diff(dim=d).std() / r.hr.diff(dim=d).std()).item() for d in range(3)]
-    assert rough[2] < 0.5 * min(rough[:2])
+    assert rough[2] < 0.5 * min(rough[:2])  # found: 0.31
 
 
 def test_missing_label_or_mask_is_said():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import functools
 import math
 
 import pytest
@@ -283,13 +284,19 @@ def one_by_one(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return sums
 
 
+@functools.cache
+def exact_gradients(seed: int) -> dict[str, torch.Tensor]:
+    """In float64: the same for every kind."""
+    return precision._gradients(Arithmetic(CPU, torch.float64), None, seed)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_limits_are_near_what_sound_arithmetic_gives(library, kind):
     """At most twice the worst of two seeds, with a tenth for the sums of other processors."""
     worst: dict[str, float] = {}
     ways = [OneByOne, Kernels] if kind == torch.float32 else [lambda: Kernels(tf32=kind == TF32)]
     for seed in (1, 2):
-        exact = precision._gradients(Arithmetic(CPU, torch.float64), None, seed)
+        exact = exact_gradients(seed)
         for way in ways:
             kernels = arithmetics.Kernels()
             with way():
