@@ -215,9 +215,10 @@ def test_values_below_zero_are_moved_up_alike_in_training_and_inference():
     law = Degradation(((1.0, 1.0, 1.0),), noise=0.0)
     seen = make_resident(sample, law, Draw((1.0, 1.0, 1.0)), PatchRule(16, 8), torch.device("cpu"))
     norm = normaliser(scores, shifted=True)
+    # Found: 0 (rounding)
     torch.testing.assert_close(seen.interpolated, torch.from_numpy(norm.apply(scores)), atol=1e-6, rtol=0)
     assert float(seen.interpolated.min()) == 0 and float(seen.interpolated.max()) == pytest.approx(1)
-    np.testing.assert_allclose(norm.invert(norm.apply(scores)), scores, atol=1e-5)
+    np.testing.assert_allclose(norm.invert(norm.apply(scores)), scores, atol=2e-6)  # found: 3.6e-7
 
 
 def test_images_without_values_below_zero_are_untouched():
@@ -246,9 +247,9 @@ def test_a_shifted_scan_gives_the_shifted_result(shift):
         infer_volume(image, np.eye(4), Same(True), patch=16, step=8, device="cpu")
         for image in (scan, scan + shift / 10)
     )
-    np.testing.assert_allclose(moved.sr, plain.sr + shift / 10, atol=1e-4)
+    np.testing.assert_allclose(moved.sr, plain.sr + shift / 10, atol=1e-4)  # found: 0
     np.testing.assert_array_equal(moved.prob, plain.prob)
-    np.testing.assert_allclose(plain.sr, scan, atol=1e-4)
+    np.testing.assert_allclose(plain.sr, scan, atol=1e-4)  # found: 0
     assert plain.report["intensity_shift"] == pytest.approx(-50)
 
 
