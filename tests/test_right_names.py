@@ -290,31 +290,36 @@ def columns_of_bands(page, path) -> dict[str, float]:
     return found
 
 
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    with chromium.page(tmp_path_factory.mktemp("browser")) as tab:
+        tab.look(1240, 1500)
+        yield tab
+
+
 @pytest.mark.skipif(chromium.browser() is None, reason="no Chromium is installed: make test-extras")
 @pytest.mark.parametrize("more", ["", "#canvas"])
-def test_what_is_seen_under_a_caption_is_what_it_names(written, tmp_path, more):
-    with chromium.page(tmp_path) as tab:
-        tab.look(1240, 1500)
-        tab.open(written.resolve().as_uri() + more)
-        assert tab.wait("document.getElementById('viewer').dataset.viewer") == ("canvas" if more else "niivue")
-        assert tab.problems == []
-        for switch in ("cross", "marks"):
-            tab.ask(f"document.getElementById('{switch}').click()")
-        tab.ask("document.querySelector('input[name=layout][value=side]').click()")
-        tab.ask("document.querySelector('input[name=plane][value=coronal]').click()")
-        tab.frames(4)
-        seen = {}
-        places = tab.ask(
-            "[...document.querySelectorAll('.pane')].map(p => {"
-            " const b = p.querySelector('canvas').getBoundingClientRect();"
-            " const title = p.querySelector('figcaption').firstChild.textContent;"
-            " return [title, b.x + scrollX, b.y + scrollY, b.width, b.height]; })"
-        )
-        for title, x, y, width, height in places:
-            clip = {"x": x + 0.3 * width, "y": y + 0.3 * height, "width": 0.4 * width, "height": 0.4 * height}
-            clip["scale"] = 1
-            with Image.open(io.BytesIO(tab.shot(clip=clip, whole=True))) as image:
-                seen[title] = np.asarray(image.convert("RGB")).astype(int).reshape(-1, 3)
+def test_what_is_seen_under_a_caption_is_what_it_names(written, tab, more):
+    tab.open(written.resolve().as_uri() + more)
+    assert tab.wait("document.getElementById('viewer').dataset.viewer") == ("canvas" if more else "niivue")
+    assert tab.problems == []
+    for switch in ("cross", "marks"):
+        tab.ask(f"document.getElementById('{switch}').click()")
+    tab.ask("document.querySelector('input[name=layout][value=side]').click()")
+    tab.ask("document.querySelector('input[name=plane][value=coronal]').click()")
+    tab.frames(4)
+    seen = {}
+    places = tab.ask(
+        "[...document.querySelectorAll('.pane')].map(p => {"
+        " const b = p.querySelector('canvas').getBoundingClientRect();"
+        " const title = p.querySelector('figcaption').firstChild.textContent;"
+        " return [title, b.x + scrollX, b.y + scrollY, b.width, b.height]; })"
+    )
+    for title, x, y, width, height in places:
+        clip = {"x": x + 0.3 * width, "y": y + 0.3 * height, "width": 0.4 * width, "height": 0.4 * height}
+        clip["scale"] = 1
+        with Image.open(io.BytesIO(tab.shot(clip=clip, whole=True))) as image:
+            seen[title] = np.asarray(image.convert("RGB")).astype(int).reshape(-1, 3)
     assert set(seen) == set(PANES.values())
     greys = {title: np.median(pixels, axis=0) for title, pixels in seen.items()}
     assert greys["fastsrgan"] == pytest.approx([255] * 3, abs=3)
