@@ -191,7 +191,7 @@ def test_half_precision_touches_the_head_only(generator, caplog):
             out, _ = predict(small, plan, TileNetwork(generator, 1.0, precision=precision))
     assert sum("bf16 is slower than fp32 on a CPU" in r.getMessage() for r in caplog.records) == 1
     reference, _ = predict(small, plan, TileNetwork(generator, 1.0))
-    assert 0 < (out - reference).abs().max() < 0.05 * reference.abs().max()
+    assert 0 < (out - reference).abs().max() < 0.05 * reference.abs().max()  # found: 0.031
     shifted, _ = predict(small + 1000, plan, TileNetwork(identity(), 1.0, precision="bf16"))
     assert torch.equal(shifted[0], small + 1000)
 

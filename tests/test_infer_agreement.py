@@ -57,7 +57,8 @@ def test_with_a_small_weight_the_result_acquired_again_is_the_scan(generator, sc
     d = seen(profile=profile, thickness_mm=thickness)
     alone = infer_volume(scan, AFFINE, generator, **FAST, agree="off")
     # D mixes voxels along z alone.
-    assert np.abs(residual(done.sr, scan, d)[1:]).max() < 0.05 < 1 < np.abs(residual(alone.sr, scan, d)[1:]).max()
+    # Found: 4.9e-4, 12
+    assert np.abs(residual(done.sr, scan, d)[1:]).max() < 0.002 < 1 < np.abs(residual(alone.sr, scan, d)[1:]).max()
     assert np.array_equal(done.prob, alone.prob)
     told = done.report["agree"]
     assert (told["weight"], told["profile"], told["thickness_mm"]) == (1e-5, profile, thickness)

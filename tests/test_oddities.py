@@ -71,6 +71,7 @@ def test_outliers_are_compressed_and_come_back_exactly(shifted):
     norm = normaliser(odd, shifted=shifted, robust=True)
     seen = norm.apply(odd)
     assert norm.scale == pytest.approx(plain.scale, rel=1e-6)  # found: 0 (rounding)
+    # Found: 1.69 to 1.70, 1.84 to 1.85
     assert 1.5 < seen[3, 4, 5] < seen[3, 4, 6] < 2 and np.partition(seen.ravel(), -3)[-3] <= 1
     back = norm.invert(seen)
     np.testing.assert_allclose(back, odd, rtol=5e-6, atol=1e-3)  # found: 0.071 of it
