@@ -50,7 +50,8 @@ def test_planes_along_the_grid_show_the_voxels_themselves(truth):
             for column, u in enumerate(cut.u):
                 a, b = round(u - first), round(v - second)
                 inside = 0 <= a < plane.shape[0] and 0 <= b < plane.shape[1]
-                assert shown[row, column] == pytest.approx(plane[a, b] if inside else 0, abs=1e-3)  # found: 0 (rounding), of 1000
+                # Found: 0 (rounding), of 1000
+                assert shown[row, column] == pytest.approx(plane[a, b] if inside else 0, abs=1e-3)
 
 
 @pytest.mark.parametrize("nearest", [False, True])
@@ -59,7 +60,8 @@ def test_a_volume_stored_otherwise_looks_the_same(truth, nearest):
     for mine, its in zip(planes.cuts(truth, (1, 2, 3)), planes.cuts(other, (1, 2, 3)), strict=True):
         np.testing.assert_allclose(mine.u, its.u)
         np.testing.assert_allclose(mine.v, its.v)
-        np.testing.assert_allclose(mine.sample(truth, nearest), its.sample(other, nearest), atol=1e-2)  # found: 0 (rounding), of 1000
+        # Found: 0 (rounding), of 1000
+        np.testing.assert_allclose(mine.sample(truth, nearest), its.sample(other, nearest), atol=1e-2)
 
 
 def test_planes_are_equally_wide_and_hold_the_whole_object(truth):
@@ -69,7 +71,8 @@ def test_planes_are_equally_wide_and_hold_the_whole_object(truth):
         left, right, bottom, top = cut.extent
         assert min(right - left, top - bottom) >= 20
         shown = cut.sample(truth)
-        assert max(shown[0].max(), shown[-1].max(), shown[:, 0].max(), shown[:, -1].max()) < 0.05 * 800  # found: 0; a margin is all that is promised
+        # Found: 0; a margin is all that is promised
+        assert max(shown[0].max(), shown[-1].max(), shown[:, 0].max(), shown[:, -1].max()) < 0.05 * 800
 
 
 def test_thick_slices_are_shown_as_they_are():
