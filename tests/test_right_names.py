@@ -94,7 +94,8 @@ def near(pixels: np.ndarray, colour: tuple[int, int, int]) -> int:
 def check(page, path, expected: dict[str, float], top: float) -> dict:
     found = columns(page, path)
     assert {title: grey for title, (grey, *_) in found.items()} == pytest.approx(
-        {TITLES[name]: 255 * value / top for name, value in expected.items()}, abs=1.5
+        {TITLES[name]: 255 * value / top for name, value in expected.items()},
+        abs=1.5,  # found: 1.2
     )
     return found
 
@@ -322,8 +323,8 @@ def test_what_is_seen_under_a_caption_is_what_it_names(written, tab, more):
             seen[title] = np.asarray(image.convert("RGB")).astype(int).reshape(-1, 3)
     assert set(seen) == set(PANES.values())
     greys = {title: np.median(pixels, axis=0) for title, pixels in seen.items()}
-    assert greys["fastsrgan"] == pytest.approx([255] * 3, abs=3)
-    assert greys["Truth"] == pytest.approx([255 * TRUTH / SR] * 3, abs=3)
+    assert greys["fastsrgan"] == pytest.approx([255] * 3, abs=3)  # found: 0
+    assert greys["Truth"] == pytest.approx([255 * TRUTH / SR] * 3, abs=3)  # found: 0.38
     low, high = (255 * value / SR for value in BANDS)
     between = {
         title: np.mean((seen[title][:, 0] > low + 8) & (seen[title][:, 0] < high - 8))
