@@ -63,8 +63,9 @@ def test_a_large_image_is_looked_at_in_part_and_measures_the_same(grown, monkeyp
     whole = measure(fine.data, fine.spacing)
     monkeypatch.setattr(plausibility, "SAMPLE", 20_000)
     part = measure(fine.data, fine.spacing)
-    assert abs(part.head_mm - whole.head_mm) <= 8 and abs(part.fluid - whole.fluid) < 0.1  # found: 0
-    assert part.head_ml == pytest.approx(whole.head_ml, rel=1e-6) and part.filled == whole.filled  # found: 0 (rounding)
+    # Found: 0 in all; of another head every second voxel may tell a little else.
+    assert abs(part.head_mm - whole.head_mm) <= 8 and abs(part.fluid - whole.fluid) < 0.1
+    assert part.head_ml == pytest.approx(whole.head_ml, rel=0.03) and part.filled == whole.filled
 
 
 def test_what_is_cut_out_of_a_body_is_no_head_and_a_mask_makes_it_one(grown):
@@ -86,7 +87,7 @@ def test_fluid_is_told_from_the_tail_of_intensities(grown):
     dark = measure(grown.data, grown.spacing).fluid
     negative = np.where(grown.data > 0, 250 - grown.data, 0)
     assert dark < -plausibility.FLUID_SKEW and measure(negative, grown.spacing).fluid > plausibility.FLUID_SKEW
-    assert measure(grown.data * 7 + 3, grown.spacing).fluid == pytest.approx(dark, abs=0.02)  # found: 0
+    assert measure(grown.data * 7 + 3, grown.spacing).fluid == pytest.approx(dark, abs=1e-6)  # found: 0 (rounding)
 
 
 def test_a_look_survives_its_record():
