@@ -270,12 +270,22 @@ def subprocess_free(target, *args, out: Path) -> dict:
 
 
 @pytest.mark.fault(39)
-def test_ranks_of_another_job_take_no_run_that_is_there(store, whole, tmp_path):
-    """Begun and restarted, as torchrun does it; that its own run goes on, tests/test_launch.py shows with torchrun."""
-    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for restarts in (0, 1):
+def test_ranks_that_are_restarted_resume_their_own_run_and_no_other(store, whole, tmp_path):
+    """As torchrun does it: the same store, one restart counted."""
+    run = tmp_path / "run"
+
+    def attempt(agent: TCPStore, restarts: int, *args) -> list[int | None]:
         told = {"TORCHELASTIC_RUN_ID": "7", "TORCHELASTIC_RESTART_COUNT": restarts}
         told |= {"TORCHELASTIC_USE_AGENT_STORE": True, "MASTER_PORT": agent.port}
-        processes = start_ranks(unasked, 2, store, whole, CONFIG, out=tmp_path / "out", **told)
-        assert [ended(p) for p in processes] == [2, 2]
+        processes = start_ranks(unasked, 2, store, run, CONFIG, *args, out=tmp_path / "out", **told)
+        return [ended(p) for p in processes]
+
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert attempt(agent, 0, 8, "SIGKILL") == [5, -signal.SIGKILL]
+    assert checkpoint.newest(run).name == "step-00000006"
+    assert attempt(agent, 1) == [0, 0], outcome(tmp_path / "out" / "0.json")
+    assert losses(run) == losses(whole)
+    another = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for restarts in (0, 1):
+        assert attempt(another, restarts) == [2, 2]
         assert "already holds a run" in outcome(tmp_path / "out" / "0.json")["error"]
