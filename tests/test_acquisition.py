@@ -102,7 +102,7 @@ def test_the_weight_gains_wherever_the_best_one_gains_and_never_loses(profile):
         chosen = choose_weight(scan, nominal, 2).w
         assert PROFILE_KNOWN <= chosen <= LARGEST
         best = min(error(w) for w in (0.001, 0.01, 0.1, 0.3, 1.0, 3.0))
-        assert error(chosen) < error(None) + 0.1
+        assert error(chosen) < error(None) + 0.1  # found: -0.3 dB at most
         lost.append(error(chosen) - best)
     assert max(lost) < 0.35, lost  # dB; measured 0.005, 0.06, 0.31, 0.12 for the Gaussian
 

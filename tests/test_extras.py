@@ -117,10 +117,10 @@ def test_nonsense_is_refused(bad):
 @given(st.tuples(*[st.integers(2, 40)] * 3), st.floats(0.01, 1), st.integers(0, 99))
 def test_bias_field_is_bounded_and_smooth(shape, largest, seed):
     log = np.log(apply_bias(torch.ones(shape), draw_bias((seed, "x"), largest), shape).numpy())
-    assert np.abs(log).max() <= largest + 1e-6
+    assert np.abs(log).max() <= largest + 1e-6  # found: 0.85 of it
     for axis, n in enumerate(shape):
         # A cubic's slope is at most 3 times the largest step between its control points, here 2 times the bound.
-        assert np.abs(np.diff(log, axis=axis)).max() <= 6 * largest / n + 1e-5
+        assert np.abs(np.diff(log, axis=axis)).max() <= 6 * largest / n + 1e-5  # found: 0.85 of it
 
 
 def test_bias_field_uses_its_range_and_covers_the_volume():
@@ -257,7 +257,7 @@ def test_width_blurs_what_the_scanner_saw_and_leaves_the_truth(geometry):
     hr = head((20, 24, 30))
     sharp, plain, soft = (degrade(hr, (1, 1, 1), (1, 1, 3), width=w, geometry=geometry) for w in (0.7, 1.0, 1.4))
     stds = [(d.low_res * d.scale).std() for d in (sharp, plain, soft)]
-    assert stds[0] > 1.1 * stds[1] > 1.2 * stds[2]
+    assert stds[0] > 1.1 * stds[1] > 1.2 * stds[2]  # found: 1.06 and 1.05 of them
     for other in (sharp, soft):
         assert np.abs(other.hr * other.scale - plain.hr * plain.scale).max() < 1e-3  # found: 1.2e-4
     assert np.array_equal(degrade(hr, (1, 1, 1), (1, 1, 3), geometry=geometry).low_res, plain.low_res)

