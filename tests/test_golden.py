@@ -165,7 +165,8 @@ def test_critic_loss_of_training(step, penalty):
     total, real_term, fake_term, gp = step["d_losses"]
     assert terms["total"].item() == pytest.approx(total, rel=1e-6)  # found: 0 (rounding)
     assert terms["penalty"].item() == pytest.approx(gp, rel=1e-6)  # found: 0 (rounding)
-    assert terms["wasserstein"].item() == pytest.approx(real_term + fake_term, abs=1e-5 * abs(fake_term))
+    # Found: 8.2e-7
+    assert terms["wasserstein"].item() == pytest.approx(real_term + fake_term, abs=5e-6 * abs(fake_term))
     terms["total"].backward()
     assert_gradients(critic, step["d_weight_names"], step, "d")
 
