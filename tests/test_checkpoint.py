@@ -78,6 +78,10 @@ def test_a_newer_format_is_refused(tmp_path):
     path.write_text(json.dumps({**values, "format": 99}), encoding="utf8")
     with pytest.raises(ModelError, match="format 99"):
         checkpoint.manifest(path.parent)
+    write(tmp_path, 0)  # to go on from an older one would replace what a newer fastsrgan wrote
+    with pytest.raises(ModelError, match=r"format 99.*upgrade it"):
+        checkpoint.newest(tmp_path)
+    assert "format 99" in checkpoint.verify(path.parent)[0]
 
 
 @pytest.mark.fault(24)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from commands import call, one_line
 from phantom import head
 
-from fastsrgan.cli.main import main
+from fastsrgan.cli.main import failed, main
 from fastsrgan.convert import convert
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.pair import evaluate_pair, flat
@@ -418,6 +419,17 @@ def test_the_curves_of_several_runs_are_laid_over_each_other(run, tmp_path, monk
     assert main(["--quiet", "study", "curves", str(run), str(run), "-o", str(tmp_path / "x")]) == 2
     assert "named twice" in capsys.readouterr().err
     assert main(["--quiet", "study", "steps", str(run), str(run), "-o", str(tmp_path / "x")]) == 2
+
+
+@pytest.mark.fault(37)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_that_is_stopped_while_it_trains_ends_with_that_signals_code(tmp_path, monkeypatch, number):
+    for name in ("convert", "short_training"):
+        monkeypatch.setattr(study, name, lambda *_, **__: {"stopped": number})
+    monkeypatch.setattr(study.weights, "template_weights", lambda: tmp_path)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        study._tuned(tmp_path, SimpleNamespace(device="cpu", seed=0), study.QUIET)
+    assert failed(stopped.value) == 128 + number
 
 
 def test_a_folder_without_a_log_is_refused(tmp_path):

@@ -23,6 +23,7 @@ from fastsrgan.model import checkpoint, weights
 from fastsrgan.train import gan as trial
 from fastsrgan.train import loop
 from fastsrgan.train.gan import Models
+from fastsrgan.train.logs import RunLog
 from fastsrgan.train.run import train
 
 CONFIG = SMALL
@@ -206,6 +207,14 @@ def test_the_last_line_names_the_score_that_chose(store, tmp_path, monkeypatch, 
     (tmp_path / "c.yaml").write_text(config.to_yaml(), encoding="utf8")
     assert main(["train", str(store), "-o", str(tmp_path / "run"), "--config", str(tmp_path / "c.yaml")]) == 0
     assert f"; best: {told} subjects, " in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.fault(24)
+def test_a_full_disk_under_the_log_is_named(tmp_path):
+    log = RunLog(tmp_path)
+    log.path = Path("/dev/full")  # every write to it fails as on a full disk
+    with pytest.raises(ResourceError, match="/dev/full: no space left"):
+        log.step(1, 1, 0.1, 0.0, {})
 
 
 def test_the_log_follows_the_schedule_and_the_optimisers_follow_the_log(store, tmp_path, monkeypatch):

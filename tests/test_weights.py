@@ -269,9 +269,14 @@ def test_names_of_shipped_models_stand_for_their_files(tmp_path, monkeypatch, ca
     with caplog.at_level("INFO", "fastsrgan"):
         assert weights.default_weights() == tmp_path / weights.MODELS["adult"].file
     assert "adult" in caplog.text and "perinatal" in caplog.text
-    # A path of that name is what it is everywhere else: a path.
+    # A folder of that name without weights is a folder of something else, such as scans.
+    (tmp_path / "adult" / "scans").mkdir(parents=True)
+    assert weights.load_generator("adult").spec.kernel == 1
+    # Weights of that name are what a path is everywhere else.
     weights.save_generator(tmp_path / "perinatal", random_generator(GeneratorSpec(kernel=5)))
     assert weights.load_generator("perinatal").spec.kernel == 5
+    weights.save_generator(tmp_path / "adult" / "best.safetensors", random_generator(GeneratorSpec(kernel=6)))
+    assert weights.load_generator("adult").spec.kernel == 6
     with pytest.raises(ModelError, match=r"newborn: no such file.*adult, perinatal"):
         weights.load_generator("newborn")
 

@@ -60,10 +60,15 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     ),
     25: (
         "output folder not writable, or that of an output file missing",
-        "2 or 5 before any work; a missing output folder is made",
+        "2 or 5 before any work; a missing output folder is made, and for `train -dice`, `-mse` that of the file",
         "a file in its place, which stops root too",
     ),
-    26: ("output exists", "kept without `--overwrite`; skipped under `--resume`", ""),
+    26: (
+        "output exists",
+        "kept without `--overwrite`, skipped under `--resume`, by the commands that have them; tables and pictures "
+        "that `study`, `evaluate` and `train -sf`, `-dice`, `-mse` made are replaced by theirs",
+        "",
+    ),
     27: (
         "two conversions into one store, two trainings into one run",
         "5 names the other process; a dead one's lock on the same host is taken over",
@@ -83,7 +88,8 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     ),
     32: (
         "store or snapshot of a newer format",
-        "4; a store: `made by X, needs >= Y`; a snapshot: its format and the newest that is read",
+        "4; a store: `made by X, needs >= Y`; a snapshot: its format and the newest that is read, also "
+        "where an older one would do",
         "",
     ),
     33: (
@@ -114,7 +120,12 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     ),
     43: ("no network", "convert, verify, train, infer, evaluate, weights and doctor work, none asks for it", ""),
     44: ("small /dev/shm", "said, with `--shm-size`; not used", "the system's answer is replaced"),
-    45: ("no stdin, no terminal, NO_COLOR, 80 columns", "plain lines, no control codes", ""),
+    45: (
+        "no stdin, no terminal, NO_COLOR, 80 columns",
+        "without a terminal, and with TERM=dumb, plain lines without control codes; on a terminal NO_COLOR takes the "
+        "colours away",
+        "",
+    ),
     46: ("clock, locales, blanks in paths", "the same bytes", ""),
 }
 
@@ -123,7 +134,8 @@ TOP = """# Reliability
 Made by `python tools/reliability.py` from the tests, which make each fault themselves; a test says when this page is
 out of date. `pytest -m fault` runs them. Codes are public: "Words and codes" in the [README](../README.md). An error
 is one line on standard error, `error: WHAT: REASON (HINT)`: what came, what is allowed, what to do. Nothing
-half-written has its final name.
+half-written has its final name, but for shards of a store, which count once the manifest names their subject, and the
+last line of a run's log.
 What the commands say, word for word: [errors.md](errors.md). Untrusted files: [SECURITY.md](../SECURITY.md).
 
 | # | fault | promised | tests | simulated |
@@ -231,6 +243,12 @@ def faults(path: Path) -> str:
     return f"\n{path.parent.name}:\n\n{mutants.report(mutants.table(), mutants.read(path))}"
 
 
+def _tests(words: str) -> str:
+    """A file of tests by its stem, one of its tests by its name as well."""
+    file, colons, test = words.partition("::")
+    return Path(file).stem + colons + test
+
+
 def matrix(path: Path) -> str:
     """The surroundings of one machine as a table."""
     run = json.loads(path.read_text(encoding="utf8"))
@@ -240,7 +258,7 @@ def matrix(path: Path) -> str:
         result = row["result"] + (f": {row['reason']}" if "reason" in row else "")
         figures = [str(row.get(key, "")) for key in ("tests", "skipped", "seconds", "cpu_seconds")]
         if "files" in row:
-            figures[0] += f" of {', '.join(Path(file).stem for file in row['files'])} alone"
+            figures[0] += f" of {', '.join(map(_tests, row['files']))} alone"
         text += f"| {name} | {' | '.join([result, *figures])} |\n"
     return text
 

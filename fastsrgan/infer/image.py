@@ -63,7 +63,7 @@ class ModelChoice:
 
     def __init__(self, weights: PathLike | Sequence[PathLike] | None) -> None:
         sources = [AUTO] if weights is None else [weights] if isinstance(weights, (str, os.PathLike)) else list(weights)
-        chosen = [source for source in sources if str(source) == AUTO and not os.path.lexists(source)]
+        chosen = [source for source in sources if str(source) == AUTO and not weight_files.is_meant(source)]
         if chosen and len(sources) > 1:
             raise UsageError("weights", "auto chooses one model, it is averaged with none", "name the models")
         self.by_name = {name: load_weights([weight_files.shipped(name)]) for name in MODELS} if chosen else {}

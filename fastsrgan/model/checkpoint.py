@@ -74,8 +74,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+class NewerFormatError(ModelError):
+    """A snapshot that is whole, for a later fastsrgan."""
+
+
 def manifest(snapshot: Path) -> dict[str, Any]:
-    """The manifest of a snapshot. Raises ModelError when it is missing, absurd or of a newer format."""
+    """The manifest of a snapshot. Raises ModelError when it is missing or absurd, NewerFormatError when it is newer."""
     path = snapshot / MANIFEST
     try:
         if path.stat().st_size > MAX_MANIFEST:
@@ -88,7 +92,7 @@ def manifest(snapshot: Path) -> dict[str, Any]:
     if not known or not isinstance(values.get("format", FORMAT), int):
         raise ModelError(path, "is no manifest of a snapshot", "the snapshot is damaged; use another one")
     if values.get("format", FORMAT) > FORMAT:
-        raise ModelError(
+        raise NewerFormatError(
             path, f"snapshot format {values['format']}", f"this fastsrgan reads up to {FORMAT}: upgrade it"
         )
     return values
@@ -105,12 +109,15 @@ def verified(snapshot: Path, name: str) -> Path:
     return path
 
 
-def verify(snapshot: Path) -> list[str]:
-    """Every problem of a snapshot, one line each; empty when all files are as written."""
+def verify(snapshot: Path, listed: bool = True) -> list[str]:
+    """Every problem of a snapshot, one line each; empty when all files are as written. A newer format is one of them
+    if ``listed``, else NewerFormatError is raised."""
     problems = []
     try:
         names = list(manifest(snapshot)["files"])
     except ModelError as error:
+        if not listed and isinstance(error, NewerFormatError):
+            raise
         return [str(error)]
     for name in names:
         try:
@@ -141,10 +148,13 @@ def snapshots(run: Path) -> list[Path]:
 
 
 def newest(run: Path) -> Path:
-    """The newest undamaged snapshot; a damaged one is passed over with a warning. ModelError when there is none."""
+    """The newest undamaged snapshot; a damaged one is passed over with a warning. ModelError when there is none.
+
+    One of a newer format is no damage: to go on from an older one would replace it. Raises NewerFormatError.
+    """
     found = folders(run)
     for left, snapshot in reversed(list(enumerate(found))):
-        problems = verify(snapshot)
+        problems = verify(snapshot, listed=False)
         if not problems:
             return snapshot
         log.warning("%s%s", problems[0], ": taking the snapshot before it" if left else "")

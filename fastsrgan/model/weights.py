@@ -293,9 +293,17 @@ def _count(spec: GeneratorSpec | CriticSpec) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(spec).values())
 
 
+def is_meant(path: str | os.PathLike) -> bool:
+    """Whether a name that the package knows as well means what is at that path: a file, or a folder with weights. A
+    folder of adults' scans may be named adult."""
+    if not os.path.isdir(path):
+        return os.path.lexists(path)
+    run = Path(path)
+    return (run / checkpoint.MANIFEST).is_file() or (run / BEST).is_file() or bool(checkpoint.folders(run))
+
+
 def _resolve(path: str | os.PathLike) -> _WeightFile:
-    # A file or folder of that name comes first: it is what a path means everywhere else.
-    path = shipped(str(path)) if str(path) in MODELS and not os.path.lexists(path) else Path(path)
+    path = shipped(str(path)) if str(path) in MODELS and not is_meant(path) else Path(path)
     if os.path.isdir(path):
         lone = (path / checkpoint.MANIFEST).is_file()
         if not lone and (path / BEST).is_file():

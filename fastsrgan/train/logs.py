@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsrgan.core.files import atomic_write, output_folder, parse_json
+from fastsrgan.core.files import atomic_write, disk_error, output_folder, parse_json
 from fastsrgan.errors import ResourceError
 
 log = logging.getLogger("fastsrgan")
@@ -76,8 +76,11 @@ class RunLog:
 
     def _line(self, row: dict) -> None:
         plain = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in row.items()}
-        with open(self.path, "a", encoding="utf8") as f:
-            f.write(json.dumps(plain) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf8") as f:
+                f.write(json.dumps(plain) + "\n")
+        except OSError as error:
+            raise disk_error(error, self.path) from error
 
     @staticmethod
     def _rows(path: Path) -> list[dict[str, str]]:
