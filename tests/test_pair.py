@@ -68,9 +68,10 @@ def test_switches_do_not_change_an_update(plain, changes):
     (facts, expected), other = plain, models(**changes)
     others = iterate(other)
     assert facts.keys() == others.keys()
-    assert others == pytest.approx(facts, rel=2e-12)  # found: 3.8e-13
+    assert others == pytest.approx(facts, rel=5e-12)  # found: 3.8e-13
     # Adam's first steps have the size of the rate: 1e-9 of 1e-3 apart at most.
-    assert max(float((a - b).abs().max()) for a, b in zip(weights(other), expected, strict=True)) <= 1e-9
+    # Found: 1.6e-12
+    assert max(float((a - b).abs().max()) for a, b in zip(weights(other), expected, strict=True)) <= 1e-11
 
 
 def test_critic_updates_are_single_updates_on_the_same_fakes():

@@ -96,8 +96,8 @@ def test_an_iteration_in_bfloat16_is_close_to_float32(penalty):
     facts, others = ([m.critic_updates([b], [eps]), m.generator_update(b, True)] for m in (exact, near))
     for f, o in zip(facts, others, strict=True):
         assert o.keys() == f.keys()
-        assert o["total"] == pytest.approx(f["total"], rel=0.05, abs=0.02)
-        assert o["gradient"] == pytest.approx(f["gradient"], rel=0.3)
+        assert o["total"] == pytest.approx(f["total"], rel=0.05, abs=0.02)  # found: 0.76 of it
+        assert o["gradient"] == pytest.approx(f["gradient"], rel=0.05)  # found: 0.012
     for network in (near.generator, near.critic):
         assert all(p.dtype == torch.float32 for p in network.parameters())
 
@@ -312,6 +312,7 @@ def test_the_limits_are_near_what_sound_arithmetic_gives(library, kind):
 def test_the_limit_of_float32_is_what_rounding_comes_to():
     """2^-24 sqrt(n) / 2: n roundings of half a last bit at most and of random sign, each of a partial sum, of which
     half are shorter than the whole; n = 2 * 16^3, the products of the longest sum, a weight's gradient."""
+    # Found: 0.036
     assert arithmetics.KERNEL_LIMITS[torch.float32] == pytest.approx(2.0**-24 * (2 * 16**3) ** 0.5 / 2, rel=0.05)
 
 
