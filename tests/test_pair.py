@@ -69,7 +69,7 @@ def test_switches_do_not_change_an_update(plain, changes):
     others = iterate(other)
     assert facts.keys() == others.keys()
     assert others == pytest.approx(facts, rel=5e-12)  # found: 3.8e-13
-    # Adam's first steps have the size of the rate: 1e-9 of 1e-3 apart at most.
+    # Adam's first steps have the size of the rate, 1e-3: a sign that rounding turns would show.
     # Found: 1.6e-12
     assert max(float((a - b).abs().max()) for a, b in zip(weights(other), expected, strict=True)) <= 1e-11
 

@@ -97,7 +97,7 @@ def test_an_iteration_in_bfloat16_is_close_to_float32(penalty):
     for f, o in zip(facts, others, strict=True):
         assert o.keys() == f.keys()
         assert o["total"] == pytest.approx(f["total"], rel=0.05, abs=0.02)  # found: 0.76 of it
-        assert o["gradient"] == pytest.approx(f["gradient"], rel=0.05)  # found: 0.012
+        assert o["gradient"] == pytest.approx(f["gradient"], rel=0.1)  # found: 0.012
     for network in (near.generator, near.critic):
         assert all(p.dtype == torch.float32 for p in network.parameters())
 
