@@ -165,7 +165,7 @@ def test_the_head_and_the_stem_are_the_plain_convolution(cuda, inputs, sizes):
         [plain, *torch.autograd.grad(plain, (x, weight), grad)],
         strict=True,
     ):
-        assert (a - b).abs().max() <= 1e-12 * b.abs().max()
+        assert (a - b).abs().max() <= 1e-12 * b.abs().max()  # found: 1.6e-15 (rounding)
 
 
 def test_a_cpu_takes_none_of_it(monkeypatch):
@@ -189,7 +189,7 @@ def test_the_gradient_of_a_pad_is_its_transpose(monkeypatch, padding, compiling)
     grad = torch.randn_like(right)
     assert torch.equal(found, right)
     a, b = (torch.autograd.grad(y, x, grad)[0] for y in (found, right))
-    assert torch.allclose(a, b, rtol=0, atol=1e-14)
+    assert torch.allclose(a, b, rtol=0, atol=1e-14)  # found: 2.8e-15
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward alone", "training"])
