@@ -323,7 +323,7 @@ def test_peak_memory_sees_what_is_allocated_and_given_back():
 
     case = common.Case("memory", {}, lambda: {"ours": side, "less": lambda: []}, 0.0)
     torch.ones(2 * size // 4).sum()  # an earlier, larger peak of the process does not count
-    assert 0.9 * size <= common.peak_of(case, "ours", "cpu") <= 1.5 * size
+    assert 0.9 * size <= common.peak_of(case, "ours", "cpu") <= 1.5 * size  # found: 1
     assert common.peak_of(case, "less", "cpu") <= 0.1 * size  # found: 0
 
 
