@@ -27,8 +27,9 @@ from bench import peers_data as peers
 from bench.cohort import Epochs, Patches, Work, as_patches
 from bench.watch import FolderWatch, tree_cpu_seconds, tree_memory, written
 from fastsrgan.core.system import pick_device, tune_allocator
-from fastsrgan.data.feed import Feed, PatchRule, deal, resident_limit
+from fastsrgan.data.feed import Feed, deal, resident_limit
 from fastsrgan.data.pool import Pool, Resident
+from fastsrgan.data.subject import PatchRule
 from fastsrgan.observation.model import Degradation
 from fastsrgan.store.reader import open_store
 

@@ -195,7 +195,7 @@ def cases(args: argparse.Namespace) -> list[Dense]:
 def _case(
     args: argparse.Namespace, kind: str, shape: tuple[int, ...], step: int, window: str, detail: str = ""
 ) -> tuple[str, dict[str, Any], tiles.TilePlan]:
-    plan = tiles.plan(shape, args.patch, step)
+    plan = tiles.plan(shape, args.patch, step, window=window)
     title = f"{kind}, {window}{detail}, {' x '.join(map(str, shape))}, patch {args.patch} step {step}"
     facts = {"kind": kind, "shape": list(shape), "patch": args.patch, "step": step, "window": window}
     return title, facts | {"tiles": len(plan)}, plan
@@ -213,7 +213,7 @@ def _sum_case(args: argparse.Namespace, step: int, window: str) -> Dense:
         copied, target = (torch.ones(size // 8, device=args.device) for _ in range(2))
 
         def ours() -> list[Tensor]:
-            stitcher = Stitcher(plan, CHANNELS, window, args.device)
+            stitcher = Stitcher(plan, CHANNELS, args.device)
             for first, count in _batches(len(plan), len(ring), batch):
                 stitcher.add(ring[first : first + count])
             return [stitcher.result()]
@@ -268,7 +268,7 @@ def _stitch_case(args: argparse.Namespace, step: int, window: str) -> Dense:
 
         def ours() -> list[Tensor]:
             padded = tiles.pad(volume, plan)
-            stitcher = Stitcher(plan, 1, window, args.device)
+            stitcher = Stitcher(plan, 1, args.device)
             for first in range(0, len(plan), batch):
                 chosen = range(first, min(first + batch, len(plan)))
                 stitcher.add(tiles.look(padded, plan, chosen))

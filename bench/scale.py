@@ -185,7 +185,7 @@ def volume_seconds(work: Any) -> float:
     """Median seconds to read, degrade and place a subject, on one thread."""
     import torch
 
-    from fastsrgan.data.feed import PatchRule, make_resident
+    from fastsrgan.data.subject import PatchRule, make_resident
     from fastsrgan.observation.model import Degradation
     from fastsrgan.store.reader import open_store
 

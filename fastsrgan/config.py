@@ -2,9 +2,8 @@
 
 A row holds all that is known of a setting. Made from it are its field, its checks, its option of ``fastsrgan train``,
 its line in docs/config.md (``python tools/settings_page.py``), its part of ``PRESETS`` and what a resumed run does with
-another value. A new setting is a row here and the place where it acts.
-
-Defaults are those of the original's code; ``PRESETS`` holds the paper's where they differ, and those of a recipe.
+another value. A new setting is a row here and the place where it acts. Defaults are those of the original's code;
+``PRESETS`` holds the paper's where they differ, and those of a recipe.
 """
 
 from __future__ import annotations
@@ -36,8 +35,10 @@ BASIC, ADVANCED = "basic", "advanced"  # the two groups of options
 
 # What a run that is resumed does with another value than its snapshot's.
 FREE, NEW, KEPT, ANEW, START, MATCH = "free", "new value", "auto goes on", "epoch anew", "not used", "must match"
+JUDGED = "best anew"
 RESUMED = {
     FREE: "takes the new value, which changes no update of the networks",
+    JUDGED: "takes the new value, and forgets which weights were best by the old one",
     NEW: "takes the new value and says so",
     KEPT: "`auto` goes on as the snapshot did; any other value is taken, and that is said",
     ANEW: "takes the new value, says so and begins the epoch anew, since other patches come at other times",
@@ -87,9 +88,7 @@ class Setting:
 
     def text(self, value: Any) -> str:
         """A value of it as help and documentation show it."""
-        if isinstance(value, float):
-            return f"{value:g}"
-        return "none" if value is None else str(value) or "empty"
+        return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value) or "empty"
 
     def hint(self, value: Any) -> str:
         """What is allowed, where ``value`` is not; else nothing."""
@@ -219,7 +218,6 @@ def hint_of(parse: Callable[[str], Any]) -> Callable[[str], str]:
     return check
 
 
-# Of SimpleITK's Expand.
 SITK = ("NearestNeighbor", "Linear", "Spline", "Gaussian", "Hamming", "Cosine", "Welch", "Lanczos", "Blackman")
 
 
@@ -347,7 +345,7 @@ class TrainConfig:
     lr_warmup: int = setting(0, "updates of linear warm-up", NEW, presets={"recommended": 100}, low=0)
     lr_end: float = setting(0.0, "last learning rate over the first, of linear and cosine", NEW, low=0)
     patience: int = setting(0, "validations without a better score that end a run; 0 off", FREE, group=BASIC, low=0)
-    best_by: str = setting("both", "score that chooses best.safetensors; both: Dice and gain over the spline", FREE,
+    best_by: str = setting("both", "score that chooses best.safetensors; both: Dice and gain over the spline", JUDGED,
         group=BASIC, choices=("both", "dice", "psnr"),
         more="Dice plus the part of the spline's error that is gone ([decision 027](decisions/027-best-weights.md))")
     whole_every: int = setting(0, "epochs between validations on whole volumes; 0 off", FREE, low=0,
@@ -382,9 +380,8 @@ class TrainConfig:
             hint = row.hint(value)
             if hint:
                 raise ModelError(f"config: {name}", f"{shown(value)} is not allowed", hint)
-        if self.profile_box and self.geometry != "physical":
-            hint = "0: segsrgan geometry has no box"
-            raise ModelError("config: profile_box", f"{self.profile_box} is not allowed", hint)
+        if self.profile_box and not self.physical:
+            raise ModelError("config: profile_box", "segsrgan geometry has no box", "0, or geometry: physical")
         if self.synthetic and not self.structure:
             raise ModelError("config: synthetic", "which tissues are the label is not said", "structure: 3,42")
         if self.synthetic and (self.fit_mask or self.image_cropping_method == "overlapping_with_mask"):
@@ -398,16 +395,24 @@ class TrainConfig:
         if self.init_epoch > self.epochs:
             reason = f"{self.init_epoch} is behind the last epoch, {self.epochs}"
             raise ModelError("config: init_epoch", reason, "more epochs, or a smaller init_epoch")
-        if self.slice_axis != "auto" and self.geometry == "segsrgan":
+        if self.slice_axis != "auto" and not self.physical:
             raise ModelError("config: slice_axis", "the segsrgan geometry keeps the stored axes", "geometry: physical")
-        if self.interp == "sitk" and self.geometry != "segsrgan":
+        if self.interp == "sitk" and self.physical:
             raise ModelError("config: interp", f"sitk is unknown in {self.geometry} geometry", "geometry: segsrgan")
+
+    @property
+    def physical(self) -> bool:
+        """Whether every structure keeps its place, which the original's numbers do not."""
+        return self.geometry == "physical"
+
+    @property
+    def continues(self) -> str:
+        """What a run is called that goes on from an earlier one's weights, as in the original; empty: it begins."""
+        return f"from_epoch_{self.init_epoch}" if self.init_epoch > 1 else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, tuples as lists."""
-        values = dataclasses.asdict(self)
-        values["new_low_res"] = [list(t) for t in self.new_low_res]
-        return values
+        return dataclasses.asdict(self) | {"new_low_res": [list(t) for t in self.new_low_res]}
 
     def to_yaml(self) -> str:
         """YAML text that ``from_yaml`` reads back to an equal configuration."""
@@ -438,11 +443,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     preset: {name: row.presets[preset] for name, row in SETTINGS.items() if preset in row.presets}
     for preset in CHOICES["preset"]
 }
-
-
-def changes(then: TrainConfig, now: TrainConfig) -> dict[str, str]:
-    """Settings that differ between a snapshot and the run that goes on from it -> what is done with them (RESUMED)."""
-    return {name: row.resume for name, row in SETTINGS.items() if getattr(then, name) != getattr(now, name)}
 
 
 def from_mapping(values: dict[str, Any], what: str = "config") -> TrainConfig:

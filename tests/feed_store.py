@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastsrgan.data.feed import Feed, PatchRule, deal
+from fastsrgan.data.feed import Feed, deal
 from fastsrgan.data.pool import Resident
+from fastsrgan.data.subject import PatchRule
 from fastsrgan.observation.model import Degradation
 from fastsrgan.store.reader import Store, open_store
 from fastsrgan.store.writer import create_store, describe

@@ -16,9 +16,9 @@ from fastsrgan.core import draws
 from fastsrgan.core.ranks import Ranks
 from fastsrgan.core.signals import StopRequest
 from fastsrgan.data.pool import Batch, Resident
+from fastsrgan.data.subject import PatchRule
 from fastsrgan.train import loop as loop_module
 from fastsrgan.train.gan import Models
-from fastsrgan.train.run import patch_rule
 from fastsrgan.train.state import Position, Run
 
 CONFIG = TrainConfig(
@@ -87,7 +87,7 @@ class Ready:
     """In place of ``Feed``: residents without an image to speak of."""
 
     def __init__(self, config: TrainConfig, patches: int = PATCHES) -> None:
-        self.seed, self.rule = config.seed, patch_rule(config)
+        self.seed, self.rule = config.seed, PatchRule.of(config)
         self.waited, self.first_wait, self.quarantined, self.patches = 0.0, 0.0, {}, patches
 
     def groups(self, plan):

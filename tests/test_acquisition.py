@@ -17,7 +17,6 @@ from fastsrgan.volume.acquisition import (
     PROFILE_KNOWN,
     assumed,
     choose_weight,
-    fit_profile,
     missing_sd,
     noise_sd,
     sampled,
@@ -125,15 +124,3 @@ def test_a_named_profile_is_taken_as_it_is():
         assumed("sinc", None, 6.0)
     with pytest.raises(UsageError, match="slice thickness"):
         assumed("auto", 0.0, 6.0)
-
-
-@pytest.mark.parametrize("made", ["gaussian", "box"])
-def test_the_true_profile_fits_the_true_image_best(made):
-    scan, _, _ = acquire(made, noise=0.01)
-    candidates = {
-        (profile, width): observation(scan.shape, THICK, truth().shape, MM, thickness_mm=6 * width, profile=profile)
-        for profile in ("gaussian", "box")
-        for width in (0.7, 0.85, 1.0)
-    }
-    fits = fit_profile(truth(), scan, candidates)
-    assert min(fits, key=fits.get) == (made, 1.0)

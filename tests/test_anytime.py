@@ -1,6 +1,7 @@
 """Within a budget: nested levels, equal to a plain run at the step they reached; a clock that the test turns."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch import nn
 from fastsrgan.errors import UsageError
 from fastsrgan.infer import anytime, tiles
 from fastsrgan.infer.network import TileNetwork
-from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.sweep import predict
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
@@ -87,11 +87,10 @@ def test_every_tile_of_a_level_comes_once(shape, patch, step):
 @pytest.mark.parametrize("window", ["constant", "gaussian"])
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_a_level_equals_a_plain_run_at_its_step(window, n, poisoned):
-    plans = PLANS[:n]
-    out, facts = anytime.refine(
-        VOLUME, LEVELS[:n], TileNetwork(Local(), 1.0), InferSettings(budget=1e9, window=window, batch=7)
-    )
-    plain, _ = predict(VOLUME, plans[-1], TileNetwork(Local(), 1.0), InferSettings(window=window))
+    plans = [replace(plan, window=window) for plan in PLANS[:n]]
+    levels = [level._replace(plan=plan) for level, plan in zip(LEVELS, plans, strict=False)]
+    out, facts = anytime.refine(VOLUME, levels, TileNetwork(Local(), 1.0, batch=7), 1e9)
+    plain, _ = predict(VOLUME, plans[-1], TileNetwork(Local(), 1.0))
     assert out.shape == plain.shape and (out - plain).abs().max() < 2e-6  # found: 1.4e-6
     assert [level["tiles"] for level in facts["levels"]] == [len(p) for p in plans]
     assert list(itertools.accumulate(level["new_tiles"] for level in facts["levels"])) == [len(p) for p in plans]
@@ -100,16 +99,14 @@ def test_a_level_equals_a_plain_run_at_its_step(window, n, poisoned):
 
 def test_a_level_equals_a_plain_run_with_a_real_network(generator):
     found = anytime.levels(VOLUME.shape, (16, 32, 16), (4, 8, 8))
-    out, _ = anytime.refine(VOLUME, found, TileNetwork(generator, 1.0), InferSettings(budget=1e9))
+    out, _ = anytime.refine(VOLUME, found, TileNetwork(generator, 1.0), 1e9)
     plain, _ = predict(VOLUME, found[-1].plan, TileNetwork(generator, 1.0))
     assert len(found) == 2 and (out - plain).abs().max() < 2e-6  # found: 4.8e-7
 
 
 def counts(budget, pace=lambda done: 1.0, batch=1):
     clock = Clock(pace)
-    _, facts = anytime.refine(
-        VOLUME, LEVELS, TileNetwork(Timed(Local(), clock), 1.0), InferSettings(budget=budget, batch=batch), clock=clock
-    )
+    _, facts = anytime.refine(VOLUME, LEVELS, TileNetwork(Timed(Local(), clock), 1.0, batch=batch), budget, clock=clock)
     return [level["tiles"] for level in facts["levels"]], clock.now - 100, facts
 
 
@@ -128,9 +125,7 @@ def test_a_level_that_turns_out_too_slow_is_given_up_and_leaves_no_trace():
     first = len(PLANS[0])
     budget = 1.5 * len(PLANS[1])
     clock = Clock(lambda done: 1.0 if done < first + 20 else 10.0)
-    out, facts = anytime.refine(
-        VOLUME, LEVELS, TileNetwork(Timed(Local(), clock), 1.0), InferSettings(budget=budget, batch=1), clock=clock
-    )
+    out, facts = anytime.refine(VOLUME, LEVELS, TileNetwork(Timed(Local(), clock), 1.0, batch=1), budget, clock=clock)
     assert facts["level_given_up"] and [level["tiles"] for level in facts["levels"]] == [first]
     assert clock.now - 100 < anytime.SLACK * budget
     # Found: 0 (rounding)
@@ -156,8 +151,8 @@ def test_the_live_line_shows_level_rate_and_time_left():
     anytime.refine(
         VOLUME,
         LEVELS[:2],
-        TileNetwork(network, 1.0),
-        InferSettings(budget=1e9, batch=1),
+        TileNetwork(network, 1.0, batch=1),
+        1e9,
         clock=clock,
         progress=recorder,
         label="a",

@@ -10,12 +10,12 @@ import pytest
 from phantom import head
 
 from fastsrgan.cli.main import main
-from fastsrgan.core.files import write_json
+from fastsrgan.core.files import read_json, write_json
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer.bids import STAGE, evaluate_bids, infer_bids
 from fastsrgan.infer.files import SomeFailed, infer_files
 from fastsrgan.io import nifti as images
-from fastsrgan.io.bids import check_derivatives, find_bids, parse, read_json, sidecar
+from fastsrgan.io.bids import check_derivatives, find_bids, parse, sidecar
 from fastsrgan.model import weights
 from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from test_bids import QUICK, make_dataset, model  # noqa: F401 (a fixture)
 
+from fastsrgan.core.files import read_json
 from fastsrgan.infer.bids import IGNORED, infer_bids
-from fastsrgan.io.bids import DESCRIPTION, read_json, sidecar
+from fastsrgan.io.bids import DESCRIPTION, sidecar
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def config(**settings):
 
 def refuse(store, c):
     """What ``prepare`` asks of the subjects."""
-    law, rule, shown = train.degradation(c), train.patch_rule(c), train.visits(c)
+    law, rule, shown = train.degradation(c), PatchRule.of(c), train.visits(c)
     train.refuse_faults(store, law, rule, (0, 1, 2), shown.structure, c.fit_mask)
 
 

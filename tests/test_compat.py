@@ -13,8 +13,8 @@ from scipy import ndimage
 
 from fastsrgan import config
 from fastsrgan.compat import original as compat
-from fastsrgan.data.feed import PatchRule, make_resident
 from fastsrgan.data.pool import Pool
+from fastsrgan.data.subject import PatchRule, make_resident
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io import nifti as images

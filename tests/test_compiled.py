@@ -21,11 +21,11 @@ from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.infer import network as tile_network
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.model import networks
-from fastsrgan.model.compiled import INDUCTOR, MOST, CompiledJob, compiled, wanted, whole
+from fastsrgan.model.compiled import INDUCTOR, MOST, CompiledJob, whole
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.train import precision
 from fastsrgan.train.critic_step import critic_gradients
-from fastsrgan.train.gan import Models
+from fastsrgan.train.gan import Models, compiled, wanted
 from fastsrgan.train.objectives import critic_loss
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -116,7 +116,7 @@ def breaks(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_compiler_that_fails_ends_the_run_or_is_told_once(caplog, monkeypatch):
-    monkeypatch.setattr("fastsrgan.model.compiled.wanted", lambda config, device: True)
+    monkeypatch.setattr("fastsrgan.train.gan.wanted", lambda config, device: True)
     strict = compiled(breaks, CONFIG.replace(compile="on"), CPU, "eager")
     with pytest.raises(ResourceError, match=r"--compile on: compiling failed: .*--compile off"):
         strict(torch.ones(1))

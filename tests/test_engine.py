@@ -10,7 +10,6 @@ from torch import nn
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
-from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.sweep import predict
 from fastsrgan.model import arithmetic as arithmetics
 from fastsrgan.model.networks import GeneratorSpec, build_generator
@@ -59,8 +58,8 @@ def identity(**spec) -> nn.Module:
 @pytest.mark.parametrize("window", ["constant", "gaussian"])
 @pytest.mark.parametrize("patch", [None, 8, (16, 64, 12)])
 def test_a_zero_head_gives_the_volume_to_the_last_bit(patch, window, padding):
-    plan = tiles.plan(VOLUME.shape, patch, 7, padding=padding)
-    out, _ = predict(VOLUME, plan, TileNetwork(identity(), 1.0), InferSettings(window=window))
+    plan = tiles.plan(VOLUME.shape, patch, 7, padding=padding, window=window)
+    out, _ = predict(VOLUME, plan, TileNetwork(identity(), 1.0))
     assert torch.equal(out[0], VOLUME)
     assert (out[1] == 0.5).all()
 
@@ -114,12 +113,12 @@ def test_dense_tiles_give_the_plain_average(generator):
 
 
 def test_batch_sizes_agree_and_reruns_are_bit_identical(generator):
-    reference, facts = predict(VOLUME, PLAN, TileNetwork(generator, 1.0), InferSettings(batch=1))
+    reference, facts = predict(VOLUME, PLAN, TileNetwork(generator, 1.0, batch=1))
     assert facts["batch"] == 1
     for batch in (3, 1000, "auto"):
-        out, _ = predict(VOLUME, PLAN, TileNetwork(generator, 1.0), InferSettings(batch=batch))
+        out, _ = predict(VOLUME, PLAN, TileNetwork(generator, 1.0, batch=batch))
         assert torch.allclose(out, reference, rtol=0, atol=1.6e-5)  # found: 8.2e-6, as above
-        again, _ = predict(VOLUME, PLAN, TileNetwork(generator, 1.0), InferSettings(batch=batch))
+        again, _ = predict(VOLUME, PLAN, TileNetwork(generator, 1.0, batch=batch))
         assert torch.equal(out, again)
 
 
@@ -134,12 +133,12 @@ def test_batch_sizes_agree_and_reruns_are_bit_identical(generator):
 def test_running_out_of_memory_halves_the_batch(generator, caplog, error):
     cramped = Cramped(generator, 2, error)
     with caplog.at_level(logging.WARNING, "fastsrgan"):
-        out, facts = predict(VOLUME, PLAN, TileNetwork(cramped, 1.0), InferSettings(batch=8))
+        out, facts = predict(VOLUME, PLAN, TileNetwork(cramped, 1.0, batch=8))
     assert cramped.sizes[:3] == [8, 4, 2] and max(cramped.sizes[3:]) == 2 and facts["batch"] == 2
     assert [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()] == [
         f"out of memory on cpu: going on with {n} tiles at a time" for n in (4, 2)
     ]
-    reference, _ = predict(VOLUME, PLAN, TileNetwork(generator, 1.0), InferSettings(batch=2))
+    reference, _ = predict(VOLUME, PLAN, TileNetwork(generator, 1.0, batch=2))
     assert torch.allclose(out, reference, rtol=0, atol=1.6e-5)  # found: 8.2e-6, as above
 
 
@@ -147,7 +146,7 @@ def test_running_out_of_memory_halves_the_batch(generator, caplog, error):
 def test_no_memory_for_one_tile_ends_with_a_hint(generator):
     cramped = Cramped(generator, 0, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(ResourceError, match="one tile of 16 x 16 x 16 voxels"):
-        predict(VOLUME, PLAN, TileNetwork(cramped, 1.0), InferSettings(batch=4))
+        predict(VOLUME, PLAN, TileNetwork(cramped, 1.0, batch=4))
 
 
 def test_other_errors_of_a_network_are_not_swallowed(generator):
@@ -158,7 +157,7 @@ def test_other_errors_of_a_network_are_not_swallowed(generator):
 @pytest.mark.parametrize("batch", [0, -1, "many", 1.5])
 def test_an_impossible_batch_is_refused(generator, batch):
     with pytest.raises(UsageError, match="batch"):
-        predict(VOLUME, PLAN, TileNetwork(generator, 1.0), InferSettings(batch=batch))
+        predict(VOLUME, PLAN, TileNetwork(generator, 1.0, batch=batch))
 
 
 def test_the_resolution_reaches_conditional_networks_only():
@@ -219,7 +218,7 @@ def test_progress_counts_tiles_and_finishes_also_after_an_error(generator):
             self.events.append("finish")
 
     recorder = Recorder()
-    predict(VOLUME, PLAN, TileNetwork(generator, 1.0), InferSettings(batch=5), progress=recorder, label="a.nii.gz")
+    predict(VOLUME, PLAN, TileNetwork(generator, 1.0, batch=5), progress=recorder, label="a.nii.gz")
     assert recorder.events == [("a.nii.gz", len(PLAN), "tiles"), "finish"] and recorder.done == len(PLAN)
     with pytest.raises(RuntimeError):
         predict(VOLUME, PLAN, TileNetwork(Cramped(generator, 0, RuntimeError("no")), 1.0), progress=recorder)

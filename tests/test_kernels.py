@@ -5,6 +5,8 @@ Outputs are poisoned with NaN and lie between guards, so a voxel that is not wri
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,6 @@ from fastsrgan.core import kernels as backend
 from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.infer import stitch, sweep, tiles
 from fastsrgan.infer.network import TileNetwork
-from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.values import WINDOWS
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
@@ -103,8 +104,8 @@ def some_tiles(plan: tiles.TilePlan, channels: int, dtype: torch.dtype = torch.f
     return torch.randn(len(plan), channels, *plan.patch, generator=generator).to(dtype)
 
 
-def in_parts(plan: tiles.TilePlan, some: torch.Tensor, window: str, cuts: list[int]) -> torch.Tensor:
-    stitcher = stitch.Stitcher(plan, some.shape[1], window)
+def in_parts(plan: tiles.TilePlan, some: torch.Tensor, cuts: list[int]) -> torch.Tensor:
+    stitcher = stitch.Stitcher(plan, some.shape[1])
     for low, high in zip([0, *cuts], [*cuts, len(plan)], strict=True):
         stitcher.add(some[low:high])
     return stitcher.result()
@@ -124,13 +125,13 @@ def test_overlap_add_equals_the_reference(host, poisoned, plan, channels, dtype,
     """Any plan, channels, type, memory format and batches; backwards too; the same bits."""
     if len(plan) * np.prod(plan.patch) * channels > 1_500_000:
         return
-    some = some_tiles(plan, channels, FLOATS[dtype])
+    plan, some = replace(plan, window=window), some_tiles(plan, channels, FLOATS[dtype])
     if last:
         some = some.to(memory_format=torch.channels_last_3d)
     cuts = sorted(data.draw(st.sets(st.integers(1, len(plan) - 1), max_size=6))) if len(plan) > 1 else []
-    expected = reference(lambda: in_parts(plan, some, window, cuts))
+    expected = reference(lambda: in_parts(plan, some, cuts))
     host.backwards = backwards
-    got = in_parts(plan, some, window, cuts)
+    got = in_parts(plan, some, cuts)
     assert got.dtype == torch.float32 and got.isfinite().all()
     assert same(got, expected, exactness())
     assert host.ran[-1] == ("overlap_add", {"TILE": dtype})
@@ -139,9 +140,9 @@ def test_overlap_add_equals_the_reference(host, poisoned, plan, channels, dtype,
 @pytest.mark.parametrize("dtype", sorted(FLOATS))
 @pytest.mark.parametrize("window", sorted(WINDOWS))
 def test_overlap_add_of_ones_is_ones(host, poisoned, window, dtype):
-    plan = tiles.plan((23, 31, 19), (12, 16, 8), (3, 5, 1))
+    plan = tiles.plan((23, 31, 19), (12, 16, 8), (3, 5, 1), window=window)
     ones = torch.ones(1, 2, 1, 1, 1, dtype=FLOATS[dtype]).expand(len(plan), 2, *plan.patch)
-    assert torch.equal(stitch.overlap_add(ones, plan, window), torch.ones(2, *plan.padded_shape))
+    assert torch.equal(stitch.overlap_add(ones, plan), torch.ones(2, *plan.padded_shape))
     assert host.ran
 
 
@@ -149,18 +150,18 @@ def test_overlap_add_of_ones_is_ones(host, poisoned, window, dtype):
 @pytest.mark.parametrize("batch", [1, 2, 7, 12, 16, 23])
 def test_overlap_add_does_not_depend_on_batches_and_repeats_its_bits(host, poisoned, batch, backwards):
     """Batches that end within a row, with a row, with a slab, and hold several slabs."""
-    plan = tiles.plan((24, 21, 31), (12, 12, 16), (5, 4, 5))
+    plan = tiles.plan((24, 21, 31), (12, 12, 16), (5, 4, 5), window="gaussian")
     assert plan.grid == (4, 4, 4)
     some = some_tiles(plan, 2)
-    whole = stitch.overlap_add(some, plan, "gaussian")
+    whole = stitch.overlap_add(some, plan)
     host.backwards = backwards
-    assert torch.equal(in_parts(plan, some, "gaussian", list(range(batch, len(plan), batch))), whole)
-    assert torch.equal(stitch.overlap_add(some, plan, "gaussian"), whole)
+    assert torch.equal(in_parts(plan, some, list(range(batch, len(plan), batch))), whole)
+    assert torch.equal(stitch.overlap_add(some, plan), whole)
 
 
 def test_overlap_add_writes_nothing_else(host):
-    plan = tiles.plan((21, 15, 22), (12, 8, 12), (5, 3, 7))
-    stitcher = stitch.Stitcher(plan, 3, "gaussian")
+    plan = tiles.plan((21, 15, 22), (12, 8, 12), (5, 3, 7), window="gaussian")
+    stitcher = stitch.Stitcher(plan, 3)
     checks = []
     for owner, name in ((stitcher, "memory"), *((stitcher.adder, name) for name in ("slab", "row", "next_row"))):
         memory, untouched = guarded(tuple(getattr(owner, name).shape))
@@ -169,7 +170,7 @@ def test_overlap_add_writes_nothing_else(host):
     some = some_tiles(plan, 3)
     for part in some.split(5):
         stitcher.add(part)
-    assert same(stitcher.result(), reference(lambda: stitch.overlap_add(some, plan, "gaussian")), exactness())
+    assert same(stitcher.result(), reference(lambda: stitch.overlap_add(some, plan)), exactness())
     assert all(untouched() for untouched in checks)
 
 
@@ -350,10 +351,8 @@ def test_patches_of_volumes_that_the_kernel_does_not_take(host):
 def test_inference_is_the_same_with_kernels(host, batch):
     generator = build_generator(GeneratorSpec(kernel=2), seed=3)
     volume = torch.rand((18, 21, 16), generator=torch.Generator().manual_seed(0))
-    plan = tiles.plan(volume.shape, 8, 5)
-    got, _ = sweep.predict(volume, plan, TileNetwork(generator, 3.0), InferSettings(batch=batch, window="gaussian"))
-    expected, _ = reference(
-        lambda: sweep.predict(volume, plan, TileNetwork(generator, 3.0), InferSettings(batch=batch, window="gaussian"))
-    )
+    plan = tiles.plan(volume.shape, 8, 5, window="gaussian")
+    got, _ = sweep.predict(volume, plan, TileNetwork(generator, 3.0, batch=batch))
+    expected, _ = reference(lambda: sweep.predict(volume, plan, TileNetwork(generator, 3.0, batch=batch)))
     assert {name for name, _ in host.ran} == {"gather_tiles", "overlap_add"}
     assert same(got, expected, exactness())

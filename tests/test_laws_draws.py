@@ -13,8 +13,9 @@ from scipy import ndimage, stats
 from spies import CONFIG, SUBJECTS, recorded, resident, spied
 
 from fastsrgan.core.draws import rng
-from fastsrgan.data.feed import Feed, PatchRule, deal
+from fastsrgan.data.feed import Feed, deal
 from fastsrgan.data.pool import Pool
+from fastsrgan.data.subject import PatchRule
 from fastsrgan.data.visit import Visits
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
 from fastsrgan.observation.artefacts import ARTEFACTS

@@ -11,6 +11,7 @@ import inspect
 import itertools
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -132,11 +133,11 @@ ACTS: dict[str, Act] = {
     "patch": Act("--patch 12", lambda e: e.plan.patch[0], 12),
     "step": Act("--step 3", lambda e: {b - a for a, b in itertools.pairwise(e.plan.origins[0][:-1])}, {3},
         "--patch 8 --agree off"),
-    "budget": Act("--budget 0s", lambda e: e.calls["by_levels"] and e.of("by_levels", "settings").budget, 0.0, DENSE),
+    "budget": Act("--budget 0s", lambda e: e.calls["by_levels"] and e.of("by_levels", "budget"), 0.0, DENSE),
     "new_resolution": Act("--new-resolution 1 1 1.25", spacing, (1.0, 1.0, 1.25)),
     "geometry": Act("--geometry segsrgan", lambda e: (e.plan.mirror, e.of("find_region", "image").geometry),
         (False, "segsrgan")),
-    "window": Act("--window gaussian", lambda e: e.of("Stitcher.__init__", "window"), "gaussian", DENSE),
+    "window": Act("--window gaussian", lambda e: e.of("Stitcher.__init__", "plan").window, "gaussian", DENSE),
     "batch": Act("--batch 3", batches, 3, DENSE),
     "precision": Act("--precision bf16", lambda e: e.of("TileNetwork.__init__", "precision"), "bf16"),
     "compile": Act("--compile off", lambda e: (e.of("TileNetwork.__init__", "compile"), e.of("average", "compile")),
@@ -212,7 +213,8 @@ def test_the_series_of_a_folder_is_asked_for_wherever_the_image_is_read(folder, 
     found = engine.calls["find_images"]
     monkeypatch.setattr(
         files_module, "find_images",
-        lambda inputs, out, series: found.append({"series": series}) or PLAIN_FIND(inputs, out),
+        lambda inputs, out, series: found.append({"series": series})
+        or [replace(image, series=series) for image in PLAIN_FIND(inputs, out)],
     )  # fmt: skip
     assert infer(folder, engine.out, "a.nii", "--agree off --series 2") == 0
     assert [engine.of(name, "series") for name in ("load_any", "sha256", "find_images")] == ["2", "2", "2"]

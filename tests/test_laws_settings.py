@@ -57,7 +57,7 @@ class Seen:
         store = SimpleNamespace(subjects=subjects, url="store", read=lambda name: SimpleNamespace(mask=mask))
         for name in ("refuse_faults", "refuse_hopeless", "need_space"):
             self.patch.setattr(run_module, name, lambda *args: None)
-        self.patch.setattr(run_module, "batch_that_fits", lambda *args: 1)
+        self.patch.setattr(gan, "batch_that_fits", lambda *args: 1)
         self.patch.setattr(precision, "self_test", lambda *args: {})
         self.compiled_with: list[str] = []
         note = lambda function, config, device, job: self.compiled_with.append(config.compile) or function  # noqa: E731

@@ -78,7 +78,7 @@ def network():
 
 
 def job(shape=(300, 100, 90), patch=64, step=32, **more) -> TilingJob:
-    return TilingJob(tiles.plan(shape, patch, step), 2, "constant", **more)
+    return TilingJob(tiles.plan(shape, patch, step), 2, **more)
 
 
 def test_the_way_follows_the_limit(network):

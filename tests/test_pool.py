@@ -11,9 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsrgan.data.feed import PatchRule, make_resident
 from fastsrgan.data.pool import Pool, Resident, copy_patch
-from fastsrgan.data.subject import patch_origins, positive_box
+from fastsrgan.data.subject import PatchRule, make_resident, patch_origins, positive_box
 from fastsrgan.errors import InputError, ModelError
 from fastsrgan.observation.model import Degradation, Draw
 from fastsrgan.store.reader import Sample

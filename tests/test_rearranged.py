@@ -5,7 +5,6 @@ import torch
 
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
-from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.sweep import predict
 from fastsrgan.model import layers
 from fastsrgan.model.cpu import doubling, rearranged, winograd
@@ -39,14 +38,12 @@ def test_an_inference_rearranges_each_weight_once(calls):
     expected = torch.stack([generator.raw(volume[None, None, :, :, :16])[0, 0]])
     before = dict(calls)
     calls.clear()
-    out, _ = predict(volume, plan, TileNetwork(generator, 1.0), InferSettings(batch=1))
+    out, _ = predict(volume, plan, TileNetwork(generator, 1.0, batch=1))
     assert before and calls == before, "three batches cost what one pass costs"
-    alone, _ = predict(
-        volume[..., :16], tiles.plan((16, 16, 16), 16, 16), TileNetwork(generator, 1.0), InferSettings(batch=1)
-    )
+    alone, _ = predict(volume[..., :16], tiles.plan((16, 16, 16), 16, 16), TileNetwork(generator, 1.0, batch=1))
     assert torch.allclose(alone[0], volume[..., :16] - expected[0], atol=1e-5)  # found: 0 (rounding)
     generator.head.data.mul_(0.5)
-    changed, _ = predict(volume, plan, TileNetwork(generator, 1.0), InferSettings(batch=1))
+    changed, _ = predict(volume, plan, TileNetwork(generator, 1.0, batch=1))
     assert (changed - out).abs().max() > 1e-3, "the next inference sees new weights"  # found: 1.6
 
 

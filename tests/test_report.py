@@ -19,10 +19,10 @@ from report_results import make_results, make_run, make_scan, make_scores, make_
 from fastsrgan.cli import main as cli
 from fastsrgan.core.files import write_json
 from fastsrgan.errors import InputError, ResourceError, UsageError
+from fastsrgan.evaluate.figures import alone
 from fastsrgan.evaluate.grids import onto_grid
 from fastsrgan.io import nifti as images
 from fastsrgan.report import cohort, volumes
-from fastsrgan.report import page as page_module
 from fastsrgan.report.html import Line, data_block, el, line_chart, pointer, shown, ticks
 from fastsrgan.report.page import report
 from fastsrgan.volume.consistency import LINEAR_WEIGHTS, observation
@@ -400,7 +400,7 @@ def several(tmp_path_factory) -> tuple[Path, list[Path]]:
 def test_a_volume_in_millilitres_takes_all_three_edges_of_a_voxel():
     seg = np.zeros((8, 9, 7), np.uint8)
     seg[1:4, 2:6, 1:3] = 1
-    told = page_module.measure(Volume(seg, np.diag([-0.5, 2.0, 3.0, 1.0])))
+    told = alone(Volume(seg, np.diag([-0.5, 2.0, 3.0, 1.0])))
     assert told["volume_ml"] == pytest.approx(24 * 0.5 * 2 * 3 / 1000) and told["components"] == 1
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastsrgan.data.feed import PatchRule, make_resident
 from fastsrgan.data.pool import Pool
+from fastsrgan.data.subject import PatchRule, make_resident
 from fastsrgan.observation.model import Degradation, Draw
 from fastsrgan.store.reader import Sample
 

@@ -20,6 +20,7 @@ from fastsrgan.config import (
     ANEW,
     BASIC,
     FREE,
+    JUDGED,
     KEPT,
     MATCH,
     NEW,
@@ -29,7 +30,6 @@ from fastsrgan.config import (
     START,
     Setting,
     TrainConfig,
-    changes,
     from_mapping,
     setting,
 )
@@ -162,13 +162,14 @@ def other_config(row: Setting) -> tuple[TrainConfig, TrainConfig]:
 @ROWS
 def test_a_resumed_run_does_with_another_value_what_the_row_says(row, tmp_path, monkeypatch, caplog):
     then, now = other_config(row)
-    assert changes(then, now) == {row.name: row.resume}
+    assert snapshots.changes(then, now) == {row.name: row.resume}
     (tmp_path / "config.yaml").write_text(then.to_yaml(), encoding="utf8")
     monkeypatch.setattr(snapshots, "data_identity", lambda store: "data")
     run = SimpleNamespace(config=now, store=None, ranks=SimpleNamespace(world=1))
     with caplog.at_level(logging.WARNING, "fastsrgan"):
         at = snapshots.placed(run, Position(epoch=2, group=1, step=3, best=0.5), tmp_path, "data")
     assert (f"{row.name} {getattr(then, row.name)} -> " in caplog.text) == (row.resume in (NEW, KEPT, ANEW))
+    assert (at.best is None) == (row.resume == JUDGED)
     assert (f"another {row.name}: epoch 2 begins anew" in caplog.text) == (row.resume == ANEW)
     assert (at.epoch, at.group, at.step) == ((2, 0, 0) if row.resume == ANEW else (2, 1, 3))
     assert (f"not in this one: {row.name}" in caplog.text) == (row.resume == START)

@@ -13,16 +13,21 @@ from fastsrgan.errors import UsageError
 from fastsrgan.infer import stitch, tiles
 from fastsrgan.infer.values import WINDOWS
 
-WINDOW = st.sampled_from(sorted(WINDOWS))
+
+def windowed(largest: int) -> st.SearchStrategy:
+    """Plans of every window."""
+    return st.builds(
+        lambda plan, window: replace(plan, window=window), plans(largest), st.sampled_from(sorted(WINDOWS))
+    )
 
 
 def tiles_of(volume: torch.Tensor, plan: tiles.TilePlan) -> torch.Tensor:
     return tiles.gather(tiles.pad(volume, plan), plan, range(len(plan)))
 
 
-def naive(tiles_N1: torch.Tensor, plan: tiles.TilePlan, window: str) -> np.ndarray:
+def naive(tiles_N1: torch.Tensor, plan: tiles.TilePlan) -> np.ndarray:
     """The textbook form in float64: weighted sum over sum of weights."""
-    weight = np.einsum("x,y,z->xyz", *(tiles.window_of(window, p) for p in plan.patch))
+    weight = np.einsum("x,y,z->xyz", *(tiles.window_of(plan.window, p) for p in plan.patch))
     total, count = np.zeros(plan.padded_shape), np.zeros(plan.padded_shape)
     for tile, origin in zip(tiles_N1[:, 0].double().numpy(), plan, strict=True):
         at = tuple(slice(o, o + p) for o, p in zip(origin, plan.patch, strict=True))
@@ -32,12 +37,10 @@ def naive(tiles_N1: torch.Tensor, plan: tiles.TilePlan, window: str) -> np.ndarr
 
 
 @settings(max_examples=200, deadline=None)
-@given(plans(largest=300), WINDOW)
-def test_the_windows_over_every_voxel_sum_to_one(plan, window):
+@given(windowed(300))
+def test_the_windows_over_every_voxel_sum_to_one(plan):
     """Along each axis, in float32 and in the order of the sum: exactly 1."""
-    for n, patch, origins, ws in zip(
-        plan.padded_shape, plan.patch, plan.origins, tiles.weights(plan, window), strict=True
-    ):
+    for n, patch, origins, ws in zip(plan.padded_shape, plan.patch, plan.origins, tiles.weights(plan), strict=True):
         total = np.zeros(n, np.float32)
         for o, w in zip(origins, ws, strict=True):
             assert w.shape == (patch,) and w.dtype == np.float32 and (w > 0).all()
@@ -46,64 +49,55 @@ def test_the_windows_over_every_voxel_sum_to_one(plan, window):
 
 
 @settings(max_examples=50, deadline=None)
-@given(plans(largest=28), WINDOW)
-def test_ones_in_ones_out(plan, window):
+@given(windowed(28))
+def test_ones_in_ones_out(plan):
     if len(plan) > 2000:
         return
     ones = torch.ones(1, 2, *plan.patch).expand(len(plan), -1, -1, -1, -1)
-    assert torch.equal(stitch.overlap_add(ones, plan, window), torch.ones(2, *plan.padded_shape))
+    assert torch.equal(stitch.overlap_add(ones, plan), torch.ones(2, *plan.padded_shape))
 
 
 @settings(max_examples=50, deadline=None)
-@given(plans(largest=28), WINDOW)
-def test_the_tiles_of_a_volume_give_the_volume(plan, window):
+@given(windowed(28))
+def test_the_tiles_of_a_volume_give_the_volume(plan):
     if len(plan) > 2000:
         return
     volume = torch.rand(plan.shape, generator=torch.Generator().manual_seed(len(plan)))
-    out = stitch.overlap_add(tiles_of(volume, plan), plan, window)[0]
+    out = stitch.overlap_add(tiles_of(volume, plan), plan)[0]
     assert torch.allclose(out[plan.crop], volume, rtol=0, atol=1e-6)  # found: 2.4e-7
 
 
 @settings(max_examples=40, deadline=None)
-@given(plans(largest=24), WINDOW)
-def test_disagreeing_tiles_give_the_windowed_mean(plan, window):
+@given(windowed(24))
+def test_disagreeing_tiles_give_the_windowed_mean(plan):
     if len(plan) > 500:
         return
     some = torch.randn(len(plan), 1, *plan.patch, generator=torch.Generator().manual_seed(1))
-    # Found: 3.4e-7
-    assert np.abs(stitch.overlap_add(some, plan, window)[0].numpy() - naive(some, plan, window)).max() < 3e-6
+    assert np.abs(stitch.overlap_add(some, plan)[0].numpy() - naive(some, plan)).max() < 3e-6  # found: 3.4e-7
 
 
 @pytest.mark.parametrize("window", sorted(WINDOWS))
 def test_flips_commute(window):
     """Stitching mirrored tiles at mirrored places is the mirrored result, for any unsymmetric plan."""
-    plan = tiles.plan((29, 21, 37), (16, 12, 20), (5, 7, 6))
-    mirrored = tiles.TilePlan(
-        plan.shape,
-        plan.padded_shape,
-        plan.pad_before,
-        plan.patch,
-        tuple(
-            tuple(sorted(n - p - o for o in origins))
-            for n, p, origins in zip(plan.padded_shape, plan.patch, plan.origins, strict=True)
-        ),  # type: ignore[arg-type]
-    )
+    plan = tiles.plan((29, 21, 37), (16, 12, 20), (5, 7, 6), window=window)
+    places = zip(plan.padded_shape, plan.patch, plan.origins, strict=True)
+    mirrored = replace(plan, origins=tuple(tuple(sorted(n - p - o for o in origins)) for n, p, origins in places))
     some = torch.randn(len(plan), 2, *plan.patch, generator=torch.Generator().manual_seed(2))
     flipped = some.flip(0, 2, 3, 4)  # the last tile becomes the first on every axis
-    out = stitch.overlap_add(flipped, mirrored, window).flip(1, 2, 3)
-    assert torch.allclose(out, stitch.overlap_add(some, plan, window), rtol=0, atol=2e-6)  # found: 4.8e-7
+    out = stitch.overlap_add(flipped, mirrored).flip(1, 2, 3)
+    assert torch.allclose(out, stitch.overlap_add(some, plan), rtol=0, atol=2e-6)  # found: 4.8e-7
 
 
 @pytest.mark.parametrize("window", sorted(WINDOWS))
 def test_coverage_of_4096_is_as_exact_as_float32(window):
     """A flat float32 sum of 13^3 equal terms drifts by 3e-5; counters of 8 bits and half-precision sums fail here."""
-    plan = tiles.plan((31, 31, 31), 16, 1)
+    plan = tiles.plan((31, 31, 31), 16, 1, window=window)
     assert max(np.bincount(np.add.outer(plan.origins[0], np.arange(16)).ravel())) ** 3 == 4096
     volume = 0.7 + 1e-3 * torch.rand(plan.shape, generator=torch.Generator().manual_seed(3))
-    out = stitch.overlap_add(tiles_of(volume, plan), plan, window)[0]
+    out = stitch.overlap_add(tiles_of(volume, plan), plan)[0]
     assert (out - volume).abs().max() < 5e-7  # found: 3.6e-7
     ones = torch.ones(1, 1, 16, 16, 16).expand(len(plan), -1, -1, -1, -1)
-    assert (stitch.overlap_add(ones, plan, window) == 1).all()
+    assert (stitch.overlap_add(ones, plan) == 1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -116,11 +110,11 @@ def test_sums_are_float32_whatever_the_tiles_are(dtype):
 
 
 def test_batch_sizes_and_reruns_do_not_change_a_bit():
-    plan = tiles.plan((30, 27, 33), 16, (5, 8, 3))
+    plan = tiles.plan((30, 27, 33), 16, (5, 8, 3), window="gaussian")
     some = torch.randn(len(plan), 2, *plan.patch, generator=torch.Generator().manual_seed(5))
-    first = stitch.overlap_add(some, plan, "gaussian")
+    first = stitch.overlap_add(some, plan)
     for batch in (1, 7, 64):
-        stitcher = stitch.Stitcher(plan, 2, "gaussian")
+        stitcher = stitch.Stitcher(plan, 2)
         for part in some.split(batch):
             stitcher.add(part)
         assert torch.equal(stitcher.result(), first)
@@ -130,13 +124,13 @@ def test_batch_sizes_and_reruns_do_not_change_a_bit():
 @pytest.mark.parametrize("window", sorted(WINDOWS))
 def test_unwritten_voxels_would_be_seen(poisoned, window, step):
     """Memory that the allocator did not clear, for flat and nested sums."""
-    plan = tiles.plan((20, 21, 22), 8, step)
+    plan = tiles.plan((20, 21, 22), 8, step, window=window)
     for rolling in (False, True):
-        out = planes_of(tiles_of(numbered(plan.shape), plan), plan, window, rolling)
+        out = planes_of(tiles_of(numbered(plan.shape), plan), plan, rolling)
         assert torch.allclose(out[0], numbered(plan.shape), rtol=1e-6)  # found: 3.3e-7
 
 
-def planes_of(some: torch.Tensor, plan: tiles.TilePlan, window: str, rolling: bool, first: int = 0) -> torch.Tensor:
+def planes_of(some: torch.Tensor, plan: tiles.TilePlan, rolling: bool, first: int = 0) -> torch.Tensor:
     """What ``finished`` is given, put together."""
     out = torch.full((some.shape[1], *plan.padded_shape), torch.nan)
 
@@ -144,33 +138,33 @@ def planes_of(some: torch.Tensor, plan: tiles.TilePlan, window: str, rolling: bo
         assert out[:, x : x + planes.shape[1]].isnan().all(), "planes come once"
         out[:, x : x + planes.shape[1]] = planes
 
-    stitcher = stitch.Stitcher(plan, some.shape[1], window, finished=keep, rolling=rolling, first=first)
+    stitcher = stitch.Stitcher(plan, some.shape[1], finished=keep, rolling=rolling, first=first)
     for part in some[stitcher.done :].split(5):
         stitcher.add(part)
     return out
 
 
 @settings(max_examples=60, deadline=None)
-@given(plans(largest=26), WINDOW)
-def test_rolling_sums_are_the_same_bits_in_less_memory(plan, window):
+@given(windowed(26))
+def test_rolling_sums_are_the_same_bits_in_less_memory(plan):
     """Planes come in order as soon as they are final; beginning at a later slab changes those alone that miss tiles."""
     if len(plan) > 500:
         return
     some = torch.randn(len(plan), 2, *plan.patch, generator=torch.Generator().manual_seed(6))
-    whole = stitch.overlap_add(some, plan, window)
-    assert torch.equal(planes_of(some, plan, window, rolling=True), whole)
-    assert torch.equal(planes_of(some, plan, window, rolling=False), whole)
-    rolling = stitch.Stitcher(plan, 2, window, rolling=True, finished=lambda x, planes: None)
+    whole = stitch.overlap_add(some, plan)
+    assert torch.equal(planes_of(some, plan, rolling=True), whole)
+    assert torch.equal(planes_of(some, plan, rolling=False), whole)
+    rolling = stitch.Stitcher(plan, 2, rolling=True, finished=lambda x, planes: None)
     assert rolling.memory is None or rolling.memory.shape[1] == plan.patch[0]
     first = len(plan.origins[0]) // 2
-    late = planes_of(some, plan, window, rolling=True, first=first)
+    late = planes_of(some, plan, rolling=True, first=first)
     right = plan.origins[0][first - 1] + plan.patch[0] if first else 0
     assert torch.equal(late[:, right:], whole[:, right:])
 
 
 @settings(max_examples=60, deadline=None)
-@given(plans(largest=26), WINDOW, st.data())
-def test_parts_of_a_grid_add_up_to_the_whole(plan, window, data):
+@given(windowed(26), st.data())
+def test_parts_of_a_grid_add_up_to_the_whole(plan, data):
     """Plans with gaps that share no tile, onto one sum; divided by the window sums it is the plain result."""
     if len(plan) > 500:
         return
@@ -179,13 +173,13 @@ def test_parts_of_a_grid_add_up_to_the_whole(plan, window, data):
     total = torch.zeros(2, *plan.padded_shape)
     old = [data.draw(st.sets(st.sampled_from(o), min_size=1)) for o in plan.origins]
     for part in parts(plan, old):
-        stitcher = stitch.Stitcher(part, 2, window, onto=total)
+        stitcher = stitch.Stitcher(part, 2, onto=total)
         for at in part:
             stitcher.add(some[places[at]][None])
             places.pop(at)
     assert not places
-    stitch.divide_planes(total, 0, stitch.window_sums(plan, window))
-    assert torch.allclose(total, stitch.overlap_add(some, plan, window), rtol=0, atol=3e-6)  # found: 7.2e-7
+    stitch.divide_planes(total, 0, stitch.window_sums(plan))
+    assert torch.allclose(total, stitch.overlap_add(some, plan), rtol=0, atol=3e-6)  # found: 7.2e-7
 
 
 def parts(plan: tiles.TilePlan, old: list[set[int]]) -> list[tiles.TilePlan]:
@@ -216,9 +210,9 @@ def test_the_gaussian_is_its_formula_with_a_floor_of_a_thousandth(n):
 
 
 def test_a_corner_that_one_tile_covers_keeps_its_digits():
-    plan = tiles.plan((40, 40, 40), 32, 8)
+    plan = tiles.plan((40, 40, 40), 32, 8, window="gaussian")
     some = torch.rand((len(plan), 1, *plan.patch), generator=torch.Generator().manual_seed(0))
-    out = stitch.overlap_add(some, plan, "gaussian")
+    out = stitch.overlap_add(some, plan)
     assert out[0, 0, 0, 0] == pytest.approx(float(some[0, 0, 0, 0, 0]), rel=1e-6)  # found: 0 (rounding)
     assert out[0, -1, -1, -1] == pytest.approx(float(some[-1, 0, -1, -1, -1]), rel=1e-6)  # found: 0 (rounding)
 
@@ -232,4 +226,4 @@ def test_hann_windows_at_half_the_patch_sum_to_one(n):
 
 def test_an_unknown_window_is_refused():
     with pytest.raises(UsageError, match="constant, gaussian, hann"):
-        tiles.weights(tiles.plan((16, 16, 16), 8, 4), "welch")
+        tiles.weights(tiles.plan((16, 16, 16), 8, 4, window="welch"))

@@ -26,7 +26,8 @@ from fastsrgan.core.files import LOCK
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
 from fastsrgan.store import files as store_files
 from fastsrgan.store import writer as store_writer
-from fastsrgan.store.reader import REPAIR, open_store
+from fastsrgan.store.codec import REPAIR
+from fastsrgan.store.reader import open_store
 from fastsrgan.store.writer import create_store
 
 OBLIQUE = np.array([[0.9, -0.2, 0.1, -30.0], [0.25, 1.1, -0.3, 12.5], [-0.1, 0.35, 2.9, 7.0], [0, 0, 0, 1]])

@@ -1,6 +1,7 @@
 """Slab by slab or in one go, with tiles that need no pass: the same result, the same bits where that is promised."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from fastsrgan.errors import ResourceError
 from fastsrgan.infer import planes as slabs
 from fastsrgan.infer import sweep, tiles
 from fastsrgan.infer.network import TileNetwork
-from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.sweep import predict, stream
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
@@ -49,7 +49,7 @@ def some(shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def streamed(source, plan, network, done=0, region=None, **options) -> tuple[torch.Tensor, dict]:
+def streamed(source, plan, network, batch="auto", done=0, region=None) -> tuple[torch.Tensor, dict]:
     """What the sink gets; every plane once."""
     out = torch.full((2, *plan.shape), torch.nan)
 
@@ -57,9 +57,7 @@ def streamed(source, plan, network, done=0, region=None, **options) -> tuple[tor
         assert out[:, first : first + planes.shape[1]].isnan().all()
         out[:, first : first + planes.shape[1]] = planes
 
-    return out, stream(
-        source, plan, TileNetwork(network, 1.0), sink, InferSettings(**options), region=region, done=done
-    )
+    return out, stream(source, plan, TileNetwork(network, 1.0, batch=batch), sink, region=region, done=done)
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +91,11 @@ def test_ones_in_ones_out(plan, window, dtype, batch, rolling):
     """Every window, step, tile precision, odd size, padding and way: exactly one."""
     if len(plan) > 3000:
         return
-    volume = some(plan.shape)
+    volume, plan = some(plan.shape), replace(plan, window=window)
     out = (
-        streamed(Planes(volume), plan, Ones(dtype), window=window, batch=batch)[0]
+        streamed(Planes(volume), plan, Ones(dtype), batch)[0]
         if rolling
-        else predict(volume, plan, TileNetwork(Ones(dtype), 1.0), InferSettings(window=window, batch=batch))[0]
+        else predict(volume, plan, TileNetwork(Ones(dtype), 1.0, batch=batch))[0]
     )
     assert torch.equal(out, torch.ones(2, *plan.shape))
 
@@ -111,10 +109,10 @@ def test_slabs_give_the_same_bits(plan, window, batch):
     """Any plan: padded, smaller than a tile, one slab only; from memory and from a source that is not in memory."""
     if len(plan) > 400:
         return
-    volume, network = some(plan.shape), Local()
-    whole, _ = predict(volume, plan, TileNetwork(network, 1.0), InferSettings(window=window, batch=batch))
+    volume, network, plan = some(plan.shape), Local(), replace(plan, window=window)
+    whole, _ = predict(volume, plan, TileNetwork(network, 1.0, batch=batch))
     for source in (slabs.Whole(volume), Planes(volume)):
-        out, facts = streamed(source, plan, network, window=window, batch=batch)
+        out, facts = streamed(source, plan, network, batch)
         assert torch.equal(out, whole) and facts["tiles_network"] + facts["tiles_constant"] == len(plan)
 
 
@@ -122,7 +120,7 @@ def test_slabs_give_the_same_bits_with_a_real_network(generator):
     volume = some((50, 30, 21))
     plan = tiles.plan(volume.shape, 16, (5, 9, 7))
     for batch in ("auto", 3):
-        whole, _ = predict(volume, plan, TileNetwork(generator, 1.0), InferSettings(batch=batch))
+        whole, _ = predict(volume, plan, TileNetwork(generator, 1.0, batch=batch))
         assert torch.equal(streamed(Planes(volume), plan, generator, batch=batch)[0], whole)
 
 
@@ -155,11 +153,11 @@ class Sociable(Local):
 def test_a_run_that_goes_on_gives_the_same_bits(window, padding):
     """From every plane at which a run could have been killed."""
     volume = some((29, 12, 10))
-    plan = tiles.plan(volume.shape, 8, 3, padding=padding)
-    whole, _ = streamed(Planes(volume), plan, Sociable(), window=window, batch=2)
+    plan = tiles.plan(volume.shape, 8, 3, padding=padding, window=window)
+    whole, _ = streamed(Planes(volume), plan, Sociable(), 2)
     computed = []
     for done in range(30):
-        out, facts = streamed(Planes(volume), plan, Sociable(), window=window, batch=2, done=done)
+        out, facts = streamed(Planes(volume), plan, Sociable(), 2, done=done)
         assert out[:, :done].isnan().all() and torch.equal(out[:, done:], whole[:, done:])
         computed.append(facts["tiles_network"])
     assert computed[0] == len(plan) and computed == sorted(computed, reverse=True) and computed[28] < len(plan) / 2
@@ -192,7 +190,7 @@ def test_any_array_that_takes_slices_is_a_sink():
 def test_sums_move_to_the_cpu_when_the_device_is_full(when, generator, monkeypatch, caplog):
     """Two devices that are both this CPU: on the first one memory runs out, when sums are made or later on."""
     volume, plan = some((30, 12, 12)), tiles.plan((30, 12, 12), 8, 4)
-    expected, _ = predict(volume, plan, TileNetwork(generator, 1.0), InferSettings(batch=2))
+    expected, _ = predict(volume, plan, TileNetwork(generator, 1.0, batch=2))
     first, second = torch.device("cpu", 0), torch.device("cpu")
     monkeypatch.setattr(sweep, "sum_devices", lambda device: [first, second])
     right = sweep.Stitcher.__init__, sweep.Stitcher.add
@@ -260,7 +258,7 @@ def test_a_tile_of_one_value_is_what_its_own_pass_gives(spec):
     generator = build_generator(GeneratorSpec(kernel=2, **spec), seed=3).eval()
     volume = blocks((40, 12, 12))
     plan = tiles.plan(volume.shape, 8, 4)
-    out, facts = predict(volume, plan, TileNetwork(generator, 2.0), InferSettings(batch=3))
+    out, facts = predict(volume, plan, TileNetwork(generator, 2.0, batch=3))
     assert facts["tiles_constant"] > 0
     network = TileNetwork(generator, 2.0)
     with network.working():
@@ -269,7 +267,7 @@ def test_a_tile_of_one_value_is_what_its_own_pass_gives(spec):
     assert torch.equal(lone[1:], alone[1:].clamp(0, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "_is_constant", lambda *args: False)
-        every, counted = predict(volume, plan, TileNetwork(generator, 2.0), InferSettings(batch=3))
+        every, counted = predict(volume, plan, TileNetwork(generator, 2.0, batch=3))
     assert counted["tiles_constant"] == 0 and (every - out).abs().max() < 1e-6  # found: 0 (rounding)
 
 
@@ -301,14 +299,14 @@ def identity_index(shape):
 def test_a_region_is_computed_as_without_it_and_the_rest_left_alone(plan, window, data):
     if len(plan) > 300:
         return
-    volume = some(plan.shape)
+    volume, plan = some(plan.shape), replace(plan, window=window)
     generator = build_generator(GeneratorSpec(kernel=1), seed=4).eval() if len(plan) < 9 else Local()
     mask = np.zeros(plan.shape, bool)
     corner = [data.draw(st.integers(0, n - 1)) for n in plan.shape]
     mask[tuple(slice(c, c + data.draw(st.integers(1, 9))) for c in corner)] = True
     wanted = tiles.from_mask(mask, identity_index(plan.shape))
-    whole, _ = predict(volume, plan, TileNetwork(generator, 1.0), InferSettings(window=window))
-    out, facts = predict(volume, plan, TileNetwork(generator, 1.0), InferSettings(window=window), region=wanted)
+    whole, _ = predict(volume, plan, TileNetwork(generator, 1.0))
+    out, facts = predict(volume, plan, TileNetwork(generator, 1.0), region=wanted)
     inside = torch.from_numpy(mask)
     assert (out - whole)[:, inside].abs().max() < 1e-5  # found: 0 (rounding)
     assert torch.equal(out[0][~inside], volume[~inside]) and (out[1:, ~inside] == 0).all()
@@ -318,7 +316,7 @@ def test_a_region_is_computed_as_without_it_and_the_rest_left_alone(plan, window
         block = tuple(slice(max(0, a), max(0, a + p)) for a, p in zip(first, plan.patch, strict=True))
         touched += bool(mask[block].any())
     assert facts["tiles_outside"] == len(plan) - touched
-    by_slabs, _ = streamed(Planes(volume), plan, generator, window=window, region=wanted)
+    by_slabs, _ = streamed(Planes(volume), plan, generator, region=wanted)
     assert torch.equal(by_slabs, out)
 
 

@@ -163,7 +163,8 @@ def test_a_cohort_is_a_training_table(cohort, small):
     expected = template._crop_to_brain(*small)[0]
     for row in rows:
         image = images.load(row.image)
-        label = images.load_label(row.label, like=image, values=(0, 1))
+        label = images.load_label(row.label, like=image)
+        assert label.meta["values"] == [0, 1]
         assert image.meta["stored_dtype"] == "int16"
         assert (image.data.min(), image.data.max()) == (0, 1000)
         np.testing.assert_allclose(image.affine, expected.affine)

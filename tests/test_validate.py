@@ -10,7 +10,8 @@ import pytest
 import torch
 from cohort import SMALL, losses, make_store, rows
 
-from fastsrgan.data.feed import Feed, PatchRule
+from fastsrgan.data.feed import Feed
+from fastsrgan.data.subject import PatchRule
 from fastsrgan.evaluate import metrics
 from fastsrgan.evaluate.pair import evaluate_files
 from fastsrgan.infer.files import infer_files

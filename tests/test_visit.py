@@ -14,6 +14,7 @@ from feed_store import CPU, DRAWN, RULE, digest
 from fastsrgan.convert import convert
 from fastsrgan.data.feed import Feed, deal, resident_limit
 from fastsrgan.data.settings_check import refuse_faults
+from fastsrgan.data.subject import PatchRule
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError
 from fastsrgan.io import nifti as images
@@ -240,7 +241,7 @@ def test_masks_are_refused_where_images_are_made(tmp_path, way, why):
 def test_a_subject_with_neither_label_nor_tissues_is_refused_beside_those_with_tissues(path):
     store = open_store(path)
     del store.subject("sub-2_T1w").arrays["tissues"]
-    law, rule = run_module.degradation(CONFIG), run_module.patch_rule(CONFIG)
+    law, rule = run_module.degradation(CONFIG), PatchRule.of(CONFIG)
     with pytest.raises(InputError, match=r"without a label: sub-2_T1w .training needs Label_image or Tissue_image"):
         refuse_faults(store, law, rule, None, run_module.visits(CONFIG).structure)
 

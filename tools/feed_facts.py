@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # nothing needs
 from bench.shuffle import batch_subjects, quality
 from fastsrgan.core.draws import rng
 from fastsrgan.core.threads import one_thread
-from fastsrgan.data.feed import PatchRule, make_resident, pick_mover
+from fastsrgan.data.feed import pick_mover
 from fastsrgan.data.pool import Pool, Resident
-from fastsrgan.data.subject import patch_origins
+from fastsrgan.data.subject import PatchRule, make_resident, patch_origins
 from fastsrgan.errors import ResourceError
 from fastsrgan.observation.model import Degradation
 from fastsrgan.store.reader import Sample

@@ -24,7 +24,6 @@ from fastsrgan.core import kernels as backend
 from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.infer import stitch, sweep, tiles
 from fastsrgan.infer.network import TileNetwork
-from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.values import WINDOWS
 from fastsrgan.model.arithmetic import TYPES
 from fastsrgan.model.networks import GeneratorSpec, build_generator
@@ -120,23 +119,23 @@ LARGE = (((95, 71, 82), (32, 24, 40), (10, 8, 7)), ((64, 64, 64), 64, 64), ((47,
 def _overlap_add(c: Context) -> Iterator[Check]:
     plans = LARGE if c.cuda and not c.inside_sanitizer else SMALL
     for (shape, patch, step), (kind, dtype), window in itertools.product(plans, TYPES.items(), WINDOWS):
-        plan = tiles.plan(shape, patch, step)
+        plan = tiles.plan(shape, patch, step, window=window)
         draw = torch.Generator().manual_seed(0)
         some = torch.randn(len(plan), 2, *plan.patch, generator=draw).to(dtype)
-        expected = stitch.overlap_add(some, plan, window)
+        expected = stitch.overlap_add(some, plan)
         here = some.to(c.device)
-        runs = [_in_batches(here, plan, window, size) for size in (len(plan), 7, 3)]
+        runs = [_in_batches(here, plan, size) for size in (len(plan), 7, 3)]
         error = _difference(runs[0], expected)
         again = all(torch.equal(runs[0], other) for other in runs[1:])
         ones = torch.ones(1, 1, 1, 1, 1, dtype=dtype, device=c.device).expand(len(plan), 2, *plan.patch)
-        law = _difference(stitch.overlap_add(ones, plan, window), torch.ones(2, *plan.padded_shape))
+        law = _difference(stitch.overlap_add(ones, plan), torch.ones(2, *plan.padded_shape))
         facts = {"error": error, "ones": law, "any batches, same bits": again}
         name = f"overlap_add {kind} {window} {'x'.join(map(str, shape))}"
         yield Check(name, error <= SUM_TOLERANCE and law <= SUM_TOLERANCE and again, facts)
 
 
-def _in_batches(some: Tensor, plan: tiles.TilePlan, window: str, size: int) -> Tensor:
-    sums = stitch.Stitcher(plan, some.shape[1], window, some.device)
+def _in_batches(some: Tensor, plan: tiles.TilePlan, size: int) -> Tensor:
+    sums = stitch.Stitcher(plan, some.shape[1], some.device)
     for part in some.split(size):
         sums.add(part)
     return sums.result()
@@ -200,15 +199,15 @@ def infer(c: Context) -> Iterator[Check | Step]:
     from bench.common import texture
 
     volume = torch.from_numpy(texture((75, 83, 66) if c.cuda else (35, 43, 26)))
-    plan = tiles.plan(tuple(volume.shape), 64 if c.cuda else 16, 16 if c.cuda else 8)
+    patch, step = (64, 16) if c.cuda else (16, 8)
+    plans = {window: tiles.plan(tuple(volume.shape), patch, step, window=window) for window in WINDOWS}
     cpu = build_generator(GeneratorSpec(kernel=8), seed=1).eval()
-    truth = {w: sweep.predict(volume, plan, TileNetwork(cpu, 3.0), InferSettings(window=w))[0] for w in WINDOWS}
+    truth = {w: sweep.predict(volume, plan, TileNetwork(cpu, 3.0))[0] for w, plan in plans.items()}
 
     def predict(precision: str, window: str, compiled: str = "off") -> Check:
         generator = build_generator(GeneratorSpec(kernel=8), seed=1).eval()
         network = TileNetwork(generator, 3.0, c.device, precision, compiled)
-        settings = InferSettings(window=window)
-        runs = [sweep.predict(volume, plan, network, settings) for _ in range(2)]
+        runs = [sweep.predict(volume, plans[window], network) for _ in range(2)]
         error = _difference(runs[1][0], truth[window])
         # Transposed convolutions may add in another order each time: a fact, and no condition.
         facts = {"error": error, "repeats": torch.equal(runs[0][0], runs[1][0])}

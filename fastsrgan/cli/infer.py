@@ -146,7 +146,8 @@ def _source(args: argparse.Namespace) -> tuple[Callable[..., dict[str, Any]], An
     """The function that does what was asked, and its first argument: images, or the root of a dataset."""
     if args.bids:
         with loading():
-            from fastsrgan.infer.bids import SUFFIXES, infer_bids
+            from fastsrgan.infer.bids import infer_bids
+            from fastsrgan.io.bids import SUFFIXES
 
         chosen = {"participants": args.participant_label, "sessions": args.session_label, "desc": args.desc}
         return functools.partial(infer_bids, **chosen, suffixes=args.suffix or SUFFIXES), args.bids

@@ -19,12 +19,6 @@ from fastsrgan.infer.settings import add_options
 
 log = logging.getLogger("fastsrgan")
 
-BEST_BY = {  # what chose the best weights, as the last line says it
-    "both": "Dice plus gain {score:.4f} (Dice {dice:.4f})",
-    "dice": "Dice {score:.4f}",
-    "psnr": "PSNR {score:.2f} dB",
-}
-
 EXAMPLE = """examples:
   fastsrgan train cohort.zarr -o run -n 1 1 3 --preset recommended
   fastsrgan train cohort.zarr -o tuned -w perinatal -n 0.8 0.8 3 -n 0.8 0.8 5    # go on from weights
@@ -130,7 +124,7 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
     elif args.resume and (Path(args.out or args.snapshot_folder or ".") / "config.yaml").is_file():
         values = settings.read_yaml(Path(args.out or args.snapshot_folder) / "config.yaml")
     if args.u_net is not None:
-        values["network"] = "unet" if args.u_net else "plain"
+        values["network"] = settings.CHOICES["network"][args.u_net]  # the first two are the original's
     values |= {name: getattr(args, name) for name in settings.SETTINGS if getattr(args, name) is not None}
     if args.interp == "sitk" and "geometry" not in values:
         values["geometry"] = "segsrgan"
@@ -150,17 +144,17 @@ def network_of(path: str, given: dict[str, Any]) -> dict[str, Any]:
     """The settings of the network that a weights file holds. Raises ModelError where another one is asked for."""
     with loading():
         from fastsrgan.model.weights import read_spec
+        from fastsrgan.train.gan import settings_of
 
     spec, critic = read_spec(path)
-    held: dict[str, Any] = {"network": spec.network, "kernel_gen": spec.kernel, "fit_mask": spec.mask_classes > 0}
-    held |= {name: getattr(spec, name) for name in ("residual", "conditional", "scaled")}
+    held = settings_of(spec)
     for name, value in held.items():
         if given.get(name, value) != value:
             option = f"--{name.replace('_', '-')}"
             reason = f"its network has {name} {value}, and {option} {given[name]} is asked for"
             raise ModelError(path, reason, f"leave {option} out, or begin without these weights")
     log.info("%s: the network is that of the weights: %s", path, ", ".join(f"{k} {v}" for k, v in held.items()))
-    return held | ({} if critic is None or "kernel_dis" in given else {"kernel_dis": critic.kernel})
+    return held | {name: value for name, value in settings_of(critic).items() if name not in given}
 
 
 def run(args: argparse.Namespace, progress: Progress) -> int:
@@ -173,11 +167,12 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     for chosen in chosen_weights([args.weights] if args.weights else None, args.checkpoint) or ():
         args.weights = chosen
     config = build_config(args)
-    if config.init_epoch > 1 and not args.weights and not args.resume:
-        reason = f"{config.init_epoch} continues an earlier training, but no weights were given"
+    if config.continues and not args.weights and not args.resume:
+        reason = "above 1 continues an earlier training, but no weights were given"
         raise UsageError("--init-epoch", reason, "-w FILE (or --resume)")
     with loading():
         from fastsrgan.core.ranks import launched, speaks
+        from fastsrgan.train.loop import BEST_BY
         from fastsrgan.train.run import train
 
     if args.folder_training_data:
@@ -226,9 +221,9 @@ def run_folder(args: argparse.Namespace, config: settings.TrainConfig) -> str:
     below it."""
     from fastsrgan.model import checkpoint
 
-    if args.out or args.resume or config.init_epoch == 1 or not checkpoint.snapshots(Path(args.snapshot_folder)):
+    if args.out or args.resume or not config.continues or not checkpoint.snapshots(Path(args.snapshot_folder)):
         return args.out or args.snapshot_folder
-    folder = str(Path(args.snapshot_folder) / f"from_epoch_{config.init_epoch}")
+    folder = str(Path(args.snapshot_folder) / config.continues)
     log.info("%s holds a run: this one, from its weights on, is kept in %s", args.snapshot_folder, folder)
     return folder
 

@@ -30,7 +30,7 @@ _DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) 
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: int | None = None) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; on success it is synced and renamed, on failure removed.
 
     Raises ResourceError when the folder is missing or not writable, the disk is full, or ``path`` is a device or pipe.
@@ -43,8 +43,6 @@ def atomic_write(path: str | os.PathLike, mode: int | None = None) -> Iterator[P
         yield temporary
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
-        if mode is not None:
-            os.chmod(temporary, mode)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:

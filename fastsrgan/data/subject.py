@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsrgan.config import TrainConfig
 from fastsrgan.core.kernels import to_device
 from fastsrgan.core.threads import one_thread
 from fastsrgan.data.pool import Resident, Slices
-from fastsrgan.errors import FastsrganError, InputError
+from fastsrgan.errors import FastsrganError, InputError, UsageError
 from fastsrgan.observation.model import Degradation, Degraded, Draw
 from fastsrgan.observation.slabs import Region
 from fastsrgan.volume.acquisition import expected_weight
@@ -45,6 +46,14 @@ class PatchRule:
     stride: int
     by_mask: bool = False
     agree: bool = False
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> PatchRule:
+        """That of a run. Raises UsageError where its patches could not agree with a scan."""
+        if config.agree and not config.physical:
+            raise UsageError("agree", "the original's geometry has no slices to agree with", "--geometry physical")
+        by_mask = config.image_cropping_method == "overlapping_with_mask"
+        return cls(config.patch_size, config.stride, by_mask, config.agree)
 
 
 def move_by_thread(

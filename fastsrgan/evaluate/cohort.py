@@ -18,8 +18,9 @@ from typing import Any
 from fastsrgan.core.files import atomic_write, output_folder, read_json, walk_files
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import FastsrganError, InputError
+from fastsrgan.evaluate.figures import definitions
 from fastsrgan.evaluate.metrics import CALIBRATION
-from fastsrgan.evaluate.pair import definitions, evaluate_files, flat, summarise
+from fastsrgan.evaluate.pair import evaluate_files, flat, summarise
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
 from fastsrgan.io.nifti_voxels import pointer_of

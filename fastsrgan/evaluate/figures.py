@@ -284,6 +284,15 @@ def scores(compared: Compared) -> dict[str, Any]:
     return result
 
 
+ALONE = ("volume_ml", "components", "largest_component")  # of a segmentation without a truth, as reports order them
+
+
+def alone(seg: Volume) -> dict[str, float]:
+    """The figures ``ALONE`` of a segmentation."""
+    compared = Compared(seg, {}, seg=seg.data)
+    return {name: FIGURES[name].of(compared) for name in ALONE}  # type: ignore[misc]
+
+
 def definitions() -> dict[str, str]:
     """What every figure means, in one sentence each."""
     return {name: figure.definition for name, figure in FIGURES.items()} | {"surface voxel": SURFACE}
@@ -335,15 +344,15 @@ def said(values: Mapping[str, Any], image: bool, gains: Mapping[str, Any] | None
     return lines
 
 
-def captions(result: Mapping[str, Any], region: str = "whole") -> dict[str, str]:
+def captions(result: Mapping[str, Any]) -> dict[str, str]:
     """What pictures say of a result of ``evaluate_pair``: ``sr``, its baseline ``spline``, ``seg``, and ``linear``, the
     best linear estimate, where its ``image`` and ``gain`` are in ``result["linear"]``."""
     base, gain = result.get("baseline", {}), result.get("gain", {})
-    image, other, gains = (tree.get("image", {}).get(region, {}) for tree in (result, base, gain))
+    image, other, gains = (tree.get("image", {}).get("whole", {}) for tree in (result, base, gain))
     labels = [f"interpolated labels: {text}" for text in said(base.get("segmentation", {}), False)]
     linear = [result.get("linear", {}).get(k, {}) for k in ("image", "gain")]
     return {
-        "linear": "\n".join(said(linear[0].get(region, {}), True, linear[1].get("image", {}).get(region, {}))),
+        "linear": "\n".join(said(linear[0].get("whole", {}), True, linear[1].get("image", {}).get("whole", {}))),
         "sr": "\n".join(said(image, True, gains)),
         "spline": "\n".join(said(other, True)),
         "seg": "\n".join([*said(result.get("segmentation", {}), False), *labels]),

@@ -11,21 +11,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsrgan.config import SIZE_MULTIPLE
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import out_of_memory
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Done, Prepared, Whole
-from fastsrgan.infer.settings import InferSettings
-from fastsrgan.infer.stitch import Stitcher, divide_planes, window_sums
+from fastsrgan.infer.stitch import Stitcher
 from fastsrgan.infer.sweep import Sweep, SweepStopped, finisher, sum_devices
-from fastsrgan.infer.tiles import Region
+from fastsrgan.infer.tiles import Region, divide_planes, window_sums
 from fastsrgan.infer.values import Step, per_axis
 
 BUDGET = 60.0  # seconds that step "auto" takes when none are given
@@ -44,17 +42,17 @@ class Level(NamedTuple):
     plan: tiles.TilePlan
 
 
-def levels(shape: Sequence[int], patch: tiles.PerAxis, step: Step, multiple: int = SIZE_MULTIPLE) -> list[Level]:
+def levels(shape: Sequence[int], patch: tiles.PerAxis, step: Step, **more: Any) -> list[Level]:
     """Nested steps, the coarsest first: the wanted step, doubled as long as tiles still overlap by half.
 
-    ``"auto"`` ends at a sixteenth of the patch. ``multiple``, and raises UsageError, as ``tiles.plan``.
+    ``"auto"`` ends at a sixteenth of the patch. ``more`` (multiple, window), and raises UsageError, as ``tiles.plan``.
     """
-    edges = tiles.plan(shape, patch, 1, multiple=multiple).patch
+    edges = tiles.plan(shape, patch, 1, **more).patch
     steps = tuple(max(1, p // 2**LEVELS) for p in edges) if step == "auto" else per_axis("step", step)
-    result = [Level(steps, tiles.plan(shape, patch, steps, multiple=multiple))]
+    result = [Level(steps, tiles.plan(shape, patch, steps, **more))]
     while any(2 * s <= p // 2 for s, p in zip(steps, edges, strict=True)):
         steps = tuple(2 * s if 2 * s <= p // 2 else s for s, p in zip(steps, edges, strict=True))
-        plan = tiles.plan(shape, patch, steps, multiple=multiple)
+        plan = tiles.plan(shape, patch, steps, **more)
         if len(plan) < len(result[0].plan):
             result.insert(0, Level(steps, plan))
     return result
@@ -77,7 +75,7 @@ def refine(
     volume_XYZ: Tensor,
     steps: Sequence[Level],
     network: TileNetwork,
-    settings: InferSettings,
+    budget: float | None = None,
     *,
     region: Region | None = None,
     progress: Progress = QUIET,
@@ -90,15 +88,16 @@ def refine(
     ends more than a tenth too late; the result is then that of the level before.
 
     steps : as ``levels`` gives them
-    settings : of which the budget, the window and the batch count here
+    budget : seconds; None: ``BUDGET``
 
     Returns
     -------
     As ``sweep.predict``; facts also hold "levels", the step, tiles and seconds of each level that was
     finished, and "level_given_up".
     """
-    network.choose_batch(settings.batch, steps[-1].plan)
-    work = _Levels(network, Whole(volume_XYZ), settings, region, progress, label, clock)
+    network.choose_batch(network.batch, steps[-1].plan)
+    seconds = BUDGET if budget is None else budget
+    work = _Levels(network, Whole(volume_XYZ), seconds, region, progress, label, clock)
     with network.working():
         for n, level in enumerate(steps):
             if not work.level(level, n, len(steps)):
@@ -111,12 +110,12 @@ def by_levels(
     image: Prepared,
     steps: Sequence[Level],
     network: TileNetwork,
-    settings: InferSettings,
+    budget: float | None,
     progress: Progress = QUIET,
     label: str = "infer",
 ) -> Done:
     """``refine`` of an image."""
-    out, facts = refine(image.whole(), steps, network, settings, region=image.region, progress=progress, label=label)
+    out, facts = refine(image.whole(), steps, network, budget, region=image.region, progress=progress, label=label)
     return *image.stored(out), facts
 
 
@@ -127,15 +126,14 @@ class _Levels:
         self,
         network: TileNetwork,
         source: Whole,
-        settings: InferSettings,
+        budget: float,
         region: Region | None,
         progress: Progress,
         label: str,
         clock: Clock,
     ) -> None:
-        self.network, self.source, self.window, self.region = network, source, settings.window, region
+        self.network, self.source, self.budget, self.region = network, source, budget, region
         self.progress, self.label, self.clock = progress, label, clock
-        self.budget = BUDGET if settings.budget is None else settings.budget
         self.began, self.tiles, self.done = clock(), 0, []  # type: ignore[var-annotated]
         self.plan: tiles.TilePlan | None = None
         self.total: Tensor | None = None
@@ -184,7 +182,7 @@ class _Levels:
     def _stitcher(self, grid: tiles.TilePlan, channels: int) -> Stitcher:
         if self.fresh is None:
             self.fresh = _zeros((channels, *grid.padded_shape), self.network.device)
-        return Stitcher(grid, channels, self.window, self.fresh.device, onto=self.fresh)
+        return Stitcher(grid, channels, self.fresh.device, onto=self.fresh)
 
     def _keep(self, level: Level, count: int, seconds: float) -> None:
         assert self.fresh is not None
@@ -201,7 +199,7 @@ class _Levels:
         """The finished levels' mean, made in place."""
         assert self.plan is not None and self.total is not None
         self.fresh = None
-        sums = [s.to(self.total.device) for s in window_sums(self.plan, self.window)]
+        sums = [s.to(self.total.device) for s in window_sums(self.plan)]
         sweep = Sweep(self.source, self.plan, self.network, region=self.region)
         finish = finisher(sweep, lambda first, planes: None)
         for x in range(0, self.plan.padded_shape[0], PLANES):

@@ -37,6 +37,7 @@ from fastsrgan.io.bids import (
     find_bids,
     sidecar,
 )
+from fastsrgan.io.image_list import Image
 from fastsrgan.model.purpose import Purpose
 
 log = logging.getLogger("fastsrgan")
@@ -135,7 +136,7 @@ def _check_same(out: Path, done: Sequence[BidsImage], models: ModelChoice, setti
     for image in done:
         target = sidecar(out / image.derived("sr"))
         record = mapping(read_json(target).get(RECORD))
-        seen = functools.partial(look_at, image.path, settings)
+        seen = functools.partial(look_at, Image(image.path, image.path.name), settings)
         same = "sha256" in mapping(record.get("weights")) and models.made(record, seen)
         differing = ["weights"] * (not same)
         differing += ["image"] * (mapping(record.get("input")).get("sha256") != images.sha256(image.path))

@@ -197,7 +197,7 @@ def load(image: Image, job: ImageJob) -> Loaded | None:
         return None
     _check_places(image, job)
     asked = job.settings
-    volume = any_image.load_any(image.path, series=asked.series, volume=asked.volume, max_voxels=asked.max_voxels)
+    volume = read(image, asked)
     done = asked.grid_is_open and is_isotropic(volume.spacing)
     if done and not _overlapping(volume, image.path, asked.thickness_mm):
         reason = f"voxels of {times(volume.spacing)} mm: there is nothing to super-resolve, nothing was done"
@@ -217,7 +217,7 @@ def load(image: Image, job: ImageJob) -> Loaded | None:
     model, name, why = job.models.of(look)
     if name:
         log.info("%s: weights: %s (%s; --weights chooses otherwise)", image.path.name, name, why)
-    digest = any_image.sha256(image.path, asked.series)
+    digest = any_image.sha256(image.path, image.series)
     return Loaded(image, volume, mask, digest, look, model, (name, why), time.perf_counter() - began)
 
 
@@ -230,9 +230,14 @@ def _overlapping(volume: Volume, path: Path, asked_mm: float | None) -> bool:
     return asked_mm > 1.01 * max(volume.spacing)
 
 
-def look_at(path: Path, asked: InferSettings) -> Look:
+def read(image: Image, asked: InferSettings) -> Volume:
+    """The volume that is meant. Raises as ``any_image.load_any``."""
+    return any_image.load_any(image.path, series=image.series, volume=asked.volume, max_voxels=asked.max_voxels)
+
+
+def look_at(image: Image, asked: InferSettings) -> Look:
     """What ``load`` sees in an image, where a record does not hold it."""
-    volume = any_image.load_any(path, series=asked.series, volume=asked.volume, max_voxels=asked.max_voxels)
+    volume = read(image, asked)
     inside = None
     if asked.mask_file is not None:
         inside = any_image.load_mask(asked.mask_file, volume, max_voxels=asked.max_voxels).data
@@ -370,7 +375,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
         "input": {
             "path": str(loaded.image.path.absolute()),
             "sha256": loaded.sha256,
-            "series": settings.series,
+            "series": loaded.image.series,
             "volume": settings.volume,
             "shape": list(image.data.shape),
             "spacing_mm": list(image.spacing),
@@ -456,10 +461,10 @@ def finished(image: Image, job: ImageJob) -> bool:
     outputs = job.outputs(image)
     record = read_json(outputs["json"])
     try:
-        differing = ["weights"] * (not job.models.made(record, lambda: look_at(image.path, job.settings)))
+        differing = ["weights"] * (not job.models.made(record, lambda: look_at(image, job.settings)))
         differing += ["volume"] * (record["input"]["volume"] != job.settings.volume)
         differing += job.settings.differing(record["asked"])
-        differing += ["input"] * (record["input"]["sha256"] != any_image.sha256(image.path, job.settings.series))
+        differing += ["input"] * (record["input"]["sha256"] != any_image.sha256(image.path, image.series))
     except (KeyError, TypeError, AttributeError, ValueError):
         return False
     if differing:

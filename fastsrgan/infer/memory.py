@@ -29,7 +29,7 @@ MEMORY, SLABS = "memory", "slabs"
 class TilingJob:
     """What the plan depends on.
 
-    plan : of the tiles; channels : of the result; window : of the tiles
+    plan : of the tiles; channels : of the result
     held : bytes kept of the image besides the image
     levels : whether levels of denser tiles are summed (``anytime``)
     can_stream : whether there is a place for results that do not fit into memory
@@ -40,7 +40,6 @@ class TilingJob:
 
     plan: tiles.TilePlan
     channels: int
-    window: str
     held: int = 0
     levels: bool = False
     can_stream: bool = False
@@ -165,7 +164,7 @@ def _rows(job: TilingJob, network: TileNetwork, batch: int, mode: str) -> tuple[
     rows = [
         ("image", "host", job.held + 4 * (voxels if mode == MEMORY else 3 * BLOCK * plane)),
         ("planes", work, window),
-        ("sums", work, memory_of(plan, channels, job.window, network.device, rolling, job.levels)),
+        ("sums", work, memory_of(plan, channels, network.device, rolling, job.levels)),
         ("network", work, network.bytes_of(plan.patch, batch) + batch * tile * (1 + channels)),
     ]
     if job.averaged:
@@ -195,7 +194,7 @@ def _advice(job: TilingJob, network: TileNetwork, limit: int) -> str:
     for patch in SMALLER:
         if patch >= max(job.plan.patch):
             continue
-        plan = tiles.plan(job.plan.shape, patch, patch)
+        plan = tiles.plan(job.plan.shape, patch, patch, window=job.plan.window)
         rows = _rows(replace(job, plan=plan), network, 1, way)
         needed = sum(size for _, where, size in rows if where == "host")
         if needed <= limit:

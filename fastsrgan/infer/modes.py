@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,11 @@ def in_memory(
     image: Prepared,
     plan: tiles.TilePlan,
     network: TileNetwork,
-    settings: InferSettings,
     progress: Progress = QUIET,
     label: str = "infer",
 ) -> Done:
     """``sweep.predict``."""
-    out, facts = predict(image.whole(), plan, network, settings, region=image.region, progress=progress, label=label)
+    out, facts = predict(image.whole(), plan, network, region=image.region, progress=progress, label=label)
     return *image.stored(out), facts
 
 
@@ -57,14 +56,13 @@ def by_slabs(
     image: Prepared,
     plan: tiles.TilePlan,
     network: TileNetwork,
-    settings: InferSettings,
     folder: Path,
     key: str,
     progress: Progress = QUIET,
     label: str = "infer",
 ) -> Done:
     """``sweep.stream`` into files in ``folder``; goes on where a killed run with the same ``key`` ended."""
-    files = Unfinished(folder, key, result_shapes(image, plan, network), plan.shape[0], {"batch": settings.batch})
+    files = Unfinished(folder, key, result_shapes(image, plan, network), plan.shape[0], {"batch": network.batch})
     begun_at = files.done
 
     def write(first: int, planes: Tensor) -> None:
@@ -72,11 +70,10 @@ def by_slabs(
         files.note(first + planes.shape[1])
 
     # The batch of the run that began: other batches would round otherwise.
-    settings = replace(settings, batch=files.facts["batch"])
+    network.batch = files.facts["batch"]
     facts = stream(
-        image.source, plan, network, write, settings,
-        region=image.region, done=files.done, progress=progress, label=label,
-    )  # fmt: skip
+        image.source, plan, network, write, region=image.region, done=files.done, progress=progress, label=label
+    )
     arrays = files.finish()
     return arrays["sr"], arrays["prob"], facts | {"begun_at_plane": begun_at}
 
@@ -219,7 +216,6 @@ def by_ranks(
     image: Prepared,
     plan: tiles.TilePlan,
     network: TileNetwork,
-    settings: InferSettings,
     folder: Path,
     key: str,
     together: Together,
@@ -232,8 +228,9 @@ def by_ranks(
     """
     ranks, began = together.ranks, time.perf_counter()
     # One batch on all ranks: with less memory on one of them they would round differently.
-    assert isinstance(settings.batch, int)  # of the memory plan
-    batch = network.choose_batch(together.vote(settings.batch), plan)
+    assert isinstance(network.batch, int)  # of the memory plan
+    network.batch = together.vote(network.batch)
+    network.choose_batch(network.batch, plan)
     parts = shares(Sweep(image.source, plan, network), ranks.world)
     mine, per_slab = parts[ranks.rank], plan.grid[1] * plan.grid[2]
     files = None
@@ -253,7 +250,7 @@ def by_ranks(
     try:
         if mine.first < mine.stop:
             stream(
-                image.source, plan, network, write, replace(settings, batch=batch),
+                image.source, plan, network, write,
                 region=image.region, done=mine.first, progress=shown, label=label,
             )  # fmt: skip
     except _Enough:
@@ -333,6 +330,8 @@ class Wanted:
     believed : the profile of ``seen``; across : the axis across the slices
     weight : w; AUTO, to be chosen; None, the result is left as it is
     empty : whether exact zeros of the scan are kept; held_bytes : what all this takes on the host
+    doubt : whether the last channel of the probabilities is the variance of the network's passes, to become the doubt
+    residual : whether what the result does not explain of the scan is kept
     """
 
     seen: Observation
@@ -342,6 +341,8 @@ class Wanted:
     weight: str | float | None
     empty: bool
     held_bytes: int
+    doubt: bool
+    residual: bool
 
 
 def wanted(
@@ -355,9 +356,10 @@ def wanted(
     """
     original = image.geometry == "segsrgan" or interpolated_otherwise
     off = settings.agree == OFF or (settings.agree == AUTO and original)
-    if interpolated_otherwise and settings.uncertainty:
+    doubt, kept = settings.uncertainty, settings.save_residual
+    if interpolated_otherwise and doubt:
         raise UsageError("uncertainty", "told of the spline alone, the scan was interpolated otherwise", "leave it out")
-    if off and not settings.save_residual:
+    if off and not kept:
         for name, value in (("profile", settings.profile), ("slice thickness", settings.slice_thickness)):
             if value != AUTO:
                 raise UsageError(name, f"{value} has no use without agreement", "--agree auto, or leave it out")
@@ -365,7 +367,7 @@ def wanted(
     turn = image.turn
     old, new, shape = turn.permute(image.spacing), turn.permute(image.wanted), turn.permute(tuple(scan_shape))
     across = slice_axis(old)
-    thickness = None if isinstance(settings.slice_thickness, str) else settings.slice_thickness
+    thickness = settings.thickness_mm
     believed = assumed(settings.profile, thickness, old[across])
 
     def seen_as(profile: str, thickness_mm: float | None) -> Observation | None:
@@ -380,18 +382,18 @@ def wanted(
         what = "save residual" if off else "agree"
         reason = "how the scan sees a result on the original's grid is not known for these sizes"
         raise UsageError(what, reason, "--geometry physical, or leave it out")
-    if settings.save_residual and any(matrix is not None for matrix in seen.align):
+    if kept and any(matrix is not None for matrix in seen.align):
         raise UsageError("save residual", "the result is coarser than the scan", "a finer --new-resolution")
     held = 0
     if not off and not seen.is_identity:
         # A slab and what the products make of it, the residual; where slabs depend on one another, what is made of it.
         held = 6 * min(SLAB_BYTES, 4 * math.prod(image.source.shape)) + 8 * math.prod(shape)
         held += 0 if _free(seen) else 4 * (2 * math.prod(shape) + _half(seen, shape))
-        if settings.uncertainty and all(matrix is not None for matrix in seen.down):
+        if doubt and all(matrix is not None for matrix in seen.down):
             held += 5 * 4 * math.prod(image.source.shape)  # no axis that slabs could lie along
-    held += 8 * math.prod(shape) if settings.save_residual else 0
+    held += 8 * math.prod(shape) if kept else 0
     weight = None if off or seen.is_identity else settings.agree
-    return Wanted(seen, full, believed, across, weight, not off and not original, held)
+    return Wanted(seen, full, believed, across, weight, not off and not original, held, doubt, kept)
 
 
 def finish(
@@ -400,13 +402,11 @@ def finish(
     data: np.ndarray,
     image: Prepared,
     what: Wanted,
-    settings: InferSettings,
     label: str,
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """Do it, in place; what the report says about it, and the residual on the scan's stored axes where it is kept.
 
-    sr (X, Y, Z), prob (C, X, Y, Z), data (x, y, z) : stored axes; with ``uncertainty`` the last channel of ``prob`` is
-        the variance of the network's passes, and becomes the doubt
+    sr (X, Y, Z), prob (C, X, Y, Z), data (x, y, z) : stored axes
     """
     began = time.perf_counter()
     turned, scan = image.turn.apply(sr), image.turn.apply(data)
@@ -430,19 +430,19 @@ def finish(
             label, after, before, weight, what.believed.profile, what.believed.thickness_mm,
         )  # fmt: skip
     doubt = image.turn.apply(prob[-1])
-    if settings.uncertainty:
+    if what.doubt:
         told["doubt"] = doubt_(doubt, turned, scan, what.full, what.across, image.norm.scale)
         if what.seen.is_identity:
             told["warnings"] = ["the result has the scan's own voxels, which leave nothing open: the doubt is 0"]
             log.warning("%s: %s", label, told["warnings"][0])
     if what.empty and (kept := _keep_empty(turned, image.turn.apply(prob), scan, image, what.seen)):
         told["voxels_kept_empty"] = kept
-    if settings.uncertainty:
+    if what.doubt:
         told["doubt"] |= summary(doubt, turned)
         log.info("%s: doubt inside the head: %.3g on average, 95 %% of it below %.3g", label,
                  told["doubt"]["mean"], told["doubt"]["p95"])  # fmt: skip
     left: np.ndarray | None = None
-    if settings.save_residual:
+    if what.residual:
         left = image.turn.undo(residual(turned, scan, what.seen, axis=0))
     if told["agree"] is not None:
         told["agree"]["seconds"] = time.perf_counter() - began

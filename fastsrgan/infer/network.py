@@ -184,6 +184,7 @@ class TileNetwork:
     Attributes
     ----------
     residual : channel 0 of what comes out is what the volume loses, else it is the result itself
+    batch : tiles per forward pass that are asked for, "auto" by memory
     size : tiles per forward pass; halved when memory runs out
     compiled : by torch.compile: batches are filled up to ``size``, the same for all volumes of a process with such
         tiles, and a result holds until the next pass
@@ -196,8 +197,9 @@ class TileNetwork:
         device: torch.device | str = "cpu",
         precision: str = "fp32",
         compile: str = "off",
+        batch: str | int = "auto",
     ) -> None:
-        self.device, self.dtype = torch.device(device), TYPES[precision]
+        self.device, self.dtype, self.batch = torch.device(device), TYPES[precision], batch
         if self.device.type == "cuda":
             inference_test(self.device, self.dtype)
         # Ours only: torch refuses this layout for weights of 2-D convolutions.
@@ -274,9 +276,12 @@ class TileNetwork:
         self.size = wanted if self.compiled else min(wanted, len(plan))
         return self.size
 
-    def steady(self, batch: int, plan: tiles.TilePlan) -> int:
-        """An automatic batch; where it is compiled, that of the first volume of this process with such tiles."""
-        return _sizes.setdefault((self.device, self.dtype, plan.patch), batch) if self.compiled else batch
+    def settle(self, batch: int, plan: tiles.TilePlan) -> None:
+        """Ask for the batch that was found to fit; an automatic one where passes are compiled is that of the first
+        volume of this process with such tiles."""
+        if self.compiled and self.batch == "auto":
+            batch = _sizes.setdefault((self.device, self.dtype, plan.patch), batch)
+        self.batch = batch
 
     def _wanted(self, batch: str | int, plan: tiles.TilePlan) -> int:
         if isinstance(check_batch(batch), int):

@@ -19,6 +19,7 @@ from fastsrgan.core.system import pick_device
 from fastsrgan.errors import UsageError
 from fastsrgan.infer.values import (
     AUTO,
+    EVEN,
     NONE,
     OFF,
     WINDOWS,
@@ -165,7 +166,7 @@ class InferSettings:
         parse=size, nargs="+", metavar="MM", check=millimetres)
     geometry: str = option("physical", "exact (physical), or the original's", parse=str, choices=CHOICES["geometry"],
         reported=True)
-    window: str = option("constant", "weights inside a tile (constant)", parse=str, choices=WINDOWS, reported=True)
+    window: str = option(EVEN, "weights inside a tile (constant)", parse=str, choices=WINDOWS, reported=True)
     batch: str | int = option("auto", "tiles per forward pass (auto)", parse=batch_size, check=check_batch,
         decides=False)
     precision: str = option("auto", "arithmetic of the network; auto: fp16 on CUDA, fp32 on a CPU (auto)", parse=str,

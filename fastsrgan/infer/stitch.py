@@ -27,6 +27,7 @@ from fastsrgan.core.kernels import Argument, launch, op, reference_only, runs_ke
 from fastsrgan.infer.planes import shift_
 from fastsrgan.infer.tiles import TilePlan, divide_planes, raw_weights, weights, window_sums
 from fastsrgan.infer.tiles import plan as make_plan
+from fastsrgan.infer.values import EVEN
 
 FLAT = 64  # tiles over one voxel, up to which a flat sum stays at rounding
 
@@ -93,10 +94,10 @@ class Axis:
                 torch.mul(more, self.factors[i].narrow(self.dim, seen, left), out=new)
 
 
-def axes_of(plan: TilePlan, window: str, raw: bool, device: torch.device) -> tuple[Axis, ...]:
+def axes_of(plan: TilePlan, raw: bool, device: torch.device) -> tuple[Axis, ...]:
     """x, y, z with the factors of their tiles."""
-    result, once = [], raw_weights(plan, window)
-    divided = weights(plan, window) if any(w is not None for w in once) and not raw else None
+    result, once = [], raw_weights(plan)
+    divided = weights(plan) if any(w is not None for w in once) and not raw else None
     for axis, (size, origins, w) in enumerate(zip(plan.padded_shape, plan.origins, once, strict=True)):
         place, factors = [1, 1, 1, 1], None
         place[1 + axis] = -1
@@ -107,11 +108,11 @@ def axes_of(plan: TilePlan, window: str, raw: bool, device: torch.device) -> tup
     return tuple(result)
 
 
-def kind_of(plan: TilePlan, window: str, device: torch.device) -> type[Adder]:
+def kind_of(plan: TilePlan, device: torch.device) -> type[Adder]:
     """What adds the tiles of a plan on a device."""
     if runs_kernels(device):
         return Kernel
-    if window != "constant" or len(plan) == 1 or reference_only():
+    if plan.window != EVEN or len(plan) == 1 or reference_only():
         return Nested
     along_x, *in_plane = (float(s.max()) for s in window_sums(plan))
     if math.prod(in_plane) > FLAT:
@@ -260,7 +261,6 @@ class Stitcher:
     ----------
     plan : of the tiles
     channels : of each tile
-    window : name in ``WINDOWS``
     device : where tiles arrive and sums are kept
     finished : called with planes as soon as they are final, in ascending order; it may change them in place
     rolling : keep no more than the planes of one slab; ``finished`` alone sees the result
@@ -277,7 +277,6 @@ class Stitcher:
         self,
         plan: TilePlan,
         channels: int,
-        window: str = "constant",
         device: torch.device | str = "cpu",
         *,
         finished: Finished | None = None,
@@ -288,13 +287,13 @@ class Stitcher:
         self.plan, self.channels, self.device = plan, channels, torch.device(device)
         self.finished, self.rolling, self.onto, self.first = finished, rolling, onto, first
         self.done = first * plan.grid[1] * plan.grid[2]
-        self.axes = axes_of(plan, window, onto is not None, self.device)
+        self.axes = axes_of(plan, onto is not None, self.device)
         self.sums: tuple[Tensor, ...] | None = None
-        if window == "constant" and onto is None and len(plan) > 1:
-            along_x, *in_plane = window_sums(plan, window)
+        if plan.window == EVEN and onto is None and len(plan) > 1:
+            along_x, *in_plane = window_sums(plan)
             self.sums = (along_x, *(s.to(self.device) for s in in_plane))  # the first is looked at by the host
         # Allocated here and not on first use: who makes a Stitcher finds out whether the device has room for it.
-        self.adder: Adder = kind_of(plan, window, self.device)(self)
+        self.adder: Adder = kind_of(plan, self.device)(self)
         self.memory = onto
         if onto is None and self.adder.needs_memory:
             planes = plan.patch[0] if rolling else plan.padded_shape[0]
@@ -363,9 +362,9 @@ def _add_by_kernel(stitcher: Stitcher, tiles_NCXYZ: Tensor) -> Any:
 
 
 def _example(seed: int, device: torch.device) -> tuple[Stitcher, Tensor]:
-    plan = make_plan((21, 19, 30), (12, 8, 16), (5, 3, 7))
+    plan = make_plan((21, 19, 30), (12, 8, 16), (5, 3, 7), window="gaussian")
     some = torch.randn(len(plan), 3, *plan.patch, generator=torch.Generator().manual_seed(seed))
-    stitcher = Stitcher(plan, 3, "gaussian", device)
+    stitcher = Stitcher(plan, 3, device)
     for memory in (stitcher.memory, *stitcher.adder.own.values()):
         if memory is not None:
             memory.fill_(torch.nan)
@@ -384,13 +383,11 @@ def _add(stitcher: Stitcher, tiles_NCXYZ: Tensor) -> Tensor | None:
     return stitcher.take(tiles_NCXYZ)
 
 
-def memory_of(
-    plan: TilePlan, channels: int, window: str, device: torch.device | str, rolling: bool, onto: bool = False
-) -> int:
+def memory_of(plan: TilePlan, channels: int, device: torch.device | str, rolling: bool, onto: bool = False) -> int:
     """Bytes that a ``Stitcher`` takes; with ``onto`` those of two such sums besides its own rows and slabs."""
     (px, py, pz), (size_x, size_y, size_z) = plan.patch, plan.padded_shape
     whole = channels * (px if rolling else size_x) * size_y * size_z * (2 if onto else 1)
-    kind = kind_of(plan, window, torch.device(device))
+    kind = kind_of(plan, torch.device(device))
     if issubclass(kind, Flat):
         return 4 * (whole + (channels * px * size_y * size_z if kind is FlatSlabs else 0))
     row = channels * px * py * size_z if pz < size_z and (py < size_y or px < size_x) else 0
@@ -398,8 +395,8 @@ def memory_of(
     return 4 * (whole + 2 * row + slab)
 
 
-def overlap_add(tiles_NCXYZ: Tensor, plan: TilePlan, window: str = "constant") -> Tensor:
+def overlap_add(tiles_NCXYZ: Tensor, plan: TilePlan) -> Tensor:
     """All tiles of a plan at once: (N, C, *patch) -> (C, *padded_shape) float32, the windowed mean of what overlaps."""
-    stitcher = Stitcher(plan, tiles_NCXYZ.shape[1], window, tiles_NCXYZ.device)
+    stitcher = Stitcher(plan, tiles_NCXYZ.shape[1], tiles_NCXYZ.device)
     stitcher.add(tiles_NCXYZ)
     return stitcher.result()

@@ -23,7 +23,6 @@ from fastsrgan.errors import ResourceError, out_of_memory
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Held, Sink, Source, Whole
-from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.stitch import Stitcher
 from fastsrgan.infer.tiles import Region
 
@@ -202,14 +201,11 @@ def _is_constant(volume_XYZ: Tensor, part: tiles.TilePlan, n: int) -> bool:
 
 # --- one volume -----------------------------------------------------------------------------------------------------
 
-DEFAULTS = InferSettings()
-
 
 def predict(
     volume_XYZ: Tensor,
     plan: tiles.TilePlan,
     network: TileNetwork,
-    settings: InferSettings = DEFAULTS,
     *,
     region: Region | None = None,
     progress: Progress = QUIET,
@@ -220,7 +216,6 @@ def predict(
     Parameters
     ----------
     volume_XYZ : (X, Y, Z) float32 on the CPU, of the plan's shape
-    settings : of which the window and the batch count here
     region : where results are wanted; elsewhere channel 0 is the volume and the others are 0
 
     Returns
@@ -240,14 +235,14 @@ def predict(
         out[0][:, first : first + planes.shape[1]] = planes
 
     if network.device.type != "cpu":
-        facts = stream(Whole(volume_XYZ), plan, network, keep, settings, region=region, progress=progress, label=label)
+        facts = stream(Whole(volume_XYZ), plan, network, keep, region=region, progress=progress, label=label)
         return out[0], facts
-    network.choose_batch(settings.batch, plan)
+    network.choose_batch(network.batch, plan)
     sweep = Sweep(Whole(volume_XYZ), plan, network, region=region, progress=progress)
     made: list[Stitcher] = []
 
     def stitcher(channels: int) -> Stitcher:
-        made.append(Stitcher(plan, channels, settings.window, finished=finisher(sweep, lambda first, planes: None)))
+        made.append(Stitcher(plan, channels, finished=finisher(sweep, lambda first, planes: None)))
         return made[0]
 
     with sweep.timed(label):
@@ -260,7 +255,6 @@ def stream(
     plan: tiles.TilePlan,
     network: TileNetwork,
     sink: Sink,
-    settings: InferSettings = DEFAULTS,
     *,
     region: Region | None = None,
     done: int = 0,
@@ -271,7 +265,7 @@ def stream(
 
     done : planes that the sink has from a run before this one, with the same batch
     """
-    network.choose_batch(settings.batch, plan)
+    network.choose_batch(network.batch, plan)
     sweep = Sweep(source, plan, network, region=region, progress=progress)
     written = [done]
 
@@ -287,7 +281,7 @@ def stream(
 
             def stitcher(channels: int, place: torch.device = place, first: int = first) -> Stitcher:
                 finished = finisher(sweep, write)
-                return Stitcher(plan, channels, settings.window, place, finished=finished, rolling=True, first=first)
+                return Stitcher(plan, channels, place, finished=finished, rolling=True, first=first)
 
             try:
                 sweep.run(stitcher, first)

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastsrgan.config import MIN_SIZE, SIZE_MULTIPLE
 from fastsrgan.core.kernels import Argument, launch, op, reference_only, runs_kernels, scalar
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.infer.values import WINDOWS, PerAxis, check_tile, per_axis
+from fastsrgan.infer.values import EVEN, WINDOWS, PerAxis, check_tile, per_axis
 from fastsrgan.volume.head import tissue_box, tissue_level
 
 PADDINGS = ("shift", "original")
@@ -42,6 +42,7 @@ class TilePlan:
     patch : edge lengths of every tile
     origins : three ascending lists, tile origins along each axis
     mirror : padding repeats the volume mirrored at its faces; else it is zero
+    window : weight of a tile's voxels where tiles overlap, a name in ``WINDOWS``
     """
 
     shape: Triple
@@ -50,6 +51,7 @@ class TilePlan:
     patch: Triple
     origins: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     mirror: bool = True
+    window: str = EVEN
 
     @property
     def grid(self) -> Triple:
@@ -88,6 +90,7 @@ def plan(
     *,
     padding: str = "shift",
     multiple: int = SIZE_MULTIPLE,
+    window: str = EVEN,
 ) -> TilePlan:
     """The tiles that cover a volume.
 
@@ -104,6 +107,7 @@ def plan(
         already is one, as in the original. An axis that this leaves shorter than the patch, where the original
         fails, is padded to the patch.
     multiple : a multiple of 4; a larger one gives volumes of many sizes tiles of few sizes
+    window : of the tiles
 
     Raises
     ------
@@ -120,7 +124,7 @@ def plan(
         check_tile(p, s)
         axes.append(along(n, p, s))
     before, padded, sizes, origins = zip(*axes, strict=True)
-    return TilePlan(shape, padded, before, sizes, origins, mirror=padding == "shift")  # type: ignore[arg-type]
+    return TilePlan(shape, padded, before, sizes, origins, padding == "shift", window)  # type: ignore[arg-type]
 
 
 def pad(volume_XYZ: Tensor, plan: TilePlan) -> Tensor:
@@ -235,14 +239,14 @@ def window_of(name: str, n: int) -> np.ndarray:
     return np.array([max(WINDOWS[name]((2 * i + 1 - n) / n), FLOOR) for i in range(n)])
 
 
-def weights(plan: TilePlan, window: str = "constant") -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+def weights(plan: TilePlan) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
     """The pre-divided 1-D windows of a plan: for each axis one (patch,) float32 array per tile along it.
 
     At every voxel of the padded axis the float32 sum, in tile order, of the weights that cover it is exactly 1.
     Raises UsageError for an unknown window.
     """
     x, y, z = (
-        _axis_weights(n, p, origins, window_of(window, p))
+        _axis_weights(n, p, origins, window_of(plan.window, p))
         for n, p, origins in zip(plan.padded_shape, plan.patch, plan.origins, strict=True)
     )
     return x, y, z
@@ -264,21 +268,21 @@ def _axis_weights(n: int, patch: int, origins: tuple[int, ...], window: np.ndarr
     return result
 
 
-def raw_weights(plan: TilePlan, window: str = "constant") -> tuple[np.ndarray | None, ...]:
+def raw_weights(plan: TilePlan) -> tuple[np.ndarray | None, ...]:
     """What every tile is multiplied with along x, y and z where the sum is divided at the end: (patch,) float64.
 
     None stands for ones: the constant window, and an axis that a single tile fills.
     """
     return tuple(
-        None if window == "constant" or p == n else window_of(window, p)
+        None if plan.window == EVEN or p == n else window_of(plan.window, p)
         for p, n in zip(plan.patch, plan.padded_shape, strict=True)
     )
 
 
-def window_sums(plan: TilePlan, window: str = "constant") -> tuple[Tensor, Tensor, Tensor]:
+def window_sums(plan: TilePlan) -> tuple[Tensor, Tensor, Tensor]:
     """``raw_weights`` summed over the tiles of each axis, (X,), (Y,) and (Z,) float32; of a voxel, their product."""
     sums = []
-    for n, p, origins, w in zip(plan.padded_shape, plan.patch, plan.origins, raw_weights(plan, window), strict=True):
+    for n, p, origins, w in zip(plan.padded_shape, plan.patch, plan.origins, raw_weights(plan), strict=True):
         total = np.zeros(n)
         for o in origins:
             total[o : o + p] += 1 if w is None else w

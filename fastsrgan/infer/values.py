@@ -131,7 +131,8 @@ def hann(u: float) -> float:
 
 # A window maps the distance of a voxel from its tile's centre, in halves of the tile's edge and along one axis, to its
 # weight, at most 1 and the same on both sides. Another one is another entry here.
-WINDOWS: dict[str, Callable[[float], float]] = {"constant": constant, "gaussian": gaussian, "hann": hann}
+EVEN = "constant"  # every voxel of a tile alike
+WINDOWS: dict[str, Callable[[float], float]] = {EVEN: constant, "gaussian": gaussian, "hann": hann}
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

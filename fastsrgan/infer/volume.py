@@ -140,7 +140,8 @@ def process(
     region, what_region = find_region(settings.mask, data, image)
     image = replace(image, region=region)
     agreeing = modes.wanted(image, data.shape, settings, interpolate is not None)
-    network = _network(generator, settings, image)
+    doubted = agreeing is not None and agreeing.doubt
+    network = _network(generator, settings, image, doubted)
     if settings.in_levels and together:
         raise UsageError("budget", "ranks that share a volume would end at different steps", "a fixed --step")
     levels = _levels(image, settings, network.multiple)
@@ -154,22 +155,21 @@ def process(
         if settings.precision_check:
             found = deviations(image.source, plan, network.generator, image.slice_mm, where, settings.precision)
             checked = {"precision_check": found}
-        steady = network.steady(memory.batch, plan) if settings.batch == "auto" else memory.batch
-        run = replace(settings, batch=steady)
+        network.settle(memory.batch, plan)
         key = _fingerprint(data, plan, image, network, settings, choices.key()) if memory.mode == SLABS else ""
         if settings.in_levels:
-            sr, prob, facts = by_levels(image, levels, network, run, progress, label)
+            sr, prob, facts = by_levels(image, levels, network, settings.budget, progress, label)
             plan = levels[len(facts["levels"]) - 1].plan
         elif together:
             assert scratch is not None
-            sr, prob, facts = by_ranks(image, plan, network, run, Path(scratch), key, together, progress, label)
+            sr, prob, facts = by_ranks(image, plan, network, Path(scratch), key, together, progress, label)
         elif memory.mode == SLABS:
             assert scratch is not None
-            sr, prob, facts = by_slabs(image, plan, network, run, Path(scratch), key, progress, label)
+            sr, prob, facts = by_slabs(image, plan, network, Path(scratch), key, progress, label)
         else:
-            sr, prob, facts = in_memory(image, plan, network, run, progress, label)
+            sr, prob, facts = in_memory(image, plan, network, progress, label)
     odd = check_result((sr, prob), data, settings.precision, label)
-    told, left = _finished((sr, prob), data, image, agreeing, settings, together, label)
+    told, left = _finished((sr, prob), data, image, agreeing, together, label)
     odd += told.pop("warnings", [])
     averaged = network.generator
     report = {
@@ -191,8 +191,7 @@ def process(
         "seconds": time.perf_counter() - began,
         "warnings": coarser(image.spacing, image.wanted) + odd,
     }
-    doubt = prob[-1] if settings.uncertainty else None
-    prob = prob[:-1] if settings.uncertainty else prob
+    doubt, prob = (prob[-1], prob[:-1]) if doubted else (None, prob)
     return InferResult(sr, prob, _new_affine(affine, data.shape, sr.shape, image), report, left, doubt)
 
 
@@ -201,7 +200,6 @@ def _finished(
     data: np.ndarray,
     image: Prepared,
     agreeing: modes.Wanted | None,
-    settings: InferSettings,
     together: Together | None,
     label: str,
 ) -> tuple[dict[str, Any], np.ndarray | None]:
@@ -209,7 +207,7 @@ def _finished(
     told: dict[str, Any] = {"agree": None}
     left: np.ndarray | None = None
     if agreeing and not (together and together.ranks.rank):
-        told, left = modes.finish(*done, data, image, agreeing, settings, label)
+        told, left = modes.finish(*done, data, image, agreeing, label)
     if together:
         together.vote()
         told = together.ranks.gather(told)[0]
@@ -248,15 +246,17 @@ def _shifted(generator: nn.Module | Sequence[nn.Module], geometry: str) -> bool:
     return found == {True} and geometry == "physical"
 
 
-def _network(generator: nn.Module | Sequence[nn.Module], settings: InferSettings, image: Prepared) -> TileNetwork:
-    """The generator, or the average that was asked for, on its device."""
+def _network(
+    generator: nn.Module | Sequence[nn.Module], settings: InferSettings, image: Prepared, spread: bool
+) -> TileNetwork:
+    """The generator, or the average that was asked for, on its device; ``spread`` : with that of its passes."""
     generators = [generator] if isinstance(generator, nn.Module) else list(generator)
     if not generators:
         raise UsageError("generator", "none given", "one network, or several to be averaged")
     axes = [image.turn.axes.index(axis) for axis in flip_axes(settings.flips)]
     device = torch.device(settings.device)
-    one = average(generators, axes, image.slice_mm, device, settings.compile, settings.uncertainty)
-    return TileNetwork(one, image.slice_mm, device, settings.precision, settings.compile)
+    one = average(generators, axes, image.slice_mm, device, settings.compile, spread)
+    return TileNetwork(one, image.slice_mm, device, settings.precision, settings.compile, settings.batch)
 
 
 def _memory(
@@ -274,14 +274,13 @@ def _memory(
     parts = members(network.generator)
     largest = max(parts, key=lambda member: sum(p.numel() for p in member.parameters()))
     counted = TileNetwork(largest, image.slice_mm, network.device, settings.precision)
-    batch = settings.batch
+    batch = network.batch
     if together and batch == "auto":
         # A group of slabs is the least that a rank can do: here it is to be one slab.
         batch = min(counted.choose_batch(batch, plan), max(1, plan.grid[1] * plan.grid[2] // GROUP_BATCHES))
     job = TilingJob(
         plan,
-        (counted.channels or 2) + settings.uncertainty,
-        settings.window,
+        (counted.channels or 2) + bool(agreeing and agreeing.doubt),
         image.source.held_bytes if isinstance(image.source, Interpolated) else 0,
         settings.in_levels,
         can_stream,
@@ -300,13 +299,14 @@ def _levels(image: Prepared, settings: InferSettings, multiple: int) -> list[any
     shape = image.source.shape
     patch, step = _turned(settings.patch, image.turn), _turned(settings.step, image.turn)
     original = image.geometry == "segsrgan"
+    more: dict[str, Any] = {"multiple": multiple, "window": settings.window}
     if not settings.in_levels:
         assert not isinstance(step, str)
         padding = "original" if original else "shift"
-        return [anytime.Level((), tiles.plan(shape, patch, step, padding=padding, multiple=multiple))]
+        return [anytime.Level((), tiles.plan(shape, patch, step, padding=padding, **more))]
     if original:
         raise UsageError("budget", "the segsrgan geometry pads differently for every step", "--geometry physical")
-    return anytime.levels(shape, patch, step, multiple)
+    return anytime.levels(shape, patch, step, **more)
 
 
 def _new_affine(affine: np.ndarray, old: tuple[int, ...], new: tuple[int, ...], image: Prepared) -> np.ndarray:

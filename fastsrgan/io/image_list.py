@@ -23,10 +23,14 @@ BESIDE = (".json", ".tsv", ".png", ".html", ".csv")  # what lies beside images a
 
 @dataclass(frozen=True)
 class Image:
-    """An image, and the name of its results below the output folder: its own, or sub/folder/name out of a folder."""
+    """An image, and the name of its results below the output folder: its own, or sub/folder/name out of a folder.
+
+    series : of a DICOM folder, the one that is meant
+    """
 
     path: Path
     name: str
+    series: str | None = None
 
 
 def find_images(inputs: Sequence[str | os.PathLike], out: str | os.PathLike, series: str | None = None) -> list[Image]:
@@ -41,7 +45,7 @@ def find_images(inputs: Sequence[str | os.PathLike], out: str | os.PathLike, ser
     for item in map(Path, inputs):
         for path in table.read_list(item) if item.suffix.lower() in LISTS else [item]:
             inside = _inside(path, Path(out)) if series is None and os.path.isdir(path) else []
-            found += inside or [Image(path, any_image.stem(path, series))]
+            found += inside or [Image(path, any_image.stem(path, series), series)]
     if not found:
         raise UsageError(
             "input", "no image given", "name image files, folders of them, DICOM folders, or lists of these"

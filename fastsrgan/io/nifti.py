@@ -64,9 +64,7 @@ def load(path: PathLike, *, volume: int | None = None, max_voxels: int = MAX_VOX
     return _volume(file, index, data, tally, 1.0, 0.0)
 
 
-def load_stored(
-    path: PathLike, *, volume: int | None = None, max_voxels: int = MAX_VOXELS
-) -> tuple[np.ndarray, float, float, Volume]:
+def load_stored(path: PathLike) -> tuple[np.ndarray, float, float, Volume]:
     """Read an image without widening integers, for the store.
 
     Returns
@@ -77,8 +75,8 @@ def load_stored(
 
     Raises as `load`.
     """
-    file = examine(path, max_voxels)
-    index = file.pick(volume)
+    file = examine(path, MAX_VOXELS)
+    index = file.pick(None)
     integer = file.dtype.kind in "iu"
     data = _allocate(file, file.dtype.newbyteorder("=") if integer else np.float32)
     tally = _VoxelTally()
@@ -102,9 +100,6 @@ def load_label(
     path: PathLike,
     like: Volume | None = None,
     *,
-    volume: int | None = None,
-    max_voxels: int = MAX_VOXELS,
-    values: Collection[int] | None = None,
     largest: int = 255,
     classes: Collection[int] | None = None,
 ) -> Volume:
@@ -114,7 +109,6 @@ def load_label(
     ----------
     like : the image it belongs to. A label on the same grid in another axis order or direction is reoriented exactly
         (with a warning); one that lies elsewhere by more than headers are rounded (`placement`) is refused.
-    values : the values allowed; default any
     largest : at most 65535
     classes : the values that are the structure, of a map whose numbers may be of any size: 1 there, 0 elsewhere
 
@@ -124,10 +118,10 @@ def load_label(
 
     Raises
     ------
-    InputError : as `load`; a fraction, NaN, a value out of range or not allowed; another grid
+    InputError : as `load`; a fraction, NaN, a value out of range; another grid
     """
-    file = examine(path, max_voxels)
-    index = file.pick(volume)
+    file = examine(path, MAX_VOXELS)
+    index = file.pick(None)
     said = file.meta["orientation"]
     placed = None if like is None else orientation_onto(file.shape, file.affine, like, file.path, "label", said)
     data = _allocate(file, np.uint8 if largest <= 255 or classes is not None else np.uint16)
@@ -136,9 +130,6 @@ def load_label(
         part[...] = _label_values(file, chunk, largest, classes)
         counts += np.bincount(part, minlength=largest + 1)
     present = np.flatnonzero(counts).tolist()
-    if values is not None and not set(present) <= set(values):
-        stray = sorted(set(present) - set(values))
-        raise InputError(path, f"holds the label values {stray}", f"allowed are {sorted(values)}")
     if present == [0] and classes is not None:
         file.warnings.append(f"the label holds none of the values {', '.join(map(str, sorted(classes)))}: it is empty")
     elif present == [0]:
@@ -158,7 +149,6 @@ def save(
     *,
     dtype=None,
     overwrite: bool = False,
-    units: str = "mm",
     description: str = "fastsrgan",
     code: int = 1,
     scaling: tuple[float, float] = (1.0, 0.0),
@@ -170,10 +160,9 @@ def save(
     ----------
     path : ends in .nii or .nii.gz
     data : (X, Y, Z), or (X, Y, Z, volumes)
-    affine_44 : voxel index -> world, in ``units``; becomes sform and, unless it is sheared, qform
+    affine_44 : voxel index -> world in mm; becomes sform and, unless it is sheared, qform
     dtype : stored type, default the array's own. Integers are rounded to the nearest and clipped to their range.
     overwrite : replace an existing file
-    units : "mm", "meter" or "micron"
     code : what the world is (NIfTI xform code): 1 scanner, 2 aligned, 3 Talairach, 4 MNI, 5 template
     scaling : slope and intercept of the header; what is stored is (data - intercept) / slope
     intent : name of the structure of a segmentation, which gives the image the intent of labels; 15 characters fit
@@ -191,7 +180,7 @@ def save(
     if affine.shape != (4, 4) or not invertible(affine):
         raise ValueError(f"{affine.tolist()} is no affine")
     stored = _storable(np.dtype(data.dtype if dtype is None else dtype))
-    header = _header(data.shape, affine, stored, units, description, code)
+    header = _header(data.shape, affine, stored, description, code)
     if intent:
         header["intent_code"], header["intent_name"] = LABEL_INTENT, intent.encode("ascii", "replace")[:15]
     if scaling != (1, 0):
@@ -343,12 +332,12 @@ def _storable(dtype: np.dtype) -> np.dtype:
     return np.dtype({"b1": "<u1", "f2": "<f4"}.get(dtype.str[1:], dtype.newbyteorder("<")))
 
 
-def _header(shape, affine: np.ndarray, stored: np.dtype, units: str, description: str, code: int) -> nib.Nifti1Header:
+def _header(shape, affine: np.ndarray, stored: np.dtype, description: str, code: int) -> nib.Nifti1Header:
     header = nib.Nifti2Header(endianness="<") if max(shape) > 32767 else nib.Nifti1Header(endianness="<")
     header.set_data_dtype(stored)
     header.set_data_shape(shape)
     header.set_zooms((*spacing_of(affine), *(1.0,) * (len(shape) - 3)))
-    header.set_xyzt_units(units)
+    header.set_xyzt_units("mm")
     header.set_sform(affine, code)
     # A qform cannot hold a shear: without its code readers do not meet two different answers.
     header.set_qform(affine, 0 if shear_of(affine) > SHEAR_TOLERANCE else code, strip_shears=True)

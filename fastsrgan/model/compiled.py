@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsrgan.config import TrainConfig
 from fastsrgan.errors import FastsrganError, ResourceError, out_of_memory
 
 log = logging.getLogger("fastsrgan")
@@ -32,19 +31,6 @@ _LAZY = "force_non_lazy_backward_lowering"  # compiles a backward pass with its 
 def turned_on(setting: str, device: torch.device) -> bool:
     """Whether a ``compile`` setting asks for it on a device: "auto" is CUDA."""
     return setting == "on" or (setting == "auto" and device.type == "cuda")
-
-
-def wanted(config: TrainConfig, device: torch.device) -> bool:
-    """Whether the parts of a training step are compiled on this device.
-
-    Double backward cannot be compiled: with ``penalty: autograd`` "auto" is off. Raises ResourceError when "on" was
-    asked for where it cannot be.
-    """
-    if config.penalty == "autograd":
-        if config.compile == "on":
-            raise ResourceError("--compile", "double backward cannot be compiled", "--penalty manual, or --compile off")
-        return False
-    return turned_on(config.compile, device)
 
 
 class CompiledJob:
@@ -68,24 +54,6 @@ class CompiledJob:
         return True
 
 
-def compiled(
-    function: Callable,
-    config: TrainConfig,
-    device: torch.device,
-    backend: Any = "inductor",
-    job: CompiledJob | None = None,
-) -> Callable:
-    """``function``, compiled whole where ``wanted``; on CUDA as a graph that one launch replays.
-
-    A graph's outputs are overwritten by its next replay, so gradients of micro-batches that add up go without.
-    With "auto", a compiler that fails is named in the log and the function runs as it is; with "on" the error is a
-    ResourceError.
-    """
-    if not wanted(config, device):
-        return function
-    return whole(function, device, config.compile == "on", backend, config.accumulate == 1, job)
-
-
 def whole(
     function: Callable,
     device: torch.device,
@@ -94,7 +62,8 @@ def whole(
     graphs: bool = True,
     job: CompiledJob | None = None,
 ) -> Callable:
-    """``function`` compiled for the shapes it is called with, without graph breaks; ``graphs``: by CUDA graphs.
+    """``function`` compiled for the shapes it is called with, without graph breaks; on CUDA as a graph that one launch
+    replays (``graphs``), whose outputs its next replay overwrites.
 
     strict : an error of the compiler is a ResourceError, else the function runs as it is and the log says so
     job : what its compilations are counted with; None: it has ``MOST`` of its own

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from fastsrgan.config import CHOICES
+from fastsrgan.config import CHOICES, check_resolutions
 from fastsrgan.core.draws import rng
 from fastsrgan.core.threads import each_piece
 from fastsrgan.errors import InputError, UsageError
@@ -72,10 +72,8 @@ class Degradation:
     def __post_init__(self) -> None:
         check_geometry(self.geometry)
         check_interp(self.interp, self.interpolation_type, self.geometry)
-        if len(self.low_res) not in (1, 2) or any(len(t) != 3 or min(t) <= 0 for t in self.low_res):
-            raise UsageError(
-                "new_low_res", f"{self.low_res} is not allowed", "one or two triples of positive millimetres"
-            )
+        if hint := check_resolutions(self.low_res):
+            raise UsageError("new_low_res", f"{self.low_res} is not allowed", hint)
         if not 0 <= self.contrast < 1 or not 0 <= (self.noise_from or 0) <= self.noise < 1:
             raise UsageError("degradation", f"contrast {self.contrast}, noise {self.noise}", "both in [0, 1)")
         for name in ("profile", "gap"):

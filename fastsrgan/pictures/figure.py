@@ -43,23 +43,8 @@ FONT = "DejaVu Sans"  # comes with matplotlib: the picture looks the same everyw
 LEGEND = 370  # its width
 LETTER = 0.57  # mean width of a letter over its size
 PAGE_MARGIN, GAP, GUTTER, TITLE, HEADER, FOOTER = 30, 12, 46, 74, 138, 64
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of the page, its texts, the two outlines and the frame of the detail."""
-
-    page: str
-    text: str
-    faint: str
-    accent: str
-    seg: str = "#22d3ee"
-    truth: str = "#fbbf24"
-    frame: str = "#f4f4f5"
-
-
-DARK = Theme(page="#000000", text="#f4f4f5", faint="#a8a8b0", accent="#22d3ee")
-LIGHT = Theme(page="#ffffff", text="#18181b", faint="#52525b", accent="#0e7490")
+# Colours of the page, its texts, the two outlines (what is pointed at has the segmentation's), the detail's frame.
+PAGE, TEXT, FAINT, SEG, TRUTH, FRAME = "#000000", "#f4f4f5", "#a8a8b0", "#22d3ee", "#fbbf24", "#f4f4f5"
 
 
 @dataclass(frozen=True)
@@ -176,7 +161,6 @@ def _drawn(
     footer: str = "",
     at_mm: Sequence[float] | None = None,
     convention: str = "radiological",
-    theme: Theme = DARK,
     width_px: int = 2000,
 ) -> _Page:
     if convention not in CONVENTIONS:
@@ -195,7 +179,7 @@ def _drawn(
     if changed is not None:
         source = max(rows, key=lambda cut: change_in(parts[cut.name], changed, inside))
     zoomed = parts[source.name]
-    page = _Page([*rows, zoomed], widest, len(columns), bool(title), theme, convention == "radiological", width_px)
+    page = _Page([*rows, zoomed], widest, len(columns), bool(title), convention == "radiological", width_px)
     page.texts(columns, title, footer, masks)
     for i, column in enumerate(columns):
         for j, cut in enumerate(page.rows):
@@ -212,7 +196,7 @@ def _drawn(
                 interpolation=smooth,
             )
             if column.outlines:
-                _outline(axes, cut, masks, theme, page.px(2.4 if cut is zoomed else 1.3))
+                _outline(axes, cut, masks, page.px(2.4 if cut is zoomed else 1.3))
             if cut is source:
                 page.frame(axes, zoomed)
             if thick is not None and column.nearest and column.volume is scan:
@@ -225,14 +209,14 @@ class _Page:
     """Where everything is on the picture; lengths in pixels, from its top left corner."""
 
     def __init__(
-        self, rows: list[Cut], widest_mm: float, columns: int, titled: bool, theme: Theme, mirrored: bool, width_px: int
+        self, rows: list[Cut], widest_mm: float, columns: int, titled: bool, mirrored: bool, width_px: int
     ) -> None:
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ResourceError("picture", "matplotlib is not installed", "pip install matplotlib") from error
-        self.rows, self.theme, self.mirrored, self.width, self.unit = rows, theme, mirrored, width_px, width_px / 2000
+        self.rows, self.mirrored, self.width, self.unit = rows, mirrored, width_px, width_px / 2000
         room = width_px - self.px(2 * PAGE_MARGIN + GUTTER + (columns - 1) * GAP)
         self.column = room / columns
         self.scale = self.column / widest_mm  # pixels per mm
@@ -240,7 +224,7 @@ class _Page:
         self.top = self.px(HEADER + PAGE_MARGIN + (TITLE if titled else 0))
         self.heights = [cut.size[1] * (self.zoom if cut is rows[-1] else self.scale) for cut in rows]
         self.height = self.top + sum(self.heights) + self.px((len(rows) - 1) * GAP + FOOTER + PAGE_MARGIN)
-        self.figure = Figure(figsize=(width_px / 100, self.height / 100), dpi=100, facecolor=theme.page)
+        self.figure = Figure(figsize=(width_px / 100, self.height / 100), dpi=100, facecolor=PAGE)
         FigureCanvasAgg(self.figure)
 
     def px(self, length: float) -> float:
@@ -268,14 +252,14 @@ class _Page:
             ends = ENDS[cut.right][::-1] if mirrored else ENDS[cut.right]
             for x, text, side in ((0.05, ends[0], "left"), (0.95, ends[1], "right")):
                 place = {"transform": axes.transAxes, "ha": side, "va": "top"}
-                axes.text(x, 0.96, text, color=DARK.faint, **place, **self._font(24))
+                axes.text(x, 0.96, text, color=FAINT, **place, **self._font(24))
 
     def frame(self, axes, part: Cut) -> None:
         """Show where the detail is taken from."""
         from matplotlib.patches import Rectangle
 
         left, _, bottom, _ = part.extent
-        axes.add_patch(Rectangle((left, bottom), *part.size, fill=False, ec=self.theme.frame, lw=self.px(1.4) * 0.72))
+        axes.add_patch(Rectangle((left, bottom), *part.size, fill=False, ec=FRAME, lw=self.px(1.4) * 0.72))
 
     def slice(self, axes, cut: Cut, scan: Volume, through: int, thickness_mm: float) -> None:
         """A bar as long as one slice is thick, at its place near the edge of the plane, and the borders of the others.
@@ -298,7 +282,7 @@ class _Page:
             return
         chosen = len(borders) // 4
         pair = borders[chosen : chosen + 2]
-        for line, colour, place, width in ((borders, DARK.faint, 1.5, 1.2), (pair, MARK, 3, 5)):
+        for line, colour, place, width in ((borders, FAINT, 1.5, 1.2), (pair, MARK, 3, 5)):
             x = np.full(len(line), edge + place * inwards)
             points = (line, x) if across else (x, line)
             if line is pair:
@@ -317,21 +301,21 @@ class _Page:
 
     def texts(self, columns: Sequence[Column], title: str, footer: str, masks) -> None:
         """Title, captions of columns and rows, legend and footer."""
-        theme, x0 = self.theme, self.px(PAGE_MARGIN + GUTTER)
+        x0 = self.px(PAGE_MARGIN + GUTTER)
         if title:
-            self._text(x0, self.px(PAGE_MARGIN), title, 38, theme.text, va="top", weight="bold")
+            self._text(x0, self.px(PAGE_MARGIN), title, 38, TEXT, va="top", weight="bold")
         head = self.top - self.px(HEADER)
         caption = self._fitting(24, (line for c in columns for line in c.caption.splitlines()), self.column)
         for i, column in enumerate(columns):
             middle = self._left(i) + self.column / 2
-            colour = theme.accent if column.accent else theme.text
+            colour = SEG if column.accent else TEXT
             self._text(middle, head, column.title, 34, colour, ha="center", va="top", weight="bold")
             self._text(
                 middle,
                 head + self.px(52),
                 column.caption,
                 caption,
-                theme.faint,
+                FAINT,
                 ha="center",
                 va="top",
                 linespacing=1.35,
@@ -341,7 +325,7 @@ class _Page:
             name = f"detail × {self.zoom / self.scale:.0f}" if zoomed else cut.name
             middle = self._top(j) + self.heights[j] / 2
             x = self.px(PAGE_MARGIN + GUTTER * 0.35)
-            self._text(x, middle, name, 24, theme.faint, ha="center", va="center", rotation=90)
+            self._text(x, middle, name, 24, FAINT, ha="center", va="center", rotation=90)
         side = (
             "radiological: patient's left on the right" if self.mirrored else "neurological: patient's left on the left"
         )
@@ -349,7 +333,7 @@ class _Page:
         outlined = any(column.outlines for column in columns)
         below = f"{footer} · {side}" if footer else side
         room = self.width - x0 - self.px(PAGE_MARGIN + LEGEND * outlined)
-        self._text(x0, y, below, self._fitting(22, [below], room), theme.faint, va="bottom")
+        self._text(x0, y, below, self._fitting(22, [below], room), FAINT, va="bottom")
         if outlined:
             self._legend(y, masks)
 
@@ -361,7 +345,7 @@ class _Page:
     def _legend(self, y: float, masks) -> None:
         from matplotlib.lines import Line2D
 
-        entries = [("segmentation", self.theme.seg, masks[0]), ("truth", self.theme.truth, masks[1])]
+        entries = [("segmentation", SEG, masks[0]), ("truth", TRUTH, masks[1])]
         lines = [
             Line2D([], [], color=c, lw=self.px(5) * 0.72, label=name) for name, c, mask in entries if mask is not None
         ]
@@ -372,7 +356,7 @@ class _Page:
                 bbox_to_anchor=(1 - self.px(PAGE_MARGIN) / self.width, 1 - y / self.height),
                 ncols=2,
                 frameon=False,
-                labelcolor=self.theme.faint,
+                labelcolor=FAINT,
                 prop={"family": FONT, "size": self.px(22) * 0.72},
                 borderpad=0,
                 borderaxespad=0,
@@ -398,9 +382,9 @@ class _Page:
         self.figure.text(x / self.width, 1 - y / self.height, text, color=colour, **self._font(size), **options)
 
 
-def _outline(axes, cut: Cut, masks: tuple[Volume | None, Volume | None], theme: Theme, width_px: float) -> None:
+def _outline(axes, cut: Cut, masks: tuple[Volume | None, Volume | None], width_px: float) -> None:
     """The label below and the segmentation on top: where they agree only one line is seen."""
-    for mask, colour in ((masks[1], theme.truth), (masks[0], theme.seg)):
+    for mask, colour in ((masks[1], TRUTH), (masks[0], SEG)):
         if mask is None:
             continue
         # Rounds the corners of voxels; one voxel alone keeps its outline (its peak stays above 0.5).

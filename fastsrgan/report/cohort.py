@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import finite
-from fastsrgan.evaluate.figures import FIGURES, name_of
+from fastsrgan.evaluate.figures import ALONE, FIGURES, name_of
 from fastsrgan.evaluate.pair import summarise
 from fastsrgan.report import sections
 from fastsrgan.report import viewer as stage
@@ -90,8 +90,7 @@ def candidates(scored: Sequence[dict[str, Any]]) -> list[str]:
         keys = dict.fromkeys(k for s in scored for k in s.get("segmentation", {}) if k not in label)
         found += [pointer("scores", "segmentation", key) for key in keys if not key.endswith("_voxels")]
         found.append(pointer("scores", "gain", "segmentation", first[False][0]))
-    names = ("volume_ml", "components")
-    found += [pointer("measured", k) for k in names if pointer("scores", "segmentation", k) not in found]
+    found += [pointer("measured", k) for k in ALONE[:2] if pointer("scores", "segmentation", k) not in found]
     return [*found, pointer("record", "seconds")]
 
 
@@ -151,7 +150,7 @@ def measured_tiles(measured: dict[str, Any], path: str) -> list[Html]:
             el("b", number(measured[key], path + pointer(key))),
             el("small", "segmentation"),
         )
-        for key in ("volume_ml", "components", "largest_component")
+        for key in ALONE
         if key in measured
     ]
 

@@ -191,11 +191,11 @@ def _range(values: Sequence[float], marks: Sequence[float]) -> tuple[float, floa
     return low, high
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers inside [low, high], at most ``most`` and one; the number itself where the two are one."""
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers inside [low, high], at most six; the number itself where the two are one."""
     if not low < high:
         return [low]
-    size = 10 ** math.floor(math.log10((high - low) / most))
-    step = next(size * f for f in (1, 2, 2.5, 5, 10) if (high - low) / (size * f) <= most)
+    size = 10 ** math.floor(math.log10((high - low) / 5))
+    step = next(size * f for f in (1, 2, 2.5, 5, 10) if (high - low) / (size * f) <= 5)
     first = math.ceil(low / step - 1e-9)
     return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -20,8 +20,9 @@ from fastsrgan._version import __version__
 from fastsrgan.core.files import atomic_write, finite, short_names
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.evaluate import metrics
-from fastsrgan.evaluate.pair import evaluate_pair, onto_grid
+from fastsrgan.evaluate.figures import alone
+from fastsrgan.evaluate.grids import onto_grid
+from fastsrgan.evaluate.pair import evaluate_pair
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.output_place import PAGE, check_place
@@ -156,7 +157,7 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
     if result is not None:
         sr, others = stage.load_images(result, warnings)
         if "seg" in others:
-            measured = measure(others["seg"])
+            measured = alone(others["seg"])
         facts["results"].append(
             {
                 "stem": result.stem,
@@ -246,14 +247,6 @@ def assemble(
         data=join(data_block("facts", facts), Html(data)),
         scripts="\n".join(f"<script>{source}</script>" for source in scripts),
     )
-
-
-def measure(seg: Volume) -> dict[str, Any]:
-    """What a segmentation shows without a truth: components (26-connected), the largest, and the volume in mL."""
-    counted: dict[str, Any] = dict(metrics.components(seg.data))
-    spacing = seg.spacing
-    voxels = int(metrics.binary(seg.data).sum())
-    return counted | {"volume_ml": voxels * spacing[0] * spacing[1] * spacing[2] / 1000}
 
 
 @functools.cache

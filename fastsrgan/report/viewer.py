@@ -16,7 +16,7 @@ import numpy as np
 
 from fastsrgan.core.files import mapping
 from fastsrgan.errors import FastsrganError, InputError
-from fastsrgan.evaluate.pair import onto_grid
+from fastsrgan.evaluate.grids import onto_grid
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
 from fastsrgan.io.nifti_header import NotNifti

@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 
 from fastsrgan._version import __version__
-from fastsrgan.core.files import finite, mapping, parse_json, write_error
+from fastsrgan.core.files import LOCK, finite, mapping, parse_json, write_error
 from fastsrgan.errors import FastsrganError, InputError, ModelError, UsageError
 from fastsrgan.store.codec import CHUNK, encoded, group_bytes
 from fastsrgan.store.files import (
     FORMAT,
     LABELS,
-    LOCK,
     MANIFEST,
     NEEDS,
     SPLITS,

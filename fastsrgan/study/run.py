@@ -21,7 +21,7 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import Terminated
 from fastsrgan.core.system import provenance
 from fastsrgan.errors import UsageError, times
-from fastsrgan.evaluate.pair import definitions
+from fastsrgan.evaluate.figures import definitions
 from fastsrgan.infer.settings import InferSettings
 from fastsrgan.io.output_place import keep_inputs
 from fastsrgan.model import weights

@@ -8,7 +8,7 @@ import gc
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from fastsrgan.config import TrainConfig
 from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.core.system import free_memory, peak_memory
 from fastsrgan.data.pool import Batch
-from fastsrgan.errors import ModelError, ResourceError, human, out_of_memory
+from fastsrgan.data.subject import PatchRule
+from fastsrgan.errors import ModelError, ResourceError, UsageError, human, out_of_memory
 from fastsrgan.model import weights
-from fastsrgan.model.compiled import CompiledJob, compiled, proven, wanted
+from fastsrgan.model.compiled import CompiledJob, proven, turned_on, whole
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, assemble, build_generator, describe
 from fastsrgan.train import precision
 from fastsrgan.train.critic_step import critic_gradients, parameters, score
@@ -34,6 +35,22 @@ Terms = dict[str, Tensor]
 Data = tuple[Tensor, Tensor, Tensor, float, Tensor]  # real, fake, eps, weight of the penalty, resolution
 
 
+def generator_spec(config: TrainConfig, mask_classes: int = 0) -> GeneratorSpec:
+    """The generator that the settings ask for."""
+    return GeneratorSpec(
+        *(config.network, config.kernel_gen, config.residual, config.conditional, mask_classes, config.scaled),
+        shifted=config.physical,
+    )
+
+
+def settings_of(spec: GeneratorSpec | CriticSpec | None) -> dict[str, Any]:
+    """The settings that ask for a network which weights hold; none for no network."""
+    if not isinstance(spec, GeneratorSpec):
+        return {} if spec is None else {"kernel_dis": spec.kernel}
+    asked = {"network": spec.network, "kernel_gen": spec.kernel, "fit_mask": spec.mask_classes > 0}
+    return asked | {name: getattr(spec, name) for name in ("residual", "conditional", "scaled")}
+
+
 def differences(held: GeneratorSpec, wanted: GeneratorSpec) -> tuple[str, str]:
     """Reason and hint of an error about a generator that is not the one the settings ask for, setting by setting."""
     names = {"kernel": "kernel_gen", "mask_classes": "classes of the masks"}
@@ -42,6 +59,36 @@ def differences(held: GeneratorSpec, wanted: GeneratorSpec) -> tuple[str, str]:
     reason = f"its network has other settings: {', '.join(f'{name} {a}, not {b}' for name, a, b in told)}"
     hint = f"give the same {', '.join(name for name, *_ in told)}, or begin a run without these weights"
     return reason, hint
+
+
+def wanted(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the parts of a training step are compiled on this device.
+
+    Double backward cannot be compiled: with ``penalty: autograd`` "auto" is off. Raises ResourceError when "on" was
+    asked for where it cannot be.
+    """
+    if config.penalty == "autograd":
+        if config.compile == "on":
+            raise ResourceError("--compile", "double backward cannot be compiled", "--penalty manual, or --compile off")
+        return False
+    return turned_on(config.compile, device)
+
+
+def compiled(
+    function: Callable,
+    config: TrainConfig,
+    device: torch.device,
+    backend: Any = "inductor",
+    job: CompiledJob | None = None,
+) -> Callable:
+    """``function``, compiled whole where ``wanted``. Gradients of micro-batches add up: they go without CUDA graphs.
+
+    With "auto", a compiler that fails is named in the log and the function runs as it is; with "on" the error is a
+    ResourceError.
+    """
+    if not wanted(config, device):
+        return function
+    return whole(function, device, config.compile == "on", backend, config.accumulate == 1, job)
 
 
 class Models:
@@ -77,16 +124,14 @@ class Models:
         if on_cuda and not proven(lambda: precision.self_test(self.arithmetic, compiled=True), strict):
             fast = config.replace(compile="off")
         self.static = wanted(fast, device)  # batches are filled up to one size: each other one would be compiled anew
-        spec = GeneratorSpec(
-            *(config.network, config.kernel_gen, config.residual, config.conditional, mask_classes, config.scaled),
-            shifted=config.geometry == "physical",
-        )
+        spec = generator_spec(config, mask_classes)
         self.generator = build_generator(spec, config.form, config.seed)
         if config.zero_head:
             with torch.no_grad():
                 self.generator.head[0].zero_()
         self.critic = Critic(
-            CriticSpec(config.kernel_dis, config.patch_size, spec.out_channels, config.conditional), config.seed + 1
+            CriticSpec(config.kernel_dis, PatchRule.of(config).patch, spec.out_channels, spec.conditional),
+            config.seed + 1,
         )
         self.average: dict[str, Tensor] | None = None
         self.critic_count = 0  # critic updates done, which the lazy penalty counts by
@@ -94,7 +139,7 @@ class Models:
         self._fakes, self._generator_terms = by_job(self._forward), by_job(self._generator_loss)
         self._critic_terms, self._explicit_terms = by_job(critic_gradients), by_job(critic_loss)
         self.critic_iterations, self.micro_batches = config.critic_iterations, config.accumulate
-        self.batch = config.batch_size // ranks.world  # patches per update of this rank
+        self.batch = batch_of_rank(config, ranks)
         self.finish()
 
     def finish(self) -> None:
@@ -149,7 +194,7 @@ class Models:
 
     def try_iteration(self, patches: int) -> None:
         """One iteration on random patches."""
-        p, channels = self.config.patch_size, self.generator.spec.out_channels
+        p, channels = self.critic.spec.patch, self.generator.spec.out_channels
         x = torch.rand((patches, 1, p, p, p), device=self.device)
         y = torch.rand((patches, channels, p, p, p), device=self.device)
         batch = Batch(x, y, torch.ones(patches, device=self.device), ["trial"] * patches)
@@ -383,13 +428,21 @@ class Means(Mapping[str, float]):
         return len(self._values)
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- batch and memory -------------------------------------------------------------------------------------------------
+
+
+def batch_of_rank(config: TrainConfig, ranks: Ranks) -> int:
+    """Patches per update of each rank. Raises UsageError where the batch cannot be shared out."""
+    if config.batch_size % ranks.world:
+        hint = f"a multiple of {ranks.world}: batch_size counts the patches of all ranks"
+        raise UsageError("batch_size", f"{config.batch_size} patches are not divided by {ranks.world} ranks", hint)
+    return config.batch_size // ranks.world
 
 
 def least_bytes(config: TrainConfig, mask_classes: int, batch: int) -> int:
     """What no step can do without: ``batch`` patches with their truth, and of a part of them the first features."""
     channels = batch * (1 + 2 + mask_classes) + -(-batch // config.accumulate) * config.kernel_gen
-    return 4 * channels * config.patch_size**3
+    return 4 * channels * PatchRule.of(config).patch ** 3
 
 
 def fits(config: TrainConfig, mask_classes: int, device: torch.device, batch: int) -> bool:
@@ -412,22 +465,34 @@ def fits(config: TrainConfig, mask_classes: int, device: torch.device, batch: in
             torch.cuda.empty_cache()
 
 
-def refuse_hopeless(config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks, batch: int) -> None:
-    """Raise ResourceError where ``batch`` patches alone are more than a CPU's memory: it would end without a word."""
-    own = batch // ranks.world
+def refuse_hopeless(config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks) -> None:
+    """Raise ResourceError where a batch's patches alone are more than a CPU's memory: it would end without a word."""
+    own = batch_of_rank(config, ranks)
     least, free = least_bytes(config, mask_classes, own), free_memory() // ranks.local_world
     if device.type == "cpu" and least > free:
-        what = f"{batch} patches of {config.patch_size} voxels need more than {human(least)} on each rank"
+        what = f"{config.batch_size} patches of {PatchRule.of(config).patch} voxels need more than {human(least)}"
         fewer = own * free // least * ranks.world
-        raise ResourceError("--batch-size", f"{what}, {human(free)} are free", f"below {fewer}, or --auto-batch True")
+        reason = f"{what} on each rank, {human(free)} are free"
+        raise ResourceError("--batch-size", reason, f"below {fewer}, or --auto-batch True")
 
 
-def batch_that_fits(config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks, batch: int) -> int:
-    """The largest of ``batch``, half of it, a quarter ... (patches of all ranks) whose iteration every rank can run.
+def with_fitting_batch(
+    config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks, then: TrainConfig | None = None
+) -> TrainConfig:
+    """The settings with the batch that fits (``auto_batch``); a run that goes on keeps that of ``then``, its settings
+    so far."""
+    size = then.batch_size if then else batch_that_fits(config, mask_classes, device, ranks)
+    if size != config.batch_size:
+        log.warning("batch_size %d does not fit in memory: %d is taken", config.batch_size, size)
+    return config.replace(batch_size=size)
+
+
+def batch_that_fits(config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks) -> int:
+    """The largest of the batch, half of it, a quarter ... (patches of all ranks) whose iteration every rank can run.
 
     Raises ResourceError where not even one patch per rank fits.
     """
-    own = batch // ranks.world
+    own = batch_of_rank(config, ranks)
     while True:
         if ranks.minimum(int(fits(config, mask_classes, device, own))):
             return own * ranks.world

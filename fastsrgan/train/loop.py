@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,11 @@ log = logging.getLogger("fastsrgan")
 
 LOST = 0.01  # Dice, or part of the label's size, below which a segmentation counts as none
 WORSE_DB = 0.5  # below the spline from which an image counts as damaged
+BEST_BY = {  # what chose the best weights (``score``), as the last line of a training says it
+    "both": "Dice plus gain {score:.4f} (Dice {dice:.4f})",
+    "dice": "Dice {score:.4f}",
+    "psnr": "PSNR {score:.2f} dB",
+}
 
 
 def loop(run: Run, stop: StopRequest) -> None:
@@ -321,6 +327,12 @@ def judge(run: Run, epoch: int, scores: dict[str, float]) -> None:
         if warning := collapse(scores, run.scores):
             log.warning("epoch %d: %s", epoch, warning)
     run.scores = scores
+
+
+def best_so_far(run: Run) -> dict[str, Any]:
+    """The best score, what chose it, its epoch and Dice, for a summary; None before the first validation."""
+    at, by = run.position, run.config.best_by
+    return {"best": at.best, "best_by": by, "best_epoch": at.best_epoch, "best_dice": at.best_dice}
 
 
 def mean_dice(scores: dict[str, float]) -> float | None:

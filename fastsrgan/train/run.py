@@ -23,8 +23,9 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import Ranks, from_environment, local_device
 from fastsrgan.core.signals import StopRequest
 from fastsrgan.core.system import pick_device, provenance
-from fastsrgan.data.feed import Feed, PatchRule, resident_limit
+from fastsrgan.data.feed import Feed, resident_limit
 from fastsrgan.data.settings_check import data_warnings, full_subjects, refuse_faults, small_subjects, structures
+from fastsrgan.data.subject import PatchRule
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError, UsageError, out_of_memory
 from fastsrgan.model import checkpoint
@@ -37,9 +38,16 @@ from fastsrgan.observation.synthesis import Synthesis
 from fastsrgan.pictures.planes import cut_panels
 from fastsrgan.store.reader import Store, open_store
 from fastsrgan.train import snapshots
-from fastsrgan.train.gan import Models, batch_that_fits, memory_error, refuse_hopeless
+from fastsrgan.train.gan import (
+    Models,
+    batch_of_rank,
+    generator_spec,
+    memory_error,
+    refuse_hopeless,
+    with_fitting_batch,
+)
 from fastsrgan.train.logs import Board, RunLog
-from fastsrgan.train.loop import loop
+from fastsrgan.train.loop import best_so_far, loop
 from fastsrgan.train.precision import goes_on_in
 from fastsrgan.train.state import Run, data_identity
 
@@ -87,7 +95,7 @@ def train(
     row that were not finite;
     UsageError : a run is there already, or the batch is not divided by the ranks.
     """
-    if snapshot_folder and config.scaled:
+    if snapshot_folder and generator_spec(config).scaled:
         raise UsageError("snapshot_folder", "its files cannot hold a scaled head", "--scaled False, or no -sf")
     target = pick_device(local_device(device))
     with from_environment(target) as ranks, contextlib.ExitStack() as held:
@@ -154,13 +162,11 @@ def short_training(
 
 
 def agree_on_settings(ranks: Ranks, config: TrainConfig) -> None:
-    """ModelError where a rank has another version or setting; UsageError where the batch cannot be shared out."""
+    """ModelError where a rank has another version or setting; UsageError as ``batch_of_rank``."""
     ranks.agree("version", f"fastsrgan {__version__} on torch {torch.__version__}")
     for name, value in config.to_dict().items() if ranks.world > 1 else ():
         ranks.agree(f"config: {name}", value)
-    if config.batch_size % ranks.world:
-        hint = f"a multiple of {ranks.world}: batch_size counts the patches of all ranks"
-        raise UsageError("batch_size", f"{config.batch_size} patches are not divided by {ranks.world} ranks", hint)
+    batch_of_rank(config, ranks)
 
 
 def lock(folder: Path, ranks: Ranks, held: contextlib.ExitStack) -> None:
@@ -196,7 +202,7 @@ def has_snapshot(ranks: Ranks, folder: Path, config: TrainConfig, start_weights:
     if (folder / checkpoint.MODEL).is_file():
         told = "no snapshot in this folder, only weights"
         hint += f", which replaces them, or start from them in another folder with -w {folder / checkpoint.MODEL}"
-    elif (folder / "config.yaml").is_file() and (start_weights or config.init_epoch == 1):
+    elif (folder / "config.yaml").is_file() and (start_weights or not config.continues):
         if not ranks.rank:
             weights = f"the weights {start_weights}" if start_weights else "new weights"
             log.warning("%s: no snapshot yet, the run starts from the beginning with %s", folder, weights)
@@ -250,7 +256,7 @@ def prepare(
     names = {split: [s.id for s in store.subjects if s.split == split] for split in ("Train", "Test")}
     if not names["Train"]:
         raise InputError(store.url, "has no Train subjects", "give rows with Base = Train to `fastsrgan convert`")
-    axes, law, rule, shown = slice_axes(store, config), degradation(config), patch_rule(config), visits(config)
+    axes, law, rule, shown = slice_axes(store, config), degradation(config), PatchRule.of(config), visits(config)
     refuse_faults(store, law, rule, axes, shown.structure, config.fit_mask)
     found = structures(store)
     if found and not config.fit_mask:
@@ -261,8 +267,9 @@ def prepare(
     if config.fit_mask:
         mask_classes = len(found) + 1 if found else count_mask_classes(store, names["Train"])
     if config.auto_batch:
-        config = with_fitting_batch(folder, config, mask_classes, device, ranks, resume)
-    refuse_hopeless(config, mask_classes, device, ranks, config.batch_size)
+        begun = settings.from_yaml(checkpoint.newest(folder) / "config.yaml") if resume else None
+        config = with_fitting_batch(config, mask_classes, device, ranks, begun)
+    refuse_hopeless(config, mask_classes, device, ranks)
     c = config
     feed = Feed(
         store,
@@ -311,14 +318,6 @@ def degradation(config: TrainConfig) -> Degradation:
     )
 
 
-def patch_rule(config: TrainConfig) -> PatchRule:
-    """Which patches a run takes. Raises UsageError where they could not agree with a scan."""
-    if config.agree and config.geometry != "physical":
-        raise UsageError("agree", "the original's geometry has no slices to agree with", "--geometry physical")
-    by_mask = config.image_cropping_method == "overlapping_with_mask"
-    return PatchRule(config.patch_size, config.stride, by_mask, config.agree)
-
-
 def artefact_amounts(config: TrainConfig) -> dict[str, float]:
     """Amount of every artefact: of the setting of its name, where there is one, and of ``artefacts``."""
     own = {name: getattr(config, name) for name in ARTEFACTS if name in settings.SETTINGS}
@@ -338,7 +337,7 @@ def visits(config: TrainConfig) -> Visits:
 
 def slice_axes(store: Store, config: TrainConfig) -> Axes | None:
     """World axes of the low resolution's numbers, told where subjects differ; None: the stored axes of each."""
-    if config.geometry != "physical":
+    if not config.physical:
         return None
     axes, others = choose_axes({s.id: s.affine for s in store.subjects}, config.slice_axis)
     if others:
@@ -367,19 +366,6 @@ def snapshot_bytes(models: Models) -> int:
     parameters = [p for network in (models.generator, models.critic) for p in network.parameters()]
     copies = 4 if models.average is None else 5
     return copies * sum(4 * p.numel() for p in parameters)
-
-
-def with_fitting_batch(
-    folder: Path, config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks, resume: bool
-) -> TrainConfig:
-    """The settings with the batch that fits (``auto_batch``); a resumed run keeps the one it began with."""
-    if resume:
-        size = settings.from_yaml(checkpoint.newest(folder) / "config.yaml").batch_size
-    else:
-        size = batch_that_fits(config, mask_classes, device, ranks, config.batch_size)
-    if size != config.batch_size:
-        log.warning("batch_size %d does not fit in memory: %d is taken", config.batch_size, size)
-    return config.replace(batch_size=size)
 
 
 def begin(run: Run, start_weights: str | os.PathLike | None, resume: bool) -> None:
@@ -462,7 +448,7 @@ def attempt(run: Run, stop: StopRequest) -> None:
 
 def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
     """What the run did, for the caller and for RUN/summary.json."""
-    at, c = run.position, run.config
+    at = run.position
     left_out = {k: v for one in run.ranks.gather(run.feed.quarantined) for k, v in one.items()}
     waited = run.ranks.mean({"waited": run.feed.waited})["waited"]
     facts = {
@@ -471,17 +457,14 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "data_wait_seconds": round(waited, 3),
         "first_wait_seconds": round(run.feed.first_wait, 3),
-        "best": at.best,
-        "best_by": c.best_by,
-        "best_epoch": at.best_epoch,
-        "best_dice": at.best_dice,
+        **best_so_far(run),
         "ended_early": run.ended_early,
         "start_weights": run.start,
         "weights": str(run.folder / checkpoint.MODEL) if (run.folder / checkpoint.MODEL).exists() else None,
         "best_weights": None if at.best is None else str(run.folder / BEST),
         "left_out": left_out,
         "data_warnings": data_warnings(run.store),
-        "batch_size": c.batch_size,
+        "batch_size": run.batch * run.ranks.world,
         "ranks": run.ranks.world,
         "device": str(run.models.device),
         "stopped": stop.signal,

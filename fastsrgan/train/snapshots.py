@@ -140,6 +140,12 @@ def check_critic(snapshot: Path, held: CriticSpec, wanted: CriticSpec) -> None:
     raise ModelError(snapshot, told, f"resume with {same}, or start anew in another folder with {anew}")
 
 
+def changes(then: settings.TrainConfig, now: settings.TrainConfig) -> dict[str, str]:
+    """Settings that differ between a snapshot and the run that goes on from it -> what is done with them (RESUMED)."""
+    rows = settings.SETTINGS.items()
+    return {name: row.resume for name, row in rows if getattr(then, name) != getattr(now, name)}
+
+
 def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
     """Where the run goes on from a snapshot's position; what differs from an unbroken run is said.
 
@@ -148,7 +154,7 @@ def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
     comes when: the epoch begins anew.
     """
     then, now = settings.from_yaml(snapshot / "config.yaml"), run.config
-    changed = settings.changes(then, now)
+    changed = changes(then, now)
     kept = {k for k, resume in changed.items() if resume == settings.KEPT and getattr(now, k) == "auto"}
     taken = [k for k, resume in changed.items() if resume in settings.TAKEN and k not in kept]
     if taken:
@@ -157,7 +163,7 @@ def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
     unused = [k for k, resume in changed.items() if resume == settings.START]
     if unused:
         log.warning("settings that act only where a run begins, and not in this one: %s", ", ".join(unused))
-    if then.best_by != now.best_by:
+    if settings.JUDGED in changed.values():
         at.best, at.best_epoch, at.best_dice, at.stale = None, None, None, 0
     moved = [k for k, resume in changed.items() if resume == settings.ANEW]
     moved += ["data"] if data != data_identity(run.store) else []

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fastsrgan.core.progress import quiet
 from fastsrgan.core.ranks import ALONE, Ranks
-from fastsrgan.data.feed import Feed, make_resident
+from fastsrgan.data.feed import Feed
 from fastsrgan.data.pool import Pool, Resident
+from fastsrgan.data.subject import make_resident
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate import metrics
 from fastsrgan.evaluate.grids import onto_grid, reader_label_map

@@ -7,13 +7,12 @@ is judged by how far the spline through the scan, acquired again, is from the sc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
-from fastsrgan.volume.consistency import Observation, residual
+from fastsrgan.volume.consistency import Observation
 from fastsrgan.volume.resample import apply_axes, check_profile, slice_width
 
 TISSUE = 0.1  # of the 99.9th percentile: what is brighter is no air
@@ -33,8 +32,6 @@ MISSING_OF_A_RESULT = 0.0045
 NARROW = 0.8  # width over the thickness of the Gaussian that is taken where no profile was named, see ``assumed``
 
 AUTO = "auto"
-
-T = TypeVar("T")
 
 
 def noise_sd(scan_xyz: np.ndarray, across: int, left_xyz: np.ndarray | None = None) -> float | None:
@@ -170,16 +167,6 @@ def expected_weight(noise: float, ratio: float) -> float:
     """About the w that is chosen for a result on a scan whose noise is known, in parts of its maximum, with a profile
     that is guessed; ``ratio``: spacing of the slices over the result's voxels. To three digits."""
     return float(f"{max(PROFILE_GUESSED, (noise / (MISSING_OF_A_RESULT * ratio)) ** 2):.3g}")
-
-
-def fit_profile(sr_XYZ: np.ndarray, scan_xyz: np.ndarray, candidates: Mapping[T, Observation]) -> dict[T, float]:
-    """How well each candidate maps a result onto its scan: root mean square of scan - D SR over that of the scan."""
-    size = math.sqrt(float(np.mean(np.asarray(scan_xyz, np.float64) ** 2)))
-    fits = {}
-    for name, seen in candidates.items():
-        left = residual(sr_XYZ, scan_xyz, seen)
-        fits[name] = math.sqrt(float(np.mean(left.astype(np.float64) ** 2))) / size if size else 0.0
-    return fits
 
 
 def sampled(array: np.ndarray, axis: int) -> Iterator[np.ndarray]:

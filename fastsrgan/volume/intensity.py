@@ -67,7 +67,7 @@ class Normaliser:
         sr.clamp_(min=self.floor)
 
 
-def normaliser(data_XYZ: np.ndarray, what: object = "image", shifted: bool = False, robust: bool = False) -> Normaliser:
+def normaliser(data_XYZ: np.ndarray, shifted: bool = False, robust: bool = False) -> Normaliser:
     """The normaliser of a low-resolution image; ``shifted`` as the network's spec has it; ``robust`` against outliers.
 
     Raises InputError when no voxel is above zero (with ``shifted``: above the others).
@@ -76,7 +76,7 @@ def normaliser(data_XYZ: np.ndarray, what: object = "image", shifted: bool = Fal
     shift = min(0.0, floor) if shifted else 0.0
     scale = largest - shift
     if not scale > 0 or not np.isfinite(scale):
-        raise InputError(what, f"its largest value is {largest:g}", "at least one voxel must be above zero")
+        raise InputError("image", f"its largest value is {largest:g}", "at least one voxel must be above zero")
     found = outliers(data_XYZ) if robust else None
     if found and found.rest > shift:
         return Normaliser(found.rest - shift, floor, shift, scale / (found.rest - shift))
