@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,15 @@ from commands import call, one_line
 from nifti_files import HEAD, rigid, write
 from report_results import make_run
 
+from fastsrgan.cli import train
+from fastsrgan.config import TrainConfig
 from fastsrgan.core.files import write_json
 from fastsrgan.errors import UsageError
+from fastsrgan.io import output_place
 from fastsrgan.study import run as study
+from fastsrgan.study import tables
+from fastsrgan.train.logs import RunLog
+from fastsrgan.train.run import check_places
 
 INPUT, OTHER = "is an input and would be overwritten", "exists already and is no"
 
@@ -100,6 +107,91 @@ def test_a_study_does_not_take_the_place_of_its_table(tmp_path):
     with pytest.raises(UsageError, match=INPUT):
         study.run("curves", log, run)
     assert log.read_bytes() == before
+
+
+@pytest.mark.fault(26)
+def test_a_study_replaces_its_own_files_only(tmp_path, capsys):
+    """The table, page, JSON and pictures of a study; a foreign file in the place of any of them is kept."""
+    run, out = make_run(tmp_path / "run", updates=3), tmp_path / "st"
+    words = ("study", "curves", run, "-o", out)
+    assert call(capsys, *words)[0] == 0
+    for path in out.glob("curves.*"):
+        made = path.read_bytes()
+        path.write_text("name,age\nmine,7\n", encoding="utf8")
+        before = contents(tmp_path)
+        code, _, err = call(capsys, *words)
+        assert code == 2
+        one_line(err, f"error: {path}: {OTHER}")
+        assert contents(tmp_path) == before
+        path.write_bytes(made)
+    assert sorted(path.suffix for path in out.glob("curves.*")) == [".csv", ".json", ".md", ".png", ".svg"]
+    assert call(capsys, *words)[0] == 0
+
+
+def test_the_tables_of_every_study_are_told_from_others(tmp_path):
+    told, table = output_place.OWN[output_place.STUDY["csv"]], tmp_path / "t.csv"
+    row = {"condition": "a", "low_res": (1, 1, 3), "noise": 0.0, "model": "m", "step": 20, "n": 1, "figures": {}}
+    for rows in ([], [row], [{"epoch": 1, "Dice": 0.5, "updates": 2}], [{"run": "a", "epoch": 1, "updates": 2}]):
+        tables._write_csv(table, tables.csv_rows(rows))
+        assert told(table), table.read_text(encoding="utf8")
+    for text in ("epoch,mine\n1,2\n", "condition,age\na,2\n", "run,km\n"):
+        table.write_text(text, encoding="utf8")
+        assert not told(table), text
+
+
+# Options whose place is taken -> code and what is told.
+TRAININGS = [
+    (("-mse", "t.csv"), 2, INPUT),
+    (("-dice", "link.csv"), 2, INPUT),
+    (("-dice", "mine.csv"), 2, OTHER),
+    (("-mse", "d.csv"), 2, OTHER),
+    (("-dice", "truth/x.nii.gz"), 2, OTHER),
+    (("-sf", "mine"), 2, OTHER),
+    (("-dice", "out"), 2, "is a folder"),
+    (("-dice", "mine.csv/d.csv"), 5, "is a file, a folder is needed"),
+    (("-sf", "mine.csv"), 5, "is a file, a folder is needed"),
+]
+
+
+@pytest.mark.fault(25, 26)
+@pytest.mark.parametrize(("words", "code", "told"), TRAININGS)
+def test_a_training_replaces_its_own_files_only(place, capsys, monkeypatch, words, code, told):
+    """-mse T.csv made an end of the training table; all is told before the table is converted."""
+    monkeypatch.setattr(train, "convert_table", lambda *_: pytest.fail("a table was converted"))
+    Path("link.csv").hardlink_to("t.csv")
+    Path("mine.csv").write_text("name,age\nmine,7\n", encoding="utf8")
+    Path("d.csv").write_text(",Dice\n1,0.5\n", encoding="utf8")
+    Path("mine").mkdir()
+    Path("mine/SegSRGAN_epoch_2").write_text("notes", encoding="utf8")
+    before = contents(place)
+    found, out, err = call(capsys, "train", "t.csv", "-o", "r", "-n", 1, 1, 3, "-e", 3, *words)
+    assert (found, out) == (code, "")
+    named = {"mine": "mine/SegSRGAN_epoch_2", "mine.csv/d.csv": "mine.csv"}.get(words[1], words[1])
+    one_line(err, f"error: {named}: {told}")
+    assert contents(place) == before
+
+
+@pytest.mark.fault(26)
+def test_what_trainings_wrote_is_replaced(place):
+    """Tables of a run and of the original, and files of weights; a snapshot of an epoch that is not run stays."""
+    weights = place / "s" / "SegSRGAN_epoch_2"
+    weights.parent.mkdir()
+    check = partial(check_places, place / "r", TrainConfig(new_low_res=((1, 1, 3),), epochs=3))
+    run = RunLog(place / "r")
+    for told in ({}, {"Dice": 0.5, "MSE": 1.0}, {"Dice_label_1": 0.5, "Dice_mask0": 0.5, "MSE": 1.0}):
+        run.epoch(1, told)
+        check(["t.csv"], weights.parent, run.dice_file, run.mse_file, resume=False)
+    run.begin(0)  # nothing is left in them
+    assert run.dice_file.read_bytes() == b'""\r\n'
+    weights.write_bytes(b"\x89HDF\r\n\x1a\n, and so on")
+    (weights.parent / "SegSRGAN_epoch_4").write_text("notes", encoding="utf8")
+    check(["t.csv"], weights.parent, run.dice_file, run.mse_file, resume=False)
+    with pytest.raises(UsageError, match=INPUT):
+        check(["t.csv", weights], weights.parent, None, None, resume=False)
+    run.dice_file.write_bytes(bytes(range(256)))
+    check([], None, None, None, resume=True)  # damaged in its own folder: made anew
+    with pytest.raises(UsageError, match=OTHER):
+        check([], None, None, None, resume=False)
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -173,7 +173,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     with loading():
         from fastsrgan.core.ranks import launched, speaks
         from fastsrgan.train.loop import BEST_BY
-        from fastsrgan.train.run import train
+        from fastsrgan.train.run import check_places, train
 
     if args.folder_training_data:
         log.info("--folder_training_data is not needed: patches are made in memory, nothing is written")
@@ -181,6 +181,9 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         log.setLevel(logging.WARNING)
     if args.multi_gpu and not launched():
         log.info("--multi_gpu: one process per GPU trains, torchrun --nproc-per-node GPUS -m fastsrgan train ...")
+    folder = run_folder(args, config)
+    read = [path for path in (source, args.config, args.label_names, not args.resume and args.weights) if path]
+    check_places(folder, config, read, args.snapshot_folder, args.dice_file, args.mse_file, resume=args.resume)
     if str(source).lower().endswith((".csv", ".txt")):
         if launched():
             raise UsageError(
@@ -189,7 +192,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         source = convert_table(source, args, progress)
     result = train(
         source,
-        run_folder(args, config),
+        folder,
         config,
         device=args.device,
         start_weights=args.weights,

@@ -6,6 +6,7 @@ A slip of ``--csv`` or ``-o`` could otherwise put a table in the place of a scan
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,30 +19,42 @@ PathLike = str | os.PathLike
 DATA = (*images.SUFFIXES, ".dcm", ".h5", ".hdf5", ".safetensors", ".pt", ".pth")
 
 
-def _begins(*starts: bytes) -> Callable[[Path], bool]:
+def _begins(pattern: bytes) -> Callable[[Path], bool]:
+    """Whether a file begins with a pattern, in letters of any size, or is empty."""
+
     def told(path: Path) -> bool:
         try:
             with open(path, "rb") as file:
-                head = file.read(64)
+                head = file.read(4096)
         except OSError:
             return False
-        return not head or head.lower().startswith(starts)
+        return not head or re.match(pattern, head, re.IGNORECASE) is not None
 
     return told
 
 
-def _figures(path: Path) -> bool:
-    return os.path.getsize(path) == 0 or "definitions" in read_json(path)
+def _holds(*keys: str) -> Callable[[Path], bool]:
+    """Whether a file is a JSON object with these keys, or empty."""
+    return lambda path: os.path.isfile(path) and (os.path.getsize(path) == 0 or set(keys) <= set(read_json(path)))
 
 
-# What `evaluate` and `report` write -> whether a file that exists is one of these, or empty.
+# What commands write -> whether a file that exists is one of these, or empty.
 OWN: dict[str, Callable[[Path], bool]] = {
-    "table of `fastsrgan evaluate`": _begins(b"kind,subject"),
-    "JSON of `fastsrgan evaluate`": _figures,
-    "PNG picture": _begins(b"\x89png"),
-    "HTML page": _begins(b"<!doctype html", b"<html"),
+    "table of `fastsrgan evaluate`": _begins(rb"kind,subject"),
+    "JSON of `fastsrgan evaluate`": _holds("definitions"),
+    "PNG picture": _begins(rb"\x89png"),
+    "HTML page": _begins(rb"<!doctype html|<html"),
+    # Without an epoch there is one column, without a name; the original's tables begin alike.
+    "Dice table of a training": _begins(rb',dice|""\r?\n'),
+    "MSE table of a training": _begins(rb',mse|""\r?\n'),
+    "Keras HDF5 file": _begins(rb"\x89hdf\r\n\x1a\n"),
+    "table of `fastsrgan study`": _begins(rb"condition,[^\n]*model,step,n\b|(run,)?epoch,[^\n]*updates|\n\Z"),
+    "page of `fastsrgan study`": _begins(rb"# [^\n]*\n\n!\["),
+    "JSON of `fastsrgan study`": _holds("study", "provenance"),
+    "SVG picture": _begins(rb"<\?xml|<svg"),
 }
-TABLE, FIGURES, PICTURE, PAGE = OWN
+TABLE, FIGURES, PICTURE, PAGE, DICE, MSE, WEIGHTS, *_STUDY, DRAWING = OWN
+STUDY = dict(zip(("csv", "md", "json", "png", "svg"), (*_STUDY, PICTURE, DRAWING), strict=True))  # of KIND.FORM
 
 
 def check_place(path: PathLike, inputs: Iterable[PathLike], kind: str) -> Path:

@@ -23,13 +23,13 @@ from fastsrgan.core.system import provenance
 from fastsrgan.errors import UsageError, times
 from fastsrgan.evaluate.figures import definitions
 from fastsrgan.infer.settings import InferSettings
-from fastsrgan.io.output_place import keep_inputs
+from fastsrgan.io.output_place import STUDY, check_place
 from fastsrgan.model import weights
 from fastsrgan.study import curves as study_curves
 from fastsrgan.study.cells import Engine, StudyModel, aggregate, run_cells
 from fastsrgan.study.data import Condition, Head, find_heads, quick_heads, spacing_of, thick
 from fastsrgan.study.plots import PANELS, REFERENCE, SOURCE, TITLES, Panel, time_fit
-from fastsrgan.study.tables import FORMS, write_study
+from fastsrgan.study.tables import write_study
 from fastsrgan.train.run import short_training
 
 KINDS = ("steps", "noise", "augmentation", "resolution", "curves")
@@ -119,8 +119,11 @@ def run(
     began = time.perf_counter()
     facts: dict[str, Any]
     asked = _filled(kind, settings or Settings(), quick)
-    for form in FORMS:
-        keep_inputs(Path(out) / f"{kind}.{form}", [*(several or ([] if data is None else [data])), *models])  # type: ignore[list-item]
+    read = [*(several or ([] if data is None else [data])), *models]
+    for form, sort in STUDY.items():
+        target = Path(out) / f"{kind}.{form}"
+        if os.path.lexists(target):  # a folder that is missing is made later, once the data were read
+            check_place(target, read, sort)  # type: ignore[arg-type]
     if several:
         made = study_curves.overlaid([Path(run) for run in several])
         folder, panels = output_folder(out), made.pop("panels")

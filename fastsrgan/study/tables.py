@@ -12,7 +12,6 @@ from fastsrgan.evaluate.figures import columns
 from fastsrgan.study.data import DICE_OF, OWN
 from fastsrgan.study.plots import Panel, draw
 
-FORMS = ("csv", "md", "json", "png", "svg")  # of the files KIND.FORM
 INTERPOLATION = (
     "interpolation: cubic spline of the scan; for the segmentation the true label at the scan's resolution,\n"
     "interpolated back (paper table 2), which knows the answer that the network has to find"

@@ -22,7 +22,7 @@ from fastsrgan.errors import ResourceError
 
 log = logging.getLogger("fastsrgan")
 
-LOG = "log.jsonl"
+LOG, DICE_TABLE, MSE_TABLE = "log.jsonl", "dice.csv", "mse.csv"  # in the run folder
 _EPOCH = re.compile(r"[0-9]{1,9}")
 
 
@@ -36,8 +36,8 @@ class RunLog:
         self, folder: Path, dice_file: str | os.PathLike | None = None, mse_file: str | os.PathLike | None = None
     ) -> None:
         self.path = folder / LOG
-        self.dice_file = Path(dice_file) if dice_file else folder / "dice.csv"
-        self.mse_file = Path(mse_file) if mse_file else folder / "mse.csv"
+        self.dice_file = Path(dice_file) if dice_file else folder / DICE_TABLE
+        self.mse_file = Path(mse_file) if mse_file else folder / MSE_TABLE
         for path in (self.dice_file, self.mse_file):
             output_folder(path.parent)
 

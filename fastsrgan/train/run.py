@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fastsrgan.data.settings_check import data_warnings, full_subjects, refuse_f
 from fastsrgan.data.subject import PatchRule
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError, UsageError, out_of_memory
+from fastsrgan.io import output_place
 from fastsrgan.model import checkpoint
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.weights import BEST, info, read_spec
@@ -46,7 +48,7 @@ from fastsrgan.train.gan import (
     refuse_hopeless,
     with_fitting_batch,
 )
-from fastsrgan.train.logs import Board, RunLog
+from fastsrgan.train.logs import DICE_TABLE, MSE_TABLE, Board, RunLog
 from fastsrgan.train.loop import best_so_far, loop
 from fastsrgan.train.precision import goes_on_in
 from fastsrgan.train.state import Run, data_identity
@@ -93,10 +95,18 @@ def train(
     ModelError : weights or snapshot do not fit, ranks disagree;
     ResourceError : memory, disk, device, a lost rank, another training in ``folder``, or ``max_bad_steps`` updates in a
     row that were not finite;
-    UsageError : a run is there already, or the batch is not divided by the ranks.
+    UsageError : a run is there already, a file that is no run's stands where one is to be written, or the batch is not
+    divided by the ranks.
     """
-    if snapshot_folder and generator_spec(config).scaled:
-        raise UsageError("snapshot_folder", "its files cannot hold a scaled head", "--scaled False, or no -sf")
+    check_places(
+        folder,
+        config,
+        [source, *([start_weights] if start_weights and not resume else [])],
+        snapshot_folder,
+        dice_file,
+        mse_file,
+        resume=resume,
+    )
     target = pick_device(local_device(device))
     with from_environment(target) as ranks, contextlib.ExitStack() as held:
         agree_on_settings(ranks, config)
@@ -159,6 +169,36 @@ def short_training(
         noise=0.0,
     ).replace(**changes)
     return train(store, run_folder, config, device=device, start_weights=start, progress=progress)
+
+
+def check_places(
+    folder: str | os.PathLike,
+    config: TrainConfig,
+    inputs: Sequence[str | os.PathLike],
+    snapshot_folder: str | os.PathLike | None,
+    dice_file: str | os.PathLike | None,
+    mse_file: str | os.PathLike | None,
+    *,
+    resume: bool,
+) -> None:
+    """Make sure, before any work, that what a run writes beside its folder takes the place of its own kind only.
+
+    The folders are made. Raises UsageError and ResourceError, as ``output_place.check_place``, and UsageError for
+    Keras files of a network that they cannot hold.
+    """
+    if snapshot_folder and generator_spec(config).scaled:
+        raise UsageError("snapshot_folder", "its files cannot hold a scaled head", "--scaled False, or no -sf")
+    for named, usual, kind in ((dice_file, DICE_TABLE, output_place.DICE), (mse_file, MSE_TABLE, output_place.MSE)):
+        path = Path(named or Path(folder) / usual)
+        output_folder(path.parent)
+        if named or not resume:
+            output_place.check_place(path, inputs, kind)
+        else:  # the run's own: where it is damaged it is made anew
+            output_place.keep_inputs(path, inputs)
+    if snapshot_folder:
+        written = {snapshots.keras_file(snapshot_folder, n) for n in range(config.init_epoch, config.epochs + 1)}
+        for path in written.intersection(output_folder(snapshot_folder).iterdir()):
+            output_place.check_place(path, inputs, output_place.WEIGHTS)
 
 
 def agree_on_settings(ranks: Ranks, config: TrainConfig) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -241,5 +242,10 @@ def said_structures(run: Run) -> dict[str, Any]:
 def export(run: Run, epoch: int) -> None:
     """The original's snapshot file, when a folder for it was named."""
     if run.snapshot_folder and run.first:
-        target = run.snapshot_folder / f"SegSRGAN_epoch_{epoch}"
+        target = keras_file(run.snapshot_folder, epoch)
         weights.export_keras(run.folder / "model.safetensors", target, overwrite=True)
+
+
+def keras_file(folder: str | os.PathLike, epoch: int) -> Path:
+    """The original's snapshot file of an epoch."""
+    return Path(folder) / f"SegSRGAN_epoch_{epoch}"
