@@ -1,5 +1,9 @@
 """Image files of every format of the registry: geometry and voxels against nibabel and SimpleITK, damage."""
 
+import gzip
+import re
+import zlib
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -89,6 +93,105 @@ def test_a_cut_file_is_told(tmp_path, name):
         images.load(path)
     assert error.value.exit_code == 3
     assert "truncated" in str(error.value) or "damaged" in str(error.value)
+
+
+def damage(path, at, flip=0xFF):
+    held = bytearray(path.read_bytes())
+    held[at] ^= flip
+    path.write_bytes(held)
+
+
+@pytest.mark.fault(2)
+@pytest.mark.parametrize("name", ITK_NAMES)
+def test_any_flipped_byte_of_packed_voxels_is_found_or_harmless(tmp_path, name):
+    """SimpleITK reads a damaged .mha as other voxels, and a .nrrd whose trailer has another length."""
+    path = write_itk(tmp_path / name, packed=True)
+    data = formats.parts(path)[-1]
+    whole = data.read_bytes()
+    start = 0 if data != path else max(whole.rfind(b"LOCAL\n") + 6, whole.rfind(b"\n\n\x1f\x8b") + 2)
+    places = range(start + 10 if "n" in name else start, len(whole))  # of gzip's own header no sum is kept
+    assert len(places) > 100
+    harmless = []
+    for at in [*places[::7], *places[-8:]]:
+        damage(data, at, 0x10)
+        try:
+            np.testing.assert_array_equal(images.load(path).data, HEAD)
+            harmless.append(at)
+        except InputError as error:
+            assert re.search("damaged|truncated", str(error))
+        data.write_bytes(whole)
+    assert len(harmless) <= 1  # the bits that fill the last byte before the sum
+    np.testing.assert_array_equal(images.load(path).data, HEAD)
+
+
+@pytest.mark.fault(2)
+@pytest.mark.parametrize("tags", (0, 10, 5000))
+def test_an_mgz_is_read_to_its_checksum_behind_any_tags(tmp_path, tags):
+    image = nib.MGHImage(HEAD, rigid())
+    path = tmp_path / "a.mgz"
+    path.write_bytes(gzip.compress(image.to_bytes() + np.random.default_rng(0).bytes(tags)))
+    np.testing.assert_array_equal(images.load(path).data, HEAD)
+    damage(path, -6)
+    with pytest.raises(InputError, match="the gzip checksum is wrong"):
+        images.load(path)
+
+
+@pytest.mark.fault(4)
+def test_a_bomb_behind_packed_voxels_is_refused(tmp_path):
+    nib.save(nib.MGHImage(HEAD, rigid()), tmp_path / "a.mgh")
+    piece = gzip.compress(bytes(16 << 20), 9)  # 17 of them are more than is accepted of any file
+    (tmp_path / "a.mgz").write_bytes(gzip.compress((tmp_path / "a.mgh").read_bytes()) + 17 * piece)
+    head = write_itk(tmp_path / "a.nrrd", packed=True).read_bytes()
+    (tmp_path / "a.nrrd").write_bytes(head[: head.index(b"\x1f\x8b")] + (tmp_path / "a.mgz").read_bytes())
+    for name in ("a.mgz", "a.nrrd"):
+        with pytest.raises(InputError, match="refused as a bomb"):
+            images.load(tmp_path / name)
+
+
+def test_packed_voxels_are_looked_for_where_the_header_says(tmp_path):
+    """Behind long texts and a header of the data file; a length that is too short, and many files, are refused."""
+    path = write_itk(tmp_path / "a.nrrd", packed=True)
+    held = path.read_bytes()
+    long = b"NRRD0005\nnote:=" + b"x" * 70000 + b"\nencoding:=raw\n"
+    path.write_bytes(held.replace(held[: held.index(b"\n") + 1], long, 1))
+    np.testing.assert_array_equal(images.load(path).data, HEAD)
+    damage(path, -2)
+    with pytest.raises(InputError, match="the gzip checksum is wrong"):
+        images.load(path)
+    path.write_bytes(held.replace(b"\nencoding", b"\nline skip: 1\nencoding", 1))
+    with pytest.raises(InputError, match="behind lines"):
+        images.load(path)
+    path = write_itk(tmp_path / "a.mha", packed=True)
+    held = path.read_bytes()
+    path.write_bytes(held + b"behind it")
+    assert images.load(path).warnings == ("9 bytes behind the zlib data were ignored",)
+    size = int(re.search(rb"CompressedDataSize = (\d+)", held)[1])
+    path.write_bytes(held.replace(b"Size = %d" % size, b"Size = %d" % (size - 20)))
+    with pytest.raises(InputError, match="packed bytes, there are"):
+        images.load(path)
+    path.write_bytes(held[:-size] + zlib.compress(HEAD.tobytes(order="F")[:-2]))
+    with pytest.raises(InputError, match="truncated: the header declares"):
+        images.load(path)
+
+
+@pytest.mark.fault(10, 11)
+@pytest.mark.parametrize("name", ("a.mgz", "a.mgh", "a.nrrd", "a.mha"))
+def test_a_shear_and_unusual_voxels_are_told_of_every_format(tmp_path, name):
+    def read(affine):
+        if "mg" in name:
+            nib.save(nib.MGHImage(HEAD, affine), tmp_path / name)
+        else:
+            write_itk(tmp_path / name, affine=affine)
+        return images.load(tmp_path / name)
+
+    assert read(rigid()).warnings == ()
+    sheared = rigid() @ np.array([[1, 0.2, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    volume = read(sheared)
+    np.testing.assert_allclose(volume.affine, sheared, atol=1e-5)
+    images.save(tmp_path / "same.nii", HEAD, sheared)
+    assert volume.warnings == images.load(tmp_path / "same.nii").warnings
+    assert "sheared by" in volume.warnings[0]
+    assert read(rigid((1.0, 1, 80))).warnings == ("the voxel size 1 x 1 x 80 mm is unusual: check the units",)
 
 
 def test_headers_that_lie_are_refused_before_anything_is_allocated(tmp_path):

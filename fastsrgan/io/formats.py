@@ -19,12 +19,21 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.config import SPACING_LIMITS
 from fastsrgan.errors import InputError, ResourceError, human, times
 from fastsrgan.io import nifti_header as nifti_check
 from fastsrgan.io.nifti_header import halves, invertible
-from fastsrgan.io.nifti_voxels import CHUNK_BYTES, COPY_AGAIN, DEFLATE_LIMIT, NiftiFile, open_stream
-from fastsrgan.volume.geometry import spacing_of
+from fastsrgan.io.nifti_voxels import (
+    CHUNK_BYTES,
+    COPY_AGAIN,
+    DEFLATE_LIMIT,
+    EXPANSION_FREE,
+    EXPANSION_LIMIT,
+    GzipStream,
+    NiftiFile,
+    PlainStream,
+    ZlibStream,
+    open_stream,
+)
 
 EXPORT_AGAIN = "export the image again"
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -75,12 +84,10 @@ def _limit(file: NiftiFile, max_voxels: int) -> NiftiFile:
     return file
 
 
-def _sane_place(path: Path, affine_44: np.ndarray) -> np.ndarray:
+def _sane_place(path: Path, affine_44: np.ndarray, warnings: list[str]) -> np.ndarray:
     if not invertible(affine_44):
         raise InputError(path, "its orientation is unusable (singular, huge or not finite)", EXPORT_AGAIN)
-    spacing = spacing_of(affine_44)
-    if not all(SPACING_LIMITS[0] <= s <= SPACING_LIMITS[1] for s in spacing):
-        raise InputError(path, f"its voxel size {times(spacing)} mm is impossible", "correct the header")
+    nifti_check.check_axes(path, affine_44, warnings.append)
     return affine_44
 
 
@@ -96,6 +103,17 @@ class MghFile(NiftiFile):
 
     def _surplus(self, n: int) -> None:
         pass
+
+    def _rest(self, stream: PlainStream) -> None:
+        _read_to_end(stream)
+
+
+def _read_to_end(stream: PlainStream, voxel_bytes: int = 0) -> int:
+    """Unpack a stream to its checksum, in pieces; how many bytes came. Raises InputError for damage and for a bomb."""
+    most = max(EXPANSION_FREE, stream.size * EXPANSION_LIMIT, voxel_bytes)
+    if (n := stream.skip(most + 1)) > most:
+        raise InputError(stream.path, f"refused as a bomb: it unpacks to more than {human(most)}", EXPORT_AGAIN)
+    return n
 
 
 def examine_mgh(path: Path, max_voxels: int) -> NiftiFile:
@@ -117,7 +135,7 @@ def examine_mgh(path: Path, max_voxels: int) -> NiftiFile:
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(fields[3:12], (3, 3)).T * fields[:3]
     affine[:3, 3] = np.array(fields[12:]) - affine[:3, :3] @ (np.array(sizes[:3]) / 2)
-    _sane_place(path, affine)
+    _sane_place(path, affine, warnings)
     dtype, shape = np.dtype(_MGH_TYPES[kind]), (sizes[0], sizes[1], sizes[2])
     meta = _meta(path, "MGH", dtype, shape, sizes[3], "vox2ras" if placed == 1 else "none")
     file = MghFile(path, path, shape, sizes[3], dtype, _MGH_OFFSET, 1.0, 0.0, affine, warnings, meta)
@@ -158,6 +176,7 @@ _ITK_TYPES = {
     "sitkFloat64": "f8",
 }
 _DATA_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
+_FIELD = re.compile(rb"\s*(\w[\w ]*?)\s*(?::(?!=)|=)\s*(.*?)\s*$")  # not NRRD's key:=value
 _LONGEST_TEXT = 1 << 16  # bytes in which the text of a header is looked for
 
 
@@ -166,6 +185,7 @@ class ItkFile(NiftiFile):
 
     def chunks(self, volume: int = 0) -> Iterator[np.ndarray]:
         """One volume's values in file order, in pieces. The whole file is in memory meanwhile, besides the result."""
+        self._check_packed()
         sitk = _sitk(self.path)
         try:
             image = _itk_reader(sitk, self.path, self.meta["format"]).Execute()
@@ -179,6 +199,47 @@ class ItkFile(NiftiFile):
         step = CHUNK_BYTES // self.dtype.itemsize
         for at in range(0, self.voxels, step):
             yield values[at : at + step]
+
+    def _check_packed(self) -> None:
+        """Unpack packed voxels to their checksum: SimpleITK hands over what it got of damaged ones.
+
+        Raises InputError for damage, for fewer bytes than declared, and where the voxels cannot be found.
+        """
+        fields, at = _itk_fields(self.path)
+        zipped = fields.get(b"encoding", b"").lower() in (b"gzip", b"gz")
+        if not (zipped or fields.get(b"compresseddata", b"").startswith((b"T", b"t", b"1"))):
+            return
+        path, name = _itk_parts(self.path)[-1], fields.get(b"elementdatafile", fields.get(b"datafile", b""))
+        if name.upper().startswith(b"LIST") or b"%" in name or fields.get(b"lineskip", b"0") != b"0":
+            raise InputError(self.path, "its packed voxels lie in several files or behind lines", EXPORT_AGAIN)
+        with open_stream(path) as opened:
+            at = at if path == self.path else max(0, _number(fields.get(b"headersize")))
+            opened.file.seek(at)
+            stream = (GzipStream if zipped else ZlibStream)(opened.file, path, opened.size)
+            if (n := _read_to_end(stream, self.declared_bytes)) < self.declared_bytes:
+                self._short(n)
+        if 0 < (declared := _number(fields.get(b"compresseddatasize"))) < stream.end - at:
+            told = f"the header declares {declared} packed bytes, there are {stream.end - at}"
+            raise InputError(self.path, f"damaged: {told}", COPY_AGAIN)
+        if stream.trailing:
+            self.warnings.append(f"{stream.trailing} bytes behind the {stream.form} data were ignored")
+
+
+def _itk_fields(path: Path) -> tuple[dict[bytes, bytes], int]:
+    """Fields of an NRRD or MetaImage header, names in small letters without blanks; the place of the byte behind it."""
+    fields: dict[bytes, bytes] = {}
+    with open(path, "rb") as file:
+        first = line = file.readline(_LONGEST_TEXT)
+        while line and (line.strip() or not first.startswith(b"NRRD")) and b"elementdatafile" not in fields:
+            line = file.readline(_LONGEST_TEXT)
+            if found := _FIELD.match(line):
+                fields.setdefault(found[1].lower().replace(b" ", b""), found[2])
+        return fields, file.tell()
+
+
+def _number(text: bytes | None) -> int:
+    """A whole number of a header; 0 where there is none."""
+    return int(text) if text and re.fullmatch(rb"-?\d{1,18}", text) else 0
 
 
 def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
@@ -207,12 +268,13 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
         affine = np.eye(4)
         affine[:3, :3] = np.reshape(reader.GetDirection(), (dims, dims))[:3, :3] * np.array(reader.GetSpacing()[:3])
         affine[:3, 3] = reader.GetOrigin()[:3]
-        affine = _sane_place(path, LPS_TO_RAS @ affine)
-        warnings = []
-        if name == "NRRD" and not re.search(rb"^space( dimension)?:", text, re.MULTILINE):
+        warnings: list[str] = []
+        affine = _sane_place(path, LPS_TO_RAS @ affine, warnings)
+        placed = name != "NRRD" or re.search(rb"^space( dimension)?:", text, re.MULTILINE)
+        if not placed:
             warnings.append("no orientation (no space field): axes taken as left, posterior, superior")
         volumes = math.prod(sizes[3:])
-        meta = _meta(path, name, dtype, shape, volumes, "none" if warnings else "patient")
+        meta = _meta(path, name, dtype, shape, volumes, "patient" if placed else "none")
         file = ItkFile(path, path, shape, volumes, dtype, 0, 1.0, 0.0, affine, warnings, meta)
         held = size if len(_itk_parts(path)) == 1 else sum(_bytes_of(part) for part in _itk_parts(path))
         if file.declared_bytes > held * DEFLATE_LIMIT:

@@ -192,19 +192,24 @@ def _place(path: Path, header: nib.Nifti1Header, shape: tuple[int, ...], warn: W
     factor, unit = _UNITS.get(units, (1.0, "unknown"))
     affine, origin, code = _choose_form(path, header, shape, warn)
     affine = np.diag([factor, factor, factor, 1.0]) @ affine
-    spacing = spacing_of(affine)
     if factor != 1:
-        warn(f"sizes are in {unit}s: converted, voxels are {times(spacing)} mm")
+        warn(f"sizes are in {unit}s: converted, voxels are {times(spacing_of(affine))} mm")
     elif units not in _UNITS:
         warn(f"the unit code {units} is unknown: mm is used")
+    check_axes(path, affine, warn)
+    return affine, {"units": unit, "orientation": origin, "space_code": code if 1 <= code <= 5 else 2}
+
+
+def check_axes(path: Path, affine_44: np.ndarray, warn: Warn) -> None:
+    """Tell a shear and unusual voxel sizes of any format's affine in mm. Raises InputError for impossible sizes."""
+    spacing = spacing_of(affine_44)
     if not all(SPACING_LIMITS[0] <= s <= SPACING_LIMITS[1] for s in spacing):
         raise InputError(path, f"its voxel size {times(spacing)} mm is impossible", "correct the header")
     if not all(SPACING_USUAL[0] <= s <= SPACING_USUAL[1] for s in spacing):
         warn(f"the voxel size {times(spacing)} mm is unusual: check the units")
-    shear = shear_of(affine)
+    shear = shear_of(affine_44)
     if shear > SHEAR_TOLERANCE:
         warn(f"the affine is sheared by {math.degrees(math.asin(min(1.0, shear))):.2g} degrees: kept as it is")
-    return affine, {"units": unit, "orientation": origin, "space_code": code if 1 <= code <= 5 else 2}
 
 
 def _choose_form(path: Path, header: nib.Nifti1Header, shape: tuple[int, ...], warn: Warn):

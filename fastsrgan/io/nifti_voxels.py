@@ -55,14 +55,17 @@ class GzipStream(PlainStream):
     """A gzip file of one or more members, read unpacked. zlib compares the CRC and the length in each trailer.
 
     ``size`` is the packed file's. Raises InputError where the data are damaged or stop before their end mark.
-    ``trailing`` counts bytes behind the last member that are no zero padding, once the end was reached.
+    ``trailing`` counts bytes behind the last member that are no zero padding, once the end was reached, and ``end`` is
+    where that is in the file.
     """
 
     packed = True
+    form, wbits = "gzip", 31
+    end = 0
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
         super().__init__(file, path, size)
-        self._member = zlib.decompressobj(wbits=31)
+        self._member = zlib.decompressobj(self.wbits)
         self._pending = b""
         self._ended = False
 
@@ -71,12 +74,12 @@ class GzipStream(PlainStream):
         while got < n and not self._ended:
             self._pending = self._pending or self.file.read(_PIECE)
             if not self._pending:
-                raise InputError(self.path, "truncated: the gzip data stop before their end mark", COPY_AGAIN)
+                raise InputError(self.path, f"truncated: the {self.form} data stop before their end mark", COPY_AGAIN)
             try:
                 parts.append(self._member.decompress(self._pending, n - got))
             except zlib.error as error:
                 summed = "data check" in str(error) or "length check" in str(error)
-                reason = f"damaged: {'the gzip checksum is wrong' if summed else 'the gzip data are broken'}"
+                reason = f"damaged: the {self.form} {'checksum is wrong' if summed else 'data are broken'}"
                 raise InputError(self.path, reason, COPY_AGAIN) from error
             got += len(parts[-1])
             self._pending = self._member.unconsumed_tail
@@ -97,12 +100,18 @@ class GzipStream(PlainStream):
         rest = self._member.unused_data
         if len(rest) < 2:
             rest += self.file.read(_PIECE)
-        if rest[:2] == b"\x1f\x8b":
-            self._member, self._pending = zlib.decompressobj(wbits=31), rest
+        if self.form == "gzip" and rest[:2] == b"\x1f\x8b":
+            self._member, self._pending = zlib.decompressobj(self.wbits), rest
             return
-        self._ended = True
+        self._ended, self.end = True, self.file.tell() - len(rest)
         if rest.strip(b"\0"):
             self.trailing = len(rest) + self.size - self.file.tell()
+
+
+class ZlibStream(GzipStream):
+    """One zlib stream, with the sum of zlib's own form, or one gzip member: MetaIO reads no second."""
+
+    form, wbits = "zlib", 47
 
 
 def pointer_of(path: str | os.PathLike) -> tuple[str, str] | None:
@@ -239,9 +248,13 @@ class NiftiFile:
             if stream.packed:  # a plain file's size was compared by check_size
                 behind = start + self.volume_bytes
                 self._skip(stream, behind, self.declared_bytes - behind)
-                self._surplus(len(stream.read(self.slice_bytes)))
+                self._rest(stream)
                 if stream.trailing:
                     self.warnings.append(f"{stream.trailing} bytes behind the gzip data were ignored")
+
+    def _rest(self, stream: PlainStream) -> None:
+        """Read on behind the last voxel, to the checksum."""
+        self._surplus(len(stream.read(self.slice_bytes)))
 
     def scale(self, chunk: np.ndarray, out: np.ndarray) -> None:
         """Stored values -> intensities in ``out``; what overflows its type ends as infinite."""
