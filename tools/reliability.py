@@ -23,9 +23,13 @@ PAGE = ROOT / "docs" / "reliability.md"
 # number -> (fault, what fastsrgan does, what is simulated and why)
 FAULTS: dict[int, tuple[str, str, str]] = {
     1: ("truncated .nii or .nii.gz", "3, `truncated`", ""),
-    2: ("wrong gzip checksum, all voxels readable", "3: every stream is read to its trailer", ""),
+    2: (
+        "wrong gzip or zlib checksum, all voxels readable",
+        "3: every stream is read to its checksum, of .nii.gz, .mgz and packed NRRD and MetaImage",
+        "",
+    ),
     3: ("header claims 64 TiB", "3 before anything is allocated", ""),
-    4: ("gzip bomb", "3 by size and ratio before unpacking; `--max-voxels`", ""),
+    4: ("gzip bomb", "3 by size and ratio before unpacking, behind the voxels after as much of it; `--max-voxels`", ""),
     5: ("NaN or infinite voxels", "read as 0, counted in a warning that reaches record and store", ""),
     6: (
         "image all NaN, all zero or constant",
@@ -35,8 +39,12 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     7: ("4-D, 5-D, RGB, complex", "a series of one is a volume; of many: 3 with `--volume`; others 3", ""),
     8: ("sform and qform differ, or neither is set", "a warning names the choice; the record carries it", ""),
     9: ("left-handed, oblique, permuted axes", "the same result in world space, affine kept", ""),
-    10: ("sheared affine", "kept, with a warning", ""),
-    11: ("voxel size zero, negative or in microns", "3, or a warning with what is used", ""),
+    10: ("sheared affine", "kept, with a warning, of every file format", ""),
+    11: (
+        "voxel size zero, negative or in microns",
+        "3, or a warning with what is used; below 0.005 or above 50 mm a warning, of every file format",
+        "",
+    ),
     12: ("volume smaller than a patch", "padded, and cropped back to its shape", ""),
     13: ("label with fractions, NaN, another shape or place", "3 before anything is written", ""),
     14: (
@@ -66,7 +74,8 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     26: (
         "output exists",
         "kept without `--overwrite`, skipped under `--resume`, by the commands that have them; tables and pictures "
-        "that `study`, `evaluate` and `train -sf`, `-dice`, `-mse` made are replaced by theirs",
+        "that `study`, `evaluate` and `train -dice`, `-mse` made, and weights under `-sf`, are replaced by theirs; an "
+        "input, or a file of another kind in their place: 2 before any work",
         "",
     ),
     27: (

@@ -213,7 +213,7 @@ class ItkFile(NiftiFile):
         if name.upper().startswith(b"LIST") or b"%" in name or fields.get(b"lineskip", b"0") != b"0":
             raise InputError(self.path, "its packed voxels lie in several files or behind lines", EXPORT_AGAIN)
         with open_stream(path) as opened:
-            at = at if path == self.path else max(0, _number(fields.get(b"headersize")))
+            at = max(0, _number(fields.get(b"headersize"))) or (at if path == self.path else 0)
             opened.file.seek(at)
             stream = (GzipStream if zipped else ZlibStream)(opened.file, path, opened.size)
             if (n := _read_to_end(stream, self.declared_bytes)) < self.declared_bytes:
@@ -228,13 +228,13 @@ class ItkFile(NiftiFile):
 def _itk_fields(path: Path) -> tuple[dict[bytes, bytes], int]:
     """Fields of an NRRD or MetaImage header, names in small letters without blanks; the place of the byte behind it."""
     fields: dict[bytes, bytes] = {}
-    with open(path, "rb") as file:
-        first = line = file.readline(_LONGEST_TEXT)
+    with open_stream(path) as stream:
+        first = line = stream.file.readline(_LONGEST_TEXT)
         while line and (line.strip() or not first.startswith(b"NRRD")) and b"elementdatafile" not in fields:
-            line = file.readline(_LONGEST_TEXT)
+            line = stream.file.readline(_LONGEST_TEXT)
             if found := _FIELD.match(line):
                 fields.setdefault(found[1].lower().replace(b" ", b""), found[2])
-        return fields, file.tell()
+        return fields, stream.file.tell()
 
 
 def _number(text: bytes | None) -> int:

@@ -48,7 +48,7 @@ from fastsrgan.train.gan import (
     refuse_hopeless,
     with_fitting_batch,
 )
-from fastsrgan.train.logs import DICE_TABLE, MSE_TABLE, Board, RunLog
+from fastsrgan.train.logs import DICE_TABLE, LOG, MSE_TABLE, Board, RunLog
 from fastsrgan.train.loop import best_so_far, loop
 from fastsrgan.train.precision import goes_on_in
 from fastsrgan.train.state import Run, data_identity
@@ -195,10 +195,13 @@ def check_places(
             output_place.check_place(path, inputs, kind)
         else:  # the run's own: where it is damaged it is made anew
             output_place.keep_inputs(path, inputs)
+    for name in (checkpoint.MODEL, BEST, "config.yaml", LOG):
+        output_place.keep_inputs(Path(folder) / name, [] if resume else inputs)
     if snapshot_folder:
-        written = {snapshots.keras_file(snapshot_folder, n) for n in range(config.init_epoch, config.epochs + 1)}
-        for path in written.intersection(output_folder(snapshot_folder).iterdir()):
-            output_place.check_place(path, inputs, output_place.WEIGHTS)
+        for path in output_folder(snapshot_folder).iterdir():
+            epoch = snapshots.epoch_of(path)
+            if epoch is not None and config.init_epoch <= epoch <= config.epochs:
+                output_place.check_place(path, inputs, output_place.WEIGHTS)
 
 
 def agree_on_settings(ranks: Ranks, config: TrainConfig) -> None:

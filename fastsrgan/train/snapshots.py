@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import math
-import os
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from fastsrgan.train.state import Position, Run, data_identity, epoch_part, rema
 
 log = logging.getLogger("fastsrgan")
 
+KERAS = "SegSRGAN_epoch_"
 ROOM = 1.5  # factor by which the structure of a scan may be smaller or larger than those of the training
 
 
@@ -242,10 +243,11 @@ def said_structures(run: Run) -> dict[str, Any]:
 def export(run: Run, epoch: int) -> None:
     """The original's snapshot file, when a folder for it was named."""
     if run.snapshot_folder and run.first:
-        target = keras_file(run.snapshot_folder, epoch)
+        target = run.snapshot_folder / f"{KERAS}{epoch}"
         weights.export_keras(run.folder / "model.safetensors", target, overwrite=True)
 
 
-def keras_file(folder: str | os.PathLike, epoch: int) -> Path:
-    """The original's snapshot file of an epoch."""
-    return Path(folder) / f"SegSRGAN_epoch_{epoch}"
+def epoch_of(path: Path) -> int | None:
+    """The epoch whose file of the original's form (``export``) is called like this; None for other names."""
+    number = path.name.removeprefix(KERAS)
+    return int(number) if re.fullmatch("[1-9][0-9]{0,8}", number) and path.name != number else None
