@@ -157,7 +157,8 @@ class InferSettings:
     patch: PerAxis = option(128, "tile edge in voxels, or none: the whole image (128)", parse=tile_edge,
         reported=True)
     step: Step | None = option(PAPER_STEP,
-        "voxels between tiles, or auto; small is good and slow (CPU: half the patch; CUDA, segsrgan, --budget: 30)",
+        "voxels between tiles, or auto; small is good and slow (half the patch; at most 30 on CUDA, with segsrgan "
+        "or --budget)",
         parse=step_size, typed=None, reported=True)
     budget: float | None = option(None, "60s, 2m: the densest steps down to --step that fit this time", parse=seconds,
         metavar="TIME", check=check_budget, reported=True)
@@ -176,8 +177,9 @@ class InferSettings:
     precision_check: bool = option(False, "report what the precision costs, on a few tiles", flag="--check-precision",
         recorded=ELSEWHERE, decides=False)
     device: str = option("auto", "auto, cpu, cuda or cuda:n", parse=str, decides=False, reported=True)
-    max_memory: int | None = option(None, "of the host, beside the image; more goes by slabs", parse=memory,
-        metavar="G", check=check_max_memory, recorded=ELSEWHERE, decides=False)
+    max_memory: int | None = option(None,
+        "of the host, beside the image; what takes more is done by slabs, or refused: where these take more too, "
+        "with --budget, with --step auto", parse=memory, metavar="G", check=check_max_memory, recorded=ELSEWHERE, decides=False)
     mask: Any = option(None, "compute only where this image is above zero", parse=str, metavar="FILE",
         instead=("--crop-to-head", HEAD, "compute only in the box around what is not air"))
     outside: str = option(AUTO,
