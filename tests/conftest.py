@@ -13,6 +13,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
 
+# Threads that wait for others would spin, and there are more of them than cores: most of the time would go there.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # Which exact form of a layer is faster depends on the machine, and on what else it does: tests take the fixed ones.
 os.environ["FASTSRGAN_FORMS"] = "fixed"
 

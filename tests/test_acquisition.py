@@ -46,18 +46,20 @@ def test_noise_is_found_in_tissue_whatever_the_air_holds(noise):
     clean, _, _ = acquire()
     scan, _, _ = acquire(noise=noise)
     # The phantom's own detail counts as noise where there is little: measured 1.13, 1.04 and 1.01 of the truth.
+    # Found: 1.01 to 1.13 of it; what tissue adds is 0.001
     assert 0.97 * noise < noise_sd(scan, 2) < 1.03 * noise + 0.002
-    assert noise_sd(np.where(clean > 0, scan, 0), 2) == pytest.approx(noise_sd(scan, 2), rel=0.03)  # masked air
+    # Found: 0 (rounding)
+    assert noise_sd(np.where(clean > 0, scan, 0), 2) == pytest.approx(noise_sd(scan, 2), rel=1e-6)  # masked air
     rng = np.random.default_rng(1)
     rician = np.hypot(clean + noise * rng.normal(size=clean.shape), noise * rng.normal(size=clean.shape))
-    assert noise_sd(rician, 2) == pytest.approx(noise_sd(scan, 2), rel=0.05)
+    assert noise_sd(rician, 2) == pytest.approx(noise_sd(scan, 2), rel=0.05)  # found: 0.0073
 
 
 def test_noise_alone_is_measured_exactly_and_scales_with_the_image():
     flat = 5 + np.random.default_rng(0).normal(size=(100, 100, 20))
-    assert noise_sd(flat, 2) == pytest.approx(1, rel=0.01)
-    assert noise_sd(flat.transpose(2, 0, 1), 0) == pytest.approx(noise_sd(flat, 2), rel=1e-6)
-    assert noise_sd(1000 * flat, 2) == pytest.approx(1000 * noise_sd(flat, 2), rel=1e-5)
+    assert noise_sd(flat, 2) == pytest.approx(1, rel=0.01)  # found: 0.0037
+    assert noise_sd(flat.transpose(2, 0, 1), 0) == pytest.approx(noise_sd(flat, 2), rel=1e-6)  # found: 0 (rounding)
+    assert noise_sd(1000 * flat, 2) == pytest.approx(1000 * noise_sd(flat, 2), rel=1e-6)  # found: 1.9e-8 (rounding)
 
 
 @pytest.mark.parametrize(("n", "expected"), [(1, [0]), (20, range(20)), (32, range(32)), (311, range(0, 311, 10))])
@@ -81,7 +83,7 @@ def test_too_little_tissue_says_nothing():
 def test_what_the_spline_lacks_is_judged_to_within_a_factor_of_two(noise):
     scan, seen, _ = acquire(noise=noise)
     error = np.std((apply_axes(acquire()[0], seen.up) - truth())[truth() > 0.1])
-    assert 0.5 * error < missing_sd(scan, seen, noise) < 2 * error
+    assert 0.5 * error < missing_sd(scan, seen, noise) < 2 * error  # found: 0.84 of it
 
 
 @pytest.mark.parametrize("profile", ["gaussian", "box"])
@@ -99,7 +101,7 @@ def test_the_weight_gains_wherever_the_best_one_gains_and_never_loses(profile):
         chosen = choose_weight(scan, nominal, 2).w
         assert PROFILE_KNOWN <= chosen <= LARGEST
         best = min(error(w) for w in (0.001, 0.01, 0.1, 0.3, 1.0, 3.0))
-        assert error(chosen) < error(None) + 0.1
+        assert error(chosen) < error(None) + 0.1  # found: -0.3 dB at most
         lost.append(error(chosen) - best)
     assert max(lost) < 0.35, lost  # dB; measured 0.005, 0.06, 0.31, 0.12 for the Gaussian
 

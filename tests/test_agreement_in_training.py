@@ -47,7 +47,7 @@ def test_a_patch_becomes_what_the_volume_becomes(ratio, first):
     assert inner.stop - inner.start > 4 or ratio > 6
     if found.size:
         assert np.abs(found - whole[..., inner]).max() < 0.03  # found: 0.016, of a change of 1
-        assert np.abs(found - sr[..., inner]).max() > 0.1
+        assert np.abs(found - sr[..., inner]).max() > 0.1  # found: 0.49
 
 
 def test_the_spline_becomes_the_best_linear_estimate_and_a_mirrored_patch_the_mirror_image():
@@ -62,7 +62,7 @@ def test_the_spline_becomes_the_best_linear_estimate_and_a_mirrored_patch_the_mi
     linear = x[0, 0].double() + (scan.double() - x[0, 0].double() @ torch.tensor(down.T)) @ torch.tensor(back)
     assert (made[0, 0] - linear).abs().max() < 5e-6  # found: 6e-7
     turned = torch.from_numpy(slices.of(0, 48, True).copy())[None]
-    assert (agreed_patches(x.flip(-1), x.flip(-1), turned).flip(-1) - made).abs().max() < 5e-6
+    assert (agreed_patches(x.flip(-1), x.flip(-1), turned).flip(-1) - made).abs().max() < 2e-6  # found: 4.2e-7
 
 
 def sample(spacing=(1.0, 1.0, 1.0)) -> Sample:
@@ -104,14 +104,16 @@ def test_the_loss_and_the_critics_fakes_see_the_result_that_agrees():
         batch = Batch(x, y, torch.full((2,), 3.0), ["a", "b"], layer)
         pred = models.generator(x).detach()
         agreed = agreed_patches(pred, x, layer)
-        assert (agreed - pred).abs().max() > 0.01
+        assert (agreed - pred).abs().max() > 0.01  # found: 2.5
         assert torch.allclose(models.generate(batch), agreed)
         loss = lambda out: generator_loss(lambda *a: out, models.critic, x, y, lambda_adv=0.0)  # noqa: E731
         told = generator_loss(models.generator, models.critic, x, y, lambda_adv=0.0, agree=layer)
-        assert float(told["total"].detach()) == pytest.approx(float(loss(agreed)["total"].detach()), rel=1e-5)
-        assert float(told["total"].detach()) != pytest.approx(float(loss(pred)["total"]), rel=1e-3)
+        # Found: 0 (rounding)
+        assert float(told["total"].detach()) == pytest.approx(float(loss(agreed)["total"].detach()), rel=1e-6)
+        assert float(told["total"].detach()) != pytest.approx(float(loss(pred)["total"]), rel=1e-3)  # found: 0.19
         assert models.generator_update(batch, False)["reconstruction"] == pytest.approx(
-            float(loss(agreed)["reconstruction"]), rel=1e-4
+            float(loss(agreed)["reconstruction"]),
+            rel=1e-6,  # found: 0 (rounding)
         )
 
 
@@ -123,10 +125,10 @@ def test_a_loss_behind_the_layer_does_not_pay_for_what_the_scan_says():
     layer = torch.from_numpy(patch_agreement(0, n, n, m, ratio, NARROW, 1e-6))[None]
     x = torch.zeros(1, 1, 1, 1, n)
     left = agreed_patches((x + seen).expand(1, 2, 1, 1, n), x, layer)[0, 0]
-    assert left.abs().max() < 1e-2 * seen.abs().max()
+    assert left.abs().max() < 1e-5 * seen.abs().max()  # found: 3.1e-6
     wave = torch.from_numpy(np.linalg.svd(down)[2][-1].astype(np.float32))  # D takes it to zero
     kept = agreed_patches((x + wave).expand(1, 2, 1, 1, n), x, layer)[0, 0]
-    assert (kept - wave).abs().max() < 1e-2 * wave.abs().max()
+    assert (kept - wave).abs().max() < 1e-6 * wave.abs().max()  # found: 4.2e-8 (rounding)
 
 
 def test_the_originals_geometry_is_refused(tmp_path):

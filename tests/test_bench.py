@@ -277,7 +277,7 @@ def test_differences_are_relative_and_nothing_slips_through():
     assert common.largest_difference([ones], [torch.ones(4)]) == math.inf
     assert math.isnan(common.largest_difference([ones * math.nan], [ones]))
     assert math.isnan(common.largest_difference([ones], [ones * math.nan]))
-    assert common.largest_difference([ones], [ones * 0]) > 1e20
+    assert common.largest_difference([ones], [ones * 0]) > 1e20  # found: 1e30
     assert common.largest_difference([ones * 2], [ones], l2=True) == pytest.approx(1)
     assert common.largest_difference([torch.tensor([0.0, 1])], [torch.tensor([3.0, 4])], l2=True) == pytest.approx(
         math.sqrt(18) / 5
@@ -323,8 +323,8 @@ def test_peak_memory_sees_what_is_allocated_and_given_back():
 
     case = common.Case("memory", {}, lambda: {"ours": side, "less": lambda: []}, 0.0)
     torch.ones(2 * size // 4).sum()  # an earlier, larger peak of the process does not count
-    assert 0.9 * size <= common.peak_of(case, "ours", "cpu") <= 1.5 * size
-    assert common.peak_of(case, "less", "cpu") <= 0.1 * size
+    assert 0.9 * size <= common.peak_of(case, "ours", "cpu") <= 1.5 * size  # found: 1
+    assert common.peak_of(case, "less", "cpu") <= 0.1 * size  # found: 0
 
 
 def test_peak_memory_comes_from_a_process_of_its_own():
@@ -337,7 +337,7 @@ def test_peak_memory_comes_from_a_process_of_its_own():
 def test_texture_is_a_head_and_the_same_each_time():
     image = common.texture((20, 24, 22))
     assert image.dtype == np.float32 and image.max() == 1 and image.min() == 0
-    assert image[0].max() == 0 and image[10, 12, 11] > 0.1
+    assert image[0].max() == 0 and image[10, 12, 11] > 0.1  # found: 0.69
     assert np.array_equal(image, common.texture((20, 24, 22)))
 
 
@@ -361,7 +361,7 @@ def test_naive_networks_are_the_papers(monkeypatch):
     naive.copy(plain.paired(generator))
     x = torch.rand(2, 1, 16, 16, 16, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     # The stock norm's epsilon is inside the root.
-    assert torch.allclose(plain(x), generator(x), atol=1e-4)
+    assert torch.allclose(plain(x), generator(x), atol=5e-6)  # found: 1e-6
     for patch in (16, 20, 24, 36):
         critic = Critic(CriticSpec(kernel=2, patch=patch), seed=2).double()
         own = naive.NaiveCritic(2, patch).double()
@@ -370,7 +370,7 @@ def test_naive_networks_are_the_papers(monkeypatch):
                 bias.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
         naive.copy(own.paired(critic))
         y = torch.rand(2, 2, patch, patch, patch, dtype=torch.double, generator=torch.Generator().manual_seed(patch))
-        assert torch.allclose(own(y), critic(y), rtol=1e-12, atol=1e-14)
+        assert torch.allclose(own(y), critic(y), rtol=1e-12, atol=1e-14)  # found: 0 of it
 
 
 class ExactNorm(torch.nn.Module):
@@ -414,7 +414,7 @@ def test_in_float64_the_training_loop_is_the_naive_one(monkeypatch, row, calls):
     sides = case.build()
     for _ in range(calls):
         ours, *peers = ([torch.as_tensor(a).clone() for a in call()] for call in sides.values())
-        assert all(common.largest_difference(ours, peer) < 1e-10 for peer in peers)
+        assert all(common.largest_difference(ours, peer) < 5e-12 for peer in peers)  # found: 1.3e-12
 
 
 def test_rounding_is_not_compared_but_every_real_gradient_is():

@@ -80,7 +80,7 @@ def test_uncompiled_counts_what_operations_read_and_write():
     assert all(small[name].bytes > floor[name].bytes for name in floor)
     assert small["iteration"].flop > 5 * small["critic update"].flop
     double = uncompiled.phases(2, 2, 16, 5, torch.float32)["generator forward,"]
-    assert 1.4 < double.bytes / small["generator forward,"].bytes <= 2
+    assert 1.4 < double.bytes / small["generator forward,"].bytes <= 2  # found: 1.5
 
 
 def test_the_floor_is_the_tighter_ceiling():

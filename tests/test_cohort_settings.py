@@ -166,14 +166,16 @@ def test_auto_takes_the_axes_of_most_subjects():
 def test_a_head_stored_in_another_order_trains_on_the_same_patches(direction, order):
     """The law: what the network sees depends on the head alone, not on how it was stored."""
     image, label = head(3, (20, 22, 24))
+    mask = (image > 0.75).astype(np.uint8)
     axes, law, rule = axes_across(direction), Degradation(((1.0, 1.0, 3.0),), noise=0.0), PatchRule(16, 8)
     seen = []
     for way in ((0, 1, 2), order):
-        turned = [np.ascontiguousarray(a.transpose(way)) for a in (image, label)]
-        sample = Sample("h", "Train", *turned, None, stored(way), (1.0, 1.0, 1.0))
+        turned = [np.ascontiguousarray(a.transpose(way)) for a in (image, label, mask)]
+        sample = Sample("h", "Train", *turned, stored(way), (1.0, 1.0, 1.0))
         draw = stored_draw(Draw((1.0, 1.0, 3.0)), axes, sample.affine)
         seen.append(make_resident(sample, law, draw, rule, torch.device("cpu")))
-    assert torch.equal(seen[0].interpolated, seen[1].interpolated) and torch.equal(seen[0].hr, seen[1].hr)
+    for part in ("interpolated", "hr", "label", "mask"):
+        assert torch.equal(getattr(seen[0], part), getattr(seen[1], part)), part
     assert np.array_equal(seen[0].origins, seen[1].origins)
 
 
@@ -190,7 +192,8 @@ def test_a_test_subject_stored_in_another_order_is_validated_alike(order):
         turned = [np.ascontiguousarray(a.transpose(way)) for a in (image, label)]
         sample = Sample("h", "Test", *turned, None, stored(way), (1.0, 1.0, 1.0))
         seen.append(fixed_resident(feed, sample, 0, 2))
-    assert torch.equal(seen[0].interpolated, seen[1].interpolated) and torch.equal(seen[0].hr, seen[1].hr)
+    for part in ("interpolated", "hr", "label"):
+        assert torch.equal(getattr(seen[0], part), getattr(seen[1], part)), part
 
 
 def test_a_mixed_cohort_is_told_once(tmp_path, caplog):
@@ -212,9 +215,10 @@ def test_values_below_zero_are_moved_up_alike_in_training_and_inference():
     law = Degradation(((1.0, 1.0, 1.0),), noise=0.0)
     seen = make_resident(sample, law, Draw((1.0, 1.0, 1.0)), PatchRule(16, 8), torch.device("cpu"))
     norm = normaliser(scores, shifted=True)
+    # Found: 0 (rounding)
     torch.testing.assert_close(seen.interpolated, torch.from_numpy(norm.apply(scores)), atol=1e-6, rtol=0)
     assert float(seen.interpolated.min()) == 0 and float(seen.interpolated.max()) == pytest.approx(1)
-    np.testing.assert_allclose(norm.invert(norm.apply(scores)), scores, atol=1e-5)
+    np.testing.assert_allclose(norm.invert(norm.apply(scores)), scores, atol=2e-6)  # found: 3.6e-7
 
 
 def test_images_without_values_below_zero_are_untouched():
@@ -243,9 +247,9 @@ def test_a_shifted_scan_gives_the_shifted_result(shift):
         infer_volume(image, np.eye(4), Same(True), patch=16, step=8, device="cpu")
         for image in (scan, scan + shift / 10)
     )
-    np.testing.assert_allclose(moved.sr, plain.sr + shift / 10, atol=1e-4)
+    np.testing.assert_allclose(moved.sr, plain.sr + shift / 10, atol=1e-4)  # found: 0 (rounding), of hundreds
     np.testing.assert_array_equal(moved.prob, plain.prob)
-    np.testing.assert_allclose(plain.sr, scan, atol=1e-4)
+    np.testing.assert_allclose(plain.sr, scan, atol=1e-4)  # found: 0 (rounding), of hundreds
     assert plain.report["intensity_shift"] == pytest.approx(-50)
 
 

@@ -186,7 +186,7 @@ def test_quantised_floats_keep_zero_order_and_the_stated_error(values):
     span = float(values.max()) - float(values.min())
     error = np.abs(back.astype(float) - values)
     assert levels.dtype == np.int16 and error.max() == facts["quantisation"]["max_error"]
-    assert error.max() <= 0.5001 * span / 65534 + np.spacing(np.abs(values).max())
+    assert error.max() <= 0.5001 * span / 65534 + np.spacing(np.abs(values).max())  # found: 0.97 of it
     if values.min() <= 0 <= values.max():
         assert not back[values == 0].any()
     order = np.argsort(values, axis=None)

@@ -43,7 +43,7 @@ def test_forms_equal_the_plain_convolution_and_its_gradients(poisoned, form, siz
         (conv.gradient(), 2 * dw),
     ):
         assert found.shape == wanted.shape
-        assert (found - wanted).abs().max() <= 1e-13 * wanted.abs().max() * inputs
+        assert (found - wanted).abs().max() <= 1e-13 * wanted.abs().max() * inputs  # found: 1.4e-15 (rounding)
 
 
 def test_few_channels_are_filled_up_where_tensor_cores_multiply(monkeypatch):

@@ -27,9 +27,9 @@ def test_physical_degradation_equals_the_matrices():
     assert done.low_res.shape == lr.shape and done.interpolated.shape == hr.shape == done.hr.shape
     # float32 products against float64: found 2.1e-7, 3.9e-7 and 1.7e-7.
     assert np.abs(done.low_res - lr / scale).max() < 2e-6
-    assert np.abs(done.interpolated - z).max() < 2e-6
-    assert np.abs(done.hr - hr.astype(float) ** 1.3 / scale).max() < 2e-6
-    assert done.scale == pytest.approx(scale, rel=1e-6)
+    assert np.abs(done.interpolated - z).max() < 2e-6  # found: 3.9e-7
+    assert np.abs(done.hr - hr.astype(float) ** 1.3 / scale).max() < 1e-6  # found: 1.7e-7
+    assert done.scale == pytest.approx(scale, rel=1e-6)  # found: 1.4e-8 (rounding)
 
 
 @settings(max_examples=25)
@@ -47,7 +47,7 @@ def test_noise_has_the_asked_strength_is_keyed_and_clipped():
     b = degrade(hr, (1, 1, 1), (1, 1, 2), noise=0.03, key=(5, 1, "sub-01"))
     c = degrade(hr, (1, 1, 1), (1, 1, 2), noise=0.03, key=(5, 2, "sub-01"))
     assert np.array_equal(a.low_res, b.low_res) and not np.array_equal(a.low_res, c.low_res)
-    assert (a.low_res * a.scale).std() == pytest.approx(3.0, rel=0.02)
+    assert (a.low_res * a.scale).std() == pytest.approx(3.0, rel=0.002)  # found: 5.1e-4
     assert a.low_res.min() >= 0 and a.low_res.max() == 1
 
 
@@ -67,8 +67,8 @@ def test_golden_degradation_of_the_original(golden):
         )
         # Found: 3.6e-7, 1.2e-7 and 4.8e-7.
         assert np.abs(done.low_res - expected["lr_normalised"]).max() <= 2e-6
-        assert np.abs(done.hr - expected["hr_normalised"]).max() <= 2e-6
-        assert np.abs(done.interpolated - expected["interpolated"]).max() <= 2e-6
+        assert np.abs(done.hr - expected["hr_normalised"]).max() <= 1e-6  # found: 1.2e-7
+        assert np.abs(done.interpolated - expected["interpolated"]).max() <= 2e-6  # found: 4.8e-7
 
 
 def test_draws_depend_on_the_key_alone_and_stay_in_their_ranges():
@@ -78,8 +78,9 @@ def test_draws_depend_on_the_key_alone_and_stay_in_their_ranges():
     assert draws == again
     powers = np.array([d.power for d in draws])
     res = np.array([d.low_res for d in draws])
-    assert powers.min() >= 0.6 and powers.max() <= 1.4 and powers.std() == pytest.approx(0.8 / 12**0.5, rel=0.15)
-    assert (res[:, 0] == 0.5).all() and 2 <= res[:, 2].min() < 2.2 and 3.8 < res[:, 2].max() <= 4
+    # Found: 0.6, 1.4, 0.0098
+    assert powers.min() >= 0.6 and powers.max() <= 1.4 and powers.std() == pytest.approx(0.8 / 12**0.5, rel=0.05)
+    assert (res[:, 0] == 0.5).all() and 2 <= res[:, 2].min() < 2.2 and 3.8 < res[:, 2].max() <= 4  # found: 2, 4
     assert len({d.power for d in draws}) == len(draws)
 
 
@@ -122,7 +123,8 @@ def test_what_is_seen_of_an_image_is_what_apply_makes_of_it():
         low_res = tuple(draw.low_res[d] for d in order)
         done = setting.apply(hr, (1, 1, 1), draw, low_res)
         seen = setting.seen(hr.shape, (1, 1, 1), draw, low_res)
-        assert abs(draw.width - 1) > 0.01 and draw.gap > 0.01 and draw.box > 0.01
+        assert abs(draw.width - 1) > 0.01 and draw.gap > 0.01 and draw.box > 0.01  # found: 0.12, 0.16, 0.033
+        # Found: 2.4e-7
         assert np.abs(seen.forward(done.hr) - done.low_res).max() < 2e-6  # float32 products, as the matrices above
 
 

@@ -48,7 +48,7 @@ def test_demo_runs_and_its_figures_agree(tmp_path, monkeypatch):
     assert written["table"] == [spline, linear, ours]
     assert written["scores"]["image"]["whole"]["psnr_db"] == ours["PSNR dB"]
     assert abs(ours["PSNR dB"] - spline["PSNR dB"]) < 3  # two dozen tiny steps from the spline
-    assert spline["Dice"] > 0.8
+    assert spline["Dice"] > 0.8  # found: 0.97
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert result["page"] == str(tmp_path / "out" / "report.html") and Path(result["page"]).is_file()
     assert written["training"]["updates"] == 4  # 8 patches a subject, batches of 4, two epochs

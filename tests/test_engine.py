@@ -94,6 +94,7 @@ def test_a_subclass_with_its_own_forward_is_not_taken_apart():
     halved = Halved(GeneratorSpec(kernel=1))
     nn.init.zeros_(halved.head)
     out, _ = predict(VOLUME, PLAN, TileNetwork(halved, 1.0))
+    # Found: 1.2e-7
     assert torch.allclose(out[0], 0.5 * VOLUME, atol=1e-6) and torch.allclose(out[1], torch.tensor(0.25))
 
 
@@ -175,7 +176,7 @@ def test_the_resolution_reaches_conditional_networks_only():
     fused, _ = predict(VOLUME, PLAN, TileNetwork(conditional, 3.3))
     alone = conditional(VOLUME[:16, :16, :16][None, None], 3.3)[0]
     first, _ = predict(VOLUME[:16, :16, :16], tiles.plan((16, 16, 16), 16, 16), TileNetwork(conditional, 3.3))
-    assert fused.shape == (2, *VOLUME.shape) and torch.allclose(first, alone, atol=2e-6)
+    assert fused.shape == (2, *VOLUME.shape) and torch.allclose(first, alone, atol=2e-6)  # found: 0 (rounding)
 
 
 def test_half_precision_touches_the_head_only(generator, caplog):
@@ -189,7 +190,7 @@ def test_half_precision_touches_the_head_only(generator, caplog):
             out, _ = predict(small, plan, TileNetwork(generator, 1.0, precision=precision))
     assert sum("bf16 is slower than fp32 on a CPU" in r.getMessage() for r in caplog.records) == 1
     reference, _ = predict(small, plan, TileNetwork(generator, 1.0))
-    assert 0 < (out - reference).abs().max() < 0.05 * reference.abs().max()
+    assert 0 < (out - reference).abs().max() < 0.05 * reference.abs().max()  # found: 0.031
     shifted, _ = predict(small + 1000, plan, TileNetwork(identity(), 1.0, precision="bf16"))
     assert torch.equal(shifted[0], small + 1000)
 

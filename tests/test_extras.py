@@ -75,10 +75,12 @@ def test_draws_depend_on_the_key_alone():
     draws = [setting.draw(3, epoch, f"sub-{s}") for epoch in range(60) for s in range(5)]
     assert draws == [setting.draw(3, epoch, f"sub-{s}") for epoch in range(60) for s in range(5)]
     widths = np.array([d.width for d in draws])
+    # Found: 0.8, 1.2
     assert 0.8 <= widths.min() < 0.81 and 1.19 < widths.max() <= 1.2 and len(set(widths)) == len(draws)
     gaps, boxes = (np.array([getattr(d, name) for d in draws]) for name in ("gap", "box"))
+    # Found: 0.0023, 0.4, 0.013, 0.9
     assert 0 <= gaps.min() < 0.01 and 0.39 < gaps.max() <= 0.4 and 0 <= boxes.min() < 0.02 and 0.89 < boxes.max() <= 0.9
-    assert abs(np.corrcoef([widths, gaps, boxes]) - np.eye(3)).max() < 0.2  # none is another in disguise
+    assert abs(np.corrcoef([widths, gaps, boxes]) - np.eye(3)).max() < 0.2  # none is another in disguise; found: 0.074
     a, b = (images(setting.apply(head(), SPACING, setting.draw(3, 1, "sub-1"))) for _ in range(2))
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
     other = setting.apply(head(), SPACING, setting.draw(3, 2, "sub-1"))
@@ -115,18 +117,18 @@ def test_nonsense_is_refused(bad):
 @given(st.tuples(*[st.integers(2, 40)] * 3), st.floats(0.01, 1), st.integers(0, 99))
 def test_bias_field_is_bounded_and_smooth(shape, largest, seed):
     log = np.log(apply_bias(torch.ones(shape), draw_bias((seed, "x"), largest), shape).numpy())
-    assert np.abs(log).max() <= largest + 1e-6
+    assert np.abs(log).max() <= largest + 1e-6  # found: 0.85 of it
     for axis, n in enumerate(shape):
         # A cubic's slope is at most 3 times the largest step between its control points, here 2 times the bound.
-        assert np.abs(np.diff(log, axis=axis)).max() <= 6 * largest / n + 1e-5
+        assert np.abs(np.diff(log, axis=axis)).max() <= 6 * largest / n + 1e-5  # found: 0.85 of it
 
 
 def test_bias_field_uses_its_range_and_covers_the_volume():
     points = draw_bias((1, "x"), 0.4)
     log = np.log(apply_bias(torch.ones(60, 61, 62), points, (60, 61, 62)).numpy())
-    assert log.max() - log.min() > 0.4
-    assert log[0, 0, 0] == pytest.approx(points[0, 0, 0], abs=0.08)  # half a voxel from the corner
-    assert log[-1, 0, -1] == pytest.approx(points[-1, 0, -1], abs=0.08)
+    assert log.max() - log.min() > 0.4  # found: 0.55
+    assert log[0, 0, 0] == pytest.approx(points[0, 0, 0], abs=0.08)  # half a voxel from the corner; found: 0.014
+    assert log[-1, 0, -1] == pytest.approx(points[-1, 0, -1], abs=0.08)  # found: 0.033
     expected = np.einsum("xa,yb,zc,abc->xyz", *(bernstein_matrix(n) for n in log.shape), points)
     assert np.abs(log - expected).max() < 1e-6  # found: 1.1e-7
 
@@ -136,7 +138,7 @@ def test_part_of_a_field_is_that_part():
     for axis in range(3):
         whole = apply_bias(image, points, image.shape)
         part = apply_bias(image.narrow(axis, 5, 9).contiguous(), points, image.shape, axis, 5)
-        assert (part / whole.narrow(axis, 5, 9) - 1).abs().max() < 1e-6
+        assert (part / whole.narrow(axis, 5, 9) - 1).abs().max() < 1e-6  # found: 2.4e-7
 
 
 @pytest.mark.parametrize("geometry", ["physical", "segsrgan"])
@@ -160,18 +162,18 @@ def test_rician_noise_has_the_moments_of_magnitude_images():
     done = degrade(hr, (1, 1, 1), (1, 1, 1), noise=0.05, rician=True, key=3)
     seen, sd = done.low_res * done.scale, 5.0
     air, tissue = seen[:30], seen[30:]
-    assert air.min() > 0 and air.mean() == pytest.approx(sd * np.sqrt(np.pi / 2), rel=0.01)
-    assert air.std() == pytest.approx(sd * np.sqrt(2 - np.pi / 2), rel=0.01)
-    assert tissue.std() == pytest.approx(sd, rel=0.01)  # Gaussian where the signal is strong
-    assert (tissue.astype(float) ** 2).mean() == pytest.approx(100**2 + 2 * sd**2, rel=1e-3)
-    assert np.abs(done.hr * done.scale - hr).max() < 1e-4
+    assert air.min() > 0 and air.mean() == pytest.approx(sd * np.sqrt(np.pi / 2), rel=0.01)  # found: 0.0027
+    assert air.std() == pytest.approx(sd * np.sqrt(2 - np.pi / 2), rel=0.01)  # found: 0.0034
+    assert tissue.std() == pytest.approx(sd, rel=0.005)  # Gaussian where the signal is strong; found: 6.7e-4
+    assert (tissue.astype(float) ** 2).mean() == pytest.approx(100**2 + 2 * sd**2, rel=2e-5)  # found: 3.5e-6
+    assert np.abs(done.hr * done.scale - hr).max() < 1e-4  # found: 0
 
 
 def test_rician_noise_is_the_formula_on_the_same_bits_as_gaussian_noise():
     x = np.random.default_rng(0).random((70, 60, 50)).astype(np.float32)  # more than one piece
     n1, n2 = (rng(1, name).standard_normal(x.shape, dtype=np.float32) * np.float32(0.1) for name in ("a", "b"))
     done = add_noise(torch.from_numpy(x.copy()), 0.1, rng(1, "a"), rng(1, "b")).numpy()
-    assert np.abs(done - np.hypot(x + n1, n2)).max() < 2e-7
+    assert np.abs(done - np.hypot(x + n1, n2)).max() < 2e-7  # found: 0 (rounding)
     assert np.array_equal(add_noise(torch.from_numpy(x.copy()), 0.1, rng(1, "a")).numpy(), x + n1)
 
 
@@ -187,17 +189,17 @@ def test_no_noise_is_no_noise_for_both():
 def test_width_is_the_profile_s_full_width_at_half_maximum(n, ratio, width):
     m = grid_size(n, 1, ratio)
     matrix = slice_profile_matrix(n, m, ratio, width)
-    assert np.abs(matrix.sum(1) - 1).max() < 1e-12
+    assert np.abs(matrix.sum(1) - 1).max() < 1e-12  # found: 4.4e-16 (rounding)
     for row, centre in zip(matrix, centre_coordinates(m, n, ratio), strict=True):
         if 4 * ratio * width / FWHM + 1 < centre < n - 2 - 4 * ratio * width / FWHM:
             spread = np.sqrt((row * (np.arange(n) - centre) ** 2).sum())
-            assert spread == pytest.approx(ratio * width / FWHM, rel=0.015)
+            assert spread == pytest.approx(ratio * width / FWHM, rel=0.005)  # found: 4.7e-4
 
 
 def test_width_one_is_the_plain_profile_and_a_narrow_one_picks_voxels():
     assert np.array_equal(slice_profile_matrix(40, 13, 3.1, 1.0), slice_profile_matrix(40, 13, 3.1))
     narrow = slice_profile_matrix(39, 13, 3.0, 0.001)
-    assert np.abs(narrow - np.eye(39)[1::3]).max() < 1e-9
+    assert np.abs(narrow - np.eye(39)[1::3]).max() < 1e-9  # found: 0 (rounding)
     assert np.isfinite(slice_profile_matrix(40, 16, 2.5, 0.01)).all()
 
 
@@ -205,7 +207,7 @@ def test_width_one_is_the_plain_profile_and_a_narrow_one_picks_voxels():
 def test_a_box_weighs_each_voxel_by_the_length_of_it_that_lies_inside(n, ratio, width):
     m = grid_size(n, 1, ratio)
     matrix = slice_profile_matrix(n, m, ratio, width, 1.0)
-    assert np.abs(matrix.sum(1) - 1).max() < 1e-12
+    assert np.abs(matrix.sum(1) - 1).max() < 1e-12  # found: 3.3e-16 (rounding)
     fine = 1000  # parts per voxel
     parts = (np.arange(n * fine) + 0.5) / fine - 0.5
     for row, centre in zip(matrix, centre_coordinates(m, n, ratio), strict=True):
@@ -214,6 +216,7 @@ def test_a_box_weighs_each_voxel_by_the_length_of_it_that_lies_inside(n, ratio, 
             # Found: 1.4e-3, of the fine grid that stands for the integral.
             assert np.abs(inside.reshape(n, fine).mean(1) / (ratio * width) - row).max() < 3e-3
     half = slice_profile_matrix(n, m, ratio, width, 0.25)
+    # Found: 2.2e-16 (rounding)
     assert np.allclose(half, 0.75 * slice_profile_matrix(n, m, ratio, width) + 0.25 * matrix, atol=1e-14)
 
 
@@ -254,7 +257,7 @@ def test_width_blurs_what_the_scanner_saw_and_leaves_the_truth(geometry):
     hr = head((20, 24, 30))
     sharp, plain, soft = (degrade(hr, (1, 1, 1), (1, 1, 3), width=w, geometry=geometry) for w in (0.7, 1.0, 1.4))
     stds = [(d.low_res * d.scale).std() for d in (sharp, plain, soft)]
-    assert stds[0] > 1.1 * stds[1] > 1.2 * stds[2]
+    assert stds[0] > 1.1 * stds[1] > 1.2 * stds[2]  # found: 1.06 and 1.05 of them
     for other in (sharp, soft):
         assert np.abs(other.hr * other.scale - plain.hr * plain.scale).max() < 1e-3  # found: 1.2e-4
     assert np.array_equal(degrade(hr, (1, 1, 1), (1, 1, 3), geometry=geometry).low_res, plain.low_res)
@@ -299,22 +302,22 @@ def test_motion_is_the_spline_that_scipy_computes():
     back, centre = np.array([[c, s], [-s, c]]), np.array([16, 18.5])
     offset = centre - back @ (centre + pose[:2])
     expected = ndimage.affine_transform(stack[..., 0].astype(float), back, offset, order=3, mode="reflect")
-    assert np.abs(moved[..., 0] - expected).max() < 900 * 3e-5
+    assert np.abs(moved[..., 0] - expected).max() < 900 * 3e-5  # found: 4.8e-6
     assert np.array_equal(moved[..., 1], stack[..., 1])
 
 
 def test_motion_by_whole_voxels_moves_voxels():
     stack = torch.from_numpy(head((12, 14, 2)))
     moved = apply_motion(stack, np.array([[2.0, 0, 0], [0, -3 * 0.5, 0]]), (1.0, 0.5, 4.0))
-    assert (moved[2:, :, 0] - stack[:-2, :, 0]).abs().max() < 900 * 1e-5
-    assert (moved[:, :-3, 1] - stack[:, 3:, 1]).abs().max() < 900 * 1e-5
+    assert (moved[2:, :, 0] - stack[:-2, :, 0]).abs().max() < 900 * 1e-5  # found: 1.9e-6
+    assert (moved[:, :-3, 1] - stack[:, 3:, 1]).abs().max() < 900 * 1e-5  # found: 1.5e-6
 
 
 def test_poses_have_the_asked_spread_and_no_mean():
     poses = draw_motion((1, "x"), 4000, 0.8)
-    assert np.abs(poses.mean(0)).max() < 1e-12
-    assert poses.std(0) == pytest.approx([0.8] * 3, rel=0.05)
-    assert np.abs(np.corrcoef(poses.T) - np.eye(3)).max() < 0.06
+    assert np.abs(poses.mean(0)).max() < 1e-12  # found: 3.9e-17 (rounding)
+    assert poses.std(0) == pytest.approx([0.8] * 3, rel=0.05)  # found: 0.0099
+    assert np.abs(np.corrcoef(poses.T) - np.eye(3)).max() < 0.06  # found: 0.026
     assert not draw_motion((1, "x"), 1, 0.8).any()
 
 
@@ -326,7 +329,7 @@ def test_motion_moves_each_slice_as_drawn_and_leaves_the_truth():
     poses = draw_motion((0, 4), 12, 0.9)
     for m in range(3, 9):
         where = [np.array(ndimage.center_of_mass(d.low_res[..., m])) for d in (still, moved)]
-        assert np.abs(where[1] - where[0] - poses[m, :2]).max() < 0.03
+        assert np.abs(where[1] - where[0] - poses[m, :2]).max() < 0.03  # found: 0.0084
 
 
 def test_motion_comes_before_decimation_within_slices():
@@ -339,7 +342,7 @@ def test_motion_comes_before_decimation_within_slices():
         before, after = (np.array(ndimage.center_of_mass(d.low_res[..., m])) * 2 + 0.5 for d in (still, moved))
         angle = np.deg2rad(poses[m, 2])
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        assert np.abs(turn @ (before - centre) + poses[m, :2] + centre - after).max() < 0.05
+        assert np.abs(turn @ (before - centre) + poses[m, :2] + centre - after).max() < 0.01  # found: 0.002
 
 
 # --- Gibbs ringing ------------------------------------------------------------------------------------------------
@@ -351,10 +354,10 @@ def test_truncation_is_the_low_pass_of_the_discrete_fourier_transform(n, share):
     frequencies = np.rint(np.abs(np.fft.fftfreq(n) * n))
     kept = np.floor((1 - share) * n / 2)
     expected = np.fft.ifft(np.fft.fft(np.eye(n), axis=0) * (frequencies <= kept)[:, None], axis=0).real
-    assert np.abs((np.eye(n) if matrix is None else matrix) - expected).max() < 1e-12
+    assert np.abs((np.eye(n) if matrix is None else matrix) - expected).max() < 1e-12  # found: 2.8e-15 (rounding)
     if matrix is not None:
-        assert np.abs(matrix @ matrix - matrix).max() < 1e-12  # once cut, cut
-        assert np.abs(matrix.sum(1) - 1).max() < 1e-12  # what is constant stays
+        assert np.abs(matrix @ matrix - matrix).max() < 1e-12  # once cut, cut; found: 2.2e-15 (rounding)
+        assert np.abs(matrix.sum(1) - 1).max() < 1e-12  # what is constant stays; found: 4.9e-15 (rounding)
 
 
 @pytest.mark.parametrize("share", [0.8, 0.9])
@@ -366,11 +369,11 @@ def test_an_edge_rings_by_the_wilbraham_gibbs_constant_in_the_plane_alone(axis, 
     edged = image.narrow((axis + 2) % 3, 128, 256)
     edged += 1
     seen = apply_truncation(image, share, axis)
-    assert float(seen.max()) == pytest.approx(2 + 0.0895, abs=0.01)
-    assert float(seen.min()) == pytest.approx(1 - 0.0895, abs=0.01)
+    assert float(seen.max()) == pytest.approx(2 + 0.0895, abs=0.01)  # found: 0.0018
+    assert float(seen.min()) == pytest.approx(1 - 0.0895, abs=0.01)  # found: 0.0018
     through = torch.ones(8, 8, 8)
     through.narrow(axis, 2, 3).add_(1)
-    assert (apply_truncation(through, share, axis) - through).abs().max() < 1e-5
+    assert (apply_truncation(through, share, axis) - through).abs().max() < 1e-5  # found: 0 (rounding)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -390,11 +393,11 @@ def test_ringing_around_nothing_is_a_magnitude(axis):
 
 def test_truncation_is_drawn_from_its_key_and_leaves_the_truth():
     shares = np.array([draw_truncation((0, str(i)), 0.6) for i in range(400)])
-    assert 0 <= shares.min() < 0.02 and 0.58 < shares.max() <= 0.6
+    assert 0 <= shares.min() < 0.02 and 0.58 < shares.max() <= 0.6  # found: 5.4e-4, 0.6
     assert draw_truncation((0, "1"), 0.6) == shares[1]
     hr = head((20, 24, 30))
     plain, cut = (degrade(hr, (1, 1, 1), (1, 1, 3), key=2, gibbs=g) for g in (0.0, 0.6))
-    assert np.abs(cut.hr * cut.scale - plain.hr * plain.scale).max() < 1e-3
+    assert np.abs(cut.hr * cut.scale - plain.hr * plain.scale).max() < 1e-3  # found: 1.2e-4
     expected = apply_truncation(torch.from_numpy(plain.low_res * plain.scale), draw_truncation((0, 2), 0.6)).numpy()
-    assert np.abs(cut.low_res * cut.scale - expected).max() < 1e-3
-    assert np.abs(cut.low_res - plain.low_res).max() > 0.01
+    assert np.abs(cut.low_res * cut.scale - expected).max() < 1e-3  # found: 1.2e-4
+    assert np.abs(cut.low_res - plain.low_res).max() > 0.01  # found: 0.56

@@ -119,12 +119,12 @@ def test_odd_images_give_finite_results_in_their_place_and_a_warning(tmp_path, c
     assert words in told and words in " ".join(record["warnings"])
     assert np.isfinite(nib.load(out / "scan_sr.nii.gz").get_fdata()).all()
     grow = np.array(read.spacing) / result.spacing
-    assert np.all(np.abs(np.array(result.data.shape) - np.array(read.data.shape) * grow) <= 0.51)
+    assert np.all(np.abs(np.array(result.data.shape) - np.array(read.data.shape) * grow) <= 0.51)  # found: 0.33
     there, here = corners(result.data.shape, result.affine), corners(read.data.shape, read.affine)
     moved = np.linalg.norm(there[:, None] - here[None], axis=2).min(axis=1).max()
-    assert moved <= 0.51 * max(result.spacing) * np.sqrt(3), moved
+    assert moved <= 0.51 * max(result.spacing) * np.sqrt(3), moved  # found: 0.096
     if len(set(np.unique(data).tolist())) == 1:
-        assert np.abs(result.data - float(data.flat[0])).max() < 1e-3  # a constant stays what it was
+        assert np.abs(result.data - float(data.flat[0])).max() < 2e-6  # a constant stays what it was; found: 4.8e-7
 
 
 @pytest.mark.fault(7)

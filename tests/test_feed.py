@@ -416,7 +416,7 @@ def test_waiting_is_counted_and_the_first_group_apart(store):
     timer.start()
     first = made.first_wait
     next(groups)
-    assert made.waited > 0.2 and made.first_wait == first
+    assert made.waited > 0.2 and made.first_wait == first  # found: 0.37
     assert eventually(lambda: recorded.read_names == ["a", "b", "c"])
     list(groups)
     timer.join()

@@ -249,7 +249,7 @@ def test_real_timing_leaves_results_random_numbers_and_counts_alone(cache, monke
             for form in names:
                 with forms.job("fixed", dict.fromkeys(choices.used, form)):
                     for got, wanted in zip(run(), expected, strict=True):
-                        assert (got - wanted).abs().max() <= 2e-5 * wanted.abs().max(), form
+                        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max(), form  # found: 2e-6
 
 
 def test_the_critics_layers_have_a_choice(cache, monkeypatch):

@@ -56,7 +56,7 @@ def test_an_oriented_affine_places_each_voxel_where_it_was(turn, index):
     marked[index] = 1
     moved = np.argwhere(turn.apply(marked))[0]
     affine = turn.affine(OBLIQUE, HEAD.shape)
-    np.testing.assert_allclose(world(affine, moved), world(OBLIQUE, index), atol=1e-12)
+    np.testing.assert_allclose(world(affine, moved), world(OBLIQUE, index), atol=1e-12)  # found: 3.6e-15 (rounding)
     np.testing.assert_allclose(spacing_of(affine), turn.permute(spacing_of(OBLIQUE)))
 
 
@@ -70,7 +70,8 @@ def test_one_head_in_all_48_storages_is_processed_as_one_array(spacing, turn):
         stored, stored_affine = storage.apply(HEAD), storage.affine(affine, HEAD.shape)
         orientation = processing_orientation(stored_affine)
         np.testing.assert_array_equal(orientation.apply(stored), expected)
-        np.testing.assert_allclose(orientation.affine(stored_affine, stored.shape), place, atol=1e-9)
+        # Found: 7.1e-15 (rounding)
+        np.testing.assert_allclose(orientation.affine(stored_affine, stored.shape), place, atol=1e-12)
         np.testing.assert_array_equal(orientation.undo(orientation.apply(stored)), stored)
 
 
@@ -90,7 +91,7 @@ def test_processed_axes_point_to_r_a_or_s_right_handed_with_the_thickest_last(sp
     stored = storage.affine(rigid(spacing, turn), HEAD.shape)
     affine = processing_orientation(stored).affine(stored, storage.permute(HEAD.shape))
     assert np.linalg.det(affine) > 0
-    assert affine_sizes(affine)[2] >= 0.99 * max(spacing)
+    assert affine_sizes(affine)[2] >= 0.99 * max(spacing)  # found: 1
 
 
 def affine_sizes(affine):
@@ -122,7 +123,7 @@ def test_spacing_and_shear_of_rigid_affines(spacing, turn, storage):
     affine = storage.affine(rigid(spacing, turn), HEAD.shape)
     assert spacing_of(affine) == pytest.approx(storage.permute(spacing))
     assert Volume(HEAD, affine).spacing == spacing_of(affine)
-    assert shear_of(affine) < 1e-12
+    assert shear_of(affine) < 1e-12  # found: 3.3e-16 (rounding)
 
 
 def test_shear_is_the_largest_cosine_between_axes():
@@ -147,8 +148,8 @@ def test_203_slices_of_half_a_millimetre_to_3_mm_and_back_are_34_and_204():
 @given(st.integers(1, 300), st.integers(1, 300), st.floats(0.05, 20))
 def test_centre_coordinates_share_the_centre_and_step_by_the_ratio(n_out, n_in, ratio):
     at = centre_coordinates(n_out, n_in, ratio)
-    assert at.mean() == pytest.approx((n_in - 1) / 2, abs=1e-9 * n_out * ratio + 1e-12)
-    np.testing.assert_allclose(np.diff(at), ratio, rtol=1e-9)
+    assert at.mean() == pytest.approx((n_in - 1) / 2, abs=1e-12 * n_out * ratio + 1e-12)  # found: 1.1e-13 at most
+    np.testing.assert_allclose(np.diff(at), ratio, rtol=2e-12)  # found: 3.4e-13
 
 
 @quick
@@ -159,11 +160,12 @@ def test_a_resampled_grid_keeps_its_centre_directions_and_new_spacing(spacing, t
     new_shape = tuple(grid_size(n, a, b) for n, a, b in zip(shape, spacing_of(affine), new_spacing, strict=True))
     new = resampled_affine(affine, shape, new_shape, new_spacing)
     centre, new_centre = ((np.array(s) - 1) / 2 for s in (shape, new_shape))
-    np.testing.assert_allclose(world(new, new_centre), world(affine, centre), atol=1e-9)
+    np.testing.assert_allclose(world(new, new_centre), world(affine, centre), atol=1e-12)  # found: 7.1e-15 (rounding)
     np.testing.assert_allclose(spacing_of(new), new_spacing)
+    # Found: 2.2e-16 (rounding)
     np.testing.assert_allclose(new[:3, :3] / affine_sizes(new), affine[:3, :3] / affine_sizes(affine), atol=1e-12)
     back = resampled_affine(new, new_shape, shape, spacing_of(affine))
-    np.testing.assert_allclose(back, affine, atol=1e-9)
+    np.testing.assert_allclose(back, affine, atol=1e-12)  # found: 7.1e-15 (rounding)
 
 
 @pytest.mark.parametrize("storage", STORAGES[::5])
@@ -187,4 +189,4 @@ def test_a_blob_keeps_its_place_when_resampled_in_the_processed_orientation(affi
 
     mass = np.clip(fine - 0.3, 0, None)  # the part of the blob that lies inside the field of view
     index = [np.average(c, weights=mass) for c in np.indices(fine.shape)]
-    assert np.linalg.norm(world(fine_affine, index) - centre_mm) < 0.05 * min(new_spacing)
+    assert np.linalg.norm(world(fine_affine, index) - centre_mm) < 0.01 * min(new_spacing)  # found: 0.002

@@ -104,7 +104,7 @@ def assert_gradients(network, names, step, prefix):
         got = to_keras(parameters[str(name)].grad)
         # Relative to the array; a few arrays are rounding around 0, those relative to the largest gradient. Found: at
         # most 6e-2 of what is allowed, 7.5e-6 where that is 1.2e-4: the slope at a kink may be either one.
-        assert np.abs(got - want).max() <= 1e-4 * max(np.abs(want).max(), 1e-2 * largest), name
+        assert np.abs(got - want).max() <= 1e-4 * max(np.abs(want).max(), 1e-2 * largest), name  # found: 1.1e-5
 
 
 def load_after(network, names, step, prefix):
@@ -129,7 +129,7 @@ def assert_updates(network, names, step, prefix, t, epsilon):
         compared += clear.sum()
         error = np.abs(start - moved - step[f"{prefix}_after_{i:02d}"])[clear]
         assert error.max(initial=0) <= 2e-3 * LR, name  # found: 6e-4 LR, of weights in float32
-    assert compared > 0.1 * sum(p.numel() for p in parameters.values())
+    assert compared > 0.1 * sum(p.numel() for p in parameters.values())  # found: 0.74
 
 
 def critic_losses(critic, step):
@@ -142,14 +142,15 @@ def critic_losses(critic, step):
 
 def test_charbonnier_and_dice(step):
     real, fake = tensor(step["real"]), tensor(step["fake"])
-    assert losses.charbonnier(real, fake).item() == pytest.approx(float(step["charbonnier"]), rel=1e-5)
+    assert losses.charbonnier(real, fake).item() == pytest.approx(float(step["charbonnier"]), rel=1e-5)  # found: 4.4e-6
+    # Found: 2.9e-6
     assert losses.dice_charbonnier(real, fake).item() == pytest.approx(float(step["dice_loss"]), rel=1e-5)
 
 
 def test_critic_step(step):
     critic = load_critic(GOLDEN / "losses" / "before.h5")
     terms = critic_losses(critic, step)
-    assert [t.item() for t in terms] == pytest.approx(list(step["d_losses"]), rel=1e-5)
+    assert [t.item() for t in terms] == pytest.approx(list(step["d_losses"]), rel=5e-6)  # found: 8.8e-7
     terms[0].backward()
     assert_gradients(critic, step["d_weight_names"], step, "d")
     assert_updates(critic, step["d_weight_names"], step, "d", t=2, epsilon=1e-7)
@@ -162,9 +163,10 @@ def test_critic_loss_of_training(step, penalty):
     real, fake, eps = (tensor(step[k]) for k in ("real", "fake", "eps"))
     terms = critic_loss(critic, real, fake, eps.flatten(1), LAMBDA_GP, penalty=penalty)
     total, real_term, fake_term, gp = step["d_losses"]
-    assert terms["total"].item() == pytest.approx(total, rel=1e-5)
-    assert terms["penalty"].item() == pytest.approx(gp, rel=1e-5)
-    assert terms["wasserstein"].item() == pytest.approx(real_term + fake_term, abs=1e-5 * abs(fake_term))
+    assert terms["total"].item() == pytest.approx(total, rel=1e-6)  # found: 0 (rounding)
+    assert terms["penalty"].item() == pytest.approx(gp, rel=1e-6)  # found: 0 (rounding)
+    # Found: 8.2e-7
+    assert terms["wasserstein"].item() == pytest.approx(real_term + fake_term, abs=5e-6 * abs(fake_term))
     terms["total"].backward()
     assert_gradients(critic, step["d_weight_names"], step, "d")
 
@@ -177,7 +179,7 @@ def test_generator_loss_of_training(step):
     x, real = tensor(step["g_input"]).double(), tensor(step["real"]).double()
     terms = generator_loss(generator, critic, x, real, lambda_adv=LAMBDA_ADV)
     got = [terms[k].item() for k in ("total", "adversarial", "reconstruction")]
-    assert got == pytest.approx(list(step["g_losses"]), rel=1e-5)
+    assert got == pytest.approx(list(step["g_losses"]), rel=2e-6)  # found: 3.6e-7
     terms["total"].backward()
     assert_gradients(generator, step["g_weight_names"], step, "g")
 
@@ -197,11 +199,13 @@ def test_generator_step_against_the_updated_critic(step):
     generator = load_generator(GOLDEN / "losses" / "before.h5").double()
     output = generator(tensor(step["g_input"]).double())
     assert [output.mean().item(), output.std(unbiased=False).item()] == pytest.approx(
-        list(step["g_out_stats"]), rel=1e-5
+        list(step["g_out_stats"]),
+        rel=1e-6,  # found: 5.1e-8 (rounding)
     )
     adversarial, reconstruction = -critic(output).mean(), losses.charbonnier(output, tensor(step["real"]).double())
     total = LAMBDA_ADV * adversarial + reconstruction
-    assert [total.item(), adversarial.item(), reconstruction.item()] == pytest.approx(list(step["g_losses"]), rel=1e-5)
+    # Found: 3.6e-7
+    assert [total.item(), adversarial.item(), reconstruction.item()] == pytest.approx(list(step["g_losses"]), rel=2e-6)
     total.backward()
     assert_gradients(generator, step["g_weight_names"], step, "g")
     assert_updates(generator, step["g_weight_names"], step, "g", t=1, epsilon=1e-8)
@@ -211,4 +215,4 @@ def test_second_critic_step(step):
     critic = load_critic(GOLDEN / "losses" / "before.h5")
     load_after(critic, step["d_weight_names"], step, "d")
     got = [t.item() for t in critic_losses(critic, step)]
-    assert got == pytest.approx(list(step["d_losses_second_step"]), rel=1e-5)
+    assert got == pytest.approx(list(step["d_losses_second_step"]), rel=1e-5)  # found: 1e-6

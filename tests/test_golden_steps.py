@@ -23,7 +23,7 @@ def worst(rows: list[dict[str, float]], kept: list[dict[str, float]]) -> float:
 
 
 def test_the_default_step_gives_the_golden_losses(kept):
-    assert worst(losses(), kept) <= 1e-10
+    assert worst(losses(), kept) <= 1e-12  # found: 4e-14 (rounding)
 
 
 @pytest.mark.parametrize(
@@ -32,9 +32,9 @@ def test_the_default_step_gives_the_golden_losses(kept):
     ids=lambda changes: ", ".join(changes),
 )
 def test_every_switch_gives_the_golden_losses(kept, changes):
-    assert worst(losses(4, **changes), kept) <= 1e-10
+    assert worst(losses(2, **changes), kept) <= 1e-12  # found: 1e-14 (rounding)
 
 
 def test_the_golden_losses_would_show_a_change(kept):
-    assert worst(losses(2, lambda_gp=10.001), kept) > 1e-8
-    assert worst(losses(2, beta1=0.501), kept) > 1e-8
+    assert worst(losses(2, lambda_gp=10.001), kept) > 1e-5  # found: 8.8e-5
+    assert worst(losses(2, beta1=0.501), kept) > 1e-5  # found: 1.9e-5

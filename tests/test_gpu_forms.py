@@ -165,7 +165,7 @@ def test_the_head_and_the_stem_are_the_plain_convolution(cuda, inputs, sizes):
         [plain, *torch.autograd.grad(plain, (x, weight), grad)],
         strict=True,
     ):
-        assert (a - b).abs().max() <= 1e-12 * b.abs().max()
+        assert (a - b).abs().max() <= 1e-12 * b.abs().max()  # found: 1.6e-15 (rounding)
 
 
 def test_a_cpu_takes_none_of_it(monkeypatch):
@@ -189,13 +189,18 @@ def test_the_gradient_of_a_pad_is_its_transpose(monkeypatch, padding, compiling)
     grad = torch.randn_like(right)
     assert torch.equal(found, right)
     a, b = (torch.autograd.grad(y, x, grad)[0] for y in (found, right))
-    assert torch.allclose(a, b, rtol=0, atol=1e-14)
+    assert torch.allclose(a, b, rtol=0, atol=1e-14)  # found: 2.8e-15
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward alone", "training"])
-def test_bytes_of_a_compiled_pass_are_within_the_budget(backward):
-    """By Inductor's count, the whole generator in half precision, k = 16, MB per 64^3 patch."""
+def test_bytes_of_a_compiled_pass_are_within_the_budget(monkeypatch, backward):
+    """By Inductor's count, k = 16 in half precision, MB per 64^3 patch: 200 forward and 600 in all for six blocks.
+
+    One block stands for the six, which are alike and move 7.8 and 20.8 MB each; tracing takes its time.
+    """
+    monkeypatch.setattr(networks, "N_BLOCKS", 1)
     batch = 16  # over which the weights' share is spread
     moved = traffic.generator(16, 64, torch.bfloat16, backward, batch)
     forward, both = (sum(moved.of(back) for back in which) / batch / 1e6 for which in ((False,), (False, True)))
-    assert 100 < forward <= 200 and both <= 600 and (both > 2 * forward) == backward
+    # Found: 130.9 forward alone, 147.6 and 414.9 in training.
+    assert 100 < forward <= 200 - 5 * 7.8 and both <= 600 - 5 * 20.8 and (both > 2 * forward) == backward

@@ -28,8 +28,8 @@ affines = st.builds(rigid, spacings, angles, st.tuples(*[st.floats(-200, 200)] *
 
 def same(path, volume, rtol=1e-6):
     data, affine = oracle(path)
-    np.testing.assert_allclose(volume.data, data.reshape(volume.data.shape), rtol=rtol, atol=0)
-    np.testing.assert_allclose(volume.affine, affine, atol=1e-5)
+    np.testing.assert_allclose(volume.data, data.reshape(volume.data.shape), rtol=rtol, atol=0)  # found: 0 (rounding)
+    np.testing.assert_allclose(volume.affine, affine, atol=1e-5)  # found: 0 (rounding)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_every_kind_of_file_reads_as_in_nibabel(folder, dtype, order, version, n
     assert volume.meta["stored_dtype"] == np.dtype(dtype).name
     assert volume.meta["byte_order"] == ("little" if order == "<" else "big")
     assert volume.meta["format"] == f"NIfTI-{version}"
-    np.testing.assert_allclose(volume.spacing, spacing_of(affine), rtol=1e-5)
+    np.testing.assert_allclose(volume.spacing, spacing_of(affine), rtol=1e-6)  # found: 4.4e-8 (rounding)
     shape_warnings = [w for w in volume.warnings if "constant" not in w and "negative" not in w]
     assert shape_warnings == []
 
@@ -79,7 +79,7 @@ def test_load_stored_keeps_integers_and_says_how_to_scale_them(folder, dtype, or
         assert stored.dtype == np.dtype(dtype)
         np.testing.assert_array_equal(stored, data)
     expected = images.load(path)
-    np.testing.assert_allclose(stored * slope + inter, expected.data, rtol=1e-6)
+    np.testing.assert_allclose(stored * slope + inter, expected.data, rtol=1e-6)  # found: 0 (rounding)
     assert (volume.meta["min"], volume.meta["max"]) == pytest.approx((expected.meta["min"], expected.meta["max"]))
 
 
@@ -145,7 +145,7 @@ def test_permuted_left_handed_and_oblique_grids_are_kept(tmp_path, axes, flips):
     path = write(tmp_path / "o.nii.gz", turn.apply(HEAD), turn.affine(rigid(), HEAD.shape))
     volume = images.load(path)
     np.testing.assert_array_equal(volume.data, turn.apply(HEAD))
-    np.testing.assert_allclose(volume.affine, turn.affine(rigid(), HEAD.shape), atol=1e-5)
+    np.testing.assert_allclose(volume.affine, turn.affine(rigid(), HEAD.shape), atol=1e-5)  # found: 1.1e-6
     assert volume.warnings == ()
 
 
@@ -165,7 +165,7 @@ def test_a_conflict_of_sform_and_qform_is_told_and_the_sform_chosen(tmp_path):
     moved = rigid()
     moved[:3, 3] += 4
     volume = images.load(write(tmp_path / "c.nii", HEAD, rigid(), **qform_fields(moved)))
-    np.testing.assert_allclose(volume.affine, rigid(), atol=1e-5)
+    np.testing.assert_allclose(volume.affine, rigid(), atol=1e-6)  # found: 4e-8 (rounding)
     assert any("sform and qform" in w and "6.93 mm apart: the sform is used" in w for w in volume.warnings)
     for shift, turn, told in ((0.4, 0.0, True), (0.02, 0.0, False), (0.0, 0.01, True), (0.0, 0.001, False)):
         other = rigid(turn=(0.3, -0.2, 0.5 + turn))
@@ -179,7 +179,7 @@ def test_a_conflict_of_sform_and_qform_is_told_and_the_sform_chosen(tmp_path):
 @pytest.mark.fault(8)
 def test_without_any_orientation_the_voxel_size_is_used_and_told(tmp_path):
     volume = images.load(write(tmp_path / "n.nii", HEAD, sform_code=0))
-    np.testing.assert_allclose(volume.affine, np.diag([1, 1.2, 3, 1]), atol=1e-6)
+    np.testing.assert_allclose(volume.affine, np.diag([1, 1.2, 3, 1]), atol=1e-6)  # found: 4.8e-8 (rounding)
     assert any("no orientation" in w for w in volume.warnings)
     assert volume.meta["orientation"] == "pixdim"
 
@@ -188,14 +188,14 @@ def test_an_unusable_sform_gives_way(tmp_path):
     for broken in (0.0, np.nan):
         path = write(tmp_path / "b.nii", HEAD, srow_x=broken, srow_y=broken, **qform_fields(rigid()))
         volume = images.load(path)
-        np.testing.assert_allclose(volume.affine, rigid(), atol=1e-5)
+        np.testing.assert_allclose(volume.affine, rigid(), atol=1e-6)  # found: 4e-8 (rounding)
         assert any("sform is unusable" in w and "qform is used" in w for w in volume.warnings)
 
 
 @pytest.mark.fault(10)
 def test_a_shear_is_kept_and_told(tmp_path):
     volume = images.load(write(tmp_path / "shear.nii", HEAD, OBLIQUE))
-    np.testing.assert_allclose(volume.affine, OBLIQUE, atol=1e-5)
+    np.testing.assert_allclose(volume.affine, OBLIQUE, atol=1e-6)  # found: 9.5e-8 (rounding)
     assert any("sheared" in w for w in volume.warnings)
 
 
@@ -204,7 +204,7 @@ def test_a_shear_is_kept_and_told(tmp_path):
 def test_other_units_become_millimetres(tmp_path, code, name, mm):
     stored = np.diag([1 / mm] * 3 + [1]) @ rigid()
     volume = images.load(write(tmp_path / "u.nii", HEAD, stored, units=code))
-    np.testing.assert_allclose(volume.affine, rigid(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(volume.affine, rigid(), rtol=1e-6, atol=1e-4)  # found: 2.7e-4 of it
     assert any(f"{name}s" in w and "1 x 1.2 x 3 mm" in w for w in volume.warnings)
 
 
@@ -242,7 +242,7 @@ def test_what_is_saved_is_read_back(folder, dtype, name, lead, affine, shape):
     path = images.save(folder / name, data, affine, overwrite=True)
     image = nib.load(path)
     np.testing.assert_array_equal(np.asarray(image.dataobj), data)
-    np.testing.assert_allclose(image.get_sform(), affine, atol=2e-5)
+    np.testing.assert_allclose(image.get_sform(), affine, atol=2e-5)  # found: 7.2e-6
     again = images.load(path, volume=lead - 1 if lead else None)
     np.testing.assert_array_equal(again.data, data[..., -1] if lead else data)
     assert again.meta["units"] == "mm"
@@ -258,8 +258,8 @@ def test_sform_and_qform_are_written_and_say_the_same(folder, code, name, affine
     assert sform[1] == qform[1] == code
     # Quaternions in float32: 2e-5 of the largest number, as for the sform.
     scale = max(1.0, np.abs(affine).max())
-    np.testing.assert_allclose(qform[0], sform[0], atol=2e-5 * scale)
-    np.testing.assert_allclose(sform[0], affine, atol=2e-5 * scale)
+    np.testing.assert_allclose(qform[0], sform[0], atol=2e-5 * scale)  # found: 0.025 of it, over 25 examples
+    np.testing.assert_allclose(sform[0], affine, atol=2e-5 * scale)  # found: 0.0024 of it; float32 in the file
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i2", "i4", "i8", "u8"])
@@ -287,7 +287,7 @@ def test_a_sheared_affine_is_kept_exactly_by_the_sform_alone(tmp_path):
     path = images.save(tmp_path / "s.nii.gz", HEAD, OBLIQUE)
     header = nib.load(path).header
     assert (int(header["sform_code"]), int(header["qform_code"])) == (1, 0)
-    np.testing.assert_allclose(images.load(path).affine, OBLIQUE, atol=1e-5)
+    np.testing.assert_allclose(images.load(path).affine, OBLIQUE, atol=1e-6)  # found: 9.5e-8 (rounding)
 
 
 def test_long_axes_are_written_as_nifti_2(tmp_path):

@@ -57,14 +57,16 @@ def test_with_a_small_weight_the_result_acquired_again_is_the_scan(generator, sc
     d = seen(profile=profile, thickness_mm=thickness)
     alone = infer_volume(scan, AFFINE, generator, **FAST, agree="off")
     # D mixes voxels along z alone.
-    assert np.abs(residual(done.sr, scan, d)[1:]).max() < 0.05 < 1 < np.abs(residual(alone.sr, scan, d)[1:]).max()
+    # Found: 4.9e-4, 12
+    assert np.abs(residual(done.sr, scan, d)[1:]).max() < 0.002 < 1 < np.abs(residual(alone.sr, scan, d)[1:]).max()
     assert np.array_equal(done.prob, alone.prob)
     told = done.report["agree"]
     assert (told["weight"], told["profile"], told["thickness_mm"]) == (1e-5, profile, thickness)
     percent = f"{told['residual_percent']:.2g} % ({told['residual_percent_without']:.2g} % without agreement"
     assert f"the result, acquired again, differs from the scan by {percent}" in caplog.text
     rms = [100 * np.sqrt(np.mean(residual(r.sr, scan, d) ** 2) / np.mean(scan**2)) for r in (done, alone)]
-    assert [told["residual_percent"], told["residual_percent_without"]] == pytest.approx(rms, rel=1e-3)
+    # Found: 9e-8 (rounding)
+    assert [told["residual_percent"], told["residual_percent_without"]] == pytest.approx(rms, rel=1e-6)
     assert alone.report["agree"] is None
 
 
@@ -77,8 +79,8 @@ def test_auto_takes_a_narrow_profile_and_a_weight_that_grows_with_the_noise(gene
         data = (clean + noise * rng.normal(size=clean.shape)).astype(np.float32)
         found.append(infer_volume(data, AFFINE, generator, **FAST).report["agree"])
     assert found[0]["weight"] == 0.03 and found[0]["thickness_mm"] == pytest.approx(2.4)
-    assert found[0]["weight"] < found[1]["weight"] <= found[2]["weight"] and found[2]["weight"] >= 0.5
-    assert found[2]["noise"] == pytest.approx(60, rel=0.15)
+    assert found[0]["weight"] < found[1]["weight"] <= found[2]["weight"] and found[2]["weight"] >= 0.5  # found: 27
+    assert found[2]["noise"] == pytest.approx(60, rel=0.15)  # found: 0.018
 
 
 @pytest.mark.parametrize("thickness", ["auto", 2.0])
@@ -133,7 +135,7 @@ def test_by_slabs_it_is_the_same_to_the_bit(generator, scan, monkeypatch, tmp_pa
     assert isinstance(done.sr, np.memmap) and np.array_equal(done.sr, whole.sr)
     monkeypatch.setattr(modes, "SLAB_BYTES", 1 << 24)
     uncut = infer_volume(scan, turned, generator, **options, scratch=tmp_path / "s")
-    assert np.allclose(uncut.sr, whole.sr, rtol=1e-5)
+    assert np.allclose(uncut.sr, whole.sr, rtol=1e-6)  # found: 2.2e-7
 
 
 def test_a_run_that_ends_meanwhile_is_not_corrected_twice(generator, scan, monkeypatch, tmp_path):
@@ -202,8 +204,8 @@ def test_the_record_the_residual_and_what_a_resumed_call_compares(files, scan):
     assert 0 < told["residual_percent"] < told["residual_percent_without"] and told["seconds"] > 0
     left = images.load(record["outputs"]["residual"])
     sr = images.load(record["outputs"]["sr"]).data
-    assert np.allclose(left.affine, AFFINE, atol=1e-5)
-    assert np.allclose(left.data, residual(sr, scan, seen(profile="box", thickness_mm=2.5)), atol=1e-3)
+    assert np.allclose(left.affine, AFFINE, atol=1e-6)  # found: 4e-8 (rounding)
+    assert np.allclose(left.data, residual(sr, scan, seen(profile="box", thickness_mm=2.5)), atol=2e-4)  # found: 6.1e-5
     assert call(files, "--agree", "0.01", "--profile", "box", "--slice-thickness", "2.5", "--resume") == record
     for other in (["0.02", "box", "2.5"], ["0.01", "gaussian", "2.5"], ["0.01", "box", "2"]):
         words = zip(("--agree", "--profile", "--slice-thickness"), other, strict=True)

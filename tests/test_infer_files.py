@@ -60,10 +60,10 @@ def test_one_image_gives_its_outputs_in_the_right_place(tmp_path, model):
     expected = infer_volume(image.data, image.affine, weights.load_generator(model), **FAST)
     sr, prob, seg = (images.load(out / f"sub-01_T2w_{kind}.nii.gz") for kind in ("sr", "prob", "seg"))
     assert np.array_equal(sr.data, expected.sr) and np.array_equal(prob.data, expected.prob[0])
-    assert np.array_equal(seg.data, expected.prob[0] > 0.5)
+    assert np.array_equal(seg.data, expected.prob[0] > 0.5)  # found: 0.027
     assert seg.meta["stored_dtype"] == "uint8" and sr.meta["stored_dtype"] == "float32"
     for volume in (sr, prob, seg):
-        assert np.allclose(volume.affine, expected.affine, atol=1e-5)
+        assert np.allclose(volume.affine, expected.affine, atol=1e-6)  # found: 3e-7
 
 
 def test_the_record_says_what_made_the_result(tmp_path, model):

@@ -59,6 +59,7 @@ def test_a_budget_of_zero_gives_the_first_level(data, generator):
     done = infer_volume(data, rigid((1.0, 1.0, 2.5)), generator, **FAST, budget=0)
     assert [level["step"] for level in done.report["levels"]] == [[8, 8, 8]]
     plain = infer_volume(data, rigid((1.0, 1.0, 2.5)), generator, patch=16, step=8, device="cpu", agree="off")
+    # Found: 0 (rounding)
     assert np.abs(done.sr - plain.sr).max() < 1e-5 * 90 and np.abs(done.prob - plain.prob).max() < 1e-5
     assert done.report["tiles"] == plain.report["tiles"] and done.report["budget"] == 0
 
@@ -70,7 +71,8 @@ def test_a_large_budget_reaches_the_wanted_step(data, generator, monkeypatch, op
     done = infer_volume(data, np.eye(4), generator, **{**FAST, **options, "window": "gaussian"})
     step = 1 if options.get("step") == "auto" else 4
     plain = infer_volume(data, np.eye(4), generator, **{**FAST, "step": step, "window": "gaussian"})
-    assert np.abs(done.sr - plain.sr).max() < 1e-5 * 90 and np.abs(done.prob - plain.prob).max() < 1e-5
+    # Found: 1.1e-6, 3.6e-7
+    assert np.abs(done.sr - plain.sr).max() < 1e-5 * 90 and np.abs(done.prob - plain.prob).max() < 2e-6
     assert done.report["tiles"] == plain.report["tiles"] and len(done.report["levels"]) > 1
 
 
@@ -97,12 +99,13 @@ def test_a_mask_keeps_what_is_inside_and_interpolates_outside(data, generator, g
     nothing.head.data.zero_()
     spline = infer_volume(data, affine, nothing, **options).sr
     inside = done.prob[0] > 0
-    assert 0.9 < inside.mean() / mask.mean() < 1.1
+    assert 0.9 < inside.mean() / mask.mean() < 1.1  # found: 0.98 to 1
+    # Found: 0 (rounding)
     assert np.abs(done.sr - whole.sr)[inside].max() < 1e-5 * 90 and np.array_equal(done.sr[~inside], spline[~inside])
-    assert np.abs(done.prob[0] - whole.prob[0])[inside].max() < 1e-5
+    assert np.abs(done.prob[0] - whole.prob[0])[inside].max() < 1e-5  # found: 0 (rounding)
     assert done.report["region"] == {"kind": "mask", "voxels": 9 * 9 * 4} and whole.report["region"] is None
     where = np.argwhere(inside).mean(0) / np.array(inside.shape)
-    assert np.allclose(where, np.argwhere(mask).mean(0) / np.array(SHAPE), atol=0.05), "the same place"
+    assert np.allclose(where, np.argwhere(mask).mean(0) / np.array(SHAPE), atol=0.05), "the same place"  # found: 0.018
 
 
 @pytest.mark.parametrize("turn", [(0, 1, 2), (2, 0, 1)])
@@ -152,8 +155,8 @@ def test_the_precision_check_measures_what_a_run_shows(data, generator, monkeypa
     full = infer_volume(data, np.diag([1, 1, 2, 1.0]), generator, **options, precision_check=True)
     row = half.report["precision_check"]["bf16"]
     assert row["tiles"] == 1 and row["edge"] == 16
-    assert row["sr_max"] == pytest.approx(np.abs(half.sr - full.sr).max() / data.max(), rel=1e-3)
-    assert row["prob_max"] == pytest.approx(np.abs(half.prob - full.prob).max(), rel=1e-3)
+    assert row["sr_max"] == pytest.approx(np.abs(half.sr - full.sr).max() / data.max(), rel=1e-6)  # found: 0 (rounding)
+    assert row["prob_max"] == pytest.approx(np.abs(half.prob - full.prob).max(), rel=1e-6)  # found: 0 (rounding)
     assert 0 < row["sr_rms"] < row["sr_max"] and 0 < row["prob_rms"] < row["prob_max"]
     assert full.report["precision_check"]["fp32"]["sr_max"] == 0
     assert "precision_check" not in infer_volume(data, np.eye(4), generator, **options).report

@@ -63,6 +63,7 @@ def test_filters_look_at_what_the_threshold_leaves():
     for empty in ((0.95, True), (0.5, True, 99)):
         assert segment(blobs(), 1.0, *empty)[0].sum() == 0
     plain, told = segment(blobs(), 1.0, 0.5)
+    # Found: 0
     assert np.array_equal(plain, blobs() > 0.5) and told == {} and InferSettings().changed("segmentation") == {}
     for wrong in ({"threshold": 1.0}, {"threshold": np.nan}, {"min_size": -1}, {"min_size": np.inf}):
         with pytest.raises(UsageError):
@@ -85,7 +86,7 @@ def test_sr_in_the_type_of_the_image_is_the_image_where_nothing_changes_it(tmp_p
     path = images.save(tmp_path / "a.nii", data, np.eye(4), dtype=np.dtype(dtype), scaling=scaling)
     infer_files([path], tmp_path / "out", tmp_path / "same.safetensors", **FAST, new_resolution="same", dtype="input")
     back = images.load(tmp_path / "out" / "a_sr.nii.gz")
-    assert np.allclose(back.data, data, atol=1e-4) and back.meta["stored_dtype"] == dtype
+    assert np.allclose(back.data, data, atol=1e-4) and back.meta["stored_dtype"] == dtype  # found: 0
     assert (back.meta["slope"], back.meta["inter"]) == scaling
     told = json.loads((tmp_path / "out" / "a.json").read_text())
     assert told["sr_stored"]["dtype"] == dtype and told["sr_stored"].get("voxels_clipped", 0) == 0

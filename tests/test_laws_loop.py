@@ -77,7 +77,7 @@ def test_critic_patches_are_of_all_resident_subjects_and_new_in_each_update(monk
     assert len({tuple(ids) for ids in batches}) == len(batches)
     assert min(len(subjects_of(ids)) for ids in batches) >= 3  # of 8 uniform draws; one subject would give 1
     counts = np.array([[ids_.startswith(name) for ids in batches for ids_ in ids] for name in SUBJECTS]).sum(1)
-    assert stats.chisquare(counts).pvalue > 1e-3
+    assert stats.chisquare(counts).pvalue > 1e-3  # found: 0.78
 
 
 def test_ranks_train_on_other_subjects_and_other_patches(monkeypatch):
@@ -251,7 +251,7 @@ def test_rates_rise_over_exactly_as_many_updates_as_asked_and_follow_the_share_o
     factors = [f.factor for f in networks.of("rates")]
     n = len(factors)
     expected = [min(1.0, (i + 1) / warmup) * (1 - 0.8 * i / n) for i in range(n)]
-    np.testing.assert_allclose(factors, expected, rtol=1e-12)
+    np.testing.assert_allclose(factors, expected, rtol=1e-12)  # found: 4e-16 (rounding)
 
 
 def test_flips_reach_the_patches_of_generator_and_critic(monkeypatch):

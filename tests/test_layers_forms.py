@@ -171,6 +171,7 @@ def test_x_is_written_over_only_without_gradients(name):
     with_gradients = layers.norm_conv(x, norm, weight, convolution)
     assert torch.equal(x, before)
     with torch.no_grad():
+        # Found: 0 (rounding)
         assert torch.allclose(layers.norm_conv(x, norm, weight, convolution), with_gradients, rtol=0, atol=1e-12)
 
 
@@ -207,7 +208,7 @@ def test_float32_rounds_little_more_than_the_plain_form(name, inputs, outputs, s
         for form in layers.FORMS
     }
     for fast, plain in zip(errors["fast"], errors["reference"], strict=True):
-        assert fast <= min(5e-6, 10 * plain), errors
+        assert fast <= min(5e-6, 10 * plain), errors  # found: 3.4e-6, 8.1 times
 
 
 def test_a_large_mean_costs_no_more_digits_than_it_must():
@@ -215,7 +216,7 @@ def test_a_large_mean_costs_no_more_digits_than_it_must():
     x = (1000 + random(0, 2, 3, 16, 16, 16)).float()
     norm = layers.InstanceNorm(3, relu=False)
     with torch.no_grad():
-        assert (norm(x) - norm.double()(x.double(), "reference")).abs().max() <= 2e-4
+        assert (norm(x) - norm.double()(x.double(), "reference")).abs().max() <= 2e-4  # found: 6.8e-5
 
 
 def test_the_forms_by_hand_are_for_full_precision_on_the_cpu():
@@ -230,7 +231,7 @@ def test_the_forms_by_hand_are_for_full_precision_on_the_cpu():
 def test_a_lone_small_image_is_convolved_alike(stride):
     x, weight = random(0, 1, 3, 9, 8, 7).float(), random(1, 4, 3, 3, 3, 3).float()
     wanted = F.conv3d(x.double(), weight.double(), stride=stride)
-    assert (doubling.convolve(x, weight, stride) - wanted).abs().max() <= 1e-5
+    assert (doubling.convolve(x, weight, stride) - wanted).abs().max() <= 1e-5  # found: 9.3e-6
     assert torch.equal(doubling.convolve(x.double(), weight.double(), stride), wanted)
 
 
@@ -253,7 +254,7 @@ def test_instance_norm_is_the_originals_formula():
     norm = layers.InstanceNorm(3, relu=False)
     mean, std = x.mean((2, 3, 4), keepdim=True), x.std((2, 3, 4), keepdim=True, unbiased=False)
     for form in layers.FORMS:
-        assert torch.allclose(norm.double()(x, form), (x - mean) / (std + 1e-7), rtol=1e-6)
+        assert torch.allclose(norm.double()(x, form), (x - mean) / (std + 1e-7), rtol=1e-6)  # found: 5.7e-7
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -3e4])
@@ -263,7 +264,7 @@ def test_instance_norm_of_constant_patches_has_finite_gradients(value):
         norm.shift.fill_(0.5)
     x = torch.full((1, 2, 4, 4, 4), value, requires_grad=True)
     y = norm(x)
-    assert torch.allclose(y, torch.full_like(y, 0.5), atol=1e-3)
+    assert torch.allclose(y, torch.full_like(y, 0.5), atol=1e-3)  # found: 0
     y.pow(2).sum().backward()
     for gradient in (x.grad, norm.scale.grad, norm.shift.grad):
         assert torch.isfinite(gradient).all()
@@ -307,6 +308,7 @@ def test_upsampling_repeats_each_voxel():
     weight[0, 0, 1, 1, 1] = 1
     x = random(0, 1, 1, 3, 4, 5)
     for form in layers.FORMS:
+        # Found: 0 (rounding)
         assert torch.allclose(layers.upsample_conv(x, weight, form), F.interpolate(x, scale_factor=2), atol=1e-15)
 
 

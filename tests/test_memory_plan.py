@@ -217,9 +217,9 @@ def test_the_count_knows_what_is_alive():
 def test_needs_grow_with_tiles_channels_and_size():
     found = {k: TileNetwork(build_generator(GeneratorSpec(kernel=k)), 1.0) for k in (4, 8)}
     one, more = (found[k].bytes_of((32, 32, 32)) for k in (4, 8))
-    assert 1.2 * one < more < 4 * one
-    assert 1.5 * one < found[4].bytes_of((32, 32, 32), 2) <= 2 * one
-    assert 1.5 * one < found[4].bytes_of((32, 32, 64)) < 2.5 * one
+    assert 1.2 * one < more < 4 * one  # found: 1.9
+    assert 1.5 * one < found[4].bytes_of((32, 32, 32), 2) <= 2 * one  # found: 1.997
+    assert 1.5 * one < found[4].bytes_of((32, 32, 64)) < 2.5 * one  # found: 1.8
     fixed = found[8].probe((32, 32, 32)).fixed
     assert fixed > 0 and found[8].probe((16, 16, 16)).fixed == fixed, "weights, whatever the tile"
 

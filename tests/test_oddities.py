@@ -57,7 +57,8 @@ def test_what_is_an_outlier_of_an_image_with_negative_values_is_counted_from_the
     assert outliers(data) is None
     data[0, 0, 0] = 4000
     found = outliers(data)
-    assert found is not None and found.count == 1 and found.times == pytest.approx(5000 / 800, rel=0.01)
+    # Found: 9.4e-5
+    assert found is not None and found.count == 1 and found.times == pytest.approx(5000 / 800, rel=5e-4)
 
 
 @pytest.mark.parametrize("shifted", (False, True))
@@ -69,14 +70,16 @@ def test_outliers_are_compressed_and_come_back_exactly(shifted):
     odd[3, 4, 5:7] = (10 * data.max(), 40 * data.max())
     norm = normaliser(odd, shifted=shifted, robust=True)
     seen = norm.apply(odd)
-    assert norm.scale == pytest.approx(plain.scale, rel=1e-3)
+    assert norm.scale == pytest.approx(plain.scale, rel=1e-6)  # found: 0 (rounding)
+    # Found: 1.69 to 1.70, 1.84 to 1.85
     assert 1.5 < seen[3, 4, 5] < seen[3, 4, 6] < 2 and np.partition(seen.ravel(), -3)[-3] <= 1
     back = norm.invert(seen)
-    np.testing.assert_allclose(back, odd, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(back, odd, rtol=5e-6, atol=1e-3)  # found: 0.071 of it
     tensor = torch.from_numpy(seen.copy())
     norm.invert_(tensor)
     assert np.array_equal(tensor.numpy(), back)
-    assert norm.invert(np.float32([[50.0]])) == pytest.approx(odd.max(), rel=1e-5), "never brighter than the scan"
+    # Found: 3.1e-7
+    assert norm.invert(np.float32([[50.0]])) == pytest.approx(odd.max(), rel=1e-6), "never brighter than the scan"
 
 
 def test_what_outliers_do_to_a_result_stays_where_they_are():
@@ -96,8 +99,8 @@ def test_what_outliers_do_to_a_result_stays_where_they_are():
     for times in (10, 100):
         odd = result(times)
         assert "intensity_scale" in odd.report and "intensity_scale" not in plain.report
-        assert np.sqrt(np.mean((odd.sr - plain.sr)[away] ** 2)) < 0.01 * data.max()
-        assert np.abs(odd.prob - plain.prob)[0][away].mean() < 0.01
+        assert np.sqrt(np.mean((odd.sr - plain.sr)[away] ** 2)) < 0.005 * data.max()  # found: 8.9e-4
+        assert np.abs(odd.prob - plain.prob)[0][away].mean() < 0.01  # found: 0.002
 
 
 @pytest.mark.parametrize(("inside", "told"), ((2, True), (6, True), (9, False), (20, False)))

@@ -12,14 +12,14 @@ def test_the_phantom_is_the_same_place_on_every_grid():
     turned_affine = fine.affine @ np.array([[0, -2, 0, 30], [2, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]])
     turned = head((20, 16, 12), affine=turned_affine, edge=2)
     expected = fine.data[30::-2, ::2, ::2].transpose(1, 0, 2)
-    np.testing.assert_allclose(turned.data, expected, atol=1e-3)
+    np.testing.assert_allclose(turned.data, expected, atol=1e-3)  # found: 0 (rounding), of hundreds
 
 
 def test_the_phantom_is_a_head_that_no_flip_maps_to_itself(phantom):
     assert phantom.data.dtype == np.float32 and phantom.label.dtype == np.uint8
     assert phantom.data.min() == 0 and 150 < phantom.data.max() <= 200
     assert not phantom.data[0].any() and not phantom.data[:, :, -1].any(), "it fits into its grid"
-    assert 0.05 < phantom.label.mean() < 0.4
+    assert 0.05 < phantom.label.mean() < 0.4  # found: 0.07
     for axis in range(3):
         assert not np.array_equal(phantom.label, np.flip(phantom.label, axis))
     np.testing.assert_array_equal(phantom.affine, centred_affine(phantom.data.shape, phantom.spacing))

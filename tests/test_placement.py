@@ -88,7 +88,7 @@ def test_a_turn_beyond_rounding_is_another_grid_however_small_the_array():
         turned = np.eye(4)
         turned[:2, :2] = [[np.cos(radians), -np.sin(radians)], [np.sin(radians), np.cos(radians)]]
         apart = difference(turned, np.eye(4), (20, 20, 20))
-        assert apart.least == 0 and apart.largest < 0.2 and apart.same is same
+        assert apart.least == 0 and apart.largest < 0.2 and apart.same is same  # found: 0.11
 
 
 @pytest.mark.parametrize(("n", "same"), [(256, True), (400, False)])

@@ -53,7 +53,7 @@ def test_the_head_is_measured_in_mm_whatever_the_grid(grown):
         assert abs(look.head_mm - 176) <= max(spacing) and look.is_head and look.filled == 0
         assert look.voxel_mm == min(spacing) and look.slice_ratio == max(spacing) / min(spacing)
         # The phantom's edges are as soft as its voxels are large, and air ends at a tenth of the brightest.
-        assert look.head_ml == pytest.approx(4 / 3 * np.pi * 70 * 88 * 62 / 1000, rel=0.2)
+        assert look.head_ml == pytest.approx(4 / 3 * np.pi * 70 * 88 * 62 / 1000, rel=0.2)  # found: 0.17
     turned = measure(np.ascontiguousarray(grown.data.transpose(2, 0, 1)), (8.0, 4.0, 4.0))
     assert turned == measure(grown.data, grown.spacing)
 
@@ -63,6 +63,7 @@ def test_a_large_image_is_looked_at_in_part_and_measures_the_same(grown, monkeyp
     whole = measure(fine.data, fine.spacing)
     monkeypatch.setattr(plausibility, "SAMPLE", 20_000)
     part = measure(fine.data, fine.spacing)
+    # Found: 0 in all; of another head every second voxel may tell a little else.
     assert abs(part.head_mm - whole.head_mm) <= 8 and abs(part.fluid - whole.fluid) < 0.1
     assert part.head_ml == pytest.approx(whole.head_ml, rel=0.03) and part.filled == whole.filled
 
@@ -86,7 +87,7 @@ def test_fluid_is_told_from_the_tail_of_intensities(grown):
     dark = measure(grown.data, grown.spacing).fluid
     negative = np.where(grown.data > 0, 250 - grown.data, 0)
     assert dark < -plausibility.FLUID_SKEW and measure(negative, grown.spacing).fluid > plausibility.FLUID_SKEW
-    assert measure(grown.data * 7 + 3, grown.spacing).fluid == pytest.approx(dark, abs=0.02)
+    assert measure(grown.data * 7 + 3, grown.spacing).fluid == pytest.approx(dark, abs=1e-6)  # found: 0 (rounding)
 
 
 def test_a_look_survives_its_record():
@@ -193,7 +194,7 @@ def test_what_the_segmentation_encloses_is_told_beside_it(spacing):
     """Whatever the grid, and scalp that is brighter than all of it."""
     for inside, cortex, outside in ((780, 520, 150), (480, 620, 120), (350, 520, 950)):
         image, label = ribbon(inside, cortex, outside, spacing)
-        assert plausibility.enclosed(image, label, spacing) == pytest.approx(inside / cortex, rel=0.01)
+        assert plausibility.enclosed(image, label, spacing) == pytest.approx(inside / cortex, rel=2e-4)  # found: 3.4e-5
     assert plausibility.enclosed(image, np.zeros_like(label), spacing) is None
     ball = ribbon(1, 1, 1, spacing)[0] == 1
     assert plausibility.enclosed(image, ball, spacing) is None, "a structure that encloses nothing"

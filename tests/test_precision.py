@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 
@@ -95,8 +96,8 @@ def test_an_iteration_in_bfloat16_is_close_to_float32(penalty):
     facts, others = ([m.critic_updates([b], [eps]), m.generator_update(b, True)] for m in (exact, near))
     for f, o in zip(facts, others, strict=True):
         assert o.keys() == f.keys()
-        assert o["total"] == pytest.approx(f["total"], rel=0.05, abs=0.02)
-        assert o["gradient"] == pytest.approx(f["gradient"], rel=0.3)
+        assert o["total"] == pytest.approx(f["total"], rel=0.05, abs=0.02)  # found: 0.76 of it
+        assert o["gradient"] == pytest.approx(f["gradient"], rel=0.1)  # found: 0.012
     for network in (near.generator, near.critic):
         assert all(p.dtype == torch.float32 for p in network.parameters())
 
@@ -283,13 +284,19 @@ def one_by_one(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return sums
 
 
+@functools.cache
+def exact_gradients(seed: int) -> dict[str, torch.Tensor]:
+    """In float64: the same for every kind."""
+    return precision._gradients(Arithmetic(CPU, torch.float64), None, seed)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_limits_are_near_what_sound_arithmetic_gives(library, kind):
     """At most twice the worst of two seeds, with a tenth for the sums of other processors."""
     worst: dict[str, float] = {}
     ways = [OneByOne, Kernels] if kind == torch.float32 else [lambda: Kernels(tf32=kind == TF32)]
     for seed in (1, 2):
-        exact = precision._gradients(Arithmetic(CPU, torch.float64), None, seed)
+        exact = exact_gradients(seed)
         for way in ways:
             kernels = arithmetics.Kernels()
             with way():
@@ -305,11 +312,14 @@ def test_the_limits_are_near_what_sound_arithmetic_gives(library, kind):
 def test_the_limit_of_float32_is_what_rounding_comes_to():
     """2^-24 sqrt(n) / 2: n roundings of half a last bit at most and of random sign, each of a partial sum, of which
     half are shorter than the whole; n = 2 * 16^3, the products of the longest sum, a weight's gradient."""
+    # Found: 0.036
     assert arithmetics.KERNEL_LIMITS[torch.float32] == pytest.approx(2.0**-24 * (2 * 16**3) ** 0.5 / 2, rel=0.05)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("fault", ["tap", "channels", "gradient"])
+FORWARD = zip(KINDS, ("tap", "tap", "channels", "channels"), strict=True)  # one limit refuses both
+
+
+@pytest.mark.parametrize(("kind", "fault"), [*FORWARD, *((kind, "gradient") for kind in KINDS)])
 def test_one_wrong_kernel_is_refused_by_the_limit_on_kernels(fresh, library, monkeypatch, kind, fault):
     """One call among the forty of a step, in the middle of the generator, with no help from the other limit."""
     monkeypatch.setattr(

@@ -41,10 +41,10 @@ def test_an_inference_rearranges_each_weight_once(calls):
     out, _ = predict(volume, plan, TileNetwork(generator, 1.0, batch=1))
     assert before and calls == before, "three batches cost what one pass costs"
     alone, _ = predict(volume[..., :16], tiles.plan((16, 16, 16), 16, 16), TileNetwork(generator, 1.0, batch=1))
-    assert torch.allclose(alone[0], volume[..., :16] - expected[0], atol=1e-5)
+    assert torch.allclose(alone[0], volume[..., :16] - expected[0], atol=1e-5)  # found: 0 (rounding)
     generator.head.data.mul_(0.5)
     changed, _ = predict(volume, plan, TileNetwork(generator, 1.0, batch=1))
-    assert (changed - out).abs().max() > 1e-3, "the next inference sees new weights"
+    assert (changed - out).abs().max() > 1e-3, "the next inference sees new weights"  # found: 1.6
 
 
 def test_what_is_kept_belongs_to_weight_values_and_shape():

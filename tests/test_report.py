@@ -132,9 +132,11 @@ def test_the_voxels_are_those_of_the_images(results, parsed):
     for i, j, k in np.random.default_rng(0).integers(0, plan["shape"], (300, 3)):
         world = affine @ [i, j, k, 1]
         voxel = np.rint(np.linalg.inv(sr.affine) @ world).astype(int)[:3]
+        # Found: 0.49
         assert abs(shown_volumes["sr"][i, j, k] - np.clip(sr.data[tuple(voxel)] * 255 / top, 0, 255)) <= 0.51
         assert shown_volumes["seg"][i, j, k] == seg.data[tuple(voxel)]
         slot = np.rint(np.linalg.inv(scan.affine) @ world).astype(int)[:3]
+        # Found: 0.5
         assert abs(shown_volumes["low"][i, j, k] - np.clip(scan.data[tuple(slot)] * 255 / top, 0, 255)) <= 0.51
 
 
@@ -162,12 +164,12 @@ def test_the_best_linear_estimate_lies_beside_spline_and_sr(results, parsed, tmp
     truth = images.load(make_truth(tmp_path)[0]).data
     by_truth = [estimate(w) for w in LINEAR_WEIGHTS]
     best = min(by_truth, key=lambda made: ((made - truth) ** 2).sum())
-    assert shown_linear(parsed, sr, best) <= 0.52
+    assert shown_linear(parsed, sr, best) <= 0.52  # found: 0.5
     assert "w the best of eight by the truth" in parsed.words and {"spline", "linear"} <= panes_of(parsed)
     (path,) = report(results / "scan.json", tmp_path / "page.html")
     got = Parsed(path.read_text(encoding="utf8"))
     own = estimate(told["weight"], thickness_mm=told["thickness_mm"], profile=told["profile"])
-    assert shown_linear(got, sr, own) <= 0.52 and np.abs(own - best).max() > 1
+    assert shown_linear(got, sr, own) <= 0.52 and np.abs(own - best).max() > 1  # found: 0.5
     assert f"w = {told['weight']:.3g} as the record chose" in got.words
 
 
@@ -207,7 +209,7 @@ def test_a_page_allows_its_own_scripts_and_nothing_else(page, parsed):
     loads = [v for _, n, v in parsed.attributes if n in ("src", "href", "data", "poster", "srcset")]
     assert loads and all(v.startswith(("#", "data:image/png;base64,")) for v in loads)
     assert not {"link", "iframe", "object", "embed", "base", "form"} & set(parsed.tags)
-    assert "DOCTYPE" in page[:20].upper() and len(page.encode()) < 12e6
+    assert "DOCTYPE" in page[:20].upper() and len(page.encode()) < 12e6  # found: 2.81e6
 
 
 def test_the_same_results_give_the_same_bytes(results, page, tmp_path):
@@ -301,7 +303,7 @@ def test_pages_stay_below_the_limit_and_say_what_it_cost(results, page, tmp_path
     for most in (limit, 12):
         (path,) = report(results, tmp_path / "page.html", max_mb=most, overwrite=True)
         sizes.append(path.stat().st_size)
-        assert sizes[-1] <= most * 1e6
+        assert sizes[-1] <= most * 1e6  # found: 9.56e5
     with pytest.raises(UsageError, match="--max-mb"):
         report(results, tmp_path / "page.html", max_mb=0.5, overwrite=True)
 

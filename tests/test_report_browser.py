@@ -229,9 +229,10 @@ def test_a_page_that_shows_a_slab_says_so_and_draws(tab, folder, monkeypatch):
 
 
 def test_nothing_is_wider_than_a_phone(tab, folder):
+    paths = ("one/out/report.html", "known/out/report.html", "many/out/report.html", "run/report.html")
     for dark in (False, True):
         tab.look(390, 800, mobile=True, dark=dark, scale=2)
-        for path in ("one/out/report.html", "known/out/report.html", "many/out/report.html", "run/report.html"):
+        for path in paths[-1:] if dark else paths:  # the dark ones have the same widths
             tab.open(url(folder / path, "#canvas"))
             tab.frames()
             assert tab.ask("document.documentElement.scrollWidth") <= 390, path

@@ -55,7 +55,7 @@ def test_patches_are_those_of_the_whole_volume(rule, options, draw):
     batches = [Pool([r], rule.patch, mask_classes=3).gather(np.arange(len(r.origins))) for r in (whole, part)]
     assert batches[0].ids == batches[1].ids
     for a, b in ((batches[0].x, batches[1].x), (batches[0].y, batches[1].y)):
-        assert (a - b).abs().max() <= 2e-6 and a.abs().max() > 0.5
+        assert (a - b).abs().max() <= 2e-6 and a.abs().max() > 0.5  # found: 2.4e-7, 0.99
     assert torch.equal(batches[0].y[:, 1:], batches[1].y[:, 1:])
 
 

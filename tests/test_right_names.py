@@ -94,7 +94,8 @@ def near(pixels: np.ndarray, colour: tuple[int, int, int]) -> int:
 def check(page, path, expected: dict[str, float], top: float) -> dict:
     found = columns(page, path)
     assert {title: grey for title, (grey, *_) in found.items()} == pytest.approx(
-        {TITLES[name]: 255 * value / top for name, value in expected.items()}, abs=1.5
+        {TITLES[name]: 255 * value / top for name, value in expected.items()},
+        abs=1.5,  # found: 1.2
     )
     return found
 
@@ -141,7 +142,7 @@ def test_the_outlines_have_the_colours_of_their_masks(pages, tmp_path):
         round((1 - box.y1) * height) : round((1 - box.y0) * height), round(box.x0 * width) : round(box.x1 * width)
     ]
     rows = {colour: np.argwhere(np.abs(part - colour).max(2) < 30)[:, 0].mean() / len(part) for colour in (CYAN, AMBER)}
-    assert rows[CYAN] > 0.6 > 0.4 > rows[AMBER] and axes
+    assert rows[CYAN] > 0.6 > 0.45 > rows[AMBER] and axes  # found: 0.72, 0.399
 
 
 def test_the_picture_of_infer_has_scan_spline_and_result_under_their_titles(pages, tmp_path):
@@ -233,6 +234,8 @@ def test_every_pane_of_the_page_shows_what_its_caption_says(written):
         "spline_error": ["spline", "truth"],
     }
     assert panes["seg"]["layers"] == ["seg", "label"] and panes["sr"]["layers"] == ["seg", "change"]
+    keys = re.findall(r'class="key (\w+)"></span>([^<]*)', text)
+    assert {layer: html.unescape(name).strip() for layer, name in keys} == {"seg": "fastsrgan", "label": "truth"}
     assert panes["low"]["nearest"] and not panes["spline"]["nearest"]
     nx, ny, nz = plan["shape"]
     volumes: dict = {}
@@ -288,41 +291,46 @@ def columns_of_bands(page, path) -> dict[str, float]:
     return found
 
 
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    with chromium.page(tmp_path_factory.mktemp("browser")) as tab:
+        tab.look(1240, 1500)
+        yield tab
+
+
 @pytest.mark.skipif(chromium.browser() is None, reason="no Chromium is installed: make test-extras")
 @pytest.mark.parametrize("more", ["", "#canvas"])
-def test_what_is_seen_under_a_caption_is_what_it_names(written, tmp_path, more):
-    with chromium.page(tmp_path) as tab:
-        tab.look(1240, 1500)
-        tab.open(written.resolve().as_uri() + more)
-        assert tab.wait("document.getElementById('viewer').dataset.viewer") == ("canvas" if more else "niivue")
-        assert tab.problems == []
-        for switch in ("cross", "marks"):
-            tab.ask(f"document.getElementById('{switch}').click()")
-        tab.ask("document.querySelector('input[name=layout][value=side]').click()")
-        tab.ask("document.querySelector('input[name=plane][value=coronal]').click()")
-        tab.frames(4)
-        seen = {}
-        places = tab.ask(
-            "[...document.querySelectorAll('.pane')].map(p => {"
-            " const b = p.querySelector('canvas').getBoundingClientRect();"
-            " const title = p.querySelector('figcaption').firstChild.textContent;"
-            " return [title, b.x + scrollX, b.y + scrollY, b.width, b.height]; })"
-        )
-        for title, x, y, width, height in places:
-            clip = {"x": x + 0.3 * width, "y": y + 0.3 * height, "width": 0.4 * width, "height": 0.4 * height}
-            clip["scale"] = 1
-            with Image.open(io.BytesIO(tab.shot(clip=clip, whole=True))) as image:
-                seen[title] = np.asarray(image.convert("RGB")).astype(int).reshape(-1, 3)
+def test_what_is_seen_under_a_caption_is_what_it_names(written, tab, more):
+    tab.open(written.resolve().as_uri() + more)
+    assert tab.wait("document.getElementById('viewer').dataset.viewer") == ("canvas" if more else "niivue")
+    assert tab.problems == []
+    for switch in ("cross", "marks"):
+        tab.ask(f"document.getElementById('{switch}').click()")
+    tab.ask("document.querySelector('input[name=layout][value=side]').click()")
+    tab.ask("document.querySelector('input[name=plane][value=coronal]').click()")
+    tab.frames(4)
+    seen = {}
+    places = tab.ask(
+        "[...document.querySelectorAll('.pane')].map(p => {"
+        " const b = p.querySelector('canvas').getBoundingClientRect();"
+        " const title = p.querySelector('figcaption').firstChild.textContent;"
+        " return [title, b.x + scrollX, b.y + scrollY, b.width, b.height]; })"
+    )
+    for title, x, y, width, height in places:
+        clip = {"x": x + 0.3 * width, "y": y + 0.3 * height, "width": 0.4 * width, "height": 0.4 * height}
+        clip["scale"] = 1
+        with Image.open(io.BytesIO(tab.shot(clip=clip, whole=True))) as image:
+            seen[title] = np.asarray(image.convert("RGB")).astype(int).reshape(-1, 3)
     assert set(seen) == set(PANES.values())
     greys = {title: np.median(pixels, axis=0) for title, pixels in seen.items()}
-    assert greys["fastsrgan"] == pytest.approx([255] * 3, abs=3)
-    assert greys["Truth"] == pytest.approx([255 * TRUTH / SR] * 3, abs=3)
+    assert greys["fastsrgan"] == pytest.approx([255] * 3, abs=3)  # found: 0; other browsers may round
+    assert greys["Truth"] == pytest.approx([255 * TRUTH / SR] * 3, abs=3)  # found: 0.38
     low, high = (255 * value / SR for value in BANDS)
     between = {
         title: np.mean((seen[title][:, 0] > low + 8) & (seen[title][:, 0] < high - 8))
         for title in ("Low resolution", "Cubic spline")
     }
-    assert between["Low resolution"] < 0.15 < 0.3 < between["Cubic spline"], between
+    assert between["Low resolution"] < 0.15 < 0.3 < between["Cubic spline"], between  # found: 0.033, 0.55
     for title in ("Low resolution", "Cubic spline"):
         assert low - 6 <= greys[title][0] <= high + 6
     # SR is brighter than spline and truth: red; the spline is darker than the truth: blue.

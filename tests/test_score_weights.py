@@ -68,8 +68,8 @@ def test_the_spline_gains_nothing_over_the_spline(files, tmp_path):
     code, report = score(files, tmp_path, str(files / "head.nii.gz"), *more)
     assert code == 0 and len(report["rows"]) == 3 * 2 * 2
     for row in report["rows"]:
-        assert abs(row["gain_db"]) < 1e-3
-        assert row["spline"]["ssim_inside"] == pytest.approx(row["sr"]["ssim_inside"], abs=1e-5)
+        assert abs(row["gain_db"]) < 1e-6  # found: 1.6e-8 (rounding)
+        assert row["spline"]["ssim_inside"] == pytest.approx(row["sr"]["ssim_inside"], abs=1e-9)  # found: 3.1e-10
         assert 10 < row["spline"]["psnr_inside"] < row["spline"]["psnr_whole"] < 60
         assert row["sr"]["dice"] is None
     planes = {row["plane"]: row["axis"] for row in report["rows"]}
@@ -84,14 +84,14 @@ def test_storage_does_not_matter(files, tmp_path):
     rows = report["rows"]
     for a, b in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True):
         assert (a["plane"], a["ratio"]) == (b["plane"], b["ratio"])
-        assert a["spline"]["psnr_inside"] == pytest.approx(b["spline"]["psnr_inside"], abs=1e-3)
+        assert a["spline"]["psnr_inside"] == pytest.approx(b["spline"]["psnr_inside"], abs=1e-6)  # found: 0 (rounding)
 
 
 def test_thick_slices_cost_more_and_the_interpolated_label_suffers(files, tmp_path):
     more = ["--label", str(files / "label.nii.gz"), "--ratio", "1", "2", "4", "--noise", "0", "--tiling", "16:16"]
     _, report = score(files, tmp_path, str(files / "head.nii.gz"), *more)
     exact, two, four = (row["spline"] for row in report["rows"])
-    assert exact["dice"] == 1 and two["dice"] > four["dice"] > 0.3
+    assert exact["dice"] == 1 and two["dice"] > four["dice"] > 0.3  # found: 0.79, 0.63
     assert two["psnr_inside"] > four["psnr_inside"]
     # A probability of 0.5 everywhere is above the threshold nowhere.
     assert all(row["sr"]["dice"] == 0 for row in report["rows"])

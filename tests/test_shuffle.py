@@ -14,10 +14,10 @@ def test_known_orders_have_known_quality():
     sorted_, mixed = np.repeat(np.arange(10), 160), np.tile(np.arange(10), 160)
     one_by_one = quality(list(sorted_.reshape(-1, 16)))
     assert one_by_one["distinct"] == 1 and one_by_one["same"] == 1
-    assert np.isclose(one_by_one["spread"], 0.1, rtol=0.01) and np.isclose(one_by_one["drift"], 0.9)
+    assert np.isclose(one_by_one["spread"], 0.1, rtol=0.01) and np.isclose(one_by_one["drift"], 0.9)  # found: 0.0056
     in_turn = quality(list(mixed.reshape(-1, 16)))
-    assert in_turn["distinct"] == 10 and in_turn["same"] < 0.1
-    assert np.isclose(in_turn["spread"], 1, rtol=0.01) and in_turn["drift"] < 1e-9
+    assert in_turn["distinct"] == 10 and in_turn["same"] < 0.1  # found: 0.05
+    assert np.isclose(in_turn["spread"], 1, rtol=0.01) and in_turn["drift"] < 1e-9  # found: 0.0056, 0 (rounding)
     assert quality([np.array([3])]) == {"distinct": 1, "same": 0, "spread": 0, "drift": 0}
 
 
@@ -26,7 +26,7 @@ def test_all_subjects_in_memory_is_a_full_shuffle():
     full = [quality(np.array_split(np.random.default_rng(s).permutation(order), len(order) // 16)) for s in range(3)]
     ours = quality(batch_subjects(PATCHES, 20, 16))
     for name in ours:
-        assert np.isclose(ours[name], np.mean([f[name] for f in full]), rtol=0.1, atol=0.01)
+        assert np.isclose(ours[name], np.mean([f[name] for f in full]), rtol=0.1, atol=0.01)  # found: 0.11 of it
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
@@ -35,9 +35,9 @@ def test_a_share_in_memory_mixes_within_itself(share):
     found = quality(batch_subjects(PATCHES, round(20 * share), 16))
     full = quality(batch_subjects(PATCHES, 20, 16))
     residents = 20 * share
-    assert np.isclose(found["spread"], share, rtol=0.1) and found["drift"] > full["drift"] + 0.2
-    assert np.isclose(found["distinct"], residents * (1 - (1 - 1 / residents) ** 16), rtol=0.05)
-    assert np.isclose(found["same"], 1 / residents, rtol=0.15)
+    assert np.isclose(found["spread"], share, rtol=0.002) and found["drift"] > full["drift"] + 0.2  # found: 3.9e-4
+    assert np.isclose(found["distinct"], residents * (1 - (1 - 1 / residents) ** 16), rtol=0.05)  # found: 0.011
+    assert np.isclose(found["same"], 1 / residents, rtol=0.15)  # found: 0.028
 
 
 def test_every_patch_of_every_subject_is_counted_on_all_ranks():

@@ -64,7 +64,7 @@ def test_the_tiles_of_a_volume_give_the_volume(plan):
         return
     volume = torch.rand(plan.shape, generator=torch.Generator().manual_seed(len(plan)))
     out = stitch.overlap_add(tiles_of(volume, plan), plan)[0]
-    assert torch.allclose(out[plan.crop], volume, rtol=0, atol=1e-6)
+    assert torch.allclose(out[plan.crop], volume, rtol=0, atol=1e-6)  # found: 2.4e-7
 
 
 @settings(max_examples=40, deadline=None)
@@ -73,7 +73,7 @@ def test_disagreeing_tiles_give_the_windowed_mean(plan):
     if len(plan) > 500:
         return
     some = torch.randn(len(plan), 1, *plan.patch, generator=torch.Generator().manual_seed(1))
-    assert np.abs(stitch.overlap_add(some, plan)[0].numpy() - naive(some, plan)).max() < 3e-6
+    assert np.abs(stitch.overlap_add(some, plan)[0].numpy() - naive(some, plan)).max() < 3e-6  # found: 3.4e-7
 
 
 @pytest.mark.parametrize("window", sorted(WINDOWS))
@@ -85,7 +85,7 @@ def test_flips_commute(window):
     some = torch.randn(len(plan), 2, *plan.patch, generator=torch.Generator().manual_seed(2))
     flipped = some.flip(0, 2, 3, 4)  # the last tile becomes the first on every axis
     out = stitch.overlap_add(flipped, mirrored).flip(1, 2, 3)
-    assert torch.allclose(out, stitch.overlap_add(some, plan), rtol=0, atol=2e-6)
+    assert torch.allclose(out, stitch.overlap_add(some, plan), rtol=0, atol=2e-6)  # found: 4.8e-7
 
 
 @pytest.mark.parametrize("window", sorted(WINDOWS))
@@ -95,7 +95,7 @@ def test_coverage_of_4096_is_as_exact_as_float32(window):
     assert max(np.bincount(np.add.outer(plan.origins[0], np.arange(16)).ravel())) ** 3 == 4096
     volume = 0.7 + 1e-3 * torch.rand(plan.shape, generator=torch.Generator().manual_seed(3))
     out = stitch.overlap_add(tiles_of(volume, plan), plan)[0]
-    assert (out - volume).abs().max() < 5e-7
+    assert (out - volume).abs().max() < 5e-7  # found: 3.6e-7
     ones = torch.ones(1, 1, 16, 16, 16).expand(len(plan), -1, -1, -1, -1)
     assert (stitch.overlap_add(ones, plan) == 1).all()
 
@@ -127,7 +127,7 @@ def test_unwritten_voxels_would_be_seen(poisoned, window, step):
     plan = tiles.plan((20, 21, 22), 8, step, window=window)
     for rolling in (False, True):
         out = planes_of(tiles_of(numbered(plan.shape), plan), plan, rolling)
-        assert torch.allclose(out[0], numbered(plan.shape), rtol=1e-6)
+        assert torch.allclose(out[0], numbered(plan.shape), rtol=1e-6)  # found: 3.3e-7
 
 
 def planes_of(some: torch.Tensor, plan: tiles.TilePlan, rolling: bool, first: int = 0) -> torch.Tensor:
@@ -179,7 +179,7 @@ def test_parts_of_a_grid_add_up_to_the_whole(plan, data):
             places.pop(at)
     assert not places
     stitch.divide_planes(total, 0, stitch.window_sums(plan))
-    assert torch.allclose(total, stitch.overlap_add(some, plan), rtol=0, atol=3e-6)
+    assert torch.allclose(total, stitch.overlap_add(some, plan), rtol=0, atol=3e-6)  # found: 7.2e-7
 
 
 def parts(plan: tiles.TilePlan, old: list[set[int]]) -> list[tiles.TilePlan]:
@@ -193,9 +193,9 @@ def parts(plan: tiles.TilePlan, old: list[set[int]]) -> list[tiles.TilePlan]:
 def test_the_gaussian_never_vanishes_and_is_symmetric():
     for n in (8, 64, 128, 512):
         w = tiles.window_of("gaussian", n)
-        assert w.min() >= 1e-3 and w.max() <= 1 and np.array_equal(w, w[::-1])
+        assert w.min() >= 1e-3 and w.max() <= 1 and np.array_equal(w, w[::-1])  # found: 0.001
         centre = np.log(w[n // 2 - 2 : n // 2 + 2])
-        assert np.diff(centre, 2) == pytest.approx(-((8 / n) ** 2), rel=1e-6)  # -1 / sigma^2
+        assert np.diff(centre, 2) == pytest.approx(-((8 / n) ** 2), rel=1e-12)  # -1 / sigma^2; found: 9e-14 (rounding)
 
 
 @pytest.mark.parametrize("n", [8, 20, 64, 128])
@@ -203,6 +203,7 @@ def test_the_gaussian_is_its_formula_with_a_floor_of_a_thousandth(n):
     """sigma = n / 8; the outermost voxels would have 3e-4: where corners alone cover a voxel, digits would be lost."""
     distance = np.arange(n) - (n - 1) / 2
     plain = np.exp(-0.5 * (distance / (n / 8)) ** 2)
+    # Found: 0 (rounding)
     np.testing.assert_allclose(tiles.window_of("gaussian", n), np.maximum(plain, 1e-3), rtol=1e-12)
     if n >= 20:
         assert plain.min() < 1e-3 == tiles.window_of("gaussian", n).min()
@@ -212,15 +213,15 @@ def test_a_corner_that_one_tile_covers_keeps_its_digits():
     plan = tiles.plan((40, 40, 40), 32, 8, window="gaussian")
     some = torch.rand((len(plan), 1, *plan.patch), generator=torch.Generator().manual_seed(0))
     out = stitch.overlap_add(some, plan)
-    assert out[0, 0, 0, 0] == pytest.approx(float(some[0, 0, 0, 0, 0]), rel=1e-6)
-    assert out[0, -1, -1, -1] == pytest.approx(float(some[-1, 0, -1, -1, -1]), rel=1e-6)
+    assert out[0, 0, 0, 0] == pytest.approx(float(some[0, 0, 0, 0, 0]), rel=1e-6)  # found: 0 (rounding)
+    assert out[0, -1, -1, -1] == pytest.approx(float(some[-1, 0, -1, -1, -1]), rel=1e-6)  # found: 0 (rounding)
 
 
 @pytest.mark.parametrize("n", [8, 64, 128])
 def test_hann_windows_at_half_the_patch_sum_to_one(n):
     w = tiles.window_of("hann", n)
-    assert w.min() >= 1e-3 and w.max() <= 1 and np.array_equal(w, w[::-1])
-    np.testing.assert_allclose(w[: n // 2] + w[n // 2 :], 1, atol=1e-3)  # the floor's share
+    assert w.min() >= 1e-3 and w.max() <= 1 and np.array_equal(w, w[::-1])  # found: 0.001
+    np.testing.assert_allclose(w[: n // 2] + w[n // 2 :], 1, atol=1e-3)  # the floor's share; found: 8.5e-4
 
 
 def test_an_unknown_window_is_refused():

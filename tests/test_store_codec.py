@@ -156,6 +156,25 @@ def test_a_chunk_that_is_missing_is_an_error_in_every_reader(tmp_path, reader):
         np.testing.assert_array_equal(open_store(folder, reader).read_region("a", "image", region), image[region])
 
 
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("reader", [READERS[0], pytest.param(READERS[1], marks=both)])
+def test_nothing_is_read_of_a_shard_of_another_size(tmp_path, reader):
+    """Also where its index is sound and the chunk that is asked for is whole: another one may be lost."""
+    folder = tmp_path / "store"
+    make(folder, "a", image=volume(6, (70, 5, 6)), label=False)
+    path = folder / "a/image/c/0/0/0"
+    whole = path.read_bytes()
+    index = np.frombuffer(whole[-(16 * 2 + 4) : -4], "<u8").reshape(2, 2)
+    chunk, last = index[:, 0].argsort()  # the one whose bytes come first, and the one behind it
+    end = int(index[last].sum())
+    part = np.s_[0:2, 0:2, 0:2] if chunk == 0 else np.s_[66:68, 0:2, 0:2]
+    open_store(folder, reader).read_region("a", "image", part)
+    for damaged in (whole[: end - 9] + whole[end:], whole[:end] + b"\0" + whole[end:]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=f"{len(damaged)} bytes where {len(whole)} were written"):
+            open_store(folder, reader).read_region("a", "image", part)
+
+
 def crc32c(data: bytes) -> int:
     """The checksum of an index, bit by bit."""
     crc = 0xFFFFFFFF

@@ -171,7 +171,7 @@ def test_a_study_has_a_dice_for_each_of_table_and_store(table, model, tmp_path):
         a, b = done.prob[1:].argmax(axis=0) == number, np.isin(truth, values)
         wanted = 2 * (a & b).sum() / (a.sum() + b.sum())
         assert by_model["w"][f"dice_{name}"]["mean"] == pytest.approx(wanted)
-        assert 0.5 < by_model["interpolation"][f"dice_{name}"]["mean"] < 1
+        assert 0.5 < by_model["interpolation"][f"dice_{name}"]["mean"] < 1  # found: 0.88 to 0.9
     assert by_model["interpolation"]["dice_cortex"]["mean"] == by_model["interpolation"]["dice"]["mean"]
     heading = (tmp_path / "a" / "steps.md").read_text(encoding="utf8")
     assert "| Dice cortex | Dice white |" in heading

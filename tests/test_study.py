@@ -90,7 +90,7 @@ def test_a_cell_is_what_evaluate_says_of_infer(folder, steps):
         for c in steps["cells"]
         if (c["subject"], c["condition"], c["model"], c["step"]) == (subject.name, "noise 10 %", "with", 12)
     )
-    assert found["scores"] == pytest.approx(expected, rel=1e-6)
+    assert found["scores"] == pytest.approx(expected, rel=1e-6)  # found: 0 (rounding)
     assert found["tiles"] == done.report["tiles"] and found["seconds"] > 0
 
 
@@ -172,7 +172,7 @@ def test_every_head_and_seed_has_noise_of_its_own_the_same_in_every_condition():
     assert np.array_equal(noise[0], noise[3])
     alike = np.corrcoef([n[bright] for n in noise[:3]]) - np.eye(3)
     assert np.abs(alike).max() < 0.2  # found: 0.045
-    assert all(0.05 < n[bright].std() < 0.15 for n in noise)
+    assert all(0.05 < n[bright].std() < 0.15 for n in noise)  # found: 0.095 to 0.1
 
 
 def test_a_condition_does_what_its_name_says(monkeypatch):
@@ -269,7 +269,7 @@ def test_a_store_is_studied_as_its_table_is(folder, tmp_path):
         volumes, others = first.load(), twin.load()
         assert set(volumes) == set(others) and spacing_of(first) == pytest.approx(spacing_of(twin))
         for name, volume in volumes.items():
-            np.testing.assert_allclose(others[name].data, volume.data, rtol=1e-6)
+            np.testing.assert_allclose(others[name].data, volume.data, rtol=1e-6)  # found: 0 (rounding)
             np.testing.assert_allclose(others[name].affine, volume.affine)
     assert len({one.key for one in of_store}) == len(of_store)
     with pytest.raises(UsageError, match="were chosen by"):
@@ -292,10 +292,10 @@ def test_contrast_is_changed_in_both_images(folder):
         acquire(subject.load(), Condition("", (7.0, 7.0, 21.0), power=p), (0, subject.key)) for p in (1.0, 2.0)
     )
     ratio = squared.scan.data[plain.scan.data > 0.2] / plain.scan.data[plain.scan.data > 0.2] ** 2
-    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-6)  # found: 2.4e-7
     inside = plain.hr.data > 0.2
     ratio = squared.hr.data[inside] / plain.hr.data[inside] ** 2
-    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-6)  # found: 3e-7
 
 
 def test_the_papers_figures_are_labelled_and_never_mixed_with_rows(steps):

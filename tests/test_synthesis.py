@@ -106,15 +106,15 @@ def test_image_and_label_stay_aligned(key):
         assert inside.sum() > 50
         there = image.numpy()[inside]
         # The texture's smooth part leaves a mean of few independent values.
-        assert abs(float(there.mean()) - look.mean[value]) < 0.02, value
-        assert 0.004 < float(there.std()) < 0.04, value
+        assert abs(float(there.mean()) - look.mean[value]) < 0.02, value  # found: 0.0085
+        assert 0.004 < float(there.std()) < 0.04, value  # found: 0.0074 to 0.021
 
 
 def test_texture_has_unit_variance_in_every_mixture():
     for grain in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.6, 0.64, 0.48)):
         found = synthesis._texture(KEY, (60, 64, 62), grain, torch.device("cpu"))
-        assert abs(float(found.std()) - 1) < 0.1, grain
-        assert abs(float(found.mean())) < 0.1, grain
+        assert abs(float(found.std()) - 1) < 0.1, grain  # found: 0.014
+        assert abs(float(found.mean())) < 0.1, grain  # found: 0.07
 
 
 @settings(max_examples=25, deadline=None)
@@ -139,7 +139,7 @@ def test_scale_is_that_of_the_result():
     labels = tissues()
     _, seen = synthesise(labels, MM, KEY, grown)
     for value in (1, 2, 5):
-        assert abs(int((seen == value).sum()) / int((labels == value).sum()) - 8) < 0.8
+        assert abs(int((seen == value).sum()) / int((labels == value).sum()) - 8) < 0.8  # found: 0.72
 
 
 @pytest.mark.parametrize("key", [(2, e, "b") for e in range(8)])
@@ -153,7 +153,7 @@ def test_the_brain_always_fits(key):
                 assert not inside.select(d, end).any()
         grown = np.linalg.det(np.linalg.inv(draw_shape(key, labels.shape, MM, Synthesis()).affine_33))
         cortex = int(((seen == 3) | (seen == 42)).sum()) / int(np.isin(labels, (3, 42)).sum())
-        assert 0.6 < cortex / grown < 1.6
+        assert 0.6 < cortex / grown < 1.6  # found: 0.91 to 1.1
 
 
 @pytest.mark.parametrize("key", [(3, e, "c") for e in range(6)])
@@ -178,7 +178,7 @@ def test_a_brain_without_surroundings_is_zero_outside_its_rim():
         assert not image.numpy()[steps > look.rim].any()
         rims.add(look.rim)
         if look.rim:
-            assert (image.numpy()[(steps > 0) & (steps <= look.rim)] > 0).mean() > 0.95
+            assert (image.numpy()[(steps > 0) & (steps <= look.rim)] > 0).mean() > 0.95  # found: 1
     assert len(rims) > 1
 
 
@@ -186,22 +186,22 @@ def test_shares_and_ranges_are_those_asked_for():
     values = [0, 2, 3, 4, 41, 42, 515]
     ranges = Synthesis(strip=0.3, rim=2)
     looks = [draw_look((1, i, "e"), values, ranges) for i in range(400)]
-    assert abs(np.mean([look.strip for look in looks]) - 0.3) < 0.08
+    assert abs(np.mean([look.strip for look in looks]) - 0.3) < 0.08  # found: 0.013
     assert {look.rim for look in looks} == {0, 1, 2}
     means = np.array([[look.mean[v] for v in values[1:]] for look in looks])
     assert means.min() >= ranges.contrast[0] and means.max() <= ranges.contrast[1]
-    assert means.min() < 0.1 and means.max() > 0.95
+    assert means.min() < 0.1 and means.max() > 0.95  # found: 0.05, 1
     sds = np.array([[look.sd[v] for v in values[1:]] for look in looks])
     assert sds.min() >= ranges.texture[0] and sds.max() <= ranges.texture[1]
     assert all(ranges.blur[0] - 0.025 <= look.blur <= ranges.blur[1] + 0.025 for look in looks)
     # Both sides have one Gaussian; white and grey matter are independent.
     assert np.array_equal(means[:, 0], means[:, 3]) and np.array_equal(means[:, 1], means[:, 4])
-    assert abs(np.corrcoef(means[:, 0], means[:, 1])[0, 1]) < 0.2
+    assert abs(np.corrcoef(means[:, 0], means[:, 1])[0, 1]) < 0.2  # found: 0.0048; by chance its sd is 0.05
     # Scanners differ: half of them write zero in air, and none of their voxels has any noise then.
     assert 0.4 < np.mean([look.mean[0] == look.sd[0] == 0 for look in looks]) < 0.6  # found: 0.5
     shapes = [draw_shape((1, i, "e"), (8, 8, 8), MM, ranges) for i in range(200)]
     sizes = np.array([np.linalg.norm(np.linalg.inv(s.affine_33), axis=0) for s in shapes])
-    assert 0.75 < sizes[:, 0].min() < 0.85 and 1.2 < sizes[:, 0].max() < 1.26
+    assert 0.75 < sizes[:, 0].min() < 0.85 and 1.2 < sizes[:, 0].max() < 1.26  # found: 0.8, 1.2
     assert all(ranges.warp_mm[0] <= s.distance_mm <= ranges.warp_mm[1] for s in shapes)
 
 
@@ -234,13 +234,14 @@ def test_means_are_drawn_about_those_given():
     asked = ((1, 0.5, 0.02), (5, 0.4, 0.02))
     near = Synthesis(means=(asked,), free=0, invert=0)
     looks = [draw_look((1, i, "f"), [0, 1, 5], near).mean for i in range(100)]
+    # Found: 0.0036, 0.0014
     assert abs(np.mean([m[1] for m in looks]) - 0.5) < 0.01 and abs(np.mean([m[5] for m in looks]) - 0.4) < 0.01
-    assert 0.01 < np.std([m[1] for m in looks]) < 0.03
+    assert 0.01 < np.std([m[1] for m in looks]) < 0.03  # found: 0.02
     turned = [draw_look((1, i, "f"), [0, 1, 5], dataclasses.replace(near, invert=1.0)).mean for i in range(100)]
     for before, after in zip(looks, turned, strict=True):  # bright and dark exchanged, the range kept
         assert after[1] == pytest.approx(before[5]) and after[5] == pytest.approx(before[1])
     free = [draw_look((1, i, "f"), [0, 1, 5], dataclasses.replace(near, free=1.0)).mean[1] for i in range(100)]
-    assert np.std(free) > 0.2
+    assert np.std(free) > 0.2  # found: 0.27
 
 
 def test_one_of_several_contrasts_is_drawn_per_visit():
@@ -258,7 +259,7 @@ def test_measured_means_are_those_of_an_image():
     found = {value: (mean, sd) for value, mean, sd in measured_means([image], [labels])}
     assert found[1][0] == pytest.approx(0.75) and found[5][0] == pytest.approx(0.5) and found[2][0] == pytest.approx(1)
     doubled = measured_means([image, np.where(labels == 1, 380.0, image)], [labels, labels])
-    assert {v: sd for v, _, sd in doubled}[1] > 0.05
+    assert {v: sd for v, _, sd in doubled}[1] > 0.05  # found: 0.1
 
 
 def test_the_edge_lies_between_the_two_means():
@@ -270,7 +271,7 @@ def test_the_edge_lies_between_the_two_means():
     near = ndimage.binary_dilation(white) & np.isin(seen.numpy(), (3, 42))
     low, high = sorted((look.mean[2], look.mean[3]))
     between = image.numpy()[near]
-    assert ((between > low + 0.05 * (high - low)) & (between < high - 0.05 * (high - low))).mean() > 0.3
+    assert ((between > low + 0.05 * (high - low)) & (between < high - 0.05 * (high - low))).mean() > 0.3  # found: 0.99
 
 
 def test_a_bias_field_is_smooth_and_bounded():
@@ -279,7 +280,7 @@ def test_a_bias_field_is_smooth_and_bounded():
     shaded, _ = synthesise(labels, MM, KEY, dataclasses.replace(PLAIN, bias_field=0.4))
     inside = even > 0.01
     field = (shaded[inside] / even[inside]).log()
-    assert float(field.std()) > 0.01 and float(field.abs().max()) <= 0.4 + 1e-5
+    assert float(field.std()) > 0.01 and float(field.abs().max()) <= 0.4 + 1e-5  # found: 0.046
 
 
 def test_the_coordinates_are_those_of_the_plain_form():
@@ -297,7 +298,7 @@ def test_the_coordinates_are_those_of_the_plain_form():
     x = x + np.einsum("cijk,xi,yj,zk->cxyz", shape.warp_3KKK, *matrices)
     expected = np.einsum("dc,cxyz->dxyz", shape.affine_33, x) / np.reshape(spacing, (3, 1, 1, 1))
     expected += np.reshape(middle, (3, 1, 1, 1))
-    assert np.abs(at.numpy() - expected).max() < 1e-4
+    assert np.abs(at.numpy() - expected).max() < 5e-5  # found: 6.8e-6
 
 
 def test_tensors_and_arrays_of_any_type_give_the_same():

@@ -56,7 +56,7 @@ def test_training_lowers_the_reconstruction_loss(store, tmp_path):
     )
     train(store, tmp_path / "run", config)
     history = [r["g_reconstruction"] for r in rows(tmp_path / "run")]
-    assert np.mean(history[-8:]) < 0.6 * np.mean(history[:8])
+    assert np.mean(history[-8:]) < 0.6 * np.mean(history[:8])  # found: 0.54
 
 
 def test_starting_from_weights_takes_generator_and_critic(store, tmp_path):
@@ -67,7 +67,7 @@ def test_starting_from_weights_takes_generator_and_critic(store, tmp_path):
     for load in (weights.load_generator, weights.load_critic):
         first, second = (load(tmp_path / name / "model.safetensors") for name in ("first", "second"))
         for a, b in zip(first.parameters(), second.parameters(), strict=True):
-            assert torch.allclose(a, b, atol=1e-9)
+            assert torch.allclose(a, b, atol=2e-11)  # found: 3.6e-12
     with pytest.raises(ModelError, match="kernel_gen"):
         train(
             store,
@@ -237,7 +237,7 @@ def test_rows_of_the_log_say_what_a_step_cost(store, tmp_path):
     train(store, tmp_path / "run", CONFIG.replace(epochs=1))
     for row in rows(tmp_path / "run"):
         assert row["seconds"] > 0 and row["patches_per_second"] == pytest.approx(2 / row["seconds"])
-        assert row["memory_bytes"] > 1e7 and row["data_wait_seconds"] >= 0
+        assert row["memory_bytes"] > 1e7 and row["data_wait_seconds"] >= 0  # found: 4.51e8
         assert {"g_total", "g_gradient", "d_wasserstein", "d_penalty", "d_gradient", "rate"} <= set(row)
 
 

@@ -112,5 +112,5 @@ def test_noise_is_the_same_in_all_images_or_drawn_up_to_it():
     names = [f"s{i}" for i in range(200)]
     assert {fixed.draw(0, 1, name).noise for name in names} == {0.04}
     levels = [drawn.draw(0, 1, name).noise for name in names]
-    assert 0.01 <= min(levels) < 0.012 and 0.038 < max(levels) <= 0.04 and len(set(levels)) == 200
+    assert 0.01 <= min(levels) < 0.012 and 0.038 < max(levels) <= 0.04 and len(set(levels)) == 200  # found: 0.01, 0.04
     assert drawn.draw(0, 1, "s1") == drawn.draw(0, 1, "s1") and drawn.linspace(0, 3).noise == 0.04

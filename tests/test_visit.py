@@ -148,7 +148,7 @@ def test_the_share_of_made_images_is_the_one_asked_for(store):
     sample = store.read("sub-2_T1w")
     visits = Visits(0.3, (3, 42), Synthesis())
     own = [visits.of(sample, (0, epoch, "sub-2"), share=None).image is sample.image for epoch in range(60)]
-    assert 0.5 < np.mean(own) < 0.9
+    assert 0.5 < np.mean(own) < 0.9  # found: 0.7
     assert all(visits.of(sample, (0, epoch, "sub-2"), share=0.0).image is sample.image for epoch in range(20))
     assert not any(Visits(1.0, (3, 42)).of(sample, (0, e, "sub-2")).image is sample.image for e in range(3))
 
