@@ -26,8 +26,8 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "path",
         nargs="+",
         metavar="DIR|RUN|JSON",
-        help="folder of results, demo or training run, or one result's JSON; several training runs are laid over each "
-        "other",
+        help="folder of results, demo, study or training run, or one result's JSON; several training runs are laid "
+        "over each other",
     )
     p.add_argument(
         "-o",

@@ -42,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument("source", nargs="?", metavar="STORE|CSV", help="store of `fastsrgan convert`, or a table of files")
     p.add_argument("-csv", "--csv", metavar="CSV", help="table of files (the original's way to name the data)")
-    p.add_argument("-o", "--out", metavar="RUN", help="run folder")
+    p.add_argument("-o", "--out", metavar="RUN", help="run folder (the one of -sf)")
     p.add_argument("--config", metavar="YAML", help="settings file; options on the command line win")
     p.add_argument(
         "-w",
@@ -99,7 +99,7 @@ def add_original(p: argparse.ArgumentParser) -> None:
         "-sf",
         "--snapshot-folder",
         metavar="DIR",
-        help="also write SegSRGAN_epoch_N (Keras HDF5) here; not with --scaled True",
+        help="also write SegSRGAN_epoch_N (Keras HDF5) here; not with --scaled True, as in --preset recommended",
     )
     group.add_argument("-dice", "--dice-file", metavar="CSV", help="Dice per epoch (RUN/dice.csv)")
     group.add_argument("-mse", "--mse-file", metavar="CSV", help="MSE per epoch (RUN/mse.csv)")
