@@ -66,8 +66,10 @@ def test_names_of_every_kind_of_table_mean_their_values(folder):
     for table in (folder / "snap.label", None, folder / "aseg.tsv"):
         names = labels.read_names(table or folder / "aseg.tsv")
         assert (names["left cortex"], names["right cortex"]) == CORTEX
+        assert labels.structure("left cortex, Right Cortex", folder / "aseg.nii.gz", table).values == set(CORTEX)
+        assert labels.structure("left cortex", folder / "aseg.nii.gz", table).values == {CORTEX[0]}
     (folder / "aseg.tsv").write_text(TSV.replace(" ", "-"))
-    assert scores(folder, "left-cortex,right-cortex")["segmentation"]["dice"] == 1
+    assert scores(folder, "left-cortex right-cortex")["segmentation"]["dice"] == 1
 
 
 def test_a_map_of_several_structures_needs_a_choice(folder):

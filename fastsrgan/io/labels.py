@@ -61,6 +61,7 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
             "--label-classes", f"{text!r} is a name, and no table says which value {label} has for it", hint
         )
     names = read_names(path)
+    words = _names_among(listed, names)
     values = [int(word) if word.isdigit() else _value(word, names, path) for word in words]
     return Structure(name or text.strip(), frozenset(values))
 
@@ -136,6 +137,15 @@ def refuse_many(values: Sequence[int], what: str | os.PathLike) -> None:
     if len(inside) > 1:
         held = ", ".join(map(str, inside[:SHOWN])) + f" and {len(inside) - SHOWN} more" * (len(inside) > SHOWN)
         raise InputError(what, f"the label holds several structures, the values {held}", CHOOSE)
+
+
+def _names_among(listed: str, names: dict[str, int]) -> list[str]:
+    """The words of a choice: all of it, a part between commas, or a part between blanks, whichever is a name first."""
+    known = {name.casefold() for name in names}
+    if listed.strip().casefold() in known:
+        return [listed.strip()]
+    parts = [part.strip() for part in re.split(r"[,;+]", listed)]
+    return [word for part in parts for word in ([part] if part.casefold() in known else part.split())]
 
 
 def _value(word: str, names: dict[str, int], path: Path) -> int:
