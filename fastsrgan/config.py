@@ -231,8 +231,7 @@ class TrainConfig:
     # fmt: off
     new_low_res: tuple[Triple, ...] = setting((),
         "mm of the scans to train for, in plane twice and through it (segsrgan geometry: stored axes); twice: bounds",
-        NEW, group=BASIC, also=("-n",), check=check_resolutions,
-        more="see slice_axis; two triples: drawn uniformly per axis, image and epoch")
+        NEW, group=BASIC, also=("-n",), check=check_resolutions, more="two triples: uniform per axis, image and epoch")
     epochs: int = setting(200, "last epoch", FREE, group=BASIC, also=("-e", "--epoch"), above=0)
     init_epoch: int = setting(1, "first epoch (epoch - init_epoch + 1 are run)", FREE, also=("-i",), above=0,
         more="epochs count from 1")
@@ -269,9 +268,8 @@ class TrainConfig:
     geometry: str = setting("physical", "observation model: exact in mm, or the original's numbers", ANEW,
         choices=("physical", "segsrgan"))
     interp: str = setting("scipy",
-        "interpolation of the original's numbers; sitk implies --geometry segsrgan where no settings file has one", NEW,
-        also=("-int",), choices=("scipy", "sitk"),
-        more="sitk: SimpleITK's Expand, of the extra `sitk`; in a file it needs `geometry: segsrgan` beside it")
+        "interpolation of the original's numbers; sitk implies --geometry segsrgan if none is set", NEW, also=("-int",),
+        choices=("scipy", "sitk"), more="sitk: SimpleITK's Expand (extra `sitk`); in a file with `geometry: segsrgan`")
     interpolation_type: str = setting("Spline", "interpolator of --interp sitk", NEW, also=("-it",), choices=SITK)
     image_cropping_method: str = setting("bounding_box", "where patches are taken", ANEW, also=("-icm",),
         choices=("bounding_box", "overlapping_with_mask"))
@@ -299,9 +297,7 @@ class TrainConfig:
     head_rate: float = setting(1.0, "learning rate of the generator's head over lr_gen", NEW, above=0,
         presets={"recommended": 0.1}, more="its 343 taps add up ([decision 003](decisions/003-demo-weights.md))")
     clip_norm: float = setting(0.0, "largest generator gradient norm; 0 off", NEW, presets={"recommended": 5.0}, low=0)
-    resident_subjects: int | None = setting(None,
-        "subjects of a group, in memory at once beside --prefetch further groups; none: all that fit",
-        ANEW, above=0)
+    resident_subjects: int | None = setting(None, "subjects of a group, see --prefetch; none: all that fit", ANEW, above=0)
     max_bad_steps: int = setting(10, "updates in a row, none finite, that end the run", FREE, above=0)
     seed: int = setting(0, "seed of every random number", ANEW, group=BASIC)
     bias_field: float = setting(0.0, "largest log amplitude of a smooth bias field", NEW, low=0, high=5)  # 148-fold
@@ -320,7 +316,7 @@ class TrainConfig:
     feed: str = setting("auto", "what moves volumes from the store", FREE, choices=("auto", "dali", "threads"),
         more="auto: threads; on CUDA with DALI whichever was faster on the first volumes")
     feed_threads: int = setting(0, "threads of the feed; 0 auto", FREE, low=0)
-    prefetch: int = setting(1, "groups of subjects made ahead", FREE, above=0)
+    prefetch: int = setting(1, "groups of subjects made ahead, in memory beside the one in use", FREE, above=0)
     resident_memory: float | None = setting(None, "GB for the groups in memory where --resident-subjects is none", FREE,
         above=0, more="none: 40 % of what is free")
     pool_precision: str = setting("auto", "type of the resident intensities", NEW,
