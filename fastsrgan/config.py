@@ -297,7 +297,7 @@ class TrainConfig:
     head_rate: float = setting(1.0, "learning rate of the generator's head over lr_gen", NEW, above=0,
         presets={"recommended": 0.1}, more="its 343 taps add up ([decision 003](decisions/003-demo-weights.md))")
     clip_norm: float = setting(0.0, "largest generator gradient norm; 0 off", NEW, presets={"recommended": 5.0}, low=0)
-    resident_subjects: int | None = setting(None, "subjects of a group, see --prefetch; none: all that fit", ANEW, above=0)
+    resident_subjects: int | None = setting(None, "subjects of a group (--prefetch); none: all that fit", ANEW, above=0)
     max_bad_steps: int = setting(10, "updates in a row, none finite, that end the run", FREE, above=0)
     seed: int = setting(0, "seed of every random number", ANEW, group=BASIC)
     bias_field: float = setting(0.0, "largest log amplitude of a smooth bias field", NEW, low=0, high=5)  # 148-fold
