@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -29,9 +30,11 @@ import torch
 
 from bench.data_page import RESULTS, amount, duration, table
 from fastsrgan.errors import InputError, UsageError
+from fastsrgan.model.networks import CriticSpec, GeneratorSpec, parameter_shapes
 
 EPOCHS = 3  # of a checked run
 RANKS = (1, 2)
+LINK = 450e9  # bytes per second in each direction that one H100 is said to have to its neighbours: assumed
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Figures:
 
     patches : of a subject in an epoch; volume_seconds : to read, degrade and place a subject, one thread;
     store_bytes : of a subject; threads : feed threads of a device
+    message_seconds : that an update on several devices waits for the gradients of the others, where not measured
     """
 
     step_seconds: float
@@ -49,6 +53,21 @@ class Figures:
     store_bytes: float
     threads: int = 2
     efficiency: float = 1.0
+    message_seconds: float = 0.0
+
+
+def message_bytes(kernel: int, kernel_dis: int, critics: int) -> int:
+    """Of the gradients of one iteration, float32: the generator's once, the critic's in each of its updates."""
+    sizes = [
+        sum(math.prod(shape) for shape in parameter_shapes(spec).values())
+        for spec in (GeneratorSpec(kernel=kernel), CriticSpec(kernel=kernel_dis))
+    ]
+    return 4 * (sizes[0] + critics * sizes[1])
+
+
+def sent(size: float, devices: int, link: float) -> float:
+    """Seconds of a ring's all-reduce of ``size`` bytes at ``link`` bytes per second in each direction."""
+    return 2 * (devices - 1) / devices * size / link
 
 
 def predict(f: Figures, subjects: int, devices: int, price: float = 0.0) -> dict[str, float]:
@@ -60,7 +79,8 @@ def predict(f: Figures, subjects: int, devices: int, price: float = 0.0) -> dict
         raise UsageError("--devices", f"{devices} for {subjects} subjects", "at most one device per subject")
     own = -(-subjects // devices)  # the fullest rank, for which the others wait
     updates = -(-own * f.patches // f.batch)
-    stepping = updates * f.step_seconds / (f.efficiency if devices > 1 else 1.0)
+    one = f.step_seconds / f.efficiency + f.message_seconds if devices > 1 else f.step_seconds
+    stepping = updates * one
     making = own * f.volume_seconds / f.threads
     seconds = max(stepping, making)
     moved = subjects * f.store_bytes
@@ -96,10 +116,13 @@ def prediction_table(f: Figures, subjects: Sequence[int], devices: Sequence[int]
 
 def assumed(f: Figures, price: float = 0.0) -> str:
     """The same for the accelerator of docs/roofline.md, which nobody measured: an update takes what its floor is, or
-    what the code moves uncompiled; volumes are made at this machine's pace by eight threads a device."""
+    what the code moves uncompiled; volumes are made at this machine's pace by eight threads a device. Gradients go by
+    a ring over ``LINK``, none of them hidden behind other work."""
     from bench import roofline, uncompiled
 
     top = roofline.Ceilings(*roofline.H100)
+    size = message_bytes(16, 32, 5)
+    messages = sent(size, 8, LINK)
     kinds = {
         "at the floor": roofline.phase_counts(16, 32, 64, 5, 2)["iteration"],
         "uncompiled at best": uncompiled.phases(16, 32, 64, 5, torch.bfloat16)["iteration"],
@@ -107,8 +130,14 @@ def assumed(f: Figures, price: float = 0.0) -> str:
     lines = []
     for name, one in kinds.items():
         seconds = top.floor(one.times(16))
-        there = dataclasses.replace(f, step_seconds=seconds, batch=16, threads=8, efficiency=1.0)
-        lines.append(f"An update of 16 patches in {duration(seconds)}, {name} (by arithmetic, docs/roofline.md):\n")
+        there = dataclasses.replace(
+            f, step_seconds=seconds, batch=16, threads=8, efficiency=1.0, message_seconds=messages
+        )
+        told = (
+            f"An update of 16 patches in {duration(seconds)}, {name} (by arithmetic, docs/roofline.md), on 8 devices "
+        )
+        told += f"{duration(messages)} more for {amount(size)} of gradients at {amount(LINK)}/s in each direction:\n"
+        lines.append(told)
         lines.append(prediction_table(there, (1000, 100_000), (1, 8), price))
     return "\n".join(lines)
 

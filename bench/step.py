@@ -218,7 +218,7 @@ def _critic_sides(config: TrainConfig, device: str) -> Sides:
 
     def own(m: Models) -> list[Tensor]:
         terms = m.critic_update(batch, fake, eps)
-        kept = dict(zip(map(id, m.critic.parameters()), cast(Kept, m.ranks).gradients, strict=True))
+        kept = dict(zip(map(id, m.optimiser_d.parameters[::-1]), cast(Kept, m.ranks).gradients, strict=True))
         return [loss_vector(terms), *gradients([kept[id(p)] for p, _ in plain.critic.paired(m.critic)])]
 
     def theirs() -> list[Tensor]:
@@ -240,7 +240,7 @@ def _generator_update_sides(config: TrainConfig, device: str) -> Sides:
 
     def own(m: Models) -> list[Tensor]:
         terms = m.generator_update(batch, adversarial=True)
-        kept = dict(zip(map(id, m.generator.parameters()), cast(Kept, m.ranks).gradients, strict=True))
+        kept = dict(zip(map(id, m.optimiser_g.parameters[::-1]), cast(Kept, m.ranks).gradients, strict=True))
         return [loss_vector(terms), *compared([kept[id(p)] for p, _ in plain.generator.paired(m.generator)])]
 
     def theirs() -> list[Tensor]:
@@ -291,8 +291,9 @@ class Kept(Ranks):
 
     gradients: list[Tensor]
 
-    def average_(self, tensors: list[Tensor]) -> None:
+    def start_average_(self, tensors: list[Tensor]) -> Callable[[], None]:
         *self.gradients, _ = tensors
+        return super().start_average_(tensors)
 
 
 def models(config: TrainConfig, device: str, ranks: Ranks = ALONE) -> Models:

@@ -329,7 +329,7 @@ class TrainConfig:
         choices=("auto", "measured", "fixed"), more="auto: the variable FASTSRGAN_FORMS, else measured")
     penalty: str = setting("auto", "critic update: by hand, with an explicit penalty graph, or double backward", NEW,
         choices=("auto", "manual", "explicit", "autograd"), more="all give the same gradients; auto takes the fastest")
-    joint_fakes: bool = setting(True, "one generator pass for all critic updates of an iteration", NEW)
+    joint_fakes: bool = setting(True, "one generator pass for all critic updates of an iteration (one rank)", NEW)
     generator_chunk: int = setting(0, "patches per generator pass without gradients; 0 auto", NEW, low=0)
     precision: str = setting("auto", "arithmetic of the networks", KEPT, group=BASIC,
         choices=("auto", "fp32", "bf16", "fp16"), more="auto decides by the kind of device ([training](training.md))")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -15,12 +16,15 @@ from fastsrgan.core.ranks import Ranks
 from fastsrgan.model.networks import build_generator
 from fastsrgan.model.weights import save_generator
 from fastsrgan.train.gan import Models
+from fastsrgan.train.optimise import GROUPS
 
 CPU = torch.device("cpu")
 
 
 def models(ranks: Ranks | None = None, **changes) -> Models:
-    return double(Models(CONFIG.replace(**changes), 0, CPU, ranks or Ranks()))
+    ranks = ranks or Ranks()
+    config = CONFIG.replace(batch_size=CONFIG.batch_size * ranks.world, **changes)
+    return double(Models(config, 0, CPU, ranks))
 
 
 def weights(m: Models) -> list[torch.Tensor]:
@@ -158,17 +162,41 @@ class Told(Ranks):
         self.calls: list[int] = []
         self.other = other
 
-    def average_(self, tensors: list[torch.Tensor]) -> None:
+    def start_average_(self, tensors: list[torch.Tensor]) -> Callable[[], None]:
         self.calls.append(len(tensors))
-        tensors[-1].add_(self.other)
+        loss = [t for t in tensors if t.dtype == torch.float32]
+        return lambda: [t.add_(self.other) for t in loss] and None
 
 
-def test_ranks_average_once_per_optimiser_step():
+def test_ranks_send_every_gradient_once_per_optimiser_step_and_the_loss():
     ranks = Told()
     m = models(ranks, accumulate=3)
     iterate(m)
-    parameters = [len(list(n.parameters())) for n in (m.critic, m.critic, m.generator)]
-    assert ranks.calls == [n + 1 for n in parameters]
+    critic, generator = (len(list(n.parameters())) for n in (m.critic, m.generator))
+    assert ranks.calls[:2] == [critic + 1, critic + 1]
+    assert len(ranks.calls) == 2 + GROUPS and sum(ranks.calls[2:]) == generator + 1
+
+
+@pytest.mark.parametrize(("ranks", "changes"), [(Told(), {}), (None, {"joint_fakes": False}), (None, {})], ids=str)
+def test_the_fakes_that_are_made_while_gradients_travel_do_not_touch_them(ranks, changes):
+    """A CUDA graph lends its outputs until another one runs."""
+    plain, m = models(**changes), models(ranks, **changes)
+    lent: list[torch.Tensor] = []
+    critic, fakes = m._critic_terms, m._fakes
+
+    def replayed(*args, **options):
+        terms, gradients = critic(*args, **options)
+        lent[:] = gradients
+        return terms, gradients
+
+    def overwriting(*args):
+        for gradient in lent:
+            gradient.fill_(torch.nan)
+        return fakes(*args)
+
+    m._critic_terms, m._fakes = replayed, overwriting
+    assert iterate(m) == pytest.approx(iterate(plain), rel=1e-9)
+    assert worst(weights(m), weights(plain)) <= 1e-9
 
 
 @pytest.mark.fault(36)

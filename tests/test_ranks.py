@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def tensors(rank: int) -> list[torch.Tensor]:
 def reductions() -> dict:
     with from_environment(CPU) as r:
         averaged = tensors(r.rank)
-        r.average_(averaged)
+        r.start_average_(averaged)()
         facts = [{"loss": float(r.rank), "same": 2.0} for _ in range(2)]
         means = [r.mean(facts[0]), r.mean(facts[1])]
         uneven = r.mean({"loss": float(r.rank)} | ({"skipped": 1.0} if r.rank == 1 else {}))
@@ -76,7 +77,7 @@ def test_a_process_alone_changes_nothing(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert from_environment(CPU) is ALONE
     mine = tensors(0)
-    ALONE.average_(mine)
+    ALONE.start_average_(mine)()
     assert all(torch.equal(a, b) for a, b in zip(mine, tensors(0), strict=True))
     assert ALONE.mean({"a": 1.5}) == {"a": 1.5} and ALONE.sums([2.0]) == [2.0] and ALONE.minimum(-3) == -3
     assert ALONE.any(True) and not ALONE.any(False) and ALONE.gather("x") == ["x"]
@@ -95,7 +96,7 @@ def waiting(death: str, ending: int) -> None:
         if death == "late" and r.rank == 2:
             read = r._reason
             r._reason = lambda error: time.sleep(1) or read(error)  # long after rank 0 could have ended with its store
-        r.average_([torch.ones(3)])
+        r.start_average_([torch.ones(3)])()
 
 
 @pytest.mark.fault(39)
@@ -113,6 +114,37 @@ def test_the_others_end_with_the_error_of_a_rank_that_ends(tmp_path, death, endi
         assert found["kind"] == "LostRank", found
         wanted = "left no error" if death == "kill" else "failed: disk: no space left"
         assert wanted in found["error"]
+
+
+def lingering(folder: Path) -> None:
+    """Rank 1 fails with messages under way, and ends behind the others."""
+    with from_environment(CPU) as r:
+        import torch.distributed.nn.functional  # as torch's compiler does
+
+        part = r._part
+
+        def parted() -> None:
+            part()
+            (folder / f"parted {r.rank}").touch()
+            until = time.monotonic() + 60
+            while r.rank == 1 and len(list(folder.glob("parted *"))) < 3:
+                assert time.monotonic() < until, "the others still wait for this rank"
+                time.sleep(0.01)
+
+        r._part = parted
+        begun = [r.start_average_([torch.ones(3)]) for _ in range(2)]
+        if r.rank == 1:
+            raise ResourceError("disk", "no space left", "free space")
+        for finish in [*begun, r.start_average_([torch.ones(3)])]:
+            finish()
+
+
+@pytest.mark.fault(39)
+def test_a_rank_that_fails_closes_its_connections_before_it_ends(tmp_path):
+    processes = start_ranks(lingering, 3, tmp_path, out=tmp_path)
+    assert [ended(p) for p in processes] == [5, 5, 5]
+    for rank in (0, 2):
+        assert "failed: disk: no space left" in outcome(tmp_path / f"{rank}.json")["error"]
 
 
 def test_incomplete_variables_are_a_usage_error(monkeypatch):

@@ -224,25 +224,40 @@ def feed(c: Context) -> Iterator[Check | Step]:
 
 
 def ranks(c: Context) -> Iterator[Check | Step]:
-    """Two processes on one device by gloo, each with patches of its own: the same weights to the bit afterwards."""
+    """Two processes on one device by gloo, each with patches of its own: the same weights to the bit afterwards.
 
-    def two() -> Check:
-        command = [sys.executable, "-m", "tools.gpu_training", str(c.device)]
-        said = on_ranks(command, 2, 1)
+    Compiled, gradients are under way while the graph of the next fakes runs: losses are those of the plain step.
+    """
+    plain: list[list[float]] = []
+
+    def two(compile: str) -> Check:
+        said = on_ranks([sys.executable, "-m", "tools.gpu_training", str(c.device), compile], 2, 1)
         rows = [json.loads(out.splitlines()[-1]) for out in said]
         same = rows[0]["weights"] == rows[1]["weights"] and rows[0]["patches"] != rows[1]["patches"]
-        return Check("two ranks, the same weights", same, {"iteration_ms": rows[0]["ms"], "device": rows[1]["device"]})
+        facts = {"iteration_ms": rows[0]["ms"], "device": rows[1]["device"]}
+        if compile == "on":
+            name = "two ranks, compiled"
+            if not plain:
+                return Check(name, None, {"reason": "not run: there are no plain losses to compare with", **facts})
+            facts["error"] = _apart(np.array(rows[0]["patches"])[:, None], np.array(plain[0])[:, None])
+            return Check(name, same and facts["error"] <= CURVE_TOLERANCE["fp32"], facts)
+        plain.append(rows[0]["patches"])
+        return Check("two ranks, the same weights", same, facts)
 
-    yield Step("two ranks", two)
+    yield Step("two ranks", functools.partial(two, "off"))
+    if c.cuda:
+        yield Step("two ranks, compiled", functools.partial(two, "on"))
+    else:
+        yield Check("two ranks, compiled", None, {"reason": "not run: no CUDA device"})
 
 
-def one_rank(name: str) -> dict[str, Any]:
+def one_rank(name: str, compile: str) -> dict[str, Any]:
     """What a process of ``ranks`` does: three iterations, then a hash of all weights."""
     device = pick_device(name)
     c = Context(device, 0.0)
     number, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with TorchRanks(number, world, world, device, backend="gloo") as both:
-        config = _config(c, compile="off", precision="fp32")
+        config = _config(c, compile=compile, precision="fp32")
         models, patches = Models(config, 0, device, both), pool(config.patch_size, config.batch_size, str(device))
         times, read = [], []
         for update in range(3):
@@ -303,4 +318,4 @@ def _apart(curve: np.ndarray, other: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(one_rank(sys.argv[1])))
+    print(json.dumps(one_rank(*sys.argv[1:])))

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import logging
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,8 +45,13 @@ class Ranks:
 
     rank, world, local_world = 0, 1, 1
 
-    def average_(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its mean over the ranks, in place: one message per type and device."""
+    def start_average_(self, tensors: list[Tensor]) -> Callable[[], None]:
+        """Send tensors, one message per type and device, and return at once.
+
+        All ranks start the same ones in the same order. The function that is returned waits for the others and replaces
+        each tensor by its mean over the ranks, in place.
+        """
+        return lambda: None
 
     def sums(self, values: list[float]) -> list[float]:
         """Sum of each value over the ranks, in float64."""
@@ -114,6 +121,7 @@ class TorchRanks(Ranks):
     ) -> None:
         self.rank, self.world, self.local_world = rank, world, local_world
         self._names: list[str] = []  # of values that ``mean`` was asked for
+        self._works: list[list[dist.Work]] = []  # messages that are under way
         backend = backend or ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         try:
             self._holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -121,6 +129,9 @@ class TorchRanks(Ranks):
             # torchrun keeps its store over a restart: the ranks must not find the addresses of those before them.
             attempt = f"fastsrgan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world}"
             self._store = dist.PrefixStore(attempt, self._lasting)
+            # Its functions have the default group as an argument: imported later, by torch's compiler, they would keep
+            # the connections open that ``_part`` closes.
+            importlib.import_module("torch.distributed.nn.functional")
             dist.init_process_group(
                 backend,
                 store=self._store,
@@ -133,12 +144,25 @@ class TorchRanks(Ranks):
             reason = f"cannot reach the other ranks: {str(error).splitlines()[0]}"
             raise ResourceError(f"rank {rank}", reason, "start with torchrun, see docs/training.md") from error
 
-    def average_(self, tensors: list[Tensor]) -> None:
-        def mean(flat: Tensor) -> None:
-            dist.all_reduce(flat)
-            flat.div_(self.world)
+    @torch.no_grad()
+    def start_average_(self, tensors: list[Tensor]) -> Callable[[], None]:
+        kinds: dict[tuple, list[Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        sent = [(same, torch.cat([t.reshape(-1) for t in same])) for same in kinds.values()]
+        with self._others():
+            works = [dist.all_reduce(flat, async_op=True) for _, flat in sent]
+        self._works = [*filter(None, self._works), works]
 
-        self._flat(tensors, mean)
+        @torch.no_grad()
+        def finish() -> None:
+            for same, flat in sent:
+                with self._others():
+                    works.pop(0).wait()
+                parts = flat.div_(self.world).split([t.numel() for t in same])
+                torch._foreach_copy_(same, [p.view(t.shape) for p, t in zip(parts, same, strict=True)])
+
+        return finish
 
     def sums(self, values: list[float]) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64)
@@ -201,6 +225,8 @@ class TorchRanks(Ranks):
 
     def _part(self) -> None:
         """Leave the others after a failure. The process that holds the store stays until all have read the error."""
+        for works in self._works:
+            works.clear()  # a connection stays open as long as a message on it is remembered
         with contextlib.suppress(RuntimeError):
             # First the connections: ranks that wait for this one notice it, and read the error. destroy_process_group
             # would do for gloo; with NCCL it may wait for messages that no rank sends any more.
@@ -219,25 +245,13 @@ class TorchRanks(Ranks):
             dist.all_gather_object(out, value)
         return out
 
-    @torch.no_grad()
-    def _flat(self, tensors: list[Tensor], change: Callable[[Tensor], object]) -> None:
-        """``change`` one vector of all tensors of a type and device in place of each of them."""
-        kinds: dict[tuple, list[Tensor]] = {}
-        for tensor in tensors:
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        for same in kinds.values():
-            flat = torch.cat([t.reshape(-1) for t in same])
-            with self._others():
-                change(flat)
-            parts = flat.split([t.numel() for t in same])
-            torch._foreach_copy_(same, [p.view(t.shape) for p, t in zip(parts, same, strict=True)])
-
     @contextlib.contextmanager
     def _others(self) -> Iterator[None]:
         """Names the reason where a collective call fails."""
         try:
             yield
         except RuntimeError as error:
+            traceback.clear_frames(error.__traceback__)  # they remember the message that failed, see ``_part``
             raise LostRank(f"rank {self.rank}", self._reason(error), "the others have stopped; see --resume") from error
 
     def _reason(self, error: RuntimeError) -> str:

@@ -138,6 +138,7 @@ class Models:
         by_job = functools.partial(compiled, config=fast, device=device, job=CompiledJob())
         self._fakes, self._generator_terms = by_job(self._forward), by_job(self._generator_loss)
         self._critic_terms, self._explicit_terms = by_job(critic_gradients), by_job(critic_loss)
+        self.joint_fakes = config.joint_fakes and ranks.world == 1
         self.critic_iterations, self.micro_batches = config.critic_iterations, config.accumulate
         self.batch = batch_of_rank(config, ranks)
         self.finish()
@@ -207,28 +208,32 @@ class Models:
     def critic_updates(self, batches: list[Batch], eps: Sequence[Tensor]) -> Means:
         """All critic updates of an iteration; the generator stands still, so one pass of it makes all fakes.
 
+        With several ranks it makes those of each update alone, while the gradients of the one before travel.
         ``eps``: (B,) or (B, C) for each batch. Returns the means of total, wasserstein, penalty (where it was computed)
         and gradient over the updates, and the share that was skipped, if any was.
         """
-        if self.config.joint_fakes:
+        fakes: Iterator[Tensor] = map(self.generate, batches)  # each when its turn comes
+        if self.joint_fakes:
             agree = None if batches[0].agree is None else torch.cat([b.agree for b in batches])  # type: ignore[misc]
             x, res = (torch.cat([getattr(b, name) for b in batches]) for name in ("x", "res"))
             together = Batch(x, batches[0].y, res, [], agree)
-            fakes = self.generate(together).split([len(b.x) for b in batches])
-            rows = [self._critic_update(b, f, e) for b, f, e in zip(batches, fakes, eps, strict=True)]
-        else:
-            rows = [self._critic_update(b, self.generate(b), e) for b, e in zip(batches, eps, strict=True)]
-        return Means(rows)
+            fakes = iter(self.generate(together).split([len(b.x) for b in batches]))
+        rows: list[Terms] = []
+        apply: Callable[[], Terms] = dict  # there is no update before the first one
+        for batch, fake, e in zip(batches, fakes, eps, strict=True):
+            rows.append(apply())
+            apply = self._critic_gradients(batch, fake, e)
+        return Means([*rows, apply()])
 
     def critic_update(self, batch: Batch, fake: Tensor, eps: Tensor) -> Means:
         """One Adam step of the critic; skipped where the loss or its gradient is not finite."""
-        return Means([self._critic_update(batch, fake, eps)])
+        return Means([self._critic_gradients(batch, fake, eps)()])
 
-    def _critic_update(self, batch: Batch, fake: Tensor, eps: Tensor) -> Terms:
+    def _critic_gradients(self, batch: Batch, fake: Tensor, eps: Tensor) -> Callable[[], Terms]:
+        """Send the gradients of an update to the other ranks; what is returned waits for theirs and takes the step."""
         c, o = self.config, self.optimiser_d
-        lazy = self.critic_count % c.penalty_every == 0
+        weight = c.lambda_gp * c.penalty_every if self.critic_count % c.penalty_every == 0 else 0.0
         self.critic_count += 1
-        weight = c.lambda_gp * c.penalty_every if lazy else 0.0
         rows = []
         for part, share in self._parts(len(batch.x)):
             data: Data = (batch.y[part], fake[part], eps[part], weight, batch.res[part])
@@ -237,9 +242,10 @@ class Models:
             rows.append((self._by_hand if by_hand else self._by_autograd)(data, scale))
             rows[-1] = {k: share * v.detach() for k, v in rows[-1].items()}
         terms = {k: sum((r[k] for r in rows[1:]), rows[0][k]) for k in rows[0]}
-        told = o.step(terms["total"])
+        o.send(terms["total"])
         terms["penalty"] = terms["penalty"] / c.penalty_every
-        return {**terms, **told} if weight else {k: v for k, v in {**terms, **told}.items() if k != "penalty"}
+        kept = {k: v for k, v in terms.items() if weight or k != "penalty"}
+        return lambda: {**kept, **o.step()}
 
     @property
     def _half(self) -> torch.dtype | None:
@@ -251,9 +257,9 @@ class Models:
         for parameter, gradient in zip(parameters(self.critic), gradients, strict=True):
             if parameter.grad is not None:
                 parameter.grad += gradient
-            elif gradient.stride() == parameter.stride():
+            elif gradient.stride() == parameter.stride() and self.joint_fakes:
                 parameter.grad = gradient
-            else:
+            else:  # a copy, also where the next fakes are made before the step: their graph would overwrite it
                 parameter.grad = torch.empty_like(parameter).copy_(gradient)
         return terms
 
@@ -263,7 +269,7 @@ class Models:
                 terms = critic_loss(self.critic, *data, penalty="autograd")
             else:
                 terms = self._explicit_terms(self.critic, *data)
-        (terms["total"] * scale).backward()
+        (terms["total"] * scale).backward()  # sent by ``send``: the first layer's bias, of the first group, comes last
         return terms
 
     # --- generator ----------------------------------------------------------------------------------------------------
@@ -276,14 +282,16 @@ class Models:
         # With a critic of two kinds, with its penalty and without, a job's compilations are for what comes after.
         warming = not adversarial and c.lambda_adv > 0 and c.penalty_every > 1
         loss = self._generator_loss if warming else self._generator_terms
-        for x, y, res, agree, of_samples, share in self._filled(batch):
+        parts = list(self._filled(batch))
+        for i, (x, y, res, agree, of_samples, share) in enumerate(parts, 1):
             terms = loss(x, y, res, adversarial, of_samples, agree)
-            (terms["total"] * (share if o.scale is None else share * o.scale)).backward()
+            o.backward(terms["total"] * (share if o.scale is None else share * o.scale), last=i == len(parts))
             rows.append({k: share * v.detach() for k, v in terms.items()})
         self.critic.requires_grad_(True)
         terms = {k: sum((r[k] for r in rows[1:]), rows[0][k]) for k in rows[0]}
         head = self.generator.head.detach().clone() if c.head_rate != 1 else None
-        told = o.step(terms["total"])
+        o.send(terms["total"])
+        told = o.step()
         with torch.no_grad():
             if head is not None:
                 self.generator.head.lerp_(head, 1 - c.head_rate)

@@ -1,6 +1,7 @@
 """One network's optimiser step: mean over ranks, loss scale, clipping, Adam; skipped where a number is not finite.
 
-Nothing here waits for the device: whether a step is skipped is decided where the gradients are, and told later.
+Nothing here waits for the device: whether a step is skipped is decided where the gradients are, and told later. With
+several ranks, gradients travel while others are computed (docs/data-engine.md, Many ranks).
 
 The learning rate over a run, as a factor of its first value.
 
@@ -12,6 +13,7 @@ function of the place in the run alone, so it is the same after a resume, and it
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from fastsrgan.core.ranks import ALONE, Ranks
 
 FIRST_SCALE, GROWTH, BACKOFF, PATIENCE = 2.0**14, 2.0, 0.5, 2000  # of the loss scale: torch's GradScaler, start lower
+GROUPS = 4  # of gradients that travel together
 
 
 class Optimiser:
@@ -48,6 +51,8 @@ class Optimiser:
         self.parameters = list(network.parameters())
         self.rate, self.clip, self.ranks = rate, clip, ranks
         self.adam = torch.optim.Adam(self.parameters, rate, betas, eps=eps, fused=True)
+        self._groups = grouped(self.parameters)
+        self._sent: list[Callable[[], None]] = []  # what waits for the mean of each group that is on its way
         device = self.parameters[0].device
         self.scale: Tensor | None = torch.full((), FIRST_SCALE, device=device) if scaled else None
         self.growth = torch.zeros((), dtype=torch.int32, device=device)
@@ -56,21 +61,58 @@ class Optimiser:
         """Forget the gradients."""
         self.adam.zero_grad(set_to_none=True)
 
-    def step(self, total: Tensor) -> dict[str, Tensor]:
-        """Average, scale back, clip and apply the gradients of a loss; ``total`` is that loss, unscaled.
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a loss. In the ``last`` pass before a step each group is sent once it is complete.
+
+        Groups are sent in their order, which is the same on all ranks, and the last one by ``send``. A pass that fails
+        leaves nothing to wait for: the error ends this rank, and the others with it.
+        """
+        if not last or self.ranks.world == 1:
+            loss.backward()
+            return
+        missing = [{id(p) for p in group} for group in self._groups[:-1]]
+
+        def arrived(parameter: Tensor) -> None:
+            for group in missing:
+                group.discard(id(parameter))
+            while len(self._sent) < len(missing) and not missing[len(self._sent)]:
+                self._send(self._groups[len(self._sent)])
+
+        hooks = [p.register_post_accumulate_grad_hook(arrived) for p in self.parameters]
+        try:
+            loss.backward()
+        except BaseException:
+            self._sent = []
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def send(self, total: Tensor) -> None:
+        """Send the gradients that are not under way, with their loss: all ranks skip the step, or none."""
+        self._total = total.detach().float().reshape(1).clone()
+        self._send([p for group in self._groups[len(self._sent) :] for p in group], self._total)
+
+    def _send(self, parameters: Sequence[Tensor], *more: Tensor) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self._sent.append(self.ranks.start_average_([*gradients, *more]))
+
+    def step(self) -> dict[str, Tensor]:
+        """Wait for the mean of what was sent; scale back, clip and apply it.
 
         Returns scalars on the device: gradient (its norm before clipping), skipped (1 where loss or gradient is not
         finite and nothing changed), overflow (1 where the loss scale was too large, and nothing changed either).
         """
+        for finish in self._sent:
+            finish()
+        self._sent = []
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        total = total.detach().float().reshape(1).clone()
-        self.ranks.average_([*gradients, total])  # with the loss: all ranks skip, or none
         if self.scale is not None:
             torch._foreach_div_(gradients, self.scale)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-        lost = ~torch.isfinite(total[0])
+        lost = ~torch.isfinite(self._total[0])
         bad = (lost | ~torch.isfinite(norm)).float()
         self.adam.found_inf = bad  # type: ignore[attr-defined]  # fused kernels look at it and leave all as it is
         self.adam.step()
@@ -102,6 +144,21 @@ class Optimiser:
         if self.scale is not None and state["scale"] is not None:
             self.scale.copy_(state["scale"])
             self.growth.copy_(state["growth"])
+
+
+def grouped(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The last parameters first, as a backward pass of the generator comes to them, in at most ``GROUPS`` groups.
+
+    All but the last have the ``GROUPS``-th part of all values or a little more, so the last, which travels when
+    nothing is left to compute, is the smallest.
+    """
+    groups: list[list[Tensor]] = [[]]
+    most = sum(p.numel() for p in parameters) / GROUPS
+    for parameter in reversed(parameters):
+        if sum(p.numel() for p in groups[-1]) >= most:
+            groups.append([])
+        groups[-1].append(parameter)
+    return groups
 
 
 def share(epoch: int, epochs: int, part: float) -> float:
