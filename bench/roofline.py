@@ -62,8 +62,9 @@ the ceilings; a compiler that fuses norms, pads and activations lies between it 
 
 What the compiled generator moves is counted by `python -m bench traffic` (k 16, batch 16, 64^3, bfloat16), each array
 that a kernel reads or writes once. The budgets are 200 MB per patch for a forward pass alone and 600 MB for the forward
-and backward pass of a training step; tests/test_gpu_forms.py asks for both with one of the six blocks. It counts 169.9 MB
-for a forward pass alone and 519.0 MB for forward and backward (186.7 and 332.3), in 305 kernels, with torch 2.13.0.
+and backward pass of a training step; tests/test_gpu_forms.py asks for both with one of the six blocks. It counts
+169.9 MB for a forward pass alone and 519.0 MB for forward and backward (186.7 and 332.3), in 305 kernels, with torch
+2.13.0.
 
 Emulated: the compiler's passes and its plan of kernels, made for a CPU with the options, forms and layouts of CUDA
 (cuDNN's rule of layouts by oneDNN's, which is the same); changes of layout, counted on CPU tensors and on CUDA tensors

@@ -230,8 +230,8 @@ class TrainConfig:
 
     # fmt: off
     new_low_res: tuple[Triple, ...] = setting((),
-        "mm of the scans to train for, in plane twice and through it; twice: bounds", NEW, group=BASIC, also=("-n",),
-        check=check_resolutions, more="see slice_axis; two triples: drawn uniformly per axis, image and epoch")
+        "mm of the scans to train for, in plane twice and through it (segsrgan geometry: stored axes); twice: bounds",
+        NEW, group=BASIC, also=("-n",), check=check_resolutions, more="two triples: uniform per axis, image and epoch")
     epochs: int = setting(200, "last epoch", FREE, group=BASIC, also=("-e", "--epoch"), above=0)
     init_epoch: int = setting(1, "first epoch (epoch - init_epoch + 1 are run)", FREE, also=("-i",), above=0,
         more="epochs count from 1")
@@ -267,9 +267,9 @@ class TrainConfig:
         more="none: every image has `noise`, as in the original; validation on patches always has `noise`")
     geometry: str = setting("physical", "observation model: exact in mm, or the original's numbers", ANEW,
         choices=("physical", "segsrgan"))
-    interp: str = setting("scipy", "interpolation of the original's numbers; sitk implies --geometry segsrgan", NEW,
-        also=("-int",), choices=("scipy", "sitk"),
-        more="sitk: SimpleITK's Expand, of the extra `sitk`; in a file it needs `geometry: segsrgan` beside it")
+    interp: str = setting("scipy",
+        "interpolation of the original's numbers; sitk implies --geometry segsrgan if none is set", NEW, also=("-int",),
+        choices=("scipy", "sitk"), more="sitk: SimpleITK's Expand (extra `sitk`); in a file with `geometry: segsrgan`")
     interpolation_type: str = setting("Spline", "interpolator of --interp sitk", NEW, also=("-it",), choices=SITK)
     image_cropping_method: str = setting("bounding_box", "where patches are taken", ANEW, also=("-icm",),
         choices=("bounding_box", "overlapping_with_mask"))
@@ -280,7 +280,7 @@ class TrainConfig:
     residual: bool = setting(True, "output = input - head", MATCH, also=("-is-residual", "--is-residual"))
     conditional: bool = setting(False, "resolution as a second input", MATCH,
         also=("-is-conditional", "--is-conditional"), more="[no effect](decisions/010-conditional-input.md)")
-    fit_mask: bool = setting(False, "also learn the classes of Mask_image, or of several --label", MATCH,
+    fit_mask: bool = setting(False, "also learn the classes of Mask_image; several --label imply True", MATCH,
         group=BASIC, also=("-fm",))
     scaled: bool = setting(False, "SR head in units of the patch's in-plane gradient: intensity-equivariant", MATCH,
         presets={"recommended": True}, more="[why](decisions/011-scaled-head.md); not in the paper")
@@ -297,7 +297,7 @@ class TrainConfig:
     head_rate: float = setting(1.0, "learning rate of the generator's head over lr_gen", NEW, above=0,
         presets={"recommended": 0.1}, more="its 343 taps add up ([decision 003](decisions/003-demo-weights.md))")
     clip_norm: float = setting(0.0, "largest generator gradient norm; 0 off", NEW, presets={"recommended": 5.0}, low=0)
-    resident_subjects: int | None = setting(None, "subjects in memory at once; none: all that fit", ANEW, above=0)
+    resident_subjects: int | None = setting(None, "subjects of a group (--prefetch); none: all that fit", ANEW, above=0)
     max_bad_steps: int = setting(10, "updates in a row, none finite, that end the run", FREE, above=0)
     seed: int = setting(0, "seed of every random number", ANEW, group=BASIC)
     bias_field: float = setting(0.0, "largest log amplitude of a smooth bias field", NEW, low=0, high=5)  # 148-fold
@@ -316,9 +316,9 @@ class TrainConfig:
     feed: str = setting("auto", "what moves volumes from the store", FREE, choices=("auto", "dali", "threads"),
         more="auto: threads; on CUDA with DALI whichever was faster on the first volumes")
     feed_threads: int = setting(0, "threads of the feed; 0 auto", FREE, low=0)
-    prefetch: int = setting(1, "groups of subjects made ahead", FREE, above=0)
-    resident_memory: float | None = setting(None, "GB for the volumes in memory", FREE, above=0,
-        more="none: 40 % of what is free")
+    prefetch: int = setting(1, "groups of subjects made ahead, in memory beside the one in use", FREE, above=0)
+    resident_memory: float | None = setting(None, "GB for the groups in memory where --resident-subjects is none", FREE,
+        above=0, more="none: 40 % of what is free")
     pool_precision: str = setting("auto", "type of the resident intensities", NEW,
         choices=("auto", "fp32", "fp16", "bf16"))
     block_memory: float | None = setting(None, "GB above which a volume is degraded in blocks", NEW, above=0,

@@ -133,6 +133,9 @@ def _several_structures() -> Words:
     return ["evaluate", "--sr", "hr.nii.gz", "--hr", "hr.nii.gz", "--seg", "aseg.nii.gz", "--label", "aseg.nii.gz"]
 
 
+line(13, "labels of a store chosen again", *TRAIN, "--label", "3,42")
+
+
 @case(1, "a pointer in place of the file")
 def _pointer() -> Words:
     Path("scan.nii.gz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")

@@ -15,7 +15,7 @@ from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer.bids import STAGE, evaluate_bids, infer_bids
 from fastsrgan.infer.files import SomeFailed, infer_files
 from fastsrgan.io import nifti as images
-from fastsrgan.io.bids import check_derivatives, find_bids, parse, sidecar
+from fastsrgan.io.bids import SUFFIXES, check_derivatives, find_bids, parse, sidecar
 from fastsrgan.model import weights
 from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 
@@ -60,6 +60,11 @@ def make_dataset(root):
 
 def _names(found):
     return [image.path.name for image in found]
+
+
+def test_the_help_names_every_suffix_that_is_taken(capsys):
+    assert main(["infer", "--help"]) == 0
+    assert f"images of the dataset ({' '.join(SUFFIXES)})" in " ".join(capsys.readouterr().out.split())
 
 
 def test_images_are_found_by_participant_session_and_suffix(dataset):

@@ -449,7 +449,10 @@ def test_a_file_cut_anywhere_in_its_header_is_never_lost(tmp_path, keep):
 
 
 @pytest.mark.parametrize("where", (0, 2, -1))
-@pytest.mark.parametrize("damage", (cut_header, cut_pixels, comma, lambda path: path.write_bytes(b"")))
+@pytest.mark.parametrize(
+    "damage",
+    (cut_header, cut_pixels, comma, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(bytes(2600))),
+)
 def test_a_slice_that_cannot_be_read_is_never_lost(tmp_path, damage, where):
     """At an end of the stack nothing else would show it."""
     paths = write_series(tmp_path, volume(), scanner_affine("axial"))

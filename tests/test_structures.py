@@ -76,6 +76,20 @@ def test_what_cannot_be_is_refused(table, tmp_path):
         convert(table, tmp_path / "c.zarr", label_classes=CHOSEN)
 
 
+@pytest.mark.parametrize(
+    "given", (["--label-classes", "3,42"], ["--label-classes", *CHOSEN], ["--label-names", "lut.txt"])
+)
+@pytest.mark.parametrize("command", ("train", "study"))
+def test_labels_of_a_store_are_not_chosen_again(table, tmp_path, capsys, command, given):
+    store, out = tmp_path / "c.zarr", tmp_path / "out"
+    convert(table, store, label_classes="3,42")
+    words = ["train", str(store), "-n", "1", "1", "3"] if command == "train" else ["study", "steps", str(store)]
+    assert main([*words, "-o", str(out), *given, "--quiet"]) == 2
+    option = "--label-names" if given[0] == "--label-names" else "--label-classes"
+    assert f"error: {option}: the labels of a store were chosen by `fastsrgan convert" in capsys.readouterr().err
+    assert not (out / "config.yaml").exists() and not list(out.glob("*.json"))
+
+
 def test_subjects_with_other_structures_are_not_trained_together(table, tmp_path):
     text = (
         table.read_text(encoding="utf8").replace("Base", "Base,Label_classes").replace("Test", "Test,cortex=3|fluid=24")

@@ -48,11 +48,16 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     12: ("volume smaller than a patch", "padded, and cropped back to its shape", ""),
     13: ("label with fractions, NaN, another shape or place", "3 before anything is written", ""),
     14: (
-        "table: columns, Base, BOM, separators, missing files, leaks",
-        "3, all faults of rows at once with their lines, the first 50",
+        "table: columns, Base, missing files, leaks; BOM, separators",
+        "3, all faults of rows at once with their lines, the first 50; a BOM, `;` and tabs are read",
         "",
     ),
-    15: ("one bad file of many", "the others are done; summary; 6", ""),
+    15: (
+        "one bad file of many",
+        "the others are done; summary; 6. `convert` ends with 3 before it begins where a header, a label or a mask is "
+        "bad",
+        "",
+    ),
     16: ("weights truncated, of another architecture, NaN", "4, names the layer and both shapes", ""),
     17: ("pickle that runs code", "4, never executed", ""),
     18: ("HDF5 that declares 4 TiB or leads elsewhere", "4 before anything is read", ""),
@@ -98,7 +103,7 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     32: (
         "store or snapshot of a newer format",
         "4; a store: `made by X, needs >= Y`; a snapshot: its format and the newest that is read, also "
-        "where an older one would do",
+        "where an older one would do; `verify`, 3, lists it",
         "",
     ),
     33: (
@@ -143,8 +148,8 @@ TOP = """# Reliability
 Made by `python tools/reliability.py` from the tests, which make each fault themselves; a test says when this page is
 out of date. `pytest -m fault` runs them. Codes are public: "Words and codes" in the [README](../README.md). An error
 is one line on standard error, `error: WHAT: REASON (HINT)`: what came, what is allowed, what to do. Nothing
-half-written has its final name, but for shards of a store, which count once the manifest names their subject, and the
-last line of a run's log.
+half-written has its final name, but for files of a subject in a store, which count once the manifest names it, and what
+grows line by line: a run's log and the events for TensorBoard.
 What the commands say, word for word: [errors.md](errors.md). Untrusted files: [SECURITY.md](../SECURITY.md).
 
 | # | fault | promised | tests | simulated |

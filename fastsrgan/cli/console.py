@@ -35,12 +35,15 @@ def boolean(text: str) -> bool:
     return known[text.lower()]
 
 
-def add_label_options(parser: argparse.ArgumentParser, several: str = "", *names: str) -> None:
+def add_label_options(
+    parser: argparse.ArgumentParser, several: str = "", *names: str, of: str = "of a label map"
+) -> None:
     """``--label-classes``, also under other names, and ``--label-names``, alike wherever a label enters.
 
     several : what is done with more than one structure, where they are taken
+    of : whose values they are
     """
-    text = "which values of a label map are the structure: 3,42 or names of a lookup table"
+    text = f"which values {of} are the structure: 3,42 or names of a lookup table"
     more: dict[str, Any] = {"nargs": "+"} if several else {}
     text += f"; several, as cortex=3,42 white=2,41, {several}" if several else ""
     parser.add_argument("--label-classes", *names, metavar="VALUES", help=text, **more)

@@ -32,11 +32,15 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="INPUT",
         help="image files (NIfTI, MGH, NRRD, MetaImage), folders of them, DICOM, .txt or .csv lists",
     )
-    p.add_argument("--bids", metavar="DIR", help="in place of INPUT: the anatomical images of a BIDS dataset")
+    p.add_argument("--bids", metavar="DIR", help="in place of INPUT: images of a BIDS dataset, see --suffix")
     p.add_argument("--participant-label", nargs="+", default=(), metavar="LABEL", help="of the dataset (all)")
     p.add_argument("--session-label", nargs="+", default=(), metavar="LABEL", help="of the dataset (all)")
     p.add_argument(
-        "--suffix", nargs="+", default=(), metavar="SUFFIX", help="images of the dataset, such as FLAIR (all)"
+        "--suffix",
+        nargs="+",
+        default=(),
+        metavar="SUFFIX",
+        help="kinds of images of the dataset (T1w T2w FLAIR PDw UNIT1 T2starw T2star)",
     )
     p.add_argument(
         "--desc", metavar="LABEL", help="images of the dataset with this desc, such as preproc (without one)"

@@ -22,8 +22,9 @@ EXAMPLE = """examples:
       --weights_path SegSRGAN_epoch_200 --new_low_res 0.5,0.5,0.5
 
 The CSV has no header; its first column names .nii.gz, .nii or .hdr files, or DICOM folders. Results are put beside
-each image: Result_with_mine/patch_128_step_64/{SR,Cortex,Mask}_patch_128_step_64.nii.gz. The first image of a folder
-gets these names, others have their own name put behind. --patch None takes the whole image at once."""
+each image: Result_with_mine/patch_128_step_64/{SR,Cortex}_patch_128_step_64.nii.gz, of a model with a mask
+Mask_patch_128_step_64.nii.gz too. The first image of a folder gets these names, others have their own name put behind.
+--patch None takes the whole image at once."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -54,7 +55,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="several tiles at once, as memory takes, or one after the other (what is faster)",
     )
     p.add_argument(
-        "-n", "--new-low-res", default="0.5,0.5,0.5", metavar="X,Y,Z", help="mm of the results (0.5,0.5,0.5)"
+        "-n",
+        "--new-low-res",
+        default="0.5,0.5,0.5",
+        metavar="X,Y,Z",
+        help="mm of the results, near to that with -int sitk (0.5,0.5,0.5)",
     )
     p.add_argument("-int", "--interp", choices=CHOICES["interp"], default="scipy", help="interpolation (scipy)")
     p.add_argument(

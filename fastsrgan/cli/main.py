@@ -55,7 +55,8 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="fastsrgan",
         description="Super-resolution and segmentation of brain MRI with one 3-D GAN (SegSRGAN), fast.",
-        epilog="Each command has its own --help with an example. --debug shows tracebacks, --quiet hides progress.",
+        epilog="Each command has its own --help with an example. --debug shows tracebacks, --quiet hides progress and "
+        "notes.",
     )
     parser.add_argument("--version", action="version", version=f"fastsrgan {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
@@ -69,7 +70,10 @@ def build_parser() -> Parser:
         return p
 
     p = command(
-        "demo", _demo, "the whole job on embedded real data, with a picture at the end", "fastsrgan demo -o demo"
+        "demo",
+        _demo,
+        "the whole job on brains made of the MNI152 template, with a picture at the end",
+        "fastsrgan demo -o demo",
     )
     p.add_argument("-o", "--out", default="demo", help="output folder (demo)")
     add_options(p, "device")

@@ -20,13 +20,14 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "  fastsrgan report run                                               # curves and panels of a training\n"
         "  fastsrgan report out --scores evaluate.json -o out/cohort.html"
     )
-    p = command("report", run, "one HTML file with viewer, figures and provenance; works offline", example)
+    text = "HTML with viewer, figures and provenance, a page per result; works offline"
+    p = command("report", run, text, example)
     p.add_argument(
         "path",
         nargs="+",
         metavar="DIR|RUN|JSON",
-        help="folder of results, demo or training run, or one result's JSON; several training runs are laid over each "
-        "other",
+        help="folder of results, demo, study or training run, or one result's JSON; several training runs are laid "
+        "over each other",
     )
     p.add_argument(
         "-o",
@@ -40,7 +41,11 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         p.add_argument(f"--{name}", metavar="IMAGE", help=text)
     add_label_options(p)
     p.add_argument(
-        "--max-mb", type=float, default=30.0, metavar="MB", help="largest page; of larger volumes a slab (30)"
+        "--max-mb",
+        type=float,
+        default=30.0,
+        metavar="MB",
+        help="largest page of one result; of larger volumes a slab (30)",
     )
     p.add_argument("--overwrite", action="store_true", help="replace an earlier report")
     p.add_argument("--json", action="store_true", help="print the files as JSON")

@@ -42,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument("source", nargs="?", metavar="STORE|CSV", help="store of `fastsrgan convert`, or a table of files")
     p.add_argument("-csv", "--csv", metavar="CSV", help="table of files (the original's way to name the data)")
-    p.add_argument("-o", "--out", metavar="RUN", help="run folder")
+    p.add_argument("-o", "--out", metavar="RUN", help="run folder (the one of -sf)")
     p.add_argument("--config", metavar="YAML", help="settings file; options on the command line win")
     p.add_argument(
         "-w",
@@ -56,11 +56,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.add_argument(
         "--strict", action="store_true", help="stop at a subject that cannot be read instead of leaving it out"
     )
-    add_label_options(p, "are learned together, with a Dice each", "--label")
+    add_label_options(p, "are learned together, with a Dice each", "--label", of="of a table's label maps")
     add_options(p, "device")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
     for group in (settings.BASIC, settings.ADVANCED):
-        options = p.add_argument_group(f"{group} settings (defaults: the original code's, unless --preset says others)")
+        options = p.add_argument_group(
+            f"{group} settings (defaults: the original code's but for --geometry, unless --preset says others)"
+        )
         for row in settings.SETTINGS.values():
             if row.group == group:
                 add_setting(options, row)
@@ -97,7 +99,7 @@ def add_original(p: argparse.ArgumentParser) -> None:
         "-sf",
         "--snapshot-folder",
         metavar="DIR",
-        help="also write SegSRGAN_epoch_N (Keras HDF5) here; not with --scaled True",
+        help="also write SegSRGAN_epoch_N (Keras HDF5) here; not with --scaled True, as in --preset recommended",
     )
     group.add_argument("-dice", "--dice-file", metavar="CSV", help="Dice per epoch (RUN/dice.csv)")
     group.add_argument("-mse", "--mse-file", metavar="CSV", help="MSE per epoch (RUN/mse.csv)")
@@ -164,6 +166,12 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         raise UsageError("train", "one data source is needed", "STORE, CSV, or -csv CSV")
     if not (args.out or args.snapshot_folder):
         raise UsageError("train", "no run folder was given", "-o RUN (or -sf DIR as in the original)")
+    is_table = str(source).lower().endswith((".csv", ".txt"))
+    if not is_table:
+        with loading():
+            from fastsrgan.io.labels import refuse_for_store
+
+        refuse_for_store(args.label_classes, args.label_names)
     for chosen in chosen_weights([args.weights] if args.weights else None, args.checkpoint) or ():
         args.weights = chosen
     config = build_config(args)
@@ -184,7 +192,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     folder = run_folder(args, config)
     read = [path for path in (source, args.config, args.label_names, not args.resume and args.weights) if path]
     check_places(folder, config, read, args.snapshot_folder, args.dice_file, args.mse_file, resume=args.resume)
-    if str(source).lower().endswith((".csv", ".txt")):
+    if is_table:
         if launched():
             raise UsageError(
                 source, "ranks share a store, not a table", "fastsrgan convert it first, then name the store"

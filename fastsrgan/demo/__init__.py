@@ -1,1 +1,1 @@
-"""The whole job on real data that needs no download."""
+"""The whole job on brains made of a real template that needs no download."""

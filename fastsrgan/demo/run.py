@@ -1,4 +1,4 @@
-"""``fastsrgan demo``: the main job on embedded real data, from cohort to picture.
+"""``fastsrgan demo``: the main job on brains made of an embedded real one, from cohort to picture.
 
 Synthetic subjects are made from the one real template that nilearn's wheel carries (template.py); the test subject has
 no part in training. Everything goes through the commands' own functions.

@@ -157,7 +157,8 @@ class InferSettings:
     patch: PerAxis = option(128, "tile edge in voxels, or none: the whole image (128)", parse=tile_edge,
         reported=True)
     step: Step | None = option(PAPER_STEP,
-        "voxels between tiles, or auto; small is good and slow (CPU: half the patch; CUDA, segsrgan, --budget: 30)",
+        "voxels between tiles, or auto, as fits --budget or 60s; small is good and slow (half the patch; at most 30 on "
+        "CUDA, with segsrgan or --budget)",
         parse=step_size, typed=None, reported=True)
     budget: float | None = option(None, "60s, 2m: the densest steps down to --step that fit this time", parse=seconds,
         metavar="TIME", check=check_budget, reported=True)
@@ -176,8 +177,10 @@ class InferSettings:
     precision_check: bool = option(False, "report what the precision costs, on a few tiles", flag="--check-precision",
         recorded=ELSEWHERE, decides=False)
     device: str = option("auto", "auto, cpu, cuda or cuda:n", parse=str, decides=False, reported=True)
-    max_memory: int | None = option(None, "of the host, beside the image; more goes by slabs", parse=memory,
-        metavar="G", check=check_max_memory, recorded=ELSEWHERE, decides=False)
+    max_memory: int | None = option(None,
+        "of the host, beside the image; what takes more is done by slabs, or refused: where these take more too, "
+        "with --budget, with --step auto", parse=memory, metavar="G", check=check_max_memory, recorded=ELSEWHERE,
+        decides=False)
     mask: Any = option(None, "compute only where this image is above zero", parse=str, metavar="FILE",
         instead=("--crop-to-head", HEAD, "compute only in the box around what is not air"))
     outside: str = option(AUTO,
@@ -186,14 +189,15 @@ class InferSettings:
     flips: str = option(NONE, "mean over mirror images of each tile: x, xy, xyz, ... (none)", parse=str, metavar="AXES",
         check=flip_axes, recorded=CHANGED)
     agree: str | float = option(AUTO,
-        "make SR, acquired again, agree with the scan: auto, off, or the weight of what the scan cannot say (auto)",
+        "make SR, acquired again, agree with the scan: auto (off with segsrgan), off, or the weight of what the scan "
+        "cannot say (auto)",
         parse=word_or_number(AUTO, OFF), metavar="W", check=check_agree)
     uncertainty: bool = option(False,
         "also write the standard deviation that SR's error is taken to have, and the probability map; it "
         "costs no pass of the network of its own, with --flips (2 to 8 passes) or several weights their "
         "spread is a part", recorded=CHANGED)
     slice_thickness: str | float = option(AUTO,
-        "of the scan, where slices have gaps (auto: of DICOM or a BIDS sidecar, else the spacing)",
+        "of the scan, where slices have gaps or overlap (auto: of DICOM or a BIDS sidecar, else the spacing)",
         parse=word_or_number(AUTO), metavar="MM", check=check_slice_thickness, recorded=CHANGED)
     profile: str = option(AUTO, "of the slices (auto: not known)", parse=str, choices=(AUTO, "gaussian", "box"),
         recorded=CHANGED)
@@ -218,7 +222,7 @@ class InferSettings:
         parse=str, metavar="N", recorded=ELSEWHERE, of_files=True)
     volume: int | None = option(None, "which volume of a 4-D image, from 0", parse=int, metavar="I", recorded=ELSEWHERE,
         of_files=True)
-    max_voxels: int = option(2**31, "refuse larger images", parse=voxels, metavar="N", recorded=ELSEWHERE,
+    max_voxels: int = option(2**31, "refuse larger images (2147483648)", parse=voxels, metavar="N", recorded=ELSEWHERE,
         decides=False, of_files=True)
     # fmt: on
 

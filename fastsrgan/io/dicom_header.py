@@ -188,6 +188,19 @@ def read_frames(path: Path, wanted: bool = False) -> list[Frame]:
         raise _damaged(path, f"is damaged: {_line(error)}") from error
 
 
+def begins_as_dicom(path: Path) -> bool:
+    """Whether a file begins as DICOM does, with or without a preamble; not so where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_PREAMBLE)
+        if head[:2] == b"\x1f\x8b":
+            with gzip.open(path) as packed:
+                head = packed.read(_PREAMBLE)
+    except (OSError, EOFError, zlib.error):
+        return False
+    return head[128:] == b"DICM" or head[:2] in _BARE
+
+
 def _damaged(path: Path, reason: str) -> DamagedFile:
     """The error about a file, with the series that its first elements name, read one by one up to the damage."""
     from pydicom.filereader import dcmread

@@ -19,7 +19,7 @@ import numpy as np
 
 from fastsrgan.core.files import is_special, walk_files
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.io.dicom_header import SUFFIXES, DamagedFile, Frame, pixels, read_frames, what_is_there
+from fastsrgan.io.dicom_header import SUFFIXES, DamagedFile, Frame, begins_as_dicom, pixels, read_frames, what_is_there
 from fastsrgan.io.nifti_voxels import no_such_file
 
 log = logging.getLogger("fastsrgan")
@@ -112,9 +112,10 @@ def _look(path: str | os.PathLike) -> _Listing:
         frames += more
         others += [] if more else [name]
     kin = {(f.path.parent, _skeleton(f.path)) for f in frames}
-    for name in [name for name in others if (name.parent, _skeleton(name)) in kin and not _size(name)]:
+    for name in [name for name in others if (name.parent, _skeleton(name)) in kin and not begins_as_dicom(name)]:
         others.remove(name)
-        broken.append(DamagedFile(name, "is empty (0 bytes)", "copy or export the file again"))
+        reason = "is no DICOM file, but named like the slices beside it" if _size(name) else "is empty (0 bytes)"
+        broken.append(DamagedFile(name, reason, "copy or export the file again"))
     found = _grouped(frames, broken)
     known = {s.uid for s in found}
     for b in broken:  # what is left of a UID that was cut off may be the beginning of any

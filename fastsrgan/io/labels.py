@@ -83,6 +83,16 @@ def choices(row: str, given: str | Sequence[str] | None) -> list[str]:
     return [text for text in listed if text]
 
 
+def refuse_for_store(given: str | Sequence[str] | None, table: str | os.PathLike | None = None) -> None:
+    """Raise UsageError where a choice or a lookup table is given for a store, whose labels are what they are."""
+    if given or table:
+        reason = "the labels of a store were chosen by `fastsrgan convert --label-classes`"
+        option = "--label-classes" if given else "--label-names"
+        raise UsageError(
+            option, reason, "leave it out, or name the table, or `fastsrgan convert` it with these classes"
+        )
+
+
 def refuse_overlap(chosen: Sequence[Structure]) -> None:
     """Raise UsageError where two structures share a value: a voxel has one class."""
     for i, one in enumerate(chosen):

@@ -131,9 +131,7 @@ def find_heads(
     """
     path = Path(data)
     if url_of(str(data)) or (path / MANIFEST).is_file():
-        if label_classes:
-            reason = "the labels of a store were chosen by `fastsrgan convert --label-classes`"
-            raise UsageError("--label-classes", reason, "name the table, or convert it with these classes")
+        labels.refuse_for_store(label_classes, label_names)
         return _stored_heads(open_store(data), split, limit)
     if images.is_image(path):
         return [_head(images.stem(path), path, None, None)]
