@@ -119,11 +119,11 @@ def run(
     began = time.perf_counter()
     facts: dict[str, Any]
     asked = _filled(kind, settings or Settings(), quick)
-    read = [*(several or ([] if data is None else [data])), *models]
+    read: list[Any] = [*(several or ([] if data is None else [data])), *models]
     for form, sort in STUDY.items():
         target = Path(out) / f"{kind}.{form}"
         if os.path.lexists(target):  # a folder that is missing is made later, once the data were read
-            check_place(target, read, sort)  # type: ignore[arg-type]
+            check_place(target, read, sort)
     if several:
         made = study_curves.overlaid([Path(run) for run in several])
         folder, panels = output_folder(out), made.pop("panels")
