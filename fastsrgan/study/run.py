@@ -119,7 +119,8 @@ def run(
     began = time.perf_counter()
     facts: dict[str, Any]
     asked = _filled(kind, settings or Settings(), quick)
-    read: list[Any] = [*(several or ([] if data is None else [data])), *models]
+    read: list[Any] = [*several, *models]
+    read += [] if several or data is None else [data]
     for form, sort in STUDY.items():
         target = Path(out) / f"{kind}.{form}"
         if os.path.lexists(target):  # a folder that is missing is made later, once the data were read
