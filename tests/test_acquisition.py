@@ -17,6 +17,7 @@ from fastsrgan.volume.acquisition import (
     PROFILE_KNOWN,
     assumed,
     choose_weight,
+    lacking_sd,
     missing_sd,
     noise_sd,
     sampled,
@@ -60,6 +61,16 @@ def test_noise_alone_is_measured_exactly_and_scales_with_the_image():
     assert noise_sd(flat, 2) == pytest.approx(1, rel=0.01)  # found: 0.0037
     assert noise_sd(flat.transpose(2, 0, 1), 0) == pytest.approx(noise_sd(flat, 2), rel=1e-6)  # found: 0 (rounding)
     assert noise_sd(1000 * flat, 2) == pytest.approx(1000 * noise_sd(flat, 2), rel=1e-6)  # found: 1.9e-8 (rounding)
+
+
+def test_of_what_a_result_lacks_its_own_noise_is_taken_off_and_not_the_scans():
+    scan, seen, _ = acquire(noise=0.03)
+    rng, level = np.random.default_rng(1), 1 / np.sqrt((seen.down[2] ** 2).sum() / len(seen.down[2]))
+    steps = np.broadcast_to(0.02 * (-1.0) ** np.arange(24), scan.shape).astype(np.float32)  # nothing fine in the plane
+    assert lacking_sd(steps, scan, seen, 2) == pytest.approx(0.02 * level, rel=1e-3)
+    noise = (0.02 * rng.normal(size=scan.shape)).astype(np.float32)
+    assert lacking_sd(noise, scan, seen, 2) < 0.004 * level
+    assert lacking_sd(steps + noise, scan, seen, 2) == pytest.approx(0.02 * level, rel=0.05)
 
 
 @pytest.mark.parametrize(("n", "expected"), [(1, [0]), (20, range(20)), (32, range(32)), (311, range(0, 311, 10))])

@@ -89,6 +89,14 @@ def test_patches_know_their_place_among_the_slices():
     assert plain.slices is None and Pool([plain], 16).gather(at[:2]).agree is None
 
 
+def test_the_weight_is_that_of_the_noise_that_was_drawn():
+    law = Degradation(((1.0, 1.0, 2.5),), noise=0.06, noise_from=0.01)
+    draws = [law.draw(0, epoch, "a") for epoch in (1, 2, 3)]
+    made = [make_resident(sample(), law, draw, PatchRule(16, 12, agree=True), CPU).slices.weight for draw in draws]
+    assert made == [slices_of((24, 24, 40), (1.0,) * 3, (1.0, 1.0, 2.5), draw.noise).weight for draw in draws]
+    assert len(set(made)) == 3
+
+
 def test_noise_lets_a_result_yield_less_and_coarse_planes_not_at_all():
     at = [slices_of((24, 24, 40), (1.0,) * 3, (1.0, 1.0, 3.0), noise).weight for noise in (0.0, 0.02, 0.04)]
     assert at[0] == 0.03 and at[0] < at[1] < at[2] and 3 < slices_of((9,) * 3, (1.0,) * 3, (1, 1, 3), 0.03).weight < 7

@@ -301,6 +301,18 @@ def test_single_slices_need_a_thickness(tmp_path):
     refused(tmp_path / "b", "without a thickness")
 
 
+@pytest.mark.parametrize("slices", [1, 6])
+def test_the_sign_of_a_distance_of_slices_says_nothing(tmp_path, slices):
+    def backwards(ds, k):
+        ds.SpacingBetweenSlices = -3.0
+
+    write_series(tmp_path / "a", volume((6, 5, slices)), scanner_affine("axial"))
+    write_series(tmp_path / "b", volume((6, 5, slices)), scanner_affine("axial"), change=backwards)
+    plain, found = dicom.load(tmp_path / "a"), dicom.load(tmp_path / "b")
+    assert np.array_equal(found.affine, plain.affine) and np.array_equal(found.data, plain.data)
+    assert found.warnings == plain.warnings
+
+
 @pytest.mark.parametrize("keep", [200, 700, -20])
 def test_truncated_files(tmp_path, keep):
     path = write_series(tmp_path, volume(), scanner_affine("axial"))[1]

@@ -133,6 +133,14 @@ def test_bias_field_uses_its_range_and_covers_the_volume():
     assert np.abs(log - expected).max() < 1e-6  # found: 1.1e-7
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_mirrored_control_points_give_the_mirrored_field(axis):
+    """The field is that of the voxels' centres: neither end of an axis is nearer to its control points."""
+    shape, points = (7, 10, 13), draw_bias((1, "x"), 0.4)
+    field, turned = (apply_bias(torch.ones(shape), p, shape) for p in (points, np.flip(points, axis).copy()))
+    assert (turned - field.flip(axis)).abs().max() < 1e-6
+
+
 def test_part_of_a_field_is_that_part():
     image, points = torch.from_numpy(head()), draw_bias((1, "x"), 0.4)
     for axis in range(3):

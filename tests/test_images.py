@@ -67,7 +67,7 @@ def test_every_kind_of_file_reads_as_in_nibabel(folder, dtype, order, version, n
 
 
 @quick
-@given(st.sampled_from(DTYPES), st.sampled_from("<>"), st.sampled_from([(1.0, 0.0), (0.25, -7.0)]))
+@given(st.sampled_from(DTYPES), st.sampled_from("<>"), st.sampled_from([(1.0, 0.0), (0.25, -7.0), (-0.5, 9.0)]))
 def test_load_stored_keeps_integers_and_says_how_to_scale_them(folder, dtype, order, scaling):
     data = np.random.default_rng(1).integers(0, 120, (4, 3, 5)).astype(dtype)
     path = write(folder / "s.nii.gz", data, slope=scaling[0], inter=scaling[1], order=order)
@@ -81,6 +81,7 @@ def test_load_stored_keeps_integers_and_says_how_to_scale_them(folder, dtype, or
     expected = images.load(path)
     np.testing.assert_allclose(stored * slope + inter, expected.data, rtol=1e-6)  # found: 0 (rounding)
     assert (volume.meta["min"], volume.meta["max"]) == pytest.approx((expected.meta["min"], expected.meta["max"]))
+    assert volume.warnings == expected.warnings
 
 
 def test_a_volume_larger_than_one_piece_is_whole_and_costs_little_more_than_itself(tmp_path):

@@ -181,6 +181,14 @@ def test_exact_zeros_stay_zero_and_are_not_segmented(generator, scan):
     assert "voxels_kept_empty" not in infer_volume(below, AFFINE, generator, **FAST).report
 
 
+def test_a_result_is_empty_only_behind_slices_whose_neighbours_on_both_sides_are_empty(generator, scan):
+    scan[:6] = 0
+    scan[10:, :, 2:5] = 0
+    prob = infer_volume(scan, AFFINE, generator, **FAST).prob[:, 10:]
+    assert not prob[..., 9:12].any()  # the middle one of three empty slices
+    assert (prob[..., :9] > 0).all() and (prob[..., 12:] > 0).all()
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 

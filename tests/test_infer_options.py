@@ -295,9 +295,10 @@ def test_what_is_below_zero_outside_a_mask_becomes_the_lowest_value():
         ({"outside": "zero", "grid_mm": [0.7, 0.7]}, ["--outside", "keep", "--new-resolution", "1"], None, 1),
         ({"outside": "zero", "grid_mm": [0.7, 0.7]}, ["--geometry", "segsrgan"], None, 1),
         ({"grid_mm": [0.81, 0.81]}, ["--outside", "zero"], "zero", 1),
+        ({"grid_mm": [0.5, 0.7]}, ["--outside", "zero"], "zero", 0.7),
         ({"outside": "nonsense", "grid_mm": "x"}, [], None, 1),
     ],
-    ids=["as made", "asked otherwise", "original", "grid near enough", "says nothing"],
+    ids=["as made", "asked otherwise", "original", "grid near enough", "coarsest of its grids", "says nothing"],
 )
 def test_files_are_taken_as_the_weights_were_made(capsys, files, made_for, words, outside, voxel):
     network = build_generator(GeneratorSpec(kernel=1), seed=6)

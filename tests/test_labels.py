@@ -10,6 +10,7 @@ import pytest
 from fastsrgan.cli.main import main
 from fastsrgan.convert import convert
 from fastsrgan.errors import InputError, UsageError
+from fastsrgan.evaluate.cohort import Choice, evaluate_table
 from fastsrgan.evaluate.pair import evaluate_files
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
@@ -145,3 +146,24 @@ def test_the_command_scores_a_table_with_a_column(folder, capsys):
     assert main(["evaluate", "--table", str(folder / "e.csv"), "--json", str(folder / "e.json")]) == 0
     row = json.loads((folder / "e.json").read_text())["rows"][0]
     assert row["segmentation"]["dice"] == 1 and row["label_classes"] == {"3,42": [3, 42]}
+
+
+def test_the_command_takes_the_names_of_a_table_that_is_given(folder):
+    pair = ["--sr", "hr.nii.gz", "--hr", "hr.nii.gz", "--seg", "seg.nii.gz", "--label", "aseg.nii.gz"]
+    words = [str(folder / w) if w.endswith(".gz") else w for w in pair]
+    words += ["--label-classes", "Left-Cerebral-Cortex,Right-Cerebral-Cortex"]
+    assert main(["evaluate", *words]) != 0  # nothing says which values these are
+    named = [*words, "--label-names", str(folder / "lut.txt"), "--json", str(folder / "e.json")]
+    assert main(["evaluate", *named]) == 0
+    assert json.loads((folder / "e.json").read_text())["segmentation"]["dice"] == 1
+
+
+def test_a_rows_own_choice_comes_before_that_of_the_call(folder):
+    lines = [
+        "SR_image,HR_image,Seg_image,Label_image,Label_classes",
+        'hr.nii.gz,hr.nii.gz,seg.nii.gz,aseg.nii.gz,"3,42"',
+    ]
+    (folder / "e.csv").write_text("\n".join([*lines, "hr.nii.gz,hr.nii.gz,white.nii.gz,aseg.nii.gz,"]) + "\n")
+    own, other = evaluate_table(folder / "e.csv", choice=Choice(("white=2,41",)))["rows"]
+    assert own["label_classes"] == {"3,42": [3, 42]} and other["label_classes"] == {"white": [2, 41]}
+    assert own["segmentation"]["dice"] == other["segmentation"]["dice"] == 1

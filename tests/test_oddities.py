@@ -135,6 +135,16 @@ def test_what_rounds_to_the_last_number_of_a_type_is_not_counted_as_clipped(tmp_
     assert _save_as_input(tmp_path / "b.nii.gz", result, halves, 1)["voxels_clipped"] == 2  # -2 to 32765.5
 
 
+def test_clipped_voxels_are_those_beyond_the_type_where_intensities_fall_as_numbers_rise(tmp_path):
+    data = np.full((4, 4, 4), -100, np.float32)
+    data[0, 0] = 0.4, -65535.4, 0.6, -65535.6
+    image = Volume(data, np.eye(4), (), {"stored_dtype": "uint16", "slope": -1.0, "inter": 0.0})
+    result = InferResult(data, data[None], np.eye(4), {})
+    assert _save_as_input(tmp_path / "a.nii.gz", result, image, 1)["voxels_clipped"] == 2
+    found = images.load(tmp_path / "a.nii.gz").data
+    assert np.array_equal(found[0, 0], [0, -65535, 0, -65535]) and (found[1:] == -100).all()
+
+
 def test_the_record_of_infer_carries_them(tmp_path, caplog):
     from fastsrgan.infer.files import infer_files
 

@@ -244,6 +244,16 @@ def test_the_segmentation_is_compared_with_the_weights():
     assert "--mask" not in judge(replace(GROWN, filled=6), seg_of(600), 1000.0, ADULT, masked=True).line()
 
 
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("end", [0, -1])
+def test_a_segmentation_is_told_on_every_border_of_the_image(axis, end):
+    seg = np.zeros((24, 24, 24), np.uint8)
+    seg[6:18, 6:18, 6:18] = 1
+    assert "border" not in judge(NEWBORN, seg, 5e4 / 1728, PERINATAL).line()
+    seg.swapaxes(0, axis)[end, 6:18, 6:18] = 1
+    assert "lies on the image's border" in judge(NEWBORN, seg, 5e4 / 1872, PERINATAL).line()
+
+
 def test_weights_that_say_nothing_are_never_green():
     found, why = light(GROWN, 600, Purpose())
     assert found == YELLOW and "what they were made for is not said" in why
@@ -371,6 +381,18 @@ def test_the_head_chooses_the_weights_and_the_record_says_so(tmp_path, small, ca
     assert any(w.startswith("plausibility red") and "--weights perinatal" in w for w in record["warnings"])
     with pytest.raises(UsageError, match="another weights"):
         infer_files(paths[:1], tmp_path / "out", resume=True, **FAST)
+
+
+def test_the_head_inside_a_mask_is_the_one_that_chooses(tmp_path, small):
+    path = scan(tmp_path / "a.nii.gz", 200)
+    image = images.load(path)
+    mask = np.zeros(image.data.shape, np.uint8)
+    mask[tuple(slice(round(0.3 * n), round(0.7 * n)) for n in mask.shape)] = 1
+    images.save(tmp_path / "mask.nii.gz", mask, image.affine)
+    infer_files([path], tmp_path / "out", mask=tmp_path / "mask.nii.gz", **FAST)
+    record = record_of(tmp_path / "out")
+    assert record["weights"]["name"] == "perinatal"
+    assert record["plausibility"]["scan"] == measure(image.data, image.spacing, mask).to_dict()
 
 
 def test_auto_is_averaged_with_nothing_and_a_file_of_that_name_comes_first(tmp_path, small, monkeypatch):

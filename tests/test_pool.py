@@ -132,6 +132,15 @@ def test_flips_are_keyed_fair_and_only_along_the_axes_that_were_asked():
         assert torch.equal(batch.x[i], straight.x[i].flip(axes)) and torch.equal(batch.y[i], straight.y[i].flip(axes))
 
 
+def test_flips_that_are_given_mirror_along_their_own_axes():
+    pool = Pool([resident("a")], 8)
+    indices, flips = np.array([3, 1, 4, 2]), np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]], bool)
+    straight, batch = pool.gather(indices), pool.gather(indices, flips)
+    for i, along in enumerate(flips):
+        axes = [1 + int(d) for d in np.flatnonzero(along)]
+        assert torch.equal(batch.x[i], straight.x[i].flip(axes)) and torch.equal(batch.y[i], straight.y[i].flip(axes))
+
+
 @pytest.mark.parametrize("hold", ["batch", "view", "graph"])
 def test_memory_of_a_batch_is_used_again_only_when_nothing_refers_to_it(hold):
     pool = Pool([resident("a"), resident("b", seed=1)], 8)

@@ -159,6 +159,19 @@ def test_overflow_halves_the_scale_and_is_not_counted_as_a_bad_loss(monkeypatch)
     assert float(other.scale) == first / 2 and int(other.growth) == int(o.growth)
 
 
+def test_the_moving_average_stands_still_where_the_loss_scale_overflows():
+    models = Models(CONFIG.replace(precision="fp32", ema=0.5), 0, CPU)
+    x = torch.rand(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    batch = Batch(x, torch.cat([x, (x > 0.5).float()], 1), torch.full((2,), 3.0), ["a", "b"])
+    models.generator_update(batch, False)  # from here on average and weights differ
+    o = Optimiser(models.generator, CONFIG.lr_gen, (0.5, 0.999), 1e-8, scaled=True)
+    o.scale.fill_(torch.inf)
+    models.optimiser_g = o
+    before = {name: mean.clone() for name, mean in models.average.items()}
+    assert models.generator_update(batch, False)["overflow"] == 1
+    assert all(torch.equal(before[name], mean) for name, mean in models.average.items())
+
+
 def test_good_steps_are_counted_over_a_snapshot():
     """The scale grows after so many of them, whether the run was resumed meanwhile or not."""
     network, o = scaled()

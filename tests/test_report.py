@@ -22,7 +22,7 @@ from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.evaluate.figures import alone
 from fastsrgan.evaluate.grids import onto_grid
 from fastsrgan.io import nifti as images
-from fastsrgan.report import cohort, volumes
+from fastsrgan.report import cohort, curves, volumes
 from fastsrgan.report.html import Line, data_block, el, line_chart, pointer, shown, ticks
 from fastsrgan.report.page import report
 from fastsrgan.volume.consistency import LINEAR_WEIGHTS, observation
@@ -107,6 +107,18 @@ def test_every_figure_is_the_one_of_the_json(results, parsed):
         for region in ("whole", "label"):
             assert f"/results/0/scores{tree}/image/{region}/psnr_db" in told
         assert f"/results/0/scores{tree}/segmentation/dice" in told
+
+
+def test_baseline_result_and_difference_stand_under_their_heads(page):
+    table = next(t for t in re.findall(r"<table>.*?</table>", page, re.DOTALL) if "fastsrgan</th>" in t)
+    heads = re.findall(r'<th class="n" scope="col">([^<]*)</th>', table)
+    wanted = {"baseline": "/baseline", "fastsrgan": "", "difference": "/gain"}
+    rows = [re.findall(r'data-path="/results/0/scores([^"]*)"', row) for row in table.split("</tr>")]
+    full = [row for row in rows if len(row) == len(heads) == 3]
+    assert len(full) > 10 and any("/segmentation/dice" in path for row in full for path in row)
+    for row in full:
+        own = row[heads.index("fastsrgan")]
+        assert row == [wanted[head] + own for head in heads]
 
 
 def decoded(parsed: Parsed) -> tuple[dict[str, np.ndarray], dict]:
@@ -504,6 +516,18 @@ def test_several_runs_are_laid_over_each_other(tmp_path, capsys):
     assert code == 2 and "named twice" in err
     code, _, err = call(capsys, "report", one, two, "--hr", "x.nii.gz")
     assert code == 2 and "--hr" in err
+
+
+def test_runs_are_compared_on_whole_volumes_where_they_were_scored(monkeypatch):
+    charts = {}
+    monkeypatch.setattr(curves, "line_chart", lambda title, lines, *labels: charts.update({title: lines}))
+    scored = {"PSNR": 20.0, "whole_PSNR": 30.0, "spline_PSNR": 25.0, "Dice": 0.1, "whole_Dice": 0.5}
+    rows = [{"epoch": 1} | scored], [{"epoch": 1, "PSNR": 21.0, "Dice": 0.2}]
+    facts = [{"validation": row, "at": [], "curves": {}, "summary": None, "config": ""} for row in rows]
+    curves.runs_card(facts, ["whole", "patches"])
+    found = {title: [(line.name, line.y) for line in lines] for title, lines in charts.items()}
+    assert found["PSNR on the test subjects, dB"] == [("whole", [30.0]), ("patches", [21.0])]
+    assert found["Dice on the test subjects"] == [("whole", [0.5]), ("patches", [0.2])]
 
 
 def test_sample_panels_come_from_tensorboard(tmp_path):

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import signal
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -181,6 +182,13 @@ def test_a_condition_does_what_its_name_says(monkeypatch):
     made = {c.name: (c.power, c.noise) for c in study._conditions("augmentation", None, asked)}
     contrasts = {"squared contrast": (2.0, 0.0), "square-root contrast": (0.5, 0.0)}
     assert made == {"original": (1.0, 0.0), "noise 3 %": (1.0, 0.03)} | contrasts
+
+
+def test_of_several_noises_augmentation_takes_the_largest_and_resolution_the_first(monkeypatch):
+    monkeypatch.setattr(study, "spacing_of", lambda head: (1.0, 1.0, 1.0))
+    asked = study._filled("augmentation", study.Settings(noise=(0.02, 0.05, 0.01)), False)
+    assert max(c.noise for c in study._conditions("augmentation", None, asked)) == 0.05
+    assert {c.noise for c in study._conditions("resolution", None, asked)} == {0.02}
 
 
 def test_what_is_written_holds_the_rows(folder, steps):
@@ -392,6 +400,13 @@ def test_curves_are_the_logs_values(run, tmp_path):
     assert (tmp_path / "curves" / "curves.png").stat().st_size > 1000
 
 
+def test_of_epochs_with_the_same_dice_the_first_is_the_best(run, tmp_path):
+    """As training keeps the weights of an epoch only where it is better than all before."""
+    text = (run / "log.jsonl").read_text(encoding="utf8").replace('"Dice": 0.7', '"Dice": 0.8')
+    (run / "log.jsonl").write_text(text, encoding="utf8")
+    assert study.run("curves", run, tmp_path / "curves")["best"] == {"epoch": 2, "Dice": 0.8}
+
+
 def test_the_curves_of_several_runs_are_laid_over_each_other(run, tmp_path, monkeypatch, capsys):
     """Every run's own values under its own name, and in the picture a colour for each."""
     other = tmp_path / "other"
@@ -483,3 +498,26 @@ def test_the_command_prints_the_table_and_the_paper_beside_it(folder, run, capsy
     assert "fit: original, with: seconds =" in out and "paper's own data" in out and "steps.png" in out
     assert main(["--quiet", "study", "steps"]) == 2
     assert "--quick" in capsys.readouterr().err
+
+
+def test_every_option_of_the_command_reaches_the_study(monkeypatch, tmp_path, capsys):
+    """With a value other than its default, so that one that is left out is seen."""
+    seen = []
+
+    def run(kind, data, out, models, settings, **more):
+        seen.append((kind, data, out, tuple(models), settings, more))
+        return {"study": kind}
+
+    monkeypatch.setattr(study, "run", run)
+    words = "--patch 32 --steps 8 16 --low-res 1 2 3 --noise 0 0.1 --ratios 2 5 --axis 1 --split all --subjects 3"
+    words += " --label-names t.txt --device cpu --precision bf16 --seed 7 --quick --json -w a b"
+    assert main(["study", "noise", "c.csv", *words.split(), "-o", str(tmp_path), "--label-classes", "3,42"]) == 0
+    kind, data, out, models, settings, more = seen[0]
+    assert (kind, list(data), out, models) == ("noise", ["c.csv"], str(tmp_path), ("a", "b")) and more["quick"]
+    wanted = study.Settings(
+        patch=32, steps=(8, 16), low_res=(1.0, 2.0, 3.0), noise=(0.0, 0.1), ratios=(2.0, 5.0), axis=1, split="all",
+        subjects=3, label_classes=settings.label_classes, label_names="t.txt", device="cpu", precision="bf16", seed=7,
+    )  # fmt: skip
+    assert settings == wanted and list(settings.label_classes) == ["3,42"]
+    left = {name for name, value in asdict(wanted).items() if value == asdict(study.Settings())[name]}
+    assert left == {"whole"}

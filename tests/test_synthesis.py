@@ -205,6 +205,14 @@ def test_shares_and_ranges_are_those_asked_for():
     assert all(ranges.warp_mm[0] <= s.distance_mm <= ranges.warp_mm[1] for s in shapes)
 
 
+def test_warps_are_of_any_strength_up_to_the_largest():
+    warped = dataclasses.replace(STILL, warp=0.8)
+    shapes = [draw_shape((1, i, "w"), (30, 30, 30), MM, warped) for i in range(200)]
+    strengths = np.array([np.abs(s.warp_3KKK).max() / (INJECTIVE * s.distance_mm) for s in shapes])
+    assert strengths.min() < 0.1 and 0.75 < strengths.max() <= 0.8
+    assert abs(strengths.mean() - 0.4) < 0.06
+
+
 def test_heads_are_turned_either_way_about_every_axis():
     turned = dataclasses.replace(STILL, rotation=15.0)
     angles = np.array([np.linalg.inv(draw_shape((1, i), (8, 8, 8), MM, turned).affine_33) for i in range(200)])

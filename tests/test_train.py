@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -259,6 +260,23 @@ class Noting:
 
     def tell(self, group, text, **facts):
         self.told.append((group, text, facts))
+
+
+def test_patches_per_second_are_those_of_all_ranks():
+    logged, progress = [], Noting()
+    run = SimpleNamespace(
+        log=SimpleNamespace(step=lambda *row: logged.append(row)),
+        ranks=SimpleNamespace(world=4),
+        feed=SimpleNamespace(waited=0.0),
+        models=SimpleNamespace(device=torch.device("cpu")),
+        progress=progress,
+        board=None,
+        began=time.perf_counter() - 1,
+        began_at=0.0,
+    )
+    told = loop.Told({}, {}, ["a@0,0,0", "b@0,0,0"], update=1, done=0.5, seconds=0.25)
+    loop.tell(run, SimpleNamespace(epoch=1), {"g_reconstruction": 1.0}, told)
+    assert logged[0][-1]["patches_per_second"] == progress.lines[0][1]["patches/s"] == 2 * 4 / 0.25
 
 
 def test_progress_counts_updates_and_shows_losses_wait_memory_and_time_left(store, tmp_path):

@@ -125,6 +125,16 @@ def test_whole_volumes_score_as_infer_and_evaluate_do(store, tmp_path):
     assert scores["linear_PSNR"] > scores["spline_PSNR"]
 
 
+def test_whole_volumes_have_resolutions_spaced_evenly_over_the_subjects(store, monkeypatch):
+    law = Degradation(((1.0, 1.0, 2.0), (1.0, 1.5, 4.0)))
+    feed = Feed(open_store(store), law, PatchRule(16, 12), seed=0, device=torch.device("cpu"), threads=1)
+    seen = []
+    monkeypatch.setattr("fastsrgan.train.validate.whole_scores", lambda *a: seen.append(a[-1]) or {"whole_PSNR": 1.0})
+    validate_whole(Identity(), feed, [s.id for s in feed.store.subjects])
+    assert [draw.low_res for draw in seen] == [(1.0, 1.0, 2.0), (1.0, 1.25, 3.0), (1.0, 1.5, 4.0)]
+    assert {(draw.power, draw.noise) for draw in seen} == {(1.0, 0.0)}  # the subject's own contrast, no noise
+
+
 def made(dice: float, gain: float, **more: float) -> dict[str, float]:
     """Scores of a validation whose spline has 26 dB."""
     shares = {"Seg_share": 0.1, "Label_share": 0.1}
@@ -139,6 +149,14 @@ def test_neither_a_lost_segmentation_nor_a_blurred_image_is_the_best():
     assert loop.score(made(0.5, 0.0), "both") == pytest.approx(0.5)  # the spline adds nothing
     assert loop.score(made(0.9, -40.0), "both") == pytest.approx(-0.1)  # the worst image takes 1, and no more
     assert loop.score({}, "both") is None
+
+
+def test_classes_of_a_mask_do_not_choose_the_best():
+    """Of a map of several structures each counts; beside a Mask_image the label alone."""
+    masked = {"Dice_label_1": 0.7, "Dice_mask0": 0.1, "Dice_mask1": 0.3}
+    several = {"Dice": 0.7, "Dice_mask0": 0.1, "Dice_cortex": 0.6, "Dice_pallidum": 0.8}
+    assert loop.mean_dice(masked) == loop.score(masked, "dice") == 0.7
+    assert loop.mean_dice(several) == pytest.approx(0.7) and loop.mean_dice({"Dice": 0.4}) == 0.4
 
 
 def test_a_lost_output_is_said_once_the_other_rises():
