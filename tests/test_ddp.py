@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from fastsrgan.model import checkpoint, networks, weights
 from fastsrgan.train.gan import Models
 from fastsrgan.train.optimise import Optimiser
 from fastsrgan.train.run import agree_on_settings, train
+from fastsrgan.train.snapshots import redeal
 from fastsrgan.train.state import Position, Run, epoch_part, remaining
 
 CPU = torch.device("cpu")
@@ -337,6 +339,12 @@ def test_what_is_left_of_an_epoch_is_what_no_rank_finished(count, worlds, size, 
     assert sorted(left + finished) == sorted(names)
     part = epoch_part(run, old)
     assert 0 <= part <= 1 and (part == 1) == (groups + whole_group >= len(dealt[0]))
+    run.ranks, dealt_anew = SimpleNamespace(world=worlds[1]), replace(old, epoch_updates=7)
+    redeal(run, dealt_anew)  # the updates of a group that comes again still count in the epoch
+    assert dealt_anew == replace(
+        old, epoch_updates=9, group=0, step=0, steps=0, resident=None, world=worlds[1], before=part,
+        left=left if len(left) >= worlds[1] else [],
+    )  # fmt: skip
     if len(left) >= worlds[1]:
         again = [n for r in range(worlds[1]) for group in deal(left, SMALL.seed, 3, size, r, worlds[1]) for n in group]
         assert len(again) == len(set(again)) > len(left) - worlds[1] and set(again) <= set(left)

@@ -292,3 +292,19 @@ def test_a_rank_that_fails_at_a_shared_volume_hangs_nobody(model, tmp_path):
 
 def failing_split(inputs, out, model) -> dict:
     return on_rank(inputs, out, model, "error", split_volume=True)
+
+
+def test_ranks_of_one_machine_share_its_memory(folder, model, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def job(out, models, settings, *rest):
+        raise Seen(settings.max_memory)
+
+    monkeypatch.setattr(files, "ImageJob", job)
+    monkeypatch.setattr(files, "free_memory", lambda: 12 << 30)
+    ranks = files.Ranks()
+    ranks.world = ranks.local_world = 3
+    with pytest.raises(Seen) as seen:
+        files.infer_files([folder], tmp_path / "out", model, ranks=ranks, **FAST)
+    assert seen.value.args[0] == pytest.approx(files.SHARE * (4 << 30), abs=1)
