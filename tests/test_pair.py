@@ -177,7 +177,9 @@ def test_ranks_send_every_gradient_once_per_optimiser_step_and_the_loss():
     assert len(ranks.calls) == 2 + GROUPS and sum(ranks.calls[2:]) == generator + 1
 
 
-@pytest.mark.parametrize(("ranks", "changes"), [(Told(), {}), (None, {"joint_fakes": False}), (None, {})], ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "changes"), [(Told(), {}), (None, {"joint_fakes": False}), (None, {})], ids=["ranks", "alone", "joint"]
+)
 def test_the_fakes_that_are_made_while_gradients_travel_do_not_touch_them(ranks, changes):
     """A CUDA graph lends its outputs until another one runs."""
     plain, m = models(**changes), models(ranks, **changes)
