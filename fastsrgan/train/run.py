@@ -51,7 +51,7 @@ from fastsrgan.train.gan import (
 from fastsrgan.train.logs import DICE_TABLE, LOG, MSE_TABLE, Board, RunLog
 from fastsrgan.train.loop import best_so_far, loop
 from fastsrgan.train.precision import goes_on_in
-from fastsrgan.train.state import Run, data_identity
+from fastsrgan.train.state import Run, data_identity, numbered
 
 log = logging.getLogger("fastsrgan")
 
@@ -200,7 +200,7 @@ def check_places(
     if snapshot_folder:
         for path in output_folder(snapshot_folder).iterdir():
             epoch = snapshots.epoch_of(path)
-            if epoch is not None and config.init_epoch <= epoch <= config.epochs:
+            if epoch in numbered(config):
                 output_place.check_place(path, inputs, output_place.WEIGHTS)
 
 

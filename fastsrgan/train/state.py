@@ -19,6 +19,11 @@ from fastsrgan.train.logs import Board, RunLog
 from fastsrgan.train.optimise import share
 
 
+def numbered(config: TrainConfig) -> range:
+    """The epochs of a run, by their numbers."""
+    return range(config.init_epoch, config.epochs + 1)
+
+
 @dataclass
 class Position:
     """Where a run stands: the next step of ``group`` in ``epoch``. Plain values, the same on all ranks.
@@ -110,12 +115,12 @@ class Run:
 
     @property
     def last_epoch(self) -> int:
-        return self.config.epochs
+        return numbered(self.config)[-1]
 
     @property
     def beginning(self) -> Position:
         """Where it stood before its first update."""
-        return Position(epoch=self.config.init_epoch, world=self.ranks.world)
+        return Position(epoch=numbered(self.config)[0], world=self.ranks.world)
 
     @property
     def first(self) -> bool:
