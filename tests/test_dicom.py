@@ -79,7 +79,7 @@ def test_enhanced_multi_frame_has_its_own_frames_and_scaling(tmp_path):
         assert world_values(image.data, image.affine) == world_values(doubled, scanner_affine("axial"))
 
 
-def test_frames_without_a_place(tmp_path):
+def test_frames_without_a_place_are_refused(tmp_path):
     def drop(ds):
         del ds.PerFrameFunctionalGroupsSequence
 
@@ -201,12 +201,12 @@ def leave_out(*numbers):
     return lambda ds, k: k not in numbers
 
 
-def test_missing_slices(tmp_path):
+def test_missing_slices_are_refused(tmp_path):
     write_series(tmp_path, volume((6, 5, 9)), scanner_affine("axial"), change=leave_out(4, 5))
     refused(tmp_path, "slices are missing: 2 between")
 
 
-def test_uneven_slices(tmp_path):
+def test_uneven_slices_are_refused(tmp_path):
     def push(ds, k):
         if k == 3:
             x, y, z = ds.ImagePositionPatient
@@ -226,7 +226,7 @@ def test_copies_of_images_are_left_out_with_a_warning(tmp_path):
     assert np.array_equal(found.data, plain.data) and "7 images are copies" in found.warnings[0]
 
 
-def test_slices_that_are_there_twice_and_differ(tmp_path):
+def test_slices_that_are_there_twice_and_differ_are_refused(tmp_path):
     paths = write_series(tmp_path / "a", volume(), scanner_affine("axial"))
     ds = read(paths[2])
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4.5"
@@ -236,20 +236,20 @@ def test_slices_that_are_there_twice_and_differ(tmp_path):
     refused(tmp_path, r"a slice is there 2 times.*/a/IM0003.dcm, .*/b/IM0003.dcm; 1 of 6 places have 2 images")
 
 
-def test_localisers_in_one_series(tmp_path):
+def test_localisers_in_one_series_are_refused(tmp_path):
     for plane in dicom_files.PLANES:
         write_series(tmp_path, volume(), scanner_affine(plane), uid="1.2.3.5", prefix=plane)
     refused(tmp_path, "several orientations")
 
 
-def test_image_sizes_that_differ(tmp_path):
+def test_image_sizes_that_differ_are_refused(tmp_path):
     write_series(tmp_path, volume((11, 9, 3)), scanner_affine("axial"), uid="1.2.3.6")
     shifted = scanner_affine("axial", origin=(-20.0, 31.0, 21.5))
     write_series(tmp_path, volume((9, 9, 3)), shifted, uid="1.2.3.6", prefix="X")
     refused(tmp_path, "several image sizes")
 
 
-def test_tilted_stacks(tmp_path):
+def test_tilted_stacks_are_refused(tmp_path):
     affine = scanner_affine("axial")
     affine[1, 2] = 0.3
     write_series(tmp_path, volume(), affine)
@@ -260,7 +260,7 @@ def test_tilted_stacks(tmp_path):
     refused(tmp_path, "sideways .5.7 degrees, gantry tilt")
 
 
-def test_what_cannot_be_placed_or_decoded(tmp_path):
+def test_what_cannot_be_placed_or_decoded_is_refused(tmp_path):
     def no_position(ds, k):
         del ds.ImagePositionPatient
 
@@ -314,13 +314,13 @@ def test_the_sign_of_a_distance_of_slices_says_nothing(tmp_path, slices):
 
 
 @pytest.mark.parametrize("keep", [200, 700, -20])
-def test_truncated_files(tmp_path, keep):
+def test_truncated_files_are_refused(tmp_path, keep):
     path = write_series(tmp_path, volume(), scanner_affine("axial"))[1]
     path.write_bytes(path.read_bytes()[:keep])
     refused(tmp_path, r"damaged|decoded|no usable|missing|truncated|no number")
 
 
-def test_folders_without_images_and_paths_that_are_not_there(tmp_path):
+def test_folders_without_images_and_paths_that_are_not_there_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no DICOM image")
     refused(tmp_path / "none.dcm", "no such file")
@@ -328,7 +328,7 @@ def test_folders_without_images_and_paths_that_are_not_there(tmp_path):
     refused(tmp_path / "text.dcm", "holds no DICOM image")
 
 
-def test_too_many_voxels(tmp_path):
+def test_too_many_voxels_are_refused(tmp_path):
     write_series(tmp_path, volume(), scanner_affine("axial"))
     refused(tmp_path, "more than the limit of 500", max_voxels=500)
 

@@ -237,7 +237,7 @@ def records(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("what", RECORDS)
-def test_records_scores_and_logs_that_others_changed(records, what):
+def test_records_scores_and_logs_that_others_changed_are_read_or_refused(records, what):
     name, change = RECORDS[what]
     case = records / "case"
     shutil.rmtree(case, ignore_errors=True)
@@ -272,7 +272,7 @@ def test_a_volume_that_a_record_names_is_a_number(records):
         ("case/sub-01/anat/sub-01_desc-sr_T1w.json", {"Sources": [{}, None], "fastsrgan": {"weights": 5, "asked": 5}}),
     ],
 )
-def test_datasets_that_others_changed(tmp_path, name, change):
+def test_datasets_that_others_changed_are_read_or_refused(tmp_path, name, change):
     """Found as `bids` cases 145 to 4315: ended in TypeError or AttributeError."""
     fuzz_targets.bids_prepare(tmp_path)
     path = tmp_path / "seed" / name

@@ -188,6 +188,8 @@ def test_what_trainings_wrote_is_replaced(place):
     check(["t.csv"], weights.parent, run.dice_file, run.mse_file, resume=False)
     with pytest.raises(UsageError, match=INPUT):
         check(["t.csv", weights], weights.parent, None, None, resume=False)
+    with pytest.raises(UsageError, match="table of Dice too"):
+        check(["t.csv"], None, place / "both.csv", place / "s" / ".." / "both.csv", resume=False)
     (place / "r" / "config.yaml").write_text("epochs: 3\n", encoding="utf8")
     with pytest.raises(UsageError, match=INPUT):
         check(["t.csv", place / "r" / "config.yaml"], None, None, None, resume=False)

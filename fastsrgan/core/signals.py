@@ -28,6 +28,11 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a job as Ctrl-C does: what is half done is taken away on the way out."""
 
 
+def stopped_by(number: int) -> KeyboardInterrupt:
+    """What ends a command that a signal stopped: with 130 after SIGINT, else with 143."""
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated()
+
+
 class _Handlers:
     """While it is open ``SIGNALS`` call ``_stop``. Ignored ones stay so: a job behind a shell's & was started so."""
 
@@ -82,7 +87,7 @@ class Interrupts(_Handlers):
     def _stop(self, number: int, _frame: object) -> None:
         if self.raised is not None:
             os._exit(128 + number)
-        self.raised = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+        self.raised = stopped_by(number)
         raise self.raised
 
 

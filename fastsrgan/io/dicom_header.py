@@ -165,11 +165,7 @@ def read_frames(path: Path, wanted: bool = False) -> list[Frame]:
     if not path.is_file():
         return []
     try:
-        with open(path, "rb") as file:
-            head = file.read(_PREAMBLE)
-        if head[:2] == b"\x1f\x8b" and str(path).lower().endswith(SUFFIXES):
-            with gzip.open(path) as packed:
-                head = packed.read(_PREAMBLE)
+        head = _head(path)
     except (OSError, EOFError, zlib.error) as error:
         reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         raise DamagedFile(path, reason, "check the path and its permissions") from error
@@ -191,14 +187,20 @@ def read_frames(path: Path, wanted: bool = False) -> list[Frame]:
 def begins_as_dicom(path: Path) -> bool:
     """Whether a file begins as DICOM does, with or without a preamble; not so where it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(_PREAMBLE)
-        if head[:2] == b"\x1f\x8b":
-            with gzip.open(path) as packed:
-                head = packed.read(_PREAMBLE)
+        head = _head(path)
     except (OSError, EOFError, zlib.error):
         return False
     return head[128:] == b"DICM" or head[:2] in _BARE
+
+
+def _head(path: Path) -> bytes:
+    """The bytes in which DICOM shows, unpacked where a file that is named as DICOM is packed."""
+    with open(path, "rb") as file:
+        head = file.read(_PREAMBLE)
+    if head[:2] == b"\x1f\x8b" and str(path).lower().endswith(SUFFIXES):
+        with gzip.open(path) as packed:
+            head = packed.read(_PREAMBLE)
+    return head
 
 
 def _damaged(path: Path, reason: str) -> DamagedFile:

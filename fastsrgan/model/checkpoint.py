@@ -109,15 +109,21 @@ def verified(snapshot: Path, name: str) -> Path:
     return path
 
 
-def verify(snapshot: Path, listed: bool = True) -> list[str]:
-    """Every problem of a snapshot, one line each; empty when all files are as written. A newer format is one of them
-    if ``listed``, else NewerFormatError is raised."""
+def verify(snapshot: Path) -> list[str]:
+    """Every problem of a snapshot, a newer format too, one line each; empty when all files are as written."""
+    try:
+        return _damage(snapshot)
+    except NewerFormatError as error:
+        return [str(error)]
+
+
+def _damage(snapshot: Path) -> list[str]:
     problems = []
     try:
         names = list(manifest(snapshot)["files"])
+    except NewerFormatError:
+        raise
     except ModelError as error:
-        if not listed and isinstance(error, NewerFormatError):
-            raise
         return [str(error)]
     for name in names:
         try:
@@ -154,7 +160,7 @@ def newest(run: Path) -> Path:
     """
     found = folders(run)
     for left, snapshot in reversed(list(enumerate(found))):
-        problems = verify(snapshot, listed=False)
+        problems = _damage(snapshot)
         if not problems:
             return snapshot
         log.warning("%s%s", problems[0], ": taking the snapshot before it" if left else "")

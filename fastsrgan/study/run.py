@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ from typing import Any
 from fastsrgan.convert import convert
 from fastsrgan.core.files import output_folder
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.core.signals import Terminated
+from fastsrgan.core.signals import stopped_by
 from fastsrgan.core.system import provenance
 from fastsrgan.errors import UsageError, times
 from fastsrgan.evaluate.figures import definitions
@@ -274,5 +273,5 @@ def _tuned(cohort: Path, asked: Settings, progress: Progress) -> Path:
         seed=asked.seed,
     )
     if done["stopped"]:
-        raise KeyboardInterrupt if done["stopped"] == signal.SIGINT else Terminated
+        raise stopped_by(done["stopped"])
     return made

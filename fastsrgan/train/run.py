@@ -188,6 +188,8 @@ def check_places(
     """
     if snapshot_folder and generator_spec(config).scaled:
         raise UsageError("snapshot_folder", "its files cannot hold a scaled head", "--scaled False, or no -sf")
+    if dice_file and mse_file and os.path.realpath(dice_file) == os.path.realpath(mse_file):
+        raise UsageError("--mse-file", f"{mse_file} is the table of Dice too", "a file for each")
     for named, usual, kind in ((dice_file, DICE_TABLE, output_place.DICE), (mse_file, MSE_TABLE, output_place.MSE)):
         path = Path(named or Path(folder) / usual)
         output_folder(path.parent)
