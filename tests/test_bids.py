@@ -89,6 +89,8 @@ def test_what_is_not_there_is_named(dataset, asked, told):
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no folder sub-"):
         find_bids(tmp_path)
+    with pytest.raises(InputError, match="no such file"):
+        find_bids(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

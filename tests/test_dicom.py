@@ -589,6 +589,8 @@ def test_any_image_takes_both_kinds(tmp_path):
     assert any_image.sha256(tmp_path / "T2") != before
     with pytest.raises(UsageError, match="no series"):
         any_image.load_any(nifti, series="1")
+    with pytest.raises(InputError, match="no such file"):
+        any_image.load_any(tmp_path / "none", series="1")
 
 
 def test_infer_takes_a_folder(tmp_path, capsys):

@@ -53,7 +53,7 @@ def agreed(image: np.ndarray, scan: np.ndarray, seen: Observation, w: float) -> 
     return made
 
 
-def score(name: str, case: dict, folder: Path, generator, island: float) -> list[dict]:
+def score(name: str, case: dict, folder: Path, generator, island: float, options: dict) -> list[dict]:
     """The rows of one case."""
     whole, mm = load(folder / case["image"])
     whole = np.clip(whole / np.percentile(whole[whole > 0], 99.9), 0, 1.2)
@@ -77,9 +77,8 @@ def score(name: str, case: dict, folder: Path, generator, island: float) -> list
         seen = observation(scan.shape, low_mm, truth.shape, mm)
         assert seen is not None
         linear = max(metrics.psnr(agreed(spline, scan, seen, w), truth, mask=head) for w in LINEAR_WEIGHTS)
-        result = fastsrgan.infer_volume(
-            scan, np.diag([*low_mm, 1.0]), generator, new_resolution=[float(s) for s in mm], device="cpu", **TILES
-        )
+        affine, fine = np.diag([*low_mm, 1.0]), [float(s) for s in mm]
+        result = fastsrgan.infer_volume(scan, affine, generator, new_resolution=fine, device="cpu", **TILES, **options)
         seg = segment(result.prob[0], float(np.prod(mm)), 0.5, min_mm3=island)[0] > 0
         base = metrics.psnr(spline, truth, mask=head)
         drawn_label = apply_axes(apply_axes(label.astype(np.float32), [None, None, down]), [None, None, up]) > 0.5
@@ -107,13 +106,14 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("cases", type=Path)
     p.add_argument("-w", "--weights", default="perinatal")
+    p.add_argument("--flips", default="none", metavar="AXES", help="mean over mirror images, as fastsrgan infer --flips")
     p.add_argument("--json", type=Path)
     args = p.parse_args()
     generator = fastsrgan.load_generator(args.weights)
     island = Purpose.of(weights.info(args.weights)["made_for"]).island_mm3
     rows = []
     for name, case in json.loads(args.cases.read_text(encoding="utf8")).items():
-        rows += score(name, case, args.cases.parent, generator, island[1] if island else 0.0)
+        rows += score(name, case, args.cases.parent, generator, island[1] if island else 0.0, {"flips": args.flips})
     if args.json:
         write_json(args.json, rows)
     print(f"worst gain {min(r['sr_gain'] for r in rows):+.2f} dB, over best linear", end=" ")

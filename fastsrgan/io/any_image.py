@@ -11,6 +11,7 @@ from fastsrgan.core.files import read_json
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.io import dicom
 from fastsrgan.io import nifti as images
+from fastsrgan.io.nifti_voxels import no_such_file
 from fastsrgan.volume import placement
 from fastsrgan.volume.geometry import Volume
 from fastsrgan.volume.resample import SAME, slice_axis
@@ -28,11 +29,13 @@ def load_any(
 ) -> Volume:
     """One volume of any readable kind, told by what the path is: ``dicom.load`` or ``images.load``.
 
-    Raises what those raise, and UsageError for a series of a file that is no DICOM.
+    Raises what those raise, InputError where nothing is, and UsageError for a series of a file that is no DICOM.
     """
     if dicom.is_dicom(path):
         return dicom.load(path, series=series, volume=volume, max_voxels=max_voxels)
     if series is not None:
+        if not os.path.lexists(path):
+            raise no_such_file(Path(path))
         raise UsageError(path, "is no DICOM input and has no series", "leave --series out")
     return images.load(path, volume=volume, max_voxels=max_voxels)
 

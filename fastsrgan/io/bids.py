@@ -16,6 +16,7 @@ from typing import Any
 from fastsrgan.core.files import mapping, read_json
 from fastsrgan.errors import InputError
 from fastsrgan.io import nifti as images
+from fastsrgan.io.nifti_voxels import no_such_file
 
 log = logging.getLogger("fastsrgan")
 
@@ -87,6 +88,8 @@ def find_bids(
     Raises InputError for a folder that is no dataset, a participant or session that is not there, or no image.
     """
     root = Path(root)
+    if not os.path.lexists(root):
+        raise no_such_file(root)
     if not root.is_dir() or not any(root.glob("sub-*/")):
         raise InputError(root, "holds no folder sub-...", "name the root of a BIDS dataset")
     wanted = {p.removeprefix("sub-") for p in participants}
