@@ -194,7 +194,9 @@ def _torchio_subject(work: Work, name: str, cropped: bool) -> Any:
         return subject
     part = head_of(work)
     away = [n for axis, size in zip(part, work.shape, strict=True) for n in (axis.start, size - axis.stop)]
-    return tio.Crop(tuple(away))(subject)  # which loads it, so it stays in memory
+    kept = tio.Crop(tuple(away))(subject)
+    images = {key: type(kept[key])(tensor=kept[key].data, affine=kept[key].affine) for key in ("hr", "label")}
+    return tio.Subject(**images, num_samples=work.patches)  # without its files, so it is in memory
 
 
 def torchio_law(work: Work, name: str, interpolation: str, cropped: bool = False) -> Law:
