@@ -42,7 +42,7 @@ OPTIONS: dict[str, Defaults] = {
         "fill": (75, 75),
         "subjects": (2, 2),
         "epochs": (4, 2),
-        "limit": (20, 1),
+        "limit": (12, 1),
         "rounds": (1, 1),
         "workers": (None, None),
         "visit": (None, None),

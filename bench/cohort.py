@@ -60,7 +60,7 @@ class Work:
     patches: int = 0
     stride: int = 20
     epochs: int = 4
-    limit: int = 20
+    limit: int = 12
     workers: int = 2
     threads: int = 2
     step_ms: int = 145

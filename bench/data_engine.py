@@ -2,7 +2,8 @@
 
 First every peer's volumes are compared with ours. Then each side works in a process of its own, one after the other in
 each round: an epoch that begins with nothing in memory, epochs that are timed, and two with a pause for a simulated
-training step after each batch: in the first of them the memory of all its processes is looked at, the second counts.
+training step after each batch: in the first of them the memory of all its processes is looked at, the second counts (of
+the original, which makes nothing ahead, one is both).
 
 What is compared as equal work are peers that crop their volumes to the head and keep them in memory (", cropped"), as a
 careful user would; those that read and make whole volumes in every epoch stand beside them, marked.

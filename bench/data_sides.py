@@ -51,7 +51,9 @@ LAWS: dict[str, Callable[[Work, str], peers.Law]] = {
 }
 LAWS |= {f"{name}, cropped": functools.partial(LAWS[name], cropped=True) for name in list(LAWS)[1:]}
 SAME = 1e-3  # what a peer's truth may differ from ours: the largest low-resolution value divides both
-EXTRA_EPOCHS = 3  # the first one, and two with simulated steps
+EXTRA_EPOCHS = (
+    3  # the first one, and two with simulated steps; the original, which makes nothing ahead, has one of them
+)
 
 
 # --- fastsrgan ----------------------------------------------------------------------------------------------------
@@ -209,7 +211,8 @@ def measure(side: str, work: Work, memory: bool = True) -> dict[str, Any]:
         steady.append(consume(next(epochs), work))
         cpu[-1] = tree_cpu_seconds(os.getpid()) - cpu[-1]
     # What is made ahead is made during the epoch before, so that one has the simulated steps too.
-    for look in (memory, False):
+    looks = (memory,) if side == "original" else (memory, False)
+    for look in looks:
         if look:
             print(json.dumps({"look": True}), flush=True)
         wait = consume(next(epochs), work, work.step_ms / 1e3)
@@ -226,7 +229,7 @@ def measure(side: str, work: Work, memory: bool = True) -> dict[str, Any]:
         "disk_bytes": after["disk"] - before["disk"],
         "call_bytes": after["calls"] - before["calls"],
         "files_left": {str(path): size for path, size in left.items()},
-        "epochs": len(steady) + EXTRA_EPOCHS,
+        "epochs": 1 + len(steady) + len(looks),
         "base_bytes": base,
     }
 
