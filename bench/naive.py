@@ -98,7 +98,8 @@ def copy(pairs: Pairs) -> None:
 
 
 def channels_last(network: nn.Module) -> nn.Module:
-    """The network with its weights and inputs in PyTorch's other order of memory, which some convolutions prefer."""
+    """The network with its weights and inputs in PyTorch's other order of memory, which some convolutions prefer. What
+    stock norms give is in the usual order again, as it is for all who set this."""
 
     def reordered(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(x.contiguous(memory_format=torch.channels_last_3d) for x in inputs)
