@@ -186,7 +186,8 @@ def test_auto_on_a_gpu_takes_what_was_faster_on_the_first_volumes(monkeypatch, f
     def mover(name: str):
         def move(image, label, mask, law):
             moved.append(name)
-            clock[0] += 1.0 if name == faster else 2.0
+            lucky = name != faster and moved.count(name) == 1  # the first volume of each says nothing
+            clock[0] += 1.0 if name == faster else 0.5 if lucky else 2.0
             return law(image)
 
         return move

@@ -18,7 +18,7 @@ from fastsrgan.infer.network import inference_test
 from fastsrgan.model import arithmetic as arithmetics
 from fastsrgan.model.arithmetic import TF32, Arithmetic, pick_precision
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
-from fastsrgan.train import precision
+from fastsrgan.train import optimise, precision
 from fastsrgan.train.gan import Models
 from fastsrgan.train.objectives import generator_loss
 from fastsrgan.train.optimise import Optimiser
@@ -159,6 +159,14 @@ def test_overflow_halves_the_scale_and_is_not_counted_as_a_bad_loss(monkeypatch)
     _, other = scaled()
     other.load_state(kept)
     assert float(other.scale) == first / 2 and int(other.growth) == int(o.growth)
+
+
+def test_the_loss_scale_moves_as_torchs_does_and_starts_lower():
+    torchs = torch.amp.GradScaler("cpu", init_scale=optimise.FIRST_SCALE)
+    assert (optimise.GROWTH, optimise.BACKOFF) == (torchs.get_growth_factor(), torchs.get_backoff_factor())
+    assert optimise.PATIENCE == torchs.get_growth_interval()
+    plain = torch.amp.GradScaler("cpu")
+    assert 1 < optimise.FIRST_SCALE < plain._init_scale and optimise.FIRST_SCALE == float(scaled()[1].scale)
 
 
 def test_the_moving_average_stands_still_where_the_loss_scale_overflows():

@@ -342,6 +342,8 @@ def test_the_advice_after_out_of_memory_counts_the_micro_batches_there_were(monk
     monkeypatch.setattr(trial, "fits", lambda config, classes, device, batch: batch <= 2)
     models = Models(CONFIG.replace(batch_size=8, accumulate=3), 0, torch.device("cpu"))
     assert "--batch-size 2 fits, or --accumulate 12" in str(trial.memory_error(models, "out of memory"))
+    models = Models(CONFIG.replace(batch_size=5), 0, torch.device("cpu"))  # two, two and one
+    assert "--batch-size 2 fits, or --accumulate 3" in str(trial.memory_error(models, "out of memory"))
 
 
 @pytest.mark.fault(34)

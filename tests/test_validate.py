@@ -15,12 +15,13 @@ from fastsrgan.data.subject import PatchRule
 from fastsrgan.evaluate import metrics
 from fastsrgan.evaluate.pair import evaluate_files
 from fastsrgan.infer.files import infer_files
+from fastsrgan.infer.settings import PAPER_STEP, InferSettings
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.observation.model import Degradation, degrade
 from fastsrgan.store.reader import open_store
-from fastsrgan.train import loop
+from fastsrgan.train import loop, validate as validation
 from fastsrgan.train.run import train
 from fastsrgan.train.validate import central_patch, fixed_resident, patch_ssim, validate, validate_whole
 from fastsrgan.volume.geometry import resampled_affine
@@ -125,6 +126,19 @@ def test_whole_volumes_score_as_infer_and_evaluate_do(store, tmp_path):
     assert scores["linear_PSNR"] > scores["spline_PSNR"]
 
 
+def test_whole_volumes_keep_labels_whole_and_have_the_papers_tiles_where_they_are_the_originals(store, monkeypatch):
+    feed, plain, orders = make_feed(store), validation.onto_grid, []
+
+    def onto_grid(volume, like, **more):
+        orders.append((volume.data.dtype == np.uint8, more.get("order")))
+        return plain(volume, like, **more)
+
+    monkeypatch.setattr(validation, "onto_grid", onto_grid)
+    validate_whole(Identity(), feed, [next(s.id for s in feed.store.subjects)])
+    assert {order for whole, order in orders if whole} == {0} and len(orders) == 3  # neighbours of a label are no mean
+    assert (validation.PATCH, validation.STEP) == (InferSettings().patch, PAPER_STEP)
+
+
 def test_whole_volumes_have_resolutions_spaced_evenly_over_the_subjects(store, monkeypatch):
     law = Degradation(((1.0, 1.0, 2.0), (1.0, 1.5, 4.0)))
     feed = Feed(open_store(store), law, PatchRule(16, 12), seed=0, device=torch.device("cpu"), threads=1)
@@ -169,6 +183,7 @@ def test_a_lost_output_is_said_once_the_other_rises():
         (made(0.0, 0.2), {}),
         (made(0.0, 0.05), before),
         (made(0.3, 0.2), before),
+        (made(0.02, 0.2, Seg_share=0.002), before),  # little, but not nothing: 2 % of Dice, and of the label's voxels
         (made(0.5, -2.0), made(0.4, -3.0)),
     ):
         assert loop.collapse(scores, earlier) == ""

@@ -18,9 +18,11 @@ import torch
 from damage import Canary
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from fastsrgan.errors import ModelError, ResourceError, UsageError
 from fastsrgan.model import keras as keras_h5
+from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model import weights
 from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator, check_limits
 
@@ -230,6 +232,20 @@ def test_half_precision_networks_are_stored_as_float32(tmp_path):
     generator = random_generator(GeneratorSpec(kernel=1)).bfloat16()
     loaded = weights.load_generator(weights.save_generator(tmp_path / "a.safetensors", generator))
     assert same(loaded, generator.float())
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}  # noqa: SIM118
+
+
+def test_the_sum_is_of_all_bytes_of_a_large_file(tmp_path):
+    path = weights.save_generator(tmp_path / "a.safetensors", build_generator(GeneratorSpec(kernel=8)))
+    assert path.stat().st_size > 2**20  # more than what is read at a time
+    modelfile.check_sum(path)
+    for place in (-1, -(2**18)):
+        changed = bytearray(path.read_bytes())
+        changed[place] ^= 1
+        (tmp_path / "b.safetensors").write_bytes(changed)
+        with pytest.raises(ModelError, match="differs from the SHA-256"):
+            modelfile.check_sum(tmp_path / "b.safetensors")
 
 
 def test_info_tells_what_a_file_holds(tmp_path):
