@@ -86,6 +86,8 @@ def test_planes_are_looked_at_from_the_first_to_the_last_evenly(n, expected):
 def test_too_little_tissue_says_nothing():
     assert noise_sd(np.random.default_rng(0).random((6, 40, 9)), 2) is None
     assert noise_sd(np.zeros((40, 40, 9)), 2) is None
+    few = 10 + np.random.default_rng(0).random((12, 12, 13))  # four squares of tissue in each slice
+    assert noise_sd(few[..., :12], 2) is None and noise_sd(few, 2) is not None  # 48 and 52
     scan, seen = np.ones((6, 7, 9)), observation((6, 7, 9), (1, 1, 3), (6, 7, 27), (1, 1, 1))
     assert choose_weight(scan, seen, 2).w == NOISE_UNKNOWN and choose_weight(scan, seen, 2).noise is None
 

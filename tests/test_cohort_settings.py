@@ -96,10 +96,14 @@ def test_masks_labels_and_patches_of_all_subjects_in_one_list(tmp_path):
     assert "without a mask: h2" in told and "other values than 0 and 1: h4 (also 2)" in told and "h3" not in told
 
 
-@pytest.mark.parametrize("size", (9, 11, 13))
+@pytest.mark.parametrize("size", (9, 11, 13, "shell"))
 def test_a_mask_has_a_patch_where_training_would_find_one(tmp_path, size):
     mask = np.zeros((SIDE,) * 3, np.uint8)
-    mask[2 : 2 + size, :, :] = 1
+    if size == "shell":  # 2368 of the 4096 voxels of the head's patch; of the image's own patches 1016 at most
+        mask[2:18, 2:18, 2:18] = 1
+        mask[4:16, 4:16, 4:16] = 0
+    else:
+        mask[2 : 2 + size, :, :] = 1
     store = cohort(tmp_path / "c", {"mask": mask}, {"mask": np.ones((SIDE,) * 3)})
     settings = config(image_cropping_method="overlapping_with_mask", patch_size=16, new_low_res=((1, 1, 3),))
     law, rule = Degradation(settings.new_low_res), PatchRule(16, 12, True)

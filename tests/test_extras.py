@@ -19,6 +19,7 @@ from fastsrgan.observation.artefacts import (
     apply_motion,
     apply_truncation,
     bernstein_matrix,
+    check_amounts,
     draw_bias,
     draw_motion,
     draw_truncation,
@@ -108,6 +109,17 @@ def test_nonsense_is_refused(bad):
     name = next(iter(bad))
     with pytest.raises(UsageError, match=name if name != "artefacts" else next(iter(bad[name]))):
         Degradation((LOW,), **bad)
+
+
+@pytest.mark.parametrize("name", ARTEFACTS)
+def test_amounts_are_allowed_up_to_their_limit(name):
+    below = ARTEFACTS[name].below
+    largest = below if np.isfinite(below) else 1e9
+    check_amounts({name: 0.0})
+    check_amounts({name: largest})
+    for amount in (-1e-9, np.nextafter(below, np.inf)):
+        with pytest.raises(UsageError, match=name):
+            check_amounts({name: float(amount)})
 
 
 # --- bias field ---------------------------------------------------------------------------------------------------

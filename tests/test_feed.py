@@ -333,6 +333,13 @@ def test_the_limit_counts_the_bytes_of_all_groups_that_live(store, caplog, preci
     size = resident_limit(store, names(store), budget, **options)
     made = make_feed(store, precision=precision)
     largest = max(made.prepare(1, name).nbytes for name in names(store))
+    for name in names(store):  # each to the byte, masks too
+        two = (1 + prefetch) * made.prepare(1, name).nbytes
+        for allowed in (two, two - 1):
+            caplog.clear()
+            assert resident_limit(store, [name], allowed, **options) == 1
+            assert ("one subject at a time" in caplog.text) == (allowed < two)
+    caplog.clear()
     # One byte more per voxel where the largest volume has no mask but a smaller one has would be too careful.
     assert size == min(5, budget // ((1 + prefetch) * largest)) > 0
     assert resident_limit(store, names(store), 10**12, **options) == 5 and not caplog.records

@@ -285,6 +285,23 @@ def test_an_update_reads_nothing_back_before_its_end(penalty):
     assert read == [0, 0]
 
 
+def test_networks_of_start_weights_are_those_that_learn(tmp_path):
+    """Optimisers and average belong to what was loaded, not to the networks that were there before."""
+    config = CONFIG.replace(ema=0.5)
+    begun, m = (Models(config.replace(seed=seed), 0, CPU) for seed in (5, 6))
+    save_generator(tmp_path / "w.safetensors", begun.generator, begun.critic)
+    m.start_from(tmp_path / "w.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(weights(m), weights(begun), strict=True))
+    assert all(torch.equal(p, m.average[name]) for name, p in m.generator.named_parameters())
+    for optimiser, network in ((m.optimiser_g, m.generator), (m.optimiser_d, m.critic)):
+        assert [*map(id, optimiser.parameters)] == [*map(id, network.parameters())] and network.training
+    (some, eps), before = batch(1), weights(m)
+    some = replace(some, x=some.x.float(), y=some.y.float(), res=some.res.float())
+    m.critic_update(some, m.generate(some), eps.float())
+    m.generator_update(some, adversarial=True)
+    assert not any(torch.equal(a, b) for a, b in zip(weights(m), before, strict=True))
+
+
 @pytest.mark.parametrize("geometry", ["physical", "segsrgan"])
 def test_start_weights_take_the_way_of_this_training_with_values_below_zero(tmp_path, geometry):
     m = Models(CONFIG.replace(geometry=geometry), 0, CPU, Ranks())

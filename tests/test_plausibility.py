@@ -31,6 +31,7 @@ from fastsrgan.model.purpose import MADE_FOR, MODELS, Purpose, common, span
 from fastsrgan.store.reader import Store
 from fastsrgan.train.run import degradation
 from fastsrgan.train.snapshots import made_for
+from fastsrgan.volume.head import tissue_box, tissue_level
 
 FAST = {"patch": 16, "step": 16, "device": "cpu"}
 ADULT = replace(MODELS["adult"].purpose, contrasts=("T1",), contrast="T1-like contrast")  # of T1 alone
@@ -44,6 +45,18 @@ PERINATAL = MODELS["perinatal"].purpose
 def grown():
     """A whole phantom head, 140 x 176 x 124 mm, with thick slices."""
     return head((40, 48, 18), (4.0, 4.0, 8.0))
+
+
+def test_a_head_is_where_planes_hold_tissue_enough():
+    """Above a tenth of the brightest, in at least two thousandths of a plane: a few bright voxels of air are none."""
+    scan = np.zeros((30, 40, 50), np.float32)
+    scan[5:20, 8:30, 10:41] = 100.0
+    scan[0, 8:30, 12] = 9.0  # too dark
+    scan[3, 20, 20:23] = scan[4, 20, 20:24] = 11.0  # 3 and 4 of 2000 voxels
+    level = tissue_level(scan)
+    assert level == pytest.approx(10.0)
+    assert tissue_box(scan, level) == ((4, 8, 10), (19, 29, 40))
+    assert tissue_box(scan, 1000.0) == ((0, 0, 0), (29, 39, 49))
 
 
 def test_the_head_is_measured_in_mm_whatever_the_grid(grown):

@@ -373,6 +373,19 @@ def test_float32_with_operands_cut_to_tf32_is_refused(fresh, library):
         inference_test(CPU, torch.float32)
 
 
+def test_each_type_is_held_to_its_own_limit():
+    """That TF32 is on loosens what is asked of float32, of no other type."""
+    kinds = [(torch.float32, False), (torch.float32, True), (torch.float16, False), (torch.float16, True)]
+    kinds += [(torch.bfloat16, False), (torch.bfloat16, True)]
+    for dtype, tf32 in kinds:
+        limit = arithmetics.KERNEL_LIMITS[TF32 if tf32 and dtype == torch.float32 else dtype]
+        device = Arithmetic(CPU, dtype, tf32=tf32)
+        arithmetics.refuse(device, {"convolutions": limit}, arithmetics.KERNEL_LIMITS)
+        for value in (1.01 * limit, math.nan):
+            with pytest.raises(ResourceError, match=f"{limit} allowed"):
+                arithmetics.refuse(device, {"convolutions": value}, arithmetics.KERNEL_LIMITS)
+
+
 class Operands(TorchDispatchMode):
     """A tensor core: operands of float32 convolutions rounded to a half type, products summed in float32."""
 
