@@ -181,7 +181,10 @@ def test_what_is_stripped_is_exactly_zero(key):
 
 def test_a_stripped_head_keeps_its_brain_and_so_many_voxels_around_it():
     """Tight, the fluid around the brain goes too, but for one voxel more than the rim."""
-    labels, ranges = np.pad(brain((26, 28, 24)), ((14, 0), (0, 9), (0, 0))), dataclasses.replace(PLAIN, strip=1.0, rim=2)
+    labels, ranges = (
+        np.pad(brain((26, 28, 24)), ((14, 0), (0, 9), (0, 0))),
+        dataclasses.replace(PLAIN, strip=1.0, rim=2),
+    )
     kinds = set()
     for epoch in range(7):
         key = (3, epoch, "rim")
