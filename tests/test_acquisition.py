@@ -90,6 +90,12 @@ def test_too_little_tissue_says_nothing():
     assert noise_sd(few[..., :12], 2) is None and noise_sd(few, 2) is not None  # 48 and 52
     scan, seen = np.ones((6, 7, 9)), observation((6, 7, 9), (1, 1, 3), (6, 7, 27), (1, 1, 1))
     assert choose_weight(scan, seen, 2).w == NOISE_UNKNOWN and choose_weight(scan, seen, 2).noise is None
+    assert choose_weight(scan, seen, 2, floor=0.5).w == 0.5
+    scan, seen = (
+        100 + np.random.default_rng(0).normal(size=(40, 40, 9)),
+        observation((40, 40, 9), (1, 1, 3), (40, 40, 27), (1, 1, 1)),
+    )
+    assert choose_weight(scan, seen, 2).noise > 0.9 and choose_weight(scan, seen, 2).w == LARGEST  # noise alone
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02])

@@ -315,6 +315,7 @@ def test_the_originals_patches_are_among_those_of_training(golden):
 
 def test_settings_know_the_same_interpolators_and_where_they_exist():
     assert set(config.CHOICES["interpolation_type"]) == set(resample_sitk.INTERPOLATORS)
+    assert all(name in theirs for name, theirs in resample_sitk.INTERPOLATORS.items())  # each is that of its name
     resolution = {"new_low_res": ((1, 1, 3),)}
     assert config.TrainConfig(**resolution, interp="sitk", geometry="segsrgan").interpolation_type == "Spline"
     with pytest.raises(ModelError, match="segsrgan"):

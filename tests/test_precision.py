@@ -163,10 +163,10 @@ def test_overflow_halves_the_scale_and_is_not_counted_as_a_bad_loss(monkeypatch)
 
 def test_the_loss_scale_moves_as_torchs_does_and_starts_lower():
     torchs = torch.amp.GradScaler("cpu", init_scale=optimise.FIRST_SCALE)
-    assert (optimise.GROWTH, optimise.BACKOFF) == (torchs.get_growth_factor(), torchs.get_backoff_factor())
-    assert optimise.PATIENCE == torchs.get_growth_interval()
+    assert (torchs.get_growth_factor(), torchs.get_backoff_factor()) == (optimise.GROWTH, optimise.BACKOFF)
+    assert torchs.get_growth_interval() == optimise.PATIENCE
     plain = torch.amp.GradScaler("cpu")
-    assert 1 < optimise.FIRST_SCALE < plain._init_scale and optimise.FIRST_SCALE == float(scaled()[1].scale)
+    assert 1 < optimise.FIRST_SCALE < plain._init_scale and float(scaled()[1].scale) == optimise.FIRST_SCALE
 
 
 def test_the_moving_average_stands_still_where_the_loss_scale_overflows():

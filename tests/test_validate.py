@@ -21,7 +21,8 @@ from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.observation.model import Degradation, degrade
 from fastsrgan.store.reader import open_store
-from fastsrgan.train import loop, validate as validation
+from fastsrgan.train import loop
+from fastsrgan.train import validate as validation
 from fastsrgan.train.run import train
 from fastsrgan.train.validate import central_patch, fixed_resident, patch_ssim, validate, validate_whole
 from fastsrgan.volume.geometry import resampled_affine
@@ -136,7 +137,7 @@ def test_whole_volumes_keep_labels_whole_and_have_the_papers_tiles_where_they_ar
     monkeypatch.setattr(validation, "onto_grid", onto_grid)
     validate_whole(Identity(), feed, [next(s.id for s in feed.store.subjects)])
     assert {order for whole, order in orders if whole} == {0} and len(orders) == 3  # neighbours of a label are no mean
-    assert (validation.PATCH, validation.STEP) == (InferSettings().patch, PAPER_STEP)
+    assert (InferSettings().patch, PAPER_STEP) == (validation.PATCH, validation.STEP)
 
 
 def test_whole_volumes_have_resolutions_spaced_evenly_over_the_subjects(store, monkeypatch):
