@@ -81,6 +81,9 @@ class StoreContract:
         np.testing.assert_array_equal(sample.affine, OBLIQUE)
         assert sample.label.dtype == sample.mask.dtype == np.uint8
         assert (sample.id, sample.split) == ("a", "Train")
+        store = open_store(url)
+        store.read("a").affine[:] = 0  # a sample is its reader's own
+        np.testing.assert_array_equal(store.subject("a").affine, OBLIQUE)
 
     @pytest.mark.parametrize("shape", [(1, 1, 1), (64, 64, 64), (65, 63, 2), (7, 130, 66)])
     def test_any_size(self, url, shape):
