@@ -157,6 +157,12 @@ def test_stored_axes_get_the_number_of_their_direction(order, flips):
     assert sizes == tuple((1.0, 2.0, 3.0)[axis] for axis in order)
 
 
+def test_in_the_originals_geometry_the_numbers_are_along_stored_axes(tmp_path):
+    store = cohort(tmp_path / "c", {}, {"affine": stored((1, 2, 0))})
+    assert train.slice_axes(store, config()) == (0, 1, 2)
+    assert train.slice_axes(store, config(geometry="segsrgan")) is None
+
+
 def test_auto_takes_the_axes_of_most_subjects():
     affines = {"a": stored((0, 1, 2)), "b": stored((1, 2, 0)), "c": stored((0, 1, 2), (-1, -1, 1))}
     assert choose_axes(affines, "auto") == ((0, 1, 2), ["b"])

@@ -318,6 +318,12 @@ def test_what_is_no_purpose_is_not_said(card):
     assert Purpose.of(card) == Purpose() and Purpose.of(card).line() == "what they were made for is not said"
 
 
+def test_ranges_of_a_card_are_two_numbers_from_zero_up_the_smaller_first():
+    for given, found in (([0, 5], (0.0, 5.0)), ((2, 2), (2.0, 2.0)), ([5, 1], None), ([-1, 5], None), ([1, 1e9], None)):
+        assert Purpose.of({"structure_ml": given}).structure_ml == found, given
+    assert (span((2.0, 2.0)), span((0.7, 1.25)), span(None)) == ("2", "0.7 to 1.25", "")
+
+
 def test_of_averaged_weights_counts_what_all_say_alike():
     other = replace(ADULT, contrast="any", structure_ml=None)
     both = common([ADULT, other])

@@ -262,7 +262,8 @@ class Noting:
         self.told.append((group, text, facts))
 
 
-def test_patches_per_second_are_those_of_all_ranks():
+def test_a_row_tells_patches_of_all_ranks_and_the_time_that_this_call_needs():
+    """Of a run that went on at 0.5 and is at 0.75 after ten hours, ten are left."""
     logged, progress = [], Noting()
     run = SimpleNamespace(
         log=SimpleNamespace(step=lambda *row: logged.append(row)),
@@ -271,12 +272,13 @@ def test_patches_per_second_are_those_of_all_ranks():
         models=SimpleNamespace(device=torch.device("cpu")),
         progress=progress,
         board=None,
-        began=time.perf_counter() - 1,
-        began_at=0.0,
+        began=time.perf_counter() - 36000,
+        began_at=0.5,
     )
-    told = loop.Told({}, {}, ["a@0,0,0", "b@0,0,0"], update=1, done=0.5, seconds=0.25)
+    told = loop.Told({}, {}, ["a@0,0,0", "b@0,0,0"], update=1, done=0.75, seconds=0.25)
     loop.tell(run, SimpleNamespace(epoch=1), {"g_reconstruction": 1.0}, told)
     assert logged[0][-1]["patches_per_second"] == progress.lines[0][1]["patches/s"] == 2 * 4 / 0.25
+    assert progress.lines[0][1]["run"] == "10.0 h left"
 
 
 def test_progress_counts_updates_and_shows_losses_wait_memory_and_time_left(store, tmp_path):
