@@ -87,6 +87,14 @@ def test_outliers_are_compressed_and_come_back_exactly(shifted):
     assert norm.invert(np.float32([[50.0]])) == pytest.approx(odd.max(), rel=1e-6), "never brighter than the scan"
 
 
+def test_outliers_above_an_image_of_values_below_zero_leave_a_scale():
+    """Hounsfield units of air alone, and one bright voxel: for a network that was not shifted nothing else is seen."""
+    data = np.full((30, 30, 30), -1000.0)
+    data[3, 4, 5] = 50.0
+    assert normaliser(data, robust=True).scale == 50
+    assert normaliser(data, shifted=True, robust=True).scale == 1050  # all others are alike: of them none is bright
+
+
 def test_what_outliers_do_to_a_result_stays_where_they_are():
     from fastsrgan.infer.volume import infer_volume
 

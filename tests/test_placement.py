@@ -129,13 +129,14 @@ def bare(path, data, codes=0, affine=None):
     nib.save(image, path)
 
 
-@pytest.mark.parametrize("kind", ("no form", "identity", "the identity of ITK"))
+@pytest.mark.parametrize("kind", ("no form", "identity", "the identity of ITK", "that of radiology"))
 def test_a_lost_header_is_copied_not_resampled(tmp_path, kind):
     data = np.ones(SHAPE, np.uint8)
     if kind == "no form":
         bare(tmp_path / "m.nii.gz", data)
     else:
-        place = np.eye(4) if kind == "identity" else np.diag([-1.0, -1, 1, 1])
+        signs = {"identity": (1.0, 1), "the identity of ITK": (-1.0, -1), "that of radiology": (-1.0, 1)}
+        place = np.diag([*signs[kind], 1, 1])
         nib.save(nib.Nifti1Image(data, place), tmp_path / "m.nii.gz")
     like = Volume(np.zeros(SHAPE, np.float32), PLACE)
     for read in (images.load_label, any_image.load_mask):
