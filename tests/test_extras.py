@@ -262,6 +262,11 @@ def test_thickness_is_in_mm_and_across_the_slices_alone():
         thickness_mm=3 * (1 - draw.gap), profile=draw.box,
     )  # fmt: skip
     assert draw.gap and draw.box and np.array_equal(setting.apply(hr, (1, 1, 1), draw).low_res, by_hand.low_res)
+    for low in ((3, 1, 2), (2, 3, 1)):  # on whichever stored axis the slices are
+        gaps = Degradation((low,), 0.0, 0.0, gap=0.5)
+        thin, some = gaps.draw(1, 1, "sub-1"), head((12, 12, 12))
+        by_hand = degrade(some, (1, 1, 1), low, key=thin.key, thickness_mm=3 * (1 - thin.gap))
+        assert np.array_equal(gaps.apply(some, (1, 1, 1), thin).low_res, by_hand.low_res)
     for bad in (
         {"thickness_mm": -1.0},
         {"profile": "hann"},

@@ -16,7 +16,7 @@ from fastsrgan.core.ranks import Ranks
 from fastsrgan.model.networks import build_generator
 from fastsrgan.model.weights import save_generator
 from fastsrgan.train.gan import Models
-from fastsrgan.train.optimise import GROUPS
+from fastsrgan.train.optimise import GROUPS, Optimiser
 
 CPU = torch.device("cpu")
 
@@ -283,6 +283,21 @@ def test_an_update_reads_nothing_back_before_its_end(penalty):
         m.critic_update(b, fake, eps)
         m.generator_update(b, True)
     assert read == [0, 0]
+
+
+def test_a_loss_scale_changes_no_update_in_any_number_of_parts():
+    """Gradients are scaled up together and back together."""
+    found = []
+    for scaled, parts in ((False, 1), (True, 2)):
+        m = models(accumulate=parts)
+        c = m.config
+        for name, network, rate, eps in (("g", m.generator, c.lr_gen, 1e-8), ("d", m.critic, c.lr_dis, 1e-7)):
+            setattr(m, f"optimiser_{name}", Optimiser(network, rate, (c.beta1, c.beta2), eps, scaled=scaled))
+        facts = iterate(m)
+        found.append(([facts["d_gradient"], facts["g_gradient"]], weights(m)))
+    (plain, expected), (facts, moved) = found
+    assert facts == pytest.approx(plain, rel=1e-6)  # found: 3e-8, of a loss in float32
+    assert all((a - b).abs().max() < 1e-9 for a, b in zip(moved, expected, strict=True))  # found: 7e-13
 
 
 def test_networks_of_start_weights_are_those_that_learn(tmp_path):

@@ -24,7 +24,14 @@ from fastsrgan.store.reader import open_store
 from fastsrgan.train import loop
 from fastsrgan.train import validate as validation
 from fastsrgan.train.run import train
-from fastsrgan.train.validate import central_patch, fixed_resident, patch_ssim, validate, validate_whole
+from fastsrgan.train.validate import (
+    central_patch,
+    fixed_resident,
+    patch_ssim,
+    validate,
+    validate_whole,
+    validation_sums,
+)
 from fastsrgan.volume.geometry import resampled_affine
 
 
@@ -99,6 +106,12 @@ def test_what_is_below_zero_counts_as_zero_in_every_score(store):
     names, known = [s.id for s in feed.store.subjects], {}
     below, zero = (validate(Darker(floor), feed, names, batch_size=3, known=known) for floor in (-1.0, 0.0))
     assert below == zero and zero["SSIM"] < zero["SSIM_spline"]
+
+
+def test_half_a_probability_is_outside_as_in_inference():
+    pred, truth = torch.full((1, 2, 4, 4, 4), metrics.SEG_THRESHOLD), torch.ones(1, 2, 4, 4, 4)
+    pred[0, 1, 0] += 1e-6
+    assert validation_sums(pred, truth)[2:].tolist() == [16, 16, 64]
 
 
 def test_whole_volumes_score_as_infer_and_evaluate_do(store, tmp_path):
