@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 import json
@@ -324,6 +325,8 @@ def test_residents_in_another_precision_and_what_they_weigh(store, dali, engine,
     assert made.nbytes == kept * (2 * dtype.itemsize + 2) and kept < np.prod(SHAPES[1])
     assert feed.resident_voxels(store.subject("b"), 0) == np.prod(SHAPES[1])
     assert feed.resident_voxels(store.subject("b"), 1000) == np.prod(SHAPES[1])
+    below = dataclasses.replace(store.subject("b"), attrs=store.subject("b").attrs | {"intensity": {"min": -1.0}})
+    assert feed.resident_voxels(below, RULE.patch) == np.prod(SHAPES[1])  # lifted, nothing of it is air
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
