@@ -173,11 +173,7 @@ def test_a_resumed_run_does_with_another_value_what_the_row_says(row, tmp_path, 
     assert (f"{row.name} {getattr(then, row.name)} -> " in caplog.text) == (row.resume in (NEW, KEPT, ANEW))
     assert (f"another {row.name}: epoch 2 begins anew" in caplog.text) == (row.resume == ANEW)
     judged = dict.fromkeys(("best", "best_epoch", "best_dice")) | {"stale": 0}
-    anew = dict.fromkeys(("group", "step", "steps", "epoch_updates"), 0) | {
-        "resident": None,
-        "left": None,
-        "before": 0.0,
-    }
+    anew = dict.fromkeys(("group", "step", "steps", "epoch_updates", "before"), 0) | {"resident": None, "left": None}
     assert at == dataclasses.replace(STOOD, **{JUDGED: judged, ANEW: anew}.get(row.resume, {}))
     assert (f"not in this one: {row.name}" in caplog.text) == (row.resume == START)
     assert bool(caplog.records) == (row.resume in (NEW, KEPT, ANEW, START))

@@ -153,6 +153,19 @@ def test_whole_volumes_keep_labels_whole_and_have_the_papers_tiles_where_they_ar
     assert (InferSettings().patch, PAPER_STEP) == (validation.PATCH, validation.STEP)
 
 
+def test_whole_volumes_of_the_original_are_clipped_at_zero_and_told_their_resolution(store, monkeypatch):
+    law = Degradation(((1.0, 1.0, 3.0),), 0.0, 0.0, "segsrgan")
+    feed = Feed(open_store(store), law, PatchRule(16, 12), seed=0, device=torch.device("cpu"), threads=1)
+    networks, subject = [], feed.store.subjects[0].id
+    monkeypatch.setattr(validation, "TileNetwork", lambda *args: networks.append(args[1]))
+    found = []
+    for level in (-1.0, 0.0):
+        made = lambda volume, plan, network, level=level: (torch.stack([volume * 0 + level, volume]), None)  # noqa: E731
+        monkeypatch.setattr(validation, "predict", made)
+        found.append(validate_whole(Identity(), feed, [subject]))
+    assert found[0] == found[1] and networks == [3.0, 3.0]
+
+
 def test_whole_volumes_have_resolutions_spaced_evenly_over_the_subjects(store, monkeypatch):
     law = Degradation(((1.0, 1.0, 2.0), (1.0, 1.5, 4.0)))
     feed = Feed(open_store(store), law, PatchRule(16, 12), seed=0, device=torch.device("cpu"), threads=1)
