@@ -267,7 +267,8 @@ def test_what_is_not_finite_is_null_in_the_log(tmp_path):
     log = RunLog(tmp_path)
     log.step(1, 2, 0.5, 0.0, {"g_total": float("nan"), "d_total": float("-inf"), "rate": 1.0})
     log.epoch(1, {"PSNR": 30.0})
-    step, epoch = (json.loads(line, parse_constant=pytest.fail) for line in open(log.path, encoding="utf8"))
+    lines = log.path.read_text(encoding="utf8").splitlines()
+    step, epoch = (json.loads(line, parse_constant=pytest.fail) for line in lines)
     assert (step["g_total"], step["d_total"], step["rate"], epoch["validation"]) == (None, None, 1.0, {"PSNR": 30.0})
 
 
