@@ -299,6 +299,10 @@ def test_a_training_says_what_it_knows(tmp_path):
     assert known.voxel_mm == (0.5, 1.0) and known.slice_ratio == (4.0, 6.0) and known.head_mm is None
     assert known.structure_ml == (min(volumes) / 1.5, max(volumes) * 1.5)
     for subject in store.subjects:
+        subject.affine[:3, :3] *= 2  # voxels of eight times the volume
+    assert made_for(feed).structure_ml == (8 * min(volumes) / 1.5, 8 * max(volumes) * 1.5)
+    for subject in store.subjects:
+        subject.affine[:3, :3] /= 2
         subject.attrs["label_classes"] = [3, 42]
     assert made_for(feed).structure == "label 3, 42"
     assert light(replace(GROWN, voxel_mm=1.0, slice_ratio=5.0), sum(known.structure_ml) / 2, known)[0] == GREEN
