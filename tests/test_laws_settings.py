@@ -371,7 +371,7 @@ ACTS: dict[str, Act] = {
     "lr_schedule": Act("linear", lambda s: line(s, 0.0), True),
     "lr_end": Act(0.5, lambda s: line(s, 0.5), True, {"lr_schedule": "linear"}),
     "lr_warmup": Act(3, lambda s: np.allclose(s.factors[:4], [1 / 3, 2 / 3, 1, 1]), True),
-    "tensorboard": Act(True, lambda s: bool(s.began) and len(s.boards), 1),
+    "tensorboard": Act(True, lambda s: bool(s.began) and [first for _, first in s.boards], [1]),
     # It acts where settings are read: it gives other defaults.
     "preset": Act("paper", lambda s: from_mapping({"new_low_res": [LOW], "preset": s.config.preset}).batch_size, 32),
 }  # fmt: skip

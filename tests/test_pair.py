@@ -17,8 +17,10 @@ from fastsrgan.model.networks import build_generator
 from fastsrgan.model.weights import save_generator
 from fastsrgan.train.gan import Models
 from fastsrgan.train.optimise import GROUPS, Optimiser
+from fastsrgan.train.run import snapshot_bytes
 
 CPU = torch.device("cpu")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def models(ranks: Ranks | None = None, **changes) -> Models:
@@ -298,6 +300,16 @@ def test_a_loss_scale_changes_no_update_in_any_number_of_parts():
     (plain, expected), (facts, moved) = found
     assert facts == pytest.approx(plain, rel=1e-6)  # found: 3e-8, of a loss in float32
     assert all((a - b).abs().max() < 1e-9 for a, b in zip(moved, expected, strict=True))  # found: 7e-13
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_the_room_for_a_snapshot_is_that_of_all_that_it_holds(ema):
+    m = models(ema=ema)
+    iterate(m)
+    held = [*weights(m), *(m.average or {}).values()]
+    held += [kept[name] for o in (m.optimiser_g, m.optimiser_d) for kept in o.adam.state.values() for name in MOMENTS]
+    # Those of float32, and no more than twice as much.
+    assert sum(4 * t.numel() for t in held) <= snapshot_bytes(m) <= 2 * sum(4 * t.numel() for t in held)
 
 
 def test_networks_of_start_weights_are_those_that_learn(tmp_path):
