@@ -82,6 +82,14 @@ def test_bounds_count_by_the_finest_that_can_be_drawn(tmp_path):
             refuse(store, config(new_low_res=bounds))
 
 
+def test_simpleitk_takes_what_rounds_to_a_whole_voxel(tmp_path):
+    store = cohort(tmp_path / "c", {"spacing": 1.9}, {"spacing": 2.1}, {})
+    with pytest.raises(
+        InputError, match=r"coarser than the low resolution of 1 x 1 x 3 mm: h1 \(2.1 x 2.1 x 2.1 mm\)$"
+    ):
+        refuse(store, config(geometry="segsrgan", interp="sitk"))
+
+
 def test_masks_labels_and_patches_of_all_subjects_in_one_list(tmp_path):
     whole, corner = np.ones((SIDE,) * 3), np.zeros((SIDE,) * 3)
     corner[0, 0, 0] = 1

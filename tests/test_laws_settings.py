@@ -395,3 +395,8 @@ def test_a_setting_reaches_the_place_where_it_acts(name, tmp_path):
 def test_train_and_test_subjects_are_those_of_the_store(monkeypatch, tmp_path):
     seen = Seen(CONFIG, monkeypatch, tmp_path)
     assert (seen.run.train, seen.run.test) == (["a", "b"], ["t"])
+
+
+def test_in_the_originals_geometry_whole_volumes_have_to_fit(monkeypatch, tmp_path):
+    """Its ratios may change the sizes, and then nothing of a volume is left out."""
+    assert Seen(CONFIG.replace(**FITTING, geometry="segsrgan"), monkeypatch, tmp_path).limit("patch") == 0
