@@ -84,10 +84,9 @@ def test_bounds_count_by_the_finest_that_can_be_drawn(tmp_path):
 
 def test_simpleitk_takes_what_rounds_to_a_whole_voxel(tmp_path):
     store = cohort(tmp_path / "c", {"spacing": 1.9}, {"spacing": 2.1}, {})
-    with pytest.raises(
-        InputError, match=r"coarser than the low resolution of 1 x 1 x 3 mm: h1 \(2.1 x 2.1 x 2.1 mm\)$"
-    ):
+    with pytest.raises(InputError) as error:
         refuse(store, config(geometry="segsrgan", interp="sitk"))
+    assert error.value.reason == "coarser than the low resolution of 1 x 1 x 3 mm: h1 (2.1 x 2.1 x 2.1 mm)"
 
 
 def test_masks_labels_and_patches_of_all_subjects_in_one_list(tmp_path):
