@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 from collections import Counter
 from types import SimpleNamespace
@@ -12,7 +13,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import common, infer, naive, step
+from bench import (
+    common,
+    data_engine,
+    data_page,
+    data_stages,
+    flops,
+    infer,
+    kernels,
+    naive,
+    roofline,
+    scale,
+    step,
+    step_ranks,
+)
 from bench.__main__ import parse
 from bench.peers_infer import PEERS
 from fastsrgan.infer import tiles
@@ -181,3 +195,184 @@ def test_every_side_of_a_row_has_its_inputs_before_it_is_timed(monkeypatch):
         for call in sides.values():
             call()
         assert not made, case.name
+
+
+# --- what follows from the times --------------------------------------------------------------------------------------
+
+
+def round_of(cold, seconds, cpu, share, disk, peak):
+    wait = {"share": share, "waited": 10 * share, "steps": 4}
+    return {
+        "patches": 60, "cold_patches": 12, "cold_seconds": cold, "seconds": seconds, "cpu_seconds": cpu, "wait": wait,
+        "epochs": 5, "disk_bytes": disk, "call_bytes": 2 * disk, "files_left": dict.fromkeys(range(disk)),
+        "peak_bytes": peak,
+    }  # fmt: skip
+
+
+def test_the_figures_of_a_feed_are_medians_over_all_rounds_and_the_most_that_was_written():
+    ours = [round_of(1, [2.0, 6.0], [1.0, 2.0], 0.1, 5, 70), round_of(3, [3.0, 4.0], [3.0, 4.0], 0.5, 1, 90)]
+    ours.append(round_of(4, [5.0, 50.0], [30.0, 40.0], 0.2, 0, 80))
+    told = data_engine.summary(ours)
+    assert told == {
+        "seconds_median": 4.5, "seconds_min": 2, "seconds_max": 50, "cpu_seconds_median": 3.5, "repeats": 6,
+        "patches_per_epoch": 60, "patches_per_second": 60 / 4.5, "patches_per_cpu_second": 60 / 3.5,
+        "cold_patches_per_second": 4.0, "wait_share": 0.2, "wait_seconds_per_step": 0.5, "disk_bytes_per_epoch": 1.0,
+        "call_bytes_per_epoch": 2.0, "files_left": 6, "peak_bytes": 90,
+    }  # fmt: skip
+    slow = [{**one, "seconds": [4 * s for s in one["seconds"]], "cpu_seconds": [14.0, 14.0]} for one in ours]
+    slow[1]["seconds"] = [3.0, 40.0]
+    row = told | {"ratio_to": {}, "ratio_range": {}, "cpu_ratio_to": {}, "peers": {"x": data_engine.summary(slow)}}
+    data_engine.compare(row, "x", {data_engine.OURS: ours, "x": slow})
+    assert row["ratio_to"]["x"] == 22 / 4.5  # how many times our patches per second are the peer's
+    assert row["ratio_range"]["x"] == [1, 10] and row["cpu_ratio_to"]["x"] == 14 / 3.5
+
+
+def test_the_stages_of_a_volume_are_counted_once_each(monkeypatch):
+    now = SimpleNamespace(seconds=0.0)
+
+    def takes(seconds, result=None):
+        return lambda *args: setattr(now, "seconds", now.seconds + seconds) or result
+
+    class Feed:
+        store = SimpleNamespace(read=takes(2.0))
+
+        def prepare(self, epoch, name):
+            self.store.read(name)
+            data_stages.Degradation.apply(None)
+            takes(5.0)()
+            return "resident"
+
+    monkeypatch.setattr(data_stages, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(data_stages.Degradation, "apply", takes(3.0))
+    monkeypatch.setattr(data_stages, "make_feed", lambda work: Feed())
+    pool = SimpleNamespace(generator_batches=lambda batch: [0, 1], gather=takes(3.5))
+    monkeypatch.setattr(data_stages, "make_pool", lambda *args: pool)
+    work = SimpleNamespace(names=["a"], batch=4, device="cpu")
+    assert data_stages.one_volume(work, 1) == ({"read": 2.0, "degrade": 3.0, "place": 5.0, "gather": 7.0}, "resident")
+
+
+def test_the_waiting_of_a_training_is_a_share_of_its_steps(monkeypatch):
+    def train(store, run, config, device):
+        run.mkdir()
+        lines = [{"update": n, "seconds": s} for n, s in enumerate((1.0, 2.0, 7.0))] + [
+            {"validation": {}, "seconds": 9}
+        ]
+        (run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf8")
+        return {"updates": 3, "seconds": 100.0, "data_wait_seconds": 0.5, "first_wait_seconds": 4.0}
+
+    monkeypatch.setattr(data_stages, "train", train)
+    work = SimpleNamespace(low_res=(1.0, 1.0, 3.0), patch=16, store="s")
+    row = data_stages.Training("t", SimpleNamespace(made=lambda: work)).measure(
+        SimpleNamespace(quick=True, device="cpu")
+    )
+    assert (row["wait_share"], row["seconds_median"], row["run_seconds"]) == (0.05, 2.0, 100.0)
+    assert (row["updates"], row["data_wait_seconds"], row["first_wait_seconds"]) == (3, 0.5, 4.0)
+
+
+def test_of_inference_the_share_outside_the_network_and_ratios_are_of_the_right_side():
+    row = {"tiles": 12, "kind": infer.WHOLE, "peers": {"peer": {}, infer.CEILING: {}}}
+    taken = {"ours": [2.0, 3.0, 10.0], "peer": [9.0, 6.0, 20.0], infer.CEILING: [1.5, 0.5, 3.0]}
+    turns = {name: [common.Turn(s, s) for s in seconds] for name, seconds in taken.items()}
+    inside = {"ours": [1.5, 2.0, 6.0], "peer": [8.1, 3.0, 10.0], infer.CEILING: [0.0, 0.0, 0.0]}
+    infer._note_times(row, "ours", turns, inside)
+    assert row["seconds_median"] == 3 and row["tiles_per_second"] == 4 and row["outside_network"] == 1 - 2 / 3
+    assert row["peers"]["peer"]["outside_network"] == 0.5 and row["peers"]["peer"]["tiles_per_second"] == 12 / 9
+    assert row["ratio_to"] == {"peer": 3.0, infer.CEILING: 0.5} and row["of_copy_ceiling"] == 0.5
+    assert row["ratio_range"]["peer"] == [2.0, 4.5]
+
+
+def test_bytes_of_a_row_are_what_its_work_reads_and_writes_once():
+    args = parse(["infer", *"--quick --shape 24 20 25 --patch 16 --step 12".split()])
+    plan = tiles.plan((24, 20, 25), 16, 12)
+    tile, volume = 16**3, 24 * 20 * 25
+    case = infer._sum_case(args, 12, "constant")
+    assert case.facts["bytes"] == 2 * 4 * (len(plan) * tile + volume) and case.facts["tiles"] == len(plan) == 8
+    args = parse(["kernels", *"--quick --shape 24 20 25 --patch 16 --step 12 --batch 3".split()])
+    sizes = {case.name: case.facts["bytes"] for case in kernels.cases(args)}
+    assert sizes == {
+        "overlap_add": 2 * 4 * (8 * tile + volume),
+        "gather_tiles": 4 * (volume + 8 * tile),
+        "gather_patches": 3 * tile * (4 + 4 + 1 + 4 + 4 + 4),  # two images and a label; input, truth, label
+        "degradation products": 4 * (2 * volume + 2 * 24 * 20 * 9),
+    }
+    assert {case.amount[1] for case in kernels.cases(args)} == set(map(float, sizes.values()))
+
+
+def test_each_side_of_a_step_is_held_against_the_ceilings_with_its_own_time(monkeypatch):
+    plain = {"passed": True, "seconds_median": 2.0, "peers": {"a": {"seconds_median": 8.0}, "b": {"not_run": "x"}}}
+    monkeypatch.setattr(common, "measure", lambda case, args: {**plain, "peers": dict(plain["peers"])})
+    top = {"matmul_flop_per_second": 100.0, "copy_bytes_per_second": 10.0}
+    monkeypatch.setattr(step, "ceilings", lambda device, quick: top)
+    case = step.Work("w", {}, dict, 1.0, count=flops.Count(40.0, 16.0))
+    row = case.measure(SimpleNamespace(device="cpu", quick=True))
+    assert (row["of_matmul_ceiling"], row["of_copy_ceiling"]) == (0.2, 0.8)
+    assert (row["peers"]["a"]["of_matmul_ceiling"], row["peers"]["a"]["of_copy_ceiling"]) == (0.05, 0.2)
+    assert row["peers"]["b"] == {"not_run": "x"} and (row["flop"], row["least_bytes"]) == (40, 16)
+
+
+def test_the_ceilings_of_a_step_are_the_best_copy_and_product(monkeypatch):
+    times = {"copy": [4.0, 2.0], "float32": [0.5, 0.25]}
+    monkeypatch.setattr(
+        common, "take_turns", lambda calls, *_: {k: [common.Turn(s, s) for s in times[k]] for k in calls}
+    )
+    top = step.ceilings.__wrapped__("cpu", True)
+    assert top["copy_bytes_per_second"] == 2 * 4 * 2**20 / 2  # read and written
+    assert top["matmul_flop_per_second"] == top["float32_flop_per_second"] == 2 * 128**3 / 0.25
+
+
+def test_weak_scaling_is_the_time_of_one_rank_over_that_of_all(monkeypatch):
+    taken = {1: [2.0, 3.0, 9.0], 4: [6.0, 5.0, 4.0]}
+    monkeypatch.setattr(
+        step_ranks.Scaling, "launch", lambda self, n: [{"seconds": taken[n], "weights": "w"}] * n
+    )  # fmt: skip
+    row = step_ranks.Scaling("s", {"batch": 8, "ranks": 4}, None).measure(SimpleNamespace(ranks=4))
+    assert row["weak_scaling_efficiency"] == row["ratio_to"]["one rank"] == 3 / 5
+    assert row["patches_per_second"] == 4 * 8 / 5 and row["ratio_range"]["one rank"] == [2 / 6, 9 / 4]
+    assert (row["seconds_median"], row["peers"]["one rank"]["seconds_median"]) == (5, 3)
+
+
+def test_figures_of_a_prediction_are_those_of_the_reports_and_options_come_in_milliseconds(tmp_path):
+    rows = [{"name": "iteration on 2 ranks", "weak_scaling_efficiency": 0.75}]
+    rows.append({"name": "iteration of 5 + 1", "seconds_median": 2.5, "batch": 4})
+    volume = {"name": "one volume, stage by stage", "patches": 90, "convert": {"store_bytes_per_volume": 7e6}}
+    volume["stages"] = {"read": 1.0, "degrade": 0.5, "place": 0.25, "gather": 64.0}
+    for name, made in (("step", rows), ("data", [volume])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": made}), encoding="utf8")
+    found = scale.measured(tmp_path)
+    assert found == scale.Figures(2.5, 4, 90, 1.75, 7e6, efficiency=0.75)  # patches are gathered beside the steps
+    given = dict.fromkeys(("batch", "threads", "efficiency", "patches", "step_ms", "volume_ms"))
+    assert scale.with_options(found, SimpleNamespace(**given)) == found
+    asked = SimpleNamespace(batch=16, threads=3, efficiency=0.5, patches=70, step_ms=145, volume_ms=40)
+    assert scale.with_options(found, asked) == scale.Figures(0.145, 16, 70, 0.04, 7e6, 3, 0.5)
+
+
+def test_a_layer_that_occurs_often_is_counted_as_often_in_all_columns():
+    """Twelve convolutions of the blocks: twelve times the time and the floor, forward and training."""
+    name = "norm, 3^3 of a block"
+    side = {"plain": {"seconds_median": 3.0}}
+    rows = [{"name": f"{name}, k 2{end}", "passed": True, "seconds_median": s, "peers": side}
+            for end, s in ((", forward", 2.0), (", forward + backward", 5.0))]  # fmt: skip
+    report = {"rows": rows, "settings": {"kernel": [2], "batch": [3], "patch": 16}}
+    top = roofline.Ceilings(1e6, 1e30)
+    floor = 12 * 3 * roofline.layer_counts(2, 16)[name].flop / 1e6
+    line = roofline.layer_table(report, top).splitlines()[2]
+    for seconds, least in ((24, floor), (36, floor), (60, 3 * floor)):  # backward: of weights and of the input
+        assert f"{seconds} s ({seconds / least:.2g} x)" in line
+    assert f"{name}, 12 of them" in line
+
+
+def test_a_line_of_a_row_has_median_least_and_most_and_how_often_ours_that_is(capsys):
+    ours = {"seconds_median": 0.002, "seconds_min": 0.001, "seconds_max": 0.003, "peak_bytes": 5 * 2**20}
+    theirs = {"seconds_median": 0.008, "seconds_min": 0.007, "seconds_max": 0.009}
+    row = {"name": "n", "max_error": 1e-7, "tolerance": 1e-5, "passed": True, "tiles_per_second": 4.0, **ours}
+    common.print_row(row | {"peers": {"p": theirs}, "ratio_to": {"p": 4.0}, "ratio_range": {"p": [3.5, 4.5]}})
+    _, mine, peer = capsys.readouterr().out.splitlines()
+    assert mine.split() == "fastsrgan 2.00 ms (1.00 to 3.00) 5 MiB 4 tiles/s".split()
+    assert peer.split() == "p 8.00 ms (7.00 to 9.00) 4.00 x ours (3.50 to 4.50)".split()
+
+
+def test_in_half_precision_both_images_of_a_resident_are_half_as_large():
+    row = {"name": "one volume", "resident_shape": [100, 100, 100], "resident_bytes_per_voxel": 9}
+    single, half = data_page.memory({"rows": [row]}).splitlines()[2:]
+    assert [cell.strip() for cell in single.split("|")[2:-1]] == ["9", "9 MB", "222", "888", "3555"]
+    assert [cell.strip() for cell in half.split("|")[2:-1]] == ["5", "5 MB", "400", "1600", "6400"]

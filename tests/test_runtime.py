@@ -191,3 +191,8 @@ def test_the_chosen_gpu_is_the_current_one_before_anything_else_is_asked_of_it(m
     calls.clear()
     assert system.pick_device("cuda") == system.pick_device("auto") == torch.device("cuda:0")
     assert calls == ["current", "current"], "the device that torch has already is taken as it is"
+
+
+def test_the_peak_of_memory_is_the_kernels_own_in_bytes():
+    (told,) = (line for line in open("/proc/self/status", encoding="ascii") if line.startswith("VmHWM"))
+    assert system.peak_memory() == pytest.approx(1024 * int(told.split()[1]), rel=0.05)  # found: 0.001

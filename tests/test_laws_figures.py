@@ -1,0 +1,392 @@
+"""Figures under their names: in evaluations, tables of the command line, pages, pictures and studies."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_results import make_known
+
+from fastsrgan.cli.evaluate import beside, better, cohort_figures, comparison
+from fastsrgan.cli.evaluate import figures as figure_rows
+from fastsrgan.evaluate import cohort, compare, pair
+from fastsrgan.evaluate.figures import FIGURES, Compared, scores
+from fastsrgan.evaluate.plausibility import GREEN, RED, YELLOW, Look, choose, judge
+from fastsrgan.model.purpose import MODELS
+from fastsrgan.pictures import error_map as error_map_module
+from fastsrgan.pictures.figure import Column, planes
+from fastsrgan.pictures.planes import cuts
+from fastsrgan.report import cohort as cohort_page
+from fastsrgan.report import curves, page, sections, viewer, volumes
+from fastsrgan.report.collect import find
+from fastsrgan.study import curves as study_curves
+from fastsrgan.study import plots
+from fastsrgan.study.run import DEFAULTS
+from fastsrgan.volume.geometry import Volume
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def images_of(noise: float, wrong: int, stray: int) -> Compared:
+    """A ball and its label beside a result with so much noise, so many voxels of its rim lost and strays far away."""
+    grid = np.stack(np.meshgrid(*(np.arange(24.0),) * 3, indexing="ij")) - 11.5
+    label = (np.square(grid).sum(0) < 64).astype(np.uint8)
+    hr = Volume((100 + 60 * label + 10 * np.sin(grid[0])).astype(np.float32), np.diag([1.0, 1.0, 2.0, 1.0]))
+    seg = label.copy()
+    seg[: 4 + wrong] = 0
+    for n in range(stray):
+        seg[1 + 3 * n : 3 + 3 * n, 1:2, 1:2] = 1
+    error = np.random.default_rng(0).normal(0, noise, hr.data.shape)
+    sr = (hr.data + error).astype(np.float32)
+    return Compared(hr, {"whole": None}, sr, seg, label)
+
+
+def test_what_is_better_of_a_figure_is_what_the_better_result_has():
+    """Of every figure that has a direction, on the command line too."""
+    good, bad = (scores(images_of(*how)) for how in ((2.0, 1, 1), (9.0, 5, 3)))
+    flat = [{**one["image"]["whole"], **one["segmentation"]} for one in (good, bad)]
+    for name, figure in FIGURES.items():
+        apart = flat[0][name] - flat[1][name]
+        if figure.better:
+            assert apart * figure.better > 0 and better(name, apart) == "yes" and better(name, -apart) == "no", name
+    assert {name for name, figure in FIGURES.items() if not figure.better} == {
+        "components", "largest_component", "volume_ml", "label_components", "label_volume_ml",
+    }  # fmt: skip
+
+
+def test_other_units_are_noted_of_each_image_under_its_own_name():
+    """From twice the reference's mean intensity on, or half of it."""
+    hr = Volume(np.full((12, 12, 12), 100, np.float32), np.eye(4))
+
+    def noted(sr: float, baseline: float) -> list[str]:
+        others = (Volume(hr.data * np.float32(factor), hr.affine) for factor in (sr, baseline))
+        told = pair.evaluate_pair(next(others), hr, baseline=next(others), subject=None)
+        return [note.partition(":")[0] for note in told["notes"] if "are the units the same?" in note]
+
+    assert noted(1.9, 0.55) == [] and noted(2.1, 0.55) == ["SR"]
+    assert noted(1.9, 0.45) == ["baseline"] and noted(0.45, 2.1) == ["SR", "baseline"]
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("hr", ["a_lr", "a_lr_hr", "a_lr_HR", "a", "a_hr", "a_HR"]),
+        ("label", ["a_lr_label", "a_lr_seg", "a_lr_dseg", "a_lr_gm", "a_label", "a_seg", "a_dseg", "a_gm"]),
+        ("mask", ["a_lr_mask", "a_mask"]),
+    ],
+)
+def test_of_several_truths_the_first_in_the_order_that_is_told_is_taken(tmp_path, what, names):
+    known = {name: tmp_path / f"{name}.nii.gz" for name in [*names, "b_label", "b", "b_mask"]}
+    for name in names:
+        item = cohort._match(tmp_path / "out" / "a_lr_sr.nii.gz", known, tmp_path, Path())
+        assert item.files[what] == known.pop(name)
+    assert what not in cohort._match(tmp_path / "out" / "a_lr_sr.nii.gz", known, tmp_path, Path()).files
+
+
+def test_each_panel_of_a_comparison_has_the_figure_of_its_heading(monkeypatch, tmp_path):
+    def result(folder, truth, **_):
+        shift = 1.0 if Path(folder).name == "one" else 10.0
+        found = [{"image": {"whole": {"psnr_db": shift + n, "ssim": shift / 100 + n}}, "notes": [], "subject": f"s{n}",
+                  "segmentation": {"dice": shift / 20 + n, "volume_ml": 100 * shift + n}} for n in (0, 1)]  # fmt: skip
+        return {"rows": found, "failed": [], "definitions": {}}
+
+    drawn = []
+    monkeypatch.setattr(compare, "evaluate_folders", result)
+    monkeypatch.setattr("fastsrgan.pictures.bland_altman.bland_altman", lambda *args: drawn.append(args))
+    compare.compare_folders(tmp_path / "one", tmp_path / "other", tmp_path / "truth", png=tmp_path / "png")
+    ((target, panels, names),) = drawn
+    assert target == tmp_path / "png" / "bland-altman.png" and names == ("one", "other")
+    assert [(heading, *map(list, values)) for heading, *values in panels] == [
+        ("PSNR, dB", [1, 2], [10, 11]),
+        ("SSIM", [0.01, 1.01], [0.1, 1.1]),
+        ("Dice", [0.05, 1.05], [0.5, 1.5]),
+        ("volume of the segmentation, mL", [100, 101], [1000, 1001]),
+    ]
+
+
+def of(mean: float, sd: float | None = None) -> dict:
+    return {"mean": mean, "sd": sd, "n": 3}
+
+
+def test_the_tables_of_the_command_line_have_every_figure_under_its_head():
+    path = "image.whole.psnr_db"
+    told = {"first": of(1, 0.1), "second": of(3, 0.2), "difference": of(2, 0.3), "limits": [1.5, 2.5], "p": 0.04}
+    row = {"subject": "s", "figures": {f"first.{path}": 1.0, f"second.{path}": 3.0, f"difference.{path}": 2.0}}
+    result = {"names": ["one", "other"], "comparison": {path: told}, "rows": [row]}
+    (line,) = comparison(result)
+    assert line == {
+        "where": "whole", "figure": "psnr_db", "one": "1 ± 0.1", "other": "3 ± 0.2", "difference": "2 ± 0.3",
+        "better": "yes", "limits": "1.5 to 2.5", "p": "0.04", "n": 3,
+    }  # fmt: skip
+    assert beside(result) == [{"subject": "s", "PSNR dB": "1 3 (+2)"}]
+    (line,) = cohort_figures({"summary": {path: of(9, 1), f"baseline.{path}": of(4, 2), f"gain.{path}": of(5, 3)}})
+    assert line == {
+        "where": "whole", "figure": "psnr_db", "value": "9 ± 1", "baseline": "4 ± 2", "difference": "5 ± 3",
+        "better": "yes", "n": 3,
+    }  # fmt: skip
+    one = {"image": {"whole": {"psnr_db": 9.0}}}
+    one |= {"baseline": {"image": {"whole": {"psnr_db": 4.0}}}, "gain": {"image": {"whole": {"psnr_db": 5.0}}}}
+    (line,) = figure_rows(one)
+    assert (line["value"], line["baseline"], line["difference"], line["better"]) == ("9", "4", "5", "yes")
+
+
+# --- the traffic light ------------------------------------------------------------------------------------------------
+
+ADULT = MODELS["adult"].purpose
+GROWN = Look(180.0, 3500.0, 0, -0.4, 1.0, 4.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "slack"),
+    [("head_mm", 1.1), ("voxel_mm", 2.0), ("slice_ratio", 2.0), ("structure_ml", 1.5), ("structure_share", 1.5)],
+)
+@pytest.mark.parametrize("end", [0, 1])
+def test_beyond_the_weights_range_is_yellow_up_to_a_factor_and_red_from_there(name, slack, end):
+    wanted = getattr(ADULT, name)
+
+    def light(value: float) -> str:
+        look, ml = GROWN, 600.0
+        if name == "structure_ml":
+            ml = value
+            look = Look(180.0, ml / 0.2, 0, -0.4, 1.0, 4.0, 0.0)
+        elif name == "structure_share":
+            look = Look(180.0, ml / value, 0, -0.4, 1.0, 4.0, 0.0)
+        else:
+            look = Look(**{**GROWN.to_dict(), name: value})
+        seg = np.zeros((12, 12, 12), np.uint8)
+        seg[4:8, 4:8, 4:8] = 1
+        return judge(look, seg, 1000 * ml / 64, ADULT).light
+
+    away = [wanted[1] * f if end else wanted[0] / f for f in (0.98, 1.02, 0.98 * slack, 1.02 * slack)]
+    assert [light(value) for value in away] == [GREEN, YELLOW, YELLOW, RED]
+
+
+def test_ct_and_heads_of_no_model_are_told_from_their_limits_on():
+    seg = np.zeros((12, 12, 12), np.uint8)
+    seg[4:8, 4:8, 4:8] = 1
+    lights = [judge(Look(180.0, 3500.0, 0, -0.4, 1.0, 4.0, low), seg, 9375.0, ADULT).light for low in (-499, -501)]
+    assert lights == [GREEN, RED]
+    longest = max(model.purpose.head_mm[1] for model in MODELS.values())
+    said = [choose(Look(longest * f, 3500.0, 0, -0.4, 1.0, 4.0, 0.0))[1] for f in (1.2, 1.3)]
+    assert ["fits no model" in text for text in said] == [False, True]
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_lines_of_a_run_have_the_values_of_their_names(monkeypatch):
+    """What is no network's is dashed; of a mask's classes there is no line, of structures by name there is."""
+    charts = {}
+    monkeypatch.setattr(curves, "line_chart", lambda title, lines, *labels: charts.update({title: lines}))
+    names = [key for _, keys in curves.SCORES for key in keys if key != "Dice_label_1"] + ["Dice_cortex", "Dice_mask_1"]
+    scored = {name: float(n) for n, name in enumerate(names)}
+    losses = {name: [100.0 + n] for n, name in enumerate(k for _, keys, _ in curves.CHARTS for k in keys)}
+    facts = {"validation": [{"epoch": 1} | scored], "at": [1], "curves": losses, "summary": None, "config": ""}
+    curves.run_card(facts | {"updates_per_point": 1, "unreadable_lines": 0}, [])
+    shown = {title: {line.name: (line.y[0], line.dashed) for line in lines} for title, lines in charts.items()}
+
+    def of_images(name: str) -> dict:
+        return {
+            "patches": (scored[name], False), "spline, patches": (scored[f"{name}_spline"], True),
+            "whole volumes": (scored[f"whole_{name}"], False),
+            "interpolation, whole volumes": (scored[f"spline_{name}"], True),
+        }  # fmt: skip
+
+    linear = {"best linear estimate, patches": (scored["PSNR_linear"], True)}
+    linear |= {"best linear estimate, whole volumes": (scored["linear_PSNR"], True)}
+    dice = {"Dice_cortex": (scored["Dice_cortex"], False)}
+    dice |= {"patches": (None, False), "whole volumes": (scored["whole_Dice"], False)}
+    dice |= {"interpolation, whole volumes": (scored["spline_Dice"], True)}
+    assert shown["Dice on the test subjects"] == dice  # the last of two lines of this name is the label's of older runs
+    assert shown["PSNR on the test subjects, dB"] == of_images("PSNR") | linear
+    assert shown["SSIM on the test subjects"] == of_images("SSIM")
+    lost = {name: (values[0], False) for name, values in losses.items()}
+    assert shown["Gradient norms"] == {"generator": lost["g_gradient"], "critic": lost["d_gradient"]}
+    assert shown["Generator"] == {"generator": lost["g_total"], "its adversarial part": lost["g_adversarial"]}
+    assert shown["Critic"] == {"Wasserstein estimate": lost["d_wasserstein"], "gradient penalty": lost["d_penalty"]}
+
+
+def test_a_point_of_a_binned_curve_lies_at_the_mean_of_its_updates(tmp_path):
+    lines = [json.dumps({"update": n, "g_total": float(n % 3)}) for n in range(1, 602)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines), encoding="utf8")
+    found = curves.read_run(tmp_path)
+    assert found["updates_per_point"] == 3 and found["at"][:2] == [2, 5] and found["at"][-1] == 601
+    assert found["curves"]["g_total"][:2] == [1, 1] and len(found["at"]) == 201
+
+
+def numbers(html: str) -> dict[str, str]:
+    """JSON pointer -> value of every figure of a piece of a page, in its order."""
+    return {path: value for value, path in re.findall(r'<data value="([^"]*)" data-path="([^"]*)"', html)}
+
+
+def test_every_number_of_a_page_is_the_one_at_its_place():
+    known = {"summary": {"image.whole.psnr_db": of(30.25, 1.5)}}
+    told = numbers(cohort_page._mean("/scores/image/whole/psnr_db", known))
+    assert told == {"/summary/image.whole.psnr_db/mean": "30.25", "/summary/image.whole.psnr_db/sd": "1.5"}
+    fit = {"condition": "c", "model": "m", "intercept_s": 0.5, "slope_s": 64000.0, "r2": 0.75}
+    html = sections._fit(fit, "/x")
+    assert list(numbers(html).items()) == [("/x/intercept_s", "0.5"), ("/x/slope_s", "64000.0"), ("/x/r2", "0.75")]
+    agree = {"residual_percent": 1.5, "residual_percent_without": 4.5}
+    told = numbers(sections._agreement(agree, "/a"))
+    assert list(told.items()) == [("/a/residual_percent", "1.5"), ("/a/residual_percent_without", "4.5")]
+
+
+def test_tiles_are_of_the_region_that_they_name():
+    image = {region: {"psnr_db": value} for region, value in (("whole", 20.5), ("mask", 30.5), ("label", 40.5))}
+    base = {"image": {region: {"psnr_db": 1.5 + one["psnr_db"]} for region, one in image.items()}}
+    for regions, value, where in (
+        (("whole", "label"), "20.5", "whole image"),
+        (tuple(image), "30.5", "inside the mask"),
+    ):
+        (tile,) = sections.tiles({"image": {r: image[r] for r in regions}, "baseline": base}, "")
+        region = "mask" if "mask" in regions else "whole"
+        assert f"<small>{where}</small>" in tile
+        expected = {f"/image/{region}/psnr_db": value}
+        assert numbers(tile) == expected | {f"/baseline/image/{region}/psnr_db": str(float(value) + 1.5)}
+
+
+def test_the_facts_of_a_result_stand_beside_their_names():
+    record = {
+        "input": {"path": "scan.nii", "sha256": "aa", "shape": [1, 2, 3], "spacing_mm": [1.0, 1.5, 3.0]},
+        "weights": {"path": "w.safetensors", "sha256": "bb", "spec": {"kernel": 7}},
+        "shape": [4, 5, 6], "new_resolution": [0.5, 0.75, 1.25], "geometry": "physical", "device": "cpu",
+        "precision": "fp32", "threshold": 0.25, "seconds": 12.5, "asked": {"step": 9}, "provenance": {"torch": "2"},
+        "tiles": 11, "tile": [16, 20, 24], "window": "hann", "batch": 3,
+    }  # fmt: skip
+    html = sections.provenance_card(record, "/r")
+    rows = dict(re.findall(r'<th scope="row">([^<]*)</th><td>(.*?)</td>', html))
+    plain = {name: re.sub("<[^>]*>", "", cell) for name, cell in rows.items()}
+    assert plain == {
+        "input": "scan.nii", "input SHA-256": "aa", "input grid": "1 × 2 × 3 voxels of 1 × 1.5 × 3 mm",
+        "result grid": "4 × 5 × 6 voxels of 0.5 × 0.75 × 1.25 mm", "weights": "w.safetensors", "weights SHA-256": "bb",
+        "network": "kernel 7", "geometry": "physical", "options": "step 9", "threshold": "0.25", "precision": "fp32",
+        "tiles": "tiles 11, tile 16 × 20 × 24, window hann, batch 3", "device": "cpu", "time": "12.5 s",
+        "versions": "torch 2",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def packed():
+    """A block of 9 x 11 x 13 voxels of 1000 in air, stored at x = 8, y = 9, z = 10 of a volume of 2 mm."""
+    data = np.zeros((30, 32, 34), np.float32)
+    data[8:17, 9:20, 10:23] = 1000
+    affine = np.array([[2.0, 0, 0, -7], [0, 2, 0, 5], [0, 0, 2, 3], [0, 0, 0, 1]])
+    sr = Volume(data, affine)
+    spline = Volume(data * np.where(np.arange(34) % 2, np.float32(0.8), np.float32(0.4)), affine)
+    return volumes.images_of(sr, {"spline": spline, "truth": Volume(data * np.float32(0.9), affine)}), sr
+
+
+def test_a_page_is_cut_four_voxels_around_the_head_and_opens_where_it_says(packed):
+    made, sr = packed
+    part = made.part(made.all)
+    assert part.shape == (9 + 8, 11 + 8, 13 + 8) and part.full_shape == (30, 32, 34) and part.top == 1000
+    assert np.allclose(part.affine[:3, 3], (sr.affine @ [4, 5, 6, 1])[:3])
+    at = tuple((part.affine @ [3, 7, 11, 1])[:3])
+    html = viewer.viewer_data(part, viewer.View(at, "coronal"), None)
+    plan = json.loads(re.search(r'id="plan">(.*?)</script>', html)[1])
+    assert plan["start"] == [3, 7, 11] and plan["plane"] == "coronal" and plan["spacing"] == [2, 2, 2]
+
+
+def test_colours_of_differences_end_at_the_largest_of_them_and_the_scale_says_so_in_units_of_the_image(packed):
+    made, _ = packed
+    part = made.part(made.all)
+    assert part.limit == 255 - round(0.4 * 255)  # of SR and spline; SR and truth are 25 levels apart, spline 128
+    end = f"{part.limit * 1000 / 255:.3g}"
+    text = re.sub("<[^>]*>", " ", viewer._scale(part))
+    assert f"−{end} " in text and f"+{end} " in text and float(end) == pytest.approx(600, rel=2e-3)
+
+
+def test_the_thumbnail_of_a_result_is_its_middle_axial_plane_with_its_own_segmentation(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(page, "plane_png", lambda *args: drawn.append(args) or b"png")
+    monkeypatch.setattr(page.stage, "picture", lambda *args: b"png")
+    made = []
+    plain = page.images_of
+    monkeypatch.setattr(page, "images_of", lambda *args: made.append(plain(*args)) or made[0])
+    _, thumbnail, _ = page.single_page(find(make_known(tmp_path)), 10**8)
+    ((sr, seg),) = drawn
+    middle = made[0].arrays["sr"].shape[2] // 2
+    assert thumbnail == b"png" and np.array_equal(sr, made[0].arrays["sr"][:, :, middle])
+    assert np.array_equal(seg, made[0].arrays["seg"][:, :, middle]) and seg.any() and not seg.all()
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_ends_of_every_plane_have_their_letters_and_the_detail_its_scale():
+    data = np.random.default_rng(0).random((24, 30, 20)).astype(np.float32) + 1
+    volume = Volume(data, np.eye(4))
+    drawn = planes([Column(volume, "x")], reference=volume, width_px=300)
+    letters = [[text.get_text() for text in axes.texts] for axes in drawn.axes]
+    assert letters == [["R", "L"], ["R", "L"], ["P", "A"], []]  # axial, coronal, sagittal, detail
+    assert "detail × 3" in [text.get_text() for text in drawn.texts]
+
+
+def test_a_map_of_errors_has_its_sides_and_its_colours_end_at_the_largest_differences(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.write_bytes(b""))[1])
+    some = np.random.default_rng(1)
+    hr = Volume(some.random((12, 14, 10)).astype(np.float32) + 1, np.eye(4))
+    sr = Volume(hr.data + some.normal(0, 0.1, hr.data.shape).astype(np.float32), np.eye(4))
+    error_map_module.error_map(tmp_path / "a.png", sr, hr)
+    axes = drawn[0].axes
+    for row in range(2):  # axial, coronal: right and left
+        first = axes[3 * row]
+        assert {text.get_text(): text.get_position()[0] for text in first.texts} == {"R": 0.02, "L": 0.98}
+        assert first.get_xlim()[0] > first.get_xlim()[1]
+    apart = np.concatenate([np.abs(cut.sample(sr) - cut.sample(hr)).ravel() for cut in cuts(hr)])
+    ((low, high),) = {axes[3 * row + 2].images[0].get_clim() for row in range(3)}
+    assert low == -high and high == pytest.approx(np.percentile(apart, 99.5), rel=0.02)  # found: 0.011, between ranks
+
+
+# --- studies ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_figures_and_steps_are_the_papers():
+    """Delannoy et al. 2020: section 3 and figure 7 (PSNR, SSIM), tables 3 to 6 (Dice, components)."""
+
+    def table(rows, name):
+        return [row[name] for row in rows]
+
+    assert table(plots.IMAGES, "psnr_db") == [26.96, 25.85, 24.24, 25.40, 24.45, 23.24]
+    assert table(plots.IMAGES, "ssim") == [0.73, 0.69, 0.65, 0.49, 0.46, 0.44]
+    dice = [0.855, 0.831, 0.805, 0.819, 0.785, 0.740, 0.849, 0.827, 0.806, 0.836, 0.812, 0.790]
+    assert table(plots.SEGMENTATIONS, "dice") == dice
+    pieces = [8.6, 45.3, 104.3, 26.6, 98.5, 193.1, 5.7, 33.6, 61.7, 5.8, 33.5, 61.8]
+    assert table(plots.SEGMENTATIONS, "components") == pieces
+    assert [(row["condition"], row["step"]) for row in plots.IMAGES] == [
+        (condition, step) for condition in ("original", plots.NOISY) for step in (30, 80, 128)
+    ]
+    (base,) = plots.BASELINES
+    assert (base["psnr_db"], base["ssim"], base["dice"]) == (24.22, 0.63, 0.735)
+    assert [(row["step"], row["seconds"]) for row in plots.TIMES] == [(10, 600), (100, 4)]
+    assert DEFAULTS["steps"]["steps"] == (20, 30, 50, 80, 128) and DEFAULTS["noise"]["steps"] == (30, 80, 128)
+    assert DEFAULTS["noise"]["noise"] == (0.0, 0.01, 0.02, 0.03, 0.05) and DEFAULTS["augmentation"]["noise"] == (0.03,)
+    assert DEFAULTS["resolution"]["ratios"] == (2, 3, 4, 6) and {d["patch"] for d in DEFAULTS.values()} == {128}
+
+
+def test_lines_of_a_studys_curves_are_called_what_they_are():
+    names = {
+        "Dice": "patches (paper figure 6)", "PSNR": "patches (paper figure 6)",
+        "whole_PSNR": "whole volumes", "spline_PSNR": "interpolation, whole volumes",
+        "linear_PSNR": "best linear estimate, whole volumes", "PSNR_spline": "interpolation, patches",
+        "PSNR_linear": "best linear estimate, patches",
+    }  # fmt: skip
+    assert {key: study_curves._called(key) for key in names} == names
+
+
+def test_noise_is_drawn_in_percent_and_thickness_in_mm():
+    def row(noise, low):
+        figures = {"dice": {"mean": noise + low, "sd": None, "n": 1}}
+        return {"noise": noise, "low_res": [1, 1, low], "model": "m", "step": 9, "condition": "c", "figures": figures}
+
+    rows = [row(noise, low) for noise, low in ((0.0, 2), (0.02, 3), (0.05, 6))]
+    for kind, places, words in (("noise", [0, 2, 5], "%"), ("resolution", [2, 3, 6], "mm")):
+        panel = next(p for line in plots.PANELS[kind](rows, []) for p in line if p.title.startswith("Dice"))
+        (line,) = panel.lines
+        assert line.x == pytest.approx(places) and words in panel.x and line.y == [2, 3.02, 6.05]
