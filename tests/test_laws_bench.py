@@ -282,12 +282,12 @@ def test_of_inference_the_share_outside_the_network_and_ratios_are_of_the_right_
 
 
 def test_bytes_of_a_row_are_what_its_work_reads_and_writes_once():
-    args = parse(["infer", *"--quick --shape 24 20 25 --patch 16 --step 12".split()])
+    args = parse(["infer", *["--quick", "--shape", "24", "20", "25", "--patch", "16", "--step", "12"]])
     plan = tiles.plan((24, 20, 25), 16, 12)
     tile, volume = 16**3, 24 * 20 * 25
     case = infer._sum_case(args, 12, "constant")
     assert case.facts["bytes"] == 2 * 4 * (len(plan) * tile + volume) and case.facts["tiles"] == len(plan) == 8
-    args = parse(["kernels", *"--quick --shape 24 20 25 --patch 16 --step 12 --batch 3".split()])
+    args = parse(["kernels", *["--quick", "--shape", "24", "20", "25", "--patch", "16", "--step", "12", "--batch", "3"]])
     sizes = {case.name: case.facts["bytes"] for case in kernels.cases(args)}
     assert sizes == {
         "overlap_add": 2 * 4 * (8 * tile + volume),
@@ -367,8 +367,8 @@ def test_a_line_of_a_row_has_median_least_and_most_and_how_often_ours_that_is(ca
     row = {"name": "n", "max_error": 1e-7, "tolerance": 1e-5, "passed": True, "tiles_per_second": 4.0, **ours}
     common.print_row(row | {"peers": {"p": theirs}, "ratio_to": {"p": 4.0}, "ratio_range": {"p": [3.5, 4.5]}})
     _, mine, peer = capsys.readouterr().out.splitlines()
-    assert mine.split() == "fastsrgan 2.00 ms (1.00 to 3.00) 5 MiB 4 tiles/s".split()
-    assert peer.split() == "p 8.00 ms (7.00 to 9.00) 4.00 x ours (3.50 to 4.50)".split()
+    assert mine.split() == ["fastsrgan", "2.00", "ms", "(1.00", "to", "3.00)", "5", "MiB", "4", "tiles/s"]
+    assert peer.split() == ["p", "8.00", "ms", "(7.00", "to", "9.00)", "4.00", "x", "ours", "(3.50", "to", "4.50)"]
 
 
 def test_in_half_precision_both_images_of_a_resident_are_half_as_large():

@@ -287,7 +287,7 @@ def test_every_derivative_has_its_own_place_and_says_whether_the_skull_is_there(
     (image,) = find_bids(raw)
     item = {"outputs": {kind: str(stage / kind) for kind in (*kinds, "json")}}
     placed = bids._place(item, image, raw, out)
-    assert {kind: Path(path).read_bytes().decode() for kind, path in placed.items()} == dict(zip(kinds, kinds))
+    assert {kind: Path(path).read_bytes().decode() for kind, path in placed.items()} == {kind: kind for kind in kinds}
     names = {kind: Path(path).name.removeprefix("sub-01_").partition(".")[0] for kind, path in placed.items()}
     assert names == {
         "seg": "desc-cortexT2w_dseg", "prob": "desc-cortexT2w_probseg", "mask": "desc-maskT2w_dseg",

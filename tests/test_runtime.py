@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,5 +195,6 @@ def test_the_chosen_gpu_is_the_current_one_before_anything_else_is_asked_of_it(m
 
 
 def test_the_peak_of_memory_is_the_kernels_own_in_bytes():
-    (told,) = (line for line in open("/proc/self/status", encoding="ascii") if line.startswith("VmHWM"))
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    (told,) = (line for line in lines if line.startswith("VmHWM"))
     assert system.peak_memory() == pytest.approx(1024 * int(told.split()[1]), rel=0.05)  # found: 0.001
