@@ -176,3 +176,10 @@ def test_cores_and_memory_are_told_in_the_order_of_their_words(facts):
 def test_little_memory_is_less_than_four_gibibytes(facts, free, told):
     some = facts | {"memory": {"available": int(free * 2**30), "total": 2**36}}
     assert any("of memory are free" in text for text in doctor.warnings(some)) == told
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 1.5), ("100000 50000", 2), ("max 100000", 3), ("", 3)])
+def test_cores_are_those_of_a_containers_quota(monkeypatch, quota, cores):
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setattr(doctor, "_read", lambda path: quota or None)
+    assert doctor._usable_cores() == cores

@@ -20,8 +20,10 @@ from bench import (
     data_stages,
     flops,
     infer,
+    infer_page,
     kernels,
     naive,
+    report,
     roofline,
     scale,
     step,
@@ -287,7 +289,9 @@ def test_bytes_of_a_row_are_what_its_work_reads_and_writes_once():
     tile, volume = 16**3, 24 * 20 * 25
     case = infer._sum_case(args, 12, "constant")
     assert case.facts["bytes"] == 2 * 4 * (len(plan) * tile + volume) and case.facts["tiles"] == len(plan) == 8
-    args = parse(["kernels", *["--quick", "--shape", "24", "20", "25", "--patch", "16", "--step", "12", "--batch", "3"]])
+    args = parse(
+        ["kernels", *["--quick", "--shape", "24", "20", "25", "--patch", "16", "--step", "12", "--batch", "3"]]
+    )
     sizes = {case.name: case.facts["bytes"] for case in kernels.cases(args)}
     assert sizes == {
         "overlap_add": 2 * 4 * (8 * tile + volume),
@@ -352,10 +356,10 @@ def test_a_layer_that_occurs_often_is_counted_as_often_in_all_columns():
     side = {"plain": {"seconds_median": 3.0}}
     rows = [{"name": f"{name}, k 2{end}", "passed": True, "seconds_median": s, "peers": side}
             for end, s in ((", forward", 2.0), (", forward + backward", 5.0))]  # fmt: skip
-    report = {"rows": rows, "settings": {"kernel": [2], "batch": [3], "patch": 16}}
+    made = {"rows": rows, "settings": {"kernel": [2], "batch": [3], "patch": 16}}
     top = roofline.Ceilings(1e6, 1e30)
     floor = 12 * 3 * roofline.layer_counts(2, 16)[name].flop / 1e6
-    line = roofline.layer_table(report, top).splitlines()[2]
+    line = roofline.layer_table(made, top).splitlines()[2]
     for seconds, least in ((24, floor), (36, floor), (60, 3 * floor)):  # backward: of weights and of the input
         assert f"{seconds} s ({seconds / least:.2g} x)" in line
     assert f"{name}, 12 of them" in line
@@ -376,3 +380,46 @@ def test_in_half_precision_both_images_of_a_resident_are_half_as_large():
     single, half = data_page.memory({"rows": [row]}).splitlines()[2:]
     assert [cell.strip() for cell in single.split("|")[2:-1]] == ["9", "9 MB", "222", "888", "3555"]
     assert [cell.strip() for cell in half.split("|")[2:-1]] == ["5", "5 MB", "400", "1600", "6400"]
+
+
+def test_units_of_the_pages_are_those_of_the_numbers():
+    times = {0.0005: "0.5 ms", 1.5: "1.5 s", 119: "119 s", 120: "2 min", 7200: "2 h", 172800: "2 days"}
+    assert {seconds: data_page.duration(seconds) for seconds in times} == times
+    sizes = {999: "999 B", 1000: "1 kB", 2.5e6: "2.5 MB", 2.5e9: "2.5 GB", 5e12: "5 TB"}
+    assert {size: data_page.amount(size) for size in sizes} == sizes
+    assert {n: data_page.rate(n) for n in (1234.6, 99.0, 2.5)} == {1234.6: "1,235", 99.0: "99", 2.5: "2.5"}
+    assert report.times({"seconds_median": 2.0, "seconds_min": 0.25, "seconds_max": 30.0}) == "2 s (250 ms to 30 s)"
+    assert report.memory({"peak_bytes": 3 * 2**20}) == "3 MiB" and report.memory({}) == ""
+
+
+def test_the_tables_of_inference_and_feed_have_every_figure_under_its_head():
+    def under(text: str) -> list[dict[str, str]]:
+        lines = [[c.strip() for c in line.strip()[1:-1].split("|")] for line in text.splitlines() if line.startswith("|")]
+        return [dict(zip(lines[0], line + [""] * 9, strict=False)) for line in lines[2:]]
+
+    peer = {"seconds_median": 6.0, "tiles_per_second": 2.0, "error_to_float64": 3e-7, "outside_network": 0.125}
+    row = {"step": 32, "tiles": 12, "shape": [4, 5, 6], "patch": 64, "seconds_median": 2.0, "tiles_per_second": 6.0,
+           "error_to_float64": 1e-7, "outside_network": 0.25, "peers": {"p": peer}, "ratio_to": {"p": 3.0}}  # fmt: skip
+    ours, theirs = under("\n".join(infer_page._table(infer.WHOLE, "constant", [row])))
+    share = "outside the network"
+    assert ours == {"step": "32", "tiles": "12", "side": "fastsrgan", "time": "2 s", "tiles/s": "6", "ratio": "",
+                    "error to float64": "1.0e-07", share: "25.0 %"}  # fmt: skip
+    assert [theirs[k] for k in ("side", "time", "tiles/s", "ratio", share)] == ["p", "6 s", "2", "3.00 x", "12.5 %"]
+
+    def side(n: float) -> dict:
+        return {"patches_per_second": n, "cold_patches_per_second": n / 2, "wait_share": n / 100, "peak_bytes": n * 1e6,
+                "disk_bytes_per_epoch": 1e3 * n, "patches_per_epoch": 10}  # fmt: skip
+
+    row = {
+        "name": "end to end",
+        "geometry": "physical",
+        "peers": {"p": side(8.0)},
+        "ratio_to": {"p": 5.0},
+        **side(40.0),
+    }
+    row |= {"ratio_range": {"p": [4.0, 6.0]}, "cpu_ratio_to": {"p": 7.0}}
+    ours, theirs = under(data_page.rates({"rows": [row], "settings": {"step_ms": 145}}))
+    assert list(ours.values())[:3] == ["fastsrgan (physical)", "40", "20"] and ours["waits at 145 ms steps"] == "40.0 %"
+    assert theirs == {"side": "p", "patches/s": "8", "first epoch": "4", "fastsrgan is faster": "5 x (4 to 6)",
+                      "per CPU second": "7 x", "waits at 145 ms steps": "8.0 %", "written per patch": "800 B",
+                      "peak memory": "8 MB"}  # fmt: skip

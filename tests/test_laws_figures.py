@@ -22,8 +22,9 @@ from fastsrgan.pictures.planes import cuts
 from fastsrgan.report import cohort as cohort_page
 from fastsrgan.report import curves, page, sections, viewer, volumes
 from fastsrgan.report.collect import find
+from fastsrgan.report.html import Line, line_chart
 from fastsrgan.study import curves as study_curves
-from fastsrgan.study import plots
+from fastsrgan.study import plots, tables
 from fastsrgan.study.run import DEFAULTS
 from fastsrgan.volume.geometry import Volume
 
@@ -390,3 +391,104 @@ def test_noise_is_drawn_in_percent_and_thickness_in_mm():
         panel = next(p for line in plots.PANELS[kind](rows, []) for p in line if p.title.startswith("Dice"))
         (line,) = panel.lines
         assert line.x == pytest.approx(places) and words in panel.x and line.y == [2, 3.02, 6.05]
+
+
+def known_rows(**more) -> list[dict]:
+    figures = {"psnr_db": {"mean": 26.125, "sd": 0.5, "n": 2}, "seconds": {"mean": 12.5, "sd": 1.5, "n": 2}}
+    row = {"condition": "original", "low_res": [1.0, 1.0, 3.0], "noise": 0.0, "power": 1.0, "model": "m", "step": 30}
+    return [row | {"n": 2, "figures": figures} | more]
+
+
+def test_the_tables_of_a_study_have_mean_and_deviation_in_their_columns():
+    fit = {"condition": "c", "model": "m", "intercept_s": 0.5, "slope_s": 64000.0, "r2": 0.75}
+    facts = {"study": "steps", "rows": known_rows(), "fit": [fit], "heads": ["a", "b"], "data": "d.csv", "failed": [],
+             "models": [{"name": "m", "sha256": "0123456789abcdef"}], "settings": {"whole": False, "patch": 128},
+             "paper": {"rows": plots.REFERENCE["steps"], "source": plots.SOURCE}}  # fmt: skip
+    (line,) = tables.csv_rows(facts["rows"])
+    assert line == {
+        "condition": "original", "low_res": "1 x 1 x 3", "noise": 0.0, "power": 1.0, "model": "m", "step": 30, "n": 2,
+        "psnr_db_mean": 26.125, "psnr_db_sd": 0.5, "seconds_mean": 12.5, "seconds_sd": 1.5,
+    }  # fmt: skip
+    (line,) = tables.shown_rows(facts)
+    told = {"PSNR dB": "26.12 ± 0.50", "seconds": "12.50 ± 1.50"}
+    assert line == {"condition": "original", "model": "m", "step": "30"} | told | {"n": "2"}
+    assert tables.fit_text(fit) == "c, m: seconds = 0.5 + 6.4e+04 / step³, R² 0.750"
+    words = tables.markdown(facts, "title")
+    assert "Heads: 2 of d.csv. Acquired at 1 x 1 x 3 mm. Models: m (SHA-256 0123456789ab). Patch 128 voxels." in words
+    quoted = tables.paper_rows(facts)
+    assert quoted[1] == {
+        "condition": "original", "model": "image figures", "step": "30", "PSNR dB": "26.96", "SSIM": "0.73",
+        "Dice": "-", "components": "-", "seconds": "-",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "name", "place"),
+    [
+        ("steps", {}, "m", 30), ("noise", {"noise": 0.02}, "m, step 30", 0.02),
+        ("resolution", {"low_res": [1.0, 4.0, 3.0]}, "m, step 30", 4.0),
+    ],
+)  # fmt: skip
+def test_a_study_on_a_page_is_drawn_along_its_own_axis_and_told_under_its_heads(monkeypatch, kind, more, name, place):
+    charts = {}
+    monkeypatch.setattr(
+        sections,
+        "line_chart",
+        lambda title, lines, *labels: charts.update({title: (lines, labels)}) or sections.Html(""),
+    )
+    base = {"psnr_db": {"mean": 20.0, "sd": None, "n": 2}}
+    other = {"steps": {"step": 60}, "noise": {"noise": 0.09}, "resolution": {"low_res": [1.0, 1.0, 9.0]}}[kind]
+    rows = (
+        known_rows(**more)
+        + known_rows(
+            **more,
+            figures={"psnr_db": {"mean": 7.0, "sd": None, "n": 1}},
+            **{k: v for k, v in other.items() if k not in more},
+        )
+        if kind == "steps"
+        else known_rows(**more)
+    )
+    if kind != "steps":
+        rows += known_rows(**(more | other | {"figures": {"psnr_db": {"mean": 7.0, "sd": None, "n": 1}}}))
+    rows += known_rows(**(more | {"model": sections.INTERPOLATION, "step": None, "figures": base}))
+    html = str(sections.study_card({"study": kind, "rows": rows}, 3))
+    lines, labels = charts["PSNR, dB"]
+    far = {"steps": 60, "noise": 0.09, "resolution": 9.0}[kind]
+    drawn = {line.name: (list(line.x), list(line.y), line.dashed) for line in lines}
+    assert drawn[name] == ([place, far], [26.125, 7.0], False)
+    level = ([30, 60], [20.0, 20.0], True) if kind == "steps" else ([place], [20.0], True)
+    assert drawn[sections.INTERPOLATION] == level and labels == (
+        sections.AXES[{"steps": "step", "noise": "noise", "resolution": "thickness"}[kind]],
+    )
+    heads = re.findall(r'<th scope="col">([^<]*)</th>', html)
+    cells = re.findall(r"<td>(.*?)</td>", html)[: len(heads)]
+    told = [re.findall(r'data-path="/studies/3/rows/0/([^"]*)"', cell) for cell in cells]
+    by_head = dict(zip(heads, told, strict=True))
+    assert by_head["PSNR, dB"] == ["figures/psnr_db/mean", "figures/psnr_db/sd"] and by_head["n"] == ["n"]
+    assert by_head["seconds"] == ["figures/seconds/mean", "figures/seconds/sd"] and by_head["step"] == ["step"]
+
+
+def test_ticks_and_colours_of_a_chart_are_those_of_its_values_and_lines():
+    lines = [Line("a", [0, 4, 10], [2.0, 4.0, 3.0]), Line("b", [0, 10], [3.0, 2.0])]
+    drawn = line_chart("t", lines, "epoch", "loss")
+    at = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="2.6" class="dot s(\d)"', drawn)
+    points = [(float(x), float(y), int(c)) for x, y, c in at]
+    heights = {float(v): float(y) - 4 for y, v in re.findall(r'y="([\d.]+)" class="tick end">([\d.]+)<', drawn)}
+    places = {
+        float(v): float(x) for x, v in re.findall(r'x="([\d.]+)" y="[\d.]+" class="tick middle">([\d.]+)<', drawn)
+    }
+    expected = [(x, y, c) for c, line in enumerate(lines) for x, y in zip(line.x, line.y, strict=True)]
+    assert len(points) == len(expected) == 5
+    for (px, py, pc), (x, y, c) in zip(points, expected, strict=True):
+        assert px == pytest.approx(places[x], abs=0.11) and py == pytest.approx(heights[y], abs=0.11) and pc == c
+    assert re.findall(r'class="swatch s(\d)"></span>(\w)<', drawn) == [("0", "a"), ("1", "b")]
+    assert re.search(r'y="244" class="tick middle">epoch<', drawn) and re.search(r'rotate\(-90\)"[^>]*>loss<', drawn)
+
+
+def test_the_lines_below_a_cohorts_csv_hold_the_statistic_that_they_name(tmp_path):
+    row = {"subject": "s", "image": {"whole": {"psnr_db": 30.0}}, "notes": []}
+    summary = {"image.whole.psnr_db": {"mean": 31.0, "sd": 2.0, "n": 5}}
+    cohort.write_csv(tmp_path / "c.csv", {"rows": [row], "summary": summary})
+    assert (tmp_path / "c.csv").read_text(encoding="utf8").splitlines() == [
+        "kind,subject,image.whole.psnr_db", "subject,s,30.0", "mean,,31.0", "sd,,2.0", "n,,5",
+    ]  # fmt: skip

@@ -16,7 +16,7 @@ from nifti_files import rigid
 
 from fastsrgan.core.files import read_json, write_json
 from fastsrgan.errors import ModelError, UsageError
-from fastsrgan.infer import anytime, bids, files, modes, tiles
+from fastsrgan.infer import anytime, bids, files, memory, modes, tiles
 from fastsrgan.infer import image as image_module
 from fastsrgan.infer import network as network_module
 from fastsrgan.infer import volume as volume_module
@@ -24,6 +24,7 @@ from fastsrgan.infer.image import load_weights, mask_names, mask_values
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Whole, nearest, own_grid
 from fastsrgan.infer.settings import InferSettings, options
+from fastsrgan.infer.stitch import Stitcher
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import SUFFIXES, find_bids, parse, sidecar
@@ -34,6 +35,7 @@ from fastsrgan.volume.geometry import Volume
 
 FAST = {"patch": 16, "step": 12, "device": "cpu"}
 SHAPE, MM = (14, 12, 6), (1.0, 1.0, 2.5)
+WAYS = (memory.MEMORY, memory.SLABS)
 
 
 @pytest.fixture(autouse=True)
@@ -197,6 +199,47 @@ def test_a_precision_is_judged_by_the_tiles_with_most_contrast():
         volume[16 * n + 3, 5, 6] = size
     found = network_module._tiles(Whole(volume), tiles.plan(volume.shape, 16, 16))
     assert found.amax((1, 2, 3, 4)).tolist() == pytest.approx([0.5, 1.0, 0.3, 0.7])  # in the order of the volume
+
+
+def test_a_memory_plan_counts_every_array_once_in_memory_and_by_slabs():
+    """40 x 24 x 20 voxels, tiles of 16 at steps of 8, two at a time, SR and two classes, a mean over passes."""
+    plan = tiles.plan((40, 24, 20), 16, 8)
+    network = SimpleNamespace(device=torch.device("cpu"), bytes_of=lambda patch, count: 1000 * count)
+    job = memory.TilingJob(plan, 3, held=700, averaged=True, after=10**9)
+    voxels, plane, tile = 40 * 24 * 20, 24 * 20, 4 * 16**3
+    shared = {"network": ("host", 2000 + 2 * tile * 4), "means": ("host", 2 * tile * 7)}
+    sums = {rolling: memory.memory_of(plan, 3, "cpu", rolling) for rolling in (False, True)}
+    found = {way: {what: row for what, *row in map(list, memory._rows(job, network, 2, way))} for way in WAYS}
+    freed = sum(size for _, size in shared.values())
+    assert {what: tuple(row) for what, row in found[memory.MEMORY].items()} == shared | {
+        "image": ("host", 700 + 4 * voxels), "planes": ("host", 0), "sums": ("host", sums[False]),
+        "agreement": ("host", 10**9 - freed), "libraries": ("host", 24 * 2**20),
+    }  # fmt: skip
+    window = 4 * 40 * plane  # four slabs of four tiles are a group: all planes
+    assert {what: tuple(row) for what, row in found[memory.SLABS].items()} == shared | {
+        "image": ("host", 700 + 4 * 3 * 16 * plane), "planes": ("host", window), "sums": ("host", sums[True]),
+        "finished planes": ("host", 4 * 3 * 16 * plane), "result": ("disk", 4 * 3 * voxels),
+        "agreement": ("host", 10**9 - freed - window), "libraries": ("host", 24 * 2**20),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+@pytest.mark.parametrize(
+    ("step", "window", "kind"), [(12, "constant", "Flat"), (3, "constant", "FlatSlabs"), (8, "gaussian", "Nested")]
+)
+def test_what_a_sum_is_planned_to_take_is_what_it_takes(step, window, kind, rolling):
+    """But for the second row of a kernel, which a CPU does without."""
+    plan = tiles.plan((40, 30, 37), 16, step, window=window)
+    stitcher = Stitcher(plan, 3, rolling=rolling)
+    taken = sum(array.nbytes for array in (stitcher.memory, *stitcher.adder.own.values()))
+    row = 4 * 3 * 16 * 16 * 37 if kind == "Nested" else 0
+    assert type(stitcher.adder).__name__ == kind and memory.memory_of(plan, 3, "cpu", rolling) == taken + row
+
+
+def test_what_a_network_needs_grows_with_the_voxels_that_its_convolutions_see():
+    """An axis has six more than the tile; a quarter more is held than is alive; weights once."""
+    counted = network_module.Needs((58, 26, 10), 1600, 2, fixed=7)
+    assert counted.of((58, 26, 10)) == 7 + 2000 and counted.of((122, 58, 26), 3) == 7 + 3 * 2000 * 2 * 2 * 2
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
