@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import statistics
@@ -14,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import (
+    cohort,
     common,
     data_engine,
     data_page,
@@ -21,8 +23,11 @@ from bench import (
     flops,
     infer,
     infer_page,
+    infer_plot,
     kernels,
     naive,
+    plot,
+    plot_step,
     report,
     roofline,
     scale,
@@ -394,7 +399,9 @@ def test_units_of_the_pages_are_those_of_the_numbers():
 
 def test_the_tables_of_inference_and_feed_have_every_figure_under_its_head():
     def under(text: str) -> list[dict[str, str]]:
-        lines = [[c.strip() for c in line.strip()[1:-1].split("|")] for line in text.splitlines() if line.startswith("|")]
+        lines = [
+            [c.strip() for c in line.strip()[1:-1].split("|")] for line in text.splitlines() if line.startswith("|")
+        ]
         return [dict(zip(lines[0], line + [""] * 9, strict=False)) for line in lines[2:]]
 
     peer = {"seconds_median": 6.0, "tiles_per_second": 2.0, "error_to_float64": 3e-7, "outside_network": 0.125}
@@ -423,3 +430,98 @@ def test_the_tables_of_inference_and_feed_have_every_figure_under_its_head():
     assert theirs == {"side": "p", "patches/s": "8", "first epoch": "4", "fastsrgan is faster": "5 x (4 to 6)",
                       "per CPU second": "7 x", "waits at 145 ms steps": "8.0 %", "written per patch": "800 B",
                       "peak memory": "8 MB"}  # fmt: skip
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """Figures in the place of files."""
+    from matplotlib.figure import Figure
+
+    found: list = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (found.append(self), path.write_bytes(b""))[1])
+    return found
+
+
+def bars_of(axes) -> dict[str, float]:
+    """Name -> length of each bar of a panel."""
+    names = [tick.get_text() for tick in axes.get_yticklabels()]
+    return {name: patch.get_width() for name, patch in zip(names, axes.patches, strict=True)}
+
+
+MACHINE = {"cpu": "abacus", "threads": 2, "usable_cores": 2}
+
+
+def test_the_pictures_of_the_benchmarks_have_each_figure_under_its_name(drawn, tmp_path):
+    def side(seconds, peak, **more):
+        return {"seconds_median": seconds, "peak_bytes": peak, **more}
+
+    made = {"machine": MACHINE, "device": "cpu", "settings": {"step_ms": 145}}
+    row = {"name": "a step", **side(0.5, 3e6), "peers": {"naive": side(2.0, 8e6), "other": {"not_run": "x"}}}
+    plot_step.plot(made | {"rows": [row]}, tmp_path / "a.png")
+    left, right = drawn[0].axes
+    assert bars_of(left) == {"fastsrgan": 500, "naive": 2000} and left.get_title() == "a step: ms"
+    assert bars_of(right) == {"fastsrgan": 3, "naive": 8} and right.get_title() == "peak memory, MB"
+
+    def fed(rate, share, written):
+        return {
+            "patches_per_second": rate,
+            "wait_share": share,
+            "disk_bytes_per_epoch": written,
+            "patches_per_epoch": 4,
+        }
+
+    row = {"name": "end to end", "geometry": "physical", **fed(40.0, 0.25, 8e6), "peers": {"p": fed(8.0, 0.5, 64e6)}}
+    stages = {"name": "one volume", "stages": {"read": 1.0, "degrade": 2.0, "place": 0.5, "gather": 4.0}}
+    plot.plot(made | {"rows": [row, stages]}, tmp_path / "b.png")
+    rates, waits, written, parts = drawn[1].axes
+    assert bars_of(rates) == {"fastsrgan\nphysical": 40, "p": 8} and rates.get_title() == "patches per second"
+    assert bars_of(waits) == {"fastsrgan\nphysical": 25, "p": 50} and "% of the time" in waits.get_title()
+    assert bars_of(written) == {"fastsrgan\nphysical": 2, "p": 16} and "MB per patch" in written.get_title()
+    assert [(patch.get_x(), patch.get_width()) for patch in parts.patches] == [(0, 1), (1, 2), (3, 0.5), (3.5, 4)]
+    words = [text.get_text() for text in parts.get_legend().get_texts()]
+    assert words == ["read 1000 ms", "degrade 2000 ms", "place 500 ms", "gather 4000 ms"]
+
+    def whole(step, ours, theirs):
+        told = {"kind": infer.WHOLE, "window": "constant", "shape": [4, 5, 6], "step": step, "name": str(step)}
+        return told | side(ours, 2**20 * step, kernel=8, peers={"p": side(theirs, 2**21 * step)})
+
+    rows = [whole(step, 2 + 8000 / step**3, 3 + 80000 / step**3) for step in (40, 20, 10)]
+    infer_plot.plot(made | {"rows": rows}, tmp_path / "c.png")
+    steps, _, seconds, memory = drawn[2].axes
+    lines = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in steps.lines}
+    assert lines["fastsrgan"] == {40: 2.125, 20: 3, 10: 10} and lines["p"] == {40: 4.25, 20: 13, 10: 83}
+    assert {"2 + 8e+03 / step$^3$, R$^2$ 1.000", "3 + 8e+04 / step$^3$, R$^2$ 1.000"} < set(lines)
+    assert bars_of(seconds) == {"fastsrgan": 2.125, "p": 4.25} and bars_of(memory) == {"fastsrgan": 40, "p": 80}
+
+
+def test_the_gate_of_a_feed_tells_the_peer_that_is_nearest_to_its_own_limit(monkeypatch):
+    """And every side has its turn in every round, ours first."""
+    errors = {"torchio": 2e-3, "torchio, linear": 0.09, "monai": 1e-3}
+    monkeypatch.setattr(data_engine.data_sides, "gate", lambda peer, work: errors[peer])
+    monkeypatch.setattr(data_engine.peers_data, "missing", lambda peer: None)
+    turns = []
+    monkeypatch.setattr(
+        data_engine, "run_side", lambda side, *_: turns.append(side) or round_of(1, [2.0], [1.0], 0, 0, 1)
+    )
+    work = cohort.Work("", (9, 9, 9), 3, 2, 1)
+    made = SimpleNamespace(made=lambda **more: dataclasses.replace(work, **more))
+    peers = {"torchio": 5e-3, "torchio, linear": 0.1, "monai": 5e-3}
+    case = data_engine.EndToEnd("n", "segsrgan", peers, made)
+    row = case.measure(SimpleNamespace(rounds=2, memory=False))
+    assert (row["max_error"], row["tolerance"], row["geometry"]) == (0.09, 0.1, "segsrgan")
+    assert turns == [data_engine.OURS, *peers] * 2 and row["passed"]
+    assert {name: facts["max_error"] for name, facts in row["peers"].items()} == errors
+    errors["monai"] = 6e-3
+    row = case.measure(SimpleNamespace(rounds=2, memory=False))
+    assert not row["passed"] and row["max_error"] == 6e-3 and "ratio_to" not in row and len(turns) == 8
+
+
+def test_what_a_cohort_took_is_told_for_one_of_its_volumes(monkeypatch, tmp_path):
+    work = cohort.Work(str(tmp_path), (20, 20, 20), 8, 2, 2, stride=6)
+    monkeypatch.setattr(cohort, "convert", lambda csv, store: {"raw_bytes": 600, "stored_bytes": 200})
+    monkeypatch.setattr(cohort, "time", SimpleNamespace(perf_counter=iter([5.0, 9.0]).__next__))
+    count, told = cohort.make_cohort(work, 0.75)
+    size = sum((tmp_path / f"{name}{end}.nii.gz").stat().st_size for name in work.names for end in ("", "_label"))
+    assert told == {"seconds_per_volume": 2, "nifti_bytes_per_volume": size / 2, "raw_bytes_per_volume": 300,
+                    "store_bytes_per_volume": 100}  # fmt: skip
+    assert count == len(work.origins(cohort.head(work.shape, 0, 0.75))) > 1

@@ -25,6 +25,7 @@ from fastsrgan.report.collect import find
 from fastsrgan.report.html import Line, line_chart
 from fastsrgan.study import curves as study_curves
 from fastsrgan.study import plots, tables
+from fastsrgan.study import run as study_run
 from fastsrgan.study.run import DEFAULTS
 from fastsrgan.volume.geometry import Volume
 
@@ -436,26 +437,14 @@ def test_a_study_on_a_page_is_drawn_along_its_own_axis_and_told_under_its_heads(
         "line_chart",
         lambda title, lines, *labels: charts.update({title: (lines, labels)}) or sections.Html(""),
     )
-    base = {"psnr_db": {"mean": 20.0, "sd": None, "n": 2}}
-    other = {"steps": {"step": 60}, "noise": {"noise": 0.09}, "resolution": {"low_res": [1.0, 1.0, 9.0]}}[kind]
-    rows = (
-        known_rows(**more)
-        + known_rows(
-            **more,
-            figures={"psnr_db": {"mean": 7.0, "sd": None, "n": 1}},
-            **{k: v for k, v in other.items() if k not in more},
-        )
-        if kind == "steps"
-        else known_rows(**more)
-    )
-    if kind != "steps":
-        rows += known_rows(**(more | other | {"figures": {"psnr_db": {"mean": 7.0, "sd": None, "n": 1}}}))
-    rows += known_rows(**(more | {"model": sections.INTERPOLATION, "step": None, "figures": base}))
+    far = {"steps": {"step": 60}, "noise": {"noise": 0.09}, "resolution": {"low_res": [1.0, 1.0, 9.0]}}[kind]
+    seven, twenty = ({"figures": {"psnr_db": {"mean": mean, "sd": None, "n": 1}}} for mean in (7.0, 20.0))
+    rows = [*known_rows(**more), *known_rows(**(more | far | seven))]
+    rows += known_rows(**(more | twenty | {"model": sections.INTERPOLATION, "step": None}))
     html = str(sections.study_card({"study": kind, "rows": rows}, 3))
     lines, labels = charts["PSNR, dB"]
-    far = {"steps": 60, "noise": 0.09, "resolution": 9.0}[kind]
     drawn = {line.name: (list(line.x), list(line.y), line.dashed) for line in lines}
-    assert drawn[name] == ([place, far], [26.125, 7.0], False)
+    assert drawn[name] == ([place, {"steps": 60, "noise": 0.09, "resolution": 9.0}[kind]], [26.125, 7.0], False)
     level = ([30, 60], [20.0, 20.0], True) if kind == "steps" else ([place], [20.0], True)
     assert drawn[sections.INTERPOLATION] == level and labels == (
         sections.AXES[{"steps": "step", "noise": "noise", "resolution": "thickness"}[kind]],
@@ -492,3 +481,40 @@ def test_the_lines_below_a_cohorts_csv_hold_the_statistic_that_they_name(tmp_pat
     assert (tmp_path / "c.csv").read_text(encoding="utf8").splitlines() == [
         "kind,subject,image.whole.psnr_db", "subject,s,30.0", "mean,,31.0", "sd,,2.0", "n,,5",
     ]  # fmt: skip
+
+
+def test_the_model_to_compare_with_is_tuned_without_augmentation_and_from_the_shipped_one(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(study_run, "convert", lambda *args, **more: None)
+    monkeypatch.setattr(study_run.weights, "template_weights", lambda: tmp_path / "start")
+    monkeypatch.setattr(
+        study_run, "short_training", lambda *args, **more: asked.append((args, more)) or {"stopped": None}
+    )
+    made = study_run._tuned(tmp_path / "c", study_run.Settings(device="cpu", seed=5), study_run.QUIET)
+    ((store, folder, start, low_res, device, _), more) = asked[0]
+    assert (store, folder, start) == (tmp_path / "c" / "train.zarr", made.parent, tmp_path / "start")
+    assert low_res == (1.0, 1.0, 3.0) and device == "cpu" and more["seed"] == 5
+    assert (more["contrast_max"], more["ema"]) == (0.0, 0.0) and more["epochs"] * more["steps_per_epoch"] == 4
+
+
+def test_where_a_page_opens_and_what_it_shows_of_the_image_is_told_in_words(packed):
+    made, _ = packed
+    for axis, words in enumerate(("right-left", "front-back", "head-foot")):
+        told = viewer._opened(viewer.View((0, 0, 0), changed=True, through=axis, slice_mm=4.5))
+        assert (
+            told
+            == f"Opened at the largest change between SR and spline, across the slices: they are 4.5 mm apart, {words}."
+        )
+    assert viewer._opened(viewer.View((0, 0, 0))) == "Opened in the middle of the head."
+    assert "17 × 19 × 21 voxels, cropped to the head from 30 × 32 × 34; 255 grey" in viewer._said(
+        made.part(made.all), 3
+    )
+    slab, block = (
+        made.part((slice(0, 17), slice(0, 19), slice(3, 9))),
+        made.part((slice(2, 9), slice(0, 5), slice(3, 9))),
+    )
+    told = [viewer._said(part, 12.4) for part in (slab, block)]
+    assert "a slab of 17 × 19 × 6 voxels" in told[0] and "a block of 7 × 5 × 6 voxels" in told[1]
+    for text in told:
+        assert "of 17 × 19 × 21 in the box of the head and 30 × 32 × 34 in the image" in text
+        assert text.endswith("--max-mb 12 shows all.") and "from 0 to 1000" in text
