@@ -12,7 +12,7 @@ from report_results import make_known
 
 from fastsrgan.cli.evaluate import beside, better, cohort_figures, comparison
 from fastsrgan.cli.evaluate import figures as figure_rows
-from fastsrgan.evaluate import cohort, compare, pair
+from fastsrgan.evaluate import cohort, compare, metrics, pair
 from fastsrgan.evaluate.figures import FIGURES, Compared, scores
 from fastsrgan.evaluate.plausibility import GREEN, RED, YELLOW, Look, choose, judge
 from fastsrgan.model.purpose import MODELS
@@ -57,6 +57,41 @@ def test_what_is_better_of_a_figure_is_what_the_better_result_has():
     assert {name for name, figure in FIGURES.items() if not figure.better} == {
         "components", "largest_component", "volume_ml", "label_components", "label_volume_ml",
     }  # fmt: skip
+
+
+def turned(volume: Volume) -> Volume:
+    """The same array, turned by 20 degrees: it shares a part with the reference that is no box."""
+    spin = np.array([[0.94, -0.342, 0, 5], [0.342, 0.94, 0, -3], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    return Volume(volume.data, volume.affine @ spin, volume.warnings, volume.meta)
+
+
+def test_ranges_are_those_of_the_whole_reference_and_structures_are_scored_where_the_images_are():
+    """Largest and smallest value lie outside of the part that the images share."""
+    one = images_of(3.0, 2, 2)
+    hr = Volume(one.hr.data.copy(), one.hr.affine)
+    hr.data[0, 0, 0], hr.data[0, 0, 1] = 900, -300
+    sr, seg, label = (Volume(data, hr.affine) for data in (one.sr, one.seg, one.label))
+    found = pair.evaluate_pair(turned(sr), hr, seg=seg, label=label, structures={"x": (seg, label)}, subject=None)
+    whole = found["image"]["whole"]
+    assert found["grid"]["overlap"] < 0.9 and found["structures"]["x"] == found["segmentation"]
+    assert whole["psnr_db"] == pytest.approx(10 * np.log10(900**2 / whole["mse"]))
+    assert whole["psnr_range_db"] == pytest.approx(10 * np.log10(1200**2 / whole["mse"]))
+
+
+def test_a_doubt_of_another_grid_is_linear_between_its_voxels_and_judged_where_the_head_is():
+    """That is above a tenth of the reference's 99.9th percentile."""
+    some = np.random.default_rng(2)
+    hr = Volume(np.full((16, 14, 12), 1000, np.float32), np.eye(4))
+    hr.data[:4], hr.data[4:8] = 50, 150
+    sr = Volume(hr.data + some.normal(0, 5, hr.data.shape).astype(np.float32), hr.affine)
+    shift = np.eye(4)
+    shift[0, 3] = -0.5  # voxels of the doubt lie half way between those of the reference
+    ramp = np.broadcast_to(np.arange(17, dtype=np.float32)[:, None, None] + 3, (17, 14, 12)).copy()
+    found = pair.evaluate_pair(sr, hr, doubt=Volume(ramp, shift), subject=None)["doubt"]
+    exact = np.broadcast_to(np.arange(16)[:, None, None] + 3.5, hr.data.shape)
+    wanted = metrics.calibration(sr.data, hr.data, exact, hr.data > 100)
+    assert found["error_over_doubt"] == pytest.approx(wanted["error_over_doubt"], rel=1e-6)  # found: 0 (rounding)
+    assert [d["doubt"] for d in found["deciles"]] == pytest.approx([d["doubt"] for d in wanted["deciles"]], rel=1e-6)
 
 
 def test_other_units_are_noted_of_each_image_under_its_own_name():

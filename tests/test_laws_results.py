@@ -31,7 +31,8 @@ from fastsrgan.io.bids import SUFFIXES, find_bids, parse, sidecar
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.model.purpose import Purpose
-from fastsrgan.volume.geometry import Volume
+from fastsrgan.volume.consistency import Observation
+from fastsrgan.volume.geometry import Orientation, Volume
 
 FAST = {"patch": 16, "step": 12, "device": "cpu"}
 SHAPE, MM = (14, 12, 6), (1.0, 1.0, 2.5)
@@ -148,6 +149,17 @@ def test_times_and_densities_are_those_that_the_help_tells():
     densest = anytime.levels((200, 200, 200), 128, "auto")[-1].step
     assert densest == (8, 8, 8)  # a sixteenth of the patch
     assert [level.step[0] for level in anytime.levels((200, 200, 200), 128, "auto")] == [64, 32, 16, 8]
+
+
+def test_a_scan_counts_as_masked_from_a_twentieth_of_exact_zeros_on():
+    same = SimpleNamespace(
+        norm=SimpleNamespace(floor=0.0), turn=Orientation(), spacing=(1, 1, 1), wanted=(1, 1, 1), geometry="physical"
+    )
+    for zeros, kept in ((49, 0), (51, 51)):
+        scan, sr, prob = np.ones((10, 10, 10)), np.ones((10, 10, 10)), np.ones((2, 10, 10, 10))
+        scan.reshape(-1)[:zeros] = 0
+        assert modes._keep_empty(sr, prob, scan, same, Observation((None,) * 3)) == kept
+        assert np.count_nonzero(sr == 0) == kept and np.count_nonzero(prob == 0) == 2 * kept
 
 
 # --- weights and structures -------------------------------------------------------------------------------------------
