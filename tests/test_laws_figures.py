@@ -72,8 +72,11 @@ def test_ranges_are_those_of_the_whole_reference_and_structures_are_scored_where
     hr.data[0, 0, 0], hr.data[0, 0, 1] = 900, -300
     sr, seg, label = (Volume(data, hr.affine) for data in (one.sr, one.seg, one.label))
     found = pair.evaluate_pair(turned(sr), hr, seg=seg, label=label, structures={"x": (seg, label)}, subject=None)
-    whole = found["image"]["whole"]
     assert found["grid"]["overlap"] < 0.9 and found["structures"]["x"] == found["segmentation"]
+    shift = np.eye(4)
+    shift[0, 3] = 4
+    cut = Volume(np.ascontiguousarray(one.sr[4:]), hr.affine @ shift)
+    whole = pair.evaluate_pair(cut, hr, subject=None)["image"]["whole"]
     assert whole["psnr_db"] == pytest.approx(10 * np.log10(900**2 / whole["mse"]))
     assert whole["psnr_range_db"] == pytest.approx(10 * np.log10(1200**2 / whole["mse"]))
 

@@ -198,7 +198,7 @@ def test_the_chosen_gpu_is_the_current_one_before_anything_else_is_asked_of_it(m
 def test_the_peak_of_memory_is_the_kernels_own_in_bytes():
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     (told,) = (line for line in lines if line.startswith("VmHWM"))
-    assert system.peak_memory() == pytest.approx(1024 * int(told.split()[1]), rel=0.05)  # found: 0.001
+    assert system.peak_memory() == pytest.approx(1024 * int(told.split()[1]), rel=0.04)  # found: 0.0042
 
 
 def test_memory_that_could_be_had_is_the_machines_or_the_tightest_groups(monkeypatch):
