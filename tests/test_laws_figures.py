@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from report_results import make_known
 from fastsrgan.cli.evaluate import beside, better, cohort_figures, comparison
 from fastsrgan.cli.evaluate import figures as figure_rows
 from fastsrgan.evaluate import cohort, compare, metrics, pair
-from fastsrgan.evaluate.figures import FIGURES, Compared, scores
-from fastsrgan.evaluate.plausibility import GREEN, RED, YELLOW, Look, choose, judge
+from fastsrgan.evaluate.figures import FIGURES, Compared, columns, scores
+from fastsrgan.evaluate.plausibility import GREEN, RED, YELLOW, Look, choose, judge, measure
 from fastsrgan.model.purpose import MODELS
 from fastsrgan.pictures import error_map as error_map_module
 from fastsrgan.pictures.figure import Column, planes
@@ -22,7 +23,7 @@ from fastsrgan.pictures.planes import cuts
 from fastsrgan.report import cohort as cohort_page
 from fastsrgan.report import curves, page, sections, viewer, volumes
 from fastsrgan.report.collect import find
-from fastsrgan.report.html import Line, line_chart
+from fastsrgan.report.html import Line, line_chart, shown
 from fastsrgan.study import curves as study_curves
 from fastsrgan.study import plots, tables
 from fastsrgan.study import run as study_run
@@ -212,6 +213,22 @@ def test_ct_and_heads_of_no_model_are_told_from_their_limits_on():
     longest = max(model.purpose.head_mm[1] for model in MODELS.values())
     said = [choose(Look(longest * f, 3500.0, 0, -0.4, 1.0, 4.0, 0.0))[1] for f in (1.2, 1.3)]
     assert ["fits no model" in text for text in said] == [False, True]
+
+
+def test_where_a_head_ends_and_fluid_begins_is_told_from_their_limits_on():
+    """Two borders full of tissue are a neck, three are no head; a tail of a fifth of the range is fluid."""
+    assert [Look(180.0, 3500.0, n, -0.4, 1.0, 4.0, 0.0).is_head for n in (0, 2, 3)] == [True, True, False]
+    seg = np.zeros((12, 12, 12), np.uint8)
+    seg[4:8, 4:8, 4:8] = 1
+    looks = (Look(180.0, 3500.0, 0, fluid, 1.0, 4.0, 0.0) for fluid in (0.19, 0.21))
+    known = replace(ADULT, contrasts=("T1",))
+    assert [judge(look, seg, 9375.0, known).light for look in looks] == [GREEN, RED]
+    data = np.zeros((20, 20, 20), np.float32)
+    data[4:16, 4:16, 4:16] = 100
+    for share, filled in ((0.45, 0), (0.55, 1)):
+        data[0] = 0
+        data[0, : round(20 * share)] = 100
+        assert measure(data, (1.0, 1.0, 1.0)).filled == filled
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
@@ -556,3 +573,44 @@ def test_where_a_page_opens_and_what_it_shows_of_the_image_is_told_in_words(pack
     for text in told:
         assert "of 17 × 19 × 21 in the box of the head and 30 × 32 × 34 in the image" in text
         assert text.endswith("--max-mb 12 shows all.") and "from 0 to 1000" in text
+
+
+def test_planes_show_the_object_and_three_millimetres_around_it_and_keep_off_the_cleft():
+    """The sagittal one lies a tenth of the width beside the centre; values below a twentieth are air."""
+    data = np.full((80, 60, 50), 4, np.float32)  # of 100: air
+    data[20:60, 10:50, 15:35] = 100
+    axial, coronal, sagittal = cuts(Volume(data, np.eye(4)))
+    assert (axial.v[0], axial.v[-1]) == (7, 52) and (coronal.v[0], coronal.v[-1]) == (12, 37)
+    assert (axial.u[0], axial.u[-1]) == (17, 62) == (coronal.u[0], coronal.u[-1])
+    assert (axial.at, coronal.at) == (pytest.approx(24.5, abs=0.51), pytest.approx(29.5, abs=0.51))
+    assert sagittal.at == pytest.approx(39.5 + 0.1 * 46, abs=0.51)  # on a voxel's centre
+
+
+def test_numbers_are_shown_as_people_read_them():
+    told = {31.25: "31.25", 0.96171: "0.9617", 1484329: "1\u202f484\u202f329", 12345.6: "12\u202f346", -0.5: "-0.5"}
+    assert {value: shown(value) for value in told} == told
+    assert [shown(value, 2, signed=True) for value in (0.0963, -0.0963, 0.0)] == ["+0.096", "-0.096", "0"]
+
+
+def test_columns_of_tables_have_the_figure_of_their_heading():
+    found = {name: (column.heading, column.path, column.figure.digits) for name, column in columns().items()}
+    assert found == {
+        "psnr_db": ("PSNR dB", "image.whole.psnr_db", 2), "ssim": ("SSIM", "image.whole.ssim", 4),
+        "psnr_mask_db": ("PSNR mask dB", "image.mask.psnr_db", 2), "ssim_mask": ("SSIM mask", "image.mask.ssim", 4),
+        "dice": ("Dice", "segmentation.dice", 4), "hausdorff95_mm": ("HD95 mm", "segmentation.hausdorff95_mm", 2),
+        "surface_distance_mm": ("ASSD mm", "segmentation.surface_distance_mm", 3),
+        "components": ("components", "segmentation.components", 1),
+    }  # fmt: skip
+    titles = {
+        "/scores/image/mask/psnr_db": "PSNR, dB in mask", "/scores/gain/image/whole/psnr_db": "gain PSNR, dB",
+        "/record/seconds": "time, s", "/measured/volume_ml": "volume, mL",
+    }  # fmt: skip
+    assert {path: cohort_page.title(path) for path in titles} == titles
+    scored = [{"image": {region: {} for region in regions}, "segmentation": {"dice": 1, "false_component_voxels": 2}}
+              for regions in (("whole", "mask"), ("whole",))]  # fmt: skip
+    for some, region in ((scored[:1], "mask"), (scored, "whole")):
+        assert cohort_page.candidates(some) == [
+            f"/scores/image/{region}/psnr_db", f"/scores/image/{region}/ssim", f"/scores/gain/image/{region}/psnr_db",
+            "/scores/segmentation/dice", "/scores/gain/segmentation/dice", "/measured/volume_ml",
+            "/measured/components", "/record/seconds",
+        ]  # fmt: skip

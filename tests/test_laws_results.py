@@ -205,6 +205,47 @@ def test_a_small_tile_is_never_alone_on_a_cpu():
     assert counts == [16, 2, 2, 2, 1, 1]
 
 
+def test_a_batch_on_a_gpu_takes_six_tenths_of_what_is_free_and_at_most_32_tiles(monkeypatch):
+    network = TileNetwork(torch.nn.Identity(), 1.0)
+    network.device = torch.device("cuda")
+    monkeypatch.setattr(network, "bytes_of", lambda patch, count=1: 100)
+    counts = []
+    for free in (50, 1000, 5000, 10**6):
+        monkeypatch.setattr(network_module, "free_memory", lambda device, free=free: free)
+        counts.append(network._wanted("auto", tiles.plan((64, 64, 64), 64, 64)))
+    assert counts == [1, 6, 30, 32] and network._wanted(7, None) == 7
+
+
+@pytest.mark.parametrize(
+    ("more", "source"),
+    [
+        ({}, ""),
+        ({"slice_thickness": 2.0}, "asked"),
+        ({"agree": "off"}, "spacing"),
+        ({"geometry": "segsrgan"}, "spacing"),
+        ({"agree": "off", "save_residual": True}, ""),
+        ({"agree": "off", "slice_thickness": 2.0}, "asked"),
+    ],
+)
+def test_a_header_is_asked_for_the_thickness_where_that_has_a_use(more, source):
+    assert InferSettings(**FAST, **more).thickness_from == source
+
+
+def test_what_is_written_of_an_image_is_what_was_asked_for():
+    every = {"save_prob": True, "save_residual": True, "png": True, "uncertainty": True}
+    assert InferSettings(**FAST).kinds(0) == ["sr", "seg"] and InferSettings(**FAST).kinds(2) == ["sr", "seg", "mask"]
+    kinds = {name: set(InferSettings(**FAST, **{name: True}).kinds(0)) - {"sr", "seg"} for name in every}
+    assert kinds == {
+        "save_prob": {"prob"},
+        "save_residual": {"residual"},
+        "png": {"png"},
+        "uncertainty": {"prob", "doubt"},
+    }
+    kept = InferSettings(**FAST, dtype="input")
+    assert [kept.sr_bytes(kind, size) for kind, size in (("i", 2), ("u", 1), ("f", 8))] == [2, 1, 4]
+    assert InferSettings(**FAST).sr_bytes("i", 2) == 4
+
+
 def test_a_precision_is_judged_by_the_tiles_with_most_contrast():
     volume = torch.zeros(128, 16, 16)
     for n, size in ((1, 0.5), (3, 0.2), (4, 1.0), (6, 0.7), (7, 0.1), (5, 0.3)):
