@@ -121,7 +121,7 @@ def test_the_weight_gains_wherever_the_best_one_gains_and_never_loses(profile):
 def test_an_unknown_profile_never_loses_against_the_spline(profile):
     scan, _, spline = acquire(profile)
     guess = assumed("auto", None, 6.0)
-    seen = observation(scan.shape, THICK, truth().shape, MM, thickness_mm=guess.thickness_mm, profile=guess.profile)
+    seen = observation(scan.shape, THICK, truth().shape, MM, thickness_mm=guess.width_mm, profile=guess.profile)
     assert guess.floor == PROFILE_GUESSED
     done = agreed(torch.from_numpy(spline), torch.from_numpy(scan), seen, guess.floor).numpy()
     inside = truth() > 0.1
@@ -129,8 +129,8 @@ def test_an_unknown_profile_never_loses_against_the_spline(profile):
 
 
 def test_a_named_profile_is_taken_as_it_is():
-    assert assumed("box", 4.0, 6.0).thickness_mm == 4.0 and assumed("box", 4.0, 6.0).floor == PROFILE_KNOWN
-    assert assumed("gaussian", None, 6.0).thickness_mm == 6.0
+    assert (assumed("box", 4.0, 6.0).width_mm, assumed("box", 4.0, 6.0).floor) == (4.0, PROFILE_KNOWN)
+    assert assumed("gaussian", None, 6.0).width_mm == 6.0 and assumed("auto", 5.0, 6.0).thickness_mm == 5.0
     with pytest.raises(UsageError, match="gaussian, box"):
         assumed("sinc", None, 6.0)
     with pytest.raises(UsageError, match="slice thickness"):

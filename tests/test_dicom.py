@@ -340,6 +340,10 @@ def test_doubts_are_warnings(tmp_path):
     write_series(tmp_path, volume(), scanner_affine("axial"), change=doubtful)
     warnings = dicom.load(tmp_path).warnings
     assert "3 mm apart, their header says 3.3 mm" in warnings[0] and "20 images, 6 are here" in warnings[1]
+    write_series(tmp_path / "large", volume(), scanner_affine("axial", spacing=(60.0, 60.0, 80.0)))
+    assert any(
+        "60 x 60 x 80 mm is unusual: check the units" in text for text in dicom.load(tmp_path / "large").warnings
+    )
 
 
 def test_odd_intensities_are_warnings(tmp_path):

@@ -61,7 +61,7 @@ def test_with_a_small_weight_the_result_acquired_again_is_the_scan(generator, sc
     assert np.abs(residual(done.sr, scan, d)[1:]).max() < 0.002 < 1 < np.abs(residual(alone.sr, scan, d)[1:]).max()
     assert np.array_equal(done.prob, alone.prob)
     told = done.report["agree"]
-    assert (told["weight"], told["profile"], told["thickness_mm"]) == (1e-5, profile, thickness)
+    assert (told["weight"], told["profile"], told["width_mm"]) == (1e-5, profile, thickness)
     percent = f"{told['residual_percent']:.2g} % ({told['residual_percent_without']:.2g} % without agreement"
     assert f"the result, acquired again, differs from the scan by {percent}" in caplog.text
     rms = [100 * np.sqrt(np.mean(residual(r.sr, scan, d) ** 2) / np.mean(scan**2)) for r in (done, alone)]
@@ -78,7 +78,7 @@ def test_auto_takes_a_narrow_profile_and_a_weight_that_grows_with_the_noise(gene
     for noise in (0, 10, 60):
         data = (clean + noise * rng.normal(size=clean.shape)).astype(np.float32)
         found.append(infer_volume(data, AFFINE, generator, **FAST).report["agree"])
-    assert found[0]["weight"] == 0.03 and found[0]["thickness_mm"] == pytest.approx(2.4)
+    assert found[0]["weight"] == 0.03 and (found[0]["width_mm"], found[0]["thickness_mm"]) == (2.4, 3.0)
     assert found[0]["weight"] < found[1]["weight"] <= found[2]["weight"] and found[2]["weight"] >= 0.5  # found: 27
     assert found[2]["noise"] == pytest.approx(60, rel=0.15)  # found: 0.018
 
@@ -225,7 +225,7 @@ def test_the_thickness_of_a_sidecar_is_used_and_recorded(files):
     told = call(files, "--profile", "gaussian")["agree"]
     assert told["thickness_mm"] == 2.5 and told["thickness_from"] == "a.json"
     told = call(files, "--overwrite")["agree"]
-    assert told["thickness_mm"] == pytest.approx(2.0) and told["profile"] == "gaussian"  # 0.8 of it
+    assert (told["width_mm"], told["thickness_mm"]) == (2.0, 2.5) and told["profile"] == "gaussian"  # 0.8 of it
     (files / "a.json").write_text(json.dumps({"SliceThickness": 2.5, "SpacingBetweenSlices": 5.0}))
     record = call(files, "--overwrite")
     assert record["agree"]["thickness_from"] == "spacing" and "resampled" in record["warnings"][0]

@@ -9,7 +9,7 @@ import pytest
 
 from fastsrgan.cli.main import main
 from fastsrgan.convert import convert
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import FastsrganError, InputError, UsageError
 from fastsrgan.evaluate.cohort import Choice, evaluate_table
 from fastsrgan.evaluate.pair import evaluate_files
 from fastsrgan.io import labels
@@ -96,7 +96,7 @@ def test_several_structures_have_a_dice_each_of_a_map_of_several_values(folder):
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    (("", "names no class"), ("cortex", "no table says"), ("a=", "names no class")),
+    (("", "names no class"), ("cortex", "no table says"), ("a=", "names no class"), ("a=1 b=2", "several structures")),
 )
 def test_choices_that_mean_nothing(folder, text, reason):
     with pytest.raises(UsageError, match=reason):
@@ -146,6 +146,18 @@ def test_the_command_scores_a_table_with_a_column(folder, capsys):
     assert main(["evaluate", "--table", str(folder / "e.csv"), "--json", str(folder / "e.json")]) == 0
     row = json.loads((folder / "e.json").read_text())["rows"][0]
     assert row["segmentation"]["dice"] == 1 and row["label_classes"] == {"3,42": [3, 42]}
+
+
+def test_a_cell_of_several_structures_scores_each(folder):
+    """The whole cell was taken for one choice, and its last structure scored as the first."""
+    head = "SR_image,HR_image,Seg_image,Label_image,Label_classes\nhr.nii.gz,hr.nii.gz,seg.nii.gz,aseg.nii.gz,"
+    (folder / "e.csv").write_text(head + "cortex=3+42|white=2+41\n")
+    (row,) = evaluate_table(folder / "e.csv")["rows"]
+    assert row["label_classes"] == {"cortex": [3, 42], "white": [2, 41]}
+    assert row["segmentation"]["dice"] == row["structures"]["cortex"]["dice"] == 1 > row["structures"]["white"]["dice"]
+    (folder / "e.csv").write_text(head + "cortex=3+42 white=2+41\n")
+    with pytest.raises(FastsrganError, match="several structures"):
+        evaluate_table(folder / "e.csv")
 
 
 def test_the_command_takes_the_names_of_a_table_that_is_given(folder):

@@ -344,6 +344,8 @@ def test_the_weights_that_are_written_are_the_averaged_ones_and_the_snapshot_hol
     for part, expected in (("generator", raw), ("ema", averaged)):
         _, held = safetensors.read_parameters(snapshot / "model.safetensors", part)
         assert all(torch.equal(held[name], expected[name]) for name in expected)
+    said = [weight_files.info(folder / "model.safetensors")["made_for"] for folder in (tmp_path, snapshot)]
+    assert said[0] == said[1] and said[0]["voxel_mm"]
 
 
 # --- updates that are not finite ------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from fastsrgan.study import tables
 from fastsrgan.train.logs import RunLog
 from fastsrgan.train.run import check_places
 
+PHOTO = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55")  # a PNG's first bytes
 INPUT, OTHER = "is an input and would be overwritten", "exists already and is no"
 
 
@@ -82,6 +83,32 @@ def test_earlier_figures_are_replaced(place, capsys):
 
 @pytest.mark.fault(26)
 @pytest.mark.parametrize(
+    ("words", "taken"),
+    [
+        ([*PAIR, "--png", "p/x.png"], "x.png"),
+        (["out", "truth", "--png", "p"], "x.png"),
+        (["out", "other", "truth", "--png", "p"], "bland-altman.png"),
+    ],
+)
+def test_a_picture_of_somebody_else_is_kept(place, capsys, words, taken):
+    """That of ``infer --png`` has the name that ``evaluate --png`` gives its own."""
+    shutil.copytree("out", "other")
+    path = Path("p", taken)
+    path.parent.mkdir()
+    for foreign in (PHOTO, b"my notes"):
+        path.write_bytes(foreign)
+        before = contents(place)
+        code, _, err = call(capsys, "evaluate", *words)
+        assert code == 2
+        one_line(err, f"error: {path}: {OTHER}")
+        assert contents(place) == before
+    path.unlink()
+    assert [call(capsys, "evaluate", *words)[0] for _ in range(2)] == [0, 0]  # what it made it replaces
+    assert path.read_bytes()[:4] == PHOTO[:4]
+
+
+@pytest.mark.fault(26)
+@pytest.mark.parametrize(
     ("target", "told"),
     [
         ("out/x_sr.nii.gz", INPUT),
@@ -117,12 +144,13 @@ def test_a_study_replaces_its_own_files_only(tmp_path, capsys):
     assert call(capsys, *words)[0] == 0
     for path in out.glob("curves.*"):
         made = path.read_bytes()
-        path.write_text("name,age\nmine,7\n", encoding="utf8")
-        before = contents(tmp_path)
-        code, _, err = call(capsys, *words)
-        assert code == 2
-        one_line(err, f"error: {path}: {OTHER}")
-        assert contents(tmp_path) == before
+        for foreign in (b"name,age\nmine,7\n", *({".png": [PHOTO], ".svg": [b"<svg/>"]}.get(path.suffix, []))):
+            path.write_bytes(foreign)
+            before = contents(tmp_path)
+            code, _, err = call(capsys, *words)
+            assert code == 2
+            one_line(err, f"error: {path}: {OTHER}")
+            assert contents(tmp_path) == before
         path.write_bytes(made)
     assert sorted(path.suffix for path in out.glob("curves.*")) == [".csv", ".json", ".md", ".png", ".svg"]
     assert call(capsys, *words)[0] == 0

@@ -180,7 +180,7 @@ def test_the_best_linear_estimate_lies_beside_spline_and_sr(results, parsed, tmp
     assert "w the best of eight by the truth" in parsed.words and {"spline", "linear"} <= panes_of(parsed)
     (path,) = report(results / "scan.json", tmp_path / "page.html")
     got = Parsed(path.read_text(encoding="utf8"))
-    own = estimate(told["weight"], thickness_mm=told["thickness_mm"], profile=told["profile"])
+    own = estimate(told["weight"], thickness_mm=told["width_mm"], profile=told["profile"])
     assert shown_linear(got, sr, own) <= 0.52 and np.abs(own - best).max() > 1  # found: 0.5
     assert f"w = {told['weight']:.3g} as the record chose" in got.words
 

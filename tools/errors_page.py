@@ -31,12 +31,13 @@ TOP = """# What errors say
 Made by `python tools/errors_page.py`, which makes each fault and runs the command; a test says when the page is out of
 date. The form is public: one line on standard error, `error: WHAT: REASON (HINT)`: what came, what is allowed or what
 to do; the exit codes are those of the [README](../README.md). Warnings stand in the result's record and report too.
-Sizes that depend on the machine are written as N, words of libraries as ..., the current folder as HERE; the calls are
-made with `--quiet` and ask object storage once. `verify` lists what it finds on standard output. Faults that no single
-command shows (kills, signals, ranks, memory of a device) are in [Reliability](reliability.md), with their tests.
+Sizes that depend on the machine are written as N, words of the HDF5 and safetensors libraries as ..., the current
+folder as HERE; the calls are made with `--quiet` and ask object storage once. `verify` lists what it finds on standard
+output. Faults that no single command shows (kills, signals, ranks, memory of a device) are in
+[Reliability](reliability.md), with their tests.
 """
 MACHINE = (  # what differs between machines, and what stands for it
-    (re.compile(r"[\d.]+ (bytes|[KMGTP]iB) (is|are|free)"), r"N MiB \2"),
+    (re.compile(r"[\d.]+ (bytes|[KMGTP]iB) (is|are|free)"), r"N \2"),
     (re.compile(r"(needs|limit is|--max-memory) [\d.]+( ?)(M|KiB|MiB|GiB)\b"), r"\1 N\2\3"),
     (re.compile(r"\d+ CUDA devices"), "N CUDA devices"),
     (re.compile(r"; \d+ attempts in \d+ s"), ""),

@@ -29,24 +29,33 @@ FAULTS: dict[int, tuple[str, str, str]] = {
         "",
     ),
     3: ("header claims 64 TiB", "3 before anything is allocated", ""),
-    4: ("gzip bomb", "3 by size and ratio before unpacking, behind the voxels after as much of it; `--max-voxels`", ""),
+    4: (
+        "gzip bomb",
+        "3 by size and ratio before unpacking; data behind the voxels: after one slice in NIfTI, after the same "
+        "limit in other formats; `infer --max-voxels`",
+        "",
+    ),
     5: ("NaN or infinite voxels", "read as 0, counted in a warning that reaches record and store", ""),
     6: (
         "image all NaN, all zero or constant",
         "3 for all NaN, all zero and a constant below zero; one above zero stays constant",
         "",
     ),
-    7: ("4-D, 5-D, RGB, complex", "a series of one is a volume; of many: 3 with `--volume`; others 3", ""),
+    7: (
+        "4-D, 5-D, RGB, complex",
+        "a series of one is a volume; of many: 3, the hint names `infer --volume`; others 3",
+        "",
+    ),
     8: ("sform and qform differ, or neither is set", "a warning names the choice; the record carries it", ""),
     9: ("left-handed, oblique, permuted axes", "the same result in world space, affine kept", ""),
-    10: ("sheared affine", "kept, with a warning, of every file format", ""),
+    10: ("sheared affine", "kept, with a warning, in NIfTI, MGH, NRRD and MetaImage; a tilted DICOM series: 3", ""),
     11: (
-        "voxel size zero, negative or in microns",
+        "voxel size zero, negative (where no sform stands beside it) or in microns",
         "3, or a warning with what is used; below 0.005 or above 50 mm a warning, of every file format",
         "",
     ),
     12: ("volume smaller than a patch", "padded, and cropped back to its shape", ""),
-    13: ("label with fractions, NaN, another shape or place", "3 before anything is written", ""),
+    13: ("label with fractions, NaN, another shape or place", "3 before a file is written", ""),
     14: (
         "table: columns, Base, missing files, leaks; BOM, separators",
         "3, all faults of rows at once with their lines, the first 50; a BOM, `;` and tabs are read",
@@ -68,7 +77,8 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     23: ("newest snapshot damaged", "checksum fails: the one before, with a warning", ""),
     24: (
         "full disk",
-        "5, `no space left`; temporary files removed, last good kept; room is asked for before the work",
+        "5, `no space left`; temporary files removed, last good kept; room is asked for before the work, and "
+        "before each subject of a store",
         "a limit on the size of a file (RLIMIT_FSIZE), told as such; calls that raise ENOSPC; the answer on free room",
     ),
     25: (
@@ -123,7 +133,11 @@ FAULTS: dict[int, tuple[str, str, str]] = {
         "training, once its loop runs: snapshot at the step's end, 143; others, SIGTERM: cleaned up, 143",
         "",
     ),
-    38: ("Ctrl-C once, twice", "130 after cleaning up; at once", "a pseudo-terminal"),
+    38: (
+        "Ctrl-C once, twice",
+        "130 after cleaning up; at once (of several ranks 5 seconds later, since torchrun sends it twice)",
+        "a pseudo-terminal",
+    ),
     39: ("a rank dies", "the others end with its error; torchrun's restart resumes", "gloo ranks on the CPU"),
     40: ("ranks disagree", "4 before the first step", "gloo ranks on the CPU"),
     41: ("a worker of the feed dies or hangs", "an error with the subject", ""),
@@ -147,9 +161,10 @@ TOP = """# Reliability
 
 Made by `python tools/reliability.py` from the tests, which make each fault themselves; a test says when this page is
 out of date. `pytest -m fault` runs them. Codes are public: "Words and codes" in the [README](../README.md). An error
-is one line on standard error, `error: WHAT: REASON (HINT)`: what came, what is allowed, what to do. Nothing
-half-written has its final name, but for files of a subject in a store, which count once the manifest names it, and what
-grows line by line: a run's log and the events for TensorBoard.
+is one line on standard error, `error: WHAT: REASON (HINT)`: what came, what is allowed, what to do; after a signal it
+is `error: interrupted` or `error: stopped: by SIGTERM`. Nothing half-written has its final name, but for files of a
+subject in a store, which count once the manifest names it, what grows line by line (a run's log and the events for
+TensorBoard), and the record of `job-model`, which holds its place while the image is computed.
 What the commands say, word for word: [errors.md](errors.md). Untrusted files: [SECURITY.md](../SECURITY.md).
 
 | # | fault | promised | tests | simulated |
@@ -181,9 +196,9 @@ MUTANTS = """
 ## Faults in the code
 
 `make mutants MINUTES=30` puts small faults into a copy, one at a time, and runs the tests that are named beside each in
-`tools/mutants/*.toml`: they must fail. What no test noticed is listed, and a change that is the same by law has its
-reason. A test of every run looks that each fault still stands where the table says. What was noticed stays so while its
-entry in the table is the same.
+`tools/mutants/*.toml`: they must fail. What no test noticed is listed, and a change that is the same by law (the
+program does what it did, so no test can tell) has its reason. A test of every run looks that each fault still stands
+where the table says. What was noticed stays so while its entry in the table is the same.
 """
 
 SOAK = """
@@ -211,11 +226,16 @@ def tests_of_rows(folder: Path) -> dict[int, list[str]]:
 
 def _functions(path: Path) -> list[tuple[str, ast.FunctionDef, str]]:
     tree = ast.parse(path.read_text(encoding="utf8"))
+    # pytest knows the tests of a class that others share (no Test in its name) by those.
+    shared = {base.id: node.name for node in reversed(tree.body) if isinstance(node, ast.ClassDef)
+              for base in node.bases if isinstance(base, ast.Name)}  # fmt: skip
     found = []
     for node in tree.body:
         for inner in node.body if isinstance(node, ast.ClassDef) else [node]:
             if isinstance(inner, ast.FunctionDef) and inner.name.startswith("test"):
-                name = f"{node.name}.{inner.name}" if isinstance(node, ast.ClassDef) else inner.name
+                name = inner.name
+                if isinstance(node, ast.ClassDef):
+                    name = f"{shared.get(node.name, node.name)}::{name}"
                 found.append((name, inner, " ".join(ast.unparse(d) for d in inner.decorator_list)))
     return found
 

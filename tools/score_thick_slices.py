@@ -106,7 +106,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("cases", type=Path)
     p.add_argument("-w", "--weights", default="perinatal")
-    p.add_argument("--flips", default="none", metavar="AXES", help="mean over mirror images, as fastsrgan infer --flips")
+    p.add_argument("--flips", default="none", metavar="AXES", help="mean over mirror images, as infer --flips")
     p.add_argument("--json", type=Path)
     args = p.parse_args()
     generator = fastsrgan.load_generator(args.weights)

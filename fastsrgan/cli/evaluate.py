@@ -135,7 +135,7 @@ def _check_places(args: argparse.Namespace, inputs: list[str]) -> None:
     with loading():
         from fastsrgan.io import output_place
 
-    kinds = {"csv": output_place.TABLE, "json": output_place.FIGURES, "png": output_place.PICTURE}
+    kinds = {"csv": output_place.TABLE, "json": output_place.FIGURES, "png": output_place.SCORED}
     for option, kind in kinds.items():
         target = getattr(args, option)
         if target in (None, "-"):

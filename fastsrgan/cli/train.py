@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from fastsrgan.cli.console import add_checkpoint_option, add_label_options, bool
 from fastsrgan.core.files import output_folder
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import ModelError, UsageError
+from fastsrgan.errors import FastsrganError, ModelError, UsageError
 from fastsrgan.infer.settings import add_options
 
 log = logging.getLogger("fastsrgan")
@@ -253,16 +254,21 @@ def convert_table(table: str, args: argparse.Namespace, progress: Progress) -> s
     if complete:
         log.info("%s names other files than before: converted anew", table)
     resume = store.exists() and not complete
-    result = convert(
-        table,
-        store,
-        resume=resume,
-        overwrite=complete,
-        base_path=args.base_path,
-        label_classes=args.label_classes,
-        label_names=args.label_names,
-        progress=progress,
-    )
+    try:
+        result = convert(
+            table,
+            store,
+            resume=resume,
+            overwrite=complete,
+            base_path=args.base_path,
+            label_classes=args.label_classes,
+            label_names=args.label_names,
+            progress=progress,
+        )
+    except FastsrganError:
+        with contextlib.suppress(OSError):  # nothing is left of a call that began nothing
+            store.parent.rmdir()
+        raise
     log.info("%s: %d subjects, %d converted", store, result["subjects"], result["converted"])
     return str(store)
 

@@ -21,9 +21,11 @@ from fastsrgan.errors import FastsrganError, InputError
 from fastsrgan.evaluate.figures import definitions
 from fastsrgan.evaluate.metrics import CALIBRATION
 from fastsrgan.evaluate.pair import evaluate_files, flat, summarise
+from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
 from fastsrgan.io.nifti_voxels import pointer_of
+from fastsrgan.io.output_place import SCORED, check_place
 
 log = logging.getLogger("fastsrgan")
 
@@ -195,21 +197,24 @@ def evaluate_items(
 
     Returns ``rows`` (the dicts of ``evaluate_files`` with ``subject``), ``failed`` (subject, error) and ``summary``
     {figure: {mean, sd, n}} over the rows, figures named by their dotted path (``image.whole.psnr_db``); sd is the
-    sample standard deviation (n - 1), None for one row. Raises InputError when no subject could be evaluated.
+    sample standard deviation (n - 1), None for one row. Raises InputError when no subject could be evaluated, and
+    UsageError, before any work, where ``png`` holds a file of a picture's name that is none of ``evaluate``'s.
     """
-    pictures = None if png is None else output_folder(png)
+    pictures = [None if png is None else output_folder(png) / f"{i.subject.replace('/', '_')}.png" for i in items]
+    for picture in pictures:
+        if picture is not None:
+            check_place(picture, (), SCORED)
     done: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     faults: list[table.Fault] = []
     progress.start("evaluate", len(items), "subject")
-    for item in items:
+    for item, picture in zip(items, pictures, strict=True):
         named: dict[str, Any] = {"subject": item.subject} | ({} if item.line is None else {"line": item.line})
         try:
             if item.fault:
                 raise InputError(
                     item.files.get("sr", item.subject), item.fault, "see --help for the names that are looked for"
                 )
-            picture = None if pictures is None else pictures / f"{item.subject.replace('/', '_')}.png"
             classes = (item.classes or choice.classes) if "label" in item.files else ()
             settings: dict[str, Any] = {
                 "png": picture,
@@ -292,7 +297,7 @@ def _read(csv_path: Path) -> list[tuple[int, dict[str, Path], tuple[str, ...]]]:
         ]
         if "Seg_image" in files and "Label_image" not in files:
             faults.append((line, "Seg_image without Label_image"))
-        rows.append((line, files, (values[CLASSES],) if values.get(CLASSES) else ()))
+        rows.append((line, files, tuple(labels.choices(values.get(CLASSES, ""), None))))
     if faults:
         raise table.table_error(csv_path, faults)
     return rows

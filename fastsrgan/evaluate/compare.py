@@ -19,6 +19,7 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, evaluate_folders
 from fastsrgan.evaluate.pair import flat, moments
+from fastsrgan.io.output_place import SCORED, check_place
 
 TEST = "Wilcoxon signed-rank, two-sided (scipy.stats.wilcoxon)"
 SECTIONS = ("image.", "segmentation.", "structures.")
@@ -54,6 +55,7 @@ def compare_folders(
     """
     if Path(first).resolve() == Path(second).resolve():
         raise UsageError("evaluate", "the two results are one folder", "RESULTS OTHER_RESULTS TRUTH")
+    picture = None if png is None else check_place(output_folder(png) / PICTURE, (), SCORED)
     results = [evaluate_folders(folder, truth, choice=choice, progress=progress) for folder in (first, second)]
     names = short_names([first, second])
     scores = [{row["subject"]: _figures(row) for row in result["rows"]} for result in results]
@@ -80,11 +82,11 @@ def compare_folders(
             f"with {len(subjects)} subjects the smallest p of the test is {least:.3g}: it cannot show a difference at "
             f"{LEVEL:g}, whatever the figures"
         )
-    if png is not None:
+    if picture is not None:
         from fastsrgan.pictures.bland_altman import bland_altman
 
         shown = [(heading, *pairs[figure]) for figure, heading in PANELS if figure in pairs]
-        bland_altman(output_folder(png) / PICTURE, shown, (names[0], names[1]))
+        bland_altman(picture, shown, (names[0], names[1]))
     columns = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     return {
         "names": names,

@@ -377,7 +377,7 @@ def wanted(
             shape, old, image.source.shape, new, geometry=image.geometry, thickness_mm=thickness_mm, profile=profile
         )
 
-    seen, full = seen_as(believed.profile, believed.thickness_mm), seen_as("gaussian", thickness)
+    seen, full = seen_as(believed.profile, believed.width_mm), seen_as("gaussian", thickness)
     if seen is None or full is None:
         what = "save residual" if off else "agree"
         reason = "how the scan sees a result on the original's grid is not known for these sizes"
@@ -420,14 +420,14 @@ def finish(
         del found
         after = _percent(_agree(turned, scan, what.seen, weight, image.norm.floor), size)
         told["agree"] = {
-            "weight": weight, "noise": noise,
-            "profile": what.believed.profile, "thickness_mm": float(f"{what.believed.thickness_mm:.6g}"),
+            "weight": weight, "noise": noise, "profile": what.believed.profile,
+            **{key: float(f"{getattr(what.believed, key):.6g}") for key in ("width_mm", "thickness_mm")},
             "residual_percent": after, "residual_percent_without": before,
         }  # fmt: skip
         log.info(
             "%s: the result, acquired again, differs from the scan by %.2g %% (%.2g %% without agreement; "
             "weight %.3g, %s profile of %.3g mm)",
-            label, after, before, weight, what.believed.profile, what.believed.thickness_mm,
+            label, after, before, weight, what.believed.profile, what.believed.width_mm,
         )  # fmt: skip
     doubt = image.turn.apply(prob[-1])
     if what.doubt:

@@ -20,6 +20,8 @@ from fastsrgan.io.dicom_header import DIRECTION_TOLERANCE, TRAITS, Frame, check_
 from fastsrgan.io.dicom_series import NAMED, Series, select
 from fastsrgan.io.dicom_series import is_dicom as is_dicom
 from fastsrgan.io.dicom_series import sha256 as sha256
+from fastsrgan.io.nifti_header import LARGER
+from fastsrgan.io.nifti_header import check_axes as check_affine
 from fastsrgan.volume.geometry import Volume
 
 MAX_VOXELS = 2**31
@@ -68,13 +70,14 @@ def load(
     picked = _pick(path, stacks, volume)
     frames = stacks[picked]
     affine, warnings = _grid(path, frames, len(chosen.frames))
+    check_affine(Path(path), affine, warnings.append)
     warnings = [*chosen.warnings, *([how] if how else []), *warnings]
     warnings += dict.fromkeys(note for frame in frames for note in frame.notes)
     rows, columns = frames[0].shape
     shape = (columns, rows, len(frames))
     if np.prod(shape, dtype=float) > max_voxels:
         reason = f"{columns} x {rows} x {len(frames)} voxels are more than the limit of {max_voxels}"
-        raise InputError(path, reason, "raise it with --max-voxels")
+        raise InputError(path, reason, LARGER)
     try:
         data = np.empty(shape, dtype, order="F")
     except MemoryError:

@@ -21,7 +21,7 @@ import numpy as np
 
 from fastsrgan.errors import InputError, ResourceError, human, times
 from fastsrgan.io import nifti_header as nifti_check
-from fastsrgan.io.nifti_header import halves, invertible
+from fastsrgan.io.nifti_header import LARGER, halves, invertible
 from fastsrgan.io.nifti_voxels import (
     CHUNK_BYTES,
     COPY_AGAIN,
@@ -80,7 +80,7 @@ def _one_file(path: Path) -> tuple[Path, ...]:
 def _limit(file: NiftiFile, max_voxels: int) -> NiftiFile:
     if file.voxels > max_voxels:
         reason = f"{times(file.shape)} voxels are more than the limit of {max_voxels}"
-        raise InputError(file.path, reason, "raise it with --max-voxels")
+        raise InputError(file.path, reason, LARGER)
     return file
 
 

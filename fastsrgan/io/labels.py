@@ -41,10 +41,14 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
     text : the choice; label : the map's file, beside which a ``.tsv`` of names may lie
     table : lookup table of names, in place of that one
 
-    Raises UsageError for a choice that is empty or whose name no table knows; InputError for a table that cannot be
-    read.
+    Raises UsageError for a choice that is empty, holds several or has a name that no table knows; InputError for a
+    table that cannot be read.
     """
-    name, _, listed = text.rpartition("=") if "=" in text else ("", "", text)
+    name, _, listed = text.partition("=") if "=" in text else ("", "", text)
+    if "=" in listed:
+        raise UsageError(
+            "--label-classes", f"{text!r} names several structures", "one choice for each; in a table's cell A=1|B=2"
+        )
     words = [word for word in re.split(r"[,;+\s]+", listed) if word]
     if not words:
         raise UsageError(

@@ -25,6 +25,7 @@ TURN_TOLERANCE = 2e-3  # radians between their axes; float32 quaternions near 18
 HUGE = 1e15  # no coordinate is meant beyond it, and its square still is a float
 SHEAR_TOLERANCE = 1e-3
 SPACING_USUAL = (5e-3, 50.0)  # mm
+LARGER = "infer takes more with --max-voxels; other commands need it cut or resampled"
 
 _STORED = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _COMPLEX = ("complex voxels", "save the magnitude as an image of its own")
@@ -100,7 +101,7 @@ def examine(path: str | os.PathLike, max_voxels: int) -> NiftiFile:
     file.check_size()
     if file.voxels > max_voxels:
         reason = f"{times(shape)} voxels are more than the limit of {max_voxels}"
-        raise InputError(head_path, reason, "raise it with --max-voxels")
+        raise InputError(head_path, reason, LARGER)
     return file
 
 

@@ -28,7 +28,7 @@ def _begins(pattern: bytes) -> Callable[[Path], bool]:
                 head = file.read(4096)
         except OSError:
             return False
-        return not head or re.match(pattern, head, re.IGNORECASE) is not None
+        return not head or re.match(pattern, head, re.IGNORECASE | re.DOTALL) is not None
 
     return told
 
@@ -38,11 +38,15 @@ def _holds(*keys: str) -> Callable[[Path], bool]:
     return lambda path: os.path.isfile(path) and (os.path.getsize(path) == 0 or set(keys) <= set(read_json(path)))
 
 
+# What pictures say that made them.
+BY_EVALUATE, BY_STUDY = "fastsrgan evaluate", "fastsrgan study"
+
 # What commands write -> whether a file that exists is one of these, or empty.
 OWN: dict[str, Callable[[Path], bool]] = {
     "table of `fastsrgan evaluate`": _begins(rb"kind,subject"),
     "JSON of `fastsrgan evaluate`": _holds("definitions"),
-    "PNG picture": _begins(rb"\x89png"),
+    "picture of `fastsrgan evaluate`": _begins(rb"\x89png.{,200}" + BY_EVALUATE.encode()),
+    "PNG picture of `fastsrgan study`": _begins(rb"\x89png.{,200}" + BY_STUDY.encode()),
     "HTML page": _begins(rb"<!doctype html|<html"),
     # Without an epoch there is one column, without a name; the original's tables begin alike.
     "Dice table of a training": _begins(rb',dice|""\r?\n'),
@@ -51,9 +55,9 @@ OWN: dict[str, Callable[[Path], bool]] = {
     "table of `fastsrgan study`": _begins(rb"condition,[^\n]*model,step,n\b|(run,)?epoch,[^\n]*updates|\n\Z"),
     "page of `fastsrgan study`": _begins(rb"# [^\n]*\n\n!\["),
     "JSON of `fastsrgan study`": _holds("study", "provenance"),
-    "SVG picture": _begins(rb"<\?xml|<svg"),
+    "SVG picture of `fastsrgan study`": _begins(rb"(<\?xml|<svg).{,2000}" + BY_STUDY.encode()),
 }
-TABLE, FIGURES, PICTURE, PAGE, DICE, MSE, WEIGHTS, *_STUDY, DRAWING = OWN
+TABLE, FIGURES, SCORED, PICTURE, PAGE, DICE, MSE, WEIGHTS, *_STUDY, DRAWING = OWN
 STUDY = dict(zip(("csv", "md", "json", "png", "svg"), (*_STUDY, PICTURE, DRAWING), strict=True))  # of KIND.FORM
 
 

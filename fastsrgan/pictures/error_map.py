@@ -11,6 +11,7 @@ import numpy as np
 
 from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import ResourceError
+from fastsrgan.io.output_place import BY_EVALUATE
 from fastsrgan.pictures.planes import brightness, cuts
 from fastsrgan.volume.geometry import Volume
 
@@ -79,7 +80,7 @@ def error_map(
                 panel.set_ylabel(cut.name, fontsize=9)
     figure.colorbar(shown, ax=axes, shrink=0.5, label="difference, image units", extend="both")
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": BY_EVALUATE})
     return Path(path)
 
 

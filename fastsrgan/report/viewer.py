@@ -133,7 +133,8 @@ def linear_estimate(
     where the record names none, and for a result that is not on the grid that `infer` makes of the scan.
     """
     told = mapping(record.get("agree"))
-    width, profile, w = (told.get(key) for key in ("thickness_mm", "profile", "weight"))
+    width, profile, w = (told.get(key) for key in ("width_mm", "profile", "weight"))
+    width = told.get("thickness_mm") if width is None else width  # its name in older records
     grid = resampled_affine(low.affine, low.data.shape, sr.data.shape, sr.spacing)
     if record.get("geometry") != "physical" or not same_grid(Volume(sr.data, grid), sr):
         return None

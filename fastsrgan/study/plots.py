@@ -21,6 +21,7 @@ import numpy as np
 from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import ResourceError
 from fastsrgan.evaluate.figures import FIGURES
+from fastsrgan.io.output_place import BY_STUDY
 from fastsrgan.study.data import BASELINE
 
 # Readable for the colour-blind, and in print (Okabe and Ito).
@@ -93,8 +94,8 @@ def draw(base: str | os.PathLike, rows: Sequence[Sequence[Panel]], title: str, f
         for path in paths:
             form = path.suffix[1:]
             with atomic_write(path) as temporary:
-                nothing = {"Software": None} if form == "png" else {"Date": None, "Creator": None}
-                figure.savefig(temporary, format=form, dpi=130, metadata=nothing)
+                made = {"Software": BY_STUDY} if form == "png" else {"Date": None, "Creator": BY_STUDY}
+                figure.savefig(temporary, format=form, dpi=130, metadata=made)
     return paths
 
 

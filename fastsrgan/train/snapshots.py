@@ -44,7 +44,7 @@ def save(run: Run) -> None:
     state = {"models": m.state(), "position": dict(vars(at)), "data": data_identity(run.store)}
     writers = {
         checkpoint.MODEL: lambda p: modelfile.write(
-            p, m.generator, m.critic, ema=m.average, card={"updates": at.updates, **said_structures(run)}
+            p, m.generator, m.critic, ema=m.average, card={"updates": at.updates, **said_of(run)}
         ),
         "state.pt": lambda p: p.write_bytes(packed(state)),
         "config.yaml": lambda p: p.write_text(run.config.to_yaml(), encoding="utf8"),
@@ -204,12 +204,11 @@ def write_weights(run: Run, path: Path, facts: dict[str, Any]) -> None:
     if run.first:
         card = {
             **facts,
-            **said_structures(run),
+            **said_of(run),
             "updates": run.position.updates,
             "config": run.config.to_dict(),
             **provenance(),
         }
-        card[MADE_FOR] = made_for(run.feed).to_dict()
         weights.save_generator(path, run.models.shipped(), run.models.critic, card=card)
 
 
@@ -235,9 +234,10 @@ def made_for(feed: Feed) -> Purpose:
     )
 
 
-def said_structures(run: Run) -> dict[str, Any]:
-    """What the weights say of the classes of their mask head."""
-    return {"structures": [{"name": n, "values": v} for n, v in run.structures]} if run.structures else {}
+def said_of(run: Run) -> dict[str, Any]:
+    """What weights say of what they were made for, and of the classes of their mask head."""
+    classes = {"structures": [{"name": n, "values": v} for n, v in run.structures]} if run.structures else {}
+    return {**classes, MADE_FOR: made_for(run.feed).to_dict()}
 
 
 def export(run: Run, epoch: int) -> None:

@@ -114,10 +114,12 @@ def lacking_sd(left_xyz: np.ndarray, scan_xyz: np.ndarray, seen: Observation, ac
 class Assumed:
     """What a result is made to agree with.
 
-    profile : shape of the slice profile; thickness_mm : its full width at half maximum; floor : smallest weight
+    profile : shape of the slice profile; width_mm : its full width at half maximum; floor : smallest weight
+    thickness_mm : of the slices
     """
 
     profile: str
+    width_mm: float
     thickness_mm: float
     floor: float
 
@@ -131,9 +133,9 @@ def assumed(profile: str, thickness_mm: float | None, spacing_mm: float) -> Assu
     """
     thickness = slice_width(thickness_mm, spacing_mm) * spacing_mm
     if profile == AUTO:
-        return Assumed("gaussian", NARROW * thickness, PROFILE_GUESSED)
+        return Assumed("gaussian", NARROW * thickness, thickness, PROFILE_GUESSED)
     check_profile(profile)
-    return Assumed(profile, thickness, PROFILE_KNOWN)
+    return Assumed(profile, thickness, thickness, PROFILE_KNOWN)
 
 
 @dataclass(frozen=True)
