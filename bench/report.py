@@ -34,6 +34,7 @@ several. Times are medians of n rounds (end to end: epochs), with the smallest a
 measured once has no range. A commit with -dirty: the files of that commit with changes that were not committed when it
 was measured, so the commit alone does not give the code that was measured.
 """
+QUICK = "**Measured with --quick: whether the sides work, no comparison.**\n"
 # Names that the code had when a result was measured, and has now.
 RENAMED = {"nii.gz, fastsrgan.images": "nii.gz, fastsrgan.io.nifti"}
 
@@ -69,7 +70,7 @@ def section(path: Path, report: dict[str, Any]) -> list[str]:
     load = f"load average {m['load_average'][0]:.1f}, " if m.get("load_average") else ""
     lines.append(f"{m['cpu']}, {m['threads']} threads, {load}device {report['device']}, {made}\n")
     quick = is_quick(report)
-    lines += ["**Measured with --quick: whether the sides work, no comparison.**\n"] if quick else []
+    lines += [QUICK] if quick else []
     lines += [
         "| case | side | time | ratio to fastsrgan | peak memory | largest difference |",
         "|---|---|---|---|---|---|",
@@ -126,8 +127,11 @@ def scaled(path: Path, report: dict[str, Any]) -> list[str]:
     m = report["machine"]
     lines = [f"\n## scale, {path.parent.name}\n", f"`{' '.join(report['command'])}`\n"]
     lines.append(f"{m['cpu']}, ranks of one thread, torch {m['torch']}, commit {report['commit']}\n")
-    lines += ["Epochs as predicted from one update, one volume and weak scaling, and as then run:\n"]
-    lines.append(scale.section(report))
+    if is_quick(report):
+        lines.append(QUICK)
+    else:
+        lines += ["Epochs as predicted from one update, one volume and weak scaling, and as then run:\n"]
+        lines.append(scale.section(report))
     try:
         figures = scale.measured(path.parent)
     except InputError:

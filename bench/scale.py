@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from bench.common import is_quick
 from bench.data_page import RESULTS, amount, duration, table
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.model.networks import CriticSpec, GeneratorSpec, parameter_shapes
@@ -286,6 +287,8 @@ def measured(folder: Path) -> Figures:
         if not path.is_file():
             raise InputError(path, "is missing", f"`python -m bench {bench} --json {path}` makes it")
         found[bench] = json.loads(path.read_text(encoding="utf8"))
+        if is_quick(found[bench]):
+            raise InputError(path, "measured with --quick, which says nothing of speed", "measure without --quick")
     step = next(
         (r for r in found["step"]["rows"] if r["name"].startswith("iteration of") and "seconds_median" in r), None
     )
@@ -377,6 +380,7 @@ def main(argv: Sequence[str]) -> str:
     if args.check:
         report = checked(Check.quick() if args.quick else Check(), args.repeats)
         report |= {"bench": "scale", "command": ["python", "-m", "bench", "scale", *argv]}
+        report |= {"settings": {"quick": args.quick, "repeats": args.repeats}}
         report |= {"commit": source_commit(), "machine": machine(args.quick), "device": "cpu"}
         if args.json:
             write_json(args.json, report)

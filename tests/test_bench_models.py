@@ -147,6 +147,7 @@ def test_a_quick_check_predicts_and_runs_one_and_two_ranks(tmp_path, capsys):
     assert [row["ranks"] for row in report["rows"]] == [1, 2]
     assert all(row["predicted"] > 0 and row["measured"] > 0 for row in report["rows"])
     assert report["rows"][0]["updates"] == 2 * report["rows"][1]["updates"]
+    assert "--quick" in (told := "\n".join(page.scaled(path, report))) and "| predicted |" not in told
     assert "| predicted |" in capsys.readouterr().out.replace("updates of an epoch | ", "")
 
 
@@ -323,6 +324,14 @@ def test_assumptions_about_an_accelerator_stand_above_its_epochs():
     assert told.startswith("No accelerator was measured")
     for fact in ("700 TFLOP/s", "2.9 TB/s", "450 GB/s", "3 s each", "abacus", "eight threads a"):
         assert fact in told, fact
+
+
+@pytest.mark.parametrize("quick", ["step", "data"])
+def test_quick_figures_predict_nothing(tmp_path, quick):
+    for name in ("step", "data"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": [], "settings": {"quick": name == quick}}))
+    with pytest.raises(InputError, match=f"{quick}.json.*--quick"):
+        scale.measured(tmp_path)
 
 
 def test_the_cost_stands_where_there_is_a_price():
