@@ -12,6 +12,7 @@ from fastsrgan.compat import job_model as job
 from fastsrgan.errors import UsageError
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io import nifti as images
+from fastsrgan.io.image_list import find_images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
@@ -132,6 +133,7 @@ def test_the_tree_names_and_types_are_the_originals(tmp_path, model):
         f"{RESULT}/patch_None/Cortex_whole_image.nii.gz",
         f"{RESULT}/patch_None/SR_whole_image.nii.gz",
     ]
+    assert [image.path.name for image in find_images([tmp_path], tmp_path / "out")] == ["T2.nii.gz"]
     cortex = images.load(tmp_path / "sub-01" / RESULT / "patch_None" / "Cortex_whole_image.nii.gz")
     assert cortex.meta["stored_dtype"] == "float64" and cortex.data.shape == (12, 10, 12)
 

@@ -26,6 +26,7 @@ from fastsrgan.train.gan import Models
 from fastsrgan.train.validate import validation_sums
 
 ROOT = Path(__file__).parent.parent
+KERAS = Path(__file__).parent / "golden" / "weights_residual_mask3.h5"
 NEEDED = ["-csv", "t.csv", "-sf", "snapshots", "-n", "0.5", "0.5", "3"]
 
 
@@ -201,7 +202,7 @@ def called(monkeypatch, tmp_path):
 
 def test_a_command_of_the_original_runs_unchanged(called, capsys, monkeypatch):
     """The README's example with every required option; the table is converted on the way."""
-    monkeypatch.setattr(cli_train, "convert_table", lambda table, args, progress: f"store of {table}")
+    monkeypatch.setattr(cli_train, "convert_table", lambda table, args, folder, progress: f"store of {table}")
     command = "--new_low_res 0.5 0.5 3 --csv data.csv --snapshot_folder weights --dice_file dice.csv --mse_file mse.csv"
     command += " --folder_training_data temporary --multi_gpu True --is_residual False"
     code, seen = called(*command.split())
@@ -217,8 +218,7 @@ def test_continuing_needs_weights_and_keeps_the_earlier_run(called, tmp_path, mo
     command = ["cohort.zarr", "-sf", "weights", "-n", 1, 1, 3, "-e", 40, "-i", 21]
     assert called(*command)[0] == 2 and "-w FILE" in capsys.readouterr().err
     (tmp_path / "weights").mkdir()
-    held = Path(__file__).parent / "golden" / "weights_residual_mask3.h5"
-    shutil.copyfile(held, tmp_path / "weights" / "SegSRGAN_epoch_20")
+    shutil.copyfile(KERAS, tmp_path / "weights" / "SegSRGAN_epoch_20")
     code, seen = called(*command, "-w", "weights/SegSRGAN_epoch_20")
     assert code == 0 and seen["folder"] == "weights" and seen["start_weights"] == "weights/SegSRGAN_epoch_20"
     monkeypatch.setattr(checkpoint, "snapshots", lambda run: [run / "checkpoints" / "step-00000009"])
@@ -240,6 +240,16 @@ def test_a_changed_table_is_converted_anew(called, tmp_path):
         assert code == 0
         subjects = open_store(seen["source"]).subjects
         assert sorted((s.id, s.split) for s in subjects) == sorted((r[:2], r.split(",")[2]) for r in listed)
+    # The table of a run that goes on from this one names other files: its data are kept in its own folder.
+    (tmp_path / "weights" / "checkpoints" / "step-00000009").mkdir(parents=True)
+    (tmp_path / "weights" / "checkpoints" / "step-00000009" / "manifest.json").write_text("{}", encoding="utf8")
+    for listed, place in ((listed, "weights"), (rows, "weights/from_epoch_2")):
+        (tmp_path / "t.csv").write_text("\n".join(["HR_image,Label_image,Base", *listed]), encoding="utf8")
+        code, seen = called("-csv", "t.csv", "-sf", "weights", "-n", 1, 1, 3, "-i", 2, "-w", KERAS)
+        assert code == 0 and seen["source"] == f"{place}/data.zarr"
+        assert len(open_store("weights/data.zarr").subjects) == 2 and len(open_store(seen["source"]).subjects) == len(
+            listed
+        )
 
 
 def test_the_migration_page_has_every_option_and_names_tests_that_exist():

@@ -174,11 +174,20 @@ def test_a_resumed_run_does_with_another_value_what_the_row_says(row, tmp_path, 
     assert (at.epoch, at.group, at.step) == ((2, 0, 0) if row.resume == ANEW else (2, 1, 3))
     assert (f"not in this one: {row.name}" in caplog.text) == (row.resume == START)
     assert bool(caplog.records) == (row.resume in (NEW, KEPT, ANEW, START))
+    assert run.config == (then if row.resume == START else now), "what is recorded"
     if row.resume == KEPT:
         caplog.clear()
         run.config = then.replace(**{row.name: "auto"})
         snapshots.placed(run, Position(), tmp_path, "data")
         assert not caplog.records
+
+
+def test_a_preset_alone_changes_no_run_that_is_resumed(parser, tmp_path):
+    """Its record has a value for every setting, which a preset does not replace."""
+    (tmp_path / "config.yaml").write_text(SMALL.to_yaml(), encoding="utf8")
+    words = ["train", "c.zarr", "-o", str(tmp_path), "--resume"]
+    assert cli.main([*words, "--preset", "recommended"]) == 2
+    assert cli_train.build_config(parser.parse_args([*words, "--preset", "code"])) == SMALL
 
 
 def test_another_network_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastsrgan import config as settings
 from fastsrgan.cli.console import add_checkpoint_option, add_label_options, boolean, chosen_weights
@@ -17,6 +17,9 @@ from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.errors import FastsrganError, ModelError, UsageError
 from fastsrgan.infer.settings import add_options
+
+if TYPE_CHECKING:
+    from fastsrgan.io.tables import TableRow
 
 log = logging.getLogger("fastsrgan")
 
@@ -126,6 +129,9 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
         values = settings.read_yaml(args.config)
     elif args.resume and (Path(args.out or args.snapshot_folder or ".") / "config.yaml").is_file():
         values = settings.read_yaml(Path(args.out or args.snapshot_folder) / "config.yaml")
+        if args.preset not in (None, values.get("preset", "code")):
+            reason = "a run that is resumed has a value for every setting"
+            raise UsageError("--preset", reason, "give the settings that are to change, or begin another run")
     if args.u_net is not None:
         values["network"] = settings.CHOICES["network"][args.u_net]  # the first two are the original's
     values |= {name: getattr(args, name) for name in settings.SETTINGS if getattr(args, name) is not None}
@@ -182,7 +188,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     with loading():
         from fastsrgan.core.ranks import launched, speaks
         from fastsrgan.train.loop import BEST_BY
-        from fastsrgan.train.run import check_places, train
+        from fastsrgan.train.run import check_places, refuse_run, train
 
     if args.folder_training_data:
         log.info("--folder_training_data is not needed: patches are made in memory, nothing is written")
@@ -198,7 +204,9 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
             raise UsageError(
                 source, "ranks share a store, not a table", "fastsrgan convert it first, then name the store"
             )
-        source = convert_table(source, args, progress)
+        if not args.resume:
+            refuse_run(folder)  # its data would be replaced
+        source = convert_table(source, args, folder, progress)
     result = train(
         source,
         folder,
@@ -240,19 +248,35 @@ def run_folder(args: argparse.Namespace, config: settings.TrainConfig) -> str:
     return folder
 
 
-def convert_table(table: str, args: argparse.Namespace, progress: Progress) -> str:
-    """RUN/data.zarr of a CSV, made once; a second call or --resume finds it while the table names the same files."""
+def convert_table(table: str, args: argparse.Namespace, folder: str, progress: Progress) -> str:
+    """RUN/data.zarr of a CSV, made once; a second call or --resume finds it while the table names the same files.
+
+    The one of -sf DIR serves every run below it. A run that is resumed keeps its choice of label classes: UsageError
+    where another one is given.
+    """
     with loading():
         from fastsrgan.convert import convert
+        from fastsrgan.model.checkpoint import snapshots
         from fastsrgan.store.reader import open_store
 
+    choice, names = args.label_classes, args.label_names
     store = output_folder(args.out or args.snapshot_folder) / "data.zarr"
     complete = store.exists() and open_store(store).complete
-    if complete and files_in(store) == files_named(table, args.base_path, args.label_classes, args.label_names):
-        log.info("%s holds the converted volumes of an earlier call", store)
-        return str(store)
     if complete:
-        log.info("%s names other files than before: converted anew", table)
+        held = files_in(store)
+        if args.resume and not choice:
+            choice, names = choice_kept(table, args.base_path, held), None
+        asked = files_named(table, args.base_path, choice, names)
+        if held == asked:
+            log.info("%s holds the converted volumes of an earlier call", store)
+            return str(store)
+        if args.resume and any(held.get(files, classes) != classes for files, classes in asked.items()):
+            reason = "other label classes than those of the run that is resumed"
+            raise UsageError("--label", reason, "leave --label out, or begin a run in another folder")
+        if Path(folder) != store.parent and snapshots(store.parent):
+            store, complete = output_folder(folder) / "data.zarr", False  # the other is that of a run
+        else:
+            log.info("%s names other files or label classes than before: converted anew", table)
     resume = store.exists() and not complete
     try:
         result = convert(
@@ -261,8 +285,8 @@ def convert_table(table: str, args: argparse.Namespace, progress: Progress) -> s
             resume=resume,
             overwrite=complete,
             base_path=args.base_path,
-            label_classes=args.label_classes,
-            label_names=args.label_names,
+            label_classes=choice,
+            label_names=names,
             progress=progress,
         )
     except FastsrganError:
@@ -273,30 +297,46 @@ def convert_table(table: str, args: argparse.Namespace, progress: Progress) -> s
     return str(store)
 
 
+Files = dict[frozenset[str], list]  # split and files of a subject -> its structures: [name, values], or values of one
+
+
 def files_named(
     table: str, base_path: str | None, label_classes: Sequence[str] | None = None, label_names: str | None = None
-) -> set[frozenset[str]]:
+) -> Files:
     """Split, files and label classes of each row of a table."""
     from fastsrgan.io.labels import choices, structures
     from fastsrgan.io.tables import read_table
 
-    found = set()
+    found: Files = {}
     for row in read_table(table, base_path=base_path):
         chosen = structures(choices(row.classes, label_classes), row.label, label_names) if row.label else []
-        classes: Any = [[one.name, sorted(one.values)] for one in chosen]
-        classes = classes if len(chosen) > 1 else classes[0][1] if chosen else None
-        files = (str(path) for path in (row.image, row.label, row.mask, row.tissues) if path)
-        found.add(frozenset([row.base, f"classes {classes}", *files]))
+        classes: list = [[one.name, sorted(one.values)] for one in chosen]
+        found[files_of(row)] = classes if len(chosen) > 1 else classes[0][1] if chosen else []
     return found
 
 
-def files_in(store: Path) -> set[frozenset[str]]:
-    """Split and source files of each subject of a store, as ``files_named``."""
+def files_of(row: TableRow) -> frozenset[str]:
+    """Split and files of a row."""
+    return frozenset([row.base, *(str(path) for path in (row.image, row.label, row.mask, row.tissues) if path)])
+
+
+def files_in(store: Path) -> Files:
+    """Split, source files and label classes of each subject of a store, as ``files_named``."""
     from fastsrgan.store.reader import open_store
 
-    subjects = open_store(store).subjects
     return {
-        frozenset([s.split, f"classes {s.attrs.get('structures') or s.attrs.get('label_classes')}"])
-        | {file["path"] for file in s.attrs.get("source", {}).values()}
-        for s in subjects
+        frozenset([s.split, *(file["path"] for file in s.attrs.get("source", {}).values())]): s.attrs.get("structures")
+        or s.attrs.get("label_classes", [])
+        for s in open_store(store).subjects
     }
+
+
+def choice_kept(table: str, base_path: str | None, held: Files) -> list[str]:
+    """The label classes that a store was made with, from those of a row that names none itself."""
+    from fastsrgan.io.tables import read_table
+
+    rows = [row for row in read_table(table, base_path=base_path) if row.label and not row.classes]
+    classes: list = next((held[files_of(row)] for row in rows if files_of(row) in held), [])
+    if classes and isinstance(classes[0], list):
+        return [f"{name}={','.join(map(str, values))}" for name, values in classes]
+    return [",".join(map(str, classes))] if classes else []
