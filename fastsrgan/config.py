@@ -361,7 +361,7 @@ class TrainConfig:
         " ([training](training.md#images-made-of-label-maps))")
     structure: str = setting("", "values of the tissues that are the label, for example 3,42", NEW, metavar="VALUES",
         check=hint_of(label_values))
-    tissue_means: str = setting("", "means of made images, VALUE:MEAN:SD,...; / between contrasts; empty: any", NEW,
+    tissue_means: str = setting("", "means of made images, VALUE:MEAN:SD,...; / between contrasts; without: any", NEW,
         check=hint_of(tissue_gaussians), metavar="MEANS", more="drawn about these, one contrast per visit")
     synthetic_free: float = setting(0.25, "share of made images with a mean for each structure", NEW, low=0, high=1)
     synthetic_invert: float = setting(0.2, "share of made images with bright and dark exchanged", NEW, low=0, high=1)

@@ -72,7 +72,7 @@ def test_one_path_is_one_input(tmp_path, model, monkeypatch):
     for given in ("scan.nii.gz", tmp_path / "scan.nii.gz"):
         (item,) = run(given, tmp_path / "out", model, overwrite=True)["items"]
         assert item["stem"] == "scan"
-    with pytest.raises(InputError, match="^gone.mgz"):  # not the folder "." of its letters
+    with pytest.raises(InputError, match=r"^gone\.mgz"):  # not the folder "." of its letters
         run("gone.mgz", tmp_path / "other", model)
 
 

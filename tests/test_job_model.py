@@ -272,6 +272,14 @@ def test_finished_results_are_kept_and_others_made_with_something_else_refused(t
     assert run(listing, model, "--overwrite") == 0 and contents(tmp_path) != before
 
 
+def test_a_series_is_of_dicom_alone(tmp_path, model, capsys):
+    places = [scan(tmp_path / f"{name}.nii.gz") for name in "ab"]
+    assert run(table(tmp_path, "a.nii.gz", "b.nii.gz"), model, "--series", "4") == 2
+    assert cli.main(["infer", *map(str, places), "-o", str(tmp_path / "out"), "--series", "4"]) == 2
+    assert capsys.readouterr().err.count("a.nii.gz: is no DICOM input and has no series") == 2
+    assert not (tmp_path / RESULT).exists()
+
+
 def test_a_bad_image_does_not_stop_the_others_and_leaves_nothing(tmp_path, model, capsys):
     for name in "ac":
         scan(tmp_path / name / "T2.nii.gz")

@@ -243,8 +243,8 @@ def test_a_changed_table_is_converted_anew(called, tmp_path):
     # The table of a run that goes on from this one names other files: its data are kept in its own folder.
     (tmp_path / "weights" / "checkpoints" / "step-00000009").mkdir(parents=True)
     (tmp_path / "weights" / "checkpoints" / "step-00000009" / "manifest.json").write_text("{}", encoding="utf8")
-    for listed, place in ((listed, "weights"), (rows, "weights/from_epoch_2")):
-        (tmp_path / "t.csv").write_text("\n".join(["HR_image,Label_image,Base", *listed]), encoding="utf8")
+    for named, place in ((listed, "weights"), (rows, "weights/from_epoch_2")):
+        (tmp_path / "t.csv").write_text("\n".join(["HR_image,Label_image,Base", *named]), encoding="utf8")
         code, seen = called("-csv", "t.csv", "-sf", "weights", "-n", 1, 1, 3, "-i", 2, "-w", KERAS)
         assert code == 0 and seen["source"] == f"{place}/data.zarr"
         assert len(open_store("weights/data.zarr").subjects) == 2 and len(open_store(seen["source"]).subjects) == len(

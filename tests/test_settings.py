@@ -33,7 +33,7 @@ from fastsrgan.config import (
     from_mapping,
     setting,
 )
-from fastsrgan.errors import ModelError
+from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.model import checkpoint, safetensors
 from fastsrgan.train import snapshots
 from fastsrgan.train.gan import Models
@@ -147,6 +147,39 @@ def test_bounds_are_kept(row):
 def test_an_unknown_fact_of_a_row_is_an_error():
     with pytest.raises(TypeError, match="lowest"):
         setting(0, "help", FREE, lowest=0)
+
+
+def test_no_value_is_typed_as_none(parser, tmp_path):
+    """For every setting that may have none: beside a preset or a file, which say another."""
+    tried = [row for row in SETTINGS.values() if row.optional or (row.kind is str and not row.choices)]
+    assert {"steps_per_epoch", "noise_from", "resident_subjects", "flips", "structure"} <= {row.name for row in tried}
+    for row in tried:
+        given = SMALL.replace(**BESIDE.get(row.name, {}), **{row.name: another(row, row.default)})
+        (tmp_path / "c.yaml").write_text(given.to_yaml(), encoding="utf8")
+        made = typed(parser, "--config", str(tmp_path / "c.yaml"), row.flags[-1], "none")
+        assert made == given.replace(**{row.name: None if row.optional else ""})
+    action = next(a for a in actions(parser)._actions if a.dest == "flips")
+    assert action.help.endswith("(none)")
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("--batch-size 0", "--batch-size"),
+        ("-e 0", "--epochs"),
+        ("-ps 18", "--patch-size"),
+        ("--flips xx", "--flips"),
+        ("--noise 0.1 --noise-from 0.2", "--noise-from"),
+        ("--synthetic 0.5", "--synthetic"),
+    ],
+)
+def test_a_typed_value_that_is_not_allowed_is_a_usage_error_and_one_of_a_file_is_not(parser, tmp_path, words, option):
+    with pytest.raises(UsageError, match=f"^{option}: "):
+        typed(parser, "-n", "1", "1", "3", *words.split())
+    name = option[2:].replace("-", "_")
+    (tmp_path / "c.yaml").write_text(f"new_low_res: [1, 1, 3]\n{name}: {'xx' if name == 'flips' else -9}\n")
+    with pytest.raises(ModelError, match=rf"c\.yaml: {name}: "):
+        typed(parser, "--config", str(tmp_path / "c.yaml"), "--lr-gen", "0.1")
 
 
 # --- resume ---------------------------------------------------------------------------------------------------------

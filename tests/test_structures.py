@@ -80,7 +80,9 @@ def test_what_cannot_be_is_refused(table, tmp_path):
     "given", (["--label-classes", "3,42"], ["--label-classes", *CHOSEN], ["--label-names", "lut.txt"])
 )
 @pytest.mark.parametrize("command", ("train", "study"))
-def test_labels_of_a_store_are_not_chosen_again(table, tmp_path, capsys, command, given):
+def test_labels_of_a_store_are_not_chosen_again(table, tmp_path, capsys, monkeypatch, command, given):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lut.txt").write_text("3 cortex\n", encoding="utf8")
     store, out = tmp_path / "c.zarr", tmp_path / "out"
     convert(table, store, label_classes="3,42")
     words = ["train", str(store), "-n", "1", "1", "3"] if command == "train" else ["study", "steps", str(store)]

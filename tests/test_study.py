@@ -313,6 +313,19 @@ def test_the_papers_figures_are_labelled_and_never_mixed_with_rows(steps):
     assert paper_rows({"paper": {"rows": []}}) == []
 
 
+@pytest.mark.parametrize("given", [{"label_classes": "3"}, {"label_names": "t.tsv"}, {"split": "all"}])
+def test_images_alone_have_no_labels_and_no_split(folder, given):
+    for data in (find_heads(folder / "cohort.csv")[0].image, folder):
+        with pytest.raises(UsageError, match="images alone have no"):
+            find_heads(data, **given)
+
+
+def test_a_whole_image_has_no_steps(folder, undrawn, tmp_path):
+    asked = study.Settings(whole=True, device="cpu", precision="fp32")
+    facts = study.run("steps", folder / "a.nii.gz", tmp_path, [folder / "with.safetensors"], asked)
+    assert [row["model"] for row in facts["rows"]] == ["interpolation", "with"]
+
+
 def test_one_image_without_a_label_has_image_figures_only(folder, undrawn):
     asked = study.Settings(**SMALL, steps=(16,))
     made = study.run("steps", folder / "a.nii.gz", folder / "one", [folder / "with.safetensors"], asked)

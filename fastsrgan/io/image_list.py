@@ -41,12 +41,14 @@ def find_images(
     A folder with an image file in it or below stands for all of them, whatever else it holds; results of an earlier
     call and hidden files are left out. Any other folder, and any for which a series is named, is a DICOM image.
 
-    Raises UsageError for none, or two that would share their results; InputError for a list that cannot be read.
+    Raises UsageError for none, for two that would share their results, and for a series of what is no DICOM; InputError
+    for a list that cannot be read.
     """
     found: list[Image] = []
     for item in map(Path, [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs):
         for path in table.read_list(item) if item.suffix.lower() in LISTS else [item]:
             inside = _inside(path, Path(out)) if series is None and os.path.isdir(path) else []
+            any_image.refuse_series(path, series)
             found += inside or [Image(path, any_image.stem(path, series), series)]
     if not found:
         raise UsageError(
