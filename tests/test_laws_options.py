@@ -459,6 +459,7 @@ def test_what_is_typed_of_another_command_reaches_its_function(monkeypatch, tmp_
     plain = inspect.signature(getattr(importlib.import_module(module), function))
     calls = []
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("3 cortex\n", encoding="utf8")
     monkeypatch.setattr(target, lambda *args, **more: calls.append(plain.bind(*args, **more).arguments) or result)
     assert main(["--quiet", *shlex.split(words)]) == 0
     (given,) = calls

@@ -17,7 +17,7 @@ from fastsrgan.cli import job_model as cli_job
 from fastsrgan.cli import main as cli
 from fastsrgan.cli import train as cli_train
 from fastsrgan.config import TrainConfig, from_yaml
-from fastsrgan.errors import ModelError, UsageError
+from fastsrgan.errors import UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.model import checkpoint, weights
 from fastsrgan.store.reader import open_store
@@ -135,7 +135,7 @@ def test_the_low_resolution_once_is_fixed_and_twice_are_bounds(name):
     assert bounds.new_low_res == ((0.5, 0.5, 2.0), (0.5, 0.6, 4.0))
     with pytest.raises(UsageError, match="low resolution"):
         cli_train.build_config(parse(*command))
-    with pytest.raises(ModelError, match="one or two triples"):
+    with pytest.raises(UsageError, match="one or two triples"):
         cli_train.build_config(parse(*command, *[name, 1, 1, 3] * 3))
 
 
@@ -167,7 +167,7 @@ def test_presets_and_what_the_configuration_records(tmp_path):
 def test_interp_sitk_takes_the_originals_geometry():
     assert settings().geometry == "physical"
     assert settings("--interp", "sitk").geometry == "segsrgan"
-    with pytest.raises(ModelError, match="sitk is unknown in physical"):
+    with pytest.raises(UsageError, match="sitk is unknown in physical"):
         settings("--interp", "sitk", "--geometry", "physical")
 
 
@@ -248,7 +248,7 @@ def test_a_changed_table_is_converted_anew(called, tmp_path):
         code, seen = called("-csv", "t.csv", "-sf", "weights", "-n", 1, 1, 3, "-i", 2, "-w", KERAS)
         assert code == 0 and seen["source"] == f"{place}/data.zarr"
         assert len(open_store("weights/data.zarr").subjects) == 2 and len(open_store(seen["source"]).subjects) == len(
-            listed
+            named
         )
 
 
