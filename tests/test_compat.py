@@ -314,8 +314,14 @@ def test_the_originals_patches_are_among_those_of_training(golden):
     assert (distance.min(1) <= 1e-6).all() and len(set(distance.argmin(1))) == len(theirs)  # found: 2.4e-7
 
 
+def test_a_ratio_is_rounded_to_the_nearest_whole_factor():
+    pairs = ((3.0, 1.01), (3.0, 0.99), (1.0, 1.4), (1.0, 0.6), (2.5, 1.0), (3.5, 1.0))
+    assert [resample_sitk.whole_factor(*pair) for pair in pairs] == [3, 3, 1, 2, 2, 4]  # halves as Python rounds them
+
+
 def test_settings_know_the_same_interpolators_and_where_they_exist():
     assert set(config.CHOICES["interpolation_type"]) == set(resample_sitk.INTERPOLATORS)
+    assert all(name in theirs for name, theirs in resample_sitk.INTERPOLATORS.items())  # each is that of its name
     resolution = {"new_low_res": ((1, 1, 3),)}
     assert config.TrainConfig(**resolution, interp="sitk", geometry="segsrgan").interpolation_type == "Spline"
     with pytest.raises(ModelError, match="segsrgan"):

@@ -221,6 +221,12 @@ def test_integers_that_just_fill_sixteen_bits_stay_exact():
         np.testing.assert_array_equal(to_float32(levels, scale, offset), stored)
 
 
+def test_a_range_of_one_value_more_than_sixteen_bits_is_rounded_and_never_wraps():
+    for stored in (np.array([[[0, 1, 32769, 65536]]], np.int32), np.array([[[-40000, 0, 25536]]], np.int32)):
+        levels, scale, offset, facts = encode(stored, 1.0, 0.0, "int16")
+        assert np.abs(to_float32(levels, scale, offset) - stored).max() == facts["quantisation"]["max_error"] <= 0.51
+
+
 def test_int16_conversion_says_its_error(tmp_path):
     table = cohort(tmp_path, 1)
     values = head(0).astype(np.float32) * np.float32(np.pi)
