@@ -34,8 +34,10 @@ from fastsrgan.config import (
     from_mapping,
     setting,
 )
+from fastsrgan.core.ranks import ALONE
 from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.model import checkpoint, safetensors
+from fastsrgan.train import run as run_module
 from fastsrgan.train import snapshots
 from fastsrgan.train.gan import Models
 from fastsrgan.train.run import train
@@ -224,6 +226,15 @@ def test_a_preset_alone_changes_no_run_that_is_resumed(parser, tmp_path):
     words = ["train", "c.zarr", "-o", str(tmp_path), "--resume"]
     assert cli.main([*words, "--preset", "recommended"]) == 2
     assert cli_train.build_config(parser.parse_args([*words, "--preset", "code"])) == SMALL
+
+
+def test_weights_to_begin_with_are_told_to_be_unused_where_a_snapshot_is(tmp_path, caplog):
+    (tmp_path / "checkpoints" / "step-00000009").mkdir(parents=True)
+    for given, told in ((None, 0), ("adult", 1)):
+        with caplog.at_level(logging.WARNING, "fastsrgan"):
+            assert run_module.has_snapshot(ALONE, tmp_path, SMALL, given)
+        assert len(caplog.records) == told
+    assert "the run has a snapshot, -w adult is not used" in caplog.text
 
 
 def test_another_network_is_refused(tmp_path):
