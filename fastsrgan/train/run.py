@@ -504,7 +504,7 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
         "first_wait_seconds": round(run.feed.first_wait, 3),
         **best_so_far(run),
         "ended_early": run.ended_early,
-        "start_weights": run.start,
+        snapshots.START: run.start,
         "weights": str(run.folder / checkpoint.MODEL) if (run.folder / checkpoint.MODEL).exists() else None,
         "best_weights": None if at.best is None else str(run.folder / BEST),
         "left_out": left_out,

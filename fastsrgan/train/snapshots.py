@@ -33,6 +33,7 @@ from fastsrgan.train.state import Position, Run, data_identity, epoch_part, rema
 log = logging.getLogger("fastsrgan")
 
 KERAS = "SegSRGAN_epoch_"
+START = "start_weights"  # of a card and a summary
 ROOM = 1.5  # factor by which the structure of a scan may be smaller or larger than those of the training
 
 
@@ -117,6 +118,7 @@ def read_state(snapshot: Path, device: torch.device | str) -> dict[str, Any]:
 def load_networks(run: Run, snapshot: Path) -> None:
     """Generator, critic and moving average of a snapshot. Raises ModelError where the settings ask for others."""
     m, file = run.models, snapshot / checkpoint.MODEL
+    run.start = mapping(modelfile.read_header(file).card.get(START)) or None
     spec, parameters = modelfile.read_parameters(file, "generator")
     assert isinstance(spec, GeneratorSpec)
     if spec != m.generator.spec:
@@ -235,9 +237,11 @@ def made_for(feed: Feed) -> Purpose:
 
 
 def said_of(run: Run) -> dict[str, Any]:
-    """What weights say of what they were made for, and of the classes of their mask head."""
+    """What weights say of what they were made for, of the weights that the run began with, and of the classes of their
+    mask head."""
     classes = {"structures": [{"name": n, "values": v} for n, v in run.structures]} if run.structures else {}
-    return {**classes, MADE_FOR: made_for(run.feed).to_dict()}
+    began = {START: run.start} if run.start else {}
+    return {**classes, **began, MADE_FOR: made_for(run.feed).to_dict()}
 
 
 def export(run: Run, epoch: int) -> None:
