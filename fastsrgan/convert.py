@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.data.settings_check import data_warnings
 from fastsrgan.errors import FastsrganError, InputError, PartialFailure, UsageError
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
@@ -46,6 +47,7 @@ class _Conversion:
     Without an image, those of the tissues.
     classes : the values of the label that are the structure; None: it is taken as it is
     structures : of several, their names and values; the first is the label, the mask holds 1, 2, ... where they are
+    absent : values of the choice, of all structures together, that the label map holds nowhere
     """
 
     row: TableRow
@@ -54,6 +56,7 @@ class _Conversion:
     dtype: np.dtype
     classes: tuple[int, ...] | None = None
     structures: tuple[labels.Structure, ...] = ()
+    absent: tuple[int, ...] = ()
 
     def bytes_below(self) -> int:
         """About what the row takes on disk: not more than in memory, nor than the packed source files."""
@@ -183,6 +186,7 @@ def _inspect(
     faults: list[Fault] = []
     sources = {}
     classes: tuple[int, ...] | None = None
+    absent: tuple[int, ...] = ()
     found_structures: list[labels.Structure] = []
     like: Volume | None = None
     header = None
@@ -211,15 +215,16 @@ def _inspect(
                         "and several structures of a label are not taken together: both would be the mask's classes"
                     )
                     raise InputError(row.mask, reason, "leave Mask_image empty, or choose one structure")
-                images.load_label(path, like, largest=LARGEST[name], classes=classes if chosen else None)
+                values = frozenset().union(*(one.values for one in found_structures)) if chosen else None
+                read = images.load_label(path, like, largest=LARGEST[name], classes=values)
+                absent = tuple(read.meta["absent"]) or absent
             sources[name] = {"path": str(path), "sha256": images.sha256(path)}
         except FastsrganError as error:
             faults.append((row.line, InputError(f"{_COLUMNS[name]} {error.what}", error.reason, error.hint)))
     if faults or header is None:
         return None, faults
-    return _Conversion(
-        row, sources, header.voxels, header.dtype, classes, tuple(found_structures[1:] and found_structures)
-    ), []
+    several = tuple(found_structures[1:] and found_structures)
+    return _Conversion(row, sources, header.voxels, header.dtype, classes, several, absent), []
 
 
 def _listed(structures: Sequence[labels.Structure]) -> list[list[Any]]:
@@ -355,6 +360,7 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
         warnings += [f"label: holds nothing of {', '.join(absent)}"] if absent else []
     if job.classes is not None:
         attrs["label_classes"] = list(job.classes)
+        attrs |= {"label_absent": list(job.absent)} if job.absent else {}
     values = list(attrs.get("label_counts", {}))
     if set(values) - {"0", "1"}:  # classes of --fit-mask are the mask's
         held = ", ".join(values[:10]) + (f" and {len(values) - 10} more values" if len(values) > 10 else "")
@@ -392,5 +398,5 @@ def _summary(
         "seconds": seconds,
         "volumes_per_s": len(done) / seconds if seconds else None,
         "mb_per_s": new / 1e6 / seconds if seconds else None,
-        "warnings": {s.id: s.attrs["warnings"] for s in listed.values() if s.attrs["warnings"]},
+        "warnings": data_warnings(listed.values()),
     }

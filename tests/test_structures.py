@@ -21,6 +21,7 @@ from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import check_derivatives
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.report.page import report
 from fastsrgan.report.sections import scores_table
 from fastsrgan.report.viewer import structure_names
 from fastsrgan.store.reader import open_store
@@ -63,6 +64,28 @@ def test_one_choice_is_what_it_was(table, tmp_path):
     convert(table, tmp_path / "c.zarr", label_classes="3,42")
     (subject, *_) = open_store(tmp_path / "c.zarr").subjects
     assert "structures" not in subject.attrs and not subject.has_mask and subject.attrs["label_classes"] == [3, 42]
+
+
+@pytest.mark.parametrize("chosen", (["3,99"], ["cortex=3,42", "white=2041,99"]))
+def test_a_chosen_value_that_no_map_holds_is_told_by_convert_and_by_the_run(table, tmp_path, capsys, caplog, chosen):
+    told = "99 occurs in none of the 3 label maps"
+    convert(table, tmp_path / "c.zarr", label_classes=chosen)
+    with caplog.at_level("WARNING", logger="fastsrgan"):
+        config = SMALL.replace(epochs=1, steps_per_epoch=1, lambda_adv=0.0, fit_mask=len(chosen) > 1)
+        found = train(tmp_path / "c.zarr", tmp_path / "run", config)
+    assert f"--label: {told}" in caplog.text and found["data_warnings"] == {"--label": [told]}
+    assert f"--label: {told}" in (report(tmp_path / "run")[0]).read_text(encoding="utf8")
+    assert main(["convert", str(table), str(tmp_path / "d.zarr"), "--label", *chosen, "--quiet"]) == 0
+    assert f"warning: --label: {told}\n" in capsys.readouterr().err
+
+
+def test_a_chosen_value_that_one_map_holds_is_not_told(table, tmp_path):
+    text = table.read_text(encoding="utf8").replace("Base", "Base,Label_classes").replace("Test", "Test,3+24")
+    table.write_text(text, encoding="utf8")
+    label = images.load_label(tmp_path / "s0_label.nii.gz", largest=65535)
+    images.save(tmp_path / "s0_label.nii.gz", np.where(label.data == 42, 3, label.data), np.eye(4), overwrite=True)
+    assert convert(table, tmp_path / "c.zarr", label_classes="3,42")["warnings"] == {}
+    assert open_store(tmp_path / "c.zarr").subjects[0].attrs["label_absent"] == [42]
 
 
 def test_what_cannot_be_is_refused(table, tmp_path):

@@ -394,7 +394,7 @@ def slice_axes(store: Store, config: TrainConfig) -> Axes | None:
 
 def tell_of_data(run: Run) -> dict[str, list[str]]:
     """Log what the conversion noted about the subjects, and write it beside the run for its report."""
-    found = data_warnings(run.store)
+    found = data_warnings(run.store.subjects)
     if run.first:
         for name, texts in found.items():
             for text in texts:
@@ -508,7 +508,7 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
         "weights": str(run.folder / checkpoint.MODEL) if (run.folder / checkpoint.MODEL).exists() else None,
         "best_weights": None if at.best is None else str(run.folder / BEST),
         "left_out": left_out,
-        "data_warnings": data_warnings(run.store),
+        "data_warnings": data_warnings(run.store.subjects),
         "batch_size": run.batch * run.ranks.world,
         "ranks": run.ranks.world,
         "device": str(run.models.device),
