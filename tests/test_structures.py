@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from fastsrgan.cli.main import main
 from fastsrgan.convert import convert
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate.cohort import Choice, evaluate_folders
+from fastsrgan.evaluate.pair import evaluate_files
 from fastsrgan.infer.bids import evaluate_bids, infer_bids
 from fastsrgan.infer.files import infer_files
 from fastsrgan.infer.volume import infer_volume
@@ -149,6 +151,22 @@ def test_a_dice_for_each_from_validation_to_evaluation(table, tmp_path):
         assert found[name]["dice"] == pytest.approx(2 * (a & b).sum() / max(a.sum() + b.sum(), 1))
     page = str(scores_table(result["rows"][0], "/scores"))
     assert all(f">{name}</th>" in page and f"/scores/structures/{name}/dice" in page for name in found)
+    true = ["--hr", str(truth / "s2.nii.gz"), "--label", str(truth / "s2_label.nii.gz"), "--label-classes", *CHOSEN]
+    assert main(["report", str(out), *true, "--quiet"]) == 0
+    page = (out / "report.html").read_text(encoding="utf8")
+    assert "the label is not shown" not in page
+    told = json.loads(re.search(r'id="facts">(.*?)</script>', page)[1])["results"][0]["scores"]
+    assert told["structures"] == found and told["segmentation"] == found["cortex"]
+
+
+def test_a_result_that_holds_one_of_several_structures_is_a_map_of_them(table, tmp_path):
+    label, white = tmp_path / "s0_label.nii.gz", tmp_path / "white.nii.gz"
+    images.save(
+        white, np.where(images.load_label(label, largest=65535).data == 2041, 2041, 0).astype(np.int16), np.eye(4)
+    )
+    found = evaluate_files(tmp_path / "s0.nii.gz", tmp_path / "s0.nii.gz", white, label, label_classes=CHOSEN)
+    assert found["structures"]["white"]["dice"] == 1
+    assert found["structures"]["cortex"]["dice"] == found["segmentation"]["dice"] == 0
 
 
 @pytest.fixture

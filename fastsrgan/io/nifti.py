@@ -140,7 +140,9 @@ def load_label(
         affine, (turn, told) = np.array(like.affine, float), placed
         data = data if turn == Orientation() else np.asfortranarray(turn.apply(data))
         file.warnings.extend(told)
-    return Volume(data, affine, tuple(file.warnings), {**file.meta, "volume": index, "values": present, "absent": sorted(absent)})
+    return Volume(
+        data, affine, tuple(file.warnings), {**file.meta, "volume": index, "values": present, "absent": sorted(absent)}
+    )
 
 
 def save(
