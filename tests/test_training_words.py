@@ -95,6 +95,20 @@ def test_another_network_is_refused_by_both_names(held, option):
     assert error.value.what == held
 
 
+def test_all_that_the_weights_do_not_fit_is_told_at_once(held):
+    reason = (
+        "its network has kernel_gen 3, and --kernel-gen 4 is asked for; residual False, and --residual True is asked"
+    )
+    with pytest.raises(ModelError, match=reason) as error:
+        typed("-w", held, "--kernel-gen", "4", "--residual", "True")
+    assert error.value.hint == "leave --kernel-gen, --residual out, or begin without these weights"
+
+
+def test_faults_of_settings_are_told_before_weights_are_looked_for():
+    with pytest.raises(ModelError, match=r"2 faults: batch_size: 0 .*; patch_size: 33 "):
+        typed("-w", "nothere.safetensors", "-b", "0", "-ps", "33")
+
+
 # --- the recipe -----------------------------------------------------------------------------------------------------
 
 

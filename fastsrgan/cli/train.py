@@ -133,13 +133,13 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
         values["geometry"] = "segsrgan"
     if args.label_classes and len(args.label_classes) > 1:
         values.setdefault("fit_mask", True)
-    if args.weights and not args.resume:
-        values |= network_of(args.weights, values)
     given = bool(values.get("new_low_res"))
     # A misspelt setting is told first: it may be the one that is missing.
     config = settings.from_mapping(values if given else values | {"new_low_res": [1, 1, 1]}, args.config or "settings")
     if not given:
         raise UsageError("train", "no low resolution was given", "-n X Y Z in mm, for example -n 1 1 3")
+    if args.weights and not args.resume:
+        return settings.from_mapping(values | network_of(args.weights, values), args.config or "settings")
     return config
 
 
@@ -151,11 +151,13 @@ def network_of(path: str, given: dict[str, Any]) -> dict[str, Any]:
 
     spec, critic = read_spec(path)
     held = settings_of(spec)
-    for name, value in held.items():
-        if given.get(name, value) != value:
-            option = f"--{name.replace('_', '-')}"
-            reason = f"its network has {name} {value}, and {option} {given[name]} is asked for"
-            raise ModelError(path, reason, f"leave {option} out, or begin without these weights")
+    others = [name for name, value in held.items() if given.get(name, value) != value]
+    if others:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        asked = "; ".join(
+            f"{name} {held[name]}, and --{name.replace('_', '-')} {given[name]} is asked for" for name in others
+        )
+        raise ModelError(path, f"its network has {asked}", f"leave {options} out, or begin without these weights")
     log.info("%s: the network is that of the weights: %s", path, ", ".join(f"{k} {v}" for k, v in held.items()))
     return held | {name: value for name, value in settings_of(critic).items() if name not in given}
 

@@ -269,7 +269,7 @@ def _read(name: str, path: Path, chosen: labels.Structure | None, known: frozens
     if name not in ("seg", "baseline_seg"):
         return volume
     values = np.unique(volume.data)
-    several = np.count_nonzero(values) > 1 or bool(known) and set(values[values != 0].tolist()) <= known
+    several = np.count_nonzero(values) > 1 or (bool(known) and set(values[values != 0].tolist()) <= known)
     if np.array_equal(values, np.rint(values)) and several:
         labels.refuse_many([] if chosen else values.astype(int).tolist(), path)
         data = np.isin(volume.data, sorted(chosen.values)) if chosen else volume.data
