@@ -388,11 +388,7 @@ class TrainConfig:
         if self.synthetic and not self.structure:
             yield ("synthetic", "structure"), "which tissues are the label is not said", "structure: 3,42"
         if self.synthetic and (self.fit_mask or self.image_cropping_method == "overlapping_with_mask"):
-            yield (
-                ("synthetic",),
-                "made images have no mask for fit_mask or overlapping_with_mask",
-                "leave one of them out",
-            )
+            yield ("synthetic",), "made images have no mask for fit_mask or overlapping_with_mask", "leave one out"
         if self.noise_from is not None and self.noise_from > self.noise:
             yield ("noise_from", "noise"), f"{self.noise_from} is above noise, {self.noise}", "from 0 to noise"
         for name in amounts:
