@@ -125,11 +125,12 @@ def test_subjects_with_other_structures_are_not_trained_together(table, tmp_path
         train(tmp_path / "c.zarr", tmp_path / "run", SMALL.replace(fit_mask=True))
 
 
-def test_a_dice_for_each_from_validation_to_evaluation(table, tmp_path):
+def test_a_dice_for_each_from_validation_to_evaluation(table, tmp_path, capsys):
     run, out, truth = tmp_path / "run", tmp_path / "out", tmp_path / "truth"
     options = ["-n", "1", "1", "3", "-b", "2", "-ps", "16", "--stride", "12", "--kernel-gen", "2", "--kernel-dis", "2"]
     options += ["--epoch", "1", "--steps-per-epoch", "2", "--lambda-adv", "0", "--feed-threads", "1", "--quiet"]
     assert main(["train", str(table), "-o", str(run), "--label", *CHOSEN, *options]) == 0
+    assert "(mean Dice of 2 structures 0." in capsys.readouterr().out
     (line,) = rows(run, "validation")
     assert {"Dice", "Dice_mask0", "Dice_cortex", "Dice_white"} <= set(line["validation"])
     told = weights.info(run)["card"]["structures"]

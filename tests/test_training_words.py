@@ -42,6 +42,13 @@ def test_nothing_is_cut_on_a_narrow_terminal(label, width):
     assert width < 80 or LINE in text
 
 
+def test_a_line_ends_before_a_name_and_not_between_a_name_and_its_number():
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, legacy_windows=False)
+    TerminalProgress(console).tell("validation", LINE.replace("best", "Dice_cortex 0.512 Dice_white 0.598 best"))
+    first, second = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).splitlines()
+    assert first.endswith("Dice 0.583") and second == "  Dice_cortex 0.512 Dice_white 0.598 best 187"
+
+
 def test_notes_are_broken_between_words_on_a_terminal_alone():
     words = "made for T2-like contrast, 21 to 40 weeks of gestation, human, brain, stripped or with the head around it"
     for terminal in (True, False):

@@ -221,7 +221,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     else:
         best = ""
         if result["best_epoch"] is not None:
-            value = BEST_BY[result["best_by"]].format(score=result["best"], dice=result["best_dice"])
+            facts = {"score": result["best"], "dice": result["best_dice"], "named": result["dice_is"]}
+            value = BEST_BY[result["best_by"]].format(**facts)
             best = f"; best: epoch {result['best_epoch']}, {value} on the Test subjects, {result['best_weights']}"
         last = f"last weights: {result['weights']}" if result["weights"] else "no weights before the first epoch's end"
         print(f"{result['updates']} updates in {result['seconds']:.0f} s; {last}{best}")

@@ -79,6 +79,9 @@ def read_run(run: Path) -> dict[str, Any]:
         "updates_per_point": width,
         "at": at,
         "curves": {name: curve for name, curve in curves.items() if any(v is not None for v in curve)},
+        "warnings": [
+            f"epoch {row['epoch']}: {row['warning']}" for row in scores if isinstance(row.get("warning"), str)
+        ],
         "validation": [{"epoch": row["epoch"], **row["validation"]} for row in scores],
         "unreadable_lines": faults,
     }
@@ -152,7 +155,7 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
     summary, validation = facts["summary"] or {}, facts["validation"]
     plots = []
     for title, known in SCORES:
-        named = [k for v in validation for k in v if k.startswith("Dice_")] if "Dice" in known else []
+        named = [k for v in validation for k in v if k.startswith(("Dice_", "whole_Dice_"))] if "Dice" in known else []
         keys = dict.fromkeys((*known, *(k for k in named if not k.startswith("Dice_mask"))))  # structures by name
         lines = [
             Line(
@@ -184,8 +187,10 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
     )
     noted = facts.get("data_warnings") or []
     table = el("details", el("summary", "Validations as a table"), _table(validation)) if validation else None
+    wrong = [el("li", line) for line in facts["warnings"]]
     return card(
         "Training",
+        el("ul", wrong, class_="warnings") if wrong else None,
         el("p", " ".join(filter(None, notes)), class_="faint") if any(notes) else None,
         el("div", [p for p in plots if p], class_="plots"),
         el(

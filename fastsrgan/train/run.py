@@ -496,6 +496,7 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
     at = run.position
     left_out = {k: v for one in run.ranks.gather(run.feed.quarantined) for k, v in one.items()}
     waited = run.ranks.mean({"waited": run.feed.waited})["waited"]
+    validations = run.log.validations() if run.log is not None else []
     facts = {
         "epochs": min(at.epoch, run.last_epoch + 1) - run.beginning.epoch,
         "updates": at.updates,
@@ -509,6 +510,7 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
         "best_weights": None if at.best is None else str(run.folder / BEST),
         "left_out": left_out,
         "data_warnings": data_warnings(run.store.subjects),
+        "warnings": [f"epoch {row['epoch']}: {row['warning']}" for row in validations if "warning" in row],
         "batch_size": run.batch * run.ranks.world,
         "ranks": run.ranks.world,
         "device": str(run.models.device),

@@ -97,6 +97,8 @@ def load(run: Run) -> None:
         run.position = run.beginning
     if run.log is not None:
         run.log.cut(run.position.updates, run.position.epoch)
+        before = [row["validation"] for row in run.log.validations() if "PSNR" in row["validation"]]
+        run.scores = before[-1] if before and None not in before[-1].values() else {}
         log.info("continuing %s at epoch %d, update %d", snapshot, run.position.epoch, run.position.updates)
 
 
