@@ -9,10 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from cohort import SMALL, rows
 
 from fastsrgan.cli.main import main
 from fastsrgan.convert import convert
+from fastsrgan.data.feed import Feed
+from fastsrgan.data.subject import PatchRule
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate.cohort import Choice, evaluate_folders
 from fastsrgan.evaluate.pair import evaluate_files
@@ -23,13 +26,17 @@ from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import check_derivatives
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.observation.model import Degradation, degrade
 from fastsrgan.report.page import report
 from fastsrgan.report.sections import scores_table
 from fastsrgan.report.viewer import structure_names
 from fastsrgan.store.reader import open_store
 from fastsrgan.study import run as study
 from fastsrgan.study.data import Condition, acquire, find_heads
+from fastsrgan.train.loop import whole_line
 from fastsrgan.train.run import train
+from fastsrgan.train.validate import validate_whole
+from fastsrgan.volume.geometry import resampled_affine
 
 CHOSEN = ["cortex=3,42", "white=2041"]
 
@@ -158,6 +165,30 @@ def test_a_dice_for_each_from_validation_to_evaluation(table, tmp_path, capsys):
     assert "the label is not shown" not in page
     told = json.loads(re.search(r'id="facts">(.*?)</script>', page)[1])["results"][0]["scores"]
     assert told["structures"] == found and told["segmentation"] == found["cortex"]
+
+
+def test_whole_volumes_of_a_validation_have_the_dice_of_each_that_evaluate_gives(table, tmp_path):
+    convert(table, tmp_path / "c.zarr", label_classes=CHOSEN)
+    store = open_store(tmp_path / "c.zarr")
+    law = Degradation(SMALL.new_low_res, SMALL.contrast_max, SMALL.noise, SMALL.geometry)
+    feed = Feed(store, law, PatchRule(16, 12), seed=0, device=torch.device("cpu"), threads=1)
+    generator = build_generator(GeneratorSpec(kernel=2, mask_classes=3), seed=3).eval()
+    scores = validate_whole(generator, feed, ["s2"], structures=["cortex", "white"])
+    told = [{"name": "cortex", "values": [3, 42]}, {"name": "white", "values": [2041]}]
+    weights.save_generator(tmp_path / "w.safetensors", generator, card={"structures": told})
+    sample = store.read("s2")
+    done = degrade(sample.image, sample.spacing, (1.0, 1.0, 3.0))
+    affine = resampled_affine(sample.affine, sample.image.shape, done.low_res.shape, (1.0, 1.0, 3.0))
+    images.save(tmp_path / "x.nii.gz", done.low_res * np.float32(done.scale), affine)
+    out = tmp_path / "out"
+    infer_files([tmp_path / "x.nii.gz"], out, tmp_path / "w.safetensors", new_resolution=[1.0] * 3, device="cpu")
+    files = (out / "x_sr.nii.gz", tmp_path / "s2.nii.gz", out / "x_mask.nii.gz", tmp_path / "s2_label.nii.gz")
+    found = evaluate_files(*files, label_classes=CHOSEN)["structures"]
+    assert {scores[f"whole_Dice_{name}"] for name in found} - {0.0, scores["whole_Dice"]}
+    for name, one in found.items():
+        assert scores[f"whole_Dice_{name}"] == pytest.approx(one["dice"], abs=1e-3)  # found: 0
+    line = whole_line(1, scores)
+    assert f"Dice_cortex {scores['whole_Dice_cortex']:.4g}" in line and "Dice_white" in line
 
 
 def test_a_result_that_holds_one_of_several_structures_is_a_map_of_them(table, tmp_path):
