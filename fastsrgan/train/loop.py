@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastsrgan.config import TrainConfig
 from fastsrgan.core.draws import rng
 from fastsrgan.core.files import write_json
 from fastsrgan.core.kernels import to_device
@@ -32,7 +34,7 @@ from fastsrgan.pictures.planes import write_panel
 from fastsrgan.train.logs import contact_sheet
 from fastsrgan.train.optimise import factor
 from fastsrgan.train.snapshots import export, save, write_weights
-from fastsrgan.train.state import Run, Turn
+from fastsrgan.train.state import Run, Turn, numbered
 from fastsrgan.train.validate import Stopped, sample_patch, validate, validate_whole
 
 log = logging.getLogger("fastsrgan")
@@ -118,6 +120,8 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
     at.steps = batches if c.steps_per_epoch is None else min(batches, capped(run, turn, c.steps_per_epoch))
     if pool is None or at.steps == 0:
         return
+    if run.first and not at.updates:
+        tell_if_short(c, min(at.steps * turn.groups, c.steps_per_epoch or math.inf) * len(numbered(c)))
     run.progress.start(f"training epoch {turn.epoch}/{run.last_epoch}", at.steps - at.step, "updates")
     last: Told | None = None
     for indices in pool.generator_batches(run.batch, at.step, steps=batches):
@@ -141,6 +145,17 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
             break
     settle(run, turn, last)
     run.progress.finish()
+
+
+def tell_if_short(config: TrainConfig, planned: float) -> None:
+    """Warn where a run of about so many updates ends before its settings let it change the weights that it ships."""
+    average = round(1 / (1 - config.ema)) if config.ema else 0
+    told = [f"lr_warmup {config.lr_warmup}: the rate is still rising"] if planned < config.lr_warmup else []
+    if planned < average:
+        told.append(f"ema {config.ema:g}, a mean over {average}: what is validated and shipped is mostly the beginning")
+    if told:
+        hint = "more updates, or a smaller --lr-warmup and --ema"
+        log.warning("about %d updates are planned, too few for %s (%s)", planned, " and for ".join(told), hint)
 
 
 def shared_steps(run: Run, turn: Turn, pool: Pool | None) -> int:
