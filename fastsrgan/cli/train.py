@@ -225,7 +225,9 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
             value = BEST_BY[result["best_by"]].format(**facts)
             best = f"; best: epoch {result['best_epoch']}, {value} on the Test subjects, {result['best_weights']}"
         last = f"last weights: {result['weights']}" if result["weights"] else "no weights before the first epoch's end"
-        print(f"{result['updates']} updates in {result['seconds']:.0f} s; {last}{best}")
+        done = result["updates"] - (result["resumed_at"] or 0)
+        some = "" if result["resumed_at"] is None else f" of {result['updates']}"
+        print(f"{done}{some} updates in {result['seconds']:.0f} s; {last}{best}")
         if result["stopped"]:
             print(f"stopped by signal {result['stopped']}; continue with --resume")
     return int(result["exit_code"])

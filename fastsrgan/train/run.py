@@ -419,6 +419,7 @@ def begin(run: Run, start_weights: str | os.PathLike | None, resume: bool) -> No
     run.position = run.beginning
     if resume:
         snapshots.load(run)
+        run.resumed_at = run.position.updates
     elif start_weights is not None:
         run.models.start_from(start_weights)
     ranks.agree("weights", weights_identity(run))
@@ -492,7 +493,7 @@ def attempt(run: Run, stop: StopRequest) -> None:
 
 
 def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
-    """What the run did, for the caller and for RUN/summary.json."""
+    """What the run did, for the caller and for RUN/summary.json; the seconds are those since it was resumed."""
     at = run.position
     left_out = {k: v for one in run.ranks.gather(run.feed.quarantined) for k, v in one.items()}
     waited = run.ranks.mean({"waited": run.feed.waited})["waited"]
@@ -500,6 +501,7 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
     facts = {
         "epochs": min(at.epoch, run.last_epoch + 1) - run.beginning.epoch,
         "updates": at.updates,
+        "resumed_at": run.resumed_at,
         "seconds": round(seconds, 3),
         "data_wait_seconds": round(waited, 3),
         "first_wait_seconds": round(run.feed.first_wait, 3),
