@@ -47,6 +47,7 @@ class _Conversion:
     Without an image, those of the tissues.
     classes : the values of the label that are the structure; None: it is taken as it is
     structures : of several, their names and values; the first is the label, the mask holds 1, 2, ... where they are
+    called : name of the structure that is the label, where one was given
     absent : values of the choice, of all structures together, that the label map holds nowhere
     """
 
@@ -56,6 +57,7 @@ class _Conversion:
     dtype: np.dtype
     classes: tuple[int, ...] | None = None
     structures: tuple[labels.Structure, ...] = ()
+    called: str = ""
     absent: tuple[int, ...] = ()
 
     def bytes_below(self) -> int:
@@ -224,7 +226,8 @@ def _inspect(
     if faults or header is None:
         return None, faults
     several = tuple(found_structures[1:] and found_structures)
-    return _Conversion(row, sources, header.voxels, header.dtype, classes, several, absent), []
+    called = found_structures[0].called if found_structures else ""
+    return _Conversion(row, sources, header.voxels, header.dtype, classes, several, called, absent), []
 
 
 def _listed(structures: Sequence[labels.Structure]) -> list[list[Any]]:
@@ -361,6 +364,7 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
     if job.classes is not None:
         attrs["label_classes"] = list(job.classes)
         attrs |= {"label_absent": list(job.absent)} if job.absent else {}
+        attrs |= {"label_name": job.called} if job.called else {}
     values = list(attrs.get("label_counts", {}))
     if set(values) - {"0", "1"}:  # classes of --fit-mask are the mask's
         held = ", ".join(values[:10]) + (f" and {len(values) - 10} more values" if len(values) > 10 else "")

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fastsrgan.cli.main import main
 from fastsrgan.convert import convert
 from fastsrgan.data.feed import Feed
 from fastsrgan.data.subject import PatchRule
+from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate.cohort import Choice, evaluate_folders
 from fastsrgan.evaluate.pair import evaluate_files
@@ -35,6 +37,7 @@ from fastsrgan.study import run as study
 from fastsrgan.study.data import Condition, acquire, find_heads
 from fastsrgan.train.loop import whole_line
 from fastsrgan.train.run import train
+from fastsrgan.train.snapshots import made_for
 from fastsrgan.train.validate import validate_whole
 from fastsrgan.volume.geometry import resampled_affine
 
@@ -73,6 +76,27 @@ def test_one_choice_is_what_it_was(table, tmp_path):
     convert(table, tmp_path / "c.zarr", label_classes="3,42")
     (subject, *_) = open_store(tmp_path / "c.zarr").subjects
     assert "structures" not in subject.attrs and not subject.has_mask and subject.attrs["label_classes"] == [3, 42]
+
+
+@pytest.mark.parametrize(("chosen", "told"), [(["c=3,42"], "c=3,42 %s %%"), (["42,3"], "3,42 %s %%"),
+    (CHOSEN, "cortex=3,42 %s %%; white=2041 %s %%")])  # fmt: skip
+def test_info_says_what_the_label_is_and_how_much_of_it_there_is(table, tmp_path, capsys, chosen, told):
+    assert main(["convert", str(table), str(tmp_path / "c.zarr"), "--label", *chosen, "--quiet"]) == 0
+    assert main(["info", str(tmp_path / "c.zarr"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.partition("\n")[2])
+    truth = images.load_label(tmp_path / "s0_label.nii.gz", largest=65535).data
+    shares = [f"{100 * np.isin(truth, values).mean():.2g}" for values in ((3, 42), (2041,))]
+    assert rows[0]["label"] == told % tuple(shares[: told.count("%s")])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "name"), [("cortex=3,42", "cortex"), ("3,42", "label 3, 42"), (CHOSEN, "cortex"), ("white", "white")]
+)
+def test_weights_call_the_structure_by_the_name_that_it_was_given(table, tmp_path, chosen, name):
+    (tmp_path / "lut.txt").write_text("2041 white\n", encoding="utf8")
+    store = convert(table, tmp_path / "c.zarr", label_classes=chosen, label_names=tmp_path / "lut.txt")["store"]
+    feed = SimpleNamespace(store=open_store(store), visits=Visits(), degradation=Degradation(SMALL.new_low_res))
+    assert made_for(feed).structures == ((1, name),)
 
 
 @pytest.mark.parametrize("chosen", (["3,99"], ["cortex=3,42", "white=2041,99"]))

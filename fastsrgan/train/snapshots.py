@@ -223,6 +223,8 @@ def made_for(feed: Feed) -> Purpose:
     chosen = [list(values)] if values else [s.attrs["label_classes"] for s in subjects if "label_classes" in s.attrs]
     same = chosen and all(one == chosen[0] for one in chosen)
     name = f"label {', '.join(map(str, chosen[0]))}" if same else "structure of the training's labels"
+    called = {"" if values else s.attrs.get("label_name", "") for s in subjects}
+    name = (called.pop() if len(called) == 1 else "") or name
     volumes = []
     for subject in subjects:
         kind, wanted = ("label_counts", (1,)) if "label_counts" in subject.attrs else ("tissues_counts", values)
