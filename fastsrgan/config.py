@@ -165,7 +165,7 @@ def label_values(text: str) -> tuple[int, ...]:
     """The whole numbers in "3,42". Raises ModelError for anything else."""
     parts = [part.strip() for part in text.split(",")] if text else []
     if not all(part.isdecimal() and 0 < int(part[:9]) <= LARGEST_LABEL for part in parts):
-        hint = f"label values from 1 to {LARGEST_LABEL} with commas between, 3,42"
+        hint = f"values from 1 to {LARGEST_LABEL} with commas between, 3,42: made images have one structure"
         raise ModelError("config: structure", f"{shown(text)} is not allowed", hint)
     return tuple(sorted({int(part) for part in parts}))
 
@@ -358,7 +358,7 @@ class TrainConfig:
     synthetic: float = setting(0.0, "share of the visits that show an image made of the subject's tissues", NEW, low=0,
         high=1, more="of subjects with an image and tissues; without an image it always is made"
         " ([training](training.md#images-made-of-label-maps))")
-    structure: str = setting("", "values of the tissues that are the label, for example 3,42", NEW, metavar="VALUES",
+    structure: str = setting("", "values of the tissues that are the label, one structure: 3,42", NEW, metavar="VALUES",
         check=hint_of(label_values))
     tissue_means: str = setting("", "means of made images, VALUE:MEAN:SD,...; / between contrasts; empty: any", NEW,
         check=hint_of(tissue_gaussians), metavar="MEANS", more="drawn about these, one contrast per visit")

@@ -77,6 +77,7 @@ def convert(
     base_path: str | None = None,
     label_classes: str | Sequence[str] | None = None,
     label_names: str | os.PathLike | None = None,
+    binary: bool = False,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Convert the rows of a training table into a store. The same table gives the same bytes, however it was reached.
@@ -92,6 +93,7 @@ def convert(
     label_classes, label_names : which values of the labels are the structure, and a lookup table of names, see
         `labels.structure`; a row's own ``Label_classes`` comes first. The store then holds 1 for them and 0 elsewhere.
         Of several structures the first is the label, and the mask holds 1, 2, ... for each, for ``fit_mask``
+    binary : refuse a label of other values than 0 and 1 of which nothing was chosen, which training does not take
 
     Returns
     -------
@@ -114,7 +116,12 @@ def convert(
         rows = read_table(csv, base_path=base_path)
         before = writer.finished
         jobs = _check(
-            csv, rows, before, workers, progress, functools.partial(_inspect, choice=(label_classes, label_names))
+            csv,
+            rows,
+            before,
+            workers,
+            progress,
+            functools.partial(_inspect, choice=(label_classes, label_names), binary=binary),
         )
         todo, kept = _divide(jobs, before, writer, workers)
         writer.need_space(sum(job.bytes_below() for job in todo))
@@ -183,7 +190,7 @@ def _main(sources: dict[str, dict[str, str]], other: dict[str, str] | None = Non
 
 
 def _inspect(
-    row: TableRow, choice: tuple[str | Sequence[str] | None, str | os.PathLike | None]
+    row: TableRow, choice: tuple[str | Sequence[str] | None, str | os.PathLike | None], binary: bool = False
 ) -> tuple[_Conversion | None, list[Fault]]:
     faults: list[Fault] = []
     sources = {}
@@ -220,6 +227,9 @@ def _inspect(
                 values = frozenset().union(*(one.values for one in found_structures)) if chosen else None
                 read = images.load_label(path, like, largest=LARGEST[name], classes=values)
                 absent = tuple(read.meta["absent"]) or absent
+                if binary and name == "label" and not chosen and (values := set(read.meta["values"]) - {0, 1}):
+                    held = ", ".join(map(str, sorted(values)[: labels.SHOWN]))
+                    raise InputError(path, f"the label holds other values than 0 and 1, also {held}", labels.CHOOSE)
             sources[name] = {"path": str(path), "sha256": images.sha256(path)}
         except FastsrganError as error:
             faults.append((row.line, InputError(f"{_COLUMNS[name]} {error.what}", error.reason, error.hint)))

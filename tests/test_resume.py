@@ -234,6 +234,16 @@ def test_the_last_line_tells_the_updates_of_its_own_seconds(store, tmp_path, cap
     assert main([*words, "-e", "1"]) == 0 and "\n1 updates in " in "\n" + capsys.readouterr().out
     assert main([*words, "-e", "3", "--resume"]) == 0 and "\n2 of 3 updates in " in "\n" + capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf8"))["resumed_at"] == 1
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert main([*(w for w in words if w != "--quiet"), "-e", "1", "-b", "1", "--resume"]) == 0
+    err = capsys.readouterr().err
+    assert "past epoch 1, the last: nothing is left to do" in err and "begins anew" not in err
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_without_a_run_is_told_so_also_without_a_low_resolution(store, tmp_path, capsys):
+    assert main(["train", str(store), "-o", str(tmp_path / "new"), "--resume", "--quiet"]) == 4
+    assert "no snapshot in this folder (leave --resume out to begin a run)" in capsys.readouterr().err
 
 
 @pytest.mark.fault(23)

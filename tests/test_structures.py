@@ -146,6 +146,17 @@ def test_labels_of_a_store_are_not_chosen_again(table, tmp_path, capsys, command
     assert not (out / "config.yaml").exists() and not list(out.glob("*.json"))
 
 
+def test_a_table_whose_labels_training_does_not_take_is_refused_before_it_is_converted(table, tmp_path, capsys):
+    for path in tmp_path.glob("*_label.nii.gz"):
+        label = images.load_label(path, largest=65535).data
+        images.save(path, np.where(label == 2041, 2, label).astype(np.int16), np.eye(4), overwrite=True)
+    assert main(["train", str(table), "-o", str(tmp_path / "run"), "-n", "1", "1", "3", "--quiet"]) == 3
+    err = capsys.readouterr().err
+    assert "the label holds other values than 0 and 1, also 2, 3, 24, 42" in err and "--label-classes 3,42" in err
+    assert not (tmp_path / "run").exists()
+    assert convert(table, tmp_path / "c.zarr")["converted"] == 3  # whose labels may be chosen elsewhere
+
+
 def test_subjects_with_other_structures_are_not_trained_together(table, tmp_path):
     text = (
         table.read_text(encoding="utf8").replace("Base", "Base,Label_classes").replace("Test", "Test,cortex=3|fluid=24")

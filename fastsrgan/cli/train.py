@@ -136,6 +136,10 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
     given = bool(values.get("new_low_res"))
     # A misspelt setting is told first: it may be the one that is missing.
     config = settings.from_mapping(values if given else values | {"new_low_res": [1, 1, 1]}, args.config or "settings")
+    if not given and args.resume:
+        raise ModelError(
+            args.out or args.snapshot_folder, "no snapshot in this folder", "leave --resume out to begin a run"
+        )
     if not given:
         raise UsageError("train", "no low resolution was given", "-n X Y Z in mm, for example -n 1 1 3")
     if args.weights and not args.resume:
@@ -268,6 +272,7 @@ def convert_table(table: str, args: argparse.Namespace, progress: Progress) -> s
             base_path=args.base_path,
             label_classes=args.label_classes,
             label_names=args.label_names,
+            binary=True,
             progress=progress,
         )
     except FastsrganError:

@@ -61,6 +61,10 @@ def loop(run: Run, stop: StopRequest) -> None:
     # The plan is read ahead of the position, so it is fixed before the position moves.
     turns = run.plan()
     run.began_at = run.done(turns[0], 0.0) if turns else 1.0
+    if not turns and run.first:
+        log.warning(
+            "the run is past epoch %d, the last: nothing is left to do, a larger --epoch goes on", run.last_epoch
+        )
     # Closed at the end, which stops the threads that prepare groups nobody will ask for.
     groups = run.feed.groups(iter([(t.epoch, t.subjects) for t in turns]))
     with contextlib.closing(groups) as residents:  # type: ignore[type-var]
