@@ -377,7 +377,7 @@ class TrainConfig:
         wrong = {name: hint for name, row in SETTINGS.items() if (hint := row.hint(getattr(self, name)))}
         found = [(name, f"{shown(getattr(self, name))} is not allowed", hint) for name, hint in wrong.items()]
         conflicts = self._conflicts({} if "artefacts" in wrong else named_amounts(self.artefacts))
-        found += [(names[0], *told) for names, *told in conflicts if not wrong.keys() & set(names)]
+        found += [(names[0], why, hint) for names, why, hint in conflicts if not wrong.keys() & set(names)]
         if found:
             raise SettingsError("config", found)
 
@@ -467,7 +467,7 @@ def from_mapping(values: dict[str, Any], what: str = "config") -> TrainConfig:
     try:
         config = TrainConfig(**checked)
     except SettingsError as error:  # what is allowed is known there, where it was read here
-        found += [fault for fault in error.faults if fault[0] not in {name for name, _, _ in found}]
+        raise SettingsError(what, found + [f for f in error.faults if f[0] not in {n for n, _, _ in found}]) from error
     if found:
         raise SettingsError(what, found)
     return config

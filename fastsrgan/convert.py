@@ -227,8 +227,8 @@ def _inspect(
                 values = frozenset().union(*(one.values for one in found_structures)) if chosen else None
                 read = images.load_label(path, like, largest=LARGEST[name], classes=values)
                 absent = tuple(read.meta["absent"]) or absent
-                if binary and name == "label" and not chosen and (values := set(read.meta["values"]) - {0, 1}):
-                    held = ", ".join(map(str, sorted(values)[: labels.SHOWN]))
+                if binary and name == "label" and not chosen and (others := set(read.meta["values"]) - {0, 1}):
+                    held = ", ".join(map(str, sorted(others)[: labels.SHOWN]))
                     raise InputError(path, f"the label holds other values than 0 and 1, also {held}", labels.CHOOSE)
             sources[name] = {"path": str(path), "sha256": images.sha256(path)}
         except FastsrganError as error:

@@ -255,7 +255,7 @@ def whole_scores(
     def placed(inside: np.ndarray) -> np.ndarray:
         return onto_grid(Volume(inside.astype(np.uint8), made.affine), hr, order=0, notes=notes).data
 
-    seg, classes = placed(made.prob[0] > metrics.SEG_THRESHOLD), made.prob[1:].argmax(axis=0) if structures else None
+    seg = placed(made.prob[0] > metrics.SEG_THRESHOLD)
     seen = observation(low.shape, draw.low_res, hr.data.shape, hr.spacing)
     assert seen is not None
     turned = apply_axes(low, seen.up)
@@ -265,11 +265,22 @@ def whole_scores(
         **image_scores("linear", best_linear(turned, low, hr.data, seen), hr.data),
         "whole_Dice": metrics.dice(seg, label.data),
         "spline_Dice": metrics.dice(reader_label_map(label, scan, notes).data, label.data),
-        **{
-            f"whole_Dice_{name}": metrics.dice(placed(classes == number), sample.mask == number)
-            for number, name in enumerate(structures, 1)
-        },
+        **structure_dices(made.prob[1:], sample.mask, structures, placed),
     }
+
+
+def structure_dices(
+    probabilities: np.ndarray,
+    truth: np.ndarray | None,
+    structures: Sequence[str],
+    placed: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> dict[str, float]:
+    """``whole_Dice_NAME`` of each structure: classes of the mask head (C, X, Y, Z) against those of a mask."""
+    if truth is None or not structures:
+        return {}
+    made = probabilities.argmax(axis=0)
+    pairs = {name: (placed(np.equal(made, i)), np.equal(truth, i)) for i, name in enumerate(structures, 1)}
+    return {f"whole_Dice_{name}": metrics.dice(*pair) for name, pair in pairs.items()}
 
 
 def image_scores(who: str, image: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -292,14 +303,12 @@ def original_scores(
         TileNetwork(generator, resident.resolution, feed.device, pick_precision("auto", feed.device)),
     )
     hr, label = resident.hr.float().cpu().numpy(), resident.label.cpu().numpy()
+    classes = None if resident.mask is None else resident.mask.cpu().numpy()
     return {
         **image_scores("whole", out[0].clamp(min=0).numpy(), hr),
         **image_scores("spline", volume.numpy(), hr),
         "whole_Dice": metrics.dice(out[1].numpy(), label),
-        **{
-            f"whole_Dice_{name}": metrics.dice((out[2:].argmax(0) == number).numpy(), (resident.mask == number).numpy())
-            for number, name in enumerate(structures, 1)
-        },
+        **structure_dices(out[2:].numpy(), classes, structures),
     }
 
 
