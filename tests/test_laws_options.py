@@ -295,7 +295,15 @@ TRAIN = {
     "dice_file": (["-dice", "d.csv"], "d.csv"),
     "mse_file": (["-mse", "m.csv"], "m.csv"),
 }
-RESULT = {"exit_code": 0, "updates": 0, "seconds": 0.0, "best_epoch": None, "weights": "", "stopped": None}
+RESULT = {
+    "exit_code": 0,
+    "updates": 0,
+    "resumed_at": None,
+    "seconds": 0.0,
+    "best_epoch": None,
+    "weights": "",
+    "stopped": None,
+}
 
 
 def trained(monkeypatch, *words: str) -> tuple[tuple, dict[str, Any]]:

@@ -187,7 +187,15 @@ def called(monkeypatch, tmp_path):
 
     def train(source, folder, config, **options):
         seen.update(options, source=source, folder=str(folder), config=config)
-        return {"updates": 0, "seconds": 0.0, "best_epoch": None, "weights": "", "stopped": None, "exit_code": 0}
+        return {
+            "updates": 0,
+            "resumed_at": None,
+            "seconds": 0.0,
+            "best_epoch": None,
+            "weights": "",
+            "stopped": None,
+            "exit_code": 0,
+        }
 
     monkeypatch.setattr(training, "train", train)
     monkeypatch.chdir(tmp_path)

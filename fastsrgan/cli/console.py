@@ -180,7 +180,8 @@ class TerminalProgress:
 
     def tell(self, group: str, text: str, **facts: Any) -> None:
         """A line above the bar."""
-        lines = textwrap.fill(plain(text), self.console.width, subsequent_indent="  ")
+        held = re.sub(r" (?=-?\d)", "\u00a0", plain(text))  # no line ends between a name and its number
+        lines = textwrap.fill(held, self.console.width, subsequent_indent="  ").replace("\u00a0", " ")
         self.console.print(lines, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import math
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fastsrgan._version import __version__
 from fastsrgan.cli.console import (
@@ -33,6 +34,9 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import SAID, Interrupts, Terminated, loading, no_room
 from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, out_of_memory
 from fastsrgan.infer.settings import add_options
+
+if TYPE_CHECKING:
+    from fastsrgan.store.reader import Subject
 
 RAW = argparse.RawDescriptionHelpFormatter
 
@@ -230,6 +234,18 @@ def _verify(args: argparse.Namespace, progress: Progress) -> int:
     return 3 if problems else 0
 
 
+def _label_of(subject: Subject) -> str:
+    """What is the label, or each structure of the mask, and its share of the voxels; empty without a label."""
+    attrs, counts = subject.attrs, subject.attrs.get("label_counts", {})
+    held = attrs.get("mask_counts", {})
+    parts = [(name, values, held.get(str(i), 0)) for i, (name, values) in enumerate(attrs.get("structures", ()), 1)]
+    if not parts and counts:
+        inside = sum(n for value, n in counts.items() if value != "0")
+        parts = [(attrs.get("label_name", ""), attrs.get("label_classes", ()), inside)]
+    told = [(f"{name}=" * bool(name) + ",".join(map(str, values)), n) for name, values, n in parts]
+    return "; ".join(f"{what} {100 * n / math.prod(subject.shape):.2g} %".strip() for what, n in told)
+
+
 def _info(args: argparse.Namespace, progress: Progress) -> int:
     with loading():
         from fastsrgan.store.reader import open_store
@@ -241,6 +257,7 @@ def _info(args: argparse.Namespace, progress: Progress) -> int:
             "split": s.split,
             "shape": " x ".join(map(str, s.shape)),
             "spacing mm": " x ".join(f"{v:.3g}" for v in s.spacing),
+            "label": _label_of(s),
             "arrays": ", ".join(f"{n} {a['dtype']}" for n, a in s.arrays.items()),
             "MB": round(s.stored_bytes / 1e6, 2),
             "ratio": round(s.raw_bytes / s.stored_bytes, 2),

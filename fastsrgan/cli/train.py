@@ -15,7 +15,7 @@ from fastsrgan.cli.console import Need, add_checkpoint_option, add_label_options
 from fastsrgan.core.files import output_folder
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import FastsrganError, ModelError, UsageError
+from fastsrgan.errors import FastsrganError, ModelError, SettingsError, UsageError
 from fastsrgan.infer.settings import add_options
 
 if TYPE_CHECKING:
@@ -180,20 +180,27 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
         values["geometry"] = "segsrgan"
     if args.label_classes and len(args.label_classes) > 1:
         values.setdefault("fit_mask", True)
-    if args.weights and not args.resume:
-        values |= network_of(args.weights, values)
     given = bool(values.get("new_low_res"))
     # A misspelt setting is told first: it may be the one that is missing.
     try:
         made = values if given else values | {"new_low_res": [1, 1, 1]}
         config = settings.from_mapping(made, args.config or "settings")
-    except ModelError as error:
-        name = error.what.rpartition(": ")[2]
-        if name in read or name not in settings.SETTINGS:
+    except SettingsError as error:
+        if any(name in read or name not in settings.SETTINGS for name, _, _ in error.faults):
             raise
-        raise UsageError(settings.SETTINGS[name].flags[-1], error.reason, error.hint) from error
+        flags = [(settings.SETTINGS[name].flags[-1], reason, hint) for name, reason, hint in error.faults]
+        if len(flags) == 1:
+            raise UsageError(*flags[0]) from error
+        told = "; ".join(f"{flag}: {reason}, {hint}" for flag, reason, hint in flags)
+        raise UsageError("train", f"{len(flags)} faults: {told}", "see --help") from error
+    if not given and args.resume:
+        raise ModelError(
+            args.out or args.snapshot_folder, "no snapshot in this folder", "leave --resume out to begin a run"
+        )
     if not given:
         raise UsageError("train", "no low resolution was given", "-n X Y Z in mm, for example -n 1 1 3")
+    if args.weights and not args.resume:
+        return settings.from_mapping(values | network_of(args.weights, values), args.config or "settings")
     return config
 
 
@@ -205,11 +212,13 @@ def network_of(path: str, given: dict[str, Any]) -> dict[str, Any]:
 
     spec, critic = read_spec(path)
     held = settings_of(spec)
-    for name, value in held.items():
-        if given.get(name, value) != value:
-            option = f"--{name.replace('_', '-')}"
-            reason = f"its network has {name} {value}, and {option} {given[name]} is asked for"
-            raise ModelError(path, reason, f"leave {option} out, or begin without these weights")
+    others = [name for name, value in held.items() if given.get(name, value) != value]
+    if others:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        asked = "; ".join(
+            f"{name} {held[name]}, and --{name.replace('_', '-')} {given[name]} is asked for" for name in others
+        )
+        raise ModelError(path, f"its network has {asked}", f"leave {options} out, or begin without these weights")
     log.info("%s: the network is that of the weights: %s", path, ", ".join(f"{k} {v}" for k, v in held.items()))
     return held | {name: value for name, value in settings_of(critic).items() if name not in given}
 
@@ -274,10 +283,13 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     else:
         best = ""
         if result["best_epoch"] is not None:
-            value = BEST_BY[result["best_by"]].format(score=result["best"], dice=result["best_dice"])
+            facts = {"score": result["best"], "dice": result["best_dice"], "named": result["dice_is"]}
+            value = BEST_BY[result["best_by"]].format(**facts)
             best = f"; best: epoch {result['best_epoch']}, {value} on the Test subjects, {result['best_weights']}"
         last = f"last weights: {result['weights']}" if result["weights"] else "no weights before the first epoch's end"
-        print(f"{result['updates']} updates in {result['seconds']:.0f} s; {last}{best}")
+        done = result["updates"] - (result["resumed_at"] or 0)
+        some = "" if result["resumed_at"] is None else f" of {result['updates']}"
+        print(f"{done}{some} updates in {result['seconds']:.0f} s; {last}{best}")
         if result["stopped"]:
             print(f"stopped by signal {result['stopped']}; continue with --resume")
     return int(result["exit_code"])
@@ -334,6 +346,7 @@ def convert_table(table: str, args: argparse.Namespace, folder: str, progress: P
             base_path=args.base_path,
             label_classes=choice,
             label_names=names,
+            binary=True,
             progress=progress,
         )
     except FastsrganError:
