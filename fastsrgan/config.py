@@ -14,15 +14,14 @@ import functools
 import math
 import os
 import re
-import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.errors import ModelError
+from fastsrgan.errors import ModelError, SettingsError, shown
 
 Triple = tuple[float, float, float]
 SPACING_LIMITS = (1e-6, 1e6)  # mm; beyond them no unit is meant
@@ -166,7 +165,7 @@ def label_values(text: str) -> tuple[int, ...]:
     """The whole numbers in "3,42". Raises ModelError for anything else."""
     parts = [part.strip() for part in text.split(",")] if text else []
     if not all(part.isdecimal() and 0 < int(part[:9]) <= LARGEST_LABEL for part in parts):
-        hint = f"label values from 1 to {LARGEST_LABEL} with commas between, 3,42"
+        hint = f"values from 1 to {LARGEST_LABEL} with commas between, 3,42: made images have one structure"
         raise ModelError("config: structure", f"{shown(text)} is not allowed", hint)
     return tuple(sorted({int(part) for part in parts}))
 
@@ -225,7 +224,7 @@ SITK = ("NearestNeighbor", "Linear", "Spline", "Gaussian", "Hamming", "Cosine", 
 class TrainConfig:
     """Everything that determines a training run besides its data. The fields' rows say what they mean.
 
-    Raises ModelError for a value that is not allowed.
+    Raises SettingsError for all values that are not allowed.
     """
 
     # fmt: off
@@ -233,7 +232,7 @@ class TrainConfig:
         "mm of the scans to train for, in plane twice and through it (segsrgan geometry: stored axes); twice: bounds",
         NEW, group=BASIC, also=("-n",), check=check_resolutions, more="two triples: uniform per axis, image and epoch")
     epochs: int = setting(200, "last epoch", FREE, group=BASIC, also=("-e", "--epoch"), above=0)
-    init_epoch: int = setting(1, "first epoch (epoch - init_epoch + 1 are run)", FREE, also=("-i",), above=0,
+    init_epoch: int = setting(1, "first epoch (epoch - init_epoch + 1 are run)", START, also=("-i",), above=0,
         more="epochs count from 1")
     batch_size: int = setting(16, "patches per update", ANEW, group=BASIC, also=("-b",), presets={"paper": 32}, above=0,
         more="of all ranks")
@@ -317,7 +316,7 @@ class TrainConfig:
         more="auto: threads; on CUDA with DALI whichever was faster on the first volumes")
     feed_threads: int = setting(0, "threads of the feed; 0 auto", FREE, low=0)
     prefetch: int = setting(1, "groups of subjects made ahead, in memory beside the one in use", FREE, above=0)
-    resident_memory: float | None = setting(None, "GB for the groups in memory where --resident-subjects is none", FREE,
+    resident_memory: float | None = setting(None, "GB for the groups in memory where --resident-subjects is none", ANEW,
         above=0, more="none: 40 % of what is free")
     pool_precision: str = setting("auto", "type of the resident intensities", NEW,
         choices=("auto", "fp32", "fp16", "bf16"))
@@ -359,9 +358,9 @@ class TrainConfig:
     synthetic: float = setting(0.0, "share of the visits that show an image made of the subject's tissues", NEW, low=0,
         high=1, more="of subjects with an image and tissues; without an image it always is made"
         " ([training](training.md#images-made-of-label-maps))")
-    structure: str = setting("", "values of the tissues that are the label, for example 3,42", NEW, metavar="VALUES",
+    structure: str = setting("", "values of the tissues that are the label, one structure: 3,42", NEW, metavar="VALUES",
         check=hint_of(label_values))
-    tissue_means: str = setting("", "means of made images, VALUE:MEAN:SD,...; / between contrasts; empty: any", NEW,
+    tissue_means: str = setting("", "means of made images, VALUE:MEAN:SD,...; / between contrasts; without: any", NEW,
         check=hint_of(tissue_gaussians), metavar="MEANS", more="drawn about these, one contrast per visit")
     synthetic_free: float = setting(0.25, "share of made images with a mean for each structure", NEW, low=0, high=1)
     synthetic_invert: float = setting(0.2, "share of made images with bright and dark exchanged", NEW, low=0, high=1)
@@ -371,34 +370,36 @@ class TrainConfig:
         " in the plane twice, then through it; in segsrgan geometry always along each subject's stored axes")
     preset: str = setting("code", "defaults: the original code's, the paper's, or what was found to work", FREE,
         group=BASIC, choices=("code", "paper", "recommended"),
-        more="recommended: [what to expect](training.md#a-recipe); options given beside it win")
+        more="recommended: [what to expect](training.md#a-recipe); options beside it win; not with `--resume` alone")
     # fmt: on
 
     def __post_init__(self) -> None:
-        for name, row in SETTINGS.items():
-            value = getattr(self, name)
-            hint = row.hint(value)
-            if hint:
-                raise ModelError(f"config: {name}", f"{shown(value)} is not allowed", hint)
+        wrong = {name: hint for name, row in SETTINGS.items() if (hint := row.hint(getattr(self, name)))}
+        found = [(name, f"{shown(getattr(self, name))} is not allowed", hint) for name, hint in wrong.items()]
+        conflicts = self._conflicts({} if "artefacts" in wrong else named_amounts(self.artefacts))
+        found += [(names[0], why, hint) for names, why, hint in conflicts if not wrong.keys() & set(names)]
+        if found:
+            raise SettingsError("config", found)
+
+    def _conflicts(self, amounts: Mapping[str, float]) -> Iterator[tuple[tuple[str, ...], str, str]]:
+        """(settings, reason, hint) of values that are allowed, but not together; ``amounts`` of the artefacts."""
         if self.profile_box and not self.physical:
-            raise ModelError("config: profile_box", "segsrgan geometry has no box", "0, or geometry: physical")
+            yield ("profile_box", "geometry"), "segsrgan geometry has no box", "0, or geometry: physical"
         if self.synthetic and not self.structure:
-            raise ModelError("config: synthetic", "which tissues are the label is not said", "structure: 3,42")
+            yield ("synthetic", "structure"), "which tissues are the label is not said", "structure: 3,42"
         if self.synthetic and (self.fit_mask or self.image_cropping_method == "overlapping_with_mask"):
-            reason = "images that are made have no mask, which fit_mask and overlapping_with_mask need"
-            raise ModelError("config: synthetic", reason, "leave one of them out")
+            yield ("synthetic",), "made images have no mask for fit_mask or overlapping_with_mask", "leave one out"
         if self.noise_from is not None and self.noise_from > self.noise:
-            raise ModelError("config: noise_from", f"{self.noise_from} is above noise, {self.noise}", "from 0 to noise")
-        for name in named_amounts(self.artefacts):
+            yield ("noise_from", "noise"), f"{self.noise_from} is above noise, {self.noise}", "from 0 to noise"
+        for name in amounts:
             if getattr(self, name, 0):
-                raise ModelError("config: artefacts", f"{name} has an amount of its own too", f"leave out --{name}")
+                yield ("artefacts", name), f"{name} has an amount of its own too", f"leave out --{name}"
         if self.init_epoch > self.epochs:
-            reason = f"{self.init_epoch} is behind the last epoch, {self.epochs}"
-            raise ModelError("config: init_epoch", reason, "more epochs, or a smaller init_epoch")
+            yield ("init_epoch", "epochs"), f"{self.init_epoch} is behind the last epoch, {self.epochs}", "more epochs"
         if self.slice_axis != "auto" and not self.physical:
-            raise ModelError("config: slice_axis", "the segsrgan geometry keeps the stored axes", "geometry: physical")
+            yield ("slice_axis", "geometry"), "the segsrgan geometry keeps the stored axes", "geometry: physical"
         if self.interp == "sitk" and self.physical:
-            raise ModelError("config: interp", f"sitk is unknown in {self.geometry} geometry", "geometry: segsrgan")
+            yield ("interp", "geometry"), f"sitk is unknown in {self.geometry} geometry", "geometry: segsrgan"
 
     @property
     def physical(self) -> bool:
@@ -446,31 +447,30 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def from_mapping(values: dict[str, Any], what: str = "config") -> TrainConfig:
-    """A configuration from plain values; unknown keys and wrong types are ModelErrors that name what was meant."""
+    """A configuration from plain values; unknown keys, wrong types and what is not allowed are one SettingsError."""
+    found: list[tuple[str, str, str]] = []
     preset = values.get("preset", "code")
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise ModelError(f"{what}: preset", f"{shown(preset)} is not allowed", f"one of {', '.join(PRESETS)}")
+        found, preset = [("preset", f"{shown(preset)} is not allowed", f"one of {', '.join(PRESETS)}")], "code"
     checked: dict[str, Any] = dict(PRESETS[preset])
-    for key, value in values.items():
+    for key, value in (values | {"preset": preset}).items():
         name = (key if isinstance(key, str) else shown(key)).replace("-", "_")
         if name not in SETTINGS:
             near = difflib.get_close_matches(name, SETTINGS, n=1)
-            named = name[:80] if name.isprintable() else shown(key)
             hint = f"did you mean {near[0]}?" if near else "see docs/config.md"
-            raise ModelError(f"{what}: {named}", "unknown setting", hint)
-        checked[name] = SETTINGS[name].plain(value, what)
+            found.append((name[:80] if name.isprintable() else shown(key), "unknown setting", hint))
+            continue
+        try:
+            checked[name] = SETTINGS[name].plain(value, what)
+        except ModelError as error:
+            found.append((name, error.reason, error.hint))
     try:
-        return TrainConfig(**checked)
-    except ModelError as error:  # what is allowed is known there, where it was read here
-        raise ModelError(error.what.replace("config", what, 1), error.reason, error.hint) from error
-
-
-def shown(value: Any) -> str:
-    """A value as it stands in a message: short, whatever it holds."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python prints no integer of more than 4300 digits
-        return "a number of thousands of digits"
+        config = TrainConfig(**checked)
+    except SettingsError as error:  # what is allowed is known there, where it was read here
+        raise SettingsError(what, found + [f for f in error.faults if f[0] not in {n for n, _, _ in found}]) from error
+    if found:
+        raise SettingsError(what, found)
+    return config
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.data.settings_check import data_warnings
 from fastsrgan.errors import FastsrganError, InputError, PartialFailure, UsageError
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
@@ -46,6 +47,8 @@ class _Conversion:
     Without an image, those of the tissues.
     classes : the values of the label that are the structure; None: it is taken as it is
     structures : of several, their names and values; the first is the label, the mask holds 1, 2, ... where they are
+    called : name of the structure that is the label, where one was given
+    absent : values of the choice, of all structures together, that the label map holds nowhere
     """
 
     row: TableRow
@@ -54,6 +57,8 @@ class _Conversion:
     dtype: np.dtype
     classes: tuple[int, ...] | None = None
     structures: tuple[labels.Structure, ...] = ()
+    called: str = ""
+    absent: tuple[int, ...] = ()
 
     def bytes_below(self) -> int:
         """About what the row takes on disk: not more than in memory, nor than the packed source files."""
@@ -72,6 +77,7 @@ def convert(
     base_path: str | None = None,
     label_classes: str | Sequence[str] | None = None,
     label_names: str | os.PathLike | None = None,
+    binary: bool = False,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Convert the rows of a training table into a store. The same table gives the same bytes, however it was reached.
@@ -87,6 +93,7 @@ def convert(
     label_classes, label_names : which values of the labels are the structure, and a lookup table of names, see
         `labels.structure`; a row's own ``Label_classes`` comes first. The store then holds 1 for them and 0 elsewhere.
         Of several structures the first is the label, and the mask holds 1, 2, ... for each, for ``fit_mask``
+    binary : refuse a label of other values than 0 and 1 of which nothing was chosen, which training does not take
 
     Returns
     -------
@@ -109,7 +116,12 @@ def convert(
         rows = read_table(csv, base_path=base_path)
         before = writer.finished
         jobs = _check(
-            csv, rows, before, workers, progress, functools.partial(_inspect, choice=(label_classes, label_names))
+            csv,
+            rows,
+            before,
+            workers,
+            progress,
+            functools.partial(_inspect, choice=(label_classes, label_names), binary=binary),
         )
         todo, kept = _divide(jobs, before, writer, workers)
         writer.need_space(sum(job.bytes_below() for job in todo))
@@ -178,11 +190,12 @@ def _main(sources: dict[str, dict[str, str]], other: dict[str, str] | None = Non
 
 
 def _inspect(
-    row: TableRow, choice: tuple[str | Sequence[str] | None, str | os.PathLike | None]
+    row: TableRow, choice: tuple[str | Sequence[str] | None, str | os.PathLike | None], binary: bool = False
 ) -> tuple[_Conversion | None, list[Fault]]:
     faults: list[Fault] = []
     sources = {}
     classes: tuple[int, ...] | None = None
+    absent: tuple[int, ...] = ()
     found_structures: list[labels.Structure] = []
     like: Volume | None = None
     header = None
@@ -211,15 +224,20 @@ def _inspect(
                         "and several structures of a label are not taken together: both would be the mask's classes"
                     )
                     raise InputError(row.mask, reason, "leave Mask_image empty, or choose one structure")
-                images.load_label(path, like, largest=LARGEST[name], classes=classes if chosen else None)
+                values = frozenset().union(*(one.values for one in found_structures)) if chosen else None
+                read = images.load_label(path, like, largest=LARGEST[name], classes=values)
+                absent = tuple(read.meta["absent"]) or absent
+                if binary and name == "label" and not chosen and (others := set(read.meta["values"]) - {0, 1}):
+                    held = ", ".join(map(str, sorted(others)[: labels.SHOWN]))
+                    raise InputError(path, f"the label holds other values than 0 and 1, also {held}", labels.CHOOSE)
             sources[name] = {"path": str(path), "sha256": images.sha256(path)}
         except FastsrganError as error:
             faults.append((row.line, InputError(f"{_COLUMNS[name]} {error.what}", error.reason, error.hint)))
     if faults or header is None:
         return None, faults
-    return _Conversion(
-        row, sources, header.voxels, header.dtype, classes, tuple(found_structures[1:] and found_structures)
-    ), []
+    several = tuple(found_structures[1:] and found_structures)
+    called = found_structures[0].called if found_structures else ""
+    return _Conversion(row, sources, header.voxels, header.dtype, classes, several, called, absent), []
 
 
 def _listed(structures: Sequence[labels.Structure]) -> list[list[Any]]:
@@ -355,6 +373,8 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
         warnings += [f"label: holds nothing of {', '.join(absent)}"] if absent else []
     if job.classes is not None:
         attrs["label_classes"] = list(job.classes)
+        attrs |= {"label_absent": list(job.absent)} if job.absent else {}
+        attrs |= {"label_name": job.called} if job.called else {}
     values = list(attrs.get("label_counts", {}))
     if set(values) - {"0", "1"}:  # classes of --fit-mask are the mask's
         held = ", ".join(values[:10]) + (f" and {len(values) - 10} more values" if len(values) > 10 else "")
@@ -392,5 +412,5 @@ def _summary(
         "seconds": seconds,
         "volumes_per_s": len(done) / seconds if seconds else None,
         "mb_per_s": new / 1e6 / seconds if seconds else None,
-        "warnings": {s.id: s.attrs["warnings"] for s in listed.values() if s.attrs["warnings"]},
+        "warnings": data_warnings(listed.values()),
     }

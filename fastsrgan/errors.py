@@ -3,12 +3,14 @@
 One line reaches the terminal: ``error: WHAT: REASON (HINT)``. Codes are public interface (README, "Exit codes"):
 2 usage, 3 bad input, 4 bad weights / checkpoint / store version / config, 5 resources, 6 some items of a batch failed.
 
-Sizes as they stand in messages.
+Values and sizes as they stand in messages.
 """
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
+from typing import Any
 
 LONGEST, LONGEST_REASON = 1000, 32_000  # letters of a name in a message, of all that is said of it
 
@@ -51,6 +53,19 @@ class ModelError(FastsrganError):
     exit_code = 4
 
 
+class SettingsError(ModelError):
+    """Settings that are not allowed: ``faults`` are their names, what came, and what is allowed."""
+
+    def __init__(self, what: str, faults: Sequence[tuple[str, str, str]]) -> None:
+        self.faults = list(faults)
+        if len(self.faults) == 1:
+            name, reason, hint = self.faults[0]
+            super().__init__(f"{what}: {name}", reason, hint)
+        else:
+            told = "; ".join(f"{name}: {reason}, {hint}" for name, reason, hint in self.faults)
+            super().__init__(what, f"{len(self.faults)} faults: {told}", "see docs/config.md")
+
+
 class ResourceError(FastsrganError):
     """Memory, disk, a device or an output folder that is not to be had."""
 
@@ -61,6 +76,14 @@ class PartialFailure(FastsrganError):
     """Some items of a batch failed; the others are done."""
 
     exit_code = 6
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a message: short, whatever it holds."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")

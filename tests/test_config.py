@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastsrgan.config import CHOICES, TrainConfig, from_mapping, from_yaml
-from fastsrgan.errors import ModelError
+from fastsrgan.errors import ModelError, SettingsError
 
 LOW = [[1, 1, 3]]
 
@@ -68,6 +68,30 @@ def test_nonsense_is_refused_in_one_line(values, message):
     with pytest.raises(ModelError, match=message) as caught:
         from_mapping({"new_low_res": LOW, **values})
     assert caught.value.exit_code == 4 and "\n" not in str(caught.value)
+
+
+@pytest.mark.fault(19)
+def test_all_faults_of_the_settings_are_told_at_once():
+    wrong = {"batch_size": 0, "epochs": "many", "lr_gen": -1, "batchsize": 4, "flips": "q", "noise_from": 0.5}
+    with pytest.raises(SettingsError, match=r"^c\.yaml: 6 faults: ") as caught:
+        from_mapping({"new_low_res": LOW, **wrong}, "c.yaml")
+    assert {name for name, _, _ in caught.value.faults} == set(wrong)
+    assert all(f"{name}: " in str(caught.value) for name in wrong)
+    assert "batch_size: 0 is not allowed, a number above zero" in str(caught.value)
+
+
+def test_a_value_that_is_not_allowed_brings_no_second_fault():
+    for wrong in (
+        {"epochs": 0},
+        {"synthetic": 2.0},
+        {"noise_from": 2.0},
+        {"artefacts": "gibbs"},
+        {"new_low_res": 3},
+        {"geometry": "x"},
+    ):
+        with pytest.raises(SettingsError) as caught:
+            from_mapping({"new_low_res": LOW, "profile_box": 0.5, "slice_axis": "S", **wrong})
+        assert [name for name, _, _ in caught.value.faults] == list(wrong)
 
 
 @pytest.mark.fault(19)

@@ -331,7 +331,7 @@ def test_the_weights_that_are_written_are_the_averaged_ones_and_the_snapshot_hol
     run = SimpleNamespace(
         first=True, models=models, config=config, position=Position(updates=3), folder=tmp_path,
         store=store, feed=feed, ranks=SimpleNamespace(world=1), snapshot_folder=tmp_path / "keras",
-        structures=(),
+        structures=(), start=None,
     )  # fmt: skip
     (tmp_path / "keras").mkdir()
     snapshots.write_weights(run, tmp_path / "model.safetensors", {"epoch": 1})
@@ -385,3 +385,22 @@ def test_patience_ends_a_run_after_exactly_as_many_validations_without_a_better_
     scores = lambda turn: SCORES | {"Dice": 0.5 if turn == 2 else 0.4}  # noqa: E731
     _, calls = spied(monkeypatch, CONFIG.replace(epochs=9, patience=3), scores=scores)
     assert sum(what == "validate" for what, _ in calls) == 5
+
+
+RISING = "about 40 updates are planned, too few for lr_warmup 100: the rate is still rising and for ema 0.999"
+SHORT = {
+    "": {"lr_warmup": 20, "ema": 0.95},
+    "about 20 updates are planned, too few for lr_warmup 21": {"lr_warmup": 21},
+    "too few for ema 0.96, a mean over 25": {"ema": 0.96},
+    RISING: {"ema": 0.999, "lr_warmup": 100, "epochs": 4},
+    "about 10 updates": {"lr_warmup": 11, "steps_per_epoch": 5},
+}
+
+
+@pytest.mark.parametrize("told", SHORT)
+def test_a_run_that_is_too_short_for_its_settings_is_told_so_once(monkeypatch, caplog, told):
+    config = CONFIG.replace(**SHORT[told])
+    with caplog.at_level("WARNING", logger="fastsrgan"):
+        networks, _ = spied(monkeypatch, config)
+    assert len(networks.of("generator")) == (config.steps_per_epoch or 10) * config.epochs
+    assert [told in record.getMessage() for record in caplog.records] == [True] * bool(told)

@@ -318,6 +318,8 @@ def test_pages_stay_below_the_limit_and_say_what_it_cost(results, page, tmp_path
         assert sizes[-1] <= most * 1e6  # found: 9.56e5
     with pytest.raises(UsageError, match="--max-mb"):
         report(results, tmp_path / "page.html", max_mb=0.5, overwrite=True)
+    with pytest.raises(UsageError, match="--max-mb: is of a result's page"):
+        report(make_run(tmp_path / "run"), max_mb=0.5)
 
 
 def test_what_is_missing_or_changed_is_said(results, tmp_path):
@@ -518,16 +520,23 @@ def test_several_runs_are_laid_over_each_other(tmp_path, capsys):
     assert code == 2 and "--hr" in err
 
 
-def test_runs_are_compared_on_whole_volumes_where_they_were_scored(monkeypatch):
+def test_runs_are_compared_by_every_score_each_with_its_like(monkeypatch):
     charts = {}
     monkeypatch.setattr(curves, "line_chart", lambda title, lines, *labels: charts.update({title: lines}))
-    scored = {"PSNR": 20.0, "whole_PSNR": 30.0, "spline_PSNR": 25.0, "Dice": 0.1, "whole_Dice": 0.5}
+    scored = {"PSNR": 20.0, "whole_PSNR": 30.0, "spline_PSNR": 25.0, "Dice": 0.1, "Dice_mask0": 0.9, "SSIM": 0.8}
+    scored |= {"Dice_cortex": 0.3, "whole_Dice_cortex": 0.4}
     rows = [{"epoch": 1} | scored], [{"epoch": 1, "PSNR": 21.0, "Dice": 0.2}]
     facts = [{"validation": row, "at": [], "curves": {}, "summary": None, "config": ""} for row in rows]
-    curves.runs_card(facts, ["whole", "patches"])
+    curves.runs_card(facts, ["one", "other"])
     found = {title: [(line.name, line.y) for line in lines] for title, lines in charts.items()}
-    assert found["PSNR on the test subjects, dB"] == [("whole", [30.0]), ("patches", [21.0])]
-    assert found["Dice on the test subjects"] == [("whole", [0.5]), ("patches", [0.2])]
+    assert {title: lines for title, lines in found.items() if lines} == {
+        "PSNR on the test subjects, dB: patches": [("one", [20.0]), ("other", [21.0])],
+        "PSNR on the test subjects, dB: whole volumes": [("one", [30.0])],
+        "SSIM on the test subjects": [("one", [0.8])],
+        "Dice on the test subjects: patches": [("one", [0.1]), ("other", [0.2])],
+        "Dice on the test subjects: Dice_cortex": [("one", [0.3])],
+        "Dice on the test subjects: whole_Dice_cortex": [("one", [0.4])],
+    }
 
 
 def test_sample_panels_come_from_tensorboard(tmp_path):

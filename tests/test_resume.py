@@ -18,6 +18,7 @@ import torch
 from cohort import SMALL, losses, make_store, rows
 from processes import ended, outcome, start
 
+from fastsrgan.cli.main import main
 from fastsrgan.config import TrainConfig
 from fastsrgan.core.files import LOCK
 from fastsrgan.errors import InputError, ModelError, ResourceError
@@ -225,6 +226,24 @@ def test_killed_at_every_moment_of_writing_a_snapshot_the_one_before_stays(tmp_p
     assert last == [0, 3] and all(status == signal.SIGKILL for status, _ in killed)
     newest = [step for _, step in killed]
     assert newest == sorted(newest) and newest.count(2) >= 6 and newest.count(3) >= 1  # both sides of the rename
+
+
+def test_the_last_line_tells_the_updates_of_its_own_seconds(store, tmp_path, capsys):
+    words = ["train", str(store), "-o", str(tmp_path / "run"), "-n", "1", "1", "3", "-ps", "16", "-b", "2", "--quiet"]
+    words += ["--kernel-gen", "2", "--lambda-adv", "0", "--steps-per-epoch", "1", "--layer-forms", "fixed"]
+    assert main([*words, "-e", "1"]) == 0 and "\n1 updates in " in "\n" + capsys.readouterr().out
+    assert main([*words, "-e", "3", "--resume"]) == 0 and "\n2 of 3 updates in " in "\n" + capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf8"))["resumed_at"] == 1
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert main([*(w for w in words if w != "--quiet"), "-e", "1", "-b", "1", "--resume"]) == 0
+    err = capsys.readouterr().err
+    assert "past epoch 1, the last: nothing is left to do" in err and "begins anew" not in err
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_without_a_run_is_told_so_also_without_a_low_resolution(store, tmp_path, capsys):
+    assert main(["train", str(store), "-o", str(tmp_path / "new"), "--resume", "--quiet"]) == 4
+    assert "no snapshot in this folder (leave --resume out to begin a run)" in capsys.readouterr().err
 
 
 @pytest.mark.fault(23)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from cohort import SMALL, rows
 
 from fastsrgan.cli.main import main
 from fastsrgan.convert import convert
+from fastsrgan.data.feed import Feed
+from fastsrgan.data.subject import PatchRule
+from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate.cohort import Choice, evaluate_folders
+from fastsrgan.evaluate.pair import evaluate_files
 from fastsrgan.infer.bids import evaluate_bids, infer_bids
 from fastsrgan.infer.files import infer_files
 from fastsrgan.infer.volume import infer_volume
@@ -21,12 +28,18 @@ from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import check_derivatives
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.observation.model import Degradation, degrade
+from fastsrgan.report.page import report
 from fastsrgan.report.sections import scores_table
 from fastsrgan.report.viewer import structure_names
 from fastsrgan.store.reader import open_store
 from fastsrgan.study import run as study
 from fastsrgan.study.data import Condition, acquire, find_heads
+from fastsrgan.train.loop import whole_line
 from fastsrgan.train.run import train
+from fastsrgan.train.snapshots import made_for
+from fastsrgan.train.validate import validate_whole
+from fastsrgan.volume.geometry import resampled_affine
 
 CHOSEN = ["cortex=3,42", "white=2041"]
 
@@ -65,6 +78,49 @@ def test_one_choice_is_what_it_was(table, tmp_path):
     assert "structures" not in subject.attrs and not subject.has_mask and subject.attrs["label_classes"] == [3, 42]
 
 
+@pytest.mark.parametrize(("chosen", "told"), [(["c=3,42"], "c=3,42 %s %%"), (["42,3"], "3,42 %s %%"),
+    (CHOSEN, "cortex=3,42 %s %%; white=2041 %s %%")])  # fmt: skip
+def test_info_says_what_the_label_is_and_how_much_of_it_there_is(table, tmp_path, capsys, chosen, told):
+    assert main(["convert", str(table), str(tmp_path / "c.zarr"), "--label", *chosen, "--quiet"]) == 0
+    assert main(["info", str(tmp_path / "c.zarr"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.partition("\n")[2])
+    truth = images.load_label(tmp_path / "s0_label.nii.gz", largest=65535).data
+    shares = [f"{100 * np.isin(truth, values).mean():.2g}" for values in ((3, 42), (2041,))]
+    assert rows[0]["label"] == told % tuple(shares[: told.count("%s")])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "name"), [("cortex=3,42", "cortex"), ("3,42", "label 3, 42"), (CHOSEN, "cortex"), ("white", "white")]
+)
+def test_weights_call_the_structure_by_the_name_that_it_was_given(table, tmp_path, chosen, name):
+    (tmp_path / "lut.txt").write_text("2041 white\n", encoding="utf8")
+    store = convert(table, tmp_path / "c.zarr", label_classes=chosen, label_names=tmp_path / "lut.txt")["store"]
+    feed = SimpleNamespace(store=open_store(store), visits=Visits(), degradation=Degradation(SMALL.new_low_res))
+    assert made_for(feed).structures == ((1, name),)
+
+
+@pytest.mark.parametrize("chosen", (["3,99"], ["cortex=3,42", "white=2041,99"]))
+def test_a_chosen_value_that_no_map_holds_is_told_by_convert_and_by_the_run(table, tmp_path, capsys, caplog, chosen):
+    told = "99 occurs in none of the 3 label maps"
+    convert(table, tmp_path / "c.zarr", label_classes=chosen)
+    with caplog.at_level("WARNING", logger="fastsrgan"):
+        config = SMALL.replace(epochs=1, steps_per_epoch=1, lambda_adv=0.0, fit_mask=len(chosen) > 1)
+        found = train(tmp_path / "c.zarr", tmp_path / "run", config)
+    assert f"--label: {told}" in caplog.text and found["data_warnings"] == {"--label": [told]}
+    assert f"--label: {told}" in (report(tmp_path / "run")[0]).read_text(encoding="utf8")
+    assert main(["convert", str(table), str(tmp_path / "d.zarr"), "--label", *chosen, "--quiet"]) == 0
+    assert f"warning: --label: {told}\n" in capsys.readouterr().err
+
+
+def test_a_chosen_value_that_one_map_holds_is_not_told(table, tmp_path):
+    text = table.read_text(encoding="utf8").replace("Base", "Base,Label_classes").replace("Test", "Test,3+24")
+    table.write_text(text, encoding="utf8")
+    label = images.load_label(tmp_path / "s0_label.nii.gz", largest=65535)
+    images.save(tmp_path / "s0_label.nii.gz", np.where(label.data == 42, 3, label.data), np.eye(4), overwrite=True)
+    assert convert(table, tmp_path / "c.zarr", label_classes="3,42")["warnings"] == {}
+    assert open_store(tmp_path / "c.zarr").subjects[0].attrs["label_absent"] == [42]
+
+
 def test_what_cannot_be_is_refused(table, tmp_path):
     with pytest.raises(InputError, match="a and b both hold 42"):
         convert(table, tmp_path / "c.zarr", label_classes=["a=3,42", "b=42"])
@@ -80,7 +136,9 @@ def test_what_cannot_be_is_refused(table, tmp_path):
     "given", (["--label-classes", "3,42"], ["--label-classes", *CHOSEN], ["--label-names", "lut.txt"])
 )
 @pytest.mark.parametrize("command", ("train", "study"))
-def test_labels_of_a_store_are_not_chosen_again(table, tmp_path, capsys, command, given):
+def test_labels_of_a_store_are_not_chosen_again(table, tmp_path, capsys, monkeypatch, command, given):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lut.txt").write_text("3 cortex\n", encoding="utf8")
     store, out = tmp_path / "c.zarr", tmp_path / "out"
     convert(table, store, label_classes="3,42")
     words = ["train", str(store), "-n", "1", "1", "3"] if command == "train" else ["study", "steps", str(store)]
@@ -88,6 +146,38 @@ def test_labels_of_a_store_are_not_chosen_again(table, tmp_path, capsys, command
     option = "--label-names" if given[0] == "--label-names" else "--label-classes"
     assert f"error: {option}: the labels of a store were chosen by `fastsrgan convert" in capsys.readouterr().err
     assert not (out / "config.yaml").exists() and not list(out.glob("*.json"))
+
+
+def test_a_run_keeps_the_classes_of_its_table(table, tmp_path, capsys):
+    run, manifest = tmp_path / "run", tmp_path / "run" / "data.zarr" / "manifest.json"
+    again = ["train", str(table), "-o", str(run), "--device", "cpu", "--quiet"]
+    small = ["-n", "1", "1", "3", "-b", "2", "-ps", "16", "--kernel-gen", "2", "--kernel-dis", "2", "--epoch", "1"]
+    small += ["--steps-per-epoch", "1", "--lambda-adv", "0", "--feed-threads", "1"]
+    assert main([*again, *small, "--label", *CHOSEN]) == 0
+    before = manifest.read_bytes()
+    assert main([*again, *small, "--label", "3"]) == 2 and "already holds a run" in capsys.readouterr().err
+    assert main([*again, "--resume", "--label", "3"]) == 2
+    assert "error: --label: other label classes than those of the run that is resumed" in capsys.readouterr().err
+    for more in ([], ["--label", *CHOSEN]):
+        assert main([*again, "--resume", "--epoch", "2", *more]) == 0
+    assert manifest.read_bytes() == before
+    for ending in ("", "_label"):  # a new subject has the classes of the others
+        shutil.copyfile(tmp_path / f"s1{ending}.nii.gz", tmp_path / f"s3{ending}.nii.gz")
+    table.write_text(table.read_text(encoding="utf8") + "s3.nii.gz,s3_label.nii.gz,Train\n", encoding="utf8")
+    assert main([*again, "--resume", "--epoch", "3"]) == 0
+    found = [s.attrs["structures"] for s in open_store(run / "data.zarr").subjects]
+    assert found == [[["cortex", [3, 42]], ["white", [2041]]]] * 4
+
+
+def test_a_table_whose_labels_training_does_not_take_is_refused_before_it_is_converted(table, tmp_path, capsys):
+    for path in tmp_path.glob("*_label.nii.gz"):
+        label = images.load_label(path, largest=65535).data
+        images.save(path, np.where(label == 2041, 2, label).astype(np.int16), np.eye(4), overwrite=True)
+    assert main(["train", str(table), "-o", str(tmp_path / "run"), "-n", "1", "1", "3", "--quiet"]) == 3
+    err = capsys.readouterr().err
+    assert "the label holds other values than 0 and 1, also 2, 3, 24, 42" in err and "--label-classes 3,42" in err
+    assert not (tmp_path / "run").exists()
+    assert convert(table, tmp_path / "c.zarr")["converted"] == 3  # whose labels may be chosen elsewhere
 
 
 def test_subjects_with_other_structures_are_not_trained_together(table, tmp_path):
@@ -100,11 +190,12 @@ def test_subjects_with_other_structures_are_not_trained_together(table, tmp_path
         train(tmp_path / "c.zarr", tmp_path / "run", SMALL.replace(fit_mask=True))
 
 
-def test_a_dice_for_each_from_validation_to_evaluation(table, tmp_path):
+def test_a_dice_for_each_from_validation_to_evaluation(table, tmp_path, capsys):
     run, out, truth = tmp_path / "run", tmp_path / "out", tmp_path / "truth"
     options = ["-n", "1", "1", "3", "-b", "2", "-ps", "16", "--stride", "12", "--kernel-gen", "2", "--kernel-dis", "2"]
     options += ["--epoch", "1", "--steps-per-epoch", "2", "--lambda-adv", "0", "--feed-threads", "1", "--quiet"]
     assert main(["train", str(table), "-o", str(run), "--label", *CHOSEN, *options]) == 0
+    assert "(mean Dice of 2 structures 0." in capsys.readouterr().out
     (line,) = rows(run, "validation")
     assert {"Dice", "Dice_mask0", "Dice_cortex", "Dice_white"} <= set(line["validation"])
     told = weights.info(run)["card"]["structures"]
@@ -126,6 +217,46 @@ def test_a_dice_for_each_from_validation_to_evaluation(table, tmp_path):
         assert found[name]["dice"] == pytest.approx(2 * (a & b).sum() / max(a.sum() + b.sum(), 1))
     page = str(scores_table(result["rows"][0], "/scores"))
     assert all(f">{name}</th>" in page and f"/scores/structures/{name}/dice" in page for name in found)
+    true = ["--hr", str(truth / "s2.nii.gz"), "--label", str(truth / "s2_label.nii.gz"), "--label-classes", *CHOSEN]
+    assert main(["report", str(out), *true, "--quiet"]) == 0
+    page = (out / "report.html").read_text(encoding="utf8")
+    assert "the label is not shown" not in page
+    told = json.loads(re.search(r'id="facts">(.*?)</script>', page)[1])["results"][0]["scores"]
+    assert told["structures"] == found and told["segmentation"] == found["cortex"]
+
+
+def test_whole_volumes_of_a_validation_have_the_dice_of_each_that_evaluate_gives(table, tmp_path):
+    convert(table, tmp_path / "c.zarr", label_classes=CHOSEN)
+    store = open_store(tmp_path / "c.zarr")
+    law = Degradation(SMALL.new_low_res, SMALL.contrast_max, SMALL.noise, SMALL.geometry)
+    feed = Feed(store, law, PatchRule(16, 12), seed=0, device=torch.device("cpu"), threads=1)
+    generator = build_generator(GeneratorSpec(kernel=2, mask_classes=3), seed=3).eval()
+    scores = validate_whole(generator, feed, ["s2"], structures=["cortex", "white"])
+    told = [{"name": "cortex", "values": [3, 42]}, {"name": "white", "values": [2041]}]
+    weights.save_generator(tmp_path / "w.safetensors", generator, card={"structures": told})
+    sample = store.read("s2")
+    done = degrade(sample.image, sample.spacing, (1.0, 1.0, 3.0))
+    affine = resampled_affine(sample.affine, sample.image.shape, done.low_res.shape, (1.0, 1.0, 3.0))
+    images.save(tmp_path / "x.nii.gz", done.low_res * np.float32(done.scale), affine)
+    out = tmp_path / "out"
+    infer_files([tmp_path / "x.nii.gz"], out, tmp_path / "w.safetensors", new_resolution=[1.0] * 3, device="cpu")
+    files = (out / "x_sr.nii.gz", tmp_path / "s2.nii.gz", out / "x_mask.nii.gz", tmp_path / "s2_label.nii.gz")
+    found = evaluate_files(*files, label_classes=CHOSEN)["structures"]
+    assert {scores[f"whole_Dice_{name}"] for name in found} - {0.0, scores["whole_Dice"]}
+    for name, one in found.items():
+        assert scores[f"whole_Dice_{name}"] == pytest.approx(one["dice"], abs=1e-3)  # found: 0
+    line = whole_line(1, scores)
+    assert f"Dice_cortex {scores['whole_Dice_cortex']:.4g}" in line and "Dice_white" in line
+
+
+def test_a_result_that_holds_one_of_several_structures_is_a_map_of_them(table, tmp_path):
+    label, white = tmp_path / "s0_label.nii.gz", tmp_path / "white.nii.gz"
+    images.save(
+        white, np.where(images.load_label(label, largest=65535).data == 2041, 2041, 0).astype(np.int16), np.eye(4)
+    )
+    found = evaluate_files(tmp_path / "s0.nii.gz", tmp_path / "s0.nii.gz", white, label, label_classes=CHOSEN)
+    assert found["structures"]["white"]["dice"] == 1
+    assert found["structures"]["cortex"]["dice"] == found["segmentation"]["dice"] == 0
 
 
 @pytest.fixture

@@ -78,6 +78,18 @@ def test_starting_from_weights_takes_generator_and_critic(store, tmp_path):
         )
 
 
+def test_a_resumed_run_and_its_weights_still_say_what_the_run_began_with(store, tmp_path):
+    train(store, tmp_path / "first", CONFIG.replace(epochs=1, steps_per_epoch=1))
+    config = CONFIG.replace(epochs=1, steps_per_epoch=1)
+    began_with = train(store, tmp_path / "run", config, start_weights=tmp_path / "first")["start_weights"]
+    assert began_with["sha256"] == weights.info(tmp_path / "first" / "best.safetensors")["sha256"]
+    train(store, tmp_path / "run", config.replace(epochs=2), resume=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf8"))
+    assert summary["updates"] == 2 and summary["start_weights"] == began_with
+    for name in ("model.safetensors", "best.safetensors"):
+        assert weights.info(tmp_path / "run" / name)["card"]["start_weights"] == began_with
+
+
 @pytest.mark.parametrize("lambda_adv", [0.0, 0.001])
 def test_a_missing_critic_is_told_where_one_is_used(lambda_adv, caplog):
     config = CONFIG.replace(kernel_gen=8, scaled=True, lambda_adv=lambda_adv)

@@ -42,6 +42,13 @@ def test_nothing_is_cut_on_a_narrow_terminal(label, width):
     assert width < 80 or LINE in text
 
 
+def test_a_line_ends_before_a_name_and_not_between_a_name_and_its_number():
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, legacy_windows=False)
+    TerminalProgress(console).tell("validation", LINE.replace("best", "Dice_cortex 0.512 Dice_white 0.598 best"))
+    first, second = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).splitlines()
+    assert first.endswith("Dice 0.583") and second == "  Dice_cortex 0.512 Dice_white 0.598 best 187"
+
+
 def test_notes_are_broken_between_words_on_a_terminal_alone():
     words = "made for T2-like contrast, 21 to 40 weeks of gestation, human, brain, stripped or with the head around it"
     for terminal in (True, False):
@@ -93,6 +100,20 @@ def test_another_network_is_refused_by_both_names(held, option):
     with pytest.raises(ModelError, match=rf"{option[0]} {option[1]} is asked for") as error:
         typed("-w", held, *option)
     assert error.value.what == held
+
+
+def test_all_that_the_weights_do_not_fit_is_told_at_once(held):
+    reason = (
+        "its network has kernel_gen 3, and --kernel-gen 4 is asked for; residual False, and --residual True is asked"
+    )
+    with pytest.raises(ModelError, match=reason) as error:
+        typed("-w", held, "--kernel-gen", "4", "--residual", "True")
+    assert error.value.hint == "leave --kernel-gen, --residual out, or begin without these weights"
+
+
+def test_faults_of_settings_are_told_before_weights_are_looked_for():
+    with pytest.raises(ModelError, match=r"2 faults: batch_size: 0 .*; patch_size: 33 "):
+        typed("-w", "nothere.safetensors", "-b", "0", "-ps", "33")
 
 
 # --- the recipe -----------------------------------------------------------------------------------------------------

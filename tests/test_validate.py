@@ -20,6 +20,7 @@ from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.observation.model import Degradation, degrade
+from fastsrgan.report.page import report
 from fastsrgan.store.reader import open_store
 from fastsrgan.train import loop
 from fastsrgan.train import validate as validation
@@ -220,6 +221,30 @@ def test_the_line_of_a_validation_fits_80_columns():
     line = loop.validation_line(200, made(0.5834, 0.615, PSNR_linear=26.4), 187)
     assert line == "epoch 200 PSNR 26.61 spline 26.00 linear 26.40 SSIM 0.900 Dice 0.583 best 187"
     assert len(line) <= 80
+
+
+def test_the_line_of_several_structures_says_which_dice_is_which():
+    several = {"Dice": 0.7, "Dice_mask0": 0.99, "Dice_cortex": 0.6, "Dice_white": 0.8}
+    line = loop.validation_line(2, made(0.7, 0.5) | several, 2)
+    assert line.endswith("Dice 0.700 Dice_cortex 0.600 Dice_white 0.800 mean Dice of 2 structures 0.700 best 2")
+    masked = {"Dice_label_1": 0.7, "Dice_mask0": 0.99, "Dice_mask1": 0.5}
+    line = loop.validation_line(2, {k: v for k, v in made(0.7, 0.5).items() if k != "Dice"} | masked, 2)
+    assert line.endswith("Dice_label_1 0.700 Dice_mask1 0.500 best 2")
+    lost = made(0.0, 0.2, Seg_share=0.0, Dice_cortex=0.0, Dice_white=0.0)
+    assert "(mean Dice of 2 structures 0.000)" in loop.collapse(lost, made(0.0, 0.1))
+
+
+def test_what_is_wrong_by_a_validation_is_kept_also_by_a_run_that_goes_on(store, tmp_path, monkeypatch):
+    seen, short = [], SMALL.replace(epochs=2, steps_per_epoch=1)
+    monkeypatch.setattr(loop, "collapse", lambda scores, before: seen.append((scores, before)) or "lost" * bool(before))
+    train(store, tmp_path / "run", short)
+    assert seen[1][1] == seen[0][0]
+    found = train(store, tmp_path / "run", short.replace(epochs=3), resume=True)
+    assert seen[2][1] == seen[1][0]  # compared with the validation before, of another process
+    assert found["warnings"] == ["epoch 2: lost", "epoch 3: lost"]
+    assert [row.get("warning") for row in rows(tmp_path / "run", "validation")] == [None, "lost", "lost"]
+    page = report(tmp_path / "run")[0].read_text(encoding="utf8")
+    assert "<li>epoch 2: lost</li>" in page and "<li>epoch 3: lost</li>" in page
 
 
 def test_the_line_of_whole_volumes_names_whose_figures_they_are():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import math
 import os
 import re
 import signal
@@ -16,14 +17,26 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fastsrgan._version import __version__
-from fastsrgan.cli.console import add_label_options, error_line, open_console, plain, print_json, say, table
+from fastsrgan.cli.console import (
+    add_label_options,
+    error_line,
+    open_console,
+    plain,
+    print_json,
+    refuse_idle,
+    say,
+    table,
+)
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import SAID, Interrupts, Terminated, loading, no_room
 from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, out_of_memory
 from fastsrgan.infer.settings import add_options
+
+if TYPE_CHECKING:
+    from fastsrgan.store.reader import Subject
 
 RAW = argparse.RawDescriptionHelpFormatter
 
@@ -209,13 +222,28 @@ def _verify(args: argparse.Namespace, progress: Progress) -> int:
         problems += [] if found else [f"{run}: a run without snapshots, --resume has nothing to go on from"]
         what = f"{len(found)} snapshots"
     else:
-        store = open_store(args.path)
+        try:
+            store = open_store(args.path)
+        except InputError as error:
+            raise InputError(error.what, error.reason, "name a store, a run or one of its snapshots") from None
         problems = store.verify(progress)
         what = f"{len(store.subjects)} subjects"
     for line in problems:
         say(line)
     print(f"{args.path}: {what}, {len(problems)} problems")
     return 3 if problems else 0
+
+
+def _label_of(subject: Subject) -> str:
+    """What is the label, or each structure of the mask, and its share of the voxels; empty without a label."""
+    attrs, counts = subject.attrs, subject.attrs.get("label_counts", {})
+    held = attrs.get("mask_counts", {})
+    parts = [(name, values, held.get(str(i), 0)) for i, (name, values) in enumerate(attrs.get("structures", ()), 1)]
+    if not parts and counts:
+        inside = sum(n for value, n in counts.items() if value != "0")
+        parts = [(attrs.get("label_name", ""), attrs.get("label_classes", ()), inside)]
+    told = [(f"{name}=" * bool(name) + ",".join(map(str, values)), n) for name, values, n in parts]
+    return "; ".join(f"{what} {100 * n / math.prod(subject.shape):.2g} %".strip() for what, n in told)
 
 
 def _info(args: argparse.Namespace, progress: Progress) -> int:
@@ -229,6 +257,7 @@ def _info(args: argparse.Namespace, progress: Progress) -> int:
             "split": s.split,
             "shape": " x ".join(map(str, s.shape)),
             "spacing mm": " x ".join(f"{v:.3g}" for v in s.spacing),
+            "label": _label_of(s),
             "arrays": ", ".join(f"{n} {a['dtype']}" for n, a in s.arrays.items()),
             "MB": round(s.stored_bytes / 1e6, 2),
             "ratio": round(s.raw_bytes / s.stored_bytes, 2),
@@ -260,10 +289,10 @@ def _doctor(args: argparse.Namespace, progress: Progress) -> int:
     return 0
 
 
-def _options(parser: Parser, command: str | None) -> list[str]:
-    """The option strings of a command."""
+def _below(parser: Parser, command: str | None) -> Parser:
+    """The parser of a command."""
     below = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
-    return [name for name in below.get(command or "", parser)._option_string_actions if name.startswith("--")]
+    return below.get(command or "", parser)
 
 
 def normalised(argv: Sequence[str]) -> list[str]:
@@ -298,13 +327,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = parser.parse_known_args(words)
         if unknown:
             command = f"fastsrgan {args.command}" if args.command else "fastsrgan"
-            near = close(unknown[0].partition("=")[0], _options(parser, args.command))
+            known = _below(parser, args.command)._option_string_actions
+            near = close(unknown[0].partition("=")[0], (name for name in known if name.startswith("--")))
             hint = f"did you mean {near}?" if near else f"{command} --help"
             raise UsageError(command, f"unrecognized arguments: {' '.join(unknown)}", hint)
         if args.command is None:
             parser.print_help()
             return 0
         progress = open_console(flags["--quiet"], flags["--debug"])
+        refuse_idle(_below(parser, args.command), args)
+        if getattr(args, "label_names", None):  # read when a name is to be found, or never
+            with loading():
+                from fastsrgan.io.labels import read_names
+            read_names(args.label_names)
         with signals:
             return int(args.run(args, progress))
     except SystemExit as stop:  # argparse's --help and --version

@@ -6,7 +6,7 @@ Subjects rotate through memory, so that a fault of one would end a run in the mi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,14 @@ import numpy as np
 
 from fastsrgan.core.files import mapping
 from fastsrgan.data.subject import PatchRule, patch_origins, positive_box
-from fastsrgan.errors import InputError
+from fastsrgan.errors import InputError, UsageError
 from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.slice_axis import Axes, on_stored_axes
 from fastsrgan.store.reader import Store, Subject
 from fastsrgan.volume.geometry import Orientation, processing_orientation
 from fastsrgan.volume.resample import SAME
 
+LABELS = "--label"  # what warnings about the choice of all label maps begin with
 SHOWN = 20  # subjects that a message names for one fault
 
 
@@ -41,10 +42,15 @@ def refuse_faults(
     structure: Sequence[int] = (),
     fit_mask: bool = False,
 ) -> None:
-    """Raise InputError that names every subject with which this run could not go on, fault by fault.
+    """Raise InputError that names every subject with which this run could not go on, fault by fault; UsageError for a
+    structure where no subject has tissues.
 
     structure : values of the tissues that are the label; fit_mask : whether the masks are learned
     """
+    if structure and not any(subject.has_tissues for subject in store.subjects):
+        raise UsageError(
+            "structure", "no subject has tissues, of which images are made", "Tissue_image, or leave it out"
+        )
     found = [
         (subject.id, fault)
         for subject in store.subjects
@@ -98,10 +104,18 @@ def structures(store: Store) -> list[tuple[str, list[int]]]:
     return [(str(name), list(values)) for kind in kinds for name, values in json.loads(kind)]
 
 
-def data_warnings(store: Store) -> dict[str, list[str]]:
-    """What the conversion noted about each subject's files."""
-    found = {s.id: s.attrs.get("warnings") for s in store.subjects}
-    return {name: [str(text) for text in texts] for name, texts in found.items() if isinstance(texts, list) and texts}
+def data_warnings(subjects: Iterable[Subject]) -> dict[str, list[str]]:
+    """What the conversion noted about each subject's files, and chosen values that no label map holds."""
+    found: dict[str, list[str]] = {}
+    held: dict[int, list[bool]] = {}  # chosen value -> whether it occurs, of each map that it was chosen of
+    for s in subjects:
+        texts = s.attrs.get("warnings")
+        found |= {s.id: [str(text) for text in texts]} if isinstance(texts, list) and texts else {}
+        chosen = [*s.attrs.get("label_classes", ()), *(v for _, some in s.attrs.get("structures", ()) for v in some)]
+        for value in set(chosen):
+            held.setdefault(value, []).append(value not in s.attrs.get("label_absent", ()))
+    told = [f"{v} occurs in none of the {len(there)} label maps" for v, there in sorted(held.items()) if not any(there)]
+    return found | ({LABELS: told} if told else {})
 
 
 def _faults(

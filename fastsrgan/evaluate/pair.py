@@ -225,9 +225,9 @@ def evaluate_files(
         raise UsageError("--label-classes", "there is no label to choose from", "give --label too")
     first = chosen[0] if chosen else None
     volumes = {name: _read(name, path, first) for name, path in given.items()}
-    more = {}
-    if len(chosen) > 1 and "seg" in given:
-        more = {c.name: (_read("seg", given["seg"], c), _read("label", given["label"], c)) for c in chosen}
+    more = structure_pairs(given["seg"], given["label"], chosen) if "seg" in given else {}
+    if more:
+        volumes["seg"] = more[chosen[0].name][0]
     result = evaluate_pair(**volumes, structures=more, subject=images.stem(given["sr"]) if subject == "" else subject)
     if chosen:
         result["label_classes"] = {c.name: sorted(c.values) for c in chosen}
@@ -243,6 +243,15 @@ def evaluate_files(
     return {"files": {name: str(path) for name, path in given.items()}} | result
 
 
+def structure_pairs(seg: Path, label: Path, chosen: Sequence[labels.Structure]) -> dict[str, tuple[Volume, Volume]]:
+    """Name -> segmentation and label of each of several structures, 1 inside; empty where there are not several.
+
+    A segmentation that holds values of theirs alone is a map of them, also where it holds only one.
+    """
+    known = frozenset().union(*(one.values for one in chosen)) if len(chosen) > 1 else frozenset()
+    return {one.name: (_read("seg", seg, one, known), _read("label", label, one)) for one in chosen if known}
+
+
 def _beside(sr: Path) -> Path | None:
     """The doubt that ``infer`` wrote with a result."""
     for own, other in (("_sr.", "_doubt."), ("_desc-sr_", "_desc-doubt_")):
@@ -251,15 +260,17 @@ def _beside(sr: Path) -> Path | None:
     return None
 
 
-def _read(name: str, path: Path, chosen: labels.Structure | None) -> Volume:
-    """One of the files of a pair. A segmentation that is a map of several values is cut down to the structure too."""
+def _read(name: str, path: Path, chosen: labels.Structure | None, known: frozenset[int] = frozenset()) -> Volume:
+    """One of the files of a pair. A segmentation that is a map of several values, or of ``known`` ones alone, is cut
+    down to the structure too."""
     if name in ("label", "mask"):
         return images.load_label(path, classes=chosen.values if chosen and name == "label" else None)
     volume = images.load(path)
     if name not in ("seg", "baseline_seg"):
         return volume
     values = np.unique(volume.data)
-    if np.array_equal(values, np.rint(values)) and np.count_nonzero(values) > 1:
+    several = np.count_nonzero(values) > 1 or (bool(known) and set(values[values != 0].tolist()) <= known)
+    if np.array_equal(values, np.rint(values)) and several:
         labels.refuse_many([] if chosen else values.astype(int).tolist(), path)
         data = np.isin(volume.data, sorted(chosen.values)) if chosen else volume.data
         return Volume(data.astype(np.uint8), volume.affine, volume.warnings, volume.meta)

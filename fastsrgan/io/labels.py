@@ -32,6 +32,11 @@ class Structure:
     name: str
     values: frozenset[int]
 
+    @property
+    def called(self) -> str:
+        """The name where it says more than the values."""
+        return "" if re.fullmatch(r"[\d,;+\s]*", self.name) else self.name
+
 
 def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | None = None) -> Structure:
     """What a choice means for one label map.

@@ -114,7 +114,8 @@ def load_label(
 
     Returns
     -------
-    Volume with uint8 data, uint16 where ``largest`` is above 255; ``meta["values"]`` lists what occurs.
+    Volume with uint8 data, uint16 where ``largest`` is above 255; ``meta["values"]`` lists what occurs in it, and
+    ``meta["absent"]`` those of the classes that the file holds nowhere.
 
     Raises
     ------
@@ -125,9 +126,9 @@ def load_label(
     said = file.meta["orientation"]
     placed = None if like is None else orientation_onto(file.shape, file.affine, like, file.path, "label", said)
     data = _allocate(file, np.uint8 if largest <= 255 or classes is not None else np.uint16)
-    counts = np.zeros(largest + 1, np.int64)
+    counts, absent = np.zeros(largest + 1, np.int64), set(classes or ())
     for part, chunk in _pieces(data, file, index):
-        part[...] = _label_values(file, chunk, largest, classes)
+        part[...] = _label_values(file, chunk, largest, classes, absent)
         counts += np.bincount(part, minlength=largest + 1)
     present = np.flatnonzero(counts).tolist()
     if present == [0] and classes is not None:
@@ -139,7 +140,9 @@ def load_label(
         affine, (turn, told) = np.array(like.affine, float), placed
         data = data if turn == Orientation() else np.asfortranarray(turn.apply(data))
         file.warnings.extend(told)
-    return Volume(data, affine, tuple(file.warnings), {**file.meta, "volume": index, "values": present})
+    return Volume(
+        data, affine, tuple(file.warnings), {**file.meta, "volume": index, "values": present, "absent": sorted(absent)}
+    )
 
 
 def save(
@@ -301,8 +304,13 @@ def _volume(file: NiftiFile, index: int, data: np.ndarray, tally: _VoxelTally, s
     return Volume(data, file.affine, tuple(file.warnings), meta)
 
 
-def _label_values(file: NiftiFile, chunk: np.ndarray, largest: int, classes: Collection[int] | None) -> np.ndarray:
-    """Stored values -> whole numbers in 0 .. largest, or 1 where they are one of the classes; or InputError."""
+def _label_values(
+    file: NiftiFile, chunk: np.ndarray, largest: int, classes: Collection[int] | None, absent: set[int]
+) -> np.ndarray:
+    """Stored values -> whole numbers in 0 .. largest, or 1 where they are one of the classes; or InputError.
+
+    What occurs of ``absent`` is taken out of it.
+    """
     hint = (
         f"labels are whole numbers, 0 to {largest}: resample with nearest neighbour; --label-classes takes larger ones"
     )
@@ -318,6 +326,7 @@ def _label_values(file: NiftiFile, chunk: np.ndarray, largest: int, classes: Col
             raise InputError(file.path, f"the label holds fractions such as {chunk[off][0]:.6g}", hint)
         chunk = whole
     if classes is not None:
+        absent -= {value for value in absent if (chunk == value).any()}
         return np.isin(chunk, np.array(sorted(classes)))
     outside = (chunk < 0) | (chunk > largest)
     if outside.any():

@@ -79,6 +79,9 @@ def read_run(run: Path) -> dict[str, Any]:
         "updates_per_point": width,
         "at": at,
         "curves": {name: curve for name, curve in curves.items() if any(v is not None for v in curve)},
+        "warnings": [
+            f"epoch {row['epoch']}: {row['warning']}" for row in scores if isinstance(row.get("warning"), str)
+        ],
         "validation": [{"epoch": row["epoch"], **row["validation"]} for row in scores],
         "unreadable_lines": faults,
     }
@@ -87,16 +90,15 @@ def read_run(run: Path) -> dict[str, Any]:
 def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
     """Several runs laid over each other; facts of ``read_run`` lie at /runs/INDEX: a line of its own for each."""
     plots = []
-    for title, keys in SCORES:
-        # Of the columns the one that says most: whole volumes before patches.
-        own = sorted((k for k in keys if "spline" not in k), key=lambda k: not k.startswith("whole_"))
-        lines = []
-        for i, (name, facts) in enumerate(zip(names, runs, strict=True)):
-            rows = facts["validation"]
-            key = next((k for k in own if any(_plain(v.get(k)) is not None for v in rows)), None)
-            if key is not None:
-                lines.append(Line(name, [v["epoch"] for v in rows], [_plain(v.get(key)) for v in rows], number=i))
-        plots.append(line_chart(title, lines, "epoch"))
+    for title, known in SCORES:
+        own = [k for k in _columns(known, [v for facts in runs for v in facts["validation"]]) if not _of_baseline(k)]
+        for key in own:
+            lines = [
+                Line(name, [v["epoch"] for v in rows], [_plain(v.get(key)) for v in rows], number=i)
+                for i, (name, rows) in enumerate(zip(names, (facts["validation"] for facts in runs), strict=True))
+                if any(_plain(v.get(key)) is not None for v in rows)
+            ]
+            plots.append(line_chart(f"{title}: {LINES.get(key, key)}" if len(own) > 1 else title, lines, "epoch"))
     for title, columns, unit in CHARTS:
         for column in columns:
             lines = [
@@ -152,16 +154,14 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
     summary, validation = facts["summary"] or {}, facts["validation"]
     plots = []
     for title, known in SCORES:
-        named = [k for v in validation for k in v if k.startswith("Dice_")] if "Dice" in known else []
-        keys = dict.fromkeys((*known, *(k for k in named if not k.startswith("Dice_mask"))))  # structures by name
         lines = [
             Line(
                 LINES.get(key, key),
                 [v["epoch"] for v in validation],
                 [_plain(v.get(key)) for v in validation],
-                "spline" in key or "linear" in key,
+                _of_baseline(key),
             )
-            for key in keys
+            for key in _columns(known, validation)
         ]
         plots.append(line_chart(title, lines, "epoch"))
     for title, names, unit in CHARTS:
@@ -184,8 +184,10 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
     )
     noted = facts.get("data_warnings") or []
     table = el("details", el("summary", "Validations as a table"), _table(validation)) if validation else None
+    wrong = [el("li", line) for line in facts["warnings"]]
     return card(
         "Training",
+        el("ul", wrong, class_="warnings") if wrong else None,
         el("p", " ".join(filter(None, notes)), class_="faint") if any(notes) else None,
         el("div", [p for p in plots if p], class_="plots"),
         el(
@@ -201,6 +203,17 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
         head,
         raw("Settings (config.yaml)", facts["config"]) if facts["config"] else None,
     )
+
+
+def _columns(known: Sequence[str], validation: Sequence[dict[str, Any]]) -> list[str]:
+    """Of a chart's columns those that validations have, with the Dice of each structure by its name."""
+    found = dict.fromkeys(k for v in validation for k in v)
+    named = [k for k in found if "Dice" in known and k.startswith(("Dice_", "whole_Dice_"))]
+    return [k for k in dict.fromkeys((*known, *named)) if k in found and not k.startswith("Dice_mask")]
+
+
+def _of_baseline(key: str) -> bool:
+    return "spline" in key or "linear" in key
 
 
 def sample_panels(run: Path) -> list[tuple[str, bytes]]:

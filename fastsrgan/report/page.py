@@ -22,7 +22,7 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.figures import alone
 from fastsrgan.evaluate.grids import onto_grid
-from fastsrgan.evaluate.pair import evaluate_pair
+from fastsrgan.evaluate.pair import evaluate_pair, structure_pairs
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.output_place import PAGE, check_place
@@ -54,7 +54,7 @@ def report(
     mask: str | os.PathLike | None = None,
     max_mb: float = MOST_MB,
     overwrite: bool = False,
-    label_classes: str | None = None,
+    label_classes: str | Sequence[str] | None = None,
     label_names: str | os.PathLike | None = None,
     progress: Progress = QUIET,
 ) -> list[Path]:
@@ -68,7 +68,8 @@ def report(
     scores : JSON of ``evaluate`` (a pair's or a table's); without it the folder's own
     studies : JSON files of ``study``, shown beside those of the folder
     hr, label, mask : truth of a single result, evaluated here, with the spline of the input as baseline
-    label_classes, label_names : which values of the label are the structure, see `labels.structure`
+    label_classes, label_names : which values of the label are the structure, see `labels.structure`; of several each
+        has its scores, and of the result its map of structures is taken
     max_mb : largest page in MB (10^6 bytes); of volumes that are too large for it a slab or block is shown
     overwrite : replace pages that are there; what is no page is kept
 
@@ -79,11 +80,15 @@ def report(
         raise UsageError("--max-mb", f"{max_mb:g} is not allowed", f"a size in MB above 0, at most {MOST_ALLOWED_MB:g}")
     if (label or mask) and not hr:
         raise UsageError("--label and --mask", "need --hr", "the truth that the image is compared with")
+    if label_classes and not label:
+        raise UsageError("--label-classes", "no label is given", "--label IMAGE, or leave it out")
     if hr and scores:
         raise UsageError("--hr", "excludes --scores", "one of the two")
     found = find(path, scores, studies)
     if hr and len(found.results) != 1:
         raise UsageError("--hr", f"one truth for {len(found.results)} results", "--scores with the JSON of evaluate")
+    if max_mb != MOST_MB and not found.results:
+        raise UsageError("--max-mb", "is of a result's page, and there is no result", "leave it out")
     target = Path(out) if out is not None else found.folder / NAME
     many = len(found.results) > 1
     names = cohort.page_names([r.stem for r in found.results], target) if many else []
@@ -94,9 +99,7 @@ def report(
     if standing and not overwrite:
         raise UsageError(standing[0], "exists already and is kept", "--overwrite, or another -o FILE.html")
     if hr:
-        if label_classes and not label:
-            raise UsageError("--label-classes", "no label is given", "--label IMAGE, or leave it out")
-        chosen = labels.structure(label_classes, label, label_names).values if label and label_classes else None
+        chosen = labels.structures(labels.choices("", label_classes), label, label_names) if label else []
         _score(found.results[0], Path(hr), Path(label) if label else None, Path(mask) if mask else None, chosen)
     limit = int(max_mb * 1e6)
     written = []
@@ -275,7 +278,7 @@ def _write(path: Path, page: str) -> None:
 
 
 def _score(
-    result: Result, hr: Path, label: Path | None, mask: Path | None, classes: frozenset[int] | None = None
+    result: Result, hr: Path, label: Path | None, mask: Path | None, chosen: Sequence[labels.Structure] = ()
 ) -> None:
     """Evaluate against a truth, with the cubic spline of the input as baseline."""
     warnings: list[str] = []
@@ -288,8 +291,12 @@ def _score(
         raise InputError(
             result.stem, "its super-resolved image cannot be read", "; ".join(warnings) or "infer it again"
         )
-    if label is not None and classes is not None:
-        others["label"] = images.load_label(label, classes=classes)
+    more = {}
+    if label is not None and chosen:
+        others["label"] = images.load_label(label, classes=chosen[0].values)
+        seg = result.files.get("mask", result.files.get("seg"))
+        more = structure_pairs(seg, label, chosen) if seg is not None else {}
+        others |= {"seg": more[chosen[0].name][0]} if more else {}
     spline = onto_grid(others["low"], truth, name="the spline of the input", notes=[]) if "low" in others else None
     result.scores = evaluate_pair(
         sr,
@@ -298,7 +305,10 @@ def _score(
         label=others.get("label"),
         mask=images.load_label(mask) if mask is not None else None,
         baseline=spline,
+        structures=more,
     )
+    if chosen:
+        result.scores["label_classes"] = {one.name: sorted(one.values) for one in chosen}
 
 
 def _before(facts: dict[str, Any], warnings: list[str]) -> Html:

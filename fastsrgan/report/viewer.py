@@ -108,7 +108,9 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
                 if len(set(volume.meta["values"]) - {0}) > MOST_VALUES:
                     raise InputError(path, f"holds more than {MOST_VALUES} values", "a mask image that infer wrote")
                 return volume
-            return images.load_label(path) if kind in ("seg", "label") else images.load(path)
+            if kind == "label":
+                return images.load_label(path, classes=_scored_values(result.scores))
+            return images.load_label(path) if kind == "seg" else images.load(path)
         except NotNifti:  # what such a file begins with is nothing for a page that is passed on
             warnings.append(f"{name} is not shown: {path} is not a NIfTI image")
             return None
@@ -122,6 +124,12 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
     names |= {"doubt": ("doubt", "the doubt"), "mask": ("mask", "the map of structures")}
     others = {name: volume for name, what in names.items() if (volume := read(*what)) is not None}
     return sr, others
+
+
+def _scored_values(scores: Mapping[str, Any] | None) -> list[int] | None:
+    """Which values of the label map are the structure that is shown; None where it is the whole map."""
+    first = next(iter(mapping((scores or {}).get("label_classes")).values()), None)
+    return [value for value in first if isinstance(value, int)] if isinstance(first, list) else None
 
 
 def linear_estimate(

@@ -113,6 +113,7 @@ def markdown(facts: dict[str, Any], title: str) -> str:
             f"Heads: {len(facts['heads'])} of {facts['data']}. Acquired at {', '.join(sorted(low))} mm."
             f" Models: {models}. Patch {patch}. Values are mean ± sample standard deviation over heads; PSNR and SSIM"
             ' over the whole image. "interpolation" is the cubic spline and the interpolated label map (paper table 2).'
+            " Heads are cut to whole slices first, unlike in validation and `evaluate`, whose figures differ a little."
         )
         parts += [f"Left out: {f['subject']}: {f['error']}" for f in facts["failed"]]
     parts += [f"Fit, {fit_text(fit)}." for fit in facts.get("fit", [])]

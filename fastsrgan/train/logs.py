@@ -45,9 +45,9 @@ class RunLog:
         """One generator update with its critic updates."""
         self._line({"epoch": epoch, "update": update, "seconds": seconds, "data_wait_seconds": waited, **facts})
 
-    def epoch(self, epoch: int, scores: dict[str, float]) -> None:
-        """One validation."""
-        self._line({"epoch": epoch, "validation": scores})
+    def epoch(self, epoch: int, scores: dict[str, float], warning: str = "") -> None:
+        """One validation, with what is wrong by it."""
+        self._line({"epoch": epoch, "validation": scores, **({"warning": warning} if warning else {})})
         if dices := {k: v for k, v in scores.items() if k.startswith("Dice")}:
             self._row(self.dice_file, epoch, dices)
         if "MSE" in scores:  # not where whole volumes alone were scored
@@ -67,6 +67,11 @@ class RunLog:
             with atomic_write(self.path) as temporary:
                 temporary.write_text("".join(kept), encoding="utf8")
         self.begin(epoch)
+
+    def validations(self) -> list[dict[str, Any]]:
+        """The lines of all validations, in their order."""
+        text = self.path.read_text(encoding="utf8", errors="replace") if self.path.exists() else ""
+        return [row for row in map(parse_json, text.splitlines()) if isinstance(row.get("validation"), dict)]
 
     def begin(self, epoch: int) -> None:
         """Keep what the tables say of epochs before this one, also in files that the original wrote."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastsrgan.config import TrainConfig
 from fastsrgan.core.draws import rng
 from fastsrgan.core.files import write_json
 from fastsrgan.core.kernels import to_device
@@ -32,7 +34,7 @@ from fastsrgan.pictures.planes import write_panel
 from fastsrgan.train.logs import contact_sheet
 from fastsrgan.train.optimise import factor
 from fastsrgan.train.snapshots import export, save, write_weights
-from fastsrgan.train.state import Run, Turn
+from fastsrgan.train.state import Run, Turn, numbered
 from fastsrgan.train.validate import Stopped, sample_patch, validate, validate_whole
 
 log = logging.getLogger("fastsrgan")
@@ -40,8 +42,8 @@ log = logging.getLogger("fastsrgan")
 LOST = 0.01  # Dice, or part of the label's size, below which a segmentation counts as none
 WORSE_DB = 0.5  # below the spline from which an image counts as damaged
 BEST_BY = {  # what chose the best weights (``score``), as the last line of a training says it
-    "both": "Dice plus gain {score:.4f} (Dice {dice:.4f})",
-    "dice": "Dice {score:.4f}",
+    "both": "{named} plus gain {score:.4f} ({named} {dice:.4f})",
+    "dice": "{named} {score:.4f}",
     "psnr": "PSNR {score:.2f} dB",
 }
 
@@ -59,6 +61,10 @@ def loop(run: Run, stop: StopRequest) -> None:
     # The plan is read ahead of the position, so it is fixed before the position moves.
     turns = run.plan()
     run.began_at = run.done(turns[0], 0.0) if turns else 1.0
+    if not turns and run.first:
+        log.warning(
+            "the run is past epoch %d, the last: nothing is left to do, a larger --epoch goes on", run.last_epoch
+        )
     # Closed at the end, which stops the threads that prepare groups nobody will ask for.
     groups = run.feed.groups(iter([(t.epoch, t.subjects) for t in turns]))
     with contextlib.closing(groups) as residents:  # type: ignore[type-var]
@@ -118,6 +124,8 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
     at.steps = batches if c.steps_per_epoch is None else min(batches, capped(run, turn, c.steps_per_epoch))
     if pool is None or at.steps == 0:
         return
+    if run.first and not at.updates:
+        tell_if_short(c, min(at.steps * turn.groups, c.steps_per_epoch or math.inf) * len(numbered(c)))
     run.progress.start(f"training epoch {turn.epoch}/{run.last_epoch}", at.steps - at.step, "updates")
     last: Told | None = None
     for indices in pool.generator_batches(run.batch, at.step, steps=batches):
@@ -141,6 +149,17 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
             break
     settle(run, turn, last)
     run.progress.finish()
+
+
+def tell_if_short(config: TrainConfig, planned: float) -> None:
+    """Warn where a run of about so many updates ends before its settings let it change the weights that it ships."""
+    average = round(1 / (1 - config.ema)) if config.ema else 0
+    told = [f"lr_warmup {config.lr_warmup}: the rate is still rising"] if planned < config.lr_warmup else []
+    if planned < average:
+        told.append(f"ema {config.ema:g}, a mean over {average}: what is validated and shipped is mostly the beginning")
+    if told:
+        hint = "more updates, or a smaller --lr-warmup and --ema"
+        log.warning("about %d updates are planned, too few for %s (%s)", planned, " and for ".join(told), hint)
 
 
 def shared_steps(run: Run, turn: Turn, pool: Pool | None) -> int:
@@ -283,15 +302,16 @@ def end_epoch(run: Run, epoch: int, stop: StopRequest) -> bool:
                 stopped=asked,
             )
         if run.test and c.whole_every and epoch % c.whole_every == 0:
-            scores |= validate_whole(generator, run.feed, run.test, ranks=run.ranks, stopped=asked)
+            names = [name for name, _ in run.structures]
+            scores |= validate_whole(generator, run.feed, run.test, structures=names, ranks=run.ranks, stopped=asked)
     except Stopped:
         return False
-    judge(run, epoch, scores)
+    warning = judge(run, epoch, scores)
     if "whole_PSNR" in scores and run.first:
         whole = {name: value for name, value in scores.items() if name.startswith(("whole_", "spline_", "linear_"))}
         run.progress.tell("validation of whole volumes", whole_line(epoch, whole), epoch=epoch, **whole)
     if run.log is not None and scores:
-        run.log.epoch(epoch, scores)
+        run.log.epoch(epoch, scores, warning)
         show_sample(run, generator, epoch)
     if run.board is not None:
         run.board.scalars("validation", scores, at.updates)
@@ -311,12 +331,15 @@ def show_sample(run: Run, generator: Generator, epoch: int) -> None:
         run.board.picture("test/input_sr_hr_segmentation_label", sheet, run.position.updates)
 
 
-def judge(run: Run, epoch: int, scores: dict[str, float]) -> None:
-    """Whether the epoch's score (``best_by``) is the best so far; its weights are kept then. Says how it goes."""
+def judge(run: Run, epoch: int, scores: dict[str, float]) -> str:
+    """Whether the epoch's score (``best_by``) is the best so far; its weights are kept then. Says how it goes.
+
+    Returns what is wrong (``collapse``).
+    """
     at = run.position
     value = score(scores, run.config.best_by)
     if value is None:
-        return
+        return ""
     at.stale += 1
     if at.best is None or value > at.best:
         at.best, at.best_epoch, at.best_dice, at.stale = value, epoch, mean_dice(scores), 0
@@ -324,21 +347,34 @@ def judge(run: Run, epoch: int, scores: dict[str, float]) -> None:
     if run.first:
         facts = {"epoch": epoch, **scores, "score": value, "best": at.best, "best_epoch": at.best_epoch}
         run.progress.tell("validation", validation_line(epoch, scores, at.best_epoch or epoch), **facts)
-        if warning := collapse(scores, run.scores):
-            log.warning("epoch %d: %s", epoch, warning)
+    warning = collapse(scores, run.scores)
+    if warning and run.first:
+        log.warning("epoch %d: %s", epoch, warning)
     run.scores = scores
+    return warning
 
 
 def best_so_far(run: Run) -> dict[str, Any]:
     """The best score, what chose it, its epoch and Dice, for a summary; None before the first validation."""
     at, by = run.position, run.config.best_by
-    return {"best": at.best, "best_by": by, "best_epoch": at.best_epoch, "best_dice": at.best_dice}
+    named = dice_name(len(run.structures))
+    return {"best": at.best, "best_by": by, "best_epoch": at.best_epoch, "best_dice": at.best_dice, "dice_is": named}
+
+
+def dices_of_structures(scores: dict[str, float]) -> list[float]:
+    """The Dice of each of several structures of a label map; the classes of a Mask_image do not count."""
+    return [v for k, v in scores.items() if k.startswith("Dice_") and not k.startswith(("Dice_mask", "Dice_label"))]
 
 
 def mean_dice(scores: dict[str, float]) -> float | None:
-    """Mean Dice of several structures, or that of the label; the classes of a Mask_image do not count."""
-    named = [v for k, v in scores.items() if k.startswith("Dice_") and not k.startswith(("Dice_mask", "Dice_label"))]
+    """Mean Dice of several structures, or that of the label."""
+    named = dices_of_structures(scores)
     return float(np.mean(named)) if named else scores.get("Dice", scores.get("Dice_label_1"))
+
+
+def dice_name(structures: int) -> str:
+    """What ``mean_dice`` is of."""
+    return f"mean Dice of {structures} structures" if structures else "Dice"
 
 
 def score(scores: dict[str, float], best_by: str) -> float | None:
@@ -362,18 +398,19 @@ def validation_line(epoch: int, scores: dict[str, float], best: int) -> str:
     words = [f"epoch {epoch}"]
     names = {"PSNR": "PSNR", "PSNR_spline": "spline", "PSNR_linear": "linear"}
     words += [f"{word} {scores[name]:.2f}" for name, word in names.items() if name in scores]
-    thirds = ["SSIM", *(name for name in scores if name.startswith("Dice"))]
+    thirds = ["SSIM", *(name for name in scores if name.startswith("Dice") and name != "Dice_mask0")]  # the background
     words += [f"{name} {scores[name]:.3f}" for name in thirds]
+    if named := dices_of_structures(scores):
+        words.append(f"{dice_name(len(named))} {mean_dice(scores):.3f}")
     return " ".join([*words, f"best {best}"])
 
 
 def whole_line(epoch: int, scores: dict[str, float]) -> str:
     """The figures of whole volumes, as ``validation_line``."""
     words = [f"epoch {epoch}, whole volumes"]
-    for name in ("PSNR", "SSIM", "Dice"):
+    for name in (key.removeprefix("whole_") for key in scores if key.startswith("whole_")):
         others = [f"{who} {scores[key]:.4g}" for who in ("spline", "linear") if (key := f"{who}_{name}") in scores]
-        if f"whole_{name}" in scores:
-            words.append(f"{name} {scores[f'whole_{name}']:.4g}" + f" ({', '.join(others)})" * bool(others))
+        words.append(f"{name} {scores[f'whole_{name}']:.4g}" + f" ({', '.join(others)})" * bool(others))
     return " ".join(words)
 
 
@@ -383,9 +420,10 @@ def collapse(scores: dict[str, float], before: dict[str, float]) -> str:
     empty, full = share < LOST * scores["Label_share"], share > 1 - LOST
     hint = "docs/training.md, When one output is lost"
     if before and (dice < LOST or empty or full) and scores["PSNR"] > before["PSNR"]:
+        named = dice_name(len(dices_of_structures(scores)))
         what = "empty" if empty else "full" if full else "next to nothing of the label"
         return (
-            f"the segmentation is {what} (Dice {dice:.3f}) while PSNR rises: --dice-weight 1 or more, a smaller "
+            f"the segmentation is {what} ({named} {dice:.3f}) while PSNR rises: --dice-weight 1 or more, a smaller "
             f"--lambda-rec, or other label classes ({hint})"
         )
     if before and scores["PSNR"] <= before["PSNR"] < scores["PSNR_spline"] - WORSE_DB:

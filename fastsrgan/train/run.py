@@ -230,10 +230,16 @@ def known_run(ranks: Ranks, folder: Path) -> bool:
 
     Raises UsageError for a run of another job.
     """
-    found = bool(checkpoint.snapshots(folder))
-    if found and not ranks.noted(str(folder.absolute())):
+    if ranks.noted(str(folder.absolute())):
+        return bool(checkpoint.snapshots(folder))
+    refuse_run(folder)
+    return False
+
+
+def refuse_run(folder: str | os.PathLike) -> None:
+    """Raise UsageError for a folder that holds a run."""
+    if checkpoint.snapshots(Path(folder)):
         raise UsageError(folder, "already holds a run", "--resume continues it, or choose another folder")
-    return found
 
 
 def has_snapshot(ranks: Ranks, folder: Path, config: TrainConfig, start_weights: str | os.PathLike | None) -> bool:
@@ -242,6 +248,8 @@ def has_snapshot(ranks: Ranks, folder: Path, config: TrainConfig, start_weights:
     Raises ModelError where no run began in the folder, or where beginning again would replace weights.
     """
     if checkpoint.folders(folder):
+        if start_weights and not ranks.rank:
+            log.warning("%s: the run has a snapshot, -w %s is not used", folder, start_weights)
         return True
     told, hint = "no snapshot in this folder", "leave --resume out to begin a run"
     if (folder / checkpoint.MODEL).is_file():
@@ -394,7 +402,7 @@ def slice_axes(store: Store, config: TrainConfig) -> Axes | None:
 
 def tell_of_data(run: Run) -> dict[str, list[str]]:
     """Log what the conversion noted about the subjects, and write it beside the run for its report."""
-    found = data_warnings(run.store)
+    found = data_warnings(run.store.subjects)
     if run.first:
         for name, texts in found.items():
             for text in texts:
@@ -419,6 +427,7 @@ def begin(run: Run, start_weights: str | os.PathLike | None, resume: bool) -> No
     run.position = run.beginning
     if resume:
         snapshots.load(run)
+        run.resumed_at = run.position.updates
     elif start_weights is not None:
         run.models.start_from(start_weights)
     ranks.agree("weights", weights_identity(run))
@@ -450,17 +459,8 @@ def group_size(run: Run) -> int:
     device, precision = run.models.device, c.pool_precision
     # The original's ratios may keep a volume whole (fastsrgan.data.subject), and then all of it has to fit.
     patch = run.feed.rule.patch if run.feed.degradation.geometry == "physical" else 0
-    most = resident_limit(
-        run.store,
-        run.train,
-        budget,
-        device=device,
-        precision=precision,
-        prefetch=c.prefetch,
-        patch=patch,
-        visits=run.feed.visits,
-    )
-    return run.ranks.minimum(most)
+    more: dict[str, Any] = {"device": device, "precision": precision, "prefetch": c.prefetch, "patch": patch}
+    return run.ranks.minimum(resident_limit(run.store, run.train, budget, **more, visits=run.feed.visits))
 
 
 def count_mask_classes(store: Store, subjects: list[str]) -> int:
@@ -492,23 +492,26 @@ def attempt(run: Run, stop: StopRequest) -> None:
 
 
 def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
-    """What the run did, for the caller and for RUN/summary.json."""
+    """What the run did, for the caller and for RUN/summary.json; the seconds are those since it was resumed."""
     at = run.position
     left_out = {k: v for one in run.ranks.gather(run.feed.quarantined) for k, v in one.items()}
     waited = run.ranks.mean({"waited": run.feed.waited})["waited"]
+    validations = run.log.validations() if run.log is not None else []
     facts = {
         "epochs": min(at.epoch, run.last_epoch + 1) - run.beginning.epoch,
         "updates": at.updates,
+        "resumed_at": run.resumed_at,
         "seconds": round(seconds, 3),
         "data_wait_seconds": round(waited, 3),
         "first_wait_seconds": round(run.feed.first_wait, 3),
         **best_so_far(run),
         "ended_early": run.ended_early,
-        "start_weights": run.start,
+        snapshots.START: run.start,
         "weights": str(run.folder / checkpoint.MODEL) if (run.folder / checkpoint.MODEL).exists() else None,
         "best_weights": None if at.best is None else str(run.folder / BEST),
         "left_out": left_out,
-        "data_warnings": data_warnings(run.store),
+        "data_warnings": data_warnings(run.store.subjects),
+        "warnings": [f"epoch {row['epoch']}: {row['warning']}" for row in validations if "warning" in row],
         "batch_size": run.batch * run.ranks.world,
         "ranks": run.ranks.world,
         "device": str(run.models.device),

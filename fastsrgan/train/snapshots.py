@@ -33,6 +33,7 @@ from fastsrgan.train.state import Position, Run, data_identity, epoch_part, rema
 log = logging.getLogger("fastsrgan")
 
 KERAS = "SegSRGAN_epoch_"
+START = "start_weights"  # of a card and a summary
 ROOM = 1.5  # factor by which the structure of a scan may be smaller or larger than those of the training
 
 
@@ -96,6 +97,8 @@ def load(run: Run) -> None:
         run.position = run.beginning
     if run.log is not None:
         run.log.cut(run.position.updates, run.position.epoch)
+        before = [row["validation"] for row in run.log.validations() if "PSNR" in row["validation"]]
+        run.scores = before[-1] if before and None not in before[-1].values() else {}
         log.info("continuing %s at epoch %d, update %d", snapshot, run.position.epoch, run.position.updates)
 
 
@@ -117,6 +120,7 @@ def read_state(snapshot: Path, device: torch.device | str) -> dict[str, Any]:
 def load_networks(run: Run, snapshot: Path) -> None:
     """Generator, critic and moving average of a snapshot. Raises ModelError where the settings ask for others."""
     m, file = run.models, snapshot / checkpoint.MODEL
+    run.start = mapping(modelfile.read_header(file).card.get(START)) or None
     spec, parameters = modelfile.read_parameters(file, "generator")
     assert isinstance(spec, GeneratorSpec)
     if spec != m.generator.spec:
@@ -165,10 +169,13 @@ def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
     unused = [k for k, resume in changed.items() if resume == settings.START]
     if unused:
         log.warning("settings that act only where a run begins, and not in this one: %s", ", ".join(unused))
+        run.config = now.replace(**{k: getattr(then, k) for k in unused})  # the record tells what was
     if settings.JUDGED in changed.values():
         at.best, at.best_epoch, at.best_dice, at.stale = None, None, None, 0
     moved = [k for k, resume in changed.items() if resume == settings.ANEW]
     moved += ["data"] if data != data_identity(run.store) else []
+    if at.epoch > now.epochs:  # nothing is left to do
+        return at
     if moved:
         log.warning("another %s: epoch %d begins anew", ", ".join(moved), at.epoch)
         at.left, at.before, at.group, at.step, at.steps, at.epoch_updates = None, 0.0, 0, 0, 0, 0
@@ -219,6 +226,8 @@ def made_for(feed: Feed) -> Purpose:
     chosen = [list(values)] if values else [s.attrs["label_classes"] for s in subjects if "label_classes" in s.attrs]
     same = chosen and all(one == chosen[0] for one in chosen)
     name = f"label {', '.join(map(str, chosen[0]))}" if same else "structure of the training's labels"
+    called = {"" if values else s.attrs.get("label_name", "") for s in subjects}
+    name = (called.pop() if len(called) == 1 else "") or name
     volumes = []
     for subject in subjects:
         kind, wanted = ("label_counts", (1,)) if "label_counts" in subject.attrs else ("tissues_counts", values)
@@ -235,9 +244,11 @@ def made_for(feed: Feed) -> Purpose:
 
 
 def said_of(run: Run) -> dict[str, Any]:
-    """What weights say of what they were made for, and of the classes of their mask head."""
+    """What weights say of what they were made for, of the weights that the run began with, and of the classes of their
+    mask head."""
     classes = {"structures": [{"name": n, "values": v} for n, v in run.structures]} if run.structures else {}
-    return {**classes, MADE_FOR: made_for(run.feed).to_dict()}
+    began = {START: run.start} if run.start else {}
+    return {**classes, **began, MADE_FOR: made_for(run.feed).to_dict()}
 
 
 def export(run: Run, epoch: int) -> None:

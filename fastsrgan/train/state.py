@@ -83,6 +83,7 @@ class Run:
     ended_early : the epoch after which ``patience`` ended the run
     baselines : what is compared with on the Test subjects, the same in every epoch
     scores : of the validation before
+    resumed_at : updates behind it when this call resumed it
     start : path, file and SHA-256 of the weights that the run began with
     """
 
@@ -105,6 +106,7 @@ class Run:
     ended_early: int | None = None
     baselines: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
+    resumed_at: int | None = None
     start: dict[str, str] | None = None
     began: float = field(default_factory=time.perf_counter)
     began_at: float = 0.0

@@ -202,7 +202,13 @@ def linear_estimate(feed: Feed, sample: Sample, resident: Resident, index: int, 
 
 
 def validate_whole(
-    generator: Generator, feed: Feed, subjects: list[str], *, ranks: Ranks = ALONE, stopped: Callable[[], bool] = never
+    generator: Generator,
+    feed: Feed,
+    subjects: list[str],
+    *,
+    structures: Sequence[str] = (),
+    ranks: Ranks = ALONE,
+    stopped: Callable[[], bool] = never,
 ) -> dict[str, float]:
     """Scores of whole Test volumes, those that ``evaluate`` gives of ``infer``'s results: means over the subjects.
 
@@ -210,10 +216,12 @@ def validate_whole(
     ``whole_PSNR``, ``whole_SSIM`` (metrics.DEFINITIONS), ``whole_Dice``; ``spline_PSNR``, ``spline_SSIM``,
     ``spline_Dice``: of the spline, and of the label a reader of the low-resolution image would draw, interpolated back
     (paper table 2);
-    ``linear_PSNR``, ``linear_SSIM`` of the best linear estimate. A score that a volume does not allow (SSIM below 11
+    ``linear_PSNR``, ``linear_SSIM`` of the best linear estimate. ``whole_Dice_NAME``: of each of several structures,
+    in the map that the classes of the mask head make. A score that a volume does not allow (SSIM below 11
     voxels) is left out. ``stopped``: as for ``validate``.
     """
     names = [f"{who}_{score}" for who in ("whole", *BASELINES) for score in ("PSNR", "SSIM", "Dice")]
+    names += [f"whole_Dice_{name}" for name in structures]
     total = dict.fromkeys(names, (0.0, 0))
     for index in dealt(len(subjects), ranks, stopped):
         sample = readable(feed, subjects[index])
@@ -221,13 +229,15 @@ def validate_whole(
             continue
         plain = Draw(stored_draw(feed.degradation.linspace(index, len(subjects)), feed.axes, sample.affine).low_res)
         scored = whole_scores if feed.degradation.geometry == "physical" else original_scores
-        for name, value in scored(generator, feed, sample, plain).items():
+        for name, value in scored(generator, feed, sample, plain, structures).items():
             total[name] = (total[name][0] + value, total[name][1] + 1)
     pairs = ranks.sums([v for name in names for v in total[name]])
     return {name: pairs[2 * i] / pairs[2 * i + 1] for i, name in enumerate(names) if pairs[2 * i + 1]}
 
 
-def whole_scores(generator: Generator, feed: Feed, sample: Sample, draw: Draw) -> dict[str, float]:
+def whole_scores(
+    generator: Generator, feed: Feed, sample: Sample, draw: Draw, structures: Sequence[str] = ()
+) -> dict[str, float]:
     """Scores of one subject through ``infer_volume``; names as for ``validate_whole``."""
     assert sample.image is not None and sample.label is not None
     hr, label = Volume(lifted(sample.image), sample.affine), Volume(sample.label, sample.affine)
@@ -241,9 +251,11 @@ def whole_scores(generator: Generator, feed: Feed, sample: Sample, draw: Draw) -
         )
     notes: list[str] = []
     sr, spline = (onto_grid(v, hr, notes=notes).data for v in (Volume(made.sr, made.affine), scan))
-    seg = onto_grid(
-        Volume((made.prob[0] > metrics.SEG_THRESHOLD).astype(np.uint8), made.affine), hr, order=0, notes=notes
-    )
+
+    def placed(inside: np.ndarray) -> np.ndarray:
+        return onto_grid(Volume(inside.astype(np.uint8), made.affine), hr, order=0, notes=notes).data
+
+    seg = placed(made.prob[0] > metrics.SEG_THRESHOLD)
     seen = observation(low.shape, draw.low_res, hr.data.shape, hr.spacing)
     assert seen is not None
     turned = apply_axes(low, seen.up)
@@ -251,9 +263,24 @@ def whole_scores(generator: Generator, feed: Feed, sample: Sample, draw: Draw) -
         **image_scores("whole", sr, hr.data),
         **image_scores("spline", spline, hr.data),
         **image_scores("linear", best_linear(turned, low, hr.data, seen), hr.data),
-        "whole_Dice": metrics.dice(seg.data, label.data),
+        "whole_Dice": metrics.dice(seg, label.data),
         "spline_Dice": metrics.dice(reader_label_map(label, scan, notes).data, label.data),
+        **structure_dices(made.prob[1:], sample.mask, structures, placed),
     }
+
+
+def structure_dices(
+    probabilities: np.ndarray,
+    truth: np.ndarray | None,
+    structures: Sequence[str],
+    placed: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> dict[str, float]:
+    """``whole_Dice_NAME`` of each structure: classes of the mask head (C, X, Y, Z) against those of a mask."""
+    if truth is None or not structures:
+        return {}
+    made = probabilities.argmax(axis=0)
+    pairs = {name: (placed(np.equal(made, i)), np.equal(truth, i)) for i, name in enumerate(structures, 1)}
+    return {f"whole_Dice_{name}": metrics.dice(*pair) for name, pair in pairs.items()}
 
 
 def image_scores(who: str, image: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -264,7 +291,9 @@ def image_scores(who: str, image: np.ndarray, truth: np.ndarray) -> dict[str, fl
     return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
-def original_scores(generator: Generator, feed: Feed, sample: Sample, draw: Draw) -> dict[str, float]:
+def original_scores(
+    generator: Generator, feed: Feed, sample: Sample, draw: Draw, structures: Sequence[str] = ()
+) -> dict[str, float]:
     """Scores of one subject in the original's geometry, whose grids no file names: by tiles on the processed arrays."""
     resident = make_resident(sample, feed.degradation, draw, feed.rule, feed.device, move=feed.move)
     volume = resident.interpolated.float().cpu()
@@ -274,10 +303,12 @@ def original_scores(generator: Generator, feed: Feed, sample: Sample, draw: Draw
         TileNetwork(generator, resident.resolution, feed.device, pick_precision("auto", feed.device)),
     )
     hr, label = resident.hr.float().cpu().numpy(), resident.label.cpu().numpy()
+    classes = None if resident.mask is None else resident.mask.cpu().numpy()
     return {
         **image_scores("whole", out[0].clamp(min=0).numpy(), hr),
         **image_scores("spline", volume.numpy(), hr),
         "whole_Dice": metrics.dice(out[1].numpy(), label),
+        **structure_dices(out[2:].numpy(), classes, structures),
     }
 
 
