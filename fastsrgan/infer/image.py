@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.core.files import read_json, write_json
+from fastsrgan.core.files import mapping, read_json, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.errors import InputError, ModelError, UsageError, times
 from fastsrgan.evaluate.plausibility import RED, Look, choose, enclosed, judge, measure
 from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
-from fastsrgan.infer.planes import is_isotropic, nearest, own_grid
-from fastsrgan.infer.settings import InferSettings
+from fastsrgan.infer.planes import is_isotropic, masked, nearest, own_grid
+from fastsrgan.infer.settings import ZERO, InferSettings
 from fastsrgan.infer.values import AUTO
 from fastsrgan.infer.volume import InferResult, process
 from fastsrgan.io import any_image
@@ -321,7 +321,8 @@ def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     )
     labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * scaled  # bytes a voxel
     # The picture: the spline's coefficients and itself, which voxels lie in the scan, and differences.
-    drawn = loaded.volume.data.nbytes + 8 * loaded.volume.data.size + 10 * result.sr.size if job.settings.png else 0
+    copies = 1 + (loaded.mask is not None)
+    drawn = copies * loaded.volume.data.nbytes + 8 * loaded.volume.data.size + 10 * result.sr.size if job.settings.png else 0
     return held + labels * result.sr.size + drawn
 
 
@@ -437,7 +438,9 @@ def _picture(target: Path, loaded: Loaded, result: InferResult, seg: np.ndarray,
     from fastsrgan.pictures.figure import result_figure
 
     sr, low = Volume(result.sr, result.affine), loaded.volume
-    spline = onto_grid(low, sr, name="the spline of the input", notes=[])
+    cut = mapping(result.report["region"]).get("outside") == ZERO  # then the network saw what is inside the mask
+    seen = replace(low, data=masked(low.data, loaded.mask)) if cut and loaded.mask is not None else low
+    spline = onto_grid(seen, sr, name="the spline of the input", notes=[])
     volumes = {"low": low, "spline": spline, "sr": sr, "seg": Volume(seg, result.affine)}
     result_figure(
         target,

@@ -8,11 +8,12 @@ import logging
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
 from fastsrgan.core.files import mapping
 from fastsrgan.errors import FastsrganError, InputError
@@ -122,6 +123,20 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
     names |= {"doubt": ("doubt", "the doubt"), "mask": ("mask", "the map of structures")}
     others = {name: volume for name, what in names.items() if (volume := read(*what)) is not None}
     return sr, others
+
+
+def as_seen(record: Mapping[str, Any], low: Volume, sr: Volume) -> Volume:
+    """The scan as the network saw it: where the record says that all outside a mask was set to zero, with zeros there.
+
+    The mask is no part of a result. It shows in the SR, which agrees with the scan inside it and is zero elsewhere: a
+    voxel of the scan lies inside where the SR at its centre is nearer to it than to zero; holes are filled. On two real
+    fetal stacks this lost 0.2 % of the mask at most, and took in nothing else.
+    """
+    if mapping(record.get("region")).get("outside") != "zero":
+        return low
+    air = min(low.data.min(), low.data.dtype.type(0))  # what `infer.planes.masked` sets
+    nearer = 2 * (onto_grid(sr, low, order=1, notes=[]).data - air) > low.data - air
+    return replace(low, data=np.where(ndimage.binary_fill_holes(nearer), low.data, air))
 
 
 def linear_estimate(
