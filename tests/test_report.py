@@ -21,8 +21,10 @@ from fastsrgan.core.files import write_json
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.evaluate.figures import alone
 from fastsrgan.evaluate.grids import onto_grid
+from fastsrgan.evaluate.pair import evaluate_files
 from fastsrgan.infer.files import infer_files
 from fastsrgan.io import nifti as images
+from fastsrgan.model.purpose import MODELS
 from fastsrgan.pictures import figure
 from fastsrgan.report import cohort, curves, volumes
 from fastsrgan.report.html import Line, data_block, el, line_chart, pointer, shown, ticks
@@ -436,6 +438,47 @@ def test_a_cohort_is_a_table_whose_rows_open_pages(several):
         assert f"/rows/{i}/measured/volume_ml" in {path for path, _, _ in got.figures}
     single = Parsed(written[1].read_text(encoding="utf8"))
     assert "index.html" in [v for t, n, v in single.attributes if (t, n) == ("a", "href")]
+
+
+def test_a_cohort_shows_each_light_its_reasons_and_what_is_segmented(several, tmp_path):
+    """Of results that have one; mean and rule of outliers only where there is something of it."""
+    out, _ = several
+    shutil.copytree(out, tmp_path / "out")
+    lights = {"scan": ("green", []), "scan1": ("red", ["the head is <small>"]), "scan2": ("yellow", ["a", "b"])}
+    for stem, (light, reasons) in lights.items():
+        path = tmp_path / "out" / f"{stem}.json"
+        record = json.loads(path.read_text(encoding="utf8")) | {"plausibility": {"light": light, "reasons": reasons}}
+        write_json(path, record | {"made_for": MODELS["adult"].purpose.to_dict()})
+    page = report(tmp_path / "out", tmp_path / "all.html")[0].read_text(encoding="utf8")
+    got = Parsed(page)
+    assert "Segmented: cortical grey matter. Green is no proof that the segmentation is right" in got.words
+    assert [v for t, n, v in got.attributes if (t, n) == ("td", "data-sort")] == ["0", "2", "1"]
+    assert "● redthe head is <small>" in got.words and "● yellowa; b" in got.words and "plausibility" in got.words
+    assert "mean ± sd" not in got.words and "Iglewicz" not in got.words and "knows the truth" not in got.words
+    old = tmp_path / "out" / "scan.json"
+    record = json.loads(old.read_text(encoding="utf8"))
+    write_json(old, {k: v for k, v in record.items() if k != "plausibility"})
+    got = Parsed(report(tmp_path / "out", tmp_path / "old.html")[0].read_text(encoding="utf8"))
+    assert [v for t, n, v in got.attributes if (t, n) == ("td", "data-sort")] == ["2", "1"]
+
+
+def test_a_cohort_with_scores_shows_dice_beside_the_baselines(several, tmp_path):
+    out, _ = several
+    image, label = make_truth(tmp_path)
+    rows = [
+        evaluate_files(out / f"{s}_sr.nii.gz", image, out / f"{s}_seg.nii.gz", label, lr=out.parent / f"{s}.nii.gz")
+        for s in ("scan", "scan1", "scan2")
+    ]
+    write_json(tmp_path / "table.json", {"rows": rows, "definitions": {}})
+    got = Parsed(report(out, tmp_path / "all.html", scores=tmp_path / "table.json")[0].read_text(encoding="utf8"))
+    heads = re.findall(r'<button type="button">([^<]*)</button>', (tmp_path / "all.html").read_text(encoding="utf8"))
+    first = ["result", "plausibility", "PSNR, dB", "SSIM", "gain PSNR, dB", "Dice", "baseline Dice", "HD95, mm"]
+    assert heads[:8] == first and "components" in heads and "largest component" not in heads
+    told = {path: json.loads(value) for path, value, _ in got.figures}
+    assert told["/rows/1/scores/baseline/segmentation/dice"] == rows[1]["baseline"]["segmentation"]["dice"]
+    mean = sum(row["baseline"]["segmentation"]["dice"] for row in rows) / 3
+    assert told["/summary/baseline.segmentation.dice/mean"] == pytest.approx(mean, abs=1e-12)
+    assert "mean ± sd" in got.words and "interpolated: it knows the truth" in got.words
 
 
 def test_outliers_follow_the_rule():

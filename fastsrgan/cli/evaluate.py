@@ -85,7 +85,10 @@ def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
             rows = enumerate(result["doubt"]["deciles"], 1)
             print("", table([{"decile": n} | {k: plain(v) for k, v in row.items()} for n, row in rows]), sep="\n")
     if result.get("failed"):
-        names = ", ".join(f["subject"] for f in result["failed"])
+        names = ", ".join(
+            f"{f['subject']} ({f['error']})" if f["error"].startswith("only in ") else f["subject"]
+            for f in result["failed"]
+        )
         raise PartialFailure("evaluate", f"{len(result['failed'])} not evaluated: {names}", "see the warnings")
     return 0
 

@@ -19,6 +19,7 @@ from fastsrgan.model.purpose import CONTRASTS, MODELS, NOT_SAID, ContrastLook, P
 from fastsrgan.volume.head import tissue_box, tissue_level
 
 GREEN, YELLOW, RED = "green", "yellow", "red"
+NO_PROOF = "no proof that the segmentation is right, look at the pictures"  # what green is
 SAMPLE = 2 * 10**6  # voxels that are looked at
 CORE = 0.7  # of the half axes of the head's box: the ellipsoid that contrast is judged in
 
