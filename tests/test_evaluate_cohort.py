@@ -294,8 +294,8 @@ def test_two_results_are_compared_subject_by_subject(two, tmp_path, capsys):
     assert float(lines[2][f"second.{figure}"]) == pytest.approx(values[1, 2])
 
 
-def test_notes_of_a_comparison_name_folder_and_subject_once_and_only_of_what_is_compared(two, caplog, capsys):
-    first, second, truth = two
+def test_notes_of_a_comparison_name_folder_and_subject_once_and_only_of_what_is_compared(two, capsys):
+    first, second, _ = two
     for folder, stem in ((first, "s0"), (second, "s0"), (second, "s1"), (first, "s6")):
         sr = images.load(folder / f"{stem}_sr.nii.gz").data
         images.save(folder / f"{stem}_sr.nii.gz", sr, np.diag([1, 1, 1.01, 1]), overwrite=True)

@@ -27,8 +27,8 @@ from fastsrgan.io import nifti as images
 from fastsrgan.model.purpose import MODELS
 from fastsrgan.pictures import figure
 from fastsrgan.report import cohort, curves, volumes
-from fastsrgan.report.html import Line, data_block, el, line_chart, pointer, shown, ticks
 from fastsrgan.report import show as show_module
+from fastsrgan.report.html import Line, data_block, el, line_chart, pointer, shown, ticks
 from fastsrgan.report.page import report
 from fastsrgan.report.show import show
 from fastsrgan.volume.consistency import LINEAR_WEIGHTS, observation

@@ -69,10 +69,11 @@ def compare_folders(
         f | {"error": f"{name}: {f['error']}"} for name, r in zip(names, results, strict=True) for f in r["failed"]
     ]
     known = {f["subject"] for f in failed}
-    for i, subject in ((i, subject) for i in (0, 1) for subject in scores[i]):
-        if subject not in scores[1 - i] and subject not in known:
-            failed.append({"subject": subject, "error": f"only in {names[i]}"})
-            log.warning("%s: only in %s", subject, names[i])
+    for i in (0, 1):
+        for subject in scores[i]:
+            if subject not in scores[1 - i] and subject not in known:
+                failed.append({"subject": subject, "error": f"only in {names[i]}"})
+                log.warning("%s: only in %s", subject, names[i])
     if not subjects:
         raise InputError(second, f"no subject was evaluated in both {names[0]} and {names[1]}", "compare one cohort")
     rows = [{"subject": s, "figures": _beside(scores[0][s], scores[1][s])} for s in subjects]

@@ -49,6 +49,7 @@ class Purpose:
 
     structures : (value in the segmentation, name)
     contrast : in words; contrasts : those of ``CONTRASTS`` that the weights were made for
+    dice : of the figures on the card, the lowest and highest Dice of such a contrast
     ages, species, view : in words; ``view`` is the field of view
     head_mm : longest side of the box around the head (or of the brain where images are stripped)
     voxel_mm : finest voxel size of a scan; slice_ratio : coarsest over finest
@@ -61,6 +62,7 @@ class Purpose:
     structures: tuple[tuple[int, str], ...] = ()
     contrast: str = ""
     contrasts: tuple[str, ...] = ()
+    dice: tuple[tuple[str, Range], ...] = ()
     ages: str = ""
     species: str = ""
     view: str = ""
@@ -85,6 +87,9 @@ class Purpose:
             elif f.name == "contrasts":
                 given = value if isinstance(value, (list, tuple)) else ()
                 found[f.name] = tuple(name for name in CONTRASTS if name in given)
+            elif f.name == "dice":
+                given = value if isinstance(value, Mapping) else {}
+                found[f.name] = tuple((name, ends) for name in CONTRASTS if (ends := _range(given.get(name))))
             elif f.default is None:
                 found[f.name] = _range(value)
             else:
@@ -95,6 +100,8 @@ class Purpose:
     def to_dict(self) -> dict[str, Any]:
         """Plain values without what is not said."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
+        if self.dice:
+            values["dice"] = {name: list(ends) for name, ends in self.dice}
         if self.structures:
             values["structures"] = [{"value": value, "name": name} for value, name in self.structures]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -178,6 +185,7 @@ MODELS = {
             structures=((1, "cortical grey matter"),),
             contrast="T1-, T2- or FLAIR-like contrast",
             contrasts=("T1", "FLAIR", "T2"),
+            dice=(("T1", (0.73, 0.81)), ("FLAIR", (0.57, 0.63)), ("T2", (0.69, 0.78))),
             ages="adults",
             species="human",
             view="whole head or brain alone",
@@ -195,6 +203,7 @@ MODELS = {
             structures=((1, "cortical grey matter"),),
             contrast="T2-like contrast",
             contrasts=("T2 before myelination",),
+            dice=(("T2 before myelination", (0.63, 0.80)),),
             ages="21 to 40 weeks of gestation",
             species="human",
             view="brain, stripped or with the head around it",

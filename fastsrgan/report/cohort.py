@@ -16,8 +16,8 @@ from typing import Any
 from fastsrgan.core.files import finite
 from fastsrgan.evaluate.figures import ALONE, FIGURES, name_of
 from fastsrgan.evaluate.grids import READER
-from fastsrgan.evaluate.plausibility import NO_PROOF
 from fastsrgan.evaluate.pair import summarise
+from fastsrgan.evaluate.plausibility import NO_PROOF
 from fastsrgan.model.purpose import Purpose
 from fastsrgan.report import sections
 from fastsrgan.report import viewer as stage
