@@ -234,6 +234,27 @@ def test_missing_parts_are_drawn_too(truth, tmp_path):
         assert (_pixels(_demo(tmp_path / f"{name}.png", truth, parts, **words))[:4] == 0).all()
 
 
+@pytest.mark.parametrize("light", ("green", "yellow", "red"))
+def test_a_picture_says_its_light_and_what_is_outlined(truth, tmp_path, light):
+    """In the light's colour, on the picture whatever the length, in a line of its own."""
+    seg = Volume((truth.data > 400).astype(np.uint8), truth.affine)
+    columns = [figure.Column(truth, "", outlines=True)]
+    options = {"reference": truth, "masks": (seg, None), "width_px": 900, "footer": "weights adult, patch 128"}
+    for words in ("short", "a long reason, " * 12):
+        page = figure._drawn(columns, **options, structure="cortical grey matter", status=(light, words))
+        (text,) = [text for text in page.figure.texts if text.get_text() == words]
+        assert text.get_color() == figure.LIGHTS[light]
+        (legend,) = page.figure.legends
+        assert [t.get_text() for t in legend.get_texts()] == ["cortical grey matter"]
+        renderer = page.figure.canvas.get_renderer()
+        box = text.get_window_extent(renderer)
+        (footer,) = [t for t in page.figure.texts if t.get_text().startswith("weights adult, patch 128 · ")]
+        under = footer.get_window_extent(renderer)
+        assert 0 < box.x0 < box.x1 < 900 and box.y0 >= under.y1 - 2  # not over the footer
+        assert under.x1 < legend.get_window_extent(renderer).x0
+        assert box.y1 < min(axes.get_window_extent(renderer).y0 for axes in page.figure.axes)
+
+
 def test_pyplot_is_not_touched(truth, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     assert _demo(tmp_path / "a.png", truth).is_file()

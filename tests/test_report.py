@@ -724,10 +724,16 @@ def test_of_a_masked_scan_spline_and_difference_end_at_the_mask(tmp_path, monkey
     ball = sum(((grid - n / 2) / (0.3 * n)) ** 2 for grid, n in zip(np.ogrid[:33, :39, :9], (33, 39, 9), strict=True))
     mask = images.save(tmp_path / "mask.nii.gz", (ball < 1).astype(np.uint8), whole.affine)
     drawn: list[dict[str, Volume]] = []
-    monkeypatch.setattr(figure, "result_figure", lambda path, volumes, *words, **more: drawn.append(volumes))
+    told: list[dict] = []
+    monkeypatch.setattr(
+        figure, "result_figure", lambda path, volumes, *words, **more: (drawn.append(volumes), told.append(more))
+    )
     asked = {"patch": 32, "step": 32, "device": "cpu", "mask": str(mask), "outside": "zero", "png": True}
     infer_files([scan], tmp_path / "out", model, **asked)
     monkeypatch.undo()
+    verdict = json.loads((tmp_path / "out" / "scan.json").read_text(encoding="utf8"))["plausibility"]
+    assert told[0]["status"] == (verdict["light"], f"plausibility {verdict['light']}: {verdict['reasons'][0]}")
+    assert told[0]["structure"] == "segmentation" and told[0]["footer"].startswith("weights model.safetensors, patch")
     titled = lambda columns, **more: drawn.append({c.title: c.volume for c in columns})  # noqa: E731
     monkeypatch.setattr(show_module, "planes", titled)
     show(tmp_path / "out")

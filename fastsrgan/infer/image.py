@@ -17,7 +17,7 @@ import numpy as np
 from fastsrgan.core.files import mapping, read_json, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.errors import InputError, ModelError, UsageError, times
-from fastsrgan.evaluate.plausibility import RED, Look, choose, enclosed, judge, measure
+from fastsrgan.evaluate.plausibility import NO_PROOF, RED, Look, Verdict, choose, enclosed, judge, measure
 from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
 from fastsrgan.infer.planes import is_isotropic, masked, nearest, own_grid
@@ -184,6 +184,13 @@ class Loaded:
     chosen: tuple[str, str]
     seconds: float = 0.0
     result: InferResult | None = field(default=None, repr=False)
+
+    @property
+    def weights_name(self) -> str:
+        """For people: of the model that was chosen, or of the file."""
+        facts = self.model.facts
+        several = facts.get("averaged", ())
+        return self.chosen[0] or (f"mean of {len(several)} files" if several else Path(facts["path"]).name)
 
 
 def load(image: Image, job: ImageJob) -> Loaded | None:
@@ -368,7 +375,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
             description=about.get(kind, "fastsrgan"), intent=intent,
         )  # fmt: skip
     if settings.png:
-        _picture(outputs["png"], loaded, result, seg, settings.threshold)
+        _picture(outputs["png"], loaded, result, seg, settings.threshold, verdict)
     shutil.rmtree(job.planes(loaded.image), ignore_errors=True)
     for warning in odd:
         log.warning("%s: %s", loaded.image.path, warning)
@@ -436,8 +443,10 @@ def _save_as_input(target: Path, result: InferResult, image: Volume, code: int) 
     return {"dtype": dtype.name, "slope": slope, "inter": inter, "voxels_clipped": clipped}
 
 
-def _picture(target: Path, loaded: Loaded, result: InferResult, seg: np.ndarray, threshold: float) -> None:
-    """Scan, its cubic spline, SR, and the segmentation's outline on the SR."""
+def _picture(
+    target: Path, loaded: Loaded, result: InferResult, seg: np.ndarray, threshold: float, verdict: Verdict
+) -> None:
+    """Scan, its cubic spline, SR, and the segmentation's outline on the SR; below the traffic light and the weights."""
     from fastsrgan.evaluate.grids import onto_grid
     from fastsrgan.pictures.figure import result_figure
 
@@ -451,7 +460,9 @@ def _picture(target: Path, loaded: Loaded, result: InferResult, seg: np.ndarray,
         volumes,
         {"spline": "of the same scan", "seg": f"probability above {threshold:g}"},
         title=loaded.image.name.encode("utf8", "replace").decode(),
-        footer=f"patch {result.report['patch']}, step {result.report['step']}",
+        footer=f"weights {loaded.weights_name}, patch {result.report['patch']}, step {result.report['step']}",
+        structure=loaded.model.purpose.outlined,
+        status=(verdict.light, f"plausibility {verdict.light}: {(*verdict.reasons, NO_PROOF)[0]}"),
     )
 
 

@@ -15,7 +15,7 @@ Range = tuple[float, float]
 MADE_FOR = "made_for"  # of a card
 OUTSIDE = ("zero",)
 NOT_SAID = "what they were made for is not said"
-MOST_TEXT, MOST_STRUCTURES = 120, 64
+MOST_TEXT, MOST_STRUCTURES, MOST_LEGEND = 120, 64, 40
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,12 @@ class Purpose:
     def structure(self) -> str:
         """The names of the structures, "structure" where they are not said."""
         return ", ".join(name for _, name in self.structures) or "structure"
+
+    @property
+    def outlined(self) -> str:
+        """The first of them, which is what a segmentation's outline shows, short enough for a legend."""
+        name = self.structures[0][1] if self.structures else "segmentation"
+        return name if len(name) <= MOST_LEGEND else f"{name[: MOST_LEGEND - 1]}…"
 
     def line(self) -> str:
         """All of it in words."""

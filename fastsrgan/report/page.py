@@ -26,6 +26,7 @@ from fastsrgan.evaluate.pair import evaluate_pair
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.output_place import PAGE, check_place
+from fastsrgan.model.purpose import Purpose
 from fastsrgan.report import cohort, curves, sections
 from fastsrgan.report import viewer as stage
 from fastsrgan.report.collect import Found, Result, find
@@ -187,7 +188,8 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
         told = " ".join(filter(None, (told, INSIDE if seen is not low else "")))
     view = stage.open_at(sr, shown)
     alt = "Planes of every image side by side, with a detail and the outline of the segmentation"
-    still = sections.card("The same as a picture", stage.png(stage.picture(sr, shown), alt))
+    structure = Purpose.of(result.record.get("made_for") if result is not None else None).outlined
+    still = sections.card("The same as a picture", stage.png(stage.picture(sr, shown, structure), alt))
     images_ = images_of(sr, shown)
 
     def page(packed: Packed, rest: int = 0) -> str:

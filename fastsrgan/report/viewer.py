@@ -320,11 +320,11 @@ def _slices(packed: Packed, view: View, low: Volume | None) -> dict[str, Any] | 
     return {"axis": view.through, "mm": view.slice_mm, "row": row.tolist(), "count": low.data.shape[stored]}
 
 
-def picture(sr: Volume, others: Mapping[str, Volume]) -> bytes:
+def picture(sr: Volume, others: Mapping[str, Volume], structure: str = "segmentation") -> bytes:
     """The same images as one PNG: planes across the slices and a detail of each."""
     with tempfile.TemporaryDirectory(prefix="fastsrgan-") as folder:
         path = Path(folder) / "picture.png"
-        result_figure(path, {"sr": sr, **others}, width_px=PICTURE_WIDTH)
+        result_figure(path, {"sr": sr, **others}, width_px=PICTURE_WIDTH, structure=structure)
         return path.read_bytes()
 
 
