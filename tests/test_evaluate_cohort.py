@@ -178,6 +178,9 @@ def test_the_command_writes_csv_json_and_pictures_and_ends_in_6(folders, tmp_pat
     assert main(["--quiet", *map(str, words)]) == 6
     told = capsys.readouterr()
     assert "mean ± sd" in told.out and "1 not evaluated: c" in told.err
+    heads = told.out.splitlines()[0]
+    assert all(f"  {name}  " in f"{heads}  " for name in ("baseline PSNR dB", "baseline SSIM", "Dice", "baseline Dice"))
+    assert told.out.count("the true label at the scan's resolution, interpolated: it knows the truth") == 1
     result = json.loads((tmp_path / "s.json").read_text(encoding="utf8"))
     with open(tmp_path / "s.csv", newline="", encoding="utf8") as f:
         lines = list(csv.DictReader(f))
@@ -220,6 +223,9 @@ def test_the_table_names_baseline_and_difference(files, capsys):
     assert heads.split() == ["where", "figure", "value", "baseline", "difference", "better"]
     value, baseline, difference, verdict = first.split()[2:]
     assert value == baseline and (difference, verdict) == ("0", "-")
+    words = (*words, "--seg", files["label"], "--label", files["label"], "--baseline-seg", files["label"])
+    assert main(["--quiet", "evaluate", *map(str, words)]) == 0
+    assert "knows the truth" not in capsys.readouterr().out, "a baseline that was given may not"
 
 
 def test_one_pair_as_csv(files, tmp_path):

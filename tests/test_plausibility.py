@@ -146,6 +146,7 @@ def test_what_the_weights_were_made_for_is_green():
     assert light(GROWN, 600, ADULT) == (GREEN, "")
     told = judge(GROWN, seg_of(600), 1000.0, ADULT).line()
     assert told.startswith("green: as expected in size of the head, contrast") and "slice ratio" in told
+    assert told.endswith("; no proof that the segmentation is right, look at the pictures")
 
 
 def test_a_newborn_given_to_adult_and_the_reverse_are_red():

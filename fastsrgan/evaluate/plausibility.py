@@ -220,8 +220,9 @@ class Verdict:
     enclosed: float | None = None
 
     def line(self) -> str:
-        """The light and the reasons; of a green one what was checked."""
-        return f"{self.light}: {'; '.join(self.reasons) or 'as expected in ' + ', '.join(self.checked)}"
+        """The light and the reasons; of a green one what was checked, and that it is no proof."""
+        expected = f"as expected in {', '.join(self.checked)}; {NO_PROOF}"
+        return f"{self.light}: {'; '.join(self.reasons) or expected}"
 
     def to_dict(self) -> dict[str, Any]:
         """For the record."""

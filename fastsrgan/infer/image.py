@@ -458,7 +458,10 @@ def _picture(
     result_figure(
         target,
         volumes,
-        {"spline": "of the same scan", "seg": f"probability above {threshold:g}"},
+        {
+            "spline": "of the same scan" + ", inside the mask" * (seen is not low),
+            "seg": f"probability above {threshold:g}",
+        },
         title=loaded.image.name.encode("utf8", "replace").decode(),
         footer=f"weights {loaded.weights_name}, patch {result.report['patch']}, step {result.report['step']}",
         structure=loaded.model.purpose.outlined,

@@ -137,8 +137,8 @@ def planes(columns: Sequence[Column], **options: Any) -> Any:
         above 0)
     masks : segmentation and label, outlined at 0.5 over the columns that ask for it
     changed : two images, SR and spline: the planes go through the place where they differ most inside the segmentation,
-        the label, or the head (``inside_of``), and the detail is where they do in one of the planes; default the
-        reference's centre, and where the reference varies most
+        the label, or the head, without the rim (``inside_of``), and the detail is where they do in one of the planes;
+        default the reference's centre, and where the reference varies most
     scan : where its slices are thick only the planes across them are drawn, and columns of voxels as they are mark one
     title, footer : text above and below, may be empty
     structure : what the segmentation is of, for the legend

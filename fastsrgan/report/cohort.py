@@ -15,7 +15,7 @@ from typing import Any
 
 from fastsrgan.core.files import finite
 from fastsrgan.evaluate.figures import ALONE, FIGURES, name_of
-from fastsrgan.evaluate.grids import READER
+from fastsrgan.evaluate.grids import KNOWS, READER
 from fastsrgan.evaluate.pair import summarise
 from fastsrgan.evaluate.plausibility import NO_PROOF
 from fastsrgan.model.purpose import Purpose
@@ -31,7 +31,6 @@ RULE = (
     "Marked: modified z-score 0.6745 (x − median) / MAD beyond ±3.5 (Iglewicz and Hoaglin 1993), in columns with at "
     "least 5 values and a MAD above 0."
 )
-KNOWS = "The baseline's Dice is that of the true label at the scan's resolution, interpolated: it knows the truth."
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def table(rows: Sequence[Row], known: dict[str, Any]) -> Html:
     said = [f"Segmented: {names}."] if (names := _structures(rows)) else []
     said += [f"Green is {NO_PROOF}."] if any(lit) else []
     notes = [RULE] if len(rows) >= FEWEST else []
-    notes += [KNOWS] if any(_knows(row.result.scores) for row in rows) else []
+    notes += [f"{KNOWS[0].upper()}{KNOWS[1:]}."] if any(_knows(row.result.scores) for row in rows) else []
     below = [el("p", note, class_="faint") for note in notes]
     return sections.card(
         "Results", el("p", " ".join(said)) if said else None, el("div", grid, class_="scroll", tabindex=0), below
