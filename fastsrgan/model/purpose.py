@@ -88,8 +88,8 @@ class Purpose:
                 given = value if isinstance(value, (list, tuple)) else ()
                 found[f.name] = tuple(name for name in CONTRASTS if name in given)
             elif f.name == "dice":
-                given = value if isinstance(value, Mapping) else {}
-                found[f.name] = tuple((name, ends) for name in CONTRASTS if (ends := _range(given.get(name))))
+                told = value if isinstance(value, Mapping) else {}
+                found[f.name] = tuple((name, ends) for name in CONTRASTS if (ends := _range(told.get(name))))
             elif f.default is None:
                 found[f.name] = _range(value)
             else:
