@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastsrgan.errors import UsageError
+from fastsrgan.volume import acquisition
 from fastsrgan.volume.acquisition import (
     LARGEST,
     NOISE_UNKNOWN,
@@ -83,11 +84,28 @@ def test_planes_are_looked_at_from_the_first_to_the_last_evenly(n, expected):
         assert [int(plane[0, 0]) for plane in sampled(volume, axis)] == list(expected)
 
 
-def test_too_little_tissue_says_nothing():
+def test_bright_is_the_brightest_thousandth():
+    """Of every second voxel of the planes that are given, together."""
+    planes = [np.arange(10_000.0).reshape(100, 100), np.zeros((100, 100))]
+    some = np.concatenate([plane[::2, ::2].ravel() for plane in planes])
+    assert acquisition.bright(planes) == pytest.approx(np.percentile(some, 99.9)) and np.percentile(some, 99.9) > 9800
+
+
+def test_too_little_tissue_says_nothing_and_nothing_but_noise_yields_all(monkeypatch):
     assert noise_sd(np.random.default_rng(0).random((6, 40, 9)), 2) is None
     assert noise_sd(np.zeros((40, 40, 9)), 2) is None
+    few = 10 + np.random.default_rng(0).random((12, 12, 13))  # four squares of tissue in each slice
+    assert noise_sd(few[..., :12], 2) is None and noise_sd(few, 2) is not None  # 48 and 52
     scan, seen = np.ones((6, 7, 9)), observation((6, 7, 9), (1, 1, 3), (6, 7, 27), (1, 1, 1))
     assert choose_weight(scan, seen, 2).w == NOISE_UNKNOWN and choose_weight(scan, seen, 2).noise is None
+    assert choose_weight(scan, seen, 2, floor=0.5).w == 0.5
+    scan, seen = (
+        100 + np.random.default_rng(0).normal(size=(40, 40, 9)),
+        observation((40, 40, 9), (1, 1, 3), (40, 40, 27), (1, 1, 1)),
+    )
+    for lacks in (missing_sd, lambda *args: 0.1, lambda *args: 0.0):  # noise alone; a tenth of it; nothing
+        monkeypatch.setattr(acquisition, "missing_sd", lacks)
+        assert choose_weight(scan, seen, 2).noise > 0.9 and choose_weight(scan, seen, 2).w == LARGEST
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02])

@@ -101,6 +101,9 @@ def test_noise_lets_a_result_yield_less_and_coarse_planes_not_at_all():
     at = [slices_of((24, 24, 40), (1.0,) * 3, (1.0, 1.0, 3.0), noise).weight for noise in (0.0, 0.02, 0.04)]
     assert at[0] == 0.03 and at[0] < at[1] < at[2] and 3 < slices_of((9,) * 3, (1.0,) * 3, (1, 1, 3), 0.03).weight < 7
     assert slices_of((24, 24, 40), (1.0,) * 3, (2.0, 2.0, 3.0), 0.0) is None
+    # Slices hardly thicker than the result's voxels are left as they are, those of a quarter more are not.
+    assert not patch_agreement(0, 16, 40, 33, 1.2, NARROW, 0.03).any()
+    assert patch_agreement(0, 16, 40, 32, 1.25, NARROW, 0.03)[1].any()
 
 
 def test_the_loss_and_the_critics_fakes_see_the_result_that_agrees():

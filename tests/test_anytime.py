@@ -132,6 +132,15 @@ def test_a_level_that_turns_out_too_slow_is_given_up_and_leaves_no_trace():
     assert torch.allclose(out, predict(VOLUME, PLANS[0], TileNetwork(Local(), 1.0))[0], rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize(("late", "ends"), [(1.05, True), (1.2, False)])
+def test_a_level_that_was_begun_may_end_a_tenth_too_late(late, ends):
+    first, budget = len(PLANS[0]), len(PLANS[1])
+    slower = (late * budget - first) / (budget - first)  # seconds of a tile, once it was begun
+    done, seconds, facts = counts(budget, lambda n: 1.0 if n < first else slower)
+    assert done == [first, budget][: 1 + ends] and facts["level_given_up"] != ends
+    assert (seconds == pytest.approx(late * budget)) == ends and seconds < late * budget + 1e-6
+
+
 def test_the_live_line_shows_level_rate_and_time_left():
     class Recorder:
         def __init__(self):

@@ -98,6 +98,14 @@ def test_a_failing_writer_leaves_the_old_snapshot_of_that_step(tmp_path):
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
 
 
+def test_the_same_step_written_again_is_the_later_one(tmp_path):
+    """As a run that was resumed before it and came to it anew leaves it."""
+    write(tmp_path, 1, "first")
+    write(tmp_path, 1, "second")
+    (snapshot,) = checkpoint.snapshots(tmp_path)
+    assert checkpoint.verified(snapshot, "a.bin").read_text(encoding="utf8") == "second1"
+
+
 def test_prune_keeps_the_newest(tmp_path):
     for step in range(5):
         write(tmp_path, step)

@@ -82,6 +82,13 @@ def test_bounds_count_by_the_finest_that_can_be_drawn(tmp_path):
             refuse(store, config(new_low_res=bounds))
 
 
+def test_simpleitk_takes_what_rounds_to_a_whole_voxel(tmp_path):
+    store = cohort(tmp_path / "c", {"spacing": 1.9}, {"spacing": 2.1}, {})
+    with pytest.raises(InputError) as error:
+        refuse(store, config(geometry="segsrgan", interp="sitk"))
+    assert error.value.reason == "coarser than the low resolution of 1 x 1 x 3 mm: h1 (2.1 x 2.1 x 2.1 mm)"
+
+
 def test_masks_labels_and_patches_of_all_subjects_in_one_list(tmp_path):
     whole, corner = np.ones((SIDE,) * 3), np.zeros((SIDE,) * 3)
     corner[0, 0, 0] = 1
@@ -96,10 +103,14 @@ def test_masks_labels_and_patches_of_all_subjects_in_one_list(tmp_path):
     assert "without a mask: h2" in told and "other values than 0 and 1: h4 (also 2)" in told and "h3" not in told
 
 
-@pytest.mark.parametrize("size", (9, 11, 13))
+@pytest.mark.parametrize("size", (9, 11, 13, "shell"))
 def test_a_mask_has_a_patch_where_training_would_find_one(tmp_path, size):
     mask = np.zeros((SIDE,) * 3, np.uint8)
-    mask[2 : 2 + size, :, :] = 1
+    if size == "shell":  # 2368 of the 4096 voxels of the head's patch; of the image's own patches 1016 at most
+        mask[2:18, 2:18, 2:18] = 1
+        mask[4:16, 4:16, 4:16] = 0
+    else:
+        mask[2 : 2 + size, :, :] = 1
     store = cohort(tmp_path / "c", {"mask": mask}, {"mask": np.ones((SIDE,) * 3)})
     settings = config(image_cropping_method="overlapping_with_mask", patch_size=16, new_low_res=((1, 1, 3),))
     law, rule = Degradation(settings.new_low_res), PatchRule(16, 12, True)
@@ -151,6 +162,12 @@ def test_stored_axes_get_the_number_of_their_direction(order, flips):
     assert world_axes(affine) == order
     sizes = on_stored_axes((1.0, 2.0, 3.0), (0, 1, 2), affine)
     assert sizes == tuple((1.0, 2.0, 3.0)[axis] for axis in order)
+
+
+def test_in_the_originals_geometry_the_numbers_are_along_stored_axes(tmp_path):
+    store = cohort(tmp_path / "c", {}, {"affine": stored((1, 2, 0))})
+    assert train.slice_axes(store, config()) == (0, 1, 2)
+    assert train.slice_axes(store, config(geometry="segsrgan")) is None
 
 
 def test_auto_takes_the_axes_of_most_subjects():

@@ -16,13 +16,14 @@ from fastsrgan.compat import original as compat
 from fastsrgan.data.pool import Pool
 from fastsrgan.data.subject import PatchRule, make_resident
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
-from fastsrgan.infer.volume import infer_volume
+from fastsrgan.infer.volume import InferResult, infer_volume
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.observation.model import Degradation, Draw, degrade
 from fastsrgan.store.reader import Sample
 from fastsrgan.volume import resample_sitk
+from fastsrgan.volume.geometry import Volume
 from fastsrgan.volume.resample import apply_axes
 
 ROOT = Path(__file__).parent.parent
@@ -313,8 +314,14 @@ def test_the_originals_patches_are_among_those_of_training(golden):
     assert (distance.min(1) <= 1e-6).all() and len(set(distance.argmin(1))) == len(theirs)  # found: 2.4e-7
 
 
+def test_a_ratio_is_rounded_to_the_nearest_whole_factor():
+    pairs = ((3.0, 1.01), (3.0, 0.99), (1.0, 1.4), (1.0, 0.6), (2.5, 1.0), (3.5, 1.0))
+    assert [resample_sitk.whole_factor(*pair) for pair in pairs] == [3, 3, 1, 2, 2, 4]  # halves as Python rounds them
+
+
 def test_settings_know_the_same_interpolators_and_where_they_exist():
     assert set(config.CHOICES["interpolation_type"]) == set(resample_sitk.INTERPOLATORS)
+    assert all(name in theirs for name, theirs in resample_sitk.INTERPOLATORS.items())  # each is that of its name
     resolution = {"new_low_res": ((1, 1, 3),)}
     assert config.TrainConfig(**resolution, interp="sitk", geometry="segsrgan").interpolation_type == "Spline"
     with pytest.raises(ModelError, match="segsrgan"):
@@ -342,3 +349,22 @@ def test_the_resolution_input_of_a_conditional_generator_has_no_effect(golden, v
         y = torch.rand(1, 2, 64, 64, 64, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             assert (critic(y, 0.5) - critic(y, 6.0)).abs().max() > 1e-3  # found: 0.36
+
+
+def test_the_networks_own_result_is_asked_for_and_written_in_the_world_of_the_scan(monkeypatch, tmp_path):
+    """Without agreement, which the original does not know, in any geometry; each array under its own name."""
+    asked = []
+    monkeypatch.setattr(compat, "infer_volume", lambda *args, **more: asked.append(more))
+    image = Volume(np.ones((4, 5, 6), np.float32), np.diag([1.0, 1, 2, 1]), (), {"space_code": 4})
+    for by_batch in (False, True, None):
+        compat.apply(image, None, by_batch=by_batch, label="x", geometry="physical")
+    assert [(more["agree"], more["batch"]) for more in asked] == [("off", 1), ("off", "auto"), ("off", "auto")]
+    some = np.random.default_rng(0).random((4, 3, 4, 5), np.float32)
+    result = InferResult(some[0], some[1:], np.eye(4), {})
+    outputs = {kind: tmp_path / f"{kind}.nii.gz" for kind in ("SR", "Cortex", "Mask")}
+    compat.write(outputs, result, image)
+    found = {kind: images.load(path, dtype=np.float64) for kind, path in outputs.items()}
+    assert {kind: volume.meta["space_code"] for kind, volume in found.items()} == dict.fromkeys(outputs, 4)
+    assert [volume.meta["stored_dtype"] for volume in found.values()] == ["float32", "float64", "float64"]
+    expected = {"SR": some[0], "Cortex": some[1], "Mask": some[2:].argmax(0)}
+    assert all(np.array_equal(found[kind].data, expected[kind]) for kind in found)

@@ -5,6 +5,7 @@ The backend is aot_eager: tracing, functions of one's own and the joint backward
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -20,6 +21,7 @@ from torch._dynamo.utils import counters
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.infer import network as tile_network
 from fastsrgan.infer.volume import infer_volume
+from fastsrgan.model import compiled as jobs
 from fastsrgan.model import networks
 from fastsrgan.model.compiled import INDUCTOR, MOST, CompiledJob, whole
 from fastsrgan.model.networks import GeneratorSpec, build_generator
@@ -134,6 +136,23 @@ def test_further_shapes_than_are_compiled_for_run_as_they_are(caplog):
             assert torch.equal(fast(torch.ones(n), 1.0), torch.full((n,), 3.0))
     assert counters["stats"]["unique_graphs"] == MOST
     assert caplog.text.count("what differs runs uncompiled") == 1
+
+
+def test_what_is_compiled_anew_is_of_another_kind():
+    """All that torch would compile anew for: what a call is counted by has to tell it apart."""
+    x = torch.zeros(2, 4, 6)
+    plain = [x, torch.zeros(2, 4, 5), x.double(), x.mT.contiguous().mT, torch.zeros(2, 4, 6, requires_grad=True)]
+    plain += [[x, x], {"a": x}, {"b": x}, 1, 1.5, 2, None, True, "1", build_generator(GeneratorSpec(kernel=1))]
+    plain += [build_generator(GeneratorSpec(kernel=2)), build_generator(GeneratorSpec(kernel=1)).double()]
+    kinds = [repr(jobs._kind(value)) for value in plain]
+    assert len(set(kinds)) == len(kinds) and repr(jobs._kind(x + 1)) == kinds[0]
+    contexts = [contextlib.nullcontext, torch.no_grad, torch.inference_mode]
+    contexts += [functools.partial(torch.autocast, "cpu", dtype) for dtype in (torch.bfloat16, torch.float16)]
+    modes = []
+    for context in contexts:
+        with context():
+            modes.append(jobs._modes())
+    assert len(set(modes)) == len(modes)
 
 
 def test_functions_of_a_job_share_its_compilations():

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import nifti_files
@@ -21,6 +22,7 @@ from hypothesis.extra import numpy as hnp
 from processes import CONTEXT, Flag, Post
 from rich.console import Console
 
+from fastsrgan import convert as convert_module
 from fastsrgan.cli import console
 from fastsrgan.cli.console import PlainProgress
 from fastsrgan.cli.main import main
@@ -217,6 +219,12 @@ def test_integers_that_just_fill_sixteen_bits_stay_exact():
         levels, scale, offset, facts = encode(stored, 1.0, 0.0, "int16")
         assert levels.dtype == np.int16 and not facts
         np.testing.assert_array_equal(to_float32(levels, scale, offset), stored)
+
+
+def test_a_range_of_one_value_more_than_sixteen_bits_is_rounded_and_never_wraps():
+    for stored in (np.array([[[0, 1, 32769, 65536]]], np.int32), np.array([[[-40000, 0, 25536]]], np.int32)):
+        levels, scale, offset, facts = encode(stored, 1.0, 0.0, "int16")
+        assert np.abs(to_float32(levels, scale, offset) - stored).max() == facts["quantisation"]["max_error"] <= 0.51
 
 
 def test_int16_conversion_says_its_error(tmp_path):
@@ -596,3 +604,14 @@ def test_a_url_as_the_store(tmp_path):
     assert convert(table, url, resume=True)["kept"] == 2
     np.testing.assert_array_equal(open_store(url).read("s1").image, images.load(tmp_path / "s1.nii.gz").data)
     assert open_store(url).verify() == []
+
+
+def test_a_summary_counts_the_whole_store_and_the_pace_of_what_was_converted():
+    """MB are 10^6 bytes; the ratio is how many times smaller the store is."""
+    listed = {n: SimpleNamespace(id=n, raw_bytes=8e6, stored_bytes=2e6, attrs={"warnings": w})
+              for n, w in (("a", []), ("b", ["odd"]), ("c", []))}  # fmt: skip
+    told = convert_module._summary("s", listed, [listed["a"]], [listed["b"], listed["c"]], 4.0)
+    assert told == {
+        "store": "s", "subjects": 3, "converted": 1, "kept": 2, "raw_bytes": 24e6, "stored_bytes": 6e6, "ratio": 4.0,
+        "seconds": 4.0, "volumes_per_s": 0.25, "mb_per_s": 2.0, "warnings": {"b": ["odd"]},
+    }  # fmt: skip

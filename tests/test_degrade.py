@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsrgan.errors import InputError, UsageError
+from fastsrgan.observation import model
 from fastsrgan.observation.model import Degradation, degrade
 from fastsrgan.volume.resample import degrade_matrix, upsample_matrix
 
@@ -107,6 +108,18 @@ def test_apply_is_degrade_with_what_was_drawn(geometry):
     for name in ("low_res", "interpolated", "hr"):
         assert np.array_equal(getattr(done, name), getattr(by_hand, name))
     assert turned.low_res_mm[1] == draw.low_res[2] and turned.hr.shape[1] == done.hr.shape[2]
+
+
+def test_apply_passes_on_all_that_the_law_holds(monkeypatch):
+    law = Degradation(
+        ((2, 2, 4),), geometry="segsrgan", interp="sitk", interpolation_type="Linear", block_bytes=10**9, rician=True,
+        artefacts={"motion": 0.2},
+    )  # fmt: skip
+    seen = {}
+    monkeypatch.setattr(model, "degrade", lambda *args, **settings: seen.update(settings))
+    law.apply(head(), (1, 1, 1), law.draw(0, 1, "a"))
+    same = ("geometry", "interp", "interpolation_type", "block_bytes", "rician")
+    assert {name: seen[name] for name in same} == {name: getattr(law, name) for name in same} and seen["motion"] == 0.2
 
 
 def test_a_lone_test_subject_has_the_middle_of_the_ranges():

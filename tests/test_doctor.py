@@ -159,3 +159,27 @@ def test_the_driver_is_asked_for_its_release(tmp_path, monkeypatch):
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert doctor.driver() == "580.65.06"
+
+
+def test_cores_and_memory_are_told_in_the_order_of_their_words(facts):
+    some = facts | {
+        "cpu": {"model": "m", "usable": 2, "count": 8, "torch_threads": 3, "bf16": True},
+        "memory": {"available": 3 * 2**30, "total": 16 * 2**30},
+        "weights": [{"name": "w.safetensors", "bytes": 2_500_000}],
+    }
+    lines = [line[12:] for line in doctor.describe(some)]
+    assert "m, 2 of 8 cores, 3 threads in torch" in lines and "native bf16: yes" in lines
+    assert "3 GiB free of 16 GiB" in lines and "w.safetensors (2.5 MB)" in lines
+
+
+@pytest.mark.parametrize(("free", "told"), [(3.9, True), (4.1, False)])
+def test_little_memory_is_less_than_four_gibibytes(facts, free, told):
+    some = facts | {"memory": {"available": int(free * 2**30), "total": 2**36}}
+    assert any("of memory are free" in text for text in doctor.warnings(some)) == told
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 1.5), ("100000 50000", 2), ("max 100000", 3), ("", 3)])
+def test_cores_are_those_of_a_containers_quota(monkeypatch, quota, cores):
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setattr(doctor, "_read", lambda path: quota or None)
+    assert doctor._usable_cores() == cores

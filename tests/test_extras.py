@@ -19,6 +19,7 @@ from fastsrgan.observation.artefacts import (
     apply_motion,
     apply_truncation,
     bernstein_matrix,
+    check_amounts,
     draw_bias,
     draw_motion,
     draw_truncation,
@@ -108,6 +109,17 @@ def test_nonsense_is_refused(bad):
     name = next(iter(bad))
     with pytest.raises(UsageError, match=name if name != "artefacts" else next(iter(bad[name]))):
         Degradation((LOW,), **bad)
+
+
+@pytest.mark.parametrize("name", ARTEFACTS)
+def test_amounts_are_allowed_up_to_their_limit(name):
+    below = ARTEFACTS[name].below
+    largest = below if np.isfinite(below) else 1e9
+    check_amounts({name: 0.0})
+    check_amounts({name: largest})
+    for amount in (-1e-9, np.nextafter(below, np.inf)):
+        with pytest.raises(UsageError, match=name):
+            check_amounts({name: float(amount)})
 
 
 # --- bias field ---------------------------------------------------------------------------------------------------
@@ -250,6 +262,11 @@ def test_thickness_is_in_mm_and_across_the_slices_alone():
         thickness_mm=3 * (1 - draw.gap), profile=draw.box,
     )  # fmt: skip
     assert draw.gap and draw.box and np.array_equal(setting.apply(hr, (1, 1, 1), draw).low_res, by_hand.low_res)
+    for low in ((3, 1, 2), (2, 3, 1)):  # on whichever stored axis the slices are
+        gaps = Degradation((low,), 0.0, 0.0, gap=0.5)
+        thin, some = gaps.draw(1, 1, "sub-1"), head((12, 12, 12))
+        by_hand = degrade(some, (1, 1, 1), low, key=thin.key, thickness_mm=3 * (1 - thin.gap))
+        assert np.array_equal(gaps.apply(some, (1, 1, 1), thin).low_res, by_hand.low_res)
     for bad in (
         {"thickness_mm": -1.0},
         {"profile": "hann"},

@@ -311,6 +311,18 @@ def test_labels_that_are_none_are_refused(tmp_path, value, match):
     refused(write(tmp_path / "l.nii.gz", data), match, images.load_label)
 
 
+def test_labels_may_be_off_a_whole_number_by_a_thousandth(tmp_path):
+    """As labels that are stored as scaled integers are."""
+    for off, taken in ((0.0005, True), (-0.0005, True), (0.002, False), (-0.002, False)):
+        data = np.array([0, 1, 2 + off], np.float32).reshape(3, 1, 1)
+        path = images.save(tmp_path / "l.nii", data, np.eye(4), overwrite=True)
+        if taken:
+            assert images.load_label(path).data.ravel().tolist() == [0, 1, 2]
+        else:
+            with pytest.raises(InputError, match="fractions"):
+                images.load_label(path)
+
+
 def test_an_empty_label_is_told(tmp_path):
     assert "every voxel is 0" in images.load_label(write(tmp_path / "e.nii", LABEL * 0)).warnings[0]
 

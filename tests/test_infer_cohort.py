@@ -274,7 +274,10 @@ def test_a_volume_split_over_ranks_has_the_bytes_of_one_process(model, tmp_path)
     assert found[0]["done"] == 1 and results(tmp_path / "two") == whole
     record = json.loads((tmp_path / "two" / "a.json").read_text())
     (first, stop), (second, end) = record["split"]["planes"]
-    assert (first, end) == (0, 70) and 0 < stop == second < 70 and record["split"]["tiles_computed_twice"] > 0
+    assert (first, end) == (0, 70) and 0 < stop == second < 70
+    computed = sum(record["split"]["tiles"])
+    assert record["split"]["tiles_computed_twice"] == computed - record["tiles"] > 0
+    assert record["tiles_per_second"] * record["tile_seconds"] == pytest.approx(computed)
     assert max(record["split"]["tiles"]) < record["tiles"]
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["a.json", "a_seg.nii.gz", "a_sr.nii.gz"]
 

@@ -125,6 +125,7 @@ def test_the_region_of_a_mask_is_exact_to_the_voxel(turn, new):
     scan = np.rint((world - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T).astype(int)
     expected = mask[tuple(np.clip(scan, 0, np.array(shape) - 1).T)].reshape(done.sr.shape) > 0
     assert scan_mm.min() == 1 and np.array_equal(done.prob[0] > 0, expected)
+    assert done.report["region"] == {"kind": "mask", "voxels": np.count_nonzero(mask)}
 
 
 def test_the_box_around_a_head_is_off_by_default_and_told(data, generator):

@@ -44,6 +44,11 @@ def blobs():
     return prob
 
 
+def test_a_probability_at_the_threshold_is_outside():
+    seg, told = segment(np.array([[[0.0, 0.5, np.nextafter(0.5, 1), 1.0]]]), 1.0, 0.5)
+    assert seg.tolist() == [[[0, 0, 1, 1]]] and seg.dtype == np.uint8 and told == {}
+
+
 def test_the_largest_component_stays():
     seg, told = segment(blobs(), 1.0, 0.5, largest_component=True)
     assert seg.dtype == np.uint8 and seg.sum() == 27 and seg[1:4, 1:4, 1:4].all()

@@ -309,3 +309,26 @@ def test_dicom_folders(tmp_path, model):
     assert sr.data.shape == (12, 10, 12)
     assert run(listing, model, "--series", "4") == 0
     assert f"{RESULT}/patch_16_step_8/SR_patch_16_step_8_T2_series-4.nii.gz" in files(tmp_path / "study")
+
+
+def test_whatever_decides_about_a_result_is_in_its_record(monkeypatch, tmp_path):
+    """So that a call with another value of it is refused; the batch and the device do not decide."""
+    table = tmp_path / "l.csv"
+    table.write_text("a.nii.gz\n", encoding="utf8")
+    setups = []
+    monkeypatch.setattr(job, "_run", lambda tasks, setup: setups.append(setup) or [])
+    monkeypatch.setattr(job.weights, "info", lambda source: {"sha256": str(source)})
+    monkeypatch.setattr(job.weights, "load_generator", lambda source: None)
+
+    def made(**more):
+        job.job_model(table, **{"weights_path": "w", **more})
+        return setups[-1].made_with
+
+    plain = made()
+    others = {"interp": "sitk", "interpolation_type": "Linear", "geometry": "physical", "precision": "bf16"}
+    others |= {"new_resolution": (1.0, 1.0, 2.0), "weights_path": "v"}
+    for name, value in others.items():
+        assert made(**{name: value}) != plain, name
+    assert made(by_batch=False) == made(device="cpu") == made(series="3") == plain
+    assert plain == {"weights": "w", "interp": "scipy", "interpolation_type": "Spline", "geometry": "segsrgan",
+                     "new_resolution": [0.5, 0.5, 0.5], "precision": "fp32"}  # fmt: skip

@@ -48,7 +48,7 @@ def unrelated(columns: dict[str, np.ndarray]) -> None:
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, np.ndarray]:
     """What is drawn for every seed, epoch and subject, as the number in [0, 1) that it was made of."""
-    law = Degradation(PAPER.low_res, contrast=0.5, noise=0.03, profile=0.3, gap=0.4, profile_box=0.8)
+    law = Degradation(PAPER.low_res, contrast=0.5, noise=0.03, profile=0.3, gap=0.4, profile_box=0.8, noise_from=0.01)
     found = [law.draw(seed, epoch, name) for seed in SEEDS for epoch in EPOCHS for name in SUBJECTS + ("sub-01", "s2")]
     low, high = np.array(law.low_res)
     axes = (np.array([d.low_res for d in found]) - low) / (high - low)
@@ -60,6 +60,7 @@ def drawn() -> dict[str, np.ndarray]:
         "width": (np.array([d.width for d in found]) - 0.7) / 0.6,
         "gap": np.array([d.gap for d in found]) / 0.4,
         "box": np.array([d.box for d in found]) / 0.8,
+        "noise level": (np.array([d.noise for d in found]) - 0.01) / 0.02,
         "noise": np.array([rng(int(d.key[0]), *d.key[1:]).random() for d in found]),
     }
 

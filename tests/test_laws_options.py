@@ -7,8 +7,10 @@ found there; without the option something else is found. So a wire that is cut a
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import itertools
+import shlex
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -393,3 +395,69 @@ def test_a_strict_run_has_a_strict_feed_and_start_weights_are_taken(monkeypatch,
         patch.setattr(gan.Models, "start_from", lambda models, path: taken.append(path))
         run_module.begin(run, "w.safetensors", False)
         assert taken == ["w.safetensors"]
+
+
+# --- other commands ---------------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "report": (
+        "report one -o page.html --scores s.json --study a.json b.json --hr h.nii --label l.nii --mask m.nii "
+        "--label-classes 3,42 --label-names t.txt --max-mb 7 --overwrite",
+        "fastsrgan.report.page.report",
+        [Path("page.html")],
+        {"path": "one", "out": "page.html", "scores": "s.json", "studies": ["a.json", "b.json"], "hr": "h.nii",
+         "label": "l.nii", "mask": "m.nii", "max_mb": 7.0, "overwrite": True, "label_names": "t.txt"},
+    ),
+    "report of runs": (
+        "report one two -o page.html --overwrite", "fastsrgan.report.page.runs_report", [Path("page.html")],
+        {"runs": ["one", "two"], "out": "page.html", "overwrite": True},
+    ),
+    "job-model": (
+        'job-model -p l.csv -dp base -pa 64,128 -s "32,48 64" -rf mine -wp w.h5 -bb True -n 1,2,3 -int sitk '
+        "-it Linear --geometry physical --series 4 --device cpu --precision bf16 --overwrite",
+        "fastsrgan.compat.job_model.job_model",
+        {"items": []},
+        {"table": "l.csv", "base_path": "base", "patch": [64, 128], "step": [[32], [48, 64]], "weights_path": "w.h5",
+         "result_folder_name": "mine", "by_batch": True, "new_resolution": (1.0, 2.0, 3.0), "interp": "sitk",
+         "interpolation_type": "Linear", "geometry": "physical", "series": "4", "device": "cpu", "precision": "bf16",
+         "overwrite": True},
+    ),
+    "evaluate": (
+        "evaluate --sr a --hr b --seg c --label d --mask e --lr f --baseline g --baseline-seg h --doubt i "
+        "--label-classes 3,42 4 --label-names t.txt --png p.png",
+        "fastsrgan.evaluate.pair.evaluate_files",
+        {"image": {"whole": {"psnr_db": 1.0}}},
+        {"sr": "a", "hr": "b", "seg": "c", "label": "d", "mask": "e", "lr": "f", "baseline": "g", "baseline_seg": "h",
+         "doubt": "i", "png": "p.png", "label_classes": ["3,42", "4"], "label_names": "t.txt"},
+    ),
+    "convert": (
+        "convert a.csv b.zarr --workers 3 --dtype int16 --base-path data --label-classes 3,42 --label-names t.txt "
+        "--overwrite --json",
+        "fastsrgan.convert.convert",
+        {"warnings": {}},
+        {"csv": "a.csv", "store_url": "b.zarr", "workers": 3, "dtype": "int16", "base_path": "data",
+         "label_classes": ["3,42"], "label_names": "t.txt", "overwrite": True, "resume": False},
+    ),
+    "weights import": (
+        "weights import a.h5 b.safetensors", "fastsrgan.model.weights.import_keras", "b",
+        {"source": "a.h5", "target": "b.safetensors", "overwrite": False},
+    ),
+    "weights export": (
+        "weights export a.safetensors b.h5 --overwrite", "fastsrgan.model.weights.export_keras", "b",
+        {"source": "a.safetensors", "target": "b.h5", "overwrite": True},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_typed_of_another_command_reaches_its_function(monkeypatch, tmp_path, name):
+    """Every option with a value other than its default, under the argument that it stands for."""
+    words, target, result, expected = COMMANDS[name]
+    module, _, function = target.rpartition(".")
+    plain = inspect.signature(getattr(importlib.import_module(module), function))
+    calls = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(target, lambda *args, **more: calls.append(plain.bind(*args, **more).arguments) or result)
+    assert main(["--quiet", *shlex.split(words)]) == 0
+    (given,) = calls
+    assert {key: given.get(key) for key in expected} == expected

@@ -371,7 +371,7 @@ ACTS: dict[str, Act] = {
     "lr_schedule": Act("linear", lambda s: line(s, 0.0), True),
     "lr_end": Act(0.5, lambda s: line(s, 0.5), True, {"lr_schedule": "linear"}),
     "lr_warmup": Act(3, lambda s: np.allclose(s.factors[:4], [1 / 3, 2 / 3, 1, 1]), True),
-    "tensorboard": Act(True, lambda s: bool(s.began) and len(s.boards), 1),
+    "tensorboard": Act(True, lambda s: bool(s.began) and [first for _, first in s.boards], [1]),
     # It acts where settings are read: it gives other defaults.
     "preset": Act("paper", lambda s: from_mapping({"new_low_res": [LOW], "preset": s.config.preset}).batch_size, 32),
 }  # fmt: skip
@@ -395,3 +395,8 @@ def test_a_setting_reaches_the_place_where_it_acts(name, tmp_path):
 def test_train_and_test_subjects_are_those_of_the_store(monkeypatch, tmp_path):
     seen = Seen(CONFIG, monkeypatch, tmp_path)
     assert (seen.run.train, seen.run.test) == (["a", "b"], ["t"])
+
+
+def test_in_the_originals_geometry_whole_volumes_have_to_fit(monkeypatch, tmp_path):
+    """Its ratios may change the sizes, and then nothing of a volume is left out."""
+    assert Seen(CONFIG.replace(**FITTING, geometry="segsrgan"), monkeypatch, tmp_path).limit("patch") == 0

@@ -14,7 +14,7 @@ from scipy import stats
 from fastsrgan.core.draws import rng
 from fastsrgan.errors import ModelError
 from fastsrgan.model import networks
-from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, build_generator
+from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, build_generator, is_flat
 
 ROOT = Path(__file__).parent.parent
 SPECS = [
@@ -114,6 +114,13 @@ def test_constant_patches_give_constants_and_finite_gradients(network, form):
         y.pow(2).sum().backward()
     for name, parameter in generator.named_parameters():
         assert parameter.grad.abs().max() <= 1e6, name  # found: 2.18e4
+
+
+def test_flat_is_what_differs_by_float32s_resolution_in_every_channel():
+    x = torch.zeros(4, 2, 8, 8, 8)
+    for sample, (first, second) in enumerate(((0, 0), (2.0**-23, 2.0**-23), (2.0**-22, 0), (0, 2.0**-22))):
+        x[sample, 0, 3, 3, 3], x[sample, 1, 5, 5, 5] = first, second
+    assert is_flat(x).flatten().tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize("network", networks.NETWORKS)

@@ -78,8 +78,21 @@ def test_outliers_are_compressed_and_come_back_exactly(shifted):
     tensor = torch.from_numpy(seen.copy())
     norm.invert_(tensor)
     assert np.array_equal(tensor.numpy(), back)
+    made = np.linspace(-1, 2, 24, dtype=np.float32).reshape(2, 3, 4)  # a result may lie beyond the scan
+    place = torch.from_numpy(made.copy())
+    plain.invert_(place)
+    np.testing.assert_allclose(place.numpy(), plain.invert(made), rtol=1e-6)
+    assert plain.invert(made).min() == pytest.approx(data.min())
     # Found: 3.1e-7
     assert norm.invert(np.float32([[50.0]])) == pytest.approx(odd.max(), rel=1e-6), "never brighter than the scan"
+
+
+def test_outliers_above_an_image_of_values_below_zero_leave_a_scale():
+    """Hounsfield units of air, and one bright voxel: for a network that was not shifted nothing else is seen."""
+    data = np.linspace(-1000, -900, 27000).reshape(30, 30, 30)
+    data[3, 4, 5] = 50.0
+    assert normaliser(data, robust=True).scale == 50
+    assert normaliser(data, shifted=True, robust=True).scale == 100  # of the others
 
 
 def test_what_outliers_do_to_a_result_stays_where_they_are():

@@ -16,9 +16,11 @@ from fastsrgan.core.ranks import Ranks
 from fastsrgan.model.networks import build_generator
 from fastsrgan.model.weights import save_generator
 from fastsrgan.train.gan import Models
-from fastsrgan.train.optimise import GROUPS
+from fastsrgan.train.optimise import GROUPS, Optimiser
+from fastsrgan.train.run import snapshot_bytes
 
 CPU = torch.device("cpu")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def models(ranks: Ranks | None = None, **changes) -> Models:
@@ -283,6 +285,48 @@ def test_an_update_reads_nothing_back_before_its_end(penalty):
         m.critic_update(b, fake, eps)
         m.generator_update(b, True)
     assert read == [0, 0]
+
+
+def test_a_loss_scale_changes_no_update_in_any_number_of_parts():
+    """Gradients are scaled up together and back together."""
+    found = []
+    for scaled, parts in ((False, 1), (True, 2)):
+        m = models(accumulate=parts)
+        c = m.config
+        for name, network, rate, eps in (("g", m.generator, c.lr_gen, 1e-8), ("d", m.critic, c.lr_dis, 1e-7)):
+            setattr(m, f"optimiser_{name}", Optimiser(network, rate, (c.beta1, c.beta2), eps, scaled=scaled))
+        facts = iterate(m)
+        found.append(([facts["d_gradient"], facts["g_gradient"]], weights(m)))
+    (plain, expected), (facts, moved) = found
+    assert facts == pytest.approx(plain, rel=1e-6)  # found: 3e-8, of a loss in float32
+    assert all((a - b).abs().max() < 1e-9 for a, b in zip(moved, expected, strict=True))  # found: 7e-13
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_the_room_for_a_snapshot_is_that_of_all_that_it_holds(ema):
+    m = models(ema=ema)
+    iterate(m)
+    held = [*weights(m), *(m.average or {}).values()]
+    held += [kept[name] for o in (m.optimiser_g, m.optimiser_d) for kept in o.adam.state.values() for name in MOMENTS]
+    # Those of float32, and no more than twice as much.
+    assert sum(4 * t.numel() for t in held) <= snapshot_bytes(m) <= 2 * sum(4 * t.numel() for t in held)
+
+
+def test_networks_of_start_weights_are_those_that_learn(tmp_path):
+    """Optimisers and average belong to what was loaded, not to the networks that were there before."""
+    config = CONFIG.replace(ema=0.5)
+    begun, m = (Models(config.replace(seed=seed), 0, CPU) for seed in (5, 6))
+    save_generator(tmp_path / "w.safetensors", begun.generator, begun.critic)
+    m.start_from(tmp_path / "w.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(weights(m), weights(begun), strict=True))
+    assert all(torch.equal(p, m.average[name]) for name, p in m.generator.named_parameters())
+    for optimiser, network in ((m.optimiser_g, m.generator), (m.optimiser_d, m.critic)):
+        assert [*map(id, optimiser.parameters)] == [*map(id, network.parameters())] and network.training
+    (some, eps), before = batch(1), weights(m)
+    some = replace(some, x=some.x.float(), y=some.y.float(), res=some.res.float())
+    m.critic_update(some, m.generate(some), eps.float())
+    m.generator_update(some, adversarial=True)
+    assert not any(torch.equal(a, b) for a, b in zip(weights(m), before, strict=True))
 
 
 @pytest.mark.parametrize("geometry", ["physical", "segsrgan"])

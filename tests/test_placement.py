@@ -68,6 +68,16 @@ def test_what_is_taken_for_one_grid_and_differs_visibly_is_told(tmp_path):
     told = images.load_label(tmp_path / "m.nii.gz", like).warnings
     far = 255 * np.radians(0.1)
     assert any(f"up to {np.hypot(far, 39 * np.radians(0.1)):.3g} mm apart" in text for text in told), told
+    for shift, seen in ((0.02, True), (0.005, False)):  # voxels
+        nib.save(nib.Nifti1Image(np.ones(SHAPE, np.uint8), changed(a03=shift)), tmp_path / "m.nii.gz")
+        assert bool(images.load_label(tmp_path / "m.nii.gz", like).warnings) == seen
+
+
+def test_where_an_axis_of_one_voxel_points_to_is_nothing():
+    """A single slice: its thickness and the tilt of its normal place no voxel. Of two slices they do."""
+    other = PLACE.copy()
+    other[:3, 2] *= 1.1
+    assert difference(other, PLACE, (256, 40, 1)).same and not difference(other, PLACE, (256, 40, 2)).same
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
@@ -119,13 +129,14 @@ def bare(path, data, codes=0, affine=None):
     nib.save(image, path)
 
 
-@pytest.mark.parametrize("kind", ("no form", "identity", "the identity of ITK"))
+@pytest.mark.parametrize("kind", ("no form", "identity", "the identity of ITK", "that of radiology"))
 def test_a_lost_header_is_copied_not_resampled(tmp_path, kind):
     data = np.ones(SHAPE, np.uint8)
     if kind == "no form":
         bare(tmp_path / "m.nii.gz", data)
     else:
-        place = np.eye(4) if kind == "identity" else np.diag([-1.0, -1, 1, 1])
+        signs = {"identity": (1.0, 1), "the identity of ITK": (-1.0, -1), "that of radiology": (-1.0, 1)}
+        place = np.diag([*signs[kind], 1, 1])
         nib.save(nib.Nifti1Image(data, place), tmp_path / "m.nii.gz")
     like = Volume(np.zeros(SHAPE, np.float32), PLACE)
     for read in (images.load_label, any_image.load_mask):

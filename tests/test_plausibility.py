@@ -31,6 +31,7 @@ from fastsrgan.model.purpose import MADE_FOR, MODELS, Purpose, common, span
 from fastsrgan.store.reader import Store
 from fastsrgan.train.run import degradation
 from fastsrgan.train.snapshots import made_for
+from fastsrgan.volume.head import tissue_box, tissue_level
 
 FAST = {"patch": 16, "step": 16, "device": "cpu"}
 ADULT = replace(MODELS["adult"].purpose, contrasts=("T1",), contrast="T1-like contrast", dice=())  # of T1
@@ -44,6 +45,18 @@ PERINATAL = MODELS["perinatal"].purpose
 def grown():
     """A whole phantom head, 140 x 176 x 124 mm, with thick slices."""
     return head((40, 48, 18), (4.0, 4.0, 8.0))
+
+
+def test_a_head_is_where_planes_hold_tissue_enough():
+    """Above a tenth of the brightest, in at least two thousandths of a plane: a few bright voxels of air are none."""
+    scan = np.zeros((30, 40, 50), np.float32)
+    scan[5:20, 8:30, 10:41] = 100.0
+    scan[0, 8:30, 12] = 9.0  # too dark
+    scan[3, 20, 20:23] = scan[4, 20, 20:24] = 11.0  # 3 and 4 of 2000 voxels
+    level = tissue_level(scan)
+    assert level == pytest.approx(10.0)
+    assert tissue_box(scan, level) == ((4, 8, 10), (19, 29, 40))
+    assert tissue_box(scan, 1000.0) == ((0, 0, 0), (29, 39, 49))
 
 
 def test_the_head_is_measured_in_mm_whatever_the_grid(grown):
@@ -299,6 +312,10 @@ def test_a_training_says_what_it_knows(tmp_path):
     assert known.voxel_mm == (0.5, 1.0) and known.slice_ratio == (4.0, 6.0) and known.head_mm is None
     assert known.structure_ml == (min(volumes) / 1.5, max(volumes) * 1.5)
     for subject in store.subjects:
+        subject.affine[:3, :3] *= 2  # voxels of eight times the volume
+    assert made_for(feed).structure_ml == (8 * min(volumes) / 1.5, 8 * max(volumes) * 1.5)
+    for subject in store.subjects:
+        subject.affine[:3, :3] /= 2
         subject.attrs["label_classes"] = [3, 42]
     assert made_for(feed).structure == "label 3, 42"
     assert light(replace(GROWN, voxel_mm=1.0, slice_ratio=5.0), sum(known.structure_ml) / 2, known)[0] == GREEN
@@ -317,6 +334,12 @@ def test_a_training_says_what_it_knows(tmp_path):
 )
 def test_what_is_no_purpose_is_not_said(card):
     assert Purpose.of(card) == Purpose() and Purpose.of(card).line() == "what they were made for is not said"
+
+
+def test_ranges_of_a_card_are_two_numbers_from_zero_up_the_smaller_first():
+    for given, found in (([0, 5], (0.0, 5.0)), ((2, 2), (2.0, 2.0)), ([5, 1], None), ([-1, 5], None), ([1, 1e9], None)):
+        assert Purpose.of({"structure_ml": given}).structure_ml == found, given
+    assert (span((2.0, 2.0)), span((0.7, 1.25)), span(None)) == ("2", "0.7 to 1.25", "")
 
 
 def test_of_averaged_weights_counts_what_all_say_alike():

@@ -18,7 +18,7 @@ from fastsrgan.infer.network import inference_test
 from fastsrgan.model import arithmetic as arithmetics
 from fastsrgan.model.arithmetic import TF32, Arithmetic, pick_precision
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
-from fastsrgan.train import precision
+from fastsrgan.train import optimise, precision
 from fastsrgan.train.gan import Models
 from fastsrgan.train.objectives import generator_loss
 from fastsrgan.train.optimise import Optimiser
@@ -159,6 +159,14 @@ def test_overflow_halves_the_scale_and_is_not_counted_as_a_bad_loss(monkeypatch)
     _, other = scaled()
     other.load_state(kept)
     assert float(other.scale) == first / 2 and int(other.growth) == int(o.growth)
+
+
+def test_the_loss_scale_moves_as_torchs_does_and_starts_lower():
+    torchs = torch.amp.GradScaler("cpu", init_scale=optimise.FIRST_SCALE)
+    assert (torchs.get_growth_factor(), torchs.get_backoff_factor()) == (optimise.GROWTH, optimise.BACKOFF)
+    assert torchs.get_growth_interval() == optimise.PATIENCE
+    plain = torch.amp.GradScaler("cpu")
+    assert 1 < optimise.FIRST_SCALE < plain._init_scale and float(scaled()[1].scale) == optimise.FIRST_SCALE
 
 
 def test_the_moving_average_stands_still_where_the_loss_scale_overflows():
@@ -363,6 +371,19 @@ def test_float32_with_operands_cut_to_tf32_is_refused(fresh, library):
         assert self_test(arithmetic(TF32))["convolutions"] <= arithmetics.KERNEL_LIMITS[TF32]
     with Kernels(tf32=True), pytest.raises(ResourceError, match="convolutions are off by"):
         inference_test(CPU, torch.float32)
+
+
+def test_each_type_is_held_to_its_own_limit():
+    """That TF32 is on loosens what is asked of float32, of no other type."""
+    kinds = [(torch.float32, False), (torch.float32, True), (torch.float16, False), (torch.float16, True)]
+    kinds += [(torch.bfloat16, False), (torch.bfloat16, True)]
+    for dtype, tf32 in kinds:
+        limit = arithmetics.KERNEL_LIMITS[TF32 if tf32 and dtype == torch.float32 else dtype]
+        device = Arithmetic(CPU, dtype, tf32=tf32)
+        arithmetics.refuse(device, {"convolutions": limit}, arithmetics.KERNEL_LIMITS)
+        for value in (1.01 * limit, math.nan):
+            with pytest.raises(ResourceError, match=f"{limit} allowed"):
+                arithmetics.refuse(device, {"convolutions": value}, arithmetics.KERNEL_LIMITS)
 
 
 class Operands(TorchDispatchMode):

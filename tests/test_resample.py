@@ -77,7 +77,10 @@ def test_segsrgan_family_equals_scipy_in_three_dimensions(low):
 
 def test_an_axis_that_is_not_decimated_is_left_alone():
     assert degrade_matrix(40, 0.5, 0.5) is None
-    assert degrade_matrix(40, 0.5, 0.503) is None
+    assert degrade_matrix(40, 0.5, 0.503) is None and degrade_matrix(40, 0.5, 0.508) is not None  # within 1 %
+    assert degrade_matrix(40, 0.5, 0.497) is None
+    with pytest.raises(UsageError, match="finer"):
+        degrade_matrix(40, 0.5, 0.492)
     assert degrade_matrix(40, 0.5, 0.5, "segsrgan") is not None  # the original blurs it all the same
 
 

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,3 +193,23 @@ def test_the_chosen_gpu_is_the_current_one_before_anything_else_is_asked_of_it(m
     calls.clear()
     assert system.pick_device("cuda") == system.pick_device("auto") == torch.device("cuda:0")
     assert calls == ["current", "current"], "the device that torch has already is taken as it is"
+
+
+def test_the_peak_of_memory_is_the_kernels_own_in_bytes():
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    (told,) = (line for line in lines if line.startswith("VmHWM"))
+    assert system.peak_memory() == pytest.approx(1024 * int(told.split()[1]), rel=0.04)  # found: 0.0042
+
+
+def test_memory_that_could_be_had_is_the_machines_or_the_tightest_groups(monkeypatch):
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limits, most in (([], whole), ([(whole * 2, 5)], whole), ([(7000, 1), (5000, 4999)], 5000)):
+        monkeypatch.setattr(system, "_group_limits", lambda limits=limits: iter(limits))
+        assert system.total_memory() == most
+
+
+def test_a_record_names_the_versions_of_all_that_computed_it():
+    told = system.provenance()
+    packages = ("fastsrgan", "torch", "numpy", "scipy", "zarr", "nibabel")
+    assert {name: told[name] for name in packages} == {name: metadata.version(name) for name in packages}
+    assert told["python"] == sys.version.split()[0] and told["commit"] == system.source_commit()

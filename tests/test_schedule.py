@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastsrgan.train.optimise import factor, share
+from fastsrgan.train.state import Position, Run, Turn, epoch_part
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
@@ -40,3 +42,14 @@ def test_constant_is_one_behind_the_warm_up(update, done):
 def test_warm_up_starts_above_zero_and_multiplies_the_fall():
     assert factor("linear", 0.0, 0, warmup=4) == 0.25
     assert factor("linear", 0.5, 1, warmup=4, end=0.2) == pytest.approx(0.5 * 0.6)
+
+
+def test_an_epoch_that_was_dealt_anew_goes_on_from_the_share_before():
+    """Of what was left at ``before``, each group is its part: no rate falls back, and the epoch ends at 1."""
+    half = SimpleNamespace(position=Position(before=0.5), last_epoch=2)
+    parts = [Run.done(half, Turn(1, group, 2, []), part) for group, part in ((0, 0.0), (0, 0.5), (1, 0.5), (1, 1.0))]
+    assert parts == [0.25, 0.3125, 0.4375, 0.5]
+    run = SimpleNamespace(train=list("abcd"), feed=SimpleNamespace(seed=0))
+    at = Position(group=1, step=3, steps=6, resident=1, before=0.25)
+    assert epoch_part(run, at) == 0.25 + 0.75 * 1.5 / 4
+    assert epoch_part(run, Position(group=1, resident=1)) == 0.25  # between two groups

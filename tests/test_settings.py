@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import logging
 from pathlib import Path
@@ -44,6 +45,7 @@ from tools import settings_page
 ROOT = Path(__file__).parent.parent
 ROWS = pytest.mark.parametrize("row", SETTINGS.values(), ids=list(SETTINGS))
 LOW = [[1, 1, 3]]
+STOOD = Position(2, 1, 3, 5, 40, 7, 0.5, 1, 0.4, stale=2, resident=3, left=["a", "b"], before=0.25)
 # What a setting needs beside it, and texts that some setting takes.
 BESIDE = {"interp": {"geometry": "segsrgan"}, "synthetic": {"structure": "3"}, "noise_from": {"noise": 0.5}}
 TEXTS = ("xy", "3,42", "5:0.46:0.04", "gibbs:0.3")
@@ -167,11 +169,12 @@ def test_a_resumed_run_does_with_another_value_what_the_row_says(row, tmp_path, 
     monkeypatch.setattr(snapshots, "data_identity", lambda store: "data")
     run = SimpleNamespace(config=now, store=None, ranks=SimpleNamespace(world=1))
     with caplog.at_level(logging.WARNING, "fastsrgan"):
-        at = snapshots.placed(run, Position(epoch=2, group=1, step=3, best=0.5), tmp_path, "data")
+        at = snapshots.placed(run, dataclasses.replace(STOOD), tmp_path, "data")
     assert (f"{row.name} {getattr(then, row.name)} -> " in caplog.text) == (row.resume in (NEW, KEPT, ANEW))
-    assert (at.best is None) == (row.resume == JUDGED)
     assert (f"another {row.name}: epoch 2 begins anew" in caplog.text) == (row.resume == ANEW)
-    assert (at.epoch, at.group, at.step) == ((2, 0, 0) if row.resume == ANEW else (2, 1, 3))
+    judged = dict.fromkeys(("best", "best_epoch", "best_dice")) | {"stale": 0}
+    anew = dict.fromkeys(("group", "step", "steps", "epoch_updates", "before"), 0) | {"resident": None, "left": None}
+    assert at == dataclasses.replace(STOOD, **{JUDGED: judged, ANEW: anew}.get(row.resume, {}))
     assert (f"not in this one: {row.name}" in caplog.text) == (row.resume == START)
     assert bool(caplog.records) == (row.resume in (NEW, KEPT, ANEW, START))
     if row.resume == KEPT:

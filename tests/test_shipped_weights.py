@@ -10,6 +10,8 @@ from fastsrgan.core import draws
 from fastsrgan.demo import template
 from fastsrgan.evaluate import metrics
 from fastsrgan.model import weights
+from fastsrgan.model.purpose import MADE_FOR, MODELS, Purpose
+from fastsrgan.model.safetensors import read_header
 from fastsrgan.model.weights import default_weights, info
 from fastsrgan.volume.geometry import Volume, resampled_affine
 
@@ -74,3 +76,5 @@ def test_every_named_model_is_there_small_and_as_its_card_says(name, card):
     assert path.name in text and info(name)["sha256"] in text
     assert weights.MODELS[name].structure in text
     assert weights.load_generator(name).spec == weights.load_generator(path).spec
+    # Every range, in the package and in the file that is copied out of it.
+    assert Purpose.of(read_header(path).card[MADE_FOR]) == MODELS[name].purpose

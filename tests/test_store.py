@@ -81,6 +81,9 @@ class StoreContract:
         np.testing.assert_array_equal(sample.affine, OBLIQUE)
         assert sample.label.dtype == sample.mask.dtype == np.uint8
         assert (sample.id, sample.split) == ("a", "Train")
+        store = open_store(url)
+        store.read("a").affine[:] = 0  # a sample is its reader's own
+        np.testing.assert_array_equal(store.subject("a").affine, OBLIQUE)
 
     @pytest.mark.parametrize("shape", [(1, 1, 1), (64, 64, 64), (65, 63, 2), (7, 130, 66)])
     def test_any_size(self, url, shape):
@@ -298,6 +301,37 @@ class TestMemoryUrl(StoreContract):
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "store"
+
+
+def test_a_record_that_no_writer_makes_is_refused_in_words(folder):
+    """Whatever signed it: sizes, places, types and files that a reader would trip over."""
+    make(folder, "a")
+    manifest = store_files.read_manifest(store_files.Keys(folder, read_only=True))
+    store_files.check_manifest(manifest)
+    flat = np.diag([1.0, 1.0, 0.0, 1.0])
+    wrong = {
+        "its split": {"split": "train"},
+        "its shape": {"shape": [5, 0, 3]},
+        "voxels": {"shape": [2**16, 2**15, 2]},
+        "its affine is none": {"affine": [[1.0, 0, 0, 0]] * 3},
+        "is singular": {"affine": flat.tolist()},
+        "its spacing is none": {"spacing": [1.0, 1.0, -1.0]},
+        "not that of its affine": {"spacing": [2 * mm for mm in manifest["subjects"]["a"]["spacing"]]},
+        "its attributes": {"attrs": []},
+        "its arrays": {"arrays": {"picture": {"dtype": "uint8"}}},
+        "neither an image nor tissues": {"arrays": {"label": {"dtype": "uint8"}}},
+        "its image is of an unknown type": {"arrays": {"image": {"dtype": "complex64", "scale": 1, "offset": 0}}},
+        "its label is of an unknown type": {
+            "arrays": {"image": {"dtype": "int16", "scale": 1, "offset": 0}, "label": {"dtype": "int16"}}
+        },
+        "its intensity scaling": {"arrays": {"image": {"dtype": "int16", "scale": float("inf"), "offset": 0}}},
+        "not those of its arrays": {"files": {}},
+        "no fingerprints": {"files": {key: [1, "0"] for key in manifest["subjects"]["a"]["files"]}},
+    }
+    for words, change in wrong.items():
+        record = manifest["subjects"]["a"] | change
+        with pytest.raises(ValueError, match=f"a: .*{words}"):
+            store_files.check_manifest(manifest | {"subjects": {"a": record}})
 
 
 def test_an_unknown_url_is_a_usage_error():

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import importlib.util
+import json
 import logging
 import threading
 from pathlib import Path
@@ -16,7 +17,8 @@ from test_store import make, put, tree, volume
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.store import codec as store_codec
 from fastsrgan.store import reader as store_module
-from fastsrgan.store.codec import pick_reader
+from fastsrgan.store.codec import META, encoded, pick_reader
+from fastsrgan.store.files import check_array
 from fastsrgan.store.reader import open_store
 from fastsrgan.store.writer import create_store
 
@@ -82,6 +84,24 @@ def test_regions(odd, region, name):
     np.testing.assert_array_equal(one, other)
     if name == "image":
         np.testing.assert_array_equal(one, image[region].astype(np.float32) * 2)
+
+
+def test_metadata_of_another_array_are_refused_before_anything_is_decoded():
+    array = np.zeros((70, 5, 3), np.int16)
+    meta = encoded({"arrays": {"image": {"dtype": "int16"}}}, {"image": array})[f"image/{META}"]
+    check_array(meta, array.shape, "int16")
+    changes = [("shape", [70, 5, 4]), ("data_type", "uint16"), ("zarr_format", 2), ("node_type", "group")]
+    changes += [("storage_transformers", [{"name": "other"}]), ("codecs", []), ("chunk_grid", {"name": "regular"})]
+    for key, value in changes:
+        with pytest.raises(ValueError, match="metadata"):
+            check_array(json.dumps(json.loads(meta) | {key: value}).encode(), array.shape, "int16")
+    for shape, dtype in (((70, 5, 4), "int16"), ((70, 5, 3), "float32")):
+        with pytest.raises(ValueError, match="metadata"):
+            check_array(meta, shape, dtype)
+    foreign = meta.replace(b'"blosc"', b'"zfpy"')
+    assert foreign != meta
+    with pytest.raises(ValueError, match="metadata"):
+        check_array(foreign, array.shape, "int16")
 
 
 def test_a_region_that_goes_backward(odd):

@@ -17,6 +17,7 @@ from fastsrgan.cli.main import main
 from fastsrgan.convert import convert
 from fastsrgan.core.files import LOCK
 from fastsrgan.errors import InputError, ResourceError, UsageError
+from fastsrgan.store import remote
 from fastsrgan.store.files import Keys
 from fastsrgan.store.reader import open_store
 from fastsrgan.store.remote import LONGEST_WAIT, Limits
@@ -134,6 +135,13 @@ def test_a_refusal_is_told_at_once(url, proxy):
     assert max(Counter(path for _, path, _ in proxy.requests).values()) == 1
     with pytest.raises(ResourceError, match="credentials"):
         open_store(url)
+
+
+def test_a_request_is_wrong_or_comes_too_soon():
+    """What a server says of the request itself is final; that it is busy, slow or broken is not."""
+    refused = {code for code in range(200, 600) if remote._is_refusal(type("Told", (Exception,), {"status": code})())}
+    assert refused == set(range(400, 500)) - {408, 429}
+    assert not remote._is_refusal(OSError("reset"))
 
 
 def test_no_server_no_bucket_no_credentials(url, proxy, monkeypatch, capsys):

@@ -117,6 +117,17 @@ def test_texture_has_unit_variance_in_every_mixture():
         assert abs(float(found.mean())) < 0.1, grain  # found: 0.07
 
 
+def test_texture_has_three_scales():
+    """Voxels, and splines of 2 and 5: of what lies a few voxels apart, the smoother is the more alike."""
+    alike = []
+    for grain in np.eye(3):
+        found = synthesis._texture(KEY, (40, 44, 42), tuple(grain), torch.device("cpu")).double()
+        alike.append([float((found[lag:] * found[:-lag]).mean() / found.square().mean()) for lag in (2, 5)])
+    assert max(map(abs, alike[0])) < 0.02
+    # A cubic B-spline of white noise one knot apart, and 2.5 knots apart.
+    assert alike[1] == pytest.approx([0.497, 0.005], abs=0.05) and alike[2] == pytest.approx([0.888, 0.497], abs=0.1)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**31), warp=st.floats(0, 1), spacing=st.sampled_from([MM, (0.8, 0.8, 0.8), (0.7, 1.2, 3.0)])
@@ -168,6 +179,54 @@ def test_what_is_stripped_is_exactly_zero(key):
     assert not seen.numpy()[far > 20].any()
 
 
+def test_a_stripped_head_keeps_its_brain_and_so_many_voxels_around_it():
+    """Tight, the fluid around the brain goes too, but for one voxel more than the rim."""
+    labels, ranges = (
+        np.pad(brain((26, 28, 24)), ((14, 0), (0, 9), (0, 0))),
+        dataclasses.replace(PLAIN, strip=1.0, rim=2),
+    )
+    kinds = set()
+    for epoch in range(7):
+        key = (3, epoch, "rim")
+        look = draw_look(key, sorted(map(int, np.unique(labels))), ranges)
+        core = (labels > 0) & (labels < 500) & ~(look.tight & (labels == 24))
+        steps = ndimage.distance_transform_cdt(~core, metric="taxicab")
+        expected = np.where(steps <= look.rim + look.tight, labels, 0)
+        seen = synthesise(labels, MM, key, ranges)[1].numpy()
+        box, there = (tuple(slice(w.min(), w.max() + 1) for w in np.nonzero(one)) for one in (expected, seen))
+        assert np.array_equal(seen[there], expected[box]), epoch
+        kinds.add((look.tight, look.rim))
+    assert len(kinds) >= 4
+
+
+def test_stripping_changes_nothing_of_the_brains_shape():
+    """One deformation of one map, whatever of it is kept, and wherever in the map the brain lies."""
+    labels = np.pad(brain((30, 34, 28)), ((22, 0), (0, 13), (0, 0)))
+    shapes = []
+    for strip in (0.0, 1.0):
+        seen = synthesise(labels, MM, (4, 1, "x"), dataclasses.replace(Synthesis(), strip=strip))[1].numpy()
+        inside = np.where(np.isin(seen, (2, 3, 4, 41, 42)), seen, 0)
+        shapes.append(inside[tuple(slice(w.min(), w.max() + 1) for w in np.nonzero(inside))])
+    assert shapes[0].shape == shapes[1].shape
+    assert (shapes[0] != shapes[1]).mean() < 1e-3  # found: 0; a coordinate at a voxel's edge may round either way
+
+
+def test_a_head_that_grows_is_seen_as_far_as_the_map_reached():
+    """The brain fits always; what is around it needs no larger arrays than the map's."""
+    labels = brain((30, 30, 30))  # its skin reaches to 0.95, and its fluid to 0.78, of the map
+    _, seen = synthesise(labels, MM, KEY, dataclasses.replace(PLAIN, scaling=(1.2, 1.2)))
+    assert max(seen.shape) <= 30 and bool((seen == 515).any())
+
+
+def test_a_made_image_is_a_magnitude():
+    noisy = dataclasses.replace(STILL, contrast=(0.01, 0.02), texture=(0.1, 0.1), blur=(0, 0))
+    image, seen = synthesise(brain(), MM, KEY, noisy)
+    tissue = image[seen > 0]
+    # Noise about nearly 0, of which the lower half is turned up, not cut off.
+    assert float(image.min()) >= 0 and float((tissue == 0).float().mean()) < 0.01
+    assert 0.06 < float(tissue.mean()) < 0.1  # of |N(0, 0.1)|: 0.08
+
+
 def test_a_brain_without_surroundings_is_zero_outside_its_rim():
     labels = tissues((40, 44, 38))
     rims = set()
@@ -205,6 +264,71 @@ def test_shares_and_ranges_are_those_asked_for():
     assert all(ranges.warp_mm[0] <= s.distance_mm <= ranges.warp_mm[1] for s in shapes)
 
 
+def test_every_range_is_used_up_to_its_ends():
+    s = Synthesis()
+    looks = [draw_look((1, i, "r"), [0, 3, 515], s) for i in range(120)]
+    shapes = [draw_shape((1, i, "r"), (8, 8, 8), MM, s) for i in range(120)]
+    for values, (low, high) in (
+        ([look.sd[3] for look in looks], s.texture),
+        ([look.blur for look in looks], s.blur),
+        ([look.surround[0] for look in looks], s.contrast),
+        ([look.surround[1] for look in looks], s.texture),
+        ([look.mean[515] for look in looks], s.contrast),
+        ([look.sd[0] for look in looks], (0.0, 0.02)),  # of air, where it has noise at all
+        ([shape.distance_mm for shape in shapes], s.warp_mm),
+    ):
+        room = 0.1 * (high - low)  # 120 draws leave a tenth of a range empty with a probability of 3e-6
+        assert low - room < min(values) < low + room and high - room < max(values) < high + room
+    # The parts of the texture's scales leave its variance as it is.
+    assert np.allclose([np.square(look.grain).sum() for look in looks], 1)
+    assert min(np.ptp([look.grain for look in looks], axis=0)) > 0.5  # found: 0.69
+
+
+def test_each_share_is_drawn_on_its_own():
+    """Free, inverted, stripped, tight: that a visit is one says nothing of the others."""
+    given = {2: 0.3, 3: 0.5, 10: 0.9}
+    halves = Synthesis(means=(tuple((v, m, 0.0) for v, m in given.items()),), free=0.5, invert=0.5, strip=0.5)
+    looks = [draw_look((2, i, "s"), [0, *given], halves) for i in range(240)]
+    found = np.array([[look.mean[v] for v in given] for look in looks])
+    turned = np.isclose(found, [0.9, 0.7, 0.3]).all(1)
+    told = turned | np.isclose(found, list(given.values())).all(1)  # of a free one it is not seen whether it is turned
+    rows = np.array([[look.strip, look.tight] for look in looks], float)
+    for columns in (np.column_stack([told, rows]), np.column_stack([turned, rows])[told]):
+        assert np.abs(columns.mean(0) - 0.5).max() < 0.2  # found: 0.06; the sd of 120 is 0.05
+        assert np.abs(np.corrcoef(columns.T) - np.eye(3)).max() < 0.4  # found: 0.11; of two that are one: 1
+
+
+SIDES = {41: 2, 42: 3, 43: 4, 44: 5, 46: 7, 47: 8, 49: 10, 50: 11, 51: 12, 52: 13, 53: 17, 54: 18, 58: 26, 60: 28}
+TISSUES = {
+    "white matter": (2, 7, 16, 28, 85),  # cerebrum, cerebellum, brain stem, ventral diencephalon, chiasm
+    "grey matter": (3, 8, 17, 18, 26),  # cortex of both, hippocampus, amygdala, accumbens
+    "deep grey matter": (10, 11, 12, 13),  # thalamus, caudate, putamen, pallidum
+    "fluid": (4, 5, 14, 15, 24, 72),  # ventricles, around the brain
+}
+
+
+def test_tissues_and_sides_are_freesurfers():
+    """Without scatter structures of one tissue are one; drawn freely, both sides of a structure are."""
+    one = {side: side for members in TISSUES.values() for side in members}
+    values = [0, *one, *SIDES, 515]
+
+    def groups(**ranges) -> set[frozenset[int]]:
+        mean = draw_look(KEY, values, dataclasses.replace(PLAIN, invert=0, **ranges)).mean
+        return {frozenset(v for v in values if mean[v] == m) for m in set(mean.values())}
+
+    right = {left: value for value, left in SIDES.items()}
+    both = {value: {value, right.get(value, value)} for value in one}
+    assert groups(free=1) == {frozenset({0}), frozenset({515}), *map(frozenset, both.values())}
+    joined = [frozenset().union(*(both[v] for v in members)) for members in TISSUES.values()]
+    assert groups(free=0) == {frozenset({0}), frozenset({515}), *joined}
+    wide = Synthesis(free=0, invert=0, contrast=(0, 50))  # nothing is clipped
+    apart = [draw_look((1, i), [0, 10, 11], wide).mean for i in range(80)]
+    assert np.std([m[10] - m[11] for m in apart]) == pytest.approx(0.04 * np.sqrt(2), rel=0.3)  # found: 12 % below
+    sides = ((3, 0.5, 0.1), (42, 0.5, 0.1))  # given apart, they are drawn apart
+    look = draw_look(KEY, [0, 3, 42], Synthesis(means=(sides,), free=0, invert=0))
+    assert abs(look.mean[3] - look.mean[42]) > 0.01 and look.sd[3] != look.sd[42]
+
+
 def test_warps_are_of_any_strength_up_to_the_largest():
     warped = dataclasses.replace(STILL, warp=0.8)
     shapes = [draw_shape((1, i, "w"), (30, 30, 30), MM, warped) for i in range(200)]
@@ -236,6 +360,7 @@ def test_rotation_scale_and_shear_of_every_axis_are_drawn_on_their_own():
     apart = np.corrcoef(values.T) - np.eye(9)
     assert np.abs(apart).max() < 0.25  # found: 0.13; 400 of two that are independent have an sd of 0.05
     assert np.ptp(values, axis=0).min() > 0.15  # every one of them varies, the shears by 0.2
+    assert np.abs((values > 0).mean(0) - 0.5).max() < 0.1  # either way alike; found: 0.06, and the sd is 0.025
 
 
 def test_means_are_drawn_about_those_given():
@@ -248,6 +373,8 @@ def test_means_are_drawn_about_those_given():
     turned = [draw_look((1, i, "f"), [0, 1, 5], dataclasses.replace(near, invert=1.0)).mean for i in range(100)]
     for before, after in zip(looks, turned, strict=True):  # bright and dark exchanged, the range kept
         assert after[1] == pytest.approx(before[5]) and after[5] == pytest.approx(before[1])
+    skull = [draw_look(KEY, [0, 1, 5, 515], dataclasses.replace(near, invert=i)).mean[515] for i in (0, 1)]
+    assert skull[0] == skull[1]
     free = [draw_look((1, i, "f"), [0, 1, 5], dataclasses.replace(near, free=1.0)).mean[1] for i in range(100)]
     assert np.std(free) > 0.2  # found: 0.27
 

@@ -262,7 +262,18 @@ class Noting:
         self.told.append((group, text, facts))
 
 
-def test_patches_per_second_are_those_of_all_ranks():
+def test_what_is_not_finite_is_null_in_the_log(tmp_path):
+    """So that every reader of JSON can read it."""
+    log = RunLog(tmp_path)
+    log.step(1, 2, 0.5, 0.0, {"g_total": float("nan"), "d_total": float("-inf"), "rate": 1.0})
+    log.epoch(1, {"PSNR": 30.0})
+    lines = log.path.read_text(encoding="utf8").splitlines()
+    step, epoch = (json.loads(line, parse_constant=pytest.fail) for line in lines)
+    assert (step["g_total"], step["d_total"], step["rate"], epoch["validation"]) == (None, None, 1.0, {"PSNR": 30.0})
+
+
+def test_a_row_tells_patches_of_all_ranks_and_the_time_that_this_call_needs():
+    """Of a run that went on at 0.5 and is at 0.75 after ten hours, ten are left."""
     logged, progress = [], Noting()
     run = SimpleNamespace(
         log=SimpleNamespace(step=lambda *row: logged.append(row)),
@@ -271,12 +282,13 @@ def test_patches_per_second_are_those_of_all_ranks():
         models=SimpleNamespace(device=torch.device("cpu")),
         progress=progress,
         board=None,
-        began=time.perf_counter() - 1,
-        began_at=0.0,
+        began=time.perf_counter() - 36000,
+        began_at=0.5,
     )
-    told = loop.Told({}, {}, ["a@0,0,0", "b@0,0,0"], update=1, done=0.5, seconds=0.25)
+    told = loop.Told({}, {}, ["a@0,0,0", "b@0,0,0"], update=1, done=0.75, seconds=0.25)
     loop.tell(run, SimpleNamespace(epoch=1), {"g_reconstruction": 1.0}, told)
     assert logged[0][-1]["patches_per_second"] == progress.lines[0][1]["patches/s"] == 2 * 4 / 0.25
+    assert progress.lines[0][1]["run"] == "10.0 h left"
 
 
 def test_progress_counts_updates_and_shows_losses_wait_memory_and_time_left(store, tmp_path):
@@ -342,6 +354,16 @@ def test_the_advice_after_out_of_memory_counts_the_micro_batches_there_were(monk
     monkeypatch.setattr(trial, "fits", lambda config, classes, device, batch: batch <= 2)
     models = Models(CONFIG.replace(batch_size=8, accumulate=3), 0, torch.device("cpu"))
     assert "--batch-size 2 fits, or --accumulate 12" in str(trial.memory_error(models, "out of memory"))
+    models = Models(CONFIG.replace(batch_size=5), 0, torch.device("cpu"))  # two, two and one
+    assert "--batch-size 2 fits, or --accumulate 3" in str(trial.memory_error(models, "out of memory"))
+
+
+def test_the_batch_that_fits_is_of_all_ranks_as_the_one_asked_for_is(monkeypatch):
+    tried = []
+    monkeypatch.setattr(trial, "fits", lambda config, classes, device, batch: tried.append(batch) or batch <= 2)
+    ranks = SimpleNamespace(world=3, minimum=lambda value: value)
+    config = CONFIG.replace(batch_size=24)
+    assert trial.batch_that_fits(config, 0, torch.device("cpu"), ranks) == 6 and tried == [8, 4, 2]
 
 
 @pytest.mark.fault(34)

@@ -15,14 +15,23 @@ from fastsrgan.data.subject import PatchRule
 from fastsrgan.evaluate import metrics
 from fastsrgan.evaluate.pair import evaluate_files
 from fastsrgan.infer.files import infer_files
+from fastsrgan.infer.settings import PAPER_STEP, InferSettings
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.observation.model import Degradation, degrade
 from fastsrgan.store.reader import open_store
 from fastsrgan.train import loop
+from fastsrgan.train import validate as validation
 from fastsrgan.train.run import train
-from fastsrgan.train.validate import central_patch, fixed_resident, patch_ssim, validate, validate_whole
+from fastsrgan.train.validate import (
+    central_patch,
+    fixed_resident,
+    patch_ssim,
+    validate,
+    validate_whole,
+    validation_sums,
+)
 from fastsrgan.volume.geometry import resampled_affine
 
 
@@ -99,6 +108,12 @@ def test_what_is_below_zero_counts_as_zero_in_every_score(store):
     assert below == zero and zero["SSIM"] < zero["SSIM_spline"]
 
 
+def test_half_a_probability_is_outside_as_in_inference():
+    pred, truth = torch.full((1, 2, 4, 4, 4), metrics.SEG_THRESHOLD), torch.ones(1, 2, 4, 4, 4)
+    pred[0, 1, 0] += 1e-6
+    assert validation_sums(pred, truth)[2:].tolist() == [16, 16, 64]
+
+
 def test_whole_volumes_score_as_infer_and_evaluate_do(store, tmp_path):
     """The thick slices of a Test subject, through `infer` and `evaluate`: the figures of the validation."""
     feed = make_feed(store)
@@ -123,6 +138,32 @@ def test_whole_volumes_score_as_infer_and_evaluate_do(store, tmp_path):
         assert scores[f"{who}_SSIM"] == pytest.approx(image["ssim"], abs=1e-12)  # found: 2.2e-16 (rounding)
         assert scores[f"{who}_Dice"] == pytest.approx(seg["dice"], abs=1e-3)  # found: 0
     assert scores["linear_PSNR"] > scores["spline_PSNR"]
+
+
+def test_whole_volumes_keep_labels_whole_and_have_the_papers_tiles_where_they_are_the_originals(store, monkeypatch):
+    feed, plain, orders = make_feed(store), validation.onto_grid, []
+
+    def onto_grid(volume, like, **more):
+        orders.append((volume.data.dtype == np.uint8, more.get("order")))
+        return plain(volume, like, **more)
+
+    monkeypatch.setattr(validation, "onto_grid", onto_grid)
+    validate_whole(Identity(), feed, [next(s.id for s in feed.store.subjects)])
+    assert {order for whole, order in orders if whole} == {0} and len(orders) == 3  # neighbours of a label are no mean
+    assert (InferSettings().patch, PAPER_STEP) == (validation.PATCH, validation.STEP)
+
+
+def test_whole_volumes_of_the_original_are_clipped_at_zero_and_told_their_resolution(store, monkeypatch):
+    law = Degradation(((1.0, 1.0, 3.0),), 0.0, 0.0, "segsrgan")
+    feed = Feed(open_store(store), law, PatchRule(16, 12), seed=0, device=torch.device("cpu"), threads=1)
+    networks, subject = [], feed.store.subjects[0].id
+    monkeypatch.setattr(validation, "TileNetwork", lambda *args: networks.append(args[1]))
+    found = []
+    for level in (-1.0, 0.0):
+        made = lambda volume, plan, network, level=level: (torch.stack([volume * 0 + level, volume]), None)  # noqa: E731
+        monkeypatch.setattr(validation, "predict", made)
+        found.append(validate_whole(Identity(), feed, [subject]))
+    assert found[0] == found[1] and networks == [3.0, 3.0]
 
 
 def test_whole_volumes_have_resolutions_spaced_evenly_over_the_subjects(store, monkeypatch):
@@ -169,6 +210,7 @@ def test_a_lost_output_is_said_once_the_other_rises():
         (made(0.0, 0.2), {}),
         (made(0.0, 0.05), before),
         (made(0.3, 0.2), before),
+        (made(0.02, 0.2, Seg_share=0.002), before),  # little, but not nothing: 2 % of Dice, and of the label's voxels
         (made(0.5, -2.0), made(0.4, -3.0)),
     ):
         assert loop.collapse(scores, earlier) == ""

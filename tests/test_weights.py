@@ -18,9 +18,11 @@ import torch
 from damage import Canary
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from fastsrgan.errors import ModelError, ResourceError, UsageError
 from fastsrgan.model import keras as keras_h5
+from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model import weights
 from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator, check_limits
 
@@ -230,12 +232,27 @@ def test_half_precision_networks_are_stored_as_float32(tmp_path):
     generator = random_generator(GeneratorSpec(kernel=1)).bfloat16()
     loaded = weights.load_generator(weights.save_generator(tmp_path / "a.safetensors", generator))
     assert same(loaded, generator.float())
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}  # noqa: SIM118
+
+
+def test_the_sum_is_of_all_bytes_of_a_large_file(tmp_path):
+    path = weights.save_generator(tmp_path / "a.safetensors", build_generator(GeneratorSpec(kernel=8)))
+    assert path.stat().st_size > 2**20  # more than what is read at a time
+    modelfile.check_sum(path)
+    for place in (-1, -(2**18)):
+        changed = bytearray(path.read_bytes())
+        changed[place] ^= 1
+        (tmp_path / "b.safetensors").write_bytes(changed)
+        with pytest.raises(ModelError, match="differs from the SHA-256"):
+            modelfile.check_sum(tmp_path / "b.safetensors")
 
 
 def test_info_tells_what_a_file_holds(tmp_path):
     keras = weights.info(GOLDEN / "weights_u_net_cond.h5")
     assert (keras["kind"], keras["critic"], keras["parameters"]) == ("keras", None, 11124)
-    assert "third" in keras["notes"][0]
+    noted = {path.stem for path in GOLDEN.glob("weights_*.h5") if weights.info(path)["notes"]}
+    assert noted == {"weights_u_net_cond"} and "third" in keras["notes"][0]  # the one that computes otherwise there
     native = weights.info(weights.import_keras(PLAIN, tmp_path / "a.safetensors"))
     assert native["kind"] == "safetensors"
     assert native["generator"] == {
