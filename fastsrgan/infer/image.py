@@ -328,12 +328,8 @@ def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     )
     labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * scaled  # bytes a voxel
     # The picture: the spline's coefficients and itself, which voxels lie in the scan, and differences.
-    copies = 1 + (loaded.mask is not None)
-    drawn = (
-        copies * loaded.volume.data.nbytes + 8 * loaded.volume.data.size + 10 * result.sr.size
-        if job.settings.png
-        else 0
-    )
+    low, copies = loaded.volume.data, 1 + (loaded.mask is not None)
+    drawn = copies * low.nbytes + 8 * low.size + 10 * result.sr.size if job.settings.png else 0
     return held + labels * result.sr.size + drawn
 
 

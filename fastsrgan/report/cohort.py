@@ -92,10 +92,11 @@ def candidates(scored: Sequence[dict[str, Any]]) -> list[str]:
         found = [pointer("scores", "image", region, key) for key in first[True]]
         found.append(pointer("scores", "gain", "image", region, first[True][0]))
         # Those with a short heading: the others are on each result's page, and no screen is wide enough for all.
-        shown = [k for k, figure in FIGURES.items() if figure.short and not figure.image]
-        found += [pointer("scores", "segmentation", key) for key in shown]
-        beside = pointer("scores", "segmentation", first[False][0])
-        found.insert(found.index(beside) + 1, pointer("scores", "baseline", "segmentation", first[False][0]))
+        there = {key for s in scored for key in s.get("segmentation", {})}
+        for key in [k for k, figure in FIGURES.items() if figure.short and not figure.image and k in there]:
+            found.append(pointer("scores", "segmentation", key))
+            if key == first[False][0]:
+                found.append(pointer("scores", "baseline", "segmentation", key))
     found += [pointer("measured", k) for k in ALONE[:2] if pointer("scores", "segmentation", k) not in found]
     return [*found, pointer("record", "seconds")]
 
