@@ -35,8 +35,8 @@ class ContrastLook:
 CONTRASTS = {
     # 1.41 to 1.47; of what `adult` segments 1.32 to 1.49 (weights of T1 alone 1.37 to 1.43, in FLAIR 1.10 to 1.14)
     "T1": ContrastLook("dark", (1.25, 2.2)),
-    "FLAIR": ContrastLook("dark", (0.5, 1.0)),  # 0.82 to 0.86; of what `adult` segments 0.90 to 0.94
-    "T2": ContrastLook("bright", (0.4, 0.95)),  # 0.76; of what `adult` segments 0.75
+    "FLAIR": ContrastLook("dark", (0.5, 1.0)),  # 0.82 to 0.86; of what `adult` segments 0.90 to 0.97
+    "T2": ContrastLook("bright", (0.4, 0.95)),  # 0.73 to 0.76; of what `adult` segments 0.74 to 0.75
     # 21 weeks 1.43, 34 weeks 1.16; as segmented 1.16 to 1.35, with stacks
     "T2 before myelination": ContrastLook("bright", (1.0, 1.8)),
 }
