@@ -233,7 +233,7 @@ class TrainConfig:
         "mm of the scans to train for, in plane twice and through it (segsrgan geometry: stored axes); twice: bounds",
         NEW, group=BASIC, also=("-n",), check=check_resolutions, more="two triples: uniform per axis, image and epoch")
     epochs: int = setting(200, "last epoch", FREE, group=BASIC, also=("-e", "--epoch"), above=0)
-    init_epoch: int = setting(1, "first epoch (epoch - init_epoch + 1 are run)", FREE, also=("-i",), above=0,
+    init_epoch: int = setting(1, "first epoch (epoch - init_epoch + 1 are run)", START, also=("-i",), above=0,
         more="epochs count from 1")
     batch_size: int = setting(16, "patches per update", ANEW, group=BASIC, also=("-b",), presets={"paper": 32}, above=0,
         more="of all ranks")
@@ -317,7 +317,7 @@ class TrainConfig:
         more="auto: threads; on CUDA with DALI whichever was faster on the first volumes")
     feed_threads: int = setting(0, "threads of the feed; 0 auto", FREE, low=0)
     prefetch: int = setting(1, "groups of subjects made ahead, in memory beside the one in use", FREE, above=0)
-    resident_memory: float | None = setting(None, "GB for the groups in memory where --resident-subjects is none", FREE,
+    resident_memory: float | None = setting(None, "GB for the groups in memory where --resident-subjects is none", ANEW,
         above=0, more="none: 40 % of what is free")
     pool_precision: str = setting("auto", "type of the resident intensities", NEW,
         choices=("auto", "fp32", "fp16", "bf16"))
@@ -361,7 +361,7 @@ class TrainConfig:
         " ([training](training.md#images-made-of-label-maps))")
     structure: str = setting("", "values of the tissues that are the label, for example 3,42", NEW, metavar="VALUES",
         check=hint_of(label_values))
-    tissue_means: str = setting("", "means of made images, VALUE:MEAN:SD,...; / between contrasts; empty: any", NEW,
+    tissue_means: str = setting("", "means of made images, VALUE:MEAN:SD,...; / between contrasts; without: any", NEW,
         check=hint_of(tissue_gaussians), metavar="MEANS", more="drawn about these, one contrast per visit")
     synthetic_free: float = setting(0.25, "share of made images with a mean for each structure", NEW, low=0, high=1)
     synthetic_invert: float = setting(0.2, "share of made images with bright and dark exchanged", NEW, low=0, high=1)
@@ -371,7 +371,7 @@ class TrainConfig:
         " in the plane twice, then through it; in segsrgan geometry always along each subject's stored axes")
     preset: str = setting("code", "defaults: the original code's, the paper's, or what was found to work", FREE,
         group=BASIC, choices=("code", "paper", "recommended"),
-        more="recommended: [what to expect](training.md#a-recipe); options given beside it win")
+        more="recommended: [what to expect](training.md#a-recipe); options beside it win; not with `--resume` alone")
     # fmt: on
 
     def __post_init__(self) -> None:

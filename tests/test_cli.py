@@ -115,7 +115,7 @@ def test_weights_import_and_export_round_trip(folder, tmp_path, capsys):
         (["train", "x.zarr", "-o", "run"], 2, "-n X Y Z"),
         (["train", "x.zarr", "-o", "run", "--config", "MISSPELT"], 4, "epohcs: unknown setting (did you mean epochs?)"),
         (["train", "-n", "1", "1", "3", "-o", "run"], 2, "data source"),
-        (["train", "x.zarr", "-o", "run", "-n", "1", "1", "3", "-ps", "62"], 4, "try 60 or 64"),
+        (["train", "x.zarr", "-o", "run", "-n", "1", "1", "3", "-ps", "62"], 2, "try 60 or 64"),
         (["train", "x.zarr", "-o", "run", "-n", "1", "1", "3"], 3, "no such folder"),
         (["infer", "none.nii.gz", "-o", "out", "-w", "W"], 3, "none.nii.gz"),
         (["infer", "SCAN", "-o", "out", "-w", "none.safetensors"], 4, "none.safetensors"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -160,6 +161,16 @@ def test_folders_that_cannot_be_used_say_why(folders, tmp_path):
         evaluate_cohort.evaluate_folders(tmp_path / "empty", truth)
     with pytest.raises(InputError, match="no truth in"):
         evaluate_cohort.evaluate_folders(out, tmp_path / "empty")
+
+
+def test_classes_of_labels_that_are_not_there_are_refused(folders, tmp_path, capsys):
+    results, truth = folders
+    for label in truth.glob("*.nii.gz"):  # the images are .nii
+        label.unlink()
+    shutil.copytree(results, tmp_path / "other")
+    for form in ((results, truth), (results, tmp_path / "other", truth)):
+        assert main(["--quiet", "evaluate", *map(str, form), "--label-classes", "3"]) == 2
+        assert "--label-classes: no label was found" in capsys.readouterr().err
 
 
 def test_the_command_writes_csv_json_and_pictures_and_ends_in_6(folders, tmp_path, capsys):

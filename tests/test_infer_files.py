@@ -66,6 +66,16 @@ def test_one_image_gives_its_outputs_in_the_right_place(tmp_path, model):
         assert np.allclose(volume.affine, expected.affine, atol=1e-6)  # found: 3e-7
 
 
+def test_one_path_is_one_input(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scan(tmp_path / "scan.nii.gz")
+    for given in ("scan.nii.gz", tmp_path / "scan.nii.gz"):
+        (item,) = run(given, tmp_path / "out", model, overwrite=True)["items"]
+        assert item["stem"] == "scan"
+    with pytest.raises(InputError, match=r"^gone\.mgz"):  # not the folder "." of its letters
+        run("gone.mgz", tmp_path / "other", model)
+
+
 def test_the_record_says_what_made_the_result(tmp_path, model):
     path = scan(tmp_path / "a.nii.gz")
     run([path], tmp_path / "out", model, window="gaussian", new_resolution=(1.0, 1.0, 1.25))

@@ -12,6 +12,7 @@ from fastsrgan.compat import job_model as job
 from fastsrgan.errors import UsageError
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io import nifti as images
+from fastsrgan.io.image_list import find_images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
@@ -132,6 +133,7 @@ def test_the_tree_names_and_types_are_the_originals(tmp_path, model):
         f"{RESULT}/patch_None/Cortex_whole_image.nii.gz",
         f"{RESULT}/patch_None/SR_whole_image.nii.gz",
     ]
+    assert [image.path.name for image in find_images([tmp_path], tmp_path / "out")] == ["T2.nii.gz"]
     cortex = images.load(tmp_path / "sub-01" / RESULT / "patch_None" / "Cortex_whole_image.nii.gz")
     assert cortex.meta["stored_dtype"] == "float64" and cortex.data.shape == (12, 10, 12)
 
@@ -268,6 +270,14 @@ def test_finished_results_are_kept_and_others_made_with_something_else_refused(t
     assert run(listing, model) == 2 and "another image" in capsys.readouterr().err
     assert contents(tmp_path) == before
     assert run(listing, model, "--overwrite") == 0 and contents(tmp_path) != before
+
+
+def test_a_series_is_of_dicom_alone(tmp_path, model, capsys):
+    places = [scan(tmp_path / f"{name}.nii.gz") for name in "ab"]
+    assert run(table(tmp_path, "a.nii.gz", "b.nii.gz"), model, "--series", "4") == 2
+    assert cli.main(["infer", *map(str, places), "-o", str(tmp_path / "out"), "--series", "4"]) == 2
+    assert capsys.readouterr().err.count("a.nii.gz: is no DICOM input and has no series") == 2
+    assert not (tmp_path / RESULT).exists()
 
 
 def test_a_bad_image_does_not_stop_the_others_and_leaves_nothing(tmp_path, model, capsys):

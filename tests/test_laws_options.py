@@ -332,6 +332,8 @@ def test_every_option_of_train_is_a_setting_or_stands_here():
 def test_what_names_the_data_reaches_the_conversion(monkeypatch, tmp_path):
     from fastsrgan import convert as convert_module
 
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("3 cortex\n", encoding="utf8")
     (tmp_path / "c.csv").write_text("HR_image,Label_image,Base\n", encoding="utf8")
     calls = []
     monkeypatch.setattr(
@@ -457,6 +459,7 @@ def test_what_is_typed_of_another_command_reaches_its_function(monkeypatch, tmp_
     plain = inspect.signature(getattr(importlib.import_module(module), function))
     calls = []
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("3 cortex\n", encoding="utf8")
     monkeypatch.setattr(target, lambda *args, **more: calls.append(plain.bind(*args, **more).arguments) or result)
     assert main(["--quiet", *shlex.split(words)]) == 0
     (given,) = calls

@@ -17,7 +17,7 @@ from fastsrgan.cli import job_model as cli_job
 from fastsrgan.cli import main as cli
 from fastsrgan.cli import train as cli_train
 from fastsrgan.config import TrainConfig, from_yaml
-from fastsrgan.errors import ModelError, UsageError
+from fastsrgan.errors import UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.model import checkpoint, weights
 from fastsrgan.store.reader import open_store
@@ -26,6 +26,7 @@ from fastsrgan.train.gan import Models
 from fastsrgan.train.validate import validation_sums
 
 ROOT = Path(__file__).parent.parent
+KERAS = Path(__file__).parent / "golden" / "weights_residual_mask3.h5"
 NEEDED = ["-csv", "t.csv", "-sf", "snapshots", "-n", "0.5", "0.5", "3"]
 
 
@@ -134,7 +135,7 @@ def test_the_low_resolution_once_is_fixed_and_twice_are_bounds(name):
     assert bounds.new_low_res == ((0.5, 0.5, 2.0), (0.5, 0.6, 4.0))
     with pytest.raises(UsageError, match="low resolution"):
         cli_train.build_config(parse(*command))
-    with pytest.raises(ModelError, match="one or two triples"):
+    with pytest.raises(UsageError, match="one or two triples"):
         cli_train.build_config(parse(*command, *[name, 1, 1, 3] * 3))
 
 
@@ -166,7 +167,7 @@ def test_presets_and_what_the_configuration_records(tmp_path):
 def test_interp_sitk_takes_the_originals_geometry():
     assert settings().geometry == "physical"
     assert settings("--interp", "sitk").geometry == "segsrgan"
-    with pytest.raises(ModelError, match="sitk is unknown in physical"):
+    with pytest.raises(UsageError, match="sitk is unknown in physical"):
         settings("--interp", "sitk", "--geometry", "physical")
 
 
@@ -201,7 +202,7 @@ def called(monkeypatch, tmp_path):
 
 def test_a_command_of_the_original_runs_unchanged(called, capsys, monkeypatch):
     """The README's example with every required option; the table is converted on the way."""
-    monkeypatch.setattr(cli_train, "convert_table", lambda table, args, progress: f"store of {table}")
+    monkeypatch.setattr(cli_train, "convert_table", lambda table, args, folder, progress: f"store of {table}")
     command = "--new_low_res 0.5 0.5 3 --csv data.csv --snapshot_folder weights --dice_file dice.csv --mse_file mse.csv"
     command += " --folder_training_data temporary --multi_gpu True --is_residual False"
     code, seen = called(*command.split())
@@ -217,8 +218,7 @@ def test_continuing_needs_weights_and_keeps_the_earlier_run(called, tmp_path, mo
     command = ["cohort.zarr", "-sf", "weights", "-n", 1, 1, 3, "-e", 40, "-i", 21]
     assert called(*command)[0] == 2 and "-w FILE" in capsys.readouterr().err
     (tmp_path / "weights").mkdir()
-    held = Path(__file__).parent / "golden" / "weights_residual_mask3.h5"
-    shutil.copyfile(held, tmp_path / "weights" / "SegSRGAN_epoch_20")
+    shutil.copyfile(KERAS, tmp_path / "weights" / "SegSRGAN_epoch_20")
     code, seen = called(*command, "-w", "weights/SegSRGAN_epoch_20")
     assert code == 0 and seen["folder"] == "weights" and seen["start_weights"] == "weights/SegSRGAN_epoch_20"
     monkeypatch.setattr(checkpoint, "snapshots", lambda run: [run / "checkpoints" / "step-00000009"])
@@ -240,6 +240,16 @@ def test_a_changed_table_is_converted_anew(called, tmp_path):
         assert code == 0
         subjects = open_store(seen["source"]).subjects
         assert sorted((s.id, s.split) for s in subjects) == sorted((r[:2], r.split(",")[2]) for r in listed)
+    # The table of a run that goes on from this one names other files: its data are kept in its own folder.
+    (tmp_path / "weights" / "checkpoints" / "step-00000009").mkdir(parents=True)
+    (tmp_path / "weights" / "checkpoints" / "step-00000009" / "manifest.json").write_text("{}", encoding="utf8")
+    for named, place in ((listed, "weights"), (rows, "weights/from_epoch_2")):
+        (tmp_path / "t.csv").write_text("\n".join(["HR_image,Label_image,Base", *named]), encoding="utf8")
+        code, seen = called("-csv", "t.csv", "-sf", "weights", "-n", 1, 1, 3, "-i", 2, "-w", KERAS)
+        assert code == 0 and seen["source"] == f"{place}/data.zarr"
+        assert len(open_store("weights/data.zarr").subjects) == 2 and len(open_store(seen["source"]).subjects) == len(
+            named
+        )
 
 
 def test_the_migration_page_has_every_option_and_names_tests_that_exist():

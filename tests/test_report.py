@@ -324,6 +324,8 @@ def test_pages_stay_below_the_limit_and_say_what_it_cost(results, page, tmp_path
         assert sizes[-1] <= most * 1e6  # found: 9.56e5
     with pytest.raises(UsageError, match="--max-mb"):
         report(results, tmp_path / "page.html", max_mb=0.5, overwrite=True)
+    with pytest.raises(UsageError, match="--max-mb: is of a result's page"):
+        report(make_run(tmp_path / "run"), max_mb=0.5)
 
 
 def test_what_is_missing_or_changed_is_said(results, tmp_path):

@@ -73,9 +73,11 @@ def test_json_has_no_nan(tmp_path):
 
 
 @pytest.mark.fault(42)
-@pytest.mark.parametrize("name", ["cuda:99", "tpu", "gpu", "meta"])
-def test_devices_that_are_not_there_are_refused(name):
-    with pytest.raises(ResourceError, match="--device"):
+@pytest.mark.parametrize(
+    ("name", "kind"), [("cuda:99", ResourceError), ("tpu", UsageError), ("gpu", UsageError), ("meta", UsageError)]
+)
+def test_devices_that_are_not_there_are_refused(name, kind):
+    with pytest.raises(kind, match="--device"):
         system.pick_device(name)
 
 

@@ -34,8 +34,10 @@ from fastsrgan.config import (
     from_mapping,
     setting,
 )
-from fastsrgan.errors import ModelError
+from fastsrgan.core.ranks import ALONE
+from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.model import checkpoint, safetensors
+from fastsrgan.train import run as run_module
 from fastsrgan.train import snapshots
 from fastsrgan.train.gan import Models
 from fastsrgan.train.run import train
@@ -151,6 +153,39 @@ def test_an_unknown_fact_of_a_row_is_an_error():
         setting(0, "help", FREE, lowest=0)
 
 
+def test_no_value_is_typed_as_none(parser, tmp_path):
+    """For every setting that may have none: beside a preset or a file, which say another."""
+    tried = [row for row in SETTINGS.values() if row.optional or (row.kind is str and not row.choices)]
+    assert {"steps_per_epoch", "noise_from", "resident_subjects", "flips", "structure"} <= {row.name for row in tried}
+    for row in tried:
+        given = SMALL.replace(**BESIDE.get(row.name, {}), **{row.name: another(row, row.default)})
+        (tmp_path / "c.yaml").write_text(given.to_yaml(), encoding="utf8")
+        made = typed(parser, "--config", str(tmp_path / "c.yaml"), row.flags[-1], "none")
+        assert made == given.replace(**{row.name: None if row.optional else ""})
+    action = next(a for a in actions(parser)._actions if a.dest == "flips")
+    assert action.help.endswith("(none)")
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("--batch-size 0", "--batch-size"),
+        ("-e 0", "--epochs"),
+        ("-ps 18", "--patch-size"),
+        ("--flips xx", "--flips"),
+        ("--noise 0.1 --noise-from 0.2", "--noise-from"),
+        ("--synthetic 0.5", "--synthetic"),
+    ],
+)
+def test_a_typed_value_that_is_not_allowed_is_a_usage_error_and_one_of_a_file_is_not(parser, tmp_path, words, option):
+    with pytest.raises(UsageError, match=f"^{option}: "):
+        typed(parser, "-n", "1", "1", "3", *words.split())
+    name = option[2:].replace("-", "_")
+    (tmp_path / "c.yaml").write_text(f"new_low_res: [1, 1, 3]\n{name}: {'xx' if name == 'flips' else -9}\n")
+    with pytest.raises(ModelError, match=rf"c\.yaml: {name}: "):
+        typed(parser, "--config", str(tmp_path / "c.yaml"), "--lr-gen", "0.1")
+
+
 # --- resume ---------------------------------------------------------------------------------------------------------
 
 
@@ -177,11 +212,29 @@ def test_a_resumed_run_does_with_another_value_what_the_row_says(row, tmp_path, 
     assert at == dataclasses.replace(STOOD, **{JUDGED: judged, ANEW: anew}.get(row.resume, {}))
     assert (f"not in this one: {row.name}" in caplog.text) == (row.resume == START)
     assert bool(caplog.records) == (row.resume in (NEW, KEPT, ANEW, START))
+    assert run.config == (then if row.resume == START else now), "what is recorded"
     if row.resume == KEPT:
         caplog.clear()
         run.config = then.replace(**{row.name: "auto"})
         snapshots.placed(run, Position(), tmp_path, "data")
         assert not caplog.records
+
+
+def test_a_preset_alone_changes_no_run_that_is_resumed(parser, tmp_path):
+    """Its record has a value for every setting, which a preset does not replace."""
+    (tmp_path / "config.yaml").write_text(SMALL.to_yaml(), encoding="utf8")
+    words = ["train", "c.zarr", "-o", str(tmp_path), "--resume"]
+    assert cli.main([*words, "--preset", "recommended"]) == 2
+    assert cli_train.build_config(parser.parse_args([*words, "--preset", "code"])) == SMALL
+
+
+def test_weights_to_begin_with_are_told_to_be_unused_where_a_snapshot_is(tmp_path, caplog):
+    (tmp_path / "checkpoints" / "step-00000009").mkdir(parents=True)
+    for given, told in ((None, 0), ("adult", 1)):
+        with caplog.at_level(logging.WARNING, "fastsrgan"):
+            assert run_module.has_snapshot(ALONE, tmp_path, SMALL, given)
+        assert len(caplog.records) == told
+    assert "the run has a snapshot, -w adult is not used" in caplog.text
 
 
 def test_another_network_is_refused(tmp_path):

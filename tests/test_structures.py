@@ -80,7 +80,9 @@ def test_what_cannot_be_is_refused(table, tmp_path):
     "given", (["--label-classes", "3,42"], ["--label-classes", *CHOSEN], ["--label-names", "lut.txt"])
 )
 @pytest.mark.parametrize("command", ("train", "study"))
-def test_labels_of_a_store_are_not_chosen_again(table, tmp_path, capsys, command, given):
+def test_labels_of_a_store_are_not_chosen_again(table, tmp_path, capsys, monkeypatch, command, given):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lut.txt").write_text("3 cortex\n", encoding="utf8")
     store, out = tmp_path / "c.zarr", tmp_path / "out"
     convert(table, store, label_classes="3,42")
     words = ["train", str(store), "-n", "1", "1", "3"] if command == "train" else ["study", "steps", str(store)]
@@ -88,6 +90,27 @@ def test_labels_of_a_store_are_not_chosen_again(table, tmp_path, capsys, command
     option = "--label-names" if given[0] == "--label-names" else "--label-classes"
     assert f"error: {option}: the labels of a store were chosen by `fastsrgan convert" in capsys.readouterr().err
     assert not (out / "config.yaml").exists() and not list(out.glob("*.json"))
+
+
+def test_a_run_keeps_the_classes_of_its_table(table, tmp_path, capsys):
+    run, manifest = tmp_path / "run", tmp_path / "run" / "data.zarr" / "manifest.json"
+    again = ["train", str(table), "-o", str(run), "--device", "cpu", "--quiet"]
+    small = ["-n", "1", "1", "3", "-b", "2", "-ps", "16", "--kernel-gen", "2", "--kernel-dis", "2", "--epoch", "1"]
+    small += ["--steps-per-epoch", "1", "--lambda-adv", "0", "--feed-threads", "1"]
+    assert main([*again, *small, "--label", *CHOSEN]) == 0
+    before = manifest.read_bytes()
+    assert main([*again, *small, "--label", "3"]) == 2 and "already holds a run" in capsys.readouterr().err
+    assert main([*again, "--resume", "--label", "3"]) == 2
+    assert "error: --label: other label classes than those of the run that is resumed" in capsys.readouterr().err
+    for more in ([], ["--label", *CHOSEN]):
+        assert main([*again, "--resume", "--epoch", "2", *more]) == 0
+    assert manifest.read_bytes() == before
+    for ending in ("", "_label"):  # a new subject has the classes of the others
+        shutil.copyfile(tmp_path / f"s1{ending}.nii.gz", tmp_path / f"s3{ending}.nii.gz")
+    table.write_text(table.read_text(encoding="utf8") + "s3.nii.gz,s3_label.nii.gz,Train\n", encoding="utf8")
+    assert main([*again, "--resume", "--epoch", "3"]) == 0
+    found = [s.attrs["structures"] for s in open_store(run / "data.zarr").subjects]
+    assert found == [[["cortex", [3, 42]], ["white", [2041]]]] * 4
 
 
 def test_subjects_with_other_structures_are_not_trained_together(table, tmp_path):

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -313,6 +313,19 @@ def test_the_papers_figures_are_labelled_and_never_mixed_with_rows(steps):
     assert paper_rows({"paper": {"rows": []}}) == []
 
 
+@pytest.mark.parametrize("given", [{"label_classes": "3"}, {"label_names": "t.tsv"}, {"split": "all"}])
+def test_images_alone_have_no_labels_and_no_split(folder, given):
+    for data in (find_heads(folder / "cohort.csv")[0].image, folder):
+        with pytest.raises(UsageError, match="images alone have no"):
+            find_heads(data, **given)
+
+
+def test_a_whole_image_has_no_steps(folder, undrawn, tmp_path):
+    asked = study.Settings(whole=True, device="cpu", precision="fp32")
+    facts = study.run("steps", folder / "a.nii.gz", tmp_path, [folder / "with.safetensors"], asked)
+    assert [row["model"] for row in facts["rows"]] == ["interpolation", "with"]
+
+
 def test_one_image_without_a_label_has_image_figures_only(folder, undrawn):
     asked = study.Settings(**SMALL, steps=(16,))
     made = study.run("steps", folder / "a.nii.gz", folder / "one", [folder / "with.safetensors"], asked)
@@ -509,11 +522,19 @@ def test_every_option_of_the_command_reaches_the_study(monkeypatch, tmp_path, ca
         return {"study": kind}
 
     monkeypatch.setattr(study, "run", run)
-    words = "--patch 32 --steps 8 16 --low-res 1 2 3 --noise 0 0.1 --ratios 2 5 --axis 1 --split all --subjects 3"
-    words += " --label-names t.txt --device cpu --precision bf16 --seed 7 --quick --json -w a b"
-    assert main(["study", "noise", "c.csv", *words.split(), "-o", str(tmp_path), "--label-classes", "3,42"]) == 0
-    kind, data, out, models, settings, more = seen[0]
-    assert (kind, list(data), out, models) == ("noise", ["c.csv"], str(tmp_path), ("a", "b")) and more["quick"]
+    (tmp_path / "t.txt").write_text("3 cortex\n", encoding="utf8")
+    monkeypatch.chdir(tmp_path)
+    words = "c.csv --patch 32 --steps 8 16 --noise 0 0.1 --split all --subjects 3 --label-classes 3,42"
+    words += " --label-names t.txt --device cpu --precision bf16 --seed 7 --quick --json -w a b -o out"
+    assert main(["study", "noise", *words.split(), "--low-res", "1", "2", "3"]) == 0
+    assert (
+        main(["study", "resolution", *words.split(), "--ratios", "2", "5", "--axis", "1"]) == 0
+    )  # excluded by the other
+    one, other = (made[4] for made in seen)
+    assert (one.low_res, other.low_res, one.ratios, one.axis) == ((1.0, 2.0, 3.0), None, None, 2)
+    kind, data, out, models, settings, more = seen[1]
+    assert (kind, list(data), out, models) == ("resolution", ["c.csv"], "out", ("a", "b")) and more["quick"]
+    settings = replace(settings, low_res=one.low_res)
     wanted = study.Settings(
         patch=32, steps=(8, 16), low_res=(1.0, 2.0, 3.0), noise=(0.0, 0.1), ratios=(2.0, 5.0), axis=1, split="all",
         subjects=3, label_classes=settings.label_classes, label_names="t.txt", device="cpu", precision="bf16", seed=7,

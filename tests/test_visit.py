@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cohort import SMALL, losses
+from cohort import SMALL, losses, make_store
 from feed_store import CPU, DRAWN, RULE, digest
 
 from fastsrgan.convert import convert
@@ -16,7 +16,7 @@ from fastsrgan.data.feed import Feed, deal, resident_limit
 from fastsrgan.data.settings_check import refuse_faults
 from fastsrgan.data.subject import PatchRule
 from fastsrgan.data.visit import Visits
-from fastsrgan.errors import InputError, ModelError
+from fastsrgan.errors import InputError, ModelError, UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.synthesis import Synthesis
@@ -236,6 +236,13 @@ def test_masks_are_refused_where_images_are_made(tmp_path, way, why):
     convert(tmp_path / "t.csv", tmp_path / "s.zarr")
     with pytest.raises(InputError, match=f"made of tissues have no mask: a_tissues .{why} needs HR_image"):
         train(tmp_path / "s.zarr", tmp_path / "run", CONFIG.replace(**way))
+
+
+def test_a_structure_of_tissues_that_no_subject_has_is_refused(tmp_path):
+    store = make_store(tmp_path)
+    for settings in ({"synthetic": 0.5}, {}):
+        with pytest.raises(UsageError, match=r"^structure: no subject has tissues"):
+            train(store, tmp_path / "run", SMALL.replace(structure="1", **settings))
 
 
 def test_a_subject_with_neither_label_nor_tissues_is_refused_beside_those_with_tissues(path):

@@ -10,8 +10,8 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastsrgan.core.files import finite
 from fastsrgan.core.progress import QUIET, Progress
@@ -25,6 +25,38 @@ if TYPE_CHECKING:
 WIDE, BAR_COLUMNS = 100, 54  # width of a terminal for the long bar; what stands beside the name of a stretch
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class Need(NamedTuple):
+    """What options need beside them. A command has a list of them, ``set_defaults(needs=...)``.
+
+    options : names, with blanks between
+    met : whether they have a use, of the parsed words
+    reason, hint : of the UsageError for one that is given in vain; ``refused`` False: of a warning
+    """
+
+    options: str
+    met: Callable[[argparse.Namespace], Any]
+    reason: str
+    hint: str = "leave it out"
+    refused: bool = True
+
+
+def refuse_idle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Raise UsageError for the first option, of another value than its default, that would do nothing beside the
+    others; warn where its ``Need`` says so."""
+    actions = {action.dest: action for action in parser._actions}
+    for need in getattr(args, "needs", ()):
+        for action in map(actions.__getitem__, need.options.split()):
+            value = getattr(args, action.dest)
+            if value == action.default or need.met(args):
+                continue
+            names = action.option_strings or [str(action.metavar)]
+            usual = f"--{action.dest.replace('_', '-')}"
+            named = usual if usual in names else names[-1]
+            if need.refused:
+                raise UsageError(named, need.reason, need.hint)
+            logging.getLogger("fastsrgan").warning("%s %s: it is not used", named, need.reason)
 
 
 def boolean(text: str) -> bool:
@@ -44,6 +76,7 @@ def add_label_options(
     of : whose values they are
     """
     text = f"which values {of} are the structure: 3,42 or names of a lookup table"
+    text += " (a row's own Label_classes comes first)" * bool(several)
     more: dict[str, Any] = {"nargs": "+"} if several else {}
     text += f"; several, as cortex=3,42 white=2,41, {several}" if several else ""
     parser.add_argument("--label-classes", *names, metavar="VALUES", help=text, **more)

@@ -6,13 +6,17 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from fastsrgan.cli.console import add_label_options, print_json, table
+from fastsrgan.cli.console import Need, add_label_options, print_json, table
 from fastsrgan.core.files import output_folder, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.errors import PartialFailure, UsageError
 
 PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg", "doubt")
+NEEDS = (
+    Need("seg baseline_seg", lambda a: a.label, "there is no label to compare it with", "--label IMAGE"),
+    Need("label_names", lambda a: a.label_classes or a.table, "has no use without --label-classes"),
+)
 
 
 def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -37,7 +41,8 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "seg": "segmentation of the result",
         "label": "its truth",
         "mask": "region to score besides the whole image",
-        "lr": "the low-resolution image: its spline and interpolated label map become the baselines",
+        "lr": "the low-resolution image: its spline is the baseline where no --baseline is given, with --label its "
+        "interpolated label map the one where no --baseline-seg is",
         "baseline": "another image of the subject to compare with",
         "baseline_seg": "another segmentation to compare with",
         "doubt": "what `infer --uncertainty` wrote: is the error larger where it is? (found beside the result)",
@@ -61,6 +66,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="PATH",
         help="picture of the errors: a file for a pair, a folder for several; of a comparison Bland and Altman's",
     )
+    p.set_defaults(needs=NEEDS)
 
 
 def _evaluate(args: argparse.Namespace, progress: Progress) -> int:

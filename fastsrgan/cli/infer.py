@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from fastsrgan.cli.console import add_checkpoint_option, chosen_weights, error_line, print_json, say
+from fastsrgan.cli.console import Need, add_checkpoint_option, chosen_weights, error_line, print_json, say
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
@@ -21,6 +21,13 @@ EXAMPLES = """fastsrgan infer scan.nii.gz -o out --step 16
   fastsrgan infer scans/ -o out --resume                             # a folder, as far as it is not done
   fastsrgan infer scan.nii.gz -o out -w a.safetensors -w b.safetensors --flips xyz --largest-component --png
   torchrun --nproc-per-node 8 -m fastsrgan infer list.txt -o out     # the images of a list over 8 GPUs"""
+
+NEEDS = (
+    Need("outside", lambda a: a.mask, "is what lies outside --mask, and none is given", "--mask FILE"),
+    Need("step budget", lambda a: a.patch is not None, "has no use with --patch none, the whole image in one tile"),
+    Need("series", lambda a: not a.bids, "is of a DICOM folder, and a BIDS dataset holds none"),
+)
+WEIGHTS_NEEDS = (Need("target overwrite", lambda a: a.action != "info", "has no use: info writes nothing"),)
 
 
 def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -62,6 +69,7 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--resume", action="store_true", help="skip what is finished")
     p.add_argument("--overwrite", action="store_true", help="replace existing results")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
+    p.set_defaults(needs=NEEDS)
 
     example = (
         "fastsrgan weights info perinatal\n"
@@ -79,6 +87,7 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("target", nargs="?", metavar="OUT", help="safetensors (import) or Keras HDF5 (export)")
     add_checkpoint_option(p)
     p.add_argument("--overwrite", action="store_true", help="replace OUT")
+    p.set_defaults(needs=WEIGHTS_NEEDS)
 
 
 def _refuse_pairs(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from fastsrgan.cli.console import boolean, error_line, say
+from fastsrgan.cli.console import Need, boolean, error_line, say
 from fastsrgan.config import CHOICES
 from fastsrgan.core.files import finite
 from fastsrgan.core.progress import Progress
@@ -16,6 +16,7 @@ from fastsrgan.core.system import tune_allocator
 from fastsrgan.errors import UsageError
 from fastsrgan.infer.settings import add_options
 
+NEEDS = (Need("interpolation_type", lambda a: a.interp == "sitk", "is of --interp sitk", refused=False),)
 EXAMPLE = """examples:
   fastsrgan job-model --path list.csv --patch 128 --step 64 --result_folder_name mine --weights_path SegSRGAN_epoch_200
   fastsrgan job-model --path list.csv --patch "64,128" --step "32 64,64 128" --result_folder_name mine \\
@@ -86,7 +87,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     own.add_argument("--overwrite", action="store_true", help="make anew what is there")
     own.add_argument("--json", action="store_true", help="print the summary as JSON")
-    p.set_defaults(run=run)
+    p.set_defaults(run=run, needs=NEEDS)
 
 
 def resolution(text: str) -> tuple[float, ...]:

@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastsrgan._version import __version__
-from fastsrgan.cli.console import add_label_options, error_line, open_console, plain, print_json, say, table
+from fastsrgan.cli.console import (
+    add_label_options,
+    error_line,
+    open_console,
+    plain,
+    print_json,
+    refuse_idle,
+    say,
+    table,
+)
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import SAID, Interrupts, Terminated, loading, no_room
 from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, out_of_memory
@@ -209,7 +218,10 @@ def _verify(args: argparse.Namespace, progress: Progress) -> int:
         problems += [] if found else [f"{run}: a run without snapshots, --resume has nothing to go on from"]
         what = f"{len(found)} snapshots"
     else:
-        store = open_store(args.path)
+        try:
+            store = open_store(args.path)
+        except InputError as error:
+            raise InputError(error.what, error.reason, "name a store, a run or one of its snapshots") from None
         problems = store.verify(progress)
         what = f"{len(store.subjects)} subjects"
     for line in problems:
@@ -260,10 +272,10 @@ def _doctor(args: argparse.Namespace, progress: Progress) -> int:
     return 0
 
 
-def _options(parser: Parser, command: str | None) -> list[str]:
-    """The option strings of a command."""
+def _below(parser: Parser, command: str | None) -> Parser:
+    """The parser of a command."""
     below = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
-    return [name for name in below.get(command or "", parser)._option_string_actions if name.startswith("--")]
+    return below.get(command or "", parser)
 
 
 def normalised(argv: Sequence[str]) -> list[str]:
@@ -298,13 +310,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = parser.parse_known_args(words)
         if unknown:
             command = f"fastsrgan {args.command}" if args.command else "fastsrgan"
-            near = close(unknown[0].partition("=")[0], _options(parser, args.command))
+            known = _below(parser, args.command)._option_string_actions
+            near = close(unknown[0].partition("=")[0], (name for name in known if name.startswith("--")))
             hint = f"did you mean {near}?" if near else f"{command} --help"
             raise UsageError(command, f"unrecognized arguments: {' '.join(unknown)}", hint)
         if args.command is None:
             parser.print_help()
             return 0
         progress = open_console(flags["--quiet"], flags["--debug"])
+        refuse_idle(_below(parser, args.command), args)
+        if getattr(args, "label_names", None):  # read when a name is to be found, or never
+            with loading():
+                from fastsrgan.io.labels import read_names
+            read_names(args.label_names)
         with signals:
             return int(args.run(args, progress))
     except SystemExit as stop:  # argparse's --help and --version

@@ -7,10 +7,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from fastsrgan.cli.console import add_label_options
+from fastsrgan.cli.console import Need, add_label_options
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import UsageError
+
+ONE_PAGE = "scores study hr label mask label_classes label_names max_mb"  # options of a single page
+NEEDS = (
+    Need(ONE_PAGE, lambda a: len(a.path) == 1, "has no use where several runs are laid over each other"),
+    Need("label_classes", lambda a: a.label, "no label is given", "--label IMAGE, or leave it out"),
+    Need("label_names", lambda a: a.label_classes, "has no use without --label-classes"),
+)
 
 
 def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -49,9 +55,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     p.add_argument("--overwrite", action="store_true", help="replace an earlier report")
     p.add_argument("--json", action="store_true", help="print the files as JSON")
-
-
-ONE_PAGE = ("scores", "study", "hr", "label", "mask", "label_classes", "label_names")  # options of a single page
+    p.set_defaults(needs=NEEDS)
 
 
 def run(args: argparse.Namespace, progress: Progress) -> int:
@@ -60,10 +64,6 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         from fastsrgan.report.page import report, runs_report
 
     if len(args.path) > 1:
-        given = [name for name in ONE_PAGE if getattr(args, name)]
-        if given:
-            option = f"--{given[0].replace('_', '-')}"
-            raise UsageError(option, f"{len(args.path)} runs are laid over each other", "leave it out")
         return _tell(runs_report(args.path, args.out, overwrite=args.overwrite), args.json)
     truth = {"hr": args.hr, "label": args.label, "mask": args.mask}
     written = report(

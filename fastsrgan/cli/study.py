@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from fastsrgan.cli.console import add_checkpoint_option, add_label_options, chosen_weights, print_json, table
+from fastsrgan.cli.console import Need, add_checkpoint_option, add_label_options, chosen_weights, print_json, table
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
@@ -15,6 +15,19 @@ from fastsrgan.infer.settings import add_options
 from fastsrgan.infer.values import tile_edge
 
 KINDS = ("steps", "noise", "augmentation", "resolution", "curves")
+MEASURED = (
+    "weights checkpoint quick patch steps low_res noise ratios axis split label_classes label_names subjects device "
+    "precision seed"
+)
+NEEDS = (
+    Need(MEASURED, lambda a: a.kind != "curves", "has no use: curves are read from the log of a run"),
+    Need("split label_classes label_names", lambda a: a.data or not a.quick, "has no use: --quick makes its own data"),
+    Need("subjects", lambda a: a.data or not a.quick or a.subjects <= 2, "--quick makes two subjects", "1, 2, or data"),
+    Need("low_res", lambda a: a.kind != "resolution", "is what this study varies", "--ratios, the slices' thickness"),
+    Need("ratios axis", lambda a: not a.low_res, "has no use beside --low-res"),
+    Need("ratios", lambda a: a.kind == "resolution" or len(a.ratios) == 1, "only resolution takes several", "one"),
+    Need("steps", lambda a: a.patch is not None, "has no use with --patch none, the whole image in one tile"),
+)
 
 
 def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -62,7 +75,14 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="N",
         help="tile edge in voxels, or none: the whole image in one tile (128, with --quick 48)",
     )
-    p.add_argument("--steps", nargs="+", type=int, metavar="N", help="voxels between tiles")
+    p.add_argument(
+        "--steps",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="voxels between tiles (steps: 20 30 50 80 128, noise and "
+        "augmentation: 30 80 128, resolution: 30; less with --quick)",
+    )
     p.add_argument(
         "--low-res",
         nargs=3,
@@ -75,7 +95,8 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         nargs="+",
         type=float,
         metavar="F",
-        help="standard deviations over the largest value (resolution: the first, augmentation: the largest)",
+        help="standard deviations over the largest value (noise: 0 0.01 0.02 0.03 0.05, with --quick 0 0.02 0.05; "
+        "augmentation, which takes the largest: 0.03; steps and resolution, which takes the first: 0)",
     )
     p.add_argument(
         "--ratios",
@@ -91,6 +112,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     add_options(p, "device", "precision")
     p.add_argument("--seed", type=int, default=0, help="of the noise and the synthetic subjects (0)")
     p.add_argument("--json", action="store_true", help="print what KIND.json holds")
+    p.set_defaults(needs=NEEDS)
 
 
 def _study(args: argparse.Namespace, progress: Progress) -> int:

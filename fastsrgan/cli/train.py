@@ -6,17 +6,20 @@ import argparse
 import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastsrgan import config as settings
-from fastsrgan.cli.console import add_checkpoint_option, add_label_options, boolean, chosen_weights
+from fastsrgan.cli.console import Need, add_checkpoint_option, add_label_options, boolean, chosen_weights
 from fastsrgan.core.files import output_folder
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.errors import FastsrganError, ModelError, UsageError
 from fastsrgan.infer.settings import add_options
+
+if TYPE_CHECKING:
+    from fastsrgan.io.tables import TableRow
 
 log = logging.getLogger("fastsrgan")
 
@@ -31,6 +34,32 @@ A CSV has the columns HR_image, Label_image, Base (Train or Test) and, for masks
 structures Tissue_image: a row with tissues needs neither image nor label (--structure)."""
 
 
+def is_table(source: str) -> bool:
+    """Whether the data are a table of files, by the ending of its name."""
+    return source.lower().endswith((".csv", ".txt"))
+
+
+NONE = "none"  # typed for no value, which is None or an empty text
+UNET = settings.CHOICES["network"]  # the first two are the original's, without and with
+NEEDS = (
+    Need("base_path", lambda a: is_table(a.source or a.csv or ".csv"), "is of a table, a store has no paths"),
+    Need("u_net", lambda a: (a.network or UNET[a.u_net]) == UNET[a.u_net], "contradicts --network", "one of the two"),
+    Need(
+        "tissue_means synthetic_free synthetic_invert synthetic_strip",
+        lambda a: a.structure or a.config or a.resume,
+        "is of images that are made of tissues, and no --structure is given",
+        "--structure 3,42",
+    ),
+    Need(
+        "interpolation_type",
+        lambda a: a.interp == "sitk" or a.config or a.resume,
+        "is of --interp sitk",
+        refused=False,
+    ),
+    Need("zero_head", lambda a: not (a.weights and a.zero_head) or a.resume, "is for a run without -w", refused=False),
+)
+
+
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Define the command."""
     p = commands.add_parser(
@@ -41,7 +70,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("source", nargs="?", metavar="STORE|CSV", help="store of `fastsrgan convert`, or a table of files")
+    text = "store of `fastsrgan convert`, or a table of files, .csv or .txt"
+    p.add_argument("source", nargs="?", metavar="STORE|CSV", help=text)
     p.add_argument("-csv", "--csv", metavar="CSV", help="table of files (the original's way to name the data)")
     p.add_argument("-o", "--out", metavar="RUN", help="run folder (the one of -sf)")
     p.add_argument("--config", metavar="YAML", help="settings file; options on the command line win")
@@ -68,20 +98,30 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
             if row.group == group:
                 add_setting(options, row)
     add_original(p)
-    p.set_defaults(run=run)
+    p.set_defaults(run=run, needs=NEEDS)
 
 
 def add_setting(group: argparse._ArgumentGroup, row: settings.Setting) -> None:
     """The option of a setting; its value is None where it is not given."""
-    form: dict[str, Any] = {"type": row.kind, "metavar": row.metavar or {int: "N", float: "F"}.get(row.kind)}
+    form: dict[str, Any] = {"type": parser_of(row), "metavar": row.metavar or {int: "N", float: "F"}.get(row.kind)}
     if row.choices:
         form = {"choices": row.choices}
     elif row.kind is bool:
         form = {"type": boolean, "metavar": "True|False"}
     elif row.kind is tuple:
         form = {"type": float, "nargs": 3, "action": "append", "metavar": ("X", "Y", "Z")}
-    default = "" if row.default == () else f" ({row.text(row.default)})"
+    default = "" if row.default == () else f" ({NONE if row.default == '' else row.text(row.default)})"
     group.add_argument(*row.flags, dest=row.name, help=f"{row.help}{default}".replace("%", "%%"), **form)
+
+
+def parser_of(row: settings.Setting) -> Callable[[str], Any]:
+    """A word of the command line -> a value of a setting; ``none`` stands where the setting may have none."""
+
+    def parse(word: str) -> Any:
+        return NONE if word.lower() == NONE and (row.optional or row.default == "") else row.kind(word)
+
+    parse.__name__ = row.kind.__name__  # for argparse, which tells it
+    return parse
 
 
 def add_original(p: argparse.ArgumentParser) -> None:
@@ -126,9 +166,16 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
         values = settings.read_yaml(args.config)
     elif args.resume and (Path(args.out or args.snapshot_folder or ".") / "config.yaml").is_file():
         values = settings.read_yaml(Path(args.out or args.snapshot_folder) / "config.yaml")
+        if args.preset not in (None, values.get("preset", "code")):
+            reason = "a run that is resumed has a value for every setting"
+            raise UsageError("--preset", reason, "give the settings that are to change, or begin another run")
     if args.u_net is not None:
-        values["network"] = settings.CHOICES["network"][args.u_net]  # the first two are the original's
-    values |= {name: getattr(args, name) for name in settings.SETTINGS if getattr(args, name) is not None}
+        values["network"] = UNET[args.u_net]
+    typed = {name: getattr(args, name) for name in settings.SETTINGS if getattr(args, name) is not None}
+    empty = {name: None if row.optional else "" for name, row in settings.SETTINGS.items() if not row.choices}
+    typed |= {name: empty[name] for name, value in typed.items() if value == NONE and name in empty}
+    read = set(values) - set(typed)
+    values |= typed
     if args.interp == "sitk" and "geometry" not in values:
         values["geometry"] = "segsrgan"
     if args.label_classes and len(args.label_classes) > 1:
@@ -137,7 +184,14 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
         values |= network_of(args.weights, values)
     given = bool(values.get("new_low_res"))
     # A misspelt setting is told first: it may be the one that is missing.
-    config = settings.from_mapping(values if given else values | {"new_low_res": [1, 1, 1]}, args.config or "settings")
+    try:
+        made = values if given else values | {"new_low_res": [1, 1, 1]}
+        config = settings.from_mapping(made, args.config or "settings")
+    except ModelError as error:
+        name = error.what.rpartition(": ")[2]
+        if name in read or name not in settings.SETTINGS:
+            raise
+        raise UsageError(settings.SETTINGS[name].flags[-1], error.reason, error.hint) from error
     if not given:
         raise UsageError("train", "no low resolution was given", "-n X Y Z in mm, for example -n 1 1 3")
     return config
@@ -167,8 +221,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         raise UsageError("train", "one data source is needed", "STORE, CSV, or -csv CSV")
     if not (args.out or args.snapshot_folder):
         raise UsageError("train", "no run folder was given", "-o RUN (or -sf DIR as in the original)")
-    is_table = str(source).lower().endswith((".csv", ".txt"))
-    if not is_table:
+    if not is_table(source):
         with loading():
             from fastsrgan.io.labels import refuse_for_store
 
@@ -182,7 +235,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     with loading():
         from fastsrgan.core.ranks import launched, speaks
         from fastsrgan.train.loop import BEST_BY
-        from fastsrgan.train.run import check_places, train
+        from fastsrgan.train.run import check_places, refuse_run, train
 
     if args.folder_training_data:
         log.info("--folder_training_data is not needed: patches are made in memory, nothing is written")
@@ -193,12 +246,14 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     folder = run_folder(args, config)
     read = [path for path in (source, args.config, args.label_names, not args.resume and args.weights) if path]
     check_places(folder, config, read, args.snapshot_folder, args.dice_file, args.mse_file, resume=args.resume)
-    if is_table:
+    if is_table(source):
         if launched():
             raise UsageError(
                 source, "ranks share a store, not a table", "fastsrgan convert it first, then name the store"
             )
-        source = convert_table(source, args, progress)
+        if not args.resume:
+            refuse_run(folder)  # its data would be replaced
+        source = convert_table(source, args, folder, progress)
     result = train(
         source,
         folder,
@@ -240,19 +295,35 @@ def run_folder(args: argparse.Namespace, config: settings.TrainConfig) -> str:
     return folder
 
 
-def convert_table(table: str, args: argparse.Namespace, progress: Progress) -> str:
-    """RUN/data.zarr of a CSV, made once; a second call or --resume finds it while the table names the same files."""
+def convert_table(table: str, args: argparse.Namespace, folder: str, progress: Progress) -> str:
+    """RUN/data.zarr of a CSV, made once; a second call or --resume finds it while the table names the same files.
+
+    The one of -sf DIR serves every run below it. A run that is resumed keeps its choice of label classes: UsageError
+    where another one is given.
+    """
     with loading():
         from fastsrgan.convert import convert
+        from fastsrgan.model.checkpoint import snapshots
         from fastsrgan.store.reader import open_store
 
+    choice, names = args.label_classes, args.label_names
     store = output_folder(args.out or args.snapshot_folder) / "data.zarr"
     complete = store.exists() and open_store(store).complete
-    if complete and files_in(store) == files_named(table, args.base_path, args.label_classes, args.label_names):
-        log.info("%s holds the converted volumes of an earlier call", store)
-        return str(store)
     if complete:
-        log.info("%s names other files than before: converted anew", table)
+        held = files_in(store)
+        if args.resume and not choice:
+            choice, names = choice_kept(table, args.base_path, held), None
+        asked = files_named(table, args.base_path, choice, names)
+        if held == asked:
+            log.info("%s holds the converted volumes of an earlier call", store)
+            return str(store)
+        if args.resume and any(held.get(files, classes) != classes for files, classes in asked.items()):
+            reason = "other label classes than those of the run that is resumed"
+            raise UsageError("--label", reason, "leave --label out, or begin a run in another folder")
+        if Path(folder) != store.parent and snapshots(store.parent):
+            store, complete = output_folder(folder) / "data.zarr", False  # the other is that of a run
+        else:
+            log.info("%s names other files or label classes than before: converted anew", table)
     resume = store.exists() and not complete
     try:
         result = convert(
@@ -261,8 +332,8 @@ def convert_table(table: str, args: argparse.Namespace, progress: Progress) -> s
             resume=resume,
             overwrite=complete,
             base_path=args.base_path,
-            label_classes=args.label_classes,
-            label_names=args.label_names,
+            label_classes=choice,
+            label_names=names,
             progress=progress,
         )
     except FastsrganError:
@@ -273,30 +344,46 @@ def convert_table(table: str, args: argparse.Namespace, progress: Progress) -> s
     return str(store)
 
 
+Files = dict[frozenset[str], list]  # split and files of a subject -> its structures: [name, values], or values of one
+
+
 def files_named(
     table: str, base_path: str | None, label_classes: Sequence[str] | None = None, label_names: str | None = None
-) -> set[frozenset[str]]:
+) -> Files:
     """Split, files and label classes of each row of a table."""
     from fastsrgan.io.labels import choices, structures
     from fastsrgan.io.tables import read_table
 
-    found = set()
+    found: Files = {}
     for row in read_table(table, base_path=base_path):
         chosen = structures(choices(row.classes, label_classes), row.label, label_names) if row.label else []
-        classes: Any = [[one.name, sorted(one.values)] for one in chosen]
-        classes = classes if len(chosen) > 1 else classes[0][1] if chosen else None
-        files = (str(path) for path in (row.image, row.label, row.mask, row.tissues) if path)
-        found.add(frozenset([row.base, f"classes {classes}", *files]))
+        classes: list = [[one.name, sorted(one.values)] for one in chosen]
+        found[files_of(row)] = classes if len(chosen) > 1 else classes[0][1] if chosen else []
     return found
 
 
-def files_in(store: Path) -> set[frozenset[str]]:
-    """Split and source files of each subject of a store, as ``files_named``."""
+def files_of(row: TableRow) -> frozenset[str]:
+    """Split and files of a row."""
+    return frozenset([row.base, *(str(path) for path in (row.image, row.label, row.mask, row.tissues) if path)])
+
+
+def files_in(store: Path) -> Files:
+    """Split, source files and label classes of each subject of a store, as ``files_named``."""
     from fastsrgan.store.reader import open_store
 
-    subjects = open_store(store).subjects
     return {
-        frozenset([s.split, f"classes {s.attrs.get('structures') or s.attrs.get('label_classes')}"])
-        | {file["path"] for file in s.attrs.get("source", {}).values()}
-        for s in subjects
+        frozenset([s.split, *(file["path"] for file in s.attrs.get("source", {}).values())]): s.attrs.get("structures")
+        or s.attrs.get("label_classes", [])
+        for s in open_store(store).subjects
     }
+
+
+def choice_kept(table: str, base_path: str | None, held: Files) -> list[str]:
+    """The label classes that a store was made with, from those of a row that names none itself."""
+    from fastsrgan.io.tables import read_table
+
+    rows = [row for row in read_table(table, base_path=base_path) if row.label and not row.classes]
+    classes: list = next((held[files_of(row)] for row in rows if files_of(row) in held), [])
+    if classes and isinstance(classes[0], list):
+        return [f"{name}={','.join(map(str, values))}" for name, values in classes]
+    return [",".join(map(str, classes))] if classes else []

@@ -159,7 +159,10 @@ def job_model(
                 patch=size, step=step_of, new_resolution=new_resolution, geometry=geometry, precision=precision
             )
     joined = Path(base_path, table) if base_path and Path(base_path, table).exists() else Path(table)
-    tasks = plan(sorted(read_list(joined, base_path=base_path or None), key=str), patch, step, result_folder_name)
+    listed = sorted(read_list(joined, base_path=base_path or None), key=str)
+    for path in listed:
+        any_image.refuse_series(path, series)
+    tasks = plan(listed, patch, step, result_folder_name)
     where = pick_device(device)
     source = weights.default_weights() if weights_path is None else Path(weights_path)
     facts = weights.info(source)

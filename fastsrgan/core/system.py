@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from fastsrgan.errors import ResourceError
+from fastsrgan.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ log = logging.getLogger("fastsrgan")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` -> device. Asking for CUDA where there is none is a ResourceError.
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` -> device. UsageError for others, ResourceError where CUDA is absent.
 
     A CUDA device becomes the current one of this process, before anything opens a context: a rank whose work named no
     device would otherwise open one on GPU 0 too, and take its memory.
@@ -41,7 +41,7 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ResourceError("--device", f"{name!r} is no device", "auto, cpu, cuda or cuda:0") from error
+        raise UsageError("--device", f"{name!r} is no device", "auto, cpu, cuda or cuda:0") from error
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
@@ -50,7 +50,7 @@ def pick_device(name: str = "auto") -> torch.device:
             )
         return _current(device)
     elif device.type != "cpu":
-        raise ResourceError("--device", f"{name!r} is not supported", "auto, cpu, cuda or cuda:0")
+        raise UsageError("--device", f"{name!r} is not supported", "auto, cpu, cuda or cuda:0")
     return device
 
 

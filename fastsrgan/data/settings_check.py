@@ -14,7 +14,7 @@ import numpy as np
 
 from fastsrgan.core.files import mapping
 from fastsrgan.data.subject import PatchRule, patch_origins, positive_box
-from fastsrgan.errors import InputError
+from fastsrgan.errors import InputError, UsageError
 from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.slice_axis import Axes, on_stored_axes
 from fastsrgan.store.reader import Store, Subject
@@ -41,10 +41,15 @@ def refuse_faults(
     structure: Sequence[int] = (),
     fit_mask: bool = False,
 ) -> None:
-    """Raise InputError that names every subject with which this run could not go on, fault by fault.
+    """Raise InputError that names every subject with which this run could not go on, fault by fault; UsageError for a
+    structure where no subject has tissues.
 
     structure : values of the tissues that are the label; fit_mask : whether the masks are learned
     """
+    if structure and not any(subject.has_tissues for subject in store.subjects):
+        raise UsageError(
+            "structure", "no subject has tissues, of which images are made", "Tissue_image, or leave it out"
+        )
     found = [
         (subject.id, fault)
         for subject in store.subjects

@@ -17,7 +17,7 @@ from typing import Any
 
 from fastsrgan.core.files import atomic_write, output_folder, read_json, walk_files
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.errors import FastsrganError, InputError
+from fastsrgan.errors import FastsrganError, InputError, UsageError
 from fastsrgan.evaluate.figures import definitions
 from fastsrgan.evaluate.metrics import CALIBRATION
 from fastsrgan.evaluate.pair import evaluate_files, flat, summarise
@@ -200,8 +200,11 @@ def evaluate_items(
     Returns ``rows`` (the dicts of ``evaluate_files`` with ``subject``), ``failed`` (subject, error) and ``summary``
     {figure: {mean, sd, n}} over the rows, figures named by their dotted path (``image.whole.psnr_db``); sd is the
     sample standard deviation (n - 1), None for one row. Raises InputError when no subject could be evaluated, and
-    UsageError, before any work, where ``png`` holds a file of a picture's name that is none of ``evaluate``'s.
+    UsageError, before any work, where ``png`` holds a file of a picture's name that is none of ``evaluate``'s, or where
+    label classes are chosen and there is no label.
     """
+    if choice.classes and not any("label" in item.files for item in items):
+        raise UsageError("--label-classes", f"no label was found for the results in {what}", "leave it out")
     pictures = [None if png is None else output_folder(png) / f"{i.subject.replace('/', '_')}.png" for i in items]
     for picture in pictures:
         if picture is not None:

@@ -358,7 +358,7 @@ class SomeFailed(PartialFailure):
 
 @takes_options(files=True)
 def infer_files(
-    inputs: Sequence[PathLike],
+    inputs: PathLike | Sequence[PathLike],
     out_dir: PathLike,
     weights: PathLike | Sequence[PathLike] | None = None,
     *,
@@ -378,7 +378,8 @@ def infer_files(
 
     Parameters
     ----------
-    inputs : NIfTI files, folders of them, DICOM folders or files, and .txt or .csv lists; see ``image_list``
+    inputs : one or several of NIfTI files, folders of them, DICOM folders or files, and .txt or .csv lists; see
+        ``image_list``
     weights : any weight file (``fastsrgan.load_generator``); several give the mean of their SR and of their
         probabilities; None and "auto" choose one of the package's models for each image, by the size of its head
         (``evaluate.plausibility.choose``)

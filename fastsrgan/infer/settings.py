@@ -160,7 +160,8 @@ class InferSettings:
         "voxels between tiles, or auto, as fits --budget or 60s; small is good and slow (half the patch; at most 30 on "
         "CUDA, with segsrgan or --budget)",
         parse=step_size, typed=None, reported=True)
-    budget: float | None = option(None, "60s, 2m: the densest steps down to --step that fit this time", parse=seconds,
+    budget: float | None = option(None,
+        "60s, 2m: the densest steps down to --step that fit this time; 0: the first alone", parse=seconds,
         metavar="TIME", check=check_budget, reported=True)
     new_resolution: Resolution = option(None,
         "one size, three, or same (default: isotropic at the finest, or at the weights' own where that is coarse)",

@@ -33,11 +33,16 @@ def load_any(
     """
     if dicom.is_dicom(path):
         return dicom.load(path, series=series, volume=volume, max_voxels=max_voxels)
-    if series is not None:
-        if not os.path.lexists(path):
-            raise no_such_file(Path(path))
-        raise UsageError(path, "is no DICOM input and has no series", "leave --series out")
+    if series is not None and not os.path.lexists(path):
+        raise no_such_file(Path(path))
+    refuse_series(path, series)
     return images.load(path, volume=volume, max_voxels=max_voxels)
+
+
+def refuse_series(path: str | os.PathLike, series: str | None) -> None:
+    """Raise UsageError for a series of a file that is there and no DICOM."""
+    if series is not None and os.path.lexists(path) and not dicom.is_dicom(path):
+        raise UsageError(path, "is no DICOM input and has no series", "leave --series out")
 
 
 def load_mask(path: str | os.PathLike, like: Volume, *, max_voxels: int = images.MAX_VOXELS) -> Volume:

@@ -33,18 +33,22 @@ class Image:
     series: str | None = None
 
 
-def find_images(inputs: Sequence[str | os.PathLike], out: str | os.PathLike, series: str | None = None) -> list[Image]:
+def find_images(
+    inputs: str | os.PathLike | Sequence[str | os.PathLike], out: str | os.PathLike, series: str | None = None
+) -> list[Image]:
     """Images named directly, by lists, and in folders, in that order; those of a folder by name.
 
     A folder with an image file in it or below stands for all of them, whatever else it holds; results of an earlier
     call and hidden files are left out. Any other folder, and any for which a series is named, is a DICOM image.
 
-    Raises UsageError for none, or two that would share their results; InputError for a list that cannot be read.
+    Raises UsageError for none, for two that would share their results, and for a series of what is no DICOM; InputError
+    for a list that cannot be read.
     """
     found: list[Image] = []
-    for item in map(Path, inputs):
+    for item in map(Path, [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs):
         for path in table.read_list(item) if item.suffix.lower() in LISTS else [item]:
             inside = _inside(path, Path(out)) if series is None and os.path.isdir(path) else []
+            any_image.refuse_series(path, series)
             found += inside or [Image(path, any_image.stem(path, series), series)]
     if not found:
         raise UsageError(
@@ -120,7 +124,7 @@ def _results_in(folder: Path) -> set[Path]:
     for path in folder.glob("*.json"):
         record = read_json(path)
         try:
-            if "provenance" in record and "weights" in record:
+            if "provenance" in record and ("weights" in record or "made_with" in record):  # the latter of job-model
                 found |= {path.with_name(Path(name).name) for name in record["outputs"].values()}
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # somebody else's JSON, as BIDS has beside every image

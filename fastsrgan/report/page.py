@@ -81,11 +81,15 @@ def report(
         raise UsageError("--max-mb", f"{max_mb:g} is not allowed", f"a size in MB above 0, at most {MOST_ALLOWED_MB:g}")
     if (label or mask) and not hr:
         raise UsageError("--label and --mask", "need --hr", "the truth that the image is compared with")
+    if label_classes and not label:
+        raise UsageError("--label-classes", "no label is given", "--label IMAGE, or leave it out")
     if hr and scores:
         raise UsageError("--hr", "excludes --scores", "one of the two")
     found = find(path, scores, studies)
     if hr and len(found.results) != 1:
         raise UsageError("--hr", f"one truth for {len(found.results)} results", "--scores with the JSON of evaluate")
+    if max_mb != MOST_MB and not found.results:
+        raise UsageError("--max-mb", "is of a result's page, and there is no result", "leave it out")
     target = Path(out) if out is not None else found.folder / NAME
     many = len(found.results) > 1
     names = cohort.page_names([r.stem for r in found.results], target) if many else []
@@ -96,8 +100,6 @@ def report(
     if standing and not overwrite:
         raise UsageError(standing[0], "exists already and is kept", "--overwrite, or another -o FILE.html")
     if hr:
-        if label_classes and not label:
-            raise UsageError("--label-classes", "no label is given", "--label IMAGE, or leave it out")
         chosen = labels.structure(label_classes, label, label_names).values if label and label_classes else None
         _score(found.results[0], Path(hr), Path(label) if label else None, Path(mask) if mask else None, chosen)
     limit = int(max_mb * 1e6)

@@ -127,12 +127,18 @@ def find_heads(
     were chosen when it was made.
 
     Raises InputError for a table or store that cannot be used or without such rows; UsageError for label classes and a
-    store.
+    store, and for label classes or another split of images alone.
     """
     path = Path(data)
     if url_of(str(data)) or (path / MANIFEST).is_file():
         labels.refuse_for_store(label_classes, label_names)
         return _stored_heads(open_store(data), split, limit)
+    if images.is_image(path) or path.is_dir():
+        for option, given in (("--label-classes", label_classes), ("--label-names", label_names)):
+            if given:
+                raise UsageError(option, "images alone have no label", "leave it out, or a table with Label_image")
+        if split != "Test":
+            raise UsageError("--split", "images alone have no Base", "leave it out, or a table")
     if images.is_image(path):
         return [_head(images.stem(path), path, None, None)]
     if path.is_dir():

@@ -210,7 +210,7 @@ def _filled(kind: str, settings: Settings, quick: bool) -> Settings:
     for step in filled.steps:
         patch = None if filled.whole else filled.patch
         InferSettings(patch=patch, step=step, precision=filled.precision)
-    return replace(filled, steps=tuple(sorted(set(filled.steps))))
+    return replace(filled, steps=tuple(sorted(set(filled.steps)))[: 1 if filled.whole else None])
 
 
 def _between(values: Sequence[float] | None, low: float, high: float) -> bool:

@@ -230,10 +230,16 @@ def known_run(ranks: Ranks, folder: Path) -> bool:
 
     Raises UsageError for a run of another job.
     """
-    found = bool(checkpoint.snapshots(folder))
-    if found and not ranks.noted(str(folder.absolute())):
+    if ranks.noted(str(folder.absolute())):
+        return bool(checkpoint.snapshots(folder))
+    refuse_run(folder)
+    return False
+
+
+def refuse_run(folder: str | os.PathLike) -> None:
+    """Raise UsageError for a folder that holds a run."""
+    if checkpoint.snapshots(Path(folder)):
         raise UsageError(folder, "already holds a run", "--resume continues it, or choose another folder")
-    return found
 
 
 def has_snapshot(ranks: Ranks, folder: Path, config: TrainConfig, start_weights: str | os.PathLike | None) -> bool:
@@ -242,6 +248,8 @@ def has_snapshot(ranks: Ranks, folder: Path, config: TrainConfig, start_weights:
     Raises ModelError where no run began in the folder, or where beginning again would replace weights.
     """
     if checkpoint.folders(folder):
+        if start_weights and not ranks.rank:
+            log.warning("%s: the run has a snapshot, -w %s is not used", folder, start_weights)
         return True
     told, hint = "no snapshot in this folder", "leave --resume out to begin a run"
     if (folder / checkpoint.MODEL).is_file():

@@ -165,6 +165,7 @@ def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
     unused = [k for k, resume in changed.items() if resume == settings.START]
     if unused:
         log.warning("settings that act only where a run begins, and not in this one: %s", ", ".join(unused))
+        run.config = now.replace(**{k: getattr(then, k) for k in unused})  # the record tells what was
     if settings.JUDGED in changed.values():
         at.best, at.best_epoch, at.best_dice, at.stale = None, None, None, 0
     moved = [k for k, resume in changed.items() if resume == settings.ANEW]
