@@ -40,11 +40,12 @@ OPTIONS: dict[str, Defaults] = {
         "batch": ([32], [8]),
         "stride": (20, 10),
         "fill": (75, 75),
-        "subjects": (4, 2),
-        "epochs": (2, 2),
+        "subjects": (2, 2),
+        "epochs": (4, 2),
+        "limit": (12, 1),
         "rounds": (1, 1),
         "workers": (None, None),
-        "visit": (32, 8),
+        "visit": (None, None),
         "step_ms": (145, 2),
     },
     "layers": {"kernel": ([16], [4]), "batch": ([4], [2]), "patch": (64, 16)},
@@ -69,14 +70,14 @@ HELP = {
     "ranks": "also the weak scaling of the iteration over so many processes",
     "step": "distance between tiles in voxels (infer: where all peers and memory are measured)",
     "steps": "more distances, where fastsrgan and, up to 64 tiles, MONAI are measured",
-    "limit": "seconds that the rounds of a case may take, beyond two rounds",
+    "limit": "seconds that the rounds of a case (data: the timed epochs of a side) may take, beyond two of them",
     "stride": "distance between patches in voxels",
     "fill": "width of the synthetic heads in percent of the volume",
     "subjects": "volumes of the end-to-end rows",
     "epochs": "of an end-to-end side that are timed, after its first one",
     "rounds": "of all end-to-end sides, each a process that begins anew",
     "workers": "worker processes of the peers' loaders (all usable cores)",
-    "visit": "patches that a peer takes of a volume before it is made anew, in the rows that say so",
+    "visit": "also peers that take so many patches of a volume before it is made anew (no such rows)",
     "step_ms": "duration of the simulated training step in milliseconds",
 }
 BRIEF = {
@@ -86,6 +87,16 @@ BRIEF = {
     "kernels": "device operations against the copy ceiling",
     "infer": "sum alone, stitching alone, whole inference over a list of steps",
 }
+FROM_RESULTS = {  # command -> (module of bench/, what it does)
+    "report": (
+        "report",
+        "bench/results -> docs/benchmarks.md, docs/roofline.md and the figures of docs/data-engine.md",
+    ),
+    "project": ("data_page", "what the measured figures mean for cohorts of other sizes"),
+    "roofline": ("roofline", "floors from the device's ceilings, beside what was measured"),
+    "traffic": ("traffic", "bytes that the compiled generator moves on CUDA, counted without one"),
+    "scale": ("scale", "epoch, traffic and cost for N subjects on M devices; --check tries it on CPU ranks"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,6 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    for name, (_, brief) in FROM_RESULTS.items():
+        commands.add_parser(name, help=brief)  # main hands their options on
     for bench, defaults in OPTIONS.items():
         p = commands.add_parser(bench, help=BRIEF[bench], description=BRIEF[bench])
         for name, (default, _) in defaults.items():
@@ -125,11 +138,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name, defaults in OPTIONS[args.bench].items():
         if getattr(args, name) is None:
             setattr(args, name, defaults[args.quick])
-    args.repeats = args.repeats or (2 if args.quick else 5)
-    args.threads = args.threads or len(os.sched_getaffinity(0))
+    args.repeats = (2 if args.quick else 5) if args.repeats is None else args.repeats
+    args.threads = len(os.sched_getaffinity(0)) if args.threads is None else args.threads
     args.memory = not args.quick if args.memory is None else args.memory
     if args.bench == "data" and args.engine is None:
         args.engine = not args.quick
+    if args.bench == "data" and args.plot and not args.engine:
+        parser.error("--plot draws the end-to-end rows: add --engine, which --quick leaves out")
     numbers = [v for name in OPTIONS[args.bench] for v in _flat(getattr(args, name))]
     if min([args.repeats, args.threads, *numbers]) < 1:
         parser.error("sizes, repeats and threads are numbers from 1 up")
@@ -148,7 +163,7 @@ def from_results(name: str, argv: Sequence[str]) -> int:
     from fastsrgan.errors import FastsrganError
 
     try:
-        print(importlib.import_module("bench.data_page" if name == "project" else f"bench.{name}").main(argv))
+        print(importlib.import_module(f"bench.{FROM_RESULTS[name][0]}").main(argv))
     except FastsrganError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -158,12 +173,7 @@ def from_results(name: str, argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if list(argv) == ["report"]:
-        from bench import report as page
-
-        print(page.main())
-        return 0
-    if argv and argv[0] in ("project", "roofline", "scale", "traffic"):
+    if argv and argv[0] in FROM_RESULTS:
         return from_results(argv[0], argv[1:])
     args = parse(argv)
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -174,8 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastsrgan.errors import FastsrganError
 
     try:
+        common.prepare(args)  # first: it knows whether the device is there
         cases = importlib.import_module(f"bench.{args.bench}").cases(args)
-        common.prepare(args)
         if args.peak_of:
             name, side = args.peak_of
             case = next(c for c in cases if c.name == name)

@@ -24,6 +24,7 @@ from fastsrgan.data.subject import patch_origins, positive_box
 from fastsrgan.io import nifti as images
 from fastsrgan.volume.resample import modulo_size
 
+MARGIN = 6  # voxels around the box of a cropped volume: further than the blur's Gaussian reaches at ratio 3
 THRESHOLD = 500  # stored intensity above which a voxel belongs to the label
 AIR = 0.0
 
@@ -45,7 +46,7 @@ class Work:
     folder : of the cohort: ID.nii.gz, ID_label.nii.gz, store
     shape, patch, stride, batch : voxels per axis; edge and grid spacing of patches; patches per batch
     subjects : number of volumes; patches : patches of each of them in one epoch
-    epochs : that are timed after the first one
+    epochs : that are timed after the first one; limit : seconds after which no further one of them begins, beyond two
     workers : processes of the peers' loaders; threads : of torch in the main process
     step_ms : duration of the simulated training step
     low_res, contrast, noise, geometry : the degradation (fastsrgan.observation.model.Degradation)
@@ -58,7 +59,8 @@ class Work:
     subjects: int
     patches: int = 0
     stride: int = 20
-    epochs: int = 2
+    epochs: int = 4
+    limit: int = 12
     workers: int = 2
     threads: int = 2
     step_ms: int = 145
@@ -98,6 +100,17 @@ class Work:
         """(n, 3) corners of a volume's patches: the grid over its positive voxels, as fastsrgan takes it."""
         image = image_XYZ[self.cut]
         return patch_origins(image.shape, self.patch, self.stride, positive_box(image))
+
+    def part(self, image_XYZ: np.ndarray) -> tuple[slice, slice, slice]:
+        """What is left of a volume that was cropped to its head: the box of its positive voxels with a margin, at least
+        a patch wide, on whole voxels of the low resolution."""
+        found = []
+        for n, (low, high), r in zip(image_XYZ.shape, positive_box(image_XYZ), self.low_res, strict=True):
+            low, high, step = max(0, low - MARGIN), min(n, high + MARGIN), round(r)
+            low = min(low, max(0, n - self.patch)) // step * step
+            high = min(n, max(high, low + self.patch))
+            found.append(slice(low, min(n, low - (low - high) // step * step)))
+        return tuple(found)  # type: ignore[return-value]
 
 
 def head(shape: Sequence[int], seed: int, fill: float) -> np.ndarray:
@@ -167,6 +180,7 @@ def cohort_of(args: argparse.Namespace) -> Cohort:
         stride=args.stride,
         subjects=args.subjects,
         epochs=args.epochs,
+        limit=args.limit,
         workers=args.workers or len(os.sched_getaffinity(0)),
         threads=args.threads,
         step_ms=args.step_ms,

@@ -39,7 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTES = [
     "seconds: wall clock of one call; min and max over the repeats are the spread",
     "cpu_seconds_median: CPU time of all threads; far below seconds times threads in use, others had the machine",
-    "ratio_to: the peer's median over ours; ratio_range: smallest and largest ratio of one round",
+    "ratio_to: the peer's median over ours; ratio_range: smallest and largest ratio of one round; end to end: of any"
+    " epoch of ours and any of the peer's",
     "max_error: largest difference from any peer or the known truth, relative to the other array's largest magnitude;"
     " of gradients: Euclidean norm of the difference relative to the norm, the worst tensor",
     "peak_bytes: growth of the process (CUDA: of torch's memory) during one call, inputs and parameters not counted",
@@ -55,11 +56,28 @@ OTHER_WORK = {
     "torchio of ": "takes a part of a volume's patches each time that it is degraded, fastsrgan all",
     "monai of ": "takes a part of a volume's patches each time that it is degraded, fastsrgan all",
 }
+END_TO_END, CROPPED = "end to end", ", cropped"
+AIR_TOO = (
+    "reads .nii.gz and interpolates whole volumes in each epoch, and takes patches from the air too; fastsrgan reads a"
+    " store that was converted before and interpolates the head's box"
+)
 
 
-def other_work(side: str) -> str | None:
-    """What a side does otherwise, so that its ratio is no comparison of equal work; None for equal work."""
-    return next((text for start, text in OTHER_WORK.items() if side.startswith(start)), None)
+def other_work(side: str, case: str = "") -> list[str]:
+    """What a side of a case does otherwise, so that its ratio compares no equal work; else nothing."""
+    found = [text for start, text in OTHER_WORK.items() if side.startswith(start)]
+    whole = side.startswith(("torchio", "monai")) and not side.endswith(CROPPED)
+    return [*found, AIR_TOO] if whole and case.startswith(END_TO_END) else found
+
+
+def marked(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the sides marked † do otherwise, a line for each difference."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for peer in row["peers"]:
+            for text in other_work(peer, row["name"]):
+                found.setdefault(text, {})[peer] = None
+    return [f"† {'; '.join(peers)}: {text}" for text, peers in found.items()]
 
 
 Sides = Mapping[str, Callable[[], Sequence[Any]]]
@@ -149,9 +167,21 @@ def run(cases: Sequence[Case | OwnWay], args: argparse.Namespace) -> dict[str, A
     )
 
 
+def is_quick(report: Mapping[str, Any]) -> bool:
+    """Whether a report was measured with --quick, so that its times are no comparison."""
+    return bool(report.get("settings", {}).get("quick"))
+
+
+def commit_of(report: Mapping[str, Any]) -> str:
+    """What code was measured, in words."""
+    commit = str(report["commit"])
+    changed = " with changes that were not committed" if commit.endswith("-dirty") else ""
+    return f"commit {commit.removesuffix('-dirty')}{changed}"
+
+
 def without_ratios(row: dict[str, Any]) -> None:
     """Forget what a row compares: times of --quick say whether the sides work, not how fast they are."""
-    for key in ("ratio_to", "ratio_range", "cpu_ratio_to"):
+    for key in ("ratio_to", "ratio_range", "cpu_ratio_to", "cold_ratio_to"):
         if key in row:
             row[key] = {}
     for facts in (row, *row["peers"].values()):
@@ -360,7 +390,7 @@ def print_row(row: Mapping[str, Any]) -> None:
         if peer in row["ratio_to"]:
             low, high = row["ratio_range"][peer]
             told = f"  {row['ratio_to'][peer]:.2f} x ours ({low:.2f} to {high:.2f})"
-        other = other_work(peer)
+        other = "; ".join(other_work(peer, row["name"]))
         print(f"  {peer:<24}{_times(facts)}{told}{f'  other work: {other}' if other else ''}")
 
 

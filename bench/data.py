@@ -44,7 +44,8 @@ def cases(args: argparse.Namespace) -> list[Case | OwnWay]:
             what = "a resolution not seen before" if cold else "matrices at hand"
             sides = _degrade_sides(shape, geometry, cold)
             title = f"degrade, {geometry}, {what}"
-            found.append(Case(title, {**facts, "geometry": geometry}, sides, TOLERANCE, voxels))
+            # What it takes at most does not depend on what was at hand.
+            found.append(Case(title, {**facts, "geometry": geometry}, sides, TOLERANCE, voxels, memory=not cold))
     batch = args.batch[0]
     patch = {"shape": list(shape), "patch": args.patch, "batch": batch}
     gather = _gather_sides(shape, args.patch, batch)

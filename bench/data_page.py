@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import other_work
+from bench.common import END_TO_END, commit_of, is_quick, marked, other_work
 from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import InputError
 
@@ -26,9 +26,7 @@ GOALS = {"original": 100.0, "torchio": 10.0, "monai": 10.0}  # patches/s over th
 
 def end_to_end(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """geometry -> the row beside peers, for rows that passed. Raises InputError when there is none."""
-    rows = {
-        r["geometry"]: r for r in report["rows"] if r["name"].startswith("end to end") and "patches_per_second" in r
-    }
+    rows = {r["geometry"]: r for r in report["rows"] if r["name"].startswith(END_TO_END) and "patches_per_second" in r}
     if not rows:
         raise InputError(
             "bench data", "the report has no end-to-end row", "`python -m bench data --json FILE` makes one"
@@ -80,32 +78,35 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
-def rates(report: dict[str, Any]) -> str:
-    """Every side of both laws."""
+def rates(report: dict[str, Any], notes: bool = True) -> str:
+    """Every side of both laws; with ``notes`` what those do that are marked."""
     lines = []
     for geometry, row in end_to_end(report).items():
         for name, facts in sides(row).items():
             ratio = row["ratio_to"].get(name)
             low, high = row["ratio_range"].get(name, (0, 0))
+            once = min(row["repeats"], facts["repeats"]) < 2
+            cold = row["cold_patches_per_second"] / facts["cold_patches_per_second"]
+            mark = " †" if other_work(name, row["name"]) else ""
             cpu = row["cpu_ratio_to"].get(name)
             lines.append(
                 [
-                    f"{name} ({geometry})" if name == "fastsrgan" else name + (" †" if other_work(name) else ""),
-                    rate(facts["patches_per_second"]),
+                    f"{name} ({geometry})" if name == "fastsrgan" else name + mark,
+                    f"{rate(facts['patches_per_second'])} (n {facts['repeats']})",
                     rate(facts["cold_patches_per_second"]),
-                    "" if ratio is None else f"{ratio:.3g} x ({low:.3g} to {high:.3g})",
+                    "" if ratio is None else f"{ratio:.3g} x" + ("" if once else f" ({low:.3g} to {high:.3g})"),
+                    "" if ratio is None else f"{cold:.3g} x",
                     "" if cpu is None else f"{cpu:.3g} x",
                     f"{100 * facts['wait_share']:.1f} %",
                     amount(facts["disk_bytes_per_epoch"] / facts["patches_per_epoch"]),
                     amount(facts["peak_bytes"]) if "peak_bytes" in facts else "",
                 ]
             )
-        lines += [[name, f"not run: {p['not_run']}", *[""] * 6] for name, p in row["peers"].items() if "not_run" in p]
+        lines += [[name, f"not run: {p['not_run']}", *[""] * 7] for name, p in row["peers"].items() if "not_run" in p]
     step = report["settings"]["step_ms"]
-    head = ["side", "patches/s", "first epoch", "fastsrgan is faster", "per CPU second"]
-    told = {text for row in end_to_end(report).values() for name in sides(row) if (text := other_work(name))}
-    notes = "".join(f"\n† other work: {text}.\n" for text in sorted(told))
-    return table([*head, f"waits at {step} ms steps", "written per patch", "peak memory"], lines) + notes
+    head = ["side", "patches/s", "first epoch", "fastsrgan is faster", "in the first epoch", "per CPU second"]
+    told = "".join(f"\n{line}.\n" for line in marked(list(end_to_end(report).values()))) if notes else ""
+    return table([*head, f"waits at {step} ms steps", "written per patch", "peak memory"], lines) + told
 
 
 def goals(report: dict[str, Any]) -> str:
@@ -116,15 +117,24 @@ def goals(report: dict[str, Any]) -> str:
             goal = GOALS.get(name.partition(",")[0].partition(" of ")[0])
             if goal:
                 met = "met" if ratio >= goal else f"missed by {goal / ratio:.2g} x"
-                lines.append([name, f"{goal:g} x", f"{ratio:.3g} x", met])
+                mark = " †" if other_work(name, row["name"]) else ""
+                lines.append([name + mark, f"{goal:g} x", f"{ratio:.3g} x", met])
     ours = end_to_end(report).values()
     # Bytes for a disk, and whatever went through write(): files in memory, pipes, logs.
     written = max(max(row["disk_bytes_per_epoch"], row["call_bytes_per_epoch"]) for row in ours)
     lines.append(["bytes written between store and step", "0", amount(written), "missed" if written else "met"])
     training = row_of(report, "training run")
+    waits = []
     if training:
-        share = 100 * training["wait_share"]
-        lines.append(["waiting in a training run", "1 %", f"{share:.2g} %", "met" if share < 1 else "missed"])
+        what = f"waiting in a training run on this CPU, steps of {duration(training['seconds_median'])}"
+        waits.append((what, training["wait_share"]))
+    for geometry, row in end_to_end(report).items():
+        what = f"waiting at assumed steps of {report['settings']['step_ms']} ms ({geometry})"
+        waits.append((what, row["wait_share"]))
+    for what, share in waits:
+        lines.append(
+            [what, "1 %", f"{100 * share:.3g} %", "met" if share < 0.01 else f"missed by {share / 0.01:.2g} x"]
+        )
     return table(["", "goal", "measured", ""], lines)
 
 
@@ -141,25 +151,33 @@ def stages(report: dict[str, Any]) -> str:
     return table(["stage", "a volume", "share", "a patch"], [*lines, ["all", duration(total), "", ""]])
 
 
-def differences() -> str:
-    """What each peer does not do as fastsrgan does."""
-    from bench.peers_data import DIFFERENCES
+def differences(report: dict[str, Any]) -> str:
+    """What each peer of the report does not do as fastsrgan does."""
+    from bench.peers_data import DIFFERENCES, parts
 
-    return "".join(f"* {name}: {'; '.join(found)}.\n" for name, found in DIFFERENCES.items())
+    there = {parts(name)[0] for row in end_to_end(report).values() for name in row["peers"]}
+    # What a side is told "as" another one is told with it.
+    there |= {name for name in DIFFERENCES if any(f"as {name}" in text for s in there for text in DIFFERENCES[s])}
+    return "".join(f"* {name}: {'; '.join(found)}.\n" for name, found in DIFFERENCES.items() if name in there)
 
 
 def projection(report: dict[str, Any], cohorts: Sequence[int] = COHORTS) -> str:
-    """Storage, traffic and time of cohorts of other sizes, every figure proportional to the measured volume."""
+    """Storage, traffic and time of cohorts of other sizes, every figure proportional to the measured volume.
+
+    Raises InputError for a report that has no such rows or was measured with --quick.
+    """
+    if is_quick(report):
+        raise InputError("bench data", "measured with --quick, which says nothing of speed", "measure without --quick")
     rows, row = end_to_end(report), row_of(report, "one volume")
     if row is None:
         raise InputError("bench data", "the report has no row of stages", "run it without --only")
     ours = next(iter(rows.values()))
     batch, patches = ours["batch"], row["patches"]
-    step = report["settings"]["step_ms"] / 1e3
+    step, waited = report["settings"]["step_ms"] / 1e3, ours["wait_seconds_per_step"]
     original = rows.get("segsrgan", {}).get("peers", {}).get("original", {})
     lines = []
     for n in cohorts:
-        epoch = n * patches / batch * step
+        epoch = n * patches / batch * (step + waited)
         lines.append(
             [
                 f"{n:,}",
@@ -176,7 +194,7 @@ def projection(report: dict[str, Any], cohorts: Sequence[int] = COHORTS) -> str:
             ]
         )
     head = ["subjects", "store, and read per epoch", "conversion, once", "patches per epoch", "to make them here"]
-    head += [f"epoch at {step * 1e3:.0f} ms per {batch} patches", "network meanwhile"]
+    head += [f"epoch at {step * 1e3:.0f} + {waited * 1e3:.3g} ms waiting per {batch} patches", "network meanwhile"]
     return table([*head, "the original's preparation here", "and what it writes"], lines)
 
 
@@ -220,6 +238,8 @@ BLOCKS = {
     "goals": goals,
     "stages": stages,
     "projection": projection,
+    "differences": differences,
+    "machine": lambda report: machine(report),
 }
 
 
@@ -234,9 +254,7 @@ def filled(text: str, report: dict[str, Any]) -> str:
     """The page's text with all marked blocks made from the report."""
 
     def block(found: re.Match) -> str:
-        name = found[2]
-        made = {"differences": differences, "machine": lambda: machine(report)}.get(name)
-        return found[1] + (made() if made else BLOCKS[name](report)) + found[3]
+        return found[1] + BLOCKS[found[2]](report) + found[3]
 
     return MARK.sub(block, text)
 
@@ -249,7 +267,8 @@ def machine(report: dict[str, Any]) -> str:
     return (
         f"`{' '.join(report['command'])}`: {row['subjects']} volumes of {size} voxels, {row['patches']} patches of"
         f" {row['patch']}^3 of each in an epoch, batches of {row['batch']}, {row['workers']} workers for the peers, on"
-        f" {m['usable_cores']} cores of an {m['cpu']}, no GPU; load average {m['load_average'][0]:.1f} at the end.\n"
+        f" {m['usable_cores']} cores of an {m['cpu']}, no GPU; load average {m['load_average'][0]:.1f} at the end;"
+        f" {commit_of(report)}.\n"
     )
 
 

@@ -41,6 +41,7 @@ SIDES: dict[str, Callable[[Work], Epochs]] = {
     "monai": peers.monai,
     "monai, trilinear": functools.partial(peers.monai, interpolation="linear"),
 }
+SIDES |= {f"{name}, cropped": functools.partial(SIDES[name], cropped=True) for name in list(SIDES)[1:]}
 LAWS: dict[str, Callable[[Work, str], peers.Law]] = {
     "original": peers.original_law,
     "torchio": functools.partial(peers.torchio_law, interpolation="bspline"),
@@ -48,8 +49,11 @@ LAWS: dict[str, Callable[[Work, str], peers.Law]] = {
     "monai": functools.partial(peers.monai_law, interpolation="spline"),
     "monai, trilinear": functools.partial(peers.monai_law, interpolation="linear"),
 }
+LAWS |= {f"{name}, cropped": functools.partial(LAWS[name], cropped=True) for name in list(LAWS)[1:]}
 SAME = 1e-3  # what a peer's truth may differ from ours: the largest low-resolution value divides both
-EXTRA_EPOCHS = 4  # the first one, two with simulated steps, one in which memory is looked at
+EXTRA_EPOCHS = (
+    3  # the first one, and two with simulated steps; the original, which makes nothing ahead, has one of them
+)
 
 
 # --- fastsrgan ----------------------------------------------------------------------------------------------------
@@ -72,7 +76,7 @@ def fastsrgan(work: Work) -> Epochs:
     """Store -> feed -> pool -> gather, the generator's pass of each epoch."""
     feed = make_feed(work)
     size = resident_limit(feed.store, work.names, device=feed.device)
-    last = work.epochs + EXTRA_EPOCHS
+    last = work.epochs + EXTRA_EPOCHS + 1  # the last one is only made ahead, beside the one before as beside any other
     plan = [(e, group) for e in range(1, last + 1) for group in deal(work.names, work.seed, e, size, 0, 1)]
     groups = feed.groups(iter(plan))
 
@@ -181,9 +185,11 @@ def forget_files(work: Work) -> None:
 
 
 def measure(side: str, work: Work, memory: bool = True) -> dict[str, Any]:
-    """All epochs of a side: times, bytes written and waiting; the last epoch is only for a parent that looks at memory.
+    """All epochs of a side: times, bytes written and waiting; in the first epoch with simulated steps a parent may look
+    at memory.
 
-    The first epoch begins with nothing in memory and includes building the loaders; ``seconds`` are those after it.
+    The first epoch begins with nothing in memory and includes building the loaders; ``seconds`` are those after it:
+    two, and as many more up to ``work.epochs`` as begin before ``work.limit`` seconds are over.
     """
     torch.set_num_threads(work.threads)
     tune_allocator()
@@ -198,16 +204,21 @@ def measure(side: str, work: Work, memory: bool = True) -> dict[str, Any]:
     cold = consume(_checked(next(epochs)), work)
     cold_seconds = time.perf_counter() - began
     steady, cpu = [], []
-    for _ in range(work.epochs):
+    for done in range(work.epochs):
+        if done >= 2 and sum(epoch["seconds"] for epoch in steady) > work.limit:
+            break
         cpu.append(tree_cpu_seconds(os.getpid()))
         steady.append(consume(next(epochs), work))
         cpu[-1] = tree_cpu_seconds(os.getpid()) - cpu[-1]
     # What is made ahead is made during the epoch before, so that one has the simulated steps too.
-    wait = [consume(next(epochs), work, work.step_ms / 1e3) for _ in range(2)][1]
+    looks = (memory,) if side == "original" else (memory, False)
+    for look in looks:
+        if look:
+            print(json.dumps({"look": True}), flush=True)
+        wait = consume(next(epochs), work, work.step_ms / 1e3)
+        if look:
+            print(json.dumps({"look": False}), flush=True)
     after, left = written(), watch.changed()
-    if memory:
-        print(json.dumps({"look": "memory"}), flush=True)
-        consume(next(epochs), work)
     return {
         "patches": steady[0]["patches"],
         "cold_seconds": cold_seconds,
@@ -218,7 +229,7 @@ def measure(side: str, work: Work, memory: bool = True) -> dict[str, Any]:
         "disk_bytes": after["disk"] - before["disk"],
         "call_bytes": after["calls"] - before["calls"],
         "files_left": {str(path): size for path, size in left.items()},
-        "epochs": work.epochs + 3,
+        "epochs": 1 + len(steady) + len(looks),
         "base_bytes": base,
     }
 

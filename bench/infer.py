@@ -47,7 +47,7 @@ STITCH_SHAPE, WHOLE_SHAPE = (160, 160, 160), (96, 112, 112)
 CHANNELS = 2  # SR and segmentation
 RING_BYTES = 2**27  # of different tiles that "sum alone" goes round, more than a cache holds
 CEILING = "copy of the same bytes"
-PLAIN, OWN = "plain network", "fastsrgan's network"
+PLAIN, LAST, OWN = "plain network", "plain network, channels last", "fastsrgan's network"
 HEADLINE = f"monai, {PLAIN}"
 FEW_TILES = 64  # up to which whole inference at other than the main step is compared with MONAI
 SUM, STITCH, WHOLE = "sum alone", "stitching alone", "whole inference"
@@ -297,10 +297,12 @@ def _whole_case(args: argparse.Namespace, step: int, window: str, kernel: int) -
     known = {
         f"{name}, {network}": (peer, network)
         for name, peer in peers(window, args.device).items()
-        for network in (PLAIN, OWN)
-        # The plain loop does what MONAI does; fastsrgan's network within other loops is measured once.
+        for network in (PLAIN, LAST, OWN)
+        # The plain loop does what MONAI does; fastsrgan's network within other loops is measured once, as is the plain
+        # one in the other order of memory.
         if name != "plain loop"
         and (network == PLAIN or (main and window == "constant"))
+        and (network != LAST or name == "monai")
         and (main or (few and name == "monai"))
     }
     missing = {name: why for name, (peer, _) in known.items() if (why := peer.not_run(plan))}
@@ -309,10 +311,13 @@ def _whole_case(args: argparse.Namespace, step: int, window: str, kernel: int) -
     def make(clock: Clock) -> Sides:
         image = texture(shape) * np.float32(812)
         generator = build_generator(GeneratorSpec(kernel=kernel)).eval().to(args.device)
-        plain = naive.NaiveGenerator(kernel).eval().to(args.device)
-        naive.copy(plain.paired(generator))
+        plain, last = (naive.NaiveGenerator(kernel).eval().to(args.device) for _ in range(2))
+        for one in (plain, last):
+            naive.copy(one.paired(generator))
         networks: dict[str, Network] = {PLAIN: clock(plain), OWN: clock(generator)}
+        networks[LAST] = clock(naive.channels_last(last))
         settings: dict[str, Any] = {"patch": args.patch, "step": step, "window": window, "device": args.device}
+        settings["batch"] = batch
 
         def ours() -> list[np.ndarray]:
             with mock.patch.object(TileNetwork, "__call__", clock(TileNetwork.__call__)):

@@ -35,13 +35,23 @@ DIFFERENCES = {
         "read with nibabel instead of SimpleITK; no prints",
     ],
     "torchio": [
+        "whole volumes are read from .nii.gz and made in every epoch; fastsrgan reads a store that was converted before"
+        " and interpolates the head's box only",
         "positions are uniform in the whole volume, air included (UniformSampler)",
         "the spline meets zeros outside the field of view; fastsrgan reflects",
         "noise and contrast come from the worker's generator: another number of workers gives other patches",
         "patches are mixed within a queue of two volumes; fastsrgan mixes all that are resident",
     ],
+    "torchio, cropped": [
+        "volumes are cropped to the head's box with a margin of 6 voxels and kept in memory from the first epoch on;"
+        " fastsrgan reads its store in every epoch",
+        "positions are uniform in what is left, margin included; all else as torchio",
+    ],
+    "torchio, linear, cropped": ["as torchio, cropped, with the linear interpolation of RandomAnisotropy"],
     "torchio, linear": ["as torchio, with the linear interpolation that RandomAnisotropy has by default"],
     "monai": [
+        "whole volumes are read from .nii.gz and made in every epoch; fastsrgan reads a store that was converted before"
+        " and interpolates the head's box only",
         "positions are uniform in the whole volume, air included (RandSpatialCropSamplesd)",
         "the Gaussian is integrated over a voxel (GaussianSmoothd, erf) with a width that makes up for it",
         "RandAdjustContrastd raises each image's own range to the power, so truth and input differ by a factor",
@@ -49,9 +59,15 @@ DIFFERENCES = {
         "batches hold patches of one subject, two at its ends: RandSpatialCropSamplesd gives all of a volume at once;"
         " PatchDataset would load every volume in every worker",
     ],
+    "monai, cropped": [
+        "volumes are cropped to the head's box with a margin of 6 voxels and kept in memory (CacheDataset);"
+        " fastsrgan reads its store in every epoch",
+        "positions are uniform in what is left, margin included; all else as monai",
+    ],
+    "monai, trilinear, cropped": ["as monai, cropped, with the trilinear interpolation of torch (Resized)"],
     "monai, trilinear": ["as monai, with the trilinear interpolation of torch (Resized)"],
 }
-NEEDS = {"torchio": "torchio", "torchio, linear": "torchio", "monai": "monai", "monai, trilinear": "monai"}
+NEEDS = {name: name.partition(",")[0] for name in DIFFERENCES if name != "original"}
 
 
 def parts(side: str) -> tuple[str, int]:
@@ -71,6 +87,11 @@ def missing(side: str) -> str | None:
 def read(path: str) -> np.ndarray:
     """A NIfTI file's voxels as stored."""
     return np.asanyarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
+
+
+def head_of(work: Work) -> tuple[slice, slice, slice]:
+    """What peers keep of every volume when they crop: all heads of the cohort have one outline."""
+    return work.part(read(work.image(work.names[0])))
 
 
 # --- the original -------------------------------------------------------------------------------------------------
@@ -164,25 +185,32 @@ class TorchioLaw:
         return tio.Resample((shape, affine), image_interpolation=self.interpolation, **only)(subject)
 
 
-def _torchio_subject(work: Work, name: str) -> Any:
+def _torchio_subject(work: Work, name: str, cropped: bool) -> Any:
     import torchio as tio
 
     image, label = tio.ScalarImage(work.image(name)), tio.LabelMap(work.label(name))
-    return tio.Subject(hr=image, label=label, num_samples=work.patches)
+    subject = tio.Subject(hr=image, label=label, num_samples=work.patches)
+    if not cropped:
+        return subject
+    part = head_of(work)
+    away = [n for axis, size in zip(part, work.shape, strict=True) for n in (axis.start, size - axis.stop)]
+    kept = tio.Crop(tuple(away))(subject)
+    images = {key: type(kept[key])(tensor=kept[key].data, affine=kept[key].affine) for key in ("hr", "label")}
+    return tio.Subject(**images, num_samples=work.patches)  # without its files, so it is in memory
 
 
-def torchio_law(work: Work, name: str, interpolation: str) -> Law:
+def torchio_law(work: Work, name: str, interpolation: str, cropped: bool = False) -> Law:
     """TorchIO's pipeline on one volume."""
-    done = TorchioLaw(work, interpolation)(_torchio_subject(work, name))
+    done = TorchioLaw(work, interpolation)(_torchio_subject(work, name, cropped))
     return tuple(done[key].data[0].numpy() for key in ("lr", "hr", "label"))  # type: ignore[return-value]
 
 
-def torchio(work: Work, interpolation: str = "bspline") -> Epochs:
+def torchio(work: Work, interpolation: str = "bspline", cropped: bool = False) -> Epochs:
     """TorchIO's queue: volumes from worker processes, patches cut and shuffled in the main one."""
     import torchio as tio
 
     dataset = tio.SubjectsDataset(
-        [_torchio_subject(work, name) for name in work.names], transform=TorchioLaw(work, interpolation)
+        [_torchio_subject(work, name, cropped) for name in work.names], transform=TorchioLaw(work, interpolation)
     )
     queue = tio.Queue(
         dataset,
@@ -208,14 +236,18 @@ def divide(item: dict[str, Any]) -> dict[str, Any]:
     return {**item, "lr": item["lr"] / scale, "hr": item["hr"] / scale}
 
 
-def monai_law_transforms(work: Work, interpolation: str) -> list[Any]:
+def monai_law_transforms(work: Work, interpolation: str, cropped: bool) -> list[Any]:
     """The degradation out of MONAI's dictionary transforms; the label is only read."""
     from monai import transforms as mt
 
-    images, low = ["hr", "label"], [round(n / r) for n, r in zip(work.shape, work.low_res, strict=True)]
+    images, crop, shape = ["hr", "label"], [], work.shape
+    if cropped:
+        start, end = zip(*((axis.start, axis.stop) for axis in head_of(work)), strict=True)
+        crop, shape = [mt.SpatialCropd(images, roi_start=start, roi_end=end)], tuple(np.subtract(end, start).tolist())
+    low = [round(n / r) for n, r in zip(shape, work.low_res, strict=True)]
     # The erf kernel is a Gaussian integrated over a voxel, which adds the variance of a voxel, 1/12.
     sigma = [math.sqrt((r / FWHM) ** 2 - 1 / 12) if r > 1 else 0.0 for r in work.low_res]
-    up = mt.Resized(["lr"], spatial_size=work.shape, mode="trilinear", align_corners=False)
+    up = mt.Resized(["lr"], spatial_size=shape, mode="trilinear", align_corners=False)
     if interpolation == "spline":
         up = mt.ResampleToMatchd(
             ["lr"], key_dst="hr", mode=3, padding_mode="reflect", align_corners=False, dtype=np.float32
@@ -223,6 +255,7 @@ def monai_law_transforms(work: Work, interpolation: str) -> list[Any]:
     return [
         mt.LoadImaged(images, image_only=True),
         mt.EnsureChannelFirstd(images),
+        *crop,
         mt.CastToTyped(["hr"], dtype=torch.float32),
         mt.CopyItemsd(["hr"], 1, ["lr"]),
         mt.GaussianSmoothd(["lr"], sigma=sigma),
@@ -236,26 +269,29 @@ def monai_law_transforms(work: Work, interpolation: str) -> list[Any]:
     ]
 
 
-def monai_law(work: Work, name: str, interpolation: str) -> Law:
+def monai_law(work: Work, name: str, interpolation: str, cropped: bool = False) -> Law:
     """MONAI's pipeline on one volume."""
     from monai.transforms import Compose
 
-    done = Compose(monai_law_transforms(work, interpolation))({"hr": work.image(name), "label": work.label(name)})
+    done = Compose(monai_law_transforms(work, interpolation, cropped))(
+        {"hr": work.image(name), "label": work.label(name)}
+    )
     return tuple(np.asarray(done[key][0]) for key in ("lr", "hr", "label"))  # type: ignore[return-value]
 
 
-def monai(work: Work, interpolation: str = "spline") -> Epochs:
-    """MONAI's data loader: volumes and their patches from worker processes, a volume at a time."""
+def monai(work: Work, interpolation: str = "spline", cropped: bool = False) -> Epochs:
+    """MONAI's data loader: volumes and their patches from worker processes, a volume at a time. Cropped volumes are
+    kept by ``CacheDataset``, which keeps what comes before the first random transform, or transform that is none."""
     from monai import transforms as mt
-    from monai.data import DataLoader, Dataset
+    from monai.data import CacheDataset, DataLoader, Dataset
 
     keys = ["lr", "hr", "label"]
     crop = mt.RandSpatialCropSamplesd(keys, roi_size=[work.patch] * 3, num_samples=work.patches, random_size=False)
     plain = mt.EnsureTyped(keys, track_meta=False)  # what the crops need not carry along
-    transform = mt.Compose([*monai_law_transforms(work, interpolation), plain, crop])
+    transform = mt.Compose([*monai_law_transforms(work, interpolation, cropped), plain, crop])
     files = [{"hr": work.image(name), "label": work.label(name)} for name in work.names]
     loader = DataLoader(
-        Dataset(files, transform),
+        CacheDataset(files, transform, progress=False) if cropped else Dataset(files, transform),
         batch_size=1,
         shuffle=True,
         num_workers=work.workers,

@@ -3,12 +3,14 @@ the figures and picture of docs/data-engine.md."""
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import data_page, infer_page, infer_plot, plot_step, roofline, scale, step, summary
-from bench.common import NOTES, other_work
+from bench.common import END_TO_END, NOTES, is_quick, marked, other_work
 from bench.data_page import RESULTS
 from bench.plot import plot
 from fastsrgan.core.files import atomic_write
@@ -25,10 +27,14 @@ HEAD = """
 ## How this was measured
 
 Made by `python -m bench report` from the files in `bench/results/`; run the commands below to repeat them on your
-machine. Results are compared first, and a case that exceeds its gate has no times. The sides get the same inputs in one
-process, do the same work but for those marked †, and take turns. Times are medians, with the smallest and largest in
-brackets.
+machine. Results are compared first, and a case that exceeds its gate has no times. The sides get the same inputs and do
+the same work but for those marked †. They take turns in one process, but for the rows end to end, whose sides run one
+after the other, each in a process of its own, and the rows of several ranks: all rounds on one rank, then all on
+several. Times are medians of n rounds (end to end: epochs), with the smallest and largest in brackets; what was
+measured once has no range. A commit with -dirty: the files of that commit with changes that were not committed when it
+was measured, so the commit alone does not give the code that was measured.
 """
+QUICK = "**Measured with --quick: whether the sides work, no comparison.**\n"
 # Names that the code had when a result was measured, and has now.
 RENAMED = {"nii.gz, fastsrgan.images": "nii.gz, fastsrgan.io.nifti"}
 
@@ -45,8 +51,10 @@ def seconds(value: float) -> str:
 
 
 def times(facts: dict[str, Any]) -> str:
-    """Median and spread of one side."""
-    return f"{seconds(facts['seconds_median'])} ({seconds(facts['seconds_min'])} to {seconds(facts['seconds_max'])})"
+    """Median, spread and number of rounds of one side."""
+    n = facts["repeats"]
+    spread = f"{seconds(facts['seconds_min'])} to {seconds(facts['seconds_max'])}, " if n > 1 else ""
+    return f"{seconds(facts['seconds_median'])} ({spread}n {n})"
 
 
 def memory(facts: dict[str, Any]) -> str:
@@ -61,8 +69,8 @@ def section(path: Path, report: dict[str, Any]) -> list[str]:
     made = f"torch {m['torch']}, commit {report['commit']}"
     load = f"load average {m['load_average'][0]:.1f}, " if m.get("load_average") else ""
     lines.append(f"{m['cpu']}, {m['threads']} threads, {load}device {report['device']}, {made}\n")
-    quick = report.get("settings", {}).get("quick")
-    lines += ["**Measured with --quick: whether the sides work, no comparison.**\n"] if quick else []
+    quick = is_quick(report)
+    lines += [QUICK] if quick else []
     lines += [
         "| case | side | time | ratio to fastsrgan | peak memory | largest difference |",
         "|---|---|---|---|---|---|",
@@ -79,34 +87,39 @@ def section(path: Path, report: dict[str, Any]) -> list[str]:
                 lines.append(f"| | {peer} | not run: {facts['not_run']} | | | |")
             else:
                 ratio = f"{row['ratio_to'][peer]:.2f} x" if peer in row["ratio_to"] and not quick else ""
-                name = RENAMED.get(peer, peer) + (infer_page.MARK if other_work(peer) else "")
+                name = RENAMED.get(peer, peer) + (infer_page.MARK if other_work(peer, row["name"]) else "")
                 lines.append(f"| | {name} | {times(facts)} | {ratio} | {memory(facts)} | {facts['max_error']:.1e} |")
     if path.name == STEP_REPORT:
         lines += ["", f"![time and memory of every side](images/{STEP.name})"]
-    if any(row["name"].startswith("end to end") for row in report["rows"]):
-        lines += ["", "End to end (docs/data-engine.md says what the columns are):\n", data_page.rates(report).rstrip()]
+    if any(row["name"].startswith(END_TO_END) and "patches_per_second" in row for row in report["rows"]) and not quick:
+        lines += [
+            "",
+            "End to end (docs/data-engine.md says what the columns are):\n",
+            data_page.rates(report, notes=False).rstrip(),
+        ]
     if report["bench"] == "infer" and (tables := infer_page.markdown(report)):
         lines += ["", f"![seconds against step](images/{STEPS.name})", "", tables]
-    return [*lines, *_marked(report), *_widened(report)]
+    notes = [f"* {line}" for line in (*marked(report["rows"]), *_notes(report))]
+    return [*lines, "", *notes] if notes else lines
 
 
-def _marked(report: dict[str, Any]) -> list[str]:
-    """What the sides marked † do otherwise."""
-    found = {peer: text for row in report["rows"] for peer in row["peers"] if (text := other_work(peer))}
-    return ["", *(f"* † {peer}: {text}" for peer, text in found.items())] if found else []
-
-
-def _widened(report: dict[str, Any]) -> list[str]:
-    """Cases that missed an earlier gate and were run again with a wider one, and why."""
+def _notes(report: dict[str, Any]) -> list[str]:
+    """Of training steps: cases that missed an earlier gate and were run again with a wider one, and why; what the
+    plain side of an earlier run did."""
     told = []
-    for row in report["rows"]:
-        for start, (earlier, missed, why) in step.WIDENED.items() if report["bench"] == "step" else ():
+    for row in report["rows"] if report["bench"] == "step" else ():
+        for start, (earlier, missed, why) in step.WIDENED.items():
             if row["name"].startswith(start) and row["tolerance"] > earlier:
                 told.append(
-                    f"* {row['name']}: missed its earlier gate of {earlier:g} with {missed:g} and was run again with "
+                    f"{row['name']}: missed its earlier gate of {earlier:g} with {missed:g} and was run again with "
                     f"{row['tolerance']:g} (this run: {row['max_error']:.1e}): {why}"
                 )
-    return ["", *told] if told else []
+        if row["name"].startswith("generator update") and step.CHANNELS_LAST not in row["peers"]:
+            told.append(
+                "naive: measured before it kept the gradients of the critic's weights from being made in the update of "
+                "the generator, and before it was run with channels last"
+            )
+    return told
 
 
 def scaled(path: Path, report: dict[str, Any]) -> list[str]:
@@ -114,22 +127,25 @@ def scaled(path: Path, report: dict[str, Any]) -> list[str]:
     m = report["machine"]
     lines = [f"\n## scale, {path.parent.name}\n", f"`{' '.join(report['command'])}`\n"]
     lines.append(f"{m['cpu']}, ranks of one thread, torch {m['torch']}, commit {report['commit']}\n")
-    lines += ["Epochs as predicted from one update, one volume and weak scaling, and as then run:\n"]
-    lines.append(scale.section(report))
+    if is_quick(report):
+        lines.append(QUICK)
+    else:
+        lines += ["Epochs as predicted from one update, one volume and weak scaling, and as then run:\n"]
+        lines.append(scale.section(report))
     try:
         figures = scale.measured(path.parent)
     except InputError:
         return lines
     lines.append("What the same sums say of this machine's own step and data figures (`python -m bench scale`):\n")
     lines.append(scale.prediction_table(figures, (40, 1000, 100_000), (1, 8, 64), 0.0))
-    return [*lines, scale.assumed(figures)]
+    return [*lines, "## Epochs on an accelerator, by arithmetic\n", scale.assumed(figures, path.parent.name)]
 
 
 def opening(reports: list[tuple[Path, dict[str, Any]]]) -> list[str]:
     """Five sentences for each machine, and one picture of all; drawn here."""
     machines: dict[str, dict[str, Any]] = {}
     for path, report in reports:
-        if path.name == f"{report['bench']}.json" and not report.get("settings", {}).get("quick"):
+        if path.name == f"{report['bench']}.json" and not is_quick(report):
             machines.setdefault(path.parent.name, {})[report["bench"]] = report
     lines = []
     named = {f"{name}: {next(iter(found.values()))['machine']['cpu']}": found for name, found in machines.items()}
@@ -143,8 +159,9 @@ def opening(reports: list[tuple[Path, dict[str, Any]]]) -> list[str]:
     return [*lines, f"\n![What the other sides take, in units of fastsrgan's time and memory](images/{SUMMARY.name})"]
 
 
-def main() -> Path:
-    """Write the page."""
+def main(argv: Sequence[str] = ()) -> Path:
+    """``python -m bench report``: write the pages and pictures; returns the first page."""
+    argparse.ArgumentParser(prog="python -m bench report", description=__doc__).parse_args(argv)
     reports = load()
     lines = ["# Benchmarks", *opening(reports), HEAD]
     for path, report in reports:
@@ -154,13 +171,14 @@ def main() -> Path:
         temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf8")
     with atomic_write(ROOFLINE) as temporary:
         temporary.write_text(roofline.page(), encoding="utf8")
-    drawn = [report for path, report in reports if path.name == "infer.json" and infer_page.markdown(report)]
+    slow = [(path, report) for path, report in reports if not is_quick(report)]
+    drawn = [report for path, report in slow if path.name == "infer.json" and infer_page.markdown(report)]
     if drawn:
         infer_plot.plot(drawn[0], STEPS)
-    measured = [report for path, report in reports if path.name == STEP_REPORT]
+    measured = [report for path, report in slow if path.name == STEP_REPORT]
     if measured:
         plot_step.plot(measured[0], STEP)
-    data = [report for path, report in reports if path.name == "data.json"]
+    data = [report for path, report in slow if path.name == "data.json"]
     if data and ENGINE.is_file():
         data_page.refresh(ENGINE, data[0])
         plot(data[0], PICTURE)

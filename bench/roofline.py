@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import flops
+from bench.common import commit_of, is_quick
 from bench.data_page import RESULTS, duration, table
 from bench.flops import Count
 from fastsrgan.errors import InputError
@@ -27,11 +28,11 @@ BLOCKS = 12  # convolutions of the residual blocks
 REPEATED = {"norm, 3^3 of a block": BLOCKS}
 HEAD = """# Roofline
 
-Made by `python -m bench report` from the files named below; `python -m bench roofline --matmul FLOPS --copy BYTES`
-gives the floors of another device. FLOPs and least bytes (every array of a convolution read or written once) follow
-from the layers' shapes (`bench/flops.py`), the ceilings from the best large matrix product and the best large copy of
-the same run. The floor is the longer of the two times. It counts products as usually written, so a rewrite that needs
-fewer of them can be faster than the floor.
+The tables are made by `python -m bench report` from the files named below; `python -m bench roofline --matmul FLOPS
+--copy BYTES` gives the floors of another device. FLOPs and least bytes (every array of a convolution read or written
+once) follow from the layers' shapes (`bench/flops.py`), the ceilings of each table from the best large matrix product
+and the best large copy of its own run. The floor is the longer of the two times. It counts products as usually written,
+so a rewrite that needs fewer of them can be faster than the floor.
 """
 CLOSING = """
 What to read from the tables, and what would close the gaps:
@@ -47,29 +48,30 @@ What to read from the tables, and what would close the gaps:
 * The critic's weight gradients have few output voxels and many taps; the step by hand computes them from inputs that
   are lifted once (decision 015).
 """
-H100 = (700e12, 2.9e12)  # FLOP per second of bfloat16 products, bytes per second of copies: assumed
+H100 = (700e12, 2.9e12)  # FLOP per second of bfloat16 products, bytes per second of copies: assumed, no source, not run
 ASSUMED = """
 ## An accelerator, by arithmetic
 
-No accelerator was measured. `python -m bench roofline --matmul 700e12 --copy 2.9e12 --type bf16`: ceilings that one
-H100 is said to have, bfloat16, k 16 and 32, batch 16, 64^3. `floor`: every array of a convolution read or written once,
-two bytes a value, products as usually written. `as run` and `uncompiled`: what the code asks for when every operation
-is a kernel of its own, counted on tensors without memory (`bench/uncompiled.py`). `at best`: the longer of the two at
-the ceilings; a compiler that fuses norms, pads and activations lies between it and the floor. `left`: `at best` over
-`floor`.
+No accelerator was measured. `python -m bench roofline --matmul 700e12 --copy 2.9e12 --type bf16`: ceilings that are
+assumed for an H100, without a source and not run, bfloat16, k 16 and 32, batch 16, 64^3. `floor`: every array of a
+convolution read or written once, two bytes a value, products as usually written. `as run` and `uncompiled`: what the
+code asks for when every operation is a kernel of its own, counted on tensors without memory (`bench/uncompiled.py`).
+`at best`: the longer of the two at the ceilings; a compiler that fuses norms, pads and activations lies between it and
+the floor. `left`: `at best` over `floor`.
 
 {table}
 
 What the compiled generator moves is counted by `python -m bench traffic` (k 16, batch 16, 64^3, bfloat16), each array
 that a kernel reads or writes once. The budgets are 200 MB per patch for a forward pass alone and 600 MB for the forward
-and backward pass of a training step; tests/test_gpu_forms.py asks for both with one of the six blocks. It counts
+and backward pass of a training step; tests/test_gpu_forms.py asks for both with one of the six blocks. It counted
 169.9 MB for a forward pass alone and 519.0 MB for forward and backward (186.7 and 332.3), in 305 kernels, with torch
-2.13.0.
+2.13.0; these figures are typed from its output, not made with this page.
 
 Emulated: the compiler's passes and its plan of kernels, made for a CPU with the options, forms and layouts of CUDA
-(cuDNN's rule of layouts by oneDNN's, which is the same); changes of layout, counted on CPU tensors and on CUDA tensors
-without memory, on which autograd cannot run: its operations are traced on a CPU and called again one by one.
-Compiled by a real compiler: the kernels of `kernels/`, by NVRTC. Run on a GPU: nothing.
+(oneDNN's rule of layouts stands for cuDNN's; that the two are the same is assumed, cuDNN was not run); changes of
+layout, counted on CPU tensors and on CUDA tensors without memory, on which autograd cannot run: its operations
+are traced on a CPU and called again one by one. Compiled by a real compiler: the kernels of `kernels/`, by NVRTC. Run
+on a GPU: nothing.
 """
 
 
@@ -159,8 +161,8 @@ def phase_table(report: dict[str, Any], top: Ceilings) -> str:
             continue
         count = one.times(row["batch"])
         count = Count(count.flop, row.get("least_bytes", count.bytes))
-        took, naive = row["seconds_median"], row["peers"]["naive"]["seconds_median"]
-        floor = top.floor(count)
+        took, floor = row["seconds_median"], top.floor(count)
+        plain = [row["peers"].get(name, {}).get("seconds_median") for name in ("naive", "naive, channels last")]
         lines.append(
             [
                 row["name"],
@@ -168,10 +170,10 @@ def phase_table(report: dict[str, Any], top: Ceilings) -> str:
                 f"{count.bytes / 1e9:.3g}",
                 duration(floor),
                 f"{duration(took)} ({took / floor:.2g} x)",
-                f"{duration(naive)} ({naive / floor:.2g} x)",
+                *("not run" if p is None else f"{duration(p)} ({p / floor:.2g} x)" for p in plain),
             ]
         )
-    return table(["phase", "GFLOP", "GB", "floor", "fastsrgan", "naive"], lines)
+    return table(["phase", "GFLOP", "GB", "floor", "fastsrgan", "naive", "naive, channels last"], lines)
 
 
 def floors(top: Ceilings, kernel: int, critic_kernel: int, patch: int, batch: int, critics: int, kind: str) -> str:
@@ -192,34 +194,40 @@ def floors(top: Ceilings, kernel: int, critic_kernel: int, patch: int, batch: in
     return table(head, lines)
 
 
-def ceilings(step: dict[str, Any]) -> Ceilings:
-    """Those that ``bench step`` measured. Raises InputError for a report without them."""
-    for row in step["rows"]:
-        if "ceilings" in row:
-            return Ceilings(row["ceilings"]["matmul_flop_per_second"], row["ceilings"]["copy_bytes_per_second"])
-    raise InputError("bench step", "the report has no ceilings", "`python -m bench step --json FILE` makes one")
+def ceilings(report: dict[str, Any]) -> Ceilings:
+    """Those that the run itself measured: on its device, where rows have them, else the CPU's. Raises InputError for a
+    report without them."""
+    known = [row["ceilings"] for row in report["rows"] if "ceilings" in row]
+    known += [report["machine"]] if report["device"] == "cpu" else []
+    for found in known:
+        if "matmul_flop_per_second" in found:
+            return Ceilings(found["matmul_flop_per_second"], found["copy_bytes_per_second"])
+    bench = f"bench {report['bench']}"
+    raise InputError(bench, "the report has no ceilings", f"`python -m {bench} --json FILE` makes one")
+
+
+def told(report: dict[str, Any], top: Ceilings) -> str:
+    """What a table was made of, and its ceilings."""
+    m = report["machine"]
+    return (
+        f"`{' '.join(report['command'])}`, {commit_of(report)}: {m['cpu']}, {m['threads']} threads, device "
+        f"{report['device']}, {top.matmul / 1e9:.4g} GFLOP/s in a product, {top.copy / 1e9:.3g} GB/s in a copy (read "
+        "and written).\n"
+    )
 
 
 def section(folder: Path) -> list[str]:
-    """One machine's tables as Markdown; nothing without its step report."""
-    found = {}
-    for name in ("step", "layers"):
+    """One machine's tables as Markdown, each beside the ceilings of its own run; nothing of what was measured with
+    --quick."""
+    lines = []
+    for name, title, made in (("step", "Phases", phase_table), ("layers", "Layers of the generator", layer_table)):
         path = folder / f"{name}.json"
-        if path.is_file():
-            found[name] = json.loads(path.read_text(encoding="utf8"))
-    if "step" not in found:
-        return []
-    step, top = found["step"], ceilings(found["step"])
-    for path in sorted(folder.glob("step-*.json")):  # parts that were run by themselves
-        step["rows"] += json.loads(path.read_text(encoding="utf8"))["rows"]
-    lines = [f"\n## {folder.name}\n"]
-    lines.append(f"{step['machine']['cpu']}, {step['machine']['threads']} threads, device {step['device']}: ")
-    lines[-1] += f"{top.matmul / 1e9:.4g} GFLOP/s in a product, {top.copy / 1e9:.3g} GB/s in a copy (read and written)."
-    lines += ["\nPhases, " + f"`{' '.join(step['command'])}`:\n", phase_table(step, top)]
-    if "layers" in found:
-        layers = found["layers"]
-        lines += [f"Layers of the generator, `{' '.join(layers['command'])}`:\n", layer_table(layers, top)]
-    return lines
+        report = json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
+        if report is None or is_quick(report):
+            continue
+        top = ceilings(report)
+        lines += [f"{title}, {told(report, top)}", made(report, top)]
+    return [f"\n## {folder.name}\n", *lines] if lines else []
 
 
 def page() -> str:

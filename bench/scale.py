@@ -28,13 +28,14 @@ from typing import Any
 
 import torch
 
+from bench.common import is_quick
 from bench.data_page import RESULTS, amount, duration, table
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.model.networks import CriticSpec, GeneratorSpec, parameter_shapes
 
 EPOCHS = 3  # of a checked run
 RANKS = (1, 2)
-LINK = 450e9  # bytes per second in each direction that one H100 is said to have to its neighbours: assumed
+LINK = 450e9  # bytes per second in each direction between H100s: assumed, no source, not run
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,9 @@ def prediction_table(f: Figures, subjects: Sequence[int], devices: Sequence[int]
     return table(head, lines)
 
 
-def assumed(f: Figures, price: float = 0.0) -> str:
-    """The same for the accelerator of docs/roofline.md, which nobody measured: an update takes what its floor is, or
-    what the code moves uncompiled; volumes are made at this machine's pace by eight threads a device. Gradients go by
-    a ring over ``LINK``, none of them hidden behind other work."""
+def assumed(f: Figures, machine: str, price: float = 0.0) -> str:
+    """The same for the accelerator of docs/roofline.md, which nobody measured, with what that assumes of a device and
+    of the machine beside it."""
     from bench import roofline, uncompiled
 
     top = roofline.Ceilings(*roofline.H100)
@@ -127,7 +127,18 @@ def assumed(f: Figures, price: float = 0.0) -> str:
         "at the floor": roofline.phase_counts(16, 32, 64, 5, 2)["iteration"],
         "uncompiled at best": uncompiled.phases(16, 32, 64, 5, torch.bfloat16)["iteration"],
     }
-    lines = []
+    lines = [
+        "No accelerator was measured. Assumed are",
+        "",
+        f"* ceilings of {top.matmul / 1e12:g} TFLOP/s (bfloat16) and {top.copy / 1e12:g} TB/s, which docs/roofline.md"
+        " assumes for an H100, and that an update takes what they allow, with nothing in between",
+        "* the paper's networks (k 16 and 32, five critic updates each), patches of 64^3, 16 of them for a device",
+        f"* volumes at the pace of one thread of {machine}, {duration(f.volume_seconds)} each, by eight threads a"
+        " device, which do not disturb one another; a store that is as fast as it is asked to be",
+        f"* {amount(size)} of gradients an update in a ring at {amount(LINK)}/s in each direction, without latency,"
+        " none of them hidden behind other work; no other loss by scaling",
+        "",
+    ]
     for name, one in kinds.items():
         seconds = top.floor(one.times(16))
         there = dataclasses.replace(
@@ -276,6 +287,8 @@ def measured(folder: Path) -> Figures:
         if not path.is_file():
             raise InputError(path, "is missing", f"`python -m bench {bench} --json {path}` makes it")
         found[bench] = json.loads(path.read_text(encoding="utf8"))
+        if is_quick(found[bench]):
+            raise InputError(path, "measured with --quick, which says nothing of speed", "measure without --quick")
     step = next(
         (r for r in found["step"]["rows"] if r["name"].startswith("iteration of") and "seconds_median" in r), None
     )
@@ -299,6 +312,29 @@ def with_options(f: Figures, args: argparse.Namespace) -> Figures:
     given["step_seconds"] = None if args.step_ms is None else args.step_ms / 1e3
     given["volume_seconds"] = None if args.volume_ms is None else args.volume_ms / 1e3
     return dataclasses.replace(f, **{k: v for k, v in given.items() if v is not None})
+
+
+def refuse_nonsense(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with one line for numbers that mean nothing, and for options that would be ignored."""
+    counts = [*args.subjects, *args.devices, args.repeats, args.batch, args.patches, args.threads]
+    if min(n for n in counts if n is not None) < 1:
+        parser.error("subjects, devices, repeats, batch, patches and threads are numbers from 1 up")
+    if not all(0 < n < math.inf for n in (args.step_ms, args.volume_ms, *(args.hours or ())) if n is not None):
+        parser.error("times are finite and above 0")
+    if args.efficiency is not None and not 0 < args.efficiency <= 1:
+        parser.error("--efficiency is above 0 and at most 1")
+    if not 0 <= args.price < math.inf:
+        parser.error("--price is finite and not below 0")
+    if min(args.devices) > max(args.subjects):
+        parser.error("more --devices than --subjects: at most one device per subject")
+    if args.price and (args.hours or args.check):
+        parser.error("--price is told of epochs, without --hours and --check")
+    if args.hours and args.check:
+        parser.error("--hours or --check, not both")
+    if args.json and not (args.hours or args.check):
+        parser.error("--json writes what --check or --hours found: give one of them")
+    if args.quick and not args.check:
+        parser.error("--quick belongs to --check")
 
 
 def section(report: Mapping[str, Any]) -> str:
@@ -340,11 +376,11 @@ def main(argv: Sequence[str]) -> str:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", metavar="FILE", help="write what was checked, or the rows of --hours, here")
     args = parser.parse_args(argv)
-    if min(*args.subjects, *args.devices, args.repeats) < 1:
-        parser.error("subjects, devices and repeats are numbers from 1 up")
+    refuse_nonsense(parser, args)
     if args.check:
         report = checked(Check.quick() if args.quick else Check(), args.repeats)
         report |= {"bench": "scale", "command": ["python", "-m", "bench", "scale", *argv]}
+        report |= {"settings": {"quick": args.quick, "repeats": args.repeats}}
         report |= {"commit": source_commit(), "machine": machine(args.quick), "device": "cpu"}
         if args.json:
             write_json(args.json, report)

@@ -52,6 +52,7 @@ WIDENED = {
         "gradient by up to a percent of its norm; in float64 both sides are equal to 1e-12 (tests/test_bench.py)",
     )
 }
+NAIVE, CHANNELS_LAST = "naive", "naive, channels last"
 ZERO = 1e-6  # of the largest gradient: a shift in front of an instance norm has a gradient of rounding only
 # One setting changed back to its plain form at a time; "as it was" is all of them.
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -177,15 +178,18 @@ def _generator_sides(kernel: int, batch: int, args: argparse.Namespace, backward
     def build() -> Sides:
         spec = GeneratorSpec(kernel=kernel)
         networks = {form: build_generator(spec, form).to(args.device) for form in ("fast", "reference")}
-        plain = naive.NaiveGenerator(kernel).to(args.device)
+        plain, last = (naive.NaiveGenerator(kernel).to(args.device) for _ in range(2))
         pairs = plain.paired(networks["fast"])
         naive.copy(pairs)
+        naive.copy(last.paired(networks["fast"]))
+        naive.channels_last(last)
         data = pool(args.patch, batch, args.device).gather(np.arange(batch))
         fast, reference = networks["fast"], networks["reference"]
-        orders = {
+        orders: dict[str, tuple[torch.nn.Module, list[Tensor]]] = {
             "fastsrgan": (fast, [ours for ours, _ in pairs]),
             "reference form": (reference, [ours for ours, _ in plain.paired(reference)]),
-            "naive": (plain, [own for _, own in pairs]),
+            NAIVE: (plain, [own for _, own in pairs]),
+            CHANNELS_LAST: (last, list(last.parameters())),
         }
 
         def forward(network: torch.nn.Module) -> list[Tensor]:
@@ -211,7 +215,7 @@ def _critic_sides(config: TrainConfig, device: str) -> Sides:
     sides |= {name: changed for name, changed in SWITCHES.items() if "penalty" in changed}
     ours = {name: models(replace(config, **changed), device, Kept()) for name, changed in sides.items()}
     ours["by hand, library convolutions"]._critic_terms = functools.partial(critic_gradients, fast=False)
-    plain = naive_trainer(config, ours["fastsrgan"], device)
+    plain = naive_trainers(config, ours["fastsrgan"], device)
     draw = torch.Generator().manual_seed(0)
     fake = torch.rand(batch.y.shape, generator=draw).to(batch.y)
     eps = torch.rand(batch.y.shape[:2], generator=draw).to(batch.y)
@@ -219,20 +223,21 @@ def _critic_sides(config: TrainConfig, device: str) -> Sides:
     def own(m: Models) -> list[Tensor]:
         terms = m.critic_update(batch, fake, eps)
         kept = dict(zip(map(id, m.optimiser_d.parameters[::-1]), cast(Kept, m.ranks).gradients, strict=True))
-        return [loss_vector(terms), *gradients([kept[id(p)] for p, _ in plain.critic.paired(m.critic)])]
+        return [loss_vector(terms), *gradients([kept[id(p)] for p, _ in plain[NAIVE].critic.paired(m.critic)])]
 
-    def theirs() -> list[Tensor]:
-        terms = plain.critic_update(batch.y, fake, eps)
-        return [loss_vector(terms), *gradients([cast(Tensor, p.grad) for p in plain.critic.parameters()])]
+    def theirs(trainer: naive.NaiveTrainer) -> list[Tensor]:
+        terms = trainer.critic_update(batch.y, fake, eps)
+        return [loss_vector(terms), *gradients([cast(Tensor, p.grad) for p in trainer.critic.parameters()])]
 
-    return {**{name: lambda m=m: own(m) for name, m in ours.items()}, "naive": theirs}  # type: ignore[misc]
+    return _sides(ours, own, plain, theirs)
 
 
 def _generator_update_sides(config: TrainConfig, device: str) -> Sides:
     batch = pool(config.patch_size, config.batch_size, device).gather(np.arange(config.batch_size))
     ours = {form: models(replace(config, form=form), device, Kept()) for form in ("fast", "reference")}
-    plain = naive_trainer(config, ours["fast"], device)
-    half = ours["fast"].arithmetic.dtype != torch.float32
+    ours = {"fastsrgan": ours["fast"], "reference form": ours["reference"]}
+    plain = naive_trainers(config, ours["fastsrgan"], device)
+    half = ours["fastsrgan"].arithmetic.dtype != torch.float32
 
     def compared(found: list[Tensor]) -> list[Tensor]:
         # In half precision rounding is no longer small beside a small tensor's gradient.
@@ -241,17 +246,13 @@ def _generator_update_sides(config: TrainConfig, device: str) -> Sides:
     def own(m: Models) -> list[Tensor]:
         terms = m.generator_update(batch, adversarial=True)
         kept = dict(zip(map(id, m.optimiser_g.parameters[::-1]), cast(Kept, m.ranks).gradients, strict=True))
-        return [loss_vector(terms), *compared([kept[id(p)] for p, _ in plain.generator.paired(m.generator)])]
+        return [loss_vector(terms), *compared([kept[id(p)] for p, _ in plain[NAIVE].generator.paired(m.generator)])]
 
-    def theirs() -> list[Tensor]:
-        terms = plain.generator_update(batch.x, batch.y)
-        return [loss_vector(terms), *compared([cast(Tensor, p.grad) for p in plain.generator.parameters()])]
+    def theirs(trainer: naive.NaiveTrainer) -> list[Tensor]:
+        terms = trainer.generator_update(batch.x, batch.y)
+        return [loss_vector(terms), *compared([cast(Tensor, p.grad) for p in trainer.generator.parameters()])]
 
-    return {
-        "fastsrgan": lambda: own(ours["fast"]),
-        "reference form": lambda: own(ours["reference"]),
-        "naive": theirs,
-    }
+    return _sides(ours, own, plain, theirs)
 
 
 def _iteration_sides(config: TrainConfig, device: str) -> Sides:
@@ -260,7 +261,7 @@ def _iteration_sides(config: TrainConfig, device: str) -> Sides:
     indices = next(patches.generator_batches(config.batch_size))
     sides: dict[str, dict[str, Any]] = {"fastsrgan": {}, **SWITCHES}
     ours = {name: models(replace(config, **changed), device) for name, changed in sides.items()}
-    plain = naive_trainer(config, ours["fastsrgan"], device)
+    plain = naive_trainers(config, ours["fastsrgan"], device)
 
     def draws() -> tuple[list[Batch], list[Tensor]]:
         drawn = patches.critic_indices(0, config.batch_size, config.critic_iterations)
@@ -276,14 +277,25 @@ def _iteration_sides(config: TrainConfig, device: str) -> Sides:
         generator = m.generator_update(patches.gather(indices), adversarial=True)
         return [loss_vector(critic), loss_vector(generator)]  # read at the end, as in a training
 
-    def theirs() -> list[Tensor]:
-        critic, values = plain.iteration(*draws(), patches.gather(indices))
+    def theirs(trainer: naive.NaiveTrainer) -> list[Tensor]:
+        critic, values = trainer.iteration(*draws(), patches.gather(indices))
         return [loss_vector(critic), loss_vector(values)]
 
-    return {**{name: lambda m=m: own(m) for name, m in ours.items()}, "naive": theirs}  # type: ignore[misc]
+    return _sides(ours, own, plain, theirs)
 
 
 # --- shared -------------------------------------------------------------------------------------------------------
+
+
+def _sides(
+    ours: Mapping[str, Models],
+    own: Callable[[Models], list[Tensor]],
+    plain: Mapping[str, naive.NaiveTrainer],
+    theirs: Callable[[naive.NaiveTrainer], list[Tensor]],
+) -> Sides:
+    """name -> call, ours first."""
+    found: dict[str, Callable[[], list[Tensor]]] = {name: functools.partial(own, m) for name, m in ours.items()}
+    return found | {name: functools.partial(theirs, trainer) for name, trainer in plain.items()}
 
 
 class Kept(Ranks):
@@ -301,13 +313,18 @@ def models(config: TrainConfig, device: str, ranks: Ranks = ALONE) -> Models:
     return Models(config, 0, torch.device(device), ranks)
 
 
-def naive_trainer(config: TrainConfig, start: Models, device: str) -> naive.NaiveTrainer:
-    """The plain side, from the same weights."""
-    generator = naive.NaiveGenerator(config.kernel_gen).to(device)
-    critic = naive.NaiveCritic(config.kernel_dis, config.patch_size).to(device)
-    naive.copy(generator.paired(start.generator))
-    naive.copy(critic.paired(start.critic))
-    return naive.NaiveTrainer(generator, critic, config.lr_gen, (config.beta1, config.beta2))
+def naive_trainers(config: TrainConfig, start: Models, device: str) -> dict[str, naive.NaiveTrainer]:
+    """The plain sides, from the same weights."""
+    made = {}
+    for name in (NAIVE, CHANNELS_LAST):
+        generator = naive.NaiveGenerator(config.kernel_gen).to(device)
+        critic = naive.NaiveCritic(config.kernel_dis, config.patch_size).to(device)
+        naive.copy(generator.paired(start.generator))
+        naive.copy(critic.paired(start.critic))
+        if name == CHANNELS_LAST:
+            naive.channels_last(generator), naive.channels_last(critic)
+        made[name] = naive.NaiveTrainer(generator, critic, config.lr_gen, (config.beta1, config.beta2))
+    return made
 
 
 def gradients(found: list[Tensor]) -> list[Tensor]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from bench.common import AIR_TOO, CROPPED, END_TO_END
 from bench.data_page import duration, rate
 from fastsrgan.core.files import atomic_write
 
 OURS, MEMORY = "#1f77b4", "#b279a2"
-PLAIN, OWN = "monai, plain network", "monai, fastsrgan's network"
+PLAIN, LAST, OWN = "monai, plain network", "monai, plain network, channels last", "monai, fastsrgan's network"
 NOT_MEASURED = "has not been measured on this machine"
+Row = Mapping[str, Any]
 Reports = Mapping[str, Mapping[str, Any]]  # name of the bench -> its report
 
 
@@ -21,21 +24,41 @@ def sentences(reports: Reports) -> list[str]:
     return [_iteration(reports), _inference(reports), _feed(reports), _memory(reports), _gpu(reports)]
 
 
-def bars(reports: Reports) -> list[tuple[str, float, bool]]:
-    """(what, how many times of ours the peer takes, whether it is memory) of what was measured."""
-    found: list[tuple[str, float, bool]] = []
+class Bar(NamedTuple):
+    """ratio : how many times of ours the peer takes; range : smallest and largest of it, None where measured once"""
+
+    what: str
+    ratio: float
+    range: tuple[float, float] | None = None
+    memory: bool = False
+
+
+def bars(reports: Reports) -> list[Bar]:
+    """What was measured beside a peer."""
+    found = []
     step, whole, feed = iteration(reports), inference(reports), end_to_end(reports)
     if step:
-        found.append(("iteration of training: plain PyTorch", step["ratio_to"]["naive"], False))
+        found += [_bar(f"iteration of training: {text}", step, key) for key, text in _plain(step)]
     if whole:
-        found.append(("whole inference: MONAI, plain network", whole["ratio_to"][PLAIN], False))
-        found.append(("whole inference: MONAI, fastsrgan's network", whole["ratio_to"][OWN], False))
+        found += [_bar(f"whole inference: {_around(key)}", whole, key) for key in _networks(whole)]
     if feed:
-        found += [(f"feed: {name}, equal work", feed["ratio_to"][key], False) for name, key in _feeds(feed)]
-    for what, row, peer in (("an iteration: plain PyTorch", step, "naive"), ("inference: MONAI", whole, PLAIN)):
-        if row and row.get("peak_bytes") and row["peers"][peer].get("peak_bytes"):
-            found.append((f"memory of {what}", row["peers"][peer]["peak_bytes"] / row["peak_bytes"], True))
+        found += [_bar(f"feed: {name}, {text}", feed, key) for name, key, text in _feeds(feed)]
+    for what, row, peer, name in _memories(step, whole):
+        ratio = row["peers"][peer]["peak_bytes"] / row["peak_bytes"]
+        found.append(Bar(f"memory of {what}: {name}", ratio, memory=True))
     return found
+
+
+def _bar(what: str, row: Row, peer: str) -> Bar:
+    return Bar(what, row["ratio_to"][peer], _range(row, peer))
+
+
+def _range(row: Row, peer: str) -> tuple[float, float] | None:
+    """Smallest and largest ratio; None where either side was measured once."""
+    if min(row["repeats"], row["peers"][peer]["repeats"]) < 2:
+        return None
+    low, high = row["ratio_range"][peer]
+    return low, high
 
 
 def plot(machines: Sequence[tuple[str, Reports]], path: str | os.PathLike) -> None:
@@ -44,22 +67,29 @@ def plot(machines: Sequence[tuple[str, Reports]], path: str | os.PathLike) -> No
     from matplotlib.figure import Figure
 
     made = [(name, found) for name, reports in machines if (found := bars(reports))]
-    figure = Figure(figsize=(9, 0.8 + sum(0.42 * len(found) + 0.5 for _, found in made)), layout="constrained")
+    figure = Figure(figsize=(10, 0.8 + sum(0.42 * len(found) + 0.5 for _, found in made)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(max(len(made), 1), 1, squeeze=False, height_ratios=[len(f) for _, f in made] or [1])
     for axes, (name, found) in zip(panels[:, 0], made, strict=False):
-        names, values, of_memory = zip(*found, strict=True)
+        colours = [MEMORY if bar.memory else OURS for bar in found]
         axes.set_xscale("log")
-        axes.barh(names, [v - 1 for v in values], left=1, color=[MEMORY if m else OURS for m in of_memory])
-        axes.bar_label(axes.containers[0], [f" {v:.3g} x" for v in values], fontsize=9)
+        axes.barh([bar.what for bar in found], [bar.ratio - 1 for bar in found], left=1, color=colours)
+        for i, bar in enumerate(found):
+            low, high = bar.range or (bar.ratio, bar.ratio)
+            axes.plot([low, high], [i, i], color="#404040", linewidth=1, marker="|", markersize=7 if bar.range else 0)
+            spread = f" ({low:.3g} to {high:.3g})" if bar.range else "" if bar.memory else " (measured once)"
+            axes.text(max(high, 1), i, f"  {bar.ratio:.3g} x{spread}", va="center", fontsize=9)
+        ends = [end for bar in found for end in bar.range or (bar.ratio,)]
         axes.axvline(1, color="#404040", linewidth=1)
         axes.invert_yaxis()
-        axes.set_xlim(min(0.8, *values), 2.5 * max(values))
+        axes.set_xlim(min(0.8, *ends), 5 * max(ends))
         axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
         axes.tick_params(labelsize=9)
         axes.minorticks_off()
         axes.set_title(name, fontsize=10)
-    figure.supxlabel("what the other side takes: times fastsrgan's seconds (blue), bytes (violet)", fontsize=9)
+    figure.supxlabel(
+        "what the other side takes: times fastsrgan's seconds (blue, line: range), bytes (violet)", fontsize=9
+    )
     with atomic_write(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
 
@@ -67,29 +97,67 @@ def plot(machines: Sequence[tuple[str, Reports]], path: str | os.PathLike) -> No
 # --- the rows -----------------------------------------------------------------------------------------------------
 
 
-def iteration(reports: Reports) -> Mapping[str, Any] | None:
+def iteration(reports: Reports) -> Row | None:
     """The iteration on one rank, where it has times."""
     return _row(reports, "step", lambda r: r["name"].startswith("iteration of") and "naive" in r.get("ratio_to", {}))
 
 
-def inference(reports: Reports) -> Mapping[str, Any] | None:
+def inference(reports: Reports) -> Row | None:
     """Whole inference with MONAI around both networks."""
     return _row(reports, "infer", lambda r: {PLAIN, OWN} <= set(r.get("ratio_to", {})))
 
 
-def end_to_end(reports: Reports) -> Mapping[str, Any] | None:
-    """The feed beside TorchIO and MONAI that do the same."""
-    wanted = {"torchio", "monai"}
-    return _row(reports, "data", lambda r: r["name"].startswith("end to end") and wanted & set(r.get("ratio_to", {})))
+def end_to_end(reports: Reports) -> Row | None:
+    """The feed beside TorchIO and MONAI."""
+    return _row(reports, "data", lambda r: r["name"].startswith(END_TO_END) and _feeds(r))
 
 
-def _row(reports: Reports, bench: str, fits: Any) -> Mapping[str, Any] | None:
+def _row(reports: Reports, bench: str, fits: Any) -> Row | None:
     rows = reports.get(bench, {}).get("rows", [])
     return next((row for row in rows if "seconds_median" in row and fits(row)), None)
 
 
-def _feeds(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name, key) for name, key in (("TorchIO", "torchio"), ("MONAI", "monai")) if key in row["ratio_to"]]
+def _feeds(row: Row) -> list[tuple[str, str, str]]:
+    """(name, key, what is compared): sides that do equal work where the row has them, else those that are told of."""
+    ratios = row.get("ratio_to", {})
+    for ending, text in ((CROPPED, "equal work"), ("", "whole volumes, other work")):
+        found = [(n, f"{n.lower()}{ending}", text) for n in ("TorchIO", "MONAI") if f"{n.lower()}{ending}" in ratios]
+        if found:
+            return found
+    return []
+
+
+def _plain(row: Row) -> list[tuple[str, str]]:
+    """(key, name) of the sides in plain PyTorch."""
+    names = {"naive": "plain eager PyTorch, contiguous"}
+    names["naive, channels last"] = "plain eager PyTorch, channels last"
+    return [(key, name) for key, name in names.items() if key in row["ratio_to"]]
+
+
+def _networks(row: Row) -> list[str]:
+    """What MONAI was measured around."""
+    return [key for key in (PLAIN, LAST, OWN) if key in row["ratio_to"]]
+
+
+def _around(peer: str) -> str:
+    """ "monai, plain network" -> "MONAI, plain network"."""
+    return peer.replace("monai", "MONAI")
+
+
+def _named(row: Row, peer: str, text: str) -> str:
+    """Seconds of a peer, what it is, and its ratio."""
+    return f"{duration(row['peers'][peer]['seconds_median'])} {text}, {_times(row, peer)} as long"
+
+
+def _memories(step: Row | None, whole: Row | None) -> list[tuple[str, Row, str, str]]:
+    """(what, row, key of the peer, its name) wherever both took memory that was measured."""
+    asked = [("an iteration", step, key, name) for key, name in (_plain(step) if step else [])]
+    asked += [("whole inference", whole, key, _around(key)) for key in (_networks(whole) if whole else [])]
+    return [
+        (what, row, peer, name)
+        for what, row, peer, name in asked
+        if row and row.get("peak_bytes") and row["peers"][peer].get("peak_bytes")
+    ]
 
 
 # --- the sentences ------------------------------------------------------------------------------------------------
@@ -99,25 +167,42 @@ def _iteration(reports: Reports) -> str:
     row = iteration(reports)
     if row is None:
         return f"An iteration of training beside plain PyTorch {NOT_MEASURED}."
-    ours, plain = duration(row["seconds_median"]), duration(row["peers"]["naive"]["seconds_median"])
+    ours = duration(row["seconds_median"])
+    plain = " and ".join(_named(row, key, f"in {name}") for key, name in _plain(row))
     return (
         f"An iteration of training ({row['critic_updates']} updates of the critic and one of the generator, k "
         f"{row['kernel']} and {row['kernel_dis']}, {row['batch']} patches of {row['patch']}^3) takes {ours} against "
-        f"{plain} in plain PyTorch, which is {row['ratio_to']['naive']:.2f} times as long."
+        f"{plain}."
     )
+
+
+def _times(row: Row, peer: str) -> str:
+    """The ratio, with its range and the number of rounds where there are several."""
+    found = _range(row, peer)
+    n = min(row["repeats"], row["peers"][peer]["repeats"])
+    spread = f"{found[0]:.3g} to {found[1]:.3g}, n {n}" if found else "measured once"
+    return f"{row['ratio_to'][peer]:.3g} times ({spread})"
 
 
 def _inference(reports: Reports) -> str:
     row = inference(reports)
     if row is None:
         return f"Whole inference beside MONAI {NOT_MEASURED}."
-    plain, own = row["ratio_to"][PLAIN], row["ratio_to"][OWN]
     size = " x ".join(map(str, row["shape"]))
+    own = _range(row, OWN)
+    if own is None or own[0] <= 1 <= own[1]:
+        around = f"there is no measurable difference from MONAI: {_times(row, OWN)} as long"
+    else:
+        around = f"MONAI takes {_times(row, OWN)} as long"
+    texts = {PLAIN: "with MONAI's sliding window around the network in plain eager PyTorch, contiguous"}
+    texts[LAST] = "around the same with channels last"
+    plain = " and ".join(_named(row, key, text) for key, text in texts.items() if key in row["ratio_to"])
+    shares = [side.get("outside_network") for side in (row, row["peers"][OWN])]
+    if None not in shares:
+        around += f", with {100 * shares[0]:.1f} and {100 * shares[1]:.1f} % of the time outside the network"
     return (
         f"Whole inference of {size} voxels (k {row['kernel']}, patch {row['patch']}, step {row['step']}) takes "
-        f"{duration(row['seconds_median'])} against {duration(row['peers'][PLAIN]['seconds_median'])} with MONAI's "
-        f"sliding window, {plain:.2f} times as long, of which a factor of {plain / own:.2f} is the network and "
-        f"one of {own:.2f} gathering and stitching around it."
+        f"{duration(row['seconds_median'])} against {plain}. Around the same network {around}."
     )
 
 
@@ -125,25 +210,37 @@ def _feed(reports: Reports) -> str:
     row = end_to_end(reports)
     if row is None:
         return f"The feed beside TorchIO and MONAI {NOT_MEASURED}."
-    ratios = " and ".join(f"{row['ratio_to'][key]:.3g} times {name}" for name, key in _feeds(row))
-    return (
-        f"The feed makes {rate(row['patches_per_second'])} patches of {row['patch']}^3 a second, {ratios} doing equal "
-        "work: the same volumes, the same blur, a cubic spline, every patch of an epoch."
+    feeds = _feeds(row)
+    ratios = " and ".join(f"{_times(row, key)} what {name} makes" for name, key, _ in feeds)
+    first = [row["cold_patches_per_second"] / row["peers"][key]["cold_patches_per_second"] for _, key, _ in feeds]
+    at_first = " and ".join(f"{ratio:.3g}" for ratio in first)
+    told = (
+        f"The feed makes {rate(row['patches_per_second'])} patches of {row['patch']}^3 a second, {ratios}; in the "
+        f"first epoch, which begins with nothing in memory, {at_first} times. "
     )
+    if feeds[0][2] == "equal work":
+        return told + (
+            "All make the same blur, a cubic spline and every patch of an epoch; the peers keep the volumes in memory, "
+            "cropped to the head, and fastsrgan reads its store."
+        )
+    return told + f"The work is not equal: each of them {AIR_TOO}{_kept(reports)}."
+
+
+def _kept(reports: Reports) -> str:
+    """How much of a volume the box of its head is."""
+    row = _row(reports, "data", lambda r: "resident_shape" in r)
+    return f", {math.prod(row['resident_shape']) / math.prod(row['shape']):.0%} of the voxels" if row else ""
 
 
 def _memory(reports: Reports) -> str:
-    told = []
-    for what, row, peer, name in (
-        ("an iteration", iteration(reports), "naive", "plain PyTorch"),
-        ("whole inference", inference(reports), PLAIN, "MONAI"),
-    ):
-        if row and row.get("peak_bytes") and row["peers"][peer].get("peak_bytes"):
-            ours, theirs = (n / 2**20 for n in (row["peak_bytes"], row["peers"][peer]["peak_bytes"]))
-            told.append(f"{ours:.0f} MiB in {what} ({theirs:.0f} MiB with {name})")
-    if not told:
+    found: dict[str, tuple[float, list[str]]] = {}
+    for what, row, peer, name in _memories(iteration(reports), inference(reports)):
+        ours, theirs = (n / 2**20 for n in (row["peak_bytes"], row["peers"][peer]["peak_bytes"]))
+        found.setdefault(what, (ours, []))[1].append(f"{theirs:.0f} with {name}")
+    if not found:
         return f"Peak memory {NOT_MEASURED}."
-    return f"Memory beyond inputs and parameters peaks at {' and at '.join(told)}."
+    told = " and at ".join(f"{ours:.0f} MiB in {what} ({'; '.join(others)})" for what, (ours, others) in found.items())
+    return f"Memory beyond inputs and parameters peaks at {told}."
 
 
 def _gpu(reports: Reports) -> str:
@@ -153,7 +250,7 @@ def _gpu(reports: Reports) -> str:
     return f"Not yet run on a GPU: {', '.join(never)}. How fast they are there is not known."
 
 
-def on_gpu(report: Mapping[str, Any]) -> bool:
+def on_gpu(report: Row) -> bool:
     """Whether a report was measured on a CUDA device."""
     device = str(report.get("device", "")).lower()
     return "cuda" in device or "nvidia" in device

@@ -79,7 +79,8 @@ def _name(node: Any) -> str:
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Layers in the forms that they have on CUDA, on any device."""
-    # cuDNN's rule for layouts is oneDNN's, which torch follows for types that this processor has no instructions for.
+    # oneDNN's rule for layouts stands for cuDNN's, which was not run; torch follows it for types that this processor
+    # has no instructions for.
     backend = torch._C._ConvBackend.Mkldnn
     with (
         mock.patch.object(layers, "by_hand", lambda x: False),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import common, data, naive, step
-from bench.__main__ import main, parse
+from bench.__main__ import FROM_RESULTS, OPTIONS, main, parse
 from fastsrgan.data import pool
 from fastsrgan.model import networks
 from fastsrgan.model.cpu import critic as critic_convs
@@ -83,6 +83,8 @@ PROMISED = {  # (start of a row's name, a peer in it)
         ("critic update", "autograd penalty"),
         ("critic update", "by hand, library convolutions"),
         ("generator update", "reference form"),
+        ("generator forward,", "naive, channels last"),
+        ("iteration of 2 + 1", "naive, channels last"),
         ("iteration of 2 + 1", "explicit penalty"),
         ("iteration of 2 + 1", "naive"),
     ],
@@ -314,6 +316,16 @@ def test_ceilings_count_what_a_copy_moves_and_a_product_multiplies(monkeypatch, 
     assert asked == [(5, "cpu")]
 
 
+def test_every_command_is_in_the_help_and_has_its_own(capsys):
+    for argv in ([], *([name] for name in FROM_RESULTS)):
+        with pytest.raises(SystemExit) as stopped:
+            main([*argv, "--help"])
+        told = capsys.readouterr().out
+        assert stopped.value.code == 0 and f"bench {' '.join(argv)}".strip() in told
+        if not argv:
+            assert all(f"\n    {name} " in told for name in (*OPTIONS, *FROM_RESULTS))
+
+
 def test_peak_memory_sees_what_is_allocated_and_given_back():
     size = 80 * 2**20
 
@@ -344,10 +356,21 @@ def test_texture_is_a_head_and_the_same_each_time():
 def test_wrong_requests_end_with_one_line(capsys):
     assert main(["data", "--quick", "--threads", "1", "--only", "nonsense"]) == 2
     assert "nonsense" in capsys.readouterr().err
-    for argv in (["data", "--repeats", "-1"], ["step", "--shape", "1", "2", "3"], ["nothing"]):
+    for argv in (
+        ["data", "--repeats", "-1"],
+        ["data", "--repeats", "0"],
+        ["data", "--threads", "0"],
+        ["data", "--quick", "--plot", "x.png"],
+        ["step", "--shape", "1", "2", "3"],
+        ["report", "more"],
+        ["nothing"],
+    ):
         with pytest.raises(SystemExit) as stopped:
             main(argv)
         assert stopped.value.code == 2
+    if not torch.cuda.is_available():
+        assert main(["step", "--quick", "--threads", "1", "--device", "cuda"]) == 5
+        assert "CUDA" in capsys.readouterr().err
     assert main(["step", "--quick", "--threads", "1", "--patch", "18"]) == 4
     assert "multiple of 4" in capsys.readouterr().err
 
@@ -415,6 +438,28 @@ def test_in_float64_the_training_loop_is_the_naive_one(monkeypatch, row, calls):
     for _ in range(calls):
         ours, *peers = ([torch.as_tensor(a).clone() for a in call()] for call in sides.values())
         assert all(common.largest_difference(ours, peer) < 5e-12 for peer in peers)  # found: 1.3e-12
+
+
+@pytest.mark.parametrize("build", [lambda: naive.NaiveGenerator(4), lambda: naive.NaiveCritic(4, 16)])
+def test_channels_last_is_another_order_of_the_same_numbers(build):
+    plain, last = build().double(), build().double()
+    last.load_state_dict(plain.state_dict())
+    naive.channels_last(last)
+    seen = []
+    last.body.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    channels = next(plain.parameters()).shape[1]
+    x = torch.rand(1, channels, 16, 16, 16, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(last(x), plain(x), atol=1e-9)  # found: 0
+    order = {"memory_format": torch.channels_last_3d}
+    assert seen[0].is_contiguous(**order) and all(p.is_contiguous(**order) for p in last.parameters() if p.dim() == 5)
+    assert not all(p.is_contiguous(**order) for p in plain.parameters() if p.dim() == 5)
+
+
+def test_the_plain_generator_update_makes_no_gradients_of_the_critic():
+    trainer = naive.NaiveTrainer(naive.NaiveGenerator(2), naive.NaiveCritic(2, 16), 1e-3, (0.5, 0.999))
+    trainer.generator_update(torch.rand(1, 1, 16, 16, 16), torch.rand(1, 2, 16, 16, 16))
+    assert all(p.grad is None and p.requires_grad for p in trainer.critic.parameters())
+    assert all(p.grad is not None for p in trainer.generator.parameters())
 
 
 def test_rounding_is_not_compared_but_every_real_gradient_is():

@@ -58,7 +58,9 @@ def needs(side: str) -> None:
 
 
 PEERS = ["original", "torchio", "torchio, linear", "monai", "monai, trilinear"]
+PEERS += [f"{name}, cropped" for name in PEERS[1:]]
 LIMITS = {"original": data_engine.EXACT, "torchio": data_engine.LAW, "monai": data_engine.LAW}
+LIMITS |= {f"{name}, cropped": data_engine.LAW for name in ("torchio", "monai")}
 
 
 # --- the watch ----------------------------------------------------------------------------------------------------
@@ -112,6 +114,27 @@ def test_memory_and_cpu_time_of_a_child_are_seen():
 # --- gates --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("side", ["torchio, cropped", "monai, cropped"])
+def test_cropped_peers_make_the_same_of_the_head_alone_and_read_it_once(tmp_path, side):
+    needs(side)
+    work = Work(str(tmp_path), (48, 45, 51), patch=12, batch=5, subjects=1, stride=5, workers=0)
+    work = dataclasses.replace(work, patches=cohort.make_cohort(work, fill=0.5)[0])
+    image = peers_data.read(work.image(work.names[0]))
+    part, box = peers_data.head_of(work), cohort.positive_box(image)
+    for n, kept, (low, high) in zip(work.shape, part, box, strict=True):
+        assert 0 <= low - kept.start <= cohort.MARGIN + 2 and 0 <= kept.stop - high <= cohort.MARGIN + 2
+        assert kept.stop - kept.start < n
+    assert part[2].start % 3 == part[2].stop % 3 == 0
+    assert data_sides.LAWS[side](work, work.names[0])[0].shape == image[part].shape
+    assert data_sides.gate(side, work) <= data_engine.LAW
+    epochs = data_sides.stream(side, work)
+    for _ in next(epochs):
+        pass
+    for path in tmp_path.glob("*.nii.gz"):
+        path.unlink()
+    assert sum(len(patches.x) for patches in next(epochs)) == work.patches
+
+
 @pytest.mark.parametrize("side", PEERS)
 def test_every_peer_makes_the_same_patches_as_we_do(work, side):
     needs(side)
@@ -150,7 +173,7 @@ def elsewhere(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [shifted, brighter, elsewhere])
-@pytest.mark.parametrize("side", ["original", "torchio", "monai"])
+@pytest.mark.parametrize("side", ["original", "torchio", "monai", "torchio, cropped", "monai, cropped"])
 def test_gates_see_what_is_wrong(work, monkeypatch, side, fault):
     needs(side)
     fault(monkeypatch)
@@ -183,7 +206,12 @@ def test_a_failed_gate_gives_no_times_and_starts_no_process(work, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "side", ["fastsrgan", "original", "torchio", "torchio of 7 a visit", "monai", "monai of 7 a visit"]
+    "side",
+    [
+        "fastsrgan",
+        "original",
+        *(f"{peer}{kind}" for peer in ("torchio", "monai") for kind in ("", " of 7 a visit", ", cropped")),
+    ],
 )
 def test_every_side_gives_the_promised_patches(work, side):
     needs(side)
@@ -238,7 +266,7 @@ def test_a_side_writes_nothing_unless_it_does(work, tmp_path, monkeypatch, capsy
     assert done["disk_bytes"] == 0 and not done["files_left"]
     assert done["patches"] == done["cold_patches"] == 2 * work.patches and len(done["seconds"]) == work.epochs
     assert 0 < done["wait"]["share"] < 1
-    assert json.loads(capsys.readouterr().out) == {"look": "memory"}
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [{"look": True}, {"look": False}]
     right = data_sides.fastsrgan
 
     def leaky(work):
@@ -248,6 +276,30 @@ def test_a_side_writes_nothing_unless_it_does(work, tmp_path, monkeypatch, capsy
     monkeypatch.setitem(data_sides.SIDES, "fastsrgan", leaky)
     done = data_sides.measure("fastsrgan", work, memory=False)
     assert done["disk_bytes"] >= MIB and list(done["files_left"].values()) == [MIB]
+
+
+def test_epochs_are_timed_until_time_is_up(work):
+    epochs = [
+        len(data_sides.measure("fastsrgan", dataclasses.replace(work, epochs=4, limit=limit), False)["seconds"])
+        for limit in (0, 1000)
+    ]
+    assert epochs == [2, 4]
+
+
+def test_ratios_of_epochs_are_of_medians_first_epochs_and_any_two():
+    def done(seconds: list[float], cold: float) -> dict:
+        told = {"patches": 12, "cold_patches": 12, "cold_seconds": cold, "seconds": seconds, "cpu_seconds": seconds}
+        told |= {"wait": {"share": 0.1, "waited": 1, "steps": 3}, "epochs": len(seconds) + 3, "files_left": {}}
+        return told | {"disk_bytes": 70, "call_bytes": 0}
+
+    rounds = {"fastsrgan": [done([1.0, 2.0, 3.0], 4.0)], "a": [done([10.0, 20.0], 6.0)]}
+    row = data_engine.summary(rounds["fastsrgan"]) | {"peers": {"a": data_engine.summary(rounds["a"])}}
+    row |= {key: {} for key in ("ratio_to", "ratio_range", "cpu_ratio_to", "cold_ratio_to")}
+    data_engine.compare(row, "a", rounds)
+    assert (row["repeats"], row["peers"]["a"]["repeats"]) == (3, 2)
+    assert row["ratio_to"]["a"] == pytest.approx(7.5) and row["cold_ratio_to"]["a"] == pytest.approx(1.5)
+    assert row["ratio_range"]["a"] == pytest.approx([10 / 3, 20])
+    assert row["peers"]["a"]["disk_bytes_per_epoch"] == 14
 
 
 def test_a_peer_that_is_not_installed_is_not_run(work, monkeypatch):
@@ -312,6 +364,7 @@ def test_stages_and_training_rows(work, monkeypatch):
 @pytest.fixture
 def report() -> dict:
     side = {"cold_patches_per_second": 5.0, "wait_share": 0.25, "patches_per_epoch": 100, "peak_bytes": 10**9}
+    side |= {"repeats": 2, "wait_seconds_per_step": 0.025}
     row = {"name": "end to end, x", "geometry": "segsrgan", "batch": 10, "patches": 50, "subjects": 2, "patch": 64}
     row |= {
         "shape": [9, 8, 7],
@@ -327,15 +380,37 @@ def report() -> dict:
     stages = {"name": "one volume", "patches": 50, "stages": {"read": 0.1, "gather": 0.3}, "convert": convert}
     machine = {"usable_cores": 2, "cpu": "abacus", "load_average": [0.5, 1, 1]}
     settings = {"step_ms": 100}
-    return {"rows": [row, stages], "settings": settings, "machine": machine, "command": ["x"], "device": "cpu"}
+    told = {"command": ["x"], "device": "cpu", "commit": "c"}
+    return {"rows": [row, stages], "settings": settings, "machine": machine, **told}
 
 
 def test_projection_is_proportional_to_the_measured_volume(report):
     lines = data_page.projection(report, [1, 1000]).splitlines()[2:]
     one, many = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    # 50 patches a volume at 200/s, 5 steps of 0.1 s, 8 MB a volume and epoch; the original 10 s and 315 MB.
-    assert one == ["1", "8 MB", "500 ms", "50", "250 ms", "500 ms", "16 MB/s", "10 s", "315 MB"]
-    assert many == ["1,000", "8 GB", "8.33 min", "50,000", "4.17 min", "8.33 min", "16 MB/s", "2.78 h", "315 GB"]
+    # 50 patches a volume at 200/s, 5 steps of 0.1 s and 0.025 s waiting, 8 MB a volume and epoch; the original 10 s and
+    # 315 MB.
+    assert one == ["1", "8 MB", "500 ms", "50", "250 ms", "625 ms", "12.8 MB/s", "10 s", "315 MB"]
+    assert many == ["1,000", "8 GB", "8.33 min", "50,000", "4.17 min", "10.4 min", "12.8 MB/s", "2.78 h", "315 GB"]
+    report["settings"]["quick"] = True
+    with pytest.raises(InputError, match="--quick"):
+        data_page.projection(report)
+
+
+def test_marks_and_waits_are_told_with_what_they_hold_for(report):
+    row = report["rows"][0]
+    row["name"], row["ratio_range"] = "end to end, x", {"torchio": [10, 20], "torchio, cropped": [10, 20]}
+    row["ratio_to"] = {"torchio": 15.0, "torchio, cropped": 12.0}
+    row["peers"] = dict.fromkeys(row["ratio_to"], row["peers"]["original"])
+    told = data_page.rates(report)
+    assert "| torchio † |" in told and "| torchio, cropped |" in told and ".nii.gz" in told
+    assert "| 15 x (10 to 20) | 1 x |" in told and "| 200 (n 2) |" in told
+    row["repeats"] = 1
+    assert "| 15 x | 1 x |" in data_page.rates(report)
+    report["rows"].append({"name": "training run, x", "wait_share": 0.001, "seconds_median": 2.5, "peers": {}})
+    goals = data_page.goals(report)
+    assert "| waiting in a training run on this CPU, steps of 2.5 s | 1 % | 0.1 % | met |" in goals
+    assert "| waiting at assumed steps of 100 ms (segsrgan) | 1 % | 25 % | missed by 25 x |" in goals
+    assert "* torchio, cropped:" in data_page.differences(report) and "monai" not in data_page.differences(report)
 
 
 def test_goals_say_by_how_much_they_are_missed(report):

@@ -138,7 +138,8 @@ def test_rows_of_every_kind(capsys, tmp_path, loose, monkeypatch):
     whole = {
         r["step"]: r["peers"] for r in made["rows"] if r["kind"] == "whole inference" and r["window"] == "constant"
     }
-    assert {f"{peer}, {n}" for peer in ("monai", "torchio", "original") for n in (PLAIN, OWN)} == {*whole[10]}
+    around = {f"{peer}, {n}" for peer in ("monai", "torchio", "original") for n in (PLAIN, OWN)}
+    assert around | {f"monai, {infer.LAST}"} == {*whole[10]}
     assert list(whole[14]) == [infer.HEADLINE]
     text = infer_page.markdown(made)
     assert all(f"{kind.capitalize()}, constant, 24 x 20 x 25" in text for kind in infer_page.KINDS)
@@ -182,6 +183,18 @@ def test_whole_inference_refuses_nan_itself(capsys, monkeypatch, loose):
     assert main([*SMALL, "--only", "whole inference, constant"]) == 4
     out, told = capsys.readouterr()
     assert not out and "NaN or infinite" in told
+
+
+def test_every_side_takes_the_tiles_that_are_asked_for(monkeypatch, loose):
+    """fastsrgan's whole inference too: so many in each pass."""
+    found = []
+    right = infer.infer_volume
+    monkeypatch.setattr(infer, "infer_volume", lambda *a, **k: (found.append(k["batch"]), right(*a, **k))[1])
+    for batch in (1, 3):
+        args = parse([*SMALL, "--batch", str(batch)])
+        case = next(c for c in infer.cases(args) if c.name.startswith("whole inference"))
+        case.build()["fastsrgan"]()
+    assert found == [1, 3]
 
 
 def test_time_in_the_network_lies_apart():

@@ -12,6 +12,7 @@ import torch
 from bench import flops, roofline, scale, summary, uncompiled
 from bench import report as page
 from bench.__main__ import main
+from bench.data_page import duration
 from fastsrgan.errors import InputError, UsageError
 
 FIGURES = scale.Figures(step_seconds=2.0, batch=8, patches=100, volume_seconds=3.0, store_bytes=5e6, threads=2)
@@ -108,13 +109,32 @@ def test_a_step_report_becomes_a_table_of_floors(tmp_path, monkeypatch):
     side = {"seconds_median": 6.0}
     row = {"name": "iteration of 5 + 1, k 2 and 2", "batch": 2, "seconds_median": 3.0, "peers": {"naive": side}}
     row |= {"ceilings": {"matmul_flop_per_second": 1e9, "copy_bytes_per_second": 1e30}}
-    settings = {"kernel": [2], "critic_kernel": 2, "patch": 16, "critic_iterations": 5}
-    report = {"rows": [row], "settings": settings, "device": "x", "command": ["y"]}
+    settings = {"kernel": [2], "critic_kernel": 2, "patch": 16, "critic_iterations": 5, "batch": [2]}
+    report = {
+        "bench": "step",
+        "rows": [row],
+        "settings": settings,
+        "device": "x",
+        "command": ["y"],
+        "commit": "e-dirty",
+    }
     (folder / "step.json").write_text(json.dumps({**report, "machine": {"cpu": "z", "threads": 1}}), encoding="utf8")
     monkeypatch.setattr(roofline, "RESULTS", tmp_path)
     page = roofline.page()
     floor = 2 * flops.iteration(flops.generator(2, 16), flops.critic(2, 16), 5).flop / 1e9
-    assert f"({3 / floor:.2g} x)" in page and f"({6 / floor:.2g} x)" in page
+    assert f"({3 / floor:.2g} x)" in page and f"({6 / floor:.2g} x)" in page and "| not run |" in page
+    assert "commit e with changes that were not committed" in page
+    # Layers were another run, with ceilings of its own: a thousandth of those of the step.
+    machine = {"cpu": "z", "threads": 1, "matmul_flop_per_second": 1e6, "copy_bytes_per_second": 1e30}
+    layer = {"passed": True, "peers": {"plain": side}, "seconds_median": 9.0}
+    layers = [{"name": f"stem 7^3, 1 -> 2, {passes}", **layer} for passes in ("forward", "forward + backward")]
+    other = {**report, "bench": "layers", "rows": layers, "machine": machine, "device": "cpu"}
+    (folder / "layers.json").write_text(json.dumps(other), encoding="utf8")
+    seconds = 2 * flops.generator(2, 16)[0].flop / 1e6
+    assert f"{duration(9)} ({9 / seconds:.2g} x)" in roofline.page()
+    other["settings"] = {**settings, "quick": True}
+    (folder / "layers.json").write_text(json.dumps(other), encoding="utf8")
+    assert "Layers of the generator" not in roofline.page()
     (folder / "step.json").write_text(json.dumps({**report, "rows": []}), encoding="utf8")
     with pytest.raises(InputError, match="no ceilings"):
         roofline.page()
@@ -127,6 +147,7 @@ def test_a_quick_check_predicts_and_runs_one_and_two_ranks(tmp_path, capsys):
     assert [row["ranks"] for row in report["rows"]] == [1, 2]
     assert all(row["predicted"] > 0 and row["measured"] > 0 for row in report["rows"])
     assert report["rows"][0]["updates"] == 2 * report["rows"][1]["updates"]
+    assert "--quick" in (told := "\n".join(page.scaled(path, report))) and "| predicted |" not in told
     assert "| predicted |" in capsys.readouterr().out.replace("updates of an epoch | ", "")
 
 
@@ -134,7 +155,8 @@ def test_a_quick_check_predicts_and_runs_one_and_two_ranks(tmp_path, capsys):
 
 
 def side(seconds: float, **more) -> dict:
-    return {"seconds_median": seconds, "seconds_min": seconds, "seconds_max": seconds, "max_error": 0.0, **more}
+    times = {"seconds_median": seconds, "seconds_min": seconds, "seconds_max": seconds, "repeats": 3}
+    return {**times, "max_error": 0.0, **more}
 
 
 @pytest.fixture
@@ -145,35 +167,45 @@ def reports() -> dict:
 
     def row(name, ours, peers, **more):
         told = {"name": name, "passed": True, "tolerance": 1.0, "peers": peers, **side(ours), **more}
-        return told | {"ratio_to": {k: v["seconds_median"] / ours for k, v in peers.items()}}
+        ratios = {k: v["seconds_median"] / ours for k, v in peers.items()}
+        return told | {"ratio_to": ratios, "ratio_range": {k: [r - 0.5, r + 1] for k, r in ratios.items()}}
 
     mib = 2**20
     step_row = row(
         "iteration of 5 + 1, k 16 and 32, batch 4, 64^3", 3.0, {"naive": side(21.0, peak_bytes=901 * mib)},
         peak_bytes=301 * mib, critic_updates=5, kernel=16, kernel_dis=32, batch=4, patch=64,
     )  # fmt: skip
-    peers = {summary.PLAIN: side(26.0, peak_bytes=503 * mib), summary.OWN: side(6.5), "nnU-Net style": side(9.0)}
+    peers = {summary.PLAIN: side(26.0, peak_bytes=503 * mib), "nnU-Net style": side(9.0)}
+    peers[summary.OWN] = side(6.5, outside_network=0.04, peak_bytes=303 * mib)
     infer_row = row(
         "whole inference", 5.0, peers, peak_bytes=101 * mib, shape=[9, 8, 7], kernel=8, patch=64, step=32,
+        outside_network=0.03,
     )  # fmt: skip
-    feed = row("end to end, x", 1.0, {"torchio": side(31.0), "monai": side(17.0), "monai, trilinear": side(2.0)})
-    feed |= {"patches_per_second": 77.0, "patch": 48}
+    # Of the first epoch each takes four times as long as we do.
+    feeds = {"torchio, cropped": 31.0, "monai, cropped": 17.0, "monai": 90.0, "monai, trilinear": 2.0}
+    feed = row("end to end, x", 1.0, {k: side(v, cold_patches_per_second=5.0) for k, v in feeds.items()})
+    feed |= {"patches_per_second": 77.0, "patch": 48, "cold_patches_per_second": 20.0}
+    volume = row("one volume", 1.0, {}, shape=[10, 10, 10], resident_shape=[5, 5, 5])
     critic = row("critic update, k 32", 1.0, {}) | {"tolerance": 0.01, "max_error": 6e-4}
     return {
         "step": {"bench": "step", "rows": [critic, step_row], **common},
         "infer": {"bench": "infer", "rows": [infer_row], **common},
-        "data": {"bench": "data", "rows": [feed], **common},
+        "data": {"bench": "data", "rows": [feed, volume], **common},
     }
 
 
 def test_the_page_opens_with_the_figures_of_the_results(reports):
     told = summary.sentences(reports)
     assert len(told) == 5
-    assert "3 s against 21 s" in told[0] and "7.00 times" in told[0] and "plain PyTorch" in told[0]
-    assert "5 s against 26 s with MONAI" in told[1] and "5.20 times" in told[1]
-    assert "a factor of 4.00 is the network and one of 1.30 gathering" in told[1]  # 26 / 6.5 and 6.5 / 5
-    assert "77 patches of 48^3" in told[2] and "31 times TorchIO and 17 times MONAI" in told[2]
-    assert "301 MiB in an iteration (901 MiB" in told[3] and "101 MiB in whole inference (503 MiB" in told[3]
+    assert "3 s against 21 s in plain eager PyTorch, contiguous, 7 times (6.5 to 8, n 3)" in told[0]
+    assert "5 s against 26 s with MONAI" in told[1] and "5.2 times (4.7 to 6.2, n 3)" in told[1]
+    assert "no measurable difference from MONAI: 1.3 times (0.8 to 2.3, n 3)" in told[1]
+    assert "3.0 and 4.0 % of the time outside the network" in told[1]
+    assert "77 patches of 48^3" in told[2] and "31 times (30.5 to 32, n 3) what TorchIO" in told[2]
+    assert "17 times (16.5 to 18, n 3) what MONAI" in told[2] and "4 and 4 times" in told[2]
+    assert "not equal" not in told[2] and "cropped to the head" in told[2]
+    assert "301 MiB in an iteration (901 with plain" in told[3]
+    assert "101 MiB in whole inference (503 with MONAI, plain network; 303 with MONAI, fastsrgan's network)" in told[3]
     assert "data, infer, step" in told[4]
     reports["infer"]["device"] = "NVIDIA H200"
     assert "Not yet run on a GPU: data, step." in summary.sentences(reports)[4]
@@ -182,6 +214,41 @@ def test_the_page_opens_with_the_figures_of_the_results(reports):
         for one in report["rows"]:
             del one["seconds_median"]
     assert all(summary.NOT_MEASURED in text for text in summary.sentences(reports)[:4])
+
+
+def test_a_difference_is_told_where_the_range_leaves_one_out(reports):
+    reports["infer"]["rows"][0]["ratio_range"][summary.OWN] = [1.01, 1.5]
+    assert "MONAI takes 1.3 times (1.01 to 1.5, n 3) as long" in summary.sentences(reports)[1]
+    reports["infer"]["rows"][0]["peers"][summary.OWN]["repeats"] = 1  # one round shows no difference
+    assert "no measurable difference from MONAI: 1.3 times (measured once)" in summary.sentences(reports)[1]
+
+
+def test_work_that_is_not_equal_is_told_as_that(reports):
+    row = reports["data"]["rows"][0]
+    for key in ("peers", "ratio_to", "ratio_range"):
+        row[key] = {name: v for name, v in row[key].items() if "cropped" not in name}
+    told = summary.sentences(reports)[2]
+    assert "equal work" not in told and "The work is not equal" in told and ".nii.gz" in told
+    assert "90 times" in told and "12% of the voxels" in told  # 5^3 of 10^3
+    assert [bar.what for bar in summary.bars(reports) if "feed" in bar.what] == [
+        "feed: MONAI, whole volumes, other work"
+    ]
+
+
+def test_channels_last_is_told_where_it_was_measured(reports):
+    for name, key, plain in (("step", "naive", "naive, channels last"), ("infer", summary.PLAIN, summary.LAST)):
+        (row,) = (r for r in reports[name]["rows"] if key in r["ratio_to"])
+        for part in ("peers", "ratio_to", "ratio_range"):
+            row[part][plain] = row[part][key]
+    told = summary.sentences(reports)
+    assert "contiguous, 7 times" in told[0] and "and 21 s in plain eager PyTorch, channels last" in told[0]
+    assert "and 26 s around the same with channels last" in told[1]
+    names = [bar.what for bar in summary.bars(reports)]
+    assert len(names) == len(set(names)) == 8 + 4
+
+
+def test_what_was_measured_once_has_no_range(reports):
+    assert page.times(side(2.0)) == "2 s (2 s to 2 s, n 3)" and page.times(side(2.0, repeats=1)) == "2 s (n 1)"
 
 
 def test_the_opening_picture_has_each_ratio_under_its_name(reports, monkeypatch, tmp_path):
@@ -197,15 +264,18 @@ def test_the_opening_picture_has_each_ratio_under_its_name(reports, monkeypatch,
     }
     assert ends == pytest.approx(
         {
-            "iteration of training: plain PyTorch": 7,
+            "iteration of training: plain eager PyTorch, contiguous": 7,
             "whole inference: MONAI, plain network": 5.2,
             "whole inference: MONAI, fastsrgan's network": 1.3,
             "feed: TorchIO, equal work": 31,
             "feed: MONAI, equal work": 17,
-            "memory of an iteration: plain PyTorch": 901 / 301,
-            "memory of inference: MONAI": 503 / 101,
+            "memory of an iteration: plain eager PyTorch, contiguous": 901 / 301,
+            "memory of whole inference: MONAI, plain network": 503 / 101,
+            "memory of whole inference: MONAI, fastsrgan's network": 303 / 101,
         }
     )
+    told = [text.get_text().strip() for text in axes.texts]
+    assert told[2] == "1.3 x (0.8 to 2.3)" and told[-1] == "3 x"
 
 
 def test_sections_mark_other_work_wider_gates_and_quick_runs(reports):
@@ -213,11 +283,55 @@ def test_sections_mark_other_work_wider_gates_and_quick_runs(reports):
     assert "| nnU-Net style † |" in told and "† nnU-Net style: sums tiles" in told and f"| {summary.PLAIN} |" in told
     assert "1.80 x" in told and "load average 0.2" in told
     step_page = "\n".join(page.section(Path("m/step.json"), reports["step"]))
+    assert "* naive: measured before" not in step_page
     assert "missed its earlier gate of 0.005 with 0.0061 and was run again with 0.01 (this run: 6.0e-04)" in step_page
     assert "†" not in step_page
     reports["infer"]["settings"]["quick"] = True
     quick = "\n".join(page.section(Path("m/infer.json"), reports["infer"]))
     assert "--quick" in quick and "1.80 x" not in quick
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--batch", "0"],
+        ["--patches", "0"],
+        ["--threads", "0"],
+        ["--price", "-3"],
+        ["--price", "nan"],
+        ["--efficiency", "7"],
+        ["--efficiency", "0"],
+        ["--step-ms", "0"],
+        ["--volume-ms", "-1"],
+        ["--hours", "0"],
+        ["--subjects", "4", "--devices", "8"],
+        ["--price", "2", "--hours", "1"],
+        ["--hours", "1", "--check"],
+        ["--json", "x.json"],
+        ["--quick"],
+    ],
+)
+def test_scale_refuses_what_means_nothing_or_would_be_ignored(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["scale", *argv])
+    assert stopped.value.code == 2 and argv[0] in capsys.readouterr().err.replace(
+        "times", "--step-ms --volume-ms --hours"
+    )
+
+
+def test_assumptions_about_an_accelerator_stand_above_its_epochs():
+    told = scale.assumed(FIGURES, "abacus")
+    assert told.startswith("No accelerator was measured")
+    for fact in ("700 TFLOP/s", "2.9 TB/s", "450 GB/s", "3 s each", "abacus", "eight threads a"):
+        assert fact in told, fact
+
+
+@pytest.mark.parametrize("quick", ["step", "data"])
+def test_quick_figures_predict_nothing(tmp_path, quick):
+    for name in ("step", "data"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": [], "settings": {"quick": name == quick}}))
+    with pytest.raises(InputError, match=f"{quick}.json.*--quick"):
+        scale.measured(tmp_path)
 
 
 def test_the_cost_stands_where_there_is_a_price():

@@ -92,7 +92,7 @@ def main() -> None:
         before, rest = page.split(BEGIN)
         shown = [r for r in rows if r["ratio"] == 3]
         note = "PSNR in dB inside the head: the spline's, and the gain of the best linear estimate and of fastsrgan. "
-        note += f"On {args.machine}."
+        note += f"`python tools/score_thick_slices.py CASES.json -w perinatal`{options}, on {args.machine}."
         with atomic_write(ROOT / "README.md") as temporary:
             text = f"{before}{BEGIN}\n{table(shown, True)}\n\n{note}\n{END}{rest.split(END)[1]}"
             temporary.write_text(text, encoding="utf8")
