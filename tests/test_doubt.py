@@ -226,6 +226,14 @@ def call(files, *words):
     return json.loads((files / "out" / "a.json").read_text()) if code == 0 else code
 
 
+def test_the_line_about_the_doubt_says_its_unit(networks, caplog):
+    with caplog.at_level("INFO", "fastsrgan"):
+        told = infer_volume(smooth(SHAPE), AFFINE, networks[0], **FAST).report["doubt"]
+    (line,) = [r.getMessage() for r in caplog.records if "doubt inside the head" in r.getMessage()]
+    mean, most = (f"{told[key]:.3g}" for key in ("mean", "p95"))
+    assert line.endswith(f"in units of the image: {mean} on average, 95 % below {most}")
+
+
 def test_the_files_the_record_and_what_a_resumed_call_compares(files):
     record = call(files, "--uncertainty")
     assert {"doubt", "prob"} <= record["outputs"].keys() and record["asked"]["uncertainty"] is True

@@ -189,6 +189,9 @@ def test_the_command_writes_csv_json_and_pictures_and_ends_in_6(folders, tmp_pat
     assert main(["--quiet", *map(str, words)]) == 6
     told = capsys.readouterr()
     assert "mean ± sd" in told.out and "1 not evaluated: c" in told.err
+    heads = told.out.splitlines()[0]
+    assert all(f"  {name}  " in f"{heads}  " for name in ("baseline PSNR dB", "baseline SSIM", "Dice", "baseline Dice"))
+    assert told.out.count("the true label at the scan's resolution, interpolated: it knows the truth") == 1
     result = json.loads((tmp_path / "s.json").read_text(encoding="utf8"))
     with open(tmp_path / "s.csv", newline="", encoding="utf8") as f:
         lines = list(csv.DictReader(f))
@@ -231,6 +234,9 @@ def test_the_table_names_baseline_and_difference(files, capsys):
     assert heads.split() == ["where", "figure", "value", "baseline", "difference", "better"]
     value, baseline, difference, verdict = first.split()[2:]
     assert value == baseline and (difference, verdict) == ("0", "-")
+    words = (*words, "--seg", files["label"], "--label", files["label"], "--baseline-seg", files["label"])
+    assert main(["--quiet", "evaluate", *map(str, words)]) == 0
+    assert "knows the truth" not in capsys.readouterr().out, "a baseline that was given may not"
 
 
 def test_one_pair_as_csv(files, tmp_path):
@@ -282,6 +288,7 @@ def test_two_results_are_compared_subject_by_subject(two, tmp_path, capsys):
     result = json.loads((tmp_path / "c.json").read_text(encoding="utf8"))
     assert result["names"] == ["one", "other"] and [r["subject"] for r in result["rows"]] == [f"s{i}" for i in range(6)]
     assert result["failed"] == [{"subject": "s6", "error": "only in one"}]
+    assert "warning: s6: only in one" in told.err and "1 not evaluated: s6 (only in one)" in told.err
     alone = [evaluate_cohort.evaluate_folders(folder, two[2]) for folder in two[:2]]
     figure = "image.whole.psnr_db"
     values = np.array([[r["image"]["whole"]["psnr_db"] for r in a["rows"] if r["subject"] != "s6"] for a in alone])
@@ -302,6 +309,20 @@ def test_two_results_are_compared_subject_by_subject(two, tmp_path, capsys):
         lines = list(csv.DictReader(f))
     assert [line["kind"] for line in lines] == ["subject"] * 6 + ["mean", "sd", "n"]
     assert float(lines[2][f"second.{figure}"]) == pytest.approx(values[1, 2])
+
+
+def test_notes_of_a_comparison_name_folder_and_subject_once_and_only_of_what_is_compared(two, capsys):
+    first, second, _ = two
+    for folder, stem in ((first, "s0"), (second, "s0"), (second, "s1"), (first, "s6")):
+        sr = images.load(folder / f"{stem}_sr.nii.gz").data
+        images.save(folder / f"{stem}_sr.nii.gz", sr, np.diag([1, 1, 1.01, 1]), overwrite=True)
+    assert main(["evaluate", *map(str, two)]) == 6
+    told = capsys.readouterr()
+    (both, other) = [line for line in told.out.splitlines() if line.startswith("note: ") and "grid differs" in line]
+    assert both.startswith("note: one: s0: SR: grid") and other.startswith("note: other: s0, s1: SR: grid")
+    assert "grid differs" not in told.err
+    result = compare.compare_folders(*two)
+    assert [note for note in result["notes"] if "s6" in note] == []
 
 
 def test_limits_of_agreement_are_the_mean_and_twice_the_sample_deviation_of_unequal_differences():

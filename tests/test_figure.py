@@ -234,6 +234,27 @@ def test_missing_parts_are_drawn_too(truth, tmp_path):
         assert (_pixels(_demo(tmp_path / f"{name}.png", truth, parts, **words))[:4] == 0).all()
 
 
+@pytest.mark.parametrize("light", ("green", "yellow", "red"))
+def test_a_picture_says_its_light_and_what_is_outlined(truth, tmp_path, light):
+    """In the light's colour, on the picture whatever the length, in a line of its own."""
+    seg = Volume((truth.data > 400).astype(np.uint8), truth.affine)
+    columns = [figure.Column(truth, "", outlines=True)]
+    options = {"reference": truth, "masks": (seg, None), "width_px": 900, "footer": "weights adult, patch 128"}
+    for words in ("short", "a long reason, " * 12):
+        page = figure._drawn(columns, **options, structure="cortical grey matter", status=(light, words))
+        (text,) = [text for text in page.figure.texts if text.get_text() == words]
+        assert text.get_color() == figure.LIGHTS[light]
+        (legend,) = page.figure.legends
+        assert [t.get_text() for t in legend.get_texts()] == ["cortical grey matter"]
+        renderer = page.figure.canvas.get_renderer()
+        box = text.get_window_extent(renderer)
+        (footer,) = [t for t in page.figure.texts if t.get_text().startswith("weights adult, patch 128 · ")]
+        under = footer.get_window_extent(renderer)
+        assert 0 < box.x0 < box.x1 < 900 and box.y0 >= under.y1 - 2  # not over the footer
+        assert under.x1 < legend.get_window_extent(renderer).x0
+        assert box.y1 < min(axes.get_window_extent(renderer).y0 for axes in page.figure.axes)
+
+
 def test_pyplot_is_not_touched(truth, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     assert _demo(tmp_path / "a.png", truth).is_file()
@@ -275,14 +296,13 @@ def test_the_slices_of_a_scan_are_found_however_it_is_stored(axes, flips, thick)
 
 def test_the_place_of_largest_change_is_found_inside_the_mask(truth):
     other = truth.data.copy()
-    other[13, 16, 16] += 90  # inside
+    other[13, 16, 13] += 90  # inside
+    other[13:16, 16:19, 13] += 20
     other[2:5, 2:5, 2:5] += 900  # outside
     within = Volume((truth.data > 500).astype(np.uint8), AFFINE)
     inside = planes.inside_of(truth, within)
-    place = planes.largest_change(truth, Volume(other, AFFINE), inside)
-    # To half a block of 4 mm, and on a voxel of the mask.
-    assert np.abs(np.subtract(place, (13 - 14, 16 - 20, 16 - 9))).max() <= planes.BLOCK_MM / 2
-    assert within.data[tuple(np.add(place, (14, 20, 9)).astype(int))] == 1
+    # The voxel itself, not the middle of what changes around it.
+    assert planes.largest_change(truth, Volume(other, AFFINE), inside) == (13 - 14, 16 - 20, 13 - 9)
     assert planes.largest_change(truth, truth, inside) is None
     away = Volume(other, AFFINE + np.eye(4, k=3) * 0.4)
     assert planes.largest_change(truth, away, inside) is None
@@ -300,6 +320,22 @@ def test_without_a_mask_the_rim_of_the_head_does_not_count():
     other[34, 30, 34] += 30
     place = planes.largest_change(head, Volume(other, np.eye(4)), inside)
     assert np.abs(np.subtract(place, (34, 30, 34))).max() <= planes.BLOCK_MM / 2
+
+
+def test_with_a_mask_the_rim_of_a_stripped_brain_does_not_count_either():
+    """Its edge to exact zeros is sharp: what changes there is no anatomy. A mask that is nothing but rim counts."""
+    data = np.where(_ball((30, 30, 30), 25.0, (60, 60, 60)) > 400, 500, 0).astype(np.float32)
+    away = np.sqrt(((np.stack(np.indices(data.shape)) - 30) ** 2).sum(0))
+    head, cortex = Volume(data, np.eye(4)), Volume(((away > 14) & (away < 26)).astype(np.uint8), np.eye(4))
+    inside = planes.inside_of(head, cortex)
+    # 4 mm below the surface, to a block of 2 mm and half its diagonal.
+    assert away[inside.data].min() > 14 and 19 < away[inside.data].max() < 23
+    other = data.copy()
+    other[30, 30, 5:8] += 400  # at the surface
+    other[34, 30, 46] += 30
+    assert planes.largest_change(head, Volume(other, np.eye(4)), inside) == (34, 30, 46)
+    rim = Volume((away > 23.5).astype(np.uint8) * (data > 0), np.eye(4))
+    assert np.array_equal(planes.inside_of(head, rim).data, rim.data > 0)
 
 
 @pytest.mark.parametrize("thick", [0, 1, 2])

@@ -604,13 +604,14 @@ def test_columns_of_tables_have_the_figure_of_their_heading():
     titles = {
         "/scores/image/mask/psnr_db": "PSNR, dB in mask", "/scores/gain/image/whole/psnr_db": "gain PSNR, dB",
         "/record/seconds": "time, s", "/measured/volume_ml": "volume, mL",
+        "/scores/baseline/segmentation/dice": "baseline Dice", "/scores/segmentation/hausdorff95_mm": "HD95, mm",
     }  # fmt: skip
     assert {path: cohort_page.title(path) for path in titles} == titles
-    scored = [{"image": {region: {} for region in regions}, "segmentation": {"dice": 1, "false_component_voxels": 2}}
+    scored = [{"image": {region: {} for region in regions}, "segmentation": {"dice": 1, "false_components": 2}}
               for regions in (("whole", "mask"), ("whole",))]  # fmt: skip
     for some, region in ((scored[:1], "mask"), (scored, "whole")):
         assert cohort_page.candidates(some) == [
             f"/scores/image/{region}/psnr_db", f"/scores/image/{region}/ssim", f"/scores/gain/image/{region}/psnr_db",
-            "/scores/segmentation/dice", "/scores/gain/segmentation/dice", "/measured/volume_ml",
+            "/scores/segmentation/dice", "/scores/baseline/segmentation/dice", "/measured/volume_ml",
             "/measured/components", "/record/seconds",
         ]  # fmt: skip

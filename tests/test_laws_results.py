@@ -16,6 +16,7 @@ from nifti_files import rigid
 
 from fastsrgan.core.files import read_json, write_json
 from fastsrgan.errors import ModelError, UsageError
+from fastsrgan.evaluate.plausibility import Verdict
 from fastsrgan.infer import anytime, bids, files, memory, modes, tiles
 from fastsrgan.infer import image as image_module
 from fastsrgan.infer import network as network_module
@@ -109,11 +110,14 @@ def test_what_is_in_memory_while_a_result_is_written(more, bytes_):
     sr, prob = np.zeros((10, 10, 10), np.float32), np.zeros((1, 10, 10, 10), np.float32)
     result = SimpleNamespace(sr=sr, prob=prob, doubt=None, residual=None)
     low = Volume(np.zeros((10, 10, 5), np.float32), np.eye(4))
-    loaded = SimpleNamespace(result=result, volume=low, model=SimpleNamespace(purpose=Purpose()))
+    loaded = SimpleNamespace(result=result, volume=low, model=SimpleNamespace(purpose=Purpose()), mask=None)
     job = SimpleNamespace(settings=InferSettings(**FAST, **more))
     assert image_module.bytes_while_writing(loaded, job) == bytes_
     result.doubt, result.residual = sr, low.data
     assert image_module.bytes_while_writing(loaded, job) == bytes_ + 4000 + 2000
+    loaded.mask = low.data > 0  # the picture's spline is that of a copy, cut out
+    assert image_module.bytes_while_writing(loaded, job) == bytes_ + 4000 + 2000 + 4 * 500 * ("png" in more)
+    loaded.mask = None
     result.prob = np.zeros((3, 10, 10, 10), np.float32)
     assert image_module.bytes_while_writing(loaded, job) == bytes_ + 4000 + 2000 + 8000 + 1000
 
@@ -339,12 +343,17 @@ def test_the_picture_names_the_patch_the_step_and_the_threshold(monkeypatch, tmp
         "fastsrgan.pictures.figure.result_figure", lambda *args, **more: drawn.append((args, more)), raising=True
     )
     sr, low = np.ones((4, 4, 6), np.float32), Volume(np.ones((4, 4, 3), np.float32), np.diag([1.0, 1, 2, 1]))
-    result = SimpleNamespace(sr=sr, affine=np.eye(4), report={"patch": 16, "step": 12})
-    loaded = SimpleNamespace(volume=low, image=SimpleNamespace(name="case"))
-    image_module._picture(tmp_path / "a.png", loaded, result, sr > 0, 0.35)
+    result = SimpleNamespace(sr=sr, affine=np.eye(4), report={"patch": 16, "step": 12, "region": None})
+    purpose = Purpose(structures=((1, "cortex"), (2, "white matter")))
+    model = SimpleNamespace(purpose=purpose)
+    loaded = SimpleNamespace(volume=low, image=SimpleNamespace(name="case"), model=model, mask=None, weights_name="w")
+    image_module._picture(tmp_path / "a.png", loaded, result, sr > 0, 0.35, Verdict("red", ("worst", "other")))
     ((target, volumes, captions), more) = drawn[0]
     assert target == tmp_path / "a.png" and captions["seg"] == "probability above 0.35"
-    assert more == {"title": "case", "footer": "patch 16, step 12"}
+    assert more == {
+        "title": "case", "footer": "weights w, patch 16, step 12", "structure": "cortex",
+        "status": ("red", "plausibility red: worst"),
+    }  # fmt: skip
     assert volumes["low"] is low and volumes["sr"].data is sr and volumes["seg"].data.all()
 
 

@@ -232,7 +232,7 @@ def test_continuing_needs_weights_and_keeps_the_earlier_run(called, tmp_path, mo
     monkeypatch.setattr(checkpoint, "snapshots", lambda run: [run / "checkpoints" / "step-00000009"])
     code, seen = called(*command, "-w", "weights/SegSRGAN_epoch_20")
     assert code == 0 and seen["folder"] == "weights/from_epoch_21" and seen["snapshot_folder"] == "weights"
-    assert called("cohort.zarr", "-sf", "weights", "-n", 1, 1, 3, "-e", 4, "-i", 5, "-w", "x")[0] == 4
+    assert called("cohort.zarr", "-sf", "weights", "-n", 1, 1, 3, "-e", 4, "-i", 5, "-w", "x")[0] == 2  # typed
     assert called("cohort.zarr", "-n", 1, 1, 3)[0] == 2 and called("-sf", "weights", "-n", 1, 1, 3)[0] == 2
 
 

@@ -34,7 +34,7 @@ from fastsrgan.train.snapshots import made_for
 from fastsrgan.volume.head import tissue_box, tissue_level
 
 FAST = {"patch": 16, "step": 16, "device": "cpu"}
-ADULT = replace(MODELS["adult"].purpose, contrasts=("T1",), contrast="T1-like contrast")  # of T1 alone
+ADULT = replace(MODELS["adult"].purpose, contrasts=("T1",), contrast="T1-like contrast", dice=())  # of T1
 PERINATAL = MODELS["perinatal"].purpose
 
 
@@ -159,6 +159,7 @@ def test_what_the_weights_were_made_for_is_green():
     assert light(GROWN, 600, ADULT) == (GREEN, "")
     told = judge(GROWN, seg_of(600), 1000.0, ADULT).line()
     assert told.startswith("green: as expected in size of the head, contrast") and "slice ratio" in told
+    assert told.endswith("; no proof that the segmentation is right, look at the pictures")
 
 
 def test_a_newborn_given_to_adult_and_the_reverse_are_red():
@@ -242,6 +243,18 @@ def test_a_contrast_is_foreign_only_where_the_weights_do_not_know_it(name):
     assert (seen(newborn)[0] == GREEN) == (name == "newborn T2")
 
 
+def test_a_contrast_that_the_weights_segment_poorly_is_yellow_and_says_so():
+    """FLAIR of the adult weights (a cortex 44 % too large was green), where nothing else comes into question."""
+    adult = MODELS["adult"].purpose
+    for name, (fluid, within) in SEEN.items():
+        verdict = judge(replace(GROWN, fluid=fluid), seg_of(600), 1000.0, adult, within=within)
+        rough = [reason for reason in verdict.reasons if "Dice 0.57 to 0.63 on their card" in reason]
+        assert (verdict.light, len(rough)) == (YELLOW, 1) if name == "FLAIR" else not rough
+        assert (verdict.light == GREEN) == (name in ("T1", "T2"))
+    for fluid, within in ((-0.45, None), (0.0, 0.8)):  # nothing enclosed, or dark and bright alike: it may be T1 or T2
+        assert judge(replace(GROWN, fluid=fluid), seg_of(600), 1000.0, adult, within=within).light == GREEN
+
+
 def test_a_contrast_near_its_range_is_yellow_and_unclear_fluid_decides_nothing():
     assert judge(GROWN, seg_of(600), 1000.0, ADULT, within=1.22).light == YELLOW
     assert judge(replace(GROWN, fluid=0.1), seg_of(600), 1000.0, ADULT, within=1.4).light == GREEN
@@ -315,6 +328,7 @@ def test_a_training_says_what_it_knows(tmp_path):
         None,
         "a brain",
         {"head_mm": [9, 3], "slice_ratio": ["a", 2], "voxel_mm": [1], "structures": "cortex", "contrast": 5},
+        {"dice": {"X": [0.1, 0.2], "T1": [0.8, 0.7], "T2": 3}},
         {"structures": [{"value": "1", "name": "cortex"}, {"value": 1, "name": " "}, 3], "contrasts": ["X", 3]},
     ),
 )
@@ -503,5 +517,13 @@ def test_the_table_and_the_card_say_what_the_model_says(name):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     wanted = [purpose.structure, purpose.contrast, purpose.ages, purpose.view]
     assert cells[1:-1] == [*wanted, span(purpose.head_mm), span(purpose.slice_ratio)]
-    card = (root / "fastsrgan" / "models" / {"adult": "README.md"}.get(name, f"{name}.md")).read_text("utf8")
+    page = {"adult": "README.md"}.get(name, f"{name}.md")
+    figures = ", ".join(f"{c} {low:.2f} to {high:.2f}" for c, (low, high) in purpose.dice)
+    assert cells[-1] == f"{figures} ([card](fastsrgan/models/{page}))"
+    card = (root / "fastsrgan" / "models" / page).read_text("utf8")
+    for contrast, ends in purpose.dice:
+        case = {"T2 before myelination": "perinatal "}.get(contrast, f" {contrast}")
+        rows = [line.strip("|").split("|") for line in card.splitlines() if line.startswith("| ") and case in line[:24]]
+        dice = [float(cells[9]) for cells in rows if len(cells) == 12]
+        assert len(dice) >= 6 and ends == pytest.approx((min(dice), max(dice)), abs=0.0051)  # two digits
     assert f"| segments | {purpose.line()} |" in card

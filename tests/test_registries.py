@@ -181,12 +181,12 @@ OTHER_MEANINGS = {
     | dict.fromkeys(("demo/template.py", "pictures/planes.py"), PADDING)
     | {"infer/sweep.py": "tiles of one value"},
     "gaussian": dict.fromkeys(
-        ("infer/modes.py", "infer/settings.py", "observation/model.py", "volume/acquisition.py")
+        ("demo/run.py", "infer/modes.py", "infer/settings.py", "observation/model.py", "volume/acquisition.py")
         + ("volume/consistency.py", "volume/resample.py"),
         PROFILE,
     ),
     "dice": dict.fromkeys(("config.py", "losses.py", "train/loop.py", "train/objectives.py"), LOSS)
-    | {"study/plots.py": PAPER},
+    | {"study/plots.py": PAPER, "model/purpose.py": "what a card says of a contrast"},
     "components": {"volume/components.py": "before a filter", "study/plots.py": PAPER},
     "hausdorff95_mm": {"study/plots.py": PAPER},
     "plain": {"study/plots.py": PAPER},

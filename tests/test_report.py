@@ -14,17 +14,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import call, one_line
-from report_results import make_results, make_run, make_scan, make_scores, make_truth
+from report_results import make_model, make_results, make_run, make_scan, make_scores, make_truth
 
 from fastsrgan.cli import main as cli
 from fastsrgan.core.files import write_json
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.evaluate.figures import alone
 from fastsrgan.evaluate.grids import onto_grid
+from fastsrgan.evaluate.pair import evaluate_files
+from fastsrgan.infer.files import infer_files
 from fastsrgan.io import nifti as images
+from fastsrgan.model.purpose import MODELS
+from fastsrgan.pictures import figure
 from fastsrgan.report import cohort, curves, volumes
+from fastsrgan.report import show as show_module
 from fastsrgan.report.html import Line, data_block, el, line_chart, pointer, shown, ticks
 from fastsrgan.report.page import report
+from fastsrgan.report.show import show
 from fastsrgan.volume.consistency import LINEAR_WEIGHTS, observation
 from fastsrgan.volume.geometry import Orientation, Volume
 
@@ -436,6 +442,47 @@ def test_a_cohort_is_a_table_whose_rows_open_pages(several):
     assert "index.html" in [v for t, n, v in single.attributes if (t, n) == ("a", "href")]
 
 
+def test_a_cohort_shows_each_light_its_reasons_and_what_is_segmented(several, tmp_path):
+    """Of results that have one; mean and rule of outliers only where there is something of it."""
+    out, _ = several
+    shutil.copytree(out, tmp_path / "out")
+    lights = {"scan": ("green", []), "scan1": ("red", ["the head is <small>"]), "scan2": ("yellow", ["a", "b"])}
+    for stem, (light, reasons) in lights.items():
+        path = tmp_path / "out" / f"{stem}.json"
+        record = json.loads(path.read_text(encoding="utf8")) | {"plausibility": {"light": light, "reasons": reasons}}
+        write_json(path, record | {"made_for": MODELS["adult"].purpose.to_dict()})
+    page = report(tmp_path / "out", tmp_path / "all.html")[0].read_text(encoding="utf8")
+    got = Parsed(page)
+    assert "Segmented: cortical grey matter. Green is no proof that the segmentation is right" in got.words
+    assert [v for t, n, v in got.attributes if (t, n) == ("td", "data-sort")] == ["0", "2", "1"]
+    assert "● redthe head is <small>" in got.words and "● yellowa; b" in got.words and "plausibility" in got.words
+    assert "mean ± sd" not in got.words and "Iglewicz" not in got.words and "knows the truth" not in got.words
+    old = tmp_path / "out" / "scan.json"
+    record = json.loads(old.read_text(encoding="utf8"))
+    write_json(old, {k: v for k, v in record.items() if k != "plausibility"})
+    got = Parsed(report(tmp_path / "out", tmp_path / "old.html")[0].read_text(encoding="utf8"))
+    assert [v for t, n, v in got.attributes if (t, n) == ("td", "data-sort")] == ["2", "1"]
+
+
+def test_a_cohort_with_scores_shows_dice_beside_the_baselines(several, tmp_path):
+    out, _ = several
+    image, label = make_truth(tmp_path)
+    rows = [
+        evaluate_files(out / f"{s}_sr.nii.gz", image, out / f"{s}_seg.nii.gz", label, lr=out.parent / f"{s}.nii.gz")
+        for s in ("scan", "scan1", "scan2")
+    ]
+    write_json(tmp_path / "table.json", {"rows": rows, "definitions": {}})
+    got = Parsed(report(out, tmp_path / "all.html", scores=tmp_path / "table.json")[0].read_text(encoding="utf8"))
+    heads = re.findall(r'<button type="button">([^<]*)</button>', (tmp_path / "all.html").read_text(encoding="utf8"))
+    first = ["result", "plausibility", "PSNR, dB", "SSIM", "gain PSNR, dB", "Dice", "baseline Dice", "HD95, mm"]
+    assert heads[:8] == first and "components" in heads and "largest component" not in heads
+    told = {path: json.loads(value) for path, value, _ in got.figures}
+    assert told["/rows/1/scores/baseline/segmentation/dice"] == rows[1]["baseline"]["segmentation"]["dice"]
+    mean = sum(row["baseline"]["segmentation"]["dice"] for row in rows) / 3
+    assert told["/summary/baseline.segmentation.dice/mean"] == pytest.approx(mean, abs=1e-12)
+    assert "mean ± sd" in got.words and "interpolated: it knows the truth" in got.words
+
+
 def test_outliers_follow_the_rule():
     assert cohort.outliers([1, 2, 3, 4, 5, 100]) == [5]
     # median 3.5, MAD 1.5: the limit is 3.5 * 1.5 / 0.6745 = 7.783 away
@@ -676,3 +723,39 @@ def test_the_command_writes_and_names_the_page(several, tmp_path, capsys):
     assert cli.main(["report", str(several[0]), "-o", str(tmp_path / "a.html"), "--quiet"]) == 2
     assert cli.main(["report", str(tmp_path / "none"), "--quiet"]) == 3
     assert "error: " in capsys.readouterr().err
+
+
+def test_of_a_masked_scan_spline_and_difference_end_at_the_mask(tmp_path, monkeypatch):
+    """As of a fetus in its mother: on the page, in `show` and in the picture of `infer`, SR is compared with what the
+    network saw; the scan itself is shown as it was acquired."""
+    scan, model = make_scan(tmp_path / "scan.nii.gz"), make_model(tmp_path)
+    whole = images.load(scan)
+    ball = sum(((grid - n / 2) / (0.3 * n)) ** 2 for grid, n in zip(np.ogrid[:33, :39, :9], (33, 39, 9), strict=True))
+    mask = images.save(tmp_path / "mask.nii.gz", (ball < 1).astype(np.uint8), whole.affine)
+    drawn: list[dict[str, Volume]] = []
+    told: list[dict] = []
+    monkeypatch.setattr(
+        figure, "result_figure", lambda path, volumes, *words, **more: (drawn.append(volumes), told.append(more))
+    )
+    asked = {"patch": 32, "step": 32, "device": "cpu", "mask": str(mask), "outside": "zero", "png": True}
+    infer_files([scan], tmp_path / "out", model, **asked)
+    monkeypatch.undo()
+    verdict = json.loads((tmp_path / "out" / "scan.json").read_text(encoding="utf8"))["plausibility"]
+    assert told[0]["status"] == (verdict["light"], f"plausibility {verdict['light']}: {verdict['reasons'][0]}")
+    assert told[0]["structure"] == "segmentation" and told[0]["footer"].startswith("weights model.safetensors, patch")
+    titled = lambda columns, **more: drawn.append({c.title: c.volume for c in columns})  # noqa: E731
+    monkeypatch.setattr(show_module, "planes", titled)
+    show(tmp_path / "out")
+    sr = drawn[0]["sr"].data
+    top = float(np.percentile(sr[sr > 0], 99.9))
+    for spline in (drawn[0]["spline"], drawn[1]["Cubic spline"]):
+        assert np.abs(spline.data - sr)[sr == 0].max() < 0.12 * top  # found: 0.097, where the spline rings
+    assert np.abs(onto_grid(whole, drawn[0]["sr"], notes=[]).data - sr)[sr == 0].max() > 0.7 * top
+    assert all(np.array_equal(low.data, whole.data) for low in (drawn[0]["low"], drawn[1]["Low resolution"]))
+    got = Parsed(report(tmp_path / "out")[0].read_text(encoding="utf8"))
+    shown_volumes, plan = decoded(got)
+    apart = {n: np.abs(shown_volumes[n].astype(int) - shown_volumes["sr"]) for n in ("spline", "linear", "low")}
+    outside = shown_volumes["sr"] == 0
+    assert outside.mean() > 0.2 and apart["low"][outside].max() > 100
+    assert apart["spline"][outside].max() <= 13 and apart["linear"][outside].max() <= 16  # found: 10 and 13 of 255
+    assert plan["limit"] < 30 and "know it inside the mask alone" in got.words  # found: 24

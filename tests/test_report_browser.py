@@ -243,7 +243,7 @@ def test_nothing_is_wider_than_a_phone(tab, folder):
 
 def test_the_cohorts_table_is_sorted_by_a_press(tab, folder):
     tab.open(url(folder / "many" / "out" / "report.html"))
-    column = "[...document.querySelectorAll('.cohort tbody tr td:nth-child(3) data')].map(d => Number(d.value))"
+    column = "[...document.querySelectorAll('.cohort tbody tr td:nth-child(4) data')].map(d => Number(d.value))"
     sizes = tab.ask("[...document.querySelectorAll('.cohort img')].map(i => [i.clientWidth, i.clientHeight])")
     assert sizes and all(size == [64, 64] for size in sizes)
     orders = []
@@ -252,6 +252,10 @@ def test_the_cohorts_table_is_sorted_by_a_press(tab, folder):
         orders.append(tab.ask(column))
     assert orders[0] == sorted(orders[0]) and orders[1] == orders[0][::-1]
     assert tab.ask("document.querySelector('.cohort th.n').getAttribute('aria-sort')") == "descending"
+    worst = "[...document.querySelectorAll('.cohort td.light')].map(c => Number(c.dataset.sort))"
+    tab.ask("document.querySelectorAll('.cohort td.light').forEach((cell, i) => { cell.dataset.sort = (i + 1) % 3; })")
+    tab.ask("document.querySelector('.cohort th:nth-child(3) button').click()")
+    assert tab.ask(worst) == sorted(tab.ask(worst)) and len(set(tab.ask(worst))) > 1
     link = tab.ask("document.querySelector('.cohort tbody th a').href")
     tab.open(link)
     assert tab.wait(f"{VIEWER}.dataset.viewer") in ("niivue", "canvas") and tab.problems == []

@@ -19,9 +19,11 @@ from report_results import make_known
 
 from fastsrgan.core.files import write_json
 from fastsrgan.demo import run as demo
+from fastsrgan.evaluate.plausibility import Verdict
 from fastsrgan.infer import image as infer_image
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
+from fastsrgan.model.purpose import Purpose
 from fastsrgan.pictures import error_map as error_map_module
 from fastsrgan.pictures import figure
 from fastsrgan.report.page import report
@@ -147,10 +149,12 @@ def test_the_outlines_have_the_colours_of_their_masks(pages, tmp_path):
 
 def test_the_picture_of_infer_has_scan_spline_and_result_under_their_titles(pages, tmp_path):
     low = Volume(np.full(THICK, 150, np.float32), THICK_AFFINE)
-    loaded = SimpleNamespace(volume=low, image=SimpleNamespace(name="scan"))
+    model = SimpleNamespace(purpose=Purpose())
+    image = SimpleNamespace(name="scan")
+    loaded = SimpleNamespace(volume=low, image=image, mask=None, model=model, weights_name="w")
     sr = level(450.0)
-    result = SimpleNamespace(sr=sr.data, affine=sr.affine, report={"patch": 64, "step": 32})
-    infer_image._picture(tmp_path / "a.png", loaded, result, SEG.data, 0.5)
+    result = SimpleNamespace(sr=sr.data, affine=sr.affine, report={"patch": 64, "step": 32, "region": None})
+    infer_image._picture(tmp_path / "a.png", loaded, result, SEG.data, 0.5, Verdict("green", ()))
     (page,) = pages
     found = check(page, tmp_path / "a.png", {"low": 150.0, "spline": 150.0, "sr": 450.0, "seg": 450.0}, 450.0)
     assert list(found) == ["Low resolution", "Cubic spline", "fastsrgan", "Segmentation"]

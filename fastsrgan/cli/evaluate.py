@@ -90,10 +90,23 @@ def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
         if "doubt" in result:
             rows = enumerate(result["doubt"]["deciles"], 1)
             print("", table([{"decile": n} | {k: plain(v) for k, v in row.items()} for n, row in rows]), sep="\n")
+    if args.json != "-" and (line := about_baseline(result)):
+        print(f"\n{line}")
     if result.get("failed"):
-        names = ", ".join(f["subject"] for f in result["failed"])
+        names = ", ".join(
+            f"{f['subject']} ({f['error']})" if f["error"].startswith("only in ") else f["subject"]
+            for f in result["failed"]
+        )
         raise PartialFailure("evaluate", f"{len(result['failed'])} not evaluated: {names}", "see the warnings")
     return 0
+
+
+def about_baseline(result: dict[str, Any]) -> str:
+    """A line where a baseline's segmentation was made of the true label; else nothing."""
+    from fastsrgan.evaluate.grids import KNOWS, READER
+
+    rows = result.get("rows", [result])
+    return KNOWS if any(row.get("baselines", {}).get("segmentation") == READER for row in rows) else ""
 
 
 def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
@@ -189,14 +202,15 @@ def cohort_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def subjects(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """One line per subject with the figures most looked at; the last one is mean +- sd."""
+    """One line per subject with the figures most looked at, the baseline's of those that have a better and a worse
+    beside them; the last line is mean +- sd."""
     from fastsrgan.evaluate.figures import columns
     from fastsrgan.evaluate.pair import flat
 
     shown = []
     for column in columns().values():
         shown.append((column.heading, column.path))
-        if column.figure.headline and column.figure.image:
+        if column.figure.headline and column.figure.better:
             shown.append((f"baseline {column.heading}", f"baseline.{column.path}"))
     there = [(head, name) for head, name in shown if name in result["summary"]]
     rows = []

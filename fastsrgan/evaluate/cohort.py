@@ -110,6 +110,7 @@ def evaluate_folders(
     png: str | os.PathLike | None = None,
     choice: Choice = AS_IT_IS,
     progress: Progress = QUIET,
+    telling: bool = True,
 ) -> dict[str, Any]:
     """Evaluate a folder of ``fastsrgan infer`` against a folder of truths, matched by the stem of the files' names.
 
@@ -136,7 +137,7 @@ def evaluate_folders(
         folder = truth / below if (truth / below).is_dir() else truth
         known = {images.stem(p): p for p in _images(folder.iterdir())}
         items.append(_match(path, known, folder, below, len(choice.classes) > 1))
-    return evaluate_items(results, items, png=png, choice=choice, progress=progress)
+    return evaluate_items(results, items, png=png, choice=choice, progress=progress, telling=telling)
 
 
 def _images(paths: Iterable[Path]) -> list[Path]:
@@ -192,8 +193,9 @@ def evaluate_items(
     png: str | os.PathLike | None = None,
     choice: Choice = AS_IT_IS,
     progress: Progress = QUIET,
+    telling: bool = True,
 ) -> dict[str, Any]:
-    """Evaluate subjects one by one; ``what`` names their source in messages.
+    """Evaluate subjects one by one; ``what`` names their source in messages; ``telling``: notes are logged.
 
     Returns ``rows`` (the dicts of ``evaluate_files`` with ``subject``), ``failed`` (subject, error) and ``summary``
     {figure: {mean, sd, n}} over the rows, figures named by their dotted path (``image.whole.psnr_db``); sd is the
@@ -236,21 +238,24 @@ def evaluate_items(
         if len(faults) == len(failed):
             raise table.table_error(Path(what), faults)
         raise InputError(what, "no subject could be evaluated", failed[0]["error"])
-    _tell_notes(done)
+    for line in told_once(done) if telling else ():
+        log.info(line)
     meaning = definitions() | {"sd": "sample standard deviation over subjects (n - 1)"}
     meaning |= CALIBRATION if any("doubt" in row for row in done) else {}
     return {"rows": done, "failed": failed, "summary": summarise(done), "definitions": meaning}
 
 
-def _tell_notes(rows: Sequence[dict[str, Any]]) -> None:
-    """Log every note once, with the subjects that it is about."""
+def told_once(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Every note once, after the subjects that it is about."""
     about: dict[str, list[str]] = {}
     for row in rows:
         for note in row["notes"]:
             about.setdefault(note, []).append(row["subject"])
+    lines = []
     for note, subjects in about.items():
         more = f" and {len(subjects) - NAMED} more" if len(subjects) > NAMED else ""
-        log.info("%s%s: %s", ", ".join(subjects[:NAMED]), more, note)
+        lines.append(f"{', '.join(subjects[:NAMED])}{more}: {note}")
+    return lines
 
 
 def write_csv(path: str | os.PathLike, result: dict[str, Any]) -> None:

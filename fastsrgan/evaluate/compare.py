@@ -7,6 +7,7 @@ are those of Bland and Altman 1986: mean difference +- 1.96 sample standard devi
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,11 @@ import numpy as np
 from fastsrgan.core.files import output_folder, short_names
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, evaluate_folders
+from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, evaluate_folders, told_once
 from fastsrgan.evaluate.pair import flat, moments
 from fastsrgan.io.output_place import SCORED, check_place
+
+log = logging.getLogger("fastsrgan")
 
 TEST = "Wilcoxon signed-rank, two-sided (scipy.stats.wilcoxon)"
 SECTIONS = ("image.", "segmentation.", "structures.")
@@ -50,13 +53,15 @@ def compare_folders(
 
     Returns ``names`` (of the two results), ``rows`` (subject, and ``figures``: those of both results and their
     difference by dotted path, ``first.``, ``second.``, ``difference.``), ``summary`` of these, ``comparison`` (see
-    ``compared``), ``failed`` (subjects that one of the two lacks), ``test`` and ``notes``.
+    ``compared``), ``failed`` (subjects that one of the two lacks), ``test`` and ``notes`` (of the subjects that are
+    compared, after the folder and the subject).
     Raises UsageError for one folder given twice, InputError where no subject was evaluated in both.
     """
     if Path(first).resolve() == Path(second).resolve():
         raise UsageError("evaluate", "the two results are one folder", "RESULTS OTHER_RESULTS TRUTH")
     picture = None if png is None else check_place(output_folder(png) / PICTURE, (), SCORED)
-    results = [evaluate_folders(folder, truth, choice=choice, progress=progress) for folder in (first, second)]
+    more: dict[str, Any] = {"choice": choice, "progress": progress, "telling": False}
+    results = [evaluate_folders(folder, truth, **more) for folder in (first, second)]
     names = short_names([first, second])
     scores = [{row["subject"]: _figures(row) for row in result["rows"]} for result in results]
     subjects = [name for name in scores[0] if name in scores[1]]
@@ -64,18 +69,21 @@ def compare_folders(
         f | {"error": f"{name}: {f['error']}"} for name, r in zip(names, results, strict=True) for f in r["failed"]
     ]
     known = {f["subject"] for f in failed}
-    failed += [
-        {"subject": subject, "error": f"only in {names[i]}"}
-        for i in (0, 1)
-        for subject in scores[i]
-        if subject not in scores[1 - i] and subject not in known
-    ]
+    for i in (0, 1):
+        for subject in scores[i]:
+            if subject not in scores[1 - i] and subject not in known:
+                failed.append({"subject": subject, "error": f"only in {names[i]}"})
+                log.warning("%s: only in %s", subject, names[i])
     if not subjects:
         raise InputError(second, f"no subject was evaluated in both {names[0]} and {names[1]}", "compare one cohort")
     rows = [{"subject": s, "figures": _beside(scores[0][s], scores[1][s])} for s in subjects]
     figures = [f for f in scores[0][subjects[0]] if all(f in scores[i][s] for i in (0, 1) for s in subjects)]
     pairs = {f: np.array([[scores[i][s][f] for s in subjects] for i in (0, 1)]) for f in figures}
-    notes = [note for result in results for row in result["rows"] for note in row["notes"]]
+    about: dict[str, list[str]] = {}
+    for name, result in zip(names, results, strict=True):
+        for line in told_once([row for row in result["rows"] if row["subject"] in subjects]):
+            about.setdefault(line, []).append(name)
+    notes = [f"{' and '.join(folders)}: {line}" for line, folders in about.items()]
     least = 2.0 ** (1 - len(subjects))
     if least > LEVEL:
         notes.append(
@@ -95,7 +103,7 @@ def compare_folders(
         "summary": {n: moments([r["figures"][n] for r in rows if n in r["figures"]]) for n in columns},
         "comparison": {figure: compared(*pair) for figure, pair in pairs.items()},
         "test": TEST,
-        "notes": list(dict.fromkeys(notes)),
+        "notes": notes,
         "definitions": results[0]["definitions"] | {"limits": "mean difference +- 1.96 sd (Bland and Altman 1986)"},
     }
 

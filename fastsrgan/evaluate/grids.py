@@ -22,6 +22,7 @@ READER = (
     "interpolated label map (paper table 2): the label averaged over the low-resolution voxels and cut at 0.5 there, "
     "as a reader of that image would draw it, then interpolated back by the cubic spline and cut at 0.5 again"
 )
+KNOWS = "the baseline's segmentation is the true label at the scan's resolution, interpolated: it knows the truth"
 
 
 def onto_grid(

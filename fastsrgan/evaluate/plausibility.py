@@ -19,6 +19,7 @@ from fastsrgan.model.purpose import CONTRASTS, MODELS, NOT_SAID, ContrastLook, P
 from fastsrgan.volume.head import tissue_box, tissue_level
 
 GREEN, YELLOW, RED = "green", "yellow", "red"
+NO_PROOF = "no proof that the segmentation is right, look at the pictures"  # what green is
 SAMPLE = 2 * 10**6  # voxels that are looked at
 CORE = 0.7  # of the half axes of the head's box: the ellipsoid that contrast is judged in
 
@@ -32,6 +33,7 @@ FILLED = 0.5  # tissue in a border plane; fullest and third fullest of whole sta
 MOST_FILLED = 2  # border planes of a head, whose neck fills one; whole stacks 6, brains 0
 REACH = 0.085  # of the segmentation's longest side: half the width of the gaps that count as enclosed; adults 14 mm
 APART, DEEPER, FINE = 0.2, 0.3, 5.0  # of it: from the segmentation, from the rim of what is enclosed; voxels in it
+ROUGH = 0.65  # the best Dice of a contrast below which its segmentations are never green; T1 0.81, T2 0.78, FLAIR 0.63
 FEWEST = 100  # enclosed voxels, below which nothing is said
 FLUID_SKEW = 0.2  # perinatal -0.15 to 0.37, stacks 0.17 to 0.34, adult T2 0.46 to 0.62, T1 -0.45 to -0.26, FLAIR -0.50
 CT = -500.0  # intensities of CT begin at -1000; z-scores of MRI at about -5
@@ -218,8 +220,9 @@ class Verdict:
     enclosed: float | None = None
 
     def line(self) -> str:
-        """The light and the reasons; of a green one what was checked."""
-        return f"{self.light}: {'; '.join(self.reasons) or 'as expected in ' + ', '.join(self.checked)}"
+        """The light and the reasons; of a green one what was checked, and that it is no proof."""
+        expected = f"as expected in {', '.join(self.checked)}; {NO_PROOF}"
+        return f"{self.light}: {'; '.join(self.reasons) or expected}"
 
     def to_dict(self) -> dict[str, Any]:
         """For the record."""
@@ -282,13 +285,23 @@ def _of_contrast(look: Look, purpose: Purpose, within: float | None) -> list[Fin
     lights = {name: _as_contrast(one, fluid, within) for name, one in CONTRASTS.items()}
     best = min((lights[name] for name in purpose.contrasts), key=("", YELLOW, RED).index)
     if not best:
-        return []
+        return _of_rough([name for name in purpose.contrasts if not lights[name]], purpose)
     like = " or ".join(name for name, light in lights.items() if not light and name not in purpose.contrasts)
     seen = [f"the {fluid} tail of intensities"] * bool(fluid)
     if within is not None:
         seen.append(f"{within:.2f} times the structure's brightness inside it")
     words = f" as in {like} images" if like else " as in no contrast that is known"
     return [(best, f"{' and '.join(seen)}{words}; made for {purpose.contrast or ', '.join(purpose.contrasts)}")]
+
+
+def _of_rough(alike: Sequence[str], purpose: Purpose) -> list[Finding]:
+    """Of a contrast that is known, where nothing but one with poor figures comes into question."""
+    known = dict(purpose.dice)
+    if not alike or not all(name in known and known[name][1] < ROUGH for name in alike):
+        return []
+    low, high = known[alike[0]]
+    figures = f"Dice {low:.2f} to {high:.2f} on their card"
+    return [(YELLOW, f"{' or '.join(alike)}-like: the segmentation of these weights is rough there, {figures}")]
 
 
 def _as_contrast(known: ContrastLook, fluid: str, within: float | None) -> str:

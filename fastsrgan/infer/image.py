@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.core.files import read_json, write_json
+from fastsrgan.core.files import mapping, read_json, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.errors import InputError, ModelError, UsageError, times
-from fastsrgan.evaluate.plausibility import RED, Look, choose, enclosed, judge, measure
+from fastsrgan.evaluate.plausibility import NO_PROOF, RED, Look, Verdict, choose, enclosed, judge, measure
 from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
-from fastsrgan.infer.planes import is_isotropic, nearest, own_grid
-from fastsrgan.infer.settings import InferSettings
+from fastsrgan.infer.planes import is_isotropic, masked, nearest, own_grid
+from fastsrgan.infer.settings import ZERO, InferSettings
 from fastsrgan.infer.values import AUTO
 from fastsrgan.infer.volume import InferResult, process
 from fastsrgan.io import any_image
@@ -185,6 +185,13 @@ class Loaded:
     seconds: float = 0.0
     result: InferResult | None = field(default=None, repr=False)
 
+    @property
+    def weights_name(self) -> str:
+        """For people: of the model that was chosen, or of the file."""
+        facts = self.model.facts
+        several = facts.get("averaged", ())
+        return self.chosen[0] or (f"mean of {len(several)} files" if several else Path(facts["path"]).name)
+
 
 def load(image: Image, job: ImageJob) -> Loaded | None:
     """The first stage; None for an image that was finished before, where that is asked for.
@@ -321,7 +328,8 @@ def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     )
     labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * scaled  # bytes a voxel
     # The picture: the spline's coefficients and itself, which voxels lie in the scan, and differences.
-    drawn = loaded.volume.data.nbytes + 8 * loaded.volume.data.size + 10 * result.sr.size if job.settings.png else 0
+    low, copies = loaded.volume.data, 1 + (loaded.mask is not None)
+    drawn = copies * low.nbytes + 8 * low.size + 10 * result.sr.size if job.settings.png else 0
     return held + labels * result.sr.size + drawn
 
 
@@ -363,7 +371,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
             description=about.get(kind, "fastsrgan"), intent=intent,
         )  # fmt: skip
     if settings.png:
-        _picture(outputs["png"], loaded, result, seg, settings.threshold)
+        _picture(outputs["png"], loaded, result, seg, settings.threshold, verdict)
     shutil.rmtree(job.planes(loaded.image), ignore_errors=True)
     for warning in odd:
         log.warning("%s: %s", loaded.image.path, warning)
@@ -431,20 +439,29 @@ def _save_as_input(target: Path, result: InferResult, image: Volume, code: int) 
     return {"dtype": dtype.name, "slope": slope, "inter": inter, "voxels_clipped": clipped}
 
 
-def _picture(target: Path, loaded: Loaded, result: InferResult, seg: np.ndarray, threshold: float) -> None:
-    """Scan, its cubic spline, SR, and the segmentation's outline on the SR."""
+def _picture(
+    target: Path, loaded: Loaded, result: InferResult, seg: np.ndarray, threshold: float, verdict: Verdict
+) -> None:
+    """Scan, its cubic spline, SR, and the segmentation's outline on the SR; below the traffic light and the weights."""
     from fastsrgan.evaluate.grids import onto_grid
     from fastsrgan.pictures.figure import result_figure
 
     sr, low = Volume(result.sr, result.affine), loaded.volume
-    spline = onto_grid(low, sr, name="the spline of the input", notes=[])
+    cut = mapping(result.report["region"]).get("outside") == ZERO  # then the network saw what is inside the mask
+    seen = replace(low, data=masked(low.data, loaded.mask)) if cut and loaded.mask is not None else low
+    spline = onto_grid(seen, sr, name="the spline of the input", notes=[])
     volumes = {"low": low, "spline": spline, "sr": sr, "seg": Volume(seg, result.affine)}
     result_figure(
         target,
         volumes,
-        {"spline": "of the same scan", "seg": f"probability above {threshold:g}"},
+        {
+            "spline": "of the same scan" + ", inside the mask" * (seen is not low),
+            "seg": f"probability above {threshold:g}",
+        },
         title=loaded.image.name.encode("utf8", "replace").decode(),
-        footer=f"patch {result.report['patch']}, step {result.report['step']}",
+        footer=f"weights {loaded.weights_name}, patch {result.report['patch']}, step {result.report['step']}",
+        structure=loaded.model.purpose.outlined,
+        status=(verdict.light, f"plausibility {verdict.light}: {(*verdict.reasons, NO_PROOF)[0]}"),
     )
 
 

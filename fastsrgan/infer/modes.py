@@ -439,7 +439,7 @@ def finish(
         told["voxels_kept_empty"] = kept
     if what.doubt:
         told["doubt"] |= summary(doubt, turned)
-        log.info("%s: doubt inside the head: %.3g on average, 95 %% of it below %.3g", label,
+        log.info("%s: doubt inside the head, in units of the image: %.3g on average, 95 %% below %.3g", label,
                  told["doubt"]["mean"], told["doubt"]["p95"])  # fmt: skip
     left: np.ndarray | None = None
     if what.residual:

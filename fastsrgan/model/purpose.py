@@ -15,7 +15,7 @@ Range = tuple[float, float]
 MADE_FOR = "made_for"  # of a card
 OUTSIDE = ("zero",)
 NOT_SAID = "what they were made for is not said"
-MOST_TEXT, MOST_STRUCTURES = 120, 64
+MOST_TEXT, MOST_STRUCTURES, MOST_LEGEND = 120, 64, 40
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,10 @@ class ContrastLook:
 
 # Ranges hold what tools/plausibility_figures.py measured, with room: `enclosed` of the true labels on sharp images.
 CONTRASTS = {
-    "T1": ContrastLook(
-        "dark", (1.25, 2.2)
-    ),  # 1.41 to 1.47; of what T1 weights segment 1.37 to 1.43, in FLAIR 1.10 to 1.14
-    "FLAIR": ContrastLook("dark", (0.5, 1.0)),  # 0.82 to 0.86
-    "T2": ContrastLook("bright", (0.4, 0.95)),  # 0.76; of what T1 weights segment 0.74 to 0.75
+    # 1.41 to 1.47; of what `adult` segments 1.32 to 1.49 (weights of T1 alone 1.37 to 1.43, in FLAIR 1.10 to 1.14)
+    "T1": ContrastLook("dark", (1.25, 2.2)),
+    "FLAIR": ContrastLook("dark", (0.5, 1.0)),  # 0.82 to 0.86; of what `adult` segments 0.90 to 0.97
+    "T2": ContrastLook("bright", (0.4, 0.95)),  # 0.73 to 0.76; of what `adult` segments 0.74 to 0.75
     # 21 weeks 1.43, 34 weeks 1.16; as segmented 1.16 to 1.35, with stacks
     "T2 before myelination": ContrastLook("bright", (1.0, 1.8)),
 }
@@ -49,6 +48,7 @@ class Purpose:
 
     structures : (value in the segmentation, name)
     contrast : in words; contrasts : those of ``CONTRASTS`` that the weights were made for
+    dice : of the figures on the card, the lowest and highest Dice of such a contrast
     ages, species, view : in words; ``view`` is the field of view
     head_mm : longest side of the box around the head (or of the brain where images are stripped)
     voxel_mm : finest voxel size of a scan; slice_ratio : coarsest over finest
@@ -61,6 +61,7 @@ class Purpose:
     structures: tuple[tuple[int, str], ...] = ()
     contrast: str = ""
     contrasts: tuple[str, ...] = ()
+    dice: tuple[tuple[str, Range], ...] = ()
     ages: str = ""
     species: str = ""
     view: str = ""
@@ -85,6 +86,9 @@ class Purpose:
             elif f.name == "contrasts":
                 given = value if isinstance(value, (list, tuple)) else ()
                 found[f.name] = tuple(name for name in CONTRASTS if name in given)
+            elif f.name == "dice":
+                told = value if isinstance(value, Mapping) else {}
+                found[f.name] = tuple((name, ends) for name in CONTRASTS if (ends := _range(told.get(name))))
             elif f.default is None:
                 found[f.name] = _range(value)
             else:
@@ -95,6 +99,8 @@ class Purpose:
     def to_dict(self) -> dict[str, Any]:
         """Plain values without what is not said."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
+        if self.dice:
+            values["dice"] = {name: list(ends) for name, ends in self.dice}
         if self.structures:
             values["structures"] = [{"value": value, "name": name} for value, name in self.structures]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -103,6 +109,12 @@ class Purpose:
     def structure(self) -> str:
         """The names of the structures, "structure" where they are not said."""
         return ", ".join(name for _, name in self.structures) or "structure"
+
+    @property
+    def outlined(self) -> str:
+        """The first of them, which is what a segmentation's outline shows, short enough for a legend."""
+        name = self.structures[0][1] if self.structures else "segmentation"
+        return name if len(name) <= MOST_LEGEND else f"{name[: MOST_LEGEND - 1]}…"
 
     def line(self) -> str:
         """All of it in words."""
@@ -178,6 +190,7 @@ MODELS = {
             structures=((1, "cortical grey matter"),),
             contrast="T1-, T2- or FLAIR-like contrast",
             contrasts=("T1", "FLAIR", "T2"),
+            dice=(("T1", (0.73, 0.81)), ("FLAIR", (0.57, 0.63)), ("T2", (0.69, 0.78))),
             ages="adults",
             species="human",
             view="whole head or brain alone",
@@ -195,6 +208,7 @@ MODELS = {
             structures=((1, "cortical grey matter"),),
             contrast="T2-like contrast",
             contrasts=("T2 before myelination",),
+            dice=(("T2 before myelination", (0.63, 0.80)),),
             ages="21 to 40 weeks of gestation",
             species="human",
             view="brain, stripped or with the head around it",

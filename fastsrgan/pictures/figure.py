@@ -40,11 +40,12 @@ DETAIL_ASPECT = 0.72  # height over width
 MARK = "#facc15"  # of the slice
 FONT = "DejaVu Sans"  # comes with matplotlib: the picture looks the same everywhere
 # In pixels of a picture 2000 wide.
-LEGEND = 370  # its width
+LEGEND = 220  # its width but for the name of the structure
 LETTER = 0.57  # mean width of a letter over its size
-PAGE_MARGIN, GAP, GUTTER, TITLE, HEADER, FOOTER = 30, 12, 46, 74, 138, 64
+PAGE_MARGIN, GAP, GUTTER, TITLE, HEADER, FOOTER, STATUS = 30, 12, 46, 74, 138, 64, 38
 # Colours of the page, its texts, the two outlines (what is pointed at has the segmentation's), the detail's frame.
 PAGE, TEXT, FAINT, SEG, TRUTH, FRAME = "#000000", "#f4f4f5", "#a8a8b0", "#22d3ee", "#fbbf24", "#f4f4f5"
+LIGHTS = {"green": "#4ade80", "yellow": "#fbbf24", "red": "#f87171"}
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,12 @@ def planes(columns: Sequence[Column], **options: Any) -> Any:
         above 0)
     masks : segmentation and label, outlined at 0.5 over the columns that ask for it
     changed : two images, SR and spline: the planes go through the place where they differ most inside the segmentation,
-        the label, or the head (``inside_of``), and the detail is where they do in one of the planes; default the
-        reference's centre, and where the reference varies most
+        the label, or the head, without the rim (``inside_of``), and the detail is where they do in one of the planes;
+        default the reference's centre, and where the reference varies most
     scan : where its slices are thick only the planes across them are drawn, and columns of voxels as they are mark one
     title, footer : text above and below, may be empty
+    structure : what the segmentation is of, for the legend
+    status : a traffic light ("green", "yellow", "red"), and text that stands in its colour above the footer
     at_mm : world position (R, A, S) of the planes instead
     convention : "radiological" (the patient's left on the right) or "neurological"
     width_px : width of the picture; everything scales with it
@@ -159,6 +162,8 @@ def _drawn(
     scan: Volume | None = None,
     title: str = "",
     footer: str = "",
+    structure: str = "segmentation",
+    status: tuple[str, str] | None = None,
     at_mm: Sequence[float] | None = None,
     convention: str = "radiological",
     width_px: int = 2000,
@@ -179,8 +184,10 @@ def _drawn(
     if changed is not None:
         source = max(rows, key=lambda cut: change_in(parts[cut.name], changed, inside))
     zoomed = parts[source.name]
-    page = _Page([*rows, zoomed], widest, len(columns), bool(title), convention == "radiological", width_px)
-    page.texts(columns, title, footer, masks)
+    more = TITLE * bool(title), STATUS * bool(status)
+    page = _Page([*rows, zoomed], widest, len(columns), more, convention == "radiological", width_px)
+    page.texts(columns, title, footer, masks, structure)
+    page.status(status)
     for i, column in enumerate(columns):
         for j, cut in enumerate(page.rows):
             axes = page.panel(i, j)
@@ -209,7 +216,7 @@ class _Page:
     """Where everything is on the picture; lengths in pixels, from its top left corner."""
 
     def __init__(
-        self, rows: list[Cut], widest_mm: float, columns: int, titled: bool, mirrored: bool, width_px: int
+        self, rows: list[Cut], widest_mm: float, columns: int, more: tuple[int, int], mirrored: bool, width_px: int
     ) -> None:
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -221,9 +228,9 @@ class _Page:
         self.column = room / columns
         self.scale = self.column / widest_mm  # pixels per mm
         self.zoom = self.column / rows[-1].size[0]
-        self.top = self.px(HEADER + PAGE_MARGIN + (TITLE if titled else 0))
+        self.top = self.px(HEADER + PAGE_MARGIN + more[0])
         self.heights = [cut.size[1] * (self.zoom if cut is rows[-1] else self.scale) for cut in rows]
-        self.height = self.top + sum(self.heights) + self.px((len(rows) - 1) * GAP + FOOTER + PAGE_MARGIN)
+        self.height = self.top + sum(self.heights) + self.px((len(rows) - 1) * GAP + FOOTER + more[1] + PAGE_MARGIN)
         self.figure = Figure(figsize=(width_px / 100, self.height / 100), dpi=100, facecolor=PAGE)
         FigureCanvasAgg(self.figure)
 
@@ -299,7 +306,16 @@ class _Page:
             **self._font(22),
         )  # fmt: skip
 
-    def texts(self, columns: Sequence[Column], title: str, footer: str, masks) -> None:
+    def status(self, status: tuple[str, str] | None) -> None:
+        """A line in the colour of its traffic light."""
+        if status is None:
+            return
+        light, text = status
+        x = self.px(PAGE_MARGIN + GUTTER)
+        size = self._fitting(22, [text], self.width - x - self.px(PAGE_MARGIN))
+        self._text(x, self.height - self.px(PAGE_MARGIN + STATUS), text, size, LIGHTS[light], va="bottom")
+
+    def texts(self, columns: Sequence[Column], title: str, footer: str, masks, structure: str) -> None:
         """Title, captions of columns and rows, legend and footer."""
         x0 = self.px(PAGE_MARGIN + GUTTER)
         if title:
@@ -332,20 +348,20 @@ class _Page:
         y = self.height - self.px(PAGE_MARGIN)
         outlined = any(column.outlines for column in columns)
         below = f"{footer} · {side}" if footer else side
-        room = self.width - x0 - self.px(PAGE_MARGIN + LEGEND * outlined)
+        room = self.width - x0 - self.px(PAGE_MARGIN + outlined * (LEGEND + 22 * LETTER * len(structure)))
         self._text(x0, y, below, self._fitting(22, [below], room), FAINT, va="bottom")
         if outlined:
-            self._legend(y, masks)
+            self._legend(y, masks, structure)
 
     def _fitting(self, size: float, lines: Iterable[str], room: float) -> float:
         """The size of text, at most ``size``, at which its longest line fits into so many pixels."""
         longest = max((len(line) for line in lines), default=0)
         return min(size, room / (self.px(1) * LETTER * max(longest, 1)))
 
-    def _legend(self, y: float, masks) -> None:
+    def _legend(self, y: float, masks, structure: str) -> None:
         from matplotlib.lines import Line2D
 
-        entries = [("segmentation", SEG, masks[0]), ("truth", TRUTH, masks[1])]
+        entries = [(structure, SEG, masks[0]), ("truth", TRUTH, masks[1])]
         lines = [
             Line2D([], [], color=c, lw=self.px(5) * 0.72, label=name) for name, c, mask in entries if mask is not None
         ]

@@ -31,7 +31,10 @@ FILLED = 0.97  # of what can be had: share of object in the detail
 LATERAL = 0.1  # of the object's width: the sagittal plane keeps off the cleft between the hemispheres
 THICK = 1.25  # slices are thick from so many times the next smaller voxel edge on
 BLOCK_MM = 4.0  # differences are summed over blocks of about this edge, and three of them along each axis
+FINE_MM = 2.0  # about the edge of the blocks in which the depth below the rim is measured
 RIM_MM = 8.0  # of a head without a mask that does not count: skin, bone and the border to the air
+# The same of a mask: a stripped brain ends sharply, and its rim changes most. 37 % (25 weeks) to 95 % of cortex stays.
+EDGE_MM = 4.0
 
 
 @dataclass(frozen=True)
@@ -141,28 +144,37 @@ def slice_edges(scan: Volume, through: int, at_mm: Sequence[float], low: float, 
 
 
 def inside_of(reference: Volume, *masks: Volume | None) -> Volume:
-    """The first of some masks (cut at 0.5) that is not empty; without one the head of ``reference`` without its rim.
+    """The first of some masks (cut at 0.5) that is not empty, or the head of ``reference``, without the rim.
 
-    What is brighter than air, holes filled, less ``RIM_MM``: the skin, most of the skull, and the border to the air
-    change most and say least. bool, on the grid of the mask or of ``reference``.
+    The head is what is brighter than air, holes filled. ``RIM_MM`` of it, the skin, most of the skull, and the border
+    to the air, change most and say least; of a mask on the same grid what lies within ``EDGE_MM`` does not count,
+    unless nothing else is there. bool, on the grid of the mask or of ``reference``.
     """
     for mask in masks:
         if mask is not None and (mask.data > 0.5).any():
-            return Volume(mask.data > 0.5, mask.affine)
-    edge = _block(reference)
+            inside = mask.data > 0.5
+            deep = inside & _without_rim(reference, EDGE_MM) if same_grid(mask, reference) else inside
+            return Volume(deep if deep.any() else inside, mask.affine)
+    return Volume(_without_rim(reference, RIM_MM), reference.affine)
+
+
+def _without_rim(reference: Volume, mm: float) -> np.ndarray:
+    """(X, Y, Z) bool: the head without its outer millimetres, in blocks; all of it where nothing is left."""
+    edge = _block(reference, FINE_MM)
     full = _blocks(reference.data > OBJECT * brightness(reference), edge) > 0.5 * np.prod(edge)
     full = ndimage.binary_fill_holes(np.pad(full, 1))
-    rim = max(1, round(RIM_MM / BLOCK_MM))
-    kept = ndimage.binary_erosion(full, iterations=rim)
+    sizes = np.multiply(edge, reference.spacing)
+    kept = ndimage.distance_transform_edt(full, sizes) > mm + 0.5 * sizes.mean()  # from centre to centre of blocks
     kept = (kept if kept.any() else full)[1:-1, 1:-1, 1:-1]
     for axis, n in enumerate(edge):
         kept = np.repeat(kept, n, axis=axis)
-    return Volume(kept[tuple(slice(n) for n in reference.data.shape)], reference.affine)
+    return kept[tuple(slice(n) for n in reference.data.shape)]
 
 
 def largest_change(first: Volume, second: Volume, inside: Volume) -> tuple[float, float, float] | None:
-    """World mm (R, A, S) of where two images of one grid differ most inside a mask: the sum of squares over cubes of
-    about 12 mm. None where the three have other grids, or the images are the same there."""
+    """World mm (R, A, S) of where two images of one grid differ most inside a mask: of the cube of about 12 mm in which
+    the sum of squares is largest, that voxel. None where the three have other grids, or the images are the same there.
+    """
     if not (same_grid(first, second) and same_grid(first, inside)):
         return None
     edge = _block(first)
@@ -174,9 +186,9 @@ def largest_change(first: Volume, second: Volume, inside: Volume) -> tuple[float
     cube = tuple(slice(max(b - 1, 0), b + 2) for b in best)
     centre = np.array(ndimage.center_of_mass(energy[cube])) + [c.start for c in cube]
     voxel = (centre + 0.5) * edge - 0.5
-    # The nearest voxel of the mask: a fold's centre may lie beside it.
     box = tuple(slice(c.start * n, c.stop * n) for c, n in zip(cube, edge, strict=True))
-    there = np.argwhere(inside.data[box]) + [b.start for b in box]
+    apart = np.abs(np.subtract(first.data[box], second.data[box], dtype=np.float32)) * inside.data[box]
+    there = np.argwhere(apart >= apart.max()) + [b.start for b in box]  # of several, the nearest to the middle
     nearest = there[np.square((there - voxel) * first.spacing).sum(1).argmin()]
     r, a, s = (first.affine @ [*nearest, 1])[:3]
     return float(r), float(a), float(s)
@@ -188,8 +200,8 @@ def change_in(cut: Cut, changed: tuple[Volume, Volume], inside: Volume | None = 
     return float(np.square(apart if inside is None else apart * (cut.sample(inside, nearest=True) > 0.5)).sum())
 
 
-def _block(volume: Volume) -> tuple[int, int, int]:
-    x, y, z = (max(1, round(BLOCK_MM / size)) for size in volume.spacing)
+def _block(volume: Volume, mm: float = BLOCK_MM) -> tuple[int, int, int]:
+    x, y, z = (max(1, round(mm / size)) for size in volume.spacing)
     return x, y, z
 
 

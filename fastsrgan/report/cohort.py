@@ -15,13 +15,17 @@ from typing import Any
 
 from fastsrgan.core.files import finite
 from fastsrgan.evaluate.figures import ALONE, FIGURES, name_of
+from fastsrgan.evaluate.grids import KNOWS, READER
 from fastsrgan.evaluate.pair import summarise
+from fastsrgan.evaluate.plausibility import NO_PROOF
+from fastsrgan.model.purpose import Purpose
 from fastsrgan.report import sections
 from fastsrgan.report import viewer as stage
 from fastsrgan.report.collect import Result
 from fastsrgan.report.html import Html, el, join, number, pointer
 
 FEWEST = 5
+RECORDED = ("seconds", "device", "weights", "warnings", "plausibility")
 FAR = 3.5
 RULE = (
     "Marked: modified z-score 0.6745 (x − median) / MAD beyond ±3.5 (Iglewicz and Hoaglin 1993), in columns with at "
@@ -64,7 +68,7 @@ def facts(rows: Sequence[Row]) -> dict[str, Any]:
             {
                 "stem": row.result.stem,
                 "page": row.page,
-                "record": {k: row.result.record.get(k) for k in ("seconds", "device", "weights", "warnings")},
+                "record": {k: row.result.record.get(k) for k in RECORDED},
                 "scores": row.result.scores,
                 "measured": row.measured,
             }
@@ -78,7 +82,8 @@ def facts(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def candidates(scored: Sequence[dict[str, Any]]) -> list[str]:
-    """Columns in order: image figures in the narrowest region, gains, the segmentation's, what was measured, time."""
+    """Columns in order: image figures in the narrowest region, the gain, the segmentation's with the baseline's Dice,
+    what was measured, time."""
     if not scored:
         found = []
     else:
@@ -86,10 +91,12 @@ def candidates(scored: Sequence[dict[str, Any]]) -> list[str]:
         first = {image: [k for k, f in FIGURES.items() if f.headline and f.image == image] for image in (True, False)}
         found = [pointer("scores", "image", region, key) for key in first[True]]
         found.append(pointer("scores", "gain", "image", region, first[True][0]))
-        label = {k for k, figure in FIGURES.items() if figure.of_label}
-        keys = dict.fromkeys(k for s in scored for k in s.get("segmentation", {}) if k not in label)
-        found += [pointer("scores", "segmentation", key) for key in keys if not key.endswith("_voxels")]
-        found.append(pointer("scores", "gain", "segmentation", first[False][0]))
+        # Those with a short heading: the others are on each result's page, and no screen is wide enough for all.
+        there = {key for s in scored for key in s.get("segmentation", {})}
+        for key in [k for k, figure in FIGURES.items() if figure.short and not figure.image and k in there]:
+            found.append(pointer("scores", "segmentation", key))
+            if key == first[False][0]:
+                found.append(pointer("scores", "baseline", "segmentation", key))
     found += [pointer("measured", k) for k in ALONE[:2] if pointer("scores", "segmentation", k) not in found]
     return [*found, pointer("record", "seconds")]
 
@@ -110,22 +117,47 @@ def table(rows: Sequence[Row], known: dict[str, Any]) -> Html:
     """The section with the table; ``known`` of ``facts``."""
     columns = known["columns"]
     heads = [el("th", "", scope="col"), el("th", el("button", "result", type="button"), scope="col")]
+    lit = [sections.light_of(row.result.record) for row in rows]
+    heads += [el("th", el("button", "plausibility", type="button"), scope="col")] * any(lit)
     heads += [el("th", el("button", title(c), type="button"), class_="n", scope="col") for c in columns]
     heads.append(el("th", el("button", "warnings", type="button"), class_="n", scope="col"))
-    body = [_row(i, row, known) for i, row in enumerate(rows)]
-    foot = [
-        el("tr", el("td", ""), el("th", "mean ± sd", scope="row"), [_mean(c, known) for c in columns], el("td", ""))
-    ]
-    grid = el("table", el("thead", el("tr", heads)), el("tbody", body), el("tfoot", foot), class_="cohort")
-    return sections.card("Results", el("div", grid, class_="scroll"), el("p", RULE, class_="faint"))
+    body = [_row(i, row, known, any(lit)) for i, row in enumerate(rows)]
+    foot = None
+    if known["summary"]:
+        empty = [el("td", "")] * any(lit)
+        means = [_mean(c, known) for c in columns]
+        foot = el("tfoot", el("tr", el("td", ""), el("th", "mean ± sd", scope="row"), empty, means, el("td", "")))
+    grid = el("table", el("thead", el("tr", heads)), el("tbody", body), foot, class_="cohort")
+    said = [f"Segmented: {names}."] if (names := _structures(rows)) else []
+    said += [f"Green is {NO_PROOF}."] if any(lit) else []
+    notes = [RULE] if len(rows) >= FEWEST else []
+    notes += [f"{KNOWS[0].upper()}{KNOWS[1:]}."] if any(_knows(row.result.scores) for row in rows) else []
+    below = [el("p", note, class_="faint") for note in notes]
+    return sections.card(
+        "Results", el("p", " ".join(said)) if said else None, el("div", grid, class_="scroll", tabindex=0), below
+    )
+
+
+def _structures(rows: Sequence[Row]) -> str:
+    """What is segmented, as far as the records say it."""
+    purposes = [Purpose.of(row.result.record.get("made_for")) for row in rows]
+    return "; ".join(dict.fromkeys(purpose.structure for purpose in purposes if purpose.structures))
+
+
+def _knows(scores: dict[str, Any] | None) -> bool:
+    said = (scores or {}).get("baselines")
+    return isinstance(said, dict) and said.get("segmentation") == READER
 
 
 def title(column: str) -> str:
     """Heading of a column."""
     parts = column.split("/")[1:]
-    name = name_of(parts[-1]) if parts[-1] != "seconds" else "time, s"
-    where = " in mask" if "mask" in parts else ""
-    return ("gain " if "gain" in parts else "") + name + where
+    name, figure = name_of(parts[-1]), FIGURES.get(parts[-1])
+    if figure is not None and figure.short:
+        name = f"{figure.short}, {figure.unit}" if figure.unit else figure.short
+    name = "time, s" if parts[-1] == "seconds" else name
+    before = next((f"{word} " for word in ("gain", "baseline") if word in parts), "")
+    return before + name + (" in mask" if "mask" in parts else "")
 
 
 def at(tree: Any, path: str) -> Any:
@@ -155,12 +187,24 @@ def measured_tiles(measured: dict[str, Any], path: str) -> list[Html]:
     ]
 
 
-def _row(index: int, row: Row, known: dict[str, Any]) -> Html:
+def _light(row: Row) -> Html:
+    """The light with its reasons below; sorted by how bad it is."""
+    found = sections.light_of(row.result.record)
+    if found is None:
+        return el("td", el("span", "–", class_="none"))
+    light, reasons = found
+    below = el("small", reasons, class_="faint", title=reasons) if reasons else None
+    return el("td", sections.light_word(light), below, class_="light", data_sort=sections.LIGHTS.index(light))
+
+
+def _row(index: int, row: Row, known: dict[str, Any], lit: bool) -> Html:
     plain = known["rows"][index]
     href = "./" + urllib.parse.quote(row.page)
     image = stage.png(row.thumbnail, "") if row.thumbnail else None
     cells = [el("td", el("a", image, href=href, tabindex=-1, aria_hidden="true"))]
     cells.append(el("th", el("a", row.result.stem, href=href), scope="row"))
+    if lit:
+        cells.append(_light(row))
     for column in known["columns"]:
         far = "n outlier" if index in known["outliers"][column] else "n"
         value = at(plain, column)
@@ -176,5 +220,5 @@ def _mean(column: str, known: dict[str, Any]) -> Html:
     if one is None:
         return el("td", "", class_="n")
     path = pointer("summary", key)
-    sd = join(" ± ", number(one["sd"], path + "/sd", digits=2)) if one["sd"] is not None else None
+    sd = join(" ±\u00a0", number(one["sd"], path + "/sd", digits=2)) if one["sd"] is not None else None
     return el("td", number(one["mean"], path + "/mean"), sd, class_="n")

@@ -26,6 +26,7 @@ from fastsrgan.evaluate.pair import evaluate_pair, structure_pairs
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.output_place import PAGE, check_place
+from fastsrgan.model.purpose import Purpose
 from fastsrgan.report import cohort, curves, sections
 from fastsrgan.report import viewer as stage
 from fastsrgan.report.collect import Found, Result, find
@@ -40,6 +41,7 @@ MOST_ALLOWED_MB = 1e6
 NAME = "report.html"
 COMPARISON = "comparison.html"
 LEAST_BYTES = 200_000  # left for the volumes, below which a limit makes no sense
+INSIDE = "Spline and what else is made from the scan know it inside the mask alone, as the network did."
 WORDS_BYTES = 2_000  # by which a page's words may grow when a part of the volumes is shown
 
 
@@ -181,13 +183,16 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
         return assemble(found, facts, body, "", back, viewing=False), None, measured
     low, shown, told = others.get("low"), others, ""
     if low is not None and result is not None:
-        spline = onto_grid(low, sr, name="the spline of the input", notes=[])
+        seen = stage.as_seen(result.record, low, sr)
+        spline = onto_grid(seen, sr, name="the spline of the input", notes=[])
         shown = others | {"spline": spline}
-        if linear := stage.linear_estimate(result.record, low, sr, spline, others.get("truth")):
+        if linear := stage.linear_estimate(result.record, seen, sr, spline, others.get("truth")):
             shown["linear"], told = linear
+        told = " ".join(filter(None, (told, INSIDE if seen is not low else "")))
     view = stage.open_at(sr, shown)
     alt = "Planes of every image side by side, with a detail and the outline of the segmentation"
-    still = sections.card("The same as a picture", stage.png(stage.picture(sr, shown), alt))
+    structure = Purpose.of(result.record.get("made_for") if result is not None else None).outlined
+    still = sections.card("The same as a picture", stage.png(stage.picture(sr, shown, structure), alt))
     images_ = images_of(sr, shown)
 
     def page(packed: Packed, rest: int = 0) -> str:

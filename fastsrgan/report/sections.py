@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastsrgan.evaluate.figures import FIGURES, name_of
+from fastsrgan.evaluate.plausibility import GREEN, NO_PROOF, RED, YELLOW
 from fastsrgan.model.purpose import Purpose
 from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer
 
-LIGHTS = ("green", "yellow", "red")
+LIGHTS = (GREEN, YELLOW, RED)
 INTERPOLATION = "interpolation"  # what studies call the baseline
 AXES = {"step": "step, voxels", "noise": "noise over the largest value", "thickness": "slice thickness, mm"}
 REGIONS = {"whole": "whole image", "mask": "inside the mask", "label": "inside the label"}
@@ -111,17 +112,29 @@ def warnings_card(lines: Sequence[object]) -> Html | None:
     return card("Warnings and notes", el("ul", items), class_="card warnings")
 
 
-def trust_line(record: Mapping[str, Any]) -> Html | None:
-    """What is segmented, and whether the scan looks like what the weights were made for; None of older records."""
+def light_of(record: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The traffic light of a result and the reasons for it; None of older records."""
     told = record.get("plausibility")
     if not isinstance(told, Mapping) or told.get("light") not in LIGHTS:
         return None
-    purpose = Purpose.of(record.get("made_for"))
     reasons = told.get("reasons")
-    words = "; ".join(map(str, reasons)) if isinstance(reasons, list) else ""
-    words = words or "the scan and the result look like what the weights were made for"
-    light = el("b", f"● {told['light']}", class_=f"light-{told['light']}")
-    return el("p", "Plausibility ", light, f": {words}. Segmented: {purpose.line()}.", class_="trust")
+    return told["light"], "; ".join(map(str, reasons)) if isinstance(reasons, list) else ""
+
+
+def light_word(light: str) -> Html:
+    """The word in its colour."""
+    return el("b", f"● {light}", class_=f"light-{light}")
+
+
+def trust_line(record: Mapping[str, Any]) -> Html | None:
+    """What is segmented, and whether the scan looks like what the weights were made for; None of older records."""
+    found = light_of(record)
+    if found is None:
+        return None
+    light, words = found
+    purpose = Purpose.of(record.get("made_for"))
+    words = words or f"the scan and the result look like what the weights were made for: {NO_PROOF}"
+    return el("p", "Plausibility ", light_word(light), f": {words}. Segmented: {purpose.line()}.", class_="trust")
 
 
 def facts_table(rows: Sequence[tuple[str, object]]) -> Html:

@@ -47,29 +47,32 @@ def show(
         for name, v in (("low", image), ("truth", truth), ("label", label))
         if v is not None
     }
+    record: dict[str, Any] = {}
     if isinstance(result, InferResult):
-        sr = Volume(np.asarray(result.sr), result.affine)
+        sr, record = Volume(np.asarray(result.sr), result.affine), result.report
         others["seg"] = Volume(np.asarray(result.prob[0]), result.affine)
     elif isinstance(result, Volume):
         sr = result
     else:
-        sr, found = _read(Path(result))
+        sr, found, record = _read(Path(result))
         others = found | others
     if not others and not isinstance(result, InferResult):
         return planes([Column(sr, "Image")], **{"reference": sr, "width_px": WIDTH, **options})
     volumes = {"sr": sr} | others
     if "low" in volumes:
         from fastsrgan.evaluate.grids import onto_grid
+        from fastsrgan.report.viewer import as_seen
 
-        volumes["spline"] = onto_grid(volumes["low"], sr, notes=[])
+        volumes["spline"] = onto_grid(as_seen(record, volumes["low"], sr), sr, notes=[])
     return planes(result_columns(volumes), **{**result_options(volumes), "width_px": WIDTH, **options})
 
 
-def _read(path: Path) -> tuple[Volume, dict[str, Volume]]:
+def _read(path: Path) -> tuple[Volume, dict[str, Volume], dict[str, Any]]:
+    """The SR image, what lies beside it, and its record."""
     if path.is_file() and path.suffix.lower() != ".json":
         from fastsrgan.io import any_image  # here, since `import fastsrgan` needs no reader of images
 
-        return any_image.load_any(path), {}
+        return any_image.load_any(path), {}, {}
     # Only here: `import fastsrgan` needs neither evaluate nor the pages.
     from fastsrgan.report.collect import find
     from fastsrgan.report.viewer import load_images
@@ -81,4 +84,4 @@ def _read(path: Path) -> tuple[Volume, dict[str, Volume]]:
     sr, others = load_images(found.results[0], warnings)
     if sr is None:
         raise InputError(path, "its super-resolved image cannot be read", "; ".join(warnings) or "infer it again")
-    return sr, others
+    return sr, others, found.results[0].record

@@ -5,6 +5,7 @@
   const heads = [...document.querySelectorAll(".cohort thead th")];
   const value = (row, column) => {
     const cell = row.cells[column];
+    if (cell.dataset.sort) return Number(cell.dataset.sort);
     const data = cell.querySelector("data");
     return data ? Number(data.value) : cell.querySelector(".none") ? null : cell.textContent.trim();
   };
