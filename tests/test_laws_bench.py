@@ -435,7 +435,8 @@ def test_the_tables_of_inference_and_feed_have_every_figure_under_its_head():
         and ours["waits at 145 ms steps"] == "40.0 %"
     )
     assert theirs == {"side": "p", "patches/s": "8 (n 4)", "first epoch": "4", "fastsrgan is faster": "5 x (4 to 6)",
-                      "in the first epoch": "5 x", "per CPU second": "7 x", "waits at 145 ms steps": "8.0 %", "written per patch": "800 B",
+                      "in the first epoch": "5 x", "per CPU second": "7 x",
+                      "waits at 145 ms steps": "8.0 %", "written per patch": "800 B",
                       "peak memory": "8 MB"}  # fmt: skip
 
 
