@@ -59,6 +59,17 @@ def test_patches_are_those_of_the_whole_volume(rule, options, draw):
     assert torch.equal(batches[0].y[:, 1:], batches[1].y[:, 1:])
 
 
+@pytest.mark.parametrize("low_res", [(1.0, 1.0, 3.0), (3.0, 1.0, 1.0)])
+def test_patches_of_the_part_agree_with_the_slices_of_the_whole_volume(low_res):
+    """Slices are counted from the first voxel of the whole volume and to its last, whatever is kept of it."""
+    draw, rule = dataclasses.replace(DRAW, low_res=low_res), PatchRule(16, 7, agree=True)
+    law = Degradation((low_res,))
+    whole, part = (make_resident(head(), law, draw, rule, CPU, crop=crop) for crop in (False, True))
+    assert part.offset[2] > 0 and part.hr.shape[2] < whole.hr.shape[2] and part.slices is not None
+    agree = [Pool([r], 16).gather(np.arange(len(r.origins))).agree for r in (whole, part)]
+    assert torch.equal(*agree) and len(agree[0].flatten(1).unique(dim=0)) > 1
+
+
 def test_sizes_that_the_originals_ratio_changes_are_kept_whole():
     law = Degradation(((1.0, 1.0, 2.7),), geometry="segsrgan")
     draw = dataclasses.replace(DRAW, low_res=(1.0, 1.0, 2.7))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from fastsrgan.train.run import train
 from fastsrgan.train.validate import (
     central_patch,
     fixed_resident,
+    linear_estimate,
     patch_ssim,
     validate,
     validate_whole,
@@ -107,6 +109,18 @@ def test_what_is_below_zero_counts_as_zero_in_every_score(store):
     names, known = [s.id for s in feed.store.subjects], {}
     below, zero = (validate(Darker(floor), feed, names, batch_size=3, known=known) for floor in (-1.0, 0.0))
     assert below == zero and zero["SSIM"] < zero["SSIM_spline"]
+
+
+def test_the_best_linear_estimate_of_a_shifted_image_is_the_estimate_shifted(store):
+    """Of an image with values below 0 it is that of the image moved up, as all that training sees of it."""
+    feed = make_feed(store)
+    sample = feed.store.read(next(s.id for s in feed.store.subjects if s.split == "Test"))
+    assert sample.image.min() == 0
+    made = []
+    for shift in (0, 300):  # whole numbers: exact in float32
+        shifted = replace(sample, image=sample.image.astype(np.float32) - np.float32(shift))
+        made.append(linear_estimate(feed, shifted, fixed_resident(feed, shifted, 0, 1), 0, 1))
+    assert torch.equal(*made) and made[0].std() > 0.1
 
 
 def test_half_a_probability_is_outside_as_in_inference():
