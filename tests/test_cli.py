@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -202,3 +203,15 @@ def test_what_torch_says_when_there_is_no_memory_is_one_line_with_5(capsys):
     assert failed(RuntimeError(told)) == 5 and failed(RuntimeError("another")) == 1
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("error: memory: not enough (") and "internal" in second
+
+
+WRONG_PATHS = ("ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR", "ENOENT")
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [*((name, 3) for name in WRONG_PATHS), ("ENOSPC", 5), ("EACCES", 5), ("EIO", 5)]
+)
+def test_a_wrong_path_is_the_inputs_fault_and_any_other_error_of_the_system_the_surroundings(name, code, capsys):
+    assert failed(OSError(getattr(errno, name), "what it says", "a/b")) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: a/b: what it says")

@@ -301,6 +301,19 @@ def test_single_slices_need_a_thickness(tmp_path):
     refused(tmp_path / "b", "without a thickness")
 
 
+def test_a_single_slice_is_as_far_from_the_next_as_it_says_and_not_as_thick(tmp_path):
+    def apart(ds, k):
+        ds.SpacingBetweenSlices, ds.SliceThickness = 5.0, 3.0
+
+    def thick(ds, k):
+        ds.SliceThickness = 3.0
+        del ds.SpacingBetweenSlices
+
+    for name, change, wanted in (("a", apart, 5.0), ("b", thick, 3.0)):
+        write_series(tmp_path / name, volume((6, 5, 1)), scanner_affine("axial"), change=change)
+        assert spacing_of(dicom.load(tmp_path / name).affine) == pytest.approx((1.0, 1.25, wanted))
+
+
 @pytest.mark.parametrize("slices", [1, 6])
 def test_the_sign_of_a_distance_of_slices_says_nothing(tmp_path, slices):
     def backwards(ds, k):

@@ -33,6 +33,7 @@ from bench import (
     scale,
     step,
     step_ranks,
+    watch,
 )
 from bench.__main__ import parse
 from bench.peers_infer import PEERS
@@ -235,6 +236,17 @@ def test_the_figures_of_a_feed_are_medians_over_all_rounds_and_the_most_that_was
     # Any epoch of ours beside any of the peer's: our slowest and its fastest, our fastest and its slowest.
     assert row["ratio_range"]["x"] == pytest.approx([3 / 50, 200 / 2]) and row["cpu_ratio_to"]["x"] == 14 / 3.5
     assert row["cold_ratio_to"]["x"] == 1
+
+
+def test_the_cpu_time_of_a_feed_is_that_of_its_processes_and_of_those_that_have_ended(monkeypatch, tmp_path):
+    """User and system time, both of the same of ended children, and nothing else of Linux's account (man proc)."""
+    for pid, parent, times in ((7, 1, "1 20 300 4000"), (8, 7, "50000 0 0 600000"), (9, 1, "7 7 7 7")):
+        (tmp_path / f"proc/{pid}").mkdir(parents=True)
+        text = f"{pid} (a ) b) S {parent} 9 9 9 9 9 9 9 9 9 {times} 20 0 1 0 9 9 9"
+        (tmp_path / f"proc/{pid}/stat").write_text(text, encoding="utf8")
+    monkeypatch.setattr(watch, "Path", lambda path: tmp_path / path.removeprefix("/"))
+    monkeypatch.setattr(watch.os, "sysconf", {"SC_CLK_TCK": 1000}.get)
+    assert watch.tree_cpu_seconds(7) == 654.321
 
 
 def test_the_stages_of_a_volume_are_counted_once_each(monkeypatch):

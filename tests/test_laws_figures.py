@@ -98,6 +98,25 @@ def test_a_doubt_of_another_grid_is_linear_between_its_voxels_and_judged_where_t
     assert [d["doubt"] for d in found["deciles"]] == pytest.approx([d["doubt"] for d in wanted["deciles"]], rel=1e-6)
 
 
+def test_a_doubt_is_judged_in_a_head_that_fills_a_twentieth_of_the_image():
+    """Whose air is not quite dark, and does not count."""
+    some = np.random.default_rng(3)
+    ref = np.full((20, 20, 20), 5, np.float32)
+    ref[:10, :10, :4] = 1000
+    sr = ref + some.normal(0, 5, ref.shape).astype(np.float32)
+    doubt = some.uniform(1, 9, ref.shape).astype(np.float32)
+    assert metrics.calibration(sr, ref, doubt) == metrics.calibration(sr, ref, doubt, ref == 1000)
+
+
+@pytest.mark.parametrize("region", ["mask", "label"])
+def test_a_region_that_reaches_beyond_what_the_images_share_ends_there(region):
+    """One that is everywhere has the figures of the whole."""
+    one = images_of(3.0, 2, 2)
+    sr, everywhere = (Volume(data, one.hr.affine) for data in (one.sr, np.ones_like(one.label)))
+    found = pair.evaluate_pair(turned(sr), one.hr, **{region: everywhere}, subject=None)
+    assert found["grid"]["overlap"] < 0.9 and found["image"][region] == found["image"]["whole"]
+
+
 def test_other_units_are_noted_of_each_image_under_its_own_name():
     """From twice the reference's mean intensity on, or half of it."""
     hr = Volume(np.full((12, 12, 12), 100, np.float32), np.eye(4))
@@ -354,6 +373,15 @@ def test_colours_of_differences_end_at_the_largest_of_them_and_the_scale_says_so
     end = f"{part.limit * 1000 / 255:.3g}"
     text = re.sub("<[^>]*>", " ", viewer._scale(part))
     assert f"−{end} " in text and f"+{end} " in text and float(end) == pytest.approx(600, rel=2e-3)
+
+
+def test_colours_of_differences_in_a_few_voxels_end_at_theirs(packed):
+    """Voxels without a difference, nearly all of them, do not count."""
+    sr = packed[1]
+    other = sr.data.copy()
+    other[12, 14, 12:16] = 400
+    made = volumes.images_of(sr, {"truth": Volume(other, sr.affine)})
+    assert made.part(made.all).limit == 255 - round(0.4 * 255)
 
 
 def test_the_thumbnail_of_a_result_is_its_middle_axial_plane_with_its_own_segmentation(monkeypatch, tmp_path):

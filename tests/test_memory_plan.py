@@ -177,6 +177,14 @@ def test_free_memory_is_what_the_tightest_limit_leaves(monkeypatch):
     assert system.free_memory() > 2**27, "which has a number for none"
 
 
+def test_what_linux_would_give_up_for_a_process_counts_as_free(monkeypatch):
+    """MemAvailable: pages of files that were read lie in memory, and go where it is needed."""
+    text = {"/proc/meminfo": "MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 700 kB\nCached: 650 kB\n"}
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (-1, -1))
+    monkeypatch.setattr(system, "_lines", lambda path: text.get(path, "").splitlines())
+    assert system.free_memory() == 700 * 1024
+
+
 def test_the_plan_reaches_log_and_report(caplog):
     generator = build_generator(GeneratorSpec(kernel=1))
     with caplog.at_level("INFO", "fastsrgan"):

@@ -214,6 +214,15 @@ def test_what_the_segmentation_encloses_is_told_beside_it(spacing):
     assert plausibility.enclosed(image, ball, spacing) is None, "a structure that encloses nothing"
 
 
+def test_a_fifth_of_voxels_that_are_far_brighter_do_not_change_the_brightness_of_what_is_enclosed():
+    """Medians: vessels and the like, inside and in the segmentation itself, weigh as voxels, not as their values."""
+    spacing = (2.5, 2.5, 2.5)
+    image, label = ribbon(780, 520, 150, spacing)
+    bright = (np.random.default_rng(0).random(image.shape) < 0.2) & (image > 0)
+    image[bright] = 9000
+    assert plausibility.enclosed(image, label, spacing) == 1.5
+
+
 ALL = replace(ADULT, contrasts=("T1", "FLAIR", "T2"))
 SEEN = {  # skew of intensities, brightness of what is enclosed
     "T1": (-0.35, 1.4),
