@@ -573,8 +573,10 @@ def test_info_lists_subjects_and_the_whole(tmp_path, capsys):
     convert(table, store)
     assert main(["info", str(store)]) == 0
     header, _, *rows, total = capsys.readouterr().out.splitlines()
-    assert header.split() == ["subject", "split", "shape", "spacing", "mm", "arrays", "MB", "ratio"]
-    assert re.fullmatch(r"s2 +Test +21 x 18 x 10 +1 x 1.2 x 3 +image int16, label uint8 +0\.\d+ +[\d.]+", rows[2])
+    assert header.split() == ["subject", "split", "shape", "spacing", "mm", "label", "arrays", "MB", "ratio"]
+    assert re.fullmatch(
+        r"s2 +Test +21 x 18 x 10 +1 x 1.2 x 3 +[\d.]+ % +image int16, label uint8 +0\.\d+ +[\d.]+", rows[2]
+    )
     subjects = open_store(store).subjects
     size = sum(p.stat().st_size for p in store.rglob("*") if p.is_file() and p.parent != store)
     assert size == sum(s.stored_bytes for s in subjects)

@@ -261,7 +261,7 @@ def test_the_lines_of_a_run_have_the_values_of_their_names(monkeypatch):
     scored = {name: float(n) for n, name in enumerate(names)}
     losses = {name: [100.0 + n] for n, name in enumerate(k for _, keys, _ in curves.CHARTS for k in keys)}
     facts = {"validation": [{"epoch": 1} | scored], "at": [1], "curves": losses, "summary": None, "config": ""}
-    curves.run_card(facts | {"updates_per_point": 1, "unreadable_lines": 0}, [])
+    curves.run_card(facts | {"updates_per_point": 1, "unreadable_lines": 0, "warnings": []}, [])
     shown = {title: {line.name: (line.y[0], line.dashed) for line in lines} for title, lines in charts.items()}
 
     def of_images(name: str) -> dict:
@@ -274,9 +274,9 @@ def test_the_lines_of_a_run_have_the_values_of_their_names(monkeypatch):
     linear = {"best linear estimate, patches": (scored["PSNR_linear"], True)}
     linear |= {"best linear estimate, whole volumes": (scored["linear_PSNR"], True)}
     dice = {"Dice_cortex": (scored["Dice_cortex"], False)}
-    dice |= {"patches": (None, False), "whole volumes": (scored["whole_Dice"], False)}
+    dice |= {"patches": (scored["Dice"], False), "whole volumes": (scored["whole_Dice"], False)}
     dice |= {"interpolation, whole volumes": (scored["spline_Dice"], True)}
-    assert shown["Dice on the test subjects"] == dice  # the last of two lines of this name is the label's of older runs
+    assert shown["Dice on the test subjects"] == dice
     assert shown["PSNR on the test subjects, dB"] == of_images("PSNR") | linear
     assert shown["SSIM on the test subjects"] == of_images("SSIM")
     lost = {name: (values[0], False) for name, values in losses.items()}

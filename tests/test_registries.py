@@ -186,13 +186,17 @@ OTHER_MEANINGS = {
         PROFILE,
     ),
     "dice": dict.fromkeys(("config.py", "losses.py", "train/loop.py", "train/objectives.py"), LOSS)
-    | {"study/plots.py": PAPER, "model/purpose.py": "what a card says of a contrast"},
+    | {"study/plots.py": PAPER, "model/purpose.py": "what a card says of a contrast"}
+    | {"cli/train.py": "a word of the last line"},
     "components": {"volume/components.py": "before a filter", "study/plots.py": PAPER},
     "hausdorff95_mm": {"study/plots.py": PAPER},
     "plain": {"study/plots.py": PAPER},
 }
 # Settings that are read in more files than the one where they act, and why.
-READ_IN = {"seed": ({"train/gan.py", "train/run.py"}, "of the networks, and of the feed, by which the loop draws too")}
+READ_IN = {
+    "seed": ({"train/gan.py", "train/run.py"}, "of the networks, and of the feed, by which the loop draws too"),
+    "ema": ({"train/gan.py", "train/loop.py"}, "where it averages, and where a run too short for it is warned of"),
+}
 
 
 def holder(node: ast.expr) -> str:

@@ -101,7 +101,7 @@ def test_the_viewer_draws_and_its_controls_work(tab, folder, more, by):
         assert np.abs(drawn(tab, name) - first[name]).mean() > 1, name
 
     # Another plane, the other layout, zoom.
-    for change in ("input[value=sagittal]", "input[value=side]"):
+    for change in ("input[name=plane]:not(:checked)", "input[value=side]"):
         before_change = drawn(tab, "low")
         tab.ask(f"document.querySelector('{change}').click()")
         tab.frames(3)

@@ -15,7 +15,7 @@ from fastsrgan.cli.console import PlainProgress, TerminalProgress
 from fastsrgan.cli.main import build_parser, normalised
 from fastsrgan.cli.train import build_config
 from fastsrgan.config import PRESETS, from_mapping
-from fastsrgan.errors import ModelError
+from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.model import weights
 from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 from fastsrgan.observation.model import Degradation
@@ -112,7 +112,7 @@ def test_all_that_the_weights_do_not_fit_is_told_at_once(held):
 
 
 def test_faults_of_settings_are_told_before_weights_are_looked_for():
-    with pytest.raises(ModelError, match=r"2 faults: batch_size: 0 .*; patch_size: 33 "):
+    with pytest.raises(UsageError, match=r"2 faults: --batch-size: 0 .*; --patch-size: 33 "):
         typed("-w", "nothere.safetensors", "-b", "0", "-ps", "33")
 
 

@@ -185,7 +185,7 @@ def test_whole_volumes_have_resolutions_spaced_evenly_over_the_subjects(store, m
     law = Degradation(((1.0, 1.0, 2.0), (1.0, 1.5, 4.0)))
     feed = Feed(open_store(store), law, PatchRule(16, 12), seed=0, device=torch.device("cpu"), threads=1)
     seen = []
-    monkeypatch.setattr("fastsrgan.train.validate.whole_scores", lambda *a: seen.append(a[-1]) or {"whole_PSNR": 1.0})
+    monkeypatch.setattr("fastsrgan.train.validate.whole_scores", lambda *a: seen.append(a[3]) or {"whole_PSNR": 1.0})
     validate_whole(Identity(), feed, [s.id for s in feed.store.subjects])
     assert [draw.low_res for draw in seen] == [(1.0, 1.0, 2.0), (1.0, 1.25, 3.0), (1.0, 1.5, 4.0)]
     assert {(draw.power, draw.noise) for draw in seen} == {(1.0, 0.0)}  # the subject's own contrast, no noise

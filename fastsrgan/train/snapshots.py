@@ -174,7 +174,7 @@ def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
         at.best, at.best_epoch, at.best_dice, at.stale = None, None, None, 0
     moved = [k for k, resume in changed.items() if resume == settings.ANEW]
     moved += ["data"] if data != data_identity(run.store) else []
-    if at.epoch > now.epochs:  # nothing is left to do
+    if at.epoch > run.last_epoch:  # nothing is left to do
         return at
     if moved:
         log.warning("another %s: epoch %d begins anew", ", ".join(moved), at.epoch)
