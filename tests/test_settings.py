@@ -202,7 +202,7 @@ def test_a_resumed_run_does_with_another_value_what_the_row_says(row, tmp_path, 
     assert snapshots.changes(then, now) == {row.name: row.resume}
     (tmp_path / "config.yaml").write_text(then.to_yaml(), encoding="utf8")
     monkeypatch.setattr(snapshots, "data_identity", lambda store: "data")
-    run = SimpleNamespace(config=now, store=None, ranks=SimpleNamespace(world=1))
+    run = SimpleNamespace(config=now, last_epoch=now.epochs, store=None, ranks=SimpleNamespace(world=1))
     with caplog.at_level(logging.WARNING, "fastsrgan"):
         at = snapshots.placed(run, dataclasses.replace(STOOD), tmp_path, "data")
     assert (f"{row.name} {getattr(then, row.name)} -> " in caplog.text) == (row.resume in (NEW, KEPT, ANEW))
