@@ -21,6 +21,16 @@ from fastsrgan.train import loop as loop_module
 from fastsrgan.train.gan import Models
 from fastsrgan.train.state import Position, Run
 
+# What the training returns to its command where nothing was trained.
+NOTHING_TRAINED = {
+    "exit_code": 0,
+    "updates": 0,
+    "resumed_at": None,
+    "seconds": 0.0,
+    "best_epoch": None,
+    "weights": "",
+    "stopped": None,
+}
 CONFIG = TrainConfig(
     new_low_res=((1.0, 1.0, 3.0),),
     epochs=2,

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from nifti_files import rigid
-from spies import CONFIG, Alone
+from spies import CONFIG, NOTHING_TRAINED, Alone
 
 from fastsrgan.cli import main as cli
 from fastsrgan.cli.main import main
@@ -295,21 +295,12 @@ TRAIN = {
     "dice_file": (["-dice", "d.csv"], "d.csv"),
     "mse_file": (["-mse", "m.csv"], "m.csv"),
 }
-RESULT = {
-    "exit_code": 0,
-    "updates": 0,
-    "resumed_at": None,
-    "seconds": 0.0,
-    "best_epoch": None,
-    "weights": "",
-    "stopped": None,
-}
 
 
 def trained(monkeypatch, *words: str) -> tuple[tuple, dict[str, Any]]:
     """What the command calls ``train`` with."""
     calls = []
-    monkeypatch.setattr(run_module, "train", lambda *args, **more: calls.append((args, more)) or RESULT)
+    monkeypatch.setattr(run_module, "train", lambda *args, **more: calls.append((args, more)) or NOTHING_TRAINED)
     assert main(["--quiet", "train", "c.zarr", "-o", "run", "-n", "1", "1", "3", *words]) == 0
     return calls[0]
 
@@ -348,7 +339,7 @@ def test_what_names_the_data_reaches_the_conversion(monkeypatch, tmp_path):
         convert_module, "convert",
         lambda *args, **more: calls.append(more) or {"subjects": 0, "converted": 0},
     )  # fmt: skip
-    monkeypatch.setattr(run_module, "train", lambda *args, **more: RESULT)
+    monkeypatch.setattr(run_module, "train", lambda *args, **more: NOTHING_TRAINED)
     words = ["-csv", tmp_path / "c.csv", "-o", tmp_path / "run", "-n", 1, 1, 3, "--base-path", "data"]
     words += ["--label-classes", "3,42", "--label-names", "names.txt"]
     assert main(["--quiet", "train", *map(str, words)]) == 0

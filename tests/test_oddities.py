@@ -81,7 +81,7 @@ def test_outliers_are_compressed_and_come_back_exactly(shifted):
     made = np.linspace(-1, 2, 24, dtype=np.float32).reshape(2, 3, 4)  # a result may lie beyond the scan
     place = torch.from_numpy(made.copy())
     plain.invert_(place)
-    np.testing.assert_allclose(place.numpy(), plain.invert(made), rtol=1e-6)
+    np.testing.assert_allclose(place.numpy(), plain.invert(made), rtol=1e-6)  # found: 0
     assert plain.invert(made).min() == pytest.approx(data.min())
     # Found: 3.1e-7
     assert norm.invert(np.float32([[50.0]])) == pytest.approx(odd.max(), rel=1e-6), "never brighter than the scan"

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from spies import NOTHING_TRAINED
 
 from fastsrgan.cli import job_model as cli_job
 from fastsrgan.cli import main as cli
@@ -187,15 +188,7 @@ def called(monkeypatch, tmp_path):
 
     def train(source, folder, config, **options):
         seen.update(options, source=source, folder=str(folder), config=config)
-        return {
-            "updates": 0,
-            "resumed_at": None,
-            "seconds": 0.0,
-            "best_epoch": None,
-            "weights": "",
-            "stopped": None,
-            "exit_code": 0,
-        }
+        return NOTHING_TRAINED
 
     monkeypatch.setattr(training, "train", train)
     monkeypatch.chdir(tmp_path)

@@ -125,7 +125,8 @@ def test_texture_has_three_scales():
         alike.append([float((found[lag:] * found[:-lag]).mean() / found.square().mean()) for lag in (2, 5)])
     assert max(map(abs, alike[0])) < 0.02
     # A cubic B-spline of white noise one knot apart, and 2.5 knots apart.
-    assert alike[1] == pytest.approx([0.497, 0.005], abs=0.05) and alike[2] == pytest.approx([0.888, 0.497], abs=0.1)
+    # Found: 0.016
+    assert alike[1] == pytest.approx([0.497, 0.005], abs=0.05) and alike[2] == pytest.approx([0.888, 0.497], abs=0.05)
 
 
 @settings(max_examples=25, deadline=None)

@@ -103,10 +103,9 @@ def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
 
 def about_baseline(result: dict[str, Any]) -> str:
     """A line where a baseline's segmentation was made of the true label; else nothing."""
-    from fastsrgan.evaluate.grids import KNOWS, READER
+    from fastsrgan.evaluate.grids import KNOWS, knows_truth
 
-    rows = result.get("rows", [result])
-    return KNOWS if any(row.get("baselines", {}).get("segmentation") == READER for row in rows) else ""
+    return KNOWS if any(map(knows_truth, result.get("rows", [result]))) else ""
 
 
 def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:

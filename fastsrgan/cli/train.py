@@ -191,8 +191,8 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
         flags = [(settings.SETTINGS[name].flags[-1], reason, hint) for name, reason, hint in error.faults]
         if len(flags) == 1:
             raise UsageError(*flags[0]) from error
-        told = "; ".join(f"{flag}: {reason}, {hint}" for flag, reason, hint in flags)
-        raise UsageError("train", f"{len(flags)} faults: {told}", "see --help") from error
+        several = SettingsError("train", flags)
+        raise UsageError(several.what, several.reason, several.hint) from error
     if not given and args.resume:
         raise ModelError(
             args.out or args.snapshot_folder, "no snapshot in this folder", "leave --resume out to begin a run"

@@ -205,10 +205,11 @@ def evaluate_items(
     """
     if choice.classes and not any("label" in item.files for item in items):
         raise UsageError("--label-classes", f"no label was found for the results in {what}", "leave it out")
-    pictures = [None if png is None else output_folder(png) / f"{i.subject.replace('/', '_')}.png" for i in items]
-    for picture in pictures:
-        if picture is not None:
-            check_place(picture, (), SCORED)
+    pictures: list[Path | None] = [None] * len(items)
+    if png is not None:
+        folder = output_folder(png)
+        names = [f"{item.subject.replace('/', '_')}.png" for item in items]
+        pictures = [check_place(folder / name, (), SCORED) for name in names]
     done: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     faults: list[table.Fault] = []

@@ -6,10 +6,13 @@ Nothing here needs the two grids to be aligned; what is outside a volume's field
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
+from fastsrgan.core.files import mapping
 from fastsrgan.errors import InputError
 from fastsrgan.volume.geometry import Volume
 from fastsrgan.volume.placement import EXACT, difference, refuse_placeless, same_grid
@@ -23,6 +26,11 @@ READER = (
     "as a reader of that image would draw it, then interpolated back by the cubic spline and cut at 0.5 again"
 )
 KNOWS = "the baseline's segmentation is the true label at the scan's resolution, interpolated: it knows the truth"
+
+
+def knows_truth(scores: Mapping[str, Any] | None) -> bool:
+    """Whether the baseline's segmentation in scores was made of the true label (``READER``): then ``KNOWS`` holds."""
+    return mapping((scores or {}).get("baselines")).get("segmentation") == READER
 
 
 def onto_grid(

@@ -11,7 +11,6 @@ from fastsrgan.core.files import read_json
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.io import dicom
 from fastsrgan.io import nifti as images
-from fastsrgan.io.nifti_voxels import no_such_file
 from fastsrgan.volume import placement
 from fastsrgan.volume.geometry import Volume
 from fastsrgan.volume.resample import SAME, slice_axis
@@ -33,8 +32,6 @@ def load_any(
     """
     if dicom.is_dicom(path):
         return dicom.load(path, series=series, volume=volume, max_voxels=max_voxels)
-    if series is not None and not os.path.lexists(path):
-        raise no_such_file(Path(path))
     refuse_series(path, series)
     return images.load(path, volume=volume, max_voxels=max_voxels)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastsrgan.core.files import finite
 from fastsrgan.evaluate.figures import ALONE, FIGURES, name_of
-from fastsrgan.evaluate.grids import KNOWS, READER
+from fastsrgan.evaluate.grids import KNOWS, knows_truth
 from fastsrgan.evaluate.pair import summarise
 from fastsrgan.evaluate.plausibility import NO_PROOF
 from fastsrgan.model.purpose import Purpose
@@ -131,7 +131,7 @@ def table(rows: Sequence[Row], known: dict[str, Any]) -> Html:
     said = [f"Segmented: {names}."] if (names := _structures(rows)) else []
     said += [f"Green is {NO_PROOF}."] if any(lit) else []
     notes = [RULE] if len(rows) >= FEWEST else []
-    notes += [f"{KNOWS[0].upper()}{KNOWS[1:]}."] if any(_knows(row.result.scores) for row in rows) else []
+    notes += [f"{KNOWS[0].upper()}{KNOWS[1:]}."] if any(knows_truth(row.result.scores) for row in rows) else []
     below = [el("p", note, class_="faint") for note in notes]
     return sections.card(
         "Results", el("p", " ".join(said)) if said else None, el("div", grid, class_="scroll", tabindex=0), below
@@ -142,11 +142,6 @@ def _structures(rows: Sequence[Row]) -> str:
     """What is segmented, as far as the records say it."""
     purposes = [Purpose.of(row.result.record.get("made_for")) for row in rows]
     return "; ".join(dict.fromkeys(purpose.structure for purpose in purposes if purpose.structures))
-
-
-def _knows(scores: dict[str, Any] | None) -> bool:
-    said = (scores or {}).get("baselines")
-    return isinstance(said, dict) and said.get("segmentation") == READER
 
 
 def title(column: str) -> str:
