@@ -572,6 +572,30 @@ def test_several_runs_are_laid_over_each_other(tmp_path, capsys):
     assert code == 2 and "--hr" in err
 
 
+def test_a_run_says_which_weights_it_began_with_and_runs_differ_by_them():
+    start = {"path": "perinatal", "file": "/models/segsrgan-k8-perinatal.safetensors", "sha256": "a1" * 32}
+    own = {"path": "old/best.safetensors", "file": "old/best.safetensors", "sha256": "b2" * 32}
+    summaries = [{"updates": 1}, {"updates": 1, "start_weights": start}, {"updates": 1, "start_weights": own}, None]
+    told = ["new", "perinatal (segsrgan-k8-perinatal.safetensors)", "old/best.safetensors", "–"]
+    none = {"validation": [], "at": [], "curves": {}, "config": "", "updates_per_point": 1, "unreadable_lines": 0}
+
+    def rows(page):
+        return re.findall(r'<th scope="row">start weights</th>((?:<td>[^<]*</td>)+)', page)
+
+    def cells(*texts):
+        return "".join(f"<td>{text}</td>" for text in texts)
+
+    facts = [none | {"warnings": [], "summary": summary} for summary in summaries]
+    for one, text in zip(facts[:3], told[:3], strict=True):
+        assert rows(curves.run_card(one, [])) == [cells(text)]
+    together = curves.runs_card(facts, ["a", "b", "c", "d"])
+    assert rows(together) == [cells(*told)] * 2  # in the summary, and among what differs
+    assert rows(curves.runs_card([facts[1], facts[1]], ["a", "b"])) == [cells(told[1], told[1])]
+    other = facts[1] | {"summary": {"start_weights": start | {"sha256": "c3" * 32}}}  # the same name, another file
+    texts = [told[1].replace(")", f", SHA-256 {sha * 4})") for sha in ("a1", "c3")]
+    assert rows(curves.runs_card([facts[1], other], ["a", "b"])) == [cells(*texts)] * 2
+
+
 def test_runs_are_compared_by_every_score_each_with_its_like(monkeypatch):
     charts = {}
     monkeypatch.setattr(curves, "line_chart", lambda title, lines, *labels: charts.update({title: lines}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastsrgan.report.sections import card, facts_table, raw
 log = logging.getLogger("fastsrgan")
 
 PANELS = 4
+START, BEGAN = "start_weights", "start weights"  # in a summary, and on a page
 SIGNATURE = b"\x89PNG"
 BINS = 300  # points of a curve; longer runs show means over several updates
 COLUMNS = "interpolated input, SR, truth, segmentation, label"
@@ -109,6 +110,7 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
             plots.append(line_chart(f"{title}: {LINES[column]}" if column in LINES else title, lines, "update", unit))
     told = [f["summary"] or {} for f in runs]
     entries = dict.fromkeys(k for summary in told for k, v in summary.items() if not isinstance(v, (dict, list)))
+    entries.pop(START, None)
     head = el("tr", el("th", ""), [el("th", name, scope="col") for name in names])
     rows = [
         el(
@@ -118,8 +120,12 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
         )
         for key in entries
     ]
+    began = [_began_with(one) for one in told]
+    if len(set(began)) < len({_began_with(one, checksum=True) for one in told}):  # files of one name
+        began = [_began_with(one, checksum=True) for one in told]
+    rows.append(el("tr", el("th", BEGAN, scope="row"), [el("td", one) for one in began]))
     table = el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
-    changed = _changed([f["config"] for f in runs], names)
+    changed = _changed([f["config"] for f in runs], began, names)
     return card(
         "Training runs",
         el("div", [p for p in plots if p], class_="plots"),
@@ -130,9 +136,12 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
     )
 
 
-def _changed(configs: Sequence[str], names: Sequence[str]) -> Html | None:
-    """The lines of config.yaml that are not the same in all runs."""
-    settings = [dict(line.split(":", 1) for line in text.splitlines() if ":" in line) for text in configs]
+def _changed(configs: Sequence[str], began: Sequence[str], names: Sequence[str]) -> Html | None:
+    """What the runs began with and the lines of config.yaml, where they are not the same in all runs."""
+    settings = [
+        {BEGAN: one} | dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        for text, one in zip(configs, began, strict=True)
+    ]
     keys = [k for k in dict.fromkeys(k for s in settings for k in s) if len({s.get(k) for s in settings}) > 1]
     if not keys:
         return None
@@ -141,6 +150,16 @@ def _changed(configs: Sequence[str], names: Sequence[str]) -> Html | None:
         el("tr", el("th", k.strip(), scope="row"), [el("td", s.get(k, "–").strip()) for s in settings]) for k in keys
     ]
     return el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
+
+
+def _began_with(summary: Mapping[str, Any], checksum: bool = False) -> str:
+    """The weights that a run began with: as they were named, the file where that is another name, its checksum."""
+    start = summary.get(START)
+    if not isinstance(start, Mapping):
+        return str(start or "new") if summary else "–"
+    name, file = str(start.get("path")), Path(str(start.get("file"))).name
+    words = [file] * (Path(name).name != file) + [f"SHA-256 {str(start.get('sha256'))[:8]}"] * checksum
+    return f"{name} ({', '.join(words)})" if words else name
 
 
 def _warnings(run: Path) -> list[str]:
@@ -179,8 +198,9 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
         [
             (key.replace("_", " "), _value(value, pointer("run", "summary", key)))
             for key, value in summary.items()
-            if not isinstance(value, (dict, list))
+            if not isinstance(value, (dict, list)) and key != START
         ]
+        + ([(BEGAN, _began_with(summary))] if summary else [])
     )
     noted = facts.get("data_warnings") or []
     table = el("details", el("summary", "Validations as a table"), _table(validation)) if validation else None
