@@ -21,7 +21,7 @@ from fastsrgan.infer import anytime, bids, files, memory, modes, tiles
 from fastsrgan.infer import image as image_module
 from fastsrgan.infer import network as network_module
 from fastsrgan.infer import volume as volume_module
-from fastsrgan.infer.image import load_weights, mask_names, mask_values
+from fastsrgan.infer.image import _listed, load_weights, mask_values
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Whole, nearest, own_grid
 from fastsrgan.infer.settings import InferSettings, options
@@ -31,7 +31,7 @@ from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import SUFFIXES, find_bids, parse, sidecar
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
-from fastsrgan.model.purpose import Purpose
+from fastsrgan.model.purpose import Purpose, mask_names
 from fastsrgan.volume.consistency import Observation
 from fastsrgan.volume.geometry import Orientation, Volume
 
@@ -190,6 +190,13 @@ def test_the_value_of_a_structure_is_the_smallest_that_it_has_in_the_label_map()
         assert mask_names(told) == ((3, "cortex"), (300, "white"))
         assert mask_values(told)[[0, 1, 2]].tolist() == [0, 3, 300]
     assert mask_names({}) == () and mask_values({})[[0, 1, 200]].tolist() == [0, 1, 200]
+
+
+def test_a_header_names_as_many_structures_as_it_has_room_for():
+    assert _listed("fastsrgan: ", []) == "fastsrgan" and _listed("a: ", ["1 b", "2 c"]) == "a: 1 b, 2 c"
+    assert _listed("a: ", ["x" * 76]) == "a: " + "x" * 76  # 79 bytes and the end
+    many = _listed("fastsrgan: ", [f"{i} part {i}" for i in range(40)])
+    assert many == "fastsrgan: " + ", ".join(f"{i} part {i}" for i in range(6)) + ", ..." and len(many) < 80
 
 
 def test_the_networks_own_grid_is_for_scans_a_quarter_coarser():

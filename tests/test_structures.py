@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -28,10 +29,10 @@ from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import check_derivatives
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.model.purpose import mask_names
 from fastsrgan.observation.model import Degradation, degrade
 from fastsrgan.report.page import report
 from fastsrgan.report.sections import scores_table
-from fastsrgan.report.viewer import structure_names
 from fastsrgan.store.reader import open_store
 from fastsrgan.study import run as study
 from fastsrgan.study.data import Condition, acquire, find_heads
@@ -42,6 +43,11 @@ from fastsrgan.train.validate import validate_whole
 from fastsrgan.volume.geometry import resampled_affine
 
 CHOSEN = ["cortex=3,42", "white=2041"]
+
+
+def header_text(path):
+    """The description in a NIfTI header: 80 bytes from byte 148."""
+    return gzip.decompress(path.read_bytes())[148:228].rstrip(b"\0").decode()
 
 
 @pytest.fixture
@@ -218,7 +224,11 @@ def test_a_dice_for_each_from_validation_to_evaluation(table, tmp_path, capsys):
     assert set(mask.meta["values"]) <= {0, 3, 2041}
     record = json.loads((out / "s2.json").read_text(encoding="utf8"))
     assert record["weights"]["structures"] == told and record["weights"]["file"].endswith("best.safetensors")
-    assert structure_names(record) == {3: "cortex", 2041: "white"}  # of the page's legend
+    assert dict(mask_names(record["weights"])) == {3: "cortex", 2041: "white"}  # of the page's legend
+    several = [{"value": 3, "name": "cortex"}, {"value": 2041, "name": "white"}]
+    assert record["structures"] == [{"value": 1, "name": "cortex"}] and record["mask_structures"] == several
+    assert header_text(out / "s2_mask.nii.gz") == "fastsrgan: 3 cortex, 2041 white"
+    assert header_text(out / "s2_seg.nii.gz") == "fastsrgan: cortex"
     result = evaluate_folders(out, truth, choice=Choice(tuple(CHOSEN)))
     found = result["rows"][0]["structures"]
     label = images.load_label(truth / "s2_label.nii.gz", largest=65535).data
@@ -231,6 +241,7 @@ def test_a_dice_for_each_from_validation_to_evaluation(table, tmp_path, capsys):
     assert main(["report", str(out), *true, "--quiet"]) == 0
     page = (out / "report.html").read_text(encoding="utf8")
     assert "the label is not shown" not in page
+    assert "Segmented: cortex (mask image also: white); made for" in page
     told = json.loads(re.search(r'id="facts">(.*?)</script>', page)[1])["results"][0]["scores"]
     assert told["structures"] == found and told["segmentation"] == found["cortex"]
 

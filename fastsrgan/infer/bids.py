@@ -24,7 +24,7 @@ from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, Item, evaluate_items, low_resolution
 from fastsrgan.infer.files import STATUSES, SomeFailed, infer_files
-from fastsrgan.infer.image import ModelChoice, look_at, mask_names
+from fastsrgan.infer.image import ModelChoice, look_at
 from fastsrgan.infer.settings import InferSettings, takes_options
 from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import (
@@ -38,7 +38,7 @@ from fastsrgan.io.bids import (
     sidecar,
 )
 from fastsrgan.io.image_list import Image
-from fastsrgan.model.purpose import Purpose
+from fastsrgan.model.purpose import Purpose, mask_names
 
 log = logging.getLogger("fastsrgan")
 

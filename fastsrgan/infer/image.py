@@ -29,7 +29,7 @@ from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import Image
 from fastsrgan.model import weights as weight_files
 from fastsrgan.model.networks import Generator
-from fastsrgan.model.purpose import MODELS, Purpose, common
+from fastsrgan.model.purpose import MODELS, Purpose, common, mask_names
 from fastsrgan.volume.components import segment
 from fastsrgan.volume.geometry import Volume, spacing_of
 from fastsrgan.volume.oddities import on_zeros, outshone
@@ -37,6 +37,7 @@ from fastsrgan.volume.oddities import on_zeros, outshone
 log = logging.getLogger("fastsrgan")
 
 PathLike = str | os.PathLike
+DESCRIPTION = 80  # bytes of a NIfTI header with the end
 LONGEST_NAME = 255  # bytes that the file systems in use allow
 
 
@@ -363,6 +364,8 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     if result.residual is not None:
         images.save(outputs["residual"], result.residual, image.affine, overwrite=True, code=code)
     about = {"seg": f"fastsrgan: {purpose.structure}", "prob": f"fastsrgan: probability of {purpose.structure}"}
+    named = mask_names(loaded.model.facts) if "mask" in outputs else ()
+    about["mask"] = _listed("fastsrgan: ", [f"{value} {name}" for value, name in named])
     for kind in (kind for kind in outputs if kind in arrays):
         intent = purpose.structure if kind == "seg" else ""
         images.save(
@@ -390,6 +393,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
         },
         "weights": loaded.model.facts | ({"name": name, "chosen": f"auto: {why}"} if name else {}),
         "structures": [{"value": value, "name": text} for value, text in purpose.structures],
+        **({"mask_structures": [{"value": value, "name": text} for value, text in named]} if named else {}),
         "made_for": purpose.to_dict(),
         "plausibility": verdict.to_dict() | {"scan": loaded.look.to_dict()},
         **result.report,
@@ -421,6 +425,13 @@ def _clear(outputs: dict[str, Path]) -> None:
             path.unlink(missing_ok=True)
 
 
+def _listed(start: str, items: Sequence[str]) -> str:
+    """What a NIfTI header has room for; "..." for items that do not fit."""
+    text = start + ", ".join(items)
+    fits = len(text.encode()) < DESCRIPTION
+    return text.removesuffix(": ") if fits else f"{text[: DESCRIPTION - 6].rsplit(',', 1)[0]}, ..."
+
+
 def mask_values(model: dict[str, Any]) -> np.ndarray:
     """The value of each class in the mask image: for structures of a label map the first that they have there.
 
@@ -431,12 +442,6 @@ def mask_values(model: dict[str, Any]) -> np.ndarray:
         return np.arange(256, dtype=np.uint8)
     values = np.array([0, *(value for value, _ in known)])
     return values.astype(np.uint8 if values.max() < 256 else np.uint16)
-
-
-def mask_names(model: Mapping[str, Any]) -> tuple[tuple[int, str], ...]:
-    """Value in the mask image and name of each structure, of the facts about weights; none for other mask classes."""
-    known = model.get("structures") or (model.get("averaged") or [{}])[0].get("structures") or ()
-    return tuple((min(one["values"]), one["name"]) for one in known)
 
 
 def _save_as_input(target: Path, result: InferResult, image: Volume, code: int) -> dict[str, Any]:

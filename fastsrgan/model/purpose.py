@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fastsrgan.core.files import mapping
+
 Range = tuple[float, float]
 
 MADE_FOR = "made_for"  # of a card
@@ -116,8 +118,8 @@ class Purpose:
         name = self.structures[0][1] if self.structures else "segmentation"
         return name if len(name) <= MOST_LEGEND else f"{name[: MOST_LEGEND - 1]}…"
 
-    def line(self) -> str:
-        """All of it in words."""
+    def line(self, segmented: str = "") -> str:
+        """All of it in words; ``segmented``: what is segmented, where that is more than ``structure``."""
         parts = [self.contrast, self.ages, self.species, self.view]
         parts += [f"head {span(self.head_mm)} mm"] * bool(self.head_mm)
         parts += [f"voxels {span(self.voxel_mm)} mm"] * bool(self.voxel_mm)
@@ -125,7 +127,8 @@ class Purpose:
         told = ", ".join(part for part in parts if part)
         if not told and not self.structures:
             return NOT_SAID
-        return f"{self.structure}; made for {told}" if told else self.structure
+        segmented = segmented or self.structure
+        return f"{segmented}; made for {told}" if told else segmented
 
 
 def span(of: Range | None) -> str:
@@ -133,6 +136,20 @@ def span(of: Range | None) -> str:
     if of is None:
         return ""
     return f"{of[0]:.4g}" if of[0] == of[1] else f"{of[0]:.4g} to {of[1]:.4g}"
+
+
+def mask_names(weights: object) -> tuple[tuple[int, str], ...]:
+    """Value in the mask image (the smallest of a structure's in the label map) and name of each of several structures,
+    of a record's facts about weights; none for other mask classes, and what is not of its form is left out."""
+    facts = mapping(weights)
+    averaged = facts.get("averaged")
+    known = facts.get("structures") or (mapping(averaged[0]).get("structures") if isinstance(averaged, list) else None)
+    found = []
+    for one in known if isinstance(known, list) else []:
+        values, name = mapping(one).get("values"), mapping(one).get("name")
+        if isinstance(values, list) and values and all(isinstance(v, int) for v in values) and isinstance(name, str):
+            found.append((min(values), name))
+    return tuple(found)
 
 
 def common(purposes: list[Purpose]) -> Purpose:

@@ -144,8 +144,10 @@ def table(rows: Sequence[Row], known: dict[str, Any]) -> Html:
 
 def _structures(rows: Sequence[Row]) -> str:
     """What is segmented, as far as the records say it."""
-    purposes = [Purpose.of(row.result.record.get("made_for")) for row in rows]
-    return "; ".join(dict.fromkeys(purpose.structure for purpose in purposes if purpose.structures))
+    records = [row.result.record for row in rows]
+    return "; ".join(
+        dict.fromkeys(sections.segmented(one) for one in records if Purpose.of(one.get("made_for")).structures)
+    )
 
 
 def title(column: str) -> str:

@@ -26,7 +26,7 @@ from fastsrgan.evaluate.pair import evaluate_pair, structure_pairs
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.output_place import PAGE, check_place
-from fastsrgan.model.purpose import Purpose
+from fastsrgan.model.purpose import Purpose, mask_names
 from fastsrgan.report import cohort, curves, sections
 from fastsrgan.report import viewer as stage
 from fastsrgan.report.collect import Found, Result, find
@@ -197,7 +197,7 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
 
     def page(packed: Packed, rest: int = 0) -> str:
         mb = math.ceil((rest + packed.all_bytes) / 1e6)
-        names = stage.structure_names(result.record) if result is not None else {}
+        names = dict(mask_names(result.record.get("weights"))) if result is not None else {}
         card = stage.viewer_card(packed, view, low.spacing if low is not None else None, mb, names, told)
         body = join(_before(facts, warnings), card, still, after)
         return assemble(found, facts, body, stage.viewer_data(packed, view, low), back, viewing=True)

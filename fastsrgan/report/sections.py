@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastsrgan.core.files import mapping
 from fastsrgan.evaluate.figures import FIGURES, name_of
 from fastsrgan.evaluate.plausibility import GREEN, NO_PROOF, RED, YELLOW
-from fastsrgan.model.purpose import MODELS, Purpose
+from fastsrgan.model.purpose import MODELS, Purpose, mask_names
 from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer
 
 LIGHTS = (GREEN, YELLOW, RED)
@@ -135,8 +136,17 @@ def trust_line(record: Mapping[str, Any]) -> Html | None:
     light, words = found
     purpose = Purpose.of(record.get("made_for"))
     words = words or f"the scan and the result look like what the weights were made for: {NO_PROOF}"
-    made = f"Segmented: {purpose.line()}. Weights: {weights_called(record)}."
+    made = f"Segmented: {purpose.line(segmented(record))}. Weights: {weights_called(record)}."
     return el("p", "Plausibility ", light_word(light), f": {words}. {made}", class_="trust")
+
+
+def segmented(record: Mapping[str, Any]) -> str:
+    """What the segmentation of a result holds, and which further structures its mask image."""
+    purpose = Purpose.of(record.get("made_for"))
+    own = {name for _, name in purpose.structures}
+    others = [name for _, name in mask_names(record.get("weights")) if name not in own]
+    others = others if "mask" in mapping(record.get("outputs")) else []
+    return purpose.structure + f" (mask image also: {', '.join(others)})" * bool(others)
 
 
 def weights_called(record: Mapping[str, Any]) -> str:

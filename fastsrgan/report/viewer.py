@@ -385,21 +385,6 @@ def _doubt_scale(packed: Packed) -> Html:
     )
 
 
-def structure_names(record: Mapping[str, Any]) -> dict[int, str]:
-    """value in the mask image -> name, of the structures that the weights of a record were trained on."""
-    weights = record["weights"]
-    averaged = weights.get("averaged")
-    known = weights.get("structures") or (
-        mapping(averaged[0]).get("structures") if isinstance(averaged, list) else None
-    )
-    found = {}
-    for one in known if isinstance(known, list) else []:
-        values, name = mapping(one).get("values"), mapping(one).get("name")
-        if isinstance(values, list) and values and all(isinstance(v, int) for v in values) and isinstance(name, str):
-            found[min(values)] = name  # the first, see `infer.image.mask_values`
-    return found
-
-
 def colour_of(index: int) -> tuple[int, int, int]:
     """RGB of a structure: hues far apart one after the other, the first away from those of the masks."""
     parts = colorsys.hls_to_rgb((0.9 + 0.381966 * index) % 1, 0.62 if index % 2 else 0.5, 0.8)
