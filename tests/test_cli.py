@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastsrgan.cli import console
 from fastsrgan.cli.main import build_parser, failed, main, normalised
 from fastsrgan.cli.train import build_config
 from fastsrgan.io import nifti as images
@@ -190,6 +192,24 @@ def test_plain_output_has_no_control_codes(folder, tmp_path):
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert b"\x1b" not in done.stdout + done.stderr and b"\r" not in done.stderr
+
+
+def test_a_table_wider_than_the_terminal_comes_in_blocks_of_columns(monkeypatch):
+    rows = [{"subject": f"s{i}", **{f"figure {k}": 10 * i + k for k in range(9)}} for i in range(3)]
+    monkeypatch.setenv("COLUMNS", "40")
+    whole = console.table(rows)  # piped: a row is a line, whatever COLUMNS says
+    assert len(whole.splitlines()) == 5 and max(map(len, whole.splitlines())) > 80
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    blocks = [block.splitlines() for block in console.table(rows).split("\n\n")]
+    assert len(blocks) == 3 and all(len(line) <= 40 for block in blocks for line in block)
+    found = [[re.split(" {2,}", line) for line in block] for block in blocks]
+    assert all([line[0] for line in block] == ["subject", "-------", "s0", "s1", "s2"] for block in found)
+    joined = [[found[0][i][0], *(cell for block in found for cell in block[i][1:])] for i in range(5)]
+    assert joined == [re.split(" {2,}", line) for line in whole.splitlines()]
+    monkeypatch.setenv("COLUMNS", "120")
+    assert console.table(rows) == whole
+    monkeypatch.setenv("COLUMNS", "8")  # narrower than one column: still one figure a block
+    assert len(console.table(rows).split("\n\n")) == 9
 
 
 def test_debug_shows_the_traceback(folder, capsys):

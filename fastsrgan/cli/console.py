@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import re
+import shutil
 import sys
 import textwrap
 import time
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 WIDE, BAR_COLUMNS = 100, 54  # width of a terminal for the long bar; what stands beside the name of a stretch
+GAP = "  "  # between columns of a table
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -292,13 +295,22 @@ def say(text: str) -> None:
 
 
 def table(rows: list[dict[str, Any]], columns: list[str] | None = None) -> str:
-    """Rows as aligned plain text."""
+    """Rows as aligned plain text; what is wider than a terminal in blocks of columns, each with the first column."""
     columns = columns or list(rows[0])
     cells = [[_cell(r.get(c)) for c in columns] for r in rows]
     widths = [max(len(c), *(len(row[i]) for row in cells)) for i, c in enumerate(columns)]
-    lines = [[c.ljust(w) for c, w in zip(columns, widths, strict=True)], ["-" * w for w in widths]]
-    lines += [[c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in cells]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    blocks, used = [[0]], widths[0]
+    for i, width in list(enumerate(widths))[1:]:
+        used += len(GAP) + width
+        if used > room and len(blocks[-1]) > 1:
+            blocks.append([0])
+            used = widths[0] + len(GAP) + width
+        blocks[-1].append(i)
+    lines = [columns, ["-" * w for w in widths], *cells]
+    return "\n\n".join(
+        "\n".join(GAP.join(line[i].ljust(widths[i]) for i in block).rstrip() for line in lines) for block in blocks
+    )
 
 
 def _cell(value: Any) -> str:
