@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
 from phantom import head
 from scipy import ndimage
 
+from fastsrgan.core.files import write_json
 from fastsrgan.demo.run import acquire
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate import grids, metrics
 from fastsrgan.evaluate import metrics as metrics_module
 from fastsrgan.evaluate import pair as evaluate
 from fastsrgan.io import nifti as images
+from fastsrgan.io.bids import RECORD
 from fastsrgan.volume.geometry import Orientation, Volume
 from fastsrgan.volume.resample import apply_axes, degrade_matrix, upsample_matrix
 
@@ -36,6 +39,12 @@ def _world(shape, affine):
 def _volume(shape=SHAPE, affine=None):
     affine = np.diag([1.0, 1, 1, 1]) if affine is None else np.asarray(affine, float)
     return Volume(_blobs(_world(shape, affine)).astype(np.float32), affine)
+
+
+def _shifted(x):
+    affine = np.eye(4)
+    affine[0, 3] = x
+    return affine
 
 
 @pytest.fixture
@@ -237,6 +246,25 @@ def test_files_give_what_volumes_give(files, pair):
     assert result["files"]["seg"] == str(files["seg"])
 
 
+@pytest.mark.parametrize("bids", [False, True])
+def test_a_doubt_that_the_record_does_not_name_is_another_s(files, tmp_path, bids):
+    names = ("a_desc-sr_T2w", "a_desc-doubt_T2w", "a_desc-sr_T2w") if bids else ("a_sr", "a_doubt", "a")
+    sr, doubt, record = (tmp_path / f"{n}{e}" for n, e in zip(names, (".nii.gz", ".nii.gz", ".json"), strict=True))
+    files["sr"].rename(sr)
+    shutil.copy(files["hr"], doubt)
+
+    def used(outputs):
+        told = {} if outputs is None else {"outputs": {kind: f"elsewhere/{kind}.nii.gz" for kind in outputs}}
+        write_json(record, {RECORD: told} if bids else told)
+        return "doubt" in evaluate.evaluate_files(sr, files["hr"])["files"]
+
+    assert used(("sr", "seg", "doubt")) and used(None) and not used(("sr", "seg"))
+    record.unlink()
+    assert "doubt" in evaluate.evaluate_files(sr, files["hr"])["files"]  # nothing is known: the name says it
+    write_json(record, {"outputs": {"sr": "x"}})
+    assert "doubt" in evaluate.evaluate_files(sr, files["hr"], doubt=doubt)["files"]  # asked for
+
+
 def test_a_probability_map_is_thresholded(files, pair, tmp_path):
     soft = images.save(tmp_path / "prob.nii.gz", np.where(pair["seg"].data > 0, 0.7, 0.4).astype(np.float32), np.eye(4))
     result = evaluate.evaluate_files(files["sr"], files["hr"], soft, files["label"])
@@ -315,7 +343,19 @@ def test_images_of_different_extent_are_scored_where_both_are(pair, turned, capl
     with caplog.at_level(logging.INFO, "fastsrgan"):
         found = evaluate.evaluate_pair(**cut, subject="case 7")
     (note,) = [n for n in found["notes"] if "overlap" in n]
-    assert f"case 7: {note}" in caplog.text and "set to 0" not in found["notes"][0]
+    assert f"case 7: {note}" in caplog.text
+    # Segmentation and doubt reach as far as the SR does: nothing that is scored was set to 0.
+    more = {"doubt": small["sr"], "structures": {"x": (small["seg"], pair["label"])}}
+    assert not [n for n in evaluate.evaluate_pair(**cut, **more)["notes"] if "set to 0" in n]
+    assert not [n for n in found["notes"] if "set to 0" in n]
+    if not turned:
+        fewer = Volume(np.ascontiguousarray(small["seg"].data[4:]), affine @ _shifted(4))
+        told = [n for n in evaluate.evaluate_pair(**cut | {"seg": fewer})["notes"] if "set to 0" in n]
+        share = 100 * 4 / small["seg"].data.shape[0]
+        assert len(told) == 1 and told[0].startswith("segmentation: ")
+        assert told[0].endswith(
+            f"; {share:.1f} % of the part that is scored lies outside its field of view and was set to 0"
+        )
     share = found["grid"]["overlap"]
     assert f"{100 * share:.1f} % of the truth" in note and 0.5 < share < 1  # found: 0.73 to 0.87
     # Another truth outside the overlap, of the same largest and smallest value, gives the same figures.

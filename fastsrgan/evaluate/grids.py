@@ -34,12 +34,19 @@ def knows_truth(scores: Mapping[str, Any] | None) -> bool:
 
 
 def onto_grid(
-    volume: Volume, like: Volume, *, order: int = 3, name: str = "volume", notes: list[str] | None = None
+    volume: Volume,
+    like: Volume,
+    *,
+    order: int = 3,
+    name: str = "volume",
+    notes: list[str] | None = None,
+    scored: np.ndarray | None = None,
 ) -> Volume:
     """``volume`` on the grid of ``like``: itself where the grids are one, else resampled in world space.
 
     Order 3 is the cubic spline (images), 0 the nearest voxel (labels); nothing is smoothed. Voxels whose centre lies
-    outside the volume's field of view become 0. What was done is appended to ``notes``, or logged without them.
+    outside the volume's field of view become 0. What was done is appended to ``notes``, or logged without them; where
+    only a part ``scored`` (X, Y, Z) of the grid counts, what is missing there alone is told.
     Raises InputError when the two do not overlap, and for the reference's array with a header that says nothing of its
     place: resampling would put it into the wrong one.
     """
@@ -64,8 +71,10 @@ def onto_grid(
     moved[~inside] = 0
     kind = "cubic spline" if order == 3 else "nearest voxel" if order == 0 else f"spline of order {order}"
     note = f"{name}: grid differs from the reference's, resampled onto it in world space ({kind})"
+    share = share if scored is None else float(inside[scored].mean())
     if share < 1:
-        note += f"; {100 * (1 - share):.1f} % of the reference lies outside its field of view and was set to 0"
+        of = "the reference" if scored is None else "the part that is scored"
+        note += f"; {100 * (1 - share):.1f} % of {of} lies outside its field of view and was set to 0"
     if notes is None:
         log.info(note)
     else:
@@ -113,8 +122,9 @@ def drawn_label(label: Volume, low_res: Volume) -> Volume:
     return Volume((averaged > 0.5) & inside, low_res.affine)
 
 
-def reader_label_map(label: Volume, low_res: Volume, notes: list[str]) -> Volume:
-    """What ``drawn_label`` becomes when it is interpolated back: float32 on the label's grid, to be cut at 0.5."""
+def reader_label_map(label: Volume, low_res: Volume, notes: list[str], scored: np.ndarray | None = None) -> Volume:
+    """What ``drawn_label`` becomes when it is interpolated back: float32 on the label's grid, to be cut at 0.5.
+    ``notes``, ``scored``: as for ``onto_grid``."""
     drawn = drawn_label(label, low_res)
     as_numbers = Volume(drawn.data.astype(np.float32), drawn.affine)
-    return onto_grid(as_numbers, label, order=3, name="interpolated label map", notes=notes)
+    return onto_grid(as_numbers, label, order=3, name="interpolated label map", notes=notes, scored=scored)

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from fastsrgan.core.files import mapping, read_json
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import metrics
 from fastsrgan.evaluate.figures import FIGURES, REGIONS, Compared, captions, definitions, scores
 from fastsrgan.evaluate.grids import READER, SPLINE, field_of_view, onto_grid, reader_label_map
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
+from fastsrgan.io.bids import RECORD
 from fastsrgan.volume.geometry import Volume
 
 log = logging.getLogger("fastsrgan")
@@ -79,6 +81,8 @@ def evaluate_pair(
     if lr is not None and baseline is None:
         baseline, what["image"] = lr, SPLINE
     on: dict[str, np.ndarray] = {}
+    part: np.ndarray | None = None
+    cropped: tuple[slice, ...] = ()
     for name, volume, order in (
         ("SR", sr, 3),
         ("baseline", baseline, 3),
@@ -91,14 +95,15 @@ def evaluate_pair(
         if volume is not None:
             notes += [f"{name}: {warning}" for warning in volume.warnings]
             made: list[str] = []
-            on[name] = onto_grid(volume, hr, order=order, name=name, notes=made).data
+            on[name] = onto_grid(volume, hr, order=order, name=name, notes=made, scored=part).data
             # What lies outside the two images is not scored; a scan's grid always differs.
             scored = [m.split("; ")[0] for m in made] if name in ("SR", "baseline") else made
             notes += scored if volume is not lr else []
-    part, cropped = _overlap(hr, {"SR": sr, "baseline": baseline}, notes)
+        if name == "baseline":  # from here on it is known what is scored
+            part, cropped = _overlap(hr, {"SR": sr, "baseline": baseline}, notes)
     if lr is not None and label is not None and baseline_seg is None:
         made = []
-        baseline_seg = reader_label_map(Volume(on["label"], hr.affine), lr, made)
+        baseline_seg = reader_label_map(Volume(on["label"], hr.affine), lr, made, part)
         notes += _surprises(made) if baseline is not lr else []
         on["baseline segmentation"], what["segmentation"] = baseline_seg.data, READER
     top, low = float(hr.data.max()), float(hr.data.min())
@@ -182,7 +187,7 @@ def _structure(pair: tuple[Volume, Volume], compared: Compared) -> dict[str, Any
     """Scores of one of several structures."""
     for volume, kind in zip(pair, ("seg", "label"), strict=True):
         name = f"{compared.name} {'segmentation' if kind == 'seg' else kind}"
-        data = onto_grid(volume, compared.hr, order=0, name=name, notes=compared.notes).data
+        data = onto_grid(volume, compared.hr, order=0, name=name, notes=compared.notes, scored=compared.part).data
         setattr(compared, kind, data if compared.part is None else data * compared.part)
     return scores(compared)["segmentation"]
 
@@ -253,10 +258,14 @@ def structure_pairs(seg: Path, label: Path, chosen: Sequence[labels.Structure]) 
 
 
 def _beside(sr: Path) -> Path | None:
-    """The doubt that ``infer`` wrote with a result."""
+    """The doubt that ``infer`` wrote with a result; one that the result's record does not name is another's."""
+    told = read_json(sr.with_name(f"{images.stem(sr).removesuffix('_sr')}.json"))
+    outputs = mapping(mapping(told.get(RECORD, told)).get("outputs"))
     for own, other in (("_sr.", "_doubt."), ("_desc-sr_", "_desc-doubt_")):
         if sr.name.count(own) == 1 and (there := sr.with_name(sr.name.replace(own, other))).is_file():
-            return there
+            if "doubt" in outputs or not outputs:
+                return there
+            log.info("%s: the record of %s does not name it, not used", there, sr.name)
     return None
 
 
