@@ -149,6 +149,21 @@ def test_the_best_linear_estimate_is_never_worse_than_the_spline():
     assert ((consistency.best_linear(spline, clean, truth, seen) - truth) ** 2).sum() < 0.005 * truth.size * 0.05**2
 
 
+def test_the_spline_is_compared_as_it_is_scored_not_below_zero():
+    """Its overshoots below zero do not make a noisy estimate better than it."""
+    seen, *_ = case("one thick axis")
+    rng = np.random.default_rng(5)
+    truth = np.zeros((6, 7, 27), np.float32)
+    truth[:, :, 13:] = 5
+    spline = np.where(truth > 0, truth + 0.05, -1).astype(np.float32)
+    noisy = (through(seen.down, truth) + 0.5 * rng.normal(size=through(seen.down, truth).shape)).astype(np.float32)
+    some = spline.copy()
+    agree(some, noisy, seen, 1.0, floor=0.0)
+    errors = [((image - truth) ** 2).sum() for image in (np.maximum(spline, 0), some, spline)]
+    assert errors[0] < errors[1] < errors[2]
+    assert np.array_equal(consistency.best_linear(spline, noisy, truth, seen), np.maximum(spline, 0))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_floor_holds(name):
     seen, sr, scan = case(name)

@@ -96,6 +96,18 @@ def test_patches_are_compared_with_the_spline_and_the_best_linear_estimate(store
     assert again["PSNR_spline"] < scores["PSNR_spline"] and again["PSNR"] == scores["PSNR"]
 
 
+def test_the_best_linear_estimate_of_a_validation_is_never_below_the_spline(store, monkeypatch):
+    """Its weight is the best of the volume: on the patches the spline, one of the estimates, may be better."""
+    feed = make_feed(store)
+    monkeypatch.setattr(validation, "best_linear", lambda spline, *_: spline + np.float32(0.1))
+    names = [s.id for s in feed.store.subjects]
+    scores = validate(Identity(), feed, names, batch_size=3)
+    assert scores["PSNR_linear"] == scores["PSNR_spline"] and scores["SSIM_linear"] == scores["SSIM_spline"]
+    monkeypatch.setattr(validation, "best_linear", lambda spline, *_: spline)
+    scores = validate_whole(Identity(), feed, names[:1])  # of the spline that is scored beside it
+    assert scores["linear_PSNR"] == scores["spline_PSNR"]
+
+
 def test_what_is_below_zero_counts_as_zero_in_every_score(store):
     class Darker(Identity):
         def __init__(self, floor: float) -> None:

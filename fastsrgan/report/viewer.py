@@ -171,7 +171,8 @@ def linear_estimate(
             return None
         if truth is not None:
             there = onto_grid(truth, sr, notes=[]).data
-            made, weight = best_linear(spline.data, low.data, there, seen), "w the best of eight by the truth"
+            made = best_linear(spline.data, low.data, there, seen)
+            weight = "w the best of eight and infinity by the truth"
         else:
             made, weight = np.array(spline.data, np.float32), f"w = {w:.3g} as the record chose"
             agree(made, low.data, seen, float(w), floor=0.0)  # type: ignore[arg-type]

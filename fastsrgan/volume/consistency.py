@@ -206,9 +206,11 @@ def best_linear(spline_XYZ: np.ndarray, scan_xyz: np.ndarray, truth_XYZ: np.ndar
     """spline + D' (D D' + w)^-1 (scan - D spline), not below 0, with the best of ``LINEAR_WEIGHTS``: (X, Y, Z).
 
     The weight is chosen by the truth: what a network has to be better than. Where noise makes every weight worse than
-    the spline, which is the limit of large ones, it is the spline. All of one scale; raises InputError as ``agree``.
+    the spline, which is the limit of large ones, it is the spline, not below 0 as well. All of one scale; raises
+    InputError as ``agree``.
     """
-    best, least = spline_XYZ, float(np.square(spline_XYZ - truth_XYZ, dtype=np.float64).sum())
+    best = np.maximum(spline_XYZ, 0)
+    least = float(np.square(best - truth_XYZ, dtype=np.float64).sum())
     for w in LINEAR_WEIGHTS:
         made = spline_XYZ.copy()
         agree(made, scan_xyz, seen, w, floor=0.0)
