@@ -48,6 +48,11 @@ NOTES = [
     "float32 without TF32 on all sides",
 ]
 
+NAIVE = (
+    "Naive: the same networks, losses and updates in plain eager PyTorch, as one would carefully write them from the "
+    "paper (`bench/naive.py`), contiguous in memory unless channels last is said"
+)
+
 # Sides that do other work than ours, by the beginning of their names, and what is other.
 OTHER_WORK = {
     "nnU-Net style": "sums tiles and weights in half precision",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import data_page, infer_page, infer_plot, plot_step, roofline, scale, step, summary
-from bench.common import END_TO_END, NOTES, is_quick, marked, other_work
+from bench.common import END_TO_END, NAIVE, NOTES, is_quick, marked, other_work
 from bench.data_page import RESULTS
 from bench.plot import plot
 from fastsrgan.core.files import atomic_write
@@ -71,6 +71,7 @@ def section(path: Path, report: dict[str, Any]) -> list[str]:
     lines.append(f"{m['cpu']}, {m['threads']} threads, {load}device {report['device']}, {made}\n")
     quick = is_quick(report)
     lines += [QUICK] if quick else []
+    lines += [f"{NAIVE}.\n"] if any(peer.startswith("naive") for row in report["rows"] for peer in row["peers"]) else []
     lines += [
         "| case | side | time | ratio to fastsrgan | peak memory | largest difference |",
         "|---|---|---|---|---|---|",

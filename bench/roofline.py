@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import flops
-from bench.common import commit_of, is_quick
+from bench.common import NAIVE, commit_of, is_quick
 from bench.data_page import RESULTS, duration, table
 from bench.flops import Count
 from fastsrgan.errors import InputError
@@ -26,13 +26,15 @@ from fastsrgan.model.arithmetic import TYPES
 
 BLOCKS = 12  # convolutions of the residual blocks
 REPEATED = {"norm, 3^3 of a block": BLOCKS}
-HEAD = """# Roofline
+HEAD = f"""# Roofline
 
 The tables are made by `python -m bench report` from the files named below; `python -m bench roofline --matmul FLOPS
 --copy BYTES` gives the floors of another device. FLOPs and least bytes (every array of a convolution read or written
 once) follow from the layers' shapes (`bench/flops.py`), the ceilings of each table from the best large matrix product
 and the best large copy of its own run. The floor is the longer of the two times. It counts products as usually written,
 so a rewrite that needs fewer of them can be faster than the floor.
+
+{NAIVE}.
 """
 CLOSING = """
 What to read from the tables, and what would close the gaps:

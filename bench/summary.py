@@ -145,8 +145,8 @@ def _around(peer: str) -> str:
 
 
 def _named(row: Row, peer: str, text: str) -> str:
-    """Seconds of a peer, what it is, and its ratio."""
-    return f"{duration(row['peers'][peer]['seconds_median'])} {text}, {_times(row, peer)} as long"
+    """What a peer is, its seconds and its ratio."""
+    return f"{text}, it takes {duration(row['peers'][peer]['seconds_median'])}, {_times(row, peer)} as long"
 
 
 def _memories(step: Row | None, whole: Row | None) -> list[tuple[str, Row, str, str]]:
@@ -168,10 +168,10 @@ def _iteration(reports: Reports) -> str:
     if row is None:
         return f"An iteration of training beside plain PyTorch {NOT_MEASURED}."
     ours = duration(row["seconds_median"])
-    plain = " and ".join(_named(row, key, f"in {name}") for key, name in _plain(row))
+    plain = ", and ".join(_named(row, key, f"in {name}") for key, name in _plain(row))
     return (
         f"An iteration of training ({row['critic_updates']} updates of the critic and one of the generator, k "
-        f"{row['kernel']} and {row['kernel_dis']}, {row['batch']} patches of {row['patch']}^3) takes {ours} against "
+        f"{row['kernel']} and {row['kernel_dis']}, {row['batch']} patches of {row['patch']}^3) takes {ours}; "
         f"{plain}."
     )
 
@@ -191,18 +191,18 @@ def _inference(reports: Reports) -> str:
     size = " x ".join(map(str, row["shape"]))
     own = _range(row, OWN)
     if own is None or own[0] <= 1 <= own[1]:
-        around = f"there is no measurable difference from MONAI: {_times(row, OWN)} as long"
+        around = f"there is no measurable difference: MONAI takes {_times(row, OWN)} as long"
     else:
         around = f"MONAI takes {_times(row, OWN)} as long"
     texts = {PLAIN: "with MONAI's sliding window around the network in plain eager PyTorch, contiguous"}
     texts[LAST] = "around the same with channels last"
-    plain = " and ".join(_named(row, key, text) for key, text in texts.items() if key in row["ratio_to"])
+    plain = ", and ".join(_named(row, key, text) for key, text in texts.items() if key in row["ratio_to"])
     shares = [side.get("outside_network") for side in (row, row["peers"][OWN])]
     if None not in shares:
         around += f", with {100 * shares[0]:.1f} and {100 * shares[1]:.1f} % of the time outside the network"
     return (
         f"Whole inference of {size} voxels (k {row['kernel']}, patch {row['patch']}, step {row['step']}) takes "
-        f"{duration(row['seconds_median'])} against {plain}. Around the same network {around}."
+        f"{duration(row['seconds_median'])}; {plain}. Around the same network {around}."
     )
 
 
