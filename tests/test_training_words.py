@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 from cohort import SMALL
 from rich.console import Console
+from spies import NOTHING_TRAINED
 
 from fastsrgan.cli import console as console_module
 from fastsrgan.cli.console import PlainProgress, TerminalProgress
-from fastsrgan.cli.main import build_parser, normalised
+from fastsrgan.cli.main import build_parser, main, normalised
 from fastsrgan.cli.train import build_config
 from fastsrgan.config import PRESETS, from_mapping
 from fastsrgan.core import progress as progress_module
@@ -23,6 +24,7 @@ from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.model import weights
 from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 from fastsrgan.observation.model import Degradation
+from fastsrgan.train import run as run_module
 
 FACTS = {"rec": 0.021312, "W": -0.41, "gp": 0.0312, "patches/s": 12.34, "|G|": 1.234, "|D|": 0.5}
 FACTS |= {"wait": "0.3%", "GB": 2.615, "run": "18 min left"}
@@ -214,6 +216,28 @@ def test_a_checkpoint_is_that_of_every_run_folder_and_without_one_paths_are_as_t
     for nothing in (None, ()):
         with pytest.raises(UsageError, match="no run folder was given"):
             console_module.chosen_weights(nothing, "best")
+
+
+BEST = {"best_epoch": 5, "best_by": "dice", "best": 0.75, "best_dice": 0.5, "dice_is": "Dice", "best_weights": "b"}
+TOLD = "best: epoch 5, Dice 0.7500 on the Test subjects, b\n"
+
+
+@pytest.mark.parametrize(
+    ("result", "told"),
+    [
+        ({"updates": 3, "seconds": 2.4}, "3 updates in 2 s; no weights before the first epoch's end\n"),
+        ({"updates": 3, "weights": "w"} | BEST, f"3 updates in 0 s; last weights: w; {TOLD}"),
+        (
+            {"updates": 12, "resumed_at": 4, "weights": "w", "stopped": "SIGTERM", "exit_code": 143} | BEST,
+            f"8 of 12 updates in 0 s; last weights: w; {TOLD}stopped by signal SIGTERM; continue with --resume\n",
+        ),
+    ],
+)
+def test_the_last_lines_of_a_training_are_of_this_call(monkeypatch, capsys, result, told):
+    monkeypatch.setattr(run_module, "train", lambda *args, **more: NOTHING_TRAINED | result)
+    words = ["--quiet", "train", "c.zarr", "-o", "run", "-n", "1", "1", "3"]
+    assert main(words) == result.get("exit_code", 0)
+    assert capsys.readouterr().out == told
 
 
 # --- weights to go on from ------------------------------------------------------------------------------------------
