@@ -104,7 +104,8 @@ def test_a_pipe_is_told_every_ten_seconds_how_fast_it_goes_and_what_is_left(cloc
     progress.advance(1)
     progress.finish()
     assert console.file.getvalue().splitlines() == [
-        "epoch\\x1b 1: 6/10 updates  0.5/s  8 s left  rec=0.5", "epoch\\x1b 1: 8/10 updates  0.364/s  6 s left  rec=0.5",
+        "epoch\\x1b 1: 6/10 updates  0.5/s  8 s left  rec=0.5",
+        "epoch\\x1b 1: 8/10 updates  0.364/s  6 s left  rec=0.5",
         "epoch\\x1b 1: 10/10 updates  0.192/s  rec=0.25", "epoch 2: 1/4 updates  1e+09/s  0 s left",
     ]  # fmt: skip
 
