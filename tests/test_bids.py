@@ -255,6 +255,7 @@ def test_truth_and_label_of_a_derivative_are_the_first_in_their_order_and_the_se
         return found
 
     assert item("a=1", "b=2").files["seg"].name == "sub-1_acq-x_desc-maskT1w_dseg.nii.gz"
+    assert item("1").files["seg"].name == "sub-1_acq-x_desc-cortexT1w_dseg.nii.gz"
     (out / "sub-1_acq-x_desc-maskT1w_dseg.nii.gz").unlink()
     for classes in (("1",), ("a=1", "b=2")):
         assert item(*classes).files["seg"].name == "sub-1_acq-x_desc-cortexT1w_dseg.nii.gz"

@@ -117,7 +117,7 @@ def test_of_several_rows_of_one_name_the_subjects_decides(tmp_path):
     scores = put(tmp_path / "s" / "scores.json", {"definitions": {}, "rows": rows})
     assert named(find(tmp_path, scores)) == {"p/a": 4, "q/a": 3}
     put(scores, {"definitions": {}, "rows": [row | {"subject": "p/a"} for row in rows]})
-    with pytest.raises(UsageError, match="scores a_sr.nii.gz 2 times"):
+    with pytest.raises(UsageError, match=r"scores a_sr\.nii\.gz 2 times"):
         find(tmp_path, scores)
 
 
@@ -127,7 +127,10 @@ def test_scores_without_names_are_of_the_only_result(tmp_path):
     assert named(find(tmp_path)) == {"a": 7}
     given = put(tmp_path / "given" / "s.json", {"definitions": {}} | scored(8))
     assert named(find(tmp_path / "a.json", given)) == {"a": 8}
-    with pytest.raises(UsageError, match="scores a_sr.nii.gz a second time"):
+    put(given, {"definitions": {}} | scored(8, files={"sr": "z_sr.nii.gz"}))
+    with pytest.raises(UsageError, match="scores none of these results"):
+        find(tmp_path / "a.json", given)
+    with pytest.raises(UsageError, match=r"scores a_sr\.nii\.gz a second time"):
         put(tmp_path / "more.json", {"definitions": {}} | scored(7))
         find(tmp_path)
     assert named(find(cohort(tmp_path / "out"))) == {"a": None, "b": None}

@@ -34,7 +34,7 @@ def test_a_name_is_loaded_once_and_a_module_is_itself(monkeypatch):
     package = types.ModuleType("package")
     monkeypatch.setitem(sys.modules, "package", package)
     monkeypatch.setitem(sys.modules, "package.part", part := types.ModuleType("package.part"))
-    part.thing = "held"
+    part.thing, part.part = "held", "another of its name"
     load = lazy("package", {"part": "package.part", "thing": "package.part"})
     assert load("part") is part is package.part and load("thing") == "held" == package.thing
 
