@@ -171,6 +171,14 @@ def test_what_is_done_is_kept_resumed_or_replaced(dataset, model, tmp_path):
     assert check_derivatives(out) == []
 
 
+def test_what_a_replaced_result_held_besides_does_not_stand_beside_the_new_one(dataset, model, derivatives):
+    out, _ = derivatives
+    infer_bids(dataset, out, model, overwrite=True, participants=["01"], **QUICK)
+    for kind in ("*probseg*", "figures/*.png"):
+        assert not list((out / "sub-01").rglob(kind)) and len(list((out / "sub-02").rglob(kind))) >= 2
+    assert len(list((out / "sub-01").rglob("*desc-sr_*.nii.gz"))) == 2 and check_derivatives(out) == []
+
+
 def test_a_damaged_image_costs_itself_only_and_can_be_made_up(dataset, model, tmp_path):
     out, bad = tmp_path / "deriv", dataset / NAMES[3]
     whole = bad.read_bytes()

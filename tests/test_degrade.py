@@ -157,6 +157,15 @@ def test_what_cannot_be_degraded_is_refused():
         degrade(head(), (1, 1, 1), (1, 1, 2), power=0.0)
     with pytest.raises(UsageError, match="finer"):
         degrade(head(), (1, 1, 1), (1, 1, 0.5))
+    with pytest.raises(UsageError, match="noise: -1"):
+        degrade(head(), (1, 1, 1), (1, 1, 2), noise=-1)
+    for image, sizes in (
+        (head()[0], ((1, 1, 1), (1, 1, 2))),
+        (head(), ((1, 1), (1, 1, 2))),
+        (head(), ((1, 1, 1), (2,))),
+    ):
+        with pytest.raises(UsageError, match="two voxel sizes of three numbers"):
+            degrade(image, *sizes)
     with pytest.raises(UsageError, match="one of physical, segsrgan"):
         degrade(head(), (1, 1, 1), (1, 1, 2), geometry="scipy")
     for bad in (

@@ -145,3 +145,36 @@ def test_a_folder_where_a_result_is_to_stand_is_said_before_the_work(tmp_path, s
     (tmp_path / "out" / "a_seg.nii.gz").mkdir(parents=True)
     with pytest.raises(UsageError, match=r"a_seg\.nii\.gz: is a folder where a result is to stand"):
         infer_files.infer_files([scan], tmp_path / "out", model, overwrite=True, **FAST)
+
+
+def test_what_a_replaced_result_held_besides_does_not_stand_beside_the_new_one(tmp_path, scan, model):
+    """Its doubt would be found "beside the result" and scored as the new result's. Files of others stay."""
+    out = tmp_path / "out"
+    infer_files.infer_files([scan], out, model, save_prob=True, uncertainty=True, **FAST)
+    (out / "a_notes.nii.gz").write_bytes(b"mine")
+    assert {"a_prob.nii.gz", "a_doubt.nii.gz"} <= {path.name for path in out.iterdir()}
+    infer_files.infer_files([scan], out, model, overwrite=True, **FAST)
+    kept = {"a_sr.nii.gz", "a_seg.nii.gz", "a.json", "a_notes.nii.gz"}
+    assert {path.name for path in out.iterdir()} == kept
+
+
+def test_an_image_that_is_named_twice_is_taken_once(tmp_path, scan, model, caplog):
+    (tmp_path / "again.txt").write_text(f"{scan}\n", encoding="utf8")
+    summary = infer_files.infer_files([scan, tmp_path / "again.txt"], tmp_path / "out", model, **FAST)
+    assert summary["done"] == len(summary["items"]) == 1 and "named more than once, taken once" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"data_XYZ": np.ones(SHAPE, complex)}, "numbers of the type complex128"),
+        ({"generator": "adult"}, "'adult' is no network"),
+        ({"generator": []}, "generator: none given"),
+        ({"budget": "20s"}, "budget: '20s' is not allowed"),
+        ({"max_memory": "8G"}, "max memory: '8G' is not allowed"),
+    ],
+)
+def test_what_no_volume_can_be_run_with_is_said_in_the_packages_own_errors(generator, given, told):
+    usual = {"data_XYZ": np.ones(SHAPE, np.float32), "affine": AFFINE, "generator": generator}
+    with pytest.raises((InputError, UsageError), match=told):
+        infer_volume(**usual | FAST | given)

@@ -253,6 +253,24 @@ def test_a_changed_table_is_converted_anew(called, tmp_path):
         )
 
 
+def test_a_table_of_which_images_are_damaged_goes_on_when_they_are_mended(called, tmp_path, capsys):
+    """There is no run yet that --resume could go on with: the hint must be one that helps."""
+    for i in range(3):
+        data = np.random.default_rng(i).integers(1, 90, (8, 8, 8)).astype(np.int16)
+        images.save(tmp_path / f"s{i}.nii.gz", data, np.eye(4))
+        images.save(tmp_path / f"l{i}.nii.gz", np.ones((8, 8, 8), np.uint8), np.eye(4))
+    rows = [f"s{i}.nii.gz,l{i}.nii.gz,{'Train' if i else 'Test'}" for i in range(3)]
+    (tmp_path / "t.csv").write_text("\n".join(["HR_image,Label_image,Base", *rows]), encoding="utf8")
+    whole = (tmp_path / "s2.nii.gz").read_bytes()
+    (tmp_path / "s2.nii.gz").write_bytes(whole[:-9])
+    command = ["-csv", "t.csv", "-sf", "weights", "-n", 1, 1, 3]
+    assert called(*command)[0] == 6
+    assert "(correct them and run the same command again)" in capsys.readouterr().err
+    (tmp_path / "s2.nii.gz").write_bytes(whole)
+    code, seen = called(*command)
+    assert code == 0 and len(open_store(seen["source"]).subjects) == 3
+
+
 def test_the_migration_page_has_every_option_and_names_tests_that_exist():
     page = (ROOT / "docs" / "migrating-from-segsrgan.md").read_text(encoding="utf8")
     for row in [*SETTINGS, *OTHERS, *JOB]:

@@ -453,15 +453,20 @@ def test_a_cohort_shows_each_light_its_reasons_and_what_is_segmented(several, tm
         write_json(path, record | {"made_for": MODELS["adult"].purpose.to_dict()})
     page = report(tmp_path / "out", tmp_path / "all.html")[0].read_text(encoding="utf8")
     got = Parsed(page)
-    assert "Segmented: cortical grey matter. Green is no proof that the segmentation is right" in got.words
+    file = Path(record["weights"]["path"]).name
+    told = f"Segmented: cortical grey matter. Weights: {file}. Green is no proof that the segmentation is right"
+    assert told in got.words
     assert [v for t, n, v in got.attributes if (t, n) == ("td", "data-sort")] == ["0", "2", "1"]
     assert "● redthe head is <small>" in got.words and "● yellowa; b" in got.words and "plausibility" in got.words
     assert "mean ± sd" not in got.words and "Iglewicz" not in got.words and "knows the truth" not in got.words
     old = tmp_path / "out" / "scan.json"
     record = json.loads(old.read_text(encoding="utf8"))
+    record["weights"] |= {"path": f"elsewhere/{MODELS['perinatal'].file}", "chosen": "auto: head 81 mm long"}
     write_json(old, {k: v for k, v in record.items() if k != "plausibility"})
     got = Parsed(report(tmp_path / "out", tmp_path / "old.html")[0].read_text(encoding="utf8"))
     assert [v for t, n, v in got.attributes if (t, n) == ("td", "data-sort")] == ["2", "1"]
+    assert f"Weights: {file}" not in got.words and "perinatal (auto: head 81 mm long)" in got.words, "a column"
+    assert got.words.count(file) == 2, "of the two other rows"
 
 
 def test_a_cohort_with_scores_shows_dice_beside_the_baselines(several, tmp_path):

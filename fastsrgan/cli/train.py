@@ -15,7 +15,7 @@ from fastsrgan.cli.console import Need, add_checkpoint_option, add_label_options
 from fastsrgan.core.files import output_folder
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import FastsrganError, ModelError, SettingsError, UsageError
+from fastsrgan.errors import FastsrganError, ModelError, PartialFailure, SettingsError, UsageError
 from fastsrgan.infer.settings import add_options
 
 if TYPE_CHECKING:
@@ -281,15 +281,17 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        best = ""
+        lines = [
+            f"last weights: {result['weights']}" if result["weights"] else "no weights before the first epoch's end"
+        ]
         if result["best_epoch"] is not None:
             facts = {"score": result["best"], "dice": result["best_dice"], "named": result["dice_is"]}
             value = BEST_BY[result["best_by"]].format(**facts)
-            best = f"; best: epoch {result['best_epoch']}, {value} on the Test subjects, {result['best_weights']}"
-        last = f"last weights: {result['weights']}" if result["weights"] else "no weights before the first epoch's end"
+            lines.append(f"best: epoch {result['best_epoch']}, {value} on the Test subjects")
+            lines.append(f"best weights: {result['best_weights']}")
         done = result["updates"] - (result["resumed_at"] or 0)
         some = "" if result["resumed_at"] is None else f" of {result['updates']}"
-        print(f"{done}{some} updates in {result['seconds']:.0f} s; {last}{best}")
+        print("\n".join([f"{done}{some} updates in {result['seconds']:.0f} s", *lines]))
         if result["stopped"]:
             print(f"stopped by signal {result['stopped']}; continue with --resume")
     return int(result["exit_code"])
@@ -349,6 +351,8 @@ def convert_table(table: str, args: argparse.Namespace, folder: str, progress: P
             binary=True,
             progress=progress,
         )
+    except PartialFailure as error:  # nothing of a run is there yet that --resume could go on with
+        raise PartialFailure(error.what, error.reason, "correct them and run the same command again") from error
     except FastsrganError:
         with contextlib.suppress(OSError):  # nothing is left of a call that began nothing
             store.parent.rmdir()

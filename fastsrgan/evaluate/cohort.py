@@ -219,7 +219,7 @@ def evaluate_items(
         try:
             if item.fault:
                 raise InputError(
-                    item.files.get("sr", item.subject), item.fault, "see --help for the names that are looked for"
+                    item.files.get("sr", item.subject), item.fault, "name it so, or list the files in a --table"
                 )
             classes = (item.classes or choice.classes) if "label" in item.files else ()
             settings: dict[str, Any] = {

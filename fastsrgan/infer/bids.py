@@ -180,9 +180,11 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
     }
     placed = {}
     for kind, (name, meta) in what.items():
-        if kind not in staged:
-            continue
         target = out / name
+        if kind not in staged:  # that of a result that is replaced would be taken for one of the new
+            for stale in (target, sidecar(target), sidecar(target).with_suffix(".tsv")):
+                stale.unlink(missing_ok=True)
+            continue
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(sidecar(target), common | meta)
         if name.name.endswith("_dseg.nii.gz"):
@@ -190,8 +192,10 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
             _write_labels(sidecar(target).with_suffix(".tsv"), known, staged[kind])
         os.replace(staged[kind], target)
         placed[kind] = str(target)
-    if "png" in staged:
-        figure = out / image.folder.parent / "figures" / image.derived("sr", end=".png").name
+    figure = out / image.folder.parent / "figures" / image.derived("sr", end=".png").name
+    if "png" not in staged:
+        figure.unlink(missing_ok=True)
+    else:
         figure.parent.mkdir(parents=True, exist_ok=True)
         os.replace(staged["png"], figure)
         placed["png"] = str(figure)

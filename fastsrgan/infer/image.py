@@ -338,15 +338,15 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     began, image, result, outputs = time.perf_counter(), loaded.volume, loaded.result, job.outputs(loaded.image)
     settings = job.settings
     assert result is not None
-    # The old record goes first: a kill between two files must not leave it standing beside new images.
-    outputs["json"].unlink(missing_ok=True)
+    _clear(outputs)
     code = image.meta.get("space_code", 1)
     voxel_mm3 = abs(float(np.linalg.det(result.affine[:3, :3])))
     purpose = loaded.model.purpose
     least = settings.least_component(purpose.island_mm3)
     seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, least)
     within = enclosed(result.sr, seg, spacing_of(result.affine)) if purpose.contrasts else None
-    verdict = judge(loaded.look, seg, voxel_mm3, purpose, loaded.mask is not None, within)
+    misfit = (result.report.get("agree") or {}).get("residual_percent_without")
+    verdict = judge(loaded.look, seg, voxel_mm3, purpose, loaded.mask is not None, within, misfit)
     arrays = {"seg": seg, "prob": result.prob[0]} | ({} if result.doubt is None else {"doubt": result.doubt})
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))
@@ -405,6 +405,21 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     }
     write_json(outputs["json"], record)
     return record
+
+
+def _clear(outputs: dict[str, Path]) -> None:
+    """Away with the record that stands there, and with what it names beside itself and is not written anew.
+
+    A doubt or a picture of a replaced result would be taken for one of the new. The record goes first: a kill between
+    two files must not leave it standing beside new images.
+    """
+    record = outputs["json"]
+    made = read_json(record).get("outputs")
+    stale = {record.with_name(Path(str(name)).name) for name in made.values()} if isinstance(made, dict) else set()
+    record.unlink(missing_ok=True)
+    for path in stale - set(outputs.values()):
+        if path.name.startswith(f"{record.stem}.") or path.name.startswith(f"{record.stem}_"):
+            path.unlink(missing_ok=True)
 
 
 def mask_values(model: dict[str, Any]) -> np.ndarray:

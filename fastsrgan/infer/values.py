@@ -211,14 +211,14 @@ def flip_axes(flips: str) -> tuple[int, ...]:
 
 def check_budget(value: float | None) -> None:
     """Raise UsageError for what is no number of seconds."""
-    if value is not None and not (math.isfinite(value) and value >= 0):
-        raise UsageError("budget", f"{value} is not allowed", "seconds, 0 for the first level")
+    if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value) and value >= 0):
+        raise UsageError("budget", f"{value!r} is not allowed", "seconds, 0 for the first level")
 
 
 def check_max_memory(value: int | None) -> None:
     """Raise UsageError for less than a byte."""
-    if value is not None and value < 1:
-        raise UsageError("max memory", f"{value} is not allowed", "a number of bytes from 1 up")
+    if value is not None and not (isinstance(value, numbers.Real) and value >= 1):
+        raise UsageError("max memory", f"{value!r} is not allowed", "a number of bytes from 1 up")
 
 
 def check_threshold(value: float) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import InputError, UsageError, shown
 from fastsrgan.infer import anytime, modes, tiles
 from fastsrgan.infer.anytime import by_levels
 from fastsrgan.infer.memory import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, MemoryPlan, TilingJob, plan_memory
@@ -236,9 +236,18 @@ def _prepared(
     return Prepared(source, turn, norm, spacing, wanted, geometry)
 
 
+def _networks(generator: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    """One network, or several. Raises UsageError for none and for what is none."""
+    networks = list(generator) if isinstance(generator, (list, tuple)) else [generator]
+    if not networks or not all(isinstance(network, nn.Module) for network in networks):
+        came = "none given" if not networks else f"{shown(generator)} is no network"
+        raise UsageError("generator", came, "one network, as load_generator gives it, or several to be averaged")
+    return networks
+
+
 def _shifted(generator: nn.Module | Sequence[nn.Module], geometry: str) -> bool:
     """Whether the networks were trained on images moved up from below 0. Raises UsageError where only some were."""
-    networks = [generator] if isinstance(generator, nn.Module) else list(generator)
+    networks = _networks(generator)
     found = {bool(getattr(getattr(network, "spec", None), "shifted", False)) for network in networks}
     if len(found) > 1 and geometry == "physical":
         reason = "some were trained with values below 0 kept, some with them cut: they see different images"
@@ -250,9 +259,7 @@ def _network(
     generator: nn.Module | Sequence[nn.Module], settings: InferSettings, image: Prepared, spread: bool
 ) -> TileNetwork:
     """The generator, or the average that was asked for, on its device; ``spread`` : with that of its passes."""
-    generators = [generator] if isinstance(generator, nn.Module) else list(generator)
-    if not generators:
-        raise UsageError("generator", "none given", "one network, or several to be averaged")
+    generators = _networks(generator)
     axes = [image.turn.axes.index(axis) for axis in flip_axes(settings.flips)]
     device = torch.device(settings.device)
     one = average(generators, axes, image.slice_mm, device, settings.compile, spread)
@@ -342,6 +349,8 @@ def _checked(data_XYZ: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.n
     data, affine = np.asarray(data_XYZ), np.asarray(affine, float)
     if data.ndim != 3 or 0 in data.shape:
         raise InputError("image", f"has the shape {data.shape}", "one volume of three dimensions")
+    if data.dtype.kind not in "biuf":
+        raise InputError("image", f"holds numbers of the type {data.dtype}", "real numbers")
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.linalg.det(affine[:3, :3]):
         raise InputError("affine", "is not an invertible 4 x 4 matrix", "voxel to world in mm, as nibabel gives it")
     if not all(np.isfinite(plane).all() for plane in data):

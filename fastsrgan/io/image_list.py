@@ -55,9 +55,14 @@ def find_images(
             "input", "no image given", "name image files, folders of them, DICOM folders, or lists of these"
         )
     by_name: dict[str, Path] = {}
+    once = []
     for image in found:
         other = by_name.setdefault(image.name, image.path)
-        if other is not image.path:
+        if other is image.path:
+            once.append(image)
+        elif real(other) == real(image.path):
+            log.warning("%s: named more than once, taken once", image.path)
+        else:
             reason = f"would write to the same files as {other}"
             hint = (
                 "outputs are named after the image: use one output folder for each, or name the folder that holds both"
@@ -65,7 +70,7 @@ def find_images(
             if image.path.parent == other.parent:
                 hint = "their names differ in the ending alone: name the one that you mean, or rename one"
             raise UsageError(image.path, reason, hint)
-    return found
+    return once
 
 
 def _inside(folder: Path, out: Path) -> list[Image]:

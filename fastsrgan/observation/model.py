@@ -9,6 +9,7 @@ place of Gaussian.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -255,6 +256,9 @@ def degrade(
     not positive, an unknown profile, or a box in "segsrgan" geometry, which knows the Gaussian alone;
     InputError : an image without a positive voxel; ResourceError : ``block_bytes`` below one slice.
     """
+    if len(shape := np.shape(hr_XYZ)) != 3 or not len(spacing_mm) == len(low_res_mm) == 3:
+        reason = f"an image of {len(shape)} axes, voxel sizes of {len(spacing_mm)} and {len(low_res_mm)}"
+        raise UsageError("degrade", reason, "a volume, and two voxel sizes of three numbers")
     check_geometry(geometry)
     check_interp(interp, interpolation_type, geometry)
     box = check_profile(profile, geometry)
@@ -263,6 +267,8 @@ def degrade(
     widths = [width * (slice_width(thickness_mm, low_res_mm[axis]) if d == axis else 1.0) for d in range(3)]
     if not power > 0:
         raise UsageError("contrast power", f"{power:g} is not allowed", "a number above zero")
+    if not (noise >= 0 and math.isfinite(noise)):
+        raise UsageError("noise", f"{noise:g} is not allowed", "a share of the maximum, 0 or above")
     seed, *rest = key if isinstance(key, tuple) else (0, *(() if key is None else (key,)))
     name: tuple[int | str, ...] = (int(seed), *rest)
     hr = hr_XYZ if isinstance(hr_XYZ, torch.Tensor) else np.asarray(hr_XYZ)

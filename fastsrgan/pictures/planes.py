@@ -201,8 +201,8 @@ def change_in(cut: Cut, changed: tuple[Volume, Volume], inside: Volume | None = 
 
 
 def _block(volume: Volume, mm: float = BLOCK_MM) -> tuple[int, int, int]:
-    x, y, z = (max(1, round(mm / size)) for size in volume.spacing)
-    return x, y, z
+    x, y, z = (min(max(1, round(mm / s)), n) for s, n in zip(volume.spacing, volume.data.shape, strict=True))
+    return x, y, z  # none larger than the volume: voxel sizes of micrometres are stated, too
 
 
 def _blocks(values: np.ndarray, edge: tuple[int, int, int]) -> np.ndarray:

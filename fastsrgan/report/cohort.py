@@ -118,17 +118,21 @@ def table(rows: Sequence[Row], known: dict[str, Any]) -> Html:
     columns = known["columns"]
     heads = [el("th", "", scope="col"), el("th", el("button", "result", type="button"), scope="col")]
     lit = [sections.light_of(row.result.record) for row in rows]
+    called = [sections.weights_called(row.result.record) for row in rows]
+    several = len({name.partition(" (")[0] for name in called}) > 1
     heads += [el("th", el("button", "plausibility", type="button"), scope="col")] * any(lit)
+    heads += [el("th", el("button", "weights", type="button"), scope="col")] * several
     heads += [el("th", el("button", title(c), type="button"), class_="n", scope="col") for c in columns]
     heads.append(el("th", el("button", "warnings", type="button"), class_="n", scope="col"))
-    body = [_row(i, row, known, any(lit)) for i, row in enumerate(rows)]
+    body = [_row(i, row, known, any(lit), called[i] if several else None) for i, row in enumerate(rows)]
     foot = None
     if known["summary"]:
-        empty = [el("td", "")] * any(lit)
+        empty = [el("td", "")] * (any(lit) + several)
         means = [_mean(c, known) for c in columns]
         foot = el("tfoot", el("tr", el("td", ""), el("th", "mean ± sd", scope="row"), empty, means, el("td", "")))
     grid = el("table", el("thead", el("tr", heads)), el("tbody", body), foot, class_="cohort")
     said = [f"Segmented: {names}."] if (names := _structures(rows)) else []
+    said += [] if several else [f"Weights: {called[0].partition(' (')[0]}."]
     said += [f"Green is {NO_PROOF}."] if any(lit) else []
     notes = [RULE] if len(rows) >= FEWEST else []
     notes += [f"{KNOWS[0].upper()}{KNOWS[1:]}."] if any(knows_truth(row.result.scores) for row in rows) else []
@@ -192,7 +196,7 @@ def _light(row: Row) -> Html:
     return el("td", sections.light_word(light), below, class_="light", data_sort=sections.LIGHTS.index(light))
 
 
-def _row(index: int, row: Row, known: dict[str, Any], lit: bool) -> Html:
+def _row(index: int, row: Row, known: dict[str, Any], lit: bool, weights: str | None) -> Html:
     plain = known["rows"][index]
     href = "./" + urllib.parse.quote(row.page)
     image = stage.png(row.thumbnail, "") if row.thumbnail else None
@@ -200,6 +204,8 @@ def _row(index: int, row: Row, known: dict[str, Any], lit: bool) -> Html:
     cells.append(el("th", el("a", row.result.stem, href=href), scope="row"))
     if lit:
         cells.append(_light(row))
+    if weights is not None:
+        cells.append(el("td", weights))
     for column in known["columns"]:
         far = "n outlier" if index in known["outliers"][column] else "n"
         value = at(plain, column)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastsrgan.evaluate.figures import FIGURES, name_of
 from fastsrgan.evaluate.plausibility import GREEN, NO_PROOF, RED, YELLOW
-from fastsrgan.model.purpose import Purpose
+from fastsrgan.model.purpose import MODELS, Purpose
 from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer
 
 LIGHTS = (GREEN, YELLOW, RED)
@@ -134,7 +135,18 @@ def trust_line(record: Mapping[str, Any]) -> Html | None:
     light, words = found
     purpose = Purpose.of(record.get("made_for"))
     words = words or f"the scan and the result look like what the weights were made for: {NO_PROOF}"
-    return el("p", "Plausibility ", light_word(light), f": {words}. Segmented: {purpose.line()}.", class_="trust")
+    made = f"Segmented: {purpose.line()}. Weights: {weights_called(record)}."
+    return el("p", "Plausibility ", light_word(light), f": {words}. {made}", class_="trust")
+
+
+def weights_called(record: Mapping[str, Any]) -> str:
+    """The weights of a result for people: a model of the package by its name and why it was chosen, others by file."""
+    weights = record["weights"]
+    shipped = {model.file: name for name, model in MODELS.items()}
+    files = [Path(str(one.get("path"))).name for one in weight_files(weights)]
+    names = [shipped.get(file, file) for file in files]
+    why = f" ({weights['chosen']})" if weights.get("chosen") else ""
+    return (weights.get("name") or (names[0] if len(names) == 1 else f"mean of {' and '.join(names)}")) + why
 
 
 def facts_table(rows: Sequence[tuple[str, object]]) -> Html:
@@ -182,10 +194,14 @@ def _agreement(agree: Any, at: str) -> Html | None:
     )
 
 
-def _weights(weights: Mapping[str, Any]) -> list[tuple[str, object]]:
+def weight_files(weights: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """One weight file, or all that were averaged."""
     several = weights.get("averaged")
-    files = [w for w in several if isinstance(w, dict)] if isinstance(several, list) else [weights]
+    return [w for w in several if isinstance(w, dict)] if isinstance(several, list) else [weights]
+
+
+def _weights(weights: Mapping[str, Any]) -> list[tuple[str, object]]:
+    files = weight_files(weights)
     rows: list[tuple[str, object]] = []
     for i, one in enumerate(files):
         which = f" {i + 1} of {len(files)}, averaged" if len(files) > 1 else ""
