@@ -220,21 +220,22 @@ def test_a_checkpoint_is_that_of_every_run_folder_and_without_one_paths_are_as_t
 
 
 BEST = {"best_epoch": 5, "best_by": "dice", "best": 0.75, "best_dice": 0.5, "dice_is": "Dice", "best_weights": "b"}
-TOLD = "best: epoch 5, Dice 0.7500 on the Test subjects, b\n"
+TOLD = "last weights: w\nbest: epoch 5, Dice 0.7500 on the Test subjects\nbest weights: b\n"
 
 
 @pytest.mark.parametrize(
     ("result", "told"),
     [
-        ({"updates": 3, "seconds": 2.4}, "3 updates in 2 s; no weights before the first epoch's end\n"),
-        ({"updates": 3, "weights": "w"} | BEST, f"3 updates in 0 s; last weights: w; {TOLD}"),
+        ({"updates": 3, "seconds": 2.4}, "3 updates in 2 s\nno weights before the first epoch's end\n"),
+        ({"updates": 3, "weights": "w"} | BEST, f"3 updates in 0 s\n{TOLD}"),
         (
             {"updates": 12, "resumed_at": 4, "weights": "w", "stopped": "SIGTERM", "exit_code": 143} | BEST,
-            f"8 of 12 updates in 0 s; last weights: w; {TOLD}stopped by signal SIGTERM; continue with --resume\n",
+            f"8 of 12 updates in 0 s\n{TOLD}stopped by signal SIGTERM; continue with --resume\n",
         ),
     ],
 )
-def test_the_last_lines_of_a_training_are_of_this_call(monkeypatch, capsys, result, told):
+def test_the_last_lines_of_a_training_are_of_this_call(monkeypatch, tmp_path, capsys, result, told):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_module, "train", lambda *args, **more: NOTHING_TRAINED | result)
     words = ["--quiet", "train", "c.zarr", "-o", "run", "-n", "1", "1", "3"]
     assert main(words) == result.get("exit_code", 0)
