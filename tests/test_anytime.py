@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,3 +172,29 @@ def test_the_live_line_shows_level_rate_and_time_left():
     assert sum(n for n, _ in advances) == len(PLANS[1])
     assert advances[-1][1] == {"tiles/s": 1.0, "level": "2/2", "eta": "0 s"}
     assert advances[0][1]["eta"] == f"{len(PLANS[0]) - 1} s"
+
+
+def test_a_budget_of_nothing_is_one_and_none_is_a_minute():
+    sizes = [len(p) for p in PLANS]
+    assert counts(0, lambda n: 1e-6)[0] == sizes[:1]
+    assert counts(None, lambda n: 59 / sizes[1])[0] == sizes[:2]
+
+
+def test_the_batch_is_chosen_for_the_tiles_of_the_last_level(monkeypatch):
+    asked, plain = [], TileNetwork.choose_batch
+    monkeypatch.setattr(TileNetwork, "choose_batch", lambda self, *args: asked.append(args) or plain(self, *args))
+    anytime.refine(VOLUME, LEVELS[:2], TileNetwork(Local(), 1.0, batch=3), 0)
+    assert (3, PLANS[1]) in asked and (3, PLANS[0]) not in asked
+
+
+def test_the_rate_of_a_level_is_its_own_from_its_eighth_tile_on():
+    first, rates = len(PLANS[0]), []
+    clock = Clock(lambda done: 1.0 if done < first else 3.0)
+    progress = SimpleNamespace(
+        start=lambda *args: rates.clear(),
+        finish=lambda: None,
+        advance=lambda n, **facts: rates.append(facts["tiles/s"]),
+    )
+    network = TileNetwork(Timed(Local(), clock), 1.0, batch=1)
+    anytime.refine(VOLUME, LEVELS[:2], network, 1e9, clock=clock, progress=progress)
+    assert rates[:9] == pytest.approx([*((first + k) / (first + 3 * k) for k in range(1, 8)), 1 / 3, 1 / 3])

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from bench import cohort, common, data_engine, data_page, data_sides, data_stages, peers_data
+from bench import watch as watch_module
 from bench.__main__ import main, parse
 from bench.cohort import Patches, Work
 from bench.plot import plot
@@ -91,7 +94,49 @@ def test_folder_watch_names_what_is_new_and_what_has_changed(tmp_path):
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "new").write_text("123")
     (tmp_path / "old").write_text("12")
-    assert {path.name: size for path, size in watch.changed().items()} == {"new": 3, "old": 2}
+    (tmp_path / "touched").write_text("1")
+    other = FolderWatch([tmp_path / "below", tmp_path])
+    assert {path.name: size for path, size in watch.changed().items()} == {"new": 3, "old": 2, "touched": 1}
+    os.utime(tmp_path / "touched", (0, 0))
+    (tmp_path / "kept").unlink()
+    assert {path.name: size for path, size in other.changed().items()} == {"touched": 1}
+
+
+@pytest.fixture
+def accounts(tmp_path, monkeypatch):
+    """Linux's accounts of process 7, its child 8 and that one's child 9; 10 is another's, 11 has ended meanwhile."""
+    for pid, parent, pss in ((7, 1, 10), (8, 7, 200), (9, 8, 3000), (10, 1, 40000), (11, 7, None)):
+        folder = tmp_path / f"proc/{pid}"
+        folder.mkdir(parents=True)
+        (folder / "stat").write_text(f"{pid} (a ) b) S {parent} 9 9 9", encoding="utf8")
+        if pss is not None:
+            (folder / "smaps_rollup").write_text(f"Rss:  9 kB\nPss:  {pss} kB\nPss_Anon:  5 kB\n", encoding="utf8")
+            io = f"rchar: 1\nwchar: {2 * pss}\nread_bytes: 1\nwrite_bytes: {pss}\ncancelled_write_bytes: 1\n"
+            (folder / "io").write_text(io, encoding="utf8")
+    (tmp_path / "proc" / "self").mkdir()
+    monkeypatch.setattr(watch_module, "Path", lambda path: tmp_path / path.removeprefix("/"))
+    monkeypatch.setattr(watch_module.os, "getpid", lambda: 7)
+    return tmp_path / "proc"
+
+
+def test_what_a_tree_of_processes_takes_and_writes_is_the_sum_of_each_once(accounts):
+    assert watch_module.descendants(7) == [8, 11, 9] or watch_module.descendants(7) == [11, 8, 9]
+    assert tree_memory(7) == 3210 * 1024 and tree_memory(9) == 3000 * 1024
+    assert written() == {"disk": 3210, "calls": 6420}
+    (accounts / "7" / "io").unlink()
+    with pytest.raises(FileNotFoundError):  # its own account: nothing must not look like nothing written
+        written()
+
+
+def test_the_peak_of_memory_is_the_most_of_all_looks(monkeypatch):
+    seen, looks = iter([5, 3, 9, 4]), iter([False, False, False, True])
+    monkeypatch.setattr(watch_module, "tree_memory", lambda pid: next(seen))
+    peak = MemoryPeak(7, interval=0.25)
+    waits = []
+    peak._ended = SimpleNamespace(wait=lambda seconds: waits.append(seconds) or next(looks), set=lambda: None)
+    with peak:
+        peak._thread.join()
+    assert peak.bytes == 9 and set(waits) == {0.25}
 
 
 def test_memory_and_cpu_time_of_a_child_are_seen():
@@ -278,12 +323,16 @@ def test_a_side_writes_nothing_unless_it_does(work, tmp_path, monkeypatch, capsy
     assert done["disk_bytes"] >= MIB and list(done["files_left"].values()) == [MIB]
 
 
-def test_epochs_are_timed_until_time_is_up(work):
-    epochs = [
-        len(data_sides.measure("fastsrgan", dataclasses.replace(work, epochs=4, limit=limit), False)["seconds"])
-        for limit in (0, 1000)
-    ]
-    assert epochs == [2, 4]
+def test_epochs_are_timed_until_time_is_up(work, monkeypatch):
+    """Two at least; then as many as begin in time, up to the number that was asked for."""
+    told = {"seconds": 1.0, "patches": 1, "waited": 0.0, "steps": 1}
+    monkeypatch.setattr(data_sides, "stream", lambda side, work: itertools.repeat([]))
+    monkeypatch.setattr(data_sides, "consume", lambda epoch, work, step=0.0: told)
+    counts = {
+        limit: len(data_sides.measure("fastsrgan", dataclasses.replace(work, epochs=4, limit=limit), False)["seconds"])
+        for limit in (0, 2, 1000)
+    }
+    assert counts == {0: 2, 2: 3, 1000: 4}
 
 
 def test_ratios_of_epochs_are_of_medians_first_epochs_and_any_two():

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import flops, roofline, scale, summary, uncompiled
+from bench import flops, roofline, scale, step_pool, summary, uncompiled
+from bench import layers as bench_layers
 from bench import report as page
-from bench.__main__ import main
+from bench.__main__ import main, parse
 from bench.data_page import duration
 from fastsrgan.errors import InputError, UsageError
+from fastsrgan.model import layers
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 
 FIGURES = scale.Figures(step_seconds=2.0, batch=8, patches=100, volume_seconds=3.0, store_bytes=5e6, threads=2)
 
@@ -358,3 +361,62 @@ def test_the_committed_page_opens_with_the_committed_results():
         for i, sentence in enumerate(summary.sentences(found), 1):
             assert f"{i}. {sentence}\n" in text, "python -m bench report"
     assert "fastsrgan.runtime" not in text and "fastsrgan.images" not in text
+
+
+def test_the_layers_that_are_timed_are_the_generators_own(monkeypatch):
+    """In its order, with its channels and sizes; each once, forward and forward + backward."""
+    names = {"conv7_reflect", "halving_conv", "conv3_reflect", "upsample_conv"}
+    named = {getattr(layers, name): name for name in names}
+    network, seen = build_generator(GeneratorSpec(kernel=3), "reference"), []
+    plain = layers.norm_conv
+
+    def norm_conv(x, norm, weight, convolution, *more):
+        seen.append((named[convolution], weight.shape[1], weight.shape[0], weight.shape[2], x.shape[-1], True))
+        return plain(x, norm, weight, convolution, *more)
+
+    monkeypatch.setattr(layers, "norm_conv", norm_conv)
+    monkeypatch.setattr("fastsrgan.model.networks.norm_conv", norm_conv, raising=False)
+    with torch.no_grad():
+        network(torch.rand(1, 1, 16, 16, 16))
+    first = network.up1  # which has no norm in front of it there, and is timed with one like the others
+    seen = [*seen[:-2], ("upsample_conv", first.shape[1], first.shape[0], first.shape[2], 4, True), *seen[-2:]]
+    args = parse(["layers", "--quick", "--kernel", "3", "--batch", "2", "--patch", "16"])
+    timed = []
+    for case, (name, layer) in zip(bench_layers.cases(args)[::2], bench_layers.LAYERS.items(), strict=True):
+        facts = case.facts
+        form = named[layer.convolution], facts["inputs"], facts["outputs"], layer.kernel, facts["size"], layer.norm
+        timed.append(form)
+        assert case.name == f"{name}, {form[1]} -> {form[2]} channels, {form[4]}^3, batch 2, forward"
+        assert (facts["kernel"], facts["batch"], case.amount) == (3, 2, ("samples", 2.0))
+    assert timed[0] == ("conv7_reflect", 1, 3, 7, 16, False) and timed[1:] == list(dict.fromkeys(seen))
+    assert [case.tolerance for case in bench_layers.cases(args)[:2]] == [1e-5, 1e-3]
+
+
+def test_a_layers_gradient_is_for_all_that_a_training_learns_and_the_sides_are_what_they_are_called(monkeypatch):
+    args = parse(["layers", "--quick", "--kernel", "2", "--batch", "1", "--patch", "8"])
+    made = {case.name.split(",")[0] + case.name[-8:]: case for case in bench_layers.cases(args)}
+    asked = []
+    plain = layers.norm_conv
+    monkeypatch.setattr(
+        layers, "norm_conv", lambda *args: asked.append((args[4], layers.by_hand(args[0]))) or plain(*args)
+    )
+    for name, gradients in (("stem 7^3backward", 1), ("normbackward", 4)):
+        sides = made[name].build()
+        assert {side: len(call()) for side, call in sides.items()} == dict.fromkeys(sides, gradients)
+    assert asked == [("fast", True), ("fast", False), ("reference", True)]
+    (out,) = made["norm forward"].build()["fastsrgan"]()
+    assert not out.requires_grad and out.shape == (1, 2, 8, 8, 8)
+
+
+def test_patches_of_a_timed_step_are_those_of_one_degraded_volume():
+    pool = step_pool.pool(16, 70, "cpu")
+    (resident,) = pool.residents
+    assert len(pool) == 70 and resident.hr.shape == (32, 32, 32) and resident.resolution == 3.0
+    assert abs(float(resident.label.float().mean()) - 0.5) < 0.01  # found: 0
+    assert bool(resident.hr[resident.label > 0].min() > resident.hr[resident.label == 0].max())
+    apart = (resident.hr - resident.interpolated).abs().mean(), resident.hr.diff(dim=2).abs().mean()
+    assert apart[0] > 0 and bool((resident.hr > 0).all())
+    done = step_pool.degrade(step_pool.texture((32, 32, 32), air=False), (1.0, 1.0, 1.0), (1.0, 1.0, 3.0))
+    assert torch.equal(resident.interpolated, torch.from_numpy(done.interpolated))
+    assert torch.equal(resident.hr, torch.from_numpy(done.hr))
+    assert [len(step_pool.pool(16, batch, "cpu")) for batch in (2, 27, 28)] == [27, 27, 28]

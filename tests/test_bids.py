@@ -12,6 +12,8 @@ from phantom import head
 from fastsrgan.cli.main import main
 from fastsrgan.core.files import read_json, write_json
 from fastsrgan.errors import InputError, UsageError
+from fastsrgan.evaluate.cohort import Choice
+from fastsrgan.infer import bids as bids_module
 from fastsrgan.infer.bids import STAGE, evaluate_bids, infer_bids
 from fastsrgan.infer.files import SomeFailed, infer_files
 from fastsrgan.io import nifti as images
@@ -235,6 +237,55 @@ def test_derivatives_are_evaluated_against_a_dataset_of_truths(dataset, model, t
     row = result["rows"][0]
     assert "dice" in row["segmentation"] and "cubic spline" in row["baselines"]["image"]
     assert row["files"]["lr"] == str((dataset / NAMES[1]).absolute())
+
+
+def test_truth_and_label_of_a_derivative_are_the_first_in_their_order_and_the_segmentation_is_what_is_asked(
+    tmp_path, monkeypatch
+):
+    """Of the dataset itself, of the image's own contrast, then of any; the classes of several where there are some."""
+    monkeypatch.setattr(bids_module, "evaluate_items", lambda out, items, **more: items)
+    out, truth = tmp_path / "out" / "sub-1" / "anat", tmp_path / "truth"
+    names = ["sub-1_acq-x_dseg.nii", "sub-1_acq-x_desc-zT1w_dseg.nii.gz", "sub-1_acq-x_desc-a_dseg.nii.gz"]
+    places = [truth / "sub-1" / "anat", *(truth / "derivatives" / name / "sub-1" / "anat" for name in "ab")]
+    for folder in (out, *places):
+        folder.mkdir(parents=True)
+    for name in ("desc-sr", "desc-cortexT1w_dseg", "desc-maskT1w_dseg"):
+        (out / f"sub-1_acq-x_{name if 'dseg' in name else name + '_T1w'}.nii.gz").touch()
+    (tmp_path / "out" / "dataset_description.json").write_text('{"Name": "a", "BIDSVersion": "1.9.0"}')
+    images_of = [places[0] / f"sub-1_acq-x_T1w.nii{end}" for end in (".gz", "")]
+    labels = [place / name for place in places for name in names]
+    for path in (*images_of, *labels):
+        path.touch()
+
+    def item(*classes: str):
+        (found,) = evaluate_bids(tmp_path / "out", truth, choice=Choice(classes))
+        assert found.subject == "sub-1_acq-x_T1w"
+        return found
+
+    assert item("a=1", "b=2").files["seg"].name == "sub-1_acq-x_desc-maskT1w_dseg.nii.gz"
+    assert item("1").files["seg"].name == "sub-1_acq-x_desc-cortexT1w_dseg.nii.gz"
+    (out / "sub-1_acq-x_desc-maskT1w_dseg.nii.gz").unlink()
+    for classes in (("1",), ("a=1", "b=2")):
+        assert item(*classes).files["seg"].name == "sub-1_acq-x_desc-cortexT1w_dseg.nii.gz"
+    for label in labels:
+        assert item().files["label"] == label
+        label.unlink()
+    assert set(item().files) == {"sr", "hr"} and item().files["hr"] == images_of[0]
+    images_of[0].unlink()
+    assert item().files["hr"] == images_of[1]
+    images_of[1].unlink()
+    assert item().fault == f"no sub-1/anat/sub-1_acq-x_T1w.nii.gz in {truth}"
+
+
+def test_lines_of_others_that_a_validator_passes_over_are_kept(tmp_path):
+    path = tmp_path / ".bidsignore"
+    for text in ("", "mine\n.fastsrgan\n", "figures\nmine"):
+        path.write_text(text, encoding="utf8")
+        for _ in range(2):
+            bids_module._ignore(path)
+            lines = path.read_text(encoding="utf8").splitlines()
+            kept = text.splitlines()
+            assert lines == [*kept, *(line for line in (".fastsrgan", "figures") if line not in kept)]
 
 
 def test_the_commands(dataset, model, tmp_path, capsys):

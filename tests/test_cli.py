@@ -10,15 +10,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from fastsrgan.cli import console
+from fastsrgan.cli import infer as cli_infer
 from fastsrgan.cli.main import build_parser, failed, main, normalised
 from fastsrgan.cli.train import build_config
+from fastsrgan.core.ranks import ALONE
+from fastsrgan.infer import files as files_module
 from fastsrgan.io import nifti as images
-from fastsrgan.model import weights
+from fastsrgan.model import checkpoint, weights
 from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 
 
@@ -235,3 +239,68 @@ def test_a_wrong_path_is_the_inputs_fault_and_any_other_error_of_the_system_the_
     assert failed(OSError(getattr(errno, name), "what it says", "a/b")) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: a/b: what it says")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(MemoryError(), "use a smaller patch"), (MemoryError("so big"), "(so big)")]
+)
+def test_a_lack_of_memory_is_one_of_the_surroundings(error, told, capsys):
+    assert failed(error) == 5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: memory: not enough (") and told in line
+
+
+def test_damage_of_a_store_a_run_and_a_lone_snapshot_is_told_and_ends_with_3(tmp_path, monkeypatch, capsys):
+    """The weights beside the snapshots are those of a run, which a lone snapshot has not."""
+    store = SimpleNamespace(verify=lambda progress: ["a: broken", "b: gone"], subjects=["a", "b", "c"])
+    monkeypatch.setattr("fastsrgan.store.reader.open_store", lambda path: store)
+    assert call(capsys, "verify", tmp_path)[:2] == (3, f"a: broken\nb: gone\n{tmp_path}: 3 subjects, 2 problems\n")
+    asked = []
+    monkeypatch.setattr(checkpoint, "verify", lambda folder: asked.append(folder.name) or [f"{folder.name} bad"])
+    monkeypatch.setattr(weights, "damaged", lambda run: ["weights bad"])
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    for name in (checkpoint.MANIFEST, checkpoint.MODEL):
+        (lone / name).touch()
+    assert call(capsys, "verify", lone)[:2] == (3, f"lone bad\n{lone}: 1 snapshots, 1 problems\n")
+    monkeypatch.setattr(checkpoint, "folders", lambda run: [run / "step-1", run / "step-2"])
+    told = f"step-1 bad\nstep-2 bad\nweights bad\n{tmp_path}: 2 snapshots, 3 problems\n"
+    assert call(capsys, "verify", tmp_path)[:2] == (3, told) and asked == ["lone", "step-1", "step-2"]
+
+
+def test_images_that_need_nothing_are_a_fault_where_all_do(monkeypatch, capsys):
+    items = [{"input": name, "status": "skipped", "reason": f"{name}: is isotropic"} for name in ("a", "b")]
+    for count, unneeded, code, told in (
+        (2, 1, 0, ""),
+        (2, 2, 2, "all 2 images have equal voxels along all axes"),
+        (1, 1, 2, "a: is isotropic"),
+        (1, 0, 0, ""),
+    ):
+        result = {"items": items[:count], "unneeded": unneeded}
+        monkeypatch.setattr(files_module, "infer_files", lambda *args, result=result, **more: result)
+        got, out, err = call(capsys, "infer", "a", "-o", "out")
+        assert got == code and (err.startswith("error: ") and told in err if told else err == "")
+        assert out.splitlines()[0] == "skipped a  is isotropic"
+
+
+def test_ranks_that_have_no_image_left_wait_for_a_week(monkeypatch):
+    asked = []
+    monkeypatch.setattr("fastsrgan.core.ranks.from_environment", lambda *args: asked.append(args) or ALONE)
+    monkeypatch.setattr(files_module, "infer_files", lambda *args, **more: {"items": [], "unneeded": 0})
+    assert main(["--quiet", "infer", "a", "-o", "out"]) == 0
+    ((device, patience),) = asked
+    assert str(device) == "cpu" and patience is cli_infer.PATIENCE and patience.days == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["infr"], "did you mean infer?"), (["infer", "x", "-o", "o", "--paches", "8"], "did you mean --patch?"),
+        (["infer", "x", "-o", "o", "--paches=8"], "did you mean --patch?"), (["zzz"], "fastsrgan --help"),
+        (["infer", "x", "-o", "o", "--zzzzzz"], "fastsrgan infer --help"),
+        (["infer", "x", "-o", "o", "--window", "hanm"], "did you mean hann?"),
+    ],
+)  # fmt: skip
+def test_the_nearest_word_is_told_where_one_is_near(capsys, words, hint):
+    code, _, err = call(capsys, *words)
+    assert code == 2 and err.endswith(f"({hint})\n")

@@ -137,6 +137,14 @@ def test_scans_with_the_images_own_voxels_are_told(tmp_path):
     assert not full_subjects(store, Degradation(((1.0, 1.0, 1.0), (1.0, 1.0, 2.0))), (0, 1, 2))
 
 
+@pytest.mark.parametrize(("count", "more"), [(20, ""), (21, " and 1 more"), (25, " and 5 more")])
+def test_twenty_subjects_are_told_by_name_and_the_others_counted(count, more):
+    subjects = [SimpleNamespace(id=f"h{n}", spacing=(1.0, 1.0, 1.0)) for n in range(count)]
+    (told,) = full_subjects(SimpleNamespace(subjects=subjects), Degradation(((1.0, 1.0, 1.0),)), None)
+    named = ", ".join(f"h{n}" for n in range(20))
+    assert told.startswith(f"{count} of {count} subjects: 1 x 1 x 1 mm") and told.endswith(f": {named}{more}")
+
+
 def test_subjects_smaller_than_a_patch_are_told(tmp_path):
     thin = head(shape=(SIDE, SIDE, 6))
     store = cohort(tmp_path / "c", {"image": thin[0], "label": thin[1]}, {})

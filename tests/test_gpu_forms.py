@@ -204,3 +204,25 @@ def test_bytes_of_a_compiled_pass_are_within_the_budget(monkeypatch, backward):
     forward, both = (sum(moved.of(back) for back in which) / batch / 1e6 for which in ((False,), (False, True)))
     # Found: 130.9 forward alone, 147.6 and 414.9 in training.
     assert 100 < forward <= 200 - 5 * 7.8 and both <= 600 - 5 * 20.8 and (both > 2 * forward) == backward
+
+
+def test_the_table_of_traffic_has_both_passes_apart_in_megabytes_of_one_patch(monkeypatch):
+    asked, counts = [], {False: traffic.Count(), True: traffic.Count()}
+    counts[False].kernels = [traffic.Moved(False, 30_000_000, "alone")]
+    moved = ((False, 5, "first"), (True, 70, "last " * 40), (False, 9, "middle"), (True, 2, "least"))
+    counts[True].kernels = [traffic.Moved(back, 10**6 * n, what) for back, n, what in moved]
+    monkeypatch.setattr(traffic, "generator", lambda *args: asked.append(args) or counts[args[3]])
+    told = traffic.main(["--kernel", "3", "--patch", "32", "--batch", "2", "--largest", "2"]).splitlines()
+    assert asked == [(3, 32, torch.bfloat16, False, 2), (3, 32, torch.bfloat16, True, 2)]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in told[2:6]] == [
+        ["forward alone", "1", "15.0"], ["forward of a training step", "2", "7.0"], ["its backward", "2", "36.0"],
+        ["forward + backward", "4", "43.0"],
+    ]  # fmt: skip
+    assert told[7:] == [f"backward 35.0 MB: {('last ' * 40)[:160]}", "forward 4.5 MB: middle"]
+
+
+def test_layers_take_their_own_forms_again_after_they_were_counted():
+    before = layers.by_hand, layers.for_gpu, torch._C._select_conv_backend
+    with traffic.as_on_cuda():
+        assert layers.for_gpu(None) and not layers.by_hand(None)
+    assert (layers.by_hand, layers.for_gpu, torch._C._select_conv_backend) == before

@@ -1,5 +1,6 @@
 """The rows of the options of an inference: what follows from them agrees, whatever option is added."""
 
+import argparse
 import dataclasses
 import inspect
 
@@ -9,7 +10,7 @@ import pytest
 from fastsrgan.cli.main import build_parser
 from fastsrgan.core.files import finite
 from fastsrgan.errors import UsageError
-from fastsrgan.infer import bids
+from fastsrgan.infer import bids, values
 from fastsrgan.infer import files as infer_files
 from fastsrgan.infer import volume as infer
 from fastsrgan.infer.settings import ALWAYS, CHANGED, InferSettings, given_options, options
@@ -173,3 +174,46 @@ def test_rows_agree_with_what_acts_on_them():
 def test_values_that_no_volume_could_be_run_with_are_refused(wrong):
     with pytest.raises(UsageError):
         InferSettings(**wrong)
+
+
+def test_values_at_the_end_of_what_is_allowed_are_taken():
+    for right in (
+        *({"patch": 8, "step": 8}, {"patch": 20, "step": 1}, {"batch": 1}, {"budget": 0}, {"max_memory": 1}),
+        *({"threshold": 0}, {"threshold": 0.999}, {"min_size": 0}, {"agree": 1e-9}, {"agree": "off"}),
+        *({"slice_thickness": 0.01}, {"slice_thickness": "auto"}, {"new_resolution": "same"}),
+        *({"new_resolution": values.SPACING_LIMITS[0]}, {"new_resolution": (1, 1, values.SPACING_LIMITS[1])}),
+    ):
+        InferSettings(**right)
+    low, high = values.SPACING_LIMITS
+    for wrong in (
+        *({"patch": 4, "step": 4}, {"patch": 18, "step": 4}, {"patch": 16, "step": 17}, {"agree": 0}),
+        *({"agree": float("inf")}, {"agree": "on"}, {"slice_thickness": 0.0}, {"slice_thickness": "thick"}),
+        *({"new_resolution": low * 0.99}, {"new_resolution": high * 1.01}, {"budget": float("nan")}),
+    ):
+        with pytest.raises(UsageError):
+            InferSettings(**wrong)
+    with pytest.raises(UsageError, match="try 16 or 20"):
+        values.check_tile(18, 4)
+    with pytest.raises(UsageError, match="try 8 or 12"):
+        values.check_tile(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("parse", "words"),
+    [
+        (values.tile_edge, {"none": None, "NONE": None, "64": 64}),
+        (values.batch_size, {"auto": "auto", "3": 3}),
+        (values.voxels, {"1e9": 10**9, "1": 1}),
+        (values.size, {"same": "same", "SAME": "same", "0.5": 0.5}),
+        (values.word_or_number("auto", "off"), {"auto": "auto", "OFF": "off", "0.01": 0.01}),
+    ],
+)
+def test_words_and_numbers_of_the_command_line(parse, words):
+    assert {word: parse(word) for word in words} == words
+    for wrong in ("some", "", "0.5" if parse is values.tile_edge else "x1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is n"):
+            parse(wrong)
+    if parse is values.voxels:
+        for wrong in ("0", "0.9", "-1", "nan", "inf"):
+            with pytest.raises(argparse.ArgumentTypeError, match="is not a number of voxels"):
+                parse(wrong)

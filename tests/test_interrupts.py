@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fastsrgan.cli import main as cli
-from fastsrgan.core.signals import AtOnce, Interrupts, StopRequest, Terminated
+from fastsrgan.core import signals
+from fastsrgan.core.signals import AtOnce, Interrupts, Lasting, StopRequest, Terminated
 from fastsrgan.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -175,3 +179,94 @@ def test_the_users_own_error_is_not_hidden_by_an_interruption(monkeypatch, capsy
     monkeypatch.setattr(cli, "_doctor", work)
     assert cli.main(["--quiet", "doctor"]) == 3
     assert "scan.nii" in capsys.readouterr().err
+
+
+class Left(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def leaving(monkeypatch):
+    """The process does not end: what it would have ended with is raised."""
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    monkeypatch.setattr(signals.os, "_exit", leave)
+
+
+def test_what_ends_at_once_leaves_what_was_printed_and_says_why(monkeypatch, leaving):
+    done: list[object] = []
+    for number, word in ((signal.SIGINT, b"interrupted"), (signal.SIGTERM, b"stopped: by SIGTERM")):
+        with monkeypatch.context() as patch, pytest.raises(Left) as left:
+            patch.setattr(signals.sys, "stdout", SimpleNamespace(flush=lambda: done.append("flushed")))
+            patch.setattr(signals.os, "write", lambda *words: done.append(words))
+            AtOnce()._stop(number, None)
+        assert left.value.args == (128 + number,) and done == ["flushed", (2, b"error: " + word + b"\n")]
+        done.clear()
+
+
+def raised_by(number: signal.Signals) -> BaseException | None:
+    """What a signal raises here."""
+    try:
+        signal.raise_signal(number)
+    except BaseException as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_command_at_once(leaving, second):
+    with Interrupts() as found:
+        first = raised_by(signal.SIGTERM)
+        assert isinstance(first, Terminated) and found.raised is first
+        left = raised_by(second)
+    assert isinstance(left, Left) and left.args == (128 + second,)
+
+
+def test_only_a_second_interruption_from_again_after_on_stops_a_loop_at_once(monkeypatch):
+    """As when Ctrl-C reaches every rank twice. The seconds count from the first; another signal stops nothing."""
+    now = [100.0]
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with StopRequest(again_after=5.0) as stop:
+        for number, code in ((signal.SIGUSR1, 143), (signal.SIGTERM, 143), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
+            assert raised_by(number) is None and stop and (stop.signal, stop.code) == (number, code)
+            now[0] += 9
+        now[0] -= 9
+        for _ in range(2):
+            now[0] += 2.4
+            assert raised_by(signal.SIGINT) is None
+        now[0] += 0.2
+        assert type(raised_by(signal.SIGINT)) is KeyboardInterrupt
+        assert raised_by(signal.SIGTERM) is None and stop.code == 143
+
+
+def test_notes_that_nobody_reads_are_dropped_and_those_of_a_slow_reader_are_not():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", buffering=1) as stream:
+        notes = Lasting(stream)
+        for _ in range(2):
+            assert notes.write("a line\n") == 7
+            notes.flush()
+        assert stat.S_ISCHR(os.fstat(stream.fileno()).st_mode) and notes.fileno() == write
+
+    def full(*_: object) -> None:
+        raise BlockingIOError
+
+    slow = SimpleNamespace(write=full, flush=full, fileno=lambda: pytest.fail("it was taken away"))
+    assert Lasting(slow).write("four") == 4
+    Lasting(slow).flush()
+
+
+@pytest.mark.parametrize("collected", [True, False])
+def test_garbage_is_collected_after_loading_as_before_it(collected):
+    before = gc.isenabled()
+    try:
+        (gc.enable if collected else gc.disable)()
+        with pytest.raises(ValueError, match="its own"), signals.loading():
+            assert not gc.isenabled()
+            raise ValueError("its own")
+        assert gc.isenabled() == collected
+    finally:
+        (gc.enable if before else gc.disable)()

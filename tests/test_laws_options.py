@@ -28,6 +28,7 @@ from spies import CONFIG, NOTHING_TRAINED, Alone
 from fastsrgan.cli import main as cli
 from fastsrgan.cli.main import main
 from fastsrgan.core.ranks import ALONE
+from fastsrgan.evaluate.cohort import Choice
 from fastsrgan.infer import bids, sweep
 from fastsrgan.infer import files as files_module
 from fastsrgan.infer import image as image_module
@@ -384,6 +385,26 @@ def test_what_train_is_given_reaches_the_run(monkeypatch, tmp_path):
     assert (run.log.dice_file, run.log.mse_file) == (tmp_path / "d.csv", tmp_path / "m.csv")
 
 
+@pytest.mark.parametrize(("world", "seconds"), [(1, 0.0), (2, 5.0)])
+def test_of_several_ranks_two_interruptions_in_a_moment_are_one(monkeypatch, tmp_path, world, seconds):
+    """A terminal's Ctrl-C reaches each rank twice; a process alone stops at the second, whenever that comes."""
+
+    class Enough(Exception):
+        pass
+
+    def heard(again_after: float) -> None:
+        raise Enough(again_after)
+
+    names = ("pick_device", "agree_on_settings", "lock", "refuse_inside", "data_identity", "keep_arithmetic", "begin")
+    for name in (*names, "tell_of_data", "known_run", "open_store", "prepare"):
+        monkeypatch.setattr(run_module, name, lambda *args, **more: SimpleNamespace(first=False, url=""))
+    monkeypatch.setattr(run_module, "from_environment", lambda device: Alone(world=world))
+    monkeypatch.setattr(run_module, "StopRequest", heard)
+    with pytest.raises(Enough) as found:
+        run_module.train("c.zarr", tmp_path / "run", CONFIG, device="cpu")
+    assert found.value.args == (seconds,)
+
+
 def test_a_strict_run_has_a_strict_feed_and_start_weights_are_taken(monkeypatch, tmp_path):
     from test_laws_settings import CPU, Seen
 
@@ -438,6 +459,32 @@ COMMANDS = {
         {"warnings": {}},
         {"csv": "a.csv", "store_url": "b.zarr", "workers": 3, "dtype": "int16", "base_path": "data",
          "label_classes": ["3,42"], "label_names": "t.txt", "overwrite": True, "resume": False},
+    ),
+    "convert resumed": (
+        "convert a.csv b.zarr --resume --json", "fastsrgan.convert.convert", {"warnings": {}},
+        {"resume": True, "overwrite": False, "label_classes": None},
+    ),
+    "demo": (
+        "demo -o there --device cpu --seed 5 --low-res 1 2 4 --overwrite", "fastsrgan.demo.run.run",
+        {"table": [{"x": 1}], "picture": "p", "json": "j", "page": "h", "seconds": 1.0},
+        {"out": "there", "device": "cpu", "seed": 5, "low_res_mm": (1.0, 2.0, 4.0), "overwrite": True},
+    ),
+    "evaluate a table": (
+        "evaluate --table t.csv --png pictures --label-classes 3,42 4 --label-names t.txt --json",
+        "fastsrgan.evaluate.cohort.evaluate_table", {},
+        {"csv_path": "t.csv", "png": "pictures", "choice": Choice(["3,42", "4"], "t.txt")},
+    ),
+    "evaluate folders": (
+        "evaluate a b --png pictures --label-classes 3 --json", "fastsrgan.evaluate.cohort.evaluate_folders", {},
+        {"results": "a", "truth": "b", "png": "pictures", "choice": Choice(["3"])},
+    ),
+    "evaluate two results": (
+        "evaluate a b c --png pictures --label-classes 3 --json", "fastsrgan.evaluate.compare.compare_folders", {},
+        {"first": "a", "second": "b", "truth": "c", "png": "pictures", "choice": Choice(["3"])},
+    ),
+    "evaluate a dataset": (
+        "evaluate --bids a b --png pictures --label-classes 3 --json", "fastsrgan.infer.bids.evaluate_bids", {},
+        {"derivatives": "a", "truth": "b", "png": "pictures", "choice": Choice(["3"])},
     ),
     "weights import": (
         "weights import a.h5 b.safetensors", "fastsrgan.model.weights.import_keras", "b",

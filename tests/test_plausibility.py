@@ -162,6 +162,16 @@ def test_what_the_weights_were_made_for_is_green():
     assert told.endswith("; no proof that the segmentation is right, look at the pictures")
 
 
+@pytest.mark.parametrize(
+    ("percent", "wanted"), ((None, GREEN), (25.0, GREEN), (25.1, YELLOW), (50.0, YELLOW), (51, RED))
+)
+def test_an_image_that_does_not_give_the_scan_back_is_not_green(percent, wanted):
+    """Weights of four updates made noise, in the range of volumes, and the light was green."""
+    verdict = judge(NEWBORN, seg_of(50), 1000.0, PERINATAL, misfit=percent)
+    assert verdict.light == wanted and ("fit to the scan" in verdict.checked) == (percent is not None)
+    assert wanted == GREEN or f"differs from the scan by {percent:.0f} %" in verdict.line()
+
+
 def test_a_newborn_given_to_adult_and_the_reverse_are_red():
     found, why = light(NEWBORN, 50, ADULT)
     assert found == RED and "96 mm long, made for 140 to 290 mm (--weights perinatal is made for it)" in why
@@ -456,7 +466,12 @@ def test_weights_that_do_not_say_are_told_in_one_line(tmp_path, caplog):
     infer_files([scan(tmp_path / "a.nii.gz", 96)], tmp_path / "out", model, **FAST)
     assert caplog.text.count("w.safetensors: what they were made for is not said") == 1
     record = record_of(tmp_path / "out")
-    assert record["structures"] == [] and record["made_for"] == {} and record["plausibility"]["light"] == YELLOW
+    told = record["plausibility"]
+    assert record["structures"] == [] and record["made_for"] == {} and told["light"] == RED
+    assert "hardly trained" in told["reasons"][0] and told["checked"] == ["fit to the scan"]
+    infer_files([tmp_path / "a.nii.gz"], tmp_path / "off", model, agree="off", **FAST)
+    told = record_of(tmp_path / "off")["plausibility"]
+    assert told["light"] == YELLOW and told["checked"] == []
     assert nib.load(tmp_path / "out" / "a_seg.nii.gz").header.get_intent()[2] == "structure"
 
 

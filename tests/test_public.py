@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 
 import numpy as np
 import pytest
 
 import fastsrgan
 import fastsrgan.losses as losses_module
+from fastsrgan.core.lazy import lazy
 from fastsrgan.observation.model import degrade
 
 
@@ -25,6 +28,15 @@ def test_names_of_packages_are_loaded_when_asked_for(package):
     assert all(hasattr(module, public) for public in module.__all__)
     with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'nonsense'"):
         _ = module.nonsense
+
+
+def test_a_name_is_loaded_once_and_a_module_is_itself(monkeypatch):
+    package = types.ModuleType("package")
+    monkeypatch.setitem(sys.modules, "package", package)
+    monkeypatch.setitem(sys.modules, "package.part", part := types.ModuleType("package.part"))
+    part.thing, part.part = "held", "another of its name"
+    load = lazy("package", {"part": "package.part", "thing": "package.part"})
+    assert load("part") is part is package.part and load("thing") == "held" == package.thing
 
 
 def test_readme_calls(golden):

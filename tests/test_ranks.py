@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,3 +185,55 @@ def test_small_shared_memory_is_spared_and_said(monkeypatch, caplog):
     Room.f_bavail = 2**20
     ranks.spare_shared_memory()
     assert "NCCL_SHM_DISABLE" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("surroundings", "speaks", "launched"),
+    [
+        ({}, True, False),
+        ({"RANK": "1"}, True, False),  # of something else: no other rank would speak
+        ({"WORLD_SIZE": "1", "RANK": "1"}, True, False),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, False, True),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, True, True),
+        ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "1", "RANK": "0"}, True, True),
+        ({"TORCHELASTIC_RUN_ID": "a", "RANK": "1"}, False, True),
+    ],
+)
+def test_one_process_speaks_for_all(monkeypatch, surroundings, speaks, launched):
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in surroundings.items():
+        monkeypatch.setenv(name, value)
+    assert (ranks.speaks(), ranks.launched()) == (speaks, launched)
+
+
+@pytest.mark.parametrize(
+    ("device", "local", "spared"), [("cuda", "2", 1), ("cuda", "1", 0), ("cpu", "2", 0), ("cuda", None, 0)]
+)
+def test_ranks_are_those_of_the_surroundings(monkeypatch, device, local, spared):
+    """Memory of one machine is shared by the ranks that are on it, where they have GPUs."""
+    made, spares = [], []
+    monkeypatch.setattr(ranks, "TorchRanks", lambda *args: made.append(args) or "ranks")
+    monkeypatch.setattr(ranks, "spare_shared_memory", lambda: spares.append(1))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": local}.items():
+        if value:
+            monkeypatch.setenv(name, value)
+    patience = ranks.TIMEOUT * 2
+    assert from_environment(torch.device(device), patience) == "ranks"
+    assert made == [(3, 4, int(local or 1), torch.device(device), patience)] and len(spares) == spared
+    monkeypatch.setenv("RANK", "-1")
+    with pytest.raises(UsageError, match="'-1' is no number"):
+        from_environment(torch.device(device))
+
+
+@pytest.mark.parametrize(("free", "spared"), [(2**28 - 1, True), (2**28, False)])
+def test_shared_memory_is_enough_from_its_limit_on_and_a_choice_is_kept(monkeypatch, free, spared):
+    for before in (None, "0"):
+        monkeypatch.delenv("NCCL_SHM_DISABLE", raising=False)
+        if before:
+            monkeypatch.setenv("NCCL_SHM_DISABLE", before)
+        monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_bavail=free, f_frsize=1, f_bfree=1))
+        ranks.spare_shared_memory()
+        assert os.environ.get("NCCL_SHM_DISABLE") == (before or ("1" if spared else None))
+        os.environ.pop("NCCL_SHM_DISABLE", None)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -215,3 +216,43 @@ def test_a_record_names_the_versions_of_all_that_computed_it():
     packages = ("fastsrgan", "torch", "numpy", "scipy", "zarr", "nibabel")
     assert {name: told[name] for name in packages} == {name: metadata.version(name) for name in packages}
     assert told["python"] == sys.version.split()[0] and told["commit"] == system.source_commit()
+
+
+@pytest.mark.fault(24)
+def test_room_that_is_just_enough_is_enough(monkeypatch, tmp_path):
+    """Asked of the disk of the nearest folder that is there."""
+    asked = []
+    monkeypatch.setattr(core_files.shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=7000))
+    core_files.need_space(tmp_path / "a" / "b", 7000)
+    with pytest.raises(ResourceError, match=r"b: no space left on the disk: needs 6\.837 KiB, 6\.836 KiB free"):
+        core_files.need_space(tmp_path / "a" / "b", 7001)
+    assert asked == [tmp_path, tmp_path] and core_files.existing_parent(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        *((name, "no space left on the disk, ") for name in ("ENOSPC", "EDQUOT")),
+        ("EFBIG", "no space left: larger than the limit on the size of a file"),
+        *((name, "cannot be written (check the permissions") for name in ("EACCES", "EROFS", "EPERM")),
+        *((name, "cannot be written: ") for name in ("ENAMETOOLONG", "ELOOP", "EIO", "EINVAL")),
+        ("EISDIR", "is a folder (name a file)"), ("ENOENT", "cannot be written here"),
+        *((name, "its folder is missing or is a file") for name in ("ENOTDIR", "EEXIST")),
+    ],
+)  # fmt: skip
+def test_what_the_system_refuses_is_told_by_its_reason(tmp_path, number, told):
+    error = OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+    assert str(core_files.disk_error(error, tmp_path / "a")).startswith(f"{tmp_path / 'a'}: {told}")
+    gone = OSError(errno.ENOENT, "")
+    assert "its folder is missing" in str(core_files.disk_error(gone, tmp_path / "none" / "a"))
+    other = OSError(errno.ECONNRESET, "")
+    assert core_files.disk_error(other, tmp_path) is other
+
+
+def test_gpus_are_counted_from_zero(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert system.pick_device("cuda:1") == torch.device("cuda:1") and system.pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ResourceError, match="cuda:2 asked, 2 CUDA devices seen"):
+        system.pick_device("cuda:2")

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import logging
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 from cohort import SMALL
 from rich.console import Console
+from spies import NOTHING_TRAINED
 
 from fastsrgan.cli import console as console_module
 from fastsrgan.cli.console import PlainProgress, TerminalProgress
-from fastsrgan.cli.main import build_parser, normalised
+from fastsrgan.cli.main import build_parser, main, normalised
 from fastsrgan.cli.train import build_config
 from fastsrgan.config import PRESETS, from_mapping
+from fastsrgan.core import progress as progress_module
 from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.model import weights
 from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 from fastsrgan.observation.model import Degradation
+from fastsrgan.train import run as run_module
 
 FACTS = {"rec": 0.021312, "W": -0.41, "gp": 0.0312, "patches/s": 12.34, "|G|": 1.234, "|D|": 0.5}
 FACTS |= {"wait": "0.3%", "GB": 2.615, "run": "18 min left"}
@@ -69,6 +75,171 @@ def test_a_pipe_gets_groups_of_lines_with_fields():
     training, validation = console.file.getvalue().splitlines()
     assert training.startswith("training epoch 1/2: 4/4 updates") and 'run="18 min left"' in training
     assert validation == "validation: epoch=1 PSNR=26.6123 Dice_cortex=0.5 best=None"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still but where it is moved."""
+    now = SimpleNamespace(seconds=50.0)
+    monkeypatch.setattr(console_module, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    return now
+
+
+def test_a_pipe_is_told_every_ten_seconds_how_fast_it_goes_and_what_is_left(clock):
+    console = Console(file=io.StringIO(), width=20)
+    progress = PlainProgress(console)
+    progress.start("epoch\x1b 1", 10, "updates")
+    for _ in range(3):
+        clock.seconds += 4
+        progress.advance(2, rec=0.5)
+    clock.seconds += 9
+    progress.advance(1)  # too soon; the facts that were told last stay
+    clock.seconds += 1
+    progress.advance(1)
+    clock.seconds += 30
+    progress.advance(2, rec=0.25)  # the end is told by finish
+    progress.finish()
+    progress.finish()
+    progress.start("epoch 2", 4, "updates")
+    progress.advance(1)
+    progress.finish()
+    assert console.file.getvalue().splitlines() == [
+        "epoch\\x1b 1: 6/10 updates  0.5/s  8 s left  rec=0.5",
+        "epoch\\x1b 1: 8/10 updates  0.364/s  6 s left  rec=0.5",
+        "epoch\\x1b 1: 10/10 updates  0.192/s  rec=0.25", "epoch 2: 1/4 updates  1e+09/s  0 s left",
+    ]  # fmt: skip
+
+
+def test_a_bar_tells_the_rate_of_all_that_is_done_and_keeps_its_facts(clock):
+    progress = TerminalProgress(Console(file=io.StringIO(), width=80, force_terminal=True, legacy_windows=False))
+    progress.advance(5)  # of nothing that was begun
+    progress.start("epoch 1", 12, "updates")
+    clock.seconds += 4
+    progress.advance(2, rec=0.5)
+    clock.seconds += 4
+    progress.advance(4)
+    task = progress.bar.tasks[0]
+    assert (task.completed, task.total, task.fields["rate"]) == (6, 12, "0.75/s") and progress.facts == {"rec": 0.5}
+    progress.start("epoch 2", 3, "updates")
+    assert progress.facts == {} and progress.bar.tasks[0].completed == 0
+    progress.finish()
+    assert progress.bar is None
+
+
+def test_fields_are_told_apart_by_blanks_and_a_terminal_has_four_digits():
+    """Names of structures may hold blanks: a name in front of a plain number kept them."""
+    facts = {"Dice_white matter": 2.61512345, "in all": "18 min", "is": "a=b", "n": 7, "name": "x\x1by"}
+    assert console_module.fields(facts) == 'Dice_white_matter=2.615 in_all="18 min" is="a=b" n=7 name=x\\x1by'
+    assert console_module.fields({"a": 1.23456789}, 6) == "a=1.23457"
+    assert console_module.shown({"rec": 0.0213456, "n": 12345678, "x": "a\x07"}) == "rec 0.02135  n 12345678  x a\\x07"
+
+
+@pytest.mark.parametrize(
+    ("quiet", "debug", "level"),
+    [(False, False, logging.INFO), (True, False, logging.WARNING), (False, True, logging.DEBUG)],
+)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_console_says_what_was_asked_for_in_the_form_of_its_stream(monkeypatch, quiet, debug, level, terminal):
+    """Warnings of libraries, which speak to programmers, with --debug alone."""
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal  # type: ignore[method-assign]
+    ours, theirs = logging.getLogger("fastsrgan"), logging.getLogger("pydicom")
+    kept = [(log, log.handlers[:], log.propagate, log.level) for log in (ours, theirs)]
+    monkeypatch.setattr(sys, "stderr", stream)
+    for name in ("NO_COLOR", "TERM", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        made = console_module.open_console(quiet, debug)
+        assert ours.level == level and not ours.propagate and not theirs.propagate
+        for log in (ours, theirs):
+            for number in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+                log.log(number, "%s\x1b %d", log.name, number)
+    finally:
+        logging.captureWarnings(False)
+        for log, handlers, propagate, before in kept:
+            log.handlers[:], log.propagate = handlers, propagate
+            log.setLevel(before)
+    kind = TerminalProgress if terminal else PlainProgress
+    assert made is progress_module.QUIET if quiet else isinstance(made, kind)
+    words = {logging.DEBUG: "debug", logging.INFO: "note", logging.WARNING: "warning", logging.ERROR: "error"}
+    told = [f"{word}: fastsrgan\\x1b {number}" for number, word in words.items() if number >= level]
+    told += [f"{words[n]}: pydicom\\x1b {n}" for n in (logging.WARNING, logging.ERROR) if debug]
+    assert stream.getvalue().splitlines() == told
+
+
+def test_parts_of_a_work_are_quiet_and_the_level_is_what_it_was_afterwards():
+    log = progress_module.log
+    before = log.level
+    try:
+        for level, inside in ((logging.DEBUG, logging.WARNING), (logging.ERROR, logging.ERROR)):
+            log.setLevel(level)
+            with pytest.raises(ZeroDivisionError), progress_module.quiet():
+                assert log.level == inside
+                _ = 1 // 0
+            assert log.level == level
+    finally:
+        log.setLevel(before)
+
+
+def test_the_originals_booleans():
+    for value, words in ((True, "True true YES 1"), (False, "False FALSE no 0")):
+        assert [console_module.boolean(word) for word in words.split()] == [value] * 4
+    with pytest.raises(argparse.ArgumentTypeError, match="'2' is neither True nor False"):
+        console_module.boolean("2")
+
+
+def test_a_table_is_aligned_and_cells_hold_four_digits_and_no_control_letters():
+    rows = [{"name": "a\x1b", "x": 0.123456, "more": 1}, {"name": "bb", "x": None}]
+    assert console_module.table(rows).splitlines() == [
+        "name   x       more", "-----  ------  ----", "a\\x1b  0.1235  1", "bb     -       -",
+    ]  # fmt: skip
+    assert console_module.table(rows, ["x"]).splitlines() == ["x", "------", "0.1235", "-"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_names_are_as_they_are_but_on_a_terminal_and_an_error_is_one_line(monkeypatch, terminal):
+    out, err = io.StringIO(), io.StringIO()
+    out.isatty = lambda: terminal  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    name = "a\x1b[2J\u202eb\udcff.nii"
+    console_module.say(name)
+    console_module.error_line(f"{name}:\n  is \t damaged")
+    held = "a\\x1b[2J\\u202eb\\udcff.nii"
+    assert out.getvalue() == f"{held if terminal else name}\n"
+    assert err.getvalue() == f"error: {held}: is damaged\n"
+
+
+def test_a_checkpoint_is_that_of_every_run_folder_and_without_one_paths_are_as_typed(monkeypatch):
+    monkeypatch.setattr(weights, "of_run", lambda path, which: f"{path}/{which}")
+    assert console_module.chosen_weights(["a", "b"], "last") == ["a/last", "b/last"]
+    assert console_module.chosen_weights(("a",), None) == ["a"] and console_module.chosen_weights(None, None) is None
+    for nothing in (None, ()):
+        with pytest.raises(UsageError, match="no run folder was given"):
+            console_module.chosen_weights(nothing, "best")
+
+
+BEST = {"best_epoch": 5, "best_by": "dice", "best": 0.75, "best_dice": 0.5, "dice_is": "Dice", "best_weights": "b"}
+TOLD = "last weights: w\nbest: epoch 5, Dice 0.7500 on the Test subjects\nbest weights: b\n"
+
+
+@pytest.mark.parametrize(
+    ("result", "told"),
+    [
+        ({"updates": 3, "seconds": 2.4}, "3 updates in 2 s\nno weights before the first epoch's end\n"),
+        ({"updates": 3, "weights": "w"} | BEST, f"3 updates in 0 s\n{TOLD}"),
+        (
+            {"updates": 12, "resumed_at": 4, "weights": "w", "stopped": "SIGTERM", "exit_code": 143} | BEST,
+            f"8 of 12 updates in 0 s\n{TOLD}stopped by signal SIGTERM; continue with --resume\n",
+        ),
+    ],
+)
+def test_the_last_lines_of_a_training_are_of_this_call(monkeypatch, tmp_path, capsys, result, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_module, "train", lambda *args, **more: NOTHING_TRAINED | result)
+    words = ["--quiet", "train", "c.zarr", "-o", "run", "-n", "1", "1", "3"]
+    assert main(words) == result.get("exit_code", 0)
+    assert capsys.readouterr().out == told
 
 
 # --- weights to go on from ------------------------------------------------------------------------------------------

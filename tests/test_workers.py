@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from fastsrgan.core import threads as core_threads
-from fastsrgan.core.threads import run_each
+from fastsrgan.core.threads import CACHED, Job, each_piece, one_thread, run_each, unwatched
+from fastsrgan.errors import InputError
 from fastsrgan.observation.model import degrade
 
 
@@ -85,3 +87,58 @@ def test_bits_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_one_thread_ends_where_it_was_even_after_an_error(threads):
+    with pytest.raises(ZeroDivisionError), one_thread():
+        assert torch.get_num_threads() == 1
+        _ = 1 // 0
+    assert torch.get_num_threads() == threads
+
+
+def test_each_piece_is_short_and_every_value_is_in_one_of_them(threads):
+    size = 16 * CACHED * 2 + CACHED + 5
+    counts, other, lengths = torch.zeros(size), torch.arange(float(size)), []
+
+    def visit(piece: torch.Tensor, beside: torch.Tensor) -> None:
+        piece += 1
+        beside -= 1
+        lengths.append((len(piece), len(beside)))
+
+    each_piece(visit, counts.view(-1, 1), other)
+    assert (counts == 1).all() and torch.equal(other, torch.arange(float(size)) - 1)
+    assert sorted(set(lengths)) == [(5, 5), (CACHED, CACHED)] and len(lengths) == 34
+
+
+def test_the_clock_of_a_job_stands_still_while_it_waits_and_counts_all_else(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(core_threads, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def call() -> float:
+        now[0] += 3
+        with unwatched():
+            assert job.began is None
+            now[0] += 50
+        now[0] += 2
+        assert job.began is not None and not job.done.is_set()
+        return now[0] - job.began
+
+    job = Job("a", call, 9.0)
+    job.run()
+    began = job.began
+    with unwatched():  # of no job
+        assert job.began == began
+    assert job.done.is_set() and job.take() == 5.0 and job.take() is None
+
+
+def test_an_error_of_our_own_is_raised_as_it_is():
+    error = InputError("a", "is damaged", "copy it again")
+
+    def call() -> None:
+        raise error
+
+    job: Job[None] = Job("b", call, 9.0)
+    job.run()
+    with pytest.raises(InputError) as found:
+        job.take()
+    assert found.value is error

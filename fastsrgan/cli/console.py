@@ -122,7 +122,8 @@ def shown(facts: dict[str, Any]) -> str:
 def fields(facts: dict[str, Any], digits: int = 4) -> str:
     """Values for programs: ``rec=0.0213 run="18 min left"``."""
     cells = [(k, f"{v:.{digits}g}" if isinstance(v, float) else plain(str(v))) for k, v in facts.items()]
-    return " ".join(f'{k.replace(" ", "_")}="{v}"' if re.search(r'[\s="]', v) else f"{k}={v}" for k, v in cells)
+    quoted = ((k.replace(" ", "_"), f'"{v}"' if re.search(r'[\s="]', v) else v) for k, v in cells)
+    return " ".join(f"{k}={v}" for k, v in quoted)
 
 
 class TerminalProgress:

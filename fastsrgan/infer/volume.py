@@ -238,7 +238,7 @@ def _prepared(
 
 def _networks(generator: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     """One network, or several. Raises UsageError for none and for what is none."""
-    networks = list(generator) if isinstance(generator, (list, tuple)) else [generator]
+    networks: list[Any] = list(generator) if isinstance(generator, (list, tuple)) else [generator]
     if not networks or not all(isinstance(network, nn.Module) for network in networks):
         came = "none given" if not networks else f"{shown(generator)} is no network"
         raise UsageError("generator", came, "one network, as load_generator gives it, or several to be averaged")
