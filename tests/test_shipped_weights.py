@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import fastsrgan
 from fastsrgan.core import draws
 from fastsrgan.demo import template
+from fastsrgan.errors import ModelError
 from fastsrgan.evaluate import metrics
 from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.model.purpose import MADE_FOR, MODELS, Purpose
 from fastsrgan.model.safetensors import read_header
 from fastsrgan.model.weights import default_weights, info
 from fastsrgan.volume.geometry import Volume, resampled_affine
+from tools import widen_weights
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +82,18 @@ def test_every_named_model_is_there_small_and_as_its_card_says(name, card):
     assert weights.load_generator(name).spec == weights.load_generator(path).spec
     # Every range, in the package and in the file that is copied out of it.
     assert Purpose.of(read_header(path).card[MADE_FOR]) == MODELS[name].purpose
+
+
+@pytest.mark.parametrize("kernel", (2, 3, 4))
+def test_a_widened_generator_is_the_same_function_until_its_copies_part(kernel):
+    """Net2WiderNet: of twice the channels at most, and of the plain network."""
+    narrow = build_generator(GeneratorSpec(kernel=2), seed=3)
+    x = torch.rand((1, 1, 16, 12, 20), generator=torch.Generator().manual_seed(0))
+    wide = widen_weights.widened(narrow, kernel)
+    with torch.no_grad():
+        assert wide.spec.kernel == kernel and (wide(x) - narrow(x)).abs().max() < 1e-5  # found: 9e-7
+        widen_weights.part(wide)
+        assert kernel == 2 or 1e-4 < (wide(x) - narrow(x)).abs().max() < 0.2
+    for bad, spec in ((5, {}), (1, {}), (4, {"network": "unet"})):
+        with pytest.raises(ModelError, match="at most twice its channels"):
+            widen_weights.widened(build_generator(GeneratorSpec(kernel=2, **spec)), bad)
