@@ -91,9 +91,9 @@ def test_a_widened_generator_is_the_same_function_until_its_copies_part(kernel):
     x = torch.rand((1, 1, 16, 12, 20), generator=torch.Generator().manual_seed(0))
     wide = widen_weights.widened(narrow, kernel)
     with torch.no_grad():
-        assert wide.spec.kernel == kernel and (wide(x) - narrow(x)).abs().max() < 1e-5  # found: 9e-7
+        assert wide.spec.kernel == kernel and (wide(x) - narrow(x)).abs().max() < 1e-5  # found: 4e-6
         widen_weights.part(wide)
-        assert kernel == 2 or 1e-4 < (wide(x) - narrow(x)).abs().max() < 0.2
+        assert 1e-4 < (wide(x) - narrow(x)).abs().max() < 0.2  # found: 0.08 to 0.16
     for bad, spec in ((5, {}), (1, {}), (4, {"network": "unet"})):
         with pytest.raises(ModelError, match="at most twice its channels"):
             widen_weights.widened(build_generator(GeneratorSpec(kernel=2, **spec)), bad)
