@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -316,6 +317,10 @@ def test_the_best_epoch_by_the_chosen_score_is_kept(monkeypatch, best_by):
     _, calls = spied(monkeypatch, CONFIG.replace(epochs=4, best_by=best_by), scores=scores)
     kept = [f.args[1]["epoch"] for what, f in calls if what == "write_weights" and f.args[0].name == "best.safetensors"]
     assert kept == ([1, 2] if best_by == "dice" else [1, 3])
+    table[1] = (math.nan, math.nan)  # no score at all: what follows is better
+    _, calls = spied(monkeypatch, CONFIG.replace(epochs=4, best_by=best_by), scores=scores)
+    kept = [f.args[1]["epoch"] for what, f in calls if what == "write_weights" and f.args[0].name == "best.safetensors"]
+    assert kept == ([2] if best_by == "dice" else [2, 3])
 
 
 def test_the_weights_that_are_written_are_the_averaged_ones_and_the_snapshot_holds_both(tmp_path):
@@ -346,6 +351,12 @@ def test_the_weights_that_are_written_are_the_averaged_ones_and_the_snapshot_hol
         assert all(torch.equal(held[name], expected[name]) for name in expected)
     said = [weight_files.info(folder / "model.safetensors")["made_for"] for folder in (tmp_path, snapshot)]
     assert said[0] == said[1] and said[0]["voxel_mm"]
+    with torch.no_grad():
+        models.critic.get_parameter("decision").view(-1)[0] = float("inf")
+    run.position.updates = 4
+    with pytest.raises(ResourceError, match="after 4 updates the weights are not finite.*--resume goes on"):
+        snapshots.save(run)
+    assert list((tmp_path / "checkpoints").iterdir()) == [snapshot], "the good one stands"
 
 
 # --- updates that are not finite ------------------------------------------------------------------------------------

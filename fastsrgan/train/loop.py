@@ -341,7 +341,7 @@ def judge(run: Run, epoch: int, scores: dict[str, float]) -> str:
     if value is None:
         return ""
     at.stale += 1
-    if at.best is None or value > at.best:
+    if math.isfinite(value) and (at.best is None or value > at.best):
         at.best, at.best_epoch, at.best_dice, at.stale = value, epoch, mean_dice(scores), 0
         write_weights(run, run.folder / BEST, {"epoch": epoch, **scores})
     if run.first:

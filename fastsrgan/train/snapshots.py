@@ -20,7 +20,7 @@ from fastsrgan import config as settings
 from fastsrgan.core.files import mapping
 from fastsrgan.core.system import provenance
 from fastsrgan.data.feed import Feed
-from fastsrgan.errors import ModelError
+from fastsrgan.errors import ModelError, ResourceError
 from fastsrgan.model import checkpoint, weights
 from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model.arithmetic import TYPES
@@ -42,6 +42,11 @@ def save(run: Run) -> None:
     if not run.first:
         return
     m, at = run.models, run.position
+    # A single update of far too large a rate: it was finite itself, what it left is not, nor will be what follows.
+    if not all(bool(p.isfinite().all()) for network in (m.generator, m.critic) for p in network.parameters()):
+        reason = f"after {at.updates} updates the weights are not finite, so no snapshot is written"
+        hint = "lower the learning rates; --resume goes on from the snapshot before, where there is one"
+        raise ResourceError(run.folder, reason, hint)
     state = {"models": m.state(), "position": dict(vars(at)), "data": data_identity(run.store)}
     writers = {
         checkpoint.MODEL: lambda p: modelfile.write(
