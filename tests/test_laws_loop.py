@@ -354,7 +354,7 @@ def test_the_weights_that_are_written_are_the_averaged_ones_and_the_snapshot_hol
     with torch.no_grad():
         models.critic.get_parameter("decision").view(-1)[0] = float("inf")
     run.position.updates = 4
-    with pytest.raises(ResourceError, match="after 4 updates the weights are not finite.*--resume goes on"):
+    with pytest.raises(ResourceError, match=r"after 4 updates the weights are not finite.*--resume goes on"):
         snapshots.save(run)
     assert list((tmp_path / "checkpoints").iterdir()) == [snapshot], "the good one stands"
 
