@@ -237,6 +237,11 @@ def test_derivatives_are_evaluated_against_a_dataset_of_truths(dataset, model, t
     row = result["rows"][0]
     assert "dice" in row["segmentation"] and "cubic spline" in row["baselines"]["image"]
     assert row["files"]["lr"] == str((dataset / NAMES[1]).absolute())
+    # A result is no truth, where BIDS has derivatives too: neither the one that is evaluated nor another.
+    made = shutil.copytree(out, truth / "derivatives" / "fastsrgan")
+    assert evaluate_bids(out, truth)["rows"][0]["files"]["label"] == row["files"]["label"]
+    shutil.rmtree(truth / "derivatives" / "manual")
+    assert ["segmentation" in evaluate_bids(of, truth)["rows"][0] for of in (out, made)] == [False, False]
 
 
 def test_truth_and_label_of_a_derivative_are_the_first_in_their_order_and_the_segmentation_is_what_is_asked(

@@ -156,6 +156,22 @@ def test_what_a_replaced_result_held_besides_does_not_stand_beside_the_new_one(t
     infer_files.infer_files([scan], out, model, overwrite=True, **FAST)
     kept = {"a_sr.nii.gz", "a_seg.nii.gz", "a.json", "a_notes.nii.gz"}
     assert {path.name for path in out.iterdir()} == kept
+    # More of the same result: what it held stays, and stays named.
+    infer_files.infer_files([scan], out, model, resume=True, save_prob=True, **FAST)
+    infer_files.infer_files([scan], out, model, resume=True, png=True, **FAST)
+    assert {path.name for path in out.iterdir()} == kept | {"a_prob.nii.gz", "a.png"}
+    assert set(read_json(out / "a.json")["outputs"]) == {"sr", "seg", "json", "prob", "png"}
+
+
+@pytest.mark.parametrize("asked", ({"agree": 0.01}, {"profile": "box"}, {}, {"agree": "off"}))
+def test_options_of_agreement_are_told_where_there_is_nothing_to_agree_on(tmp_path, generator, asked):
+    data = np.random.default_rng(0).integers(1, 900, SHAPE).astype(np.float32)
+    options = FAST | {"new_resolution": (1.0, 1.0, 2.5)} | asked
+    told = infer_volume(data, AFFINE, generator, **options).report["warnings"]
+    named = [name for name in ("agree", "profile") if name in asked and asked[name] != "off"]
+    assert [w for w in told if "not used" in w] == [
+        f"the result has the scan's own voxels and slices: {name} not used" for name in named
+    ]
 
 
 def test_an_image_that_is_named_twice_is_taken_once(tmp_path, scan, model, caplog):

@@ -590,10 +590,10 @@ def test_several_runs_are_laid_over_each_other(tmp_path, capsys):
 
 
 def test_a_run_says_which_weights_it_began_with_and_runs_differ_by_them():
-    start = {"path": "perinatal", "file": "/models/segsrgan-k8-perinatal.safetensors", "sha256": "a1" * 32}
+    start = {"path": "perinatal", "file": "/models/segsrgan-k12-perinatal.safetensors", "sha256": "a1" * 32}
     own = {"path": "old/best.safetensors", "file": "old/best.safetensors", "sha256": "b2" * 32}
     summaries = [{"updates": 1}, {"updates": 1, "start_weights": start}, {"updates": 1, "start_weights": own}, None]
-    told = ["new", "perinatal (segsrgan-k8-perinatal.safetensors)", "old/best.safetensors", "–"]
+    told = ["new", "perinatal (segsrgan-k12-perinatal.safetensors)", "old/best.safetensors", "–"]
     none = {"validation": [], "at": [], "curves": {}, "config": "", "updates_per_point": 1, "unreadable_lines": 0}
 
     def rows(page):

@@ -263,7 +263,7 @@ def test_the_network_is_that_of_the_weights(held):
     assert (config.network, config.kernel_gen, config.residual, config.scaled) == ("unet", 3, False, False)
     assert config.fit_mask and config.kernel_dis == 5 and config.ema == 0.999  # the rest is the preset's
     assert typed("-w", held, "--kernel-gen", "3", "--kernel-dis", "7").kernel_dis == 7
-    assert typed("-w", "adult").scaled and typed("-w", "perinatal").kernel_gen == 8
+    assert typed("-w", "adult").scaled and typed("-w", "perinatal").kernel_gen == 12
 
 
 @pytest.mark.parametrize("option", [("--kernel-gen", "4"), ("--network", "plain"), ("--fit-mask", "False")])

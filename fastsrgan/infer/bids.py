@@ -13,7 +13,7 @@ import functools
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -252,11 +252,19 @@ def evaluate_bids(
     out, root = Path(derivatives), Path(truth)
     if not root.is_dir():
         raise InputError(root, "is no folder", "evaluate --bids DERIVATIVES DATASET")
-    items = [_item(image, root, len(choice.classes) > 1) for image in find_bids(out, desc="sr")]
+    # A result, this one or another, is no truth, wherever it lies.
+    own = {real(made) for made in (root / "derivatives").glob("*") if _is_own(made)} | {real(out)}
+    items = [_item(image, root, len(choice.classes) > 1, own) for image in find_bids(out, desc="sr")]
     return evaluate_items(out, items, png=png, choice=choice, progress=progress)
 
 
-def _item(image: BidsImage, root: Path, several: bool) -> Item:
+def _is_own(dataset: Path) -> bool:
+    """Whether fastsrgan made a dataset."""
+    makers = read_json(dataset / DESCRIPTION).get("GeneratedBy")
+    return any(isinstance(one, dict) and one.get("Name") == "fastsrgan" for one in makers or ())
+
+
+def _item(image: BidsImage, root: Path, several: bool, own: Container[Path]) -> Item:
     kept = "_".join(f"{key}-{value}" for key, value in image.entities if key != "desc")
     subject = f"{kept}_{image.suffix}"
     files = {"sr": image.path}
@@ -266,7 +274,8 @@ def _item(image: BidsImage, root: Path, several: bool) -> Item:
         return Item(subject, files, fault=f"no {image.folder / names[0]} in {root}")
     files["hr"] = hr
     patterns = [f"{kept}_dseg.nii*", f"{kept}_desc-*{image.suffix}_dseg.nii*", f"{kept}_desc-*_dseg.nii*"]
-    places = [root / image.folder, *sorted((root / "derivatives").glob(f"*/{image.folder}"))]
+    datasets = [root, *sorted((root / "derivatives").glob("*"))]
+    places = [dataset / image.folder for dataset in datasets if real(dataset) not in own]
     label = next((p for place in places for pattern in patterns for p in sorted(place.glob(pattern))), None)
     seg, mask = (image.path.with_name(image.derived(f"{n}{image.suffix}", "dseg").name) for n in ("cortex", "mask"))
     seg = mask if several and mask.exists() else seg  # the segmentation is the first structure alone

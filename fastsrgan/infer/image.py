@@ -339,7 +339,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     began, image, result, outputs = time.perf_counter(), loaded.volume, loaded.result, job.outputs(loaded.image)
     settings = job.settings
     assert result is not None
-    _clear(outputs)
+    kept = _clear(outputs, job)
     code = image.meta.get("space_code", 1)
     voxel_mm3 = abs(float(np.linalg.det(result.affine[:3, :3])))
     purpose = loaded.model.purpose
@@ -401,7 +401,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
         "threshold": settings.threshold,
         **more,
         "affine": result.affine,
-        "outputs": names(outputs),
+        "outputs": names(outputs | kept),
         "warnings": [*image.warnings, *result.report["warnings"], *odd],
         "seconds": loaded.seconds,
         "asked": settings.record(),
@@ -411,19 +411,24 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     return record
 
 
-def _clear(outputs: dict[str, Path]) -> None:
+def _clear(outputs: dict[str, Path], job: ImageJob) -> dict[str, Path]:
     """Away with the record that stands there, and with what it names beside itself and is not written anew.
 
-    A doubt or a picture of a replaced result would be taken for one of the new. The record goes first: a kill between
-    two files must not leave it standing beside new images.
+    A doubt or a picture of a replaced result would be taken for one of the new. Where --resume makes more of the same
+    result they are of this one: they stay, and are returned. The record goes first: a kill between two files must not
+    leave it standing beside new images.
     """
     record = outputs["json"]
-    made = read_json(record).get("outputs")
-    stale = {record.with_name(Path(str(name)).name) for name in made.values()} if isinstance(made, dict) else set()
+    known = read_json(record)
+    made = known.get("outputs")
+    beside = {k: record.with_name(Path(str(name)).name) for k, name in made.items()} if isinstance(made, dict) else {}
+    own = {k: path for k, path in beside.items() if path.name.startswith((f"{record.stem}.", f"{record.stem}_"))}
+    others = {k: path for k, path in own.items() if path not in outputs.values() and path.exists()}
+    same = job.resume and isinstance(known.get("asked"), dict) and not job.settings.differing(known["asked"])
     record.unlink(missing_ok=True)
-    for path in stale - set(outputs.values()):
-        if path.name.startswith(f"{record.stem}.") or path.name.startswith(f"{record.stem}_"):
-            path.unlink(missing_ok=True)
+    for path in () if same else others.values():
+        path.unlink()
+    return others if same else {}
 
 
 def _listed(start: str, items: Sequence[str]) -> str:

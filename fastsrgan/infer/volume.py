@@ -26,7 +26,7 @@ from fastsrgan.infer.memory import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, Mem
 from fastsrgan.infer.modes import Together, by_ranks, by_slabs, check_result, find_region, in_memory
 from fastsrgan.infer.network import Averaged, TileNetwork, average, deviations, members
 from fastsrgan.infer.planes import Interpolated, Prepared, Whole, coarser, masked, target_spacing
-from fastsrgan.infer.settings import ZERO, InferSettings, takes_options
+from fastsrgan.infer.settings import AUTO, OFF, ZERO, InferSettings, takes_options
 from fastsrgan.infer.sweep import GROUP_BATCHES
 from fastsrgan.infer.values import flip_axes
 from fastsrgan.model.arithmetic import pick_precision
@@ -170,7 +170,7 @@ def process(
             sr, prob, facts = in_memory(image, plan, network, progress, label)
     odd = check_result((sr, prob), data, settings.precision, label)
     told, left = _finished((sr, prob), data, image, agreeing, together, label)
-    odd += told.pop("warnings", [])
+    odd += told.pop("warnings", []) + _idle(settings, agreeing, label)
     averaged = network.generator
     report = {
         **settings.report(),
@@ -193,6 +193,17 @@ def process(
     }
     doubt, prob = (prob[-1], prob[:-1]) if doubted else (None, prob)
     return InferResult(sr, prob, _new_affine(affine, data.shape, sr.shape, image), report, left, doubt)
+
+
+def _idle(settings: InferSettings, agreeing: modes.Wanted | None, label: str) -> list[str]:
+    """A warning of options that say how a result agrees with a scan whose own voxels it has."""
+    asked = {"agree": settings.agree, "profile": settings.profile}
+    named = [name for name, value in asked.items() if value not in (AUTO, OFF)]
+    if agreeing is None or not agreeing.seen.is_identity or not named or settings.agree == OFF:
+        return []
+    warning = f"the result has the scan's own voxels and slices: {' and '.join(named)} not used"
+    log.warning("%s: %s", label, warning)
+    return [warning]
 
 
 def _finished(

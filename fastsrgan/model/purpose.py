@@ -220,12 +220,12 @@ MODELS = {
         ),
     ),
     "perinatal": ShippedModel(
-        "segsrgan-k8-perinatal.safetensors",
+        "segsrgan-k12-perinatal.safetensors",
         Purpose(
             structures=((1, "cortical grey matter"),),
             contrast="T2-like contrast",
             contrasts=("T2 before myelination",),
-            dice=(("T2 before myelination", (0.63, 0.80)),),
+            dice=(("T2 before myelination", (0.64, 0.81)),),
             ages="21 to 40 weeks of gestation",
             species="human",
             view="brain, stripped or with the head around it",

@@ -72,7 +72,7 @@ def loop(run: Run, stop: StopRequest) -> None:
             run_group(run, turn, next(residents), stop)
             last = index + 1 == len(turns) or turns[index + 1].epoch != turn.epoch
             if stopped(run, stop) or (last and at.updates and not end_epoch(run, turn.epoch, stop)):
-                save(run)
+                keep(run)
                 return
             if not last:
                 at.next_group()
@@ -82,7 +82,7 @@ def loop(run: Run, stop: StopRequest) -> None:
                 continue
             run.ended_early = turn.epoch if out_of_patience(run) else None
             if turn.epoch % c.snapshot == 0 or turn.epoch == run.last_epoch or run.ended_early:
-                save(run)
+                keep(run)
                 export(run, turn.epoch)
             if run.ended_early:
                 log.info("epoch %d: no better score in %d validations, training ends", turn.epoch, at.stale)
@@ -90,6 +90,14 @@ def loop(run: Run, stop: StopRequest) -> None:
     if at.updates == 0:
         reason = f"none of its {len(run.train)} Train subjects gave a patch"
         raise InputError(run.store.url, reason, "see the warnings for what is left out")
+
+
+def keep(run: Run) -> None:
+    """A snapshot; none amid updates that are not finite, so that the last one is good when the run ends for them."""
+    if run.bad:
+        log.warning("no snapshot after update %d: the last %d were not finite", run.position.updates, run.bad)
+    else:
+        save(run)
 
 
 def out_of_patience(run: Run) -> bool:

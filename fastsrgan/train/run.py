@@ -281,7 +281,7 @@ def keep_arithmetic(
             mode = kept_mode
         else:
             names = {}
-        if not ranks.rank:
+        if not ranks.rank and name is not None:  # else what cannot be read is told when it is
             told = "going on in %s, layer forms %s, %d as in the snapshot"
             log.info(told, goes_on_in(config, name), mode, len(names))
     held.enter_context(forms.job(mode, names))
