@@ -17,10 +17,8 @@ from test_ddp import CONFIG, training
 
 from fastsrgan.model import checkpoint
 
-pytestmark = [
-    pytest.mark.skipif(not os.environ.get("FASTSRGAN_LONG_TESTS"), reason="slow: FASTSRGAN_LONG_TESTS=1 runs them"),
-    pytest.mark.timeout(1800),
-]
+pytestmark = pytest.mark.timeout(1800)
+slow = pytest.mark.skipif(not os.environ.get("FASTSRGAN_LONG_TESTS"), reason="slow: FASTSRGAN_LONG_TESTS=1 runs them")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +50,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@slow
 @pytest.mark.fault(39)
 def test_torchrun_restarts_a_run_whose_rank_died_where_the_last_snapshot_is(store, whole, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf8")
@@ -123,6 +122,7 @@ def test_the_slurm_script_requeues_a_run_that_its_own_job_stopped(tmp_path, befo
     assert (tmp_path / "asked").exists() == again
 
 
+@slow
 @pytest.mark.fault(37)
 def test_the_slurm_script_leaves_a_snapshot_before_the_time_limit_and_is_requeued(store, whole, tmp_path):
     (tmp_path / "config.yaml").write_text(CONFIG.to_yaml(), encoding="utf8")
