@@ -402,7 +402,7 @@ def test_truth_given_to_the_report_is_evaluated(results, tmp_path):
 
 @pytest.mark.parametrize("outside", ["scan", "zero"])
 def test_a_truths_baselines_are_those_of_evaluate_with_the_scan(results, tmp_path, outside):
-    """Also of a result whose outside was set to zero: the page draws the spline cut there, the figures are the scan's."""
+    """Also of a result whose outside was set to zero: the page draws the spline cut there, figures are the scan's."""
     image, label = make_truth(tmp_path)
     out = shutil.copytree(results, tmp_path / "out")
     record = json.loads((out / "scan.json").read_text(encoding="utf8"))
@@ -623,7 +623,11 @@ def test_runs_are_compared_by_every_score_each_with_its_like(monkeypatch):
     monkeypatch.setattr(curves, "line_chart", line_chart)
     scored = {"PSNR": 20.0, "whole_PSNR": 30.0, "spline_PSNR": 25.0, "Dice": 0.1, "Dice_mask0": 0.9, "SSIM": 0.8}
     scored |= {"Dice_cortex": 0.3, "whole_Dice_cortex": 0.4}
-    rows = [{"epoch": 1} | scored], [{"epoch": 1, "PSNR": 21.0, "Dice": 0.2}], [{"epoch": 1, "Dice_label_1": 0.6, "Dice_mask1": 0.5}]
+    rows = (
+        [{"epoch": 1} | scored],
+        [{"epoch": 1, "PSNR": 21.0, "Dice": 0.2}],
+        [{"epoch": 1, "Dice_label_1": 0.6, "Dice_mask1": 0.5}],
+    )
     facts = [{"validation": row, "at": [], "curves": {}, "summary": None, "config": ""} for row in rows]
     curves.runs_card(facts, ["one", "other", "masked"])
     found = {title: [(line.name, line.y) for line in lines] for title, lines in charts.items()}

@@ -285,7 +285,7 @@ def _write(path: Path, page: str) -> None:
 def _score(
     result: Result, hr: Path, label: Path | None, mask: Path | None, chosen: Sequence[labels.Structure] = ()
 ) -> None:
-    """Evaluate against a truth as `evaluate --lr` does: the baselines are made of the whole scan, also of a masked one."""
+    """Evaluate against a truth as `evaluate --lr` does: the baselines are the whole scan's, masked or not."""
     warnings: list[str] = []
     truth = images.load(hr)
     result.files["hr"] = hr
