@@ -17,10 +17,8 @@ from test_ddp import CONFIG, training
 
 from fastsrgan.model import checkpoint
 
-pytestmark = [
-    pytest.mark.skipif(not os.environ.get("FASTSRGAN_LONG_TESTS"), reason="slow: FASTSRGAN_LONG_TESTS=1 runs them"),
-    pytest.mark.timeout(1800),
-]
+pytestmark = pytest.mark.timeout(1800)
+slow = pytest.mark.skipif(not os.environ.get("FASTSRGAN_LONG_TESTS"), reason="slow: FASTSRGAN_LONG_TESTS=1 runs them")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +50,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@slow
 @pytest.mark.fault(39)
 def test_torchrun_restarts_a_run_whose_rank_died_where_the_last_snapshot_is(store, whole, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf8")
@@ -73,6 +72,7 @@ def test_torchrun_restarts_a_run_whose_rank_died_where_the_last_snapshot_is(stor
 
 # --- SLURM --------------------------------------------------------------------------------------------------------
 
+ROOT = Path(__file__).parent.parent
 STUBS = {  # what the batch script calls, with one machine for a cluster
     "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$STUBS/asked"; fi',
     "srun": """
@@ -86,18 +86,49 @@ exit $code""",
 }
 
 
+def slurm_job(place: Path) -> dict[str, str]:
+    """The environment of a job of two tasks whose commands are ``STUBS``."""
+    for name, body in STUBS.items():
+        (place / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf8")
+        (place / name).chmod(0o755)
+    job = {"JOB_ID": 123, "NTASKS": 2, "NNODES": 1, "CPUS_PER_TASK": 1, "JOB_NODELIST": "here"}
+    environment = {**os.environ, **{f"SLURM_{k}": str(v) for k, v in job.items()}, "STUBS": str(place)}
+    return environment | {"PATH": f"{place}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.fault(37)
+@pytest.mark.parametrize(
+    ("before", "after", "code", "again"),
+    [
+        (None, 10, 143, True),
+        (10, 10, 143, True),
+        (None, None, 143, False),  # before the first step
+        (10, None, 143, False),  # the same of a job that was requeued
+        (10, 15, 143, False),
+        (10, 10, 1, False),
+    ],
+)
+def test_the_slurm_script_requeues_a_run_that_its_own_job_stopped(tmp_path, before, after, code, again):
+    """The training is a stand-in that writes the summary, if it does, and ends with the code."""
+    environment, run = slurm_job(tmp_path), tmp_path / "run"
+    run.mkdir()
+    if before:
+        (run / "summary.json").write_text(json.dumps({"stopped": before, "updates": 3}), encoding="utf8")
+    made = f"echo '{json.dumps({'stopped': after, 'updates': 6})}' > '{run}/summary.json'" if after else ":"
+    (tmp_path / "fastsrgan").write_text(f"#!/bin/bash\n{made}\nexit {code}\n", encoding="utf8")
+    command = ["bash", str(ROOT / "docs/slurm/train.sbatch"), "store", str(run)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert (tmp_path / "asked").exists() == again
+
+
+@slow
 @pytest.mark.fault(37)
 def test_the_slurm_script_leaves_a_snapshot_before_the_time_limit_and_is_requeued(store, whole, tmp_path):
-    root = Path(__file__).parent.parent
-    for name, body in STUBS.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf8")
-        (tmp_path / name).chmod(0o755)
     (tmp_path / "config.yaml").write_text(CONFIG.to_yaml(), encoding="utf8")
-    job = {"JOB_ID": 123, "NTASKS": 2, "NNODES": 1, "CPUS_PER_TASK": 1, "JOB_NODELIST": "here"}
-    environment = {**os.environ, **{f"SLURM_{k}": str(v) for k, v in job.items()}, "STUBS": str(tmp_path)}
-    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
+    environment = slurm_job(tmp_path)
     run = tmp_path / "run"
-    command = ["bash", str(root / "docs/slurm/train.sbatch"), str(store), str(run)]
+    command = ["bash", str(ROOT / "docs/slurm/train.sbatch"), str(store), str(run)]
     command += ["--config", str(tmp_path / "config.yaml")]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not ((run / "log.jsonl").exists() and len(rows(run)) >= 3):

@@ -20,7 +20,7 @@ from fastsrgan.cli import main as cli
 from fastsrgan.core.files import write_json
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.evaluate.figures import alone
-from fastsrgan.evaluate.grids import onto_grid
+from fastsrgan.evaluate.grids import READER, SPLINE, onto_grid
 from fastsrgan.evaluate.pair import evaluate_files
 from fastsrgan.infer.files import infer_files
 from fastsrgan.io import nifti as images
@@ -398,7 +398,24 @@ def test_truth_given_to_the_report_is_evaluated(results, tmp_path):
     told = json.loads((results / "scores.json").read_text(encoding="utf8"))
     assert scores["image"]["whole"] == pytest.approx(told["image"]["whole"])
     assert scores["segmentation"]["dice"] == told["segmentation"]["dice"]
-    assert scores["baseline"]["image"]["whole"]["psnr_db"] > 15
+
+
+@pytest.mark.parametrize("outside", ["scan", "zero"])
+def test_a_truths_baselines_are_those_of_evaluate_with_the_scan(results, tmp_path, outside):
+    """Also of a result whose outside was set to zero: the page draws the spline cut there, figures are the scan's."""
+    image, label = make_truth(tmp_path)
+    out = shutil.copytree(results, tmp_path / "out")
+    record = json.loads((out / "scan.json").read_text(encoding="utf8"))
+    write_json(out / "scan.json", record | {"region": {"outside": outside}})
+    (path,) = report(out / "scan.json", tmp_path / "page.html", hr=image, label=label)
+    got = Parsed(path.read_text(encoding="utf8"))
+    scores = got.facts["results"][0]["scores"]
+    scan = results.parent / "scan.nii.gz"
+    told = evaluate_files(out / "scan_sr.nii.gz", image, out / "scan_seg.nii.gz", label, lr=scan)
+    for part in ("image", "segmentation", "baseline", "gain", "baselines", "grid", "notes", "definitions"):
+        assert scores[part] == json.loads(json.dumps(told[part])), part
+    assert {"dice", "components", "hausdorff95_mm"} <= set(scores["baseline"]["segmentation"])
+    assert f"Baseline: image: {SPLINE}; segmentation: {READER}." in got.words
 
 
 def test_a_mask_of_the_truth_is_a_region_of_the_figures(results, tmp_path):
@@ -598,18 +615,27 @@ def test_a_run_says_which_weights_it_began_with_and_runs_differ_by_them():
 
 def test_runs_are_compared_by_every_score_each_with_its_like(monkeypatch):
     charts = {}
-    monkeypatch.setattr(curves, "line_chart", lambda title, lines, *labels: charts.update({title: lines}))
+
+    def line_chart(title, lines, *labels):
+        assert title not in charts
+        charts[title] = lines
+
+    monkeypatch.setattr(curves, "line_chart", line_chart)
     scored = {"PSNR": 20.0, "whole_PSNR": 30.0, "spline_PSNR": 25.0, "Dice": 0.1, "Dice_mask0": 0.9, "SSIM": 0.8}
     scored |= {"Dice_cortex": 0.3, "whole_Dice_cortex": 0.4}
-    rows = [{"epoch": 1} | scored], [{"epoch": 1, "PSNR": 21.0, "Dice": 0.2}]
+    rows = (
+        [{"epoch": 1} | scored],
+        [{"epoch": 1, "PSNR": 21.0, "Dice": 0.2}],
+        [{"epoch": 1, "Dice_label_1": 0.6, "Dice_mask1": 0.5}],
+    )
     facts = [{"validation": row, "at": [], "curves": {}, "summary": None, "config": ""} for row in rows]
-    curves.runs_card(facts, ["one", "other"])
+    curves.runs_card(facts, ["one", "other", "masked"])
     found = {title: [(line.name, line.y) for line in lines] for title, lines in charts.items()}
     assert {title: lines for title, lines in found.items() if lines} == {
         "PSNR on the test subjects, dB: patches": [("one", [20.0]), ("other", [21.0])],
         "PSNR on the test subjects, dB: whole volumes": [("one", [30.0])],
         "SSIM on the test subjects": [("one", [0.8])],
-        "Dice on the test subjects: patches": [("one", [0.1]), ("other", [0.2])],
+        "Dice on the test subjects: patches": [("one", [0.1]), ("other", [0.2]), ("masked", [0.6])],
         "Dice on the test subjects: Dice_cortex": [("one", [0.3])],
         "Dice on the test subjects: whole_Dice_cortex": [("one", [0.4])],
     }

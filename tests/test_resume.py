@@ -25,6 +25,7 @@ from fastsrgan.errors import InputError, ModelError, ResourceError
 from fastsrgan.model import checkpoint, weights
 from fastsrgan.pictures.planes import find_panels
 from fastsrgan.train import loop, snapshots
+from fastsrgan.train import run as run_module
 from fastsrgan.train.gan import Models
 from fastsrgan.train.run import train
 
@@ -330,6 +331,28 @@ def test_a_damaged_table_of_epochs_is_made_anew(store, tmp_path, caplog):
     assert caplog.text.count("dice.csv is damaged and is made anew; log.jsonl has") == 1
     indices = [[line.split(",")[0] for line in (run / n).read_text().splitlines()] for n in ("dice.csv", "mse.csv")]
     assert indices == [["", "2"], ["", "1", "2"]] and len(rows(run, "validation")) == 2
+
+
+@pytest.mark.fault(37)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_loop_ends_a_training_with_143_and_without_its_lock(
+    store, tmp_path, monkeypatch, capsys, number
+):
+    """SIGUSR1 killed it with 138, as no one looked after it, and its lock stayed."""
+    before, run, locked = signal.getsignal(number), tmp_path / "run", []
+
+    def prepare(*_: object) -> None:
+        locked.append((run / LOCK).exists())
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(run_module, "prepare", prepare)
+    signal.signal(number, lambda *_: pytest.fail("the command does not look after it"))
+    try:
+        code = main(["--quiet", "train", str(store), "-o", str(run), "-n", "1", "1", "3", "--device", "cpu"])
+    finally:
+        signal.signal(number, before)
+    assert (code, capsys.readouterr().err) == (143, f"error: stopped: by {number.name}\n")
+    assert locked == [True] and not (run / LOCK).exists() and not (run / "summary.json").exists()
 
 
 @pytest.mark.fault(27)

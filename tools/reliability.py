@@ -130,7 +130,7 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     36: ("loss or gradient not finite", "skipped and counted; 5 after several in a row, with the batch", ""),
     37: (
         "SIGTERM, SIGUSR1",
-        "training, once its loop runs: snapshot at the step's end, 143; others, SIGTERM: cleaned up, 143",
+        "training, once its loop runs: snapshot at the step's end, 143; else cleaned up, 143",
         "",
     ),
     38: (

@@ -1,7 +1,8 @@
 """The command line: parse, call one library function, print. ``-`` and ``_`` are alike in option names.
 
 Exit codes: 0 ok, 2 usage, 3 bad input, 4 bad weights / checkpoint / store version / config, 5 resources, 6 some items
-of a batch failed, 130 and 143 after SIGINT and SIGTERM. One line on standard error says what came and what to do.
+of a batch failed, 130 after SIGINT, 143 after SIGTERM and SIGUSR1. One line on standard error says what
+came and what to do.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fastsrgan.cli.console import (
     table,
 )
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.core.signals import SAID, Interrupts, Terminated, loading, no_room
+from fastsrgan.core.signals import SAID, Interrupts, Terminated, exit_code, loading, no_room
 from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, out_of_memory
 from fastsrgan.infer.settings import add_options
 
@@ -360,9 +361,9 @@ def failed(error: BaseException) -> int:
         error_line(str(error))
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        number = error.signal if isinstance(error, Terminated) else signal.SIGINT
         error_line(SAID[number])
-        return 128 + number
+        return exit_code(number)
     if isinstance(error, MemoryError):
         error_line(f"memory: not enough ({str(error) or 'use a smaller patch, batch or volume'})")
         return 5

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, from the first moment of a command to its last.
+"""SIGINT, SIGTERM and SIGUSR1, from the first moment of a command to its last.
 
 Imports nothing but the standard library: ``__main__`` needs it before the libraries are loaded.
 
@@ -21,16 +21,29 @@ from typing import Any, TextIO
 
 from fastsrgan.errors import ResourceError, out_of_memory
 
-SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped: by SIGTERM"}
+SAID = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "stopped: by SIGTERM",
+    signal.SIGUSR1: "stopped: by SIGUSR1",  # of a batch system, before its time limit
+}
+
+
+def exit_code(number: int) -> int:
+    """What a process owes that a signal stopped: 130 after SIGINT, else 143."""
+    return 130 if number == signal.SIGINT else 143
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a job as Ctrl-C does: what is half done is taken away on the way out."""
+    """SIGTERM or SIGUSR1, which end a job as Ctrl-C does: what is half done is taken away on the way out."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
 
 
 def stopped_by(number: int) -> KeyboardInterrupt:
-    """What ends a command that a signal stopped: with 130 after SIGINT, else with 143."""
-    return KeyboardInterrupt() if number == signal.SIGINT else Terminated()
+    """What ends a command that a signal stopped."""
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
 
 
 class _Handlers:
@@ -67,11 +80,11 @@ class AtOnce(_Handlers):
             sys.stdout.flush()
         with contextlib.suppress(OSError):
             os.write(2, f"error: {SAID[signal.Signals(number)]}\n".encode())
-        os._exit(128 + number)
+        os._exit(exit_code(number))
 
 
 class Interrupts(_Handlers):
-    """SIGINT raises KeyboardInterrupt and SIGTERM Terminated; the second of them ends the process at once.
+    """SIGINT raises KeyboardInterrupt, SIGTERM and SIGUSR1 Terminated; the second of them ends the process at once.
 
     At once means without cleaning up: temporary files may stay, nothing half-written has its final name.
 
@@ -86,7 +99,7 @@ class Interrupts(_Handlers):
 
     def _stop(self, number: int, _frame: object) -> None:
         if self.raised is not None:
-            os._exit(128 + number)
+            os._exit(exit_code(number))
         self.raised = stopped_by(number)
         raise self.raised
 
@@ -95,10 +108,8 @@ class StopRequest(_Handlers):
     """SIGINT, SIGTERM and SIGUSR1 as a flag that a loop looks at between two steps.
 
     A second SIGINT, ``again_after`` seconds or more behind the first, stops at once. ``code`` is the exit code the
-    process owes: 130 after SIGINT, else 143.
+    process owes.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self, again_after: float = 0.0) -> None:
         super().__init__()
@@ -120,7 +131,7 @@ class StopRequest(_Handlers):
     @property
     def code(self) -> int:
         """Exit code after this request; 0 when there was none."""
-        return 0 if self.signal is None else 130 if self.signal == signal.SIGINT else 143
+        return 0 if self.signal is None else exit_code(self.signal)
 
 
 class Lasting:

@@ -50,6 +50,7 @@ LINES = {
     "d_penalty": "gradient penalty",
     "d_gradient": "critic",
 }
+SAME = {"Dice_label_1": "Dice"}  # the label's Dice, as a run with mask classes calls it: of several runs one chart
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -92,12 +93,14 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
     """Several runs laid over each other; facts of ``read_run`` lie at /runs/INDEX: a line of its own for each."""
     plots = []
     for title, known in SCORES:
-        own = [k for k in _columns(known, [v for facts in runs for v in facts["validation"]]) if not _of_baseline(k)]
+        found = _columns(known, [v for facts in runs for v in facts["validation"]])
+        own = list(dict.fromkeys(SAME.get(k, k) for k in found if not _of_baseline(k)))
         for key in own:
+            scored = [[_plain(_first(v, key)) for v in facts["validation"]] for facts in runs]
             lines = [
-                Line(name, [v["epoch"] for v in rows], [_plain(v.get(key)) for v in rows], number=i)
-                for i, (name, rows) in enumerate(zip(names, (facts["validation"] for facts in runs), strict=True))
-                if any(_plain(v.get(key)) is not None for v in rows)
+                Line(name, [v["epoch"] for v in facts["validation"]], values, number=i)
+                for i, (name, facts, values) in enumerate(zip(names, runs, scored, strict=True))
+                if any(value is not None for value in values)
             ]
             plots.append(line_chart(f"{title}: {LINES.get(key, key)}" if len(own) > 1 else title, lines, "epoch"))
     for title, columns, unit in CHARTS:
@@ -230,6 +233,11 @@ def _columns(known: Sequence[str], validation: Sequence[dict[str, Any]]) -> list
     found = dict.fromkeys(k for v in validation for k in v)
     named = [k for k in found if "Dice" in known and k.startswith(("Dice_", "whole_Dice_"))]
     return [k for k in dict.fromkeys((*known, *named)) if k in found and not k.startswith("Dice_mask")]
+
+
+def _first(validation: Mapping[str, Any], key: str) -> Any:
+    """A score by its name, else by another that ``SAME`` has for it."""
+    return next((validation[k] for k in (key, *(k for k, v in SAME.items() if v == key)) if k in validation), None)
 
 
 def _of_baseline(key: str) -> bool:

@@ -69,7 +69,7 @@ def report(
         result gets ``STEM_report.html`` beside it
     scores : JSON of ``evaluate`` (a pair's or a table's); without it the folder's own
     studies : JSON files of ``study``, shown beside those of the folder
-    hr, label, mask : truth of a single result, evaluated here, with the spline of the input as baseline
+    hr, label, mask : truth of a single result, evaluated here as with ``evaluate --lr`` and the input
     label_classes, label_names : which values of the label are the structure, see `labels.structure`; of several each
         has its scores, and of the result its map of structures is taken
     max_mb : largest page in MB (10^6 bytes); of volumes that are too large for it a slab or block is shown
@@ -285,7 +285,7 @@ def _write(path: Path, page: str) -> None:
 def _score(
     result: Result, hr: Path, label: Path | None, mask: Path | None, chosen: Sequence[labels.Structure] = ()
 ) -> None:
-    """Evaluate against a truth, with the cubic spline of the input as baseline."""
+    """Evaluate against a truth as `evaluate --lr` does: the baselines are the whole scan's, masked or not."""
     warnings: list[str] = []
     truth = images.load(hr)
     result.files["hr"] = hr
@@ -302,14 +302,13 @@ def _score(
         seg = result.files.get("mask", result.files.get("seg"))
         more = structure_pairs(seg, label, chosen) if seg is not None else {}
         others |= {"seg": more[chosen[0].name][0]} if more else {}
-    spline = onto_grid(others["low"], truth, name="the spline of the input", notes=[]) if "low" in others else None
     result.scores = evaluate_pair(
         sr,
         truth,
         seg=others.get("seg") if label is not None else None,
         label=others.get("label"),
         mask=images.load_label(mask) if mask is not None else None,
-        baseline=spline,
+        lr=others.get("low"),
         structures=more,
     )
     if chosen:
