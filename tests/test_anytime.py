@@ -198,3 +198,10 @@ def test_the_rate_of_a_level_is_its_own_from_its_eighth_tile_on():
     network = TileNetwork(Timed(Local(), clock), 1.0, batch=1)
     anytime.refine(VOLUME, LEVELS[:2], network, 1e9, clock=clock, progress=progress)
     assert rates[:9] == pytest.approx([*((first + k) / (first + 3 * k) for k in range(1, 8)), 1 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize("pace", [0.001, 3.0])
+def test_the_rate_is_of_the_tiles_over_their_time_however_short(pace):
+    done, seconds, facts = counts(1e9, lambda n: pace)
+    assert facts["tile_seconds"] == pytest.approx(seconds)
+    assert facts["tiles_per_second"] == pytest.approx(done[-1] / seconds)

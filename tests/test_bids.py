@@ -200,6 +200,8 @@ def test_derivatives_do_not_go_into_another_dataset(dataset, model):
     ("damage", "told"),
     [
         (lambda out: (out / "dataset_description.json").unlink(), "no GeneratedBy"),
+        (lambda out: _described(out, DatasetType=None), "DatasetType is not derivative"),
+        (lambda out: _described(out, DatasetType="raw"), "DatasetType is not derivative"),
         (lambda out: next(out.rglob("*desc-sr_T1w.json")).unlink(), "no Sources"),
         (lambda out: next(out.rglob("*_dseg.tsv")).unlink(), "no table of its labels"),
         (lambda out: _rename(out, "sub-01_desc-sr_T1w", "sub-01_desc-sr_acq-x_T1w"), "out of order"),
@@ -215,6 +217,11 @@ def test_the_check_finds_what_is_wrong(dataset, model, tmp_path, damage, told):
     assert check_derivatives(out) == []
     damage(out)
     assert any(told in fault for fault in check_derivatives(out))
+
+
+def _described(out, **changes):
+    path = out / "dataset_description.json"
+    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not None}))
 
 
 def _rename(out, old, new):

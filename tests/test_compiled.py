@@ -487,3 +487,17 @@ def test_compile_is_checked_and_stays_off_on_a_cpu(monkeypatch):
     infer_volume(IMAGE, np.eye(4), build_generator(GeneratorSpec(kernel=1)), **TILES)
     with pytest.raises(UsageError, match="compile: 'fast'"):
         infer_volume(IMAGE, np.eye(4), build_generator(GeneratorSpec(kernel=1)), **TILES, compile="fast")
+
+
+def test_a_lack_of_memory_in_a_self_test_is_no_reason_to_go_on_uncompiled(caplog):
+    def fails(error):
+        def test():
+            raise error
+
+        return test
+
+    assert jobs.proven(lambda: None, strict=True)
+    assert not jobs.proven(fails(ValueError("wrong")), strict=False) and "self-test failed" in caplog.text
+    for error, strict in ((ValueError("wrong"), True), (torch.OutOfMemoryError("CUDA out of memory."), False)):
+        with pytest.raises(type(error)):
+            jobs.proven(fails(error), strict)

@@ -195,6 +195,15 @@ def test_quantised_floats_keep_zero_order_and_the_stated_error(values):
     assert (np.diff(back.ravel()[order]) >= 0).all()
 
 
+def test_all_levels_are_used_but_for_the_one_that_zero_costs():
+    levels, _, _, facts = encode(np.linspace(10, 20, 60).reshape(3, 4, 5), 1.0, 0.0, "int16")
+    assert (levels.min(), levels.max()) == (-32768, 32767)
+    assert facts["quantisation"]["step"] == pytest.approx(10 / 65535, rel=1e-9)
+    levels, _, _, facts = encode(np.linspace(-3, 7, 60).reshape(3, 4, 5), 1.0, 0.0, "int16")
+    assert int(levels.max()) - int(levels.min()) in (65533, 65534)  # low and high are rounded to levels
+    assert facts["quantisation"]["step"] == pytest.approx(10 / 65534, rel=1e-9)
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     hnp.arrays(

@@ -628,3 +628,18 @@ def test_infer_takes_a_folder(tmp_path, capsys):
     assert np.allclose(sr.affine @ [*((n - 1) / 2 for n in sr.data.shape), 1], source.affine @ [*centre, 1], atol=5e-6)
     assert cli.main([*command, "--series", "4", "--resume"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("skipped")
+
+
+def test_what_a_frame_leaves_empty_is_taken_from_what_all_frames_share(tmp_path):
+    """An element without a value stands beside the frame: it hides nothing."""
+
+    def emptied(ds):
+        for group in ds.PerFrameFunctionalGroupsSequence:
+            measures = dicom_files.Dataset()
+            measures.PixelSpacing, measures.SliceThickness = None, None
+            group.PixelMeasuresSequence = [measures]
+
+    path = write_enhanced(tmp_path / "e.dcm", volume(), scanner_affine("axial"), change=emptied)
+    image = dicom.load(path)
+    assert np.allclose(spacing_of(image.affine), (1.0, 1.25, 3.0), atol=1e-5)
+    assert image.meta["slice_thickness_mm"] == 3.0

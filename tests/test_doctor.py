@@ -183,3 +183,20 @@ def test_cores_are_those_of_a_containers_quota(monkeypatch, quota, cores):
     monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: {0, 1, 2})
     monkeypatch.setattr(doctor, "_read", lambda path: quota or None)
     assert doctor._usable_cores() == cores
+
+
+def test_memory_that_is_there_and_that_can_be_had_are_told_apart(monkeypatch):
+    monkeypatch.setattr(doctor, "total_memory", lambda: 16 << 30)
+    monkeypatch.setattr(doctor, "free_memory", lambda: 3 << 30)
+    monkeypatch.setattr(doctor, "probe", lambda *_, **__: (None, None))
+    assert doctor.diagnose()["memory"] == {"total": 16 << 30, "available": 3 << 30}
+
+
+def test_an_nvidia_smi_that_fails_is_no_driver(monkeypatch, tmp_path):
+    """As where its library and the kernel's module differ."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'\nexit 18\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(doctor, "_read", lambda path: None)
+    assert doctor.driver() is None

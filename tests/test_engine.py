@@ -142,6 +142,14 @@ def test_running_out_of_memory_halves_the_batch(generator, caplog, error):
     assert torch.allclose(out, reference, rtol=0, atol=1.6e-5)  # found: 8.2e-6, as above
 
 
+def test_of_a_short_batch_without_room_half_is_tried_and_not_half_of_a_full_one(generator):
+    cramped = Cramped(generator, 2, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"))
+    network = TileNetwork(cramped, 1.0)
+    assert network.choose_batch(16, PLAN) == 16
+    found = list(network.outputs(VOLUME, PLAN, range(5)))
+    assert cramped.sizes == [5, 2, 2, 1] and [len(tiles) for tiles in found] == [2, 2, 1] and network.size == 2
+
+
 @pytest.mark.fault(33)
 def test_no_memory_for_one_tile_ends_with_a_hint(generator):
     cramped = Cramped(generator, 0, torch.OutOfMemoryError("CUDA out of memory"))

@@ -232,6 +232,8 @@ def test_patience_ends_before_half_a_minute_and_grows_with_the_volume(store, mon
         monkeypatch.setattr(feed, "PATIENT_VOXELS", 5e7 * np.prod(SHAPES[0]) / voxels)
         made._submit(idle, 1, "a")
     assert np.allclose(allowed, [25, 25, 100])
+    make_feed(store, patience=3.0)._submit(idle, 1, "a")  # at four times the voxels that it is for
+    assert allowed[-1] == 12
 
 
 def test_a_thread_that_hangs_does_not_keep_the_process(engine):

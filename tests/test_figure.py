@@ -362,3 +362,29 @@ def test_only_planes_across_the_slices_are_drawn_and_a_slice_is_as_long_as_it_is
         # The bar lies on a slice of the scan, not between two.
         number = (ends.mean() - low.affine[thick, 3]) / 3
         assert number == pytest.approx(round(number))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_columns_fill_the_page_between_its_margins(truth, count):
+    """Of a page 1000 pixels wide, half of what the lengths are given for."""
+    columns = [figure.Column(truth, str(i)) for i in range(count)]
+    drawn = figure.planes(columns, reference=truth, at_mm=(1, -2, 3), width_px=1000)
+    boxes = [axes.get_position() for axes in drawn.axes]
+    assert 1000 * min(box.x0 for box in boxes) == pytest.approx((figure.PAGE_MARGIN + figure.GUTTER) / 2)
+    assert 1000 * max(box.x1 for box in boxes) == pytest.approx(1000 - figure.PAGE_MARGIN / 2)
+
+
+def test_a_footer_gives_way_to_the_legend_alone(truth):
+    """It is as large as its line allows: over the whole page where nothing is outlined."""
+    label = Volume((truth.data > 400).astype(np.uint8), truth.affine)
+
+    def size(outlines):
+        columns = [figure.Column(truth, "", outlines=outlines)]
+        drawn = figure.planes(
+            columns, reference=truth, at_mm=(1, -2, 3), masks=(label, None), width_px=2000, footer="x" * 160
+        )
+        (text,) = [t for t in drawn.texts if t.get_text().startswith("xxx")]
+        room = 2000 - 2 * figure.PAGE_MARGIN - figure.GUTTER
+        return text.get_fontsize() / 0.72 * figure.LETTER * len(text.get_text()) / room
+
+    assert size(True) < 0.9 and size(False) == pytest.approx(1)

@@ -370,3 +370,18 @@ def test_volume_of_the_contract(tmp_path):
     assert volume.data.dtype == np.float64
     expected = {"path": str(tmp_path / "v.nii"), "stored_dtype": "int16", "nan_count": 0, "units": "mm", "volume": 0}
     assert expected.items() <= volume.meta.items()
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, 4, 5, 6, 99])
+def test_the_space_is_the_one_of_the_header_unless_it_is_unknown(tmp_path, code):
+    """5 is another template; what no list has is taken as aligned to another image."""
+    volume = images.load(write(tmp_path / "a.nii", HEAD, sform_code=code))
+    assert volume.meta["space_code"] == (code if code < 6 else 2)
+    assert any("code" in told and "is unknown" in told for told in volume.warnings) == (code > 5)
+
+
+@pytest.mark.parametrize(("share", "told"), [(1.005, False), (1.02, True), (0.95, True)])
+def test_a_voxel_size_that_differs_from_the_sforms_by_more_than_a_hundredth_is_told(tmp_path, share, told):
+    size = spacing_of(images.load(write(tmp_path / "a.nii", HEAD)).affine)
+    path = write(tmp_path / "b.nii", HEAD, pixdim=(slice(1, 4), [share * n for n in size]))
+    assert any("pixdim is" in warning for warning in images.load(path).warnings) == told

@@ -90,7 +90,7 @@ def test_the_record_says_what_made_the_result(tmp_path, model):
     used = {"patch": 16, "step": 12, "window": "gaussian", "geometry": "physical", "precision": "fp32", "device": "cpu"}
     assert {key: record[key] for key in used} == used
     assert record["new_resolution"] == pytest.approx([1.0, 1.0, 1.25])
-    assert record["seconds"] > 0 and record["warnings"] == [] and record["provenance"]["torch"] == torch.__version__
+    assert record["seconds"] > 0 and "hardly trained" in "".join(record["warnings"]) and record["provenance"]["torch"] == torch.__version__
     assert record["outputs"]["sr"].endswith("a_sr.nii.gz")
 
 
@@ -247,8 +247,6 @@ def test_images_that_would_share_outputs_are_refused(tmp_path, model):
     paths = [scan(tmp_path / "1" / "a.nii.gz"), scan(tmp_path / "2" / "a.nii")]
     with pytest.raises(UsageError, match="same files"):
         run(paths, tmp_path / "out", model)
-    with pytest.raises(UsageError, match="same files"):
-        run([paths[0], paths[0]], tmp_path / "out", model)
     assert not (tmp_path / "out").exists()
 
 

@@ -179,3 +179,13 @@ def test_a_rows_own_choice_comes_before_that_of_the_call(folder):
     own, other = evaluate_table(folder / "e.csv", choice=Choice(("white=2,41",)))["rows"]
     assert own["label_classes"] == {"3,42": [3, 42]} and other["label_classes"] == {"white": [2, 41]}
     assert own["segmentation"]["dice"] == other["segmentation"]["dice"] == 1
+
+
+def test_a_lookup_table_is_read_up_to_four_mebibytes(tmp_path):
+    """FreeSurfer's own has 60 kB."""
+    table = tmp_path / "lut.txt"
+    table.write_text("".join(f"{i}  Region-{i}  70 130 180 0\n" for i in range(1, 3000)))
+    assert labels.read_names(table)["Region-2999"] == 2999
+    table.write_text(f"1  One  0 0 0 0\n# {'x' * (1 << 22)}\n")
+    with pytest.raises(InputError, match="is no lookup table"):
+        labels.read_names(table)

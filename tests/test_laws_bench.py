@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import statistics
 from collections import Counter
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from bench import (
     common,
     data_engine,
     data_page,
+    data_sides,
     data_stages,
     flops,
     infer,
@@ -26,6 +28,7 @@ from bench import (
     infer_plot,
     kernels,
     naive,
+    peers_data,
     plot,
     plot_step,
     report,
@@ -410,7 +413,7 @@ def test_units_of_the_pages_are_those_of_the_numbers():
     assert {n: data_page.rate(n) for n in (1234.6, 99.0, 2.5)} == {1234.6: "1,235", 99.0: "99", 2.5: "2.5"}
     three = {"seconds_median": 2.0, "seconds_min": 0.25, "seconds_max": 30.0, "repeats": 3}
     assert report.times(three) == "2 s (250 ms to 30 s, n 3)"
-    assert report.memory({"peak_bytes": 3 * 2**20}) == "3 MiB" and report.memory({}) == ""
+    assert report.memory({"peak_bytes": 300 * 2**20}) == "300 MiB" and report.memory({}) == ""
 
 
 def test_the_tables_of_inference_and_feed_have_every_figure_under_its_head():
@@ -514,6 +517,20 @@ def test_the_pictures_of_the_benchmarks_have_each_figure_under_its_name(drawn, t
     assert bars_of(seconds) == {"fastsrgan": 2.125, "p": 4.25} and bars_of(memory) == {"fastsrgan": 40, "p": 80}
 
 
+def test_from_two_steps_on_a_side_has_its_line():
+    from matplotlib.figure import Figure
+
+    def row(step, seconds, peer=None):
+        told = {"kind": infer.WHOLE, "window": "constant", "shape": [4, 5, 6], "step": step, "name": str(step)}
+        peers = {} if peer is None else {"p": {"seconds_median": peer}}
+        return {**told, "seconds_median": seconds, "peers": peers}
+
+    axes = Figure().subplots()
+    infer_plot.draw_steps(axes, {"rows": [row(20, 3.0, 9.0), row(10, 10.0)]}, infer.WHOLE)
+    drawn = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    assert drawn["fastsrgan"] == {20: 3, 10: 10} and "p" not in drawn
+
+
 def test_the_gate_of_a_feed_tells_the_peer_that_is_nearest_to_its_own_limit(monkeypatch):
     """And every side has its turn in every round, ours first."""
     errors = {"torchio": 2e-3, "torchio, linear": 0.09, "monai": 1e-3}
@@ -545,3 +562,56 @@ def test_what_a_cohort_took_is_told_for_one_of_its_volumes(monkeypatch, tmp_path
     assert told == {"seconds_per_volume": 2, "nifti_bytes_per_volume": size / 2, "raw_bytes_per_volume": 300,
                     "store_bytes_per_volume": 100}  # fmt: skip
     assert count == len(work.origins(cohort.head(work.shape, 0, 0.75))) > 1
+
+
+def test_arrays_of_other_shapes_are_infinitely_far_apart():
+    """Also where they would broadcast against each other."""
+    one = torch.ones(2, 1, 3)
+    assert data_sides._largest(one, one) == 0
+    assert data_sides._largest(one, torch.ones(2, 4, 3)) == data_sides._largest(torch.ones(3), one) == math.inf
+
+
+def test_an_input_that_has_nothing_to_do_with_its_truth_is_refused():
+    some = torch.Generator().manual_seed(0)
+    hr = torch.rand(2, 8, 8, 8, generator=some)
+    truth = torch.stack([hr, (hr > 0.5).float()], 1)
+    data_sides.check_patches(cohort.Patches(hr[:, None] * 0.9, truth))
+    for x in (torch.rand(hr.shape, generator=some), hr + 3 * torch.rand(hr.shape, generator=some)):
+        with pytest.raises(AssertionError, match="input"):
+            data_sides.check_patches(cohort.Patches(x[:, None], truth))
+
+
+@pytest.mark.parametrize(("patches", "batch", "files"), [(6, 4, 3), (6, 5, 2), (3, 6, 1), (2, 7, 0)])
+def test_the_original_writes_every_whole_batch_of_a_cohort(monkeypatch, tmp_path, patches, batch, files):
+    """Also the last one, which leaves nothing over."""
+    monkeypatch.setattr(peers_data, "original_patches", lambda work, *_: [np.zeros((patches, k)) for k in (1, 2)])
+    work = cohort.Work("", (9, 9, 9), 3, batch, 2)
+    written = peers_data._write_mini_batches(work, 1, tmp_path)
+    assert len(written) == files == len(list(tmp_path.glob("data_*")))
+    assert all(np.load(path).shape == (batch, k) for pair in written for path, k in zip(pair, (1, 2), strict=True))
+
+
+def test_a_peer_is_held_to_the_law_unless_it_interpolates_linearly(monkeypatch):
+    monkeypatch.setattr(data_engine, "cohort_of", lambda args: None)
+    monkeypatch.setattr(data_engine.data_stages, "cases", lambda made: [])
+    physical, original = data_engine.cases(SimpleNamespace(subjects=2, patch=8, quick=False, visit=3))
+    for peer, limit in physical.peers.items():
+        assert limit == (data_engine.NEAR if "linear" in peer else data_engine.LAW), peer
+    assert original.peers == {"original": data_engine.EXACT} and data_engine.EXACT < data_engine.LAW < data_engine.NEAR
+
+
+@pytest.mark.parametrize("deviation", [1e-5, 1e-3, 1.0])
+def test_the_naive_norm_is_the_papers_also_where_there_is_little_contrast(deviation):
+    """Its epsilon is outside the root, at 1e-7 a hundredth of the least of these."""
+    x = torch.randn(2, 3, 8, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0)) * deviation
+    found = naive.norm(3).double()(x)
+    expected = (x - x.mean((2, 3, 4), keepdim=True)) / (x.std((2, 3, 4), unbiased=False, keepdim=True) + 1e-7)
+    assert float((found - expected).norm() / expected.norm()) < 0.011
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_a_peer_whose_result_is_no_number_fails_its_row_beside_any_other(order):
+    results = {"a": torch.ones(3), "b": torch.full((3,), math.nan)}
+    sides = {"fastsrgan": lambda: [torch.ones(3)]} | {name: lambda name=name: [results[name]] for name in order}
+    row = common.measure(common.Case("n", {}, lambda: sides, tolerance=1.0), SimpleNamespace())
+    assert not row["passed"] and math.isnan(row["max_error"]) and "seconds_median" not in row

@@ -366,6 +366,14 @@ def test_a_page_is_cut_four_voxels_around_the_head_and_opens_where_it_says(packe
     assert plan["start"] == [3, 7, 11] and plan["plane"] == "coronal" and plan["spacing"] == [2, 2, 2]
 
 
+def test_the_colours_of_differences_are_explained_where_there_are_any(packed):
+    _, sr = packed
+    for others, told in (({"spline": Volume(sr.data * np.float32(0.8), sr.affine)}, True), ({}, False)):
+        made = volumes.images_of(sr, others)
+        card = viewer.viewer_card(made.part(made.all), viewer.View((0, 0, 0)), None, 1.0)
+        assert ("Differences: first image darker" in str(card)) == told
+
+
 def test_colours_of_differences_end_at_the_largest_of_them_and_the_scale_says_so_in_units_of_the_image(packed):
     made, _ = packed
     part = made.part(made.all)
@@ -463,6 +471,36 @@ def test_lines_of_a_studys_curves_are_called_what_they_are():
         "PSNR_linear": "best linear estimate, patches",
     }  # fmt: skip
     assert {key: study_curves._called(key) for key in names} == names
+
+
+def test_the_legend_of_a_study_goes_by_the_kind_of_line_and_then_by_its_number(monkeypatch, tmp_path):
+    """Data, fits, baselines and the paper, whatever they are called and whichever panel holds them."""
+    from matplotlib.figure import Figure
+
+    found = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (found.append(self), path.write_bytes(b""))[1])
+    kinds = [("z", "data", 0), ("b", "data", 1), ("y", "fit", 0), ("c", "baseline", 0), ("a", "paper", 0)]
+    lines = [plots.PlotLine(name, (1, 2), (3, 4), style=style, number=number) for name, style, number in kinds]
+    panels = [plots.Panel("one", "x", lines[::-2]), plots.Panel("two", "x", lines[1::2])]
+    plots.draw(tmp_path / "p", [panels], "t")
+    (legend,) = found[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["z", "b", "y", "c", "a"]
+
+
+def test_every_model_and_step_of_a_study_has_a_line_of_its_own_and_the_baseline_one():
+    """Whatever step its rows name: it has none."""
+
+    def row(model, step, noise, mean):
+        return {"model": model, "step": step, "noise": noise, "figures": {"dice": {"mean": mean, "sd": 0.25}}}
+
+    rows = [row("a", 32, 0, 1), row("a", 64, 0, 2), row("b", 32, 0, 3), row(plots.BASELINE, None, 0, 4)]
+    rows += [row("a", 32, 1, 5), row(plots.BASELINE, None, 1, 6)]
+    lines = plots._lines(rows, "dice", "noise", ["model", "step"])
+    assert {line.name: (line.x, line.y, line.style) for line in lines} == {
+        "a, step 32": ([0, 1], [1, 5], "data"), "a, step 64": ([0], [2], "data"), "b, step 32": ([0], [3], "data"),
+        plots.BASELINE: ([0, 1], [4, 6], "baseline"),
+    }  # fmt: skip
+    assert [line.number for line in lines] == [0, 1, 2, plots.GREY_LINE]
 
 
 def test_noise_is_drawn_in_percent_and_thickness_in_mm():

@@ -72,6 +72,15 @@ def test_a_result_is_compared_with_the_range_of_its_scan():
     assert told(np.full_like(data, 7), 7, 7) == []
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("where", ["sr", "prob"])
+def test_one_voxel_without_a_finite_value_is_an_error_of_the_weights(where, value):
+    found = {"sr": np.zeros((3, 4, 5), np.float32), "prob": np.zeros((2, 3, 4, 5), np.float32)}
+    found[where][..., 1, 2, 3] = value
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        modes.check_result((found["sr"], found["prob"]), np.ones((3, 4, 5), np.float32), "fp32", "x")
+
+
 def test_a_volume_that_is_too_short_to_be_split_is_told(caplog):
     parts = [modes.Share(0, 10, 6), modes.Share(10, 20, 5)]
     for slabs, wanted in ((7, 1), (8, 0)):  # 1.17 and 1.33 times one process
@@ -285,6 +294,16 @@ def test_a_memory_plan_counts_every_array_once_in_memory_and_by_slabs():
         "finished planes": ("host", 4 * 3 * 16 * plane), "result": ("disk", 4 * 3 * voxels),
         "agreement": ("host", 10**9 - freed - window), "libraries": ("host", 24 * 2**20),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "planes"), [(1, 16 + 8), (2, 40), (16, 40)])
+def test_planes_that_are_held_are_those_that_the_slabs_of_a_group_see(batch, planes):
+    """Of four slabs of four tiles, at steps of 8: two, or all, are a group of eight batches."""
+    plan = tiles.plan((40, 24, 20), 16, 8)
+    assert plan.grid == (4, 2, 2) and memory.GROUP_BATCHES == 8
+    network = SimpleNamespace(device=torch.device("cpu"), bytes_of=lambda patch, count: 1000 * count)
+    rows = memory._rows(memory.TilingJob(plan, 3, held=0, averaged=False, after=0), network, batch, memory.SLABS)
+    assert {what: size for what, _, size in rows}["planes"] == 4 * planes * 24 * 20
 
 
 @pytest.mark.parametrize("rolling", [False, True])

@@ -345,3 +345,34 @@ def test_generators_agree_in_both_forms(forms, spec, shape):
     largest = max(g.abs().max() for g in plain_grads.values())
     for name, gradient in plain_grads.items():
         assert (fast_grads[name] - gradient).abs().max() <= TOLERANCE * largest, name
+
+
+@pytest.mark.parametrize("shape", [(40, 8, 8), (8, 40, 12), (8, 12, 40)])
+def test_long_axes_go_in_several_blocks_whose_results_are_put_together(poisoned, shape):
+    """The convolution by points, forward and backward, against torch's; memory that is not written to is NaN."""
+    assert max(len(a.inputs) for n in shape for a in [winograd._axis(n, torch.double, winograd.GATHER)]) > 1
+    some = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, *shape, dtype=torch.double, generator=some).requires_grad_()
+    weight = torch.randn(3, 2, 3, 3, 3, dtype=torch.double, generator=some).requires_grad_()
+    plain = torch.nn.functional.conv3d(torch.nn.functional.pad(x, [1] * 6, mode="reflect"), weight)
+    grad = torch.randn(plain.shape, dtype=torch.double, generator=some)
+    expected = [plain, *torch.autograd.grad(plain, (x, weight), grad)]
+    with torch.no_grad():
+        out, values = winograd.forward(x, weight)
+        found = [out, *winograd.backward(grad, values, weight, (True, True))]
+    assert all(float((a - b).norm() / b.norm()) < 1e-12 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "form"), [(fused.PLAIN_STEM, 1, "library"), (15, 1, "spectral"), (16, 2, "spectral")]
+)
+def test_from_sixteen_outputs_on_a_stem_is_a_plain_convolution(monkeypatch, outputs, inputs, form):
+    chosen, plain = {}, fused.forms.choose
+    monkeypatch.setattr(
+        fused.forms,
+        "choose",
+        lambda what, shape, w, fixed, *rest: chosen.update({what: fixed}) or plain(what, shape, w, fixed, *rest),
+    )
+    with torch.no_grad():
+        layers.conv7_reflect(torch.rand(1, inputs, 8, 8, 8), torch.rand(outputs, inputs, 7, 7, 7))
+    assert chosen == {"conv7 forward": form}

@@ -501,3 +501,10 @@ def test_the_self_test_names_a_cudnn_release_that_is_slow_in_half_precision(monk
         self_test(Arithmetic(torch.device("cuda", 0), dtype))
         assert ("several times slower" in caplog.text) is told, (version, dtype)
     self_test.cache_clear()
+
+
+def test_an_arithmetic_says_what_it_is():
+    gpu = torch.device("cuda")
+    assert str(Arithmetic(gpu)) == "fp32, contiguous"
+    assert str(Arithmetic(gpu, tf32=True)) == "fp32 with TF32, contiguous"
+    assert str(Arithmetic(gpu, torch.bfloat16, channels_last=True)) == "bf16, channels last"

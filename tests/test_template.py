@@ -239,3 +239,16 @@ def test_progress_is_told(small, tmp_path):
 def test_a_cohort_needs_subjects(tmp_path, counts, small):
     with pytest.raises(UsageError, match="at least one"):
         template.make_cohort(tmp_path, *counts, template=small)
+
+
+def test_a_deformation_goes_by_slabs_of_so_many_voxels_and_no_more(monkeypatch):
+    """Whatever the axes are; the result does not depend on it."""
+    some = np.random.default_rng(1).random((5, 8, 30), np.float32)
+    whole = template.deform([some], rng(2, "x"), 0.5)
+    sizes, plain = [], template.ndimage.map_coordinates
+    monkeypatch.setattr(template, "_SLAB_VOXELS", 500)
+    monkeypatch.setattr(
+        template.ndimage, "map_coordinates", lambda a, at, *b, **k: (sizes.append(at[0].size), plain(a, at, *b, **k))[1]
+    )
+    parts = template.deform([some], rng(2, "x"), 0.5)
+    assert sizes == [480, 480, 240] and np.array_equal(parts[0], whole[0])

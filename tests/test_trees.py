@@ -239,3 +239,14 @@ def test_two_images_of_one_name_are_told_with_their_paths(tmp_path):
         find_images(both, tmp_path / "o")
     assert str(both[0]) in str(error.value) and str(both[1]) in str(error.value)
     assert np.array_equal(images.load(both[0]).data, images.load(both[1]).data)
+
+
+def test_hidden_files_are_neither_images_nor_named(tmp_path, caplog):
+    """Whatever hides them: a dot, or the dot and underscore of another system's attributes."""
+    (tmp_path / "in" / "below").mkdir(parents=True)
+    for name in ("a.nii.gz", ".b.nii.gz", "._a.nii.gz", "below/.c.nii"):
+        make_scan(tmp_path / "in" / name)
+    (tmp_path / "in" / ".notes.txt").write_text("x")
+    with caplog.at_level("INFO", logger="fastsrgan"):
+        assert [image.name for image in find_images(tmp_path / "in", tmp_path / "out")] == ["a"]
+    assert "notes" not in caplog.text
