@@ -90,7 +90,11 @@ def test_the_record_says_what_made_the_result(tmp_path, model):
     used = {"patch": 16, "step": 12, "window": "gaussian", "geometry": "physical", "precision": "fp32", "device": "cpu"}
     assert {key: record[key] for key in used} == used
     assert record["new_resolution"] == pytest.approx([1.0, 1.0, 1.25])
-    assert record["seconds"] > 0 and "hardly trained" in "".join(record["warnings"]) and record["provenance"]["torch"] == torch.__version__
+    assert (
+        record["seconds"] > 0
+        and "hardly trained" in "".join(record["warnings"])
+        and record["provenance"]["torch"] == torch.__version__
+    )
     assert record["outputs"]["sr"].endswith("a_sr.nii.gz")
 
 
