@@ -253,12 +253,13 @@ def test_a_step_report_is_drawn(capsys, tmp_path):
 
 
 def test_ranks_that_drift_apart_have_no_times(capsys, monkeypatch, with_ratios):
+    launch, launched = step.Scaling.launch, {}
+    monkeypatch.setattr(step.Scaling, "launch", lambda self, n: launched.setdefault(n, launch(self, n)))
     code, report = bench(capsys, "step", "--ranks", "2", "--only", "on 2 ranks")
     (row,) = report["rows"]
     assert code == 0 and row["weak_scaling_efficiency"] > 0 and row["ratio_to"].keys() == {"one rank"}
-    launch = step.Scaling.launch
     monkeypatch.setattr(
-        step.Scaling, "launch", lambda self, n: [{**r, "weights": str(i)} for i, r in enumerate(launch(self, n))]
+        step.Scaling, "launch", lambda self, n: [{**r, "weights": str(i)} for i, r in enumerate(launched[n])]
     )
     code, report = bench(capsys, "step", "--ranks", "2", "--only", "on 2 ranks")
     assert code == 1 and "seconds_median" not in report["rows"][0]

@@ -328,6 +328,7 @@ def test_epochs_are_timed_until_time_is_up(work, monkeypatch):
     told = {"seconds": 1.0, "patches": 1, "waited": 0.0, "steps": 1}
     monkeypatch.setattr(data_sides, "stream", lambda side, work: itertools.repeat([]))
     monkeypatch.setattr(data_sides, "consume", lambda epoch, work, step=0.0: told)
+    monkeypatch.setattr(data_sides, "FolderWatch", lambda folders: SimpleNamespace(changed=dict))
     counts = {
         limit: len(data_sides.measure("fastsrgan", dataclasses.replace(work, epochs=4, limit=limit), False)["seconds"])
         for limit in (0, 2, 1000)

@@ -57,6 +57,7 @@ def test_a_mask_stored_the_other_way_round_is_the_same_place(tmp_path, scan, mod
     first, second = (images.load(tmp_path / name / "a_prob.nii.gz").data for name in masks)
     assert np.array_equal(first, second) and (first[: SHAPE[0] // 2] > 0).all() and not first[SHAPE[0] // 2 + 1 :].any()
     told = {name: read_json(tmp_path / name / "a.json")["warnings"] for name in masks}
+    told = {name: [w for w in found if "plausibility" not in w] for name, found in told.items()}
     assert not told["as"] and "mask: the mask's axes are stored in another order" in told["turned"][0]
 
 

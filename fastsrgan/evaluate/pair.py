@@ -259,6 +259,8 @@ def structure_pairs(seg: Path, label: Path, chosen: Sequence[labels.Structure]) 
 
 def _beside(sr: Path) -> Path | None:
     """The doubt that ``infer`` wrote with a result; one that the result's record does not name is another's."""
+    if not sr.name:
+        return None
     told = read_json(sr.with_name(f"{images.stem(sr).removesuffix('_sr')}.json"))
     outputs = mapping(mapping(told.get(RECORD, told)).get("outputs"))
     for own, other in (("_sr.", "_doubt."), ("_desc-sr_", "_desc-doubt_")):

@@ -336,6 +336,12 @@ class InferSettings:
         asked |= {"residual": self.save_residual, "png": self.png}
         return ["sr", "seg", *(kind for kind, wanted in asked.items() if wanted)]
 
+    @property
+    def of_agreement(self) -> list[str]:
+        """The options that were chosen and say how a result is made to agree with its scan; none where it is not."""
+        chosen = {"agree": self.agree != AUTO, "profile": self.profile != AUTO}
+        return [] if self.agree == OFF else [name for name, said in chosen.items() if said]
+
     def sr_bytes(self, kind: str, size: int) -> int:
         """A voxel of the SR image on the disk; ``kind`` and ``size`` as NumPy has them of the input's type."""
         return size if self.dtype == "input" and kind in "iu" else 4

@@ -26,7 +26,7 @@ from fastsrgan.infer.memory import NEXT_IMAGE, RESULT_BEFORE, SLABS, Beside, Mem
 from fastsrgan.infer.modes import Together, by_ranks, by_slabs, check_result, find_region, in_memory
 from fastsrgan.infer.network import Averaged, TileNetwork, average, deviations, members
 from fastsrgan.infer.planes import Interpolated, Prepared, Whole, coarser, masked, target_spacing
-from fastsrgan.infer.settings import AUTO, OFF, ZERO, InferSettings, takes_options
+from fastsrgan.infer.settings import ZERO, InferSettings, takes_options
 from fastsrgan.infer.sweep import GROUP_BATCHES
 from fastsrgan.infer.values import flip_axes
 from fastsrgan.model.arithmetic import pick_precision
@@ -197,9 +197,8 @@ def process(
 
 def _idle(settings: InferSettings, agreeing: modes.Wanted | None, label: str) -> list[str]:
     """A warning of options that say how a result agrees with a scan whose own voxels it has."""
-    asked = {"agree": settings.agree, "profile": settings.profile}
-    named = [name for name, value in asked.items() if value not in (AUTO, OFF)]
-    if agreeing is None or not agreeing.seen.is_identity or not named or settings.agree == OFF:
+    named = settings.of_agreement
+    if agreeing is None or not agreeing.seen.is_identity or not named:
         return []
     warning = f"the result has the scan's own voxels and slices: {' and '.join(named)} not used"
     log.warning("%s: %s", label, warning)
