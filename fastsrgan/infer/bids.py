@@ -261,7 +261,8 @@ def evaluate_bids(
 def _is_own(dataset: Path) -> bool:
     """Whether fastsrgan made a dataset."""
     makers = read_json(dataset / DESCRIPTION).get("GeneratedBy")
-    return any(isinstance(one, dict) and one.get("Name") == "fastsrgan" for one in makers or ())
+    listed = makers if isinstance(makers, list) else []
+    return any(isinstance(one, dict) and one.get("Name") == "fastsrgan" for one in listed)
 
 
 def _item(image: BidsImage, root: Path, several: bool, own: Container[Path]) -> Item:

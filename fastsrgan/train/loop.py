@@ -72,7 +72,7 @@ def loop(run: Run, stop: StopRequest) -> None:
             run_group(run, turn, next(residents), stop)
             last = index + 1 == len(turns) or turns[index + 1].epoch != turn.epoch
             if stopped(run, stop) or (last and at.updates and not end_epoch(run, turn.epoch, stop)):
-                keep(run)
+                save(run)
                 return
             if not last:
                 at.next_group()
@@ -82,7 +82,7 @@ def loop(run: Run, stop: StopRequest) -> None:
                 continue
             run.ended_early = turn.epoch if out_of_patience(run) else None
             if turn.epoch % c.snapshot == 0 or turn.epoch == run.last_epoch or run.ended_early:
-                keep(run)
+                keep(run, last=turn.epoch == run.last_epoch or bool(run.ended_early))
                 export(run, turn.epoch)
             if run.ended_early:
                 log.info("epoch %d: no better score in %d validations, training ends", turn.epoch, at.stale)
@@ -92,9 +92,10 @@ def loop(run: Run, stop: StopRequest) -> None:
         raise InputError(run.store.url, reason, "see the warnings for what is left out")
 
 
-def keep(run: Run) -> None:
-    """A snapshot; none amid updates that are not finite, so that the last one is good when the run ends for them."""
-    if run.bad:
+def keep(run: Run, last: bool) -> None:
+    """A snapshot; between epochs none amid updates that are not finite, so that the one before stays if the run ends
+    for them. Where the run ends by itself or is stopped nothing that was trained may be lost."""
+    if run.bad and not last:
         log.warning("no snapshot after update %d: the last %d were not finite", run.position.updates, run.bad)
     else:
         save(run)
