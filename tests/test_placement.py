@@ -153,3 +153,38 @@ def test_an_array_written_in_reverse_order_is_recognised(tmp_path):
     with pytest.raises(InputError) as error:
         images.load_label(tmp_path / "m.nii.gz", Volume(np.zeros(SHAPE, np.float32), PLACE))
     assert "transpose it" in error.value.hint
+
+
+def test_a_mask_is_turned_onto_its_image_like_a_label(tmp_path):
+    data = np.random.default_rng(0).integers(0, 3, (5, 4, 3)).astype(np.float32) - 1  # below 0 is outside too
+    place = np.diag([-1.0, 1, 2, 1])
+    place[0, 3] = 4
+    nib.save(nib.Nifti1Image(data[::-1], place), tmp_path / "m.nii")
+    like = Volume(np.zeros((5, 4, 3), np.float32), np.diag([1.0, 1, 2, 1]))
+    mask = any_image.load_mask(tmp_path / "m.nii", like)
+    assert np.array_equal(mask.data, data) and np.array_equal(mask.affine, like.affine)
+    assert any("reoriented" in text for text in mask.warnings) and any("negative" in text for text in mask.warnings)
+    assert mask.meta["path"] == str(tmp_path / "m.nii")
+    nib.save(nib.Nifti1Image(np.minimum(data, 0)[::-1], place), tmp_path / "m.nii")
+    with pytest.raises(InputError, match="the mask marks no voxel"):
+        any_image.load_mask(tmp_path / "m.nii", like)
+    with pytest.raises(InputError, match="limit of 59"):
+        any_image.load_mask(tmp_path / "m.nii", like, max_voxels=59)
+
+
+def test_a_thickness_that_is_not_used_says_why(tmp_path):
+    def told(spacing=3.0, **meta):
+        volume = Volume(np.ones((2, 2, 2), np.float32), np.diag([1.0, 1, spacing, 1]), (), {"format": "DICOM", **meta})
+        return any_image.slice_thickness(volume, "series")
+
+    assert told(slice_thickness_mm=2.5, slice_distance_mm=3.0) == (2.5, "DICOM")
+    assert told(slice_thickness_mm=2.5, slice_distance_mm=5.0) == (
+        None, "DICOM: slices 5 mm apart, the image's are 3: resampled",
+    )  # fmt: skip
+    assert told(slice_thickness_mm=7.0) == (None, "DICOM: slices of 7 mm, 3 apart, are not believed")
+    for nothing in (None, True, "3", 0, -1.0, float("inf"), float("nan")):
+        assert told(slice_thickness_mm=nothing) is None
+    (tmp_path / "a.b.json").write_text('{"SliceThickness": 2}')
+    volume = Volume(np.ones((2, 2, 2), np.float32), np.diag([1.0, 1, 3, 1]), (), {})
+    assert any_image.slice_thickness(volume, tmp_path / "a.b.nii.gz") == (2.0, "a.b.json")
+    assert any_image.slice_thickness(volume, tmp_path / "c.nii.gz") is None
