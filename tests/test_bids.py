@@ -317,7 +317,8 @@ def test_the_sidecar_of_an_image(tmp_path):
     assert sidecar(tmp_path / "a_T1w.nii.gz").name == sidecar(tmp_path / "a_T1w.nii").name == "a_T1w.json"
 
 
-ORDER = "sub ses task acq ce rec run echo part chunk space seg res den label desc".split()
+ORDER = ("sub", "ses", "task", "acq", "ce", "rec", "run", "echo", "part", "chunk", "space", "seg", "res", "den")
+ORDER += ("label", "desc")
 
 
 def listed(root, stem, suffix="T1w", sources=("bids:raw:a",), **more):
@@ -430,7 +431,7 @@ def test_participants_and_sessions_are_known_with_and_without_their_prefix(tmp_p
         assert _names(find_bids(root, sessions=sessions)) == ["sub-1_ses-a_T1w.nii", "sub-2_ses-a_T1w.nii.gz"]
     assert _names(find_bids(root, ["sub-2"], ["ses-a", "b"])) == ["sub-2_ses-a_T1w.nii.gz"]
     assert _names(find_bids(root, ["2"])) == ["sub-2_T1w.nii", "sub-2_ses-a_T1w.nii.gz"]
-    with pytest.raises(InputError, match="no T1w image of participants 1 and sessions c;?"):
+    with pytest.raises(InputError, match="no T1w image of participants 1 and sessions c"):
         find_bids(root, ["1"], ["c"], ["T1w"])
 
 
@@ -439,7 +440,8 @@ def test_of_many_participants_and_images_the_first_are_named(tmp_path, caplog):
     with pytest.raises(InputError) as error:
         find_bids(root, ["x"])
     assert error.value.hint == "there are " + ", ".join(f"{k:02d}" for k in range(10)) + ", ..."
-    bare(root, *(f"sub-00_run-{k}_bold.nii" for k in range(6)), ".sub-00_T2w.nii", "sub-00_dseg.nii")
+    bare(root, *(f"sub-00_run-{k}_bold.nii" for k in range(6)), "sub-00_dseg.nii")
+    (root / "sub-00" / "anat" / ".sub-00_T2w.nii").touch()
     with caplog.at_level("INFO", "fastsrgan"):
         assert len(find_bids(root)) == 11
     assert "6 images are not taken: " in caplog.text and caplog.text.strip().endswith("(suffix bold), ...")

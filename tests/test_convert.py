@@ -716,6 +716,6 @@ def test_the_check_says_how_many_faults_it_found(tmp_path):
     table, progress = cohort(tmp_path, 3), Recorder()
     for i in (0, 2):
         (tmp_path / f"s{i}.nii.gz").write_bytes(b"none")
-    with pytest.raises(InputError, match="2 faults: line 2: .*; line 4: "):
+    with pytest.raises(InputError, match=r"2 faults: line 2: .*; line 4: "):
         convert(table, tmp_path / "store", progress=progress, workers=1)
     assert progress.lines == [["check", 3, "subject", 3, {"faults": 2}, "done"]]

@@ -460,7 +460,7 @@ def test_the_other_half_of_a_pair_is_found_packed_or_not(tmp_path, name):
         raw = path.read_bytes()
         path.unlink()
         ending = half.upper() if big else half
-        packed = (half in name) == name.endswith(".gz") and name.endswith("z") or (half == "img" and name == "a.hdr")
+        packed = ((half in name) == name.endswith(".gz") and name.endswith("z")) or (half == "img" and name == "a.hdr")
         (tmp_path / f"a.{ending}{'.gz' * packed}").write_bytes(gzip.compress(raw) if packed else raw)
     place = tmp_path / name
     np.testing.assert_array_equal(images.load(place).data, HEAD)
@@ -474,3 +474,41 @@ def test_voxels_are_written_in_pieces_of_any_size(tmp_path, monkeypatch):
             path = images.save(tmp_path / "a.nii.gz", data, np.eye(4), dtype=dtype, overwrite=True)
             last = images.load(path, volume=2 if data.ndim == 4 else None).data
             np.testing.assert_array_equal(last, data if data.ndim == 3 else data[..., 2])
+
+
+@pytest.mark.fault(4)
+def test_a_file_may_unpack_to_five_hundred_times_its_size(tmp_path, monkeypatch):
+    """Beyond a size that is free: a sparse label map reaches 350."""
+    shape = (100, 100, 50)  # 1 MB of zeros are packed to 1 kB
+    for noise, taken in ((4000, True), (0, False)):
+        data = np.zeros(shape, np.uint8, order="F")
+        data.ravel(order="K")[:noise] = np.random.default_rng(0).integers(0, 255, noise)
+        path = tmp_path / f"{noise}.nii.gz"
+        path.write_bytes(gzip.compress(file_bytes(data), 9))
+        ratio = (data.size + 352) / path.stat().st_size
+        assert 50 < ratio < 400 if taken else 500 < ratio < 1032
+        np.testing.assert_array_equal(images.load(path).data, data)
+        with monkeypatch.context() as patched:
+            patched.setattr("fastsrgan.io.nifti_voxels.EXPANSION_FREE", 1000)
+            if taken:
+                images.load(path)
+            else:
+                refused(path, f"refused as a gzip bomb: .*, {int(ratio)} times the file's")
+
+
+def test_a_form_must_span_the_space_and_a_qform_without_a_hand_is_right_handed(tmp_path):
+    for share, form in ((2e-3, "sform"), (5e-4, "qform")):
+        flat = np.eye(4)
+        flat[:3, 2] = 0, np.sqrt(1 - share**2), share
+        path = write(tmp_path / "a.nii", HEAD, flat, **qform_fields(rigid()))
+        assert images.load(path).meta["orientation"] == form
+    fields = qform_fields(rigid()) | {"sform_code": 0}
+    fields["pixdim"] = (slice(0, 4), [0.0, *fields["pixdim"][1][1:]])
+    np.testing.assert_allclose(images.load(write(tmp_path / "b.nii", HEAD, **fields)).affine, rigid(), atol=1e-5)
+
+
+def test_a_home_folder_in_quotes_and_a_url_are_told_as_that(tmp_path):
+    for place, told in (("~/a.nii", "not the home folder within quotes"), ("s3://b/a.nii", "download it first")):
+        with pytest.raises(InputError) as error:
+            images.load(place)
+        assert told in error.value.hint

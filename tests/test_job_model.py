@@ -417,7 +417,7 @@ def test_every_option_reaches_the_engine_and_the_summary_counts(told, tmp_path, 
 
 def test_a_step_of_a_whole_image_means_nothing(told, model):
     _, listing = told
-    assert job.job_model(listing, model, patch=[None], step=[[900]], device="cpu")["done"] == 2
+    assert job.job_model(listing, model, patch=[None], step=[[0]], device="cpu")["done"] == 2
     with pytest.raises(UsageError, match="larger than the patch"):
         job.job_model(listing, model, patch=[16], step=[[900]], device="cpu")
 
@@ -447,3 +447,14 @@ def test_of_a_failure_the_first_is_told_and_its_name_given_back(told, tmp_path, 
     assert [item["status"] for item in summary["items"]] == ["failed", "done"] and summary["failed"] == 1
     folder = tmp_path / "Result_with_fastsrgan" / "patch_16_step_8"
     assert sorted(p.name for p in folder.glob("*.json")) == ["fastsrgan_b.json"]
+
+
+def test_an_image_whose_names_are_all_taken_is_told(told, tmp_path, model):
+    _, listing = told
+    folder = tmp_path / "Result_with_fastsrgan" / "patch_16_step_8"
+    folder.mkdir(parents=True)
+    for tag in ("", "_a", "_a.nii.gz"):
+        (folder / f"fastsrgan{tag}.json").write_text('{"image": "z.nii"}', encoding="utf8")
+    with pytest.raises(PartialFailure, match=r"all names for a\.nii\.gz are taken") as error:
+        job.job_model(listing, model, patch=[16], step=[[8]], device="cpu")
+    assert [item["status"] for item in error.value.summary["items"]] == ["failed", "done"]

@@ -1,4 +1,4 @@
-"""Laws of DICOM series: every suffix, class, trait and field counts, every tolerance has two sides, every file a say."""
+"""Laws of DICOM series: every ending, class, trait and field counts; tolerances have two sides; no file is lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def refused(path, match, **settings):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_file_of_every_ending_is_a_slice_and_never_passed_over(tmp_path, ending):
-    """Read, packed where the name says so; empty or torn it is a lost slice; its name without the ending is the stem."""
+    """Read, packed where the name says so; empty or torn it is lost; its name without the ending is the stem."""
     paths = small(tmp_path)
     last = paths[-1].rename(tmp_path / f"Last{ending.upper() if ending == '.ima' else ending}")
     if ending.endswith(".gz"):
@@ -145,7 +145,7 @@ def test_a_number_is_meant_before_a_part_of_a_description(tmp_path):
     assert dicom.load(tmp_path, series="3").meta["description"] == "T1"
     assert dicom.load(tmp_path, series="FLAIR").meta["series"] == "5"
     for nothing in ("", "  ", "x"):
-        with pytest.raises(UsageError, match="is none of 3 'T1' .*; 4 .*; 5 "):
+        with pytest.raises(UsageError, match=r"is none of 3 'T1' .*; 4 .*; 5 "):
             dicom.load(tmp_path, series=nothing)
     with pytest.raises(UsageError, match="holds 3 series") as error:
         dicom.load(tmp_path)
@@ -492,3 +492,44 @@ def test_constant_images_and_scalings_of_single_slices_are_told(tmp_path):
     assert "(RescaleSlope 0.5 to 2)" in told
     small(tmp_path / "c", scale=[(1, 0), (1, 0), (1, 0), (1, 3)])
     assert dicom.load(tmp_path / "c").meta["stored_dtype"] == "float32"
+
+
+def test_what_a_header_does_not_say_of_its_slices_is_not_compared(tmp_path):
+    def silent(ds, k):
+        del ds.SliceThickness, ds.SpacingBetweenSlices
+
+    small(tmp_path, change=silent)
+    found = dicom.load(tmp_path)
+    assert found.warnings == () and found.meta["slice_thickness_mm"] is None
+    assert found.meta["slice_distance_mm"] == pytest.approx(3.0)
+
+
+def test_slices_of_two_volumes_lie_at_one_place_within_what_is_rounded(tmp_path):
+    data = volume((3, 2, 3))
+    for t, off in enumerate((0.0, 0.004)):
+
+        def change(ds, k, t=t, off=off):
+            ds.EchoTime = t + 1.0
+            return moved(2, off, range(3))(ds, k)
+
+        small(tmp_path, data + 100 * t, uid="1.2", prefix=f"V{t}_", change=change)
+    assert np.array_equal(dicom.load(tmp_path, volume=1).data, (data + 100)[:, ::-1])
+
+
+@pytest.mark.parametrize("name", ["IM0009.dcm", "IM0009"])
+def test_a_slice_that_was_not_fetched_is_lost_and_another_file_is_not(tmp_path, name):
+    small(tmp_path, number=3)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
+    (tmp_path / "notes.txt").write_bytes(pointer)
+    assert dicom.load(tmp_path).warnings == ()
+    (tmp_path / name).write_bytes(pointer)
+    refused(tmp_path, f"{name} its content was not fetched: a pointer of git LFS")
+
+
+def test_what_is_named_like_a_slice_and_is_none_is_told_as_that(tmp_path):
+    for k, path in enumerate(small(tmp_path)):
+        path.rename(tmp_path / f"IM{k}")
+    (tmp_path / "IM9").write_text("no image at all", encoding="utf8")
+    refused(tmp_path, "IM9 is no DICOM file, but named like the slices beside it")
+    (tmp_path / "IM9").rename(tmp_path / "README")
+    assert dicom.load(tmp_path).data.shape == SMALL

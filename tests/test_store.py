@@ -1,5 +1,6 @@
 """Stores: what a backend has to keep (StoreContract), and what happens to damaged, locked, full and foreign folders."""
 
+import asyncio
 import contextlib
 import dataclasses
 import errno
@@ -582,6 +583,7 @@ def test_a_lock_where_nothing_is_exclusive(monkeypatch, refusal):
         with pytest.raises(ResourceError, match="taken over by another"):
             put(writer, "b")
     assert [s.id for s in open_store(url).subjects] == ["a"]
+    assert store_files.Keys(url, read_only=True).get(LOCK) == b"{}"  # it is not ours to remove
 
 
 @pytest.mark.fault(24)
@@ -723,7 +725,8 @@ def test_tissues_alone_are_a_subject_and_types_are_kept(folder):
 
 def test_a_check_tells_how_far_it_is(folder):
     class Told:
-        lines = []
+        def __init__(self):
+            self.lines = []
 
         def start(self, *words):
             self.lines.append(words)
@@ -736,8 +739,9 @@ def test_a_check_tells_how_far_it_is(folder):
 
     store = make(folder, "a", "b")
     (folder / "a/label/c/0/0/0").unlink()
-    assert len(store.verify(Told())) == 1
-    assert Told.lines == [("verify", 2, "subject"), (1, {"damaged": 1}), (1, {"damaged": 1}), "end"]
+    told = Told()
+    assert len(store.verify(told)) == 1
+    assert told.lines == [("verify", 2, "subject"), (1, {"damaged": 1}), (1, {"damaged": 1}), "end"]
 
 
 def test_room_for_the_arrays_and_two_chunks_is_asked_for(folder, monkeypatch):
@@ -823,3 +827,64 @@ def test_s3_is_told_our_timeouts_one_attempt_and_the_endpoint(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://s3")
     assert store_remote._options("s3", Limits())["endpoint_url"] == "http://s3"
     assert store_remote._options("memory", Limits()) == store_remote._options("https", Limits()) == {}
+
+
+def test_a_request_without_an_end_is_cut_and_told():
+    remote = store_files.Keys(f"memory://{uuid.uuid4().hex}/s", read_only=False).remote
+    remote.limits = Limits(1, 0.002, 0.0)
+    with pytest.raises(ResourceError, match=r"cannot be read: no end to the request .timeout.; 2 attempts"):
+        sync(remote._patiently("read", "a", lambda: asyncio.sleep(60)))
+
+
+def test_a_key_is_replaced_as_a_whole_or_not_at_all(folder, monkeypatch):
+    keys = store_files.Keys(folder, read_only=False)
+    folder.mkdir()
+    keys.put("a", b"old")
+
+    def half(path, data):
+        path.open("wb").write(data[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises((OSError, ResourceError)):
+        keys.put("a", b"new")
+    assert tree(folder) == {"a": b"old"}
+
+
+def test_a_subject_is_on_the_disk_before_the_manifest_names_it(folder, monkeypatch):
+    """Its files and every folder down to them; a power cut after the manifest leaves whole subjects."""
+    synced, folders, real = [], [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (synced.append(os.readlink(f"/proc/self/fd/{number}")), real(number))
+    )
+    monkeypatch.setattr(store_files, "sync_folder", folders.append)
+    make(folder, "a")
+    files = [str(path) for path in folder.rglob("a/**/*") if path.is_file()]
+    last = max(synced.index(path) for path in files)
+    assert len(files) == 5 and any("manifest" in path for path in synced[last + 1 :])
+    assert {path for path in (folder, *folder.rglob("*")) if path.is_dir()} <= set(folders)
+
+
+def test_a_subject_that_could_not_be_replaced_is_listed_no_more_and_leaves_nothing(folder, monkeypatch):
+    make(folder, "a", "b")
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    with create_store(folder, resume=True) as writer, monkeypatch.context() as patched:
+        patched.setattr(store_files.Keys, "put_all", full)
+        with pytest.raises(ResourceError, match="no space left"):
+            put(writer, "a", 5)
+        assert list(writer.finished) == ["b"]
+    store = open_store(folder)
+    assert [s.id for s in store.subjects] == ["b"] and not store.complete and not (folder / "a").exists()
+
+
+def test_what_a_write_gives_back_is_what_the_store_lists(folder):
+    with create_store(folder) as writer:
+        given = put(writer, "a", split="Test", scale=2.0, offset=1.0)
+        writer.finish()
+    (listed,) = open_store(folder).subjects
+    for name in ("id", "split", "shape", "attrs", "arrays", "files", "spacing", "raw_bytes", "stored_bytes"):
+        assert getattr(given, name) == getattr(listed, name), name
+    assert given.arrays["image"] == {"dtype": "int16", "scale": 2.0, "offset": 1.0}

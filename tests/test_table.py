@@ -426,3 +426,20 @@ def test_labels_that_are_their_images_are_no_leak(folder):
     """As where a map of tissues is both; images of one person under two names are."""
     path = table(folder, "a.nii.gz,a.nii.gz,Train", "b.nii.gz,a_seg.nii,Test")
     assert [row.base for row in read_table(path)] == ["Train", "Test"]
+
+
+@pytest.mark.parametrize(
+    "name", ["hr_image", "LR_image", "image", "Images", "path", "paths", "FILE", "files", "filename", "HR_image"]
+)
+def test_every_name_of_a_column_of_images_is_a_heading(tmp_path, name):
+    (tmp_path / "list.csv").write_text(f"sex,{name}\nf,a.nii\n", encoding="utf8")
+    assert read_list(tmp_path / "list.csv") == [tmp_path / "a.nii"]
+    (tmp_path / "list.csv").write_text(f"{name}\na.nii\n", encoding="utf8")
+    assert read_list(tmp_path / "list.csv") == [tmp_path / "a.nii"]
+
+
+def test_names_with_a_meaning_in_a_store_are_no_subjects():
+    assert subject_ids([PurePosixPath(f"/d/{name}.nii") for name in ("c", "C", "manifest.json", "zarr.json")]) == [
+        "d-c", "d-C-2", "manifest.json_", "zarr.json_",
+    ]  # fmt: skip
+    assert subject_ids([PurePosixPath("/d/c.nii")]) == ["c_"]
