@@ -450,3 +450,14 @@ def test_of_many_participants_and_images_the_first_are_named(tmp_path, caplog):
     with pytest.raises(InputError, match=r"no T1w image of participants 00; there are .*\(no desc\)"):
         find_bids(root, ["00"], suffixes=["T1w"], desc="y")
     assert _names(find_bids(root, suffixes=["dseg"], desc="x")) == ["sub-00_desc-x_dseg.nii"]
+
+
+def test_images_come_by_their_path_whether_they_lie_in_sessions_or_not(tmp_path):
+    names = (
+        "sub-1_ses-b_T1w.nii",
+        "sub-1_ses-a_T2w.nii",
+        "sub-1_ses-a_T1w.nii",
+        "sub-2_T1w.nii",
+        "sub-3_ses-a_T1w.nii",
+    )
+    assert _names(find_bids(bare(tmp_path, *names))) == [names[k] for k in (2, 1, 0, 3, 4)]

@@ -719,3 +719,15 @@ def test_the_check_says_how_many_faults_it_found(tmp_path):
     with pytest.raises(InputError, match=r"2 faults: line 2: .*; line 4: "):
         convert(table, tmp_path / "store", progress=progress, workers=1)
     assert progress.lines == [["check", 3, "subject", 3, {"faults": 2}, "done"]]
+
+
+def test_voxels_that_outshine_the_rest_are_weighed_as_intensities(tmp_path):
+    """Not as they are stored: the same image with an intercept has the same warnings as one without."""
+    data = head(0).astype(np.int32)
+    data[5, 5, 5] = 30000
+    table = cohort(tmp_path, 1)
+    for inter, shift in ((0.0, 0), (-500000.0, 500000)):
+        nifti_files.write(tmp_path / "s0.nii.gz", data + shift, AFFINE, inter=inter, slope=1.0)
+        convert(table, tmp_path / f"store{shift}")
+        (told,) = open_store(tmp_path / f"store{shift}").subjects[0].attrs["warnings"]
+        assert told.startswith("1 of 3780 voxels are up to") and "the image is divided by its maximum" in told

@@ -213,3 +213,10 @@ def test_whole_slices_keep_what_fits_and_the_place_of_the_first_voxel():
     cut = template.whole_slices(volume, (1.5, 4.0, 2.5))
     assert cut.data.shape == (6, 8, 10) and np.array_equal(cut.data, data[:6, :8])
     assert np.array_equal(cut.affine, volume.affine) and (cut.warnings, cut.meta) == (("odd",), {"a": 1})
+
+
+def test_the_columns_of_the_demos_table_are_the_headline_figures():
+    scores = {"image": {"whole": {"psnr_db": 30.0}, "mask": {"psnr_db": 25.0}}, "segmentation": {"dice": 0.9}}
+    row = demo.row("mine", scores)
+    assert row["method"] == "mine" and (row["PSNR dB"], row["PSNR brain dB"], row["Dice"]) == (30.0, 25.0, 0.9)
+    assert all("mask" not in heading for heading in row) and row["SSIM"] is None

@@ -378,3 +378,17 @@ def test_a_data_file_below_its_header_belongs_to_the_image(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"= a.raw", b"= raw/b.raw"))
     assert formats.parts(path) == (path, tmp_path / "raw" / "b.raw")
     np.testing.assert_array_equal(images.load(path).data, HEAD)
+
+
+def test_packed_voxels_behind_a_header_of_their_own_file(tmp_path):
+    """MetaImage's HeaderSize, which SimpleITK passes over as well; of a file alone they stand behind the text."""
+    path = write_itk(tmp_path / "a.mhd", packed=True)
+    raw = formats.parts(path)[1]
+    packed = raw.read_bytes()
+    text = path.read_bytes().replace(b"ElementDataFile", b"HeaderSize = 40\nElementDataFile")
+    path.write_bytes(text)
+    raw.write_bytes(bytes(40) + packed)
+    np.testing.assert_array_equal(images.load(path).data, HEAD)
+    damage(raw, -2)
+    with pytest.raises(InputError, match="the zlib checksum is wrong"):
+        images.load(path)

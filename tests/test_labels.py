@@ -237,3 +237,12 @@ def test_a_rows_choices_come_before_those_given_and_empty_ones_are_none():
             labels.refuse_for_store(given, table)
         assert error.value.what == option
     labels.refuse_for_store(None, None)
+
+
+@pytest.mark.parametrize("encoding", ("utf8", "utf-8-sig", "latin-1"))
+def test_a_lookup_table_is_read_whatever_wrote_it(tmp_path, encoding):
+    (tmp_path / "lut.txt").write_bytes("3  cortex\n4  é\n42  other\n".encode(encoding))
+    names = labels.read_names(tmp_path / "lut.txt")
+    assert (names["cortex"], names["other"], len(names)) == (3, 42, 3)
+    (tmp_path / "a.tsv").write_bytes("index\tname\n3\tcortex\n".encode(encoding))
+    assert labels.read_names(tmp_path / "a.tsv") == {"cortex": 3}

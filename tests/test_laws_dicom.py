@@ -533,3 +533,21 @@ def test_what_is_named_like_a_slice_and_is_none_is_told_as_that(tmp_path):
     refused(tmp_path, "IM9 is no DICOM file, but named like the slices beside it")
     (tmp_path / "IM9").rename(tmp_path / "README")
     assert dicom.load(tmp_path).data.shape == SMALL
+
+
+def test_an_empty_element_is_none(tmp_path):
+    """As anonymisers leave them."""
+
+    def emptied(ds, k):
+        for name in (
+            "RescaleSlope",
+            "RescaleIntercept",
+            "SpacingBetweenSlices",
+            "InstanceNumber",
+            "ImagesInAcquisition",
+        ):
+            setattr(ds, name, "")
+
+    small(tmp_path, change=emptied)
+    found = dicom.load(tmp_path)
+    assert np.array_equal(found.data, volume(SMALL)[:, ::-1]) and found.warnings == ()

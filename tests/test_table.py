@@ -443,3 +443,17 @@ def test_names_with_a_meaning_in_a_store_are_no_subjects():
         "d-c", "d-C-2", "manifest.json_", "zarr.json_",
     ]  # fmt: skip
     assert subject_ids([PurePosixPath("/d/c.nii")]) == ["c_"]
+
+
+def test_persons_and_labels_are_known_by_any_name_that_leads_to_them(folder):
+    for name in ("sub-07.nii", "sub-07_ses-2.nii", "sub-08_ses-1.nii"):
+        (folder / name).touch()
+    told = faults_of(table(folder, "sub-07.nii,a_seg.nii,Train", "sub-07_ses-2.nii,b_seg.nii,Test"))
+    assert "line 3: subject sub-07 is in Test, and in Train at line 2" in told
+    (folder / "link.nii").symlink_to(folder / "a_seg.nii")
+    told = faults_of(table(folder, "a.nii.gz,a_seg.nii,Train", "b.nii.gz,link.nii,Test"))
+    assert "line 3: Label_image link.nii is in Test" in told
+    one = table(
+        folder, "sub-07.nii,a_seg.nii,Train", "sub-07_ses-2.nii,b_seg.nii,Train", "sub-08_ses-1.nii,c_seg.nii,Test"
+    )
+    assert len(read_table(one)) == 3
