@@ -786,6 +786,9 @@ def test_a_request_is_tried_as_often_as_is_allowed_and_a_refusal_once():
     assert count == 1 and error.reason == "cannot be read: Connection reset"
     error, count = tried(PermissionError(13, "Permission denied"), done="listed")
     assert count == 1 and error.reason == "cannot be listed: Permission denied" and "credentials" in error.hint
+    for name in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError"):
+        error, count = tried(type(name, (Exception,), {})("none"), done="written")
+        assert count == 1 and "credentials" in error.hint
     error, count = tried(FileNotFoundError(2, "No such bucket"), done="written")
     assert count == 1 and error.hint == "does the bucket exist?"
     error, count = tried(FileNotFoundError(2, "none"))
