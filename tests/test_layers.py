@@ -226,7 +226,16 @@ def test_importing_the_package_loads_nothing_heavy():
 
 def test_what_an_inference_needs_after_its_tiles_or_not_at_all_does_not_delay_the_first():
     """A tenth of a second or more each."""
-    late = ("scipy.ndimage", "scipy.stats", "zarr", "h5py", "matplotlib", "torch._dynamo", "torch._inductor", "fastsrgan.train")
+    late = (
+        "scipy.ndimage",
+        "scipy.stats",
+        "zarr",
+        "h5py",
+        "matplotlib",
+        "torch._dynamo",
+        "torch._inductor",
+        "fastsrgan.train",
+    )
     program = f"import sys, fastsrgan.infer.files; print([m for m in {late!r} if m in sys.modules])"
     assert run(program) == "[]"
 
