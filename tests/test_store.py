@@ -132,7 +132,7 @@ class StoreContract:
         make(url, "a")
         with pytest.raises(UsageError, match=r"exists, with 1 subjects .--resume"):
             create_store(url)
-        with pytest.raises(UsageError, match="^--resume and --overwrite: exclude each other"):
+        with pytest.raises(UsageError, match=r"^--resume and --overwrite: exclude each other"):
             create_store(url, resume=True, overwrite=True)
         with pytest.raises(UsageError, match="dtype None, not int16"):
             create_store(url, resume=True, settings={"dtype": "int16"})
