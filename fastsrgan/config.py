@@ -231,7 +231,8 @@ class TrainConfig:
     new_low_res: tuple[Triple, ...] = setting((),
         "mm of the scans to train for, in plane twice and through it (segsrgan geometry: stored axes); twice: bounds",
         NEW, group=BASIC, also=("-n",), check=check_resolutions, more="two triples: uniform per axis, image and epoch")
-    epochs: int = setting(200, "last epoch", FREE, group=BASIC, also=("-e", "--epoch"), above=0)
+    epochs: int = setting(200, "last epoch", FREE, group=BASIC, also=("-e", "--epoch"), above=0,
+        more="where `lr_schedule` is linear or cosine, a resumed run's rates follow a new value, and that is said")
     init_epoch: int = setting(1, "first epoch (epoch - init_epoch + 1 are run)", START, also=("-i",), above=0,
         more="epochs count from 1")
     batch_size: int = setting(16, "patches per update", ANEW, group=BASIC, also=("-b",), presets={"paper": 32}, above=0,
@@ -338,7 +339,8 @@ class TrainConfig:
     compile: str = setting("auto", "torch.compile and CUDA graphs", NEW, choices=("auto", "on", "off"),
         more="auto decides by the kind of device")
     accumulate: int = setting(1, "micro-batches per update", NEW, above=0)
-    auto_batch: bool = setting(False, "lower the batch size before the first update until it fits", FREE, group=BASIC)
+    auto_batch: bool = setting(False, "lower the batch size before the first update until it fits", FREE, group=BASIC,
+        more="a run that is resumed with it keeps its `batch_size`")
     lr_schedule: str = setting("constant", "learning rate over the run", NEW, choices=("constant", "linear", "cosine"),
         presets={"recommended": "cosine"}, more="from the first update to the last")
     lr_warmup: int = setting(0, "updates of linear warm-up", NEW, presets={"recommended": 100}, low=0)

@@ -412,7 +412,7 @@ def test_a_resumed_run_keeps_the_precision_and_the_layer_forms_of_its_snapshot(s
     path.write_text(json.dumps(manifest))  # as on a machine where this was timed
     with caplog.at_level(logging.INFO, "fastsrgan"):
         train(store, run, auto.replace(epochs=2), resume=True)
-    assert "going on in bf16, layer forms measured, 1 as in the snapshot" in caplog.text
+    assert "going on in bf16, layer forms measured, 1 of them as in the snapshot" in caplog.text
     assert "settings differ" not in caplog.text
     assert checkpoint.manifest(checkpoint.newest(run))["arithmetic"] == manifest["arithmetic"]
     caplog.clear()

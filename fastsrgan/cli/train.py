@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,7 +189,7 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
     except SettingsError as error:
         if any(name in read or name not in settings.SETTINGS for name, _, _ in error.faults):
             raise
-        flags = [(settings.SETTINGS[name].flags[-1], reason, hint) for name, reason, hint in error.faults]
+        flags = [(settings.SETTINGS[name].flags[-1], reason, typed_hint(hint)) for name, reason, hint in error.faults]
         if len(flags) == 1:
             raise UsageError(*flags[0]) from error
         several = SettingsError("train", flags)
@@ -202,6 +203,13 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
     if args.weights and not args.resume:
         return settings.from_mapping(values | network_of(args.weights, values), args.config or "settings")
     return config
+
+
+def typed_hint(hint: str) -> str:
+    """A hint as the command line takes it: "structure: 3,42" of a settings file is ``--structure 3,42``."""
+    return re.sub(
+        r"\b(\w+): (?=\S)", lambda m: f"{settings.SETTINGS[m[1]].flags[-1]} " if m[1] in settings.SETTINGS else m[0], hint
+    )
 
 
 def network_of(path: str, given: dict[str, Any]) -> dict[str, Any]:
