@@ -237,7 +237,7 @@ def test_more_epochs_are_said_where_they_change_the_rates(schedule, told):
 )
 def test_a_hint_about_options_can_be_typed(parser, words, hint):
     with pytest.raises(UsageError) as told:
-        config_of(parser, "-n", "1", "1", "3", *words.split())
+        typed(parser, "-n", "1", "1", "3", *words.split())
     assert str(told.value).endswith(hint)
 
 
