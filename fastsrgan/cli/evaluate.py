@@ -58,7 +58,9 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     add_label_options(p, "are scored one by one")
     p.add_argument("--bids", action="store_true", help="the two folders are a derivatives dataset and a BIDS dataset")
     p.add_argument(
-        "--csv", metavar="FILE", help="one line per subject, but for a pair then mean, sd and n; an earlier one is replaced"
+        "--csv",
+        metavar="FILE",
+        help="one line per subject, but for a pair then mean, sd and n; an earlier one is replaced",
     )
     p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to standard output")
     p.add_argument(

@@ -208,7 +208,9 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
 def typed_hint(hint: str) -> str:
     """A hint as the command line takes it: "structure: 3,42" of a settings file is ``--structure 3,42``."""
     return re.sub(
-        r"\b(\w+): (?=\S)", lambda m: f"{settings.SETTINGS[m[1]].flags[-1]} " if m[1] in settings.SETTINGS else m[0], hint
+        r"\b(\w+): (?=\S)",
+        lambda m: f"{settings.SETTINGS[m[1]].flags[-1]} " if m[1] in settings.SETTINGS else m[0],
+        hint,
     )
 
 

@@ -491,7 +491,10 @@ def with_fitting_batch(
     so far."""
     size = then.batch_size if then else batch_that_fits(config, mask_classes, device, ranks)
     if size != config.batch_size:
-        kept, taken = ": the run keeps its %d (--auto-batch False takes another)", " does not fit in memory: %d is taken"
+        kept, taken = (
+            ": the run keeps its %d (--auto-batch False takes another)",
+            " does not fit in memory: %d is taken",
+        )
         log.warning("batch_size %d" + (kept if then else taken), config.batch_size, size)
     return config.replace(batch_size=size)
 
