@@ -36,7 +36,7 @@ BASIC, ADVANCED = "basic", "advanced"  # the two groups of options
 FREE, NEW, KEPT, ANEW, START, MATCH = "free", "new value", "auto goes on", "epoch anew", "not used", "must match"
 JUDGED = "best anew"
 RESUMED = {
-    FREE: "takes the new value, which changes no update of the networks",
+    FREE: "takes the new value, which changes no update of the networks (`epochs` does with an `lr_schedule`: said)",
     JUDGED: "takes the new value, and forgets which weights were best by the old one",
     NEW: "takes the new value and says so",
     KEPT: "`auto` goes on as the snapshot did; any other value is taken, and that is said",
@@ -231,8 +231,7 @@ class TrainConfig:
     new_low_res: tuple[Triple, ...] = setting((),
         "mm of the scans to train for, in plane twice and through it (segsrgan geometry: stored axes); twice: bounds",
         NEW, group=BASIC, also=("-n",), check=check_resolutions, more="two triples: uniform per axis, image and epoch")
-    epochs: int = setting(200, "last epoch", FREE, group=BASIC, also=("-e", "--epoch"), above=0,
-        more="where `lr_schedule` is linear or cosine, a resumed run's rates follow a new value, and that is said")
+    epochs: int = setting(200, "last epoch", FREE, group=BASIC, also=("-e", "--epoch"), above=0)
     init_epoch: int = setting(1, "first epoch (epoch - init_epoch + 1 are run)", START, also=("-i",), above=0,
         more="epochs count from 1")
     batch_size: int = setting(16, "patches per update", ANEW, group=BASIC, also=("-b",), presets={"paper": 32}, above=0,
@@ -339,8 +338,7 @@ class TrainConfig:
     compile: str = setting("auto", "torch.compile and CUDA graphs", NEW, choices=("auto", "on", "off"),
         more="auto decides by the kind of device")
     accumulate: int = setting(1, "micro-batches per update", NEW, above=0)
-    auto_batch: bool = setting(False, "lower the batch size before the first update until it fits", FREE, group=BASIC,
-        more="a run that is resumed with it keeps its `batch_size`")
+    auto_batch: bool = setting(False, "lower the batch size before the first update until it fits", FREE, group=BASIC)
     lr_schedule: str = setting("constant", "learning rate over the run", NEW, choices=("constant", "linear", "cosine"),
         presets={"recommended": "cosine"}, more="from the first update to the last")
     lr_warmup: int = setting(0, "updates of linear warm-up", NEW, presets={"recommended": 100}, low=0)
