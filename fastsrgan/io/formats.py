@@ -295,7 +295,7 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
         fields = _itk_fields(path)[0]
         size_text = fields.get(b"elementspacing", fields.get(b"spacings", b"")).split()
         if any(word.startswith(b"-") for word in size_text):  # ITK has put the sign into the direction
-            warnings.append(_turned(times(word.decode("ascii", "replace") for word in size_text)))
+            warnings.append(_turned(" x ".join(word.decode("ascii", "replace") for word in size_text)))
         placed = name != "NRRD" or re.search(rb"^space( dimension)?:", text, re.MULTILINE)
         if not placed:
             warnings.append("no orientation (no space field): axes taken as left, posterior, superior")
