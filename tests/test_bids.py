@@ -320,6 +320,36 @@ def test_the_sidecar_of_an_image(tmp_path):
     assert sidecar(tmp_path / "a_T1w.nii.gz").name == sidecar(tmp_path / "a_T1w.nii").name == "a_T1w.json"
 
 
+@pytest.mark.parametrize(
+    ("jsons", "said"),
+    [
+        ({"T2w": 2.0}, (2.0, "T2w.json")),
+        ({"T2w": 2.0, "acq-thick_T2w": 2.5}, (2.5, "acq-thick_T2w.json")),
+        ({"T2w": 2.0, "sub-02/sub-02_T2w": 3.0}, (3.0, "sub-02_T2w.json")),
+        (
+            {"T2w": 2.0, "sub-02/ses-a/anat/sub-02_ses-a_acq-thick_run-1_T2w": 4.0},
+            (4.0, "sub-02_ses-a_acq-thick_run-1_T2w.json"),
+        ),
+        (
+            {"T1w": 2.0, "acq-thin_T2w": 2.0, "sub-01/sub-01_T2w": 2.0, "notT2w": 2.0},
+            (None, "sub-02_ses-a_acq-thick_run-1_T2w.json"),
+        ),
+    ],
+)
+def test_an_image_inherits_what_the_json_files_above_it_say(dataset, jsons, said):
+    """BIDS, "The Inheritance Principle": the nearest that speaks of a field counts."""
+    for name, value in jsons.items():
+        write_json(dataset / f"{name}.json", {"SliceThickness": value})
+    value, file = stated(dataset / NAMES[2], "SliceThickness")
+    assert (value, file.name) == said
+
+
+def test_outside_a_dataset_nothing_is_inherited(dataset):
+    write_json(dataset / "T2w.json", {"SliceThickness": 2.0})
+    (dataset / "dataset_description.json").unlink()
+    assert stated(dataset / NAMES[2], "SliceThickness")[0] is None
+
+
 ORDER = ("sub", "ses", "task", "acq", "ce", "rec", "run", "echo", "part", "chunk", "space", "seg", "res", "den")
 ORDER += ("label", "desc")
 
@@ -464,33 +494,3 @@ def test_images_come_by_their_path_whether_they_lie_in_sessions_or_not(tmp_path)
         "sub-3_ses-a_T1w.nii",
     )
     assert _names(find_bids(bare(tmp_path, *names))) == [names[k] for k in (2, 1, 0, 3, 4)]
-
-
-@pytest.mark.parametrize(
-    ("jsons", "said"),
-    [
-        ({"T2w": 2.0}, (2.0, "T2w.json")),
-        ({"T2w": 2.0, "acq-thick_T2w": 2.5}, (2.5, "acq-thick_T2w.json")),
-        ({"T2w": 2.0, "sub-02/sub-02_T2w": 3.0}, (3.0, "sub-02_T2w.json")),
-        (
-            {"T2w": 2.0, "sub-02/ses-a/anat/sub-02_ses-a_acq-thick_run-1_T2w": 4.0},
-            (4.0, "sub-02_ses-a_acq-thick_run-1_T2w.json"),
-        ),
-        (
-            {"T1w": 2.0, "acq-thin_T2w": 2.0, "sub-01/sub-01_T2w": 2.0, "notT2w": 2.0},
-            (None, "sub-02_ses-a_acq-thick_run-1_T2w.json"),
-        ),
-    ],
-)
-def test_an_image_inherits_what_the_json_files_above_it_say(dataset, jsons, said):
-    """BIDS, "The Inheritance Principle": the nearest that speaks of a field counts."""
-    for name, value in jsons.items():
-        write_json(dataset / f"{name}.json", {"SliceThickness": value})
-    value, file = stated(dataset / NAMES[2], "SliceThickness")
-    assert (value, file.name) == said
-
-
-def test_outside_a_dataset_nothing_is_inherited(dataset):
-    write_json(dataset / "T2w.json", {"SliceThickness": 2.0})
-    (dataset / "dataset_description.json").unlink()
-    assert stated(dataset / NAMES[2], "SliceThickness")[0] is None

@@ -628,6 +628,29 @@ def test_a_summary_counts_the_whole_store_and_the_pace_of_what_was_converted():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "told", "way"),
+    [
+        ("Label_image", np.nan, "the label holds NaN", "set them to 0"),
+        ("Label_image", 0.4, "the label holds fractions", "nearest neighbour"),
+        ("Label_image", -1, "the label holds the value -1", "--label-classes"),
+        ("Mask_image", 1000, "the mask holds the value 1000", "1 inside and 0 outside"),
+    ],
+)
+def test_values_that_are_not_taken_come_with_a_way_out_of_their_own(tmp_path, column, value, told, way):
+    """Each was sent to resampling and to --label-classes, a mask too, which that does not choose of."""
+    nifti_files.write(tmp_path / "a.nii.gz")
+    label = (nifti_files.HEAD > 450).astype(np.float32)
+    nifti_files.write(tmp_path / "good.nii.gz", label)
+    nifti_files.write(tmp_path / "bad.nii.gz", np.where(label == 0, np.float32(value), label))
+    names = {"Label_image": "good.nii.gz", "Mask_image": "good.nii.gz", column: "bad.nii.gz"}
+    row = f"a.nii.gz,{names['Label_image']},{names['Mask_image']},Train"
+    (tmp_path / "t.csv").write_text(f"HR_image,Label_image,Mask_image,Base\n{row}\n", encoding="utf8")
+    with pytest.raises(InputError, match=f"{column} .*{told}") as caught:
+        convert(tmp_path / "t.csv", tmp_path / "s.zarr")
+    assert way in caught.value.hint and ("--label-classes" in caught.value.hint) == (value == -1)
+
+
 @pytest.mark.parametrize("suffix", (".nii", ".nii.gz"))
 def test_room_is_asked_for_what_is_converted_and_not_for_what_is_kept(tmp_path, monkeypatch, suffix):
     """About the size in memory, or that of the files where they are packed to less."""
@@ -731,26 +754,3 @@ def test_voxels_that_outshine_the_rest_are_weighed_as_intensities(tmp_path):
         convert(table, tmp_path / f"store{shift}")
         (told,) = open_store(tmp_path / f"store{shift}").subjects[0].attrs["warnings"]
         assert told.startswith("1 of 3780 voxels are up to") and "the image is divided by its maximum" in told
-
-
-@pytest.mark.parametrize(
-    ("column", "value", "told", "way"),
-    [
-        ("Label_image", np.nan, "the label holds NaN", "set them to 0"),
-        ("Label_image", 0.4, "the label holds fractions", "nearest neighbour"),
-        ("Label_image", -1, "the label holds the value -1", "--label-classes"),
-        ("Mask_image", 1000, "the mask holds the value 1000", "1 inside and 0 outside"),
-    ],
-)
-def test_values_that_are_not_taken_come_with_a_way_out_of_their_own(tmp_path, column, value, told, way):
-    """Each was sent to resampling and to --label-classes, a mask too, which that does not choose of."""
-    nifti_files.write(tmp_path / "a.nii.gz")
-    label = (nifti_files.HEAD > 450).astype(np.float32)
-    nifti_files.write(tmp_path / "good.nii.gz", label)
-    nifti_files.write(tmp_path / "bad.nii.gz", np.where(label == 0, np.float32(value), label))
-    names = {"Label_image": "good.nii.gz", "Mask_image": "good.nii.gz", column: "bad.nii.gz"}
-    row = f"a.nii.gz,{names['Label_image']},{names['Mask_image']},Train"
-    (tmp_path / "t.csv").write_text(f"HR_image,Label_image,Mask_image,Base\n{row}\n", encoding="utf8")
-    with pytest.raises(InputError, match=f"{column} .*{told}") as caught:
-        convert(tmp_path / "t.csv", tmp_path / "s.zarr")
-    assert way in caught.value.hint and ("--label-classes" in caught.value.hint) == (value == -1)

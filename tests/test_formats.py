@@ -290,6 +290,38 @@ def test_a_label_of_another_format_lies_on_its_image(tmp_path):
     np.testing.assert_array_equal(images.load_label(tmp_path / "label.mgz", like).data, label)
 
 
+@pytest.mark.parametrize("name", ITK_NAMES)
+def test_bytes_in_a_name_that_are_no_text_are_refused_before_they_reach_simpleitk(tmp_path, name):
+    """Ended the process: std::logic_error."""
+    path = tmp_path / f"\udce4{name}"
+    try:
+        write_itk(tmp_path / name).rename(path)
+    except OSError:
+        pytest.skip("this disk takes text for names only")
+    with pytest.raises(InputError, match="no UTF-8"):
+        images.load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "axes", "told"),
+    [
+        ("Space: RAS", "RAS", ""),
+        ("space: left-anterior-superior", "LAS", ""),
+        ("space: scanner-xyz", "LPS", "names no directions of the body"),
+        ("space dimension: 3", "LPS", "names no directions of the body"),
+        ("spacings: 1 1 3", "LPS", "no orientation"),
+    ],
+)
+def test_what_an_nrrd_says_of_its_space_is_taken_or_told(tmp_path, field, axes, told):
+    raw = HEAD.astype("<i2").tobytes(order="F")
+    place = "" if "spacings" in field else "space directions: (1,0,0) (0,1,0) (0,0,3)\nspace origin: (1,2,3)\n"
+    text = f"NRRD0004\ntype: short\ndimension: 3\nsizes: 7 6 5\nencoding: raw\nendian: little\n{field}\n{place}\n"
+    (tmp_path / "a.nrrd").write_bytes(text.encode() + raw)
+    found = images.load(tmp_path / "a.nrrd")
+    assert axis_codes(found.affine) == axes
+    assert [told in warning for warning in found.warnings] == [True] * bool(told)
+
+
 def test_the_formats_and_the_endings_of_their_files_are_these():
     """The longest first, so that none of a name is left."""
     assert [(each.name, each.suffixes) for each in formats.FORMATS] == [
@@ -365,17 +397,6 @@ def test_what_is_no_volume_of_real_numbers_is_refused(tmp_path, name):
         images.load(path)
     sitk.WriteImage(sitk.GetImageFromArray(colours, isVector=True), str(path))
     with pytest.raises(InputError, match="vectors, colours or complex numbers in each voxel"):
-
-
-@pytest.mark.parametrize("name", ITK_NAMES)
-def test_bytes_in_a_name_that_are_no_text_are_refused_before_they_reach_simpleitk(tmp_path, name):
-    """Ended the process: std::logic_error."""
-    path = tmp_path / f"\udce4{name}"
-    try:
-        write_itk(tmp_path / name).rename(path)
-    except OSError:
-        pytest.skip("this disk takes text for names only")
-    with pytest.raises(InputError, match="no UTF-8"):
         images.load(path)
 
 
@@ -441,22 +462,3 @@ def test_packed_voxels_behind_a_header_of_their_own_file(tmp_path):
     damage(raw, -2)
     with pytest.raises(InputError, match="the zlib checksum is wrong"):
         images.load(path)
-
-
-    ("field", "axes", "told"),
-    [
-        ("Space: RAS", "RAS", ""),
-        ("space: left-anterior-superior", "LAS", ""),
-        ("space: scanner-xyz", "LPS", "names no directions of the body"),
-        ("space dimension: 3", "LPS", "names no directions of the body"),
-        ("spacings: 1 1 3", "LPS", "no orientation"),
-    ],
-)
-def test_what_an_nrrd_says_of_its_space_is_taken_or_told(tmp_path, field, axes, told):
-    raw = HEAD.astype("<i2").tobytes(order="F")
-    place = "" if "spacings" in field else "space directions: (1,0,0) (0,1,0) (0,0,3)\nspace origin: (1,2,3)\n"
-    text = f"NRRD0004\ntype: short\ndimension: 3\nsizes: 7 6 5\nencoding: raw\nendian: little\n{field}\n{place}\n"
-    (tmp_path / "a.nrrd").write_bytes(text.encode() + raw)
-    found = images.load(tmp_path / "a.nrrd")
-    assert axis_codes(found.affine) == axes
-    assert [told in warning for warning in found.warnings] == [True] * bool(told)

@@ -401,6 +401,27 @@ def test_any_flipped_byte_of_a_gzip_is_found_or_harmless(tmp_path_factory, at, f
 
 
 @pytest.mark.parametrize(
+    ("kind", "way"),
+    [("tar", "tar -xf"), ("tar.gz", "tar -xf"), ("gz.gz", "gunzip"), ("zip", "unzip"), ("bz2", "bunzip2")],
+)
+def test_an_image_in_a_parcel_is_told_how_to_unpack_it(tmp_path, kind, way):
+    """Was "is not a NIfTI image: it begins with ... (a .nii or .nii.gz file)", of a file so called."""
+    path, plain = tmp_path / "x.nii.gz", file_bytes()
+    if kind.startswith("tar"):
+        (tmp_path / "x.nii").write_bytes(plain)
+        with tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as archive:
+            archive.add(tmp_path / "x.nii", "x.nii")
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x.nii", plain)
+    else:
+        path.write_bytes(bz2.compress(plain) if kind == "bz2" else gzip.compress(gzip.compress(plain)))
+    with pytest.raises(InputError, match="is not a NIfTI image but") as caught:
+        images.load(path)
+    assert way in caught.value.hint
+
+
+@pytest.mark.parametrize(
     ("content", "what", "way"),
     [
         (bytes(128) + b"DICM", "a DICOM file", "end its name in .dcm"),
@@ -515,23 +536,3 @@ def test_a_home_folder_in_quotes_and_a_url_are_told_as_that(tmp_path):
         with pytest.raises(InputError) as error:
             images.load(place)
         assert told in error.value.hint
-
-
-    ("kind", "way"),
-    [("tar", "tar -xf"), ("tar.gz", "tar -xf"), ("gz.gz", "gunzip"), ("zip", "unzip"), ("bz2", "bunzip2")],
-)
-def test_an_image_in_a_parcel_is_told_how_to_unpack_it(tmp_path, kind, way):
-    """Was "is not a NIfTI image: it begins with ... (a .nii or .nii.gz file)", of a file so called."""
-    path, plain = tmp_path / "x.nii.gz", file_bytes()
-    if kind.startswith("tar"):
-        (tmp_path / "x.nii").write_bytes(plain)
-        with tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as archive:
-            archive.add(tmp_path / "x.nii", "x.nii")
-    elif kind == "zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("x.nii", plain)
-    else:
-        path.write_bytes(bz2.compress(plain) if kind == "bz2" else gzip.compress(gzip.compress(plain)))
-    with pytest.raises(InputError, match="is not a NIfTI image but") as caught:
-        images.load(path)
-    assert way in caught.value.hint

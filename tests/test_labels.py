@@ -191,6 +191,14 @@ def test_a_lookup_table_is_read_up_to_four_mebibytes(tmp_path):
         labels.read_names(table)
 
 
+def test_a_value_with_a_point_as_tables_of_numbers_write_it_is_that_value(folder):
+    """A column of whole numbers with empty cells comes out of pandas as 3.0."""
+    found = labels.structure("3.0+42.00", folder / "aseg.nii.gz")
+    assert (found.values, found.called) == ({3, 42}, "")
+    with pytest.raises(UsageError, match="is a name"):
+        labels.structure("3.5", folder / "aseg.nii.gz")
+
+
 def test_numbers_and_names_may_be_mixed_and_the_choice_is_named_as_it_is_called(folder):
     lut, aseg = folder / "lut.txt", folder / "aseg.nii.gz"
     mixed = labels.structure("3+Right-Cerebral-Cortex", aseg, lut)
@@ -246,11 +254,3 @@ def test_a_lookup_table_is_read_whatever_wrote_it(tmp_path, encoding):
     assert (names["cortex"], names["other"], len(names)) == (3, 42, 3)
     (tmp_path / "a.tsv").write_bytes("index\tname\n3\tcortex\n".encode(encoding))
     assert labels.read_names(tmp_path / "a.tsv") == {"cortex": 3}
-
-
-def test_a_value_with_a_point_as_tables_of_numbers_write_it_is_that_value(folder):
-    """A column of whole numbers with empty cells comes out of pandas as 3.0."""
-    found = labels.structure("3.0+42.00", folder / "aseg.nii.gz")
-    assert (found.values, found.called) == ({3, 42}, "")
-    with pytest.raises(UsageError, match="is a name"):
-        labels.structure("3.5", folder / "aseg.nii.gz")
