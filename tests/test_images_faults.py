@@ -435,10 +435,10 @@ def test_an_image_in_a_parcel_is_told_how_to_unpack_it(tmp_path, kind, way):
         (b"\xff\xd8\xff", "a JPEG picture", "convert"),
         (b"II*\0", "a TIFF picture", "convert"),
         (b"%PDF", "a PDF document", "convert"),
-        (b"PK\3\4", "a zip archive", "convert"),
-        (b"BZh9", "a bzip2 file", "convert"),
-        (b"\xfd7zXZ", "an xz file", "convert"),
-        (b"\x28\xb5\x2f\xfd", "a zstd file", "convert"),
+        (b"PK\3\4", "a zip archive", "unzip"),
+        (b"BZh9", "a bzip2 file", "bunzip2"),
+        (b"\xfd7zXZ", "an xz file", "unxz"),
+        (b"\x28\xb5\x2f\xfd", "a zstd file", "unzstd"),
     ],
 )
 def test_a_file_of_another_kind_under_the_name_is_named_with_a_way(tmp_path, content, what, way):

@@ -182,8 +182,10 @@ def test_a_thickness_that_is_not_used_says_why(tmp_path):
         None, "DICOM: slices 5 mm apart, the image's are 3: resampled",
     )  # fmt: skip
     assert told(slice_thickness_mm=7.0) == (None, "DICOM: slices of 7 mm, 3 apart, are not believed")
-    for nothing in (None, True, "3", 0, -1.0, float("inf"), float("nan")):
-        assert told(slice_thickness_mm=nothing) is None
+    assert told() is None
+    for odd in (True, "3", 0, -1.0, float("inf"), float("nan")):
+        mm, said = told(slice_thickness_mm=odd)
+        assert mm is None and said.startswith("DICOM: SliceThickness ") and said.endswith(" is no size in mm")
     (tmp_path / "a.b.json").write_text('{"SliceThickness": 2}')
     volume = Volume(np.ones((2, 2, 2), np.float32), np.diag([1.0, 1, 3, 1]), (), {})
     assert any_image.slice_thickness(volume, tmp_path / "a.b.nii.gz") == (2.0, "a.b.json")
