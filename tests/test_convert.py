@@ -685,7 +685,7 @@ def test_attributes_of_labels_masks_and_tissues_count_their_values(tmp_path):
     assert subject.attrs["mask_counts"] == {"0": values.size}
     assert subject.attrs["tissues_counts"] == {str(500 * v): int((values % 3 == v).sum()) for v in range(3)}
     mask, label = subject.attrs["warnings"]
-    assert mask == "mask: the label is empty: every voxel is 0"
+    assert mask == "mask: the mask is empty: every voxel is 0"
     assert label.startswith("label: holds 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 4 more values; training wants 1")
     assert {name: array["dtype"] for name, array in subject.arrays.items()} == {
         "image": "int16", "label": "uint8", "mask": "uint8", "tissues": "uint16",
