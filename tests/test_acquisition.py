@@ -153,3 +153,25 @@ def test_a_named_profile_is_taken_as_it_is():
         assumed("sinc", None, 6.0)
     with pytest.raises(UsageError, match="slice thickness"):
         assumed("auto", 0.0, 6.0)
+
+
+def test_the_weight_that_is_expected_is_the_one_that_was_found_at_two_ratios():
+    """At 3 % noise 4 to 6 at ratio 3 and 1 to 2 at ratio 6 (decision 023); never below that of a guessed profile."""
+    assert 4 < acquisition.expected_weight(0.03, 3) < 6 and 1 < acquisition.expected_weight(0.03, 6) < 2
+    assert acquisition.expected_weight(0.03, 3) == 4.94 and acquisition.expected_weight(0.06, 3) == 19.8
+    assert acquisition.expected_weight(0.0, 3) == acquisition.expected_weight(0.001, 3) == PROFILE_GUESSED
+
+
+def test_a_spacing_is_the_thickness_that_is_not_said_and_a_guess_is_narrower():
+    """Of 0.8 times the thickness; thicker slices than they are apart are taken as they are."""
+    guess = assumed("auto", None, 6.0)
+    assert (guess.profile, guess.width_mm, guess.thickness_mm) == ("gaussian", pytest.approx(4.8), 6.0)
+    assert assumed("auto", 9.0, 6.0).width_mm == pytest.approx(7.2) and assumed("box", 9.0, 6.0).width_mm == 9.0
+
+
+def test_without_noise_the_weight_is_the_smallest_and_what_is_missing_is_told():
+    flat = np.full((40, 40, 9), 100.0)
+    flat += np.linspace(0, 50, 9)  # nothing within the slices
+    seen = observation((40, 40, 9), (1, 1, 3), (40, 40, 27), (1, 1, 1))
+    found = choose_weight(flat, seen, 2, floor=0.25)
+    assert found.w == 0.25 and found.noise == pytest.approx(0, abs=1e-4) and found.missing > 0  # found: 3.9e-6
