@@ -366,6 +366,19 @@ def test_progress_ends_whatever_happens():
     assert events[-1] == "end"
 
 
+class Beyond(torch.nn.Module):
+    """Probabilities beyond their bounds by rounding."""
+
+    def forward(self, x):
+        return torch.cat([x, torch.where(x > 0.5, 1 + 1e-6, -1e-6)], 1)
+
+
+def test_probabilities_lie_between_0_and_1_whatever_sums_round_to():
+    volume = torch.rand(16, 16, 20, generator=torch.Generator().manual_seed(0))
+    out, _ = predict(volume, tiles.plan(volume.shape, 16, 8), TileNetwork(Beyond(), 1.0))
+    assert torch.equal(out[1], (volume > 0.5).float()) and torch.equal(out[0], volume)
+
+
 class Coarse(torch.nn.Module):
     """Rounds as half precision would, by one unit below zero and two above."""
 

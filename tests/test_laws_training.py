@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +23,7 @@ from fastsrgan.data.subject import PatchRule
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError, ResourceError
 from fastsrgan.model.arithmetic import Arithmetic
-from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec
+from fastsrgan.model.networks import CriticSpec
 from fastsrgan.observation.model import Degradation, Degraded
 from fastsrgan.train import precision, snapshots, validate
 from fastsrgan.train.gan import Models
@@ -141,8 +140,8 @@ def test_what_is_left_of_a_run_are_the_groups_that_are_not_done():
     assert run_at(Position(epoch=2, group=1, resident=2)).plan() == whole[4:]
     waiting = run_at(Position(epoch=2, group=3, resident=2)).plan()
     assert waiting == [Turn(2, 3, 4, []), *whole[6:]]
-    some = run_at(Position(epoch=3, resident=2, left=list("abc"))).plan()
-    assert sorted(name for turn in some for name in turn.subjects) == list("abc")
+    some = run_at(Position(epoch=2, resident=2, left=list("abc"))).plan()
+    assert sorted(name for turn in some[:2] for name in turn.subjects) == list("abc") and some[2:] == whole[6:]
     assert run_at(Position(epoch=3, left=[])).plan() == [Turn(3, 0, 1, [])]
     assert [turn.subjects for turn in run_at(Position()).plan()[:6]] != [turn.subjects for turn in whole[:6]]
     later = run_at(Position(), config=CONFIG.replace(epochs=5, init_epoch=4), ranks=Alone(1, 2))
@@ -183,7 +182,7 @@ def test_gradients_are_clipped_to_a_norm_that_is_told_as_it_was():
     for clip, gradient, seen in ((0.0, 4.0, 4.0), (3.0, 1.0, 1.0), (3.0, 4.0, math.sqrt(3)), (3.0, -4.0, -math.sqrt(3))):
         told, moved, optimiser = stepped(clip, gradient)
         assert float(told["gradient"]) == pytest.approx(abs(gradient) * math.sqrt(3)) and told["skipped"] == 0
-        assert moved.flatten().tolist() == pytest.approx([seen] * 3, rel=1e-4)  # found: 4e-6
+        assert moved.flatten().tolist() == pytest.approx([seen] * 3, rel=2e-5)  # found: 4e-6
         assert all(p.grad is None for p in optimiser.parameters) and optimiser._sent == []
 
 
@@ -218,6 +217,13 @@ def test_a_rate_is_a_share_of_the_first_and_moments_are_taken_over():
     (mine,), (its,) = one.adam.state.values(), other.adam.state.values()
     assert its["step"] == 2 and all(torch.equal(mine[k], its[k]) for k in ("exp_avg", "exp_avg_sq"))
     assert other.adam.param_groups[0]["betas"] == (0.25, 0.75)
+
+
+def test_tf32_and_the_layout_are_for_cuda_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    asked = CONFIG.replace(tf32=True, layout="channels_last", precision="fp32")
+    assert precision.choose(asked, CPU) == Arithmetic(CPU)
+    assert precision.choose(asked, torch.device("cuda")) == Arithmetic(torch.device("cuda"), channels_last=True, tf32=True)
 
 
 def test_an_arithmetic_says_what_it_is_in_settings_and_what_needs_a_scale():
@@ -436,14 +442,3 @@ def test_residents_count_in_the_type_that_they_are_kept_in(monkeypatch):
     assert limit(one(has_tissues=True), int(3 * 2 * 9000 * growth) - 10) == 2
     boxed = one(attrs={"bounding_box": [[2, 8], [0, 10], [1, 3]], "intensity": {"min": 0}})
     assert feed.resident_voxels(boxed, 4) == 6 * 10 * 4 and feed.resident_voxels(boxed, 0) == 1000
-
-
-def test_networks_of_the_self_test_are_small_and_alike(monkeypatch):
-    """What is measured is a step of these: another seed is another step, the same one the same."""
-    seen = []
-    for name, kind in (("Generator", Generator), ("Critic", Critic)):
-        monkeypatch.setattr(precision, name, lambda *args, kind=kind, **more: seen.append((args[0], more["seed"])) or kind(
-            replace(args[0], kernel=1), *args[1:], **more))  # fmt: skip
-    one, same, other = (precision._gradients(Arithmetic(CPU), None, seed) for seed in (1, 1, 2))
-    assert seen[:2] == [(GeneratorSpec(kernel=8), 1), (CriticSpec(kernel=8, patch=16), 2)]
-    assert all(torch.equal(one[k], same[k]) and not torch.equal(one[k], other[k]) for k in ("generator", "critic"))

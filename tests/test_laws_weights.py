@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.model import arithmetic, checkpoint, weights
@@ -127,9 +131,6 @@ def test_every_damaged_weight_file_of_a_run_is_named(tmp_path):
 def test_files_of_versions_without_a_sum_are_taken(tmp_path, sum_):
     """And are what they are: a changed byte of theirs cannot be told."""
     path = saved(tmp_path / "a.safetensors")
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["fastsrgan"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -148,7 +149,9 @@ def test_a_card_that_holds_a_sum_is_not_taken_for_the_files_own(tmp_path):
 
 def test_what_is_converted_says_of_what_and_what_it_computes_otherwise(tmp_path):
     """The original's residual conditional U-Net alone."""
-    for name, noted in (("weights_u_net_cond", True), ("weights_residual_mask3", False)):
+    for name, noted in (
+        ("weights_u_net_cond", True), ("weights_u_net_cond_nn_residual", False), ("weights_residual_mask3", False)
+    ):  # fmt: skip
         path = weights.import_keras(GOLDEN / f"{name}.h5", tmp_path / f"{name}.safetensors")
         found = weights.info(path)
         assert found["card"]["converted_from"] == f"{name}.h5"
@@ -170,6 +173,65 @@ def test_info_says_what_the_weights_were_made_for_and_how_large_they_are(tmp_pat
     assert weights.purpose("perinatal") == MODELS["perinatal"].purpose == weights.purpose(weights.shipped("perinatal"))
     said = weights.info(tmp_path / "copy.safetensors")["card"].get("made_for")
     assert weights.purpose(tmp_path / "copy.safetensors") == Purpose.of(said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_that_others_stored_in_another_type_are_read_as_float32(tmp_path, dtype):
+    path = saved(tmp_path / "a.safetensors")
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["fastsrgan"])
+        tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
+    del header["sha256"]
+    save_file(tensors, path, metadata={"fastsrgan": json.dumps(header)})
+    found = weights.load_generator(path)
+    for name, parameter in found.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, tensors[f"generator.{name}"].float()), name
+
+
+def test_an_average_of_other_layers_is_refused_before_anything_is_read(tmp_path):
+    path = saved(tmp_path / "a.safetensors", ema=build_generator(GeneratorSpec(kernel=2), seed=3))
+    for use in (weights.info, weights.load_generator, lambda p: weights.load_generator(p, ema=False)):
+        with pytest.raises(ModelError, match=r"tensor ema\.\S+ is 2 x 1 x 7 x 7 x 7 .*needs 1 x 1"):
+            use(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"compression": "lzf"}, "compressed with filters"), ({"scaleoffset": 3}, "compressed with filters")],
+)
+def test_keras_arrays_are_read_through_filters_without_loss_alone(tmp_path, options, words):
+    path, name = tmp_path / "a.h5", "G/G_gen_conv2/kernel:0"
+    shutil.copyfile(GOLDEN / "weights_residual_mask3.h5", path)
+    with h5py.File(path, "r+") as file:
+        data = file[name][()]
+        del file[name]
+        file.create_dataset(name, data=data, chunks=True, **options)
+    with pytest.raises(ModelError, match=words):
+        weights.load_generator(path)
+
+
+def test_what_is_meant_by_a_name_of_the_package_is_a_path_where_weights_lie(tmp_path, monkeypatch):
+    """A file, a link that leads nowhere, a folder with weights of any kind; no folder of scans."""
+    monkeypatch.chdir(tmp_path)
+    assert not weights.is_meant("adult")
+    (tmp_path / "scans").mkdir()
+    assert not weights.is_meant("scans")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    saved(tmp_path / "file")
+    snapshot(tmp_path / "run", 3)
+    for name in ("link", "file", "run", "run/checkpoints/step-00000003"):
+        assert weights.is_meant(name), name
+    (tmp_path / "best").mkdir()
+    saved(tmp_path / "best" / weights.BEST)
+    assert weights.is_meant("best")
+    with pytest.raises(ModelError, match="link: no such file"):
+        weights.load_generator("link")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelError, match="pipe: is not a regular file"):  # and does not wait for its other end
+        weights.load_generator(tmp_path / "pipe")
+    with pytest.raises(ModelError, match="s3://bucket/w.safetensors: is a URL"):
+        weights.load_generator("s3://bucket/w.safetensors")
 
 
 # --- purposes ---------------------------------------------------------------------------------------------------------
