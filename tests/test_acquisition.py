@@ -175,3 +175,14 @@ def test_without_noise_the_weight_is_the_smallest_and_what_is_missing_is_told():
     seen = observation((40, 40, 9), (1, 1, 3), (40, 40, 27), (1, 1, 1))
     found = choose_weight(flat, seen, 2, floor=0.25)
     assert found.w == 0.25 and found.noise == 0 and found.missing > 0.1  # found: 0.6
+
+
+def test_weights_at_their_ends_are_those_of_the_decision():
+    """Decision 023: with a named profile and with a guessed one, where the noise cannot be told, and the largest."""
+    assert [assumed(profile, None, 6.0).floor for profile in ("auto", "gaussian", "box")] == [0.03, 0.003, 0.003]
+    little, seen = np.ones((6, 7, 9)), observation((6, 7, 9), (1, 1, 3), (6, 7, 27), (1, 1, 1))
+    assert choose_weight(little, seen, 2).w == 0.1
+    noise, seen = np.full((40, 40, 9), 100.0), observation((40, 40, 9), (1, 1, 3), (40, 40, 27), (1, 1, 1))
+    assert choose_weight(noise, seen, 2).w == 0.003
+    noise += np.random.default_rng(0).normal(size=noise.shape)
+    assert choose_weight(noise, seen, 2).w == 10.0

@@ -15,6 +15,7 @@ import torch
 from nifti_files import rigid
 from spies import Alone
 
+from fastsrgan.core.files import finite, read_json
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
 from fastsrgan.infer import files, memory, modes, planes, tiles
 from fastsrgan.infer import network as network_module
@@ -83,8 +84,16 @@ def test_an_image_is_numbered_among_all_and_a_single_one_tells_no_progress(scans
     labels, compute = [], files.compute
     monkeypatch.setattr(files, "compute", lambda loaded, job, label, **more: (
         labels.append(label), compute(loaded, job, label, **more))[1])  # fmt: skip
-    files.infer_files(scans, tmp_path / "out", model, **FAST)
-    files.infer_files(scans[:1], tmp_path / "one", model, **FAST)
+    summary = files.infer_files(scans, tmp_path / "out", model, **FAST)
+    alone = files.infer_files(scans[:1], tmp_path / "one", model, **FAST)
+    for folder, told in (("out", summary), ("one", alone)):
+        assert told["out_dir"] == str(tmp_path / folder) and told["weights"]["path"] == str(model)
+        for item in told["items"]:
+            record = read_json(tmp_path / folder / f"{item['stem']}.json")
+            assert set(item) == {"input", "stem", "status"} | set(told_of := (
+                "outputs", "structures", "plausibility", "seconds", "warnings"))  # fmt: skip
+            assert finite({key: item[key] for key in told_of}) == {key: record[key] for key in told_of}
+            assert item["input"] == record["input"]["path"]
     assert labels == ["1/3 a.nii.gz", "2/3 b.nii.gz", "3/3 c.nii.gz", "a.nii.gz"]
     assert sum("of 3 images" in message for message in caplog.messages) == 3
     files.tell_progress([{"status": "done"}], 1, 1, 1, 0.0)  # also as one of several ranks
