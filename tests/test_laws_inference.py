@@ -24,7 +24,7 @@ from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import JOURNAL, Interpolated, Unfinished, Whole, coarser, is_isotropic, target_spacing
 from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.stitch import Stitcher
-from fastsrgan.infer.sweep import predict
+from fastsrgan.infer.sweep import Sweep, predict
 from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import Image
 from fastsrgan.model import weights
@@ -90,9 +90,9 @@ def test_an_image_is_numbered_among_all_and_a_single_one_tells_no_progress(scans
         assert told["out_dir"] == str(tmp_path / folder) and told["weights"]["path"] == str(model)
         for item in told["items"]:
             record = read_json(tmp_path / folder / f"{item['stem']}.json")
-            assert set(item) == {"input", "stem", "status"} | set(told_of := (
-                "outputs", "structures", "plausibility", "seconds", "warnings"))  # fmt: skip
-            assert finite({key: item[key] for key in told_of}) == {key: record[key] for key in told_of}
+            of_record = set(item) - {"input", "stem", "status"}
+            assert of_record == {"outputs", "structures", "plausibility", "seconds", "warnings"}
+            assert finite({key: item[key] for key in of_record}) == {key: record[key] for key in of_record}
             assert item["input"] == record["input"]["path"]
     assert labels == ["1/3 a.nii.gz", "2/3 b.nii.gz", "3/3 c.nii.gz", "a.nii.gz"]
     assert sum("of 3 images" in message for message in caplog.messages) == 3
@@ -149,7 +149,9 @@ def test_room_is_asked_for_all_that_will_be_written_anew(scans, tmp_path, monkey
 
 def test_the_tiles_are_told_where_the_step_was_left_open_alone(scans, model, tmp_path, caplog):
     open_ = {"patch": 16, "step": None, "device": "cpu"}
-    for n, (options, told) in enumerate(((open_, True), (open_ | {"step": 8}, False), (open_ | {"patch": None}, False))):
+    for n, (options, told) in enumerate(
+        ((open_, True), (open_ | {"step": 8}, False), (open_ | {"patch": None}, False))
+    ):
         caplog.clear()
         files.infer_files(scans[:1], tmp_path / str(n), model, **options)
         assert ("--patch and --step choose others" in caplog.text) is told
@@ -220,7 +222,11 @@ def test_a_volume_is_split_over_the_ranks_of_one_machine_alone():
 def test_what_is_left_of_a_volume_that_failed_is_taken_away_by_the_first_rank(scans, tmp_path, monkeypatch, caplog):
     job = job_of(tmp_path)
     partial = Unfinished.partial_of(job.planes(Image(scans[0], "a")))
-    monkeypatch.setattr(files, "load", lambda image, job: exec("raise InputError('a', 'is no image', 'b')", globals()))
+
+    def load(image, job):
+        raise InputError("a", "is no image", "another one")
+
+    monkeypatch.setattr(files, "load", load)
     for rank in (1, 0):
         partial.mkdir(exist_ok=True)
         caplog.clear()
@@ -361,18 +367,32 @@ def test_a_network_is_left_in_the_state_it_came_in():
 def test_progress_ends_whatever_happens():
     events = []
     progress = SimpleNamespace(
-        start=lambda *words: events.append(words), advance=lambda n, **facts: events.append(n), finish=lambda: events.append("end")
-    )  # fmt: skip
+        start=lambda *words: events.append(words),
+        advance=lambda n, **facts: events.append(n),
+        finish=lambda: events.append("end"),
+    )
     volume = torch.rand(16, 16, 20, generator=torch.Generator().manual_seed(0))
     plan = tiles.plan(volume.shape, 16, 8)
     network = TileNetwork(torch.nn.Identity(), 1.0, batch=1)
     _, facts = predict(volume, plan, network, progress=progress, label="x")
     assert events == [("x", len(plan), "tiles"), *[1] * len(plan), "end"]
     assert facts["tiles_network"] == len(plan) and facts["tiles_constant"] == facts["tiles_outside"] == 0
+    assert facts["batch"] == 1 and facts["tiles_per_second"] * facts["tile_seconds"] == pytest.approx(len(plan))
     network.generator = lambda x: 1 // 0
     with pytest.raises(AttributeError):
         predict(volume, plan, network, progress=progress)
     assert events[-1] == "end"
+
+
+def test_a_sweep_that_begins_again_counts_anew():
+    """As where sums move to the host since the device is full."""
+    volume = torch.rand(16, 16, 40, generator=torch.Generator().manual_seed(0))
+    plan = tiles.plan(volume.shape, 16, 8)
+    sweep = Sweep(Whole(volume), plan, TileNetwork(torch.nn.Identity(), 1.0))
+    for _ in range(2):
+        assert sweep.restart(0) == 0 and sweep.done == 0
+        sweep.run(lambda channels: Stitcher(plan, channels))
+        assert sweep.done == len(plan) == sweep.facts["tiles_network"]
 
 
 class Beyond(torch.nn.Module):
@@ -403,7 +423,8 @@ def test_the_cost_of_a_precision_is_its_largest_and_its_root_mean_square_deviati
     whole = Whole(volume), tiles.plan(volume.shape, 48, 48), Coarse(), 1.0, torch.device("cpu")
     monkeypatch.setattr(network_module, "native", lambda name: name == "fp32")
     assert set(network_module.deviations(*whole, "fp32")) == {"fp32"}
-    assert set(found := network_module.deviations(*whole, "bf16")) == {"bf16"}
+    found = network_module.deviations(*whole, "bf16")
+    assert set(found) == {"bf16"}
     row = found["bf16"]
     assert (row["tiles"], row["edge"], row["sr_max"], row["prob_max"]) == (1, 32, 0.25, 0.25)
     assert row["sr_rms"] == row["prob_rms"] == pytest.approx(math.sqrt((0.25**2 + 0.125**2) / 2))
@@ -470,6 +491,12 @@ def test_a_refusal_of_a_long_volume_names_the_way_that_fits(monkeypatch):
 )
 def test_islands_are_as_the_weights_say_unless_asked_or_the_originals(options, known, least):
     assert InferSettings(**FAST, **options).least_component(known) == least
+
+
+def test_a_report_names_the_options_that_a_result_was_made_with():
+    told = InferSettings(**FAST, window="hann", compile="off", budget=3.0, geometry="segsrgan").report()
+    named = {"window": "hann", "compile": "off", "budget": 3.0, "geometry": "segsrgan", "precision": "auto"}
+    assert told == FAST | named
 
 
 def test_a_limit_of_memory_that_was_asked_for_stays():

@@ -22,6 +22,7 @@ from fastsrgan.data import dali, feed, settings_check
 from fastsrgan.data.subject import PatchRule
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError, ResourceError
+from fastsrgan.model import checkpoint
 from fastsrgan.model.arithmetic import Arithmetic
 from fastsrgan.model.networks import CriticSpec
 from fastsrgan.observation.model import Degradation, Degraded
@@ -163,6 +164,59 @@ def test_data_are_known_by_all_that_the_manifest_says_of_every_subject():
     assert data_identity(SimpleNamespace(subjects=[subject()])) == data_identity(SimpleNamespace(subjects=[subject()]))
 
 
+@pytest.mark.parametrize(("world", "left"), [(1, 4), (2, 4), (5, 0)])
+def test_what_is_left_of_an_epoch_is_dealt_to_the_ranks_there_are_now(world, left, caplog):
+    """One of six groups is done and the next begun: its subject comes again, its updates count. Where fewer subjects
+    are left than there are ranks they wait for the next epoch, which is told."""
+    run = run_at(Position(), ranks=Alone(0, world), train=list("abcde"))
+    at = Position(epoch=2, group=1, step=2, steps=4, updates=9, epoch_updates=5, resident=1)
+    done = feed.deal(list("abcde"), 3, 2, 1, 0, 1)[0]
+    snapshots.redeal(run, at)
+    assert at.left == ([name for name in "abcde" if name not in done] if left else [])
+    assert at.before == pytest.approx(1.5 / 5) and (at.epoch_updates, at.updates) == (7, 9)
+    assert (at.group, at.step, at.steps, at.resident, at.world) == (0, 0, 0, None, world)
+    assert ("4 subjects left for 5 ranks wait for the next epoch" in caplog.text) == (not left)
+
+
+def test_a_state_is_tensors_and_plain_values_alone(tmp_path):
+    state = {"models": {"a": torch.ones(2)}, "position": {"epoch": 3}, "data": "x"}
+    torch.save(state, tmp_path / "state.pt")
+    assert snapshots.read_state(tmp_path, "cpu")["position"] == {"epoch": 3}
+    assert bytes(snapshots.packed(state))[:2] == b"PK"
+    for wrong, told in ((Path("x"), "is damaged or holds more"), ({"models": {}, "data": ""}, "by another version")):
+        torch.save(wrong, tmp_path / "state.pt")
+        with pytest.raises(ModelError, match=told):
+            snapshots.read_state(tmp_path, "cpu")
+    (tmp_path / "state.pt").write_bytes(b"PK")
+    with pytest.raises(ModelError, match="is damaged or holds more"):
+        snapshots.read_state(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "kept"),
+    [
+        (
+            {"precision": "bf16", "layer_forms": {"mode": "measured", "forms": {"a": "b", "c": 3}}},
+            ("bf16", "measured", {"a": "b"}),
+        ),
+        ({"precision": "fp32", "layer_forms": {"mode": "fixed"}}, ("fp32", "fixed", {})),
+        ({"precision": "int8", "layer_forms": {"mode": "fixed"}}, (None, "fixed", {})),
+        ({"precision": "bf16", "layer_forms": {"mode": "fastest"}}, (None, "fixed", {})),
+        ({"precision": "bf16"}, (None, "fixed", {})),
+        (None, (None, "fixed", {})),
+    ],
+)
+def test_a_run_goes_on_as_its_newest_whole_snapshot_computed(tmp_path, recorded, kept):
+    for step, facts in ((1, recorded), (2, {"precision": "fp16", "layer_forms": {"mode": "measured"}})):
+        folder = checkpoint.write(
+            tmp_path, step, {"a": lambda path: path.write_text("x")}, {} if facts is None else {"arithmetic": facts}
+        )
+    assert snapshots.kept_arithmetic(tmp_path) == ("fp16", "measured", {})
+    (folder / "a").unlink()
+    assert snapshots.kept_arithmetic(tmp_path) == kept
+    assert snapshots.kept_arithmetic(tmp_path / "none") == (None, "fixed", {})
+
+
 # --- how weights move -------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +233,12 @@ def stepped(clip: float, gradient: float, loss: float = 1.0) -> tuple[dict, torc
 
 
 def test_gradients_are_clipped_to_a_norm_that_is_told_as_it_was():
-    for clip, gradient, seen in ((0.0, 4.0, 4.0), (3.0, 1.0, 1.0), (3.0, 4.0, math.sqrt(3)), (3.0, -4.0, -math.sqrt(3))):
+    for clip, gradient, seen in (
+        (0.0, 4.0, 4.0),
+        (3.0, 1.0, 1.0),
+        (3.0, 4.0, math.sqrt(3)),
+        (3.0, -4.0, -math.sqrt(3)),
+    ):
         told, moved, optimiser = stepped(clip, gradient)
         assert float(told["gradient"]) == pytest.approx(abs(gradient) * math.sqrt(3)) and told["skipped"] == 0
         assert moved.flatten().tolist() == pytest.approx([seen] * 3, rel=2e-5)  # found: 4e-6
@@ -223,11 +282,17 @@ def test_tf32_and_the_layout_are_for_cuda_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     asked = CONFIG.replace(tf32=True, layout="channels_last", precision="fp32")
     assert precision.choose(asked, CPU) == Arithmetic(CPU)
-    assert precision.choose(asked, torch.device("cuda")) == Arithmetic(torch.device("cuda"), channels_last=True, tf32=True)
+    assert precision.choose(asked, torch.device("cuda")) == Arithmetic(
+        torch.device("cuda"), channels_last=True, tf32=True
+    )
 
 
 def test_an_arithmetic_says_what_it_is_in_settings_and_what_needs_a_scale():
-    for dtype, name, scaled in ((torch.float32, "fp32", False), (torch.bfloat16, "bf16", False), (torch.float16, "fp16", True)):
+    for dtype, name, scaled in (
+        (torch.float32, "fp32", False),
+        (torch.bfloat16, "bf16", False),
+        (torch.float16, "fp16", True),
+    ):
         made = Arithmetic(CPU, dtype)
         assert (made.name, made.scaled, made.proven) == (name, scaled, dtype == torch.float32)
         with made.autocast():
@@ -268,7 +333,11 @@ def test_a_snapshot_is_of_the_first_rank_and_says_where_and_how_the_run_computes
     assert set(facts["arithmetic"]["layer_forms"]) == {"mode", "forms"}
     assert given.prunes == [(tmp_path, run.config.keep_checkpoints)]
     run.ranks = Alone(1, 2)
-    for write in (snapshots.save, lambda r: snapshots.export(r, 3), lambda r: snapshots.write_weights(r, tmp_path / "w", {})):
+    for write in (
+        snapshots.save,
+        lambda r: snapshots.export(r, 3),
+        lambda r: snapshots.write_weights(r, tmp_path / "w", {}),
+    ):
         write(run)
     assert len(given.writes) == 1 and list(tmp_path.iterdir()) == []
 
@@ -296,12 +365,16 @@ def test_a_critic_of_other_layers_is_refused_with_the_settings_that_fit_it(tmp_p
     snapshots.check_critic(folder, CriticSpec(4, 16), CriticSpec(4, 16))
     with pytest.raises(ModelError) as error:
         snapshots.check_critic(folder, CriticSpec(4, 16), CriticSpec(8, 64))
-    assert error.value.hint == f"resume with --patch-size 16 --kernel-dis 4, or start anew in another folder with -w {tmp_path}"
+    assert (
+        error.value.hint
+        == f"resume with --patch-size 16 --kernel-dis 4, or start anew in another folder with -w {tmp_path}"
+    )
     assert "kernel 4" in error.value.reason and "kernel 8" in error.value.reason
 
 
 def test_weights_know_the_bounds_of_what_was_drawn_and_of_the_training_subjects_alone():
     """Sizes over all bounds, ratios of each; a structure of tissues counts its values."""
+
     def one(name, split, counts, mm=1.0, **attrs):  # fmt: skip
         return SimpleNamespace(id=name, split=split, spacing=(mm, mm, mm), attrs={"tissues_counts": counts, **attrs})
 
@@ -312,7 +385,9 @@ def test_weights_know_the_bounds_of_what_was_drawn_and_of_the_training_subjects_
         degradation=Degradation(((0.5, 1.0, 2.0), (1.0, 1.0, 6.0))),
     )  # fmt: skip
     found = snapshots.made_for(made)
-    assert found.structures == ((1, "label 3, 42"),) and found.voxel_mm == (0.5, 1.0) and found.slice_ratio == (4.0, 6.0)
+    assert (
+        found.structures == ((1, "label 3, 42"),) and found.voxel_mm == (0.5, 1.0) and found.slice_ratio == (4.0, 6.0)
+    )
     assert found.structure_ml == pytest.approx((6 / 1.5, 8 * 1.5))
     made.visits = Visits()
     for s, name in zip(subjects, ("cortex", "cortex", "cortex", "other"), strict=True):
@@ -329,9 +404,10 @@ def test_weights_know_the_bounds_of_what_was_drawn_and_of_the_training_subjects_
 
 
 def test_test_subjects_are_dealt_like_cards_and_a_stop_is_asked_for_before_each_turn():
-    asked: list[int] = []
-    ranks = [list(validate.dealt(5, Alone(rank, 2), lambda: bool(asked.append(rank)))) for rank in (0, 1)]
-    assert ranks == [[0, 2, 4], [1, 3]] and asked == [0, 0, 0, 1, 1, 1]  # all ranks ask as often
+    for rank, indices in ((0, [0, 2, 4]), (1, [1, 3])):
+        asked: list[bool] = []
+        assert list(validate.dealt(5, Alone(rank, 2), lambda asked=asked: bool(asked.append(True)))) == indices
+        assert len(asked) == 3, "all ranks ask as often"
     answers = iter((False, True))
     seen = []
     with pytest.raises(validate.Stopped):
@@ -414,6 +490,7 @@ def test_labels_of_other_values_are_told_in_the_order_of_numbers():
 
 def test_values_that_occur_in_no_label_map_are_told_once_for_all():
     """One map that holds a value is enough; what the conversion noted is kept by subject."""
+
     def one(name, classes, absent, **more):  # fmt: skip
         return SimpleNamespace(id=name, attrs={"label_classes": classes, "label_absent": absent, **more})
 
@@ -427,6 +504,7 @@ def test_values_that_occur_in_no_label_map_are_told_once_for_all():
 
 def test_residents_count_in_the_type_that_they_are_kept_in(monkeypatch):
     """Two images, a label and a mask where there is one; a made image as large as it may grow."""
+
     def one(**more):  # fmt: skip
         return SimpleNamespace(**{"shape": (10, 10, 10), "attrs": {}, "has_mask": False, "has_tissues": False} | more)
 

@@ -168,7 +168,9 @@ def test_a_grid_is_described_by_sizes_axes_and_first_voxel():
     told = "10 x 12 x 8 voxels of 1 x 1 x 3 mm, axes RAS, first voxel at (-5, -6, -12) mm"
     assert describe_grid((10, 12, 8), affine) == told
     turned = affine @ np.array([[0, 0, -1, 9], [1, 0, 0, 0], [0, -1, 0, 7], [0, 0, 0, 1.0]])
-    assert describe_grid((12, 8, 10), turned).startswith("12 x 8 x 10 voxels of 1 x 3 x 1 mm, axes AIL, first voxel at (4,")
+    assert describe_grid((12, 8, 10), turned).startswith(
+        "12 x 8 x 10 voxels of 1 x 3 x 1 mm, axes AIL, first voxel at (4,"
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,9 @@ def test_the_way_out_is_a_copied_header_only_for_the_images_own_array(shape, aff
     like = Volume(np.zeros(SHAPE, np.float32), PLACE)
     with pytest.raises(InputError, match="mask's grid is not the image's") as error:
         orientation_onto(shape, affine, like, "m.nii", "mask", orientation)
-    assert ("fslcpgeom IMAGE MASK" in error.value.hint) == copies and ("resample the mask onto" in error.value.hint) == resamples
+    assert ("fslcpgeom IMAGE MASK" in error.value.hint) == copies and (
+        "resample the mask onto" in error.value.hint
+    ) == resamples
 
 
 @pytest.mark.parametrize("orientation", ["", "none"])
@@ -194,7 +198,9 @@ def test_a_volume_is_refused_for_its_lost_place_where_it_lies_elsewhere_alone(or
     like = Volume(np.zeros((4, 5, 6), np.float32), np.diag([2.0, 2, 2, 1]))
     lost = np.eye(4) if not orientation else np.diag([3.0, 1, 1, 1])
     meta = {"orientation": orientation, "path": "gone.nii"}
-    with pytest.raises(InputError, match=r"gone\.nii: the SR has the reference's array and no place of its own; .* apart"):
+    with pytest.raises(
+        InputError, match=r"gone\.nii: the SR has the reference's array and no place of its own; .* apart"
+    ):
         refuse_placeless(Volume(like.data, lost, (), meta), like, "SR")
     refuse_placeless(Volume(like.data, like.affine, (), meta), like, "SR")
     refuse_placeless(Volume(like.data[1:], lost, (), meta), like, "SR")

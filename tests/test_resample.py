@@ -119,10 +119,10 @@ def test_203_slices_to_3_mm_and_back():
 
 
 def test_a_profile_is_a_shape_or_a_share_of_the_box():
-    for given, share in (("gaussian", 0.0), ("box", 1.0), (0.25, 0.25), (0, 0.0), (1, 1.0)):
-        assert check_profile(given) == share
+    for profile, share in (("gaussian", 0.0), ("box", 1.0), (0.25, 0.25), (0, 0.0), (1, 1.0)):
+        assert check_profile(profile) == share
     for wrong in ("sinc", -0.01, 1.01, float("nan")):
-        with pytest.raises(UsageError, match="is not allowed .one of gaussian, box, or a share"):
+        with pytest.raises(UsageError, match=r"is not allowed \(one of gaussian, box, or a share"):
             check_profile(wrong)
     assert check_profile("gaussian", "segsrgan") == check_profile(0.0, "segsrgan") == 0
     for wrong in ("box", 0.01):
