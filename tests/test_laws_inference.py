@@ -147,14 +147,14 @@ def test_room_is_asked_for_all_that_will_be_written_anew(scans, tmp_path, monkey
     assert files.bytes_of(listed[0], job_of(tmp_path)) == 500
 
 
-def test_the_tiles_are_told_where_the_step_was_left_open_alone(scans, model, tmp_path, caplog):
-    open_ = {"patch": 16, "step": None, "device": "cpu"}
-    for n, (options, told) in enumerate(
-        ((open_, True), (open_ | {"step": 8}, False), (open_ | {"patch": None}, False))
+def test_the_tiles_are_told_where_the_step_was_left_open_alone():
+    for options, told in (
+        ({"step": None}, "tiles of 16 voxels, 8 apart: --patch and --step choose others"),
+        ({"step": 4}, ""),
+        ({"step": None, "patch": None}, ""),
     ):
-        caplog.clear()
-        files.infer_files(scans[:1], tmp_path / str(n), model, **options)
-        assert ("--patch and --step choose others" in caplog.text) is told
+        typed = InferSettings(**FAST | options)
+        assert typed.placed().chosen_tiles(typed) == told
 
 
 def test_what_stands_there_is_counted(scans, tmp_path):
