@@ -202,3 +202,13 @@ def test_weights_at_their_ends_are_those_of_the_decision():
     assert choose_weight(noise, seen, 2).w == 0.003
     noise += np.random.default_rng(0).normal(size=noise.shape)
     assert choose_weight(noise, seen, 2).w == 10.0
+
+
+def test_what_is_missing_is_judged_without_the_noise_and_inside_tissue_alone():
+    (clean, seen, _), (noisy, _, _) = acquire(), acquire(noise=0.06)
+    judged = [missing_sd(scan, seen, noise) for scan, noise in ((clean, 0.0), (noisy, 0.06), (noisy, 0.0))]
+    # Found: 0.026, 1.11
+    assert judged[1] == pytest.approx(judged[0], rel=0.05) and judged[2] > 1.08 * judged[0]
+    left = np.where(clean > 0.1, np.float32(0.01), np.float32(0))
+    dirty = np.where(clean < 0.01, np.float32(5), left)  # what a result holds in air
+    assert lacking_sd(dirty, clean, seen, 2) == lacking_sd(left, clean, seen, 2) > 0.02  # found: 0.021

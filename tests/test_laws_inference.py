@@ -258,6 +258,20 @@ def test_a_scan_with_values_below_zero_is_taken_for_no_masked_one():
     assert modes._keep_empty(zeros + 1, zeros[None] + 1, zeros, same, modes.Observation((None,) * 3)) == 0
 
 
+def test_a_residual_lies_on_the_scan_as_it_is_stored(scans, model, tmp_path):
+    """However that is: the same voxels of the head have the same values."""
+    scan = images.load(scans[0])
+    turn = Orientation((2, 0, 1), (True, False, True))
+    data, affine = turn.apply(scan.data).astype(np.int16), turn.affine(scan.affine, scan.data.shape)
+    turned = images.save(tmp_path / "t.nii.gz", np.ascontiguousarray(data), affine)
+    found = []
+    for n, path in enumerate((scans[0], turned)):
+        files.infer_files([path], tmp_path / str(n), model, **FAST, save_residual=True)
+        found.append(images.load(next((tmp_path / str(n)).glob("*_residual.nii.gz"))).data)
+    assert found[1].shape == data.shape and np.abs(found[0]).max() > 1  # found: 652
+    assert np.array_equal(found[1], turn.apply(found[0]))
+
+
 # --- files of planes --------------------------------------------------------------------------------------------------
 
 

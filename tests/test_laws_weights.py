@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 
 from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.model import arithmetic, checkpoint, weights
+from fastsrgan.model import keras as keras_h5
 from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model.cpu import forms
-from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
+from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator, parameter_shapes
 from fastsrgan.model.purpose import MODELS, Purpose, common
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -211,6 +212,31 @@ def test_keras_arrays_are_read_through_filters_without_loss_alone(tmp_path, opti
         weights.load_generator(path)
 
 
+def test_a_keras_file_that_declares_far_more_than_it_holds_is_refused(tmp_path):
+    """Packed zeros: no weights are like that."""
+    spec, path = GeneratorSpec(kernel=32), tmp_path / "packed.h5"
+    zeros = {name: torch.zeros(shape) for name, shape in parameter_shapes(spec).items()}
+    keras_h5.write(tmp_path / "plain.h5", (spec, zeros))
+    with h5py.File(tmp_path / "plain.h5") as source, h5py.File(path, "w") as file:
+        file.create_group("input_im_gen")
+        for layer, item in source["G"].items():
+            for leaf, data in item.items():
+                file.create_dataset(f"G/{layer}/{leaf}", data=data[()], chunks=True, compression="gzip")
+    assert weights.read_spec(tmp_path / "plain.h5")[0] == spec
+    with pytest.raises(ModelError, match=r"declares .* bytes of weights in a file of"):
+        weights.read_spec(path)
+
+
+def test_a_snapshot_that_is_named_is_itself_whatever_lies_in_it(tmp_path):
+    saved(tmp_path / "w.safetensors")
+    folder = checkpoint.write(
+        tmp_path, 3, {checkpoint.MODEL: lambda p: shutil.copyfile(tmp_path / "w.safetensors", p)}, {}
+    )
+    saved(folder / weights.BEST, card={"best": True})
+    found = weights.info(folder)
+    assert (found["file"], found["kind"], found["card"]) == (str(folder / checkpoint.MODEL), "checkpoint", {})
+
+
 def test_what_is_meant_by_a_name_of_the_package_is_a_path_where_weights_lie(tmp_path, monkeypatch):
     """A file, a link that leads nowhere, a folder with weights of any kind; no folder of scans."""
     monkeypatch.chdir(tmp_path)
@@ -304,6 +330,20 @@ def test_of_two_differences_the_worse_counts_and_nan_is_the_worst():
     assert arithmetic._worse(nan, 1.0) != 1.0 and arithmetic._worse(1.0, nan) != 1.0
     one, other = torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
     assert arithmetic.relative(one, other) == pytest.approx(5 / 4) and arithmetic.relative(0 * one, 0 * one) == 0
+
+
+def test_a_layout_is_that_of_the_weights_and_flags_are_what_they_were():
+    places = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    for innermost, tf32 in ((False, True), (True, False)):
+        made = arithmetic.Arithmetic(CPU, channels_last=innermost, tf32=tf32)
+        network = build_generator(GeneratorSpec(kernel=4), seed=1)
+        made.arrange(network)
+        assert network.down1.is_contiguous(memory_format=torch.channels_last_3d) == innermost
+        with pytest.raises(ZeroDivisionError), made.flags():
+            assert [place.allow_tf32 for place in places] == [tf32] * 2
+            raise ZeroDivisionError
+        assert [place.allow_tf32 for place in places] == before
 
 
 # --- forms of layers --------------------------------------------------------------------------------------------------
