@@ -378,6 +378,22 @@ def test_a_network_is_left_in_the_state_it_came_in():
         assert generator.training is training
 
 
+def test_a_batch_is_no_larger_than_there_are_tiles_and_batches_are_of_one_size():
+    """Five tiles at four a pass are three and two; where passes are compiled all are as large."""
+    volume = torch.rand(16, 16, 80, generator=torch.Generator().manual_seed(0))
+    plan, seen = tiles.plan(volume.shape, 16, 16), []
+    network = TileNetwork(torch.nn.Identity(), 1.0)
+    network._forward = lambda generator, x: (seen.append(len(x)), x)[1]
+    for asked_for, size, batches in ((4, 4, [3, 2]), (9, 5, [5]), (2, 2, [2, 2, 1])):
+        assert network.choose_batch(asked_for, plan) == network.size == size
+        seen.clear()
+        assert len(torch.cat(list(network.outputs(volume, plan, list(range(5)))))) == 5 and seen == batches
+    network.compiled = True
+    assert network.choose_batch(9, plan) == 9
+    seen.clear()
+    assert len(torch.cat(list(network.outputs(volume, plan, list(range(5)))))) == 5 and seen == [9]
+
+
 def test_progress_ends_whatever_happens():
     events = []
     progress = SimpleNamespace(

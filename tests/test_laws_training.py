@@ -445,6 +445,13 @@ def test_a_test_subject_with_an_image_of_its_own_is_judged_by_it(caplog):
         validate.readable(made, "bad")
 
 
+def test_of_patches_without_structure_the_one_in_the_middle_is_shown():
+    plain = SimpleNamespace(label=torch.zeros(40, 40, 40), origins=np.array([(0, 0, 0), (24, 24, 24), (13, 12, 10)]))
+    assert validate.central_patch(plain, 16) == 2
+    plain.label[:8, :8, :16] = 1  # the middle planes of the first patch hold it
+    assert validate.central_patch(plain, 16) == 0
+
+
 def test_classes_of_a_mask_are_scored_from_the_first_on():
     probabilities = np.zeros((3, 1, 1, 4))
     probabilities[[0, 1, 1, 2], 0, 0, range(4)] = 1  # background, cortex, cortex, white matter
