@@ -198,6 +198,8 @@ def test_what_is_segmented_names_the_further_structures_where_there_is_a_map_of_
     own = sections.segmented(record | {"outputs": {}})
     assert sections.segmented(record) == own + " (mask image also: cortex, white)"
     assert sections.segmented(record | {"weights": {"path": "w"}}) == own == MODELS["adult"].purpose.structure
+    named = [*structures, {"name": MODELS["adult"].purpose.structures[0][1], "values": [7]}]
+    assert sections.segmented(record | {"weights": {"path": "w", "structures": named}}) == sections.segmented(record)
 
 
 def test_values_of_settings_are_told_but_for_none_and_trees():
@@ -228,6 +230,9 @@ def test_conditions_of_a_step_curve_have_lines_of_their_own_and_dashed_ones_come
     lines = [(line.name, list(line.x), list(line.y), line.dashed) for line in charts["Dice"]]
     assert lines[:2] == [("clean, a", [16, 32], [16, 32], False), ("noisy, a", [16, 32], [17, 33], False)]
     assert [(y, dashed) for _, _, y, dashed in lines[2:]] == [([0, 0], True), ([1, 1], True)]
+    rows = [one | {"noise": noise} for noise in (0, 1) for one in (base[0], rows[0])]
+    sections.study_card({"study": "noise", "rows": rows}, 0)
+    assert [line.dashed for line in charts["Dice"]] == [False, True]
 
 
 def test_a_study_of_one_place_has_no_curve_and_other_studies_are_tables():
