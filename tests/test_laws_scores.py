@@ -47,7 +47,10 @@ def test_every_column_of_a_table_reaches_the_evaluation_and_a_row_chooses_its_ow
     choice = cohort.Choice(("3",), "names.txt")
     made = cohort.evaluate_table(tmp_path / "t.csv", png=tmp_path / "png", choice=choice)
     first, second, third = asked
-    assert {k: Path(first[k]).stem for k in cohort.COLUMNS.values()} == {v: k for k, v in cohort.COLUMNS.items()}
+    assert {k: Path(v).stem for k, v in first.items() if k not in ("png", "label_classes", "label_names", "subject")} == {
+        "sr": "SR_image", "hr": "HR_image", "seg": "Seg_image", "label": "Label_image", "mask": "Mask_image",
+        "lr": "LR_image", "baseline": "Baseline_image", "baseline_seg": "Baseline_seg",
+    }  # fmt: skip
     assert [tuple(one["label_classes"]) for one in asked] == [("own=1",), ("3",), ()]
     assert {one["label_names"] for one in asked} == {"names.txt"} and {one["subject"] for one in asked} == {None}
     assert [Path(one["png"]) for one in asked] == [tmp_path / "png" / f"{r['subject']}.png" for r in made["rows"]]
@@ -140,7 +143,7 @@ def test_a_comparison_tells_who_is_missing_where_and_what_its_test_can_show(monk
         names = [f"s{n}" for n in range(count + 1)][: None if first else -1] + ["x"] * (not first)
         rows = [{"subject": s, "notes": [], "image": {"whole": {"mae": 1.0 + n * (not first), "ssim": 0.5}},
                  "gain": {"image": {"whole": {"mae": 9.0}}}} for n, s in enumerate(names)]  # fmt: skip
-        del rows[0]["image"]["whole"]["ssim"]
+        del rows[1]["image"]["whole"]["ssim"]
         return {"rows": rows, "failed": [{"subject": "f", "error": "e"}] * first, "definitions": {}}
 
     monkeypatch.setattr(compare, "evaluate_folders", folders)
@@ -295,6 +298,8 @@ def test_reasons_come_the_worst_first_and_the_light_is_that_of_the_first():
     assert found.light == RED and found.reasons[0].startswith("intensities go down to -900, as in CT")
     assert "voxels of" in found.reasons[1] and "differs from the scan by 30 %" in found.reasons[2]
     assert found.line() == f"red: {'; '.join(found.reasons)}"
+    found = plausibility.judge(replace(look, lowest=0.0), block(), 9375.0, ADULT, misfit=60.0)
+    assert "differs from the scan by 60 %" in found.reasons[0] and "voxels of" in found.reasons[1]
     good = plausibility.judge(GROWN, block(), 9375.0, ADULT, within=None, misfit=25.0)
     assert (good.light, good.reasons) == (GREEN, ()) and good.checked[-1] == "fit to the scan"
     assert good.line() == f"green: as expected in {', '.join(good.checked)}; {plausibility.NO_PROOF}"

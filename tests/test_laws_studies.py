@@ -166,7 +166,7 @@ def test_the_key_of_a_head_holds_all_of_its_files_and_the_values_of_its_label(fi
         for given in (
             (a, None, None), (b, None, None), (a, label, None), (a, other, None), (a, label, label), (a, label, other),
             (a, label, None, (one,)), (a, label, None, (two,)), (a, label, None, (one, two)),
-            (a, label, None, (two, one)),
+            (a, label, None, (two, one)), (a, label, None, (Structure("z", one.values), two)),
         )
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
@@ -395,7 +395,8 @@ def test_of_several_runs_each_has_the_first_score_that_it_has_and_one_has_the_in
     scores = {"whole_PSNR": 30.0, "spline_PSNR": 25.0, "PSNR": 20.0, "Dice": 0.5}
     one = log(tmp_path / "one", {"epoch": 1, "validation": scores | {"whole_Dice": 0.7}},
               {"epoch": 1, "update": 1, "d_penalty": 2.0})  # fmt: skip
-    other = log(tmp_path / "other", {"epoch": 2, "validation": {"PSNR": 21.0, "Dice_label_1": 0.6, "spline_PSNR": 1.0}})
+    other = log(tmp_path / "other", {"epoch": 2, "validation": {"PSNR": 9.0, "whole_PSNR": 21.0, "Dice_label_1": 0.6,
+                                                      "spline_PSNR": 1.0}})  # fmt: skip
     made = curves.overlaid([one, other])
     panels = {p.title: [(line.name, line.y, line.number) for line in p.lines] for r in made["panels"] for p in r}
     assert panels["PSNR, dB"] == [("one", [30.0], 0), ("interpolation", [25.0], plots.GREY_LINE), ("other", [21.0], 1)]
@@ -409,12 +410,12 @@ def test_of_several_runs_each_has_the_first_score_that_it_has_and_one_has_the_in
 
 def test_the_losses_of_a_run_have_colours_of_their_own_and_its_table_no_times(tmp_path):
     rows = [{"epoch": e, "update": e, "seconds": 9.0, "memory_bytes": 5, "g_loss": float(e), "d_loss": 2.0 * e,
-             "g_reconstruction": 1.0} for e in (2, 1)]  # fmt: skip
+             "g_reconstruction": 1.0} for e in (10, 3)]  # fmt: skip
     made = curves.curves(log(tmp_path / "one", *rows))
     assert made["rows"] == [
-        {"epoch": e, "g_loss": e, "d_loss": 2 * e, "g_reconstruction": 1, "updates": 1} for e in (1, 2)
+        {"epoch": e, "g_loss": e, "d_loss": 2 * e, "g_reconstruction": 1, "updates": 1} for e in (3, 10)
     ]
     generator, critic = made["panels"][1]
     assert [(line.name, line.number) for line in generator.lines] == [("g_reconstruction", 2), ("g_loss", 3)]
-    assert [(line.name, line.number, line.y) for line in critic.lines] == [("d_loss", 4, [4, 2])]
+    assert [(line.name, line.number, line.y) for line in critic.lines] == [("d_loss", 4, [20, 6])]
     assert made["best"] is None and made["updates"] == 2
