@@ -68,7 +68,7 @@ def test_a_prediction_says_what_bounds_it_and_leaves_out_more_devices_than_subje
 
 
 def test_what_hours_reach_is_told_with_whole_numbers_where_they_are_large():
-    rows = [{"subjects": 1000, "devices": 8, "hours": 0.5, "updates": 12345.6, "epochs": 9.87, "patches": 10.4}]
+    rows = [{"subjects": 1000, "devices": 8, "hours": 0.5, "updates": 12345.6, "epochs": 9.87, "patches": 10.0}]
     assert scale.reached_table(rows).splitlines()[2] == "| 1,000 | 8 | 0.5 | 12,346 | 9.9 | 10 |"
 
 

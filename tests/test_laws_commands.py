@@ -165,6 +165,16 @@ def test_a_study_that_lost_heads_ends_in_6_and_lies_in_a_folder_of_its_kind(monk
     assert code == 6 and "study-noise: 2 heads could not be used" in err and "csv: c.csv" in out and "s:" not in out
 
 
+def test_a_report_names_its_page_and_how_many_lie_beside_it(monkeypatch, capsys):
+    for count in (1, 3):
+        written = [Path(f"{n}.html") for n in range(count)]
+        monkeypatch.setattr("fastsrgan.report.page.report", lambda *args, written=written, **more: written)
+        code, out, _ = call(capsys, "report", "x")
+        assert code == 0 and out.splitlines() == ["0.html", "and 2 pages of single results beside it"][:count]
+        code, out, _ = call(capsys, "report", "x", "--json")
+        assert code == 0 and json.loads(out) == [path.name for path in written]
+
+
 # --- the doctor -------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +250,7 @@ def test_the_lines_of_the_doctor_hold_each_fact_under_its_title():
     assert ("runs", "training: t") in rows and ("", "inference: i") in rows
     packages = [text for title, text in rows if "torch 1" in text and title == "packages"]
     assert packages == ["torch 1  numpy 1  scipy missing  nibabel 1  zarr 1"]
+    assert ("", "numcodecs 1  safetensors 1  h5py 1  nilearn 1  matplotlib 1") in rows
     words = f"fast in training, plain in inference ({doctor.forms.VARIABLE}), 1 timed on this machine, f.json"
     assert ("layer forms", words) in rows and ("", "stem: fast (fast 1.2 ms, plain 30 ms)") in rows
     none = [(line[:12].strip(), line[12:]) for line in doctor.describe(facts(weights=[]))]

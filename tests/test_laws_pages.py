@@ -76,6 +76,79 @@ def test_runs_are_compared_in_the_folder_of_the_first(tmp_path):
     assert page.runs_report([one, two], overwrite=True) == [one / "comparison.html"]
 
 
+class Counted:
+    """A progress that remembers."""
+
+    def __init__(self) -> None:
+        self.total, self.done, self.ended = 0, 0, 0
+
+    def start(self, label: str, total: int, unit: str) -> None:
+        self.total = total
+
+    def advance(self, units: int, **facts: object) -> None:
+        self.done += units
+
+    def finish(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_result_has_its_page_and_several_a_table_and_each_counts_once(monkeypatch, tmp_path, count):
+    """Pages of several lie beside the table, under their names, and lead back to it; none of them has a study."""
+    results = [Result(f"s{n}", {}, {}) for n in range(count)]
+    study = {"study": "x"}
+    monkeypatch.setattr(page, "find", lambda *args: Found(tmp_path, "t", results, tmp_path, {}, [study]))
+    asked, tables = [], []
+    monkeypatch.setattr(page, "single_page", lambda *args, **more: asked.append((args, more)) or ("one", b"", {"a": 1}))
+    monkeypatch.setattr(page, "cohort_page", lambda found, rows: tables.append((found, rows)) or "table")
+    progress = Counted()
+    written = page.report(tmp_path, tmp_path / "out.html", max_mb=2.5, progress=progress)
+    several = count > 1
+    assert (progress.total, progress.done, progress.ended) == (count + several, count + several, 1)
+    assert [path.name for path in written] == ["out.html", *(f"s{n}_out.html" for n in range(count) if several)]
+    assert [path.read_text(encoding="utf8") for path in written] == ["table"] * several + ["one"] * count
+    assert [limit for (_, limit), _ in asked] == [2_500_000] * count
+    for n, ((found, _), more) in enumerate(asked):
+        assert found.results == [results[n]] and more.get("back") == ("out.html" if several else None)
+        assert (found.title, found.run, found.studies) == ((f"s{n}", None, []) if several else ("t", tmp_path, [study]))
+    if several:
+        assert [(row.result, row.page, row.thumbnail, row.measured) for row in tables[0][1]] == [
+            (result, f"{result.stem}_out.html", b"", {"a": 1}) for result in results
+        ]
+        (tmp_path / "s1_out.html").unlink()
+        (tmp_path / "out.html").unlink()
+        with pytest.raises(UsageError, match="s0_out.html: exists already"):
+            page.report(tmp_path, tmp_path / "out.html")
+        assert not (tmp_path / "out.html").exists()
+
+
+def test_a_truth_of_several_structures_is_scored_for_each_from_the_results_map(monkeypatch, tmp_path):
+    path = make_known(tmp_path)
+    truth = images.save(tmp_path / "hr.nii.gz", np.full((40, 44, 36), 401, np.float32), np.eye(4))
+    label = path.parent / "scan_mask.nii.gz"
+    asked = []
+    structures = page.labels.structures
+    monkeypatch.setattr(page.labels, "structures", lambda *args: asked.append(args) or structures(*args))
+    result = find(path).results[0]
+    chosen = structures(["x=41", "y=3,90"], label, None)
+    page._score(result, truth, label, None, chosen)
+    scores = result.scores
+    assert scores is not None and scores["label_classes"] == {"x": [41], "y": [3, 90]}
+    assert scores["structures"]["x"]["dice"] == scores["structures"]["y"]["dice"] == scores["segmentation"]["dice"] == 1
+    assert result.files["label"] == label and result.files["hr"] == truth and "mask" not in scores["image"]
+    assert scores["baselines"]["image"].startswith("cubic spline")
+    page._score(result, truth, None, label)
+    assert result.scores is not None and "segmentation" not in result.scores and "mask" in result.scores["image"]
+    monkeypatch.setattr(page, "_score", lambda *args: asked.append(args))
+    monkeypatch.setattr(page, "single_page", lambda *args, **more: ("", b"", {}))
+    (tmp_path / "lut.txt").write_text("41 white\n", encoding="utf8")
+    words = {"hr": truth, "label": label, "label_classes": ["white"], "label_names": tmp_path / "lut.txt", "mask": label}
+    page.report(path, tmp_path / "o.html", **words)
+    (_, one, two), (_, *files, named) = asked[-2:]
+    assert (one, two) == (label, tmp_path / "lut.txt") and files == [truth, label, label]
+    assert [structure.values for structure in named] == [{41}]
+
+
 def test_each_kind_of_page_says_what_it_is(tmp_path):
     none = {"results": [], "run": None, "demo": None, "studies": []}
     kinds = {

@@ -12,6 +12,7 @@ import pytest
 from fastsrgan.core.files import write_json
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import cohort, compare, grids, pair, plausibility
+from fastsrgan.evaluate.figures import FIGURES, REGIONS, captions, name_of
 from fastsrgan.evaluate.plausibility import GREEN, RED, YELLOW, Look
 from fastsrgan.io import nifti as images
 from fastsrgan.model.purpose import MODELS
@@ -258,6 +259,37 @@ def test_the_doubt_beside_a_result_is_found_under_both_kinds_of_names(tmp_path):
     assert pair._beside(tmp_path / "a_sr.nii.gz") is not None
 
 
+def test_what_a_region_is_is_told_and_of_an_overlap_that_it_is_one(blobs):
+    whole = pair.evaluate_pair(**blobs, mask=blobs["label"], subject=None)["definitions"]
+    assert {name for name in whole if name.startswith("region ")} == {"region whole", "region mask", "region label"}
+    assert whole["region whole"] == REGIONS["whole"] and "error_over_doubt" not in whole
+    shift = np.eye(4)
+    shift[0, 3] = 4
+    part = pair.evaluate_pair(Volume(blobs["sr"].data, shift), blobs["hr"], subject=None)
+    assert "lies in all images" in part["definitions"]["region whole"] and part["grid"]["overlap"] == 10 / 14
+    assert any("scored on the overlap, 71.4 % of the truth's voxels" in n and n.endswith("of SR") for n in part["notes"])
+    empty = pair.evaluate_pair(**blobs | {"label": Volume(0 * blobs["label"].data, np.eye(4))}, subject=None)
+    assert "label" not in empty["image"] and "the label is empty on the reference's grid" in " ".join(empty["notes"])
+
+
+def test_names_of_figures_and_columns_are_those_of_people():
+    names = {
+        "psnr_db": "PSNR, dB", "psnr_mask_db": "PSNR inside the mask, dB", "ssim_mask": "SSIM inside the mask",
+        "volume_ml": "volume, mL", "other_key": "other key", "hausdorff95_mm": "95 % Hausdorff distance, mm",
+    }  # fmt: skip
+    assert {key: name_of(key) for key in names} == names
+    assert FIGURES["psnr_db"].text(1.234, signed=True) == "+1.23 dB" and FIGURES["dice"].text(0.5) == "0.5000"
+    said = captions({
+        "image": {"whole": {"psnr_db": 26.958, "ssim": 0.5, "mae": 3.0}}, "segmentation": {"dice": 0.75, "components": 3},
+        "baseline": {"image": {"whole": {"psnr_db": 25.0}}, "segmentation": {"dice": 0.5}},
+        "gain": {"image": {"whole": {"psnr_db": 1.958}}},
+    })  # fmt: skip
+    assert said == {
+        "linear": "", "sr": "PSNR 26.96 dB  (+1.96 dB)\nSSIM 0.5000", "spline": "PSNR 25.00 dB",
+        "seg": "Dice 0.7500\ninterpolated labels: Dice 0.5000",
+    }  # fmt: skip
+
+
 def test_a_volume_of_another_grid_says_how_it_was_resampled_and_what_it_misses():
     volume = Volume(np.ones((4, 4, 4), np.float32), np.diag([2.0, 2, 2, 1]))
     like = Volume(np.ones((8, 8, 10), np.float32), np.eye(4) + np.array([[0, 0, 0, -0.5]] * 3 + [[0] * 4]))
@@ -445,6 +477,22 @@ def test_a_picture_says_its_convention_and_that_it_goes_through_the_largest_chan
         f"f · planes through the largest change · {side}", f"f · {side}",
         "f · neurological: patient's left on the left",
     ]  # fmt: skip
+
+
+def test_the_frame_of_the_detail_is_where_more_changes_and_letters_stand_at_the_first_column():
+    data = np.random.default_rng(0).random((24, 24, 24)).astype(np.float32) + 1
+    sr, spline = Volume(data, np.eye(4)), Volume(data.copy(), np.eye(4))
+    spline.data[12, 4:20, 12] += 5  # along front to back: seen whole in the axial and the sagittal plane
+    spline.data[12, 12, 6:18] += 5  # and head to foot: both in the sagittal one
+    drawn = figure.planes([figure.Column(sr, "x"), figure.Column(sr, "y", nearest=True)], reference=sr, width_px=300,
+                          changed=(sr, spline), masks=(Volume(np.ones(data.shape, np.uint8), np.eye(4)), None))  # fmt: skip
+    axes = drawn.axes
+    assert [len(a.patches) for a in axes] == [0, 0, 1, 0] * 2 and [len(a.texts) for a in axes] == [2, 2, 2, 0] + [0] * 4
+    assert [a.images[0].get_interpolation() for a in axes] == ["bicubic"] * 4 + ["nearest"] * 4
+    assert {a.images[0].get_clim() for a in axes} == {(0, planes.brightness(sr))}
+    frame, detail = axes[2].patches[0], axes[3].images[0].get_extent()
+    corner = frame.get_x(), frame.get_x() + frame.get_width(), frame.get_y(), frame.get_y() + frame.get_height()
+    assert corner == pytest.approx(detail)
 
 
 def test_text_is_as_large_as_its_line_allows():
