@@ -60,7 +60,9 @@ FIGURES = scale.Figures(2.0, 8, 100, 3.0, 5e6, 2)
 
 def test_a_prediction_says_what_bounds_it_and_leaves_out_more_devices_than_subjects():
     lines = scale.prediction_table(FIGURES, (1000, 2), (1, 8), 3.6).splitlines()
-    assert lines[0] == "| subjects | devices | updates | epoch | bound by | read per epoch | network | cost of an epoch |"
+    assert (
+        lines[0] == "| subjects | devices | updates | epoch | bound by | read per epoch | network | cost of an epoch |"
+    )
     assert [line.split(" | ")[0:2] for line in lines[2:]] == [["| 1,000", "1"], ["| 1,000", "8"], ["| 2", "1"]]
     assert lines[2] == "| 1,000 | 1 | 12,500 | 6.94 h | updates | 5 GB | 200 kB/s | 25 |"
     slow = scale.prediction_table(dataclasses.replace(FIGURES, volume_seconds=900.0), (2,), (1,), 0.0).splitlines()
@@ -153,7 +155,9 @@ def test_a_report_names_its_code_and_settings(monkeypatch):
     monkeypatch.setattr(common, "machine", lambda quick: {"quick": quick})
     monkeypatch.setattr(common, "measure", lambda case, args: {"name": case.name, "passed": False, "peers": {},
                                                               "max_error": 1.0, "tolerance": 0.5})  # fmt: skip
-    args = SimpleNamespace(only="b", quick=False, device="cpu", bench="x", argv=["x", "--only", "b"], json=None, threads=3)
+    args = SimpleNamespace(
+        only="b", quick=False, device="cpu", bench="x", argv=["x", "--only", "b"], json=None, threads=3
+    )
     case = [common.Case(name, {}, dict, 0.5) for name in ("a", "ab", "c")]
     report = common.run(case, args)
     assert [row["name"] for row in report["rows"]] == ["ab"] and report["device"] == "cpu"

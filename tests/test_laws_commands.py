@@ -23,7 +23,8 @@ from fastsrgan.study import run as study
 
 ONE = {
     "image": {"whole": {"psnr_db": 30.5, "mae": 2.5}, "mask": {"psnr_db": 20.5}}, "segmentation": {"dice": 0.75},
-    "structures": {"white": {"dice": 0.5}}, "doubt": {"error_over_doubt": 1.5, "deciles": [{"doubt": 0.125}, {"doubt": 7}]},
+    "structures": {"white": {"dice": 0.5}},
+    "doubt": {"error_over_doubt": 1.5, "deciles": [{"doubt": 0.125}, {"doubt": 7}]},
     "notes": [], "files": {"sr": "a_sr.nii"},
 }  # fmt: skip
 BASE = {
@@ -62,7 +63,9 @@ def test_a_cohort_is_a_line_for_each_subject_and_their_mean_and_one_for_each_fig
         {"subject": "b", "PSNR dB": 27.5, "baseline PSNR dB": None, "Dice": None},
         {"subject": "mean ± sd", "PSNR dB": "29 ± 0.25", "baseline PSNR dB": "28 ± 0.25", "Dice": "0.5 ± 0.25"},
     ]
-    lines = [(r["where"], r["figure"], r["value"], r["difference"], r["n"]) for r in cli.cohort_figures({"summary": told})]
+    lines = [
+        (r["where"], r["figure"], r["value"], r["difference"], r["n"]) for r in cli.cohort_figures({"summary": told})
+    ]
     assert lines == [
         ("whole", "psnr_db", "29 ± 0.25", "1 ± 0.25", 2), ("segmentation", "dice", "0.5 ± 0.25", None, 2),
         ("white", "dice", "0.125 ± 0.25", None, 2), ("doubt", "ratio", "1.5 ± 0.25", None, 2),
@@ -122,7 +125,8 @@ def test_no_input_is_written_over_by_the_figures_of_a_pair(tmp_path, capsys, mon
 def test_a_line_of_each_image_has_its_light_and_outputs_or_why_there_are_none(monkeypatch, capsys):
     items = [
         {"input": "a", "status": "done", "outputs": {"sr": "a_sr", "seg": "a_seg"}, "plausibility": {"light": "red"}},
-        {"input": "b", "status": "failed", "error": "b: is broken"}, {"input": "c", "status": "skipped", "reason": "c: old"},
+        {"input": "b", "status": "failed", "error": "b: is broken"},
+        {"input": "c", "status": "skipped", "reason": "c: old"},
     ]  # fmt: skip
     error = infer_files.SomeFailed("infer", "1 of 3 failed", "see above")
     error.summary = {"items": items, "unneeded": 0}
@@ -179,12 +183,19 @@ def test_a_report_names_its_page_and_how_many_lie_beside_it(monkeypatch, capsys)
 
 
 def part(version: str | None, **more) -> dict:
-    return {"version": version, "distributions": [], "sees_device": None, "problem": None, "purpose": "p", "extra": "e"} | more
+    return {
+        "version": version,
+        "distributions": [],
+        "sees_device": None,
+        "problem": None,
+        "purpose": "p",
+        "extra": "e",
+    } | more
 
 
 def facts(**more) -> dict:
     return {
-        "fastsrgan": "1", "python": "3", "platform": "p", "packages": {name: "1.0" for name in doctor.PACKAGES},
+        "fastsrgan": "1", "python": "3", "platform": "p", "packages": dict.fromkeys(doctor.PACKAGES, "1.0"),
         "cpu": {"model": "m", "usable": 2, "count": 2, "torch_threads": 2, "bf16": False},
         "memory": {"total": 2**35, "available": 2**34}, "shm": 2**33,
         "gpu": {"driver": None, "torch_cuda": None, "cudnn": None, "devices": [], "problem": None},
@@ -327,7 +338,14 @@ def test_several_faults_of_settings_are_told_together():
 
 
 def test_sizes_and_lengths_are_told_in_units_of_1024():
-    sizes = {0: "0 bytes", 1023: "1023 bytes", 1024: "1 KiB", 1536: "1.5 KiB", 2**20 - 1: "1024 KiB", 5 * 2**40: "5 TiB"}
+    sizes = {
+        0: "0 bytes",
+        1023: "1023 bytes",
+        1024: "1 KiB",
+        1536: "1.5 KiB",
+        2**20 - 1: "1024 KiB",
+        5 * 2**40: "5 TiB",
+    }
     assert {n: errors.human(n) for n in sizes} == sizes and errors.human(2**60) == "1024 PiB"
     assert errors.compared(1536, 2048) == ("1.5 KiB", "2 KiB")
     assert errors.compared(57945, 57946) == ("57945 bytes", "57946 bytes")

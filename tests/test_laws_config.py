@@ -21,7 +21,7 @@ def test_values_of_a_label_are_whole_numbers_in_order_each_once(text, values):
 
 @pytest.mark.parametrize("text", ["0", "32768", "3,", "3,,4", "-3", "x", "3.0", "9" * 30])
 def test_what_is_no_value_of_a_label_is_refused(text):
-    with pytest.raises(ModelError, match="config: structure: .*values from 1 to 32767"):
+    with pytest.raises(ModelError, match=r"config: structure: .*values from 1 to 32767"):
         config.label_values(text)
     with pytest.raises(SettingsError, match="structure"):
         TrainConfig(new_low_res=LOW, structure=text)
@@ -33,7 +33,9 @@ def test_gaussians_of_tissues_are_those_of_each_contrast_in_the_order_of_their_v
     assert config.tissue_gaussians("2:0.5:1/3:0.25:0.125") == (((2, 0.5, 1.0),), ((3, 0.25, 0.125),))
 
 
-@pytest.mark.parametrize("text", ["1:0:0.1", "1:1.01:0", "1:0.5:-0.1", "1:0.5:1.1", "1:0.5", "0:0.5:0.1", "1:x:0", "1:0.5:0/"])
+@pytest.mark.parametrize(
+    "text", ["1:0:0.1", "1:1.01:0", "1:0.5:-0.1", "1:0.5:1.1", "1:0.5", "0:0.5:0.1", "1:x:0", "1:0.5:0/"]
+)
 def test_gaussians_that_cannot_be_are_refused(text):
     with pytest.raises(ModelError, match="config: tissue_means"):
         config.tissue_gaussians(text)
@@ -53,9 +55,15 @@ def test_edges_of_patches_are_multiples_of_four_from_sixteen_up_and_the_nearest_
     assert config.check_patch(12).endswith("try 16 or 20") and config.check_patch(63).endswith("try 60 or 64")
     assert [config.check_flips(axes) for axes in ("", "x", "zyx")] == [""] * 3
     assert all(config.check_flips(axes) for axes in ("xx", "w", "xyw"))
-    good, wrong = [((1.0, 1.0, 3.0),), LOW * 2], [(), LOW * 3, ((1.0, 1.0),), ((0.0, 1.0, 1.0),), ((1, 1, float("inf")),)]
+    good, wrong = (
+        [((1.0, 1.0, 3.0),), LOW * 2],
+        [(), LOW * 3, ((1.0, 1.0),), ((0.0, 1.0, 1.0),), ((1, 1, float("inf")),)],
+    )
     assert [config.check_resolutions(v) for v in good] == ["", ""] and all(config.check_resolutions(v) for v in wrong)
-    assert config.triples([1, 1, 3], "x") == LOW and config.triples([[1, 1, 2], (1, 1, 4)], "x") == ((1, 1, 2), (1, 1, 4))
+    assert config.triples([1, 1, 3], "x") == LOW and config.triples([[1, 1, 2], (1, 1, 4)], "x") == (
+        (1, 1, 2),
+        (1, 1, 4),
+    )
     assert config.triples([], "x") == ()
 
 

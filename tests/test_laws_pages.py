@@ -1,4 +1,4 @@
-"""Pages hold each fact at its place: what is refused, warned of, scored, drawn and told of results, runs and studies."""
+"""Pages hold each fact at its place: what is refused, warned of, scored, drawn and told of results and runs."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_every_result_has_its_page_and_several_a_table_and_each_counts_once(monk
         ]
         (tmp_path / "s1_out.html").unlink()
         (tmp_path / "out.html").unlink()
-        with pytest.raises(UsageError, match="s0_out.html: exists already"):
+        with pytest.raises(UsageError, match=r"s0_out\.html: exists already"):
             page.report(tmp_path, tmp_path / "out.html")
         assert not (tmp_path / "out.html").exists()
 
@@ -142,7 +142,13 @@ def test_a_truth_of_several_structures_is_scored_for_each_from_the_results_map(m
     monkeypatch.setattr(page, "_score", lambda *args: asked.append(args))
     monkeypatch.setattr(page, "single_page", lambda *args, **more: ("", b"", {}))
     (tmp_path / "lut.txt").write_text("41 white\n", encoding="utf8")
-    words = {"hr": truth, "label": label, "label_classes": ["white"], "label_names": tmp_path / "lut.txt", "mask": label}
+    words = {
+        "hr": truth,
+        "label": label,
+        "label_classes": ["white"],
+        "label_names": tmp_path / "lut.txt",
+        "mask": label,
+    }
     page.report(path, tmp_path / "o.html", **words)
     (_, one, two), (_, *files, named) = asked[-2:]
     assert (one, two) == (label, tmp_path / "lut.txt") and files == [truth, label, label]
@@ -239,12 +245,16 @@ def test_a_table_of_scores_has_regions_segmentation_and_structures_and_signs_the
     scores["baseline"] = {"image": {"whole": {"mae": 4.5}}, "structures": {"cortex": {"dice": 0.25}}}
     scores["gain"] = {"image": {"whole": {"mae": 1.5}}, "structures": {"cortex": {"dice": 0.125}}}
     html = str(sections.scores_table(scores, "/s"))
-    rows = [[plain(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in html.split("</tr>")[1:-1]]
+    rows = [
+        [plain(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in html.split("</tr>")[1:-1]
+    ]
     assert rows == [
         ["whole image"], ["mean absolute error", "4.5", "3.5", "+1.5"], ["segmentation"], ["Dice", "", "0.5", ""],
         ["cortex"], ["Dice", "0.25", "0.75", "+0.125"], ["95 % Hausdorff distance, mm", "", "–", ""],
     ]  # fmt: skip
-    assert "/s/gain/structures/cortex/dice" in pointers(html) and "/s/structures/cortex/hausdorff95_mm" in pointers(html)
+    assert "/s/gain/structures/cortex/dice" in pointers(html) and "/s/structures/cortex/hausdorff95_mm" in pointers(
+        html
+    )
 
 
 def test_weights_are_called_by_their_model_or_file_all_of_them_and_the_reason():
@@ -328,7 +338,9 @@ def cohort_of(count: int, **more) -> list[cohort.Row]:
         record = {"weights": {"path": f"w{n % 2}"}, "seconds": 10.0 + n + 90 * (n == 5), "warnings": ["x"] * n}
         record |= {"plausibility": {"light": "green", "reasons": []}, **more}
         scores = {"image": {"whole": {"psnr_db": 20.0 + n}}, "segmentation": {}, "definitions": {}}
-        rows.append(cohort.Row(Result(f"s{n}", record, {}, scores), f"s {n}#.html", png(np.zeros((2, 2), np.uint8)), {}))
+        rows.append(
+            cohort.Row(Result(f"s{n}", record, {}, scores), f"s {n}#.html", png(np.zeros((2, 2), np.uint8)), {})
+        )
     return rows
 
 
@@ -392,7 +404,10 @@ def test_the_charts_of_several_runs_have_their_axes_and_units(monkeypatch):
     curves.run_card(none | {"curves": losses, "updates_per_point": 1, "unreadable_lines": 0, "warnings": []}, [])
     for found in (together, charts):
         assert found["PSNR on the test subjects, dB"] == ("epoch",)
-        assert found["Reconstruction"] == ("update", "Charbonnier loss") and found["Time of an update"] == ("update", "s")
+        assert found["Reconstruction"] == ("update", "Charbonnier loss") and found["Time of an update"] == (
+            "update",
+            "s",
+        )
     assert together["Gradient norms: generator"] == ("update", "norm") == together["Gradient norms: critic"]
 
 

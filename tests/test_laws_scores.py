@@ -48,14 +48,17 @@ def test_every_column_of_a_table_reaches_the_evaluation_and_a_row_chooses_its_ow
     choice = cohort.Choice(("3",), "names.txt")
     made = cohort.evaluate_table(tmp_path / "t.csv", png=tmp_path / "png", choice=choice)
     first, second, third = asked
-    assert {k: Path(v).stem for k, v in first.items() if k not in ("png", "label_classes", "label_names", "subject")} == {
+    others = ("png", "label_classes", "label_names", "subject")
+    assert {k: Path(v).stem for k, v in first.items() if k not in others} == {
         "sr": "SR_image", "hr": "HR_image", "seg": "Seg_image", "label": "Label_image", "mask": "Mask_image",
         "lr": "LR_image", "baseline": "Baseline_image", "baseline_seg": "Baseline_seg",
     }  # fmt: skip
     assert [tuple(one["label_classes"]) for one in asked] == [("own=1",), ("3",), ()]
     assert {one["label_names"] for one in asked} == {"names.txt"} and {one["subject"] for one in asked} == {None}
     assert [Path(one["png"]) for one in asked] == [tmp_path / "png" / f"{r['subject']}.png" for r in made["rows"]]
-    assert [row["line"] for row in made["rows"]] == [2, 3, 4] and "label" not in third and set(second) & {"seg"} == set()
+    assert (
+        [row["line"] for row in made["rows"]] == [2, 3, 4] and "label" not in third and set(second) & {"seg"} == set()
+    )
     assert made["summary"]["image.whole.mae"] == {"mean": 2.0, "sd": 1.0, "n": 3}
 
 
@@ -97,9 +100,13 @@ def touched(folder: Path, *names: str) -> Path:
 
 def test_results_are_found_with_what_belongs_to_them(asked, tmp_path):
     """Of several structures the map of them; the truth of a tree in the same tree, else in the one folder."""
-    out = touched(tmp_path / "out", "b_LR_sr.nii.gz", "p/a_sr.nii.gz", "p/a_seg.nii.gz", "p/a_mask.nii.gz", ".x_sr.nii.gz")
+    out = touched(
+        tmp_path / "out", "b_LR_sr.nii.gz", "p/a_sr.nii.gz", "p/a_seg.nii.gz", "p/a_mask.nii.gz", ".x_sr.nii.gz"
+    )
     touched(out, "b_LR_seg.nii.gz")
-    truth = touched(tmp_path / "truth", "p/a.nii.gz", "a.nii.gz", "a_label.nii.gz", "p/a_gm.nii", "b_HR.nii", "b_mask.nii")
+    truth = touched(
+        tmp_path / "truth", "p/a.nii.gz", "a.nii.gz", "a_label.nii.gz", "p/a_gm.nii", "b_HR.nii", "b_mask.nii"
+    )
     cohort.evaluate_folders(out, truth)
     several = cohort.Choice(("x=1", "y=2"))
     cohort.evaluate_folders(out, truth, choice=several)
@@ -267,7 +274,9 @@ def test_what_a_region_is_is_told_and_of_an_overlap_that_it_is_one(blobs):
     shift[0, 3] = 4
     part = pair.evaluate_pair(Volume(blobs["sr"].data, shift), blobs["hr"], subject=None)
     assert "lies in all images" in part["definitions"]["region whole"] and part["grid"]["overlap"] == 10 / 14
-    assert any("scored on the overlap, 71.4 % of the truth's voxels" in n and n.endswith("of SR") for n in part["notes"])
+    assert any(
+        "scored on the overlap, 71.4 % of the truth's voxels" in n and n.endswith("of SR") for n in part["notes"]
+    )
     empty = pair.evaluate_pair(**blobs | {"label": Volume(0 * blobs["label"].data, np.eye(4))}, subject=None)
     assert "label" not in empty["image"] and "the label is empty on the reference's grid" in " ".join(empty["notes"])
 
@@ -280,7 +289,8 @@ def test_names_of_figures_and_columns_are_those_of_people():
     assert {key: name_of(key) for key in names} == names
     assert FIGURES["psnr_db"].text(1.234, signed=True) == "+1.23 dB" and FIGURES["dice"].text(0.5) == "0.5000"
     said = captions({
-        "image": {"whole": {"psnr_db": 26.958, "ssim": 0.5, "mae": 3.0}}, "segmentation": {"dice": 0.75, "components": 3},
+        "image": {"whole": {"psnr_db": 26.958, "ssim": 0.5, "mae": 3.0}},
+        "segmentation": {"dice": 0.75, "components": 3},
         "baseline": {"image": {"whole": {"psnr_db": 25.0}}, "segmentation": {"dice": 0.5}},
         "gain": {"image": {"whole": {"psnr_db": 1.958}}},
     })  # fmt: skip
@@ -298,8 +308,8 @@ def test_a_volume_of_another_grid_says_how_it_was_resampled_and_what_it_misses()
         made = grids.onto_grid(volume, like, order=order, name="x", notes=notes).data
         (note,) = notes
         assert note == (
-            f"x: grid differs from the reference's, resampled onto it in world space ({words}); 20.0 % of the reference "
-            "lies outside its field of view and was set to 0"
+            f"x: grid differs from the reference's, resampled onto it in world space ({words}); 20.0 % of the "
+            "reference lies outside its field of view and was set to 0"
         )
         assert not made[:, :, 8:].any() and np.allclose(made[:, :, :8], 1, atol=1e-4)  # found: 2.5e-5
         notes.clear()
@@ -395,7 +405,9 @@ def test_slices_are_thick_from_a_quarter_more_than_the_middle_edge_on():
 
 
 def test_borders_of_slices_lie_half_way_between_them_within_the_ends():
-    scan = Volume(np.zeros((5, 5, 4), np.float32), np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, -3, 9], [0, 0, 0, 1]]))
+    scan = Volume(
+        np.zeros((5, 5, 4), np.float32), np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, -3, 9], [0, 0, 0, 1]])
+    )
     assert planes.slice_edges(scan, 2, (0, 0, 0), -99, 99).tolist() == [-1.5, 1.5, 4.5, 7.5, 10.5]
     assert planes.slice_edges(scan, 2, (0, 0, 0), 1.5, 8).tolist() == [1.5, 4.5, 7.5]
     assert planes.slice_edges(scan, 2, (0, 0, 0), 8, 1.5).tolist() == [1.5, 4.5, 7.5]
@@ -452,7 +464,9 @@ def test_columns_of_a_result_have_their_voxel_sizes_or_the_words_that_are_given(
         ("Low resolution", f"{size}\nvoxels as acquired"), ("Cubic spline", ""), ("Best linear", ""),
         ("fastsrgan", "good"), ("Truth", size), ("Segmentation", ""),
     ]  # fmt: skip
-    assert [c.nearest for c in columns] == [True, *[False] * 5] and [c.outlines for c in columns] == [False] * 5 + [True]
+    assert [c.nearest for c in columns] == [True, *[False] * 5] and [c.outlines for c in columns] == [False] * 5 + [
+        True
+    ]
     assert [c.accent for c in columns] == [False, False, False, True, False, True]
     other = Volume(one.data, np.eye(4))
     options = figure.result_options({"sr": one, "truth": other, "low": other})
@@ -469,7 +483,11 @@ def test_a_picture_says_its_convention_and_that_it_goes_through_the_largest_chan
     whole = Volume(np.ones(data.shape, np.uint8), np.eye(4))
     more = {"reference": sr, "width_px": 200, "masks": (whole, None)}
     told = []
-    for options in ({"changed": (sr, spline)}, {"changed": (sr, spline), "at_mm": (1, 2, 3)}, {"convention": "neurological"}):
+    for options in (
+        {"changed": (sr, spline)},
+        {"changed": (sr, spline), "at_mm": (1, 2, 3)},
+        {"convention": "neurological"},
+    ):
         drawn = figure.planes([figure.Column(sr, "x")], **more, footer="f", **options)
         told.append(next(t.get_text() for t in drawn.texts if t.get_text().startswith("f · ")))
     side = "radiological: patient's left on the right"
@@ -484,8 +502,9 @@ def test_the_frame_of_the_detail_is_where_more_changes_and_letters_stand_at_the_
     sr, spline = Volume(data, np.eye(4)), Volume(data.copy(), np.eye(4))
     spline.data[12, 4:20, 12] += 5  # along front to back: seen whole in the axial and the sagittal plane
     spline.data[12, 12, 6:18] += 5  # and head to foot: both in the sagittal one
-    drawn = figure.planes([figure.Column(sr, "x"), figure.Column(sr, "y", nearest=True)], reference=sr, width_px=300,
-                          changed=(sr, spline), masks=(Volume(np.ones(data.shape, np.uint8), np.eye(4)), None))  # fmt: skip
+    whole = Volume(np.ones(data.shape, np.uint8), np.eye(4))
+    columns = [figure.Column(sr, "x"), figure.Column(sr, "y", nearest=True)]
+    drawn = figure.planes(columns, reference=sr, width_px=300, changed=(sr, spline), masks=(whole, None))
     axes = drawn.axes
     assert [len(a.patches) for a in axes] == [0, 0, 1, 0] * 2 and [len(a.texts) for a in axes] == [2, 2, 2, 0] + [0] * 4
     assert [a.images[0].get_interpolation() for a in axes] == ["bicubic"] * 4 + ["nearest"] * 4
