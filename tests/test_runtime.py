@@ -236,6 +236,10 @@ def test_the_commit_of_a_checkout_says_whether_its_files_were_changed(monkeypatc
     assert system.source_commit() == commit
     (tmp_path / "a").write_text("2")
     assert system.source_commit() == f"{commit}-dirty"
+    below = tmp_path / "site" / "fastsrgan" / "core"
+    below.mkdir(parents=True)
+    monkeypatch.setattr(system, "__file__", str(below / "system.py"))
+    assert system.source_commit() is None
 
 
 @pytest.mark.fault(24)
