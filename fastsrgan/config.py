@@ -36,7 +36,7 @@ BASIC, ADVANCED = "basic", "advanced"  # the two groups of options
 FREE, NEW, KEPT, ANEW, START, MATCH = "free", "new value", "auto goes on", "epoch anew", "not used", "must match"
 JUDGED = "best anew"
 RESUMED = {
-    FREE: "takes the new value, which changes no update of the networks",
+    FREE: "takes the new value, which changes no update of the networks (`epochs` does with an `lr_schedule`: said)",
     JUDGED: "takes the new value, and forgets which weights were best by the old one",
     NEW: "takes the new value and says so",
     KEPT: "`auto` goes on as the snapshot did; any other value is taken, and that is said",

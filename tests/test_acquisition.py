@@ -9,6 +9,7 @@ import phantom
 import pytest
 import torch
 
+from fastsrgan.data.pool import Slices
 from fastsrgan.errors import UsageError
 from fastsrgan.volume import acquisition
 from fastsrgan.volume.acquisition import (
@@ -23,7 +24,7 @@ from fastsrgan.volume.acquisition import (
     noise_sd,
     sampled,
 )
-from fastsrgan.volume.consistency import agreed, observation
+from fastsrgan.volume.consistency import agreed, observation, patch_agreement
 from fastsrgan.volume.resample import apply_axes
 
 MM, THICK = (2.0, 2.0, 2.0), (2.0, 2.0, 6.0)
@@ -138,7 +139,7 @@ def test_the_weight_gains_wherever_the_best_one_gains_and_never_loses(profile):
 @pytest.mark.parametrize("profile", ["gaussian", "box"])
 def test_an_unknown_profile_never_loses_against_the_spline(profile):
     scan, _, spline = acquire(profile)
-    guess = assumed("auto", None, 6.0)
+    guess = assumed("auto", None, 6.0, 1.0)
     seen = observation(scan.shape, THICK, truth().shape, MM, thickness_mm=guess.width_mm, profile=guess.profile)
     assert guess.floor == PROFILE_GUESSED
     done = agreed(torch.from_numpy(spline), torch.from_numpy(scan), seen, guess.floor).numpy()
@@ -146,10 +147,24 @@ def test_an_unknown_profile_never_loses_against_the_spline(profile):
     assert np.mean((done - truth())[inside] ** 2) < np.mean((spline - truth())[inside] ** 2)
 
 
+def test_the_guess_widens_with_the_ratio_of_thickness_and_voxel():
+    widths = [assumed("auto", 3.0 * voxel, 9.0, voxel).width_mm / (3.0 * voxel) for voxel in (0.5, 1.0, 2.0)]
+    assert widths == pytest.approx([0.8] * 3)  # of the thickness, not of the spacing or of millimetres
+    guesses = [assumed("auto", None, ratio * 0.7, 0.7).width_mm / (ratio * 0.7) for ratio in (1.5, 3, 4.5, 6, 8)]
+    assert guesses == pytest.approx([0.8, 0.8, 0.85, 0.9, 0.9])
+
+
+def test_training_guesses_as_inference_does():
+    for ratio in (2.0, 4.5, 6.5):
+        matrices = Slices(90, round(90 / ratio), ratio, 0.03).of(10, 48, False)
+        width = assumed("auto", None, ratio, 1.0).width_mm / ratio
+        assert np.array_equal(matrices, patch_agreement(10, 48, 90, round(90 / ratio), ratio, width, 0.03))
+
+
 def test_a_named_profile_is_taken_as_it_is():
-    assert (assumed("box", 4.0, 6.0).width_mm, assumed("box", 4.0, 6.0).floor) == (4.0, PROFILE_KNOWN)
-    assert assumed("gaussian", None, 6.0).width_mm == 6.0 and assumed("auto", 5.0, 6.0).thickness_mm == 5.0
+    assert (assumed("box", 4.0, 6.0, 1.0).width_mm, assumed("box", 4.0, 6.0, 1.0).floor) == (4.0, PROFILE_KNOWN)
+    assert assumed("gaussian", None, 6.0, 1.0).width_mm == 6.0 and assumed("auto", 5.0, 6.0, 1.0).thickness_mm == 5.0
     with pytest.raises(UsageError, match="gaussian, box"):
-        assumed("sinc", None, 6.0)
+        assumed("sinc", None, 6.0, 1.0)
     with pytest.raises(UsageError, match="slice thickness"):
-        assumed("auto", 0.0, 6.0)
+        assumed("auto", 0.0, 6.0, 1.0)

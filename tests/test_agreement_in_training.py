@@ -16,11 +16,11 @@ from fastsrgan.store.reader import Sample, open_store
 from fastsrgan.train.gan import Models
 from fastsrgan.train.objectives import agreed_patches, generator_loss
 from fastsrgan.train.run import prepare
-from fastsrgan.volume.acquisition import NARROW
 from fastsrgan.volume.consistency import observation, patch_agreement
 from fastsrgan.volume.resample import slice_profile_matrix, spline_matrix
 
 CPU = torch.device("cpu")
+NARROW = 0.8  # width of the profile over the spacing of slices
 REACH = 12  # voxels from a patch's end that slices beyond it still change by a hundredth
 
 

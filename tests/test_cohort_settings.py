@@ -100,6 +100,7 @@ def test_masks_labels_and_patches_of_all_subjects_in_one_list(tmp_path):
         refuse(store, config(image_cropping_method="overlapping_with_mask", new_low_res=((2, 2, 2),)))
     told = error.value.reason
     assert told.startswith("3 faults: ") and "without a patch of 16 voxels" in told and "in the mask: h1" in told
+    assert "patch_size or stride" in error.value.hint  # patches lie on a grid: a finer one may meet the mask
     assert "without a mask: h2" in told and "other values than 0 and 1: h4 (also 2)" in told and "h3" not in told
 
 

@@ -55,7 +55,26 @@ def test_demo_runs_and_its_figures_agree(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="--overwrite"):
         demo.run(tmp_path / "out", device="cpu")
     demo.fresh_folder(tmp_path / "out", True)
-    assert not list((tmp_path / "out").iterdir())  # a second demo would end at the page that the first one left
+    # A second demo would end at the page that the first one left.
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["demo.json"]
+
+
+def test_what_no_demo_made_is_never_removed(tmp_path, capsys):
+    """The demo's names are those of the manual: a run, its results and the scan of a user."""
+    for name in ("run", "out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kept").touch()
+    (tmp_path / "scan.nii.gz").touch()
+    for more in ((), ("--overwrite",)):
+        code, _, told = call(capsys, "demo", "-o", tmp_path, *more)
+        assert code == 2
+        one_line(told, "no demo made it", "-o DIR goes elsewhere")
+    assert {path.name for path in tmp_path.rglob("*")} == {"run", "out", "kept", "scan.nii.gz"}
+    stopped = demo.fresh_folder(tmp_path / "demo", False)  # one that was stopped at once has its mark
+    (stopped / "run").mkdir()
+    with pytest.raises(UsageError, match="holds an earlier demo"):
+        demo.fresh_folder(stopped, False)
+    assert not (demo.fresh_folder(stopped, True) / "run").exists()
 
 
 @pytest.mark.parametrize("low_res", [(math.nan, 1, 1), (0.0, 1, 1), (1, -1, 3), (1, 1, math.inf), (1, 1, 1e9)])

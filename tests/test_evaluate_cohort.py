@@ -381,6 +381,8 @@ def test_the_bland_altman_picture_holds_each_subjects_difference(monkeypatch, tm
         (["a", "b", "c", "--bids"], "two folders are needed"),
         (["--sr", "a.nii"], "--sr and --hr"),
         (["a", "b", "--table", "t.csv"], "two or three folders"),
+        (["a", "b", "--label", "l.nii", "--mask", "m.nii"], "--label, --mask: of a pair, and folders are given"),
+        (["--table", "t.csv", "--sr", "a.nii"], "--sr: of a pair, and a table is given"),
         (["--bids", "--table", "t.csv"], "two folders are needed"),
     ],
 )

@@ -339,6 +339,15 @@ def test_settings_that_run_code_or_mean_nothing_end_with_4(work, tmp_path, capsy
     assert len(told) < 500 and not (tmp_path / "canary").exists() and not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault(19)
+def test_a_damaged_settings_file_of_a_resumed_run_is_named(work, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("epochz: 3", encoding="utf8")
+    code, _, told = call(capsys, "train", work / "cohort.zarr", "-o", tmp_path / "run", "--resume")
+    assert code == 4
+    one_line(told, f"error: {tmp_path / 'run' / 'config.yaml'}: epochz: unknown setting (did you mean epochs?)")
+
+
 @pytest.mark.fault(24)
 def test_training_asks_for_room_before_the_first_update(work, tmp_path, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")

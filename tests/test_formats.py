@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import struct
 import zlib
 
 import nibabel as nib
@@ -192,6 +193,43 @@ def test_a_shear_and_unusual_voxels_are_told_of_every_format(tmp_path, name):
     assert volume.warnings == images.load(tmp_path / "same.nii").warnings
     assert "sheared by" in volume.warnings[0]
     assert read(rigid((1.0, 1, 80))).warnings == ("the voxel size 1 x 1 x 80 mm is unusual: check the units",)
+
+
+@pytest.mark.fault(11)
+def test_a_negative_voxel_size_is_told_with_what_is_made_of_it(tmp_path):
+    """As nibabel and SimpleITK: the axis runs the other way."""
+    nib.save(nib.MGHImage(HEAD.astype("f4"), rigid()), tmp_path / "a.mgh")
+    head = bytearray((tmp_path / "a.mgh").read_bytes())
+    head[30:34] = struct.pack(">f", -1)
+    (tmp_path / "a.mgh").write_bytes(head)
+    text = write_itk(tmp_path / "a.mha", affine=np.diag([1.0, 1, 3, 1])).read_bytes()
+    (tmp_path / "a.mha").write_bytes(text.replace(b"ElementSpacing = 1 1 3", b"ElementSpacing = -1 1 3"))
+    (tmp_path / "a.nrrd").write_bytes(
+        b"NRRD0004\ntype: short\ndimension: 3\nsizes: 7 6 5\nspacings: -1 1 3\nencoding: raw\nendian: little\n\n"
+        + HEAD.astype("<i2").tobytes(order="F")
+    )
+    for name in ("a.mgh", "a.mha", "a.nrrd"):
+        volume = images.load(tmp_path / name)
+        assert "the voxel size is negative (-1 x 1" in volume.warnings[0], name
+        assert min(volume.spacing) > 0
+        if name == "a.mgh":
+            np.testing.assert_allclose(volume.affine, nib.load(tmp_path / name).affine, atol=2e-6)  # as above
+        else:
+            direction = np.reshape(sitk.ReadImage(str(tmp_path / name)).GetDirection(), (3, 3))
+            np.testing.assert_allclose(np.sign(np.diag(volume.affine)[:3]), np.diag(LPS[:3, :3] @ direction))
+
+
+@pytest.mark.fault(1)
+@pytest.mark.parametrize("name", ("a.mha", "a.mhd"))
+def test_a_plain_metaimage_that_ends_early_is_one_line(tmp_path, capfd, name):
+    """MetaIO would write lines of its own to standard error."""
+    write_itk(tmp_path / name)
+    held = tmp_path / name if name == "a.mha" else tmp_path / "a.raw"
+    held.write_bytes(held.read_bytes()[:-60])
+    with pytest.raises(InputError, match="truncated: the header declares 420 bytes, the file holds 360") as error:
+        images.load(tmp_path / name)
+    assert error.value.what == str(held)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_headers_that_lie_are_refused_before_anything_is_allocated(tmp_path):

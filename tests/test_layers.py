@@ -224,6 +224,22 @@ def test_importing_the_package_loads_nothing_heavy():
     assert run(program) == "[]"
 
 
+def test_what_an_inference_needs_after_its_tiles_or_not_at_all_does_not_delay_the_first():
+    """A tenth of a second or more each."""
+    late = (
+        "scipy.ndimage",
+        "scipy.stats",
+        "zarr",
+        "h5py",
+        "matplotlib",
+        "torch._dynamo",
+        "torch._inductor",
+        "fastsrgan.train",
+    )
+    program = f"import sys, fastsrgan.infer.files; print([m for m in {late!r} if m in sys.modules])"
+    assert run(program) == "[]"
+
+
 def test_every_module_imports_without_the_optional_packages():
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in SOURCES]
     program = f"""

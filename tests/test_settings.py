@@ -220,6 +220,27 @@ def test_a_resumed_run_does_with_another_value_what_the_row_says(row, tmp_path, 
         assert not caplog.records
 
 
+@pytest.mark.parametrize(("schedule", "told"), [("constant", FREE), ("linear", NEW), ("cosine", NEW)])
+def test_more_epochs_are_said_where_they_change_the_rates(schedule, told):
+    then = SMALL.replace(epochs=4, lr_schedule=schedule)
+    assert snapshots.changes(then, then.replace(epochs=6)) == {"epochs": told}
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("--synthetic 0.3", "(--structure 3,42)"),
+        ("--slice-axis S --geometry segsrgan", "(--geometry physical)"),
+        ("--interp sitk --geometry physical", "(--geometry segsrgan)"),
+        ("--profile-box 1 --geometry segsrgan", "(0, or --geometry physical)"),
+    ],
+)
+def test_a_hint_about_options_can_be_typed(parser, words, hint):
+    with pytest.raises(UsageError) as told:
+        typed(parser, "-n", "1", "1", "3", *words.split())
+    assert str(told.value).endswith(hint)
+
+
 def test_a_preset_alone_changes_no_run_that_is_resumed(parser, tmp_path):
     """Its record has a value for every setting, which a preset does not replace."""
     (tmp_path / "config.yaml").write_text(SMALL.to_yaml(), encoding="utf8")

@@ -387,6 +387,10 @@ def test_auto_batch_lowers_the_batch_before_the_first_update_and_keeps_it(store,
     assert "batch_size: 2" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf8")
     again = train(store, tmp_path / "run", config, resume=True)
     assert again["batch_size"] == 2 and again["updates"] == 8 and "begins anew" not in caplog.text
+    caplog.clear()
+    train(store, tmp_path / "run", config.replace(epochs=3, batch_size=1), resume=True)
+    assert "batch_size 1: --auto-batch keeps the run's 2" in caplog.text
+    assert "memory" not in caplog.text
     memory_for(monkeypatch, 0)
     with pytest.raises(ResourceError, match="no memory for a batch of one patch"):
         train(store, tmp_path / "none", config)

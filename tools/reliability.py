@@ -35,7 +35,11 @@ FAULTS: dict[int, tuple[str, str, str]] = {
         "limit in other formats; `infer --max-voxels`",
         "",
     ),
-    5: ("NaN or infinite voxels", "read as 0, counted in a warning that reaches record and store", ""),
+    5: (
+        "NaN or infinite voxels",
+        "read as 0, counted in a warning that reaches record and store; by `evaluate` in a note, also in its JSON",
+        "",
+    ),
     6: (
         "image all NaN, all zero or constant",
         "3 for all NaN, all zero and a constant below zero; one above zero stays constant",
@@ -64,10 +68,14 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     15: (
         "one bad file of many",
         "the others are done; summary; 6. `convert` ends with 3 before it begins where a header, a label or a mask is "
-        "bad",
+        "bad; `train TABLE` converts the others, and trains when all are good",
         "",
     ),
-    16: ("weights truncated, of another architecture, NaN", "4, names the layer and both shapes", ""),
+    16: (
+        "weights truncated, of another architecture, NaN",
+        "4, names the layer and both shapes; `weights info` reads no values, and does not see NaN",
+        "",
+    ),
     17: ("pickle that runs code", "4, never executed", ""),
     18: ("HDF5 that declares 4 TiB or leads elsewhere", "4 before anything is read", ""),
     19: ("YAML that builds objects, unknown or repeated keys", "4, `did you mean`", ""),
@@ -89,8 +97,8 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     26: (
         "output exists",
         "kept without `--overwrite`, skipped under `--resume`, by the commands that have them; tables and pictures "
-        "that `study`, `evaluate` and `train -dice`, `-mse` made, and weights under `-sf`, are replaced by theirs; an "
-        "input, or a file of another kind in their place: 2 before any work",
+        "that `study`, `evaluate` and `train -dice`, `-mse` made, and weights under `-sf`, are replaced by theirs, an "
+        "HTML page by that of `report`; an input, or a file of another kind in their place: 2 before any work",
         "",
     ),
     27: (
@@ -135,7 +143,8 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     ),
     38: (
         "Ctrl-C once, twice",
-        "130 after cleaning up; at once (of several ranks 5 seconds later, since torchrun sends it twice)",
+        "130 after cleaning up; at once (of several ranks a second one counts 5 seconds after the first, since "
+        "torchrun sends it twice)",
         "a pseudo-terminal",
     ),
     39: ("a rank dies", "the others end with its error; torchrun's restart resumes", "gloo ranks on the CPU"),
@@ -162,7 +171,8 @@ TOP = """# Reliability
 Made by `python tools/reliability.py` from the tests, which make each fault themselves; a test says when this page is
 out of date. `pytest -m fault` runs them. Codes are public: "Words and codes" in the [README](../README.md). An error
 is one line on standard error, `error: WHAT: REASON (HINT)`: what came, what is allowed, what to do; after a signal it
-is `error: interrupted` or `error: stopped: by SIGTERM`. Nothing half-written has its final name, but for files of a
+is `error: interrupted` or `error: stopped: by SIGTERM`; a training that a signal stops in its loop has no error: its
+summary says so. Nothing half-written has its final name, but for files of a
 subject in a store, which count once the manifest names it, what grows line by line (a run's log and the events for
 TensorBoard), and the record of `job-model`, which holds its place while the image is computed.
 What the commands say, word for word: [errors.md](errors.md). Untrusted files: [SECURITY.md](../SECURITY.md).

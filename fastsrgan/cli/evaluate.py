@@ -58,7 +58,9 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     add_label_options(p, "are scored one by one")
     p.add_argument("--bids", action="store_true", help="the two folders are a derivatives dataset and a BIDS dataset")
     p.add_argument(
-        "--csv", metavar="FILE", help="one line per subject, of several then mean, sd and n; an earlier one is replaced"
+        "--csv",
+        metavar="FILE",
+        help="one line per subject, but for a pair then mean, sd and n; an earlier one is replaced",
     )
     p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to standard output")
     p.add_argument(
@@ -111,6 +113,10 @@ def about_baseline(result: dict[str, Any]) -> str:
 def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """The one form that was asked for."""
     pair = {name: getattr(args, name) for name in PAIR if getattr(args, name)}
+    if pair and (args.table or args.folders):
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in pair)
+        reason = f"of a pair, and {'a table is' if args.table else 'folders are'} given"
+        raise UsageError(named, reason, "columns of a table, or files of folders that are named alike, say it there")
     forms = [bool(pair), bool(args.table), bool(args.folders)]
     if sum(forms) != 1 or (pair and not {"sr", "hr"} <= set(pair)):
         raise UsageError(

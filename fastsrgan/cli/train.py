@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,13 +163,14 @@ def add_original(p: argparse.ArgumentParser) -> None:
 def build_config(args: argparse.Namespace) -> settings.TrainConfig:
     """Settings from --config, then --preset, then the options that were given."""
     values: dict[str, Any] = {}
-    if args.config:
-        values = settings.read_yaml(args.config)
-    elif args.resume and (Path(args.out or args.snapshot_folder or ".") / "config.yaml").is_file():
-        values = settings.read_yaml(Path(args.out or args.snapshot_folder) / "config.yaml")
-        if args.preset not in (None, values.get("preset", "code")):
-            reason = "a run that is resumed has a value for every setting"
-            raise UsageError("--preset", reason, "give the settings that are to change, or begin another run")
+    file = args.config
+    if not file and args.resume and (kept := Path(args.out or args.snapshot_folder or ".") / "config.yaml").is_file():
+        file = str(kept)
+    if file:
+        values = settings.read_yaml(file)
+    if file != args.config and args.preset not in (None, values.get("preset", "code")):
+        reason = "a run that is resumed has a value for every setting"
+        raise UsageError("--preset", reason, "give the settings that are to change, or begin another run")
     if args.u_net is not None:
         values["network"] = UNET[args.u_net]
     typed = {name: getattr(args, name) for name in settings.SETTINGS if getattr(args, name) is not None}
@@ -184,11 +186,11 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
     # A misspelt setting is told first: it may be the one that is missing.
     try:
         made = values if given else values | {"new_low_res": [1, 1, 1]}
-        config = settings.from_mapping(made, args.config or "settings")
+        config = settings.from_mapping(made, file or "settings")
     except SettingsError as error:
         if any(name in read or name not in settings.SETTINGS for name, _, _ in error.faults):
             raise
-        flags = [(settings.SETTINGS[name].flags[-1], reason, hint) for name, reason, hint in error.faults]
+        flags = [(settings.SETTINGS[name].flags[-1], reason, typed_hint(hint)) for name, reason, hint in error.faults]
         if len(flags) == 1:
             raise UsageError(*flags[0]) from error
         several = SettingsError("train", flags)
@@ -200,8 +202,17 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
     if not given:
         raise UsageError("train", "no low resolution was given", "-n X Y Z in mm, for example -n 1 1 3")
     if args.weights and not args.resume:
-        return settings.from_mapping(values | network_of(args.weights, values), args.config or "settings")
+        return settings.from_mapping(values | network_of(args.weights, values), file or "settings")
     return config
+
+
+def typed_hint(hint: str) -> str:
+    """A hint as the command line takes it: "structure: 3,42" of a settings file is ``--structure 3,42``."""
+    return re.sub(
+        r"\b(\w+): (?=\S)",
+        lambda m: f"{settings.SETTINGS[m[1]].flags[-1]} " if m[1] in settings.SETTINGS else m[0],
+        hint,
+    )
 
 
 def network_of(path: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastsrgan.core.draws import rng
 from fastsrgan.core.kernels import launch, op, scalar, to_device
 from fastsrgan.errors import InputError, ModelError
-from fastsrgan.volume.acquisition import NARROW
+from fastsrgan.volume.acquisition import guessed_width
 from fastsrgan.volume.consistency import patch_agreement
 
 
@@ -36,7 +36,7 @@ class Slices:
 
     def of(self, first: int, patch: int, mirrored: bool) -> np.ndarray:
         """C and E of one patch, (2, P, P) float32."""
-        found = patch_agreement(first, patch, self.n, self.m, self.ratio, NARROW, self.weight)
+        found = patch_agreement(first, patch, self.n, self.m, self.ratio, guessed_width(self.ratio), self.weight)
         return found[:, ::-1, ::-1] if mirrored else found
 
 

@@ -145,7 +145,7 @@ def _faults(
         found.append(_Fault("without a mask", "", f"{why} needs Mask_image for every subject"))
     elif rule.by_mask and not _has_patch(store, subject, law, rule, axes):
         kind = f"without a patch of {rule.patch} voxels of which more than half lie in the mask"
-        found.append(_Fault(kind, "", "a smaller patch_size, larger masks, or -icm bounding_box"))
+        found.append(_Fault(kind, "", "a smaller patch_size or stride, larger masks, or -icm bounding_box"))
     return found
 
 

@@ -39,6 +39,7 @@ from fastsrgan.volume.resample import slice_axis
 
 log = logging.getLogger("fastsrgan")
 PATCH, STEP = 128, 30  # the paper's
+FIGURES = "demo.json"
 LOW_RES_MM = (1.0, 20.0)  # least and most of an acquisition
 
 
@@ -99,9 +100,9 @@ def run(
         "start_weights": start.name,
         "provenance": provenance(),
     }
-    write_json(folder / "demo.json", facts)
+    write_json(folder / FIGURES, facts)
     (page, *_) = stage("report", lambda: report(folder, progress=progress))
-    made = {"picture": str(picture), "json": str(folder / "demo.json"), "page": str(page)}
+    made = {"picture": str(picture), "json": str(folder / FIGURES), "page": str(page)}
     return {"table": rows, **made, "seconds": total}
 
 
@@ -174,14 +175,21 @@ def best_linear(scan: Volume, spline: Volume) -> Volume:
 
 
 def fresh_folder(folder: Path, overwrite: bool) -> Path:
-    """An empty demo folder; only what an earlier demo made is ever removed."""
-    made = ["cohort", "cohort.zarr", "run", "out", "scan.nii.gz", "demo.png", "demo.json", "report.html"]
+    """A demo folder with nothing but its mark, the file of the figures, which is there from the beginning on.
+
+    Only what an earlier demo made is ever removed: the names are those that anyone's scan and results have.
+    """
+    made = ["cohort", "cohort.zarr", "run", "out", "scan.nii.gz", "demo.png", "report.html"]
     there = [folder / name for name in made if (folder / name).exists()]
-    if there and not overwrite:
+    if there and not (folder / FIGURES).is_file():
+        reason = f"is there already, and without {FIGURES} in the folder no demo made it"
+        raise UsageError(there[0], reason, "-o DIR goes elsewhere")
+    if (folder / FIGURES).exists() and not overwrite:
         raise UsageError(folder, "holds an earlier demo", "--overwrite replaces it, -o DIR goes elsewhere")
     for path in there:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return output_folder(folder)
+    write_json(output_folder(folder) / FIGURES, {"begun": provenance()})
+    return folder
 
 
 def acquire(hr: Volume, label: Volume, low_res_mm: Triple) -> tuple[Volume, Volume, Volume]:

@@ -23,7 +23,7 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, Item, evaluate_items, low_resolution
-from fastsrgan.infer.files import STATUSES, SomeFailed, infer_files
+from fastsrgan.infer.files import STATUSES, SomeFailed, failure, infer_files
 from fastsrgan.infer.image import ModelChoice, look_at
 from fastsrgan.infer.settings import InferSettings, takes_options
 from fastsrgan.io import nifti as images
@@ -96,7 +96,6 @@ def infer_bids(
     todo = listed if overwrite else [image for image in listed if image not in done]
     items = [{"input": str(i.path), "stem": images.stem(i.path), "status": "skipped"} for i in listed if i not in todo]
     stage = output_folder(out) / STAGE
-    failure: SomeFailed | None = None
     summary: dict[str, Any] = {"out_dir": str(out), "items": []}
     if todo:
         try:
@@ -113,7 +112,12 @@ def infer_bids(
                 **options,
             )
         except SomeFailed as error:
-            failure, summary = error, error.summary
+            summary = error.summary
+        except InputError as error:
+            if len(listed) == 1 or len(todo) > 1:
+                raise
+            item = {"input": str(todo[0].path), "stem": images.stem(todo[0].path), "status": "failed"}
+            summary["items"] = [failure(item, error)]
     by_path = {str(image.path): image for image in todo}
     for item in summary["items"]:
         if item["status"] in ("done", "skipped"):
@@ -125,9 +129,12 @@ def infer_bids(
     }
     if ranks.rank == 0:
         _finish(root, out, stage)
-    if failure is not None:
-        failure.summary = summary
-        raise failure
+    if summary["failed"]:  # the stage and its summary file are gone
+        bad = ", ".join(item["stem"] for item in summary["items"] if item["status"] == "failed")
+        reason = f"{summary['failed']} of {len(summary['items'])} volumes failed: {bad}"
+        failed = SomeFailed(out, reason, "see the errors above")
+        failed.summary = summary
+        raise failed
     return summary
 
 

@@ -368,7 +368,7 @@ def wanted(
     old, new, shape = turn.permute(image.spacing), turn.permute(image.wanted), turn.permute(tuple(scan_shape))
     across = slice_axis(old)
     thickness = settings.thickness_mm
-    believed = assumed(settings.profile, thickness, old[across])
+    believed = assumed(settings.profile, thickness, old[across], new[across])
 
     def seen_as(profile: str, thickness_mm: float | None) -> Observation | None:
         if interpolated_otherwise:

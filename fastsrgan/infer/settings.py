@@ -138,7 +138,7 @@ class InferSettings:
     slice_thickness : mm of the slices, for ``agree``; "auto": of files what DICOM or a BIDS sidecar says, else the
         spacing of slices
     profile : of the slices, for ``agree``: "gaussian" or "box", as wide as they are thick; "auto": not known, a
-        Gaussian of 0.8 times that, and a larger weight
+        Gaussian of 0.8 to 0.9 times that, and a larger weight
 
     Of files
     --------

@@ -13,7 +13,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,10 @@ def _limit(file: NiftiFile, max_voxels: int) -> NiftiFile:
     return file
 
 
+def _turned(sizes: str) -> str:
+    return f"the voxel size is negative ({sizes}): such an axis is taken the other way round"
+
+
 def _sane_place(path: Path, affine_44: np.ndarray, warnings: list[str]) -> np.ndarray:
     if not invertible(affine_44):
         raise InputError(path, "its orientation is unusable (singular, huge or not finite)", EXPORT_AGAIN)
@@ -136,6 +140,8 @@ def examine_mgh(path: Path, max_voxels: int) -> NiftiFile:
     affine[:3, :3] = np.reshape(fields[3:12], (3, 3)).T * fields[:3]
     affine[:3, 3] = np.array(fields[12:]) - affine[:3, :3] @ (np.array(sizes[:3]) / 2)
     _sane_place(path, affine, warnings)
+    if min(fields[:3]) < 0:
+        warnings.append(_turned(times(fields[:3])))
     dtype, shape = np.dtype(_MGH_TYPES[kind]), (sizes[0], sizes[1], sizes[2])
     meta = _meta(path, "MGH", dtype, shape, sizes[3], "vox2ras" if placed == 1 else "none")
     file = MghFile(path, path, shape, sizes[3], dtype, _MGH_OFFSET, 1.0, 0.0, affine, warnings, meta)
@@ -207,7 +213,8 @@ class ItkFile(NiftiFile):
         """
         fields, at = _itk_fields(self.path)
         zipped = fields.get(b"encoding", b"").lower() in (b"gzip", b"gz")
-        if not (zipped or fields.get(b"compresseddata", b"").startswith((b"T", b"t", b"1"))):
+        if not (zipped or _is_true(fields.get(b"compresseddata"))):
+            self._check_plain(fields, at)
             return
         path, name = _itk_parts(self.path)[-1], fields.get(b"elementdatafile", fields.get(b"datafile", b""))
         if name.upper().startswith(b"LIST") or b"%" in name or fields.get(b"lineskip", b"0") != b"0":
@@ -224,6 +231,16 @@ class ItkFile(NiftiFile):
         if stream.trailing:
             self.warnings.append(f"{stream.trailing} bytes behind the {stream.form} data were ignored")
 
+    def _check_plain(self, fields: dict[bytes, bytes], at: int) -> None:
+        """Refuse a MetaImage that ends early: MetaIO would say so on standard error, in lines of its own."""
+        name = fields.get(b"elementdatafile", b"LIST").upper()
+        if not _is_true(fields.get(b"binarydata", b"T")) or name.startswith(b"LIST") or b"%" in name:
+            return
+        path = _itk_parts(self.path)[-1]
+        skipped = _number(fields.get(b"headersize")) or (at if path == self.path else 0)
+        if (held := _bytes_of(path) - max(0, skipped)) < self.declared_bytes:
+            replace(self, voxel_path=path)._short(held)
+
 
 def _itk_fields(path: Path) -> tuple[dict[bytes, bytes], int]:
     """Fields of an NRRD or MetaImage header, names in small letters without blanks; the place of the byte behind it."""
@@ -235,6 +252,11 @@ def _itk_fields(path: Path) -> tuple[dict[bytes, bytes], int]:
             if found := _FIELD.match(line):
                 fields.setdefault(found[1].lower().replace(b" ", b""), found[2])
         return fields, stream.file.tell()
+
+
+def _is_true(text: bytes | None) -> bool:
+    """Whether a field of a MetaImage header says so, as MetaIO reads it."""
+    return text is not None and text.startswith((b"T", b"t", b"1"))
 
 
 def _number(text: bytes | None) -> int:
@@ -270,6 +292,10 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
         affine[:3, 3] = reader.GetOrigin()[:3]
         warnings: list[str] = []
         affine = _sane_place(path, LPS_TO_RAS @ affine, warnings)
+        fields = _itk_fields(path)[0]
+        size_text = fields.get(b"elementspacing", fields.get(b"spacings", b"")).split()
+        if any(word.startswith(b"-") for word in size_text):  # ITK has put the sign into the direction
+            warnings.append(_turned(" x ".join(word.decode("ascii", "replace") for word in size_text)))
         placed = name != "NRRD" or re.search(rb"^space( dimension)?:", text, re.MULTILINE)
         if not placed:
             warnings.append("no orientation (no space field): axes taken as left, posterior, superior")

@@ -206,7 +206,8 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
     rest = len(page(images_.part(images_.all, packing=False)).encode()) + WORDS_BYTES
     room = limit - rest
     if room < LEAST_BYTES:
-        raise UsageError("--max-mb", f"{limit / 1e6:g} MB, and {rest / 1e6:.1f} MB go without the volumes", "more")
+        reason = f"{limit / 1e6:g} MB is too little: the page takes {rest / 1e6:.1f} MB without its volumes"
+        raise UsageError("--max-mb", reason, f"{math.ceil((rest + LEAST_BYTES) / 1e6)} or more")
     packed = pack(images_, room, view.at_mm, view.across)
     whole = images_.arrays
     middle = whole["sr"].shape[2] // 2

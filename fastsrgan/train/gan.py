@@ -487,11 +487,11 @@ def refuse_hopeless(config: TrainConfig, mask_classes: int, device: torch.device
 def with_fitting_batch(
     config: TrainConfig, mask_classes: int, device: torch.device, ranks: Ranks, then: TrainConfig | None = None
 ) -> TrainConfig:
-    """The settings with the batch that fits (``auto_batch``); a run that goes on keeps that of ``then``, its settings
-    so far."""
+    """The settings with the batch that fits (``auto_batch``); a run that goes on keeps the one of ``then``."""
     size = then.batch_size if then else batch_that_fits(config, mask_classes, device, ranks)
     if size != config.batch_size:
-        log.warning("batch_size %d does not fit in memory: %d is taken", config.batch_size, size)
+        why = "--auto-batch keeps the run's" if then else "memory allows"
+        log.warning("batch_size %d: %s %d", config.batch_size, why, size)
     return config.replace(batch_size=size)
 
 

@@ -282,8 +282,8 @@ def keep_arithmetic(
         else:
             names = {}
         if not ranks.rank and name is not None:  # else what cannot be read is told when it is
-            told = "going on in %s, layer forms %s, %d as in the snapshot"
-            log.info(told, goes_on_in(config, name), mode, len(names))
+            same = f", {len(names)} of them as in the snapshot" if names else ""
+            log.info("going on in %s, layer forms %s%s", goes_on_in(config, name), mode, same)
     held.enter_context(forms.job(mode, names))
     return name
 

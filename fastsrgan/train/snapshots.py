@@ -154,7 +154,10 @@ def check_critic(snapshot: Path, held: CriticSpec, wanted: CriticSpec) -> None:
 def changes(then: settings.TrainConfig, now: settings.TrainConfig) -> dict[str, str]:
     """Settings that differ between a snapshot and the run that goes on from it -> what is done with them (RESUMED)."""
     rows = settings.SETTINGS.items()
-    return {name: row.resume for name, row in rows if getattr(then, name) != getattr(now, name)}
+    found = {name: row.resume for name, row in rows if getattr(then, name) != getattr(now, name)}
+    if "epochs" in found and now.lr_schedule != "constant":  # the rate follows the share of the run that is done
+        found["epochs"] = settings.NEW
+    return found
 
 
 def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
