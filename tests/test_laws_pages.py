@@ -411,6 +411,14 @@ def test_the_charts_of_several_runs_have_their_axes_and_units(monkeypatch):
     assert together["Gradient norms: generator"] == ("update", "norm") == together["Gradient norms: critic"]
 
 
+def test_settings_of_runs_that_are_alike_are_told_as_none():
+    facts = {"validation": [], "at": [], "curves": {}, "summary": {"updates": 1}, "config": "epochs: 7\nema: 0\n"}
+    alike = plain(curves.runs_card([facts, facts], ["a", "b"]))
+    assert alike.endswith("Settings that differNone.")
+    other = plain(curves.runs_card([facts, facts | {"config": "epochs: 9\nema: 0\nmore: 1\n"}], ["a", "b"]))
+    assert other.endswith("Settings that differabepochs79more–1")
+
+
 def test_of_each_picture_of_tensorboard_the_newest_is_shown(monkeypatch, tmp_path):
     (tmp_path / "tensorboard").mkdir()
     pictures = {"a": [(1, curves.SIGNATURE + b"1"), (9, curves.SIGNATURE + b"9")], "b": [(2, b"no picture")]}
@@ -450,6 +458,17 @@ def test_the_slices_of_the_scan_are_numbered_on_the_pages_grid(tmp_path, turned)
     at = part.affine @ [2, 3, 7, 1]  # slice 0 lies at 1 mm, they are 3 mm apart
     assert np.dot(found["row"], [2, 3, 7, 1]) == pytest.approx((at[2] - 1) / 3)
     assert viewer._slices(part, viewer.View((0, 0, 0)), low) is None and viewer._slices(part, view, None) is None
+
+
+def test_panes_beside_the_stage_are_wide_where_they_are_few_and_the_stage_wipes_where_there_is_a_spline(tmp_path):
+    _, sr, others = known(tmp_path)
+    spline = Volume(sr.data * np.float32(0.5), sr.affine)
+    more = {"spline": spline, "low": others["low"], "truth": sr, "seg": others["seg"]}
+    for shown, classes in (({}, ("panes few", "stage")), (more, ("panes", "stage wipe"))):
+        made = volumes.images_of(sr, shown)
+        html = str(viewer.viewer_card(made.part(made.all), viewer.View((0, 0, 0)), None, 1.0, linear="how it is made"))
+        assert re.findall(r'id="(?:panes|stage)" class="([^"]*)"', html) == list(classes)
+        assert "how it is made" in html and ("Differences: " in html) == bool(shown)
 
 
 def test_controls_begin_where_the_page_does_and_end_with_the_slices(tmp_path):
@@ -548,6 +567,44 @@ def test_images_are_cubic_between_their_voxels_and_masks_and_scan_as_they_are():
         exact = np.clip(onto_grid(coarse, sr, order=order, notes=[]).data * 255 / top, 0, 255)
         assert np.abs(made.arrays[name] - exact).max() <= 0.51  # found: 0.5, rounding
     assert np.array_equal(made.arrays["label"], onto_grid(masks, sr, order=0, notes=[]).data)
+
+
+def test_the_scale_of_a_doubt_is_that_of_where_there_is_any():
+    sr = Volume(np.full((10, 10, 10), 500, np.float32), np.eye(4))
+    doubt = np.zeros((10, 10, 10), np.float32)
+    doubt[4, 4, 3:6] = 8
+    made = volumes.images_of(sr, {"doubt": Volume(doubt, np.eye(4))})
+    assert made.doubt_top == 8 and made.arrays["doubt"].max() == 255 and np.count_nonzero(made.arrays["doubt"]) == 3
+    assert volumes.images_of(sr, {"doubt": Volume(0 * doubt, np.eye(4))}).doubt_top == 1
+
+
+def test_no_page_of_a_result_has_the_name_of_the_table():
+    assert cohort.page_name("a", Path("x/a_report.html")) == "a_a_report.html"
+    assert cohort.page_name("", Path("_report.html")) == "__report.html"
+    assert cohort.page_names(["a", "a"], Path("r.html")) == ["a_r.html", "a-2_r.html"]
+
+
+def test_a_part_fills_what_it_is_given_also_where_the_first_guess_is_far_too_small():
+    """Around a place where little is, beside one that is full of noise."""
+    data = np.full((60, 40, 40), 500, np.float32)
+    data[:30] = np.random.default_rng(0).integers(100, 1000, (30, 40, 40))
+    made = volumes.images_of(Volume(data, np.eye(4)), {})
+    most = made.part(made.all).size // 2
+    assert made.part((slice(30, 60), slice(0, 40), slice(0, 40))).size < 0.1 * most
+    packed = volumes.pack(made, most, (45.0, 20.0, 20.0), 0)
+    assert 0.8 * most < packed.size <= most and packed.shape[1:] == (40, 40)  # found: 0.90
+
+
+@pytest.mark.parametrize("count", [viewer.MOST_VALUES, viewer.MOST_VALUES + 1])
+def test_a_map_of_structures_is_shown_up_to_its_number_of_colours(tmp_path, count):
+    result, sr, _ = known(tmp_path)
+    mask = np.zeros(sr.data.shape, np.int16)
+    mask.ravel()[:count] = np.arange(1, count + 1)
+    result.files["mask"] = images.save(tmp_path / "mask.nii.gz", mask, np.eye(4))
+    warnings: list[str] = []
+    shown = "mask" in viewer.load_images(result, warnings)[1]
+    assert shown == (count == viewer.MOST_VALUES) == (not warnings)
+    assert shown or ("the map of structures is not shown: " in warnings[0] and "more than 85 values" in warnings[0])
 
 
 def test_a_label_is_shown_by_the_values_that_were_scored(tmp_path):
