@@ -445,6 +445,20 @@ def test_what_counts_is_the_first_mask_that_holds_anything_without_its_rim():
     assert np.array_equal(planes.inside_of(ref, Volume(thin, np.eye(4))).data, thin > 0)  # nothing else is there
 
 
+def test_a_detail_lies_inside_the_object_though_more_changes_at_its_rim():
+    data = np.zeros((40, 40, 40), np.float32)
+    data[8:32, 8:32, 8:32] = 100
+    a, b = Volume(data, np.eye(4)), Volume(data.copy(), np.eye(4))
+    b.data[7, 7:33], b.data[20, 20, 20] = 90, 60
+    axial = planes.cuts(a, (20, 20, 20))[0]
+    part = planes.detail(axial, 10, 8, a, (a, b))
+    assert (len(part.u), len(part.v)) == (10, 8)
+    assert part.u[0] >= 8 and part.u[-1] <= 31 and part.v[0] >= 8 and part.v[-1] <= 31 and part.sample(b).min() == 60
+    within = Volume((np.arange(40) > 25).astype(np.uint8)[:, None, None] * np.ones(data.shape, np.uint8), np.eye(4))
+    b.data[28, 28, 20] = 99
+    assert planes.detail(axial, 10, 8, a, (a, b), within).sample(b).min() == 99
+
+
 def test_a_change_in_a_plane_counts_inside_the_mask_alone():
     a = Volume(np.zeros((12, 12, 12), np.float32), np.eye(4))
     b = Volume(a.data.copy(), np.eye(4))
