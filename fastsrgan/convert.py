@@ -36,6 +36,7 @@ log = logging.getLogger("fastsrgan")
 
 _COLUMNS = {"image": "HR_image", "label": "Label_image", "mask": "Mask_image", "tissues": "Tissue_image"}
 LARGEST = {"label": 255, "mask": 255, "tissues": 32767}  # of their values
+_KINDS = {"label": "label", "mask": "mask", "tissues": "label map"}  # as messages call them
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -225,7 +226,7 @@ def _inspect(
                     )
                     raise InputError(row.mask, reason, "leave Mask_image empty, or choose one structure")
                 values = frozenset().union(*(one.values for one in found_structures)) if chosen else None
-                read = images.load_label(path, like, largest=LARGEST[name], classes=values)
+                read = images.load_label(path, like, largest=LARGEST[name], classes=values, kind=_KINDS[name])
                 absent = tuple(read.meta["absent"]) or absent
                 if binary and name == "label" and not chosen and (others := set(read.meta["values"]) - {0, 1}):
                     held = ", ".join(map(str, sorted(others)[: labels.SHOWN]))
@@ -359,7 +360,7 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
     for name, path in (("label", row.label), ("mask", row.mask), ("tissues", row.tissues)):
         if path is not None:
             taken = job.classes if name == "label" else None
-            other = images.load_label(path, volume, largest=LARGEST[name], classes=taken)
+            other = images.load_label(path, volume, largest=LARGEST[name], classes=taken, kind=_KINDS[name])
             others[name] = other.data
             counts = np.bincount(other.data.ravel(order="K"))
             attrs[f"{name}_counts"] = {str(value): int(counts[value]) for value in np.flatnonzero(counts)}

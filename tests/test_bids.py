@@ -17,7 +17,7 @@ from fastsrgan.infer import bids as bids_module
 from fastsrgan.infer.bids import STAGE, evaluate_bids, infer_bids
 from fastsrgan.infer.files import SomeFailed, infer_files
 from fastsrgan.io import nifti as images
-from fastsrgan.io.bids import SUFFIXES, check_derivatives, find_bids, parse, sidecar
+from fastsrgan.io.bids import SUFFIXES, check_derivatives, find_bids, parse, sidecar, stated
 from fastsrgan.model import weights
 from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 
@@ -318,3 +318,33 @@ def test_the_commands(dataset, model, tmp_path, capsys):
 
 def test_the_sidecar_of_an_image(tmp_path):
     assert sidecar(tmp_path / "a_T1w.nii.gz").name == sidecar(tmp_path / "a_T1w.nii").name == "a_T1w.json"
+
+
+@pytest.mark.parametrize(
+    ("jsons", "said"),
+    [
+        ({"T2w": 2.0}, (2.0, "T2w.json")),
+        ({"T2w": 2.0, "acq-thick_T2w": 2.5}, (2.5, "acq-thick_T2w.json")),
+        ({"T2w": 2.0, "sub-02/sub-02_T2w": 3.0}, (3.0, "sub-02_T2w.json")),
+        (
+            {"T2w": 2.0, "sub-02/ses-a/anat/sub-02_ses-a_acq-thick_run-1_T2w": 4.0},
+            (4.0, "sub-02_ses-a_acq-thick_run-1_T2w.json"),
+        ),
+        (
+            {"T1w": 2.0, "acq-thin_T2w": 2.0, "sub-01/sub-01_T2w": 2.0, "notT2w": 2.0},
+            (None, "sub-02_ses-a_acq-thick_run-1_T2w.json"),
+        ),
+    ],
+)
+def test_an_image_inherits_what_the_json_files_above_it_say(dataset, jsons, said):
+    """BIDS, "The Inheritance Principle": the nearest that speaks of a field counts."""
+    for name, value in jsons.items():
+        write_json(dataset / f"{name}.json", {"SliceThickness": value})
+    value, file = stated(dataset / NAMES[2], "SliceThickness")
+    assert (value, file.name) == said
+
+
+def test_outside_a_dataset_nothing_is_inherited(dataset):
+    write_json(dataset / "T2w.json", {"SliceThickness": 2.0})
+    (dataset / "dataset_description.json").unlink()
+    assert stated(dataset / NAMES[2], "SliceThickness")[0] is None

@@ -626,3 +626,26 @@ def test_a_summary_counts_the_whole_store_and_the_pace_of_what_was_converted():
         "store": "s", "subjects": 3, "converted": 1, "kept": 2, "raw_bytes": 24e6, "stored_bytes": 6e6, "ratio": 4.0,
         "seconds": 4.0, "volumes_per_s": 0.25, "mb_per_s": 2.0, "warnings": {"b": ["odd"]},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "told", "way"),
+    [
+        ("Label_image", np.nan, "the label holds NaN", "set them to 0"),
+        ("Label_image", 0.4, "the label holds fractions", "nearest neighbour"),
+        ("Label_image", -1, "the label holds the value -1", "--label-classes"),
+        ("Mask_image", 1000, "the mask holds the value 1000", "1 inside and 0 outside"),
+    ],
+)
+def test_values_that_are_not_taken_come_with_a_way_out_of_their_own(tmp_path, column, value, told, way):
+    """Each was sent to resampling and to --label-classes, a mask too, which that does not choose of."""
+    nifti_files.write(tmp_path / "a.nii.gz")
+    label = (nifti_files.HEAD > 450).astype(np.float32)
+    nifti_files.write(tmp_path / "good.nii.gz", label)
+    nifti_files.write(tmp_path / "bad.nii.gz", np.where(label == 0, np.float32(value), label))
+    names = {"Label_image": "good.nii.gz", "Mask_image": "good.nii.gz", column: "bad.nii.gz"}
+    row = f"a.nii.gz,{names['Label_image']},{names['Mask_image']},Train"
+    (tmp_path / "t.csv").write_text(f"HR_image,Label_image,Mask_image,Base\n{row}\n", encoding="utf8")
+    with pytest.raises(InputError, match=f"{column} .*{told}") as caught:
+        convert(tmp_path / "t.csv", tmp_path / "s.zarr")
+    assert way in caught.value.hint and ("--label-classes" in caught.value.hint) == (value == -1)

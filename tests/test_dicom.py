@@ -643,3 +643,25 @@ def test_what_a_frame_leaves_empty_is_taken_from_what_all_frames_share(tmp_path)
     image = dicom.load(path)
     assert np.allclose(spacing_of(image.affine), (1.0, 1.25, 3.0), atol=1e-5)
     assert image.meta["slice_thickness_mm"] == 3.0
+
+
+def test_files_that_begin_with_their_first_element_are_read(tmp_path):
+    """As some archives send them: the meta elements of group 2 without a preamble. Pixels were refused."""
+    for path in write_series(tmp_path, volume(), scanner_affine("axial")):
+        path.write_bytes(path.read_bytes()[132:])
+    assert np.array_equal(dicom.load(tmp_path).data, volume()[:, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("pointer", "way"),
+    [
+        ("/annex/objects/MD5E-s1--0.dcm\n", "git annex get"),
+        ("version https://git-lfs.github.com/spec/v1\n", "lfs pull"),
+    ],
+)
+def test_a_slice_that_was_not_fetched_says_how_to_fetch_it(tmp_path, pointer, way):
+    last = write_series(tmp_path, volume(), scanner_affine("axial"))[-1]
+    last.write_text(pointer, encoding="utf8")
+    with pytest.raises(InputError, match="was not fetched") as caught:
+        dicom.load(tmp_path)
+    assert way in caught.value.hint and last.name in caught.value.hint

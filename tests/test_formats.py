@@ -14,6 +14,7 @@ from fastsrgan.errors import InputError, ResourceError
 from fastsrgan.io import formats
 from fastsrgan.io import nifti as images
 from fastsrgan.io.tables import read_list, subject_ids
+from fastsrgan.volume.placement import axis_codes
 
 sitk = pytest.importorskip("SimpleITK", reason="extra sitk")
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -287,3 +288,35 @@ def test_a_label_of_another_format_lies_on_its_image(tmp_path):
     nib.save(nib.MGHImage(label, rigid()), tmp_path / "label.mgz")
     like = images.load(tmp_path / "image.nrrd")
     np.testing.assert_array_equal(images.load_label(tmp_path / "label.mgz", like).data, label)
+
+
+@pytest.mark.parametrize("name", ITK_NAMES)
+def test_bytes_in_a_name_that_are_no_text_are_refused_before_they_reach_simpleitk(tmp_path, name):
+    """Ended the process: std::logic_error."""
+    path = tmp_path / f"\udce4{name}"
+    try:
+        write_itk(tmp_path / name).rename(path)
+    except OSError:
+        pytest.skip("this disk takes text for names only")
+    with pytest.raises(InputError, match="no UTF-8"):
+        images.load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "axes", "told"),
+    [
+        ("Space: RAS", "RAS", ""),
+        ("space: left-anterior-superior", "LAS", ""),
+        ("space: scanner-xyz", "LPS", "names no directions of the body"),
+        ("space dimension: 3", "LPS", "names no directions of the body"),
+        ("spacings: 1 1 3", "LPS", "no orientation"),
+    ],
+)
+def test_what_an_nrrd_says_of_its_space_is_taken_or_told(tmp_path, field, axes, told):
+    raw = HEAD.astype("<i2").tobytes(order="F")
+    place = "" if "spacings" in field else "space directions: (1,0,0) (0,1,0) (0,0,3)\nspace origin: (1,2,3)\n"
+    text = f"NRRD0004\ntype: short\ndimension: 3\nsizes: 7 6 5\nencoding: raw\nendian: little\n{field}\n{place}\n"
+    (tmp_path / "a.nrrd").write_bytes(text.encode() + raw)
+    found = images.load(tmp_path / "a.nrrd")
+    assert axis_codes(found.affine) == axes
+    assert [told in warning for warning in found.warnings] == [True] * bool(told)

@@ -1,8 +1,11 @@
 """Damaged, lying and odd images end as docs/reliability.md says, rows 1 to 8, 11 and 13: a clear error or a warning."""
 
+import bz2
 import gzip
 import os
+import tarfile
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -395,3 +398,24 @@ def test_any_flipped_byte_of_a_gzip_is_found_or_harmless(tmp_path_factory, at, f
     np.testing.assert_array_equal(volume.data, HEAD)
     # Time, system and flags of the gzip header are covered by no checksum, nor the bits that fill its last byte.
     assert at < 10 or at == len(raw) - 9
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [("tar", "tar -xf"), ("tar.gz", "tar -xf"), ("gz.gz", "gunzip"), ("zip", "unzip"), ("bz2", "bunzip2")],
+)
+def test_an_image_in_a_parcel_is_told_how_to_unpack_it(tmp_path, kind, way):
+    """Was "is not a NIfTI image: it begins with ... (a .nii or .nii.gz file)", of a file so called."""
+    path, plain = tmp_path / "x.nii.gz", file_bytes()
+    if kind.startswith("tar"):
+        (tmp_path / "x.nii").write_bytes(plain)
+        with tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as archive:
+            archive.add(tmp_path / "x.nii", "x.nii")
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x.nii", plain)
+    else:
+        path.write_bytes(bz2.compress(plain) if kind == "bz2" else gzip.compress(gzip.compress(plain)))
+    with pytest.raises(InputError, match="is not a NIfTI image but") as caught:
+        images.load(path)
+    assert way in caught.value.hint

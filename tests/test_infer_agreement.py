@@ -243,3 +243,19 @@ def test_the_thickness_of_dicom(spacing, meta, expected):
     volume = Volume(np.ones(SHAPE), np.diag([*spacing, 1]), (), {"format": "DICOM", **meta})
     found = any_image.slice_thickness(volume, "series")
     assert (found and found.mm) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ['{"SliceThickness": "2.5"}', '{"SliceThickness": 0}', '{"SliceThickness": 2.5,}', "[]", ""]
+)
+def test_a_sidecar_that_cannot_be_used_is_told(tmp_path, text):
+    """Was passed over in silence, and the slices taken to be as thick as they are apart."""
+    (tmp_path / "a.json").write_text(text, encoding="utf8")
+    found = any_image.slice_thickness(Volume(np.ones(SHAPE), AFFINE), tmp_path / "a.nii.gz")
+    assert found is not None and found.mm is None and found.source.startswith("a.json: ")
+
+
+def test_a_sidecar_that_was_not_fetched_says_how_to_fetch_it(tmp_path):
+    (tmp_path / "a.json").symlink_to(".git/annex/objects/a/b")
+    found = any_image.slice_thickness(Volume(np.ones(SHAPE), AFFINE), tmp_path / "a.nii.gz")
+    assert found is not None and found.mm is None and "git annex get" in found.source

@@ -189,3 +189,11 @@ def test_a_lookup_table_is_read_up_to_four_mebibytes(tmp_path):
     table.write_text(f"1  One  0 0 0 0\n# {'x' * (1 << 22)}\n")
     with pytest.raises(InputError, match="is no lookup table"):
         labels.read_names(table)
+
+
+def test_a_value_with_a_point_as_tables_of_numbers_write_it_is_that_value(folder):
+    """A column of whole numbers with empty cells comes out of pandas as 3.0."""
+    found = labels.structure("3.0+42.00", folder / "aseg.nii.gz")
+    assert (found.values, found.called) == ({3, 42}, "")
+    with pytest.raises(UsageError, match="is a name"):
+        labels.structure("3.5", folder / "aseg.nii.gz")

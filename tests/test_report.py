@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -28,6 +29,7 @@ from fastsrgan.model.purpose import MODELS
 from fastsrgan.pictures import figure
 from fastsrgan.report import cohort, curves, volumes
 from fastsrgan.report import show as show_module
+from fastsrgan.report.collect import Result
 from fastsrgan.report.html import Line, data_block, el, line_chart, pointer, shown, ticks
 from fastsrgan.report.page import report
 from fastsrgan.report.show import show
@@ -815,3 +817,11 @@ def test_of_a_masked_scan_spline_and_difference_end_at_the_mask(tmp_path, monkey
     assert outside.mean() > 0.2 and apart["low"][outside].max() > 100
     assert apart["spline"][outside].max() <= 13 and apart["linear"][outside].max() <= 16  # found: 10 and 13 of 255
     assert plan["limit"] < 30 and "know it inside the mask alone" in got.words  # found: 24
+
+
+def test_a_page_whose_name_holds_bytes_that_are_no_text_is_linked_by_its_bytes():
+    """Was an internal error: UnicodeEncodeError."""
+    names = [b"l\xe4n.html", "lön.html".encode()]
+    rows = [cohort.Row(Result("a", {"weights": {"path": "w"}}, {}), os.fsdecode(name), None, {}) for name in names]
+    markup = cohort.table(rows, cohort.facts(rows))
+    assert 'href="./l%E4n.html"' in markup and 'href="./l%C3%B6n.html"' in markup

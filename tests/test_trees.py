@@ -215,6 +215,8 @@ def test_pointers_of_annex_and_lfs_say_how_to_fetch(tmp_path):
         ",0\n0,a.nii.gz\n1,b.nii.gz\n",
         "path\na.nii.gz\nb.nii.gz\n",
         "a.nii.gz,image\nb.nii.gz,image\n",
+        "age,sex,T1\n30,f,a.nii.gz\n31,m,b.nii.gz\n",
+        "participant_id;scan\nsub-1;a.nii.gz\nsub-2;b.nii.gz\n",
         "a.nii.gz\nb.nii.gz\n",
     ),
 )
@@ -250,3 +252,17 @@ def test_hidden_files_are_neither_images_nor_named(tmp_path, caplog):
     with caplog.at_level("INFO", logger="fastsrgan"):
         assert [image.name for image in find_images(tmp_path / "in", tmp_path / "out")] == ["a"]
     assert "notes" not in caplog.text
+
+
+@pytest.mark.parametrize("text", ['"{0}/a b.nii.gz"\n', "'a b.nii.gz'\n", "a b.nii.gz\n"])
+def test_quotes_around_a_path_of_a_list_are_no_part_of_it(tmp_path, text):
+    (tmp_path / "list.txt").write_text(text.format(tmp_path), encoding="utf8")
+    assert read_list(tmp_path / "list.txt") == [tmp_path / "a b.nii.gz"]
+
+
+@pytest.mark.parametrize(("written", "there"), [("u\u0308", "\u00fc"), ("\u00fc", "u\u0308")])
+def test_a_letter_with_an_accent_is_one_however_it_is_spelt(tmp_path, written, there):
+    """Tables of one system name files of another."""
+    (tmp_path / f"{there}.nii.gz").touch()
+    (tmp_path / "list.txt").write_text(f"{written}.nii.gz\n", encoding="utf8")
+    assert read_list(tmp_path / "list.txt") == [tmp_path / f"{there}.nii.gz"]

@@ -275,7 +275,7 @@ def _read(name: str, path: Path, chosen: labels.Structure | None, known: frozens
     """One of the files of a pair. A segmentation that is a map of several values, or of ``known`` ones alone, is cut
     down to the structure too."""
     if name in ("label", "mask"):
-        return images.load_label(path, classes=chosen.values if chosen and name == "label" else None)
+        return images.load_label(path, classes=chosen.values if chosen and name == "label" else None, kind=name)
     volume = images.load(path)
     if name not in ("seg", "baseline_seg"):
         return volume

@@ -36,6 +36,7 @@ from fastsrgan.io.bids import (
     description,
     find_bids,
     sidecar,
+    stated,
 )
 from fastsrgan.io.image_list import Image
 from fastsrgan.model.purpose import Purpose, mask_names
@@ -160,7 +161,7 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
     source = f"bids:{LINK}:{image.path.relative_to(root).as_posix()}"
     common: dict[str, Any] = {"Sources": [source], "SpatialReference": "orig"}
     # A raw image has its skull unless its own JSON says otherwise.
-    stripped = bool(read_json(sidecar(image.path)).get("SkullStripped", False))
+    stripped = bool(stated(image.path, "SkullStripped")[0])
     structures = Purpose.of(record.get("made_for")).structures or ((1, "structure"),)
     structure = ", ".join(name for _, name in structures)
     several = ", ".join(name for _, name in mask_names(record["weights"]))

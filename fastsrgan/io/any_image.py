@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
 from fastsrgan.core.files import read_json
-from fastsrgan.errors import InputError, UsageError
-from fastsrgan.io import dicom
+from fastsrgan.errors import InputError, UsageError, shown
+from fastsrgan.io import bids, dicom
 from fastsrgan.io import nifti as images
+from fastsrgan.io.nifti_voxels import pointer_of
 from fastsrgan.volume import placement
 from fastsrgan.volume.geometry import Volume
 from fastsrgan.volume.resample import SAME, slice_axis
@@ -65,10 +66,10 @@ class Thickness(NamedTuple):
 
 def slice_thickness(image: Volume, path: str | os.PathLike) -> Thickness | None:
     """The slice thickness that a scan's header states: of DICOM, or of the JSON beside a NIfTI file as BIDS has it
-    (SliceThickness, in mm); None where nothing is said.
+    (SliceThickness, in mm; in a dataset also of those above it); None where nothing is said.
 
-    It is not used where it cannot be that of the thickest axis: out of proportion to the spacing, or beside another
-    SpacingBetweenSlices, as after resampling.
+    It is not used where it cannot be that of the thickest axis: no number above 0, out of proportion to the spacing, or
+    beside another SpacingBetweenSlices, as after resampling; nor where a JSON cannot be read.
     """
     thickest = slice_axis(image.spacing)
     spacing = image.spacing[thickest]
@@ -77,11 +78,16 @@ def slice_thickness(image: Volume, path: str | os.PathLike) -> Thickness | None:
             return None
         said, apart, source = image.meta.get("slice_thickness_mm"), image.meta.get("slice_distance_mm"), "DICOM"
     else:
-        beside = Path(path).with_name(images.stem(path) + ".json")
-        header, source = read_json(beside), beside.name
-        said, apart = header.get("SliceThickness"), header.get("SpacingBetweenSlices")
-    if not _is_size(said):
+        for file in bids.sidecars(Path(path)):
+            if os.path.lexists(file) and not read_json(file):
+                told = "; ".join(pointer_of(file) or ("is no JSON object with fields",))
+                return Thickness(None, f"{file.name}: {told}")
+        said, file = bids.stated(Path(path), "SliceThickness")
+        (apart, _), source = bids.stated(Path(path), "SpacingBetweenSlices"), file.name
+    if said is None:
         return None
+    if not _is_size(said):
+        return Thickness(None, f"{source}: SliceThickness {shown(said)} is no size in mm")
     if _is_size(apart) and abs(apart / spacing - 1) > SPACING_SAME:
         return Thickness(None, f"{source}: slices {apart:g} mm apart, the image's are {spacing:g}: resampled")
     if not THICKNESS[0] <= said / spacing <= THICKNESS[1]:

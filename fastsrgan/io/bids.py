@@ -148,6 +148,29 @@ def sidecar(image: Path) -> Path:
     return image.with_name(image.name.removesuffix(".gz").removesuffix(".nii") + ".json")
 
 
+def sidecars(image: Path) -> list[Path]:
+    """The JSON files that speak of an image: the one beside it, then, in a dataset, those that it inherits from (BIDS,
+    "The Inheritance Principle"): of its suffix and of no other entities, from its own folder up to the root."""
+    found = [image.with_name(f"{images.stem(image)}.json")]
+    above = Path(os.path.abspath(image)).parents
+    top = next((depth for depth, folder in enumerate(above[:4]) if (folder / DESCRIPTION).is_file()), None)
+    entities, _, suffix = images.stem(image).rpartition("_")
+    if top is None or not entities.startswith("sub-"):
+        return found
+    for folder in above[: top + 1]:
+        there = [p for p in folder.glob(f"*{suffix}.json") if p.name != found[0].name]
+        parts = {p: p.name.removesuffix(f"{suffix}.json").rstrip("_").split("_") for p in there}
+        parts = {p: part for p, part in parts.items() if part == [""] or set(part) <= set(entities.split("_"))}
+        found += sorted(parts, key=lambda p: (-len(p.name), p.name))
+    return found
+
+
+def stated(image: Path, key: str) -> tuple[Any, Path]:
+    """What the nearest of an image's sidecars that speaks of ``key`` says, and which; None and the one beside it."""
+    files = sidecars(image)
+    return next(((said[key], file) for file in files if key in (said := read_json(file))), (None, files[0]))
+
+
 def check_derivatives(root: str | os.PathLike) -> list[str]:
     """What breaks the rules in a derivatives dataset of anatomical images; empty where nothing does.
 

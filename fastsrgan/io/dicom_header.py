@@ -265,7 +265,7 @@ def check_axes(frame: Frame) -> None:
 
 def pixels(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """Stored values of a file: (frames, rows, columns). Raises InputError for damage and unknown compression."""
-    ds = _dataset(path)
+    ds = _dataset(path, force=True)  # its header was read: a preamble is not asked for again
     try:
         decoded = ds.pixel_array
     except MemoryError:

@@ -192,7 +192,7 @@ def _whole(path: str | os.PathLike, chosen: Series, look: _Listing, series: str 
     if lost:
         files = ", ".join(f"{b.what} {b.reason}" for b in lost[:NAMED])
         files += f", and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
-        hint = "copy or export it again; or move it out of the folder"
+        hint = "; ".join(dict.fromkeys(b.hint for b in lost[:NAMED])) + "; or move it out of the folder"
         if series is None and not chosen.damaged:
             hint += f"; --series {chosen.number or chosen.uid} leaves out what does not say of which series it is"
         raise InputError(path, f"a file that may be a slice of the series cannot be read: {files}", hint)

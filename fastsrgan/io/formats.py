@@ -181,6 +181,7 @@ _ITK_TYPES = {
     "sitkFloat32": "f4",
     "sitkFloat64": "f8",
 }
+_BODY_SPACE = re.compile(rb"^space:\s*(right|left|[rl][ap]s)", re.MULTILINE | re.IGNORECASE)
 _DATA_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
 _FIELD = re.compile(rb"\s*(\w[\w ]*?)\s*(?::(?!=)|=)\s*(.*?)\s*$")  # not NRRD's key:=value
 _LONGEST_TEXT = 1 << 16  # bytes in which the text of a header is looked for
@@ -296,9 +297,11 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
         size_text = fields.get(b"elementspacing", fields.get(b"spacings", b"")).split()
         if any(word.startswith(b"-") for word in size_text):  # ITK has put the sign into the direction
             warnings.append(_turned(" x ".join(word.decode("ascii", "replace") for word in size_text)))
-        placed = name != "NRRD" or re.search(rb"^space( dimension)?:", text, re.MULTILINE)
+        placed = name != "NRRD" or re.search(rb"^space( dimension)?:", text, re.MULTILINE | re.IGNORECASE)
         if not placed:
             warnings.append("no orientation (no space field): axes taken as left, posterior, superior")
+        elif name == "NRRD" and not _BODY_SPACE.search(text):
+            warnings.append("its space names no directions of the body: axes taken as left, posterior, superior")
         volumes = math.prod(sizes[3:])
         meta = _meta(path, name, dtype, shape, volumes, "patient" if placed else "none")
         file = ItkFile(path, path, shape, volumes, dtype, 0, 1.0, 0.0, affine, warnings, meta)
@@ -342,6 +345,12 @@ def _sitk(path: Path) -> Any:
 
 
 def _itk_reader(sitk: Any, path: Path, name: str) -> Any:
+    try:
+        str(path).encode("utf8")
+    except UnicodeEncodeError as error:  # SimpleITK would end the process
+        raise InputError(
+            path, "its name holds bytes that are no UTF-8, which SimpleITK cannot open", "rename it"
+        ) from error
     reader = sitk.ImageFileReader()
     reader.SetImageIO(_ITK_READERS[name])
     reader.SetFileName(str(path))

@@ -49,6 +49,7 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
     Raises UsageError for a choice that is empty, holds several or has a name that no table knows; InputError for a
     table that cannot be read.
     """
+    text = re.sub(r"(?<![\w.])(\d+)\.0+(?![\w.])", r"\1", text)  # as pandas writes 3 in a column with empty cells
     name, _, listed = text.partition("=") if "=" in text else ("", "", text)
     if "=" in listed:
         raise UsageError(

@@ -102,6 +102,7 @@ def load_label(
     *,
     largest: int = 255,
     classes: Collection[int] | None = None,
+    kind: str = "label",
 ) -> Volume:
     """Read a label map: whole numbers from 0 to ``largest``, on the grid of ``like``.
 
@@ -111,6 +112,7 @@ def load_label(
         (with a warning); one that lies elsewhere by more than headers are rounded (`placement`) is refused.
     largest : at most 65535
     classes : the values that are the structure, of a map whose numbers may be of any size: 1 there, 0 elsewhere
+    kind : what messages call it; of a "label" alone they name ``--label-classes``
 
     Returns
     -------
@@ -124,17 +126,17 @@ def load_label(
     file = examine(path, MAX_VOXELS)
     index = file.pick(None)
     said = file.meta["orientation"]
-    placed = None if like is None else orientation_onto(file.shape, file.affine, like, file.path, "label", said)
+    placed = None if like is None else orientation_onto(file.shape, file.affine, like, file.path, kind, said)
     data = _allocate(file, np.uint8 if largest <= 255 or classes is not None else np.uint16)
     counts, absent = np.zeros(largest + 1, np.int64), set(classes or ())
     for part, chunk in _pieces(data, file, index):
-        part[...] = _label_values(file, chunk, largest, classes, absent)
+        part[...] = _label_values(file, chunk, largest, classes, absent, kind)
         counts += np.bincount(part, minlength=largest + 1)
     present = np.flatnonzero(counts).tolist()
     if present == [0] and classes is not None:
         file.warnings.append(f"the label holds none of the values {', '.join(map(str, sorted(classes)))}: it is empty")
     elif present == [0]:
-        file.warnings.append("the label is empty: every voxel is 0")
+        file.warnings.append(f"the {kind} is empty: every voxel is 0")
     affine = file.affine
     if like is not None and placed is not None:
         affine, (turn, told) = np.array(like.affine, float), placed
@@ -305,32 +307,33 @@ def _volume(file: NiftiFile, index: int, data: np.ndarray, tally: _VoxelTally, s
 
 
 def _label_values(
-    file: NiftiFile, chunk: np.ndarray, largest: int, classes: Collection[int] | None, absent: set[int]
+    file: NiftiFile, chunk: np.ndarray, largest: int, classes: Collection[int] | None, absent: set[int], kind: str
 ) -> np.ndarray:
     """Stored values -> whole numbers in 0 .. largest, or 1 where they are one of the classes; or InputError.
 
     What occurs of ``absent`` is taken out of it.
     """
-    hint = (
-        f"labels are whole numbers, 0 to {largest}: resample with nearest neighbour; --label-classes takes larger ones"
-    )
     if file.slope != 1 or file.inter != 0:
         with np.errstate(over="ignore", invalid="ignore"):
             chunk = chunk * np.float64(file.slope) + file.inter
     if chunk.dtype.kind == "f":
         if not np.isfinite(chunk).all():
-            raise InputError(file.path, "the label holds NaN or infinite voxels", hint)
+            hint = "set them to 0, for example with fslmaths IN -nan OUT"
+            raise InputError(file.path, f"the {kind} holds NaN or infinite voxels", hint)
         whole = np.rint(chunk)
         off = np.abs(chunk - whole) > _INTEGER_TOLERANCE
         if off.any():
-            raise InputError(file.path, f"the label holds fractions such as {chunk[off][0]:.6g}", hint)
+            hint = "whole numbers are needed: resample with nearest neighbour, cut probabilities at 0.5"
+            raise InputError(file.path, f"the {kind} holds fractions such as {chunk[off][0]:.6g}", hint)
         chunk = whole
     if classes is not None:
         absent -= {value for value in absent if (chunk == value).any()}
         return np.isin(chunk, np.array(sorted(classes)))
     outside = (chunk < 0) | (chunk > largest)
     if outside.any():
-        raise InputError(file.path, f"the label holds the value {chunk[outside][0]:.10g}", hint)
+        ways = {"label": "choose the structure with --label-classes", "mask": "make it 1 inside and 0 outside"}
+        hint = f"0 to {largest} are allowed: {ways.get(kind, 'give its structures other numbers')}"
+        raise InputError(file.path, f"the {kind} holds the value {chunk[outside][0]:.10g}", hint)
     return chunk
 
 

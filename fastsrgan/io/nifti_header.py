@@ -52,6 +52,8 @@ _OTHER_FORMATS = (
     (0, b"II*\x00", "a TIFF picture"),
     (0, b"%PDF", "a PDF document"),
     (0, b"PK\x03\x04", "a zip archive"),
+    (257, b"ustar", "a tar archive"),
+    (0, b"\x1f\x8b", "a gzip file within a gzip file"),
     (0, b"BZh", "a bzip2 file"),
     (0, b"\xfd7zXZ", "an xz file"),
     (0, b"\x28\xb5\x2f\xfd", "a zstd file"),
@@ -63,6 +65,12 @@ _WAYS = {  # out of a file under a wrong name, or of a format that is not read
     "a MetaImage header": "end its name in .mha, or in .mhd if its data lie in another file",
     "an HDF5 or MINC file": "mnc2nii or mri_convert makes NIfTI of MINC",
     "a NetCDF or MINC file": "mnc2nii or mri_convert makes NIfTI of MINC",
+    "a zip archive": "unpack it with unzip, and name the image in it",
+    "a tar archive": "unpack it with tar -xf, and name the image in it",
+    "a gzip file within a gzip file": "unpack it once with gunzip",
+    "a bzip2 file": "unpack it with bunzip2",
+    "an xz file": "unpack it with unxz",
+    "a zstd file": "unpack it with unzstd",
 }
 
 Warn = Callable[[str], object]

@@ -224,9 +224,8 @@ class NiftiFile:
         """Check a volume index against the file; None means the only volume there is."""
         if volume is None and self.volumes > 1:
             reason = f"is a 4-D image with {self.volumes} volumes and one is needed"
-            raise InputError(
-                self.path, reason, f"infer takes --volume, 0 to {self.volumes - 1}; else split it into files of one"
-            )
+            hint = f"infer takes --volume, 0 to {self.volumes - 1}, for its image; else split it into files of one"
+            raise InputError(self.path, reason, hint)
         if not 0 <= (volume or 0) < self.volumes:
             allowed = "0" if self.volumes == 1 else f"0 to {self.volumes - 1}"
             raise InputError(self.path, f"has no volume {volume}", f"--volume can be {allowed}")

@@ -122,7 +122,7 @@ def read_list(path: str | os.PathLike, *, base_path: str | None = None) -> list[
     if path.suffix.lower() == ".csv":
         entries = _list_entries(path, _records(path, text, _list_delimiter), base_path)
     else:
-        entries = [line.strip() for line in text.splitlines() if not line.lstrip().startswith("#")]
+        entries = [_unquoted(line.strip()) for line in text.splitlines() if not line.lstrip().startswith("#")]
     found = dict.fromkeys(_locate(entry, path, base_path) for entry in entries if entry)
     if not found:
         raise InputError(path, "names no image", "one path a line")
@@ -150,17 +150,18 @@ def _list_entries(path: Path, records: list[tuple[int, list[str]]], base_path: s
 
 
 def _image_column(path: Path, table: list[list[str]], base_path: str | None) -> int:
-    """The first column; of a table whose first cells number the rows, as pandas writes them, the first with images."""
+    """The first column with images; the first of all where none has any."""
 
     def images_in(column: int) -> bool:
         cells = [cells[column] for cells in table if column < len(cells)]
         return any(_SUFFIX.search(cell) or (cell and os.path.exists(_locate(cell, path, base_path))) for cell in cells)
 
-    width = max(map(len, table), default=1)
-    numbered = all(not cells[0] or cells[0].isdigit() for cells in table if cells)
-    if not numbered or images_in(0):
-        return 0
-    return next((column for column in range(1, width) if images_in(column)), 0)
+    return next((column for column in range(max(map(len, table), default=1)) if images_in(column)), 0)
+
+
+def _unquoted(line: str) -> str:
+    """A path as it is copied with quotes around it, without them."""
+    return line[1:-1] if len(line) > 2 and line[0] == line[-1] and line[0] in "\"'" else line
 
 
 def _is_heading(cells: Sequence[str]) -> bool:
@@ -270,11 +271,12 @@ def delimiter_for(columns: Iterable[str]) -> Callable[[str], str]:
 
 
 def _list_delimiter(line: str) -> str:
-    """The first separator that follows a whole image name, or makes a heading of the line; a comma where none does."""
+    """The first separator that follows a whole image name, or makes a heading of the line, else the most frequent."""
     match = _FIRST_CELL.search(line)
     if match:
         return match.group(1)
-    return next((d for d in DELIMITERS if _is_heading([cell.strip(' "') for cell in line.split(d)])), ",")
+    found = (d for d in DELIMITERS if _is_heading([cell.strip(' "') for cell in line.split(d)]))
+    return next(found, max(DELIMITERS, key=line.count))
 
 
 def _header_faults(header: list[str], need_label: bool) -> list[tuple[int, str]]:
@@ -342,7 +344,9 @@ def _locate(text: str, table: Path, base_path: str | None) -> Path:
         candidates += [Path(text)] if os.path.isabs(text) else []
     else:
         candidates = [table.absolute().parent / text, Path(text)]
-    return Path(os.path.abspath(next((c for c in candidates if os.path.exists(c)), candidates[0])))
+    # One letter with an accent is one sign or two: tables and disks of other systems differ in that.
+    spelt = [Path(unicodedata.normalize(form, str(c))) for form in ("NFC", "NFD") for c in candidates]
+    return Path(os.path.abspath(next((c for c in [*candidates, *spelt] if os.path.exists(c)), candidates[0])))
 
 
 def _repetitions(rows: list[TableRow]) -> list[tuple[int, str]]:

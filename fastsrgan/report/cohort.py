@@ -6,6 +6,7 @@ absolute deviation. Columns of fewer than 5 values, or whose MAD is 0, are not j
 
 from __future__ import annotations
 
+import os
 import statistics
 import urllib.parse
 from collections.abc import Sequence
@@ -200,7 +201,7 @@ def _light(row: Row) -> Html:
 
 def _row(index: int, row: Row, known: dict[str, Any], lit: bool, weights: str | None) -> Html:
     plain = known["rows"][index]
-    href = "./" + urllib.parse.quote(row.page)
+    href = "./" + urllib.parse.quote(os.fsencode(row.page))  # names of files are bytes
     image = stage.png(row.thumbnail, "") if row.thumbnail else None
     cells = [el("td", el("a", image, href=href, tabindex=-1, aria_hidden="true"))]
     cells.append(el("th", el("a", row.result.stem, href=href), scope="row"))

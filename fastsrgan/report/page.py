@@ -308,7 +308,7 @@ def _score(
         truth,
         seg=others.get("seg") if label is not None else None,
         label=others.get("label"),
-        mask=images.load_label(mask) if mask is not None else None,
+        mask=images.load_label(mask, kind="mask") if mask is not None else None,
         lr=others.get("low"),
         structures=more,
     )

@@ -86,7 +86,7 @@ class Head:
         for name, path in (("label", self.label), ("mask", self.mask)):
             if path is not None:
                 classes = self.structures[0].values if name == "label" and self.structures else None
-                found[name] = images.load_label(path, like=found["hr"], classes=classes)
+                found[name] = images.load_label(path, like=found["hr"], classes=classes, kind=name)
         for name, one in several.items():
             if self.label is None:
                 break
