@@ -359,7 +359,7 @@ def captions(result: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-# --- scores of a training run, by their names in its log ---------------------------------------------------------------
+# --- scores of a training run, by their names in its log -------------------------------------------------------------
 
 
 def structure_line(key: str) -> str:
