@@ -319,6 +319,7 @@ def test_ticks_of_a_chart_are_told_apart_and_those_of_epochs_are_whole():
     assert across == ["1", "2", "3", "epoch"] and len(up) == len(set(up)) > 2
     half = line_chart("t", [Line("a", [0.5, 1], [1, 2])], "share")
     assert ">0.6<" in half
+    assert ">7<" in line_chart("t", [Line("a", [7], [0.5])], "epoch"), "a whole number of one epoch"
 
 
 def test_a_point_of_a_binned_curve_lies_at_the_mean_of_its_updates(tmp_path):

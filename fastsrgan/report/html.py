@@ -114,7 +114,7 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str = "
     ys = [y for line in lines for y in line.y if y is not None]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     if all(float(x).is_integer() for x in xs):  # epochs, updates
-        x_ticks = [x for x in x_ticks if x.is_integer()] or x_ticks
+        x_ticks = [x for x in x_ticks if float(x).is_integer()] or x_ticks
     x_range, y_range = _range(xs, []), _range(ys, y_ticks)
 
     def at(x: float, y: float) -> tuple[float, float]:
