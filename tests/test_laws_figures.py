@@ -16,7 +16,8 @@ from fastsrgan.cli.evaluate import figures as figure_rows
 from fastsrgan.evaluate import cohort, compare, metrics, pair
 from fastsrgan.evaluate.figures import FIGURES, Compared, columns, scores
 from fastsrgan.evaluate.plausibility import GREEN, RED, YELLOW, Look, choose, judge, measure
-from fastsrgan.model.purpose import MODELS
+from fastsrgan.infer import image
+from fastsrgan.model.purpose import MODELS, Purpose
 from fastsrgan.pictures import error_map as error_map_module
 from fastsrgan.pictures.figure import Column, planes
 from fastsrgan.pictures.planes import cuts
@@ -250,6 +251,26 @@ def test_where_a_head_ends_and_fluid_begins_is_told_from_their_limits_on():
         assert measure(data, (1.0, 1.0, 1.0)).filled == filled
 
 
+def test_averaged_weights_are_called_alike_on_a_page_and_in_a_picture():
+    """One said their names and the other how many files there were."""
+    several = {"averaged": [{"path": "perinatal"}, {"path": "a/own.safetensors"}]}
+    for facts, name in ((several, "mean of perinatal and own.safetensors"), ({"path": "runs/last"}, "last")):
+        model = image.Model((), facts, Purpose())
+        loaded = image.Loaded(None, None, None, "", None, model, ("", ""))
+        assert loaded.weights_name == sections.chosen_weights({"weights": facts}) == name
+    for name, shipped in MODELS.items():
+        facts = {"path": f"/models/{shipped.file}", "name": name, "chosen": "auto: why"}
+        assert sections.chosen_weights({"weights": facts}) == f"{name} (auto: why)"
+
+
+def test_a_volume_without_a_truth_stands_beside_what_the_weights_expect():
+    made = {"made_for": MODELS["perinatal"].purpose.to_dict()}
+    measured = {"volume_ml": 10.2, "components": 37}
+    volume, components = map(str, cohort_page.measured_tiles(measured, "/m", made))
+    assert "expected: 4 to 150<" in volume and "expected" not in components
+    assert "expected" not in "".join(map(str, cohort_page.measured_tiles(measured, "/m", {})))
+
+
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +279,7 @@ def test_the_lines_of_a_run_have_the_values_of_their_names(monkeypatch):
     charts = {}
     monkeypatch.setattr(curves, "line_chart", lambda title, lines, *labels: charts.update({title: lines}))
     names = [key for _, keys in curves.SCORES for key in keys if key != "Dice_label_1"] + ["Dice_cortex", "Dice_mask_1"]
+    names.append("whole_Dice_cortex")
     scored = {name: float(n) for n, name in enumerate(names)}
     losses = {name: [100.0 + n] for n, name in enumerate(k for _, keys, _ in curves.CHARTS for k in keys)}
     facts = {"validation": [{"epoch": 1} | scored], "at": [1], "curves": losses, "summary": None, "config": ""}
@@ -266,23 +288,38 @@ def test_the_lines_of_a_run_have_the_values_of_their_names(monkeypatch):
 
     def of_images(name: str) -> dict:
         return {
-            "patches": (scored[name], False), "spline, patches": (scored[f"{name}_spline"], True),
+            "patches": (scored[name], False), "interpolation, patches": (scored[f"{name}_spline"], True),
             "whole volumes": (scored[f"whole_{name}"], False),
             "interpolation, whole volumes": (scored[f"spline_{name}"], True),
         }  # fmt: skip
 
     linear = {"best linear estimate, patches": (scored["PSNR_linear"], True)}
     linear |= {"best linear estimate, whole volumes": (scored["linear_PSNR"], True)}
-    dice = {"Dice_cortex": (scored["Dice_cortex"], False)}
-    dice |= {"patches": (scored["Dice"], False), "whole volumes": (scored["whole_Dice"], False)}
+    dice = {"patches": (scored["Dice"], False), "whole volumes": (scored["whole_Dice"], False)}
     dice |= {"interpolation, whole volumes": (scored["spline_Dice"], True)}
-    assert shown["Dice on the test subjects"] == dice
+    assert shown["Dice on the test subjects, segmentation of the first structure"] == dice
+    each = {
+        "cortex, patches": (scored["Dice_cortex"], False),
+        "cortex, whole volumes": (scored["whole_Dice_cortex"], False),
+    }
+    assert shown["Dice of each structure on the test subjects"] == each
     assert shown["PSNR on the test subjects, dB"] == of_images("PSNR") | linear
     assert shown["SSIM on the test subjects"] == of_images("SSIM")
     lost = {name: (values[0], False) for name, values in losses.items()}
     assert shown["Gradient norms"] == {"generator": lost["g_gradient"], "critic": lost["d_gradient"]}
     assert shown["Generator"] == {"generator": lost["g_total"], "its adversarial part": lost["g_adversarial"]}
     assert shown["Critic"] == {"Wasserstein estimate": lost["d_wasserstein"], "gradient penalty": lost["d_penalty"]}
+
+
+def test_ticks_of_a_chart_are_told_apart_and_those_of_epochs_are_whole():
+    """Four ticks of a mean squared error read 0.0023745 or 0.0023746, and an axis of three epochs had 1.5."""
+    page = line_chart("t", [Line("a", [1, 2, 3], [0.00237443, 0.00237454, 0.00237462])], "epoch")
+    ticks = re.findall(r'class="tick (end|middle)">([^<]+)<', page)
+    across, up = ([text for kind, text in ticks if kind == which] for which in ("middle", "end"))
+    assert across == ["1", "2", "3", "epoch"] and len(up) == len(set(up)) > 2
+    half = line_chart("t", [Line("a", [0.5, 1], [1, 2])], "share")
+    assert ">0.6<" in half
+    assert ">7<" in line_chart("t", [Line("a", [7], [0.5])], "epoch"), "a whole number of one epoch"
 
 
 def test_a_point_of_a_binned_curve_lies_at_the_mean_of_its_updates(tmp_path):
@@ -471,6 +508,32 @@ def test_lines_of_a_studys_curves_are_called_what_they_are():
         "PSNR_linear": "best linear estimate, patches",
     }  # fmt: skip
     assert {key: study_curves._called(key) for key in names} == names
+
+
+def test_scores_of_one_kind_have_one_colour_in_all_panels_of_a_run_and_their_baselines_too():
+    """The legend has one entry for both panels: whole volumes were orange in one and pink in the other."""
+    scored = dict.fromkeys(("Dice", "PSNR", "PSNR_spline", "PSNR_linear", "whole_PSNR", "spline_PSNR"), 0.5)
+    scored |= dict.fromkeys(("linear_PSNR", "whole_Dice", "spline_Dice"), 0.5)
+    looks: dict[str, set] = {}
+    for panel in study_curves._panels([{"epoch": 1} | scored], [])[0]:
+        for line in panel.lines:
+            looks.setdefault(line.name, set()).add((line.style, line.number))
+    assert all(len(found) == 1 for found in looks.values()) and len(looks) == 6
+    assert len(set.union(*looks.values())) == 6, "no two lines look alike"
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_a_legend_of_long_names_lies_inside_its_figure(monkeypatch, tmp_path, columns):
+    from matplotlib.figure import Figure
+
+    found = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **k: (found.append(self), save(self, path, **k))[1])
+    names = [f"best linear estimate, whole volumes {i}" for i in range(8)]
+    panel = plots.Panel("one", "x", [plots.PlotLine(name, (1, 2), (3, 4), number=i) for i, name in enumerate(names)])
+    plots.draw(tmp_path / "p", [[panel] * columns], "t")
+    box, page = found[0].legends[0].get_window_extent(), found[0].bbox
+    assert page.x0 <= box.x0 < box.x1 <= page.x1 and page.y0 <= box.y0 < box.y1 <= page.y1
 
 
 def test_the_legend_of_a_study_goes_by_the_kind_of_line_and_then_by_its_number(monkeypatch, tmp_path):

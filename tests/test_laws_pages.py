@@ -262,7 +262,7 @@ def test_weights_are_called_by_their_model_or_file_all_of_them_and_the_reason():
     own = {"path": "x/own.safetensors", "sha256": "b2", "spec": None}
 
     def called(**weights) -> str:
-        return sections.weights_called({"weights": weights})
+        return sections.chosen_weights({"weights": weights})
 
     assert called(**shipped) == "adult" and called(**own) == "own.safetensors"
     assert called(**shipped, chosen="auto: long") == "adult (auto: long)" and called(**own, name="mine") == "mine"

@@ -638,9 +638,13 @@ def test_runs_are_compared_by_every_score_each_with_its_like(monkeypatch):
         "PSNR on the test subjects, dB: patches": [("one", [20.0]), ("other", [21.0])],
         "PSNR on the test subjects, dB: whole volumes": [("one", [30.0])],
         "SSIM on the test subjects": [("one", [0.8])],
-        "Dice on the test subjects: patches": [("one", [0.1]), ("other", [0.2]), ("masked", [0.6])],
-        "Dice on the test subjects: Dice_cortex": [("one", [0.3])],
-        "Dice on the test subjects: whole_Dice_cortex": [("one", [0.4])],
+        "Dice on the test subjects, segmentation of the first structure": [
+            ("one", [0.1]),
+            ("other", [0.2]),
+            ("masked", [0.6]),
+        ],
+        "Dice of each structure on the test subjects: cortex, patches": [("one", [0.3])],
+        "Dice of each structure on the test subjects: cortex, whole volumes": [("one", [0.4])],
     }
 
 

@@ -278,6 +278,18 @@ def test_a_result_that_holds_one_of_several_structures_is_a_map_of_them(table, t
     found = evaluate_files(tmp_path / "s0.nii.gz", tmp_path / "s0.nii.gz", white, label, label_classes=CHOSEN)
     assert found["structures"]["white"]["dice"] == 1
     assert found["structures"]["cortex"]["dice"] == found["segmentation"]["dice"] == 0
+    assert any(note.startswith("segmentation: its only value, 2041, counts as that struc") for note in found["notes"])
+
+
+def test_a_result_of_one_structure_that_is_scored_as_several_is_told(table, tmp_path):
+    """Its 1 stood for a value of the label map, with a Dice of 0 and no word about it."""
+    label, one = tmp_path / "s0_label.nii.gz", tmp_path / "one.nii.gz"
+    images.save(one, (images.load_label(label, largest=65535).data == 3).astype(np.uint8), np.eye(4))
+    files = (tmp_path / "s0.nii.gz", tmp_path / "s0.nii.gz", one, label)
+    notes = evaluate_files(*files, label_classes=CHOSEN)["notes"]
+    (told,) = [note for note in notes if "only value" in note]
+    assert told.startswith("segmentation: its only value, 1, is none of the label's values, and is compared with all")
+    assert not any("only value" in note for note in evaluate_files(*files, label_classes=["3"])["notes"])
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import signal
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -407,7 +408,7 @@ def test_curves_are_the_logs_values(run, tmp_path):
     made = study.run("curves", run, tmp_path / "curves")
     assert [row["Dice"] for row in made["rows"]] == [0.5, 0.8, 0.7]
     assert made["rows"][0]["g_reconstruction"] == pytest.approx((1 + 1 / 2) / 2)
-    assert made["best"] == {"epoch": 2, "Dice": 0.8}
+    assert made["best"] == {"epoch": 2, "Dice": 0.8, "dice_is": "Dice"}
     assert csv_rows(made["rows"])[1]["whole_Dice"] == 0.6
     assert "epoch 2" in (tmp_path / "curves" / "curves.md").read_text(encoding="utf8")
     assert (tmp_path / "curves" / "curves.png").stat().st_size > 1000
@@ -417,7 +418,7 @@ def test_of_epochs_with_the_same_dice_the_first_is_the_best(run, tmp_path):
     """As training keeps the weights of an epoch only where it is better than all before."""
     text = (run / "log.jsonl").read_text(encoding="utf8").replace('"Dice": 0.7', '"Dice": 0.8')
     (run / "log.jsonl").write_text(text, encoding="utf8")
-    assert study.run("curves", run, tmp_path / "curves")["best"] == {"epoch": 2, "Dice": 0.8}
+    assert study.run("curves", run, tmp_path / "curves")["best"]["epoch"] == 2
 
 
 def test_the_curves_of_several_runs_are_laid_over_each_other(run, tmp_path, monkeypatch, capsys):
@@ -447,6 +448,37 @@ def test_the_curves_of_several_runs_are_laid_over_each_other(run, tmp_path, monk
     assert main(["--quiet", "study", "curves", str(run), str(run), "-o", str(tmp_path / "x")]) == 2
     assert "named twice" in capsys.readouterr().err
     assert main(["--quiet", "study", "steps", str(run), str(run), "-o", str(tmp_path / "x")]) == 2
+
+
+def test_of_several_structures_the_mean_counts_and_each_has_its_line(run, tmp_path, monkeypatch):
+    """The first structure's Dice was called the run's, and no other was drawn."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf8").splitlines()[:-1]]
+    for row in rows:
+        if "validation" in row:
+            first, other = {1: (0.9, 0.1), 2: (0.6, 0.8), 3: (0.7, 0.5)}[row["epoch"]]
+            more = {"Dice_cortex": first, "Dice_white": other, "Dice_mask0": 1.0, "spline_Dice": 0.75}
+            row["validation"] |= more | {"whole_Dice_cortex": 0.5, "whole_Dice_white": 0.75, "whole_Dice": 0.25}
+    (run / "log.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf8")
+    shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("copy"))
+    drawn = []
+    monkeypatch.setattr(study_output, "draw", lambda base, rows, *a, **k: drawn.append(rows) or [])
+    made = study.run("curves", run, tmp_path / "curves")
+    assert made["best"] == {"epoch": 2, "Dice": pytest.approx(0.7), "dice_is": "mean Dice of 2 structures"}
+    text = (tmp_path / "curves" / "curves.md").read_text(encoding="utf8")
+    assert "Best mean Dice of 2 structures 0.7000 at epoch 2." in text
+    panels = {p.title: {line.name: list(line.y) for line in p.lines} for row in drawn[0] for p in row}
+    assert panels["Dice, segmentation of the first structure"] == {
+        "patches (paper figure 6)": [0.5, 0.8, 0.7], "whole volumes": [0.25] * 3,
+        "interpolation, whole volumes": [0.75] * 3,
+    }  # fmt: skip
+    assert panels["Dice of each structure"] == {
+        "cortex, patches": [0.9, 0.6, 0.7], "white, patches": [0.1, 0.8, 0.5],
+        "cortex, whole volumes": [0.5] * 3, "white, whole volumes": [0.75] * 3,
+    }  # fmt: skip
+    both = study.run("curves", [run, tmp_path / "copy"], tmp_path / "both")
+    panels = {p.title: [list(line.y) for line in p.lines] for row in drawn[1] for p in row}
+    assert panels["mean Dice of 2 structures"] == [[0.625] * 3] * 2, "no interpolation of one of them beside it"
+    assert [told["best"]["dice_is"] for told in both["runs"]] == ["mean Dice of 2 structures"] * 2
 
 
 @pytest.mark.fault(37)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -291,6 +292,20 @@ def test_the_line_of_whole_volumes_names_whose_figures_they_are():
     scores = {"whole_PSNR": 31.21, "spline_PSNR": 30.0, "linear_PSNR": 30.5, "whole_Dice": 0.7, "spline_Dice": 0.61}
     told = "epoch 3, whole volumes PSNR 31.21 (spline 30, linear 30.5) Dice 0.7 (spline 0.61)"
     assert loop.whole_line(3, scores) == told
+
+
+def test_scores_of_whole_volumes_are_told_once(store, tmp_path):
+    """In a pipe the line of the patches repeated them all."""
+    told = []
+    progress = SimpleNamespace(
+        **dict.fromkeys(("start", "advance", "finish"), lambda *_, **__: None),
+        tell=lambda group, text, **facts: told.append((group, facts)),
+    )
+    train(store, tmp_path / "run", SMALL.replace(epochs=1, steps_per_epoch=1, whole_every=1), progress=progress)
+    (line,) = rows(tmp_path / "run", "validation")
+    (first, patches), (other, whole) = told
+    assert (first, other) == ("validation", "validation of whole volumes") and "whole_PSNR" in whole
+    assert set(patches) & set(whole) == {"epoch"} and set(line["validation"]) <= set(patches) | set(whole)
 
 
 def test_the_panel_s_patch_has_structure_in_its_middle_planes(store):

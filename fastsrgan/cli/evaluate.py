@@ -215,7 +215,7 @@ def subjects(result: dict[str, Any]) -> list[dict[str, Any]]:
     shown = []
     for column in columns().values():
         shown.append((column.heading, column.path))
-        if column.figure.headline and column.figure.better:
+        if column.figure.better:
             shown.append((f"baseline {column.heading}", f"baseline.{column.path}"))
     there = [(head, name) for head, name in shown if name in result["summary"]]
     rows = []

@@ -357,3 +357,31 @@ def captions(result: Mapping[str, Any]) -> dict[str, str]:
         "spline": "\n".join(said(other, True)),
         "seg": "\n".join([*said(result.get("segmentation", {}), False), *labels]),
     }
+
+
+# --- scores of a training run, by their names in its log -------------------------------------------------------------
+
+
+def structure_line(key: str) -> str:
+    """'cortex, whole volumes' of ``whole_Dice_cortex``, the Dice of one of several structures; "" of other scores."""
+    name = key.removeprefix("whole_")
+    if not name.startswith("Dice_") or name.startswith(("Dice_mask", "Dice_label")):  # classes of a Mask_image
+        return ""
+    return f"{name.removeprefix('Dice_')}, {'whole volumes' if key.startswith('whole_') else 'patches'}"
+
+
+def dices_of_structures(scores: Mapping[str, float], part: str = "") -> list[float]:
+    """The Dice of each of several structures of a label map, of patches or (``part`` "whole_") of whole volumes; the
+    classes of a Mask_image do not count."""
+    return [v for k, v in scores.items() if k.startswith(f"{part}Dice_") and structure_line(k)]
+
+
+def mean_dice(scores: Mapping[str, float], part: str = "") -> float | None:
+    """Mean Dice of several structures, or that of the label; ``part`` as of ``dices_of_structures``."""
+    named = dices_of_structures(scores, part)
+    return float(np.mean(named)) if named else scores.get(f"{part}Dice", scores.get(f"{part}Dice_label_1"))
+
+
+def dice_name(structures: int) -> str:
+    """What ``mean_dice`` is of."""
+    return f"mean Dice of {structures} structures" if structures else "Dice"

@@ -11,6 +11,7 @@ import logging
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -280,12 +281,20 @@ def _read(name: str, path: Path, chosen: labels.Structure | None, known: frozens
     if name not in ("seg", "baseline_seg"):
         return volume
     values = np.unique(volume.data)
+    if known and np.count_nonzero(values) == 1:
+        volume = replace(volume, warnings=(*volume.warnings, _one_alone(float(values[values != 0][0]), known)))
     several = np.count_nonzero(values) > 1 or (bool(known) and set(values[values != 0].tolist()) <= known)
     if np.array_equal(values, np.rint(values)) and several:
         labels.refuse_many([] if chosen else values.astype(int).tolist(), path)
         data = np.isin(volume.data, sorted(chosen.values)) if chosen else volume.data
         return Volume(data.astype(np.uint8), volume.affine, volume.warnings, volume.meta)
     return volume
+
+
+def _one_alone(value: float, known: frozenset[int]) -> str:
+    """Of a segmentation of one value, where several structures are asked for: what it is taken for may be wrong."""
+    taken = "counts as that structure" if value in known else "is none of the label's values, and is compared with all"
+    return f"its only value, {value:g}, {taken}; of a result of one structure choose that one alone (--label-classes)"
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -29,7 +29,7 @@ from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import Image
 from fastsrgan.model import weights as weight_files
 from fastsrgan.model.networks import Generator
-from fastsrgan.model.purpose import MODELS, Purpose, common, mask_names
+from fastsrgan.model.purpose import MODELS, Purpose, common, mask_names, weights_called
 from fastsrgan.volume.components import segment
 from fastsrgan.volume.geometry import Volume, spacing_of
 from fastsrgan.volume.oddities import on_zeros, outshone
@@ -188,10 +188,8 @@ class Loaded:
 
     @property
     def weights_name(self) -> str:
-        """For people: of the model that was chosen, or of the file."""
-        facts = self.model.facts
-        several = facts.get("averaged", ())
-        return self.chosen[0] or (f"mean of {len(several)} files" if several else Path(facts["path"]).name)
+        """For people."""
+        return weights_called(self.model.facts)
 
 
 def load(image: Image, job: ImageJob) -> Loaded | None:

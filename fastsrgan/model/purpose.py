@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import mapping
@@ -239,3 +240,17 @@ MODELS = {
         ),
     ),
 }
+
+
+def weight_files(weights: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of a record's facts about weights: the one file, or all that were averaged."""
+    several = weights.get("averaged")
+    return [one for one in several if isinstance(one, dict)] if isinstance(several, list) else [weights]
+
+
+def weights_called(weights: Mapping[str, Any]) -> str:
+    """The weights of a record for people: a model of the package by its name, others by file; all that are averaged."""
+    shipped = {model.file: name for name, model in MODELS.items()}
+    files = [Path(str(one.get("path"))).name for one in weight_files(weights)]
+    names = [shipped.get(file, file) for file in files]
+    return str(weights.get("name") or (names[0] if len(names) == 1 else f"mean of {' and '.join(names)}"))

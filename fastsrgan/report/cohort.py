@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fastsrgan.evaluate.figures import ALONE, FIGURES, name_of
 from fastsrgan.evaluate.grids import KNOWS, knows_truth
 from fastsrgan.evaluate.pair import summarise
 from fastsrgan.evaluate.plausibility import NO_PROOF
-from fastsrgan.model.purpose import Purpose
+from fastsrgan.model.purpose import Purpose, span
 from fastsrgan.report import sections
 from fastsrgan.report import viewer as stage
 from fastsrgan.report.collect import Result
@@ -119,7 +119,7 @@ def table(rows: Sequence[Row], known: dict[str, Any]) -> Html:
     columns = known["columns"]
     heads = [el("th", "", scope="col"), el("th", el("button", "result", type="button"), scope="col")]
     lit = [sections.light_of(row.result.record) for row in rows]
-    called = [sections.weights_called(row.result.record) for row in rows]
+    called = [sections.chosen_weights(row.result.record) for row in rows]
     several = len({name.partition(" (")[0] for name in called}) > 1
     heads += [el("th", el("button", "plausibility", type="button"), scope="col")] * any(lit)
     heads += [el("th", el("button", "weights", type="button"), scope="col")] * several
@@ -175,14 +175,16 @@ def at(tree: Any, path: str) -> Any:
     return tree
 
 
-def measured_tiles(measured: dict[str, Any], path: str) -> list[Html]:
-    """Key figures of a result without a truth."""
+def measured_tiles(measured: dict[str, Any], path: str, record: Mapping[str, Any]) -> list[Html]:
+    """Key figures of a result without a truth, the volume with the range that the weights of its record expect."""
+    expected = span(Purpose.of(record.get("made_for")).structure_ml)
     return [
         el(
             "li",
             el("span", name_of(key)),
             el("b", number(measured[key], path + pointer(key))),
             el("small", "segmentation"),
+            el("small", f"expected: {expected}") if expected and key == "volume_ml" else None,
         )
         for key in ALONE
         if key in measured

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import mapping, parse_json, read_json, real
+from fastsrgan.evaluate.figures import structure_line
 from fastsrgan.pictures.planes import find_panels
 from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer
 from fastsrgan.report.sections import card, facts_table, raw
@@ -28,8 +29,10 @@ CHARTS = (
     ("Gradient norms", ("g_gradient", "d_gradient"), "norm"),
     ("Time of an update", ("seconds",), "s"),
 )
+STRUCTURES = "Dice of each structure on the test subjects"  # a line for every one
 SCORES = (
     ("Dice on the test subjects", ("Dice", "Dice_label_1", "whole_Dice", "spline_Dice")),
+    (STRUCTURES, ()),
     (
         "PSNR on the test subjects, dB",
         ("PSNR", "PSNR_spline", "PSNR_linear", "whole_PSNR", "spline_PSNR", "linear_PSNR"),
@@ -40,7 +43,7 @@ SCORES = (
 # What a chart calls the columns of the log.
 LINES = {
     **dict.fromkeys(("Dice", "Dice_label_1", "PSNR", "SSIM", "MSE"), "patches"),
-    **dict.fromkeys(("PSNR_spline", "SSIM_spline"), "spline, patches"),
+    **dict.fromkeys(("PSNR_spline", "SSIM_spline"), "interpolation, patches"),
     **{"PSNR_linear": "best linear estimate, patches", "linear_PSNR": "best linear estimate, whole volumes"},
     **dict.fromkeys(("whole_Dice", "whole_PSNR", "whole_SSIM"), "whole volumes"),
     **dict.fromkeys(("spline_Dice", "spline_PSNR", "spline_SSIM"), "interpolation, whole volumes"),
@@ -91,18 +94,19 @@ def read_run(run: Path) -> dict[str, Any]:
 
 def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
     """Several runs laid over each other; facts of ``read_run`` lie at /runs/INDEX: a line of its own for each."""
-    plots = []
+    plots, scored = [], [v for facts in runs for v in facts["validation"]]
     for title, known in SCORES:
-        found = _columns(known, [v for facts in runs for v in facts["validation"]])
+        found = _columns(title, known, scored)
         own = list(dict.fromkeys(SAME.get(k, k) for k in found if not _of_baseline(k)))
         for key in own:
-            scored = [[_plain(_first(v, key)) for v in facts["validation"]] for facts in runs]
+            values_of = [[_plain(_first(v, key)) for v in facts["validation"]] for facts in runs]
             lines = [
                 Line(name, [v["epoch"] for v in facts["validation"]], values, number=i)
-                for i, (name, facts, values) in enumerate(zip(names, runs, scored, strict=True))
+                for i, (name, facts, values) in enumerate(zip(names, runs, values_of, strict=True))
                 if any(value is not None for value in values)
             ]
-            plots.append(line_chart(f"{title}: {LINES.get(key, key)}" if len(own) > 1 else title, lines, "epoch"))
+            whose = f": {_line_name(key)}" * (len(own) > 1 or title == STRUCTURES)
+            plots.append(line_chart(_titled(title, scored) + whose, lines, "epoch"))
     for title, columns, unit in CHARTS:
         for column in columns:
             lines = [
@@ -178,14 +182,14 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
     for title, known in SCORES:
         lines = [
             Line(
-                LINES.get(key, key),
+                _line_name(key),
                 [v["epoch"] for v in validation],
                 [_plain(v.get(key)) for v in validation],
                 _of_baseline(key),
             )
-            for key in _columns(known, validation)
+            for key in _columns(title, known, validation)
         ]
-        plots.append(line_chart(title, lines, "epoch"))
+        plots.append(line_chart(_titled(title, validation), lines, "epoch"))
     for title, names, unit in CHARTS:
         lines = [
             Line(LINES.get(name, name), facts["at"], facts["curves"][name]) for name in names if name in facts["curves"]
@@ -228,11 +232,20 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
     )
 
 
-def _columns(known: Sequence[str], validation: Sequence[dict[str, Any]]) -> list[str]:
-    """Of a chart's columns those that validations have, with the Dice of each structure by its name."""
+def _columns(title: str, known: Sequence[str], validation: Sequence[dict[str, Any]]) -> list[str]:
+    """Of a chart's columns those that validations have."""
     found = dict.fromkeys(k for v in validation for k in v)
-    named = [k for k in found if "Dice" in known and k.startswith(("Dice_", "whole_Dice_"))]
-    return [k for k in dict.fromkeys((*known, *named)) if k in found and not k.startswith("Dice_mask")]
+    return [k for k in found if structure_line(k)] if title == STRUCTURES else [k for k in known if k in found]
+
+
+def _titled(title: str, validation: Sequence[dict[str, Any]]) -> str:
+    """A chart's title; of several structures the segmentation is the first's."""
+    first = title.startswith("Dice on") and any(structure_line(k) for v in validation for k in v)
+    return f"{title}, segmentation of the first structure" if first else title
+
+
+def _line_name(key: str) -> str:
+    return LINES.get(key) or structure_line(key) or key
 
 
 def _first(validation: Mapping[str, Any], key: str) -> Any:

@@ -113,6 +113,8 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str = "
     xs = [x for line in lines for x, y in zip(line.x, line.y, strict=True) if y is not None]
     ys = [y for line in lines for y in line.y if y is not None]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    if all(float(x).is_integer() for x in xs):  # epochs, updates
+        x_ticks = [x for x in x_ticks if float(x).is_integer()] or x_ticks
     x_range, y_range = _range(xs, []), _range(ys, y_ticks)
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -162,10 +164,11 @@ def _line(line: Line, index: int, at) -> Html:
 
 def _axes(at, x_ticks, y_ticks, x_range, y_range, x_label: str, y_label: str) -> Html:
     parts = []
+    digits = next((d for d in range(5, 12) if len({shown(v, d) for v in y_ticks}) == len(y_ticks)), 12)
     for value in y_ticks:
         _, y = at(x_range[0], value)
         parts.append(el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"))
-        parts.append(el("text", shown(value, 5), x=LEFT - 7, y=f"{y + 4:.1f}", class_="tick end"))
+        parts.append(el("text", shown(value, digits), x=LEFT - 7, y=f"{y + 4:.1f}", class_="tick end"))
     for value in x_ticks:
         x, y = at(value, y_range[0])
         parts.append(el("text", shown(value, 5), x=f"{x:.1f}", y=f"{y + 16:.1f}", class_="tick middle"))

@@ -323,7 +323,7 @@ def _before(facts: dict[str, Any], warnings: list[str]) -> Html:
         one, at = facts["results"][0], pointer("results", 0)
         tiles = sections.tiles(one["scores"], at + "/scores") if one["scores"] else []
         if one["measured"] and not one["scores"]:
-            tiles = cohort.measured_tiles(one["measured"], at + "/measured")
+            tiles = cohort.measured_tiles(one["measured"], at + "/measured", one["record"])
         tiles += sections.doubt_tiles(one["record"], at + "/record")
         parts.append(el("ul", tiles, class_="tiles") if tiles else None)
         parts.append(sections.trust_line(one["record"]))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import mapping
 from fastsrgan.evaluate.figures import FIGURES, name_of
 from fastsrgan.evaluate.plausibility import GREEN, NO_PROOF, RED, YELLOW
-from fastsrgan.model.purpose import MODELS, Purpose, mask_names
+from fastsrgan.model.purpose import Purpose, mask_names, weight_files, weights_called
 from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer
 
 LIGHTS = (GREEN, YELLOW, RED)
@@ -136,7 +135,7 @@ def trust_line(record: Mapping[str, Any]) -> Html | None:
     light, words = found
     purpose = Purpose.of(record.get("made_for"))
     words = words or f"the scan and the result look like what the weights were made for: {NO_PROOF}"
-    made = f"Segmented: {purpose.line(segmented(record))}. Weights: {weights_called(record)}."
+    made = f"Segmented: {purpose.line(segmented(record))}. Weights: {chosen_weights(record)}."
     return el("p", "Plausibility ", light_word(light), f": {words}. {made}", class_="trust")
 
 
@@ -149,14 +148,10 @@ def segmented(record: Mapping[str, Any]) -> str:
     return purpose.structure + f" (mask image also: {', '.join(others)})" * bool(others)
 
 
-def weights_called(record: Mapping[str, Any]) -> str:
-    """The weights of a result for people: a model of the package by its name and why it was chosen, others by file."""
+def chosen_weights(record: Mapping[str, Any]) -> str:
+    """The weights of a result for people, and why they were chosen."""
     weights = record["weights"]
-    shipped = {model.file: name for name, model in MODELS.items()}
-    files = [Path(str(one.get("path"))).name for one in weight_files(weights)]
-    names = [shipped.get(file, file) for file in files]
-    why = f" ({weights['chosen']})" if weights.get("chosen") else ""
-    return (weights.get("name") or (names[0] if len(names) == 1 else f"mean of {' and '.join(names)}")) + why
+    return weights_called(weights) + (f" ({weights['chosen']})" if weights.get("chosen") else "")
 
 
 def facts_table(rows: Sequence[tuple[str, object]]) -> Html:
@@ -202,12 +197,6 @@ def _agreement(agree: Any, at: str) -> Html | None:
         if _is_number(before)
         else None,
     )
-
-
-def weight_files(weights: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """One weight file, or all that were averaged."""
-    several = weights.get("averaged")
-    return [w for w in several if isinstance(w, dict)] if isinstance(several, list) else [weights]
 
 
 def _weights(weights: Mapping[str, Any]) -> list[tuple[str, object]]:

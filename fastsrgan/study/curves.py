@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import is_special, parse_json, short_names
 from fastsrgan.errors import InputError, UsageError
+from fastsrgan.evaluate.figures import dice_name, dices_of_structures, mean_dice, structure_line
 from fastsrgan.study.plots import GREY_LINE, Panel, PlotLine
 
 LOG = "log.jsonl"
@@ -44,7 +45,8 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def curves(run: Path) -> dict[str, Any]:
     """``rows``: one per epoch with its validation scores and the means of its losses; ``best``: the epoch of highest
-    Dice, whose weights the paper keeps; ``updates`` and the panels of the figure."""
+    Dice (``dice_is``: of several structures their mean), whose weights the paper keeps; ``updates`` and the panels of
+    the figure."""
     updates, validations = read_log(run)
     epochs = sorted({r["epoch"] for r in updates} | {r["epoch"] for r in validations})
     scores = {r["epoch"]: r["validation"] for r in validations}
@@ -58,8 +60,9 @@ def curves(run: Path) -> dict[str, Any]:
             if values:
                 row[name] = statistics.fmean(values)
         rows.append(row | {"updates": len(mine)})
-    dice = [(row["Dice"], row["epoch"]) for row in rows if "Dice" in row]
-    best = None if not dice else {"epoch": max(dice, key=lambda d: (d[0], -d[1]))[1], "Dice": max(dice)[0]}
+    told = [(mean_dice(row), -row["epoch"], dice_name(len(dices_of_structures(row)))) for row in rows]
+    value, epoch, named = max((one for one in told if one[0] is not None), default=(None, 0, ""))
+    best = None if value is None else {"epoch": -epoch, "Dice": value, "dice_is": named}
     return {"rows": rows, "best": best, "updates": len(updates), "panels": _panels(rows, updates)}
 
 
@@ -84,33 +87,44 @@ def overlaid(runs: Sequence[Path]) -> dict[str, Any]:
         {"name": name, "path": str(run), "best": one["best"], "updates": one["updates"]}
         for (name, one), run in zip(made.items(), runs, strict=True)
     ]
+    shown = {name: [_of_all(row) for row in one["rows"]] for name, one in made.items()}
+    named = list(dict.fromkeys(one["best"]["dice_is"] for one in made.values() if one["best"]))
     panels = []
     for title, keys in OVERLAID:
         lines = []
-        for number, (name, one) in enumerate(made.items()):
-            key = next((k for k in keys if any(_is_number(row.get(k)) for row in one["rows"])), None)
+        for number, (name, rows) in enumerate(shown.items()):
+            key = next((k for k in keys if any(_is_number(row.get(k)) for row in rows)), None)
             if key is not None:
-                lines.append(PlotLine(name, *_xy(one["rows"], "epoch", key), number=number))
+                lines.append(PlotLine(name, *_xy(rows, "epoch", key), number=number))
             base = f"spline_{key.removeprefix('whole_')}" if key and key.startswith("whole_") else ""
-            x, y = _xy(one["rows"], "epoch", base)
+            x, y = _xy(rows, "epoch", base)
             if x and number == 0:
                 lines.append(PlotLine("interpolation", x, y, style="baseline", number=GREY_LINE))
+        title = " / ".join(named) if title == "Dice" and named else title
         panels.append(Panel(title, "epoch", lines))
     rows = [{"run": name} | row for name, one in made.items() for row in one["rows"]]
-    return {"rows": rows, "runs": told, "panels": [panels[:3], panels[3:]]}
+    return {"rows": rows, "runs": told, "panels": _rows_of(panels)}
+
+
+def _of_all(row: dict[str, Any]) -> dict[str, Any]:
+    """A row in which the Dice of several structures is their mean, and the interpolation of the first is left out."""
+    if not dices_of_structures(row):
+        return row
+    return {k: v for k, v in row.items() if k != "spline_Dice"} | {
+        f"{part}Dice": mean_dice(row, part) for part in ("whole_", "") if dices_of_structures(row, part)
+    }
 
 
 def _panels(rows: list[dict[str, Any]], updates: list[dict[str, Any]]) -> list[list[Panel]]:
+    known = dict.fromkeys(k for row in rows for k in row)
+    each = [PlotLine(name, *_xy(rows, "epoch", k), number=i) for i, (k, name) in enumerate(_structures(known))]
+    first = "Dice, segmentation of the first structure" if each else "Dice"
     panels = []
-    for title, endings in (("Dice", ("Dice", "Dice_label_1")), ("PSNR, dB", ("PSNR", "PSNR_spline", "PSNR_linear"))):
-        keys = dict.fromkeys(k for row in rows for k in row if k.endswith(endings))
-        lines = [
-            PlotLine(_called(key), *_xy(rows, "epoch", key), style="baseline", number=GREY_LINE)
-            if "spline" in key or "linear" in key
-            else PlotLine(_called(key), *_xy(rows, "epoch", key), number=i)
-            for i, key in enumerate(keys)
-        ]
+    for title, endings in ((first, ("Dice", "Dice_label_1")), ("PSNR, dB", ("PSNR", "PSNR_spline", "PSNR_linear"))):
+        keys = [k for k in known if k.endswith(endings) and not structure_line(k)]
+        lines = [PlotLine(_called(key), *_xy(rows, "epoch", key), **_drawn(key)) for key in keys]
         panels.append(Panel(title, "epoch", lines))
+    panels += [Panel("Dice of each structure", "epoch", each)] * bool(each)
     losses, number = [], 2
     for who, names in SHOWN.items():
         lines = []
@@ -119,16 +133,34 @@ def _panels(rows: list[dict[str, Any]], updates: list[dict[str, Any]]) -> list[l
             if x:
                 lines.append(PlotLine(name, x, y, number=number))
                 number += 1
-        losses.append(Panel(f"{who}, losses", "update", lines))
-    return [panels, losses]
+        if lines:  # none of the critic in a training without one
+            losses.append(Panel(f"{who}, losses", "update", lines))
+    return [panels, losses] if losses else [panels]
+
+
+def _rows_of(panels: Sequence[Panel]) -> list[list[Panel]]:
+    """Scores, and below them the losses that there are: without a critic it has none."""
+    losses = [panel for panel in panels[3:] if panel.lines]
+    return [list(panels[:3]), losses] if losses else [list(panels[:3])]
+
+
+def _structures(keys: Iterable[str]) -> list[tuple[str, str]]:
+    """Column and name of the Dice of each of several structures."""
+    return [(key, name) for key in keys if (name := structure_line(key))]
 
 
 def _called(key: str) -> str:
-    """Dice of patches, of whole volumes and of the spline share a colour with their PSNR."""
+    """Dice of patches, of whole volumes and of the spline are called as their PSNR."""
     who = {"whole": "whole volumes", "spline": "interpolation, whole volumes"}
     who |= {"linear": "best linear estimate, whole volumes"}
     patches = {"PSNR_spline": "interpolation, patches", "PSNR_linear": "best linear estimate, patches"}
     return patches[key] if key in patches else who.get(key.split("_", 1)[0], "patches (paper figure 6)")
+
+
+def _drawn(key: str) -> dict[str, Any]:
+    """Patches in one colour, whole volumes in another; what needs no network in the same, by its dashes."""
+    style = "baseline" if "spline" in key else "linear" if "linear" in key else "data"
+    return {"style": style, "number": int(key.startswith(("whole_", "spline_", "linear_")))}
 
 
 def _xy(rows: list[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:

@@ -29,6 +29,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GREY = "#8a8a8a"
 MARKERS = "osD^vP"
 MOST_TICKS = 6  # measured places that get the ticks of the axis
+STROKES = {"baseline": "--", "linear": "-."}  # of the lines that need no network
+LEGEND_INCHES = (0.6, 0.063)  # of an entry beside its words, and of a letter of them
 GREY_LINE = -1  # the number of a line that needs no colour of its own
 
 
@@ -36,8 +38,8 @@ GREY_LINE = -1  # the number of a line that needs no colour of its own
 class PlotLine:
     """Values ``y`` at ``x``; ``sd`` draws error bars.
 
-    style : "data" (coloured, by ``number``), "baseline" (dashed; one point becomes a level), "paper" (grey crosses) or
-        "fit" (thin line without points)
+    style : "data" (coloured, by ``number``), "baseline" (dashed; one point becomes a level), "linear" (the best linear
+        estimate: dashes and dots), "paper" (grey crosses) or "fit" (thin line without points)
     """
 
     name: str
@@ -85,8 +87,11 @@ def draw(base: str | os.PathLike, rows: Sequence[Sequence[Panel]], title: str, f
     # In the order of the lines, not of the panels that hold them.
     names = sorted(handles, key=lambda name: handles[name][0])
     if names:
+        across = figure.get_figwidth() / (LEGEND_INCHES[0] + LEGEND_INCHES[1] * max(map(len, names)))
+        ncols = min(4, len(names), max(1, int(across)))
+        figure.set_figheight(figure.get_figheight() + 0.18 * (-(-len(names) // ncols) - 1))
         figure.legend(
-            [handles[n][1] for n in names], names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8,
+            [handles[n][1] for n in names], names, loc="outside lower center", ncols=ncols, fontsize=8,
             frameon=False, title=footer or None, title_fontsize=8,
         )  # fmt: skip
     paths = [Path(f"{base}.png"), Path(f"{base}.svg")]
@@ -109,7 +114,7 @@ def _panel(axes: Any, panel: Panel) -> dict[str, tuple[int, Any]]:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for line in panel.lines:
-        place = ["data", "fit", "baseline", "paper"].index(line.style) * 100 + line.number
+        place = ["data", "fit", "baseline", "linear", "paper"].index(line.style) * 100 + line.number
         handles[line.name] = (place, _line(axes, line))
     if panel.log_x:
         axes.set_xscale("log")
@@ -138,17 +143,17 @@ def _wide(panel: Panel) -> bool:
 
 def _line(axes: Any, line: PlotLine) -> Any:
     colour = GREY if line.number == GREY_LINE else COLOURS[line.number % len(COLOURS)]
-    if line.style == "baseline" and len(line.x) < 2:
-        return axes.axhline(line.y[0], color=colour, linestyle="--", linewidth=1.2)
+    if line.style in STROKES and len(line.x) < 2:
+        return axes.axhline(line.y[0], color=colour, linestyle=STROKES[line.style], linewidth=1.2)
     if line.style == "paper":
         return axes.plot(line.x, line.y, color=GREY, linestyle=":", marker="x", linewidth=1, markersize=5)[0]
     if line.style == "fit":
         return axes.plot(line.x, line.y, color=colour, linewidth=1, linestyle=":")[0]
     bars = [s or 0 for s in line.sd] if any(s is not None for s in line.sd) else None
-    dashed, crowded = line.style == "baseline", len(line.x) > 40
-    marker = None if dashed or crowded else MARKERS[line.number % len(MARKERS)]
+    strokes, crowded = STROKES.get(line.style, "-"), len(line.x) > 40
+    marker = None if line.style in STROKES or crowded else MARKERS[line.number % len(MARKERS)]
     return axes.errorbar(
-        line.x, line.y, yerr=bars, color=colour, marker=marker, linestyle="--" if dashed else "-", markersize=4,
+        line.x, line.y, yerr=bars, color=colour, marker=marker, linestyle=strokes, markersize=4,
         linewidth=1.4, capsize=2.5, elinewidth=0.9,
     )  # fmt: skip
 

@@ -97,14 +97,9 @@ def markdown(facts: dict[str, Any], title: str) -> str:
     parts = [f"# {title}", f"![{title}]({kind}.png)", _table(shown_rows(facts))]
     if "runs" in facts:
         for run in facts["runs"]:
-            best = run["best"]
-            told = f" Best Dice {best['Dice']:.4f} at epoch {best['epoch']}." if best else ""
-            parts.append(f"{run['name']}: {run['path']}, {run['updates']} updates.{told}")
+            parts.append(f"{run['name']}: {run['path']}, {run['updates']} updates.{_best(run['best'])}")
     elif kind == "curves":
-        best = facts["best"]
-        parts.append(
-            f"Run: {facts['run']}." + (f" Best Dice {best['Dice']:.4f} at epoch {best['epoch']}." if best else "")
-        )
+        parts.append(f"Run: {facts['run']}.{_best(facts['best'])}")
     else:
         low = {" x ".join(f"{r:g}" for r in row["low_res"]) for row in facts["rows"]}
         models = "; ".join(f"{m['name']} (SHA-256 {m['sha256'][:12]})" for m in facts["models"])
@@ -121,6 +116,10 @@ def markdown(facts: dict[str, Any], title: str) -> str:
     if quoted:
         parts += ["## The paper's own data", facts["paper"]["source"] + ".", _table(quoted)]
     return "\n\n".join(parts) + "\n"
+
+
+def _best(best: dict[str, Any] | None) -> str:
+    return f" Best {best['dice_is']} {best['Dice']:.4f} at epoch {best['epoch']}." if best else ""
 
 
 def _table(rows: Sequence[dict[str, str]]) -> str:

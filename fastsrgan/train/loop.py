@@ -27,6 +27,7 @@ from fastsrgan.core.signals import StopRequest
 from fastsrgan.core.system import peak_memory
 from fastsrgan.data.pool import Pool, Resident
 from fastsrgan.errors import InputError, ResourceError
+from fastsrgan.evaluate.figures import dice_name, dices_of_structures, mean_dice
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import Generator
 from fastsrgan.model.weights import BEST
@@ -40,6 +41,7 @@ from fastsrgan.train.validate import Stopped, sample_patch, validate, validate_w
 log = logging.getLogger("fastsrgan")
 
 LOST = 0.01  # Dice, or part of the label's size, below which a segmentation counts as none
+WHOLE = ("whole_", "spline_", "linear_")  # how the scores of whole volumes begin
 WORSE_DB = 0.5  # below the spline from which an image counts as damaged
 BEST_BY = {  # what chose the best weights (``score``), as the last line of a training says it
     "both": "{named} plus gain {score:.4f} ({named} {dice:.4f})",
@@ -317,7 +319,7 @@ def end_epoch(run: Run, epoch: int, stop: StopRequest) -> bool:
         return False
     warning = judge(run, epoch, scores)
     if "whole_PSNR" in scores and run.first:
-        whole = {name: value for name, value in scores.items() if name.startswith(("whole_", "spline_", "linear_"))}
+        whole = {name: value for name, value in scores.items() if name.startswith(WHOLE)}
         run.progress.tell("validation of whole volumes", whole_line(epoch, whole), epoch=epoch, **whole)
     if run.log is not None and scores:
         run.log.epoch(epoch, scores, warning)
@@ -354,7 +356,10 @@ def judge(run: Run, epoch: int, scores: dict[str, float]) -> str:
         at.best, at.best_epoch, at.best_dice, at.stale = value, epoch, mean_dice(scores), 0
         write_weights(run, run.folder / BEST, {"epoch": epoch, **scores})
     if run.first:
-        facts = {"epoch": epoch, **scores, "score": value, "best": at.best, "best_epoch": at.best_epoch}
+        patches = {
+            name: v for name, v in scores.items() if not name.startswith(WHOLE)
+        }  # the others have their own line
+        facts = {"epoch": epoch, **patches, "score": value, "best": at.best, "best_epoch": at.best_epoch}
         run.progress.tell("validation", validation_line(epoch, scores, at.best_epoch or epoch), **facts)
     warning = collapse(scores, run.scores)
     if warning and run.first:
@@ -368,22 +373,6 @@ def best_so_far(run: Run) -> dict[str, Any]:
     at, by = run.position, run.config.best_by
     named = dice_name(len(run.structures))
     return {"best": at.best, "best_by": by, "best_epoch": at.best_epoch, "best_dice": at.best_dice, "dice_is": named}
-
-
-def dices_of_structures(scores: dict[str, float]) -> list[float]:
-    """The Dice of each of several structures of a label map; the classes of a Mask_image do not count."""
-    return [v for k, v in scores.items() if k.startswith("Dice_") and not k.startswith(("Dice_mask", "Dice_label"))]
-
-
-def mean_dice(scores: dict[str, float]) -> float | None:
-    """Mean Dice of several structures, or that of the label."""
-    named = dices_of_structures(scores)
-    return float(np.mean(named)) if named else scores.get("Dice", scores.get("Dice_label_1"))
-
-
-def dice_name(structures: int) -> str:
-    """What ``mean_dice`` is of."""
-    return f"mean Dice of {structures} structures" if structures else "Dice"
 
 
 def score(scores: dict[str, float], best_by: str) -> float | None:
