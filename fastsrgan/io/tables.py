@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastsrgan.core.files import is_special, url_of
-from fastsrgan.errors import FastsrganError, InputError
+from fastsrgan.errors import FastsrganError, InputError, counted
 from fastsrgan.io.formats import SUFFIXES
 from fastsrgan.io.nifti_voxels import pointer_of
 
@@ -90,7 +90,8 @@ def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, nee
     for line, cells in records[1:]:
         cells = [cell.strip() for cell in cells]
         if len(cells) > len(header):
-            faults.append((line, f"{len(cells)} fields under {len(header)} columns, quote paths that hold a separator"))
+            fields, columns = counted(len(cells), "field"), counted(len(header), "column")
+            faults.append((line, f"{fields} under {columns}, quote paths that hold a separator"))
             continue
         values = dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=True))
         row, row_faults = _row(line, values, csv_path, base_path, need_label)
@@ -335,7 +336,8 @@ def _row(
 
 
 def _locate(text: str, table: Path, base_path: str | None) -> Path:
-    """The absolute path meant by a cell: the first candidate that exists, else the first. A URL stays what it is."""
+    """The absolute path meant by a cell: the first candidate that exists, else the first; below ``base_path`` where
+    that is a folder. A URL stays what it is."""
     if url_of(text):
         return Path(text)
     text = os.path.expanduser(text) if text.startswith("~") and not base_path else text
@@ -346,7 +348,8 @@ def _locate(text: str, table: Path, base_path: str | None) -> Path:
         candidates = [table.absolute().parent / text, Path(text)]
     # One letter with an accent is one sign or two: tables and disks of other systems differ in that.
     spelt = [Path(unicodedata.normalize(form, str(c))) for form in ("NFC", "NFD") for c in candidates]
-    return Path(os.path.abspath(next((c for c in [*candidates, *spelt] if os.path.exists(c)), candidates[0])))
+    meant = candidates[bool(base_path and os.path.isdir(base_path))]
+    return Path(os.path.abspath(next((c for c in [*candidates, *spelt] if os.path.exists(c)), meant)))
 
 
 def _repetitions(rows: list[TableRow]) -> list[tuple[int, str]]:

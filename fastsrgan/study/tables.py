@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import atomic_write, write_json
+from fastsrgan.errors import counted
 from fastsrgan.evaluate.figures import columns
 from fastsrgan.study.data import DICE_OF, OWN
 from fastsrgan.study.plots import Panel, draw
@@ -99,7 +100,7 @@ def markdown(facts: dict[str, Any], title: str) -> str:
         for run in facts["runs"]:
             best = run["best"]
             told = f" Best Dice {best['Dice']:.4f} at epoch {best['epoch']}." if best else ""
-            parts.append(f"{run['name']}: {run['path']}, {run['updates']} updates.{told}")
+            parts.append(f"{run['name']}: {run['path']}, {counted(run['updates'], 'update')}.{told}")
     elif kind == "curves":
         best = facts["best"]
         parts.append(
