@@ -228,6 +228,8 @@ class ItkFile(NiftiFile):
             stream = (GzipStream if zipped else ZlibStream)(opened.file, path, opened.size)
             if (n := _read_to_end(stream, self.declared_bytes)) < self.declared_bytes:
                 self._short(n)
+        if n > self.declared_bytes:
+            self.warnings.append(ignored(n - self.declared_bytes, "the last voxel"))
         if 0 < (declared := _number(fields.get(b"compresseddatasize"))) < stream.end - at:
             told = f"the header declares {declared} packed bytes, there are {stream.end - at}"
             raise InputError(self.path, f"damaged: {told}", COPY_AGAIN)
