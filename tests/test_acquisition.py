@@ -168,3 +168,47 @@ def test_a_named_profile_is_taken_as_it_is():
         assumed("sinc", None, 6.0, 1.0)
     with pytest.raises(UsageError, match="slice thickness"):
         assumed("auto", 0.0, 6.0, 1.0)
+
+
+def test_the_weight_that_is_expected_is_the_one_that_was_found_at_two_ratios():
+    """At 3 % noise 4 to 6 at ratio 3 and 1 to 2 at ratio 6 (decision 023); never below that of a guessed profile."""
+    assert 4 < acquisition.expected_weight(0.03, 3) < 6 and 1 < acquisition.expected_weight(0.03, 6) < 2
+    assert acquisition.expected_weight(0.03, 3) == 4.94 and acquisition.expected_weight(0.06, 3) == 19.8
+    assert acquisition.expected_weight(0.0, 3) == acquisition.expected_weight(0.001, 3) == PROFILE_GUESSED
+
+
+def test_a_spacing_is_the_thickness_that_is_not_said():
+    """Thicker slices than they are apart are taken as they are."""
+    guess = assumed("auto", None, 6.0, 2.0)
+    assert (guess.profile, guess.width_mm, guess.thickness_mm) == ("gaussian", pytest.approx(4.8), 6.0)
+    assert assumed("auto", 9.0, 6.0, 3.0).width_mm == pytest.approx(7.2)
+    assert assumed("box", 9.0, 6.0, 3.0).width_mm == assumed("gaussian", 9.0, 6.0, 3.0).thickness_mm == 9.0
+
+
+def test_without_noise_the_weight_is_the_smallest_and_what_is_missing_is_told():
+    flat = np.full((40, 40, 9), 100.0)
+    flat += np.linspace(0, 50, 9)  # nothing within the slices
+    seen = observation((40, 40, 9), (1, 1, 3), (40, 40, 27), (1, 1, 1))
+    found = choose_weight(flat, seen, 2, floor=0.25)
+    assert found.w == 0.25 and found.noise == 0 and found.missing > 0.1  # found: 0.6
+
+
+def test_weights_at_their_ends_are_those_of_the_decision():
+    """Decision 023: with a named profile and with a guessed one, where the noise cannot be told, and the largest."""
+    assert [assumed(profile, None, 6.0, 1.0).floor for profile in ("auto", "gaussian", "box")] == [0.03, 0.003, 0.003]
+    little, seen = np.ones((6, 7, 9)), observation((6, 7, 9), (1, 1, 3), (6, 7, 27), (1, 1, 1))
+    assert choose_weight(little, seen, 2).w == 0.1
+    noise, seen = np.full((40, 40, 9), 100.0), observation((40, 40, 9), (1, 1, 3), (40, 40, 27), (1, 1, 1))
+    assert choose_weight(noise, seen, 2).w == 0.003
+    noise += np.random.default_rng(0).normal(size=noise.shape)
+    assert choose_weight(noise, seen, 2).w == 10.0
+
+
+def test_what_is_missing_is_judged_without_the_noise_and_inside_tissue_alone():
+    (clean, seen, _), (noisy, _, _) = acquire(), acquire(noise=0.06)
+    judged = [missing_sd(scan, seen, noise) for scan, noise in ((clean, 0.0), (noisy, 0.06), (noisy, 0.0))]
+    # Found: 0.026, 1.11
+    assert judged[1] == pytest.approx(judged[0], rel=0.05) and judged[2] > 1.08 * judged[0]
+    left = np.where(clean > 0.1, np.float32(0.01), np.float32(0))
+    dirty = np.where(clean < 0.01, np.float32(5), left)  # what a result holds in air
+    assert lacking_sd(dirty, clean, seen, 2) == lacking_sd(left, clean, seen, 2) > 0.02  # found: 0.021

@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,6 +97,22 @@ def test_a_level_equals_a_plain_run_at_its_step(window, n, poisoned):
     assert [level["tiles"] for level in facts["levels"]] == [len(p) for p in plans]
     assert list(itertools.accumulate(level["new_tiles"] for level in facts["levels"])) == [len(p) for p in plans]
     assert facts["tiles_network"] == len(plans[-1]), "no tile twice"
+
+
+@pytest.mark.parametrize("budget", [0, 1e6])
+def test_a_region_within_a_budget_is_that_of_a_plain_run(budget):
+    """Elsewhere the volume itself and no probability, in the first level as in the last."""
+    mask = np.zeros(VOLUME.shape, bool)
+    mask[3:9, 20:28, 10:14] = True
+    region = tiles.from_mask(mask, [np.arange(n) for n in VOLUME.shape])
+    plan = PLANS[-1 if budget else 0]
+    plain, counted = predict(VOLUME, plan, TileNetwork(Local(), 1.0), region=region)
+    found, facts = anytime.refine(VOLUME, LEVELS, TileNetwork(Local(), 1.0), budget, region=region)
+    inside = torch.from_numpy(mask)
+    assert torch.equal(found[0][~inside], VOLUME[~inside]) and not found[1][~inside].any()
+    # Found: 1.8e-7, 3e-7 (rounding)
+    assert (found[0] - plain[0]).abs().max() < 1e-6 and (found[1] - plain[1]).abs().max() < 2e-6
+    assert facts["tiles_outside"] == counted["tiles_outside"] > 0
 
 
 def test_a_level_equals_a_plain_run_with_a_real_network(generator):

@@ -17,7 +17,7 @@ from fastsrgan.infer import bids as bids_module
 from fastsrgan.infer.bids import STAGE, evaluate_bids, infer_bids
 from fastsrgan.infer.files import SomeFailed, infer_files
 from fastsrgan.io import nifti as images
-from fastsrgan.io.bids import SUFFIXES, check_derivatives, find_bids, parse, sidecar, stated
+from fastsrgan.io.bids import SUFFIXES, check_derivatives, description, find_bids, parse, sidecar, stated
 from fastsrgan.model import weights
 from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 
@@ -348,3 +348,149 @@ def test_outside_a_dataset_nothing_is_inherited(dataset):
     write_json(dataset / "T2w.json", {"SliceThickness": 2.0})
     (dataset / "dataset_description.json").unlink()
     assert stated(dataset / NAMES[2], "SliceThickness")[0] is None
+
+
+ORDER = ("sub", "ses", "task", "acq", "ce", "rec", "run", "echo", "part", "chunk", "space", "seg", "res", "den")
+ORDER += ("label", "desc")
+
+
+def listed(root, stem, suffix="T1w", sources=("bids:raw:a",), **more):
+    """An image of a derivatives dataset with its sidecar."""
+    folder = root / "sub-1" / "anat"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}_{suffix}.nii.gz"
+    path.touch()
+    meta = {"Sources": list(sources), "SpatialReference": "orig", "SkullStripped": True} | more
+    write_json(sidecar(path), {key: value for key, value in meta.items() if value is not None})
+    return path
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A derivatives dataset without a fault."""
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a").touch()
+    root = tmp_path / "d"
+    root.mkdir()
+    links = {"raw": "../raw", "web": "https://host/raw", "file": f"file://{tmp_path}/raw"}
+    said = {"Name": "d", "BIDSVersion": "1.10.0", "DatasetType": "derivative", "GeneratedBy": [{"Name": "x"}]}
+    write_json(root / "dataset_description.json", said | {"DatasetLinks": links})
+    listed(root, "sub-1_" + "_".join(f"{key}-1" for key in ORDER[2:]))
+    assert check_derivatives(root) == []
+    return root
+
+
+def test_every_two_neighbours_of_the_entities_have_their_order(made):
+    for k in range(2, len(ORDER) - 1):
+        path = listed(made, f"sub-1_{ORDER[k + 1]}-1_{ORDER[k]}-1")
+        (fault,) = check_derivatives(made)
+        assert fault.endswith(": entities twice or out of order")
+        path.unlink()
+    listed(made, "sub-1_acq-1_acq-1")
+    assert len(check_derivatives(made)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        *(({key: None}, [f"its JSON has no {key}"]) for key in ("SpatialReference", "SkullStripped")),
+        ({"Sources": "bids:raw:a"}, []),
+        ({"Sources": ["bids:raw:a", "bids:raw:b"]}, ["source bids:raw:b is not there"]),
+        ({"Sources": ["bids:other:a"]}, ["source bids:other:a is not there"]),
+        ({"Sources": ["raw/a"]}, ["source raw/a is not there"]),
+        ({"Sources": ["bids:web:b", "bids:file:a", "bids::dataset_description.json"]}, []),
+        (
+            {"Sources": ["bids:file:b", "bids::raw"]},
+            ["source bids:file:b is not there", "source bids::raw is not there"],
+        ),
+    ],
+)
+def test_sidecars_name_sources_that_are_there(made, change, told):
+    path = listed(made, "sub-1_acq-2", **change)
+    assert check_derivatives(made) == [f"{path.relative_to(made)}: {fault}" for fault in told]
+
+
+def test_segmentations_need_a_table_and_no_word_of_the_skull(made):
+    path = listed(made, "sub-1_desc-x", "dseg", SkullStripped=None)
+    assert check_derivatives(made) == [f"{path.relative_to(made)}: no table of its labels beside it"]
+    sidecar(path).with_suffix(".tsv").touch()
+    listed(made, "sub-1_desc-x", "probseg", SkullStripped=None)
+    assert check_derivatives(made) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"Name": ""}, "no Name"),
+        ({"BIDSVersion": None}, "no BIDSVersion"),
+        ({"GeneratedBy": [{"Name": "x"}, {"Version": "1"}]}, "GeneratedBy without a Name"),
+        ({"GeneratedBy": {"Name": "x"}}, "GeneratedBy without a Name"),
+    ],
+)
+def test_a_description_has_its_fields(made, changes, told):
+    _described(made, **changes)
+    assert check_derivatives(made) == [f"dataset_description.json: {told}"]
+
+
+def test_the_description_of_derivatives_is_what_the_rules_ask_for():
+    assert description("mine", "1.2", {"raw": "../raw", "b": "https://host/b"}) == {
+        "Name": "mine",
+        "BIDSVersion": "1.10.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "fastsrgan", "Version": "1.2"}],
+        "SourceDatasets": [{"URL": "../raw"}, {"URL": "https://host/b"}],
+        "DatasetLinks": {"raw": "../raw", "b": "https://host/b"},
+    }
+
+
+def test_what_is_made_of_an_image_keeps_its_entities_and_has_its_own_desc(tmp_path):
+    image = parse(tmp_path / "sub-1_ses-a_run-2_desc-old_T2w.nii.gz")
+    assert str(image.derived("sr")) == "sub-1/ses-a/anat/sub-1_ses-a_run-2_desc-sr_T2w.nii.gz"
+    assert str(image.derived("x", "dseg", ".tsv")) == "sub-1/ses-a/anat/sub-1_ses-a_run-2_desc-x_dseg.tsv"
+
+
+def bare(root, *names):
+    """Files of a dataset that nobody opens."""
+    for name in names:
+        path = root / "/".join(part for part in name.split("_") if part[:4] in ("sub-", "ses-")) / "anat" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+def test_participants_and_sessions_are_known_with_and_without_their_prefix(tmp_path):
+    root = bare(tmp_path, "sub-1_ses-a_T1w.nii", "sub-1_ses-b_T1w.nii", "sub-2_ses-a_T1w.nii.gz", "sub-2_T1w.nii")
+    for sessions in (["a"], ["ses-a"]):
+        assert _names(find_bids(root, sessions=sessions)) == ["sub-1_ses-a_T1w.nii", "sub-2_ses-a_T1w.nii.gz"]
+    assert _names(find_bids(root, ["sub-2"], ["ses-a", "b"])) == ["sub-2_ses-a_T1w.nii.gz"]
+    assert _names(find_bids(root, ["2"])) == ["sub-2_T1w.nii", "sub-2_ses-a_T1w.nii.gz"]
+    with pytest.raises(InputError, match="no T1w image of participants 1 and sessions c"):
+        find_bids(root, ["1"], ["c"], ["T1w"])
+
+
+def test_of_many_participants_and_images_the_first_are_named(tmp_path, caplog):
+    root = bare(tmp_path, *(f"sub-{k:02d}_T1w.nii" for k in range(11)))
+    with pytest.raises(InputError) as error:
+        find_bids(root, ["x"])
+    assert error.value.hint == "there are " + ", ".join(f"{k:02d}" for k in range(10)) + ", ..."
+    bare(root, *(f"sub-00_run-{k}_bold.nii" for k in range(6)), "sub-00_dseg.nii")
+    (root / "sub-00" / "anat" / ".sub-00_T2w.nii").touch()
+    with caplog.at_level("INFO", "fastsrgan"):
+        assert len(find_bids(root)) == 11
+    assert "6 images are not taken: " in caplog.text and caplog.text.strip().endswith("(suffix bold), ...")
+    assert caplog.text.count("suffix bold") == 5
+    bare(root, "sub-00_desc-x_T1w.nii", "sub-00_desc-x_dseg.nii")
+    with pytest.raises(InputError, match=r"no T1w image of participants 00; there are .*\(no desc\)"):
+        find_bids(root, ["00"], suffixes=["T1w"], desc="y")
+    assert _names(find_bids(root, suffixes=["dseg"], desc="x")) == ["sub-00_desc-x_dseg.nii"]
+
+
+def test_images_come_by_their_path_whether_they_lie_in_sessions_or_not(tmp_path):
+    names = (
+        "sub-1_ses-b_T1w.nii",
+        "sub-1_ses-a_T2w.nii",
+        "sub-1_ses-a_T1w.nii",
+        "sub-2_T1w.nii",
+        "sub-3_ses-a_T1w.nii",
+    )
+    assert _names(find_bids(bare(tmp_path, *names))) == [names[k] for k in (2, 1, 0, 3, 4)]

@@ -182,6 +182,7 @@ def test_subjects_smaller_than_a_patch_are_told(tmp_path):
     thin = head(shape=(SIDE, SIDE, 6))
     store = cohort(tmp_path / "c", {"image": thin[0], "label": thin[1]}, {})
     assert small_subjects(store, PatchRule(16, 12)) == ["h0: 20 x 20 x 6 voxels are smaller than a patch of 16"]
+    assert small_subjects(store, PatchRule(6, 6)) == []
 
 
 # --- directions of the body ---------------------------------------------------------------------------------------

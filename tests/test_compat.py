@@ -368,3 +368,50 @@ def test_the_networks_own_result_is_asked_for_and_written_in_the_world_of_the_sc
     assert [volume.meta["stored_dtype"] for volume in found.values()] == ["float32", "float64", "float64"]
     expected = {"SR": some[0], "Cortex": some[1], "Mask": some[2:].argmax(0)}
     assert all(np.array_equal(found[kind].data, expected[kind]) for kind in found)
+
+
+def test_every_setting_reaches_the_engine(monkeypatch, scan, identity, tmp_path):
+    asked = []
+
+    def infer(data, affine, generator, **settings):
+        asked.append(settings)
+        return InferResult(data, data[None], affine, {})
+
+    monkeypatch.setattr(compat, "infer_volume", infer)
+    segment(scan, identity, tmp_path, step=4, geometry="physical", precision="bf16", by_batch=True, progress="p")
+    (found,) = asked
+    assert found == {
+        "batch": "auto", "agree": "off", "label": "scan.nii.gz", "patch": 16, "step": 4, "geometry": "physical",
+        "new_resolution": (0.5, 0.6, 1.0), "interpolate": None, "device": "cpu", "precision": "bf16", "progress": "p",
+    }  # fmt: skip
+    defaults = {p.name: p.default for p in inspect.signature(compat.segmentation).parameters.values()}
+    assert [defaults[name] for name in ("geometry", "series", "device", "precision", "interpolation_type")] == [
+        "segsrgan", None, "auto", "fp32", "Spline",
+    ]  # fmt: skip
+
+
+def test_zoomed_and_expanded_say_the_size_of_voxels_that_comes_out():
+    data = np.random.default_rng(0).random((4, 5, 6))
+    made, mm = compat.zoomed(data, (1.0, 1.0, 3.0), (0.5, 1.0, 1.0), 1)
+    assert made.shape == (8, 5, 18) and made.dtype == np.float32 and mm == (0.5, 1.0, 1.0)
+    made, mm = compat.expanded(data, (1.0, 1.0, 3.0), (0.6, 1.0, 1.0), "Linear")
+    assert made.shape == (8, 5, 18) and mm == (0.5, 1.0, 1.0)
+    for order, fine in ((0, True), (5, True), (6, False), (-1, False)):
+        if fine:
+            assert callable(compat.interpolation("scipy", "Spline", order))
+        else:
+            with pytest.raises(UsageError, match="0 to 5"):
+                compat.interpolation("scipy", "Spline", order)
+    assert compat.interpolation("scipy") is None is compat.interpolation("scipy", "Spline", 3, "physical")
+
+
+def test_an_unusable_image_is_named_by_its_path(monkeypatch):
+    def bad(*_, **__):
+        raise InputError("data", "is odd", "mend it")
+
+    monkeypatch.setattr(compat, "infer_volume", bad)
+    image = Volume(np.ones((4, 5, 6), np.float32), np.eye(4), (), {"path": "/a.nii"})
+    with pytest.raises(InputError, match=r"/a\.nii: is odd \(mend it\)"):
+        compat.apply(image, None, by_batch=None, label="x")
+    with pytest.raises(InputError, match=r"^x: is odd"):
+        compat.apply(Volume(image.data, image.affine), None, by_batch=None, label="x")

@@ -12,7 +12,7 @@ from fastsrgan.errors import InputError, UsageError
 from fastsrgan.volume import consistency
 from fastsrgan.volume.consistency import Observation, agree, agreed, consistent_start_matrix, observation, residual
 from fastsrgan.volume.geometry import grid_size
-from fastsrgan.volume.resample import degrade_matrix, modulo_size, upsample_matrix
+from fastsrgan.volume.resample import degrade_matrix, modulo_size, slice_profile_matrix, upsample_matrix
 
 CASES = {  # scan's voxels, its voxel size, the result's voxel size, thickness, profile
     "one thick axis": ((6, 7, 9), (1, 1, 3), (1, 1, 1), None, "gaussian"),
@@ -236,3 +236,17 @@ def test_what_does_not_fit_is_refused():
         observation((6, 7, 9), (1, 1, 3), (6, 7, 27), (1, 1, 1), profile="sinc")
     with pytest.raises(UsageError, match="Gaussian alone"):
         observation((6, 7, 9), (1, 1, 3), (6, 7, 27), (1, 1, 1), profile="box", geometry="segsrgan")
+
+
+def test_the_thickness_is_that_of_the_slices_and_of_no_other_axis():
+    seen = observation((6, 5, 8), (1, 2.2, 3), (6, 11, 24), (1, 1, 1), thickness_mm=1.5)
+    expected = None, slice_profile_matrix(11, 5, 2.2), slice_profile_matrix(24, 8, 3.0, 0.5)
+    assert seen.down[0] is None and all(map(np.array_equal, seen.down[1:], expected[1:]))
+
+
+def test_an_axis_with_another_number_of_voxels_is_brought_onto_them_however_near_its_size_is():
+    seen = observation((200, 6, 6), (1, 1, 3), (199, 6, 18), (1.005, 1, 1))
+    assert seen.align[0].shape == (199, 200) and seen.align[1:] == (None, None) and seen.down[:2] == (None, None)
+    near = observation((50, 6, 6), (1, 1, 3), (50, 6, 18), (1.005, 1, 1))
+    assert near.align == (None, None, None) and not near.is_identity
+    assert observation((6, 6, 6), (1, 1, 1), (6, 6, 6), (1, 1, 1)).is_identity

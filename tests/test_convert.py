@@ -664,3 +664,108 @@ def test_values_that_are_not_taken_come_with_a_way_out_of_their_own(tmp_path, co
     with pytest.raises(InputError, match=f"{column} .*{told}") as caught:
         convert(tmp_path / "t.csv", tmp_path / "s.zarr")
     assert way in caught.value.hint and ("--label-classes" in caught.value.hint) == (value == -1)
+
+
+@pytest.mark.parametrize("suffix", (".nii", ".nii.gz"))
+def test_room_is_asked_for_what_is_converted_and_not_for_what_is_kept(tmp_path, monkeypatch, suffix):
+    """About the size in memory, or that of the files where they are packed to less."""
+    table, asked = cohort(tmp_path, 3, suffix), []
+    for i in range(3 if suffix == ".nii" else 0):
+        nifti_files.write(tmp_path / "l.nii", (head(i) > 500).astype(np.uint8), AFFINE).rename(
+            tmp_path / f"l{i}.nii.gz"
+        )
+    monkeypatch.setattr(convert_module.StoreWriter, "need_space", lambda self, n: asked.append(n))
+    convert(table, tmp_path / "store", workers=1)
+    files = [(tmp_path / f"s{i}{suffix}").stat().st_size + (tmp_path / f"l{i}.nii.gz").stat().st_size for i in range(3)]
+    raw = 3 * int(np.prod(SHAPE))  # int16 and a label
+    assert asked[0] == sum(min(size, raw) for size in files)
+    assert (suffix == ".nii.gz") == (files[0] < raw)
+    asked.clear()
+    shard = tmp_path / "store/s1/image/c/0/0/0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    convert(table, tmp_path / "store", resume=True, workers=1)
+    assert asked[0] == min(files[1], raw)
+
+
+def test_attributes_of_labels_masks_and_tissues_count_their_values(tmp_path):
+    values = np.arange(np.prod(SHAPE)).reshape(SHAPE)
+    nifti_files.write(tmp_path / "a.nii", head(1), AFFINE)
+    nifti_files.write(tmp_path / "l.nii", (values % 14).astype(np.uint8), AFFINE)
+    nifti_files.write(tmp_path / "m.nii", np.zeros(SHAPE, np.uint8), AFFINE)
+    nifti_files.write(tmp_path / "t.nii", (values % 3 * 500).astype(np.int16), AFFINE)
+    (tmp_path / "t.csv").write_text("HR_image,Label_image,Mask_image,Tissue_image,Base\na.nii,l.nii,m.nii,t.nii,Test\n")
+    convert(tmp_path / "t.csv", tmp_path / "store")
+    (subject,) = open_store(tmp_path / "store").subjects
+    assert subject.attrs["label_counts"] == {str(v): int((values % 14 == v).sum()) for v in range(14)}
+    assert subject.attrs["mask_counts"] == {"0": values.size}
+    assert subject.attrs["tissues_counts"] == {str(500 * v): int((values % 3 == v).sum()) for v in range(3)}
+    mask, label = subject.attrs["warnings"]
+    assert mask == "mask: the mask is empty: every voxel is 0"
+    assert label.startswith("label: holds 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 4 more values; training wants 1")
+    assert {name: array["dtype"] for name, array in subject.arrays.items()} == {
+        "image": "int16", "label": "uint8", "mask": "uint8", "tissues": "uint16",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("column", "largest"), [("Label_image", 255), ("Mask_image", 255), ("Tissue_image", 32767)])
+def test_the_largest_value_of_every_map_is_the_last_that_is_taken(tmp_path, column, largest):
+    nifti_files.write(tmp_path / "a.nii", head(1), AFFINE)
+    (tmp_path / "t.csv").write_text(f"HR_image,Label_image,Base,{column}x\na.nii,l.nii,Train,\n")
+    columns = list(dict.fromkeys(["HR_image", "Label_image", column, "Base"]))
+    cells = {"HR_image": "a.nii", "Label_image": "l.nii", "Base": "Train"} | {column: "m.nii"}
+    (tmp_path / "t.csv").write_text(f"{','.join(columns)}\n{','.join(cells[name] for name in columns)}\n")
+    nifti_files.write(tmp_path / "l.nii", (head(1) > 500).astype(np.uint8), AFFINE)
+    for value in (largest, largest + 1):
+        nifti_files.write(tmp_path / "m.nii", np.where(head(1) > 500, value, 0).astype(np.int32), AFFINE)
+        if value > largest:
+            with pytest.raises(InputError, match=f"line 2: {column} .*{value}"):
+                convert(tmp_path / "t.csv", tmp_path / "other")
+        else:
+            convert(tmp_path / "t.csv", tmp_path / "store")
+
+
+def test_structures_that_a_map_does_not_hold_are_told_with_their_counts(tmp_path):
+    table = cohort(tmp_path, 1)
+    nifti_files.write(tmp_path / "l0.nii.gz", (head(0) // 300).astype(np.uint8), AFFINE)  # 0, 1, 2
+    chosen = ["a=1", "b=2", "c=9", "d=8"]
+    summary = convert(table, tmp_path / "store", label_classes=chosen)
+    (subject,) = open_store(tmp_path / "store").subjects
+    counts = np.bincount((head(0) // 300).ravel(), minlength=5).tolist()
+    assert subject.attrs["mask_counts"] == {str(v): n for v, n in enumerate([*counts[:3], 0, 0])}
+    assert subject.attrs["label_absent"] == [8, 9] and subject.attrs["label_name"] == "a"
+    assert "label: holds nothing of c, d" in subject.attrs["warnings"] == summary["warnings"]["s0"]
+    convert(table, tmp_path / "plain", label_classes="1")
+    attrs = open_store(tmp_path / "plain").subjects[0].attrs
+    assert attrs["label_classes"] == [1] and not {"label_absent", "label_name", "structures"} & set(attrs)
+
+
+def test_a_label_of_several_values_is_refused_where_training_asks_for_two(tmp_path):
+    table = cohort(tmp_path, 2)
+    nifti_files.write(tmp_path / "l1.nii.gz", (head(1) // 60).astype(np.uint8), AFFINE)  # 0 to 14
+    told = "line 3: Label_image .*l1.nii.gz: the label holds other values than 0 and 1, also 2, 3, 4, .*, 13$"
+    with pytest.raises(InputError) as error:
+        convert(table, tmp_path / "store", binary=True)
+    assert re.search(told, error.value.reason) and "--label-classes" in error.value.hint
+    assert convert(table, tmp_path / "chosen", binary=True, label_classes="1")["converted"] == 2
+    assert convert(table, tmp_path / "store")["converted"] == 2
+
+
+def test_the_check_says_how_many_faults_it_found(tmp_path):
+    table, progress = cohort(tmp_path, 3), Recorder()
+    for i in (0, 2):
+        (tmp_path / f"s{i}.nii.gz").write_bytes(b"none")
+    with pytest.raises(InputError, match=r"2 faults: line 2: .*; line 4: "):
+        convert(table, tmp_path / "store", progress=progress, workers=1)
+    assert progress.lines == [["check", 3, "subject", 3, {"faults": 2}, "done"]]
+
+
+def test_voxels_that_outshine_the_rest_are_weighed_as_intensities(tmp_path):
+    """Not as they are stored: the same image with an intercept has the same warnings as one without."""
+    data = head(0).astype(np.int32)
+    data[5, 5, 5] = 30000
+    table = cohort(tmp_path, 1)
+    for inter, shift in ((0.0, 0), (-500000.0, 500000)):
+        nifti_files.write(tmp_path / "s0.nii.gz", data + shift, AFFINE, inter=inter, slope=1.0)
+        convert(table, tmp_path / f"store{shift}")
+        (told,) = open_store(tmp_path / f"store{shift}").subjects[0].attrs["warnings"]
+        assert told.startswith("1 of 3780 voxels are up to") and "the image is divided by its maximum" in told

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import call, one_line
+from scipy import ndimage
 
+from fastsrgan.core.progress import QUIET
 from fastsrgan.demo import run as demo
 from fastsrgan.demo import template
 from fastsrgan.demo.template import TemplateCohort, TemplateSubject
@@ -99,3 +101,141 @@ def test_the_label_baseline_is_a_map_drawn_on_the_scan():
     assert np.allclose(scan.spacing, (1, 1, 3)) and scan.affine[2, 3] == pytest.approx(1.0)
     # At the centres of the slices the interpolation returns the binary drawing.
     assert np.allclose(np.unique(np.round(drawn.data[:, :, 1::3], 4)), [0, 1])
+
+
+@pytest.fixture
+def stages(monkeypatch, tmp_path):
+    """Every stage writes down what it is given; the networks' result is the truth itself."""
+    given: dict[str, list] = {}
+
+    def spy(name, answer=None):
+        def stage(*args, **more):
+            given[name] = [*args, more]
+            return answer(*args, **more) if callable(answer) else answer
+
+        return stage
+
+    def infer(paths, out, *_, **__):
+        out.mkdir()
+        made = {kind: images.save(out / f"{kind}.nii.gz", np.ones((6, 6, 6)), np.eye(4)) for kind in ("sr", "seg")}
+        return {"items": [{"outputs": made}]}
+
+    scores = {"image": {"a": 1}, "gain": {"b": 2}, "segmentation": {}, "baseline": {"image": {}}}
+    trained = {"stopped": None, "weights": "trained", "exit_code": 0}
+    monkeypatch.setattr(demo, "make_cohort", spy("cohort", small_cohort))
+    monkeypatch.setattr(demo, "convert", spy("convert"))
+    monkeypatch.setattr(demo, "short_training", spy("train", trained))
+    monkeypatch.setattr(demo, "infer_files", spy("infer", infer))
+    monkeypatch.setattr(
+        demo, "evaluate_pair", lambda *a, **k: given.setdefault("evaluate", []).append((a, k)) or scores
+    )
+    monkeypatch.setattr(demo, "result_figure", spy("draw", lambda path, *_, **__: path))
+    monkeypatch.setattr(demo, "report", spy("report", lambda folder, **_: [folder / "report.html"]))
+    monkeypatch.setattr(demo.weights, "template_weights", lambda: tmp_path / "start.safetensors")
+    return given, trained
+
+
+def test_every_stage_gets_what_the_demo_was_asked_for(stages, tmp_path):
+    given, _ = stages
+    out, low, progress = tmp_path / "out", (1.0, 1.0, 5.0), QUIET
+    made = demo.run(out, device="cpu", seed=7, low_res_mm=low, progress=progress)
+    assert given["cohort"] == [
+        out / "cohort", {"n_train": 2, "n_test": 1, "seed": 7, "sd_voxels": 2.5, "progress": progress},
+    ]  # fmt: skip
+    assert given["convert"] == [out / "cohort" / "cohort.csv", out / "cohort.zarr", {"progress": progress}]
+    assert given["train"] == [
+        out / "cohort.zarr", out / "run", tmp_path / "start.safetensors", low, "cpu", progress, {},
+    ]  # fmt: skip
+    assert given["infer"] == [
+        [out / "scan.nii.gz"], out / "out", "trained",
+        {"patch": 128, "step": 30, "new_resolution": [1.0, 1.0, 1.0], "profile": "gaussian", "device": "cpu",
+         "progress": progress},
+    ]  # fmt: skip
+    hr, label = images.load(out / "cohort" / "s2.nii.gz"), images.load_label(out / "cohort" / "s2_gm.nii.gz")
+    scan, spline, drawn = demo.acquire(hr, label, low)
+    stored = images.load(out / "scan.nii.gz")
+    assert np.array_equal(stored.data, scan.data) and np.allclose(stored.affine, scan.affine)
+    (ours, more), (linear, plain) = given["evaluate"]
+    assert np.array_equal(ours[0].data, np.ones((6, 6, 6))) and np.array_equal(more["seg"].data, np.ones((6, 6, 6)))
+    for one in (ours, linear):
+        assert np.array_equal(one[1].data, hr.data)
+    assert np.array_equal(linear[0].data, demo.best_linear(scan, spline).data)
+    wanted = {"label": label.data, "mask": hr.data > 0, "baseline": spline.data, "baseline_seg": drawn.data}
+    assert set(more) == {"seg", *wanted} and set(plain) == {"mask", "baseline"}
+    assert all(np.array_equal(more[name].data, data) for name, data in wanted.items())
+    assert all(np.array_equal(plain[name].data, wanted[name]) for name in plain)
+    path, volumes, _, words = given["draw"]
+    assert (path, words["title"]) == (out / "demo.png", "1 x 1 x 5 mm scan of an unseen subject")
+    assert "Synthetic subject made from the MNI152 template" in words["footer"]
+    shown = {"low": scan, "spline": spline, "linear": linear[0], "sr": ours[0], "truth": hr, "label": label}
+    assert set(volumes) == {*shown, "seg"} and all(np.array_equal(volumes[k].data, v.data) for k, v in shown.items())
+    written = json.loads((out / "demo.json").read_text(encoding="utf8"))
+    assert [row["method"] for row in written["table"]] == ["cubic spline", "best linear", "fastsrgan"]
+    assert written["low_res_mm"] == list(low) and written["start_weights"] == "start.safetensors"
+    assert written["scores"]["linear"] == {"image": {"a": 1}, "gain": {"b": 2}}
+    assert " ".join(written["seconds"]) == "cohort convert train infer evaluate picture total"
+    assert written["peak_memory_bytes"] > 0 and written["training"]["weights"] == "trained"
+    assert made.pop("seconds") >= 0 and made == {
+        "table": written["table"], "picture": str(out / "demo.png"), "json": str(out / "demo.json"),
+        "page": str(out / "report.html"),
+    }  # fmt: skip
+
+
+def test_a_training_that_was_stopped_ends_the_demo_with_its_code(stages, tmp_path):
+    given, trained = stages
+    trained |= {"stopped": "SIGTERM", "exit_code": 143}
+    made = demo.run(tmp_path / "out", device="cpu")
+    assert made["exit_code"] == 143 and made["picture"] is made["json"] is made["page"] is None
+    assert made["table"] == [{"stopped": "training"}] and "infer" not in given and "report" not in given
+
+
+@pytest.mark.parametrize("size", [1.0, 20.0, 0.99, 20.5])
+def test_the_resolution_of_the_demo_has_two_ends(monkeypatch, tmp_path, size):
+    def begun(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(demo, "make_cohort", begun)
+    monkeypatch.setattr(demo.weights, "template_weights", lambda: tmp_path / "w")
+    fits = 1 <= size <= 20
+    with pytest.raises(ZeroDivisionError if fits else UsageError):
+        demo.run(tmp_path / "out", device="cpu", low_res_mm=(1.0, size, 1.0))
+
+
+def test_a_second_demo_takes_the_place_of_all_that_the_first_made_and_of_nothing_else(tmp_path):
+    made = ["cohort", "cohort.zarr", "run", "out", "scan.nii.gz", "demo.png", "report.html"]
+    (tmp_path / "mine.txt").touch()
+    assert demo.fresh_folder(tmp_path, False) == tmp_path
+    for name in made:
+        path = tmp_path / name
+        path.mkdir() if "." not in name or name == "cohort.zarr" else path.touch()
+        with pytest.raises(UsageError, match="holds an earlier demo"):
+            demo.fresh_folder(tmp_path, False)
+        demo.fresh_folder(tmp_path, True)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["demo.json", "mine.txt"], name
+
+
+def test_the_best_linear_estimate_of_the_demo_agrees_with_the_scan_and_leaves_the_spline_as_it_was():
+    rng = np.random.default_rng(1)
+    hr = Volume(ndimage.gaussian_filter(rng.random((15, 15, 15)), 1).astype(np.float32) * 900, np.eye(4))
+    scan, spline, _ = demo.acquire(hr, Volume((hr.data > 450).astype(np.uint8), np.eye(4)), (1.0, 1.0, 3.0))
+    before = spline.data.copy()
+    linear = demo.best_linear(scan, spline)
+    assert np.array_equal(spline.data, before) and np.array_equal(linear.affine, spline.affine)
+    assert ((linear.data - hr.data) ** 2).mean() < 0.9 * ((before - hr.data) ** 2).mean()  # found: 0.87 of it
+    assert linear.data.min() >= 0
+    assert 0.9 < scan.data.mean() / hr.data.mean() < 1.1  # in the units of the truth
+
+
+def test_whole_slices_keep_what_fits_and_the_place_of_the_first_voxel():
+    data = np.arange(8 * 9 * 10, dtype=np.float32).reshape(8, 9, 10)
+    volume = Volume(data, np.diag([1.0, 1, 1, 1]), ("odd",), {"a": 1})
+    cut = template.whole_slices(volume, (1.5, 4.0, 2.5))
+    assert cut.data.shape == (6, 8, 10) and np.array_equal(cut.data, data[:6, :8])
+    assert np.array_equal(cut.affine, volume.affine) and (cut.warnings, cut.meta) == (("odd",), {"a": 1})
+
+
+def test_the_columns_of_the_demos_table_are_the_headline_figures():
+    scores = {"image": {"whole": {"psnr_db": 30.0}, "mask": {"psnr_db": 25.0}}, "segmentation": {"dice": 0.9}}
+    row = demo.row("mine", scores)
+    assert row["method"] == "mine" and (row["PSNR dB"], row["PSNR brain dB"], row["Dice"]) == (30.0, 25.0, 0.9)
+    assert all("mask" not in heading for heading in row) and row["SSIM"] is None

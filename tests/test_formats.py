@@ -342,3 +342,145 @@ def test_what_an_nrrd_says_of_its_space_is_taken_or_told(tmp_path, field, axes, 
     found = images.load(tmp_path / "a.nrrd")
     assert axis_codes(found.affine) == axes
     assert [told in warning for warning in found.warnings] == [True] * bool(told)
+
+
+def test_the_formats_and_the_endings_of_their_files_are_these():
+    """The longest first, so that none of a name is left."""
+    assert [(each.name, each.suffixes) for each in formats.FORMATS] == [
+        ("NIfTI", (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img")),
+        ("FreeSurfer MGH", (".mgh.gz", ".mgz", ".mgh")),
+        ("NRRD", (".nrrd", ".nhdr")),
+        ("MetaImage", (".mha", ".mhd")),
+    ]
+    assert formats.NAMES == "NIfTI, FreeSurfer MGH, NRRD or MetaImage"
+
+
+def put(path, data=HEAD, affine=None):
+    """An image of the format that its name says."""
+    affine = rigid() if affine is None else affine
+    if path.suffix in (".mgh", ".mgz"):
+        nib.save(nib.MGHImage(data, affine), path)
+    elif path.suffix == ".nii":
+        nib.save(nib.Nifti1Image(data, affine), path)
+    else:
+        write_itk(path, data, affine)
+    return path
+
+
+@pytest.mark.parametrize("name", ("a.nii", "a.mgh", "a.mgz", "a.nrrd", "a.mha"))
+def test_the_limit_of_voxels_is_the_last_number_that_is_taken_of_every_format(tmp_path, name):
+    path = put(tmp_path / name)
+    assert images.load(path, max_voxels=HEAD.size).data.size == HEAD.size
+    with pytest.raises(InputError, match=f"7 x 6 x 5 voxels are more than the limit of {HEAD.size - 1}"):
+        images.load(path, max_voxels=HEAD.size - 1)
+
+
+@pytest.mark.parametrize("dtype", ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"))
+@pytest.mark.parametrize("name", ("a.nrrd", "a.mha"))
+def test_every_type_of_voxels_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, name, dtype):
+    data = (HEAD % 120).astype(dtype)
+    path = write_itk(tmp_path / name, data)
+    monkeypatch.setattr(formats, "CHUNK_BYTES", 80)
+    volume = images.load(path)
+    np.testing.assert_array_equal(volume.data, data)
+    assert volume.meta["stored_dtype"] == np.dtype(dtype).name
+
+
+def mgh(path, at, value, form=">i"):
+    """An .mgh file with one field of its header changed."""
+    put(path, HEAD)
+    held = bytearray(path.read_bytes())
+    struct.pack_into(form, held, at, value)
+    path.write_bytes(held)
+    return path
+
+
+def test_unsigned_and_unknown_types_of_mgh_and_sizes_that_cannot_be(tmp_path):
+    """Type 10 is what newer programs write; nibabel does not know it."""
+    volume = images.load(mgh(tmp_path / "a.mgh", 20, 10))
+    np.testing.assert_array_equal(volume.data, HEAD)
+    assert volume.meta["stored_dtype"] == "uint16"
+    for at, value, told in ((20, 7, "unknown type 7"), (4, 0, "impossible dimensions"), (16, -1, "impossible dim")):
+        with pytest.raises(InputError, match=told):
+            images.load(mgh(tmp_path / "b.mgh", at, value))
+    with pytest.raises(InputError, match="begins with"):
+        images.load(mgh(tmp_path / "c.mgh", 0, 2))
+    for size, told in ((0.0, "orientation is unusable"), (1e9, "is impossible")):
+        with pytest.raises(InputError, match=told):
+            images.load(mgh(tmp_path / "d.mgh", 30, size, ">f"))
+
+
+@pytest.mark.parametrize("name", ("a.nrrd", "a.mha"))
+def test_what_is_no_volume_of_real_numbers_is_refused(tmp_path, name):
+    path = tmp_path / name
+    flat, colours = HEAD[..., 0].T, np.stack([HEAD.T] * 3, -1)
+    sitk.WriteImage(sitk.GetImageFromArray(flat), str(path))
+    with pytest.raises(InputError, match="is a 2-D image of 7 x 6"):
+        images.load(path)
+    sitk.WriteImage(sitk.GetImageFromArray(colours, isVector=True), str(path))
+    with pytest.raises(InputError, match="vectors, colours or complex numbers in each voxel"):
+        images.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "orientation", "order"),
+    [
+        ("a.mgh", "MGH", "vox2ras", "big"),
+        ("a.mgz", "MGH", "vox2ras", "big"),
+        ("a.nrrd", "NRRD", "patient", "little"),
+        ("a.mhd", "MetaImage", "patient", "little"),
+    ],
+)
+def test_the_facts_of_every_format_are_complete(tmp_path, name, form, orientation, order):
+    meta = images.load(put(tmp_path / name)).meta
+    assert meta == {
+        "path": str(tmp_path / name),
+        "format": form,
+        "byte_order": order,
+        "stored_dtype": "int16",
+        "stored_shape": (7, 6, 5),
+        "volumes": 1,
+        "volume": 0,
+        "slope": 1.0,
+        "inter": 0.0,
+        "units": "mm",
+        "orientation": orientation,
+        "space_code": 1,
+        "nan_count": 0,
+        "min": float(HEAD.min()),
+        "max": float(HEAD.max()),
+    }
+
+
+def test_a_place_that_is_not_said_is_none(tmp_path):
+    raw = HEAD.astype("<i2").tobytes(order="F")
+    head = b"NRRD0004\ntype: short\ndimension: 3\nsizes: 7 6 5\nencoding: raw\nendian: little\n"
+    (tmp_path / "a.nrrd").write_bytes(head + b"\n" + raw)
+    assert images.load(tmp_path / "a.nrrd").meta["orientation"] == "none"
+    placed = b"space: left-posterior-superior\nspace directions: (1,0,0) (0,1,0) (0,0,1)\nspace origin: (0,0,0)\n\n"
+    (tmp_path / "b.nrrd").write_bytes(head + placed + raw)
+    assert images.load(tmp_path / "b.nrrd").meta["orientation"] == "patient"
+    assert images.load(mgh(tmp_path / "c.mgh", 28, 0, ">h")).meta["orientation"] == "none"
+
+
+def test_a_data_file_below_its_header_belongs_to_the_image(tmp_path):
+    path = write_itk(tmp_path / "a.mhd")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "a.raw").rename(tmp_path / "raw" / "b.raw")
+    path.write_bytes(path.read_bytes().replace(b"= a.raw", b"= raw/b.raw"))
+    assert formats.parts(path) == (path, tmp_path / "raw" / "b.raw")
+    np.testing.assert_array_equal(images.load(path).data, HEAD)
+
+
+def test_packed_voxels_behind_a_header_of_their_own_file(tmp_path):
+    """MetaImage's HeaderSize, which SimpleITK passes over as well; of a file alone they stand behind the text."""
+    path = write_itk(tmp_path / "a.mhd", packed=True)
+    raw = formats.parts(path)[1]
+    packed = raw.read_bytes()
+    text = path.read_bytes().replace(b"ElementDataFile", b"HeaderSize = 40\nElementDataFile")
+    path.write_bytes(text)
+    raw.write_bytes(bytes(40) + packed)
+    np.testing.assert_array_equal(images.load(path).data, HEAD)
+    damage(raw, -2)
+    with pytest.raises(InputError, match="the zlib checksum is wrong"):
+        images.load(path)

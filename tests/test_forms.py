@@ -68,6 +68,25 @@ def test_fixed_takes_the_rule_and_measured_the_faster_form(cache, times):
     assert list(json.loads(cache.read_text())["machines"][forms.machine()]) == [LAYER] and len(times) == 1
 
 
+def test_the_fixed_rule_of_a_3_3_3_layer_follows_from_channels_and_size(monkeypatch):
+    """Winograd's products from 48 channels on, where whole tiles of four voxels are at most half as many again; they
+    may be timed from 16 on, apart for passes and for steps."""
+    asked = []
+    monkeypatch.setattr(forms, "choose", lambda kind, shape, weight, fixed, trials: asked.append(kind) or fixed)
+
+    def form(inputs: int, outputs: int, size: int) -> str:
+        return fused.KERNEL3._form(torch.empty(1, inputs, size, size, size), torch.empty(outputs, inputs, 3, 3, 3))
+
+    channels = [form(*few, 16) for few in ((48, 48), (47, 48), (48, 47), (64, 64))]
+    assert channels == ["winograd", "library", "library", "winograd"]
+    assert [n for n in range(12, 21) if form(48, 48, n) == "winograd"] == [12, 14, 15, 16, 18, 19, 20]
+    asked.clear()
+    assert {form(15, 64, 16), form(64, 15, 16), form(48, 48, 13)} == {"library"} and not asked
+    with torch.inference_mode():
+        assert form(16, 16, 16) == "library"
+    assert form(16, 16, 16) == "library" and asked == ["conv3 inference", "conv3 training"]
+
+
 def test_a_tie_is_the_rules():
     assert forms.faster({"a": 1.0, "b": 1.1}, "b") == "b"
     assert forms.faster({"a": 1.0, "b": 1.3}, "b") == "a"

@@ -121,6 +121,14 @@ def test_axial_sagittal_and_coronal_slices_become_ras_asr_sra(thick, names):
         np.testing.assert_array_equal(directions, np.eye(3)[:, ["RAS".index(n) for n in names]])
 
 
+@pytest.mark.parametrize(
+    ("spacing", "last"),
+    [((1, 1, 1), 2), ((1, 1, 0.991), 2), ((1, 1, 0.989), 1), ((1, 0.989, 0.989), 0), ((1, 0.991, 0.9), 1)],
+)
+def test_of_axes_within_a_hundredth_of_the_thickest_the_one_nearest_to_s_comes_last(spacing, last):
+    assert processing_orientation(np.diag([*spacing, 1.0])).axes[2] == last
+
+
 def test_the_thickest_axis_can_be_told_from_outside():
     low_res = (1.0, 5.0, 1.0)
     assert processing_orientation(np.eye(4), low_res) == processing_orientation(np.diag([1, 5, 1, 1]))
@@ -141,6 +149,8 @@ def test_spacing_and_shear_of_rigid_affines(spacing, turn, storage):
 def test_shear_is_the_largest_cosine_between_axes():
     affine = np.eye(4)
     affine[:3, 1] = [np.sin(0.1), np.cos(0.1), 0]
+    assert shear_of(affine) == pytest.approx(np.sin(0.1))
+    affine[0, 1] *= -1
     assert shear_of(affine) == pytest.approx(np.sin(0.1))
 
 

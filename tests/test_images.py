@@ -385,3 +385,17 @@ def test_a_voxel_size_that_differs_from_the_sforms_by_more_than_a_hundredth_is_t
     size = spacing_of(images.load(write(tmp_path / "a.nii", HEAD)).affine)
     path = write(tmp_path / "b.nii", HEAD, pixdim=(slice(1, 4), [share * n for n in size]))
     assert any("pixdim is" in warning for warning in images.load(path).warnings) == told
+
+
+def test_a_scaled_value_is_rounded_once_and_a_wrong_volume_says_what_can_be(tmp_path):
+    """In float64 until the one rounding to float32."""
+    data = np.random.default_rng(0).integers(0, 2**24, (9, 8, 7)).astype(np.int32)
+    slope, inter = 0.1234567, -98765.4321
+    path = write(tmp_path / "a.nii", data, slope=slope, inter=inter)
+    exact = data * np.float64(np.float32(slope)) + np.float64(np.float32(inter))
+    np.testing.assert_array_equal(images.load(path).data, exact.astype(np.float32))
+    np.testing.assert_array_equal(images.load(path, dtype=np.float64).data, exact)
+    with pytest.raises(InputError, match=r"has no volume 1 .--volume can be 0.$"):
+        images.load(path, volume=1)
+    with pytest.raises(InputError, match=r"has no volume 2 .--volume can be 0 to 1.$"):
+        images.load(write(tmp_path / "b.nii", np.stack([data, data], -1)), volume=2)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nifti_files import HEAD, file_bytes, header_of, rigid, write
+from nifti_files import HEAD, file_bytes, header_of, qform_fields, rigid, write
 
 from fastsrgan.errors import FastsrganError, InputError, ResourceError
 from fastsrgan.io import nifti as images
@@ -419,3 +419,120 @@ def test_an_image_in_a_parcel_is_told_how_to_unpack_it(tmp_path, kind, way):
     with pytest.raises(InputError, match="is not a NIfTI image but") as caught:
         images.load(path)
     assert way in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "what", "way"),
+    [
+        (bytes(128) + b"DICM", "a DICOM file", "end its name in .dcm"),
+        (b"NRRD0004", "an NRRD file", ".nrrd"),
+        (b"\0\0\0\1\0\0", "a FreeSurfer MGH file", ".mgh"),
+        (b"\x89HDF", "an HDF5 or MINC file", "mnc2nii"),
+        (b"CDF\1", "a NetCDF or MINC file", "mnc2nii"),
+        (b"ObjectType = Image", "a MetaImage header", ".mha"),
+        (b"NDims = 3", "a MetaImage header", ".mhd"),
+        (b"\x89PNG", "a PNG picture", "convert it to .nii.gz first"),
+        (b"\xff\xd8\xff", "a JPEG picture", "convert"),
+        (b"II*\0", "a TIFF picture", "convert"),
+        (b"%PDF", "a PDF document", "convert"),
+        (b"PK\3\4", "a zip archive", "unzip"),
+        (b"BZh9", "a bzip2 file", "bunzip2"),
+        (b"\xfd7zXZ", "an xz file", "unxz"),
+        (b"\x28\xb5\x2f\xfd", "a zstd file", "unzstd"),
+    ],
+)
+def test_a_file_of_another_kind_under_the_name_is_named_with_a_way(tmp_path, content, what, way):
+    (tmp_path / "a.nii").write_bytes(content + bytes(600))
+    with pytest.raises(InputError, match=f"is not a NIfTI image but {what}") as error:
+        images.load(tmp_path / "a.nii")
+    assert way in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("size", "told"), [(0.006, ""), (0.004, "unusual"), (49.0, ""), (51.0, "unusual"), (1e-9, "is impossible")]
+)
+def test_the_size_of_voxels_has_two_sides(tmp_path, size, told):
+    path = write(tmp_path / "a.nii", HEAD, np.diag([size, size, size, 1.0]))
+    if told == "is impossible":
+        refused(path, told)
+    else:
+        assert [told in text for text in images.load(path).warnings] == [True] * bool(told)
+
+
+@pytest.mark.parametrize(("degrees", "told"), [(0.03, False), (0.1, True), (10.0, True)])
+def test_a_shear_is_told_in_degrees(tmp_path, degrees, told):
+    affine = np.eye(4)
+    affine[:2, 1] = np.sin(np.radians(degrees)), np.cos(np.radians(degrees))
+    found = images.load(write(tmp_path / "a.nii", HEAD, affine)).warnings
+    assert [f"sheared by {degrees:.2g} degrees" in text for text in found] == [True] * told
+
+
+def test_forms_that_differ_are_told_in_mm_whatever_the_unit(tmp_path):
+    moved = np.diag([1e-3] * 3 + [1.0]) @ rigid()
+    stored = moved.copy()
+    moved[0, 3] += 0.004  # metres
+    told = images.load(write(tmp_path / "a.nii", HEAD, stored, units=1, **qform_fields(moved))).warnings
+    assert any("sform and qform place voxels up to 4 mm apart" in text for text in told)
+
+
+@pytest.mark.parametrize("name", ["a.HDR", "a.IMG", "a.hdr", "a.img", "a.hdr.gz"])
+def test_the_other_half_of_a_pair_is_found_packed_or_not(tmp_path, name):
+    write(tmp_path / "a.hdr")
+    big = name.isupper() or ".H" in name or ".I" in name
+    for half in ("hdr", "img"):
+        path = tmp_path / f"a.{half}"
+        raw = path.read_bytes()
+        path.unlink()
+        ending = half.upper() if big else half
+        packed = ((half in name) == name.endswith(".gz") and name.endswith("z")) or (half == "img" and name == "a.hdr")
+        (tmp_path / f"a.{ending}{'.gz' * packed}").write_bytes(gzip.compress(raw) if packed else raw)
+    place = tmp_path / name
+    np.testing.assert_array_equal(images.load(place).data, HEAD)
+
+
+def test_voxels_are_written_in_pieces_of_any_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastsrgan.io.nifti_voxels.CHUNK_BYTES", 200)  # two slices of 84 bytes
+    series = np.stack([HEAD, HEAD[::-1], HEAD + 7], axis=-1)
+    for dtype in (np.int16, np.float64):
+        for data in (HEAD, series):
+            path = images.save(tmp_path / "a.nii.gz", data, np.eye(4), dtype=dtype, overwrite=True)
+            last = images.load(path, volume=2 if data.ndim == 4 else None).data
+            np.testing.assert_array_equal(last, data if data.ndim == 3 else data[..., 2])
+
+
+@pytest.mark.fault(4)
+def test_a_file_may_unpack_to_five_hundred_times_its_size(tmp_path, monkeypatch):
+    """Beyond a size that is free: a sparse label map reaches 350."""
+    shape = (100, 100, 50)  # 1 MB of zeros are packed to 1 kB
+    for noise, taken in ((4000, True), (0, False)):
+        data = np.zeros(shape, np.uint8, order="F")
+        data.ravel(order="K")[:noise] = np.random.default_rng(0).integers(0, 255, noise)
+        path = tmp_path / f"{noise}.nii.gz"
+        path.write_bytes(gzip.compress(file_bytes(data), 9))
+        ratio = (data.size + 352) / path.stat().st_size
+        assert 50 < ratio < 400 if taken else 500 < ratio < 1032
+        np.testing.assert_array_equal(images.load(path).data, data)
+        with monkeypatch.context() as patched:
+            patched.setattr("fastsrgan.io.nifti_voxels.EXPANSION_FREE", 1000)
+            if taken:
+                images.load(path)
+            else:
+                refused(path, f"refused as a gzip bomb: .*, {int(ratio)} times the file's")
+
+
+def test_a_form_must_span_the_space_and_a_qform_without_a_hand_is_right_handed(tmp_path):
+    for share, form in ((2e-3, "sform"), (5e-4, "qform")):
+        flat = np.eye(4)
+        flat[:3, 2] = 0, np.sqrt(1 - share**2), share
+        path = write(tmp_path / "a.nii", HEAD, flat, **qform_fields(rigid()))
+        assert images.load(path).meta["orientation"] == form
+    fields = qform_fields(rigid()) | {"sform_code": 0}
+    fields["pixdim"] = (slice(0, 4), [0.0, *fields["pixdim"][1][1:]])
+    np.testing.assert_allclose(images.load(write(tmp_path / "b.nii", HEAD, **fields)).affine, rigid(), atol=1e-5)
+
+
+def test_a_home_folder_in_quotes_and_a_url_are_told_as_that(tmp_path):
+    for place, told in (("~/a.nii", "not the home folder within quotes"), ("s3://b/a.nii", "download it first")):
+        with pytest.raises(InputError) as error:
+            images.load(place)
+        assert told in error.value.hint

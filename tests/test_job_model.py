@@ -1,5 +1,6 @@
 """``fastsrgan job-model``: the original's list syntax, order, output tree and names, and what it does better."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 from fastsrgan.cli import job_model as cli_job
 from fastsrgan.cli import main as cli
 from fastsrgan.compat import job_model as job
-from fastsrgan.errors import UsageError
-from fastsrgan.infer.volume import infer_volume
+from fastsrgan.errors import PartialFailure, UsageError
+from fastsrgan.infer.volume import InferResult, infer_volume
 from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import find_images
 from fastsrgan.model import weights
@@ -342,3 +343,118 @@ def test_whatever_decides_about_a_result_is_in_its_record(monkeypatch, tmp_path)
     assert made(by_batch=False) == made(device="cpu") == made(series="3") == plain
     assert plain == {"weights": "w", "interp": "scipy", "interpolation_type": "Spline", "geometry": "segsrgan",
                      "new_resolution": [0.5, 0.5, 0.5], "precision": "fp32"}  # fmt: skip
+
+
+def test_the_defaults_are_the_originals():
+    """Of the function; those of the command stand in tests/test_original_options.py."""
+    given = {name: p.default for name, p in inspect.signature(job.job_model).parameters.items()}
+    del given["table"], given["progress"]
+    assert given == {
+        "weights_path": None, "patch": (128,), "step": ((64,),), "result_folder_name": "fastsrgan",
+        "new_resolution": (0.5, 0.5, 0.5), "base_path": "", "by_batch": None, "interp": "scipy",
+        "interpolation_type": "Spline", "geometry": "segsrgan", "series": None, "device": "auto", "precision": "fp32",
+        "overwrite": False,
+    }  # fmt: skip
+
+
+def test_the_first_image_of_each_folder_has_the_plain_names(tmp_path):
+    paths = [tmp_path / "a" / "x.nii", tmp_path / "a" / "y.nii", tmp_path / "b" / "z.nii"]
+    tasks = job.plan(paths, [16, 32], [[8], [8]], "mine")
+    assert [(t.image.name, t.patch, t.first) for t in tasks] == [
+        (name, patch, name != "y.nii") for name in ("x.nii", "y.nii", "z.nii") for patch in (16, 32)
+    ]
+    task = tasks[0]
+    assert (task.name("SR"), task.name("SR", "x")) == ("SR_patch_16_step_8.nii.gz", "SR_patch_16_step_8_x.nii.gz")
+    assert task.record("").name == "fastsrgan.json" and task.record("x").name == "fastsrgan_x.json"
+    with pytest.raises(UsageError, match="result_folder_name"):
+        job.plan(paths, [16], [[8]], "")
+
+
+@pytest.fixture
+def told(monkeypatch, tmp_path):
+    """A list of two images, and a place in which what the engine is given ends."""
+    seen = []
+
+    def apply(image, generator, **settings):
+        seen.append(settings)
+        return InferResult(image.data, image.data[None], image.affine, {"mine": 1})
+
+    monkeypatch.setattr(job.compat, "apply", apply)
+    for seed, name in enumerate("ab"):
+        scan(tmp_path / f"{name}.nii.gz", seed)
+    return seen, table(tmp_path, "b.nii.gz", "a.nii.gz")
+
+
+def test_every_option_reaches_the_engine_and_the_summary_counts(told, tmp_path, model):
+    seen, listing = told
+    given = {"new_resolution": (1, 1, 2), "geometry": "physical", "precision": "bf16", "device": "cpu"}
+    summary = job.job_model(listing, model, patch=[16, None], step=[[8], [5]], by_batch=True, **given)
+    assert {key: len(summary[key]) if key == "items" else summary[key] for key in summary} == {
+        "weights": {"path": str(model), "sha256": weights.info(model)["sha256"]},
+        "done": 4, "skipped": 0, "failed": 0, "items": 4,
+    }  # fmt: skip
+    labels = [f"{n}.nii.gz {p}" for n in "ab" for p in ("patch_16_step_8", "patch_None")]
+    assert [one.pop("label") for one in seen] == labels
+    for k, one in enumerate(seen):
+        del one["progress"]
+        assert one == {
+            "by_batch": True, "patch": None if k % 2 else 16, "step": 1 if k % 2 else 8, "new_resolution": [1, 1, 2],
+            "geometry": "physical", "precision": "bf16", "device": "cpu", "interpolate": None,
+        }  # fmt: skip
+    first = summary["items"][0]
+    folder = tmp_path / "Result_with_fastsrgan" / "patch_16_step_8"
+    assert first.pop("seconds") > 0 and first == {
+        "input": str(tmp_path / "a.nii.gz"), "patch": 16, "step": 8, "status": "done", "warnings": [],
+        "outputs": {kind: str(folder / f"{kind}_patch_16_step_8.nii.gz") for kind in ("SR", "Cortex")},
+    }  # fmt: skip
+    record = json.loads((folder / "fastsrgan.json").read_text(encoding="utf8"))
+    assert record["report"] == {"mine": 1} and record["warnings"] == [] and "fastsrgan" in record["provenance"]
+    assert record["sha256"] == images.sha256(tmp_path / "a.nii.gz")
+    again = job.job_model(listing, model, patch=[16, None], step=[[8], [5]], **given)
+    assert (again["done"], again["skipped"], len(seen)) == (0, 4, 4)
+    assert job.job_model(listing, model, patch=[16], step=[[8]], overwrite=True, **given)["done"] == 2
+
+
+def test_a_step_of_a_whole_image_means_nothing(told, model):
+    _, listing = told
+    assert job.job_model(listing, model, patch=[None], step=[[0]], device="cpu")["done"] == 2
+    with pytest.raises(UsageError, match="larger than the patch"):
+        job.job_model(listing, model, patch=[16], step=[[900]], device="cpu")
+
+
+def test_the_shipped_model_in_the_originals_geometry_is_warned_of(told, model, monkeypatch, caplog):
+    _, listing = told
+    monkeypatch.setattr(job.weights, "default_weights", lambda: model)
+    for geometry, warned in (("physical", False), ("segsrgan", True)):
+        with caplog.at_level("WARNING", "fastsrgan"):
+            job.job_model(listing, patch=[16], step=[[8]], geometry=geometry, device="cpu", result_folder_name=geometry)
+        assert ("trained in physical geometry" in caplog.text) == warned
+
+
+def test_of_a_failure_the_first_is_told_and_its_name_given_back(told, tmp_path, model, monkeypatch):
+    _, listing = told
+    real = job.compat.apply
+
+    def broken(image, *rest, **more):
+        if image.meta["path"].endswith("a.nii.gz"):
+            raise ZeroDivisionError("a bug")
+        return real(image, *rest, **more)
+
+    monkeypatch.setattr(job.compat, "apply", broken)
+    with pytest.raises(PartialFailure, match="1 of 2 results failed, the first: a bug") as error:
+        job.job_model(listing, model, patch=[16], step=[[8]], device="cpu")
+    summary = error.value.summary
+    assert [item["status"] for item in summary["items"]] == ["failed", "done"] and summary["failed"] == 1
+    folder = tmp_path / "Result_with_fastsrgan" / "patch_16_step_8"
+    assert sorted(p.name for p in folder.glob("*.json")) == ["fastsrgan_b.json"]
+
+
+def test_an_image_whose_names_are_all_taken_is_told(told, tmp_path, model):
+    _, listing = told
+    folder = tmp_path / "Result_with_fastsrgan" / "patch_16_step_8"
+    folder.mkdir(parents=True)
+    for tag in ("", "_a", "_a.nii.gz"):
+        (folder / f"fastsrgan{tag}.json").write_text('{"image": "z.nii"}', encoding="utf8")
+    with pytest.raises(PartialFailure, match=r"all names for a\.nii\.gz are taken") as error:
+        job.job_model(listing, model, patch=[16], step=[[8]], device="cpu")
+    assert [item["status"] for item in error.value.summary["items"]] == ["failed", "done"]

@@ -197,3 +197,60 @@ def test_a_value_with_a_point_as_tables_of_numbers_write_it_is_that_value(folder
     assert (found.values, found.called) == ({3, 42}, "")
     with pytest.raises(UsageError, match="is a name"):
         labels.structure("3.5", folder / "aseg.nii.gz")
+
+
+def test_numbers_and_names_may_be_mixed_and_the_choice_is_named_as_it_is_called(folder):
+    lut, aseg = folder / "lut.txt", folder / "aseg.nii.gz"
+    mixed = labels.structure("3+Right-Cerebral-Cortex", aseg, lut)
+    assert mixed.values == set(CORTEX) and mixed.called == "3+Right-Cerebral-Cortex"
+    named = labels.structure("cortex=3;42", aseg)
+    assert (named.name, named.called, named.values) == ("cortex", "cortex", frozenset(CORTEX))
+    plain = labels.structure(" 3, 42 ", aseg)
+    assert (plain.name, plain.called, plain.values) == ("3, 42", "", frozenset(CORTEX))
+    with pytest.raises(UsageError, match="names a structure twice"):
+        labels.structures(["a=3", "a=42"], aseg)
+
+
+@pytest.mark.parametrize("ending", (".nii", ".nii.gz", ".mgz", ".NRRD", ".mhd"))
+def test_a_table_of_names_lies_beside_a_map_of_any_format(tmp_path, ending):
+    (tmp_path / "seg.x.tsv").write_text(TSV)
+    assert labels.structure("white", tmp_path / f"seg.x{ending}").values == {2}
+    with pytest.raises(UsageError, match="no table says"):
+        labels.structure("white", tmp_path / f"other{ending}")
+
+
+def test_a_column_of_names_may_stand_anywhere_and_lines_that_are_none_are_passed_over(tmp_path):
+    (tmp_path / "a.tsv").write_text("# made by hand\n\nabbr\tname\tindex\nL\tleft one\t3\nX\tno number\tx\nR\tright\n")
+    assert labels.read_names(tmp_path / "a.tsv") == {"left one": 3}
+    (tmp_path / "b.txt").write_text("# 9 comment\n3, left\n  42 right 1 2 3\n")
+    assert labels.read_names(tmp_path / "b.txt") == {"left": 3, "right": 42}
+
+
+def test_values_that_are_told_are_twelve_and_the_rest_is_counted():
+    with pytest.raises(InputError) as error:
+        labels.refuse_many([0, *range(1, 14)], "a.nii")
+    assert error.value.reason.endswith("the values 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12 and 1 more")
+    with pytest.raises(InputError, match="the values 1, 2") as error:
+        labels.refuse_many([0, 1, 2], "a.nii")
+    assert "more" not in error.value.reason
+    labels.refuse_many([0, 7], "a.nii")
+
+
+def test_a_rows_choices_come_before_those_given_and_empty_ones_are_none():
+    assert labels.choices("a=1 | b=2|", "c") == ["a=1", "b=2"]
+    assert labels.choices("", "c") == ["c"] and labels.choices("", ("c", "", "d")) == ["c", "d"]
+    assert labels.choices("", None) == []
+    for given, table, option in ((["3"], None, "--label-classes"), (None, "t.txt", "--label-names")):
+        with pytest.raises(UsageError) as error:
+            labels.refuse_for_store(given, table)
+        assert error.value.what == option
+    labels.refuse_for_store(None, None)
+
+
+@pytest.mark.parametrize("encoding", ("utf8", "utf-8-sig", "latin-1"))
+def test_a_lookup_table_is_read_whatever_wrote_it(tmp_path, encoding):
+    (tmp_path / "lut.txt").write_bytes("3  cortex\n4  é\n42  other\n".encode(encoding))
+    names = labels.read_names(tmp_path / "lut.txt")
+    assert (names["cortex"], names["other"], len(names)) == (3, 42, 3)
+    (tmp_path / "a.tsv").write_bytes("index\tname\n3\tcortex\n".encode(encoding))
+    assert labels.read_names(tmp_path / "a.tsv") == {"cortex": 3}

@@ -231,3 +231,53 @@ def test_what_trainings_wrote_is_replaced(place):
 def contents(folder: Path) -> dict[Path, bytes]:
     """The files below a folder."""
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+IMAGES = (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img", ".mgh.gz", ".mgz", ".mgh", ".nrrd", ".nhdr")
+HELD = (*IMAGES, ".mha", ".mhd", ".dcm", ".h5", ".hdf5", ".safetensors", ".pt", ".pth")
+
+
+@pytest.mark.fault(26)
+@pytest.mark.parametrize("ending", HELD)
+def test_a_file_that_is_named_like_data_is_kept_even_if_it_is_empty(tmp_path, ending):
+    path = tmp_path / f"a{ending.upper() if ending == '.pt' else ending}"
+    path.touch()
+    with pytest.raises(UsageError, match=OTHER):
+        output_place.check_place(path, [], output_place.TABLE)
+    path.unlink()
+    assert output_place.check_place(path, [], output_place.TABLE) == path
+
+
+MARK = b"\x89PNG" + bytes(50)
+KINDS = {
+    "TABLE": (b"kind,subject,a\n", b"subject,kind\n"),
+    "FIGURES": (b'{"definitions": {}}', b'{"study": 1}'),
+    "SCORED": (MARK + b"fastsrgan evaluate", MARK + b"fastsrgan study"),
+    "PICTURE": (MARK + b"fastsrgan study", MARK + b"fastsrgan evaluate"),
+    "PAGE": (b"<!DOCTYPE html>", b"<svg>"),
+    "DICE": (b",Dice\n", b",MSE\n"),
+    "MSE": (b",MSE_label\n", b",Dice\n"),
+    "WEIGHTS": (b"\x89HDF\r\n\x1a\n.", b"HDF"),
+    "DRAWING": (b"<?xml?><svg>fastsrgan study", b"<svg>fastsrgan evaluate"),
+    "csv": (b"\n", b"\n\n"),
+    "md": (b"# a\n\n![x]", b"# a\n\ntext"),
+    "json": (b'{"study": 1, "provenance": {}}', b'{"study": 1}'),
+    "png": (MARK + b"fastsrgan study", MARK),
+    "svg": (b"<svg>fastsrgan study", b"<html>fastsrgan study"),
+}
+
+
+@pytest.mark.fault(26)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_replaces_its_own_and_no_other(tmp_path, kind):
+    own, foreign = KINDS[kind]
+    name, path = getattr(output_place, kind, output_place.STUDY.get(kind)), tmp_path / "x"
+    for content in (own, b""):
+        path.write_bytes(content)
+        assert output_place.check_place(path, [tmp_path / "in"], name) == path
+    path.write_bytes(foreign)
+    with pytest.raises(UsageError, match=f"exists already and is no {name}, it is kept"):
+        output_place.check_place(path, [], name)
+    path.write_bytes(own)
+    with pytest.raises(UsageError, match=INPUT):
+        output_place.check_place(path, [tmp_path / "in", path], name)

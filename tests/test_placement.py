@@ -11,7 +11,14 @@ from fastsrgan.evaluate.grids import onto_grid
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
 from fastsrgan.volume.geometry import Volume
-from fastsrgan.volume.placement import difference, same_grid
+from fastsrgan.volume.placement import (
+    describe_grid,
+    difference,
+    grid_distance,
+    orientation_onto,
+    refuse_placeless,
+    same_grid,
+)
 
 SHAPE = (256, 40, 14)
 PLACE = rigid(spacing=(1.0, 1.0, 3.0), turn=(0, 0, 0), origin=(-30.0, -30.0, -29.0))
@@ -153,3 +160,94 @@ def test_an_array_written_in_reverse_order_is_recognised(tmp_path):
     with pytest.raises(InputError) as error:
         images.load_label(tmp_path / "m.nii.gz", Volume(np.zeros(SHAPE, np.float32), PLACE))
     assert "transpose it" in error.value.hint
+
+
+def test_a_grid_is_described_by_sizes_axes_and_first_voxel():
+    affine = np.diag([1.0, 1, 3, 1])
+    affine[:3, 3] = -5, -6, -12
+    told = "10 x 12 x 8 voxels of 1 x 1 x 3 mm, axes RAS, first voxel at (-5, -6, -12) mm"
+    assert describe_grid((10, 12, 8), affine) == told
+    turned = affine @ np.array([[0, 0, -1, 9], [1, 0, 0, 0], [0, -1, 0, 7], [0, 0, 0, 1.0]])
+    assert describe_grid((12, 8, 10), turned).startswith(
+        "12 x 8 x 10 voxels of 1 x 3 x 1 mm, axes AIL, first voxel at (4,"
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "affine", "orientation", "copies", "resamples"),
+    [
+        (SHAPE, changed(a03=0.5), "", True, True),
+        ((250, 40, 14), PLACE, "", False, True),
+        (SHAPE, changed(a03=0.5), "none", True, False),
+        (SHAPE, changed(a03=0.5), "pixdim", True, False),
+        ((250, 40, 14), PLACE, "none", False, True),
+        (SHAPE, changed(a03=0.5), "sform", True, True),
+    ],
+)
+def test_the_way_out_is_a_copied_header_only_for_the_images_own_array(shape, affine, orientation, copies, resamples):
+    like = Volume(np.zeros(SHAPE, np.float32), PLACE)
+    with pytest.raises(InputError, match="mask's grid is not the image's") as error:
+        orientation_onto(shape, affine, like, "m.nii", "mask", orientation)
+    assert ("fslcpgeom IMAGE MASK" in error.value.hint) == copies and (
+        "resample the mask onto" in error.value.hint
+    ) == resamples
+
+
+@pytest.mark.parametrize("orientation", ["", "none"])
+def test_a_volume_is_refused_for_its_lost_place_where_it_lies_elsewhere_alone(orientation):
+    like = Volume(np.zeros((4, 5, 6), np.float32), np.diag([2.0, 2, 2, 1]))
+    lost = np.eye(4) if not orientation else np.diag([3.0, 1, 1, 1])
+    meta = {"orientation": orientation, "path": "gone.nii"}
+    with pytest.raises(
+        InputError, match=r"gone\.nii: the SR has the reference's array and no place of its own; .* apart"
+    ):
+        refuse_placeless(Volume(like.data, lost, (), meta), like, "SR")
+    refuse_placeless(Volume(like.data, like.affine, (), meta), like, "SR")
+    refuse_placeless(Volume(like.data[1:], lost, (), meta), like, "SR")
+    refuse_placeless(Volume(like.data, np.diag([2.0, 2, 2.5, 1]), (), {}), like, "SR")
+
+
+def test_two_grids_are_one_where_shape_and_place_are():
+    like = Volume(np.zeros((4, 5, 6), np.float32), np.eye(4))
+    assert same_grid(like, Volume(like.data, np.diag([1.001, 1, 1, 1]))) is True
+    assert same_grid(like, Volume(like.data[..., 1:], np.eye(4))) is False
+    assert grid_distance(np.eye(4), np.diag([1.1, 1, 1, 1]), (11, 5, 6)) == pytest.approx(1.0)
+    apart = difference(np.diag([1.1, 1, 1, 1]), np.eye(4), (11, 5, 6))
+    assert apart.voxel[0] == 10 and apart.turn == pytest.approx(0.1) and apart.size == 1 and apart.least == 0
+
+
+def test_a_mask_is_turned_onto_its_image_like_a_label(tmp_path):
+    data = np.random.default_rng(0).integers(0, 3, (5, 4, 3)).astype(np.float32) - 1  # below 0 is outside too
+    place = np.diag([-1.0, 1, 2, 1])
+    place[0, 3] = 4
+    nib.save(nib.Nifti1Image(data[::-1], place), tmp_path / "m.nii")
+    like = Volume(np.zeros((5, 4, 3), np.float32), np.diag([1.0, 1, 2, 1]))
+    mask = any_image.load_mask(tmp_path / "m.nii", like)
+    assert np.array_equal(mask.data, data) and np.array_equal(mask.affine, like.affine)
+    assert any("reoriented" in text for text in mask.warnings) and any("negative" in text for text in mask.warnings)
+    assert mask.meta["path"] == str(tmp_path / "m.nii")
+    nib.save(nib.Nifti1Image(np.minimum(data, 0)[::-1], place), tmp_path / "m.nii")
+    with pytest.raises(InputError, match="the mask marks no voxel"):
+        any_image.load_mask(tmp_path / "m.nii", like)
+    with pytest.raises(InputError, match="limit of 59"):
+        any_image.load_mask(tmp_path / "m.nii", like, max_voxels=59)
+
+
+def test_a_thickness_that_is_not_used_says_why(tmp_path):
+    def told(spacing=3.0, **meta):
+        volume = Volume(np.ones((2, 2, 2), np.float32), np.diag([1.0, 1, spacing, 1]), (), {"format": "DICOM", **meta})
+        return any_image.slice_thickness(volume, "series")
+
+    assert told(slice_thickness_mm=2.5, slice_distance_mm=3.0) == (2.5, "DICOM")
+    assert told(slice_thickness_mm=2.5, slice_distance_mm=5.0) == (
+        None, "DICOM: slices 5 mm apart, the image's are 3: resampled",
+    )  # fmt: skip
+    assert told(slice_thickness_mm=7.0) == (None, "DICOM: slices of 7 mm, 3 apart, are not believed")
+    assert told() is None
+    for odd in (True, "3", 0, -1.0, float("inf"), float("nan")):
+        mm, said = told(slice_thickness_mm=odd)
+        assert mm is None and said.startswith("DICOM: SliceThickness ") and said.endswith(" is no size in mm")
+    (tmp_path / "a.b.json").write_text('{"SliceThickness": 2}')
+    volume = Volume(np.ones((2, 2, 2), np.float32), np.diag([1.0, 1, 3, 1]), (), {})
+    assert any_image.slice_thickness(volume, tmp_path / "a.b.nii.gz") == (2.0, "a.b.json")
+    assert any_image.slice_thickness(volume, tmp_path / "c.nii.gz") is None

@@ -14,9 +14,11 @@ from fastsrgan.volume.geometry import centre_coordinates, grid_size
 from fastsrgan.volume.resample import (
     FWHM,
     apply_axes,
+    check_profile,
     degrade_matrix,
     modulo_size,
     slice_profile_matrix,
+    slice_width,
     spline_matrix,
     upsample_matrix,
 )
@@ -114,3 +116,61 @@ def test_203_slices_to_3_mm_and_back():
     back = upsample_matrix(coarse.shape[2], grid_size(coarse.shape[2], 3.0, 0.5), 1 / 6)
     fine = apply_axes(coarse, [None, None, back])
     assert coarse.shape == (8, 8, 34) and abs(fine.shape[2] * 0.5 - 203 * 0.5) <= 1.5  # found: 0.5
+
+
+def test_a_profile_is_a_shape_or_a_share_of_the_box():
+    for profile, share in (("gaussian", 0.0), ("box", 1.0), (0.25, 0.25), (0, 0.0), (1, 1.0)):
+        assert check_profile(profile) == share
+    for wrong in ("sinc", -0.01, 1.01, float("nan")):
+        with pytest.raises(UsageError, match=r"is not allowed \(one of gaussian, box, or a share"):
+            check_profile(wrong)
+    assert check_profile("gaussian", "segsrgan") == check_profile(0.0, "segsrgan") == 0
+    for wrong in ("box", 0.01):
+        with pytest.raises(UsageError, match="knows the Gaussian alone"):
+            check_profile(wrong, "segsrgan")
+
+
+def test_a_thickness_is_told_in_spacings():
+    assert (slice_width(None, 3.0), slice_width(1.5, 3.0), slice_width(6.0, 3.0)) == (1.0, 0.5, 2.0)
+    for wrong in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(UsageError, match="slice thickness"):
+            slice_width(wrong, 3.0)
+
+
+def test_a_slice_much_thinner_than_a_voxel_is_the_nearest_voxel_alone():
+    matrix = slice_profile_matrix(9, 3, 3.0, 1e-3)
+    assert np.abs(matrix - np.eye(9)[1::3]).max() < 1e-6  # found: 0 (rounding)
+
+
+def test_a_blend_is_its_share_of_the_box_and_the_rest_the_gaussian():
+    for width in (0.5, 1.0):
+        gaussian, box = (slice_profile_matrix(30, 10, 3.0, width, share) for share in (0.0, 1.0))
+        # Found: 1.1e-16 (rounding)
+        assert np.abs(slice_profile_matrix(30, 10, 3.0, width, 0.25) - (0.75 * gaussian + 0.25 * box)).max() < 1e-12
+    # A box of three voxels' thickness counts each of them alike, of one and a half the middle one and quarters.
+    assert np.allclose(slice_profile_matrix(30, 10, 3.0, 1.0, 1.0)[4, 11:17], [0, 1 / 3, 1 / 3, 1 / 3, 0, 0])
+    assert np.allclose(slice_profile_matrix(30, 10, 3.0, 0.5, 1.0)[4, 11:17], [0, 1 / 6, 2 / 3, 1 / 6, 0, 0])
+
+
+def test_operators_are_shared_and_cannot_be_changed():
+    for make in (
+        lambda: slice_profile_matrix(12, 4, 3.0),
+        lambda: spline_matrix(4, 12, 1 / 3),
+        lambda: degrade_matrix(12, 1.0, 3.0, "segsrgan"),
+        lambda: upsample_matrix(4, 12, 1 / 3, "segsrgan"),
+    ):
+        assert make() is make()
+        with pytest.raises(ValueError, match="read-only"):
+            make()[0, 0] = 1
+
+
+def test_an_axis_stays_as_it_is_where_size_and_ratio_are_the_same():
+    assert upsample_matrix(10, 10, 1.0) is None and upsample_matrix(10, 10, 1.0, "segsrgan") is None
+    for n_out, ratio in ((10, 0.95), (11, 1.0)):
+        assert upsample_matrix(10, n_out, ratio).shape == (n_out, 10)
+
+
+def test_the_originals_profile_is_as_wide_as_the_slices_are_thick():
+    thin, thick = degrade_matrix(12, 1.0, 3.0, "segsrgan", 0.5), degrade_matrix(12, 1.0, 3.0, "segsrgan")
+    expected = ndimage.zoom(ndimage.gaussian_filter1d(np.eye(12), 1.5 / FWHM, axis=0), (1 / 3, 1), order=0)
+    assert np.array_equal(thin, expected) and not np.allclose(thin, thick)

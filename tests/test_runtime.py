@@ -218,6 +218,30 @@ def test_a_record_names_the_versions_of_all_that_computed_it():
     assert told["python"] == sys.version.split()[0] and told["commit"] == system.source_commit()
 
 
+def test_the_commit_of_a_checkout_says_whether_its_files_were_changed(monkeypatch, tmp_path):
+    """None where the package runs from no checkout, whatever folder lies around it."""
+    monkeypatch.setattr(system, "__file__", str(tmp_path / "fastsrgan" / "core" / "system.py"))
+    assert system.source_commit() is None
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-qm", "x")
+    commit = git("rev-parse", "HEAD")[:12]
+    assert system.source_commit() == commit
+    (tmp_path / "a").write_text("2")
+    assert system.source_commit() == f"{commit}-dirty"
+    below = tmp_path / "site" / "fastsrgan" / "core"
+    below.mkdir(parents=True)
+    monkeypatch.setattr(system, "__file__", str(below / "system.py"))
+    assert system.source_commit() is None
+
+
 @pytest.mark.fault(24)
 def test_room_that_is_just_enough_is_enough(monkeypatch, tmp_path):
     """Asked of the disk of the nearest folder that is there."""

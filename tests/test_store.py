@@ -1,6 +1,8 @@
 """Stores: what a backend has to keep (StoreContract), and what happens to damaged, locked, full and foreign folders."""
 
+import asyncio
 import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -21,13 +23,16 @@ import pytest
 import zarr
 from fsspec.implementations.memory import MemoryFileSystem
 from processes import CONTEXT, Flag
+from zarr.core.sync import sync
 
 from fastsrgan.core.files import LOCK
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
 from fastsrgan.store import files as store_files
+from fastsrgan.store import remote as store_remote
 from fastsrgan.store import writer as store_writer
 from fastsrgan.store.codec import REPAIR
 from fastsrgan.store.reader import open_store
+from fastsrgan.store.remote import Limits
 from fastsrgan.store.writer import create_store
 
 OBLIQUE = np.array([[0.9, -0.2, 0.1, -30.0], [0.25, 1.1, -0.3, 12.5], [-0.1, 0.35, 2.9, 7.0], [0, 0, 0, 1]])
@@ -127,7 +132,7 @@ class StoreContract:
         make(url, "a")
         with pytest.raises(UsageError, match=r"exists, with 1 subject .--resume"):
             create_store(url)
-        with pytest.raises(UsageError, match="exclude each other"):
+        with pytest.raises(UsageError, match=r"^--resume and --overwrite: exclude each other"):
             create_store(url, resume=True, overwrite=True)
         with pytest.raises(UsageError, match="dtype None, not int16"):
             create_store(url, resume=True, settings={"dtype": "int16"})
@@ -578,6 +583,7 @@ def test_a_lock_where_nothing_is_exclusive(monkeypatch, refusal):
         with pytest.raises(ResourceError, match="taken over by another"):
             put(writer, "b")
     assert [s.id for s in open_store(url).subjects] == ["a"]
+    assert store_files.Keys(url, read_only=True).get(LOCK) == b"{}"  # it is not ours to remove
 
 
 @pytest.mark.fault(24)
@@ -634,3 +640,257 @@ def test_a_lock_that_nobody_wrote_is_taken_over(folder, raw):
     (folder / LOCK).write_bytes(raw)
     with create_store(folder, resume=True) as writer:
         assert set(writer.finished) == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        *(
+            ({name: None}, f"its {name} is missing")
+            for name in ("made_by", "needs", "settings", "complete", "subjects")
+        ),
+        ({"complete": 1}, "its complete is missing or of another kind"),
+        *(({"root": root}, "its root is no fingerprint") for root in ("x", [1], [-1, "0" * 64], [1, "A" * 64])),
+        ({"subjects": {"a" * 256: {}}}, "is no subject id"),
+        ({"subjects": {"../a": {}}}, "is no subject id"),
+        ({"subjects": {"a": 5}}, "a is no mapping"),
+    ],
+)
+def test_a_manifest_that_no_writer_makes_is_refused_in_words(folder, change, told):
+    make(folder, "a")
+    manifest = store_files.read_manifest(store_files.Keys(folder, read_only=True))
+    with pytest.raises(ValueError, match=told):
+        store_files.check_manifest(manifest | change)
+    store_files.check_manifest(manifest | {"root": None, "subjects": {}})
+    store_files.check_manifest(manifest | {"subjects": {"a" * 255: manifest["subjects"]["a"]}})
+
+
+def test_the_largest_volume_of_a_store_is_two_to_the_31(folder):
+    make(folder, "a")
+    manifest = store_files.read_manifest(store_files.Keys(folder, read_only=True))
+    for shape, fits in (([2**16, 2**15, 1], True), ([2**16, 2**15 + 1, 1], False)):
+        record = manifest["subjects"]["a"] | {"shape": shape}
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="voxels"):
+            store_files.check_manifest(manifest | {"subjects": {"a": record}})
+    for spacing, fits in ((1.0005, True), (1.002, False)):
+        mm = [spacing * size for size in manifest["subjects"]["a"]["spacing"]]
+        record = manifest["subjects"]["a"] | {"spacing": mm}
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="not that of its affine"):
+            store_files.check_manifest(manifest | {"subjects": {"a": record}})
+
+
+def test_a_reader_of_before_gets_what_is_listed_now_and_forgets_nothing_else(folder):
+    make(folder, "a", "b")
+    before = [open_store(folder) for _ in range(3)]
+    with create_store(folder, resume=True) as writer:
+        put(writer, "a", 7, label=False)
+        put(writer, "c", 8)
+        writer.finish()
+    np.testing.assert_array_equal(before[0].read("a").image, volume(7))
+    part = (slice(2, 5), slice(None), slice(1, 2))
+    np.testing.assert_array_equal(before[1].read_region("a", "image", part), volume(7)[part])
+    with pytest.raises(InputError, match="no subject c"):
+        before[1].read("c")
+    before[2].refresh()
+    assert [s.id for s in before[2].subjects] == ["a", "b", "c"] and before[2].read("a").label is None
+    (folder / "b/image/c/0/0/0").unlink()  # lost, not written anew
+    with pytest.raises(InputError, match="b/image/c/0/0/0: missing"):
+        before[0].read("b")
+
+
+def test_tissues_alone_are_a_subject_and_types_are_kept(folder):
+    some = np.arange(9 * 8 * 7).reshape(9, 8, 7)
+    with create_store(folder) as writer:
+        for name, dtype in (("a", np.uint8), ("b", np.uint16)):
+            writer.write(name, "Train", None, 1, 0, None, None, OBLIQUE, {}, (some % 200).astype(dtype))
+        for bad in (some.astype(np.int16), some[1:].astype(np.uint8)):
+            with pytest.raises(InputError, match=r"its tissues is .*uint16 or uint8 on the image's grid for a tissues"):
+                writer.write("c", "Train", volume(), 1, 0, None, None, OBLIQUE, {}, bad)
+        with pytest.raises(InputError, match="neither an image nor tissues"):
+            writer.write("c", "Train", None, 1, 0, some.astype(np.uint8), None, OBLIQUE, {})
+        writer.finish()
+    store = open_store(folder)
+    for name, dtype in (("a", np.uint8), ("b", np.uint16)):
+        sample, subject = store.read(name), store.subject(name)
+        assert sample.image is None and sample.tissues.dtype == dtype and np.array_equal(sample.tissues, some % 200)
+        assert (subject.has_image, subject.has_label, subject.has_mask, subject.has_tissues) == (
+            False,
+            False,
+            False,
+            True,
+        )
+        region = store.read_region(name, "tissues", (slice(1, 3),) * 3)
+        assert region.dtype == dtype and np.array_equal(region, (some % 200)[1:3, 1:3, 1:3])
+
+
+def test_a_check_tells_how_far_it_is(folder):
+    class Told:
+        def __init__(self):
+            self.lines = []
+
+        def start(self, *words):
+            self.lines.append(words)
+
+        def advance(self, n=1, **facts):
+            self.lines.append((n, facts))
+
+        def finish(self):
+            self.lines.append("end")
+
+    store = make(folder, "a", "b")
+    (folder / "a/label/c/0/0/0").unlink()
+    told = Told()
+    assert len(store.verify(told)) == 1
+    assert told.lines == [("verify", 2, "subject"), (1, {"damaged": 1}), (1, {"damaged": 1}), "end"]
+
+
+def test_room_for_the_arrays_and_two_chunks_is_asked_for(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(store_writer, "need_space", lambda keys, n: asked.append(n))
+    with create_store(folder) as writer:
+        put(writer, "a", mask=True)  # int16, uint8, uint8
+    assert asked == [9 * 8 * 7 * 4 + 2 * 64**3]
+
+
+# --- object storage that fails, without a network ---------------------------------------------------------------------
+
+
+def tried(*outcomes, done="read", limits=None, remote=None):
+    """(the outcome or error, attempts) of a request that meets these one after the other, the last for ever."""
+    remote = remote or store_files.Keys(f"memory://{uuid.uuid4().hex}/s", read_only=False).remote
+    remote.limits = limits or Limits(2, 30.0, 0.0)
+    calls = []
+
+    async def attempt():
+        calls.append(outcome := outcomes[min(len(calls), len(outcomes) - 1)])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    try:
+        return sync(remote._patiently(done, "a/b", attempt)), len(calls)
+    except Exception as error:
+        return error, len(calls)
+
+
+def test_a_request_is_tried_as_often_as_is_allowed_and_a_refusal_once():
+    reset = OSError(104, "Connection reset")
+    assert tried(reset, reset, 7) == (7, 3) and tried(7) == (7, 1)
+    error, count = tried(reset)
+    assert count == 3 and isinstance(error, ResourceError) and error.exit_code == 5
+    assert error.what.endswith("/s/a/b") and error.reason.startswith(
+        "cannot be read: Connection reset; 3 attempts in 0 s"
+    )
+    assert "FASTSRGAN_STORE_RETRIES" in error.hint
+    error, count = tried(reset, limits=Limits(0, 30.0, 0.0))
+    assert count == 1 and error.reason == "cannot be read: Connection reset"
+    error, count = tried(PermissionError(13, "Permission denied"), done="listed")
+    assert count == 1 and error.reason == "cannot be listed: Permission denied" and "credentials" in error.hint
+    for name in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError"):
+        error, count = tried(type(name, (Exception,), {})("none"), done="written")
+        assert count == 1 and "credentials" in error.hint
+    error, count = tried(FileNotFoundError(2, "No such bucket"), done="written")
+    assert count == 1 and error.hint == "does the bucket exist?"
+    error, count = tried(FileNotFoundError(2, "none"))
+    assert count == 1 and isinstance(error, FileNotFoundError)  # an answer
+
+
+def test_after_one_that_was_given_up_others_are_tried_once_for_a_while():
+    remote = store_files.Keys(f"memory://{uuid.uuid4().hex}/s", read_only=False).remote
+    reset, limits = OSError(104, "Connection reset"), Limits(2, 30.0, 0.0)
+    assert [tried(reset, limits=limits, remote=remote)[1] for _ in range(3)] == [3, 1, 1]
+    remote._down_until -= 31
+    assert tried(reset, limits=limits, remote=remote)[1] == 3
+
+
+def test_the_limits_are_those_of_the_environment(monkeypatch):
+    assert Limits() == Limits(retries=6, timeout=30.0, backoff=0.25)
+    for name in ("RETRIES", "TIMEOUT", "BACKOFF"):
+        monkeypatch.delenv(f"FASTSRGAN_STORE_{name}", raising=False)
+    assert Limits.from_environment() == Limits()
+    for name, text, value in (("RETRIES", "0", 0), ("TIMEOUT", "0.001", 0.001), ("BACKOFF", "0", 0.0)):
+        with monkeypatch.context() as patched:
+            patched.setenv(f"FASTSRGAN_STORE_{name}", text)
+            assert Limits.from_environment() == dataclasses.replace(Limits(), **{name.lower(): value})
+    monkeypatch.setenv("FASTSRGAN_STORE_TIMEOUT", "0.0005")
+    with pytest.raises(UsageError, match=r"'0.0005' is not allowed .a number from 0.001 up, or unset it"):
+        Limits.from_environment()
+
+
+def test_s3_is_told_our_timeouts_one_attempt_and_the_endpoint(monkeypatch):
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    found = store_remote._options("s3", Limits(5, 7.0, 1.0))
+    assert {"connect_timeout": 7.0, "read_timeout": 7.0, "retries": {"total_max_attempts": 1}}.items() <= found[
+        "config_kwargs"
+    ].items()
+    assert (found["max_concurrency"], found["use_listings_cache"]) == (1, False) and "endpoint_url" not in found
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://all")
+    assert store_remote._options("s3a", Limits())["endpoint_url"] == "http://all"
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://s3")
+    assert store_remote._options("s3", Limits())["endpoint_url"] == "http://s3"
+    assert store_remote._options("memory", Limits()) == store_remote._options("https", Limits()) == {}
+
+
+def test_a_request_without_an_end_is_cut_and_told():
+    remote = store_files.Keys(f"memory://{uuid.uuid4().hex}/s", read_only=False).remote
+    remote.limits = Limits(1, 0.002, 0.0)
+    with pytest.raises(ResourceError, match=r"cannot be read: no end to the request .timeout.; 2 attempts"):
+        sync(remote._patiently("read", "a", lambda: asyncio.sleep(3)))
+
+
+def test_a_key_is_replaced_as_a_whole_or_not_at_all(folder, monkeypatch):
+    keys = store_files.Keys(folder, read_only=False)
+    folder.mkdir()
+    keys.put("a", b"old")
+
+    def half(path, data):
+        path.open("wb").write(data[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises((OSError, ResourceError)):
+        keys.put("a", b"new")
+    assert tree(folder) == {"a": b"old"}
+
+
+def test_a_subject_is_on_the_disk_before_the_manifest_names_it(folder, monkeypatch):
+    """Its files and every folder down to them; a power cut after the manifest leaves whole subjects."""
+    synced, folders, real = [], [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (synced.append(os.readlink(f"/proc/self/fd/{number}")), real(number))
+    )
+    monkeypatch.setattr(store_files, "sync_folder", folders.append)
+    make(folder, "a")
+    files = [str(path) for path in folder.rglob("a/**/*") if path.is_file()]
+    last = max(synced.index(path) for path in files)
+    assert len(files) == 5 and any("manifest" in path for path in synced[last + 1 :])
+    assert {path for path in (folder, *folder.rglob("*")) if path.is_dir()} <= set(folders)
+
+
+def test_a_subject_that_could_not_be_replaced_is_listed_no_more_and_leaves_nothing(folder, monkeypatch):
+    make(folder, "a", "b")
+
+    real = store_files.Keys.put_all
+
+    def full(self, data):
+        real(self, dict(list(data.items())[:2]))
+        raise OSError(28, "No space left on device")
+
+    with create_store(folder, resume=True) as writer, monkeypatch.context() as patched:
+        patched.setattr(store_files.Keys, "put_all", full)
+        with pytest.raises(ResourceError, match="no space left"):
+            put(writer, "a", 5)
+        assert list(writer.finished) == ["b"]
+    store = open_store(folder)
+    assert [s.id for s in store.subjects] == ["b"] and not store.complete and not (folder / "a").exists()
+
+
+def test_what_a_write_gives_back_is_what_the_store_lists(folder):
+    with create_store(folder) as writer:
+        given = put(writer, "a", split="Test", scale=2.0, offset=1.0)
+        writer.finish()
+    (listed,) = open_store(folder).subjects
+    for name in ("id", "split", "shape", "attrs", "arrays", "files", "spacing", "raw_bytes", "stored_bytes"):
+        assert getattr(given, name) == getattr(listed, name), name
+    assert given.arrays["image"] == {"dtype": "int16", "scale": 2.0, "offset": 1.0}

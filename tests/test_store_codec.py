@@ -309,3 +309,27 @@ def test_a_store_on_a_web_server_is_read_only(tmp_path):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("chunk_grid", "name"), "rectangular"),
+        (("chunk_grid", "configuration", "chunk_shape"), [64, 64, 64]),
+        (("codecs", 0, "name"), "other"),
+        (("codecs", 0, "configuration", "chunk_shape"), [32, 64, 64]),
+        (("codecs", 0, "configuration", "codecs", 0, "name"), "pickle"),
+        (("codecs", 0, "configuration", "index_codecs", 0, "name"), "pickle"),
+        (("codecs", 0, "configuration", "index_codecs", 0, "name"), 5),
+    ],
+)
+def test_every_part_of_the_metadata_is_compared(place, value):
+    array = np.zeros((70, 5, 3), np.int16)
+    found = json.loads(encoded({"arrays": {"image": {"dtype": "int16"}}}, {"image": array})[f"image/{META}"])
+    part = found
+    for key in place[:-1]:
+        part = part[key]
+    assert part[place[-1]] != value
+    part[place[-1]] = value
+    with pytest.raises(ValueError, match="metadata"):
+        check_array(json.dumps(found).encode(), array.shape, "int16")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fastsrgan.errors import InputError
 from fastsrgan.io import nifti as images
+from fastsrgan.io import tables
 from fastsrgan.io.tables import read_list, read_table, subject_ids
 
 HEADER = "HR_image,Label_image,Base"
@@ -383,3 +384,87 @@ def test_any_text_is_a_table_or_one_clear_line(tmp_path_factory, text, headed):
             read(path)
         except InputError as error:
             assert "\n" not in str(error) and str(error).startswith(f"{path}: ") and str(error).endswith(")")
+
+
+def test_many_faults_are_counted_and_the_first_fifty_told_in_order(folder):
+    path = table(folder, *(f"a{i}.nii,b.nii.gz,Train" for i in range(60)))
+    told = faults_of(path)
+    assert told.startswith(f"{path}: 60 faults: line 2: HR_image a0.nii: no such file; line 3: ")
+    assert "line 51: " in told and "line 52: " not in told and "; and 10 more (" in told
+    assert f"(paths start at {folder}, see --base-path)" in told
+    assert f"({folder}/in is put before every path, see --base-path)" in faults_of(path, base_path=f"{folder}/in")
+    one, two = table(folder, "a.nii.gz,a_seg.nii,Tets"), table(folder, *["a.nii.gz,a_seg.nii,Tets"] * 2, name="b.csv")
+    assert faults_of(one).endswith("(correct it and run again)") and " faults: " not in faults_of(one)
+    assert faults_of(two).endswith("(correct them and run again)") and "2 faults: line 2" in faults_of(two)
+
+
+def test_a_table_has_a_largest_size(folder, monkeypatch):
+    path = table(folder, "a.nii.gz,a_seg.nii,Train")
+    size = path.stat().st_size
+    monkeypatch.setattr(tables, "_MAX_BYTES", size)
+    assert len(read_table(path)) == 1
+    monkeypatch.setattr(tables, "_MAX_BYTES", size - 1)
+    assert f"is no table: {size} bytes" in faults_of(path)
+
+
+def test_a_quote_that_is_left_open_is_told_with_its_line(folder):
+    path = table(folder, "a.nii.gz,a_seg.nii,Train", '"' + "b" * 200000)
+    assert "line 3: cannot be read as fields" in faults_of(path) and "quote left open" in faults_of(path)
+
+
+def test_an_empty_label_is_a_fault_only_where_labels_are_needed(folder):
+    path = table(folder, "a.nii.gz,,Train", "b.nii.gz,b_seg.nii,Test")
+    assert [row.label for row in read_table(path, need_label=False)] == [None, folder / "b_seg.nii"]
+    assert "line 2: Label_image is empty" in faults_of(path)
+
+
+def test_a_base_path_is_put_before_the_entries_of_every_list(folder):
+    (folder / "in").mkdir()
+    for name in "ab":
+        (folder / "in" / f"{name}.nii").touch()
+    for name in ("list.csv", "list.txt"):
+        (folder / name).write_text("a.nii\nb.nii\n", encoding="utf8")
+        found = read_list(folder / name, base_path=str(folder / "in"))
+        assert found == [folder / "in" / "a.nii", folder / "in" / "b.nii"]
+
+
+def test_of_a_long_name_the_end_is_kept_which_tells_images_apart():
+    name = "x" * 90 + "0123456789" * 3
+    assert subject_ids([PurePosixPath(f"/d/{name}.nii")]) == [name[-100:]]
+
+
+def test_labels_that_are_their_images_are_no_leak(folder):
+    """As where a map of tissues is both; images of one person under two names are."""
+    path = table(folder, "a.nii.gz,a.nii.gz,Train", "b.nii.gz,a_seg.nii,Test")
+    assert [row.base for row in read_table(path)] == ["Train", "Test"]
+
+
+@pytest.mark.parametrize(
+    "name", ["hr_image", "LR_image", "image", "Images", "path", "paths", "FILE", "files", "filename", "HR_image"]
+)
+def test_every_name_of_a_column_of_images_is_a_heading(tmp_path, name):
+    (tmp_path / "list.csv").write_text(f"sex,{name}\nf,a.nii\n", encoding="utf8")
+    assert read_list(tmp_path / "list.csv") == [tmp_path / "a.nii"]
+    (tmp_path / "list.csv").write_text(f"{name}\na.nii\n", encoding="utf8")
+    assert read_list(tmp_path / "list.csv") == [tmp_path / "a.nii"]
+
+
+def test_names_with_a_meaning_in_a_store_are_no_subjects():
+    assert subject_ids([PurePosixPath(f"/d/{name}.nii") for name in ("c", "C", "manifest.json", "zarr.json")]) == [
+        "d-c", "d-C-2", "manifest.json_", "zarr.json_",
+    ]  # fmt: skip
+    assert subject_ids([PurePosixPath("/d/c.nii")]) == ["c_"]
+
+
+def test_persons_and_labels_are_known_by_any_name_that_leads_to_them(folder):
+    for name in ("sub-07.nii", "sub-07_ses-2.nii", "sub-08_ses-1.nii"):
+        (folder / name).touch()
+    told = faults_of(table(folder, "sub-07.nii,a_seg.nii,Train", "sub-07_ses-2.nii,b_seg.nii,Test"))
+    assert "line 3: subject sub-07 is in Test, and in Train at line 2" in told
+    (folder / "link.nii").symlink_to(folder / "a_seg.nii")
+    told = faults_of(table(folder, "a.nii.gz,a_seg.nii,Train", "b.nii.gz,link.nii,Test"))
+    assert "line 3: Label_image link.nii is in Test" in told
+    one = table(
+        folder, "sub-07.nii,a_seg.nii,Train", "sub-07_ses-2.nii,b_seg.nii,Train", "sub-08_ses-1.nii,c_seg.nii,Test"
+    )
+    assert len(read_table(one)) == 3

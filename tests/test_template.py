@@ -6,7 +6,9 @@ import hashlib
 import importlib.util
 import json
 import sys
+from dataclasses import asdict
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -252,3 +254,50 @@ def test_a_deformation_goes_by_slabs_of_so_many_voxels_and_no_more(monkeypatch):
     )
     parts = template.deform([some], rng(2, "x"), 0.5)
     assert sizes == [480, 480, 240] and np.array_equal(parts[0], whole[0])
+
+
+def test_what_was_drawn_and_of_what_is_written_down(cohort, small):
+    facts = json.loads((cohort.csv.parent / "cohort.json").read_text())
+    labels = [images.load_label(s.label).data for s in cohort.subjects]
+    assert facts["template"] == template.NOTICE and "McGill University" in facts["template"]
+    assert facts["sd_voxels"] == 1.0 and facts["shape"] == list(labels[0].shape)
+    assert [s["base"] for s in facts["subjects"].values()] == ["Train", "Train", "Test"]
+    assert [s["label_voxels"] for s in facts["subjects"].values()] == [int(label.sum()) for label in labels]
+    for k, name in enumerate(("sub-01", "sub-02", "sub-03")):
+        drawn = template.Contrast.draw(rng(5, "cohort", name, "contrast"))
+        assert facts["subjects"][name]["contrast"] == asdict(drawn) and cohort.subjects[k].name == name
+    assert nib.load(cohort.subjects[0].image).header["descrip"].item() == b"fastsrgan synthetic subject"
+
+
+def test_a_margin_of_eight_voxels_is_kept_where_there_is_one():
+    data = np.zeros((40, 30, 12), np.float32)
+    data[15:20, 3:9, 5:6] = 1
+    affine = np.diag([1.0, 2, 3, 1])
+    image, other = template._crop_to_brain(Volume(data, affine, ("odd",), {"a": 1}), Volume(data + 5, affine))
+    assert image.data.shape == (5 + 16, 9 + 8, 12) and np.array_equal(other.data, image.data + 5)
+    assert np.array_equal(image.affine[:3, 3], [7, 0, 0]) and (image.warnings, image.meta) == (("odd",), {"a": 1})
+    assert np.array_equal(image.data, data[7:28, 0:17]) and np.array_equal(affine[:3, 3], [0, 0, 0])
+
+
+def test_the_smallest_deformations_and_orders_that_are_allowed(small):
+    whole = [v.data for v in small]
+    assert template.deform(whole[:1], rng(0), 0.0, 4)[0].shape == SHAPE
+    for orders in ([3], [3, 1, 1, 1]):
+        with pytest.raises(UsageError, match="not one order each"):
+            template.deform(whole, rng(0), 1.0, orders=orders)
+    cubic, linear = template.deform([whole[0]] * 2, rng(0, "x"), 1.0)
+    asked = template.deform([whole[0]] * 2, rng(0, "x"), 1.0, orders=[1, 3])
+    assert np.array_equal(asked[1], cubic) and np.array_equal(asked[0], linear) and not np.array_equal(cubic, linear)
+
+
+def test_the_defaults_of_a_cohort(tmp_path, monkeypatch):
+    tiny = np.zeros((40, 8, 8), np.float32)
+    tiny[16:24, 1:7, 1:7] = 1
+    monkeypatch.setattr(template, "mni152", lambda: (Volume(tiny, np.eye(4)),) * 3)
+    made = template.make_cohort(tmp_path / "a")
+    assert [s.base for s in made.subjects] == ["Train", "Train", "Train", "Test"]
+    facts = json.loads((tmp_path / "a" / "cohort.json").read_text())
+    assert (facts["seed"], facts["sd_voxels"]) == (0, 4.0)
+    uncut = template.make_cohort(tmp_path / "b", 1, 0, crop=False, sd_voxels=1.0)
+    assert images.load(uncut.subjects[0].image).data.shape == tiny.shape
+    assert facts["shape"] == [24, 8, 8]

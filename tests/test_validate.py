@@ -77,6 +77,20 @@ def test_validation_scores_are_those_of_the_paper_s_definitions(store):
     assert validate(Identity(), feed, [], batch_size=3) == {}
 
 
+def test_scores_do_not_depend_on_the_size_of_batches(store, monkeypatch):
+    """Nor on which of them holds the subject's brightest voxel, to which a PSNR is relative."""
+    plain = validation.fixed_resident
+
+    def bright(*given):
+        resident = plain(*given)
+        resident.hr[tuple(max(int(o), 0) + 3 for o in resident.origins[0])] = 3 * resident.hr.max()
+        return resident
+
+    monkeypatch.setattr(validation, "fixed_resident", bright)
+    few, all_ = (validate(Identity(), make_feed(store), ["sub-2"], batch_size=n) for n in (2, 1000))
+    assert few.keys() == all_.keys() and few == pytest.approx(all_, rel=1e-12)  # found: 1.1e-16 (rounding)
+
+
 def test_patches_are_compared_with_the_spline_and_the_best_linear_estimate(store):
     """A network that does nothing is the spline; the best linear estimate is nearer to the truth."""
     feed, known = make_feed(store), {}

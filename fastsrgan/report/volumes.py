@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -156,6 +157,7 @@ def pack(
         place = np.linalg.inv(images.affine) @ [*at_mm, 1.0]
         at = [int(np.clip(round(float(v)), 0, n - 1)) for v, n in zip(place, shape, strict=False)]
     share, best, least = most / all_bytes, None, 0
+    fits, breaks = 0.0, math.inf  # shares of which a part was small enough, and too large
     for _ in range(TRIES):
         box = _around(shape, share, at, across)
         packed = images.part(box, all_bytes=all_bytes)
@@ -166,7 +168,10 @@ def pack(
             break
         if packed.size > most and max(packed.shape) <= SMALLEST:
             break
+        fits, breaks = (max(fits, share), breaks) if packed.size <= most else (fits, min(breaks, share))
         share *= min(max(0.95 * most / packed.size, 0.1), 4.0)
+        if not fits < share < breaks:  # bytes are not spread evenly
+            share = (fits + breaks) / 2
     if best is None:
         reason = f"{least / 1e6:.1f} MB of voxels for {most / 1e6:.1f} MB"
         raise ResourceError("report", reason, "a larger --max-mb")

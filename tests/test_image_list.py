@@ -1,0 +1,115 @@
+"""Images that a user means: what a folder holds besides, names that clash, and how much memory each takes."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from nifti_files import HEAD, write
+
+from fastsrgan.errors import InputError, UsageError
+from fastsrgan.io.image_list import Image, find_images, size_of
+
+
+def names(*inputs, out="none"):
+    return [image.name for image in find_images(inputs, out)]
+
+
+@pytest.mark.parametrize("ending", [".json", ".tsv", ".png", ".html", ".csv", ".PNG"])
+def test_what_lies_beside_images_and_results_is_not_told(tmp_path, caplog, ending):
+    write(tmp_path / "a.nii")
+    (tmp_path / f"x{ending}").write_text("x", encoding="utf8")
+    (tmp_path / "other.docx").write_text("x", encoding="utf8")
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        assert names(tmp_path) == ["a"]
+    assert "1 other files are left out: other.docx" in caplog.text and f"x{ending}" not in caplog.text
+
+
+def test_files_of_the_output_folder_are_neither_images_nor_told(tmp_path, caplog):
+    (tmp_path / "out").mkdir()
+    for name in ("a.nii", "out/b.nii"):
+        write(tmp_path / name)
+    (tmp_path / "out" / "notes.docx").write_text("x", encoding="utf8")
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        assert names(tmp_path, out=tmp_path / "out") == ["a"]
+    assert "notes" not in caplog.text
+    assert names(tmp_path / "out", out=tmp_path / "out") == ["b"]
+
+
+def record(folder, name, key="weights", **more):
+    outputs = {"sr": f"/elsewhere/{name}_sr.nii"}
+    text = json.dumps({"provenance": {}, key: {}, "outputs": outputs} | more)
+    (folder / f"{name}.json").write_text(text, encoding="utf8")
+
+
+def test_results_are_known_by_their_record_and_counted(tmp_path, caplog):
+    for name in ("a", "a_sr", "b", "b_sr", "c", "c_sr", "d", "e"):
+        write(tmp_path / f"{name}.nii")
+    record(tmp_path, "a")
+    record(tmp_path, "b", "made_with")
+    record(tmp_path, "c", "mine")  # of another program
+    for k, odd in enumerate(({"outputs": 5}, {"outputs": {"sr": 5}}, {"weights": 1})):
+        (tmp_path / f"odd{k}.json").write_text(json.dumps({"provenance": {}, "weights": {}} | odd), encoding="utf8")
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        assert names(tmp_path) == ["a", "b", "c", "c_sr", "d", "e"]
+    told = f"{tmp_path}: 6 images: a.nii, b.nii, c.nii, ... (2 results of an earlier call left out)"
+    assert told in caplog.text
+    caplog.clear()
+    (tmp_path / "new").mkdir()
+    for k in range(4):
+        write(tmp_path / "new" / f"{k}.nii")
+        with caplog.at_level(logging.INFO, "fastsrgan"):
+            names(tmp_path / "new")
+    assert [text.split(": ")[-1] for text in caplog.messages] == [
+        "0.nii", "0.nii, 1.nii", "0.nii, 1.nii, 2.nii", "0.nii, 1.nii, 2.nii, ...",
+    ]  # fmt: skip
+
+
+def test_names_that_clash_are_told_with_the_way_out(tmp_path):
+    for name in ("p/a.nii", "p/a.mgz", "q/a.nii"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name)
+    for other, hint in (("p/a.mgz", "differ in the ending alone"), ("q/a.nii", "one output folder for each")):
+        with pytest.raises(UsageError, match="would write to the same files") as error:
+            names(tmp_path / "p/a.nii", tmp_path / other)
+        assert hint in error.value.hint and error.value.what == str(tmp_path / other)
+    (tmp_path / "link.nii").symlink_to(tmp_path / "p" / "a.nii")
+    assert names(tmp_path / "link.nii", tmp_path / "p" / "a.nii") == ["link", "a"]
+    with pytest.raises(UsageError, match="no image given"):
+        names()
+
+
+def test_lists_folders_and_files_come_in_their_order(tmp_path):
+    for name in ("in/z.nii", "in/y.nii", "b.nii", "a.nii"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name)
+    (tmp_path / "l.TXT").write_text("b.nii\nin\n", encoding="utf8")
+    assert names(tmp_path / "l.TXT", tmp_path / "a.nii", tmp_path / "b.nii") == ["b", "y", "z", "a"]
+    assert find_images(str(tmp_path / "a.nii"), "none") == [Image(tmp_path / "a.nii", "a")]
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", "f8"])
+def test_an_image_takes_four_bytes_a_voxel_whatever_its_type(tmp_path, dtype):
+    series = np.stack([HEAD.astype(dtype)] * 3, axis=-1)
+    assert size_of(Image(write(tmp_path / "a.nii.gz", HEAD.astype(dtype)), "a")) == 4 * HEAD.size
+    assert size_of(Image(write(tmp_path / "b.nii", series), "b")) == 4 * HEAD.size  # one volume is read
+
+
+def test_what_cannot_be_read_takes_nothing_and_dicom_four_times_its_files(tmp_path):
+    (tmp_path / "a.nii").write_bytes(b"none")
+    assert size_of(Image(tmp_path / "a.nii", "a")) == size_of(Image(tmp_path / "none.nii", "n")) == 0
+    (tmp_path / "s" / "t").mkdir(parents=True)
+    for name, n in (("1.dcm", 100), ("t/2.dcm", 50)):
+        (tmp_path / "s" / name).write_bytes(bytes(n))
+    assert size_of(Image(tmp_path / "s", "s")) == 600 and size_of(Image(tmp_path / "s/1.dcm", "s")) == 400
+
+
+def test_a_series_of_what_is_no_dicom_is_refused_and_of_a_folder_it_is_the_folder(tmp_path):
+    write(tmp_path / "a.nii")
+    with pytest.raises(UsageError, match="has no series"):
+        find_images(tmp_path / "a.nii", "none", "3")
+    assert find_images(tmp_path, "none", "3") == [Image(tmp_path, f"{tmp_path.name}_series-3", "3")]
+    with pytest.raises(InputError, match="no such file"):
+        find_images(tmp_path / "none.txt", "none")
