@@ -116,7 +116,7 @@ def plan(facts: dict[str, Any]) -> dict[str, str]:
     """What ``--device auto`` does with these facts: where training, inference, stitching and the data feed run."""
     devices = facts["gpu"]["devices"]
     kind = "cuda" if devices else "cpu"
-    where = f"cuda ({devices[0]['name']})" if devices else f"cpu, {facts['cpu']['torch_threads']} threads"
+    where = f"cuda ({devices[0]['name']})" if devices else f"cpu, {counted(facts['cpu']['torch_threads'], 'thread')}"
     form = ""
     if devices:
         kernels = facts["optional"]["cupy"]["sees_device"] and os.environ.get("FASTSRGAN_REFERENCE", "0") in ("", "0")

@@ -475,7 +475,7 @@ def _check_outputs(listed: Sequence[Image], job: ImageJob, replace: bool) -> Non
                 raise UsageError(target, "is an input and would be overwritten", "choose another output folder")
             standing += [target] if os.path.exists(target) else []  # False for a name that is too long
     if standing and not replace:
-        more = f" (and {counted(len(standing) - 1, 'more file')})" if len(standing) > 1 else ""
+        more = f" and {counted(len(standing) - 1, 'more file')}" if len(standing) > 1 else ""
         raise UsageError(
             f"{standing[0]}{more}", "exists already and is kept", "--overwrite, --resume or another folder"
         )

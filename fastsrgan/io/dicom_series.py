@@ -19,6 +19,7 @@ import numpy as np
 
 from fastsrgan.core.files import is_special, walk_files
 from fastsrgan.errors import InputError, UsageError, counted
+from fastsrgan.io import formats
 from fastsrgan.io.dicom_header import (
     NO_DICOM,
     SUFFIXES,
@@ -29,8 +30,6 @@ from fastsrgan.io.dicom_header import (
     read_frames,
     what_is_there,
 )
-from fastsrgan.io.formats import NAMES
-from fastsrgan.io.nifti import is_image
 from fastsrgan.io.nifti_voxels import no_such_file
 
 log = logging.getLogger("fastsrgan")
@@ -137,8 +136,9 @@ def _look(path: str | os.PathLike) -> _Listing:
         if broken:
             raise InputError(broken[0].what, broken[0].reason, broken[0].hint)
         there = what_is_there(names)
-        if path.is_dir() and there == NO_DICOM and not any(map(is_image, names)):
-            raise InputError(path, "holds no image", f"a folder of DICOM slices, or of {NAMES} files")
+        others_there = any(name.name.lower().endswith(formats.SUFFIXES) for name in names)
+        if path.is_dir() and there == NO_DICOM and not others_there:
+            raise InputError(path, "holds no image", f"a folder of DICOM slices, or of {formats.NAMES} files")
         raise InputError(path, there, "a folder of DICOM slices; name image files themselves")
     others = [name for name in others if name.is_file() and not name.name.startswith(".")]
     if others and path.is_dir():

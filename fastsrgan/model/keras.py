@@ -265,7 +265,9 @@ def _match(path: Path, spec: Spec, layers: Layers) -> _Network:
         datasets[parameter] = dataset
     surplus = sum(map(len, layers.values())) - len(names)
     if surplus:
-        raise ModelError(path, f"{surplus} arrays in {group_name(spec)} belong to no layer", f"not {describe(spec)}")
+        where = group_name(spec)
+        told = counted(surplus, f"array in {where} belongs to no layer", f"arrays in {where} belong to no layer")
+        raise ModelError(path, told, f"not {describe(spec)}")
     return _Network(spec, datasets)
 
 
