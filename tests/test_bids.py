@@ -79,7 +79,7 @@ def test_images_are_found_by_participant_session_and_suffix(dataset):
     ("asked", "told"),
     [
         ({"participants": ["01", "07"]}, "no participant 07 .there are 01, 02."),
-        ({"sessions": ["z"]}, "sessions z"),
+        ({"sessions": ["z"]}, "session z"),
         ({"suffixes": ["PDw"]}, "no PDw image"),
     ],
 )
@@ -350,6 +350,26 @@ def test_outside_a_dataset_nothing_is_inherited(dataset):
     assert stated(dataset / NAMES[2], "SliceThickness")[0] is None
 
 
+def test_a_session_that_is_not_there_is_refused(dataset):
+    """Was passed over where another of the named sessions was there."""
+    with pytest.raises(InputError, match="no session zz"):
+        find_bids(dataset, sessions=["a", "zz"])
+
+
+def test_phase_images_and_images_beside_anat_are_left_out_and_named(dataset, caplog):
+    for name in ("anat/sub-01_part-phase_T1w.nii.gz", "sub-01_T2w.nii.gz", "anat/old/sub-01_FLAIR.nii.gz"):
+        (dataset / "sub-01" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(dataset / NAMES[0], dataset / "sub-01" / name)
+    shutil.copy(dataset / NAMES[0], dataset / "sub-01/anat/sub-01_part-mag_T1w.nii.gz")
+    (dataset / "sub-01/anat/notes.nii.gz").unlink()
+    with caplog.at_level("INFO", logger="fastsrgan"):
+        found = set(_names(find_bids(dataset, participants=["01"])))
+    assert "sub-01_part-mag_T1w.nii.gz" in found
+    assert not {"sub-01_part-phase_T1w.nii.gz", "sub-01_FLAIR.nii.gz"} & found
+    for told in ("sub-01_part-phase_T1w.nii.gz (part phase", "sub-01_T2w.nii.gz (in sub-01)", "(in sub-01/anat/old)"):
+        assert told in caplog.text
+
+
 ORDER = ("sub", "ses", "task", "acq", "ce", "rec", "run", "echo", "part", "chunk", "space", "seg", "res", "den")
 ORDER += ("label", "desc")
 
@@ -464,7 +484,7 @@ def test_participants_and_sessions_are_known_with_and_without_their_prefix(tmp_p
         assert _names(find_bids(root, sessions=sessions)) == ["sub-1_ses-a_T1w.nii", "sub-2_ses-a_T1w.nii.gz"]
     assert _names(find_bids(root, ["sub-2"], ["ses-a", "b"])) == ["sub-2_ses-a_T1w.nii.gz"]
     assert _names(find_bids(root, ["2"])) == ["sub-2_T1w.nii", "sub-2_ses-a_T1w.nii.gz"]
-    with pytest.raises(InputError, match="no T1w image of participants 1 and sessions c"):
+    with pytest.raises(InputError, match="no session c"):
         find_bids(root, ["1"], ["c"], ["T1w"])
 
 

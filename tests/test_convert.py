@@ -666,6 +666,16 @@ def test_values_that_are_not_taken_come_with_a_way_out_of_their_own(tmp_path, co
     assert way in caught.value.hint and ("--label-classes" in caught.value.hint) == (value == -1)
 
 
+@pytest.mark.parametrize(("split", "told"), [("Test", True), ("Train", False)])
+def test_one_image_packed_in_two_ways_is_noticed_in_train_and_test(tmp_path, split, told):
+    """Only files of the same bytes were."""
+    table = cohort(tmp_path, 2)
+    nib.save(nib.load(tmp_path / "s0.nii.gz"), tmp_path / "again.nii")
+    table.write_text(f"HR_image,Label_image,Base\ns0.nii.gz,l0.nii.gz,Train\nagain.nii,l1.nii.gz,{split}\n")
+    found = convert(table, tmp_path / "store")["warnings"].get("again", [])
+    assert any("the same voxels as s0" in text for text in found) == told
+
+
 @pytest.mark.parametrize("suffix", (".nii", ".nii.gz"))
 def test_room_is_asked_for_what_is_converted_and_not_for_what_is_kept(tmp_path, monkeypatch, suffix):
     """About the size in memory, or that of the files where they are packed to less."""

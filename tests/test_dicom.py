@@ -11,12 +11,13 @@ import pytest
 pytest.importorskip("pydicom", reason="needs the extra dicom")
 
 import dicom_files
-from dicom_files import read, scanner_affine, volume, write_enhanced, write_series
+from dicom_files import generate_uid, read, scanner_affine, volume, write_enhanced, write_series
 
 from fastsrgan.cli import main as cli
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.io import any_image, dicom
 from fastsrgan.io import nifti as images
+from fastsrgan.io.image_list import find_images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.volume.geometry import spacing_of
@@ -668,3 +669,52 @@ def test_a_slice_that_was_not_fetched_says_how_to_fetch_it(tmp_path, pointer, wa
     with pytest.raises(InputError, match="was not fetched") as caught:
         dicom.load(tmp_path)
     assert way in caught.value.hint and last.name in caught.value.hint
+
+
+@pytest.mark.parametrize(("written", "read_as"), [("T2\\sag", "T2\\sag"), ("T2\n  sag", "T2 sag")])
+def test_a_description_of_odd_signs_is_one_line_of_text(tmp_path, written, read_as):
+    """A backslash parts values in DICOM: it was "['T2', 'sag']"."""
+    write_series(tmp_path, volume(), scanner_affine("axial"), description=written)
+    assert dicom.load(tmp_path).meta["description"] == read_as
+
+
+def test_a_whole_description_comes_before_a_part_of_one(tmp_path):
+    write_series(tmp_path / "a", volume(), scanner_affine("axial"), number=1, description="T2")
+    write_series(tmp_path / "b", volume(), scanner_affine("axial"), number=2, description="T2 FLAIR")
+    assert dicom.load(tmp_path, series="t2").meta["series"] == "1"
+    assert dicom.load(tmp_path, series="flair").meta["series"] == "2"
+
+
+def test_the_slices_of_a_series_named_one_by_one_are_one_image(tmp_path, caplog):
+    """`infer series/*.dcm` made the same result as often as there are slices."""
+    paths = write_series(tmp_path / "s", volume(), scanner_affine("axial"))
+    other = write_series(tmp_path / "t", volume(), scanner_affine("axial"), prefix="X")
+    found = find_images([*paths, other[2]], tmp_path / "out")
+    assert [image.path for image in found] == [paths[0], other[2]]
+    assert "6 slices are named" in caplog.text
+
+
+def test_a_name_that_is_a_uid_has_no_ending(tmp_path):
+    (path,) = write_series(tmp_path, volume()[:, :, :1], scanner_affine("axial"))
+    assert [any_image.stem(path.rename(tmp_path / name)) for name in ["1.2.840.7"]] == ["1.2.840.7"]
+    for name in ("a.b.dcm", "a.b.IMA", "a.b.dcm.gz"):
+        assert any_image.stem(tmp_path / name) == "a.b"
+
+
+def test_a_scout_within_the_series_is_named(tmp_path):
+    """Was told to choose another --series, where there is one alone."""
+    uid = generate_uid()
+    write_series(tmp_path, volume(), scanner_affine("axial"), uid=uid)
+    write_series(tmp_path, volume()[:, :, :1], scanner_affine("sagittal"), uid=uid, prefix="SCOUT", first=7)
+    with pytest.raises(InputError, match="several orientations") as caught:
+        dicom.load(tmp_path)
+    assert "SCOUT0007.dcm" in caught.value.hint
+    next(tmp_path.glob("SCOUT*")).unlink()
+    assert dicom.load(tmp_path).data.shape == volume().shape
+
+
+def test_a_copy_of_a_file_of_many_frames_is_named_once(tmp_path):
+    path = write_enhanced(tmp_path / "e.dcm", volume(), scanner_affine("axial"))
+    path.with_name("again.dcm").write_bytes(path.read_bytes())
+    (told,) = [w for w in dicom.load(tmp_path).warnings if "copies" in w]
+    assert told.startswith("6 images") and told.count(".dcm") == 1

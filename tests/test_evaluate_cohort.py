@@ -394,3 +394,35 @@ def test_forms_that_exclude_each_other_are_told(words, told, capsys):
 def test_a_place_for_the_figures_that_is_not_there_is_told_before_the_table_is_read(capsys):
     assert main(["--quiet", "evaluate", "--table", "t.csv", "--csv", "no/where.csv"]) == 5
     assert "no/where.csv: its folder is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "told"),
+    [
+        (
+            "SR_image,HR_image,seg_image,Label_image",
+            "sr,hr,seg,label",
+            "column seg_image is not read, rename it Seg_image",
+        ),
+        ("SR_image,HR_image,Label_image,Label_classes", "sr,hr,label,3,42", "line 2: 5 fields under 4 columns"),
+    ],
+)
+def test_no_column_and_no_cell_of_a_table_is_lost(tmp_path, header, row, told):
+    """Segmentations in a column that was nearly named, and the second of two values, were dropped without a word."""
+    (tmp_path / "t.csv").write_text(f"{header}\n{row}\n", encoding="utf8")
+    with pytest.raises(InputError, match=told):
+        evaluate_cohort.evaluate_table(tmp_path / "t.csv")
+
+
+def test_a_segmentation_for_which_no_label_is_found_is_told(folders, caplog):
+    """Its Dice was missing without a word."""
+    out, truth = folders
+    (truth / "a_label.nii.gz").rename(truth / "a_Cortex.nii.gz")
+    (truth / "sub-01_T1w.nii").rename(truth / "sub-01_FLAIR.nii")
+    (truth / "sub-01_label-GM.nii.gz").rename(truth / "sub-01_dseg.nii.gz")
+    for kind in ("sr", "seg"):
+        (out / f"sub-01_T1w_{kind}.nii.gz").rename(out / f"sub-01_FLAIR_{kind}.nii.gz")
+    with caplog.at_level("INFO", logger="fastsrgan"):
+        rows = evaluate_cohort.evaluate_folders(out, truth)["rows"]
+    assert [row["subject"] for row in rows if "segmentation" in row] == ["b_lr", "sub-01_FLAIR"]
+    assert "no label was found for the segmentation of a: no Dice" in caplog.text

@@ -344,6 +344,33 @@ def test_what_an_nrrd_says_of_its_space_is_taken_or_told(tmp_path, field, axes, 
     assert [told in warning for warning in found.warnings] == [True] * bool(told)
 
 
+@pytest.mark.parametrize("name", [*ITK_NAMES, "a.mgz", "a.mgh"])
+def test_a_nifti_file_under_another_formats_name_is_told_so(tmp_path, name):
+    """Was "copy or download the file again"."""
+    nib.save(nib.Nifti1Image(HEAD, rigid()), tmp_path / "x.nii.gz")
+    (tmp_path / "x.nii.gz").rename(tmp_path / name)
+    with pytest.raises(InputError, match="but a NIfTI image") as caught:
+        images.load(tmp_path / name)
+    assert ".nii" in caught.value.hint
+
+
+def test_one_format_under_anothers_name_is_told_so(tmp_path):
+    write_itk(tmp_path / "x.nrrd").rename(tmp_path / "x.mha")
+    with pytest.raises(InputError, match="is not a MetaImage file but an NRRD file") as caught:
+        images.load(tmp_path / "x.mha")
+    assert ".nrrd" in caught.value.hint
+
+
+@pytest.mark.parametrize(("slope", "offset", "told"), [("1", "0", False), ("2.5", "10", True), ("1", "-1024", True)])
+def test_a_metaimages_intensity_scaling_is_told(tmp_path, slope, offset, told):
+    """SimpleITK does not apply it, and says nothing."""
+    lines = f"ElementToIntensityFunctionSlope = {slope}\nElementToIntensityFunctionOffset = {offset}\nElementType"
+    path = write_itk(tmp_path / "a.mha")
+    path.write_bytes(path.read_bytes().replace(b"ElementType", lines.encode(), 1))
+    found = images.load(path)
+    assert [warning.startswith("its intensity scaling") for warning in found.warnings] == [True] * told
+
+
 def test_the_formats_and_the_endings_of_their_files_are_these():
     """The longest first, so that none of a name is left."""
     assert [(each.name, each.suffixes) for each in formats.FORMATS] == [

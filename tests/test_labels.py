@@ -66,7 +66,7 @@ def test_names_of_every_kind_of_table_mean_their_values(folder):
     assert scores(folder, whole, label_names=folder / "lut.txt")["segmentation"]["dice"] == 1
     for table in (folder / "snap.label", None, folder / "aseg.tsv"):
         names = labels.read_names(table or folder / "aseg.tsv")
-        assert (names["left cortex"], names["right cortex"]) == CORTEX
+        assert [*names["left cortex"], *names["right cortex"]] == list(CORTEX)
         assert labels.structure("left cortex, Right Cortex", folder / "aseg.nii.gz", table).values == set(CORTEX)
         assert labels.structure("left cortex", folder / "aseg.nii.gz", table).values == {CORTEX[0]}
     (folder / "aseg.tsv").write_text(TSV.replace(" ", "-"))
@@ -185,7 +185,7 @@ def test_a_lookup_table_is_read_up_to_four_mebibytes(tmp_path):
     """FreeSurfer's own has 60 kB."""
     table = tmp_path / "lut.txt"
     table.write_text("".join(f"{i}  Region-{i}  70 130 180 0\n" for i in range(1, 3000)))
-    assert labels.read_names(table)["Region-2999"] == 2999
+    assert labels.read_names(table)["Region-2999"] == [2999]
     table.write_text(f"1  One  0 0 0 0\n# {'x' * (1 << 22)}\n")
     with pytest.raises(InputError, match="is no lookup table"):
         labels.read_names(table)
@@ -197,6 +197,39 @@ def test_a_value_with_a_point_as_tables_of_numbers_write_it_is_that_value(folder
     assert (found.values, found.called) == ({3, 42}, "")
     with pytest.raises(UsageError, match="is a name"):
         labels.structure("3.5", folder / "aseg.nii.gz")
+
+
+def test_names_are_found_above_the_map_in_a_dataset(folder):
+    """As fMRIPrep writes them: one table for all subjects."""
+    anat = folder / "sub-01" / "anat"
+    anat.mkdir(parents=True)
+    label = anat / "sub-01_desc-aseg_dseg.nii.gz"
+    (folder / "dataset_description.json").write_text("{}")
+    (folder / "desc-aseg_dseg.tsv").write_text(TSV)
+    (folder / "desc-aparc_dseg.tsv").write_text(TSV.replace("white", "other"))
+    assert labels.structure("white", label).values == {2}
+    (anat / "sub-01_desc-aseg_dseg.tsv").write_text(TSV.replace("2\twhite", "7\twhite"))
+    assert labels.structure("white", label).values == {7}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "index\tname\n3\tcortex\n42\tCortex\n2\twhite\n",
+        "3 cortex 0 0 0 0\n42 cortex 0 0 0 0\n2 white 0 0 0 0\n",
+        '3 1 2 3 1 1 1 "cortex"\n42 1 2 3 1 1 1 "cortex"\n2 1 2 3 1 1 1 "white"\n',
+    ],
+)
+def test_a_name_of_several_values_means_all_of_them(folder, text):
+    """Of left and right under one name the last alone was taken, without a word."""
+    (folder / "both.tsv").write_text(text)
+    assert labels.structure("cortex", folder / "aseg.nii.gz", folder / "both.tsv").values == set(CORTEX)
+
+
+@pytest.mark.parametrize("text", ["3,left cortex,1\n42, right cortex\n", '3;"left cortex"\n42;right cortex;x\n'])
+def test_names_with_blanks_in_a_table_of_commas_are_whole(folder, text):
+    (folder / "names.csv").write_text(text)
+    assert labels.read_names(folder / "names.csv") == {"left cortex": [3], "right cortex": [42]}
 
 
 def test_numbers_and_names_may_be_mixed_and_the_choice_is_named_as_it_is_called(folder):
@@ -221,9 +254,9 @@ def test_a_table_of_names_lies_beside_a_map_of_any_format(tmp_path, ending):
 
 def test_a_column_of_names_may_stand_anywhere_and_lines_that_are_none_are_passed_over(tmp_path):
     (tmp_path / "a.tsv").write_text("# made by hand\n\nabbr\tname\tindex\nL\tleft one\t3\nX\tno number\tx\nR\tright\n")
-    assert labels.read_names(tmp_path / "a.tsv") == {"left one": 3}
+    assert labels.read_names(tmp_path / "a.tsv") == {"left one": [3]}
     (tmp_path / "b.txt").write_text("# 9 comment\n3, left\n  42 right 1 2 3\n")
-    assert labels.read_names(tmp_path / "b.txt") == {"left": 3, "right": 42}
+    assert labels.read_names(tmp_path / "b.txt") == {"left": [3], "right": [42]}
 
 
 def test_values_that_are_told_are_twelve_and_the_rest_is_counted():
@@ -251,6 +284,6 @@ def test_a_rows_choices_come_before_those_given_and_empty_ones_are_none():
 def test_a_lookup_table_is_read_whatever_wrote_it(tmp_path, encoding):
     (tmp_path / "lut.txt").write_bytes("3  cortex\n4  é\n42  other\n".encode(encoding))
     names = labels.read_names(tmp_path / "lut.txt")
-    assert (names["cortex"], names["other"], len(names)) == (3, 42, 3)
+    assert (names["cortex"], names["other"], len(names)) == ([3], [42], 3)
     (tmp_path / "a.tsv").write_bytes("index\tname\n3\tcortex\n".encode(encoding))
-    assert labels.read_names(tmp_path / "a.tsv") == {"cortex": 3}
+    assert labels.read_names(tmp_path / "a.tsv") == {"cortex": [3]}

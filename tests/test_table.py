@@ -386,6 +386,81 @@ def test_any_text_is_a_table_or_one_clear_line(tmp_path_factory, text, headed):
             assert "\n" not in str(error) and str(error).startswith(f"{path}: ") and str(error).endswith(")")
 
 
+@pytest.mark.parametrize(
+    ("above", "row"),
+    [
+        ("sep=;\n", "a.nii.gz;a_seg.nii;Train"),
+        ('"sep=,"\n', "a.nii.gz,a_seg.nii,Train"),
+        ("sep=|\n", "a.nii.gz|a_seg.nii|Train"),
+        ("# the cohort of 2024\n\n#, second line\n", "a.nii.gz,a_seg.nii,Train"),
+        ("", "a.nii.gz,a_seg.nii,Train,,"),
+    ],
+)
+def test_what_spreadsheets_put_around_a_table_is_no_part_of_it(folder, above, row):
+    """Was "no column HR_image, found sep=;", and "5 fields under 3 columns"."""
+    mark = next(d for d in ",;|" if d in row)
+    (folder / "t.csv").write_text(above + HEADER.replace(",", mark) + "\n" + row + "\n", encoding="utf8")
+    (found,) = read_table(folder / "t.csv")
+    assert (found.image, found.label) == (folder / "a.nii.gz", folder / "a_seg.nii")
+    assert found.line == above.count("\n") + 2
+
+
+@pytest.mark.parametrize("nothing", ["n/a", "NA", "nan", "NaN", "<NA>", "null"])
+def test_an_empty_cell_as_bids_r_and_pandas_write_it_is_empty(folder, nothing):
+    header = f"{HEADER},Mask_image,Label_classes"
+    (row,) = read_table(table(folder, f"a.nii.gz,a_seg.nii,Train,{nothing},{nothing}", header=header))
+    assert (row.mask, row.classes) == (None, "")
+    assert "Label_image is empty" in faults_of(table(folder, f"a.nii.gz,{nothing},Train"))
+
+
+@pytest.mark.parametrize(
+    "column", ["mask_image", "Mask image", "MASK-IMAGE", "Mask_img", "Label_class", "Tissues_image"]
+)
+def test_a_column_that_is_nearly_one_is_not_passed_over(folder, column):
+    """The masks were left out without a word."""
+    path = table(folder, "a.nii.gz,a_seg.nii,Train,b.nii.gz", header=f"{HEADER},{column}")
+    assert f"column {column} is not read, rename it" in faults_of(path)
+
+
+def test_columns_that_nothing_reads_are_named(folder, caplog):
+    with caplog.at_level("INFO", logger="fastsrgan"):
+        read_table(table(folder, "a.nii.gz,a_seg.nii,Train,30,b.nii.gz", header=f"{HEADER},age,Brain"))
+    assert "not read: age, Brain" in caplog.text
+
+
+def test_a_table_of_another_separator_says_which_are_known(folder):
+    assert "comma, semicolon or tab" in faults_of(table(folder, "a b c", header=HEADER.replace(",", " ")))
+
+
+def test_a_file_url_says_that_its_path_is_wanted(folder):
+    """Was told to download it."""
+    assert "write the path alone" in faults_of(table(folder, f"file://{folder}/a.nii.gz,a_seg.nii,Train"))
+    with pytest.raises(InputError, match="is a URL") as caught:
+        images.load(f"file://{folder}/a.nii.gz")
+    assert caught.value.hint == f"write the path alone, {folder}/a.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "told"),
+    [
+        ("sep=;\nimage;age\na.nii.gz;3\n", ["a"], ""),
+        ("# mine\nimage\na.nii.gz\n", ["a"], ""),
+        ("id,T1\ns1,a.nii.gz\ns2,\ns3,n/a\n", ["a"], "2 lines name no image: 3, 4"),
+        ("image,id\na.nii.gz,s1\n,s2\n", ["a"], "1 lines name no image: 3"),
+        ("id,T1,T2\ns1,a.nii.gz,b.nii.gz\n", ["a"], "the images of column T1 are taken, those of T2 are not"),
+        ("LR_image,HR_image\na.nii.gz,b.nii.gz\n", ["b"], "of column HR_image are taken, those of LR_image are not"),
+        ("a.nii.gz,b.nii.gz\n", ["a"], "the images of column 1 are taken, those of 2 are not"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_what_a_list_leaves_out_is_told(folder, caplog, text, names, told, ending):
+    """An image for which the cell was empty, and a second column of images, were dropped without a word."""
+    path = folder / f"l.{ending}"
+    path.write_text(text.replace(",", "\t") if ending == "tsv" else text, encoding="utf8")
+    assert [images.stem(found) for found in read_list(path)] == names
+    assert told in caplog.text and bool(told) == bool(caplog.records)
+
+
 def test_many_faults_are_counted_and_the_first_fifty_told_in_order(folder):
     path = table(folder, *(f"a{i}.nii,b.nii.gz,Train" for i in range(60)))
     told = faults_of(path)

@@ -24,6 +24,7 @@ from fastsrgan.evaluate.pair import evaluate_files, flat, summarise
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
+from fastsrgan.io.bids import SUFFIXES
 from fastsrgan.io.nifti_voxels import pointer_of
 from fastsrgan.io.output_place import SCORED, check_place
 
@@ -48,14 +49,15 @@ LABEL = ("_label", "_seg", "_dseg", "_gm")
 MASK = ("_mask",)
 NAMED = 5  # subjects that a note of a cohort names
 _LOW = re.compile(r"_(lr|LR)$")
-_MODALITY = re.compile(r"_(T1w|T2w)$")
+_MODALITY = re.compile(rf"_({'|'.join(SUFFIXES)})$")
 
 
 @dataclass(frozen=True)
 class Item:
     """One subject: its name, the files as arguments of ``evaluate_files``, and the line of the table, if there is one.
 
-    ``fault`` is set where the files could not be found; ``classes`` where it says itself what of its label is scored.
+    ``fault`` is set where the files could not be found; ``classes`` where it says itself what of its label is scored;
+    ``segmented`` where the result has a segmentation, whether there is a label to score it by or not.
     """
 
     subject: str
@@ -63,6 +65,7 @@ class Item:
     line: int | None = None
     fault: str | None = None
     classes: tuple[str, ...] = ()
+    segmented: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ def evaluate_folders(
 
     For a result ``STEM_sr.nii.gz`` (with ``STEM_seg.nii.gz``) the truth is ``STEM`` or ``STEM_hr``, the label
     ``STEM_label``, ``STEM_seg``, ``STEM_dseg`` or ``STEM_gm``, the mask ``STEM_mask``, with any image ending; ``_lr``
-    at the end of STEM is dropped, and ``sub-01_T1w`` also takes ``sub-01_dseg`` and ``sub-01_label-X`` as its label.
+    at the end of STEM is dropped, and ``sub-01_T1w`` or another suffix of BIDS also takes ``sub-01_dseg`` and
+    ``sub-01_label-X`` as its label. A segmentation without a label is told.
     Results in subfolders have their truths in the same subfolder, if there is one. The low-resolution image that
     ``STEM.json`` names makes the baselines if it is unchanged. A result without truth is
     in ``failed``. Raises InputError when nothing could be evaluated; returns as ``evaluate_items``.
@@ -161,14 +165,14 @@ def _match(sr: Path, known: dict[str, Path], truth: Path, below: Path, several: 
     for what, candidates in names.items():
         hit = next((known[name] for name in candidates if name in known and known[name] != sr), None)
         files |= {} if hit is None else {what: hit}
-    if seg is not None and seg.exists() and "label" in files:
+    segmented = seg is not None and seg.exists()
+    if seg is not None and segmented and "label" in files:
         files["seg"] = seg
     if (low := low_resolution(sr, read_json(sr.with_name(f"{stem}.json")))) is not None:
         files["lr"] = low
     wanted = ", ".join(names["hr"])
-    return Item(
-        (below / stem).as_posix(), files, fault=None if "hr" in files else f"no truth in {truth}: looked for {wanted}"
-    )
+    fault = None if "hr" in files else f"no truth in {truth}: looked for {wanted}"
+    return Item((below / stem).as_posix(), files, fault=fault, segmented=segmented)
 
 
 def low_resolution(result: Path, record: dict[str, Any]) -> Path | None:
@@ -203,6 +207,10 @@ def evaluate_items(
     UsageError, before any work, where ``png`` holds a file of a picture's name that is none of ``evaluate``'s, or where
     label classes are chosen and there is no label.
     """
+    bare = [item.subject for item in items if item.segmented and "label" not in item.files and not item.fault]
+    if bare and telling:
+        some = ", ".join(bare[:NAMED]) + f" and {len(bare) - NAMED} more" * (len(bare) > NAMED)
+        log.info("no label was found for the segmentation of %s: no Dice", some)
     if choice.classes and not any("label" in item.files for item in items):
         raise UsageError("--label-classes", f"no label was found for the results in {what}", "leave it out")
     pictures: list[Path | None] = [None] * len(items)
@@ -286,18 +294,20 @@ def _read(csv_path: Path) -> list[tuple[int, dict[str, Path], tuple[str, ...]]]:
     records = table._records(csv_path, table._text(csv_path), table.delimiter_for(COLUMNS))
     if not records:
         raise InputError(csv_path, "is empty", "its first line names the columns SR_image, HR_image, ...")
-    header = [cell.strip() for cell in records[0][1]]
-    faults = [(1, f"column {name} twice") for name in COLUMNS if header.count(name) > 1]
+    header, known = records[0][1], (*COLUMNS, CLASSES)
+    faults: list[table.Fault] = [(1, f"column {name} twice") for name in COLUMNS if header.count(name) > 1]
     faults += [
-        (1, f"no column {name}, {table.instead(name, header, (*COLUMNS, CLASSES))}")
-        for name in REQUIRED
-        if name not in header
+        (1, f"no column {name}, {table.instead(name, header, known)}") for name in REQUIRED if name not in header
     ]
+    faults = faults or table.misspelt(header, known)
     if len(records) == 1:
         faults.append((1, "no row below the header"))
     rows: list[tuple[int, dict[str, Path], tuple[str, ...]]] = []
     for line, cells in records[1:] if not faults else []:
-        values = dict(zip(header, (cell.strip() for cell in cells), strict=False))
+        if len(cells) > len(header):
+            faults.append((line, table.too_many(cells, header)))
+            continue
+        values = dict(zip(header, cells, strict=False))
         faults += [(line, f"{name} is empty") for name in REQUIRED if not values.get(name)]
         files = {name: table._locate(values[name], csv_path, None) for name in COLUMNS if values.get(name)}
         lost = {name: pointer_of(path) for name, path in files.items() if not os.path.exists(path)}
@@ -309,4 +319,5 @@ def _read(csv_path: Path) -> list[tuple[int, dict[str, Path], tuple[str, ...]]]:
         rows.append((line, files, tuple(labels.choices(values.get(CLASSES, ""), None))))
     if faults:
         raise table.table_error(csv_path, faults)
+    table.tell_unread(csv_path, header, known)
     return rows

@@ -291,4 +291,4 @@ def _item(image: BidsImage, root: Path, several: bool, own: Container[Path]) -> 
     if label is not None:
         files |= {"label": label} | ({"seg": seg} if seg.exists() else {})
     low = low_resolution(image.path, read_json(sidecar(image.path)).get(RECORD, {}))
-    return Item(subject, files | ({} if low is None else {"lr": low}))
+    return Item(subject, files | ({} if low is None else {"lr": low}), segmented=seg.exists())

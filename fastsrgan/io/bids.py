@@ -98,6 +98,10 @@ def find_bids(
         shown = ", ".join(sorted(there)[:10]) + (", ..." if len(there) > 10 else "")
         raise InputError(root, f"no participant {', '.join(sorted(wanted - there))}", f"there are {shown}")
     visits = {s.removeprefix("ses-") for s in sessions}
+    known = {p.name.removeprefix("ses-") for p in root.glob("sub-*/ses-*/") if p.is_dir()}
+    if visits - known:
+        shown = ", ".join(sorted(known)[:10]) + (", ..." if len(known) > 10 else "")
+        raise InputError(root, f"no session {', '.join(sorted(visits - known))}", f"there are {shown or 'none'}")
     found, left = [], []
     for pattern in ("sub-*/anat", "sub-*/ses-*/anat"):
         for path in (path for folder in sorted(root.glob(f"{pattern}/")) for path in sorted(folder.iterdir())):
@@ -112,12 +116,19 @@ def find_bids(
             if (wanted and image.subject not in wanted) or (visits and dict(image.entities).get("ses") not in visits):
                 continue
             own = dict(image.entities).get("desc")
-            if image.suffix not in suffixes:
+            if dict(image.entities).get("part", "mag") != "mag":
+                left.append((path, f"part {dict(image.entities)['part']}, no magnitude"))
+            elif image.suffix not in suffixes:
                 left.append((path, f"suffix {image.suffix}"))
             elif own != desc:
                 left.append((path, f"--desc {own} takes it" if own else "no desc"))
             else:
                 found.append(image)
+    places = [f"{front}{below}/" for front in ("sub-*", "sub-*/ses-*") for below in ("", "/anat/*")]
+    for path in (path for place in places for folder in root.glob(place) for path in sorted(folder.iterdir())):
+        subject = path.relative_to(root).parts[0].removeprefix("sub-")
+        if images.is_image(path) and not path.name.startswith(".") and (not wanted or subject in wanted):
+            left.append((path, f"in {path.parent.relative_to(root)}"))
     some = ", ".join(f"{path.name} ({why})" for path, why in left[:NAMED]) + ", ..." * (len(left) > NAMED)
     if not found:
         limits = [f"participants {', '.join(sorted(wanted))}"] * bool(wanted)
@@ -148,18 +159,19 @@ def sidecar(image: Path) -> Path:
     return image.with_name(image.name.removesuffix(".gz").removesuffix(".nii") + ".json")
 
 
-def sidecars(image: Path) -> list[Path]:
+def sidecars(image: Path, end: str = ".json") -> list[Path]:
     """The JSON files that speak of an image: the one beside it, then, in a dataset, those that it inherits from (BIDS,
-    "The Inheritance Principle"): of its suffix and of no other entities, from its own folder up to the root."""
-    found = [image.with_name(f"{images.stem(image)}.json")]
+    "The Inheritance Principle"): of its suffix and of no other entities, from its own folder up to the root. Of a
+    segmentation the ``.tsv`` files likewise."""
+    found = [image.with_name(f"{images.stem(image)}{end}")]
     above = Path(os.path.abspath(image)).parents
     top = next((depth for depth, folder in enumerate(above[:4]) if (folder / DESCRIPTION).is_file()), None)
     entities, _, suffix = images.stem(image).rpartition("_")
     if top is None or not entities.startswith("sub-"):
         return found
     for folder in above[: top + 1]:
-        there = [p for p in folder.glob(f"*{suffix}.json") if p.name != found[0].name]
-        parts = {p: p.name.removesuffix(f"{suffix}.json").rstrip("_").split("_") for p in there}
+        there = [p for p in folder.glob(f"*{suffix}{end}") if p.name != found[0].name]
+        parts = {p: p.name.removesuffix(f"{suffix}{end}").rstrip("_").split("_") for p in there}
         parts = {p: part for p, part in parts.items() if part == [""] or set(part) <= set(entities.split("_"))}
         found += sorted(parts, key=lambda p: (-len(p.name), p.name))
     return found

@@ -17,6 +17,7 @@ import numpy as np
 
 from fastsrgan.errors import InputError, ResourceError, counted
 from fastsrgan.io.dicom_header import DIRECTION_TOLERANCE, TRAITS, Frame, check_axes, pixels
+from fastsrgan.io.dicom_header import SUFFIXES as SUFFIXES
 from fastsrgan.io.dicom_series import NAMED, Series, select
 from fastsrgan.io.dicom_series import is_dicom as is_dicom
 from fastsrgan.io.dicom_series import sha256 as sha256
@@ -167,7 +168,10 @@ def _volumes(path: str | os.PathLike, series: Series) -> tuple[list[list[Frame]]
     apart = _spread([f.orientation for f in frames]) > DIRECTION_TOLERANCE
     if apart or len({f.shape for f in frames}) > 1 or _spread([f.spacing for f in frames]) > ROUNDING_MM:
         what = "orientations" if apart else "image sizes"
-        raise InputError(path, f"series {series} holds several {what}, as localisers do", "choose another --series")
+        kinds = Counter((tuple(np.round(f.orientation, 2)), f.shape) for f in frames)
+        odd = min(frames, key=lambda f: kinds[tuple(np.round(f.orientation, 2)), f.shape]).path.name
+        hint = f"choose another --series, or move images such as {odd}, unlike most, out of the folder"
+        raise InputError(path, f"series {series} holds several {what}, as localisers do", hint)
     normal = _normal(frames[0])
     along = {id(f): float(np.dot(normal, f.position)) for f in frames}
     places: list[list[Frame]] = []

@@ -380,7 +380,7 @@ def _frame(path: Path, index: int, ds: Any, sources: list[Any], fault: str) -> F
         index=index,
         uid=str(ds.get("SeriesInstanceUID", "")),
         series=str(ds.get("SeriesNumber", "") or ""),
-        description=str(ds.get("SeriesDescription", "") or "").strip(),
+        description=" ".join("\\".join(map(str, _values(ds, "SeriesDescription"))).split()),
         position=position,
         orientation=orientation,
         spacing=(row_mm, column_mm),

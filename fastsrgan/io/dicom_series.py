@@ -175,6 +175,7 @@ def select(path: str | os.PathLike, series: str | None = None) -> Series:
     else:
         wanted = str(series).strip()
         chosen = [s for s in found if wanted in (s.number, s.uid)]
+        chosen = chosen or [s for s in found if wanted and wanted.casefold() == s.description.casefold()]
         chosen = chosen or [s for s in found if wanted and wanted.casefold() in s.description.casefold()]
         chosen = [s for s in chosen if s.usable] or chosen
     if len(chosen) == 1:
@@ -239,9 +240,15 @@ def _grouped(frames: Sequence[Frame], damaged: Sequence[DamagedFile]) -> list[Se
         kept, copies = _without_copies(group)
         told: tuple[str, ...] = ()
         if copies:
+<<<<<<< HEAD
             some = ", ".join(str(f.path) for f in copies[:NAMED]) + ", ..." * (len(copies) > NAMED)
             what = counted(len(copies), "image is a copy", "images are copies")
             told = (f"{what} of others in the series and left out: {some}",)
+=======
+            files = list(dict.fromkeys(str(f.path) for f in copies))
+            some = ", ".join(files[:NAMED]) + ", ..." * (len(files) > NAMED)
+            told = (f"{len(copies)} images are copies of others in the series and left out: {some}",)
+>>>>>>> main
         # Damage of a file whose number is lost counts for every series of its UID.
         lost = tuple(d for d in damaged if d.uid and d.uid == uid)
         found.append(Series(uid, number, kept[0].description, tuple(kept), lost, told))

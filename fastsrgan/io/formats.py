@@ -36,6 +36,7 @@ from fastsrgan.io.nifti_voxels import (
     open_stream,
 )
 
+_FIRST = 540  # bytes in which any format shows
 EXPORT_AGAIN = "export the image again"
 UNPACK_NRRD = "save it with gzip, as by `unu save -f nrrd -e gzip -i FILE -o NEW`, or as .nii.gz"
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -125,9 +126,10 @@ def _read_to_end(stream: PlainStream, voxel_bytes: int = 0) -> int:
 def examine_mgh(path: Path, max_voxels: int) -> NiftiFile:
     """Header of an .mgh or .mgz file; the affine is the one that nibabel and FreeSurfer (vox2ras) give."""
     with open_stream(path) as stream:
-        head = stream.read(_MGH_HEADER)
+        head = stream.read(_FIRST)
     if len(head) < _MGH_HEADER or struct.unpack(">i", head[:4]) != (1,):
-        raise InputError(path, f"is no FreeSurfer MGH file: it begins with {head[:12]!r}", COPY_AGAIN)
+        raise nifti_check.not_this(path, "a FreeSurfer MGH file", head)
+    head = head[:_MGH_HEADER]
     *sizes, kind, _, placed = struct.unpack(">6ih", head[4:30])
     if min(sizes) < 1:
         raise InputError(path, f"its header declares impossible dimensions {sizes}", COPY_AGAIN)
@@ -277,7 +279,7 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
             text = stream.read(_LONGEST_TEXT)
             size = stream.size
         if not text.lstrip().startswith(_ITK_MARKS[name]):
-            raise InputError(path, f"is no {name} file: it begins with {text[:12]!r}", COPY_AGAIN)
+            raise nifti_check.not_this(path, f"{'an' if name == 'NRRD' else 'a'} {name} file", text)
         sitk = _sitk(path)
         reader = _itk_reader(sitk, path, name)
         try:
@@ -303,6 +305,10 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
         size_text = fields.get(b"elementspacing", fields.get(b"spacings", b"")).split()
         if any(word.startswith(b"-") for word in size_text):  # ITK has put the sign into the direction
             warnings.append(_turned(" x ".join(word.decode("ascii", "replace") for word in size_text)))
+        scale = [fields.get(f"elementtointensityfunction{word}".encode()) for word in ("slope", "offset")]
+        if scale[0] not in (None, b"1") or scale[1] not in (None, b"0"):
+            told = ", ".join((word or b"none").decode("ascii", "replace") for word in scale)
+            warnings.append(f"its intensity scaling (slope, offset: {told}) is not applied, as ITK does not")
         placed = name != "NRRD" or re.search(rb"^space( dimension)?:", text, re.MULTILINE | re.IGNORECASE)
         if not placed:
             warnings.append("no orientation (no space field): axes taken as left, posterior, superior")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from fastsrgan.errors import FastsrganError, UsageError, counted
 from fastsrgan.io import any_image, dicom, formats
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
+from fastsrgan.io.dicom_header import read_frames
 
 log = logging.getLogger("fastsrgan")
 
-LISTS = (".txt", ".csv")
+LISTS = (".txt", *table.LIST_TABLES)
 NAMED = 3  # images of a folder that are told by name
 BESIDE = (".json", ".tsv", ".png", ".html", ".csv")  # what lies beside images and results
 
@@ -56,7 +58,7 @@ def find_images(
         )
     by_name: dict[str, Path] = {}
     once = []
-    for image in found:
+    for image in _without_slices(found) if len(found) > 1 else found:
         other = by_name.setdefault(image.name, image.path)
         if other is image.path:
             once.append(image)
@@ -71,6 +73,27 @@ def find_images(
                 hint = "their names differ in the ending alone: name the one that you mean, or rename one"
             raise UsageError(image.path, reason, hint)
     return once
+
+
+def _without_slices(found: list[Image]) -> list[Image]:
+    """Of DICOM slices that are named one by one, as ``series/*.dcm`` does, the first of each series: it stands for all
+    of them."""
+    first: dict[Hashable, Image] = {}
+    keys = [_series_of(image) for image in found]
+    kept = [i for i, key in zip(found, keys, strict=True) if key is None or first.setdefault(key, i) is i]
+    for key, n in Counter(key for key in keys if key is not None).items():
+        if n > 1:
+            log.warning("%s: one image is made of its series, of which %d slices are named", first[key].path, n)
+    return kept
+
+
+def _series_of(image: Image) -> Hashable | None:
+    """What is the same of all slices of a series in a folder; None for what is no such slice."""
+    try:
+        frames = [] if image.path.is_dir() or not dicom.is_dicom(image.path) else read_frames(image.path)
+    except (FastsrganError, OSError, ValueError):
+        return None  # reading it says what is wrong
+    return (image.path.parent, frames[0].uid, frames[0].series, image.series) if len(frames) == 1 else None
 
 
 def _inside(folder: Path, out: Path) -> list[Image]:

@@ -2,7 +2,8 @@
 
 A choice is written ``3,42``, ``Left-Cerebral-Cortex,Right-Cerebral-Cortex`` or ``cortex=3,42``; numbers and names may
 be mixed; ``+``, ``;`` and blanks separate too, in a cell of a CSV. Lookup tables: FreeSurfer's (index name R G B A),
-ITK-SNAP's (index R G B A ... "name"), and BIDS's ``dseg.tsv`` (columns index and name), which is found beside its map.
+ITK-SNAP's (index R G B A ... "name"), and BIDS's ``dseg.tsv`` (columns index and name), which is found beside its map,
+or above it where a dataset has one for several (`bids.sidecars`).
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from pathlib import Path
 
 from fastsrgan.core.files import is_special
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.io.formats import SUFFIXES
+from fastsrgan.io.bids import sidecars
 
 CHOOSE = "choose what counts as the structure with --label-classes, for example --label-classes 3,42"
 SHOWN = 12  # values, names that a message lists
 _MOST_BYTES = 1 << 22
 _SNAP = re.compile(r'\s*(\d+)\s.*"(.*)"\s*$')
-_LINE = re.compile(r"\s*(\d+)[\s,]+([^\s,]+)")
+_LINE = re.compile(r"\s*(\d+)(?:\s+([^\s,]+)|\s*[,;]\s*\"?([^,;\"]+))")
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
         )
     names = read_names(path)
     words = _names_among(listed, names)
-    values = [int(word) if word.isdigit() else _value(word, names, path) for word in words]
-    return Structure(name or text.strip(), frozenset(values))
+    values = [[int(word)] if word.isdigit() else _values(word, names, path) for word in words]
+    return Structure(name or text.strip(), frozenset().union(*values))
 
 
 def structures(
@@ -112,8 +113,8 @@ def refuse_overlap(chosen: Sequence[Structure]) -> None:
                 raise UsageError("--label", reason, "give each value to one structure")
 
 
-def read_names(path: str | os.PathLike) -> dict[str, int]:
-    """Name -> value of a lookup table. Raises InputError for what is none."""
+def read_names(path: str | os.PathLike) -> dict[str, list[int]]:
+    """Name -> values of a lookup table: several where both sides have one name. Raises InputError for what is none."""
     path = Path(path)
     try:
         if is_special(path) or path.stat().st_size > _MOST_BYTES:
@@ -125,17 +126,17 @@ def read_names(path: str | os.PathLike) -> dict[str, int]:
         raise InputError(path, f"cannot be read: {error.strerror}", "check the path and its permissions") from error
     rows = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
     header = [cell.strip().lower() for cell in rows[0].split("\t")] if rows else []
-    names: dict[str, int] = {}
+    names: dict[str, list[int]] = {}
     if {"index", "name"} <= set(header):
         at, called = header.index("index"), header.index("name")
         for row in rows[1:]:
             cells = row.split("\t")
             if len(cells) > max(at, called) and cells[at].strip().isdigit():
-                names[cells[called].strip()] = int(cells[at])
+                names.setdefault(cells[called].strip(), []).append(int(cells[at]))
     else:
         for row in rows:
             if match := _SNAP.match(row) or _LINE.match(row):
-                names[match[2].strip()] = int(match[1])
+                names.setdefault((match[2] or match[3]).strip(), []).append(int(match[1]))
     if not names:
         raise InputError(path, "holds no names of label values", "lines of a value and a name, or a BIDS dseg.tsv")
     return names
@@ -149,7 +150,7 @@ def refuse_many(values: Sequence[int], what: str | os.PathLike) -> None:
         raise InputError(what, f"the label holds several structures, the values {held}", CHOOSE)
 
 
-def _names_among(listed: str, names: dict[str, int]) -> list[str]:
+def _names_among(listed: str, names: dict[str, list[int]]) -> list[str]:
     """The words of a choice: all of it, a part between commas, or a part between blanks, whichever is a name first."""
     known = {name.casefold() for name in names}
     if listed.strip().casefold() in known:
@@ -158,17 +159,13 @@ def _names_among(listed: str, names: dict[str, int]) -> list[str]:
     return [word for part in parts for word in ([part] if part.casefold() in known else part.split())]
 
 
-def _value(word: str, names: dict[str, int], path: Path) -> int:
-    folded = {name.casefold(): value for name, value in names.items()}
-    if word.casefold() in folded:
-        return folded[word.casefold()]
+def _values(word: str, names: dict[str, list[int]], path: Path) -> list[int]:
+    if found := [value for name, values in names.items() if name.casefold() == word.casefold() for value in values]:
+        return found
     near = difflib.get_close_matches(word, names, 3, 0.5) or list(names)[:SHOWN]
     raise UsageError("--label-classes", f"{word!r} is no name in {path}", f"there are {', '.join(near)}")
 
 
 def _beside(label: str | os.PathLike) -> Path | None:
-    """The table of names beside a label map, as BIDS has it."""
-    path = Path(label)
-    ending = next((s for s in SUFFIXES if path.name.lower().endswith(s)), "")
-    table = path.with_name(f"{path.name[: len(path.name) - len(ending)]}.tsv")
-    return table if table.is_file() else None
+    """The table of names beside a label map, or above it, as BIDS has it."""
+    return next((table for table in sidecars(Path(label), ".tsv") if table.is_file()), None)

@@ -44,6 +44,8 @@ _OTHER_FORMATS = (
     (0, b"NRRD", "an NRRD file"),
     (0, b"\x00\x00\x00\x01\x00\x00", "a FreeSurfer MGH file"),
     (0, b"\x89HDF", "an HDF5 or MINC file"),
+    (344, b"n+1\0", "a NIfTI image"),
+    (4, b"n+2\0", "a NIfTI image"),
     (0, b"CDF", "a NetCDF or MINC file"),
     (0, b"ObjectType", "a MetaImage header"),
     (0, b"NDims", "a MetaImage header"),
@@ -60,6 +62,7 @@ _OTHER_FORMATS = (
 )
 _WAYS = {  # out of a file under a wrong name, or of a format that is not read
     "a DICOM file": "name its folder, or end its name in .dcm",
+    "a NIfTI image": "end its name in .nii, or in .nii.gz if it is packed",
     "an NRRD file": "end its name in .nrrd",
     "a FreeSurfer MGH file": "end its name in .mgh, or in .mgz if it is packed",
     "a MetaImage header": "end its name in .mha, or in .mhd if its data lie in another file",
@@ -133,10 +136,9 @@ def _read_header(path: Path, voxel_path: Path) -> tuple[nib.Nifti1Header, str]:
         head = stream.read(540)
     order = next((o for o in "<>" if head[:4] in (struct.pack(o + "i", 348), struct.pack(o + "i", 540))), None)
     if order is None:
-        found = next((what for at, magic, what in _OTHER_FORMATS if head[at : at + len(magic)] == magic), "")
-        if not found:
+        if not other_format(head):
             raise NotNifti(path, f"is not a NIfTI image: it begins with {head[:12]!r}", "a .nii or .nii.gz file")
-        raise InputError(path, f"is not a NIfTI image but {found}", _WAYS.get(found, "convert it to .nii.gz first"))
+        raise not_this(path, "a NIfTI image", head)
     size = struct.unpack(order + "i", head[:4])[0]
     if len(head) < size:
         raise InputError(path, f"truncated: {len(head)} bytes where the header alone needs {size}", COPY_AGAIN)
@@ -152,6 +154,18 @@ def _read_header(path: Path, voxel_path: Path) -> tuple[nib.Nifti1Header, str]:
     if size == 348:
         return nib.Nifti1Header(head[:348], order, check=False), "NIfTI-1"
     return nib.Nifti2Header(head, order, check=False), "NIfTI-2"
+
+
+def other_format(head: bytes) -> str:
+    """What the first bytes of a file, unpacked, show it to be; nothing where they are unknown."""
+    return next((what for at, magic, what in _OTHER_FORMATS if head[at : at + len(magic)] == magic), "")
+
+
+def not_this(path: Path, expected: str, head: bytes) -> InputError:
+    """For a file whose name says what its first bytes deny."""
+    if not (found := other_format(head)):
+        return InputError(path, f"is not {expected}: it begins with {head[:12]!r}", COPY_AGAIN)
+    return InputError(path, f"is not {expected} but {found}", _WAYS.get(found, "convert it to .nii.gz first"))
 
 
 def _dimensions(path: Path, header: nib.Nifti1Header) -> tuple[tuple[int, int, int], int]:

@@ -140,7 +140,9 @@ def ignored(n_bytes: int, behind: str) -> str:
 def no_such_file(path: Path) -> InputError:
     """For a path where nothing is."""
     if url := url_of(path):
-        return InputError(url, "is a URL, images are read from paths", "download it first")
+        local = url.lower().startswith("file:")
+        hint = f"write the path alone, /{url[5:].lstrip('/')}" if local else "download it first"
+        return InputError(url, "is a URL, images are read from paths", hint)
     if pointer := pointer_of(path):
         return InputError(path, *pointer)
     if str(path).startswith("~"):

@@ -3,7 +3,8 @@
 A training table has the columns ``HR_image``, ``Label_image``, ``Base`` (``Train`` or ``Test``) and, where masks are
 used, ``Mask_image``, as in the original; ``Label_classes`` says which values of a label map are the structure
 (`labels.structure`). Comma, semicolon and tab are taken as separators, a byte-order mark and
-any line end are accepted, blank lines are skipped, other columns are ignored.
+any line end are accepted; blank lines, a first line ``sep=;`` and ``#`` lines above the header are skipped, cells such
+as ``n/a`` are empty, other columns are ignored and named.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import csv
 import dataclasses
 import difflib
 import io
+import logging
 import os
 import re
 import unicodedata
@@ -25,16 +27,22 @@ from fastsrgan.errors import FastsrganError, InputError, counted
 from fastsrgan.io.formats import SUFFIXES
 from fastsrgan.io.nifti_voxels import pointer_of
 
+log = logging.getLogger("fastsrgan")
+
 SPLITS = ("Train", "Test")
 COLUMNS = ("HR_image", "Label_image", "Base", "Mask_image", "Tissue_image", "Label_classes")
 # What the first cell of a list says where it names no image, in any case.
 HEADINGS = frozenset(("hr_image", "lr_image", "image", "images", "path", "paths", "file", "files", "filename"))
+LIST_TABLES = (".csv", ".tsv")  # endings of lists that are tables
 DELIMITERS = (",", ";", "\t")
 _ENDINGS = "|".join(map(re.escape, SUFFIXES))
 _SUFFIX = re.compile(rf"({_ENDINGS})$", re.IGNORECASE)
 _FIRST_CELL = re.compile(rf"(?:{_ENDINGS})\"?\s*([,;\t])", re.IGNORECASE)
 _RESERVED = {"zarr.json", "manifest.json", "c"}  # names with a meaning at the root of a Zarr store
 _MAX_ID = 100
+_NOTHING = frozenset(("n/a", "na", "nan", "<na>", "null"))  # as BIDS, R, pandas and others write an empty cell
+_SPREADSHEET = re.compile(r"\s*\"?sep=(.)\"?[\s,;]*$", re.IGNORECASE)  # Excel's first line
+_NEAR = 0.85  # of two names, the share of letters in common from which one is meant as the other
 _BINARY = ((b"PK\x03\x04", "an Excel workbook or a zip archive"), (b"\x1f\x8b", "a gzip file"))
 _MAX_BYTES = 1 << 26
 _MAX_TOLD = 50  # faults in one message
@@ -81,17 +89,21 @@ def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, nee
     records = _records(csv_path, _text(csv_path), delimiter_for(COLUMNS))
     if not records:
         raise InputError(csv_path, "is empty", f"its first line names the columns {', '.join(COLUMNS[:3])}")
-    header = [cell.strip() for cell in records[0][1]]
+    header = records[0][1]
     faults = _header_faults(header, need_label)
     if faults:
         raise table_error(csv_path, faults)
+    tell_unread(csv_path, header, COLUMNS)
     rows: list[TableRow] = []
     missing = 0
     for line, cells in records[1:]:
-        cells = [cell.strip() for cell in cells]
         if len(cells) > len(header):
+<<<<<<< HEAD
             fields, columns = counted(len(cells), "field"), counted(len(header), "column")
             faults.append((line, f"{fields} under {columns}, quote paths that hold a separator"))
+=======
+            faults.append((line, too_many(cells, header)))
+>>>>>>> main
             continue
         values = dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=True))
         row, row_faults = _row(line, values, csv_path, base_path, need_label)
@@ -110,17 +122,19 @@ def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, nee
 
 
 def read_list(path: str | os.PathLike, *, base_path: str | None = None) -> list[Path]:
-    """Read a list of images: a column of a ``.csv``, or a ``.txt`` with one path a line, where ``#`` begins a comment.
+    """Read a list of images: a column of a ``.csv`` or ``.tsv``, or a ``.txt`` with one path a line.
 
-    A first line of a ``.csv`` that is a heading (one of ``HEADINGS`` in any column, and no file of that name) is passed
-    over, and its column of images is taken, ``HR_image`` before others; so is a first column that numbers the rows.
+    ``#`` begins a comment, in tables above the first line alone. A first line of a table that is a heading (one of
+    ``HEADINGS`` in any column, and no file of that name) is passed over, and its column of images is taken,
+    ``HR_image`` before others; so is a first column that numbers the rows. Lines without an image, and images of other
+    columns, are told.
 
     Repeated entries are dropped, the order is kept, and whether the files exist is left to the caller. Paths are found
     as in ``read_table``. Raises InputError when the list cannot be read, names nothing or leaves ``HR_image`` empty.
     """
     path = Path(path)
     text = _text(path)
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in LIST_TABLES:
         entries = _list_entries(path, _records(path, text, _list_delimiter), base_path)
     else:
         entries = [_unquoted(line.strip()) for line in text.splitlines() if not line.lstrip().startswith("#")]
@@ -132,13 +146,15 @@ def read_list(path: str | os.PathLike, *, base_path: str | None = None) -> list[
 
 def _list_entries(path: Path, records: list[tuple[int, list[str]]], base_path: str | None) -> list[str]:
     """The column of images of a list, without its heading."""
-    table = [[cell.strip() for cell in cells] for _, cells in records]
+    table = [cells for _, cells in records]
     header = table[0] if table else []
     if not _is_heading(header) or (header[0] and os.path.exists(_locate(header[0], path, base_path))):
         column = _image_column(path, table, base_path)
-        entries = [cells[column] for cells in table if column < len(cells)]
+        entries = [cells[column] if column < len(cells) else "" for cells in table]
         # Above a column that was found by its images the first cell may be any name.
-        return entries[1:] if column and not _SUFFIX.search(entries[0]) else entries
+        titled = bool(column and not _SUFFIX.search(entries[0]))
+        _tell_of_list(path, records, column, titled)
+        return entries[titled:]
     named = [k for k, cell in enumerate(header) if cell == COLUMNS[0] or cell.casefold() in HEADINGS]
     column = header.index(COLUMNS[0]) if COLUMNS[0] in header else named[0]
     rows = [
@@ -147,7 +163,23 @@ def _list_entries(path: Path, records: list[tuple[int, list[str]]], base_path: s
     ]
     if COLUMNS[0] in header and (empty := [(line, f"{COLUMNS[0]} is empty") for line, entry in rows if not entry]):
         raise table_error(path, empty)
+    _tell_of_list(path, records, column, True)
     return [entry for _, entry in rows]
+
+
+def _tell_of_list(path: Path, records: list[tuple[int, list[str]]], column: int, titled: bool) -> None:
+    """What of a list is not taken: lines without an image, and images of other columns."""
+    rows = records[titled:]
+    empty = [str(line) for line, cells in rows if column >= len(cells) or not cells[column]]
+    if empty:
+        some = ", ".join(empty[:_MAX_NAMED]) + ", ..." * (len(empty) > _MAX_NAMED)
+        log.warning("%s: %d lines name no image: %s", path, len(empty), some)
+    more = {k for _, cells in rows for k, cell in enumerate(cells) if k != column and _SUFFIX.search(cell)}
+    if more:
+        header = records[0][1] if titled else []
+        names = [header[k] if k < len(header) and header[k] else str(k + 1) for k in (column, *sorted(more))]
+        told = ", ".join(names[1 : _MAX_NAMED + 1])
+        log.warning("%s: the images of column %s are taken, those of %s are not", path, names[0], told)
 
 
 def _image_column(path: Path, table: list[list[str]], base_path: str | None) -> int:
@@ -250,16 +282,27 @@ def _text(path: Path) -> str:
 
 
 def _records(path: Path, text: str, delimiter_of: Callable[[str], str]) -> list[tuple[int, list[str]]]:
-    """(line number, cells) of every line that holds something; quotes may hide separators."""
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(first), skipinitialspace=True)
+    """(line number, cells) of every line that holds something, cells without blanks around them and without empty ones
+    at the end; quotes may hide separators. Comments and a spreadsheet's ``sep=;`` above the first are passed over."""
+    lines = text.splitlines(keepends=True)
+    above, delimiter = 0, ""
+    while above < len(lines) and (not (bare := lines[above].strip()) or bare[0] == "#" or _SPREADSHEET.match(bare)):
+        found = _SPREADSHEET.match(bare)
+        delimiter = found[1] if found else delimiter
+        above += 1
+    text, first = "".join(lines[above:]), lines[above].strip("\r\n") if above < len(lines) else ""
+    delimiter = delimiter if delimiter and delimiter in first else delimiter_of(first)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     records = []
-    line = 1
+    line = above + 1
     try:
         for cells in reader:
-            if any(cell.strip() for cell in cells):
+            cells = ["" if cell.strip().casefold() in _NOTHING else cell.strip() for cell in cells]
+            while cells and not cells[-1]:
+                cells.pop()
+            if cells:
                 records.append((line, cells))
-            line = reader.line_num + 1
+            line = reader.line_num + above + 1
     except csv.Error as error:
         raise table_error(path, [(line, f"cannot be read as fields: {error}")], "is a quote left open?") from error
     return records
@@ -280,21 +323,46 @@ def _list_delimiter(line: str) -> str:
     return next(found, max(DELIMITERS, key=line.count))
 
 
-def _header_faults(header: list[str], need_label: bool) -> list[tuple[int, str]]:
-    faults = [(1, f"column {name} twice") for name in COLUMNS if header.count(name) > 1]
+def _header_faults(header: list[str], need_label: bool) -> list[Fault]:
+    faults: list[Fault] = [(1, f"column {name} twice") for name in COLUMNS if header.count(name) > 1]
     for name in ("HR_image", "Label_image", "Base"):
         if name in header or (name == "Label_image" and not need_label):
             continue
         if name != "Base" and need_label and "Tissue_image" in header:
             continue
         faults.append((1, f"no column {name}, {instead(name, header)}"))
-    return faults
+    return faults or misspelt(header, COLUMNS)
+
+
+def misspelt(header: Sequence[str], known: Sequence[str]) -> list[Fault]:
+    """A fault for each column that is meant as one of the ``known``, which the table lacks: it would not be read."""
+    lower = {name.casefold(): name for name in known if name not in header}
+    others = [cell for cell in header[:_MAX_COLUMNS] if cell and cell not in known and len(cell) <= _MAX_COLUMN]
+    near = {
+        cell: difflib.get_close_matches(re.sub(r"[\s-]+", "_", cell.casefold()), lower, 1, _NEAR) for cell in others
+    }
+    return [(1, f"column {cell} is not read, rename it {lower[n[0]]}") for cell, n in near.items() if n]
+
+
+def tell_unread(path: Path, header: Sequence[str], known: Sequence[str]) -> None:
+    """Name the columns of a table that nothing reads."""
+    others = [cell[:_MAX_COLUMN] for cell in header if cell and cell not in known]
+    if others:
+        some = ", ".join(others[:_MAX_NAMED]) + ", ..." * (len(others) > _MAX_NAMED)
+        log.info("%s: columns that are not read: %s", path, some)
+
+
+def too_many(cells: Sequence[str], header: Sequence[str]) -> str:
+    """The fault of a row that is longer than its header."""
+    return f"{len(cells)} fields under {len(header)} columns, put cells that hold a separator in quotes"
 
 
 def instead(name: str, header: list[str], known: Collection[str] = COLUMNS) -> str:
     """What a table has in place of a column; those that are ``known`` stand for themselves."""
     cells = [cell[:_MAX_COLUMN] for cell in header[:_MAX_COLUMNS]]
     others = [cell.lower() for cell in cells if cell not in known]
+    if len(header) == 1 and name in header[0]:
+        return f"found {cells[0]}: comma, semicolon or tab separate columns"
     near = difflib.get_close_matches(name.lower(), others, 1)
     if near:
         return f"rename {next(cell for cell in cells if cell.lower() == near[0])}?"
@@ -317,7 +385,8 @@ def _row(
             continue
         paths[column] = _locate(text, csv_path, base_path)
         if url := url_of(text):
-            faults.append(f"{column} {url[:_MAX_CELL]} is a URL, images are read from paths")
+            told = "write the path alone" if url.startswith("file:") else "images are read from paths"
+            faults.append(f"{column} {url[:_MAX_CELL]} is a URL, {told}")
         elif not os.path.exists(paths[column]):
             pointer = pointer_of(paths[column])
             told = f"{pointer[0]}, {pointer[1]}" if pointer else "no such file"
