@@ -240,15 +240,10 @@ def _grouped(frames: Sequence[Frame], damaged: Sequence[DamagedFile]) -> list[Se
         kept, copies = _without_copies(group)
         told: tuple[str, ...] = ()
         if copies:
-<<<<<<< HEAD
-            some = ", ".join(str(f.path) for f in copies[:NAMED]) + ", ..." * (len(copies) > NAMED)
-            what = counted(len(copies), "image is a copy", "images are copies")
-            told = (f"{what} of others in the series and left out: {some}",)
-=======
             files = list(dict.fromkeys(str(f.path) for f in copies))
             some = ", ".join(files[:NAMED]) + ", ..." * (len(files) > NAMED)
-            told = (f"{len(copies)} images are copies of others in the series and left out: {some}",)
->>>>>>> main
+            what = counted(len(copies), "image is a copy", "images are copies")
+            told = (f"{what} of others in the series and left out: {some}",)
         # Damage of a file whose number is lost counts for every series of its UID.
         lost = tuple(d for d in damaged if d.uid and d.uid == uid)
         found.append(Series(uid, number, kept[0].description, tuple(kept), lost, told))

@@ -98,12 +98,7 @@ def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, nee
     missing = 0
     for line, cells in records[1:]:
         if len(cells) > len(header):
-<<<<<<< HEAD
-            fields, columns = counted(len(cells), "field"), counted(len(header), "column")
-            faults.append((line, f"{fields} under {columns}, quote paths that hold a separator"))
-=======
             faults.append((line, too_many(cells, header)))
->>>>>>> main
             continue
         values = dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=True))
         row, row_faults = _row(line, values, csv_path, base_path, need_label)
@@ -354,7 +349,8 @@ def tell_unread(path: Path, header: Sequence[str], known: Sequence[str]) -> None
 
 def too_many(cells: Sequence[str], header: Sequence[str]) -> str:
     """The fault of a row that is longer than its header."""
-    return f"{len(cells)} fields under {len(header)} columns, put cells that hold a separator in quotes"
+    fields, columns = counted(len(cells), "field"), counted(len(header), "column")
+    return f"{fields} under {columns}, put cells that hold a separator in quotes"
 
 
 def instead(name: str, header: list[str], known: Collection[str] = COLUMNS) -> str:
