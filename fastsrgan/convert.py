@@ -20,7 +20,7 @@ import numpy as np
 
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.data.settings_check import data_warnings
-from fastsrgan.errors import FastsrganError, InputError, PartialFailure, UsageError
+from fastsrgan.errors import FastsrganError, InputError, PartialFailure, UsageError, counted
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.formats import examine
@@ -390,7 +390,8 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
 def _strangers(store_url: str | os.PathLike, listed: dict[str, Subject], jobs: list[_Conversion]) -> None:
     others = sorted(set(listed) - {job.row.subject for job in jobs})
     if others:
-        log.warning("%s: %d subjects are not in this table and were kept (%s)", store_url, len(others), others[0])
+        what = counted(len(others), "subject is not in this table and was", "subjects are not in this table and were")
+        log.warning("%s: %s kept (%s)", store_url, what, others[0])
 
 
 def _summary(

@@ -23,7 +23,7 @@ import torch
 
 from fastsrgan._version import __version__
 from fastsrgan.core.system import free_memory, total_memory
-from fastsrgan.errors import human
+from fastsrgan.errors import counted, human
 from fastsrgan.model.arithmetic import pick_precision, slow_cudnn, training_type
 from fastsrgan.model.cpu import forms
 
@@ -116,7 +116,7 @@ def plan(facts: dict[str, Any]) -> dict[str, str]:
     """What ``--device auto`` does with these facts: where training, inference, stitching and the data feed run."""
     devices = facts["gpu"]["devices"]
     kind = "cuda" if devices else "cpu"
-    where = f"cuda ({devices[0]['name']})" if devices else f"cpu, {facts['cpu']['torch_threads']} threads"
+    where = f"cuda ({devices[0]['name']})" if devices else f"cpu, {counted(facts['cpu']['torch_threads'], 'thread')}"
     form = ""
     if devices:
         kernels = facts["optional"]["cupy"]["sees_device"] and os.environ.get("FASTSRGAN_REFERENCE", "0") in ("", "0")
@@ -158,12 +158,13 @@ def warnings(facts: dict[str, Any]) -> list[str]:
 def describe(facts: dict[str, Any]) -> list[str]:
     """The lines of ``fastsrgan doctor`` for what ``diagnose`` returned."""
     cpu, memory, gpu = facts["cpu"], facts["memory"], facts["gpu"]
+    threads = counted(cpu["torch_threads"], "thread")
     packages = [f"{name} {version or 'missing'}" for name, version in facts["packages"].items()]
     rows = [
         ("fastsrgan", f"{facts['fastsrgan']} on Python {facts['python']}, {facts['platform']}"),
         ("packages", "  ".join(packages[:5])),
         ("", "  ".join(packages[5:])),
-        ("cpu", f"{cpu['model']}, {cpu['usable']} of {cpu['count']} cores, {cpu['torch_threads']} threads in torch"),
+        ("cpu", f"{cpu['model']}, {cpu['usable']} of {cpu['count']} cores, {threads} in torch"),
         ("", f"native bf16: {'yes' if cpu['bf16'] else 'no'}"),
         ("memory", f"{_size(memory['available'])} free of {_size(memory['total'])}"),
         ("/dev/shm", _size(facts["shm"]) if facts["shm"] is not None else "none"),

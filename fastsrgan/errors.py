@@ -1,7 +1,8 @@
 """The errors a user can cause or meet, and the exit code each one ends with.
 
 One line reaches the terminal: ``error: WHAT: REASON (HINT)``. Codes are public interface (README, "Exit codes"):
-2 usage, 3 bad input, 4 bad weights / checkpoint / store version / config, 5 resources, 6 some items of a batch failed.
+1 internal (no error of these), 2 usage, 3 bad input, 4 bad weights / checkpoint / store version / config, 5 resources,
+6 some items of a batch failed.
 
 Values and sizes as they stand in messages.
 """
@@ -91,10 +92,17 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 def human(n_bytes: int) -> str:
     """1536 -> '1.5 KiB'."""
+    if n_bytes == 1:
+        return "1 byte"
     size, unit = float(n_bytes), 0
     while size >= 1024 and unit < len(_UNITS) - 1:
         size, unit = size / 1024, unit + 1
     return f"{size:.4g} {_UNITS[unit]}"
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """(1, 'subject') -> '1 subject'; (3, 'subject') -> '3 subjects'; ``many`` where an s is not enough."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def compared(a_bytes: int, b_bytes: int) -> tuple[str, str]:

@@ -262,7 +262,7 @@ def test_damage_of_a_store_a_run_and_a_lone_snapshot_is_told_and_ends_with_3(tmp
     lone.mkdir()
     for name in (checkpoint.MANIFEST, checkpoint.MODEL):
         (lone / name).touch()
-    assert call(capsys, "verify", lone)[:2] == (3, f"lone bad\n{lone}: 1 snapshots, 1 problems\n")
+    assert call(capsys, "verify", lone)[:2] == (3, f"lone bad\n{lone}: 1 snapshot, 1 problem\n")
     monkeypatch.setattr(checkpoint, "folders", lambda run: [run / "step-1", run / "step-2"])
     told = f"step-1 bad\nstep-2 bad\nweights bad\n{tmp_path}: 2 snapshots, 3 problems\n"
     assert call(capsys, "verify", tmp_path)[:2] == (3, told) and asked == ["lone", "step-1", "step-2"]

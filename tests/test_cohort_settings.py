@@ -11,7 +11,7 @@ import torch
 from fastsrgan.cli.main import main
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
-from fastsrgan.data.settings_check import full_subjects, small_subjects
+from fastsrgan.data.settings_check import full_subjects, odd_sizes, small_subjects, thick_order
 from fastsrgan.data.subject import PatchRule, make_resident, patch_origins
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer.volume import infer_volume
@@ -144,6 +144,38 @@ def test_twenty_subjects_are_told_by_name_and_the_others_counted(count, more):
     (told,) = full_subjects(SimpleNamespace(subjects=subjects), Degradation(((1.0, 1.0, 1.0),)), None)
     named = ", ".join(f"h{n}" for n in range(20))
     assert told.startswith(f"{count} of {count} subjects: 1 x 1 x 1 mm") and told.endswith(f": {named}{more}")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axes", "told"),
+    [
+        ([(3, 1, 1)], (0, 1, 2), "3 mm along R, 1 mm along A, 1 mm along S are sagittal thick slices"),
+        ([(1, 1, 2), (1, 4, 2)], (0, 1, 2), "1 to 4 mm along A, 2 mm along S are coronal thick slices"),
+        ([(3, 1, 1)], (1, 2, 0), "3 mm along A, 1 mm along S, 1 mm along R are coronal thick slices"),
+        ([(1, 1, 3)], (0, 1, 2), ""),
+        ([(2, 1, 2)], (0, 1, 2), ""),
+        ([(1, 1, 1)], (0, 1, 2), ""),
+        ([(3, 1, 1)], None, ""),
+    ],
+)
+def test_thick_slices_that_are_not_the_last_number_are_told(sizes, axes, told):
+    """They are made so, along the axis of the largest number; the stored axes of segsrgan geometry mean nothing."""
+    found = thick_order(Degradation(tuple(tuple(map(float, one)) for one in sizes)), axes)
+    assert told in "".join(found) and len(found) == bool(told)
+
+
+def test_thick_slices_along_the_first_axis_are_said_before_the_first_update(tmp_path, caplog):
+    store = cohort(tmp_path / "c", {}, {})
+    assert len(odd_sizes(store, Degradation(((3.0, 1.0, 1.0),)), PatchRule(16, 12), (0, 1, 2))) == 1
+    c = config(new_low_res=((3.0, 1.0, 1.0),), max_bad_steps=1, kernel_gen=1, kernel_dis=1, batch_size=1)
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "attempt", stopped)
+        train.train(store.url, tmp_path / "run", c, device="cpu")
+    assert "3 mm along R, 1 mm along A, 1 mm along S are sagittal thick slices" in caplog.text
+
+
+def stopped(*_):
+    raise KeyboardInterrupt
 
 
 def test_subjects_smaller_than_a_patch_are_told(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
@@ -150,3 +151,10 @@ def test_any_text_is_settings_or_one_clear_line(tmp_path_factory, text):
         from_yaml(path)
     except ModelError as error:
         assert "\n" not in str(error) and len(str(error)) < 2000
+
+
+def test_a_missing_line_is_what_the_preset_says_and_null_is_none():
+    values = {"new_low_res": LOW, "preset": "recommended"}
+    assert from_mapping(values).noise_from == 0 and from_mapping(values | {"noise_from": None}).noise_from is None
+    page = (Path(__file__).parents[1] / "docs" / "config.md").read_text(encoding="utf8").replace("\n", " ")
+    assert "`none` is `null` in a file, or no line at all where the preset has no value of its own." in page

@@ -372,6 +372,21 @@ def test_a_failure_of_the_disk_ends_the_conversion(tmp_path, monkeypatch):
     assert not (tmp_path / "store" / calls[2]).exists() and not (tmp_path / "store" / LOCK).exists()
 
 
+@pytest.mark.fault(24)
+def test_a_disk_that_is_full_at_the_first_volume_leaves_no_store(tmp_path, monkeypatch):
+    table = cohort(tmp_path, 2)
+    (tmp_path / "empty").mkdir()
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store_files.Keys, "put_all", full)
+    for name in ("store", "empty"):
+        with pytest.raises(ResourceError, match="no space left"):
+            convert(table, tmp_path / name)
+    assert not (tmp_path / "store").exists() and not list((tmp_path / "empty").iterdir())
+
+
 # --- the same store, however it was reached -----------------------------------------------------------------------
 
 

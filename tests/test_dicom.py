@@ -336,7 +336,10 @@ def test_truncated_files_are_refused(tmp_path, keep):
 
 def test_folders_without_images_and_paths_that_are_not_there_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "holds no DICOM image")
+    refused(tmp_path / "empty", "holds no image .*DICOM slices, or of NIfTI")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "scan.mgz").write_bytes(b"not read")
+    refused(tmp_path / "others", "holds no DICOM image .*name image files themselves")
     refused(tmp_path / "none.dcm", "no such file")
     (tmp_path / "text.dcm").write_text("no", encoding="utf8")
     refused(tmp_path / "text.dcm", "holds no DICOM image")

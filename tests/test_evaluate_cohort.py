@@ -378,7 +378,7 @@ def test_the_bland_altman_picture_holds_each_subjects_difference(monkeypatch, tm
     ("words", "told"),
     [
         ([], "two or three folders"),
-        (["one"], "1 folders"),
+        (["one"], "1 folder "),
         (["a", "b", "c", "d"], "4 folders"),
         (["a", "b", "c", "--bids"], "two folders are needed"),
         (["--sr", "a.nii"], "--sr and --hr"),

@@ -89,6 +89,32 @@ def test_folders_that_cannot_be_written_are_said_before_any_work(work, tmp_path,
     assert blocked.read_text(encoding="utf8") == "in the way"
 
 
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("command_line", ["settings", "weights", "folder", "table", "label", "original"])
+def test_a_refused_command_leaves_none_of_the_folders_that_it_made(work, tmp_path, capsys, command_line):
+    broken = tmp_path / "nan.safetensors"
+    network = build_generator(GeneratorSpec(kernel=1)).eval()
+    network.head.data[...] = np.nan
+    weights.save_generator(broken, network)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "stays").mkdir()
+    out = tmp_path / "stays" / "new" / "deep"
+    train = ("train", work / "cohort.zarr", "--config", work / "c.yaml")
+    beside = ("-sf", tmp_path / "sf" / "a", "-dice", tmp_path / "dice" / "d.csv", "-mse", tmp_path / "mse" / "m.csv")
+    words = {
+        "settings": (*train, "-o", out, "--fit-mask", "True", "--synthetic", "0"),
+        "weights": (*train, "-o", out, "-w", broken),
+        "folder": ("infer", tmp_path / "empty", "-o", out),
+        "table": ("study", "steps", tmp_path / "none.csv", "-o", out),
+        "label": ("convert", work / "cohort.csv", out, "--label", "cortex"),
+        "original": (*train, "-o", out, "-n", "0.1", "1", "3", *beside),
+    }[command_line]
+    before = sorted(tmp_path.rglob("*"))
+    code, _, told = call(capsys, *words)
+    assert code in (3, 4) and told.splitlines()[-1].startswith("error: "), told
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # --- full disks ---------------------------------------------------------------------------------------------------
 
 
@@ -180,10 +206,10 @@ def test_verify_names_snapshots_that_lost_their_manifest_and_runs_without_snapsh
     assert call(capsys, "verify", run)[0] == 0
     lost.unlink()
     code, out, _ = call(capsys, "verify", run)
-    assert code == 3 and "2 snapshots, 1 problems" in out and f"{lost}: cannot be read" in out
+    assert code == 3 and "2 snapshots, 1 problem\n" in out and f"{lost}: cannot be read" in out
     shutil.rmtree(run / checkpoint.FOLDER)
     code, out, _ = call(capsys, "verify", run)
-    assert code == 3 and "a run without snapshots" in out and "0 snapshots, 1 problems" in out
+    assert code == 3 and "a run without snapshots" in out and "0 snapshots, 1 problem\n" in out
 
 
 @pytest.mark.fault(16)
@@ -197,7 +223,7 @@ def test_a_changed_byte_in_weights_is_named_by_verify_and_refused(work, tmp_path
     weights.load_generator(best)
     flip(best, at)  # in a weight, which stays a number, and in the card
     code, out, _ = call(capsys, "verify", run)
-    assert code == 3 and "1 problems" in out and f"{best}: differs from the SHA-256" in out
+    assert code == 3 and "1 problem\n" in out and f"{best}: differs from the SHA-256" in out
     code, _, told = call(capsys, "infer", work / "scan0.nii.gz", "-o", tmp_path / "out", "-w", best, *TILES)
     assert code == 4
     one_line(told, str(best), "differs from the SHA-256 that was written into it")

@@ -1,5 +1,6 @@
 """Image files of every format of the registry: geometry and voxels against nibabel and SimpleITK, damage."""
 
+import bz2
 import gzip
 import re
 import struct
@@ -65,6 +66,15 @@ def test_a_series_of_volumes_is_chosen_from_as_in_nifti(tmp_path):
         np.testing.assert_array_equal(images.load(tmp_path / name, volume=1).data, HEAD + 1)
         with pytest.raises(InputError, match="2 volumes and one is needed"):
             images.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["bzip2", "BZ2"])
+def test_an_nrrd_that_is_packed_with_bzip2_is_called_so(tmp_path, encoding):
+    text = f"NRRD0004\ntype: short\ndimension: 3\nsizes: 7 6 5\nencoding: {encoding}\nendian: little\n\n"
+    (tmp_path / "a.nrrd").write_bytes(text.encode() + bz2.compress(HEAD.astype("<i2").tobytes(order="F")))
+    with pytest.raises(InputError, match=r"packed with bzip2, which is not read .*gzip") as caught:
+        images.load(tmp_path / "a.nrrd")
+    assert "damaged" not in str(caught.value)
 
 
 def test_files_without_a_place_say_so(tmp_path):
@@ -148,6 +158,18 @@ def test_a_bomb_behind_packed_voxels_is_refused(tmp_path):
     for name in ("a.mgz", "a.nrrd"):
         with pytest.raises(InputError, match="refused as a bomb"):
             images.load(tmp_path / name)
+
+
+def test_bytes_behind_the_last_packed_voxel_are_told(tmp_path):
+    """As behind voxels that are not packed: the header may say too few."""
+    held = write_itk(tmp_path / "a.nrrd", packed=True).read_bytes()
+    at = held.index(b"\x1f\x8b")
+    for more in (1, 2):
+        (tmp_path / "a.nrrd").write_bytes(held[:at] + gzip.compress(gzip.decompress(held[at:]) + bytes(more)))
+        found = images.load(tmp_path / "a.nrrd")
+        np.testing.assert_array_equal(found.data, HEAD)
+        told = {1: "1 byte behind the last voxel was ignored", 2: "2 bytes behind the last voxel were ignored"}
+        assert told[more] in found.warnings
 
 
 def test_packed_voxels_are_looked_for_where_the_header_says(tmp_path):

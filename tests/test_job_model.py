@@ -87,7 +87,7 @@ def test_the_plan_is_the_originals_order_and_tree(tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--patch", "16,32", "--step", "8"], "2 patch sizes and 1 groups"),
+        (["--patch", "16,32", "--step", "8"], "2 patch sizes and 1 group of steps"),
         (["--patch", "16", "--step", "20"], "larger than the patch"),
         (["--patch", "18"], "multiples of 4"),
         (["--new_low_res", "1,1"], "three sizes"),

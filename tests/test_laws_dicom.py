@@ -216,7 +216,7 @@ def test_a_copy_is_told_by_its_voxels_whatever_else_it_says(tmp_path):
     ds.PatientName = "Another^Name"
     ds.save_as(tmp_path / "again.dcm")
     found = dicom.load(tmp_path)
-    assert np.array_equal(found.data, plain) and "1 images are copies of others" in found.warnings[0]
+    assert np.array_equal(found.data, plain) and "1 image is a copy of others" in found.warnings[0]
     ds.PixelData = bytes(len(ds.PixelData))
     ds.save_as(tmp_path / "again.dcm")
     refused(tmp_path, "a slice is there 2 times")

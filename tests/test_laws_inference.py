@@ -159,7 +159,7 @@ def test_the_tiles_are_told_where_the_step_was_left_open_alone():
 
 def test_what_stands_there_is_counted(scans, tmp_path):
     """Its first file by name, the others by number."""
-    for name, more in (("a_sr.nii.gz", ""), ("a_seg.nii.gz", " and 1 more files"), ("a.json", " and 2 more files")):
+    for name, more in (("a_sr.nii.gz", ""), ("a_seg.nii.gz", " and 1 more file"), ("a.json", " and 2 more files")):
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(UsageError) as error:
             files._check_outputs([Image(scans[0], "a")], job_of(tmp_path), False)

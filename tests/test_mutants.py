@@ -12,7 +12,7 @@ from tools import mutants
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("observation", "pool", "critic", "loop", "options", "bench", "inference", "pages", "files", "volume")
-PARTS += ("evaluate", "store", "model", "core", "commands")
+PARTS += ("evaluate", "store", "model", "core", "commands", "dicom")
 ENTRY = """[[mutant]]
 what = "{what}"
 file = "code.py"

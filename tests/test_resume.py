@@ -232,7 +232,7 @@ def test_killed_at_every_moment_of_writing_a_snapshot_the_one_before_stays(tmp_p
 def test_the_last_line_tells_the_updates_of_its_own_seconds(store, tmp_path, capsys):
     words = ["train", str(store), "-o", str(tmp_path / "run"), "-n", "1", "1", "3", "-ps", "16", "-b", "2", "--quiet"]
     words += ["--kernel-gen", "2", "--lambda-adv", "0", "--steps-per-epoch", "1", "--layer-forms", "fixed"]
-    assert main([*words, "-e", "1"]) == 0 and "\n1 updates in " in "\n" + capsys.readouterr().out
+    assert main([*words, "-e", "1"]) == 0 and "\n1 update in " in "\n" + capsys.readouterr().out
     assert main([*words, "-e", "3", "--resume"]) == 0 and "\n2 of 3 updates in " in "\n" + capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf8"))["resumed_at"] == 1
     before = (tmp_path / "run" / "model.safetensors").read_bytes()

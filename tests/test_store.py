@@ -130,7 +130,7 @@ class StoreContract:
 
     def test_an_existing_store_is_kept(self, url):
         make(url, "a")
-        with pytest.raises(UsageError, match=r"exists, with 1 subjects .--resume"):
+        with pytest.raises(UsageError, match=r"exists, with 1 subject .--resume"):
             create_store(url)
         with pytest.raises(UsageError, match=r"^--resume and --overwrite: exclude each other"):
             create_store(url, resume=True, overwrite=True)

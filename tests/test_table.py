@@ -103,6 +103,17 @@ def test_base_path_is_put_before_every_path(folder, base):
     assert read_table(both, base_path=f"{folder}/data")[0].label == folder / "a_seg.nii"
 
 
+@pytest.mark.parametrize(
+    ("base", "meant"), [("{}/data", "{}/data/x.nii"), ("{}/data/", "{}/data/x.nii"), ("{}/s-", "{}/s-x.nii")]
+)
+def test_a_missing_image_is_named_below_the_folder_that_is_put_before_it(folder, base, meant):
+    """The first of the two is a folder; text that is none is put before as it stands."""
+    (folder / "data").mkdir()
+    (folder / "list.txt").write_text("x.nii\n", encoding="utf8")
+    found = read_list(folder / "list.txt", base_path=base.format(folder))
+    assert [str(path) for path in found] == [meant.format(folder)]
+
+
 def test_relative_paths_beside_the_table_then_in_the_current_folder(folder, tmp_path, monkeypatch):
     inner = folder / "inner"
     inner.mkdir()

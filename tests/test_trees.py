@@ -182,7 +182,7 @@ def test_what_is_no_image_is_named(linked, tmp_path, caplog):
     (linked / "s1" / "x.dcm").write_text("x")
     with caplog.at_level(logging.INFO, "fastsrgan"):
         find_images([linked], tmp_path / "o")
-    assert "1 links lead nowhere: gone" in caplog.text
+    assert "1 link leads nowhere: gone" in caplog.text
     assert "2 other files are left out: notes.docx, s1/x.dcm" in caplog.text
 
 

@@ -557,7 +557,7 @@ REFUSED = {
     "critic inputs": (replace("DX/DX_conv_dis_1/kernel:0", data=np.ones((4, 4, 4, 4, 1))), "needs 4 x 4 x 4 x 5 x 1"),
     "missing layer": (lambda f: f.__delitem__("G/G_gen_block3_conv_a"), "block3_conv_a/kernel:0 is missing"),
     "missing array": (lambda f: f.__delitem__("G/G_gen_isnorm_conv1/shift:0"), "isnorm_conv1/shift:0 is missing"),
-    "a layer too many": (lambda f: f.copy("G/G_gen_conv3", f["G"], "G_gen_conv4"), "1 arrays in G"),
+    "a layer too many": (lambda f: f.copy("G/G_gen_conv3", f["G"], "G_gen_conv4"), "1 array in G"),
     "a group is an array": (lambda f: (f.__delitem__("G"), f.create_dataset("G", data=[1.0])), "at the root"),
     "no generator": (lambda f: f.__delitem__("G"), "no SegSRGAN weight file"),
     "two generators": (lambda f: f.copy("G", f, "G_cond"), "no SegSRGAN weight file"),
@@ -565,7 +565,7 @@ REFUSED = {
     "another network": (lambda f: f.move("G", "G_unet"), "G_unet_gen_conv1/kernel:0 is missing"),
     "NaN": (not_finite(np.nan), "G_gen_conv2/kernel:0 holds 1 NaN"),
     "infinity": (not_finite(-np.inf), "G_gen_conv2/kernel:0 holds 1 NaN or infinite"),
-    "an array too many": (an_array_too_many, "1 arrays in G"),
+    "an array too many": (an_array_too_many, "1 array in G"),
 }
 
 

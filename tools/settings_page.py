@@ -26,7 +26,8 @@ date.
 `fastsrgan train --config FILE.yaml` reads a mapping of these settings; options on the command line win over it, and
 `preset: paper` or `recommended`, or the option `--preset`, changes defaults. The settings of a run are kept in
 `RUN/config.yaml` and in every snapshot. Unknown keys, wrong types and values that are not allowed are refused. `none`
-is `null` in a file, or no line at all. Names of options take `-` and `_` alike.
+is `null` in a file, or no line at all where the preset has no value of its own. Names of options take `-` and `_`
+alike.
 
 ```yaml
 new_low_res: [[0.5, 0.5, 2], [0.5, 0.5, 4]]

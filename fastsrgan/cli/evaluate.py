@@ -10,7 +10,7 @@ from fastsrgan.cli.console import Need, add_label_options, print_json, table
 from fastsrgan.core.files import output_folder, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import PartialFailure, UsageError
+from fastsrgan.errors import PartialFailure, UsageError, counted
 
 PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg", "doubt")
 NEEDS = (
@@ -123,7 +123,7 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
             "evaluate", "give --sr and --hr, or --table, or two or three folders", "fastsrgan evaluate --help"
         )
     if args.folders and len(args.folders) not in (2, 3):
-        raise UsageError("evaluate", f"{len(args.folders)} folders", "RESULTS TRUTH, or RESULTS RESULTS TRUTH")
+        raise UsageError("evaluate", counted(len(args.folders), "folder"), "RESULTS TRUTH, or RESULTS RESULTS TRUTH")
     if args.bids and len(args.folders) != 2:
         raise UsageError("--bids", "two folders are needed", "fastsrgan evaluate --bids DERIVATIVES DATASET")
     _check_places(args, [*pair.values(), *([args.table] if args.table else [])])

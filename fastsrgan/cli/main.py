@@ -1,7 +1,7 @@
 """The command line: parse, call one library function, print. ``-`` and ``_`` are alike in option names.
 
-Exit codes: 0 ok, 2 usage, 3 bad input, 4 bad weights / checkpoint / store version / config, 5 resources, 6 some items
-of a batch failed, 130 after SIGINT, 143 after SIGTERM and SIGUSR1. One line on standard error says what
+Exit codes: 0 ok, 1 internal, 2 usage, 3 bad input, 4 bad weights / checkpoint / store version / config, 5 resources,
+6 some items of a batch failed, 130 after SIGINT, 143 after SIGTERM and SIGUSR1. One line on standard error says what
 came and what to do.
 """
 
@@ -31,9 +31,10 @@ from fastsrgan.cli.console import (
     say,
     table,
 )
+from fastsrgan.core.files import left_as_found, url_of
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import SAID, Interrupts, Terminated, exit_code, loading, no_room
-from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, out_of_memory
+from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, counted, out_of_memory
 from fastsrgan.infer.settings import add_options
 
 if TYPE_CHECKING:
@@ -221,17 +222,17 @@ def _verify(args: argparse.Namespace, progress: Progress) -> int:
         problems = [line for snapshot in found for line in checkpoint.verify(snapshot)]
         problems += [] if lone else weights.damaged(run)
         problems += [] if found else [f"{run}: a run without snapshots, --resume has nothing to go on from"]
-        what = f"{len(found)} snapshots"
+        what = counted(len(found), "snapshot")
     else:
         try:
             store = open_store(args.path)
         except InputError as error:
             raise InputError(error.what, error.reason, "name a store, a run or one of its snapshots") from None
         problems = store.verify(progress)
-        what = f"{len(store.subjects)} subjects"
+        what = counted(len(store.subjects), "subject")
     for line in problems:
         say(line)
-    print(f"{args.path}: {what}, {len(problems)} problems")
+    print(f"{args.path}: {what}, {counted(len(problems), 'problem')}")
     return 3 if problems else 0
 
 
@@ -274,7 +275,7 @@ def _info(args: argparse.Namespace, progress: Progress) -> int:
     splits = ", ".join(f"{sum(s.split == name for s in store.subjects)} {name}" for name in ("Train", "Test"))
     ratio = f", {raw / size:.2f} x smaller than in memory" if size else ""
     state = "" if store.complete else "; the conversion has not ended: `fastsrgan convert --resume` goes on"
-    print(f"{args.store}: {len(rows)} subjects ({splits}), {size / 1e6:.2f} MB{ratio}{state}")
+    print(f"{args.store}: {counted(len(rows), 'subject')} ({splits}), {size / 1e6:.2f} MB{ratio}{state}")
     return 0
 
 
@@ -341,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with loading():
                 from fastsrgan.io.labels import read_names
             read_names(args.label_names)
-        with signals:
+        with signals, left_as_found(places(args)):
             return int(args.run(args, progress))
     except SystemExit as stop:  # argparse's --help and --version
         return int(stop.code or 0)
@@ -353,6 +354,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags["--debug"]:
             traceback.print_exc()
         return failed(error if isinstance(error, FastsrganError) else signals.raised or error)
+
+
+def places(args: argparse.Namespace) -> list[str]:
+    """Where a command writes, as far as it makes the folders for it."""
+    files = [path for path in (getattr(args, name, None) for name in ("dice_file", "mse_file")) if path]
+    named = [getattr(args, name, None) for name in ("out", "store", "snapshot_folder")]
+    return [path for path in [*named, *map(os.path.dirname, files)] if path and not url_of(path)]
 
 
 def failed(error: BaseException) -> int:

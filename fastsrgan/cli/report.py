@@ -10,6 +10,7 @@ from pathlib import Path
 from fastsrgan.cli.console import Need, add_label_options
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
+from fastsrgan.errors import counted
 
 ONE_PAGE = "scores study hr label mask label_classes label_names max_mb"  # options of a single page
 NEEDS = (
@@ -87,5 +88,5 @@ def _tell(written: list[Path], as_json: bool) -> int:
         return 0
     print(written[0])
     if len(written) > 1:
-        print(f"and {len(written) - 1} pages of single results beside it")
+        print(f"and {counted(len(written) - 1, 'page')} of single results beside it")
     return 0

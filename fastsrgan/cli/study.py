@@ -10,7 +10,7 @@ from fastsrgan.cli.console import Need, add_checkpoint_option, add_label_options
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
-from fastsrgan.errors import PartialFailure
+from fastsrgan.errors import PartialFailure, counted
 from fastsrgan.infer.settings import add_options
 from fastsrgan.infer.values import tile_edge
 
@@ -149,7 +149,7 @@ def _study(args: argparse.Namespace, progress: Progress) -> int:
             print(f"\n{facts['paper']['source']}:\n{_aligned(quoted)}")
         print("\n" + "\n".join(f"{name}: {path}" for name, path in facts["files"].items()))
     if facts.get("failed"):
-        raise PartialFailure(out, f"{len(facts['failed'])} heads could not be used", "see the warnings")
+        raise PartialFailure(out, f"{counted(len(facts['failed']), 'head')} could not be used", "see the warnings")
     return 0
 
 

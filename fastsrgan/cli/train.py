@@ -16,7 +16,7 @@ from fastsrgan.cli.console import Need, add_checkpoint_option, add_label_options
 from fastsrgan.core.files import output_folder
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import FastsrganError, ModelError, PartialFailure, SettingsError, UsageError
+from fastsrgan.errors import FastsrganError, ModelError, PartialFailure, SettingsError, UsageError, counted
 from fastsrgan.infer.settings import add_options
 
 if TYPE_CHECKING:
@@ -301,8 +301,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
             lines.append(f"best: epoch {result['best_epoch']}, {value} on the Test subjects")
             lines.append(f"best weights: {result['best_weights']}")
         done = result["updates"] - (result["resumed_at"] or 0)
-        some = "" if result["resumed_at"] is None else f" of {result['updates']}"
-        print("\n".join([f"{done}{some} updates in {result['seconds']:.0f} s", *lines]))
+        some = "" if result["resumed_at"] is None else f"{done} of "
+        print("\n".join([f"{some}{counted(result['updates'], 'update')} in {result['seconds']:.0f} s", *lines]))
         if result["stopped"]:
             print(f"stopped by signal {result['stopped']}; continue with --resume")
     return int(result["exit_code"])
@@ -368,7 +368,7 @@ def convert_table(table: str, args: argparse.Namespace, folder: str, progress: P
         with contextlib.suppress(OSError):  # nothing is left of a call that began nothing
             store.parent.rmdir()
         raise
-    log.info("%s: %d subjects, %d converted", store, result["subjects"], result["converted"])
+    log.info("%s: %s, %d converted", store, counted(result["subjects"], "subject"), result["converted"])
     return str(store)
 
 

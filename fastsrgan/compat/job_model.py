@@ -27,7 +27,7 @@ from fastsrgan.core import system
 from fastsrgan.core.files import disk_error, finite, mapping, read_json, write_json
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.system import pick_device
-from fastsrgan.errors import FastsrganError, ResourceError, UsageError
+from fastsrgan.errors import FastsrganError, ResourceError, UsageError, counted
 from fastsrgan.infer.files import SomeFailed
 from fastsrgan.infer.settings import InferSettings
 from fastsrgan.io import any_image
@@ -92,7 +92,7 @@ def plan(
     Raises UsageError where patch sizes and groups of steps do not match, or a step leaves gaps.
     """
     if len(patch_sizes) != len(step_groups):
-        reason = f"{len(patch_sizes)} patch sizes and {len(step_groups)} groups of steps"
+        reason = f"{counted(len(patch_sizes), 'patch size')} and {counted(len(step_groups), 'group')} of steps"
         raise UsageError("--patch and --step", reason, 'as many of each: --patch "64,128" --step "32 64,64 128"')
     if not name or os.sep in name:
         raise UsageError(

@@ -123,6 +123,21 @@ def output_folder(path: str | os.PathLike) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def left_as_found(paths: Iterable[str | os.PathLike]) -> Iterator[None]:
+    """Where what is done within ends in an error, take away the folders that it made and left empty: of these paths
+    and above them."""
+    chains = [(Path(path), *Path(path).parents) for path in paths]
+    missing = {folder for chain in chains for folder in chain if not os.path.lexists(folder)}
+    try:
+        yield
+    except BaseException:
+        for folder in sorted(missing, key=lambda one: len(one.parts), reverse=True):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def output_file(path: str | os.PathLike) -> Path:
     """Make sure that a file can be written in its folder, before any work starts.
 

@@ -28,7 +28,7 @@ from fastsrgan.data import dali as dali_feed
 from fastsrgan.data.pool import Resident
 from fastsrgan.data.subject import Law, Moved, Mover, PatchRule, make_resident, move_by_thread
 from fastsrgan.data.visit import Visits
-from fastsrgan.errors import InputError, ResourceError, UsageError
+from fastsrgan.errors import InputError, ResourceError, UsageError, counted
 from fastsrgan.model.arithmetic import TYPES
 from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.slice_axis import Axes, stored_draw
@@ -59,7 +59,7 @@ def deal(subjects: list[str], seed: int, epoch: int, size: int, rank: int, world
     if world > len(subjects):
         raise UsageError(
             "training ranks",
-            f"{world} processes for {len(subjects)} subjects",
+            f"{world} processes for {counted(len(subjects), 'subject')}",
             "start at most as many processes as there are Train subjects",
         )
     order = [subjects[i] for i in rng(seed, epoch, "subjects").permutation(len(subjects))]

@@ -16,9 +16,9 @@ from fastsrgan.core.files import mapping
 from fastsrgan.data.subject import PatchRule, patch_origins, positive_box
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.observation.model import Degradation
-from fastsrgan.observation.slice_axis import Axes, on_stored_axes
+from fastsrgan.observation.slice_axis import PLANES, Axes, describe, on_stored_axes
 from fastsrgan.store.reader import Store, Subject
-from fastsrgan.volume.geometry import Orientation, processing_orientation
+from fastsrgan.volume.geometry import WORLD_AXES, Orientation, processing_orientation
 from fastsrgan.volume.resample import SAME
 
 LABELS = "--label"  # what warnings about the choice of all label maps begin with
@@ -86,6 +86,21 @@ def full_subjects(store: Store, law: Degradation, axes: Axes | None) -> list[str
     size = " x ".join(f"{low:g}" for low in coarsest)
     told = f"{size} mm (-n) are their own voxels, so nothing is to be super-resolved: {', '.join(names[:SHOWN])}{more}"
     return [f"{len(names)} of {len(store.subjects)} subjects: {told}"] if names else []
+
+
+def odd_sizes(store: Store, law: Degradation, rule: PatchRule, axes: Axes | None) -> list[str]:
+    """What the low resolution and the patches are odd for, a line each."""
+    return small_subjects(store, rule) + full_subjects(store, law, axes) + thick_order(law, axes)
+
+
+def thick_order(law: Degradation, axes: Axes | None) -> list[str]:
+    """A line where the largest of the low resolution's numbers is not the last, which is the one through the slices."""
+    sizes = [(low + high) / 2 for low, high in zip(law.low_res[0], law.low_res[-1], strict=True)]
+    if axes is None or max(sizes) < sizes[2] * (1 + SAME):
+        return []
+    thick = WORLD_AXES[axes[sizes.index(max(sizes))]]
+    told = f"the last number of -n is through the slices, and it is not the largest: {describe(axes, law.low_res)} are"
+    return [f"{told} {PLANES[thick]} thick slices; name the largest last, and --slice-axis where others are meant"]
 
 
 def structures(store: Store) -> list[tuple[str, list[int]]]:

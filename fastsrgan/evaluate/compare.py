@@ -17,7 +17,7 @@ import numpy as np
 
 from fastsrgan.core.files import output_folder, short_names
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import InputError, UsageError, counted
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, evaluate_folders, told_once
 from fastsrgan.evaluate.pair import flat, moments
 from fastsrgan.io.output_place import SCORED, check_place
@@ -87,7 +87,8 @@ def compare_folders(
     least = 2.0 ** (1 - len(subjects))
     if least > LEVEL:
         notes.append(
-            f"with {len(subjects)} subjects the smallest p of the test is {least:.3g}: it cannot show a difference at "
+            f"with {counted(len(subjects), 'subject')} the smallest p of the test is {least:.3g}: it cannot show a "
+            "difference at "
             f"{LEVEL:g}, whatever the figures"
         )
     if picture is not None:

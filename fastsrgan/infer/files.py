@@ -28,7 +28,7 @@ from fastsrgan.core.files import finite, need_space, output_folder, remove_aband
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, LostRank, Ranks
 from fastsrgan.core.system import free_memory
-from fastsrgan.errors import FastsrganError, PartialFailure, ResourceError, UsageError
+from fastsrgan.errors import FastsrganError, PartialFailure, ResourceError, UsageError, counted
 from fastsrgan.infer.image import (
     ImageJob,
     Isotropic,
@@ -475,7 +475,7 @@ def _check_outputs(listed: Sequence[Image], job: ImageJob, replace: bool) -> Non
                 raise UsageError(target, "is an input and would be overwritten", "choose another output folder")
             standing += [target] if os.path.exists(target) else []  # False for a name that is too long
     if standing and not replace:
-        more = f" and {len(standing) - 1} more files" if len(standing) > 1 else ""
+        more = f" and {counted(len(standing) - 1, 'more file')}" if len(standing) > 1 else ""
         raise UsageError(
             f"{standing[0]}{more}", "exists already and is kept", "--overwrite, --resume or another folder"
         )

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastsrgan.config import MIN_SIZE, SIZE_MULTIPLE
 from fastsrgan.core.system import free_memory
-from fastsrgan.errors import ModelError, ResourceError, out_of_memory
+from fastsrgan.errors import ModelError, ResourceError, counted, out_of_memory
 from fastsrgan.infer import tiles
 from fastsrgan.infer.planes import Held, Source
 from fastsrgan.infer.values import check_batch
@@ -321,7 +321,7 @@ class TileNetwork:
         self.size = len(indices) // 2
         if self.compiled:
             _sizes[(self.device, self.dtype, plan.patch)] = self.size
-        log.warning("out of memory on %s: going on with %d tiles at a time", self.device, self.size)
+        log.warning("out of memory on %s: going on with %s at a time", self.device, counted(self.size, "tile"))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return None

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastsrgan.core.files import mapping, read_json
-from fastsrgan.errors import InputError
+from fastsrgan.errors import InputError, counted
 from fastsrgan.io import nifti as images
 from fastsrgan.io.nifti_voxels import no_such_file
 
@@ -138,7 +138,7 @@ def find_bids(
         reason = f"no {' or '.join(suffixes)} image{where}{others}"
         raise InputError(root, reason, "they lie in sub-XX/anat or sub-XX/ses-YY/anat")
     if left and desc is None:
-        log.info("%s: %d images are not taken: %s", root, len(left), some)
+        log.info("%s: %s not taken: %s", root, counted(len(left), "image is", "images are"), some)
     return sorted(found, key=lambda image: str(image.path))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.errors import InputError, ResourceError
+from fastsrgan.errors import InputError, ResourceError, counted
 from fastsrgan.io.dicom_header import DIRECTION_TOLERANCE, TRAITS, Frame, check_axes, pixels
 from fastsrgan.io.dicom_header import SUFFIXES as SUFFIXES
 from fastsrgan.io.dicom_series import NAMED, Series, select
@@ -133,7 +133,8 @@ def _pick(path: str | os.PathLike, stacks: list[list[Frame]], volume: int | None
         return 0
     if volume is None or not 0 <= volume < count:
         which = _differences(stacks)
-        reason = f"holds {count} volumes{which}" + ("" if volume is None else f"; there is no volume {volume}")
+        none = "" if volume is None else f"; there is no volume {volume}"
+        reason = f"holds {counted(count, 'volume')}{which}{none}"
         raise InputError(path, reason, f"choose one with --volume 0 to {count - 1}")
     return volume
 
@@ -309,14 +310,15 @@ def _fill(data_XYZ: np.ndarray, frames: list[Frame], warnings: list[str]) -> np.
         decoded = pixels(file, frames[slices[0]].shape)
         stored = decoded.dtype
         if len(decoded) > frames[slices[0]].count:
-            told = f"{file.name} has pixels of {len(decoded)} frames, its header describes {frames[slices[0]].count}"
+            held = counted(len(decoded), "frame")
+            told = f"{file.name} has pixels of {held}, its header describes {frames[slices[0]].count}"
             warnings.append(f"{told}: the others are left out")
         for k in slices:
             f = frames[k]
             if f.index >= len(decoded):
                 raise InputError(
                     file,
-                    f"truncated: {len(decoded)} frames, the header describes more",
+                    f"truncated: {counted(len(decoded), 'frame')}, the header describes more",
                     "copy or export the file again",
                 )
             data_XYZ[:, :, k] = decoded[f.index][::-1].T

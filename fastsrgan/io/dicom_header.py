@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.errors import FastsrganError, InputError, ResourceError
+from fastsrgan.errors import FastsrganError, InputError, ResourceError, counted
 from fastsrgan.io.nifti_voxels import pointer_of
 
+NO_DICOM = "holds no DICOM image"
 HINT = "copy or export the file again"
 _PREAMBLE = 132
 SUFFIXES = (".dcm", ".ima", ".dicom", ".dcm.gz", ".ima.gz", ".dicom.gz")
@@ -225,7 +226,7 @@ def _frames_of(path: Path, marked: bool, readable: bool, wanted: bool) -> list[F
         if marked and ds is not None and (not kind or f"{kind}.".startswith(_IMAGE_CLASSES)):
             raise InputError(path, "is cut off within its header", HINT)
         if wanted:
-            raise InputError(path, "holds no DICOM image", "a DICOM slice, a multi-frame file or a folder of slices")
+            raise InputError(path, NO_DICOM, "a DICOM slice, a multi-frame file or a folder of slices")
         return []
     if not marked and not ("SOPClassUID" in ds or "SeriesInstanceUID" in ds):
         return []  # another file that begins like one
@@ -245,7 +246,7 @@ def what_is_there(names: Sequence[Path]) -> str:
             return f"holds no DICOM image of grey values, only colour pictures as {name.name}"
         except InputError:
             continue
-    return "holds no DICOM image"
+    return NO_DICOM
 
 
 def check_axes(frame: Frame) -> None:
@@ -328,7 +329,10 @@ def _frames(path: Path, ds: Any, fault: str) -> Iterator[Frame]:
     groups = list(_sequence(ds, "PerFrameFunctionalGroupsSequence"))
     shared = next(iter(_sequence(ds, "SharedFunctionalGroupsSequence")), None)
     if count > 1 and len(groups) != count:
-        fault = fault or f"has {count} frames and places for {len(groups)}: only enhanced images say where frames are"
+        fault = (
+            fault
+            or f"has {counted(count, 'frame')} and places for {len(groups)}: only enhanced images say where frames are"
+        )
         groups = []
     if not groups:
         yield _frame(path, 0, ds, [ds], fault)

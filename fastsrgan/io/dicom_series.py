@@ -18,8 +18,18 @@ from pathlib import Path
 import numpy as np
 
 from fastsrgan.core.files import is_special, walk_files
-from fastsrgan.errors import InputError, UsageError
-from fastsrgan.io.dicom_header import SUFFIXES, DamagedFile, Frame, begins_as_dicom, pixels, read_frames, what_is_there
+from fastsrgan.errors import InputError, UsageError, counted
+from fastsrgan.io import formats
+from fastsrgan.io.dicom_header import (
+    NO_DICOM,
+    SUFFIXES,
+    DamagedFile,
+    Frame,
+    begins_as_dicom,
+    pixels,
+    read_frames,
+    what_is_there,
+)
 from fastsrgan.io.nifti_voxels import no_such_file
 
 log = logging.getLogger("fastsrgan")
@@ -50,7 +60,7 @@ class Series:
         rows, columns = self.frames[0].shape
         name = f" {self.description!r}" if self.description else ""
         bad = f", {len(self.damaged)} more cannot be read" if self.damaged else ""
-        return f"{self.number or '?'}{name} ({len(self.frames)} images of {columns} x {rows}{bad})"
+        return f"{self.number or '?'}{name} ({counted(len(self.frames), 'image')} of {columns} x {rows}{bad})"
 
     def apart(self, root: Path) -> str:
         """The same with what tells it from another series of the same number: sub-folder, patient, date, UID."""
@@ -125,12 +135,17 @@ def _look(path: str | os.PathLike) -> _Listing:
     if not found:
         if broken:
             raise InputError(broken[0].what, broken[0].reason, broken[0].hint)
-        raise InputError(path, what_is_there(names), "a folder of DICOM slices; name image files themselves")
+        there = what_is_there(names)
+        others_there = any(name.name.lower().endswith(formats.SUFFIXES) for name in names)
+        if path.is_dir() and there == NO_DICOM and not others_there:
+            raise InputError(path, "holds no image", f"a folder of DICOM slices, or of {formats.NAMES} files")
+        raise InputError(path, there, "a folder of DICOM slices; name image files themselves")
     others = [name for name in others if name.is_file() and not name.name.startswith(".")]
     if others and path.is_dir():
         some = ", ".join(str(name.relative_to(folder)) for name in others[:NAMED])
         more_of = ", ..." * (len(others) > NAMED)
-        log.info("%s: %d files are no DICOM images and left out: %s%s", path, len(others), some, more_of)
+        what = counted(len(others), "file is no DICOM image", "files are no DICOM images")
+        log.info("%s: %s and left out: %s%s", path, what, some, more_of)
     return _Listing(found, [b for b in broken if b.uid not in known], others)
 
 
@@ -227,7 +242,8 @@ def _grouped(frames: Sequence[Frame], damaged: Sequence[DamagedFile]) -> list[Se
         if copies:
             files = list(dict.fromkeys(str(f.path) for f in copies))
             some = ", ".join(files[:NAMED]) + ", ..." * (len(files) > NAMED)
-            told = (f"{len(copies)} images are copies of others in the series and left out: {some}",)
+            what = counted(len(copies), "image is a copy", "images are copies")
+            told = (f"{what} of others in the series and left out: {some}",)
         # Damage of a file whose number is lost counts for every series of its UID.
         lost = tuple(d for d in damaged if d.uid and d.uid == uid)
         found.append(Series(uid, number, kept[0].description, tuple(kept), lost, told))

@@ -32,11 +32,13 @@ from fastsrgan.io.nifti_voxels import (
     NiftiFile,
     PlainStream,
     ZlibStream,
+    ignored,
     open_stream,
 )
 
 _FIRST = 540  # bytes in which any format shows
 EXPORT_AGAIN = "export the image again"
+UNPACK_NRRD = "save it with gzip, as by `unu save -f nrrd -e gzip -i FILE -o NEW`, or as .nii.gz"
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -228,11 +230,13 @@ class ItkFile(NiftiFile):
             stream = (GzipStream if zipped else ZlibStream)(opened.file, path, opened.size)
             if (n := _read_to_end(stream, self.declared_bytes)) < self.declared_bytes:
                 self._short(n)
+        if n > self.declared_bytes:
+            self.warnings.append(ignored(n - self.declared_bytes, "the last voxel"))
         if 0 < (declared := _number(fields.get(b"compresseddatasize"))) < stream.end - at:
             told = f"the header declares {declared} packed bytes, there are {stream.end - at}"
             raise InputError(self.path, f"damaged: {told}", COPY_AGAIN)
         if stream.trailing:
-            self.warnings.append(f"{stream.trailing} bytes behind the {stream.form} data were ignored")
+            self.warnings.append(ignored(stream.trailing, f"the {stream.form} data"))
 
     def _check_plain(self, fields: dict[bytes, bytes], at: int) -> None:
         """Refuse a MetaImage that ends early: MetaIO would say so on standard error, in lines of its own."""
@@ -282,6 +286,9 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
             reader.ReadImageInformation()
         except RuntimeError as error:
             raise InputError(path, f"its header cannot be used: {_itk_line(error)}", EXPORT_AGAIN) from error
+        fields = _itk_fields(path)[0]
+        if fields.get(b"encoding", b"").strip().lower() in (b"bzip2", b"bz2"):
+            raise InputError(path, "its voxels are packed with bzip2, which is not read", UNPACK_NRRD)
         dims, sizes = reader.GetDimension(), reader.GetSize()
         if dims not in (3, 4) or min(sizes) < 1:
             raise InputError(path, f"is a {dims}-D image of {times(sizes)}", "a 3-D volume is needed")
@@ -295,7 +302,6 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
         affine[:3, 3] = reader.GetOrigin()[:3]
         warnings: list[str] = []
         affine = _sane_place(path, LPS_TO_RAS @ affine, warnings)
-        fields = _itk_fields(path)[0]
         size_text = fields.get(b"elementspacing", fields.get(b"spacings", b"")).split()
         if any(word.startswith(b"-") for word in size_text):  # ITK has put the sign into the direction
             warnings.append(_turned(" x ".join(word.decode("ascii", "replace") for word in size_text)))

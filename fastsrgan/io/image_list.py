@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastsrgan.core.files import read_json, real, walk_files
-from fastsrgan.errors import FastsrganError, UsageError
+from fastsrgan.errors import FastsrganError, UsageError, counted
 from fastsrgan.io import any_image, dicom, formats
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
@@ -106,10 +106,9 @@ def _inside(folder: Path, out: Path) -> list[Image]:
     found = [Image(p, n) for p, n in zip(paths, names, strict=True) if p not in results]
     if paths:
         some = ", ".join(str(i.path.relative_to(folder)) for i in found[:NAMED])
-        more = (
-            f", ... ({len(paths) - len(found)} results of an earlier call left out)" if len(found) < len(paths) else ""
-        )
-        log.info("%s: %d images: %s%s", folder, len(found), some, more or ", ..." * (len(found) > NAMED))
+        old = len(paths) - len(found)
+        more = f", ... ({counted(old, 'result')} of an earlier call left out)" if old else ""
+        log.info("%s: %s: %s%s", folder, counted(len(found), "image"), some, more or ", ..." * (len(found) > NAMED))
         _tell_of_others(folder, [p for p in others if below == here or below not in real(p).parents])
     if paths and not found:
         raise UsageError(folder, "holds results only", "name the folder of the images")
@@ -133,10 +132,11 @@ def _tell_of_others(folder: Path, others: list[Path]) -> None:
     """Name what is no image: dead links, and files that no command wrote or reads beside an image."""
     dead = [path for path in others if path.is_symlink() and not path.exists()]
     plain = [path for path in others if path not in dead and path.suffix.lower() not in BESIDE]
-    for paths, tell, what in ((dead, log.warning, "links lead nowhere"), (plain, log.info, "other files are left out")):
+    leads, left = ("link leads nowhere", "links lead nowhere"), ("other file is left out", "other files are left out")
+    for paths, tell, words in ((dead, log.warning, leads), (plain, log.info, left)):
         if paths:
             some = ", ".join(str(path.relative_to(folder)) for path in paths[:NAMED]) + ", ..." * (len(paths) > NAMED)
-            tell("%s: %d %s: %s", folder, len(paths), what, some)
+            tell("%s: %s: %s", folder, counted(len(paths), *words), some)
 
 
 def _first_half(path: Path) -> bool:

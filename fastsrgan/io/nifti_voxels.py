@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from fastsrgan.core.files import url_of
-from fastsrgan.errors import InputError, compared, human, times
+from fastsrgan.errors import InputError, compared, counted, human, times
 
 CHUNK_BYTES = 1 << 22
 DEFLATE_LIMIT = 1032  # no deflate stream expands further (zlib, "technical details")
@@ -130,6 +130,11 @@ def pointer_of(path: str | os.PathLike) -> tuple[str, str] | None:
     if link:
         return f"is a link to {link}, where nothing is", "mend the link, or name the file itself"
     return None
+
+
+def ignored(n_bytes: int, behind: str) -> str:
+    """What is said of bytes that nothing needs."""
+    return counted(n_bytes, f"byte behind {behind} was ignored", f"bytes behind {behind} were ignored")
 
 
 def no_such_file(path: Path) -> InputError:
@@ -253,7 +258,7 @@ class NiftiFile:
                 self._skip(stream, behind, self.declared_bytes - behind)
                 self._rest(stream)
                 if stream.trailing:
-                    self.warnings.append(f"{stream.trailing} bytes behind the gzip data were ignored")
+                    self.warnings.append(ignored(stream.trailing, "the gzip data"))
 
     def _rest(self, stream: PlainStream) -> None:
         """Read on behind the last voxel, to the checksum."""
@@ -309,7 +314,7 @@ class NiftiFile:
             reason = f"holds more data than the {times(self.shape)} voxels that its header declares"
             raise InputError(self.voxel_path, reason, "its dimensions are damaged: export the image again")
         if n > 0:
-            self.warnings.append(f"{n} bytes behind the last voxel were ignored")
+            self.warnings.append(ignored(n, "the last voxel"))
 
 
 def write_voxels(stream: BinaryIO | gzip.GzipFile, data: np.ndarray, stored: np.dtype) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastsrgan.core.files import is_special, url_of
-from fastsrgan.errors import FastsrganError, InputError
+from fastsrgan.errors import FastsrganError, InputError, counted
 from fastsrgan.io.formats import SUFFIXES
 from fastsrgan.io.nifti_voxels import pointer_of
 
@@ -349,7 +349,8 @@ def tell_unread(path: Path, header: Sequence[str], known: Sequence[str]) -> None
 
 def too_many(cells: Sequence[str], header: Sequence[str]) -> str:
     """The fault of a row that is longer than its header."""
-    return f"{len(cells)} fields under {len(header)} columns, put cells that hold a separator in quotes"
+    fields, columns = counted(len(cells), "field"), counted(len(header), "column")
+    return f"{fields} under {columns}, put cells that hold a separator in quotes"
 
 
 def instead(name: str, header: list[str], known: Collection[str] = COLUMNS) -> str:
@@ -400,7 +401,8 @@ def _row(
 
 
 def _locate(text: str, table: Path, base_path: str | None) -> Path:
-    """The absolute path meant by a cell: the first candidate that exists, else the first. A URL stays what it is."""
+    """The absolute path meant by a cell: the first candidate that exists, else the first; below ``base_path`` where
+    that is a folder. A URL stays what it is."""
     if url_of(text):
         return Path(text)
     text = os.path.expanduser(text) if text.startswith("~") and not base_path else text
@@ -411,7 +413,8 @@ def _locate(text: str, table: Path, base_path: str | None) -> Path:
         candidates = [table.absolute().parent / text, Path(text)]
     # One letter with an accent is one sign or two: tables and disks of other systems differ in that.
     spelt = [Path(unicodedata.normalize(form, str(c))) for form in ("NFC", "NFD") for c in candidates]
-    return Path(os.path.abspath(next((c for c in [*candidates, *spelt] if os.path.exists(c)), candidates[0])))
+    meant = candidates[bool(base_path and os.path.isdir(base_path))]
+    return Path(os.path.abspath(next((c for c in [*candidates, *spelt] if os.path.exists(c)), meant)))
 
 
 def _repetitions(rows: list[TableRow]) -> list[tuple[int, str]]:

@@ -24,7 +24,7 @@ from h5py import h5d, h5g, h5l, h5o, h5s, h5t, h5z
 from torch import Tensor
 
 from fastsrgan.core.files import atomic_write
-from fastsrgan.errors import ModelError
+from fastsrgan.errors import ModelError, counted
 from fastsrgan.model.networks import (
     MAX_FILE,
     NETWORKS,
@@ -232,7 +232,9 @@ def _generator_spec(path: Path, group: str, layers: Layers) -> GeneratorSpec:
     inputs, kernel = _kernel_axes(path, layers, f"{group}_gen_conv1/kernel:0", 7)
     outputs = _kernel_axes(path, layers, f"{group}_gen_1conv/kernel:0", 7)[1]
     if inputs != 1 + bool(cond):
-        raise ModelError(path, f"layer {group}_gen_conv1 has {inputs} inputs", f"group {group} has {1 + bool(cond)}")
+        raise ModelError(
+            path, f"layer {group}_gen_conv1 has {counted(inputs, 'input')}", f"group {group} has {1 + bool(cond)}"
+        )
     if outputs < 2:
         raise ModelError(path, f"layer {group}_gen_1conv has {outputs} outputs", "at least 2: image and segmentation")
     spec = GeneratorSpec(_kinds()[kind], kernel, plain is None, bool(cond), outputs - 2)
@@ -263,7 +265,9 @@ def _match(path: Path, spec: Spec, layers: Layers) -> _Network:
         datasets[parameter] = dataset
     surplus = sum(map(len, layers.values())) - len(names)
     if surplus:
-        raise ModelError(path, f"{surplus} arrays in {group_name(spec)} belong to no layer", f"not {describe(spec)}")
+        where = group_name(spec)
+        told = counted(surplus, f"array in {where} belongs to no layer", f"arrays in {where} belong to no layer")
+        raise ModelError(path, told, f"not {describe(spec)}")
     return _Network(spec, datasets)
 
 

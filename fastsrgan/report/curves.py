@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import mapping, parse_json, read_json, real
+from fastsrgan.errors import counted
 from fastsrgan.evaluate.figures import structure_line
 from fastsrgan.pictures.planes import find_panels
 from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer
@@ -198,7 +199,7 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
     width = facts["updates_per_point"]
     notes = [f"A point is the mean of {width} updates." if width > 1 else None]
     if facts["unreadable_lines"]:
-        notes.append(f"{facts['unreadable_lines']} lines of the log could not be read.")
+        notes.append(f"{counted(facts['unreadable_lines'], 'line')} of the log could not be read.")
     if not summary:
         notes.append("The run has no summary: it has not ended, or was killed.")
     head = facts_table(
@@ -219,7 +220,7 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
         el("div", [p for p in plots if p], class_="plots"),
         el(
             "details",
-            el("summary", f"{len(noted)} warnings about the data"),
+            el("summary", f"{counted(len(noted), 'warning')} about the data"),
             el("ul", [el("li", line) for line in noted]),
         )
         if noted

@@ -19,7 +19,7 @@ from typing import Any
 from fastsrgan._version import __version__
 from fastsrgan.core.files import atomic_write, finite, short_names
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import InputError, UsageError, counted
 from fastsrgan.evaluate.figures import alone
 from fastsrgan.evaluate.grids import onto_grid
 from fastsrgan.evaluate.pair import evaluate_pair, structure_pairs
@@ -354,7 +354,7 @@ def _after(facts: dict[str, Any], panels: list[tuple[str, bytes]], found: Found)
 def _subtitle(facts: dict[str, Any], kind: str) -> Html:
     words = {
         "demo": "The demo's unseen test subject, and the short training run before it.",
-        "cohort": f"{len(facts.get('rows', []))} results.",
+        "cohort": f"{counted(len(facts.get('rows', [])), 'result')}.",
         "training run": "Training run.",
         "training runs": f"{len(facts.get('runs', []))} training runs, their curves laid over each other.",
         "study": "A study of the paper on own data.",

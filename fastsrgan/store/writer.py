@@ -19,7 +19,7 @@ import numpy as np
 
 from fastsrgan._version import __version__
 from fastsrgan.core.files import LOCK, finite, mapping, parse_json, write_error
-from fastsrgan.errors import FastsrganError, InputError, ModelError, UsageError
+from fastsrgan.errors import FastsrganError, InputError, ModelError, UsageError, counted
 from fastsrgan.store.codec import CHUNK, encoded, group_bytes
 from fastsrgan.store.files import (
     FORMAT,
@@ -175,7 +175,10 @@ class StoreWriter:
             self._publish(always=True)
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Give the lock back. What was begun and holds no subject is taken away before."""
+        with contextlib.suppress(OSError, FastsrganError):
+            if self._prepared and not self._manifest["subjects"] and not self._manifest["complete"]:
+                self._clear()
         self._lock.release()
 
     def _look(self, overwrite: bool, resume: bool, settings: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +200,7 @@ class StoreWriter:
         if overwrite or not found["subjects"]:
             return fresh
         if not resume:
-            count = f"{len(found['subjects'])} subjects"
+            count = counted(len(found["subjects"]), "subject")
             raise UsageError(self.url, f"exists, with {count}", "--resume goes on with it, --overwrite begins anew")
         if found["settings"] != settings:
             told = ", ".join(f"{k} {found['settings'].get(k)}, not {v}" for k, v in settings.items())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import atomic_write, write_json
+from fastsrgan.errors import counted
 from fastsrgan.evaluate.figures import columns
 from fastsrgan.study.data import DICE_OF, OWN
 from fastsrgan.study.plots import Panel, draw
@@ -97,7 +98,7 @@ def markdown(facts: dict[str, Any], title: str) -> str:
     parts = [f"# {title}", f"![{title}]({kind}.png)", _table(shown_rows(facts))]
     if "runs" in facts:
         for run in facts["runs"]:
-            parts.append(f"{run['name']}: {run['path']}, {run['updates']} updates.{_best(run['best'])}")
+            parts.append(f"{run['name']}: {run['path']}, {counted(run['updates'], 'update')}.{_best(run['best'])}")
     elif kind == "curves":
         parts.append(f"Run: {facts['run']}.{_best(facts['best'])}")
     else:

@@ -19,7 +19,7 @@ from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.core.system import free_memory, peak_memory
 from fastsrgan.data.pool import Batch
 from fastsrgan.data.subject import PatchRule
-from fastsrgan.errors import ModelError, ResourceError, UsageError, human, out_of_memory
+from fastsrgan.errors import ModelError, ResourceError, UsageError, counted, human, out_of_memory
 from fastsrgan.model import weights
 from fastsrgan.model.compiled import CompiledJob, proven, turned_on, whole
 from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpec, assemble, build_generator, describe
@@ -442,8 +442,8 @@ class Means(Mapping[str, float]):
 def batch_of_rank(config: TrainConfig, ranks: Ranks) -> int:
     """Patches per update of each rank. Raises UsageError where the batch cannot be shared out."""
     if config.batch_size % ranks.world:
-        hint = f"a multiple of {ranks.world}: batch_size counts the patches of all ranks"
-        raise UsageError("batch_size", f"{config.batch_size} patches are not divided by {ranks.world} ranks", hint)
+        reason = f"{counted(config.batch_size, 'patch is', 'patches are')} not divided by {ranks.world} ranks"
+        raise UsageError("batch_size", reason, f"a multiple of {ranks.world}: it counts the patches of all ranks")
     return config.batch_size // ranks.world
 
 
@@ -478,9 +478,9 @@ def refuse_hopeless(config: TrainConfig, mask_classes: int, device: torch.device
     own = batch_of_rank(config, ranks)
     least, free = least_bytes(config, mask_classes, own), free_memory() // ranks.local_world
     if device.type == "cpu" and least > free:
-        what = f"{config.batch_size} patches of {PatchRule.of(config).patch} voxels need more than {human(least)}"
-        fewer = own * free // least * ranks.world
-        reason = f"{what} on each rank, {human(free)} are free"
+        size, fewer = f"of {PatchRule.of(config).patch} voxels", own * free // least * ranks.world
+        what = counted(config.batch_size, f"patch {size} needs", f"patches {size} need")
+        reason = f"{what} more than {human(least)} on each rank, {human(free)} are free"
         raise ResourceError("--batch-size", reason, f"below {fewer}, or --auto-batch True")
 
 

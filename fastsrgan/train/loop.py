@@ -26,7 +26,7 @@ from fastsrgan.core.kernels import to_device
 from fastsrgan.core.signals import StopRequest
 from fastsrgan.core.system import peak_memory
 from fastsrgan.data.pool import Pool, Resident
-from fastsrgan.errors import InputError, ResourceError
+from fastsrgan.errors import InputError, ResourceError, counted
 from fastsrgan.evaluate.figures import dice_name, dices_of_structures, mean_dice
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import Generator
@@ -58,7 +58,9 @@ def loop(run: Run, stop: StopRequest) -> None:
     c, at = run.config, run.position
     if out_of_patience(run):
         run.ended_early = at.epoch - 1
-        log.info("the run ended after %d validations without a better score; a larger patience goes on", at.stale)
+        log.info(
+            "the run ended after %s without a better score; a larger patience goes on", counted(at.stale, "validation")
+        )
         return
     # The plan is read ahead of the position, so it is fixed before the position moves.
     turns = run.plan()
@@ -87,7 +89,7 @@ def loop(run: Run, stop: StopRequest) -> None:
                 keep(run, last=turn.epoch == run.last_epoch or bool(run.ended_early))
                 export(run, turn.epoch)
             if run.ended_early:
-                log.info("epoch %d: no better score in %d validations, training ends", turn.epoch, at.stale)
+                log.info("epoch %d: no better score in %s, training ends", turn.epoch, counted(at.stale, "validation"))
                 return
     if at.updates == 0:
         reason = f"none of its {len(run.train)} Train subjects gave a patch"
@@ -170,7 +172,8 @@ def tell_if_short(config: TrainConfig, planned: float) -> None:
         told.append(f"ema {config.ema:g}, a mean over {average}: what is validated and shipped is mostly the beginning")
     if told:
         hint = "more updates, or a smaller --lr-warmup and --ema"
-        log.warning("about %d updates are planned, too few for %s (%s)", planned, " and for ".join(told), hint)
+        what = counted(int(planned), "update is", "updates are")
+        log.warning("about %s planned, too few for %s (%s)", what, " and for ".join(told), hint)
 
 
 def shared_steps(run: Run, turn: Turn, pool: Pool | None) -> int:
@@ -250,7 +253,7 @@ def count_bad(run: Run, facts: dict[str, float], told: Told) -> None:
             write_json(run.folder / "bad_batch.json", found)
         raise ResourceError(
             run.folder,
-            f"{run.bad} updates in a row were not finite",
+            counted(run.bad, "update was not finite", "updates in a row were not finite"),
             "the last good snapshot is in checkpoints/, the patches are in bad_batch.json; lower the learning rates",
         )
 

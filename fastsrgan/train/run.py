@@ -25,7 +25,7 @@ from fastsrgan.core.ranks import Ranks, from_environment, local_device
 from fastsrgan.core.signals import StopRequest
 from fastsrgan.core.system import pick_device, provenance
 from fastsrgan.data.feed import Feed, resident_limit
-from fastsrgan.data.settings_check import data_warnings, full_subjects, refuse_faults, small_subjects, structures
+from fastsrgan.data.settings_check import data_warnings, odd_sizes, refuse_faults, structures
 from fastsrgan.data.subject import PatchRule
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, ModelError, UsageError, out_of_memory
@@ -408,7 +408,7 @@ def tell_of_data(run: Run) -> dict[str, list[str]]:
             for text in texts:
                 log.warning("%s: %s", name, text)
         feed = run.feed
-        for text in small_subjects(feed.store, feed.rule) + full_subjects(feed.store, feed.degradation, feed.axes):
+        for text in odd_sizes(feed.store, feed.degradation, feed.rule, feed.axes):
             log.warning("%s", text)
         write_json(run.folder / DATA_FACTS, {"store": run.store.url, "warnings": found})
     return found

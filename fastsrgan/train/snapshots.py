@@ -20,7 +20,7 @@ from fastsrgan import config as settings
 from fastsrgan.core.files import mapping
 from fastsrgan.core.system import provenance
 from fastsrgan.data.feed import Feed
-from fastsrgan.errors import ModelError, ResourceError
+from fastsrgan.errors import ModelError, ResourceError, counted
 from fastsrgan.model import checkpoint, weights
 from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model.arithmetic import TYPES
@@ -190,8 +190,8 @@ def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
         at.resident, at.world = None, run.ranks.world
     elif at.world != run.ranks.world:
         log.warning(
-            "the run had %d ranks and has %d now: what is left of epoch %d is dealt anew",
-            at.world,
+            "the run had %s and has %d now: what is left of epoch %d is dealt anew",
+            counted(at.world, "rank"),
             run.ranks.world,
             at.epoch,
         )
@@ -206,7 +206,8 @@ def redeal(run: Run, at: Position) -> None:
     """
     at.left, at.before = remaining(run, at), epoch_part(run, at)
     if len(at.left) < run.ranks.world:
-        log.warning("%d subjects left for %d ranks wait for the next epoch", len(at.left), run.ranks.world)
+        ranks = f"left for {run.ranks.world} ranks"
+        log.warning("%s for the next epoch", counted(len(at.left), f"subject {ranks} waits", f"subjects {ranks} wait"))
         at.left = []
     # Updates of a group that comes again still count against steps_per_epoch.
     at.epoch_updates += at.step
