@@ -779,3 +779,16 @@ def test_voxels_that_outshine_the_rest_are_weighed_as_intensities(tmp_path):
         convert(table, tmp_path / f"store{shift}")
         (told,) = open_store(tmp_path / f"store{shift}").subjects[0].attrs["warnings"]
         assert told.startswith("1 of 3780 voxels are up to") and "the image is divided by its maximum" in told
+
+
+def test_where_all_that_is_new_is_damaged_what_is_there_stays_and_counts(tmp_path):
+    table = cohort(tmp_path, 2)
+    text = table.read_text()
+    table.write_text("\n".join(text.splitlines()[:2]) + "\n")
+    convert(table, tmp_path / "store")
+    table.write_text(text)
+    (tmp_path / "s1.nii.gz").write_bytes((tmp_path / "s1.nii.gz").read_bytes()[:-100])
+    with pytest.raises(PartialFailure, match=r"1 of 2 subjects failed, the others are in .*: line 3: .*truncated"):
+        convert(table, tmp_path / "store", resume=True)
+    store = open_store(tmp_path / "store")
+    assert [s.id for s in store.subjects] == ["s0"] and not store.complete

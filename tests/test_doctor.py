@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastsrgan import doctor
+from fastsrgan.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +201,11 @@ def test_an_nvidia_smi_that_fails_is_no_driver(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(doctor, "_read", lambda path: None)
     assert doctor.driver() is None
+
+
+def test_the_command_prints_its_lines_or_one_json_document(monkeypatch, capsys, facts):
+    monkeypatch.setattr(doctor, "diagnose", lambda: facts)
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(facts))
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out == "\n".join(doctor.describe(facts)) + "\n"

@@ -388,3 +388,11 @@ def test_a_footer_gives_way_to_the_legend_alone(truth):
         return text.get_fontsize() / 0.72 * figure.LETTER * len(text.get_text()) / room
 
     assert size(True) < 0.9 and size(False) == pytest.approx(1)
+
+
+def test_the_place_of_largest_change_is_a_voxel_of_the_mask_however_much_changes_beside_it():
+    a = Volume(np.zeros((24, 24, 24), np.float32), np.eye(4))
+    b = Volume(a.data.copy(), np.eye(4))
+    b.data[12, 12, 12], b.data[13, 12, 12] = 50, 900
+    inside = Volume(np.arange(24)[:, None, None] < np.full((24, 24, 24), 13), np.eye(4))
+    assert planes.largest_change(a, b, inside) == (12, 12, 12)

@@ -14,6 +14,7 @@ from nifti_files import HEAD, rigid
 from fastsrgan.errors import InputError, ResourceError
 from fastsrgan.io import formats
 from fastsrgan.io import nifti as images
+from fastsrgan.io.nifti_voxels import DEFLATE_LIMIT
 from fastsrgan.io.tables import read_list, subject_ids
 from fastsrgan.volume.placement import axis_codes
 
@@ -511,3 +512,13 @@ def test_packed_voxels_behind_a_header_of_their_own_file(tmp_path):
     damage(raw, -2)
     with pytest.raises(InputError, match="the zlib checksum is wrong"):
         images.load(path)
+
+
+@pytest.mark.parametrize("name", ["a.mhd", "a.nhdr"])
+def test_a_small_header_may_stand_before_any_number_of_voxels(tmp_path, name):
+    """What the files of an image hold together bounds it, not what its header alone could hold packed."""
+    large = np.zeros((96, 96, 96), np.uint8)
+    large[3, 4, 5] = 7
+    path = write_itk(tmp_path / name, large)
+    assert path.stat().st_size * DEFLATE_LIMIT < large.size
+    np.testing.assert_array_equal(images.load(path).data, large)

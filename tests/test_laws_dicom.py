@@ -551,3 +551,17 @@ def test_an_empty_element_is_none(tmp_path):
     small(tmp_path, change=emptied)
     found = dicom.load(tmp_path)
     assert np.array_equal(found.data, volume(SMALL)[:, ::-1]) and found.warnings == ()
+
+
+def test_frames_that_do_not_fit_into_memory_are_no_fault_of_the_file(tmp_path, monkeypatch):
+    """Exit code 5, that of the surroundings: the same file is read where there is more memory."""
+
+    class Large:
+        @property
+        def pixel_array(self):
+            raise MemoryError
+
+    monkeypatch.setattr(dicom_header, "_dataset", lambda path, force: Large())
+    with pytest.raises(ResourceError, match="not enough memory for its frames") as error:
+        dicom_header.pixels(tmp_path / "a.dcm", (4, 4))
+    assert error.value.exit_code == 5

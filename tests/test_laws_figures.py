@@ -747,3 +747,24 @@ def test_columns_of_tables_have_the_figure_of_their_heading():
             "/scores/segmentation/dice", "/scores/baseline/segmentation/dice", "/measured/volume_ml",
             "/measured/components", "/record/seconds",
         ]  # fmt: skip
+
+
+def test_the_legend_of_a_chart_has_the_colour_that_each_line_was_given():
+    """As of a baseline, whose colour is that of its series in every chart of the page."""
+    lines = [Line("a", [0, 1], [1.0, 2.0], number=4), Line("b", [0, 1], [2.0, 1.0]), Line("c", [0], [1.0], number=7)]
+    drawn = line_chart("t", lines, "epoch")
+    assert re.findall(r'class="swatch s(\d)"></span>(\w)<', drawn) == [("4", "a"), ("1", "b"), ("1", "c")]
+    assert re.findall(r'class="dot s(\d)"', drawn) == ["4", "4", "1", "1", "1"]
+
+
+def test_a_few_voxels_of_any_brightness_do_not_move_where_a_doubt_is_judged():
+    """The head is what is above a tenth of the reference's 99.9th percentile, not of its brightest voxel."""
+    some = np.random.default_rng(4)
+    ref = np.full((20, 20, 20), 5, np.float32)
+    ref[:10, :10, :10] = some.uniform(200, 1000, (10, 10, 10))
+    sr = ref + some.normal(0, 5, ref.shape).astype(np.float32)
+    doubt = some.uniform(1, 9, ref.shape).astype(np.float32)
+    head = ref > 100
+    sr[3, 3, 3] += 1e5
+    ref[3, 3, 3] += 1e5
+    assert metrics.calibration(sr, ref, doubt) == metrics.calibration(sr, ref, doubt, head)

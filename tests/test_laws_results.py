@@ -454,3 +454,24 @@ def test_a_resumed_call_wants_the_same_volume_of_a_series(tmp_path, model):
         write_json(tmp_path / "a.json", record | {"input": record["input"] | change})
         with pytest.raises(UsageError, match=f"another {what}"):
             image_module.finished(image, job)
+
+
+def test_no_table_of_a_replaced_result_stands_beside_the_new_one(tmp_path):
+    """A result without classes takes the place of one with: neither their image nor its sidecar nor its table stays."""
+    raw, out, stage = (tmp_path / name for name in ("raw", "out", "stage"))
+    for folder in (raw / "sub-01" / "anat", out, stage):
+        folder.mkdir(parents=True)
+    (raw / "sub-01/anat/sub-01_T1w.nii.gz").write_bytes(b"")
+    (image,) = find_bids(raw)
+    for kinds in (("seg", "mask", "sr"), ("seg", "sr")):
+        for kind in kinds:
+            (stage / kind).write_bytes(b"")
+        known = [{"name": "cortex", "values": [3]}, {"name": "white", "values": [41]}]
+        write_json(stage / "json", {"weights": {"structures": known}, "made_for": {}})
+        bids._place({"outputs": {kind: str(stage / kind) for kind in (*kinds, "json")}}, image, raw, out)
+        left = {path.name for path in out.rglob("*") if path.is_file()}
+        expected = {"sub-01_desc-cortexT1w_dseg", "sub-01_desc-maskT1w_dseg"} if "mask" in kinds else set()
+        expected |= {"sub-01_desc-cortexT1w_dseg"}
+        assert left == {"sub-01_desc-sr_T1w.nii.gz", "sub-01_desc-sr_T1w.json"} | {
+            f"{stem}.{end}" for stem in expected for end in ("nii.gz", "json", "tsv")
+        }

@@ -376,3 +376,18 @@ def test_from_sixteen_outputs_on_a_stem_is_a_plain_convolution(monkeypatch, outp
     with torch.no_grad():
         layers.conv7_reflect(torch.rand(1, inputs, 8, 8, 8), torch.rand(outputs, inputs, 7, 7, 7))
     assert chosen == {"conv7 forward": form}
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 2), (2, 5), (3, 3)])
+def test_however_few_channels_go_together_a_spectral_convolution_is_the_plain_one(monkeypatch, inputs, outputs):
+    """A cache that holds one channel's spectra: the groups' parts are summed, or put side by side."""
+    monkeypatch.setattr(spectral, "HELD_BYTES", 1)
+    x, weight = random(0, 2, inputs, 6, 4, 8), random(1, outputs, inputs, 7, 7, 7)
+    assert len(spectral._Plan.of(x.shape, weight).groups) == max(inputs, outputs)
+    grad, dx = random(2, 2, outputs, 6, 4, 8), torch.zeros_like(x)
+    y = spectral.forward(x, weight)
+    dw = spectral.backward(grad, x, weight, lambda where, part: dx.__setitem__(where, part), True)
+    leaves = [x.clone().requires_grad_(True), weight.clone().requires_grad_(True)]
+    plain = layers.conv7_reflect(*leaves, "reference")
+    for got, wanted in zip((y, dx, dw), (plain, *torch.autograd.grad(plain, leaves, grad)), strict=True):
+        assert (got - wanted).abs().max() <= TOLERANCE * wanted.abs().max()

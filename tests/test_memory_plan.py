@@ -239,3 +239,12 @@ def test_a_foreign_network_is_not_run_for_the_plan():
 
     plan = plan_memory(replace(job()), TileNetwork(Foreign(), 1.0), 1, 2**33)
     assert plan.total("host") > 4 * 16 * 64**3
+
+
+@pytest.mark.parametrize("first", [16, 48])
+def test_what_a_tile_takes_does_not_depend_on_which_was_counted_before(first):
+    """Or a plan would follow the order of a cohort's volumes."""
+    used, fresh = (TileNetwork(build_generator(GeneratorSpec(kernel=2), seed=1), 1.0) for _ in range(2))
+    used.probe((first,) * 3)
+    assert used.bytes_of((32, 32, 32)) == fresh.bytes_of((32, 32, 32))
+    assert used.probe((32, 32, 32)).edges == (32, 32, 32)

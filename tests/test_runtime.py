@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -280,3 +281,23 @@ def test_gpus_are_counted_from_zero(monkeypatch):
     assert system.pick_device("cuda:1") == torch.device("cuda:1") and system.pick_device("cpu") == torch.device("cpu")
     with pytest.raises(ResourceError, match="cuda:2 asked, 2 CUDA devices seen"):
         system.pick_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("error", "alive"), [(PermissionError, True), (OverflowError, True), (ProcessLookupError, False)]
+)
+def test_a_process_of_another_user_is_alive_though_it_cannot_be_signalled(tmp_path, monkeypatch, error, alive):
+    """Its temporary files stay, and its lock holds."""
+
+    def kill(pid, number):
+        assert number == 0
+        raise error
+
+    monkeypatch.setattr(os, "kill", kill)
+    path = core_files.temporary_name(tmp_path / "a.nii")
+    path.write_text("half")
+    core_files.remove_abandoned(tmp_path, ["a.nii"])
+    assert path.exists() == alive
+    holder = core_files.lock_holder(core_files.lock_signature())
+    with pytest.raises(ResourceError, match="is being written by") if alive else contextlib.nullcontext():
+        core_files.judge_lock("store", holder, held=False, by_process=True)

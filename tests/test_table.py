@@ -543,3 +543,10 @@ def test_persons_and_labels_are_known_by_any_name_that_leads_to_them(folder):
         folder, "sub-07.nii,a_seg.nii,Train", "sub-07_ses-2.nii,b_seg.nii,Train", "sub-08_ses-1.nii,c_seg.nii,Test"
     )
     assert len(read_table(one)) == 3
+
+
+def test_of_several_columns_of_images_a_list_takes_hr_image(tmp_path):
+    (tmp_path / "list.csv").write_text("image,HR_image,path\nx.nii,a.nii,y.nii\n", encoding="utf8")
+    assert read_list(tmp_path / "list.csv") == [tmp_path / "a.nii"]
+    (tmp_path / "list.csv").write_text("path,image\nx.nii,y.nii\n", encoding="utf8")
+    assert read_list(tmp_path / "list.csv") == [tmp_path / "x.nii"]

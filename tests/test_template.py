@@ -301,3 +301,10 @@ def test_the_defaults_of_a_cohort(tmp_path, monkeypatch):
     uncut = template.make_cohort(tmp_path / "b", 1, 0, crop=False, sd_voxels=1.0)
     assert images.load(uncut.subjects[0].image).data.shape == tiny.shape
     assert facts["shape"] == [24, 8, 8]
+
+
+def test_another_seed_draws_another_contrast_too(cohort, small, tmp_path):
+    other = template.make_cohort(tmp_path, 2, 1, seed=6, template=small, sd_voxels=1.0)
+    drawn, others = (json.loads((c.csv.parent / "cohort.json").read_text())["subjects"] for c in (cohort, other))
+    for name, facts in drawn.items():
+        assert not set(facts["contrast"].values()) & set(others[name]["contrast"].values())

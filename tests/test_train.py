@@ -325,7 +325,9 @@ def test_tensorboard_gets_scalars_and_images(store, tmp_path):
     found = events.Scalars("train/g_total")
     assert [e.step for e in found] == [r["update"] for r in history]
     assert np.allclose([e.value for e in found], [r["g_total"] for r in history])
-    assert len(events.Scalars("validation/Dice")) == 2 and len(events.Tags()["images"]) == 1
+    ends = {r["epoch"]: r["update"] for r in history}
+    assert [e.step for e in events.Scalars("validation/Dice")] == list(ends.values()) != list(ends)
+    assert len(ends) == 2 and len(events.Tags()["images"]) == 1
     image = events.Images(events.Tags()["images"][0])[-1]
     assert (image.height, image.width) == (3 * 16 + 4, 5 * 16 + 8)
 
