@@ -15,6 +15,7 @@ from fastsrgan.errors import ResourceError
 from fastsrgan.infer import planes as slabs
 from fastsrgan.infer import sweep, tiles
 from fastsrgan.infer.network import TileNetwork
+from fastsrgan.infer.stitch import Stitcher
 from fastsrgan.infer.sweep import predict, stream
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
@@ -417,3 +418,15 @@ def test_a_network_of_unknown_make_gets_copies():
     out, _ = predict(volume, plan, TileNetwork(Careless(), 1.0))
     assert torch.equal(volume, before)
     torch.testing.assert_close(out[0], 2 * before)
+
+
+@pytest.mark.parametrize(("batch", "planes"), [(1, 24), (3, 40)])
+def test_a_sweep_holds_the_planes_of_as_many_slabs_as_fill_its_batches(batch, planes):
+    """Of four slabs of four tiles two, or all, are a group of eight batches, as the plan of its memory counts them."""
+    plan, held = tiles.plan((40, 24, 20), 16, 8), []
+    network = TileNetwork(Local(), 1.0, batch=batch)
+    network.choose_batch(batch, plan)
+    watched = sweep.Sweep(Planes(some(plan.shape)), plan, network, watch=lambda: held.append(watched.held.memory) or {})
+    with watched.timed(""):
+        watched.run(lambda channels: Stitcher(plan, channels))
+    assert plan.grid == (4, 2, 2) and max(map(len, held)) == planes
