@@ -203,7 +203,7 @@ class ShippedModel:
 # the values measured beside them by tools/plausibility_figures.py, with room.
 MODELS = {
     "adult": ShippedModel(
-        "segsrgan-k8-adult.safetensors",
+        "segsrgan-k12-adult.safetensors",
         Purpose(
             structures=((1, "cortical grey matter"),),
             contrast="T1-, T2- or FLAIR-like contrast",
