@@ -263,8 +263,8 @@ def test_a_contrast_is_foreign_only_where_the_weights_do_not_know_it(name):
 
 
 def test_a_contrast_that_the_weights_segment_poorly_is_yellow_and_says_so():
-    """FLAIR of the adult weights (a cortex 44 % too large was green), where nothing else comes into question."""
-    adult = MODELS["adult"].purpose
+    """As FLAIR of earlier weights (a cortex 44 % too large was green), where nothing else comes into question."""
+    adult = replace(MODELS["adult"].purpose, dice=(("T1", (0.73, 0.81)), ("FLAIR", (0.57, 0.63)), ("T2", (0.69, 0.78))))
     for name, (fluid, within) in SEEN.items():
         verdict = judge(replace(GROWN, fluid=fluid), seg_of(600), 1000.0, adult, within=within)
         rough = [reason for reason in verdict.reasons if "Dice 0.57 to 0.63 on their card" in reason]
