@@ -195,6 +195,10 @@ OTHER_MEANINGS = {
 # Settings that are read in more files than the one where they act, and why.
 READ_IN = {
     "seed": ({"train/gan.py", "train/run.py"}, "of the networks, and of the feed, by which the loop draws too"),
+    "lr_schedule": (
+        {"train/loop.py", "train/snapshots.py"},
+        "where it sets the rates, and where a resumed run says that other epochs change them",
+    ),
     "ema": ({"train/gan.py", "train/loop.py"}, "where it averages, and where a run too short for it is warned of"),
 }
 

@@ -61,10 +61,10 @@ def test_better_than_the_spline_on_an_unseen_subject(subject, ratio, noise, axis
 def test_the_file_is_small_and_says_what_it_is():
     path = default_weights()
     facts = info(path)
-    assert path.stat().st_size < 2_000_000
-    assert facts["generator"]["kernel"] == 8 and facts["generator"]["residual"]
+    assert path.stat().st_size < 4_000_000
+    assert facts["generator"]["kernel"] == 12 and facts["generator"]["residual"]
     assert {"step", "seed", "commit", "recipe"} <= set(facts["card"])
-    assert weights.load_generator(path).spec.kernel == 8
+    assert weights.load_generator(path).spec.kernel == 12
 
 
 def test_the_model_card_names_the_file_and_its_hash():
