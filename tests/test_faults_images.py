@@ -65,7 +65,7 @@ def test_refused_images_end_with_3_and_one_line(tmp_path, capsys, model, name):
     *warnings, error = told.splitlines()
     assert code == 3 and all(line.startswith("warning: ") for line in warnings), told
     assert error.startswith(f"error: {scan}: ") and words in error and error.endswith(")")
-    assert not list(out.iterdir())
+    assert not out.exists()
     (tmp_path / "t.csv").write_text("HR_image,Label_image,Base\nscan.nii.gz,label.nii.gz,Train\n", encoding="utf8")
     code, told = call(capsys, "convert", tmp_path / "t.csv", store)
     assert (code, told.count("\n")) == (3, 1), told

@@ -269,7 +269,7 @@ def rank_of_environment(folder: str, size: int) -> list:
 def test_subjects_are_dealt_once_in_groups_that_all_ranks_have(count, size, world, seed):
     subjects = [f"s{i}" for i in range(count)]
     if world > count:
-        with pytest.raises(UsageError, match=f"{world} processes for {count} subjects"):
+        with pytest.raises(UsageError, match=f"{world} processes for {count} subject"):
             deal(subjects, seed, 1, size, 0, world)
         return
     ranks = [deal(subjects, seed, 1, size, rank, world) for rank in range(world)]

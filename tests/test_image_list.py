@@ -24,7 +24,7 @@ def test_what_lies_beside_images_and_results_is_not_told(tmp_path, caplog, endin
     (tmp_path / "other.docx").write_text("x", encoding="utf8")
     with caplog.at_level(logging.INFO, "fastsrgan"):
         assert names(tmp_path) == ["a"]
-    assert "1 other files are left out: other.docx" in caplog.text and f"x{ending}" not in caplog.text
+    assert "1 other file is left out: other.docx" in caplog.text and f"x{ending}" not in caplog.text
 
 
 def test_files_of_the_output_folder_are_neither_images_nor_told(tmp_path, caplog):

@@ -386,7 +386,7 @@ def test_one_volume_is_number_0_and_no_other(tmp_path):
     small(tmp_path)
     assert dicom.load(tmp_path, volume=0).meta["volume"] == 0
     for wrong in (1, -1):
-        refused(tmp_path, f"holds 1 volumes.*; there is no volume {wrong}", volume=wrong)
+        refused(tmp_path, f"holds 1 volume, .*; there is no volume {wrong}", volume=wrong)
 
 
 def test_many_volumes_are_named_up_to_eight(tmp_path):

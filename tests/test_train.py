@@ -92,7 +92,7 @@ def test_a_resumed_run_and_its_weights_still_say_what_the_run_began_with(store, 
 
 @pytest.mark.parametrize("lambda_adv", [0.0, 0.001])
 def test_a_missing_critic_is_told_where_one_is_used(lambda_adv, caplog):
-    config = CONFIG.replace(kernel_gen=8, scaled=True, lambda_adv=lambda_adv)
+    config = CONFIG.replace(kernel_gen=12, scaled=True, lambda_adv=lambda_adv)
     with caplog.at_level("INFO", logger="fastsrgan"):
         Models(config, 0, torch.device("cpu")).start_from(weights.shipped("adult"))
     assert ("the critic starts anew" in caplog.text) == (lambda_adv > 0)
