@@ -71,7 +71,9 @@ def test_what_passes_is_waited_for(url, proxy, caplog, monkeypatch, fault):
     np.testing.assert_array_equal(sample.image, volume(0))
     assert asked(proxy, end)[:2] == [fault, fault] and asked(proxy, end)[-1] == ""
     told = [r for r in caplog.records if "tried again" in r.message]
-    assert told[0].levelname == "WARNING" and f"{url}/{end}" in told[0].message
+    assert told[0].levelname == "WARNING" and any(f"{url}/{end}" in r.message for r in told)
+    # A tenth of a second is too short for other objects too on a machine under load (seen once: a zarr.json).
+    assert fault == "slow" or f"{url}/{end}" in told[0].message
     assert len(told) > 1 and {r.levelname for r in told[1:]} == {"DEBUG"}
 
 
