@@ -528,7 +528,9 @@ def test_a_form_must_span_the_space_and_a_qform_without_a_hand_is_right_handed(t
         assert images.load(path).meta["orientation"] == form
     fields = qform_fields(rigid()) | {"sform_code": 0}
     fields["pixdim"] = (slice(0, 4), [0.0, *fields["pixdim"][1][1:]])
-    np.testing.assert_allclose(images.load(write(tmp_path / "b.nii", HEAD, **fields)).affine, rigid(), atol=1e-5)
+    np.testing.assert_allclose(
+        images.load(write(tmp_path / "b.nii", HEAD, **fields)).affine, rigid(), atol=4e-7
+    )  # found: 4e-8
 
 
 def test_a_home_folder_in_quotes_and_a_url_are_told_as_that(tmp_path):
