@@ -132,7 +132,7 @@ def convert(
         if failed and not done and not kept:
             raise table_error(Path(csv), [(job.row.line, error) for job, error in failed])
         writer.finish(complete=not failed)
-        listed = writer.finished
+        listed = dict(sorted(writer.finished.items()))  # as training lists them, whatever was ready first
     _strangers(store_url, listed, jobs)
     if failed:
         told = "; ".join(f"line {job.row.line}: {error}" for job, error in failed)

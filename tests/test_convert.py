@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -666,14 +667,25 @@ def test_values_that_are_not_taken_come_with_a_way_out_of_their_own(tmp_path, co
     assert way in caught.value.hint and ("--label-classes" in caught.value.hint) == (value == -1)
 
 
+@pytest.mark.parametrize("slow", ["s0", "twin"])
 @pytest.mark.parametrize(("split", "told"), [("Test", True), ("Train", False)])
-def test_one_image_packed_in_two_ways_is_noticed_in_train_and_test(tmp_path, split, told):
-    """Only files of the same bytes were."""
-    table = cohort(tmp_path, 2)
-    nib.save(nib.load(tmp_path / "s0.nii.gz"), tmp_path / "again.nii")
-    table.write_text(f"HR_image,Label_image,Base\ns0.nii.gz,l0.nii.gz,Train\nagain.nii,l1.nii.gz,{split}\n")
-    found = convert(table, tmp_path / "store")["warnings"].get("again", [])
-    assert any("the same voxels as s0" in text for text in found) == told
+def test_one_image_packed_in_two_ways_is_noticed_in_train_and_test(tmp_path, monkeypatch, split, told, slow):
+    """Only files of the same bytes were. It is told of the later name, whichever was ready first."""
+    table, own, other = cohort(tmp_path, 2), convert_module._convert, threading.Event()
+    nib.save(nib.load(tmp_path / "s0.nii.gz"), tmp_path / "twin.nii")
+    table.write_text(f"HR_image,Label_image,Base\ns0.nii.gz,l0.nii.gz,Train\ntwin.nii,l1.nii.gz,{split}\n")
+
+    def one(job, *rest):
+        assert job.row.subject != slow or other.wait(30)
+        subject = own(job, *rest)
+        if job.row.subject != slow:
+            other.set()
+        return subject
+
+    monkeypatch.setattr(convert_module, "_convert", one)
+    found = convert(table, tmp_path / "store", workers=2)["warnings"]
+    assert any("the same voxels as s0" in text for text in found.get("twin", [])) == told
+    assert not any("the same voxels" in text for text in found.get("s0", []))
 
 
 @pytest.mark.parametrize("suffix", (".nii", ".nii.gz"))
