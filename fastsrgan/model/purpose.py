@@ -6,7 +6,7 @@ ranges are kept; ``tools/publish_weights.py`` writes them into the files. Where 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,24 @@ def common(purposes: list[Purpose]) -> Purpose:
     )
 
 
+IMAGES = ("contrast", "ages", "species", "view", "head_mm")  # what is said of images, the plainest first
+
+
+def averaged_apart(names: Sequence[str], purposes: Sequence[Purpose]) -> str:
+    """What to say where weights that are averaged were made for different images: which for what, and what to do; else
+    nothing."""
+    differing = [name for name in IMAGES if len({getattr(one, name) for one in purposes}) > 1]
+    if not differing:
+        return ""
+
+    def said(one: Purpose, name: str) -> str:
+        return getattr(one, name) if name != "head_mm" else f"head {span(one.head_mm)} mm" * bool(one.head_mm)
+
+    words = [", ".join(filter(None, (said(one, name) for name in differing[:2]))) or NOT_SAID for one in purposes]
+    which = " and ".join(f"{name} ({told})" for name, told in zip(names, words, strict=True))
+    return f"weights made for different images were averaged, {which}: give -w only those made for images like this"
+
+
 def _range(value: object) -> Range | None:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None
@@ -250,7 +268,11 @@ def weight_files(weights: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def weights_called(weights: Mapping[str, Any]) -> str:
     """The weights of a record for people: a model of the package by its name, others by file; all that are averaged."""
-    shipped = {model.file: name for name, model in MODELS.items()}
-    files = [Path(str(one.get("path"))).name for one in weight_files(weights)]
-    names = [shipped.get(file, file) for file in files]
+    names = list(map(file_called, weight_files(weights)))
     return str(weights.get("name") or (names[0] if len(names) == 1 else f"mean of {' and '.join(names)}"))
+
+
+def file_called(weights: Mapping[str, Any]) -> str:
+    """One weight file of a record for people."""
+    file = Path(str(weights.get("path"))).name
+    return next((name for name, model in MODELS.items() if model.file == file), file)
