@@ -229,7 +229,9 @@ def test_a_figure_says_its_commit_and_the_machine_that_measured_it(monkeypatch):
     assert system.cpu_model() == (platform.processor() or platform.machine()) != ""
 
 
-@pytest.mark.parametrize("tool", ["fuzz", "mutants", "test_matrix", "soak", "large_volume", "option_study", "doubt_rule"])
+@pytest.mark.parametrize(
+    "tool", ["fuzz", "mutants", "test_matrix", "soak", "large_volume", "option_study", "doubt_rule"]
+)
 def test_every_tool_that_keeps_figures_writes_where_they_were_measured(tool):
     """By the one function; that `mutants` and `test_matrix` keep it for each row is seen in their own tests."""
     source = (Path(__file__).parent.parent / "tools" / f"{tool}.py").read_text(encoding="utf8")

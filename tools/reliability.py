@@ -323,7 +323,8 @@ def fuzz_runs(path: Path) -> list[str]:
     for run in json.loads(path.read_text(encoding="utf8")):
         cases = ", ".join(f"{name} {count}" for name, count in run["cases"].items())
         spent = f"{run['minutes']:g} minutes, {run['cpu_minutes']:g} of them computing"
-        text = f"\n{path.parent.name}, {commit_of(run)}, {run['engine']}: {sum(run['cases'].values())} cases in {spent} ({cases}); "
+        where = f"\n{path.parent.name}, {commit_of(run)}, {run['engine']}"
+        text = f"{where}: {sum(run['cases'].values())} cases in {spent} ({cases}); "
         told.append(text + f"{len(run['findings'])} findings.\n")
         told += [f"* {finding.splitlines()[0]}\n" for finding in list(run["findings"])[:20]]
     return told
@@ -334,11 +335,12 @@ def soaked(path: Path) -> str:
     run = json.loads(path.read_text(encoding="utf8"))
     kills = ", ".join(f"{n} of {kind}" for kind, n in run["kills"].items())
     steady = run["steady"]
-    text = f"\n{path.parent.name}, {commit_of(run)}: {run['minutes_taken']} minutes, {run['rounds']} rounds, kills: {kills}; "
+    text = f"\n{path.parent.name}, {commit_of(run)}: "
+    text += f"{run['minutes_taken']} minutes, {run['rounds']} rounds, kills: {kills}; "
     text += f"{len(run['problems'])} problems.\n"
     if steady["enough"]:
         names = {"rss_mib": "MiB resident", "descriptors": "file descriptors", "threads": "threads"}
-        told = "; ".join(f"{steady[k]['early']:g} -> {steady[k]['late']:g} {word}" for k, word in names.items())
+        told = "; ".join(f"{word} {steady[k]['early']:g} -> {steady[k]['late']:g}" for k, word in names.items())
         text += f"The process that was not killed, second to last quarter of {steady['turns']} turns: {told}.\n"
     else:
         text += f"The process that was not killed took {steady['turns']} turns: too few to judge growth by (8).\n"

@@ -203,11 +203,11 @@ def evaluate_items(
 ) -> dict[str, Any]:
     """Evaluate subjects one by one; ``what`` names their source in messages; ``telling``: notes are logged.
 
-    Returns ``rows`` (the dicts of ``evaluate_files`` with ``subject``), ``failed`` (subject, error) and ``summary``
-    {figure: {mean, sd, n}} over the rows, figures named by their dotted path (``image.whole.psnr_db``); sd is the
-    sample standard deviation (n - 1), None for one row; and ``notes``, those of the rows as ``told_once``. Raises InputError when no subject could be evaluated, and
-    UsageError, before any work, where ``png`` holds a file of a picture's name that is none of ``evaluate``'s, or where
-    label classes are chosen and there is no label.
+    Returns ``rows`` (the dicts of ``evaluate_files`` with ``subject``), ``failed`` (subject, error), ``notes`` (those
+    of the rows, as ``told_once``) and ``summary`` {figure: {mean, sd, n}} over the rows, figures named by their dotted
+    path (``image.whole.psnr_db``); sd is the sample standard deviation (n - 1), None for one row. Raises InputError
+    when no subject could be evaluated, and UsageError, before any work, where ``png`` holds a file of a picture's name
+    that is none of ``evaluate``'s, or where label classes are chosen and there is no label.
     """
     bare = [item.subject for item in items if item.segmented and "label" not in item.files and not item.fault]
     if bare and telling:

@@ -349,9 +349,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, least)
     within = enclosed(result.sr, seg, spacing_of(result.affine)) if purpose.contrasts else None
     misfit = (result.report.get("agree") or {}).get("residual_percent_without")
-    verdict = judge(
-        loaded.look, seg, voxel_mm3, purpose, loaded.mask is not None, within, misfit, loaded.model.apart
-    )
+    verdict = judge(loaded.look, seg, voxel_mm3, purpose, loaded.mask is not None, within, misfit, loaded.model.apart)
     arrays = {"seg": seg, "prob": result.prob[0]} | ({} if result.doubt is None else {"doubt": result.doubt})
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))

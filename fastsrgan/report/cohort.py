@@ -148,7 +148,10 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """What was odd about the results and their evaluation, every kind once; the page of each has its own."""
     told = [(row.result.record.get("warnings", []), (row.result.scores or {}).get("notes", [])) for row in rows]
     return told_once(
-        [{"subject": row.result.stem, "notes": list(map(str, [*a, *b]))} for row, (a, b) in zip(rows, told, strict=True)]
+        [
+            {"subject": row.result.stem, "notes": list(map(str, [*a, *b]))}
+            for row, (a, b) in zip(rows, told, strict=True)
+        ]
     )
 
 

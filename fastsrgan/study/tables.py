@@ -104,12 +104,13 @@ def decisive_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
 def best_lines(facts: dict[str, Any]) -> list[str]:
     """Which epochs of training curves were best, a line for each run."""
     lines = []
-    for run in facts["runs"] if "runs" in facts else [facts]:
+    for run in facts.get("runs", [facts]):
         mine = [row for row in facts["rows"] if row.get("run") == run.get("name")]
         key = next((key for _, key, *_ in DECISIVE if any(key in row for row in mine)), "")
         top = max((row for row in mine if key in row), key=lambda row: row[key], default=None)
         told = [f" Best {key.replace('_', ' ')} {top[key]:.2f} at epoch {top['epoch']}."] if top else []
-        lines.append("".join([*[f"{run['name']}:"] * ("runs" in facts), *told, _best(run["best"])]).strip())
+        name = f"{run['name']}:" if "runs" in facts else ""
+        lines.append(f"{name}{''.join(told)}{_best(run['best'])}".strip())
     return [line for line in lines if line]
 
 
