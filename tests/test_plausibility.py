@@ -475,6 +475,13 @@ def test_auto_is_averaged_with_nothing_and_a_file_of_that_name_comes_first(tmp_p
     assert named is not None and named.facts["spec"]["kernel"] == 2 and ModelChoice(None).named is not None
 
 
+def test_an_average_of_two_shipped_models_says_so_in_every_record(tmp_path):
+    infer_files([scan(tmp_path / "a.nii.gz", 96)], tmp_path / "out", ["adult", "perinatal"], **FAST)
+    told = record_of(tmp_path / "out")["plausibility"]
+    assert any("averaged, adult (T1-, T2- or FLAIR-like" in reason for reason in told["reasons"])
+    assert told["light"] != GREEN and ModelChoice(["adult", "adult"]).named.apart == ""
+
+
 def test_weights_that_do_not_say_are_told_in_one_line(tmp_path, caplog):
     caplog.set_level("INFO", "fastsrgan")
     model = weights.save_generator(tmp_path / "w.safetensors", build_generator(GeneratorSpec(kernel=1), seed=1))
