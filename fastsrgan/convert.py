@@ -410,7 +410,7 @@ def _summary(
         "kept": len(kept),
         "raw_bytes": raw,
         "stored_bytes": size,
-        "ratio": raw / size if size else None,
+        "ratio": raw / size,
         "seconds": seconds,
         "volumes_per_s": len(done) / seconds if seconds else None,
         "mb_per_s": new / 1e6 / seconds if seconds else None,

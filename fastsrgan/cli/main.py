@@ -199,11 +199,9 @@ def _convert(args: argparse.Namespace, progress: Progress) -> int:
     if args.json:
         print_json(result)
         return 0
-    ratio = f", {result['ratio']:.1f} x smaller than in memory" if result["ratio"] else ""
-    size = f"{counted(result['subjects'], 'subject')}, {result['stored_bytes'] / 1e6:.1f} MB{ratio}"
-    print(
-        f"{result['store']}: {size}; {result['converted']} converted, {result['kept']} kept, {result['seconds']:.1f} s"
-    )
+    size = f"{counted(result['subjects'], 'subject')}, {result['stored_bytes'] / 1e6:.1f} MB"
+    done = f"{result['converted']} converted, {result['kept']} kept, {result['seconds']:.1f} s"
+    print(f"{result['store']}: {size}, {result['ratio']:.1f} x smaller than in memory; {done}")
     for subject, warnings in result["warnings"].items():
         for text in warnings:
             print(plain(f"warning: {subject}: {text}"), file=sys.stderr)

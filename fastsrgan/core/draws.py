@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def rng(seed: int, *key: int | str) -> np.random.Generator:
+def rng(seed: int | str, *key: int | str) -> np.random.Generator:
     """A counter-based generator that depends on (seed, key) alone: the same bits on any rank, device or resume point.
 
     ``rng(seed, epoch, subject, "noise")`` names a draw by what it is for, so no draw depends on the ones before it.

@@ -39,7 +39,7 @@ class Visits:
         """
         if sample.tissues is None:
             return sample
-        made = sample.image is None or rng(int(key[0]), *key[1:], "synthetic").random() < (
+        made = sample.image is None or rng(*key, "synthetic").random() < (
             self.share if share is None else share
         )
         if not made:

@@ -175,10 +175,10 @@ def enclosed(image_XYZ: np.ndarray, seg_XYZ: np.ndarray, spacing_mm: Sequence[fl
     wide = ndimage.maximum_filter(np.pad(seg, [(n, n) for n in pad]), sizes(1))
     closed = ndimage.minimum_filter(wide, sizes(1 + DEEPER))[tuple(slice(n, -n) for n in pad)]
     deep = closed & ~ndimage.maximum_filter(seg, sizes(APART))
-    own = float(np.median(image[seg])) if seg.any() else 0.0
-    if np.count_nonzero(deep) < FEWEST or own <= 0:
+    if np.count_nonzero(deep) < FEWEST:
         return None
-    return _digits(float(np.median(image[deep])) / own)
+    own = float(np.median(image[seg]))
+    return _digits(float(np.median(image[deep])) / own) if own > 0 else None
 
 
 # --- which model ---------------------------------------------------------------------------------------------------

@@ -436,7 +436,7 @@ def _clear(outputs: dict[str, Path], job: ImageJob) -> dict[str, Path]:
 def _listed(start: str, items: Sequence[str]) -> str:
     """What a NIfTI header has room for; "..." for items that do not fit."""
     text = start + ", ".join(items)
-    fits = len(text.encode()) < DESCRIPTION
+    fits = len(text) < DESCRIPTION  # a byte for each character: `images.save` writes ASCII
     return text.removesuffix(": ") if fits else f"{text[: DESCRIPTION - 6].rsplit(',', 1)[0]}, ..."
 
 

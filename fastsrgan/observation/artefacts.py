@@ -30,7 +30,7 @@ Key = tuple[int | str, ...]
 
 def draw_bias(key: Key, largest: float) -> np.ndarray:
     """Control points of a log field: (4, 4, 4) uniform in [-largest, largest]."""
-    return largest * rng(int(key[0]), *key[1:], "bias").uniform(-1, 1, (KNOTS,) * 3)
+    return largest * rng(*key, "bias").uniform(-1, 1, (KNOTS,) * 3)
 
 
 @functools.lru_cache(maxsize=64)
@@ -69,7 +69,7 @@ def apply_bias(
 def draw_motion(key: Key, slices: int, sd: float) -> np.ndarray:
     """(slices, 3) pose of the head during each slice: two translations in mm, one rotation in degrees, all N(0, sd^2)
     and less their mean, so that the stack as a whole stays where the truth is."""
-    poses = sd * rng(int(key[0]), *key[1:], "motion").standard_normal((slices, 3))
+    poses = sd * rng(*key, "motion").standard_normal((slices, 3))
     return poses - poses.mean(0)
 
 
@@ -140,7 +140,7 @@ def _taps(at: torch.Tensor, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def draw_truncation(key: Key, largest: float) -> float:
     """Share of the spatial frequencies along each axis of the slices that is not acquired: uniform in [0, largest]."""
-    return largest * rng(int(key[0]), *key[1:], "gibbs").random()
+    return largest * rng(*key, "gibbs").random()
 
 
 @functools.lru_cache(maxsize=64)

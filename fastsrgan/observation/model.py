@@ -152,9 +152,9 @@ class Degradation:
 
     def _drawn(self, resolution: np.ndarray, power: float, key: tuple[int | str, ...]) -> Draw:
         """The draw with its extras. Each is drawn under its own name, so none depends on which others are on."""
-        width = 1 + self.profile * (2 * rng(int(key[0]), *key[1:], "profile").random() - 1)
-        gap = self.gap * rng(int(key[0]), *key[1:], "gap").random()
-        box = self.profile_box * rng(int(key[0]), *key[1:], "profile shape").random()
+        width = 1 + self.profile * (2 * rng(*key, "profile").random() - 1)
+        gap = self.gap * rng(*key, "gap").random()
+        box = self.profile_box * rng(*key, "profile shape").random()
         low_res = tuple(float(r) for r in resolution)
         extras = (self.rician, width, gap, box, self.artefacts)
         return Draw(low_res, float(power), self.noise, key, *extras)  # type: ignore[arg-type]

@@ -70,8 +70,7 @@ def plan(source: SharpImage, down: list[Matrix], moving: bool, budget: int | Non
     copies = 2 + bool(source.fields)  # as float32, its product with the first operator, a field
     per_slice = plane * (copies * n / m + 2 + 4 * moving)
     halo = plane * copies * (reach + 1)
-    least = max(halo + per_slice, (copies + 1) * plane)
-    if budget < least:
+    if budget < (least := halo + per_slice):
         reason = f"{budget / 1e9:.3g} GB cannot hold one slice of this volume and its neighbours"
         raise ResourceError("block memory", reason, f"--block-memory {1.01 * least / 1e9:.3g} or more")
     slices = int((budget - halo) / per_slice)

@@ -203,7 +203,7 @@ def draw_look(key: tuple[int | str, ...], values: list[int], settings: Synthesis
     s = settings
 
     def some(*purpose: int | str) -> np.random.Generator:
-        return rng(int(key[0]), *key[1:], "synthesis", *purpose)
+        return rng(*key, "synthesis", *purpose)
 
     chances = some("chances").random(4)
     contrast = s.means[some("which contrast").integers(len(s.means))] if s.means else ()
@@ -252,7 +252,7 @@ def draw_shape(
     key: tuple[int | str, ...], shape_XYZ: tuple[int, ...], spacing_mm: Triple, settings: Synthesis
 ) -> Shape:
     """The deformation of one visit: rotation after scaling and shear, all after a smooth warp."""
-    s, some = settings, rng(int(key[0]), *key[1:], "synthesis", "shape")
+    s, some = settings, rng(*key, "synthesis", "shape")
     angles = np.deg2rad(s.rotation) * some.uniform(-1, 1, 3)
     least, most = np.log(s.scaling)
     scales = np.exp(some.uniform(least, most, 3))
@@ -272,7 +272,7 @@ def draw_shape(
     # The widest result: every corner of the map, scaled, turned and shifted.
     reach = np.linalg.norm(np.multiply(shape_XYZ, spacing_mm)) / 2 * max(1.0, *scales) * (1 + s.shear) + 2 * distance
     count = 2 * int(np.ceil(reach / distance)) + 3
-    points = strength * rng(int(key[0]), *key[1:], "synthesis", "warp").uniform(-1, 1, (3, count, count, count))
+    points = strength * rng(*key, "synthesis", "warp").uniform(-1, 1, (3, count, count, count))
     return Shape(np.linalg.inv(forward), points, distance)
 
 
@@ -313,7 +313,7 @@ def _texture(
     key: tuple[int | str, ...], shape: tuple[int, ...], grain: tuple[float, float, float], device: torch.device
 ) -> Tensor:
     """Noise of unit variance on three scales: voxels, and cubic B-splines of N(0, 1) every 2 and 5 voxels."""
-    some = rng(int(key[0]), *key[1:], "synthesis", "texture")
+    some = rng(*key, "synthesis", "texture")
     total = torch.from_numpy(some.standard_normal(shape, np.float32)).to(device).mul_(grain[0])
     for step, part in ((2, grain[1]), (5, grain[2])):
         matrices = [_even_spline(n, step, n // step + 5) for n in shape]

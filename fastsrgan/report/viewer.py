@@ -70,9 +70,8 @@ def open_at(sr: Volume, others: Mapping[str, Volume]) -> View:
     at = None
     spline = others.get("spline")
     if spline is not None:
-        inside = inside_of(sr, others.get("seg"), others.get("label"))
-        inside = onto_grid(Volume(inside.data.astype(np.uint8), inside.affine), sr, order=0, notes=[])
-        at = largest_change(sr, spline, Volume(inside.data > 0, inside.affine))
+        inside = onto_grid(inside_of(sr, others.get("seg"), others.get("label")), sr, order=0, notes=[])
+        at = largest_change(sr, spline, inside)
     planes = cuts(Volume(np.where(sr.data > OBJECT * brightness(sr), sr.data, 0), sr.affine), at)
     place = {cut.axis: cut.at for cut in planes}
     thick = slices_of(others["low"]) if "low" in others else None

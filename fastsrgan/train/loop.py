@@ -166,7 +166,7 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
 
 def tell_if_short(config: TrainConfig, planned: float) -> None:
     """Warn where a run of about so many updates ends before its settings let it change the weights that it ships."""
-    average = round(1 / (1 - config.ema)) if config.ema else 0
+    average = round(1 / (1 - config.ema))
     told = [f"lr_warmup {config.lr_warmup}: the rate is still rising"] if planned < config.lr_warmup else []
     if planned < average:
         told.append(f"ema {config.ema:g}, a mean over {average}: what is validated and shipped is mostly the beginning")
