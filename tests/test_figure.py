@@ -210,6 +210,27 @@ def test_outlines_appear_only_where_they_are_asked_for(truth, tmp_path):
     assert coloured(figure.planes_figure(tmp_path / "b.png", columns, **options)) > 100
 
 
+def test_an_outline_is_one_line_along_the_border_of_its_mask_and_thicker_in_the_detail(truth):
+    inside = np.zeros(SHAPE, np.uint8)
+    first, behind = np.array([9, 10, 7]), np.array([19, 26, 16])
+    inside[tuple(map(slice, first, behind))] = 1
+    low, high = first - 0.5 + AFFINE[:3, 3], behind - 0.5 + AFFINE[:3, 3]
+    other = truth.data.copy()
+    other[10, 18, 12] += 300  # the detail is there, across the border
+    page = figure._drawn(
+        [figure.Column(truth, "", outlines=True)], reference=truth, masks=(Volume(inside, AFFINE), None),
+        changed=(truth, Volume(other, AFFINE)),
+    )  # fmt: skip
+    widths = []
+    for axes, cut in zip(page.figure.axes, page.rows, strict=True):
+        (drawn,) = axes.collections
+        u, v = np.concatenate([path.vertices for path in drawn.get_paths()]).T
+        beyond = [low[cut.right] - u, u - high[cut.right], low[cut.up] - v, v - high[cut.up]]
+        assert np.abs(np.max(beyond, 0)).max() < 0.2  # mm; found: 0.076
+        widths.append(drawn.get_linewidths()[0])
+    assert widths[0] == widths[1] == widths[2] < widths[3]
+
+
 def test_captions_hold_the_scores_and_the_gain():
     scores = {
         "image": {"whole": {"psnr_db": 31.256, "ssim": 0.9514}},

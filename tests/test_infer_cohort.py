@@ -278,6 +278,7 @@ def test_a_volume_split_over_ranks_has_the_bytes_of_one_process(model, tmp_path)
     computed = sum(record["split"]["tiles"])
     assert record["split"]["tiles_computed_twice"] == computed - record["tiles"] > 0
     assert record["tiles_per_second"] * record["tile_seconds"] == pytest.approx(computed)
+    assert 0 < record["tile_seconds"] <= record["seconds"]
     assert max(record["split"]["tiles"]) < record["tiles"]
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["a.json", "a_seg.nii.gz", "a_sr.nii.gz"]
 

@@ -11,6 +11,7 @@ from fastsrgan.cli import job_model as cli_job
 from fastsrgan.cli import main as cli
 from fastsrgan.compat import job_model as job
 from fastsrgan.errors import PartialFailure, UsageError
+from fastsrgan.infer.files import failure
 from fastsrgan.infer.volume import InferResult, infer_volume
 from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import find_images
@@ -447,6 +448,17 @@ def test_of_a_failure_the_first_is_told_and_its_name_given_back(told, tmp_path, 
     assert [item["status"] for item in summary["items"]] == ["failed", "done"] and summary["failed"] == 1
     folder = tmp_path / "Result_with_fastsrgan" / "patch_16_step_8"
     assert sorted(p.name for p in folder.glob("*.json")) == ["fastsrgan_b.json"]
+
+
+def test_an_error_without_words_is_told_by_its_kind(monkeypatch):
+    def broken(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(job, "_claim", broken)
+    tasks = [job.Task(Path("a.nii"), 16, 8, Path("r"), True)] * 2
+    assert [item["error"] for item in job._run(tasks, None)] == ["AssertionError"] * 2
+    assert failure({}, AssertionError())["error"] == "AssertionError"
+    assert failure({}, AssertionError("why"))["error"] == "why"
 
 
 def test_an_image_whose_names_are_all_taken_is_told(told, tmp_path, model):

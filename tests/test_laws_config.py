@@ -57,8 +57,9 @@ def test_edges_of_patches_are_multiples_of_four_from_sixteen_up_and_the_nearest_
     assert all(config.check_flips(axes) for axes in ("xx", "w", "xyw"))
     good, wrong = (
         [((1.0, 1.0, 3.0),), LOW * 2],
-        [(), LOW * 3, ((1.0, 1.0),), ((0.0, 1.0, 1.0),), ((1, 1, float("inf")),)],
+        [(1.0, 1.0), (1.0,) * 4, (0.0, 1.0, 1.0), (1.0, -1.0, 1.0), (1.0, 1.0, float("inf")), (1.0, float("nan"), 1.0)],
     )
+    wrong = [(), LOW * 3, *(pair for t in wrong for pair in ((t,), (t, *LOW), (*LOW, t)))]
     assert [config.check_resolutions(v) for v in good] == ["", ""] and all(config.check_resolutions(v) for v in wrong)
     assert config.triples([1, 1, 3], "x") == LOW and config.triples([[1, 1, 2], (1, 1, 4)], "x") == (
         (1, 1, 2),

@@ -452,7 +452,10 @@ def test_the_ends_of_every_plane_have_their_letters_and_the_detail_its_scale():
     drawn = planes([Column(volume, "x")], reference=volume, width_px=300)
     letters = [[text.get_text() for text in axes.texts] for axes in drawn.axes]
     assert letters == [["R", "L"], ["R", "L"], ["P", "A"], []]  # axial, coronal, sagittal, detail
-    assert "detail × 3" in [text.get_text() for text in drawn.texts]
+    rows = sorted((text for text in drawn.texts if text.get_rotation() == 90), key=lambda text: -text.get_position()[1])
+    assert [text.get_text() for text in rows] == ["axial", "coronal", "sagittal", "detail × 3"]
+    middles = [(axes.get_position().y0 + axes.get_position().y1) / 2 for axes in drawn.axes]
+    assert [text.get_position()[1] for text in rows] == pytest.approx(middles)
 
 
 def test_a_map_of_errors_has_its_sides_and_its_colours_end_at_the_largest_differences(monkeypatch, tmp_path):

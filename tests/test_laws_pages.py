@@ -110,9 +110,10 @@ def test_every_result_has_its_page_and_several_a_table_and_each_counts_once(monk
     asked, tables = [], []
     monkeypatch.setattr(page, "single_page", lambda *args, **more: asked.append((args, more)) or ("one", b"", {"a": 1}))
     monkeypatch.setattr(page, "cohort_page", lambda found, rows: tables.append((found, rows)) or "table")
-    progress = Counted()
+    progress, several = Counted(), count > 1
+    if not several:
+        (tmp_path / "s0_out.html").write_text("a page that is not written now is in nobody's way")
     written = page.report(tmp_path, tmp_path / "out.html", max_mb=2.5, progress=progress)
-    several = count > 1
     assert (progress.total, progress.done, progress.ended) == (count + several, count + several, 1)
     assert [path.name for path in written] == ["out.html", *(f"s{n}_out.html" for n in range(count) if several)]
     assert [path.read_text(encoding="utf8") for path in written] == ["table"] * several + ["one"] * count
@@ -624,6 +625,20 @@ def test_a_map_of_structures_is_shown_up_to_its_number_of_colours(tmp_path, coun
     shown = "mask" in viewer.load_images(result, warnings)[1]
     assert shown == (count == viewer.MOST_VALUES) == (not warnings)
     assert shown or ("the map of structures is not shown: " in warnings[0] and "more than 85 values" in warnings[0])
+
+
+def test_of_the_images_that_are_gone_those_are_told_that_a_result_has(tmp_path):
+    """SR, segmentation and input always; of the others what the record names; truth and label need not be."""
+    names = {"sr": "the super-resolved image", "input": "the input", "seg": "the segmentation"}
+    names |= {"doubt": "the doubt", "mask": "the map of structures"}
+    told = {what: f"{name} is no longer there and is not shown" for what, name in names.items()}
+    result, _, _ = known(tmp_path)
+    result.files.clear()
+    for outputs in (("sr", "seg", "doubt", "mask"), ("sr", "seg", "mask"), ("sr",)):
+        result.record["outputs"] = {"doubt": None} | dict.fromkeys(outputs, "gone")
+        warnings: list[str] = []
+        assert viewer.load_images(result, warnings) == (None, {})
+        assert warnings == [text for what, text in told.items() if what in {"sr", "input", "seg", *outputs}]
 
 
 def test_a_label_is_shown_by_the_values_that_were_scored(tmp_path):

@@ -203,7 +203,8 @@ def test_the_value_of_a_structure_is_the_smallest_that_it_has_in_the_label_map()
 
 def test_a_header_names_as_many_structures_as_it_has_room_for():
     assert _listed("fastsrgan: ", []) == "fastsrgan" and _listed("a: ", ["1 b", "2 c"]) == "a: 1 b, 2 c"
-    assert _listed("a: ", ["x" * 76]) == "a: " + "x" * 76  # 79 bytes and the end
+    assert _listed("a: ", ["x" * 70, "ä" * 4]) == "a: " + "x" * 70 + ", " + "ä" * 4  # 79 bytes of ASCII and the end
+    assert _listed("a: ", ["x" * 70, "y" * 5]) == "a: " + "x" * 70 + ", ..."
     many = _listed("fastsrgan: ", [f"{i} part {i}" for i in range(40)])
     assert many == "fastsrgan: " + ", ".join(f"{i} part {i}" for i in range(6)) + ", ..." and len(many) < 80
 

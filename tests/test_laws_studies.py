@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +24,8 @@ from fastsrgan.volume.geometry import Volume
 ENGINE = cells.Engine(16, "cpu", "fp32", 3)
 
 
-def measured(folder: Path, monkeypatch, *, heads=("a",), conditions=None, models=("m",), steps=(8,), device="cpu"):
-    """(cells, what was measured) of heads and models that are names alone."""
+def measured(folder: Path, monkeypatch, *, heads=("a",), conditions=None, models=("m",), steps=(8,), **engine):
+    """(cells, what was measured) of heads and models that are names alone, with such an engine."""
     found = []
     monkeypatch.setattr(cells, "pick_device", lambda asked: asked)
     monkeypatch.setattr(cells, "acquire", lambda volumes, condition, key: SimpleNamespace(structures={}, key=key))
@@ -32,14 +33,13 @@ def measured(folder: Path, monkeypatch, *, heads=("a",), conditions=None, models
     monkeypatch.setattr(
         cells, "_through", lambda case, model, step, *_: found.append((model.sha256, step)) or {"scores": {}}
     )
-    engine = cells.Engine(16, device, "fp32", 3)
     made, _ = cells.run_cells(
         folder,
         [SimpleNamespace(name=name.upper(), key=name, load=object, structures=()) for name in heads],
         [SimpleNamespace(name=name.title(), sha256=name) for name in models],
         conditions or [Condition("c", (1.0, 1.0, 3.0))],
         steps,
-        engine,
+        replace(ENGINE, **engine),
     )
     return made, found
 
@@ -48,6 +48,7 @@ def measured(folder: Path, monkeypatch, *, heads=("a",), conditions=None, models
     ("other", "anew"),
     [
         ({"heads": ("b",)}, 2), ({"models": ("n",)}, 1), ({"steps": (9,)}, 1), ({"device": "cuda"}, 1), ({}, 0),
+        ({"patch": 24}, 1), ({"precision": "bf16"}, 1), ({"seed": 4}, 2),
         ({"conditions": [Condition("c", (1.0, 1.0, 4.0))]}, 2),
         ({"conditions": [Condition("c", (1.0, 1.0, 3.0), 0.1)]}, 2),
         ({"conditions": [Condition("c", (1.0, 1.0, 3.0), power=2.0)]}, 2),
@@ -55,9 +56,8 @@ def measured(folder: Path, monkeypatch, *, heads=("a",), conditions=None, models
     ],
 )  # fmt: skip
 def test_a_cell_is_measured_anew_where_anything_that_decides_about_it_is_another(tmp_path, monkeypatch, other, anew):
-    """Of a baseline neither weights, step nor device do."""
-    assert len(measured(tmp_path, monkeypatch)[1]) == 2
-    assert len(measured(tmp_path, monkeypatch, **other)[1]) == anew
+    """Of a baseline neither weights, step, patch, precision nor device do. What was measured before stays known."""
+    assert [len(measured(tmp_path, monkeypatch, **more)[1]) for more in ({}, other, other, {})] == [2, anew, 0, 0]
 
 
 def test_cells_come_in_the_order_of_conditions_models_and_steps_under_the_names_of_this_time(tmp_path, monkeypatch):
@@ -380,6 +380,10 @@ def test_lines_are_drawn_in_the_way_of_their_kind():
     axes = Figure().subplots()
     level = plots._line(axes, plots.PlotLine("b", [30], [0.5], style="baseline", number=plots.GREY_LINE))
     assert list(level.get_ydata()) == [0.5, 0.5] and level.get_linestyle() == "--" and level.get_color() == plots.GREY
+    for style, strokes in plots.STROKES.items():  # of one value a level, of several the line through them
+        several = plots._line(axes, plots.PlotLine("b", [1, 2], [3, 4], [None, None], style=style, number=1))[0]
+        assert several.get_xydata().tolist() == [[1, 3], [2, 4]] and several.get_linestyle() == strokes
+        assert several.get_marker() in (None, "None", "") and several.get_color() == plots.COLOURS[1]
     fit = plots._line(axes, plots.PlotLine("f", [1, 2], [3, 4], style="fit", number=1))
     assert fit.get_color() == plots.COLOURS[1] and fit.get_linestyle() == ":"
     paper = plots._line(axes, plots.PlotLine("p", [1, 2], [3, 4], style="paper", number=1))

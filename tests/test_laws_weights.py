@@ -287,6 +287,15 @@ def test_a_card_is_read_to_a_bound():
     assert told.to_dict() == {"dice": {"T1": [0.7, 0.8], "T2": [0.5, 0.6]}, "contrasts": ["T1", "T2"]}
 
 
+@pytest.mark.parametrize("card", ["a text", ["made_for"], 3, None])
+def test_a_card_that_is_none_is_empty(tmp_path, card):
+    path = saved(tmp_path / "a.safetensors", card={"a": 1})
+    with safe_open(path, "pt") as file:
+        header, tensors = json.loads(file.metadata()["fastsrgan"]), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, {"fastsrgan": json.dumps(header | {"card": card})})
+    assert modelfile.read_header(path).card == {} and header["card"] == {"a": 1}
+
+
 def test_of_three_averaged_weights_one_that_says_otherwise_is_enough():
     one = Purpose(contrast="T1", ages="adults")
     assert common([one, one, replace(one, ages="old")]) == Purpose(contrast="T1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -14,9 +15,13 @@ import dicom_files
 import pytest
 from commands import TILES, call, make_work, one_line
 
+from fastsrgan import config
 from fastsrgan.cli import main as cli
 from fastsrgan.core import files as core_files
-from fastsrgan.errors import InputError, ResourceError
+from fastsrgan.errors import FastsrganError, InputError, ResourceError
+from fastsrgan.io import dicom_header, labels, tables
+from fastsrgan.io import nifti as images
+from fastsrgan.store.files import Keys
 from fastsrgan.store.reader import open_store
 
 ROOT = Path(__file__).parent.parent
@@ -247,3 +252,34 @@ def test_a_link_to_itself_is_no_dataset(tmp_path, capsys):
         code, _, told = call(capsys, *words)
         assert code in (2, 3, 5), told
         one_line(told, str(loop))
+
+
+READERS = {
+    "table": tables.read_table,
+    "settings": config.read_yaml,
+    "sum of an image": images.sha256,
+    "image": images.load,
+    "names": labels.read_names,
+    "slice": dicom_header.read_frames,
+    "part of a store": lambda path: Keys(path.parent, True).get(path.name),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_the_system_says_of_a_file_that_it_cannot_read_is_told_in_its_words(reader, tmp_path, monkeypatch):
+    """Without its number, and without the path a second time."""
+    path = tmp_path / "file"
+    path.write_bytes(b"a,b,c,d")
+    opened = open
+
+    def broken(name, *args, **options):
+        if Path(name) == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(name))
+        return opened(name, *args, **options)
+
+    monkeypatch.setattr("builtins.open", broken)
+    monkeypatch.setattr("io.open", broken)
+    with pytest.raises(FastsrganError) as error:
+        READERS[reader](path)
+    assert f"cannot be read: {os.strerror(errno.EIO)} (" in str(error.value)
+    assert str(error.value).count(str(path)) == 1 and "\n" not in str(error.value)

@@ -166,7 +166,12 @@ def test_the_loss_scale_moves_as_torchs_does_and_starts_lower():
     assert (torchs.get_growth_factor(), torchs.get_backoff_factor()) == (optimise.GROWTH, optimise.BACKOFF)
     assert torchs.get_growth_interval() == optimise.PATIENCE
     plain = torch.amp.GradScaler("cpu")
-    assert 1 < optimise.FIRST_SCALE < plain._init_scale and float(scaled()[1].scale) == optimise.FIRST_SCALE
+    assert plain._init_scale > optimise.FIRST_SCALE and float(scaled()[1].scale) == optimise.FIRST_SCALE
+
+
+def test_the_first_loss_scale_leaves_gradients_from_2_to_the_minus_38_to_2_in_half_precision():
+    gradients = torch.tensor([2.0**-38, 2.0])
+    assert torch.equal((gradients * optimise.FIRST_SCALE).half().float() / optimise.FIRST_SCALE, gradients)
 
 
 def test_the_moving_average_stands_still_where_the_loss_scale_overflows():

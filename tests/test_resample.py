@@ -13,6 +13,7 @@ from fastsrgan.errors import UsageError
 from fastsrgan.volume.geometry import centre_coordinates, grid_size
 from fastsrgan.volume.resample import (
     FWHM,
+    _reflect,
     apply_axes,
     check_profile,
     degrade_matrix,
@@ -25,6 +26,12 @@ from fastsrgan.volume.resample import (
 
 sizes = st.integers(2, 61)
 ratios = st.floats(1.05, 7)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_an_axis_is_mirrored_again_and_again_with_the_edge_repeated(n):
+    """Slices may be thicker than a short axis is long."""
+    assert np.array_equal(_reflect(np.arange(-7 * n, 8 * n), n), np.pad(np.arange(n), 7 * n, mode="symmetric"))
 
 
 @given(sizes, ratios)

@@ -25,6 +25,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from processes import CONTEXT, Flag
 from zarr.core.sync import sync
 
+from fastsrgan.core import files as core_files
 from fastsrgan.core.files import LOCK
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
 from fastsrgan.store import files as store_files
@@ -550,6 +551,27 @@ def test_a_lock_from_another_host_is_respected(folder):
     assert (folder / LOCK).exists()
     (folder / LOCK).write_text("")
     create_store(folder, resume=True).close()
+
+
+@pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP", "ENOSYS", "EAGAIN", "EIO", "EBADF"])
+def test_only_a_file_system_that_knows_no_locks_is_trusted(folder, caplog, monkeypatch, name):
+    """A lock that another has is one; any other failure is told."""
+
+    def flock(descriptor, how):
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    monkeypatch.setattr(core_files.fcntl, "flock", flock)
+    with caplog.at_level(logging.WARNING, "fastsrgan"):
+        if name in ("ENOLCK", "EOPNOTSUPP", "ENOSYS"):
+            create_store(folder).close()
+            assert "take care that only one process writes" in caplog.text and not (folder / LOCK).exists()
+            return
+        with pytest.raises(ResourceError) as error:
+            create_store(folder)
+    assert ("is being written by" if name == "EAGAIN" else os.strerror(getattr(errno, name)).lower()) in str(
+        error.value
+    ).lower()
+    assert "knows no locks" not in caplog.text
 
 
 def test_a_lock_behind_a_url(caplog):

@@ -143,23 +143,6 @@ def test_finished_cells_are_kept_and_others_are_not(folder, steps, monkeypatch, 
     assert measured == [10, 10, 10, 10, 10] and {m["name"] for m in other["models"]} == {"without"}
 
 
-@pytest.mark.parametrize("other", [{"patch": 24}, {"precision": "bf16"}, {"seed": 1}])
-def test_a_cell_of_another_patch_precision_or_seed_is_measured_anew(tmp_path, monkeypatch, other):
-    measured = []
-    monkeypatch.setattr(study_cells, "acquire", lambda *_: SimpleNamespace(structures={}))
-    monkeypatch.setattr(study_cells, "_interpolation", lambda case: {"scores": {}})
-    monkeypatch.setattr(study_cells, "_through", lambda case, *how: measured.append(how) or {"scores": {}})
-    model = SimpleNamespace(name="m", sha256="0")
-    one = SimpleNamespace(name="a", key="a", load=object)
-
-    def made(**engine) -> int:
-        how = study_cells.Engine(**{"patch": 16, "device": "cpu", "precision": "fp32", **engine})
-        study_cells.run_cells(tmp_path, [one], [model], [Condition("", (1.0, 1.0, 3.0))], [8], how)
-        return len(measured)
-
-    assert [made(), made(), made(**other), made(**other), made()] == [1, 1, 2, 2, 2]
-
-
 def test_every_head_and_seed_has_noise_of_its_own_the_same_in_every_condition():
     """The key names it: two heads alike are not acquired with one noise, and a study made again is the same."""
     phantom = head(SHAPE, (7.0, 7.0, 7.0))

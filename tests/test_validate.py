@@ -245,9 +245,9 @@ def test_classes_of_a_mask_do_not_choose_the_best():
 def test_a_lost_output_is_said_once_the_other_rises():
     before = made(0.0, 0.1)
     assert "empty" in loop.collapse(made(0.0, 0.2, Seg_share=0.0), before)
-    assert "full" in loop.collapse(made(0.15, 0.2, Seg_share=1.0), before)
+    assert "is full (Dice 0.150)" in loop.collapse(made(0.15, 0.2, Seg_share=1.0), before)
     assert "next to nothing" in loop.collapse(made(0.001, 0.2), before)
-    assert "worse than the spline" in loop.collapse(made(0.5, -3.0), made(0.4, -2.0))
+    assert "SR is 3.0 dB worse than the spline" in loop.collapse(made(0.5, -3.0), made(0.4, -2.0))
     for scores, earlier in (
         (made(0.0, 0.2), {}),
         (made(0.0, 0.05), before),

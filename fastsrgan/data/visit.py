@@ -39,9 +39,7 @@ class Visits:
         """
         if sample.tissues is None:
             return sample
-        made = sample.image is None or rng(*key, "synthetic").random() < (
-            self.share if share is None else share
-        )
+        made = sample.image is None or rng(*key, "synthetic").random() < (self.share if share is None else share)
         if not made:
             own = self._inside(sample, sample.tissues) if sample.label is None else sample.label
             return dataclasses.replace(sample, label=own)

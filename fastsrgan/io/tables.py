@@ -167,14 +167,17 @@ def _tell_of_list(path: Path, records: list[tuple[int, list[str]]], column: int,
     rows = records[titled:]
     empty = [str(line) for line, cells in rows if column >= len(cells) or not cells[column]]
     if empty:
-        some = ", ".join(empty[:_MAX_NAMED]) + ", ..." * (len(empty) > _MAX_NAMED)
-        log.warning("%s: %d lines name no image: %s", path, len(empty), some)
+        log.warning("%s: %d lines name no image: %s", path, len(empty), _some(empty))
     more = {k for _, cells in rows for k, cell in enumerate(cells) if k != column and _SUFFIX.search(cell)}
     if more:
         header = records[0][1] if titled else []
         names = [header[k] if k < len(header) and header[k] else str(k + 1) for k in (column, *sorted(more))]
-        told = ", ".join(names[1 : _MAX_NAMED + 1])
-        log.warning("%s: the images of column %s are taken, those of %s are not", path, names[0], told)
+        others = _some(names[1:])
+        log.warning("%s: the images of column %s are taken, those of %s are not", path, names[0], others)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_MAX_NAMED]) + ", ..." * (len(names) > _MAX_NAMED)
 
 
 def _image_column(path: Path, table: list[list[str]], base_path: str | None) -> int:
