@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import logging
 import os
 import random
@@ -593,6 +594,16 @@ def test_summary_and_progress(tmp_path):
     assert (summary["subjects"], summary["converted"], summary["kept"], summary["warnings"]) == (3, 3, 0, {})
 
 
+def test_a_conversion_ends_in_one_line_about_the_store(tmp_path, capsys):
+    table, store = cohort(tmp_path, 3), tmp_path / "store"
+    for more, done in (([], "3 converted, 0 kept"), (["--resume"], "0 converted, 3 kept")):
+        assert main(["convert", str(table), str(store), "--quiet", *more]) == 0
+        raw, size = (sum(getattr(s, f"{name}_bytes") for s in open_store(store).subjects) for name in ("raw", "stored"))
+        line = f"{store}: 3 subjects, {size / 1e6:.1f} MB, {raw / size:.1f} x smaller than in memory; {done}, "
+        out = capsys.readouterr().out
+        assert out.startswith(line) and re.fullmatch(r"\d+\.\d s\n", out.removeprefix(line))
+
+
 def test_info_lists_subjects_and_the_whole(tmp_path, capsys):
     table, store = cohort(tmp_path, 3), tmp_path / "store"
     convert(table, store)
@@ -603,6 +614,9 @@ def test_info_lists_subjects_and_the_whole(tmp_path, capsys):
         r"s2 +Test +21 x 18 x 10 +1 x 1.2 x 3 +[\d.]+ % +image int16, label uint8 +0\.\d+ +[\d.]+", rows[2]
     )
     subjects = open_store(store).subjects
+    assert main(["info", str(store), "--json"]) == 0
+    figures = [(row["MB"], row["ratio"]) for row in json.loads(capsys.readouterr().out)]
+    assert figures == [(round(s.stored_bytes / 1e6, 2), round(s.raw_bytes / s.stored_bytes, 2)) for s in subjects]
     size = sum(p.stat().st_size for p in store.rglob("*") if p.is_file() and p.parent != store)
     assert size == sum(s.stored_bytes for s in subjects)
     ratio = 3 * 3 * np.prod(SHAPE) / size

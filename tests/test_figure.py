@@ -380,9 +380,13 @@ def test_only_planes_across_the_slices_are_drawn_and_a_slice_is_as_long_as_it_is
         bar = axes.lines[-1]
         ends = np.sort(bar.get_xdata() if cut.right == thick else bar.get_ydata())
         assert ends[1] - ends[0] == pytest.approx(3)
-        # The bar lies on a slice of the scan, not between two.
+        # The bar lies on a slice of the scan, not between two, and the borders of all slices are marked.
         number = (ends.mean() - low.affine[thick, 3]) / 3
         assert number == pytest.approx(round(number))
+        borders = axes.lines[-2].get_xdata() if cut.right == thick else axes.lines[-2].get_ydata()
+        assert np.diff(borders) == pytest.approx(3) and np.isin(ends, borders).all()
+        first, last = cut.extent[:2] if cut.right == thick else cut.extent[2:]
+        assert borders[0] - first < 3 > last - borders[-1]
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -154,6 +154,7 @@ def test_max_voxels_limits_what_is_read(tmp_path):
         ({"datatype": 2304}, "RGBA"),
         ({"datatype": 32}, "complex.*magnitude"),
         ({"datatype": 1792}, "complex"),
+        ({"datatype": 2048}, "complex"),
         ({"datatype": 1}, "1-bit"),
         ({"datatype": 1536}, "128-bit"),
         ({"datatype": 77}, "unknown type 77"),

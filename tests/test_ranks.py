@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 from processes import ended, on_ranks, outcome, start_ranks
 
 from fastsrgan.core import ranks
-from fastsrgan.core.ranks import ALONE, from_environment
+from fastsrgan.core.ranks import ALONE, KILLED, TorchRanks, from_environment
 from fastsrgan.errors import ModelError, ResourceError, UsageError
 
 CPU = torch.device("cpu")
@@ -85,6 +86,19 @@ def test_a_process_alone_changes_nothing(monkeypatch):
     ALONE.agree("anything", object())
     ALONE.note("a")
     assert not ALONE.noted("a")
+
+
+def test_the_reason_is_the_error_that_a_rank_left_else_what_the_connection_says():
+    """One that left none is noted: the others do not wait for it when they part."""
+    one = object.__new__(TorchRanks)
+    one._store = store = torch.distributed.HashStore()
+    store.set_timeout(timedelta(milliseconds=10))
+    lost = RuntimeError("[gloo/pair.cc:5] Connection closed by peer. This may be\nanything")
+    assert one._reason(lost) == "lost another rank, which left no error: Connection closed by peer"
+    assert store.check([KILLED])
+    one._store = other = torch.distributed.HashStore()
+    other.set("error", "rank 1 failed: disk: full")
+    assert one._reason(lost) == "rank 1 failed: disk: full" and not other.check([KILLED])
 
 
 def waiting(death: str, ending: int) -> None:

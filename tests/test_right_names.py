@@ -159,7 +159,15 @@ def test_the_picture_of_infer_has_scan_spline_and_result_under_their_titles(page
     found = check(page, tmp_path / "a.png", {"low": 150.0, "spline": 150.0, "sr": 450.0, "seg": 450.0}, 450.0)
     assert list(found) == ["Low resolution", "Cubic spline", "fastsrgan", "Segmentation"]
     assert found["Low resolution"][1].startswith("1 × 1 × 3 mm") and found["fastsrgan"][1] == "1 × 1 × 1 mm"
+    assert found["Cubic spline"][1] == "of the same scan" and found["Segmentation"][1] == "probability above 0.5"
     assert [near(pixels, CYAN) > 40 for _, _, pixels in found.values()] == [False, False, False, True]
+    # Of what lies outside a mask the spline shows nothing where the network saw nothing of it.
+    loaded.mask = low.data < 0
+    for outside, told in (("scan", "of the same scan"), ("zero", "of the same scan, inside the mask")):
+        result.report["region"] = {"outside": outside}
+        infer_image._picture(tmp_path / "b.png", loaded, result, SEG.data, 0.25, Verdict("green", ()))
+        texts = [text.get_text() for text in pages[-1].figure.texts]
+        assert told in texts and "probability above 0.25" in texts
 
 
 def test_the_picture_of_errors_has_every_difference_under_its_title(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -219,7 +220,7 @@ def test_a_dice_for_each_from_validation_to_evaluation(table, tmp_path, capsys):
     truth.mkdir()
     for ending in ("", "_label"):
         (tmp_path / f"s2{ending}.nii.gz").rename(truth / f"s2{ending}.nii.gz")
-    infer_files([truth / "s2.nii.gz"], out, run, device="cpu", new_resolution=[1.0] * 3)
+    infer_files([truth / "s2.nii.gz"], out, run, device="cpu", new_resolution=[1.0] * 3, save_prob=True)
     mask = images.load_label(out / "s2_mask.nii.gz", largest=65535)
     assert set(mask.meta["values"]) <= {0, 3, 2041}
     record = json.loads((out / "s2.json").read_text(encoding="utf8"))
@@ -228,7 +229,14 @@ def test_a_dice_for_each_from_validation_to_evaluation(table, tmp_path, capsys):
     several = [{"value": 3, "name": "cortex"}, {"value": 2041, "name": "white"}]
     assert record["structures"] == [{"value": 1, "name": "cortex"}] and record["mask_structures"] == several
     assert header_text(out / "s2_mask.nii.gz") == "fastsrgan: 3 cortex, 2041 white"
-    assert header_text(out / "s2_seg.nii.gz") == "fastsrgan: cortex"
+    assert (
+        header_text(out / "s2_seg.nii.gz") == "fastsrgan: cortex" and header_text(out / "s2_sr.nii.gz") == "fastsrgan"
+    )
+    assert header_text(out / "s2_prob.nii.gz") == "fastsrgan: probability of cortex"
+    intents = {
+        kind: nib.load(out / f"s2_{kind}.nii.gz").header.get_intent()[2] for kind in ("sr", "seg", "prob", "mask")
+    }
+    assert intents == {"sr": "", "seg": "cortex", "prob": "", "mask": ""}
     result = evaluate_folders(out, truth, choice=Choice(tuple(CHOSEN)))
     found = result["rows"][0]["structures"]
     label = images.load_label(truth / "s2_label.nii.gz", largest=65535).data

@@ -247,13 +247,15 @@ def test_a_lost_output_is_said_once_the_other_rises():
     assert "empty" in loop.collapse(made(0.0, 0.2, Seg_share=0.0), before)
     assert "is full (Dice 0.150)" in loop.collapse(made(0.15, 0.2, Seg_share=1.0), before)
     assert "next to nothing" in loop.collapse(made(0.001, 0.2), before)
-    assert "SR is 3.0 dB worse than the spline" in loop.collapse(made(0.5, -3.0), made(0.4, -2.0))
+    for gain, earlier, below in ((-3.0, -2.0, "3.0"), (-2.0, -2.0, "2.0"), (-0.875, -0.625, "0.9")):
+        assert f"SR is {below} dB worse than the spline" in loop.collapse(made(0.5, gain), made(0.4, earlier))
     for scores, earlier in (
         (made(0.0, 0.2), {}),
         (made(0.0, 0.05), before),
         (made(0.3, 0.2), before),
         (made(0.02, 0.2, Seg_share=0.002), before),  # little, but not nothing: 2 % of Dice, and of the label's voxels
         (made(0.5, -2.0), made(0.4, -3.0)),
+        (made(0.5, -0.75), made(0.4, -0.5)),  # half a dB below was still sound
     ):
         assert loop.collapse(scores, earlier) == ""
 
