@@ -589,7 +589,7 @@ def test_summary_and_progress(tmp_path):
     assert summary["raw_bytes"] == 3 * 3 * np.prod(SHAPE) and summary["stored_bytes"] == sum(
         s.stored_bytes for s in subjects
     )
-    assert summary["ratio"] == summary["raw_bytes"] / summary["stored_bytes"] and summary["seconds"] > 0
+    assert summary["ratio"] == summary["raw_bytes"] / summary["stored_bytes"] and 0 < summary["seconds"] < 1e6
     assert (summary["subjects"], summary["converted"], summary["kept"], summary["warnings"]) == (3, 3, 0, {})
 
 

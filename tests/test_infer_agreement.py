@@ -209,7 +209,7 @@ def test_the_record_the_residual_and_what_a_resumed_call_compares(files, scan):
     record = call(files, "--agree", "0.01", "--profile", "box", "--slice-thickness", "2.5", "--save-residual")
     told = record["agree"]
     assert told["profile"] == "box" and told["thickness_mm"] == 2.5 and told["thickness_from"] == "asked"
-    assert 0 < told["residual_percent"] < told["residual_percent_without"] and told["seconds"] > 0
+    assert 0 < told["residual_percent"] < told["residual_percent_without"] and 0 < told["seconds"] < 1e6
     left = images.load(record["outputs"]["residual"])
     sr = images.load(record["outputs"]["sr"]).data
     assert np.allclose(left.affine, AFFINE, atol=1e-6)  # found: 4e-8 (rounding)

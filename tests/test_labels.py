@@ -103,6 +103,17 @@ def test_choices_that_mean_nothing(folder, text, reason):
         labels.structure(text, folder / "aseg.nii.gz")
 
 
+@pytest.mark.parametrize(
+    "text", ["3,42", "3 , 42", "Left-Cerebral-Cortex", "gm=3,42", "gm = 3 , 42", "gm=Left-Cerebral-Cortex"]
+)
+def test_blanks_around_a_choice_and_its_name_mean_nothing(folder, text):
+    """As cells of tables have them: the name is what a score, a file and a legend say."""
+    plain, spaced = (labels.structure(t, folder / "aseg.nii.gz", folder / "lut.txt") for t in (text, f"\t {text}  "))
+    assert spaced == plain and plain.name == ("gm" if "=" in text else text)
+    with pytest.raises(UsageError, match="names a structure twice"):
+        labels.structures([f" {text}", f"{text} "], folder / "aseg.nii.gz", folder / "lut.txt")
+
+
 def test_an_unknown_name_is_answered_with_near_ones(folder):
     with pytest.raises(UsageError, match="there are Left-Cerebral-Cortex"):
         labels.structure("Left-Cerebral-Cortx", folder / "aseg.nii.gz", folder / "lut.txt")

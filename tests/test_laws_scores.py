@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,20 @@ def test_a_note_names_five_subjects_at_most():
     assert cohort.told_once(rows) == ["s0, s1, s2, s3, s4 and 1 more: one", "s0, s1, s2, s3, s4: few"]
 
 
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (5, ""), (6, " and 1 more"), (7, " and 2 more")])
+def test_segmentations_without_a_label_are_counted_and_five_named(asked, caplog, count, more):
+    """Not those that have one, have none to score, or cannot be scored at all."""
+    sr = {"sr": Path("sr"), "hr": Path("hr")}
+    items = [cohort.Item(f"s{n}", sr, segmented=True) for n in range(count)]
+    items += [cohort.Item("labelled", sr | {"label": Path("l")}, segmented=True), cohort.Item("plain", sr)]
+    items.append(cohort.Item("lost", {"sr": Path("sr")}, fault="no truth", segmented=True))
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        cohort.evaluate_items("x", items)
+    named = ", ".join(f"s{n}" for n in range(min(count, 5)))
+    (told,) = [r.getMessage() for r in caplog.records if "no Dice" in r.getMessage()]
+    assert told == f"no label was found for the segmentation of {named}{more}: no Dice"
+
+
 # --- two results ------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +231,20 @@ def test_gains_are_values_minus_the_baselines_and_none_of_the_label_alone(blobs)
     assert made["baselines"] == {"image": "as given", "segmentation": "as given"}
     assert list(made)[:4] == ["image", "segmentation", "baseline", "gain"]
     assert made["grid"] == {"shape": [14, 16, 12], "spacing_mm": [1.0, 1.0, 1.0]}
+
+
+@pytest.mark.parametrize("given", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_baselines_are_those_given_else_made_of_the_scan_and_each_is_called_what_it_is(blobs, given):
+    """Image and segmentation each for itself; without any there is neither baseline nor gain."""
+    image, seg, scan = given
+    low = Volume(blobs["hr"].data[:, :, 1::2], np.diag([1.0, 1, 2, 1]) + np.eye(4, k=1) * [[0], [0], [1], [0]])
+    more = {"baseline": blobs["hr"]} if image else {}
+    more |= ({"baseline_seg": blobs["label"]} if seg else {}) | ({"lr": low} if scan else {})
+    made = pair.evaluate_pair(**blobs, **more, subject=None)
+    expected = {"image": "as given" if image else pair.SPLINE} if image or scan else {}
+    expected |= {"segmentation": "as given" if seg else pair.READER} if seg or scan else {}
+    assert made.get("baselines", {}) == expected
+    assert set(made.get("baseline", {})) == set(made.get("gain", {})) == set(expected)
 
 
 def test_a_picture_of_errors_is_given_each_image_and_its_words(blobs, tmp_path, monkeypatch):

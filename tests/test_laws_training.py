@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import csv
+import ctypes
 import json
 import logging
 import math
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -481,6 +483,22 @@ def test_volumes_through_a_pipeline_come_back_as_what_they_were_and_errors_as_th
         assert np.array_equal(its_label, label)
         assert its_mask is None if given is None else np.array_equal(its_mask, mask)
     assert [pair[0] for pair in mover._idle.queue if pair] == [first] and not mover.busy
+
+
+def test_at_the_end_pipelines_at_work_are_left_behind_and_the_others_are_not(monkeypatch):
+    """Neither stopped by DALI, which keeps a list of all, nor freed: one whose step hangs would keep the process."""
+    monkeypatch.setattr(dali, "define", Pipeline)
+    monkeypatch.setattr(dali, "_movers", weakref.WeakSet())
+    movers = [dali.DaliMover(CPU) for _ in range(2)]
+    pipelines = [mover._idle.queue[-1][0] for mover in movers]
+    monkeypatch.setattr(Pipeline, "_pipes", set(map(weakref.ref, pipelines)), raising=False)
+    held = [sys.getrefcount(pipeline) for pipeline in pipelines]
+    with movers[0]._pipeline():
+        dali._leave()
+    dali._leave()  # neither is at work now
+    assert [sys.getrefcount(pipeline) for pipeline in pipelines] == [held[0] + 1, held[1]]
+    assert Pipeline._pipes == {weakref.ref(pipelines[1])}
+    ctypes.pythonapi.Py_DecRef(ctypes.py_object(pipelines[0]))
 
 
 def test_labels_of_other_values_are_told_in_the_order_of_numbers():

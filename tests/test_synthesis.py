@@ -93,6 +93,34 @@ def test_without_effects_an_image_is_its_table_of_means():
         assert np.allclose(there, look.mean[int(value)], atol=1e-5), value  # coordinates are float32: 4e-7 was measured
 
 
+@pytest.mark.parametrize("sigma", [0.0, 0.6, 0.8, 1.2])
+def test_an_edge_is_as_wide_as_the_partial_volume_that_was_drawn(sigma):
+    classes = torch.zeros((24, 9, 9), dtype=torch.uint8)
+    classes[:12], classes[12:] = 1, 2
+    none = dict.fromkeys((0, 2, 3), 0.0)
+    look = synthesis.DrawnLook({0: 0.0, 2: 0.2, 3: 0.9}, none, (0.5, 0.0), False, False, 0, sigma, (1.0, 0.0, 0.0))
+    image = synthesis._intensities(KEY, classes, [0, 2, 3], look).double().numpy()
+    for line in (image[:, 4, 4], image[:, 0, 8]):
+        steps, at = np.diff(line) / 0.7, np.arange(23) - 11
+        assert (line[0], line[-1]) == pytest.approx((0.2, 0.9)) and (steps * at).sum() == pytest.approx(0, abs=1e-4)
+        # A sampled Gaussian of narrow width is a little narrower. Found: 0.007 at 0.6
+        assert np.sqrt((steps * at**2).sum()) == pytest.approx(sigma, abs=0.01)
+
+
+@pytest.mark.parametrize("value", [499, 500, 501])
+def test_labels_from_500_on_lie_outside_the_brain(value):
+    """They are seen in a head, go with a strip, and keep their brightness; without any the map ends at the brain."""
+    labels = np.where(brain() >= 515, value, brain())
+    for strip in (0.0, 1.0):
+        image, seen = synthesise(labels, MM, KEY, dataclasses.replace(PLAIN, strip=strip))
+        assert bool((seen == value).any()) == (value < 500 or not strip)
+        assert float(image[seen == 0].mean()) < 0.04  # air: of any structure the mean is 0.05 at least
+    plain, turned = (
+        draw_look(KEY, [0, 2, 3, value], dataclasses.replace(Synthesis(), invert=i)).mean for i in (0.0, 1.0)
+    )
+    assert (plain[value] == turned[value]) == (value >= 500) and plain[2] != turned[2]
+
+
 @pytest.mark.parametrize("key", [(1, e, "a") for e in range(6)])
 def test_image_and_label_stay_aligned(key):
     """Deformed, blurred and textured: inside each structure of the label the image has the mean that was drawn."""

@@ -249,7 +249,7 @@ def test_the_log_follows_the_schedule_and_the_optimisers_follow_the_log(store, t
 def test_rows_of_the_log_say_what_a_step_cost(store, tmp_path):
     train(store, tmp_path / "run", CONFIG.replace(epochs=1))
     for row in rows(tmp_path / "run"):
-        assert row["seconds"] > 0 and row["patches_per_second"] == pytest.approx(2 / row["seconds"])
+        assert 0 < row["seconds"] < 1e6 and row["patches_per_second"] == pytest.approx(2 / row["seconds"])
         assert row["memory_bytes"] > 1e7 and row["data_wait_seconds"] >= 0  # found: 4.51e8
         assert {"g_total", "g_gradient", "d_wasserstein", "d_penalty", "d_gradient", "rate"} <= set(row)
 

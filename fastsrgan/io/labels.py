@@ -50,8 +50,8 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
     Raises UsageError for a choice that is empty, holds several or has a name that no table knows; InputError for a
     table that cannot be read.
     """
-    text = re.sub(r"(?<![\w.])(\d+)\.0+(?![\w.])", r"\1", text)  # as pandas writes 3 in a column with empty cells
-    name, _, listed = text.partition("=") if "=" in text else ("", "", text)
+    text = re.sub(r"(?<![\w.])(\d+)\.0+(?![\w.])", r"\1", text).strip()  # as pandas writes 3 beside empty cells
+    name, listed = map(str.strip, text.split("=", 1)) if "=" in text else ("", text)
     if "=" in listed:
         raise UsageError(
             "--label-classes", f"{text!r} names several structures", "one choice for each; in a table's cell A=1|B=2"
@@ -62,7 +62,7 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
             "--label-classes", f"{text!r} names no class", "values such as 3,42, or names of a lookup table"
         )
     if all(word.isdigit() for word in words):
-        return Structure(name or text.strip(), frozenset(map(int, words)))
+        return Structure(name or text, frozenset(map(int, words)))
     path = _beside(label) if table is None else Path(table)
     if path is None:
         hint = (
@@ -74,7 +74,7 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
     names = read_names(path)
     words = _names_among(listed, names)
     values = [[int(word)] if word.isdigit() else _values(word, names, path) for word in words]
-    return Structure(name or text.strip(), frozenset().union(*values))
+    return Structure(name or text, frozenset().union(*values))
 
 
 def structures(
@@ -153,8 +153,8 @@ def refuse_many(values: Sequence[int], what: str | os.PathLike) -> None:
 def _names_among(listed: str, names: dict[str, list[int]]) -> list[str]:
     """The words of a choice: all of it, a part between commas, or a part between blanks, whichever is a name first."""
     known = {name.casefold() for name in names}
-    if listed.strip().casefold() in known:
-        return [listed.strip()]
+    if listed.casefold() in known:
+        return [listed]
     parts = [part.strip() for part in re.split(r"[,;+]", listed)]
     return [word for part in parts for word in ([part] if part.casefold() in known else part.split())]
 
