@@ -141,10 +141,13 @@ def norm_and(convolution, form, flat=None):
     return run
 
 
-@pytest.mark.parametrize("parts", ["whole", "parts"])
+@pytest.mark.parametrize(("parts", "outputs"), [("whole", 4), ("parts", 4), ("parts", 2)])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_norm_and_convolution_in_one(forms, name, parts, monkeypatch):
-    """A constant channel, a sample that is flat, and memory for a channel and a sample at a time or for all."""
+def test_norm_and_convolution_in_one(forms, name, parts, outputs, monkeypatch):
+    """A constant channel, a sample that is flat, and memory for a channel and a sample at a time or for all.
+
+    Of seven taps the side with more channels is the one that goes in parts.
+    """
     if parts == "parts":
         monkeypatch.setattr(normed, "BLOCK", 1)
         monkeypatch.setattr(fused, "HELD_BYTES", 1)
@@ -154,7 +157,7 @@ def test_norm_and_convolution_in_one(forms, name, parts, monkeypatch):
     x[1, 2] = 0.5
     flat = torch.zeros(5, 1, 1, 1, 1, dtype=torch.bool)
     flat[3] = True
-    inputs = x, random(1, 3), random(2, 3), random(3, 4, 3, *(kernel,) * 3)
+    inputs = x, random(1, 3), random(2, 3), random(3, outputs, 3, *(kernel,) * 3)
     assert_equal_with_gradients(norm_and(convolution, "fast", flat), norm_and(convolution, "reference", flat), *inputs)
 
 
