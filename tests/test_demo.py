@@ -175,6 +175,7 @@ def test_every_stage_gets_what_the_demo_was_asked_for(stages, tmp_path):
     assert written["low_res_mm"] == list(low) and written["start_weights"] == "start.safetensors"
     assert written["scores"]["linear"] == {"image": {"a": 1}, "gain": {"b": 2}}
     assert " ".join(written["seconds"]) == "cohort convert train infer evaluate picture total"
+    assert all(0 <= seconds < 1e6 for seconds in (*written["seconds"].values(), made["seconds"]))
     assert written["peak_memory_bytes"] > 0 and written["training"]["weights"] == "trained"
     assert made.pop("seconds") >= 0 and made == {
         "table": written["table"], "picture": str(out / "demo.png"), "json": str(out / "demo.json"),

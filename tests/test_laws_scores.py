@@ -221,6 +221,27 @@ def test_warnings_of_each_image_are_noted_under_its_name_once(blobs, caplog):
     assert caplog.records == []
 
 
+def test_images_are_cubic_between_their_voxels_a_doubt_linear_and_masks_the_nearest(blobs, monkeypatch):
+    """All on the grid of the truth, each by its own name."""
+    seen, exact = {}, pair.onto_grid
+
+    def spied(volume, like, *, order, name, **more):
+        assert like is blobs["hr"]
+        seen.setdefault(name, []).append((order, id(volume)))
+        return exact(volume, like, order=order, name=name, **more)
+
+    monkeypatch.setattr(pair, "onto_grid", spied)
+    given = {name: Volume(blobs["hr"].data.copy(), np.eye(4)) for name in ("baseline", "doubt")}
+    given |= {name: Volume(blobs["label"].data.copy(), np.eye(4)) for name in ("baseline_seg", "mask")}
+    further = tuple(Volume(blobs["label"].data.copy(), np.eye(4)) for _ in range(2))
+    pair.evaluate_pair(**blobs, **given, structures={"white": further}, subject=None)
+    wanted = {"SR": (3, blobs["sr"]), "baseline": (3, given["baseline"]), "doubt": (1, given["doubt"])}
+    wanted |= {"segmentation": (0, blobs["seg"]), "baseline segmentation": (0, given["baseline_seg"])}
+    wanted |= {"label": (0, blobs["label"]), "mask": (0, given["mask"])}
+    wanted |= {"white segmentation": (0, further[0]), "white label": (0, further[1])}
+    assert seen == {name: [(order, id(volume))] for name, (order, volume) in wanted.items()}
+
+
 def test_gains_are_values_minus_the_baselines_and_none_of_the_label_alone(blobs):
     worse = Volume(blobs["sr"].data + np.float32(2), np.eye(4))
     made = pair.evaluate_pair(**blobs, baseline=worse, baseline_seg=blobs["label"], subject=None)
@@ -577,6 +598,7 @@ def test_a_map_of_errors_shows_both_differences_under_their_titles(monkeypatch, 
     middle = [a.images[0].get_array()[5, 5] for a in axes]
     assert middle == [102, 100, 2, -7] * 3
     assert axes[0].images[0].get_clim() == (0, 100) and axes[2].images[0].get_clim() == (-7, 7)
+    assert not any(a.get_frame_on() or len(a.get_xticks()) or len(a.get_yticks()) for a in axes)
 
 
 def test_a_single_subject_has_no_limits_in_its_picture_and_empty_places_no_axes(monkeypatch, tmp_path):

@@ -39,7 +39,7 @@ def store(tmp_path_factory) -> Path:
 def test_a_run_leaves_weights_tables_log_and_settings(store, tmp_path):
     result = train(store, tmp_path / "run", CONFIG, snapshot_folder=tmp_path / "snapshots")
     run = tmp_path / "run"
-    assert result["updates"] == 8 and result["exit_code"] == 0
+    assert result["updates"] == 8 and result["exit_code"] == 0 and 0 < result["seconds"] < 1e6
     generator = weights.load_generator(run / "model.safetensors")
     assert generator.spec.kernel == 2
     original = weights.load_generator(tmp_path / "snapshots" / "SegSRGAN_epoch_2")
