@@ -230,7 +230,8 @@ def _inspect(
                 absent = tuple(read.meta["absent"]) or absent
                 if binary and name == "label" and not chosen and (others := set(read.meta["values"]) - {0, 1}):
                     held = ", ".join(map(str, sorted(others)[: labels.SHOWN]))
-                    raise InputError(path, f"the label holds other values than 0 and 1, also {held}", labels.CHOOSE)
+                    way = labels.way_out(read.meta["values"])
+                    raise InputError(path, f"the label holds other values than 0 and 1, also {held}", way)
             sources[name] = {"path": str(path), "sha256": images.sha256(path)}
         except FastsrganError as error:
             faults.append((row.line, InputError(f"{_COLUMNS[name]} {error.what}", error.reason, error.hint)))
@@ -379,7 +380,8 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
     values = list(attrs.get("label_counts", {}))
     if set(values) - {"0", "1"}:  # classes of --fit-mask are the mask's
         held = ", ".join(values[:10]) + (f" and {len(values) - 10} more values" if len(values) > 10 else "")
-        warnings.append(f"label: holds {held}; training wants 1 in the structure and 0 outside: {labels.CHOOSE}")
+        way = labels.way_out([int(value) for value in values])
+        warnings.append(f"label: holds {held}; training wants 1 in the structure and 0 outside: {way}")
     attrs["warnings"] = warnings
     image, (label, mask, tissues) = stored if row.has_image else None, others.values()
     if tissues is not None and tissues.max() <= 255:

@@ -27,6 +27,22 @@ def test_what_lies_beside_images_and_results_is_not_told(tmp_path, caplog, endin
     assert "1 other file is left out: other.docx" in caplog.text and f"x{ending}" not in caplog.text
 
 
+def test_the_data_of_an_image_are_no_other_file_and_a_folder_of_two_names_is_told(tmp_path, caplog):
+    """Was "2 other files are left out: a.raw, other.raw" of an image that was read, and no word of the second name."""
+    (tmp_path / "data").mkdir()
+    for name in ("data/a.raw", "data/other.raw"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "a.nhdr").write_text("NRRD0004\ndata file: data/a.raw\n", encoding="utf8")
+    (tmp_path / "b.mhd").write_text("NDims = 3\nElementDataFile = ./data/a.raw\n", encoding="utf8")
+    (tmp_path / "second").symlink_to("data")
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        assert names(tmp_path) == ["a", "b"]
+    assert caplog.messages[1:] == [
+        f"{tmp_path}: 1 other file is left out: data/other.raw",
+        f"{tmp_path}: 1 folder was met under another name, taken once: second",
+    ]
+
+
 def test_files_of_the_output_folder_are_neither_images_nor_told(tmp_path, caplog):
     (tmp_path / "out").mkdir()
     for name in ("a.nii", "out/b.nii"):

@@ -424,7 +424,7 @@ def test_an_image_in_a_parcel_is_told_how_to_unpack_it(tmp_path, kind, way):
 @pytest.mark.parametrize(
     ("content", "what", "way"),
     [
-        (bytes(128) + b"DICM", "a DICOM file", "end its name in .dcm"),
+        (bytes(128) + b"DICM", "a DICOM file", "convert it with dcm2niix"),
         (b"NRRD0004", "an NRRD file", ".nrrd"),
         (b"\0\0\0\1\0\0", "a FreeSurfer MGH file", ".mgh"),
         (b"\x89HDF", "an HDF5 or MINC file", "mnc2nii"),

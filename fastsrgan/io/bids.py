@@ -29,7 +29,7 @@ ENTITIES = ("sub", "ses", "task", "acq", "ce", "rec", "run", "echo", "part", "ch
             "label", "desc")  # fmt: skip
 SEGMENTATIONS = ("dseg", "probseg")
 RECORD = "FastsrganRecord"  # key of a sidecar: what `fastsrgan infer` wrote
-_NAME = re.compile(r"(?P<entities>sub-[A-Za-z0-9]+(?:_[a-z]+-[A-Za-z0-9+]+)*)_(?P<suffix>[A-Za-z0-9]+)(?P<end>\..+)")
+_NAME = re.compile(r"(?P<entities>sub-[A-Za-z0-9+]+(?:_[a-z]+-[A-Za-z0-9+]+)*)_(?P<suffix>[A-Za-z0-9]+)(?P<end>\..+)")
 _IMAGE = (".nii.gz", ".nii")
 
 

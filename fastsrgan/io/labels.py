@@ -142,6 +142,12 @@ def read_names(path: str | os.PathLike) -> dict[str, list[int]]:
     return names
 
 
+def way_out(values: Sequence[int]) -> str:
+    """What to do about a label that holds other values than 0 and 1: a value that is alone need not be chosen from."""
+    inside = [value for value in values if value]
+    return CHOOSE if len(inside) > 1 else f"--label-classes {inside[0]} takes that value for the structure"
+
+
 def refuse_many(values: Sequence[int], what: str | os.PathLike) -> None:
     """Raise InputError for a label map of several structures of which none was chosen."""
     inside = [value for value in values if value]
