@@ -83,6 +83,22 @@ def test_results_are_known_by_their_record_and_counted(tmp_path, caplog):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("below", ["sub-1/anat", "sub-1/ses-1/anat"])
+def test_derivatives_of_an_earlier_call_are_its_results(tmp_path, below):
+    """Named as a folder a dataset gave its own dseg and SR images to the network again."""
+    own, other = (tmp_path / "derivatives" / name for name in ("fastsrgan", "other"))
+    for root, maker in ((own, "fastsrgan"), (other, "fMRIPrep")):
+        (root / below).mkdir(parents=True)
+        write(root / below / "sub-1_desc-x_T1w.nii")
+        text = json.dumps({"GeneratedBy": [{"Name": maker}]})
+        (root / "dataset_description.json").write_text(text, encoding="utf8")
+    (tmp_path / "deep" / "down").mkdir(parents=True)
+    write(tmp_path / "a.nii"), write(tmp_path / "deep" / "down" / "b.nii")
+    assert names(tmp_path) == ["a", "deep/down/b", f"derivatives/other/{below}/sub-1_desc-x_T1w"]
+    with pytest.raises(UsageError, match="holds results only"):
+        find_images(own, "none")
+
+
 def test_names_that_clash_are_told_with_the_way_out(tmp_path):
     for name in ("p/a.nii", "p/a.mgz", "q/a.nii"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

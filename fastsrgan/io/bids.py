@@ -154,6 +154,13 @@ def description(name: str, version: str, sources: dict[str, str]) -> dict[str, A
     }
 
 
+def is_own(dataset: Path) -> bool:
+    """Whether fastsrgan made a dataset."""
+    makers = read_json(dataset / DESCRIPTION).get("GeneratedBy")
+    listed = makers if isinstance(makers, list) else []
+    return any(isinstance(one, dict) and one.get("Name") == "fastsrgan" for one in listed)
+
+
 def sidecar(image: Path) -> Path:
     """The JSON beside an image."""
     return image.with_name(image.name.removesuffix(".gz").removesuffix(".nii") + ".json")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastsrgan.core.files import read_json, real, walk_files
 from fastsrgan.errors import FastsrganError, UsageError, counted
-from fastsrgan.io import any_image, dicom, formats
+from fastsrgan.io import any_image, bids, dicom, formats
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
 from fastsrgan.io.dicom_header import read_frames
@@ -102,8 +102,10 @@ def _inside(folder: Path, out: Path) -> list[Image]:
     files, others, again = _image_files(folder)
     paths = [p for p in files if below == here or below not in real(p).parents]
     names = [str(p.relative_to(folder).with_name(images.stem(p))) for p in paths]
-    results = {file for place in {path.parent for path in paths} for file in _results_in(place)}
-    found = [Image(p, n) for p, n in zip(paths, names, strict=True) if p not in results]
+    places = {path.parent for path in paths}
+    results = {file for place in places for file in _results_in(place)}
+    derived = {place for place in places if any(map(bids.is_own, [place, *place.absolute().parents][:4]))}
+    found = [Image(p, n) for p, n in zip(paths, names, strict=True) if p not in results and p.parent not in derived]
     if paths:
         some = ", ".join(str(i.path.relative_to(folder)) for i in found[:NAMED])
         old = len(paths) - len(found)
