@@ -99,6 +99,19 @@ def test_derivatives_of_an_earlier_call_are_its_results(tmp_path, below):
         find_images(own, "none")
 
 
+def test_results_beside_the_slices_that_they_were_made_of_leave_a_dicom_folder(tmp_path, caplog):
+    """A second call for the same folder was refused: "holds results only"."""
+    for name in ("a_sr.nii", "slice.dcm"):
+        write(tmp_path / name)
+    record(tmp_path, "a")
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        assert find_images(tmp_path, tmp_path) == [Image(tmp_path, tmp_path.name)]
+    assert not caplog.messages  # reading it tells of what is no slice
+    (tmp_path / "slice.dcm").unlink()
+    with pytest.raises(UsageError, match="holds results only"):
+        find_images(tmp_path, tmp_path)
+
+
 def test_names_that_clash_are_told_with_the_way_out(tmp_path):
     for name in ("p/a.nii", "p/a.mgz", "q/a.nii"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -106,13 +106,13 @@ def _inside(folder: Path, out: Path) -> list[Image]:
     results = {file for place in places for file in _results_in(place)}
     derived = {place for place in places if any(map(bids.is_own, [place, *place.absolute().parents][:4]))}
     found = [Image(p, n) for p, n in zip(paths, names, strict=True) if p not in results and p.parent not in derived]
-    if paths:
+    if found:
         some = ", ".join(str(i.path.relative_to(folder)) for i in found[:NAMED])
         old = len(paths) - len(found)
         more = f", ... ({counted(old, 'result')} of an earlier call left out)" if old else ""
         log.info("%s: %s: %s%s", folder, counted(len(found), "image"), some, more or ", ..." * (len(found) > NAMED))
         _tell_of_others(folder, [p for p in others if below == here or below not in real(p).parents], again)
-    if paths and not found:
+    if paths and not found and not any(map(dicom.is_dicom, others)):  # results beside the slices they were made of
         raise UsageError(folder, "holds results only", "name the folder of the images")
     return found
 
