@@ -39,7 +39,7 @@ def bars(axis: Any, title: str, values: dict[str, float]) -> None:
         axis.set_axis_off()
         return
     axis.barh(list(values), list(values.values()), color=[OURS if k == "fastsrgan" else THEIRS for k in values])
-    axis.bar_label(axis.containers[0], [f" {v:.4g}" for v in values.values()], fontsize=8)
+    axis.bar_label(axis.containers[0], [f" {v:.4g}" if v < 1000 else f" {v:,.0f}" for v in values.values()], fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.15)
     axis.tick_params(labelsize=8)

@@ -105,8 +105,7 @@ def section(path: Path, report: dict[str, Any]) -> list[str]:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    """Of training steps: cases that missed an earlier gate and were run again with a wider one, and why; what the
-    plain side of an earlier run did."""
+    """Of training steps: cases that missed an earlier gate and were run again with a wider one, and why."""
     told = []
     for row in report["rows"] if report["bench"] == "step" else ():
         for start, (earlier, missed, why) in step.WIDENED.items():
@@ -115,11 +114,6 @@ def _notes(report: dict[str, Any]) -> list[str]:
                     f"{row['name']}: missed its earlier gate of {earlier:g} with {missed:g} and was run again with "
                     f"{row['tolerance']:g} (this run: {row['max_error']:.1e}): {why}"
                 )
-        if row["name"].startswith("generator update") and step.CHANNELS_LAST not in row["peers"]:
-            told.append(
-                "naive: measured before it kept the gradients of the critic's weights from being made in the update of "
-                "the generator, and before it was run with channels last"
-            )
     return told
 
 
