@@ -29,7 +29,7 @@ from fastsrgan.io.tables import Fault, TableRow, read_table, table_error
 from fastsrgan.store.reader import Subject, to_float32
 from fastsrgan.store.writer import DTYPES, StoreWriter, create_store, describe, encode
 from fastsrgan.volume.geometry import Volume
-from fastsrgan.volume.oddities import outshone
+from fastsrgan.volume.oddities import odd_intensities
 from fastsrgan.volume.placement import axis_codes
 
 log = logging.getLogger("fastsrgan")
@@ -354,7 +354,7 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
         **facts,
         **quantised,
     }
-    warnings = [*volume.warnings, *outshone(to_float32(stored, scale, offset), compressed=False)]
+    warnings = [*volume.warnings, *odd_intensities(to_float32(stored, scale, offset), compressed=False)]
     if attrs["bounding_box"] is None:
         raise InputError(row.image, "no voxel is above 0", "there is nothing to learn from it")
     others: dict[str, np.ndarray | None] = {"label": None, "mask": None, "tissues": None}

@@ -32,7 +32,7 @@ from fastsrgan.model.networks import Generator
 from fastsrgan.model.purpose import MODELS, Purpose, common, mask_names, weights_called
 from fastsrgan.volume.components import segment
 from fastsrgan.volume.geometry import Volume, spacing_of
-from fastsrgan.volume.oddities import on_zeros, outshone
+from fastsrgan.volume.oddities import odd_intensities, on_zeros
 
 log = logging.getLogger("fastsrgan")
 
@@ -209,7 +209,7 @@ def load(image: Image, job: ImageJob) -> Loaded | None:
         reason = f"voxels of {times(volume.spacing)} mm: there is nothing to super-resolve, nothing was done"
         hint = "--new-resolution same segments it as it is, --new-resolution MM makes finer voxels"
         raise Isotropic(image.path, reason, hint)
-    volume = replace(volume, warnings=(*volume.warnings, *outshone(volume.data, asked.physical)))
+    volume = replace(volume, warnings=(*volume.warnings, *odd_intensities(volume.data, asked.physical)))
     for warning in volume.warnings:
         log.warning("%s: %s", image.path, warning)
     mask: np.ndarray | None = None
