@@ -120,7 +120,10 @@ def _inside(folder: Path, out: Path) -> list[Image]:
 def _image_files(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
     """Image files in a folder and below, of a pair the header, links followed; the other files, of which none is an
     image's data; and folders that are there under another name too."""
-    images_there, others, again, data = [], [], [], set()
+    images_there: list[Path] = []
+    others: list[Path] = []
+    again: list[Path] = []
+    data: set[str] = set()
     for path in walk_files(folder, again):
         if path.name.startswith("."):
             continue

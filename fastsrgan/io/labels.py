@@ -138,10 +138,10 @@ def read_names(path: str | os.PathLike) -> dict[str, list[int]]:
     else:
         for row in rows:
             if match := _SNAP.match(row) or _LINE.match(row):
-                called = [(match[2] or match[3]).strip()]
+                spelt = [(match[2] or match[3]).strip()]
                 if match.re is _LINE and match[2] and (words := _WORDS.match(row)):
-                    called.append(" ".join(words[1].split()))
-                for name in dict.fromkeys(called):
+                    spelt.append(" ".join(words[1].split()))
+                for name in dict.fromkeys(spelt):
                     names.setdefault(name, []).append(int(match[1]))
     if not names:
         raise InputError(path, "holds no names of label values", "lines of a value and a name, or a BIDS dseg.tsv")
