@@ -313,8 +313,8 @@ def _run(
                 else:
                     done.append(result)
                     raw += result.raw_bytes
-                rate = 1 / max(time.monotonic() - began, 1e-9)
-                progress.advance(volumes_per_s=len(done) * rate, mb_per_s=raw / 1e6 * rate, failed=len(failed))
+                pace = raw / 1e6 / max(time.monotonic() - began, 1e-9)
+                progress.advance(mb_per_s=pace, failed=len(failed))
     except BaseException:
         with contextlib.suppress(FastsrganError):
             writer.finish(complete=False)

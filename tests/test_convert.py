@@ -585,7 +585,7 @@ def test_summary_and_progress(tmp_path):
     summary = convert(table, tmp_path / "store", progress=progress)
     check, work = progress.lines
     assert check[:4] == ["check", 3, "subject", 3] and work[:4] == ["convert", 3, "volume", 3]
-    assert check[5] == work[5] == "done" and set(work[4]) == {"volumes_per_s", "mb_per_s", "failed"}
+    assert check[5] == work[5] == "done" and set(work[4]) == {"mb_per_s", "failed"}
     subjects = open_store(tmp_path / "store").subjects
     assert summary["raw_bytes"] == 3 * 3 * np.prod(SHAPE) and summary["stored_bytes"] == sum(
         s.stored_bytes for s in subjects
@@ -620,7 +620,7 @@ def test_progress_tells_rates_and_the_time_left(tmp_path, monkeypatch):
     convert(cohort(tmp_path, 3), tmp_path / "store", workers=1, progress=PlainProgress(Console(file=out, width=200)))
     lines = [line for line in out.getvalue().splitlines() if line.startswith("convert:")]
     number = r"[\d.e+-]+"
-    rates = rf"volumes_per_s={number} mb_per_s={number} failed=0"
+    rates = rf"mb_per_s={number} failed=0"
     assert re.fullmatch(rf"convert: 1/3 volume  {number}/s  \d+ s left  {rates}", lines[0])
     assert re.fullmatch(rf"convert: 3/3 volume  {number}/s  {rates}", lines[-1])
 
