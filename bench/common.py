@@ -13,7 +13,6 @@ import ctypes
 import json
 import math
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -30,7 +29,7 @@ from scipy import ndimage
 
 from fastsrgan.core.draws import rng
 from fastsrgan.core.files import finite, write_json
-from fastsrgan.core.system import pick_device, provenance, source_commit, tune_allocator
+from fastsrgan.core.system import measured_on, pick_device, provenance, tune_allocator
 from fastsrgan.errors import UsageError
 
 __all__ = ["Case", "Sides", "peak_of", "prepare", "run", "texture", "write_json"]
@@ -161,7 +160,7 @@ def run(cases: Sequence[Case | OwnWay], args: argparse.Namespace) -> dict[str, A
     return finite(
         {
             "bench": args.bench,
-            "commit": source_commit(),
+            **measured_on(),
             "machine": machine(args.quick),
             "device": device_name(args.device),
             "settings": settings,
@@ -325,8 +324,7 @@ def machine(quick: bool = False) -> dict[str, Any]:
     """What the figures were measured on, with what it does at best: copies and float32 matrix products."""
     versions = provenance()
     return {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
+        **measured_on()["machine"],
         "usable_cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
@@ -336,15 +334,6 @@ def machine(quick: bool = False) -> dict[str, Any]:
         **{k: v for k, v in versions.items() if k != "commit"},
         **ceilings(quick),
     }
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def device_name(device: str) -> str:

@@ -356,7 +356,7 @@ def main(argv: Sequence[str]) -> str:
     """``python -m bench scale``."""
     from bench.common import machine
     from fastsrgan.core.files import write_json
-    from fastsrgan.core.system import source_commit
+    from fastsrgan.core.system import measured_on
 
     parser = argparse.ArgumentParser(
         prog="python -m bench scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -381,7 +381,7 @@ def main(argv: Sequence[str]) -> str:
         report = checked(Check.quick() if args.quick else Check(), args.repeats)
         report |= {"bench": "scale", "command": ["python", "-m", "bench", "scale", *argv]}
         report |= {"settings": {"quick": args.quick, "repeats": args.repeats}}
-        report |= {"commit": source_commit(), "machine": machine(args.quick), "device": "cpu"}
+        report |= measured_on() | {"machine": machine(args.quick), "device": "cpu"}
         if args.json:
             write_json(args.json, report)
         return section(report)

@@ -82,7 +82,9 @@ OPTIONAL = {
     "tensorstore": Part("fast store reading", ("tensorstore",), "tensorstore", "import tensorstore; print('null')"),
     "s3fs": Part("stores on S3", ("s3fs",), "s3", "import s3fs; print('null')"),
     "pydicom": Part("DICOM input", ("pydicom",), "dicom", "import pydicom; print('null')"),
-    "SimpleITK": Part("the original's other interpolators", ("SimpleITK",), "sitk", "import SimpleITK; print('null')"),
+    "SimpleITK": Part(
+        "NRRD, MetaImage, the original's interpolators", ("SimpleITK",), "sitk", "import SimpleITK; print('null')"
+    ),
 }
 
 
@@ -164,7 +166,7 @@ def describe(facts: dict[str, Any]) -> list[str]:
         ("fastsrgan", f"{facts['fastsrgan']} on Python {facts['python']}, {facts['platform']}"),
         ("packages", "  ".join(packages[:5])),
         ("", "  ".join(packages[5:])),
-        ("cpu", f"{cpu['model']}, {cpu['usable']} of {cpu['count']} cores, {threads} in torch"),
+        ("cpu", f"{cpu['model']}, {cpu['usable']} of {counted(cpu['count'], 'core')}, {threads} in torch"),
         ("", f"native bf16: {'yes' if cpu['bf16'] else 'no'}"),
         ("memory", f"{_size(memory['available'])} free of {_size(memory['total'])}"),
         ("/dev/shm", _size(facts["shm"]) if facts["shm"] is not None else "none"),
@@ -197,7 +199,7 @@ def _cpu() -> dict[str, Any]:
     features: dict = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may not have it
     return {
         "model": features.get("cpu_name") or platform.processor() or platform.machine(),
-        "count": os.cpu_count(),
+        "count": os.cpu_count() or 1,
         "usable": _usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "bf16": any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")),

@@ -100,6 +100,7 @@ def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
     [
         ("sub-01_T1w.nii.gz", "sub"),
         ("sub-a1_ses-2_acq-x_run-03_T2w.nii", "sub ses acq run"),
+        ("sub-a+b_acq-x+y_T2w.nii", "sub acq"),  # BIDS 1.10: labels may hold +
         ("sub-01_T1w.json", None),
         ("sub-0_1_T1w.nii.gz", None),
         ("01_T1w.nii.gz", None),

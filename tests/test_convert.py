@@ -145,6 +145,7 @@ def test_labels_of_other_values_than_0_and_1_are_said_and_not_trained_on(tmp_pat
     assert set(summary["warnings"]) == {"s0", "s2"}
     (told,) = summary["warnings"]["s0"]
     assert told.startswith("label: holds 0, 255; training wants 1 in the structure")
+    assert told.endswith("--label-classes 255 takes that value for the structure")  # one value is no choice of 3,42
     assert open_store(tmp_path / "store").subject("s0").attrs["warnings"] == [told]
     config = TrainConfig(new_low_res=((1.5, 1.5, 3.0),), patch_size=16, kernel_gen=1, kernel_dis=1)
     with pytest.raises(InputError, match=r"than 0 and 1: s0 \(also 255\), s2 \(also 2, 3\) \(make each label 1"):
@@ -584,7 +585,7 @@ def test_summary_and_progress(tmp_path):
     summary = convert(table, tmp_path / "store", progress=progress)
     check, work = progress.lines
     assert check[:4] == ["check", 3, "subject", 3] and work[:4] == ["convert", 3, "volume", 3]
-    assert check[5] == work[5] == "done" and set(work[4]) == {"volumes_per_s", "mb_per_s", "failed"}
+    assert check[5] == work[5] == "done" and set(work[4]) == {"mb_per_s", "failed"}
     subjects = open_store(tmp_path / "store").subjects
     assert summary["raw_bytes"] == 3 * 3 * np.prod(SHAPE) and summary["stored_bytes"] == sum(
         s.stored_bytes for s in subjects
@@ -619,7 +620,7 @@ def test_progress_tells_rates_and_the_time_left(tmp_path, monkeypatch):
     convert(cohort(tmp_path, 3), tmp_path / "store", workers=1, progress=PlainProgress(Console(file=out, width=200)))
     lines = [line for line in out.getvalue().splitlines() if line.startswith("convert:")]
     number = r"[\d.e+-]+"
-    rates = rf"volumes_per_s={number} mb_per_s={number} failed=0"
+    rates = rf"mb_per_s={number} failed=0"
     assert re.fullmatch(rf"convert: 1/3 volume  {number}/s  \d+ s left  {rates}", lines[0])
     assert re.fullmatch(rf"convert: 3/3 volume  {number}/s  {rates}", lines[-1])
 
@@ -770,6 +771,9 @@ def test_a_label_of_several_values_is_refused_where_training_asks_for_two(tmp_pa
     assert re.search(told, error.value.reason) and "--label-classes" in error.value.hint
     assert convert(table, tmp_path / "chosen", binary=True, label_classes="1")["converted"] == 2
     assert convert(table, tmp_path / "store")["converted"] == 2
+    nifti_files.write(tmp_path / "l1.nii.gz", (head(1) > 500).astype(np.uint8) * 2, AFFINE)
+    with pytest.raises(InputError, match=r"also 2 \(--label-classes 2 takes that value for the structure\)"):
+        convert(table, tmp_path / "two", binary=True)
 
 
 def test_the_check_says_how_many_faults_it_found(tmp_path):

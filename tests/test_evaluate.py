@@ -17,6 +17,7 @@ from fastsrgan.errors import InputError
 from fastsrgan.evaluate import grids, metrics
 from fastsrgan.evaluate import metrics as metrics_module
 from fastsrgan.evaluate import pair as evaluate
+from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import RECORD
 from fastsrgan.volume.geometry import Orientation, Volume
@@ -244,6 +245,23 @@ def test_files_give_what_volumes_give(files, pair):
     assert result["image"]["mask"] == pytest.approx(expected["image"]["mask"])
     assert result["segmentation"] == pytest.approx(expected["segmentation"])
     assert result["files"]["seg"] == str(files["seg"])
+
+
+def test_a_mask_is_what_infer_takes_for_one_whatever_its_numbers(files, pair, tmp_path):
+    """Above zero is inside: `evaluate` refused fractions and numbers below 0 or above 255."""
+    inside = pair["mask"].data > 0
+    values = np.where(inside, np.float32(0.25), np.float32(-3))
+    values[7, 7, 7] = 1000.5
+    path = images.save(tmp_path / "m.nii.gz", values, pair["hr"].affine)
+    assert np.array_equal(any_image.load_mask(path, pair["hr"]).data > 0, inside)
+    plain = evaluate.evaluate_files(files["sr"], files["hr"], mask=files["mask"])["image"]["mask"]
+    assert evaluate.evaluate_files(files["sr"], files["hr"], mask=path)["image"]["mask"] == plain
+    volumes = {name: pair[name] for name in ("sr", "hr")}
+    given = Volume(values, pair["hr"].affine)
+    assert evaluate.evaluate_pair(**volumes, mask=given)["image"]["mask"] == pytest.approx(plain)
+    none = images.save(tmp_path / "none.nii.gz", -np.ones_like(values), pair["hr"].affine)
+    with pytest.raises(InputError, match="the mask marks no voxel"):
+        evaluate.evaluate_files(files["sr"], files["hr"], mask=none)
 
 
 @pytest.mark.parametrize("bids", [False, True])

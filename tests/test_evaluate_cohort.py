@@ -251,14 +251,19 @@ def test_one_pair_as_csv(files, tmp_path):
 def test_a_note_of_a_cohort_is_told_once_with_its_subjects(folders, caplog):
     """Was told for every subject, without its name."""
     out, truth = folders
-    for stem in ("a", "b_lr"):
+    for stem, size in (("a", 1.01), ("b_lr", 1.25)):
         sr = images.load(out / f"{stem}_sr.nii.gz").data
-        images.save(out / f"{stem}_sr.nii.gz", sr, np.diag([1, 1, 1.01, 1]), overwrite=True)
+        images.save(out / f"{stem}_sr.nii.gz", 9 * size * sr, np.diag([1, 1, size, 1]), overwrite=True)
     with caplog.at_level("INFO", "fastsrgan"):
         result = evaluate_cohort.evaluate_folders(out, truth)
     assert [any("grid differs" in note for note in row["notes"]) for row in result["rows"]] == [True, True, False]
     told = [r.message for r in caplog.records if "SR: grid differs" in r.message]
     assert len(told) == 1 and told[0].startswith("a, b_lr: SR: grid differs")
+    assert result["notes"] == [r.message for r in caplog.records if r.message in result["notes"]]
+    (line,) = [line for line in result["notes"] if "are the units the same?" in line]
+    own = [note for row in result["rows"] for note in row["notes"] if "are the units the same?" in note]
+    sizes = sorted((note.split("mean intensity ")[1].split(",")[0] for note in own), key=float)
+    assert len(sizes) == 2 and line.startswith(f"a, b_lr: SR: mean intensity {sizes[0]} to {sizes[1]}, the ref")
 
 
 @pytest.fixture

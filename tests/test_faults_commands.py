@@ -14,17 +14,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import TILES, call, command, litter, make_work, one_line
+from commands import SETTINGS, TILES, call, command, litter, make_work, one_line
 from damage import Canary, flip, keras_with, strange_state
 from nifti_files import rigid, write
 from processes import CONTEXT, Flag
 
+from fastsrgan.errors import FastsrganError
+from fastsrgan.infer.bids import infer_bids
+from fastsrgan.infer.files import infer_files
 from fastsrgan.model import checkpoint, weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.store.files import MANIFEST, Keys, read_manifest, write_manifest
 from fastsrgan.store.reader import open_store
 from fastsrgan.store.remote import fingerprint
 from fastsrgan.store.writer import create_store
+from fastsrgan.study import run as study
+from fastsrgan.train.run import train
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +117,34 @@ def test_a_refused_command_leaves_none_of_the_folders_that_it_made(work, tmp_pat
     before = sorted(tmp_path.rglob("*"))
     code, _, told = call(capsys, *words)
     assert code in (3, 4) and told.splitlines()[-1].startswith("error: "), told
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("called", ["train", "weights", "taken", "bids", "study"])
+def test_a_call_from_python_that_is_refused_leaves_no_folder_either(work, tmp_path, called):
+    """A place that was there stays, as do folders that hold something."""
+    out, beside = tmp_path / "new" / "deep", tmp_path / "sf" / "a"
+    scans, raw = tmp_path / "scans" / "below", tmp_path / "raw" / "sub-01" / "anat"
+    for folder, name in ((scans, "s.nii.gz"), (raw, "sub-01_T1w.nii.gz")):
+        folder.mkdir(parents=True)
+        shutil.copyfile(work / "scan0.nii.gz", folder / name)
+    (tmp_path / "raw" / "dataset_description.json").write_text('{"Name": "n", "BIDSVersion": "1.8.0"}')
+    shutil.copyfile(work / "scan0.nii.gz", tmp_path / "scans" / "t.nii.gz")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "t_sr.nii.gz").write_bytes(b"an older result")
+    config = SETTINGS.replace(fit_mask=True)
+    tables = {"snapshot_folder": beside, "dice_file": tmp_path / "dice" / "d.csv", "mse_file": tmp_path / "m" / "m.csv"}
+    call_ = {
+        "train": lambda: train(work / "cohort.zarr", out, config, device="cpu", **tables),
+        "weights": lambda: infer_files(tmp_path / "scans", out, tmp_path / "none.safetensors"),
+        "taken": lambda: infer_files(tmp_path / "scans", tmp_path / "kept", work / "w.safetensors"),
+        "bids": lambda: infer_bids(tmp_path / "raw", out, tmp_path / "none.safetensors"),
+        "study": lambda: study.run("steps", tmp_path / "none.csv", out, [work / "w.safetensors"]),
+    }[called]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FastsrganError):
+        call_()
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -120,7 +120,7 @@ def test_mask_classes_become_a_label_map(tmp_path):
     assert np.array_equal(images.load_label(tmp_path / "out" / "a_mask.nii.gz").data, expected)
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".csv"])
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".tsv"])
 def test_lists_and_files_may_be_mixed(tmp_path, model, suffix):
     paths = [scan(tmp_path / f"{name}.nii.gz", seed) for seed, name in enumerate("abc")]
     listing = tmp_path / f"list{suffix}"

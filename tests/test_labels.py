@@ -291,6 +291,18 @@ def test_a_rows_choices_come_before_those_given_and_empty_ones_are_none():
     labels.refuse_for_store(None, None)
 
 
+@pytest.mark.parametrize(
+    "line", ["3  Left cortex", "3 Left cortex 205 62 78 0", "\t3\tLeft  cortex\t1 2 3", "3, Left cortex"]
+)
+def test_a_name_of_several_words_is_one_name(tmp_path, line):
+    """Was the first word alone, in tables whose columns blanks separate."""
+    (tmp_path / "lut.txt").write_text(f"# atlas\n{line}\r\n42 L.Bank ctx-lh-bank 25 5 25 255\n", encoding="utf8")
+    names = labels.read_names(tmp_path / "lut.txt")
+    assert names["Left cortex"] == [3] and names["L.Bank"] == [42]
+    found = labels.structure("left cortex+L.Bank", tmp_path / "map.nii", tmp_path / "lut.txt")
+    assert found.values == {3, 42}
+
+
 @pytest.mark.parametrize("encoding", ("utf8", "utf-8-sig", "latin-1"))
 def test_a_lookup_table_is_read_whatever_wrote_it(tmp_path, encoding):
     (tmp_path / "lut.txt").write_bytes("3  cortex\n4  é\n42  other\n".encode(encoding))

@@ -283,6 +283,14 @@ def test_the_plan_is_that_of_the_first_device(monkeypatch, capability, kind):
     assert doctor.plan(facts())["training"] == "fp32 on cpu, 2 threads"
 
 
+@pytest.mark.parametrize(("count", "said"), [(1, "1 of 1 core, 1 thread"), (2, "2 of 2 cores, 2 threads")])
+def test_the_doctor_counts_in_the_right_number(monkeypatch, count, said):
+    cpu = {"model": "m", "usable": count, "count": count, "torch_threads": count, "bf16": False}
+    assert any(line.endswith(f"m, {said} in torch") for line in doctor.describe(facts(cpu=cpu)))
+    monkeypatch.setattr(doctor.forms.torch, "get_num_threads", lambda: count)
+    assert f", {said.partition(', ')[2]}, torch " in doctor.forms.machine()
+
+
 def test_the_driver_is_read_from_the_system_where_no_program_tells_it(monkeypatch):
     text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\nGCC version: gcc 13.3.0"
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)

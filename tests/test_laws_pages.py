@@ -77,6 +77,15 @@ def test_runs_are_compared_in_the_folder_of_the_first(tmp_path):
     assert page.runs_report([one, two], overwrite=True) == [one / "comparison.html"]
 
 
+def test_folders_of_results_are_sent_to_the_command_that_compares_them(tmp_path):
+    a, b = tmp_path / "out a", tmp_path / "b"
+    with pytest.raises(UsageError) as error:
+        page.runs_report([a, b])
+    assert error.value.hint == f"`fastsrgan evaluate '{a}' {b} TRUTH` compares two folders of results"
+    with pytest.raises(UsageError, match="evaluate RESULTS RESULTS TRUTH"):
+        page.runs_report([a, b, b])
+
+
 class Counted:
     """A progress that remembers."""
 
@@ -371,6 +380,16 @@ def test_a_cohort_shows_the_studies_of_its_folder_too(tmp_path):
     html = page.cohort_page(Found(tmp_path, "t", [r.result for r in rows], studies=[study]), rows)
     assert "Study: x" in html and html.index("<h2>Results") < html.index("Study: x")
     assert "/studies/0/rows/0/a" in pointers(html)
+
+
+def test_a_cohorts_page_tells_every_kind_of_warning_once_with_its_results(tmp_path):
+    rows = cohort_of(3, warnings=["odd"])
+    for n, row in enumerate(rows):
+        row.result.scores["notes"] = [f"{n} voxels <differ>"]
+    html = page.cohort_page(Found(tmp_path, "t", [r.result for r in rows]), rows)
+    assert cohort.notes(rows) == ["s0, s1, s2: odd", "s0, s1, s2: 0 to 2 voxels <differ>"]
+    assert html.count("voxels &lt;differ&gt;</li>") == 1 and "<li>s0, s1, s2: 0 to 2 voxels" in html
+    assert "Warnings and notes" not in page.cohort_page(Found(tmp_path, "t"), cohort_of(1))
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

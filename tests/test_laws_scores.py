@@ -153,6 +153,19 @@ def test_segmentations_without_a_label_are_counted_and_five_named(asked, caplog,
     assert told == f"no label was found for the segmentation of {named}{more}: no Dice"
 
 
+def test_notes_that_differ_in_numbers_alone_are_one_with_the_range_of_each():
+    """Was a line for each subject; numbers of names and paths are no values, and say that the notes are others."""
+    said = "scored on the overlap, {} % of {} voxels, {} mm (sub-01_T1w, a/3/x 5.nii)"
+    values = [("71.4", 9, "-1e-05"), ("8", 10, "0.5"), ("65.25", 9, "0")]
+    rows = [{"subject": f"s{n}", "notes": [said.format(*v)]} for n, v in enumerate(values * 7)]
+    rows += [{"subject": "x", "notes": ["T1 3 a", "T2 3 a"]}, {"subject": "y", "notes": ["T1 3 a", "T1 4 b"]}]
+    assert cohort.told_once(rows) == [
+        "s0, s1, s2, s3, s4 and 16 more: " + said.format("8 to 71.4", "9 to 10", "-1e-05 to 0.5"),
+        "x, y: T1 3 a", "x: T2 3 a", "y: T1 4 b",
+    ]  # fmt: skip
+    assert all(row["notes"] == [said.format(*v)] for row, v in zip(rows, values * 7, strict=False))  # its own
+
+
 # --- two results ------------------------------------------------------------------------------------------------------
 
 

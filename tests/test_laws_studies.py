@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from phantom import head
 
+from fastsrgan.cli.main import main
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.io.labels import Structure
@@ -443,6 +444,54 @@ def test_of_several_runs_each_has_the_first_score_that_it_has_and_one_has_the_in
     assert panels["gradient penalty"] == [("one", [2.0], 0)] and panels["SSIM"] == []
     assert [[p.title for p in r] for r in made["panels"]] == [["Dice", "PSNR, dB", "SSIM"], ["gradient penalty"]]
     assert [told["updates"] for told in made["runs"]] == [1, 0]
+
+
+def rows_of_training(epochs: int) -> list[dict]:
+    """A log as long trainings write it: 23 scores and losses."""
+    found = []
+    for e in range(1, epochs + 1):
+        losses = {f"{who}_{name}": 1.0 for who in "gd" for name in ("loss", "gradient", "skipped", "penalty", "more")}
+        found.append({"epoch": e, "update": e, "rate": 0.5, **losses})
+        found.append({"epoch": e, "update": e, "rate": 0.25, **losses})
+        scores = {"PSNR": 26.0 + e, "PSNR_spline": 26.5, "PSNR_linear": 27.25, "SSIM": 0.9125, "SSIM_spline": 0.5}
+        scores |= {"Dice": 0.5 + 0.125 * (e == 2), "MSE": 0.1, "Seg_share": 0.1, "Label_share": 0.1}
+        whole = {"whole_PSNR": 30.0, "spline_PSNR": 29.0, "whole_SSIM": 0.75, "whole_Dice": 0.25}
+        found += [{"epoch": e, "validation": scores | (whole if e == 2 else {})}] * (e > 1)
+    return found
+
+
+def test_a_terminal_shows_the_columns_of_a_training_that_decide_and_the_files_have_all(tmp_path, monkeypatch, capsys):
+    run_folder = log(tmp_path / "one", *rows_of_training(3))
+    made = run.run("curves", run_folder, tmp_path / "out")
+    assert tables.decisive_rows(made) == [
+        {"epoch": "1", "update": "2", "rate": "0.375"},
+        {"epoch": "2", "update": "4", "rate": "0.375", "PSNR": "28.00", "over spline": "+1.50",
+         "over linear": "+0.75", "SSIM": "0.912", "Dice": "0.625", "whole PSNR": "30.00", "whole over spline": "+1.00",
+         "whole SSIM": "0.750", "whole Dice": "0.250"},
+        {"epoch": "3", "update": "6", "rate": "0.375", "PSNR": "29.00", "over spline": "+2.50",
+         "over linear": "+1.75", "SSIM": "0.912", "Dice": "0.500"},
+    ]  # fmt: skip
+    assert tables.best_lines(made) == ["Best PSNR 29.00 at epoch 3. Best Dice 0.6250 at epoch 2."]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--quiet", "study", "curves", str(run_folder), "-o", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out.partition("\npng:")[0].splitlines()
+    assert max(map(len, told)) <= 80 and told[-1] == "Best PSNR 29.00 at epoch 3. Best Dice 0.6250 at epoch 2."
+    assert told[0].split("  ")[0] == "epoch" and "g_penalty" not in " ".join(told)
+    header = (tmp_path / "out" / "curves.csv").read_text(encoding="utf8").splitlines()[0].split(",")
+    assert {"g_penalty", "Seg_share", "whole_SSIM", "SSIM_spline"} <= set(header)
+    assert set(header) == {k for row in json.loads((tmp_path / "out" / "curves.json").read_text())["rows"] for k in row}
+
+
+def test_rows_of_several_runs_say_whose_they_are_and_their_updates_are_their_own(tmp_path):
+    made = curves.overlaid([log(tmp_path / name, *rows_of_training(2)) for name in ("a", "b")])
+    shown = tables.decisive_rows(made)
+    assert [(row["epoch"], row["update"]) for row in shown] == [("a 1", "2"), ("a 2", "4"), ("b 1", "2"), ("b 2", "4")]
+    assert tables.best_lines(made) == [f"{n}: Best PSNR 28.00 at epoch 2. Best Dice 0.6250 at epoch 2." for n in "ab"]
+    assert tables.best_lines({"rows": [{"epoch": 1, "updates": 1}], "best": None}) == []
+    masked = {"epoch": 1, "updates": 1, "Dice_cortex": 0.25, "Dice_white": 0.75, "Dice": 0.1, "whole_PSNR": 30.0}
+    assert tables.decisive_rows({"rows": [masked]})[0]["Dice"] == "0.500"
+    assert tables.best_lines({"rows": [masked], "best": None}) == ["Best whole PSNR 30.00 at epoch 1."]
 
 
 def test_the_losses_of_a_run_have_colours_of_their_own_and_its_table_no_times(tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
-from tools import mutants
+from fastsrgan.core.system import source_commit
+from tools import mutants, reliability
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("observation", "pool", "critic", "loop", "options", "bench", "inference", "pages", "files", "volume")
@@ -88,7 +90,9 @@ print(mutants.report(table, results))
         subprocess.run(command, capture_output=True, text=True, env=surroundings, check=True, cwd=tmp_path)
         for _ in range(2)
     )
-    told = first.stdout
+    told, kept = first.stdout, json.loads((tmp_path / "r.json").read_text(encoding="utf8"))
+    assert {row["commit"] for row in kept["mutants"].values()} == {source_commit()}
+    assert set(kept["machine"]) == {"cpu", "cores"} and "commit" in reliability.commit_of(kept["mutants"]["part: gone"])
     assert "noticed    part: noticed  test_code.py::test_double" in told
     assert "missed     part: same for this test" in told and "tests fail without it part: fails anyway" in told
     assert "no longer applies part: gone" in told

@@ -27,7 +27,7 @@ from fastsrgan.infer.image import ModelChoice
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
-from fastsrgan.model.purpose import MADE_FOR, MODELS, Purpose, common, span
+from fastsrgan.model.purpose import MADE_FOR, MODELS, NOT_SAID, Purpose, averaged_apart, common, span
 from fastsrgan.store.reader import Store
 from fastsrgan.train.run import degradation
 from fastsrgan.train.snapshots import made_for
@@ -305,6 +305,21 @@ def test_weights_that_say_nothing_are_never_green():
     assert light(replace(GROWN, filled=6, lowest=-1000.0), 600, Purpose())[0] == YELLOW  # nothing to hold it against
 
 
+def test_an_average_of_weights_for_different_images_is_called_so_and_names_them():
+    """Was "what they were made for is not said", of weights that say it."""
+    names, other = ("adult", "own.safetensors"), replace(ALL, contrast="T2-like contrast", head_mm=(50, 130))
+    apart = averaged_apart(("adult", "perinatal"), [MODELS[name].purpose for name in ("adult", "perinatal")])
+    assert "averaged, adult (T1-, T2- or FLAIR-like contrast, adults) and perinatal (T2-like contrast, 21 to" in apart
+    assert "give -w only those made for images like this" in apart
+    verdict = judge(GROWN, seg_of(600), 1000.0, common([MODELS["adult"].purpose, PERINATAL]), apart=apart)
+    assert (verdict.light, verdict.reasons) == (YELLOW, (apart,)) and "not said" not in verdict.line()
+    assert f"and own.safetensors ({NOT_SAID})" in averaged_apart(names, [ALL, Purpose()])
+    assert "(T2-like contrast, head 50 to 130 mm)" in averaged_apart(names, [replace(ALL, contrast="c"), other])
+    for alike in (ALL, replace(ALL, dice=(), voxel_mm=(1, 2), slice_ratio=None, structure_ml=(1, 2))):
+        assert averaged_apart(names, [ALL, alike]) == ""
+    assert averaged_apart(names, [Purpose(), Purpose()]) == averaged_apart(names[:1], [ALL]) == ""
+
+
 # --- what weights say -----------------------------------------------------------------------------------------------
 
 
@@ -458,6 +473,13 @@ def test_auto_is_averaged_with_nothing_and_a_file_of_that_name_comes_first(tmp_p
     weights.save_generator(tmp_path / "auto", build_generator(GeneratorSpec(kernel=2), seed=1))
     named = ModelChoice("auto").named
     assert named is not None and named.facts["spec"]["kernel"] == 2 and ModelChoice(None).named is not None
+
+
+def test_an_average_of_two_shipped_models_says_so_in_every_record(tmp_path):
+    infer_files([scan(tmp_path / "a.nii.gz", 96)], tmp_path / "out", ["adult", "perinatal"], **FAST)
+    told = record_of(tmp_path / "out")["plausibility"]
+    assert any("averaged, adult (T1-, T2- or FLAIR-like" in reason for reason in told["reasons"])
+    assert told["light"] != GREEN and ModelChoice(["adult", "adult"]).named.apart == ""
 
 
 def test_weights_that_do_not_say_are_told_in_one_line(tmp_path, caplog):

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import platform
 import subprocess
 import sys
 from importlib import metadata
@@ -217,6 +218,24 @@ def test_a_record_names_the_versions_of_all_that_computed_it():
     packages = ("fastsrgan", "torch", "numpy", "scipy", "zarr", "nibabel")
     assert {name: told[name] for name in packages} == {name: metadata.version(name) for name in packages}
     assert told["python"] == sys.version.split()[0] and told["commit"] == system.source_commit()
+
+
+def test_a_figure_says_its_commit_and_the_machine_that_measured_it(monkeypatch):
+    monkeypatch.setattr(system, "source_commit", lambda: "0123456789ab-dirty")
+    monkeypatch.setattr(system, "_lines", lambda path: ["processor : 0", "model name\t: A Cpu 9", "model name : B"])
+    here = {"cpu": "A Cpu 9", "cores": os.cpu_count()}
+    assert system.measured_on() == {"commit": "0123456789ab-dirty", "machine": here}
+    monkeypatch.setattr(system, "_lines", lambda path: [])
+    assert system.cpu_model() == (platform.processor() or platform.machine()) != ""
+
+
+@pytest.mark.parametrize(
+    "tool", ["fuzz", "mutants", "test_matrix", "soak", "large_volume", "option_study", "doubt_rule"]
+)
+def test_every_tool_that_keeps_figures_writes_where_they_were_measured(tool):
+    """By the one function; that `mutants` and `test_matrix` keep it for each row is seen in their own tests."""
+    source = (Path(__file__).parent.parent / "tools" / f"{tool}.py").read_text(encoding="utf8")
+    assert "measured_on()" in source and "fastsrgan.core.system import measured_on" in source
 
 
 def test_the_commit_of_a_checkout_says_whether_its_files_were_changed(monkeypatch, tmp_path):

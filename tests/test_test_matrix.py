@@ -82,12 +82,12 @@ def test_rows_of_another_processor_are_not_kept_beside_those_of_this_one(tmp_pat
 
 def test_the_page_tells_every_result_with_its_reason(tmp_path):
     rows = {
-        "x": {"result": "passed", "tests": 7, "seconds": 3, "cpu_seconds": 5},
+        "x": {"result": "passed", "tests": 7, "seconds": 3, "cpu_seconds": 5, "commit": "abc-dirty"},
         "z": {"result": "passed", "tests": 2, "seconds": 1, "cpu_seconds": 1, "files": ["tests/test_a.py"]},
         "y": {"result": "not on this processor", "reason": "no avx512f"},
     }
     (tmp_path / "matrix.json").write_text(json.dumps({"cpu": "a cpu", "cores": 2, "rows": rows}))
     text = reliability.matrix(tmp_path / "matrix.json")
-    assert "a cpu, 2 cores" in text and "| x | passed | 7 |  | 3 | 5 |" in text
-    assert "| z | passed | 2 of test_a alone |  | 1 | 1 |" in text
+    assert "a cpu, 2 cores" in text and "| x | passed | 7 |  | 3 | 5 | abc-dirty |" in text
+    assert "| z | passed | 2 of test_a alone |  | 1 | 1 | not kept |" in text
     assert "| y | not on this processor: no avx512f |" in text

@@ -17,7 +17,7 @@ from spies import NOTHING_TRAINED
 from fastsrgan.cli import console as console_module
 from fastsrgan.cli.console import PlainProgress, TerminalProgress
 from fastsrgan.cli.main import build_parser, main, normalised
-from fastsrgan.cli.train import build_config
+from fastsrgan.cli.train import build_config, is_table
 from fastsrgan.config import PRESETS, from_mapping
 from fastsrgan.core import progress as progress_module
 from fastsrgan.errors import ModelError, UsageError
@@ -28,7 +28,7 @@ from fastsrgan.train import run as run_module
 
 FACTS = {"rec": 0.021312, "W": -0.41, "gp": 0.0312, "patches/s": 12.34, "|G|": 1.234, "|D|": 0.5}
 FACTS |= {"wait": "0.3%", "GB": 2.615, "run": "18 min left"}
-LINE = "epoch 200 PSNR 26.61 spline 26.00 linear 26.40 SSIM 0.900 Dice 0.583 best 187"
+LINE = "epoch 200 PSNR 26.61 spline 26.00 linear 26.40 SSIM 0.900 spline 0.876 Dice 0.583 best 187"
 
 
 @pytest.mark.parametrize("label", ["training epoch 200/200", f"infer: {'a' * 60}.nii.gz"])
@@ -45,14 +45,16 @@ def test_nothing_is_cut_on_a_narrow_terminal(label, width):
     assert max(map(len, text.splitlines())) <= width
     for word in (label if len(label) <= width else label[:width], "1/12345", "rec 0.02131", "|D| 0.5", "18 min left"):
         assert word in re.sub(r"\s+", " ", text), word
-    assert width < 80 or LINE in text
+    assert LINE in re.sub(r"\s+", " ", text)
+    cells = re.findall(r"[A-Za-z]+ [\d.]+", LINE)
+    assert len(cells) == 8 and all(any(cell in line for line in text.splitlines()) for cell in cells)
 
 
 def test_a_line_ends_before_a_name_and_not_between_a_name_and_its_number():
     console = Console(file=io.StringIO(), width=80, force_terminal=True, legacy_windows=False)
     TerminalProgress(console).tell("validation", LINE.replace("best", "Dice_cortex 0.512 Dice_white 0.598 best"))
     first, second = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).splitlines()
-    assert first.endswith("Dice 0.583") and second == "  Dice_cortex 0.512 Dice_white 0.598 best 187"
+    assert first.endswith("spline 0.876") and second == "  Dice 0.583 Dice_cortex 0.512 Dice_white 0.598 best 187"
 
 
 def test_notes_are_broken_between_words_on_a_terminal_alone():
@@ -179,6 +181,10 @@ def test_parts_of_a_work_are_quiet_and_the_level_is_what_it_was_afterwards():
             assert log.level == level
     finally:
         log.setLevel(before)
+
+
+def test_a_table_of_files_is_told_from_a_store_by_its_ending():
+    assert all(map(is_table, ("a.csv", "b.TSV", "c.txt"))) and not is_table("a.zarr")
 
 
 def test_the_originals_booleans():

@@ -27,7 +27,7 @@ from scipy import ndimage, optimize
 
 import fastsrgan
 from fastsrgan.core.files import write_json
-from fastsrgan.core.system import provenance
+from fastsrgan.core.system import measured_on, provenance
 from fastsrgan.evaluate.metrics import calibration
 from fastsrgan.observation.model import degrade
 from fastsrgan.observation.synthesis import synthesise
@@ -231,6 +231,7 @@ def main() -> None:
         "crop": args.crop,
         "cases": rows,
         "provenance": provenance(),
+        **measured_on(),
     }
     for key in ("rule", "without_spread", "loss", "error_over_doubt_by_decile"):
         print(key, result[key])

@@ -88,8 +88,10 @@ def in_process(work: Callable[[], None], log: Path, progress: Callable[[], int],
 
 def supervise(names: list[str], args: argparse.Namespace, engine: Any) -> int:
     """Every target in turn, each turn a process of its own, until the time is over."""
+    from fastsrgan.core.system import measured_on  # behind `load`, which instruments it
+
     began = time.monotonic()
-    until = began + 60 * args.minutes
+    until, where = began + 60 * args.minutes, measured_on()
     turn = min(TURN, 60 * args.minutes / len(names))
     found: dict[str, str] = {}
     with scratch() as folder:
@@ -110,6 +112,7 @@ def supervise(names: list[str], args: argparse.Namespace, engine: Any) -> int:
                     "cpu_minutes": round((used.ru_utime + used.ru_stime) / 60, 1),
                     "cases": {n: engine.cases(n) for n in names},
                     "findings": found,
+                    **where,
                 }
                 text = json.dumps(summary, indent=2) + "\n"
                 (args.out / "summary.json").write_text(text, encoding="utf8")

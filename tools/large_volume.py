@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from fastsrgan.cli.console import open_console
+from fastsrgan.core.system import measured_on
 from fastsrgan.infer.memory import SLABS
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.model.networks import GeneratorSpec, build_generator
@@ -97,6 +98,7 @@ def main() -> None:
             "planned_bytes": memory["host_bytes"],
             "largest_seen_bytes": most - before,
             "image_and_result_bytes": image.nbytes * 3,
+            **measured_on(),
         }
         print(json.dumps(result))
     finally:

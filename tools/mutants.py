@@ -43,6 +43,7 @@ LIBRARIES = (
 )
 LIBRARIES += ("zarr", "nibabel", "pytest", "hypothesis", "hypothesis.strategies", "yaml", "h5py", "safetensors.torch")
 LIBRARIES += ("fsspec", "skimage.metrics", "rich.progress")
+WHERE = "import json; from fastsrgan.core.system import measured_on; print(json.dumps(measured_on()))"
 CPU_SECONDS = 300  # of the tests of one fault: what never ends is noticed too
 PASSED, FAILED = 0, 1  # pytest's exit codes
 
@@ -189,7 +190,7 @@ def run(
     results = read(target)
     todo = [m for m in chosen if not settled(m, results.get(m.name), root)]
     todo.sort(key=lambda m: m.name in results)  # new ones first
-    end = time.monotonic() + 60 * minutes
+    end, where = time.monotonic() + 60 * minutes, measured_on()
     for library in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
@@ -205,11 +206,17 @@ def run(
                 **tried(copy, mutant, turn, sound),
                 "fault": mutant.fault,
                 "state": mutant.state(root),
+                "commit": where["commit"],
             }
             result = results[mutant.name]
             print(f"{result['result']:10} {mutant.name}  {result.get('by', '')}", flush=True)
-            save(target, results, mutants)
+            save(target, results, mutants, where["machine"])
     return results
+
+
+def measured_on() -> dict[str, Any]:
+    """That of ``core.system``, in a process of its own: a fork of one that holds the package would test no copy."""
+    return json.loads(subprocess.run([sys.executable, "-c", WHERE], cwd=ROOT, check=True, capture_output=True).stdout)
 
 
 def tried(copy: Path, mutant: Mutant, turn: int, sound: dict[tuple[str, ...], bool]) -> dict[str, Any]:
@@ -239,11 +246,11 @@ def settled(mutant: Mutant, result: dict[str, Any] | None, root: Path) -> bool:
     return result["result"] == NOTICED or result["state"] == mutant.state(root)
 
 
-def save(target: Path, results: dict[str, Any], mutants: Sequence[Mutant]) -> None:
+def save(target: Path, results: dict[str, Any], mutants: Sequence[Mutant], machine: dict[str, Any]) -> None:
     """Results in the order of the table, whole or not at all."""
     ordered = {m.name: results[m.name] for m in mutants if m.name in results}
     temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"mutants": ordered}, indent=1) + "\n", encoding="utf8")
+    temporary.write_text(json.dumps({"machine": machine, "mutants": ordered}, indent=1) + "\n", encoding="utf8")
     temporary.replace(target)
 
 

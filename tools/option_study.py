@@ -24,7 +24,7 @@ from fastsrgan.cli.console import table
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
 from fastsrgan.core.files import write_json
-from fastsrgan.core.system import provenance, tune_allocator
+from fastsrgan.core.system import measured_on, provenance, tune_allocator
 from fastsrgan.demo.template import make_cohort
 from fastsrgan.train.run import train
 
@@ -103,7 +103,7 @@ def cell(out: Path, store: Path, arm: str, seed: int, updates: int) -> dict[str,
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf8").splitlines()]
     scores = {k: v for row in rows for k, v in row.get("validation", {}).items()}
     found = {"arm": arm, "seed": seed, "updates": done["updates"], "seconds": done["seconds"], "scores": scores}
-    write_json(target, {**found, "config": config.to_dict(), "provenance": provenance()})
+    write_json(target, {**found, "config": config.to_dict(), "provenance": provenance(), **measured_on()})
     return json.loads(target.read_text(encoding="utf8"))
 
 

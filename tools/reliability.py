@@ -12,6 +12,7 @@ import ast
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,7 +38,8 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     ),
     5: (
         "NaN or infinite voxels",
-        "read as 0, counted in a warning that reaches record and store; by `evaluate` in a note, also in its JSON",
+        "read as 0, as are numbers beyond 1e18, counted in a warning that reaches record and store; by `evaluate` in a "
+        "note, also in its JSON",
         "",
     ),
     6: (
@@ -284,7 +286,15 @@ def page(tests: dict[int, list[str]]) -> str:
 
 def faults(path: Path) -> str:
     """The faults that one machine put into the code."""
-    return f"\n{path.parent.name}:\n\n{mutants.report(mutants.table(), mutants.read(path))}"
+    found = mutants.read(path)
+    commits = ", ".join(dict.fromkeys(map(commit_of, found.values())))
+    return f"\n{path.parent.name}, {commits}:\n\n{mutants.report(mutants.table(), found)}"
+
+
+def commit_of(run: dict[str, Any]) -> str:
+    """The code that a figure was measured with; what was written down before commits were says so."""
+    commit = run.get("commit") or run.get("provenance", {}).get("commit")
+    return f"commit {commit}" if commit else "commit not kept"
 
 
 def _tests(words: str) -> str:
@@ -297,13 +307,14 @@ def matrix(path: Path) -> str:
     """The surroundings of one machine as a table."""
     run = json.loads(path.read_text(encoding="utf8"))
     text = f"\n{run['cpu']}, {run['cores']} cores ({path.parent.name}):\n\n"
-    text += "| surrounding | result | tests | skipped | seconds | processor seconds |\n|---|---|---|---|---|---|\n"
+    text += "| surrounding | result | tests | skipped | seconds | processor seconds | commit |\n"
+    text += "|---|---|---|---|---|---|---|\n"
     for name, row in run["rows"].items():
         result = row["result"] + (f": {row['reason']}" if "reason" in row else "")
         figures = [str(row.get(key, "")) for key in ("tests", "skipped", "seconds", "cpu_seconds")]
         if "files" in row:
             figures[0] += f" of {', '.join(map(_tests, row['files']))} alone"
-        text += f"| {name} | {' | '.join([result, *figures])} |\n"
+        text += f"| {name} | {' | '.join([result, *figures, commit_of(row).removeprefix('commit ')])} |\n"
     return text
 
 
@@ -313,7 +324,8 @@ def fuzz_runs(path: Path) -> list[str]:
     for run in json.loads(path.read_text(encoding="utf8")):
         cases = ", ".join(f"{name} {count}" for name, count in run["cases"].items())
         spent = f"{run['minutes']:g} minutes, {run['cpu_minutes']:g} of them computing"
-        text = f"\n{path.parent.name}, {run['engine']}: {sum(run['cases'].values())} cases in {spent} ({cases}); "
+        where = f"\n{path.parent.name}, {commit_of(run)}, {run['engine']}"
+        text = f"{where}: {sum(run['cases'].values())} cases in {spent} ({cases}); "
         told.append(text + f"{len(run['findings'])} findings.\n")
         told += [f"* {finding.splitlines()[0]}\n" for finding in list(run["findings"])[:20]]
     return told
@@ -324,11 +336,12 @@ def soaked(path: Path) -> str:
     run = json.loads(path.read_text(encoding="utf8"))
     kills = ", ".join(f"{n} of {kind}" for kind, n in run["kills"].items())
     steady = run["steady"]
-    text = f"\n{path.parent.name}: {run['minutes_taken']} minutes, {run['rounds']} rounds, kills: {kills}; "
+    text = f"\n{path.parent.name}, {commit_of(run)}: "
+    text += f"{run['minutes_taken']} minutes, {run['rounds']} rounds, kills: {kills}; "
     text += f"{len(run['problems'])} problems.\n"
     if steady["enough"]:
         names = {"rss_mib": "MiB resident", "descriptors": "file descriptors", "threads": "threads"}
-        told = "; ".join(f"{steady[k]['early']:g} -> {steady[k]['late']:g} {word}" for k, word in names.items())
+        told = "; ".join(f"{word} {steady[k]['early']:g} -> {steady[k]['late']:g}" for k, word in names.items())
         text += f"The process that was not killed, second to last quarter of {steady['turns']} turns: {told}.\n"
     else:
         text += f"The process that was not killed took {steady['turns']} turns: too few to judge growth by (8).\n"

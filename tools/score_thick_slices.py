@@ -11,7 +11,8 @@ best linear  spline + D' (D D' + w)^-1 (scan - D spline) with the Gaussian profi
 fastsrgan    `infer_volume` with the tiles that the command takes on a CPU
 
 "sharpness" is the root mean square of differences across the slices inside the head, over the truth's.
-"dice_interpolated" is that of the true label drawn on the slices and interpolated. Writes a JSON list for
+"dice_interpolated" is that of the true label drawn on the slices and interpolated; "parts" are the components beside
+the largest, before small ones are left out. Writes a JSON list for
 tools/publish_weights.py.
 """
 
@@ -79,7 +80,8 @@ def score(name: str, case: dict, folder: Path, generator, island: float, options
         linear = max(metrics.psnr(agreed(spline, scan, seen, w), truth, mask=head) for w in LINEAR_WEIGHTS)
         affine, fine = np.diag([*low_mm, 1.0]), [float(s) for s in mm]
         result = fastsrgan.infer_volume(scan, affine, generator, new_resolution=fine, device="cpu", **TILES, **options)
-        seg = segment(result.prob[0], float(np.prod(mm)), 0.5, min_mm3=island)[0] > 0
+        voxel = float(np.prod(mm))
+        seg = segment(result.prob[0], voxel, 0.5, min_mm3=island)[0] > 0
         base = metrics.psnr(spline, truth, mask=head)
         drawn_label = apply_axes(apply_axes(label.astype(np.float32), [None, None, down]), [None, None, up]) > 0.5
         row = {"case": name, "ratio": ratio, "profile": profile, "noise": noise, "spline_db": base}
@@ -89,9 +91,19 @@ def score(name: str, case: dict, folder: Path, generator, island: float, options
         row |= {"dice": metrics.dice(seg, label), "dice_interpolated": metrics.dice(drawn_label, label)}
         row |= {"spline_sharpness": sharpness(spline, truth, head), "sharpness": sharpness(result.sr, truth, head)}
         row["components"] = int(ndimage.label(seg, np.ones((3, 3, 3)))[1])
+        row["parts"] = parts(result.prob[0] > 0.5, label, voxel)
         rows.append({k: round(float(v), 4) if isinstance(v, (float, np.floating)) else v for k, v in row.items()})
         print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def parts(seg: np.ndarray, label: np.ndarray, voxel_mm3: float) -> list[list[float]]:
+    """[mm^3, share that lies in the label] of all components but the largest, without those below 50 mm^3."""
+    numbered, count = ndimage.label(seg, np.ones((3, 3, 3)))
+    sizes, inside = (np.bincount(numbered.ravel(), w, count + 1)[1:] for w in (None, label.ravel()))
+    order = np.argsort(-sizes)[1:]
+    mm3 = sizes * voxel_mm3
+    return [[round(float(mm3[i]), 1), round(float(inside[i] / sizes[i]), 3)] for i in order if mm3[i] >= 50]
 
 
 def sharpness(image: np.ndarray, truth: np.ndarray, head: np.ndarray) -> float:

@@ -16,7 +16,6 @@ import gc
 import hashlib
 import json
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -40,7 +39,7 @@ from processes import CONTEXT, ended, outcome, start  # noqa: E402
 
 from fastsrgan.convert import convert  # noqa: E402
 from fastsrgan.core.files import write_json  # noqa: E402
-from fastsrgan.core.system import provenance  # noqa: E402
+from fastsrgan.core.system import measured_on, provenance  # noqa: E402
 from fastsrgan.infer.files import infer_files  # noqa: E402
 from fastsrgan.io import nifti as images  # noqa: E402
 from fastsrgan.model import checkpoint, weights  # noqa: E402
@@ -253,7 +252,7 @@ def soak(minutes: float, seed: int) -> dict[str, Any]:
     steadily = growth(turns)
     problems += [f"{name} grew: {steadily[name]}" for name in steadily["grew"]]
     found |= {"problems": problems, "steady": steadily, "minutes_taken": round((time.monotonic() - began) / 60, 1)}
-    return found | {"machine": platform.machine(), "provenance": provenance()}
+    return found | measured_on() | {"provenance": provenance()}
 
 
 def main() -> int:

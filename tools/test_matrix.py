@@ -32,6 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from fastsrgan.core.system import measured_on  # noqa: E402
+
 CPUINFO = Path("/proc/cpuinfo")
 NOBODY = 65534
 
@@ -332,7 +334,7 @@ def main() -> int:
             print(f"{row.name:40s} {'not on this processor: no ' + ', '.join(missing) if missing else 'can be run'}")
         return 0
     print(f"{name}, {cores()} cores, {len(args.tests)} files of tests, {args.jobs} processes")
-    rows = kept(args.json, name) if args.json else {}
+    rows, commit = kept(args.json, name) if args.json else {}, measured_on()["commit"]
     failed = False
     for row in chosen:
         found = run(row, args.tests, args.jobs)
@@ -340,7 +342,7 @@ def main() -> int:
         if tuple(args.tests) != SHORT and "tests" in found:
             found["files"] = args.tests
         print(told(row.name, found), flush=True)
-        rows[row.name] = found
+        rows[row.name] = found | {"commit": commit}
         if args.json:
             order = {row.name: rows[row.name] for row in ROWS if row.name in rows}
             text = json.dumps({"cpu": name, "cores": cores(), "rows": order}, indent=1)

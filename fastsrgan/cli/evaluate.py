@@ -40,7 +40,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "hr": "high-resolution image, the truth",
         "seg": "segmentation of the result",
         "label": "its truth",
-        "mask": "region to score besides the whole image",
+        "mask": "region to score besides the whole image: where it is above zero",
         "lr": "the low-resolution image: its spline is the baseline where no --baseline is given, with --label its "
         "interpolated label map the one where no --baseline-seg is",
         "baseline": "another image of the subject to compare with",

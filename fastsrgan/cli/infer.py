@@ -37,7 +37,7 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help="image files (NIfTI, MGH, NRRD, MetaImage), folders of them, DICOM, .txt or .csv lists",
+        help="image files (NIfTI, MGH, NRRD, MetaImage), folders of them, DICOM, .txt, .csv or .tsv lists",
     )
     p.add_argument("--bids", metavar="DIR", help="in place of INPUT: images of a BIDS dataset, see --suffix")
     p.add_argument("--participant-label", nargs="+", default=(), metavar="LABEL", help="of the dataset (all)")

@@ -200,7 +200,7 @@ def _convert(args: argparse.Namespace, progress: Progress) -> int:
         print_json(result)
         return 0
     ratio = f", {result['ratio']:.1f} x smaller than in memory" if result["ratio"] else ""
-    size = f"{result['subjects']} subjects, {result['stored_bytes'] / 1e6:.1f} MB{ratio}"
+    size = f"{counted(result['subjects'], 'subject')}, {result['stored_bytes'] / 1e6:.1f} MB{ratio}"
     print(
         f"{result['store']}: {size}; {result['converted']} converted, {result['kept']} kept, {result['seconds']:.1f} s"
     )

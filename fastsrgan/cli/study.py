@@ -118,7 +118,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
 def _study(args: argparse.Namespace, progress: Progress) -> int:
     with loading():
         from fastsrgan.study import run as study
-        from fastsrgan.study.tables import fit_text, paper_rows, shown_rows
+        from fastsrgan.study.tables import best_lines, decisive_rows, fit_text, paper_rows, shown_rows
 
     tune_allocator()
     settings = study.Settings(
@@ -142,7 +142,10 @@ def _study(args: argparse.Namespace, progress: Progress) -> int:
     if args.json:
         print_json(facts)
     else:
-        print(_aligned(shown_rows(facts)))
+        curves = args.kind == "curves"
+        print(_aligned(decisive_rows(facts) if curves else shown_rows(facts)))
+        for line in best_lines(facts) if curves else ():
+            print(line)
         for fit in facts.get("fit", []):
             print(f"fit: {fit_text(fit)}")
         if quoted := paper_rows(facts):

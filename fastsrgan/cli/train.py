@@ -37,7 +37,7 @@ structures Tissue_image: a row with tissues needs neither image nor label (--str
 
 def is_table(source: str) -> bool:
     """Whether the data are a table of files, by the ending of its name."""
-    return source.lower().endswith((".csv", ".txt"))
+    return source.lower().endswith((".csv", ".tsv", ".txt"))
 
 
 NONE = "none"  # typed for no value, which is None or an empty text
@@ -71,7 +71,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    text = "store of `fastsrgan convert`, or a table of files, .csv or .txt"
+    text = "store of `fastsrgan convert`, or a table of files, .csv, .tsv or .txt"
     p.add_argument("source", nargs="?", metavar="STORE|CSV", help=text)
     p.add_argument("-csv", "--csv", metavar="CSV", help="table of files (the original's way to name the data)")
     p.add_argument("-o", "--out", metavar="RUN", help="run folder (the one of -sf)")

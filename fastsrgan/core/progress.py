@@ -17,7 +17,8 @@ class Progress(Protocol):
         """A new stretch of ``total`` units of work begins."""
 
     def advance(self, n: int = 1, **facts: Any) -> None:
-        """``n`` more units are done; ``facts`` are live values worth showing (losses, rates)."""
+        """``n`` more units are done; ``facts`` are live values worth showing (losses). Units per second are no such
+        value: who shows the count knows them."""
 
     def finish(self) -> None:
         """The stretch ended, done or not."""

@@ -9,13 +9,14 @@ import ctypes
 import logging
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastsrgan.errors import ResourceError, UsageError
 
@@ -88,6 +89,18 @@ def provenance() -> dict[str, str | None]:
             facts[package] = None
     facts["commit"] = source_commit()
     return facts
+
+
+def measured_on() -> dict[str, Any]:
+    """Where a figure was measured: the source commit, with ``-dirty`` behind it where there were changes that it does
+    not hold, and the machine's processor and cores."""
+    return {"commit": source_commit(), "machine": {"cpu": cpu_model(), "cores": os.cpu_count()}}
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    found = re.search(r"^model name\s*:\s*(.+)$", "\n".join(_lines("/proc/cpuinfo")), re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def source_commit() -> str | None:

@@ -48,6 +48,8 @@ TRUTH = ("", "_hr", "_HR")
 LABEL = ("_label", "_seg", "_dseg", "_gm")
 MASK = ("_mask",)
 NAMED = 5  # subjects that a note of a cohort names
+# A number of a note that is no part of a name or a path.
+_NUMBER = re.compile(r"(?<![\w./-])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w/]|\.\w)")
 _LOW = re.compile(r"_(lr|LR)$")
 _MODALITY = re.compile(rf"_({'|'.join(SUFFIXES)})$")
 
@@ -201,11 +203,11 @@ def evaluate_items(
 ) -> dict[str, Any]:
     """Evaluate subjects one by one; ``what`` names their source in messages; ``telling``: notes are logged.
 
-    Returns ``rows`` (the dicts of ``evaluate_files`` with ``subject``), ``failed`` (subject, error) and ``summary``
-    {figure: {mean, sd, n}} over the rows, figures named by their dotted path (``image.whole.psnr_db``); sd is the
-    sample standard deviation (n - 1), None for one row. Raises InputError when no subject could be evaluated, and
-    UsageError, before any work, where ``png`` holds a file of a picture's name that is none of ``evaluate``'s, or where
-    label classes are chosen and there is no label.
+    Returns ``rows`` (the dicts of ``evaluate_files`` with ``subject``), ``failed`` (subject, error), ``notes`` (those
+    of the rows, as ``told_once``) and ``summary`` {figure: {mean, sd, n}} over the rows, figures named by their dotted
+    path (``image.whole.psnr_db``); sd is the sample standard deviation (n - 1), None for one row. Raises InputError
+    when no subject could be evaluated, and UsageError, before any work, where ``png`` holds a file of a picture's name
+    that is none of ``evaluate``'s, or where label classes are chosen and there is no label.
     """
     bare = [item.subject for item in items if item.segmented and "label" not in item.files and not item.fault]
     if bare and telling:
@@ -247,24 +249,36 @@ def evaluate_items(
         if len(faults) == len(failed):
             raise table.table_error(Path(what), faults)
         raise InputError(what, "no subject could be evaluated", failed[0]["error"])
-    for line in told_once(done) if telling else ():
+    notes = told_once(done)
+    for line in notes if telling else ():
         log.info(line)
     meaning = definitions() | {"sd": "sample standard deviation over subjects (n - 1)"}
     meaning |= CALIBRATION if any("doubt" in row for row in done) else {}
-    return {"rows": done, "failed": failed, "summary": summarise(done), "definitions": meaning}
+    return {"rows": done, "failed": failed, "summary": summarise(done), "notes": notes, "definitions": meaning}
 
 
 def told_once(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Every note once, after the subjects that it is about."""
-    about: dict[str, list[str]] = {}
+    """Every kind of note once, after the subjects that it is about: of those that differ in numbers alone, the range of
+    each number."""
+    about: dict[str, list[tuple[str, list[str]]]] = {}
     for row in rows:
         for note in row["notes"]:
-            about.setdefault(note, []).append(row["subject"])
+            about.setdefault(_NUMBER.sub("\0", note), []).append((row["subject"], _NUMBER.findall(note)))
     lines = []
-    for note, subjects in about.items():
+    for kind, found in about.items():
+        subjects = list(dict.fromkeys(subject for subject, _ in found))
         more = f" and {len(subjects) - NAMED} more" if len(subjects) > NAMED else ""
-        lines.append(f"{', '.join(subjects[:NAMED])}{more}: {note}")
+        spans = map(_span, zip(*(numbers for _, numbers in found), strict=True))
+        first, *rest = kind.split("\0")
+        text = first + "".join(number + part for number, part in zip(spans, rest, strict=True))
+        lines.append(f"{', '.join(subjects[:NAMED])}{more}: {text}")
     return lines
+
+
+def _span(numbers: Sequence[str]) -> str:
+    """Smallest to largest, as they were written."""
+    low, high = min(numbers, key=float), max(numbers, key=float)
+    return low if float(low) == float(high) else f"{low} to {high}"
 
 
 def write_csv(path: str | os.PathLike, result: dict[str, Any]) -> None:

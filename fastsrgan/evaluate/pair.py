@@ -23,7 +23,7 @@ from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import metrics
 from fastsrgan.evaluate.figures import FIGURES, REGIONS, Compared, captions, definitions, scores
 from fastsrgan.evaluate.grids import READER, SPLINE, field_of_view, onto_grid, reader_label_map
-from fastsrgan.io import labels
+from fastsrgan.io import any_image, labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import RECORD
 from fastsrgan.volume.geometry import Volume
@@ -54,7 +54,7 @@ def evaluate_pair(
     ----------
     sr, hr : image under test and reference, in the same intensity units; nothing is rescaled
     seg, label : segmentation (mask or probability map, thresholded at 0.5) and its truth
-    mask : region to score besides the whole volume; a label is such a region too
+    mask : region to score besides the whole volume, where it is above zero; a label is such a region too
     lr : the low-resolution image that ``sr`` was made from: its cubic spline, and with a label the interpolated label
         map (paper table 2), are the baselines where no others are given
     baseline, baseline_seg : another image and segmentation of the same subject, scored likewise
@@ -118,7 +118,8 @@ def evaluate_pair(
             if part is not None and name in on:
                 on[name] = on[name] * part
     regions: dict[str, np.ndarray | None] = {"whole": part}
-    regions |= {name: metrics.binary(on[name]) for name in ("mask", "label") if name in on}
+    regions |= {"mask": on["mask"] > 0} if "mask" in on else {}
+    regions |= {"label": metrics.binary(on["label"])} if "label" in on else {}
     if "label" in regions and not np.any(regions["label"]):
         notes.append("the label is empty on the reference's grid: no figures in its region")
         del regions["label"]
@@ -275,8 +276,10 @@ def _beside(sr: Path) -> Path | None:
 def _read(name: str, path: Path, chosen: labels.Structure | None, known: frozenset[int] = frozenset()) -> Volume:
     """One of the files of a pair. A segmentation that is a map of several values, or of ``known`` ones alone, is cut
     down to the structure too."""
-    if name in ("label", "mask"):
-        return images.load_label(path, classes=chosen.values if chosen and name == "label" else None, kind=name)
+    if name == "mask":
+        return any_image.load_mask(path, None)
+    if name == "label":
+        return images.load_label(path, classes=chosen.values if chosen else None)
     volume = images.load(path)
     if name not in ("seg", "baseline_seg"):
         return volume

@@ -243,18 +243,20 @@ def judge(
     masked: bool = False,
     within: float | None = None,
     misfit: float | None = None,
+    apart: str = "",
 ) -> Verdict:
     """Compare a scan and its segmentation (above 0 in the structure) with what the weights were made for.
 
     ``masked`` : whether a mask was given, which is offered otherwise where it may help
     ``within`` : what ``enclosed`` measured in the result
     ``misfit`` : per cent by which the network's own image, acquired again, differs from the scan; None: not measured
+    ``apart`` : what to say of weights that were averaged though made for different images (`purpose.averaged_apart`)
     """
     found = [*_of_image(look, purpose, masked), *_of_contrast(look, purpose, within)]
     found += [*_of_segmentation(look, seg_XYZ, voxel_mm3, purpose)]
     checked = tuple(words for name, words in CHECKED.items() if getattr(purpose, name))
-    if not checked:
-        found.append((YELLOW, f"of the weights {NOT_SAID}"))
+    if apart or not checked:
+        found.append((YELLOW, apart or f"of the weights {NOT_SAID}"))
     if misfit is not None:
         checked += ("fit to the scan",)
         found += _of_misfit(misfit)

@@ -158,7 +158,7 @@ class _Levels:
             left = (count - mine) / rate
             if self.plan is not None and now - self.began + left > SLACK * self.budget:
                 raise SweepStopped
-            return {"tiles/s": rate, "level": f"{n + 1}/{of}", "eta": f"{left:.0f} s"}
+            return {"level": f"{n + 1}/{of}", "eta": f"{left:.0f} s"}
 
         self.progress.start(f"{self.label}, level {n + 1}", count, "tiles")
         try:

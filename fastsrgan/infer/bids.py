@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastsrgan._version import __version__
-from fastsrgan.core.files import atomic_write, mapping, output_folder, read_json, real, write_json
+from fastsrgan.core.files import atomic_write, left_as_found, mapping, output_folder, read_json, real, write_json
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.errors import InputError, UsageError
@@ -35,6 +35,7 @@ from fastsrgan.io.bids import (
     check_derivatives,
     description,
     find_bids,
+    is_own,
     sidecar,
     stated,
 )
@@ -96,47 +97,48 @@ def infer_bids(
         _check_same(out, done, ModelChoice(weights), settings.placed())
     todo = listed if overwrite else [image for image in listed if image not in done]
     items = [{"input": str(i.path), "stem": images.stem(i.path), "status": "skipped"} for i in listed if i not in todo]
-    stage = output_folder(out) / STAGE
-    summary: dict[str, Any] = {"out_dir": str(out), "items": []}
-    if todo:
-        try:
-            paths = [image.path for image in todo]
-            # What a killed run left on the stage is good if it was made with these settings; else it says so.
-            summary = infer_files(
-                paths,
-                stage,
-                weights,
-                overwrite=overwrite,
-                resume=not overwrite,
-                ranks=ranks,
-                progress=progress,
-                **options,
-            )
-        except SomeFailed as error:
-            summary = error.summary
-        except InputError as error:
-            if len(listed) == 1 or len(todo) > 1:
-                raise
-            item = {"input": str(todo[0].path), "stem": images.stem(todo[0].path), "status": "failed"}
-            summary["items"] = [failure(item, error)]
-    by_path = {str(image.path): image for image in todo}
-    for item in summary["items"]:
-        if item["status"] in ("done", "skipped"):
-            moved = _place(item, by_path[item["input"]], root, out) if ranks.rank == 0 else {}
-            item |= {"status": "done", "outputs": moved}
-    summary["items"] = sorted([*items, *summary["items"]], key=lambda item: item["input"])
-    summary |= {"out_dir": str(out)} | {
-        status: sum(item["status"] == status for item in summary["items"]) for status in STATUSES
-    }
-    if ranks.rank == 0:
-        _finish(root, out, stage)
-    if summary["failed"]:  # the stage and its summary file are gone
-        bad = ", ".join(item["stem"] for item in summary["items"] if item["status"] == "failed")
-        reason = f"{summary['failed']} of {len(summary['items'])} volumes failed: {bad}"
-        failed = SomeFailed(out, reason, "see the errors above")
-        failed.summary = summary
-        raise failed
-    return summary
+    with left_as_found([out]):
+        stage = output_folder(out) / STAGE
+        summary: dict[str, Any] = {"out_dir": str(out), "items": []}
+        if todo:
+            try:
+                paths = [image.path for image in todo]
+                # What a killed run left on the stage is good if it was made with these settings; else it says so.
+                summary = infer_files(
+                    paths,
+                    stage,
+                    weights,
+                    overwrite=overwrite,
+                    resume=not overwrite,
+                    ranks=ranks,
+                    progress=progress,
+                    **options,
+                )
+            except SomeFailed as error:
+                summary = error.summary
+            except InputError as error:
+                if len(listed) == 1 or len(todo) > 1:
+                    raise
+                item = {"input": str(todo[0].path), "stem": images.stem(todo[0].path), "status": "failed"}
+                summary["items"] = [failure(item, error)]
+        by_path = {str(image.path): image for image in todo}
+        for item in summary["items"]:
+            if item["status"] in ("done", "skipped"):
+                moved = _place(item, by_path[item["input"]], root, out) if ranks.rank == 0 else {}
+                item |= {"status": "done", "outputs": moved}
+        summary["items"] = sorted([*items, *summary["items"]], key=lambda item: item["input"])
+        summary |= {"out_dir": str(out)} | {
+            status: sum(item["status"] == status for item in summary["items"]) for status in STATUSES
+        }
+        if ranks.rank == 0:
+            _finish(root, out, stage)
+        if summary["failed"]:  # the stage and its summary file are gone
+            bad = ", ".join(item["stem"] for item in summary["items"] if item["status"] == "failed")
+            reason = f"{summary['failed']} of {len(summary['items'])} volumes failed: {bad}"
+            failed = SomeFailed(out, reason, "see the errors above")
+            failed.summary = summary
+            raise failed
+        return summary
 
 
 def _check_same(out: Path, done: Sequence[BidsImage], models: ModelChoice, settings: InferSettings) -> None:
@@ -261,16 +263,9 @@ def evaluate_bids(
     if not root.is_dir():
         raise InputError(root, "is no folder", "evaluate --bids DERIVATIVES DATASET")
     # A result, this one or another, is no truth, wherever it lies.
-    own = {real(made) for made in (root / "derivatives").glob("*") if _is_own(made)} | {real(out)}
+    own = {real(made) for made in (root / "derivatives").glob("*") if is_own(made)} | {real(out)}
     items = [_item(image, root, len(choice.classes) > 1, own) for image in find_bids(out, desc="sr")]
     return evaluate_items(out, items, png=png, choice=choice, progress=progress)
-
-
-def _is_own(dataset: Path) -> bool:
-    """Whether fastsrgan made a dataset."""
-    makers = read_json(dataset / DESCRIPTION).get("GeneratedBy")
-    listed = makers if isinstance(makers, list) else []
-    return any(isinstance(one, dict) and one.get("Name") == "fastsrgan" for one in listed)
 
 
 def _item(image: BidsImage, root: Path, several: bool, own: Container[Path]) -> Item:

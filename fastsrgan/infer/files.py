@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.core import system
-from fastsrgan.core.files import finite, need_space, output_folder, remove_abandoned, write_json
+from fastsrgan.core.files import finite, left_as_found, need_space, output_folder, remove_abandoned, write_json
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, LostRank, Ranks
 from fastsrgan.core.system import free_memory
@@ -371,7 +371,7 @@ def infer_files(
 
     Parameters
     ----------
-    inputs : one or several of NIfTI files, folders of them, DICOM folders or files, and .txt or .csv lists; see
+    inputs : one or several of NIfTI files, folders of them, DICOM folders or files, and .txt, .csv or .tsv lists; see
         ``image_list``
     weights : any weight file (``fastsrgan.load_generator``); several give the mean of their SR and of their
         probabilities; None and "auto" choose one of the package's models for each image, by the size of its head
@@ -403,32 +403,33 @@ def infer_files(
     typed, settings = settings, settings.placed()
     if line := settings.chosen_tiles(typed):
         log.info("%s", line)
-    out = output_folder(out_dir)
-    models = ModelChoice(weights)
-    if ranks.local_world > 1:
-        settings = settings.limited_to(int(SHARE * free_memory() / ranks.local_world))
-    job = ImageJob(out, models, settings, system.provenance(), progress, resume)
-    _check_outputs(listed, job, overwrite or resume)
-    if ranks.rank == 0:
-        need_room(listed, job)
-    ranks.agree("images", [image.name for image in listed])  # nobody writes before all have looked
-    if ranks.world == len(listed) == 1:
-        items, lost = [_alone(listed[0], job)], False
-    elif settings.split_volume:
-        items, lost = together(job, listed, ranks), False
-    else:
-        cohort = Cohort(job, listed, ranks)
-        items, lost = cohort.run(), cohort.lost
-    counts = Counter(item["status"] for item in items)
-    summary: dict[str, Any] = {"out_dir": str(out), "weights": models.facts}
-    summary |= {status: counts[status] for status in STATUSES} | {"items": items}
-    if len(listed) > 1 and ranks.rank == 0:
-        write_json(out / SUMMARY, summary)
-    # Behind the file, since torchrun ends all ranks as soon as one of them ends with a failure.
-    summary = summary if lost else ranks.gather(summary)[0]
-    if summary["failed"]:
-        raise _some_failed(out, summary)
-    return summary
+    with left_as_found([out_dir, *(Path(out_dir, image.name).parent for image in listed)]):
+        out = output_folder(out_dir)
+        models = ModelChoice(weights)
+        if ranks.local_world > 1:
+            settings = settings.limited_to(int(SHARE * free_memory() / ranks.local_world))
+        job = ImageJob(out, models, settings, system.provenance(), progress, resume)
+        _check_outputs(listed, job, overwrite or resume)
+        if ranks.rank == 0:
+            need_room(listed, job)
+        ranks.agree("images", [image.name for image in listed])  # nobody writes before all have looked
+        if ranks.world == len(listed) == 1:
+            items, lost = [_alone(listed[0], job)], False
+        elif settings.split_volume:
+            items, lost = together(job, listed, ranks), False
+        else:
+            cohort = Cohort(job, listed, ranks)
+            items, lost = cohort.run(), cohort.lost
+        counts = Counter(item["status"] for item in items)
+        summary: dict[str, Any] = {"out_dir": str(out), "weights": models.facts}
+        summary |= {status: counts[status] for status in STATUSES} | {"items": items}
+        if len(listed) > 1 and ranks.rank == 0:
+            write_json(out / SUMMARY, summary)
+        # Behind the file, since torchrun ends all ranks as soon as one of them ends with a failure.
+        summary = summary if lost else ranks.gather(summary)[0]
+        if summary["failed"]:
+            raise _some_failed(out, summary)
+        return summary
 
 
 def _some_failed(out: Path, summary: dict[str, Any]) -> SomeFailed:

@@ -29,10 +29,10 @@ from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import Image
 from fastsrgan.model import weights as weight_files
 from fastsrgan.model.networks import Generator
-from fastsrgan.model.purpose import MODELS, Purpose, common, mask_names, weights_called
+from fastsrgan.model.purpose import MODELS, Purpose, averaged_apart, common, file_called, mask_names, weights_called
 from fastsrgan.volume.components import segment
 from fastsrgan.volume.geometry import Volume, spacing_of
-from fastsrgan.volume.oddities import on_zeros, outshone
+from fastsrgan.volume.oddities import odd_intensities, on_zeros
 
 log = logging.getLogger("fastsrgan")
 
@@ -49,11 +49,13 @@ class Model:
     """Weights that are loaded: one file, or several whose results are averaged.
 
     facts : what a record says of the files
+    apart : what the light says where they were made for different images
     """
 
     generators: tuple[Generator, ...]
     facts: dict[str, Any]
     purpose: Purpose
+    apart: str = ""
 
 
 class ModelChoice:
@@ -121,13 +123,15 @@ def load_weights(sources: Sequence[PathLike]) -> Model:
     if len(classes) > 1:
         reason = f"of {' and '.join(map(str, sorted(classes)))} mask classes cannot be averaged"
         raise ModelError("weights", reason, "name models of the same classes")
-    purpose = common([Purpose.of(fact["made_for"]) for fact in facts])
+    purposes = [Purpose.of(fact["made_for"]) for fact in facts]
+    purpose = common(purposes)
     if len(models) == 1:
         return Model(generators, models[0], purpose)
     if any(one.get("structures") != models[0].get("structures") for one in models):
         raise ModelError("weights", "of other structures cannot be averaged", "name models of the same structures")
     together = hashlib.sha256("".join(one["sha256"] for one in models).encode()).hexdigest()
-    return Model(generators, {"sha256": together, "averaged": models}, purpose)
+    apart = averaged_apart(list(map(file_called, models)), purposes)
+    return Model(generators, {"sha256": together, "averaged": models}, purpose, apart)
 
 
 # --- the stages -----------------------------------------------------------------------------------------------------
@@ -209,7 +213,7 @@ def load(image: Image, job: ImageJob) -> Loaded | None:
         reason = f"voxels of {times(volume.spacing)} mm: there is nothing to super-resolve, nothing was done"
         hint = "--new-resolution same segments it as it is, --new-resolution MM makes finer voxels"
         raise Isotropic(image.path, reason, hint)
-    volume = replace(volume, warnings=(*volume.warnings, *outshone(volume.data, asked.physical)))
+    volume = replace(volume, warnings=(*volume.warnings, *odd_intensities(volume.data, asked.physical)))
     for warning in volume.warnings:
         log.warning("%s: %s", image.path, warning)
     mask: np.ndarray | None = None
@@ -345,7 +349,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, least)
     within = enclosed(result.sr, seg, spacing_of(result.affine)) if purpose.contrasts else None
     misfit = (result.report.get("agree") or {}).get("residual_percent_without")
-    verdict = judge(loaded.look, seg, voxel_mm3, purpose, loaded.mask is not None, within, misfit)
+    verdict = judge(loaded.look, seg, voxel_mm3, purpose, loaded.mask is not None, within, misfit, loaded.model.apart)
     arrays = {"seg": seg, "prob": result.prob[0]} | ({} if result.doubt is None else {"doubt": result.doubt})
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))

@@ -123,8 +123,7 @@ class Sweep:
                 made = made or stitcher(tiles_NCXYZ.shape[1])
                 made.add(tiles_NCXYZ.to(made.device))
                 self.counts[kind] += len(tiles_NCXYZ)
-                rate = self.done / max(self.clock() - self.began, 1e-9)
-                self.progress.advance(len(tiles_NCXYZ), **{"tiles/s": rate} | self.watch())
+                self.progress.advance(len(tiles_NCXYZ), **self.watch())
 
     def _group(self, volume_XYZ: Tensor, origins: tuple[int, ...]) -> Iterator[tuple[Tensor, str]]:
         """What the tiles of a few slabs become, in order."""

@@ -43,17 +43,19 @@ def refuse_series(path: str | os.PathLike, series: str | None) -> None:
         raise UsageError(path, "is no DICOM input and has no series", "leave --series out")
 
 
-def load_mask(path: str | os.PathLike, like: Volume, *, max_voxels: int = images.MAX_VOXELS) -> Volume:
-    """The mask of an image, on the image's array: where it is above zero is inside.
+def load_mask(path: str | os.PathLike, like: Volume | None, *, max_voxels: int = images.MAX_VOXELS) -> Volume:
+    """The mask of an image, on the image's array (``like`` None: on its own): where it is above zero is inside.
 
     One on the same grid in another axis order or direction is reoriented exactly, with a warning. Raises as `load_any`;
     InputError for a mask on another grid, or without a voxel above zero.
     """
     mask = load_any(path, max_voxels=max_voxels)
-    said = mask.meta.get("orientation", "")
-    turn, told = placement.orientation_onto(mask.data.shape, mask.affine, like, path, "mask", said)
     if not any((plane > 0).any() for plane in mask.data):
         raise InputError(path, "the mask marks no voxel", "at least one voxel above 0")
+    if like is None:
+        return mask
+    said = mask.meta.get("orientation", "")
+    turn, told = placement.orientation_onto(mask.data.shape, mask.affine, like, path, "mask", said)
     return Volume(turn.apply(mask.data), like.affine, (*mask.warnings, *told), mask.meta)
 
 

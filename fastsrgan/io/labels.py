@@ -23,6 +23,8 @@ CHOOSE = "choose what counts as the structure with --label-classes, for example 
 SHOWN = 12  # values, names that a message lists
 _MOST_BYTES = 1 << 22
 _SNAP = re.compile(r'\s*(\d+)\s.*"(.*)"\s*$')
+# Index and name in words, the colours behind it left out.
+_WORDS = re.compile(r"\s*\d+\s+(\S.*?)(?:\s+\d+){0,4}\s*$")
 _LINE = re.compile(r"\s*(\d+)(?:\s+([^\s,]+)|\s*[,;]\s*\"?([^,;\"]+))")
 
 
@@ -136,10 +138,20 @@ def read_names(path: str | os.PathLike) -> dict[str, list[int]]:
     else:
         for row in rows:
             if match := _SNAP.match(row) or _LINE.match(row):
-                names.setdefault((match[2] or match[3]).strip(), []).append(int(match[1]))
+                spelt = [(match[2] or match[3]).strip()]
+                if match.re is _LINE and match[2] and (words := _WORDS.match(row)):
+                    spelt.append(" ".join(words[1].split()))
+                for name in dict.fromkeys(spelt):
+                    names.setdefault(name, []).append(int(match[1]))
     if not names:
         raise InputError(path, "holds no names of label values", "lines of a value and a name, or a BIDS dseg.tsv")
     return names
+
+
+def way_out(values: Sequence[int]) -> str:
+    """What to do about a label that holds other values than 0 and 1: a value that is alone need not be chosen from."""
+    inside = [value for value in values if value]
+    return CHOOSE if len(inside) > 1 else f"--label-classes {inside[0]} takes that value for the structure"
 
 
 def refuse_many(values: Sequence[int], what: str | os.PathLike) -> None:

@@ -168,7 +168,7 @@ def _tell_of_list(path: Path, records: list[tuple[int, list[str]]], column: int,
     empty = [str(line) for line, cells in rows if column >= len(cells) or not cells[column]]
     if empty:
         some = ", ".join(empty[:_MAX_NAMED]) + ", ..." * (len(empty) > _MAX_NAMED)
-        log.warning("%s: %d lines name no image: %s", path, len(empty), some)
+        log.warning("%s: %s: %s", path, counted(len(empty), "line names no image", "lines name no image"), some)
     more = {k for _, cells in rows for k, cell in enumerate(cells) if k != column and _SUFFIX.search(cell)}
     if more:
         header = records[0][1] if titled else []
@@ -443,7 +443,7 @@ def _repetitions(rows: list[TableRow]) -> list[tuple[int, str]]:
 
 def _person(image: Path) -> tuple[str, str] | None:
     """(data set folder, ``sub-XX``) where the file name follows BIDS: all sessions of one person share it."""
-    match = re.match(r"(sub-[A-Za-z0-9]+)[_.]", image.name)
+    match = re.match(r"(sub-[A-Za-z0-9+]+)[_.]", image.name)
     if not match:
         return None
     folder = next((p.parent for p in image.parents if p.name == match.group(1)), image.parent)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from fastsrgan.core.files import is_special, output_file, url_of
-from fastsrgan.errors import ModelError, UsageError
+from fastsrgan.errors import ModelError, UsageError, counted
 from fastsrgan.model import checkpoint
 from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model.networks import NETWORKS, Critic, CriticSpec, Generator, GeneratorSpec, assemble, parameter_shapes
@@ -137,7 +137,9 @@ def of_run(path: str | os.PathLike, which: str) -> Path:
     found = {int(folder.name.partition("-")[2]): folder for folder in checkpoint.snapshots(run)}
     if int(which) not in found:
         there = ", ".join(map(str, found)) or "none"
-        raise ModelError(run, f"holds no snapshot of {which} updates", f"there are: {there} (--keep-checkpoints)")
+        raise ModelError(
+            run, f"holds no snapshot of {counted(int(which), 'update')}", f"there are: {there} (--keep-checkpoints)"
+        )
     return found[int(which)]
 
 

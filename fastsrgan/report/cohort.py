@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import finite
+from fastsrgan.evaluate.cohort import told_once
 from fastsrgan.evaluate.figures import ALONE, FIGURES, name_of
 from fastsrgan.evaluate.grids import KNOWS, knows_truth
 from fastsrgan.evaluate.pair import summarise
@@ -140,6 +141,17 @@ def table(rows: Sequence[Row], known: dict[str, Any]) -> Html:
     below = [el("p", note, class_="faint") for note in notes]
     return sections.card(
         "Results", el("p", " ".join(said)) if said else None, el("div", grid, class_="scroll", tabindex=0), below
+    )
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What was odd about the results and their evaluation, every kind once; the page of each has its own."""
+    told = [(row.result.record.get("warnings", []), (row.result.scores or {}).get("notes", [])) for row in rows]
+    return told_once(
+        [
+            {"subject": row.result.stem, "notes": list(map(str, [*a, *b]))}
+            for row, (a, b) in zip(rows, told, strict=True)
+        ]
     )
 
 

@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import os
+import shlex
 import string
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from fastsrgan.errors import InputError, UsageError, counted
 from fastsrgan.evaluate.figures import alone
 from fastsrgan.evaluate.grids import onto_grid
 from fastsrgan.evaluate.pair import evaluate_pair, structure_pairs
-from fastsrgan.io import labels
+from fastsrgan.io import any_image, labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.output_place import PAGE, check_place
 from fastsrgan.model.purpose import Purpose, mask_names
@@ -136,7 +137,8 @@ def runs_report(
     folders = [Path(run) for run in runs]
     for folder in folders:
         if not (folder / "log.jsonl").is_file():
-            hint = "fastsrgan evaluate RESULTS RESULTS TRUTH compares results"
+            named = shlex.join(map(str, folders)) if len(folders) == 2 else "RESULTS RESULTS"
+            hint = f"`fastsrgan evaluate {named} TRUTH` compares two folders of results"
             raise UsageError(folder, "is no training run, and only runs are laid over each other", hint)
     names = short_names(folders)
     if len(set(names)) < len(names):
@@ -219,7 +221,7 @@ def cohort_page(found: Found, rows: Sequence[cohort.Row]) -> str:
     """The table of several results."""
     facts = cohort.facts(rows) | {"studies": finite(found.studies)}
     studies = [sections.study_card(study, i) for i, study in enumerate(facts["studies"])]
-    body = join(cohort.table(rows, facts), studies)
+    body = join(cohort.table(rows, facts), sections.warnings_card(cohort.notes(rows)), studies)
     return assemble(found, facts, body, "", None, viewing=False, sorting=True)
 
 
@@ -308,7 +310,7 @@ def _score(
         truth,
         seg=others.get("seg") if label is not None else None,
         label=others.get("label"),
-        mask=images.load_label(mask, kind="mask") if mask is not None else None,
+        mask=any_image.load_mask(mask, None) if mask is not None else None,
         lr=others.get("low"),
         structures=more,
     )

@@ -21,7 +21,7 @@ from fastsrgan.demo.template import whole_slices
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.figures import columns
 from fastsrgan.evaluate.grids import reader_label_map
-from fastsrgan.io import labels
+from fastsrgan.io import any_image, labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
 from fastsrgan.io.image_list import find_images
@@ -83,10 +83,11 @@ class Head:
                 labels.refuse_many(np.unique(volumes["label"].data).tolist(), f"label of {self.name}")
             return volumes
         found = {"hr": images.load(self.image)}
-        for name, path in (("label", self.label), ("mask", self.mask)):
-            if path is not None:
-                classes = self.structures[0].values if name == "label" and self.structures else None
-                found[name] = images.load_label(path, like=found["hr"], classes=classes, kind=name)
+        if self.label is not None:
+            classes = self.structures[0].values if self.structures else None
+            found["label"] = images.load_label(self.label, like=found["hr"], classes=classes)
+        if self.mask is not None:
+            found["mask"] = any_image.load_mask(self.mask, found["hr"])
         for name, one in several.items():
             if self.label is None:
                 break

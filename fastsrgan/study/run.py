@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.convert import convert
-from fastsrgan.core.files import output_folder
+from fastsrgan.core.files import left_as_found, output_folder
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import stopped_by
 from fastsrgan.core.system import provenance
@@ -138,8 +138,9 @@ def run(
         title = f"Training curves of {Path(data).name}"
     else:
         assert data is None or isinstance(data, (str, os.PathLike))
-        folder = output_folder(out)
-        facts, panels, title = _measured(kind, data, folder, models, asked, quick, progress)
+        with left_as_found([out]):
+            folder = output_folder(out)
+            facts, panels, title = _measured(kind, data, folder, models, asked, quick, progress)
     facts["paper"] = {"source": SOURCE, "rows": REFERENCE[kind]}
     facts |= {"seconds": time.perf_counter() - began, "provenance": provenance()}
     return write_study(folder, facts, panels, title)

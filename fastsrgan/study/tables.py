@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import atomic_write, write_json
 from fastsrgan.errors import counted
-from fastsrgan.evaluate.figures import columns
+from fastsrgan.evaluate.figures import columns, mean_dice
 from fastsrgan.study.data import DICE_OF, OWN
 from fastsrgan.study.plots import Panel, draw
 
@@ -72,6 +73,45 @@ def shown_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
             line[heading] = _spread(row["figures"].get(name), digits)
         shown.append(line | {"n": str(row["n"])})
     return shown
+
+
+# Of the scores of patches and of whole volumes: before the heading; PSNR, the spline's, the best linear's, SSIM.
+DECISIVE = (
+    ("", "PSNR", "PSNR_spline", "PSNR_linear", "SSIM"),
+    ("whole ", "whole_PSNR", "spline_PSNR", "linear_PSNR", "whole_SSIM"),
+)
+
+
+def decisive_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
+    """Of training curves the columns that decide, for a terminal; the files have all."""
+    done: Counter[str] = Counter()
+    rows = []
+    for row in facts["rows"]:
+        done[run := row.get("run", "")] += row["updates"]
+        line = {"epoch": f"{run} {row['epoch']}".strip(), "update": str(done[run])}
+        line |= {"rate": _number(row["rate"])} if "rate" in row else {}
+        for part, psnr, spline, linear, ssim in DECISIVE:
+            line |= {f"{part}PSNR": f"{row[psnr]:.2f}"} if psnr in row else {}
+            others = {f"{part}over spline": spline, f"{part}over linear": linear}
+            line |= {head: f"{row[psnr] - row[key]:+.2f}" for head, key in others.items() if psnr in row and key in row}
+            line |= {f"{part}SSIM": f"{row[ssim]:.3f}"} if ssim in row else {}
+            dice = mean_dice(row, part.replace(" ", "_"))
+            line |= {} if dice is None else {f"{part}Dice": f"{dice:.3f}"}
+        rows.append(line)
+    return rows
+
+
+def best_lines(facts: dict[str, Any]) -> list[str]:
+    """Which epochs of training curves were best, a line for each run."""
+    lines = []
+    for run in facts.get("runs", [facts]):
+        mine = [row for row in facts["rows"] if row.get("run") == run.get("name")]
+        key = next((key for _, key, *_ in DECISIVE if any(key in row for row in mine)), "")
+        top = max((row for row in mine if key in row), key=lambda row: row[key], default=None)
+        told = [f" Best {key.replace('_', ' ')} {top[key]:.2f} at epoch {top['epoch']}."] if top else []
+        name = f"{run['name']}:" if "runs" in facts else ""
+        lines.append(f"{name}{''.join(told)}{_best(run['best'])}".strip())
+    return [line for line in lines if line]
 
 
 def paper_rows(facts: dict[str, Any]) -> list[dict[str, str]]:

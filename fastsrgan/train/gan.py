@@ -523,8 +523,8 @@ def memory_error(models: Models, told: str) -> ResourceError:
         own //= 2
     hint = "a smaller --patch-size or --kernel-gen"
     if own:
-        parts = -(-models.batch // own)
-        more = parts * models.micro_batches
+        more = -(-models.batch // own) * models.micro_batches
         hint = f"--batch-size {own * world} fits, or --accumulate {more}; also --auto-batch True"
     log.debug("%s", told)
-    return ResourceError(str(device), f"out of memory at a batch of {models.batch * world} patches, {peak}", hint)
+    size = counted(models.batch * world, "patch", "patches")
+    return ResourceError(str(device), f"out of memory at a batch of {size}, {peak}", hint)

@@ -394,13 +394,13 @@ def score(scores: dict[str, float], best_by: str) -> float | None:
 
 
 def validation_line(epoch: int, scores: dict[str, float], best: int) -> str:
-    """A validation in at most 80 columns, where there is one structure: PSNR in dB beside that of the spline and of the
-    best linear estimate, SSIM, Dice, and the epoch that is best so far."""
+    """A validation: PSNR in dB beside that of the spline and of the best linear estimate, SSIM beside the spline's,
+    Dice, and the epoch that is best so far. A terminal of 80 columns breaks it between two figures."""
     words = [f"epoch {epoch}"]
-    names = {"PSNR": "PSNR", "PSNR_spline": "spline", "PSNR_linear": "linear"}
-    words += [f"{word} {scores[name]:.2f}" for name, word in names.items() if name in scores]
-    thirds = ["SSIM", *(name for name in scores if name.startswith("Dice") and name != "Dice_mask0")]  # the background
-    words += [f"{name} {scores[name]:.3f}" for name in thirds]
+    names = {"PSNR": ("PSNR", 2), "PSNR_spline": ("spline", 2), "PSNR_linear": ("linear", 2)}
+    names |= {"SSIM": ("SSIM", 3), "SSIM_spline": ("spline", 3)}
+    names |= {name: (name, 3) for name in scores if name.startswith("Dice") and name != "Dice_mask0"}  # no background
+    words += [f"{word} {scores[name]:.{digits}f}" for name, (word, digits) in names.items() if name in scores]
     if named := dices_of_structures(scores):
         words.append(f"{dice_name(len(named))} {mean_dice(scores):.3f}")
     return " ".join([*words, f"best {best}"])

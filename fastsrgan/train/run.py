@@ -19,7 +19,7 @@ import torch
 from fastsrgan import config as settings
 from fastsrgan._version import __version__
 from fastsrgan.config import TrainConfig
-from fastsrgan.core.files import FolderLock, atomic_write, need_space, output_folder, write_json
+from fastsrgan.core.files import FolderLock, atomic_write, left_as_found, need_space, output_folder, write_json
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import Ranks, from_environment, local_device
 from fastsrgan.core.signals import StopRequest
@@ -98,17 +98,13 @@ def train(
     UsageError : a run is there already, a file that is no run's stands where one is to be written, or the batch is not
     divided by the ranks.
     """
-    check_places(
-        folder,
-        config,
-        [source, *([start_weights] if start_weights and not resume else [])],
-        snapshot_folder,
-        dice_file,
-        mse_file,
-        resume=resume,
-    )
-    target = pick_device(local_device(device))
-    with from_environment(target) as ranks, contextlib.ExitStack() as held:
+    made = [folder, snapshot_folder, *(os.path.dirname(file) for file in (dice_file, mse_file) if file)]
+    with contextlib.ExitStack() as held:
+        held.enter_context(left_as_found(path for path in made if path))
+        inputs = [source, *([start_weights] if start_weights and not resume else [])]
+        check_places(folder, config, inputs, snapshot_folder, dice_file, mse_file, resume=resume)
+        target = pick_device(local_device(device))
+        ranks = held.enter_context(from_environment(target))
         agree_on_settings(ranks, config)
         folder = output_folder(folder)
         lock(folder, ranks, held)

@@ -44,7 +44,7 @@ def save(run: Run) -> None:
     m, at = run.models, run.position
     # A single update of far too large a rate: it was finite itself, what it left is not, nor will be what follows.
     if not all(bool(p.isfinite().all()) for network in (m.generator, m.critic) for p in network.parameters()):
-        reason = f"after {at.updates} updates the weights are not finite, so no snapshot is written"
+        reason = f"after {counted(at.updates, 'update')} the weights are not finite, so no snapshot is written"
         hint = "lower the learning rates; --resume goes on from the snapshot before, where there is one"
         raise ResourceError(run.folder, reason, hint)
     state = {"models": m.state(), "position": dict(vars(at)), "data": data_identity(run.store)}

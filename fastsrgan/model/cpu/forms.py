@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsrgan.errors import UsageError
+from fastsrgan.errors import UsageError, counted
 
 log = logging.getLogger("fastsrgan")
 
@@ -228,7 +228,7 @@ def machine() -> str:
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     return ", ".join(
         [_processor(), f"{isa}{f' (oneDNN up to {limit[:40]})' if limit else ''}",
-         f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"]
+         counted(torch.get_num_threads(), "thread"), f"torch {torch.__version__}"]
     )  # fmt: skip
 
 
