@@ -375,6 +375,7 @@ def test_the_mark_of_a_slice_stands_just_inside_the_left_or_lower_edge(truth, th
     assert len(page.rows) == 3
     for axes, cut in zip(page.figure.axes, page.rows, strict=True):
         side = 1 if cut.right == thick else 0  # the axis of the panel that runs from its edge inwards
+        assert np.array_equal(axes.images[0].get_array(), cut.sample(low, nearest=True))
         to_panel = axes.transData + axes.transAxes.inverted()
         borders, bar = (to_panel.transform(line.get_xydata()) for line in axes.lines)
         assert borders[:, side] == pytest.approx(0.015) and bar[:, side] == pytest.approx(0.03)

@@ -243,7 +243,9 @@ def test_images_are_cubic_between_their_voxels_a_doubt_linear_and_masks_the_near
         seen.setdefault(name, []).append((order, id(volume)))
         return exact(volume, like, order=order, name=name, **more)
 
+    judged = []
     monkeypatch.setattr(pair, "onto_grid", spied)
+    monkeypatch.setattr(pair.metrics, "calibration", lambda *given: judged.append(given) or {})
     given = {name: Volume(blobs["hr"].data.copy(), np.eye(4)) for name in ("baseline", "doubt")}
     given |= {name: Volume(blobs["label"].data.copy(), np.eye(4)) for name in ("baseline_seg", "mask")}
     further = tuple(Volume(blobs["label"].data.copy(), np.eye(4)) for _ in range(2))
@@ -253,6 +255,9 @@ def test_images_are_cubic_between_their_voxels_a_doubt_linear_and_masks_the_near
     wanted |= {"label": (0, blobs["label"]), "mask": (0, given["mask"])}
     wanted |= {"white segmentation": (0, further[0]), "white label": (0, further[1])}
     assert seen == {name: [(order, id(volume))] for name, (order, volume) in wanted.items()}
+    ((sr, hr, doubt, where, part),) = judged  # where a mask says, if there is one
+    assert np.array_equal(where, given["mask"].data > 0) and part is None
+    assert all(map(np.array_equal, (sr, hr, doubt), (v.data for v in (blobs["sr"], blobs["hr"], given["doubt"]))))
 
 
 def test_gains_are_values_minus_the_baselines_and_none_of_the_label_alone(blobs):
@@ -589,6 +594,20 @@ def test_the_frame_of_the_detail_is_where_more_changes_and_letters_stand_at_the_
     frame, detail = axes[2].patches[0], axes[3].images[0].get_extent()
     corner = frame.get_x(), frame.get_x() + frame.get_width(), frame.get_y(), frame.get_y() + frame.get_height()
     assert corner == pytest.approx(detail)
+
+
+def test_the_detail_of_a_picture_is_where_more_changes_inside_the_mask():
+    data = np.random.default_rng(0).random((24, 24, 24)).astype(np.float32) + 1
+    sr, spline = Volume(data, np.eye(4)), Volume(data.copy(), np.eye(4))
+    spline.data[12, 12, 6:18] += 2
+    spline.data[12, 6:18, 12] += 2  # both in the sagittal plane
+    spline.data[12, 2:4, 2:4] += 500
+    mask = Volume(np.zeros(data.shape, np.uint8), np.eye(4))
+    mask.data[6:18, 6:18, 6:18] = 1
+    more = {"changed": (sr, spline), "masks": (mask, None), "at_mm": (12, 12, 12), "width_px": 300}
+    axes = figure.planes([figure.Column(sr, "x")], reference=sr, **more).axes
+    left, right, bottom, top = axes[3].images[0].get_extent()
+    assert len(axes[2].patches) == 1 and left < 12 < right and bottom < 12 < top
 
 
 def test_text_is_as_large_as_its_line_allows():

@@ -138,6 +138,12 @@ def test_image_and_label_stay_aligned(key):
         assert 0.004 < float(there.std()) < 0.04, value  # found: 0.0074 to 0.021
 
 
+def test_measured_means_are_parts_of_the_brightest_structure_whatever_is_around():
+    labels = np.repeat(np.array([0, 2, 3], np.uint8), 8).reshape(3, 2, 4)
+    image = np.array([900.0, 400.0, 100.0])[labels.astype(int) - (labels > 0)]
+    assert measured_means([image, 3 * image], [labels, labels]) == ((2, 1.0, 0.0), (3, 0.25, 0.0))
+
+
 def test_texture_has_unit_variance_in_every_mixture():
     for grain in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.6, 0.64, 0.48)):
         found = synthesis._texture(KEY, (60, 64, 62), grain, torch.device("cpu"))
@@ -276,6 +282,9 @@ def test_shares_and_ranges_are_those_asked_for():
     looks = [draw_look((1, i, "e"), values, ranges) for i in range(400)]
     assert abs(np.mean([look.strip for look in looks]) - 0.3) < 0.08  # found: 0.013
     assert {look.rim for look in looks} == {0, 1, 2}
+    # Of the texture's variance a fifth is of single voxels.
+    shares = np.mean([np.square(look.grain) for look in looks], 0)
+    assert shares == pytest.approx([0.2, 0.4, 0.4], abs=0.04)  # by chance its sd is 0.01
     means = np.array([[look.mean[v] for v in values[1:]] for look in looks])
     assert means.min() >= ranges.contrast[0] and means.max() <= ranges.contrast[1]
     assert means.min() < 0.1 and means.max() > 0.95  # found: 0.05, 1
