@@ -413,6 +413,13 @@ def test_what_was_noted_in_a_run_is_told(tmp_path):
     assert "endedTrue" in words and "parts" not in words and "updates5" in words
 
 
+def test_a_run_without_one_update_is_told_all_the_same(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"epoch": 1, "validation": {"PSNR": 20.5}}\n', encoding="utf8")
+    facts = curves.read_run(tmp_path)
+    assert len(facts["validation"]) == 1 and not any(any(values) for values in facts["curves"].values())
+    assert "The run has no summary" in plain(curves.run_card(facts, []))
+
+
 def test_the_charts_of_several_runs_have_their_axes_and_units(monkeypatch):
     charts = {}
     monkeypatch.setattr(curves, "line_chart", lambda title, lines, *labels: charts.update({title: labels}))

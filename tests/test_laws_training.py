@@ -28,7 +28,7 @@ from fastsrgan.model import checkpoint
 from fastsrgan.model.arithmetic import Arithmetic
 from fastsrgan.model.networks import CriticSpec
 from fastsrgan.observation.model import Degradation, Degraded
-from fastsrgan.train import precision, snapshots, validate
+from fastsrgan.train import loop, precision, snapshots, validate
 from fastsrgan.train.gan import Models
 from fastsrgan.train.logs import Board, RunLog
 from fastsrgan.train.optimise import Optimiser, grouped
@@ -545,3 +545,15 @@ def test_residents_count_in_the_type_that_they_are_kept_in(monkeypatch):
     assert limit(one(has_tissues=True), int(3 * 2 * 9000 * growth) - 10) == 2
     boxed = one(attrs={"bounding_box": [[2, 8], [0, 10], [1, 3]], "intensity": {"min": 0}})
     assert feed.resident_voxels(boxed, 4) == 6 * 10 * 4 and feed.resident_voxels(boxed, 0) == 1000
+
+
+@pytest.mark.parametrize(
+    ("here", "anywhere", "left"), [(None, 15, 15), (2, 15, 15), (None, 0, None), (10, 0, 10)], ids=str
+)
+def test_all_ranks_stop_with_the_signal_of_any(here, anywhere, left):
+    """One that came here after the question stays for the next."""
+    asked = []
+    ranks = SimpleNamespace(minimum=lambda value: asked.append(value) or -anywhere)
+    stop = SimpleNamespace(signal=here)
+    assert loop.stopped(SimpleNamespace(ranks=ranks), stop) == (anywhere > 0)
+    assert stop.signal == left and asked == [-(here or 0)]

@@ -103,6 +103,14 @@ def test_base_path_is_put_before_every_path(folder, base):
     assert read_table(both, base_path=f"{folder}/data")[0].label == folder / "a_seg.nii"
 
 
+def test_a_base_path_leaves_out_the_folder_that_the_command_runs_in(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    found = read_table(table(folder, "a.nii.gz,a_seg.nii,Train"))
+    assert found[0].image == folder / "a.nii.gz"
+    with pytest.raises(InputError, match="HR_image a.nii.gz: no such file"):
+        read_table(table(folder, "a.nii.gz,a_seg.nii,Train"), base_path=f"{folder}/data")
+
+
 @pytest.mark.parametrize(
     ("base", "meant"), [("{}/data", "{}/data/x.nii"), ("{}/data/", "{}/data/x.nii"), ("{}/s-", "{}/s-x.nii")]
 )
