@@ -107,7 +107,7 @@ def test_a_base_path_leaves_out_the_folder_that_the_command_runs_in(folder, monk
     monkeypatch.chdir(folder)
     found = read_table(table(folder, "a.nii.gz,a_seg.nii,Train"))
     assert found[0].image == folder / "a.nii.gz"
-    with pytest.raises(InputError, match="HR_image a.nii.gz: no such file"):
+    with pytest.raises(InputError, match=r"HR_image a\.nii\.gz: no such file"):
         read_table(table(folder, "a.nii.gz,a_seg.nii,Train"), base_path=f"{folder}/data")
 
 
