@@ -300,10 +300,11 @@ def _dataset(path: Path, **options: Any) -> Any:
     except Exception as error:  # a damaged file can make any part of the parser fail
         raise InputError(path, f"is damaged: {_line(error)}", HINT) from error
     if "TransferSyntaxUID" not in ds.file_meta:  # without a preamble: pydicom found out how it is written
-        from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
+        from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-        _, little = ds.original_encoding  # of pixels that are not packed the order of the bytes is all that matters
-        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        implicit, little = ds.original_encoding
+        plain = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else plain
     return ds
 
 
