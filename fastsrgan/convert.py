@@ -29,7 +29,7 @@ from fastsrgan.io.tables import Fault, TableRow, read_table, table_error
 from fastsrgan.store.reader import Subject, to_float32
 from fastsrgan.store.writer import DTYPES, StoreWriter, create_store, describe, encode
 from fastsrgan.volume.geometry import Volume
-from fastsrgan.volume.oddities import outshone
+from fastsrgan.volume.oddities import odd_intensities
 from fastsrgan.volume.placement import axis_codes
 
 log = logging.getLogger("fastsrgan")
@@ -230,7 +230,8 @@ def _inspect(
                 absent = tuple(read.meta["absent"]) or absent
                 if binary and name == "label" and not chosen and (others := set(read.meta["values"]) - {0, 1}):
                     held = ", ".join(map(str, sorted(others)[: labels.SHOWN]))
-                    raise InputError(path, f"the label holds other values than 0 and 1, also {held}", labels.CHOOSE)
+                    way = labels.way_out(read.meta["values"])
+                    raise InputError(path, f"the label holds other values than 0 and 1, also {held}", way)
             sources[name] = {"path": str(path), "sha256": images.sha256(path)}
         except FastsrganError as error:
             faults.append((row.line, InputError(f"{_COLUMNS[name]} {error.what}", error.reason, error.hint)))
@@ -353,7 +354,7 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
         **facts,
         **quantised,
     }
-    warnings = [*volume.warnings, *outshone(to_float32(stored, scale, offset), compressed=False)]
+    warnings = [*volume.warnings, *odd_intensities(to_float32(stored, scale, offset), compressed=False)]
     if attrs["bounding_box"] is None:
         raise InputError(row.image, "no voxel is above 0", "there is nothing to learn from it")
     others: dict[str, np.ndarray | None] = {"label": None, "mask": None, "tissues": None}
@@ -379,7 +380,8 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
     values = list(attrs.get("label_counts", {}))
     if set(values) - {"0", "1"}:  # classes of --fit-mask are the mask's
         held = ", ".join(values[:10]) + (f" and {len(values) - 10} more values" if len(values) > 10 else "")
-        warnings.append(f"label: holds {held}; training wants 1 in the structure and 0 outside: {labels.CHOOSE}")
+        way = labels.way_out([int(value) for value in values])
+        warnings.append(f"label: holds {held}; training wants 1 in the structure and 0 outside: {way}")
     attrs["warnings"] = warnings
     image, (label, mask, tissues) = stored if row.has_image else None, others.values()
     if tissues is not None and tissues.max() <= 255:

@@ -82,7 +82,9 @@ OPTIONAL = {
     "tensorstore": Part("fast store reading", ("tensorstore",), "tensorstore", "import tensorstore; print('null')"),
     "s3fs": Part("stores on S3", ("s3fs",), "s3", "import s3fs; print('null')"),
     "pydicom": Part("DICOM input", ("pydicom",), "dicom", "import pydicom; print('null')"),
-    "SimpleITK": Part("the original's other interpolators", ("SimpleITK",), "sitk", "import SimpleITK; print('null')"),
+    "SimpleITK": Part(
+        "NRRD, MetaImage, the original's interpolators", ("SimpleITK",), "sitk", "import SimpleITK; print('null')"
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,11 @@ from kernel_host import Host
 from phantom import Phantom, head
 
 from fastsrgan.core import kernels
+
+# The clock began long ago, as on a machine that is never turned off: seconds that are told without their beginning
+# taken away cannot be mistaken for short ones.
+clock = time.perf_counter
+time.perf_counter = lambda: clock() + 1e7
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(threads)  # by default not one: what goes wrong between threads would never be seen here

@@ -100,6 +100,7 @@ def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
     [
         ("sub-01_T1w.nii.gz", "sub"),
         ("sub-a1_ses-2_acq-x_run-03_T2w.nii", "sub ses acq run"),
+        ("sub-a+b_acq-x+y_T2w.nii", "sub acq"),  # BIDS 1.10: labels may hold +
         ("sub-01_T1w.json", None),
         ("sub-0_1_T1w.nii.gz", None),
         ("01_T1w.nii.gz", None),
@@ -252,6 +253,15 @@ def test_derivatives_are_evaluated_against_a_dataset_of_truths(dataset, model, t
     assert evaluate_bids(out, truth)["rows"][0]["files"]["label"] == row["files"]["label"]
     shutil.rmtree(truth / "derivatives" / "manual")
     assert ["segmentation" in evaluate_bids(of, truth)["rows"][0] for of in (out, made)] == [False, False]
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_truths_that_are_no_folder_are_refused_before_any_result_is_looked_at(tmp_path, made):
+    truth = tmp_path / "truth"
+    if made:
+        truth.touch()
+    with pytest.raises(InputError, match=r"truth: is no folder .*evaluate --bids DERIVATIVES DATASET"):
+        evaluate_bids(tmp_path / "none", truth)
 
 
 def test_truth_and_label_of_a_derivative_are_the_first_in_their_order_and_the_segmentation_is_what_is_asked(

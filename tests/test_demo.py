@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -174,11 +175,21 @@ def test_every_stage_gets_what_the_demo_was_asked_for(stages, tmp_path):
     assert written["low_res_mm"] == list(low) and written["start_weights"] == "start.safetensors"
     assert written["scores"]["linear"] == {"image": {"a": 1}, "gain": {"b": 2}}
     assert " ".join(written["seconds"]) == "cohort convert train infer evaluate picture total"
+    assert all(0 <= seconds < 1e6 for seconds in (*written["seconds"].values(), made["seconds"]))
     assert written["peak_memory_bytes"] > 0 and written["training"]["weights"] == "trained"
     assert made.pop("seconds") >= 0 and made == {
         "table": written["table"], "picture": str(out / "demo.png"), "json": str(out / "demo.json"),
         "page": str(out / "report.html"),
     }  # fmt: skip
+
+
+def test_a_stage_says_its_name_has_its_result_and_its_own_seconds(monkeypatch, caplog):
+    now = iter([100.0, 103.25, 200.0, 207.04])
+    monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    stage = demo.Stages()
+    with caplog.at_level("INFO", "fastsrgan"):
+        assert [stage("one", lambda: "first"), stage("other", lambda: "second")] == ["first", "second"]
+    assert stage.seconds == {"one": 3.2, "other": 7.0} and caplog.messages == ["one", "other"]
 
 
 def test_a_training_that_was_stopped_ends_the_demo_with_its_code(stages, tmp_path):

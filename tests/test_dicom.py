@@ -175,7 +175,7 @@ def test_a_series_of_several_volumes_needs_a_choice(tmp_path, trait):
             setattr(ds, trait, t + 1)
 
         write_series(tmp_path, data, affine, uid=uid, prefix=f"V{t}_", first=1 + 6 * t, change=mark)
-    with pytest.raises(InputError, match=r"3 volumes.*--volume 0 to 2"):
+    with pytest.raises(InputError, match=r"3 volumes.*--volume, 0 to 2"):
         dicom.load(tmp_path)
     for t in range(3):
         image = dicom.load(tmp_path, volume=t)

@@ -389,6 +389,46 @@ def test_only_planes_across_the_slices_are_drawn_and_a_slice_is_as_long_as_it_is
         assert borders[0] - first < 3 > last - borders[-1]
 
 
+@pytest.mark.parametrize("convention", figure.CONVENTIONS)
+@pytest.mark.parametrize("thick", [0, 1, 2])
+def test_the_mark_of_a_slice_stands_just_inside_the_left_or_lower_edge(truth, thick, convention):
+    """In parts of the panel: borders at 1.5 %, the bar at 3 %, and its words behind it, at its middle."""
+    step = np.where(np.arange(3) == thick, 3, 1)
+    low = Volume(truth.data[tuple(slice(None, None, int(n)) for n in step)], truth.affine @ np.diag([*step, 1.0]))
+    page = figure._drawn([figure.Column(low, "", nearest=True)], reference=truth, scan=low, convention=convention)
+    renderer = page.figure.canvas.get_renderer()
+    assert len(page.rows) == 3
+    for axes, cut in zip(page.figure.axes, page.rows, strict=True):
+        side = 1 if cut.right == thick else 0  # the axis of the panel that runs from its edge inwards
+        assert np.array_equal(axes.images[0].get_array(), cut.sample(low, nearest=True))
+        to_panel = axes.transData + axes.transAxes.inverted()
+        borders, bar = (to_panel.transform(line.get_xydata()) for line in axes.lines)
+        assert borders[:, side] == pytest.approx(0.015) and bar[:, side] == pytest.approx(0.03)
+        assert len(borders) >= len(bar) == 2 and 0 <= borders.min() <= borders.max() <= 1
+        assert np.abs(borders - bar[0])[:, 1 - side].min() == pytest.approx(0)
+        (words,) = [text for text in axes.texts if "slice" in text.get_text()]
+        box = axes.transAxes.inverted().transform(words.get_window_extent(renderer))
+        assert 0.04 < box[0, side] < 0.07 and box[1, side] < 1
+        assert box[:, 1 - side].mean() == pytest.approx(bar[:, 1 - side].mean(), abs=0.01)
+
+
+@pytest.mark.parametrize("title", ["", "A title"])
+@pytest.mark.parametrize("status", [None, ("green", "fine")])
+def test_rows_fill_the_page_between_its_header_and_its_footer(truth, title, status):
+    """Of a page 1000 pixels wide; all but the detail, the last, at one scale in mm."""
+    more = {"title": title, "status": status, "at_mm": (1, -2, 3), "width_px": 1000}
+    page = figure._drawn([figure.Column(truth, "")], reference=truth, **more)
+    boxes = [axes.get_position() for axes in page.figure.axes]
+    height = 100 * page.figure.get_figheight()
+    above = figure.PAGE_MARGIN + figure.HEADER + figure.TITLE * bool(title)
+    below = figure.PAGE_MARGIN + figure.FOOTER + figure.STATUS * bool(status)
+    assert height * (1 - boxes[0].y1) == pytest.approx(above / 2) and height * boxes[-1].y0 == pytest.approx(below / 2)
+    for upper, lower in itertools.pairwise(boxes):
+        assert height * (upper.y0 - lower.y1) == pytest.approx(figure.GAP / 2)
+    scales = [height * box.height / cut.size[1] for box, cut in zip(boxes, page.rows, strict=True)]
+    assert scales[:-1] == pytest.approx([scales[0]] * 3) and scales[-1] > 2 * scales[0]
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_columns_fill_the_page_between_its_margins(truth, count):
     """Of a page 1000 pixels wide, half of what the lengths are given for."""

@@ -281,3 +281,12 @@ def test_the_critics_layers_have_a_choice(cache, monkeypatch):
         forget()
         cache.unlink()
     assert type(critic_convs.choose(torch.rand(8, 8, 4, 4, 4), 8, False)) is critic_convs.Direct
+
+
+def test_times_that_were_kept_before_stay_beside_new_ones(cache):
+    """Also those that another process has written since the file was read."""
+    rows = {layer: {"seconds": {"library": 1.0}, "fixed": "library"} for layer in "ab"}
+    for layer, row in rows.items():
+        assert forms.save({layer: row})
+    forms._tables.clear()
+    assert forms.table_of_machine() == rows

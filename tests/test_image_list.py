@@ -27,6 +27,22 @@ def test_what_lies_beside_images_and_results_is_not_told(tmp_path, caplog, endin
     assert "1 other file is left out: other.docx" in caplog.text and f"x{ending}" not in caplog.text
 
 
+def test_the_data_of_an_image_are_no_other_file_and_a_folder_of_two_names_is_told(tmp_path, caplog):
+    """Was "2 other files are left out: a.raw, other.raw" of an image that was read, and no word of the second name."""
+    (tmp_path / "data").mkdir()
+    for name in ("data/a.raw", "data/other.raw"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "a.nhdr").write_text("NRRD0004\ndata file: data/a.raw\n", encoding="utf8")
+    (tmp_path / "b.mhd").write_text("NDims = 3\nElementDataFile = ./data/a.raw\n", encoding="utf8")
+    (tmp_path / "second").symlink_to("data")
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        assert names(tmp_path) == ["a", "b"]
+    assert caplog.messages[1:] == [
+        f"{tmp_path}: 1 other file is left out: data/other.raw",
+        f"{tmp_path}: 1 folder was met under another name, taken once: second",
+    ]
+
+
 def test_files_of_the_output_folder_are_neither_images_nor_told(tmp_path, caplog):
     (tmp_path / "out").mkdir()
     for name in ("a.nii", "out/b.nii"):
@@ -65,6 +81,35 @@ def test_results_are_known_by_their_record_and_counted(tmp_path, caplog):
     assert [text.split(": ")[-1] for text in caplog.messages] == [
         "0.nii", "0.nii, 1.nii", "0.nii, 1.nii, 2.nii", "0.nii, 1.nii, 2.nii, ...",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("below", ["sub-1/anat", "sub-1/ses-1/anat"])
+def test_derivatives_of_an_earlier_call_are_its_results(tmp_path, below):
+    """Named as a folder a dataset gave its own dseg and SR images to the network again."""
+    own, other = (tmp_path / "derivatives" / name for name in ("fastsrgan", "other"))
+    for root, maker in ((own, "fastsrgan"), (other, "fMRIPrep")):
+        (root / below).mkdir(parents=True)
+        write(root / below / "sub-1_desc-x_T1w.nii")
+        text = json.dumps({"GeneratedBy": [{"Name": maker}]})
+        (root / "dataset_description.json").write_text(text, encoding="utf8")
+    (tmp_path / "deep" / "down").mkdir(parents=True)
+    write(tmp_path / "a.nii"), write(tmp_path / "deep" / "down" / "b.nii")
+    assert names(tmp_path) == ["a", "deep/down/b", f"derivatives/other/{below}/sub-1_desc-x_T1w"]
+    with pytest.raises(UsageError, match="holds results only"):
+        find_images(own, "none")
+
+
+def test_results_beside_the_slices_that_they_were_made_of_leave_a_dicom_folder(tmp_path, caplog):
+    """A second call for the same folder was refused: "holds results only"."""
+    for name in ("a_sr.nii", "slice.dcm"):
+        write(tmp_path / name)
+    record(tmp_path, "a")
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        assert find_images(tmp_path, tmp_path) == [Image(tmp_path, tmp_path.name)]
+    assert not caplog.messages  # reading it tells of what is no slice
+    (tmp_path / "slice.dcm").unlink()
+    with pytest.raises(UsageError, match="holds results only"):
+        find_images(tmp_path, tmp_path)
 
 
 def test_names_that_clash_are_told_with_the_way_out(tmp_path):

@@ -224,7 +224,7 @@ def test_nan_and_infinite_voxels_are_zero_counted_and_told(tmp_path):
     for volume in (images.load(path), images.load_stored(path)[3]):
         assert volume.meta["nan_count"] == 4
         assert "3 of 210 voxels are NaN or infinite: read as 0" in volume.warnings
-        assert "1 of 210 voxels are beyond the range of 32-bit floats: read as 0" in volume.warnings
+        assert "1 of 210 voxels are beyond 1e+18, which no intensity is: read as 0" in volume.warnings
         assert np.isfinite(volume.data).all()
         assert volume.data[1, 2, 3] == volume.data[2, 2, 2] == 0
         assert volume.data[3, 3, 3] == HEAD[3, 3, 3]
@@ -232,10 +232,23 @@ def test_nan_and_infinite_voxels_are_zero_counted_and_told(tmp_path):
 
 @pytest.mark.fault(5, 6)
 def test_numbers_too_large_for_the_arrays_are_told_apart_from_nan(tmp_path):
-    refused(write(tmp_path / "a.nii", np.full((3, 3, 3), 1e300)), "every voxel is beyond the range of 32-bit floats")
+    refused(write(tmp_path / "a.nii", np.full((3, 3, 3), 1e300)), "every voxel is beyond 1e.18, which no intensity")
     scaled = images.load(write(tmp_path / "b.nii", np.arange(27, dtype=np.int16).reshape(3, 3, 3), slope=3e38))
-    assert "25 of 27 voxels are beyond the range of 32-bit floats: read as 0" in scaled.warnings
+    assert "26 of 27 voxels are beyond 1e+18, which no intensity is: read as 0" in scaled.warnings
     assert not any("NaN" in warning for warning in scaled.warnings)
+
+
+@pytest.mark.fault(5)
+@pytest.mark.parametrize("mark", [np.finfo(np.float32).max, np.finfo(np.float32).min, 1.1e18, -1.1e18])
+def test_the_largest_numbers_mark_what_is_not_there(tmp_path, mark):
+    """Was "weights: give voxels that are NaN or infinite: they are damaged" of an image with such a background."""
+    data = HEAD.astype(np.float32)
+    data[0], data[1, 0, 0] = mark, 9e17 * np.sign(mark)
+    path = write(tmp_path / "a.nii", data)
+    for volume in (images.load(path), images.load_stored(path)[3]):
+        assert not volume.data[0].any() and np.array_equal(volume.data[1:], data[1:])
+        told = f"{data[0].size} of {data.size} voxels are beyond 1e+18, which no intensity is: read as 0"
+        assert told in volume.warnings and not any("NaN" in warning for warning in volume.warnings)
 
 
 @pytest.mark.fault(1)
@@ -425,7 +438,7 @@ def test_an_image_in_a_parcel_is_told_how_to_unpack_it(tmp_path, kind, way):
 @pytest.mark.parametrize(
     ("content", "what", "way"),
     [
-        (bytes(128) + b"DICM", "a DICOM file", "end its name in .dcm"),
+        (bytes(128) + b"DICM", "a DICOM file", "convert it with dcm2niix"),
         (b"NRRD0004", "an NRRD file", ".nrrd"),
         (b"\0\0\0\1\0\0", "a FreeSurfer MGH file", ".mgh"),
         (b"\x89HDF", "an HDF5 or MINC file", "mnc2nii"),

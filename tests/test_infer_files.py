@@ -91,7 +91,7 @@ def test_the_record_says_what_made_the_result(tmp_path, model):
     assert {key: record[key] for key in used} == used
     assert record["new_resolution"] == pytest.approx([1.0, 1.0, 1.25])
     assert (
-        record["seconds"] > 0
+        0 < record["seconds"] < 1e6
         and "hardly trained" in "".join(record["warnings"])
         and record["provenance"]["torch"] == torch.__version__
     )

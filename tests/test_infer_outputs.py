@@ -15,7 +15,7 @@ from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.model.purpose import Purpose
-from fastsrgan.volume.components import segment
+from fastsrgan.volume.components import ISLAND_SHARE, segment
 
 FAST = {"patch": 16, "step": 12, "device": "cpu"}
 
@@ -60,6 +60,18 @@ def test_small_components_go_by_their_volume(mm3, left):
     """Voxels of half a cubic millimetre; a component of the very size stays."""
     seg, told = segment(blobs(), 0.5, 0.5, min_mm3=mm3)
     assert seg.sum() == left == 37 - told["voxels_left_out"] and told["components"] == 3
+    assert told["min_size_mm3"] == mm3
+
+
+@pytest.mark.parametrize(
+    ("share", "limit", "left"),
+    [(0.5, 5.0, 27), (0.3, 0.3 * 13.5, 36), (1 / 27, 0.5, 37), (0.038, 0.513, 36), (1, 5, 27)],
+)
+def test_a_part_of_the_largest_component_is_no_island(share, limit, left):
+    """Components of 13.5, 4.5 and 0.5 mm^3; islands are those below 5 mm^3, unless they are much of what there is."""
+    seg, told = segment(blobs(), 0.5, 0.5, min_mm3=5.0, share=share)
+    assert seg.sum() == left and told["min_size_mm3"] == pytest.approx(limit)
+    assert segment(blobs(), 0.5, 0.95, min_mm3=5.0, share=share)[0].sum() == 0
 
 
 def test_filters_look_at_what_the_threshold_leaves():
@@ -137,11 +149,11 @@ def test_options_that_make_no_sense_are_refused_before_any_work(tmp_path, model)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("asked", "least"), [((), 3.0), (("--min-size", "0"), 0.0), (("--min-size", "8"), 8.0)])
+@pytest.mark.parametrize(("asked", "least"), [((), 0.3), (("--min-size", "0"), 0.0), (("--min-size", "8"), 8.0)])
 def test_weights_say_how_small_a_component_may_be(tmp_path, model, monkeypatch, asked, least):
     """Unless the command says it; the record tells what was left out, the original's geometry leaves nothing out."""
     monkeypatch.setattr("fastsrgan.infer.image.segment", lambda prob, *more: seen.append(more) or segment(prob, *more))
-    purpose = Purpose(structures=((1, "cortex"),), island_mm3=(3.0, 3.0))
+    purpose = Purpose(structures=((1, "cortex"),), island_mm3=(0.3, 0.3))  # below a hundredth of the largest here
     monkeypatch.setattr("fastsrgan.infer.image.common", lambda purposes: purpose)
     data = np.random.default_rng(1).integers(0, 900, (14, 12, 6)).astype(np.int16)
     images.save(tmp_path / "a.nii.gz", data, rigid((1.0, 1.0, 2.5)))
@@ -150,7 +162,7 @@ def test_weights_say_how_small_a_component_may_be(tmp_path, model, monkeypatch, 
         seen: list[tuple] = []
         out = tmp_path / geometry
         assert main([*map(str, [*words, "-o", out, *asked, "--geometry", geometry])]) == 0
-        assert seen[0][-1] == wanted
+        assert seen[0][-2:] == (wanted, None if asked else ISLAND_SHARE)
         record = json.loads((out / "a.json").read_text())
         told = record.get("segmentation", {})
         assert told.get("min_size_mm3", 0.0) == wanted and ("components_kept" in told) == bool(wanted)

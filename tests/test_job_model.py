@@ -404,7 +404,7 @@ def test_every_option_reaches_the_engine_and_the_summary_counts(told, tmp_path, 
         }  # fmt: skip
     first = summary["items"][0]
     folder = tmp_path / "Result_with_fastsrgan" / "patch_16_step_8"
-    assert first.pop("seconds") > 0 and first == {
+    assert 0 < first.pop("seconds") < 1e6 and first == {
         "input": str(tmp_path / "a.nii.gz"), "patch": 16, "step": 8, "status": "done", "warnings": [],
         "outputs": {kind: str(folder / f"{kind}_patch_16_step_8.nii.gz") for kind in ("SR", "Cortex")},
     }  # fmt: skip

@@ -103,6 +103,17 @@ def test_choices_that_mean_nothing(folder, text, reason):
         labels.structure(text, folder / "aseg.nii.gz")
 
 
+@pytest.mark.parametrize(
+    "text", ["3,42", "3 , 42", "Left-Cerebral-Cortex", "gm=3,42", "gm = 3 , 42", "gm=Left-Cerebral-Cortex"]
+)
+def test_blanks_around_a_choice_and_its_name_mean_nothing(folder, text):
+    """As cells of tables have them: the name is what a score, a file and a legend say."""
+    plain, spaced = (labels.structure(t, folder / "aseg.nii.gz", folder / "lut.txt") for t in (text, f"\t {text}  "))
+    assert spaced == plain and plain.name == ("gm" if "=" in text else text)
+    with pytest.raises(UsageError, match="names a structure twice"):
+        labels.structures([f" {text}", f"{text} "], folder / "aseg.nii.gz", folder / "lut.txt")
+
+
 def test_an_unknown_name_is_answered_with_near_ones(folder):
     with pytest.raises(UsageError, match="there are Left-Cerebral-Cortex"):
         labels.structure("Left-Cerebral-Cortx", folder / "aseg.nii.gz", folder / "lut.txt")
@@ -278,6 +289,18 @@ def test_a_rows_choices_come_before_those_given_and_empty_ones_are_none():
             labels.refuse_for_store(given, table)
         assert error.value.what == option
     labels.refuse_for_store(None, None)
+
+
+@pytest.mark.parametrize(
+    "line", ["3  Left cortex", "3 Left cortex 205 62 78 0", "\t3\tLeft  cortex\t1 2 3", "3, Left cortex"]
+)
+def test_a_name_of_several_words_is_one_name(tmp_path, line):
+    """Was the first word alone, in tables whose columns blanks separate."""
+    (tmp_path / "lut.txt").write_text(f"# atlas\n{line}\r\n42 L.Bank ctx-lh-bank 25 5 25 255\n", encoding="utf8")
+    names = labels.read_names(tmp_path / "lut.txt")
+    assert names["Left cortex"] == [3] and names["L.Bank"] == [42]
+    found = labels.structure("left cortex+L.Bank", tmp_path / "map.nii", tmp_path / "lut.txt")
+    assert found.values == {3, 42}
 
 
 @pytest.mark.parametrize("encoding", ("utf8", "utf-8-sig", "latin-1"))

@@ -370,7 +370,7 @@ def test_every_trait_tells_volumes_apart_whatever_the_order_of_images(tmp_path, 
     for t in range(2):
         found = dicom.load(tmp_path, volume=t)
         assert np.array_equal(found.data, (data + 100 * t)[:, ::-1]) and found.warnings == ()
-    refused(tmp_path, rf"holds 2 volumes: 0 {trait} .*; 1 {trait} ")
+    refused(tmp_path, rf"holds 2 volumes: 0 {trait} .*; 1 {trait} .*\(infer takes --volume, 0 to 1, .* dcm2niix")
 
 
 def test_volumes_that_nothing_tells_apart_are_refused_and_numbers_alone_are_said(tmp_path):

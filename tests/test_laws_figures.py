@@ -727,6 +727,30 @@ def test_numbers_are_shown_as_people_read_them():
     assert [shown(value, 2, signed=True) for value in (0.0963, -0.0963, 0.0)] == ["+0.096", "-0.096", "0"]
 
 
+def test_every_figure_is_called_and_rounded_as_its_table_says():
+    """Counts of voxels are whole; means of counts of components have a tenth."""
+    told = {name: (figure.named, figure.text(-1234.56789)) for name, figure in FIGURES.items()}
+    assert told == {
+        "psnr_db": ("PSNR, dB", "-1234.57 dB"),
+        "psnr_range_db": ("PSNR over the value range, dB", "-1234.57 dB"),
+        "ssim": ("SSIM", "-1234.5679"),
+        "ssim_uniform": ("SSIM, uniform window", "-1234.5679"),
+        "mae": ("mean absolute error", "-1234.5679"),
+        "mse": ("mean squared error", "-1234.5679"),
+        "dice": ("Dice", "-1234.5679"),
+        "hausdorff95_mm": ("95 % Hausdorff distance, mm", "-1234.57 mm"),
+        "surface_distance_mm": ("mean surface distance, mm", "-1234.568 mm"),
+        "components": ("components", "-1234.6"),
+        "largest_component": ("largest component, voxels", "-1235 voxels"),
+        "false_components": ("false components", "-1234.6"),
+        "false_component_voxels": ("voxels in false components", "-1235"),
+        "structure_mae": ("mean absolute error in the segmented structure", "-1234.5679"),
+        "volume_ml": ("volume, mL", "-1234.57 mL"),
+        "label_components": ("components of the label", "-1234.6"),
+        "label_volume_ml": ("volume of the label, mL", "-1234.57 mL"),
+    }
+
+
 def test_columns_of_tables_have_the_figure_of_their_heading():
     found = {name: (column.heading, column.path, column.figure.digits) for name, column in columns().items()}
     assert found == {

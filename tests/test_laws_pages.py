@@ -21,6 +21,7 @@ from fastsrgan.evaluate.plausibility import NO_PROOF
 from fastsrgan.infer.volume import InferResult
 from fastsrgan.io import nifti as images
 from fastsrgan.model.purpose import MODELS
+from fastsrgan.pictures import planes
 from fastsrgan.pictures.planes import png
 from fastsrgan.report import cohort, curves, page, sections, show, viewer, volumes
 from fastsrgan.report.collect import Found, Result, find
@@ -413,6 +414,13 @@ def test_what_was_noted_in_a_run_is_told(tmp_path):
     assert "endedTrue" in words and "parts" not in words and "updates5" in words
 
 
+def test_a_run_without_one_update_is_told_all_the_same(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"epoch": 1, "validation": {"PSNR": 20.5}}\n', encoding="utf8")
+    facts = curves.read_run(tmp_path)
+    assert len(facts["validation"]) == 1 and not any(any(values) for values in facts["curves"].values())
+    assert "The run has no summary" in plain(curves.run_card(facts, []))
+
+
 def test_the_charts_of_several_runs_have_their_axes_and_units(monkeypatch):
     charts = {}
     monkeypatch.setattr(curves, "line_chart", lambda title, lines, *labels: charts.update({title: labels}))
@@ -587,6 +595,20 @@ def test_images_are_cubic_between_their_voxels_and_masks_and_scan_as_they_are():
         exact = np.clip(onto_grid(coarse, sr, order=order, notes=[]).data * 255 / top, 0, 255)
         assert np.abs(made.arrays[name] - exact).max() <= 0.51  # found: 0.5, rounding
     assert np.array_equal(made.arrays["label"], onto_grid(masks, sr, order=0, notes=[]).data)
+
+
+@pytest.mark.parametrize("name", sorted(volumes.MASKS))
+def test_a_voxel_is_of_a_mask_above_a_half_and_so_where_a_picture_looks(name):
+    data = np.zeros((12, 12, 12), np.float32)
+    data[3:9, 3:9, 3:9] = 0.5
+    sr = Volume(np.arange(12**3, dtype=np.float32).reshape(data.shape) + 1, np.eye(4))
+    half, more = Volume(data, np.eye(4)), Volume(np.nextafter(data, np.float32(1)), np.eye(4))
+    drawn = [volumes.images_of(sr, {name: mask}).arrays[name] for mask in (half, more)]
+    assert [int(one.sum()) for one in drawn] == [0, 6**3]
+    assert np.array_equal(planes.inside_of(sr, half).data, planes.inside_of(sr).data)
+    assert not planes.inside_of(sr, more).data[data == 0].any() and planes.inside_of(sr, more).data.any()
+    other, (cut, *_) = Volume(sr.data + 1, np.eye(4)), planes.cuts(sr)
+    assert [planes.change_in(cut, (sr, other), mask) > 0 for mask in (half, more)] == [False, True]
 
 
 def test_the_scale_of_a_doubt_is_that_of_where_there_is_any():

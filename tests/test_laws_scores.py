@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,20 @@ def test_a_note_names_five_subjects_at_most():
     assert cohort.told_once(rows) == ["s0, s1, s2, s3, s4 and 1 more: one", "s0, s1, s2, s3, s4: few"]
 
 
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (5, ""), (6, " and 1 more"), (7, " and 2 more")])
+def test_segmentations_without_a_label_are_counted_and_five_named(asked, caplog, count, more):
+    """Not those that have one, have none to score, or cannot be scored at all."""
+    sr = {"sr": Path("sr"), "hr": Path("hr")}
+    items = [cohort.Item(f"s{n}", sr, segmented=True) for n in range(count)]
+    items += [cohort.Item("labelled", sr | {"label": Path("l")}, segmented=True), cohort.Item("plain", sr)]
+    items.append(cohort.Item("lost", {"sr": Path("sr")}, fault="no truth", segmented=True))
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        cohort.evaluate_items("x", items)
+    named = ", ".join(f"s{n}" for n in range(min(count, 5)))
+    (told,) = [r.getMessage() for r in caplog.records if "no Dice" in r.getMessage()]
+    assert told == f"no label was found for the segmentation of {named}{more}: no Dice"
+
+
 def test_notes_that_differ_in_numbers_alone_are_one_with_the_range_of_each():
     """Was a line for each subject; numbers of names and paths are no values, and say that the notes are others."""
     said = "scored on the overlap, {} % of {} voxels, {} mm (sub-01_T1w, a/3/x 5.nii)"
@@ -219,6 +234,32 @@ def test_warnings_of_each_image_are_noted_under_its_name_once(blobs, caplog):
     assert caplog.records == []
 
 
+def test_images_are_cubic_between_their_voxels_a_doubt_linear_and_masks_the_nearest(blobs, monkeypatch):
+    """All on the grid of the truth, each by its own name."""
+    seen, exact = {}, pair.onto_grid
+
+    def spied(volume, like, *, order, name, **more):
+        assert like is blobs["hr"]
+        seen.setdefault(name, []).append((order, id(volume)))
+        return exact(volume, like, order=order, name=name, **more)
+
+    judged = []
+    monkeypatch.setattr(pair, "onto_grid", spied)
+    monkeypatch.setattr(pair.metrics, "calibration", lambda *given: judged.append(given) or {})
+    given = {name: Volume(blobs["hr"].data.copy(), np.eye(4)) for name in ("baseline", "doubt")}
+    given |= {name: Volume(blobs["label"].data.copy(), np.eye(4)) for name in ("baseline_seg", "mask")}
+    further = tuple(Volume(blobs["label"].data.copy(), np.eye(4)) for _ in range(2))
+    pair.evaluate_pair(**blobs, **given, structures={"white": further}, subject=None)
+    wanted = {"SR": (3, blobs["sr"]), "baseline": (3, given["baseline"]), "doubt": (1, given["doubt"])}
+    wanted |= {"segmentation": (0, blobs["seg"]), "baseline segmentation": (0, given["baseline_seg"])}
+    wanted |= {"label": (0, blobs["label"]), "mask": (0, given["mask"])}
+    wanted |= {"white segmentation": (0, further[0]), "white label": (0, further[1])}
+    assert seen == {name: [(order, id(volume))] for name, (order, volume) in wanted.items()}
+    ((sr, hr, doubt, where, part),) = judged  # where a mask says, if there is one
+    assert np.array_equal(where, given["mask"].data > 0) and part is None
+    assert all(map(np.array_equal, (sr, hr, doubt), (v.data for v in (blobs["sr"], blobs["hr"], given["doubt"]))))
+
+
 def test_gains_are_values_minus_the_baselines_and_none_of_the_label_alone(blobs):
     worse = Volume(blobs["sr"].data + np.float32(2), np.eye(4))
     made = pair.evaluate_pair(**blobs, baseline=worse, baseline_seg=blobs["label"], subject=None)
@@ -229,6 +270,20 @@ def test_gains_are_values_minus_the_baselines_and_none_of_the_label_alone(blobs)
     assert made["baselines"] == {"image": "as given", "segmentation": "as given"}
     assert list(made)[:4] == ["image", "segmentation", "baseline", "gain"]
     assert made["grid"] == {"shape": [14, 16, 12], "spacing_mm": [1.0, 1.0, 1.0]}
+
+
+@pytest.mark.parametrize("given", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_baselines_are_those_given_else_made_of_the_scan_and_each_is_called_what_it_is(blobs, given):
+    """Image and segmentation each for itself; without any there is neither baseline nor gain."""
+    image, seg, scan = given
+    low = Volume(blobs["hr"].data[:, :, 1::2], np.diag([1.0, 1, 2, 1]) + np.eye(4, k=1) * [[0], [0], [1], [0]])
+    more = {"baseline": blobs["hr"]} if image else {}
+    more |= ({"baseline_seg": blobs["label"]} if seg else {}) | ({"lr": low} if scan else {})
+    made = pair.evaluate_pair(**blobs, **more, subject=None)
+    expected = {"image": "as given" if image else pair.SPLINE} if image or scan else {}
+    expected |= {"segmentation": "as given" if seg else pair.READER} if seg or scan else {}
+    assert made.get("baselines", {}) == expected
+    assert set(made.get("baseline", {})) == set(made.get("gain", {})) == set(expected)
 
 
 def test_a_picture_of_errors_is_given_each_image_and_its_words(blobs, tmp_path, monkeypatch):
@@ -541,6 +596,20 @@ def test_the_frame_of_the_detail_is_where_more_changes_and_letters_stand_at_the_
     assert corner == pytest.approx(detail)
 
 
+def test_the_detail_of_a_picture_is_where_more_changes_inside_the_mask():
+    data = np.random.default_rng(0).random((24, 24, 24)).astype(np.float32) + 1
+    sr, spline = Volume(data, np.eye(4)), Volume(data.copy(), np.eye(4))
+    spline.data[12, 12, 6:18] += 2
+    spline.data[12, 6:18, 12] += 2  # both in the sagittal plane
+    spline.data[12, 2:4, 2:4] += 500
+    mask = Volume(np.zeros(data.shape, np.uint8), np.eye(4))
+    mask.data[6:18, 6:18, 6:18] = 1
+    more = {"changed": (sr, spline), "masks": (mask, None), "at_mm": (12, 12, 12), "width_px": 300}
+    axes = figure.planes([figure.Column(sr, "x")], reference=sr, **more).axes
+    left, right, bottom, top = axes[3].images[0].get_extent()
+    assert len(axes[2].patches) == 1 and left < 12 < right and bottom < 12 < top
+
+
 def test_text_is_as_large_as_its_line_allows():
     page = figure._Page(planes.cuts(Volume(np.ones((9, 9, 9), np.float32), np.eye(4))), 9, 1, (0, 0), True, 1000)
     assert page._fitting(24, ["x" * 10], 1e6) == 24 and page._fitting(24, [], 10) <= 24
@@ -561,6 +630,7 @@ def test_a_map_of_errors_shows_both_differences_under_their_titles(monkeypatch, 
     middle = [a.images[0].get_array()[5, 5] for a in axes]
     assert middle == [102, 100, 2, -7] * 3
     assert axes[0].images[0].get_clim() == (0, 100) and axes[2].images[0].get_clim() == (-7, 7)
+    assert not any(a.get_frame_on() or len(a.get_xticks()) or len(a.get_yticks()) for a in axes)
 
 
 def test_a_single_subject_has_no_limits_in_its_picture_and_empty_places_no_axes(monkeypatch, tmp_path):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import csv
+import ctypes
 import json
 import logging
 import math
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +28,7 @@ from fastsrgan.model import checkpoint
 from fastsrgan.model.arithmetic import Arithmetic
 from fastsrgan.model.networks import CriticSpec
 from fastsrgan.observation.model import Degradation, Degraded
-from fastsrgan.train import precision, snapshots, validate
+from fastsrgan.train import loop, precision, snapshots, validate
 from fastsrgan.train.gan import Models
 from fastsrgan.train.logs import Board, RunLog
 from fastsrgan.train.optimise import Optimiser, grouped
@@ -483,6 +485,22 @@ def test_volumes_through_a_pipeline_come_back_as_what_they_were_and_errors_as_th
     assert [pair[0] for pair in mover._idle.queue if pair] == [first] and not mover.busy
 
 
+def test_at_the_end_pipelines_at_work_are_left_behind_and_the_others_are_not(monkeypatch):
+    """Neither stopped by DALI, which keeps a list of all, nor freed: one whose step hangs would keep the process."""
+    monkeypatch.setattr(dali, "define", Pipeline)
+    monkeypatch.setattr(dali, "_movers", weakref.WeakSet())
+    movers = [dali.DaliMover(CPU) for _ in range(2)]
+    pipelines = [mover._idle.queue[-1][0] for mover in movers]
+    monkeypatch.setattr(Pipeline, "_pipes", set(map(weakref.ref, pipelines)), raising=False)
+    held = [sys.getrefcount(pipeline) for pipeline in pipelines]
+    with movers[0]._pipeline():
+        dali._leave()
+    dali._leave()  # neither is at work now
+    assert [sys.getrefcount(pipeline) for pipeline in pipelines] == [held[0] + 1, held[1]]
+    assert Pipeline._pipes == {weakref.ref(pipelines[1])}
+    ctypes.pythonapi.Py_DecRef(ctypes.py_object(pipelines[0]))
+
+
 def test_labels_of_other_values_are_told_in_the_order_of_numbers():
     counts = {"label_counts": {str(value): 5 for value in (10, 2, 0, 1, 9, 30, 4, 7)}}
     one = SimpleNamespace(
@@ -506,7 +524,7 @@ def test_values_that_occur_in_no_label_map_are_told_once_for_all():
     found = settings_check.data_warnings(subjects)
     assert found == {"a": ["odd"], "--label": ["42 occurs in none of the 2 label maps"]}
     subjects[1].attrs["label_absent"] = [41, 42]
-    assert settings_check.data_warnings(subjects)["--label"][0] == "41 occurs in none of the 1 label maps"
+    assert settings_check.data_warnings(subjects)["--label"][0] == "41 occurs in none of the 1 label map"
 
 
 def test_residents_count_in_the_type_that_they_are_kept_in(monkeypatch):
@@ -527,3 +545,15 @@ def test_residents_count_in_the_type_that_they_are_kept_in(monkeypatch):
     assert limit(one(has_tissues=True), int(3 * 2 * 9000 * growth) - 10) == 2
     boxed = one(attrs={"bounding_box": [[2, 8], [0, 10], [1, 3]], "intensity": {"min": 0}})
     assert feed.resident_voxels(boxed, 4) == 6 * 10 * 4 and feed.resident_voxels(boxed, 0) == 1000
+
+
+@pytest.mark.parametrize(
+    ("here", "anywhere", "left"), [(None, 15, 15), (2, 15, 15), (None, 0, None), (10, 0, 10)], ids=str
+)
+def test_all_ranks_stop_with_the_signal_of_any(here, anywhere, left):
+    """One that came here after the question stays for the next."""
+    asked = []
+    ranks = SimpleNamespace(minimum=lambda value: asked.append(value) or -anywhere)
+    stop = SimpleNamespace(signal=here)
+    assert loop.stopped(SimpleNamespace(ranks=ranks), stop) == (anywhere > 0)
+    assert stop.signal == left and asked == [-(here or 0)]

@@ -100,6 +100,35 @@ def test_instance_norm(forms, size, channels, batch, relu):
     assert_equal_with_gradients(run("fast"), run("reference"), x, scale, shift)
 
 
+def steps(y):
+    """Names of the steps of a backward pass, and whether any was written by hand."""
+    seen, todo = set(), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [before for before, _ in node.next_functions]
+    by_hand = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in seen)
+    return {node.name().removesuffix("Backward0") for node in seen} - {"torch::autograd::AccumulateGrad"}, by_hand
+
+
+@pytest.mark.parametrize("name", [*CONVOLUTIONS, "norm"])
+def test_the_plain_form_is_made_of_torchs_own_steps_and_the_fast_one_is_another(forms, name):
+    """Comparing them says nothing where one is the other; the plain one is the same wherever it is worked out."""
+    function, kernel = CONVOLUTIONS.get(name, (layers.InstanceNorm(3).double(), 3))
+    x, weight = random(0, 2, 3, 6, 4, 8).requires_grad_(), random(1, 2, 3, *(kernel,) * 3).requires_grad_()
+    one = function if name != "norm" else lambda x, _, form="fast": function(x, form)
+    (plain, by_hand), (fast, _) = steps(one(x, weight, "reference")), steps(one(x, weight))
+    assert not by_hand
+    if name != "norm":
+        assert plain == {"Convolution", "ReflectionPad3D"} | ({"UpsampleNearest3D"} if name == "doubling" else set())
+    # In half precision on a CPU torch's own is as fast.
+    assert (fast == plain) == (forms == "other" and name in ("3^3", "halving"))
+    numbers = x, random(2, 3), random(3, 3), weight
+    (plain, by_hand), (fast, _) = (steps(norm_and(one, form)(*numbers)) for form in ("reference", "fast"))
+    assert not by_hand and fast != plain
+
+
 def norm_and(convolution, form, flat=None):
     """norm_conv as a function of all that has a gradient."""
 
@@ -112,10 +141,13 @@ def norm_and(convolution, form, flat=None):
     return run
 
 
-@pytest.mark.parametrize("parts", ["whole", "parts"])
+@pytest.mark.parametrize(("parts", "outputs"), [("whole", 4), ("parts", 4), ("parts", 2)])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_norm_and_convolution_in_one(forms, name, parts, monkeypatch):
-    """A constant channel, a sample that is flat, and memory for a channel and a sample at a time or for all."""
+def test_norm_and_convolution_in_one(forms, name, parts, outputs, monkeypatch):
+    """A constant channel, a sample that is flat, and memory for a channel and a sample at a time or for all.
+
+    Of seven taps the side with more channels is the one that goes in parts.
+    """
     if parts == "parts":
         monkeypatch.setattr(normed, "BLOCK", 1)
         monkeypatch.setattr(fused, "HELD_BYTES", 1)
@@ -125,7 +157,7 @@ def test_norm_and_convolution_in_one(forms, name, parts, monkeypatch):
     x[1, 2] = 0.5
     flat = torch.zeros(5, 1, 1, 1, 1, dtype=torch.bool)
     flat[3] = True
-    inputs = x, random(1, 3), random(2, 3), random(3, 4, 3, *(kernel,) * 3)
+    inputs = x, random(1, 3), random(2, 3), random(3, outputs, 3, *(kernel,) * 3)
     assert_equal_with_gradients(norm_and(convolution, "fast", flat), norm_and(convolution, "reference", flat), *inputs)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fastsrgan.core import system
 from fastsrgan.errors import ResourceError, UsageError
@@ -116,6 +117,15 @@ def test_neighbours_of_a_cohort_take_what_is_left(network, monkeypatch):
         assert (found.has(RESULT_BEFORE), found.has(NEXT_IMAGE)) == (spare > 0, spare > 2)
     monkeypatch.setattr(memory_plan, "free_memory", lambda: 2**30)
     assert plan_memory(job(), network, 4, None, Neighbours()).limit == int(0.9 * (2**30 + MIB)), "it is held already"
+
+
+def test_a_network_of_unknown_make_is_taken_to_need_more_than_one_of_sixteen_channels_has_alive():
+    """But not many times as much; in proportion to the voxels of all tiles."""
+    layers = [nn.Conv3d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv3d(16, 16, 3, padding=1), nn.Conv3d(16, 2, 1)]
+    foreign = TileNetwork(nn.Sequential(*layers), 1.0)
+    alive = count_needs(foreign.generator, (16, 16, 16)).alive
+    assert alive < foreign.bytes_of((16, 16, 16)) < 8 * alive  # found: 2.9
+    assert foreign.bytes_of((16, 32, 48), 3) == 18 * foreign.bytes_of((16, 16, 16))
 
 
 def test_a_mean_over_passes_and_a_shared_volume_are_planned(network):

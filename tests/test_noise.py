@@ -72,11 +72,39 @@ def test_short_streams_too(host, n):
         assert np.array_equal(out.numpy(), rng(seed, "x").standard_normal(n, dtype=np.float32))
 
 
-def test_what_has_drawn_before_goes_on_on_the_host(host):
+@pytest.mark.parametrize("drawn", [1, 2, 7, 8, 9])
+def test_what_has_drawn_before_goes_on_on_the_host(host, drawn):
+    """A block of words is eight of 32 bits: after it nothing is left over that would tell."""
     used, same = rng(3, "x"), rng(3, "x")
-    assert used.random() == same.random()
+    for one in (used, same):
+        one.integers(2**32, size=drawn, dtype=np.uint32)
     out = noise.standard_normal(torch.empty(50), used)
     assert not host.ran and np.array_equal(out.numpy(), same.standard_normal(50, dtype=np.float32))
+
+
+def test_other_generators_and_places_that_are_not_in_order_are_filled_on_the_host(host):
+    out = noise.standard_normal(torch.empty(50), np.random.Generator(np.random.PCG64(5)))
+    expected = np.random.Generator(np.random.PCG64(5)).standard_normal(50, dtype=np.float32)
+    assert np.array_equal(out.numpy(), expected)
+    out = noise.standard_normal(torch.empty(5, 10).T, rng(3, "x"))
+    assert np.array_equal(out.numpy(), rng(3, "x").standard_normal((10, 5), dtype=np.float32)) and not host.ran
+
+
+def test_a_stream_that_ends_too_early_is_drawn_again_from_twice_the_words(host, monkeypatch):
+    run, words = noise.launch, []
+
+    def launch(name, grid, args, PASS):
+        run(name, grid, args, PASS=PASS)
+        if PASS == 1:
+            words.append(grid[0])
+            if len(words) < 3:
+                args[0][20:] = 0  # no draw begins there
+            assert len(words) < 5, "would go on for ever"
+
+    monkeypatch.setattr(noise, "launch", launch)
+    out = noise.standard_normal(torch.full((50,), torch.nan), rng(3, "x"))
+    assert np.array_equal(out.numpy(), rng(3, "x").standard_normal(50, dtype=np.float32))
+    assert words == [words[0], 2 * words[0], 4 * words[0]]
 
 
 def test_noise_on_a_device_is_noise_on_the_cpu(monkeypatch, host):

@@ -14,7 +14,7 @@ from fastsrgan.io import nifti as images
 from fastsrgan.model.weights import load_generator
 from fastsrgan.volume.geometry import Volume
 from fastsrgan.volume.intensity import normaliser, outliers
-from fastsrgan.volume.oddities import on_zeros, outshone
+from fastsrgan.volume.oddities import odd_intensities, on_zeros, outshone
 
 
 def scan(shape=(40, 40, 20), seed=0):
@@ -30,6 +30,28 @@ def test_a_few_voxels_that_outshine_the_rest_are_told(times, told):
     if told:
         assert "compressed" in found[0] and "divided by its maximum" in outshone(data, compressed=False)[0]
         assert f"2 of {data.size} voxels are up to {times:.3g} times as bright" in found[0]
+
+
+@pytest.mark.parametrize(("value", "told"), [(-32768, True), (-6000, True), (-4000, False), (-2000, False), (0, False)])
+@pytest.mark.parametrize("lowest", [0.0, -20.0])
+def test_padding_far_below_all_others_is_told(value, lowest, told):
+    """A result of it had no segmentation, and nothing said why: -32768 leaves tissue 3 % of the scale."""
+    data = scan() + np.float32(lowest)
+    data[0, :5] = value
+    found = odd_intensities(data, compressed=True)
+    assert bool(found) == told
+    if told:
+        rest, top = data[data > value].min(), data.max()
+        assert found[0].startswith(f"100 of {data.size} voxels are {value}, far below all others ({rest:g} to {top:g})")
+        assert found[0].endswith(f"set them to {max(rest, 0):g}")
+
+
+def test_a_constant_and_an_image_of_two_values_have_no_padding():
+    for low in (-5.0, 5.0):
+        assert not odd_intensities(np.full((3, 3, 3), low, np.float32), compressed=True)
+    two = np.full((3, 3, 3), -1000, np.float32)
+    two[1] = 1
+    assert "set them to 1" in odd_intensities(two, compressed=True)[0]
 
 
 def test_many_bright_voxels_are_tissue_and_a_mask_is_no_scan():

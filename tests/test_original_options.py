@@ -20,6 +20,7 @@ from fastsrgan.cli import train as cli_train
 from fastsrgan.config import TrainConfig, from_yaml
 from fastsrgan.errors import UsageError
 from fastsrgan.io import nifti as images
+from fastsrgan.io.image_list import LISTS
 from fastsrgan.model import checkpoint, weights
 from fastsrgan.store.reader import open_store
 from fastsrgan.train import run as training
@@ -199,6 +200,12 @@ def called(monkeypatch, tmp_path):
         return code, seen
 
     return run
+
+
+def test_every_ending_of_a_table_is_one_for_a_training():
+    """Was "is a file, a store is a folder or a URL" of a .tsv, which `convert` and `study` take."""
+    assert all(cli_train.is_table(f"a{ending}") and cli_train.is_table(f"A{ending.upper()}") for ending in LISTS)
+    assert not any(map(cli_train.is_table, ("cohort.zarr", "s3://bucket/cohort", "csv")))
 
 
 def test_a_command_of_the_original_runs_unchanged(called, capsys, monkeypatch):

@@ -314,10 +314,9 @@ def test_a_record_that_no_writer_makes_is_refused_in_words(folder):
     make(folder, "a")
     manifest = store_files.read_manifest(store_files.Keys(folder, read_only=True))
     store_files.check_manifest(manifest)
-    flat = np.diag([1.0, 1.0, 0.0, 1.0])
+    flat, files = np.diag([1.0, 1.0, 0.0, 1.0]), manifest["subjects"]["a"]["files"]
     wrong = {
         "its split": {"split": "train"},
-        "its shape": {"shape": [5, 0, 3]},
         "voxels": {"shape": [2**16, 2**15, 2]},
         "its affine is none": {"affine": [[1.0, 0, 0, 0]] * 3},
         "is singular": {"affine": flat.tolist()},
@@ -332,9 +331,23 @@ def test_a_record_that_no_writer_makes_is_refused_in_words(folder):
         },
         "its intensity scaling": {"arrays": {"image": {"dtype": "int16", "scale": float("inf"), "offset": 0}}},
         "not those of its arrays": {"files": {}},
-        "no fingerprints": {"files": {key: [1, "0"] for key in manifest["subjects"]["a"]["files"]}},
+        "no fingerprints": {"files": {key: [1, "0"] for key in files}},
     }
-    for words, change in wrong.items():
+    shapes = [5, 0, 3], [5, -4, 3], [5, 4], [5, 4, 3, 2], [5.0, 4, 3], [True, 4, 3], ["5", 4, 3], "543", 5, None
+    spacings = [1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, float("nan")], [1.0, 1.0, float("inf")]
+    matrices = np.full((4, 4), np.nan).tolist(), np.eye(3).tolist()
+    scalings = ({"scale": True}, {"scale": "1"}, {"offset": float("nan")}, {"offset": None})
+    image = {"dtype": "int16", "scale": 1, "offset": 0}
+    more = [("its shape", {"shape": shape}) for shape in shapes]
+    more += [("its spacing is none", {"spacing": spacing}) for spacing in spacings]
+    more += [("its affine is none", {"affine": matrix}) for matrix in matrices]
+    more += [("its intensity scaling", {"arrays": {"image": image | one}}) for one in scalings]
+    more += [("its label is of an unknown type", {"arrays": {"image": image, "label": one}}) for one in ("uint8", {})]
+    more += [
+        ("its arrays", {"arrays": ["image"]}),
+        ("no fingerprints", {"files": {key: [1.5, "0" * 64] for key in files}}),
+    ]
+    for words, change in [*wrong.items(), *more]:
         record = manifest["subjects"]["a"] | change
         with pytest.raises(ValueError, match=f"a: .*{words}"):
             store_files.check_manifest(manifest | {"subjects": {"a": record}})

@@ -1,5 +1,6 @@
 """Both readers, zarr and tensorstore, give the same arrays and the same errors; which one reads is said once."""
 
+import asyncio
 import functools
 import http.server
 import importlib.util
@@ -13,13 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_store import make, put, tree, volume
+from zarr.core.buffer import default_buffer_prototype
 
 from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.store import codec as store_codec
+from fastsrgan.store import files as store_files
 from fastsrgan.store import reader as store_module
 from fastsrgan.store.codec import META, encoded, pick_reader
 from fastsrgan.store.files import check_array
 from fastsrgan.store.reader import open_store
+from fastsrgan.store.remote import fingerprint
 from fastsrgan.store.writer import create_store
 
 READERS = ("zarr", "tensorstore")
@@ -102,6 +106,38 @@ def test_metadata_of_another_array_are_refused_before_anything_is_decoded():
     assert foreign != meta
     with pytest.raises(ValueError, match="metadata"):
         check_array(foreign, array.shape, "int16")
+
+
+@pytest.mark.parametrize("reader", [READERS[0], pytest.param(READERS[1], marks=both)])
+@pytest.mark.parametrize("change", [{"data_type": "uint16"}, {"storage_transformers": [{"name": "other"}]}])
+def test_metadata_that_a_manifest_vouches_for_are_compared_too_whatever_is_read(tmp_path, monkeypatch, reader, change):
+    """Whole arrays, parts of them and the check: no library sees a codec that no writer takes."""
+    store = make(tmp_path / "store", "a", image=volume(7, (70, 5, 6)), label=False)
+    meta = tmp_path / "store" / "a/image" / META
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | change))
+    keys = store_files.Keys(tmp_path / "store", read_only=False)
+    manifest = store_files.read_manifest(keys)
+    manifest["subjects"]["a"]["files"][f"image/{META}"] = fingerprint(meta.read_bytes())
+    store_files.write_manifest(keys, manifest)
+    for name in ("decode", "decode_region", "decode_ranges"):
+        monkeypatch.setattr(store_module, name, lambda *_: pytest.fail("was decoded"))
+    store = open_store(tmp_path / "store", reader)
+    whole, part = np.s_[0:70, 0:5, 0:6], np.s_[1:3, 0:5, 0:6]
+    for read in (store.read, *(lambda a, r=region: store.read_region(a, "image", r) for region in (whole, part))):
+        with pytest.raises(InputError, match="its metadata are not those that the manifest asks for"):
+            read("a")
+    (fault,) = store.verify()
+    assert fault == f"a/image/{META}: its metadata are not those that the manifest asks for"
+
+
+def test_for_zarr_a_chunk_file_that_is_not_there_or_is_none_of_the_store_is_missing(tmp_path):
+    store = make(tmp_path / "store", "a", "b", image=volume(7, (7, 5, 6)), label=False)
+    shards = [f"{name}/image/c/0/0/0" for name in "ab"]
+    (tmp_path / "store" / shards[0]).unlink()
+    del store._subjects["b"]
+    for key in shards:
+        with pytest.raises(InputError, match=f"{key}: missing"):
+            asyncio.run(store._ranges.get(key, default_buffer_prototype()))
 
 
 def test_a_region_that_goes_backward(odd):

@@ -93,7 +93,7 @@ def test_a_cell_is_what_evaluate_says_of_infer(folder, steps):
         if (c["subject"], c["condition"], c["model"], c["step"]) == (subject.name, "noise 10 %", "with", 12)
     )
     assert found["scores"] == pytest.approx(expected, rel=1e-6)  # found: 0 (rounding)
-    assert found["tiles"] == done.report["tiles"] and found["seconds"] > 0
+    assert found["tiles"] == done.report["tiles"] and 0 < found["seconds"] < 1e6
 
 
 def test_rows_are_means_over_the_test_heads_in_order(steps):

@@ -93,6 +93,34 @@ def test_without_effects_an_image_is_its_table_of_means():
         assert np.allclose(there, look.mean[int(value)], atol=1e-5), value  # coordinates are float32: 4e-7 was measured
 
 
+@pytest.mark.parametrize("sigma", [0.0, 0.6, 0.8, 1.2])
+def test_an_edge_is_as_wide_as_the_partial_volume_that_was_drawn(sigma):
+    classes = torch.zeros((24, 9, 9), dtype=torch.uint8)
+    classes[:12], classes[12:] = 1, 2
+    none = dict.fromkeys((0, 2, 3), 0.0)
+    look = synthesis.DrawnLook({0: 0.0, 2: 0.2, 3: 0.9}, none, (0.5, 0.0), False, False, 0, sigma, (1.0, 0.0, 0.0))
+    image = synthesis._intensities(KEY, classes, [0, 2, 3], look).double().numpy()
+    for line in (image[:, 4, 4], image[:, 0, 8]):
+        steps, at = np.diff(line) / 0.7, np.arange(23) - 11
+        assert (line[0], line[-1]) == pytest.approx((0.2, 0.9)) and (steps * at).sum() == pytest.approx(0, abs=1e-4)
+        # A sampled Gaussian of narrow width is a little narrower. Found: 0.007 at 0.6
+        assert np.sqrt((steps * at**2).sum()) == pytest.approx(sigma, abs=0.01)
+
+
+@pytest.mark.parametrize("value", [499, 500, 501])
+def test_labels_from_500_on_lie_outside_the_brain(value):
+    """They are seen in a head, go with a strip, and keep their brightness; without any the map ends at the brain."""
+    labels = np.where(brain() >= 515, value, brain())
+    for strip in (0.0, 1.0):
+        image, seen = synthesise(labels, MM, KEY, dataclasses.replace(PLAIN, strip=strip))
+        assert bool((seen == value).any()) == (value < 500 or not strip)
+        assert float(image[seen == 0].mean()) < 0.04  # air: of any structure the mean is 0.05 at least
+    plain, turned = (
+        draw_look(KEY, [0, 2, 3, value], dataclasses.replace(Synthesis(), invert=i)).mean for i in (0.0, 1.0)
+    )
+    assert (plain[value] == turned[value]) == (value >= 500) and plain[2] != turned[2]
+
+
 @pytest.mark.parametrize("key", [(1, e, "a") for e in range(6)])
 def test_image_and_label_stay_aligned(key):
     """Deformed, blurred and textured: inside each structure of the label the image has the mean that was drawn."""
@@ -108,6 +136,12 @@ def test_image_and_label_stay_aligned(key):
         # The texture's smooth part leaves a mean of few independent values.
         assert abs(float(there.mean()) - look.mean[value]) < 0.02, value  # found: 0.0085
         assert 0.004 < float(there.std()) < 0.04, value  # found: 0.0074 to 0.021
+
+
+def test_measured_means_are_parts_of_the_brightest_structure_whatever_is_around():
+    labels = np.repeat(np.array([0, 2, 3], np.uint8), 8).reshape(3, 2, 4)
+    image = np.array([900.0, 400.0, 100.0])[labels.astype(int) - (labels > 0)]
+    assert measured_means([image, 3 * image], [labels, labels]) == ((2, 1.0, 0.0), (3, 0.25, 0.0))
 
 
 def test_texture_has_unit_variance_in_every_mixture():
@@ -248,6 +282,9 @@ def test_shares_and_ranges_are_those_asked_for():
     looks = [draw_look((1, i, "e"), values, ranges) for i in range(400)]
     assert abs(np.mean([look.strip for look in looks]) - 0.3) < 0.08  # found: 0.013
     assert {look.rim for look in looks} == {0, 1, 2}
+    # Of the texture's variance a fifth is of single voxels.
+    shares = np.mean([np.square(look.grain) for look in looks], 0)
+    assert shares == pytest.approx([0.2, 0.4, 0.4], abs=0.04)  # by chance its sd is 0.01
     means = np.array([[look.mean[v] for v in values[1:]] for look in looks])
     assert means.min() >= ranges.contrast[0] and means.max() <= ranges.contrast[1]
     assert means.min() < 0.1 and means.max() > 0.95  # found: 0.05, 1

@@ -103,6 +103,14 @@ def test_base_path_is_put_before_every_path(folder, base):
     assert read_table(both, base_path=f"{folder}/data")[0].label == folder / "a_seg.nii"
 
 
+def test_a_base_path_leaves_out_the_folder_that_the_command_runs_in(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    found = read_table(table(folder, "a.nii.gz,a_seg.nii,Train"))
+    assert found[0].image == folder / "a.nii.gz"
+    with pytest.raises(InputError, match=r"HR_image a\.nii\.gz: no such file"):
+        read_table(table(folder, "a.nii.gz,a_seg.nii,Train"), base_path=f"{folder}/data")
+
+
 @pytest.mark.parametrize(
     ("base", "meant"), [("{}/data", "{}/data/x.nii"), ("{}/data/", "{}/data/x.nii"), ("{}/s-", "{}/s-x.nii")]
 )
@@ -210,8 +218,8 @@ def test_a_subject_in_train_and_test_is_found_under_other_names(folder):
 
 def test_sessions_of_one_person_belong_together(folder):
     names = [
-        "site1/sub-01/ses-1/sub-01_ses-1.nii",
-        "site1/sub-01/ses-2/sub-01_ses-2.nii",
+        "site1/sub-0+1/ses-1/sub-0+1_ses-1.nii",
+        "site1/sub-0+1/ses-2/sub-0+1_ses-2.nii",
         "site2/sub-01.nii",
         "sub-x/q.nii",
         "sub-x/r.nii",
@@ -224,7 +232,7 @@ def test_sessions_of_one_person_belong_together(folder):
         return table(folder, *(f"{n},{c}_seg.nii,{b}" for n, c, b in zip(names, "abcde", bases, strict=False)))
 
     assert len(read_table(rows("Train", "Train", "Test", "Train", "Test"))) == 5
-    assert "line 3: subject sub-01 is in Test, and in Train at line 2" in faults_of(rows("Train", "Test"))
+    assert "line 3: subject sub-0+1 is in Test, and in Train at line 2" in faults_of(rows("Train", "Test"))
 
 
 def test_subject_ids_by_example():
@@ -446,7 +454,7 @@ def test_a_file_url_says_that_its_path_is_wanted(folder):
         ("sep=;\nimage;age\na.nii.gz;3\n", ["a"], ""),
         ("# mine\nimage\na.nii.gz\n", ["a"], ""),
         ("id,T1\ns1,a.nii.gz\ns2,\ns3,n/a\n", ["a"], "2 lines name no image: 3, 4"),
-        ("image,id\na.nii.gz,s1\n,s2\n", ["a"], "1 lines name no image: 3"),
+        ("image,id\na.nii.gz,s1\n,s2\n", ["a"], "1 line names no image: 3"),
         ("id,T1,T2\ns1,a.nii.gz,b.nii.gz\n", ["a"], "the images of column T1 are taken, those of T2 are not"),
         ("LR_image,HR_image\na.nii.gz,b.nii.gz\n", ["b"], "of column HR_image are taken, those of LR_image are not"),
         ("a.nii.gz,b.nii.gz\n", ["a"], "the images of column 1 are taken, those of 2 are not"),

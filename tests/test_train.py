@@ -39,7 +39,7 @@ def store(tmp_path_factory) -> Path:
 def test_a_run_leaves_weights_tables_log_and_settings(store, tmp_path):
     result = train(store, tmp_path / "run", CONFIG, snapshot_folder=tmp_path / "snapshots")
     run = tmp_path / "run"
-    assert result["updates"] == 8 and result["exit_code"] == 0
+    assert result["updates"] == 8 and result["exit_code"] == 0 and 0 < result["seconds"] < 1e6
     generator = weights.load_generator(run / "model.safetensors")
     assert generator.spec.kernel == 2
     original = weights.load_generator(tmp_path / "snapshots" / "SegSRGAN_epoch_2")
@@ -249,7 +249,7 @@ def test_the_log_follows_the_schedule_and_the_optimisers_follow_the_log(store, t
 def test_rows_of_the_log_say_what_a_step_cost(store, tmp_path):
     train(store, tmp_path / "run", CONFIG.replace(epochs=1))
     for row in rows(tmp_path / "run"):
-        assert row["seconds"] > 0 and row["patches_per_second"] == pytest.approx(2 / row["seconds"])
+        assert 0 < row["seconds"] < 1e6 and row["patches_per_second"] == pytest.approx(2 / row["seconds"])
         assert row["memory_bytes"] > 1e7 and row["data_wait_seconds"] >= 0  # found: 4.51e8
         assert {"g_total", "g_gradient", "d_wasserstein", "d_penalty", "d_gradient", "rate"} <= set(row)
 

@@ -564,7 +564,7 @@ REFUSED = {
         lambda f: f.copy("G", f, "G_cond"),
         "no SegSRGAN weight file, its groups are 'DX', 'G', 'G_cond', 'input_im_gen' ",
     ),
-    "two critics": (lambda f: f.copy("DX", f, "DX_2"), "no SegSRGAN weight file"),
+    "two critics": (lambda f: f.copy("DX", f, "DX_cond"), "no SegSRGAN weight file"),
     "nothing": (lambda f: f.clear(), r"no SegSRGAN weight file, its groups are none \("),
     "another model": (lambda f: f.move("G", "model_1"), "no SegSRGAN weight file.*'model_1'"),
     "another network": (lambda f: f.move("G", "G_unet"), "G_unet_gen_conv1/kernel:0 is missing"),

@@ -38,7 +38,8 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     ),
     5: (
         "NaN or infinite voxels",
-        "read as 0, counted in a warning that reaches record and store; by `evaluate` in a note, also in its JSON",
+        "read as 0, as are numbers beyond 1e18, counted in a warning that reaches record and store; by `evaluate` in a "
+        "note, also in its JSON",
         "",
     ),
     6: (

@@ -32,7 +32,7 @@ from fastsrgan.core.system import provenance
 from fastsrgan.evaluate import metrics
 from fastsrgan.model import weights
 from fastsrgan.model.purpose import Purpose
-from fastsrgan.volume.components import segment
+from fastsrgan.volume.components import ISLAND_SHARE, segment
 from fastsrgan.volume.consistency import LINEAR_WEIGHTS, Observation, agree, observation
 from fastsrgan.volume.resample import apply_axes, slice_profile_matrix, spline_matrix
 
@@ -81,7 +81,7 @@ def score(name: str, case: dict, folder: Path, generator, island: float, options
         affine, fine = np.diag([*low_mm, 1.0]), [float(s) for s in mm]
         result = fastsrgan.infer_volume(scan, affine, generator, new_resolution=fine, device="cpu", **TILES, **options)
         voxel = float(np.prod(mm))
-        seg = segment(result.prob[0], voxel, 0.5, min_mm3=island)[0] > 0
+        seg = segment(result.prob[0], voxel, 0.5, min_mm3=island, share=ISLAND_SHARE)[0] > 0
         base = metrics.psnr(spline, truth, mask=head)
         drawn_label = apply_axes(apply_axes(label.astype(np.float32), [None, None, down]), [None, None, up]) > 0.5
         row = {"case": name, "ratio": ratio, "profile": profile, "noise": noise, "spline_db": base}

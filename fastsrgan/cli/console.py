@@ -71,15 +71,15 @@ def boolean(text: str) -> bool:
 
 
 def add_label_options(
-    parser: argparse.ArgumentParser, several: str = "", *names: str, of: str = "of a label map"
+    parser: argparse.ArgumentParser, several: str = "", *names: str, of: str = "of a label map", rows: bool = True
 ) -> None:
     """``--label-classes``, also under other names, and ``--label-names``, alike wherever a label enters.
 
     several : what is done with more than one structure, where they are taken
-    of : whose values they are
+    of : whose values they are; rows : whether they may come from a table, whose rows can choose too
     """
     text = f"which values {of} are the structure: 3,42 or names of a lookup table"
-    text += " (a row's own Label_classes comes first)" * bool(several)
+    text += " (a row's own Label_classes comes first)" * rows
     more: dict[str, Any] = {"nargs": "+"} if several else {}
     text += f"; several, as cortex=3,42 white=2,41, {several}" if several else ""
     parser.add_argument("--label-classes", *names, metavar="VALUES", help=text, **more)

@@ -22,8 +22,8 @@ EXAMPLE = """examples:
   fastsrgan job-model --path list.csv --patch "64,128" --step "32 64,64 128" --result_folder_name mine \\
       --weights_path SegSRGAN_epoch_200 --new_low_res 0.5,0.5,0.5
 
-The CSV has no header; its first column names .nii.gz, .nii or .hdr files, or DICOM folders. Results are put beside
-each image: Result_with_mine/patch_128_step_64/{SR,Cortex}_patch_128_step_64.nii.gz, of a model with a mask
+The CSV has no header; its first column names image files of any format that infer reads, or DICOM folders. Results are
+put beside each image: Result_with_mine/patch_128_step_64/{SR,Cortex}_patch_128_step_64.nii.gz, of a model with a mask
 Mask_patch_128_step_64.nii.gz too. The first image of a folder gets these names, others have their own name put behind.
 --patch None takes the whole image at once."""
 

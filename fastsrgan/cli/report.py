@@ -46,7 +46,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--study", nargs="+", default=(), metavar="JSON", help="what `fastsrgan study` wrote, to show too")
     for name, text in (("hr", "true image of a single result"), ("label", "its label"), ("mask", "region to score")):
         p.add_argument(f"--{name}", metavar="IMAGE", help=text)
-    add_label_options(p, "have their scores each")
+    add_label_options(p, "have their scores each", rows=False)
     p.add_argument(
         "--max-mb",
         type=float,

@@ -227,10 +227,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def walk_files(folder: str | os.PathLike) -> Iterator[Path]:
+def walk_files(folder: str | os.PathLike, again: list[Path] | None = None) -> Iterator[Path]:
     """Every file below a folder, by name, folders that are links included; each real folder once, no hidden ones.
 
-    A link that leads nowhere is a path too: reading it says so. Raises InputError for a folder that cannot be listed.
+    ``again`` gets the folders that were met under another name before. A link that leads nowhere is a path too: reading
+    it says so. Raises InputError for a folder that cannot be listed.
     """
 
     def refuse(error: OSError) -> None:
@@ -242,6 +243,8 @@ def walk_files(folder: str | os.PathLike) -> Iterator[Path]:
         place = os.path.realpath(where)
         if place in seen:
             below[:] = []
+            if again is not None:
+                again.append(Path(where))
             continue
         seen.add(place)
         below[:] = sorted(name for name in below if not name.startswith("."))

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastsrgan.core.files import mapping
 from fastsrgan.data.subject import PatchRule, patch_origins, positive_box
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import InputError, UsageError, counted
 from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.slice_axis import PLANES, Axes, describe, on_stored_axes
 from fastsrgan.store.reader import Store, Subject
@@ -136,7 +136,11 @@ def data_warnings(subjects: Iterable[Subject]) -> dict[str, list[str]]:
         chosen = [*s.attrs.get("label_classes", ()), *(v for _, some in s.attrs.get("structures", ()) for v in some)]
         for value in set(chosen):
             held.setdefault(value, []).append(value not in s.attrs.get("label_absent", ()))
-    told = [f"{v} occurs in none of the {len(there)} label maps" for v, there in sorted(held.items()) if not any(there)]
+    told = [
+        f"{v} occurs in none of the {counted(len(there), 'label map')}"
+        for v, there in sorted(held.items())
+        if not any(there)
+    ]
     return found | ({LABELS: told} if told else {})
 
 

@@ -35,6 +35,7 @@ from fastsrgan.io.bids import (
     check_derivatives,
     description,
     find_bids,
+    is_own,
     sidecar,
     stated,
 )
@@ -262,16 +263,9 @@ def evaluate_bids(
     if not root.is_dir():
         raise InputError(root, "is no folder", "evaluate --bids DERIVATIVES DATASET")
     # A result, this one or another, is no truth, wherever it lies.
-    own = {real(made) for made in (root / "derivatives").glob("*") if _is_own(made)} | {real(out)}
+    own = {real(made) for made in (root / "derivatives").glob("*") if is_own(made)} | {real(out)}
     items = [_item(image, root, len(choice.classes) > 1, own) for image in find_bids(out, desc="sr")]
     return evaluate_items(out, items, png=png, choice=choice, progress=progress)
-
-
-def _is_own(dataset: Path) -> bool:
-    """Whether fastsrgan made a dataset."""
-    makers = read_json(dataset / DESCRIPTION).get("GeneratedBy")
-    listed = makers if isinstance(makers, list) else []
-    return any(isinstance(one, dict) and one.get("Name") == "fastsrgan" for one in listed)
 
 
 def _item(image: BidsImage, root: Path, several: bool, own: Container[Path]) -> Item:

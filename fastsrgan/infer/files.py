@@ -126,10 +126,7 @@ class Cohort:
 
     def run(self) -> list[Item]:
         """All images; every failure ends in its image's item. Raises LostRank on other ranks than 0."""
-        with contextlib.ExitStack() as stack:
-            self.reader = stack.enter_context(ThreadPoolExecutor(1, "reader"))
-            self.writer = stack.enter_context(ThreadPoolExecutor(1, "writer"))
-            stack.callback(self._cancel)
+        with ThreadPoolExecutor(1, "writer") as self.writer, ThreadPoolExecutor(1, "reader") as self.reader:
             while (place := self.ahead[0] if self.ahead else self.deal.take()) is not None:
                 try:
                     loaded = self._read(place)
@@ -184,10 +181,6 @@ class Cohort:
                 self._failed(place, error)
             else:
                 self._ended(place, {key: record[key] for key in TOLD})
-
-    def _cancel(self) -> None:
-        for pool in (self.reader, self.writer):
-            pool.shutdown(wait=False, cancel_futures=True)
 
     # --- what becomes of an image
 

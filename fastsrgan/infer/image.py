@@ -30,9 +30,9 @@ from fastsrgan.io.image_list import Image
 from fastsrgan.model import weights as weight_files
 from fastsrgan.model.networks import Generator
 from fastsrgan.model.purpose import MODELS, Purpose, averaged_apart, common, file_called, mask_names, weights_called
-from fastsrgan.volume.components import segment
+from fastsrgan.volume.components import ISLAND_SHARE, segment
 from fastsrgan.volume.geometry import Volume, spacing_of
-from fastsrgan.volume.oddities import on_zeros, outshone
+from fastsrgan.volume.oddities import odd_intensities, on_zeros
 
 log = logging.getLogger("fastsrgan")
 
@@ -213,7 +213,7 @@ def load(image: Image, job: ImageJob) -> Loaded | None:
         reason = f"voxels of {times(volume.spacing)} mm: there is nothing to super-resolve, nothing was done"
         hint = "--new-resolution same segments it as it is, --new-resolution MM makes finer voxels"
         raise Isotropic(image.path, reason, hint)
-    volume = replace(volume, warnings=(*volume.warnings, *outshone(volume.data, asked.physical)))
+    volume = replace(volume, warnings=(*volume.warnings, *odd_intensities(volume.data, asked.physical)))
     for warning in volume.warnings:
         log.warning("%s: %s", image.path, warning)
     mask: np.ndarray | None = None
@@ -346,7 +346,8 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     voxel_mm3 = abs(float(np.linalg.det(result.affine[:3, :3])))
     purpose = loaded.model.purpose
     least = settings.least_component(purpose.island_mm3)
-    seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, least)
+    share = ISLAND_SHARE if settings.min_size is None else None
+    seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, least, share)
     within = enclosed(result.sr, seg, spacing_of(result.affine)) if purpose.contrasts else None
     misfit = (result.report.get("agree") or {}).get("residual_percent_without")
     verdict = judge(loaded.look, seg, voxel_mm3, purpose, loaded.mask is not None, within, misfit, loaded.model.apart)
@@ -355,8 +356,8 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))
     if "mask" in outputs:
         arrays["mask"] = mask_values(loaded.model.facts)[result.prob[1:].argmax(axis=0)]
-    changed = settings.changed("segmentation") | ({"min_size_mm3": least} if least else {})
-    more: dict[str, Any] = {"segmentation": changed | filtered} if changed else {}
+    changed = settings.changed("segmentation") | filtered
+    more: dict[str, Any] = {"segmentation": changed} if changed else {}
     if settings.dtype == "input":
         stored = more["sr_stored"] = _save_as_input(outputs["sr"], result, image, code)
         if clipped := stored.get("voxels_clipped"):

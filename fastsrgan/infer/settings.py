@@ -221,8 +221,8 @@ class InferSettings:
         recorded=ELSEWHERE, decides=False, of_files=True)
     series: str | None = option(None, "which series of a DICOM folder: number, UID or part of its description",
         parse=str, metavar="N", recorded=ELSEWHERE, of_files=True)
-    volume: int | None = option(None, "which volume of a 4-D image, from 0", parse=int, metavar="I", recorded=ELSEWHERE,
-        of_files=True)
+    volume: int | None = option(None, "which volume of a 4-D image or DICOM series, from 0", parse=int, metavar="I",
+        recorded=ELSEWHERE, of_files=True)
     max_voxels: int = option(2**31, "refuse larger images (2147483648)", parse=voxels, metavar="N", recorded=ELSEWHERE,
         decides=False, of_files=True)
     # fmt: on

@@ -29,7 +29,7 @@ ENTITIES = ("sub", "ses", "task", "acq", "ce", "rec", "run", "echo", "part", "ch
             "label", "desc")  # fmt: skip
 SEGMENTATIONS = ("dseg", "probseg")
 RECORD = "FastsrganRecord"  # key of a sidecar: what `fastsrgan infer` wrote
-_NAME = re.compile(r"(?P<entities>sub-[A-Za-z0-9]+(?:_[a-z]+-[A-Za-z0-9+]+)*)_(?P<suffix>[A-Za-z0-9]+)(?P<end>\..+)")
+_NAME = re.compile(r"(?P<entities>sub-[A-Za-z0-9+]+(?:_[a-z]+-[A-Za-z0-9+]+)*)_(?P<suffix>[A-Za-z0-9]+)(?P<end>\..+)")
 _IMAGE = (".nii.gz", ".nii")
 
 
@@ -152,6 +152,13 @@ def description(name: str, version: str, sources: dict[str, str]) -> dict[str, A
         "SourceDatasets": [{"URL": url} for url in sources.values()],
         "DatasetLinks": sources,
     }
+
+
+def is_own(dataset: Path) -> bool:
+    """Whether fastsrgan made a dataset."""
+    makers = read_json(dataset / DESCRIPTION).get("GeneratedBy")
+    listed = makers if isinstance(makers, list) else []
+    return any(isinstance(one, dict) and one.get("Name") == "fastsrgan" for one in listed)
 
 
 def sidecar(image: Path) -> Path:

@@ -135,7 +135,8 @@ def _pick(path: str | os.PathLike, stacks: list[list[Frame]], volume: int | None
         which = _differences(stacks)
         none = "" if volume is None else f"; there is no volume {volume}"
         reason = f"holds {counted(count, 'volume')}{which}{none}"
-        raise InputError(path, reason, f"choose one with --volume 0 to {count - 1}")
+        way = f"infer takes --volume, 0 to {count - 1}, for its image; else name one volume that dcm2niix made"
+        raise InputError(path, reason, way)
     return volume
 
 

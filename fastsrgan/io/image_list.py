@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastsrgan.core.files import read_json, real, walk_files
 from fastsrgan.errors import FastsrganError, UsageError, counted
-from fastsrgan.io import any_image, dicom, formats
+from fastsrgan.io import any_image, bids, dicom, formats
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
 from fastsrgan.io.dicom_header import read_frames
@@ -99,51 +99,61 @@ def _series_of(image: Image) -> Hashable | None:
 def _inside(folder: Path, out: Path) -> list[Image]:
     """The images of a folder."""
     below, here = real(out), real(folder)
-    files, others = _image_files(folder)
+    files, others, again = _image_files(folder)
     paths = [p for p in files if below == here or below not in real(p).parents]
     names = [str(p.relative_to(folder).with_name(images.stem(p))) for p in paths]
-    results = {file for place in {path.parent for path in paths} for file in _results_in(place)}
-    found = [Image(p, n) for p, n in zip(paths, names, strict=True) if p not in results]
-    if paths:
+    places = {path.parent for path in paths}
+    results = {file for place in places for file in _results_in(place)}
+    derived = {place for place in places if any(map(bids.is_own, [place, *place.absolute().parents][:4]))}
+    found = [Image(p, n) for p, n in zip(paths, names, strict=True) if p not in results and p.parent not in derived]
+    if found:
         some = ", ".join(str(i.path.relative_to(folder)) for i in found[:NAMED])
         old = len(paths) - len(found)
         more = f", ... ({counted(old, 'result')} of an earlier call left out)" if old else ""
         log.info("%s: %s: %s%s", folder, counted(len(found), "image"), some, more or ", ..." * (len(found) > NAMED))
-        _tell_of_others(folder, [p for p in others if below == here or below not in real(p).parents])
-    if paths and not found:
+        _tell_of_others(folder, [p for p in others if below == here or below not in real(p).parents], again)
+    if paths and not found and not any(map(dicom.is_dicom, others)):  # results beside the slices they were made of
         raise UsageError(folder, "holds results only", "name the folder of the images")
     return found
 
 
-def _image_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Image files in a folder and below, of a pair the header, links followed; and the other files."""
-    images_there, others = [], []
-    for path in walk_files(folder):
+def _image_files(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """Image files in a folder and below, of a pair the header, links followed; the other files, of which none is an
+    image's data; and folders that are there under another name too."""
+    images_there: list[Path] = []
+    others: list[Path] = []
+    again: list[Path] = []
+    data: set[str] = set()
+    for path in walk_files(folder, again):
         if path.name.startswith("."):
             continue
         if images.is_image(path):
-            images_there += [path] if _first_half(path) else []
+            first, *rest = _parts(path)
+            images_there += [path] if first.name == path.name else []
+            data.update(map(os.path.normpath, rest))
         else:
             others.append(path)
-    return sorted(images_there), others
+    return sorted(images_there), [path for path in others if os.path.normpath(path) not in data], again
 
 
-def _tell_of_others(folder: Path, others: list[Path]) -> None:
-    """Name what is no image: dead links, and files that no command wrote or reads beside an image."""
+def _tell_of_others(folder: Path, others: list[Path], again: list[Path]) -> None:
+    """Name what is no image: dead links, and files that no command wrote or reads beside an image; and folders that
+    were met ``again`` under another name and are passed over."""
     dead = [path for path in others if path.is_symlink() and not path.exists()]
     plain = [path for path in others if path not in dead and path.suffix.lower() not in BESIDE]
     leads, left = ("link leads nowhere", "links lead nowhere"), ("other file is left out", "other files are left out")
-    for paths, tell, words in ((dead, log.warning, leads), (plain, log.info, left)):
+    once = ("folder was met under another name, taken once", "folders were met under other names, taken once")
+    for paths, tell, words in ((dead, log.warning, leads), (plain, log.info, left), (again, log.info, once)):
         if paths:
             some = ", ".join(str(path.relative_to(folder)) for path in paths[:NAMED]) + ", ..." * (len(paths) > NAMED)
             tell("%s: %s: %s", folder, counted(len(paths), *words), some)
 
 
-def _first_half(path: Path) -> bool:
+def _parts(path: Path) -> tuple[Path, ...]:
     try:
-        return formats.parts(path)[0].name == path.name
+        return formats.parts(path)
     except FastsrganError:
-        return True  # half of a pair: reading it says so
+        return (path,)  # half of a pair: reading it says so
 
 
 def _results_in(folder: Path) -> set[Path]:

@@ -23,6 +23,8 @@ CHOOSE = "choose what counts as the structure with --label-classes, for example 
 SHOWN = 12  # values, names that a message lists
 _MOST_BYTES = 1 << 22
 _SNAP = re.compile(r'\s*(\d+)\s.*"(.*)"\s*$')
+# Index and name in words, the colours behind it left out.
+_WORDS = re.compile(r"\s*\d+\s+(\S.*?)(?:\s+\d+){0,4}\s*$")
 _LINE = re.compile(r"\s*(\d+)(?:\s+([^\s,]+)|\s*[,;]\s*\"?([^,;\"]+))")
 
 
@@ -50,8 +52,8 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
     Raises UsageError for a choice that is empty, holds several or has a name that no table knows; InputError for a
     table that cannot be read.
     """
-    text = re.sub(r"(?<![\w.])(\d+)\.0+(?![\w.])", r"\1", text)  # as pandas writes 3 in a column with empty cells
-    name, _, listed = text.partition("=") if "=" in text else ("", "", text)
+    text = re.sub(r"(?<![\w.])(\d+)\.0+(?![\w.])", r"\1", text).strip()  # as pandas writes 3 beside empty cells
+    name, listed = map(str.strip, text.split("=", 1)) if "=" in text else ("", text)
     if "=" in listed:
         raise UsageError(
             "--label-classes", f"{text!r} names several structures", "one choice for each; in a table's cell A=1|B=2"
@@ -62,7 +64,7 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
             "--label-classes", f"{text!r} names no class", "values such as 3,42, or names of a lookup table"
         )
     if all(word.isdigit() for word in words):
-        return Structure(name or text.strip(), frozenset(map(int, words)))
+        return Structure(name or text, frozenset(map(int, words)))
     path = _beside(label) if table is None else Path(table)
     if path is None:
         hint = (
@@ -74,7 +76,7 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
     names = read_names(path)
     words = _names_among(listed, names)
     values = [[int(word)] if word.isdigit() else _values(word, names, path) for word in words]
-    return Structure(name or text.strip(), frozenset().union(*values))
+    return Structure(name or text, frozenset().union(*values))
 
 
 def structures(
@@ -136,10 +138,20 @@ def read_names(path: str | os.PathLike) -> dict[str, list[int]]:
     else:
         for row in rows:
             if match := _SNAP.match(row) or _LINE.match(row):
-                names.setdefault((match[2] or match[3]).strip(), []).append(int(match[1]))
+                spelt = [(match[2] or match[3]).strip()]
+                if match.re is _LINE and match[2] and (words := _WORDS.match(row)):
+                    spelt.append(" ".join(words[1].split()))
+                for name in dict.fromkeys(spelt):
+                    names.setdefault(name, []).append(int(match[1]))
     if not names:
         raise InputError(path, "holds no names of label values", "lines of a value and a name, or a BIDS dseg.tsv")
     return names
+
+
+def way_out(values: Sequence[int]) -> str:
+    """What to do about a label that holds other values than 0 and 1: a value that is alone need not be chosen from."""
+    inside = [value for value in values if value]
+    return CHOOSE if len(inside) > 1 else f"--label-classes {inside[0]} takes that value for the structure"
 
 
 def refuse_many(values: Sequence[int], what: str | os.PathLike) -> None:
@@ -153,8 +165,8 @@ def refuse_many(values: Sequence[int], what: str | os.PathLike) -> None:
 def _names_among(listed: str, names: dict[str, list[int]]) -> list[str]:
     """The words of a choice: all of it, a part between commas, or a part between blanks, whichever is a name first."""
     known = {name.casefold() for name in names}
-    if listed.strip().casefold() in known:
-        return [listed.strip()]
+    if listed.casefold() in known:
+        return [listed]
     parts = [part.strip() for part in re.split(r"[,;+]", listed)]
     return [word for part in parts for word in ([part] if part.casefold() in known else part.split())]
 

@@ -31,6 +31,9 @@ PathLike = str | os.PathLike
 
 MAX_VOXELS = 2**31
 LABEL_INTENT = 1002  # NIFTI_INTENT_LABEL
+# No intensity is meant beyond it, and its square still is a 32-bit float: tools mark with the largest numbers of a type
+# what is not there.
+MOST = 1e18
 _INTEGER_TOLERANCE = 1e-3  # of a label value, for labels stored as scaled integers
 
 
@@ -254,19 +257,19 @@ class _VoxelTally:
     """What the voxels were like, in the unit of the array that is cleaned."""
 
     bad: int = 0
-    beyond: int = 0  # of the bad ones: finite in the file, or by its scaling, but not in the array's type
+    beyond: int = 0  # of the bad ones: finite in the file, but above ``MOST``, as they are or by its scaling
     low: float = np.inf
     high: float = -np.inf
 
     def clean(self, part: np.ndarray, chunk: np.ndarray) -> None:
-        """Set voxels that are not finite to 0, in place, and count. ``chunk`` is what they were in the file."""
+        """Set voxels that are no intensities to 0, in place, and count. ``chunk`` is what they were in the file."""
         if part.dtype.kind == "f":
-            finite = np.isfinite(part)
-            bad = part.size - int(np.count_nonzero(finite))
+            usable = np.abs(part) <= MOST
+            bad = part.size - int(np.count_nonzero(usable))
             if bad:
                 self.bad += bad
-                self.beyond += int(np.count_nonzero(np.isfinite(chunk[~finite])))
-                part[~finite] = 0
+                self.beyond += int(np.count_nonzero(np.isfinite(chunk[~usable])))
+                part[~usable] = 0
         self.low = min(self.low, float(part.min()))
         self.high = max(self.high, float(part.max()))
 
@@ -289,7 +292,7 @@ def _pieces(data: np.ndarray, file: NiftiFile, index: int) -> Iterator[tuple[np.
 
 
 def _volume(file: NiftiFile, index: int, data: np.ndarray, tally: _VoxelTally, slope: float, inter: float) -> Volume:
-    beyond = f"beyond the range of {8 * data.itemsize}-bit floats"
+    beyond = f"beyond {MOST:g}, which no intensity is"
     if tally.bad == data.size:
         what = beyond if tally.beyond else "NaN or infinite"
         raise InputError(file.path, f"every voxel is {what}", "export the image again")

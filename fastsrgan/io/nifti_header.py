@@ -61,7 +61,7 @@ _OTHER_FORMATS = (
     (0, b"\x28\xb5\x2f\xfd", "a zstd file"),
 )
 _WAYS = {  # out of a file under a wrong name, or of a format that is not read
-    "a DICOM file": "name its folder, or end its name in .dcm",
+    "a DICOM file": "infer and job-model read it as NAME.dcm or by its folder; else convert it with dcm2niix",
     "a NIfTI image": "end its name in .nii, or in .nii.gz if it is packed",
     "an NRRD file": "end its name in .nrrd",
     "a FreeSurfer MGH file": "end its name in .mgh, or in .mgz if it is packed",

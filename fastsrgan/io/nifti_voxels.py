@@ -161,7 +161,7 @@ def open_stream(path: Path) -> Iterator[PlainStream]:
     try:
         info = os.stat(path)
         if stat.S_ISDIR(info.st_mode):
-            raise InputError(path, "is a folder, not an image", "give one .nii or .nii.gz file")
+            raise InputError(path, "is a folder, not an image", "name an image file; dcm2niix makes one of DICOM")
         if not stat.S_ISREG(info.st_mode):
             raise InputError(path, "is not a regular file", "give one .nii or .nii.gz file")
         if info.st_size == 0:

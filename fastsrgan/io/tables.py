@@ -167,7 +167,7 @@ def _tell_of_list(path: Path, records: list[tuple[int, list[str]]], column: int,
     rows = records[titled:]
     empty = [str(line) for line, cells in rows if column >= len(cells) or not cells[column]]
     if empty:
-        log.warning("%s: %d lines name no image: %s", path, len(empty), _some(empty))
+        log.warning("%s: %s: %s", path, counted(len(empty), "line names no image", "lines name no image"), _some(empty))
     more = {k for _, cells in rows for k, cell in enumerate(cells) if k != column and _SUFFIX.search(cell)}
     if more:
         header = records[0][1] if titled else []
@@ -446,7 +446,7 @@ def _repetitions(rows: list[TableRow]) -> list[tuple[int, str]]:
 
 def _person(image: Path) -> tuple[str, str] | None:
     """(data set folder, ``sub-XX``) where the file name follows BIDS: all sessions of one person share it."""
-    match = re.match(r"(sub-[A-Za-z0-9]+)[_.]", image.name)
+    match = re.match(r"(sub-[A-Za-z0-9+]+)[_.]", image.name)
     if not match:
         return None
     folder = next((p.parent for p in image.parents if p.name == match.group(1)), image.parent)

@@ -234,7 +234,7 @@ MODELS = {
             voxel_mm=(0.7, 1.3),  # training: 1
             slice_ratio=(1.5, 6.5),  # training: 2 to 6
             # True cortex of a head: one component, and nine of at most 17. What `adult` segments beside its largest
-            # component, up to 3334, lies in skin, muscle and eyes but for one piece of 405 (decision 026).
+            # component, pieces of up to 3548, is no cortex but for one of 400 (decision 026).
             island_mm3=(4000, 4000),
             structure_ml=(230, 800),  # labels of 12 heads 311 to 610
             structure_share=(0.06, 0.45),  # labels of two whole heads 0.158 to 0.177, their brains alone 0.311 to 0.355

@@ -304,8 +304,6 @@ def _intensities(key: tuple[int | str, ...], classes: Tensor, values: list[int],
     means, sds = (_table(list(one), torch.float32, classes.device) for one in zip(*gaussians, strict=True))
     image = _look_up(sds, classes).mul_(_texture(key, tuple(classes.shape), look.grain, classes.device))
     image += _look_up(means, classes)
-    if not look.blur:
-        return image
     return apply_axes(image, [slice_profile_matrix(n, n, 1.0, look.blur * FWHM) for n in image.shape])
 
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 AROUND = np.ones((3, 3, 3), bool)  # voxels that share a corner belong together
+# What weights call an island is less of the largest component than this, or a small field of view would lose all.
+ISLAND_SHARE = 0.01
 
 
 def segment(
-    prob_XYZ: np.ndarray, voxel_mm3: float, threshold: float, largest_component: bool = False, min_mm3: float = 0.0
-) -> tuple[np.ndarray, dict[str, int]]:
+    prob_XYZ: np.ndarray,
+    voxel_mm3: float,
+    threshold: float,
+    largest_component: bool = False,
+    min_mm3: float = 0.0,
+    share: float | None = None,
+) -> tuple[np.ndarray, dict[str, float]]:
     """(X, Y, Z) probabilities -> uint8, 1 in the structure; and what the filters left out, empty without filters.
+
+    share : with it, no component of at least this part of the largest is left out for ``min_mm3``
 
     The components' numbers take 4 bytes a voxel, where a filter is on.
     """
@@ -22,12 +31,14 @@ def segment(
     numbered, count = ndimage.label(seg, structure=AROUND)
     sizes = np.bincount(numbered.reshape(-1), minlength=count + 1)
     sizes[0] = 0
-    kept = sizes * voxel_mm3 >= min_mm3
+    least = min_mm3 if share is None else min(min_mm3, share * float(sizes.max()) * voxel_mm3)
+    kept = sizes * voxel_mm3 >= least
     kept[0] = False
     if largest_component and kept.any():
         largest = int(np.argmax(np.where(kept, sizes, 0)))
         kept[:] = False
         kept[largest] = True
-    told = {"components": int(count), "components_kept": int(kept.sum())}
+    told: dict[str, float] = {"components": int(count), "components_kept": int(kept.sum())}
+    told |= {"min_size_mm3": round(least, 3)} if min_mm3 else {}
     told["voxels_left_out"] = int(sizes.sum() - sizes[kept].sum())
     return kept[numbered].astype(np.uint8), told

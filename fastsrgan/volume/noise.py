@@ -39,9 +39,8 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 def _by_kernel(out: Tensor, generator: np.random.Generator) -> Any:
     state = generator.bit_generator.state
-    # The kernel knows streams from their beginning on; what has drawn before goes on on the host.
-    begun = state["bit_generator"] != "Philox" or state["buffer_pos"] != 4 or state["has_uint32"]
-    if begun or state["state"]["counter"].any() or not out.is_contiguous():
+    # The kernel knows streams from their beginning on, where nothing is counted; another goes on on the host.
+    if state["bit_generator"] != "Philox" or state["state"]["counter"].any() or not out.is_contiguous():
         return NotImplemented
     keys = state["state"]["key"].view(np.int64).tolist()
     n = out.numel()

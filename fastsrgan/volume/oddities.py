@@ -6,9 +6,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastsrgan.volume.intensity import outliers
+from fastsrgan.volume.intensity import TIMES, outliers
 
 SHARE = 0.5  # of a segmentation that lies on exact zeros, from which on that is told
+
+
+def odd_intensities(data_XYZ: np.ndarray, compressed: bool) -> list[str]:
+    """``outshone`` and ``padded``."""
+    return [*outshone(data_XYZ, compressed), *padded(data_XYZ)]
+
+
+def padded(data_XYZ: np.ndarray) -> list[str]:
+    """A warning about voxels of one value below 0 that lies ``TIMES`` as far below all others as those span."""
+    low, top = float(data_XYZ.min()), float(data_XYZ.max())
+    if not low < min(0.0, top):
+        return []
+    rest = min(float(np.min(plane, where=plane > low, initial=top)) for plane in data_XYZ)
+    if not low < rest - TIMES * (top - rest):
+        return []
+    count = int(np.count_nonzero(data_XYZ == low))
+    told = f"{count} of {data_XYZ.size} voxels are {low:g}, far below all others ({rest:g} to {top:g})"
+    return [f"{told}: beside them the rest is one grey to the network; set them to {max(rest, 0.0):g}"]
 
 
 def outshone(data_XYZ: np.ndarray, compressed: bool) -> list[str]:

@@ -97,7 +97,7 @@ class Choices:
 
 _lock = threading.RLock()
 _current: Choices | None = None
-_tables: dict[tuple[str, str | None], dict[str, dict[str, Any]]] = {}  # of a machine and a file: layer -> times
+_tables: dict[tuple[str, Path | None], dict[str, dict[str, Any]]] = {}  # of a machine and a file: layer -> times
 
 
 def wanted_mode(setting: str = "auto", otherwise: str = "fixed") -> str:
@@ -258,11 +258,10 @@ def cache_file() -> Path | None:
 
 def table_of_machine() -> dict[str, dict[str, Any]]:
     """Layer -> {"seconds": {form: seconds}} of this machine, read from the file once."""
-    path = cache_file()
-    key = (machine(), None if path is None else str(path))
-    if key not in _tables:
-        _tables[key] = _read(path).get(key[0], {})
-    return _tables[key]
+    name, path = machine(), cache_file()
+    if (name, path) not in _tables:
+        _tables[name, path] = _read(path).get(name, {})
+    return _tables[name, path]
 
 
 def _read(path: Path | None) -> dict[str, dict[str, Any]]:
