@@ -412,7 +412,7 @@ def _summary(
         "kept": len(kept),
         "raw_bytes": raw,
         "stored_bytes": size,
-        "ratio": raw / size,
+        "ratio": raw / max(size, 1),
         "seconds": seconds,
         "volumes_per_s": len(done) / seconds if seconds else None,
         "mb_per_s": new / 1e6 / seconds if seconds else None,

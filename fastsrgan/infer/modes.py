@@ -482,7 +482,7 @@ def _agree(sr: np.ndarray, scan: np.ndarray, seen: Observation, w: float, floor:
 
 
 def _percent(left: float, whole: float) -> float:
-    return 100 * math.sqrt(left / whole)
+    return 100 * math.sqrt(left / whole) if whole else 0.0
 
 
 def _energy(array: np.ndarray) -> float:
