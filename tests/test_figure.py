@@ -409,7 +409,7 @@ def test_the_mark_of_a_slice_stands_just_inside_the_left_or_lower_edge(truth, th
         (words,) = [text for text in axes.texts if "slice" in text.get_text()]
         box = axes.transAxes.inverted().transform(words.get_window_extent(renderer))
         assert 0.04 < box[0, side] < 0.07 and box[1, side] < 1
-        assert box[:, 1 - side].mean() == pytest.approx(bar[:, 1 - side].mean(), abs=0.01)
+        assert box[:, 1 - side].mean() == pytest.approx(bar[:, 1 - side].mean(), abs=0.004)  # a pixel; found: 2e-16
 
 
 @pytest.mark.parametrize("title", ["", "A title"])

@@ -203,15 +203,14 @@ ROWS = (
 )
 
 
-def processor() -> tuple[str, set[str]]:
-    """Name of the processor, and the features that it announces; empty where the system does not say."""
+def features() -> set[str]:
+    """What the processor announces; empty where the system does not say."""
     try:
         text = CPUINFO.read_text(encoding="utf8", errors="replace")
     except OSError:
         text = ""
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    return name[1] if name else "unknown", set(flags[1].split()) if flags else set()
+    return set(flags[1].split()) if flags else set()
 
 
 @contextlib.contextmanager
@@ -233,7 +232,7 @@ def cores() -> int:
 
 def run(row: Row, tests: Sequence[str], jobs: int, more: Sequence[str] = ()) -> dict[str, Any]:
     """What a row came to: ``result`` ("passed", "failed", "not on this processor", "not run"), ``reason``, figures."""
-    _, flags = processor()
+    flags = features()
     missing = [flag for flag in row.flags if flag not in flags]
     if missing:
         return {"result": "not on this processor", "reason": f"no {', '.join(missing)}"}
@@ -327,14 +326,15 @@ def main() -> int:
     chosen = [row for row in ROWS if any(word.lower() in row.name.lower() for word in args.rows)]
     if not chosen:
         parser.error(f"no row holds {' or '.join(args.rows)}; see --list")
-    name, flags = processor()
+    flags, where = features(), measured_on()
+    name = where["machine"]["cpu"]
     if args.list:
         for row in chosen:
             missing = [flag for flag in row.flags if flag not in flags]
             print(f"{row.name:40s} {'not on this processor: no ' + ', '.join(missing) if missing else 'can be run'}")
         return 0
     print(f"{name}, {cores()} cores, {len(args.tests)} files of tests, {args.jobs} processes")
-    rows, commit = kept(args.json, name) if args.json else {}, measured_on()["commit"]
+    rows, commit = kept(args.json, name) if args.json else {}, where["commit"]
     failed = False
     for row in chosen:
         found = run(row, args.tests, args.jobs)
