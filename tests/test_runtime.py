@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastsrgan.core import draws, ranks, system
+from fastsrgan.core import draws, processor, ranks, system
 from fastsrgan.core import files as core_files
 from fastsrgan.errors import ResourceError, UsageError
 
@@ -220,13 +220,17 @@ def test_a_record_names_the_versions_of_all_that_computed_it():
     assert told["python"] == sys.version.split()[0] and told["commit"] == system.source_commit()
 
 
-def test_a_figure_says_its_commit_and_the_machine_that_measured_it(monkeypatch):
+def test_a_figure_says_its_commit_and_the_machine_that_measured_it(monkeypatch, tmp_path):
     monkeypatch.setattr(system, "source_commit", lambda: "0123456789ab-dirty")
-    monkeypatch.setattr(system, "_lines", lambda path: ["processor : 0", "model name\t: A Cpu 9", "model name : B"])
-    here = {"cpu": "A Cpu 9", "cores": os.cpu_count()}
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    told = "processor : 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: A Cpu 9\nstepping : 1\n\nmodel name : B\n"
+    processor.CPUINFO.write_text(told, encoding="utf8")
+    here = {"cpu": "A Cpu 9 25/17/1", "cores": os.cpu_count()}
     assert system.measured_on() == {"commit": "0123456789ab-dirty", "machine": here}
-    monkeypatch.setattr(system, "_lines", lambda path: [])
-    assert system.cpu_model() == (platform.processor() or platform.machine()) != ""
+    processor.CPUINFO.write_text("model name\t: Arm 1\nstepping :\n", encoding="utf8")
+    assert processor.processor() == "Arm 1"
+    processor.CPUINFO.unlink()
+    assert processor.processor() == (platform.processor() or platform.machine()) != ""
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import ctypes
 import logging
 import os
 import platform
-import re
 import resource
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from fastsrgan.core.processor import processor
 from fastsrgan.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -94,13 +94,7 @@ def provenance() -> dict[str, str | None]:
 def measured_on() -> dict[str, Any]:
     """Where a figure was measured: the source commit, with ``-dirty`` behind it where there were changes that it does
     not hold, and the machine's processor and cores."""
-    return {"commit": source_commit(), "machine": {"cpu": cpu_model(), "cores": os.cpu_count()}}
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    found = re.search(r"^model name\s*:\s*(.+)$", "\n".join(_lines("/proc/cpuinfo")), re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
+    return {"commit": source_commit(), "machine": {"cpu": processor(), "cores": os.cpu_count()}}
 
 
 def source_commit() -> str | None:

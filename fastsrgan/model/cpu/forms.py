@@ -22,7 +22,6 @@ import logging
 import math
 import os
 import platform
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsrgan.core.processor import processor
 from fastsrgan.errors import UsageError, counted
 
 log = logging.getLogger("fastsrgan")
@@ -227,21 +227,9 @@ def machine() -> str:
     isa = torch.backends.cpu.get_cpu_capability()
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     return ", ".join(
-        [_processor(), f"{isa}{f' (oneDNN up to {limit[:40]})' if limit else ''}",
+        [processor(), f"{isa}{f' (oneDNN up to {limit[:40]})' if limit else ''}",
          counted(torch.get_num_threads(), "thread"), f"torch {torch.__version__}"]
     )  # fmt: skip
-
-
-def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Its name, with family, model and stepping where the system tells them."""
-    try:
-        text = cpuinfo.read_text(encoding="utf8", errors="replace")
-    except OSError:
-        text = ""
-    fields = dict(re.findall(r"^([^\t:\n]+?)\s*:[ \t]*(.+)$", text.split("\n\n")[0], re.MULTILINE))
-    numbers = [fields[name] for name in ("cpu family", "model", "stepping") if name in fields]
-    name = fields.get("model name") or platform.processor() or platform.machine() or "processor"
-    return f"{name} {'/'.join(numbers)}".strip()
 
 
 def cache_file() -> Path | None:
