@@ -170,8 +170,13 @@ def test_a_signal_in_mid_epoch_leaves_a_snapshot_that_goes_on(store, whole, tmp_
     assert result["exit_code"] == 143 and result["updates"] == stop_at == len(rows(tmp_path / "run"))
     assert result["weights"] is None if stop_at == 1 else Path(result["weights"]).exists()
     monkeypatch.undo()
+    tell, shares = loop.tell, []
+    monkeypatch.setattr(loop, "tell", lambda run, *row: [tell(run, *row), shares.append((run.began_at, row[-1].done))])
     train(store, tmp_path / "run", EVERYTHING, resume=True)
     assert_the_same(tmp_path / "run", whole[0])
+    # The time that is left is told by what this call has done: its first update is as large a part as its second.
+    (began, first), (_, second), *_ = shares
+    assert first - began == pytest.approx(second - first, rel=1e-9)
 
 
 def die_at(event: int) -> None:

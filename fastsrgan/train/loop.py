@@ -64,7 +64,7 @@ def loop(run: Run, stop: StopRequest) -> None:
         return
     # The plan is read ahead of the position, so it is fixed before the position moves.
     turns = run.plan()
-    run.began_at = run.done(turns[0], 0.0) if turns else 1.0
+    run.began_at = run.done(turns[0], at.step / at.steps if at.steps else 0.0) if turns else 1.0
     if not turns and run.first:
         log.warning(
             "the run is past epoch %d, the last: nothing is left to do, a larger --epoch goes on", run.last_epoch
