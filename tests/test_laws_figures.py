@@ -20,7 +20,7 @@ from fastsrgan.infer import image
 from fastsrgan.model.purpose import MODELS, Purpose
 from fastsrgan.pictures import error_map as error_map_module
 from fastsrgan.pictures.figure import Column, planes
-from fastsrgan.pictures.planes import cuts
+from fastsrgan.pictures.planes import cuts, white
 from fastsrgan.report import cohort as cohort_page
 from fastsrgan.report import curves, page, sections, viewer, volumes
 from fastsrgan.report.collect import find
@@ -795,3 +795,22 @@ def test_a_few_voxels_of_any_brightness_do_not_move_where_a_doubt_is_judged():
     sr[3, 3, 3] += 1e5
     ref[3, 3, 3] += 1e5
     assert metrics.calibration(sr, ref, doubt) == metrics.calibration(sr, ref, doubt, head)
+
+
+def test_white_is_the_brightest_around_the_structure_and_not_the_fat_of_the_head():
+    """In pictures and on the page alike; without a segmentation, or with one of another grid, of the whole image."""
+    affine = np.diag([2.0, 2, 2, 1])
+    data = np.full((20, 22, 24), 100, np.float32)
+    data[:, :, 18:] = 900  # fat
+    seg = np.zeros(data.shape, np.uint8)
+    seg[4:10, 4:10, 4:10] = 1
+    data[5, 5, 4:8] = 300  # 4 of the 216 voxels around it
+    sr, mask, elsewhere = (Volume(a, m) for a, m in ((data, affine), (seg, affine), (seg, affine + 0.5 * np.eye(4))))
+    assert white(sr, mask) == white(sr, None, mask) == 300
+    assert white(sr, Volume(0 * seg, affine), mask) == 300
+    assert white(sr) == white(sr, elsewhere) == white(sr, Volume(0 * seg, affine)) == 900
+    empty = Volume(np.where(seg > 0, 0, data) * (np.indices(data.shape)[2] >= 12), affine)
+    assert white(empty, mask) == 900  # nothing above 0 there
+    drawn = planes([Column(sr, "x", outlines=True)], reference=sr, masks=(mask, None), width_px=200)
+    assert {a.images[0].get_clim() for a in drawn.axes} == {(0, 300)}
+    assert volumes.images_of(sr, {"seg": mask}).top == 300 and volumes.images_of(sr, {}).top == 900

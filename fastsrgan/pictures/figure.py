@@ -22,7 +22,6 @@ from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.pictures.planes import (
     ENDS,
     Cut,
-    brightness,
     change_in,
     cuts,
     detail,
@@ -30,6 +29,7 @@ from fastsrgan.pictures.planes import (
     largest_change,
     slice_edges,
     slices_of,
+    white,
 )
 from fastsrgan.volume.geometry import Volume
 
@@ -133,8 +133,7 @@ def planes(columns: Sequence[Column], **options: Any) -> Any:
 
     Parameters
     ----------
-    reference : decides the pixel size, the extent and the intensity window (0 to the 99.9th percentile of what is
-        above 0)
+    reference : decides the pixel size, the extent and, with the masks, the intensity window (0 to ``white``)
     masks : segmentation and label, outlined at 0.5 over the columns that ask for it
     changed : two images, SR and spline: the planes go through the place where they differ most inside the segmentation,
         the label, or the head, without the rim (``inside_of``), and the detail is where they do in one of the planes;
@@ -188,6 +187,7 @@ def _drawn(
     page = _Page([*rows, zoomed], widest, len(columns), more, convention == "radiological", width_px)
     page.texts(columns, title, footer, masks, structure)
     page.status(status)
+    top = white(reference, *masks)
     for i, column in enumerate(columns):
         for j, cut in enumerate(page.rows):
             axes = page.panel(i, j)
@@ -197,7 +197,7 @@ def _drawn(
                 image,
                 "gray",
                 vmin=0,
-                vmax=brightness(reference),
+                vmax=top,
                 extent=cut.extent,
                 origin="lower",
                 interpolation=smooth,

@@ -165,10 +165,7 @@ def _without_rim(reference: Volume, mm: float) -> np.ndarray:
     full = ndimage.binary_fill_holes(np.pad(full, 1))
     sizes = np.multiply(edge, reference.spacing)
     kept = ndimage.distance_transform_edt(full, sizes) > mm + 0.5 * sizes.mean()  # from centre to centre of blocks
-    kept = (kept if kept.any() else full)[1:-1, 1:-1, 1:-1]
-    for axis, n in enumerate(edge):
-        kept = np.repeat(kept, n, axis=axis)
-    return kept[tuple(slice(n) for n in reference.data.shape)]
+    return _repeated((kept if kept.any() else full)[1:-1, 1:-1, 1:-1], edge, reference.data.shape)
 
 
 def largest_change(first: Volume, second: Volume, inside: Volume) -> tuple[float, float, float] | None:
@@ -213,6 +210,13 @@ def _blocks(values: np.ndarray, edge: tuple[int, int, int]) -> np.ndarray:
     return summed
 
 
+def _repeated(blocks: np.ndarray, edge: tuple[int, int, int], shape: Sequence[int]) -> np.ndarray:
+    """Each block's value in all of its voxels: (X, Y, Z) of ``shape``, the inverse of ``_blocks``' cut."""
+    for axis, n in enumerate(edge):
+        blocks = np.repeat(blocks, n, axis=axis)
+    return blocks[tuple(slice(n) for n in shape)]
+
+
 def detail(
     cut: Cut,
     width_mm: float,
@@ -245,12 +249,31 @@ def _box_sums(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return total[rows:, columns:] - total[:-rows, columns:] - total[rows:, :-columns] + total[:-rows, :-columns]
 
 
+def white(reference: Volume, *masks: Volume | None) -> float:
+    """The grey level that is drawn white: the 99.9th percentile of what is above 0, in the blocks of about ``BLOCK_MM``
+    that touch the first mask which is not empty (cut at 0.5) and on ``reference``'s grid; without such a mask, of all.
+
+    Fat around a brain may be twice as bright as all that a person looks for in it. Raises InputError when nothing is
+    above 0.
+    """
+    for mask in masks:
+        if mask is not None and same_grid(mask, reference) and (mask.data > 0.5).any():
+            edge = _block(reference)
+            near = _repeated(_blocks(mask.data > 0.5, edge) > 0, edge, reference.data.shape)
+            if (reference.data[near] > 0).any():
+                return _bright(reference.data[near])
+    return brightness(reference)
+
+
 def brightness(reference: Volume) -> float:
-    """The 99.9th percentile of what is above 0: white in a picture. Raises InputError when nothing is."""
-    positive = reference.data[reference.data > 0]
-    if positive.size == 0:
+    """The 99.9th percentile of what is above 0. Raises InputError when nothing is."""
+    if not (reference.data > 0).any():
         raise InputError("picture", "the reference image holds nothing above 0", "is it the right image?")
-    return float(np.percentile(positive, 99.9))
+    return _bright(reference.data)
+
+
+def _bright(values: np.ndarray) -> float:
+    return float(np.percentile(values[values > 0], 99.9))
 
 
 FOLDER = "panels"

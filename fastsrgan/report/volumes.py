@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from fastsrgan.errors import ResourceError
 from fastsrgan.evaluate.grids import onto_grid
-from fastsrgan.pictures.planes import OBJECT, brightness, png
+from fastsrgan.pictures.planes import OBJECT, brightness, png, white
 from fastsrgan.volume.geometry import Volume, processing_orientation, spacing_of
 from fastsrgan.volume.placement import same_grid
 
@@ -115,8 +115,8 @@ def images_of(sr: Volume, others: Mapping[str, Volume]) -> Images:
     Raises InputError when an image does not overlap ``sr`` or that holds nothing above 0.
     """
     upright = _upright(sr)
-    top = brightness(sr)
-    box = _box(upright.data, top)
+    top = white(sr, others.get("seg"))
+    box = _box(upright.data, brightness(sr))
     shift = np.eye(4)
     shift[:3, 3] = [s.start for s in box]
     cut = Volume(upright.data[box], upright.affine @ shift)
