@@ -12,8 +12,8 @@ fastsrgan    `infer_volume` with the tiles that the command takes on a CPU
 
 "sharpness" is the root mean square of differences across the slices inside the head, over the truth's.
 "dice_interpolated" is that of the true label drawn on the slices and interpolated; "parts" are the components beside
-the largest, before small ones are left out. Writes a JSON list for
-tools/publish_weights.py.
+the largest, before small ones are left out; "dice_at" is Dice where other probabilities than 0.5 decide. Writes a
+JSON list for tools/publish_weights.py.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from fastsrgan.volume.resample import apply_axes, slice_profile_matrix, spline_m
 
 ACQUISITIONS = [(r, p, n) for r in (3, 6) for p, n in (("gaussian", 0.0), ("box", 0.0), ("gaussian", 0.03))]
 MARGIN = 6  # voxels of air kept around the head
+DECIDING = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # probabilities
 TILES = {"patch": 128, "step": 64}
 
 
@@ -81,7 +82,8 @@ def score(name: str, case: dict, folder: Path, generator, island: float, options
         affine, fine = np.diag([*low_mm, 1.0]), [float(s) for s in mm]
         result = fastsrgan.infer_volume(scan, affine, generator, new_resolution=fine, device="cpu", **TILES, **options)
         voxel = float(np.prod(mm))
-        seg = segment(result.prob[0], voxel, 0.5, min_mm3=island, share=ISLAND_SHARE)[0] > 0
+        segs = {p: segment(result.prob[0], voxel, p, min_mm3=island, share=ISLAND_SHARE)[0] > 0 for p in DECIDING}
+        seg = segs[0.5]
         base = metrics.psnr(spline, truth, mask=head)
         drawn_label = apply_axes(apply_axes(label.astype(np.float32), [None, None, down]), [None, None, up]) > 0.5
         row = {"case": name, "ratio": ratio, "profile": profile, "noise": noise, "spline_db": base}
@@ -91,6 +93,7 @@ def score(name: str, case: dict, folder: Path, generator, island: float, options
         row |= {"dice": metrics.dice(seg, label), "dice_interpolated": metrics.dice(drawn_label, label)}
         row |= {"spline_sharpness": sharpness(spline, truth, head), "sharpness": sharpness(result.sr, truth, head)}
         row["components"] = int(ndimage.label(seg, np.ones((3, 3, 3)))[1])
+        row["dice_at"] = {str(p): round(metrics.dice(s, label), 4) for p, s in segs.items()}
         row["parts"] = parts(result.prob[0] > 0.5, label, voxel)
         rows.append({k: round(float(v), 4) if isinstance(v, (float, np.floating)) else v for k, v in row.items()})
         print(json.dumps(rows[-1]), flush=True)
