@@ -32,7 +32,9 @@ the same work but for those marked †. They take turns in one process, but for 
 after the other, each in a process of its own, and the rows of several ranks: all rounds on one rank, then all on
 several. Times are medians of n rounds (end to end: epochs), with the smallest and largest in brackets; what was
 measured once has no range. A commit with -dirty: the files of that commit with changes that were not committed when it
-was measured, so the commit alone does not give the code that was measured.
+was measured, so the commit alone does not give the code that was measured. Behind a processor's name stand its family,
+model and stepping (AMD's 25/17 is a Zen 4), which older files do not have; AVX2 or AVX-512 is what torch made use of: a
+virtual machine may not offer all that its processor has.
 """
 QUICK = "**Measured with --quick: whether the sides work, no comparison.**\n"
 # Names that the code had when a result was measured, and has now.
@@ -68,7 +70,8 @@ def section(path: Path, report: dict[str, Any]) -> list[str]:
     lines = [f"\n## {report['bench']}, {path.parent.name}\n", f"`{' '.join(report['command'])}`\n"]
     made = f"torch {m['torch']}, commit {report['commit']}"
     load = f"load average {m['load_average'][0]:.1f}, " if m.get("load_average") else ""
-    lines.append(f"{m['cpu']}, {m['threads']} threads, {load}device {report['device']}, {made}\n")
+    simd = f"{m['simd']}, " if m.get("simd") else ""
+    lines.append(f"{m['cpu']}, {simd}{m['threads']} threads, {load}device {report['device']}, {made}\n")
     quick = is_quick(report)
     lines += [QUICK] if quick else []
     lines += [f"{NAIVE}.\n"] if any(peer.startswith("naive") for row in report["rows"] for peer in row["peers"]) else []
