@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +64,6 @@ def main() -> None:
     p.add_argument("model", choices=CARDS)
     p.add_argument("run", type=Path)
     p.add_argument("--mean-with", type=Path, metavar="RUN", help="ship the mean of both runs' weights")
-    p.add_argument(
-        "--threshold",
-        type=float,
-        default=0.5,
-        metavar="P",
-        help="the probability that becomes 0.5, of one structure (0.5)",
-    )
     p.add_argument("--scores", type=Path, required=True, help="JSON of tools/score_thick_slices.py")
     p.add_argument("--updates", type=int, required=True, help="of all stages")
     p.add_argument("--seed", type=int, default=0, help="of the training (0)")
@@ -88,9 +80,6 @@ def main() -> None:
         with torch.no_grad():
             for name, parameter in generator.named_parameters():
                 parameter.copy_((parameter + other[name]) / 2)
-    if args.threshold != 0.5:
-        with torch.no_grad():  # channel 1 is a sigmoid of this sum
-            generator.head.bias[1] += math.log((1 - args.threshold) / args.threshold)
     weights.save_generator(target, generator, card={**card, MADE_FOR: made_for.to_dict()})
     facts = weights.info(target)
     known = {"name": target.name, "parameters": facts["parameters"], "sha256": facts["sha256"]}
