@@ -294,8 +294,9 @@ def error_line(text: str) -> None:
 def say(text: str) -> None:
     """A line of a result on standard output: on a terminal broken between words and without control letters, elsewhere
     names are as they are."""
-    width = shutil.get_terminal_size().columns
-    sys.stdout.write(f"{broken(plain(text), width) if sys.stdout.isatty() else text}\n")
+    shown = plain(text) if sys.stdout.isatty() else text
+    lines = broken(shown, shutil.get_terminal_size().columns) if sys.stdout.isatty() else shown
+    sys.stdout.write(f"{lines}\n")
 
 
 def table(rows: list[dict[str, Any]], columns: list[str] | None = None, keys: int = 1) -> str:
