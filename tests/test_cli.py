@@ -210,10 +210,36 @@ def test_a_table_wider_than_the_terminal_comes_in_blocks_of_columns(monkeypatch)
     assert all([line[0] for line in block] == ["subject", "-------", "s0", "s1", "s2"] for block in found)
     joined = [[found[0][i][0], *(cell for block in found for cell in block[i][1:])] for i in range(5)]
     assert joined == [re.split(" {2,}", line) for line in whole.splitlines()]
+    # Figures need both names in every block: `whole` stands in six rows.
+    for block in (block.splitlines() for block in console.table(rows, keys=2).split("\n\n")):
+        assert [re.split(" {2,}", line)[:2] for line in block[2:]] == [["s0", "0"], ["s1", "10"], ["s2", "20"]]
     monkeypatch.setenv("COLUMNS", "120")
     assert console.table(rows) == whole
     monkeypatch.setenv("COLUMNS", "8")  # narrower than one column: still one figure a block
     assert len(console.table(rows).split("\n\n")) == 9
+
+
+def test_results_and_errors_are_broken_between_words_on_a_terminal_alone(monkeypatch, capsys):
+    """Paths were cut at the eightieth column."""
+    path = "out/sub-01_acq-axial_T2w_sr.nii.gz"
+    text = f"done    scan.nii.gz  green  {path}  {path}  {path}"
+    monkeypatch.setenv("COLUMNS", "80")
+    console.say(text)
+    console.error_line(text)
+    piped = capsys.readouterr()
+    assert piped.out == f"{text}\n" and piped.err == f"error: {' '.join(text.split())}\n"
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    console.say(text)
+    console.error_line(text)
+    for shown in capsys.readouterr():
+        lines = shown.splitlines()
+        assert (
+            len(lines) > 1
+            and all(len(line) <= 80 for line in lines)
+            and shown.count(path) == 3
+            and lines[1].startswith("  ")
+        )
 
 
 def test_debug_shows_the_traceback(folder, capsys):

@@ -31,8 +31,13 @@ def test_panels_are_written_found_in_order_and_cut(tmp_path):
     (tmp_path / "panels" / "notes.png").touch()
     found = find_panels(tmp_path)
     assert [epoch for epoch, _ in found] == [2, 9, 10000] and len(list((tmp_path / "panels").iterdir())) == 4
+    with Image.open(found[0][1]) as image:  # of four columns each pixel is 200 wide: large enough to look at
+        assert image.size == (800, 600)
+        shown = np.rint(np.clip(np.nan_to_num(sheet), 0, 1) * 255)
+        assert np.array_equal(np.asarray(image), np.kron(shown, np.ones((200, 200))))
+    write_panel(tmp_path, 2, np.zeros((3, 900)))
     with Image.open(found[0][1]) as image:
-        assert np.array_equal(np.asarray(image), np.rint(np.clip(np.nan_to_num(sheet), 0, 1) * 255))
+        assert image.size == (900, 3)
     cut_panels(tmp_path, 9)
     assert [epoch for epoch, _ in find_panels(tmp_path)] == [2]
     assert find_panels(tmp_path / "nothing") == []

@@ -103,8 +103,20 @@ def test_fluid_is_told_from_the_tail_of_intensities(grown):
     assert measure(grown.data * 7 + 3, grown.spacing).fluid == pytest.approx(dark, abs=1e-6)  # found: 0 (rounding)
 
 
+def test_thick_slices_lie_in_a_plane_of_the_body_however_they_are_stored():
+    """Sagittal slices of a brain had half of its cortex under a green light: the weights knew axial ones alone."""
+    data, turned = np.ones((6, 6, 6)), np.eye(4)[[2, 0, 1, 3]]  # stored A, S, R
+    for spacing, plane, other in (((1, 1, 3), "axial", "sagittal"), ((3, 1, 1), "sagittal", "coronal")):
+        assert measure(data, spacing, None, rigid(spacing)).slices == plane
+        assert measure(data, spacing, None, turned @ np.diag([*spacing, 1.0])).slices == other
+    for spacing in ((1, 1, 1), (1, 3, 3), (1, 1, 1.005)):  # no one direction
+        assert measure(data, spacing, None, rigid(spacing)).slices == ""
+    assert measure(data, (1, 1, 3)).slices == ""  # nothing says how it lies
+
+
 def test_a_look_survives_its_record():
-    look = measure(head().data, (4.0, 4.0, 4.0))
+    look = measure(head().data, (4.0, 4.0, 8.0), None, np.diag([4.0, 4.0, 8.0, 1.0]))
+    assert look.slices == "axial"
     assert Look.of(json.loads(json.dumps(look.to_dict()))) == look
     assert (
         Look.of(None) is None and Look.of({"head_mm": 3}) is None and Look.of(look.to_dict() | {"fluid": "a"}) is None
@@ -192,6 +204,9 @@ def test_a_newborn_given_to_adult_and_the_reverse_are_red():
         ({"voxel_mm": 0.2}, RED, "voxels of 0.2 mm"),
         ({"slice_ratio": 9.0}, YELLOW, "slices 9 times the voxel size"),
         ({"slice_ratio": 30.0}, RED, "slices 30 times"),
+        ({"slices": "sagittal"}, YELLOW, "sagittal slices, made for axial ones"),
+        ({"slices": "axial"}, GREEN, ""),
+        ({"slices": ""}, GREEN, ""),
         ({"head_ml": 900.0}, YELLOW, "66.7 % of the head, expected 6 to 45 %"),
     ),
 )
@@ -431,6 +446,8 @@ def test_the_head_chooses_the_weights_and_the_record_says_so(tmp_path, small, ca
         assert header.get_intent()[0] == "label" and header.get_intent()[2] == MODELS[model].structure[:15]
         assert MODELS[model].structure in bytes(header["descrip"]).decode()
     assert "a.nii.gz: weights: perinatal (head" in caplog.text and "--weights chooses otherwise" in caplog.text
+    for model in MODELS:  # what it is for, once
+        assert caplog.text.count(f"weights: {model} ({MODELS[model].purpose.line()})") == 1
     # A resumed call compares what it would choose, by what was seen then.
     seen = []
     look_at = infer_image.look_at
@@ -463,7 +480,7 @@ def test_the_head_inside_a_mask_is_the_one_that_chooses(tmp_path, small):
     infer_files([path], tmp_path / "out", mask=tmp_path / "mask.nii.gz", **FAST)
     record = record_of(tmp_path / "out")
     assert record["weights"]["name"] == "perinatal"
-    assert record["plausibility"]["scan"] == measure(image.data, image.spacing, mask).to_dict()
+    assert record["plausibility"]["scan"] == measure(image.data, image.spacing, mask, image.affine).to_dict()
 
 
 def test_auto_is_averaged_with_nothing_and_a_file_of_that_name_comes_first(tmp_path, small, monkeypatch):
@@ -562,7 +579,8 @@ def test_the_table_and_the_card_say_what_the_model_says(name):
     (row,) = [line for line in (root / "README.md").read_text("utf8").splitlines() if line.startswith(f"| `{name}`")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     wanted = [purpose.structure, purpose.contrast, purpose.ages, purpose.view]
-    assert cells[1:-1] == [*wanted, span(purpose.head_mm), span(purpose.slice_ratio)]
+    slices = f"{' or '.join(purpose.slices)}, {span(purpose.slice_ratio)}"
+    assert cells[1:-1] == [*wanted, span(purpose.head_mm), slices]
     page = {"adult": "README.md"}.get(name, f"{name}.md")
     figures = ", ".join(f"{c} {low:.2f} to {high:.2f}" for c, (low, high) in purpose.dice)
     assert cells[-1] == f"{figures} ([card](fastsrgan/models/{page}))"

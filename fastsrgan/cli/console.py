@@ -238,14 +238,8 @@ class _Handler(logging.Handler):
         word = {"INFO": "note", "WARNING": "warning"}.get(record.levelname, record.levelname.lower())
         text = "\n".join(map(plain, record.getMessage().rstrip().splitlines()))  # warnings of libraries have several
         text = f"{word}: {text}"
-        if self.console.is_terminal:  # broken between words; in pipes a line stays a line
-            lines = text.splitlines()
-            text = "\n".join(
-                textwrap.fill(
-                    line, self.console.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-                )
-                for line in lines
-            )
+        if self.console.is_terminal:
+            text = "\n".join(broken(line, self.console.width) for line in text.splitlines())
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -284,29 +278,42 @@ def plain(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def broken(text: str, width: int) -> str:
+    """A line for a terminal, broken between words, so that no path is cut that would fit; in pipes lines stay lines."""
+    return textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
 def error_line(text: str) -> None:
     """The one line that ends a failed command."""
-    sys.stderr.write(f"error: {plain(' '.join(text.split()))}\n")
+    line = f"error: {plain(' '.join(text.split()))}"
+    width = shutil.get_terminal_size().columns
+    sys.stderr.write(f"{broken(line, width) if sys.stderr.isatty() else line}\n")
     sys.stderr.flush()
 
 
 def say(text: str) -> None:
-    """A line of a result on standard output: on a terminal without control letters, elsewhere names are as they are."""
-    sys.stdout.write(f"{plain(text) if sys.stdout.isatty() else text}\n")
+    """A line of a result on standard output: on a terminal broken between words and without control letters, elsewhere
+    names are as they are."""
+    shown = plain(text) if sys.stdout.isatty() else text
+    lines = broken(shown, shutil.get_terminal_size().columns) if sys.stdout.isatty() else shown
+    sys.stdout.write(f"{lines}\n")
 
 
-def table(rows: list[dict[str, Any]], columns: list[str] | None = None) -> str:
-    """Rows as aligned plain text; what is wider than a terminal in blocks of columns, each with the first column."""
+def table(rows: list[dict[str, Any]], columns: list[str] | None = None, keys: int = 1) -> str:
+    """Rows as aligned plain text; what is wider than a terminal in blocks of columns, each with the first ``keys``,
+    which say what a row is."""
     columns = columns or list(rows[0])
     cells = [[_cell(r.get(c)) for c in columns] for r in rows]
     widths = [max(len(c), *(len(row[i]) for row in cells)) for i, c in enumerate(columns)]
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
-    blocks, used = [[0]], widths[0]
-    for i, width in list(enumerate(widths))[1:]:
+    first = list(range(keys))
+    taken = sum(widths[:keys]) + (keys - 1) * len(GAP)
+    blocks, used = [[*first]], taken
+    for i, width in list(enumerate(widths))[keys:]:
         used += len(GAP) + width
-        if used > room and len(blocks[-1]) > 1:
-            blocks.append([0])
-            used = widths[0] + len(GAP) + width
+        if used > room and len(blocks[-1]) > keys:
+            blocks.append([*first])
+            used = taken + len(GAP) + width
         blocks[-1].append(i)
     lines = [columns, ["-" * w for w in widths], *cells]
     return "\n\n".join(

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from fastsrgan.cli.console import Need, add_label_options, print_json, table
+from fastsrgan.cli.console import Need, add_label_options, print_json, say, table
 from fastsrgan.core.files import output_folder, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
@@ -82,18 +82,19 @@ def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
     if args.json == "-":
         print_json(result)
     elif "comparison" in result:
-        print(table(beside(result)), table(comparison(result)), f"p: {result['test']}", sep="\n\n")
+        print(table(beside(result)), table(comparison(result), keys=2), f"p: {result['test']}", sep="\n\n")
         for note in result["notes"]:
-            print(f"note: {note}")
+            say(f"note: {note}")
     elif "rows" in result:
-        print(table(subjects(result)), table(cohort_figures(result)), sep="\n\n")
+        print(table(subjects(result)), table(cohort_figures(result), keys=2), sep="\n\n")
     else:
-        print(table(figures(result)))
+        print(table(figures(result), keys=2))
         if "doubt" in result:
             rows = enumerate(result["doubt"]["deciles"], 1)
             print("", table([{"decile": n} | {k: plain(v) for k, v in row.items()} for n, row in rows]), sep="\n")
     if args.json != "-" and (line := about_baseline(result)):
-        print(f"\n{line}")
+        print()
+        say(line)
     if result.get("failed"):
         names = ", ".join(
             f"{f['subject']} ({f['error']})" if f["error"].startswith("only in ") else f["subject"]

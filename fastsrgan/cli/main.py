@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import logging
 import math
 import os
 import re
@@ -25,7 +26,6 @@ from fastsrgan.cli.console import (
     add_label_options,
     error_line,
     open_console,
-    plain,
     print_json,
     refuse_idle,
     say,
@@ -201,10 +201,10 @@ def _convert(args: argparse.Namespace, progress: Progress) -> int:
         return 0
     size = f"{counted(result['subjects'], 'subject')}, {result['stored_bytes'] / 1e6:.1f} MB"
     done = f"{result['converted']} converted, {result['kept']} kept, {result['seconds']:.1f} s"
-    print(f"{result['store']}: {size}, {result['ratio']:.1f} x smaller than in memory; {done}")
+    say(f"{result['store']}: {size}, {result['ratio']:.1f} x smaller than in memory; {done}")
     for subject, warnings in result["warnings"].items():
         for text in warnings:
-            print(plain(f"warning: {subject}: {text}"), file=sys.stderr)
+            logging.getLogger("fastsrgan").warning("%s: %s", subject, text)
     return 0
 
 
@@ -273,7 +273,7 @@ def _info(args: argparse.Namespace, progress: Progress) -> int:
     splits = ", ".join(f"{sum(s.split == name for s in store.subjects)} {name}" for name in ("Train", "Test"))
     ratio = f", {raw / size:.2f} x smaller than in memory" if size else ""
     state = "" if store.complete else "; the conversion has not ended: `fastsrgan convert --resume` goes on"
-    print(f"{args.store}: {counted(len(rows), 'subject')} ({splits}), {size / 1e6:.2f} MB{ratio}{state}")
+    say(f"{args.store}: {counted(len(rows), 'subject')} ({splits}), {size / 1e6:.2f} MB{ratio}{state}")
     return 0
 
 

@@ -6,7 +6,15 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from fastsrgan.cli.console import Need, add_checkpoint_option, add_label_options, chosen_weights, print_json, table
+from fastsrgan.cli.console import (
+    Need,
+    add_checkpoint_option,
+    add_label_options,
+    chosen_weights,
+    print_json,
+    say,
+    table,
+)
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
@@ -145,11 +153,13 @@ def _study(args: argparse.Namespace, progress: Progress) -> int:
         curves = args.kind == "curves"
         print(_aligned(decisive_rows(facts) if curves else shown_rows(facts)))
         for line in best_lines(facts) if curves else ():
-            print(line)
+            say(line)
         for fit in facts.get("fit", []):
-            print(f"fit: {fit_text(fit)}")
+            say(f"fit: {fit_text(fit)}")
         if quoted := paper_rows(facts):
-            print(f"\n{facts['paper']['source']}:\n{_aligned(quoted)}")
+            print()
+            say(f"{facts['paper']['source']}:")
+            print(_aligned(quoted))
         print("\n" + "\n".join(f"{name}: {path}" for name, path in facts["files"].items()))
     if facts.get("failed"):
         raise PartialFailure(out, f"{counted(len(facts['failed']), 'head')} could not be used", "see the warnings")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsrgan import config as settings
-from fastsrgan.cli.console import Need, add_checkpoint_option, add_label_options, boolean, chosen_weights
+from fastsrgan.cli.console import Need, add_checkpoint_option, add_label_options, boolean, chosen_weights, say
 from fastsrgan.core.files import output_folder
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
@@ -302,7 +302,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
             lines.append(f"best weights: {result['best_weights']}")
         done = result["updates"] - (result["resumed_at"] or 0)
         some = "" if result["resumed_at"] is None else f"{done} of "
-        print("\n".join([f"{some}{counted(result['updates'], 'update')} in {result['seconds']:.0f} s", *lines]))
+        for line in [f"{some}{counted(result['updates'], 'update')} in {result['seconds']:.0f} s", *lines]:
+            say(line)
         if result["stopped"]:
             print(f"stopped by signal {result['stopped']}; continue with --resume")
     return int(result["exit_code"])

@@ -16,9 +16,9 @@ from fastsrgan.core.files import mapping
 from fastsrgan.data.subject import PatchRule, patch_origins, positive_box
 from fastsrgan.errors import InputError, UsageError, counted
 from fastsrgan.observation.model import Degradation
-from fastsrgan.observation.slice_axis import PLANES, Axes, describe, on_stored_axes
+from fastsrgan.observation.slice_axis import Axes, describe, on_stored_axes
 from fastsrgan.store.reader import Store, Subject
-from fastsrgan.volume.geometry import WORLD_AXES, Orientation, processing_orientation
+from fastsrgan.volume.geometry import PLANES, WORLD_AXES, Orientation, processing_orientation
 from fastsrgan.volume.resample import SAME
 
 LABELS = "--label"  # what warnings about the choice of all label maps begin with

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.model.purpose import CONTRASTS, MODELS, NOT_SAID, ContrastLook, Purpose, Range, ShippedModel, span
+from fastsrgan.volume.geometry import plane_across
 from fastsrgan.volume.head import tissue_box, tissue_level
 
 GREEN, YELLOW, RED = "green", "yellow", "red"
@@ -49,6 +50,7 @@ CHECKED = {
     "contrasts": "contrast",
     "voxel_mm": "voxel size",
     "slice_ratio": "slice ratio",
+    "slices": "direction of the slices",
     "structure_ml": "volume of the structure",
     "structure_share": "its share of the head",
 }
@@ -65,6 +67,8 @@ class Look:
     fluid : (q98 + q2 - 2 q50) / (q98 - q2) of intensities in the head's core: above 0 where the tail is bright
     voxel_mm, slice_ratio : finest size, coarsest over finest
     lowest : intensity
+    slices : the plane of thick slices (axial, coronal, sagittal); empty where voxels are isotropic or nothing says how
+        the array lies
     """
 
     head_mm: float
@@ -74,13 +78,14 @@ class Look:
     voxel_mm: float
     slice_ratio: float
     lowest: float
+    slices: str = ""
 
     @property
     def is_head(self) -> bool:
         """Whether there is tissue with air around it."""
         return self.head_mm > 0 and self.filled <= MOST_FILLED
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         """For the record."""
         return asdict(self)
 
@@ -88,14 +93,22 @@ class Look:
     def of(cls, record: object) -> Look | None:
         """From a record; None where it holds none."""
         known = record if isinstance(record, Mapping) else {}
-        values = {f.name: known.get(f.name) for f in fields(cls)}
+        values: dict[str, Any] = {f.name: known.get(f.name) for f in fields(cls)}
+        slices = values.pop("slices")
         if not all(isinstance(v, (int, float)) for v in values.values()):
             return None
-        return cls(**values | {"filled": int(values["filled"])})  # type: ignore[arg-type]
+        values |= {"filled": int(values["filled"]), "slices": slices if isinstance(slices, str) else ""}
+        return cls(**values)
 
 
-def measure(data_XYZ: np.ndarray, spacing_mm: Sequence[float], mask_XYZ: np.ndarray | None = None) -> Look:
-    """What a scan is like, inside a mask where there is one. ``data_XYZ`` is finite, axes as stored."""
+def measure(
+    data_XYZ: np.ndarray,
+    spacing_mm: Sequence[float],
+    mask_XYZ: np.ndarray | None = None,
+    affine_44: np.ndarray | None = None,
+) -> Look:
+    """What a scan is like, inside a mask where there is one. ``data_XYZ`` is finite, axes as stored; without
+    ``affine_44`` it is not said which way the slices lie."""
     every = max(1, math.ceil((data_XYZ.size / SAMPLE) ** (1 / 3)))
     thin = tuple(slice(None, None, min(every, max(1, n // 32))) for n in data_XYZ.shape)
     some = np.asarray(data_XYZ[thin], np.float32)
@@ -118,6 +131,7 @@ def measure(data_XYZ: np.ndarray, spacing_mm: Sequence[float], mask_XYZ: np.ndar
         voxel_mm=_digits(finest),
         slice_ratio=_digits(max(spacing_mm) / finest),
         lowest=_digits(float(some.min())),
+        slices="" if affine_44 is None else plane_across(affine_44, spacing_mm),
     )
 
 
@@ -294,6 +308,9 @@ def _of_image(look: Look, purpose: Purpose, masked: bool) -> list[Finding]:
         found.append(
             (light, f"slices {look.slice_ratio:.3g} times the voxel size, made for {span(purpose.slice_ratio)}")
         )
+    if purpose.slices and look.slices and look.slices not in purpose.slices:
+        known = " or ".join(purpose.slices)
+        found.append((YELLOW, f"{look.slices} slices, made for {known} ones: the segmentation can miss much"))
     return found
 
 

@@ -71,6 +71,7 @@ class ModelChoice:
             raise UsageError("weights", "auto chooses one model, it is averaged with none", "name the models")
         self.by_name = {name: load_weights([weight_files.shipped(name)]) for name in MODELS} if chosen else {}
         self.named = None if chosen else load_weights(sources)
+        self._introduced: set[str] = set()
         if self.named and all(str(source) in MODELS for source in sources):
             log.info("weights: %s (%s)", ", ".join(map(str, sources)), self.named.purpose.line())
         elif self.named and self.named.purpose == Purpose():
@@ -94,6 +95,12 @@ class ModelChoice:
             return self.named, "", ""
         name, why = choose(look)
         return self.by_name[name], name, why
+
+    def introduce(self, name: str) -> None:
+        """Say once what a model that was chosen segments and was made for."""
+        if name not in self._introduced:
+            self._introduced.add(name)
+            log.info("weights: %s (%s)", name, self.by_name[name].purpose.line())
 
     def made(self, record: Mapping[str, Any], look: Callable[[], Look]) -> bool:
         """Whether a result was made with what its image would get now; ``look`` looks at the image, where the record
@@ -223,10 +230,11 @@ def load(image: Image, job: ImageJob) -> Loaded | None:
             log.warning("%s: %s", asked.mask_file, warning)
         told = (*volume.warnings, *(f"mask: {warning}" for warning in inside.warnings))
         volume, mask = replace(volume, warnings=told), inside.data
-    look = measure(volume.data, volume.spacing, mask)
+    look = measure(volume.data, volume.spacing, mask, volume.affine)
     model, name, why = job.models.of(look)
     if name:
         log.info("%s: weights: %s (%s; --weights chooses otherwise)", image.path.name, name, why)
+        job.models.introduce(name)
     digest = any_image.sha256(image.path, image.series)
     return Loaded(image, volume, mask, digest, look, model, (name, why), time.perf_counter() - began)
 
@@ -251,7 +259,7 @@ def look_at(image: Image, asked: InferSettings) -> Look:
     inside = None
     if asked.mask_file is not None:
         inside = any_image.load_mask(asked.mask_file, volume, max_voxels=asked.max_voxels).data
-    return measure(volume.data, volume.spacing, inside)
+    return measure(volume.data, volume.spacing, inside, volume.affine)
 
 
 def _check_places(image: Image, job: ImageJob) -> None:

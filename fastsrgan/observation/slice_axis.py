@@ -19,7 +19,6 @@ from fastsrgan.volume.geometry import WORLD_AXES, processing_orientation
 AUTO = "auto"
 CHOICES = (AUTO, "S", "A", "R")
 Axes = tuple[int, int, int]
-PLANES = {"S": "axial", "A": "coronal", "R": "sagittal"}
 
 
 def world_axes(affine_44: np.ndarray) -> Axes:

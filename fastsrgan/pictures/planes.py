@@ -277,13 +277,17 @@ def _bright(values: np.ndarray) -> float:
 
 
 FOLDER = "panels"
+WIDE = 800  # pixels
 _NAME = re.compile(r"epoch-(\d+)\.png")
 
 
 def write_panel(run: Path, epoch: int, sheet_HW: np.ndarray) -> Path:
-    """Write a grey picture, values in [0, 1], as the panel of an epoch; one that is there is replaced."""
+    """Write a grey picture, values in [0, 1], as the panel of an epoch; one that is there is replaced. Of small patches
+    every pixel is drawn several times, up to a width of ``WIDE``: 16 voxels are too small to look at."""
     path = output_folder(run / FOLDER) / f"epoch-{epoch:04d}.png"
     grey = np.rint(np.clip(np.nan_to_num(sheet_HW), 0, 1) * 255).astype(np.uint8)
+    times = max(1, WIDE // grey.shape[1])
+    grey = grey.repeat(times, axis=0).repeat(times, axis=1)
     with atomic_write(path) as temporary:
         temporary.write_bytes(png(grey))
     return path

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 WORLD_AXES = ("R", "A", "S")
+PLANES = {"S": "axial", "A": "coronal", "R": "sagittal"}  # that a world axis goes through
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,18 @@ def processing_orientation(affine_44: np.ndarray, spacing_mm: tuple[float, ...] 
     axes = (best[order[0]], best[order[1]], best[order[2]])
     flips = tuple(bool(cosines[w, best[w]] < 0) for w in order)
     return Orientation(axes, flips)  # type: ignore[arg-type]
+
+
+def plane_across(affine_44: np.ndarray, spacing_mm: Sequence[float]) -> str:
+    """The plane that thick slices lie in, of ``PLANES``: the one across the stored axis of the largest voxel size.
+
+    Empty where that size is within 1 % of the next: such voxels have no one direction.
+    """
+    *_, next_mm, thickest_mm = sorted(spacing_mm)
+    if thickest_mm <= 1.01 * next_mm:
+        return ""
+    world = processing_orientation(affine_44, (1.0, 1.0, 1.0)).axes  # the stored axis of R, A and S
+    return PLANES[WORLD_AXES[world.index(list(spacing_mm).index(thickest_mm))]]
 
 
 def grid_size(n: int, from_mm: float, to_mm: float) -> int:
