@@ -87,3 +87,63 @@ def test_what_cannot_be_averaged_is_refused(data, networks):
     masks = build_generator(GeneratorSpec(kernel=1, mask_classes=3))
     with pytest.raises(ModelError, match="cannot be averaged"):
         infer_volume(data, AFFINE, [networks[0], masks], **TILES)
+
+
+class Upwards(nn.Module):
+    """SR is the tile, the probabilities say where it is brighter than the voxel before along the last axis, or the
+    first: what an axis is called is seen."""
+
+    def forward(self, x):
+        return torch.cat([x, *((x > x.roll(1, dims=axis)).float() for axis in (4, 2))], dim=1)
+
+
+def world(array, axes):
+    """With the axes that point to R, A and S in this order, which lie in ``axes``."""
+    return np.transpose(array, axes)
+
+
+@pytest.mark.parametrize("through", ["R", "A", "S"])
+def test_probabilities_of_an_upright_head_are_those_of_its_own_axes_and_sr_stays(through):
+    """Stored in whatever order; slices that are axial already have the one pass, without a word in the report."""
+    rng = np.random.default_rng(8)
+    order = [1, 2, 0]  # stored axes point to S, R and A
+    mm = [1.0, 1.0, 1.0]
+    mm["SRA".index(through)] = 2.0
+    shape = [12 if m == 1 else 6 for m in mm]
+    affine = np.zeros((4, 4))
+    for stored, to in enumerate("SRA"):
+        affine["RAS".index(to), stored] = mm[stored]
+    affine[3, 3] = 1
+    data = rng.random(shape, np.float32) * 500
+    made = {
+        up: infer_volume(
+            data, affine, Upwards(), patch=None, step=4, device="cpu", agree="off", upright=up, flips=flips
+        )
+        for up, flips in (("off", "none"), ("on", "none"), ("auto", "none"))
+    }
+    assert (made["on"].sr == made["off"].sr).all() and (made["auto"].prob == made["off"].prob).all()
+    sr = world(made["on"].sr, order)
+    across = "RAS".index(through)
+    for up, last, first in (("on", 2, 0), ("off", across, (across + 1) % 3)):
+        for prob, axis in zip(made[up].prob, (last, first), strict=True):
+            assert (world(prob, order) == (sr > np.roll(sr, 1, axis))).mean() > 0.999  # found: 1
+    assert made["off"].report.get("upright") is None
+    assert made["on"].report.get("upright") == {"R": [2, 0, 1], "A": [1, 2, 0], "S": None}[through]
+    if through == "S":
+        assert (made["on"].prob == made["off"].prob).all()
+    else:
+        assert (made["on"].prob != made["off"].prob).mean() > 0.3  # found: 0.5
+
+
+def test_an_upright_pass_is_of_every_network_and_flip_and_in_the_physical_geometry_alone(data, networks):
+    sagittal = np.diag([2.0, 1, 1, 1])
+    turned = {name: infer_volume(data, sagittal, networks, **WHOLE, flips="x", upright=name) for name in ("on", "off")}
+    runs = [infer_volume(data, sagittal, n, **WHOLE, flips="x", upright="on") for n in networks]
+    assert np.abs(turned["on"].prob - np.mean([r.prob for r in runs], axis=0)).max() < 1e-5  # found: 1e-7
+    assert (turned["on"].sr == turned["off"].sr).all() and np.abs(turned["on"].prob - turned["off"].prob).max() > 1e-3
+    segsrgan = [
+        infer_volume(data, sagittal, networks[0], **WHOLE, geometry="segsrgan", upright=u) for u in ("on", "off")
+    ]
+    assert (segsrgan[0].prob == segsrgan[1].prob).all() and "upright" not in segsrgan[0].report
+    with pytest.raises(UsageError, match="upright"):
+        infer_volume(data, sagittal, networks[0], **WHOLE, upright="yes")

@@ -34,6 +34,7 @@ OTHER = {
     "mask": "mask.nii",
     "outside": "zero",
     "flips": "xz",
+    "upright": "on",
     "agree": 0.5,
     "uncertainty": True,
     "slice_thickness": 2.5,

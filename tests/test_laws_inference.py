@@ -544,6 +544,9 @@ def test_a_limit_of_memory_that_was_asked_for_stays():
         ({"new_resolution": 1.0}, (None, 0.8, ""), {}, 0),
         ({"new_resolution": "same"}, (None, 0.8, ""), {}, 0),
         ({"geometry": "segsrgan"}, ("m", 0.8, "zero"), {"mask": "m"}, 0),
+        ({}, (None, None, "", "sagittal"), {"upright": "on"}, 1),
+        ({"upright": "off"}, (None, None, "", "coronal"), {}, 0),
+        ({"geometry": "segsrgan"}, (None, None, "", "coronal"), {}, 0),
     ],
 )
 def test_what_is_left_to_the_weights_is_told_line_by_line(options, given, own, lines):

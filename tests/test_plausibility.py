@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -591,3 +592,33 @@ def test_the_table_and_the_card_say_what_the_model_says(name):
         dice = [float(cells[9]) for cells in rows if len(cells) == 12]
         assert len(dice) >= 6 and ends == pytest.approx((min(dice), max(dice)), abs=0.0051)  # found: 0.005, two digits
     assert f"| segments | {purpose.line()} |" in card
+
+
+def test_slices_that_weights_do_not_know_are_segmented_upright_and_then_no_reason_for_doubt(tmp_path, caplog):
+    """Told in one line, recorded, and off where it is said; weights that name no slices have the one pass."""
+    names = {"known": ("axial",), "not-said": ()}
+    for name, slices in names.items():
+        purpose = Purpose(structures=((1, "cortex"),), slices=slices)
+        generator = build_generator(GeneratorSpec(kernel=1), seed=3)
+        weights.save_generator(tmp_path / name, generator, card={MADE_FOR: purpose.to_dict()})
+    rng = np.random.default_rng(2)
+    for name, shape, mm in (("sagittal", (6, 20, 20), (3.0, 1, 1)), ("axial", (20, 20, 6), (1.0, 1, 3))):
+        data = np.pad(rng.random(shape, np.float32) * 500, 3)
+        nib.save(nib.Nifti1Image(data, np.diag([*mm, 1.0])), tmp_path / f"{name}.nii.gz")
+    found = {}
+    for image, model, upright in itertools.product(("sagittal", "axial"), names, ("auto", "off")):
+        out = tmp_path / f"{image}-{model}-{upright}"
+        caplog.clear()
+        with caplog.at_level("INFO", logger="fastsrgan"):
+            infer_files([tmp_path / f"{image}.nii.gz"], out, tmp_path / model, upright=upright, save_prob=True, **FAST)
+        record = json.loads((out / f"{image}.json").read_text(encoding="utf8"))
+        told = [line for line in caplog.messages if "sagittal slices: segmented with the head upright" in line]
+        turned = (image, model, upright) == ("sagittal", "known", "auto")
+        assert (record.get("upright") == [2, 0, 1]) is turned and len(told) == turned, out
+        doubted = any("sagittal slices, made for axial ones" in why for why in record["plausibility"]["reasons"])
+        assert doubted == ((image, model, upright) == ("sagittal", "known", "off"))
+        assert record["asked"].get("upright") == ("off" if upright == "off" else None)
+        found[image, model, upright] = np.asarray(nib.load(out / f"{image}_prob.nii.gz").dataobj)
+    assert (found["sagittal", "not-said", "auto"] == found["sagittal", "not-said", "off"]).all()
+    assert (found["axial", "known", "auto"] == found["axial", "known", "off"]).all()
+    assert np.abs(found["sagittal", "known", "auto"] - found["sagittal", "known", "off"]).max() > 0.01

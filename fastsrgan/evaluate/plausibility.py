@@ -308,7 +308,7 @@ def _of_image(look: Look, purpose: Purpose, masked: bool) -> list[Finding]:
         found.append(
             (light, f"slices {look.slice_ratio:.3g} times the voxel size, made for {span(purpose.slice_ratio)}")
         )
-    if purpose.slices and look.slices and look.slices not in purpose.slices:
+    if purpose.unknown(look.slices):
         known = " or ".join(purpose.slices)
         found.append((YELLOW, f"{look.slices} slices, made for {known} ones: the segmentation can miss much"))
     return found

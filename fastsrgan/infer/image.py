@@ -305,7 +305,7 @@ def _as_made(loaded: Loaded, settings: InferSettings) -> InferSettings:
     """The settings for one image: its mask, and what is left to the weights."""
     purpose, name = loaded.model.purpose, loaded.image.path.name
     grid = own_grid(loaded.volume.spacing, purpose.grid_mm and purpose.grid_mm[1])
-    settings, lines = settings.for_image(loaded.mask, grid, purpose.outside)
+    settings, lines = settings.for_image(loaded.mask, grid, purpose.outside, purpose.unknown(loaded.look.slices))
     for line in lines:
         log.info("%s: %s", name, line)
     return settings
@@ -358,7 +358,8 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, least, share)
     within = enclosed(result.sr, seg, spacing_of(result.affine)) if purpose.contrasts else None
     misfit = (result.report.get("agree") or {}).get("residual_percent_without")
-    verdict = judge(loaded.look, seg, voxel_mm3, purpose, loaded.mask is not None, within, misfit, loaded.model.apart)
+    known = replace(purpose, slices=()) if "upright" in result.report else purpose
+    verdict = judge(loaded.look, seg, voxel_mm3, known, loaded.mask is not None, within, misfit, loaded.model.apart)
     arrays = {"seg": seg, "prob": result.prob[0]} | ({} if result.doubt is None else {"doubt": result.doubt})
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))

@@ -379,6 +379,7 @@ class Averaged(nn.Module):
     device : they are moved to
     compile : each of them, see ``compiled``
     spread : one more channel, the variance of the SR over members and flips, 0 of a single pass
+    upright : spatial axes in whose order tiles are seen once more, for the probabilities alone; None: not
 
     Raises ModelError for generators whose channels differ.
     """
@@ -391,9 +392,10 @@ class Averaged(nn.Module):
         device: torch.device | str,
         compile: str = "off",
         spread: bool = False,
+        upright: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.spread = spread
+        self.spread, self.upright = spread, upright
         self.members = nn.ModuleList(generators)
         # The precision is the caller's, whose autocast holds in here too.
         self.networks = [TileNetwork(generator, slice_mm, device, compile=compile) for generator in generators]
@@ -410,7 +412,7 @@ class Averaged(nn.Module):
         squares = torch.zeros_like(x)
         for n, (network, dims) in enumerate(itertools.product(self.networks, self.flips)):
             seen = x.flip(dims) if dims else x
-            y = network(seen)
+            y = self._both(network, seen) if self.upright else network(seen)
             if network.residual:
                 y[:, :1] = seen - y[:, :1]
             y = y.flip(dims) if dims else y
@@ -424,6 +426,15 @@ class Averaged(nn.Module):
         total.div_(passes)
         return torch.cat([total, squares.div_(max(1, passes - 1))], 1) if self.spread else total
 
+    def _both(self, network: TileNetwork, x: Tensor) -> Tensor:
+        """What a network makes of tiles, with the probabilities that it makes of them turned."""
+        assert self.upright is not None
+        order = [0, 1, *(2 + axis for axis in self.upright)]
+        y = network(x)
+        y = y.clone() if network.compiled else y
+        y[:, 1:] = network(x.permute(order).contiguous()).permute(np.argsort(order).tolist())[:, 1:]
+        return y
+
 
 def average(
     generators: Sequence[nn.Module],
@@ -432,11 +443,12 @@ def average(
     device: torch.device | str,
     compile: str = "off",
     spread: bool = False,
+    upright: Sequence[int] | None = None,
 ) -> nn.Module:
-    """``Averaged``, or the generator itself where there is nothing to average."""
-    if len(generators) == 1 and not axes and not spread:
+    """``Averaged``, or the generator itself where there is nothing to average and one pass."""
+    if len(generators) == 1 and not axes and not spread and not upright:
         return generators[0]
-    return Averaged(generators, axes, slice_mm, device, compile, spread)
+    return Averaged(generators, axes, slice_mm, device, compile, spread, upright)
 
 
 def members(generator: nn.Module) -> list[nn.Module]:

@@ -22,6 +22,7 @@ from fastsrgan.infer.values import (
     EVEN,
     NONE,
     OFF,
+    ON,
     WINDOWS,
     PerAxis,
     Resolution,
@@ -130,6 +131,10 @@ class InferSettings:
     outside : what the network sees where a mask array is not above zero: "keep", the scan; "zero", nothing, as in
         images of brains alone, and then SR is 0 there; "auto": of files what the weights were made for, else keep
     flips : "none", or axes of the image such as "x" or "xyz": the mean over all mirror images of each tile
+    upright : thick slices are turned so that the network sees them across its last axis, as in training, and a sagittal
+        or coronal stack with it the head. "on": the probabilities are of a second pass in which the head is upright, as
+        networks saw it that were trained on axial slices alone; "off": of the same pass as SR; "auto": of files "on"
+        where the weights say that they know other slices alone, else "off". Axial slices have one pass
     agree : make the result agree with the scan (see ``agreement``): "auto", with a weight by the scan's noise, in the
         physical geometry; "off", the network's own result; or the weight, above 0: the smaller, the more the scan
         counts. A result on the scan's own grid has nothing to agree on
@@ -189,6 +194,9 @@ class InferSettings:
         "weights were made)", parse=str, choices=OUTSIDE, recorded=CHANGED)
     flips: str = option(NONE, "mean over mirror images of each tile: x, xy, xyz, ... (none)", parse=str, metavar="AXES",
         check=flip_axes, recorded=CHANGED)
+    upright: str = option(AUTO,
+        "segment sagittal and coronal slices with the head upright, in a second pass: on, off (auto: on where the "
+        "weights were made for axial slices alone)", parse=str, choices=(AUTO, ON, OFF), recorded=CHANGED)
     agree: str | float = option(AUTO,
         "make SR, acquired again, agree with the scan: auto (off with segsrgan), off, or the weight of what the scan "
         "cannot say (auto)",
@@ -360,11 +368,14 @@ class InferSettings:
         """The same with a limit to the host's memory where none is asked for."""
         return self if self.max_memory is not None else replace(self, max_memory=host_bytes)
 
-    def for_image(self, mask: Any, grid_mm: float | None, outside: str) -> tuple[InferSettings, list[str]]:
+    def for_image(
+        self, mask: Any, grid_mm: float | None, outside: str, slices: str = ""
+    ) -> tuple[InferSettings, list[str]]:
         """The same for one image, with its mask, and a line about whatever is left to the weights.
 
         grid_mm : the voxel size that they were made for, where the scan is much coarser
         outside : what they saw outside a mask
+        slices : the plane of the scan's thick slices, where they know others alone
         """
         own, told = {} if mask is None else {"mask": mask}, []
         if self.grid_is_open and grid_mm is not None and self.physical:
@@ -373,6 +384,9 @@ class InferSettings:
         if mask is not None and self.outside == AUTO and outside == ZERO and self.physical:
             own["outside"] = ZERO
             told.append("zero outside the mask, as in what the weights were made for (--outside keep shows it all)")
+        if slices and self.upright == AUTO and self.physical:
+            own["upright"] = ON
+            told.append(f"{slices} slices: segmented with the head upright, in a second pass (--upright off: one pass)")
         return replace(self, **own), told
 
     def least_component(self, island_mm3: tuple[float, float] | None) -> float:

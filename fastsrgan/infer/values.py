@@ -19,7 +19,11 @@ Resolution = str | float | Sequence[float] | None
 Step = str | int | Sequence[int]
 
 NONE, AXES = "none", "xyz"  # of ``flips``
-AUTO, OFF = "auto", "off"  # of ``agree``; AUTO of ``slice_thickness`` and ``profile`` too
+AUTO, ON, OFF = (
+    "auto",
+    "on",
+    "off",
+)  # of ``upright``; of ``agree`` AUTO and OFF; AUTO of ``slice_thickness`` and ``profile`` too
 
 
 # --- text of the command line -------------------------------------------------------------------------------------

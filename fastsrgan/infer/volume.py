@@ -28,10 +28,16 @@ from fastsrgan.infer.network import Averaged, TileNetwork, average, deviations, 
 from fastsrgan.infer.planes import Interpolated, Prepared, Whole, coarser, masked, target_spacing
 from fastsrgan.infer.settings import ZERO, InferSettings, takes_options
 from fastsrgan.infer.sweep import GROUP_BATCHES
-from fastsrgan.infer.values import flip_axes
+from fastsrgan.infer.values import ON, flip_axes
 from fastsrgan.model.arithmetic import pick_precision
 from fastsrgan.model.cpu import forms
-from fastsrgan.volume.geometry import Orientation, processing_orientation, resampled_affine, spacing_of
+from fastsrgan.volume.geometry import (
+    Orientation,
+    processing_orientation,
+    resampled_affine,
+    spacing_of,
+    upright_axes,
+)
 from fastsrgan.volume.intensity import normaliser
 
 log = logging.getLogger("fastsrgan")
@@ -141,7 +147,8 @@ def process(
     image = replace(image, region=region)
     agreeing = modes.wanted(image, data.shape, settings, interpolate is not None)
     doubted = agreeing is not None and agreeing.doubt
-    network = _network(generator, settings, image, doubted)
+    upright = upright_axes(affine, image.turn) if settings.upright == ON and settings.physical else None
+    network = _network(generator, settings, image, doubted, upright)
     if settings.in_levels and together:
         raise UsageError("budget", "ranks that share a volume would end at different steps", "a fixed --step")
     levels = _levels(image, settings, network.multiple)
@@ -184,6 +191,7 @@ def process(
         **({"intensity_scale": image.norm.scale} if image.norm.top else {}),
         "processed_axes": list(image.turn.axes),
         "memory": memory.to_dict(),
+        **({"upright": list(upright)} if upright else {}),
         **({"flips": settings.flips, "networks": len(members(averaged))} if isinstance(averaged, Averaged) else {}),
         **checked,
         **facts,
@@ -266,13 +274,17 @@ def _shifted(generator: nn.Module | Sequence[nn.Module], geometry: str) -> bool:
 
 
 def _network(
-    generator: nn.Module | Sequence[nn.Module], settings: InferSettings, image: Prepared, spread: bool
+    generator: nn.Module | Sequence[nn.Module],
+    settings: InferSettings,
+    image: Prepared,
+    spread: bool,
+    upright: tuple[int, int, int] | None,
 ) -> TileNetwork:
     """The generator, or the average that was asked for, on its device; ``spread`` : with that of its passes."""
     generators = _networks(generator)
     axes = [image.turn.axes.index(axis) for axis in flip_axes(settings.flips)]
     device = torch.device(settings.device)
-    one = average(generators, axes, image.slice_mm, device, settings.compile, spread)
+    one = average(generators, axes, image.slice_mm, device, settings.compile, spread, upright)
     return TileNetwork(one, image.slice_mm, device, settings.precision, settings.compile, settings.batch)
 
 

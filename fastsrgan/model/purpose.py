@@ -123,6 +123,10 @@ class Purpose:
         name = self.structures[0][1] if self.structures else "segmentation"
         return name if len(name) <= MOST_LEGEND else f"{name[: MOST_LEGEND - 1]}…"
 
+    def unknown(self, plane: str) -> str:
+        """The plane of a scan's thick slices where the training's lay in others, else ""."""
+        return plane if self.slices and plane not in self.slices else ""
+
     def line(self, segmented: str = "") -> str:
         """All of it in words; ``segmented``: what is segmented, where that is more than ``structure``."""
         parts = [self.contrast, self.ages, self.species, self.view]

@@ -125,6 +125,13 @@ def processing_orientation(affine_44: np.ndarray, spacing_mm: tuple[float, ...] 
     return Orientation(axes, flips)  # type: ignore[arg-type]
 
 
+def upright_axes(affine_44: np.ndarray, turn: Orientation) -> tuple[int, int, int] | None:
+    """The processed axes that point to R, A and S, in this order; None where they are already in it."""
+    stored = processing_orientation(affine_44, (1.0, 1.0, 1.0)).axes  # the stored axis of R, A and S
+    r, a, s = (turn.axes.index(axis) for axis in stored)
+    return None if (r, a, s) == (0, 1, 2) else (r, a, s)
+
+
 def plane_across(affine_44: np.ndarray, spacing_mm: Sequence[float]) -> str:
     """The plane that thick slices lie in, of ``PLANES``: the one across the stored axis of the largest voxel size.
 
