@@ -48,8 +48,6 @@ TRUTH = ("", "_hr", "_HR")
 LABEL = ("_label", "_seg", "_dseg", "_gm")
 MASK = ("_mask",)
 NAMED = 5  # subjects that a note of a cohort names
-# A number of a note that is no part of a name or a path.
-_NUMBER = re.compile(r"(?<![\w./-])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w/]|\.\w)")
 _LOW = re.compile(r"_(lr|LR)$")
 _MODALITY = re.compile(rf"_({'|'.join(SUFFIXES)})$")
 
@@ -263,22 +261,16 @@ def told_once(rows: Sequence[dict[str, Any]]) -> list[str]:
     about: dict[str, list[tuple[str, list[str]]]] = {}
     for row in rows:
         for note in row["notes"]:
-            about.setdefault(_NUMBER.sub("\0", note), []).append((row["subject"], _NUMBER.findall(note)))
+            about.setdefault(table.NUMBER.sub("\0", note), []).append((row["subject"], table.NUMBER.findall(note)))
     lines = []
     for kind, found in about.items():
         subjects = list(dict.fromkeys(subject for subject, _ in found))
         more = f" and {len(subjects) - NAMED} more" if len(subjects) > NAMED else ""
-        spans = map(_span, zip(*(numbers for _, numbers in found), strict=True))
+        spans = map(table.span, zip(*(numbers for _, numbers in found), strict=True))
         first, *rest = kind.split("\0")
         text = first + "".join(number + part for number, part in zip(spans, rest, strict=True))
         lines.append(f"{', '.join(subjects[:NAMED])}{more}: {text}")
     return lines
-
-
-def _span(numbers: Sequence[str]) -> str:
-    """Smallest to largest, as they were written."""
-    low, high = min(numbers, key=float), max(numbers, key=float)
-    return low if float(low) == float(high) else f"{low} to {high}"
 
 
 def write_csv(path: str | os.PathLike, result: dict[str, Any]) -> None:
