@@ -24,6 +24,7 @@ from fastsrgan.io.nifti_voxels import pointer_of
 NO_DICOM = "holds no DICOM image"
 HINT = "copy or export the file again"
 _PREAMBLE = 132
+_LONGEST_LINE = 120  # letters of what a library says
 SUFFIXES = (".dcm", ".ima", ".dicom", ".dcm.gz", ".ima.gz", ".dicom.gz")
 _MOST_UNPACKED = 1 << 32  # bytes of a gzip file
 # The first element of a file without a preamble: of group 2 or 8, little endian.
@@ -321,7 +322,9 @@ def _opened(path: Path) -> Any:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
+    line = (str(error).splitlines() or [""])[0]
+    short = line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE].rpartition(" ")[0] or line[:_LONGEST_LINE]
+    return short + " ..." * (short != line) or type(error).__name__
 
 
 def _frames(path: Path, ds: Any, fault: str) -> Iterator[Frame]:

@@ -72,9 +72,7 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
         hint = (
             "give the values, or a lookup table with --label-names FILE (FreeSurfer's, ITK-SNAP's or a BIDS dseg.tsv)"
         )
-        raise UsageError(
-            "--label-classes", f"{text!r} is a name, and no table says which value it is", hint
-        )
+        raise UsageError("--label-classes", f"{text!r} is a name, and no table says which value it is", hint)
     names = read_names(path)
     words = _names_among(listed, names)
     values = [[int(word)] if word.isdigit() else _values(word, names, path) for word in words]

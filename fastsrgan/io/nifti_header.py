@@ -76,6 +76,8 @@ _WAYS = {  # out of a file under a wrong name, or of a format that is not read
     "a zstd file": "unpack it with unzstd",
 }
 
+_NIFTI_ENDINGS = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
+
 Warn = Callable[[str], object]
 
 
@@ -137,7 +139,7 @@ def _read_header(path: Path, voxel_path: Path) -> tuple[nib.Nifti1Header, str]:
     order = next((o for o in "<>" if head[:4] in (struct.pack(o + "i", 348), struct.pack(o + "i", 540))), None)
     if order is None:
         if not other_format(head):
-            raise NotNifti(path, f"is not a NIfTI image: it begins with {head[:12]!r}", "a .nii or .nii.gz file")
+            raise NotNifti(path, f"is not a NIfTI image: it begins with {head[:12]!r}", _way_of_unknown(path, head))
         raise not_this(path, "a NIfTI image", head)
     size = struct.unpack(order + "i", head[:4])[0]
     if len(head) < size:
@@ -159,6 +161,16 @@ def _read_header(path: Path, voxel_path: Path) -> tuple[nib.Nifti1Header, str]:
 def other_format(head: bytes) -> str:
     """What the first bytes of a file, unpacked, show it to be; nothing where they are unknown."""
     return next((what for at, magic, what in _OTHER_FORMATS if head[at : at + len(magic)] == magic), "")
+
+
+def _way_of_unknown(path: Path, head: bytes) -> str:
+    """What to do about a file whose first bytes show no known format: text under a name that says no image is most
+    likely a list of images, under one that `infer` does not take for a list, or within another list."""
+    if path.name.lower().endswith(_NIFTI_ENDINGS):
+        return "a .nii or .nii.gz file"
+    if head.decode("utf-8", "ignore").replace("\n", "").replace("\r", "").replace("\t", "").isprintable():
+        return "a list of images ends in .txt, .csv or .tsv and is named to infer itself, not in another list"
+    return "NIfTI, FreeSurfer MGH, NRRD, MetaImage and DICOM are read: convert it to .nii.gz first"
 
 
 def not_this(path: Path, expected: str, head: bytes) -> InputError:
