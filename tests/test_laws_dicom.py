@@ -584,3 +584,25 @@ def test_what_a_library_says_is_cut_at_a_word():
     assert (
         dicom_header._line(ValueError("x" * 300)) == "x" * 120 + " ..." and dicom_header._line(KeyError()) == "KeyError"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what", "way"),
+    [
+        ("a.dcm", bytes(344) + b"n+1\0" + bytes(300), "a NIfTI image", "end its name in .nii"),
+        ("a.ima", gzip.compress(bytes(344) + b"n+1\0" + bytes(300)), "a NIfTI image", "end its name in .nii"),
+        ("a.dicom", b"NRRD0004\n" + bytes(600), "an NRRD file", "end its name in .nrrd"),
+        ("a.DCM", b"\x89PNG" + bytes(600), "a PNG picture", "convert it"),
+    ],
+)
+def test_another_format_under_a_name_of_dicom_is_called_what_it_is(tmp_path, name, content, what, way):
+    """Alone it "holds no DICOM image", and its folder "holds no image"."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"is not a DICOM file but {what}") as caught:
+        any_image.load_any(tmp_path / name)
+    assert way in caught.value.hint
+    with pytest.raises(InputError, match=f"holds no DICOM image: {name} is not a DICOM file but {what}") as caught:
+        any_image.load_any(tmp_path)
+    assert way in caught.value.reason
+    small(tmp_path)  # beside slices it is one of the other files
+    assert any_image.load_any(tmp_path).data.shape[2] > 1

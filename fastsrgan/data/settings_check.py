@@ -186,7 +186,7 @@ def _lost_structure(subject: Subject, structure: Sequence[int], share: float) ->
     needed = subject.has_tissues and (share > 0 or not (subject.has_image and subject.has_label))
     if not (structure and counts and needed) or any(str(value) in counts for value in structure):
         return []
-    held = [value for value in counts if value != "0"]
+    held = sorted((value for value in counts if value != "0"), key=int)
     told = ", ".join(held[:5]) + f" and {len(held) - 5} more" * (len(held) > 5)
     kind = f"tissues hold none of the structure's values {', '.join(map(str, structure))}"
     return [_Fault(kind, f"they hold {told or 'nothing'}", "name values of the tissues with --structure")]

@@ -219,7 +219,7 @@ def _whole(path: str | os.PathLike, chosen: Series, look: _Listing, series: str 
         raise InputError(path, f"a file that may be a slice of the series cannot be read: {files}", hint)
     whose = {True: "of another series", False: "it does not say of which series it is"}
     told = [f"{b.what} {b.reason}: left out, {whose[bool(b.uid)]}" for b in look.damaged]
-    return replace(chosen, damaged=(), warnings=(*chosen.warnings, *told), others=tuple(look.others))
+    return replace(chosen, damaged=(), others=tuple(look.others), warnings=(*chosen.warnings, *told))
 
 
 def sha256(path: str | os.PathLike, series: str | None = None) -> str:

@@ -39,6 +39,7 @@ _REFUSED = {
     2304: ("RGBA voxels", "save one grey channel"),
 }
 _UNITS = {0: (1.0, "unknown"), 1: (1e3, "metre"), 2: (1.0, "mm"), 3: (1e-3, "micrometre")}
+FORMAT_BYTES = 540  # of a file in which any format shows
 _OTHER_FORMATS = (
     (128, b"DICM", "a DICOM file"),
     (0, b"NRRD", "an NRRD file"),
@@ -60,7 +61,7 @@ _OTHER_FORMATS = (
     (0, b"\xfd7zXZ", "an xz file"),
     (0, b"\x28\xb5\x2f\xfd", "a zstd file"),
 )
-_WAYS = {  # out of a file under a wrong name, or of a format that is not read
+WAYS = {  # out of a file under a wrong name, or of a format that is not read
     "a DICOM file": "infer and job-model read it as NAME.dcm or by its folder; else convert it with dcm2niix",
     "a NIfTI image": "end its name in .nii, or in .nii.gz if it is packed",
     "an NRRD file": "end its name in .nrrd",
@@ -135,7 +136,7 @@ def halves(path: Path) -> tuple[Path, Path]:
 
 def _read_header(path: Path, voxel_path: Path) -> tuple[nib.Nifti1Header, str]:
     with open_stream(path) as stream:
-        head = stream.read(540)
+        head = stream.read(FORMAT_BYTES)
     order = next((o for o in "<>" if head[:4] in (struct.pack(o + "i", 348), struct.pack(o + "i", 540))), None)
     if order is None:
         if not other_format(head):
@@ -177,7 +178,7 @@ def not_this(path: Path, expected: str, head: bytes) -> InputError:
     """For a file whose name says what its first bytes deny."""
     if not (found := other_format(head)):
         return InputError(path, f"is not {expected}: it begins with {head[:12]!r}", COPY_AGAIN)
-    return InputError(path, f"is not {expected} but {found}", _WAYS.get(found, "convert it to .nii.gz first"))
+    return InputError(path, f"is not {expected} but {found}", WAYS.get(found, "convert it to .nii.gz first"))
 
 
 def _dimensions(path: Path, header: nib.Nifti1Header) -> tuple[tuple[int, int, int], int]:
