@@ -215,13 +215,13 @@ def table_error(path: os.PathLike, faults: Sequence[Fault], hint: str | None = N
     if isinstance(first, FastsrganError) and alike:
         hint = hint or first.hint
     count = f"{len(faults)} faults: " if len(faults) > 1 else ""
-    told = count + _told(groups, hints=not alike)
+    told = count + _in_words(groups, hints=not alike)
     return InputError(path, told, hint or f"correct {'them' if len(faults) > 1 else 'it'} and run again")
 
 
 def told_by_line(faults: Sequence[Fault]) -> str:
     """Faults of a table in order of lines, as part of one line of text: the first 50, equal ones once."""
-    return _told(_alike(faults))
+    return _in_words(_alike(faults))
 
 
 def _alike(faults: Sequence[Fault]) -> list[list[Fault]]:
@@ -237,7 +237,7 @@ def _alike(faults: Sequence[Fault]) -> list[list[Fault]]:
     return list(groups.values())
 
 
-def _told(groups: Sequence[Sequence[Fault]], hints: bool = True) -> str:
+def _in_words(groups: Sequence[Sequence[Fault]], hints: bool = True) -> str:
     told = []
     for group in groups[:_MAX_TOLD]:
         lines = list(dict.fromkeys(str(line) for line, _ in group))
