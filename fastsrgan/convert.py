@@ -25,7 +25,7 @@ from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.formats import examine
 from fastsrgan.io.nifti_voxels import NiftiFile
-from fastsrgan.io.tables import Fault, TableRow, read_table, table_error
+from fastsrgan.io.tables import Fault, TableRow, read_table, table_error, told_by_line
 from fastsrgan.store.reader import Subject, to_float32
 from fastsrgan.store.writer import DTYPES, StoreWriter, create_store, describe, encode
 from fastsrgan.volume.geometry import Volume
@@ -115,6 +115,9 @@ def convert(
         raise UsageError("--workers", f"{workers} threads", "1 or more")
     with create_store(store_url, overwrite=overwrite, resume=resume, settings={"dtype": dtype}) as writer:
         rows = read_table(csv, base_path=base_path)
+        if label_names is not None and not label_classes and not any(row.classes for row in rows):
+            reason = "has no use: neither --label-classes nor the column Label_classes names a structure"
+            raise UsageError("--label-names", reason, "leave it out, or choose with one of them")
         before = writer.finished
         jobs = _check(
             csv,
@@ -135,7 +138,7 @@ def convert(
         listed = dict(sorted(writer.finished.items()))  # as training lists them, whatever was ready first
     _strangers(store_url, listed, jobs)
     if failed:
-        told = "; ".join(f"line {job.row.line}: {error}" for job, error in failed)
+        told = told_by_line([(job.row.line, error) for job, error in failed])
         reason = f"{len(failed)} of {len(jobs)} subjects failed, the others are in {store_url}: {told}"
         raise PartialFailure(csv, reason, "correct them and run again with --resume")
     return _summary(store_url, listed, done, kept, seconds)
@@ -234,7 +237,10 @@ def _inspect(
                     raise InputError(path, f"the label holds other values than 0 and 1, also {held}", way)
             sources[name] = {"path": str(path), "sha256": images.sha256(path)}
         except FastsrganError as error:
-            faults.append((row.line, InputError(f"{_COLUMNS[name]} {error.what}", error.reason, error.hint)))
+            what, reason = error.what, error.reason
+            if isinstance(error, UsageError):  # of an option, about this file
+                what, reason = str(path), f"{error.what}: {error.reason}"
+            faults.append((row.line, InputError(f"{_COLUMNS[name]} {what}", reason, error.hint)))
     if faults or header is None:
         return None, faults
     several = tuple(found_structures[1:] and found_structures)

@@ -248,6 +248,10 @@ def test_derivatives_are_evaluated_against_a_dataset_of_truths(dataset, model, t
     row = result["rows"][0]
     assert "dice" in row["segmentation"] and "cubic spline" in row["baselines"]["image"]
     assert row["files"]["lr"] == str((dataset / NAMES[1]).absolute())
+    assert result["without_result"] == []
+    images.save(truth / "sub-01/anat/sub-01_run-2_T2w.nii.gz", phantom.data, phantom.affine)
+    images.save(truth / "sub-01/anat/sub-01_desc-x_T2w.nii.gz", phantom.data, phantom.affine)
+    assert evaluate_bids(out, truth)["without_result"] == ["sub-01/anat/sub-01_run-2_T2w.nii.gz"]
     # A result is no truth, where BIDS has derivatives too: neither the one that is evaluated nor another.
     made = shutil.copytree(out, truth / "derivatives" / "fastsrgan")
     assert evaluate_bids(out, truth)["rows"][0]["files"]["label"] == row["files"]["label"]
@@ -510,7 +514,7 @@ def test_of_many_participants_and_images_the_first_are_named(tmp_path, caplog):
     assert "6 images are not taken: " in caplog.text and caplog.text.strip().endswith("(suffix bold), ...")
     assert caplog.text.count("suffix bold") == 5
     bare(root, "sub-00_desc-x_T1w.nii", "sub-00_desc-x_dseg.nii")
-    with pytest.raises(InputError, match=r"no T1w image of participants 00; there are .*\(no desc\)"):
+    with pytest.raises(InputError, match=r"no T1w image of participants 00 and desc y; there are .*\(no desc\)"):
         find_bids(root, ["00"], suffixes=["T1w"], desc="y")
     assert _names(find_bids(root, suffixes=["dseg"], desc="x")) == ["sub-00_desc-x_dseg.nii"]
 
@@ -524,3 +528,20 @@ def test_images_come_by_their_path_whether_they_lie_in_sessions_or_not(tmp_path)
         "sub-3_ses-a_T1w.nii",
     )
     assert _names(find_bids(bare(tmp_path, *names))) == [names[k] for k in (2, 1, 0, 3, 4)]
+
+
+def test_an_image_in_the_folder_of_another_participant_or_session_is_left_out_and_named(tmp_path, caplog):
+    """Its results went to a participant that the dataset has not; with a participant named it was dropped unsaid."""
+    root = bare(tmp_path, "sub-1_ses-a_T1w.nii", "sub-2_T1w.nii")
+    for odd in ("sub-1/ses-a/anat/sub-1_ses-b_T1w.nii", "sub-2/anat/sub-1_T1w.nii", "sub-2/anat/scan.nii"):
+        (root / odd).touch()
+    for asked, left in (([], 3), (["1"], 1), (["2"], 2)):
+        caplog.clear()
+        with caplog.at_level("INFO", "fastsrgan"):
+            found = _names(find_bids(root, asked))
+        wanted = [f"sub-{k}" for k in asked or "12"]
+        assert found == [n for n in ("sub-1_ses-a_T1w.nii", "sub-2_T1w.nii") if n[:5] in wanted]
+        verb = "image is" if left == 1 else "images are"
+        assert f"{left} {verb} not taken" in caplog.text
+        assert ("sub-1_T1w.nii (lies in sub-2/anat)" in caplog.text) == ("sub-2" in wanted)
+        assert ("scan.nii (no BIDS name" in caplog.text) == ("sub-2" in wanted)

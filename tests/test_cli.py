@@ -145,6 +145,14 @@ def test_errors_end_in_one_line_and_their_code(folder, tmp_path, monkeypatch, ca
     assert err.startswith("error: ") and message in err
 
 
+def test_a_file_whose_name_begins_as_an_option_is_named_by_its_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-x.nii.gz").touch()
+    assert main(["infer", "-x.nii.gz", "-o", "out"]) == 2
+    assert capsys.readouterr().err.endswith("unrecognized arguments: -x.nii.gz (./-x.nii.gz names the file)\n")
+    assert main(["infer", "./-x.nii.gz", "-o", "out"]) == 3  # it is read, and empty
+
+
 def test_options_are_the_same_with_dashes_and_underscores():
     assert normalised(["job_model", "--new_low_res", "a_b", "--base_path=x_y", "-1.5", "-is_conditional"]) == [
         "job-model", "--new-low-res", "a_b", "--base-path=x_y", "-1.5", "-is-conditional",

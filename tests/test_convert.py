@@ -794,7 +794,7 @@ def test_the_check_says_how_many_faults_it_found(tmp_path):
     table, progress = cohort(tmp_path, 3), Recorder()
     for i in (0, 2):
         (tmp_path / f"s{i}.nii.gz").write_bytes(b"none")
-    with pytest.raises(InputError, match=r"2 faults: line 2: .*; line 4: "):
+    with pytest.raises(InputError, match=r"2 faults: lines 2, 4: HR_image \S*s0.nii.gz and 1 other: "):
         convert(table, tmp_path / "store", progress=progress, workers=1)
     assert progress.lines == [["check", 3, "subject", 3, {"faults": 2}, "done"]]
 
@@ -822,3 +822,30 @@ def test_where_all_that_is_new_is_damaged_what_is_there_stays_and_counts(tmp_pat
         convert(table, tmp_path / "store", resume=True)
     store = open_store(tmp_path / "store")
     assert [s.id for s in store.subjects] == ["s0"] and not store.complete
+
+
+def test_maps_with_the_same_fault_are_told_together_with_the_way_out(tmp_path):
+    """A cohort of FreeSurfer's maps: one fault a line said the same forty times, and the way out was lost in it."""
+    table = cohort(tmp_path, 20)
+    for i in range(20):
+        label = np.zeros(head(i).shape, np.int16)
+        label[3:6] = 1035 + 50 * i
+        nifti_files.write(tmp_path / f"l{i}.nii.gz", label, AFFINE)
+    with pytest.raises(InputError) as caught:
+        convert(table, tmp_path / "store")
+    told = caught.value.reason
+    assert told.startswith("20 faults: 20 lines, 2, 3, 4, ") and ", 13, ...: Label_image " in told
+    assert told.count("the label holds") == 1 and "the value 1035 to 1985" in told and "and 19 others: " in told
+    assert "choose the structure with --label-classes" in caught.value.hint
+    with pytest.raises(InputError) as caught:
+        convert(table, tmp_path / "store", label_classes="cortex")
+    assert caught.value.reason.count("is a name") == 1 and "--label-names FILE" in caught.value.hint
+
+
+def test_a_lookup_table_that_nothing_asks_for_is_no_use(tmp_path):
+    """It was passed over in silence, and the map was taken as it is."""
+    table = cohort(tmp_path, 2)
+    (tmp_path / "names.txt").write_text("1 cortex 0 0 0 0\n")
+    with pytest.raises(UsageError, match="--label-names: has no use"):
+        convert(table, tmp_path / "store", label_names=tmp_path / "names.txt")
+    assert convert(table, tmp_path / "s", label_names=tmp_path / "names.txt", label_classes="cortex")["subjects"] == 2

@@ -433,3 +433,29 @@ def test_a_segmentation_for_which_no_label_is_found_is_told(folders, caplog):
         rows = evaluate_cohort.evaluate_folders(out, truth)["rows"]
     assert [row["subject"] for row in rows if "segmentation" in row] == ["b_lr", "sub-01_FLAIR"]
     assert "no label was found for the segmentation of a: no Dice" in caplog.text
+
+
+def test_truths_without_a_result_are_told(folders, caplog, capsys):
+    """A cohort of which some results are missing had the mean of the others, and nobody was told."""
+    out, truth = folders
+    assert evaluate_cohort.evaluate_folders(out, truth)["without_result"] == []
+    hr = images.load(truth / "a.nii").data
+    (truth / "x").mkdir()
+    for name in ("d_hr.nii.gz", "d_label.nii.gz", "x/e.nii", "d_mask.nii", ".f.nii", "sub-02_label-GM.nii"):
+        images.save(truth / name, hr, np.eye(4))
+    (truth / "notes.txt").write_text("none")
+    with caplog.at_level("INFO", "fastsrgan"):
+        result = evaluate_cohort.evaluate_folders(out, truth)
+    assert result["without_result"] == ["d_hr.nii.gz", "x/e.nii"]
+    (note,) = [note for note in result["notes"] if "without a result" in note]
+    assert note == f"2 images of {truth} without a result: d_hr.nii.gz, x/e.nii" and note in caplog.messages
+    shutil.copytree(out, truth / "out")  # results below the truths are none of them
+    assert evaluate_cohort.evaluate_folders(truth / "out", truth)["without_result"] == result["without_result"]
+
+
+def test_a_comparison_tells_the_truths_that_neither_has_a_result_of(two):
+    first, second, truth = two
+    assert not [note for note in compare.compare_folders(*two)["notes"] if "without a result" in note]
+    (first / "s5_sr.nii.gz").unlink(), (second / "s5_sr.nii.gz").unlink()
+    notes = compare.compare_folders(*two)["notes"]
+    assert f"1 image of {truth} without a result: s5.nii.gz" in notes

@@ -92,8 +92,10 @@ def test_a_dicom_transfer_syntax_that_is_none(tmp_path, instead):
 
 def test_thousands_of_faults_stay_a_message_that_can_be_read(tmp_path):
     path = tmp_path / "t.csv"
-    path.write_text("HR_image,Label_image,Base\n" + "a.nii,b.nii,Trian\n" * 5000, encoding="utf8")
-    with pytest.raises(InputError, match=r"\d{5} faults: line 2: .* and \d{5} more") as caught:
+    path.write_text(
+        "HR_image,Label_image,Base\n" + "".join(f"a{i}.nii,b{i}.nii,Trian\n" for i in range(5000)), encoding="utf8"
+    )
+    with pytest.raises(InputError, match=r"15000 faults: line 2: .* and \d{4,5} more") as caught:
         table.read_table(path)
     assert len(str(caught.value)) < 10_000
 

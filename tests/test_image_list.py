@@ -81,6 +81,13 @@ def test_results_are_known_by_their_record_and_counted(tmp_path, caplog):
     assert [text.split(": ")[-1] for text in caplog.messages] == [
         "0.nii", "0.nii, 1.nii", "0.nii, 1.nii, 2.nii", "0.nii, 1.nii, 2.nii, ...",
     ]  # fmt: skip
+    for k in range(2, 4):  # no dots where all are named, results of an earlier call or not
+        (tmp_path / "new" / f"{k}.nii").unlink()
+    write(tmp_path / "new" / "0_sr.nii")
+    record(tmp_path / "new", "0")
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        names(tmp_path / "new")
+    assert caplog.messages[-1].endswith(": 2 images: 0.nii, 1.nii (1 result of an earlier call left out)")
 
 
 @pytest.mark.parametrize("below", ["sub-1/anat", "sub-1/ses-1/anat"])

@@ -552,3 +552,22 @@ def test_a_home_folder_in_quotes_and_a_url_are_told_as_that(tmp_path):
         with pytest.raises(InputError) as error:
             images.load(place)
         assert told in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "way"),
+    [
+        ("scans.lst", b"a.nii.gz\nb.nii.gz\n", "a list of images ends in .txt, .csv or .tsv"),
+        ("scans.json", b'["a.nii.gz"]', "a list of images ends in .txt, .csv or .tsv"),
+        ("scans.txt", b"a.nii.gz\r\n", "not in another list"),
+        ("sc\u00e4ns", "B\u00e4cker/a.nii.gz\n".encode(), "a list of images ends in"),
+        ("a.mat", b"MATLAB 5.0 MAT-file\0\1\2\3", "FreeSurfer MGH, NRRD, MetaImage and DICOM are read"),
+        ("a.nii.gz", b"a.nii.gz\nb.nii.gz\n", "a .nii or .nii.gz file"),
+    ],
+)
+def test_the_way_out_of_a_file_that_is_no_image_is_told_by_what_it_is(tmp_path, name, content, way):
+    """A list under another ending was told to be no NIfTI image, and that a .nii file is wanted."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="is not a NIfTI image: it begins with") as caught:
+        images.load(tmp_path / name)
+    assert way in caught.value.hint

@@ -223,6 +223,14 @@ def test_the_record_the_residual_and_what_a_resumed_call_compares(files, scan):
         assert call(files, *(word for pair in words for word in pair), "--resume") == 2
 
 
+@pytest.mark.parametrize(("thickness", "odd"), [(50, True), (0.2, True), (6, False), (0.5, False)])
+def test_a_thickness_that_no_header_would_be_believed_is_used_with_a_warning(files, thickness, odd):
+    """50 in place of 5.0: slices 3 mm apart."""
+    record = call(files, "--slice-thickness", thickness)
+    told = [text for text in record["warnings"] if text.startswith(f"--slice-thickness {thickness:g} mm is used")]
+    assert bool(told) == odd and record["agree"]["thickness_mm"] == thickness
+
+
 def test_the_thickness_of_a_sidecar_is_used_and_recorded(files):
     (files / "a.json").write_text(json.dumps({"SliceThickness": 2.5, "SpacingBetweenSlices": 3.0}))
     told = call(files, "--profile", "gaussian")["agree"]

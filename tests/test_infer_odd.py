@@ -1,5 +1,6 @@
 """Masks of another orientation or place, finite weights that give nonsense, voxel sizes that cannot be meant."""
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -195,3 +196,14 @@ def test_what_no_volume_can_be_run_with_is_said_in_the_packages_own_errors(gener
     usual = {"data_XYZ": np.ones(SHAPE, np.float32), "affine": AFFINE, "generator": generator}
     with pytest.raises((InputError, UsageError), match=told):
         infer_volume(**usual | FAST | given)
+
+
+def test_what_is_odd_about_a_header_is_told_of_an_image_that_is_left_alone_too(tmp_path, model, caplog):
+    """Voxels that a header does not give are 1 mm each: that it does not was kept for images that are processed."""
+    raw = nib.Nifti1Image(np.arange(1, 1001, dtype=np.float32).reshape(10, 10, 10), None)
+    nib.save(raw, tmp_path / "a.nii")
+    assert infer_files.infer_files([tmp_path / "a.nii"], tmp_path / "out", model, **FAST)["unneeded"] == 1
+    assert caplog.text.count("no orientation (sform and qform codes are 0)") == 1
+    caplog.clear()
+    infer_files.infer_files([tmp_path / "a.nii"], tmp_path / "o", model, new_resolution="same", **FAST)
+    assert caplog.text.count("no orientation (sform and qform codes are 0)") == 1

@@ -206,8 +206,9 @@ def test_a_value_with_a_point_as_tables_of_numbers_write_it_is_that_value(folder
     """A column of whole numbers with empty cells comes out of pandas as 3.0."""
     found = labels.structure("3.0+42.00", folder / "aseg.nii.gz")
     assert (found.values, found.called) == ({3, 42}, "")
-    with pytest.raises(UsageError, match="is a name"):
-        labels.structure("3.5", folder / "aseg.nii.gz")
+    for text in ("3.5", "-1", "3,-42", ".5"):
+        with pytest.raises(UsageError, match="is no value of a label"):
+            labels.structure(text, folder / "aseg.nii.gz")
 
 
 def test_names_are_found_above_the_map_in_a_dataset(folder):

@@ -565,3 +565,44 @@ def test_frames_that_do_not_fit_into_memory_are_no_fault_of_the_file(tmp_path, m
     with pytest.raises(ResourceError, match="not enough memory for its frames") as error:
         dicom_header.pixels(tmp_path / "a.dcm", (4, 4))
     assert error.value.exit_code == 5
+
+
+def test_other_files_of_a_folder_are_named_once_whatever_is_read_besides(tmp_path, caplog):
+    small(tmp_path)
+    (tmp_path / "notes.txt").write_text("no image", encoding="utf8")
+    with caplog.at_level(logging.INFO, "fastsrgan"):
+        dicom.load(tmp_path)
+        any_image.sha256(tmp_path)
+    assert caplog.text.count("no DICOM image") == 1
+
+
+def test_what_a_library_says_is_cut_at_a_word():
+    long = "The number of bytes of pixel data is less than expected: " + "an unusual cause " * 10
+    told = dicom_header._line(ValueError(long))
+    assert told.endswith(" ...") and len(told) <= 124 and long.startswith(told[:-4] + " ")
+    assert dicom_header._line(ValueError("short\nmore")) == "short"
+    assert (
+        dicom_header._line(ValueError("x" * 300)) == "x" * 120 + " ..." and dicom_header._line(KeyError()) == "KeyError"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what", "way"),
+    [
+        ("a.dcm", bytes(344) + b"n+1\0" + bytes(300), "a NIfTI image", "end its name in .nii"),
+        ("a.ima", gzip.compress(bytes(344) + b"n+1\0" + bytes(300)), "a NIfTI image", "end its name in .nii"),
+        ("a.dicom", b"NRRD0004\n" + bytes(600), "an NRRD file", "end its name in .nrrd"),
+        ("a.DCM", b"\x89PNG" + bytes(600), "a PNG picture", "convert it"),
+    ],
+)
+def test_another_format_under_a_name_of_dicom_is_called_what_it_is(tmp_path, name, content, what, way):
+    """Alone it "holds no DICOM image", and its folder "holds no image"."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"is not a DICOM file but {what}") as caught:
+        any_image.load_any(tmp_path / name)
+    assert way in caught.value.hint
+    with pytest.raises(InputError, match=f"holds no DICOM image: {name} is not a DICOM file but {what}") as caught:
+        any_image.load_any(tmp_path)
+    assert way in caught.value.reason
+    small(tmp_path)  # beside slices it is one of the other files
+    assert any_image.load_any(tmp_path).data.shape[2] > 1

@@ -486,7 +486,22 @@ def test_many_faults_are_counted_and_the_first_fifty_told_in_order(folder):
     assert f"({folder}/in is put before every path, see --base-path)" in faults_of(path, base_path=f"{folder}/in")
     one, two = table(folder, "a.nii.gz,a_seg.nii,Tets"), table(folder, *["a.nii.gz,a_seg.nii,Tets"] * 2, name="b.csv")
     assert faults_of(one).endswith("(correct it and run again)") and " faults: " not in faults_of(one)
-    assert faults_of(two).endswith("(correct them and run again)") and "2 faults: line 2" in faults_of(two)
+    assert faults_of(two).endswith("(correct them and run again)") and "2 faults: lines 2, 3: " in faults_of(two)
+
+
+def test_a_split_is_read_in_any_case_of_its_letters(folder):
+    path = table(folder, "a.nii.gz,a_seg.nii,train", "b.nii.gz,b_seg.nii,TEST", "c.nii.gz,c_seg.nii,tRAIN")
+    assert [row.base for row in read_table(path)] == ["Train", "Test", "Train"]
+    mixed = table(folder, "a.nii.gz,a_seg.nii,train", "a.nii.gz,b_seg.nii,TEST", name="mixed.csv")
+    assert "line 3: HR_image a.nii.gz is in Test, and in Train at line 2" in faults_of(mixed)
+
+
+def test_equal_faults_are_told_once_with_their_lines_and_others_each(folder):
+    rows = [f"{name}.nii.gz,{name}_seg.nii,valid" for name in "abcd"]
+    told = faults_of(table(folder, *rows[:2], "e.nii.gz,none.nii,Train", *rows[2:]))
+    assert "5 faults: lines 2, 3, 5, 6: Base is 'valid', Train or Test is allowed; line 4: Label_image none" in told
+    many = faults_of(table(folder, *[f"x{i}.nii,," for i in range(30)], name="many.csv"))
+    assert many.count("Label_image is empty") == 1 and "30 lines, 2, 3, 4, " in many and many.count("no such file") > 20
 
 
 def test_a_table_has_a_largest_size(folder, monkeypatch):

@@ -227,6 +227,25 @@ def test_a_run_without_a_structure_is_refused_at_once(path, tmp_path):
         train(path, tmp_path / "run", CONFIG.replace(structure=""))
 
 
+def test_tissues_without_the_structure_are_refused_before_the_first_update(store, path):
+    """Each was left out with a warning when its turn came, in the middle of a run."""
+    law, rule = run_module.degradation(CONFIG), PatchRule.of(CONFIG)
+    for share in (0.0, 1.0):
+        refuse_faults(store, law, rule, None, (77, 3), share=share)  # one value is enough
+    with pytest.raises(InputError, match="tissues hold none of the structure's values 77, 78") as caught:
+        refuse_faults(store, law, rule, None, (77, 78))
+    told = str(caught.value)
+    assert all(f"sub-{i}_" in told for i in range(4)) and "(they hold 2, 3, 24, 42, 516)" in told
+    assert "name values of the tissues with --structure" in caught.value.hint
+    other = open_store(path)
+    subject = other.subject("sub-2_T1w")  # an image of its own, and now a label: tissues are for made images alone
+    subject.arrays["label"] = subject.arrays["tissues"]
+    for share, missing in ((0.0, False), (0.5, True)):
+        with pytest.raises(InputError) as caught:
+            refuse_faults(other, law, rule, None, (77,), share=share)
+        assert ("sub-2_T1w" in str(caught.value)) == missing
+
+
 @pytest.mark.parametrize(("way", "why"), [({"fit_mask": True}, "fit_mask"), (BY_MASK, "overlapping_with_mask")])
 def test_masks_are_refused_where_images_are_made(tmp_path, way, why):
     images.save(tmp_path / "a_tissues.nii.gz", tissues(0), np.eye(4))

@@ -330,6 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             known = _below(parser, args.command)._option_string_actions
             near = close(unknown[0].partition("=")[0], (name for name in known if name.startswith("--")))
             hint = f"did you mean {near}?" if near else f"{command} --help"
+            if os.path.lexists(unknown[0]):  # a file whose name begins as options do
+                hint = f"./{unknown[0]} names the file"
             raise UsageError(command, f"unrecognized arguments: {' '.join(unknown)}", hint)
         if args.command is None:
             parser.print_help()

@@ -41,11 +41,13 @@ def refuse_faults(
     axes: Axes | None,
     structure: Sequence[int] = (),
     fit_mask: bool = False,
+    share: float = 0.0,
 ) -> None:
     """Raise InputError that names every subject with which this run could not go on, fault by fault; UsageError for a
     structure where no subject has tissues.
 
-    structure : values of the tissues that are the label; fit_mask : whether the masks are learned
+    structure : values of the tissues that are the label; fit_mask : whether the masks are learned; share : of the
+        visits that show an image made of tissues
     """
     if structure and not any(subject.has_tissues for subject in store.subjects):
         raise UsageError(
@@ -54,7 +56,10 @@ def refuse_faults(
     found = [
         (subject.id, fault)
         for subject in store.subjects
-        for fault in _faults(store, subject, law, rule, axes, bool(structure), fit_mask)
+        for fault in [
+            *_faults(store, subject, law, rule, axes, bool(structure), fit_mask),
+            *_lost_structure(subject, structure, share),
+        ]
     ]
     if not found:
         return
@@ -173,6 +178,18 @@ def _faults(
         kind = f"without a patch of {rule.patch} voxels of which more than half lie in the mask"
         found.append(_Fault(kind, "", "a smaller patch_size or stride, larger masks, or -icm bounding_box"))
     return found
+
+
+def _lost_structure(subject: Subject, structure: Sequence[int], share: float) -> list[_Fault]:
+    """Tissues that are to be the label and hold nothing of the structure."""
+    counts = mapping(subject.attrs.get("tissues_counts"))
+    needed = subject.has_tissues and (share > 0 or not (subject.has_image and subject.has_label))
+    if not (structure and counts and needed) or any(str(value) in counts for value in structure):
+        return []
+    held = sorted((value for value in counts if value != "0"), key=int)
+    told = ", ".join(held[:5]) + f" and {len(held) - 5} more" * (len(held) > 5)
+    kind = f"tissues hold none of the structure's values {', '.join(map(str, structure))}"
+    return [_Fault(kind, f"they hold {told or 'nothing'}", "name values of the tissues with --structure")]
 
 
 def _finest(law: Degradation) -> list[float]:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.files import atomic_write, output_folder, read_json, walk_files
+from fastsrgan.core.files import atomic_write, output_folder, read_json, real, walk_files
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.errors import FastsrganError, InputError, UsageError
+from fastsrgan.errors import FastsrganError, InputError, UsageError, counted
 from fastsrgan.evaluate.figures import definitions
 from fastsrgan.evaluate.metrics import CALIBRATION
 from fastsrgan.evaluate.pair import evaluate_files, flat, summarise
@@ -48,8 +48,6 @@ TRUTH = ("", "_hr", "_HR")
 LABEL = ("_label", "_seg", "_dseg", "_gm")
 MASK = ("_mask",)
 NAMED = 5  # subjects that a note of a cohort names
-# A number of a note that is no part of a name or a path.
-_NUMBER = re.compile(r"(?<![\w./-])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w/]|\.\w)")
 _LOW = re.compile(r"_(lr|LR)$")
 _MODALITY = re.compile(rf"_({'|'.join(SUFFIXES)})$")
 
@@ -124,8 +122,8 @@ def evaluate_folders(
     at the end of STEM is dropped, and ``sub-01_T1w`` or another suffix of BIDS also takes ``sub-01_dseg`` and
     ``sub-01_label-X`` as its label. A segmentation without a label is told.
     Results in subfolders have their truths in the same subfolder, if there is one. The low-resolution image that
-    ``STEM.json`` names makes the baselines if it is unchanged. A result without truth is
-    in ``failed``. Raises InputError when nothing could be evaluated; returns as ``evaluate_items``.
+    ``STEM.json`` names makes the baselines if it is unchanged. A result without truth is in ``failed``, truths without
+    a result in a note. Raises InputError when nothing could be evaluated; returns as ``evaluate_items``.
     """
     results, truth = Path(results), Path(truth)
     for folder in (results, truth):
@@ -143,7 +141,29 @@ def evaluate_folders(
         folder = truth / below if (truth / below).is_dir() else truth
         known = {images.stem(p): p for p in _images(folder.iterdir())}
         items.append(_match(path, known, folder, below, len(choice.classes) > 1))
-    return evaluate_items(results, items, png=png, choice=choice, progress=progress, telling=telling)
+    left = _without_result(truth, results, items)
+    return evaluate_items(
+        results, items, png=png, choice=choice, progress=progress, telling=telling, left=left, truth=truth
+    )
+
+
+def _without_result(truth: Path, results: Path, items: Sequence[Item]) -> list[str]:
+    """Images of a folder of truths that belong to no result: no label and no mask by their names, used for no subject,
+    and no results themselves."""
+    used = {real(path) for item in items for path in item.files.values()}
+    left = []
+    for path in _images(walk_files(truth)):
+        there, name = real(path), images.stem(path)
+        named_part = name.endswith((*LABEL, *MASK)) or "_label-" in name
+        if not named_part and there not in used and real(results) not in there.parents:
+            left.append(path.relative_to(truth).as_posix())
+    return left
+
+
+def told_left(left: Sequence[str], where: str | os.PathLike) -> list[str]:
+    """A note about truths without a result, if there are any."""
+    some = ", ".join(left[:NAMED]) + f" and {len(left) - NAMED} more" * (len(left) > NAMED)
+    return [f"{counted(len(left), 'image')} of {where} without a result: {some}"] if left else []
 
 
 def _images(paths: Iterable[Path]) -> list[Path]:
@@ -200,14 +220,18 @@ def evaluate_items(
     choice: Choice = AS_IT_IS,
     progress: Progress = QUIET,
     telling: bool = True,
+    left: Sequence[str] = (),
+    truth: str | os.PathLike = "the truths",
 ) -> dict[str, Any]:
-    """Evaluate subjects one by one; ``what`` names their source in messages; ``telling``: notes are logged.
+    """Evaluate subjects one by one; ``what`` names their source in messages; ``telling``: notes are logged; ``left``:
+    images of ``truth`` that no result belongs to.
 
     Returns ``rows`` (the dicts of ``evaluate_files`` with ``subject``), ``failed`` (subject, error), ``notes`` (those
-    of the rows, as ``told_once``) and ``summary`` {figure: {mean, sd, n}} over the rows, figures named by their dotted
-    path (``image.whole.psnr_db``); sd is the sample standard deviation (n - 1), None for one row. Raises InputError
-    when no subject could be evaluated, and UsageError, before any work, where ``png`` holds a file of a picture's name
-    that is none of ``evaluate``'s, or where label classes are chosen and there is no label.
+    of the rows, as ``told_once``, and one about ``left``), ``without_result`` (``left``) and ``summary`` {figure:
+    {mean, sd, n}} over the rows, figures named by their dotted path (``image.whole.psnr_db``); sd is the sample
+    standard deviation (n - 1), None for one row. Raises InputError when no subject could be evaluated, and UsageError,
+    before any work, where ``png`` holds a file of a picture's name that is none of ``evaluate``'s, or where label
+    classes are chosen and there is no label.
     """
     bare = [item.subject for item in items if item.segmented and "label" not in item.files and not item.fault]
     if bare and telling:
@@ -249,12 +273,13 @@ def evaluate_items(
         if len(faults) == len(failed):
             raise table.table_error(Path(what), faults)
         raise InputError(what, "no subject could be evaluated", failed[0]["error"])
-    notes = told_once(done)
+    notes = told_once(done) + told_left(left, truth)
     for line in notes if telling else ():
         log.info(line)
     meaning = definitions() | {"sd": "sample standard deviation over subjects (n - 1)"}
     meaning |= CALIBRATION if any("doubt" in row for row in done) else {}
-    return {"rows": done, "failed": failed, "summary": summarise(done), "notes": notes, "definitions": meaning}
+    said = {"notes": notes, "without_result": list(left), "definitions": meaning}
+    return {"rows": done, "failed": failed, "summary": summarise(done), **said}
 
 
 def told_once(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -263,22 +288,16 @@ def told_once(rows: Sequence[dict[str, Any]]) -> list[str]:
     about: dict[str, list[tuple[str, list[str]]]] = {}
     for row in rows:
         for note in row["notes"]:
-            about.setdefault(_NUMBER.sub("\0", note), []).append((row["subject"], _NUMBER.findall(note)))
+            about.setdefault(table.NUMBER.sub("\0", note), []).append((row["subject"], table.NUMBER.findall(note)))
     lines = []
     for kind, found in about.items():
         subjects = list(dict.fromkeys(subject for subject, _ in found))
         more = f" and {len(subjects) - NAMED} more" if len(subjects) > NAMED else ""
-        spans = map(_span, zip(*(numbers for _, numbers in found), strict=True))
+        spans = map(table.span, zip(*(numbers for _, numbers in found), strict=True))
         first, *rest = kind.split("\0")
         text = first + "".join(number + part for number, part in zip(spans, rest, strict=True))
         lines.append(f"{', '.join(subjects[:NAMED])}{more}: {text}")
     return lines
-
-
-def _span(numbers: Sequence[str]) -> str:
-    """Smallest to largest, as they were written."""
-    low, high = min(numbers, key=float), max(numbers, key=float)
-    return low if float(low) == float(high) else f"{low} to {high}"
 
 
 def write_csv(path: str | os.PathLike, result: dict[str, Any]) -> None:

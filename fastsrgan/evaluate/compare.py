@@ -18,7 +18,7 @@ import numpy as np
 from fastsrgan.core.files import output_folder, short_names
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, UsageError, counted
-from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, evaluate_folders, told_once
+from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, evaluate_folders, told_left, told_once
 from fastsrgan.evaluate.pair import flat, moments
 from fastsrgan.io.output_place import SCORED, check_place
 
@@ -84,6 +84,8 @@ def compare_folders(
         for line in told_once([row for row in result["rows"] if row["subject"] in subjects]):
             about.setdefault(line, []).append(name)
     notes = [f"{' and '.join(folders)}: {line}" for line, folders in about.items()]
+    lacking = [set(result["without_result"]) for result in results]
+    notes += told_left([name for name in results[0]["without_result"] if name in lacking[1]], truth)
     least = 2.0 ** (1 - len(subjects))
     if least > LEVEL:
         notes.append(

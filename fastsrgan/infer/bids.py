@@ -36,6 +36,7 @@ from fastsrgan.io.bids import (
     description,
     find_bids,
     is_own,
+    parse,
     sidecar,
     stated,
 )
@@ -265,7 +266,17 @@ def evaluate_bids(
     # A result, this one or another, is no truth, wherever it lies.
     own = {real(made) for made in (root / "derivatives").glob("*") if is_own(made)} | {real(out)}
     items = [_item(image, root, len(choice.classes) > 1, own) for image in find_bids(out, desc="sr")]
-    return evaluate_items(out, items, png=png, choice=choice, progress=progress)
+    left = _without_result(root, items)
+    return evaluate_items(out, items, png=png, choice=choice, progress=progress, left=left, truth=root)
+
+
+def _without_result(root: Path, items: Sequence[Item]) -> list[str]:
+    """Images of a dataset, of the suffixes that were restored, of which there is no result."""
+    used = {real(item.files["hr"]) for item in items if "hr" in item.files}
+    kinds = {item.subject.rpartition("_")[2] for item in items}
+    found = map(parse, sorted([*root.glob("sub-*/anat/*"), *root.glob("sub-*/ses-*/anat/*")]))
+    lone = [image for image in found if image and image.suffix in kinds and "desc" not in dict(image.entities)]
+    return [i.path.relative_to(root).as_posix() for i in lone if real(i.path) not in used]
 
 
 def _item(image: BidsImage, root: Path, several: bool, own: Container[Path]) -> Item:

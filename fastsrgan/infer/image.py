@@ -215,14 +215,17 @@ def load(image: Image, job: ImageJob) -> Loaded | None:
     _check_places(image, job)
     asked = job.settings
     volume = read(image, asked)
+    for warning in volume.warnings:  # before the voxels are judged by their sizes, which one may be about
+        log.warning("%s: %s", image.path, warning)
     done = asked.grid_is_open and is_isotropic(volume.spacing)
     if done and not _overlapping(volume, image.path, asked.thickness_mm):
         reason = f"voxels of {times(volume.spacing)} mm: there is nothing to super-resolve, nothing was done"
         hint = "--new-resolution same segments it as it is, --new-resolution MM makes finer voxels"
         raise Isotropic(image.path, reason, hint)
-    volume = replace(volume, warnings=(*volume.warnings, *odd_intensities(volume.data, asked.physical)))
-    for warning in volume.warnings:
+    odd = odd_intensities(volume.data, asked.physical)
+    for warning in odd:
         log.warning("%s: %s", image.path, warning)
+    volume = replace(volume, warnings=(*volume.warnings, *odd))
     mask: np.ndarray | None = None
     if asked.mask_file is not None:
         inside = any_image.load_mask(asked.mask_file, volume, max_voxels=asked.max_voxels)
@@ -314,6 +317,9 @@ def _as_made(loaded: Loaded, settings: InferSettings) -> InferSettings:
 def _with_thickness(loaded: Loaded, settings: InferSettings) -> tuple[InferSettings, str]:
     """The settings with the slice thickness that the image's header states; and who stated it."""
     if settings.thickness_from:
+        if warning := any_image.odd_thickness(loaded.volume, settings.thickness_mm):
+            log.warning("%s: %s", loaded.image.path, warning)
+            loaded.volume = replace(loaded.volume, warnings=(*loaded.volume.warnings, warning))
         return settings, settings.thickness_from
     found = any_image.slice_thickness(loaded.volume, loaded.image.path)
     if found is None:

@@ -97,6 +97,14 @@ def slice_thickness(image: Volume, path: str | os.PathLike) -> Thickness | None:
     return Thickness(float(said), source)
 
 
+def odd_thickness(image: Volume, asked_mm: float | None) -> str:
+    """A warning about a slice thickness that was asked for and would not be believed of a header, else nothing."""
+    spacing = max(image.spacing)
+    if asked_mm is None or THICKNESS[0] <= asked_mm / spacing <= THICKNESS[1]:
+        return ""
+    return f"--slice-thickness {asked_mm:g} mm is used, of slices {spacing:g} mm apart: is that what is meant?"
+
+
 def _is_size(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 

@@ -107,13 +107,18 @@ def find_bids(
         for path in (path for folder in sorted(root.glob(f"{pattern}/")) for path in sorted(folder.iterdir())):
             if not images.is_image(path) or path.name.startswith("."):
                 continue
+            if wanted and path.relative_to(root).parts[0].removeprefix("sub-") not in wanted:
+                continue
             image = parse(path)
             if desc is None and image is not None and image.suffix in SEGMENTATIONS:
                 continue
             if image is None:
                 left.append((path, "no BIDS name of a NIfTI image"))
                 continue
-            if (wanted and image.subject not in wanted) or (visits and dict(image.entities).get("ses") not in visits):
+            if path.parent != root / image.folder:  # its derivatives would be those of another participant or session
+                left.append((path, f"lies in {path.parent.relative_to(root).as_posix()}"))
+                continue
+            if visits and dict(image.entities).get("ses") not in visits:
                 continue
             own = dict(image.entities).get("desc")
             if dict(image.entities).get("part", "mag") != "mag":
@@ -133,6 +138,7 @@ def find_bids(
     if not found:
         limits = [f"participants {', '.join(sorted(wanted))}"] * bool(wanted)
         limits += [f"sessions {', '.join(sorted(visits))}"] * bool(visits)
+        limits += [f"desc {desc}"] * bool(desc)
         where = f" of {' and '.join(limits)}" if limits else ""
         others = f"; there are {len(left)} that are not taken: {some}" if left else ""
         reason = f"no {' or '.join(suffixes)} image{where}{others}"

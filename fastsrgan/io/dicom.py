@@ -18,7 +18,7 @@ import numpy as np
 from fastsrgan.errors import InputError, ResourceError, counted
 from fastsrgan.io.dicom_header import DIRECTION_TOLERANCE, TRAITS, Frame, check_axes, pixels
 from fastsrgan.io.dicom_header import SUFFIXES as SUFFIXES
-from fastsrgan.io.dicom_series import NAMED, Series, select
+from fastsrgan.io.dicom_series import NAMED, Series, select, tell_others
 from fastsrgan.io.dicom_series import is_dicom as is_dicom
 from fastsrgan.io.dicom_series import sha256 as sha256
 from fastsrgan.io.nifti_header import LARGER
@@ -67,6 +67,7 @@ def load(
     UsageError : several series or volumes and none chosen. ResourceError : pydicom or memory missing.
     """
     chosen = select(path, series)
+    tell_others(path, chosen.others)
     stacks, how = _volumes(path, chosen)
     picked = _pick(path, stacks, volume)
     frames = stacks[picked]

@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.errors import FastsrganError, InputError, ResourceError, counted
+from fastsrgan.io.nifti_header import FORMAT_BYTES, WAYS, other_format
 from fastsrgan.io.nifti_voxels import pointer_of
 
 NO_DICOM = "holds no DICOM image"
 HINT = "copy or export the file again"
 _PREAMBLE = 132
+_LONGEST_LINE = 120  # letters of what a library says
 SUFFIXES = (".dcm", ".ima", ".dicom", ".dcm.gz", ".ima.gz", ".dicom.gz")
 _MOST_UNPACKED = 1 << 32  # bytes of a gzip file
 # The first element of a file without a preamble: of group 2 or 8, little endian.
@@ -114,6 +116,10 @@ class ColourPicture(InputError):
     """A screen shot or a coloured map, where an image of grey values is needed."""
 
 
+class OtherFormat(InputError):
+    """A file that is named as DICOM and is something else."""
+
+
 @dataclass(frozen=True)
 class Frame:
     """One slice.
@@ -175,7 +181,7 @@ def read_frames(path: Path, wanted: bool = False) -> list[Frame]:
         raise DamagedFile(path, "is empty (0 bytes)", HINT)
     try:
         return _frames_of(path, marked, marked or bare, wanted)
-    except ColourPicture:
+    except (ColourPicture, OtherFormat):
         raise
     except FastsrganError as error:
         if wanted or isinstance(error, ResourceError):
@@ -194,13 +200,13 @@ def begins_as_dicom(path: Path) -> bool:
     return head[128:] == b"DICM" or head[:2] in _BARE
 
 
-def _head(path: Path) -> bytes:
+def _head(path: Path, count: int = _PREAMBLE) -> bytes:
     """The bytes in which DICOM shows, unpacked where a file that is named as DICOM is packed."""
     with open(path, "rb") as file:
-        head = file.read(_PREAMBLE)
+        head = file.read(count)
     if head[:2] == b"\x1f\x8b" and str(path).lower().endswith(SUFFIXES):
         with gzip.open(path) as packed:
-            head = packed.read(_PREAMBLE)
+            head = packed.read(count)
     return head
 
 
@@ -226,6 +232,8 @@ def _frames_of(path: Path, marked: bool, readable: bool, wanted: bool) -> list[F
         if marked and ds is not None and (not kind or f"{kind}.".startswith(_IMAGE_CLASSES)):
             raise InputError(path, "is cut off within its header", HINT)
         if wanted:
+            if found := other_format(_head(path, FORMAT_BYTES)):
+                raise OtherFormat(path, f"is not a DICOM file but {found}", WAYS.get(found, "convert it to .nii.gz"))
             raise InputError(path, NO_DICOM, "a DICOM slice, a multi-frame file or a folder of slices")
         return []
     if not marked and not ("SOPClassUID" in ds or "SeriesInstanceUID" in ds):
@@ -244,6 +252,9 @@ def what_is_there(names: Sequence[Path]) -> str:
             read_frames(name, wanted=True)
         except ColourPicture:
             return f"holds no DICOM image of grey values, only colour pictures as {name.name}"
+        except OtherFormat as error:
+            if name.name.lower().endswith(SUFFIXES):
+                return f"{NO_DICOM}: {name.name} {error.reason} ({error.hint})"
         except InputError:
             continue
     return NO_DICOM
@@ -321,7 +332,9 @@ def _opened(path: Path) -> Any:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
+    line = (str(error).splitlines() or [""])[0]
+    short = line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE].rpartition(" ")[0] or line[:_LONGEST_LINE]
+    return short + " ..." * (short != line) or type(error).__name__
 
 
 def _frames(path: Path, ds: Any, fault: str) -> Iterator[Frame]:

@@ -41,7 +41,8 @@ NAMED = 3  # files and series that a message names
 class Series:
     """The images of one series below a folder, as the headers order them.
 
-    damaged : files of it that cannot be read; warnings : what is odd about its files
+    damaged : files of it that cannot be read; warnings : what is odd about its files; others : files beside it that
+        are no DICOM images, for `tell_others`
     """
 
     uid: str
@@ -50,6 +51,7 @@ class Series:
     frames: tuple[Frame, ...]
     damaged: tuple[DamagedFile, ...] = ()
     warnings: tuple[str, ...] = ()
+    others: tuple[Path, ...] = ()
 
     @property
     def usable(self) -> bool:
@@ -140,13 +142,16 @@ def _look(path: str | os.PathLike) -> _Listing:
         if path.is_dir() and there == NO_DICOM and not others_there:
             raise InputError(path, "holds no image", f"a folder of DICOM slices, or of {formats.NAMES} files")
         raise InputError(path, there, "a folder of DICOM slices; name image files themselves")
-    others = [name for name in others if name.is_file() and not name.name.startswith(".")]
-    if others and path.is_dir():
-        some = ", ".join(str(name.relative_to(folder)) for name in others[:NAMED])
-        more_of = ", ..." * (len(others) > NAMED)
-        what = counted(len(others), "file is no DICOM image", "files are no DICOM images")
-        log.info("%s: %s and left out: %s%s", path, what, some, more_of)
+    others = [name for name in others if path.is_dir() and name.is_file() and not name.name.startswith(".")]
     return _Listing(found, [b for b in broken if b.uid not in known], others)
+
+
+def tell_others(folder: str | os.PathLike, others: Sequence[Path]) -> None:
+    """Name the files of a folder that are no DICOM images: once, by who reads the voxels."""
+    if others:
+        some = ", ".join(str(name.relative_to(folder)) for name in others[:NAMED]) + ", ..." * (len(others) > NAMED)
+        what = counted(len(others), "file is no DICOM image", "files are no DICOM images")
+        log.info("%s: %s and left out: %s", folder, what, some)
 
 
 def _size(path: Path) -> int:
@@ -214,7 +219,7 @@ def _whole(path: str | os.PathLike, chosen: Series, look: _Listing, series: str 
         raise InputError(path, f"a file that may be a slice of the series cannot be read: {files}", hint)
     whose = {True: "of another series", False: "it does not say of which series it is"}
     told = [f"{b.what} {b.reason}: left out, {whose[bool(b.uid)]}" for b in look.damaged]
-    return replace(chosen, damaged=(), warnings=(*chosen.warnings, *told))
+    return replace(chosen, damaged=(), others=tuple(look.others), warnings=(*chosen.warnings, *told))
 
 
 def sha256(path: str | os.PathLike, series: str | None = None) -> str:

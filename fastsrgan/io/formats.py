@@ -21,7 +21,7 @@ import numpy as np
 
 from fastsrgan.errors import InputError, ResourceError, human, times
 from fastsrgan.io import nifti_header as nifti_check
-from fastsrgan.io.nifti_header import LARGER, halves, invertible
+from fastsrgan.io.nifti_header import FORMAT_BYTES, LARGER, halves, invertible
 from fastsrgan.io.nifti_voxels import (
     CHUNK_BYTES,
     COPY_AGAIN,
@@ -36,7 +36,6 @@ from fastsrgan.io.nifti_voxels import (
     open_stream,
 )
 
-_FIRST = 540  # bytes in which any format shows
 EXPORT_AGAIN = "export the image again"
 UNPACK_NRRD = "save it with gzip, as by `unu save -f nrrd -e gzip -i FILE -o NEW`, or as .nii.gz"
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -126,7 +125,7 @@ def _read_to_end(stream: PlainStream, voxel_bytes: int = 0) -> int:
 def examine_mgh(path: Path, max_voxels: int) -> NiftiFile:
     """Header of an .mgh or .mgz file; the affine is the one that nibabel and FreeSurfer (vox2ras) give."""
     with open_stream(path) as stream:
-        head = stream.read(_FIRST)
+        head = stream.read(FORMAT_BYTES)
     if len(head) < _MGH_HEADER or struct.unpack(">i", head[:4]) != (1,):
         raise nifti_check.not_this(path, "a FreeSurfer MGH file", head)
     head = head[:_MGH_HEADER]

@@ -109,8 +109,9 @@ def _inside(folder: Path, out: Path) -> list[Image]:
     if found:
         some = ", ".join(str(i.path.relative_to(folder)) for i in found[:NAMED])
         old = len(paths) - len(found)
-        more = f", ... ({counted(old, 'result')} of an earlier call left out)" if old else ""
-        log.info("%s: %s: %s%s", folder, counted(len(found), "image"), some, more or ", ..." * (len(found) > NAMED))
+        more = ", ..." * (len(found) > NAMED)
+        more += f" ({counted(old, 'result')} of an earlier call left out)" if old else ""
+        log.info("%s: %s: %s%s", folder, counted(len(found), "image"), some, more)
         _tell_of_others(folder, [p for p in others if below == here or below not in real(p).parents], again)
     if paths and not found and not any(map(dicom.is_dicom, others)):  # results beside the slices they were made of
         raise UsageError(folder, "holds results only", "name the folder of the images")

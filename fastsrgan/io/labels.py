@@ -63,6 +63,8 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
         raise UsageError(
             "--label-classes", f"{text!r} names no class", "values such as 3,42, or names of a lookup table"
         )
+    if odd := [word for word in words if re.fullmatch(r"[-\u2212]\d+|-?\d*\.\d+", word)]:
+        raise UsageError("--label-classes", f"{odd[0]} is no value of a label", "whole numbers from 0 up, or names")
     if all(word.isdigit() for word in words):
         return Structure(name or text, frozenset(map(int, words)))
     path = _beside(label) if table is None else Path(table)
@@ -70,9 +72,7 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
         hint = (
             "give the values, or a lookup table with --label-names FILE (FreeSurfer's, ITK-SNAP's or a BIDS dseg.tsv)"
         )
-        raise UsageError(
-            "--label-classes", f"{text!r} is a name, and no table says which value {label} has for it", hint
-        )
+        raise UsageError("--label-classes", f"{text!r} is a name, and no table says which value it is", hint)
     names = read_names(path)
     words = _names_among(listed, names)
     values = [[int(word)] if word.isdigit() else _values(word, names, path) for word in words]

@@ -39,6 +39,7 @@ _REFUSED = {
     2304: ("RGBA voxels", "save one grey channel"),
 }
 _UNITS = {0: (1.0, "unknown"), 1: (1e3, "metre"), 2: (1.0, "mm"), 3: (1e-3, "micrometre")}
+FORMAT_BYTES = 540  # of a file in which any format shows
 _OTHER_FORMATS = (
     (128, b"DICM", "a DICOM file"),
     (0, b"NRRD", "an NRRD file"),
@@ -60,7 +61,7 @@ _OTHER_FORMATS = (
     (0, b"\xfd7zXZ", "an xz file"),
     (0, b"\x28\xb5\x2f\xfd", "a zstd file"),
 )
-_WAYS = {  # out of a file under a wrong name, or of a format that is not read
+WAYS = {  # out of a file under a wrong name, or of a format that is not read
     "a DICOM file": "infer and job-model read it as NAME.dcm or by its folder; else convert it with dcm2niix",
     "a NIfTI image": "end its name in .nii, or in .nii.gz if it is packed",
     "an NRRD file": "end its name in .nrrd",
@@ -75,6 +76,8 @@ _WAYS = {  # out of a file under a wrong name, or of a format that is not read
     "an xz file": "unpack it with unxz",
     "a zstd file": "unpack it with unzstd",
 }
+
+_NIFTI_ENDINGS = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
 
 Warn = Callable[[str], object]
 
@@ -133,11 +136,11 @@ def halves(path: Path) -> tuple[Path, Path]:
 
 def _read_header(path: Path, voxel_path: Path) -> tuple[nib.Nifti1Header, str]:
     with open_stream(path) as stream:
-        head = stream.read(540)
+        head = stream.read(FORMAT_BYTES)
     order = next((o for o in "<>" if head[:4] in (struct.pack(o + "i", 348), struct.pack(o + "i", 540))), None)
     if order is None:
         if not other_format(head):
-            raise NotNifti(path, f"is not a NIfTI image: it begins with {head[:12]!r}", "a .nii or .nii.gz file")
+            raise NotNifti(path, f"is not a NIfTI image: it begins with {head[:12]!r}", _way_of_unknown(path, head))
         raise not_this(path, "a NIfTI image", head)
     size = struct.unpack(order + "i", head[:4])[0]
     if len(head) < size:
@@ -161,11 +164,21 @@ def other_format(head: bytes) -> str:
     return next((what for at, magic, what in _OTHER_FORMATS if head[at : at + len(magic)] == magic), "")
 
 
+def _way_of_unknown(path: Path, head: bytes) -> str:
+    """What to do about a file whose first bytes show no known format: text under a name that says no image is most
+    likely a list of images, under one that `infer` does not take for a list, or within another list."""
+    if path.name.lower().endswith(_NIFTI_ENDINGS):
+        return "a .nii or .nii.gz file"
+    if head.decode("utf-8", "ignore").replace("\n", "").replace("\r", "").replace("\t", "").isprintable():
+        return "a list of images ends in .txt, .csv or .tsv and is named to infer itself, not in another list"
+    return "NIfTI, FreeSurfer MGH, NRRD, MetaImage and DICOM are read: convert it to .nii.gz first"
+
+
 def not_this(path: Path, expected: str, head: bytes) -> InputError:
     """For a file whose name says what its first bytes deny."""
     if not (found := other_format(head)):
         return InputError(path, f"is not {expected}: it begins with {head[:12]!r}", COPY_AGAIN)
-    return InputError(path, f"is not {expected} but {found}", _WAYS.get(found, "convert it to .nii.gz first"))
+    return InputError(path, f"is not {expected} but {found}", WAYS.get(found, "convert it to .nii.gz first"))
 
 
 def _dimensions(path: Path, header: nib.Nifti1Header) -> tuple[tuple[int, int, int], int]:

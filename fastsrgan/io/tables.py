@@ -1,7 +1,7 @@
 """The tables that name a user's files: the original's training CSV and its list of images to apply a model to.
 
-A training table has the columns ``HR_image``, ``Label_image``, ``Base`` (``Train`` or ``Test``) and, where masks are
-used, ``Mask_image``, as in the original; ``Label_classes`` says which values of a label map are the structure
+A training table has the columns ``HR_image``, ``Label_image``, ``Base`` (``Train`` or ``Test``, in any case) and, where
+masks are used, ``Mask_image``, as in the original; ``Label_classes`` says which values of a label map are the structure
 (`labels.structure`). Comma, semicolon and tab are taken as separators, a byte-order mark and
 any line end are accepted; blank lines, a first line ``sep=;`` and ``#`` lines above the header are skipped, cells such
 as ``n/a`` are empty, other columns are ignored and named.
@@ -49,6 +49,9 @@ _MAX_TOLD = 50  # faults in one message
 _MAX_FAULT, _MAX_CELL = 600, 200  # characters of a fault, of a cell in it
 _MAX_COLUMNS, _MAX_NAMED, _MAX_COLUMN = 200, 12, 40  # columns that are looked at, that are named, characters of one
 
+
+# A number of a message that is no part of a name or a path.
+NUMBER = re.compile(r"(?<![\w./-])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w/]|\.\w)")
 
 Fault = tuple[int, str | FastsrganError]  # line, what is wrong there
 
@@ -202,15 +205,62 @@ def _is_heading(cells: Sequence[str]) -> bool:
 
 
 def table_error(path: os.PathLike, faults: Sequence[Fault], hint: str | None = None) -> InputError:
-    """All faults of a table, in order of lines, as one error of one line. The hint of a lone error is that error's."""
-    if len(faults) == 1 and isinstance(error := faults[0][1], FastsrganError):
-        hint = hint or error.hint
-        faults = [(faults[0][0], f"{error.what}: {error.reason}")]
-    first = sorted(((line, str(fault)) for line, fault in faults), key=lambda fault: fault[0])[:_MAX_TOLD]
-    told = "; ".join(f"line {line}: {' '.join(text.split())[:_MAX_FAULT]}" for line, text in first)
-    told += f"; and {len(faults) - _MAX_TOLD} more" if len(faults) > _MAX_TOLD else ""
+    """All faults of a table, in order of lines, as one error of one line; of equal ones the lines, and the fault once.
+
+    The hint of a lone error, or of errors that are all alike, is that error's.
+    """
+    groups = _alike(faults)
+    first = groups[0][0][1]
+    alike = len(groups) == 1 and isinstance(first, FastsrganError)
+    if isinstance(first, FastsrganError) and alike:
+        hint = hint or first.hint
     count = f"{len(faults)} faults: " if len(faults) > 1 else ""
-    return InputError(path, count + told, hint or f"correct {'them' if len(faults) > 1 else 'it'} and run again")
+    told = count + _in_words(groups, hints=not alike)
+    return InputError(path, told, hint or f"correct {'them' if len(faults) > 1 else 'it'} and run again")
+
+
+def told_by_line(faults: Sequence[Fault]) -> str:
+    """Faults of a table in order of lines, as part of one line of text: the first 50, equal ones once."""
+    return _in_words(_alike(faults))
+
+
+def _alike(faults: Sequence[Fault]) -> list[list[Fault]]:
+    """Faults in order of lines, those of one reason together: of several files the same is wrong, but for one number
+    that the reason may hold."""
+    groups: dict[tuple[str, ...], list[Fault]] = {}
+    for line, fault in sorted(faults, key=lambda fault: fault[0]):
+        key: tuple[str, ...] = (str(fault),)
+        if isinstance(fault, FastsrganError):
+            column, (bare, count) = fault.what.partition(" ")[0], NUMBER.subn("\0", fault.reason)
+            key = (column if column in COLUMNS else "", bare if count == 1 else fault.reason, fault.hint)
+        groups.setdefault(key, []).append((line, fault))
+    return list(groups.values())
+
+
+def _in_words(groups: Sequence[Sequence[Fault]], hints: bool = True) -> str:
+    told = []
+    for group in groups[:_MAX_TOLD]:
+        lines = list(dict.fromkeys(str(line) for line, _ in group))
+        fault = group[0][1]
+        text = str(fault)
+        if isinstance(fault, FastsrganError):
+            errors = [each for _, each in group if isinstance(each, FastsrganError)]
+            names, reasons = ({getattr(each, part) for each in errors} for part in ("what", "reason"))
+            reason = fault.reason
+            if len(reasons) > 1:
+                reason = NUMBER.sub(span([number for text in reasons for number in NUMBER.findall(text)]), reason)
+            others = f" and {counted(len(names) - 1, 'other')}" if len(names) > 1 else ""
+            text = f"{fault.what}{others}: {reason}" + f" ({fault.hint})" * hints
+        number = f"{len(lines)} lines, " if len(lines) > _MAX_NAMED else "lines " if len(lines) > 1 else "line "
+        told.append(f"{number}{_some(lines)}: {' '.join(text.split())[:_MAX_FAULT]}")
+    more = sum(map(len, groups[_MAX_TOLD:]))
+    return "; ".join(told) + f"; and {more} more" * bool(more)
+
+
+def span(numbers: Sequence[str]) -> str:
+    """Smallest to largest, as they were written."""
+    low, high = min(numbers, key=float), max(numbers, key=float)
+    return low if float(low) == float(high) else f"{low} to {high}"
 
 
 def subject_ids(images: list[Path]) -> list[str]:
@@ -390,7 +440,7 @@ def _row(
             pointer = pointer_of(paths[column])
             told = f"{pointer[0]}, {pointer[1]}" if pointer else "no such file"
             faults.append(f"{column} {text[:_MAX_CELL]}: {told}")
-    base = values["Base"]
+    base = next((split for split in SPLITS if split.casefold() == values["Base"].casefold()), values["Base"])
     if base not in SPLITS:
         near = difflib.get_close_matches(base.capitalize(), SPLITS, 1)
         told = f"did you mean {near[0]}?" if near else "Train or Test is allowed"

@@ -306,7 +306,7 @@ def prepare(
     if not names["Train"]:
         raise InputError(store.url, "has no Train subjects", "give rows with Base = Train to `fastsrgan convert`")
     axes, law, rule, shown = slice_axes(store, config), degradation(config), PatchRule.of(config), visits(config)
-    refuse_faults(store, law, rule, axes, shown.structure, config.fit_mask)
+    refuse_faults(store, law, rule, axes, shown.structure, config.fit_mask, shown.share)
     found = structures(store)
     if found and not config.fit_mask:
         log.warning(
