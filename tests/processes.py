@@ -5,9 +5,12 @@ They are forked from a server that has imported torch once, so that one costs no
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 import traceback
@@ -90,6 +93,21 @@ def on_ranks(target: Callable[..., Any], world: int, *args: Any, out: Path) -> l
     found = [outcome(out / f"{r}.json") for r in range(world)]
     assert codes == [0] * world, found
     return [f["value"] for f in found]
+
+
+def modules_on_ranks(command: list[str], world: int, out: Path) -> list[str]:
+    """What ``python -m MODULE WORDS`` printed on each rank: without the seconds in which Python loads the libraries."""
+    return on_ranks(_module, world, command[command.index("-m") + 1 :], out=out)
+
+
+def _module(words: list[str]) -> str:
+    sys.argv = words
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            assert not end.code, end.code
+    return said.getvalue()
 
 
 def ended(process: multiprocessing.Process, seconds: float = WAIT) -> int | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from fastsrgan.infer.files import infer_files
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.volume.geometry import Volume
 
 THIN, THICK = (5.0, 5.0, 5.0), (5.0, 5.0, 15.0)
 
@@ -71,6 +74,24 @@ def make_run(folder: Path, updates: int = 700) -> Path:
     write_json(folder / "summary.json", {"epochs": 7, "updates": updates, "best": 0.9375, "device": "cpu"})
     (folder / "config.yaml").write_text("epochs: 7\nname: </pre><script>alert(1)</script>\n", encoding="utf8")
     return folder
+
+
+def remembering(draw: Callable[..., bytes]) -> Callable[..., bytes]:
+    """``viewer.picture`` that draws the same volumes once: nine tenths of what a page takes are its picture's."""
+    drawn: dict[str, bytes] = {}
+
+    def picture(sr: Volume, others: dict[str, Volume], structure: str = "segmentation") -> bytes:
+        digest = hashlib.sha256(structure.encode())
+        for name, volume in {"sr": sr, **others}.items():
+            data = np.ascontiguousarray(volume.data)
+            digest.update(repr((name, data.shape, data.dtype)).encode())
+            digest.update(volume.affine.tobytes() + data.tobytes())
+        key = digest.hexdigest()
+        if key not in drawn:
+            drawn[key] = draw(sr, others, structure)
+        return drawn[key]
+
+    return picture
 
 
 def make_known(folder: Path) -> Path:

@@ -10,8 +10,9 @@ import os
 import numpy as np
 import pytest
 import torch
+from processes import modules_on_ranks
 
-from bench import common, data, naive, step
+from bench import common, data, naive, step, step_ranks
 from bench.__main__ import FROM_RESULTS, OPTIONS, main, parse
 from fastsrgan.data import pool
 from fastsrgan.model import networks
@@ -252,8 +253,16 @@ def test_a_step_report_is_drawn(capsys, tmp_path):
     assert code == 0 and (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ranks_that_drift_apart_have_no_times(capsys, monkeypatch, with_ratios):
-    launch, launched = step.Scaling.launch, {}
+def test_ranks_that_drift_apart_have_no_times(capsys, monkeypatch, with_ratios, tmp_path):
+    """Two ranks are programs of their own; one alone runs forked, without loading the libraries anew."""
+    launch, launched, programs = step.Scaling.launch, {}, step_ranks.on_ranks
+    monkeypatch.setattr(
+        step_ranks,
+        "on_ranks",
+        lambda command, world, threads: (
+            programs(command, world, threads) if world == 2 else modules_on_ranks(command, world, tmp_path)
+        ),
+    )
     monkeypatch.setattr(step.Scaling, "launch", lambda self, n: launched.setdefault(n, launch(self, n)))
     code, report = bench(capsys, "step", "--ranks", "2", "--only", "on 2 ranks")
     (row,) = report["rows"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import modules_on_ranks
 
 from bench import flops, roofline, scale, step_pool, summary, uncompiled
 from bench import layers as bench_layers
@@ -143,10 +145,19 @@ def test_a_step_report_becomes_a_table_of_floors(tmp_path, monkeypatch):
         roofline.page()
 
 
-def test_a_quick_check_predicts_and_runs_one_and_two_ranks(tmp_path, capsys):
-    path = tmp_path / "scale.json"
+def test_a_quick_check_predicts_and_runs_one_and_two_ranks(tmp_path, capsys, monkeypatch):
+    """Its commands run forked; that each is started as a program of its own is held by test_bench.py."""
+    path, commands = tmp_path / "scale.json", []
+
+    def forked(command, world, threads):
+        commands.append((command[:3], world, threads))
+        return modules_on_ranks(command, world, tmp_path / str(len(commands)))
+
+    monkeypatch.setattr("bench.step_ranks.on_ranks", forked)
     assert main(["scale", "--check", "--quick", "--repeats", "2", "--json", str(path)]) == 0
     report = json.loads(path.read_text(encoding="utf8"))
+    programs = [[sys.executable, "-m", name] for name in ("bench.step_ranks", "fastsrgan")]
+    assert commands == [(program, world, 1) for program in programs for world in (1, 2)]
     assert [row["ranks"] for row in report["rows"]] == [1, 2]
     assert all(row["predicted"] > 0 and row["measured"] > 0 for row in report["rows"])
     assert report["rows"][0]["updates"] == 2 * report["rows"][1]["updates"]

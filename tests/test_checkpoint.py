@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
+from processes import Post, ended, outcome, start
 
 from fastsrgan.errors import ModelError, ResourceError
 from fastsrgan.model import checkpoint
@@ -113,25 +113,24 @@ def test_prune_keeps_the_newest(tmp_path):
     assert [p.name for p in checkpoint.snapshots(tmp_path)] == ["step-00000003", "step-00000004"]
 
 
+def write_for_ever(run: Path, written: Post) -> None:
+    data = b"x" * 3_000_000
+    for step in range(10_000):
+        checkpoint.write(run, step, {n: (lambda p: p.write_bytes(data)) for n in ("a.bin", "b.bin")}, {})
+        checkpoint.prune(run, 2)
+        written.put(step)
+
+
 @pytest.mark.fault(21)
 def test_sigkill_while_writing_leaves_whole_snapshots_only(tmp_path):
-    code = (
-        "import sys, pathlib\n"
-        "from fastsrgan.model import checkpoint\n"
-        "data = b'x' * 3_000_000\n"
-        "for step in range(10_000):\n"
-        "    writers = {n: (lambda p: p.write_bytes(data)) for n in ('a.bin', 'b.bin')}\n"
-        "    checkpoint.write(pathlib.Path(sys.argv[1]), step, writers, {})\n"
-        "    checkpoint.prune(pathlib.Path(sys.argv[1]), 2)\n"
-        "    print(step, flush=True)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    run, written = tmp_path / "run", Post()
+    process = start(write_for_ever, run, written, out=tmp_path / "told.json")
     for _ in range(3):
-        process.stdout.readline()
+        last = written.get()
     time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    last = max(int(line) for line in ["2", *process.stdout.read().split()])
-    process.wait()
-    newest = checkpoint.newest(tmp_path)
+    process.kill()
+    assert ended(process) == -signal.SIGKILL, outcome(tmp_path / "told.json")
+    while not written.empty():
+        last = written.get()
+    newest = checkpoint.newest(run)
     assert int(newest.name[5:]) >= last and not checkpoint.verify(newest)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import call, one_line
-from report_results import make_model, make_results, make_run, make_scan, make_scores, make_truth
+from report_results import make_model, make_results, make_run, make_scan, make_scores, make_truth, remembering
 
 from fastsrgan.cli import main as cli
 from fastsrgan.core.files import write_json
@@ -28,7 +28,7 @@ from fastsrgan.io import nifti as images
 from fastsrgan.model.purpose import MODELS
 from fastsrgan.pictures import figure
 from fastsrgan.pictures.planes import white
-from fastsrgan.report import cohort, curves, volumes
+from fastsrgan.report import cohort, curves, viewer, volumes
 from fastsrgan.report import show as show_module
 from fastsrgan.report.collect import Result
 from fastsrgan.report.html import Line, data_block, el, line_chart, pointer, shown, ticks
@@ -81,6 +81,17 @@ class Parsed(HTMLParser):
     def facts(self) -> dict:
         """What the page's figures point into."""
         return json.loads(self.blocks["facts"])
+
+
+DRAW = viewer.picture
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures():
+    """Pages of the same volumes share their picture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(viewer, "picture", remembering(DRAW))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +244,8 @@ def test_a_page_allows_its_own_scripts_and_nothing_else(page, parsed):
     assert "DOCTYPE" in page[:20].upper() and len(page.encode()) < 12e6  # found: 2.81e6
 
 
-def test_the_same_results_give_the_same_bytes(results, page, tmp_path):
+def test_the_same_results_give_the_same_bytes(results, page, tmp_path, monkeypatch):
+    monkeypatch.setattr(viewer, "picture", DRAW)
     (again,) = report(results, tmp_path / "again.html")
     assert again.read_text(encoding="utf8") == page
 

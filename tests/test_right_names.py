@@ -9,6 +9,7 @@ import html
 import io
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import chromium
@@ -374,9 +375,16 @@ def choices(text: str) -> dict[str, str]:
     return {value: html.unescape(words) for value, words in found}
 
 
-def test_the_doubt_is_shown_on_its_own_scale_in_units_of_the_image(tmp_path):
-    (path,) = report(make_known(tmp_path))
-    text = path.read_text(encoding="utf8")
+@pytest.fixture(scope="module")
+def known(tmp_path_factory) -> tuple[Path, str]:
+    """The record of a result with doubt and structures, and the text of its page; tests change nothing of either."""
+    record = make_known(tmp_path_factory.mktemp("doubt"))
+    (path,) = report(record)
+    return record, path.read_text(encoding="utf8")
+
+
+def test_the_doubt_is_shown_on_its_own_scale_in_units_of_the_image(known):
+    _, text = known
     plan, volumes = unpacked(text)
     assert plan["shape"] == list(SHAPE)
     expected = np.where(np.arange(SHAPE[0]) < 20, 85, 255)  # 20 and 60 of 60
@@ -392,24 +400,22 @@ def test_the_doubt_is_shown_on_its_own_scale_in_units_of_the_image(tmp_path):
     assert scale and float(scale[1]) == 60
 
 
-def test_the_doubts_figures_are_those_of_the_record(tmp_path):
-    record = make_known(tmp_path)
-    (path,) = report(record)
-    tile = re.search(r"<li><span>doubt</span>(.*?)</li>", path.read_text(encoding="utf8"))
+def test_the_doubts_figures_are_those_of_the_record(known, tmp_path):
+    record, text = known
+    tile = re.search(r"<li><span>doubt</span>(.*?)</li>", text)
     at = "/results/0/record/doubt"
     found = re.findall(r'<data value="(.*?)" data-path="(.*?)">(.*?)</data>', tile[1])
     assert found == [("41.25", f"{at}/mean", "41.25"), ("60.5", f"{at}/p95", "60.5")]
     # They stand beside the scores too.
-    (path,) = report(record, tmp_path / "a.html", hr=tmp_path / "out" / "scan_sr.nii.gz")
+    (path,) = report(record, tmp_path / "a.html", hr=record.parent / "scan_sr.nii.gz")
     text = path.read_text(encoding="utf8")
     assert tile[0] in text and text.count('class="tiles"') == 1 and "<span>SSIM" in text
 
 
-def test_structures_have_their_names_beside_their_colours(tmp_path):
-    (path,) = report(make_known(tmp_path))
-    text = path.read_text(encoding="utf8")
+def test_structures_have_their_names_beside_their_colours(known):
+    record, text = known
     plan, volumes = unpacked(text)
-    stored = images.load_label(tmp_path / "out" / "scan_mask.nii.gz").data
+    stored = images.load_label(record.parent / "scan_mask.nii.gz").data
     assert np.array_equal(np.array([0, 3, 41, 90])[volumes["mask"]], stored)
     legend = re.search(r'<ul class="legend" id="structures">(.*?)</ul>', text)[1]
     told = re.findall(r'<li><svg.*?fill="#(\w{6})".*?</svg>(.*?)</li>', legend)

@@ -5,14 +5,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import damage
 import numpy as np
 import pytest
+from processes import ended, outcome, start
 
 from fastsrgan.errors import ResourceError
 from fastsrgan.infer import planes as slabs
@@ -22,7 +21,6 @@ from fastsrgan.infer.volume import infer_volume
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = {"patch": 16, "step": (5, 9, 9), "device": "cpu", "batch": 2}
 SPACINGS = [(1.0, 1.0, 3.0), (2.0, 1.0, 1.0), (1.0, 1.0, 1.0)]
 
@@ -139,37 +137,31 @@ def test_another_image_begins_anew(generator, by_slabs, tmp_path):
     assert done.report["begun_at_plane"] == 0
 
 
-PROGRAM = """
-import json, os, signal, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import numpy as np
-from test_slabs import SETTINGS, build_generator, GeneratorSpec, image, infer, infer_volume, plan_memory, replace
-from fastsrgan.infer import planes as slabs
-infer.plan_memory = lambda job, *args: replace(plan_memory(job, *args), mode="slabs")
-note, left = slabs.Unfinished.note, [int(sys.argv[2])]
-def counted(self, done):
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left[0] -= 1
-    note(self, done)
-slabs.Unfinished.note = counted
-os.fsync = lambda file: None
-np.memmap.flush = lambda self: None
-infer_volume(image((60, 20, 18)), np.eye(4), build_generator(GeneratorSpec(kernel=1), seed=5).eval(), **SETTINGS,
-             scratch=sys.argv[1])
-"""
+def killed(notes: int, scratch: Path) -> None:
+    """Inference by slabs in a process of its own that is killed when it would note what is done the next time."""
+    infer.plan_memory = lambda job, *args: replace(plan_memory(job, *args), mode=SLABS)
+    note, left = slabs.Unfinished.note, [notes]
+
+    def counted(self, done):
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        note(self, done)
+
+    slabs.Unfinished.note = counted
+    os.fsync = lambda file: None
+    np.memmap.flush = lambda self: None
+    network = build_generator(GeneratorSpec(kernel=1), seed=5).eval()
+    infer_volume(image((60, 20, 18)), np.eye(4), network, **SETTINGS, scratch=scratch)
 
 
 @pytest.mark.fault(22)
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_after_kills_the_bytes_are_those_of_an_unbroken_run(generator, by_slabs, tmp_path):
-    program = PROGRAM.format(root=str(ROOT), tests=str(Path(__file__).parent))
     begun = []
     for notes in (3, 2):
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(tmp_path / "result"), str(notes)], capture_output=True, check=False
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        out = tmp_path / "told.json"
+        assert ended(start(killed, notes, tmp_path / "result", out=out)) == -signal.SIGKILL, outcome(out)
         begun.append(json.loads((tmp_path / ".result.partial" / slabs.JOURNAL).read_text())["done"])
     assert 0 < begun[0] < begun[1] < 60
     data = image((60, 20, 18))
