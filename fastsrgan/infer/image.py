@@ -222,8 +222,7 @@ def load(image: Image, job: ImageJob) -> Loaded | None:
         reason = f"voxels of {times(volume.spacing)} mm: there is nothing to super-resolve, nothing was done"
         hint = "--new-resolution same segments it as it is, --new-resolution MM makes finer voxels"
         raise Isotropic(image.path, reason, hint)
-    odd = odd_intensities(volume.data, asked.physical)
-    for warning in odd:
+    for warning in (odd := odd_intensities(volume.data, asked.physical)):
         log.warning("%s: %s", image.path, warning)
     volume = replace(volume, warnings=(*volume.warnings, *odd))
     mask: np.ndarray | None = None
@@ -316,20 +315,17 @@ def _as_made(loaded: Loaded, settings: InferSettings) -> InferSettings:
 
 def _with_thickness(loaded: Loaded, settings: InferSettings) -> tuple[InferSettings, str]:
     """The settings with the slice thickness that the image's header states; and who stated it."""
-    if settings.thickness_from:
-        if warning := any_image.odd_thickness(loaded.volume, settings.thickness_mm):
-            log.warning("%s: %s", loaded.image.path, warning)
-            loaded.volume = replace(loaded.volume, warnings=(*loaded.volume.warnings, warning))
-        return settings, settings.thickness_from
-    found = any_image.slice_thickness(loaded.volume, loaded.image.path)
-    if found is None:
-        return settings, "spacing"
-    if found.mm is None:
-        warning = f"slice thickness not used, {found.source}"
+    if source := settings.thickness_from:
+        warning = any_image.odd_thickness(loaded.volume, settings.thickness_mm)
+    else:
+        found, source = any_image.slice_thickness(loaded.volume, loaded.image.path), "spacing"
+        if found is not None and found.mm is not None:
+            return replace(settings, slice_thickness=found.mm), found.source
+        warning = f"slice thickness not used, {found.source}" if found is not None else ""
+    if warning:
         log.warning("%s: %s", loaded.image.path, warning)
         loaded.volume = replace(loaded.volume, warnings=(*loaded.volume.warnings, warning))
-        return settings, "spacing"
-    return replace(settings, slice_thickness=found.mm), found.source
+    return settings, source
 
 
 def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
