@@ -1,14 +1,14 @@
 """Scores weights on sharp images that are given as thick slices: `python tools/score_thick_slices.py CASES.json -w W`.
 
 CASES.json: {"name": {"image": "x_T2w.nii.gz", "labels": "x_tissues.nii.gz", "structure": [5]}, ...}, paths relative to
-it. Slices lie along the third axis in RAS order, 3 or 6 voxels apart and thick, their profile a Gaussian (FWHM of the
+it. Slices are axial (or as --plane says), 3 or 6 voxels apart and thick, their profile a Gaussian (FWHM of the
 thickness) or a box; noise is a fraction of the scan's maximum. PSNR (maximum of the truth) is inside the head, above a
 tenth of the 99.9th percentile; SSIM of the whole volume.
 
 spline       cubic spline through the slices' centres
 best linear  spline + D' (D D' + w)^-1 (scan - D spline) with the Gaussian profile and the best of eight w for each
              case: an oracle that no linear method which knows only profile and noise can beat
-fastsrgan    `infer_volume` with the tiles that the command takes on a CPU
+fastsrgan    `infer_volume` with the tiles that the command takes on a CPU, upright where it does that (--upright)
 
 "sharpness" is the root mean square of differences across the slices inside the head, over the truth's.
 "dice_interpolated" is that of the true label drawn on the slices and interpolated; "parts" are the components beside
@@ -34,6 +34,7 @@ from fastsrgan.model import weights
 from fastsrgan.model.purpose import Purpose
 from fastsrgan.volume.components import ISLAND_SHARE, segment
 from fastsrgan.volume.consistency import LINEAR_WEIGHTS, Observation, agree, observation
+from fastsrgan.volume.geometry import PLANES
 from fastsrgan.volume.resample import apply_axes, slice_profile_matrix, spline_matrix
 
 ACQUISITIONS = [(r, p, n) for r in (3, 6) for p, n in (("gaussian", 0.0), ("box", 0.0), ("gaussian", 0.03))]
@@ -55,8 +56,12 @@ def agreed(image: np.ndarray, scan: np.ndarray, seen: Observation, w: float) -> 
     return made
 
 
-def score(name: str, case: dict, folder: Path, generator, island: float, options: dict) -> list[dict]:
-    """The rows of one case."""
+def score(name: str, case: dict, folder: Path, generator, island: float, through: int, options: dict) -> list[dict]:
+    """The rows of one case; ``through``: the axis across the slices."""
+
+    def along(matrix: np.ndarray, image: np.ndarray) -> np.ndarray:
+        return apply_axes(image, [matrix if axis == through else None for axis in range(3)])
+
     whole, mm = load(folder / case["image"])
     whole = np.clip(whole / np.percentile(whole[whole > 0], 99.9), 0, 1.2)
     inside = np.argwhere(whole > 0.05)
@@ -66,16 +71,16 @@ def score(name: str, case: dict, folder: Path, generator, island: float, options
     whole, structure = whole[cut], np.isin(load(folder / case["labels"])[0][cut], case["structure"])
     rows: list[dict] = []
     for ratio, profile, noise in ACQUISITIONS:
-        n = whole.shape[2] // ratio * ratio
-        truth, label = whole[:, :, :n], structure[:, :, :n]
+        n = whole.shape[through] // ratio * ratio
+        truth, label = (np.take(a, range(n), through) for a in (whole, structure))
         down = slice_profile_matrix(n, n // ratio, float(ratio), 1.0, float(profile == "box"))
         up = spline_matrix(n // ratio, n, 1 / ratio)
-        scan = apply_axes(truth, [None, None, down])
+        scan = along(down, truth)
         if noise:
             drawn = np.random.default_rng(0).normal(0, noise * scan.max(), scan.shape)
             scan = np.clip(scan + drawn, 0, None).astype(np.float32)
-        low_mm = (mm[0], mm[1], mm[2] * ratio)
-        spline, head = apply_axes(scan, [None, None, up]), truth > 0.1
+        low_mm = tuple(s * ratio if axis == through else s for axis, s in enumerate(mm))
+        spline, head = along(up, scan), truth > 0.1
         seen = observation(scan.shape, low_mm, truth.shape, mm)
         assert seen is not None
         linear = max(metrics.psnr(agreed(spline, scan, seen, w), truth, mask=head) for w in LINEAR_WEIGHTS)
@@ -85,13 +90,14 @@ def score(name: str, case: dict, folder: Path, generator, island: float, options
         segs = {p: segment(result.prob[0], voxel, p, min_mm3=island, share=ISLAND_SHARE)[0] > 0 for p in DECIDING}
         seg = segs[0.5]
         base = metrics.psnr(spline, truth, mask=head)
-        drawn_label = apply_axes(apply_axes(label.astype(np.float32), [None, None, down]), [None, None, up]) > 0.5
+        drawn_label = along(up, along(down, label.astype(np.float32))) > 0.5
         row = {"case": name, "ratio": ratio, "profile": profile, "noise": noise, "spline_db": base}
         row |= {"linear_gain": linear - base, "sr_gain": metrics.psnr(result.sr, truth, mask=head) - base}
         row["spline_ssim"] = metrics.ssim(spline, truth)
         row["ssim_gain"] = metrics.ssim(result.sr, truth) - row["spline_ssim"]
         row |= {"dice": metrics.dice(seg, label), "dice_interpolated": metrics.dice(drawn_label, label)}
-        row |= {"spline_sharpness": sharpness(spline, truth, head), "sharpness": sharpness(result.sr, truth, head)}
+        row |= {"spline_sharpness": sharpness(spline, truth, head, through)}
+        row["sharpness"] = sharpness(result.sr, truth, head, through)
         row["components"] = int(ndimage.label(seg, np.ones((3, 3, 3)))[1])
         row["dice_at"] = {str(p): round(metrics.dice(s, label), 4) for p, s in segs.items()}
         row["parts"] = parts(result.prob[0] > 0.5, label, voxel)
@@ -109,10 +115,14 @@ def parts(seg: np.ndarray, label: np.ndarray, voxel_mm3: float) -> list[list[flo
     return [[round(float(mm3[i]), 1), round(float(inside[i] / sizes[i]), 3)] for i in order if mm3[i] >= 50]
 
 
-def sharpness(image: np.ndarray, truth: np.ndarray, head: np.ndarray) -> float:
+def sharpness(image: np.ndarray, truth: np.ndarray, head: np.ndarray, through: int) -> float:
     """Root mean square of the differences across the slices inside the head, over the truth's: below 1 is blurred."""
+    head = np.moveaxis(head, through, 2)
     both = head[:, :, 1:] & head[:, :, :-1]
-    steps = [float(np.sqrt(np.mean(np.diff(a.astype(np.float64))[both] ** 2))) for a in (image, truth)]
+    steps = [
+        float(np.sqrt(np.mean(np.diff(np.moveaxis(a, through, 2).astype(np.float64))[both] ** 2)))
+        for a in (image, truth)
+    ]
     return steps[0] / steps[1]
 
 
@@ -122,13 +132,18 @@ def main() -> None:
     p.add_argument("cases", type=Path)
     p.add_argument("-w", "--weights", default="perinatal")
     p.add_argument("--flips", default="none", metavar="AXES", help="mean over mirror images, as infer --flips")
+    p.add_argument("--plane", choices=PLANES.values(), default="axial", help="that slices lie in (axial)")
+    p.add_argument("--upright", choices=("auto", "on", "off"), default="auto", help="as infer --upright (auto)")
     p.add_argument("--json", type=Path)
     args = p.parse_args()
     generator = fastsrgan.load_generator(args.weights)
-    island = Purpose.of(weights.info(args.weights)["made_for"]).island_mm3
+    purpose = Purpose.of(weights.info(args.weights)["made_for"])
+    island, through = purpose.island_mm3, "RAS".index(next(a for a, plane in PLANES.items() if plane == args.plane))
+    upright = ("on" if purpose.unknown(args.plane) else "off") if args.upright == "auto" else args.upright
+    options = {"flips": args.flips, "upright": upright}
     rows = []
     for name, case in json.loads(args.cases.read_text(encoding="utf8")).items():
-        rows += score(name, case, args.cases.parent, generator, island[1] if island else 0.0, {"flips": args.flips})
+        rows += score(name, case, args.cases.parent, generator, island[1] if island else 0.0, through, options)
     if args.json:
         write_json(args.json, rows)
     print(f"worst gain {min(r['sr_gain'] for r in rows):+.2f} dB, over best linear", end=" ")
