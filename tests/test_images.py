@@ -387,6 +387,17 @@ def test_a_voxel_size_that_differs_from_the_sforms_by_more_than_a_hundredth_is_t
     assert any("pixdim is" in warning for warning in images.load(path).warnings) == told
 
 
+@pytest.mark.parametrize("scaling", [(1e-3, 98765.4321), (0.1234567, -98765.4321), (1 / 3, 1e7 + 1), (1.0, 0.1)])
+def test_what_is_stored_with_a_scaling_is_the_nearest_number_for_who_reads_the_header(tmp_path, scaling):
+    """The header holds both in float32, which may lie several stored numbers away from those asked for."""
+    stored = np.arange(-32000, 32000, 97, dtype=np.int16).reshape(-1, 5, 4)
+    slope, inter = map(np.float64, np.float32(scaling))
+    path = images.save(tmp_path / "a.nii", stored * slope + inter, np.eye(4), dtype=np.int16, scaling=scaling)
+    assert np.array_equal(np.asarray(nib.load(path).dataobj.get_unscaled()), stored)
+    again, *read, _ = images.load_stored(path)
+    assert read == [slope, inter] and np.array_equal(again, stored)
+
+
 def test_a_scaled_value_is_rounded_once_and_a_wrong_volume_says_what_can_be(tmp_path):
     """In float64 until the one rounding to float32."""
     data = np.random.default_rng(0).integers(0, 2**24, (9, 8, 7)).astype(np.int32)

@@ -83,6 +83,22 @@ def test_auto_takes_a_narrow_profile_and_a_weight_that_grows_with_the_noise(gene
     assert found[2]["noise"] == pytest.approx(60, rel=0.15)  # found: 0.018
 
 
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.03, 0.0])
+def test_the_weight_is_the_noise_over_what_the_result_lacks_where_the_spline_lacks_more(generator, monkeypatch, share):
+    """The better a result is, the less it has to gain from the scan; a result worse than the spline changes nothing."""
+    rng = np.random.default_rng(0)
+    x, y, z = np.meshgrid(*(np.linspace(0, 6, n) for n in (40, 40, 16)), indexing="ij")
+    data = (500 + 100 * np.sin(x) * np.cos(y) + 50 * np.sin(9 * z) + 5 * rng.normal(size=x.shape)).astype(np.float32)
+    found, judged = [], []
+    for lacks in (1e6, share):
+        monkeypatch.setattr(modes, "lacking_sd", lambda left, *more, lacks=lacks: judged.append(left) or lacks * 5)
+        found.append(infer_volume(data, AFFINE, generator, **FAST).report["agree"])
+    spline, result = found
+    bound = 1000 if share == 0 else min(1000, (result["noise"] / (5 * share)) ** 2)
+    assert spline["weight"] < 3 and result["weight"] == float(f"{max(spline['weight'], bound):.3g}")
+    assert result["noise"] == spline["noise"] and all(left.shape == data.shape for left in judged)
+
+
 @pytest.mark.parametrize("thickness", ["auto", 2.0])
 @pytest.mark.parametrize("profile", ["auto", "box", "gaussian"])
 def test_what_is_missing_is_judged_by_the_gaussian_as_wide_as_the_slices_are_thick(

@@ -29,6 +29,7 @@ from fastsrgan.model.arithmetic import Arithmetic
 from fastsrgan.model.networks import CriticSpec
 from fastsrgan.observation.model import Degradation, Degraded
 from fastsrgan.train import loop, precision, snapshots, validate
+from fastsrgan.train import run as train_run
 from fastsrgan.train.gan import Models
 from fastsrgan.train.logs import Board, RunLog
 from fastsrgan.train.optimise import Optimiser, grouped
@@ -545,6 +546,18 @@ def test_residents_count_in_the_type_that_they_are_kept_in(monkeypatch):
     assert limit(one(has_tissues=True), int(3 * 2 * 9000 * growth) - 10) == 2
     boxed = one(attrs={"bounding_box": [[2, 8], [0, 10], [1, 3]], "intensity": {"min": 0}})
     assert feed.resident_voxels(boxed, 4) == 6 * 10 * 4 and feed.resident_voxels(boxed, 0) == 1000
+
+
+@pytest.mark.parametrize(("others", "expected"), [(3, 3), (9, 5)])
+def test_all_ranks_hold_as_many_subjects_as_the_one_with_the_least_memory(monkeypatch, others, expected):
+    """Ranks that held other numbers would deal other groups."""
+    asked = []
+    ranks = SimpleNamespace(minimum=lambda value: asked.append(value) or min(value, others))
+    law = SimpleNamespace(degradation=SimpleNamespace(geometry="physical"), rule=SimpleNamespace(patch=16), visits=None)
+    models = SimpleNamespace(device=torch.device("cpu"))
+    held = SimpleNamespace(config=CONFIG, ranks=ranks, store=None, train=["a"], models=models, feed=law)
+    monkeypatch.setattr(train_run, "resident_limit", lambda *given, **more: 5)
+    assert train_run.group_size(held) == expected and asked == [5]
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,19 @@ def test_info_says_what_the_weights_were_made_for_and_how_large_they_are(tmp_pat
     assert weights.purpose(tmp_path / "copy.safetensors") == Purpose.of(said)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_of_ones_own_called_like_a_shipped_file_are_not_taken_for_it(tmp_path, name):
+    """What the file says holds: what it was made for, and in which checks its results are looked at."""
+    card = {"made_for": {"contrast": "T9", "head_mm": [3, 4]}}
+    generator = build_generator(GeneratorSpec(kernel=1), seed=3)
+    for path in (tmp_path / MODELS[name].file, tmp_path / "run" / weights.BEST):
+        path.parent.mkdir(exist_ok=True)
+        weights.save_generator(path, generator, card=card)
+        assert weights.purpose(path) == Purpose(contrast="T9", head_mm=(3, 4))
+        assert weights.info(path)["made_for"] == card["made_for"]
+    assert weights.purpose(name) == MODELS[name].purpose
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_that_others_stored_in_another_type_are_read_as_float32(tmp_path, dtype):
     path = saved(tmp_path / "a.safetensors")

@@ -16,6 +16,7 @@ from fastsrgan.core.ranks import Ranks
 from fastsrgan.model.networks import build_generator
 from fastsrgan.model.weights import save_generator
 from fastsrgan.train.gan import Models
+from fastsrgan.train.objectives import generator_loss
 from fastsrgan.train.optimise import GROUPS, Optimiser
 from fastsrgan.train.run import snapshot_bytes
 
@@ -97,6 +98,23 @@ def test_the_generator_makes_every_fake_of_an_iteration_in_one_pass_of_chunks(mo
     drawn = [batch(s) for s in (1, 2, 3)]
     m.critic_updates([b for b, _ in drawn], [e for _, e in drawn])
     assert sizes == [3, 3, 3]
+
+
+@pytest.mark.parametrize("classes", [0, 1, 3])
+def test_the_dice_term_is_the_mean_over_all_channels_behind_the_image(classes):
+    """Each of them is learned by it, and the image is not."""
+    draw = torch.Generator().manual_seed(classes)
+    pred, y = (torch.rand((2, 2 + classes, 4, 4, 4), generator=draw, dtype=torch.float64) for _ in range(2))
+    pred.requires_grad_(True)
+    options = {"lambda_adv": 0.0, "lambda_rec": 0.0, "dice_weight": 0.5}
+    terms = generator_loss(lambda x, res: pred, None, y[:, :1], y, **options)
+    parts = [
+        (2 * (pred[:, c] * y[:, c]).sum() + 1) / (pred[:, c].sum() + y[:, c].sum() + 1) for c in range(1, 2 + classes)
+    ]
+    assert float(terms["dice"]) == pytest.approx(1 - float(sum(parts)) / len(parts), rel=1e-12)  # found: 0 (rounding)
+    assert float(terms["total"]) == pytest.approx(0.5 * float(terms["dice"]), rel=1e-12)
+    (gradient,) = torch.autograd.grad(terms["total"], pred)
+    assert [bool(gradient[:, c].abs().max() > 0) for c in range(2 + classes)] == [False] + [True] * (1 + classes)
 
 
 def test_terms_add_up_and_dice_is_added_when_asked():
@@ -207,6 +225,8 @@ def test_the_fakes_that_are_made_while_gradients_travel_do_not_touch_them(ranks,
 @pytest.mark.parametrize("where", ["fake", "other rank", "weights"])
 def test_where_a_number_is_not_finite_nothing_moves(where):
     m = models(Told(float("inf")) if where == "other rank" else None, ema=0.5)
+    for mean in m.average.values():  # away from the weights, to which it must not go on
+        mean.add_(1)
     before, kept, state = weights(m), copy.deepcopy(m.average), copy.deepcopy(m.state())
     b, eps = batch(1)
     fake = m.generate(b)
