@@ -379,13 +379,15 @@ def test_weights_know_the_bounds_of_what_was_drawn_and_of_the_training_subjects_
     """Sizes over all bounds, ratios of each; a structure of tissues counts its values."""
 
     def one(name, split, counts, mm=1.0, **attrs):  # fmt: skip
-        return SimpleNamespace(id=name, split=split, spacing=(mm, mm, mm), attrs={"tissues_counts": counts, **attrs})
+        return SimpleNamespace(
+            id=name, split=split, spacing=(mm, mm, mm), affine=np.eye(4), attrs={"tissues_counts": counts, **attrs}
+        )
 
     subjects = [one("a", "Train", {"3": 4000, "42": 2000, "5": 10**6}), one("b", "Train", {"3": 1000}, 2.0)]
     subjects += [one("c", "Train", {"5": 9}), one("t", "Test", {"3": 10**9})]
     made = SimpleNamespace(
         store=SimpleNamespace(subjects=subjects), visits=Visits(structure=(3, 42)),
-        degradation=Degradation(((0.5, 1.0, 2.0), (1.0, 1.0, 6.0))),
+        degradation=Degradation(((0.5, 1.0, 2.0), (1.0, 1.0, 6.0))), axes=None,
     )  # fmt: skip
     found = snapshots.made_for(made)
     assert (
@@ -401,6 +403,29 @@ def test_weights_know_the_bounds_of_what_was_drawn_and_of_the_training_subjects_
     assert snapshots.made_for(made).structures == ((1, "label 3"),)
     subjects[1].attrs["label_classes"] = [4]
     assert snapshots.made_for(made).structures == ((1, "structure of the training's labels"),)
+
+
+@pytest.mark.parametrize(
+    ("low_res", "axes", "geometry", "planes"),
+    [
+        (((1, 1, 3),), None, "physical", ("axial", "coronal")),
+        (((1, 1, 1), (1, 1, 3)), None, "physical", ("axial", "coronal")),
+        (((1, 1, 3),), (0, 1, 2), "physical", ("axial",)),
+        (((3, 1, 1), (6, 1, 1)), (0, 1, 2), "physical", ("sagittal",)),
+        (((1, 1, 3),), None, "segsrgan", ()),
+        (((1, 1, 1),), None, "physical", ()),
+    ],
+)
+def test_weights_know_in_which_planes_the_slices_of_their_training_lay(low_res, axes, geometry, planes):
+    """Of the Train subjects, as each is stored, or along the world's axes where they were named."""
+    stored = {"a": np.eye(4), "b": np.eye(4)[[0, 2, 1, 3]], "t": np.eye(4)[[2, 1, 0, 3]]}
+    subjects = [
+        SimpleNamespace(id=i, split="Test" if i == "t" else "Train", spacing=(1, 1, 1), affine=affine, attrs={})
+        for i, affine in stored.items()
+    ]
+    law = Degradation(low_res, geometry=geometry)
+    made = SimpleNamespace(store=SimpleNamespace(subjects=subjects), visits=Visits(), degradation=law, axes=axes)
+    assert snapshots.made_for(made).slices == planes
 
 
 # --- validation -------------------------------------------------------------------------------------------------------

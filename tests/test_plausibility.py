@@ -355,7 +355,7 @@ def test_a_purpose_survives_a_file_and_a_shipped_one_has_all_parts(name, tmp_pat
 def test_a_training_says_what_it_knows(tmp_path):
     store = Store(make_store(tmp_path))
     law = degradation(SMALL.replace(new_low_res=((0.5, 0.5, 2.0), (1.0, 1.0, 6.0))))
-    feed = SimpleNamespace(store=store, degradation=law, visits=Visits())
+    feed = SimpleNamespace(store=store, degradation=law, visits=Visits(), axes=None)
     known = made_for(feed)
     volumes = [s.attrs["label_counts"]["1"] / 1000 for s in store.subjects if s.split == "Train"]
     assert known.structures == ((1, "structure of the training's labels"),)

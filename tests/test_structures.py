@@ -112,7 +112,9 @@ def test_info_says_what_the_label_is_and_how_much_of_it_there_is(table, tmp_path
 def test_weights_call_the_structure_by_the_name_that_it_was_given(table, tmp_path, chosen, name):
     (tmp_path / "lut.txt").write_text("2041 white\n", encoding="utf8")
     store = convert(table, tmp_path / "c.zarr", label_classes=chosen, label_names=tmp_path / "lut.txt")["store"]
-    feed = SimpleNamespace(store=open_store(store), visits=Visits(), degradation=Degradation(SMALL.new_low_res))
+    feed = SimpleNamespace(
+        store=open_store(store), visits=Visits(), degradation=Degradation(SMALL.new_low_res), axes=None
+    )
     assert made_for(feed).structures == ((1, name),)
 
 

@@ -7,6 +7,7 @@ holds networks, moving average, both optimisers and the position, and nothing el
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import math
 import re
@@ -27,8 +28,10 @@ from fastsrgan.model.arithmetic import TYPES
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import CriticSpec, GeneratorSpec, assemble, describe, parameter_shapes
 from fastsrgan.model.purpose import MADE_FOR, Purpose
+from fastsrgan.observation.slice_axis import on_stored_axes
 from fastsrgan.train.gan import differences
 from fastsrgan.train.state import Position, Run, data_identity, epoch_part, remaining
+from fastsrgan.volume.geometry import PLANES, plane_across
 
 log = logging.getLogger("fastsrgan")
 
@@ -229,7 +232,8 @@ def write_weights(run: Run, path: Path, facts: dict[str, Any]) -> None:
 
 
 def made_for(feed: Feed) -> Purpose:
-    """What a training knows of it: label values, voxel sizes and slice ratios, volumes of the structure with room."""
+    """What a training knows of it: label values, voxel sizes, slice ratios and planes, volumes of the structure with
+    room."""
     subjects = [subject for subject in feed.store.subjects if subject.split == "Train"]
     values = feed.visits.structure
     chosen = [list(values)] if values else [s.attrs["label_classes"] for s in subjects if "label_classes" in s.attrs]
@@ -244,8 +248,13 @@ def made_for(feed: Feed) -> Purpose:
         volumes += [voxels * math.prod(subject.spacing) / 1000] * bool(voxels)
     finest = [min(sizes) for sizes in feed.degradation.low_res]
     ratios = [float(f"{max(sizes) / min(sizes):.4g}") for sizes in feed.degradation.low_res]
+    planes = {
+        plane_across(s.affine, sizes if feed.axes is None else on_stored_axes(sizes, feed.axes, s.affine))
+        for s, sizes in itertools.product(subjects, feed.degradation.low_res)
+    }
     return Purpose(
         structures=((1, name),),
+        slices=tuple(plane for plane in PLANES.values() if plane in planes and feed.degradation.geometry == "physical"),
         voxel_mm=(min(finest), max(finest)),
         slice_ratio=(min(ratios), max(ratios)),
         structure_ml=(min(volumes) / ROOM, max(volumes) * ROOM) if volumes else None,
