@@ -152,7 +152,7 @@ def test_each_panel_of_a_comparison_has_the_figure_of_its_heading(monkeypatch, t
         shift = 1.0 if Path(folder).name == "one" else 10.0
         found = [{"image": {"whole": {"psnr_db": shift + n, "ssim": shift / 100 + n}}, "notes": [], "subject": f"s{n}",
                   "segmentation": {"dice": shift / 20 + n, "volume_ml": 100 * shift + n}} for n in (0, 1)]  # fmt: skip
-        return {"rows": found, "failed": [], "definitions": {}}
+        return {"rows": found, "failed": [], "definitions": {}, "without_result": []}
 
     drawn = []
     monkeypatch.setattr(compare, "evaluate_folders", result)

@@ -151,6 +151,7 @@ ACTS: dict[str, Act] = {
         {"kind": "mask", "voxels": 7 * 5 * 3}),
     "outside": Act("--outside zero", lambda e: float(e.of("find_region", "data_XYZ")[0, 0, 0]), 0.0,
         "--agree off --mask {folder}/mask.nii"),
+    "upright": Act("--upright on", lambda e: e.of("process", "settings").upright, "on"),
     "flips": Act("--flips xz", lambda e: sorted(e.of("average", "axes")), [0, 2]),
     "agree": Act("--agree 0.5", lambda e: e.calls["_weight"][0]["result"][0], 0.5, ""),
     "slice_thickness": Act("--slice-thickness 2", lambda e: e.calls["observation"][1]["thickness_mm"], 2.0, ""),

@@ -180,7 +180,12 @@ def test_a_comparison_tells_who_is_missing_where_and_what_its_test_can_show(monk
         rows = [{"subject": s, "notes": [], "image": {"whole": {"mae": 1.0 + n * (not first), "ssim": 0.5}},
                  "gain": {"image": {"whole": {"mae": 9.0}}}} for n, s in enumerate(names)]  # fmt: skip
         del rows[1]["image"]["whole"]["ssim"]
-        return {"rows": rows, "failed": [{"subject": "f", "error": "e"}] * first, "definitions": {}}
+        return {
+            "rows": rows,
+            "failed": [{"subject": "f", "error": "e"}] * first,
+            "definitions": {},
+            "without_result": [],
+        }
 
     monkeypatch.setattr(compare, "evaluate_folders", folders)
     choice = cohort.Choice(("3",))
@@ -490,7 +495,8 @@ def test_panels_are_in_the_order_of_their_epochs_and_those_from_one_on_are_forgo
     assert [epoch for epoch, _ in planes.find_panels(tmp_path)] == [2]
     from PIL import Image
 
-    assert np.asarray(Image.open(tmp_path / "panels" / "epoch-0002.png")).tolist() == [[0, 128], [255, 0]]
+    shown = np.asarray(Image.open(tmp_path / "panels" / "epoch-0002.png"))
+    assert shown.shape == (800, 800) and shown[::400, ::400].tolist() == [[0, 128], [255, 0]]
 
 
 def test_what_counts_is_the_first_mask_that_holds_anything_without_its_rim():
