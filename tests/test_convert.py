@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import threading
 import time
 from collections import namedtuple
@@ -483,7 +484,9 @@ def _convert_quietly(table, store, begun):
     begun.set()
     try:
         convert(table, store, resume=True, workers=2)
-    except FastsrganError:
+    except FastsrganError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")  # beside the test that fails for it
+        sys.stderr.flush()
         os._exit(9)
 
 

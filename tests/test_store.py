@@ -26,7 +26,7 @@ from processes import CONTEXT, Flag
 from zarr.core.sync import sync
 
 from fastsrgan.core import files as core_files
-from fastsrgan.core.files import LOCK
+from fastsrgan.core.files import LOCK, temporary_name
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
 from fastsrgan.store import files as store_files
 from fastsrgan.store import remote as store_remote
@@ -488,6 +488,7 @@ def test_what_a_killed_run_leaves_is_removed_at_the_end(folder):
     make(folder, "a")
     clean = tree(folder)
     (folder / ".manifest.tmp-1-abc.json").write_text("half")
+    (folder / ".zarr.tmp-1-abc.json").write_text("half")
     (folder / "zarr.0123abcd.partial").write_text("half")
     (folder / "b/image/c/0/0").mkdir(parents=True)
     (folder / "b/image/c/0/0/0.0123.partial").write_text("half")
@@ -495,6 +496,22 @@ def test_what_a_killed_run_leaves_is_removed_at_the_end(folder):
     with create_store(folder, resume=True) as writer:
         writer.finish()
     assert tree(folder) == clean and not (folder / "c").exists() and not (folder / "b").exists()
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "manifest.json"])
+def test_a_run_that_was_killed_at_its_first_file_is_no_foreign_folder(folder, name):
+    """What atomic_write had begun under a name of its own is all that is there."""
+    folder.mkdir()
+    half = temporary_name(folder / name)
+    half.write_bytes(b"half")
+    with create_store(folder, resume=True) as writer:
+        put(writer, "a")
+        writer.finish()
+    assert not half.exists() and open_store(folder).complete
+    (folder / "manifest.json").unlink()
+    (folder / half.name.replace("tmp", "temp")).write_bytes(b"somebody's")
+    with pytest.raises(UsageError, match="is no fastsrgan store"):
+        create_store(folder, resume=True)
 
 
 def test_a_lost_root_group_is_made_again(folder):

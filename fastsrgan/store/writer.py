@@ -40,7 +40,7 @@ from fastsrgan.volume.geometry import spacing_of
 
 MARK = {"fastsrgan_format": FORMAT}  # among the attributes of every group that is ours
 _LAYOUT = re.compile(r"zarr\.json|(image|label|mask|tissues)(/zarr\.json|/c/\d+/\d+/\d+)|(.*/)?[^/]*\.partial")
-_TEMPORARY = re.compile(r"\.manifest\.tmp-.*|zarr\.[0-9a-f]+\.partial")
+_TEMPORARY = re.compile(r"\.(manifest|zarr)\.tmp-.*|zarr\.[0-9a-f]+\.partial")
 _LARGE = 1 << 20  # bytes of manifest above which it is not replaced after every subject
 
 
