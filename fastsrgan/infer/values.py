@@ -19,11 +19,8 @@ Resolution = str | float | Sequence[float] | None
 Step = str | int | Sequence[int]
 
 NONE, AXES = "none", "xyz"  # of ``flips``
-AUTO, ON, OFF = (
-    "auto",
-    "on",
-    "off",
-)  # of ``upright``; of ``agree`` AUTO and OFF; AUTO of ``slice_thickness`` and ``profile`` too
+# Of ``upright``; of ``agree`` AUTO and OFF; AUTO of ``slice_thickness`` and ``profile`` too.
+AUTO, ON, OFF = "auto", "on", "off"
 
 
 # --- text of the command line -------------------------------------------------------------------------------------

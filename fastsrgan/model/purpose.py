@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import mapping
+from fastsrgan.volume.geometry import PLANES
 
 Range = tuple[float, float]
 
@@ -43,8 +44,7 @@ CONTRASTS = {
     # 21 weeks 1.43, 34 weeks 1.16; as segmented 1.16 to 1.35, with stacks
     "T2 before myelination": ContrastLook("bright", (1.0, 1.8)),
 }
-PLANES = ("axial", "coronal", "sagittal")
-CHOICES = {"contrasts": tuple(CONTRASTS), "slices": PLANES}  # what may be named
+CHOICES = {"contrasts": tuple(CONTRASTS), "slices": tuple(PLANES.values())}  # what may be named
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Purpose:
     ages, species, view : in words; ``view`` is the field of view
     head_mm : longest side of the box around the head (or of the brain where images are stripped)
     voxel_mm : finest voxel size of a scan; slice_ratio : coarsest over finest
-    slices : the planes that thick slices of the training lay in, those of ``PLANES``
+    slices : the planes that thick slices of the training lay in, those of ``geometry.PLANES``
     grid_mm : voxel size of the images that it learned from, where coarser scans are better taken to it
     outside : "zero" where brains alone were seen, so that all outside a brain mask is better set to zero
     island_mm3 : smallest component of a segmentation that is kept unless something else is asked for
