@@ -97,7 +97,7 @@ def test_what_the_last_step_takes_is_planned():
     def held(**more):
         settings = InferSettings(**FAST, **more)
         image = volume_module._prepared(scan, rigid(MM), settings, None, False)
-        return modes.wanted(image, SHAPE, settings).held_bytes, math.prod(image.source.shape)
+        return modes.wanted(image, scan, settings).held_bytes, math.prod(image.source.shape)
 
     (plain, _), (fine, voxels) = held(), held(new_resolution=0.5)
     assert plain > 0 and held(uncertainty=True)[0] == plain and held(save_residual=True)[0] == plain + 8 * scan.size

@@ -9,6 +9,7 @@ spline       cubic spline through the slices' centres
 best linear  spline + D' (D D' + w)^-1 (scan - D spline) with the Gaussian profile and the best of eight w for each
              case: an oracle that no linear method which knows only profile and noise can beat
 fastsrgan    `infer_volume` with the tiles that the command takes on a CPU, upright where it does that (--upright)
+guess        the same where the scan does not show its slice profile, as no scanner's does: with `profile="guess"`
 
 "sharpness" is the root mean square of differences across the slices inside the head, over the truth's.
 "dice_interpolated" is that of the true label drawn on the slices and interpolated; "parts" are the components beside
@@ -32,6 +33,7 @@ from fastsrgan.core.system import provenance
 from fastsrgan.evaluate import metrics
 from fastsrgan.model import weights
 from fastsrgan.model.purpose import Purpose
+from fastsrgan.volume.acquisition import GUESS, SHOWN
 from fastsrgan.volume.components import ISLAND_SHARE, segment
 from fastsrgan.volume.consistency import LINEAR_WEIGHTS, Observation, agree, observation
 from fastsrgan.volume.geometry import PLANES
@@ -85,7 +87,11 @@ def score(name: str, case: dict, folder: Path, generator, island: float, through
         assert seen is not None
         linear = max(metrics.psnr(agreed(spline, scan, seen, w), truth, mask=head) for w in LINEAR_WEIGHTS)
         affine, fine = np.diag([*low_mm, 1.0]), [float(s) for s in mm]
-        result = fastsrgan.infer_volume(scan, affine, generator, new_resolution=fine, device="cpu", **TILES, **options)
+        settings = {"new_resolution": fine, "device": "cpu", **TILES, **options}
+        result = fastsrgan.infer_volume(scan, affine, generator, **settings)
+        guessed = result
+        if result.report["agree"]["profile_known"] == SHOWN:
+            guessed = fastsrgan.infer_volume(scan, affine, generator, **settings, profile=GUESS)
         voxel = float(np.prod(mm))
         segs = {p: segment(result.prob[0], voxel, p, min_mm3=island, share=ISLAND_SHARE)[0] > 0 for p in DECIDING}
         seg = segs[0.5]
@@ -93,6 +99,8 @@ def score(name: str, case: dict, folder: Path, generator, island: float, through
         drawn_label = along(up, along(down, label.astype(np.float32))) > 0.5
         row = {"case": name, "ratio": ratio, "profile": profile, "noise": noise, "spline_db": base}
         row |= {"linear_gain": linear - base, "sr_gain": metrics.psnr(result.sr, truth, mask=head) - base}
+        row |= {"profile_known": result.report["agree"]["profile_known"]}
+        row |= {"guess_gain": metrics.psnr(guessed.sr, truth, mask=head) - base}
         row["spline_ssim"] = metrics.ssim(spline, truth)
         row["ssim_gain"] = metrics.ssim(result.sr, truth) - row["spline_ssim"]
         row |= {"dice": metrics.dice(seg, label), "dice_interpolated": metrics.dice(drawn_label, label)}

@@ -33,6 +33,7 @@ from fastsrgan.infer.values import AUTO, OFF
 from fastsrgan.volume.acquisition import Assumed, assumed, choose_weight, lacking_sd
 from fastsrgan.volume.consistency import SLAB_BYTES, Observation, agree, observation, residual
 from fastsrgan.volume.doubt import doubt_, summary
+from fastsrgan.volume.profile import shown
 from fastsrgan.volume.resample import slice_axis
 
 log = logging.getLogger("fastsrgan")
@@ -346,11 +347,11 @@ class Wanted:
 
 
 def wanted(
-    image: Prepared, scan_shape: Sequence[int], settings: InferSettings, interpolated_otherwise: bool = False
+    image: Prepared, data: np.ndarray, settings: InferSettings, interpolated_otherwise: bool = False
 ) -> Wanted | None:
     """What the settings ask for; None: nothing.
 
-    scan_shape : stored axes; interpolated_otherwise : whether the scan came onto the new grid by another interpolator
+    data (x, y, z) : stored axes; interpolated_otherwise : whether another interpolator put the scan on the new grid
 
     Raises UsageError where something is asked for explicitly that cannot be done.
     """
@@ -365,10 +366,11 @@ def wanted(
                 raise UsageError(name, f"{value} has no use without agreement", "--agree auto, or leave it out")
         return None
     turn = image.turn
-    old, new, shape = turn.permute(image.spacing), turn.permute(image.wanted), turn.permute(tuple(scan_shape))
+    old, new, shape = turn.permute(image.spacing), turn.permute(image.wanted), turn.permute(data.shape)
     across = slice_axis(old)
     thickness = settings.thickness_mm
-    believed = assumed(settings.profile, thickness, old[across], new[across])
+    visible = shown(turn.apply(data), across) if not original and old[across] > new[across] else None
+    believed = assumed(settings.profile, thickness, old[across], new[across], visible)
 
     def seen_as(profile: str, thickness_mm: float | None) -> Observation | None:
         if interpolated_otherwise:
@@ -420,14 +422,12 @@ def finish(
         del found
         after = _percent(_agree(turned, scan, what.seen, weight, image.norm.floor), size)
         told["agree"] = {
-            "weight": weight, "noise": noise, "profile": what.believed.profile,
-            **{key: float(f"{getattr(what.believed, key):.6g}") for key in ("width_mm", "thickness_mm")},
+            "weight": weight, "noise": noise, **what.believed.record(),
             "residual_percent": after, "residual_percent_without": before,
         }  # fmt: skip
         log.info(
             "%s: the result, acquired again, differs from the scan by %.2g %% (%.2g %% without agreement; "
-            "weight %.3g, %s profile of %.3g mm)",
-            label, after, before, weight, what.believed.profile, what.believed.width_mm,
+            "weight %.3g, %s)", label, after, before, weight, what.believed,
         )  # fmt: skip
     doubt = image.turn.apply(prob[-1])
     if what.doubt:

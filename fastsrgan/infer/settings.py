@@ -142,8 +142,9 @@ class InferSettings:
         ``flips`` and of several networks is a part of it
     slice_thickness : mm of the slices, for ``agree``; "auto": of files what DICOM or a BIDS sidecar says, else the
         spacing of slices
-    profile : of the slices, for ``agree``: "gaussian" or "box", as wide as they are thick; "auto": not known, a
-        Gaussian of 0.8 to 0.9 times that, and a larger weight
+    profile : of the slices, for ``agree``: "gaussian" or "box", as wide as they are thick; "guess": not known, a
+        Gaussian of 0.8 to 0.9 times that, and a larger weight; "auto": the one that the empty surroundings of a
+        simulated scan show (``volume.profile``), else "guess"
 
     Of files
     --------
@@ -208,8 +209,8 @@ class InferSettings:
     slice_thickness: str | float = option(AUTO,
         "of the scan, where slices have gaps or overlap (auto: of DICOM or a BIDS sidecar, else the spacing)",
         parse=word_or_number(AUTO), metavar="MM", check=check_slice_thickness, recorded=CHANGED)
-    profile: str = option(AUTO, "of the slices (auto: not known)", parse=str, choices=(AUTO, "gaussian", "box"),
-        recorded=CHANGED)
+    profile: str = option(AUTO, "of the slices (auto: what the scan shows, else guess)", parse=str,
+        choices=(AUTO, "guess", "gaussian", "box"), recorded=CHANGED)
     threshold: float = option(0.5, "probability that makes the segmentation (0.5)", parse=float, check=check_threshold,
         recorded=CHANGED, of_files=True, group="segmentation")
     largest_component: bool = option(False, "keep the segmentation's largest component alone", recorded=CHANGED,

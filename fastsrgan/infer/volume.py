@@ -145,7 +145,7 @@ def process(
     image = _prepared(data, affine, settings, interpolate, _shifted(generator, settings.geometry))
     region, what_region = find_region(settings.mask, data, image)
     image = replace(image, region=region)
-    agreeing = modes.wanted(image, data.shape, settings, interpolate is not None)
+    agreeing = modes.wanted(image, data, settings, interpolate is not None)
     doubted = agreeing is not None and agreeing.doubt
     upright = upright_axes(affine, image.turn) if settings.upright == ON and settings.physical else None
     network = _network(generator, settings, image, doubted, upright)

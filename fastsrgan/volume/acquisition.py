@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,17 @@ MISSING_OF_A_RESULT = 0.0045
 # widens, and its width over the thickness there, see ``guessed_width``.
 GUESS_RATIOS, GUESS_WIDTHS = (3.0, 6.0), (0.8, 0.9)
 
-AUTO = "auto"
+AUTO, GUESS = "auto", "guess"
+NAMED, SHOWN, GUESSED = "named", "shown by the scan", "guessed"  # where a profile comes from
+AS_THICK = 0.1  # of the thickness that is told: how near to it the width has to be that a scan shows
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A slice profile that a scan shows: "gaussian" or "box"; its full width at half maximum over the spacing."""
+
+    profile: str
+    width: float
 
 
 def noise_sd(scan_xyz: np.ndarray, across: int, left_xyz: np.ndarray | None = None) -> float | None:
@@ -118,12 +129,21 @@ class Assumed:
 
     profile : shape of the slice profile; width_mm : its full width at half maximum; floor : smallest weight
     thickness_mm : of the slices
+    known : where the profile comes from: NAMED, SHOWN or GUESSED
     """
 
     profile: str
     width_mm: float
     thickness_mm: float
     floor: float
+    known: str
+
+    def __str__(self) -> str:
+        return f"{self.profile} profile of {self.width_mm:.3g} mm, {self.known}"
+
+    def record(self) -> dict[str, Any]:
+        widths = {key: float(f"{getattr(self, key):.6g}") for key in ("width_mm", "thickness_mm")}
+        return {"profile": self.profile, "profile_known": self.known, **widths}
 
 
 def guessed_width(ratio: float) -> float:
@@ -138,18 +158,28 @@ def guessed_width(ratio: float) -> float:
     return float(np.interp(ratio, GUESS_RATIOS, GUESS_WIDTHS))
 
 
-def assumed(profile: str, thickness_mm: float | None, spacing_mm: float, voxel_mm: float) -> Assumed:
+def assumed(
+    profile: str, thickness_mm: float | None, spacing_mm: float, voxel_mm: float, shown: Shown | None = None
+) -> Assumed:
     """The slice profile to work with.
 
     thickness_mm : of the slices, None is their spacing, without gaps; voxel_mm : of the result across the slices
+    shown : the profile that the scan shows, if it shows one (``volume.profile``)
 
-    For "auto", where nothing is known, it is a Gaussian of ``guessed_width``, and the weight is larger.
+    For "auto" it is what the scan shows, unless a thickness is told that is another. Where nothing is known, and for
+    "guess", it is a Gaussian of ``guessed_width``, and the weight is larger.
     """
     thickness = slice_width(thickness_mm, spacing_mm) * spacing_mm
-    if profile == AUTO:
-        return Assumed("gaussian", guessed_width(thickness / voxel_mm) * thickness, thickness, PROFILE_GUESSED)
-    check_profile(profile)
-    return Assumed(profile, thickness, thickness, PROFILE_KNOWN)
+    if profile not in (AUTO, GUESS):
+        check_profile(profile)
+        return Assumed(profile, thickness, thickness, PROFILE_KNOWN, NAMED)
+    if (
+        profile == AUTO
+        and shown is not None
+        and (thickness_mm is None or abs(shown.width * spacing_mm - thickness) <= AS_THICK * thickness)
+    ):
+        return Assumed(shown.profile, shown.width * spacing_mm, thickness, PROFILE_KNOWN, SHOWN)
+    return Assumed("gaussian", guessed_width(thickness / voxel_mm) * thickness, thickness, PROFILE_GUESSED, GUESSED)
 
 
 @dataclass(frozen=True)
