@@ -52,7 +52,8 @@ def of_scores(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
     rows = json.loads(path.read_text(encoding="utf8"))
 
     def said(r: dict[str, Any]) -> str:
-        return f"{min(r['sr_gain'], r['guess_gain']):+.2f} dB ({r['case']}, ratio {r['ratio']}, {r['profile']}, noise {r['noise']:g})"
+        gain = min(r["sr_gain"], r["guess_gain"])
+        return f"{gain:+.2f} dB ({r['case']}, ratio {r['ratio']}, {r['profile']}, noise {r['noise']:g})"
 
     ordered = sorted(rows, key=lambda r: min(r["sr_gain"], r["guess_gain"]))
     return {"scores": table(rows, False), "worst": said(ordered[0]), "best": said(ordered[-1])}, rows
