@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from fastsrgan.observation.model import Draw
-from fastsrgan.volume.geometry import WORLD_AXES, processing_orientation
+from fastsrgan.volume.geometry import WORLD_AXES, world_orientation
 
 AUTO = "auto"
 CHOICES = (AUTO, "S", "A", "R")
@@ -23,7 +23,7 @@ Axes = tuple[int, int, int]
 
 def world_axes(affine_44: np.ndarray) -> Axes:
     """For each stored axis the world axis nearest to it: 0 right, 1 anterior, 2 superior."""
-    stored = processing_orientation(affine_44, (1.0, 1.0, 1.0)).axes  # the stored axis of R, A and S
+    stored = world_orientation(affine_44).axes
     first, second, third = (stored.index(axis) for axis in range(3))
     return first, second, third
 

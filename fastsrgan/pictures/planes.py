@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from fastsrgan.core.files import atomic_write, output_folder
 from fastsrgan.errors import InputError
-from fastsrgan.volume.geometry import Volume, processing_orientation
+from fastsrgan.volume.geometry import Volume, world_orientation
 from fastsrgan.volume.placement import same_grid
 
 # Name, world axis cut through, world axis to the right, world axis upwards.
@@ -126,7 +126,7 @@ def slices_of(scan: Volume) -> tuple[int, float] | None:
     axis = max(range(3), key=lambda d: sizes[d])
     if sizes[axis] < THICK * float(np.median(sizes)):
         return None
-    return processing_orientation(scan.affine, (1.0, 1.0, 1.0)).axes.index(axis), sizes[axis]
+    return world_orientation(scan.affine).axes.index(axis), sizes[axis]
 
 
 def slice_edges(scan: Volume, through: int, at_mm: Sequence[float], low: float, high: float) -> np.ndarray:
@@ -134,7 +134,7 @@ def slice_edges(scan: Volume, through: int, at_mm: Sequence[float], low: float, 
 
     Along the line through ``at_mm`` (R, A, S), for slices that are turned against the world too; (N,) ascending.
     """
-    stored = processing_orientation(scan.affine, (1.0, 1.0, 1.0)).axes[through]
+    stored = world_orientation(scan.affine).axes[through]
     row = np.linalg.inv(scan.affine)[stored]
     start = np.array([*at_mm, 1.0])
     start[through] = 0

@@ -27,7 +27,7 @@ from fastsrgan.report.collect import Result
 from fastsrgan.report.html import Html, data_block, el, join, shown
 from fastsrgan.report.volumes import DIFFERENCES, Packed
 from fastsrgan.volume.consistency import agree, best_linear, observation
-from fastsrgan.volume.geometry import Volume, processing_orientation, resampled_affine
+from fastsrgan.volume.geometry import Volume, resampled_affine, world_orientation
 from fastsrgan.volume.placement import same_grid
 
 log = logging.getLogger("fastsrgan")
@@ -323,7 +323,7 @@ def _slices(packed: Packed, view: View, low: Volume | None) -> dict[str, Any] | 
     """The scan's slices on the page's grid: number of a slice = row . (i, j, k, 1), along the axis across them."""
     if low is None or view.through is None:
         return None
-    stored = processing_orientation(low.affine, (1.0, 1.0, 1.0)).axes[view.through]
+    stored = world_orientation(low.affine).axes[view.through]
     row = (np.linalg.inv(low.affine) @ packed.affine)[stored]
     return {"axis": view.through, "mm": view.slice_mm, "row": row.tolist(), "count": low.data.shape[stored]}
 

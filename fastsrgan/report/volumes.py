@@ -19,7 +19,7 @@ from scipy import ndimage
 from fastsrgan.errors import ResourceError
 from fastsrgan.evaluate.grids import onto_grid
 from fastsrgan.pictures.planes import OBJECT, brightness, png, white
-from fastsrgan.volume.geometry import Volume, processing_orientation, spacing_of
+from fastsrgan.volume.geometry import Volume, spacing_of, world_orientation
 from fastsrgan.volume.placement import same_grid
 
 MARGIN = 4  # voxels around the head
@@ -214,7 +214,7 @@ def plane_png(values: np.ndarray, outline: np.ndarray | None = None) -> bytes:
 
 
 def _upright(volume: Volume) -> Volume:
-    turn = processing_orientation(volume.affine, (1.0, 1.0, 1.0))
+    turn = world_orientation(volume.affine)
     return Volume(turn.apply(volume.data), turn.affine(volume.affine, volume.data.shape), volume.warnings, volume.meta)
 
 

@@ -125,9 +125,14 @@ def processing_orientation(affine_44: np.ndarray, spacing_mm: tuple[float, ...] 
     return Orientation(axes, flips)  # type: ignore[arg-type]
 
 
+def world_orientation(affine_44: np.ndarray) -> Orientation:
+    """The orientation with R, A and S in this order, whatever the voxels' sizes; its ``axes`` are their stored axes."""
+    return processing_orientation(affine_44, (1.0, 1.0, 1.0))
+
+
 def upright_axes(affine_44: np.ndarray, turn: Orientation) -> tuple[int, int, int] | None:
     """The processed axes that point to R, A and S, in this order; None where they are already in it."""
-    stored = processing_orientation(affine_44, (1.0, 1.0, 1.0)).axes  # the stored axis of R, A and S
+    stored = world_orientation(affine_44).axes
     r, a, s = (turn.axes.index(axis) for axis in stored)
     return None if (r, a, s) == (0, 1, 2) else (r, a, s)
 
@@ -140,7 +145,7 @@ def plane_across(affine_44: np.ndarray, spacing_mm: Sequence[float]) -> str:
     *_, next_mm, thickest_mm = sorted(spacing_mm)
     if thickest_mm <= 1.01 * next_mm:
         return ""
-    world = processing_orientation(affine_44, (1.0, 1.0, 1.0)).axes  # the stored axis of R, A and S
+    world = world_orientation(affine_44).axes
     return PLANES[WORLD_AXES[world.index(list(spacing_mm).index(thickest_mm))]]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastsrgan.errors import InputError, times
-from fastsrgan.volume.geometry import Orientation, Volume, processing_orientation, spacing_of
+from fastsrgan.volume.geometry import Orientation, Volume, spacing_of, world_orientation
 
 SHIFT_TOLERANCE = 0.03  # voxels that even the nearest place of two grids may be apart
 TURN_TOLERANCE = 2e-3  # of a voxel per voxel (radians): between the axes
@@ -77,7 +77,7 @@ def same_grid(volume: Volume, like: Volume) -> bool:
 
 def axis_codes(affine_44: np.ndarray) -> str:
     """Where each array axis points, nearest of R L A P S I: "RAS" for an array in world order."""
-    world = processing_orientation(affine_44, (1.0, 1.0, 1.0))
+    world = world_orientation(affine_44)
     codes = [""] * 3
     for axis, flip, ahead, back in zip(world.axes, world.flips, "RAS", "LPI", strict=True):
         codes[axis] = back if flip else ahead
