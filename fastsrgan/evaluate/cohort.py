@@ -17,7 +17,7 @@ from typing import Any
 
 from fastsrgan.core.files import atomic_write, output_folder, read_json, real, walk_files
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.errors import FastsrganError, InputError, UsageError, counted
+from fastsrgan.errors import FastsrganError, InputError, UsageError, counted, none_done
 from fastsrgan.evaluate.figures import definitions
 from fastsrgan.evaluate.metrics import CALIBRATION
 from fastsrgan.evaluate.pair import evaluate_files, flat, summarise
@@ -229,9 +229,9 @@ def evaluate_items(
     Returns ``rows`` (the dicts of ``evaluate_files`` with ``subject``), ``failed`` (subject, error), ``notes`` (those
     of the rows, as ``told_once``, and one about ``left``), ``without_result`` (``left``) and ``summary`` {figure:
     {mean, sd, n}} over the rows, figures named by their dotted path (``image.whole.psnr_db``); sd is the sample
-    standard deviation (n - 1), None for one row. Raises InputError when no subject could be evaluated, and UsageError,
-    before any work, where ``png`` holds a file of a picture's name that is none of ``evaluate``'s, or where label
-    classes are chosen and there is no label.
+    standard deviation (n - 1), None for one row. Raises an error of the kind of the first when no subject could be
+    evaluated, and UsageError, before any work, where ``png`` holds a file of a picture's name that is none of
+    ``evaluate``'s, or where label classes are chosen and there is no label.
     """
     bare = [item.subject for item in items if item.segmented and "label" not in item.files and not item.fault]
     if bare and telling:
@@ -247,6 +247,7 @@ def evaluate_items(
     done: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     faults: list[table.Fault] = []
+    first: FastsrganError | None = None
     progress.start("evaluate", len(items), "subject")
     for item, picture in zip(items, pictures, strict=True):
         named: dict[str, Any] = {"subject": item.subject} | ({} if item.line is None else {"line": item.line})
@@ -266,13 +267,14 @@ def evaluate_items(
         except FastsrganError as error:
             log.warning("%s%s: %s", "" if item.line is None else f"line {item.line}, ", item.subject, error)
             failed.append(named | {"error": str(error)})
+            first = first or error
             faults += [] if item.line is None else [(item.line, error)]
         progress.advance(1, subject=item.subject)
     progress.finish()
     if not done:
         if len(faults) == len(failed):
             raise table.table_error(Path(what), faults)
-        raise InputError(what, "no subject could be evaluated", failed[0]["error"])
+        raise none_done(first or InputError(what, "", ""), what, "no subject could be evaluated", failed[0]["error"])
     notes = told_once(done) + told_left(left, truth)
     for line in notes if telling else ():
         log.info(line)
