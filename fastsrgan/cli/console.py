@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 WIDE, BAR_COLUMNS = 100, 54  # width of a terminal for the long bar; what stands beside the name of a stretch
 GAP = "  "  # between columns of a table
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Need(NamedTuple):

@@ -382,8 +382,8 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     about["mask"] = _listed("fastsrgan: ", [f"{value} {name}" for value, name in named])
     for kind in (kind for kind in outputs if kind in arrays):
         intent = purpose.structure if kind == "seg" else ""
-        more_of_it = {"description": about.get(kind, "fastsrgan"), "intent": intent}
-        images.save(outputs[kind], arrays[kind], result.affine, overwrite=True, code=code, **more_of_it)
+        texts: dict[str, Any] = {"description": about.get(kind, "fastsrgan"), "intent": intent}
+        images.save(outputs[kind], arrays[kind], result.affine, overwrite=True, code=code, **texts)
     if settings.png:
         _picture(outputs["png"], loaded, result, seg, settings.threshold, verdict)
     shutil.rmtree(job.planes(loaded.image), ignore_errors=True)
