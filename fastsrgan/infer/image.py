@@ -413,7 +413,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
         **more,
         "affine": result.affine,
         "outputs": names(outputs | kept),
-        "bytes": sizes(outputs | kept),
+        "file_bytes": sizes(outputs | kept),
         "warnings": [*image.warnings, *result.report["warnings"], *odd],
         "seconds": loaded.seconds,
         "asked": settings.record(),
@@ -527,4 +527,4 @@ def finished(image: Image, job: ImageJob) -> bool:
         known = dict.fromkeys(key if key.isidentifier() and len(key) < 40 else "setting" for key in differing)
         reason = f"was made with another {', '.join(known)}"
         raise UsageError(outputs["json"], reason, "--overwrite replaces it, or choose another folder")
-    return whole(outputs, mapping(record.get("bytes")))
+    return whole(outputs, mapping(record.get("file_bytes")))
