@@ -2,13 +2,14 @@
 
 One line reaches the terminal: ``error: WHAT: REASON (HINT)``. Codes are public interface (README, "Exit codes"):
 1 internal (no error of these), 2 usage, 3 bad input, 4 bad weights / checkpoint / store version / config, 5 resources,
-6 some items of a batch failed.
+6 some items of a batch failed (where none is done: the code of the first that failed).
 
 Values and sizes as they stand in messages.
 """
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +30,7 @@ class FastsrganError(Exception):
     exit_code = 1
 
     def __init__(self, what: object, reason: str, hint: str) -> None:
-        self.what, self.reason, self.hint = str(what), reason, hint
+        self.what, self.reason, self.hint = one_line(str(what)), reason, hint
         if len(self.what) > LONGEST:
             self.what = f"{self.what[: LONGEST // 2]} ... {self.what[-LONGEST // 4 :]}"
         told = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} ..."
@@ -77,6 +78,26 @@ class PartialFailure(FastsrganError):
     """Some items of a batch failed; the others are done."""
 
     exit_code = 6
+
+
+def batch_code(codes: Sequence[int], done: int) -> int:
+    """The exit code of a batch of which items failed, with these codes: 6 where others are ``done``, else that of the
+    first, as if it had been alone."""
+    return PartialFailure.exit_code if done else codes[0]
+
+
+def none_done(first: Exception, what: object, reason: str, hint: str) -> FastsrganError:
+    """The error of a batch of which every item failed: of the class, and so the exit code, of the first."""
+    kinds = (UsageError, InputError, ModelError, ResourceError)
+    return next((kind for kind in kinds if isinstance(first, kind)), InputError)(what, reason, hint)
+
+
+_BREAKS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+
+
+def one_line(text: str) -> str:
+    """A name as it stands in a line: line breaks, which names of files may hold, written as ``\\n``."""
+    return _BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def shown(value: Any) -> str:

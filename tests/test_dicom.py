@@ -718,3 +718,63 @@ def test_a_copy_of_a_file_of_many_frames_is_named_once(tmp_path):
     path.with_name("again.dcm").write_bytes(path.read_bytes())
     (told,) = [w for w in dicom.load(tmp_path).warnings if "copies" in w]
     assert told.startswith("6 images") and told.count(".dcm") == 1
+
+
+def test_a_series_that_is_passed_over_is_named_with_its_fault(tmp_path):
+    """A mosaic, and a series with a damaged header, were left out without a word beside one that can be read."""
+
+    def mosaic(ds, k):
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]
+
+    data, affine = volume(), scanner_affine()
+    write_series(tmp_path / "good", data, affine, number=3)
+    write_series(tmp_path / "bold", data, affine, number=5, description="bold", change=mosaic)
+    found = dicom.load(tmp_path)
+    assert found.meta["series"] == "3"
+    assert found.warnings == (
+        "series 5 'bold' (6 images of 11 x 9) is left out, its IM0001.dcm is a mosaic of slices (MOSAIC)",
+    )
+    assert dicom.load(tmp_path, series="3").warnings == ()
+
+
+def test_the_fault_of_the_file_that_is_named_is_told_first(tmp_path):
+    """Another file of the series was named."""
+
+    def unplaced(ds, k):
+        if k in (1, 4):
+            del ds.ImagePositionPatient
+
+    paths = write_series(tmp_path, volume(), scanner_affine(), change=unplaced)
+    for path in (paths[1], paths[4]):
+        with pytest.raises(InputError, match=f"{path.name}: has no usable ImagePositionPatient"):
+            dicom.load(path)
+
+
+@pytest.mark.parametrize("digits", [1, 2, 4])
+@pytest.mark.parametrize("count", [3, 20, 40])
+def test_positions_that_were_rounded_are_a_stack_and_no_gantry_tilt(tmp_path, digits, count):
+    """Positions of one digit behind the point were refused as a tilt of 0.08 degrees."""
+
+    def rounded(ds, k):
+        ds.ImagePositionPatient = [f"{float(v):.{digits}f}" for v in ds.ImagePositionPatient]
+
+    affine = scanner_affine(turn=dicom_files.SLANT)
+    write_series(tmp_path, volume((6, 5, count)), affine, change=rounded)
+    found = dicom.load(tmp_path)
+    corners = np.array([[0, 0, 0, 1], [0, 0, count - 1, 1], [5, 4, count - 1, 1]]).T
+    flipped = np.eye(4)
+    flipped[1] = [0, -1, 0, 4]
+    apart = np.abs(found.affine @ flipped @ corners - affine @ corners).max()
+    assert apart < 0.051  # 0.049 mm measured, half of the last digit
+    assert all("sheared" in text for text in found.warnings) and (digits < 2 or not found.warnings)
+
+
+def test_a_tilt_beyond_any_rounding_is_refused_at_one_digit_too(tmp_path):
+    def shifted(ds, k):
+        ds.ImagePositionPatient = [
+            f"{float(v) + 0.1 * k * (n == 0):.1f}" for n, v in enumerate(ds.ImagePositionPatient)
+        ]
+
+    write_series(tmp_path, volume((6, 5, 20)), scanner_affine(turn=dicom_files.SLANT), change=shifted)
+    with pytest.raises(InputError, match="gantry tilt"):
+        dicom.load(tmp_path)

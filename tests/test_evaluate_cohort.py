@@ -459,3 +459,16 @@ def test_a_comparison_tells_the_truths_that_neither_has_a_result_of(two):
     (first / "s5_sr.nii.gz").unlink(), (second / "s5_sr.nii.gz").unlink()
     notes = compare.compare_folders(*two)["notes"]
     assert f"1 image of {truth} without a result: s5.nii.gz" in notes
+
+
+def test_a_truth_that_several_results_share_is_told(tmp_path, caplog):
+    """Of two subjects whose images are called alike, both were scored against one's truth without a word."""
+    for place in ("out/a/t2_sr", "out/b/t2_sr", "flat/t2", "deep/a/t2", "deep/b/t2"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        images.save(tmp_path / f"{place}.nii.gz", np.random.default_rng(len(place)).random((9, 9, 9)), np.eye(4))
+    told = "flat/t2.nii.gz is the truth of 2 results: a/t2, b/t2; if they are of other images"
+    result = evaluate_cohort.evaluate_folders(tmp_path / "out", tmp_path / "flat")
+    assert told in result["notes"][-1] and told in caplog.text and len(result["rows"]) == 2
+    caplog.clear()
+    result = evaluate_cohort.evaluate_folders(tmp_path / "out", tmp_path / "deep")
+    assert not any("is the truth of" in line for line in [*result["notes"], *caplog.messages])

@@ -6,6 +6,7 @@ Each command ends with its documented code and one line, and leaves nothing half
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import zipfile
@@ -16,10 +17,12 @@ import numpy as np
 import pytest
 from commands import SETTINGS, TILES, call, command, litter, make_work, one_line
 from damage import Canary, flip, keras_with, strange_state
-from nifti_files import rigid, write
+from nifti_files import HEAD, rigid, write
 from processes import CONTEXT, Flag
 
+from fastsrgan.core.files import FolderLock
 from fastsrgan.errors import FastsrganError
+from fastsrgan.infer import image
 from fastsrgan.infer.bids import infer_bids
 from fastsrgan.infer.files import infer_files
 from fastsrgan.model import checkpoint, weights
@@ -53,6 +56,84 @@ def test_one_bad_image_costs_only_itself_and_the_summary_says_so(work, tmp_path,
     assert [item["status"] for item in summary["items"]] == ["done", "failed", "done"]
     assert "truncated" in summary["items"][1]["error"] and summary["items"][1]["exit_code"] == 3
     assert not list((tmp_path / "out").glob("s1*")) and (tmp_path / "out" / "s2_seg.nii.gz").exists()
+
+
+@pytest.mark.fault(15)
+@pytest.mark.parametrize("command", ["infer", "job-model", "evaluate", "convert", "study"])
+def test_a_batch_of_which_nothing_is_done_ends_as_its_first_item_would_alone(work, tmp_path, capsys, command):
+    """`infer` and `job-model` ended with 6, the others are done, where none was; the others with 3."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.nii.gz").write_bytes((work / "scan0.nii.gz").read_bytes()[:-30])
+    one, two = ([str(tmp_path / f"{name}.nii.gz") for name in names] for names in ("a", "ab"))
+    table = tmp_path / "t.csv"
+
+    def words(images: list[str]) -> tuple[object, ...]:
+        head = {"evaluate": "SR_image,HR_image\n", "job-model": ""}.get(command, "HR_image,Label_image,Base\n")
+        row = {"evaluate": "{0},{0}\n", "job-model": "{0}\n"}.get(command, "{0},{1},Test\n")
+        label = tmp_path / "label.nii.gz"
+        write(label, np.ones(HEAD.shape, np.uint8), rigid((1.0, 1, 3)))
+        table.write_text(head + "".join(row.format(i, label) for i in images), encoding="utf8")
+        weights = work / "w.safetensors"
+        return {
+            "infer": ("infer", *images, "-o", tmp_path / "out", "-w", weights, *TILES),
+            "job-model": ("job-model", "-p", table, "-rf", "x", "-wp", weights),
+            "evaluate": ("evaluate", "--table", table),
+            "convert": ("convert", table, tmp_path / "s.zarr"),
+            "study": ("study", "steps", table, "-w", weights, "-o", tmp_path / "study", "--patch", 16, "--steps", 16),
+        }[command]
+
+    assert call(capsys, *words(one))[0] == call(capsys, *words(two))[0] == 3
+
+
+@pytest.mark.fault(15, 26)
+def test_a_batch_that_was_made_otherwise_ends_with_2_and_one_that_goes_on_with_6(work, tmp_path, capsys):
+    scans = [work / "scan0.nii.gz", work / "scan1.nii.gz"]
+    words = ("infer", *scans, "-o", tmp_path, "-w", work / "w.safetensors", *TILES)
+    assert call(capsys, *words)[0] == 0
+    code, _, told = call(capsys, *words, "--resume", "--threshold", 0.3)
+    assert code == 2 and told.count("was made with another threshold") == 2
+    (tmp_path / "scan1.json").unlink()
+    code, out, _ = call(capsys, words[0], *scans, tmp_path / "none.nii.gz", *words[3:], "--resume")
+    assert code == 6 and [line.split()[0] for line in out.splitlines()] == ["skipped", "done", "failed"]
+    (tmp_path / "scan1.json").unlink()
+    words = ("infer", scans[0], tmp_path / "none.nii.gz", "-o", tmp_path, "-w", work / "w.safetensors", *TILES)
+    code, out, _ = call(capsys, *words, "--resume")  # what was done before is done
+    assert code == 6 and [line.split()[0] for line in out.splitlines()] == ["skipped", "failed"]
+
+
+@pytest.mark.fault(22)
+@pytest.mark.parametrize("kind", ["sr", "seg"])
+def test_a_result_that_was_cut_off_later_is_made_anew_by_resume(work, tmp_path, capsys, kind):
+    """Three bytes, left of a result by a copy that broke off, were taken for finished."""
+    words = ("infer", work / "scan0.nii.gz", "-o", tmp_path, "-w", work / "w.safetensors", *TILES, "--resume")
+    assert call(capsys, *words)[0] == 0
+    target = tmp_path / f"scan0_{kind}.nii.gz"
+    good = target.read_bytes()
+    target.write_bytes(good[:-3])
+    code, out, _ = call(capsys, *words)
+    assert code == 0 and out.startswith("done") and target.read_bytes() == good
+    assert call(capsys, *words)[1].startswith("skipped")
+
+
+@pytest.mark.fault(26)
+def test_what_another_call_wrote_meanwhile_is_kept(work, tmp_path, capsys, monkeypatch):
+    """Of two calls into one folder the later one wrote over the results of the first, unasked."""
+    words = ("infer", work / "scan0.nii.gz", "-o", tmp_path / "out", "-w", work / "w.safetensors", *TILES)
+    compute, before = image.process, {}
+
+    def beside(*args, **more):
+        monkeypatch.setattr(image, "process", compute)
+        code, _, told = call(capsys, *words, "--threshold", 0.3)
+        assert code == 0, told
+        before.update({path: path.read_bytes() for path in (tmp_path / "out").iterdir()})
+        return compute(*args, **more)
+
+    monkeypatch.setattr(image, "process", beside)
+    code, _, told = call(capsys, *words)
+    assert code == 2 and len(before) == 3
+    assert "scan0.json: was written by another call meanwhile and is kept" in told.splitlines()[-1]
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert call(capsys, *words, "--overwrite")[0] == 0
 
 
 @pytest.mark.fault(26)
@@ -209,6 +290,22 @@ def test_a_second_conversion_says_who_writes_and_a_dead_ones_lock_is_no_obstacle
     process.kill()
     process.join()
     assert call(capsys, *words)[0] == 0 and open_store(store).complete
+
+
+@pytest.mark.fault(27)
+def test_a_training_on_a_table_says_who_writes_its_store_and_goes_on_after_a_kill(work, tmp_path, capsys):
+    """It said that no store was there, of one that is being begun, and of one that a kill had left without its
+    manifest, which no second call could mend."""
+    run = tmp_path / "run"
+    words = ("train", work / "cohort.csv", "-o", run, "--config", work / "c.yaml")
+    (run / "data.zarr").mkdir(parents=True)
+    lock = FolderLock(run / "data.zarr")
+    code, _, told = call(capsys, *words)
+    assert code == 5
+    one_line(told, f"data.zarr: is being written by process {os.getpid()}", "wait until it ends")
+    lock.release()
+    assert (run / "data.zarr").is_dir() and call(capsys, *words)[0] == 0
+    assert open_store(run / "data.zarr").complete
 
 
 @pytest.mark.fault(29, 30)

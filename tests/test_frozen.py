@@ -43,6 +43,7 @@ VOLATILE = {
         "patches_per_second",
         "memory_bytes",
         "memory",
+        "file_bytes",  # packed, which depends on the last bit of each voxel
     ),
     *("provenance", "date", "made_by", "version", "digest"),
 }

@@ -290,7 +290,7 @@ def split(inputs, out, model, settings) -> dict:
 def test_a_rank_that_fails_at_a_shared_volume_hangs_nobody(model, tmp_path):
     paths = [scan(tmp_path / f"{name}.nii.gz") for name in "ab"]
     found = on_ranks(failing_split, 2, paths, tmp_path / "out", model, out=tmp_path / "ranks")
-    assert [item["status"] for item in found[0]["items"]] == ["failed", "failed"] and found[0]["exit_code"] == 6
+    assert [item["status"] for item in found[0]["items"]] == ["failed", "failed"] and found[0]["exit_code"] == 5
     assert "rank 1" in found[0]["items"][0]["error"] and "no memory" in found[0]["items"][0]["error"]
 
 

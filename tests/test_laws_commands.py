@@ -125,11 +125,11 @@ def test_no_input_is_written_over_by_the_figures_of_a_pair(tmp_path, capsys, mon
 def test_a_line_of_each_image_has_its_light_and_outputs_or_why_there_are_none(monkeypatch, capsys):
     items = [
         {"input": "a", "status": "done", "outputs": {"sr": "a_sr", "seg": "a_seg"}, "plausibility": {"light": "red"}},
-        {"input": "b", "status": "failed", "error": "b: is broken"},
+        {"input": "b", "status": "failed", "error": "b: is broken", "exit_code": 3},
         {"input": "c", "status": "skipped", "reason": "c: old"},
     ]  # fmt: skip
-    error = infer_files.SomeFailed("infer", "1 of 3 failed", "see above")
-    error.summary = {"items": items, "unneeded": 0}
+    summary = {"items": items, "done": 1, "skipped": 1, "unneeded": 0}
+    error = infer_files.SomeFailed("infer", "1 of 3 failed", "see above", summary)
 
     def fail(*args, **more):
         raise error
@@ -139,7 +139,7 @@ def test_a_line_of_each_image_has_its_light_and_outputs_or_why_there_are_none(mo
     assert code == 6 and err.startswith("error: infer: 1 of 3 failed")
     assert out.splitlines() == ["done    a  red  a_sr  a_seg", "failed  b  is broken", "skipped c  old"]
     code, out, _ = call(capsys, "infer", "a", "b", "c", "-o", "out", "--json")
-    assert code == 6 and json.loads(out) == {"items": items, "unneeded": 0}
+    assert code == 6 and json.loads(out) == summary
 
 
 def test_a_line_of_each_result_of_the_originals_script(monkeypatch, capsys, tmp_path):

@@ -105,6 +105,29 @@ def test_bytes_in_a_name_that_are_no_text_reach_the_picture(work, tmp_path, caps
     assert code == 0 and b"\xff\xfe_sr.nii.gz" in out, told
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"), [("a\nb", "a\\nb"), ("a\rb", "a\\rb"), ("a  b", "a  b"), ("a\u2028b", "a\\u2028b")]
+)
+def test_a_name_stays_in_its_line_and_keeps_its_blanks(work, tmp_path, capsys, monkeypatch, name, shown):
+    """A line break in a name made two lines of a warning and of a result, and another name of an error; two blanks
+    became one."""
+    monkeypatch.chdir(tmp_path)
+    scan = f"{name}.nii.gz"
+    code, _, told = call(capsys, *infer(work, Path("out"), scan))
+    assert code == 3
+    one_line(told, f"error: {shown}.nii.gz: no such file")
+    shutil.copyfile(work / "scan0.nii.gz", scan)
+    Path("cut.nii.gz").write_bytes(Path(scan).read_bytes()[:-30])
+    code, out, told = call(capsys, *infer(work, Path("out"), scan, "cut.nii.gz"))
+    assert code == 6 and len(out.splitlines()) == 2 and f"done    {shown}.nii.gz" in out
+    assert all(line.startswith(("warning: ", "error: ")) for line in told.splitlines())
+    assert f"warning: {shown}.nii.gz: " in told
+    Path(scan).write_bytes(b"no image")
+    code, out, told = call(capsys, *infer(work, Path("out2"), scan, "cut.nii.gz"))
+    assert code == 3 and out.splitlines()[0].startswith(f"failed  {shown}.nii.gz  is not a NIfTI image")
+    assert f"2 of 2 volumes failed: {shown}, cut (" in told.splitlines()[-1]
+
+
 def test_a_name_of_thousands_of_letters_is_shortened_in_the_message(work, tmp_path, capsys):
     code, _, told = call(capsys, *infer(work, tmp_path / "out", "a" * 5000 + ".nii.gz"))
     assert code in (3, 5) and len(told) < 1500

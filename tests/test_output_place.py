@@ -69,6 +69,15 @@ def test_figures_do_not_take_the_place_of_images(place, capsys, words, told):
     assert contents(place) == before
 
 
+@pytest.mark.fault(26)
+@pytest.mark.parametrize("same", ["--csv", "--png"])
+def test_two_kinds_of_figures_do_not_share_a_file(place, capsys, same):
+    """The JSON took the place of the table, without a word."""
+    code, out, err = call(capsys, "evaluate", *PAIR, same, "s", "--json", "./s")
+    assert (code, out) == (2, "") and not Path("s").exists()
+    one_line(err, "is the file of --", "a file for each")
+
+
 def test_earlier_figures_are_replaced(place, capsys):
     words = ("evaluate", *PAIR, "--csv", "s.csv", "--json", "s.json", "--png", "s.png")
     for name in ("s.csv", "s.json", "s.png"):  # as mktemp leaves them

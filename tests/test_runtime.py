@@ -324,3 +324,20 @@ def test_a_process_of_another_user_is_alive_though_it_cannot_be_signalled(tmp_pa
     holder = core_files.lock_holder(core_files.lock_signature())
     with pytest.raises(ResourceError, match="is being written by") if alive else contextlib.nullcontext():
         core_files.judge_lock("store", holder, held=False, by_process=True)
+
+
+@pytest.mark.fault(24)
+@pytest.mark.parametrize("there", [False, True])
+def test_a_lock_that_a_full_disk_cannot_take_leaves_nothing(tmp_path, monkeypatch, there):
+    """An empty lock stayed, in the folder that was made for it."""
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path / "store"
+    if there:
+        folder.mkdir()
+    monkeypatch.setattr(core_files.os, "pwrite", full)
+    with pytest.raises(ResourceError, match="no space left on the disk"):
+        core_files.FolderLock(folder)
+    assert list(tmp_path.rglob("*")) == [folder] * there

@@ -210,10 +210,10 @@ def test_names_are_as_they_are_but_on_a_terminal_and_an_error_is_one_line(monkey
     monkeypatch.setattr(sys, "stderr", err)
     name = "a\x1b[2J\u202eb\udcff.nii"
     console_module.say(name)
-    console_module.error_line(f"{name}:\n  is \t damaged")
+    console_module.error_line(f"{name}  b:\n  is  \n damaged")
     held = "a\\x1b[2J\\u202eb\\udcff.nii"
     assert out.getvalue() == f"{held if terminal else name}\n"
-    assert err.getvalue() == f"error: {held}: is damaged\n"
+    assert err.getvalue() == f"error: {held}  b: is damaged\n"
 
 
 def test_a_checkpoint_is_that_of_every_run_folder_and_without_one_paths_are_as_typed(monkeypatch):

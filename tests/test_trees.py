@@ -122,7 +122,7 @@ def test_every_contrast_of_a_dataset_is_taken_and_the_rest_named(dataset, caplog
     assert "2 images are not taken" in caplog.text and "sub-01_T1map.nii.gz (suffix T1map)" in caplog.text
     assert "sub-01_desc-preproc_T1w.nii.gz (--desc preproc takes it)" in caplog.text
     assert [i.path.name for i in find_bids(dataset / "data", desc="preproc")] == ["sub-01_desc-preproc_T1w.nii.gz"]
-    with pytest.raises(InputError, match=r"no bold image; there are 7 that are not taken"):
+    with pytest.raises(InputError, match=r"no bold image; 7 are not taken"):
         find_bids(dataset / "data", suffixes=["bold"])
 
 

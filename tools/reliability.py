@@ -69,8 +69,9 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     ),
     15: (
         "one bad file of many",
-        "the others are done; summary; 6. `convert` ends with 3 before it begins where a header, a label or a mask is "
-        "bad; `train TABLE` converts the others, and trains when all are good",
+        "the others are done; summary; 6, or where none is done the code of the first. `convert` ends with 3 before it "
+        "begins where a header, a label or a mask is bad; `train TABLE` converts the others, and trains when all are "
+        "good",
         "",
     ),
     16: (
@@ -98,9 +99,10 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     ),
     26: (
         "output exists",
-        "kept without `--overwrite`, skipped under `--resume`, by the commands that have them; tables and pictures "
-        "that `study`, `evaluate` and `train -dice`, `-mse` made, and weights under `-sf`, are replaced by theirs, an "
-        "HTML page by that of `report`; an input, or a file of another kind in their place: 2 before any work",
+        "kept without `--overwrite`, skipped under `--resume` where it is whole, by the commands that have them; "
+        "tables and pictures that `study`, `evaluate` and `train -dice`, `-mse` made, and weights under `-sf`, are "
+        "replaced by theirs, an HTML page by that of `report`; an input, or a file of another kind in their place: 2 "
+        "before any work",
         "",
     ),
     27: (

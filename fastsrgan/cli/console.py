@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastsrgan.core.files import finite
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import UsageError
+from fastsrgan.errors import UsageError, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 WIDE, BAR_COLUMNS = 100, 54  # width of a terminal for the long bar; what stands beside the name of a stretch
 GAP = "  "  # between columns of a table
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Need(NamedTuple):
@@ -236,8 +236,9 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         word = {"INFO": "note", "WARNING": "warning"}.get(record.levelname, record.levelname.lower())
-        text = "\n".join(map(plain, record.getMessage().rstrip().splitlines()))  # warnings of libraries have several
-        text = f"{word}: {text}"
+        # Ours are of one line, whatever names they hold; warnings of libraries have several.
+        told = record.getMessage().rstrip()
+        text = f"{word}: " + "\n".join(map(plain, [told] if record.name == "fastsrgan" else told.splitlines()))
         if self.console.is_terminal:
             text = "\n".join(broken(line, self.console.width) for line in text.splitlines())
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -285,7 +286,8 @@ def broken(text: str, width: int) -> str:
 
 def error_line(text: str) -> None:
     """The one line that ends a failed command."""
-    line = f"error: {plain(' '.join(text.split()))}"
+    # Blanks stay as they are, names may hold several; what a library said may have lines.
+    line = f"error: {plain(' '.join(filter(None, map(str.strip, text.splitlines()))))}"
     width = shutil.get_terminal_size().columns
     sys.stderr.write(f"{broken(line, width) if sys.stderr.isatty() else line}\n")
     sys.stderr.flush()
@@ -293,8 +295,8 @@ def error_line(text: str) -> None:
 
 def say(text: str) -> None:
     """A line of a result on standard output: on a terminal broken between words and without control letters, elsewhere
-    names are as they are."""
-    shown = plain(text) if sys.stdout.isatty() else text
+    names are as they are, but for line breaks."""
+    shown = plain(text) if sys.stdout.isatty() else one_line(text)
     lines = broken(shown, shutil.get_terminal_size().columns) if sys.stdout.isatty() else shown
     sys.stdout.write(f"{lines}\n")
 

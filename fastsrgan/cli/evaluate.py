@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -161,10 +162,13 @@ def _check_places(args: argparse.Namespace, inputs: list[str]) -> None:
         from fastsrgan.io import output_place
 
     kinds = {"csv": output_place.TABLE, "json": output_place.FIGURES, "png": output_place.SCORED}
+    taken: dict[str, str] = {}
     for option, kind in kinds.items():
         target = getattr(args, option)
         if target in (None, "-"):
             continue
+        if (other := taken.setdefault(os.path.realpath(target), option)) != option:
+            raise UsageError(f"--{option}", f"{target} is the file of --{other} too", "a file for each")
         if option == "png" and not args.sr:  # pictures of a cohort fill a folder
             output_folder(target)
         else:

@@ -13,7 +13,7 @@ from fastsrgan.cli.console import Need, add_checkpoint_option, chosen_weights, e
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
-from fastsrgan.errors import UsageError
+from fastsrgan.errors import UsageError, one_line
 from fastsrgan.infer.settings import InferSettings, add_options, given_options
 
 PATIENCE = datetime.timedelta(days=7)  # of ranks that are done for those that are not
@@ -144,7 +144,7 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
         for item in result["items"]:
             outputs = "  ".join(str(p) for p in (item.get("outputs") or {}).values())
             light = item["plausibility"]["light"] if "plausibility" in item else ""
-            text = outputs or (item.get("error") or item.get("reason", "")).removeprefix(f"{item['input']}: ")
+            text = outputs or (item.get("error") or item.get("reason", "")).removeprefix(f"{one_line(item['input'])}: ")
             say("  ".join(part for part in (f"{item['status']:7} {item['input']}", light, text) if part))
     if 0 < result["unneeded"] == len(result["items"]):
         # the reason of a single image; of several each has been named by a warning

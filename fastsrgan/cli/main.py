@@ -1,8 +1,8 @@
 """The command line: parse, call one library function, print. ``-`` and ``_`` are alike in option names.
 
 Exit codes: 0 ok, 1 internal, 2 usage, 3 bad input, 4 bad weights / checkpoint / store version / config, 5 resources,
-6 some items of a batch failed, 130 after SIGINT, 143 after SIGTERM and SIGUSR1. One line on standard error says what
-came and what to do.
+6 some items of a batch failed (where none is done: the code of the first that failed), 130 after SIGINT, 143 after
+SIGTERM and SIGUSR1. One line on standard error says what came and what to do.
 """
 
 from __future__ import annotations

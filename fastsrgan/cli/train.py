@@ -330,11 +330,13 @@ def convert_table(table: str, args: argparse.Namespace, folder: str, progress: P
     with loading():
         from fastsrgan.convert import convert
         from fastsrgan.model.checkpoint import snapshots
+        from fastsrgan.store.files import MANIFEST
         from fastsrgan.store.reader import open_store
 
     choice, names = args.label_classes, args.label_names
     store = output_folder(args.out or args.snapshot_folder) / "data.zarr"
-    complete = store.exists() and open_store(store).complete
+    # Before its manifest there is nothing to read: `convert` goes on, or says which process writes it.
+    complete = (store / MANIFEST).exists() and open_store(store).complete
     if complete:
         held = files_in(store)
         if args.resume and not choice:

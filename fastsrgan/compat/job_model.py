@@ -27,8 +27,8 @@ from fastsrgan.core import system
 from fastsrgan.core.files import disk_error, finite, mapping, read_json, write_json
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.system import pick_device
-from fastsrgan.errors import FastsrganError, ResourceError, UsageError, counted
-from fastsrgan.infer.files import SomeFailed
+from fastsrgan.errors import ResourceError, UsageError, counted
+from fastsrgan.infer.files import SomeFailed, failure
 from fastsrgan.infer.settings import InferSettings
 from fastsrgan.io import any_image
 from fastsrgan.io.tables import read_list
@@ -179,9 +179,7 @@ def job_model(
     if counts["failed"]:
         bad = next(item for item in items if item["status"] == "failed")
         told = f"{counts['failed']} of {len(items)} results failed, the first: {bad['error']}"
-        failure = SomeFailed(table, told, "correct them and run again: what is done is kept")
-        failure.summary = summary
-        raise failure
+        raise SomeFailed(table, told, "correct them and run again: what is done is kept", summary)
     return summary
 
 
@@ -206,8 +204,7 @@ def _run(tasks: list[Task], setup: _Setup) -> list[dict[str, Any]]:
         except Exception as error:
             if len(tasks) == 1:
                 raise
-            log.error("%s", error, exc_info=not isinstance(error, FastsrganError))
-            items.append(item | {"status": "failed", "error": str(error) or type(error).__name__})
+            items.append(failure(item | {"status": "failed"}, error))
     return items
 
 

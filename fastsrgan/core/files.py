@@ -17,7 +17,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,17 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         return {}
 
 
+def sizes(paths: Mapping[str, str | os.PathLike]) -> dict[str, int]:
+    """Bytes of the files that are there, by the same keys."""
+    return {key: os.path.getsize(path) for key, path in paths.items() if os.path.isfile(path)}
+
+
+def whole(paths: Mapping[str, str | os.PathLike], known: Mapping[str, Any]) -> bool:
+    """Whether all files are there, each as large as is ``known`` of it."""
+    there = sizes(paths)
+    return len(there) == len(paths) and all(known.get(key, size) == size for key, size in there.items())
+
+
 def mapping(value: Any) -> dict[str, Any]:
     """A value that should be a JSON object; empty where it is none."""
     return value if isinstance(value, dict) else {}
@@ -335,6 +346,18 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
 
+    def _sign(self, descriptor: int, path: Path) -> None:
+        """Write who holds the lock; where the disk is full, leave neither the file nor a folder that it was made in."""
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, lock_signature(), 0)
+        except OSError:
+            path.unlink(missing_ok=True)
+            if self._made:
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
+            raise
+
     def _acquire(self, path: Path) -> int:
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -343,8 +366,7 @@ class FolderLock:
                 judge_lock(self.name, holder, held=not _flock(descriptor), elsewhere=self.elsewhere)
                 with contextlib.suppress(FileNotFoundError):
                     if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
-                        os.ftruncate(descriptor, 0)
-                        os.pwrite(descriptor, lock_signature(), 0)
+                        self._sign(descriptor, path)
                         return descriptor
             except BaseException:
                 os.close(descriptor)

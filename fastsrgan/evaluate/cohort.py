@@ -17,7 +17,7 @@ from typing import Any
 
 from fastsrgan.core.files import atomic_write, output_folder, read_json, real, walk_files
 from fastsrgan.core.progress import QUIET, Progress
-from fastsrgan.errors import FastsrganError, InputError, UsageError, counted
+from fastsrgan.errors import FastsrganError, InputError, UsageError, counted, none_done
 from fastsrgan.evaluate.figures import definitions
 from fastsrgan.evaluate.metrics import CALIBRATION
 from fastsrgan.evaluate.pair import evaluate_files, flat, summarise
@@ -166,6 +166,22 @@ def told_left(left: Sequence[str], where: str | os.PathLike) -> list[str]:
     return [f"{counted(len(left), 'image')} of {where} without a result: {some}"] if left else []
 
 
+def told_shared(items: Sequence[Item]) -> list[str]:
+    """A note about each truth that several results of folders were matched with, by name: of one image they may be
+    several results, or results of several images that are called alike."""
+    matched: dict[str, list[Item]] = {}
+    for item in items:
+        if item.line is None and "hr" in item.files:
+            matched.setdefault(os.path.realpath(item.files["hr"]), []).append(item)
+    told = []
+    for shared in (group for group in matched.values() if len(group) > 1):
+        names = [item.subject for item in shared]
+        some = ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more" * (len(names) > NAMED)
+        way = "if they are of other images, name the folders of truths as those of results"
+        told.append(f"{shared[0].files['hr']} is the truth of {len(names)} results: {some}; {way}")
+    return told
+
+
 def _images(paths: Iterable[Path]) -> list[Path]:
     return sorted(p for p in paths if images.is_image(p) and not p.name.startswith("."))
 
@@ -227,11 +243,11 @@ def evaluate_items(
     images of ``truth`` that no result belongs to.
 
     Returns ``rows`` (the dicts of ``evaluate_files`` with ``subject``), ``failed`` (subject, error), ``notes`` (those
-    of the rows, as ``told_once``, and one about ``left``), ``without_result`` (``left``) and ``summary`` {figure:
-    {mean, sd, n}} over the rows, figures named by their dotted path (``image.whole.psnr_db``); sd is the sample
-    standard deviation (n - 1), None for one row. Raises InputError when no subject could be evaluated, and UsageError,
-    before any work, where ``png`` holds a file of a picture's name that is none of ``evaluate``'s, or where label
-    classes are chosen and there is no label.
+    of the rows, as ``told_once``, one about ``left``, and ``told_shared``), ``without_result`` (``left``) and
+    ``summary`` {figure: {mean, sd, n}} over the rows, figures named by their dotted path (``image.whole.psnr_db``); sd
+    is the sample standard deviation (n - 1), None for one row. Raises an error of the kind of the first when no subject
+    could be evaluated, and UsageError, before any work, where ``png`` holds a file of a picture's name that is none of
+    ``evaluate``'s, or where label classes are chosen and there is no label.
     """
     bare = [item.subject for item in items if item.segmented and "label" not in item.files and not item.fault]
     if bare and telling:
@@ -239,6 +255,9 @@ def evaluate_items(
         log.info("no label was found for the segmentation of %s: no Dice", some)
     if choice.classes and not any("label" in item.files for item in items):
         raise UsageError("--label-classes", f"no label was found for the results in {what}", "leave it out")
+    shared = told_shared(items)
+    for line in shared if telling else ():
+        log.warning(line)
     pictures: list[Path | None] = [None] * len(items)
     if png is not None:
         folder = output_folder(png)
@@ -247,6 +266,7 @@ def evaluate_items(
     done: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     faults: list[table.Fault] = []
+    first: FastsrganError | None = None
     progress.start("evaluate", len(items), "subject")
     for item, picture in zip(items, pictures, strict=True):
         named: dict[str, Any] = {"subject": item.subject} | ({} if item.line is None else {"line": item.line})
@@ -266,16 +286,18 @@ def evaluate_items(
         except FastsrganError as error:
             log.warning("%s%s: %s", "" if item.line is None else f"line {item.line}, ", item.subject, error)
             failed.append(named | {"error": str(error)})
+            first = first or error
             faults += [] if item.line is None else [(item.line, error)]
         progress.advance(1, subject=item.subject)
     progress.finish()
     if not done:
         if len(faults) == len(failed):
             raise table.table_error(Path(what), faults)
-        raise InputError(what, "no subject could be evaluated", failed[0]["error"])
+        raise none_done(first or InputError(what, "", ""), what, "no subject could be evaluated", failed[0]["error"])
     notes = told_once(done) + told_left(left, truth)
     for line in notes if telling else ():
         log.info(line)
+    notes += shared
     meaning = definitions() | {"sd": "sample standard deviation over subjects (n - 1)"}
     meaning |= CALIBRATION if any("doubt" in row for row in done) else {}
     said = {"notes": notes, "without_result": list(left), "definitions": meaning}

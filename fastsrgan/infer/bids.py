@@ -136,9 +136,7 @@ def infer_bids(
         if summary["failed"]:  # the stage and its summary file are gone
             bad = ", ".join(item["stem"] for item in summary["items"] if item["status"] == "failed")
             reason = f"{summary['failed']} of {len(summary['items'])} volumes failed: {bad}"
-            failed = SomeFailed(out, reason, "see the errors above")
-            failed.summary = summary
-            raise failed
+            raise SomeFailed(out, reason, "see the errors above", summary)
         return summary
 
 

@@ -28,7 +28,7 @@ from fastsrgan.core.files import finite, left_as_found, need_space, output_folde
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, LostRank, Ranks
 from fastsrgan.core.system import free_memory
-from fastsrgan.errors import FastsrganError, PartialFailure, ResourceError, UsageError, counted
+from fastsrgan.errors import FastsrganError, PartialFailure, ResourceError, UsageError, batch_code, counted, one_line
 from fastsrgan.infer.image import (
     ImageJob,
     Isotropic,
@@ -43,7 +43,7 @@ from fastsrgan.infer.image import (
 from fastsrgan.infer.memory import SHARE
 from fastsrgan.infer.modes import Together
 from fastsrgan.infer.planes import Unfinished, target_spacing
-from fastsrgan.infer.settings import HEAD, InferSettings, takes_options
+from fastsrgan.infer.settings import InferSettings, takes_options
 from fastsrgan.io import dicom, formats
 from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import Image, find_images, size_of
@@ -344,9 +344,13 @@ PathLike = str | os.PathLike
 
 
 class SomeFailed(PartialFailure):
-    """Some volumes of a list failed; ``summary`` is what ``infer_files`` would have returned."""
+    """Volumes of a list failed; ``summary`` is what ``infer_files`` would have returned, its items have their codes."""
 
-    summary: dict
+    def __init__(self, what: object, reason: str, hint: str, summary: dict[str, Any]) -> None:
+        super().__init__(what, reason, hint)
+        self.summary = summary
+        codes = [item["exit_code"] for item in summary["items"] if item["status"] == "failed"]
+        self.exit_code = batch_code(codes, summary["done"] + summary["skipped"])
 
 
 @takes_options(files=True)
@@ -399,7 +403,7 @@ def infer_files(
         raise UsageError("--split-volume", "needs several processes", "torchrun --nproc-per-node N -m fastsrgan infer")
     listed = find_images(inputs, out_dir, settings.series)
     if settings.mask_file is not None and len(listed) > 1:
-        raise UsageError("mask", f"one file for {len(listed)} images", f"{HEAD}, or one image at a time")
+        raise UsageError("mask", f"one file for {len(listed)} images", "--crop-to-head, or one image at a time")
     typed, settings = settings, settings.placed()
     if line := settings.chosen_tiles(typed):
         log.info("%s", line)
@@ -408,7 +412,7 @@ def infer_files(
         models = ModelChoice(weights)
         if ranks.local_world > 1:
             settings = settings.limited_to(int(SHARE * free_memory() / ranks.local_world))
-        job = ImageJob(out, models, settings, system.provenance(), progress, resume)
+        job = ImageJob(out, models, settings, system.provenance(), progress, resume, overwrite or resume)
         _check_outputs(listed, job, overwrite or resume)
         if ranks.rank == 0:
             need_room(listed, job)
@@ -434,11 +438,9 @@ def infer_files(
 
 def _some_failed(out: Path, summary: dict[str, Any]) -> SomeFailed:
     items = summary["items"]
-    bad = ", ".join(item["stem"] for item in items if item["status"] == "failed")
+    bad = ", ".join(one_line(item["stem"]) for item in items if item["status"] == "failed")
     hint = f"see {SUMMARY}" if len(items) > 1 else "see the error above"
-    failure = SomeFailed(out, f"{summary['failed']} of {len(items)} volumes failed: {bad}", hint)
-    failure.summary = summary
-    return failure
+    return SomeFailed(out, f"{summary['failed']} of {len(items)} volumes failed: {bad}", hint, summary)
 
 
 def _alone(image: Image, job: ImageJob) -> dict[str, Any]:

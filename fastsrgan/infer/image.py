@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.core.files import mapping, read_json, write_json
+from fastsrgan.core.files import mapping, read_json, sizes, whole, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.errors import InputError, ModelError, UsageError, times
 from fastsrgan.evaluate.plausibility import NO_PROOF, RED, Look, Verdict, choose, enclosed, judge, measure
@@ -153,7 +153,7 @@ class ImageJob:
     """What holds for every volume of one call.
 
     models : the weights
-    settings : ``mask`` is the path of an image, or "head"
+    settings : ``mask`` is the path of an image, or "head"; replace : what stands there, else it is kept
     """
 
     out: Path
@@ -162,6 +162,7 @@ class ImageJob:
     provenance: dict
     progress: Progress
     resume: bool
+    replace: bool = True
 
     def outputs(self, image: Image) -> dict[str, Path]:
         """Every file of one image, by kind; the JSON is written last and stands for the whole."""
@@ -335,10 +336,8 @@ def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     held = 0 if isinstance(result.sr, np.memmap) else result.sr.nbytes + result.prob.nbytes
     held += 0 if result.doubt is None or held == 0 else result.doubt.nbytes
     held += 0 if result.residual is None else result.residual.nbytes
-    filtered, scaled = (
-        job.settings.largest_component or job.settings.least_component(loaded.model.purpose.island_mm3),
-        job.settings.dtype == "input",
-    )
+    filtered = job.settings.largest_component or job.settings.least_component(loaded.model.purpose.island_mm3)
+    scaled = job.settings.dtype == "input"
     labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * scaled  # bytes a voxel
     # The picture: the spline's coefficients and itself, which voxels lie in the scan, and differences.
     low, copies = loaded.volume.data, 1 + (loaded.mask is not None)
@@ -383,10 +382,8 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     about["mask"] = _listed("fastsrgan: ", [f"{value} {name}" for value, name in named])
     for kind in (kind for kind in outputs if kind in arrays):
         intent = purpose.structure if kind == "seg" else ""
-        images.save(
-            outputs[kind], arrays[kind], result.affine, overwrite=True, code=code,
-            description=about.get(kind, "fastsrgan"), intent=intent,
-        )  # fmt: skip
+        texts: dict[str, Any] = {"description": about.get(kind, "fastsrgan"), "intent": intent}
+        images.save(outputs[kind], arrays[kind], result.affine, overwrite=True, code=code, **texts)
     if settings.png:
         _picture(outputs["png"], loaded, result, seg, settings.threshold, verdict)
     shutil.rmtree(job.planes(loaded.image), ignore_errors=True)
@@ -416,6 +413,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
         **more,
         "affine": result.affine,
         "outputs": names(outputs | kept),
+        "file_bytes": sizes(outputs | kept),
         "warnings": [*image.warnings, *result.report["warnings"], *odd],
         "seconds": loaded.seconds,
         "asked": settings.record(),
@@ -433,6 +431,8 @@ def _clear(outputs: dict[str, Path], job: ImageJob) -> dict[str, Path]:
     leave it standing beside new images.
     """
     record = outputs["json"]
+    if not job.replace and record.exists():
+        raise UsageError(record, "was written by another call meanwhile and is kept", "--resume, or another folder")
     known = read_json(record)
     made = known.get("outputs")
     beside = {k: record.with_name(Path(str(name)).name) for k, name in made.items()} if isinstance(made, dict) else {}
@@ -527,4 +527,4 @@ def finished(image: Image, job: ImageJob) -> bool:
         known = dict.fromkeys(key if key.isidentifier() and len(key) < 40 else "setting" for key in differing)
         reason = f"was made with another {', '.join(known)}"
         raise UsageError(outputs["json"], reason, "--overwrite replaces it, or choose another folder")
-    return all(target.exists() for target in outputs.values())
+    return whole(outputs, mapping(record.get("file_bytes")))

@@ -140,7 +140,7 @@ def find_bids(
         limits += [f"sessions {', '.join(sorted(visits))}"] * bool(visits)
         limits += [f"desc {desc}"] * bool(desc)
         where = f" of {' and '.join(limits)}" if limits else ""
-        others = f"; there are {len(left)} that are not taken: {some}" if left else ""
+        others = f"; {counted(len(left), 'is', 'are')} not taken: {some}" if left else ""
         reason = f"no {' or '.join(suffixes)} image{where}{others}"
         raise InputError(root, reason, "they lie in sub-XX/anat or sub-XX/ses-YY/anat")
     if left and desc is None:

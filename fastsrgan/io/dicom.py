@@ -162,7 +162,7 @@ def _common(stack: list[Frame], trait: int) -> str:
 def _volumes(path: str | os.PathLike, series: Series) -> tuple[list[list[Frame]], str]:
     """The slices of each volume in order along row x column, and a warning. InputError where that is not certain."""
     frames = series.frames
-    bad = next((f for f in frames if f.fault), None)
+    bad = min((f for f in frames if f.fault), key=lambda f: f.path != Path(path), default=None)  # the named file first
     if bad:
         raise InputError(bad.path, bad.fault, CONVERT)
     for frame in frames:  # before anything is measured along their normal
@@ -254,11 +254,13 @@ def _grid(path: str | os.PathLike, frames: list[Frame], images: int) -> tuple[np
     else:
         steps = np.diff(positions @ _normal(first))
         step = (positions[-1] - positions[0]) / (len(frames) - 1)
-        _check_even(path, positions @ _normal(first), steps)
+        rounded = _rounding(frames)
+        _check_even(path, positions @ _normal(first), steps, rounded)
         length = float(np.linalg.norm(step))
         sideways = float(np.abs(positions - positions[0] - np.outer(np.arange(len(frames)), step)).max())
         tilt = float(np.linalg.norm(step - _normal(first) * (step @ _normal(first)))) / length
-        if tilt > DIRECTION_TOLERANCE or sideways > max(2 * ROUNDING_MM, SPACING_TOLERANCE * length):
+        tilted = tilt > DIRECTION_TOLERANCE and tilt * length * (len(frames) - 1) > 2 * rounded
+        if tilted or sideways > max(2 * rounded, SPACING_TOLERANCE * length):
             angle = np.degrees(np.arcsin(min(tilt, 1.0)))
             raise InputError(path, f"its slices are shifted sideways ({angle:.2g} degrees, gantry tilt)", TILTED)
         if first.between and abs(length - first.between) > max(2 * ROUNDING_MM, SPACING_TOLERANCE * first.between):
@@ -287,9 +289,16 @@ def _lone_spacing(frame: Frame) -> float:
     return spacing
 
 
-def _check_even(path: str | os.PathLike, along: np.ndarray, steps: np.ndarray) -> None:
+def _rounding(frames: list[Frame]) -> float:
+    """How far the positions of slices may be rounded off, in mm: half of their last digit where all of them have one
+    digit behind the point, as some exports and anonymisers write them; else ``ROUNDING_MM``."""
+    digits = max(len(repr(value).partition(".")[2].rstrip("0")) for frame in frames for value in frame.position)
+    return 0.05 if digits == 1 else ROUNDING_MM
+
+
+def _check_even(path: str | os.PathLike, along: np.ndarray, steps: np.ndarray, rounded: float) -> None:
     step = float(np.median(steps))
-    allowed = max(2 * ROUNDING_MM, SPACING_TOLERANCE * step)
+    allowed = max(2 * rounded, SPACING_TOLERANCE * step)
     wrong = np.flatnonzero(np.abs(steps - step) > allowed)
     if not len(wrong):
         return

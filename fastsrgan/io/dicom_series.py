@@ -75,11 +75,13 @@ class Series:
 
 @dataclass
 class _Listing:
-    """What lies in a folder: series, files that cannot be read and do not say of which, how many are no images."""
+    """What lies in a folder: series, files that cannot be read and do not say of which, files that are no images; and
+    series of which no volume can be made, where none was named."""
 
     series: list[Series]
     damaged: list[DamagedFile] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
+    unusable: list[Series] = field(default_factory=list)
 
 
 def is_dicom(path: str | os.PathLike) -> bool:
@@ -175,6 +177,7 @@ def select(path: str | os.PathLike, series: str | None = None) -> Series:
     look = _look(path)
     found = look.series
     if series is None:
+        look.unusable = [s for s in found if not s.usable]
         # Without any place, as screen shots, reports and segmentations: taken only where there is nothing else.
         chosen = [s for s in found if s.usable] or found
     else:
@@ -219,6 +222,11 @@ def _whole(path: str | os.PathLike, chosen: Series, look: _Listing, series: str 
         raise InputError(path, f"a file that may be a slice of the series cannot be read: {files}", hint)
     whose = {True: "of another series", False: "it does not say of which series it is"}
     told = [f"{b.what} {b.reason}: left out, {whose[bool(b.uid)]}" for b in look.damaged]
+    told += [
+        f"series {s} is left out, its {s.frames[0].path.name} {s.frames[0].fault}"
+        for s in look.unusable
+        if s is not chosen
+    ]
     return replace(chosen, damaged=(), others=tuple(look.others), warnings=(*chosen.warnings, *told))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastsrgan.core.files import read_json, real, walk_files
-from fastsrgan.errors import FastsrganError, UsageError, counted
+from fastsrgan.errors import FastsrganError, UsageError, counted, one_line
 from fastsrgan.io import any_image, bids, dicom, formats
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
@@ -65,7 +65,7 @@ def find_images(
         elif real(other) == real(image.path):
             log.warning("%s: named more than once, taken once", image.path)
         else:
-            reason = f"would write to the same files as {other}"
+            reason = f"would write to the same files as {one_line(str(other))}"
             hint = (
                 "outputs are named after the image: use one output folder for each, or name the folder that holds both"
             )

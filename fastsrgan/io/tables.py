@@ -128,7 +128,7 @@ def read_list(path: str | os.PathLike, *, base_path: str | None = None) -> list[
     columns, are told.
 
     Repeated entries are dropped, the order is kept, and whether the files exist is left to the caller. Paths are found
-    as in ``read_table``. Raises InputError when the list cannot be read, names nothing or leaves ``HR_image`` empty.
+    as in ``read_table``. Raises InputError when the list cannot be read or names nothing.
     """
     path = Path(path)
     text = _text(path)
@@ -155,14 +155,8 @@ def _list_entries(path: Path, records: list[tuple[int, list[str]]], base_path: s
         return entries[titled:]
     named = [k for k, cell in enumerate(header) if cell == COLUMNS[0] or cell.casefold() in HEADINGS]
     column = header.index(COLUMNS[0]) if COLUMNS[0] in header else named[0]
-    rows = [
-        (line, cells[column] if column < len(cells) else "")
-        for (line, _), cells in zip(records[1:], table[1:], strict=True)
-    ]
-    if COLUMNS[0] in header and (empty := [(line, f"{COLUMNS[0]} is empty") for line, entry in rows if not entry]):
-        raise table_error(path, empty)
     _tell_of_list(path, records, column, True)
-    return [entry for _, entry in rows]
+    return [cells[column] if column < len(cells) else "" for cells in table[1:]]
 
 
 def _tell_of_list(path: Path, records: list[tuple[int, list[str]]], column: int, titled: bool) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from fastsrgan.core.files import finite, output_folder, read_json, write_json
 from fastsrgan.core.progress import QUIET, Progress, quiet
 from fastsrgan.core.system import pick_device
-from fastsrgan.errors import FastsrganError, InputError
+from fastsrgan.errors import FastsrganError, InputError, none_done
 from fastsrgan.evaluate.pair import evaluate_pair, flat, moments
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io.labels import Structure
@@ -85,7 +85,7 @@ def run_cells(
 
     Returns the cells (``subject``, ``condition``, ``model``, ``step``, ``scores`` by dotted path, ``seconds``,
     ``tiles``, ``notes``) in the order of conditions, models, steps and heads, and the heads that failed with their
-    errors. Raises InputError when all of them failed.
+    errors. Raises an error of the kind of the first when all of them failed, InputError without any.
     """
     folder = output_folder(out / FOLDER)
     with quiet():
@@ -93,6 +93,7 @@ def run_cells(
     jobs: list[tuple[StudyModel | None, int | None]] = [(None, None), *((m, s) for m in models for s in steps)]
     cells: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
+    first: FastsrganError | None = None
     progress.start("study", len(heads) * len(conditions) * len(jobs), "cell")
     for head in heads:
         try:
@@ -100,9 +101,11 @@ def run_cells(
         except FastsrganError as error:
             log.warning("%s: %s", head.name, error)
             failed.append({"subject": head.name, "error": str(error)})
+            first = first or error
     progress.finish()
     if not cells:
-        raise InputError(out, "no head could be used", failed[0]["error"] if failed else "name one image at least")
+        hint = failed[0]["error"] if failed else "name one image at least"
+        raise none_done(first or InputError(out, "", ""), out, "no head could be used", hint)
     order = [(c.name, BASELINE if m is None else m.name, s) for c in conditions for m, s in jobs]
     cells.sort(key=lambda cell: order.index((cell["condition"], cell["model"], cell["step"])))
     return cells, failed
