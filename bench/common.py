@@ -30,7 +30,7 @@ from scipy import ndimage
 from fastsrgan.core.draws import rng
 from fastsrgan.core.files import finite, write_json
 from fastsrgan.core.system import measured_on, pick_device, provenance, tune_allocator
-from fastsrgan.errors import UsageError
+from fastsrgan.errors import UsageError, counted
 
 __all__ = ["Case", "Sides", "peak_of", "prepare", "run", "texture", "write_json"]
 
@@ -148,6 +148,9 @@ def run(cases: Sequence[Case | OwnWay], args: argparse.Namespace) -> dict[str, A
     chosen = [case for case in cases if not args.only or args.only in case.name]
     if not chosen:
         raise UsageError("--only", f"no case has {args.only!r} in its name", "; ".join(case.name for case in cases))
+    before = list(os.getloadavg())
+    if told := busy(before[0], len(os.sched_getaffinity(0))):
+        print(told, file=sys.stderr, flush=True)
     rows = []
     for case in chosen:
         rows.append(case.measure(args) if isinstance(case, OwnWay) else measure(case, args))
@@ -161,13 +164,24 @@ def run(cases: Sequence[Case | OwnWay], args: argparse.Namespace) -> dict[str, A
         {
             "bench": args.bench,
             **measured_on(),
-            "machine": machine(args.quick),
+            "machine": {**machine(args.quick), "load_average_before": before},
             "device": device_name(args.device),
             "settings": settings,
             "command": ["python", "-m", "bench", *args.argv],
             "notes": NOTES,
             "rows": rows,
         }
+    )
+
+
+def busy(load: float, cores: int) -> str:
+    """A warning where others have half of the cores or more before anything is measured, else nothing; ``load`` : the
+    average number of processes that ran in the last minute."""
+    if load < cores / 2:
+        return ""
+    return (
+        f"warning: the machine is busy, load average {load:.1f} on {counted(cores, 'core')} before the first case: "
+        "times and ratios are those of what is left of it"
     )
 
 

@@ -117,6 +117,11 @@ def make_known(folder: Path) -> Path:
     structures = [{"name": "cortex", "values": [3, 42]}, {"name": "<white>", "values": [77, 41]}]
     source = {"path": str(scan), "sha256": images.sha256(scan), "series": None, "volume": None}
     weights = {"path": "w", "sha256": "0", "structures": structures}
-    record = {"input": source, "outputs": outputs, "weights": weights, "doubt": {"mean": 41.25, "p95": 60.5}}
+    record = {
+        "input": source,
+        "outputs": outputs,
+        "weights": weights,
+        "doubt": {"mean": 41.25, "p95": 60.5, "image_mean": 512.5},
+    }
     write_json(out / "scan.json", record)
     return out / "scan.json"

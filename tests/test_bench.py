@@ -77,6 +77,30 @@ def test_quick_tells_no_ratios(capsys, tmp_path):
     assert row["cpu_ratio_to"] == {}
 
 
+@pytest.mark.parametrize(
+    ("load", "told"), [(0.0, ""), (0.99, ""), (1.0, "load average 1.0 on 2 cores before"), (7.96, "load average 8.0")]
+)
+def test_a_bench_says_that_the_machine_was_busy_before_it_began(monkeypatch, capsys, tmp_path, load, told):
+    """Half of the cores or more in use by others; the file says the load in any case."""
+    monkeypatch.setattr(common.os, "getloadavg", lambda: (load, 0.25, 0.125))
+    monkeypatch.setattr(common.os, "sched_getaffinity", lambda process: {0, 1})
+    words = [
+        "data",
+        "--quick",
+        "--threads",
+        "1",
+        *SMALL["data"],
+        "--only",
+        "patch gather",
+        "--json",
+        tmp_path / "a.json",
+    ]
+    assert main(list(map(str, words))) == 0
+    err = capsys.readouterr().err
+    assert err.count("warning: the machine is busy") == bool(told) and told in err
+    assert json.loads((tmp_path / "a.json").read_text())["machine"]["load_average_before"] == [load, 0.25, 0.125]
+
+
 PROMISED = {  # (start of a row's name, a peer in it)
     "step": [
         ("generator forward,", "reference form"),

@@ -158,9 +158,11 @@ def test_the_head_s_mean_and_percentile():
     rng = np.random.default_rng(4)
     made, sr = rng.random((20, 20, 20)).astype(np.float32), np.full((20, 20, 20), 100.0)
     sr[:10], made[:10] = 9, 2  # air with its noise: below a tenth of tissue
+    sr[10:12] = 60
     told = summary(made, sr)
     assert told["mean"] == pytest.approx(made[10:].mean(), rel=1e-6)  # found: 1.7e-8 (rounding)
     assert told["p95"] == pytest.approx(np.percentile(made[10:], 95), abs=2 * 2 / 1000)  # found: 4e-4
+    assert told["image_mean"] == 92  # 60 in two of ten planes
 
 
 # --- the spread of the passes -----------------------------------------------------------------------------------------
@@ -262,12 +264,12 @@ def call(files, *words):
     return json.loads((files / "out" / "a.json").read_text()) if code == 0 else code
 
 
-def test_the_line_about_the_doubt_says_its_unit(networks, caplog):
+def test_the_line_about_the_doubt_says_how_bright_the_image_is(networks, caplog):
     with caplog.at_level("INFO", "fastsrgan"):
         told = infer_volume(smooth(SHAPE), AFFINE, networks[0], **FAST).report["doubt"]
     (line,) = [r.getMessage() for r in caplog.records if "doubt inside the head" in r.getMessage()]
-    mean, most = (f"{told[key]:.3g}" for key in ("mean", "p95"))
-    assert line.endswith(f"in units of the image: {mean} on average, 95 % below {most}")
+    mean, most, image = (f"{told[key]:.3g}" for key in ("mean", "p95", "image_mean"))
+    assert line.endswith(f"head: {mean} on average, 95 % below {most}, where the image is {image} on average")
 
 
 def test_the_files_the_record_and_what_a_resumed_call_compares(files):
@@ -277,7 +279,9 @@ def test_the_files_the_record_and_what_a_resumed_call_compares(files):
     sr = images.load(record["outputs"]["sr"])
     assert made.data.shape == FINE and np.allclose(made.affine, sr.affine)
     # Found: 0 (rounding)
-    assert record["doubt"]["mean"] == pytest.approx(summary(made.data, sr.data)["mean"], rel=1e-6)
+    again = summary(made.data, sr.data)
+    for key in ("mean", "image_mean"):
+        assert record["doubt"][key] == pytest.approx(again[key], rel=1e-6)
     assert call(files, "--uncertainty", "--resume") == record
     assert call(files, "--resume") == 2 and call(files, "--uncertainty", "--flips", "x", "--resume") == 2
     (files / "out" / "a_doubt.nii.gz").unlink()

@@ -218,3 +218,15 @@ def test_words_and_numbers_of_the_command_line(parse, words):
         for wrong in ("0", "0.9", "-1", "nan", "inf"):
             with pytest.raises(argparse.ArgumentTypeError, match="is not a number of voxels"):
                 parse(wrong)
+
+
+def test_help_shows_the_basic_options_first_and_every_option_once(capsys):
+    (infer,) = (a.choices["infer"] for a in build_parser()._actions if hasattr(a, "choices") and a.choices)
+    groups = {g.title.partition(" ")[0]: [a.dest for a in g._group_actions] for g in infer._action_groups}
+    assert list(groups)[-3:] == ["basic", "advanced", "images"]
+    assert sorted(n for g in ("basic", "advanced") for n in groups[g] if n in options()) == sorted(options())
+    assert {"patch", "mask", "uncertainty", "png", "device"} <= set(groups["basic"]) and len(groups["basic"]) <= 15
+    assert groups["images"] == ["bids", "participant_label", "session_label", "suffix", "desc"]
+    text = infer.format_help()
+    assert text.index("basic options") < text.index("advanced options") < text.index("images of a BIDS dataset")
+    assert "usage: fastsrgan infer INPUT [INPUT ...] -o DIR [options]" in text

@@ -408,12 +408,14 @@ def test_patience_ends_a_run_after_exactly_as_many_validations_without_a_better_
     assert sum(what == "validate" for what, _ in calls) == 5
 
 
-RISING = "about 40 updates are planned, too few for lr_warmup 100: the rate is still rising and for ema 0.999"
+RISING = "too few for lr_warmup 100 (the rate is still rising) and for ema 0.999 (a mean over 1000 updates: what is"
 SHORT = {
     "": {"lr_warmup": 20, "ema": 0.95},
     "about 20 updates are planned, too few for lr_warmup 21": {"lr_warmup": 21},
-    "too few for ema 0.96, a mean over 25": {"ema": 0.96},
+    "too few for ema 0.96 (a mean over 25 updates: what is validated and shipped is mostly the beginning): take more, "
+    "or a smaller --ema": {"ema": 0.96},
     RISING: {"ema": 0.999, "lr_warmup": 100, "epochs": 4},
+    "smaller --lr-warmup and --ema": {"ema": 0.99, "lr_warmup": 99},
     "about 10 updates": {"lr_warmup": 11, "steps_per_epoch": 5},
 }
 

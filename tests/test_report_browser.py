@@ -148,6 +148,16 @@ INK = """(() => {
 })()"""
 
 
+WORDS = """(() => {
+  const sheet = document.querySelector('#canvas-NAME').parentElement.querySelector('.marks');
+  const { width, height } = sheet, copy = Object.assign(document.createElement('canvas'), { width, height });
+  const context = copy.getContext('2d', { willReadFrequently: true });
+  context.drawImage(sheet, 0, 0);
+  const { data } = context.getImageData(0, 0, width - 24 * devicePixelRatio, height); // left of the bar and the ticks
+  return data.filter((value, at) => at % 4 === 3 && value > 200).length;
+})()"""
+
+
 def pixels(tab, canvas: str) -> np.ndarray:
     """(H, W, 3) what a canvas shows."""
     find = f"document.getElementById('canvas-{canvas}').getBoundingClientRect()"
@@ -248,6 +258,18 @@ def test_nothing_is_wider_than_a_phone(tab, folder):
             assert tab.ask("document.documentElement.scrollWidth") <= 390, path
         colour = tab.ask("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, colour[4:-1].split(","))) < 200) == dark
+    tab.look(1200, 900)
+
+
+def test_on_a_phone_the_slice_is_named_in_the_large_pane_alone(tab, folder):
+    """In a small one the words would lie on the pane's name."""
+    for width, named in ((390, False), (1200, True)):
+        tab.look(width, 900, mobile=not named)
+        assert shown(tab, folder / "one/out/report.html", "#canvas") == "canvas"
+        tab.frames()
+        assert tab.ask(WORDS.replace("NAME", "spline")) > 20
+        assert (tab.ask(WORDS.replace("NAME", "low")) > 20) == named
+        assert tab.ask(INK)  # the bar
     tab.look(1200, 900)
 
 

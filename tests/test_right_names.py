@@ -405,7 +405,8 @@ def test_the_doubts_figures_are_those_of_the_record(known, tmp_path):
     tile = re.search(r"<li><span>doubt</span>(.*?)</li>", text)
     at = "/results/0/record/doubt"
     found = re.findall(r'<data value="(.*?)" data-path="(.*?)">(.*?)</data>', tile[1])
-    assert found == [("41.25", f"{at}/mean", "41.25"), ("60.5", f"{at}/p95", "60.5")]
+    figures = {"mean": "41.25", "image_mean": "512.5", "p95": "60.5"}
+    assert found == [(value, f"{at}/{key}", value) for key, value in figures.items()]
     # They stand beside the scores too.
     (path,) = report(record, tmp_path / "a.html", hr=record.parent / "scan_sr.nii.gz")
     text = path.read_text(encoding="utf8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -260,6 +261,31 @@ def test_a_lost_output_is_said_once_the_other_rises():
         assert loop.collapse(scores, earlier) == ""
 
 
+def test_kept_weights_whose_image_is_worse_than_the_spline_are_told_at_the_end():
+    log = [{"epoch": n, "validation": made(0.4, gain)} for n, gain in ((1, 0.0), (2, -23.0), (3, 0.5), (2, -0.75))]
+    assert "of epoch 2, are not yet of use" in loop.below_spline(log[:2], 2)
+    assert "their SR is 23.0 dB worse than the spline" in loop.below_spline(log[:2], 2)
+    assert "their SR is 0.8 dB worse" in loop.below_spline(log, 2)  # of a run that was resumed the last line counts
+    assert loop.below_spline(log, 1) == loop.below_spline(log, 3) == loop.below_spline(log, None) == ""
+    assert loop.below_spline([{"epoch": 1, "validation": made(0.4, -0.5)}], 1) == ""  # half a dB below is still sound
+    assert loop.below_spline([{"epoch": 1, "validation": {"Dice": 0.4}}], 1) == ""
+
+
+def test_a_run_ends_with_what_its_best_weights_are_not_worth(store, tmp_path, monkeypatch, caplog):
+    """PSNR rises, so no epoch is warned of, and stays far below the spline's; the page of the run says it too."""
+    gains = iter((-23.0, -18.0, 0.5))
+    monkeypatch.setattr(loop, "validate", lambda *args, **more: made(0.4, next(gains)))
+    short = SMALL.replace(epochs=2, steps_per_epoch=1)
+    with caplog.at_level("WARNING", logger="fastsrgan"):
+        found = train(store, tmp_path / "run", short.replace(best_by="psnr"))
+    told = found["warnings"][-1]
+    assert found["warnings"] == [told] and re.match(r"the best weights, of epoch 2, .* SR is 18\.0 dB worse", told)
+    assert [r.getMessage() for r in caplog.records].count(told) == 1
+    assert report(tmp_path / "run")[0].read_text(encoding="utf8").count(f"<li>{told}</li>") == 1
+    better = train(store, tmp_path / "run", short.replace(best_by="psnr", epochs=3), resume=True)
+    assert better["best_epoch"] == 3 and better["warnings"] == []
+
+
 def test_the_line_of_a_validation_has_the_spline_beside_psnr_and_ssim():
     """How a terminal of 80 columns breaks it: tests/test_training_words.py."""
     line = loop.validation_line(200, made(0.5834, 0.615, PSNR_linear=26.4, SSIM_spline=0.8765), 187)
@@ -287,7 +313,7 @@ def test_what_is_wrong_by_a_validation_is_kept_also_by_a_run_that_goes_on(store,
     assert seen[1][1] == seen[0][0]
     found = train(store, tmp_path / "run", short.replace(epochs=3), resume=True)
     assert seen[2][1] == seen[1][0]  # compared with the validation before, of another process
-    assert found["warnings"] == ["epoch 2: lost", "epoch 3: lost"]
+    assert [line for line in found["warnings"] if line.startswith("epoch")] == ["epoch 2: lost", "epoch 3: lost"]
     assert [row.get("warning") for row in rows(tmp_path / "run", "validation")] == [None, "lost", "lost"]
     page = report(tmp_path / "run")[0].read_text(encoding="utf8")
     assert "<li>epoch 2: lost</li>" in page and "<li>epoch 3: lost</li>" in page

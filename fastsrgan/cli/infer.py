@@ -14,12 +14,12 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
 from fastsrgan.errors import UsageError, one_line
-from fastsrgan.infer.settings import InferSettings, add_options, given_options
+from fastsrgan.infer.settings import InferSettings, add_options, basic_options, given_options
 
 PATIENCE = datetime.timedelta(days=7)  # of ranks that are done for those that are not
 EXAMPLES = """fastsrgan infer scan.nii.gz -o out --step 16
   fastsrgan infer scans/ -o out --resume                             # a folder, as far as it is not done
-  fastsrgan infer scan.nii.gz -o out -w a.safetensors -w b.safetensors --flips xyz --largest-component --png
+  fastsrgan infer scan.nii.gz -o out -w a.safetensors -w b.safetensors --flips x --largest-component --png
   torchrun --nproc-per-node 8 -m fastsrgan infer list.txt -o out     # the images of a list over 8 GPUs"""
 
 NEEDS = (
@@ -33,24 +33,12 @@ WEIGHTS_NEEDS = (Need("target overwrite", lambda a: a.action != "info", "has no 
 def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Define the commands; ``command(name, run, text, example)`` makes an empty one."""
     p = command("infer", _infer, "super-resolve and segment images", EXAMPLES)
+    p.usage = "%(prog)s INPUT [INPUT ...] -o DIR [options]\n       %(prog)s --bids DATASET -o DIR [options]"
     p.add_argument(
         "inputs",
         nargs="*",
         metavar="INPUT",
         help="image files (NIfTI, MGH, NRRD, MetaImage), folders of them, DICOM, .txt, .csv or .tsv lists",
-    )
-    p.add_argument("--bids", metavar="DIR", help="in place of INPUT: images of a BIDS dataset, see --suffix")
-    p.add_argument("--participant-label", nargs="+", default=(), metavar="LABEL", help="of the dataset (all)")
-    p.add_argument("--session-label", nargs="+", default=(), metavar="LABEL", help="of the dataset (all)")
-    p.add_argument(
-        "--suffix",
-        nargs="+",
-        default=(),
-        metavar="SUFFIX",
-        help="kinds of images of the dataset (T1w T2w FLAIR PDw UNIT1 T2starw T2star)",
-    )
-    p.add_argument(
-        "--desc", metavar="LABEL", help="images of the dataset with this desc, such as preproc (without one)"
     )
     p.add_argument(
         "-o", "--out", required=True, metavar="DIR", help="output folder; with --bids the derivatives dataset"
@@ -65,10 +53,12 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
         "safetensors or run folder; several times: their mean",
     )
     add_checkpoint_option(p)
-    add_options(p)
     p.add_argument("--resume", action="store_true", help="skip what is finished")
     p.add_argument("--overwrite", action="store_true", help="replace existing results")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
+    for basic, title in ((True, "basic options"), (False, "advanced options (docs/inference.md)")):
+        add_options(p.add_argument_group(title), *basic_options(basic))
+    _add_bids(p.add_argument_group("images of a BIDS dataset"))
     p.set_defaults(needs=NEEDS)
 
     example = (
@@ -88,6 +78,23 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     add_checkpoint_option(p)
     p.add_argument("--overwrite", action="store_true", help="replace OUT")
     p.set_defaults(needs=WEIGHTS_NEEDS)
+
+
+def _add_bids(p: argparse._ArgumentGroup) -> None:
+    """What names the images of a dataset."""
+    p.add_argument("--bids", metavar="DIR", help="in place of INPUT: images of a BIDS dataset, see --suffix")
+    p.add_argument("--participant-label", nargs="+", default=(), metavar="LABEL", help="of the dataset (all)")
+    p.add_argument("--session-label", nargs="+", default=(), metavar="LABEL", help="of the dataset (all)")
+    p.add_argument(
+        "--suffix",
+        nargs="+",
+        default=(),
+        metavar="SUFFIX",
+        help="kinds of images of the dataset (T1w T2w FLAIR PDw UNIT1 T2starw T2star)",
+    )
+    p.add_argument(
+        "--desc", metavar="LABEL", help="images of the dataset with this desc, such as preproc (without one)"
+    )
 
 
 def _refuse_pairs(args: argparse.Namespace) -> None:

@@ -438,9 +438,9 @@ def finish(
     if what.empty and (kept := _keep_empty(turned, image.turn.apply(prob), scan, image, what.seen)):
         told["voxels_kept_empty"] = kept
     if what.doubt:
-        told["doubt"] |= summary(doubt, turned)
-        log.info("%s: doubt inside the head, in units of the image: %.3g on average, 95 %% below %.3g", label,
-                 told["doubt"]["mean"], told["doubt"]["p95"])  # fmt: skip
+        told["doubt"] |= (inside := summary(doubt, turned))
+        line = "%s: doubt inside the head: %.3g on average, 95 %% below %.3g, where the image is %.3g on average"
+        log.info(line, label, *(inside[key] for key in ("mean", "p95", "image_mean")))
     left: np.ndarray | None = None
     if what.residual:
         left = image.turn.undo(residual(turned, scan, what.seen, axis=0))

@@ -76,6 +76,7 @@ class Option:
     reported : whether ``InferResult.report`` names its value
     typed : the command line's default, where it is not the field's
     of_files : an option of ``infer_files`` alone; group : the part of the record that repeats it where it is changed
+    basic : whether it stands in the first of the two groups of ``fastsrgan infer --help``
     """
 
     help: str
@@ -93,6 +94,7 @@ class Option:
     typed: Any = SAME
     of_files: bool = False
     group: str = ""
+    basic: bool = False
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -161,17 +163,17 @@ class InferSettings:
 
     # fmt: off
     patch: PerAxis = option(128, "tile edge in voxels, or none: the whole image (128)", parse=tile_edge,
-        reported=True)
+        reported=True, basic=True)
     step: Step | None = option(PAPER_STEP,
         "voxels between tiles, or auto, as fits --budget or 60s; small is good and slow (half the patch; at most 30 on "
         "CUDA, with segsrgan or --budget)",
-        parse=step_size, typed=None, reported=True)
+        parse=step_size, typed=None, reported=True, basic=True)
     budget: float | None = option(None,
         "60s, 2m: the densest steps down to --step that fit this time; 0: the first alone", parse=seconds,
         metavar="TIME", check=check_budget, reported=True)
     new_resolution: Resolution = option(None,
         "one size, three, or same (default: isotropic at the finest, or at the weights' own where that is coarse)",
-        parse=size, nargs="+", metavar="MM", check=millimetres)
+        parse=size, nargs="+", metavar="MM", check=millimetres, basic=True)
     geometry: str = option("physical", "exact (physical), or the original's", parse=str, choices=CHOICES["geometry"],
         reported=True)
     window: str = option(EVEN, "weights inside a tile (constant)", parse=str, choices=WINDOWS, reported=True)
@@ -183,13 +185,14 @@ class InferSettings:
         choices=CHOICES["compile"], recorded=CHANGED, reported=True)
     precision_check: bool = option(False, "report what the precision costs, on a few tiles", flag="--check-precision",
         recorded=ELSEWHERE, decides=False)
-    device: str = option("auto", "auto, cpu, cuda or cuda:n", parse=str, decides=False, reported=True)
+    device: str = option("auto", "auto, cpu, cuda or cuda:n", parse=str, decides=False, reported=True,
+        basic=True)
     max_memory: int | None = option(None,
         "of the host, beside the image; what takes more is done by slabs, or refused: where these take more too, "
         "with --budget, with --step auto", parse=memory, metavar="G", check=check_max_memory, recorded=ELSEWHERE,
         decides=False)
     mask: Any = option(None, "compute only where this image is above zero", parse=str, metavar="FILE",
-        instead=("--crop-to-head", HEAD, "compute only in the box around what is not air"))
+        instead=("--crop-to-head", HEAD, "compute only in the box around what is not air"), basic=True)
     outside: str = option(AUTO,
         "what the network sees outside --mask: the scan, or zero as in images of brains alone (auto: as the "
         "weights were made)", parse=str, choices=OUTSIDE, recorded=CHANGED)
@@ -205,33 +208,34 @@ class InferSettings:
     uncertainty: bool = option(False,
         "also write the standard deviation that SR's error is taken to have, and the probability map; it "
         "costs no pass of the network of its own, with --flips (2 to 8 passes) or several weights their "
-        "spread is a part", recorded=CHANGED)
+        "spread is a part", recorded=CHANGED, basic=True)
     slice_thickness: str | float = option(AUTO,
         "of the scan, where slices have gaps or overlap (auto: of DICOM or a BIDS sidecar, else the spacing)",
-        parse=word_or_number(AUTO), metavar="MM", check=check_slice_thickness, recorded=CHANGED)
+        parse=word_or_number(AUTO), metavar="MM", check=check_slice_thickness, recorded=CHANGED, basic=True)
     profile: str = option(AUTO, "of the slices (auto: what the scan shows, else guess)", parse=str,
         choices=(AUTO, "guess", "gaussian", "box"), recorded=CHANGED)
     threshold: float = option(0.5, "probability that makes the segmentation (0.5)", parse=float, check=check_threshold,
-        recorded=CHANGED, of_files=True, group="segmentation")
+        recorded=CHANGED, of_files=True, group="segmentation", basic=True)
     largest_component: bool = option(False, "keep the segmentation's largest component alone", recorded=CHANGED,
-        of_files=True, group="segmentation")
+        of_files=True, group="segmentation", basic=True)
     min_size: float | None = option(None, "leave out components of less cubic millimetres, 0 none (as the weights say)",
         parse=float, metavar="MM3", check=check_min_size, recorded=CHANGED, record_as="min_size_mm3", of_files=True,
         group="segmentation")
     dtype: str = option("float32",
         "of the SR image; input: rounded to the type and scaling of the image it was made of", parse=str,
         choices=("float32", "input"), recorded=CHANGED, of_files=True)
-    save_prob: bool = option(False, "also write the probability map", recorded=ELSEWHERE, decides=False, of_files=True)
+    save_prob: bool = option(False, "also write the probability map", recorded=ELSEWHERE, decides=False, of_files=True,
+        basic=True)
     save_residual: bool = option(False, "also write the scan minus the result acquired again", recorded=ELSEWHERE,
         decides=False, of_files=True)
     png: bool = option(False, "also draw image, SR and segmentation side by side", recorded=ELSEWHERE, decides=False,
-        of_files=True)
+        of_files=True, basic=True)
     split_volume: bool = option(False, "under torchrun: each image over all ranks, not one image for each",
         recorded=ELSEWHERE, decides=False, of_files=True)
     series: str | None = option(None, "which series of a DICOM folder: number, UID or part of its description",
-        parse=str, metavar="N", recorded=ELSEWHERE, of_files=True)
+        parse=str, metavar="N", recorded=ELSEWHERE, of_files=True, basic=True)
     volume: int | None = option(None, "which volume of a 4-D image or DICOM series, from 0", parse=int, metavar="I",
-        recorded=ELSEWHERE, of_files=True)
+        recorded=ELSEWHERE, of_files=True, basic=True)
     max_voxels: int = option(2**31, "refuse larger images (2147483648)", parse=voxels, metavar="N", recorded=ELSEWHERE,
         decides=False, of_files=True)
     # fmt: on
@@ -439,9 +443,14 @@ def takes_options(files: bool) -> Callable[[F], F]:
     return decorate
 
 
+def basic_options(basic: bool) -> list[str]:
+    """The names of the first group of options in ``fastsrgan infer --help``, or of the second."""
+    return [name for name, row in _ROWS.items() if row.basic == basic]
+
+
 def add_options(parser: argparse._ActionsContainer, *names: str) -> None:
-    """Rows as options of a command: those that are named, else all."""
-    for name, row in ((name, _ROWS[name]) for name in names or _ROWS):
+    """The rows that are named as options of a command."""
+    for name, row in ((name, _ROWS[name]) for name in names):
         flag = row.flag or f"--{name.replace('_', '-')}"
         if row.parse is None:
             parser.add_argument(flag, dest=name, action="store_true", help=row.help)

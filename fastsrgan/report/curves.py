@@ -76,18 +76,25 @@ def read_run(run: Path) -> dict[str, Any]:
         for name, curve in curves.items():
             values = [row[name] for row in part if isinstance(row.get(name), (int, float))]
             curve.append(sum(values) / len(values) if values else None)
+    summary = read_json(run / "summary.json")
+    wrong = [f"epoch {row['epoch']}: {row['warning']}" for row in scores if isinstance(row.get("warning"), str)]
+    told = summary.get("warnings")
+    ended = (
+        bool(updates) and summary.get("updates") == updates[-1]["update"]
+    )  # else it is of an earlier part of the run
+    at_the_end = (
+        [line for line in told if isinstance(line, str) and line not in wrong] if isinstance(told, list) else []
+    )
     return {
         "folder": real(run).name,
-        "summary": read_json(run / "summary.json") or None,
+        "summary": summary or None,
         "data_warnings": _warnings(run),
         "config": _text(run / "config.yaml"),
         "updates": len(updates),
         "updates_per_point": width,
         "at": at,
         "curves": {name: curve for name, curve in curves.items() if any(v is not None for v in curve)},
-        "warnings": [
-            f"epoch {row['epoch']}: {row['warning']}" for row in scores if isinstance(row.get("warning"), str)
-        ],
+        "warnings": wrong + at_the_end * ended,
         "validation": [{"epoch": row["epoch"], **row["validation"]} for row in scores],
         "unreadable_lines": faults,
     }

@@ -45,15 +45,17 @@ def tiles(scores: Mapping[str, Any], at: str) -> list[Html]:
 
 
 def doubt_tiles(record: Mapping[str, Any], at: str) -> list[Html]:
-    """Mean and 95th percentile of the doubt, as the record has them."""
+    """Mean and 95th percentile of the doubt, and the image's mean as their scale, as the record has them."""
     told = record.get("doubt")
-    mean, most = (_get(told, (key,)) for key in ("mean", "p95"))
+    mean, most, scale = (_get(told, (key,)) for key in ("mean", "p95", "image_mean"))
     if not _is_number(mean):
         return []
     path = at + "/doubt"
     below = el("small", "95 % of it below: ", number(most, path + "/p95")) if _is_number(most) else None
-    where = el("small", "mean inside the head, in units of the image")
-    return [el("li", el("span", "doubt"), el("b", number(mean, path + "/mean")), where, below)]
+    where = ["mean inside the head, in units of the image"]
+    if _is_number(scale):  # records of earlier versions do not have it
+        where += [", which is ", number(scale, path + "/image_mean"), " on average there"]
+    return [el("li", el("span", "doubt"), el("b", number(mean, path + "/mean")), el("small", *where), below)]
 
 
 def scores_table(scores: Mapping[str, Any], at: str) -> Html:

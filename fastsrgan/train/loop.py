@@ -167,13 +167,18 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
 def tell_if_short(config: TrainConfig, planned: float) -> None:
     """Warn where a run of about so many updates ends before its settings let it change the weights that it ships."""
     average = round(1 / (1 - config.ema))
-    told = [f"lr_warmup {config.lr_warmup}: the rate is still rising"] if planned < config.lr_warmup else []
+    told, smaller = [], []
+    if planned < config.lr_warmup:
+        told.append(f"lr_warmup {config.lr_warmup} (the rate is still rising)")
+        smaller.append("--lr-warmup")
     if planned < average:
-        told.append(f"ema {config.ema:g}, a mean over {average}: what is validated and shipped is mostly the beginning")
+        begun = f"a mean over {average} updates: what is validated and shipped is mostly the beginning"
+        told.append(f"ema {config.ema:g} ({begun})")
+        smaller.append("--ema")
     if told:
-        hint = "more updates, or a smaller --lr-warmup and --ema"
         what = counted(int(planned), "update is", "updates are")
-        log.warning("about %s planned, too few for %s (%s)", what, " and for ".join(told), hint)
+        hint = f"take more, or a smaller {' and '.join(smaller)}"
+        log.warning("about %s planned, too few for %s: %s", what, " and for ".join(told), hint)
 
 
 def shared_steps(run: Run, turn: Turn, pool: Pool | None) -> int:
@@ -413,6 +418,21 @@ def whole_line(epoch: int, scores: dict[str, float]) -> str:
         others = [f"{who} {scores[key]:.4g}" for who in ("spline", "linear") if (key := f"{who}_{name}") in scores]
         words.append(f"{name} {scores[f'whole_{name}']:.4g}" + f" ({', '.join(others)})" * bool(others))
     return " ".join(words)
+
+
+def below_spline(validations: list[dict[str, Any]], best_epoch: int | None) -> str:
+    """A warning where the image of the weights that are kept is damaged; empty where it is not.
+
+    validations : the log's lines, of which the last of ``best_epoch`` counts
+    """
+    kept = [row["validation"] for row in validations if row["epoch"] == best_epoch]
+    psnr, spline = (kept[-1].get(name) if kept else None for name in ("PSNR", "PSNR_spline"))
+    if psnr is None or spline is None or psnr >= spline - WORSE_DB:
+        return ""
+    return (
+        f"the best weights, of epoch {best_epoch}, are not yet of use for images: their SR is {spline - psnr:.1f} dB "
+        "worse than the spline (docs/training.md, When one output is lost)"
+    )
 
 
 def collapse(scores: dict[str, float], before: dict[str, float]) -> str:

@@ -49,7 +49,7 @@ from fastsrgan.train.gan import (
     with_fitting_batch,
 )
 from fastsrgan.train.logs import DICE_TABLE, LOG, MSE_TABLE, Board, RunLog
-from fastsrgan.train.loop import best_so_far, loop
+from fastsrgan.train.loop import below_spline, best_so_far, loop
 from fastsrgan.train.precision import goes_on_in
 from fastsrgan.train.state import Run, data_identity, numbered
 
@@ -493,6 +493,11 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
     left_out = {k: v for one in run.ranks.gather(run.feed.quarantined) for k, v in one.items()}
     waited = run.ranks.mean({"waited": run.feed.waited})["waited"]
     validations = run.log.validations() if run.log is not None else []
+    warnings = [f"epoch {row['epoch']}: {row['warning']}" for row in validations if "warning" in row]
+    # A run that was stopped may still get there.
+    if not stop.signal and (worthless := below_spline(validations, at.best_epoch)):
+        log.warning("%s", worthless)
+        warnings.append(worthless)
     facts = {
         "epochs": min(at.epoch, run.last_epoch + 1) - run.beginning.epoch,
         "updates": at.updates,
@@ -507,7 +512,7 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
         "best_weights": None if at.best is None else str(run.folder / BEST),
         "left_out": left_out,
         "data_warnings": data_warnings(run.store.subjects),
-        "warnings": [f"epoch {row['epoch']}: {row['warning']}" for row in validations if "warning" in row],
+        "warnings": warnings,
         "batch_size": run.batch * run.ranks.world,
         "ranks": run.ranks.world,
         "device": str(run.models.device),

@@ -147,18 +147,20 @@ def doubt_(
 
 
 def summary(doubt_XYZ: np.ndarray, sr_XYZ: np.ndarray) -> dict[str, float]:
-    """Mean and 95th percentile (to a thousandth of the largest) of the doubt inside the head: where the result is above
-    a tenth of its 99.9th percentile."""
+    """Mean and 95th percentile (to a thousandth of the largest) of the doubt inside the head, and the result's mean
+    there, which is their scale: where the result is above a tenth of its 99.9th percentile."""
     level = TISSUE * bright([np.ascontiguousarray(part, np.float32) for part in sampled(sr_XYZ, 0)])
     top = max(float(plane.max()) for plane in doubt_XYZ) or 1.0
-    counts, total = np.zeros(1000, int), 0.0
+    counts, total, image = np.zeros(1000, int), 0.0, 0.0
     for doubt, sr in zip(doubt_XYZ, sr_XYZ, strict=True):
         inside = doubt[sr > level]
         total += float(inside.sum(dtype=np.float64))
+        image += float(sr[sr > level].sum(dtype=np.float64))
         counts += np.histogram(inside, len(counts), (0, top))[0]
     voxels = int(counts.sum())
     below = np.searchsorted(np.cumsum(counts), 0.95 * voxels)
-    return {"mean": total / max(voxels, 1), "p95": top * float(below + 1) / len(counts) if total else 0.0}
+    p95 = top * float(below + 1) / len(counts) if total else 0.0
+    return {"mean": total / max(voxels, 1), "p95": p95, "image_mean": image / max(voxels, 1)}
 
 
 def _typical(sr_XYZ: np.ndarray, seen: Observation, axis: int, slab_bytes: int) -> float:

@@ -13,6 +13,7 @@
   const DARKER = [96, 165, 250], BRIGHTER = [248, 113, 113]; // ends of the colours of a difference; nothing is black
   const DOUBT = [[0, 0, 0], [192, 38, 211], [254, 240, 138]]; // none, half, and where its colours end
   const MARK = "#facc15"; // of the slice
+  const NARROW = 200; // CSS pixels, of a pane without room for words beside its name, as on a phone
   const state = { at: plan.start.slice(), plane: plan.plane, zoom: 1, overlay: 0.5, wipe: 0.5, cross: true, layer: "none", marks: true };
   const $ = (id) => document.getElementById(id);
 
@@ -154,6 +155,7 @@
       if (own < 0) return;
       const ends = [pixel(places[own]), pixel(places[own + 1])];
       line(ends[0], ends[1], 5, 4, MARK);
+      if (box.width < NARROW) return; // the words would lie on the pane's name; the large pane has them
       const between = (ends[0] + ends[1]) / 2, size = context.measureText(words).width;
       if (upwards) context.fillText(words, width - size - 24 * ratio, clamp(between - 5 * ratio, 12 * ratio, height - 6 * ratio));
       else context.fillText(words, clamp(between - size / 2, 6 * ratio, width - size - 6 * ratio), height - 14 * ratio);
