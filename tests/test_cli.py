@@ -235,7 +235,7 @@ def test_results_and_errors_are_broken_between_words_on_a_terminal_alone(monkeyp
     console.say(text)
     console.error_line(text)
     piped = capsys.readouterr()
-    assert piped.out == f"{text}\n" and piped.err == f"error: {' '.join(text.split())}\n"
+    assert piped.out == f"{text}\n" and piped.err == f"error: {text}\n"
     for stream in (sys.stdout, sys.stderr):
         monkeypatch.setattr(stream, "isatty", lambda: True)
     console.say(text)
