@@ -514,7 +514,9 @@ def test_of_many_participants_and_images_the_first_are_named(tmp_path, caplog):
     assert "6 images are not taken: " in caplog.text and caplog.text.strip().endswith("(suffix bold), ...")
     assert caplog.text.count("suffix bold") == 5
     bare(root, "sub-00_desc-x_T1w.nii", "sub-00_desc-x_dseg.nii")
-    with pytest.raises(InputError, match=r"no T1w image of participants 00 and desc y; 10 are not taken: .*\(no desc\)"):
+    with pytest.raises(
+        InputError, match=r"no T1w image of participants 00 and desc y; 10 are not taken: .*\(no desc\)"
+    ):
         find_bids(root, ["00"], suffixes=["T1w"], desc="y")
     assert _names(find_bids(root, suffixes=["dseg"], desc="x")) == ["sub-00_desc-x_dseg.nii"]
 
