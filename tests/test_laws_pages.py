@@ -637,17 +637,6 @@ def test_a_part_fills_what_it_is_given_also_where_the_first_guess_is_far_too_sma
     assert 0.8 * most < packed.size <= most and packed.shape[1:] == (40, 40)  # found: 0.90
 
 
-def test_the_same_volumes_are_packed_to_the_same_bytes_whenever_that_is(monkeypatch):
-    """So that two reports of the same results are the same file: nothing in a page tells when it was made."""
-    data = np.random.default_rng(4).random((12, 10, 9)).astype(np.float32)
-    sr, spline = (Volume(values, np.eye(4)) for values in (data, data * np.float32(0.9)))
-    made, found = volumes.images_of(sr, {"spline": spline}), []
-    for now in (1.0e9, 1.7e9):
-        monkeypatch.setattr("time.time", lambda now=now: now)
-        found.append(made.part(made.all).blobs)
-    assert found[0] == found[1] and set(found[0]) == {"sr", "spline"}
-
-
 @pytest.mark.parametrize("count", [viewer.MOST_VALUES, viewer.MOST_VALUES + 1])
 def test_a_map_of_structures_is_shown_up_to_its_number_of_colours(tmp_path, count):
     result, sr, _ = known(tmp_path)
