@@ -156,6 +156,21 @@ def test_memory_and_cpu_time_of_a_child_are_seen():
         child.stdin.write("x")
 
 
+def test_the_time_of_children_that_have_ended_counts_as_that_of_their_parent(tmp_path):
+    """Once it has waited for them: what loader processes did is not lost when they end."""
+    work = "sum(range(20_000_000))"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', '{work}']); print(1, flush=True); "
+    program += "sys.stdin.read(1)"
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout and child.stdin
+        child.stdout.readline()
+        own = sum(int(v) for v in Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13])
+        assert tree_cpu_seconds(child.pid) > own / os.sysconf("SC_CLK_TCK") + 0.1  # found: 0.31 more
+        child.stdin.write("x")
+
+
 # --- gates --------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from phantom import head
 from fastsrgan.cli.main import main
 from fastsrgan.core.files import read_json, write_json
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.evaluate.cohort import Choice
+from fastsrgan.evaluate.cohort import Choice, Item
 from fastsrgan.infer import bids as bids_module
 from fastsrgan.infer.bids import STAGE, evaluate_bids, infer_bids
 from fastsrgan.infer.files import SomeFailed, infer_files
@@ -490,6 +490,16 @@ def bare(root, *names):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     return root
+
+
+@pytest.mark.parametrize("used", range(3))
+def test_an_image_without_a_result_is_told_with_and_without_sessions(tmp_path, used):
+    names = ["sub-1_T1w.nii", "sub-2_ses-a_T1w.nii", "sub-2_ses-b_T1w.nii.gz"]
+    root = bare(tmp_path, *names)
+    there = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*.nii*"))]
+    assert len(there) == 3
+    item = Item(names[used].partition(".")[0], {"hr": root / there[used]})
+    assert bids_module._without_result(root, [item]) == [name for name in there if name != there[used]]
 
 
 def test_participants_and_sessions_are_known_with_and_without_their_prefix(tmp_path):

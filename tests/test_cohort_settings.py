@@ -7,12 +7,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from test_validate import Identity
 
 from fastsrgan.cli.main import main
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
 from fastsrgan.data.settings_check import full_subjects, odd_sizes, small_subjects, thick_order
 from fastsrgan.data.subject import PatchRule, make_resident, patch_origins
+from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.model import safetensors as modelfile
@@ -21,7 +23,7 @@ from fastsrgan.observation.model import Degradation, Draw
 from fastsrgan.observation.slice_axis import axes_across, choose_axes, describe, on_stored_axes, stored_draw, world_axes
 from fastsrgan.store.reader import Sample, open_store
 from fastsrgan.train import run as train
-from fastsrgan.train.validate import fixed_resident
+from fastsrgan.train.validate import fixed_resident, linear_estimate, validate_whole
 from fastsrgan.volume.intensity import lifted, normaliser
 
 SIDE = 20
@@ -253,6 +255,26 @@ def test_a_test_subject_stored_in_another_order_is_validated_alike(order):
         seen.append(fixed_resident(feed, sample, 0, 2))
     for part in ("interpolated", "hr", "label"):
         assert torch.equal(getattr(seen[0], part), getattr(seen[1], part)), part
+
+
+@pytest.mark.parametrize("direction", "SAR")
+def test_whole_volumes_and_the_best_linear_estimate_do_not_depend_on_the_storage(direction):
+    """Figures of a head in its storage and in the world's: slices are across the same direction of the body."""
+    image, label = head(3, (20, 22, 24))
+    found, made = [], []
+    for way in ((0, 1, 2), *ORDERS.values()):
+        turned = [np.ascontiguousarray(a.transpose(way)) for a in (image, label)]
+        sample = Sample("h", "Test", *turned, None, stored(way), (1.0, 1.0, 1.0))
+        feed = SimpleNamespace(
+            degradation=Degradation(((1.0, 1.0, 3.0),), noise=0.0), axes=axes_across(direction), rule=PatchRule(16, 8),
+            device=torch.device("cpu"), move=None, visits=Visits(), quarantined={}, strict=True,
+            store=SimpleNamespace(read=lambda name, sample=sample: sample),
+        )  # fmt: skip
+        found.append(validate_whole(Identity(), feed, ["h"]))
+        made.append(linear_estimate(feed, sample, fixed_resident(feed, sample, 0, 1), 0, 1))
+    for scores, estimate in zip(found[1:], made[1:], strict=True):
+        assert scores == pytest.approx(found[0], rel=1e-6) and scores["spline_PSNR"] < 60  # found: 1.6e-8
+        assert torch.allclose(estimate, made[0], atol=1e-5)  # found: 0
 
 
 def test_a_mixed_cohort_is_told_once(tmp_path, caplog):

@@ -359,6 +359,20 @@ def test_what_is_left_of_an_epoch_is_what_no_rank_finished(count, worlds, size, 
         assert len(again) == len(set(again)) > len(left) - worlds[1] and set(again) <= set(left)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("group", [0, 1, 2])
+def test_between_two_groups_nothing_of_the_next_is_done(group, world):
+    """A position without steps: the group has not begun, and its subjects are left whatever ranks there are then."""
+    names = [f"sub-{i}" for i in range(8)]
+    run = SimpleNamespace(train=names, feed=SimpleNamespace(seed=SMALL.seed))
+    old = Position(epoch=2, group=group, resident=1, world=world)
+    dealt = [deal(names, SMALL.seed, 2, 1, rank, world) for rank in range(world)]
+    finished = [n for own in dealt for each in own[:group] for n in each]
+    assert len(finished) == group * world
+    assert sorted(remaining(run, old) + finished) == names
+    assert epoch_part(run, old) == pytest.approx(group * world / len(names))
+
+
 def test_one_rank_can_go_on_as_two_and_back(store, tmp_path):
     run, config = tmp_path / "run", CONFIG.replace(steps_per_epoch=None, epochs=3, stride=8)
     done = subprocess_free(training, store, run, config, 3, "SIGTERM", 0, out=tmp_path / "0.json")

@@ -210,6 +210,19 @@ def test_it_changes_neither_the_result_nor_its_probabilities(networks):
     )
 
 
+def test_what_is_told_of_it_leaves_out_what_is_kept_empty(networks):
+    """Of a masked scan the figures are of the result as it is written, not of what the network made around it."""
+    scan = smooth(SHAPE)
+    scan[: SHAPE[0] // 2] = 0
+    done = infer_volume(scan, AFFINE, networks[0], **FAST, agree=1000.0)  # a weight that changes next to nothing
+    plain = infer_volume(scan, AFFINE, networks[0], **{**FAST, "uncertainty": False}, agree="off")
+    empty = done.sr == 0
+    assert done.report["voxels_kept_empty"] == np.count_nonzero(empty) > 0
+    assert plain.sr[empty].max() > 0.12 * plain.sr.max(), "as bright as tissue"  # found: 0.137
+    told = {key: done.report["doubt"][key] for key in ("mean", "p95")}
+    assert told == pytest.approx(summary(done.doubt, done.sr), rel=1e-9)
+
+
 @pytest.mark.parametrize("resolution", [None, 0.8])
 def test_by_slabs_it_is_the_same_to_the_bit(networks, monkeypatch, tmp_path, resolution):
     """With an axis that slabs lie along, and (0.8 mm) without one."""

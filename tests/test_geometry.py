@@ -162,6 +162,12 @@ def test_a_grid_covers_the_field_of_view_to_half_a_voxel(n, from_mm, to_mm):
         assert abs(size * to_mm - n * from_mm) <= to_mm / 2 * (1 + 1e-9)
 
 
+@given(st.integers(0, 300), st.sampled_from([(1.0, 2.0), (0.5, 1.0), (0.75, 1.5), (1.0, 4.0), (0.25, 2.0)]))
+def test_half_a_voxel_that_is_left_over_gets_a_voxel_of_its_own(whole, sizes):
+    from_mm, to_mm = sizes  # after an even number of whole ones as after an odd one: what is seen at the ends is kept
+    assert grid_size(round((whole + 0.5) * to_mm / from_mm), from_mm, to_mm) == whole + 1
+
+
 def test_203_slices_of_half_a_millimetre_to_3_mm_and_back_are_34_and_204():
     low = grid_size(203, 0.5, 3.0)
     assert (low, grid_size(low, 3.0, 0.5)) == (34, 204)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,6 +204,24 @@ def test_resume_does_what_is_missing_and_nothing_else(tmp_path, model):
         n: b for n, b in before.items() if n.endswith(".gz")
     }
     assert after["a.json"] == before["a.json"]
+
+
+def test_no_record_ever_stands_beside_files_that_are_gone(tmp_path, model, monkeypatch):
+    """A kill may come between any two files that are taken away: what a record names is there as long as it is."""
+    path, out, unlink, taken = scan(tmp_path / "a.nii.gz"), tmp_path / "out", Path.unlink, []
+    run([path], out, model, save_prob=True)
+    assert (out / "a_prob.nii.gz").exists()
+
+    def watched(self, missing_ok=False):
+        unlink(self, missing_ok=missing_ok)
+        taken.append(self.name)
+        record = json.loads((out / "a.json").read_text()) if (out / "a.json").exists() else {"outputs": {}}
+        assert all(Path(name).exists() for name in record["outputs"].values()), self.name
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", watched)
+        run([path], out, model, overwrite=True)
+    assert {"a.json", "a_prob.nii.gz"} <= set(taken) and not (out / "a_prob.nii.gz").exists()
 
 
 @pytest.mark.parametrize("change", ["step", "weights", "input"])

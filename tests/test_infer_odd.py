@@ -142,6 +142,15 @@ def test_a_name_that_no_disk_takes_costs_only_its_own_image(tmp_path, scan, mode
     assert "too long for a disk" in summary["items"][0]["error"]
 
 
+@pytest.mark.fault(15)
+def test_a_name_counts_by_its_bytes_and_is_refused_before_the_image_is_read(tmp_path, scan, model, monkeypatch):
+    """Letters with accents take two: a name of half as many letters is as long."""
+    long = scan.rename(tmp_path / ("ü" * 123 + ".nii.gz"))
+    monkeypatch.setattr("fastsrgan.infer.image.read", lambda *_: pytest.fail("read before its name was judged"))
+    with pytest.raises(InputError, match="too long for a disk"):
+        infer_files.infer_files([long], tmp_path / "out", model, **FAST)
+
+
 @pytest.mark.fault(25)
 def test_a_folder_where_a_result_is_to_stand_is_said_before_the_work(tmp_path, scan, model):
     (tmp_path / "out" / "a_seg.nii.gz").mkdir(parents=True)

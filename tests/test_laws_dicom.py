@@ -222,6 +222,16 @@ def test_a_copy_is_told_by_its_voxels_whatever_else_it_says(tmp_path):
     refused(tmp_path, "a slice is there 2 times")
 
 
+@pytest.mark.parametrize(("name", "value"), [("RescaleSlope", "2"), ("RescaleIntercept", "-1024")])
+def test_the_same_numbers_under_another_scaling_are_no_copy(tmp_path, name, value):
+    """They are other intensities, and nothing says which are meant."""
+    ds = read(small(tmp_path)[1])
+    ds.RescaleSlope, ds.RescaleIntercept = ds.get("RescaleSlope", 1), ds.get("RescaleIntercept", 0)
+    setattr(ds, name, value)
+    ds.save_as(tmp_path / "again.dcm")
+    refused(tmp_path, "a slice is there 2 times")
+
+
 def test_images_without_an_identity_are_never_copies(tmp_path):
     def nameless(ds, k):
         ds.SOPInstanceUID = ""

@@ -330,6 +330,17 @@ def test_a_point_of_a_binned_curve_lies_at_the_mean_of_its_updates(tmp_path):
     assert found["curves"]["g_total"][:2] == [1, 1] and len(found["at"]) == 201
 
 
+def test_a_point_of_a_binned_curve_is_the_mean_of_the_updates_that_have_the_value(tmp_path):
+    """A penalty of every second update, and one that was not finite: what is not there does not count as 0."""
+    rows = [
+        {"update": n, "g_total": None if n == 5 else 6.0} | ({"d_penalty": 4.0} if n % 2 else {}) for n in range(1, 602)
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf8")
+    found = curves.read_run(tmp_path)
+    assert found["updates_per_point"] == 3
+    assert set(found["curves"]["d_penalty"]) == {4.0} and set(found["curves"]["g_total"]) == {6.0}
+
+
 def numbers(html: str) -> dict[str, str]:
     """JSON pointer -> value of every figure of a piece of a page, in its order."""
     return {path: value for value, path in re.findall(r'<data value="([^"]*)" data-path="([^"]*)"', html)}

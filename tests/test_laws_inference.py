@@ -235,6 +235,31 @@ def test_what_is_left_of_a_volume_that_failed_is_taken_away_by_the_first_rank(sc
         assert partial.exists() == (rank == 1) and bool(caplog.records) == (rank == 0)
 
 
+def test_what_a_killed_split_volume_left_is_no_damage_to_a_process_alone(model, tmp_path, monkeypatch, caplog):
+    """Its planes are begun by no process alone: they are begun anew, and no file is said to be damaged."""
+    network = TileNetwork(weights.load_generator(model), 1.0)
+    network.batch = 1
+    data = np.random.default_rng(1).random((40, 16, 16), np.float32)
+    image = SimpleNamespace(
+        source=Whole(torch.from_numpy(data)), turn=Orientation(), norm=normaliser(data), region=None
+    )
+    plan = tiles.plan(data.shape, 16, 8)
+
+    def killed(*args, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(modes, "stream", killed)
+        with pytest.raises(KeyboardInterrupt):
+            modes.by_ranks(image, plan, network, tmp_path / "a", "key", modes.Together(Both(0)), files.QUIET, "a")
+    assert Unfinished.partial_of(tmp_path / "a").is_dir()
+    caplog.clear()
+    *made, facts = modes.by_slabs(image, plan, network, tmp_path / "a", "key")
+    assert facts["begun_at_plane"] == 0 and "damaged" not in caplog.text
+    *wanted, _ = modes.by_slabs(image, plan, network, tmp_path / "b", "key")
+    assert all(np.array_equal(one, other) for one, other in zip(made, wanted, strict=True))
+
+
 def test_the_progress_of_a_part_counts_its_own_tiles():
     told = []
     shown = SimpleNamespace(start=lambda *words: told.append(words), advance=None, finish=None)

@@ -238,6 +238,24 @@ def test_a_volume_is_split_over_ranks_where_that_is_asked(folder, engine, monkey
     assert calls == ["together" if split else "cohort"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_ends_with_the_code_of_what_failed_and_the_first_alone_says_so(
+    folder, engine, monkeypatch, capsys, rank
+):
+    """A launcher judges a job by all of its processes."""
+
+    def failing(*args, **more):
+        error = files_module.SomeFailed("out", "1 of 2 volumes failed: b", "see the errors above")
+        error.summary = {**NOTHING, "failed": 1}
+        raise error
+
+    monkeypatch.setattr("fastsrgan.core.ranks.from_environment", lambda *args: Alone(rank, 2))
+    monkeypatch.setattr("fastsrgan.core.ranks.speaks", lambda: rank == 0)
+    monkeypatch.setattr("fastsrgan.infer.files.infer_files", failing)
+    assert infer(folder, engine.out, "a.nii", "--agree off") == files_module.SomeFailed.exit_code == 6
+    assert ("1 of 2 volumes failed" in capsys.readouterr().err) == (rank == 0)
+
+
 def test_the_device_that_is_named_is_the_one_that_is_asked_for(folder, engine, monkeypatch):
     asked = []
     plain = settings_module.pick_device

@@ -529,6 +529,7 @@ def test_outliers_follow_the_rule():
     assert cohort.outliers([1, 2, None, 3, 4, -90, "x"]) == [5]
     assert cohort.outliers([5, 5, 5, 5, 5, 90]) == []  # MAD 0
     assert cohort.outliers([1, 2, 3, 900]) == []  # too few
+    assert cohort.outliers([1, 2, 3, 900, None, None, "x"]) == []  # as few, whatever results have no value
 
 
 def test_scores_find_their_image(several, tmp_path):

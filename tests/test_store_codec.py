@@ -231,6 +231,26 @@ def test_nothing_is_read_of_a_shard_of_another_size(tmp_path, reader):
             open_store(folder, reader).read_region("a", "image", part)
 
 
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("reader", [READERS[0], pytest.param(READERS[1], marks=both)])
+def test_a_shard_of_another_size_is_refused_at_every_read(tmp_path, reader):
+    """Not at the first alone: a sound shard of another subject, copied here, holds sound chunks of other voxels."""
+    folder = tmp_path / "store"
+    images = [volume(seed, (70, 5, 6)) for seed in (0, 1)]
+    with create_store(folder) as writer:
+        put(writer, "a", image=images[0], label=False)
+        put(writer, "b", image=images[1] // 64, label=False)  # of fewer bytes
+        writer.finish()
+    other = (folder / "b/image/c/0/0/0").read_bytes()
+    assert len(other) < (folder / "a/image/c/0/0/0").stat().st_size
+    (folder / "a/image/c/0/0/0").write_bytes(other)
+    store, part = open_store(folder, reader), np.s_[0:2, 0:2, 0:2]
+    for _ in range(3):
+        with pytest.raises(InputError, match=f"{len(other)} bytes where"):
+            store.read_region("a", "image", part)
+    np.testing.assert_array_equal(store.read_region("b", "image", part), images[1][part] // 64)
+
+
 def crc32c(data: bytes) -> int:
     """The checksum of an index, bit by bit."""
     crc = 0xFFFFFFFF

@@ -180,6 +180,25 @@ def test_a_deformation_never_folds(seed, warp, spacing):
     assert determinant.min() > 0
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    times=st.sampled_from([0.25, 0.5, 2.0, 8.0]),
+    size=st.sampled_from([(40, 36, 20), (9,) * 3]),
+)
+def test_a_deformation_does_not_depend_on_the_unit_of_length(seed, times, size):
+    """All lengths so many times as large: the same in voxels, everywhere, with as many control points."""
+    plain = Synthesis()
+    low, high = plain.warp_mm
+    scaled = dataclasses.replace(plain, warp_mm=(times * low, times * high))
+    one = draw_shape((seed, 1, "x"), size, MM, plain)
+    other = draw_shape((seed, 1, "x"), size, (times * MM[0], times * MM[1], times * MM[2]), scaled)
+    assert other.warp_3KKK.shape == one.warp_3KKK.shape
+    assert other.distance_mm == pytest.approx(times * one.distance_mm)
+    np.testing.assert_allclose(other.affine_33, one.affine_33)
+    np.testing.assert_allclose(other.warp_3KKK, times * one.warp_3KKK, rtol=1e-12)  # found: 1.1e-15 (rounding)
+
+
 def test_scale_is_that_of_the_result():
     """Twice as large along x: twice as many voxels of every structure."""
     grown = dataclasses.replace(PLAIN, scaling=(1.999, 2.001))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -313,6 +314,18 @@ def test_progress_counts_updates_and_shows_losses_wait_memory_and_time_left(stor
     assert shown[-1]["run"] == "0 min left" and shown[0]["wait"].endswith("%")
 
 
+def test_progress_of_a_run_that_goes_on_within_an_epoch_counts_what_is_left(store, tmp_path, monkeypatch):
+    """Each stretch moves on by as much as it was said to take, also the one that was begun before."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "stopped", lambda run, stop: run.position.updates == 1)
+        train(store, tmp_path / "run", CONFIG)
+    progress = Noting()
+    train(store, tmp_path / "run", CONFIG, resume=True, progress=progress)
+    begun = [line for line in progress.lines if len(line) == 3]
+    assert begun == [("training epoch 1/2", 3, "updates"), ("training epoch 2/2", 4, "updates")]
+    assert sum(line[0] for line in progress.lines if len(line) == 2) == 3 + 4
+
+
 # --- TensorBoard --------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +383,24 @@ def test_the_advice_after_out_of_memory_counts_the_micro_batches_there_were(monk
     assert "--batch-size 2 fits, or --accumulate 12" in str(trial.memory_error(models, "out of memory"))
     models = Models(CONFIG.replace(batch_size=5), 0, torch.device("cpu"))  # two, two and one
     assert "--batch-size 2 fits, or --accumulate 3" in str(trial.memory_error(models, "out of memory"))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_hopeless_batch_is_told_the_bound_of_all_ranks_batches(monkeypatch, world):
+    """What the hint allows is not refused, what lies beyond it is: the option counts the patches of all ranks."""
+    ranks = SimpleNamespace(rank=0, world=world, local_world=world)
+    room = trial.least_bytes(CONFIG, 0, 10) + 1  # of each rank, for ten patches
+    monkeypatch.setattr(trial, "free_memory", lambda: room * world)
+
+    def asked(batch: int) -> None:
+        trial.refuse_hopeless(CONFIG.replace(batch_size=batch), 0, torch.device("cpu"), ranks)
+
+    with pytest.raises(ResourceError, match=r"--batch-size: .* more than .* on each rank") as told:
+        asked(64 * world)
+    bound = int(re.search(r"below (\d+)", told.value.hint)[1])
+    asked(bound - world)
+    with pytest.raises(ResourceError):
+        asked(bound + world)
 
 
 def test_the_batch_that_fits_is_of_all_ranks_as_the_one_asked_for_is(monkeypatch):
