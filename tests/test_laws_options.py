@@ -245,7 +245,8 @@ def test_every_rank_ends_with_the_code_of_what_failed_and_the_first_alone_says_s
     """A launcher judges a job by all of its processes."""
 
     def failing(*args, **more):
-        summary = {**NOTHING, "items": [{"status": "failed", "exit_code": 3}], "done": 1, "skipped": 0, "failed": 1}
+        failed = {"status": "failed", "input": "b", "error": "b: is damaged", "exit_code": 3}
+        summary = {**NOTHING, "items": [failed], "done": 1, "skipped": 0, "failed": 1}
         raise files_module.SomeFailed("out", "1 of 2 volumes failed: b", "see the errors above", summary)
 
     monkeypatch.setattr("fastsrgan.core.ranks.from_environment", lambda *args: Alone(rank, 2))
