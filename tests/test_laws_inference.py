@@ -117,8 +117,9 @@ def test_what_is_not_a_users_fault_keeps_its_traceback_and_a_name(caplog):
 
 @pytest.mark.parametrize(("others", "hint"), [(0, "see the error above"), (1, "see infer_summary.json")])
 def test_who_counts_failures_says_where_they_stand(tmp_path, others, hint):
-    items = [{"stem": "a", "status": "failed"}, *[{"stem": "b", "status": "done"}] * others]
-    error = files._some_failed(tmp_path, {"failed": 1, "items": items})
+    items = [{"stem": "a", "status": "failed", "exit_code": 3}, *[{"stem": "b", "status": "done"}] * others]
+    error = files._some_failed(tmp_path, {"failed": 1, "done": others, "skipped": 0, "items": items})
+    assert error.exit_code == (6 if others else 3)  # where nothing is done, the first failure's
     assert error.reason == f"1 of {1 + others} volumes failed: a" and error.hint == hint
     assert error.summary["items"] is items
 
