@@ -86,8 +86,9 @@ def batch_code(codes: Sequence[int], done: int) -> int:
     return PartialFailure.exit_code if done else codes[0]
 
 
-def none_done(first: Exception, what: object, reason: str, hint: str) -> FastsrganError:
-    """The error of a batch of which every item failed: of the class, and so the exit code, of the first."""
+def none_done(first: Exception | None, what: object, reason: str, hint: str) -> FastsrganError:
+    """The error of a batch of which every item failed: of the class, and so the exit code, of the first; InputError
+    where there was none."""
     kinds = (UsageError, InputError, ModelError, ResourceError)
     return next((kind for kind in kinds if isinstance(first, kind)), InputError)(what, reason, hint)
 

@@ -53,19 +53,23 @@ def with_ratios(monkeypatch):
     monkeypatch.setattr(common, "without_ratios", lambda row: None)
 
 
-def test_quick_tells_no_ratios(capsys, tmp_path):
-    told = [
+def quick(path) -> list[str]:
+    """One small case of `bench data --quick`, written to a file."""
+    return [
         "data",
         "--quick",
         "--threads",
         "1",
-        *SMALL["data"],
+        *map(str, SMALL["data"]),
         "--only",
         "patch gather",
         "--json",
-        tmp_path / "a.json",
+        str(path),
     ]
-    assert main(list(map(str, told))) == 0
+
+
+def test_quick_tells_no_ratios(capsys, tmp_path):
+    assert main(quick(tmp_path / "a.json")) == 0
     out = capsys.readouterr().out
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert row["ratio_to"] == row["ratio_range"] == {} and "seconds_median" in row["peers"]["numpy slices and stack"]
@@ -84,18 +88,7 @@ def test_a_bench_says_that_the_machine_was_busy_before_it_began(monkeypatch, cap
     """Half of the cores or more in use by others; the file says the load in any case."""
     monkeypatch.setattr(common.os, "getloadavg", lambda: (load, 0.25, 0.125))
     monkeypatch.setattr(common.os, "sched_getaffinity", lambda process: {0, 1})
-    words = [
-        "data",
-        "--quick",
-        "--threads",
-        "1",
-        *SMALL["data"],
-        "--only",
-        "patch gather",
-        "--json",
-        tmp_path / "a.json",
-    ]
-    assert main(list(map(str, words))) == 0
+    assert main(quick(tmp_path / "a.json")) == 0
     err = capsys.readouterr().err
     assert err.count("warning: the machine is busy") == bool(told) and told in err
     assert json.loads((tmp_path / "a.json").read_text())["machine"]["load_average_before"] == [load, 0.25, 0.125]

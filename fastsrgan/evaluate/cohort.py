@@ -293,7 +293,7 @@ def evaluate_items(
     if not done:
         if len(faults) == len(failed):
             raise table.table_error(Path(what), faults)
-        raise none_done(first or InputError(what, "", ""), what, "no subject could be evaluated", failed[0]["error"])
+        raise none_done(first, what, "no subject could be evaluated", failed[0]["error"])
     notes = told_once(done) + told_left(left, truth)
     for line in notes if telling else ():
         log.info(line)

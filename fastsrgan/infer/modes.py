@@ -367,9 +367,9 @@ def wanted(
         return None
     turn = image.turn
     old, new, shape = turn.permute(image.spacing), turn.permute(image.wanted), turn.permute(data.shape)
-    across = slice_axis(old)
-    thickness = settings.thickness_mm
-    visible = shown(turn.apply(data), across) if not original and old[across] > new[across] else None
+    across, thickness = slice_axis(old), settings.thickness_mm
+    look = settings.profile == AUTO and not original and old[across] > new[across]
+    visible = shown(turn.apply(data), across) if look else None
     believed = assumed(settings.profile, thickness, old[across], new[across], visible)
 
     def seen_as(profile: str, thickness_mm: float | None) -> Observation | None:

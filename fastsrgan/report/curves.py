@@ -78,13 +78,9 @@ def read_run(run: Path) -> dict[str, Any]:
             curve.append(sum(values) / len(values) if values else None)
     summary = read_json(run / "summary.json")
     wrong = [f"epoch {row['epoch']}: {row['warning']}" for row in scores if isinstance(row.get("warning"), str)]
-    told = summary.get("warnings")
-    ended = (
-        bool(updates) and summary.get("updates") == updates[-1]["update"]
-    )  # else it is of an earlier part of the run
-    at_the_end = (
-        [line for line in told if isinstance(line, str) and line not in wrong] if isinstance(told, list) else []
-    )
+    # A summary of another number of updates is of an earlier part of the run.
+    if updates and summary.get("updates") == updates[-1]["update"] and isinstance(summary.get("warnings"), list):
+        wrong += [line for line in summary["warnings"] if isinstance(line, str) and line not in wrong]
     return {
         "folder": real(run).name,
         "summary": summary or None,
@@ -94,7 +90,7 @@ def read_run(run: Path) -> dict[str, Any]:
         "updates_per_point": width,
         "at": at,
         "curves": {name: curve for name, curve in curves.items() if any(v is not None for v in curve)},
-        "warnings": wrong + at_the_end * ended,
+        "warnings": wrong,
         "validation": [{"epoch": row["epoch"], **row["validation"]} for row in scores],
         "unreadable_lines": faults,
     }

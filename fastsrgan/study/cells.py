@@ -19,7 +19,7 @@ import numpy as np
 from fastsrgan.core.files import finite, output_folder, read_json, write_json
 from fastsrgan.core.progress import QUIET, Progress, quiet
 from fastsrgan.core.system import pick_device
-from fastsrgan.errors import FastsrganError, InputError, none_done
+from fastsrgan.errors import FastsrganError, none_done
 from fastsrgan.evaluate.pair import evaluate_pair, flat, moments
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io.labels import Structure
@@ -105,7 +105,7 @@ def run_cells(
     progress.finish()
     if not cells:
         hint = failed[0]["error"] if failed else "name one image at least"
-        raise none_done(first or InputError(out, "", ""), out, "no head could be used", hint)
+        raise none_done(first, out, "no head could be used", hint)
     order = [(c.name, BASELINE if m is None else m.name, s) for c in conditions for m, s in jobs]
     cells.sort(key=lambda cell: order.index((cell["condition"], cell["model"], cell["step"])))
     return cells, failed

@@ -153,9 +153,10 @@ def summary(doubt_XYZ: np.ndarray, sr_XYZ: np.ndarray) -> dict[str, float]:
     top = max(float(plane.max()) for plane in doubt_XYZ) or 1.0
     counts, total, image = np.zeros(1000, int), 0.0, 0.0
     for doubt, sr in zip(doubt_XYZ, sr_XYZ, strict=True):
-        inside = doubt[sr > level]
+        head = sr > level
+        inside = doubt[head]
         total += float(inside.sum(dtype=np.float64))
-        image += float(sr[sr > level].sum(dtype=np.float64))
+        image += float(sr[head].sum(dtype=np.float64))
         counts += np.histogram(inside, len(counts), (0, top))[0]
     voxels = int(counts.sum())
     below = np.searchsorted(np.cumsum(counts), 0.95 * voxels)

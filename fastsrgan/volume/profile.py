@@ -15,6 +15,7 @@ import numpy as np
 from scipy.special import log_ndtr
 
 from fastsrgan.volume.acquisition import Shown, bright, noise_sd, sampled
+from fastsrgan.volume.resample import FWHM
 
 COLUMNS = 10_000  # lines across the slices, evenly spaced, that are looked at
 TAILS = 200  # of their ends, from which a width is found
@@ -29,15 +30,14 @@ DEEP = 1e-12  # of the largest value: a file that holds as small ones has not ro
 # Full widths at half maximum that are looked for, in slices (of narrower ones another width fits as well), and those
 # that are believed: others were seen where rims of few, whole numbers are no tails.
 WIDTHS, BELIEVED = (0.68, 1.4), (0.75, 1.25)
-STEPS = np.linspace(2.3548 / WIDTHS[1], 2.3548 / WIDTHS[0], 180)  # one slice in standard deviations, for each width
+STEPS = np.linspace(FWHM / WIDTHS[1], FWHM / WIDTHS[0], 180)  # one slice in standard deviations, for each width
 PLACES = np.linspace(-3.0, 16.0, 951)  # of the head's edge, in standard deviations of the profile
 RIM = 0.02  # of the bright: what is brighter is the head
 SUDDEN = 0.95  # share of the ends that a box leaves within one slice; found: 0.98 and above
 PARTIAL = (0.2, 0.8)  # share of them whose last slice is less than half as bright as the next; found: 0.32 to 0.66
 FAINT = 0.12  # at most this share is below a tenth of it; found: 0.07 at most, 0.6 and above of a rounded Gaussian
-NOISELESS = (
-    0.01  # noise over the bright, at most; found: 0.004 to 0.009 of images with texture, 0.012 and above of scans
-)
+# Noise over the bright, at most; found: 0.004 to 0.009 of images with texture, 0.012 to 0.015 of scans.
+NOISELESS = 0.01
 
 
 def shown(scan_xyz: np.ndarray, across: int) -> Shown | None:
@@ -101,7 +101,7 @@ def _tail(ends: np.ndarray, below: float) -> float | None:
     off = np.empty((len(STEPS), len(chosen)))
     for row, (outer_, inner_) in zip(off, _steps_of_a_gaussian(), strict=True):
         row[:] = np.interp(np.interp(-steep, -outer_, PLACES), PLACES, inner_) - flat
-    widths = 2.3548 / STEPS[np.abs(off).argmin(0)]
+    widths = FWHM / STEPS[np.abs(off).argmin(0)]
     low, width, high = np.percentile(widths, (25, 50, 75))
     return float(width) if high - low <= ALIKE * width else None
 
@@ -126,10 +126,10 @@ def _sudden(ends: np.ndarray, scan_xyz: np.ndarray, across: int) -> bool:
     if not PARTIAL[0] <= np.mean(partial) <= PARTIAL[1] or np.mean(last < 0.1 * following) > FAINT:
         return False
     # What a Gaussian as wide as the slices are apart would leave in the slice outside, where the file could hold it.
-    third, second = _steps_of_a_gaussian()[int(np.abs(STEPS - 2.3548).argmin())]
+    third, second = _steps_of_a_gaussian()[int(np.abs(STEPS - FWHM).argmin())]
     place = np.interp(-np.log(last[partial] / following[partial]), -second, PLACES)
     expected = last[partial] * np.exp(np.interp(place, PLACES, third))
-    if np.mean(expected > 2 * last.min()) < 0.5 and np.mean(expected > 2 * _step(scan_xyz)) < 0.5:
+    if np.mean(expected > 2 * _step(scan_xyz)) < 0.5:
         return False
     noise = noise_sd(scan_xyz, across)
     planes = [np.ascontiguousarray(plane, np.float32) for plane in sampled(scan_xyz, across)]
