@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastsrgan.core.progress import QUIET, Progress
@@ -25,11 +26,12 @@ from fastsrgan.core.ranks import Ranks
 from fastsrgan.errors import FastsrganError, InputError, ModelError, ResourceError, UsageError
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
-from fastsrgan.infer.planes import Done, Prepared, Results, Unfinished, nearest
+from fastsrgan.infer.planes import Done, Prepared, Results, Unfinished, keep_empty, nearest
 from fastsrgan.infer.settings import HEAD, InferSettings
 from fastsrgan.infer.sweep import Sweep, predict, stream
 from fastsrgan.infer.tiles import Region, from_box, from_mask, head_box
 from fastsrgan.infer.values import AUTO, OFF
+from fastsrgan.volume import adapt
 from fastsrgan.volume.acquisition import Assumed, assumed, choose_weight, lacking_sd
 from fastsrgan.volume.consistency import SLAB_BYTES, Observation, agree, observation, residual
 from fastsrgan.volume.doubt import doubt_, summary
@@ -317,7 +319,6 @@ class _ShareOfProgress:
 #
 # Slabs lie along one axis in the processed orientation, so that the bits are the same in memory and in files.
 
-EMPTY = 0.05  # share of voxels that are exactly 0, above which a scan is taken to be masked
 NOTHING = 1000.0  # a weight that changes nothing worth the name
 WHOLE = 1 << 62  # bytes of a slab that is never cut
 
@@ -333,6 +334,7 @@ class Wanted:
     empty : whether exact zeros of the scan are kept; held_bytes : what all this takes on the host
     doubt : whether the last channel of the probabilities is the variance of the network's passes, to become the doubt
     residual : whether what the result does not explain of the scan is kept
+    adapt : whether the network's image is adapted to the scan first
     """
 
     seen: Observation
@@ -344,6 +346,7 @@ class Wanted:
     held_bytes: int
     doubt: bool
     residual: bool
+    adapt: bool
 
 
 def wanted(
@@ -395,7 +398,10 @@ def wanted(
             held += 5 * 4 * math.prod(image.source.shape)  # no axis that slabs could lie along
     held += 8 * math.prod(shape) if kept else 0
     weight = None if off or seen.is_identity else settings.agree
-    return Wanted(seen, full, believed, across, weight, not off and not original, held, doubt, kept)
+    adapting = settings.adapt == AUTO and weight is not None and not original
+    adapting = adapting and adapt.applies(seen, old[across] / new[across], across)
+    held += adapt.HELD_BYTES if adapting else 0
+    return Wanted(seen, full, believed, across, weight, not off and not original, held, doubt, kept, adapting)
 
 
 def finish(
@@ -404,11 +410,13 @@ def finish(
     data: np.ndarray,
     image: Prepared,
     what: Wanted,
+    network: TileNetwork,
+    plan: tiles.TilePlan,
     label: str,
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """Do it, in place; what the report says about it, and the residual on the scan's stored axes where it is kept.
 
-    sr (X, Y, Z), prob (C, X, Y, Z), data (x, y, z) : stored axes
+    sr (X, Y, Z), prob (C, X, Y, Z), data (x, y, z) : stored axes; network, plan : what made them
     """
     began = time.perf_counter()
     turned, scan = image.turn.apply(sr), image.turn.apply(data)
@@ -420,6 +428,8 @@ def finish(
         size = _energy(scan)
         before = _percent(_energy(found), size)
         del found
+        if what.adapt:
+            told["adapt"] = _adapted(turned, scan, image, what, weight, network, plan, label)
         after = _percent(_agree(turned, scan, what.seen, weight, image.norm.floor), size)
         told["agree"] = {
             "weight": weight, "noise": noise, **what.believed.record(),
@@ -435,7 +445,7 @@ def finish(
         if what.seen.is_identity:
             told["warnings"] = ["the result has the scan's own voxels, which leave nothing open: the doubt is 0"]
             log.warning("%s: %s", label, told["warnings"][0])
-    if what.empty and (kept := _keep_empty(turned, image.turn.apply(prob), scan, image, what.seen)):
+    if what.empty and (kept := keep_empty(turned, image.turn.apply(prob), scan, image, what.seen)):
         told["voxels_kept_empty"] = kept
     if what.doubt:
         told["doubt"] |= (inside := summary(doubt, turned))
@@ -447,6 +457,38 @@ def finish(
     if told["agree"] is not None:
         told["agree"]["seconds"] = time.perf_counter() - began
     return told, left
+
+
+def _adapted(
+    sr: np.ndarray,
+    scan: np.ndarray,
+    image: Prepared,
+    what: Wanted,
+    weight: float,
+    network: TileNetwork,
+    plan: tiles.TilePlan,
+    label: str,
+) -> dict[str, Any]:
+    """``adapt.adapt`` in place, the network's tiles being as large as those of the result; what it tells."""
+    steps = [max(1, edge // 2) for edge in plan.patch]
+
+    def apply(x: Tensor) -> Tensor:
+        own = tiles.plan(x.shape, plan.patch, steps, multiple=network.multiple, window=plan.window)
+        made, _ = predict(torch.from_numpy(image.norm.apply(x.numpy())), own, network)
+        return torch.from_numpy(image.norm.invert(made[0].numpy()))
+
+    def start(first: int, stop: int) -> Tensor:
+        return torch.from_numpy(image.norm.invert(image.source.planes(first, stop).numpy()))
+
+    old, new = (image.turn.permute(mm)[what.across] for mm in (image.spacing, image.wanted))
+    largest = [min(adapt.BLOCK, 2 * edge) for edge in plan.patch]
+    told = adapt.adapt(sr, scan, start, apply, what.believed, weight, old, new, largest, image.norm.floor)
+    if told["trials"]:
+        log.info(
+            "%s: tried on the scan's own slices, the network gains %.2f dB over interpolation, adapted to them %.2f dB",
+            label, told["gain_db_without"], told["gain_db"],
+        )  # fmt: skip
+    return told
 
 
 def _weight(left: np.ndarray, scan: np.ndarray, what: Wanted) -> tuple[float, float | None]:
@@ -504,27 +546,3 @@ def _slabs(array: np.ndarray, axis: int) -> Iterator[tuple[slice, ...]]:
     step = max(1, SLAB_BYTES * n // (4 * array.size))
     for first in range(0, n, step):
         yield (*(slice(None),) * axis, slice(first, min(first + step, n)))
-
-
-def _keep_empty(sr: np.ndarray, prob: np.ndarray, scan: np.ndarray, image: Prepared, seen: Observation) -> int:
-    """SR and probabilities 0 where the scan is exactly 0, and along axes on which the result is finer its neighbours
-    too; how many voxels that are. Nothing where few voxels are 0 or some are below: no mask makes such images."""
-    empty = np.stack([plane == 0 for plane in scan])
-    if np.count_nonzero(empty) <= EMPTY * empty.size or image.norm.floor < 0:
-        return 0
-    for axis, matrix in enumerate(seen.down):
-        if matrix is not None:
-            n = empty.shape[axis]
-            places = np.arange(n)
-            below, above = np.maximum(places - 1, 0), np.minimum(places + 1, n - 1)
-            empty = empty & empty.take(below, axis) & empty.take(above, axis)
-    old, new = image.turn.permute(image.spacing), image.turn.permute(image.wanted)
-    x, y, z = nearest(scan.shape, old, sr.shape, new, image.geometry)
-    kept = 0
-    for place, at in enumerate(x):
-        here = empty[at][np.ix_(y, z)]
-        sr[place][here] = 0
-        for channel in prob:
-            channel[place][here] = 0
-        kept += int(np.count_nonzero(here))
-    return kept

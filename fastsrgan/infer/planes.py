@@ -28,6 +28,7 @@ from fastsrgan.infer import tiles
 from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.tiles import Region, Triple
 from fastsrgan.infer.values import millimetres
+from fastsrgan.volume.consistency import Observation
 from fastsrgan.volume.geometry import Orientation, centre_coordinates, grid_size
 from fastsrgan.volume.intensity import Normaliser
 from fastsrgan.volume.resample import SAME, apply_axes, upsample_matrix
@@ -247,6 +248,7 @@ class Unfinished:
 
 BLOCK = 16  # planes made at a time
 MAX_VOXELS = 2**31  # of the grid
+EMPTY = 0.05  # share of voxels that are exactly 0, above which a scan is taken to be masked
 FAR = 1.25  # times the voxels that a network learned from
 GROWTH = 200  # times the image's voxels, unasked: 10 mm slices of 0.2 mm pixels give 50
 
@@ -446,3 +448,27 @@ def coarser(spacing_mm: Sequence[float], wanted_mm: Sequence[float]) -> list[str
     warning = f"the new resolution is coarser than the image along axis {', '.join(map(str, axes))}: details may alias"
     log.warning(warning)
     return [warning]
+
+
+def keep_empty(sr: np.ndarray, prob: np.ndarray, scan: np.ndarray, image: Prepared, seen: Observation) -> int:
+    """SR and probabilities 0 where the scan is exactly 0, and along axes on which the result is finer its neighbours
+    too; how many voxels that are. Nothing where few voxels are 0 or some are below: no mask makes such images."""
+    empty = np.stack([plane == 0 for plane in scan])
+    if np.count_nonzero(empty) <= EMPTY * empty.size or image.norm.floor < 0:
+        return 0
+    for axis, matrix in enumerate(seen.down):
+        if matrix is not None:
+            n = empty.shape[axis]
+            places = np.arange(n)
+            below, above = np.maximum(places - 1, 0), np.minimum(places + 1, n - 1)
+            empty = empty & empty.take(below, axis) & empty.take(above, axis)
+    old, new = image.turn.permute(image.spacing), image.turn.permute(image.wanted)
+    x, y, z = nearest(scan.shape, old, sr.shape, new, image.geometry)
+    kept = 0
+    for place, at in enumerate(x):
+        here = empty[at][np.ix_(y, z)]
+        sr[place][here] = 0
+        for channel in prob:
+            channel[place][here] = 0
+        kept += int(np.count_nonzero(here))
+    return kept

@@ -176,7 +176,7 @@ def process(
         else:
             sr, prob, facts = in_memory(image, plan, network, progress, label)
     odd = check_result((sr, prob), data, settings.precision, label)
-    told, left = _finished((sr, prob), data, image, agreeing, together, label)
+    told, left = _finished((sr, prob), data, image, agreeing, network, plan, together, label)
     odd += told.pop("warnings", []) + _idle(settings, agreeing, label)
     averaged = network.generator
     report = {
@@ -218,6 +218,8 @@ def _finished(
     data: np.ndarray,
     image: Prepared,
     agreeing: modes.Wanted | None,
+    network: TileNetwork,
+    plan: tiles.TilePlan,
     together: Together | None,
     label: str,
 ) -> tuple[dict[str, Any], np.ndarray | None]:
@@ -225,7 +227,7 @@ def _finished(
     told: dict[str, Any] = {"agree": None}
     left: np.ndarray | None = None
     if agreeing and not (together and together.ranks.rank):
-        told, left = modes.finish(*done, data, image, agreeing, label)
+        told, left = modes.finish(*done, data, image, agreeing, network, plan, label)
     if together:
         together.vote()
         told = together.ranks.gather(told)[0]
