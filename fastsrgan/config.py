@@ -257,8 +257,6 @@ class TrainConfig:
         NEW, presets={"paper": False})
     reconstruction_loss: str = setting("charbonnier", "reconstruction loss", NEW, also=("-rl",),
         choices=("charbonnier", "dice"))
-    charbonnier_nu: float = setting(1e-3, "errors well below it count by their square, larger ones by their size", NEW,
-        above=0, more="nu of the Charbonnier loss, of intensities from 0 to 1; 0.001 is the paper's")
     contrast_max: float = setting(0.5, "contrast power is uniform in [1 - c, 1 + c]", NEW, group=BASIC,
         also=("-contrast-max",), low=0, below=1)
     noise: float = setting(0.03, "noise std over the LR maximum, of every image (see --noise-from)", NEW, group=BASIC,

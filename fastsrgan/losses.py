@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NU = 1e-3  # Charbonnier's smoothing, as in the paper
+NU = 1e-3  # Charbonnier's smoothing
 DICE_SMOOTH = 1.0
 FLOOR = 1e-30  # of a squared gradient norm: below it the penalty has no gradient
 
@@ -19,13 +19,13 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def charbonnier(pred: Tensor, target: Tensor, weights: Tensor | None = None, nu: float = NU) -> Tensor:
-    """Mean of sqrt((pred - target)^2 + nu^2) over batch, channels and space: scalar.
+def charbonnier(pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of sqrt((pred - target)^2 + nu^2) over batch, channels and space, nu = 1e-3: scalar.
 
     The segmentation channel is a channel like any other, as in the original. ``weights`` (B,), of sum 1: of the samples
-    in the mean, equal by default. Errors well above ``nu`` count by their size, those below it by their square.
+    in the mean, equal by default.
     """
-    return mean_of_samples(torch.sqrt((widen(pred) - widen(target)) ** 2 + nu**2), weights)
+    return mean_of_samples(torch.sqrt((widen(pred) - widen(target)) ** 2 + NU**2), weights)
 
 
 def mean_of_samples(values: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -47,9 +47,9 @@ def soft_dice(pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Te
     return 1 - score.mean()
 
 
-def dice_charbonnier(pred: Tensor, target: Tensor, weights: Tensor | None = None, nu: float = NU) -> Tensor:
-    """Soft Dice of every channel behind the image, plus Charbonnier of the image: scalar; arguments as there."""
-    return soft_dice(pred[:, 1:], target[:, 1:], weights) + charbonnier(pred[:, :1], target[:, :1], weights, nu)
+def dice_charbonnier(pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Soft Dice of every channel behind the image, plus Charbonnier of the image channel: scalar; weights as there."""
+    return soft_dice(pred[:, 1:], target[:, 1:], weights) + charbonnier(pred[:, :1], target[:, :1], weights)
 
 
 RECONSTRUCTION = {"charbonnier": charbonnier, "dice": dice_charbonnier}

@@ -36,6 +36,7 @@ OTHER = {
     "flips": "xz",
     "upright": "on",
     "agree": 0.5,
+    "adapt": "off",
     "uncertainty": True,
     "slice_thickness": 2.5,
     "profile": "box",

@@ -281,7 +281,7 @@ def test_a_scan_with_values_below_zero_is_taken_for_no_masked_one():
         norm=SimpleNamespace(floor=-1.0), turn=Orientation(), spacing=(1, 1, 1), wanted=(1, 1, 1), geometry="physical"
     )
     zeros = np.zeros((4, 4, 4))
-    assert modes._keep_empty(zeros + 1, zeros[None] + 1, zeros, same, modes.Observation((None,) * 3)) == 0
+    assert planes.keep_empty(zeros + 1, zeros[None] + 1, zeros, same, modes.Observation((None,) * 3)) == 0
 
 
 def test_a_residual_lies_on_the_scan_as_it_is_stored(scans, model, tmp_path):

@@ -72,7 +72,7 @@ class Engine:
         for module, name in (
             (settings_module, "pick_device"),
             *((volume_module, n) for n in ("plan_memory", "find_region", "average", "by_levels")),
-            *((volume_module, n) for n in ("deviations",)),
+            *((volume_module, "deviations"), (modes_module, "wanted")),
             *((volume_module.tiles, "plan"), (modes_module, "observation"), (modes_module, "_weight")),
             *((image_module, "segment"), (image_module, "process")),
             *((image_module.any_image, "load_any"), (image_module.any_image, "sha256")),
@@ -154,6 +154,7 @@ ACTS: dict[str, Act] = {
     "upright": Act("--upright on", lambda e: e.of("process", "settings").upright, "on"),
     "flips": Act("--flips xz", lambda e: sorted(e.of("average", "axes")), [0, 2]),
     "agree": Act("--agree 0.5", lambda e: e.calls["_weight"][0]["result"][0], 0.5, ""),
+    "adapt": Act("--adapt off", lambda e: e.calls["wanted"][0]["result"].adapt, False, "--new-resolution 1"),
     "slice_thickness": Act("--slice-thickness 2", lambda e: e.calls["observation"][1]["thickness_mm"], 2.0, ""),
     "profile": Act("--profile box", lambda e: e.of("observation", "profile"), "box", ""),
     "threshold": Act("--threshold 0.25", lambda e: e.of("segment", "threshold"), 0.25),

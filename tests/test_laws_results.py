@@ -17,7 +17,7 @@ from nifti_files import rigid
 from fastsrgan.core.files import read_json, write_json
 from fastsrgan.errors import ModelError, UsageError
 from fastsrgan.evaluate.plausibility import Verdict
-from fastsrgan.infer import anytime, bids, files, memory, modes, tiles
+from fastsrgan.infer import anytime, bids, files, memory, modes, planes, tiles
 from fastsrgan.infer import image as image_module
 from fastsrgan.infer import network as network_module
 from fastsrgan.infer import volume as volume_module
@@ -171,7 +171,7 @@ def test_a_scan_counts_as_masked_from_a_twentieth_of_exact_zeros_on():
     for zeros, kept in ((49, 0), (51, 51)):
         scan, sr, prob = np.ones((10, 10, 10)), np.ones((10, 10, 10)), np.ones((2, 10, 10, 10))
         scan.reshape(-1)[:zeros] = 0
-        assert modes._keep_empty(sr, prob, scan, same, Observation((None,) * 3)) == kept
+        assert planes.keep_empty(sr, prob, scan, same, Observation((None,) * 3)) == kept
         assert np.count_nonzero(sr == 0) == kept and np.count_nonzero(prob == 0) == 2 * kept
 
 

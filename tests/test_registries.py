@@ -182,7 +182,7 @@ OTHER_MEANINGS = {
     | {"infer/sweep.py": "tiles of one value"},
     "gaussian": dict.fromkeys(
         ("demo/run.py", "infer/modes.py", "infer/settings.py", "observation/model.py", "volume/acquisition.py")
-        + ("volume/consistency.py", "volume/profile.py", "volume/resample.py"),
+        + ("volume/adapt.py", "volume/consistency.py", "volume/profile.py", "volume/resample.py"),
         PROFILE,
     ),
     "dice": dict.fromkeys(("config.py", "losses.py", "train/loop.py", "train/objectives.py"), LOSS)

@@ -12,13 +12,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastsrgan.core.progress import QUIET, Progress
@@ -410,13 +409,13 @@ def finish(
     data: np.ndarray,
     image: Prepared,
     what: Wanted,
-    network: TileNetwork,
-    plan: tiles.TilePlan,
+    adapted: Callable[[np.ndarray, np.ndarray, float], dict[str, Any]],
     label: str,
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """Do it, in place; what the report says about it, and the residual on the scan's stored axes where it is kept.
 
-    sr (X, Y, Z), prob (C, X, Y, Z), data (x, y, z) : stored axes; network, plan : what made them
+    sr (X, Y, Z), prob (C, X, Y, Z), data (x, y, z) : stored axes
+    adapted : (sr, scan, weight), processed axes -> what is told; adapts ``sr`` in place
     """
     began = time.perf_counter()
     turned, scan = image.turn.apply(sr), image.turn.apply(data)
@@ -429,7 +428,7 @@ def finish(
         before = _percent(_energy(found), size)
         del found
         if what.adapt:
-            told["adapt"] = _adapted(turned, scan, image, what, weight, network, plan, label)
+            told["adapt"] = adapted(turned, scan, weight)
         after = _percent(_agree(turned, scan, what.seen, weight, image.norm.floor), size)
         told["agree"] = {
             "weight": weight, "noise": noise, **what.believed.record(),
@@ -457,38 +456,6 @@ def finish(
     if told["agree"] is not None:
         told["agree"]["seconds"] = time.perf_counter() - began
     return told, left
-
-
-def _adapted(
-    sr: np.ndarray,
-    scan: np.ndarray,
-    image: Prepared,
-    what: Wanted,
-    weight: float,
-    network: TileNetwork,
-    plan: tiles.TilePlan,
-    label: str,
-) -> dict[str, Any]:
-    """``adapt.adapt`` in place, the network's tiles being as large as those of the result; what it tells."""
-    steps = [max(1, edge // 2) for edge in plan.patch]
-
-    def apply(x: Tensor) -> Tensor:
-        own = tiles.plan(x.shape, plan.patch, steps, multiple=network.multiple, window=plan.window)
-        made, _ = predict(torch.from_numpy(image.norm.apply(x.numpy())), own, network)
-        return torch.from_numpy(image.norm.invert(made[0].numpy()))
-
-    def start(first: int, stop: int) -> Tensor:
-        return torch.from_numpy(image.norm.invert(image.source.planes(first, stop).numpy()))
-
-    old, new = (image.turn.permute(mm)[what.across] for mm in (image.spacing, image.wanted))
-    largest = [min(adapt.BLOCK, 2 * edge) for edge in plan.patch]
-    told = adapt.adapt(sr, scan, start, apply, what.believed, weight, old, new, largest, image.norm.floor)
-    if told["trials"]:
-        log.info(
-            "%s: tried on the scan's own slices, the network gains %.2f dB over interpolation, adapted to them %.2f dB",
-            label, told["gain_db_without"], told["gain_db"],
-        )  # fmt: skip
-    return told
 
 
 def _weight(left: np.ndarray, scan: np.ndarray, what: Wanted) -> tuple[float, float | None]:

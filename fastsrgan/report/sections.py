@@ -176,6 +176,7 @@ def provenance_card(record: Mapping[str, Any], at: str) -> Html:
         ("geometry", record.get("geometry")),
         ("options", _settings(asked)),
         ("tiles", _settings({k: record[k] for k in ("tiles", "tile", "window", "batch") if k in record})),
+        ("tried on the scan's own slices", _adapted(record.get("adapt"), at + "/adapt")),
         ("agreement with the scan", _agreement(record.get("agree"), at + "/agree")),
         ("threshold", number(record["threshold"], at + "/threshold") if _is_number(record.get("threshold")) else None),
         ("precision", record.get("precision")),
@@ -184,6 +185,14 @@ def provenance_card(record: Mapping[str, Any], at: str) -> Html:
         ("versions", _settings(record.get("provenance"))),
     ]
     return card("Provenance", facts_table(rows), raw("The whole record (JSON)", record))
+
+
+def _adapted(adapt: Any, at: str) -> Html | None:
+    """What the network gained on slices cut from its own result; None where it was not tried."""
+    if not isinstance(adapt, Mapping) or not all(_is_number(adapt.get(k)) for k in ("gain_db", "gain_db_without")):
+        return None
+    gained, without = (number(adapt[key], f"{at}/{key}") for key in ("gain_db", "gain_db_without"))
+    return join("it gains ", gained, " dB over interpolation, adapted to the scan (", without, " dB before)")
 
 
 def _agreement(agree: Any, at: str) -> Html | None:

@@ -315,10 +315,15 @@ class Models:
         with self.arithmetic.autocast():
             return generator_loss(
                 *(self.generator, self.critic, x, y),
-                lambda_rec=c.lambda_rec, lambda_adv=c.lambda_adv if adversarial else 0.0, dice_weight=c.dice_weight,
-                reconstruction=c.reconstruction_loss, nu=c.charbonnier_nu, res=res, weights=weights, agree=agree,
+                lambda_rec=c.lambda_rec,
+                lambda_adv=c.lambda_adv if adversarial else 0.0,
+                reconstruction=c.reconstruction_loss,
+                dice_weight=c.dice_weight,
+                res=res,
+                weights=weights,
+                agree=agree,
                 score=Critic.__call__ if plain else functools.partial(score, dtype=self._half),
-            )  # fmt: skip
+            )
 
     def shipped(self) -> Generator:
         """The generator that is validated and shipped: the moving average where there is one."""

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fastsrgan.errors import ModelError
 from fastsrgan.losses import (
-    NU,
     RECONSTRUCTION,
     gradient_penalty,
     interpolate,
@@ -119,7 +118,6 @@ def generator_loss(
     lambda_rec: float = 1.0,
     lambda_adv: float = 1e-3,
     reconstruction: str = "charbonnier",
-    nu: float = NU,
     dice_weight: float = 0.0,
     res: Tensor | None = None,
     score: Callable[[Critic, Tensor, Tensor | None], Tensor] = Critic.__call__,
@@ -135,7 +133,7 @@ def generator_loss(
     ``agreed_patches``, which comes before all terms.
     """
     pred = agreed_patches(generator(x, res), x, agree)
-    rec = RECONSTRUCTION[reconstruction](pred, y, weights, nu)
+    rec = RECONSTRUCTION[reconstruction](pred, y, weights)
     terms = {"adversarial": torch.zeros_like(rec), "reconstruction": rec}
     total = lambda_rec * rec
     if lambda_adv:

@@ -40,7 +40,7 @@ SMOOTH = 1.2  # standard deviation in voxels of the Gaussian in the plane before
 AIR = (0.025, 0.1)  # of the unit: from air to tissue
 FAINT = 1e-4  # gradient, of the unit, below which it does not count
 REACH = 6  # voxels in the plane that a voxel's result depends on, to each side
-RIDGE = 1e-3  # how strongly the numbers are held at c = 1 and e = 0, over the size of what they multiply
+RIDGE = 0.1  # how strongly the numbers are held at c = 1 and e = 0, over the size of what they multiply
 LINES = 2000  # of a trial, that are looked at
 SLAB = 1 << 21  # voxels, worked on at a time
 BLOCK, SMALLEST = 128, 32  # edges in voxels of the block of a result that is tried

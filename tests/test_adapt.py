@@ -1,0 +1,258 @@
+"""Adapting a network's image to its scan: parts sum to the whole, known truths are found, nothing else is touched."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from nifti_files import rigid
+from scipy import ndimage
+
+from fastsrgan.cli.main import main
+from fastsrgan.infer import volume as infer
+from fastsrgan.infer.memory import SLABS, plan_memory
+from fastsrgan.infer.volume import infer_volume
+from fastsrgan.io import nifti as images
+from fastsrgan.model import weights
+from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.volume import adapt
+from fastsrgan.volume.acquisition import assumed
+from fastsrgan.volume.adapt import DETAIL, IMAGE, Fit, Trial, adapt_, bands, fit, place_levels, places, scales
+from fastsrgan.volume.consistency import agree, observation
+from fastsrgan.volume.resample import slice_profile_matrix, spline_matrix
+
+RATIO, SHAPE, UNIT = 3.0, (40, 44, 48), 1.0
+
+
+def textured(seed=0, shape=SHAPE, sd=1.0):
+    """(X, Y, Z) float32: texture of about unit brightness, all of it tissue."""
+    noise = np.random.default_rng(seed).normal(size=shape)
+    rough = ndimage.gaussian_filter(noise, sd)
+    return torch.from_numpy((0.6 + 0.1 * rough / rough.std()).astype(np.float32))
+
+
+def thick(truth, ratio=RATIO):
+    """Its slices, their interpolation, and D."""
+    n = truth.shape[2]
+    down = slice_profile_matrix(n, int(n / ratio), ratio)
+    scan = truth @ torch.from_numpy(down.T.astype(np.float32))
+    up = spline_matrix(len(down), n, 1 / ratio)
+    return scan, scan @ torch.from_numpy(up.T.astype(np.float32)), down
+
+
+def trial(network, seed=0):
+    truth = textured(seed)
+    scan, start, down = thick(truth)
+    return Trial(truth, scan, start, network(truth, start), down)
+
+
+def agreed(image, scan, ratio=RATIO, w=0.003):
+    made = image.numpy().copy()
+    n, m = image.shape[2], scan.shape[2]
+    seen = observation(scan.shape, (1, 1, ratio), image.shape, (1, 1, ratio * m / n))
+    agree(made, scan.numpy(), seen, w)
+    return made
+
+
+def error(image, truth):
+    return float(((np.asarray(image) - np.asarray(truth))[6:-6, 6:-6] ** 2).mean())
+
+
+def test_bands_scales_and_places_sum_to_the_whole():
+    for n, ratio, knots in itertools.product((48, 61), (2.0, 3.3, 6.0), (DETAIL, IMAGE)):
+        assert np.abs(sum(bands(n, ratio, knots)) - np.eye(n)).max() < 1e-12  # found: 7.5e-15
+    volume = textured()
+    assert (sum(scales(volume)) - volume).abs().max() < 1e-6  # found: 1.5e-8
+    levels = place_levels(volume, UNIT)
+    weights = places(volume * torch.linspace(0, 1, SHAPE[2]), levels, UNIT)
+    assert (sum(weights) - 1).abs().max() < 1e-6 and all(w.min() >= 0 for w in weights)  # found: 6e-8
+    assert all(w.max() > 0.9 for w in weights)
+
+
+def test_bands_are_of_rising_frequency_and_leave_the_mean_to_the_first():
+    n, ratio = 60, 3.0
+    waves = [np.cos(np.pi * (np.arange(n) + 0.5) * k / n) for k in (0, n / ratio * 1.0, n / ratio * 1.8)]
+    shares = [[float(wave @ band @ wave / (wave @ wave)) for band in bands(n, ratio, DETAIL)] for wave in waves]
+    assert np.allclose(shares, [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]], atol=1e-9)  # found: 1e-15
+    flat = [float(np.abs(band @ np.ones(n)).max()) for band in bands(n, ratio, IMAGE)]
+    assert flat[0] == pytest.approx(1) and max(flat[1:]) < 1e-9  # of x only the first is left out: its mean
+
+
+def test_detail_that_is_half_of_the_truths_is_doubled():
+    """The network finds half of what is missing: so the numbers of its detail are 2, and the result is the truth."""
+    half = [trial(lambda truth, start: start + 0.5 * (truth - start), seed) for seed in (0, 1)]
+    fitted = fit(half, RATIO, 0.003, UNIT)
+    assert np.abs(fitted.detail[:, :, 1:3].mean() - 2) < 0.1  # found: 1.977
+    assert np.abs(fitted.image).max() < 0.1 and fitted.gain_db > fitted.gain_db_without + 3
+    truth = textured(7)
+    scan, start, _ = thick(truth)
+    network = (start + 0.5 * (truth - start)).numpy()
+    made = network.copy()
+    adapt_(made, lambda first, stop: start[first:stop], fitted, RATIO, place_levels(start, UNIT), UNIT)
+    before, after = (error(agreed(torch.from_numpy(v), scan), truth) for v in (network, made))
+    assert after < before / 100  # found: 1,211 times
+
+
+def test_a_network_that_is_right_is_left_as_it_is():
+    fitted = fit([trial(lambda truth, start: truth, seed) for seed in (0, 1)], RATIO, 0.003, UNIT)
+    assert np.abs(fitted.detail - 1).max() < 0.01 and np.abs(fitted.image).max() < 0.01  # found: 0, 2.3e-7
+
+
+def test_detail_that_is_wrong_is_left_out():
+    def wrong(truth, start):
+        return start + 0.05 * (textured(99) - 0.6) / 0.1
+
+    fitted = fit([trial(wrong, seed) for seed in (0, 1)], RATIO, 0.003, UNIT)
+    assert np.abs(fitted.detail[:, :, 1:3]).mean() < 0.25  # found: 0.16
+    assert fitted.gain_db > fitted.gain_db_without
+
+
+@pytest.mark.parametrize("slab", [1, 9 * 44 * 48, 1 << 21])
+def test_slabs_give_what_the_whole_gives_and_strides_do_not_matter(monkeypatch, slab):
+    """A slab is as thick as the reach at least: its rim is read before it is overwritten."""
+    truth = textured(3)
+    _, start, _ = thick(truth)
+    network = (start + 0.3 * (truth - start)).numpy()
+    rows = np.random.default_rng(5)
+    numbers = Fit(rows.uniform(0, 3, (2, 3, 4)), rows.uniform(-0.2, 0.2, (2, 3, 3)), 0.0, 0.0)
+    levels, found = place_levels(start, UNIT), []
+    for voxels, turned in ((1 << 40, False), (slab, True)):
+        monkeypatch.setattr(adapt, "SLAB", voxels)
+        made = np.asfortranarray(network) if turned else network.copy()
+        adapt_(made, lambda first, stop: start[first:stop], numbers, RATIO, levels, UNIT)
+        found.append(made)
+    assert np.abs(found[0] - found[1]).max() < 1e-6 and np.abs(found[0] - network).max() > 0.05  # found: 0, 0.065
+
+
+def test_air_stays_as_the_network_gives_it():
+    start = textured(4)
+    start[:, :15] = 0
+    network = start + 0.02 * (textured(5) - 0.6)
+    made = network.numpy().copy()
+    rows = Fit(np.full((2, 3, 4), 3.0), np.full((2, 3, 3), 0.5), 0.0, 0.0)
+    adapt_(made, lambda first, stop: start[first:stop], rows, RATIO, place_levels(start, UNIT), UNIT)
+    assert np.abs(made[:, :9] - network[:, :9].numpy()).max() < 1e-6  # found: 0
+    assert np.abs(made[:, 20:] - network[:, 20:].numpy()).max() > 0.01
+
+
+def test_trials_have_the_scans_noise_and_its_profile_or_both_profiles_where_it_is_a_guess():
+    """Slices keep a part of the truth's noise; so much is added that they have all of it."""
+    n, noise = 60, 0.05
+    flat = torch.full((80, 80, n), 0.5)
+    noisy = flat + noise * torch.from_numpy(np.random.default_rng(0).standard_normal(flat.shape, np.float32))
+    for kind, wide in ((0.0, 1.0), (1.0, 1.0), (0.0, 0.5)):
+        cut = adapt._cut(noisy, slice_profile_matrix(n, 20, 3.0, wide, kind), noise, 0.0, 0)
+        assert float(cut.std()) == pytest.approx(noise, rel=0.02)  # found: 0.0012
+    seen = []
+
+    def network(x):
+        seen.append(x)
+        return x
+
+    truth = textured(6, (48, 48, 48)).numpy()
+    for known, told in (("named", "box"), ("guessed", "guess")):
+        seen.clear()
+        scan = thick(torch.from_numpy(truth))[0].numpy()
+        believed = assumed(told, None, 3.0, 1.0)
+        start = thick(torch.from_numpy(truth))[1]
+        adapt.adapt(truth.copy(), scan, lambda a, b, x=start: x[a:b], network, believed, 0.03, 3.0, 1.0)
+        assert len(seen) == 2 and believed.known == known
+        for axis, x in enumerate(seen):
+            turned = torch.from_numpy(truth).transpose(axis, 2).contiguous()
+            for half, kind in zip(
+                (slice(0, 24), slice(24, 48)), (("box", "gaussian"), ("gaussian", "box"))[axis], strict=True
+            ):
+                kind = kind if known == "guessed" else "box"
+                here = (half, slice(None)) if axis else (slice(None), half)
+                down = slice_profile_matrix(48, 16, 3.0, 1.0, float(kind == "box"))
+                again = spline_matrix(16, 48, 1 / 3) @ down
+                wanted = turned[here] @ torch.from_numpy(again.T.astype(np.float32))
+                # The truth is textured, so that some noise is seen in it.
+                assert (x[here] - wanted).abs().mean() < 0.006, (
+                    known,
+                    axis,
+                    kind,
+                )  # found: 0.0043, the other profile 0.0098
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """Half of a Laplacian: sharpens a little, as a network that was trained too briefly."""
+    made = build_generator(GeneratorSpec(kernel=1), seed=6).eval()
+    with torch.no_grad():
+        made.head.mul_(0.01)
+    return made
+
+
+def head(shape=(40, 44, 16), seed=2):
+    """(x, y, z) a scan with air around it."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    texture = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=shape), 0.8)
+    inside = (x**2 + y**2 + z**2 < 0.9).astype(np.float32)
+    return np.maximum(0, inside * (500 + 300 * texture)).astype(np.float32)
+
+
+AFFINE, FAST = rigid((1.0, 1.0, 3.0)), {"patch": 24, "step": 12, "device": "cpu"}
+
+
+def test_off_is_the_networks_own_image_and_segmentations_never_change(generator):
+    scan = head()
+    auto, off = (infer_volume(scan, AFFINE, generator, **FAST, adapt=value) for value in ("auto", "off"))
+    assert "adapt" not in off.report and auto.report["adapt"]["trials"] == 2
+    assert auto.report["adapt"]["gain_db"] >= auto.report["adapt"]["gain_db_without"]
+    assert not np.array_equal(auto.sr, off.sr) and np.array_equal(auto.prob, off.prob)
+    again = infer_volume(scan, AFFINE, generator, **FAST)
+    assert np.array_equal(again.sr, auto.sr), "the default, and nothing is drawn by chance"
+
+
+def test_by_slabs_and_on_other_axes_it_has_the_same_bits(generator, tmp_path, monkeypatch):
+    scan = head()
+    whole = infer_volume(scan, AFFINE, generator, **FAST)
+    monkeypatch.setattr(infer, "plan_memory", lambda job, *args: replace(plan_memory(job, *args), mode=SLABS))
+    slabs = infer_volume(scan, AFFINE, generator, **FAST, scratch=tmp_path / "s")
+    assert slabs.report["memory"]["mode"] == SLABS and np.array_equal(slabs.sr, whole.sr)
+    monkeypatch.undo()
+    turned = infer_volume(np.ascontiguousarray(scan.transpose(2, 0, 1)), AFFINE[:, [2, 0, 1, 3]], generator, **FAST)
+    assert np.array_equal(turned.sr.transpose(1, 2, 0), whole.sr) and turned.report["adapt"] == whole.report["adapt"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "mm", "more"),
+    [
+        ((40, 44, 16), (1.0, 1.0, 3.0), {"agree": "off"}),
+        ((40, 44, 36), (1.0, 1.0, 1.3), {"new_resolution": 1.0}),
+        ((30, 34, 16), (1.4, 1.4, 3.0), {"new_resolution": 1.0}),
+        ((40, 44, 16), (1.0, 1.0, 3.0), {"new_resolution": "same"}),
+        ((40, 44, 16), (1.0, 1.0, 3.0), {"geometry": "segsrgan"}),
+    ],
+)
+def test_nothing_is_adapted_without_agreement_or_where_planes_are_made_finer_too(generator, shape, mm, more):
+    done = infer_volume(head(shape), rigid(mm), generator, **FAST, **more)
+    assert "adapt" not in done.report
+
+
+def test_a_block_that_is_too_small_is_said_to_be(generator):
+    done = infer_volume(head((30, 30, 16)), AFFINE, generator, **FAST)
+    off = infer_volume(head((30, 30, 16)), AFFINE, generator, **FAST, adapt="off")
+    assert done.report["adapt"] == {"trials": 0, "reason": "a block of 30 x 30 x 48 voxels is too small to be tried"}
+    assert np.array_equal(done.sr, off.sr)
+
+
+def test_the_command_line_records_it(generator, tmp_path, capsys):
+    images.save(tmp_path / "a.nii", head(), AFFINE)
+    weights.save_generator(tmp_path / "w.safetensors", generator)
+    words = ["infer", str(tmp_path / "a.nii"), "-w", str(tmp_path / "w.safetensors"), "--patch", "24", "--step", "12"]
+    for more, there in (([], True), (["--adapt", "off"], False)):
+        out = tmp_path / f"out{there}"
+        assert main([*words, "-o", str(out), *more]) == 0
+        record = json.loads((out / "a.json").read_text(encoding="utf8"))
+        assert ("adapt" in record) == there and record["asked"].get("adapt") == (None if there else "off")
+        assert main(["report", str(out)]) == 0
+        page = (out / "report.html").read_text(encoding="utf8")
+        assert ("tried on the scan&#x27;s own slices" in page or "tried on the scan's own slices" in page) == there
+        if there:
+            gains = (f">{record['adapt'][key]:.4g}<" for key in ("gain_db", "gain_db_without"))
+            assert all(gain in page for gain in gains)
+    assert "tried on the scan's own slices" in capsys.readouterr().err
