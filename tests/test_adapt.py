@@ -223,14 +223,21 @@ def test_by_slabs_and_on_other_axes_it_has_the_same_bits(generator, tmp_path, mo
     [
         ((40, 44, 16), (1.0, 1.0, 3.0), {"agree": "off"}),
         ((40, 44, 36), (1.0, 1.0, 1.3), {"new_resolution": 1.0}),
-        ((30, 34, 16), (1.4, 1.4, 3.0), {"new_resolution": 1.0}),
+        ((18, 20, 16), (2.2, 2.2, 3.0), {"new_resolution": 1.0}),
         ((40, 44, 16), (1.0, 1.0, 3.0), {"new_resolution": "same"}),
         ((40, 44, 16), (1.0, 1.0, 3.0), {"geometry": "segsrgan"}),
     ],
 )
-def test_nothing_is_adapted_without_agreement_or_where_planes_are_made_finer_too(generator, shape, mm, more):
+def test_nothing_is_adapted_without_agreement_or_where_slices_hide_little_more_than_planes(generator, shape, mm, more):
     done = infer_volume(head(shape), rigid(mm), generator, **FAST, **more)
     assert "adapt" not in done.report
+
+
+def test_planes_may_be_made_a_little_finer_too(generator):
+    """As perinatal weights do, which make voxels of their own size of larger ones."""
+    done = infer_volume(head((30, 34, 16)), rigid((1.4, 1.4, 3.0)), generator, **FAST, new_resolution=1.0)
+    off = infer_volume(head((30, 34, 16)), rigid((1.4, 1.4, 3.0)), generator, **FAST, new_resolution=1.0, adapt="off")
+    assert done.report["adapt"]["trials"] == 2 and not np.array_equal(done.sr, off.sr)
 
 
 def test_a_block_that_is_too_small_is_said_to_be(generator):

@@ -398,7 +398,7 @@ def wanted(
     held += 8 * math.prod(shape) if kept else 0
     weight = None if off or seen.is_identity else settings.agree
     adapting = settings.adapt == AUTO and weight is not None and not original
-    adapting = adapting and adapt.applies(seen, old[across] / new[across], across)
+    adapting = adapting and adapt.applies(old, new, across)
     held += adapt.HELD_BYTES if adapting else 0
     return Wanted(seen, full, believed, across, weight, not off and not original, held, doubt, kept, adapting)
 

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from fastsrgan.core.draws import rng
 from fastsrgan.volume.acquisition import GUESSED, TISSUE, Assumed, bright, noise_sd, sampled
-from fastsrgan.volume.consistency import Observation
 from fastsrgan.volume.resample import apply_axes, check_profile, slice_profile_matrix, spline_matrix
 
 SCALES = (0.7, 1.5)  # standard deviations in voxels of the Gaussians between which the in-plane scales lie
@@ -44,7 +43,7 @@ RIDGE = 0.1  # how strongly the numbers are held at c = 1 and e = 0, over the si
 LINES = 2000  # of a trial, that are looked at
 SLAB = 1 << 21  # voxels, worked on at a time
 BLOCK, SMALLEST = 128, 32  # edges in voxels of the block of a result that is tried
-LEAST_RATIO = 1.5  # of the slices' spacing to the result's voxels: less hides too little to learn from
+LEAST_RATIO = 1.5  # how much coarser the slices are than the planes: less hides too little to learn from
 ACROSS = 2  # the axis across the slices
 HELD_BYTES = 30 * 4 * BLOCK**3  # what a trial takes, and the slabs afterwards, about
 TERMS = len(PLACES) * (len(SCALES) + 1) * (len(DETAIL) + len(IMAGE) - 1)  # numbers that are fitted
@@ -76,9 +75,11 @@ class Fit:
     gain_db_without: float
 
 
-def applies(seen: Observation, ratio: float, across: int) -> bool:
-    """Whether a result is finer than its scan across the slices alone, and enough."""
-    return across == ACROSS and ratio >= LEAST_RATIO and seen.down[0] is None and seen.down[1] is None
+def applies(scan_mm: Sequence[float], voxel_mm: Sequence[float], across: int) -> bool:
+    """Whether a result is finer than its scan across the slices, and there by ``LEAST_RATIO`` more than in the plane:
+    what its planes show has to be finer than what the slices hide. Both sizes by processed axes."""
+    finer = [max(low / high, 1.0) for low, high in zip(scan_mm, voxel_mm, strict=True)]
+    return across == ACROSS and finer[ACROSS] >= LEAST_RATIO * max(finer[0], finer[1])
 
 
 def adapt(
