@@ -247,6 +247,22 @@ def test_a_block_that_is_too_small_is_said_to_be(generator):
     assert np.array_equal(done.sr, off.sr)
 
 
+def test_slices_too_thick_for_the_block_and_scans_without_a_bright_voxel_are_said_to_be_too(generator):
+    for scan, mm, reason in (
+        (head((40, 44, 4)), 12.0, "a block of 40 x 44 x 48 voxels is too small to be tried"),
+        (-head() - 1, 3.0, "the scan has no bright voxels"),
+    ):
+        volume = torch.from_numpy(np.repeat(scan, int(mm), 2))
+        believed = assumed("guess", None, mm, 1.0)
+        told = adapt.adapt(volume.numpy(), scan, lambda a, b, x=volume: x[a:b], None, believed, 0.03, mm, 1.0)
+        assert told == {"trials": 0, "reason": reason}
+
+
+def test_memory_is_that_of_the_block_or_of_a_slab():
+    assert adapt.held_bytes((40, 44, 48)) == 120 * 40 * 44 * 48
+    assert adapt.held_bytes((400, 440, 480)) == adapt.held_bytes((4000, 440, 480)) == 120 * 128**3
+
+
 def test_the_command_line_records_it(generator, tmp_path, capsys):
     images.save(tmp_path / "a.nii", head(), AFFINE)
     weights.save_generator(tmp_path / "w.safetensors", generator)

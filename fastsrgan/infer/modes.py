@@ -399,7 +399,7 @@ def wanted(
     weight = None if off or seen.is_identity else settings.agree
     adapting = settings.adapt == AUTO and weight is not None and not original
     adapting = adapting and adapt.applies(old, new, across)
-    held += adapt.HELD_BYTES if adapting else 0
+    held += adapt.held_bytes(image.source.shape) if adapting else 0
     return Wanted(seen, full, believed, across, weight, not off and not original, held, doubt, kept, adapting)
 
 

@@ -45,7 +45,7 @@ SLAB = 1 << 21  # voxels, worked on at a time
 BLOCK, SMALLEST = 128, 32  # edges in voxels of the block of a result that is tried
 LEAST_RATIO = 1.5  # how much coarser the slices are than the planes: less hides too little to learn from
 ACROSS = 2  # the axis across the slices
-HELD_BYTES = 30 * 4 * BLOCK**3  # what a trial takes, and the slabs afterwards, about
+FEWEST = 4  # slices of a trial
 TERMS = len(PLACES) * (len(SCALES) + 1) * (len(DETAIL) + len(IMAGE) - 1)  # numbers that are fitted
 
 
@@ -82,6 +82,12 @@ def applies(scan_mm: Sequence[float], voxel_mm: Sequence[float], across: int) ->
     return across == ACROSS and finer[ACROSS] >= LEAST_RATIO * max(finer[0], finer[1])
 
 
+def held_bytes(shape_XYZ: Sequence[int]) -> int:
+    """About what the trials of a result take, and the slabs afterwards: thirty float32 volumes of their size."""
+    block = math.prod(min(BLOCK, n) for n in shape_XYZ)
+    return 30 * 4 * max(block, min(SLAB, math.prod(shape_XYZ)))
+
+
 def adapt(
     sr_XYZ: np.ndarray,
     scan_xyz: np.ndarray,
@@ -113,8 +119,9 @@ def adapt(
     unit = bright([np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, ACROSS)])
     here = _block(scan_xyz, sr_XYZ.shape, largest, TISSUE * unit)
     shape = tuple(part.stop - part.start for part in here)
-    if min(shape) < SMALLEST:
-        return {"trials": 0, "reason": f"a block of {' x '.join(map(str, shape))} voxels is too small to be tried"}
+    if min(shape) < SMALLEST or min(shape[:ACROSS]) < FEWEST * ratio or unit <= 0:
+        reason = f"a block of {' x '.join(map(str, shape))} voxels is too small to be tried"
+        return {"trials": 0, "reason": reason if unit > 0 else "the scan has no bright voxels"}
     truth = torch.from_numpy(np.array(sr_XYZ[here], np.float32, order="C"))
     noise = noise_sd(scan_xyz, ACROSS) or 0.0
     told = (believed.profile, believed.width_mm)
