@@ -45,7 +45,7 @@ def thick(truth, ratio=RATIO):
 def trial(network, seed=0):
     truth = textured(seed)
     scan, start, down = thick(truth)
-    return Trial(truth, scan, start, network(truth, start), down)
+    return Trial(truth, scan, start, network(truth, start), down, torch.ones(SHAPE[:2]))
 
 
 def agreed(image, scan, ratio=RATIO, w=0.003):
@@ -95,6 +95,20 @@ def test_detail_that_is_half_of_the_truths_is_doubled():
     assert after < before / 100  # found: 1,211 times
 
 
+def test_lines_count_as_often_as_they_are_told_to():
+    """Twice is what the same trial given twice is, not at all is what it is without them."""
+    one, two = (trial(lambda truth, start, share=share: start + share * (truth - start), 3) for share in (0.5, 0.8))
+
+    def numbers(*trials):
+        found = fit(trials, RATIO, 0.003, UNIT)
+        return np.concatenate([found.detail.ravel(), found.image.ravel(), [found.gain_db, found.gain_db_without]])
+
+    twice = numbers(one, replace(two, counts=2 * two.counts))
+    assert np.allclose(twice, numbers(one, two, two), atol=0.011)  # three digits; found: 0
+    none = numbers(one, replace(two, counts=0 * two.counts))
+    assert np.allclose(none, numbers(one), atol=0.011) and not np.allclose(twice, none, atol=0.05)
+
+
 def test_a_network_that_is_right_is_left_as_it_is():
     fitted = fit([trial(lambda truth, start: truth, seed) for seed in (0, 1)], RATIO, 0.003, UNIT)
     assert np.abs(fitted.detail - 1).max() < 0.01 and np.abs(fitted.image).max() < 0.01  # found: 0, 2.3e-7
@@ -137,7 +151,7 @@ def test_air_stays_as_the_network_gives_it():
     assert np.abs(made[:, 20:] - network[:, 20:].numpy()).max() > 0.01
 
 
-def test_trials_have_the_scans_noise_and_its_profile_or_both_profiles_where_it_is_a_guess():
+def test_trials_have_the_scans_noise_and_its_profile_or_both_profiles_where_it_is_a_guess(monkeypatch):
     """Slices keep a part of the truth's noise; so much is added that they have all of it."""
     n, noise = 60, 0.05
     flat = torch.full((80, 80, n), 0.5)
@@ -145,7 +159,8 @@ def test_trials_have_the_scans_noise_and_its_profile_or_both_profiles_where_it_i
     for kind, wide in ((0.0, 1.0), (1.0, 1.0), (0.0, 0.5)):
         cut = adapt._cut(noisy, slice_profile_matrix(n, 20, 3.0, wide, kind), noise, 0.0, 0)
         assert float(cut.std()) == pytest.approx(noise, rel=0.02)  # found: 0.0012
-    seen = []
+    seen, tried, real = [], [], adapt.fit
+    monkeypatch.setattr(adapt, "fit", lambda trials, *more: tried.extend(trials) or real(trials, *more))
 
     def network(x):
         seen.append(x)
@@ -153,7 +168,7 @@ def test_trials_have_the_scans_noise_and_its_profile_or_both_profiles_where_it_i
 
     truth = textured(6, (48, 48, 48)).numpy()
     for known, told in (("named", "box"), ("guessed", "guess")):
-        seen.clear()
+        seen.clear(), tried.clear()
         scan = thick(torch.from_numpy(truth))[0].numpy()
         believed = assumed(told, None, 3.0, 1.0)
         start = thick(torch.from_numpy(truth))[1]
@@ -169,12 +184,10 @@ def test_trials_have_the_scans_noise_and_its_profile_or_both_profiles_where_it_i
                 down = slice_profile_matrix(48, 16, 3.0, 1.0, float(kind == "box"))
                 again = spline_matrix(16, 48, 1 / 3) @ down
                 wanted = turned[here] @ torch.from_numpy(again.T.astype(np.float32))
-                # The truth is textured, so that some noise is seen in it.
-                assert (x[here] - wanted).abs().mean() < 0.006, (
-                    known,
-                    axis,
-                    kind,
-                )  # found: 0.0043, the other profile 0.0098
+                # The truth is textured, so that some noise is seen in it. Found: 0.0043, the other profile 0.0098
+                assert (x[here] - wanted).abs().mean() < 0.006, (known, axis, kind)
+                counts = 2 if (known, kind) == ("guessed", "box") else 1
+                assert torch.equal(tried[axis].counts[here], torch.full_like(tried[axis].counts[here], counts))
 
 
 @pytest.fixture(scope="module")

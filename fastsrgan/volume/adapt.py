@@ -39,6 +39,8 @@ SMOOTH = 1.2  # standard deviation in voxels of the Gaussian in the plane before
 AIR = (0.025, 0.1)  # of the unit: from air to tissue
 FAINT = 1e-4  # gradient, of the unit, below which it does not count
 REACH = 6  # voxels in the plane that a voxel's result depends on, to each side
+BOX_COUNTS = 2.0  # how often a line counts that is cut by a box where the profile is a guess: what that loses, it loses
+# below the spline, where a Gaussian only gains less
 RIDGE = 0.1  # how strongly the numbers are held at c = 1 and e = 0, over the size of what they multiply
 LINES = 2000  # of a trial, that are looked at
 SLAB = 1 << 21  # voxels, worked on at a time
@@ -55,6 +57,7 @@ class Trial:
 
     truth : what it was cut from; scan : (X, Y, z), the slices; start : their interpolation; result : the network's
     image; down : D, (z, Z), what a result is made to agree with, which need not be what the slices were cut by
+    counts : (X, Y), how often each line counts
     """
 
     truth: Tensor
@@ -62,6 +65,7 @@ class Trial:
     start: Tensor
     result: Tensor
     down: np.ndarray
+    counts: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,8 @@ def adapt(
     """Try the network on the scan itself, and adapt its image to what came out, in place; what a report says about it.
 
     The trials are one block of the image, cut into slices as thick as the scan's along one axis of its plane and then
-    the other. Where the slice profile is a guess, one half of each is cut by a Gaussian and the other by a box, so that
-    neither is leant on; the network's images are made to agree with the guess, as that of the scan will be.
+    the other. Where the slice profile is a guess, one half of each is cut by a Gaussian and the other by a box, which
+    counts twice; the network's images are made to agree with the guess, as that of the scan will be.
 
     Parameters
     ----------
@@ -125,9 +129,9 @@ def adapt(
     truth = torch.from_numpy(np.array(sr_XYZ[here], np.float32, order="C"))
     noise = noise_sd(scan_xyz, ACROSS) or 0.0
     told = (believed.profile, believed.width_mm)
-    cut_by = [told, told]
+    cut_by, counts = [told, told], (1.0, 1.0)
     if believed.known == GUESSED:
-        cut_by = [("gaussian", believed.thickness_mm), ("box", believed.thickness_mm)]
+        cut_by, counts = [("gaussian", believed.thickness_mm), ("box", believed.thickness_mm)], (1.0, BOX_COUNTS)
     trials = []
     for axis in (0, 1):
         turned = truth.transpose(axis, ACROSS).contiguous()
@@ -137,10 +141,14 @@ def adapt(
             for name, width in (*cut_by, told)
         )
         halves = turned.tensor_split(2, 1 - axis)
-        cut = zip(halves, (first, second) if axis else (second, first), strict=True)
-        scan = torch.cat([_cut(half, profile, noise, floor, axis) for half, profile in cut], 1 - axis)
+        order = (0, 1) if axis else (1, 0)
+        profiles = [(first, second)[i] for i in order]
+        scan = torch.cat(
+            [_cut(half, cut, noise, floor, axis) for half, cut in zip(halves, profiles, strict=True)], 1 - axis
+        )
         x = scan @ _transposed(spline_matrix(len(down), n, 1 / ratio))
-        trials.append(Trial(turned, scan, x, network(x), down))
+        each = [torch.full(half.shape[:ACROSS], counts[i]) for half, i in zip(halves, order, strict=True)]
+        trials.append(Trial(turned, scan, x, network(x), down, torch.cat(each, 1 - axis)))
     fitted = fit(trials, ratio, weight, unit)
     block = start(here[0].start, here[0].stop)[:, here[1], here[2]].contiguous()
     adapt_(sr_XYZ, start, fitted, ratio, place_levels(block, unit), unit)
@@ -155,7 +163,7 @@ def fit(trials: Sequence[Trial], ratio: float, w: float, unit: float) -> Fit:
     ratio : spacing of slices over voxels; w : weight of ``consistency.agree``
     """
     square, product = np.zeros((TERMS, TERMS)), np.zeros(TERMS)
-    missing = start_missing = voxels = 0.0
+    missing = start_missing = 0.0
     for trial in trials:
         lines = _lines(trial.truth > TISSUE * unit)
         back = _back(trial.down, w)
@@ -165,13 +173,13 @@ def fit(trials: Sequence[Trial], ratio: float, w: float, unit: float) -> Fit:
         agreed = start + (scan - start @ _transposed(trial.down)) @ _transposed(back)
         inside = truth > TISSUE * unit
         in_air, made = _terms(trial, ratio, unit, lines)
-        terms = torch.stack([(term @ free)[inside] for term in made], 1).double()
-        left = (truth - agreed - in_air @ free)[inside].double()
+        root = trial.counts[lines].sqrt()[:, None].expand_as(truth)[inside].double()
+        terms = torch.stack([(term @ free)[inside] for term in made], 1) * root[:, None]
+        left = (truth - agreed - in_air @ free)[inside] * root
         square += (terms.T @ terms).numpy()
         product += (terms.T @ left).numpy()
         missing += float(left @ left)
-        start_missing += float(((truth - start)[inside].double() ** 2).sum())
-        voxels += len(left)
+        start_missing += float((((truth - start)[inside] * root) ** 2).sum())
     prior = _prior()
     ridge = RIDGE * np.diag(np.diag(square) + np.finfo(float).tiny)
     # Three digits: sums over voxels have other last bits with another layout of the arrays.
