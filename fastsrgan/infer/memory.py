@@ -36,6 +36,7 @@ class TilingJob:
     split : whether this process does a part of the planes only, which always go to files
     averaged : whether a tile's result is a mean over several passes
     after : bytes on the host that the last step takes when there are no more tiles
+    tried : whether that step runs the network once more
     """
 
     plan: tiles.TilePlan
@@ -46,6 +47,7 @@ class TilingJob:
     split: bool = False
     averaged: bool = False
     after: int = 0
+    tried: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,8 @@ def _rows(job: TilingJob, network: TileNetwork, batch: int, mode: str) -> tuple[
         ]
     elif rolling:
         rows.append(("result", "host", 4 * channels * voxels))
-    free_again = sum(size for what, where, size in rows if where == "host" and what in ("planes", "network", "means"))
+    idle = ("planes",) if job.tried else ("planes", "network", "means")
+    free_again = sum(size for what, where, size in rows if where == "host" and what in idle)
     if job.after > free_again:  # else it finds room where the tiles were
         rows.append(("agreement", "host", job.after - free_again))
     rows.append(("libraries", "host", LIBRARIES))

@@ -352,6 +352,7 @@ def _memory(
         together is not None,
         isinstance(network.generator, Averaged),
         agreeing.held_bytes if agreeing else 0,
+        bool(agreeing and agreeing.adapt),
     )
     memory = plan_memory(job, counted, batch, settings.max_memory, beside)
     if beside:

@@ -43,6 +43,7 @@ BOX_COUNTS = 2.0  # how often a line counts that is cut by a box where the profi
 # below the spline, where a Gaussian only gains less
 RIDGE = 0.1  # how strongly the numbers are held at c = 1 and e = 0, over the size of what they multiply
 LINES = 2000  # of a trial, that are looked at
+AT_ONCE = 256  # lines of which the terms are in memory
 SLAB = 1 << 21  # voxels, worked on at a time
 BLOCK, SMALLEST = 128, 32  # edges in voxels of the block of a result that is tried
 LEAST_RATIO = 1.5  # how much coarser the slices are than the planes: less hides too little to learn from
@@ -165,21 +166,32 @@ def fit(trials: Sequence[Trial], ratio: float, w: float, unit: float) -> Fit:
     square, product = np.zeros((TERMS, TERMS)), np.zeros(TERMS)
     missing = start_missing = 0.0
     for trial in trials:
-        lines = _lines(trial.truth > TISSUE * unit)
         back = _back(trial.down, w)
-        n = trial.truth.shape[2]
+        lines = _lines(trial.truth > TISSUE * unit)
+        scan, start, truth, result = (v[lines] for v in (trial.scan, trial.start, trial.truth, trial.result))
+        n = truth.shape[1]
         free = _transposed(np.eye(n) - back @ trial.down)  # what agreement leaves of a term
-        scan, start, truth = (v[lines] for v in (trial.scan, trial.start, trial.truth))
-        agreed = start + (scan - start @ _transposed(trial.down)) @ _transposed(back)
-        inside = truth > TISSUE * unit
-        in_air, made = _terms(trial, ratio, unit, lines)
-        root = trial.counts[lines].sqrt()[:, None].expand_as(truth)[inside].double()
-        terms = torch.stack([(term @ free)[inside] for term in made], 1) * root[:, None]
-        left = (truth - agreed - in_air @ free)[inside] * root
-        square += (terms.T @ terms).numpy()
-        product += (terms.T @ left).numpy()
-        missing += float(left @ left)
-        start_missing += float((((truth - start)[inside] * root) ** 2).sum())
+        missed = truth - start - (scan - start @ _transposed(trial.down)) @ _transposed(back)
+        air, *tissue = (v[lines] for v in places(trial.start, place_levels(trial.start, unit), unit))
+        splits = [[v[lines] for v in scales(volume)] for volume in (trial.result - trial.start, trial.start)]
+        matrices = [[_transposed(m) for m in made] for made in (bands(n, ratio, DETAIL), bands(n, ratio, IMAGE)[1:])]
+        missed -= (air * (result - start)) @ free
+        root = trial.counts[lines].sqrt()[:, None].double()
+        for first in range(0, len(truth), AT_ONCE):
+            here = slice(first, first + AT_ONCE)
+            inside = truth[here] > TISSUE * unit
+            weight = root[here].expand_as(inside)[inside]
+            made = [
+                ((place[here] * (part[here] @ m)) @ free)[inside]
+                for parts, turned in zip(splits, matrices, strict=True)
+                for place in tissue for part in parts for m in turned
+            ]  # fmt: skip
+            terms = torch.stack(made, 1) * weight[:, None]
+            left = missed[here][inside] * weight
+            square += (terms.T @ terms).numpy()
+            product += (terms.T @ left).numpy()
+            missing += float(left @ left)
+            start_missing += float((((truth - start)[here][inside] * weight) ** 2).sum())
     prior = _prior()
     ridge = RIDGE * np.diag(np.diag(square) + np.finfo(float).tiny)
     # Three digits: sums over voxels have other last bits with another layout of the arrays.
@@ -287,18 +299,6 @@ def _cut(truth: Tensor, profile: np.ndarray, noise: float, floor: float, number:
 
 def _transposed(matrix: np.ndarray) -> Tensor:
     return torch.from_numpy(matrix.T.astype(np.float32))
-
-
-def _terms(trial: Trial, ratio: float, unit: float, lines: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The network's detail in air, and what each number multiplies, (lines, Z) each, in the order of ``Fit``."""
-    n, detail = trial.truth.shape[2], trial.result - trial.start
-    air, *tissue = (w[lines] for w in places(trial.start, place_levels(trial.start, unit), unit))
-    made = []
-    for volume, matrices in ((detail, bands(n, ratio, DETAIL)), (trial.start, bands(n, ratio, IMAGE)[1:])):
-        split = [s[lines] for s in scales(volume)]
-        turned = [_transposed(m) for m in matrices]
-        made += [weight * (part @ m) for weight in tissue for part in split for m in turned]
-    return air * detail[lines], made
 
 
 def _prior() -> np.ndarray:
