@@ -1,4 +1,4 @@
-"""Put a demo's picture and figures into the README: `python tools/publish_demo.py demo` after `make demo`."""
+"""Put a demo's picture and figures into the README: `python tools/publish_demo.py demo --machine TEXT` after `make demo`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 
-def block(facts: dict) -> str:
+def block(facts: dict, machine: str) -> str:
     """The README's table and line of one demo.json."""
     columns = list(facts["table"][0])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -25,7 +25,7 @@ def block(facts: dict) -> str:
     note = (
         f"{total:.0f} s in all, {facts['seconds']['train']:.0f} s of it for {training['updates']} training updates and "
         f"{facts['seconds']['infer']:.0f} s for inference; {facts['peak_memory_bytes'] / 2**30:.1f} GiB at most; "
-        f"on {training['device']}, 2 cores of an AMD EPYC (Zen 3), torch {made['torch']}, commit {made['commit']}."
+        f"on {training['device']}, {machine}, torch {made['torch']}, commit {made['commit']}."
     )
     dice = (
         "The spline has no segmentation: its Dice is that of the true label map drawn on the thick slices and "
@@ -38,7 +38,11 @@ def main() -> None:
     """Copy the picture, rewrite the block between the markers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("demo", nargs="?", type=Path, default=Path("demo"), help="output folder of a demo (demo)")
-    demo = parser.parse_args().demo
+    parser.add_argument(
+        "--machine", required=True, help="where the demo ran, as: 2 cores of an AMD EPYC 25/17/1 (AVX2)"
+    )
+    args = parser.parse_args()
+    demo = args.demo
     facts = json.loads((demo / "demo.json").read_text(encoding="utf8"))
     (ROOT / "docs" / "images").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(demo / "demo.png", ROOT / "docs" / "images" / "demo.png")
@@ -46,7 +50,7 @@ def main() -> None:
     text = readme.read_text(encoding="utf8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     with atomic_write(readme) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{block(facts)}\n{END}{after}", encoding="utf8")
+        temporary.write_text(f"{before}{BEGIN}\n{block(facts, args.machine)}\n{END}{after}", encoding="utf8")
 
 
 if __name__ == "__main__":
