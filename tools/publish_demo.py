@@ -1,4 +1,4 @@
-"""Put a demo's picture, figures into the README: `python tools/publish_demo.py demo --machine TEXT`, after `make demo`."""
+"""Put a demo's picture and figures into the README, after `make demo`: `tools/publish_demo.py demo --machine TEXT`."""
 
 from __future__ import annotations
 
