@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastsrgan.core.draws import rng
 from fastsrgan.volume.acquisition import GUESSED, TISSUE, Assumed, bright, noise_sd, sampled
+from fastsrgan.volume.consistency import back_matrix
 from fastsrgan.volume.resample import apply_axes, check_profile, slice_profile_matrix, spline_matrix
 
 SCALES = (0.7, 1.5)  # standard deviations in voxels of the Gaussians between which the in-plane scales lie
@@ -166,7 +167,7 @@ def fit(trials: Sequence[Trial], ratio: float, w: float, unit: float) -> Fit:
     square, product = np.zeros((TERMS, TERMS)), np.zeros(TERMS)
     missing = start_missing = 0.0
     for trial in trials:
-        back = _back(trial.down, w)
+        back = back_matrix(trial.down, w)
         lines = _lines(trial.truth > TISSUE * unit)
         scan, start, truth, result = (v[lines] for v in (trial.scan, trial.start, trial.truth, trial.result))
         n = truth.shape[1]
@@ -318,11 +319,6 @@ def _lines(inside: Tensor) -> Tensor:
     taken = torch.zeros(found.numel(), dtype=torch.bool)
     taken[at[:: max(1, len(at) // LINES)]] = True
     return taken.view(found.shape)
-
-
-def _back(down: np.ndarray, w: float) -> np.ndarray:
-    """D' (D D' + w)^-1."""
-    return np.linalg.solve(down @ down.T + w * np.eye(len(down)), down).T
 
 
 def _log_gradient(smooth: Tensor) -> Tensor:

@@ -230,6 +230,11 @@ def residual(sr_XYZ, scan_xyz, seen: Observation, slab_bytes: int = SLAB_BYTES, 
     return _difference(sr_XYZ, scan_xyz, seen, axis, slab_bytes).float().cpu().numpy()
 
 
+def back_matrix(down: np.ndarray, w: float) -> np.ndarray:
+    """D' (D D' + w)^-1 of one axis, (n, m) float64: takes what a scan says beyond a result to its voxels."""
+    return np.linalg.solve(down @ down.T + w * np.eye(len(down)), down).T
+
+
 def consistent_start_matrix(up: np.ndarray, down: np.ndarray, w: float) -> np.ndarray:
     """U + D' (D D' + w)^-1 (1 - D U) of one axis: (n, m) float64, an interpolation that agrees with its samples.
 
@@ -240,7 +245,7 @@ def consistent_start_matrix(up: np.ndarray, down: np.ndarray, w: float) -> np.nd
     With w = 0, D times it is the identity. Of several axes the product agrees as well, as
     (D1 x D2)(U1 x U2) is the identity.
     """
-    back = np.linalg.solve(down @ down.T + w * np.eye(len(down)), down).T  # D' (D D' + w)^-1
+    back = back_matrix(down, w)
     return up + back @ (np.eye(len(down)) - down @ up)
 
 
@@ -269,7 +274,7 @@ def patch_agreement(first: int, patch: int, n: int, m: int, ratio: float, width:
     up = spline_matrix(m, n, 1 / ratio)[low:high]
     near = np.flatnonzero(np.abs(up).max(0) > NEGLIGIBLE)
     seen = np.linalg.pinv(up[:, near], rcond=1e-6)[np.searchsorted(near, inside)]  # the scan, of its interpolation
-    back = np.linalg.solve(down @ down.T + w * np.eye(len(down)), down).T  # D' (D D' + w)^-1
+    back = back_matrix(down, w)
     here = slice(low - first, high - first)
     out[0, here, here], out[1, here, here] = back @ seen, back @ down
     return out
