@@ -261,7 +261,11 @@ def _adapted(
 
     old, new = (image.turn.permute(mm)[what.across] for mm in (image.spacing, image.wanted))
     largest = [min(adapt.BLOCK, 2 * edge) for edge in plan.patch]
-    told = adapt.adapt(sr, scan, start, apply, what.believed, weight, old, new, largest, image.norm.floor)
+    down = what.seen.down[what.across]
+    assert down is not None  # slices are thicker than the result's planes: adapt.applies
+    told = adapt.adapt(
+        sr, scan, start, apply, what.believed, down, weight, old, new, largest, image.norm.floor, network.device
+    )
     if told["trials"]:
         line = "%s: tried on the scan's own slices, the network gains %.2f dB over interpolation, %.2f dB if adapted"
         log.info(line, label, told["gain_db_without"], told["gain_db"])

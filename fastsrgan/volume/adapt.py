@@ -1,17 +1,19 @@
-"""What a network's detail is worth on one scan, found on that scan alone.
+"""What a network's image lacks on one scan, learned on that scan alone.
 
 Within its slices a scan is sharp. Its result, cut into thick slices along an axis in the plane, makes a scan of which
-the truth is known; what the network makes of that, against the truth, tells how much of each part of its detail to
-take on the scan itself. SMORE (Zhao et al. 2021) and ECLARE (Remedios et al. 2025) train a network on such pairs; here
-it is a linear least-squares problem of a few numbers, solved in a second on top of a trained network (decision 030).
+the truth is known; from what the network makes of that, a small perceptron learns what the image lacks at a voxel,
+given what lies around it, and says so for the scan itself. SMORE (Zhao et al. 2021) and ECLARE (Remedios et al. 2025)
+train a network of their own on such pairs, from nothing; here it is what is left to a trained one (decision 030).
 
-With x the interpolated scan and r the network's image, the result before agreement with the scan is
+With x the interpolated scan, r the network's image, D the slices and B = D' (D D' + w)^-1, the image before agreement
+with the scan is r + o, where the perceptron's answer o depends on
 
-    x + sum over places p, scales s and bands b of W_p (c_psb B_b S_s (r - x) + e_psb B_b S_s x)
+- x - L, r - L and L, in 3 x 3 voxels of the plane and 5 across it, with L = r + B (D x - D r) nearly the result;
+- r - x and x in bands of frequency across the slices and of scale in the plane;
+- x smoothed, and the logarithm of its gradient in the plane.
 
-W_p weighs voxels by the local gradient (flat, edge), S_s splits by in-plane scale, B_b by frequency across the slices;
-each of the three sums to one, so with c = 1 and e = 0 it is r, as it is in air. Arrays are (X, Y, Z), Z across the
-slices; "unit" is the intensity of bright tissue.
+It is trained so that (1 - B D) o, what agreement leaves of it, is truth - L. Arrays are (X, Y, Z), Z across the slices;
+"unit" is the intensity of bright tissue.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import conv1d, pad, silu
 
 from fastsrgan.core.draws import rng
 from fastsrgan.volume.acquisition import GUESSED, TISSUE, Assumed, bright, noise_sd, sampled
@@ -34,23 +37,26 @@ from fastsrgan.volume.resample import apply_axes, check_profile, slice_profile_m
 
 SCALES = (0.7, 1.5)  # standard deviations in voxels of the Gaussians between which the in-plane scales lie
 DETAIL = (0.5, 1.0, 1.8, 2.8)  # knots of the bands of r - x, over the highest frequency that the slices hold
-IMAGE = (0.0, 0.4, 0.8, 1.3)  # of those of x; its mean, in the first of them, is not touched
-PLACES = (0.15, 0.85)  # quantiles of the local gradient's logarithm between which a voxel passes from flat to edge
+IMAGE = (0.0, 0.4, 0.8, 1.3)  # of those of x, of which the first, with its mean, is left out
 SMOOTH = 1.2  # standard deviation in voxels of the Gaussian in the plane before gradient and air are judged
-AIR = (0.025, 0.1)  # of the unit: from air to tissue
+AIR = (0.025, 0.1)  # of the unit: from air, where the image stays the network's, to tissue
 FAINT = 1e-4  # gradient, of the unit, below which it does not count
-REACH = 6  # voxels in the plane that a voxel's result depends on, to each side
+REACH = 6  # voxels in the plane that a voxel's answer depends on, to each side
+NEAR, NEAR_ACROSS = 1, 2  # voxels to each side that are seen one by one
+SEEN = 3 * (2 * NEAR + 1) ** 2  # lines that are: of x - L, r - L and L
+BESIDES = (len(SCALES) + 1) * (len(DETAIL) + len(IMAGE) - 1) + 2  # inputs that a voxel has besides those
+SHAPES = ((48, SEEN, 2 * NEAR_ACROSS + 1), (48, BESIDES, 1), (48, 48, 1), (1, 48, 1))  # of the perceptron's weights
+FARTHEST = 6.0  # standard deviations from the mean that an input may lie
+STEPS, BATCH, RATE = 600, 96, 1e-2  # of Adam, lines in each, and the first rate, which falls to 0 by a cosine
 BOX_COUNTS = 2.0  # how often a line counts that is cut by a box where the profile is a guess: what that loses, it loses
 # below the spline, where a Gaussian only gains less
-RIDGE = 0.1  # how strongly the numbers are held at c = 1 and e = 0, over the size of what they multiply
 LINES = 2000  # of a trial, that are looked at
-AT_ONCE = 256  # lines of which the terms are in memory
+KEPT_BACK, TILE = 5, 4  # one in so many squares of a trial, of so many voxels, is kept for telling what was gained
 SLAB = 1 << 21  # voxels, worked on at a time
 BLOCK, SMALLEST = 128, 32  # edges in voxels of the block of a result that is tried
 LEAST_RATIO = 1.5  # how much coarser the slices are than the planes: less hides too little to learn from
 ACROSS = 2  # the axis across the slices
 FEWEST = 4  # slices of a trial
-TERMS = len(PLACES) * (len(SCALES) + 1) * (len(DETAIL) + len(IMAGE) - 1)  # numbers that are fitted
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,55 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """The numbers c, then e, (places, scales, bands) each; and the gain over interpolation in dB on the trials, with
-    them and without, after agreement with the trials' scans."""
+class Learned:
+    """A perceptron, and what it gained.
 
-    detail: np.ndarray
-    image: np.ndarray
-    gain_db: float
-    gain_db_without: float
+    layers : weights of ``SHAPES``, then the biases of all but the first; scaling : mean and standard deviation of each
+    line of the inputs in the trials, (2, SEEN, 1) and (2, BESIDES, 1); size : what an answer of 1 stands for, over the
+    unit
+    gain_db, gain_db_without : over interpolation, on lines that were kept back, after agreement, with it and without
+    """
+
+    layers: tuple[Tensor, ...]
+    scaling: tuple[Tensor, Tensor]
+    size: float
+    gain_db: float = 0.0
+    gain_db_without: float = 0.0
+
+    def answer(self, near: Tensor, rest: Tensor) -> Tensor:
+        """(lines, Z) over the unit, of ``Around.lines``."""
+        return _perceptron(_scaled(near, self.scaling[0]), _scaled(rest, self.scaling[1]), self.layers) * self.size
+
+
+class Around:
+    """What lies around the voxels of an image.
+
+    x, r : (X, Y, Z) the interpolated scan and the network's image; ratio : spacing of slices over voxels
+    down : D, (z, Z); w : weight of ``consistency.agree``
+    """
+
+    def __init__(self, x: Tensor, r: Tensor, ratio: float, down: np.ndarray, w: float, unit: float) -> None:
+        n = x.shape[ACROSS]
+        own = np.linalg.pinv(spline_matrix(len(down), n, 1 / ratio))  # the slices of which x is the interpolation
+        back = back_matrix(down, w)
+        agreed = x @ _transposed(back @ own, x) + r @ _transposed(np.eye(n) - back @ down, x)
+        edges = (NEAR_ACROSS,) * 2 + (NEAR,) * 4
+        self.near = [
+            pad(v[None, None], edges, mode="replicate")[0, 0]
+            for v in ((x - agreed) / unit, (r - agreed) / unit, agreed / unit)
+        ]
+        knots = ((r - x, bands(n, ratio, DETAIL)), (x, bands(n, ratio, IMAGE)[1:]))
+        self.bands = [(scales(v / unit), [_transposed(m, x) for m in made]) for v, made in knots]
+        smooth = _smooth(x, SMOOTH) / unit
+        self.more = (smooth, _log_gradient(smooth))
+        self.tissue = ((smooth - AIR[0]) / (AIR[1] - AIR[0])).clamp_(0, 1)
+
+    def lines(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        """(lines, SEEN, Z and a rim), what is seen voxel by voxel, and (lines, BESIDES, Z)."""
+        steps = range(2 * NEAR + 1)
+        near = torch.stack([v[i + a, j + b] for v in self.near for a in steps for b in steps], 1)
+        made = [part[i, j] @ m for parts, matrices in self.bands for part in parts for m in matrices]
+        return near, torch.stack([*made, *(v[i, j] for v in self.more)], 1)
 
 
 def applies(scan_mm: Sequence[float], voxel_mm: Sequence[float], across: int) -> bool:
@@ -89,9 +136,11 @@ def applies(scan_mm: Sequence[float], voxel_mm: Sequence[float], across: int) ->
 
 
 def held_bytes(shape_XYZ: Sequence[int]) -> int:
-    """About what the trials of a result take, and the slabs afterwards: thirty float32 volumes of their size."""
-    block = math.prod(min(BLOCK, n) for n in shape_XYZ)
-    return 30 * 4 * max(block, min(SLAB, math.prod(shape_XYZ)))
+    """About what the trials of a result take, and the slabs afterwards: volumes and lines of float32."""
+    block = [min(BLOCK, n) for n in shape_XYZ]
+    volumes = 40 * max(math.prod(block), min(SLAB, math.prod(shape_XYZ)))
+    lines = 4 * min(LINES, block[0] * block[1]) * (SEEN + BESIDES) + BATCH * 1000
+    return 4 * (volumes + lines * max(block))
 
 
 def adapt(
@@ -100,26 +149,30 @@ def adapt(
     start: Callable[[int, int], Tensor],
     network: Callable[[Tensor], Tensor],
     believed: Assumed,
+    down: np.ndarray,
     weight: float,
     spacing_mm: float,
     voxel_mm: float,
     largest: Sequence[int] = (BLOCK,) * 3,
     floor: float = -math.inf,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Try the network on the scan itself, and adapt its image to what came out, in place; what a report says about it.
 
     The trials are one block of the image, cut into slices as thick as the scan's along one axis of its plane and then
     the other. Where the slice profile is a guess, one half of each is cut by a Gaussian and the other by a box, which
-    counts twice; the network's images are made to agree with the guess, as that of the scan will be.
+    counts twice; the network's images are made to agree with the guess, as that of the scan will be. Where nothing is
+    gained on the lines that were kept back, the image stays.
 
     Parameters
     ----------
     sr_XYZ : (X, Y, Z) float32, the network's image before agreement; scan_xyz : (X, Y, z), both of any strides
     start : (first, stop) -> planes of the interpolated scan along X
     network : interpolated image -> the network's, (X, Y, Z) float32 in the scan's intensities, at most ``largest``
-    believed, weight : what the result will be made to agree with
+    believed, down, weight : what the result will be made to agree with, D across its slices (z, Z), and w
     spacing_mm, voxel_mm : of the slices, and of the result across them
     floor : the least intensity there is
+    device : where it is learned and applied
     """
     ratio = float(spacing_mm / voxel_mm)
     unit = bright([np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, ACROSS)])
@@ -138,7 +191,7 @@ def adapt(
     for axis in (0, 1):
         turned = truth.transpose(axis, ACROSS).contiguous()
         n = turned.shape[ACROSS]
-        first, second, down = (
+        first, second, own = (
             slice_profile_matrix(n, int(n / ratio + 1e-6), ratio, width / spacing_mm, check_profile(name))
             for name, width in (*cut_by, told)
         )
@@ -148,114 +201,179 @@ def adapt(
         scan = torch.cat(
             [_cut(half, cut, noise, floor, axis) for half, cut in zip(halves, profiles, strict=True)], 1 - axis
         )
-        x = scan @ _transposed(spline_matrix(len(down), n, 1 / ratio))
+        x = scan @ _transposed(spline_matrix(len(own), n, 1 / ratio), scan)
         each = [torch.full(half.shape[:ACROSS], counts[i]) for half, i in zip(halves, order, strict=True)]
-        trials.append(Trial(turned, scan, x, network(x), down, torch.cat(each, 1 - axis)))
-    fitted = fit(trials, ratio, weight, unit)
-    block = start(here[0].start, here[0].stop)[:, here[1], here[2]].contiguous()
-    adapt_(sr_XYZ, start, fitted, ratio, place_levels(block, unit), unit)
-    return {"trials": len(trials), "gain_db": fitted.gain_db, "gain_db_without": fitted.gain_db_without}
+        turned, scan, x, made, counted = (
+            v.to(device) for v in (turned, scan, x, network(x), torch.cat(each, 1 - axis))
+        )
+        trials.append(Trial(turned, scan, x, made, own, counted))
+    learned = learn(trials, ratio, weight, unit)
+    said = {"trials": len(trials), "gain_db": learned.gain_db, "gain_db_without": learned.gain_db_without}
+    if not learned.gain_db > learned.gain_db_without:
+        return said | {"reason": "nothing was gained on the trials, the image stays the network's"}
+    adapt_(sr_XYZ, start, learned, ratio, down, weight, unit)
+    return said
 
 
-def fit(trials: Sequence[Trial], ratio: float, w: float, unit: float) -> Fit:
-    """The numbers that bring the results of all trials, made to agree with their scans, nearest to the truth.
+def learn(trials: Sequence[Trial], ratio: float, w: float, unit: float) -> Learned:
+    """Train a perceptron to bring the results of all trials, made to agree with their scans, nearest to the truth.
+
+    Adam on the squares of what is left inside tissue, a trial at a time by turns, lines and mirrorings drawn anew. The
+    activation is smooth: with kinks the last bits of an input decided about a hundredth of the image.
 
     Parameters
     ----------
     ratio : spacing of slices over voxels; w : weight of ``consistency.agree``
     """
-    square, product = np.zeros((TERMS, TERMS)), np.zeros(TERMS)
-    missing = start_missing = 0.0
-    for trial in trials:
-        back = back_matrix(trial.down, w)
-        lines = _lines(trial.truth > TISSUE * unit)
-        scan, start, truth, result = (v[lines] for v in (trial.scan, trial.start, trial.truth, trial.result))
-        n = truth.shape[1]
-        free = _transposed(np.eye(n) - back @ trial.down)  # what agreement leaves of a term
-        missed = truth - start - (scan - start @ _transposed(trial.down)) @ _transposed(back)
-        air, *tissue = (v[lines] for v in places(trial.start, place_levels(trial.start, unit), unit))
-        splits = [[v[lines] for v in scales(volume)] for volume in (trial.result - trial.start, trial.start)]
-        matrices = [[_transposed(m) for m in made] for made in (bands(n, ratio, DETAIL), bands(n, ratio, IMAGE)[1:])]
-        missed -= (air * (result - start)) @ free
-        root = trial.counts[lines].sqrt()[:, None].double()
-        for first in range(0, len(truth), AT_ONCE):
-            here = slice(first, first + AT_ONCE)
-            inside = truth[here] > TISSUE * unit
-            weight = root[here].expand_as(inside)[inside]
-            made = [
-                ((place[here] * (part[here] @ m)) @ free)[inside]
-                for parts, turned in zip(splits, matrices, strict=True)
-                for place in tissue for part in parts for m in turned
-            ]  # fmt: skip
-            terms = torch.stack(made, 1) * weight[:, None]
-            left = missed[here][inside] * weight
-            square += (terms.T @ terms).numpy()
-            product += (terms.T @ left).numpy()
-            missing += float(left @ left)
-            start_missing += float((((truth - start)[here][inside] * weight) ** 2).sum())
-    prior = _prior()
-    ridge = RIDGE * np.diag(np.diag(square) + np.finfo(float).tiny)
-    # Three digits: sums over voxels have other last bits with another layout of the arrays.
-    found = np.array([float(f"{c:.3g}") for c in np.linalg.solve(square + ridge, product + ridge @ prior)])
-
-    def gain(numbers: np.ndarray) -> float:
-        error = missing - 2 * numbers @ product + numbers @ square @ numbers
-        return round(float(10 * np.log10(max(start_missing, 1e-30) / max(error, 1e-30))), 2)
-
-    kinds = (len(PLACES), len(SCALES) + 1, -1)
-    detail, image = np.split(found, [np.count_nonzero(prior)])
-    return Fit(detail.reshape(kinds), image.reshape(kinds), gain(found), gain(prior))
+    parts = [_part(trial, ratio, w, unit) for trial in trials]
+    scaling = (_scaling([part.near for part in parts]), _scaling([part.rest for part in parts]))
+    for part in parts:
+        part.near, part.rest = _scaled(part.near, scaling[0]), _scaled(part.rest, scaling[1])
+    total, voxels = (sum(float(v.sum()) for v in made) for made in zip(*map(_Part.squares, parts), strict=True))
+    size = math.sqrt(total / max(voxels, 1.0))
+    with torch.inference_mode(False), torch.enable_grad():
+        layers = [layer.to(scaling[0].device).requires_grad_() for layer in _first_layers()]
+        optimiser = torch.optim.Adam(layers, RATE)
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
+        for step in range(STEPS):
+            draws = rng(0, "adapt", "step", step)
+            part = parts[step % len(parts)]
+            if part.learned:
+                loss = part.loss(
+                    draws.integers(0, part.learned, BATCH), _mirrored(*draws.integers(0, 2, 2)), layers, size
+                )
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+            falling.step()
+    found = tuple(layer.detach() for layer in layers)
+    start, without, with_it = np.maximum(sum(part.errors(found, size) for part in parts), 1e-30)
+    gain, gain_without = (round(float(10 * np.log10(start / error)), 2) for error in (with_it, without))
+    return Learned(found, scaling, size, gain, gain_without)
 
 
 def adapt_(
     sr_XYZ: np.ndarray,
     start: Callable[[int, int], Tensor],
-    fitted: Fit,
+    learned: Learned,
     ratio: float,
-    levels: tuple[float, float],
+    down: np.ndarray,
+    w: float,
     unit: float,
 ) -> None:
     """The network's image ``sr_XYZ`` (X, Y, Z) float32, of any strides, becomes the adapted one, in place.
 
-    start : (first, stop) -> planes of the interpolated scan along X; levels : ``place_levels`` of the scan
+    start : (first, stop) -> planes of the interpolated scan along X; down, w : what the result will agree with
     """
     count, n = sr_XYZ.shape[0], sr_XYZ.shape[2]
     step = max(REACH, SLAB // (sr_XYZ.shape[1] * n))
-    of_detail, of_image = (
-        [[np.tensordot(c, np.stack(made), 1) for c in place] for place in numbers]
-        for numbers, made in ((fitted.detail, bands(n, ratio, DETAIL)), (fitted.image, bands(n, ratio, IMAGE)[1:]))
-    )
+    device = learned.layers[0].device
     before = np.empty((0, *sr_XYZ.shape[1:]), np.float32)  # planes in front of the slab, as the network gave them
     for first in range(0, count, step):
         stop = min(first + step, count)
         low, high = max(0, first - REACH), min(count, stop + REACH)
-        x = start(low, high)
+        x = start(low, high).to(device)
         network = torch.from_numpy(np.concatenate([before[len(before) - (first - low) :], sr_XYZ[first:high]]))
         before = np.array(sr_XYZ[max(0, stop - REACH) : stop])
-        inner = slice(first - low, stop - low)
-        detail, image = ([s[inner] for s in scales(v)] for v in (network - x, x))
-        air, *tissue = places(x, levels, unit)
-        made = x[inner] + air[inner] * (network - x)[inner]
-        for weight, of_d, of_i in zip(tissue, of_detail, of_image, strict=True):
-            parts = zip((*detail, *image), (*of_d, *of_i), strict=True)
-            made += weight[inner] * sum(apply_axes(part, (None, None, matrix)) for part, matrix in parts)
-        sr_XYZ[first:stop] = made.numpy()
+        around = Around(x, network.to(device), ratio, down, w, unit)
+        for i in range(first - low, stop - low):  # plane by plane: the products have the same shape in every slab
+            j = around.tissue[i].amax(1).nonzero().flatten()
+            if len(j):
+                made = learned.answer(*around.lines(torch.full_like(j, i), j)) * around.tissue[i, j] * unit
+                sr_XYZ[low + i, j.cpu().numpy()] += made.cpu().numpy()
 
 
-def place_levels(start: Tensor, unit: float) -> tuple[float, float]:
-    """The logarithms of the gradient between which a voxel passes from flat to edge, of an interpolated scan."""
-    found = _log_gradient(_smooth(start, SMOOTH) / unit)[start > TISSUE * unit].double().numpy()
-    low, high = np.quantile(found, PLACES) if found.size else (0.0, 1.0)
-    low, high = float(f"{low:.3g}"), float(f"{high:.3g}")
-    return low, max(high, low + 0.01)
+@dataclass
+class _Part:
+    """Lines of a trial, those that are kept back last.
+
+    near, rest : ``Around.lines`` of them
+    missed, start_missed : (lines, Z) over the unit, what the truth has beyond result and interpolation
+    counted : how often a voxel counts; tissue : the weight of tissue, both (lines, Z)
+    free : (Z, Z), what agreement leaves of an answer; learned : how many lines are learned from
+    """
+
+    near: Tensor
+    rest: Tensor
+    missed: Tensor
+    start_missed: Tensor
+    counted: Tensor
+    tissue: Tensor
+    free: Tensor
+    learned: int
+
+    def squares(self) -> tuple[Tensor, Tensor]:
+        """Of what is missed, and how often each counts."""
+        return self.counted * self.missed**2, self.counted
+
+    def loss(self, drawn: np.ndarray, order: list[int], layers: Sequence[Tensor], size: float) -> Tensor:
+        """The share that is left of what is missed on lines."""
+        which = torch.from_numpy(drawn).to(self.near.device)
+        near, rest, missed, counted, tissue = (
+            v[which].clone() for v in (self.near, self.rest, self.missed, self.counted, self.tissue)
+        )
+        left = (_perceptron(near[:, order], rest, layers) * size * tissue) @ self.free.clone() - missed
+        return (counted * left**2).sum() / (counted * missed**2).sum().clamp(min=1e-12)
+
+    def errors(self, layers: Sequence[Tensor], size: float) -> np.ndarray:
+        """Sums of squares on lines that were kept back: of interpolation, of the network's image, of the adapted."""
+        back = slice(self.learned, None)
+        made = _perceptron(self.near[back], self.rest[back], layers) * size * self.tissue[back]
+        left = (self.start_missed[back], self.missed[back], self.missed[back] - made @ self.free)
+        return np.array([float((self.counted[back] * v**2).sum()) for v in left])
 
 
-def places(start: Tensor, levels: tuple[float, float], unit: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of air, flat and edge, of sum 1."""
-    smooth = _smooth(start, SMOOTH) / unit
-    tissue = ((smooth - AIR[0]) / (AIR[1] - AIR[0])).clamp_(0, 1)
-    edge = tissue * ((_log_gradient(smooth) - levels[0]) / (levels[1] - levels[0])).clamp_(0, 1)
-    return 1 - tissue, tissue - edge, edge
+def _part(trial: Trial, ratio: float, w: float, unit: float) -> _Part:
+    around = Around(trial.start, trial.result, ratio, trial.down, w, unit)
+    i, j = _lines(trial.truth > TISSUE * unit).nonzero().T
+    back = (i // TILE + 2 * (j // TILE)) % KEPT_BACK == 0
+    i, j = (torch.cat([v[~back], v[back]]) for v in (i, j))
+    matrix = back_matrix(trial.down, w)
+    free = np.eye(trial.down.shape[1]) - matrix @ trial.down
+    scan, start, truth, result = (v[i, j] for v in (trial.scan, trial.start, trial.truth, trial.result))
+    missed = truth - result - (scan - result @ _transposed(trial.down, result)) @ _transposed(matrix, result)
+    counted = (truth > TISSUE * unit) * trial.counts[i, j][:, None]
+    near, rest = around.lines(i, j)
+    return _Part(
+        near, rest, missed / unit, (truth - start) / unit, counted, around.tissue[i, j], _transposed(free, result),
+        int((~back).sum()),
+    )  # fmt: skip
+
+
+def _first_layers() -> list[Tensor]:
+    """Drawn within one over the root of the inputs; the last is 0: the image as it is."""
+    fed = [shape[1] * shape[2] for shape in SHAPES]
+    fed[:2] = [fed[0] + fed[1]] * 2
+    layers = []
+    for name, shapes in (("weight", SHAPES), ("bias", [shape[:1] for shape in SHAPES[1:]])):
+        for number, shape in enumerate(shapes):
+            bound = 1 / math.sqrt(fed[number - len(shapes)]) if shape[0] > 1 else 0.0
+            drawn = rng(0, "adapt", name, number).uniform(-bound, bound, shape)
+            layers.append(torch.from_numpy(drawn.astype(np.float32)))
+    return layers
+
+
+def _perceptron(near: Tensor, rest: Tensor, layers: Sequence[Tensor]) -> Tensor:
+    """(lines, SEEN, Z and a rim), (lines, BESIDES, Z) -> (lines, Z)."""
+    first, besides, second, last, *biases = layers
+    hidden = silu(conv1d(near, first) + conv1d(rest, besides, biases[0]))
+    return conv1d(silu(conv1d(hidden, second, biases[1])), last, biases[2])[:, 0]
+
+
+def _scaling(inputs: Sequence[Tensor]) -> Tensor:
+    """(2, channels, 1): mean and standard deviation of (lines, channels, Z)."""
+    lines = torch.cat([v[::7].transpose(0, 1).flatten(1) for v in inputs], 1)
+    return torch.stack([lines.mean(1), lines.std(1).clamp_(min=1e-4)])[:, :, None]
+
+
+def _scaled(inputs: Tensor, scaling: Tensor) -> Tensor:
+    return ((inputs - scaling[0]) / scaling[1]).clamp_(-FARTHEST, FARTHEST)
+
+
+def _mirrored(a: int, b: int) -> list[int]:
+    """The lines of ``Around.lines`` in the order in which an image mirrored along X (a) or Y (b) has them."""
+    order = np.arange(SEEN).reshape(3, 2 * NEAR + 1, 2 * NEAR + 1)
+    return order[:, :: -1 if a else 1, :: -1 if b else 1].flatten().tolist()
 
 
 def scales(volume: Tensor) -> list[Tensor]:
@@ -290,21 +408,16 @@ def _block(scan: np.ndarray, shape: Sequence[int], largest: Sequence[int], level
 def _cut(truth: Tensor, profile: np.ndarray, noise: float, floor: float, number: int) -> Tensor:
     """(X, Y, Z) -> (X, Y, z) by the profile (z, Z). The truth has the scan's noise, of which slices keep a part: so
     much is added that they have it as well."""
-    scan = truth @ _transposed(profile)
+    scan = truth @ _transposed(profile, truth)
     added = noise * math.sqrt(max(0.0, 1 - float((profile**2).sum()) / len(profile)))
     if not added:
         return scan
     drawn = rng(0, "adapt", number).standard_normal(tuple(scan.shape), np.float32)
-    return (scan + added * torch.from_numpy(drawn)).clamp_(min=floor)
+    return (scan + added * torch.from_numpy(drawn).to(truth.device)).clamp_(min=floor)
 
 
-def _transposed(matrix: np.ndarray) -> Tensor:
-    return torch.from_numpy(matrix.T.astype(np.float32))
-
-
-def _prior() -> np.ndarray:
-    places_and_scales = len(PLACES) * (len(SCALES) + 1)
-    return np.repeat([1.0, 0.0], [places_and_scales * len(DETAIL), places_and_scales * (len(IMAGE) - 1)])
+def _transposed(matrix: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(matrix.T, np.float32)).to(like.device)
 
 
 def _lines(inside: Tensor) -> Tensor:
