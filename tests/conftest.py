@@ -28,6 +28,10 @@ from kernel_host import Host
 from phantom import Phantom, head
 
 from fastsrgan.core import kernels
+from fastsrgan.volume import adapt
+
+# What is learned on a scan takes a user some seconds each time.
+adapt.STEPS, ALL_STEPS = 40, adapt.STEPS
 
 # The clock began long ago, as on a machine that is never turned off: seconds that are told without their beginning
 # taken away cannot be mistaken for short ones.
@@ -41,6 +45,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture
+def all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many steps of learning on a scan as a user has."""
+    monkeypatch.setattr(adapt, "STEPS", ALL_STEPS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
