@@ -440,7 +440,9 @@ def test_every_derivative_has_its_own_place_and_says_whether_the_skull_is_there(
     assert not list(stage.iterdir())
 
 
-@pytest.mark.parametrize("said, stripped", [({"SkullStripped": True}, True), ({"SkullStripped": False}, False), ({}, False)])
+@pytest.mark.parametrize(
+    "said, stripped", [({"SkullStripped": True}, True), ({"SkullStripped": False}, False), ({}, False)]
+)
 def test_a_derivative_has_lost_its_skull_where_its_source_says_so_alone(tmp_path, said, stripped):
     """A field that is there and says no is no yes, and a raw image that says nothing has its skull."""
     raw, out, stage = (tmp_path / name for name in ("raw", "out", "stage"))
