@@ -13,6 +13,7 @@ from scipy import ndimage, stats
 from spies import CONFIG, SUBJECTS, recorded, resident, spied
 
 from fastsrgan.core.draws import rng
+from fastsrgan.data import visit
 from fastsrgan.data.feed import Feed, deal
 from fastsrgan.data.pool import Pool
 from fastsrgan.data.subject import PatchRule
@@ -21,6 +22,7 @@ from fastsrgan.model.networks import Critic, CriticSpec, Generator, GeneratorSpe
 from fastsrgan.observation.artefacts import ARTEFACTS
 from fastsrgan.observation.model import Degradation, degrade
 from fastsrgan.observation.synthesis import Synthesis
+from fastsrgan.store.reader import Sample
 from fastsrgan.train.validate import fixed_resident
 from fastsrgan.volume.resample import FWHM, slice_axis
 
@@ -208,6 +210,28 @@ def test_validation_noise_differs_per_subject_and_is_the_same_in_every_epoch():
     flat = np.full((20, 20, 20), 10.0)
     images = [PAPER.apply(flat, (1, 1, 1), d, (1, 1, 1)).low_res for d in draws[1:3]]
     assert abs(np.corrcoef(images[0].ravel(), images[1].ravel())[0, 1]) < 0.05  # found: 0.01
+
+
+def test_which_visits_show_a_made_image_is_drawn_for_every_subject_epoch_and_seed(monkeypatch):
+    """The share is that of all visits; no two subjects, epochs or seeds show made images together."""
+    monkeypatch.setattr(
+        visit, "synthesise", lambda tissues, *_: (torch.ones(tissues.shape), torch.from_numpy(tissues.astype(np.int16)))
+    )
+    ones = np.ones((2, 2, 2), np.uint8)
+    both = Sample("a", "Train", ones.astype(np.float32), ones, None, np.eye(4), (1.0, 1.0, 1.0), ones)
+    visits, names = Visits(0.3, (1,), Synthesis()), ("a", "b", "c", "d")
+    made = np.array(
+        [
+            [[visits.of(both, (seed, epoch, name)).tissues is None for name in names] for epoch in range(1, 301)]
+            for seed in SEEDS
+        ]
+    )
+    assert 0.26 < made.mean() < 0.34  # of 2400 visits; found: 0.288
+    series = [made[seed, :, k] for seed in SEEDS for k in range(len(names))]
+    for a, b in itertools.combinations(series, 2):  # of 300 independent pairs |r| is above 0.22 once in 10 000
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.22  # found: at most 0.17
+    for a in series:
+        assert abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.22  # found: at most 0.083
 
 
 # --- pool and feed --------------------------------------------------------------------------------------------------

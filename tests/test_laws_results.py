@@ -440,6 +440,23 @@ def test_every_derivative_has_its_own_place_and_says_whether_the_skull_is_there(
     assert not list(stage.iterdir())
 
 
+@pytest.mark.parametrize(
+    "said, stripped", [({"SkullStripped": True}, True), ({"SkullStripped": False}, False), ({}, False)]
+)
+def test_a_derivative_has_lost_its_skull_where_its_source_says_so_alone(tmp_path, said, stripped):
+    """A field that is there and says no is no yes, and a raw image that says nothing has its skull."""
+    raw, out, stage = (tmp_path / name for name in ("raw", "out", "stage"))
+    for folder in (raw / "sub-01" / "anat", out, stage):
+        folder.mkdir(parents=True)
+    (raw / "sub-01/anat/sub-01_T2w.nii.gz").write_bytes(b"")
+    write_json(raw / "sub-01/anat/sub-01_T2w.json", {"EchoTime": 0.1} | said)
+    (stage / "sr").write_bytes(b"")
+    write_json(stage / "json", {"weights": {}, "made_for": {}})
+    (image,) = find_bids(raw)
+    placed = bids._place({"outputs": {kind: str(stage / kind) for kind in ("sr", "json")}}, image, raw, out)
+    assert read_json(sidecar(Path(placed["sr"])))["SkullStripped"] is stripped
+
+
 def test_a_resumed_call_wants_the_same_volume_of_a_series(tmp_path, model):
     job = SimpleNamespace(
         outputs=lambda image: {"json": tmp_path / "a.json"},

@@ -213,6 +213,11 @@ MUTANTS = """
 `tools/mutants/*.toml`: they must fail. What no test noticed is listed, and a change that is the same by law (the
 program does what it did, so no test can tell) has its reason. A test of every run looks that each fault still stands
 where the table says. What was noticed stays so while its entry in the table is the same.
+
+How many faults that nobody wrote for the tests they notice is measured by rounds: somebody who reads the code, and
+neither table nor tests, writes faults over all packages, and the tests that concern each are run, then wider ones. Of
+the last round, 60 faults at commit c4f05b7, 58 were noticed (97 %). Ten of them turned out to stand in the table
+already: of the 50 others 48 (96 %). The two that were missed have a law and stand in the table since.
 """
 
 SOAK = """
