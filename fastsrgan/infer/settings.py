@@ -141,8 +141,8 @@ class InferSettings:
         physical geometry; "off", the network's own result; or the weight, above 0: the smaller, the more the scan
         counts. A result on the scan's own grid has nothing to agree on
     adapt : "auto": before agreement, the network's image is adapted to the scan: its result, cut into thick slices
-        along the axes in their plane, is given to the network again, and what that shows is applied
-        (``volume.adapt``); where the result is finer than the scan across its slices alone. "off": as it is
+        along the axes in their plane, is given to the network again, and what the image lacks there is learned and
+        added (``volume.adapt``); where slices hide more than planes do. "off": as it is
     uncertainty : also estimate how far SR may be from the truth, voxel by voxel; see ``volume.doubt``. The spread of
         ``flips`` and of several networks is a part of it
     slice_thickness : mm of the slices, for ``agree``; "auto": of files what DICOM or a BIDS sidecar says, else the
@@ -209,8 +209,8 @@ class InferSettings:
         "cannot say (auto)",
         parse=word_or_number(AUTO, OFF), metavar="W", check=check_agree)
     adapt: str = option(AUTO,
-        "weigh the network's detail by what it gains on the scan's own slices, cut into thick ones: auto (where agree "
-        "is on), off", parse=str, choices=(AUTO, OFF), recorded=CHANGED)
+        "add to SR what the network leaves out, as learned on the scan's own slices, cut into thick ones: auto (where "
+        "agree is on), off", parse=str, choices=(AUTO, OFF), recorded=CHANGED)
     uncertainty: bool = option(False,
         "also write the standard deviation that SR's error is taken to have, and the probability map; it "
         "costs no pass of the network of its own, with --flips (2 to 8 passes) or several weights their "
