@@ -96,14 +96,14 @@ def test_the_rule_is_its_formula_in_float64(slab_bytes):
 
 def test_the_rule_is_the_one_that_was_measured():
     """Decision 028; where r cannot be told it is in the middle of what was measured."""
-    assert Rule() == Rule(detail=1.29, power=0.72, spread=0.86)
+    assert Rule() == Rule(detail=1.09, power=0.70, spread=1.05)
     scan, sr = smooth((9, 9, 8)), smooth((9, 9, 24))
     known = observation((9, 9, 8), MM, (9, 9, 24), (1, 1, 1))
     made = np.full((9, 9, 24), 1e-3)
     assert doubt_(made, sr, scan, known, 2, 900.0) == {"noise": None, "lacking": None}
     w = variance_in_profiles(sr, known.down)
     typical = float(f"{w[sr > 0.1 * np.percentile(sr[::2, ::2], 99.9)].mean():.3g}")
-    expected = (1.29 * 0.6) ** 2 * typical * (w / typical) ** 0.72 + 0.86**2 * (2 / 3) * 900**2 * 1e-3
+    expected = (1.09 * 0.6) ** 2 * typical * (w / typical) ** 0.70 + 1.05**2 * (2 / 3) * 900**2 * 1e-3
     assert np.allclose(made, np.sqrt(expected), rtol=1e-12)  # found: 2.2e-16 (rounding)
 
 

@@ -34,9 +34,9 @@ LACKING = 0.6  # r where it cannot be told: in the middle of what was measured
 class Rule:
     """a, p and s of the rule."""
 
-    detail: float = 1.29
-    power: float = 0.72
-    spread: float = 0.86
+    detail: float = 1.09
+    power: float = 0.70
+    spread: float = 1.05
 
 
 RULE = Rule()
