@@ -134,7 +134,7 @@ def test_every_option_reaches_the_files(tmp_path, model, capsys):
     assert record["threshold"] == 0.45 and asked.items() <= record["segmentation"].items()
     assert record["segmentation"]["components_kept"] == 1 and record["asked"].items() >= asked.items()
     assert record["sr_stored"]["dtype"] == "int16"
-    with Picture.open(record["outputs"]["png"]) as picture:
+    with Picture.open(tmp_path / "out" / record["outputs"]["png"]) as picture:
         assert picture.format == "PNG" and picture.width == 2000
     assert main(["--quiet", *map(str, [*words, "--dtype", "input", "--png", "--resume"])]) == 0
     assert "skipped" in capsys.readouterr().out

@@ -356,6 +356,11 @@ def test_every_number_of_a_page_is_the_one_at_its_place():
     agree = {"residual_percent": 1.5, "residual_percent_without": 4.5}
     told = numbers(sections._agreement(agree, "/a"))
     assert list(told.items()) == [("/a/residual_percent", "1.5"), ("/a/residual_percent_without", "4.5")]
+    told = numbers(sections._agreement(agree | {"residual_percent_network": 2.5}, "/a"))
+    assert list(told.items())[2:] == [("/a/residual_percent_network", "2.5")]
+    same = sections._agreement(agree | {"residual_percent_network": 4.5}, "/a")
+    assert len(numbers(same)) == 2 and "network" not in same, "not adapted: they are one"
+    assert "network" not in sections._agreement({"residual_percent": 1.5}, "/a")
 
 
 def test_tiles_are_of_the_region_that_they_name():

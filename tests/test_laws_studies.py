@@ -455,8 +455,8 @@ def rows_of_training(epochs: int) -> list[dict]:
     found = []
     for e in range(1, epochs + 1):
         losses = {f"{who}_{name}": 1.0 for who in "gd" for name in ("loss", "gradient", "skipped", "penalty", "more")}
-        found.append({"epoch": e, "update": e, "rate": 0.5, **losses})
-        found.append({"epoch": e, "update": e, "rate": 0.25, **losses})
+        found.append({"epoch": e, "update": e, "lr_factor": 0.5, **losses})
+        found.append({"epoch": e, "update": e, "lr_factor": 0.25, **losses})
         scores = {"PSNR": 26.0 + e, "PSNR_spline": 26.5, "PSNR_linear": 27.25, "SSIM": 0.9125, "SSIM_spline": 0.5}
         scores |= {"Dice": 0.5 + 0.125 * (e == 2), "MSE": 0.1, "Seg_share": 0.1, "Label_share": 0.1}
         whole = {"whole_PSNR": 30.0, "spline_PSNR": 29.0, "whole_SSIM": 0.75, "whole_Dice": 0.25}
@@ -468,11 +468,11 @@ def test_a_terminal_shows_the_columns_of_a_training_that_decide_and_the_files_ha
     run_folder = log(tmp_path / "one", *rows_of_training(3))
     made = run.run("curves", run_folder, tmp_path / "out")
     assert tables.decisive_rows(made) == [
-        {"epoch": "1", "update": "2", "rate": "0.375"},
-        {"epoch": "2", "update": "4", "rate": "0.375", "PSNR": "28.00", "over spline": "+1.50",
+        {"epoch": "1", "update": "2", "lr factor": "0.375"},
+        {"epoch": "2", "update": "4", "lr factor": "0.375", "PSNR": "28.00", "over spline": "+1.50",
          "over linear": "+0.75", "SSIM": "0.912", "Dice": "0.625", "whole PSNR": "30.00", "whole over spline": "+1.00",
          "whole SSIM": "0.750", "whole Dice": "0.250"},
-        {"epoch": "3", "update": "6", "rate": "0.375", "PSNR": "29.00", "over spline": "+2.50",
+        {"epoch": "3", "update": "6", "lr factor": "0.375", "PSNR": "29.00", "over spline": "+2.50",
          "over linear": "+1.75", "SSIM": "0.912", "Dice": "0.500"},
     ]  # fmt: skip
     assert tables.best_lines(made) == ["Best PSNR 29.00 at epoch 3. Best Dice 0.6250 at epoch 2."]
@@ -485,6 +485,20 @@ def test_a_terminal_shows_the_columns_of_a_training_that_decide_and_the_files_ha
     header = (tmp_path / "out" / "curves.csv").read_text(encoding="utf8").splitlines()[0].split(",")
     assert {"g_penalty", "Seg_share", "whole_SSIM", "SSIM_spline"} <= set(header)
     assert set(header) == {k for row in json.loads((tmp_path / "out" / "curves.json").read_text())["rows"] for k in row}
+
+
+def test_the_factor_of_the_learning_rates_is_called_so_whatever_the_log_called_it(tmp_path):
+    """Logs of earlier versions have it as "rate"; it has no unit, and no learning rate is that large."""
+    old = [{"rate" if key == "lr_factor" else key: value for key, value in row.items()} for row in rows_of_training(2)]
+    made = [run.run("curves", log(tmp_path / name, *rows), tmp_path / f"out-{name}")
+            for name, rows in (("old", old), ("new", rows_of_training(2)))]  # fmt: skip
+    assert made[0]["rows"] == made[1]["rows"] and made[0]["rows"][0]["lr_factor"] == 0.375
+    for name in ("old", "new"):
+        for kind in ("csv", "md"):
+            text = (tmp_path / f"out-{name}" / f"curves.{kind}").read_text(encoding="utf8")
+            head = next(line for line in text.splitlines() if "epoch" in line and "updates" in line)
+            columns = [cell.strip() for cell in head.replace("|", ",").split(",")]
+            assert "lr_factor" in columns and "rate" not in columns, kind
 
 
 def test_rows_of_several_runs_say_whose_they_are_and_their_updates_are_their_own(tmp_path):

@@ -358,7 +358,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     share = ISLAND_SHARE if settings.min_size is None else None
     seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, least, share)
     within = enclosed(result.sr, seg, spacing_of(result.affine)) if purpose.contrasts else None
-    misfit = (result.report.get("agree") or {}).get("residual_percent_without")
+    misfit = (result.report.get("agree") or {}).get("residual_percent_network")
     known = replace(purpose, slices=()) if "upright" in result.report else purpose
     verdict = judge(loaded.look, seg, voxel_mm3, known, loaded.mask is not None, within, misfit, loaded.model.apart)
     arrays = {"seg": seg, "prob": result.prob[0]} | ({} if result.doubt is None else {"doubt": result.doubt})
@@ -412,7 +412,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
         "threshold": settings.threshold,
         **more,
         "affine": result.affine,
-        "outputs": names(outputs | kept),
+        "outputs": {kind: path.name for kind, path in (outputs | kept).items()},  # all of them beside the record
         "file_bytes": sizes(outputs | kept),
         "warnings": [*image.warnings, *result.report["warnings"], *odd],
         "seconds": loaded.seconds,

@@ -425,18 +425,20 @@ def finish(
         found = residual(turned, scan, what.seen, SLAB_BYTES, free[0] if free else 0)
         weight, noise = _weight(found, scan, what)
         size = _energy(scan)
-        before = _percent(_energy(found), size)
+        before = own = _percent(_energy(found), size)
         del found
         if what.adapt:
             told["adapt"] = adapted(turned, scan, weight)
+            before = _percent(_energy(residual(turned, scan, what.seen, SLAB_BYTES, free[0] if free else 0)), size)
         after = _percent(_agree(turned, scan, what.seen, weight, image.norm.floor), size)
         told["agree"] = {
             "weight": weight, "noise": noise, **what.believed.record(),
-            "residual_percent": after, "residual_percent_without": before,
+            "residual_percent": after, "residual_percent_without": before, "residual_percent_network": own,
         }  # fmt: skip
+        more = f", {own:.2g} % the network's own image" * what.adapt
         log.info(
-            "%s: the result, acquired again, differs from the scan by %.2g %% (%.2g %% without agreement; "
-            "weight %.3g, %s)", label, after, before, weight, what.believed,
+            "%s: the result, acquired again, differs from the scan by %.2g %% (%.2g %% without agreement%s; weight "
+            "%.3g, %s)", label, after, before, more, weight, what.believed,
         )  # fmt: skip
     doubt = image.turn.apply(prob[-1])
     if what.doubt:

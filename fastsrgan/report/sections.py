@@ -199,15 +199,13 @@ def _agreement(agree: Any, at: str) -> Html | None:
     """How far the result, acquired again, is from the scan; None where it was not made to agree."""
     if not isinstance(agree, Mapping) or not _is_number(agree.get("residual_percent")):
         return None
-    before = agree.get("residual_percent_without")
-    return join(
-        "acquired again, it differs by ",
-        number(agree["residual_percent"], at + "/residual_percent"),
-        " %",
-        join(" (", number(before, at + "/residual_percent_without"), " % without agreement)")
-        if _is_number(before)
-        else None,
-    )
+    told = [("residual_percent", "acquired again, it differs by ", " %")]
+    told.append(("residual_percent_without", "; ", " % without agreement"))
+    # Another image where it was adapted to the scan.
+    if agree.get("residual_percent_network") != agree.get("residual_percent_without"):
+        told.append(("residual_percent_network", "; ", " % the network's own image"))
+    known = [(key, *words) for key, *words in told if _is_number(agree.get(key))]
+    return join([(before, number(agree[key], f"{at}/{key}"), after) for key, before, after in known])
 
 
 def _weights(weights: Mapping[str, Any]) -> list[tuple[str, object]]:

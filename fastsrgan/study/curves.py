@@ -20,6 +20,7 @@ SHOWN = {
 }
 MOST = 2**53  # updates; whole numbers from there on are no longer told apart on an axis
 LARGEST = 3.4e38  # of a 32-bit float: no loss is beyond it, and no axis can be drawn for what is
+OLD_NAMES = {"rate": "lr_factor"}  # logs of earlier versions; what the learning rates are multiplied by
 NOT_LOSSES = {"epoch", "update", "seconds", "data_wait_seconds", "patches_per_second", "memory_bytes"}
 
 
@@ -36,7 +37,7 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     except OSError as error:
         raise InputError(path, "cannot be read", "name the folder of a training run") from error
     rows = [row for row in map(parse_json, lines) if _is_count(row.get("epoch")) and _is_count(row.get("update", 0))]
-    updates = [r for r in rows if "update" in r]
+    updates = [{OLD_NAMES.get(k, k): v for k, v in r.items()} for r in rows if "update" in r]
     validations = [r for r in rows if isinstance(r.get("validation"), dict)]
     if not updates and not validations:
         raise InputError(path, "holds no line of a training run", "train for an update at least")
