@@ -391,7 +391,8 @@ def infer_files(
     -------
     {"out_dir", "weights", "done", "skipped", "failed", "unneeded", "items": [{"input", "stem", "status", "outputs",
     "structures", "plausibility", ...}]}; for more than one image also written to ``infer_summary.json``, there
-    with outputs relative to its folder. Images that are isotropic already are unneeded: nothing is done with them unless ``new_resolution`` says what.
+    with outputs relative to its folder. Images that are isotropic already are unneeded: nothing is done with them
+    unless ``new_resolution`` says what.
 
     Raises
     ------

@@ -360,7 +360,10 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     within = enclosed(result.sr, seg, spacing_of(result.affine)) if purpose.contrasts else None
     misfit = (result.report.get("agree") or {}).get("residual_percent_network")
     known = replace(purpose, slices=()) if "upright" in result.report else purpose
-    verdict = judge(loaded.look, seg, voxel_mm3, known, loaded.mask is not None, within, misfit, loaded.model.apart)
+    whole_share = filtered.get("two_largest_share") if least else None  # small pieces would count otherwise
+    verdict = judge(
+        loaded.look, seg, voxel_mm3, known, loaded.mask is not None, within, misfit, loaded.model.apart, whole_share
+    )
     arrays = {"seg": seg, "prob": result.prob[0]} | ({} if result.doubt is None else {"doubt": result.doubt})
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))
