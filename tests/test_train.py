@@ -20,8 +20,10 @@ import torch
 from cohort import SMALL, losses, make_store, rows
 
 from fastsrgan.cli.main import main
+from fastsrgan.config import SETTINGS
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
 from fastsrgan.model import checkpoint, weights
+from fastsrgan.report.curves import SUMMARY
 from fastsrgan.train import gan as trial
 from fastsrgan.train import loop
 from fastsrgan.train.gan import Models
@@ -87,6 +89,9 @@ def test_a_resumed_run_and_its_weights_still_say_what_the_run_began_with(store, 
     train(store, tmp_path / "run", config.replace(epochs=2), resume=True)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf8"))
     assert summary["updates"] == 2 and summary["start_weights"] == began_with
+    plain = {key for key, value in summary.items() if not isinstance(value, (dict, list))} - {"start_weights"}
+    assert plain <= SUMMARY.keys() | SETTINGS.keys(), "the report of a run has words for all"
+    assert summary["weights"] == "model.safetensors" and (tmp_path / "run" / summary["weights"]).is_file()
     for name in ("model.safetensors", "best.safetensors"):
         assert weights.info(tmp_path / "run" / name)["card"]["start_weights"] == began_with
 

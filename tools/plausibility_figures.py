@@ -10,8 +10,8 @@ Without labels it is a scan and looked at as it is, and in its mask.
 
 One line a scan: what `evaluate.plausibility.measure` sees, the fullest and third fullest border plane, of labels their
 volume, share of the head and `enclosed`, with --infer those of what `fastsrgan infer -w WEIGHTS` makes of the scans of
-that ratio (0: of scans as they are), the share of its two largest pieces (`made_whole`) and its light. Then smallest and largest of each column, per kind (the name without
-its first word).
+that ratio (0: of scans as they are), the share of its two largest pieces (`made_whole`) and its light. Then smallest
+and largest of each column, per kind (the name without its first word).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ BORDER = 0.01  # of the segmentation, in the image's border planes
 # and red. Shipped weights: brains 1.6 to 2.9, with 3, 10 and 20 % noise up to 4.4, 10.8 and 18.1; stacks 9.3 to 10.3.
 # Own weights of 4 updates, with which the image was noise: 58 and 70.
 MISFIT = (25.0, 50.0)
-# Share of the two largest pieces in a segmented cortex, whose halves may touch, of pieces that are kept, yellow and red.
+# Share of the two largest pieces in a segmented cortex, whose halves may touch, of what is kept, yellow and red.
 # perinatal, 12 brains of ratio 3 and, with 3 % of noise, 6: at least 0.99 (24 scans, 1 or 2 pieces); stacks in their
 # masks 0.83 (with gaps), 1 and 1, whole 0.58 to 0.78; phantoms 0.66, 0.83 and 0.94.
 WHOLE = (0.95, 0.7)

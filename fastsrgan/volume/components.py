@@ -21,8 +21,8 @@ def segment(
 
     share : with it, no component of at least this part of the largest is left out for ``min_mm3``
 
-    ``two_largest_share`` is that of the two largest components, before all but the largest are left out, in the volume
-    of those that are large enough: of a structure in two halves that may touch, how whole it is.
+    With ``min_mm3``, ``two_largest_share`` is that of the two largest components, before all but the largest are left
+    out, in the volume of those that are large enough: of a structure in two halves that may touch, how whole it is.
 
     The components' numbers take 4 bytes a voxel, where a filter is on.
     """
@@ -43,7 +43,7 @@ def segment(
         kept[:] = False
         kept[largest] = True
     told: dict[str, float] = {"components": int(count), "components_kept": int(kept.sum())}
-    told |= {"two_largest_share": float(f"{pieces[-2:].sum() / pieces.sum():.4g}")} if len(pieces) else {}
+    told |= {"two_largest_share": float(f"{pieces[-2:].sum() / pieces.sum():.4g}")} if min_mm3 and len(pieces) else {}
     told |= {"min_size_mm3": round(least, 3)} if min_mm3 else {}
     told["voxels_left_out"] = int(sizes.sum() - sizes[kept].sum())
     return kept[numbered].astype(np.uint8), told
