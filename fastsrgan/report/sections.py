@@ -156,7 +156,7 @@ def chosen_weights(record: Mapping[str, Any]) -> str:
     return weights_called(weights) + (f" ({weights['chosen']})" if weights.get("chosen") else "")
 
 
-def facts_table(rows: Sequence[tuple[str, object]]) -> Html:
+def facts_table(rows: Sequence[tuple[object, object]]) -> Html:
     """Names and values; rows without a value are left out."""
     kept = [el("tr", el("th", name, scope="row"), el("td", value)) for name, value in rows if value not in (None, "")]
     return el("table", el("tbody", kept), class_="facts")
