@@ -192,7 +192,7 @@ def _adapted(adapt: Any, at: str) -> Html | None:
     if not isinstance(adapt, Mapping) or not all(_is_number(adapt.get(k)) for k in ("gain_db", "gain_db_without")):
         return None
     gained, without = (number(adapt[key], f"{at}/{key}") for key in ("gain_db", "gain_db_without"))
-    return join("it gains ", gained, " dB over interpolation, adapted to the scan (", without, " dB before)")
+    return join("the network gains ", gained, " dB over interpolation, adapted to the scan (", without, " dB before)")
 
 
 def _agreement(agree: Any, at: str) -> Html | None:

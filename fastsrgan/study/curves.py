@@ -35,7 +35,8 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     try:
         lines = path.read_text(encoding="utf8", errors="replace").splitlines()
     except OSError as error:
-        raise InputError(path, "cannot be read", "name the folder of a training run") from error
+        reason = "cannot be read" if path.exists() else "no such file or folder"
+        raise InputError(path, reason, "name the folder of a training run") from error
     rows = [row for row in map(parse_json, lines) if _is_count(row.get("epoch")) and _is_count(row.get("update", 0))]
     updates = [{OLD_NAMES.get(k, k): v for k, v in r.items()} for r in rows if "update" in r]
     validations = [r for r in rows if isinstance(r.get("validation"), dict)]
