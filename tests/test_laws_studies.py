@@ -435,19 +435,40 @@ def log(folder: Path, *rows: dict) -> Path:
     return folder
 
 
-def test_of_several_runs_each_has_the_first_score_that_it_has_and_one_has_the_interpolation(tmp_path):
+def test_of_several_runs_a_panel_compares_one_score_and_says_of_what(tmp_path):
+    """Whole volumes have no noise and patches have: a run with the former looked better by 2.7 dB than one without."""
     scores = {"whole_PSNR": 30.0, "spline_PSNR": 25.0, "PSNR": 20.0, "Dice": 0.5}
     one = log(tmp_path / "one", {"epoch": 1, "validation": scores | {"whole_Dice": 0.7}},
               {"epoch": 1, "update": 1, "d_penalty": 2.0})  # fmt: skip
     other = log(tmp_path / "other", {"epoch": 2, "validation": {"PSNR": 9.0, "whole_PSNR": 21.0, "Dice_label_1": 0.6,
-                                                      "spline_PSNR": 1.0}})  # fmt: skip
+                                                      "spline_PSNR": 25.001}})  # fmt: skip
     made = curves.overlaid([one, other])
     panels = {p.title: [(line.name, line.y, line.number) for line in p.lines] for r in made["panels"] for p in r}
-    assert panels["PSNR, dB"] == [("one", [30.0], 0), ("interpolation", [25.0], plots.GREY_LINE), ("other", [21.0], 1)]
-    assert panels["Dice"] == [("one", [0.7], 0), ("other", [0.6], 1)]
+    assert panels["PSNR, dB, whole volumes"] == [
+        ("one", [30.0], 0), ("other", [21.0], 1), ("interpolation", [25.0], plots.GREY_LINE),
+    ]  # fmt: skip
+    assert panels["Dice, patches"] == [("one", [0.5], 0), ("other", [0.6], 1)], "one label under two names"
     assert panels["gradient penalty"] == [("one", [2.0], 0)] and panels["SSIM"] == []
-    assert [[p.title for p in r] for r in made["panels"]] == [["Dice", "PSNR, dB", "SSIM"], ["gradient penalty"]]
+    titles = [["Dice, patches", "PSNR, dB, whole volumes", "SSIM"], ["gradient penalty"]]
+    assert [[p.title for p in r] for r in made["panels"]] == titles
     assert [told["updates"] for told in made["runs"]] == [1, 0]
+
+
+def test_of_several_runs_the_interpolation_has_a_line_where_it_is_the_same_for_all(tmp_path):
+    def drawn(*scores: dict) -> dict:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        runs = [log(folder / f"{i}", {"epoch": 1, "validation": one}) for i, one in enumerate(scores)]
+        panels = [p for r in curves.overlaid(runs)["panels"] for p in r]
+        return {p.title: [(line.name, line.y) for line in p.lines] for p in panels if p.lines}
+
+    patches = {"PSNR": 30.0, "PSNR_spline": 28.0}
+    one_of_them = drawn(patches | {"whole_PSNR": 40.0, "spline_PSNR": 35.0}, {"PSNR": 31.0, "PSNR_spline": 28.0})
+    assert one_of_them == {"PSNR, dB, patches": [("0", [30.0]), ("1", [31.0]), ("interpolation", [28.0])]}
+    other_scans = drawn(patches, {"PSNR": 31.0, "PSNR_spline": 26.0})
+    assert other_scans == {"PSNR, dB, patches": [("0", [30.0]), ("1", [31.0])]}
+    alone = drawn({"whole_SSIM": 0.9}, {"whole_SSIM": 0.8, "SSIM": 0.5}, {"SSIM": 0.6})
+    assert alone == {"SSIM, whole volumes": [("0", [0.9]), ("1", [0.8])]}, "most of them have it"
 
 
 def rows_of_training(epochs: int) -> list[dict]:

@@ -263,7 +263,9 @@ def _adapted(
     largest = [min(adapt.BLOCK, 2 * edge) for edge in plan.patch]
     told = adapt.adapt(sr, scan, start, apply, what.believed, weight, old, new, largest, image.norm.floor)
     if told["trials"]:
-        line = "%s: tried on the scan's own slices, the network gains %.2f dB over interpolation, %.2f dB if adapted"
+        line = (
+            "%s: tried on the scan's own slices, network and agreement gain %.2f dB over interpolation, %.2f if adapted"
+        )
         log.info(line, label, told["gain_db_without"], told["gain_db"])
     return told
 

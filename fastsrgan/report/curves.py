@@ -66,7 +66,7 @@ SUMMARY = {
     "best": ("best score", ""),
     "best_epoch": ("epoch of the best score", ""),
     "best_dice": ("its Dice", ""),
-    "dice_is": ("Dice is", ""),
+    "dice_is": ("which is the", ""),
     "ended_early": ("ended by patience behind epoch", ""),
     "weights": ("last weights", ""),
     "best_weights": ("best weights", ""),
@@ -141,8 +141,7 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
             ]
             plots.append(line_chart(f"{title}: {LINES[column]}" if column in LINES else title, lines, "update", unit))
     told = [f["summary"] or {} for f in runs]
-    entries = dict.fromkeys(k for summary in told for k, v in summary.items() if not isinstance(v, (dict, list)))
-    entries.pop(START, None)
+    entries = dict.fromkeys(k for summary in told for k, v in summary.items() if _is_told(k, v))
     head = el("tr", el("th", ""), [el("th", name, scope="col") for name in names])
     rows = [
         el(
@@ -231,7 +230,7 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
         [
             (_entry(key), _entered(key, value, pointer("run", "summary", key)))
             for key, value in summary.items()
-            if not isinstance(value, (dict, list)) and key != START
+            if _is_told(key, value)
         ]
         + ([(BEGAN, _began_with(summary))] if summary else [])
     )
@@ -338,6 +337,11 @@ def _table(validation: list[dict[str, Any]]) -> Html:
         for i, row in enumerate(validation)
     ]
     return el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
+
+
+def _is_told(key: str, value: Any) -> bool:
+    """Whether an entry of a summary has a row of its own; "its Dice" needs no word more where there is one Dice."""
+    return not isinstance(value, (dict, list, type(None))) and key != START and (key, value) != ("dice_is", "Dice")
 
 
 def _entry(key: str) -> object:

@@ -188,11 +188,13 @@ def provenance_card(record: Mapping[str, Any], at: str) -> Html:
 
 
 def _adapted(adapt: Any, at: str) -> Html | None:
-    """What the network gained on slices cut from its own result; None where it was not tried."""
+    """What network and agreement gained on slices cut from the result; None where it was not tried."""
     if not isinstance(adapt, Mapping) or not all(_is_number(adapt.get(k)) for k in ("gain_db", "gain_db_without")):
         return None
     gained, without = (number(adapt[key], f"{at}/{key}") for key in ("gain_db", "gain_db_without"))
-    return join("the network gains ", gained, " dB over interpolation, adapted to the scan (", without, " dB before)")
+    return join(
+        "network and agreement gain ", gained, " dB over interpolation, adapted to the scan (", without, " dB before)"
+    )
 
 
 def _agreement(agree: Any, at: str) -> Html | None:
