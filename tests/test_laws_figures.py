@@ -712,6 +712,8 @@ def test_where_a_page_opens_and_what_it_shows_of_the_image_is_told_in_words(pack
     assert "17 × 19 × 21 voxels, cropped to the head from 30 × 32 × 34; 255 grey" in viewer._said(
         made.part(made.all), 3
     )
+    uncut = replace(made.part(made.all), full_shape=(17, 19, 21))
+    assert "full resolution: 17 × 19 × 21 voxels; 255 grey" in viewer._said(uncut, 3)
     slab, block = (
         made.part((slice(0, 17), slice(0, 19), slice(3, 9))),
         made.part((slice(2, 9), slice(0, 5), slice(3, 9))),
