@@ -317,6 +317,8 @@ def test_ticks_of_a_chart_are_told_apart_and_those_of_epochs_are_whole():
     ticks = re.findall(r'class="tick (end|middle)">([^<]+)<', page)
     across, up = ([text for kind, text in ticks if kind == which] for which in ("middle", "end"))
     assert across == ["1", "2", "3", "epoch"] and len(up) == len(set(up)) > 2
+    x1 = float(re.search(r'<line x1="([0-9.]+)"', page)[1])
+    assert x1 - 7 - 6.5 * max(map(len, up)) >= 0, "no tick begins outside of the picture, which cut the 0 of 0.00237"
     half = line_chart("t", [Line("a", [0.5, 1], [1, 2])], "share")
     assert ">0.6<" in half
     assert ">7<" in line_chart("t", [Line("a", [7], [0.5])], "epoch"), "a whole number of one epoch"
