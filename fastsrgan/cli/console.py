@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastsrgan.core.files import finite
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import UsageError, one_line
+from fastsrgan.errors import UsageError, brief, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -191,7 +191,7 @@ class TerminalProgress:
 
 def pace(rate: float) -> str:
     """How many in a second, or how long each takes: 12.3 -> '12.3/s', 0.008 -> '125 s each'."""
-    return f"{1 / rate:.3g} s each" if 0 < rate < 0.1 else f"{rate:.3g}/s"
+    return f"{1 / rate:.3g} s each" if 0 < rate < 0.1 else f"{brief(rate)}/s"
 
 
 class PlainProgress:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fastsrgan.errors import brief
 from fastsrgan.model.purpose import CONTRASTS, MODELS, NOT_SAID, ContrastLook, Purpose, Range, ShippedModel, span
 from fastsrgan.volume.geometry import plane_across
 from fastsrgan.volume.head import tissue_box, tissue_level
@@ -326,7 +327,7 @@ def _of_image(look: Look, purpose: Purpose, masked: bool) -> list[Finding]:
         found.append((light, f"voxels of {look.voxel_mm:.3g} mm, made for {span(purpose.voxel_mm)} mm"))
     if light := _light("slice_ratio", look.slice_ratio, purpose.slice_ratio):
         found.append(
-            (light, f"slices {look.slice_ratio:.3g} times the voxel size, made for {span(purpose.slice_ratio)}")
+            (light, f"slices {brief(look.slice_ratio)} times the voxel size, made for {span(purpose.slice_ratio)}")
         )
     if purpose.unknown(look.slices):
         known = " or ".join(purpose.slices)
@@ -377,15 +378,15 @@ def _of_segmentation(
     found: list[Finding] = []
     ml = inside * voxel_mm3 / 1000
     if (light := _light("structure_ml", ml, purpose.structure_ml)) and purpose.structure_ml:
-        found.append((light, f"{purpose.structure} of {ml:.3g} mL, expected {span(purpose.structure_ml)} mL"))
+        found.append((light, f"{purpose.structure} of {brief(ml)} mL, expected {span(purpose.structure_ml)} mL"))
     share = ml / look.head_ml if look.head_ml else math.inf
     if (light := _light("structure_share", share, purpose.structure_share)) and purpose.structure_share:
         low, high = (100 * value for value in purpose.structure_share)
-        words = f"{purpose.structure} is {100 * share:.3g} % of the head, expected {low:.0f} to {high:.0f} %"
+        words = f"{purpose.structure} is {brief(100 * share)} % of the head, expected {low:.0f} to {high:.0f} %"
         found.append((light, words + f" ({MASK})" * (not masked and 100 * share < low)))
     border = sum(int(np.count_nonzero(seg_XYZ.take(end, axis))) for axis in range(3) for end in (0, -1))
     if purpose.structure_ml and border > BORDER * inside:
-        found.append((YELLOW, f"{100 * border / inside:.2g} % of the segmentation lies on the image's border"))
+        found.append((YELLOW, f"{brief(100 * border / inside, 2)} % of the segmentation lies on the image's border"))
     return found
 
 

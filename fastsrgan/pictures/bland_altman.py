@@ -40,7 +40,7 @@ def bland_altman(
         panel.scatter((a + b) / 2, apart, s=22, color=POINT, zorder=3)
         panel.axhline(0, color="#c8c8c8", linewidth=0.8)
         mean = float(apart.mean())
-        lines = [("mean", mean, "-")]
+        lines, half = [("mean", mean, "-")], 0.0
         if len(apart) > 1:
             half = LIMITS * float(apart.std(ddof=1))
             lines += [("+1.96 sd", mean + half, "--"), ("−1.96 sd", mean - half, "--")]
