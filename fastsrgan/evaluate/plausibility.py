@@ -45,8 +45,8 @@ BORDER = 0.01  # of the segmentation, in the image's border planes
 # Own weights of 4 updates, with which the image was noise: 58 and 70.
 MISFIT = (25.0, 50.0)
 # Share of the two largest pieces in a segmented cortex, whose halves may touch, of what is kept, yellow and red.
-# perinatal, 12 brains of ratio 3 and, with 3 % of noise, 6: at least 0.99 (24 scans, 1 or 2 pieces); stacks in their
-# masks 0.83 (with gaps), 1 and 1, whole 0.58 to 0.78; phantoms 0.66, 0.83 and 0.94.
+# perinatal, 12 brains of ratio 3 and, with 3 % of noise, 6: 1 (24 scans, 1 or 2 pieces); adult: 1 (the 24 scans of its
+# card, 1 piece each); stacks in their masks 0.83 (with gaps), 1 and 1, whole 0.58 to 0.78; phantoms 0.66, 0.83, 0.94.
 WHOLE = (0.95, 0.7)
 # How far beyond the range of the weights is yellow, as a factor; what is further is red.
 SLACK = {"head_mm": 1.1, "voxel_mm": 2.0, "slice_ratio": 2.0, "structure_ml": 1.5, "structure_share": 1.5}
