@@ -206,6 +206,8 @@ def test_a_mask_is_offered_where_more_than_a_head_is_seen_and_then_it_is_measure
     found, why = light(look, ml, ADULT)
     assert found == YELLOW and "(--mask FILE, an image of where the brain is, leaves out the rest)" in why
     assert "--mask" not in judge(look, seg_of(ml), 1000.0, ADULT, masked=True).line()
+    both = light(replace(GROWN, filled=6, head_ml=1.1e4), ml, ADULT)[1]
+    assert both.count("--mask FILE") == 1 and both.index("--mask") < both.index("% of the head")
     assert "--mask" not in light(replace(GROWN, head_mm=130.0), ml, ADULT)[1], "too small: nothing to leave out"
     assert "--mask" not in light(replace(GROWN, head_ml=1000.0), ml, ADULT)[1]
 

@@ -288,10 +288,16 @@ def judge(
         found += _of_misfit(misfit)
     found.sort(key=lambda one: one[0] != RED)
     light = found[0][0] if found else GREEN
-    return Verdict(light, tuple(reason for _, reason in found), checked, within)
+    return Verdict(light, tuple(_offered_once([reason for _, reason in found])), checked, within)
 
 
 Finding = tuple[str, str]
+
+
+def _offered_once(reasons: Sequence[str]) -> list[str]:
+    """Reasons of which the first that a mask would help offers it."""
+    first = next((i for i, reason in enumerate(reasons) if MASK in reason), 0)
+    return [reason if i == first else reason.replace(f" ({MASK})", "") for i, reason in enumerate(reasons)]
 
 
 def _of_misfit(percent: float) -> list[Finding]:
