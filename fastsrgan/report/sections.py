@@ -8,6 +8,7 @@ from typing import Any
 
 from fastsrgan.core.files import mapping
 from fastsrgan.evaluate.figures import FIGURES, name_of
+from fastsrgan.evaluate.grids import KNOWS, knows_truth
 from fastsrgan.evaluate.plausibility import GREEN, NO_PROOF, RED, YELLOW
 from fastsrgan.model.purpose import Purpose, mask_names, weight_files, weights_called
 from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer
@@ -38,7 +39,8 @@ def tiles(scores: Mapping[str, Any], at: str) -> list[Html]:
         if not _is_number(value):
             continue
         where = REGIONS[region] if keys[0] == "image" else "segmentation"
-        other = el("small", "baseline: ", number(base, at + pointer("baseline", *keys))) if _is_number(base) else None
+        said = "baseline, which knows the truth: " if keys[0] != "image" and knows_truth(scores) else "baseline: "
+        other = el("small", said, number(base, at + pointer("baseline", *keys))) if _is_number(base) else None
         shown = el("b", number(value, at + pointer(*keys)))
         items.append(el("li", el("span", name_of(keys[-1])), shown, el("small", where), other))
     return items
@@ -99,7 +101,8 @@ def _baselines(scores: Mapping[str, Any]) -> Html:
     said = scores.get("baselines")
     told = [f"{what}: {text}" for what, text in said.items()] if isinstance(said, dict) else []
     words = "; ".join(told) or "the image and segmentation that the result was compared with"
-    return el("p", f"Baseline: {words}.", class_="faint")
+    more = f" {KNOWS[0].upper()}{KNOWS[1:]}." if knows_truth(scores) else ""
+    return el("p", f"Baseline: {words}.{more}", class_="faint")
 
 
 def definitions(words: Mapping[str, Any]) -> Html:
