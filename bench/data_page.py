@@ -122,7 +122,8 @@ def goals(report: dict[str, Any]) -> str:
     ours = end_to_end(report).values()
     # Bytes for a disk, and whatever went through write(): files in memory, pipes, logs.
     written = max(max(row["disk_bytes_per_epoch"], row["call_bytes_per_epoch"]) for row in ours)
-    lines.append(["bytes written between store and step", "0", amount(written), "missed" if written else "met"])
+    what = "bytes written between store and step in an epoch, to pipes and memory too"
+    lines.append([what, "0", amount(written), "missed" if written else "met"])
     training = row_of(report, "training run")
     waits = []
     if training:

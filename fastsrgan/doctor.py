@@ -23,7 +23,7 @@ import torch
 
 from fastsrgan._version import __version__
 from fastsrgan.core.system import free_memory, total_memory
-from fastsrgan.errors import counted, human
+from fastsrgan.errors import brief, counted, human
 from fastsrgan.model.arithmetic import pick_precision, slow_cudnn, training_type
 from fastsrgan.model.cpu import forms
 
@@ -331,7 +331,7 @@ def _forms_lines(found: dict[str, Any]) -> list[str]:
     modes = f"{found['training']} in training, {found['inference']} in inference ({forms.VARIABLE})"
     lines = [f"{modes}, {len(found['layers'])} timed on this machine, {where}"]
     for layer, row in found["layers"].items():
-        times = ", ".join(f"{form} {1e3 * seconds:.2g} ms" for form, seconds in row["seconds"].items())
+        times = ", ".join(f"{form} {brief(1e3 * seconds, 2)} ms" for form, seconds in row["seconds"].items())
         lines.append(f"{layer}: {row['form']} ({times})")
     return lines
 

@@ -122,6 +122,11 @@ def human(n_bytes: int) -> str:
     return f"{size:.4g} {_UNITS[unit]}"
 
 
+def brief(value: float, digits: int = 3) -> str:
+    """A value to so many digits, without an exponent where it is large: 1234.5 -> '1234', 0.01234 -> '0.0123'."""
+    return f"{value:.0f}" if 10**digits - 0.5 <= abs(value) < 1e7 else f"{value:.{digits}g}"
+
+
 def counted(number: int, one: str, many: str = "") -> str:
     """(1, 'subject') -> '1 subject'; (3, 'subject') -> '3 subjects'; ``many`` where an s is not enough."""
     return f"{number} {one if number == 1 else many or one + 's'}"

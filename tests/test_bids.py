@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +150,17 @@ def test_sidecars_name_source_settings_and_skull(dataset, model, derivatives):
     assert (out / said["DatasetLinks"]["raw"]).resolve() == dataset.resolve()
     table = (out / "sub-01/anat/sub-01_desc-cortexT1w_dseg.tsv").read_text()
     assert table.splitlines() == ["index\tname", "0\tbackground", "1\tstructure"]
+
+
+def test_the_record_in_a_sidecar_names_the_files_of_the_dataset_from_its_own_place(derivatives):
+    """Not those of the stage, which are gone."""
+    _, summary = derivatives
+    for item in summary["items"]:
+        target = sidecar(Path(item["outputs"]["sr"]))
+        outputs = read_json(target)["FastsrganRecord"]["outputs"]
+        assert set(outputs) == {"sr", "seg", "prob", "png", "json"} and outputs["json"] == target.name
+        assert all((target.parent / name).is_file() for name in outputs.values())
+        assert outputs["sr"] == Path(item["outputs"]["sr"]).name and outputs["png"].startswith("../figures/")
 
 
 def test_what_is_done_is_kept_resumed_or_replaced(dataset, model, tmp_path):

@@ -384,7 +384,7 @@ def test_one_rank_can_go_on_as_two_and_back(store, tmp_path):
     history = rows(run)
     assert [r["update"] for r in history] == list(range(1, len(history) + 1))
     assert all(np.isfinite(r["g_total"]) and np.isfinite(r["d_total"]) for r in history)
-    assert all(a["rate"] >= b["rate"] for a, b in itertools.pairwise(history)), "the schedule went back"
+    assert all(a["lr_factor"] >= b["lr_factor"] for a, b in itertools.pairwise(history)), "the schedule went back"
 
 
 def subprocess_free(target, *args, out: Path) -> dict:

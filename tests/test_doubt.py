@@ -288,8 +288,8 @@ def test_the_line_about_the_doubt_says_how_bright_the_image_is(networks, caplog)
 def test_the_files_the_record_and_what_a_resumed_call_compares(files):
     record = call(files, "--uncertainty")
     assert {"doubt", "prob"} <= record["outputs"].keys() and record["asked"]["uncertainty"] is True
-    made = images.load(record["outputs"]["doubt"])
-    sr = images.load(record["outputs"]["sr"])
+    made = images.load(files / "out" / record["outputs"]["doubt"])
+    sr = images.load(files / "out" / record["outputs"]["sr"])
     assert made.data.shape == FINE and np.allclose(made.affine, sr.affine)
     # Found: 0 (rounding)
     again = summary(made.data, sr.data)

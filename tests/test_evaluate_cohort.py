@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -377,6 +378,25 @@ def test_the_bland_altman_picture_holds_each_subjects_difference(monkeypatch, tm
         heights = [line.get_ydata()[0] for line in axes.lines]
         mean, sd = (b - a).mean(), (b - a).std(ddof=1)
         assert heights == pytest.approx([0, mean, mean + 1.96 * sd, mean - 1.96 * sd])
+        assert [t.get_text().split()[0] for t in axes.texts] == ["mean", "+1.96", "−1.96"]
+
+
+def test_words_and_numbers_of_a_bland_altman_picture_do_not_lie_on_one_another(monkeypatch, tmp_path):
+    """Of two results whose segmentations are the same, and of figures that differ in the fifth digit."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.write_bytes(b""))[1])
+    close = [0.96721, 0.96755]
+    bland_altman(tmp_path / "b.png", [("SSIM", close, [0.9704, 0.9703]), ("Dice", close, close)], ("one", "other"))
+    (figure,) = drawn
+    figure.canvas.draw()
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        shown = [t for t in axes.get_xticklabels() if low <= t.get_position()[0] <= high]
+        boxes = [t.get_window_extent() for t in shown]
+        assert len(boxes) > 1 and all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    assert [t.get_text() for t in figure.axes[1].texts] == ["mean ± 1.96 sd +0"]
 
 
 @pytest.mark.parametrize(

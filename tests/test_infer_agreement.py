@@ -223,8 +223,8 @@ def test_the_record_the_residual_and_what_a_resumed_call_compares(files, scan):
     assert (
         told["seconds"] > 0 < record["tile_seconds"] and told["seconds"] + record["tile_seconds"] <= record["seconds"]
     )
-    left = images.load(record["outputs"]["residual"])
-    sr = images.load(record["outputs"]["sr"]).data
+    left = images.load(files / "out" / record["outputs"]["residual"])
+    sr = images.load(files / "out" / record["outputs"]["sr"]).data
     assert np.allclose(left.affine, AFFINE, atol=1e-6)  # found: 4e-8 (rounding)
     assert np.allclose(left.data, residual(sr, scan, seen(profile="box", thickness_mm=2.5)), atol=2e-4)  # found: 6.1e-5
     assert call(files, "--agree", "0.01", "--profile", "box", "--slice-thickness", "2.5", "--resume") == record

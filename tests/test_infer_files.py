@@ -16,7 +16,7 @@ from nifti_files import rigid
 from fastsrgan.core.files import temporary_name
 from fastsrgan.errors import InputError, ModelError, PartialFailure, ResourceError, UsageError
 from fastsrgan.infer import files as infer_files
-from fastsrgan.infer.files import SUMMARY
+from fastsrgan.infer.files import SUMMARY, portable
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
@@ -96,7 +96,7 @@ def test_the_record_says_what_made_the_result(tmp_path, model):
         and "hardly trained" in "".join(record["warnings"])
         and record["provenance"]["torch"] == torch.__version__
     )
-    assert record["outputs"]["sr"].endswith("a_sr.nii.gz")
+    assert record["outputs"] == {"sr": "a_sr.nii.gz", "seg": "a_seg.nii.gz", "json": "a.json"}
 
 
 @pytest.mark.fault(8)
@@ -128,7 +128,35 @@ def test_lists_and_files_may_be_mixed(tmp_path, model, suffix):
     listing.write_text("a.nii.gz\nb.nii.gz\n")
     summary = run([listing, paths[2]], tmp_path / "out", model)
     assert [item["stem"] for item in summary["items"]] == ["a", "b", "c"] and summary["done"] == 3
-    assert json.loads((tmp_path / "out" / SUMMARY).read_text())["items"] == summary["items"]
+    assert json.loads((tmp_path / "out" / SUMMARY).read_text()) == portable(summary, tmp_path / "out")
+
+
+@pytest.mark.parametrize("place", ["out", "{tmp}/out"], ids=["relative", "absolute"])
+def test_records_and_the_summary_name_files_from_their_own_folder_wherever_they_are_read(
+    tmp_path, model, monkeypatch, place
+):
+    """Called from one folder, moved, read from another; the items that are returned are paths for the caller."""
+    scan(tmp_path / "in" / "a.nii.gz")
+    scan(tmp_path / "in" / "b.nii.gz", 1)
+    (tmp_path / "in" / "sub").mkdir()
+    (tmp_path / "in" / "b.nii.gz").rename(tmp_path / "in" / "sub" / "b.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    summary = run(["in"], place.format(tmp=tmp_path), model, save_prob=True)
+    assert all(Path(path).is_file() for item in summary["items"] for path in item["outputs"].values())
+    monkeypatch.chdir("/")
+    there = tmp_path / "archive" / "moved"
+    there.parent.mkdir()
+    (tmp_path / "out").rename(there)
+    for record in (there / "a.json", there / "sub" / "b.json"):
+        outputs = json.loads(record.read_text())["outputs"]
+        assert set(outputs) == {"sr", "seg", "prob", "json"}
+        assert all(not os.path.isabs(name) and (record.parent / name).is_file() for name in outputs.values())
+    told = json.loads((there / SUMMARY).read_text())
+    assert told["out_dir"] == str(tmp_path / "out")
+    for item in told["items"]:
+        assert Path(item["input"]).is_file() and os.path.isabs(item["input"])
+        assert set(item["outputs"]) == {"sr", "seg", "prob", "json"}
+        assert all((there / name).is_file() and not os.path.isabs(name) for name in item["outputs"].values())
 
 
 @pytest.mark.fault(15)
@@ -216,7 +244,7 @@ def test_no_record_ever_stands_beside_files_that_are_gone(tmp_path, model, monke
         unlink(self, missing_ok=missing_ok)
         taken.append(self.name)
         record = json.loads((out / "a.json").read_text()) if (out / "a.json").exists() else {"outputs": {}}
-        assert all(Path(name).exists() for name in record["outputs"].values()), self.name
+        assert all((out / name).exists() for name in record["outputs"].values()), self.name
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", watched)

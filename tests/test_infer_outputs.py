@@ -55,6 +55,17 @@ def test_the_largest_component_stays():
     assert told == {"components": 3, "components_kept": 1, "voxels_left_out": 10}
 
 
+def test_how_whole_a_segmentation_is_counts_pieces_that_are_large_enough_before_one_alone_is_kept():
+    """Components of 27, 9 and 1 voxels, and a copy of the second."""
+    prob = blobs()
+    prob[7:11, 2, 1] = prob[11, 3, 2:7] = 0.8
+    for options, share in (({"min_mm3": 0.5}, 36 / 46), ({"min_mm3": 2}, 36 / 45), ({"min_mm3": 10}, 1.0)):
+        for alone in (False, True):
+            told = segment(prob, 1.0, 0.5, largest_component=alone, **options)[1]
+            assert told["two_largest_share"] == pytest.approx(share, abs=5e-5)  # four digits
+    assert "two_largest_share" not in segment(prob, 1.0, 0.99, min_mm3=2)[1], "nothing is left"
+
+
 @pytest.mark.parametrize(("mm3", "left"), [(0.4, 37), (0.5, 37), (0.51, 36), (4.5, 36), (4.6, 27), (13.6, 0)])
 def test_small_components_go_by_their_volume(mm3, left):
     """Voxels of half a cubic millimetre; a component of the very size stays."""
@@ -134,7 +145,7 @@ def test_every_option_reaches_the_files(tmp_path, model, capsys):
     assert record["threshold"] == 0.45 and asked.items() <= record["segmentation"].items()
     assert record["segmentation"]["components_kept"] == 1 and record["asked"].items() >= asked.items()
     assert record["sr_stored"]["dtype"] == "int16"
-    with Picture.open(record["outputs"]["png"]) as picture:
+    with Picture.open(tmp_path / "out" / record["outputs"]["png"]) as picture:
         assert picture.format == "PNG" and picture.width == 2000
     assert main(["--quiet", *map(str, [*words, "--dtype", "input", "--png", "--resume"])]) == 0
     assert "skipped" in capsys.readouterr().out

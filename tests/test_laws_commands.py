@@ -345,6 +345,13 @@ def test_several_faults_of_settings_are_told_together():
     assert str(two) == "f.yaml: 2 faults: epochs: -1, above 0; ema: 2, below 1 (see docs/config.md)"
 
 
+def test_large_values_are_told_without_an_exponent():
+    """`doctor` said 5.9e+02 ms, and a light "of 2.04e+03 mL"."""
+    values = {2040.4: "2040", 999.4: "999", 999.6: "1000", 0.012345: "0.0123", 0: "0", -1234.5: "-1234", 1e9: "1e+09"}
+    assert {value: errors.brief(value) for value in values} == values
+    assert [errors.brief(value, 2) for value in (590.0, 99.4, 99.6, 5.44)] == ["590", "99", "100", "5.4"]
+
+
 def test_sizes_and_lengths_are_told_in_units_of_1024():
     sizes = {
         0: "0 bytes",

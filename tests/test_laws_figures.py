@@ -15,6 +15,7 @@ from fastsrgan.cli.evaluate import beside, better, cohort_figures, comparison
 from fastsrgan.cli.evaluate import figures as figure_rows
 from fastsrgan.evaluate import cohort, compare, metrics, pair
 from fastsrgan.evaluate.figures import FIGURES, Compared, columns, scores
+from fastsrgan.evaluate.grids import READER, SPLINE
 from fastsrgan.evaluate.plausibility import GREEN, RED, YELLOW, Look, choose, judge, measure
 from fastsrgan.infer import image
 from fastsrgan.model.purpose import MODELS, Purpose
@@ -317,6 +318,8 @@ def test_ticks_of_a_chart_are_told_apart_and_those_of_epochs_are_whole():
     ticks = re.findall(r'class="tick (end|middle)">([^<]+)<', page)
     across, up = ([text for kind, text in ticks if kind == which] for which in ("middle", "end"))
     assert across == ["1", "2", "3", "epoch"] and len(up) == len(set(up)) > 2
+    x1 = float(re.search(r'<line x1="([0-9.]+)"', page)[1])
+    assert x1 - 7 - 6.5 * max(map(len, up)) >= 0, "no tick begins outside of the picture, which cut the 0 of 0.00237"
     half = line_chart("t", [Line("a", [0.5, 1], [1, 2])], "share")
     assert ">0.6<" in half
     assert ">7<" in line_chart("t", [Line("a", [7], [0.5])], "epoch"), "a whole number of one epoch"
@@ -356,6 +359,11 @@ def test_every_number_of_a_page_is_the_one_at_its_place():
     agree = {"residual_percent": 1.5, "residual_percent_without": 4.5}
     told = numbers(sections._agreement(agree, "/a"))
     assert list(told.items()) == [("/a/residual_percent", "1.5"), ("/a/residual_percent_without", "4.5")]
+    told = numbers(sections._agreement(agree | {"residual_percent_network": 2.5}, "/a"))
+    assert list(told.items())[2:] == [("/a/residual_percent_network", "2.5")]
+    same = sections._agreement(agree | {"residual_percent_network": 4.5}, "/a")
+    assert len(numbers(same)) == 2 and "network" not in same, "not adapted: they are one"
+    assert "network" not in sections._agreement({"residual_percent": 1.5}, "/a")
 
 
 def test_tiles_are_of_the_region_that_they_name():
@@ -370,6 +378,17 @@ def test_tiles_are_of_the_region_that_they_name():
         assert f"<small>{where}</small>" in tile
         expected = {f"/image/{region}/psnr_db": value}
         assert numbers(tile) == expected | {f"/baseline/image/{region}/psnr_db": str(float(value) + 1.5)}
+
+
+def test_a_tile_says_where_the_segmentation_s_baseline_knows_the_truth():
+    """A Dice of 0.66 stood beside a baseline of 0.78 that was drawn from the true label."""
+    figures = {"image": {"whole": {"psnr_db": 20.5}}, "segmentation": {"dice": 0.5}}
+    scores = figures | {"baseline": figures, "baselines": {"image": SPLINE, "segmentation": READER}}
+    image, seg = sections.tiles(scores, "")[:2]
+    assert "knows the truth" not in image and "baseline, which knows the truth: " in seg
+    assert "it knows the truth." in sections._baselines(scores)
+    other = scores | {"baselines": {"image": SPLINE, "segmentation": "another method"}}
+    assert "knows" not in "".join(sections.tiles(other, "")) and "knows" not in sections._baselines(other)
 
 
 def test_the_facts_of_a_result_stand_beside_their_names():
@@ -707,6 +726,8 @@ def test_where_a_page_opens_and_what_it_shows_of_the_image_is_told_in_words(pack
     assert "17 × 19 × 21 voxels, cropped to the head from 30 × 32 × 34; 255 grey" in viewer._said(
         made.part(made.all), 3
     )
+    uncut = replace(made.part(made.all), full_shape=(17, 19, 21))
+    assert "full resolution: 17 × 19 × 21 voxels; 255 grey" in viewer._said(uncut, 3)
     slab, block = (
         made.part((slice(0, 17), slice(0, 19), slice(3, 9))),
         made.part((slice(2, 9), slice(0, 5), slice(3, 9))),

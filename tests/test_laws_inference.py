@@ -92,7 +92,9 @@ def test_an_image_is_numbered_among_all_and_a_single_one_tells_no_progress(scans
             record = read_json(tmp_path / folder / f"{item['stem']}.json")
             of_record = set(item) - {"input", "stem", "status"}
             assert of_record == {"outputs", "structures", "plausibility", "seconds", "warnings"}
-            assert finite({key: item[key] for key in of_record}) == {key: record[key] for key in of_record}
+            paths = {kind: str(tmp_path / folder / name) for kind, name in record["outputs"].items()}
+            expected = {key: record[key] for key in of_record} | {"outputs": paths}
+            assert finite({key: item[key] for key in of_record}) == expected
             assert item["input"] == record["input"]["path"]
     assert labels == ["1/3 a.nii.gz", "2/3 b.nii.gz", "3/3 c.nii.gz", "a.nii.gz"]
     assert sum("of 3 images" in message for message in caplog.messages) == 3

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from report_results import make_known
 
+from fastsrgan.config import SETTINGS
 from fastsrgan.core.files import write_json
 from fastsrgan.errors import UsageError
 from fastsrgan.evaluate.grids import onto_grid
@@ -444,7 +445,24 @@ def test_settings_of_runs_that_are_alike_are_told_as_none():
     alike = plain(curves.runs_card([facts, facts], ["a", "b"]))
     assert alike.endswith("Settings that differNone.")
     other = plain(curves.runs_card([facts, facts | {"config": "epochs: 9\nema: 0\nmore: 1\n"}], ["a", "b"]))
-    assert other.endswith("Settings that differabepochs79more–1")
+    assert other.endswith("Settings that differabepochs: last epoch79more–1")
+
+
+def test_a_summary_says_its_entries_with_units_and_settings_by_their_meaning():
+    entries = {
+        "seconds": 61.5,
+        "data_wait_seconds": 2.5,
+        "best_by": "both",
+        "batch_size": 8,
+        "new_one": 3,
+        "ranks": None,
+    }
+    facts = {"validation": [], "at": [], "curves": {}, "config": "", "summary": entries, "updates_per_point": 1}
+    facts |= {"unreadable_lines": 0, "warnings": []}
+    for words in (plain(curves.run_card(facts, [])), plain(curves.runs_card([facts, facts], ["a", "b"]))):
+        assert "time, since the last resume61.5 s" in words and "of it waiting for data2.5 s" in words
+        assert f"best_by: {SETTINGS['best_by'].help}both" in words and "new one3" in words
+        assert f"batch_size: {SETTINGS['batch_size'].help}8" in words and "_seconds" not in words
 
 
 def test_of_each_picture_of_tensorboard_the_newest_is_shown(monkeypatch, tmp_path):

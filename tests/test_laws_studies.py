@@ -435,19 +435,40 @@ def log(folder: Path, *rows: dict) -> Path:
     return folder
 
 
-def test_of_several_runs_each_has_the_first_score_that_it_has_and_one_has_the_interpolation(tmp_path):
+def test_of_several_runs_a_panel_compares_one_score_and_says_of_what(tmp_path):
+    """Whole volumes have no noise and patches have: a run with the former looked better by 2.7 dB than one without."""
     scores = {"whole_PSNR": 30.0, "spline_PSNR": 25.0, "PSNR": 20.0, "Dice": 0.5}
     one = log(tmp_path / "one", {"epoch": 1, "validation": scores | {"whole_Dice": 0.7}},
               {"epoch": 1, "update": 1, "d_penalty": 2.0})  # fmt: skip
     other = log(tmp_path / "other", {"epoch": 2, "validation": {"PSNR": 9.0, "whole_PSNR": 21.0, "Dice_label_1": 0.6,
-                                                      "spline_PSNR": 1.0}})  # fmt: skip
+                                                      "spline_PSNR": 25.001}})  # fmt: skip
     made = curves.overlaid([one, other])
     panels = {p.title: [(line.name, line.y, line.number) for line in p.lines] for r in made["panels"] for p in r}
-    assert panels["PSNR, dB"] == [("one", [30.0], 0), ("interpolation", [25.0], plots.GREY_LINE), ("other", [21.0], 1)]
-    assert panels["Dice"] == [("one", [0.7], 0), ("other", [0.6], 1)]
+    assert panels["PSNR, dB, whole volumes"] == [
+        ("one", [30.0], 0), ("other", [21.0], 1), ("interpolation", [25.0], plots.GREY_LINE),
+    ]  # fmt: skip
+    assert panels["Dice, patches"] == [("one", [0.5], 0), ("other", [0.6], 1)], "one label under two names"
     assert panels["gradient penalty"] == [("one", [2.0], 0)] and panels["SSIM"] == []
-    assert [[p.title for p in r] for r in made["panels"]] == [["Dice", "PSNR, dB", "SSIM"], ["gradient penalty"]]
+    titles = [["Dice, patches", "PSNR, dB, whole volumes", "SSIM"], ["gradient penalty"]]
+    assert [[p.title for p in r] for r in made["panels"]] == titles
     assert [told["updates"] for told in made["runs"]] == [1, 0]
+
+
+def test_of_several_runs_the_interpolation_has_a_line_where_it_is_the_same_for_all(tmp_path):
+    def drawn(*scores: dict) -> dict:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        runs = [log(folder / f"{i}", {"epoch": 1, "validation": one}) for i, one in enumerate(scores)]
+        panels = [p for r in curves.overlaid(runs)["panels"] for p in r]
+        return {p.title: [(line.name, line.y) for line in p.lines] for p in panels if p.lines}
+
+    patches = {"PSNR": 30.0, "PSNR_spline": 28.0}
+    one_of_them = drawn(patches | {"whole_PSNR": 40.0, "spline_PSNR": 35.0}, {"PSNR": 31.0, "PSNR_spline": 28.0})
+    assert one_of_them == {"PSNR, dB, patches": [("0", [30.0]), ("1", [31.0]), ("interpolation", [28.0])]}
+    other_scans = drawn(patches, {"PSNR": 31.0, "PSNR_spline": 26.0})
+    assert other_scans == {"PSNR, dB, patches": [("0", [30.0]), ("1", [31.0])]}
+    alone = drawn({"whole_SSIM": 0.9}, {"whole_SSIM": 0.8, "SSIM": 0.5}, {"SSIM": 0.6})
+    assert alone == {"SSIM, whole volumes": [("0", [0.9]), ("1", [0.8])]}, "most of them have it"
 
 
 def rows_of_training(epochs: int) -> list[dict]:
@@ -455,8 +476,8 @@ def rows_of_training(epochs: int) -> list[dict]:
     found = []
     for e in range(1, epochs + 1):
         losses = {f"{who}_{name}": 1.0 for who in "gd" for name in ("loss", "gradient", "skipped", "penalty", "more")}
-        found.append({"epoch": e, "update": e, "rate": 0.5, **losses})
-        found.append({"epoch": e, "update": e, "rate": 0.25, **losses})
+        found.append({"epoch": e, "update": e, "lr_factor": 0.5, **losses})
+        found.append({"epoch": e, "update": e, "lr_factor": 0.25, **losses})
         scores = {"PSNR": 26.0 + e, "PSNR_spline": 26.5, "PSNR_linear": 27.25, "SSIM": 0.9125, "SSIM_spline": 0.5}
         scores |= {"Dice": 0.5 + 0.125 * (e == 2), "MSE": 0.1, "Seg_share": 0.1, "Label_share": 0.1}
         whole = {"whole_PSNR": 30.0, "spline_PSNR": 29.0, "whole_SSIM": 0.75, "whole_Dice": 0.25}
@@ -468,11 +489,11 @@ def test_a_terminal_shows_the_columns_of_a_training_that_decide_and_the_files_ha
     run_folder = log(tmp_path / "one", *rows_of_training(3))
     made = run.run("curves", run_folder, tmp_path / "out")
     assert tables.decisive_rows(made) == [
-        {"epoch": "1", "update": "2", "rate": "0.375"},
-        {"epoch": "2", "update": "4", "rate": "0.375", "PSNR": "28.00", "over spline": "+1.50",
+        {"epoch": "1", "update": "2", "lr factor": "0.375"},
+        {"epoch": "2", "update": "4", "lr factor": "0.375", "PSNR": "28.00", "over spline": "+1.50",
          "over linear": "+0.75", "SSIM": "0.912", "Dice": "0.625", "whole PSNR": "30.00", "whole over spline": "+1.00",
          "whole SSIM": "0.750", "whole Dice": "0.250"},
-        {"epoch": "3", "update": "6", "rate": "0.375", "PSNR": "29.00", "over spline": "+2.50",
+        {"epoch": "3", "update": "6", "lr factor": "0.375", "PSNR": "29.00", "over spline": "+2.50",
          "over linear": "+1.75", "SSIM": "0.912", "Dice": "0.500"},
     ]  # fmt: skip
     assert tables.best_lines(made) == ["Best PSNR 29.00 at epoch 3. Best Dice 0.6250 at epoch 2."]
@@ -485,6 +506,20 @@ def test_a_terminal_shows_the_columns_of_a_training_that_decide_and_the_files_ha
     header = (tmp_path / "out" / "curves.csv").read_text(encoding="utf8").splitlines()[0].split(",")
     assert {"g_penalty", "Seg_share", "whole_SSIM", "SSIM_spline"} <= set(header)
     assert set(header) == {k for row in json.loads((tmp_path / "out" / "curves.json").read_text())["rows"] for k in row}
+
+
+def test_the_factor_of_the_learning_rates_is_called_so_whatever_the_log_called_it(tmp_path):
+    """Logs of earlier versions have it as "rate"; it has no unit, and no learning rate is that large."""
+    old = [{"rate" if key == "lr_factor" else key: value for key, value in row.items()} for row in rows_of_training(2)]
+    made = [run.run("curves", log(tmp_path / name, *rows), tmp_path / f"out-{name}")
+            for name, rows in (("old", old), ("new", rows_of_training(2)))]  # fmt: skip
+    assert made[0]["rows"] == made[1]["rows"] and made[0]["rows"][0]["lr_factor"] == 0.375
+    for name in ("old", "new"):
+        for kind in ("csv", "md"):
+            text = (tmp_path / f"out-{name}" / f"curves.{kind}").read_text(encoding="utf8")
+            head = next(line for line in text.splitlines() if "epoch" in line and "updates" in line)
+            columns = [cell.strip() for cell in head.replace("|", ",").split(",")]
+            assert "lr_factor" in columns and "rate" not in columns, kind
 
 
 def test_rows_of_several_runs_say_whose_they_are_and_their_updates_are_their_own(tmp_path):

@@ -185,6 +185,33 @@ def test_an_image_that_does_not_give_the_scan_back_is_not_green(percent, wanted)
     assert wanted == GREEN or f"differs from the scan by {percent:.0f} %" in verdict.line()
 
 
+@pytest.mark.parametrize(
+    ("share", "wanted"), ((None, GREEN), (1.0, GREEN), (0.95, GREEN), (0.94, YELLOW), (0.7, YELLOW), (0.69, RED))
+)
+def test_a_cortex_in_pieces_is_not_green(share, wanted):
+    """Phantoms and stacks with the mother around the head gave 8 to 29 pieces of a fitting volume."""
+    verdict = judge(NEWBORN, seg_of(50), 1000.0, PERINATAL, whole_share=share)
+    assert verdict.light == wanted and ("pieces" in verdict.checked) == (share is not None)
+    words = f"cortical grey matter is in pieces: the two largest are {100 * (share or 0):.0f} % of it, expected 95 %"
+    assert wanted == GREEN or words in verdict.line()
+    own = judge(NEWBORN, seg_of(50), 1000.0, replace(PERINATAL, contrasts=()), whole_share=share)
+    assert own.light == GREEN and "pieces" not in own.checked, "structures of own trainings may be in pieces"
+
+
+@pytest.mark.parametrize(
+    ("change", "ml"), (({"head_mm": 310.0}, 600), ({"head_ml": 1.1e4}, 600)), ids=["a neck", "much beside the brain"]
+)
+def test_a_mask_is_offered_where_more_than_a_head_is_seen_and_then_it_is_measured_inside(change, ml):
+    look = replace(GROWN, **change)
+    found, why = light(look, ml, ADULT)
+    assert found == YELLOW and "(--mask FILE, an image of where the brain is, leaves out the rest)" in why
+    assert "--mask" not in judge(look, seg_of(ml), 1000.0, ADULT, masked=True).line()
+    both = light(replace(GROWN, filled=6, head_ml=1.1e4), ml, ADULT)[1]
+    assert both.count("--mask FILE") == 1 and both.index("--mask") < both.index("% of the head")
+    assert "--mask" not in light(replace(GROWN, head_mm=130.0), ml, ADULT)[1], "too small: nothing to leave out"
+    assert "--mask" not in light(replace(GROWN, head_ml=1000.0), ml, ADULT)[1]
+
+
 def test_a_newborn_given_to_adult_and_the_reverse_are_red():
     found, why = light(NEWBORN, 50, ADULT)
     assert found == RED and "96 mm long, made for 140 to 290 mm (--weights perinatal is made for it)" in why
@@ -195,7 +222,7 @@ def test_a_newborn_given_to_adult_and_the_reverse_are_red():
 @pytest.mark.parametrize(
     ("change", "wanted", "words"),
     (
-        ({"filled": 6}, RED, "tissue fills 6 of the 6 borders (--mask FILE"),
+        ({"filled": 6}, RED, "tissue fills 6 of the 6 borders (--mask FILE, "),
         ({"head_mm": 0.0}, RED, "nothing is brighter than air"),
         ({"head_mm": 135.0}, YELLOW, "135 mm long"),
         ({"fluid": 0.5}, RED, "the bright tail of intensities as in T2 or T2 before myelination images; made for T1"),

@@ -479,7 +479,7 @@ def test_a_folder_without_a_log_is_refused(tmp_path):
     (tmp_path / "log.jsonl").write_text("nonsense\n")
     with pytest.raises(InputError, match="no line of a training run"):
         study.run("curves", tmp_path, tmp_path / "out")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="no such file or folder"):
         study.run("curves", tmp_path / "none", tmp_path / "out")
 
 

@@ -20,8 +20,10 @@ import torch
 from cohort import SMALL, losses, make_store, rows
 
 from fastsrgan.cli.main import main
+from fastsrgan.config import SETTINGS
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
 from fastsrgan.model import checkpoint, weights
+from fastsrgan.report.curves import SUMMARY
 from fastsrgan.train import gan as trial
 from fastsrgan.train import loop
 from fastsrgan.train.gan import Models
@@ -87,6 +89,9 @@ def test_a_resumed_run_and_its_weights_still_say_what_the_run_began_with(store, 
     train(store, tmp_path / "run", config.replace(epochs=2), resume=True)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf8"))
     assert summary["updates"] == 2 and summary["start_weights"] == began_with
+    plain = {key for key, value in summary.items() if not isinstance(value, (dict, list))} - {"start_weights"}
+    assert plain <= SUMMARY.keys() | SETTINGS.keys(), "the report of a run has words for all"
+    assert summary["weights"] == "model.safetensors" and (tmp_path / "run" / summary["weights"]).is_file()
     for name in ("model.safetensors", "best.safetensors"):
         assert weights.info(tmp_path / "run" / name)["card"]["start_weights"] == began_with
 
@@ -243,7 +248,7 @@ def test_the_log_follows_the_schedule_and_the_optimisers_follow_the_log(store, t
     train(store, tmp_path / "run", config)
     done = np.arange(8) / 8
     expected = (1 - 0.75 * done) * np.minimum(1, np.arange(1, 9) / 2)
-    assert np.allclose([r["rate"] for r in rows(tmp_path / "run")], expected)
+    assert np.allclose([r["lr_factor"] for r in rows(tmp_path / "run")], expected)
     assert np.allclose(taken, expected[:, None] * [[1e-4, 5e-4]])
 
 
@@ -252,7 +257,7 @@ def test_rows_of_the_log_say_what_a_step_cost(store, tmp_path):
     for row in rows(tmp_path / "run"):
         assert 0 < row["seconds"] < 1e6 and row["patches_per_second"] == pytest.approx(2 / row["seconds"])
         assert row["memory_bytes"] > 1e7 and row["data_wait_seconds"] >= 0  # found: 4.51e8
-        assert {"g_total", "g_gradient", "d_wasserstein", "d_penalty", "d_gradient", "rate"} <= set(row)
+        assert {"g_total", "g_gradient", "d_wasserstein", "d_penalty", "d_gradient", "lr_factor"} <= set(row)
 
 
 class Noting:
@@ -278,11 +283,16 @@ class Noting:
 def test_what_is_not_finite_is_null_in_the_log(tmp_path):
     """So that every reader of JSON can read it."""
     log = RunLog(tmp_path)
-    log.step(1, 2, 0.5, 0.0, {"g_total": float("nan"), "d_total": float("-inf"), "rate": 1.0})
+    log.step(1, 2, 0.5, 0.0, {"g_total": float("nan"), "d_total": float("-inf"), "lr_factor": 1.0})
     log.epoch(1, {"PSNR": 30.0})
     lines = log.path.read_text(encoding="utf8").splitlines()
     step, epoch = (json.loads(line, parse_constant=pytest.fail) for line in lines)
-    assert (step["g_total"], step["d_total"], step["rate"], epoch["validation"]) == (None, None, 1.0, {"PSNR": 30.0})
+    assert (step["g_total"], step["d_total"], step["lr_factor"], epoch["validation"]) == (
+        None,
+        None,
+        1.0,
+        {"PSNR": 30.0},
+    )
 
 
 def test_a_row_tells_patches_of_all_ranks_and_the_time_that_this_call_needs():

@@ -15,7 +15,7 @@ from rich.console import Console
 from spies import NOTHING_TRAINED
 
 from fastsrgan.cli import console as console_module
-from fastsrgan.cli.console import PlainProgress, TerminalProgress
+from fastsrgan.cli.console import PlainProgress, TerminalProgress, pace
 from fastsrgan.cli.main import build_parser, main, normalised
 from fastsrgan.cli.train import build_config, is_table
 from fastsrgan.config import PRESETS, from_mapping
@@ -48,6 +48,13 @@ def test_nothing_is_cut_on_a_narrow_terminal(label, width):
     assert LINE in re.sub(r"\s+", " ", text)
     cells = re.findall(r"[A-Za-z]+ [\d.]+", LINE)
     assert len(cells) == 8 and all(any(cell in line for line in text.splitlines()) for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("rate", "told"), [(0.0, "0/s"), (0.00837, "119 s each"), (0.099, "10.1 s each"), (0.1, "0.1/s"), (12.34, "12.3/s")]
+)
+def test_what_takes_long_says_how_long(rate, told):
+    assert pace(rate) == told
 
 
 def test_a_line_ends_before_a_name_and_not_between_a_name_and_its_number():

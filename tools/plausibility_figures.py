@@ -10,8 +10,8 @@ Without labels it is a scan and looked at as it is, and in its mask.
 
 One line a scan: what `evaluate.plausibility.measure` sees, the fullest and third fullest border plane, of labels their
 volume, share of the head and `enclosed`, with --infer those of what `fastsrgan infer -w WEIGHTS` makes of the scans of
-that ratio (0: of scans as they are) and its light. Then smallest and largest of each column, per kind (the name without
-its first word).
+that ratio (0: of scans as they are), the share of its two largest pieces (`made_whole`) and its light. Then smallest
+and largest of each column, per kind (the name without its first word).
 """
 
 from __future__ import annotations
@@ -100,12 +100,14 @@ def inferred(scan: Scan, weights: str) -> dict[str, Any]:
         path = images.save(Path(place) / "scan.nii.gz", scan.volume.data, scan.volume.affine)
         mask = None if scan.mask is None else str(scan.mask)
         out = Path(infer_files([path], Path(place) / "out", weights, mask=mask, device="cpu")["out_dir"])
-        told = json.loads((out / "scan.json").read_text(encoding="utf8"))["plausibility"]
+        record = json.loads((out / "scan.json").read_text(encoding="utf8"))
+        told, whole = record["plausibility"], record.get("segmentation", {}).get("two_largest_share", 0.0)
         seg = images.load_label(out / "scan_seg.nii.gz")
         ml = float(seg.data.sum() * np.prod(seg.spacing) / 1000)
         within = plausibility.enclosed(images.load(out / "scan_sr.nii.gz").data, seg.data, seg.spacing)
     share = ml / told["scan"]["head_ml"] if told["scan"]["head_ml"] else 0.0
-    return {"made_ml": ml, "made_share": share, "made_encloses": within or 0.0, "light": told["light"]}
+    made = {"made_ml": ml, "made_share": share, "made_encloses": within or 0.0, "made_whole": whole}
+    return made | {"light": told["light"]}
 
 
 def main() -> None:

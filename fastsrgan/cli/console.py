@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastsrgan.core.files import finite
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import UsageError, one_line
+from fastsrgan.errors import UsageError, brief, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -174,7 +174,7 @@ class TerminalProgress:
         task = self.bar.tasks[0]
         rate = (task.completed + n) / max(time.perf_counter() - self.began, 1e-9)
         self.facts = facts or self.facts
-        self.bar.update(self.task, advance=n, rate=f"{rate:.3g}/s")
+        self.bar.update(self.task, advance=n, rate=pace(rate))
 
     def finish(self) -> None:
         """Leave the bar as it stands."""
@@ -187,6 +187,11 @@ class TerminalProgress:
         held = re.sub(r" (?=-?\d)", "\u00a0", plain(text))  # no line ends between a name and its number
         lines = textwrap.fill(held, self.console.width, subsequent_indent="  ").replace("\u00a0", " ")
         self.console.print(lines, markup=False, highlight=False, soft_wrap=True)
+
+
+def pace(rate: float) -> str:
+    """How many in a second, or how long each takes: 12.3 -> '12.3/s', 0.008 -> '125 s each'."""
+    return f"{1 / rate:.3g} s each" if 0 < rate < 0.1 else f"{brief(rate)}/s"
 
 
 class PlainProgress:
@@ -226,7 +231,7 @@ class PlainProgress:
         self.last_line = time.perf_counter()
         rate = self.done / max(self.last_line - self.began, 1e-9)
         left = f"  {(self.total - self.done) / rate:.0f} s left" if self.done < self.total and rate else ""
-        self._print(f"{self.label}: {self.done}/{self.total} {self.unit}  {rate:.3g}/s{left}  {fields(self.facts)}")
+        self._print(f"{self.label}: {self.done}/{self.total} {self.unit}  {pace(rate)}{left}  {fields(self.facts)}")
 
 
 class _Handler(logging.Handler):

@@ -34,7 +34,7 @@ from fastsrgan.cli.console import (
 from fastsrgan.core.files import left_as_found, url_of
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import SAID, Interrupts, Terminated, exit_code, loading, no_room
-from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, counted, out_of_memory
+from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, brief, counted, out_of_memory
 from fastsrgan.infer.settings import add_options
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def _label_of(subject: Subject) -> str:
         inside = sum(n for value, n in counts.items() if value != "0")
         parts = [(attrs.get("label_name", ""), attrs.get("label_classes", ()), inside)]
     told = [(f"{name}=" * bool(name) + ",".join(map(str, values)), n) for name, values, n in parts]
-    return "; ".join(f"{what} {100 * n / math.prod(subject.shape):.2g} %".strip() for what, n in told)
+    return "; ".join(f"{what} {brief(100 * n / math.prod(subject.shape), 2)} %".strip() for what, n in told)
 
 
 def _info(args: argparse.Namespace, progress: Progress) -> int:

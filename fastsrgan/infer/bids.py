@@ -187,6 +187,11 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
             {"Description": "Super-resolution image", "SkullStripped": stripped, RECORD: record},
         ),
     }
+    figure = out / image.folder.parent / "figures" / image.derived("sr", end=".png").name
+    of_record = sidecar(out / what["sr"][0])
+    targets = {kind: out / name for kind, (name, _) in what.items()} | {"png": figure, "json": of_record}
+    named = {kind: os.path.relpath(target, of_record.parent) for kind, target in targets.items() if kind in staged}
+    record["outputs"] = named  # they stood for the files of the stage
     placed = {}
     for kind, (name, meta) in what.items():
         target = out / name
@@ -201,7 +206,6 @@ def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
             _write_labels(sidecar(target).with_suffix(".tsv"), known, staged[kind])
         os.replace(staged[kind], target)
         placed[kind] = str(target)
-    figure = out / image.folder.parent / "figures" / image.derived("sr", end=".png").name
     if "png" not in staged:
         figure.unlink(missing_ok=True)
     else:

@@ -54,7 +54,7 @@ log = logging.getLogger("fastsrgan")
 # --- many images ----------------------------------------------------------------------------------------------------
 
 Item = dict[str, Any]  # what the summary says of one image
-TOLD = ("outputs", "structures", "plausibility", "seconds", "warnings")  # of its record
+TOLD = ("structures", "plausibility", "seconds", "warnings")  # of its record
 
 
 class Deal:
@@ -162,7 +162,7 @@ class Cohort:
             self.wait()
         place = self.deal.take(ahead=True)
         self.ahead = None if place is None else (place, None)
-        image = 0 if place is None else max(1, size_of(self.images[place]))
+        image = None if place is None else size_of(self.images[place])
         return _Neighbours(self, self.behind[1] if self.behind else 0, image)
 
     def read_ahead(self) -> None:
@@ -180,7 +180,7 @@ class Cohort:
             except Exception as error:
                 self._failed(place, error)
             else:
-                self._ended(place, {key: record[key] for key in TOLD})
+                self._ended(place, told(record, self.job.record(self.images[place])))
 
     # --- what becomes of an image
 
@@ -228,7 +228,7 @@ class Cohort:
 class _Neighbours:
     """``memory.Beside`` of a cohort."""
 
-    def __init__(self, cohort: Cohort, result: int, image: int) -> None:
+    def __init__(self, cohort: Cohort, result: int, image: int | None) -> None:
         self.cohort, self.result, self.image = cohort, result, image
 
     def settle(self, result: bool, image: bool) -> None:
@@ -237,7 +237,7 @@ class _Neighbours:
             self.cohort.wait()
         if image:
             self.cohort.read_ahead()
-        elif self.image:
+        elif self.image is not None:
             log.info("no room for the next image beside this one: it is read afterwards")
 
 
@@ -256,7 +256,7 @@ def together(job: ImageJob, images: Sequence[Image], ranks: Ranks) -> list[Item]
                 compute(loaded, job, f"{place + 1}/{len(images)} {image.path.name}", together=shared)
                 if not ranks.rank:
                     record = write(loaded, job)
-                    item |= {key: record[key] for key in TOLD}
+                    item |= told(record, job.record(image))
         except LostRank:
             raise
         except Exception as error:
@@ -390,8 +390,9 @@ def infer_files(
     Returns
     -------
     {"out_dir", "weights", "done", "skipped", "failed", "unneeded", "items": [{"input", "stem", "status", "outputs",
-    "structures", "plausibility", ...}]}; for more than one image also written to ``infer_summary.json``. Images that
-    are isotropic already are unneeded: nothing is done with them unless ``new_resolution`` says what.
+    "structures", "plausibility", ...}]}; for more than one image also written to ``infer_summary.json``, there
+    with outputs relative to its folder. Images that are isotropic already are unneeded: nothing is done with them
+    unless ``new_resolution`` says what.
 
     Raises
     ------
@@ -428,7 +429,7 @@ def infer_files(
         summary: dict[str, Any] = {"out_dir": str(out), "weights": models.facts}
         summary |= {status: counts[status] for status in STATUSES} | {"items": items}
         if len(listed) > 1 and ranks.rank == 0:
-            write_json(out / SUMMARY, summary)
+            write_json(out / SUMMARY, portable(summary, out))
         # Behind the file, since torchrun ends all ranks as soon as one of them ends with a failure.
         summary = summary if lost else ranks.gather(summary)[0]
         if summary["failed"]:
@@ -453,7 +454,24 @@ def _alone(image: Image, job: ImageJob) -> dict[str, Any]:
     if loaded is None:
         return item | {"status": "skipped", "outputs": names(job.outputs(image))}
     record = write(compute(loaded, job, image.path.name), job)
-    return item | {"status": "done"} | {key: record[key] for key in TOLD}
+    return item | {"status": "done"} | told(record, job.record(image))
+
+
+def told(record: dict[str, Any], path: Path) -> Item:
+    """What the item of an image has of its record at ``path``, with paths in the place of names."""
+    outputs = {kind: str(path.with_name(name)) for kind, name in record["outputs"].items()}
+    return {"outputs": outputs} | {key: record[key] for key in TOLD}
+
+
+def portable(summary: dict[str, Any], out: Path) -> dict[str, Any]:
+    """A summary as its file in ``out`` holds it: read from anywhere, paths mean the same."""
+    items = [
+        item
+        | {"input": str(Path(item["input"]).absolute())}
+        | ({"outputs": {k: os.path.relpath(v, out) for k, v in item["outputs"].items()}} if "outputs" in item else {})
+        for item in summary["items"]
+    ]
+    return summary | {"out_dir": str(out.absolute()), "items": items}
 
 
 def _check_outputs(listed: Sequence[Image], job: ImageJob, replace: bool) -> None:

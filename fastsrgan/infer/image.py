@@ -29,7 +29,16 @@ from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import Image
 from fastsrgan.model import weights as weight_files
 from fastsrgan.model.networks import Generator
-from fastsrgan.model.purpose import MODELS, Purpose, averaged_apart, common, file_called, mask_names, weights_called
+from fastsrgan.model.purpose import (
+    MODELS,
+    Purpose,
+    averaged_apart,
+    common,
+    file_called,
+    mask_names,
+    mask_values,
+    weights_called,
+)
 from fastsrgan.volume.components import ISLAND_SHARE, segment
 from fastsrgan.volume.geometry import Volume, spacing_of
 from fastsrgan.volume.oddities import odd_intensities, on_zeros
@@ -358,9 +367,12 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     share = ISLAND_SHARE if settings.min_size is None else None
     seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, least, share)
     within = enclosed(result.sr, seg, spacing_of(result.affine)) if purpose.contrasts else None
-    misfit = (result.report.get("agree") or {}).get("residual_percent_without")
+    misfit = (result.report.get("agree") or {}).get("residual_percent_network")
     known = replace(purpose, slices=()) if "upright" in result.report else purpose
-    verdict = judge(loaded.look, seg, voxel_mm3, known, loaded.mask is not None, within, misfit, loaded.model.apart)
+    verdict = judge(
+        loaded.look, seg, voxel_mm3, known, loaded.mask is not None, within, misfit, loaded.model.apart,
+        filtered.get("two_largest_share"),
+    )  # fmt: skip
     arrays = {"seg": seg, "prob": result.prob[0]} | ({} if result.doubt is None else {"doubt": result.doubt})
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))
@@ -412,7 +424,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
         "threshold": settings.threshold,
         **more,
         "affine": result.affine,
-        "outputs": names(outputs | kept),
+        "outputs": {kind: path.name for kind, path in (outputs | kept).items()},  # all of them beside the record
         "file_bytes": sizes(outputs | kept),
         "warnings": [*image.warnings, *result.report["warnings"], *odd],
         "seconds": loaded.seconds,
@@ -450,18 +462,6 @@ def _listed(start: str, items: Sequence[str]) -> str:
     text = start + ", ".join(items)
     fits = len(text) < DESCRIPTION  # a byte for each character: `images.save` writes ASCII
     return text.removesuffix(": ") if fits else f"{text[: DESCRIPTION - 6].rsplit(',', 1)[0]}, ..."
-
-
-def mask_values(model: dict[str, Any]) -> np.ndarray:
-    """The value of each class in the mask image: for structures of a label map the first that they have there.
-
-    ``evaluate --label-classes cortex=3,42`` then means the same in the mask and in the label map.
-    """
-    known = mask_names(model)
-    if not known:
-        return np.arange(256, dtype=np.uint8)
-    values = np.array([0, *(value for value, _ in known)])
-    return values.astype(np.uint8 if values.max() < 256 else np.uint16)
 
 
 def _save_as_input(target: Path, result: InferResult, image: Volume, code: int) -> dict[str, Any]:

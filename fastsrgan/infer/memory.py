@@ -89,11 +89,11 @@ class Beside(Protocol):
     """What else of a cohort could be in memory while a volume is worked on: its neighbours in the list.
 
     result : bytes of the result before it, which is being written
-    image : bytes of the image behind it, which is not read yet
+    image : bytes of the image behind it, which is not read yet; 0 where only reading tells; None: there is none
     """
 
     result: int
-    image: int
+    image: int | None
 
     def settle(self, result: bool, image: bool) -> None:
         """Told before the first tile which of them there is room for; makes sure that the others are not there."""
@@ -133,8 +133,8 @@ def plan_memory(
 
 def _with(made: MemoryPlan, beside: Beside) -> MemoryPlan:
     """The plan with those neighbours that fit."""
-    for what, size in ((RESULT_BEFORE, beside.result), (NEXT_IMAGE, beside.image)):
-        if size and made.total("host") + size <= made.limit:
+    for what, size in ((RESULT_BEFORE, beside.result or None), (NEXT_IMAGE, beside.image)):
+        if size is not None and made.total("host") + size <= made.limit:
             made = replace(made, rows=(*made.rows, (what, "host", size)))
     return made
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import Ranks
-from fastsrgan.errors import FastsrganError, InputError, ModelError, ResourceError, UsageError
+from fastsrgan.errors import FastsrganError, InputError, ModelError, ResourceError, UsageError, brief
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Done, Prepared, Results, Unfinished, keep_empty, nearest
@@ -425,18 +425,20 @@ def finish(
         found = residual(turned, scan, what.seen, SLAB_BYTES, free[0] if free else 0)
         weight, noise = _weight(found, scan, what)
         size = _energy(scan)
-        before = _percent(_energy(found), size)
+        before = own = _percent(_energy(found), size)
         del found
         if what.adapt:
             told["adapt"] = adapted(turned, scan, weight)
+            before = _percent(_energy(residual(turned, scan, what.seen, SLAB_BYTES, free[0] if free else 0)), size)
         after = _percent(_agree(turned, scan, what.seen, weight, image.norm.floor), size)
         told["agree"] = {
             "weight": weight, "noise": noise, **what.believed.record(),
-            "residual_percent": after, "residual_percent_without": before,
+            "residual_percent": after, "residual_percent_without": before, "residual_percent_network": own,
         }  # fmt: skip
+        more = f", {brief(own, 2)} % the network's own image" * what.adapt
         log.info(
-            "%s: the result, acquired again, differs from the scan by %.2g %% (%.2g %% without agreement; "
-            "weight %.3g, %s)", label, after, before, weight, what.believed,
+            "%s: the result, acquired again, differs from the scan by %s %% (%s %% without agreement%s; weight "
+            "%.3g, %s)", label, brief(after, 2), brief(before, 2), more, weight, what.believed,
         )  # fmt: skip
     doubt = image.turn.apply(prob[-1])
     if what.doubt:
@@ -448,8 +450,8 @@ def finish(
         told["voxels_kept_empty"] = kept
     if what.doubt:
         told["doubt"] |= (inside := summary(doubt, turned))
-        line = "%s: doubt inside the head: %.3g on average, 95 %% below %.3g, where the image is %.3g on average"
-        log.info(line, label, *(inside[key] for key in ("mean", "p95", "image_mean")))
+        line = "%s: doubt inside the head: %s on average, 95 %% below %s, where the image is %s on average"
+        log.info(line, label, *(brief(inside[key]) for key in ("mean", "p95", "image_mean")))
     left: np.ndarray | None = None
     if what.residual:
         left = image.turn.undo(residual(turned, scan, what.seen, axis=0))

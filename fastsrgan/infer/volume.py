@@ -267,7 +267,9 @@ def _adapted(
         sr, scan, start, apply, what.believed, down, weight, old, new, largest, image.norm.floor, network.device
     )
     if told["trials"]:
-        line = "%s: tried on the scan's own slices, the network gains %.2f dB over interpolation, %.2f dB if adapted"
+        line = (
+            "%s: tried on the scan's own slices, network and agreement gain %.2f dB over interpolation, %.2f if adapted"
+        )
         log.info(line, label, told["gain_db_without"], told["gain_db"])
     return told
 

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from fastsrgan.config import SPACING_LIMITS
-from fastsrgan.errors import InputError, times
+from fastsrgan.errors import InputError, brief, times
 from fastsrgan.io.nifti_voxels import COPY_AGAIN, NiftiFile, open_stream
 from fastsrgan.volume.geometry import shear_of, spacing_of
 from fastsrgan.volume.placement import grid_distance
@@ -277,7 +277,7 @@ def _choose_form(path: Path, header: nib.Nifti1Header, shape: tuple[int, ...], w
         if usable["qform"] and _conflict(affine, forms["qform"], shape):
             apart = grid_distance(affine, forms["qform"], shape)
             apart *= _UNITS.get(int(header["xyzt_units"]) & 7, (1.0, ""))[0]
-            warn(f"sform and qform place voxels up to {apart:.3g} mm apart: the sform is used")
+            warn(f"sform and qform place voxels up to {brief(apart)} mm apart: the sform is used")
         elif not bad and not np.allclose(np.abs(pixdim), size, rtol=0.01):
             warn(
                 f"pixdim is {times(pixdim.tolist())}, the sform's voxel size {times(size.tolist())}: the sform is used"

@@ -40,20 +40,25 @@ def bland_altman(
         panel.scatter((a + b) / 2, apart, s=22, color=POINT, zorder=3)
         panel.axhline(0, color="#c8c8c8", linewidth=0.8)
         mean = float(apart.mean())
-        lines = [("mean", mean, "-")]
+        lines, half = [("mean", mean, "-")], 0.0
         if len(apart) > 1:
             half = LIMITS * float(apart.std(ddof=1))
             lines += [("+1.96 sd", mean + half, "--"), ("−1.96 sd", mean - half, "--")]
+        one = len(lines) > 1 and not half  # their words would lie on one another
         for name, at, style in lines:
             panel.axhline(at, color=LINE, linewidth=1.1, linestyle=style)
+            if one and name != "mean":
+                continue
+            said = f"{'mean ± 1.96 sd' if one else name} {at:+.3g}"
             panel.annotate(
-                f"{name} {at:+.3g}", (1.0, at), xycoords=("axes fraction", "data"), xytext=(3, 0),
+                said, (1.0, at), xycoords=("axes fraction", "data"), xytext=(3, 0),
                 textcoords="offset points", fontsize=8, va="center", color=LINE,
             )  # fmt: skip
         panel.set_title(heading, fontsize=10)
         panel.set_xlabel("mean of the two", fontsize=9)
         panel.set_ylabel("difference", fontsize=9)
         panel.tick_params(labelsize=8)
+        panel.locator_params(axis="x", nbins=5)  # of numbers of six digits more would run into one another
         panel.margins(0.12)
     for panel in axes[len(panels) :]:
         panel.set_axis_off()

@@ -36,12 +36,14 @@ STUDY = {"rows": list, "fit": list}
 
 @dataclass
 class Result:
-    """One super-resolved image: its record, its files (sr, seg, doubt, mask, input, hr, label) and its scores."""
+    """One super-resolved image: its record and where that lies, its files (sr, seg, doubt, mask, input, hr, label) and
+    its scores."""
 
     stem: str
     record: dict[str, Any]
     files: dict[str, Path]
     scores: dict[str, Any] | None = None
+    folder: Path = field(default_factory=Path)
 
 
 @dataclass
@@ -189,7 +191,8 @@ def _result(path: Path, record: dict[str, Any], root: Path) -> Result:
         beside = _near(source, path.parent, path.parent.parent)  # since folders move
         if there := _first([*beside, Path(source)]):
             files["input"] = there
-    return Result(path.relative_to(root).with_suffix("").as_posix(), sound(record, PARTS), files)
+    stem = path.relative_to(root).with_suffix("").as_posix()
+    return Result(stem, sound(record, PARTS), files, folder=path.parent)
 
 
 def _derivative(path: Path, record: dict[str, Any], root: Path) -> Result:
@@ -222,7 +225,7 @@ def _assign(results: list[Result], scores: dict[str, Any], where: Path, strict: 
     rows = [sound_scores(row) for row in rows if isinstance(row, dict) and isinstance(row.get("image"), dict)]
     matched = 0
     for result in results:
-        own = result.files.get("sr", Path(result.record["outputs"]["sr"]))
+        own = result.files.get("sr", result.folder / Path(result.record["outputs"]["sr"]).name)
         mine = [row for row in rows if _of(row, own)]
         mine = [row for row in mine if row.get("subject") == result.stem] if len(mine) > 1 else mine
         if not mine and len(rows) == len(results) == 1 and "files" not in rows[0]:

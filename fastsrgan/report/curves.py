@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastsrgan.config import SETTINGS
 from fastsrgan.core.files import mapping, parse_json, read_json, real
 from fastsrgan.errors import counted
 from fastsrgan.evaluate.figures import structure_line
@@ -53,6 +54,26 @@ LINES = {
     "d_wasserstein": "Wasserstein estimate",
     "d_penalty": "gradient penalty",
     "d_gradient": "critic",
+}
+# What a page calls the entries of a summary, and their units; settings are called by their meaning in docs/config.md.
+SUMMARY = {
+    "epochs": ("epochs trained", ""),
+    "updates": ("updates", ""),
+    "resumed_at": ("resumed behind update", ""),
+    "seconds": ("time, since the last resume", " s"),
+    "data_wait_seconds": ("of it waiting for data", " s"),
+    "first_wait_seconds": ("wait for the first data", " s"),
+    "best": ("best score", ""),
+    "best_epoch": ("epoch of the best score", ""),
+    "best_dice": ("its Dice", ""),
+    "dice_is": ("which is the", ""),
+    "ended_early": ("ended by patience behind epoch", ""),
+    "weights": ("last weights", ""),
+    "best_weights": ("best weights", ""),
+    "ranks": ("processes", ""),
+    "device": ("device", ""),
+    "stopped": ("stopped by signal", ""),
+    "exit_code": ("exit code", ""),
 }
 SAME = {"Dice_label_1": "Dice"}  # the label's Dice, as a run with mask classes calls it: of several runs one chart
 
@@ -120,14 +141,13 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
             ]
             plots.append(line_chart(f"{title}: {LINES[column]}" if column in LINES else title, lines, "update", unit))
     told = [f["summary"] or {} for f in runs]
-    entries = dict.fromkeys(k for summary in told for k, v in summary.items() if not isinstance(v, (dict, list)))
-    entries.pop(START, None)
+    entries = dict.fromkeys(k for summary in told for k, v in summary.items() if _is_told(k, v))
     head = el("tr", el("th", ""), [el("th", name, scope="col") for name in names])
     rows = [
         el(
             "tr",
-            el("th", key.replace("_", " "), scope="row"),
-            [el("td", _value(one.get(key), pointer("runs", i, "summary", key))) for i, one in enumerate(told)],
+            el("th", _entry(key), scope="row"),
+            [el("td", _entered(key, one.get(key), pointer("runs", i, "summary", key))) for i, one in enumerate(told)],
         )
         for key in entries
     ]
@@ -158,7 +178,8 @@ def _changed(configs: Sequence[str], began: Sequence[str], names: Sequence[str])
         return None
     head = el("tr", el("th", ""), [el("th", name, scope="col") for name in names])
     rows = [
-        el("tr", el("th", k.strip(), scope="row"), [el("td", s.get(k, "–").strip()) for s in settings]) for k in keys
+        el("tr", el("th", _setting(k.strip()), scope="row"), [el("td", s.get(k, "–").strip()) for s in settings])
+        for k in keys
     ]
     return el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
 
@@ -207,9 +228,9 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
         notes.append("The run has no summary: it has not ended, or was killed.")
     head = facts_table(
         [
-            (key.replace("_", " "), _value(value, pointer("run", "summary", key)))
+            (_entry(key), _entered(key, value, pointer("run", "summary", key)))
             for key, value in summary.items()
-            if not isinstance(value, (dict, list)) and key != START
+            if _is_told(key, value)
         ]
         + ([(BEGAN, _began_with(summary))] if summary else [])
     )
@@ -316,6 +337,27 @@ def _table(validation: list[dict[str, Any]]) -> Html:
         for i, row in enumerate(validation)
     ]
     return el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
+
+
+def _is_told(key: str, value: Any) -> bool:
+    """Whether an entry of a summary has a row of its own; "its Dice" needs no word more where there is one Dice."""
+    return not isinstance(value, (dict, list, type(None))) and key != START and (key, value) != ("dice_is", "Dice")
+
+
+def _entry(key: str) -> object:
+    """What an entry of a summary is."""
+    return SUMMARY[key][0] if key in SUMMARY else _setting(key)
+
+
+def _entered(key: str, value: Any, path: str) -> object:
+    """Its value with its unit."""
+    said = _value(value, path)
+    return said if said is None else join(said, SUMMARY.get(key, ("", ""))[1])
+
+
+def _setting(key: str) -> object:
+    """A setting by its name and meaning, another word as it is."""
+    return join(el("code", key), ": ", SETTINGS[key].help) if key in SETTINGS else key.replace("_", " ")
 
 
 def _value(value: Any, path: str) -> object:

@@ -90,6 +90,7 @@ def shown(value: float, digits: int = 4, signed: bool = False) -> str:
 
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 70, 12, 14, 40
+LETTER = 6.7  # pixels of a digit at an axis
 COLOURS = 6  # of the style sheet; further lines begin again
 MARKED = 40  # a line of at most so many points shows them
 
@@ -116,13 +117,16 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str = "
     if all(float(x).is_integer() for x in xs):  # epochs, updates
         x_ticks = [x for x in x_ticks if float(x).is_integer()] or x_ticks
     x_range, y_range = _range(xs, []), _range(ys, y_ticks)
+    digits = next((d for d in range(5, 12) if len({shown(v, d) for v in y_ticks}) == len(y_ticks)), 12)
+    marks = [(value, shown(value, digits)) for value in y_ticks]
+    left = max(LEFT, round((28 if y_label else 10) + LETTER * max(len(told) for _, told in marks)))
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - x_range[0]) / (x_range[1] - x_range[0])
         up = (y - y_range[0]) / (y_range[1] - y_range[0])
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return left + across * (WIDTH - left - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
-    parts = [_axes(at, x_ticks, y_ticks, x_range, y_range, x_label, y_label)]
+    parts = [_axes(at, left, x_ticks, marks, x_range, y_range, x_label, y_label)]
     numbers = [i if line.number is None else line.number for i, line in enumerate(lines)]
     parts += [_line(line, i, at) for i, line in zip(numbers, lines, strict=True)]
     drawing = el(
@@ -162,17 +166,16 @@ def _line(line: Line, index: int, at) -> Html:
     return join(paths, dots)
 
 
-def _axes(at, x_ticks, y_ticks, x_range, y_range, x_label: str, y_label: str) -> Html:
+def _axes(at, left: int, x_ticks, marks, x_range, y_range, x_label: str, y_label: str) -> Html:
     parts = []
-    digits = next((d for d in range(5, 12) if len({shown(v, d) for v in y_ticks}) == len(y_ticks)), 12)
-    for value in y_ticks:
+    for value, told in marks:
         _, y = at(x_range[0], value)
-        parts.append(el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"))
-        parts.append(el("text", shown(value, digits), x=LEFT - 7, y=f"{y + 4:.1f}", class_="tick end"))
+        parts.append(el("line", x1=left, x2=WIDTH - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"))
+        parts.append(el("text", told, x=left - 7, y=f"{y + 4:.1f}", class_="tick end"))
     for value in x_ticks:
         x, y = at(value, y_range[0])
         parts.append(el("text", shown(value, 5), x=f"{x:.1f}", y=f"{y + 16:.1f}", class_="tick middle"))
-    middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
+    middle = left + (WIDTH - left - RIGHT) / 2
     parts.append(el("text", x_label, x=middle, y=HEIGHT - 6, class_="tick middle"))
     if y_label:
         parts.append(

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastsrgan.core.files import mapping
 from fastsrgan.evaluate.figures import FIGURES, name_of
+from fastsrgan.evaluate.grids import KNOWS, knows_truth
 from fastsrgan.evaluate.plausibility import GREEN, NO_PROOF, RED, YELLOW
 from fastsrgan.model.purpose import Purpose, mask_names, weight_files, weights_called
 from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer
@@ -38,7 +39,8 @@ def tiles(scores: Mapping[str, Any], at: str) -> list[Html]:
         if not _is_number(value):
             continue
         where = REGIONS[region] if keys[0] == "image" else "segmentation"
-        other = el("small", "baseline: ", number(base, at + pointer("baseline", *keys))) if _is_number(base) else None
+        said = "baseline, which knows the truth: " if keys[0] != "image" and knows_truth(scores) else "baseline: "
+        other = el("small", said, number(base, at + pointer("baseline", *keys))) if _is_number(base) else None
         shown = el("b", number(value, at + pointer(*keys)))
         items.append(el("li", el("span", name_of(keys[-1])), shown, el("small", where), other))
     return items
@@ -99,7 +101,8 @@ def _baselines(scores: Mapping[str, Any]) -> Html:
     said = scores.get("baselines")
     told = [f"{what}: {text}" for what, text in said.items()] if isinstance(said, dict) else []
     words = "; ".join(told) or "the image and segmentation that the result was compared with"
-    return el("p", f"Baseline: {words}.", class_="faint")
+    more = f" {KNOWS[0].upper()}{KNOWS[1:]}." if knows_truth(scores) else ""
+    return el("p", f"Baseline: {words}.{more}", class_="faint")
 
 
 def definitions(words: Mapping[str, Any]) -> Html:
@@ -156,7 +159,7 @@ def chosen_weights(record: Mapping[str, Any]) -> str:
     return weights_called(weights) + (f" ({weights['chosen']})" if weights.get("chosen") else "")
 
 
-def facts_table(rows: Sequence[tuple[str, object]]) -> Html:
+def facts_table(rows: Sequence[tuple[object, object]]) -> Html:
     """Names and values; rows without a value are left out."""
     kept = [el("tr", el("th", name, scope="row"), el("td", value)) for name, value in rows if value not in (None, "")]
     return el("table", el("tbody", kept), class_="facts")
@@ -188,26 +191,26 @@ def provenance_card(record: Mapping[str, Any], at: str) -> Html:
 
 
 def _adapted(adapt: Any, at: str) -> Html | None:
-    """What the network gained on slices cut from its own result; None where it was not tried."""
+    """What network and agreement gained on slices cut from the result; None where it was not tried."""
     if not isinstance(adapt, Mapping) or not all(_is_number(adapt.get(k)) for k in ("gain_db", "gain_db_without")):
         return None
     gained, without = (number(adapt[key], f"{at}/{key}") for key in ("gain_db", "gain_db_without"))
-    return join("it gains ", gained, " dB over interpolation, adapted to the scan (", without, " dB before)")
+    return join(
+        "network and agreement gain ", gained, " dB over interpolation, adapted to the scan (", without, " dB before)"
+    )
 
 
 def _agreement(agree: Any, at: str) -> Html | None:
     """How far the result, acquired again, is from the scan; None where it was not made to agree."""
     if not isinstance(agree, Mapping) or not _is_number(agree.get("residual_percent")):
         return None
-    before = agree.get("residual_percent_without")
-    return join(
-        "acquired again, it differs by ",
-        number(agree["residual_percent"], at + "/residual_percent"),
-        " %",
-        join(" (", number(before, at + "/residual_percent_without"), " % without agreement)")
-        if _is_number(before)
-        else None,
-    )
+    told = [("residual_percent", "acquired again, it differs by ", " %")]
+    told.append(("residual_percent_without", "; ", " % without agreement"))
+    # Another image where it was adapted to the scan.
+    if agree.get("residual_percent_network") != agree.get("residual_percent_without"):
+        told.append(("residual_percent_network", "; ", " % the network's own image"))
+    known = [(key, *words) for key, *words in told if _is_number(agree.get(key))]
+    return join([(before, number(agree[key], f"{at}/{key}"), after) for key, before, after in known])
 
 
 def _weights(weights: Mapping[str, Any]) -> list[tuple[str, object]]:

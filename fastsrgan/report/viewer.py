@@ -255,7 +255,8 @@ def _said(packed: Packed, whole_mb: float) -> str:
     size, box, kept = (" × ".join(map(str, s)) for s in (packed.full_shape, packed.head, packed.shape))
     grey = f"255 grey levels from 0 to {packed.top:.6g}, turned to the axes R, A, S"
     if not packed.is_part:
-        return f"Shown at full resolution: {kept} voxels, cropped to the head from {size}; {grey}."
+        cropped = f", cropped to the head from {size}" * (kept != size)
+        return f"Shown at full resolution: {kept} voxels{cropped}; {grey}."
     thin = [d for d in range(3) if packed.shape[d] < packed.head[d]]
     part = "a slab" if len(thin) == 1 else "a block"
     return (

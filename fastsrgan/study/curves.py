@@ -18,8 +18,10 @@ SHOWN = {
     "generator": ("g_reconstruction", "g_adversarial", "g_loss"),
     "critic": ("d_wasserstein", "d_penalty", "d_loss"),
 }
+ALIKE = 1e-3  # of what the interpolation scores: rounding on another machine, no other scans
 MOST = 2**53  # updates; whole numbers from there on are no longer told apart on an axis
 LARGEST = 3.4e38  # of a 32-bit float: no loss is beyond it, and no axis can be drawn for what is
+OLD_NAMES = {"rate": "lr_factor"}  # logs of earlier versions; what the learning rates are multiplied by
 NOT_LOSSES = {"epoch", "update", "seconds", "data_wait_seconds", "patches_per_second", "memory_bytes"}
 
 
@@ -34,9 +36,10 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     try:
         lines = path.read_text(encoding="utf8", errors="replace").splitlines()
     except OSError as error:
-        raise InputError(path, "cannot be read", "name the folder of a training run") from error
+        reason = "cannot be read" if path.exists() else "no such file or folder"
+        raise InputError(path, reason, "name the folder of a training run") from error
     rows = [row for row in map(parse_json, lines) if _is_count(row.get("epoch")) and _is_count(row.get("update", 0))]
-    updates = [r for r in rows if "update" in r]
+    updates = [{OLD_NAMES.get(k, k): v for k, v in r.items()} for r in rows if "update" in r]
     validations = [r for r in rows if isinstance(r.get("validation"), dict)]
     if not updates and not validations:
         raise InputError(path, "holds no line of a training run", "train for an update at least")
@@ -66,20 +69,24 @@ def curves(run: Path) -> dict[str, Any]:
     return {"rows": rows, "best": best, "updates": len(updates), "panels": _panels(rows, updates)}
 
 
-# What is drawn of several runs: titles, and the columns of which the first that a run has is taken.
-OVERLAID = (
-    ("Dice", ("whole_Dice", "Dice", "Dice_label_1")),
-    ("PSNR, dB", ("whole_PSNR", "PSNR")),
-    ("SSIM", ("whole_SSIM", "SSIM")),
-    ("reconstruction loss", ("g_reconstruction",)),
-    ("Wasserstein estimate", ("d_wasserstein",)),
-    ("gradient penalty", ("d_penalty",)),
+# What is drawn of several runs. Of scores their names, and of whole volumes and of patches the columns, of which a run
+# has one, and that of the interpolation: of two runs the same is compared, the first that all of them have.
+SCORES = (
+    ("Dice", ("whole_Dice",), "spline_Dice", ("Dice", "Dice_label_1"), ""),
+    ("PSNR, dB", ("whole_PSNR",), "spline_PSNR", ("PSNR",), "PSNR_spline"),
+    ("SSIM", ("whole_SSIM",), "spline_SSIM", ("SSIM",), "SSIM_spline"),
+)
+LOSSES = (
+    ("reconstruction loss", "g_reconstruction"),
+    ("Wasserstein estimate", "d_wasserstein"),
+    ("gradient penalty", "d_penalty"),
 )
 
 
 def overlaid(runs: Sequence[Path]) -> dict[str, Any]:
     """Several runs: ``rows`` as of ``curves`` with the name of their run, ``runs`` (name, path, best, updates), and
-    panels in which every run has a line of its own colour, the interpolation a grey one."""
+    panels in which every run has a line of its own colour, the interpolation a grey one where it is the same for all.
+    """
     made = {name: curves(run) for name, run in zip(short_names(runs), runs, strict=True)}
     if len(made) < len(runs):
         raise UsageError("study curves", "a run is named twice", "name each run once")
@@ -90,20 +97,36 @@ def overlaid(runs: Sequence[Path]) -> dict[str, Any]:
     shown = {name: [_of_all(row) for row in one["rows"]] for name, one in made.items()}
     named = list(dict.fromkeys(one["best"]["dice_is"] for one in made.values() if one["best"]))
     panels = []
-    for title, keys in OVERLAID:
-        lines = []
-        for number, (name, rows) in enumerate(shown.items()):
-            key = next((k for k in keys if any(_is_number(row.get(k)) for row in rows)), None)
-            if key is not None:
-                lines.append(PlotLine(name, *_xy(rows, "epoch", key), number=number))
-            base = f"spline_{key.removeprefix('whole_')}" if key and key.startswith("whole_") else ""
-            x, y = _xy(rows, "epoch", base)
-            if x and number == 0:
-                lines.append(PlotLine("interpolation", x, y, style="baseline", number=GREY_LINE))
+    for title, whole, of_whole, patches, of_patches in SCORES:
+        kinds = (("whole volumes", whole, of_whole), ("patches", patches, of_patches))
+        lines = {kind: _lines(shown, keys) for kind, keys, _ in kinds}
+        # Scores of whole volumes are higher than those of patches, which have noise: never both in one panel.
+        kind = next((kind for kind in lines if len(lines[kind]) == len(runs)), max(lines, key=lambda k: len(lines[k])))
+        base = next(of for name, _, of in kinds if name == kind)
         title = " / ".join(named) if title == "Dice" and named else title
-        panels.append(Panel(title, "epoch", lines))
+        title += f", {kind}" * bool(lines[kind])
+        panels.append(Panel(title, "epoch", lines[kind] + _interpolation(shown, base) * bool(lines[kind])))
+    panels += [Panel(title, "epoch", _lines(shown, (key,))) for title, key in LOSSES]
     rows = [{"run": name} | row for name, one in made.items() for row in one["rows"]]
     return {"rows": rows, "runs": told, "panels": _rows_of(panels)}
+
+
+def _lines(shown: dict[str, list[dict[str, Any]]], keys: Sequence[str]) -> list[PlotLine]:
+    """Of every run the first of the columns that it has, where it has one."""
+    lines = []
+    for number, (name, rows) in enumerate(shown.items()):
+        points = next((xy for key in keys if (xy := _xy(rows, "epoch", key))[0]), None)
+        lines += [PlotLine(name, *points, number=number)] if points else []
+    return lines
+
+
+def _interpolation(shown: dict[str, list[dict[str, Any]]], key: str) -> list[PlotLine]:
+    """A line where it is the same for all runs that have it: with other resolutions it is another."""
+    found = [xy for rows in shown.values() if (xy := _xy(rows, "epoch", key))[0]]
+    levels = [statistics.fmean(y) for _, y in found]
+    if not levels or max(levels) - min(levels) > ALIKE * max(map(abs, levels)):
+        return []
+    return [PlotLine("interpolation", *found[0], style="baseline", number=GREY_LINE)]
 
 
 def _of_all(row: dict[str, Any]) -> dict[str, Any]:

@@ -145,10 +145,10 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
         if at.step >= at.steps:
             break
         began = time.perf_counter()
-        rate = factor(c.lr_schedule, run.done(turn, at.step / at.steps), at.updates, c.lr_warmup, c.lr_end)
-        run.models.set_rates(rate)
+        lr_factor = factor(c.lr_schedule, run.done(turn, at.step / at.steps), at.updates, c.lr_warmup, c.lr_end)
+        run.models.set_rates(lr_factor)
         told = step(run, turn, pool, indices)
-        told.rate = rate
+        told.lr_factor = lr_factor
         if run.first:
             forms.current().tell()
         at.step += 1
@@ -209,7 +209,7 @@ class Told:
     critic: Mapping[str, float]
     generator: Mapping[str, float]
     batch: list[str]
-    rate: float = 0.0
+    lr_factor: float = 0.0
     update: int = 0
     done: float = 0.0
     seconds: float = 0.0
@@ -267,8 +267,8 @@ def tell(run: Run, turn: Turn, facts: dict[str, float], told: Told) -> None:
     """Log one step and show it."""
     if run.log is None:
         return
-    rate = {"rate": told.rate, "patches_per_second": len(told.batch) * run.ranks.world / told.seconds}
-    facts = {**facts, **rate, "memory_bytes": float(memory(run))}
+    speed = {"patches_per_second": len(told.batch) * run.ranks.world / told.seconds}
+    facts = {**facts, "lr_factor": told.lr_factor, **speed, "memory_bytes": float(memory(run))}
     run.log.step(turn.epoch, told.update, told.seconds, run.feed.waited, facts)
     if run.board is not None:
         run.board.scalars("train", facts, told.update)

@@ -521,5 +521,7 @@ def summary(run: Run, seconds: float, stop: StopRequest) -> dict[str, Any]:
         "provenance": provenance(),
     }
     if run.first:
-        write_json(run.folder / "summary.json", facts)
+        # Files of the folder by their names, which hold wherever it goes and is read from.
+        named = {k: Path(v).name for k in ("weights", "best_weights") if (v := facts[k])}
+        write_json(run.folder / "summary.json", facts | named)
     return facts

@@ -21,6 +21,9 @@ def segment(
 
     share : with it, no component of at least this part of the largest is left out for ``min_mm3``
 
+    With ``min_mm3``, ``two_largest_share`` is that of the two largest components, before all but the largest are left
+    out, in the volume of those that are large enough: of a structure in two halves that may touch, how whole it is.
+
     The components' numbers take 4 bytes a voxel, where a filter is on.
     """
     seg = prob_XYZ > threshold
@@ -34,11 +37,13 @@ def segment(
     least = min_mm3 if share is None else min(min_mm3, share * float(sizes.max()) * voxel_mm3)
     kept = sizes * voxel_mm3 >= least
     kept[0] = False
+    pieces = np.sort(sizes[kept])
     if largest_component and kept.any():
         largest = int(np.argmax(np.where(kept, sizes, 0)))
         kept[:] = False
         kept[largest] = True
     told: dict[str, float] = {"components": int(count), "components_kept": int(kept.sum())}
+    told |= {"two_largest_share": float(f"{pieces[-2:].sum() / pieces.sum():.4g}")} if min_mm3 and len(pieces) else {}
     told |= {"min_size_mm3": round(least, 3)} if min_mm3 else {}
     told["voxels_left_out"] = int(sizes.sum() - sizes[kept].sum())
     return kept[numbered].astype(np.uint8), told

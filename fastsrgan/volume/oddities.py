@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fastsrgan.errors import brief
 from fastsrgan.volume.intensity import TIMES, outliers
 
 SHARE = 0.5  # of a segmentation that lies on exact zeros, from which on that is told
@@ -41,7 +42,7 @@ def outshone(data_XYZ: np.ndarray, compressed: bool) -> list[str]:
         "tissue"
     )
     return [
-        f"{found.count} of {data_XYZ.size} voxels are up to {found.times:.3g} times as bright as all others: {seen}"
+        f"{found.count} of {data_XYZ.size} voxels are up to {brief(found.times)} times as bright as all others: {seen}"
     ]
 
 

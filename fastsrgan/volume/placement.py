@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastsrgan.errors import InputError, times
+from fastsrgan.errors import InputError, brief, times
 from fastsrgan.volume.geometry import Orientation, Volume, spacing_of, world_orientation
 
 SHIFT_TOLERANCE = 0.03  # voxels that even the nearest place of two grids may be apart
@@ -46,7 +46,7 @@ class Difference:
         return small and self.turn <= TURN_TOLERANCE
 
     def __str__(self) -> str:
-        return f"up to {self.largest:.3g} mm apart, most at voxel {self.voxel}"
+        return f"up to {brief(self.largest)} mm apart, most at voxel {self.voxel}"
 
 
 def difference(a_44: np.ndarray, b_44: np.ndarray, shape: tuple[int, ...]) -> Difference:
