@@ -21,7 +21,7 @@ from fastsrgan.infer import anytime, bids, files, memory, modes, planes, tiles
 from fastsrgan.infer import image as image_module
 from fastsrgan.infer import network as network_module
 from fastsrgan.infer import volume as volume_module
-from fastsrgan.infer.image import _listed, load_weights, mask_values
+from fastsrgan.infer.image import _listed, load_weights
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Whole, nearest, own_grid
 from fastsrgan.infer.settings import InferSettings, options
@@ -31,7 +31,7 @@ from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import SUFFIXES, find_bids, parse, sidecar
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
-from fastsrgan.model.purpose import Purpose, mask_names
+from fastsrgan.model.purpose import Purpose, mask_names, mask_values
 from fastsrgan.volume.consistency import Observation
 from fastsrgan.volume.geometry import Orientation, Volume
 

@@ -312,9 +312,16 @@ def normalised(argv: Sequence[str]) -> list[str]:
     return [*out, *argv[options:]]
 
 
+def at_home(word: str) -> str:
+    """A word with ~ as the home folder where the shell left it alone, as in ``--out=~/x``; ./~ names a file."""
+    if found := re.match(r"(-\w|--[\w-]+=|)(~.*)", word, re.DOTALL):
+        return found[1] + os.path.expanduser(found[2])
+    return word
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    words = normalised(sys.argv[1:] if argv is None else argv)
+    words = [at_home(word) for word in normalised(sys.argv[1:] if argv is None else argv)]
     options = words.index("--") if "--" in words else len(words)
     flags = {flag: flag in words[:options] for flag in ("--debug", "--quiet")}
     words = [w for w in words[:options] if w not in flags] + words[options:]

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastsrgan.core.files import mapping
 from fastsrgan.volume.geometry import PLANES
 
@@ -160,6 +162,18 @@ def mask_names(weights: object) -> tuple[tuple[int, str], ...]:
         if isinstance(values, list) and values and all(isinstance(v, int) for v in values) and isinstance(name, str):
             found.append((min(values), name))
     return tuple(found)
+
+
+def mask_values(model: dict[str, Any]) -> np.ndarray:
+    """The value of each class in the mask image: for structures of a label map the first that they have there.
+
+    ``evaluate --label-classes cortex=3,42`` then means the same in the mask and in the label map.
+    """
+    known = mask_names(model)
+    if not known:
+        return np.arange(256, dtype=np.uint8)
+    values = np.array([0, *(value for value, _ in known)])
+    return values.astype(np.uint8 if values.max() < 256 else np.uint16)
 
 
 def common(purposes: list[Purpose]) -> Purpose:
