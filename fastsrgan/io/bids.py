@@ -25,9 +25,9 @@ DESCRIPTION = "dataset_description.json"
 SUFFIXES = ("T1w", "T2w", "FLAIR", "PDw", "UNIT1", "T2starw", "T2star")  # images of one contrast, weighted or uniform
 NAMED = 5  # images that are left out and told by name
 # Entities of anatomical images and of derivatives made from them, in the order that names must have.
-ENTITIES = ("sub", "tpl", "ses", "cohort", "sample", "task", "tracksys", "acq", "nuc", "voi", "ce", "trc", "stain", "rec",
-            "dir", "run", "mod", "echo", "flip", "inv", "mt", "part", "proc", "hemi", "space", "split", "recording",
-            "chunk", "atlas", "seg", "scale", "res", "den", "label", "desc")  # fmt: skip
+ENTITIES = ("sub", "ses", "sample", "task", "tracksys", "acq", "nuc", "voi", "ce", "trc", "stain", "rec", "dir", "run",
+            "mod", "echo", "flip", "inv", "mt", "part", "proc", "hemi", "space", "split", "recording", "chunk", "seg",
+            "res", "den", "label", "desc")  # fmt: skip
 SEGMENTATIONS = ("dseg", "probseg")
 # Other images of anatomy, which --suffix takes: of several echoes, flip angles or inversion times, and made of them.
 OTHERS = ("PD", "PDT2", "FLASH", "inplaneT1", "inplaneT2", "angio", "defacemask", "VFA", "IRT1", "MP2RAGE", "MPM",
