@@ -36,12 +36,16 @@ STUDY = {"rows": list, "fit": list}
 
 @dataclass
 class Result:
-    """One super-resolved image: its record, its files (sr, seg, doubt, mask, input, hr, label) and its scores."""
+    """One super-resolved image: its record, its files (sr, seg, doubt, mask, input, hr, label) and its scores.
+
+    probable : whether ``seg`` is stored as a probability, as by the original
+    """
 
     stem: str
     record: dict[str, Any]
     files: dict[str, Path]
     scores: dict[str, Any] | None = None
+    probable: bool = False
 
 
 @dataclass
@@ -206,8 +210,10 @@ def _original(path: Path, record: dict[str, Any], root: Path) -> Result:
     weights = {"path": "weights of job-model", "sha256": made_with.get("weights")}
     kinds = {"sr": outputs["SR"], "seg": outputs.get("Cortex"), "mask": outputs.get("Mask")}
     source = {"path": str(path.parents[2] / Path(record["image"]).name), "sha256": record.get("sha256")}
-    known = {key: record[key] for key in ("warnings", "provenance") if key in record}
-    result = _result(path, {"input": source, "weights": weights, "outputs": kinds, **made, **known}, root)
+    parts: dict[str, Any] = {"input": source, "weights": weights, "outputs": kinds}
+    parts |= made | {key: record[key] for key in ("warnings", "provenance") if key in record}
+    result = _result(path, parts, root)
+    result.probable = True
     result.stem = f"{path.parent.relative_to(root).as_posix()}/{images.stem(record['image'])}".removeprefix("./")
     return result
 
