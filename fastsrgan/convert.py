@@ -361,7 +361,7 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
         **quantised,
     }
     warnings = [*volume.warnings, *odd_intensities(to_float32(stored, scale, offset), compressed=False)]
-    if attrs["bounding_box"] is None:
+    if attrs["bounding_box"] is None and stored.min() == stored.max():  # training moves others up by their minimum
         raise InputError(row.image, "no voxel is above 0", "there is nothing to learn from it")
     others: dict[str, np.ndarray | None] = {"label": None, "mask": None, "tissues": None}
     for name, path in (("label", row.label), ("mask", row.mask), ("tissues", row.tissues)):

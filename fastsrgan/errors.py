@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 LONGEST, LONGEST_REASON = 1000, 32_000  # letters of a name in a message, of all that is said of it
@@ -160,3 +160,15 @@ def out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def alike(warnings: Mapping[str, Sequence[str]], shown: int = 3) -> list[str]:
+    """Warnings of subjects, equal ones once behind the names that they are about: ``a, b, c and 2 more: TEXT``."""
+    about: dict[str, list[str]] = {}
+    for subject, texts in warnings.items():
+        for text in texts:
+            about.setdefault(text, []).append(subject)
+    return [
+        f"{', '.join(names[:shown])}{f' and {len(names) - shown} more' * (len(names) > shown)}: {text}"
+        for text, names in about.items()
+    ]

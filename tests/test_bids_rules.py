@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from test_bids import QUICK, make_dataset, model  # noqa: F401 (a fixture)
 
-from fastsrgan.core.files import read_json
+from fastsrgan.core.files import read_json, write_json
 from fastsrgan.infer.bids import IGNORED, infer_bids
-from fastsrgan.io.bids import DESCRIPTION, sidecar
+from fastsrgan.io.bids import DESCRIPTION, check_derivatives, description, sidecar
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +107,16 @@ def test_the_validator_finds_no_error(derivatives):
     assert told["error"] == [] and all("AUTHORS" in line for line in told["warning"])
     (derivatives / "sub-01/anat/sub-01_desc-sr_T1w.json").unlink()
     assert any("SkullStripped" in line for line in issues(derivatives)["error"])
+
+
+@pytest.mark.parametrize("name", ("inv-1_MP2RAGE", "echo-2_MEGRE", "flip-1_mt-on_MPM", "run-1_echo-1_part-mag_T2starw"))
+def test_derivatives_of_images_of_several_parts_break_no_rule(tmp_path, caplog, name):
+    """What --suffix takes is no fault of its derivatives, entities stand in the order of BIDS."""
+    entities, suffix = name.rsplit("_", 1)
+    sr = tmp_path / "sub-1" / "anat" / f"sub-1_{entities}_desc-sr_{suffix}.nii.gz"
+    sr.parent.mkdir(parents=True)
+    sr.write_bytes(b"")
+    meta = {"Sources": [], "SpatialReference": "orig", "SkullStripped": False}
+    sidecar(sr).write_text(json.dumps(meta), encoding="utf8")
+    write_json(tmp_path / DESCRIPTION, description("x", "1", {}))
+    assert check_derivatives(tmp_path) == []

@@ -367,3 +367,18 @@ def test_what_convert_says_of_the_data_is_in_the_runs_log_record_and_report(tmp_
 
 def test_origins_are_there_for_whole_masks():
     assert len(patch_origins((20, 20, 20), 16, 12, ((0, 20),) * 3, np.ones((20, 20, 20))))
+
+
+def test_images_wholly_below_zero_train_as_what_they_are_moved_to(tmp_path, capsys):
+    """Training moves them up by their minimum, as inference does; the original's geometry does not, and refuses them
+    before the first update; one of a single value teaches nothing."""
+    low = [{"image": head(n)[0] - 10} for n in range(2)]
+    store = cohort(tmp_path / "a", *low)
+    sample = store.read(store.subjects[0].id)
+    assert float(sample.image.max()) < 0
+    words = ["--quiet", "train", str(tmp_path / "a" / "c.zarr"), "-o", str(tmp_path / "run"), "-n", "1", "1", "2"]
+    assert main([*words, "--geometry", "segsrgan"]) == 3
+    told = capsys.readouterr().err
+    assert "without a voxel above 0" in told and "--geometry physical moves them up" in told
+    with pytest.raises(InputError, match="no voxel is above 0"):
+        cohort(tmp_path / "b", *({"image": np.full((SIDE,) * 3, -5, np.int16)} for _ in range(2)))

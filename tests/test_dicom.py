@@ -778,3 +778,19 @@ def test_a_tilt_beyond_any_rounding_is_refused_at_one_digit_too(tmp_path):
     write_series(tmp_path, volume((6, 5, 20)), scanner_affine(turn=dicom_files.SLANT), change=shifted)
     with pytest.raises(InputError, match="gantry tilt"):
         dicom.load(tmp_path)
+
+
+def test_a_multi_frame_file_cut_off_anywhere_is_one_line_and_other_series_are_read(tmp_path):
+    """Wherever it ends before its pixels it is called cut off or damaged, never a series of its own."""
+    whole = write_enhanced(tmp_path / "whole.dcm", volume(), scanner_affine()).read_bytes()
+    write_series(tmp_path / "two" / "other", volume(), scanner_affine(), number=7)
+    cut = tmp_path / "two" / "cut.dcm"
+    pixels = whole.index(b"\xe0\x7f\x10\x00")
+    for end in (1, 131, 160, 170, 700, 900, 1300, *range(pixels - 130, pixels, 13)):
+        cut.write_bytes(whole[:end])
+        refused(cut, "is (cut off within its header|damaged)")
+        found = dicom.load(tmp_path / "two", series="7")
+        assert np.array_equal(np.sort(found.data, axis=None), np.sort(volume(), axis=None))
+        assert len(found.warnings) == 1 and str(cut) in found.warnings[0], end
+    cut.write_bytes(bytes(5000))
+    refused(tmp_path / "two", "may be a slice of the series.* holds zeros where DICOM begins")

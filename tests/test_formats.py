@@ -522,3 +522,44 @@ def test_a_small_header_may_stand_before_any_number_of_voxels(tmp_path, name):
     path = write_itk(tmp_path / name, large)
     assert path.stat().st_size * DEFLATE_LIMIT < large.size
     np.testing.assert_array_equal(images.load(path).data, large)
+
+
+def write_list(path, place, kind="list", volumes=3):
+    """An NRRD of several volumes whose axis of that kind stands at ``place``, as of 3 as 3D Slicer and unu write it."""
+    data = np.stack([HEAD + n for n in range(volumes)], place)
+    axes = ["(1,0,0)", "(0,2,0)", "(0,0,3)"]
+    axes.insert(place, "none")
+    kinds = ["domain"] * 3
+    kinds.insert(place, kind)
+    lines = ["NRRD0004", "type: int16", "dimension: 4", "space: left-posterior-superior", "encoding: raw"]
+    lines += ["endian: little", "space origin: (5,6,7)", f"sizes: {' '.join(map(str, data.shape))}"]
+    lines += [f"space directions: {' '.join(axes)}", f"kinds: {' '.join(kinds)}", "", ""]
+    path.write_bytes("\n".join(lines).encode() + data.astype("<i2").tobytes("F"))
+    return path
+
+
+@pytest.mark.parametrize("place", (0, 1, 3))
+def test_the_list_axis_of_an_nrrd_holds_volumes_wherever_it_stands(tmp_path, place):
+    path = write_list(tmp_path / "a.nrrd", place)
+    for n in range(3):
+        volume = images.load(path, volume=n)
+        np.testing.assert_array_equal(volume.data, HEAD + n)
+        np.testing.assert_array_equal(volume.affine, LPS @ [[1, 0, 0, 5], [0, 2, 0, 6], [0, 0, 3, 7], [0, 0, 0, 1]])
+    for wrong, told in ((None, "4-D image with 3 volumes .*--volume, 0 to 2"), (3, "no volume 3 .*0 to 2")):
+        with pytest.raises(InputError, match=told):
+            images.load(path, volume=wrong)
+    np.testing.assert_array_equal(images.load(write_list(path, place, volumes=1)).data, HEAD)
+
+
+def test_axes_of_an_nrrd_that_are_no_volumes_are_refused_with_what_to_write(tmp_path):
+    for kind in ("vector", "RGB-color"):  # what a voxel holds
+        with pytest.raises(InputError, match="has vectors, colours"):
+            images.load(write_list(tmp_path / "a.nrrd", 0, kind), volume=0)
+    for kind in ("time", "???"):  # of no space, and no list: ITK reads none of them
+        with pytest.raises(InputError, match=r"which axis .*`kinds: list domain domain domain`"):
+            images.load(write_list(tmp_path / "a.nrrd", 0, kind), volume=0)
+    plain = write_list(tmp_path / "a.nrrd", 0).read_bytes()
+    lines = [line for line in plain.splitlines(keepends=True) if not line.startswith((b"space", b"kinds"))]
+    (tmp_path / "b.nrrd").write_bytes(b"".join(lines).replace(b"encoding", b"spacings: nan 1 2 3\nencoding"))
+    with pytest.raises(InputError, match="axis 0 has no voxel size"):
+        images.load(tmp_path / "b.nrrd", volume=0)

@@ -17,6 +17,8 @@ from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import find_images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.report.collect import find
+from fastsrgan.report.viewer import load_images
 
 RESULT = "Result_with_mine"
 
@@ -470,3 +472,25 @@ def test_an_image_whose_names_are_all_taken_is_told(told, tmp_path, model):
     with pytest.raises(PartialFailure, match=r"all names for a\.nii\.gz are taken") as error:
         job.job_model(listing, model, patch=[16], step=[[8]], device="cpu")
     assert [item["status"] for item in error.value.summary["items"]] == ["failed", "done"]
+
+
+def test_report_shows_what_job_model_made(model, tmp_path, capsys):
+    """Every patch and step of every image, the probability as the segmentation, the image beside it; the folder of
+    results alone too."""
+    named = (("a", "one"), ("b", "two"))
+    listing = table(tmp_path, *(scan(tmp_path / folder / f"{name}.nii.gz") for folder, name in named))
+    assert run(listing, model, patch="16,8", step="8,8") == 0
+    results = find(tmp_path).results
+    kinds = [
+        f"{folder}/{RESULT}/patch_{p}_step_8/{name}" for folder, name in (("a", "one"), ("b", "two")) for p in (16, 8)
+    ]
+    assert [result.stem for result in results] == kinds
+    sr, others = load_images(results[0], warnings := [])
+    assert warnings == [] and sr is not None and {"low", "seg"} <= set(others)
+    stored = images.load(results[0].files["seg"]).data
+    assert np.array_equal(others["seg"].data, stored > 0.5)
+    assert cli.main(["--quiet", "report", str(tmp_path)]) == 0
+    assert cli.main(["--quiet", "report", str(tmp_path / "a" / RESULT / "patch_16_step_8" / "fastsrgan.json")]) == 0
+    assert (tmp_path / "report.html").exists() and (
+        tmp_path / "a" / RESULT / "patch_16_step_8" / "report.html"
+    ).exists()

@@ -9,11 +9,12 @@ import pytest
 
 from fastsrgan.cli.main import main
 from fastsrgan.convert import convert
-from fastsrgan.errors import FastsrganError, InputError, UsageError
+from fastsrgan.errors import FastsrganError, InputError, UsageError, alike
 from fastsrgan.evaluate.cohort import Choice, evaluate_table
 from fastsrgan.evaluate.pair import evaluate_files
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
+from fastsrgan.io.labels import check_given
 from fastsrgan.store.reader import open_store
 from fastsrgan.study import data as study_data
 
@@ -311,3 +312,26 @@ def test_a_lookup_table_is_read_whatever_wrote_it(tmp_path, encoding):
     assert (names["cortex"], names["other"], len(names)) == ([3], [42], 3)
     (tmp_path / "a.tsv").write_bytes("index\tname\n3\tcortex\n".encode(encoding))
     assert labels.read_names(tmp_path / "a.tsv") == {"cortex": [3]}
+
+
+def test_a_choice_that_no_map_can_fit_is_told_before_any_is_looked_at():
+    for wrong, told in (("3,-4", "-4 is no value"), ("a=", "names no class"), ("a=3=4", "several structures")):
+        with pytest.raises(UsageError, match=told):
+            check_given([wrong])
+    with pytest.raises(UsageError, match="twice"):
+        check_given(["a=3", "a=4"])
+    check_given(["a=3", "b=3"])
+    with pytest.raises(UsageError, match="both hold 3"):
+        check_given(["a=3", "b=3"], apart=True)
+    check_given(["Left-Cortex"])  # a table beside a map may know it
+
+
+def test_a_bad_choice_is_one_line_in_every_command(tmp_path, capsys):
+    for words in (("convert", "c.csv", "s.zarr"), ("evaluate", "a", "b"), ("study", "noise", "c.csv")):
+        assert main(["--quiet", *words, "--label-classes", "3,-4"]) == 2
+        assert capsys.readouterr().err.startswith("error: --label-classes: -4 is no value of a label")
+
+
+def test_equal_warnings_of_subjects_are_one_line():
+    told = {name: ["odd"] for name in "abcd"} | {"e": ["other", "odd"]}
+    assert alike(told) == ["a, b, c and 2 more: odd", "e: other"]

@@ -18,7 +18,8 @@ from commands import TILES, call, make_work, one_line
 from fastsrgan import config
 from fastsrgan.cli import main as cli
 from fastsrgan.core import files as core_files
-from fastsrgan.errors import FastsrganError, InputError, ResourceError
+from fastsrgan.core.files import FolderLock, output_file, output_folder
+from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError
 from fastsrgan.io import dicom_header, labels, tables
 from fastsrgan.io import nifti as images
 from fastsrgan.store.files import Keys
@@ -306,3 +307,21 @@ def test_what_the_system_says_of_a_file_that_it_cannot_read_is_told_in_its_words
         READERS[reader](path)
     assert f"cannot be read: {os.strerror(errno.EIO)} (" in str(error.value)
     assert str(error.value).count(str(path)) == 1 and "\n" not in str(error.value)
+
+
+def test_a_home_folder_that_the_shell_left_alone_is_meant(work, tmp_path, capsys, monkeypatch):
+    """``--out=~/x`` reaches the command as it is typed; no folder is ever called ~, from a call of Python neither."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    for option in ("--out=~/x", "-o~/y"):
+        assert call(capsys, "infer", work / "scan0.nii.gz", option, "-w", work / "w.safetensors", *TILES)[0] == 0
+    assert (home / "x" / "scan0.json").exists() and (home / "y" / "scan0.json").exists()
+    shutil.copy(work / "scan0.nii.gz", home / "s.nii.gz")
+    assert call(capsys, "infer", "~/s.nii.gz", "-o", "z", "-w", work / "w.safetensors", *TILES)[0] == 0
+    for make in (output_folder, output_file, FolderLock):
+        with pytest.raises(UsageError, match="~ is not taken for a home folder here"):
+            make(Path("~") / "a")
+    assert [p.name for p in here.iterdir()] == ["z"]

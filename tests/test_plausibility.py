@@ -649,3 +649,16 @@ def test_slices_that_weights_do_not_know_are_segmented_upright_and_then_no_reaso
     assert (found["sagittal", "not-said", "auto"] == found["sagittal", "not-said", "off"]).all()
     assert (found["axial", "known", "auto"] == found["axial", "known", "off"]).all()
     assert np.abs(found["sagittal", "known", "auto"] - found["sagittal", "known", "off"]).max() > 0.01
+
+
+@pytest.mark.parametrize("moved", (0.0, -300.0, -5000.0))
+def test_a_head_of_shifted_intensities_is_as_large(grown, moved):
+    """z-scores and images wholly below 0: the same box, volume and skew; a mask's outside is no tissue."""
+    plain = measure(grown.data, (4, 4, 8))
+    shifted = measure(grown.data + np.float32(moved), (4, 4, 8))
+    assert replace(shifted, lowest=plain.lowest) == replace(plain, fluid=shifted.fluid)
+    assert shifted.fluid == pytest.approx(plain.fluid, abs=1e-3) and plain.is_head
+    box = np.zeros(grown.data.shape, np.uint8)
+    box[10:20, 12:30, 4:12] = 1
+    inside = [measure(grown.data + np.float32(m), (4, 4, 8), box).head_mm for m in (0.0, moved)]
+    assert inside[0] == inside[1] < plain.head_mm

@@ -34,7 +34,7 @@ from fastsrgan.cli.console import (
 from fastsrgan.core.files import left_as_found, url_of
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import SAID, Interrupts, Terminated, exit_code, loading, no_room
-from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, brief, counted, out_of_memory
+from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, alike, brief, counted, out_of_memory
 from fastsrgan.infer.settings import add_options
 
 if TYPE_CHECKING:
@@ -202,9 +202,8 @@ def _convert(args: argparse.Namespace, progress: Progress) -> int:
     size = f"{counted(result['subjects'], 'subject')}, {result['stored_bytes'] / 1e6:.1f} MB"
     done = f"{result['converted']} converted, {result['kept']} kept, {result['seconds']:.1f} s"
     say(f"{result['store']}: {size}, {result['ratio']:.1f} x smaller than in memory; {done}")
-    for subject, warnings in result["warnings"].items():
-        for text in warnings:
-            logging.getLogger("fastsrgan").warning("%s: %s", subject, text)
+    for line in alike(result["warnings"]):
+        logging.getLogger("fastsrgan").warning("%s", line)
     return 0
 
 
@@ -312,9 +311,16 @@ def normalised(argv: Sequence[str]) -> list[str]:
     return [*out, *argv[options:]]
 
 
+def at_home(word: str) -> str:
+    """A word with ~ as the home folder where the shell left it alone, as in ``--out=~/x``; ./~ names a file."""
+    if found := re.match(r"(-\w|--[\w-]+=|)(~.*)", word, re.DOTALL):
+        return found[1] + os.path.expanduser(found[2])
+    return word
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    words = normalised(sys.argv[1:] if argv is None else argv)
+    words = [at_home(word) for word in normalised(sys.argv[1:] if argv is None else argv)]
     options = words.index("--") if "--" in words else len(words)
     flags = {flag: flag in words[:options] for flag in ("--debug", "--quiet")}
     words = [w for w in words[:options] if w not in flags] + words[options:]
@@ -338,10 +344,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         progress = open_console(flags["--quiet"], flags["--debug"])
         refuse_idle(_below(parser, args.command), args)
-        if getattr(args, "label_names", None):  # read when a name is to be found, or never
+        if getattr(args, "label_names", None) or getattr(args, "label_classes", None):
             with loading():
-                from fastsrgan.io.labels import read_names
-            read_names(args.label_names)
+                from fastsrgan.io.labels import check_given, read_names
+            if args.label_names:  # read when a name is to be found, or never
+                read_names(args.label_names)
+            check_given(args.label_classes or (), args.label_names, args.command in ("convert", "study"))
         with signals, left_as_found(places(args)):
             return int(args.run(args, progress))
     except SystemExit as stop:  # argparse's --help and --version

@@ -24,7 +24,7 @@ from typing import Any
 
 from fastsrgan.compat import original as compat
 from fastsrgan.core import system
-from fastsrgan.core.files import disk_error, finite, mapping, read_json, write_json
+from fastsrgan.core.files import ResultLock, disk_error, finite, mapping, read_json, write_json
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.system import pick_device
 from fastsrgan.errors import ResourceError, UsageError, counted
@@ -190,17 +190,21 @@ def _run(tasks: list[Task], setup: _Setup) -> list[dict[str, Any]]:
         item: dict[str, Any] = {"input": str(task.image), "patch": task.patch, "step": task.step, "status": "done"}
         try:
             tag = _claim(task, setup)
-            if tag is None:
-                log.info("%s: there before, kept", task.folder)
-                items.append(item | {"status": "skipped"})
-                continue
-            try:
-                if loaded is None or loaded[0] != task.image:
-                    loaded = (task.image, any_image.load_any(task.image, series=setup.series))
-                items.append(item | _one(task, tag, loaded[1], setup))
-            except BaseException:
-                _release(task, tag)
-                raise
+            with contextlib.ExitStack() as held:
+                if tag is not None:
+                    held.enter_context(ResultLock(task.record(tag)))
+                if tag is None or _finished(task, tag, setup):  # looked at again: others may have made it meanwhile
+                    log.info("%s: there before, kept", task.folder)
+                    items.append(item | {"status": "skipped"})
+                    continue
+                try:
+                    if loaded is None or loaded[0] != task.image:
+                        loaded = (task.image, any_image.load_any(task.image, series=setup.series))
+                    items.append(item | _one(task, tag, loaded[1], setup))
+                except BaseException:
+                    held.close()  # the lock lies in the folder, which goes where it is empty
+                    _release(task, tag)
+                    raise
         except Exception as error:
             if len(tasks) == 1:
                 raise

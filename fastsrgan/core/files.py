@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ import shutil
 import socket
 import stat
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,11 +108,12 @@ def sync_folder(folder: Path) -> None:
 def output_folder(path: str | os.PathLike) -> Path:
     """Create ``path`` if need be and make sure that a file can be written there, before any work starts.
 
-    Raises ResourceError, and UsageError for a URL.
+    Raises ResourceError, and UsageError for a URL and as `refuse_home`.
     """
     if url := url_of(path):
         raise UsageError(url, "is a URL, this is written to a folder", "name a folder")
     path = Path(path)
+    refuse_home(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = temporary_name(path / "probe")
@@ -152,6 +155,7 @@ def output_file(path: str | os.PathLike) -> Path:
         raise UsageError(path, "is a folder", f"name a file, {path / 'NAME'}")
     if is_special(path):
         raise UsageError(path, "is not a regular file", "name a file")
+    refuse_home(path)
     folder = path.absolute().parent
     if not os.path.isdir(folder):
         reason = "its folder is a file" if os.path.exists(folder) else "its folder is missing"
@@ -159,6 +163,13 @@ def output_file(path: str | os.PathLike) -> Path:
     output_folder(folder)
     remove_abandoned(folder, [path.name])
     return path
+
+
+def refuse_home(path: Path) -> None:
+    """Raise UsageError where ~ would be the name of a folder: the command line takes it for the home folder."""
+    front = "".join(path.parts[:1])
+    if front.startswith("~") and os.path.expanduser(front) != front and not os.path.lexists(front):
+        raise UsageError(path, f"{front} is not taken for a home folder here", "write the whole path")
 
 
 def is_special(path: str | os.PathLike) -> bool:
@@ -313,6 +324,10 @@ def _abandoned(found: re.Match[str], entry: os.DirEntry[str]) -> bool:
 LOCK = ".fastsrgan.lock"
 
 
+class LockedFolder(ResourceError):
+    """A folder or result that another process writes to, or may."""
+
+
 class FolderLock:
     """One writer at a time in a folder, a store's or a run's, for as long as this object is not released.
 
@@ -322,12 +337,13 @@ class FolderLock:
     name : of the folder in messages
     elsewhere : take over a file that another host left, too: the caller knows that its process has ended
 
-    Raises ResourceError when the folder is locked or cannot be made.
+    Raises LockedFolder, and ResourceError when the folder cannot be made.
     """
 
     def __init__(self, folder: Path, name: str | None = None, elsewhere: bool = False) -> None:
         self.folder, self.name, self.elsewhere = folder, name or str(folder), elsewhere
         self._file: int | None = None
+        refuse_home(folder)
         try:
             self._made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
@@ -346,6 +362,12 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
 
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.release()
+
     def _sign(self, descriptor: int, path: Path) -> None:
         """Write who holds the lock; where the disk is full, leave neither the file nor a folder that it was made in."""
         try:
@@ -360,7 +382,11 @@ class FolderLock:
 
     def _acquire(self, path: Path) -> int:
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:  # its holder removed the folder in between
+                path.parent.mkdir(parents=True, exist_ok=True)
+                continue
             try:
                 holder = lock_holder(os.pread(descriptor, 1000, 0))
                 judge_lock(self.name, holder, held=not _flock(descriptor), elsewhere=self.elsewhere)
@@ -372,6 +398,20 @@ class FolderLock:
                 os.close(descriptor)
                 raise
             os.close(descriptor)  # its holder removed the file in between
+
+
+class ResultLock(FolderLock):
+    """One writer at a time of a result, which is several files: a lock in a hidden folder beside its ``record``.
+
+    What a dead process left, of another machine too, is taken over. It is released with its ``owner`` at the latest.
+    Raises as FolderLock.
+    """
+
+    def __init__(self, record: Path, owner: object = None) -> None:
+        super().__init__(record.with_name(f".{record.stem}.lock"), str(record), elsewhere=True)
+        self._made = True  # nothing but the lock lies there, also where a killed process made it
+        if owner is not None:
+            weakref.finalize(owner, self.release)
 
 
 def judge_lock(
@@ -386,9 +426,9 @@ def judge_lock(
     alive = by_process and holder is not None and here and _is_alive(holder["pid"])
     if held or alive:
         hint = "wait until it ends" + (f"; if it is no conversion, delete {name}/{LOCK}" if alive else "")
-        raise ResourceError(name, f"is being written by {who}", hint)
+        raise LockedFolder(name, f"is being written by {who}", hint)
     if holder and not here and not elsewhere:
-        raise ResourceError(name, f"is locked by {who}", f"if that run is over, delete {name}/{LOCK}")
+        raise LockedFolder(name, f"is locked by {who}", f"if that run is over, delete {name}/{LOCK}")
     if holder:
         log.warning("%s: %s did not end properly, its lock is taken over", name, who)
 
@@ -423,8 +463,13 @@ def _flock(descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-        log.warning("the file system knows no locks: take care that only one process writes to this folder")
+        _tell_no_locks()
     return True
+
+
+@functools.cache
+def _tell_no_locks() -> None:
+    log.warning("the file system knows no locks: take care that only one process writes to this folder")
 
 
 def _is_alive(pid: int) -> bool:

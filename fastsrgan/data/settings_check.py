@@ -19,6 +19,7 @@ from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.slice_axis import Axes, describe, on_stored_axes
 from fastsrgan.store.reader import Store, Subject
 from fastsrgan.volume.geometry import PLANES, WORLD_AXES, Orientation, processing_orientation
+from fastsrgan.volume.intensity import lifted
 from fastsrgan.volume.resample import SAME
 
 LABELS = "--label"  # what warnings about the choice of all label maps begin with
@@ -164,6 +165,9 @@ def _faults(
             "make each label 1 inside the structure and 0 outside, or choose with --label-classes; then convert again"
         )
         found.append(_Fault("labels hold other values than 0 and 1", f"also {', '.join(values[:5])}", hint))
+    if subject.has_image and subject.attrs.get("bounding_box") is None and law.geometry != "physical":
+        hint = "--geometry physical moves them up, or add a number to the voxels"
+        found.append(_Fault("images without a voxel above 0", "", hint))
     if _too_coarse(subject, law, axes):
         asked, own = (" x ".join(f"{s:g}" for s in sizes) for sizes in (_finest(law), subject.spacing))
         hint = "ask for the same or coarser with -n, or leave them out"
@@ -223,7 +227,6 @@ def _has_patch(store: Store, subject: Subject, law: Degradation, rule: PatchRule
     if law.geometry == "physical":
         middle = [(low + high) / 2 for low, high in zip(law.low_res[0], law.low_res[-1], strict=True)]
         turn = processing_orientation(sample.affine, _stored(middle, subject, axes))
-    image, mask = turn.apply(sample.image), turn.apply(sample.mask)
-    return bool(
-        len(patch_origins(image.shape, rule.patch, rule.stride, positive_box(np.ascontiguousarray(image)), mask))
-    )
+    image, mask = np.ascontiguousarray(turn.apply(sample.image)), turn.apply(sample.mask)
+    box = positive_box(lifted(image) if law.geometry == "physical" else image)
+    return bool(len(patch_origins(image.shape, rule.patch, rule.stride, box, mask)))

@@ -10,6 +10,7 @@ import csv
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,6 +267,7 @@ def evaluate_items(
     done: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     faults: list[table.Fault] = []
+    reasons: Counter[str] = Counter()
     first: FastsrganError | None = None
     progress.start("evaluate", len(items), "subject")
     for item, picture in zip(items, pictures, strict=True):
@@ -284,12 +286,17 @@ def evaluate_items(
             }
             done.append(named | evaluate_files(**item.files, **settings))  # type: ignore[arg-type]
         except FastsrganError as error:
-            log.warning("%s%s: %s", "" if item.line is None else f"line {item.line}, ", item.subject, error)
+            if str(error) not in reasons:
+                log.warning("%s%s: %s", "" if item.line is None else f"line {item.line}, ", item.subject, error)
+            reasons[str(error)] += 1
             failed.append(named | {"error": str(error)})
             first = first or error
             faults += [] if item.line is None else [(item.line, error)]
         progress.advance(1, subject=item.subject)
     progress.finish()
+    for reason, times in reasons.items():
+        if times > 1:
+            log.warning("%s: the same of %s", reason, counted(times - 1, "more subject"))
     if not done:
         if len(faults) == len(failed):
             raise table.table_error(Path(what), faults)

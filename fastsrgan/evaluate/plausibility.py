@@ -119,7 +119,8 @@ def measure(
     thin = tuple(slice(None, None, min(every, max(1, n // 32))) for n in data_XYZ.shape)
     some = np.asarray(data_XYZ[thin], np.float32)
     if mask_XYZ is not None:
-        some = np.where(np.asarray(mask_XYZ)[thin] > 0, some, np.float32(0))
+        outside = min(np.float32(0), some.min())  # no brighter than air
+        some = np.where(np.asarray(mask_XYZ)[thin] > 0, some, outside)
     spacing = [size * (part.step or 1) for size, part in zip(spacing_mm, thin, strict=True)]
     level = tissue_level(some)
     tissue = some > level

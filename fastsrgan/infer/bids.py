@@ -9,7 +9,9 @@ them in one image with a table of their names. The suffix of the source is part 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import logging
 import os
 import shutil
@@ -18,7 +20,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastsrgan._version import __version__
-from fastsrgan.core.files import atomic_write, left_as_found, mapping, output_folder, read_json, real, write_json
+from fastsrgan.core.files import (
+    FolderLock,
+    LockedFolder,
+    ResultLock,
+    atomic_write,
+    left_as_found,
+    mapping,
+    output_folder,
+    read_json,
+    real,
+    write_json,
+)
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.errors import InputError, UsageError
@@ -98,8 +111,8 @@ def infer_bids(
         _check_same(out, done, ModelChoice(weights), settings.placed())
     todo = listed if overwrite else [image for image in listed if image not in done]
     items = [{"input": str(i.path), "stem": images.stem(i.path), "status": "skipped"} for i in listed if i not in todo]
-    with left_as_found([out]):
-        stage = output_folder(out) / STAGE
+    with left_as_found([out]), contextlib.ExitStack() as held:
+        stage = output_folder(out) / _stage(out, ranks, held)
         summary: dict[str, Any] = {"out_dir": str(out), "items": []}
         if todo:
             try:
@@ -125,8 +138,13 @@ def infer_bids(
         by_path = {str(image.path): image for image in todo}
         for item in summary["items"]:
             if item["status"] in ("done", "skipped"):
-                moved = _place(item, by_path[item["input"]], root, out) if ranks.rank == 0 else {}
-                item |= {"status": "done", "outputs": moved}
+                try:
+                    moved = _place(item, by_path[item["input"]], root, out, overwrite) if ranks.rank == 0 else {}
+                    item |= {"status": "done", "outputs": moved}
+                except (LockedFolder, UsageError) as error:  # another call has it: nothing to go on with
+                    for path in map(Path, item["outputs"].values()):
+                        path.unlink(missing_ok=True)
+                    item |= failure({"status": "failed"}, error)
         summary["items"] = sorted([*items, *summary["items"]], key=lambda item: item["input"])
         summary |= {"out_dir": str(out)} | {
             status: sum(item["status"] == status for item in summary["items"]) for status in STATUSES
@@ -138,6 +156,20 @@ def infer_bids(
             reason = f"{summary['failed']} of {len(summary['items'])} volumes failed: {bad}"
             raise SomeFailed(out, reason, "see the errors above", summary)
         return summary
+
+
+def _stage(out: Path, ranks: Ranks, held: contextlib.ExitStack) -> str:
+    """The folder of this call in the derivatives, locked until ``held`` is closed: the first that no other call uses,
+    as those of other participants do. What a killed call left in it is gone on with."""
+    names, chosen = (f"{STAGE}-{n}" if n > 1 else STAGE for n in itertools.count(1)), ""
+    while not ranks.rank and not chosen:
+        name = next(names)
+        try:
+            held.callback(FolderLock(out / name, elsewhere=True).release)
+        except LockedFolder:
+            continue
+        chosen = name
+    return str(ranks.gather(chosen)[0])
 
 
 def _check_same(out: Path, done: Sequence[BidsImage], models: ModelChoice, settings: InferSettings) -> None:
@@ -155,8 +187,20 @@ def _check_same(out: Path, done: Sequence[BidsImage], models: ModelChoice, setti
             raise UsageError(target, reason, "--overwrite replaces it, or choose another folder")
 
 
-def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dict[str, str]:
-    """Move one image's results to their names, sidecars beside them; the SR image, which stands for all, comes last."""
+def _place(item: dict[str, Any], image: BidsImage, root: Path, out: Path, replace: bool) -> dict[str, str]:
+    """Move one image's results to their names, sidecars beside them; the SR image, which stands for all, comes last.
+
+    Raises ResourceError where another call does so at this moment; UsageError where one did, unless told to replace.
+    """
+    sr = out / image.derived("sr")
+    sr.parent.mkdir(parents=True, exist_ok=True)
+    with ResultLock(sidecar(sr)):
+        if sr.exists() and not replace:
+            raise UsageError(sr, "was written by another call meanwhile and is kept", "--resume, or another folder")
+        return _moved(item, image, root, out)
+
+
+def _moved(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dict[str, str]:
     staged = {kind: Path(path) for kind, path in item["outputs"].items()}
     record = read_json(staged["json"])
     source = f"bids:{LINK}:{image.path.relative_to(root).as_posix()}"

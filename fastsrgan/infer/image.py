@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.core.files import mapping, read_json, sizes, whole, write_json
+from fastsrgan.core.files import ResultLock, mapping, read_json, sizes, whole, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.errors import InputError, ModelError, UsageError, times
 from fastsrgan.evaluate.plausibility import NO_PROOF, RED, Look, Verdict, choose, enclosed, judge, measure
@@ -27,18 +27,10 @@ from fastsrgan.infer.volume import InferResult, process
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
 from fastsrgan.io.image_list import Image
+from fastsrgan.model import purpose as purposes
 from fastsrgan.model import weights as weight_files
 from fastsrgan.model.networks import Generator
-from fastsrgan.model.purpose import (
-    MODELS,
-    Purpose,
-    averaged_apart,
-    common,
-    file_called,
-    mask_names,
-    mask_values,
-    weights_called,
-)
+from fastsrgan.model.purpose import MODELS, Purpose, mask_names
 from fastsrgan.volume.components import ISLAND_SHARE, segment
 from fastsrgan.volume.geometry import Volume, spacing_of
 from fastsrgan.volume.oddities import odd_intensities, on_zeros
@@ -139,14 +131,14 @@ def load_weights(sources: Sequence[PathLike]) -> Model:
     if len(classes) > 1:
         reason = f"of {' and '.join(map(str, sorted(classes)))} mask classes cannot be averaged"
         raise ModelError("weights", reason, "name models of the same classes")
-    purposes = [Purpose.of(fact["made_for"]) for fact in facts]
-    purpose = common(purposes)
+    made_for = [Purpose.of(fact["made_for"]) for fact in facts]
+    purpose = purposes.common(made_for)
     if len(models) == 1:
         return Model(generators, models[0], purpose)
     if any(one.get("structures") != models[0].get("structures") for one in models):
         raise ModelError("weights", "of other structures cannot be averaged", "name models of the same structures")
     together = hashlib.sha256("".join(one["sha256"] for one in models).encode()).hexdigest()
-    apart = averaged_apart(list(map(file_called, models)), purposes)
+    apart = purposes.averaged_apart(list(map(purposes.file_called, models)), made_for)
     return Model(generators, {"sha256": together, "averaged": models}, purpose, apart)
 
 
@@ -195,6 +187,7 @@ class Loaded:
 
     look : what it is like; chosen : name of the model and why, both empty where weights were named
     seconds : grows from stage to stage
+    lock : keeps other processes from writing this result, from the second stage on
     """
 
     image: Image
@@ -206,11 +199,12 @@ class Loaded:
     chosen: tuple[str, str]
     seconds: float = 0.0
     result: InferResult | None = field(default=None, repr=False)
+    lock: ResultLock | None = field(default=None, repr=False)
 
     @property
     def weights_name(self) -> str:
         """For people."""
-        return weights_called(self.model.facts)
+        return purposes.weights_called(self.model.facts)
 
 
 def load(image: Image, job: ImageJob) -> Loaded | None:
@@ -287,8 +281,11 @@ def _check_places(image: Image, job: ImageJob) -> None:
 def compute(
     loaded: Loaded, job: ImageJob, label: str, beside: Beside | None = None, together: Together | None = None
 ) -> Loaded:
-    """The second stage: the image through the model."""
+    """The second stage: the image through the model. ResourceError where another process makes the same result."""
     began = time.perf_counter()
+    if together is None or not together.ranks.rank:
+        loaded.lock = ResultLock(job.record(loaded.image), loaded)
+        _check_kept(job, loaded.image)
     settings, said = _with_thickness(loaded, _as_made(loaded, job.settings))
     try:
         loaded.result = process(
@@ -359,10 +356,10 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     began, image, result, outputs = time.perf_counter(), loaded.volume, loaded.result, job.outputs(loaded.image)
     settings = job.settings
     assert result is not None
+    _check_kept(job, loaded.image)
     kept = _clear(outputs, job)
-    code = image.meta.get("space_code", 1)
+    purpose, code = loaded.model.purpose, image.meta.get("space_code", 1)
     voxel_mm3 = abs(float(np.linalg.det(result.affine[:3, :3])))
-    purpose = loaded.model.purpose
     least = settings.least_component(purpose.island_mm3)
     share = ISLAND_SHARE if settings.min_size is None else None
     seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, least, share)
@@ -377,7 +374,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
     odd = on_zeros(seg, image.data, nearest(image.data.shape, image.spacing, seg.shape, wanted, geometry))
     if "mask" in outputs:
-        arrays["mask"] = mask_values(loaded.model.facts)[result.prob[1:].argmax(axis=0)]
+        arrays["mask"] = purposes.mask_values(loaded.model.facts)[result.prob[1:].argmax(axis=0)]
     changed = settings.changed("segmentation") | filtered
     more: dict[str, Any] = {"segmentation": changed} if changed else {}
     if settings.dtype == "input":
@@ -432,7 +429,15 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
         "provenance": job.provenance,
     }
     write_json(outputs["json"], record)
+    if loaded.lock is not None:
+        loaded.lock.release()
     return record
+
+
+def _check_kept(job: ImageJob, image: Image) -> None:
+    """Raise UsageError where the result came to be since the call began, and is not to be replaced."""
+    if not job.replace and (record := job.record(image)).exists():
+        raise UsageError(record, "was written by another call meanwhile and is kept", "--resume, or another folder")
 
 
 def _clear(outputs: dict[str, Path], job: ImageJob) -> dict[str, Path]:
@@ -443,8 +448,6 @@ def _clear(outputs: dict[str, Path], job: ImageJob) -> dict[str, Path]:
     leave it standing beside new images.
     """
     record = outputs["json"]
-    if not job.replace and record.exists():
-        raise UsageError(record, "was written by another call meanwhile and is kept", "--resume, or another folder")
     known = read_json(record)
     made = known.get("outputs")
     beside = {k: record.with_name(Path(str(name)).name) for k, name in made.items()} if isinstance(made, dict) else {}

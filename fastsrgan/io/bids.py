@@ -25,9 +25,14 @@ DESCRIPTION = "dataset_description.json"
 SUFFIXES = ("T1w", "T2w", "FLAIR", "PDw", "UNIT1", "T2starw", "T2star")  # images of one contrast, weighted or uniform
 NAMED = 5  # images that are left out and told by name
 # Entities of anatomical images and of derivatives made from them, in the order that names must have.
-ENTITIES = ("sub", "ses", "task", "acq", "ce", "rec", "run", "echo", "part", "chunk", "space", "seg", "res", "den",
-            "label", "desc")  # fmt: skip
+ENTITIES = ("sub", "ses", "sample", "task", "tracksys", "acq", "nuc", "voi", "ce", "trc", "stain", "rec", "dir", "run",
+            "mod", "echo", "flip", "inv", "mt", "part", "proc", "hemi", "space", "split", "recording", "chunk", "seg",
+            "res", "den", "label", "desc")  # fmt: skip
 SEGMENTATIONS = ("dseg", "probseg")
+# Other images of anatomy, which --suffix takes: of several echoes, flip angles or inversion times, and made of them.
+OTHERS = ("PD", "PDT2", "FLASH", "inplaneT1", "inplaneT2", "angio", "defacemask", "VFA", "IRT1", "MP2RAGE", "MPM",
+          "MTS", "MTR", "MESE", "MEGRE", "TB1TFL", "MTsat", "MTRmap", "T1map", "T2map", "T2starmap", "R1map", "R2map",
+          "R2starmap", "PDmap", "M0map", "MTVmap", "MWFmap", "Chimap", "S0map", "CT")  # fmt: skip
 RECORD = "FastsrganRecord"  # key of a sidecar: what `fastsrgan infer` wrote
 _NAME = re.compile(r"(?P<entities>sub-[A-Za-z0-9+]+(?:_[a-z]+-[A-Za-z0-9+]+)*)_(?P<suffix>[A-Za-z0-9]+)(?P<end>\..+)")
 _IMAGE = (".nii.gz", ".nii")
@@ -227,10 +232,10 @@ def _image_faults(root: Path, path: Path, links: dict[str, str]) -> list[str]:
         faults.append("entities twice or out of order")
     if path.parent != root / image.folder:
         faults.append(f"does not lie in {image.folder}")
-    if image.suffix not in (*SUFFIXES, *SEGMENTATIONS):
+    if image.suffix not in (*SUFFIXES, *OTHERS, *SEGMENTATIONS):
         faults.append(f"suffix {image.suffix}")
     meta = read_json(sidecar(path))
-    required = ["Sources", "SpatialReference"] + ["SkullStripped"] * (image.suffix in SUFFIXES)
+    required = ["Sources", "SpatialReference"] + ["SkullStripped"] * (image.suffix not in SEGMENTATIONS)
     faults += [f"its JSON has no {key}" for key in required if key not in meta]
     sources = meta.get("Sources", [])
     sources = [str(uri) for uri in sources] if isinstance(sources, list) else [str(sources)]

@@ -24,6 +24,7 @@ from fastsrgan.io.nifti_voxels import pointer_of
 
 NO_DICOM = "holds no DICOM image"
 HINT = "copy or export the file again"
+CUT_OFF = "is cut off within its header"
 _PREAMBLE = 132
 _LONGEST_LINE = 120  # letters of what a library says
 SUFFIXES = (".dcm", ".ima", ".dicom", ".dcm.gz", ".ima.gz", ".dicom.gz")
@@ -177,8 +178,10 @@ def read_frames(path: Path, wanted: bool = False) -> list[Frame]:
         reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         raise DamagedFile(path, reason, "check the path and its permissions") from error
     marked, bare = head[128:] == b"DICM", head[:2] in _BARE
-    if not head and str(path).lower().endswith(SUFFIXES):
-        raise DamagedFile(path, "is empty (0 bytes)", HINT)
+    blank = not head[:128].strip(b"\0") and head[128:] in (b"", b"D", b"DI", b"DIC", bytes(4))
+    if blank and str(path).lower().endswith(SUFFIXES) and not other_format(_head(path, FORMAT_BYTES)):
+        reason = CUT_OFF if len(head) < _PREAMBLE else "holds zeros where DICOM begins"
+        raise DamagedFile(path, reason if head else "is empty (0 bytes)", HINT)
     try:
         return _frames_of(path, marked, marked or bare, wanted)
     except (ColourPicture, OtherFormat):
@@ -226,11 +229,13 @@ def _damaged(path: Path, reason: str) -> DamagedFile:
 
 
 def _frames_of(path: Path, marked: bool, readable: bool, wanted: bool) -> list[Frame]:
-    ds = _dataset(path, stop_before_pixels=True, specific_tags=_TAGS, force=not marked) if readable else None
+    ds, whole = _header(path, force=not marked) if readable else (None, False)
     kind = "" if ds is None else str(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID") or "")
     if ds is None or "Rows" not in ds or "Columns" not in ds:
-        if marked and ds is not None and (not kind or f"{kind}.".startswith(_IMAGE_CLASSES)):
-            raise InputError(path, "is cut off within its header", HINT)
+        # Of a class that is cut off itself only the beginning is there.
+        begun = f"{kind}.".startswith(_IMAGE_CLASSES) or any(one.startswith(kind) for one in _IMAGE_CLASSES)
+        if marked and ds is not None and begun:
+            raise InputError(path, CUT_OFF, HINT)
         if wanted:
             if found := other_format(_head(path, FORMAT_BYTES)):
                 raise OtherFormat(path, f"is not a DICOM file but {found}", WAYS.get(found, "convert it to .nii.gz"))
@@ -238,6 +243,8 @@ def _frames_of(path: Path, marked: bool, readable: bool, wanted: bool) -> list[F
         return []
     if not marked and not ("SOPClassUID" in ds or "SeriesInstanceUID" in ds):
         return []  # another file that begins like one
+    if not whole:  # whatever it seems to say of its frames, some of it is lost
+        raise InputError(path, CUT_OFF, HINT)
     if int(_number(path, ds, "SamplesPerPixel", 1)) != 1:
         if wanted:
             raise ColourPicture(path, "is a colour picture", "a grey-value series is needed")
@@ -299,13 +306,23 @@ def pixels(path: Path, shape: tuple[int, int]) -> np.ndarray:
     return decoded.reshape(-1, *shape)
 
 
-def _dataset(path: Path, **options: Any) -> Any:
+def _header(path: Path, force: bool) -> tuple[Any, bool]:
+    """What stands before the pixels, and whether they follow; a file that ends before them was cut off."""
+    opened = _opened(path)
+    with open(opened, "rb") if isinstance(opened, Path) else opened as file:
+        ds = _dataset(path, file, stop_before_pixels=True, specific_tags=_TAGS, force=force)
+        at, end = file.tell(), file.seek(0, io.SEEK_END)
+    # Of a deflated file pydicom has read all, wherever it stopped in what was packed.
+    return ds, at < end or ds.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.1.99"
+
+
+def _dataset(path: Path, source: Any = None, **options: Any) -> Any:
     try:
         from pydicom import dcmread
     except ImportError as error:
         raise ResourceError(path, "DICOM needs pydicom", "pip install 'fastsrgan[dicom]'") from error
     try:
-        ds = dcmread(_opened(path), **options)
+        ds = dcmread(_opened(path) if source is None else source, **options)
     except ResourceError:
         raise
     except Exception as error:  # a damaged file can make any part of the parser fail

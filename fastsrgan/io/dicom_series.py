@@ -30,7 +30,8 @@ from fastsrgan.io.dicom_header import (
     read_frames,
     what_is_there,
 )
-from fastsrgan.io.nifti_voxels import no_such_file
+from fastsrgan.io.nifti_header import FORMAT_BYTES, WAYS, other_format
+from fastsrgan.io.nifti_voxels import no_such_file, open_stream
 
 log = logging.getLogger("fastsrgan")
 
@@ -142,10 +143,23 @@ def _look(path: str | os.PathLike) -> _Listing:
         there = what_is_there(names)
         others_there = any(name.name.lower().endswith(formats.SUFFIXES) for name in names)
         if path.is_dir() and there == NO_DICOM and not others_there:
+            _refuse_other_images(path, names)
             raise InputError(path, "holds no image", f"a folder of DICOM slices, or of {formats.NAMES} files")
         raise InputError(path, there, "a folder of DICOM slices; name image files themselves")
     others = [name for name in others if path.is_dir() and name.is_file() and not name.name.startswith(".")]
     return _Listing(found, [b for b in broken if b.uid not in known], others)
+
+
+def _refuse_other_images(path: Path, names: Sequence[Path]) -> None:
+    """Raise InputError where files are images of a format that is not read, such as MINC, with what converts them."""
+    for name in names:
+        try:
+            with open_stream(name) as stream:
+                found = other_format(stream.read(FORMAT_BYTES))
+        except (InputError, OSError):
+            continue
+        if found and found in WAYS:
+            raise InputError(path, f"holds no image that is read: {name.name} is {found}", WAYS[found])
 
 
 def tell_others(folder: str | os.PathLike, others: Sequence[Path]) -> None:

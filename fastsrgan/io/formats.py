@@ -38,6 +38,7 @@ from fastsrgan.io.nifti_voxels import (
 
 EXPORT_AGAIN = "export the image again"
 UNPACK_NRRD = "save it with gzip, as by `unu save -f nrrd -e gzip -i FILE -o NEW`, or as .nii.gz"
+NAME_LIST = "say in its header which axis is that of the volumes: `kinds: list domain domain domain`, in their order"
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -205,7 +206,9 @@ class ItkFile(NiftiFile):
             ) from None
         except RuntimeError as error:
             raise InputError(self.path, f"is damaged: {_itk_line(error)}", COPY_AGAIN) from error
-        values = sitk.GetArrayViewFromImage(image).reshape(self.volumes, -1)[volume]
+        array = sitk.GetArrayViewFromImage(image)  # slowest axis first; volumes of a list come last, as components
+        listed = image.GetDimension() == 3 and self.volumes > 1
+        values = np.ravel(array[..., volume]) if listed else array.reshape(self.volumes, -1)[volume]
         step = CHUNK_BYTES // self.dtype.itemsize
         for at in range(0, self.voxels, step):
             yield values[at : at + step]
@@ -284,17 +287,26 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
         try:
             reader.ReadImageInformation()
         except RuntimeError as error:
-            raise InputError(path, f"its header cannot be used: {_itk_line(error)}", EXPORT_AGAIN) from error
+            told = _itk_line(error)
+            hint = NAME_LIST if "number of domain axes" in told else EXPORT_AGAIN
+            raise InputError(path, f"its header cannot be used: {told}", hint) from error
         fields = _itk_fields(path)[0]
         if fields.get(b"encoding", b"").strip().lower() in (b"bzip2", b"bz2"):
             raise InputError(path, "its voxels are packed with bzip2, which is not read", UNPACK_NRRD)
         dims, sizes = reader.GetDimension(), reader.GetSize()
         if dims not in (3, 4) or min(sizes) < 1:
             raise InputError(path, f"is a {dims}-D image of {times(sizes)}", "a 3-D volume is needed")
-        kind = {getattr(sitk, key): code for key, code in _ITK_TYPES.items()}.get(reader.GetPixelID())
-        if reader.GetNumberOfComponents() > 1 or kind is None:
-            told = f"{reader.GetNumberOfComponents()} components" if kind else "vectors, colours or complex numbers"
-            raise InputError(path, f"has {told} in each voxel", "save one component as a 3-D image")
+        blank = [word.lower() in (b"nan", b"none") for word in fields.get(b"spacings", b"").split()]
+        if dims == 4 and any(blank[:3]):  # taken for lengths in mm its volumes would be slices of a nonsense image
+            told = f"its axis {blank.index(True)} has no voxel size, and nothing says what it is"
+            raise InputError(path, told, NAME_LIST)
+        count, listed = reader.GetNumberOfComponents(), _is_list(reader) and dims == 3
+        codes = {getattr(sitk, key): code for key, code in _ITK_TYPES.items()}
+        codes |= {getattr(sitk, f"sitkVector{key.removeprefix('sitk')}"): code for key, code in _ITK_TYPES.items()}
+        kind = codes.get(reader.GetPixelID())
+        if (count > 1 and not listed) or kind is None:
+            told = "has vectors, colours or complex numbers in each voxel"
+            raise InputError(path, told, "save one component as a 3-D image")
         shape, dtype = (sizes[0], sizes[1], sizes[2]), np.dtype(kind)
         affine = np.eye(4)
         affine[:3, :3] = np.reshape(reader.GetDirection(), (dims, dims))[:3, :3] * np.array(reader.GetSpacing()[:3])
@@ -313,7 +325,7 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
             warnings.append("no orientation (no space field): axes taken as left, posterior, superior")
         elif name == "NRRD" and not _BODY_SPACE.search(text):
             warnings.append("its space names no directions of the body: axes taken as left, posterior, superior")
-        volumes = math.prod(sizes[3:])
+        volumes = count * math.prod(sizes[3:])
         meta = _meta(path, name, dtype, shape, volumes, "patient" if placed else "none")
         file = ItkFile(path, path, shape, volumes, dtype, 0, 1.0, 0.0, affine, warnings, meta)
         held = size if len(_itk_parts(path)) == 1 else sum(_bytes_of(part) for part in _itk_parts(path))
@@ -323,6 +335,13 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
         return _limit(file, max_voxels)
 
     return examine_itk
+
+
+def _is_list(reader: Any) -> bool:
+    """Whether the components that ITK sees in each voxel are the volumes of a list: an axis of an NRRD of that kind,
+    wherever it stands, as of diffusion images and sequences of 3D Slicer."""
+    key = "NRRD_kinds[pixel]"
+    return bool(reader.HasMetaDataKey(key)) and reader.GetMetaData(key).strip() == "list"
 
 
 def _bytes_of(path: Path) -> int:

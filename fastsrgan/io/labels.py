@@ -52,6 +52,32 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
     Raises UsageError for a choice that is empty, holds several or has a name that no table knows; InputError for a
     table that cannot be read.
     """
+    text, name, listed, words = _parts(text)
+    if all(word.isdigit() for word in words):
+        return Structure(name or text, frozenset(map(int, words)))
+    path = _beside(label) if table is None else Path(table)
+    if path is None:
+        hint = (
+            "give the values, or a lookup table with --label-names FILE (FreeSurfer's, ITK-SNAP's or a BIDS dseg.tsv)"
+        )
+        raise UsageError("--label-classes", f"{text!r} is a name, and no table says which value it is", hint)
+    names = read_names(path)
+    words = _names_among(listed, names)
+    values = [[int(word)] if word.isdigit() else _values(word, names, path) for word in words]
+    return Structure(name or text, frozenset().union(*values))
+
+
+def check_given(texts: Sequence[str], table: str | os.PathLike | None = None, apart: bool = False) -> None:
+    """Raise UsageError for what can be right for no label map, once and not for every subject: as `structures` of
+    numbers, and of names where a table knows them; with ``apart`` as `refuse_overlap` too."""
+    known = [text for text in texts if all(word.isdigit() for word in _parts(text)[3]) or table is not None]
+    found = structures(known, "", table)
+    if apart:
+        refuse_overlap(found)
+
+
+def _parts(text: str) -> tuple[str, str, str, list[str]]:
+    """A choice, the name in front of it, what it lists, and the words of that. Raises UsageError for what is none."""
     text = re.sub(r"(?<![\w.])(\d+)\.0+(?![\w.])", r"\1", text).strip()  # as pandas writes 3 beside empty cells
     name, listed = map(str.strip, text.split("=", 1)) if "=" in text else ("", text)
     if "=" in listed:
@@ -65,18 +91,7 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
         )
     if odd := [word for word in words if re.fullmatch(r"[-\u2212]\d+|-?\d*\.\d+", word)]:
         raise UsageError("--label-classes", f"{odd[0]} is no value of a label", "whole numbers from 0 up, or names")
-    if all(word.isdigit() for word in words):
-        return Structure(name or text, frozenset(map(int, words)))
-    path = _beside(label) if table is None else Path(table)
-    if path is None:
-        hint = (
-            "give the values, or a lookup table with --label-names FILE (FreeSurfer's, ITK-SNAP's or a BIDS dseg.tsv)"
-        )
-        raise UsageError("--label-classes", f"{text!r} is a name, and no table says which value it is", hint)
-    names = read_names(path)
-    words = _names_among(listed, names)
-    values = [[int(word)] if word.isdigit() else _values(word, names, path) for word in words]
-    return Structure(name or text, frozenset().union(*values))
+    return text, name, listed, words
 
 
 def structures(

@@ -27,7 +27,7 @@ log = logging.getLogger("fastsrgan")
 
 KINDS = ("sr", "seg", "doubt", "mask")
 NAMED = 3  # damaged files that are told by name
-HINT = "a folder that `fastsrgan infer` or `train` wrote"
+HINT = "a folder that `fastsrgan infer`, `job-model` or `train` wrote"
 # What other parts rely on, where it is there at all; what a file has of another kind is passed over.
 PARTS = {"warnings": list, "asked": dict, "provenance": dict}
 SCORES = {"files": dict, "notes": list, "segmentation": dict, "gain": dict, "baseline": dict}
@@ -37,13 +37,17 @@ STUDY = {"rows": list, "fit": list}
 @dataclass
 class Result:
     """One super-resolved image: its record and where that lies, its files (sr, seg, doubt, mask, input, hr, label) and
-    its scores."""
+    its scores.
+
+    probable : whether ``seg`` is stored as a probability, as by the original
+    """
 
     stem: str
     record: dict[str, Any]
     files: dict[str, Path]
     scores: dict[str, Any] | None = None
     folder: Path = field(default_factory=Path)
+    probable: bool = False
 
 
 @dataclass
@@ -85,6 +89,7 @@ def find(
         found.results = [_result(p, d, folder) for p, d in documents.items() if is_record(d)]
         derived = {p: d[RECORD] for p, d in documents.items() if is_record(mapping(d.get(RECORD)))}
         found.results += [_derivative(p, record, folder) for p, record in derived.items()]
+        found.results += [_original(p, d, folder) for p, d in documents.items() if is_original(d)]
         found.results.sort(key=lambda result: result.stem)
     given = _documents([Path(scores)]) if scores is not None else {}
     if scores is not None and not given and not _is_empty(Path(scores)):
@@ -146,6 +151,13 @@ def is_record(document: Any) -> bool:
     return all(isinstance(part, dict) for part in parts) and isinstance(parts[1].get("sr"), str)
 
 
+def is_original(document: Any) -> bool:
+    """Whether this is what ``job-model`` writes beside its results."""
+    parts = [document.get(key) for key in ("made_with", "outputs")]
+    named = isinstance(document.get("image"), str)
+    return named and all(isinstance(part, dict) for part in parts) and isinstance(parts[1].get("SR"), str)
+
+
 def is_scores(document: Any) -> bool:
     """Whether this is what ``evaluate --json`` writes, of a pair or of a table."""
     return isinstance(document.get("definitions"), dict) and (
@@ -193,6 +205,20 @@ def _result(path: Path, record: dict[str, Any], root: Path) -> Result:
             files["input"] = there
     stem = path.relative_to(root).with_suffix("").as_posix()
     return Result(stem, sound(record, PARTS), files, folder=path.parent)
+
+
+def _original(path: Path, record: dict[str, Any], root: Path) -> Result:
+    """A result of ``job-model``, which lies two folders below its image, as if ``infer`` had made it."""
+    made_with, outputs, made = record["made_with"], record["outputs"], mapping(record.get("report"))
+    weights = {"path": "weights of job-model", "sha256": made_with.get("weights")}
+    kinds = {"sr": outputs["SR"], "seg": outputs.get("Cortex"), "mask": outputs.get("Mask")}
+    source = {"path": str(path.parents[2] / Path(record["image"]).name), "sha256": record.get("sha256")}
+    parts: dict[str, Any] = {"input": source, "weights": weights, "outputs": kinds}
+    parts |= made | {key: record[key] for key in ("warnings", "provenance") if key in record}
+    result = _result(path, parts, root)
+    result.probable = True
+    result.stem = f"{path.parent.relative_to(root).as_posix()}/{images.stem(record['image'])}".removeprefix("./")
+    return result
 
 
 def _derivative(path: Path, record: dict[str, Any], root: Path) -> Result:

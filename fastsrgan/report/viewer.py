@@ -41,6 +41,7 @@ OVER = {
     "doubt": "Doubt",
 }  # can be laid over the SR
 MOST_VALUES = 85  # of a mask image: viewer.js takes three of 256 levels for each
+PROBABLE = 0.5  # probability from which on a voxel is taken as segmented where the record has no segmentation
 WORDS = {"sr": "SR", "spline": "spline", "truth": "truth"}
 
 
@@ -110,6 +111,9 @@ def load_images(result: Result, warnings: list[str]) -> tuple[Volume | None, dic
                 return volume
             if kind == "label":
                 return images.load_label(path, classes=_scored_values(result.scores))
+            if kind == "seg" and result.probable:
+                volume = images.load(path)
+                return replace(volume, data=(volume.data > PROBABLE).astype(np.uint8))
             return images.load_label(path) if kind == "seg" else images.load(path)
         except NotNifti:  # what such a file begins with is nothing for a page that is passed on
             warnings.append(f"{name} is not shown: {path} is not a NIfTI image")

@@ -28,7 +28,7 @@ from fastsrgan.data.feed import Feed, resident_limit
 from fastsrgan.data.settings_check import data_warnings, odd_sizes, refuse_faults, structures
 from fastsrgan.data.subject import PatchRule
 from fastsrgan.data.visit import Visits
-from fastsrgan.errors import InputError, ModelError, UsageError, out_of_memory
+from fastsrgan.errors import InputError, ModelError, UsageError, alike, out_of_memory
 from fastsrgan.io import output_place
 from fastsrgan.model import checkpoint
 from fastsrgan.model.cpu import forms
@@ -400,9 +400,8 @@ def tell_of_data(run: Run) -> dict[str, list[str]]:
     """Log what the conversion noted about the subjects, and write it beside the run for its report."""
     found = data_warnings(run.store.subjects)
     if run.first:
-        for name, texts in found.items():
-            for text in texts:
-                log.warning("%s: %s", name, text)
+        for line in alike(found):
+            log.warning("%s", line)
         feed = run.feed
         for text in odd_sizes(feed.store, feed.degradation, feed.rule, feed.axes):
             log.warning("%s", text)

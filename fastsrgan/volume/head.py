@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastsrgan.volume.intensity import TIMES
+
 LEVEL = 0.1  # of the brightest voxels: above it is tissue, below it air and its noise
 SHARE = 0.002  # of a plane's voxels that must be tissue for the plane to belong to a head
 SAMPLE = 10**6  # voxels that the brightness is found from
 
 
 def tissue_level(data_XYZ: np.ndarray) -> float:
-    """What tissue exceeds: a tenth of the brightest voxels (99.5th percentile of those above zero)."""
+    """What tissue exceeds: a tenth of the brightest voxels (99.5th percentile of those above zero).
+
+    Intensities count from 0, or from the lowest where that is further below 0 than air and its noise (z-scores, images
+    wholly below 0), but for a value so far below that it marks what is not there.
+    """
     some = data_XYZ.reshape(-1)[:: max(1, data_XYZ.size // SAMPLE)] if data_XYZ.flags.c_contiguous else data_XYZ
-    some = some[some > 0]
-    return LEVEL * float(np.percentile(some, 99.5)) if some.size else 0.0
+    low, above = float(data_XYZ.min()), some[some > 0]
+    bright = float(np.percentile(above, 99.5)) if above.size else 0.0
+    if (not above.size and low < float(some.max())) or -TIMES * bright < low < -LEVEL * bright:
+        bright = float(np.percentile(some[some > low], 99.5)) if (some > low).any() else low
+        return low + LEVEL * (bright - low)
+    return LEVEL * bright
 
 
 def tissue_box(data_XYZ: np.ndarray, level: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
