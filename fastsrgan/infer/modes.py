@@ -428,7 +428,9 @@ def finish(
         before = own = _percent(_energy(found), size)
         del found
         if what.adapt:
+            learning = time.perf_counter()
             told["adapt"] = adapted(turned, scan, weight)
+            told["adapt"]["seconds"] = time.perf_counter() - learning
             before = _percent(_energy(residual(turned, scan, what.seen, SLAB_BYTES, free[0] if free else 0)), size)
         after = _percent(_agree(turned, scan, what.seen, weight, image.norm.floor), size)
         told["agree"] = {
@@ -456,7 +458,7 @@ def finish(
     if what.residual:
         left = image.turn.undo(residual(turned, scan, what.seen, axis=0))
     if told["agree"] is not None:
-        told["agree"]["seconds"] = time.perf_counter() - began
+        told["agree"]["seconds"] = time.perf_counter() - began - told.get("adapt", {}).get("seconds", 0)
     return told, left
 
 
