@@ -7,6 +7,7 @@ first thing to try when a result looks wrong.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -152,6 +153,14 @@ RUNNERS: dict[str, Runner] = {"cuda": _run_cupy}
 def reference_only() -> bool:
     """FASTSRGAN_REFERENCE asks for the plain bodies on every device."""
     return os.environ.get("FASTSRGAN_REFERENCE", "0") not in ("", "0")
+
+
+def unrounded(device: torch.device) -> contextlib.AbstractContextManager:
+    """Within, float32 convolutions are not rounded to TF32, as torch lets them be on CUDA by default."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    now = torch.backends.cudnn
+    return now.flags(enabled=True, benchmark=now.benchmark, deterministic=now.deterministic, allow_tf32=False)
 
 
 def runs_kernels(device: torch.device) -> bool:

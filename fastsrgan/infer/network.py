@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastsrgan.config import MIN_SIZE, SIZE_MULTIPLE
+from fastsrgan.core.kernels import unrounded
 from fastsrgan.core.system import free_memory
 from fastsrgan.errors import ModelError, ResourceError, counted, out_of_memory
 from fastsrgan.infer import tiles
@@ -335,11 +336,7 @@ class TileNetwork:
     def _precision(self) -> contextlib.AbstractContextManager:
         if self.dtype != torch.float32:
             return torch.autocast(self.device.type, self.dtype)
-        if self.device.type == "cuda":
-            # torch lets convolutions round to TF32 by default; fp32 is asked for to have none of that.
-            now = torch.backends.cudnn
-            return now.flags(enabled=True, benchmark=now.benchmark, deterministic=now.deterministic, allow_tf32=False)
-        return contextlib.nullcontext()
+        return unrounded(self.device)  # fp32 is asked for to have none of that
 
 
 def whole(generator: nn.Module, tiles_N1XYZ: Tensor, *more: float) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import conv1d, pad, silu
 
 from fastsrgan.core.draws import rng
+from fastsrgan.core.kernels import unrounded
 from fastsrgan.volume.acquisition import GUESSED, TISSUE, Assumed, bright, noise_sd, sampled
 from fastsrgan.volume.consistency import back_matrix
 from fastsrgan.volume.resample import apply_axes, check_profile, slice_profile_matrix, spline_matrix
@@ -207,11 +208,13 @@ def adapt(
             v.to(device) for v in (turned, scan, x, network(x), torch.cat(each, 1 - axis))
         )
         trials.append(Trial(turned, scan, x, made, own, counted))
-    learned = learn(trials, ratio, weight, unit)
+    with unrounded(torch.device(device)):
+        learned = learn(trials, ratio, weight, unit)
     said = {"trials": len(trials), "gain_db": learned.gain_db, "gain_db_without": learned.gain_db_without}
     if not learned.gain_db > learned.gain_db_without:
         return said | {"reason": "nothing was gained on the trials, the image stays the network's"}
-    adapt_(sr_XYZ, start, learned, ratio, down, weight, unit)
+    with unrounded(torch.device(device)):
+        adapt_(sr_XYZ, start, learned, ratio, down, weight, unit)
     return said
 
 
