@@ -20,7 +20,7 @@ from fastsrgan.cli.main import main
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import UsageError
 from fastsrgan.evaluate import plausibility
-from fastsrgan.evaluate.plausibility import GREEN, RED, YELLOW, Look, choose, judge, measure
+from fastsrgan.evaluate.plausibility import GREEN, RED, YELLOW, Look, choose, judge, measure, own_dice
 from fastsrgan.infer import image as infer_image
 from fastsrgan.infer.bids import infer_bids
 from fastsrgan.infer.files import infer_files
@@ -196,6 +196,33 @@ def test_a_cortex_in_pieces_is_not_green(share, wanted):
     assert wanted == GREEN or words in verdict.line()
     own = judge(NEWBORN, seg_of(50), 1000.0, replace(PERINATAL, contrasts=()), whole_share=share)
     assert own.light == GREEN and "pieces" not in own.checked, "structures of own trainings may be in pieces"
+
+
+@pytest.mark.parametrize(
+    ("dice", "wanted"), ((None, GREEN), (0.65, GREEN), (0.64, YELLOW), (0.3, YELLOW), (0.29, RED), (0.0, RED))
+)
+def test_weights_that_do_not_segment_their_own_test_subjects_are_not_green(dice, wanted):
+    """After nine updates the image was the spline, which fits the scan, the segmentation noise of a fitting volume."""
+    verdict = judge(NEWBORN, seg_of(50), 1000.0, PERINATAL, own_dice=dice)
+    assert verdict.light == wanted and ("Dice of the weights' own training" in verdict.checked) == (dice is not None)
+    assert wanted == GREEN or f"Dice of these weights on the Test subjects of their own training is {dice:.2f}" in (
+        verdict.line()
+    )
+
+
+def test_the_dice_of_weights_is_that_of_their_card_and_the_lowest_of_those_that_are_averaged(tmp_path):
+    cards = ({"Dice": 0.7, "config": {"Dice": 0.1}}, {"Dice_cortex": 0.25, "Dice_white": 0.75, "Dice": 0.9}, {})
+    cards[1]["structures"] = [{"name": "cortex", "values": [3]}, {"name": "white", "values": [2]}]
+    files = [tmp_path / f"{i}.safetensors" for i in range(len(cards))]
+    for file, card in zip(files, cards, strict=True):
+        weights.save_generator(file, build_generator(GeneratorSpec(kernel=1)), card=card)
+    assert [infer_image.load_weights([file]).dice for file in files] == [0.7, 0.5, None]
+    assert (
+        infer_image.load_weights(files[::2]).dice == 0.7
+        and own_dice(cards) == 0.5
+        and own_dice([{"Dice": "high"}, None, 3]) is None
+    )
+    assert infer_image.load_weights(["perinatal"]).dice is None, "whose card has figures of whole heads"
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,19 @@ from typing import Any
 
 import numpy as np
 
+from fastsrgan.core.files import mapping
 from fastsrgan.errors import brief
-from fastsrgan.model.purpose import CONTRASTS, MODELS, NOT_SAID, ContrastLook, Purpose, Range, ShippedModel, span
+from fastsrgan.model.purpose import (
+    CONTRASTS,
+    MODELS,
+    NOT_SAID,
+    ContrastLook,
+    Purpose,
+    Range,
+    ShippedModel,
+    mask_names,
+    span,
+)
 from fastsrgan.volume.geometry import plane_across
 from fastsrgan.volume.head import tissue_box, tissue_level
 
@@ -36,6 +47,7 @@ MOST_FILLED = 2  # border planes of a head, whose neck fills one; whole stacks 6
 REACH = 0.085  # of the segmentation's longest side: half the width of the gaps that count as enclosed; adults 14 mm
 APART, DEEPER, FINE = 0.2, 0.3, 5.0  # of it: from the segmentation, from the rim of what is enclosed; voxels in it
 ROUGH = 0.65  # the best Dice of a contrast below which its segmentations are never green; T1 0.84, T2 0.79, FLAIR 0.75
+LOST = 0.3  # Dice of own weights below which it is red; 9 updates 0.07 (noise), 373 0.29 (docs/training.md)
 FEWEST = 100  # enclosed voxels, below which nothing is said
 FLUID_SKEW = 0.2  # perinatal -0.15 to 0.37, stacks 0.17 to 0.34, adult T2 0.46 to 0.62, T1 -0.45 to -0.26, FLAIR -0.50
 CT = -500.0  # intensities of CT begin at -1000; z-scores of MRI at about -5
@@ -220,6 +232,17 @@ def choose(look: Look, models: Mapping[str, ShippedModel] = MODELS) -> tuple[str
     return (best, size) if away[best] <= UNDECIDED else (first, f"{size}, which fits no model")
 
 
+def own_dice(cards: Sequence[object]) -> float | None:
+    """Of the cards of weights, the lowest Dice (of several structures the mean) that a training saw on its own Test
+    subjects; None where none says it."""
+    found = []
+    for card in map(mapping, cards):
+        named = [card.get(f"Dice_{name}") for _, name in mask_names(card)]
+        told = [value for value in named or (card.get("Dice", card.get("Dice_label_1")),) if isinstance(value, float)]
+        found += [sum(told) / len(told)] if told else []
+    return min(found, default=None)
+
+
 def _beyond(value: float, wanted: Range | None) -> float:
     """How far a value lies outside a range, as a factor; 1 inside."""
     if wanted is None or wanted[0] <= value <= wanted[1]:
@@ -266,6 +289,7 @@ def judge(
     misfit: float | None = None,
     apart: str = "",
     whole_share: float | None = None,
+    own_dice: float | None = None,
 ) -> Verdict:
     """Compare a scan and its segmentation (above 0 in the structure) with what the weights were made for.
 
@@ -274,6 +298,7 @@ def judge(
     ``misfit`` : per cent by which the network's own image, acquired again, differs from the scan; None: not measured
     ``whole_share`` : of the two largest pieces of the segmentation in all that were kept (`volume.components`); None:
         not known
+    ``own_dice`` : of the weights on the Test subjects of their own training; None: not known
     ``apart`` : what to say of weights that were averaged though made for different images (`purpose.averaged_apart`)
     """
     found = [*_of_image(look, purpose, masked), *_of_contrast(look, purpose, within)]
@@ -284,6 +309,9 @@ def judge(
     if whole_share is not None and purpose.contrasts:
         checked += ("pieces",)
         found += _of_pieces(whole_share, purpose)
+    if own_dice is not None:
+        checked += ("Dice of the weights' own training",)
+        found += _of_own_dice(own_dice)
     if misfit is not None:
         checked += ("fit to the scan",)
         found += _of_misfit(misfit)
@@ -307,6 +335,14 @@ def _of_misfit(percent: float) -> list[Finding]:
         return []
     reason = f"the network's image, acquired again, differs from the scan by {percent:.0f} %"
     return [(RED if percent > MISFIT[1] else YELLOW, f"{reason}: these weights do not fit it, or are hardly trained")]
+
+
+def _of_own_dice(dice: float) -> list[Finding]:
+    """Of weights that do not segment the images that they were validated on."""
+    if dice >= ROUGH:
+        return []
+    reason = f"Dice of these weights on the Test subjects of their own training is {dice:.2f}"
+    return [(RED if dice < LOST else YELLOW, f"{reason}: the segmentation is {'lost' if dice < LOST else 'rough'}")]
 
 
 def _of_pieces(share: float, purpose: Purpose) -> list[Finding]:

@@ -17,7 +17,7 @@ import numpy as np
 from fastsrgan.core.files import ResultLock, mapping, read_json, sizes, whole, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.errors import InputError, ModelError, UsageError, times
-from fastsrgan.evaluate.plausibility import NO_PROOF, RED, Look, Verdict, choose, enclosed, judge, measure
+from fastsrgan.evaluate.plausibility import NO_PROOF, RED, Look, Verdict, choose, enclosed, judge, measure, own_dice
 from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
 from fastsrgan.infer.planes import is_isotropic, masked, nearest, own_grid
@@ -51,12 +51,14 @@ class Model:
 
     facts : what a record says of the files
     apart : what the light says where they were made for different images
+    dice : on the Test subjects of their own training, the lowest of several; None where the files do not say it
     """
 
     generators: tuple[Generator, ...]
     facts: dict[str, Any]
     purpose: Purpose
     apart: str = ""
+    dice: float | None = None
 
 
 class ModelChoice:
@@ -132,14 +134,14 @@ def load_weights(sources: Sequence[PathLike]) -> Model:
         reason = f"of {' and '.join(map(str, sorted(classes)))} mask classes cannot be averaged"
         raise ModelError("weights", reason, "name models of the same classes")
     made_for = [Purpose.of(fact["made_for"]) for fact in facts]
-    purpose = purposes.common(made_for)
+    purpose, dice = purposes.common(made_for), own_dice([fact["card"] for fact in facts])
     if len(models) == 1:
-        return Model(generators, models[0], purpose)
+        return Model(generators, models[0], purpose, dice=dice)
     if any(one.get("structures") != models[0].get("structures") for one in models):
         raise ModelError("weights", "of other structures cannot be averaged", "name models of the same structures")
     together = hashlib.sha256("".join(one["sha256"] for one in models).encode()).hexdigest()
     apart = purposes.averaged_apart(list(map(purposes.file_called, models)), made_for)
-    return Model(generators, {"sha256": together, "averaged": models}, purpose, apart)
+    return Model(generators, {"sha256": together, "averaged": models}, purpose, apart, dice)
 
 
 # --- the stages -----------------------------------------------------------------------------------------------------
@@ -368,7 +370,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     known = replace(purpose, slices=()) if "upright" in result.report else purpose
     verdict = judge(
         loaded.look, seg, voxel_mm3, known, loaded.mask is not None, within, misfit, loaded.model.apart,
-        filtered.get("two_largest_share"),
+        filtered.get("two_largest_share"), loaded.model.dice,
     )  # fmt: skip
     arrays = {"seg": seg, "prob": result.prob[0]} | ({} if result.doubt is None else {"doubt": result.doubt})
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
