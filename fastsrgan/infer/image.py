@@ -404,16 +404,12 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     odd += [f"plausibility {verdict.line()}"] * (verdict.light == RED)
     name, why = loaded.chosen
     loaded.seconds += time.perf_counter() - began
+    source = {
+        "path": str(loaded.image.path.absolute()), "sha256": loaded.sha256, "series": loaded.image.series,
+        "volume": settings.volume, "shape": list(image.data.shape), "spacing_mm": list(image.spacing),
+    }  # fmt: skip
     record = {
-        "input": {
-            "path": str(loaded.image.path.absolute()),
-            "sha256": loaded.sha256,
-            "series": loaded.image.series,
-            "volume": settings.volume,
-            "shape": list(image.data.shape),
-            "spacing_mm": list(image.spacing),
-            **({"dicom": image.meta["dicom"]} if "dicom" in image.meta else {}),
-        },
+        "input": source | ({"dicom": image.meta["dicom"]} if "dicom" in image.meta else {}),
         "weights": loaded.model.facts | ({"name": name, "chosen": f"auto: {why}"} if name else {}),
         "structures": [{"value": value, "name": text} for value, text in purpose.structures],
         **({"mask_structures": [{"value": value, "name": text} for value, text in named]} if named else {}),
