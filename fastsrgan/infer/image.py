@@ -345,8 +345,7 @@ def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     held += 0 if result.doubt is None or held == 0 else result.doubt.nbytes
     held += 0 if result.residual is None else result.residual.nbytes
     filtered = job.settings.largest_component or job.settings.least_component(loaded.model.purpose.island_mm3)
-    scaled = job.settings.dtype == "input"
-    labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * scaled  # bytes a voxel
+    labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * (job.settings.dtype == "input")  # bytes a voxel
     # The picture: the spline's coefficients and itself, which voxels lie in the scan, and differences.
     low, copies = loaded.volume.data, 1 + (loaded.mask is not None)
     drawn = copies * low.nbytes + 8 * low.size + 10 * result.sr.size if job.settings.png else 0
