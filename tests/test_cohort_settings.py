@@ -381,4 +381,4 @@ def test_images_wholly_below_zero_train_as_what_they_are_moved_to(tmp_path, caps
     told = capsys.readouterr().err
     assert "without a voxel above 0" in told and "--geometry physical moves them up" in told
     with pytest.raises(InputError, match="no voxel is above 0"):
-        cohort(tmp_path / "b", *({"image": np.full((SIDE,) * 3, -5, np.int16)} for _ in range(2)))
+        cohort(tmp_path / "b", *({"image": np.full((SIDE,) * 3, -5 - n, np.int16)} for n in range(2)))

@@ -117,7 +117,9 @@ def test_a_result_that_was_cut_off_later_is_made_anew_by_resume(work, tmp_path, 
 
 @pytest.mark.fault(26)
 def test_what_another_call_wrote_meanwhile_is_kept(work, tmp_path, capsys, monkeypatch):
-    """Of two calls into one folder the later one wrote over the results of the first, unasked."""
+    """Of two calls into one folder the later one wrote over the results of the first, unasked: where the file system
+    knows no locks, too."""
+    monkeypatch.setattr("fastsrgan.core.files._flock", lambda descriptor: True)
     words = ("infer", work / "scan0.nii.gz", "-o", tmp_path / "out", "-w", work / "w.safetensors", *TILES)
     compute, before = image.process, {}
 

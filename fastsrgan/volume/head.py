@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastsrgan.volume.intensity import TIMES
-
 LEVEL = 0.1  # of the brightest voxels: above it is tissue, below it air and its noise
+MARK = 5.0  # times as far below 0 as tissue is above it, from which on a lowest value is no intensity
 SHARE = 0.002  # of a plane's voxels that must be tissue for the plane to belong to a head
 SAMPLE = 10**6  # voxels that the brightness is found from
 
@@ -20,7 +19,7 @@ def tissue_level(data_XYZ: np.ndarray) -> float:
     some = data_XYZ.reshape(-1)[:: max(1, data_XYZ.size // SAMPLE)] if data_XYZ.flags.c_contiguous else data_XYZ
     low, above = float(data_XYZ.min()), some[some > 0]
     bright = float(np.percentile(above, 99.5)) if above.size else 0.0
-    if (not above.size and low < float(some.max())) or -TIMES * bright < low < -LEVEL * bright:
+    if (not above.size and low < float(some.max())) or -MARK * bright < low < -LEVEL * bright:
         bright = float(np.percentile(some[some > low], 99.5)) if (some > low).any() else low
         return low + LEVEL * (bright - low)
     return LEVEL * bright
