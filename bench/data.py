@@ -27,7 +27,7 @@ from fastsrgan.volume.resample import FWHM
 
 FACTOR = 3
 SPACING, LOW_RES = (1.0, 1.0, 1.0), (1.0, 1.0, float(FACTOR))
-TOLERANCE = 5e-6  # of the largest intensity
+TOLERANCE = 5e-6  # of the largest intensity; found: 4.8e-7 (results/epyc-zen3-2cores/data.json)
 STRIDE = 20  # of the patch grid, the default of `fastsrgan train`
 
 

@@ -20,7 +20,7 @@ from fastsrgan.volume import resample
 FACTOR = 3
 CHANNELS = 2  # SR and segmentation
 CEILING = "copy of the same bytes"
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # of the largest value; found: 3.9e-7 (results/epyc-zen3-2cores/kernels.json)
 
 
 def cases(args: argparse.Namespace) -> list[Case]:

@@ -22,7 +22,7 @@ from fastsrgan.infer.tiles import window_of
 Network = Callable[[Tensor], Tensor]
 Loop = Callable[[Tensor, tiles.TilePlan, Network, int, str], Tensor]
 
-EXACT = 1e-5  # largest difference from the float64 sum, relative to the largest magnitude
+EXACT = 1e-5  # largest difference from the float64 sum, relative to the largest magnitude; found: 4.3e-6 (infer.json)
 HALF = (
     1.0  # of half-precision sums: told, not gated. Where weights are below what half precision holds, values are lost
 )

@@ -238,7 +238,7 @@ def test_air_stays_as_the_network_gives_it():
     made = adapted(network, start, drawn())
     for air in (np.s_[:, :9], np.s_[:, :, 36:]):
         assert np.abs(made[air] - network[air].numpy()).max() < 1e-6  # found: 0
-    assert np.abs(made[:, 20:, :36] - network[:, 20:, :36].numpy()).max() > 0.01
+    assert np.abs(made[:, 20:, :36] - network[:, 20:, :36].numpy()).max() > 0.1  # found: 1.65
 
 
 def test_trials_have_the_scans_noise_and_its_profile_or_both_profiles_where_it_is_a_guess(monkeypatch):

@@ -62,6 +62,7 @@ def test_the_explicit_penalty_is_one_graph():
     traced(whole)
     b, eps = batch(1, config)
     fake = b.y.flip(0)
+    # Found: 0
     assert whole.critic_update(b, fake, eps) == pytest.approx(plain.critic_update(b, fake, eps), rel=1e-12)
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
 
@@ -203,7 +204,8 @@ def test_a_training_compiles_four_times_at_most(monkeypatch, caplog, more):
     with caplog.at_level(logging.WARNING, "fastsrgan"):
         for i, n in enumerate((6, 5, 4)):
             made = batch(i, config.replace(batch_size=n))[0]
-            assert m.generator_update(made, False) == pytest.approx(plain.generator_update(made, False), rel=1e-3)
+            # Found: 1.2e-16
+            assert m.generator_update(made, False) == pytest.approx(plain.generator_update(made, False), rel=1e-12)
         warm = counted.calls
         for i, n in enumerate((6, 5, 4)):
             drawn = [batch(10 * i + j, config) for j in range(3)]
@@ -281,9 +283,9 @@ def test_every_part_of_a_step_is_one_graph_with_the_same_result(accumulate):
             (m.critic_updates(*critic), m.generator_update(b, True)) for m, b in zip((plain, static), made, strict=True)
         ]
         for a, b in zip(*rows, strict=True):
-            assert a == pytest.approx(b, rel=1e-9)
+            assert a == pytest.approx(b, rel=1e-10)  # found: 1.1e-12
     for a, b in zip(plain.generator.parameters(), static.generator.parameters(), strict=True):
-        assert (a - b).abs().max() <= 1e-9
+        assert (a - b).abs().max() <= 1e-10  # found: 3.8e-12, of Adam's first steps
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 3 <= MOST, "fakes, critic, generator: later iterations find them done"
 
@@ -394,6 +396,7 @@ def test_compiled_tiles_are_one_graph_of_one_size_with_the_same_result(monkeypat
     generator = build_generator(spec).eval()
     plain = infer_volume(IMAGE, np.eye(4), generator, **TILES, **more)
     done = infer_volume(IMAGE, np.eye(4), generator, **TILES, **more, compile="on")
+    # Found: 3.8e-6 of the 900, 1.5e-6
     assert np.abs(done.sr - plain.sr).max() <= 900 * 2e-5 and np.abs(done.prob - plain.prob).max() <= 2e-5
     assert len(made) == 1 and not counters["graph_break"]
     assert set(made[0].batches) == {4}
@@ -418,7 +421,8 @@ def test_tiles_that_wait_are_not_written_over(monkeypatch):
         options = {"patch": patch, "step": patch, "device": "cpu", "batch": 3}
         plain = infer_volume(image, np.eye(4), generator, **options)
         done = infer_volume(image, np.eye(4), generator, **options, compile="on")
-        assert np.abs(done.sr - plain.sr).max() <= 900 * 2e-5 and np.abs(done.prob - plain.prob).max() <= 2e-5
+        # Found: 0
+        assert np.abs(done.sr - plain.sr).max() <= 900 * 1e-6 and np.abs(done.prob - plain.prob).max() <= 1e-6
     assert set(made[0].batches) == {3}
 
 

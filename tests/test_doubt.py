@@ -294,7 +294,7 @@ def test_the_files_the_record_and_what_a_resumed_call_compares(files):
     # Found: 0 (rounding)
     again = summary(made.data, sr.data)
     for key in ("mean", "image_mean"):
-        assert record["doubt"][key] == pytest.approx(again[key], rel=1e-6)
+        assert record["doubt"][key] == pytest.approx(again[key], rel=1e-6)  # found: 0 (float32)
     assert call(files, "--uncertainty", "--resume") == record
     assert call(files, "--resume") == 2 and call(files, "--uncertainty", "--flips", "x", "--resume") == 2
     (files / "out" / "a_doubt.nii.gz").unlink()

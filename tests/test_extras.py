@@ -150,7 +150,7 @@ def test_mirrored_control_points_give_the_mirrored_field(axis):
     """The field is that of the voxels' centres: neither end of an axis is nearer to its control points."""
     shape, points = (7, 10, 13), draw_bias((1, "x"), 0.4)
     field, turned = (apply_bias(torch.ones(shape), p, shape) for p in (points, np.flip(points, axis).copy()))
-    assert (turned - field.flip(axis)).abs().max() < 1e-6
+    assert (turned - field.flip(axis)).abs().max() < 1e-6  # found: 1.2e-7
 
 
 def test_part_of_a_field_is_that_part():

@@ -408,7 +408,7 @@ def test_the_mark_of_a_slice_stands_just_inside_the_left_or_lower_edge(truth, th
         assert np.abs(borders - bar[0])[:, 1 - side].min() == pytest.approx(0)
         (words,) = [text for text in axes.texts if "slice" in text.get_text()]
         box = axes.transAxes.inverted().transform(words.get_window_extent(renderer))
-        assert 0.04 < box[0, side] < 0.07 and box[1, side] < 1
+        assert 0.04 < box[0, side] < 0.07 and box[1, side] < 1  # found: 0.05, at most 0.11
         assert box[:, 1 - side].mean() == pytest.approx(bar[:, 1 - side].mean(), abs=0.004)  # a pixel; found: 2e-16
 
 
@@ -452,7 +452,7 @@ def test_a_footer_gives_way_to_the_legend_alone(truth):
         room = 2000 - 2 * figure.PAGE_MARGIN - figure.GUTTER
         return text.get_fontsize() / 0.72 * figure.LETTER * len(text.get_text()) / room
 
-    assert size(True) < 0.9 and size(False) == pytest.approx(1)
+    assert size(True) < 0.9 and size(False) == pytest.approx(1)  # found: 0.80, 1
 
 
 def test_the_place_of_largest_change_is_a_voxel_of_the_mask_however_much_changes_beside_it():

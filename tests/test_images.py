@@ -26,7 +26,7 @@ shapes = st.tuples(*[st.integers(1, 6)] * 3)
 affines = st.builds(rigid, spacings, angles, st.tuples(*[st.floats(-200, 200)] * 3))
 
 
-def same(path, volume, rtol=1e-6):
+def assert_same_image(path, volume, rtol=1e-6):
     data, affine = oracle(path)
     np.testing.assert_allclose(volume.data, data.reshape(volume.data.shape), rtol=rtol, atol=0)  # found: 0 (rounding)
     np.testing.assert_allclose(volume.affine, affine, atol=1e-5)  # found: 0 (rounding)
@@ -55,7 +55,7 @@ def test_every_kind_of_file_reads_as_in_nibabel(folder, dtype, order, version, n
     slope, inter = scaling
     path = write(folder / name, data, affine, version=version, order=order, slope=slope, inter=inter)
     volume = images.load(path)
-    same(path, volume)
+    assert_same_image(path, volume)
     assert volume.data.dtype == np.float32
     assert volume.data.shape == shape
     assert volume.meta["stored_dtype"] == np.dtype(dtype).name
@@ -156,7 +156,7 @@ def test_a_qform_alone_places_the_grid_as_in_nibabel(folder, affine, hand):
     affine = affine @ np.diag([hand, 1, 1, 1])
     path = write(folder / "q.nii", HEAD, affine, sform_code=0, **qform_fields(affine))
     volume = images.load(path)
-    same(path, volume)
+    assert_same_image(path, volume)
     assert volume.meta["orientation"] == "qform"
     assert volume.warnings == ()
 

@@ -34,14 +34,15 @@ class Pointwise(nn.Module):
         return torch.cat([x * (1.5 - x), torch.sigmoid(3 * x - 1)], dim=1)
 
 
-def close(one, other, scale=500.0, atol=1e-6) -> bool:
-    return np.abs(one.sr - other.sr).max() <= atol * scale and np.abs(one.prob - other.prob).max() <= atol
+def assert_equal_but_for_rounding(one, other):
+    assert np.abs(one.sr - other.sr).max() <= 1e-6 * 500  # found: 2.4e-7 of the 500
+    assert np.abs(one.prob - other.prob).max() <= 1e-6  # found: 1.2e-7
 
 
 def test_flips_of_a_network_that_commutes_with_them_change_nothing(data):
     plain = infer_volume(data, AFFINE, Pointwise(), **TILES)
     for flips in ("y", "xyz"):
-        assert close(infer_volume(data, AFFINE, Pointwise(), **TILES, flips=flips), plain)
+        assert_equal_but_for_rounding(infer_volume(data, AFFINE, Pointwise(), **TILES, flips=flips), plain)
 
 
 def test_flips_are_the_mean_over_flipped_images(data, networks):
@@ -63,7 +64,7 @@ def test_flips_are_the_mean_over_flipped_images(data, networks):
 
 def test_a_model_averaged_with_itself_is_the_model(data, networks):
     plain = infer_volume(data, AFFINE, networks[0], **TILES)
-    assert close(infer_volume(data, AFFINE, [networks[0]] * 2, **TILES), plain)
+    assert_equal_but_for_rounding(infer_volume(data, AFFINE, [networks[0]] * 2, **TILES), plain)
     assert "networks" not in plain.report
     alone = infer_volume(data, AFFINE, [networks[0]], **TILES)
     assert np.array_equal(alone.sr, plain.sr) and np.array_equal(alone.prob, plain.prob)
@@ -140,7 +141,8 @@ def test_an_upright_pass_is_of_every_network_and_flip_and_in_the_physical_geomet
     turned = {name: infer_volume(data, sagittal, networks, **WHOLE, flips="x", upright=name) for name in ("on", "off")}
     runs = [infer_volume(data, sagittal, n, **WHOLE, flips="x", upright="on") for n in networks]
     assert np.abs(turned["on"].prob - np.mean([r.prob for r in runs], axis=0)).max() < 1e-5  # found: 1e-7
-    assert (turned["on"].sr == turned["off"].sr).all() and np.abs(turned["on"].prob - turned["off"].prob).max() > 1e-3
+    assert (turned["on"].sr == turned["off"].sr).all()
+    assert np.abs(turned["on"].prob - turned["off"].prob).max() > 1e-2  # found: 0.39
     segsrgan = [
         infer_volume(data, sagittal, networks[0], **WHOLE, geometry="segsrgan", upright=u) for u in ("on", "off")
     ]

@@ -606,7 +606,7 @@ def test_the_naive_norm_is_the_papers_also_where_there_is_little_contrast(deviat
     x = torch.randn(2, 3, 8, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0)) * deviation
     found = naive.norm(3).double()(x)
     expected = (x - x.mean((2, 3, 4), keepdim=True)) / (x.std((2, 3, 4), unbiased=False, keepdim=True) + 1e-7)
-    assert float((found - expected).norm() / expected.norm()) < 0.011
+    assert float((found - expected).norm() / expected.norm()) < 0.011  # found: 0.00999
 
 
 @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])

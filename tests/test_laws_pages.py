@@ -650,7 +650,7 @@ def test_a_part_fills_what_it_is_given_also_where_the_first_guess_is_far_too_sma
     data[:30] = np.random.default_rng(0).integers(100, 1000, (30, 40, 40))
     made = volumes.images_of(Volume(data, np.eye(4)), {})
     most = made.part(made.all).size // 2
-    assert made.part((slice(30, 60), slice(0, 40), slice(0, 40))).size < 0.1 * most
+    assert made.part((slice(30, 60), slice(0, 40), slice(0, 40))).size < 0.1 * most  # found: 0.006
     packed = volumes.pack(made, most, (45.0, 20.0, 20.0), 0)
     assert 0.8 * most < packed.size <= most and packed.shape[1:] == (40, 40)  # found: 0.90
 

@@ -112,7 +112,7 @@ def test_the_dice_term_is_the_mean_over_all_channels_behind_the_image(classes):
         (2 * (pred[:, c] * y[:, c]).sum() + 1) / (pred[:, c].sum() + y[:, c].sum() + 1) for c in range(1, 2 + classes)
     ]
     assert float(terms["dice"]) == pytest.approx(1 - float(sum(parts)) / len(parts), rel=1e-12)  # found: 0 (rounding)
-    assert float(terms["total"]) == pytest.approx(0.5 * float(terms["dice"]), rel=1e-12)
+    assert float(terms["total"]) == pytest.approx(0.5 * float(terms["dice"]), rel=1e-12)  # found: 0
     (gradient,) = torch.autograd.grad(terms["total"], pred)
     assert [bool(gradient[:, c].abs().max() > 0) for c in range(2 + classes)] == [False] + [True] * (1 + classes)
 
@@ -217,8 +217,8 @@ def test_the_fakes_that_are_made_while_gradients_travel_do_not_touch_them(ranks,
         return fakes(*args)
 
     m._critic_terms, m._fakes = replayed, overwriting
-    assert iterate(m) == pytest.approx(iterate(plain), rel=1e-9)
-    assert worst(weights(m), weights(plain)) <= 1e-9
+    assert iterate(m) == pytest.approx(iterate(plain), rel=1e-12)  # found: 0
+    assert worst(weights(m), weights(plain)) <= 1e-11  # found: 0; as above, of Adam's first steps
 
 
 @pytest.mark.fault(36)

@@ -79,7 +79,7 @@ def test_a_large_image_is_looked_at_in_part_and_measures_the_same(grown, monkeyp
     part = measure(fine.data, fine.spacing)
     # Found: 0 in all; of another head every second voxel may tell a little else.
     assert abs(part.head_mm - whole.head_mm) <= 8 and abs(part.fluid - whole.fluid) < 0.1
-    assert part.head_ml == pytest.approx(whole.head_ml, rel=0.03) and part.filled == whole.filled
+    assert part.head_ml == pytest.approx(whole.head_ml, rel=0.03) and part.filled == whole.filled  # found: 0, as above
 
 
 def test_what_is_cut_out_of_a_body_is_no_head_and_a_mask_makes_it_one(grown):
@@ -675,7 +675,7 @@ def test_slices_that_weights_do_not_know_are_segmented_upright_and_then_no_reaso
         found[image, model, upright] = np.asarray(nib.load(out / f"{image}_prob.nii.gz").dataobj)
     assert (found["sagittal", "not-said", "auto"] == found["sagittal", "not-said", "off"]).all()
     assert (found["axial", "known", "auto"] == found["axial", "known", "off"]).all()
-    assert np.abs(found["sagittal", "known", "auto"] - found["sagittal", "known", "off"]).max() > 0.01
+    assert np.abs(found["sagittal", "known", "auto"] - found["sagittal", "known", "off"]).max() > 0.05  # found: 0.70
 
 
 @pytest.mark.parametrize("moved", (0.0, -300.0, -5000.0))

@@ -182,6 +182,7 @@ def test_critic_draws_are_keyed_and_uniform():
     assert np.array_equal(pool.critic_indices(7, 4, 5), pool.critic_indices(7, 4, 5))
     counts = np.bincount(draws, minlength=len(pool))
     expected = len(draws) / len(pool)
+    # Found: 1
     assert ((counts - expected) ** 2 / expected).sum() < 1.5 * len(pool)  # chi-square, far above its 1e-6 quantile
 
 

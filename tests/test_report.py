@@ -312,7 +312,7 @@ def test_of_a_volume_too_large_for_its_page_a_part_is_shown_at_full_resolution()
     full = volumes.unpack(whole)
     for most, across in ((whole.size // 2, 0), (whole.size // 2, 1), (whole.size // 40, 2)):
         packed = volumes.pack(images_, most, (30.0, 40.0, 20.0), across)
-        assert packed.size <= most and packed.size > 0.75 * most  # it uses what it is given
+        assert packed.size <= most and packed.size > 0.75 * most  # it uses what it is given; found: 0.93 at least
         assert packed.is_part and packed.spacing == (1, 1, 1) and packed.all_bytes == whole.size
         first = np.rint(packed.affine[:3, 3]).astype(int)
         box = tuple(slice(f, f + n) for f, n in zip(first, packed.shape, strict=True))
@@ -826,13 +826,13 @@ def test_of_a_masked_scan_spline_and_difference_end_at_the_mask(tmp_path, monkey
     top = float(np.percentile(sr[sr > 0], 99.9))
     for spline in (drawn[0]["spline"], drawn[1]["Cubic spline"]):
         assert np.abs(spline.data - sr)[sr == 0].max() < 0.12 * top  # found: 0.097, where the spline rings
-    assert np.abs(onto_grid(whole, drawn[0]["sr"], notes=[]).data - sr)[sr == 0].max() > 0.7 * top
+    assert np.abs(onto_grid(whole, drawn[0]["sr"], notes=[]).data - sr)[sr == 0].max() > 0.7 * top  # found: 0.83
     assert all(np.array_equal(low.data, whole.data) for low in (drawn[0]["low"], drawn[1]["Low resolution"]))
     got = Parsed(report(tmp_path / "out")[0].read_text(encoding="utf8"))
     shown_volumes, plan = decoded(got)
     apart = {n: np.abs(shown_volumes[n].astype(int) - shown_volumes["sr"]) for n in ("spline", "linear", "low")}
     outside = shown_volumes["sr"] == 0
-    assert outside.mean() > 0.2 and apart["low"][outside].max() > 100
+    assert outside.mean() > 0.2 and apart["low"][outside].max() > 100  # found: 0.79, 206
     assert apart["spline"][outside].max() <= 13 and apart["linear"][outside].max() <= 16  # found: 10 and 13 of 255
     assert plan["limit"] < 30 and "know it inside the mask alone" in got.words  # found: 24
 

@@ -98,7 +98,7 @@ def test_the_viewer_draws_and_its_controls_work(tab, folder, more, by):
         tab.frames()
         if share == "0":
             whole = drawn(tab, "sr")
-    assert np.abs(whole - drawn(tab, "sr")).mean() > 0.2  # SR against spline
+    assert np.abs(whole - drawn(tab, "sr")).mean() > 0.2  # SR against spline; found: 2.9
 
     # All panes move together: a slice further on, all pictures change.
     names = ("low", "sr", "seg", "truth")
@@ -117,7 +117,7 @@ def test_the_viewer_draws_and_its_controls_work(tab, folder, more, by):
         before_change = drawn(tab, "low")
         tab.ask(f"document.querySelector('{change}').click()")
         tab.frames(3)
-        assert np.abs(drawn(tab, "low").mean() - before_change.mean()) > 0.1 or change.endswith("side]")
+        assert np.abs(drawn(tab, "low").mean() - before_change.mean()) > 0.3 or change.endswith("side]")  # found: 3.5
     assert tab.ask("document.querySelector('.over .holder').style.clipPath") == "none"
     assert tab.problems == []
 
@@ -128,8 +128,8 @@ def test_the_two_ways_of_drawing_agree(tab, folder):
         see_the_truth(tab, more)
     pictures = [truths[more] for more in ("", "#canvas")]
     # Same place, size and direction: letters and smoothing differ.
-    assert np.corrcoef(pictures[0].ravel(), pictures[1].ravel())[0, 1] > 0.97
-    assert np.corrcoef(pictures[0].ravel(), pictures[1][:, ::-1].ravel())[0, 1] < 0.97
+    assert np.corrcoef(pictures[0].ravel(), pictures[1].ravel())[0, 1] > 0.97  # found: 0.994
+    assert np.corrcoef(pictures[0].ravel(), pictures[1][:, ::-1].ravel())[0, 1] < 0.97  # found: 0.879
 
 
 PLAN = "JSON.parse(document.getElementById('plan').textContent)"

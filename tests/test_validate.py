@@ -148,7 +148,7 @@ def test_the_best_linear_estimate_of_a_shifted_image_is_the_estimate_shifted(sto
     for shift in (0, 300):  # whole numbers: exact in float32
         shifted = replace(sample, image=sample.image.astype(np.float32) - np.float32(shift))
         made.append(linear_estimate(feed, shifted, fixed_resident(feed, shifted, 0, 1), 0, 1))
-    assert torch.equal(*made) and made[0].std() > 0.1
+    assert torch.equal(*made) and made[0].std() > 0.1  # found: 0.21
 
 
 def test_half_a_probability_is_outside_as_in_inference():
