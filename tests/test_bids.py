@@ -396,8 +396,41 @@ def test_phase_images_and_images_beside_anat_are_left_out_and_named(dataset, cap
         assert told in caplog.text
 
 
-ORDER = ("sub", "ses", "task", "acq", "ce", "rec", "run", "echo", "part", "space", "chunk", "seg", "res", "den")
-ORDER += ("label", "desc")  # as in the schema of BIDS, where chunk follows space
+# As in the schema of BIDS.
+ORDER = (
+    "sub",
+    "ses",
+    "sample",
+    "task",
+    "tracksys",
+    "acq",
+    "nuc",
+    "voi",
+    "ce",
+    "trc",
+    "stain",
+    "rec",
+    "dir",
+    "run",
+    "mod",
+)
+ORDER += (
+    "echo",
+    "flip",
+    "inv",
+    "mt",
+    "part",
+    "proc",
+    "hemi",
+    "space",
+    "split",
+    "recording",
+    "chunk",
+    "seg",
+    "res",
+    "den",
+)
+ORDER += ("label", "desc")
 
 
 def listed(root, stem, suffix="T1w", sources=("bids:raw:a",), **more):

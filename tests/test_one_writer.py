@@ -2,6 +2,7 @@
 
 import json
 import socket
+from pathlib import Path
 
 import pytest
 from commands import TILES, Command, call, one_line
@@ -9,6 +10,7 @@ from nifti_files import HEAD, rigid, write
 
 from fastsrgan.cli.main import main
 from fastsrgan.core.files import LOCK, FolderLock, LockedFolder, ResultLock
+from fastsrgan.infer import bids
 from fastsrgan.infer.bids import STAGE
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
@@ -127,15 +129,22 @@ def dataset(made, root, count=2):
     return ["infer", "--bids", root, "-o", root.parent / "out", "-w", made / "w1.safetensors", *TILES]
 
 
-def test_calls_for_other_participants_share_a_derivatives_dataset(made, tmp_path, capsys):
+def test_calls_for_other_participants_share_a_derivatives_dataset(made, tmp_path, capsys, monkeypatch):
     """As of a job for each participant: none takes away what another has on its stage."""
     words, out = dataset(made, tmp_path / "raw"), tmp_path / "out"
     out.mkdir()
+    stages, place = set(), bids._place
+
+    def placed(item, *args):
+        stages.update(Path(path).relative_to(out).parts[0] for path in item["outputs"].values())
+        return place(item, *args)
+
+    monkeypatch.setattr(bids, "_place", placed)
     with FolderLock(out / STAGE):
         (out / STAGE / "sub-02_T1w_sr.nii.gz").write_bytes(b"of another call")
         assert call(capsys, *words, "--participant-label", "01")[0] == 0
         assert (out / STAGE / "sub-02_T1w_sr.nii.gz").read_bytes() == b"of another call"
-        assert not (out / f"{STAGE}-2").exists()
+        assert stages == {f"{STAGE}-2"} and not (out / f"{STAGE}-2").exists()
     assert sorted(images(out / "sub-01")) == ["sub-01_desc-cortexT1w_dseg.nii.gz", "sub-01_desc-sr_T1w.nii.gz"]
 
 

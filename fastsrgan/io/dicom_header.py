@@ -233,7 +233,7 @@ def _frames_of(path: Path, marked: bool, readable: bool, wanted: bool) -> list[F
     kind = "" if ds is None else str(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID") or "")
     if ds is None or "Rows" not in ds or "Columns" not in ds:
         # Of a class that is cut off itself only the beginning is there.
-        begun = f"{kind}.".startswith(_IMAGE_CLASSES) or any(one.startswith(kind) for one in _IMAGE_CLASSES)
+        begun = kind.startswith(_IMAGE_CLASSES) or any(one.startswith(kind) for one in _IMAGE_CLASSES)
         if marked and ds is not None and begun:
             raise InputError(path, CUT_OFF, HINT)
         if wanted:
