@@ -180,7 +180,7 @@ class Cohort:
             except Exception as error:
                 self._failed(place, error)
             else:
-                self._ended(place, told(record, self.job.record(self.images[place])))
+                self._ended(place, item_of(record, self.job.record(self.images[place])))
 
     # --- what becomes of an image
 
@@ -256,7 +256,7 @@ def together(job: ImageJob, images: Sequence[Image], ranks: Ranks) -> list[Item]
                 compute(loaded, job, f"{place + 1}/{len(images)} {image.path.name}", together=shared)
                 if not ranks.rank:
                     record = write(loaded, job)
-                    item |= told(record, job.record(image))
+                    item |= item_of(record, job.record(image))
         except LostRank:
             raise
         except Exception as error:
@@ -454,10 +454,10 @@ def _alone(image: Image, job: ImageJob) -> dict[str, Any]:
     if loaded is None:
         return item | {"status": "skipped", "outputs": names(job.outputs(image))}
     record = write(compute(loaded, job, image.path.name), job)
-    return item | {"status": "done"} | told(record, job.record(image))
+    return item | {"status": "done"} | item_of(record, job.record(image))
 
 
-def told(record: dict[str, Any], path: Path) -> Item:
+def item_of(record: dict[str, Any], path: Path) -> Item:
     """What the item of an image has of its record at ``path``, with paths in the place of names."""
     outputs = {kind: str(path.with_name(name)) for kind, name in record["outputs"].items()}
     return {"outputs": outputs} | {key: record[key] for key in TOLD}

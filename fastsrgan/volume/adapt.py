@@ -232,7 +232,7 @@ def learn(trials: Sequence[Trial], ratio: float, w: float, unit: float) -> Learn
     scaling = (_scaling([part.near for part in parts]), _scaling([part.rest for part in parts]))
     for part in parts:
         part.near, part.rest = _scaled(part.near, scaling[0]), _scaled(part.rest, scaling[1])
-    total, voxels = (sum(float(v.sum()) for v in made) for made in zip(*map(_Part.squares, parts), strict=True))
+    total, voxels = (sum(float(v.sum()) for v in made) for made in zip(*map(_TrialLines.squares, parts), strict=True))
     size = math.sqrt(total / max(voxels, 1.0))
     with torch.inference_mode(False), torch.enable_grad():
         layers = [layer.to(scaling[0].device).requires_grad_() for layer in _first_layers()]
@@ -287,7 +287,7 @@ def adapt_(
 
 
 @dataclass
-class _Part:
+class _TrialLines:
     """Lines of a trial, those that are kept back last.
 
     near, rest : ``Around.lines`` of them
@@ -326,7 +326,7 @@ class _Part:
         return np.array([float((self.counted[back] * v**2).sum()) for v in left])
 
 
-def _part(trial: Trial, ratio: float, w: float, unit: float) -> _Part:
+def _part(trial: Trial, ratio: float, w: float, unit: float) -> _TrialLines:
     around = Around(trial.start, trial.result, ratio, trial.down, w, unit)
     i, j = _lines(trial.truth > TISSUE * unit).nonzero().T
     back = (i // TILE + 2 * (j // TILE)) % KEPT_BACK == 0
@@ -337,7 +337,7 @@ def _part(trial: Trial, ratio: float, w: float, unit: float) -> _Part:
     missed = truth - result - (scan - result @ _transposed(trial.down, result)) @ _transposed(matrix, result)
     counted = (truth > TISSUE * unit) * trial.counts[i, j][:, None]
     near, rest = around.lines(i, j)
-    return _Part(
+    return _TrialLines(
         near, rest, missed / unit, (truth - start) / unit, counted, around.tissue[i, j], _transposed(free, result),
         int((~back).sum()),
     )  # fmt: skip
