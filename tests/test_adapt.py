@@ -306,6 +306,14 @@ def test_off_is_the_networks_own_image_and_segmentations_never_change(generator)
     assert np.array_equal(again.sr, auto.sr), "the default, and nothing is drawn by chance"
 
 
+def test_it_learns_whatever_mode_of_torch_its_caller_is_in(generator):
+    scan = head()
+    plain = infer_volume(scan, AFFINE, generator, **FAST).sr
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert np.array_equal(infer_volume(scan, AFFINE, generator, **FAST).sr, plain)
+
+
 def test_by_slabs_and_on_other_axes_it_has_the_same_bits(generator, tmp_path, monkeypatch):
     scan = head()
     whole = infer_volume(scan, AFFINE, generator, **FAST)
