@@ -234,7 +234,7 @@ def test_one_line_is_logged_and_the_doctor_shows_the_times(cache, times, caplog)
     found = forms.facts()
     assert found["layers"][LAYER]["form"] == "winograd" and found["file"] == str(cache)
     lines = doctor._forms_lines(found)
-    assert lines[1] == f"{LAYER}: winograd (library 2e+03 ms, winograd 1e+03 ms)"
+    assert lines[1] == f"{LAYER}: winograd (library 2000 ms, winograd 1000 ms)"
 
 
 # --- the layers ---------------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def test_weights_say_how_small_a_component_may_be(tmp_path, model, monkeypatch, 
     """Unless the command says it; the record tells what was left out, the original's geometry leaves nothing out."""
     monkeypatch.setattr("fastsrgan.infer.image.segment", lambda prob, *more: seen.append(more) or segment(prob, *more))
     purpose = Purpose(structures=((1, "cortex"),), island_mm3=(0.3, 0.3))  # below a hundredth of the largest here
-    monkeypatch.setattr("fastsrgan.infer.image.common", lambda purposes: purpose)
+    monkeypatch.setattr("fastsrgan.infer.image.purposes.common", lambda purposes: purpose)
     data = np.random.default_rng(1).integers(0, 900, (14, 12, 6)).astype(np.int16)
     images.save(tmp_path / "a.nii.gz", data, rigid((1.0, 1.0, 2.5)))
     words = ["--quiet", "infer", tmp_path / "a.nii.gz", "--patch", 16, "--step", 12, "--device", "cpu", "-w", model]

@@ -355,7 +355,7 @@ def test_volumes_and_lengths_of_a_segmentation_are_those_of_the_results_grid(tmp
 
     for name, at in (("segment", 1), ("enclosed", 2), ("judge", 2), ("on_zeros", 2)):
         spy(name, at)
-    monkeypatch.setattr(image_module, "common", lambda purposes: Purpose(contrasts=("T1",)))
+    monkeypatch.setattr(image_module.purposes, "common", lambda purposes: Purpose(contrasts=("T1",)))
     path = images.save(tmp_path / "a.nii.gz", some(), rigid(MM))
     files.infer_files([path], tmp_path / "out", model, **FAST)
     assert seen["segment"] == seen["judge"] == pytest.approx(1.0) and seen["enclosed"] == pytest.approx((1, 1, 1))
@@ -418,7 +418,7 @@ def test_every_derivative_has_its_own_place_and_says_whether_the_skull_is_there(
     write_json(stage / "json", {"weights": {"structures": known}, "made_for": {}})
     (image,) = find_bids(raw)
     item = {"outputs": {kind: str(stage / kind) for kind in (*kinds, "json")}}
-    placed = bids._place(item, image, raw, out)
+    placed = bids._place(item, image, raw, out, False)
     assert {kind: Path(path).read_bytes().decode() for kind, path in placed.items()} == {kind: kind for kind in kinds}
     names = {kind: Path(path).name.removeprefix("sub-01_").partition(".")[0] for kind, path in placed.items()}
     assert names == {
@@ -453,7 +453,7 @@ def test_a_derivative_has_lost_its_skull_where_its_source_says_so_alone(tmp_path
     (stage / "sr").write_bytes(b"")
     write_json(stage / "json", {"weights": {}, "made_for": {}})
     (image,) = find_bids(raw)
-    placed = bids._place({"outputs": {kind: str(stage / kind) for kind in ("sr", "json")}}, image, raw, out)
+    placed = bids._place({"outputs": {kind: str(stage / kind) for kind in ("sr", "json")}}, image, raw, out, False)
     assert read_json(sidecar(Path(placed["sr"])))["SkullStripped"] is stripped
 
 
@@ -486,7 +486,7 @@ def test_no_table_of_a_replaced_result_stands_beside_the_new_one(tmp_path):
             (stage / kind).write_bytes(b"")
         known = [{"name": "cortex", "values": [3]}, {"name": "white", "values": [41]}]
         write_json(stage / "json", {"weights": {"structures": known}, "made_for": {}})
-        bids._place({"outputs": {kind: str(stage / kind) for kind in (*kinds, "json")}}, image, raw, out)
+        bids._place({"outputs": {kind: str(stage / kind) for kind in (*kinds, "json")}}, image, raw, out, True)
         left = {path.name for path in out.rglob("*") if path.is_file()}
         expected = {"sub-01_desc-cortexT1w_dseg", "sub-01_desc-maskT1w_dseg"} if "mask" in kinds else set()
         expected |= {"sub-01_desc-cortexT1w_dseg"}

@@ -591,6 +591,7 @@ def test_only_a_file_system_that_knows_no_locks_is_trusted(folder, caplog, monke
         raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
 
     monkeypatch.setattr(core_files.fcntl, "flock", flock)
+    core_files._tell_no_locks.cache_clear()  # it is told once
     with caplog.at_level(logging.WARNING, "fastsrgan"):
         if name in ("ENOLCK", "EOPNOTSUPP", "ENOSYS"):
             create_store(folder).close()

@@ -422,7 +422,7 @@ def test_the_curves_of_several_runs_are_laid_over_each_other(run, tmp_path, monk
     assert made["rows"] == [{"run": n} | row for n, rows in zip(names, alone, strict=True) for row in rows]
     assert [told["best"]["Dice"] for told in made["runs"]] == [0.8, 0.9]
     panels = {p.title: p for row in drawn["rows"] for p in row}
-    lines = [line for line in panels["Dice"].lines if line.style == "data"]
+    lines = [line for line in panels["Dice, whole volumes"].lines if line.style == "data"]
     assert [(line.name, line.number) for line in lines] == [(names[0], 0), (names[1], 1)]
     for line, rows in zip(lines, alone, strict=True):
         assert list(line.y) == [row["whole_Dice"] for row in rows if "whole_Dice" in row]
@@ -460,7 +460,9 @@ def test_of_several_structures_the_mean_counts_and_each_has_its_line(run, tmp_pa
     }  # fmt: skip
     both = study.run("curves", [run, tmp_path / "copy"], tmp_path / "both")
     panels = {p.title: [list(line.y) for line in p.lines] for row in drawn[1] for p in row}
-    assert panels["mean Dice of 2 structures"] == [[0.625] * 3] * 2, "no interpolation of one of them beside it"
+    assert panels["mean Dice of 2 structures, whole volumes"] == [[0.625] * 3] * 2, (
+        "no interpolation of one of them beside it"
+    )
     assert [told["best"]["dice_is"] for told in both["runs"]] == ["mean Dice of 2 structures"] * 2
 
 

@@ -19,13 +19,15 @@ import socket
 import stat
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, human
 
 log = logging.getLogger("fastsrgan")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MOST_JSON = 64 * 2**20  # bytes of a JSON file that is read
 _DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 300 else float(digits))
@@ -412,6 +414,22 @@ class ResultLock(FolderLock):
         self._made = True  # nothing but the lock lies there, also where a killed process made it
         if owner is not None:
             weakref.finalize(owner, self.release)
+
+
+def unlocks_where_it_fails(stage: Callable[P, T]) -> Callable[P, T]:
+    """A stage of work on a result, whose first argument holds its ``lock`` or None: let go of where the stage ends in
+    an error, so that the folder that was made for it can be taken away."""
+
+    @functools.wraps(stage)
+    def wrapped(*args: P.args, **more: P.kwargs) -> T:
+        try:
+            return stage(*args, **more)
+        except BaseException:
+            if (lock := getattr(args[0], "lock", None)) is not None:
+                lock.release()
+            raise
+
+    return wrapped
 
 
 def judge_lock(

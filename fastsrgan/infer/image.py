@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsrgan.core.files import ResultLock, mapping, read_json, sizes, whole, write_json
+from fastsrgan.core.files import ResultLock, mapping, read_json, sizes, unlocks_where_it_fails, whole, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.errors import InputError, ModelError, UsageError, times
 from fastsrgan.evaluate.plausibility import NO_PROOF, RED, Look, Verdict, choose, enclosed, judge, measure, own_dice
@@ -280,6 +280,7 @@ def _check_places(image: Image, job: ImageJob) -> None:
             raise UsageError(target, "is a folder where a result is to stand", "rename it, or choose another folder")
 
 
+@unlocks_where_it_fails
 def compute(
     loaded: Loaded, job: ImageJob, label: str, beside: Beside | None = None, together: Together | None = None
 ) -> Loaded:
@@ -291,16 +292,9 @@ def compute(
     settings, said = _with_thickness(loaded, _as_made(loaded, job.settings))
     try:
         loaded.result = process(
-            loaded.volume.data,
-            loaded.volume.affine,
-            loaded.model.generators,
-            settings,
-            scratch=job.planes(loaded.image),
-            beside=beside,
-            together=together,
-            progress=job.progress,
-            label=label,
-        )
+            loaded.volume.data, loaded.volume.affine, loaded.model.generators, settings, beside=beside,
+            scratch=job.planes(loaded.image), together=together, progress=job.progress, label=label,
+        )  # fmt: skip
     except InputError as error:
         raise InputError(loaded.image.path, error.reason, error.hint) from error
     except ModelError:
@@ -352,6 +346,7 @@ def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     return held + labels * result.sr.size + drawn
 
 
+@unlocks_where_it_fails
 def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     """The last stage: images onto the disk, then the record that stands for them, which is returned."""
     began, image, result, outputs = time.perf_counter(), loaded.volume, loaded.result, job.outputs(loaded.image)
