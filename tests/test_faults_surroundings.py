@@ -33,7 +33,7 @@ def two(work: Path, tmp_path: Path) -> tuple[object, ...]:
     return ("infer", work / "scan0.nii.gz", work / "scan1.nii.gz", *infer_words(work, tmp_path)[2:])
 
 
-def sound(out: Path) -> None:
+def assert_whole_and_no_litter(out: Path) -> None:
     """No temporary file, and what has its final name is whole."""
     assert not litter(out)
     for path in out.glob("*.nii.gz"):
@@ -48,7 +48,7 @@ def test_ctrl_c_on_a_terminal_ends_with_130_and_nothing_half_written(work, tmp_p
     found = running.end()
     assert found.code == 130 and found.errors == ["error: interrupted"], found
     assert "Traceback" not in found.err
-    sound(tmp_path / "out")
+    assert_whole_and_no_litter(tmp_path / "out")
 
 
 @pytest.mark.fault(38)
@@ -68,7 +68,7 @@ def test_sigterm_ends_a_batch_job_with_143_and_nothing_half_written(work, tmp_pa
     running.send(signal.SIGTERM)
     found = running.end()
     assert found.code == 143 and found.errors == ["error: stopped: by SIGTERM"], found
-    sound(tmp_path / "out")
+    assert_whole_and_no_litter(tmp_path / "out")
 
 
 @pytest.mark.fault(43)
@@ -110,7 +110,7 @@ def test_standard_streams_that_are_closed_or_that_nobody_reads_change_no_exit_co
     both = {1: "closed", 2: kind}
     found = command(tmp_path / "b", *infer_words(work, tmp_path), "--overwrite", streams=both)
     assert found.code == 0 and not found.out + found.err, found
-    sound(tmp_path / "out")
+    assert_whole_and_no_litter(tmp_path / "out")
     for words, code in ((("infer", tmp_path / "none.nii", "-o", tmp_path / "o"), 3), (("infer",), 2)):
         assert command(tmp_path / "c", *words, streams={2: kind}).code == code
     found = command(tmp_path / "d", "--help", streams={1: "closed"})

@@ -103,7 +103,7 @@ def test_a_gpu_gets_the_same_volumes(store, dali, engine, kind):
             exact = expected.prepare(epoch, r.subject)
             assert r.hr.device == r.label.device == device
             for got, want in ((r.hr, exact.hr), (r.interpolated, exact.interpolated)):
-                assert (got.cpu() - want).abs().max() <= 2e-5
+                assert (got.cpu() - want).abs().max() <= 2e-5  # not measured: needs a CUDA device
             assert torch.equal(r.label.cpu(), exact.label) and np.array_equal(r.origins, exact.origins)
 
 

@@ -193,7 +193,7 @@ def test_what_is_in_front_or_on_top_is_shown_above(tmp_path, above):
         box, height = axes.get_position(), len(pixels)
         edges = [round((1 - y) * height) for y in (box.y1, (box.y0 + box.y1) / 2, box.y0)]
         upper, lower = (pixels[a:b].sum() for a, b in itertools.pairwise(edges))
-        assert (upper > 1.3 * lower) if above else (lower > 1.3 * upper)
+        assert (upper > 1.3 * lower) if above else (lower > 1.3 * upper)  # found: 1.5 to 1.8
 
 
 def test_outlines_appear_only_where_they_are_asked_for(truth, tmp_path):

@@ -54,7 +54,7 @@ def test_a_machine_with_torch_numpy_and_scipy_alone_runs_what_it_can(tmp_path):
     for name in ("kernels", "compile", "waits"):
         assert all(c["passed"] is None and c["facts"]["reason"].startswith("not run: ") for c in checks[name].values())
     assert "DALI" in checks["feed"]["DALI plain"]["facts"]["reason"]
-    assert checks["step"]["losses fp32"]["facts"]["error"] < 0.02
+    assert checks["step"]["losses fp32"]["facts"]["error"] < 1e-3  # found: 2.2e-5 to 1.2e-4
 
 
 def test_the_order_is_that_of_importance():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_host import exactness, guarded, reference, same
+from kernel_host import equal_within, exactness, guarded, reference
 from kernel_nvrtc import compile_for
 from test_tiles import plans
 
@@ -39,12 +39,12 @@ SHARED = {"suppress_health_check": [HealthCheck.function_scoped_fixture]}  # fix
 # --- every operation ----------------------------------------------------------------------------------------------
 
 
-def parity(operation: backend.Op, seed: int, device: torch.device) -> None:
+def assert_kernel_equals_reference(operation: backend.Op, seed: int, device: torch.device) -> None:
     expected = operation.body(*operation.example(seed, device))
     got = operation.launch(*operation.example(seed, device))
     assert got is not NotImplemented
     for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, expected)), strict=True):
-        assert b.isfinite().all() and same(a, b, operation.rtol)
+        assert b.isfinite().all() and equal_within(a, b, operation.rtol)
 
 
 def test_every_kernel_is_an_operation_and_every_operation_a_kernel():
@@ -57,7 +57,7 @@ def test_every_kernel_is_an_operation_and_every_operation_a_kernel():
 def test_kernels_do_what_the_references_do(host, name, backwards, seed):
     """Also when the last thread runs first: no thread depends on another."""
     host.backwards = backwards
-    parity(backend.OPS[name], seed, CPU)
+    assert_kernel_equals_reference(backend.OPS[name], seed, CPU)
     assert [ran for ran, _ in host.ran].count(name) == len(host.ran) > 0
 
 
@@ -65,14 +65,14 @@ def test_kernels_do_what_the_references_do(host, name, backwards, seed):
 def test_kernels_stride_over_what_the_grid_leaves(host, monkeypatch, name):
     """CUDA takes 65535 blocks along y and z; with fewer, each does the work of several."""
     monkeypatch.setattr(backend, "MAX_GRID", (2**31 - 1, 5, 2))
-    parity(backend.OPS[name], 0, CPU)
+    assert_kernel_equals_reference(backend.OPS[name], 0, CPU)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not (torch.cuda.is_available() and backend.cupy_available()), reason="no CUDA device, or no CuPy")
 @pytest.mark.parametrize("name", sorted(backend.OPS))
 def test_kernels_do_what_the_references_do_on_a_gpu(name):
-    parity(backend.OPS[name], 0, torch.device("cuda", torch.cuda.current_device()))
+    assert_kernel_equals_reference(backend.OPS[name], 0, torch.device("cuda", torch.cuda.current_device()))
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
@@ -133,7 +133,7 @@ def test_overlap_add_equals_the_reference(host, poisoned, plan, channels, dtype,
     host.backwards = backwards
     got = in_parts(plan, some, cuts)
     assert got.dtype == torch.float32 and got.isfinite().all()
-    assert same(got, expected, exactness())
+    assert equal_within(got, expected, exactness())
     assert host.ran[-1] == ("overlap_add", {"TILE": dtype})
 
 
@@ -170,7 +170,7 @@ def test_overlap_add_writes_nothing_else(host):
     some = some_tiles(plan, 3)
     for part in some.split(5):
         stitcher.add(part)
-    assert same(stitcher.result(), reference(lambda: stitch.overlap_add(some, plan)), exactness())
+    assert equal_within(stitcher.result(), reference(lambda: stitch.overlap_add(some, plan)), exactness())
     assert all(untouched() for untouched in checks)
 
 
@@ -355,4 +355,4 @@ def test_inference_is_the_same_with_kernels(host, batch):
     got, _ = sweep.predict(volume, plan, TileNetwork(generator, 3.0, batch=batch))
     expected, _ = reference(lambda: sweep.predict(volume, plan, TileNetwork(generator, 3.0, batch=batch)))
     assert {name for name, _ in host.ran} == {"gather_tiles", "overlap_add"}
-    assert same(got, expected, exactness())
+    assert equal_within(got, expected, exactness())

@@ -240,7 +240,7 @@ def test_initial_kernels_are_keras_truncated_normals(module, gain):
         if parameter.ndim == 5 and parameter.numel() > 2000:
             std = (gain / parameter[0].numel()) ** 0.5
             assert parameter.std().item() == pytest.approx(std, rel=0.06)  # found: 0.015
-            assert parameter.abs().max().item() <= 2 * std / 0.8796 + 1e-6
+            assert parameter.abs().max().item() <= 2 * std / 0.8796 + 1e-6  # rounding; found: 2.9e-6 below
     kernels = [p.detach().flatten()[:8] / p[0].numel() ** -0.5 for p in module.parameters() if p.ndim == 5]
     assert all(not torch.allclose(a, b, rtol=1e-3) for i, a in enumerate(kernels) for b in kernels[:i])  # found: 1.7
 

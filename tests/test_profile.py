@@ -130,6 +130,7 @@ def test_infer_agrees_with_the_profile_that_the_scan_shows_and_says_where_it_com
     done = infer_volume(scan, affine, generator, **fast)
     told = done.report["agree"]
     assert (told["profile"], told["profile_known"], told["width_mm"]) == (kind, "shown by the scan", 6.0)
+    # Found: 0.003; that of a profile which is guessed is at least 0.03.
     assert told["weight"] < 0.03 and f"{kind} profile of 6 mm, shown by the scan)" in caplog.text
     named = infer_volume(scan, affine, generator, **fast, profile=kind)
     assert named.report["agree"]["profile_known"] == "named" and np.array_equal(named.sr, done.sr)

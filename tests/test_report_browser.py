@@ -187,16 +187,16 @@ def test_it_opens_across_the_slices_and_what_lies_over_the_sr_can_be_chosen(tab,
     size = tab.ask("document.querySelector('#canvas-low').clientHeight")
     wide, high = (0, 2) if plan["plane"] == "coronal" else (1, 2)
     scale = min(size / (plan["shape"][d] * plan["spacing"][d]) for d in (wide, high))
-    assert len(rows) == pytest.approx(15 * scale, abs=2.5)
+    assert len(rows) == pytest.approx(15 * scale, abs=1.5)  # edges are rounded to rows; found: 0.08
     through = size / 2 - (plan["start"][2] - (plan["shape"][2] - 1) / 2) * plan["spacing"][2] * scale
-    assert min(rows) - 1 <= through <= max(rows) + 1
+    assert min(rows) - 1 <= through <= max(rows) + 1  # a row of rounding; found: 9.2 rows inside
     # The crosshair and the marks off: what is coloured now is what is laid over the SR.
     for switch in ("cross", "marks"):
         tab.ask(f"document.getElementById('{switch}').click()")
     tab.ask("document.getElementById('wipe').value = 0")
     tab.ask("document.getElementById('wipe').dispatchEvent(new Event('input'))")
     tab.frames(3)
-    assert tab.ask(INK) == [] and coloured(tab, "sr") < 0.001
+    assert tab.ask(INK) == [] and coloured(tab, "sr") < 0.001  # found: 0
     shares = {}
     for layer in ("seg", "change"):
         tab.ask(f"document.querySelector('input[name=layer][value={layer}]').click()")
@@ -205,8 +205,9 @@ def test_it_opens_across_the_slices_and_what_lies_over_the_sr_can_be_chosen(tab,
             tab.ask("document.getElementById('overlay').dispatchEvent(new Event('input'))")
             tab.frames(4)
             shares[layer, opacity] = coloured(tab, "sr", 40 if layer == "seg" else 4)
-    assert shares["seg", 0] < 0.001
-    assert shares["seg", 100] > 0.02 and shares["change", 100] > shares["change", 0] + 0.001
+    assert shares["seg", 0] < 0.001  # found: 0
+    # Found: 0.072 and 0.073; 0.15 and 0.19 more than 0.002
+    assert shares["seg", 100] > 0.02 and shares["change", 100] > shares["change", 0] + 0.02
     # The best linear estimate over the SR, as grey as the SR is.
     tab.ask("document.querySelector('input[name=layer][value=linear]').click()")
     pictures = []
@@ -215,12 +216,13 @@ def test_it_opens_across_the_slices_and_what_lies_over_the_sr_can_be_chosen(tab,
         tab.ask("document.getElementById('overlay').dispatchEvent(new Event('input'))")
         tab.frames(4)
         pictures.append(drawn(tab, "sr"))
-        assert coloured(tab, "sr") < 0.001
+        assert coloured(tab, "sr") < 0.001  # found: 0
     tab.ask("document.querySelector('input[name=layer][value=none]').click()")
     tab.frames(4)
     below = drawn(tab, "sr")
+    # Found: 0; 1.7 and 2.7
     assert np.abs(pictures[0] - below).mean() < 0.01 and np.abs(pictures[1] - below).mean() > 0.2
-    assert coloured(tab, "sr") < 0.001
+    assert coloured(tab, "sr") < 0.001  # found: 0
     # Away, and back to the place.
     tab.ask("document.getElementById('canvas-low').focus()")
     for _ in range(3):
@@ -240,12 +242,12 @@ def test_a_page_that_shows_a_slab_says_so_and_draws(tab, folder, monkeypatch):
     held = sum(len(text) for text in re.findall(r'id="volume-\w+">([^<]*)<', whole))
     most = (len(whole.encode()) - held / 2) / 1e6
     (path,) = report(out, folder / "slab.html", max_mb=most)
-    assert path.stat().st_size <= most * 1e6
+    assert path.stat().st_size <= most * 1e6  # found: 0.998 of it
     shown(tab, path)
     words = tab.ask("document.getElementById('viewer').textContent")
     assert "Shown at full resolution: a" in words and "--max-mb" in words and tab.problems == []
     plan = tab.ask(PLAN)
-    assert plan["spacing"] == pytest.approx([5, 5, 5]) and drawn(tab, "sr").std() > 15
+    assert plan["spacing"] == pytest.approx([5, 5, 5]) and drawn(tab, "sr").std() > 15  # found: 5; 59
 
 
 def test_nothing_is_wider_than_a_phone(tab, folder):
@@ -257,7 +259,7 @@ def test_nothing_is_wider_than_a_phone(tab, folder):
             tab.frames()
             assert tab.ask("document.documentElement.scrollWidth") <= 390, path
         colour = tab.ask("getComputedStyle(document.body).backgroundColor")
-        assert (sum(map(int, colour[4:-1].split(","))) < 200) == dark
+        assert (sum(map(int, colour[4:-1].split(","))) < 200) == dark  # found: 50 and 742
     tab.look(1200, 900)
 
 
@@ -267,8 +269,8 @@ def test_on_a_phone_the_slice_is_named_in_the_large_pane_alone(tab, folder):
         tab.look(width, 900, mobile=not named)
         assert shown(tab, folder / "one/out/report.html", "#canvas") == "canvas"
         tab.frames()
-        assert tab.ask(WORDS.replace("NAME", "spline")) > 20
-        assert (tab.ask(WORDS.replace("NAME", "low")) > 20) == named
+        assert tab.ask(WORDS.replace("NAME", "spline")) > 20  # found: 203
+        assert (tab.ask(WORDS.replace("NAME", "low")) > 20) == named  # found: 0 and 203
         assert tab.ask(INK)  # the bar
     tab.look(1200, 900)
 
@@ -302,7 +304,7 @@ def test_without_webgl_the_canvases_draw(folder, tmp_path):
     with chromium.page(tmp_path, "--disable-gpu", "--disable-3d-apis") as tab:
         tab.look(1000, 900)
         assert shown(tab, folder / "one" / "out" / "report.html") == "canvas"
-        assert drawn(tab, "sr").std() > 15 and drawn(tab, "low").std() > 15
+        assert drawn(tab, "sr").std() > 15 and drawn(tab, "low").std() > 15  # found: 48, 54
         assert "without WebGL 2" in tab.ask("document.getElementById('renderer').textContent")
 
 
@@ -337,18 +339,18 @@ def test_doubt_and_structures_have_the_colours_of_their_scale_and_legend(tab, fo
         return np.median(picture[row - 4 : row + 5, column - 4 : column + 5].reshape(-1, 3), axis=0)
 
     for x, level in ((10, 85), (30, 255)):
-        assert seen("doubt", x, 8) == pytest.approx(of_doubt(level), abs=8), x
+        assert seen("doubt", x, 8) == pytest.approx(of_doubt(level), abs=5), x  # found: 0.5
     # Over the SR, which is white, half seen through.
     tab.ask("document.querySelector('input[name=layer][value=doubt]').click()")
     opaque(50)
     for x, level in ((10, 85), (30, 255)):
-        assert seen("sr", x, 8) == pytest.approx((255 + of_doubt(level)) / 2, abs=8), x
+        assert seen("sr", x, 8) == pytest.approx((255 + of_doubt(level)) / 2, abs=5), x  # found: 0.56
     opaque(100)
     tab.ask("document.querySelector('input[name=layer][value=mask]').click()")
     legend = tab.ask("[...document.querySelectorAll('#structures rect')].map(e => getComputedStyle(e).fill)")
     for y, colour in zip((8.5, 21.5, 34.5), legend, strict=True):
-        assert seen("sr", 20, y) == pytest.approx([int(v) for v in re.findall(r"\d+", colour)], abs=8), y
-    assert seen("sr", 20, 15.5) == pytest.approx([255] * 3, abs=8)
+        assert seen("sr", 20, y) == pytest.approx([int(v) for v in re.findall(r"\d+", colour)], abs=1), y  # found: 0
+    assert seen("sr", 20, 15.5) == pytest.approx([255] * 3, abs=1)  # found: 0
     # The scale's colours are those of the picture, and the page has no complaint.
     scale = tab.ask("getComputedStyle(document.querySelector('.scale .heat')).backgroundImage")
     assert all(f"rgb({r}, {g}, {b})" in scale for r, g, b in (PURPLE, YELLOW)) and tab.problems == []

@@ -94,7 +94,7 @@ def near(pixels: np.ndarray, colour: tuple[int, int, int]) -> int:
     return int((np.abs(pixels - colour).max(1) < 30).sum())
 
 
-def check(page, path, expected: dict[str, float], top: float) -> dict:
+def assert_greys_under_titles(page, path, expected: dict[str, float], top: float) -> dict:
     found = columns(page, path)
     assert {title: grey for title, (grey, *_) in found.items()} == pytest.approx(
         {TITLES[name]: 255 * value / top for name, value in expected.items()},
@@ -114,7 +114,7 @@ def test_the_demos_picture_has_every_volume_under_its_title_and_figures(pages, t
     scores["gain"], scores["linear"]["gain"] = scored(12.0), scored(6.0)
     path = demo.draw(tmp_path / "demo.png", volumes, scores, (1.0, 1.0, 3.0))
     (page,) = pages
-    found = check(page, path, LEVELS | {"seg": LEVELS["sr"]}, LEVELS["truth"])
+    found = assert_greys_under_titles(page, path, LEVELS | {"seg": LEVELS["sr"]}, LEVELS["truth"])
     captions = {title: caption for title, (_, caption, _) in found.items()}
     assert captions == {
         "Low resolution": "1 × 1 × 3 mm\nvoxels as acquired",
@@ -157,7 +157,9 @@ def test_the_picture_of_infer_has_scan_spline_and_result_under_their_titles(page
     result = SimpleNamespace(sr=sr.data, affine=sr.affine, report={"patch": 64, "step": 32, "region": None})
     infer_image._picture(tmp_path / "a.png", loaded, result, SEG.data, 0.5, Verdict("green", ()))
     (page,) = pages
-    found = check(page, tmp_path / "a.png", {"low": 150.0, "spline": 150.0, "sr": 450.0, "seg": 450.0}, 450.0)
+    found = assert_greys_under_titles(
+        page, tmp_path / "a.png", {"low": 150.0, "spline": 150.0, "sr": 450.0, "seg": 450.0}, 450.0
+    )
     assert list(found) == ["Low resolution", "Cubic spline", "fastsrgan", "Segmentation"]
     assert found["Low resolution"][1].startswith("1 × 1 × 3 mm") and found["fastsrgan"][1] == "1 × 1 × 1 mm"
     assert found["Cubic spline"][1] == "of the same scan" and found["Segmentation"][1] == "probability above 0.5"

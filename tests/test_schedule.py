@@ -21,7 +21,7 @@ def test_falls_from_one_to_the_end_and_never_rises(shape, end, epochs):
     assert factor(shape, 0.0, 0, end=end) == 1.0
     # Found: 5.6e-17 (rounding)
     assert factor(shape, share(epochs, epochs, 1.0), 10, end=end) == pytest.approx(end, abs=1e-12)
-    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates))  # rounding; found: 0
 
 
 def test_the_middle_of_the_run_is_the_middle_of_the_fall():

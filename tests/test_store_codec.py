@@ -40,7 +40,7 @@ def outcome(read):
     return found
 
 
-def same(one, other) -> bool:
+def equal_outcomes(one, other) -> bool:
     if isinstance(one, str) or isinstance(other, str):
         return isinstance(one, str) and isinstance(other, str) and one == other
     pairs = [(one, other)] if isinstance(one, np.ndarray) else [(getattr(one, n), getattr(other, n)) for n in NAMES]
@@ -60,7 +60,7 @@ def test_whole_arrays(tmp_path, dtype, shape):
     image = volume(1, shape, dtype)
     make(tmp_path / "store", "a", image=image, scale=0.37, offset=-3.0, mask=True)
     one, other = (open_store(tmp_path / "store", reader).read("a") for reader in READERS)
-    assert same(one, other)
+    assert equal_outcomes(one, other)
     kept = image if image.dtype.kind in "iu" else image.astype(np.float32)
     np.testing.assert_array_equal(other.image, (kept.astype(float) * 0.37 - 3).astype(np.float32))
 
@@ -166,21 +166,21 @@ def test_damage(tmp_path):
         flips = [data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :] for at in range(3, len(data), len(data) // 7)]
         for broken in (*flips, data[: len(data) // 2], data + b"\0", b"", b"{}", bytes(len(data))):
             path.write_bytes(broken)
-            check(folder, kinds)
+            assert_both_readers_agree_on_damage(folder, kinds)
         path.unlink()
-        check(folder, kinds)
+        assert_both_readers_agree_on_damage(folder, kinds)
         path.write_bytes(data)
     assert kinds["refused"] > 20 and kinds["read"] > 20  # other arrays, and parts beside the damage, are still read
 
 
-def check(folder: Path, kinds: dict[str, int]) -> None:
+def assert_both_readers_agree_on_damage(folder: Path, kinds: dict[str, int]) -> None:
     one, other = (outcome(functools.partial(open_store(folder, reader).read, "a")) for reader in READERS)
-    assert same(one, other) and isinstance(one, str) and ": a/" in one
+    assert equal_outcomes(one, other) and isinstance(one, str) and ": a/" in one
     for name in NAMES[:2]:
         part = (slice(64, 66), slice(None), slice(2, 3))
         reads = [functools.partial(open_store(folder, reader).read_region, "a", name, part) for reader in READERS]
         one, other = map(outcome, reads)
-        assert same(one, other), (name, one, other)
+        assert equal_outcomes(one, other), (name, one, other)
         kinds["refused" if isinstance(one, str) else "read"] += 1
 
 
@@ -268,7 +268,7 @@ def test_many_threads_share_a_store(odd):
         expected, wrong = store.read("a"), []
 
         def loop(store=store, expected=expected, wrong=wrong):
-            wrong.extend(1 for _ in range(4) if not same(store.read("a"), expected))
+            wrong.extend(1 for _ in range(4) if not equal_outcomes(store.read("a"), expected))
 
         threads = [threading.Thread(target=loop) for _ in range(4)]
         for t in threads:

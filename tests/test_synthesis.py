@@ -550,6 +550,7 @@ def test_a_gpu_makes_the_same_image():
     image, seen = synthesise(labels, MM, KEY)
     other, there = synthesise(labels, MM, KEY, device="cuda")
     assert other.shape == image.shape
-    assert float((there.cpu() != seen).float().mean()) < 1e-4  # a coordinate at a voxel's edge rounds either way
+    # A coordinate at a voxel's edge rounds either way. Not measured: needs a CUDA device
+    assert float((there.cpu() != seen).float().mean()) < 1e-4
     same = there.cpu() == seen
-    assert float((other.cpu() - image)[same].abs().max()) < 1e-3
+    assert float((other.cpu() - image)[same].abs().max()) < 1e-3  # not measured: needs a CUDA device

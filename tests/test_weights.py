@@ -49,7 +49,7 @@ def random_generator(spec, seed=0):
     return generator.eval()
 
 
-def same(a, b):
+def equal_networks(a, b):
     """Equal specs and equal bits."""
     if a.spec != b.spec:
         return False
@@ -123,9 +123,9 @@ def test_networks_survive_both_formats(tmp_path_factory, spec, patch, seed):
     native = weights.save_generator(folder / "a.safetensors", generator, critic, {"figure": 30.5})
     keras = weights.export_keras(native, folder / "a")
     for path in (native, keras):
-        assert same(weights.load_generator(path), generator)
+        assert equal_networks(weights.load_generator(path), generator)
         if critic:
-            assert same(weights.load_critic(path), critic)
+            assert equal_networks(weights.load_critic(path), critic)
         else:
             with pytest.raises(ModelError, match="holds no critic"):
                 weights.load_critic(path)
@@ -140,13 +140,13 @@ def test_names_of_a_network_built_twice_are_understood(tmp_path):
             for layer in list(file[group]):
                 file[group].move(layer, layer + "_1")
 
-    assert same(weights.load_generator(edited(tmp_path, rename)), weights.load_generator(PLAIN))
-    assert same(weights.load_critic(edited(tmp_path, rename)), weights.load_critic(PLAIN))
+    assert equal_networks(weights.load_generator(edited(tmp_path, rename)), weights.load_generator(PLAIN))
+    assert equal_networks(weights.load_critic(edited(tmp_path, rename)), weights.load_critic(PLAIN))
 
 
 def test_the_empty_group_of_newer_keras_is_ignored(tmp_path):
     path = edited(tmp_path, lambda f: f.create_group("top_level_model_weights"))
-    assert same(weights.load_generator(path), weights.load_generator(PLAIN))
+    assert equal_networks(weights.load_generator(path), weights.load_generator(PLAIN))
 
 
 def test_compressed_and_double_precision_arrays_are_read(tmp_path):
@@ -154,7 +154,7 @@ def test_compressed_and_double_precision_arrays_are_read(tmp_path):
         array = file[CONV2][()]
     for dtype, options in (("f8", {}), ("f4", {"compression": "gzip", "shuffle": True, "chunks": True})):
         path = edited(tmp_path, replace(CONV2, data=array.astype(dtype), dtype=dtype, **options))
-        assert same(weights.load_generator(path), weights.load_generator(PLAIN))
+        assert equal_networks(weights.load_generator(path), weights.load_generator(PLAIN))
 
 
 def test_a_critic_of_another_depth_is_exported_with_a_note(tmp_path, caplog):
@@ -174,7 +174,7 @@ def test_what_exists_is_kept(tmp_path):
             convert(PLAIN, target)
         assert target.read_bytes() == b"precious"
     weights.import_keras(PLAIN, target, overwrite=True)
-    assert same(weights.load_generator(target), weights.load_generator(PLAIN))
+    assert equal_networks(weights.load_generator(target), weights.load_generator(PLAIN))
 
 
 def test_import_takes_keras_files_only(tmp_path):
@@ -213,7 +213,7 @@ def test_a_loaded_network_does_not_depend_on_its_file(tmp_path):
     with open(path, "r+b") as file:
         file.seek(2000)
         file.write(bytes(4000))
-    assert same(generator, weights.load_generator(PLAIN))
+    assert equal_networks(generator, weights.load_generator(PLAIN))
 
 
 def test_the_moving_average_is_preferred(tmp_path):
@@ -221,17 +221,17 @@ def test_the_moving_average_is_preferred(tmp_path):
     generator, average = random_generator(spec, 1), random_generator(spec, 2)
     for ema in (average, dict(average.named_parameters())):
         path = weights.save_generator(tmp_path / "a.safetensors", generator, ema=ema)
-        assert same(weights.load_generator(path), average)
-        assert same(weights.load_generator(path, ema=False), generator)
-    assert same(weights.load_generator(weights.export_keras(path, tmp_path / "e")), average)
-    assert same(weights.load_generator(weights.export_keras(path, tmp_path / "g", ema=False)), generator)
+        assert equal_networks(weights.load_generator(path), average)
+        assert equal_networks(weights.load_generator(path, ema=False), generator)
+    assert equal_networks(weights.load_generator(weights.export_keras(path, tmp_path / "e")), average)
+    assert equal_networks(weights.load_generator(weights.export_keras(path, tmp_path / "g", ema=False)), generator)
     assert weights.info(path)["ema"]
 
 
 def test_half_precision_networks_are_stored_as_float32(tmp_path):
     generator = random_generator(GeneratorSpec(kernel=1)).bfloat16()
     loaded = weights.load_generator(weights.save_generator(tmp_path / "a.safetensors", generator))
-    assert same(loaded, generator.float())
+    assert equal_networks(loaded, generator.float())
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}  # noqa: SIM118
 
@@ -355,8 +355,8 @@ def test_the_moving_average_of_a_snapshot_is_what_a_run_is_used_with(tmp_path):
     model.replace(folder / "model.safetensors")
     (folder / "manifest.json").write_text(json.dumps({"files": {"model.safetensors": entry}}))
     for path in (tmp_path, tmp_path / "checkpoints", folder, folder / "model.safetensors"):
-        assert same(weights.load_generator(path), average)
-        assert same(weights.load_generator(path, ema=False), generator)
+        assert equal_networks(weights.load_generator(path), average)
+        assert equal_networks(weights.load_generator(path, ema=False), generator)
 
 
 def test_a_run_gives_its_newest_snapshot(tmp_path, caplog):
@@ -365,12 +365,12 @@ def test_a_run_gives_its_newest_snapshot(tmp_path, caplog):
     (checkpoints / "epoch-0099").mkdir()  # without manifest: passed over, with a warning
     (checkpoints / ".epoch-0098.tmp-1-2").mkdir()
     for path in (tmp_path, checkpoints, checkpoints / "epoch-0010"):
-        assert same(weights.load_generator(path), generators[1])
-    assert same(weights.load_generator(checkpoints / "epoch-0002"), generators[0])
+        assert equal_networks(weights.load_generator(path), generators[1])
+    assert equal_networks(weights.load_generator(checkpoints / "epoch-0002"), generators[0])
     assert weights.info(tmp_path)["file"] == str(checkpoints / "epoch-0010" / "model.safetensors")
     flip(checkpoints / "epoch-0010" / "model.safetensors")
     with caplog.at_level(logging.WARNING, "fastsrgan"):
-        assert same(weights.load_generator(tmp_path), generators[2])
+        assert equal_networks(weights.load_generator(tmp_path), generators[2])
     assert "epoch-0099" in caplog.messages[-2] and "epoch-0010" in caplog.messages[-1]
     with pytest.raises(ModelError, match="SHA-256"):
         weights.load_generator(checkpoints / "epoch-0010")
@@ -385,16 +385,16 @@ def test_a_run_gives_its_best_and_others_by_name(tmp_path, caplog):
     best = random_generator(GeneratorSpec(kernel=1), 7)
     weights.save_generator(tmp_path / "best.safetensors", best)
     with caplog.at_level(logging.INFO, "fastsrgan"):
-        assert same(weights.load_generator(tmp_path), best)
+        assert equal_networks(weights.load_generator(tmp_path), best)
     assert f"{tmp_path}: weights of {tmp_path / 'best.safetensors'}" in caplog.text
     assert weights.info(tmp_path)["file"] == str(tmp_path / "best.safetensors")
     wanted = {"best": best, "last": generators[40], "20": generators[20]}
     for which, generator in wanted.items():
-        assert same(weights.load_generator(weights.of_run(tmp_path, which)), generator)
+        assert equal_networks(weights.load_generator(weights.of_run(tmp_path, which)), generator)
     with pytest.raises(ModelError, match=r"no snapshot of 30 updates \(there are: 20, 40"):
         weights.of_run(tmp_path, "30")
     (tmp_path / "best.safetensors").unlink()
-    assert same(weights.load_generator(tmp_path), generators[40])  # where no validation ended
+    assert equal_networks(weights.load_generator(tmp_path), generators[40])  # where no validation ended
     with pytest.raises(ModelError, match="--checkpoint last"):
         weights.of_run(tmp_path, "best")
     for path, which in ((tmp_path, "first"), (PLAIN, "last")):
@@ -594,7 +594,7 @@ def test_keras_files_that_are_refused(tmp_path, fault):
 
 def test_a_critic_that_diverged_does_not_forbid_the_generator(tmp_path):
     path = edited(tmp_path, lambda f: f["DX/DX_conv_dis_2/bias:0"].__setitem__(0, np.nan))
-    assert same(weights.load_generator(path), weights.load_generator(PLAIN))
+    assert equal_networks(weights.load_generator(path), weights.load_generator(PLAIN))
     with pytest.raises(ModelError, match="DX_conv_dis_2/bias:0 holds 1 NaN"):
         weights.load_critic(path)
 
