@@ -218,6 +218,9 @@ How many faults that nobody wrote for the tests they notice is measured by round
 neither table nor tests, writes faults over all packages, and the tests that concern each are run, then wider ones. Of
 the last round, 60 faults at commit c4f05b7, 58 were noticed (97 %). Ten of them turned out to stand in the table
 already: of the 50 others 48 (96 %). The two that were missed have a law and stand in the table since.
+
+What the laws cost: `bash .ci/run` of commit 375b100 ran 6,738 tests in 10 min 59 s on 2 cores of an AMD EPYC 25/17/1,
+beside a demo; before the last two rounds it was 6,639 in 9 min 35 s on a machine of that kind.
 """
 
 SOAK = """
