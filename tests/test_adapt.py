@@ -193,6 +193,16 @@ def test_last_bits_of_a_trial_do_not_decide_about_the_image():
     )  # found: 0.08, 1.3e-6; with 600 steps 0.03, 2.7e-6
 
 
+@pytest.mark.gpu
+def test_a_gpu_learns_what_a_processor_learns():
+    half = trial(lambda truth, start: start + 0.5 * (truth - start))
+    there = Trial(*(v.cuda() if isinstance(v, torch.Tensor) else v for v in vars(half).values()))
+    truth = textured(7)
+    start = thick(truth)[1]
+    made = [adapted(start, start, learn([one], RATIO, W, UNIT)) for one in (half, there)]
+    assert np.abs(made[0] - made[1]).max() < 1e-3  # not measured: needs a CUDA device
+
+
 def test_mirrored_lines_are_those_of_the_mirrored_image():
     image = [textured(seed, (12, 13, 24)) for seed in (0, 1)]
     down = slice_profile_matrix(24, 8, RATIO)

@@ -210,10 +210,9 @@ def adapt(
         trials.append(Trial(turned, scan, x, made, own, counted))
     with unrounded(torch.device(device)):
         learned = learn(trials, ratio, weight, unit)
-    said = {"trials": len(trials), "gain_db": learned.gain_db, "gain_db_without": learned.gain_db_without}
-    if not learned.gain_db > learned.gain_db_without:
-        return said | {"reason": "nothing was gained on the trials, the image stays the network's"}
-    with unrounded(torch.device(device)):
+        said = {"trials": len(trials), "gain_db": learned.gain_db, "gain_db_without": learned.gain_db_without}
+        if not learned.gain_db > learned.gain_db_without:
+            return said | {"reason": "nothing was gained on the trials, the image stays the network's"}
         adapt_(sr_XYZ, start, learned, ratio, down, weight, unit)
     return said
 
@@ -432,7 +431,7 @@ def _lines(inside: Tensor) -> Tensor:
         found.narrow(axis, 0, rim).fill_(False)
         found.narrow(axis, edge - rim, rim).fill_(False)
     at = found.flatten().nonzero().flatten()
-    taken = torch.zeros(found.numel(), dtype=torch.bool)
+    taken = torch.zeros_like(found.flatten())
     taken[at[:: max(1, len(at) // LINES)]] = True
     return taken.view(found.shape)
 
