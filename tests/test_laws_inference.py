@@ -576,6 +576,12 @@ def test_a_limit_of_memory_that_was_asked_for_stays():
         ({}, (None, None, "", "sagittal"), {"upright": "on"}, 1),
         ({"upright": "off"}, (None, None, "", "coronal"), {}, 0),
         ({"geometry": "segsrgan"}, (None, None, "", "coronal"), {}, 0),
+        ({}, (None, None, "", "", "y"), {"flips": "y"}, 1),
+        ({}, (None, None, "", "sagittal", "z"), {"upright": "on", "flips": "z"}, 2),
+        ({"flips": "none"}, (None, None, "", "", "x"), {}, 0),
+        ({"flips": "xz"}, (None, None, "", "", "x"), {}, 0),
+        ({"geometry": "segsrgan"}, (None, None, "", "", "x"), {}, 0),
+        ({"budget": 60.0}, (None, None, "", "", "x"), {}, 0),
     ],
 )
 def test_what_is_left_to_the_weights_is_told_line_by_line(options, given, own, lines):

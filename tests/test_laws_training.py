@@ -417,7 +417,8 @@ def test_weights_know_the_bounds_of_what_was_drawn_and_of_the_training_subjects_
     ],
 )
 def test_weights_know_in_which_planes_the_slices_of_their_training_lay(low_res, axes, geometry, planes):
-    """Of the Train subjects, as each is stored, or along the world's axes where they were named."""
+    """Of the Train subjects, as each is stored, or along the world's axes where they were named; and whether left and
+    right were exchanged, which the first axis of patches is where all slices are axial."""
     stored = {"a": np.eye(4), "b": np.eye(4)[[0, 2, 1, 3]], "t": np.eye(4)[[2, 1, 0, 3]]}
     subjects = [
         SimpleNamespace(id=i, split="Test" if i == "t" else "Train", spacing=(1, 1, 1), affine=affine, attrs={})
@@ -426,6 +427,8 @@ def test_weights_know_in_which_planes_the_slices_of_their_training_lay(low_res, 
     law = Degradation(low_res, geometry=geometry)
     made = SimpleNamespace(store=SimpleNamespace(subjects=subjects), visits=Visits(), degradation=law, axes=axes)
     assert snapshots.made_for(made).slices == planes
+    alike = "R" if planes == ("axial",) else ""
+    assert [snapshots.made_for(made, flips).mirrored for flips in ("", "x", "zx", "yz")] == ["", alike, alike, ""]
 
 
 # --- validation -------------------------------------------------------------------------------------------------------

@@ -291,9 +291,11 @@ def test_a_purpose_is_told_in_the_words_of_its_parts():
 
 def test_a_card_is_read_to_a_bound():
     many = [{"value": n, "name": f" part  {n}"} for n in range(70)]
-    found = Purpose.of({"structures": many, "contrast": " T2 \n like " + "x" * 200, "outside": "keep", "ages": 5})
+    card = {"structures": many, "contrast": " T2 \n like " + "x" * 200, "outside": "keep", "ages": 5, "mirrored": "A"}
+    found = Purpose.of(card)
     assert len(found.structures) == 64 and found.structures[3] == (3, "part 3")
-    assert found.contrast == "T2 like " + "x" * 112 and found.outside == "" and found.ages == ""
+    assert found.contrast == "T2 like " + "x" * 112 and found.outside == found.mirrored == "" and found.ages == ""
+    assert Purpose.of({"mirrored": "R"}).mirrored == "R"
     assert Purpose.of({"structures": [{"value": True, "name": "a"}, {"value": 1.0, "name": "b"}]}).structures == ()
     told = Purpose.of({"dice": {"T2": [0.5, 0.6], "T1": [0.7, 0.8]}, "contrasts": ["T2", "T1"]})
     assert told.dice == (("T1", (0.7, 0.8)), ("T2", (0.5, 0.6))) and told.contrasts == ("T1", "T2")

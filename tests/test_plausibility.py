@@ -678,6 +678,36 @@ def test_slices_that_weights_do_not_know_are_segmented_upright_and_then_no_reaso
     assert np.abs(found["sagittal", "known", "auto"] - found["sagittal", "known", "off"]).max() > 0.05  # found: 0.70
 
 
+def test_weights_that_know_left_and_right_exchanged_see_both(tmp_path, caplog):
+    """Along the axis of the file that goes from left to right, however it is stored; told, recorded, and off where it
+    is said. Weights that do not say so have one pass."""
+    for name, mirrored in (("both", "R"), ("not-said", "")):
+        purpose = Purpose(structures=((1, "cortex"),), mirrored=mirrored)
+        generator = build_generator(GeneratorSpec(kernel=1), seed=3)
+        weights.save_generator(tmp_path / name, generator, card={MADE_FOR: purpose.to_dict()})
+    data = np.pad(np.random.default_rng(2).random((20, 18, 6), np.float32) * 500, 3)
+    axial = np.diag([1.0, 1, 3, 1])
+    nib.save(nib.Nifti1Image(data, axial), tmp_path / "ras.nii.gz")
+    nib.save(nib.Nifti1Image(np.moveaxis(data, 0, 1)[:, ::-1], axial[:, [1, 0, 2, 3]]), tmp_path / "als.nii.gz")
+    found = {}
+    for image, model, flips in itertools.product(("ras", "als"), ("both", "not-said"), ("auto", "none", "x", "y")):
+        out = tmp_path / f"{image}-{model}-{flips}"
+        caplog.clear()
+        with caplog.at_level("INFO", logger="fastsrgan"):
+            infer_files([tmp_path / f"{image}.nii.gz"], out, tmp_path / model, flips=flips, **FAST)
+        record = json.loads((out / f"{image}.json").read_text(encoding="utf8"))
+        sides = (model, flips) == ("both", "auto")
+        assert len([line for line in caplog.messages if "left and right exchanged" in line]) == sides
+        chosen = flips if flips in "xy" else {"ras": "x", "als": "y"}[image] if sides else None
+        assert record.get("flips") == chosen and record["asked"].get("flips") == (None if flips == "auto" else flips)
+        found[image, model, flips] = np.asarray(nib.load(out / f"{image}_sr.nii.gz").dataobj)
+    for image, axis in (("ras", "x"), ("als", "y")):
+        assert (found[image, "both", "auto"] == found[image, "both", axis]).all()
+        assert (found[image, "not-said", "auto"] == found[image, "both", "none"]).all()
+    moved = np.abs(found["ras", "both", "auto"] - found["ras", "both", "none"]).max()
+    assert moved > 10  # found: 400
+
+
 @pytest.mark.parametrize("moved", (0.0, -300.0, -5000.0))
 def test_a_head_of_shifted_intensities_is_as_large(grown, moved):
     """z-scores and images wholly below 0: the same box, volume and skew; a mask's outside is no tissue."""

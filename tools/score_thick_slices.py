@@ -139,7 +139,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("cases", type=Path)
     p.add_argument("-w", "--weights", default="perinatal")
-    p.add_argument("--flips", default="none", metavar="AXES", help="mean over mirror images, as infer --flips")
+    p.add_argument("--flips", default="auto", metavar="AXES", help="mean over mirror images, as infer --flips (auto)")
     p.add_argument("--plane", choices=PLANES.values(), default="axial", help="that slices lie in (axial)")
     p.add_argument("--upright", choices=("auto", "on", "off"), default="auto", help="as infer --upright (auto)")
     p.add_argument("--json", type=Path)
@@ -148,7 +148,8 @@ def main() -> None:
     purpose = Purpose.of(weights.info(args.weights)["made_for"])
     island, through = purpose.island_mm3, "RAS".index(next(a for a, plane in PLANES.items() if plane == args.plane))
     upright = ("on" if purpose.unknown(args.plane) else "off") if args.upright == "auto" else args.upright
-    options = {"flips": args.flips, "upright": upright}
+    flips = ("x" if purpose.mirrored else "none") if args.flips == "auto" else args.flips  # volumes are stored RAS
+    options = {"flips": flips, "upright": upright}
     rows = []
     for name, case in json.loads(args.cases.read_text(encoding="utf8")).items():
         rows += score(name, case, args.cases.parent, generator, island[1] if island else 0.0, through, options)

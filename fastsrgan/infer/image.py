@@ -22,7 +22,7 @@ from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
 from fastsrgan.infer.planes import is_isotropic, masked, nearest, own_grid
 from fastsrgan.infer.settings import ZERO, InferSettings
-from fastsrgan.infer.values import AUTO
+from fastsrgan.infer.values import AUTO, AXES
 from fastsrgan.infer.volume import InferResult, process
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
@@ -32,7 +32,7 @@ from fastsrgan.model import weights as weight_files
 from fastsrgan.model.networks import Generator
 from fastsrgan.model.purpose import MODELS, Purpose, mask_names
 from fastsrgan.volume.components import ISLAND_SHARE, segment
-from fastsrgan.volume.geometry import Volume, spacing_of
+from fastsrgan.volume.geometry import Volume, spacing_of, world_orientation
 from fastsrgan.volume.oddities import odd_intensities, on_zeros
 
 log = logging.getLogger("fastsrgan")
@@ -310,7 +310,9 @@ def _as_made(loaded: Loaded, settings: InferSettings) -> InferSettings:
     """The settings for one image: its mask, and what is left to the weights."""
     purpose, name = loaded.model.purpose, loaded.image.path.name
     grid = own_grid(loaded.volume.spacing, purpose.grid_mm and purpose.grid_mm[1])
-    settings, lines = settings.for_image(loaded.mask, grid, purpose.outside, purpose.unknown(loaded.look.slices))
+    sides = purpose.mirrored and AXES[world_orientation(loaded.volume.affine).axes[0]]
+    unknown = purpose.unknown(loaded.look.slices)
+    settings, lines = settings.for_image(loaded.mask, grid, purpose.outside, unknown, sides)
     for line in lines:
         log.info("%s: %s", name, line)
     return settings

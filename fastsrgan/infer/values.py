@@ -200,12 +200,14 @@ def millimetres(new_resolution: Resolution) -> Literal["same"] | tuple[float, ..
 
 
 def flip_axes(flips: str) -> tuple[int, ...]:
-    """ "none" -> (), "x" -> (0,), "xyz" -> (0, 1, 2). Raises UsageError for anything else."""
-    if flips == NONE:
+    """ "none" and "auto" -> (), "x" -> (0,), "xyz" -> (0, 1, 2). Raises UsageError for anything else."""
+    if flips in (NONE, AUTO):
         return ()
     if not flips or len(set(flips)) < len(flips) or not set(flips) <= set(AXES):
         raise UsageError(
-            "flips", f"{flips!r} is not allowed", "none, or the axes of the image to flip: x, y, z, xy, xz, yz or xyz"
+            "flips",
+            f"{flips!r} is not allowed",
+            "auto, none, or the axes of the image to flip: x, y, z, xy, xz, yz or xyz",
         )
     return tuple(sorted(AXES.index(axis) for axis in flips))
 

@@ -29,7 +29,7 @@ from fastsrgan.infer.network import Averaged, TileNetwork, average, deviations, 
 from fastsrgan.infer.planes import Interpolated, Prepared, Whole, coarser, masked, target_spacing
 from fastsrgan.infer.settings import ZERO, InferSettings, takes_options
 from fastsrgan.infer.sweep import GROUP_BATCHES, predict
-from fastsrgan.infer.values import ON, flip_axes
+from fastsrgan.infer.values import AUTO, NONE, ON, flip_axes
 from fastsrgan.model.arithmetic import pick_precision
 from fastsrgan.model.cpu import forms
 from fastsrgan.volume import adapt
@@ -181,6 +181,7 @@ def process(
     told, left = _finished((sr, prob), data, image, agreeing, network, plan, together, label)
     odd += told.pop("warnings", []) + _idle(settings, agreeing, label)
     averaged = network.generator
+    passes = {"flips": NONE if settings.flips == AUTO else settings.flips, "networks": len(members(averaged))}
     report = {
         **settings.report(),
         "new_resolution": list(image.wanted),
@@ -194,7 +195,7 @@ def process(
         "processed_axes": list(image.turn.axes),
         "memory": memory.to_dict(),
         **({"upright": list(upright)} if upright else {}),
-        **({"flips": settings.flips, "networks": len(members(averaged))} if isinstance(averaged, Averaged) else {}),
+        **(passes if isinstance(averaged, Averaged) else {}),
         **checked,
         **facts,
         **told,

@@ -19,7 +19,8 @@ from fastsrgan.volume.geometry import PLANES
 Range = tuple[float, float]
 
 MADE_FOR = "made_for"  # of a card
-OUTSIDE = ("zero",)
+SIDES = "R"  # of ``mirrored``, a name in ``geometry.WORLD_AXES``
+WORDS = {"outside": ("zero",), "mirrored": (SIDES,)}  # what such a field may say
 NOT_SAID = "what they were made for is not said"
 MOST_TEXT, MOST_STRUCTURES, MOST_LEGEND = 120, 64, 40
 
@@ -60,6 +61,7 @@ class Purpose:
     head_mm : longest side of the box around the head (or of the brain where images are stripped)
     voxel_mm : finest voxel size of a scan; slice_ratio : coarsest over finest
     slices : the planes that thick slices of the training lay in, those of ``geometry.PLANES``
+    mirrored : "R" where training showed left and right exchanged as often as not
     grid_mm : voxel size of the images that it learned from, where coarser scans are better taken to it
     outside : "zero" where brains alone were seen, so that all outside a brain mask is better set to zero
     island_mm3 : smallest component of a segmentation that is kept unless something else is asked for
@@ -75,6 +77,7 @@ class Purpose:
     view: str = ""
     outside: str = ""
     slices: tuple[str, ...] = ()
+    mirrored: str = ""
     grid_mm: Range | None = None
     head_mm: Range | None = None
     voxel_mm: Range | None = None
@@ -102,7 +105,8 @@ class Purpose:
                 found[f.name] = _range(value)
             else:
                 found[f.name] = " ".join(value.split())[:MOST_TEXT] if isinstance(value, str) else ""
-        found["outside"] = found["outside"] if found["outside"] in OUTSIDE else ""
+        for name, allowed in WORDS.items():
+            found[name] = found[name] if found[name] in allowed else ""
         return cls(**found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -257,6 +261,7 @@ MODELS = {
             voxel_mm=(0.7, 1.3),  # training: 1
             slice_ratio=(1.5, 6.5),  # training: 2 to 6
             slices=("axial",),  # others are segmented upright (docs/inference.md)
+            mirrored=SIDES,
             # True cortex of a head: one component, and nine of at most 17. What `adult` segments beside its largest
             # component, pieces of up to 3548, is no cortex but for one of 400 (decision 026).
             island_mm3=(4000, 4000),
@@ -280,6 +285,7 @@ MODELS = {
             voxel_mm=(0.5, 1.2),  # training: 0.5 to 1.1; real stacks 1.125
             slice_ratio=(2, 6.5),  # training: the same
             slices=("axial",),  # GA34, ratio 3, sagittal: Dice 0.44, upright 0.76
+            mirrored=SIDES,
             island_mm3=(200, 200),  # beside the largest up to 620, at most a quarter of a piece above 10 is cortex
             structure_ml=(4, 150),  # labels of 12 brains 6 to 56; newborns have more
             structure_share=(0.06, 0.35),  # labels of 12 brains 0.095 to 0.190

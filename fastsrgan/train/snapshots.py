@@ -27,7 +27,7 @@ from fastsrgan.model import safetensors as modelfile
 from fastsrgan.model.arithmetic import TYPES
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import CriticSpec, GeneratorSpec, assemble, describe, parameter_shapes
-from fastsrgan.model.purpose import MADE_FOR, Purpose
+from fastsrgan.model.purpose import MADE_FOR, SIDES, Purpose
 from fastsrgan.observation.slice_axis import on_stored_axes
 from fastsrgan.train.gan import differences
 from fastsrgan.train.state import Position, Run, data_identity, epoch_part, remaining
@@ -231,7 +231,7 @@ def write_weights(run: Run, path: Path, facts: dict[str, Any]) -> None:
         weights.save_generator(path, run.models.shipped(), run.models.critic, card=card)
 
 
-def made_for(feed: Feed) -> Purpose:
+def made_for(feed: Feed, flips: str = "") -> Purpose:
     """What a training knows of it: label values, voxel sizes, slice ratios and planes, volumes of the structure with
     room."""
     subjects = [subject for subject in feed.store.subjects if subject.split == "Train"]
@@ -252,10 +252,13 @@ def made_for(feed: Feed) -> Purpose:
         plane_across(s.affine, sizes if feed.axes is None else on_stored_axes(sizes, feed.axes, s.affine))
         for s, sizes in itertools.product(subjects, feed.degradation.low_res)
     }
+    physical = feed.degradation.geometry == "physical"
     return Purpose(
         structures=((1, name),),
-        slices=tuple(plane for plane in PLANES.values() if plane in planes and feed.degradation.geometry == "physical"),
+        slices=tuple(plane for plane in PLANES.values() if plane in planes and physical),
         voxel_mm=(min(finest), max(finest)),
+        # Patches lie as slices do: of axial ones alone the first axis goes from left to right.
+        mirrored=SIDES if "x" in flips and planes == {PLANES["S"]} and physical else "",
         slice_ratio=(min(ratios), max(ratios)),
         structure_ml=(min(volumes) / ROOM, max(volumes) * ROOM) if volumes else None,
     )
@@ -266,7 +269,7 @@ def said_of(run: Run) -> dict[str, Any]:
     mask head."""
     classes = {"structures": [{"name": n, "values": v} for n, v in run.structures]} if run.structures else {}
     began = {START: run.start} if run.start else {}
-    return {**classes, **began, MADE_FOR: made_for(run.feed).to_dict()}
+    return {**classes, **began, MADE_FOR: made_for(run.feed, run.config.flips).to_dict()}
 
 
 def export(run: Run, epoch: int) -> None:
