@@ -132,8 +132,8 @@ class InferSettings:
     outside : what the network sees where a mask array is not above zero: "keep", the scan; "zero", nothing, as in
         images of brains alone, and then SR is 0 there; "auto": of files what the weights were made for, else keep
     flips : "none", or axes of the image such as "x" or "xyz": the mean over all mirror images of each tile; "auto": of
-        files the axis from left to right where the weights say that they were trained on mirror images, else none, as
-        with denser and denser steps
+        files the axis from left to right where the weights say that it is worth it, else none, as with denser and
+        denser steps
     upright : thick slices are turned so that the network sees them across its last axis, as in training, and a sagittal
         or coronal stack with it the head. "on": the probabilities are of a second pass in which the head is upright, as
         networks saw it that were trained on axial slices alone; "off": of the same pass as SR; "auto": of files "on"
@@ -201,8 +201,8 @@ class InferSettings:
         "what the network sees outside --mask: the scan, or zero as in images of brains alone (auto: as the "
         "weights were made)", parse=str, choices=OUTSIDE, recorded=CHANGED)
     flips: str = option(AUTO,
-        "mean over mirror images of each tile: none, x, xy, xyz, ... (auto: left and right where the weights were "
-        "trained so, twice the time)", parse=str, metavar="AXES", check=flip_axes, recorded=CHANGED)
+        "mean over mirror images of each tile: none, x, xy, xyz, ... (auto: left and right where the weights say "
+        "so, in twice the time)", parse=str, metavar="AXES", check=flip_axes, recorded=CHANGED)
     upright: str = option(AUTO,
         "segment sagittal and coronal slices with the head upright, in a second pass: on, off (auto: on where the "
         "weights were made for axial slices alone)", parse=str, choices=(AUTO, ON, OFF), recorded=CHANGED)
@@ -389,7 +389,7 @@ class InferSettings:
         grid_mm : the voxel size that they were made for, where the scan is much coarser
         outside : what they saw outside a mask
         slices : the plane of the scan's thick slices, where they know others alone
-        sides : the image's axis from left to right, where they were trained on mirror images along it
+        sides : the image's axis from left to right, where they are to see mirror images along it
         """
         own, told = {} if mask is None else {"mask": mask}, []
         if self.grid_is_open and grid_mm is not None and self.physical:
