@@ -479,6 +479,7 @@ def _picture(
     """Scan, its cubic spline, SR, and the segmentation's outline on the SR; below the traffic light and the weights."""
     from fastsrgan.evaluate.grids import onto_grid
     from fastsrgan.pictures.figure import result_figure
+    from fastsrgan.pictures.planes import from_lowest
 
     sr, low = Volume(result.sr, result.affine), loaded.volume
     cut = mapping(result.report["region"]).get("outside") == ZERO  # then the network saw what is inside the mask
@@ -487,7 +488,7 @@ def _picture(
     volumes = {"low": low, "spline": spline, "sr": sr, "seg": Volume(seg, result.affine)}
     result_figure(
         target,
-        volumes,
+        from_lowest(volumes)[0],
         {
             "spline": "of the same scan" + ", inside the mask" * (seen is not low),
             "seg": f"probability above {threshold:g}",
