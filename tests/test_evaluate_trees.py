@@ -31,6 +31,8 @@ def originals(files, tmp_path):
     volumes = {name: images.load(path).data for name, path in files.items()}
     seg = volumes["seg"].astype(np.float64)
     for n, (folder, stem, tag) in enumerate((("s1", "a_lr", ""), ("s2", "b", ""), ("s2", "c", "_c"))):
+        (tmp_path / "truth" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
         low = images.save(
             tmp_path / "data" / folder / f"{stem}.nii.gz", volumes["hr"][:, :, ::2], np.diag([1, 1, 2, 1.0])
         )

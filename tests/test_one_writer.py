@@ -164,7 +164,8 @@ def test_calls_for_other_participants_share_a_derivatives_dataset(made, tmp_path
 def test_derivatives_that_another_call_places_are_left_to_it(made, tmp_path, capsys):
     words, out = dataset(made, tmp_path / "raw"), tmp_path / "out"
     with ResultLock(out / "sub-01" / "anat" / "sub-01_desc-sr_T1w.json"):
-        code, _, told = call(capsys, *words)
+        code, said, told = call(capsys, *words)
+    assert STAGE not in said  # nothing lies there any more
     assert code == 6 and "sub-01_desc-sr_T1w.json: is being written by process" in told
     assert not images(out / "sub-01") and len(images(out / "sub-02")) == 2
     assert not (out / STAGE).exists()
