@@ -224,9 +224,11 @@ def test_a_volume_is_split_over_the_ranks_of_one_machine_alone():
         modes.Together(Alone())
 
 
-def test_what_is_left_of_a_volume_that_failed_is_taken_away_by_the_first_rank(scans, tmp_path, monkeypatch, caplog):
+def test_what_is_left_of_a_volume_that_failed_is_taken_away_by_the_first_rank(
+    scans, model, tmp_path, monkeypatch, caplog
+):
     """What another call makes at this moment is not touched."""
-    job = job_of(tmp_path)
+    job = replace(job_of(tmp_path), models=files.ModelChoice(model))
     partial = Unfinished.partial_of(job.planes(Image(scans[0], "a")))
 
     def process(*args, **more):

@@ -467,6 +467,8 @@ def lock_holder(raw: bytes | None) -> dict[str, Any] | None:
 
 def write_error(error: OSError, name: str) -> FastsrganError:
     """What a failure to write means for a user."""
+    if error.errno in (errno.EEXIST, errno.ENOTDIR) and os.path.isfile(name):
+        return ResourceError(name, "is a file, a folder is needed", "choose another output folder")
     known = disk_error(error, Path(name))
     if isinstance(known, FastsrganError):
         return known

@@ -26,6 +26,7 @@ from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
 from fastsrgan.io.bids import SUFFIXES
+from fastsrgan.io.image_list import image_folder, is_original
 from fastsrgan.io.nifti_voxels import pointer_of
 from fastsrgan.io.output_place import SCORED, check_place
 
@@ -190,18 +191,6 @@ def told_shared(items: Sequence[Item]) -> list[str]:
 
 def _images(paths: Iterable[Path]) -> list[Path]:
     return sorted(p for p in paths if images.is_image(p) and not p.name.startswith("."))
-
-
-def is_original(document: Any) -> bool:
-    """Whether this is what ``job-model`` writes beside its results."""
-    parts = [document.get(key) for key in ("made_with", "outputs")]
-    named = isinstance(document.get("image"), str)
-    return named and all(isinstance(part, dict) for part in parts) and isinstance(parts[1].get("SR"), str)
-
-
-def image_folder(record: Path) -> Path:
-    """Where the image of a record of ``job-model`` lies: two folders above, also of a path without them."""
-    return Path(os.path.abspath(record)).parent.parent.parent
 
 
 def _originals(results: Path) -> list[Path]:

@@ -19,10 +19,10 @@ from typing import Any
 
 from fastsrgan.core.files import is_special, mapping, read_json, real, walk_files
 from fastsrgan.errors import InputError, UsageError
-from fastsrgan.evaluate.cohort import image_folder, is_original
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
 from fastsrgan.io.bids import RECORD, parse
+from fastsrgan.io.image_list import image_folder, is_original
 
 log = logging.getLogger("fastsrgan")
 
