@@ -43,6 +43,10 @@ class UsageError(FastsrganError):
     exit_code = 2
 
 
+class MissingError(UsageError):
+    """A command line that lacks what it works on, which may stand behind an option that took it as a value."""
+
+
 class InputError(FastsrganError):
     """An image, label or table that cannot be used."""
 

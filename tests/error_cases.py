@@ -76,6 +76,7 @@ def damaged(row: int, what: str, spoil: Callable[[Path], object]) -> None:
 line(0, "a command that is none", "infr", "scan0.nii.gz", "-o", "out")
 line(0, "an option that is none", *INFER, "--overwite")
 line(0, "a value that is none", "infer", "scan0.nii.gz", "-o", "out", "--step", "0")
+line(0, "an option that took the argument behind it", "convert", "cohort.csv", "--label", "3,42", "new.zarr")
 line(0, "nothing to write to", "infer", "scan0.nii.gz")
 line(0, "no such image", *INFER[:1], "scn0.nii.gz", *INFER[2:])
 line(0, "a URL for an image", *INFER[:1], "https://example.org/scan.nii.gz", *INFER[2:])

@@ -347,3 +347,19 @@ def test_the_calibration_looks_at_the_field_of_view_alone():
     alone = metrics.calibration(sr[cut], truth[cut], made[cut])
     for mask in (None, np.ones(made.shape, bool)):
         assert metrics.calibration(sr, truth, made, mask, part=there) == alone
+
+
+def test_a_scan_wholly_below_zero_has_the_doubt_of_one_moved_up():
+    """Tissue is told from air by what is brighter than the lowest value, not than 0."""
+    scan = smooth(SHAPE, noise=5.0)
+    scan -= scan.min()
+    view, made = seen(), {}
+    for shift in (0.0, 4096.0):
+        image = upright = np.repeat(scan, 3, axis=2).astype(np.float32) - np.float32(shift)
+        doubts = np.zeros(upright.shape, np.float32)
+        facts = doubt_(doubts, image, (scan - shift).astype(np.float32), view, 2)
+        made[shift] = facts | summary(doubts, image)
+    mean = made[4096.0].pop("image_mean") + 4096
+    assert made[0.0].pop("image_mean") == pytest.approx(mean, rel=1e-4)  # found: 3e-7
+    assert made[4096.0] == pytest.approx(made[0.0], rel=1e-2)  # found: 2e-3, of float32 at 4096
+    assert made[0.0]["mean"] > 0 and made[0.0]["noise"] is not None

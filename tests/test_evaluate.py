@@ -433,3 +433,46 @@ def test_the_picture_of_errors_shows_both_differences(files, tmp_path):
     assert four.shape[1] > three.shape[1] and len(np.unique(four.reshape(-1, four.shape[2]), axis=0)) > 100
     evaluate.evaluate_files(*(files[n] for n in names), png=tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "three.png").read_bytes()
+
+
+def test_images_wholly_below_zero_have_the_figures_of_those_moved_up(pair, tmp_path):
+    """As training and inference move them: no figure knows where 0 is."""
+    above = pair["hr"].data.min()
+    lowest = Volume(pair["hr"].data - above, pair["hr"].affine)
+    doubt = Volume(np.abs(pair["sr"].data - pair["hr"].data) + np.float32(1), lowest.affine)
+
+    def at(shift):
+        moved = {name: Volume(pair[name].data - above - np.float32(shift), lowest.affine) for name in ("sr", "hr")}
+        base = Volume(moved["hr"].data + np.float32(2), lowest.affine)
+        return evaluate.evaluate_pair(**(pair | moved), baseline=base, doubt=doubt)
+
+    with_zero, below = at(0), at(900)
+    assert below["notes"] == [
+        "reference: no voxel is above 0: it, SR and baseline are moved up by 900 for PSNR and SSIM",
+    ]
+    figures = evaluate.flat(with_zero)
+    assert evaluate.flat(below) == pytest.approx(figures, rel=1e-4)  # found: 6e-6, of rounded numbers
+    assert figures["image.whole.psnr_db"] == pytest.approx(
+        metrics.psnr(pair["sr"].data - above, pair["hr"].data - above), rel=1e-6
+    )
+    one = Volume(np.full(SHAPE, -5.0, np.float32), lowest.affine)
+    with pytest.raises(InputError, match="its maximum is -5"):
+        evaluate.evaluate_pair(pair["sr"], one)
+
+
+def test_the_picture_of_errors_of_images_wholly_below_zero_is_that_of_those_moved_up(pair, tmp_path):
+    for shift in (0, 900):
+        for name in ("sr", "hr"):
+            data = pair[name].data - pair["hr"].data.min() - np.float32(shift)
+            images.save(tmp_path / f"{name}{shift}.nii.gz", data, pair["hr"].affine)
+        files = [tmp_path / f"{name}{shift}.nii.gz" for name in ("sr", "hr")]
+        evaluate.evaluate_files(*files, png=tmp_path / f"{shift}.png")
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "900.png").read_bytes()
+
+
+def test_a_reference_without_a_place_of_its_own_is_told(pair):
+    """The array of a result whose grid lies elsewhere: one of the two headers is lost."""
+    elsewhere = Volume(pair["sr"].data, _shifted(3.0))
+    told = evaluate.evaluate_pair(elsewhere, pair["hr"])["notes"]
+    assert any("reference: has the SR's array and no place of its own, they are up to 3 mm apart" in n for n in told)
+    assert not any("no place" in n for n in evaluate.evaluate_pair(pair["sr"], pair["hr"])["notes"])

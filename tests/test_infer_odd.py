@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from nifti_files import rigid
+from nifti_files import HEAD, rigid, write
 
 from fastsrgan.core.files import read_json
 from fastsrgan.errors import InputError, ModelError, PartialFailure, UsageError
@@ -13,6 +13,7 @@ from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
+from fastsrgan.volume.intensity import normaliser
 
 FAST = {"patch": 16, "step": 12, "device": "cpu"}
 SHAPE, AFFINE = (14, 12, 6), rigid((1.0, 1.0, 2.5))
@@ -216,3 +217,25 @@ def test_what_is_odd_about_a_header_is_told_of_an_image_that_is_left_alone_too(t
     caplog.clear()
     infer_files.infer_files([tmp_path / "a.nii"], tmp_path / "o", model, new_resolution="same", **FAST)
     assert caplog.text.count("no orientation (sform and qform codes are 0)") == 1
+
+
+def test_a_form_that_cannot_be_used_is_not_said_to_be_unset(tmp_path, caplog):
+    affine = rigid((1.0, 1, 3))
+    for name, fields, said in (
+        ("unset", {"sform_code": 0}, "sform and qform codes are 0"),
+        ("unusable", {"srow_x": (0, np.inf)}, "neither form is usable"),
+    ):
+        told = images.load(write(tmp_path / f"{name}.nii", HEAD, affine, **fields)).warnings
+        assert [line for line in told if line.startswith(f"no orientation ({said})")], told
+
+
+def test_values_that_a_network_does_not_know_are_said_to_be_so():
+    """Where all lie below 0, a network that was not trained on images moved up cannot take them: what to do is told."""
+    below = np.arange(-8.0, 0).reshape(2, 2, 2)
+    with pytest.raises(InputError) as caught:
+        normaliser(below)
+    assert "subtract the image's minimum first" in caught.value.hint
+    assert normaliser(below, shifted=True).scale == 7
+    with pytest.raises(InputError) as caught:
+        normaliser(np.zeros((2, 2, 2)))
+    assert caught.value.hint == "at least one voxel must be above zero"

@@ -616,3 +616,30 @@ def test_another_format_under_a_name_of_dicom_is_called_what_it_is(tmp_path, nam
     assert way in caught.value.reason
     small(tmp_path)  # beside slices it is one of the other files
     assert any_image.load_any(tmp_path).data.shape[2] > 1
+
+
+def test_indices_of_colours_are_no_intensities(tmp_path):
+    """A picture in a palette has one number a voxel, as a scan has, and is a colour picture all the same."""
+    small(tmp_path / "a", change=lambda ds, k: setattr(ds, "PhotometricInterpretation", "PALETTE COLOR"))
+    for place in (tmp_path / "a", tmp_path / "a" / "IM0001.dcm"):
+        with pytest.raises(InputError, match=r"colour picture|holds no DICOM image"):
+            any_image.load_any(place)
+
+
+def test_a_slice_without_its_size_lacks_it_and_is_not_cut_off(tmp_path):
+    small(tmp_path)
+    lacking = dicom_header.read_frames
+    ds = read(tmp_path / "IM0002.dcm")
+    del ds.Rows
+    ds.save_as(tmp_path / "IM0002.dcm", enforce_file_format=True)
+    with pytest.raises(InputError, match="has no Rows or no Columns"):
+        lacking(tmp_path / "IM0002.dcm")
+    whole = (tmp_path / "IM0001.dcm").read_bytes()
+    (tmp_path / "IM0002.dcm").write_bytes(whole[:400])
+    with pytest.raises(InputError, match="is cut off within its header"):
+        lacking(tmp_path / "IM0002.dcm")
+
+
+def test_a_thickness_below_zero_makes_no_gap(tmp_path):
+    small(tmp_path, change=lambda ds, k: setattr(ds, "SliceThickness", "-3"))
+    assert not [line for line in any_image.load_any(tmp_path).warnings if "gap" in line]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ import torch
 from nifti_files import rigid
 from spies import Alone
 
-from fastsrgan.core.files import finite, read_json
+from fastsrgan.core.files import ResultLock, finite, read_json
 from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
 from fastsrgan.infer import files, memory, modes, planes, tiles
 from fastsrgan.infer import network as network_module
@@ -223,20 +224,25 @@ def test_a_volume_is_split_over_the_ranks_of_one_machine_alone():
         modes.Together(Alone())
 
 
-def test_what_is_left_of_a_volume_that_failed_is_taken_away_by_the_first_rank(scans, tmp_path, monkeypatch, caplog):
-    job = job_of(tmp_path)
+def test_what_is_left_of_a_volume_that_failed_is_taken_away_by_the_first_rank(
+    scans, model, tmp_path, monkeypatch, caplog
+):
+    """What another call makes at this moment is not touched."""
+    job = replace(job_of(tmp_path), models=files.ModelChoice(model))
     partial = Unfinished.partial_of(job.planes(Image(scans[0], "a")))
 
-    def load(image, job):
+    def process(*args, **more):
         raise InputError("a", "is no image", "another one")
 
-    monkeypatch.setattr(files, "load", load)
-    for rank in (1, 0):
+    monkeypatch.setattr("fastsrgan.infer.image.process", process)
+    for rank, held in ((1, False), (0, True), (0, False)):
         partial.mkdir(exist_ok=True)
         caplog.clear()
-        items = files.together(job, [Image(scans[0], "a")], Both(rank))
-        assert [(item["status"], item["exit_code"]) for item in items] == [("failed", 3)]
-        assert partial.exists() == (rank == 1) and bool(caplog.records) == (rank == 0)
+        with ResultLock(job.record(Image(scans[0], "a"))) if held else contextlib.nullcontext():
+            items = files.together(job, [Image(scans[0], "a")], Both(rank))
+        assert [(item["status"], item["exit_code"]) for item in items] == [("failed", 5 if held else 3)]
+        assert partial.exists() == (rank == 1 or held)
+        assert any(record.levelname == "ERROR" for record in caplog.records) == (rank == 0)
 
 
 def test_what_a_killed_split_volume_left_is_no_damage_to_a_process_alone(model, tmp_path, monkeypatch, caplog):

@@ -119,7 +119,7 @@ def test_results_are_found_with_what_belongs_to_them(asked, tmp_path):
     for folders, told in (((out, tmp_path / "none"), "is no folder"), ((truth, out), "holds no STEM_sr")):
         with pytest.raises(InputError, match=told):
             cohort.evaluate_folders(*folders)
-    assert [item.subject for item in [cohort._match(out / "p" / "a_sr.nii.gz", {}, truth, Path("p"))]] == ["p/a"]
+    assert [item.subject for item in [cohort._of_infer(out / "p" / "a_sr.nii.gz", out, truth, False)]] == ["p/a"]
 
 
 def test_the_scan_of_a_record_is_taken_where_it_is_unchanged(tmp_path, caplog):

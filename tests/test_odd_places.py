@@ -325,3 +325,13 @@ def test_a_home_folder_that_the_shell_left_alone_is_meant(work, tmp_path, capsys
         with pytest.raises(UsageError, match="~ is not taken for a home folder here"):
             make(Path("~") / "a")
     assert [p.name for p in here.iterdir()] == ["z"]
+
+
+@pytest.mark.parametrize("words", [("convert", "cohort.csv"), ("train", "cohort.csv", "-n", "1", "1", "3", "-o")])
+def test_a_file_in_place_of_the_folder_that_is_made_is_called_one(work, capsys, monkeypatch, words):
+    """Not "its folder is missing": the folder is there."""
+    monkeypatch.chdir(work)
+    before = (work / "c.yaml").read_bytes()
+    code, _, told = call(capsys, *words, "c.yaml")
+    one_line(told, "c.yaml: is a file, a folder is needed")
+    assert code == 5 and (work / "c.yaml").read_bytes() == before

@@ -52,3 +52,14 @@ def test_faults_are_told(out, monkeypatch):
 def test_the_example_runs():
     failed, tried = doctest.testmod(module)
     assert tried == 4 and failed == 0
+
+
+def test_an_image_wholly_below_zero_is_drawn_as_one_moved_up(out):
+    sr, scan = images.load(out / "scan_sr.nii.gz"), images.load(out.parent / "scan.nii.gz")
+    low = sr.data.min()
+    drawn = []
+    for shift in (0.0, 4096.0):
+        moved = [fastsrgan.Volume(v.data - low - np.float32(shift), v.affine) for v in (sr, scan)]
+        drawn.append([pixels(fastsrgan.show(*moved, width_px=300)), pixels(fastsrgan.show(moved[0], width_px=300))])
+    for first, second in zip(*drawn, strict=True):
+        assert np.abs(first - second).max() <= 2  # found: 0, of 255

@@ -168,6 +168,12 @@ FAULTS: dict[int, tuple[str, str, str]] = {
         "",
     ),
     46: ("clock, locales, blanks in paths", "the same bytes", ""),
+    47: (
+        "two processes that write one result, evaluation, study or set of pages",
+        "one wins wholly; the other ends with 5 or, where it came to a result that was finished meanwhile, 2; what a "
+        "dead process left is taken over, from another host too",
+        "",
+    ),
 }
 
 TOP = """# Reliability

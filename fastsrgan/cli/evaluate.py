@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from fastsrgan.cli.console import Need, add_label_options, print_json, say, table
-from fastsrgan.core.files import output_folder, write_json
+from fastsrgan.core.files import left_as_found, output_folder, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import PartialFailure, UsageError, counted
+from fastsrgan.errors import MissingError, PartialFailure, UsageError, counted
 
 PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg", "doubt")
 NEEDS = (
@@ -73,13 +73,20 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
-    result = _run(args, progress)
-    if args.json not in (None, "-"):
-        write_json(args.json, result)
-    if args.csv:
-        from fastsrgan.evaluate.cohort import write_csv
+    pair = _form(args)
+    with loading():
+        from fastsrgan.io.output_place import one_writer
 
-        write_csv(args.csv, result)
+    with left_as_found([args.png] if args.png and not pair else []):
+        files, folders = _places(args, [*pair.values(), *([args.table] if args.table else [])])
+        with one_writer(files, folders, "evaluate"):
+            result = _run(args, pair, progress)
+            if args.json not in (None, "-"):
+                write_json(args.json, result)
+            if args.csv:
+                from fastsrgan.evaluate.cohort import write_csv
+
+                write_csv(args.csv, result)
     if args.json == "-":
         print_json(result)
     elif "comparison" in result:
@@ -112,8 +119,8 @@ def about_baseline(result: dict[str, Any]) -> str:
     return KNOWS if any(map(knows_truth, result.get("rows", [result]))) else ""
 
 
-def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """The one form that was asked for."""
+def _form(args: argparse.Namespace) -> dict[str, str]:
+    """The files of a pair; none where a table or folders are given. Raises UsageError for no or more than one form."""
     pair = {name: getattr(args, name) for name in PAIR if getattr(args, name)}
     if pair and (args.table or args.folders):
         named = ", ".join(f"--{name.replace('_', '-')}" for name in pair)
@@ -121,14 +128,18 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         raise UsageError(named, reason, "columns of a table, or files of folders that are named alike, say it there")
     forms = [bool(pair), bool(args.table), bool(args.folders)]
     if sum(forms) != 1 or (pair and not {"sr", "hr"} <= set(pair)):
-        raise UsageError(
+        raise MissingError(
             "evaluate", "give --sr and --hr, or --table, or two or three folders", "fastsrgan evaluate --help"
         )
     if args.folders and len(args.folders) not in (2, 3):
-        raise UsageError("evaluate", counted(len(args.folders), "folder"), "RESULTS TRUTH, or RESULTS RESULTS TRUTH")
+        raise MissingError("evaluate", counted(len(args.folders), "folder"), "RESULTS TRUTH, or RESULTS RESULTS TRUTH")
     if args.bids and len(args.folders) != 2:
         raise UsageError("--bids", "two folders are needed", "fastsrgan evaluate --bids DERIVATIVES DATASET")
-    _check_places(args, [*pair.values(), *([args.table] if args.table else [])])
+    return pair
+
+
+def _run(args: argparse.Namespace, pair: dict[str, str], progress: Progress) -> dict[str, Any]:
+    """The one form that was asked for."""
     if pair:
         with loading():
             from fastsrgan.evaluate.pair import evaluate_files
@@ -156,13 +167,15 @@ def _run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     return evaluate_cohort.evaluate_folders(*args.folders, **more)
 
 
-def _check_places(args: argparse.Namespace, inputs: list[str]) -> None:
-    """Before the work, not after it: every place can be written to, and holds nothing that is to be kept."""
+def _places(args: argparse.Namespace, inputs: list[str]) -> tuple[list[str], list[str]]:
+    """The files that are asked for, and the folders that are filled. Before the work, not after it: each can be written
+    to, and holds nothing that is to be kept."""
     with loading():
         from fastsrgan.io import output_place
 
     kinds = {"csv": output_place.TABLE, "json": output_place.FIGURES, "png": output_place.SCORED}
     taken: dict[str, str] = {}
+    files, folders = [], []
     for option, kind in kinds.items():
         target = getattr(args, option)
         if target in (None, "-"):
@@ -171,8 +184,11 @@ def _check_places(args: argparse.Namespace, inputs: list[str]) -> None:
             raise UsageError(f"--{option}", f"{target} is the file of --{other} too", "a file for each")
         if option == "png" and not args.sr:  # pictures of a cohort fill a folder
             output_folder(target)
+            folders.append(target)
         else:
             output_place.check_place(target, inputs, kind)
+            files.append(target)
+    return files, folders
 
 
 def figures(result: dict[str, Any]) -> list[dict[str, Any]]:

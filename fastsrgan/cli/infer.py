@@ -13,7 +13,7 @@ from fastsrgan.cli.console import Need, add_checkpoint_option, chosen_weights, e
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
-from fastsrgan.errors import UsageError, one_line
+from fastsrgan.errors import MissingError, UsageError, one_line
 from fastsrgan.infer.settings import InferSettings, add_options, basic_options, given_options
 
 PATIENCE = datetime.timedelta(days=7)  # of ranks that are done for those that are not
@@ -106,7 +106,7 @@ def _refuse_pairs(args: argparse.Namespace) -> None:
     if not args.bids and (args.participant_label or args.session_label or args.suffix or args.desc):
         raise UsageError("infer", "participants, sessions, suffixes and desc are of a dataset", "--bids DIR")
     if not args.bids and not args.inputs:
-        raise UsageError("infer", "no image given", "image files, folders of them, DICOM, a list, or --bids DIR")
+        raise MissingError("infer", "no image given", "image files, folders of them, DICOM, a list, or --bids DIR")
 
 
 def _infer(args: argparse.Namespace, progress: Progress) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import itertools
 import logging
 import math
 import os
@@ -34,7 +35,17 @@ from fastsrgan.cli.console import (
 from fastsrgan.core.files import left_as_found, url_of
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import SAID, Interrupts, Terminated, exit_code, loading, no_room
-from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, alike, brief, counted, out_of_memory
+from fastsrgan.errors import (
+    FastsrganError,
+    InputError,
+    MissingError,
+    ResourceError,
+    UsageError,
+    alike,
+    brief,
+    counted,
+    out_of_memory,
+)
 from fastsrgan.infer.settings import add_options
 
 if TYPE_CHECKING:
@@ -50,12 +61,32 @@ class Parser(argparse.ArgumentParser):
         """Raise instead of printing the whole usage."""
         wrong = re.match(r"argument .*: invalid choice: '([^']*)' \(choose from (.*)\)$", message)
         near = close(wrong[1], re.findall(r"[\w-]+", wrong[2])) if wrong else None
-        raise UsageError(self.prog, message, f"did you mean {near}?" if near else f"{self.prog} --help")
+        lacking = message.partition("required: ")[2].split(", ")
+        own = any(str(action.metavar or action.dest) in lacking for action in self._get_positional_actions())
+        kind = MissingError if own or (re.match(r"argument \S+: .*'", message) and not near) else UsageError
+        raise kind(self.prog, message, f"did you mean {near}?" if near else f"{self.prog} --help")
 
 
 def close(word: str, known: Iterable[str]) -> str | None:
     """The known word that a misspelt one is nearest to, where one is near."""
     return next(iter(difflib.get_close_matches(word, list(known), 1)), None)
+
+
+def taken(parser: argparse.ArgumentParser, words: Sequence[str], told: str) -> str:
+    """What became of words behind an option that takes several, or may take one, where an argument is missing or, as
+    ``told``, one of these is no value; empty where no such option took more than it needs."""
+    wrong = re.search(r": .*?'([^']*)'", told)
+    for place, word in enumerate(words):
+        known = {id(a): a for name, a in parser._option_string_actions.items() if name.startswith(word)}
+        action = parser._option_string_actions.get(word) or (known.popitem()[1] if len(known) == 1 else None)
+        if not word.startswith("-") or action is None or action.nargs not in ("+", "*", "?"):
+            continue
+        values = [*itertools.takewhile(lambda w: not w.startswith("-") or w[1:2].isdigit(), words[place + 1 :])]
+        more = values[:1] if action.nargs == "?" else values[1:]
+        if more and (wrong is None or wrong[1] in more):
+            named = wrong[1] if wrong else more[-1]
+            return f"{word} takes {named} as a value too: arguments stand before such an option, or behind --"
+    return ""
 
 
 def build_parser() -> Parser:
@@ -361,6 +392,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress.finish()
         if flags["--debug"]:
             traceback.print_exc()
+        if isinstance(error, MissingError) and (hint := taken(_below(build_parser(), words[0]), words, error.reason)):
+            error = UsageError(error.what, error.reason, hint)
         return failed(error if isinstance(error, FastsrganError) else signals.raised or error)
 
 

@@ -16,7 +16,15 @@ from fastsrgan.cli.console import Need, add_checkpoint_option, add_label_options
 from fastsrgan.core.files import output_folder
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import FastsrganError, ModelError, PartialFailure, SettingsError, UsageError, counted
+from fastsrgan.errors import (
+    FastsrganError,
+    MissingError,
+    ModelError,
+    PartialFailure,
+    SettingsError,
+    UsageError,
+    counted,
+)
 from fastsrgan.infer.settings import add_options
 
 if TYPE_CHECKING:
@@ -238,7 +246,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     """Convert a CSV once if need be, then train."""
     source = args.source or args.csv
     if not source or (args.source and args.csv):
-        raise UsageError("train", "one data source is needed", "STORE, CSV, or -csv CSV")
+        raise MissingError("train", "one data source is needed", "STORE, CSV, or -csv CSV")
     if not (args.out or args.snapshot_folder):
         raise UsageError("train", "no run folder was given", "-o RUN (or -sf DIR as in the original)")
     if not is_table(source):

@@ -406,11 +406,12 @@ class ResultLock(FolderLock):
     """One writer at a time of a result, which is several files: a lock in a hidden folder beside its ``record``.
 
     What a dead process left, of another machine too, is taken over. It is released with its ``owner`` at the latest.
-    Raises as FolderLock.
+    ``name`` is the result's in messages, its record's by default. Raises as FolderLock.
     """
 
-    def __init__(self, record: Path, owner: object = None) -> None:
-        super().__init__(record.with_name(f".{record.stem}.lock"), str(record), elsewhere=True)
+    def __init__(self, record: Path, owner: object = None, name: str | None = None) -> None:
+        own = _fitting(record.stem, slice(255 - len("..lock")))
+        super().__init__(record.with_name(f".{own}.lock"), name or str(record), elsewhere=True)
         self._made = True  # nothing but the lock lies there, also where a killed process made it
         if owner is not None:
             weakref.finalize(owner, self.release)
@@ -466,6 +467,8 @@ def lock_holder(raw: bytes | None) -> dict[str, Any] | None:
 
 def write_error(error: OSError, name: str) -> FastsrganError:
     """What a failure to write means for a user."""
+    if error.errno in (errno.EEXIST, errno.ENOTDIR) and os.path.isfile(name):
+        return ResourceError(name, "is a file, a folder is needed", "choose another output folder")
     known = disk_error(error, Path(name))
     if isinstance(known, FastsrganError):
         return known

@@ -26,6 +26,7 @@ from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
 from fastsrgan.io.bids import SUFFIXES
+from fastsrgan.io.image_list import image_folder, is_original
 from fastsrgan.io.nifti_voxels import pointer_of
 from fastsrgan.io.output_place import SCORED, check_place
 
@@ -123,8 +124,10 @@ def evaluate_folders(
     at the end of STEM is dropped, and ``sub-01_T1w`` or another suffix of BIDS also takes ``sub-01_dseg`` and
     ``sub-01_label-X`` as its label. A segmentation without a label is told.
     Results in subfolders have their truths in the same subfolder, if there is one. The low-resolution image that
-    ``STEM.json`` names makes the baselines if it is unchanged. A result without truth is in ``failed``, truths without
-    a result in a note. Raises InputError when nothing could be evaluated; returns as ``evaluate_items``.
+    ``STEM.json`` names makes the baselines if it is unchanged, and is the truth where nothing else is. Results of
+    ``job-model`` are found by their records; STEM is that of their image, two folders above. A result without truth is
+    in ``failed``, truths without a result in a note. Raises InputError when nothing could be evaluated; returns as
+    ``evaluate_items``.
     """
     results, truth = Path(results), Path(truth)
     for folder in (results, truth):
@@ -133,15 +136,16 @@ def evaluate_folders(
     found = sorted(p for p in _images(walk_files(results)) if images.stem(p).endswith("_sr"))
     if not found and any("desc-sr" in path.name for path in _images(walk_files(results))):
         raise InputError(results, "is a dataset of BIDS derivatives", "fastsrgan evaluate --bids DERIVATIVES DATASET")
-    if not found:
-        raise InputError(results, "holds no STEM_sr.nii.gz", "name the output folder of `fastsrgan infer`")
-    items = []
-    for path in found:
-        below = path.parent.relative_to(results)
-        # A cohort that was a tree has its truths in the same tree, or all in one folder.
-        folder = truth / below if (truth / below).is_dir() else truth
-        known = {images.stem(p): p for p in _images(folder.iterdir())}
-        items.append(_match(path, known, folder, below, len(choice.classes) > 1))
+    several = len(choice.classes) > 1
+    items = [_of_infer(path, results, truth, several) for path in found]
+    items += [_of_job_model(path, results, truth, several) for path in _originals(results)]
+    if not items and any(path.name.startswith("SR_") for path in _images(walk_files(results))):
+        reason = "holds SR_ images without the record of `job-model`, so of what they are is not known"
+        raise InputError(results, reason, "list the files in a --table")
+    if not items:
+        raise InputError(
+            results, "holds no STEM_sr.nii.gz", "name an output folder of `fastsrgan infer` or `job-model`"
+        )
     left = _without_result(truth, results, items)
     return evaluate_items(
         results, items, png=png, choice=choice, progress=progress, telling=telling, left=left, truth=truth
@@ -178,6 +182,8 @@ def told_shared(items: Sequence[Item]) -> list[str]:
     for shared in (group for group in matched.values() if len(group) > 1):
         names = [item.subject for item in shared]
         some = ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more" * (len(names) > NAMED)
+        if all("lr" in one.files for one in shared) and len({real(one.files["lr"]) for one in shared}) == 1:
+            continue  # of one image, as with several steps
         way = "if they are of other images, name the folders of truths as those of results"
         told.append(f"{shared[0].files['hr']} is the truth of {len(names)} results: {some}; {way}")
     return told
@@ -187,13 +193,43 @@ def _images(paths: Iterable[Path]) -> list[Path]:
     return sorted(p for p in paths if images.is_image(p) and not p.name.startswith("."))
 
 
-def _match(sr: Path, known: dict[str, Path], truth: Path, below: Path, several: bool = False) -> Item:
-    stem = images.stem(sr).removesuffix("_sr")
-    bases = list(dict.fromkeys([stem, _LOW.sub("", stem)]))
-    files = {"sr": sr}
+def _originals(results: Path) -> list[Path]:
+    """Records of ``job-model`` below a folder."""
+    return [p for p in walk_files(results) if p.suffix == ".json" and is_original(read_json(p))]
+
+
+def _of_job_model(path: Path, results: Path, truth: Path, several: bool) -> Item:
+    """A result of ``job-model``, by its record: Result_with_NAME/patch_P_step_S/ lies beside its image."""
+    record, folder = read_json(path), image_folder(path)
+    files = {kind: path.with_name(Path(str(name)).name) for kind, name in record["outputs"].items()}
+    seg = files.get("Mask") if several and "Mask" in files else files.get("Cortex")
+    source = {"input": {"path": folder / Path(record["image"]).name, "sha256": record.get("sha256")}}
+    root = Path(os.path.abspath(results))
+    below = folder.relative_to(root) if root in (folder, *folder.parents) else Path()
+    stem = images.stem(Path(record["image"]))
+    return _match(stem, path.parent.relative_to(results) / stem, files["SR"], seg, source, truth, below)
+
+
+def _of_infer(sr: Path, results: Path, truth: Path, several: bool) -> Item:
+    stem, below = images.stem(sr).removesuffix("_sr"), sr.parent.relative_to(results)
     seg = sr.with_name(sr.name.replace("_sr.", "_seg.", 1)) if sr.name.count("_sr.") == 1 else None
     if several and seg is not None and (classes := sr.with_name(sr.name.replace("_sr.", "_mask.", 1))).exists():
         seg = classes  # of a model of several structures: its segmentation is the first alone
+    return _match(stem, below / stem, sr, seg, read_json(sr.with_name(f"{stem}.json")), truth, below)
+
+
+def _match(
+    stem: str, subject: Path, sr: Path, seg: Path | None, record: dict[str, Any], truths: Path, below: Path
+) -> Item:
+    """A result with what belongs to it by the name ``stem`` of its image.
+
+    A cohort that was a tree has its truths in the same tree, in the folder ``below``, or all in one folder.
+    """
+    truth = truths / below if (truths / below).is_dir() else truths
+    known = {images.stem(p): p for p in _images(truth.iterdir())}
+    bases = list(dict.fromkeys([stem, _LOW.sub("", stem)]))
+    files = {"sr": sr}
+    low = low_resolution(sr, record)
     names = {"hr": [b + e for b in bases for e in TRUTH], "mask": [b + e for b in bases for e in MASK]}
     names["label"] = [b + e for b in bases for e in LABEL]
     for base in bases:
@@ -202,16 +238,18 @@ def _match(sr: Path, known: dict[str, Path], truth: Path, below: Path, several: 
             names["label"] += [f"{plain}_dseg", *(n for n in known if n.startswith(f"{plain}_label-"))]
             names["mask"].append(f"{plain}_mask")
     for what, candidates in names.items():
-        hit = next((known[name] for name in candidates if name in known and known[name] != sr), None)
+        there = [known[name] for name in candidates if name in known and known[name] != sr]
+        # Its own input is the truth of a result where no other image is, as of one that was segmented as it is.
+        hit = next((path for path in there if low is None or real(path) != real(low)), there[0] if there else None)
         files |= {} if hit is None else {what: hit}
     segmented = seg is not None and seg.exists()
     if seg is not None and segmented and "label" in files:
         files["seg"] = seg
-    if (low := low_resolution(sr, read_json(sr.with_name(f"{stem}.json")))) is not None:
+    if low is not None:
         files["lr"] = low
     wanted = ", ".join(names["hr"])
     fault = None if "hr" in files else f"no truth in {truth}: looked for {wanted}"
-    return Item((below / stem).as_posix(), files, fault=fault, segmented=segmented)
+    return Item(subject.as_posix(), files, fault=fault, segmented=segmented)
 
 
 def low_resolution(result: Path, record: dict[str, Any]) -> Path | None:

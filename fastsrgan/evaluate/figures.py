@@ -156,7 +156,8 @@ class Figure:
 FIGURES: dict[str, Figure] = {
     "psnr_db": Figure(
         "PSNR",
-        "10 log10(R^2 / MSE) in dB; R = maximum of the whole reference (as in the SegSRGAN paper)",
+        "10 log10(R^2 / MSE) in dB; R = maximum of the whole reference (as in the SegSRGAN paper); where no voxel "
+        "of it is above 0 all images are first moved up by its minimum",
         lambda c, region: c.psnr(region, c.top),
         image=True, unit="dB", digits=2, better=HIGHER, short="PSNR", headline=True,
     ),

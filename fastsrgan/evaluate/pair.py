@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from fastsrgan.core.files import mapping, read_json
+from fastsrgan.core.files import mapping, read_json, real
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import metrics
 from fastsrgan.evaluate.figures import FIGURES, REGIONS, Compared, captions, definitions, scores
@@ -27,6 +27,7 @@ from fastsrgan.io import any_image, labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import RECORD
 from fastsrgan.volume.geometry import Volume
+from fastsrgan.volume.placement import difference, placeless, same_grid
 
 log = logging.getLogger("fastsrgan")
 
@@ -70,7 +71,7 @@ def evaluate_pair(
     ``definitions``. Where SR or baseline do not cover the reference, all figures are those of the overlap, and ``grid``
     has its share ``overlap`` of the reference's voxels. None stands for a figure that does not exist (infinite PSNR,
     SSIM of a region without a whole window, distance to an empty segmentation).
-    Raises InputError when volumes do not overlap, the reference has no positive voxel or a mask is empty.
+    Raises InputError when volumes do not overlap, the reference holds 0 or one value below alone, or a mask is empty.
     """
     if label is None and (seg is not None or baseline_seg is not None):
         raise InputError("segmentation", "there is no label to compare it with", "give --label too")
@@ -108,6 +109,17 @@ def evaluate_pair(
         notes += _surprises(made) if baseline is not lr else []
         on["baseline segmentation"], what["segmentation"] = baseline_seg.data, READER
     top, low = float(hr.data.max()), float(hr.data.min())
+    lost = placeless(hr.affine, hr.meta.get("orientation", "")) and hr.data.shape == sr.data.shape
+    if lost and not same_grid(sr, hr):
+        apart = difference(sr.affine, hr.affine, hr.data.shape)
+        notes.append(f"reference: has the SR's array and no place of its own, they are {apart}: was its header lost?")
+    if low < top <= 0:  # as training and inference do
+        notes.append(
+            f"reference: no voxel is above 0: it, SR and baseline are moved up by {-low:.4g} for PSNR and SSIM"
+        )
+        hr = replace(hr, data=hr.data - np.float32(low))
+        on |= {name: on[name] - np.float32(low) for name in ("SR", "baseline") if name in on}
+        top, low = top - low, 0.0
     grid: dict[str, Any] = {"shape": list(hr.data.shape), "spacing_mm": [round(s, 6) for s in hr.spacing]}
     if part is not None:
         grid["overlap"] = float(part.mean())
@@ -235,6 +247,9 @@ def evaluate_files(
     more = structure_pairs(given["seg"], given["label"], chosen) if "seg" in given else {}
     if more:
         volumes["seg"] = more[chosen[0].name][0]
+    if "lr" in given and real(given["lr"]) == real(given["hr"]):
+        warning = "is the very image that the SR was made of: PSNR and SSIM say nothing of a super-resolution"
+        volumes["hr"] = replace(volumes["hr"], warnings=(*volumes["hr"].warnings, warning))
     result = evaluate_pair(**volumes, structures=more, subject=images.stem(given["sr"]) if subject == "" else subject)
     if chosen:
         result["label_classes"] = {c.name: sorted(c.values) for c in chosen}
@@ -333,7 +348,8 @@ def flat(result: dict[str, Any]) -> dict[str, float]:
 
 def _note_scale(image: np.ndarray, hr: np.ndarray, name: str, notes: list[str]) -> None:
     means = float(np.mean(image, dtype=np.float64)), float(np.mean(hr, dtype=np.float64))
-    if min(means) <= 0 or max(means) > SCALE_FACTOR * min(means):
+    small, large = sorted(map(abs, means))
+    if means[0] * means[1] <= 0 or large > SCALE_FACTOR * small:
         notes.append(f"{name}: mean intensity {means[0]:.4g}, the reference's {means[1]:.4g}: are the units the same?")
 
 

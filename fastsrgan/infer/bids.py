@@ -144,7 +144,7 @@ def infer_bids(
                 except (LockedFolder, UsageError) as error:  # another call has it: nothing to go on with
                     for path in map(Path, item["outputs"].values()):
                         path.unlink(missing_ok=True)
-                    item |= failure({"status": "failed"}, error)
+                    item |= failure({"status": "failed", "outputs": {}}, error)
         summary["items"] = sorted([*items, *summary["items"]], key=lambda item: item["input"])
         summary |= {"out_dir": str(out)} | {
             status: sum(item["status"] == status for item in summary["items"]) for status in STATUSES

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -42,7 +41,7 @@ from fastsrgan.infer.image import (
 )
 from fastsrgan.infer.memory import SHARE
 from fastsrgan.infer.modes import Together
-from fastsrgan.infer.planes import Unfinished, target_spacing
+from fastsrgan.infer.planes import target_spacing
 from fastsrgan.infer.settings import InferSettings, takes_options
 from fastsrgan.io import dicom, formats
 from fastsrgan.io import nifti as images
@@ -261,8 +260,6 @@ def together(job: ImageJob, images: Sequence[Image], ranks: Ranks) -> list[Item]
             raise
         except Exception as error:
             shared.failed(error)
-            if not ranks.rank:
-                shutil.rmtree(Unfinished.partial_of(job.planes(image)), ignore_errors=True)
             item = failure(item | {"status": "failed"}, error, tell=not ranks.rank)
         items.append(item)
         worked = sum(i["status"] == "done" for i in items)

@@ -20,7 +20,7 @@ from fastsrgan.errors import InputError, ModelError, UsageError, times
 from fastsrgan.evaluate.plausibility import NO_PROOF, RED, Look, Verdict, choose, enclosed, judge, measure, own_dice
 from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
-from fastsrgan.infer.planes import is_isotropic, masked, nearest, own_grid
+from fastsrgan.infer.planes import Unfinished, is_isotropic, masked, nearest, own_grid
 from fastsrgan.infer.settings import ZERO, InferSettings
 from fastsrgan.infer.values import AUTO, AXES
 from fastsrgan.infer.volume import InferResult, process
@@ -295,10 +295,14 @@ def compute(
             loaded.volume.data, loaded.volume.affine, loaded.model.generators, settings, beside=beside,
             scratch=job.planes(loaded.image), together=together, progress=job.progress, label=label,
         )  # fmt: skip
-    except InputError as error:
-        raise InputError(loaded.image.path, error.reason, error.hint) from error
-    except ModelError:
-        shutil.rmtree(job.planes(loaded.image), ignore_errors=True)  # nothing that another run could go on with
+    except Exception as error:
+        planes, left = job.planes(loaded.image), loaded.lock is not None  # without the lock they are another call's
+        if left and isinstance(error, ModelError):
+            shutil.rmtree(planes, ignore_errors=True)  # nothing that another run could go on with
+        if left and together is not None:
+            shutil.rmtree(Unfinished.partial_of(planes), ignore_errors=True)
+        if isinstance(error, InputError):
+            raise InputError(loaded.image.path, error.reason, error.hint) from error
         raise
     if loaded.result.report.get("agree"):
         loaded.result.report["agree"]["thickness_from"] = said
@@ -481,6 +485,7 @@ def _picture(
     """Scan, its cubic spline, SR, and the segmentation's outline on the SR; below the traffic light and the weights."""
     from fastsrgan.evaluate.grids import onto_grid
     from fastsrgan.pictures.figure import result_figure
+    from fastsrgan.pictures.planes import from_lowest
 
     sr, low = Volume(result.sr, result.affine), loaded.volume
     cut = mapping(result.report["region"]).get("outside") == ZERO  # then the network saw what is inside the mask
@@ -489,7 +494,7 @@ def _picture(
     volumes = {"low": low, "spline": spline, "sr": sr, "seg": Volume(seg, result.affine)}
     result_figure(
         target,
-        volumes,
+        from_lowest(volumes)[0],
         {
             "spline": "of the same scan" + ", inside the mask" * (seen is not low),
             "seg": f"probability above {threshold:g}",

@@ -267,7 +267,7 @@ def _grid(path: str | os.PathLike, frames: list[Frame], images: int) -> tuple[np
             told = f"{length:.4g} mm apart, their header says {first.between:.4g} mm"
             warnings.append(f"the slices are {told}: the positions are used")
         gap = length - first.thickness
-        if first.thickness and abs(gap) > max(2 * ROUNDING_MM, SPACING_TOLERANCE * length):
+        if first.thickness > 0 and abs(gap) > max(2 * ROUNDING_MM, SPACING_TOLERANCE * length):
             kind = f"gaps of {gap:.3g} mm" if gap > 0 else f"an overlap of {-gap:.3g} mm"
             warnings.append(f"the slices are {first.thickness:.4g} mm thick and {length:.4g} mm apart, {kind}")
     # Some scanners count the images of all volumes of a series here.

@@ -235,7 +235,7 @@ def _frames_of(path: Path, marked: bool, readable: bool, wanted: bool) -> list[F
         # Of a class that is cut off itself only the beginning is there.
         begun = kind.startswith(_IMAGE_CLASSES) or any(one.startswith(kind) for one in _IMAGE_CLASSES)
         if marked and ds is not None and begun:
-            raise InputError(path, CUT_OFF, HINT)
+            raise InputError(path, "has no Rows or no Columns, so no image" if whole else CUT_OFF, HINT)
         if wanted:
             if found := other_format(_head(path, FORMAT_BYTES)):
                 raise OtherFormat(path, f"is not a DICOM file but {found}", WAYS.get(found, "convert it to .nii.gz"))
@@ -245,7 +245,8 @@ def _frames_of(path: Path, marked: bool, readable: bool, wanted: bool) -> list[F
         return []  # another file that begins like one
     if not whole:  # whatever it seems to say of its frames, some of it is lost
         raise InputError(path, CUT_OFF, HINT)
-    if int(_number(path, ds, "SamplesPerPixel", 1)) != 1:
+    indexed = str(ds.get("PhotometricInterpretation", "")).strip().upper() == "PALETTE COLOR"  # numbers of colours
+    if indexed or int(_number(path, ds, "SamplesPerPixel", 1)) != 1:
         if wanted:
             raise ColourPicture(path, "is a colour picture", "a grey-value series is needed")
         return []  # screen shots lie among the series

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastsrgan.core.files import read_json, real, walk_files
 from fastsrgan.errors import FastsrganError, UsageError, counted, one_line
@@ -182,3 +183,15 @@ def size_of(image: Image) -> int:
         return 4 * formats.examine(image.path, images.MAX_VOXELS).voxels
     except (FastsrganError, OSError):
         return 0
+
+
+def is_original(document: Any) -> bool:
+    """Whether this is what ``job-model`` writes beside its results."""
+    parts = [document.get(key) for key in ("made_with", "outputs")]
+    named = isinstance(document.get("image"), str)
+    return named and all(isinstance(part, dict) for part in parts) and isinstance(parts[1].get("SR"), str)
+
+
+def image_folder(record: Path) -> Path:
+    """Where the image of a record of ``job-model`` lies: two folders above, also of a path without them."""
+    return Path(os.path.abspath(record)).parent.parent.parent

@@ -269,7 +269,8 @@ def _choose_form(path: Path, header: nib.Nifti1Header, shape: tuple[int, ...], w
     elif (pixdim < 0).any() and chosen != "sform":
         warn(f"pixdim is negative ({times(pixdim.tolist())}): its absolute value is used")
     if chosen is None:
-        warn("no orientation (sform and qform codes are 0): axes taken as right, anterior, superior")
+        why = "neither form is usable" if any(code > 0 for code in codes.values()) else "sform and qform codes are 0"
+        warn(f"no orientation ({why}): axes taken as right, anterior, superior")
         return np.diag([*np.abs(pixdim), 1.0]), "pixdim", 1
     affine = forms[chosen]
     if codes[chosen] > 5:

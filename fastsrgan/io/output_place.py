@@ -5,12 +5,13 @@ A slip of ``--csv`` or ``-o`` could otherwise put a table in the place of a scan
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from fastsrgan.core.files import output_file, read_json
+from fastsrgan.core.files import ResultLock, output_file, read_json, real
 from fastsrgan.errors import UsageError
 from fastsrgan.io import nifti as images
 
@@ -71,6 +72,19 @@ def check_place(path: PathLike, inputs: Iterable[PathLike], kind: str) -> Path:
     if os.path.lexists(path) and (path.name.lower().endswith(DATA) or not OWN[kind](path)):
         raise UsageError(path, f"exists already and is no {kind}, it is kept", "name another file, or remove this one")
     return path
+
+
+@contextlib.contextmanager
+def one_writer(files: Iterable[PathLike], folders: Iterable[PathLike] = (), by: str = "") -> Iterator[None]:
+    """Hold what belongs together, files and folders filled by the command ``by``, against another process that would
+    write one of them until this one has written all. Raises LockedFolder, a ResourceError, where one does."""
+    places = [(real(path.parent) / path.name, path) for path in map(Path, files)]
+    places += [(real(folder) / by, Path(folder)) for folder in folders]
+    wanted = {place.with_suffix(""): (place, name) for place, name in places}  # a.csv and a.json have one lock
+    with contextlib.ExitStack() as held:
+        for place, name in wanted.values():
+            held.enter_context(ResultLock(place, name=str(name)))
+        yield
 
 
 def keep_inputs(path: PathLike, inputs: Iterable[PathLike]) -> None:

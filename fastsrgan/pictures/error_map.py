@@ -12,7 +12,7 @@ import numpy as np
 from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import ResourceError
 from fastsrgan.io.output_place import BY_EVALUATE
-from fastsrgan.pictures.planes import brightness, cuts
+from fastsrgan.pictures.planes import brightness, cuts, from_lowest
 from fastsrgan.volume.geometry import Volume
 
 CLIP = 99.5  # percentile of the largest absolute differences at which the colours end
@@ -37,14 +37,17 @@ def error_map(
     captions : text below the titles of the differences of SR and of the baseline
 
     Red is where an image is brighter than the truth, blue where it is darker, white where they agree; both differences
-    share one scale, which ends at the 99.5th percentile of the largest. Raises InputError for a truth without positive
-    voxels, ResourceError when the file cannot be written.
+    share one scale, which ends at the 99.5th percentile of the largest. Black is 0, or of a truth wholly below 0
+    its minimum. Raises InputError for a truth that is 0 everywhere, ResourceError when the file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ResourceError("picture", "matplotlib is not installed", "pip install matplotlib") from error
+    given = {"truth": hr, "sr": sr} | ({} if baseline is None else {"baseline": baseline})
+    shown_as, _ = from_lowest(given, "truth")
+    sr, hr, baseline = shown_as["sr"], shown_as["truth"], shown_as.get("baseline")
     planes, top = cuts(hr), brightness(hr)
     columns = _columns(sr, hr, baseline, name, captions)
     samples = [{v: cut.sample(image) for _, image, v in columns} for cut in planes]

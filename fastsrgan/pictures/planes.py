@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -274,6 +274,20 @@ def brightness(reference: Volume) -> float:
 
 def _bright(values: np.ndarray) -> float:
     return float(np.percentile(values[values > 0], 99.9))
+
+
+INTENSITIES = ("sr", "low", "spline", "linear", "truth", "baseline")
+
+
+def from_lowest(volumes: Mapping[str, Volume], first: str = "sr") -> tuple[dict[str, Volume], float]:
+    """Images as pictures can show them, whose black is 0, and what was subtracted for it: 0, or the minimum of the
+    ``first`` image where it holds nothing above 0. Those of ``INTENSITIES`` are moved alike."""
+    low = float(volumes[first].data.min())
+    if low >= 0 or (volumes[first].data > 0).any():
+        return dict(volumes), 0.0
+    return {
+        name: replace(v, data=v.data - np.float32(low)) if name in INTENSITIES else v for name, v in volumes.items()
+    }, low
 
 
 FOLDER = "panels"

@@ -22,6 +22,7 @@ from fastsrgan.errors import InputError, UsageError
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
 from fastsrgan.io.bids import RECORD, parse
+from fastsrgan.io.image_list import image_folder, is_original
 
 log = logging.getLogger("fastsrgan")
 
@@ -151,13 +152,6 @@ def is_record(document: Any) -> bool:
     return all(isinstance(part, dict) for part in parts) and isinstance(parts[1].get("sr"), str)
 
 
-def is_original(document: Any) -> bool:
-    """Whether this is what ``job-model`` writes beside its results."""
-    parts = [document.get(key) for key in ("made_with", "outputs")]
-    named = isinstance(document.get("image"), str)
-    return named and all(isinstance(part, dict) for part in parts) and isinstance(parts[1].get("SR"), str)
-
-
 def is_scores(document: Any) -> bool:
     """Whether this is what ``evaluate --json`` writes, of a pair or of a table."""
     return isinstance(document.get("definitions"), dict) and (
@@ -212,7 +206,7 @@ def _original(path: Path, record: dict[str, Any], root: Path) -> Result:
     made_with, outputs, made = record["made_with"], record["outputs"], mapping(record.get("report"))
     weights = {"path": "weights of job-model", "sha256": made_with.get("weights")}
     kinds = {"sr": outputs["SR"], "seg": outputs.get("Cortex"), "mask": outputs.get("Mask")}
-    source = {"path": str(path.parents[2] / Path(record["image"]).name), "sha256": record.get("sha256")}
+    source = {"path": str(image_folder(path) / Path(record["image"]).name), "sha256": record.get("sha256")}
     parts: dict[str, Any] = {"input": source, "weights": weights, "outputs": kinds}
     parts |= made | {key: record[key] for key in ("warnings", "provenance") if key in record}
     result = _result(path, parts, root)

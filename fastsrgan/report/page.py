@@ -26,8 +26,9 @@ from fastsrgan.evaluate.grids import onto_grid
 from fastsrgan.evaluate.pair import evaluate_pair, structure_pairs
 from fastsrgan.io import any_image, labels
 from fastsrgan.io import nifti as images
-from fastsrgan.io.output_place import PAGE, check_place
+from fastsrgan.io.output_place import PAGE, check_place, one_writer
 from fastsrgan.model.purpose import Purpose, mask_names
+from fastsrgan.pictures.planes import from_lowest
 from fastsrgan.report import cohort, curves, sections
 from fastsrgan.report import viewer as stage
 from fastsrgan.report.collect import Found, Result, find
@@ -77,7 +78,7 @@ def report(
     overwrite : replace pages that are there; what is no page is kept
 
     Returns the files, the first one to open. Raises InputError, UsageError or ResourceError, before anything is written
-    where a page exists or there is nothing to report.
+    where a page exists, there is nothing to report, or another process writes pages of several results there.
     """
     if not 0 < max_mb <= MOST_ALLOWED_MB:
         raise UsageError("--max-mb", f"{max_mb:g} is not allowed", f"a size in MB above 0, at most {MOST_ALLOWED_MB:g}")
@@ -105,25 +106,22 @@ def report(
         chosen = labels.structures(labels.choices("", label_classes), label, label_names) if label else []
         _score(found.results[0], Path(hr), Path(label) if label else None, Path(mask) if mask else None, chosen)
     limit = int(max_mb * 1e6)
-    written = []
     progress.start("report", max(len(found.results), 1) + many, "page")
     if not many:
         _write(target, single_page(found, limit)[0])
         progress.advance(1)
-        written.append(target)
     else:
-        rows = []
-        for result, name in zip(found.results, names, strict=True):
-            page, thumbnail, measured = single_page(_alone(found, result), limit, back=target.name)
-            _write(target.parent / name, page)
-            rows.append(cohort.Row(result, name, thumbnail, measured))
-            written.append(target.parent / name)
-            progress.advance(1, page=name)
-        _write(target, cohort_page(found, rows))
-        progress.advance(1)
-        written.insert(0, target)
+        with one_writer((), [target.parent], "report"):
+            rows = []
+            for result, name in zip(found.results, names, strict=True):
+                page, thumbnail, measured = single_page(_alone(found, result), limit, back=target.name)
+                _write(target.parent / name, page)
+                rows.append(cohort.Row(result, name, thumbnail, measured))
+                progress.advance(1, page=name)
+            _write(target, cohort_page(found, rows))
+            progress.advance(1)
     progress.finish()
-    return written
+    return [target, *(target.parent / name for name in names)]
 
 
 def runs_report(
@@ -191,6 +189,10 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
         if linear := stage.linear_estimate(result.record, seen, sr, spline, others.get("truth")):
             shown["linear"], told = linear
         told = " ".join(filter(None, (told, INSIDE if seen is not low else "")))
+    moved, lowest = from_lowest({"sr": sr} | shown)
+    sr, shown = moved.pop("sr"), moved
+    if lowest:
+        told = " ".join(filter(None, (told, f"Nothing is above 0: grey levels count from the lowest, {lowest:g}.")))
     view = stage.open_at(sr, shown)
     alt = "Planes of every image side by side, with a detail and the outline of the segmentation"
     structure = Purpose.of(result.record.get("made_for") if result is not None else None).outlined

@@ -11,6 +11,7 @@ import numpy as np
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.infer.volume import InferResult
 from fastsrgan.pictures.figure import Column, planes, result_columns, result_options
+from fastsrgan.pictures.planes import from_lowest
 from fastsrgan.volume.geometry import Volume
 
 WIDTH = 1000
@@ -57,6 +58,7 @@ def show(
         sr, found, record = _read(Path(result))
         others = found | others
     if not others and not isinstance(result, InferResult):
+        sr = from_lowest({"sr": sr})[0]["sr"]
         return planes([Column(sr, "Image")], **{"reference": sr, "width_px": WIDTH, **options})
     volumes = {"sr": sr} | others
     if "low" in volumes:
@@ -64,6 +66,7 @@ def show(
         from fastsrgan.report.viewer import as_seen
 
         volumes["spline"] = onto_grid(as_seen(record, volumes["low"], sr), sr, notes=[])
+    volumes, _ = from_lowest(volumes)
     return planes(result_columns(volumes), **{**result_options(volumes), "width_px": WIDTH, **options})
 
 

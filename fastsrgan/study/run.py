@@ -19,10 +19,10 @@ from fastsrgan.core.files import left_as_found, output_folder
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import stopped_by
 from fastsrgan.core.system import provenance
-from fastsrgan.errors import UsageError, times
+from fastsrgan.errors import MissingError, UsageError, times
 from fastsrgan.evaluate.figures import definitions
 from fastsrgan.infer.settings import InferSettings
-from fastsrgan.io.output_place import STUDY, check_place
+from fastsrgan.io.output_place import STUDY, check_place, one_writer
 from fastsrgan.model import weights
 from fastsrgan.study import curves as study_curves
 from fastsrgan.study.cells import Engine, StudyModel, aggregate, run_cells
@@ -103,7 +103,8 @@ def run(
     quick : small patches, few steps and subjects
 
     Returns what KIND.json holds, with ``files``. A cell that is in ``out`` already is not measured again.
-    Raises UsageError for settings that cannot work, InputError for data, ModelError for weights.
+    Raises UsageError for settings that cannot work, InputError for data, ModelError for weights, LockedFolder where
+    another process makes a study in ``out``.
     """
     if kind not in KINDS:
         raise UsageError("study", f"{kind!r} is not allowed", f"one of {', '.join(KINDS)}")
@@ -114,9 +115,8 @@ def run(
         raise UsageError(f"study {kind}", f"{len(several)} places of data", "one table, image or folder")
     if data is None and (kind == "curves" or not quick):
         what = "a run folder" if kind == "curves" else "a table or an image, or --quick"
-        raise UsageError("study", "no data given", what)
+        raise MissingError("study", "no data given", what)
     began = time.perf_counter()
-    facts: dict[str, Any]
     asked = _filled(kind, settings or Settings(), quick)
     read: list[Any] = [*several, *models]
     read += [] if several or data is None else [data]
@@ -124,37 +124,40 @@ def run(
         target = Path(out) / f"{kind}.{form}"
         if os.path.lexists(target):  # a folder that is missing is made later, once the data were read
             check_place(target, read, sort)
+    read_first = _read_curves(data, several) if kind == "curves" else None  # nothing is left of a log that is none
+    with left_as_found([out]):
+        folder = output_folder(out)
+        with one_writer((), [folder], "study"):
+            facts, panels, title = read_first or _measured(kind, data, folder, models, asked, quick, progress)
+            facts["paper"] = {"source": SOURCE, "rows": REFERENCE[kind]}
+            facts |= {"seconds": time.perf_counter() - began, "provenance": provenance()}
+            return write_study(folder, facts, panels, title)
+
+
+Made = tuple[dict[str, Any], list[list[Panel]], str]  # what KIND.json holds, the figure, its title
+
+
+def _read_curves(data: Any, several: Sequence[str | os.PathLike]) -> Made:
+    """The curves of a run, or of several laid over each other."""
     if several:
         made = study_curves.overlaid([Path(run) for run in several])
-        folder, panels = output_folder(out), made.pop("panels")
-        facts = {"study": kind} | made
         title = f"Training curves of {', '.join(run['name'] for run in made['runs'])}"
-    elif kind == "curves":
-        assert isinstance(data, (str, os.PathLike))
-        made = study_curves.curves(Path(data))  # read before a folder is made: nothing is left of a log that is none
-        folder = output_folder(out)
         panels = made.pop("panels")
-        facts = {"study": kind, "run": str(data)} | made
-        title = f"Training curves of {Path(data).name}"
-    else:
-        assert data is None or isinstance(data, (str, os.PathLike))
-        with left_as_found([out]):
-            folder = output_folder(out)
-            facts, panels, title = _measured(kind, data, folder, models, asked, quick, progress)
-    facts["paper"] = {"source": SOURCE, "rows": REFERENCE[kind]}
-    facts |= {"seconds": time.perf_counter() - began, "provenance": provenance()}
-    return write_study(folder, facts, panels, title)
+        return {"study": "curves"} | made, panels, title
+    made = study_curves.curves(Path(data))
+    panels = made.pop("panels")
+    return {"study": "curves", "run": str(data)} | made, panels, f"Training curves of {Path(data).name}"
 
 
 def _measured(
     kind: str,
-    data: str | os.PathLike | None,
+    data: Any,
     folder: Path,
     models: Sequence[str | os.PathLike],
     asked: Settings,
     quick: bool,
     progress: Progress,
-) -> tuple[dict[str, Any], list[list[Panel]], str]:
+) -> Made:
     cohort = folder / f"cohort-{asked.seed}"
     if data is None:
         heads = quick_heads(cohort, asked.seed, progress)[: asked.subjects]

@@ -62,7 +62,7 @@ def noise_sd(scan_xyz: np.ndarray, across: int, left_xyz: np.ndarray | None = No
     left_xyz : (x, y, z), measured in place of the scan, within the scan's tissue
     """
     slices = [np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, across)]
-    tissue = TISSUE * bright(slices)
+    tissue = tissue_level(slices)
     measured = slices
     if left_xyz is not None:
         measured = [np.ascontiguousarray(part, np.float32) for part in sampled(left_xyz, across)]
@@ -100,7 +100,7 @@ def missing_sd(scan_xyz: np.ndarray, seen: Observation, noise: float) -> float:
     planes = sampled(scan_xyz, axis) if free else iter(np.moveaxis(scan_xyz, axis, 0))
     part = np.ascontiguousarray(np.stack([np.asarray(plane, np.float32) for plane in planes], axis))
     left = part - apply_axes(part, again)
-    inside = part > TISSUE * bright([part])
+    inside = part > tissue_level([part])
     energy = float(np.mean(left[inside] ** 2, dtype=np.float64)) if inside.any() else 0.0
     return math.sqrt(max(0.0, energy - (1 - 2 * through + kept) * noise**2) / eigenvalue)
 
@@ -112,7 +112,7 @@ def lacking_sd(left_xyz: np.ndarray, scan_xyz: np.ndarray, seen: Observation, ac
     of D D'. How much of the scan's noise a result has kept is not known, so the noise is that of the finest detail of
     ``left`` itself. 0 where noise explains all that is left.
     """
-    level = TISSUE * bright([np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, across)])
+    level = tissue_level([np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, across)])
     total, voxels = 0.0, 0
     for left, plane in zip(np.moveaxis(left_xyz, across, 0), np.moveaxis(scan_xyz, across, 0), strict=True):
         inside = np.ascontiguousarray(plane) > level
@@ -225,6 +225,14 @@ def sampled(array: np.ndarray, axis: int) -> Iterator[np.ndarray]:
 def bright(parts: Sequence[np.ndarray]) -> float:
     """The 99.9th percentile of some planes."""
     return float(np.percentile(np.concatenate([part[::2, ::2].ravel() for part in parts]), 99.9))
+
+
+def tissue_level(parts: Sequence[np.ndarray]) -> float:
+    """What is brighter than air in some planes: ``TISSUE`` of their 99.9th percentile; where that is not above 0, both
+    count from the lowest value."""
+    top = bright(parts)
+    low = 0.0 if top > 0 else float(min(part.min() for part in parts))
+    return low + TISSUE * (top - low)
 
 
 def _windows(plane: np.ndarray) -> np.ndarray:

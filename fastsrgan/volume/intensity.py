@@ -76,7 +76,10 @@ def normaliser(data_XYZ: np.ndarray, shifted: bool = False, robust: bool = False
     shift = min(0.0, floor) if shifted else 0.0
     scale = largest - shift
     if not scale > 0 or not np.isfinite(scale):
-        raise InputError("image", f"its largest value is {largest:g}", "at least one voxel must be above zero")
+        hint = "at least one voxel must be above zero"
+        if not shifted and floor < largest:
+            hint += "; its network knows no values below: subtract the image's minimum first"
+        raise InputError("image", f"its largest value is {largest:g}", hint)
     found = outliers(data_XYZ) if robust else None
     if found and found.rest > shift:
         return Normaliser(found.rest - shift, floor, shift, scale / (found.rest - shift))
