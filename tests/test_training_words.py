@@ -36,7 +36,7 @@ LINE = "epoch 200 PSNR 26.61 spline 26.00 linear 26.40 SSIM 0.900 spline 0.876 D
 def test_nothing_is_cut_on_a_narrow_terminal(label, width):
     console = Console(file=io.StringIO(), width=width, force_terminal=True, legacy_windows=False)
     progress = TerminalProgress(console)
-    progress.start(label, 12345, "updates")
+    progress.start(label, 12345, "update")
     progress.advance(1, **FACTS)
     progress.tell("validation", LINE)
     progress.finish()
@@ -77,7 +77,7 @@ def test_notes_are_broken_between_words_on_a_terminal_alone():
 def test_a_pipe_gets_groups_of_lines_with_fields():
     console = Console(file=io.StringIO(), width=80)
     progress = PlainProgress(console)
-    progress.start("training epoch 1/2", 4, "updates")
+    progress.start("training epoch 1/2", 4, "update")
     progress.advance(4, **FACTS)
     progress.finish()
     progress.tell("validation", LINE, epoch=1, PSNR=26.6123456, Dice_cortex=0.5, best=None)
@@ -97,7 +97,7 @@ def clock(monkeypatch):
 def test_a_pipe_is_told_every_ten_seconds_how_fast_it_goes_and_what_is_left(clock):
     console = Console(file=io.StringIO(), width=20)
     progress = PlainProgress(console)
-    progress.start("epoch\x1b 1", 10, "updates")
+    progress.start("epoch\x1b 1", 10, "update")
     for _ in range(3):
         clock.seconds += 4
         progress.advance(2, rec=0.5)
@@ -109,7 +109,7 @@ def test_a_pipe_is_told_every_ten_seconds_how_fast_it_goes_and_what_is_left(cloc
     progress.advance(2, rec=0.25)  # the end is told by finish
     progress.finish()
     progress.finish()
-    progress.start("epoch 2", 4, "updates")
+    progress.start("epoch 2", 4, "update")
     progress.advance(1)
     progress.finish()
     assert console.file.getvalue().splitlines() == [
@@ -122,14 +122,14 @@ def test_a_pipe_is_told_every_ten_seconds_how_fast_it_goes_and_what_is_left(cloc
 def test_a_bar_tells_the_rate_of_all_that_is_done_and_keeps_its_facts(clock):
     progress = TerminalProgress(Console(file=io.StringIO(), width=80, force_terminal=True, legacy_windows=False))
     progress.advance(5)  # of nothing that was begun
-    progress.start("epoch 1", 12, "updates")
+    progress.start("epoch 1", 12, "update")
     clock.seconds += 4
     progress.advance(2, rec=0.5)
     clock.seconds += 4
     progress.advance(4)
     task = progress.bar.tasks[0]
     assert (task.completed, task.total, task.fields["rate"]) == (6, 12, "0.75/s") and progress.facts == {"rec": 0.5}
-    progress.start("epoch 2", 3, "updates")
+    progress.start("epoch 2", 3, "update")
     assert progress.facts == {} and progress.bar.tasks[0].completed == 0
     progress.finish()
     assert progress.bar is None

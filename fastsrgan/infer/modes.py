@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import Ranks
-from fastsrgan.errors import FastsrganError, InputError, ModelError, ResourceError, UsageError, brief
+from fastsrgan.errors import FastsrganError, InputError, ModelError, ResourceError, UsageError, brief, counted
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Done, Prepared, Results, Unfinished, keep_empty, nearest
@@ -286,8 +286,8 @@ def _mapped(folder: Path) -> dict[str, np.ndarray]:
 def _tell(parts: list[Share], plan: tiles.TilePlan, label: str) -> None:
     whole, most = plan.grid[0], max(part.slabs for part in parts)
     counts = ", ".join(str(part.slabs) for part in parts)
-    text = "%s: %d slabs of tiles over %d ranks, %s each with those at the seams: %.2g x one process at best"
-    log.info(text, label, whole, len(parts), counts, whole / most)
+    text = "%s: %s of tiles over %d ranks, %s each with those at the seams: %.2g x one process at best"
+    log.info(text, label, counted(whole, "slab"), len(parts), counts, whole / most)
     if whole / most < 1 + 0.25 * (len(parts) - 1):
         log.warning(
             "%s: too short for its patch to be worth splitting; several volumes at once are better dealt", label

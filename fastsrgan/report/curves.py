@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,12 @@ START, BEGAN = "start_weights", "start weights"  # in a summary, and on a page
 SIGNATURE = b"\x89PNG"
 BINS = 300  # points of a curve; longer runs show means over several updates
 COLUMNS = "interpolated input, SR, truth, segmentation, label"
+RECONSTRUCTION = "reconstruction loss"  # where the settings do not say which
+LOSS = re.compile(r"^reconstruction_loss: *(\w+)", re.M)  # in config.yaml
+LOSSES = {"charbonnier": "Charbonnier loss", "dice": "Charbonnier + Dice loss"}  # of --reconstruction-loss
 CHARTS = (
-    ("Reconstruction", ("g_reconstruction",), "Charbonnier loss"),
-    ("Generator", ("g_total", "g_adversarial"), "loss"),
+    ("Reconstruction", ("g_reconstruction",), RECONSTRUCTION),
+    ("Generator", ("g_total", "g_adversarial", "g_dice"), "loss"),
     ("Critic", ("d_wasserstein", "d_penalty"), "loss"),
     ("Gradient norms", ("g_gradient", "d_gradient"), "norm"),
     ("Time of an update", ("seconds",), "s"),
@@ -51,6 +55,7 @@ LINES = {
     **dict.fromkeys(("spline_Dice", "spline_PSNR", "spline_SSIM"), "interpolation, whole volumes"),
     **dict.fromkeys(("g_total", "g_gradient"), "generator"),
     "g_adversarial": "its adversarial part",
+    "g_dice": "its Dice loss, before its weight",
     "d_wasserstein": "Wasserstein estimate",
     "d_penalty": "gradient penalty",
     "d_gradient": "critic",
@@ -139,7 +144,8 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
                 for i, (name, facts) in enumerate(zip(names, runs, strict=True))
                 if column in facts["curves"]
             ]
-            plots.append(line_chart(f"{title}: {LINES[column]}" if column in LINES else title, lines, "update", unit))
+            named = f"{title}: {LINES[column]}" if column in LINES else title
+            plots.append(line_chart(named, lines, "update", _unit(unit, [facts["config"] for facts in runs])))
     told = [f["summary"] or {} for f in runs]
     entries = dict.fromkeys(k for summary in told for k, v in summary.items() if _is_told(k, v))
     head = el("tr", el("th", ""), [el("th", name, scope="col") for name in names])
@@ -219,7 +225,7 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
         lines = [
             Line(LINES.get(name, name), facts["at"], facts["curves"][name]) for name in names if name in facts["curves"]
         ]
-        plots.append(line_chart(title, lines, "update", unit))
+        plots.append(line_chart(title, lines, "update", _unit(unit, [facts["config"]])))
     width = facts["updates_per_point"]
     notes = [f"A point is the mean of {width} updates." if width > 1 else None]
     if facts["unreadable_lines"]:
@@ -255,6 +261,14 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
         head,
         raw("Settings (config.yaml)", facts["config"]) if facts["config"] else None,
     )
+
+
+def _unit(unit: str, configs: Sequence[str]) -> str:
+    """What a chart of losses draws, by the settings of its runs; where they differ, or do not say, no loss's name."""
+    if unit != RECONSTRUCTION:
+        return unit
+    chosen = {LOSSES.get(found[1]) if (found := LOSS.search(text)) else None for text in configs}
+    return chosen.pop() or unit if len(chosen) == 1 else unit
 
 
 def _columns(title: str, known: Sequence[str], validation: Sequence[dict[str, Any]]) -> list[str]:
