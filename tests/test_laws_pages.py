@@ -451,7 +451,7 @@ def test_a_chart_names_the_loss_that_it_draws(monkeypatch):
         curves.run_card(one, [])
         assert charts["Reconstruction"][1] == (said,)
         names = {line.name: line.y[0] for line in charts["Generator"][0]}
-        assert names == {"generator": 3.0, "its Dice loss, before its weight": 2.0}
+        assert names == {"total": 3.0, "Dice loss, before its weight": 2.0}
         curves.runs_card([one, one], ["a", "b"])
         assert charts["Reconstruction"][1] == (said,)
     curves.runs_card(runs, ["a", "b"])

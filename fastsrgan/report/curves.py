@@ -12,6 +12,7 @@ from typing import Any
 
 from fastsrgan.config import SETTINGS
 from fastsrgan.core.files import mapping, parse_json, read_json, real
+from fastsrgan.core.signals import SAID, named
 from fastsrgan.errors import counted
 from fastsrgan.evaluate.figures import structure_line
 from fastsrgan.pictures.planes import find_panels
@@ -35,6 +36,7 @@ CHARTS = (
     ("Gradient norms", ("g_gradient", "d_gradient"), "norm"),
     ("Time of an update", ("seconds",), "s"),
 )
+SIGNALS = tuple(SAID)
 STRUCTURES = "Dice of each structure on the test subjects"  # a line for every one
 SCORES = (
     ("Dice on the test subjects", ("Dice", "Dice_label_1", "whole_Dice", "spline_Dice")),
@@ -53,9 +55,10 @@ LINES = {
     **{"PSNR_linear": "best linear estimate, patches", "linear_PSNR": "best linear estimate, whole volumes"},
     **dict.fromkeys(("whole_Dice", "whole_PSNR", "whole_SSIM"), "whole volumes"),
     **dict.fromkeys(("spline_Dice", "spline_PSNR", "spline_SSIM"), "interpolation, whole volumes"),
-    **dict.fromkeys(("g_total", "g_gradient"), "generator"),
-    "g_adversarial": "its adversarial part",
-    "g_dice": "its Dice loss, before its weight",
+    "g_total": "total",
+    "g_gradient": "generator",
+    "g_adversarial": "adversarial loss, before its weight",
+    "g_dice": "Dice loss, before its weight",
     "d_wasserstein": "Wasserstein estimate",
     "d_penalty": "gradient penalty",
     "d_gradient": "critic",
@@ -77,7 +80,7 @@ SUMMARY = {
     "best_weights": ("best weights", ""),
     "ranks": ("processes", ""),
     "device": ("device", ""),
-    "stopped": ("stopped by signal", ""),
+    "stopped": ("stopped by", ""),
     "exit_code": ("exit code", ""),
 }
 SAME = {"Dice_label_1": "Dice"}  # the label's Dice, as a run with mask classes calls it: of several runs one chart
@@ -365,7 +368,7 @@ def _entry(key: str) -> object:
 
 def _entered(key: str, value: Any, path: str) -> object:
     """Its value with its unit."""
-    said = _value(value, path)
+    said = join(named(value)) if key == "stopped" and value in SIGNALS else _value(value, path)
     return said if said is None else join(said, SUMMARY.get(key, ("", ""))[1])
 
 

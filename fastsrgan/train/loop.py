@@ -283,7 +283,11 @@ def tell(run: Run, turn: Turn, facts: dict[str, float], told: Told) -> None:
         "|D|": facts.get("d_gradient"),
         "wait": f"{100 * run.feed.waited / elapsed:.1f}%",
         "GB": facts["memory_bytes"] / 1e9,
-        "run": f"{left / 3600:.1f} h left" if left > 3600 else f"{left / 60:.0f} min left",
+        "run": f"{left / 3600:.1f} h left"
+        if left > 3600
+        else f"{left / 60:.0f} min left"
+        if left > 90
+        else f"{left:.0f} s left",
     }
     run.progress.advance(1, **{k: v for k, v in shown.items() if v is not None})
 
