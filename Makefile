@@ -65,7 +65,7 @@ format: $(STAMP) ## rewrite the sources as `make test` wants them
 	@$(PY) -m ruff check --fix .
 
 docs: $(STAMP) ## build the documentation as a site into site/
-	@$(PY) -m mkdocs build --strict -q -f tools/mkdocs.yml
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q -f tools/mkdocs.yml
 
 wheel: $(STAMP) ## build the wheel and the source archive into dist/
 	@$(PY) -m build --no-isolation

@@ -243,12 +243,14 @@ def by_ranks(
     arrays = files.arrays if files else _mapped(folder)
     sink = Results(arrays["sr"], arrays["prob"], image.turn, image.norm)
 
+    shown = _ShareOfProgress(progress, mine.slabs * per_slab)
+
     def write(first: int, planes: Tensor) -> None:
         sink(first, planes[:, : mine.stop - first])
         if first + planes.shape[1] >= mine.stop:
+            shown.complete()
             raise _Enough
 
-    shown = _ShareOfProgress(progress, mine.slabs * per_slab)
     try:
         if mine.first < mine.stop:
             stream(
@@ -298,8 +300,17 @@ class _ShareOfProgress:
     """Progress of a part: another number of tiles than the whole plan has."""
 
     def __init__(self, shown: Progress, total: int) -> None:
-        self.shown, self.total = shown, total
-        self.advance, self.finish = shown.advance, shown.finish
+        self.shown, self.total, self.done = shown, total, 0
+        self.finish = shown.finish
+
+    def advance(self, n: int = 1, **facts: Any) -> None:
+        """Of the part."""
+        self.done += n
+        self.shown.advance(n, **facts)
+
+    def complete(self) -> None:
+        """The last planes of the part are written before the tiles that made them are counted."""
+        self.advance(self.total - self.done)
 
     def start(self, label: str, total: int, unit: str) -> None:
         """``total`` is that of the part."""
