@@ -332,7 +332,7 @@ def test_progress_of_a_run_that_goes_on_within_an_epoch_counts_what_is_left(stor
     progress = Noting()
     train(store, tmp_path / "run", CONFIG, resume=True, progress=progress)
     begun = [line for line in progress.lines if len(line) == 3]
-    assert begun == [("training epoch 1/2", 3, "updates"), ("training epoch 2/2", 4, "updates")]
+    assert begun == [("training epoch 1/2", 3, "update"), ("training epoch 2/2", 4, "update")]
     assert sum(line[0] for line in progress.lines if len(line) == 2) == 3 + 4
 
 
