@@ -64,8 +64,8 @@ format: $(STAMP) ## rewrite the sources as `make test` wants them
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
 
-docs: $(STAMP) ## build the documentation as a site into site/
-	@$(PY) -m mkdocs build --strict -q -f tools/mkdocs.yml
+docs: $(STAMP) ## build the documentation as a site into site/ (its search needs a server: python -m http.server -d site)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q -f tools/mkdocs.yml
 
 wheel: $(STAMP) ## build the wheel and the source archive into dist/
 	@$(PY) -m build --no-isolation

@@ -30,7 +30,7 @@ import torch
 
 from bench.common import is_quick
 from bench.data_page import RESULTS, amount, duration, table
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import InputError, UsageError, counted
 from fastsrgan.model.networks import CriticSpec, GeneratorSpec, parameter_shapes
 
 EPOCHS = 3  # of a checked run
@@ -77,7 +77,7 @@ def predict(f: Figures, subjects: int, devices: int, price: float = 0.0) -> dict
     Raises UsageError for more devices than subjects.
     """
     if devices > subjects:
-        raise UsageError("--devices", f"{devices} for {subjects} subjects", "at most one device per subject")
+        raise UsageError("--devices", f"{devices} for {counted(subjects, 'subject')}", "at most one device per subject")
     own = -(-subjects // devices)  # the fullest rank, for which the others wait
     updates = -(-own * f.patches // f.batch)
     one = f.step_seconds / f.efficiency + f.message_seconds if devices > 1 else f.step_seconds

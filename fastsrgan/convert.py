@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from fastsrgan.core.places import recorded
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.data.settings_check import data_warnings
 from fastsrgan.errors import FastsrganError, InputError, PartialFailure, UsageError, counted
@@ -235,7 +236,7 @@ def _inspect(
                     held = ", ".join(map(str, sorted(others)[: labels.SHOWN]))
                     way = labels.way_out(read.meta["values"])
                     raise InputError(path, f"the label holds other values than 0 and 1, also {held}", way)
-            sources[name] = {"path": str(path), "sha256": images.sha256(path)}
+            sources[name] = {"path": recorded(path), "sha256": images.sha256(path)}
         except FastsrganError as error:
             what, reason = error.what, error.reason
             if isinstance(error, UsageError):  # of an option, about this file
@@ -385,7 +386,7 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
         attrs |= {"label_name": job.called} if job.called else {}
     values = list(attrs.get("label_counts", {}))
     if set(values) - {"0", "1"}:  # classes of --fit-mask are the mask's
-        held = ", ".join(values[:10]) + (f" and {len(values) - 10} more values" if len(values) > 10 else "")
+        held = ", ".join(values[:10]) + (f" and {counted(len(values) - 10, 'more value')}" if len(values) > 10 else "")
         way = labels.way_out([int(value) for value in values])
         warnings.append(f"label: holds {held}; training wants 1 in the structure and 0 outside: {way}")
     attrs["warnings"] = warnings

@@ -136,6 +136,11 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
+def some_of(number: int, of: int, one: str, singular: str, plural: str) -> str:
+    """(1, 9, 'voxel', 'is', 'are') -> '1 of 9 voxels is'; the verb is that of the part."""
+    return f"{number} of {counted(of, one)} {singular if number == 1 else plural}"
+
+
 def compared(a_bytes: int, b_bytes: int) -> tuple[str, str]:
     """Two sizes that differ, exactly where they are the same when rounded: ('56.59 KiB', '2 KiB')."""
     if human(a_bytes) != human(b_bytes):

@@ -185,7 +185,7 @@ def test_the_live_line_shows_level_rate_and_time_left():
         progress=recorder,
         label="a",
     )
-    assert recorder.events[0] == ("a, level 1", len(PLANS[0]), "tiles") and recorder.events[-1] == "finish"
+    assert recorder.events[0] == ("a, level 1", len(PLANS[0]), "tile") and recorder.events[-1] == "finish"
     advances = [e for e in recorder.events if isinstance(e[1], dict)]
     assert sum(n for n, _ in advances) == len(PLANS[1])
     assert advances[-1][1] == {"level": "2/2", "eta": "0 s"}

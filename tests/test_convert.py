@@ -135,7 +135,7 @@ def test_warnings_of_the_reader_are_kept(tmp_path):
     bad[5, 5, 5] = np.nan
     nifti_files.write(tmp_path / "s0.nii.gz", bad, AFFINE)
     summary = convert(table, tmp_path / "store")
-    assert "1 of 3780 voxels are NaN" in summary["warnings"]["s0"][0]
+    assert "1 of 3780 voxels is NaN" in summary["warnings"]["s0"][0]
     assert np.isfinite(open_store(tmp_path / "store").read("s0").image).all()
 
 
@@ -639,8 +639,8 @@ def test_progress_tells_rates_and_the_time_left(tmp_path, monkeypatch):
     lines = [line for line in out.getvalue().splitlines() if line.startswith("convert:")]
     number = r"[\d.e+-]+"
     rates = rf"mb_per_s={number} failed=0"
-    assert re.fullmatch(rf"convert: 1/3 volume  {number}/s  \d+ s left  {rates}", lines[0])
-    assert re.fullmatch(rf"convert: 3/3 volume  {number}/s  {rates}", lines[-1])
+    assert re.fullmatch(rf"convert: 1/3 volumes  {number}/s  \d+ s left  {rates}", lines[0])
+    assert re.fullmatch(rf"convert: 3/3 volumes  {number}/s  {rates}", lines[-1])
 
 
 def test_a_url_as_the_store(tmp_path):
@@ -812,7 +812,7 @@ def test_voxels_that_outshine_the_rest_are_weighed_as_intensities(tmp_path):
         nifti_files.write(tmp_path / "s0.nii.gz", data + shift, AFFINE, inter=inter, slope=1.0)
         convert(table, tmp_path / f"store{shift}")
         (told,) = open_store(tmp_path / f"store{shift}").subjects[0].attrs["warnings"]
-        assert told.startswith("1 of 3780 voxels are up to") and "the image is divided by its maximum" in told
+        assert told.startswith("1 of 3780 voxels is up to") and "the image is divided by its maximum" in told
 
 
 def test_where_all_that_is_new_is_damaged_what_is_there_stays_and_counts(tmp_path):

@@ -46,4 +46,14 @@ def test_the_api_page_shows_what_the_package_exports(site):
 def test_every_page_is_reached_from_the_navigation():
     named = set(re.findall(r":\s*(\S+\.md)", (ROOT / "tools/mkdocs.yml").read_text(encoding="utf8")))
     pages = {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md") if p.parent == DOCS}
-    assert pages | {"decisions/README.md", "model-card.md"} == named
+    assert pages | {"decisions/README.md", "readme.md", "model-card.md", "model-card-perinatal.md"} == named
+
+
+def test_the_table_of_models_is_reached(site):
+    """The site had neither README nor the card of `perinatal`, so its links to them were names of files."""
+    for page in ("index", "own-data", "inference"):
+        assert 'href="readme.html#your-own-scan"' in (site / f"{page}.html").read_text(encoding="utf8"), page
+    overview = (site / "readme.html").read_text(encoding="utf8")
+    assert 'id="your-own-scan"' in overview and 'href="model-card-perinatal.html"' in overview
+    pictures = re.findall(r'<img[^>]+src="([^"]+)"', overview)
+    assert pictures and all((site / path).is_file() for path in pictures)

@@ -230,7 +230,7 @@ def test_progress_counts_tiles_and_finishes_also_after_an_error(generator):
 
     recorder = Recorder()
     predict(VOLUME, PLAN, TileNetwork(generator, 1.0, batch=5), progress=recorder, label="a.nii.gz")
-    assert recorder.events == [("a.nii.gz", len(PLAN), "tiles"), "finish"] and recorder.done == len(PLAN)
+    assert recorder.events == [("a.nii.gz", len(PLAN), "tile"), "finish"] and recorder.done == len(PLAN)
     pipe = io.StringIO()
     predict(VOLUME, PLAN, TileNetwork(generator, 1.0, batch=5), progress=PlainProgress(Console(file=pipe, width=200)))
     assert [line.count("/s") for line in pipe.getvalue().splitlines()] == [1], "the rate was told twice"

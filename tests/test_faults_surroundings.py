@@ -170,7 +170,7 @@ def test_the_warning_of_a_conversion_reaches_the_store(tmp_path, capsys):
     write(tmp_path / "l.nii.gz", (HEAD > 450).astype(np.uint8))
     (tmp_path / "t.csv").write_text("HR_image,Label_image,Base\na.nii.gz,l.nii.gz,Train\n", encoding="utf8")
     code, _, told = call(capsys, "convert", tmp_path / "t.csv", tmp_path / "s.zarr")
-    assert code == 0 and "1 of 210 voxels are NaN or infinite" in told
+    assert code == 0 and "1 of 210 voxels is NaN or infinite" in told
     store = open_store(tmp_path / "s.zarr")
     assert "1 of 210 voxels" in store.subjects[0].attrs["warnings"][0]
     assert np.isfinite(store.read("a").image).all()

@@ -224,7 +224,7 @@ def test_nan_and_infinite_voxels_are_zero_counted_and_told(tmp_path):
     for volume in (images.load(path), images.load_stored(path)[3]):
         assert volume.meta["nan_count"] == 4
         assert "3 of 210 voxels are NaN or infinite: read as 0" in volume.warnings
-        assert "1 of 210 voxels are beyond 1e+18, which no intensity is: read as 0" in volume.warnings
+        assert "1 of 210 voxels is beyond 1e+18, which no intensity is: read as 0" in volume.warnings
         assert np.isfinite(volume.data).all()
         assert volume.data[1, 2, 3] == volume.data[2, 2, 2] == 0
         assert volume.data[3, 3, 3] == HEAD[3, 3, 3]

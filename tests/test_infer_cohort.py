@@ -20,7 +20,7 @@ from processes import ended, on_ranks, outcome, start_ranks
 
 from fastsrgan.core.ranks import from_environment
 from fastsrgan.errors import PartialFailure, ResourceError, UsageError
-from fastsrgan.infer import files
+from fastsrgan.infer import files, modes
 from fastsrgan.infer import files as infer_files
 from fastsrgan.infer.files import SUMMARY
 from fastsrgan.infer.modes import shares
@@ -293,6 +293,20 @@ def test_a_volume_split_over_ranks_has_the_bytes_of_one_process(model, tmp_path)
     assert 0 < record["tile_seconds"] <= record["seconds"]
     assert max(record["split"]["tiles"]) < record["tiles"]
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["a.json", "a_seg.nii.gz", "a_sr.nii.gz"]
+
+
+def test_progress_of_a_part_ends_with_all_of_its_tiles():
+    """What ends a part is the writing of its last planes, before the tiles that made them are counted: 1/2."""
+    told: list[tuple] = []
+    shown = SimpleNamespace(
+        start=lambda *words: told.append(words), advance=lambda n, **facts: told.append((n,)), finish=lambda: None
+    )
+    part = modes._ShareOfProgress(shown, 6)
+    part.start("a", 20, "tile")
+    part.advance(4, seconds=1.0)
+    part.complete()
+    part.complete()
+    assert told == [("a", 6, "tile"), (4,), (2,), (0,)]
 
 
 def split(inputs, out, model, settings) -> dict:

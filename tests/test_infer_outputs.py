@@ -56,14 +56,25 @@ def test_the_largest_component_stays():
 
 
 def test_how_whole_a_segmentation_is_counts_pieces_that_are_large_enough_before_one_alone_is_kept():
-    """Components of 27, 9 and 1 voxels, and a copy of the second."""
+    """Components of 27, 9, 9 and 1 voxels; with nothing to leave out, those below a hundredth of the largest, or below
+    what is asked for, do not count."""
     prob = blobs()
     prob[7:11, 2, 1] = prob[11, 3, 2:7] = 0.8
     for options, share in (({"min_mm3": 0.5}, 36 / 46), ({"min_mm3": 2}, 36 / 45), ({"min_mm3": 10}, 1.0)):
         for alone in (False, True):
-            told = segment(prob, 1.0, 0.5, largest_component=alone, **options)[1]
+            told = segment(prob, 1.0, 0.5, largest_component=alone, judged_mm3=0, **options)[1]
             assert told["two_largest_share"] == pytest.approx(share, abs=5e-5)  # four digits
-    assert "two_largest_share" not in segment(prob, 1.0, 0.99, min_mm3=2)[1], "nothing is left"
+    assert "two_largest_share" not in segment(prob, 1.0, 0.99, min_mm3=2, judged_mm3=0)[1], "nothing is left"
+    assert "two_largest_share" not in segment(prob, 1.0, 0.5, min_mm3=2)[1], "nobody asked"
+    large = np.zeros((40, 12, 12))
+    large[:12, :, :11] = large[14:38, :11, :10] = 0.9  # 1584 and 2640 voxels
+    large[39, 0, 0], large[39, 2:4, 0] = 0.9, 0.9  # of 1 and 2 voxels
+    large[39, 9:12, 0:9] = 0.9  # of 27
+    whole = float(np.count_nonzero(large[:38]))
+    for mm3, counted in ((0, whole + 1 + 2 + 27), (2, whole + 2 + 27), (np.inf, whole + 27)):
+        told = segment(large, 1.0, 0.5, judged_mm3=mm3)
+        assert told[1]["two_largest_share"] == pytest.approx(whole / counted, abs=5e-5)
+        assert told[0].sum() == np.count_nonzero(large) and told[1]["voxels_left_out"] == 0
 
 
 @pytest.mark.parametrize(("mm3", "left"), [(0.4, 37), (0.5, 37), (0.51, 36), (4.5, 36), (4.6, 27), (13.6, 0)])
@@ -173,7 +184,8 @@ def test_weights_say_how_small_a_component_may_be(tmp_path, model, monkeypatch, 
         seen: list[tuple] = []
         out = tmp_path / geometry
         assert main([*map(str, [*words, "-o", out, *asked, "--geometry", geometry])]) == 0
-        assert seen[0][-2:] == (wanted, None if asked else ISLAND_SHARE)
+        assert seen[0][-3:] == (wanted, None if asked else ISLAND_SHARE, 0.3), "a cortex is judged in any case"
         record = json.loads((out / "a.json").read_text())
         told = record.get("segmentation", {})
-        assert told.get("min_size_mm3", 0.0) == wanted and ("components_kept" in told) == bool(wanted)
+        assert told.get("min_size_mm3", 0.0) == wanted and 0 < told["two_largest_share"] <= 1
+        assert "pieces" in record["plausibility"]["checked"]

@@ -309,7 +309,11 @@ def test_the_lines_of_a_run_have_the_values_of_their_names(monkeypatch):
     assert shown["SSIM on the test subjects"] == of_images("SSIM")
     lost = {name: (values[0], False) for name, values in losses.items()}
     assert shown["Gradient norms"] == {"generator": lost["g_gradient"], "critic": lost["d_gradient"]}
-    assert shown["Generator"] == {"generator": lost["g_total"], "its adversarial part": lost["g_adversarial"]}
+    parts = {
+        "adversarial loss, before its weight": lost["g_adversarial"],
+        "Dice loss, before its weight": lost["g_dice"],
+    }
+    assert shown["Generator"] == {"total": lost["g_total"]} | parts
     assert shown["Critic"] == {"Wasserstein estimate": lost["d_wasserstein"], "gradient penalty": lost["d_penalty"]}
 
 

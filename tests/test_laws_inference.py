@@ -17,7 +17,7 @@ from nifti_files import rigid
 from spies import Alone
 
 from fastsrgan.core.files import ResultLock, finite, read_json
-from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError
+from fastsrgan.errors import InputError, ModelError, ResourceError, UsageError, counted
 from fastsrgan.infer import files, memory, modes, planes, tiles
 from fastsrgan.infer import network as network_module
 from fastsrgan.infer.memory import TilingJob, memory_of
@@ -123,7 +123,7 @@ def test_who_counts_failures_says_where_they_stand(tmp_path, others, hint):
     items = [{"stem": "a", "status": "failed", "exit_code": 3}, *[{"stem": "b", "status": "done"}] * others]
     error = files._some_failed(tmp_path, {"failed": 1, "done": others, "skipped": 0, "items": items})
     assert error.exit_code == (6 if others else 3)  # where nothing is done, the first failure's
-    assert error.reason == f"1 of {1 + others} volumes failed: a" and error.hint == hint
+    assert error.reason == f"1 of {counted(1 + others, 'volume')} failed: a" and error.hint == hint
     assert error.summary["items"] is items
 
 
@@ -273,8 +273,8 @@ def test_what_a_killed_split_volume_left_is_no_damage_to_a_process_alone(model, 
 def test_the_progress_of_a_part_counts_its_own_tiles():
     told = []
     shown = SimpleNamespace(start=lambda *words: told.append(words), advance=None, finish=None)
-    modes._ShareOfProgress(shown, 7).start("a", 100, "tiles")
-    assert told == [("a", 7, "tiles")]
+    modes._ShareOfProgress(shown, 7).start("a", 100, "tile")
+    assert told == [("a", 7, "tile")]
 
 
 def test_weights_that_give_nan_are_tried_in_full_precision_where_they_were_not():
@@ -440,7 +440,7 @@ def test_progress_ends_whatever_happens():
     plan = tiles.plan(volume.shape, 16, 8)
     network = TileNetwork(torch.nn.Identity(), 1.0, batch=1)
     _, facts = predict(volume, plan, network, progress=progress, label="x")
-    assert events == [("x", len(plan), "tiles"), *[1] * len(plan), "end"]
+    assert events == [("x", len(plan), "tile"), *[1] * len(plan), "end"]
     assert facts["tiles_network"] == len(plan) and facts["tiles_constant"] == facts["tiles_outside"] == 0
     assert facts["batch"] == 1 and facts["tiles_per_second"] * facts["tile_seconds"] == pytest.approx(len(plan))
     network.generator = lambda x: 1 // 0

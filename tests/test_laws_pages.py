@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cohort import SMALL
 from PIL import Image
 from report_results import make_known
 
@@ -433,11 +434,30 @@ def test_the_charts_of_several_runs_have_their_axes_and_units(monkeypatch):
     curves.run_card(none | {"curves": losses, "updates_per_point": 1, "unreadable_lines": 0, "warnings": []}, [])
     for found in (together, charts):
         assert found["PSNR on the test subjects, dB"] == ("epoch",)
-        assert found["Reconstruction"] == ("update", "Charbonnier loss") and found["Time of an update"] == (
-            "update",
-            "s",
-        )
+        assert found["Reconstruction"] == ("update", "reconstruction loss")
+        assert found["Time of an update"] == ("update", "s")
     assert together["Gradient norms: generator"] == ("update", "norm") == together["Gradient norms: critic"]
+
+
+def test_a_chart_names_the_loss_that_it_draws(monkeypatch):
+    """Of a run with a Dice loss in its sum it said Charbonnier, and an added Dice loss was in no chart."""
+    charts = {}
+    monkeypatch.setattr(curves, "line_chart", lambda title, lines, *labels: charts.update({title: (lines, labels[1:])}))
+    losses = {"g_reconstruction": [1.0], "g_total": [3.0], "g_dice": [2.0]}
+    run = {"validation": [], "at": [1], "summary": None, "updates_per_point": 1, "unreadable_lines": 0, "warnings": []}
+    texts = [SMALL.replace(reconstruction_loss=loss).to_yaml() for loss in ("charbonnier", "dice")]
+    runs = [run | {"curves": losses, "config": text} for text in texts]
+    for one, said in zip(runs, ("Charbonnier loss", "Charbonnier + Dice loss"), strict=True):
+        curves.run_card(one, [])
+        assert charts["Reconstruction"][1] == (said,)
+        names = {line.name: line.y[0] for line in charts["Generator"][0]}
+        assert names == {"total": 3.0, "Dice loss, before its weight": 2.0}
+        curves.runs_card([one, one], ["a", "b"])
+        assert charts["Reconstruction"][1] == (said,)
+    curves.runs_card(runs, ["a", "b"])
+    assert charts["Reconstruction"][1] == ("reconstruction loss",)
+    choices = SETTINGS["reconstruction_loss"].choices
+    assert set(curves.LOSSES) == set(choices)
 
 
 def test_settings_of_runs_that_are_alike_are_told_as_none():

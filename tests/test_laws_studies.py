@@ -313,7 +313,7 @@ def test_a_study_measures_what_it_was_asked_and_says_what_it_did(monkeypatch, tm
     assert asked[0] == (("d.csv", "all", 2, "3", "t") if data_given else (tmp_path / "cohort-7", 7))
     engine = cells.Engine(None if whole else 32, "cpu", "fp32", 7)
     assert asked[1] == (tmp_path, names, ["shipped"], (8,), engine)
-    assert facts["models"][0]["path"] == ("default_weights" if data_given else "template_weights")
+    assert Path(facts["models"][0]["path"]) == Path.cwd() / ("default_weights" if data_given else "template_weights")
     assert facts["heads"] == names and facts["quick"] == (not data_given) and 0 <= facts["seconds"] < 1e6
     assert (
         facts["paper"] == {"source": plots.SOURCE, "rows": plots.REFERENCE["steps"]} and "torch" in facts["provenance"]

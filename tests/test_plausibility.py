@@ -195,7 +195,34 @@ def test_a_cortex_in_pieces_is_not_green(share, wanted):
     words = f"cortical grey matter is in pieces: the two largest are {100 * (share or 0):.0f} % of it, expected 95 %"
     assert wanted == GREEN or words in verdict.line()
     own = judge(NEWBORN, seg_of(50), 1000.0, replace(PERINATAL, contrasts=()), whole_share=share)
-    assert own.light == GREEN and "pieces" not in own.checked, "structures of own trainings may be in pieces"
+    assert own.light == wanted, "weights of own trainings that call it a cortex are judged alike"
+    other = judge(NEWBORN, seg_of(50), 1000.0, replace(PERINATAL, structures=((1, "deep grey"),)), whole_share=share)
+    assert other.light == GREEN and "pieces" not in other.checked, "other structures may be in pieces"
+    assert "do not say that they segment a cortex" in other.unchecked["pieces"]
+
+
+@pytest.mark.parametrize(
+    ("name", "cortex"),
+    (
+        ("cortical grey matter", True), ("cortex", True), ("Left-Cerebral-Cortex", True), ("ctx", False),
+        ("subcortical grey matter", False), ("label 3, 42", False), ("structure of the training's labels", False),
+    ),
+)  # fmt: skip
+def test_a_cortex_is_what_the_weights_call_so(name, cortex):
+    purpose = Purpose(structures=((1, name), (2, "white matter")))
+    assert purpose.is_cortex == cortex and (purpose.piece_mm3 is None) == (not cortex)
+    assert not Purpose(structures=((1, "white matter"), (2, "cortex"))).is_cortex, "the image shows the first"
+
+
+def test_what_is_not_looked_at_is_said_with_its_reason():
+    verdict = judge(NEWBORN, seg_of(50), 1000.0, replace(PERINATAL, head_mm=None))
+    assert verdict.unchecked.keys() == {"size of the head", "fit to the scan"} and verdict.light == GREEN
+    assert "; not looked at: size of the head, fit to the scan; no proof" in verdict.line()
+    assert verdict.to_dict()["unchecked"] == verdict.unchecked
+    whole = judge(NEWBORN, seg_of(50), 1000.0, PERINATAL, misfit=1.0, whole_share=1.0)
+    assert not whole.unchecked and "not looked at" not in whole.line() and not set(whole.checked) & {*whole.unchecked}
+    upright = judge(replace(NEWBORN, slices="sagittal"), seg_of(50), 1000.0, PERINATAL, misfit=1.0, upright=True)
+    assert not upright.unchecked and "direction of the slices" not in upright.checked and upright.light == GREEN
 
 
 @pytest.mark.parametrize(

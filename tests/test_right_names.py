@@ -314,10 +314,10 @@ def tab(tmp_path_factory):
 
 
 @pytest.mark.skipif(chromium.browser() is None, reason="no Chromium is installed: make test-extras")
-@pytest.mark.parametrize("more", ["", "#canvas"])
+@pytest.mark.parametrize("more", ["#niivue", "#canvas"])
 def test_what_is_seen_under_a_caption_is_what_it_names(written, tab, more):
     tab.open(written.resolve().as_uri() + more)
-    assert tab.wait("document.getElementById('viewer').dataset.viewer") == ("canvas" if more else "niivue")
+    assert tab.wait("document.getElementById('viewer').dataset.viewer") == more[1:]
     assert tab.problems == []
     for switch in ("cross", "marks"):
         tab.ask(f"document.getElementById('{switch}').click()")

@@ -186,6 +186,7 @@ def test_what_is_written_holds_the_rows(folder, steps):
     assert lines[0]["low_res"] == "7 x 7 x 21"
     page = (folder / "steps" / "steps.md").read_text(encoding="utf8")
     assert "Delannoy" in page and "0.855" in page and "The paper's own data" in page
+    assert "knows the answer that the network has to find" in page, "its Dice may be above that of a network"
     drawing = (folder / "steps" / "steps.svg").read_text(encoding="utf8")
     assert drawing.startswith("<?xml") and "knows the answer" in drawing
 

@@ -317,11 +317,11 @@ def test_a_row_tells_patches_of_all_ranks_and_the_time_that_this_call_needs():
 def test_progress_counts_updates_and_shows_losses_wait_memory_and_time_left(store, tmp_path):
     progress = Noting()
     train(store, tmp_path / "run", CONFIG, progress=progress)
-    assert progress.lines[0] == ("training epoch 1/2", 4, "updates")
+    assert progress.lines[0] == ("training epoch 1/2", 4, "update")
     shown = [line[1] for line in progress.lines if line != "finish" and len(line) == 2]
     assert len(shown) == 8
     assert set(shown[0]) == {"rec", "W", "gp", "|G|", "|D|", "patches/s", "wait", "GB", "run"}
-    assert shown[-1]["run"] == "0 min left" and shown[0]["wait"].endswith("%")
+    assert shown[-1]["run"] == "0 s left" and shown[0]["wait"].endswith("%")
 
 
 def test_progress_of_a_run_that_goes_on_within_an_epoch_counts_what_is_left(store, tmp_path, monkeypatch):
@@ -332,7 +332,7 @@ def test_progress_of_a_run_that_goes_on_within_an_epoch_counts_what_is_left(stor
     progress = Noting()
     train(store, tmp_path / "run", CONFIG, resume=True, progress=progress)
     begun = [line for line in progress.lines if len(line) == 3]
-    assert begun == [("training epoch 1/2", 3, "updates"), ("training epoch 2/2", 4, "updates")]
+    assert begun == [("training epoch 1/2", 3, "update"), ("training epoch 2/2", 4, "update")]
     assert sum(line[0] for line in progress.lines if len(line) == 2) == 3 + 4
 
 

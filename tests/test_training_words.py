@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import io
 import logging
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +22,7 @@ from fastsrgan.cli.main import build_parser, main, normalised
 from fastsrgan.cli.train import build_config, is_table
 from fastsrgan.config import PRESETS, from_mapping
 from fastsrgan.core import progress as progress_module
-from fastsrgan.errors import ModelError, UsageError
+from fastsrgan.errors import ModelError, UsageError, some_of
 from fastsrgan.model import weights
 from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 from fastsrgan.observation.model import Degradation
@@ -36,7 +38,7 @@ LINE = "epoch 200 PSNR 26.61 spline 26.00 linear 26.40 SSIM 0.900 spline 0.876 D
 def test_nothing_is_cut_on_a_narrow_terminal(label, width):
     console = Console(file=io.StringIO(), width=width, force_terminal=True, legacy_windows=False)
     progress = TerminalProgress(console)
-    progress.start(label, 12345, "updates")
+    progress.start(label, 12345, "update")
     progress.advance(1, **FACTS)
     progress.tell("validation", LINE)
     progress.finish()
@@ -77,7 +79,7 @@ def test_notes_are_broken_between_words_on_a_terminal_alone():
 def test_a_pipe_gets_groups_of_lines_with_fields():
     console = Console(file=io.StringIO(), width=80)
     progress = PlainProgress(console)
-    progress.start("training epoch 1/2", 4, "updates")
+    progress.start("training epoch 1/2", 4, "update")
     progress.advance(4, **FACTS)
     progress.finish()
     progress.tell("validation", LINE, epoch=1, PSNR=26.6123456, Dice_cortex=0.5, best=None)
@@ -97,7 +99,7 @@ def clock(monkeypatch):
 def test_a_pipe_is_told_every_ten_seconds_how_fast_it_goes_and_what_is_left(clock):
     console = Console(file=io.StringIO(), width=20)
     progress = PlainProgress(console)
-    progress.start("epoch\x1b 1", 10, "updates")
+    progress.start("epoch\x1b 1", 10, "update")
     for _ in range(3):
         clock.seconds += 4
         progress.advance(2, rec=0.5)
@@ -109,7 +111,7 @@ def test_a_pipe_is_told_every_ten_seconds_how_fast_it_goes_and_what_is_left(cloc
     progress.advance(2, rec=0.25)  # the end is told by finish
     progress.finish()
     progress.finish()
-    progress.start("epoch 2", 4, "updates")
+    progress.start("epoch 2", 4, "update")
     progress.advance(1)
     progress.finish()
     assert console.file.getvalue().splitlines() == [
@@ -122,14 +124,14 @@ def test_a_pipe_is_told_every_ten_seconds_how_fast_it_goes_and_what_is_left(cloc
 def test_a_bar_tells_the_rate_of_all_that_is_done_and_keeps_its_facts(clock):
     progress = TerminalProgress(Console(file=io.StringIO(), width=80, force_terminal=True, legacy_windows=False))
     progress.advance(5)  # of nothing that was begun
-    progress.start("epoch 1", 12, "updates")
+    progress.start("epoch 1", 12, "update")
     clock.seconds += 4
     progress.advance(2, rec=0.5)
     clock.seconds += 4
     progress.advance(4)
     task = progress.bar.tasks[0]
     assert (task.completed, task.total, task.fields["rate"]) == (6, 12, "0.75/s") and progress.facts == {"rec": 0.5}
-    progress.start("epoch 2", 3, "updates")
+    progress.start("epoch 2", 3, "update")
     assert progress.facts == {} and progress.bar.tasks[0].completed == 0
     progress.finish()
     assert progress.bar is None
@@ -242,8 +244,13 @@ TOLD = "last weights: w\nbest: epoch 5, Dice 0.7500 on the Test subjects\nbest w
         ({"updates": 3, "seconds": 2.4}, "3 updates in 2 s\nno weights before the first epoch's end\n"),
         ({"updates": 3, "weights": "w"} | BEST, f"3 updates in 0 s\n{TOLD}"),
         (
-            {"updates": 12, "resumed_at": 4, "weights": "w", "stopped": "SIGTERM", "exit_code": 143} | BEST,
-            f"8 of 12 updates in 0 s\n{TOLD}stopped by signal SIGTERM; continue with --resume\n",
+            {"updates": 12, "resumed_at": 4, "weights": "w", "stopped": 15, "exit_code": 143} | BEST,
+            f"8 of 12 updates in 0 s\n{TOLD}stopped by SIGTERM; continue with --resume\n",
+        ),
+        (
+            {"updates": 1, "stopped": 2, "exit_code": 130},
+            "1 update in 0 s\nno weights before the first epoch's end\n"
+            "stopped by SIGINT (Ctrl-C); continue with --resume\n",
         ),
     ],
 )
@@ -319,3 +326,40 @@ def test_noise_is_the_same_in_all_images_or_drawn_up_to_it():
     levels = [drawn.draw(0, 1, name).noise for name in names]
     assert 0.01 <= min(levels) < 0.012 and 0.038 < max(levels) <= 0.04 and len(set(levels)) == 200  # found: 0.01, 0.04
     assert drawn.draw(0, 1, "s1") == drawn.draw(0, 1, "s1") and drawn.linspace(0, 3).noise == 0.04
+
+
+# --- what is counted --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("total", "word"), [(0, "volumes"), (1, "volume"), (3, "volumes")])
+def test_progress_counts_in_the_right_word(clock, total, word):
+    """``3/3 volume``, ``1/1 tiles`` stood there."""
+    plain_one = PlainProgress(Console(file=io.StringIO(), width=500))
+    terminal = TerminalProgress(Console(file=io.StringIO(), width=80, force_terminal=True, legacy_windows=False))
+    for progress in (plain_one, terminal):
+        progress.start("convert", total, "volume")
+        progress.advance(1)
+    assert terminal.bar.tasks[0].fields["unit"] == word
+    plain_one.finish()
+    assert plain_one.console.file.getvalue().startswith(f"convert: 1/{total} {word}  ")
+    terminal.finish()
+
+
+def test_every_stretch_of_progress_names_one_of_what_it_counts():
+    """The displays make the many of it: a name of many would stand beside one."""
+    root, named = Path(progress_module.__file__).parent.parent, []
+    for path in root.rglob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text("utf8"))) if isinstance(node, ast.Call)):
+            if (
+                getattr(call.func, "attr", "") == "start"
+                and len(call.args) == 3
+                and isinstance(call.args[2], ast.Constant)
+            ):
+                named.append(call.args[2].value)
+    assert {"volume", "subject", "tile", "update", "page", "cell"} == set(named), "no other word, and none of many"
+
+
+def test_the_verb_is_that_of_the_part():
+    assert some_of(1, 210, "voxel", "is", "are") == "1 of 210 voxels is"
+    assert some_of(2, 210, "voxel", "is", "are") == "2 of 210 voxels are"
+    assert some_of(1, 1, "chunk", "is", "are") == "1 of 1 chunk is"

@@ -28,6 +28,7 @@ import numpy as np
 
 from fastsrgan.core.files import write_json
 from fastsrgan.core.system import provenance
+from fastsrgan.errors import counted
 from fastsrgan.evaluate import plausibility
 from fastsrgan.infer.files import infer_files
 from fastsrgan.io import nifti as images
@@ -132,7 +133,10 @@ def main() -> None:
         ours = [row for row in rows if row["kind"] == kind]
         names = dict.fromkeys(k for row in ours for k, v in row.items() if not isinstance(v, str))
         values = {n: [row[n] for row in ours if n in row] for n in names if n not in ("ratio", "noise")}
-        print(f"{kind} ({len(ours)} scans):", ", ".join(f"{n} {min(v):g} to {max(v):g}" for n, v in values.items()))
+        print(
+            f"{kind} ({counted(len(ours), 'scan')}):",
+            ", ".join(f"{n} {min(v):g} to {max(v):g}" for n, v in values.items()),
+        )
     told = {"weights": args.weights, "rows": rows, "provenance": provenance()}
     if args.json:
         write_json(args.json, told)

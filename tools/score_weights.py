@@ -29,7 +29,7 @@ from scipy import ndimage
 from fastsrgan.core.files import finite, write_json
 from fastsrgan.core.system import pick_device, provenance, tune_allocator
 from fastsrgan.demo.template import make_cohort
-from fastsrgan.errors import FastsrganError, InputError, UsageError
+from fastsrgan.errors import FastsrganError, InputError, UsageError, counted
 from fastsrgan.evaluate import figures, metrics
 from fastsrgan.infer.values import AUTO, OFF, word_or_number
 from fastsrgan.infer.volume import infer_volume
@@ -85,7 +85,11 @@ def read_heads(args: argparse.Namespace) -> Iterator[Head]:
 
 def _per_head(option: str, given: list[str], count: int) -> list[str | None]:
     if given and len(given) != count:
-        raise UsageError(option, f"{len(given)} files for {count} heads", "one per head in their order, - for none")
+        raise UsageError(
+            option,
+            f"{counted(len(given), 'file')} for {counted(count, 'head')}",
+            "one per head in their order, - for none",
+        )
     return [None if g == "-" else g for g in given] or [None] * count
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastsrgan.core.files import finite
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import UsageError, brief, one_line
+from fastsrgan.errors import UsageError, brief, counted, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -164,7 +164,7 @@ class TerminalProgress:
             refresh_per_second=4,
         )
         self.began = time.perf_counter()
-        self.task = self.bar.add_task("" if above else name, total=total, unit=unit, rate="")
+        self.task = self.bar.add_task("" if above else name, total=total, unit=units(total, unit), rate="")
         self.bar.start()
 
     def advance(self, n: int = 1, **facts: Any) -> None:
@@ -189,6 +189,11 @@ class TerminalProgress:
         self.console.print(lines, markup=False, highlight=False, soft_wrap=True)
 
 
+def units(total: int, one: str) -> str:
+    """What is counted up to ``total``: 1 of 1 tile, 1 of 3 tiles."""
+    return counted(total, one).partition(" ")[2]
+
+
 def pace(rate: float) -> str:
     """How many in a second, or how long each takes: 12.3 -> '12.3/s', 0.008 -> '125 s each'."""
     return f"{1 / rate:.3g} s each" if 0 < rate < 0.1 else f"{brief(rate)}/s"
@@ -203,7 +208,7 @@ class PlainProgress:
 
     def start(self, label: str, total: int, unit: str) -> None:
         """Begin counting."""
-        self.label, self.total, self.unit, self.done = plain(label), total, unit, 0
+        self.label, self.total, self.unit, self.done = plain(label), total, units(total, unit), 0
         self.began = self.last_line = time.perf_counter()
         self.facts: dict[str, Any] = {}
 

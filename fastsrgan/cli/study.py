@@ -126,7 +126,7 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
 def _study(args: argparse.Namespace, progress: Progress) -> int:
     with loading():
         from fastsrgan.study import run as study
-        from fastsrgan.study.tables import best_lines, decisive_rows, fit_text, paper_rows, shown_rows
+        from fastsrgan.study.tables import INTERPOLATION, best_lines, decisive_rows, fit_text, paper_rows, shown_rows
 
     tune_allocator()
     settings = study.Settings(
@@ -154,6 +154,8 @@ def _study(args: argparse.Namespace, progress: Progress) -> int:
         print(_aligned(decisive_rows(facts) if curves else shown_rows(facts)))
         for line in best_lines(facts) if curves else ():
             say(line)
+        if not curves and any(row.get("model") == "interpolation" for row in shown_rows(facts)):
+            say(" ".join(INTERPOLATION.splitlines()))
         for fit in facts.get("fit", []):
             say(f"fit: {fit_text(fit)}")
         if quoted := paper_rows(facts):

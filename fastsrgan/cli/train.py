@@ -15,7 +15,7 @@ from fastsrgan import config as settings
 from fastsrgan.cli.console import Need, add_checkpoint_option, add_label_options, boolean, chosen_weights, say
 from fastsrgan.core.files import output_folder
 from fastsrgan.core.progress import Progress
-from fastsrgan.core.signals import loading
+from fastsrgan.core.signals import loading, named
 from fastsrgan.errors import (
     FastsrganError,
     MissingError,
@@ -313,7 +313,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         for line in [f"{some}{counted(result['updates'], 'update')} in {result['seconds']:.0f} s", *lines]:
             say(line)
         if result["stopped"]:
-            print(f"stopped by signal {result['stopped']}; continue with --resume")
+            print(f"stopped by {named(result['stopped'])}; continue with --resume")
     return int(result["exit_code"])
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from fastsrgan.compat import original as compat
 from fastsrgan.core import system
 from fastsrgan.core.files import ResultLock, disk_error, finite, mapping, read_json, write_json
+from fastsrgan.core.places import recorded
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.system import pick_device
 from fastsrgan.errors import ResourceError, UsageError, counted
@@ -101,7 +102,7 @@ def plan(
     tasks: dict[tuple[Path, Path], Task] = {}
     seen: set[Path] = set()
     for image in paths:
-        parent = Path(os.path.abspath(image)).parent
+        parent = Path(recorded(image)).parent
         for patch, group in zip(patch_sizes, step_groups, strict=True):
             for step in sorted(set(group)):
                 size = "patch_None" if patch is None else f"patch_{patch}_step_{step}"
@@ -174,7 +175,7 @@ def job_model(
         log.warning("the shipped model was trained in physical geometry: --geometry physical suits it")
     items = _run(tasks, setup)
     counts = Counter(item["status"] for item in items)
-    summary: dict[str, Any] = {"weights": {"path": str(source), "sha256": facts["sha256"]}}
+    summary: dict[str, Any] = {"weights": {"path": weights.recorded_as(source), "sha256": facts["sha256"]}}
     summary |= {status: counts[status] for status in ("done", "skipped", "failed")} | {"items": items}
     if counts["failed"]:
         bad = next(item for item in items if item["status"] == "failed")
@@ -187,7 +188,8 @@ def _run(tasks: list[Task], setup: _Setup) -> list[dict[str, Any]]:
     items: list[dict[str, Any]] = []
     loaded: tuple[Path, Volume] | None = None
     for task in tasks:
-        item: dict[str, Any] = {"input": str(task.image), "patch": task.patch, "step": task.step, "status": "done"}
+        item: dict[str, Any] = {"input": recorded(task.image), "patch": task.patch, "step": task.step}
+        item["status"] = "done"
         try:
             tag = _claim(task, setup)
             with contextlib.ExitStack() as held:

@@ -14,7 +14,7 @@ class Progress(Protocol):
     """What a long job tells about itself; the command line shows it, a library caller may ignore it."""
 
     def start(self, label: str, total: int, unit: str) -> None:
-        """A new stretch of ``total`` units of work begins."""
+        """A new stretch of ``total`` units of work begins; ``unit`` is the word for one ("tile")."""
 
     def advance(self, n: int = 1, **facts: Any) -> None:
         """``n`` more units are done; ``facts`` are live values worth showing (losses). Units per second are no such

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fastsrgan.errors import FastsrganError, ModelError, ResourceError, UsageError
+from fastsrgan.errors import FastsrganError, ModelError, ResourceError, UsageError, counted
 
 log = logging.getLogger("fastsrgan")
 
@@ -302,7 +302,7 @@ def local_device(name: str) -> str:
     if seen == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
         return "cuda:0"  # the batch system shows each rank its own
     if here > seen:
-        reason = f"{here} ranks on this machine, {seen} CUDA devices seen"
+        reason = f"{counted(here, 'rank')} on this machine, {counted(seen, 'CUDA device')} seen"
         raise ResourceError("--device", reason, f"torchrun --nproc-per-node {seen}, or --device cpu")
     return f"cuda:{local}"
 

@@ -28,6 +28,11 @@ SAID = {
 }
 
 
+def named(number: int) -> str:
+    """2 -> "SIGINT (Ctrl-C)", 15 -> "SIGTERM"."""
+    return signal.Signals(number).name + " (Ctrl-C)" * (number == signal.SIGINT)
+
+
 def exit_code(number: int) -> int:
     """What a process owes that a signal stopped: 130 after SIGINT, else 143."""
     return 130 if number == signal.SIGINT else 143

@@ -91,7 +91,7 @@ def full_subjects(store: Store, law: Degradation, axes: Axes | None) -> list[str
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     size = " x ".join(f"{low:g}" for low in coarsest)
     told = f"{size} mm (-n) are their own voxels, so nothing is to be super-resolved: {', '.join(names[:SHOWN])}{more}"
-    return [f"{len(names)} of {len(store.subjects)} subjects: {told}"] if names else []
+    return [f"{len(names)} of {counted(len(store.subjects), 'subject')}: {told}"] if names else []
 
 
 def odd_sizes(store: Store, law: Degradation, rule: PatchRule, axes: Axes | None) -> list[str]:

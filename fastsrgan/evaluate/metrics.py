@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from fastsrgan.errors import InputError
+from fastsrgan.errors import InputError, counted
 
 SSIM_SIGMA, SSIM_TRUNCATE, SSIM_K1, SSIM_K2 = 1.5, 3.5, 0.01, 0.03
 SSIM_RADIUS = int(SSIM_TRUNCATE * SSIM_SIGMA + 0.5)  # 5: an 11 x 11 x 11 window
@@ -161,7 +161,7 @@ def calibration(
     inside = inside if part is None else inside & part
     error, doubt = np.abs(sr[inside].astype(np.float64) - ref[inside]), doubt[inside].astype(np.float64)
     if error.size < DECILES:
-        raise InputError("doubt", f"{error.size} voxels to compare with the error", "another mask")
+        raise InputError("doubt", f"{counted(error.size, 'voxel')} to compare with the error", "another mask")
     parts = np.array_split(np.argsort(doubt, kind="stable"), DECILES)
     ranks = np.corrcoef(_ranks(error), _ranks(doubt))[0, 1] if np.ptp(doubt) and np.ptp(error) else math.nan
     whole = _rms(doubt)

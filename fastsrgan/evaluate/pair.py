@@ -19,6 +19,7 @@ import numpy as np
 from scipy import ndimage
 
 from fastsrgan.core.files import mapping, read_json, real
+from fastsrgan.core.places import recorded
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate import metrics
 from fastsrgan.evaluate.figures import FIGURES, REGIONS, Compared, captions, definitions, scores
@@ -262,7 +263,7 @@ def evaluate_files(
         name = "baseline" if result.get("baselines", {}).get("image", "as given") == "as given" else "spline"
         said = words["sr"], words["spline"]
         error_map(png, onto_grid(volumes["sr"], hr_volume, notes=[]), hr_volume, other, name, said)
-    return {"files": {name: str(path) for name, path in given.items()}} | result
+    return {"files": {name: recorded(path) for name, path in given.items()}} | result
 
 
 def structure_pairs(seg: Path, label: Path, chosen: Sequence[labels.Structure]) -> dict[str, tuple[Volume, Volume]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,11 @@ CHECKED = {
     "structure_ml": "volume of the structure",
     "structure_share": "its share of the head",
 }
+PIECES, FIT = "pieces", "fit to the scan"
+# Why something was not looked at.
+NO_RANGE = "the weights do not say what to expect"
+NO_CORTEX = "the weights do not say that they segment a cortex (convert --label cortex=3,42 names a structure)"
+NO_FIT = "the network's image was not acquired again (--agree off, or nothing to agree on)"
 UNDECIDED = 1.25  # a head beyond this factor of all models' ranges chooses none of them
 
 
@@ -260,6 +265,7 @@ class Verdict:
     """A light, and in words what speaks against green, the worst first.
 
     checked : what the weights say enough about to be looked at
+    unchecked : what was not looked at -> why
     enclosed : see the function of this name
     """
 
@@ -267,16 +273,18 @@ class Verdict:
     reasons: tuple[str, ...]
     checked: tuple[str, ...] = ()
     enclosed: float | None = None
+    unchecked: Mapping[str, str] = field(default_factory=dict)
 
     def line(self) -> str:
-        """The light and the reasons; of a green one what was checked, and that it is no proof."""
-        expected = f"as expected in {', '.join(self.checked)}; {NO_PROOF}"
+        """The light and the reasons; of a green one what was checked, what was not, and that it is no proof."""
+        left = f"not looked at: {', '.join(self.unchecked)}; " if self.unchecked else ""
+        expected = f"as expected in {', '.join(self.checked)}; {left}{NO_PROOF}"
         return f"{self.light}: {'; '.join(self.reasons) or expected}"
 
     def to_dict(self) -> dict[str, Any]:
         """For the record."""
         plain = {"light": self.light, "reasons": list(self.reasons), "checked": list(self.checked)}
-        return plain | {"enclosed": self.enclosed}
+        return plain | {"unchecked": dict(self.unchecked), "enclosed": self.enclosed}
 
 
 def judge(
@@ -290,6 +298,7 @@ def judge(
     apart: str = "",
     whole_share: float | None = None,
     own_dice: float | None = None,
+    upright: bool = False,
 ) -> Verdict:
     """Compare a scan and its segmentation (above 0 in the structure) with what the weights were made for.
 
@@ -299,25 +308,33 @@ def judge(
     ``whole_share`` : of the two largest pieces of the segmentation in all that were kept (`volume.components`); None:
         not known
     ``own_dice`` : of the weights on the Test subjects of their own training; None: not known
+    ``upright`` : whether the head was segmented upright, so that the direction of the slices does not matter
     ``apart`` : what to say of weights that were averaged though made for different images (`purpose.averaged_apart`)
     """
+    told = {name: words for name, words in CHECKED.items() if not (upright and name == "slices")}
+    purpose = replace(purpose, slices=()) if upright else purpose
     found = [*_of_image(look, purpose, masked), *_of_contrast(look, purpose, within)]
     found += [*_of_segmentation(look, seg_XYZ, voxel_mm3, purpose, masked)]
-    checked = tuple(words for name, words in CHECKED.items() if getattr(purpose, name))
+    checked = tuple(words for name, words in told.items() if getattr(purpose, name))
     if apart or not checked:
         found.append((YELLOW, apart or f"of the weights {NOT_SAID}"))
-    if whole_share is not None and purpose.contrasts:
-        checked += ("pieces",)
+    unchecked = {words: NO_RANGE for name, words in told.items() if not getattr(purpose, name)}
+    if not purpose.is_cortex:
+        unchecked[PIECES] = NO_CORTEX
+    elif whole_share is not None:
+        checked += (PIECES,)
         found += _of_pieces(whole_share, purpose)
     if own_dice is not None:
         checked += ("Dice of the weights' own training",)
         found += _of_own_dice(own_dice)
-    if misfit is not None:
-        checked += ("fit to the scan",)
+    if misfit is None:
+        unchecked[FIT] = NO_FIT
+    else:
+        checked += (FIT,)
         found += _of_misfit(misfit)
     found.sort(key=lambda one: one[0] != RED)
     light = found[0][0] if found else GREEN
-    return Verdict(light, tuple(_offered_once([reason for _, reason in found])), checked, within)
+    return Verdict(light, tuple(_offered_once([reason for _, reason in found])), checked, within, unchecked)
 
 
 Finding = tuple[str, str]

@@ -160,7 +160,7 @@ class _Levels:
                 raise SweepStopped
             return {"level": f"{n + 1}/{of}", "eta": f"{left:.0f} s"}
 
-        self.progress.start(f"{self.label}, level {n + 1}", count, "tiles")
+        self.progress.start(f"{self.label}, level {n + 1}", count, "tile")
         try:
             for grid in grids:
                 sweep = Sweep(

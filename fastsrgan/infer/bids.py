@@ -34,7 +34,7 @@ from fastsrgan.core.files import (
 )
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, Ranks
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import InputError, UsageError, counted
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, Item, evaluate_items, low_resolution
 from fastsrgan.infer.files import STATUSES, SomeFailed, failure, infer_files
 from fastsrgan.infer.image import ModelChoice, look_at
@@ -153,7 +153,7 @@ def infer_bids(
             _finish(root, out, stage)
         if summary["failed"]:  # the stage and its summary file are gone
             bad = ", ".join(item["stem"] for item in summary["items"] if item["status"] == "failed")
-            reason = f"{summary['failed']} of {len(summary['items'])} volumes failed: {bad}"
+            reason = f"{summary['failed']} of {counted(len(summary['items']), 'volume')} failed: {bad}"
             raise SomeFailed(out, reason, "see the errors above", summary)
         return summary
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from fastsrgan.core import system
 from fastsrgan.core.files import finite, left_as_found, need_space, output_folder, remove_abandoned, write_json
+from fastsrgan.core.places import recorded
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, LostRank, Ranks
 from fastsrgan.core.system import free_memory
@@ -438,7 +439,7 @@ def _some_failed(out: Path, summary: dict[str, Any]) -> SomeFailed:
     items = summary["items"]
     bad = ", ".join(one_line(item["stem"]) for item in items if item["status"] == "failed")
     hint = f"see {SUMMARY}" if len(items) > 1 else "see the error above"
-    return SomeFailed(out, f"{summary['failed']} of {len(items)} volumes failed: {bad}", hint, summary)
+    return SomeFailed(out, f"{summary['failed']} of {counted(len(items), 'volume')} failed: {bad}", hint, summary)
 
 
 def _alone(image: Image, job: ImageJob) -> dict[str, Any]:
@@ -464,11 +465,11 @@ def portable(summary: dict[str, Any], out: Path) -> dict[str, Any]:
     """A summary as its file in ``out`` holds it: read from anywhere, paths mean the same."""
     items = [
         item
-        | {"input": str(Path(item["input"]).absolute())}
+        | {"input": recorded(item["input"])}
         | ({"outputs": {k: os.path.relpath(v, out) for k, v in item["outputs"].items()}} if "outputs" in item else {})
         for item in summary["items"]
     ]
-    return summary | {"out_dir": str(out.absolute()), "items": items}
+    return summary | {"out_dir": recorded(out), "items": items}
 
 
 def _check_outputs(listed: Sequence[Image], job: ImageJob, replace: bool) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.core.files import ResultLock, mapping, read_json, sizes, unlocks_where_it_fails, whole, write_json
+from fastsrgan.core.places import recorded
 from fastsrgan.core.progress import Progress
-from fastsrgan.errors import InputError, ModelError, UsageError, times
+from fastsrgan.errors import InputError, ModelError, UsageError, some_of, times
 from fastsrgan.evaluate.plausibility import NO_PROOF, RED, Look, Verdict, choose, enclosed, judge, measure, own_dice
 from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
@@ -123,8 +124,8 @@ def load_weights(sources: Sequence[PathLike]) -> Model:
         raise UsageError("weights", "none given", "a weight file, or leave it out for a model of the package")
     facts = [weight_files.info(source) for source in sources]
     models = [
-        {"path": str(source), "sha256": fact["sha256"], "spec": fact["generator"]}
-        | ({} if Path(fact["file"]) == Path(source) else {"file": fact["file"]})
+        {"path": (path := weight_files.recorded_as(source)), "sha256": fact["sha256"], "spec": fact["generator"]}
+        | ({} if (file := recorded(fact["file"])) == path else {"file": file})
         | ({"structures": found} if (found := (fact["card"] or {}).get("structures")) else {})
         for source, fact in zip(sources, facts, strict=True)
     ]
@@ -344,7 +345,8 @@ def bytes_while_writing(loaded: Loaded, job: ImageJob) -> int:
     held = 0 if isinstance(result.sr, np.memmap) else result.sr.nbytes + result.prob.nbytes
     held += 0 if result.doubt is None or held == 0 else result.doubt.nbytes
     held += 0 if result.residual is None else result.residual.nbytes
-    filtered = job.settings.largest_component or job.settings.least_component(loaded.model.purpose.island_mm3)
+    purpose = loaded.model.purpose
+    filtered = job.settings.largest_component or job.settings.least_component(purpose.island_mm3) or purpose.is_cortex
     labels = 1 + (len(result.prob) > 1) + 5 * bool(filtered) + 8 * (job.settings.dtype == "input")  # bytes a voxel
     # The picture: the spline's coefficients and itself, which voxels lie in the scan, and differences.
     low, copies = loaded.volume.data, 1 + (loaded.mask is not None)
@@ -364,13 +366,13 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     voxel_mm3 = abs(float(np.linalg.det(result.affine[:3, :3])))
     least = settings.least_component(purpose.island_mm3)
     share = ISLAND_SHARE if settings.min_size is None else None
-    seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, settings.largest_component, least, share)
+    filters = settings.largest_component, least, share, purpose.piece_mm3
+    seg, filtered = segment(result.prob[0], voxel_mm3, settings.threshold, *filters)
     within = enclosed(result.sr, seg, spacing_of(result.affine)) if purpose.contrasts else None
     misfit = (result.report.get("agree") or {}).get("residual_percent_network")
-    known = replace(purpose, slices=()) if "upright" in result.report else purpose
     verdict = judge(
-        loaded.look, seg, voxel_mm3, known, loaded.mask is not None, within, misfit, loaded.model.apart,
-        filtered.get("two_largest_share"), loaded.model.dice,
+        loaded.look, seg, voxel_mm3, purpose, loaded.mask is not None, within, misfit, loaded.model.apart,
+        filtered.get("two_largest_share"), loaded.model.dice, "upright" in result.report,
     )  # fmt: skip
     arrays = {"seg": seg, "prob": result.prob[0]} | ({} if result.doubt is None else {"doubt": result.doubt})
     geometry, wanted = result.report["geometry"], result.report["new_resolution"]
@@ -382,8 +384,10 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     if settings.dtype == "input":
         stored = more["sr_stored"] = _save_as_input(outputs["sr"], result, image, code)
         if clipped := stored.get("voxels_clipped"):
-            beyond = f"{clipped} of {result.sr.size} voxels of the SR image lie beyond {stored['dtype']}"
-            odd.append(f"{beyond} and were clipped: --dtype float32 keeps them")
+            beyond = some_of(
+                clipped, result.sr.size, "voxel", "of the SR image lies beyond", "of the SR image lie beyond"
+            )
+            odd.append(f"{beyond} {stored['dtype']}, clipped to it: --dtype float32 keeps them")
     else:
         arrays = {"sr": result.sr, **arrays}
     if result.residual is not None:
@@ -405,7 +409,7 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
     name, why = loaded.chosen
     loaded.seconds += time.perf_counter() - began
     source = {
-        "path": str(loaded.image.path.absolute()), "sha256": loaded.sha256, "series": loaded.image.series,
+        "path": recorded(loaded.image.path), "sha256": loaded.sha256, "series": loaded.image.series,
         "volume": settings.volume, "shape": list(image.data.shape), "spacing_mm": list(image.spacing),
     }  # fmt: skip
     record = {

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import Ranks
-from fastsrgan.errors import FastsrganError, InputError, ModelError, ResourceError, UsageError, brief
+from fastsrgan.errors import FastsrganError, InputError, ModelError, ResourceError, UsageError, brief, counted
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Done, Prepared, Results, Unfinished, keep_empty, nearest
@@ -243,12 +243,14 @@ def by_ranks(
     arrays = files.arrays if files else _mapped(folder)
     sink = Results(arrays["sr"], arrays["prob"], image.turn, image.norm)
 
+    shown = _ShareOfProgress(progress, mine.slabs * per_slab)
+
     def write(first: int, planes: Tensor) -> None:
         sink(first, planes[:, : mine.stop - first])
         if first + planes.shape[1] >= mine.stop:
+            shown.complete()
             raise _Enough
 
-    shown = _ShareOfProgress(progress, mine.slabs * per_slab)
     try:
         if mine.first < mine.stop:
             stream(
@@ -286,8 +288,8 @@ def _mapped(folder: Path) -> dict[str, np.ndarray]:
 def _tell(parts: list[Share], plan: tiles.TilePlan, label: str) -> None:
     whole, most = plan.grid[0], max(part.slabs for part in parts)
     counts = ", ".join(str(part.slabs) for part in parts)
-    text = "%s: %d slabs of tiles over %d ranks, %s each with those at the seams: %.2g x one process at best"
-    log.info(text, label, whole, len(parts), counts, whole / most)
+    text = "%s: %s of tiles over %d ranks, %s each with those at the seams: %.2g x one process at best"
+    log.info(text, label, counted(whole, "slab"), len(parts), counts, whole / most)
     if whole / most < 1 + 0.25 * (len(parts) - 1):
         log.warning(
             "%s: too short for its patch to be worth splitting; several volumes at once are better dealt", label
@@ -298,8 +300,17 @@ class _ShareOfProgress:
     """Progress of a part: another number of tiles than the whole plan has."""
 
     def __init__(self, shown: Progress, total: int) -> None:
-        self.shown, self.total = shown, total
-        self.advance, self.finish = shown.advance, shown.finish
+        self.shown, self.total, self.done = shown, total, 0
+        self.finish = shown.finish
+
+    def advance(self, n: int = 1, **facts: Any) -> None:
+        """Of the part."""
+        self.done += n
+        self.shown.advance(n, **facts)
+
+    def complete(self) -> None:
+        """The last planes of the part are written before the tiles that made them are counted."""
+        self.advance(self.total - self.done)
 
     def start(self, label: str, total: int, unit: str) -> None:
         """``total`` is that of the part."""

@@ -97,7 +97,7 @@ class Sweep:
     @contextlib.contextmanager
     def timed(self, label: str) -> Iterator[None]:
         """Around ``run``: the network ready, progress shown, time taken."""
-        self.progress.start(label, len(self.plan), "tiles")
+        self.progress.start(label, len(self.plan), "tile")
         self.began = self.clock()
         try:
             with self.network.working():

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastsrgan.core.files import mapping, read_json
+from fastsrgan.core.places import recorded
 from fastsrgan.errors import InputError, counted
 from fastsrgan.io import nifti as images
 from fastsrgan.io.nifti_voxels import no_such_file
@@ -182,7 +183,7 @@ def sidecars(image: Path, end: str = ".json") -> list[Path]:
     "The Inheritance Principle"): of its suffix and of no other entities, from its own folder up to the root. Of a
     segmentation the ``.tsv`` files likewise."""
     found = [image.with_name(f"{images.stem(image)}{end}")]
-    above = Path(os.path.abspath(image)).parents
+    above = Path(recorded(image)).parents
     top = next((depth for depth, folder in enumerate(above[:4]) if (folder / DESCRIPTION).is_file()), None)
     entities, _, suffix = images.stem(image).rpartition("_")
     if top is None or not entities.startswith("sub-"):

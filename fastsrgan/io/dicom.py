@@ -272,7 +272,7 @@ def _grid(path: str | os.PathLike, frames: list[Frame], images: int) -> tuple[np
             warnings.append(f"the slices are {first.thickness:.4g} mm thick and {length:.4g} mm apart, {kind}")
     # Some scanners count the images of all volumes of a series here.
     if first.expected and first.expected > images:
-        warnings.append(f"the header speaks of {first.expected} images, {images} are here")
+        warnings.append(f"the header speaks of {counted(first.expected, 'image')}, {counted(images, 'is', 'are')} here")
     rows = first.shape[0]
     affine = np.eye(4)
     affine[:3, 0] = row * first.spacing[1]

@@ -19,7 +19,9 @@ from fastsrgan.core.files import is_special
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.io.bids import sidecars
 
-CHOOSE = "choose what counts as the structure with --label-classes, for example --label-classes 3,42"
+CHOOSE = (
+    "choose what counts as the structure with --label-classes, for example --label-classes 3,42 for FreeSurfer's cortex"
+)
 SHOWN = 12  # values, names that a message lists
 _MOST_BYTES = 1 << 22
 _SNAP = re.compile(r'\s*(\d+)\s.*"(.*)"\s*$')

@@ -20,7 +20,7 @@ import nibabel as nib
 import numpy as np
 
 from fastsrgan.core.files import atomic_write, output_file
-from fastsrgan.errors import InputError, ResourceError, UsageError, human, times
+from fastsrgan.errors import InputError, ResourceError, UsageError, human, some_of, times
 from fastsrgan.io.formats import SUFFIXES, examine, parts
 from fastsrgan.io.nifti_header import SHEAR_TOLERANCE, invertible
 from fastsrgan.io.nifti_voxels import CHUNK_BYTES, NiftiFile, write_voxels
@@ -298,9 +298,9 @@ def _volume(file: NiftiFile, index: int, data: np.ndarray, tally: _VoxelTally, s
         raise InputError(file.path, f"every voxel is {what}", "export the image again")
     low, high = sorted((tally.low * slope + inter, tally.high * slope + inter))
     if nan := tally.bad - tally.beyond:
-        file.warnings.append(f"{nan} of {data.size} voxels are NaN or infinite: read as 0")
+        file.warnings.append(f"{some_of(nan, data.size, 'voxel', 'is', 'are')} NaN or infinite: read as 0")
     if tally.beyond:
-        file.warnings.append(f"{tally.beyond} of {data.size} voxels are {beyond}: read as 0")
+        file.warnings.append(f"{some_of(tally.beyond, data.size, 'voxel', 'is', 'are')} {beyond}: read as 0")
     if low == high:
         file.warnings.append(f"the image is constant: every voxel is {low:g}")
     elif low < 0:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastsrgan.core.files import is_special, url_of
+from fastsrgan.core.places import recorded
 from fastsrgan.errors import FastsrganError, InputError, counted
 from fastsrgan.io.formats import SUFFIXES
 from fastsrgan.io.nifti_voxels import pointer_of
@@ -461,7 +462,7 @@ def _locate(text: str, table: Path, base_path: str | None) -> Path:
     # One letter with an accent is one sign or two: tables and disks of other systems differ in that.
     spelt = [Path(unicodedata.normalize(form, str(c))) for form in ("NFC", "NFD") for c in candidates]
     meant = candidates[bool(base_path and os.path.isdir(base_path))]
-    return Path(os.path.abspath(next((c for c in [*candidates, *spelt] if os.path.exists(c)), meant)))
+    return Path(recorded(next((c for c in [*candidates, *spelt] if os.path.exists(c)), meant)))
 
 
 def _repetitions(rows: list[TableRow]) -> list[tuple[int, str]]:

@@ -6,6 +6,8 @@ ranges are kept; ``tools/publish_weights.py`` writes them into the files. Where 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +21,7 @@ from fastsrgan.volume.geometry import PLANES
 Range = tuple[float, float]
 
 MADE_FOR = "made_for"  # of a card
+CORTEX = re.compile(r"(?<![a-z])(neo)?cort(ex|ical)(?![a-z])", re.IGNORECASE)  # not what is subcortical
 SIDES = "R"  # of ``mirrored``, a name in ``geometry.WORLD_AXES``
 WORDS = {"outside": ("zero",), "mirrored": (SIDES,)}  # what such a field may say
 NOT_SAID = "what they were made for is not said"
@@ -128,6 +131,16 @@ class Purpose:
         """The first of them, which is what a segmentation's outline shows, short enough for a legend."""
         name = self.structures[0][1] if self.structures else "segmentation"
         return name if len(name) <= MOST_LEGEND else f"{name[: MOST_LEGEND - 1]}…"
+
+    @property
+    def is_cortex(self) -> bool:
+        """Whether the first of them, which the segmentation shows, is called a cortex."""
+        return bool(self.structures and CORTEX.search(self.structures[0][1]))
+
+    @property
+    def piece_mm3(self) -> float | None:
+        """Smallest component that counts where it is judged how whole a cortex is; None: of no cortex."""
+        return (self.island_mm3[1] if self.island_mm3 else math.inf) if self.is_cortex else None
 
     def unknown(self, plane: str) -> str:
         """The plane of a scan's thick slices where the training's lay in others, else ""."""

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from fastsrgan.core.files import is_special, output_file, url_of
+from fastsrgan.core.places import recorded
 from fastsrgan.errors import ModelError, UsageError, counted
 from fastsrgan.model import checkpoint
 from fastsrgan.model import safetensors as modelfile
@@ -190,6 +191,11 @@ def shipped(name: str) -> Path:
     if not path.is_file():
         raise ModelError(path, f"the shipped model {name!r} is missing", "reinstall fastsrgan, or name a weight file")
     return path
+
+
+def recorded_as(source: str | os.PathLike) -> str:
+    """What a record calls weights: a model of the package by its name, any other file or folder by its whole path."""
+    return str(source) if str(source) in MODELS and not is_meant(source) else recorded(source)
 
 
 # --- saving and conversion ----------------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import importlib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastsrgan.config import SETTINGS
 from fastsrgan.core.files import mapping, parse_json, read_json, real
+from fastsrgan.core.signals import SAID, named
 from fastsrgan.errors import counted
 from fastsrgan.evaluate.figures import structure_line
 from fastsrgan.pictures.planes import find_panels
@@ -24,13 +26,17 @@ START, BEGAN = "start_weights", "start weights"  # in a summary, and on a page
 SIGNATURE = b"\x89PNG"
 BINS = 300  # points of a curve; longer runs show means over several updates
 COLUMNS = "interpolated input, SR, truth, segmentation, label"
+RECONSTRUCTION = "reconstruction loss"  # where the settings do not say which
+LOSS = re.compile(r"^reconstruction_loss: *(\w+)", re.M)  # in config.yaml
+LOSSES = {"charbonnier": "Charbonnier loss", "dice": "Charbonnier + Dice loss"}  # of --reconstruction-loss
 CHARTS = (
-    ("Reconstruction", ("g_reconstruction",), "Charbonnier loss"),
-    ("Generator", ("g_total", "g_adversarial"), "loss"),
+    ("Reconstruction", ("g_reconstruction",), RECONSTRUCTION),
+    ("Generator", ("g_total", "g_adversarial", "g_dice"), "loss"),
     ("Critic", ("d_wasserstein", "d_penalty"), "loss"),
     ("Gradient norms", ("g_gradient", "d_gradient"), "norm"),
     ("Time of an update", ("seconds",), "s"),
 )
+SIGNALS = tuple(SAID)
 STRUCTURES = "Dice of each structure on the test subjects"  # a line for every one
 SCORES = (
     ("Dice on the test subjects", ("Dice", "Dice_label_1", "whole_Dice", "spline_Dice")),
@@ -49,8 +55,10 @@ LINES = {
     **{"PSNR_linear": "best linear estimate, patches", "linear_PSNR": "best linear estimate, whole volumes"},
     **dict.fromkeys(("whole_Dice", "whole_PSNR", "whole_SSIM"), "whole volumes"),
     **dict.fromkeys(("spline_Dice", "spline_PSNR", "spline_SSIM"), "interpolation, whole volumes"),
-    **dict.fromkeys(("g_total", "g_gradient"), "generator"),
-    "g_adversarial": "its adversarial part",
+    "g_total": "total",
+    "g_gradient": "generator",
+    "g_adversarial": "adversarial loss, before its weight",
+    "g_dice": "Dice loss, before its weight",
     "d_wasserstein": "Wasserstein estimate",
     "d_penalty": "gradient penalty",
     "d_gradient": "critic",
@@ -72,7 +80,7 @@ SUMMARY = {
     "best_weights": ("best weights", ""),
     "ranks": ("processes", ""),
     "device": ("device", ""),
-    "stopped": ("stopped by signal", ""),
+    "stopped": ("stopped by", ""),
     "exit_code": ("exit code", ""),
 }
 SAME = {"Dice_label_1": "Dice"}  # the label's Dice, as a run with mask classes calls it: of several runs one chart
@@ -139,7 +147,8 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
                 for i, (name, facts) in enumerate(zip(names, runs, strict=True))
                 if column in facts["curves"]
             ]
-            plots.append(line_chart(f"{title}: {LINES[column]}" if column in LINES else title, lines, "update", unit))
+            named = f"{title}: {LINES[column]}" if column in LINES else title
+            plots.append(line_chart(named, lines, "update", _unit(unit, [facts["config"] for facts in runs])))
     told = [f["summary"] or {} for f in runs]
     entries = dict.fromkeys(k for summary in told for k, v in summary.items() if _is_told(k, v))
     head = el("tr", el("th", ""), [el("th", name, scope="col") for name in names])
@@ -219,7 +228,7 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
         lines = [
             Line(LINES.get(name, name), facts["at"], facts["curves"][name]) for name in names if name in facts["curves"]
         ]
-        plots.append(line_chart(title, lines, "update", unit))
+        plots.append(line_chart(title, lines, "update", _unit(unit, [facts["config"]])))
     width = facts["updates_per_point"]
     notes = [f"A point is the mean of {width} updates." if width > 1 else None]
     if facts["unreadable_lines"]:
@@ -255,6 +264,14 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
         head,
         raw("Settings (config.yaml)", facts["config"]) if facts["config"] else None,
     )
+
+
+def _unit(unit: str, configs: Sequence[str]) -> str:
+    """What a chart of losses draws, by the settings of its runs; where they differ, or do not say, no loss's name."""
+    if unit != RECONSTRUCTION:
+        return unit
+    chosen = {LOSSES.get(found[1]) if (found := LOSS.search(text)) else None for text in configs}
+    return chosen.pop() or unit if len(chosen) == 1 else unit
 
 
 def _columns(title: str, known: Sequence[str], validation: Sequence[dict[str, Any]]) -> list[str]:
@@ -351,7 +368,7 @@ def _entry(key: str) -> object:
 
 def _entered(key: str, value: Any, path: str) -> object:
     """Its value with its unit."""
-    said = _value(value, path)
+    said = join(named(value)) if key == "stopped" and value in SIGNALS else _value(value, path)
     return said if said is None else join(said, SUMMARY.get(key, ("", ""))[1])
 
 

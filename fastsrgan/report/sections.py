@@ -140,8 +140,19 @@ def trust_line(record: Mapping[str, Any]) -> Html | None:
     light, words = found
     purpose = Purpose.of(record.get("made_for"))
     words = words or f"the scan and the result look like what the weights were made for: {NO_PROOF}"
+    if left := unchecked_line(mapping(record.get("plausibility")).get("unchecked")):
+        words += f". {left}"
     made = f"Segmented: {purpose.line(segmented(record))}. Weights: {chosen_weights(record)}."
     return el("p", "Plausibility ", light_word(light), f": {words}. {made}", class_="trust")
+
+
+def unchecked_line(unchecked: object) -> str:
+    """What the light says nothing of, and why, things of one reason together; "" where that is nothing."""
+    why: dict[str, list[str]] = {}
+    for name, reason in mapping(unchecked).items():
+        why.setdefault(str(reason), []).append(name)
+    told = [f"{', '.join(names)} ({reason})" for reason, names in why.items()]
+    return f"Not looked at: {'; '.join(told)}" if told else ""
 
 
 def segmented(record: Mapping[str, Any]) -> str:

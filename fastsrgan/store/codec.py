@@ -24,7 +24,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, cpu
 from zarr.storage import MemoryStore, WrapperStore
 
 from fastsrgan.core.files import is_special
-from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError
+from fastsrgan.errors import FastsrganError, InputError, ResourceError, UsageError, some_of
 
 log = logging.getLogger("fastsrgan")
 
@@ -193,7 +193,7 @@ class NothingMissing(WrapperStore[Store]):
         index = data[-(CHECKSUM + ENTRY * chunks) : -CHECKSUM]
         lost = [n for n in range(len(index) // ENTRY) if index[n * ENTRY : (n + 1) * ENTRY] == b"\xff" * ENTRY]
         if lost:
-            raise InputError(self._url, f"{key}: {len(lost)} of {chunks} chunks are missing", REPAIR)
+            raise InputError(self._url, f"{key}: {some_of(len(lost), chunks, 'chunk', 'is', 'are')} missing", REPAIR)
 
 
 def _as_slice(wanted: ByteRequest, size: int) -> slice:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import is_special, parse_json, short_names
+from fastsrgan.core.places import recorded
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.figures import dice_name, dices_of_structures, mean_dice, structure_line
 from fastsrgan.study.plots import GREY_LINE, Panel, PlotLine
@@ -91,7 +92,7 @@ def overlaid(runs: Sequence[Path]) -> dict[str, Any]:
     if len(made) < len(runs):
         raise UsageError("study curves", "a run is named twice", "name each run once")
     told = [
-        {"name": name, "path": str(run), "best": one["best"], "updates": one["updates"]}
+        {"name": name, "path": recorded(run), "best": one["best"], "updates": one["updates"]}
         for (name, one), run in zip(made.items(), runs, strict=True)
     ]
     shown = {name: [_of_all(row) for row in one["rows"]] for name, one in made.items()}

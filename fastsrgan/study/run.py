@@ -16,6 +16,7 @@ from typing import Any
 
 from fastsrgan.convert import convert
 from fastsrgan.core.files import left_as_found, output_folder
+from fastsrgan.core.places import recorded
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import stopped_by
 from fastsrgan.core.system import provenance
@@ -179,9 +180,9 @@ def _measured(
     facts = {
         "study": kind,
         "quick": quick,
-        "data": "synthetic subjects made from the MNI152 template" if data is None else str(data),
+        "data": "synthetic subjects made from the MNI152 template" if data is None else recorded(data),
         "heads": [head.name for head in heads],
-        "models": [{"name": m.name, "path": str(m.path), "sha256": m.sha256} for m in loaded],
+        "models": [{"name": m.name, "path": weights.recorded_as(m.path), "sha256": m.sha256} for m in loaded],
         "settings": asdict(asked),
         "rows": rows,
         **({"fit": fit} if kind == "steps" else {}),

@@ -14,6 +14,7 @@ from fastsrgan.evaluate.figures import columns, mean_dice
 from fastsrgan.study.data import DICE_OF, OWN
 from fastsrgan.study.plots import Panel, draw
 
+# A reader would take its Dice, which can be above a network's, for that of a method.
 INTERPOLATION = (
     "interpolation: cubic spline of the scan; for the segmentation the true label at the scan's resolution,\n"
     "interpolated back (paper table 2), which knows the answer that the network has to find"
@@ -148,7 +149,7 @@ def markdown(facts: dict[str, Any], title: str) -> str:
         parts.append(
             f"Heads: {len(facts['heads'])} of {facts['data']}. Acquired at {', '.join(sorted(low))} mm."
             f" Models: {models}. Patch {patch}. Values are mean ± sample standard deviation over heads; PSNR and SSIM"
-            ' over the whole image. "interpolation" is the cubic spline and the interpolated label map (paper table 2).'
+            f" over the whole image. {' '.join(INTERPOLATION.splitlines()).capitalize()}."
             " Heads are cut to whole slices first, unlike in validation and `evaluate`, whose figures differ a little."
         )
         parts += [f"Left out: {f['subject']}: {f['error']}" for f in facts["failed"]]

@@ -139,7 +139,7 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
         return
     if run.first and not at.updates:
         tell_if_short(c, min(at.steps * turn.groups, c.steps_per_epoch or math.inf) * len(numbered(c)))
-    run.progress.start(f"training epoch {turn.epoch}/{run.last_epoch}", at.steps - at.step, "updates")
+    run.progress.start(f"training epoch {turn.epoch}/{run.last_epoch}", at.steps - at.step, "update")
     last: Told | None = None
     for indices in pool.generator_batches(run.batch, at.step, steps=batches):
         if at.step >= at.steps:
@@ -283,7 +283,11 @@ def tell(run: Run, turn: Turn, facts: dict[str, float], told: Told) -> None:
         "|D|": facts.get("d_gradient"),
         "wait": f"{100 * run.feed.waited / elapsed:.1f}%",
         "GB": facts["memory_bytes"] / 1e9,
-        "run": f"{left / 3600:.1f} h left" if left > 3600 else f"{left / 60:.0f} min left",
+        "run": f"{left / 3600:.1f} h left"
+        if left > 3600
+        else f"{left / 60:.0f} min left"
+        if left > 90
+        else f"{left:.0f} s left",
     }
     run.progress.advance(1, **{k: v for k, v in shown.items() if v is not None})
 

@@ -20,6 +20,7 @@ from fastsrgan import config as settings
 from fastsrgan._version import __version__
 from fastsrgan.config import TrainConfig
 from fastsrgan.core.files import FolderLock, atomic_write, left_as_found, need_space, output_folder, write_json
+from fastsrgan.core.places import recorded
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import Ranks, from_environment, local_device
 from fastsrgan.core.signals import StopRequest
@@ -28,11 +29,11 @@ from fastsrgan.data.feed import Feed, resident_limit
 from fastsrgan.data.settings_check import data_warnings, odd_sizes, refuse_faults, structures
 from fastsrgan.data.subject import PatchRule
 from fastsrgan.data.visit import Visits
-from fastsrgan.errors import InputError, ModelError, UsageError, alike, out_of_memory
+from fastsrgan.errors import InputError, ModelError, UsageError, alike, out_of_memory, some_of
 from fastsrgan.io import output_place
 from fastsrgan.model import checkpoint
 from fastsrgan.model.cpu import forms
-from fastsrgan.model.weights import BEST, info, read_spec
+from fastsrgan.model.weights import BEST, info, read_spec, recorded_as
 from fastsrgan.observation.artefacts import ARTEFACTS
 from fastsrgan.observation.model import Degradation
 from fastsrgan.observation.slice_axis import Axes, choose_axes, describe
@@ -116,7 +117,8 @@ def train(
         run = prepare(store, folder, config, target, ranks, strict, resume, kept)
         if start_weights is not None and not resume:
             began_with = info(start_weights)
-            run.start = {"path": str(start_weights), "file": began_with["file"], "sha256": began_with["sha256"]}
+            run.start = {"path": recorded_as(start_weights), "sha256": began_with["sha256"]}
+            run.start["file"] = recorded(began_with["file"])
             learned = [one["name"] for one in (began_with["card"] or {}).get("structures", [])]
             if learned and learned != (names := [name for name, _ in run.structures]) and run.first:
                 told = "%s: its classes are %s, those of this run %s: the mask head learns others in their place"
@@ -391,8 +393,9 @@ def slice_axes(store: Store, config: TrainConfig) -> Axes | None:
     axes, others = choose_axes({s.id: s.affine for s in store.subjects}, config.slice_axis)
     if others:
         some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
-        told = "the low resolution is %s; %d of %d subjects are stored in another axis order and turned alike (%s)"
-        log.warning(told, describe(axes, config.new_low_res), len(others), len(store.subjects), some)
+        stored = some_of(len(others), len(store.subjects), "subject", "is stored", "are stored")
+        told = "the low resolution is %s; %s in another axis order and turned alike (%s)"
+        log.warning(told, describe(axes, config.new_low_res), stored, some)
     return axes
 
 
@@ -405,7 +408,7 @@ def tell_of_data(run: Run) -> dict[str, list[str]]:
         feed = run.feed
         for text in odd_sizes(feed.store, feed.degradation, feed.rule, feed.axes):
             log.warning("%s", text)
-        write_json(run.folder / DATA_FACTS, {"store": run.store.url, "warnings": found})
+        write_json(run.folder / DATA_FACTS, {"store": recorded(run.store.url), "warnings": found})
     return found
 
 

@@ -209,7 +209,7 @@ def redeal(run: Run, at: Position) -> None:
     """
     at.left, at.before = remaining(run, at), epoch_part(run, at)
     if len(at.left) < run.ranks.world:
-        ranks = f"left for {run.ranks.world} ranks"
+        ranks = f"left for {counted(run.ranks.world, 'rank')}"
         log.warning("%s for the next epoch", counted(len(at.left), f"subject {ranks} waits", f"subjects {ranks} wait"))
         at.left = []
     # Updates of a group that comes again still count against steps_per_epoch.

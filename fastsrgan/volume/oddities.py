@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastsrgan.errors import brief
+from fastsrgan.errors import brief, some_of
 from fastsrgan.volume.intensity import TIMES, outliers
 
 SHARE = 0.5  # of a segmentation that lies on exact zeros, from which on that is told
@@ -26,7 +26,7 @@ def padded(data_XYZ: np.ndarray) -> list[str]:
     if not low < rest - TIMES * (top - rest):
         return []
     count = int(np.count_nonzero(data_XYZ == low))
-    told = f"{count} of {data_XYZ.size} voxels are {low:g}, far below all others ({rest:g} to {top:g})"
+    told = f"{some_of(count, data_XYZ.size, 'voxel', 'is', 'are')} {low:g}, far below all others ({rest:g} to {top:g})"
     return [f"{told}: beside them the rest is one grey to the network; set them to {max(rest, 0.0):g}"]
 
 
@@ -41,9 +41,8 @@ def outshone(data_XYZ: np.ndarray, compressed: bool) -> list[str]:
         else "the image is divided by its maximum, so that the rest is dark to the network; clip them if they are no "
         "tissue"
     )
-    return [
-        f"{found.count} of {data_XYZ.size} voxels are up to {brief(found.times)} times as bright as all others: {seen}"
-    ]
+    some = some_of(found.count, data_XYZ.size, "voxel", "is", "are")
+    return [f"{some} up to {brief(found.times)} times as bright as all others: {seen}"]
 
 
 def on_zeros(seg_XYZ: np.ndarray, data_XYZ: np.ndarray, index: Sequence[np.ndarray]) -> list[str]:

@@ -13,6 +13,7 @@
   const DARKER = [96, 165, 250], BRIGHTER = [248, 113, 113]; // ends of the colours of a difference; nothing is black
   const DOUBT = [[0, 0, 0], [192, 38, 211], [254, 240, 138]]; // none, half, and where its colours end
   const MARK = "#facc15"; // of the slice
+  const SOFTWARE = /swiftshader|llvmpipe|softpipe|software|basic render/i; // names of drivers without a graphics card
   const NARROW = 200; // CSS pixels, of a pane without room for words beside its name, as on a phone
   const state = { at: plan.start.slice(), plane: plan.plane, zoom: 1, overlay: 0.5, wipe: 0.5, cross: true, layer: "none", marks: true };
   const $ = (id) => document.getElementById(id);
@@ -276,6 +277,8 @@
         isRadiologicalConvention: true, dragAndDropEnabled: false, logLevel: "error", loadingText: "", isColorbar: false,
         isNearestInterpolation: pane.nearest, scrollRequiresFocus: true, viewModeHotKey: "", clipPlaneHotKey: "",
         cycleClipPlaneHotKey: "", dragMode: niivue.DRAG_MODE.none, isAntiAlias: false, fontMinPx: 11,
+        // By default it would draw all planes and a rendering at each volume that is added.
+        sliceType: niivue.SLICE_TYPE[state.plane.toUpperCase()],
       });
       Object.assign(view, { canvas, pane, nv });
       for (const [name, rgb] of Object.entries(COLOURS)) {
@@ -434,12 +437,21 @@
     return canvas;
   }
 
+  // The name of what draws; browsers that hide it say it is a graphics card's.
+  function drawnBy(gl) {
+    const names = gl.getExtension("WEBGL_debug_renderer_info");
+    return String(gl.getParameter(names ? names.UNMASKED_RENDERER_WEBGL : gl.RENDERER));
+  }
+
   async function start() {
     const volumes = await readVolumes();
     const canvases = () => plan.panes.map((pane) => $("canvas-" + pane.id));
     let by = "canvas";
-    const able = typeof niivue === "object" && document.createElement("canvas").getContext("webgl2") !== null;
-    if (able && location.hash !== "#canvas") {
+    const gl = document.createElement("canvas").getContext("webgl2"), able = typeof niivue === "object" && gl !== null;
+    // In software NiiVue takes many times as long (docs/report.md has it measured), and the canvases show the same.
+    const slow = able && SOFTWARE.test(drawnBy(gl));
+    if (gl) gl.getExtension("WEBGL_lose_context")?.loseContext(); // browsers allow few at a time
+    if (able && location.hash !== "#canvas" && (!slow || location.hash === "#niivue")) {
       try {
         for (const [i, canvas] of canvases().entries()) views.push(await NiivueView.make(canvas, plan.panes[i], volumes));
         views.forEach((view) => view.draw());
@@ -453,7 +465,9 @@
     bind();
     wipe(state.wipe);
     draw();
-    $("renderer").textContent = by === "niivue" ? "Drawn by NiiVue." : "Drawn without WebGL 2.";
+    $("renderer").textContent = by === "niivue" ? "Drawn by NiiVue." :
+      slow ? "Drawn without WebGL 2, which this browser does in software, slowly (#niivue behind the page's address uses it)." :
+      "Drawn without WebGL 2.";
     holder.dataset.viewer = by;
   }
 
