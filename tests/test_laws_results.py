@@ -16,12 +16,13 @@ from nifti_files import rigid
 
 from fastsrgan.core.files import read_json, write_json
 from fastsrgan.errors import ModelError, UsageError
+from fastsrgan.evaluate.choice import load_weights
 from fastsrgan.evaluate.plausibility import Verdict
 from fastsrgan.infer import anytime, bids, files, memory, modes, planes, tiles
 from fastsrgan.infer import image as image_module
 from fastsrgan.infer import network as network_module
 from fastsrgan.infer import volume as volume_module
-from fastsrgan.infer.image import _listed, load_weights
+from fastsrgan.infer.image import _listed
 from fastsrgan.infer.network import TileNetwork
 from fastsrgan.infer.planes import Whole, nearest, own_grid
 from fastsrgan.infer.settings import InferSettings, options

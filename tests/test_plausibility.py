@@ -19,12 +19,12 @@ import fastsrgan
 from fastsrgan.cli.main import main
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import UsageError
-from fastsrgan.evaluate import plausibility
+from fastsrgan.evaluate import choice, plausibility
+from fastsrgan.evaluate.choice import ModelChoice
 from fastsrgan.evaluate.plausibility import GREEN, RED, YELLOW, Look, choose, judge, measure, own_dice
 from fastsrgan.infer import image as infer_image
 from fastsrgan.infer.bids import infer_bids
 from fastsrgan.infer.files import infer_files
-from fastsrgan.infer.image import ModelChoice
 from fastsrgan.io import nifti as images
 from fastsrgan.model import weights
 from fastsrgan.model.networks import GeneratorSpec, build_generator
@@ -243,13 +243,13 @@ def test_the_dice_of_weights_is_that_of_their_card_and_the_lowest_of_those_that_
     files = [tmp_path / f"{i}.safetensors" for i in range(len(cards))]
     for file, card in zip(files, cards, strict=True):
         weights.save_generator(file, build_generator(GeneratorSpec(kernel=1)), card=card)
-    assert [infer_image.load_weights([file]).dice for file in files] == [0.7, 0.5, None]
+    assert [choice.load_weights([file]).dice for file in files] == [0.7, 0.5, None]
     assert (
-        infer_image.load_weights(files[::2]).dice == 0.7
+        choice.load_weights(files[::2]).dice == 0.7
         and own_dice(cards) == 0.5
         and own_dice([{"Dice": "high"}, None, 3]) is None
     )
-    assert infer_image.load_weights(["perinatal"]).dice is None, "whose card has figures of whole heads"
+    assert choice.load_weights(["perinatal"]).dice is None, "whose card has figures of whole heads"
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,12 @@ def test_an_average_of_weights_for_different_images_is_called_so_and_names_them(
 def test_a_purpose_survives_a_file_and_a_shipped_one_has_all_parts(name, tmp_path):
     purpose = MODELS[name].purpose
     said = [key for key in purpose.__dataclass_fields__ if getattr(purpose, key)]
-    assert set(purpose.__dataclass_fields__) - set(said) <= {"outside", "grid_mm", "island_mm3"}  # not of every model
+    assert set(purpose.__dataclass_fields__) - set(said) <= {
+        "outside",
+        "grid_mm",
+        "island_mm3",
+        "mirrored",
+    }  # not of every model
     assert weights.purpose(name) == purpose and Purpose.of(weights.info(name)["made_for"]) == purpose
     saved = weights.save_generator(
         tmp_path / "w.safetensors", build_generator(GeneratorSpec(kernel=1)), card={MADE_FOR: purpose.to_dict()}

@@ -35,9 +35,10 @@ from fastsrgan.core.files import (
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.errors import InputError, UsageError, counted
+from fastsrgan.evaluate.choice import ModelChoice
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, Item, evaluate_items, low_resolution
 from fastsrgan.infer.files import STATUSES, SomeFailed, failure, infer_files
-from fastsrgan.infer.image import ModelChoice, look_at
+from fastsrgan.infer.image import look_at
 from fastsrgan.infer.settings import InferSettings, takes_options
 from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import (

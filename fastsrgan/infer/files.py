@@ -29,11 +29,11 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, LostRank, Ranks
 from fastsrgan.core.system import free_memory
 from fastsrgan.errors import FastsrganError, PartialFailure, ResourceError, UsageError, batch_code, counted, one_line
+from fastsrgan.evaluate.choice import ModelChoice
 from fastsrgan.infer.image import (
     ImageJob,
     Isotropic,
     Loaded,
-    ModelChoice,
     bytes_while_writing,
     compute,
     load,
