@@ -142,11 +142,14 @@ def test_other_units_are_noted_of_each_image_under_its_own_name():
     ],
 )
 def test_of_several_truths_the_first_in_the_order_that_is_told_is_taken(tmp_path, what, names):
-    known = {name: tmp_path / f"{name}.nii.gz" for name in [*names, "b_label", "b", "b_mask"]}
+    for name in [*names, "b_label", "b", "b_mask"]:
+        (tmp_path / f"{name}.nii.gz").touch()
+    result = "a_lr", Path("a_lr"), tmp_path / "out" / "a_lr_sr.nii.gz", None, {}, tmp_path, Path()
     for name in names:
-        item = cohort._match(tmp_path / "out" / "a_lr_sr.nii.gz", known, tmp_path, Path())
-        assert item.files[what] == known.pop(name)
-    assert what not in cohort._match(tmp_path / "out" / "a_lr_sr.nii.gz", known, tmp_path, Path()).files
+        taken = tmp_path / f"{name}.nii.gz"
+        assert cohort._match(*result).files[what] == taken
+        taken.unlink()
+    assert what not in cohort._match(*result).files
 
 
 def test_each_panel_of_a_comparison_has_the_figure_of_its_heading(monkeypatch, tmp_path):
@@ -185,6 +188,9 @@ def test_the_tables_of_the_command_line_have_every_figure_under_its_head():
         "better": "yes", "limits": "1.5 to 2.5", "p": "0.04", "n": 3,
     }  # fmt: skip
     assert beside(result) == [{"subject": "s", "PSNR dB": "1 3 (+2)"}]
+    for second, word in ((1 + 1e-9, None), (1.0004, None), (1.002, "yes"), (0.998, "no")):  # of four digits
+        told = {"first": of(1.0), "second": of(second), "difference": of(second - 1), "limits": None, "p": 0.01}
+        assert comparison(result | {"comparison": {path: told}})[0]["better"] == word, second
     (line,) = cohort_figures({"summary": {path: of(9, 1), f"baseline.{path}": of(4, 2), f"gain.{path}": of(5, 3)}})
     assert line == {
         "where": "whole", "figure": "psnr_db", "value": "9 ± 1", "baseline": "4 ± 2", "difference": "5 ± 3",

@@ -274,7 +274,8 @@ def comparison(result: dict[str, Any]) -> list[dict[str, Any]]:
         gain, ends = told["difference"]["mean"], told["limits"]
         row = {"where": where or "segmentation", "figure": figure}
         row |= {label: spread(told[k]) for label, k in zip(result["names"], ("first", "second"), strict=True)}
-        row |= {"difference": spread(told["difference"]), "better": better(figure, gain)}
+        seen = plain(told["first"]["mean"]) != plain(told["second"]["mean"])  # not rounding, called a gain
+        row |= {"difference": spread(told["difference"]), "better": better(figure, gain) if seen else None}
         row |= {"limits": None if ends is None else f"{plain(ends[0], 3)} to {plain(ends[1], 3)}"}
         rows.append(row | {"p": None if told["p"] is None else f"{told['p']:.3g}", "n": told["difference"]["n"]})
     return rows
