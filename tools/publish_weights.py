@@ -65,6 +65,7 @@ def main() -> None:
     p.add_argument("model", choices=CARDS)
     p.add_argument("run", type=Path)
     p.add_argument("--mean-with", type=Path, metavar="RUN", help="ship the mean of both runs' weights")
+    p.add_argument("--share", type=float, default=0.5, help="of RUN in that mean (0.5)")
     p.add_argument("--scores", type=Path, required=True, help="JSON of tools/score_thick_slices.py")
     p.add_argument("--updates", type=int, required=True, help="of all stages")
     p.add_argument("--seed", type=int, default=0, help="of the training (0)")
@@ -80,7 +81,7 @@ def main() -> None:
         other = dict(weights.load_generator(args.mean_with).named_parameters())
         with torch.no_grad():
             for name, parameter in generator.named_parameters():
-                parameter.copy_((parameter + other[name]) / 2)
+                parameter.copy_(args.share * parameter + (1 - args.share) * other[name])
     weights.save_generator(target, generator, card={**card, MADE_FOR: made_for.to_dict()})
     facts = weights.info(target)
     known = {"name": target.name, "parameters": facts["parameters"], "sha256": facts["sha256"]}
