@@ -275,7 +275,9 @@ def test_folders_that_were_exchanged_are_called_that(dataset, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "dataset_description.json").write_text(json.dumps({"GeneratedBy": [{"Name": "fastsrgan"}]}))
-    with pytest.raises(InputError, match=r"out: holds results .* where the truth is \(first the results, then the truth"):
+    with pytest.raises(
+        InputError, match=r"out: holds results .* where the truth is \(first the results, then the truth"
+    ):
         evaluate_bids(dataset, out)
 
 

@@ -202,7 +202,8 @@ def adapt(
         order = (0, 1) if axis else (1, 0)
         profiles = [(first, second)[i] for i in order]
         scan = torch.cat(
-            [_cut(half, cut, noise, floor - float(low), axis) for half, cut in zip(halves, profiles, strict=True)], 1 - axis
+            [_cut(half, cut, noise, floor - float(low), axis) for half, cut in zip(halves, profiles, strict=True)],
+            1 - axis,
         )
         x = scan @ _transposed(spline_matrix(len(own), n, 1 / ratio), scan)
         each = [torch.full(half.shape[:ACROSS], counts[i]) for half, i in zip(halves, order, strict=True)]
