@@ -177,9 +177,9 @@ def adapt(
     """
     ratio = float(spacing_mm / voxel_mm)
     top = bright([np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, ACROSS)])
-    low = np.float32(0.0 if top > 0 else scan_xyz.min())  # where nothing is above 0, intensities count from the lowest
-    unit = top - float(low)
-    here = _block(scan_xyz, sr_XYZ.shape, largest, float(low) + TISSUE * unit)
+    low = 0.0 if top > 0 else float(scan_xyz.min())  # where nothing is above 0, intensities count from the lowest
+    unit = top - low
+    here = _block(scan_xyz, sr_XYZ.shape, largest, low + TISSUE * unit)
     shape = tuple(part.stop - part.start for part in here)
     if min(shape) < SMALLEST or min(shape[:ACROSS]) < FEWEST * ratio or unit <= 0:
         reason = f"a block of {' x '.join(map(str, shape))} voxels is too small to be tried"
@@ -202,7 +202,7 @@ def adapt(
         order = (0, 1) if axis else (1, 0)
         profiles = [(first, second)[i] for i in order]
         scan = torch.cat(
-            [_cut(half, cut, noise, floor - float(low), axis) for half, cut in zip(halves, profiles, strict=True)],
+            [_cut(half, cut, noise, floor - low, axis) for half, cut in zip(halves, profiles, strict=True)],
             1 - axis,
         )
         x = scan @ _transposed(spline_matrix(len(own), n, 1 / ratio), scan)
