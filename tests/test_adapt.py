@@ -374,12 +374,32 @@ def test_a_block_that_is_too_small_is_said_to_be(generator):
 def test_slices_too_thick_for_the_block_and_scans_without_a_bright_voxel_are_said_to_be_too(generator):
     for scan, mm, reason in (
         (head((40, 44, 4)), 12.0, "a block of 40 x 44 x 48 voxels is too small to be tried"),
-        (-head() - 1, 3.0, "the scan has no bright voxels"),
+        (0 * head() - 1, 3.0, "the scan has no bright voxels"),
     ):
         volume = torch.from_numpy(np.repeat(scan, int(mm), 2))
         believed = assumed("guess", None, mm, 1.0)
         told = adapt.adapt(volume.numpy(), scan, lambda a, b, x=volume: x[a:b], None, believed, None, 0.03, mm, 1.0)
         assert told == {"trials": 0, "reason": reason}
+
+
+def test_a_scan_wholly_below_0_is_adapted_as_the_one_that_is_moved_up():
+    """Where nothing is above 0, intensities count from the lowest value: the trials gain the same, and the image
+    is adapted."""
+    truth = textured(6, (48, 48, 48)).clamp(min=0)
+    scan, start, down = thick(truth)
+    truth, scan, start = (v - scan.min() for v in (truth, scan, start))  # the scan's lowest value is 0
+    base = start + 0.5 * (truth - start)
+    made, gains = [], []
+    for low in (0.0, -4.0):
+        image = (base + low).numpy().copy()
+        told = adapt.adapt(
+            image, scan.numpy() + np.float32(low), lambda a, b, x=start + low: x[a:b], lambda x: x,
+            assumed("box", None, 3.0, 1.0), down, 0.03, 3.0, 1.0, floor=float(scan.min()) + low,
+        )  # fmt: skip
+        made.append(image - np.float32(low))
+        gains.append((told["trials"], told["gain_db"]))
+    assert gains[1] == (2, pytest.approx(gains[0][1], abs=0.05))  # found: 0
+    assert all(np.abs(v - base.numpy()).mean() > 0.001 for v in made)  # found: 0.0064
 
 
 def test_an_image_that_nothing_is_gained_on_stays(generator, monkeypatch):

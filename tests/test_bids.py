@@ -271,6 +271,16 @@ def test_derivatives_are_evaluated_against_a_dataset_of_truths(dataset, model, t
     assert ["segmentation" in evaluate_bids(of, truth)["rows"][0] for of in (out, made)] == [False, False]
 
 
+def test_folders_that_were_exchanged_are_called_that(dataset, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "dataset_description.json").write_text(json.dumps({"GeneratedBy": [{"Name": "fastsrgan"}]}))
+    with pytest.raises(
+        InputError, match=r"out: holds results .* where the truth is \(first the results, then the truth"
+    ):
+        evaluate_bids(dataset, out)
+
+
 @pytest.mark.parametrize("made", [False, True])
 def test_truths_that_are_no_folder_are_refused_before_any_result_is_looked_at(tmp_path, made):
     truth = tmp_path / "truth"

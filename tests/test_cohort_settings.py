@@ -12,7 +12,7 @@ from test_validate import Identity
 from fastsrgan.cli.main import main
 from fastsrgan.config import TrainConfig
 from fastsrgan.convert import convert
-from fastsrgan.data.settings_check import full_subjects, odd_sizes, small_subjects, thick_order
+from fastsrgan.data.settings_check import few_slices, full_subjects, odd_sizes, small_subjects, thick_order
 from fastsrgan.data.subject import PatchRule, make_resident, patch_origins
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError, UsageError
@@ -174,6 +174,24 @@ def test_thick_slices_along_the_first_axis_are_said_before_the_first_update(tmp_
         patch.setattr(train, "attempt", stopped)
         train.train(store.url, tmp_path / "run", c, device="cpu")
     assert "3 mm along R, 1 mm along A, 1 mm along S are sagittal thick slices" in caplog.text
+
+
+def test_slices_thicker_than_a_head_are_refused_and_few_of_them_told(tmp_path):
+    """The coarsest that may be drawn counts, across every axis of the head, which may fill little of its image."""
+    small = head(1)[0] * 0
+    small[8:12, 8:12, 8:12] = 1
+    store = cohort(tmp_path / "c", {}, {"image": small}, {"image": head(2)[0] - 9})  # heads of 16, 4 and 20 mm
+    refuse(store, config(new_low_res=((1.0, 1.0, 4.0),)))
+    for sizes in (((1.0, 1.0, 4.5),), ((1.0, 1.0, 1.0), (4.5, 1.0, 1.0))):
+        with pytest.raises(InputError) as error:
+            refuse(store, config(new_low_res=sizes))
+        assert error.value.reason == "no thicker than one slice of 4.5 mm (-n): h1 (4 mm)"
+    with pytest.raises(InputError, match=r"of 200 mm \(-n\): h0 \(16 mm\), h1 \(4 mm\), h2 \(20 mm\)"):
+        refuse(store, config(new_low_res=((1.0, 1.0, 200.0),)))
+    told = few_slices(store, Degradation(((1.0, 1.0, 2.0), (1.0, 1.0, 4.5))), (0, 1, 2))
+    assert told == ["2 of 3 subjects: 4.5 mm (-n) leave fewer than 4 slices of a head: h0 (3.6), h1 (0.89)"]
+    assert not few_slices(store, Degradation(((1.0, 1.0, 1.0),)), (0, 1, 2))
+    assert told[0] in odd_sizes(store, Degradation(((1.0, 1.0, 2.0), (1.0, 1.0, 4.5))), PatchRule(16, 12), (0, 1, 2))
 
 
 def stopped(*_):

@@ -161,6 +161,27 @@ def test_a_bomb_behind_packed_voxels_is_refused(tmp_path):
             images.load(tmp_path / name)
 
 
+def test_packed_voxels_of_unknown_length_are_refused(tmp_path):
+    """Without CompressedDataSize MetaIO unpacks nothing, and what lay in the memory were the voxels."""
+    write_itk(tmp_path / "a.mha", packed=True)
+    whole = (tmp_path / "a.mha").read_bytes()
+    (tmp_path / "b.mha").write_bytes(re.sub(rb"CompressedDataSize = \d+\n", b"", whole))
+    images.load(tmp_path / "a.mha")
+    with pytest.raises(InputError, match=r"b\.mha: its voxels are packed and CompressedDataSize is missing"):
+        images.load(tmp_path / "b.mha")
+
+
+def test_an_axis_of_an_nrrd_without_a_direction_is_refused(tmp_path):
+    """ITK takes nan for 1 mm."""
+    write_itk(tmp_path / "a.nrrd")
+    header, voxels = (tmp_path / "a.nrrd").read_bytes().split(b"\n\n", 1)
+    lost = re.sub(rb"(space directions: .*) \([^)]*\)", rb"\1 (nan,nan,nan)", header)
+    assert lost != header
+    (tmp_path / "a.nrrd").write_bytes(lost + b"\n\n" + voxels)
+    with pytest.raises(InputError, match=r"an axis of its space directions is no number \(nan\)"):
+        images.load(tmp_path / "a.nrrd")
+
+
 def test_bytes_behind_the_last_packed_voxel_are_told(tmp_path):
     """As behind voxels that are not packed: the header may say too few."""
     held = write_itk(tmp_path / "a.nrrd", packed=True).read_bytes()

@@ -199,6 +199,15 @@ def test_the_list_has_no_header_is_sorted_and_may_have_a_base(tmp_path, model, c
     assert {i["status"] for i in done} == {"done"}
 
 
+@pytest.mark.parametrize("base", ["nowhere", "nowhere/"])
+def test_a_base_that_is_no_folder_is_named_where_no_image_is_found(tmp_path, model, capsys, base):
+    """The original joins strings, so nowhere and gm.nii.gz are nowheregm.nii.gz."""
+    assert run(table(tmp_path, "gm.nii.gz", "wm.nii.gz"), model, "-dp", tmp_path / base) == 3
+    told = capsys.readouterr().err
+    assert "none of its images is there" in told and f"'{tmp_path / 'nowhere'}' stands before every entry" in told
+    assert not list(tmp_path.glob("**/Result_with_*"))
+
+
 def test_other_images_of_a_folder_are_processed_under_their_own_names(tmp_path, model):
     for seed, name in enumerate(("b", "a", "c")):
         scan(tmp_path / f"{name}.nii.gz", seed)

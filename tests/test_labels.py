@@ -54,6 +54,50 @@ def scores(folder, *classes, seg="seg", **more):
     return evaluate_files(**files, label=folder / "aseg.nii.gz", label_classes=classes, **more)
 
 
+@pytest.mark.parametrize(
+    ("choice", "told"),
+    [
+        ("0", "takes the value 0"),
+        ("0,3", "takes the value 0"),
+        ("rest=0", "takes the value 0"),
+        ("Unknown", "takes the value 0"),
+        ("n/a", "n/a stands for an empty cell"),
+        ("n/a=3", "n/a stands for an empty cell"),
+        ("3,NaN", "NaN stands for an empty cell"),
+        ("=3", "has no name before ="),
+    ],
+)
+def test_the_background_and_an_empty_cell_are_no_structure(folder, choice, told):
+    with pytest.raises(UsageError, match=told):
+        scores(folder, choice, label_names=folder / "lut.txt")
+
+
+def test_a_name_that_a_table_leaves_open_is_none_and_NA_may_be_one(folder):
+    (folder / "names.tsv").write_text("index\tname\n3\tn/a\n4\tNA\n")
+    assert labels.read_names(folder / "names.tsv") == {"NA": [4]}
+    assert labels.structure("NA", "", folder / "names.tsv").values == {4}
+
+
+@pytest.mark.parametrize(("classes", "covers"), [(None, True), ((1, 2), True), ((1,), False)])
+def test_a_label_that_covers_every_voxel_is_told(tmp_path, classes, covers):
+    data = np.ones(SHAPE, np.uint8)
+    data[0] = 1 if classes is None else 2
+    read = images.load_label(save(tmp_path / "l.nii.gz", data), classes=classes)
+    assert ("the label covers every voxel: nothing lies outside the structure" in read.warnings) is covers
+    assert not images.load_label(save(tmp_path / "l.nii.gz", np.ones(SHAPE, np.uint8)), kind="mask").warnings
+
+
+def test_the_hint_for_a_value_below_0_can_be_followed(tmp_path):
+    """No choice can name it, and the others can be chosen without it."""
+    path = save(tmp_path / "l.nii.gz", np.resize(np.array([-1, 0, 3], np.int16), SHAPE))
+    with pytest.raises(InputError, match=r"value -1 .*another number, or choose other values") as error:
+        images.load_label(path)
+    assert "--label-classes" in error.value.hint
+    with pytest.raises(UsageError, match="-1 is no value of a label"):
+        labels.structure("-1", path)
+    assert images.load_label(path, classes=(3,)).meta["values"] == [0, 1]
+
+
 def test_a_chosen_structure_scores_one(folder):
     assert scores(folder, "3,42")["segmentation"]["dice"] == 1
     assert scores(folder, "2,41", seg="white")["segmentation"]["dice"] == 1

@@ -416,6 +416,19 @@ def test_truth_given_to_the_report_is_evaluated(results, tmp_path):
     assert scores["segmentation"]["dice"] == told["segmentation"]["dice"]
 
 
+def test_a_truth_without_a_place_of_its_own_is_a_note_in_the_report_as_in_evaluate(tmp_path):
+    """Also where the part that is shown has the truth's array: a head that fills its image, stored in world order."""
+    data = np.random.default_rng(0).random((24, 24, 8)).astype(np.float32) + 1
+    scan = images.save(tmp_path / "scan.nii.gz", data, np.diag([2.0, 2, 6, 1]) + np.eye(4)[:, [1, 2, 0, 3]] * 0)
+    infer_files([scan], tmp_path / "out", make_model(tmp_path), patch=16, step=16, device="cpu")
+    sr = images.load(tmp_path / "out" / "scan_sr.nii.gz")
+    truth = images.save(tmp_path / "truth.nii.gz", sr.data, np.eye(4))
+    note = "reference: has the SR's array and no place of its own"
+    assert any(note in n for n in evaluate_files(tmp_path / "out" / "scan_sr.nii.gz", truth)["notes"])
+    (path,) = report(tmp_path / "out" / "scan.json", tmp_path / "page.html", hr=truth)
+    assert note in path.read_text(encoding="utf8")
+
+
 @pytest.mark.parametrize("outside", ["scan", "zero"])
 def test_a_truths_baselines_are_those_of_evaluate_with_the_scan(results, tmp_path, outside):
     """Also of a result whose outside was set to zero: the page draws the spline cut there, figures are the scan's."""

@@ -28,7 +28,7 @@ from fastsrgan.core.files import ResultLock, disk_error, finite, mapping, read_j
 from fastsrgan.core.places import recorded
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.system import pick_device
-from fastsrgan.errors import ResourceError, UsageError, counted
+from fastsrgan.errors import InputError, ResourceError, UsageError, counted
 from fastsrgan.infer.files import SomeFailed, failure
 from fastsrgan.infer.settings import InferSettings
 from fastsrgan.io import any_image
@@ -163,6 +163,9 @@ def job_model(
     listed = sorted(read_list(joined, base_path=base_path or None), key=str)
     for path in listed:
         any_image.refuse_series(path, series)
+    if base_path and not os.path.isdir(base_path) and not any(map(os.path.lexists, listed)):
+        reason = f"none of its images is there, the first would be {listed[0]}: {base_path!r} stands before every entry"
+        raise InputError(joined, reason, "-dp is a folder, or what the paths of all images begin with")
     tasks = plan(listed, patch, step, result_folder_name)
     where = pick_device(device)
     source = weights.default_weights() if weights_path is None else Path(weights_path)

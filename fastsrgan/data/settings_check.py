@@ -23,6 +23,7 @@ from fastsrgan.volume.intensity import lifted
 from fastsrgan.volume.resample import SAME
 
 LABELS = "--label"  # what warnings about the choice of all label maps begin with
+FEW = 4  # slices through a head, below which a setting is told: little of it is left
 SHOWN = 20  # subjects that a message names for one fault
 
 
@@ -94,9 +95,21 @@ def full_subjects(store: Store, law: Degradation, axes: Axes | None) -> list[str
     return [f"{len(names)} of {counted(len(store.subjects), 'subject')}: {told}"] if names else []
 
 
+def few_slices(store: Store, law: Degradation, axes: Axes | None) -> list[str]:
+    """A line where the coarsest scan that may be drawn has fewer than ``FEW`` slices through the heads of subjects."""
+    found = [(s.id, n, low) for s in store.subjects for n, low in [min(_slices(s, law, axes))] if n < FEW]
+    if not found:
+        return []
+    names = [f"{name} ({n:.2g})" for name, n, _ in found]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    told = f"{found[0][2]:g} mm (-n) leave fewer than {FEW} slices of a head: {', '.join(names[:SHOWN])}{more}"
+    return [f"{len(found)} of {len(store.subjects)} subjects: {told}"]
+
+
 def odd_sizes(store: Store, law: Degradation, rule: PatchRule, axes: Axes | None) -> list[str]:
     """What the low resolution and the patches are odd for, a line each."""
-    return small_subjects(store, rule) + full_subjects(store, law, axes) + thick_order(law, axes)
+    more = full_subjects(store, law, axes) + few_slices(store, law, axes)
+    return small_subjects(store, rule) + more + thick_order(law, axes)
 
 
 def thick_order(law: Degradation, axes: Axes | None) -> list[str]:
@@ -172,6 +185,10 @@ def _faults(
         asked, own = (" x ".join(f"{s:g}" for s in sizes) for sizes in (_finest(law), subject.spacing))
         hint = "ask for the same or coarser with -n, or leave them out"
         found.append(_Fault(f"coarser than the low resolution of {asked} mm", f"{own} mm", hint))
+    few, thick = min(_slices(subject, law, axes))
+    if few < 1:
+        kind = f"no thicker than one slice of {thick:g} mm (-n)"
+        found.append(_Fault(kind, f"{few * thick:.3g} mm", "ask for slices of which several lie in a head"))
     why = "overlapping_with_mask" if rule.by_mask else "fit_mask"
     if not subject.has_image and (fit_mask or rule.by_mask):
         hint = f"{why} needs HR_image and Mask_image for every subject"
@@ -203,6 +220,16 @@ def _finest(law: Degradation) -> list[float]:
 
 def _stored(values: Sequence[float], subject: Subject, axes: Axes | None) -> tuple[float, ...]:
     return tuple(values) if axes is None else on_stored_axes(values, axes, subject.affine)
+
+
+def _slices(subject: Subject, law: Degradation, axes: Axes | None) -> list[tuple[float, float]]:
+    """(how many lie in the head, their thickness in mm) of the thickest slices that may be drawn, by stored axis. The
+    head is the box of what is above 0, the image where the store does not say it."""
+    coarsest = [max(sizes) for sizes in zip(*law.low_res, strict=True)]
+    lowest = mapping(subject.attrs.get("intensity")).get("min", 0)  # of an image with values below 0 nothing is air
+    box = (subject.attrs.get("bounding_box") if lowest >= 0 else None) or [(0, n) for n in subject.shape]
+    extent = [(stop - start) * own for (start, stop), own in zip(box, subject.spacing, strict=True)]
+    return [(mm / low, low) for mm, low in zip(extent, _stored(coarsest, subject, axes), strict=True)]
 
 
 def _too_coarse(subject: Subject, law: Degradation, axes: Axes | None) -> bool:

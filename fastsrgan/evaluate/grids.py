@@ -41,21 +41,23 @@ def onto_grid(
     name: str = "volume",
     notes: list[str] | None = None,
     scored: np.ndarray | None = None,
+    as_placed: bool = False,
 ) -> Volume:
     """``volume`` on the grid of ``like``: itself where the grids are one, else resampled in world space.
 
     Order 3 is the cubic spline (images), 0 the nearest voxel (labels); nothing is smoothed. Voxels whose centre lies
     outside the volume's field of view become 0. What was done is appended to ``notes``, or logged without them; where
     only a part ``scored`` (X, Y, Z) of the grid counts, what is missing there alone is told.
-    Raises InputError when the two do not overlap, and for the reference's array with a header that says nothing of its
-    place: resampling would put it into the wrong one.
+    Raises InputError when the two do not overlap, and, but with ``as_placed``, for the reference's array with a header
+    that says nothing of its place: resampling would put it into the wrong one.
     """
     if same_grid(volume, like):
         apart = difference(volume.affine, like.affine, like.data.shape)
         if notes is not None and apart.largest > EXACT * apart.size:
             notes.append(f"{name}: grid and the reference's are {apart}: taken as one, as headers are rounded")
         return volume
-    refuse_placeless(volume, like, name)
+    if not as_placed:
+        refuse_placeless(volume, like, name)
     matrix = np.linalg.inv(volume.affine) @ like.affine
     inside = _inside(matrix, volume.data.shape, like.data.shape)
     share = float(inside.mean())

@@ -310,6 +310,9 @@ def evaluate_bids(
     out, root = Path(derivatives), Path(truth)
     if not root.is_dir():
         raise InputError(root, "is no folder", "evaluate --bids DERIVATIVES DATASET")
+    if is_own(root) and not is_own(out):
+        reason = "holds results of fastsrgan, and is named where the truth is"
+        raise InputError(root, reason, "first the results, then the truth: evaluate --bids DERIVATIVES DATASET")
     # A result, this one or another, is no truth, wherever it lies.
     own = {real(made) for made in (root / "derivatives").glob("*") if is_own(made)} | {real(out)}
     items = [_item(image, root, len(choice.classes) > 1, own) for image in find_bids(out, desc="sr")]

@@ -224,6 +224,9 @@ class ItkFile(NiftiFile):
             self._check_plain(fields, at)
             return
         path, name = _itk_parts(self.path)[-1], fields.get(b"elementdatafile", fields.get(b"datafile", b""))
+        if name.upper() == b"LOCAL" and _number(fields.get(b"compresseddatasize")) < 1:
+            # MetaIO then unpacks nothing, and gives what lay in the memory.
+            raise InputError(self.path, "its voxels are packed and CompressedDataSize is missing", EXPORT_AGAIN)
         if name.upper().startswith(b"LIST") or b"%" in name or fields.get(b"lineskip", b"0") != b"0":
             raise InputError(self.path, "its packed voxels lie in several files or behind lines", EXPORT_AGAIN)
         with open_stream(path) as opened:
@@ -307,6 +310,8 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
         if (count > 1 and not listed) or kind is None:
             told = "has vectors, colours or complex numbers in each voxel"
             raise InputError(path, told, "save one component as a 3-D image")
+        if not listed and dims == 3 and b"nan" in fields.get(b"spacedirections", b"").lower():  # ITK takes it for 1 mm
+            raise InputError(path, "an axis of its space directions is no number (nan)", EXPORT_AGAIN)
         shape, dtype = (sizes[0], sizes[1], sizes[2]), np.dtype(kind)
         affine = np.eye(4)
         affine[:3, :3] = np.reshape(reader.GetDirection(), (dims, dims))[:3, :3] * np.array(reader.GetSpacing()[:3])

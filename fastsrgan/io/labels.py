@@ -24,6 +24,7 @@ CHOOSE = (
 )
 SHOWN = 12  # values, names that a message lists
 _MOST_BYTES = 1 << 22
+_NOTHING = frozenset(("n/a", "nan", "<na>"))  # an empty cell; NA may be a structure
 _SNAP = re.compile(r'\s*(\d+)\s.*"(.*)"\s*$')
 # Index and name in words, the colours behind it left out.
 _WORDS = re.compile(r"\s*\d+\s+(\S.*?)(?:\s+\d+){0,4}\s*$")
@@ -66,6 +67,8 @@ def structure(text: str, label: str | os.PathLike, table: str | os.PathLike | No
     names = read_names(path)
     words = _names_among(listed, names)
     values = [[int(word)] if word.isdigit() else _values(word, names, path) for word in words]
+    if any(0 in some for some in values):
+        raise _background(text)
     return Structure(name or text, frozenset().union(*values))
 
 
@@ -87,13 +90,25 @@ def _parts(text: str) -> tuple[str, str, str, list[str]]:
             "--label-classes", f"{text!r} names several structures", "one choice for each; in a table's cell A=1|B=2"
         )
     words = [word for word in re.split(r"[,;+\s]+", listed) if word]
+    if "=" in text and not name:
+        raise UsageError("--label-classes", f"{text!r} has no name before =", "NAME=3,42, or the values alone")
+    if nothing := [word for word in (name, *words) if word.casefold() in _NOTHING]:
+        reason = f"{nothing[0]} stands for an empty cell and names no structure"
+        raise UsageError("--label-classes", reason, "NAME=3,42, or the values alone")
     if not words:
         raise UsageError(
             "--label-classes", f"{text!r} names no class", "values such as 3,42, or names of a lookup table"
         )
     if odd := [word for word in words if re.fullmatch(r"[-\u2212]\d+|-?\d*\.\d+", word)]:
-        raise UsageError("--label-classes", f"{odd[0]} is no value of a label", "whole numbers from 0 up, or names")
+        raise UsageError("--label-classes", f"{odd[0]} is no value of a label", "whole numbers from 1 up, or names")
+    if any(word.isdigit() and not int(word) for word in words):
+        raise _background(text)
     return text, name, listed, words
+
+
+def _background(text: str) -> UsageError:
+    reason = f"{text!r} takes the value 0, which is what lies outside of all structures"
+    return UsageError("--label-classes", reason, "values from 1 up; give the structure another number if it is 0")
 
 
 def structures(
@@ -152,6 +167,7 @@ def read_names(path: str | os.PathLike) -> dict[str, list[int]]:
             cells = row.split("\t")
             if len(cells) > max(at, called) and cells[at].strip().isdigit():
                 names.setdefault(cells[called].strip(), []).append(int(cells[at]))
+        names = {name: values for name, values in names.items() if name.casefold() not in _NOTHING}
     else:
         for row in rows:
             if match := _SNAP.match(row) or _LINE.match(row):

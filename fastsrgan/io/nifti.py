@@ -140,6 +140,8 @@ def load_label(
         file.warnings.append(f"the label holds none of the values {', '.join(map(str, sorted(classes)))}: it is empty")
     elif present == [0]:
         file.warnings.append(f"the {kind} is empty: every voxel is 0")
+    elif kind == "label" and 0 not in present and (classes is not None or len(present) == 1):
+        file.warnings.append("the label covers every voxel: nothing lies outside the structure")
     affine = file.affine
     if like is not None and placed is not None:
         affine, (turn, told) = np.array(like.affine, float), placed
@@ -335,8 +337,11 @@ def _label_values(
     outside = (chunk < 0) | (chunk > largest)
     if outside.any():
         ways = {"label": "choose the structure with --label-classes", "mask": "make it 1 inside and 0 outside"}
-        hint = f"0 to {largest} are allowed: {ways.get(kind, 'give its structures other numbers')}"
-        raise InputError(file.path, f"the {kind} holds the value {chunk[outside][0]:.10g}", hint)
+        value = chunk[outside][0]
+        way = ways.get(kind, "give its structures other numbers")
+        if kind == "label" and value < 0:  # no choice can name it
+            way = "give what is below 0 another number, or choose other values with --label-classes"
+        raise InputError(file.path, f"the {kind} holds the value {value:.10g}", f"0 to {largest} are allowed: {way}")
     return chunk
 
 

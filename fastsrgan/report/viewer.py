@@ -173,7 +173,7 @@ def linear_estimate(
         if seen is None or seen.is_identity:
             return None
         if truth is not None:
-            there = onto_grid(truth, sr, notes=[]).data
+            there = onto_grid(truth, sr, notes=[], as_placed=True).data
             made = best_linear(spline.data, low.data, there, seen)
             weight = "w the best of eight and infinity by the truth"
         else:

@@ -172,17 +172,19 @@ def adapt(
     network : interpolated image -> the network's, (X, Y, Z) float32 in the scan's intensities, at most ``largest``
     believed, down, weight : what the result will be made to agree with, D across its slices (z, Z), and w
     spacing_mm, voxel_mm : of the slices, and of the result across them
-    floor : the least intensity there is
+    floor : the least intensity there is; where the scan has none above 0, all count from its lowest value
     device : where it is learned and applied
     """
     ratio = float(spacing_mm / voxel_mm)
-    unit = bright([np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, ACROSS)])
-    here = _block(scan_xyz, sr_XYZ.shape, largest, TISSUE * unit)
+    top = bright([np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, ACROSS)])
+    low = 0.0 if top > 0 else float(scan_xyz.min())  # where nothing is above 0, intensities count from the lowest
+    unit = top - low
+    here = _block(scan_xyz, sr_XYZ.shape, largest, low + TISSUE * unit)
     shape = tuple(part.stop - part.start for part in here)
     if min(shape) < SMALLEST or min(shape[:ACROSS]) < FEWEST * ratio or unit <= 0:
         reason = f"a block of {' x '.join(map(str, shape))} voxels is too small to be tried"
         return {"trials": 0, "reason": reason if unit > 0 else "the scan has no bright voxels"}
-    truth = torch.from_numpy(np.array(sr_XYZ[here], np.float32, order="C"))
+    truth = torch.from_numpy(np.array(sr_XYZ[here], np.float32, order="C") - low)
     noise = noise_sd(scan_xyz, ACROSS) or 0.0
     told = (believed.profile, believed.width_mm)
     cut_by, counts = [told, told], (1.0, 1.0)
@@ -200,12 +202,13 @@ def adapt(
         order = (0, 1) if axis else (1, 0)
         profiles = [(first, second)[i] for i in order]
         scan = torch.cat(
-            [_cut(half, cut, noise, floor, axis) for half, cut in zip(halves, profiles, strict=True)], 1 - axis
+            [_cut(half, cut, noise, floor - low, axis) for half, cut in zip(halves, profiles, strict=True)],
+            1 - axis,
         )
         x = scan @ _transposed(spline_matrix(len(own), n, 1 / ratio), scan)
         each = [torch.full(half.shape[:ACROSS], counts[i]) for half, i in zip(halves, order, strict=True)]
         turned, scan, x, made, counted = (
-            v.to(device) for v in (turned, scan, x, network(x), torch.cat(each, 1 - axis))
+            v.to(device) for v in (turned, scan, x, network(x + low) - low, torch.cat(each, 1 - axis))
         )
         trials.append(Trial(turned, scan, x, made, own, counted))
     with unrounded(torch.device(device)):
@@ -213,7 +216,9 @@ def adapt(
         said = {"trials": len(trials), "gain_db": learned.gain_db, "gain_db_without": learned.gain_db_without}
         if not learned.gain_db > learned.gain_db_without:
             return said | {"reason": "nothing was gained on the trials, the image stays the network's"}
-        adapt_(sr_XYZ, start, learned, ratio, down, weight, unit)
+        sr_XYZ -= low
+        adapt_(sr_XYZ, lambda first, stop: start(first, stop) - low, learned, ratio, down, weight, unit)
+        sr_XYZ += low
     return said
 
 
