@@ -1,5 +1,6 @@
 """The last step of an inference: SR, acquired again, is the scan; exact zeros stay; nothing else is touched."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -62,6 +63,18 @@ def test_with_a_small_weight_the_result_acquired_again_is_the_scan(generator, sc
     # Found: 9e-8 (rounding)
     assert [told["residual_percent"], told["residual_percent_without"]] == pytest.approx(rms, rel=1e-6)
     assert alone.report["agree"] is None
+
+
+def test_how_far_a_result_is_from_the_scan_does_not_depend_on_where_its_zero_is(generator, scan):
+    """Below 0 intensities count from the lowest: an image moved far down would else agree with anything."""
+    knows = copy.deepcopy(generator)
+    knows.spec = replace(generator.spec, shifted=True)
+    told = [
+        infer_volume(scan - np.float32(low), AFFINE, knows, **FAST, agree=0.05, profile="box").report["agree"]
+        for low in (20, 1000)
+    ]
+    for name in ("residual_percent", "residual_percent_without", "residual_percent_network"):
+        assert told[1][name] == pytest.approx(told[0][name], rel=1e-4) and told[0][name] > 0.01, name  # found: 1.7e-6
 
 
 def test_auto_takes_a_narrow_profile_and_a_weight_that_grows_with_the_noise(generator):

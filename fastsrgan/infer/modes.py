@@ -435,7 +435,7 @@ def finish(
         free = _free(what.seen)
         found = residual(turned, scan, what.seen, SLAB_BYTES, free[0] if free else 0)
         weight, noise = _weight(found, scan, what)
-        size = _energy(scan)
+        size = _energy(scan, min(0.0, float(scan.min())))  # where values go below 0, what lies above the lowest
         before = own = _percent(_energy(found), size)
         del found
         if what.adapt:
@@ -509,8 +509,8 @@ def _percent(left: float, whole: float) -> float:
     return 100 * math.sqrt(left / whole) if whole else 0.0
 
 
-def _energy(array: np.ndarray) -> float:
-    return sum(float(np.sum(np.square(plane, dtype=np.float64))) for plane in array)
+def _energy(array: np.ndarray, zero: float = 0.0) -> float:
+    return sum(float(np.sum(np.square(plane - zero if zero else plane, dtype=np.float64))) for plane in array)
 
 
 def _free(seen: Observation) -> list[int]:
