@@ -70,13 +70,15 @@ def test_rounded_headers_are_one_grid_for_labels_masks_and_scores(tmp_path, name
 
 
 def test_what_is_taken_for_one_grid_and_differs_visibly_is_told(tmp_path):
-    nib.save(nib.Nifti1Image(np.ones(SHAPE, np.uint8), ROUNDED["a qform tilted by 0.1 degrees"]), tmp_path / "m.nii.gz")
+    label = np.zeros(SHAPE, np.uint8)
+    label[1:] = 1
+    nib.save(nib.Nifti1Image(label, ROUNDED["a qform tilted by 0.1 degrees"]), tmp_path / "m.nii.gz")
     like = Volume(np.zeros(SHAPE, np.float32), PLACE)
     told = images.load_label(tmp_path / "m.nii.gz", like).warnings
     far = 255 * np.radians(0.1)
     assert any(f"up to {np.hypot(far, 39 * np.radians(0.1)):.3g} mm apart" in text for text in told), told
     for shift, seen in ((0.02, True), (0.005, False)):  # voxels
-        nib.save(nib.Nifti1Image(np.ones(SHAPE, np.uint8), changed(a03=shift)), tmp_path / "m.nii.gz")
+        nib.save(nib.Nifti1Image(label, changed(a03=shift)), tmp_path / "m.nii.gz")
         assert bool(images.load_label(tmp_path / "m.nii.gz", like).warnings) == seen
 
 
