@@ -185,7 +185,7 @@ OTHER_MEANINGS = {
         + ("volume/adapt.py", "volume/consistency.py", "volume/profile.py", "volume/resample.py"),
         PROFILE,
     ),
-    "dice": dict.fromkeys(("config.py", "losses.py", "train/loop.py", "train/objectives.py"), LOSS)
+    "dice": dict.fromkeys(("config.py", "losses.py", "report/curves.py", "train/loop.py", "train/objectives.py"), LOSS)
     | {"study/plots.py": PAPER, "model/purpose.py": "what a card says of a contrast"}
     | {"cli/train.py": "a word of the last line"},
     "components": {"volume/components.py": "before a filter", "study/plots.py": PAPER},
@@ -199,6 +199,7 @@ READ_IN = {
         {"train/loop.py", "train/snapshots.py"},
         "where it sets the rates, and where a resumed run says that other epochs change them",
     ),
+    "flips": ({"train/loop.py", "train/snapshots.py"}, "where patches are mirrored, and where weights say so"),
     "ema": ({"train/gan.py", "train/loop.py"}, "where it averages, and where a run too short for it is warned of"),
 }
 
