@@ -234,13 +234,13 @@ def test_an_entry_is_named_in_one_source_file_or_two(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "files"),
-    [pytest.param(name, READ[name], id=name) for name in SETTINGS]
-    + [pytest.param(name, ASKED[name], id=f"infer {name}") for name in options()],
+    ("files", "also"),
+    [pytest.param(READ[name], READ_IN.get(name), id=name) for name in SETTINGS]
+    + [pytest.param(ASKED[name], None, id=f"infer {name}") for name in options()],
 )
-def test_a_setting_or_an_option_is_read_where_it_acts_and_nowhere_else(name, files):
+def test_a_setting_or_an_option_is_read_where_it_acts_and_nowhere_else(files, also):
     """Beside its row: in two files it is named."""
-    assert files == READ_IN[name][0] if name in READ_IN else len(files) <= 1, files
+    assert files == also[0] if also else len(files) <= 1, files
 
 
 def test_the_holders_that_are_counted_are_those_there_are():
