@@ -216,9 +216,12 @@ def adapt(
         said = {"trials": len(trials), "gain_db": learned.gain_db, "gain_db_without": learned.gain_db_without}
         if not learned.gain_db > learned.gain_db_without:
             return said | {"reason": "nothing was gained on the trials, the image stays the network's"}
-        sr_XYZ -= low
-        adapt_(sr_XYZ, lambda first, stop: start(first, stop) - low, learned, ratio, down, weight, unit)
-        sr_XYZ += low
+        if not low:
+            adapt_(sr_XYZ, start, learned, ratio, down, weight, unit)
+        else:  # two more passes, of what may be files
+            sr_XYZ -= low
+            adapt_(sr_XYZ, lambda first, stop: start(first, stop) - low, learned, ratio, down, weight, unit)
+            sr_XYZ += low
     return said
 
 
