@@ -398,7 +398,7 @@ def test_a_scan_wholly_below_0_is_adapted_as_the_one_that_is_moved_up():
         )  # fmt: skip
         made.append(image - np.float32(low))
         gains.append((told["trials"], told["gain_db"]))
-    assert gains[1] == (2, pytest.approx(gains[0][1], abs=0.05))  # found: 0
+    assert gains[1] == (2, pytest.approx(gains[0][1], abs=0.05))  # found: 0; learning makes rounding larger
     assert all(np.abs(v - base.numpy()).mean() > 0.001 for v in made)  # found: 0.0064
 
 

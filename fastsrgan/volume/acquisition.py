@@ -227,12 +227,18 @@ def bright(parts: Sequence[np.ndarray]) -> float:
     return float(np.percentile(np.concatenate([part[::2, ::2].ravel() for part in parts]), 99.9))
 
 
-def tissue_level(parts: Sequence[np.ndarray]) -> float:
-    """What is brighter than air in some planes: ``TISSUE`` of their 99.9th percentile; where that is not above 0, both
-    count from the lowest value."""
+def lowest_and_unit(parts: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Where the intensities of some planes count from, and how far above it their 99.9th percentile is: from 0, or
+    where that is not above 0 from the lowest value."""
     top = bright(parts)
     low = 0.0 if top > 0 else float(min(part.min() for part in parts))
-    return low + TISSUE * (top - low)
+    return low, top - low
+
+
+def tissue_level(parts: Sequence[np.ndarray]) -> float:
+    """What is brighter than air in some planes: ``TISSUE`` of the unit above where their intensities count from."""
+    low, unit = lowest_and_unit(parts)
+    return low + TISSUE * unit
 
 
 def _windows(plane: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ from torch.nn.functional import conv1d, pad, silu
 
 from fastsrgan.core.draws import rng
 from fastsrgan.core.kernels import unrounded
-from fastsrgan.volume.acquisition import GUESSED, TISSUE, Assumed, bright, noise_sd, sampled
+from fastsrgan.volume.acquisition import GUESSED, TISSUE, Assumed, lowest_and_unit, noise_sd, sampled
 from fastsrgan.volume.consistency import back_matrix
 from fastsrgan.volume.resample import apply_axes, check_profile, slice_profile_matrix, spline_matrix
 
@@ -176,9 +176,7 @@ def adapt(
     device : where it is learned and applied
     """
     ratio = float(spacing_mm / voxel_mm)
-    top = bright([np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, ACROSS)])
-    low = 0.0 if top > 0 else float(scan_xyz.min())  # where nothing is above 0, intensities count from the lowest
-    unit = top - low
+    low, unit = lowest_and_unit([np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, ACROSS)])
     here = _block(scan_xyz, sr_XYZ.shape, largest, low + TISSUE * unit)
     shape = tuple(part.stop - part.start for part in here)
     if min(shape) < SMALLEST or min(shape[:ACROSS]) < FEWEST * ratio or unit <= 0:
