@@ -9,8 +9,9 @@ Each volume is one brain under rotation, scaling by 0.72 to 1.4 (ages and voxel 
 field; in 45 % its intensities are drawn about the tissues' own means, or freely; in 35 % it gets fluid, skull and
 scalp, so that a scan need not be stripped. --smooth is the second stage: images less often sharpened, often smoother
 than the atlas. --strip is the fifth: without a head around it, a brain loses its outer fluid, wholly or but for a rim,
-in 40 %, and has a darker one in 30 %, as brain extraction and other sequences leave it. Everything follows from the
-number of the volume.
+in 40 %, and has a darker one in 30 %, as brain extraction and other sequences leave it. --maps is the sixth: the brains
+are those of FOLDER (NAME_tissues.nii.gz of tools/folded_tissues.py, without images), scaled by 0.7 to 1.05; their
+intensities are drawn about the means of ATLAS, or freely. Everything follows from the number of the volume.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from scipy import ndimage
 from fastsrgan.core.files import atomic_write
 
 CORTEX, FLUID, VOXEL_MM, LARGEST = 5, 4, 0.8, 150
+SCALES, MAPS = (0.72, 1.4), (0.7, 1.05)  # of the atlas's brains and of those of --maps
 FULL = 20000  # the stored value of intensity 1
 
 
@@ -47,11 +49,13 @@ def texture(draw: np.random.Generator, shape: list[int], sigma: float) -> np.nda
     return noise / noise.std()
 
 
-def places(draw: np.random.Generator, tissues: np.ndarray, head: bool) -> tuple[np.ndarray, list[int]]:
+def places(
+    draw: np.random.Generator, tissues: np.ndarray, head: bool, scales: tuple[float, float]
+) -> tuple[np.ndarray, list[int]]:
     """Where each voxel of the new volume lies in the atlas, (3, X, Y, Z), and its size."""
     inside = np.argwhere(tissues > 0)
     low, high = inside.min(0), inside.max(0) + 1
-    scale = float(np.exp(draw.uniform(np.log(0.72), np.log(1.4))))
+    scale = float(np.exp(draw.uniform(*np.log(scales))))
     pad = 18 if head else 6
     size = [min(LARGEST, int(np.ceil((h - m) * scale * 1.08)) + 2 * pad) for m, h in zip(low, high, strict=True)]
     turn = np.eye(3)
@@ -148,10 +152,12 @@ def main() -> None:
     p.add_argument("--hold-out", nargs="*", default=["GA34_operated", "GA25_notoperated"], metavar="NAME")
     p.add_argument("--smooth", action="store_true")
     p.add_argument("--strip", action="store_true")
+    p.add_argument("--maps", type=Path, metavar="FOLDER")
     args = p.parse_args()
     names = sorted(path.name[: -len("_T2w.nii.gz")] for path in args.atlas.glob("*_T2w.nii.gz"))
     names = [name for name in names if name not in args.hold_out]
-    brains, facts = [], []
+    brains: list[tuple[np.ndarray | None, np.ndarray]] = []
+    facts = []
     for name in names:
         image = load(args.atlas / f"{name}_T2w.nii.gz").astype(np.float32)
         image = np.clip(image / np.percentile(image[image > 0], 99.9), 0, 1.3)
@@ -160,6 +166,9 @@ def main() -> None:
         held = [image[tissues == value] for value in range(1, 9)]
         facts.append([(v.mean(), v.std()) if v.size else (np.nan, np.nan) for v in held])
     means, sds = np.nanmean(facts, 0).T
+    if args.maps:
+        found = sorted(args.maps.glob("*_tissues.nii.gz"))
+        brains = [(None, load(path).astype(np.uint8)) for path in found if path.name.split("_")[0] not in args.hold_out]
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(args.first, args.first + args.volumes):
@@ -170,10 +179,10 @@ def main() -> None:
         draw = np.random.default_rng((args.seed, number))
         image, tissues = brains[number % len(brains)]
         head = draw.random() < 0.35
-        at, size = places(draw, tissues, head)
+        at, size = places(draw, tissues, head, MAPS if args.maps else SCALES)
         labels = ndimage.map_coordinates(tissues, at, order=0)
         cortex = ndimage.map_coordinates((tissues == CORTEX).astype(np.float32), at, order=1) > 0.5
-        if draw.random() < 0.45:
+        if draw.random() < 0.45 or image is None:
             made = drawn_contrast(draw, labels, means, sds, args.smooth)
         else:
             made = own_contrast(draw, ndimage.map_coordinates(image, at, order=3), labels, args.smooth)
