@@ -508,6 +508,14 @@ def test_the_self_test_names_a_cudnn_release_that_is_slow_in_half_precision(monk
     self_test.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_only_half_types_are_cast_to_and_torch_warns_of_none(recwarn, dtype):
+    """Float64, that of the self-test's truth, brought a warning about autocast at the beginning of every training."""
+    with Arithmetic(torch.device("cpu"), dtype).autocast():
+        assert torch.is_autocast_enabled("cpu") is (dtype == torch.bfloat16)
+    assert not recwarn.list
+
+
 def test_an_arithmetic_says_what_it_is():
     gpu = torch.device("cuda")
     assert str(Arithmetic(gpu)) == "fp32, contiguous"

@@ -66,7 +66,7 @@ class Arithmetic:
 
     def autocast(self) -> AbstractContextManager:
         """The context of a forward pass."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16))
 
     @contextlib.contextmanager
     def flags(self) -> Iterator[None]:
