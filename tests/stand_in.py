@@ -252,6 +252,7 @@ def _patches(mode: StandIn) -> Iterator[Any]:
         "memory_reserved": lambda device=None: 0,
         "max_memory_reserved": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,
+        "set_sync_debug_mode": lambda mode: None,
         "manual_seed_all": lambda seed: None,
         "current_stream": lambda device=None: _Stream(),
         "stream": lambda stream: contextlib.nullcontext(),

@@ -209,6 +209,13 @@ def test_patches_hang_over_the_edges_of_small_volumes_with_zeros():
     assert set(origins[:, 0]) == {-2}
 
 
+@pytest.mark.parametrize("origin", [(9, 0, 0), (5, 1, 1), (0, -8, 0), (0, 0, 20), (-20, 40, 0)])
+def test_a_patch_beside_its_volume_is_zero(origin):
+    out = torch.full((8, 8, 8), torch.nan)
+    copy_patch(out, torch.ones(5, 9, 20), np.array(origin))
+    assert (out == 0).all()
+
+
 def test_mask_rule_keeps_patches_with_more_than_half_inside():
     mask = np.zeros((16, 16, 16), np.uint8)
     mask[:9] = 1

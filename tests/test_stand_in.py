@@ -1,6 +1,8 @@
 """The whole way on a device that the package takes for a GPU (stand_in.py): nothing mixes its memory with the host's,
 and what comes out is what the CPU gives."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,12 @@ from scipy import ndimage
 from stand_in import CUDA, StandIn, stand_in
 
 import fastsrgan
+from bench.common import texture
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.observation.synthesis import Synthesis, synthesise
 from fastsrgan.train.run import train
 from fastsrgan.volume import adapt
+from tools import gpu_check, gpu_parts, gpu_training
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: tools/gpu_check.py asks it")
 
@@ -169,6 +173,28 @@ def test_a_training_is_the_cpus(tmp_path, name):
         told = [key for key in here if key[:2] in ("g_", "d_")]
         assert len(told) == (4 if "lambda_adv" in changes else 8)
         np.testing.assert_allclose([there[k] for k in told], [here[k] for k in told], rtol=3e-3, atol=1e-6)
+
+
+def checked(part: str) -> dict[str, gpu_parts.Check]:
+    context = gpu_parts.Context(CUDA, 300.0, inside_sanitizer=True)
+    context.deadline = time.monotonic() + context.budget
+    return {check.name: check for check in gpu_check.run_part(part, context)}
+
+
+def test_kernels_are_their_plain_bodies_on_the_host(cuda):
+    """The part of tools/gpu_check.py, in which each side runs its own form: patches beside their volume failed on the
+    host, so that it could have passed on no GPU."""
+    checks = checked("kernels")
+    assert len(checks) > 20 and all(c.passed for c in checks.values()), [c for c in checks.values() if not c.passed]
+    assert sum(name.startswith("gather_patches") for name in checks) >= 6
+
+
+def test_volumes_that_threads_bring_to_the_device_are_the_hosts(cuda, monkeypatch):
+    monkeypatch.setattr(gpu_training, "texture", lambda shape: texture([min(n, 64) for n in shape]))
+    checks = checked("feed")
+    mine = [c for name, c in checks.items() if name.startswith("threads ") and "epoch" in name]
+    assert len(mine) >= 2 and all(c.passed and c.facts["on the device"] for c in mine)
+    assert checks["DALI plain"].passed is None, "DALI asks the driver itself"
 
 
 def test_images_are_made_of_labels_on_the_device(cuda):

@@ -27,6 +27,7 @@ from fastsrgan.core.files import atomic_write
 
 CORTEX, FLUID, VOXEL_MM, LARGEST = 5, 4, 0.8, 150
 SCALES, MAPS = (0.72, 1.4), (0.7, 1.05)  # of the atlas's brains and of those of --maps
+HELD_OUT = ["GA34_operated", "GA25_notoperated"]
 FULL = 20000  # the stored value of intensity 1
 
 
@@ -141,6 +142,26 @@ def with_other_fluid(draw: np.random.Generator, image: np.ndarray, labels: np.nd
     return image
 
 
+def read_atlas(
+    folder: Path, held_out: list[str]
+) -> tuple[list[tuple[np.ndarray | None, np.ndarray]], np.ndarray, np.ndarray]:
+    """Image and tissues of each brain, and mean and standard deviation of the eight tissues."""
+    brains: list[tuple[np.ndarray | None, np.ndarray]] = []
+    facts = []
+    for path in sorted(folder.glob("*_T2w.nii.gz")):
+        name = path.name[: -len("_T2w.nii.gz")]
+        if name in held_out:
+            continue
+        image = load(path).astype(np.float32)
+        image = np.clip(image / np.percentile(image[image > 0], 99.9), 0, 1.3)
+        tissues = load(folder / f"{name}_tissues.nii.gz").astype(np.uint8)
+        brains.append((image, tissues))
+        held = [image[tissues == value] for value in range(1, 9)]
+        facts.append([(v.mean(), v.std()) if v.size else (np.nan, np.nan) for v in held])
+    means, sds = np.nanmean(facts, 0).T
+    return brains, means, sds
+
+
 def main() -> None:
     """One volume after the other; those that are there are kept."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -149,26 +170,15 @@ def main() -> None:
     p.add_argument("--volumes", type=int, default=60)
     p.add_argument("--first", type=int, default=0)
     p.add_argument("--seed", type=int, default=77)
-    p.add_argument("--hold-out", nargs="*", default=["GA34_operated", "GA25_notoperated"], metavar="NAME")
+    p.add_argument("--hold-out", nargs="*", default=HELD_OUT, metavar="NAME")
     p.add_argument("--smooth", action="store_true")
     p.add_argument("--strip", action="store_true")
     p.add_argument("--maps", type=Path, metavar="FOLDER")
     args = p.parse_args()
-    names = sorted(path.name[: -len("_T2w.nii.gz")] for path in args.atlas.glob("*_T2w.nii.gz"))
-    names = [name for name in names if name not in args.hold_out]
-    brains: list[tuple[np.ndarray | None, np.ndarray]] = []
-    facts = []
-    for name in names:
-        image = load(args.atlas / f"{name}_T2w.nii.gz").astype(np.float32)
-        image = np.clip(image / np.percentile(image[image > 0], 99.9), 0, 1.3)
-        tissues = load(args.atlas / f"{name}_tissues.nii.gz").astype(np.uint8)
-        brains.append((image, tissues))
-        held = [image[tissues == value] for value in range(1, 9)]
-        facts.append([(v.mean(), v.std()) if v.size else (np.nan, np.nan) for v in held])
-    means, sds = np.nanmean(facts, 0).T
+    brains, means, sds = read_atlas(args.atlas, args.hold_out)
     if args.maps:
         found = sorted(args.maps.glob("*_tissues.nii.gz"))
-        brains = [(None, load(path).astype(np.uint8)) for path in found if path.name.split("_")[0] not in args.hold_out]
+        brains = [(None, load(path).astype(np.uint8)) for path in found]
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(args.first, args.first + args.volumes):

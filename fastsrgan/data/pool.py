@@ -343,12 +343,14 @@ def _one_hot(out_CPPP: Tensor, resident: Resident, origin: Sequence[int]) -> Non
 
 def copy_patch(out_PPP: Tensor, volume_XYZ: Tensor, origin: Sequence[int] | np.ndarray) -> None:
     """Copy the patch at ``origin`` into ``out``, converting its type; zeros where it hangs over an edge."""
-    source, target, inside = [], [], True
+    source, target, inside, outside = [], [], True, False
     for o, p, n in zip(origin, out_PPP.shape, volume_XYZ.shape, strict=True):
         low, high = max(int(o), 0), min(int(o) + p, n)
         source.append(slice(low, high))
         target.append(slice(low - int(o), high - int(o)))
         inside &= high - low == p
+        outside |= high <= low
     if not inside:
         out_PPP.zero_()
-    out_PPP[tuple(target)].copy_(volume_XYZ[tuple(source)])
+    if not outside:
+        out_PPP[tuple(target)].copy_(volume_XYZ[tuple(source)])
