@@ -336,6 +336,14 @@ def test_progress_of_a_run_that_goes_on_within_an_epoch_counts_what_is_left(stor
     assert sum(line[0] for line in progress.lines if len(line) == 2) == 3 + 4
 
 
+def test_progress_names_the_part_of_an_epoch_whose_subjects_are_in_memory(store, tmp_path):
+    """Counts began anew within an epoch, and nothing said of what."""
+    progress = Noting()
+    train(store, tmp_path / "run", CONFIG.replace(resident_subjects=1, epochs=1), progress=progress)
+    begun = [line[0] for line in progress.lines if len(line) == 3]
+    assert begun == ["training epoch 1/1, part 1/2", "training epoch 1/1, part 2/2"]
+
+
 # --- TensorBoard --------------------------------------------------------------------------------------------------
 
 

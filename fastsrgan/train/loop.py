@@ -139,7 +139,8 @@ def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest
         return
     if run.first and not at.updates:
         tell_if_short(c, min(at.steps * turn.groups, c.steps_per_epoch or math.inf) * len(numbered(c)))
-    run.progress.start(f"training epoch {turn.epoch}/{run.last_epoch}", at.steps - at.step, "update")
+    part = f", part {turn.group + 1}/{turn.groups}" if turn.groups > 1 else ""  # its subjects fit into memory
+    run.progress.start(f"training epoch {turn.epoch}/{run.last_epoch}{part}", at.steps - at.step, "update")
     last: Told | None = None
     for indices in pool.generator_batches(run.batch, at.step, steps=batches):
         if at.step >= at.steps:
