@@ -169,6 +169,13 @@ class Lasting:
         return getattr(self._stream, name)
 
 
+class Named(Lasting):
+    """A stream for results, whose errors say which stream it was."""
+
+    def _drop(self, error: OSError) -> None:
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
 def open_streams() -> None:
     """Give closed standard streams a place that swallows all, so that no file of the job gets their numbers."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -178,6 +185,8 @@ def open_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
     if not isinstance(sys.stderr, Lasting):
         sys.stderr = Lasting(sys.stderr)
+    if not isinstance(sys.stdout, Named):
+        sys.stdout = Named(sys.stdout)
 
 
 @contextlib.contextmanager
