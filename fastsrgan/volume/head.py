@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastsrgan.volume.intensity import TIMES
-
 LEVEL = 0.1  # of the brightest voxels: above it is tissue, below it air and its noise
+TIMES = 5.0  # times as far from all others as those span, from which on a value is an outlier
 MARK = 5.0  # times as far below 0 as tissue is above it, from which on a lowest value is no intensity
 MANY = 0.05  # of all voxels; found: 0.02 of air with noise of 5 % about 0, 0.8 of heads less their mean
 SHARE = 0.002  # of a plane's voxels that must be tissue for the plane to belong to a head
