@@ -382,7 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse_idle(_below(parser, args.command), args)
         if getattr(args, "label_names", None) or getattr(args, "label_classes", None):
             with loading():
-                from fastsrgan.io.labels import check_given, read_names
+                from fastsrgan.io.labels import check_given, read_names, rejoined
+            args.label_classes = args.label_classes and rejoined(args.label_classes)
             if args.label_names:  # read when a name is to be found, or never
                 read_names(args.label_names)
             check_given(args.label_classes or (), args.label_names, args.command in ("convert", "study"))
