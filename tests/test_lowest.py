@@ -26,6 +26,8 @@ SOFT = np.where(PADDED, -32768 * RNG.uniform(0.8, 1, SCAN.shape), SCAN)  # as pa
         ((SCAN - 1000) / 600, -1000 / 600),
         (SCAN - 3400, -3400),  # a few voxels above 0
         (SCAN - 4000, -4000),
+        (SCAN - 40000, -40000),  # of a span that is small beside it
+        (np.where(PADDED, -90000, SCAN - 4000), -4000),
         (SCAN + RNG.normal(0, 175, SCAN.shape), 0),  # noise about 0
         (SCAN - 100, 0),  # no further below than noise is
         (np.where(PADDED, -32768, SCAN), 0),

@@ -38,10 +38,11 @@ def lowest(data_XYZ: np.ndarray) -> float:
     if low < rest - TIMES * (float(others.max()) - rest):
         low, some = rest, others
     above = some[some > 0]
-    bright = float(np.percentile(above, 99.5)) if above.size else 0.0
-    share = MANY
+    if not above.size:
+        return low
+    bright, share = float(np.percentile(above, 99.5)), MANY
     if low < -MARK * bright:
-        some, share = some[some > (1 - LEVEL) * low], 0.5
+        some, share = some[some > low + LEVEL * (float(above.max()) - low)], 0.5
     many = np.count_nonzero(some < -LEVEL * bright) > share * some.size
     return low if low < 0 and many else 0.0
 
