@@ -382,15 +382,16 @@ def test_slices_too_thick_for_the_block_and_scans_without_a_bright_voxel_are_sai
         assert told == {"trials": 0, "reason": reason}
 
 
-def test_a_scan_wholly_below_0_is_adapted_as_the_one_that_is_moved_up():
-    """Where nothing is above 0, intensities count from the lowest value: the trials gain the same, and the image
-    is adapted."""
+@pytest.mark.parametrize("down_by", [4.0, 1.0])
+def test_a_scan_with_values_below_0_is_adapted_as_the_one_that_is_moved_up(down_by):
+    """Nothing above 0, or a part of it as in z-scores: intensities count from the lowest value, so that the trials
+    gain the same and the image is adapted alike."""
     truth = textured(6, (48, 48, 48)).clamp(min=0)
     scan, start, down = thick(truth)
     truth, scan, start = (v - scan.min() for v in (truth, scan, start))  # the scan's lowest value is 0
     base = start + 0.5 * (truth - start)
     made, gains = [], []
-    for low in (0.0, -4.0):
+    for low in (0.0, -down_by):
         image = (base + low).numpy().copy()
         told = adapt.adapt(
             image, scan.numpy() + np.float32(low), lambda a, b, x=start + low: x[a:b], lambda x: x,

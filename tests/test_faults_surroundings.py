@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,18 @@ def test_standard_streams_that_are_closed_or_that_nobody_reads_change_no_exit_co
         assert command(tmp_path / "c", *words, streams={2: kind}).code == code
     found = command(tmp_path / "d", "--help", streams={1: "closed"})
     assert found.code == 0 and not found.err, found
+
+
+@pytest.mark.fault(24, 45)
+@pytest.mark.parametrize("words", [("--help",), ("infer", "--help"), ("--version",), ("doctor",), ()])
+def test_standard_output_on_a_full_disk_is_an_error_that_names_it(tmp_path, words):
+    """Help and version ended with 0: argparse swallows it."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fastsrgan", *words], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    one_line(done.stderr, "standard output: No space left on device")
+    assert done.returncode == 5
 
 
 @pytest.mark.fault(46)

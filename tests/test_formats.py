@@ -585,3 +585,96 @@ def test_axes_of_an_nrrd_that_are_no_volumes_are_refused_with_what_to_write(tmp_
     (tmp_path / "b.nrrd").write_bytes(b"".join(lines).replace(b"encoding", b"spacings: nan 1 2 3\nencoding"))
     with pytest.raises(InputError, match="axis 0 has no voxel size"):
         images.load(tmp_path / "b.nrrd", volume=0)
+
+
+def write_slices(folder, names, of="mhd", named=None):
+    """HEAD as a header and a file for each slice; ``named`` in the header's place of ``names``."""
+    for name, plane in zip(names, np.moveaxis(HEAD, 2, 0), strict=False):
+        plane.astype("<i2").T.tofile(folder / name)
+    sizes = " ".join(map(str, HEAD.shape))
+    text = {
+        "mhd": f"NDims = 3\nBinaryData = True\nElementSpacing = 1 1 3\nDimSize = {sizes}\nElementType = MET_SHORT\n"
+        "ElementDataFile = ",
+        "nhdr": f"NRRD0004\ntype: int16\ndimension: 3\nsizes: {sizes}\nspace: left-posterior-superior\n"
+        "space directions: (1,0,0) (0,1,0) (0,0,3)\nspace origin: (0,0,0)\nendian: little\nencoding: raw\ndata file: ",
+    }[of]
+    path = folder / f"a.{of}"
+    path.write_text(text + (named or "\n".join(["LIST", *names])) + "\n")
+    return path
+
+
+SLICES = [f"s{i:02d}.raw" for i in range(HEAD.shape[2])]
+
+
+@pytest.mark.parametrize("of", ["mhd", "nhdr"])
+@pytest.mark.parametrize("named", [None, f"s%02d.raw 0 {len(SLICES) - 1} 1"])
+def test_slices_in_files_of_their_own_are_read_and_belong_to_the_image(tmp_path, of, named):
+    path = write_slices(tmp_path, SLICES, of, named)
+    np.testing.assert_array_equal(images.load(path).data, HEAD)
+    assert formats.parts(path) == (path, *(tmp_path / name for name in SLICES))
+
+
+@pytest.mark.fault(1)
+def test_slices_without_a_file_or_a_whole_one_are_no_empty_slices(tmp_path):
+    """MetaIO gives zeros for what a list does not name."""
+    path = write_slices(tmp_path, SLICES, named="\n".join(["LIST", *SLICES[:-2]]))
+    with pytest.raises(InputError, match="names 3 data files for 5 slices"):
+        images.load(path)
+    path = write_slices(tmp_path, SLICES, named=f"LIST 3\n{SLICES[0]}")
+    with pytest.raises(InputError, match="several slices each"):
+        images.load(path)
+    path = write_slices(tmp_path, SLICES)
+    (tmp_path / SLICES[1]).write_bytes(b"short")
+    with pytest.raises(InputError, match=r"s01\.raw: truncated: the header declares a slice of 7 x 6, 84 bytes"):
+        images.load(path)
+    (tmp_path / SLICES[1]).unlink()
+    with pytest.raises(InputError, match=r"s01\.raw: no such file"):
+        images.load(path)
+    with pytest.raises(InputError, match="which is no pattern"):
+        images.load(write_slices(tmp_path, SLICES, named="s%q.raw 0 4 1"))
+
+
+@pytest.mark.parametrize("of", ["mhd", "nhdr"])
+@pytest.mark.parametrize("named", ["/etc/hostname", "../other.raw", "b/../../other.raw", "LIST\n../other.raw", "."])
+def test_a_header_names_no_file_outside_its_folder(tmp_path, of, named):
+    """Voxels made of any file of the machine, a device that never ends, or a traceback."""
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    HEAD.astype("<i2").T.tofile(tmp_path / "other.raw")
+    path = write_slices(tmp_path / "in", [], of, named)
+    with pytest.raises(InputError, match=r"outside its own folder|not a regular file"):
+        images.load(path)
+    path = write_slices(tmp_path / "in", [], of, str(tmp_path / "in" / "b" / "x.raw"))
+    HEAD.astype("<i2").T.tofile(tmp_path / "in" / "b" / "x.raw")
+    np.testing.assert_array_equal(images.load(path).data, HEAD)  # the whole path of one below it
+
+
+@pytest.mark.parametrize(
+    "old, new, told",
+    [
+        (r"NDims = 3\n", "", "has no NDims"),
+        (r"NDims = 3", "NDims = 30", "impossible dimensions: NDims 30"),
+        (r"DimSize = 7 6 5", "DimSize = 7 6", "impossible dimensions: NDims 3, DimSize 7 6"),
+        (r"DimSize = 7 6 5", "DimSize = 7 -6 5", "impossible dimensions"),
+        (r"ElementDataFile.*", "", "has no ElementDataFile"),
+        (r"(NDims = 3)\n(TransformMatrix.*)\n", r"\2\n\1\n", "in front of NDims"),
+        (r"BinaryData = True", "BinaryData = False", "truncated: 210 voxels are declared, the file holds"),
+    ],
+)
+def test_metaimages_that_cannot_be_parsed_are_one_line(tmp_path, capfd, old, new, told):
+    """MetaIO says it in lines of its own, and its last reason is another one."""
+    path = write_itk(tmp_path / "a.mha")
+    text = path.read_bytes().replace(b"BinaryData = True\n", b"", 1) if "Transform" in old else path.read_bytes()
+    text = re.sub(rb"(BinaryDataByteOrderMSB|CompressedData) = \w+\n", b"", text)
+    text = re.sub(old.encode(), new.encode(), text, count=1)
+    path.write_bytes(text)
+    with pytest.raises(InputError, match=told):
+        images.load(path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.nrrd"])
+def test_a_file_that_is_packed_as_a_whole_says_so(tmp_path, name):
+    path = write_itk(tmp_path / name)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(InputError, match="packed with gzip as a whole"):
+        images.load(path)

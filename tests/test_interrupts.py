@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,6 +172,26 @@ def test_an_interruption_that_a_library_turns_into_another_error_is_still_one(mo
 
     monkeypatch.setattr(cli, "_doctor", work)
     assert (cli.main(["--quiet", "doctor"]), capsys.readouterr().err) == TOLD[number]
+
+
+@pytest.mark.fault(37, 38)
+@pytest.mark.parametrize("number", list(TOLD))
+def test_a_signal_where_python_drops_what_is_raised_comes_again(capsys, number):
+    """In the callback of a weak reference, as of the locks of imports: it was lost, and a traceback written."""
+
+    class Thing:
+        pass
+
+    with pytest.raises(KeyboardInterrupt) as caught, Interrupts() as running:
+        thing = Thing()
+        kept = weakref.ref(thing, lambda _: os.kill(os.getpid(), number))
+        del thing
+        assert kept() is None and running.raised is None
+        until = time.monotonic() + WAIT
+        while time.monotonic() < until:
+            time.sleep(0.01)
+    assert caught.value is running.raised and capsys.readouterr() == ("", "")
+    assert getattr(caught.value, "signal", signal.SIGINT) == number
 
 
 def test_the_users_own_error_is_not_hidden_by_an_interruption(monkeypatch, capsys):

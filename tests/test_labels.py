@@ -379,3 +379,24 @@ def test_a_bad_choice_is_one_line_in_every_command(tmp_path, capsys):
 def test_equal_warnings_of_subjects_are_one_line():
     told = {name: ["odd"] for name in "abcd"} | {"e": ["other", "odd"]}
     assert alike(told) == ["a, b, c and 2 more: odd", "e: other"]
+
+
+@pytest.mark.parametrize(
+    "words, whole",
+    [
+        (["3,", "42"], ["3,42"]),
+        (["3", ",42"], ["3,42"]),
+        (["cortex=3,", "42", "white=2,", "41"], ["cortex=3,42", "white=2,41"]),
+        (["cortex=3", "white=2"], ["cortex=3", "white=2"]),
+        (["3", "42"], ["3", "42"]),
+    ],
+)
+def test_a_list_with_blanks_behind_its_commas_is_one_choice(words, whole):
+    """3, 42 made two structures of it."""
+    assert labels.rejoined(words) == whole
+
+
+def test_the_command_takes_a_list_with_blanks(folder, tmp_path):
+    path = table(folder)
+    assert main(["--quiet", "convert", str(path), str(tmp_path / "s.zarr"), "--label", "3,", "42"]) == 0
+    assert all(subject.attrs["label_classes"] == [3, 42] for subject in open_store(tmp_path / "s.zarr").subjects)

@@ -553,7 +553,7 @@ def test_values_that_occur_in_no_label_map_are_told_once_for_all():
     found = settings_check.data_warnings(subjects)
     assert found == {"a": ["odd"], "--label": ["42 occurs in none of the 2 label maps"]}
     subjects[1].attrs["label_absent"] = [41, 42]
-    assert settings_check.data_warnings(subjects)["--label"][0] == "41 occurs in none of the 1 label map"
+    assert settings_check.data_warnings(subjects)["--label"][0] == "41 occurs not in the label map"
 
 
 def test_residents_count_in_the_type_that_they_are_kept_in(monkeypatch):

@@ -50,6 +50,14 @@ def test_a_box_is_seen_where_the_head_ends_from_one_slice_to_the_next(ratio):
     assert shown(sliced(ratio, "box"), 2) == Shown("box", 1.0)
 
 
+@pytest.mark.parametrize("kind", ["box", "gaussian"])
+def test_a_scan_less_its_mean_shows_what_the_scan_does(kind):
+    """z-scores: air is the lowest value. In 16 bits, where moving rounds nothing."""
+    whole = np.round(30_000 * sliced(3, kind)).astype(np.int16)
+    assert shown(whole - np.int16(9000), 2) == shown(whole, 2) == Shown(kind, 1.0)
+    assert shown(sliced(3, kind) - np.float32(0.5), 2) == Shown(kind, 1.0)
+
+
 def test_a_gaussian_that_was_cut_off_or_rounded_is_seen():
     """As SciPy's filter does it, at four standard deviations; as the package's own degradation; in 16 bits."""
     hr, n = head(), 72

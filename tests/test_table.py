@@ -455,6 +455,8 @@ def test_a_file_url_says_that_its_path_is_wanted(folder):
         ("Base,HR_image\nTrain,a.nii.gz\nTest\nTest,n/a\n", ["a"], "2 lines name no image: 3, 4"),
         ("id,T1,T2\ns1,a.nii.gz,b.nii.gz\n", ["a"], "the images of column T1 are taken, those of T2 are not"),
         ("LR_image,HR_image\na.nii.gz,b.nii.gz\n", ["b"], "of column HR_image are taken, those of LR_image are not"),
+        ("T1,T2\na.nii.gz,b.nii.gz\n", ["a"], "the images of column T1 are taken, those of T2 are not"),
+        ("T1\na.nii.gz\n", ["a"], ""),
         ("a.nii.gz,b.nii.gz\n", ["a"], "the images of column 1 are taken, those of 2 are not"),
         ("a.nii.gz" + ",b.nii.gz" * 12, ["a"], f"1 are taken, those of {', '.join(map(str, range(2, 14)))} are not"),
         (
@@ -473,6 +475,17 @@ def test_what_a_list_leaves_out_is_told(folder, caplog, text, names, told, endin
     path.write_text(text.replace(",", "\t") if ending == "tsv" else text, encoding="utf8")
     assert [images.stem(found) for found in read_list(path)] == names
     assert bool(told) == bool(caplog.records) and [m for m in caplog.messages if not m.endswith(told)] == []
+
+
+def test_a_list_without_images_says_so_and_not_that_its_words_are_no_files(folder):
+    path = folder / "l.csv"
+    path.write_text("subject;age\n1;2\n", encoding="utf8")
+    with pytest.raises(InputError, match="no column holds image files") as caught:
+        read_list(path)
+    assert "HR_image" in caught.value.hint
+    (folder / "s1").mkdir()  # DICOM folders, of which one is missing: none of them is a heading
+    path.write_text("s0\ns1\n", encoding="utf8")
+    assert [found.name for found in read_list(path)] == ["s0", "s1"]
 
 
 def test_many_faults_are_counted_and_the_first_fifty_told_in_order(folder):

@@ -266,3 +266,16 @@ def test_a_letter_with_an_accent_is_one_however_it_is_spelt(tmp_path, written, t
     (tmp_path / f"{there}.nii.gz").touch()
     (tmp_path / "list.txt").write_text(f"{written}.nii.gz\n", encoding="utf8")
     assert read_list(tmp_path / "list.txt") == [tmp_path / f"{there}.nii.gz"]
+
+
+def test_a_folder_goes_by_its_own_name_beside_a_link_to_it(tmp_path):
+    """Results were named after the link where its name came first."""
+    for name in ("b/s1", "c"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "T1.nii.gz").touch()
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b" / "s0").symlink_to("../c")
+    again = []
+    found = [p.relative_to(tmp_path).as_posix() for p in walk_files(tmp_path, again)]
+    assert found == ["b/s1/T1.nii.gz", "c/T1.nii.gz"]
+    assert again == [tmp_path / "a", tmp_path / "b" / "s0"]

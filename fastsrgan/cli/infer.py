@@ -102,7 +102,7 @@ def _refuse_pairs(args: argparse.Namespace) -> None:
     if args.resume and args.overwrite:
         raise UsageError("--resume and --overwrite", "exclude each other", "give one of them")
     if args.bids and args.inputs:
-        raise UsageError("--bids", f"and {args.inputs[0]}", "one of the two")
+        raise UsageError("--bids", f"excludes {args.inputs[0]}", "one of the two")
     if not args.bids and (args.participant_label or args.session_label or args.suffix or args.desc):
         raise UsageError("infer", "participants, sessions, suffixes and desc are of a dataset", "--bids DIR")
     if not args.bids and not args.inputs:

@@ -20,7 +20,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastsrgan._version import __version__
 from fastsrgan.cli.console import (
@@ -56,6 +56,11 @@ RAW = argparse.RawDescriptionHelpFormatter
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are UsageErrors, one line with a hint."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Of ``--help`` and ``--version``: argparse would keep quiet about a disk that is full."""
+        (file or sys.stderr).write(message)
+        (file or sys.stderr).flush()
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the whole usage."""
@@ -377,7 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse_idle(_below(parser, args.command), args)
         if getattr(args, "label_names", None) or getattr(args, "label_classes", None):
             with loading():
-                from fastsrgan.io.labels import check_given, read_names
+                from fastsrgan.io.labels import check_given, read_names, rejoined
+            args.label_classes = args.label_classes and rejoined(args.label_classes)
             if args.label_names:  # read when a name is to be found, or never
                 read_names(args.label_names)
             check_given(args.label_classes or (), args.label_names, args.command in ("convert", "study"))

@@ -252,10 +252,11 @@ def finite(value: Any) -> Any:
 
 
 def walk_files(folder: str | os.PathLike, again: list[Path] | None = None) -> Iterator[Path]:
-    """Every file below a folder, by name, folders that are links included; each real folder once, no hidden ones.
+    """Every file below a folder, by name, those of folders that are links last; each real folder once, no hidden ones.
 
-    ``again`` gets the folders that were met under another name before. A link that leads nowhere is a path too: reading
-    it says so. Raises InputError for a folder that cannot be listed.
+    A folder goes by its own name where that lies below ``folder`` too, else by its first link. ``again`` gets the
+    folders that were met under another name before. A link that leads nowhere is a path too: reading it says so. Raises
+    InputError for a folder that cannot be listed.
     """
 
     def refuse(error: OSError) -> None:
@@ -263,16 +264,19 @@ def walk_files(folder: str | os.PathLike, again: list[Path] | None = None) -> It
         raise InputError(error.filename or folder, reason, "check its permissions, or move it away") from error
 
     seen: set[str] = set()
-    for where, below, names in os.walk(os.fspath(folder), onerror=refuse, followlinks=True):
-        place = os.path.realpath(where)
-        if place in seen:
-            below[:] = []
-            if again is not None:
-                again.append(Path(where))
-            continue
-        seen.add(place)
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        yield from (Path(where, name) for name in sorted(names))
+    tops = [os.fspath(folder)]
+    for top in tops:  # which grows
+        for where, below, names in os.walk(top, onerror=refuse):
+            place = os.path.realpath(where)
+            if place in seen:
+                below[:] = []
+                if again is not None:
+                    again.append(Path(where))
+                continue
+            seen.add(place)
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            tops += [path for name in below if os.path.islink(path := os.path.join(where, name))]
+            yield from (Path(where, name) for name in sorted(names))
 
 
 _HOST = hashlib.blake2b(platform.node().encode("utf8", "replace"), digest_size=4).hexdigest()

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from fastsrgan.errors import ResourceError, out_of_memory
 
+AGAIN = 0.05  # seconds until a signal comes again
 SAID = {
     signal.SIGINT: "interrupted",
     signal.SIGTERM: "stopped: by SIGTERM",
@@ -91,7 +92,8 @@ class AtOnce(_Handlers):
 class Interrupts(_Handlers):
     """SIGINT raises KeyboardInterrupt, SIGTERM and SIGUSR1 Terminated; the second of them ends the process at once.
 
-    At once means without cleaning up: temporary files may stay, nothing half-written has its final name.
+    At once means without cleaning up: temporary files may stay, nothing half-written has its final name. Where Python
+    drops what is raised, as in the callback of a weak reference, the signal comes again.
 
     Attributes
     ----------
@@ -101,6 +103,28 @@ class Interrupts(_Handlers):
     def __init__(self) -> None:
         super().__init__()
         self.raised: KeyboardInterrupt | None = None
+        self._again: threading.Timer | None = None
+
+    def __enter__(self) -> Any:
+        self._told = sys.unraisablehook
+        sys.unraisablehook = self._dropped
+        return super().__enter__()
+
+    def __exit__(self, *more: object) -> None:
+        sys.unraisablehook = self._told
+        if self._again:
+            self._again.cancel()
+        super().__exit__(*more)
+
+    def _dropped(self, what: Any) -> None:
+        if self.raised is None or what.exc_value is not self.raised:
+            self._told(what)
+            return
+        number = self.raised.signal if isinstance(self.raised, Terminated) else signal.SIGINT
+        self.raised = None
+        self._again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))  # not from here: it would be dropped too
+        self._again.daemon = True
+        self._again.start()
 
     def _stop(self, number: int, _frame: object) -> None:
         if self.raised is not None:
@@ -169,6 +193,13 @@ class Lasting:
         return getattr(self._stream, name)
 
 
+class Named(Lasting):
+    """A stream for results, whose errors say which stream it was."""
+
+    def _drop(self, error: OSError) -> None:
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
 def open_streams() -> None:
     """Give closed standard streams a place that swallows all, so that no file of the job gets their numbers."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -178,6 +209,8 @@ def open_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
     if not isinstance(sys.stderr, Lasting):
         sys.stderr = Lasting(sys.stderr)
+    if not isinstance(sys.stdout, Named):
+        sys.stdout = Named(sys.stdout)
 
 
 @contextlib.contextmanager

@@ -156,7 +156,7 @@ def data_warnings(subjects: Iterable[Subject]) -> dict[str, list[str]]:
         for value in set(chosen):
             held.setdefault(value, []).append(value not in s.attrs.get("label_absent", ()))
     told = [
-        f"{v} occurs in none of the {counted(len(there), 'label map')}"
+        f"{v} occurs {'not in the label map' if len(there) == 1 else f'in none of the {len(there)} label maps'}"
         for v, there in sorted(held.items())
         if not any(there)
     ]

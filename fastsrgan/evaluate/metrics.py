@@ -15,6 +15,7 @@ import numpy as np
 from scipy import ndimage
 
 from fastsrgan.errors import InputError, counted
+from fastsrgan.volume.head import lowest
 
 SSIM_SIGMA, SSIM_TRUNCATE, SSIM_K1, SSIM_K2 = 1.5, 3.5, 0.01, 0.03
 SSIM_RADIUS = int(SSIM_TRUNCATE * SSIM_SIGMA + 0.5)  # 5: an 11 x 11 x 11 window
@@ -149,7 +150,7 @@ def calibration(
     """Whether the error of an image is where, and as large as, its doubt says.
 
     sr, ref, doubt : (X, Y, Z), doubt the standard deviation that the error is taken to have
-    mask : where; None: where the reference is above a tenth of its 99.9th percentile
+    mask : where; None: where the reference is above a tenth of its 99.9th percentile, counted from ``head.lowest``
     part : the voxels that are compared at all; None: all
 
     Returns {rank_correlation, error_over_doubt, deciles: [{doubt, error}]}, see ``CALIBRATION``; None for what does not
@@ -157,7 +158,8 @@ def calibration(
     Raises InputError for shapes that differ, and where there are fewer than ten voxels.
     """
     _same_shape(sr, ref, doubt, mask, part)
-    inside = ref > 0.1 * np.percentile(ref, 99.9) if mask is None else mask
+    low = lowest(ref)
+    inside = ref > low + 0.1 * (np.percentile(ref, 99.9) - low) if mask is None else mask
     inside = inside if part is None else inside & part
     error, doubt = np.abs(sr[inside].astype(np.float64) - ref[inside]), doubt[inside].astype(np.float64)
     if error.size < DECILES:

@@ -21,6 +21,7 @@ import numpy as np
 
 from fastsrgan.errors import InputError, ResourceError, human, times
 from fastsrgan.io import nifti_header as nifti_check
+from fastsrgan.io.itk_header import EXPORT_AGAIN, LONGEST_TEXT, ItkHeader, is_true, number, read_header
 from fastsrgan.io.nifti_header import FORMAT_BYTES, LARGER, halves, invertible
 from fastsrgan.io.nifti_voxels import (
     CHUNK_BYTES,
@@ -36,7 +37,6 @@ from fastsrgan.io.nifti_voxels import (
     open_stream,
 )
 
-EXPORT_AGAIN = "export the image again"
 UNPACK_NRRD = "save it with gzip, as by `unu save -f nrrd -e gzip -i FILE -o NEW`, or as .nii.gz"
 NAME_LIST = "say in its header which axis is that of the volumes: `kinds: list domain domain domain`, in their order"
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -186,9 +186,6 @@ _ITK_TYPES = {
     "sitkFloat64": "f8",
 }
 _BODY_SPACE = re.compile(rb"^space:\s*(right|left|[rl][ap]s)", re.MULTILINE | re.IGNORECASE)
-_DATA_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
-_FIELD = re.compile(rb"\s*(\w[\w ]*?)\s*(?::(?!=)|=)\s*(.*?)\s*$")  # not NRRD's key:=value
-_LONGEST_TEXT = 1 << 16  # bytes in which the text of a header is looked for
 
 
 class ItkFile(NiftiFile):
@@ -218,62 +215,53 @@ class ItkFile(NiftiFile):
 
         Raises InputError for damage, for fewer bytes than declared, and where the voxels cannot be found.
         """
-        fields, at = _itk_fields(self.path)
+        header = read_header(self.path)
+        fields, at = header.fields, header.end
         zipped = fields.get(b"encoding", b"").lower() in (b"gzip", b"gz")
-        if not (zipped or _is_true(fields.get(b"compresseddata"))):
-            self._check_plain(fields, at)
+        if not (zipped or is_true(fields.get(b"compresseddata"))):
+            self._check_plain(header)
             return
-        path, name = _itk_parts(self.path)[-1], fields.get(b"elementdatafile", fields.get(b"datafile", b""))
-        if name.upper() == b"LOCAL" and _number(fields.get(b"compresseddatasize")) < 1:
+        path = header.files[0] if header.files else self.path
+        if not header.files and b"encoding" not in fields and number(fields.get(b"compresseddatasize")) < 1:
             # MetaIO then unpacks nothing, and gives what lay in the memory.
             raise InputError(self.path, "its voxels are packed and CompressedDataSize is missing", EXPORT_AGAIN)
-        if name.upper().startswith(b"LIST") or b"%" in name or fields.get(b"lineskip", b"0") != b"0":
+        if header.several or fields.get(b"lineskip", b"0") != b"0":
             raise InputError(self.path, "its packed voxels lie in several files or behind lines", EXPORT_AGAIN)
         with open_stream(path) as opened:
-            at = max(0, _number(fields.get(b"headersize"))) or (at if path == self.path else 0)
+            at = max(0, number(fields.get(b"headersize"))) or (at if path == self.path else 0)
             opened.file.seek(at)
             stream = (GzipStream if zipped else ZlibStream)(opened.file, path, opened.size)
             if (n := _read_to_end(stream, self.declared_bytes)) < self.declared_bytes:
                 self._short(n)
         if n > self.declared_bytes:
             self.warnings.append(ignored(n - self.declared_bytes, "the last voxel"))
-        if 0 < (declared := _number(fields.get(b"compresseddatasize"))) < stream.end - at:
+        if 0 < (declared := number(fields.get(b"compresseddatasize"))) < stream.end - at:
             told = f"the header declares {declared} packed bytes, there are {stream.end - at}"
             raise InputError(self.path, f"damaged: {told}", COPY_AGAIN)
         if stream.trailing:
             self.warnings.append(ignored(stream.trailing, f"the {stream.form} data"))
 
-    def _check_plain(self, fields: dict[bytes, bytes], at: int) -> None:
-        """Refuse a MetaImage that ends early: MetaIO would say so on standard error, in lines of its own."""
-        name = fields.get(b"elementdatafile", b"LIST").upper()
-        if not _is_true(fields.get(b"binarydata", b"T")) or name.startswith(b"LIST") or b"%" in name:
+    def _check_plain(self, header: ItkHeader) -> None:
+        """Refuse what ends early: MetaIO would say so on standard error, in lines of its own."""
+        fields = header.fields
+        told = {key: fields.get(key, b"0") != b"0" for key in (b"lineskip", b"byteskip")}
+        text = fields.get(b"encoding", b"raw").lower() != b"raw" or not is_true(fields.get(b"binarydata", b"T"))
+        path = header.files[0] if header.files else self.path
+        if text and b"encoding" not in fields and not header.several:
+            self._check_text(path, header.end if path == self.path else 0)
+        if header.several or text or any(told.values()):
             return
-        path = _itk_parts(self.path)[-1]
-        skipped = _number(fields.get(b"headersize")) or (at if path == self.path else 0)
-        if (held := _bytes_of(path) - max(0, skipped)) < self.declared_bytes:
+        skipped = number(fields.get(b"headersize")) or (header.end if path == self.path else 0)
+        if (held := path.stat().st_size - max(0, skipped)) < self.declared_bytes:
             replace(self, voxel_path=path)._short(held)
 
-
-def _itk_fields(path: Path) -> tuple[dict[bytes, bytes], int]:
-    """Fields of an NRRD or MetaImage header, names in small letters without blanks; the place of the byte behind it."""
-    fields: dict[bytes, bytes] = {}
-    with open_stream(path) as stream:
-        first = line = stream.file.readline(_LONGEST_TEXT)
-        while line and (line.strip() or not first.startswith(b"NRRD")) and b"elementdatafile" not in fields:
-            line = stream.file.readline(_LONGEST_TEXT)
-            if found := _FIELD.match(line):
-                fields.setdefault(found[1].lower().replace(b" ", b""), found[2])
-        return fields, stream.file.tell()
-
-
-def _is_true(text: bytes | None) -> bool:
-    """Whether a field of a MetaImage header says so, as MetaIO reads it."""
-    return text is not None and text.startswith((b"T", b"t", b"1"))
-
-
-def _number(text: bytes | None) -> int:
-    """A whole number of a header; 0 where there is none."""
-    return int(text) if text and re.fullmatch(rb"-?\d{1,18}", text) else 0
+    def _check_text(self, path: Path, at: int) -> None:
+        """Of a MetaImage that writes its voxels as text: one number each."""
+        with open_stream(path) as opened:
+            opened.file.seek(at)
+            found = sum(len(line.split()) for line in opened.file)
+        if found < (wanted := self.voxels * self.volumes):
+            raise InputError(path, f"truncated: {wanted} voxels are declared, the file holds {found}", COPY_AGAIN)
 
 
 def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
@@ -281,10 +269,11 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
 
     def examine_itk(path: Path, max_voxels: int) -> NiftiFile:
         with open_stream(path) as stream:
-            text = stream.read(_LONGEST_TEXT)
-            size = stream.size
+            text = stream.read(LONGEST_TEXT)
         if not text.lstrip().startswith(_ITK_MARKS[name]):
             raise nifti_check.not_this(path, f"{'an' if name == 'NRRD' else 'a'} {name} file", text)
+        header = read_header(path)
+        fields = header.fields
         sitk = _sitk(path)
         reader = _itk_reader(sitk, path, name)
         try:
@@ -293,7 +282,6 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
             told = _itk_line(error)
             hint = NAME_LIST if "number of domain axes" in told else EXPORT_AGAIN
             raise InputError(path, f"its header cannot be used: {told}", hint) from error
-        fields = _itk_fields(path)[0]
         if fields.get(b"encoding", b"").strip().lower() in (b"bzip2", b"bz2"):
             raise InputError(path, "its voxels are packed with bzip2, which is not read", UNPACK_NRRD)
         dims, sizes = reader.GetDimension(), reader.GetSize()
@@ -333,7 +321,7 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
         volumes = count * math.prod(sizes[3:])
         meta = _meta(path, name, dtype, shape, volumes, "patient" if placed else "none")
         file = ItkFile(path, path, shape, volumes, dtype, 0, 1.0, 0.0, affine, warnings, meta)
-        held = size if len(_itk_parts(path)) == 1 else sum(_bytes_of(part) for part in _itk_parts(path))
+        held = header.bytes_held()
         if file.declared_bytes > held * DEFLATE_LIMIT:
             told = f"truncated: {times(sizes)} voxels are declared, {human(file.declared_bytes)}"
             raise InputError(path, f"{told}, which {human(held)} cannot hold", COPY_AGAIN)
@@ -349,24 +337,9 @@ def _is_list(reader: Any) -> bool:
     return bool(reader.HasMetaDataKey(key)) and reader.GetMetaData(key).strip() == "list"
 
 
-def _bytes_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        raise InputError(path, "no such file", "keep the header and its data file side by side") from None
-
-
 def _itk_parts(path: Path) -> tuple[Path, ...]:
-    """The header and, where it names one, its data file."""
-    try:
-        with open(path, "rb") as file:
-            found = _DATA_FILE.search(file.read(_LONGEST_TEXT))
-    except OSError:
-        return (path,)  # reading it says what is wrong
-    name = os.fsdecode(found[1]) if found else "LOCAL"
-    if name.upper().startswith(("LOCAL", "LIST")) or "%" in name:
-        return (path,)
-    return (path, path.with_name(name) if os.sep not in name else path.parent / name)
+    """The header and the data files that it names."""
+    return (path, *read_header(path).files)
 
 
 def _sitk(path: Path) -> Any:

@@ -81,6 +81,17 @@ def check_given(texts: Sequence[str], table: str | os.PathLike | None = None, ap
         refuse_overlap(found)
 
 
+def rejoined(words: Sequence[str]) -> list[str]:
+    """Choices as they were meant where the shell cut a list behind its comma: 3, 42 is 3,42 and no two structures."""
+    whole: list[str] = []
+    for word in words:
+        if whole and (whole[-1].endswith((",", ";", "+")) or word.startswith((",", ";", "+"))):
+            whole[-1] += word
+        else:
+            whole.append(word)
+    return whole
+
+
 def _parts(text: str) -> tuple[str, str, str, list[str]]:
     """A choice, the name in front of it, what it lists, and the words of that. Raises UsageError for what is none."""
     text = re.sub(r"(?<![\w.])(\d+)\.0+(?![\w.])", r"\1", text).strip()  # as pandas writes 3 beside empty cells

@@ -150,8 +150,9 @@ def _list_entries(path: Path, records: list[tuple[int, list[str]]], base_path: s
     if not _is_heading(header) or (header[0] and os.path.exists(_locate(header[0], path, base_path))):
         column = _image_column(path, table, base_path)
         entries = [cells[column] if column < len(cells) else "" for cells in table]
-        # Above a column that was found by its images the first cell may be any name.
-        titled = bool(column and not _SUFFIX.search(entries[0]))
+        titled = _is_title(entries, path, base_path)
+        if titled:
+            log.info("%s: its first line, %s, is taken for a heading", path, entries[0] or "an empty cell")
         _tell_of_list(path, records, column, titled)
         return entries[titled:]
     named = [k for k, cell in enumerate(header) if cell == COLUMNS[0] or cell.casefold() in HEADINGS]
@@ -179,13 +180,26 @@ def _some(names: list[str]) -> str:
 
 
 def _image_column(path: Path, table: list[list[str]], base_path: str | None) -> int:
-    """The first column with images; the first of all where none has any."""
+    """The first column with images. Raises InputError where none has any."""
 
     def images_in(column: int) -> bool:
         cells = [cells[column] for cells in table if column < len(cells)]
         return any(_SUFFIX.search(cell) or (cell and os.path.exists(_locate(cell, path, base_path))) for cell in cells)
 
-    return next((column for column in range(max(map(len, table), default=1)) if images_in(column)), 0)
+    columns = range(max(map(len, table), default=0))
+    if any(map(any, table)) and not any(map(images_in, columns)):
+        hint = f"a column of paths, called {COLUMNS[0]}, image, path or file"
+        raise InputError(path, "no column holds image files, or folders that are there", hint)
+    return next(filter(images_in, columns), 0)
+
+
+def _is_title(entries: list[str], path: Path, base_path: str | None) -> bool:
+    """Whether the first cell of a column is a name above images: what is none, and nothing that is there, where all
+    others are image files."""
+    first, others = next(iter(entries), ""), [entry for entry in entries[1:] if entry]
+    if _SUFFIX.search(first) or (first and os.path.exists(_locate(first, path, base_path))):
+        return False
+    return bool(others) and all(map(_SUFFIX.search, others))
 
 
 def _unquoted(line: str) -> str:

@@ -37,8 +37,9 @@ def error_map(
     captions : text below the titles of the differences of SR and of the baseline
 
     Red is where an image is brighter than the truth, blue where it is darker, white where they agree; both differences
-    share one scale, which ends at the 99.5th percentile of the largest. Black is 0, or of a truth wholly below 0
-    its minimum. Raises InputError for a truth that is 0 everywhere, ResourceError when the file cannot be written.
+    share one scale, which ends at the 99.5th percentile of the largest. Black is where the truth's intensities
+    count from (``head.lowest``). Raises InputError for a truth that is 0 everywhere, ResourceError when the file cannot
+    be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -20,6 +20,7 @@ from scipy import ndimage
 from fastsrgan.core.files import atomic_write, output_folder
 from fastsrgan.errors import InputError
 from fastsrgan.volume.geometry import Volume, world_orientation
+from fastsrgan.volume.head import lowest
 from fastsrgan.volume.placement import same_grid
 
 # Name, world axis cut through, world axis to the right, world axis upwards.
@@ -280,10 +281,10 @@ INTENSITIES = ("sr", "low", "spline", "linear", "truth", "baseline")
 
 
 def from_lowest(volumes: Mapping[str, Volume], first: str = "sr") -> tuple[dict[str, Volume], float]:
-    """Images as pictures can show them, whose black is 0, and what was subtracted for it: 0, or the minimum of the
-    ``first`` image where it holds nothing above 0. Those of ``INTENSITIES`` are moved alike."""
-    low = float(volumes[first].data.min())
-    if low >= 0 or (volumes[first].data > 0).any():
+    """Images as pictures can show them, whose black is 0, and what was subtracted for it: where the intensities of the
+    ``first`` image count from (``head.lowest``). Those of ``INTENSITIES`` are moved alike."""
+    low = lowest(volumes[first].data)
+    if not low:
         return dict(volumes), 0.0
     return {
         name: replace(v, data=v.data - np.float32(low)) if name in INTENSITIES else v for name, v in volumes.items()

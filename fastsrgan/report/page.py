@@ -192,7 +192,7 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
     moved, lowest = from_lowest({"sr": sr} | shown)
     sr, shown = moved.pop("sr"), moved
     if lowest:
-        told = " ".join(filter(None, (told, f"Nothing is above 0: grey levels count from the lowest, {lowest:g}.")))
+        told = " ".join(filter(None, (told, f"Values lie below 0: grey levels count from the lowest, {lowest:g}.")))
     view = stage.open_at(sr, shown)
     alt = "Planes of every image side by side, with a detail and the outline of the segmentation"
     structure = Purpose.of(result.record.get("made_for") if result is not None else None).outlined

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.volume.consistency import Observation
+from fastsrgan.volume.head import lowest
 from fastsrgan.volume.resample import apply_axes, check_profile, slice_width
 
 TISSUE = 0.1  # of the 99.9th percentile: what is brighter is no air
@@ -62,7 +63,7 @@ def noise_sd(scan_xyz: np.ndarray, across: int, left_xyz: np.ndarray | None = No
     left_xyz : (x, y, z), measured in place of the scan, within the scan's tissue
     """
     slices = [np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, across)]
-    tissue = tissue_level(slices)
+    tissue = tissue_level(scan_xyz, slices)
     measured = slices
     if left_xyz is not None:
         measured = [np.ascontiguousarray(part, np.float32) for part in sampled(left_xyz, across)]
@@ -100,7 +101,7 @@ def missing_sd(scan_xyz: np.ndarray, seen: Observation, noise: float) -> float:
     planes = sampled(scan_xyz, axis) if free else iter(np.moveaxis(scan_xyz, axis, 0))
     part = np.ascontiguousarray(np.stack([np.asarray(plane, np.float32) for plane in planes], axis))
     left = part - apply_axes(part, again)
-    inside = part > tissue_level([part])
+    inside = part > tissue_level(scan_xyz, [part])
     energy = float(np.mean(left[inside] ** 2, dtype=np.float64)) if inside.any() else 0.0
     return math.sqrt(max(0.0, energy - (1 - 2 * through + kept) * noise**2) / eigenvalue)
 
@@ -112,7 +113,7 @@ def lacking_sd(left_xyz: np.ndarray, scan_xyz: np.ndarray, seen: Observation, ac
     of D D'. How much of the scan's noise a result has kept is not known, so the noise is that of the finest detail of
     ``left`` itself. 0 where noise explains all that is left.
     """
-    level = tissue_level([np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, across)])
+    level = tissue_level(scan_xyz, [np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, across)])
     total, voxels = 0.0, 0
     for left, plane in zip(np.moveaxis(left_xyz, across, 0), np.moveaxis(scan_xyz, across, 0), strict=True):
         inside = np.ascontiguousarray(plane) > level
@@ -227,18 +228,17 @@ def bright(parts: Sequence[np.ndarray]) -> float:
     return float(np.percentile(np.concatenate([part[::2, ::2].ravel() for part in parts]), 99.9))
 
 
-def lowest_and_unit(parts: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Where the intensities of some planes count from, and how far above it their 99.9th percentile is: from 0, or
-    where that is not above 0 from the lowest value."""
-    top = bright(parts)
-    low = 0.0 if top > 0 else float(min(part.min() for part in parts))
-    return low, top - low
+def unit_above(low: float, parts: Sequence[np.ndarray]) -> float:
+    """How far the 99.9th percentile of some planes is above where their scan's intensities count from
+    (``head.lowest``)."""
+    return bright(parts) - low
 
 
-def tissue_level(parts: Sequence[np.ndarray]) -> float:
-    """What is brighter than air in some planes: ``TISSUE`` of the unit above where their intensities count from."""
-    low, unit = lowest_and_unit(parts)
-    return low + TISSUE * unit
+def tissue_level(scan_xyz: np.ndarray, parts: Sequence[np.ndarray]) -> float:
+    """What is brighter than air in a scan, of which ``parts`` are some planes: ``TISSUE`` of the unit above where its
+    intensities count from."""
+    low = lowest(scan_xyz)
+    return low + TISSUE * unit_above(low, parts)
 
 
 def _windows(plane: np.ndarray) -> np.ndarray:

@@ -32,8 +32,9 @@ from torch.nn.functional import conv1d, pad, silu
 
 from fastsrgan.core.draws import rng
 from fastsrgan.core.kernels import unrounded
-from fastsrgan.volume.acquisition import GUESSED, TISSUE, Assumed, lowest_and_unit, noise_sd, sampled
+from fastsrgan.volume.acquisition import GUESSED, TISSUE, Assumed, noise_sd, sampled, unit_above
 from fastsrgan.volume.consistency import back_matrix
+from fastsrgan.volume.head import lowest
 from fastsrgan.volume.resample import apply_axes, check_profile, slice_profile_matrix, spline_matrix
 
 SCALES = (0.7, 1.5)  # standard deviations in voxels of the Gaussians between which the in-plane scales lie
@@ -163,7 +164,7 @@ def adapt(
     The trials are one block of the image, cut into slices as thick as the scan's along one axis of its plane and then
     the other. Where the slice profile is a guess, one half of each is cut by a Gaussian and the other by a box, which
     counts twice; the network's images are made to agree with the guess, as that of the scan will be. Where nothing is
-    gained on the lines that were kept back, the image stays.
+    gained on the lines that were kept back, the image stays. Intensities count from ``head.lowest``.
 
     Parameters
     ----------
@@ -172,11 +173,12 @@ def adapt(
     network : interpolated image -> the network's, (X, Y, Z) float32 in the scan's intensities, at most ``largest``
     believed, down, weight : what the result will be made to agree with, D across its slices (z, Z), and w
     spacing_mm, voxel_mm : of the slices, and of the result across them
-    floor : the least intensity there is; where the scan has none above 0, all count from its lowest value
+    floor : the least intensity there is
     device : where it is learned and applied
     """
     ratio = float(spacing_mm / voxel_mm)
-    low, unit = lowest_and_unit([np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, ACROSS)])
+    low = lowest(scan_xyz)
+    unit = unit_above(low, [np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, ACROSS)])
     here = _block(scan_xyz, sr_XYZ.shape, largest, low + TISSUE * unit)
     shape = tuple(part.stop - part.start for part in here)
     if min(shape) < SMALLEST or min(shape[:ACROSS]) < FEWEST * ratio or unit <= 0:

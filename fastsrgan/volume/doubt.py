@@ -54,7 +54,7 @@ def lacking(scan_xyz: np.ndarray, seen: Observation, across: int, noise: float) 
     if down is None:
         return None
     ratio = down.shape[1] / len(down)
-    level = tissue_level([np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, across)])
+    level = tissue_level(scan_xyz, [np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, across)])
     free = [d for d in range(3) if seen.down[d] is None]
     errors = variances = by_noise = 0.0
     for axis in free or range(3):
@@ -149,7 +149,7 @@ def doubt_(
 def summary(doubt_XYZ: np.ndarray, sr_XYZ: np.ndarray) -> dict[str, float]:
     """Mean and 95th percentile (to a thousandth of the largest) of the doubt inside the head, and the result's mean
     there, which is their scale: where the result is above a tenth of its 99.9th percentile."""
-    level = tissue_level([np.ascontiguousarray(part, np.float32) for part in sampled(sr_XYZ, 0)])
+    level = tissue_level(sr_XYZ, [np.ascontiguousarray(part, np.float32) for part in sampled(sr_XYZ, 0)])
     top = max(float(plane.max()) for plane in doubt_XYZ) or 1.0
     counts, total, image = np.zeros(1000, int), 0.0, 0.0
     for doubt, sr in zip(doubt_XYZ, sr_XYZ, strict=True):
@@ -166,7 +166,7 @@ def summary(doubt_XYZ: np.ndarray, sr_XYZ: np.ndarray) -> dict[str, float]:
 
 def _typical(sr_XYZ: np.ndarray, seen: Observation, axis: int, slab_bytes: int) -> float:
     """V: the mean of W inside tissue."""
-    level = tissue_level([np.ascontiguousarray(part, np.float32) for part in sampled(sr_XYZ, axis)])
+    level = tissue_level(sr_XYZ, [np.ascontiguousarray(part, np.float32) for part in sampled(sr_XYZ, axis)])
     total, voxels = 0.0, 0
     for _, _, here in cuts(sr_XYZ, axis, slab_bytes):
         part = as_tensor(sr_XYZ[here])

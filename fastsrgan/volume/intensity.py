@@ -10,11 +10,11 @@ import torch
 
 from fastsrgan.core.threads import CACHED, each_piece
 from fastsrgan.errors import InputError
+from fastsrgan.volume.head import TIMES
 from fastsrgan.volume.noise import standard_normal
 
 KNEE, BEND = 1.25, 0.1  # of the scale: from where on, and how soon, what is brighter is compressed
 BRIGHTEST = 1e-4  # share of the voxels that may be outliers
-TIMES = 5.0  # as bright as all others, from which on they are
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastsrgan.errors import brief, some_of
-from fastsrgan.volume.intensity import TIMES, outliers
+from fastsrgan.volume.head import TIMES
+from fastsrgan.volume.intensity import outliers
 
 SHARE = 0.5  # of a segmentation that lies on exact zeros, from which on that is told
 

@@ -14,7 +14,8 @@ import math
 import numpy as np
 from scipy.special import log_ndtr
 
-from fastsrgan.volume.acquisition import Shown, bright, noise_sd, sampled
+from fastsrgan.volume.acquisition import Shown, noise_sd, sampled, unit_above
+from fastsrgan.volume.head import lowest
 from fastsrgan.volume.resample import FWHM
 
 COLUMNS = 10_000  # lines across the slices, evenly spaced, that are looked at
@@ -63,11 +64,11 @@ def shown(scan_xyz: np.ndarray, across: int) -> Shown | None:
 def _ends(scan_xyz: np.ndarray, across: int) -> np.ndarray | None:
     """(ends, 5): of every line and both its ends the last slice outside, nan where there is none, and the three from
     the first that is not empty on, float64, the brightest being 1; then how many slices it is to the head's rim. None
-    where there is too little to see, or values below 0."""
-    lines = np.moveaxis(scan_xyz, across, -1)
+    where there is too little to see, or values below where the scan counts from (``head.lowest``)."""
+    lines, low = np.moveaxis(scan_xyz, across, -1), lowest(scan_xyz)
     n = lines.shape[-1]
     step = max(1, math.ceil(math.sqrt(lines[..., 0].size / COLUMNS)))
-    lines = np.ascontiguousarray(lines[::step, ::step]).reshape(-1, n).astype(np.float64)
+    lines = np.ascontiguousarray(lines[::step, ::step]).reshape(-1, n).astype(np.float64) - low
     largest = float(lines.max(initial=0.0))
     if n < 4 or not largest or not np.isfinite(lines).all() or (lines < 0).any():
         return None
@@ -133,9 +134,12 @@ def _sudden(ends: np.ndarray, scan_xyz: np.ndarray, across: int) -> bool:
         return False
     noise = noise_sd(scan_xyz, across)
     planes = [np.ascontiguousarray(plane, np.float32) for plane in sampled(scan_xyz, across)]
-    return noise is not None and noise <= NOISELESS * bright(planes)
+    return noise is not None and noise <= NOISELESS * unit_above(lowest(scan_xyz), planes)
 
 
 def _step(scan_xyz: np.ndarray) -> float:
-    """How far apart numbers of the scan's type are, its largest value being 1; 0 for floating point."""
-    return 0.0 if np.issubdtype(scan_xyz.dtype, np.floating) else 1 / max(1.0, float(np.max(scan_xyz)))
+    """How far apart numbers of the scan's type are, its largest value, from ``head.lowest`` on, being 1; 0 for floating
+    point."""
+    if np.issubdtype(scan_xyz.dtype, np.floating):
+        return 0.0
+    return 1 / max(1.0, float(np.max(scan_xyz)) - lowest(scan_xyz))
