@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import shutil
 import signal
@@ -17,6 +18,7 @@ from phantom import head
 
 from fastsrgan.cli.main import failed, main
 from fastsrgan.convert import convert
+from fastsrgan.core.progress import QUIET
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.pair import evaluate_pair, flat
 from fastsrgan.infer.volume import infer_volume
@@ -53,6 +55,19 @@ def folder(tmp_path_factory):
         generator = build_generator(GeneratorSpec(kernel=2), seed=seed)
         weights.save_generator(path / f"{name}.safetensors", generator, Critic(CriticSpec(kernel=2)))
     return path
+
+
+class Counting(type(QUIET)):
+    """A display that keeps what it is told to count."""
+
+    def __init__(self) -> None:
+        self.totals, self.done = [], 0
+
+    def start(self, label: str, total: int, unit: str) -> None:
+        self.totals.append(total)
+
+    def advance(self, n: int = 1, **facts: object) -> None:
+        self.done += n
 
 
 @pytest.fixture
@@ -115,7 +130,8 @@ def test_noise_costs_quality_and_the_baseline_shows_it(steps):
     assert psnr["original", "interpolation"] > psnr["noise 10 %", "interpolation"] + 1
 
 
-def test_finished_cells_are_kept_and_others_are_not(folder, steps, monkeypatch, undrawn):
+def test_finished_cells_are_kept_and_others_are_not(folder, steps, monkeypatch, undrawn, caplog):
+    caplog.set_level(logging.INFO, logger="fastsrgan")
     measured = []
     true_one = study_cells._through
 
@@ -125,10 +141,13 @@ def test_finished_cells_are_kept_and_others_are_not(folder, steps, monkeypatch, 
 
     monkeypatch.setattr(study_cells, "_through", counted)
     again = [folder / "cohort.csv", folder / "steps", [folder / "with.safetensors"]]
-    same = study.run("steps", *again, study.Settings(**SMALL, steps=(8, 12, 16), noise=(0.0, 0.1)))
-    assert measured == [] and same["rows"] == steps["rows"]
-    study.run("steps", *again, study.Settings(**SMALL, steps=(8, 10), noise=(0.0,)))
+    bar = Counting()
+    same = study.run("steps", *again, study.Settings(**SMALL, steps=(8, 12, 16), noise=(0.0, 0.1)), progress=bar)
+    assert measured == [] and same["rows"] == steps["rows"] and bar.totals == [] and bar.done == 0
+    study.run("steps", *again, study.Settings(**SMALL, steps=(8, 10), noise=(0.0,)), progress=bar)
     assert measured == [10, 10]
+    assert bar.totals == [2] and bar.done == 2  # cells that are there have no pace, and no part in the time left
+    assert "4 of 6 cells are measured already" in caplog.text
     damaged = next(
         path
         for path in (folder / "steps" / "cells").glob("*.json")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastsrgan.core.files import finite
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import UsageError, brief, counted, one_line
+from fastsrgan.errors import UsageError, brief, counted, lasting, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 WIDE, BAR_COLUMNS = 100, 54  # width of a terminal for the long bar; what stands beside the name of a stretch
 GAP = "  "  # between columns of a table
+MEASURED_SECONDS = 3600.0  # whose pace says what time is left; of rich's 30 s nothing of what takes longer is known
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -162,6 +163,7 @@ class TerminalProgress:
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self.console,
             refresh_per_second=4,
+            speed_estimate_period=MEASURED_SECONDS,
         )
         self.began = time.perf_counter()
         self.task = self.bar.add_task("" if above else name, total=total, unit=units(total, unit), rate="")
@@ -235,7 +237,7 @@ class PlainProgress:
     def _line(self) -> None:
         self.last_line = time.perf_counter()
         rate = self.done / max(self.last_line - self.began, 1e-9)
-        left = f"  {(self.total - self.done) / rate:.0f} s left" if self.done < self.total and rate else ""
+        left = f"  {lasting((self.total - self.done) / rate, 0)} left" if self.done < self.total and rate else ""
         self._print(f"{self.label}: {self.done}/{self.total} {self.unit}  {pace(rate)}{left}  {fields(self.facts)}")
 
 
