@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 import logging
 import math
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 WIDE, BAR_COLUMNS = 100, 54  # width of a terminal for the long bar; what stands beside the name of a stretch
 GAP = "  "  # between columns of a table
-MEASURED_SECONDS = 3600.0  # whose pace says what time is left; of rich's 30 s nothing of what takes longer is known
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -137,7 +137,7 @@ class TerminalProgress:
 
     def start(self, label: str, total: int, unit: str) -> None:
         """Show a bar for ``total`` units."""
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
         from rich.text import Text
 
@@ -159,14 +159,15 @@ class TerminalProgress:
             TextColumn("{task.description}", markup=False),
             BarColumn(24 if width >= WIDE else 8),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}  {task.fields[rate]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            # The time left, in the end that taken, by the rate beside it: rich's own forgets what took above 30 s.
+            TextColumn("{task.fields[unit]}  {task.fields[rate]} [progress.remaining]{task.fields[left]}"),
             console=self.console,
             refresh_per_second=4,
-            speed_estimate_period=MEASURED_SECONDS,
         )
         self.began = time.perf_counter()
-        self.task = self.bar.add_task("" if above else name, total=total, unit=units(total, unit), rate="")
+        self.task = self.bar.add_task(
+            "" if above else name, total=total, unit=units(total, unit), rate="", left="-:--:--"
+        )
         self.bar.start()
 
     def advance(self, n: int = 1, **facts: Any) -> None:
@@ -174,9 +175,11 @@ class TerminalProgress:
         if self.bar is None:
             return
         task = self.bar.tasks[0]
-        rate = (task.completed + n) / max(time.perf_counter() - self.began, 1e-9)
+        done, taken = task.completed + n, max(time.perf_counter() - self.began, 1e-9)
+        left = taken if done >= (task.total or 0) else taken * ((task.total or 0) - done) / max(done, 1e-9)
         self.facts = facts or self.facts
-        self.bar.update(self.task, advance=n, rate=pace(rate))
+        clock = str(datetime.timedelta(seconds=round(left)))
+        self.bar.update(self.task, advance=n, rate=pace(done / taken), left=clock)
 
     def finish(self) -> None:
         """Leave the bar as it stands."""
