@@ -12,6 +12,7 @@ import pytest
 
 from bench import common, data_page, roofline, scale
 from bench import report as page
+from bench.__main__ import main
 from fastsrgan.errors import InputError
 
 COMMITTED = page.load()
@@ -187,3 +188,9 @@ def test_the_sides_of_a_row_stand_below_each_other(capsys):
     common.print_row(row | {"peers": {"by hand, library convolutions": facts, "naive": facts}})
     _, *lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and len({line.index(" ms (") for line in lines}) == 1
+
+
+def test_a_bench_that_is_interrupted_says_so_in_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(common, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["step", "--quick"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"

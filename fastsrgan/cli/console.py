@@ -177,8 +177,8 @@ class TerminalProgress:
         task = self.bar.tasks[0]
         done, taken = task.completed + n, max(time.perf_counter() - self.began, 1e-9)
         left = taken if done >= (task.total or 0) else taken * ((task.total or 0) - done) / max(done, 1e-9)
-        self.facts = facts or self.facts
         clock = str(datetime.timedelta(seconds=round(left)))
+        self.facts = facts or self.facts
         self.bar.update(self.task, advance=n, rate=pace(done / taken), left=clock)
 
     def finish(self) -> None:
