@@ -16,6 +16,7 @@ import pytest
 from commands import call, one_line
 from phantom import head
 
+from fastsrgan.cli import study as cli_study
 from fastsrgan.cli.main import failed, main
 from fastsrgan.convert import convert
 from fastsrgan.core.progress import QUIET
@@ -579,3 +580,30 @@ def test_every_option_of_the_command_reaches_the_study(monkeypatch, tmp_path, ca
     assert settings == wanted and list(settings.label_classes) == ["3,42"]
     left = {name for name, value in asdict(wanted).items() if value == asdict(study.Settings())[name]}
     assert left == {"whole"}
+
+
+def test_rows_of_a_study_say_what_they_are_of_in_every_block(monkeypatch):
+    """On 80 columns the second block had the condition alone: which model a row was of had to be counted."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    figures = {f"figure {i}": "12.34 ± 0.56" for i in range(6)}
+    rows = [{"condition": "original", "model": name, "step": "48", **figures} for name in ("interpolation", "plain")]
+    blocks = cli_study._aligned(rows).split("\n\n")
+    assert len(blocks) > 1 and all(max(map(len, block.splitlines())) <= 80 for block in blocks)
+    for block in blocks:
+        assert [line.split()[:3] for line in block.splitlines()[2:]] == [
+            ["original", "interpolation", "48"], ["original", "plain", "48"]
+        ]  # fmt: skip
+    epochs = cli_study._aligned([{"epoch": "1", "PSNR": "20"}])
+    assert epochs.splitlines()[0].split() == ["epoch", "PSNR"]
+
+
+def test_of_one_head_no_sd_is_promised_and_what_compares_nothing_says_so():
+    row = {"condition": "original", "model": "m", "step": 8, "low_res": [1, 1, 3], "n": 1, "figures": {}}
+    facts = {"study": "steps", "heads": ["a"], "data": "d", "rows": [row], "models": [], "failed": [], "paper": {}}
+    facts |= {"settings": {"whole": True}, "note": study.TUNED_NOTE}
+    facts["paper"] = {"source": "s", "rows": []}
+    one = markdown(facts, "t")
+    assert "Values are those of the one head" in one and study.TUNED_NOTE in one
+    two = markdown(facts | {"heads": ["a", "b"], "note": ""}, "t")
+    assert "Values are mean ± sample standard deviation over heads" in two and "says nothing" not in two

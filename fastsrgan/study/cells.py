@@ -95,7 +95,7 @@ def run_cells(
     failed: list[dict[str, str]] = []
     first: FastsrganError | None = None
     asked = [(head, condition, *job) for head in heads for condition in conditions for job in jobs]
-    left = sum(_read(_place(folder, *one, engine, device)[0]) is None for one in asked)
+    left = sum(not _is_there(folder, *one, engine, device) for one in asked)
     if left < len(asked):  # they take no time: a pace with them would be none
         log.info("%s", some_of(len(asked) - left, len(asked), "cell", "is measured already", "are measured already"))
     if left:
@@ -148,6 +148,14 @@ def _of_head(
             named = {"subject": head.name, "condition": condition.name, "model": model.name if model else BASELINE}
             cells.append(named | {"step": step} | cell)
     return cells
+
+
+def _is_there(folder: Path, *asked: Any) -> bool:
+    """Whether a measurement was made before; of a head that cannot be read no, which is said when its turn comes."""
+    try:
+        return _read(_place(folder, *asked)[0]) is not None
+    except FastsrganError:
+        return False
 
 
 def _place(

@@ -202,10 +202,10 @@ REFERENCE: dict[str, list[dict[str, Any]]] = {
 }
 
 TITLES = {
-    "steps": "Quality and time against the step between tiles ({heads}, mean and sd)",
-    "noise": "Quality against noise ({heads}, mean and sd)",
-    "augmentation": "Models on images they were and were not trained for ({heads}, mean and sd)",
-    "resolution": "Quality against slice thickness ({heads}, mean and sd)",
+    "steps": "Quality and time against the step between tiles ({heads})",
+    "noise": "Quality against noise ({heads})",
+    "augmentation": "Models on images they were and were not trained for ({heads})",
+    "resolution": "Quality against slice thickness ({heads})",
 }
 STEP_FIGURES = ("dice", "psnr_db", "ssim", "components", "hausdorff95_mm", "seconds")
 
