@@ -171,7 +171,7 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
             drawn = _unit(unit, losses.pop() if len(losses) == 1 else "")
             plots.append(line_chart(named, lines, "update", drawn, named=True))
     told = [f["summary"] or {} for f in runs]
-    entries = _told(told)
+    entries = _entries(told)
     head = el("tr", el("th", ""), [el("th", name, scope="col") for name in names])
     rows = [
         el(
@@ -265,7 +265,7 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
     head = facts_table(
         [
             (_entry(key, [summary]), _entered(key, summary[key], pointer("run", "summary", key)))
-            for key in _told([summary])
+            for key in _entries([summary])
         ]
         + ([(BEGAN, _began_with(summary))] if summary else [])
         + [(f"settings {BEHIND} {one['behind']}", _said(one["settings"])) for one in _resumes(facts)]
@@ -391,7 +391,7 @@ def _table(validation: list[dict[str, Any]]) -> Html:
     return el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
 
 
-def _told(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+def _entries(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     """The entries of summaries that have a row, in one order whatever a summary lacks; "its Dice" needs no word more
     where there is one Dice in all."""
     there = [k for one in summaries for k, v in one.items() if not isinstance(v, (dict, list, type(None)))]
