@@ -200,6 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FastsrganError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # as the commands of fastsrgan end
+        print("error: interrupted", file=sys.stderr)
+        return 130
     print(json.dumps(report))
     return 0 if all(row["passed"] for row in report["rows"]) else 1
 

@@ -54,7 +54,7 @@ NAIVE = (
 
 # Sides that do other work than ours, by the beginning of their names, and what is other.
 OTHER_WORK = {
-    "nnU-Net style": "sums tiles and weights in half precision",
+    "nnU-Net style": "sums tiles and weights in half precision, which loses small weights: some voxels become others",
     "torchio, linear": "interpolates linearly, not by a cubic spline",
     "monai, trilinear": "interpolates linearly, not by a cubic spline",
     "torchio of ": "takes a part of a volume's patches each time that it is degraded, fastsrgan all",
@@ -389,17 +389,18 @@ def print_row(row: Mapping[str, Any]) -> None:
     print(f"{row['name']}  ({gate})", flush=True)
     rates = {k.removesuffix("_per_second").replace("_", " "): v for k, v in row.items() if k.endswith("_per_second")}
     rate = "".join(f"  {value:.4g} {what}/s" for what, value in rates.items())
-    print(f"  {'fastsrgan':<24}{_times(row)}{rate}", flush=True)
+    width = max(24, *(len(name) + 2 for name in row["peers"])) if row["peers"] else 24
+    print(f"  {'fastsrgan':<{width}}{_times(row)}{rate}", flush=True)
     for peer, facts in row["peers"].items():
         if "not_run" in facts:
-            print(f"  {peer:<24}not run: {facts['not_run']}")
+            print(f"  {peer:<{width}}not run: {facts['not_run']}")
             continue
         told = ""
         if peer in row["ratio_to"]:
             low, high = row["ratio_range"][peer]
             told = f"  {row['ratio_to'][peer]:.2f} x ours ({low:.2f} to {high:.2f})"
         other = "; ".join(other_work(peer, row["name"]))
-        print(f"  {peer:<24}{_times(facts)}{told}{f'  other work: {other}' if other else ''}")
+        print(f"  {peer:<{width}}{_times(facts)}{told}{f'  other work: {other}' if other else ''}")
 
 
 def _times(facts: Mapping[str, Any]) -> str:

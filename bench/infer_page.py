@@ -65,8 +65,13 @@ def markdown(report: dict[str, Any]) -> str:
                 lines += ["", *_table(kind, window, rows)]
     for name, points in against_step(report, "whole inference").items():
         if fit := affine_fit(points):
-            lines += ["", f"{name}: {fit.base:.3g} s + {fit.scale:.3g} s / step^3 (R2 {fit.r2:.3f})."]
+            lines += ["", f"{name}: {fit.base:.3g} s + {brief_of(fit.scale)} s / step^3 (R2 {fit.r2:.3f})."]
     return "\n".join(lines[1:])
+
+
+def brief_of(value: float, digits: int = 3) -> str:
+    """A number without an exponent where it is large: 10708.3 -> '10,708'."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}g}"
 
 
 def _table(kind: str, window: str, rows: list[dict[str, Any]]) -> list[str]:
@@ -80,7 +85,7 @@ def _table(kind: str, window: str, rows: list[dict[str, Any]]) -> list[str]:
             first = name == OURS
             cells = [str(row["step"]), str(row["tiles"])] if first else ["", ""]
             mark = MARK if other_work(name) else ""
-            cells += [name + mark, f"{facts['seconds_median']:.3g} s", f"{facts['tiles_per_second']:.4g}"]
+            cells += [name + mark, f"{facts['seconds_median']:.3g} s", brief_of(facts["tiles_per_second"], 4)]
             ratio = row["ratio_to"].get(name)
             cells += ["" if ratio is None else f"{ratio:.2f} x", f"{facts['error_to_float64']:.1e}"]
             if more:

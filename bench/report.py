@@ -14,7 +14,7 @@ from bench.common import END_TO_END, NAIVE, NOTES, is_quick, marked, other_work
 from bench.data_page import RESULTS
 from bench.plot import plot
 from fastsrgan.core.files import atomic_write
-from fastsrgan.errors import InputError
+from fastsrgan.errors import InputError, brief
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE, PICTURE = ROOT / "docs" / "data-engine.md", ROOT / "docs" / "images" / "data-engine.png"
@@ -49,7 +49,7 @@ def load() -> list[tuple[Path, dict[str, Any]]]:
 
 def seconds(value: float) -> str:
     """A time with a fitting unit."""
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+    return f"{brief(value)} s" if value >= 0.9995 else f"{brief(value * 1e3)} ms"
 
 
 def times(facts: dict[str, Any]) -> str:

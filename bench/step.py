@@ -89,7 +89,7 @@ class Work(Case):
 
     def lines(self, row: Mapping[str, Any]) -> Sequence[str]:
         """The work as usually written over the time: rewrites that save products may exceed the ceiling."""
-        told = [f"{row['flop'] / 1e9:.1f} GFLOP as usually written, {row['least_bytes'] / 1e9:.2f} GB at least"]
+        told = [f"{row['flop'] / 1e9:.3g} GFLOP as usually written, {row['least_bytes'] / 1e6:.4g} MB at least"]
         for name, facts in (("fastsrgan", row), *row["peers"].items()):
             if "of_matmul_ceiling" in facts:
                 matmul, copy = facts["of_matmul_ceiling"], facts["of_copy_ceiling"]

@@ -70,6 +70,7 @@ def plot(machines: Sequence[tuple[str, Reports]], path: str | os.PathLike) -> No
     figure = Figure(figsize=(10, 0.8 + sum(0.42 * len(found) + 0.5 for _, found in made)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(max(len(made), 1), 1, squeeze=False, height_ratios=[len(f) for _, f in made] or [1])
+    ends = [end for _, found in made for bar in found for end in bar.range or (bar.ratio,)]  # of all: one scale
     for axes, (name, found) in zip(panels[:, 0], made, strict=False):
         colours = [MEMORY if bar.memory else OURS for bar in found]
         axes.set_xscale("log")
@@ -79,7 +80,6 @@ def plot(machines: Sequence[tuple[str, Reports]], path: str | os.PathLike) -> No
             axes.plot([low, high], [i, i], color="#404040", linewidth=1, marker="|", markersize=7 if bar.range else 0)
             spread = f" ({low:.3g} to {high:.3g})" if bar.range else "" if bar.memory else " (measured once)"
             axes.text(max(high, 1), i, f"  {bar.ratio:.3g} x{spread}", va="center", fontsize=9)
-        ends = [end for bar in found for end in bar.range or (bar.ratio,)]
         axes.axvline(1, color="#404040", linewidth=1)
         axes.invert_yaxis()
         axes.set_xlim(min(0.8, *ends), 5 * max(ends))

@@ -131,6 +131,13 @@ def brief(value: float, digits: int = 3) -> str:
     return f"{value:.0f}" if 10**digits - 0.5 <= abs(value) < 1e7 else f"{value:.{digits}g}"
 
 
+def lasting(seconds: float, digits: int = 1) -> str:
+    """A time as people say it: 12 s, 4.5 min, 3.1 h; seconds below ten and minutes to so many digits."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.{digits}f} s"
+    return f"{seconds / 60:.{digits}f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def counted(number: int, one: str, many: str = "") -> str:
     """(1, 'subject') -> '1 subject'; (3, 'subject') -> '3 subjects'; ``many`` where an s is not enough."""
     return f"{number} {one if number == 1 else many or one + 's'}"

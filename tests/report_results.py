@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from phantom import head
@@ -80,15 +81,15 @@ def remembering(draw: Callable[..., bytes]) -> Callable[..., bytes]:
     """``viewer.picture`` that draws the same volumes once: nine tenths of what a page takes are its picture's."""
     drawn: dict[str, bytes] = {}
 
-    def picture(sr: Volume, others: dict[str, Volume], structure: str = "segmentation") -> bytes:
-        digest = hashlib.sha256(structure.encode())
+    def picture(sr: Volume, others: dict[str, Volume], words: dict[str, Any]) -> bytes:
+        digest = hashlib.sha256(repr(words).encode())
         for name, volume in {"sr": sr, **others}.items():
             data = np.ascontiguousarray(volume.data)
             digest.update(repr((name, data.shape, data.dtype)).encode())
             digest.update(volume.affine.tobytes() + data.tobytes())
         key = digest.hexdigest()
         if key not in drawn:
-            drawn[key] = draw(sr, others, structure)
+            drawn[key] = draw(sr, others, words)
         return drawn[key]
 
     return picture

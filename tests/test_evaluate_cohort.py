@@ -10,6 +10,7 @@ import shutil
 
 import numpy as np
 import pytest
+from result_pair import SHAPE, make_pair
 
 from fastsrgan.cli.evaluate import better, plain, spread
 from fastsrgan.cli.main import main
@@ -21,17 +22,12 @@ from fastsrgan.evaluate import pair as evaluate
 from fastsrgan.io import nifti as images
 from fastsrgan.pictures.bland_altman import bland_altman
 
-SHAPE = (14, 17, 13)
 BESIDE = ("PSNR dB", "SSIM", "Dice", "HD95 mm", "ASSD mm")  # figures with a better: the baseline's stands beside
 
 
 @pytest.fixture
 def files(tmp_path):
-    rng = np.random.default_rng(0)
-    hr = (100 + 30 * rng.random(SHAPE)).astype(np.float32)
-    sr = (hr + rng.normal(0, 3, SHAPE)).astype(np.float32)
-    arrays = {"hr": hr, "sr": sr, "seg": (sr > 115).astype(np.uint8), "label": (hr > 115).astype(np.uint8)}
-    return {name: images.save(tmp_path / f"{name}.nii.gz", data, np.eye(4)) for name, data in arrays.items()}
+    return make_pair(tmp_path)
 
 
 def _table(path, rows, header="SR_image,HR_image,Seg_image,Label_image"):

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from result_pair import make_pair
 
 from fastsrgan.core.files import write_json
 from fastsrgan.errors import InputError
@@ -13,16 +14,10 @@ from fastsrgan.evaluate import cohort as evaluate_cohort
 from fastsrgan.evaluate import pair as evaluate
 from fastsrgan.io import nifti as images
 
-SHAPE = (14, 17, 13)
-
 
 @pytest.fixture
 def files(tmp_path):
-    rng = np.random.default_rng(0)
-    hr = (100 + 30 * rng.random(SHAPE)).astype(np.float32)
-    sr = (hr + rng.normal(0, 3, SHAPE)).astype(np.float32)
-    arrays = {"hr": hr, "sr": sr, "seg": (sr > 115).astype(np.uint8), "label": (hr > 115).astype(np.uint8)}
-    return {name: images.save(tmp_path / f"{name}.nii.gz", data, np.eye(4)) for name, data in arrays.items()}
+    return make_pair(tmp_path)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,11 @@ import pytest
 
 from bench import common, data_page, roofline, scale
 from bench import report as page
+from bench.__main__ import main
 from fastsrgan.errors import InputError
 
 COMMITTED = page.load()
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("path", [path for path, _ in COMMITTED], ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -168,3 +171,26 @@ def test_a_report_names_its_code_and_settings(monkeypatch):
     assert common.commit_of({"commit": "ab"}) == "commit ab"
     quick = [common.is_quick(r) for r in ({}, {"settings": {"quick": False}}, {"settings": {"quick": True}})]
     assert quick == [False, False, True]
+
+
+@pytest.mark.parametrize("name", ["benchmarks", "roofline", "data-engine"])
+def test_no_number_of_a_page_is_a_power_of_ten(name):
+    """Beside 7,508 tiles a second stood 1.071e+04."""
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf8")
+    assert not re.findall(r"\d[eE]\+0*[1-9]\d*", text)
+    assert [page.seconds(s) for s in (0.9996, 0.9994, 1234.5)] == ["1 s", "999 ms", "1234 s"]
+
+
+def test_the_sides_of_a_row_stand_below_each_other(capsys):
+    """One of a long name was shifted to the right."""
+    facts = {"seconds_median": 0.5, "seconds_min": 0.25, "seconds_max": 1.0}
+    row = {"name": "step", "max_error": 0.0, "tolerance": 1.0, "passed": True, "ratio_to": {}, **facts}
+    common.print_row(row | {"peers": {"by hand, library convolutions": facts, "naive": facts}})
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and len({line.index(" ms (") for line in lines}) == 1
+
+
+def test_a_bench_that_is_interrupted_says_so_in_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(common, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["step", "--quick"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"

@@ -17,8 +17,8 @@ from fastsrgan.evaluate import cohort, compare, metrics, pair
 from fastsrgan.evaluate.figures import FIGURES, Compared, columns, scores
 from fastsrgan.evaluate.grids import READER, SPLINE
 from fastsrgan.evaluate.plausibility import GREEN, RED, YELLOW, Look, choose, judge, measure
-from fastsrgan.infer import image
-from fastsrgan.model.purpose import MODELS, Purpose
+from fastsrgan.evaluate.wording import picture_words
+from fastsrgan.model.purpose import MODELS
 from fastsrgan.pictures import error_map as error_map_module
 from fastsrgan.pictures.figure import Column, planes
 from fastsrgan.pictures.planes import cuts, white
@@ -263,9 +263,8 @@ def test_averaged_weights_are_called_alike_on_a_page_and_in_a_picture():
     """One said their names and the other how many files there were."""
     several = {"averaged": [{"path": "perinatal"}, {"path": "a/own.safetensors"}]}
     for facts, name in ((several, "mean of perinatal and own.safetensors"), ({"path": "runs/last"}, "last")):
-        model = image.Model((), facts, Purpose())
-        loaded = image.Loaded(None, None, None, "", None, model, ("", ""))
-        assert loaded.weights_name == sections.chosen_weights({"weights": facts}) == name
+        assert sections.chosen_weights({"weights": facts}) == name
+        assert picture_words({"weights": facts})["footer"] == f"weights {name}"
     for name, shipped in MODELS.items():
         facts = {"path": f"/models/{shipped.file}", "name": name, "chosen": "auto: why"}
         assert sections.chosen_weights({"weights": facts}) == f"{name} (auto: why)"
@@ -641,7 +640,7 @@ def test_the_tables_of_a_study_have_mean_and_deviation_in_their_columns():
     (line,) = tables.shown_rows(facts)
     told = {"PSNR dB": "26.12 ± 0.50", "seconds": "12.50 ± 1.50"}
     assert line == {"condition": "original", "model": "m", "step": "30"} | told | {"n": "2"}
-    assert tables.fit_text(fit) == "c, m: seconds = 0.5 + 6.4e+04 / step³, R² 0.750"
+    assert tables.fit_text(fit) == "c, m: seconds = 0.5 + 64000 / step³, R² 0.750"
     words = tables.markdown(facts, "title")
     assert "Heads: 2 of d.csv. Acquired at 1 x 1 x 3 mm. Models: m (SHA-256 0123456789ab). Patch 128 voxels." in words
     quoted = tables.paper_rows(facts)

@@ -22,7 +22,7 @@ from fastsrgan.evaluate.grids import onto_grid
 from fastsrgan.evaluate.plausibility import NO_PROOF
 from fastsrgan.infer.volume import InferResult
 from fastsrgan.io import nifti as images
-from fastsrgan.model.purpose import MODELS
+from fastsrgan.model.purpose import MODELS, Purpose
 from fastsrgan.pictures import planes
 from fastsrgan.pictures.planes import png
 from fastsrgan.report import cohort, curves, page, sections, show, viewer, volumes
@@ -42,7 +42,7 @@ def pointers(html: object) -> list[str]:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pages without the picture, which takes most of their time."""
-    monkeypatch.setattr(page.stage, "picture", lambda sr, others, structure: structure.encode())
+    monkeypatch.setattr(page.stage, "picture", lambda sr, others, words: words.get("structure", "").encode())
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_a_page_has_the_warnings_of_record_scores_and_files_each_once(undrawn, t
     assert f"Plausibility ● green: the scan and the result look like what the weights were made for: {NO_PROOF}" in (
         plain(html)
     )
-    outlined = page.Purpose.of(made_for).outlined
+    outlined = Purpose.of(made_for).outlined
     picture = re.search('The same as a picture</h2><img src="data:image/png;base64,([^"]*)"', html)[1]
     assert base64.b64decode(picture).decode() == outlined
 
@@ -425,7 +425,7 @@ def test_a_run_without_one_update_is_told_all_the_same(tmp_path):
 
 def test_the_charts_of_several_runs_have_their_axes_and_units(monkeypatch):
     charts = {}
-    monkeypatch.setattr(curves, "line_chart", lambda title, lines, *labels: charts.update({title: labels}))
+    monkeypatch.setattr(curves, "line_chart", lambda title, lines, *labels, **_: charts.update({title: labels}))
     none = {"validation": [{"epoch": 1, "PSNR": 1.0}], "at": [1], "summary": None, "config": ""}
     losses = {"g_reconstruction": [1.0], "g_gradient": [1.0], "d_gradient": [2.0], "seconds": [0.5]}
     curves.runs_card([none | {"curves": losses}] * 2, ["a", "b"])
@@ -442,7 +442,11 @@ def test_the_charts_of_several_runs_have_their_axes_and_units(monkeypatch):
 def test_a_chart_names_the_loss_that_it_draws(monkeypatch):
     """Of a run with a Dice loss in its sum it said Charbonnier, and an added Dice loss was in no chart."""
     charts = {}
-    monkeypatch.setattr(curves, "line_chart", lambda title, lines, *labels: charts.update({title: (lines, labels[1:])}))
+
+    def kept(title, lines, *labels, **_):
+        charts[title] = lines, labels[1:]
+
+    monkeypatch.setattr(curves, "line_chart", kept)
     losses = {"g_reconstruction": [1.0], "g_total": [3.0], "g_dice": [2.0]}
     run = {"validation": [], "at": [1], "summary": None, "updates_per_point": 1, "unreadable_lines": 0, "warnings": []}
     texts = [SMALL.replace(reconstruction_loss=loss).to_yaml() for loss in ("charbonnier", "dice")]
@@ -455,6 +459,13 @@ def test_a_chart_names_the_loss_that_it_draws(monkeypatch):
         curves.runs_card([one, one], ["a", "b"])
         assert charts["Reconstruction"][1] == (said,)
     curves.runs_card(runs, ["a", "b"])
+    assert charts["Reconstruction"][1] == ("reconstruction loss",)
+    changed = {"behind": 7, "settings": {"reconstruction_loss": ["charbonnier", "dice"]}}
+    both = "Charbonnier loss, behind update 7 Charbonnier + Dice loss"
+    charts.clear()
+    curves.run_card(runs[1] | {"changed": [changed]}, [])
+    assert charts[f"Reconstruction: {both}"][1] == ("reconstruction loss",)  # an axis has no room for it
+    curves.runs_card([runs[1], runs[1] | {"changed": [changed]}], ["a", "b"])
     assert charts["Reconstruction"][1] == ("reconstruction loss",)
     choices = SETTINGS["reconstruction_loss"].choices
     assert set(curves.LOSSES) == set(choices)
@@ -480,9 +491,58 @@ def test_a_summary_says_its_entries_with_units_and_settings_by_their_meaning():
     facts = {"validation": [], "at": [], "curves": {}, "config": "", "summary": entries, "updates_per_point": 1}
     facts |= {"unreadable_lines": 0, "warnings": []}
     for words in (plain(curves.run_card(facts, [])), plain(curves.runs_card([facts, facts], ["a", "b"]))):
-        assert "time, since the last resume61.5 s" in words and "of it waiting for data2.5 s" in words
+        assert "time61.5 s" in words and "of it waiting for data2.5 s" in words
         assert f"best_by: {SETTINGS['best_by'].help}both" in words and "new one3" in words
         assert f"batch_size: {SETTINGS['batch_size'].help}8" in words and "_seconds" not in words
+
+
+def test_rows_of_a_summary_keep_their_order_and_a_time_says_since_when():
+    """ "which is the" stood far below "its Dice", and a run that was never resumed had a time since its last resume."""
+    facts = {"validation": [], "at": [], "curves": {}, "config": "", "updates_per_point": 1, "unreadable_lines": 0}
+    facts |= {"warnings": []}
+    plainer = {"updates": 3, "seconds": 8.0, "best_dice": 0.5, "dice_is": "Dice", "device": "cpu"}
+    resumed = {
+        "updates": 3,
+        "resumed_at": 2,
+        "seconds": 2.0,
+        "best_dice": 0.25,
+        "dice_is": "mean Dice",
+        "device": "cpu",
+    }
+    runs = [facts | {"summary": one} for one in (plainer, resumed)]
+    assert "updates3time8 sits Dice0.5devicecpu" in plain(curves.run_card(runs[0], []))
+    said = (
+        "updates3resumed behind update2time, of a resumed run since then2 sits Dice0.25which is themean Dicedevicecpu"
+    )
+    assert said in plain(curves.run_card(runs[1], []))
+    words = plain(curves.runs_card(runs, ["a", "b"]))
+    assert "time, of a resumed run since then8 s2 sits Dice0.50.25which is theDicemean Dicedevicecpucpu" in words
+
+
+def test_a_page_says_which_settings_a_run_was_resumed_with():
+    """Its config.yaml has the last alone."""
+    facts = {"validation": [], "at": [], "curves": {}, "config": "lr_gen: 3\nema: 0\n", "updates_per_point": 1}
+    facts |= {"unreadable_lines": 0, "warnings": [], "summary": {"updates": 9}}
+    changed = [
+        {"behind": 2, "settings": {"lr_gen": [1, 2]}},
+        {"behind": 5, "settings": {"lr_gen": [2, 3], "ema": [1, 0]}},
+    ]
+    words = plain(curves.run_card(facts | {"changed": changed}, []))
+    assert "settings behind update 2lr_gen 1 -&gt; 2settings behind update 5lr_gen 2 -&gt; 3, ema 1 -&gt; 0" in words
+    words = plain(curves.runs_card([facts | {"changed": changed}, facts], ["a", "b"]))
+    assert "3 (up to update 2: 1) (up to update 5: 2)3" in words and "0 (up to update 5: 1)0" in words
+
+
+@pytest.mark.parametrize("count", (1, 2))
+def test_each_line_of_several_runs_is_named_also_where_it_is_alone(count):
+    """Of runs of which one has structures or a critic the chart had a line of a colour, and no name."""
+    facts = {"validation": [{"epoch": 1, "PSNR": 1.0}], "at": [1], "curves": {}, "summary": None, "config": ""}
+    other = facts | {"validation": [{"epoch": 1, "SSIM": 0.5}], "curves": {"d_penalty": [1.0]}}
+    page = str(curves.runs_card([facts, other][:count], ["first run", "second run"][:count]))
+    figures = re.findall(r"<figure.*?</figure>", page, re.S)
+    assert len(figures) == (1, 3)[count - 1]
+    for figure in figures:
+        assert len(re.findall(r'class="(?:line|dot) ', figure)) == len(re.findall(r'class="swatch ', figure))
 
 
 def test_of_each_picture_of_tensorboard_the_newest_is_shown(monkeypatch, tmp_path):

@@ -371,16 +371,17 @@ def test_the_picture_names_the_patch_the_step_and_the_threshold(monkeypatch, tmp
         "fastsrgan.pictures.figure.result_figure", lambda *args, **more: drawn.append((args, more)), raising=True
     )
     sr, low = np.ones((4, 4, 6), np.float32), Volume(np.ones((4, 4, 3), np.float32), np.diag([1.0, 1, 2, 1]))
-    result = SimpleNamespace(sr=sr, affine=np.eye(4), report={"patch": 16, "step": 12, "region": None})
+    result = SimpleNamespace(sr=sr, affine=np.eye(4), report={"region": None})
     purpose = Purpose(structures=((1, "cortex"), (2, "white matter")))
-    model = SimpleNamespace(purpose=purpose)
-    loaded = SimpleNamespace(volume=low, image=SimpleNamespace(name="case"), model=model, mask=None, weights_name="w")
-    image_module._picture(tmp_path / "a.png", loaded, result, sr > 0, 0.35, Verdict("red", ("worst", "other")))
-    ((target, volumes, captions), more) = drawn[0]
-    assert target == tmp_path / "a.png" and captions["seg"] == "probability above 0.35"
+    loaded = SimpleNamespace(volume=low, image=SimpleNamespace(name="case"), mask=None)
+    record = {"weights": {"path": "w"}, "patch": 16, "step": 12, "threshold": 0.35, "made_for": purpose.to_dict()}
+    record["plausibility"] = Verdict("red", ("worst", "other")).to_dict()
+    image_module._picture(tmp_path / "a.png", loaded, result, sr > 0, record)
+    ((target, volumes), more) = drawn[0]
+    assert target == tmp_path / "a.png" and more.pop("captions")["seg"] == "probability above 0.35"
     assert more == {
         "title": "case", "footer": "weights w, patch 16, step 12", "structure": "cortex",
-        "status": ("red", "plausibility red: worst"),
+        "status": ("red", "plausibility red: worst; other"),
     }  # fmt: skip
     assert volumes["low"] is low and volumes["sr"].data is sr and volumes["seg"].data.all()
 

@@ -617,7 +617,8 @@ def test_the_detail_of_a_picture_is_where_more_changes_inside_the_mask():
 
 
 def test_text_is_as_large_as_its_line_allows():
-    page = figure._Page(planes.cuts(Volume(np.ones((9, 9, 9), np.float32), np.eye(4))), 9, 1, (0, 0), True, 1000)
+    below = figure._Below.of("", "", None, 0)
+    page = figure._Page(planes.cuts(Volume(np.ones((9, 9, 9), np.float32), np.eye(4))), 9, 1, "", below, True, 1000)
     assert page._fitting(24, ["x" * 10], 1e6) == 24 and page._fitting(24, [], 10) <= 24
     assert page._fitting(24, ["x", "x" * 100], 500) == pytest.approx(500 / (0.5 * figure.LETTER * 100))
 

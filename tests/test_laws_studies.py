@@ -72,6 +72,17 @@ def test_cells_come_in_the_order_of_conditions_models_and_steps_under_the_names_
     assert [key for what, key in found if what == "base"] == [(3, "b"), (3, "b"), (3, "a"), (3, "a")]
 
 
+class BadKey(SimpleNamespace):
+    """A head whose file cannot be read, which its checksum shows first."""
+
+    def __init__(self, name):
+        super().__init__(name=name)
+
+    @property
+    def key(self):
+        raise InputError("x", "y", "z")
+
+
 def test_a_head_that_fails_is_told_and_a_study_without_any_is_refused(tmp_path, monkeypatch):
     def of_head(folder, one, *rest):
         if one.name == "bad":
@@ -79,7 +90,7 @@ def test_a_head_that_fails_is_told_and_a_study_without_any_is_refused(tmp_path, 
         return [{"condition": "c", "model": BASELINE, "step": None}]
 
     monkeypatch.setattr(cells, "_of_head", of_head)
-    heads = [SimpleNamespace(name=name) for name in ("bad", "good")]
+    heads = [BadKey("bad"), SimpleNamespace(name="good", key="k")]
     conditions = [Condition("c", (1.0, 1.0, 3.0))]
     made, failed = cells.run_cells(tmp_path, heads, [], conditions, [8], ENGINE)
     assert len(made) == 1 and failed == [{"subject": "bad", "error": "x: y (z)"}]
@@ -319,7 +330,7 @@ def test_a_study_measures_what_it_was_asked_and_says_what_it_did(monkeypatch, tm
         facts["paper"] == {"source": plots.SOURCE, "rows": plots.REFERENCE["steps"]} and "torch" in facts["provenance"]
     )
     ((folder, _, panels, title),) = written
-    assert folder == tmp_path and len(panels) == 2 and f"({len(names) - 1} head{'s' * data_given}, mean" in title
+    assert folder == tmp_path and len(panels) == 2 and ("(1 head)", "(2 heads, mean and sd)")[len(names) - 2] in title
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------

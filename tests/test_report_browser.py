@@ -361,3 +361,12 @@ def test_doubt_and_structures_have_the_colours_of_their_scale_and_legend(tab, fo
     # The scale's colours are those of the picture, and the page has no complaint.
     scale = tab.ask("getComputedStyle(document.querySelector('.scale .heat')).backgroundImage")
     assert all(f"rgb({r}, {g}, {b})" in scale for r, g, b in (PURPLE, YELLOW)) and tab.problems == []
+
+
+def test_captions_of_panes_stand_on_a_ground_of_their_own(tab, folder):
+    """White on a bright image they were hardly read, on a phone over two lines of it."""
+    shown(tab, folder / "one" / "out" / "report.html", "#canvas")
+    find = "[...document.querySelectorAll('.pane figcaption')].map(c => getComputedStyle(c).backgroundColor)"
+    grounds = tab.ask(find)
+    alphas = [float(re.fullmatch(r"rgba\(0, 0, 0, ([0-9.]+)\)", ground)[1]) for ground in grounds]
+    assert len(alphas) > 4 and min(alphas) >= 0.5

@@ -27,6 +27,7 @@ from fastsrgan.pictures.planes import find_panels
 from fastsrgan.train import loop, snapshots
 from fastsrgan.train import run as run_module
 from fastsrgan.train.gan import Models
+from fastsrgan.train.logs import RunLog
 from fastsrgan.train.run import train
 
 # Everything on that has a state or a place: moving average, schedule and warm-up, flips, accumulation, lazy penalty,
@@ -273,11 +274,33 @@ def test_other_settings_or_data_are_said_and_the_epoch_begins_anew(store, whole,
     assert result["epochs"] == 5 and result["best"] <= 1  # a Dice is not compared with a PSNR
     assert "batch_size 4 -> 2" in caplog.text and "lr_gen 0.0001 -> 1e-05" in caplog.text
     assert "another batch_size: epoch 5 begins anew" in caplog.text
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf8").splitlines()]
+    (row,) = [row for row in lines if "changed" in row]
+    updates = [line["update"] for line in lines[: lines.index(row)] if "update" in line]
+    assert row["epoch"] == 5 and row["behind_update"] == updates[-1] < result["updates"]
+    assert row["changed"]["batch_size"] == [4, 2] and row["changed"]["lr_gen"] == [1e-4, 1e-5]
     other = make_store(tmp_path, train=3)
     caplog.clear()
     train(other, run, changed.replace(epochs=6), resume=True)
     assert "another data: epoch 6 begins anew" in caplog.text
     assert "goes on with the new ones: epochs 5 -> 6\n" in caplog.text  # which the cosine follows; nothing else differs
+
+
+def test_the_log_says_once_what_a_resume_from_one_snapshot_changed(store, tmp_path):
+    """Also where a call before it changed more and ended before its first snapshot; and config.yaml keeps what acts
+    only where a run begins."""
+    small = SMALL.replace(epochs=1, steps_per_epoch=1, critic_iterations=1)
+    run = tmp_path / "run"
+    train(store, run, small)
+    run_log = RunLog(run)
+    run_log.changed(2, 1, {"lr_gen": [1e-4, 1.0], "lr_dis": [1e-4, 1.0]})
+    later = small.replace(epochs=2, lr_gen=1e-5)
+    train(store, run, later, resume=True)
+    train(store, run, later.replace(epochs=3, init_epoch=2), resume=True)
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf8").splitlines()]
+    told = [(row["behind_update"], row["changed"]) for row in rows if "changed" in row]
+    assert told == [(1, {"lr_gen": [1e-4, 1e-5]})]
+    assert "init_epoch: 1\n" in (run / "config.yaml").read_text(encoding="utf8")
 
 
 def test_a_critic_that_does_not_fit_the_patches_is_refused_before_the_first_step(store, tmp_path):

@@ -20,7 +20,6 @@ from report_results import make_known
 
 from fastsrgan.core.files import write_json
 from fastsrgan.demo import run as demo
-from fastsrgan.evaluate.plausibility import Verdict
 from fastsrgan.infer import image as infer_image
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
@@ -152,10 +151,11 @@ def test_the_picture_of_infer_has_scan_spline_and_result_under_their_titles(page
     low = Volume(np.full(THICK, 150, np.float32), THICK_AFFINE)
     model = SimpleNamespace(purpose=Purpose())
     image = SimpleNamespace(name="scan")
-    loaded = SimpleNamespace(volume=low, image=image, mask=None, model=model, weights_name="w")
+    loaded = SimpleNamespace(volume=low, image=image, mask=None, model=model)
+    record = {"weights": {"path": "w"}, "threshold": 0.5, "region": None}
     sr = level(450.0)
-    result = SimpleNamespace(sr=sr.data, affine=sr.affine, report={"patch": 64, "step": 32, "region": None})
-    infer_image._picture(tmp_path / "a.png", loaded, result, SEG.data, 0.5, Verdict("green", ()))
+    result = SimpleNamespace(sr=sr.data, affine=sr.affine, report={"region": None})
+    infer_image._picture(tmp_path / "a.png", loaded, result, SEG.data, record)
     (page,) = pages
     found = assert_greys_under_titles(
         page, tmp_path / "a.png", {"low": 150.0, "spline": 150.0, "sr": 450.0, "seg": 450.0}, 450.0
@@ -168,7 +168,8 @@ def test_the_picture_of_infer_has_scan_spline_and_result_under_their_titles(page
     loaded.mask = low.data < 0
     for outside, told in (("scan", "of the same scan"), ("zero", "of the same scan, inside the mask")):
         result.report["region"] = {"outside": outside}
-        infer_image._picture(tmp_path / "b.png", loaded, result, SEG.data, 0.25, Verdict("green", ()))
+        words = record | {"region": {"outside": outside}, "threshold": 0.25}
+        infer_image._picture(tmp_path / "b.png", loaded, result, SEG.data, words)
         texts = [text.get_text() for text in pages[-1].figure.texts]
         assert told in texts and "probability above 0.25" in texts
 

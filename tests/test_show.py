@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import sys
 
 import numpy as np
@@ -29,7 +30,8 @@ def pixels(figure: Figure) -> np.ndarray:
 def test_a_file_an_object_and_a_record_give_one_picture(out):
     sr, seg = images.load(out / "scan_sr.nii.gz"), images.load_label(out / "scan_seg.nii.gz")
     scan = images.load(out.parent / "scan.nii.gz")
-    result = fastsrgan.InferResult(sr.data, seg.data[None].astype(np.float32), sr.affine, {})
+    record = json.loads((out / "scan.json").read_text(encoding="utf8"))
+    result = fastsrgan.InferResult(sr.data, seg.data[None].astype(np.float32), sr.affine, record)
     options = {"width_px": 400}
     by_path = fastsrgan.show(out / "scan.json", **options)
     by_object = fastsrgan.show(result, (scan.data, scan.affine), **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import shutil
 import signal
@@ -15,8 +16,10 @@ import pytest
 from commands import call, one_line
 from phantom import head
 
+from fastsrgan.cli import study as cli_study
 from fastsrgan.cli.main import failed, main
 from fastsrgan.convert import convert
+from fastsrgan.core.progress import QUIET
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.evaluate.pair import evaluate_pair, flat
 from fastsrgan.infer.volume import infer_volume
@@ -53,6 +56,19 @@ def folder(tmp_path_factory):
         generator = build_generator(GeneratorSpec(kernel=2), seed=seed)
         weights.save_generator(path / f"{name}.safetensors", generator, Critic(CriticSpec(kernel=2)))
     return path
+
+
+class Counting(type(QUIET)):
+    """A display that keeps what it is told to count."""
+
+    def __init__(self) -> None:
+        self.totals, self.done = [], 0
+
+    def start(self, label: str, total: int, unit: str) -> None:
+        self.totals.append(total)
+
+    def advance(self, n: int = 1, **facts: object) -> None:
+        self.done += n
 
 
 @pytest.fixture
@@ -115,7 +131,8 @@ def test_noise_costs_quality_and_the_baseline_shows_it(steps):
     assert psnr["original", "interpolation"] > psnr["noise 10 %", "interpolation"] + 1
 
 
-def test_finished_cells_are_kept_and_others_are_not(folder, steps, monkeypatch, undrawn):
+def test_finished_cells_are_kept_and_others_are_not(folder, steps, monkeypatch, undrawn, caplog):
+    caplog.set_level(logging.INFO, logger="fastsrgan")
     measured = []
     true_one = study_cells._through
 
@@ -125,10 +142,13 @@ def test_finished_cells_are_kept_and_others_are_not(folder, steps, monkeypatch, 
 
     monkeypatch.setattr(study_cells, "_through", counted)
     again = [folder / "cohort.csv", folder / "steps", [folder / "with.safetensors"]]
-    same = study.run("steps", *again, study.Settings(**SMALL, steps=(8, 12, 16), noise=(0.0, 0.1)))
-    assert measured == [] and same["rows"] == steps["rows"]
-    study.run("steps", *again, study.Settings(**SMALL, steps=(8, 10), noise=(0.0,)))
+    bar = Counting()
+    same = study.run("steps", *again, study.Settings(**SMALL, steps=(8, 12, 16), noise=(0.0, 0.1)), progress=bar)
+    assert measured == [] and same["rows"] == steps["rows"] and bar.totals == [] and bar.done == 0
+    study.run("steps", *again, study.Settings(**SMALL, steps=(8, 10), noise=(0.0,)), progress=bar)
     assert measured == [10, 10]
+    assert bar.totals == [2] and bar.done == 2  # cells that are there have no pace, and no part in the time left
+    assert "4 of 6 cells are measured already" in caplog.text
     damaged = next(
         path
         for path in (folder / "steps" / "cells").glob("*.json")
@@ -560,3 +580,30 @@ def test_every_option_of_the_command_reaches_the_study(monkeypatch, tmp_path, ca
     assert settings == wanted and list(settings.label_classes) == ["3,42"]
     left = {name for name, value in asdict(wanted).items() if value == asdict(study.Settings())[name]}
     assert left == {"whole"}
+
+
+def test_rows_of_a_study_say_what_they_are_of_in_every_block(monkeypatch):
+    """On 80 columns the second block had the condition alone: which model a row was of had to be counted."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    figures = {f"figure {i}": "12.34 ± 0.56" for i in range(6)}
+    rows = [{"condition": "original", "model": name, "step": "48", **figures} for name in ("interpolation", "plain")]
+    blocks = cli_study._aligned(rows).split("\n\n")
+    assert len(blocks) > 1 and all(max(map(len, block.splitlines())) <= 80 for block in blocks)
+    for block in blocks:
+        assert [line.split()[:3] for line in block.splitlines()[2:]] == [
+            ["original", "interpolation", "48"], ["original", "plain", "48"]
+        ]  # fmt: skip
+    epochs = cli_study._aligned([{"epoch": "1", "PSNR": "20"}])
+    assert epochs.splitlines()[0].split() == ["epoch", "PSNR"]
+
+
+def test_of_one_head_no_sd_is_promised_and_what_compares_nothing_says_so():
+    row = {"condition": "original", "model": "m", "step": 8, "low_res": [1, 1, 3], "n": 1, "figures": {}}
+    facts = {"study": "steps", "heads": ["a"], "data": "d", "rows": [row], "models": [], "failed": [], "paper": {}}
+    facts |= {"settings": {"whole": True}, "note": study.TUNED_NOTE}
+    facts["paper"] = {"source": "s", "rows": []}
+    one = markdown(facts, "t")
+    assert "Values are those of the one head" in one and study.TUNED_NOTE in one
+    two = markdown(facts | {"heads": ["a", "b"], "note": ""}, "t")
+    assert "Values are mean ± sample standard deviation over heads" in two and "says nothing" not in two

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import datetime
 import io
 import logging
 import re
@@ -22,7 +23,7 @@ from fastsrgan.cli.main import build_parser, main, normalised
 from fastsrgan.cli.train import build_config, is_table
 from fastsrgan.config import PRESETS, from_mapping
 from fastsrgan.core import progress as progress_module
-from fastsrgan.errors import ModelError, UsageError, some_of
+from fastsrgan.errors import ModelError, UsageError, lasting, some_of
 from fastsrgan.model import weights
 from fastsrgan.model.networks import Critic, CriticSpec, GeneratorSpec, build_generator
 from fastsrgan.observation.model import Degradation
@@ -135,6 +136,33 @@ def test_a_bar_tells_the_rate_of_all_that_is_done_and_keeps_its_facts(clock):
     assert progress.facts == {} and progress.bar.tasks[0].completed == 0
     progress.finish()
     assert progress.bar is None
+
+
+@pytest.mark.parametrize("each", [0.5, 48.0, 900.0])
+def test_the_time_that_is_left_is_said_however_long_each_takes(clock, each):
+    """Where one took longer than 30 s, as tiles and cells of a study on a CPU, a terminal had `-:--:--` to the end."""
+    screen = Console(file=io.StringIO(), width=80, force_terminal=True, legacy_windows=False)
+    terminal, piped = TerminalProgress(screen), PlainProgress(Console(file=io.StringIO(), width=80))
+    for progress in (terminal, piped):
+        progress.start("study", 10, "cell")
+    for _ in range(4):
+        clock.seconds += each
+        terminal.advance()
+        piped.advance()
+    piped.finish()
+    assert f"  {lasting(6 * each, 0)} left" in piped.console.file.getvalue()
+    shown = terminal.bar.tasks[0].fields
+    assert (shown["rate"], shown["left"]) == (pace(1 / each), str(datetime.timedelta(seconds=6 * each)))
+    for _ in range(6):
+        clock.seconds += each
+        terminal.advance()
+    assert terminal.bar.tasks[0].fields["left"] == str(datetime.timedelta(seconds=10 * each))  # what all of it took
+    terminal.finish()
+
+
+def test_times_that_are_left_have_no_fractions_but_of_an_hour():
+    times = (0, 8.4, 45.4, 99, 101, 1100, 5990, 7500)
+    assert [lasting(s, 0) for s in times] == [*("0 s", "8 s", "45 s", "99 s", "2 min", "18 min", "100 min", "2.1 h")]
 
 
 def test_fields_are_told_apart_by_blanks_and_a_terminal_has_four_digits():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastsrgan.core.files import finite
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import UsageError, brief, counted, one_line
+from fastsrgan.errors import UsageError, brief, counted, lasting, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,7 +137,7 @@ class TerminalProgress:
 
     def start(self, label: str, total: int, unit: str) -> None:
         """Show a bar for ``total`` units."""
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
         from rich.text import Text
 
@@ -158,13 +159,15 @@ class TerminalProgress:
             TextColumn("{task.description}", markup=False),
             BarColumn(24 if width >= WIDE else 8),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}  {task.fields[rate]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            # The time left, in the end that taken, by the rate beside it: rich's own forgets what took above 30 s.
+            TextColumn("{task.fields[unit]}  {task.fields[rate]} [progress.remaining]{task.fields[left]}"),
             console=self.console,
             refresh_per_second=4,
         )
         self.began = time.perf_counter()
-        self.task = self.bar.add_task("" if above else name, total=total, unit=units(total, unit), rate="")
+        self.task = self.bar.add_task(
+            "" if above else name, total=total, unit=units(total, unit), rate="", left="-:--:--"
+        )
         self.bar.start()
 
     def advance(self, n: int = 1, **facts: Any) -> None:
@@ -172,9 +175,11 @@ class TerminalProgress:
         if self.bar is None:
             return
         task = self.bar.tasks[0]
-        rate = (task.completed + n) / max(time.perf_counter() - self.began, 1e-9)
+        done, taken = task.completed + n, max(time.perf_counter() - self.began, 1e-9)
+        left = taken if done >= (task.total or 0) else taken * ((task.total or 0) - done) / max(done, 1e-9)
+        clock = str(datetime.timedelta(seconds=round(left)))
         self.facts = facts or self.facts
-        self.bar.update(self.task, advance=n, rate=pace(rate))
+        self.bar.update(self.task, advance=n, rate=pace(done / taken), left=clock)
 
     def finish(self) -> None:
         """Leave the bar as it stands."""
@@ -235,7 +240,7 @@ class PlainProgress:
     def _line(self) -> None:
         self.last_line = time.perf_counter()
         rate = self.done / max(self.last_line - self.began, 1e-9)
-        left = f"  {(self.total - self.done) / rate:.0f} s left" if self.done < self.total and rate else ""
+        left = f"  {lasting((self.total - self.done) / rate, 0)} left" if self.done < self.total and rate else ""
         self._print(f"{self.label}: {self.done}/{self.total} {self.unit}  {pace(rate)}{left}  {fields(self.facts)}")
 
 

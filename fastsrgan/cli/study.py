@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -156,6 +157,8 @@ def _study(args: argparse.Namespace, progress: Progress) -> int:
             say(line)
         if not curves and any(row.get("model") == "interpolation" for row in shown_rows(facts)):
             say(" ".join(INTERPOLATION.splitlines()))
+        if facts.get("note"):
+            say(facts["note"])
         for fit in facts.get("fit", []):
             say(f"fit: {fit_text(fit)}")
         if quoted := paper_rows(facts):
@@ -169,8 +172,10 @@ def _study(args: argparse.Namespace, progress: Progress) -> int:
 
 
 def _aligned(rows: list[dict[str, str]]) -> str:
-    """A table whose rows may have different columns."""
-    return table(rows, list(dict.fromkeys(name for row in rows for name in row)))
+    """A table whose rows may have different columns; what a row is of stands in every block of a narrow terminal."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    keys = len(list(itertools.takewhile(lambda name: name in ("condition", "model", "step"), columns)))
+    return table(rows, columns, max(keys, 1))
 
 
 def _many(values: list[Any] | None) -> Any:

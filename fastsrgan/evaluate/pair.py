@@ -74,69 +74,28 @@ def evaluate_pair(
     SSIM of a region without a whole window, distance to an empty segmentation).
     Raises InputError when volumes do not overlap, the reference holds 0 or one value below alone, or a mask is empty.
     """
-    if label is None and (seg is not None or baseline_seg is not None):
-        raise InputError("segmentation", "there is no label to compare it with", "give --label too")
-    if label is not None:
-        labels.refuse_many(_values(label), label.meta.get("path", "label"))
+    _check_labels(label, seg, baseline_seg)
     notes = [f"reference: {warning}" for warning in hr.warnings]
     what = {"image": "as given"} if baseline is not None else {}
     what |= {"segmentation": "as given"} if baseline_seg is not None else {}
     if lr is not None and baseline is None:
         baseline, what["image"] = lr, SPLINE
-    on: dict[str, np.ndarray] = {}
-    part: np.ndarray | None = None
-    cropped: tuple[slice, ...] = ()
-    for name, volume, order in (
-        ("SR", sr, 3),
-        ("baseline", baseline, 3),
-        ("doubt", doubt, 1),
-        ("segmentation", seg, 0),
-        ("baseline segmentation", baseline_seg, 0),
-        ("label", label, 0),
-        ("mask", mask, 0),
-    ):
-        if volume is not None:
-            notes += [f"{name}: {warning}" for warning in volume.warnings]
-            made: list[str] = []
-            on[name] = onto_grid(volume, hr, order=order, name=name, notes=made, scored=part).data
-            # What lies outside the two images is not scored; a scan's grid always differs.
-            scored = [m.split("; ")[0] for m in made] if name in ("SR", "baseline") else made
-            notes += scored if volume is not lr else []
-        if name == "baseline":  # from here on it is known what is scored
-            part, cropped = _overlap(hr, {"SR": sr, "baseline": baseline}, notes)
+    given = {"SR": sr, "baseline": baseline, "doubt": doubt, "segmentation": seg}
+    given |= {"baseline segmentation": baseline_seg, "label": label, "mask": mask}
+    on, part, box = _on_reference(given, hr, lr, notes)
     if lr is not None and label is not None and baseline_seg is None:
-        made = []
-        baseline_seg = reader_label_map(Volume(on["label"], hr.affine), lr, made, part)
+        made: list[str] = []
+        on["baseline segmentation"] = reader_label_map(Volume(on["label"], hr.affine), lr, made, part).data
         notes += _surprises(made) if baseline is not lr else []
-        on["baseline segmentation"], what["segmentation"] = baseline_seg.data, READER
-    top, low = float(hr.data.max()), float(hr.data.min())
-    lost = placeless(hr.affine, hr.meta.get("orientation", "")) and hr.data.shape == sr.data.shape
-    if lost and not same_grid(sr, hr):
-        apart = difference(sr.affine, hr.affine, hr.data.shape)
-        notes.append(f"reference: has the SR's array and no place of its own, they are {apart}: was its header lost?")
-    if low < top <= 0:  # as training and inference do
-        notes.append(
-            f"reference: no voxel is above 0: it, SR and baseline are moved up by {-low:.4g} for PSNR and SSIM"
-        )
-        hr = replace(hr, data=hr.data - np.float32(low))
-        on |= {name: on[name] - np.float32(low) for name in ("SR", "baseline") if name in on}
-        top, low = top - low, 0.0
+        what["segmentation"] = READER
+    _note_lost_header(sr, hr, notes)
+    hr, ends = _above_zero(hr, on, notes)
     grid: dict[str, Any] = {"shape": list(hr.data.shape), "spacing_mm": [round(s, 6) for s in hr.spacing]}
     if part is not None:
         grid["overlap"] = float(part.mean())
-        on = {name: data[cropped] for name, data in on.items()}
-        hr, part = _cropped(hr, cropped), part[cropped]
-        part = None if part.all() else part
-        for name in ("segmentation", "baseline segmentation", "label", "mask"):
-            if part is not None and name in on:
-                on[name] = on[name] * part
-    regions: dict[str, np.ndarray | None] = {"whole": part}
-    regions |= {"mask": on["mask"] > 0} if "mask" in on else {}
-    regions |= {"label": metrics.binary(on["label"])} if "label" in on else {}
-    if "label" in regions and not np.any(regions["label"]):
-        notes.append("the label is empty on the reference's grid: no figures in its region")
-        del regions["label"]
-    more: dict[str, Any] = {"notes": notes, "ends": (low, top), "part": part}
+        hr, part = _cut_to_overlap(hr, on, part, box)
+    regions = _regions(on, part, notes)
+    more: dict[str, Any] = {"notes": notes, "ends": ends, "part": part}
     _note_scale(on["SR"], hr.data, "SR", notes)
     result = scores(Compared(hr, regions, on["SR"], on.get("segmentation"), on.get("label"), "SR", **more))
     if "doubt" in on:
@@ -145,21 +104,103 @@ def evaluate_pair(
         result["structures"] = {
             name: _structure(pair, Compared(hr, {}, on["SR"], name=name, **more)) for name, pair in structures.items()
         }
-    if baseline is not None or baseline_seg is not None:
+    if what:
         if "baseline" in on:
             _note_scale(on["baseline"], hr.data, "baseline", notes)
         base_seg = on.get("baseline segmentation")
         other = scores(Compared(hr, regions, on.get("baseline"), base_seg, on.get("label"), "baseline", **more))
         result |= {"baseline": other, "gain": _difference(result, other), "baselines": what}
-    result["grid"] = grid
-    result["notes"] = notes = list(dict.fromkeys(notes))
-    for note in notes if subject is not None else ():
+    result |= {"grid": grid, "notes": list(dict.fromkeys(notes)), "definitions": _defined(on, regions, grid)}
+    for note in result["notes"] if subject is not None else ():
         log.info("%s%s", f"{subject}: " if subject else "", note)
-    result["definitions"] = definitions() | (metrics.CALIBRATION if "doubt" in on else {})
-    result["definitions"] |= {f"region {name}": REGIONS[name] for name in regions}
-    if "overlap" in grid:
-        result["definitions"]["region whole"] = "every voxel of the reference's grid that lies in all images"
     return result
+
+
+# --- the steps of `evaluate_pair`, in their order; each adds to ``notes`` what it found ------------------------------
+
+
+def _check_labels(label: Volume | None, *segmentations: Volume | None) -> None:
+    """InputError for a segmentation without a label, and for a label of several values."""
+    if label is None and any(seg is not None for seg in segmentations):
+        raise InputError("segmentation", "there is no label to compare it with", "give --label too")
+    if label is not None:
+        labels.refuse_many(_values(label), label.meta.get("path", "label"))
+
+
+# How images are brought onto the reference's grid: order of the interpolation.
+ORDERS = {"SR": 3, "baseline": 3, "doubt": 1, "segmentation": 0, "baseline segmentation": 0, "label": 0, "mask": 0}
+
+
+def _on_reference(
+    given: Mapping[str, Volume | None], hr: Volume, lr: Volume | None, notes: list[str]
+) -> tuple[dict[str, np.ndarray], np.ndarray | None, tuple[slice, ...]]:
+    """The images on the reference's grid, which of its voxels all images cover (None: all of them), and their box."""
+    on: dict[str, np.ndarray] = {}
+    part: np.ndarray | None = None
+    box: tuple[slice, ...] = ()
+    for name, order in ORDERS.items():
+        if (volume := given[name]) is not None:
+            notes += [f"{name}: {warning}" for warning in volume.warnings]
+            made: list[str] = []
+            on[name] = onto_grid(volume, hr, order=order, name=name, notes=made, scored=part).data
+            # What lies outside the two images is not scored; a scan's grid always differs.
+            scored = [m.split("; ")[0] for m in made] if name in ("SR", "baseline") else made
+            notes += scored if volume is not lr else []
+        if name == "baseline":  # from here on it is known what is scored
+            part, box = _overlap(hr, {"SR": given["SR"], "baseline": volume}, notes)
+    return on, part, box
+
+
+def _note_lost_header(sr: Volume, hr: Volume, notes: list[str]) -> None:
+    lost = placeless(hr.affine, hr.meta.get("orientation", "")) and hr.data.shape == sr.data.shape
+    if lost and not same_grid(sr, hr):
+        apart = difference(sr.affine, hr.affine, hr.data.shape)
+        notes.append(f"reference: has the SR's array and no place of its own, they are {apart}: was its header lost?")
+
+
+def _above_zero(hr: Volume, on: dict[str, np.ndarray], notes: list[str]) -> tuple[Volume, tuple[float, float]]:
+    """The reference and its ends, lowest and highest; one wholly below 0 moved up by its minimum, and the images of
+    ``on`` with it, as training and inference do."""
+    top, low = float(hr.data.max()), float(hr.data.min())
+    if not low < top <= 0:
+        return hr, (low, top)
+    notes.append(f"reference: no voxel is above 0: it, SR and baseline are moved up by {-low:.4g} for PSNR and SSIM")
+    on |= {name: on[name] - np.float32(low) for name in ("SR", "baseline") if name in on}
+    return replace(hr, data=hr.data - np.float32(low)), (0.0, top - low)
+
+
+def _cut_to_overlap(
+    hr: Volume, on: dict[str, np.ndarray], part: np.ndarray, box: tuple[slice, ...]
+) -> tuple[Volume, np.ndarray | None]:
+    """The reference in the box of what is scored, and which voxels of it are (None: all); ``on`` is cut likewise, and
+    its masks are empty outside."""
+    on |= {name: data[box] for name, data in on.items()}
+    inside = part[box]
+    if inside.all():
+        return _cropped(hr, box), None
+    for name in ("segmentation", "baseline segmentation", "label", "mask"):
+        if name in on:
+            on[name] = on[name] * inside
+    return _cropped(hr, box), inside
+
+
+def _regions(on: Mapping[str, np.ndarray], part: np.ndarray | None, notes: list[str]) -> dict[str, np.ndarray | None]:
+    """Where figures are taken: the whole, and inside the mask and the label where they are given and hold a voxel."""
+    regions: dict[str, np.ndarray | None] = {"whole": part}
+    regions |= {"mask": on["mask"] > 0} if "mask" in on else {}
+    regions |= {"label": metrics.binary(on["label"])} if "label" in on else {}
+    if "label" in regions and not np.any(regions["label"]):
+        notes.append("the label is empty on the reference's grid: no figures in its region")
+        del regions["label"]
+    return regions
+
+
+def _defined(on: Mapping[str, np.ndarray], regions: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, str]:
+    """What the figures and regions of a result mean."""
+    found = definitions() | (metrics.CALIBRATION if "doubt" in on else {})
+    found |= {f"region {name}": REGIONS[name] for name in regions}
+    whole = {"region whole": "every voxel of the reference's grid that lies in all images"}
+    return found | (whole if "overlap" in grid else {})
 
 
 def _values(label: Volume) -> list[int]:

@@ -28,7 +28,16 @@ from fastsrgan.core.places import recorded
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import ALONE, LostRank, Ranks
 from fastsrgan.core.system import free_memory
-from fastsrgan.errors import FastsrganError, PartialFailure, ResourceError, UsageError, batch_code, counted, one_line
+from fastsrgan.errors import (
+    FastsrganError,
+    PartialFailure,
+    ResourceError,
+    UsageError,
+    batch_code,
+    counted,
+    lasting,
+    one_line,
+)
 from fastsrgan.evaluate.choice import ModelChoice
 from fastsrgan.infer.image import (
     ImageJob,
@@ -293,13 +302,6 @@ def tell_progress(items: Any, ended: int, total: int, worked: int, began: float,
     elif not left:
         text += f" in {lasting(time.perf_counter() - began)}"
     log.info("%s", text)
-
-
-def lasting(seconds: float) -> str:
-    """A time as people say it: 12 s, 4.5 min, 3.1 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 # --- room on the disk -----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from fastsrgan.core.places import recorded
 from fastsrgan.core.progress import Progress
 from fastsrgan.errors import InputError, ModelError, UsageError, some_of, times
 from fastsrgan.evaluate.choice import Model, ModelChoice
-from fastsrgan.evaluate.plausibility import NO_PROOF, RED, Look, Verdict, enclosed, judge, measure
+from fastsrgan.evaluate.plausibility import RED, Look, enclosed, judge, measure
+from fastsrgan.evaluate.wording import picture_words
 from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
 from fastsrgan.infer.planes import Unfinished, is_isotropic, masked, nearest, own_grid
@@ -95,11 +96,6 @@ class Loaded:
     seconds: float = 0.0
     result: InferResult | None = field(default=None, repr=False)
     lock: ResultLock | None = field(default=None, repr=False)
-
-    @property
-    def weights_name(self) -> str:
-        """For people."""
-        return purposes.weights_called(self.model.facts)
 
 
 def load(image: Image, job: ImageJob) -> Loaded | None:
@@ -291,21 +287,8 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
         intent = purpose.structure if kind == "seg" else ""
         texts: dict[str, Any] = {"description": about.get(kind, "fastsrgan"), "intent": intent}
         images.save(outputs[kind], arrays[kind], result.affine, overwrite=True, code=code, **texts)
-    if settings.png:
-        _picture(outputs["png"], loaded, result, seg, settings.threshold, verdict)
-    shutil.rmtree(job.planes(loaded.image), ignore_errors=True)
-    for warning in odd:
-        log.warning("%s: %s", loaded.image.path, warning)
-    (log.warning if verdict.light == RED else log.info)("%s: plausibility %s", loaded.image.path, verdict.line())
-    odd += [f"plausibility {verdict.line()}"] * (verdict.light == RED)
     name, why = loaded.chosen
-    loaded.seconds += time.perf_counter() - began
-    source = {
-        "path": recorded(loaded.image.path), "sha256": loaded.sha256, "series": loaded.image.series,
-        "volume": settings.volume, "shape": list(image.data.shape), "spacing_mm": list(image.spacing),
-    }  # fmt: skip
-    record = {
-        "input": source | ({"dicom": image.meta["dicom"]} if "dicom" in image.meta else {}),
+    facts = {
         "weights": loaded.model.facts | ({"name": name, "chosen": f"auto: {why}"} if name else {}),
         "structures": [{"value": value, "name": text} for value, text in purpose.structures],
         **({"mask_structures": [{"value": value, "name": text} for value, text in named]} if named else {}),
@@ -315,6 +298,22 @@ def write(loaded: Loaded, job: ImageJob) -> dict[str, Any]:
         "threshold": settings.threshold,
         **more,
         "affine": result.affine,
+    }
+    if settings.png:
+        _picture(outputs["png"], loaded, result, seg, facts)
+    shutil.rmtree(job.planes(loaded.image), ignore_errors=True)
+    for warning in odd:
+        log.warning("%s: %s", loaded.image.path, warning)
+    (log.warning if verdict.light == RED else log.info)("%s: plausibility %s", loaded.image.path, verdict.line())
+    odd += [f"plausibility {verdict.line()}"] * (verdict.light == RED)
+    loaded.seconds += time.perf_counter() - began
+    source = {
+        "path": recorded(loaded.image.path), "sha256": loaded.sha256, "series": loaded.image.series,
+        "volume": settings.volume, "shape": list(image.data.shape), "spacing_mm": list(image.spacing),
+    }  # fmt: skip
+    record = {
+        "input": source | ({"dicom": image.meta["dicom"]} if "dicom" in image.meta else {}),
+        **facts,
         "outputs": {kind: path.name for kind, path in (outputs | kept).items()},  # all of them beside the record
         "file_bytes": sizes(outputs | kept),
         "warnings": [*image.warnings, *result.report["warnings"], *odd],
@@ -375,10 +374,11 @@ def _save_as_input(target: Path, result: InferResult, image: Volume, code: int) 
     return {"dtype": dtype.name, "slope": slope, "inter": inter, "voxels_clipped": clipped}
 
 
-def _picture(
-    target: Path, loaded: Loaded, result: InferResult, seg: np.ndarray, threshold: float, verdict: Verdict
-) -> None:
-    """Scan, its cubic spline, SR, and the segmentation's outline on the SR; below the traffic light and the weights."""
+def _picture(target: Path, loaded: Loaded, result: InferResult, seg: np.ndarray, record: Mapping[str, Any]) -> None:
+    """Scan, its cubic spline, SR, and the segmentation's outline on the SR; below the traffic light and the weights.
+
+    record : what is known of it before its files are written
+    """
     from fastsrgan.evaluate.grids import onto_grid
     from fastsrgan.pictures.figure import result_figure
     from fastsrgan.pictures.planes import from_lowest
@@ -388,18 +388,8 @@ def _picture(
     seen = replace(low, data=masked(low.data, loaded.mask)) if cut and loaded.mask is not None else low
     spline = onto_grid(seen, sr, name="the spline of the input", notes=[])
     volumes = {"low": low, "spline": spline, "sr": sr, "seg": Volume(seg, result.affine)}
-    result_figure(
-        target,
-        from_lowest(volumes)[0],
-        {
-            "spline": "of the same scan" + ", inside the mask" * (seen is not low),
-            "seg": f"probability above {threshold:g}",
-        },
-        title=loaded.image.name.encode("utf8", "replace").decode(),
-        footer=f"weights {loaded.weights_name}, patch {result.report['patch']}, step {result.report['step']}",
-        structure=loaded.model.purpose.outlined,
-        status=(verdict.light, f"plausibility {verdict.light}: {(*verdict.reasons, NO_PROOF)[0]}"),
-    )
+    title = loaded.image.name.encode("utf8", "replace").decode()
+    result_figure(target, from_lowest(volumes)[0], title=title, **picture_words(record, result.affine))
 
 
 def names(outputs: dict[str, Path]) -> dict[str, str]:

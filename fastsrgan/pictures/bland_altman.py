@@ -11,6 +11,7 @@ import numpy as np
 from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import ResourceError
 from fastsrgan.io.output_place import BY_EVALUATE
+from fastsrgan.pictures.figure import as_written
 
 POINT, LINE = "#0072b2", "#595959"
 LIMITS = 1.96  # sample standard deviations
@@ -63,6 +64,7 @@ def bland_altman(
     for panel in axes[len(panels) :]:
         panel.set_axis_off()
     figure.suptitle(f"{names[1]} minus {names[0]}", fontsize=11)
+    as_written(figure)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, metadata={"Software": BY_EVALUATE})
     return Path(path)

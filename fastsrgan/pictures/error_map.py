@@ -12,6 +12,7 @@ import numpy as np
 from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import ResourceError
 from fastsrgan.io.output_place import BY_EVALUATE
+from fastsrgan.pictures.figure import as_written
 from fastsrgan.pictures.planes import brightness, cuts, from_lowest
 from fastsrgan.volume.geometry import Volume
 
@@ -83,6 +84,7 @@ def error_map(
             if column == 0:
                 panel.set_ylabel(cut.name, fontsize=9)
     figure.colorbar(shown, ax=axes, shrink=0.5, label="difference, image units", extend="both")
+    as_written(figure)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, metadata={"Software": BY_EVALUATE})
     return Path(path)

@@ -8,7 +8,10 @@ interpolation between pixels.
 
 from __future__ import annotations
 
+import functools
 import os
+import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +36,10 @@ from fastsrgan.pictures.planes import (
 )
 from fastsrgan.volume.geometry import Volume
 
-CONVENTIONS = ("radiological", "neurological")
+SIDES = {
+    "radiological": "radiological: patient's left on the right",
+    "neurological": "neurological: patient's left on the left",
+}
 DETAIL_OF = "sagittal"  # where nothing says in which plane more changes
 DETAIL_ZOOM = 3.0
 DETAIL_ASPECT = 0.72  # height over width
@@ -42,7 +48,12 @@ FONT = "DejaVu Sans"  # comes with matplotlib: the picture looks the same everyw
 # In pixels of a picture 2000 wide.
 LEGEND = 220  # its width but for the name of the structure
 LETTER = 0.57  # mean width of a letter over its size
+BOLDER = 1.2  # of bold ones over others
 PAGE_MARGIN, GAP, GUTTER, TITLE, HEADER, FOOTER, STATUS = 30, 12, 46, 74, 138, 64, 38
+LINE = 30  # of the lines below, from one to the next
+SMALL = 22  # their size
+UNITS, JOINED = "%|mm|mL|dB", "\u00a0"
+ABSENT = "□"  # in place of what the font has no form for, which Matplotlib would warn of
 # Colours of the page, its texts, the two outlines (what is pointed at has the segmentation's), the detail's frame.
 PAGE, TEXT, FAINT, SEG, TRUTH, FRAME = "#000000", "#f4f4f5", "#a8a8b0", "#22d3ee", "#fbbf24", "#f4f4f5"
 LIGHTS = {"green": "#4ade80", "yellow": "#fbbf24", "red": "#f87171"}
@@ -139,9 +150,9 @@ def planes(columns: Sequence[Column], **options: Any) -> Any:
         the label, or the head, without the rim (``inside_of``), and the detail is where they do in one of the planes;
         default the reference's centre, and where the reference varies most
     scan : where its slices are thick only the planes across them are drawn, and columns of voxels as they are mark one
-    title, footer : text above and below, may be empty
+    title, footer : text above and below, may be empty; what is too long for a line below goes on in the next
     structure : what the segmentation is of, for the legend
-    status : a traffic light ("green", "yellow", "red"), and text that stands in its colour above the footer
+    status : a traffic light ("green", "yellow", "red"), and text that stands in its colour above the footer, whole
     at_mm : world position (R, A, S) of the planes instead
     convention : "radiological" (the patient's left on the right) or "neurological"
     width_px : width of the picture; everything scales with it
@@ -167,8 +178,8 @@ def _drawn(
     convention: str = "radiological",
     width_px: int = 2000,
 ) -> _Page:
-    if convention not in CONVENTIONS:
-        raise UsageError("convention", f"{convention!r} is not allowed", f"one of {', '.join(CONVENTIONS)}")
+    if convention not in SIDES:
+        raise UsageError("convention", f"{convention!r} is not allowed", f"one of {', '.join(SIDES)}")
     inside = None if changed is None else inside_of(changed[0], *masks)
     if at_mm is None and changed is not None and inside is not None:
         at_mm = largest_change(*changed, inside)
@@ -183,10 +194,12 @@ def _drawn(
     if changed is not None:
         source = max(rows, key=lambda cut: change_in(parts[cut.name], changed, inside))
     zoomed = parts[source.name]
-    more = TITLE * bool(title), STATUS * bool(status)
-    page = _Page([*rows, zoomed], widest, len(columns), more, convention == "radiological", width_px)
-    page.texts(columns, title, footer, masks, structure)
-    page.status(status)
+    outlined = any(column.outlines for column in columns)
+    below = _Below.of(footer, SIDES[convention], status, LEGEND + SMALL * LETTER * len(structure) if outlined else 0)
+    page = _Page([*rows, zoomed], widest, len(columns), title, below, convention == "radiological", width_px)
+    page.texts(columns, title)
+    if outlined:
+        page.legend(masks, structure)
     top = white(reference, *masks)
     for i, column in enumerate(columns):
         for j, cut in enumerate(page.rows):
@@ -209,14 +222,66 @@ def _drawn(
             if thick is not None and column.nearest and column.volume is scan:
                 page.slice(axes, cut, scan, *thick)
             page.finish(axes, cut, letters=i == 0)
+    as_written(page.figure)
     return page
+
+
+def as_written(figure: Any) -> None:
+    """Make every text of a matplotlib Figure stand as it was given: a name with two dollar signs is no formula, and
+    what the font has no form for is a box, without a warning on the terminal."""
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+        text.set_parse_math(False)
+        if (words := text.get_text()) and not words.isascii():
+            text.set_text("".join(c if c == "\n" or _has_form(c) else ABSENT for c in words))
+
+
+@functools.cache
+def _has_form(letter: str) -> bool:
+    from matplotlib.font_manager import findfont, get_font
+
+    return bool(get_font(findfont(FONT)).get_char_index(ord(letter)))
+
+
+@dataclass(frozen=True)
+class _Below:
+    """The lines below the panels: those of the traffic light in its colour, then the footer's."""
+
+    light: str
+    status: list[str]
+    footer: list[str]
+
+    @classmethod
+    def of(cls, footer: str, side: str, status: tuple[str, str] | None, legend: float) -> _Below:
+        """Broken between words to the width of the page, of the footer beside a legend so wide."""
+        light, words = status or ("", "")
+        room = 2000 - 2 * PAGE_MARGIN - GUTTER
+        return cls(light, cls._lines(words, room), cls._lines(f"{footer} · {side}" if footer else side, room - legend))
+
+    @staticmethod
+    def _lines(text: str, room: float) -> list[str]:
+        whole = re.sub(f"(?<=[0-9]) (?=(?:{UNITS})(?![a-z]))", JOINED, text)  # a number stands beside its unit
+        lines = textwrap.wrap(whole, max(int(room / (SMALL * LETTER)), 20), break_on_hyphens=False)
+        return [line.replace(JOINED, " ") for line in lines]
+
+    @property
+    def height(self) -> int:
+        """Beyond a footer of one line."""
+        light = STATUS + LINE * (len(self.status) - 1) if self.status else 0
+        return light + LINE * (len(self.footer) - 1)
 
 
 class _Page:
     """Where everything is on the picture; lengths in pixels, from its top left corner."""
 
     def __init__(
-        self, rows: list[Cut], widest_mm: float, columns: int, more: tuple[int, int], mirrored: bool, width_px: int
+        self,
+        rows: list[Cut],
+        widest_mm: float,
+        columns: int,
+        title: str,
+        below: _Below,
+        mirrored: bool,
+        width_px: int,
     ) -> None:
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -224,13 +289,15 @@ class _Page:
         except ImportError as error:
             raise ResourceError("picture", "matplotlib is not installed", "pip install matplotlib") from error
         self.rows, self.mirrored, self.width, self.unit = rows, mirrored, width_px, width_px / 2000
+        self.below = below
         room = width_px - self.px(2 * PAGE_MARGIN + GUTTER + (columns - 1) * GAP)
         self.column = room / columns
         self.scale = self.column / widest_mm  # pixels per mm
         self.zoom = self.column / rows[-1].size[0]
-        self.top = self.px(HEADER + PAGE_MARGIN + more[0])
+        self.top = self.px(HEADER + PAGE_MARGIN + TITLE * bool(title))
         self.heights = [cut.size[1] * (self.zoom if cut is rows[-1] else self.scale) for cut in rows]
-        self.height = self.top + sum(self.heights) + self.px((len(rows) - 1) * GAP + FOOTER + more[1] + PAGE_MARGIN)
+        gaps = (len(rows) - 1) * GAP + FOOTER + below.height + PAGE_MARGIN
+        self.height = self.top + sum(self.heights) + self.px(gaps)
         self.figure = Figure(figsize=(width_px / 100, self.height / 100), dpi=100, facecolor=PAGE)
         FigureCanvasAgg(self.figure)
 
@@ -306,20 +373,12 @@ class _Page:
             **self._font(22),
         )  # fmt: skip
 
-    def status(self, status: tuple[str, str] | None) -> None:
-        """A line in the colour of its traffic light."""
-        if status is None:
-            return
-        light, text = status
-        x = self.px(PAGE_MARGIN + GUTTER)
-        size = self._fitting(22, [text], self.width - x - self.px(PAGE_MARGIN))
-        self._text(x, self.height - self.px(PAGE_MARGIN + STATUS), text, size, LIGHTS[light], va="bottom")
-
-    def texts(self, columns: Sequence[Column], title: str, footer: str, masks, structure: str) -> None:
-        """Title, captions of columns and rows, legend and footer."""
+    def texts(self, columns: Sequence[Column], title: str) -> None:
+        """Title, captions of columns and rows, the light's lines and the footer."""
         x0 = self.px(PAGE_MARGIN + GUTTER)
         if title:
-            self._text(x0, self.px(PAGE_MARGIN), title, 38, TEXT, va="top", weight="bold")
+            size = self._fitting(38, [title], (self.width - x0 - self.px(PAGE_MARGIN)) / BOLDER)
+            self._text(x0, self.px(PAGE_MARGIN), title, size, TEXT, va="top", weight="bold")
         head = self.top - self.px(HEADER)
         caption = self._fitting(24, (line for c in columns for line in c.caption.splitlines()), self.column)
         for i, column in enumerate(columns):
@@ -342,25 +401,23 @@ class _Page:
             middle = self._top(j) + self.heights[j] / 2
             x = self.px(PAGE_MARGIN + GUTTER * 0.35)
             self._text(x, middle, name, 24, FAINT, ha="center", va="center", rotation=90)
-        side = (
-            "radiological: patient's left on the right" if self.mirrored else "neurological: patient's left on the left"
-        )
         y = self.height - self.px(PAGE_MARGIN)
-        outlined = any(column.outlines for column in columns)
-        below = f"{footer} · {side}" if footer else side
-        room = self.width - x0 - self.px(PAGE_MARGIN + outlined * (LEGEND + 22 * LETTER * len(structure)))
-        self._text(x0, y, below, self._fitting(22, [below], room), FAINT, va="bottom")
-        if outlined:
-            self._legend(y, masks, structure)
+        for i, line in enumerate(reversed(self.below.footer)):
+            self._text(x0, y - i * self.px(LINE), line, SMALL, FAINT, va="bottom")
+        y -= self.px(STATUS + LINE * (len(self.below.footer) - 1))
+        for i, line in enumerate(reversed(self.below.status)):
+            self._text(x0, y - i * self.px(LINE), line, SMALL, LIGHTS[self.below.light], va="bottom")
 
     def _fitting(self, size: float, lines: Iterable[str], room: float) -> float:
         """The size of text, at most ``size``, at which its longest line fits into so many pixels."""
         longest = max((len(line) for line in lines), default=0)
         return min(size, room / (self.px(1) * LETTER * max(longest, 1)))
 
-    def _legend(self, y: float, masks, structure: str) -> None:
+    def legend(self, masks: tuple[Volume | None, Volume | None], structure: str) -> None:
+        """What the outlines are of, at the right of the footer."""
         from matplotlib.lines import Line2D
 
+        y = self.height - self.px(PAGE_MARGIN)
         entries = [(structure, SEG, masks[0]), ("truth", TRUTH, masks[1])]
         lines = [
             Line2D([], [], color=c, lw=self.px(5) * 0.72, label=name) for name, c, mask in entries if mask is not None
@@ -373,7 +430,7 @@ class _Page:
                 ncols=2,
                 frameon=False,
                 labelcolor=FAINT,
-                prop={"family": FONT, "size": self.px(22) * 0.72},
+                prop={"family": FONT, "size": self.px(SMALL) * 0.72},
                 borderpad=0,
                 borderaxespad=0,
                 handlelength=1.4,

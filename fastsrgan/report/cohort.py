@@ -20,6 +20,7 @@ from fastsrgan.evaluate.figures import ALONE, FIGURES, name_of
 from fastsrgan.evaluate.grids import KNOWS, knows_truth
 from fastsrgan.evaluate.pair import summarise
 from fastsrgan.evaluate.plausibility import NO_PROOF
+from fastsrgan.evaluate.wording import LIGHTS, light_of
 from fastsrgan.model.purpose import Purpose, span
 from fastsrgan.report import sections
 from fastsrgan.report import viewer as stage
@@ -119,7 +120,7 @@ def table(rows: Sequence[Row], known: dict[str, Any]) -> Html:
     """The section with the table; ``known`` of ``facts``."""
     columns = known["columns"]
     heads = [el("th", "", scope="col"), el("th", el("button", "result", type="button"), scope="col")]
-    lit = [sections.light_of(row.result.record) for row in rows]
+    lit = [light_of(row.result.record) for row in rows]
     called = [sections.chosen_weights(row.result.record) for row in rows]
     several = len({name.partition(" (")[0] for name in called}) > 1
     heads += [el("th", el("button", "plausibility", type="button"), scope="col")] * any(lit)
@@ -205,12 +206,12 @@ def measured_tiles(measured: dict[str, Any], path: str, record: Mapping[str, Any
 
 def _light(row: Row) -> Html:
     """The light with its reasons below; sorted by how bad it is."""
-    found = sections.light_of(row.result.record)
+    found = light_of(row.result.record)
     if found is None:
         return el("td", el("span", "–", class_="none"))
     light, reasons = found
     below = el("small", reasons, class_="faint", title=reasons) if reasons else None
-    return el("td", sections.light_word(light), below, class_="light", data_sort=sections.LIGHTS.index(light))
+    return el("td", sections.light_word(light), below, class_="light", data_sort=LIGHTS.index(light))
 
 
 def _row(index: int, row: Row, known: dict[str, Any], lit: bool, weights: str | None) -> Html:

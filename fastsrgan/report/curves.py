@@ -27,7 +27,9 @@ SIGNATURE = b"\x89PNG"
 BINS = 300  # points of a curve; longer runs show means over several updates
 COLUMNS = "interpolated input, SR, truth, segmentation, label"
 RECONSTRUCTION = "reconstruction loss"  # where the settings do not say which
-LOSS = re.compile(r"^reconstruction_loss: *(\w+)", re.M)  # in config.yaml
+LOSS_NAME = "reconstruction_loss"
+LOSS = re.compile(rf"^{LOSS_NAME}: *(\w+)", re.M)  # in config.yaml
+BEHIND = "behind update"
 LOSSES = {"charbonnier": "Charbonnier loss", "dice": "Charbonnier + Dice loss"}  # of --reconstruction-loss
 CHARTS = (
     ("Reconstruction", ("g_reconstruction",), RECONSTRUCTION),
@@ -46,7 +48,7 @@ SCORES = (
         ("PSNR", "PSNR_spline", "PSNR_linear", "whole_PSNR", "spline_PSNR", "linear_PSNR"),
     ),
     ("SSIM on the test subjects", ("SSIM", "SSIM_spline", "whole_SSIM", "spline_SSIM")),
-    ("Mean squared error", ("MSE",)),
+    ("Mean squared error on the test subjects", ("MSE",)),
 )
 # What a chart calls the columns of the log.
 LINES = {
@@ -68,7 +70,7 @@ SUMMARY = {
     "epochs": ("epochs trained", ""),
     "updates": ("updates", ""),
     "resumed_at": ("resumed behind update", ""),
-    "seconds": ("time, since the last resume", " s"),
+    "seconds": ("time", " s"),
     "data_wait_seconds": ("of it waiting for data", " s"),
     "first_wait_seconds": ("wait for the first data", " s"),
     "best": ("best score", ""),
@@ -115,6 +117,7 @@ def read_run(run: Path) -> dict[str, Any]:
         "summary": summary or None,
         "data_warnings": _warnings(run),
         "config": _text(run / "config.yaml"),
+        "changed": _changes(rows),
         "updates": len(updates),
         "updates_per_point": width,
         "at": at,
@@ -123,6 +126,22 @@ def read_run(run: Path) -> dict[str, Any]:
         "validation": [{"epoch": row["epoch"], **row["validation"]} for row in scores],
         "unreadable_lines": faults,
     }
+
+
+def _changes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Where a run was resumed with other settings: [{behind: update, settings: {name: [before, now]}}]."""
+    found = []
+    for row in rows:
+        behind, changed = row.get("behind_update"), mapping(row.get("changed"))
+        pairs = {k: v for k, v in changed.items() if isinstance(v, list) and len(v) == 2}
+        if isinstance(behind, int) and pairs:
+            found.append({"behind": behind, "settings": pairs})
+    return found
+
+
+def _resumes(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What ``_changes`` found; nothing of facts of earlier versions."""
+    return facts.get("changed") or []
 
 
 def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
@@ -139,7 +158,7 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
                 if any(value is not None for value in values)
             ]
             whose = f": {_line_name(key)}" * (len(own) > 1 or title == STRUCTURES)
-            plots.append(line_chart(_titled(title, scored) + whose, lines, "epoch"))
+            plots.append(line_chart(_titled(title, scored) + whose, lines, "epoch", named=True))
     for title, columns, unit in CHARTS:
         for column in columns:
             lines = [
@@ -148,14 +167,16 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
                 if column in facts["curves"]
             ]
             named = f"{title}: {LINES[column]}" if column in LINES else title
-            plots.append(line_chart(named, lines, "update", _unit(unit, [facts["config"] for facts in runs])))
+            losses = {_loss(facts) for facts in runs}
+            drawn = _unit(unit, losses.pop() if len(losses) == 1 else "")
+            plots.append(line_chart(named, lines, "update", drawn, named=True))
     told = [f["summary"] or {} for f in runs]
-    entries = dict.fromkeys(k for summary in told for k, v in summary.items() if _is_told(k, v))
+    entries = _entries(told)
     head = el("tr", el("th", ""), [el("th", name, scope="col") for name in names])
     rows = [
         el(
             "tr",
-            el("th", _entry(key), scope="row"),
+            el("th", _entry(key, told), scope="row"),
             [el("td", _entered(key, one.get(key), pointer("runs", i, "summary", key))) for i, one in enumerate(told)],
         )
         for key in entries
@@ -165,7 +186,7 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
         began = [_began_with(one, checksum=True) for one in told]
     rows.append(el("tr", el("th", BEGAN, scope="row"), [el("td", one) for one in began]))
     table = el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
-    changed = _changed([f["config"] for f in runs], began, names)
+    changed = _changed(runs, began, names)
     return card(
         "Training runs",
         el("div", [p for p in plots if p], class_="plots"),
@@ -176,12 +197,16 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
     )
 
 
-def _changed(configs: Sequence[str], began: Sequence[str], names: Sequence[str]) -> Html | None:
-    """What the runs began with and the lines of config.yaml, where they are not the same in all runs."""
+def _changed(runs: Sequence[Mapping[str, Any]], began: Sequence[str], names: Sequence[str]) -> Html | None:
+    """What the runs began with and the lines of config.yaml, where they are not the same in all runs all along."""
     settings = [
-        {BEGAN: one} | dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-        for text, one in zip(configs, began, strict=True)
+        {BEGAN: one} | dict(line.split(":", 1) for line in facts["config"].splitlines() if ":" in line)
+        for facts, one in zip(runs, began, strict=True)
     ]
+    for facts, known in zip(runs, settings, strict=True):
+        for one in _resumes(facts):
+            for name, (before, _) in one["settings"].items():
+                known[name] = f"{known.get(name, '–')} (up to update {one['behind']}: {before})"
     keys = [k for k in dict.fromkeys(k for s in settings for k in s) if len({s.get(k) for s in settings}) > 1]
     if not keys:
         return None
@@ -228,7 +253,9 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
         lines = [
             Line(LINES.get(name, name), facts["at"], facts["curves"][name]) for name in names if name in facts["curves"]
         ]
-        plots.append(line_chart(title, lines, "update", _unit(unit, [facts["config"]])))
+        loss = _loss(facts) if unit == RECONSTRUCTION else ""
+        many = BEHIND in loss  # too long for an axis
+        plots.append(line_chart(f"{title}: {loss}" if many else title, lines, "update", _unit(unit, loss)))
     width = facts["updates_per_point"]
     notes = [f"A point is the mean of {width} updates." if width > 1 else None]
     if facts["unreadable_lines"]:
@@ -237,11 +264,11 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
         notes.append("The run has no summary: it has not ended, or was killed.")
     head = facts_table(
         [
-            (_entry(key), _entered(key, value, pointer("run", "summary", key)))
-            for key, value in summary.items()
-            if _is_told(key, value)
+            (_entry(key, [summary]), _entered(key, summary[key], pointer("run", "summary", key)))
+            for key in _entries([summary])
         ]
         + ([(BEGAN, _began_with(summary))] if summary else [])
+        + [(f"settings {BEHIND} {one['behind']}", _said(one["settings"])) for one in _resumes(facts)]
     )
     noted = facts.get("data_warnings") or []
     table = el("details", el("summary", "Validations as a table"), _table(validation)) if validation else None
@@ -266,12 +293,20 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
     )
 
 
-def _unit(unit: str, configs: Sequence[str]) -> str:
-    """What a chart of losses draws, by the settings of its runs; where they differ, or do not say, no loss's name."""
-    if unit != RECONSTRUCTION:
-        return unit
-    chosen = {LOSSES.get(found[1]) if (found := LOSS.search(text)) else None for text in configs}
-    return chosen.pop() or unit if len(chosen) == 1 else unit
+def _loss(facts: Mapping[str, Any]) -> str:
+    """The reconstruction loss of a run, of a resumed one all that it had; "" where its settings do not say."""
+    found = LOSS.search(facts["config"])
+    if found is None:
+        return ""
+    changes = [(one["behind"], *one["settings"][LOSS_NAME]) for one in _resumes(facts) if LOSS_NAME in one["settings"]]
+    kinds = [changes[0][1], *(now for _, _, now in changes)] if changes else [found[1]]
+    names = [LOSSES.get(str(kind), str(kind)) for kind in kinds]
+    return ", ".join([names[0], *(f"{BEHIND} {at} {name}" for (at, *_), name in zip(changes, names[1:], strict=True))])
+
+
+def _unit(unit: str, loss: str) -> str:
+    """What a chart draws, of the reconstruction the loss by its name where that is one."""
+    return loss if unit == RECONSTRUCTION and loss and BEHIND not in loss else unit
 
 
 def _columns(title: str, known: Sequence[str], validation: Sequence[dict[str, Any]]) -> list[str]:
@@ -356,14 +391,25 @@ def _table(validation: list[dict[str, Any]]) -> Html:
     return el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
 
 
-def _is_told(key: str, value: Any) -> bool:
-    """Whether an entry of a summary has a row of its own; "its Dice" needs no word more where there is one Dice."""
-    return not isinstance(value, (dict, list, type(None))) and key != START and (key, value) != ("dice_is", "Dice")
+def _entries(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The entries of summaries that have a row, in one order whatever a summary lacks; "its Dice" needs no word more
+    where there is one Dice in all."""
+    there = [k for one in summaries for k, v in one.items() if not isinstance(v, (dict, list, type(None)))]
+    plain = {one.get("dice_is") for one in summaries if one.get("dice_is")} == {"Dice"}
+    keys = [k for k in dict.fromkeys(there) if k != START and not (k == "dice_is" and plain)]
+    return [k for k in SUMMARY if k in keys] + [k for k in keys if k not in SUMMARY]
 
 
-def _entry(key: str) -> object:
-    """What an entry of a summary is."""
+def _entry(key: str, summaries: Sequence[Mapping[str, Any]]) -> object:
+    """What an entry of some summaries is."""
+    if key == "seconds" and any(one.get("resumed_at") is not None for one in summaries):
+        return "time, of a resumed run since then"
     return SUMMARY[key][0] if key in SUMMARY else _setting(key)
+
+
+def _said(changed: Mapping[str, Sequence[Any]]) -> Html:
+    """Settings that a resumed run went on with: 'dice_weight 1.0 -> 0.0'."""
+    return join(", ".join(f"{name} {before} -> {now}" for name, (before, now) in changed.items()))
 
 
 def _entered(key: str, value: Any, path: str) -> object:

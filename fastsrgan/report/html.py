@@ -106,8 +106,9 @@ class Line:
     number: int | None = None
 
 
-def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str = "") -> Html:
-    """A figure with its caption, a legend where there are several lines, and axes at round numbers."""
+def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str = "", *, named: bool = False) -> Html:
+    """A figure with its caption, a legend where there are several lines or they are ``named`` in any case, and axes at
+    round numbers."""
     lines = [line for line in lines if any(y is not None for y in line.y)]
     if not lines:
         return Html("")
@@ -140,7 +141,7 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str = "
     legend = [
         el("li", el("span", class_=f"swatch s{i % COLOURS}"), line.name) for i, line in zip(numbers, lines, strict=True)
     ]
-    keys = el("ul", legend, class_="legend") if len(lines) > 1 else None
+    keys = el("ul", legend, class_="legend") if named or len(lines) > 1 else None
     return el("figure", el("figcaption", title), keys, drawing, class_="plot")
 
 
@@ -152,7 +153,7 @@ def _line(line: Line, index: int, at) -> Html:
         else:
             runs[-1].append(at(x, y))
     index %= COLOURS
-    kind = f"line s{index}" + (" dashed" if line.dashed else "")
+    kind = f"line s{index}" + (f" dashed d{index % 2}" if line.dashed else "")
     paths = [
         el("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in run), class_=kind) for run in runs if len(run) > 1
     ]

@@ -24,10 +24,11 @@ from fastsrgan.errors import InputError, UsageError, counted
 from fastsrgan.evaluate.figures import alone
 from fastsrgan.evaluate.grids import onto_grid
 from fastsrgan.evaluate.pair import evaluate_pair, structure_pairs
+from fastsrgan.evaluate.wording import picture_words
 from fastsrgan.io import any_image, labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.output_place import PAGE, check_place, one_writer
-from fastsrgan.model.purpose import Purpose, mask_names
+from fastsrgan.model.purpose import mask_names
 from fastsrgan.pictures.planes import from_lowest
 from fastsrgan.report import cohort, curves, sections
 from fastsrgan.report import viewer as stage
@@ -195,8 +196,8 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
         told = " ".join(filter(None, (told, f"Values lie below 0: grey levels count from the lowest, {lowest:g}.")))
     view = stage.open_at(sr, shown)
     alt = "Planes of every image side by side, with a detail and the outline of the segmentation"
-    structure = Purpose.of(result.record.get("made_for") if result is not None else None).outlined
-    still = sections.card("The same as a picture", stage.png(stage.picture(sr, shown, structure), alt))
+    words = picture_words(result.record, sr.affine) if result is not None else {}
+    still = sections.card("The same as a picture", stage.png(stage.picture(sr, shown, words), alt))
     images_ = images_of(sr, shown)
 
     def page(packed: Packed, rest: int = 0) -> str:

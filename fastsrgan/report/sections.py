@@ -9,11 +9,11 @@ from typing import Any
 from fastsrgan.core.files import mapping
 from fastsrgan.evaluate.figures import FIGURES, name_of
 from fastsrgan.evaluate.grids import KNOWS, knows_truth
-from fastsrgan.evaluate.plausibility import GREEN, NO_PROOF, RED, YELLOW
+from fastsrgan.evaluate.plausibility import NO_PROOF
+from fastsrgan.evaluate.wording import light_of, passes, unchecked_line
 from fastsrgan.model.purpose import Purpose, mask_names, weight_files, weights_called
 from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer
 
-LIGHTS = (GREEN, YELLOW, RED)
 INTERPOLATION = "interpolation"  # what studies call the baseline
 AXES = {"step": "step, voxels", "noise": "noise over the largest value", "thickness": "slice thickness, mm"}
 REGIONS = {"whole": "whole image", "mask": "inside the mask", "label": "inside the label"}
@@ -118,15 +118,6 @@ def warnings_card(lines: Sequence[object]) -> Html | None:
     return card("Warnings and notes", el("ul", items), class_="card warnings")
 
 
-def light_of(record: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The traffic light of a result and the reasons for it; None of older records."""
-    told = record.get("plausibility")
-    if not isinstance(told, Mapping) or told.get("light") not in LIGHTS:
-        return None
-    reasons = told.get("reasons")
-    return told["light"], "; ".join(map(str, reasons)) if isinstance(reasons, list) else ""
-
-
 def light_word(light: str) -> Html:
     """The word in its colour."""
     return el("b", f"● {light}", class_=f"light-{light}")
@@ -144,15 +135,6 @@ def trust_line(record: Mapping[str, Any]) -> Html | None:
         words += f". {left}"
     made = f"Segmented: {purpose.line(segmented(record))}. Weights: {chosen_weights(record)}."
     return el("p", "Plausibility ", light_word(light), f": {words}. {made}", class_="trust")
-
-
-def unchecked_line(unchecked: object) -> str:
-    """What the light says nothing of, and why, things of one reason together; "" where that is nothing."""
-    why: dict[str, list[str]] = {}
-    for name, reason in mapping(unchecked).items():
-        why.setdefault(str(reason), []).append(name)
-    told = [f"{', '.join(names)} ({reason})" for reason, names in why.items()]
-    return f"Not looked at: {'; '.join(told)}" if told else ""
 
 
 def segmented(record: Mapping[str, Any]) -> str:
@@ -190,6 +172,7 @@ def provenance_card(record: Mapping[str, Any], at: str) -> Html:
         ("geometry", record.get("geometry")),
         ("options", _settings(asked)),
         ("tiles", _settings({k: record[k] for k in ("tiles", "tile", "window", "batch") if k in record})),
+        ("passes", "; ".join(passes(record))),
         ("tried on the scan's own slices", _adapted(record.get("adapt"), at + "/adapt")),
         ("agreement with the scan", _agreement(record.get("agree"), at + "/agree")),
         ("threshold", number(record["threshold"], at + "/threshold") if _is_number(record.get("threshold")) else None),

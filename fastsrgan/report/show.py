@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.errors import InputError, UsageError
+from fastsrgan.evaluate.wording import picture_words
 from fastsrgan.infer.volume import InferResult
 from fastsrgan.pictures.figure import Column, planes, result_columns, result_options
 from fastsrgan.pictures.planes import from_lowest
@@ -32,7 +33,8 @@ def show(
     result : what ``infer_volume`` returned; a folder with one result, or one result's JSON; an image file; a Volume
     image : the low-resolution image, as a Volume or (array, affine); known already where ``result`` is a path
     truth, label : high-resolution image and its label, likewise
-    options : title, footer, at_mm (R, A, S), convention ("radiological" or "neurological"), theme, width_px (1000)
+    options : title, footer, status (a light and its words), structure, at_mm (R, A, S), convention ("radiological" or
+        "neurological"), width_px (1000); footer, status and structure are by default what the record says
 
     Raises InputError for what cannot be read or shown, UsageError for a folder with several results, ResourceError
     where matplotlib is missing.
@@ -67,7 +69,9 @@ def show(
 
         volumes["spline"] = onto_grid(as_seen(record, volumes["low"], sr), sr, notes=[])
     volumes, _ = from_lowest(volumes)
-    return planes(result_columns(volumes), **{**result_options(volumes), "width_px": WIDTH, **options})
+    words = picture_words(record, sr.affine)
+    columns = result_columns(volumes, words.pop("captions"))
+    return planes(columns, **{**result_options(volumes), "width_px": WIDTH, **words, **options})
 
 
 def _read(path: Path) -> tuple[Volume, dict[str, Volume], dict[str, Any]]:

@@ -333,11 +333,11 @@ def _slices(packed: Packed, view: View, low: Volume | None) -> dict[str, Any] | 
     return {"axis": view.through, "mm": view.slice_mm, "row": row.tolist(), "count": low.data.shape[stored]}
 
 
-def picture(sr: Volume, others: Mapping[str, Volume], structure: str = "segmentation") -> bytes:
-    """The same images as one PNG: planes across the slices and a detail of each."""
+def picture(sr: Volume, others: Mapping[str, Volume], words: Mapping[str, Any]) -> bytes:
+    """The same images as one PNG: planes across the slices and a detail of each; ``words`` as of `picture_words`."""
     with tempfile.TemporaryDirectory(prefix="fastsrgan-") as folder:
         path = Path(folder) / "picture.png"
-        result_figure(path, {"sr": sr, **others}, width_px=PICTURE_WIDTH, structure=structure)
+        result_figure(path, {"sr": sr, **others}, width_px=PICTURE_WIDTH, **words)
         return path.read_bytes()
 
 

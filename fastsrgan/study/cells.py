@@ -19,7 +19,7 @@ import numpy as np
 from fastsrgan.core.files import finite, output_folder, read_json, write_json
 from fastsrgan.core.progress import QUIET, Progress, quiet
 from fastsrgan.core.system import pick_device
-from fastsrgan.errors import FastsrganError, none_done
+from fastsrgan.errors import FastsrganError, none_done, some_of
 from fastsrgan.evaluate.pair import evaluate_pair, flat, moments
 from fastsrgan.infer.volume import infer_volume
 from fastsrgan.io.labels import Structure
@@ -94,7 +94,12 @@ def run_cells(
     cells: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     first: FastsrganError | None = None
-    progress.start("study", len(heads) * len(conditions) * len(jobs), "cell")
+    asked = [(head, condition, *job) for head in heads for condition in conditions for job in jobs]
+    left = sum(not _is_there(folder, *one, engine, device) for one in asked)
+    if left < len(asked):  # they take no time: a pace with them would be none
+        log.info("%s", some_of(len(asked) - left, len(asked), "cell", "is measured already", "are measured already"))
+    if left:
+        progress.start("study", left, "cell")
     for head in heads:
         try:
             cells += _of_head(folder, head, conditions, jobs, engine, device, progress)
@@ -124,18 +129,7 @@ def _of_head(
     for condition in conditions:
         case: Case | None = None
         for model, step in jobs:
-            facts = {
-                "version": VERSION,
-                "head": head.key,
-                "condition": condition.facts(),
-                "weights": model and model.sha256,
-                "step": step,
-                "patch": engine.patch if model else None,
-                "precision": engine.precision if model else None,
-                "device": device if model else None,
-                "seed": engine.seed,
-            }
-            path = folder / f"{_name(facts)}.json"
+            path, facts = _place(folder, head, condition, model, step, engine, device)
             cell = _read(path)
             if cell is None:
                 if case is None:
@@ -149,11 +143,43 @@ def _of_head(
                     )
                 cell = {"facts": facts} | finite(measured)
                 write_json(path, cell)
+                progress.advance(1, subject=head.name)
             # Names are not part of what is kept: they may be others this time.
             named = {"subject": head.name, "condition": condition.name, "model": model.name if model else BASELINE}
             cells.append(named | {"step": step} | cell)
-            progress.advance(1, subject=head.name)
     return cells
+
+
+def _is_there(folder: Path, *asked: Any) -> bool:
+    """Whether a measurement was made before; of a head that cannot be read no, which is said when its turn comes."""
+    try:
+        return _read(_place(folder, *asked)[0]) is not None
+    except FastsrganError:
+        return False
+
+
+def _place(
+    folder: Path,
+    head: Head,
+    condition: Condition,
+    model: StudyModel | None,
+    step: int | None,
+    engine: Engine,
+    device: str,
+) -> tuple[Path, dict[str, Any]]:
+    """The file of a measurement, and all that it depends on, of which its name is a hash."""
+    facts = {
+        "version": VERSION,
+        "head": head.key,
+        "condition": condition.facts(),
+        "weights": model and model.sha256,
+        "step": step,
+        "patch": engine.patch if model else None,
+        "precision": engine.precision if model else None,
+        "device": device if model else None,
+        "seed": engine.seed,
+    }
+    return folder / f"{_name(facts)}.json", facts
 
 
 def _interpolation(case: Case) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import ResourceError
 from fastsrgan.evaluate.figures import FIGURES
 from fastsrgan.io.output_place import BY_STUDY
+from fastsrgan.pictures.figure import as_written
 from fastsrgan.study.data import BASELINE
 
 # Readable for the colour-blind, and in print (Okabe and Ito).
@@ -94,6 +95,7 @@ def draw(base: str | os.PathLike, rows: Sequence[Sequence[Panel]], title: str, f
             [handles[n][1] for n in names], names, loc="outside lower center", ncols=ncols, fontsize=8,
             frameon=False, title=footer or None, title_fontsize=8,
         )  # fmt: skip
+    as_written(figure)
     paths = [Path(f"{base}.png"), Path(f"{base}.svg")]
     with matplotlib.rc_context({"svg.hashsalt": "fastsrgan", "svg.fonttype": "none"}):
         for path in paths:
@@ -200,10 +202,10 @@ REFERENCE: dict[str, list[dict[str, Any]]] = {
 }
 
 TITLES = {
-    "steps": "Quality and time against the step between tiles ({heads}, mean and sd)",
-    "noise": "Quality against noise ({heads}, mean and sd)",
-    "augmentation": "Models on images they were and were not trained for ({heads}, mean and sd)",
-    "resolution": "Quality against slice thickness ({heads}, mean and sd)",
+    "steps": "Quality and time against the step between tiles ({heads})",
+    "noise": "Quality against noise ({heads})",
+    "augmentation": "Models on images they were and were not trained for ({heads})",
+    "resolution": "Quality against slice thickness ({heads})",
 }
 STEP_FIGURES = ("dice", "psnr_db", "ssim", "components", "hausdorff95_mm", "seconds")
 

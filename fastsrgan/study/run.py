@@ -67,6 +67,10 @@ class Settings:
 
 # What --ratios, --low-res and --noise may be at most. Thicker slices than these hold the whole of any head.
 MOST_RATIO, MOST_MM, MOST_NOISE = 1000.0, 1000.0, 1000.0
+TUNED = "4 updates more, not augmented"  # of what is compared where no models are given
+TUNED_NOTE = (
+    f"The model `{TUNED}` is the other one after four updates: it shows the study, and says nothing of augmentation."
+)
 PAPER_STEPS = (30, 80, 128)
 DEFAULTS: dict[str, dict[str, Any]] = {
     "steps": {"patch": 128, "steps": (20, 30, 50, 80, 128), "noise": (0.0,), "ratios": (3.0,)},
@@ -166,7 +170,7 @@ def _measured(
         heads = find_heads(data, asked.split, asked.subjects, asked.label_classes, asked.label_names)
     if kind == "augmentation" and data is None and not models:
         paths = [weights.template_weights(), _tuned(cohort, asked, progress)]
-        loaded = [StudyModel.load(paths[0], "shipped"), StudyModel.load(paths[1], "tuned without augmentation")]
+        loaded = [StudyModel.load(paths[0], "shipped"), StudyModel.load(paths[1], TUNED)]
     else:
         loaded = _models(models, weights.template_weights if data is None else weights.default_weights)
     if kind == "augmentation" and len(loaded) < 2:
@@ -182,6 +186,7 @@ def _measured(
         "quick": quick,
         "data": "synthetic subjects made from the MNI152 template" if data is None else recorded(data),
         "heads": [head.name for head in heads],
+        **({"note": TUNED_NOTE} if TUNED in (model.name for model in loaded) else {}),
         "models": [{"name": m.name, "path": weights.recorded_as(m.path), "sha256": m.sha256} for m in loaded],
         "settings": asdict(asked),
         "rows": rows,
@@ -191,7 +196,7 @@ def _measured(
         "definitions": definitions(),
     }
     n = len(heads) - len(failed)
-    return facts, PANELS[kind](rows, fit), TITLES[kind].format(heads=f"{n} head{'s' * (n != 1)}")
+    return facts, PANELS[kind](rows, fit), TITLES[kind].format(heads=f"{n} heads, mean and sd" if n > 1 else "1 head")
 
 
 def _filled(kind: str, settings: Settings, quick: bool) -> Settings:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsrgan.core.files import atomic_write, write_json
-from fastsrgan.errors import counted
+from fastsrgan.errors import brief, counted
 from fastsrgan.evaluate.figures import columns, mean_dice
 from fastsrgan.study.data import DICE_OF, OWN
 from fastsrgan.study.plots import Panel, draw
@@ -129,7 +129,7 @@ def paper_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
 def fit_text(fit: dict[str, Any]) -> str:
     """The fit of one condition and model as a sentence."""
     r2 = "" if fit["r2"] is None else f", R² {fit['r2']:.3f}"
-    formula = f"seconds = {fit['intercept_s']:.3g} + {fit['slope_s']:.4g} / step³{r2}"
+    formula = f"seconds = {fit['intercept_s']:.3g} + {brief(fit['slope_s'], 4)} / step³{r2}"
     return f"{fit['condition']}, {fit['model']}: {formula}"
 
 
@@ -146,12 +146,14 @@ def markdown(facts: dict[str, Any], title: str) -> str:
         low = {" x ".join(f"{r:g}" for r in row["low_res"]) for row in facts["rows"]}
         models = "; ".join(f"{m['name']} (SHA-256 {m['sha256'][:12]})" for m in facts["models"])
         patch = "the whole image" if facts["settings"]["whole"] else f"{facts['settings']['patch']} voxels"
+        shown = "mean ± sample standard deviation over heads" if len(facts["heads"]) > 1 else "those of the one head"
         parts.append(
             f"Heads: {len(facts['heads'])} of {facts['data']}. Acquired at {', '.join(sorted(low))} mm."
-            f" Models: {models}. Patch {patch}. Values are mean ± sample standard deviation over heads; PSNR and SSIM"
+            f" Models: {models}. Patch {patch}. Values are {shown}; PSNR and SSIM"
             f" over the whole image. {' '.join(INTERPOLATION.splitlines()).capitalize()}."
             " Heads are cut to whole slices first, unlike in validation and `evaluate`, whose figures differ a little."
         )
+        parts += [facts["note"]] if facts.get("note") else []
         parts += [f"Left out: {f['subject']}: {f['error']}" for f in facts["failed"]]
     parts += [f"Fit, {fit_text(fit)}." for fit in facts.get("fit", [])]
     quoted = paper_rows(facts)

@@ -53,13 +53,19 @@ class RunLog:
         if "MSE" in scores:  # not where whole volumes alone were scored
             self._row(self.mse_file, epoch, {"MSE": scores["MSE"]})
 
+    def changed(self, epoch: int, updates: int, settings: dict[str, list[Any]]) -> None:
+        """That a resumed run goes on with other settings behind so many updates: name -> [before, now]."""
+        self._line({"epoch": epoch, "behind_update": updates, "changed": settings})
+
     def cut(self, updates: int, epoch: int) -> None:
         """Forget what lies after a snapshot that a resumed run starts from."""
         if self.path.exists():
             kept = []
             for line in self.path.read_text(encoding="utf8", errors="replace").splitlines():
                 row = parse_json(line)
-                at, of = row.get("update", 0), row.get("epoch")
+                # What an earlier resume from here on changed is said anew, against the same snapshot.
+                behind, of = row.get("behind_update"), row.get("epoch")
+                at = behind + 1 if isinstance(behind, int) else row.get("update", 0)
                 if not isinstance(at, int) or not isinstance(of, int):
                     continue  # the line that a killed process was writing
                 if at <= updates and (of < epoch or "validation" not in row):

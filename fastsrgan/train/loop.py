@@ -26,7 +26,7 @@ from fastsrgan.core.kernels import to_device
 from fastsrgan.core.signals import StopRequest
 from fastsrgan.core.system import peak_memory
 from fastsrgan.data.pool import Pool, Resident
-from fastsrgan.errors import InputError, ResourceError, counted
+from fastsrgan.errors import InputError, ResourceError, counted, lasting
 from fastsrgan.evaluate.figures import dice_name, dices_of_structures, mean_dice
 from fastsrgan.model.cpu import forms
 from fastsrgan.model.networks import Generator
@@ -284,11 +284,7 @@ def tell(run: Run, turn: Turn, facts: dict[str, float], told: Told) -> None:
         "|D|": facts.get("d_gradient"),
         "wait": f"{100 * run.feed.waited / elapsed:.1f}%",
         "GB": facts["memory_bytes"] / 1e9,
-        "run": f"{left / 3600:.1f} h left"
-        if left > 3600
-        else f"{left / 60:.0f} min left"
-        if left > 90
-        else f"{left:.0f} s left",
+        "run": f"{lasting(left, 0)} left",
     }
     run.progress.advance(1, **{k: v for k, v in shown.items() if v is not None})
 

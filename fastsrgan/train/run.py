@@ -311,9 +311,8 @@ def prepare(
     refuse_faults(store, law, rule, axes, shown.structure, config.fit_mask, shown.share)
     found = structures(store)
     if found and not config.fit_mask:
-        log.warning(
-            "of %s %s alone is learned: --fit-mask True learns each", ", ".join(n for n, _ in found), found[0][0]
-        )
+        named = [name for name, _ in found]
+        log.warning("structures %s: %s alone is learned, --fit-mask True learns each", ", ".join(named), named[0])
     mask_classes = 0
     if config.fit_mask:
         mask_classes = len(found) + 1 if found else count_mask_classes(store, names["Train"])
@@ -436,7 +435,7 @@ def begin(run: Run, start_weights: str | os.PathLike | None, resume: bool) -> No
             run.log.cut(0, run.position.epoch)
         cut_panels(run.folder, run.position.epoch)
         with atomic_write(run.folder / "config.yaml") as temporary:
-            temporary.write_text(c.to_yaml(), encoding="utf8")
+            temporary.write_text(run.config.to_yaml(), encoding="utf8")  # not `c`: resumed, it keeps what it began with
         run.board = Board(run.folder, run.position.updates + 1) if c.tensorboard else None
     ranks.note(str(run.folder.absolute()))
 

@@ -105,6 +105,8 @@ def load(run: Run) -> None:
         run.position = run.beginning
     if run.log is not None:
         run.log.cut(run.position.updates, run.position.epoch)
+        if run.changed:
+            run.log.changed(run.position.epoch, run.position.updates, run.changed)
         before = [row["validation"] for row in run.log.validations() if "PSNR" in row["validation"]]
         run.scores = before[-1] if before and None not in before[-1].values() else {}
         log.info("continuing %s at epoch %d, update %d", snapshot, run.position.epoch, run.position.updates)
@@ -177,6 +179,8 @@ def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
     if taken:
         told = ", ".join(f"{k} {getattr(then, k)} -> {getattr(now, k)}" for k in taken)
         log.warning("settings differ from the snapshot's, the run goes on with the new ones: %s", told)
+    before, after = then.to_dict(), now.to_dict()
+    run.changed = {k: [before[k], after[k]] for k in taken}
     unused = [k for k, resume in changed.items() if resume == settings.START]
     if unused:
         log.warning("settings that act only where a run begins, and not in this one: %s", ", ".join(unused))

@@ -7,7 +7,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastsrgan.config import TrainConfig
 from fastsrgan.core.progress import QUIET, Progress
@@ -84,6 +84,7 @@ class Run:
     baselines : what is compared with on the Test subjects, the same in every epoch
     scores : of the validation before
     resumed_at : updates behind it when this call resumed it
+    changed : settings that this call goes on with and the snapshot had otherwise -> [before, now]
     start : path, file and SHA-256 of the weights that the run began with
     """
 
@@ -107,6 +108,7 @@ class Run:
     baselines: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     resumed_at: int | None = None
+    changed: dict[str, list[Any]] = field(default_factory=dict)
     start: dict[str, str] | None = None
     began: float = field(default_factory=time.perf_counter)
     began_at: float = 0.0
