@@ -299,7 +299,7 @@ MODELS = {
             slices=("axial",),  # GA34, ratio 3, sagittal: Dice 0.78 upright, 0.44 in one pass (four stages)
             mirrored=SIDES,  # Dice +0.005 to +0.011; of `adult` 0 to +0.005, on heads that take long (decision 031)
             island_mm3=(200, 200),  # beside the largest up to 620, at most a quarter of a piece above 10 is cortex
-            structure_ml=(4, 150),  # labels of 12 brains 6 to 56; newborns have more
+            structure_ml=(4, 250),  # labels of 12 brains 6 to 56; 12 folded ones at 0.7 of an adult's size 105 to 210
             structure_share=(0.06, 0.35),  # labels of 12 brains 0.095 to 0.190
         ),
     ),
