@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from cohort import make_store
 from test_validate import Identity
 
 from fastsrgan.cli.main import main
@@ -400,3 +401,12 @@ def test_images_wholly_below_zero_train_as_what_they_are_moved_to(tmp_path, caps
     assert "without a voxel above 0" in told and "--geometry physical moves them up" in told
     with pytest.raises(InputError, match="no voxel is above 0"):
         cohort(tmp_path / "b", *({"image": np.full((SIDE,) * 3, -5 - n, np.int16)} for n in range(2)))
+
+
+def test_a_table_without_train_rows_is_refused_before_it_is_converted(tmp_path, capfd):
+    make_store(tmp_path, train=1, test=1)
+    table = tmp_path / "test.csv"
+    table.write_text((tmp_path / "cohort.csv").read_text(encoding="utf8").replace("Train", "Test"), encoding="utf8")
+    assert main(["train", str(table), "-o", str(tmp_path / "run"), "-n", "1", "1", "3"]) == 3
+    assert capfd.readouterr().err == f"error: {table}: has no Train subjects (give rows with Base = Train)\n"
+    assert not (tmp_path / "run").exists()

@@ -274,7 +274,7 @@ def test_a_volume_without_a_truth_stands_beside_what_the_weights_expect():
     made = {"made_for": MODELS["perinatal"].purpose.to_dict()}
     measured = {"volume_ml": 10.2, "components": 37}
     volume, components = map(str, cohort_page.measured_tiles(measured, "/m", made))
-    assert "expected: 4 to 150<" in volume and "expected" not in components
+    assert "expected: 4 to 250<" in volume and "expected" not in components
     assert "expected" not in "".join(map(str, cohort_page.measured_tiles(measured, "/m", {})))
 
 

@@ -18,6 +18,7 @@ from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading, named
 from fastsrgan.errors import (
     FastsrganError,
+    InputError,
     MissingError,
     ModelError,
     PartialFailure,
@@ -337,6 +338,7 @@ def convert_table(table: str, args: argparse.Namespace, folder: str, progress: P
     """
     with loading():
         from fastsrgan.convert import convert
+        from fastsrgan.io.tables import read_table
         from fastsrgan.model.checkpoint import snapshots
         from fastsrgan.store.files import MANIFEST
         from fastsrgan.store.reader import open_store
@@ -360,6 +362,8 @@ def convert_table(table: str, args: argparse.Namespace, folder: str, progress: P
             store, complete = output_folder(folder) / "data.zarr", False  # the other is that of a run
         else:
             log.info("%s names other files or label classes than before: converted anew", table)
+    if not any(row.base == "Train" for row in read_table(table, base_path=args.base_path)):
+        raise InputError(table, "has no Train subjects", "give rows with Base = Train")
     resume = store.exists() and not complete
     try:
         result = convert(
