@@ -231,7 +231,10 @@ def test_lines_break_at_gaps_and_few_points_are_marked():
     assert drawn(Line("a", many, many)) == ([], [("line s0", MARKED + 1)])
     assert drawn(Line("a", few, few, dashed=True)) == ([], [("line s0 dashed d0", MARKED)])
     gaps = [1.0, 2.0, None, 3.0, None, 4.0, 5.0, 6.0]
-    assert drawn(Line("a", range(8), gaps, dashed=True)) == (["dot s0"], [("line s0 dashed", 2), ("line s0 dashed", 3)])
+    assert drawn(Line("a", range(8), gaps, dashed=True)) == (
+        ["dot s0"],
+        [("line s0 dashed d0", 2), ("line s0 dashed d0", 3)],
+    )
     left_out, own = Line("a", [0, 1], [None, None]), Line("b", [0, 1], [1, 2], number=COLOURS + 2)
     assert drawn(left_out, own, Line("c", [0, 1], [1, 2]))[1] == [("line s2", 2), ("line s1", 2)]
 
