@@ -60,8 +60,8 @@ class StandIn(TorchDispatchMode):
         storage = tensor.untyped_storage()
         self.there[storage._cdata] = StorageWeakRef(storage)
         if len(self.there) > 5000:
-            for key in [key for key, kept in self.there.items() if kept.expired()]:
-                del self.there[key]
+            for key in [key for key, kept in list(self.there.items()) if kept.expired()]:
+                self.there.pop(key, None)  # threads do so too
 
     def leave(self, tensor: torch.Tensor) -> None:
         """Its memory is the host's."""

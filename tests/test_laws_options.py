@@ -354,7 +354,10 @@ def test_what_names_the_data_reaches_the_conversion(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "names.txt").write_text("3 cortex\n", encoding="utf8")
-    (tmp_path / "c.csv").write_text("HR_image,Label_image,Base\n", encoding="utf8")
+    (tmp_path / "c.csv").write_text("HR_image,Label_image,Base\na.nii,b.nii,Train\n", encoding="utf8")
+    (tmp_path / "data").mkdir()
+    for name in ("a.nii", "b.nii"):
+        (tmp_path / "data" / name).touch()
     calls = []
     monkeypatch.setattr(
         convert_module, "convert",
