@@ -227,6 +227,8 @@ already: of the 50 others 48 (96 %). The two that were missed have a law and sta
 
 What the laws cost: `bash .ci/run` of commit 375b100 ran 6,738 tests in 10 min 59 s on 2 cores of an AMD EPYC 25/17/1,
 beside a demo; before the last two rounds it was 6,639 in 9 min 35 s on a machine of that kind.
+Of commit bd7814c it ran 7,006 in 17 min 29 s with three other programs on those two cores; what it takes on quiet ones
+was not measured since.
 """
 
 SOAK = """
