@@ -28,6 +28,7 @@ SPACING_LIMITS = (1e-6, 1e6)  # mm; beyond them no unit is meant
 SIZE_MULTIPLE = 4  # of the edges that networks take: two stride-2 convolutions
 MIN_SIZE = 8  # reflect padding at a quarter of the resolution needs two voxels
 LARGEST_LABEL = 32767
+AXES = "xyz"  # of an image, as flips name them
 MAX_BYTES, MAX_DEPTH = 1 << 17, 8  # of a settings file, whose reader takes its time
 
 BASIC, ADVANCED = "basic", "advanced"  # the two groups of options
@@ -157,8 +158,7 @@ def check_patch(edge: int) -> str:
 
 def check_flips(axes: str) -> str:
     """Some of the letters x, y and z."""
-    usable = set(axes) <= set("xyz") and len(set(axes)) == len(axes)
-    return "" if usable else "letters of the axes to mirror, each once, for example xy"
+    return "" if len(set(axes) & set(AXES)) == len(axes) else "letters of the axes to mirror, each once, for example xy"
 
 
 def label_values(text: str) -> tuple[int, ...]:

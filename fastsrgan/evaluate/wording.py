@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fastsrgan.config import AXES
 from fastsrgan.core.files import mapping
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate.plausibility import GREEN, NO_PROOF, RED, YELLOW
@@ -17,7 +18,6 @@ from fastsrgan.model.purpose import Purpose, weights_called
 from fastsrgan.volume.geometry import world_orientation
 
 LIGHTS = (GREEN, YELLOW, RED)
-AXES = "xyz"
 ZERO = "zero"  # what the network saw outside a mask
 
 

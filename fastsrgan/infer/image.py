@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fastsrgan.config import AXES
 from fastsrgan.core.files import ResultLock, mapping, read_json, sizes, unlocks_where_it_fails, whole, write_json
 from fastsrgan.core.places import recorded
 from fastsrgan.core.progress import Progress
@@ -24,7 +25,6 @@ from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
 from fastsrgan.infer.planes import Unfinished, is_isotropic, masked, nearest, own_grid
 from fastsrgan.infer.settings import ZERO, InferSettings
-from fastsrgan.infer.values import AXES
 from fastsrgan.infer.volume import InferResult, process
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images

@@ -11,14 +11,14 @@ import numbers
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from fastsrgan.config import MIN_SIZE, SIZE_MULTIPLE, SPACING_LIMITS
+from fastsrgan.config import AXES, MIN_SIZE, SIZE_MULTIPLE, SPACING_LIMITS
 from fastsrgan.errors import UsageError
 
 PerAxis = int | None | Sequence[int | None]
 Resolution = str | float | Sequence[float] | None
 Step = str | int | Sequence[int]
 
-NONE, AXES = "none", "xyz"  # of ``flips``
+NONE = "none"  # of ``flips``
 # Of ``upright``; of ``agree`` AUTO and OFF; AUTO of ``slice_thickness`` and ``profile`` too.
 AUTO, ON, OFF = "auto", "on", "off"
 
