@@ -48,7 +48,7 @@ W = 0.003
 def trial(network, seed=0):
     truth = textured(seed)
     scan, start, down = thick(truth)
-    return Trial(truth, scan, start, network(truth, start), down, torch.ones(SHAPE[:2]))
+    return Trial(truth, scan, start, network(truth, start), down, torch.ones(*SHAPE[:2], 1))
 
 
 def adapted(image, start, learned, **more):
@@ -166,7 +166,7 @@ def test_lines_count_as_often_as_they_are_told_to():
     def shifted(by, counts):
         made = trial(lambda truth, start: start + 0.5 * (truth - start), 3)
         truth = made.result + by * (made.truth - made.start)
-        return replace(made, truth=truth, counts=torch.full(SHAPE[:2], counts))
+        return replace(made, truth=truth, counts=torch.full((*SHAPE[:2], 1), counts))
 
     one, none = shifted(0.5, 1.0), shifted(-0.5, 0.0)
     alone, both = (learn(trials, RATIO, W, UNIT) for trials in ((one, one), (one, none)))
@@ -401,6 +401,39 @@ def test_a_scan_with_values_below_0_is_adapted_as_the_one_that_is_moved_up(down_
         gains.append((told["trials"], told["gain_db"]))
     assert gains[1] == (2, pytest.approx(gains[0][1], abs=0.05))  # found: 0; learning makes rounding larger
     assert all(np.abs(v - base.numpy()).mean() > 0.001 for v in made)  # found: 0.0064
+
+
+def test_of_a_scan_within_a_mask_what_counts_is_learned_and_adapted():
+    """The network is shown air where the mask ends, on what it says there nothing is learned, and the image outside
+    stays the interpolated scan."""
+    truth = textured(6, (48, 48, 48)).clamp(min=0) + 0.2
+    scan, start, down = thick(truth)
+    share = torch.zeros(truth.shape)
+    share[:, 16:] = 1
+    image = start + 0.5 * share * (truth - start)
+    made, shown = image.numpy().copy(), []
+
+    def network(x):
+        shown.append(x)
+        return x * (x > 0.1)  # an edge where the mask makes one
+
+    whole = scan.numpy()
+    own = np.where(np.arange(48)[None, :, None] >= 16, whole, np.float32(0))
+    told = adapt.adapt(
+        made, own, lambda a, b: start[a:b], network, assumed("box", None, 3.0, 1.0), down, 0.03, 3.0, 1.0,
+        share=lambda a, b: share[a:b],
+    )  # fmt: skip
+    assert told["trials"] == 2 and told["gain_db"] > told["gain_db_without"]
+    along_x, along_y = shown  # axes exchanged with the last one
+    assert float(along_x[:, :12].abs().max()) < 1e-6 < 0.1 < float(along_x[:, 20:].mean())
+    assert float(along_y[..., :8].abs().mean()) < 0.01 < 0.1 < float(along_y[..., 24:].mean())  # found: 0.002
+    changed = np.abs(made - image.numpy())
+    assert changed[:, :16].max() == 0 and changed[:, 16:].mean() > 0.001
+    told = adapt.adapt(
+        made, own, lambda a, b: start[a:b], network, assumed("box", None, 3.0, 1.0), down, 0.03, 3.0, 1.0,
+        share=lambda a, b: torch.zeros_like(start[a:b]),
+    )  # fmt: skip
+    assert told["reason"].startswith("nothing was gained"), "a mask that no line of the block lies in"
 
 
 def test_an_image_that_nothing_is_gained_on_stays(generator, monkeypatch):

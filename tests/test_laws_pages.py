@@ -18,7 +18,7 @@ from report_results import make_known
 from fastsrgan.config import SETTINGS
 from fastsrgan.core.files import write_json
 from fastsrgan.errors import UsageError
-from fastsrgan.evaluate.grids import onto_grid
+from fastsrgan.evaluate.grids import inside_mask, onto_grid
 from fastsrgan.evaluate.plausibility import NO_PROOF
 from fastsrgan.infer.volume import InferResult
 from fastsrgan.io import nifti as images
@@ -635,16 +635,18 @@ def test_a_page_opens_in_the_plane_across_the_slices_in_which_more_changes():
     assert viewer.open_at(sr, {"low": low}).through is None
 
 
-def test_holes_of_what_a_mask_kept_are_the_scans():
-    """A dark place within it, such as fluid, is no place outside."""
+@pytest.mark.parametrize("air", [0, -50])
+def test_holes_of_what_a_mask_kept_are_the_scans(air):
+    """A dark place within it, such as fluid, is no place outside; nor is what a file's integers make of air."""
     data = np.full((12, 12, 12), 200, np.float32)
-    low = Volume(data, np.eye(4))
-    sr = np.zeros_like(data)
+    spline = Volume(data, np.eye(4))
+    sr = np.full_like(data, air)
+    sr[0, 0, 0] = air + 0.01
     sr[3:9, 3:9, 3:9] = 200
-    sr[5:7, 5:7, 5:7] = 10
-    seen = viewer.as_seen({"region": {"outside": "zero"}}, low, Volume(sr, np.eye(4))).data
-    assert (seen[3:9, 3:9, 3:9] == 200).all() and seen.sum() == 6**3 * 200
-    assert viewer.as_seen({"region": {"outside": "scan"}}, low, Volume(sr, np.eye(4))) is low
+    sr[5:7, 5:7, 5:7] = 0
+    seen = inside_mask({"region": {"outside": "zero"}}, spline, Volume(sr, np.eye(4))).data
+    assert (seen[3:9, 3:9, 3:9] == 200).all() and (seen == air).sum() == 12**3 - 6**3
+    assert inside_mask({"region": {"outside": "scan"}}, spline, Volume(sr, np.eye(4))) is spline
 
 
 def test_a_record_of_an_older_version_has_its_slices_under_the_older_name(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,27 @@ READER = (
     "interpolated label map (paper table 2): the label averaged over the low-resolution voxels and cut at 0.5 there, "
     "as a reader of that image would draw it, then interpolated back by the cubic spline and cut at 0.5 again"
 )
+ZERO = "zero"  # what a network saw outside a mask, in a record
+NO_AIR = 1e-4  # of a result's brightest: less is what rounding to a file's integers leaves of air
 KNOWS = "the baseline's segmentation is the true label at the scan's resolution, interpolated: it knows the truth"
 
 
 def knows_truth(scores: Mapping[str, Any] | None) -> bool:
     """Whether the baseline's segmentation in scores was made of the true label (``READER``): then ``KNOWS`` holds."""
     return mapping((scores or {}).get("baselines")).get("segmentation") == READER
+
+
+def inside_mask(record: Mapping[str, Any], volume: Volume, sr: Volume) -> Volume:
+    """What was made of a scan, on the grid of its result, as far as the result goes: air where that is, if the record
+    says that all outside a mask was left out.
+
+    The mask is no part of a result. It shows in the SR, which is air alone outside it; holes are filled.
+    """
+    if mapping(record.get("region")).get("outside") != ZERO:
+        return volume
+    air = min(float(sr.data.min()), 0.0)
+    there = np.abs(sr.data - air) > NO_AIR * (float(sr.data.max()) - air)
+    return replace(volume, data=np.where(ndimage.binary_fill_holes(there), volume.data, volume.data.dtype.type(air)))
 
 
 def onto_grid(

@@ -23,8 +23,8 @@ from fastsrgan.evaluate.plausibility import RED, Look, enclosed, judge, measure
 from fastsrgan.evaluate.wording import picture_words
 from fastsrgan.infer.memory import Beside
 from fastsrgan.infer.modes import Together
-from fastsrgan.infer.planes import Unfinished, is_isotropic, masked, nearest, own_grid
-from fastsrgan.infer.settings import ZERO, InferSettings
+from fastsrgan.infer.planes import Unfinished, is_isotropic, nearest, own_grid
+from fastsrgan.infer.settings import InferSettings
 from fastsrgan.infer.volume import InferResult, process
 from fastsrgan.io import any_image
 from fastsrgan.io import nifti as images
@@ -379,14 +379,12 @@ def _picture(target: Path, loaded: Loaded, result: InferResult, seg: np.ndarray,
 
     record : what is known of it before its files are written
     """
-    from fastsrgan.evaluate.grids import onto_grid
+    from fastsrgan.evaluate.grids import inside_mask, onto_grid
     from fastsrgan.pictures.figure import result_figure
     from fastsrgan.pictures.planes import from_lowest
 
     sr, low = Volume(result.sr, result.affine), loaded.volume
-    cut = mapping(result.report["region"]).get("outside") == ZERO  # then the network saw what is inside the mask
-    seen = replace(low, data=masked(low.data, loaded.mask)) if cut and loaded.mask is not None else low
-    spline = onto_grid(seen, sr, name="the spline of the input", notes=[])
+    spline = inside_mask(result.report, onto_grid(low, sr, name="the spline of the input", notes=[]), sr)
     volumes = {"low": low, "spline": spline, "sr": sr, "seg": Volume(seg, result.affine)}
     title = loaded.image.name.encode("utf8", "replace").decode()
     result_figure(target, from_lowest(volumes)[0], title=title, **picture_words(record, result.affine))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fastsrgan.core.ranks import Ranks
 from fastsrgan.errors import FastsrganError, InputError, ModelError, ResourceError, UsageError, brief, counted
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
-from fastsrgan.infer.planes import Done, Prepared, Results, Unfinished, keep_empty, nearest
+from fastsrgan.infer.planes import Done, Prepared, Results, Unfinished, air, keep_empty, nearest
 from fastsrgan.infer.settings import HEAD, InferSettings
 from fastsrgan.infer.sweep import Sweep, predict, stream
 from fastsrgan.infer.tiles import Region, from_box, from_mask, head_box
@@ -403,6 +403,7 @@ def wanted(
     if not off and not seen.is_identity:
         # A slab and what the products make of it, the residual; where slabs depend on one another, what is made of it.
         held = 6 * min(SLAB_BYTES, 4 * math.prod(image.source.shape)) + 8 * math.prod(shape)
+        held += 12 * math.prod(shape) + image.beyond.held_bytes if image.beyond else 0
         held += 0 if _free(seen) else 4 * (2 * math.prod(shape) + _half(seen, shape))
         if doubt and all(matrix is not None for matrix in seen.down):
             held += 5 * 4 * math.prod(image.source.shape)  # no axis that slabs could lie along
@@ -432,18 +433,17 @@ def finish(
     turned, scan = image.turn.apply(sr), image.turn.apply(data)
     told: dict[str, Any] = {"agree": None}
     if what.weight is not None:
-        free = _free(what.seen)
-        found = residual(turned, scan, what.seen, SLAB_BYTES, free[0] if free else 0)
-        weight, noise = _weight(found, scan, what)
-        size = _energy(scan, min(0.0, float(scan.min())))  # where values go below 0, what lies above the lowest
-        before = own = _percent(_energy(found), size)
-        del found
+        shown = image.shown(scan)
+        weight, noise = _weight(_left(turned, scan, what, image), scan, shown, what)
+        size = _energy(shown, air(scan))  # where values go below 0, what lies above the lowest
+        before = own = _percent(_energy(_left(turned, scan, what, image)), size)
         if what.adapt:
             learning = time.perf_counter()
             told["adapt"] = adapted(turned, scan, weight)
             told["adapt"]["seconds"] = time.perf_counter() - learning
-            before = _percent(_energy(residual(turned, scan, what.seen, SLAB_BYTES, free[0] if free else 0)), size)
-        after = _percent(_agree(turned, scan, what.seen, weight, image.norm.floor), size)
+            before = _percent(_energy(_left(turned, scan, what, image)), size)
+        _agree(turned, scan, what.seen, weight, image.norm.floor)
+        after = _percent(_energy(_left(turned, scan, what, image)), size)
         told["agree"] = {
             "weight": weight, "noise": noise, **what.believed.record(),
             "residual_percent": after, "residual_percent_without": before, "residual_percent_network": own,
@@ -459,21 +459,26 @@ def finish(
         if what.seen.is_identity:
             told["warnings"] = ["the result has the scan's own voxels, which leave nothing open: the doubt is 0"]
             log.warning("%s: %s", label, told["warnings"][0])
+    left: np.ndarray | None = image.turn.undo(_left(turned, scan, what, image)) if what.residual else None
+    image.clear_outside(turned)
     if what.empty and (kept := keep_empty(turned, image.turn.apply(prob), scan, image, what.seen)):
         told["voxels_kept_empty"] = kept
     if what.doubt:
-        told["doubt"] |= (inside := summary(doubt, turned))
+        told["doubt"] |= (found := summary(doubt, turned))
         line = "%s: doubt inside the head: %s on average, 95 %% below %s, where the image is %s on average"
-        log.info(line, label, *(brief(inside[key]) for key in ("mean", "p95", "image_mean")))
-    left: np.ndarray | None = None
-    if what.residual:
-        left = image.turn.undo(residual(turned, scan, what.seen, axis=0))
+        log.info(line, label, *(brief(found[key]) for key in ("mean", "p95", "image_mean")))
     if told["agree"] is not None:
         told["agree"]["seconds"] = time.perf_counter() - began - told.get("adapt", {}).get("seconds", 0)
     return told, left
 
 
-def _weight(left: np.ndarray, scan: np.ndarray, what: Wanted) -> tuple[float, float | None]:
+def _left(sr: np.ndarray, scan: np.ndarray, what: Wanted, image: Prepared) -> np.ndarray:
+    """scan - D SR, 0 where the network saw nothing; on the result's voxels where they are not finer."""
+    free = _free(what.seen)
+    return image.only_inside(residual(sr, scan, what.seen, SLAB_BYTES, free[0] if free else 0), what.seen)
+
+
+def _weight(left: np.ndarray, scan: np.ndarray, shown: np.ndarray, what: Wanted) -> tuple[float, float | None]:
     """w and the scan's noise. The noise over what the spline lacks, or over what the result lacks if that is less: the
     better a result is, and the more of what is left is noise, the less is to be gained from the scan."""
     if what.weight != AUTO:
@@ -482,7 +487,7 @@ def _weight(left: np.ndarray, scan: np.ndarray, what: Wanted) -> tuple[float, fl
     chosen = choose_weight(scan, what.full, what.across, what.believed.floor)
     if not chosen.noise or left.shape != scan.shape:
         return _rounded(chosen.w), chosen.noise
-    lacking = lacking_sd(left, scan, what.seen, what.across)
+    lacking = lacking_sd(left, shown, what.seen, what.across)
     ratio = NOTHING if chosen.noise**2 >= NOTHING * lacking**2 else (chosen.noise / lacking) ** 2
     return _rounded(max(chosen.w, ratio)), chosen.noise
 
@@ -492,17 +497,11 @@ def _rounded(w: float) -> float:
     return float(f"{w:.3g}")
 
 
-def _agree(sr: np.ndarray, scan: np.ndarray, seen: Observation, w: float, floor: float) -> float:
-    """In place; the sum of squares of scan - D SR afterwards."""
+def _agree(sr: np.ndarray, scan: np.ndarray, seen: Observation, w: float, floor: float) -> None:
+    """In place, by slabs that lie along one axis in the processed orientation."""
     free = _free(seen)
-    axis, slab = (free[0], WHOLE) if free else (0, SLAB_BYTES)
-    cuts: Iterable[tuple[slice, ...]] = _slabs(sr, axis) if free else [(slice(None),)]
-    left = 0.0
-    for here in cuts:
-        part, low = sr[here], scan[here]
-        agree(part, low, seen, w, floor, slab, axis)
-        left += _energy(residual(part, low, seen, slab, axis))
-    return left
+    for here in _slabs(sr, free[0]) if free else [(slice(None),)]:
+        agree(sr[here], scan[here], seen, w, floor, WHOLE if free else SLAB_BYTES, free[0] if free else 0)
 
 
 def _percent(left: float, whole: float) -> float:

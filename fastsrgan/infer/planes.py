@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ from fastsrgan.infer.values import millimetres
 from fastsrgan.volume.consistency import Observation
 from fastsrgan.volume.geometry import Orientation, centre_coordinates, grid_size
 from fastsrgan.volume.intensity import Normaliser
-from fastsrgan.volume.resample import SAME, apply_axes, upsample_matrix
+from fastsrgan.volume.resample import SAME, apply_axes, mean_matrix, upsample_matrix
 
 log = logging.getLogger("fastsrgan")
 
@@ -247,6 +247,7 @@ class Unfinished:
 # --- the grid that tiles are cut from, and the way back -------------------------------------------------------------
 
 BLOCK = 16  # planes made at a time
+RIM = 6  # voxels inside a mask over which the network's detail comes to count, see decision 032
 MAX_VOXELS = 2**31  # of the grid
 EMPTY = 0.05  # share of voxels that are exactly 0, above which a scan is taken to be masked
 FAR = 1.25  # times the voxels that a network learned from
@@ -355,6 +356,7 @@ class Prepared:
     source : what tiles are cut from, processed axes
     spacing, wanted : voxel sizes of the image and of the result in mm, stored axis order
     region : where results are wanted, on the grid of the source; None: everywhere
+    beyond : the whole scan on the grid of the source, where that has nothing outside the region; else None
     """
 
     source: Interpolated | Whole
@@ -364,6 +366,47 @@ class Prepared:
     wanted: tuple[float, float, float]
     geometry: str
     region: Region | None = None
+    beyond: Interpolated | None = None
+
+    @property
+    def inside(self) -> np.ndarray | None:
+        """Of a scan with a ``beyond`` which voxels the network saw, processed axes."""
+        return self.region.mask if self.beyond and self.region else None
+
+    def shown(self, scan_xyz: np.ndarray) -> np.ndarray:
+        """What the network saw of a scan on processed axes, in the scan's intensities."""
+        return scan_xyz if self.inside is None else masked(scan_xyz, self.inside)
+
+    def only_inside(self, left_xyz: np.ndarray, seen: Observation) -> np.ndarray:
+        """What ``consistency.residual`` found, 0 where the network saw nothing."""
+        if self.region is None or self.inside is None:
+            return left_xyz
+        own = [range(n) for n in left_xyz.shape]
+        places = [a if m is None else b for a, m, b in zip(own, seen.align, self.region.index, strict=True)]
+        return np.where(self.inside[np.ix_(*places)], left_xyz, left_xyz.dtype.type(0))
+
+    def put_beyond(self, sr_XYZ: np.ndarray) -> None:
+        """The whole scan's interpolation in place of the masked one's, in place, processed axes: the network's detail
+        stays, but the edge that the mask made goes, with which no slice that reaches over it could agree. Near that
+        edge, which the network took for the head's, its detail counts less (decision 032)."""
+        for here in blocks(len(sr_XYZ)) if self.beyond else ():
+            both = (source.planes(here.start, here.stop).numpy() for source in (self.beyond, self.source))  # type: ignore
+            whole, seen = map(self.norm.invert, both)
+            detail = self.share(here.start, here.stop).numpy() * (sr_XYZ[here] - seen)
+            sr_XYZ[here] = np.maximum(whole + detail, self.norm.floor)
+
+    def share(self, first: int, stop: int) -> Tensor:
+        """Planes of how much the network's detail counts, (stop - first, Y, Z) float32: 0 outside the mask, from 0 at
+        its rim to 1 ``RIM`` voxels inside, linear along an edge that is flat."""
+        assert self.inside is not None
+        x, y, z = (mean_matrix(n, m, RIM) for n, m in zip(self.source.shape, self.inside.shape, strict=True))
+        within = apply_axes(self.inside.astype(np.float32), (x[first:stop], y, z))
+        return torch.from_numpy(np.clip(2 * within - 1, 0, 1))
+
+    def clear_outside(self, sr_XYZ: np.ndarray) -> None:
+        """Outside the region what air is, in place, where the network saw nothing there."""
+        for here in blocks(len(sr_XYZ)) if self.beyond and self.region else ():
+            sr_XYZ[here][~self.region.planes(here.start, here.stop).numpy()] = air(self.beyond.data)  # type: ignore
 
     @property
     def slice_mm(self) -> float:
@@ -423,6 +466,11 @@ def own_grid(spacing_mm: Sequence[float], grid_mm: float | None) -> float | None
     return grid_mm if grid_mm is not None and min(spacing_mm) > FAR * grid_mm else None
 
 
+def blocks(count: int) -> Iterator[slice]:
+    """Planes, some at a time."""
+    return (slice(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK))
+
+
 def masked(data_XYZ: np.ndarray, mask_XYZ: np.ndarray) -> np.ndarray:
     """A copy of the scan in which all outside the mask is what air is: 0, or the lowest value where that is below.
 
@@ -432,7 +480,12 @@ def masked(data_XYZ: np.ndarray, mask_XYZ: np.ndarray) -> np.ndarray:
     if mask.shape != data_XYZ.shape:
         reason = f"has the shape {mask.shape}, the image {data_XYZ.shape}"
         raise InputError("mask", reason, "a mask on the grid of the image")
-    return np.where(mask > 0, data_XYZ, min(data_XYZ.min(), data_XYZ.dtype.type(0)))
+    return np.where(mask > 0, data_XYZ, data_XYZ.dtype.type(air(data_XYZ)))
+
+
+def air(data_XYZ: np.ndarray) -> float:
+    """0, or the lowest value of a scan where that is below."""
+    return min(float(data_XYZ.min()), 0.0)
 
 
 def is_isotropic(spacing_mm: Sequence[float]) -> bool:

@@ -142,11 +142,15 @@ def process(
     where = torch.device(settings.device)
     settings = replace(settings, precision=pick_precision(settings.precision, where))
     alone = settings.outside == ZERO and isinstance(settings.mask, np.ndarray)
-    if alone:
-        data = masked(data, settings.mask)
-    image = _prepared(data, affine, settings, interpolate, _shifted(generator, settings.geometry))
+    shown = masked(data, settings.mask) if alone else data
+    image = _prepared(shown, affine, settings, interpolate, _shifted(generator, settings.geometry))
     region, what_region = find_region(settings.mask, data, image)
     image = replace(image, region=region)
+    if alone and settings.physical:  # the network sees what is inside the mask, the result agrees with the whole scan
+        whole = Interpolated(data, image.turn, image.norm, image.spacing, image.wanted, image.geometry)
+        image = replace(image, beyond=whole)
+    else:
+        data = shown
     agreeing = modes.wanted(image, data, settings, interpolate is not None)
     doubted = agreeing is not None and agreeing.doubt
     upright = upright_axes(affine, image.turn) if settings.upright == ON and settings.physical else None
@@ -229,9 +233,13 @@ def _finished(
     """``modes.finish``; of ranks that share a volume the first does it, for all."""
     told: dict[str, Any] = {"agree": None}
     left: np.ndarray | None = None
-    if agreeing and not (together and together.ranks.rank):
-        adapted = functools.partial(_adapted, image=image, what=agreeing, network=network, plan=plan, label=label)
-        told, left = modes.finish(*done, data, image, agreeing, adapted, label)
+    if not (together and together.ranks.rank):
+        image.put_beyond(image.turn.apply(done[0]))
+        if agreeing:
+            adapted = functools.partial(_adapted, image=image, what=agreeing, network=network, plan=plan, label=label)
+            told, left = modes.finish(*done, data, image, agreeing, adapted, label)
+        else:
+            image.clear_outside(image.turn.apply(done[0]))
     if together:
         together.vote()
         told = together.ranks.gather(told)[0]
@@ -252,21 +260,24 @@ def _adapted(
     """``adapt.adapt`` in place, with tiles like those of the result; what it tells."""
     steps = [max(1, edge // 2) for edge in plan.patch]
 
+    around = image.beyond or image.source
+
     def apply(x: torch.Tensor) -> torch.Tensor:
         own = tiles.plan(x.shape, plan.patch, steps, multiple=network.multiple, window=plan.window)
         made, _ = predict(torch.from_numpy(image.norm.apply(x.numpy())), own, network)
         return torch.from_numpy(image.norm.invert(made[0].numpy()))
 
     def start(first: int, stop: int) -> torch.Tensor:
-        return torch.from_numpy(image.norm.invert(image.source.planes(first, stop).numpy()))
+        return torch.from_numpy(image.norm.invert(around.planes(first, stop).numpy()))
 
     old, new = (image.turn.permute(mm)[what.across] for mm in (image.spacing, image.wanted))
     largest = [min(adapt.BLOCK, 2 * edge) for edge in plan.patch]
     down = what.seen.down[what.across]
     assert down is not None  # slices are thicker than the result's planes: adapt.applies
     told = adapt.adapt(
-        sr, scan, start, apply, what.believed, down, weight, old, new, largest, image.norm.floor, network.device
-    )
+        sr, image.shown(scan), start, apply, what.believed, down, weight, old, new, largest, image.norm.floor,
+        network.device, image.share if image.beyond else None,
+    )  # fmt: skip
     if told["trials"]:
         line = (
             "%s: tried on the scan's own slices, network and agreement gain %.2f dB over interpolation, %.2f if adapted"

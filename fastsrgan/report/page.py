@@ -22,7 +22,7 @@ from fastsrgan.core.files import atomic_write, finite, short_names
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, UsageError, counted
 from fastsrgan.evaluate.figures import alone
-from fastsrgan.evaluate.grids import onto_grid
+from fastsrgan.evaluate.grids import inside_mask, onto_grid
 from fastsrgan.evaluate.pair import evaluate_pair, structure_pairs
 from fastsrgan.evaluate.wording import picture_words
 from fastsrgan.io import any_image, labels
@@ -44,7 +44,7 @@ MOST_ALLOWED_MB = 1e6
 NAME = "report.html"
 COMPARISON = "comparison.html"
 LEAST_BYTES = 200_000  # left for the volumes, below which a limit makes no sense
-INSIDE = "Spline and what else is made from the scan know it inside the mask alone, as the network did."
+INSIDE = "The network saw the scan inside the mask alone; what is made of the scan is shown there."
 WORDS_BYTES = 2_000  # by which a page's words may grow when a part of the volumes is shown
 
 
@@ -184,12 +184,12 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
         return assemble(found, facts, body, "", back, viewing=False), None, measured
     low, shown, told = others.get("low"), others, ""
     if low is not None and result is not None:
-        seen = stage.as_seen(result.record, low, sr)
-        spline = onto_grid(seen, sr, name="the spline of the input", notes=[])
-        shown = others | {"spline": spline}
-        if linear := stage.linear_estimate(result.record, seen, sr, spline, others.get("truth")):
-            shown["linear"], told = linear
-        told = " ".join(filter(None, (told, INSIDE if seen is not low else "")))
+        spline = onto_grid(low, sr, name="the spline of the input", notes=[])
+        cut = inside_mask(result.record, spline, sr)
+        shown = others | {"spline": cut}
+        if linear := stage.linear_estimate(result.record, low, sr, spline, others.get("truth")):
+            shown["linear"], told = inside_mask(result.record, linear[0], sr), linear[1]
+        told = " ".join(filter(None, (told, INSIDE if cut is not spline else "")))
     moved, lowest = from_lowest({"sr": sr} | shown)
     sr, shown = moved.pop("sr"), moved
     if lowest:

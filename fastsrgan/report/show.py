@@ -64,10 +64,9 @@ def show(
         return planes([Column(sr, "Image")], **{"reference": sr, "width_px": WIDTH, **options})
     volumes = {"sr": sr} | others
     if "low" in volumes:
-        from fastsrgan.evaluate.grids import onto_grid
-        from fastsrgan.report.viewer import as_seen
+        from fastsrgan.evaluate.grids import inside_mask, onto_grid
 
-        volumes["spline"] = onto_grid(as_seen(record, volumes["low"], sr), sr, notes=[])
+        volumes["spline"] = inside_mask(record, onto_grid(volumes["low"], sr, notes=[]), sr)
     volumes, _ = from_lowest(volumes)
     words = picture_words(record, sr.affine)
     columns = result_columns(volumes, words.pop("captions"))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 from fastsrgan.core.files import mapping
 from fastsrgan.errors import FastsrganError, InputError
@@ -134,20 +133,6 @@ def _scored_values(scores: Mapping[str, Any] | None) -> list[int] | None:
     """Which values of the label map are the structure that is shown; None where it is the whole map."""
     first = next(iter(mapping((scores or {}).get("label_classes")).values()), None)
     return [value for value in first if isinstance(value, int)] if isinstance(first, list) else None
-
-
-def as_seen(record: Mapping[str, Any], low: Volume, sr: Volume) -> Volume:
-    """The scan as the network saw it: where the record says that all outside a mask was set to zero, with zeros there.
-
-    The mask is no part of a result. It shows in the SR, which agrees with the scan inside it and is zero elsewhere: a
-    voxel of the scan lies inside where the SR at its centre is nearer to it than to zero; holes are filled. On two real
-    fetal stacks this lost 0.2 % of the mask at most, and took in nothing else.
-    """
-    if mapping(record.get("region")).get("outside") != "zero":
-        return low
-    air = min(low.data.min(), low.data.dtype.type(0))  # what `infer.planes.masked` sets
-    nearer = 2 * (onto_grid(sr, low, order=1, notes=[]).data - air) > low.data - air
-    return replace(low, data=np.where(ndimage.binary_fill_holes(nearer), low.data, air))
 
 
 def linear_estimate(

@@ -67,7 +67,7 @@ class Trial:
 
     truth : what it was cut from; scan : (X, Y, z), the slices; start : their interpolation; result : the network's
     image; down : D, (z, Z), what a result is made to agree with, which need not be what the slices were cut by
-    counts : (X, Y), how often each line counts
+    counts : (X, Y, Z) or (X, Y, 1), how often each voxel counts
     """
 
     truth: Tensor
@@ -158,6 +158,7 @@ def adapt(
     largest: Sequence[int] = (BLOCK,) * 3,
     floor: float = -math.inf,
     device: torch.device | str = "cpu",
+    share: Callable[[int, int], Tensor] | None = None,
 ) -> dict[str, Any]:
     """Try the network on the scan itself, and adapt its image to what came out, in place; what a report says about it.
 
@@ -175,6 +176,8 @@ def adapt(
     spacing_mm, voxel_mm : of the slices, and of the result across them
     floor : the least intensity there is
     device : where it is learned and applied
+    share : (first, stop) -> planes along X of how much the network's detail counts, 0 outside a mask beyond which it
+        saw air; None: there is no mask. ``scan_xyz`` is what it saw, ``start`` of the whole scan
     """
     ratio = float(spacing_mm / voxel_mm)
     low = lowest(scan_xyz)
@@ -185,6 +188,8 @@ def adapt(
         reason = f"a block of {' x '.join(map(str, shape))} voxels is too small to be tried"
         return {"trials": 0, "reason": reason if unit > 0 else "the scan has no bright voxels"}
     truth = torch.from_numpy(np.array(sr_XYZ[here], np.float32, order="C") - low)
+    air = min(float(scan_xyz.min()), 0.0) - low
+    counting = share(here[0].start, here[0].stop)[:, here[1], here[2]] if share else None
     noise = noise_sd(scan_xyz, ACROSS) or 0.0
     told = (believed.profile, believed.width_mm)
     cut_by, counts = [told, told], (1.0, 1.0)
@@ -205,11 +210,18 @@ def adapt(
             [_cut(half, cut, noise, floor - low, axis) for half, cut in zip(halves, profiles, strict=True)],
             1 - axis,
         )
-        x = scan @ _transposed(spline_matrix(len(own), n, 1 / ratio), scan)
-        each = [torch.full(half.shape[:ACROSS], counts[i]) for half, i in zip(halves, order, strict=True)]
-        turned, scan, x, made, counted = (
-            v.to(device) for v in (turned, scan, x, network(x + low) - low, torch.cat(each, 1 - axis))
-        )
+        up = _transposed(spline_matrix(len(own), n, 1 / ratio), scan)
+        x = scan @ up
+        each = [torch.full((*half.shape[:ACROSS], 1), counts[i]) for half, i in zip(halves, order, strict=True)]
+        counted = torch.cat(each, 1 - axis)
+        if counting is None:
+            made = network(x + low) - low
+        else:
+            part = counting.transpose(axis, ACROSS).contiguous()
+            counted = counted * (part > 0)
+            seen = torch.where((part > 0).float() @ _transposed(own, scan) > 0.5, scan, air) @ up
+            made = x + part * (network(seen + low) - low - seen)
+        turned, scan, x, made, counted = (v.to(device) for v in (turned, scan, x, made, counted))
         trials.append(Trial(turned, scan, x, made, own, counted))
     with unrounded(torch.device(device)):
         learned = learn(trials, ratio, weight, unit)
@@ -217,10 +229,10 @@ def adapt(
         if not learned.gain_db > learned.gain_db_without:
             return said | {"reason": "nothing was gained on the trials, the image stays the network's"}
         if not low:
-            adapt_(sr_XYZ, start, learned, ratio, down, weight, unit)
+            adapt_(sr_XYZ, start, learned, ratio, down, weight, unit, share)
         else:  # two more passes, of what may be files
             sr_XYZ -= low
-            adapt_(sr_XYZ, lambda first, stop: start(first, stop) - low, learned, ratio, down, weight, unit)
+            adapt_(sr_XYZ, lambda first, stop: start(first, stop) - low, learned, ratio, down, weight, unit, share)
             sr_XYZ += low
     return said
 
@@ -245,16 +257,14 @@ def learn(trials: Sequence[Trial], ratio: float, w: float, unit: float) -> Learn
         layers = [layer.to(scaling[0].device).requires_grad_() for layer in _first_layers()]
         optimiser = torch.optim.Adam(layers, RATE)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
-        for step in range(STEPS):
+        teaching = [part for part in parts if part.learned]
+        for step in range(STEPS if teaching else 0):
             draws = rng(0, "adapt", "step", step)
-            part = parts[step % len(parts)]
-            if part.learned:
-                loss = part.loss(
-                    draws.integers(0, part.learned, BATCH), _mirrored(*draws.integers(0, 2, 2)), layers, size
-                )
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
+            part = teaching[step % len(teaching)]
+            loss = part.loss(draws.integers(0, part.learned, BATCH), _mirrored(*draws.integers(0, 2, 2)), layers, size)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
             falling.step()
     found = tuple(layer.detach() for layer in layers)
     start, without, with_it = np.maximum(sum(part.errors(found, size) for part in parts), 1e-30)
@@ -270,6 +280,7 @@ def adapt_(
     down: np.ndarray,
     w: float,
     unit: float,
+    share: Callable[[int, int], Tensor] | None = None,
 ) -> None:
     """The network's image ``sr_XYZ`` (X, Y, Z) float32, of any strides, becomes the adapted one, in place.
 
@@ -286,6 +297,8 @@ def adapt_(
         network = torch.from_numpy(np.concatenate([before[len(before) - (first - low) :], sr_XYZ[first:high]]))
         before = np.array(sr_XYZ[max(0, stop - REACH) : stop])
         around = Around(x, network.to(device), ratio, down, w, unit)
+        if share:
+            around.tissue *= share(low, high).to(device) > 0
         for i in range(first - low, stop - low):  # plane by plane: the products have the same shape in every slab
             j = around.tissue[i].amax(1).nonzero().flatten()
             if len(j):
@@ -335,14 +348,14 @@ class _TrialLines:
 
 def _part(trial: Trial, ratio: float, w: float, unit: float) -> _TrialLines:
     around = Around(trial.start, trial.result, ratio, trial.down, w, unit)
-    i, j = _lines(trial.truth > TISSUE * unit).nonzero().T
+    i, j = _lines((trial.truth > TISSUE * unit) & (trial.counts > 0)).nonzero().T
     back = (i // TILE + 2 * (j // TILE)) % KEPT_BACK == 0
     i, j = (torch.cat([v[~back], v[back]]) for v in (i, j))
     matrix = back_matrix(trial.down, w)
     free = np.eye(trial.down.shape[1]) - matrix @ trial.down
     scan, start, truth, result = (v[i, j] for v in (trial.scan, trial.start, trial.truth, trial.result))
     missed = truth - result - (scan - result @ _transposed(trial.down, result)) @ _transposed(matrix, result)
-    counted = (truth > TISSUE * unit) * trial.counts[i, j][:, None]
+    counted = (truth > TISSUE * unit) * trial.counts[i, j]
     near, rest = around.lines(i, j)
     return _TrialLines(
         near, rest, missed / unit, (truth - start) / unit, counted, around.tissue[i, j], _transposed(free, result),

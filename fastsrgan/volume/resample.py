@@ -212,6 +212,16 @@ def upsample_matrix(n_in: int, n_out: int, ratio: float, geometry: str = "physic
     return spline_matrix(n_in, n_out, float(ratio))
 
 
+def mean_matrix(n: int, m: int, reach: float) -> np.ndarray:
+    """(n, m) float32: for n voxels the mean, within ``reach`` of them to each side, of m voxels that fill the same
+    length. What lies beyond the ends does not count."""
+    size, edges = n / m, np.arange(m + 1) * (n / m)
+    centres = np.arange(n)[:, None] + 0.5
+    overlap = np.minimum(centres + reach, edges[1:]) - np.maximum(centres - reach, edges[:-1])
+    overlap = overlap.clip(0, size)
+    return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)
+
+
 def apply_axes(array, matrices: Sequence[Matrix], dtype: torch.dtype = torch.float32):
     """Apply one matrix per axis to (..., X, Y, Z): NumPy in, NumPy out; torch in, torch out on its device.
 
