@@ -248,6 +248,9 @@ def learn(trials: Sequence[Trial], ratio: float, w: float, unit: float) -> Learn
     ratio : spacing of slices over voxels; w : weight of ``consistency.agree``
     """
     parts = [_part(trial, ratio, w, unit) for trial in trials]
+    teaching = [part for part in parts if part.learned]
+    if not teaching:
+        return Learned((), (torch.empty(0), torch.empty(0)), 0.0)
     scaling = (_scaling([part.near for part in parts]), _scaling([part.rest for part in parts]))
     for part in parts:
         part.near, part.rest = _scaled(part.near, scaling[0]), _scaled(part.rest, scaling[1])
@@ -257,8 +260,7 @@ def learn(trials: Sequence[Trial], ratio: float, w: float, unit: float) -> Learn
         layers = [layer.to(scaling[0].device).requires_grad_() for layer in _first_layers()]
         optimiser = torch.optim.Adam(layers, RATE)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
-        teaching = [part for part in parts if part.learned]
-        for step in range(STEPS if teaching else 0):
+        for step in range(STEPS):
             draws = rng(0, "adapt", "step", step)
             part = teaching[step % len(teaching)]
             loss = part.loss(draws.integers(0, part.learned, BATCH), _mirrored(*draws.integers(0, 2, 2)), layers, size)
