@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from fastsrgan.core.files import mapping
 from fastsrgan.errors import InputError
+from fastsrgan.evaluate.wording import ZERO
 from fastsrgan.volume.geometry import Volume
 from fastsrgan.volume.placement import EXACT, difference, refuse_placeless, same_grid
 from fastsrgan.volume.resample import FWHM, SAME
@@ -26,7 +27,6 @@ READER = (
     "interpolated label map (paper table 2): the label averaged over the low-resolution voxels and cut at 0.5 there, "
     "as a reader of that image would draw it, then interpolated back by the cubic spline and cut at 0.5 again"
 )
-ZERO = "zero"  # what a network saw outside a mask, in a record
 NO_AIR = 1e-4  # of a result's brightest: less is what rounding to a file's integers leaves of air
 KNOWS = "the baseline's segmentation is the true label at the scan's resolution, interpolated: it knows the truth"
 

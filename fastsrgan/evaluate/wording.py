@@ -13,12 +13,12 @@ import numpy as np
 from fastsrgan.config import AXES
 from fastsrgan.core.files import mapping
 from fastsrgan.errors import InputError
-from fastsrgan.evaluate.grids import ZERO
 from fastsrgan.evaluate.plausibility import GREEN, NO_PROOF, RED, YELLOW
 from fastsrgan.model.purpose import Purpose, weights_called
 from fastsrgan.volume.geometry import world_orientation
 
 LIGHTS = (GREEN, YELLOW, RED)
+ZERO = "zero"  # what the network saw outside a mask
 
 
 def light_of(record: Mapping[str, Any]) -> tuple[str, str] | None:
