@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -437,6 +439,38 @@ def test_tf32_that_is_not_asked_for_is_off_during_the_test(fresh, monkeypatch):
     finally:
         for place, was in zip(places, before, strict=True):
             place.allow_tf32 = was
+
+
+SESSIONS = {
+    "as torch begins": "pass",
+    "Lightning's advice": "torch.set_float32_matmul_precision('high')",
+    "products": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "all": "torch.backends.fp32_precision = 'tf32'",
+    "all of cuDNN": "torch.backends.cudnn.fp32_precision = 'tf32'",
+    "no convolutions": "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+    "no convolutions, by the old name": "torch.backends.cudnn.allow_tf32 = False",
+}
+IN_A_SESSION = """
+import torch
+from fastsrgan.core.kernels import rounding, set_rounding
+places = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+{session}
+before = [place.fp32_precision for place in places]
+for tf32, name in ((False, "ieee"), (True, "tf32")):
+    with rounding(tf32):
+        assert [place.fp32_precision for place in places] == [name] * 2
+    assert [place.fp32_precision for place in places] == before
+set_rounding(False)
+assert [place.fp32_precision for place in places] == ["ieee"] * 2
+"""
+
+
+@pytest.mark.parametrize("session", SESSIONS)
+def test_tf32_is_as_asked_whatever_a_session_set_by_torchs_old_names_or_its_new_ones(session):
+    """torch raises where one of the old switches is read that a new one contradicts, and "all" wins over an old one."""
+    program = IN_A_SESSION.format(session=SESSIONS[session])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
 
 
 @pytest.mark.parametrize("fault", ["tap", "channels"])

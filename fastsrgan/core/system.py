@@ -27,7 +27,8 @@ log = logging.getLogger("fastsrgan")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` -> device. UsageError for others, ResourceError where CUDA is absent.
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` -> device. UsageError for others, ResourceError where CUDA is absent or
+    refuses.
 
     A CUDA device becomes the current one of this process, before anything opens a context: a rank whose work named no
     device would otherwise open one on GPU 0 too, and take its memory.
@@ -58,9 +59,13 @@ def pick_device(name: str = "auto") -> torch.device:
 def _current(device: torch.device) -> torch.device:
     import torch
 
-    if device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    torch.cuda.set_device(device)
+    try:
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(device)
+    except RuntimeError as error:  # another process has it for itself, its memory is full, the driver refuses it
+        reason = f"cannot be used: {str(error).splitlines()[0]}"
+        raise ResourceError(str(device), reason, "see `fastsrgan doctor`, or --device cpu") from error
     return device
 
 
@@ -128,6 +133,7 @@ def free_memory(device: torch.device | None = None) -> int:
     if device is not None and device.type == "cuda":
         import torch
 
+        torch.cuda.empty_cache()  # else what torch keeps of the volume before would count as taken
         return torch.cuda.mem_get_info(device)[0]
     free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     free += [1024 * n for n in (_kilobytes("/proc/meminfo", "MemAvailable"),) if n is not None]
