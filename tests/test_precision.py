@@ -450,26 +450,33 @@ SESSIONS = {
     "no convolutions": "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
     "no convolutions, by the old name": "torch.backends.cudnn.allow_tf32 = False",
 }
-IN_A_SESSION = """
-import torch
+IN_SESSIONS = """
+import os, sys, torch
 from fastsrgan.core.kernels import rounding, set_rounding
-places = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-{session}
-before = [place.fp32_precision for place in places]
-for tf32, name in ((False, "ieee"), (True, "tf32")):
-    with rounding(tf32):
-        assert [place.fp32_precision for place in places] == [name] * 2
-    assert [place.fp32_precision for place in places] == before
-set_rounding(False)
-assert [place.fp32_precision for place in places] == ["ieee"] * 2
+
+def now():
+    return [place.fp32_precision for place in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
+
+for session in sys.argv[1:]:
+    if os.fork():
+        assert not os.wait()[1], session
+        continue
+    exec(session)
+    before = now()
+    for tf32, name in ((False, "ieee"), (True, "tf32")):
+        with rounding(tf32):
+            assert now() == [name] * 2
+        assert now() == before
+    set_rounding(False)
+    assert now() == ["ieee"] * 2
+    os._exit(0)
 """
 
 
-@pytest.mark.parametrize("session", SESSIONS)
-def test_tf32_is_as_asked_whatever_a_session_set_by_torchs_old_names_or_its_new_ones(session):
+def test_tf32_is_as_asked_whatever_a_session_set_by_torchs_old_names_or_its_new_ones():
     """torch raises where one of the old switches is read that a new one contradicts, and "all" wins over an old one."""
-    program = IN_A_SESSION.format(session=SESSIONS[session])
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", IN_SESSIONS, *SESSIONS.values()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
 
 
