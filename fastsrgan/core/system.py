@@ -5,6 +5,7 @@ Loads torch only where a function needs it, so that what stands at the start of 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fastsrgan.core.processor import processor
-from fastsrgan.errors import ResourceError, UsageError
+from fastsrgan.errors import ResourceError, UsageError, out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,19 @@ def _current(device: torch.device) -> torch.device:
         reason = f"cannot be used: {str(error).splitlines()[0]}"
         raise ResourceError(str(device), reason, "see `fastsrgan doctor`, or --device cpu") from error
     return device
+
+
+@contextlib.contextmanager
+def memory_of(device: torch.device) -> Iterator[None]:
+    """Within, memory that a CUDA device lacks is a ResourceError that names it, in place of torch's own error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if device.type != "cuda" or not out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0].partition(" Including")[0].rstrip(".")
+        hint = "end what else is on it (nvidia-smi shows it), a smaller patch or batch, or --device cpu"
+        raise ResourceError(str(device), reason, hint) from error
 
 
 def tune_allocator() -> bool:
