@@ -1,17 +1,22 @@
 """The whole way on a device that the package takes for a GPU (stand_in.py): nothing mixes its memory with the host's,
 and what comes out is what the CPU gives."""
 
+import functools
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from cohort import SMALL, make_store, rows
+from processes import on_ranks
 from scipy import ndimage
 from stand_in import CUDA, StandIn, stand_in
 
 import fastsrgan
 from bench.common import texture
+from fastsrgan.core import ranks
 from fastsrgan.errors import ResourceError
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.observation.synthesis import Synthesis, synthesise
@@ -187,6 +192,22 @@ def test_the_second_gpu_alone_is_used_where_it_is_named(tmp_path):
             train(store, tmp_path / "run", config.replace(epochs=epochs), device="cuda:1", resume=epochs > 1)
         assert {index for _, index in device.there.values()} == {1}
         assert torch.cuda.current_device() == 1
+
+
+def on_its_gpu(store: Path, run: Path) -> tuple[list[int], int, int]:
+    """A training by one of the ranks of a machine with two GPUs, and another epoch of it: the GPUs that hold something,
+    the current one, and the updates. By gloo, which takes tensors of the stand-in."""
+    ranks.TorchRanks = functools.partial(ranks.TorchRanks, backend="gloo")  # type: ignore[misc, assignment]
+    config, done = SMALL.replace(steps_per_epoch=1, compile="off"), 0
+    with tempfile.TemporaryDirectory() as folder, stand_in(Path(folder), devices=2) as device:
+        for epochs in (1, 2):
+            done += train(store, run, config.replace(epochs=epochs), device="auto", resume=epochs > 1)["updates"]
+        return sorted({index for _, index in device.there.values()}), torch.cuda.current_device(), done
+
+
+def test_each_rank_has_a_gpu_and_touches_no_other(tmp_path):
+    found = on_ranks(on_its_gpu, 2, make_store(tmp_path), tmp_path / "run", out=tmp_path / "out")
+    assert found == [[[0], 0, 3], [[1], 1, 3]]
 
 
 TRAININGS = {

@@ -7,10 +7,16 @@ Each part is a list of checks that end as passed, FAILED, or "not run" with the 
 part that a device refuses, or time that is over is never a pass, and takes no other check with it. On CUDA each part
 has a process of its own: an illegal access, after which a process can use its device no more, a crash or a call that
 never returns costs that part alone. The report is written anew after every check, so one that is cut off still holds
-what was found. Without a CUDA device, or with
---device cpu, what a CPU can check is run and the rest is not run, for want of one. Exit code 1 when a check failed.
+what was found. Without a CUDA device, or with --device cpu, what a CPU can check is run and the rest is not run, for
+want of one. Exit code 1 when a check failed.
 
-Needs torch, NumPy and SciPy, and CuPy for the kernels; takes DALI and compute-sanitizer where they are installed.
+Needs torch, NumPy and SciPy, and CuPy for the kernels; takes DALI and compute-sanitizer where they are installed. Only
+the bench of the feed needs zarr and nibabel, as `fastsrgan train` and `infer` do. To a machine that has the former and
+reaches no registry they travel as wheels, 6 MB for Python 3.12 (DALI's wheel has hundreds):
+
+    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
+        --platform manylinux2014_x86_64 -d wheels zarr numcodecs msgspec donfig google-crc32c nibabel
+    python -m pip install --no-index --no-deps --target site wheels/*.whl; export PYTHONPATH=$PWD/site     # there
 """
 
 from __future__ import annotations
