@@ -153,7 +153,8 @@ def unrounded(device: torch.device) -> contextlib.AbstractContextManager:
 def rounding(tf32: bool) -> Iterator[None]:
     """float32 convolutions and products of CUDA devices with TF32 or without, within."""
     before, old = [place.fp32_precision for place in _places()], []
-    for switch in (torch.backends.cudnn, torch.backends.cuda.matmul):
+    switches: tuple[Any, Any] = torch.backends.cudnn, torch.backends.cuda.matmul
+    for switch in switches:
         with contextlib.suppress(RuntimeError):  # torch reads it to nobody where a session has set the new name
             old.append((switch, switch.allow_tf32))
     set_rounding(tf32)
@@ -175,7 +176,8 @@ def set_rounding(tf32: bool) -> None:
 
 
 def _places() -> tuple[Any, Any]:
-    return torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    return cudnn.conv, torch.backends.cuda.matmul
 
 
 def runs_kernels(device: torch.device) -> bool:
