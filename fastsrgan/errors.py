@@ -160,9 +160,11 @@ def times(values: Sequence[float]) -> str:
     return " x ".join(f"{v:.5g}" if isinstance(v, float) else str(v) for v in values)
 
 
-# What the system's loader and libraries say where there is no room; their errors have no type of their own.
+# What the system's loader and libraries say where there is no room; their errors have no type of their own. The last
+# two: cuDNN and cuBLAS, and torch where none of cuDNN's ways of a convolution found room for its workspace.
 _NO_ROOM = (
     *("failed to map segment", "cannot allocate memory", "can't allocate memory", "bad_alloc", "out of memory"),
+    *("_status_alloc_failed", "unable to find an engine to execute"),
 )
 
 

@@ -1,9 +1,9 @@
-"""A device that the package takes for a GPU, made of this machine's memory and processor.
+"""Devices that the package takes for GPUs, made of this machine's memory and processor.
 
 Every operation runs on the CPU, with its values; what lies "on cuda:0" is known by its storage. An operation whose
-tensors lie on both sides is refused as CUDA refuses it, and so is NumPy's look at memory of the device. Kernels are
-compiled by g++ (kernel_host.py). What it cannot show: speed, memory, what cuDNN and reduced types do to values, races
-between streams.
+tensors lie on several devices is refused as CUDA refuses it, and so is NumPy's look at memory of a device. Memory can
+be made to run out. Kernels are compiled by g++ (kernel_host.py). What it cannot show: speed, memory, what cuDNN and
+reduced types do to values, races between streams.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -41,26 +41,53 @@ FACTORIES = (
 
 
 class StandIn(TorchDispatchMode):
-    """Where tensors lie, and the refusals; ``seen`` counts operations on the device, ``kernels`` runs its own."""
+    """Where tensors lie, and the refusals.
 
-    there: ClassVar[dict[int, StorageWeakRef]] = {}  # of all, since the package keeps tables by device
+    seen : operations on the devices so far; taken : pieces of memory that they gave
+    kernels : runs those of the package
+    full : told the number of each piece before it is given, whether there is no memory for it
+    """
 
-    def __init__(self, kernels: Host) -> None:
+    there: ClassVar[dict[int, tuple[StorageWeakRef, int]]] = {}  # of all, since the package keeps tables by device
+
+    def __init__(self, kernels: Host, devices: int) -> None:
         super().__init__()
-        self.kernels = kernels
-        self.seen = 0
+        self.kernels, self.devices, self.current = kernels, devices, threading.local()
+        self.seen = self.taken = 0
+        self.full: Callable[[int], bool] = lambda number: False
+
+    def place(self, tensor: torch.Tensor) -> torch.device | None:
+        """The device that a tensor's memory is of; None: the host."""
+        kept = self.there.get(tensor.untyped_storage()._cdata)
+        return None if kept is None or kept[0].expired() else torch.device("cuda", kept[1])
 
     def has(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor's memory is the device's."""
-        kept = self.there.get(tensor.untyped_storage()._cdata)
-        return kept is not None and not kept.expired()
+        """Whether a tensor's memory is a device's."""
+        return self.place(tensor) is not None
 
-    def take(self, tensor: torch.Tensor) -> None:
+    def asked(self, device: Any) -> torch.device:
+        """A device by any of its names; one without a number is the current one of this thread."""
+        named = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        return torch.device("cuda", self.now()) if named.type == "cuda" and named.index is None else named
+
+    def now(self) -> int:
+        """The current device of this thread, the first one in a new thread."""
+        return getattr(self.current, "index", 0)
+
+    def choose(self, device: Any) -> None:
+        """torch.cuda.set_device."""
+        self.current.index = self.asked(device).index
+
+    def take(self, tensor: torch.Tensor, device: torch.device) -> None:
         """Its memory is the device's from now on."""
+        assert device.index < self.devices, f"{device} of {self.devices}"
+        self.taken += 1
+        if self.full(self.taken):
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {tensor.nbytes} bytes.\nGPU {device}")
         storage = tensor.untyped_storage()
-        self.there[storage._cdata] = StorageWeakRef(storage)
+        self.there[storage._cdata] = StorageWeakRef(storage), device.index
         if len(self.there) > 5000:
-            for key in [key for key, kept in list(self.there.items()) if kept.expired()]:
+            for key in [key for key, (kept, _) in list(self.there.items()) if kept.expired()]:
                 self.there.pop(key, None)  # threads do so too
 
     def leave(self, tensor: torch.Tensor) -> None:
@@ -70,23 +97,23 @@ class StandIn(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
         given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
-        on = [self.has(v) for v in given]
+        on = [self.place(v) for v in given]
         packet = func.overloadpacket
         self.check(packet, given, on)
-        asked = kwargs.get("device")
-        if asked is not None and torch.device(asked).type == "cuda":
+        asked = None if kwargs.get("device") is None else self.asked(kwargs["device"])
+        if asked is not None and asked.type == "cuda":
             kwargs["device"] = CPU
         out = func(*args, **kwargs)
-        goes = any(on) if asked is None else torch.device(asked).type == "cuda"
-        if goes:
+        goes = next(filter(None, on), CPU) if asked is None else asked
+        if goes.type == "cuda":
             self.seen += 1
             known = {v.untyped_storage()._cdata for v in given}
             for made in tree_leaves(out):
                 if isinstance(made, torch.Tensor) and made.untyped_storage()._cdata not in known:
-                    self.take(made)
+                    self.take(made, goes)
         return out
 
-    def check(self, packet: Any, given: list[torch.Tensor], on: list[bool]) -> None:
+    def check(self, packet: Any, given: list[torch.Tensor], on: list[torch.device | None]) -> None:
         """RuntimeError where CUDA has one."""
         if not any(on) or packet in COPIES or _adding_gradients():
             return
@@ -96,12 +123,10 @@ class StandIn(TorchDispatchMode):
             if first:  # places may be told from the host
                 rest = [(v, at) for v, at in rest if v.dtype not in (torch.int64, torch.int32, torch.bool, torch.uint8)]
             pairs = [(given[0], first), *rest]
-        wrong = [v for v, at in pairs if not at and v.dim()]
-        if wrong and any(at for _, at in pairs):
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but {packet} got cuda:0 and cpu: "
-                f"{[(tuple(v.shape), 'cuda:0' if at else 'cpu') for v, at in pairs]}"
-            )
+        devices = {at for v, at in pairs if at or v.dim()}
+        if len(devices) > 1 or (None in devices and any(at for _, at in pairs)):
+            told = [(tuple(v.shape), str(at or CPU)) for v, at in pairs]
+            raise RuntimeError(f"Expected all tensors to be on the same device, but {packet} got {told}")
 
 
 def _adding_gradients() -> bool:
@@ -116,7 +141,7 @@ class Kernels(Host):
     @staticmethod
     def _value(argument: kernels.Argument) -> Any:
         if isinstance(argument, torch.Tensor):
-            assert argument.is_cuda, "a kernel on cuda:0 got memory of the host"
+            assert argument.is_cuda, "a kernel on a device got memory of the host"
             return ctypes.c_void_p(argument.data_ptr())
         return Host._value(argument)
 
@@ -141,6 +166,9 @@ class _Stream(_Event):
     cuda_stream = 0
     wait_event = wait_stream = _Event.record
 
+    def __init__(self, device: Any = None) -> None:
+        self.device = device
+
     def record_event(self, *args: Any) -> _Event:
         return _Event()
 
@@ -154,7 +182,8 @@ def _patches(mode: StandIn) -> Iterator[Any]:
         if args and isinstance(args[0], torch.Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
         device, dtype, _, layout = torch._C._nn._parse_to(*args, **more)
-        here, there = mode.has(tensor), mode.has(tensor) if device is None else device.type == "cuda"
+        here = mode.place(tensor) or CPU
+        there = here if device is None else mode.asked(device)
         made = plain["to"](
             tensor,
             dtype=dtype or tensor.dtype,
@@ -162,13 +191,13 @@ def _patches(mode: StandIn) -> Iterator[Any]:
             memory_format=layout or torch.preserve_format,
         )
         if here != there:
-            mode.take(made) if there else mode.leave(made)
+            mode.take(made, there) if there.type == "cuda" else mode.leave(made)
         return made
 
     def grad(tensor: torch.Tensor) -> torch.Tensor | None:  # some are made below where operations are seen
-        found = plain["grad"].__get__(tensor)
-        if found is not None and mode.has(tensor):
-            mode.take(found)
+        found, place = plain["grad"].__get__(tensor), mode.place(tensor)
+        if found is not None and place is not None and not mode.has(found):
+            mode.take(found, place)
         return found
 
     def refused(name: str) -> Any:
@@ -185,8 +214,8 @@ def _patches(mode: StandIn) -> Iterator[Any]:
         def call(*args: Any, device: Any = None, **more: Any) -> torch.Tensor:
             found = function(*args, **more)
             if device is not None:
-                if torch.device(device).type == "cuda" and function is not shared:
-                    mode.take(found)
+                if mode.asked(device).type == "cuda" and function is not shared:
+                    mode.take(found, mode.asked(device))
                 else:
                     found = found.to(device)
             return found
@@ -203,16 +232,23 @@ def _patches(mode: StandIn) -> Iterator[Any]:
         with mode:
             whole(thread)
 
+    @contextlib.contextmanager
+    def stream(stream: _Stream | None) -> Iterator[None]:
+        before = mode.now()
+        mode.choose(before if stream is None or stream.device is None else stream.device)
+        yield
+        mode.choose(before)
+
     whole = threading.Thread.run
     of = mock.patch.object
     yield of(threading.Thread, "run", run)
-    yield of(torch.Tensor, "device", property(lambda t: CUDA if mode.has(t) else device_of(t)), create=True)
+    yield of(torch.Tensor, "device", property(lambda t: mode.place(t) or device_of(t)), create=True)
     yield of(torch.Tensor, "grad", property(grad, plain["grad"].__set__, plain["grad"].__delete__), create=True)
     yield of(torch.Tensor, "is_cuda", property(mode.has), create=True)
     yield of(torch.Tensor, "is_cpu", property(lambda t: not mode.has(t)), create=True)
     yield of(torch.Tensor, "to", to)
     yield of(torch.Tensor, "cpu", lambda t, *a, **m: to(t, CPU))
-    yield of(torch.Tensor, "cuda", lambda t, *a, **m: to(t, CUDA))
+    yield of(torch.Tensor, "cuda", lambda t, *a, **m: to(t, mode.asked("cuda")))
     yield of(torch.Tensor, "numpy", refused("numpy"))
     yield of(torch.Tensor, "__array__", refused("__array__"))
     yield of(torch.Tensor, "pin_memory", lambda t, *a: t)
@@ -223,8 +259,8 @@ def _patches(mode: StandIn) -> Iterator[Any]:
 
     def load(file: Any, map_location: Any = None, **more: Any) -> Any:
         found = read(file, map_location=CPU, **more)
-        asked = map_location is not None and torch.device(map_location).type == "cuda"
-        return tree_map_only(torch.Tensor, lambda t: to(t, CUDA), found) if asked else found
+        asked = CPU if map_location is None else mode.asked(map_location)
+        return tree_map_only(torch.Tensor, lambda t: to(t, asked), found)
 
     yield of(torch, "load", load)
     for name in FACTORIES:
@@ -238,9 +274,9 @@ def _patches(mode: StandIn) -> Iterator[Any]:
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "set_device": lambda device: None,
+        "device_count": lambda: mode.devices,
+        "current_device": mode.now,
+        "set_device": mode.choose,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
         "get_device_name": lambda device=None: "stand-in",
@@ -255,7 +291,7 @@ def _patches(mode: StandIn) -> Iterator[Any]:
         "set_sync_debug_mode": lambda mode: None,
         "manual_seed_all": lambda seed: None,
         "current_stream": lambda device=None: _Stream(),
-        "stream": lambda stream: contextlib.nullcontext(),
+        "stream": stream,
         "Stream": _Stream,
         "Event": _Event,
     }.items():
@@ -263,10 +299,10 @@ def _patches(mode: StandIn) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def stand_in(folder: Path) -> Iterator[StandIn]:
-    """Within, ``cuda`` and ``cuda:0`` are devices of torch, in threads that begin within too; kernels are compiled in
-    ``folder``."""
-    mode = StandIn(Kernels(folder))
+def stand_in(folder: Path, devices: int = 1) -> Iterator[StandIn]:
+    """Within, ``cuda`` and ``cuda:0`` ... are devices of torch, in threads that begin within too; kernels are compiled
+    in ``folder``."""
+    mode = StandIn(Kernels(folder), devices)
     with contextlib.ExitStack() as stack:
         for patch in _patches(mode):
             stack.enter_context(patch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
 import sys
@@ -50,11 +49,16 @@ class FakeCupy(types.ModuleType):
                 fake.device = self.before
 
         class Stream:
-            @staticmethod
-            @contextlib.contextmanager
-            def from_external(stream):
-                fake.stream = stream
-                yield
+            def __init__(self, stream) -> None:
+                self.stream, self.device = stream, fake.device  # CuPy asks for the current device
+
+            from_external = classmethod(lambda cls, stream: cls(stream))
+
+            def __enter__(self):
+                assert self.device == fake.device, "the stream of another device than the current one"
+                fake.stream = self.stream
+
+            def __exit__(self, *_):
                 fake.stream = None
 
         def compile_module(code, options, backend):
@@ -70,7 +74,6 @@ class FakeCupy(types.ModuleType):
         runtime = types.SimpleNamespace(getDeviceCount=lambda: devices)
         self.cuda = types.SimpleNamespace(Device=Device, Stream=Stream, runtime=runtime)
         self.RawModule = compile_module
-        self.from_dlpack = np.from_dlpack
 
 
 @pytest.fixture
@@ -168,24 +171,23 @@ def test_compiler_errors_make_a_kernel_unavailable(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int64])
-def test_dlpack_hands_over_the_same_memory(cupy, dtype):
-    """Also of what autograd watches, of views, and of types that NumPy does not know."""
-    whole = torch.arange(60).to(dtype).reshape(3, 4, 5)
+def test_a_kernel_gets_the_address_of_a_tensor(cupy, monkeypatch, dtype):
+    """Also of what autograd watches, of views, of types that NumPy does not know, and of what inference mode made."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "torch's stream")
+    with torch.inference_mode(dtype == torch.uint8):
+        whole = torch.arange(60).to(dtype).reshape(3, 4, 5)
     if dtype.is_floating_point:
         whole.requires_grad_()
     view = whole[1:, ::2]
-    array = backend.to_cupy(view)
-    assert array.shape == (2, 2, 5) and array.__array_interface__["data"][0] == view.data_ptr()
-    if dtype != torch.bfloat16:
-        back = torch.from_dlpack(array)
-        assert back.data_ptr() == view.data_ptr() and torch.equal(back, view.detach())
+    backend._run_cupy("gather_tiles", (1, 1, 1), [view, view.expand(2, 2, 2, 5)], {"SOURCE": "f32", "TARGET": "f16"})
+    ((*_, args),) = cupy.launched
+    assert args == (whole.data_ptr() + 20 * dtype.itemsize,) * 2 and {type(a) for a in args} == {np.int64}
 
 
-def test_dlpack_hands_over_what_inference_mode_made(cupy):
-    with torch.inference_mode():
-        made = torch.ones(4, dtype=torch.bfloat16)
-        assert backend.to_cupy(made[1:]).__array_interface__["data"][0] == made.data_ptr() + 2
-    assert backend.to_cupy(made).shape == (4,)
+def test_memory_of_two_devices_is_for_no_kernel(cupy):
+    here, there = torch.ones(4), torch.ones(4, device="meta")
+    with pytest.raises(AssertionError, match="memory of several devices"):
+        backend.launch("gather_tiles", (1, 1, 1), [there, 7, here], SOURCE="f32", TARGET="f16")
 
 
 def test_a_launch_goes_to_the_tensors_device_and_torchs_stream(cupy, monkeypatch):
@@ -197,11 +199,11 @@ def test_a_launch_goes_to_the_tensors_device_and_torchs_stream(cupy, monkeypatch
 
     monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
     monkeypatch.setattr(backend, "_device", lambda _: torch.device("cuda", 3))
-    backend.launch("gather_tiles", (257, 70000, 2), [torch.ones(4), 7, None], SOURCE="f32", TARGET="f16")
-    ((name, device, stream, grid, block, args),) = cupy.launched
+    backend.launch("gather_tiles", (257, 70000, 2), [some := torch.ones(4), 7, None], SOURCE="f32", TARGET="f16")
+    ((name, device, stream, grid, block, args),) = cupy.launched  # from a thread whose current device is the first
     assert (name, device, stream) == ("gather_tiles", 3, "torch's stream") and asked == [torch.device("cuda", 3)]
     assert grid == (2, 65535, 2) and block == (backend.BLOCK, 1, 1)
-    assert args[0].shape == (4,) and args[1:] == (7, 0) and all(type(a) is np.int64 for a in args[1:])
+    assert args == (some.data_ptr(), 7, 0)
     assert cupy.device == 0
 
 

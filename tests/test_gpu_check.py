@@ -161,6 +161,57 @@ def test_what_raises_is_a_finding_and_a_missing_package_is_not_run(monkeypatch):
     assert "zarr" in found("lacks", context)[1].facts["reason"]
 
 
+WRITES = """
+import json, sys, time
+def note(*names):
+    rows = [{"name": name, "passed": True, "facts": {}} for name in names]
+    open(sys.argv[-1], "w").write(json.dumps({"parts": {"step": rows}}))
+note("one")
+"""
+ENDS = {
+    "as it should": ("note('one', 'two')", ["one", "two"], None),
+    "by a crash": ("import os; os.kill(os.getpid(), 11)", ["one", "its process"], "ended with -11"),
+    "never": ("time.sleep(600)", ["one", "its process"], "did not come to its end"),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_part_in_a_process_of_its_own_costs_no_other_part(monkeypatch, capsys, how):
+    """After an illegal access a process can use its device no more, and a call may never return: what was found until
+    then stays, and the process is one failed check."""
+    monkeypatch.setattr(gpu_check, "LEAVING", 0.0)
+    ending, names, reason = ENDS[how]
+    seen: list[list[str]] = []
+    command = [sys.executable, "-c", WRITES + ending]
+    checks = gpu_check.run_alone(command, "step", 5.0, lambda done: seen.append([c.name for c in done]))
+    assert [c.name for c in checks] == names and names[:1] == seen[0][:1]
+    assert [c.passed for c in checks] == [True, reason is None]
+    assert reason is None or (reason in checks[-1].facts["reason"] and reason in capsys.readouterr().out)
+
+
+def test_on_a_gpu_each_part_is_its_own_process_and_together_they_keep_to_the_time(monkeypatch, tmp_path):
+    ran: list[tuple[list[str], str, float]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "pick_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(gpu_check, "machine", lambda device: {})
+
+    def alone(command, name, seconds, tell):
+        ran.append((command, name, seconds))
+        tell([gpu_parts.Check("one", True)])
+        return [gpu_parts.Check("one", True), gpu_parts.Check("its process", False, {"reason": "ended with -11"})]
+
+    monkeypatch.setattr(gpu_check, "run_alone", alone)
+    assert gpu_check.main(["--json", str(tmp_path / "found.json"), "--budget", "330"]) == 1
+    assert [name for _, name, _ in ran] == list(gpu_parts.PARTS)
+    for command, name, seconds in ran:
+        options = dict(zip(command[2::2], command[3::2], strict=True))
+        assert options["--only"] == name and options["--device"] == "cuda:0"
+        assert float(options["--budget"]) + gpu_check.STARTING <= seconds + 0.5 <= 331
+    assert ran[0][2] < 330 - 7 * gpu_check.STARTING, "each part behind it is left its start and some seconds"
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert report["count"] == {"passed": 8, "FAILED": 8, "not run": 0}
+
+
 def test_a_whole_report_goes_into_the_json_and_not_onto_the_line(monkeypatch, capsys):
     made = gpu_parts.Check("bench x", True, {"command": "bench x", "report": {"rows": [1]}})
     monkeypatch.setitem(gpu_parts.PARTS, "bench", lambda context: iter([made]))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -437,6 +439,45 @@ def test_tf32_that_is_not_asked_for_is_off_during_the_test(fresh, monkeypatch):
     finally:
         for place, was in zip(places, before, strict=True):
             place.allow_tf32 = was
+
+
+SESSIONS = {
+    "as torch begins": "pass",
+    "Lightning's advice": "torch.set_float32_matmul_precision('high')",
+    "products": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "all": "torch.backends.fp32_precision = 'tf32'",
+    "all of cuDNN": "torch.backends.cudnn.fp32_precision = 'tf32'",
+    "no convolutions": "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+    "no convolutions, by the old name": "torch.backends.cudnn.allow_tf32 = False",
+}
+IN_SESSIONS = """
+import os, sys, torch
+from fastsrgan.core.kernels import rounding, set_rounding
+
+def now():
+    return [place.fp32_precision for place in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
+
+for session in sys.argv[1:]:
+    if os.fork():
+        assert not os.wait()[1], session
+        continue
+    exec(session)
+    before = now()
+    for tf32, name in ((False, "ieee"), (True, "tf32")):
+        with rounding(tf32):
+            assert now() == [name] * 2
+        assert now() == before
+    set_rounding(False)
+    assert now() == ["ieee"] * 2
+    os._exit(0)
+"""
+
+
+def test_tf32_is_as_asked_whatever_a_session_set_by_torchs_old_names_or_its_new_ones():
+    """torch raises where one of the old switches is read that a new one contradicts, and "all" wins over an old one."""
+    command = [sys.executable, "-c", IN_SESSIONS, *SESSIONS.values()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
 
 
 @pytest.mark.parametrize("fault", ["tap", "channels"])

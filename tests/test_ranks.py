@@ -182,7 +182,14 @@ def test_each_rank_takes_its_own_gpu(monkeypatch):
         ranks.local_device("auto")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert ranks.local_device("auto") == "cuda:0"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert ranks.local_device("auto") == "cuda:0", "a batch system shows each rank its own"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun")
+    with pytest.raises(ResourceError, match="4 ranks on this machine, 1 CUDA device seen"):
+        ranks.local_device("auto")  # what torchrun was shown, it shows to all
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert ranks.local_device("auto") == "cuda:0", "of each rank with --virtual-local-rank"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.delenv("WORLD_SIZE")
     assert ranks.local_device("auto") == "auto"
 
@@ -230,7 +237,8 @@ def test_ranks_are_those_of_the_surroundings(monkeypatch, device, local, spared)
     monkeypatch.setattr(ranks, "TorchRanks", lambda *args: made.append(args) or "ranks")
     monkeypatch.setattr(ranks, "spare_shared_memory", lambda: spares.append(1))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": local}.items():
+    device = f"{device}:1".replace("cpu:1", "cpu")
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": local}.items():
         if value:
             monkeypatch.setenv(name, value)
     patience = ranks.TIMEOUT * 2
@@ -239,6 +247,21 @@ def test_ranks_are_those_of_the_surroundings(monkeypatch, device, local, spared)
     monkeypatch.setenv("RANK", "-1")
     with pytest.raises(UsageError, match="'-1' is no number"):
         from_environment(torch.device(device))
+
+
+def test_ranks_that_would_share_a_gpu_are_told(monkeypatch):
+    """NCCL refuses it in words that name neither the device nor what to do."""
+    monkeypatch.setattr(ranks, "TorchRanks", lambda *args: "ranks")
+    monkeypatch.setattr(ranks, "spare_shared_memory", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ResourceError, match=r"cuda:0: 2 ranks of this machine would share it \(--device auto"):
+        from_environment(torch.device("cuda", 0))
+    assert from_environment(torch.device("cuda", 1)) == "ranks"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert from_environment(torch.device("cuda", 0)) == "ranks", "each rank sees its own"
 
 
 @pytest.mark.parametrize(("free", "spared"), [(2**28 - 1, True), (2**28, False)])

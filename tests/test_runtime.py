@@ -200,6 +200,28 @@ def test_the_chosen_gpu_is_the_current_one_before_anything_else_is_asked_of_it(m
     assert calls == ["current", "current"], "the device that torch has already is taken as it is"
 
 
+@pytest.mark.fault(42)
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:1"])
+def test_a_gpu_that_refuses_is_named_in_one_line(monkeypatch, name):
+    def refuse(*device):
+        raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for call in ("current_device", "set_device"):
+        monkeypatch.setattr(torch.cuda, call, refuse)
+    with pytest.raises(ResourceError, match=r"cuda.*: cannot be used: CUDA error: .* busy or unavailable \(see"):
+        system.pick_device(name)
+
+
+def test_what_torch_keeps_of_a_devices_memory_is_free(monkeypatch):
+    """Else the batch of a cohort's second volume would be smaller than that of its first."""
+    kept = [6]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 - sum(kept), 10))
+    assert system.free_memory(torch.device("cuda", 0)) == 10
+
+
 def test_the_peak_of_memory_is_the_kernels_own_in_bytes():
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     (told,) = (line for line in lines if line.startswith("VmHWM"))

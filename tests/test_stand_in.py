@@ -1,17 +1,23 @@
 """The whole way on a device that the package takes for a GPU (stand_in.py): nothing mixes its memory with the host's,
 and what comes out is what the CPU gives."""
 
+import functools
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from cohort import SMALL, make_store, rows
+from processes import on_ranks
 from scipy import ndimage
 from stand_in import CUDA, StandIn, stand_in
 
 import fastsrgan
 from bench.common import texture
+from fastsrgan.core import ranks
+from fastsrgan.errors import ResourceError
 from fastsrgan.model.networks import GeneratorSpec, build_generator
 from fastsrgan.observation.synthesis import Synthesis, synthesise
 from fastsrgan.train.run import train
@@ -23,8 +29,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here
 
 @pytest.fixture
 def cuda(tmp_path):
-    """The device, for a test."""
-    with stand_in(tmp_path) as device:
+    """The devices, for a test."""
+    with stand_in(tmp_path, devices=2) as device:
         yield device
 
 
@@ -38,6 +44,7 @@ MIXED = {
     "side by side": lambda here, there: torch.cat([here, there]),
     "a choice": lambda here, there: torch.where(there > 0, there, here),
     "places on the device of the host's memory": lambda here, there: here[there[0].long()],
+    "a sum over two devices": lambda here, there: there + here.to("cuda:1"),
     "a mask of the host written by places of the device": lambda here, there: torch.zeros(
         4, dtype=torch.bool
     ).index_put_((there[0, :2].long(),), torch.tensor(True)),
@@ -139,6 +146,68 @@ def test_a_result_is_the_cpus(tmp_path, asked):
             # The root of a small variance: found 6e-4.
             off = 2e-3 if name == "doubt" else 1e-5
             np.testing.assert_allclose(there, here, rtol=0, atol=off * np.abs(here).max())
+
+
+def small(device: str) -> fastsrgan.InferResult:
+    """An inference of a few tiles, four at a time."""
+    network = build_generator(GeneratorSpec(kernel=2), seed=3).eval()
+    settings = {"new_resolution": (1.0, 1.0, 1.0), "patch": 16, "step": 8, "precision": "fp32", "batch": 4}
+    settings |= {"adapt": "off", "flips": "none", "compile": "off", "device": device}
+    return fastsrgan.infer_volume(scan()[:24, :24, :8], np.diag([1.0, 1.0, 3.0, 1.0]), network, **settings)
+
+
+def test_memory_that_runs_out_at_any_stage_costs_speed_or_is_one_line(tmp_path, caplog):
+    """At the first piece of memory, in the self-test, where tiles are counted, in a batch of them, where sums are kept
+    and at the last piece: lacking once, and from there on."""
+    right = small("cpu").sr
+    with stand_in(tmp_path) as device:
+        small("cuda")  # afterwards the self-test is not made again
+        device.taken = 0
+        small("cuda")
+        last, ended = device.taken, []
+        for share in (0.0, 0.2, 0.6, 0.8, 1.0):
+            for stays in (False, True):
+                number = max(1, round(share * last))
+                device.taken, device.full = 0, lambda n, a=number, s=stays: n >= a if s else n == a
+                try:
+                    made = small("cuda").sr
+                except ResourceError as error:
+                    assert str(error).startswith("cuda:0: ") and "nvidia-smi" in str(error) and "\n" not in str(error)
+                    ended.append((share, stays))
+                else:
+                    np.testing.assert_allclose(made, right, rtol=0, atol=1e-5 * right.max())
+                    assert "out of memory on cuda:0" in caplog.text
+                caplog.clear()
+    assert (0.8, False) not in ended and (1.0, False) not in ended and {share for share, s in ended if s} >= {0.0, 1.0}
+
+
+def test_the_second_gpu_alone_is_used_where_it_is_named(tmp_path):
+    """Also by the threads of the feed, which begin on the first."""
+    right, store = small("cpu").sr, make_store(tmp_path)
+    with stand_in(tmp_path, devices=2) as device:
+        device.there.clear()
+        np.testing.assert_allclose(small("cuda:1").sr, right, rtol=0, atol=1e-5 * right.max())
+        config = SMALL.replace(epochs=1, steps_per_epoch=1, compile="off", noise=0.02, ema=0.5)
+        for epochs in (1, 2):
+            train(store, tmp_path / "run", config.replace(epochs=epochs), device="cuda:1", resume=epochs > 1)
+        assert {index for _, index in device.there.values()} == {1}
+        assert torch.cuda.current_device() == 1
+
+
+def on_its_gpu(store: Path, run: Path) -> tuple[list[int], int, int]:
+    """A training by one of the ranks of a machine with two GPUs, and another epoch of it: the GPUs that hold something,
+    the current one, and the updates. By gloo, which takes tensors of the stand-in."""
+    ranks.TorchRanks = functools.partial(ranks.TorchRanks, backend="gloo")  # type: ignore[misc, assignment]
+    config, done = SMALL.replace(steps_per_epoch=1, compile="off"), 0
+    with tempfile.TemporaryDirectory() as folder, stand_in(Path(folder), devices=2) as device:
+        for epochs in (1, 2):
+            done += train(store, run, config.replace(epochs=epochs), device="auto", resume=epochs > 1)["updates"]
+        return sorted({index for _, index in device.there.values()}), torch.cuda.current_device(), done
+
+
+def test_each_rank_has_a_gpu_and_touches_no_other(tmp_path):
+    found = on_ranks(on_its_gpu, 2, make_store(tmp_path), tmp_path / "run", out=tmp_path / "out")
+    assert found == [[[0], 0, 3], [[1], 1, 3]]
 
 
 TRAININGS = {

@@ -4,11 +4,19 @@
     python tools/gpu_check.py --only kernels step              what a short lease is worth spending on
 
 Each part is a list of checks that end as passed, FAILED, or "not run" with the reason: a package that is missing, a
-part that a device refuses, or time that is over is never a pass, and takes no other check with it. The report is
-written anew after every check, so one that is cut off still holds what was found. Without a CUDA device, or with
---device cpu, what a CPU can check is run and the rest is not run, for want of one. Exit code 1 when a check failed.
+part that a device refuses, or time that is over is never a pass, and takes no other check with it. On CUDA each part
+has a process of its own: an illegal access, after which a process can use its device no more, a crash or a call that
+never returns costs that part alone. The report is written anew after every check, so one that is cut off still holds
+what was found. Without a CUDA device, or with --device cpu, what a CPU can check is run and the rest is not run, for
+want of one. Exit code 1 when a check failed.
 
-Needs torch, NumPy and SciPy, and CuPy for the kernels; takes DALI and compute-sanitizer where they are installed.
+Needs torch, NumPy and SciPy, and CuPy for the kernels; takes DALI and compute-sanitizer where they are installed. Only
+the bench of the feed needs zarr and nibabel, as `fastsrgan train` and `infer` do. To a machine that has the former and
+reaches no registry they travel as wheels, 6 MB for Python 3.12 (DALI's wheel has hundreds):
+
+    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
+        --platform manylinux2014_x86_64 -d wheels zarr numcodecs msgspec donfig google-crc32c nibabel
+    python -m pip install --no-index --no-deps --target site wheels/*.whl; export PYTHONPATH=$PWD/site     # there
 """
 
 from __future__ import annotations
@@ -18,8 +26,10 @@ import contextlib
 import functools
 import os
 import platform
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -32,13 +42,14 @@ sys.path.insert(0, str(ROOT))  # nothing needs to be installed
 
 import torch  # noqa: E402
 
-from fastsrgan.core.files import finite, write_json  # noqa: E402
+from fastsrgan.core.files import finite, read_json, write_json  # noqa: E402
 from fastsrgan.core.system import pick_device, provenance  # noqa: E402
 from fastsrgan.errors import FastsrganError  # noqa: E402
 from tools import gpu_parts  # noqa: E402
 from tools.gpu_parts import Check, Context  # noqa: E402
 
 PACKAGES = ("torch", "numpy", "cupy-cuda13x", "cupy-cuda12x", "nvidia-dali-cuda130", "zarr", "triton")
+STARTING, LEAVING = 8.0, 20.0  # seconds: of a part's process until it begins, and until it is ended by force
 SYMBOLS = {True: "passed", False: "FAILED", None: "not run"}
 
 
@@ -125,6 +136,35 @@ def found_out(name: str) -> Iterator[list[Check]]:
         traceback.print_exc()
 
 
+def run_alone(command: list[str], name: str, seconds: float, tell: Callable[[list[Check]], None]) -> list[Check]:
+    """All checks of a part by a process that gets ``--json FILE`` too; ``tell`` gets what is in it, every second.
+
+    A process that crashes, or does not end within ``seconds`` and ``LEAVING``, is one more check, which failed.
+    """
+    done: list[Check] = []
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "part.json"
+        # A group and no session: what ends this process, as a lease does at its end, ends the part's too.
+        process = subprocess.Popen([*command, "--json", str(report)], process_group=0)
+        end, told = time.monotonic() + seconds + LEAVING, "did not come to its end"
+        try:
+            while time.monotonic() < end and process.returncode is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1.0)
+                    told = f"ended with {process.returncode}"
+                if rows := read_json(report).get("parts", {}).get(name):
+                    done = [Check(**row) for row in rows]
+                    tell(done)
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if process.returncode not in (0, 1):
+        done.append(Check("its process", False, {"reason": f"{told}: the checks behind the last one are lost"}))
+        print(f"{SYMBOLS[False]:8} {name}: its process  {told}", flush=True)
+    return done
+
+
 def main(argv: list[str]) -> int:
     """Run the parts, print a line for each check and a summary, write the report."""
     args = parse(argv)
@@ -137,6 +177,7 @@ def main(argv: list[str]) -> int:
     context = Context(device, args.budget, inside_sanitizer=args.inside_sanitizer)
     began = time.monotonic()
     names = [name for name in gpu_parts.PARTS if name in (args.only or gpu_parts.PARTS)]
+    alone = device.type == "cuda" and len(names) > 1
     waiting = Check("all of it", None, {"reason": "not run: cut off before it began"})
     parts = {name: [waiting] for name in names}
     base = {
@@ -159,8 +200,15 @@ def main(argv: list[str]) -> int:
     for i, name in enumerate(names):
         left = args.budget - (time.monotonic() - began)
         # A part may use what those before it left over, and leaves each one behind it some seconds.
-        context.deadline = time.monotonic() + max(0.0, left - 8.0 * (len(names) - i - 1))
-        tell(name, run_part(name, context, functools.partial(tell, name)))
+        seconds = max(0.0, left - (8.0 + STARTING * alone) * (len(names) - i - 1))
+        note = functools.partial(tell, name)
+        if alone:
+            command = [sys.executable, str(Path(__file__)), "--only", name, "--device", str(device)]
+            seconds = max(1.0, seconds - STARTING)
+            tell(name, run_alone([*command, "--budget", f"{seconds:.0f}"], name, seconds + STARTING, note))
+            continue
+        context.deadline = time.monotonic() + seconds
+        tell(name, run_part(name, context, note))
     found = count(parts)
     seconds = round(time.monotonic() - began, 1)
     print(f"{', '.join(f'{n} {what}' for what, n in found.items())} in {seconds} s on {device}")

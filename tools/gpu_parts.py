@@ -116,22 +116,26 @@ SMALL = (((19, 15, 22), (8, 12, 12), (5, 4, 7)), ((11, 11, 11), 12, 12))  # shap
 LARGE = (((95, 71, 82), (32, 24, 40), (10, 8, 7)), ((64, 64, 64), 64, 64), ((47, 64, 43), 32, (5, 16, 1)))
 
 
-def _overlap_add(c: Context) -> Iterator[Check]:
+def _overlap_add(c: Context) -> Iterator[Step]:
     plans = LARGE if c.cuda and not c.inside_sanitizer else SMALL
     for (shape, patch, step), (kind, dtype), window in itertools.product(plans, TYPES.items(), WINDOWS):
         plan = tiles.plan(shape, patch, step, window=window)
-        draw = torch.Generator().manual_seed(0)
-        some = torch.randn(len(plan), 2, *plan.patch, generator=draw).to(dtype)
-        expected = stitch.overlap_add(some, plan)
-        here = some.to(c.device)
-        runs = [_in_batches(here, plan, size) for size in (len(plan), 7, 3)]
-        error = _difference(runs[0], expected)
-        again = all(torch.equal(runs[0], other) for other in runs[1:])
-        ones = torch.ones(1, 1, 1, 1, 1, dtype=dtype, device=c.device).expand(len(plan), 2, *plan.patch)
-        law = _difference(stitch.overlap_add(ones, plan), torch.ones(2, *plan.padded_shape))
-        facts = {"error": error, "ones": law, "any batches, same bits": again}
         name = f"overlap_add {kind} {window} {'x'.join(map(str, shape))}"
-        yield Check(name, error <= SUM_TOLERANCE and law <= SUM_TOLERANCE and again, facts)
+        yield Step(name, functools.partial(_overlap, c, name, plan, dtype))
+
+
+def _overlap(c: Context, name: str, plan: tiles.TilePlan, dtype: torch.dtype) -> Check:
+    draw = torch.Generator().manual_seed(0)
+    some = torch.randn(len(plan), 2, *plan.patch, generator=draw).to(dtype)
+    expected = stitch.overlap_add(some, plan)
+    here = some.to(c.device)
+    runs = [_in_batches(here, plan, size) for size in (len(plan), 7, 3)]
+    error = _difference(runs[0], expected)
+    again = all(torch.equal(runs[0], other) for other in runs[1:])
+    ones = torch.ones(1, 1, 1, 1, 1, dtype=dtype, device=c.device).expand(len(plan), 2, *plan.patch)
+    law = _difference(stitch.overlap_add(ones, plan), torch.ones(2, *plan.padded_shape))
+    facts = {"error": error, "ones": law, "any batches, same bits": again}
+    return Check(name, error <= SUM_TOLERANCE and law <= SUM_TOLERANCE and again, facts)
 
 
 def _in_batches(some: Tensor, plan: tiles.TilePlan, size: int) -> Tensor:
@@ -141,27 +145,33 @@ def _in_batches(some: Tensor, plan: tiles.TilePlan, size: int) -> Tensor:
     return sums.result()
 
 
-def _gathers(c: Context) -> Iterator[Check]:
-    some = np.random.default_rng(0)
-    volume = torch.from_numpy(some.random((41, 37, 53), np.float32))
+def _gathers(c: Context) -> Iterator[Step]:
+    for kind, target in itertools.product(TYPES, TYPES):
+        if "fp32" in (kind, target):
+            yield Step(f"gather_tiles {kind} to {target}", functools.partial(_gather_tiles, c, kind, target))
+    for kind, classes in itertools.product(TYPES, (0, 3)):
+        yield Step(f"gather_patches {kind}, {classes} classes", functools.partial(_gather_patches, c, kind, classes))
+
+
+def _gather_tiles(c: Context, kind: str, target: str) -> Check:
+    volume = torch.from_numpy(np.random.default_rng(0).random((41, 37, 53), np.float32)).to(TYPES[kind])
     plan = tiles.plan((41, 37, 53), (16, 12, 20), (5, 7, 9))
-    for (kind, dtype), (target, to) in itertools.product(TYPES.items(), TYPES.items()):
-        if "fp32" not in (kind, target):
-            continue
-        out, expected = (
-            torch.full((len(plan), 1, *plan.patch), torch.nan, dtype=to, device=d) for d in (c.device, "cpu")
-        )
-        tiles.gather(volume.to(dtype).to(c.device), plan, range(len(plan)), out)
-        tiles.gather(volume.to(dtype), plan, range(len(plan)), expected)
-        yield Check(f"gather_tiles {kind} to {target}", torch.equal(out.cpu(), expected))
-    for (kind, dtype), classes in itertools.product(TYPES.items(), (0, 3)):
-        both = []
-        for device in (c.device, torch.device("cpu")):
-            pool = Pool(_residents(dtype, device), 12, mask_classes=classes)
-            indices, flips = np.arange(len(pool)), np.random.default_rng(1).random((len(pool), 3)) > 0.5
-            both.append(pool.gather(indices, flips))
-        same = torch.equal(both[0].x.cpu(), both[1].x) and torch.equal(both[0].y.cpu(), both[1].y)
-        yield Check(f"gather_patches {kind}, {classes} classes", same)
+    out, expected = (
+        torch.full((len(plan), 1, *plan.patch), torch.nan, dtype=TYPES[target], device=d) for d in (c.device, "cpu")
+    )
+    tiles.gather(volume.to(c.device), plan, range(len(plan)), out)
+    tiles.gather(volume, plan, range(len(plan)), expected)
+    return Check(f"gather_tiles {kind} to {target}", torch.equal(out.cpu(), expected))
+
+
+def _gather_patches(c: Context, kind: str, classes: int) -> Check:
+    both = []
+    for device in (c.device, torch.device("cpu")):
+        pool = Pool(_residents(TYPES[kind], device), 12, mask_classes=classes)
+        indices, flips = np.arange(len(pool)), np.random.default_rng(1).random((len(pool), 3)) > 0.5
+        both.append(pool.gather(indices, flips))
+    same = torch.equal(both[0].x.cpu(), both[1].x) and torch.equal(both[0].y.cpu(), both[1].y)
+    return Check(f"gather_patches {kind}, {classes} classes", same)
 
 
 def _residents(dtype: torch.dtype, device: torch.device) -> list[Resident]:

@@ -13,7 +13,7 @@ import importlib
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -118,28 +118,16 @@ def _compiled(device: int, name: str, options: tuple[str, ...]) -> Any:
         raise KernelUnavailable(f"{name} cannot be compiled: {type(error).__name__}: {error}") from error
 
 
-def to_cupy(tensor: Tensor) -> Any:
-    """The same device memory as a CuPy array, handed over by DLPack without a copy.
-
-    bfloat16 arrives as int16: not every NumPy knows that type, and kernels take the bits.
-    """
-    tensor = tensor.detach()
-    return importlib.import_module("cupy").from_dlpack(
-        tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-    )
-
-
 def _run_cupy(name: str, grid: tuple[int, int, int], args: Sequence[Argument], defines: dict[str, object]) -> None:
-    """Queue a kernel on torch's current stream, so that it runs between torch's own kernels without waiting."""
-    cupy = importlib.import_module("cupy")
-    device = _device(args)
-    stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream(device))
-    with cupy.cuda.Device(device.index), stream:
-        kernel(name, **defines)(grid, (BLOCK, 1, 1), tuple(_cupy_argument(a) for a in args))
+    """Queue a kernel on torch's current stream, so that it runs between torch's own kernels without waiting.
 
-
-def _cupy_argument(value: Argument) -> Any:
-    return to_cupy(value) if isinstance(value, Tensor) else np.int64(value or 0)
+    Tensors go as their addresses: CuPy holds and copies none of them, and knows not all of their types.
+    """
+    cupy, device = importlib.import_module("cupy"), _device(args)
+    # CuPy takes a stream to be the current device's, which in a thread may be another than the tensors'.
+    with cupy.cuda.Device(device.index), cupy.cuda.Stream.from_external(torch.cuda.current_stream(device)):
+        values = (a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in args)
+        kernel(name, **defines)(grid, (BLOCK, 1, 1), tuple(map(np.int64, values)))
 
 
 # --- the choice ---------------------------------------------------------------------------------------------------
@@ -156,11 +144,40 @@ def reference_only() -> bool:
 
 
 def unrounded(device: torch.device) -> contextlib.AbstractContextManager:
-    """Within, float32 convolutions are not rounded to TF32, as torch lets them be on CUDA by default."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    now = torch.backends.cudnn
-    return now.flags(enabled=True, benchmark=now.benchmark, deterministic=now.deterministic, allow_tf32=False)
+    """Within, float32 convolutions and products are not rounded to TF32, as torch lets convolutions be on CUDA by
+    default."""
+    return contextlib.nullcontext() if device.type != "cuda" else rounding(False)
+
+
+@contextlib.contextmanager
+def rounding(tf32: bool) -> Iterator[None]:
+    """float32 convolutions and products of CUDA devices with TF32 or without, within."""
+    before, old = [place.fp32_precision for place in _places()], []
+    switches: tuple[Any, Any] = torch.backends.cudnn, torch.backends.cuda.matmul
+    for switch in switches:
+        with contextlib.suppress(RuntimeError):  # torch reads it to nobody where a session has set the new name
+            old.append((switch, switch.allow_tf32))
+    set_rounding(tf32)
+    try:
+        yield
+    finally:
+        for switch, was in old:
+            switch.allow_tf32 = was
+        for place, precision in zip(_places(), before, strict=True):
+            place.fp32_precision = precision
+
+
+def set_rounding(tf32: bool) -> None:
+    """From here on. By the names of torch 2.9, since a session may have set those, and by the old ones too, which torch
+    compares with them."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    for place in _places():
+        place.fp32_precision = "tf32" if tf32 else "ieee"
+
+
+def _places() -> tuple[Any, Any]:
+    cudnn: Any = torch.backends.cudnn
+    return cudnn.conv, torch.backends.cuda.matmul
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -193,6 +210,7 @@ def launch(name: str, threads: tuple[int, int, int], args: Sequence[Argument], *
     blocks = (-(-threads[0] // BLOCK), threads[1], threads[2])
     if all(blocks):
         x, y, z = (min(b, most) for b, most in zip(blocks, MAX_GRID, strict=True))
+        assert len({a.device for a in args if isinstance(a, Tensor)}) == 1, f"{name} got memory of several devices"
         RUNNERS[_device(args).type](name, (x, y, z), args, defines)
 
 

@@ -280,13 +280,17 @@ def from_environment(device: torch.device, patience: datetime.timedelta = TIMEOU
 
     Raises
     ------
-    UsageError : a variable is missing or no number; ResourceError : the other ranks cannot be reached.
+    UsageError : a variable is missing or no number; ResourceError : the other ranks cannot be reached, or have the same
+    GPU, which NCCL refuses in words that do not say so.
     """
     if not launched():
         return ALONE
     rank, world = _number("RANK"), _number("WORLD_SIZE")
     local = _number("LOCAL_WORLD_SIZE", 1)
     if device.type == "cuda" and local > 1:
+        if device.index != _number("LOCAL_RANK", 0) and not _sees_its_own():
+            reason = f"{counted(local, 'rank')} of this machine would share it"
+            raise ResourceError(str(device), reason, "--device auto: each takes a GPU of its own")
         spare_shared_memory()
     return TorchRanks(rank, world, local, device, patience)
 
@@ -299,12 +303,19 @@ def local_device(name: str) -> str:
     if not launched() or name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
     seen, local, here = torch.cuda.device_count(), _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
-    if seen == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
-        return "cuda:0"  # the batch system shows each rank its own
+    if _sees_its_own():
+        return "cuda:0"
     if here > seen:
         reason = f"{counted(here, 'rank')} on this machine, {counted(seen, 'CUDA device')} seen"
         raise ResourceError("--device", reason, f"torchrun --nproc-per-node {seen}, or --device cpu")
     return f"cuda:{local}"
+
+
+def _sees_its_own() -> bool:
+    """Whether this rank sees no GPU but its own: as a batch system shows them, or torchrun --virtual-local-rank, where
+    each rank is the machine's first."""
+    shown = "CUDA_VISIBLE_DEVICES" in os.environ and torch.cuda.device_count() == 1
+    return shown and not ("TORCHELASTIC_RUN_ID" in os.environ and _number("LOCAL_RANK", 0))
 
 
 def spare_shared_memory(folder: str = "/dev/shm") -> None:

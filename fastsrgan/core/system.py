@@ -5,6 +5,7 @@ Loads torch only where a function needs it, so that what stands at the start of 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fastsrgan.core.processor import processor
-from fastsrgan.errors import ResourceError, UsageError
+from fastsrgan.errors import ResourceError, UsageError, out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,8 @@ log = logging.getLogger("fastsrgan")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` -> device. UsageError for others, ResourceError where CUDA is absent.
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` -> device. UsageError for others, ResourceError where CUDA is absent or
+    refuses.
 
     A CUDA device becomes the current one of this process, before anything opens a context: a rank whose work named no
     device would otherwise open one on GPU 0 too, and take its memory.
@@ -58,10 +60,27 @@ def pick_device(name: str = "auto") -> torch.device:
 def _current(device: torch.device) -> torch.device:
     import torch
 
-    if device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    torch.cuda.set_device(device)
+    try:
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(device)
+    except RuntimeError as error:  # another process has it for itself, its memory is full, the driver refuses it
+        reason = f"cannot be used: {str(error).splitlines()[0]}"
+        raise ResourceError(str(device), reason, "see `fastsrgan doctor`, or --device cpu") from error
     return device
+
+
+@contextlib.contextmanager
+def memory_of(device: torch.device) -> Iterator[None]:
+    """Within, memory that a CUDA device lacks is a ResourceError that names it, in place of torch's own error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if device.type != "cuda" or not out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0].partition(" Including")[0].rstrip(".")
+        hint = "end what else is on it (nvidia-smi shows it), a smaller patch or batch, or --device cpu"
+        raise ResourceError(str(device), reason, hint) from error
 
 
 def tune_allocator() -> bool:
@@ -128,6 +147,7 @@ def free_memory(device: torch.device | None = None) -> int:
     if device is not None and device.type == "cuda":
         import torch
 
+        torch.cuda.empty_cache()  # else what torch keeps of the volume before would count as taken
         return torch.cuda.mem_get_info(device)[0]
     free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     free += [1024 * n for n in (_kilobytes("/proc/meminfo", "MemAvailable"),) if n is not None]

@@ -122,9 +122,9 @@ def inference_test(device: torch.device, dtype: torch.dtype) -> dict[str, float]
 
     Raises ResourceError where one is beyond what rounding explains, or the device fails.
     """
-    arithmetic, generator, x = _small(device, dtype)
     kernels = Kernels()
     try:
+        arithmetic, generator, x = _small(device, dtype)
         with torch.no_grad(), arithmetic.flags(), arithmetic.autocast(), kernels:
             generator.raw(x)
     except (torch.OutOfMemoryError, NotImplementedError):

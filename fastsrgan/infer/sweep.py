@@ -286,8 +286,7 @@ def stream(
                 sweep.run(stitcher, first)
                 break
             except (ResourceError, RuntimeError) as error:
-                full = isinstance(error, ResourceError) or out_of_memory(error)
-                if not full or n == len(places) - 1:
+                if not out_of_memory(error) or n == len(places) - 1:
                     raise
             log.warning("out of memory on %s: the result is summed on the CPU, which is slower", place)
             torch.cuda.empty_cache()

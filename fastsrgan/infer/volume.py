@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.core.system import memory_of
 from fastsrgan.errors import InputError, UsageError, shown
 from fastsrgan.infer import anytime, modes, tiles
 from fastsrgan.infer.anytime import by_levels
@@ -136,9 +137,25 @@ def process(
     label: str = "infer",
 ) -> InferResult:
     """``infer_volume`` with its options in one object."""
-    began = time.perf_counter()
     data, affine = _checked(data_XYZ, affine)
     settings = settings.placed()
+    with memory_of(torch.device(settings.device)):
+        return _process(data, affine, generator, settings, interpolate, scratch, beside, together, progress, label)
+
+
+def _process(
+    data: np.ndarray,
+    affine: np.ndarray,
+    generator: nn.Module | Sequence[nn.Module],
+    settings: InferSettings,
+    interpolate: Interpolate | None,
+    scratch: str | os.PathLike | None,
+    beside: Beside | None,
+    together: Together | None,
+    progress: Progress,
+    label: str,
+) -> InferResult:
+    began = time.perf_counter()
     where = torch.device(settings.device)
     settings = replace(settings, precision=pick_precision(settings.precision, where))
     alone = settings.outside == ZERO and isinstance(settings.mask, np.ndarray)

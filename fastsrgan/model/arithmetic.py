@@ -7,11 +7,9 @@ shows.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastsrgan.core.kernels import rounding
 from fastsrgan.errors import ResourceError, UsageError
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,16 +67,9 @@ class Arithmetic:
         """The context of a forward pass."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16))
 
-    @contextlib.contextmanager
-    def flags(self) -> Iterator[None]:
+    def flags(self) -> AbstractContextManager:
         """TF32 as this arithmetic has it, within; torch lets convolutions round to it by default."""
-        convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-        before = convolutions.allow_tf32, products.allow_tf32
-        convolutions.allow_tf32 = products.allow_tf32 = self.tf32
-        try:
-            yield
-        finally:
-            convolutions.allow_tf32, products.allow_tf32 = before
+        return rounding(self.tf32)
 
     def arrange(self, network: torch.nn.Module) -> None:
         """Move a network's parameters to the device, in the layout that its convolutions then take over."""

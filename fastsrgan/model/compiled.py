@@ -111,9 +111,9 @@ class _Guarded:
         except Exception as error:
             # The first call compiles: whatever fails then, but for want of memory, is the compiler's until the plain
             # function fails too.
-            known = isinstance(
-                error, (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
-            )
+            # So are later errors of its own types, and an assertion: torch 2.11 lets no other thread replay a graph.
+            own = torch._dynamo.exc
+            known = isinstance(error, (own.TorchDynamoException, own.FailOnRecompileLimitHit, AssertionError))
             if out_of_memory(error) or isinstance(error, FastsrganError) or not (new or known):
                 raise
             if self.strict:

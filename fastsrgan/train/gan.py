@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastsrgan.config import TrainConfig
+from fastsrgan.core.kernels import set_rounding
 from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.core.system import free_memory, peak_memory
 from fastsrgan.data.pool import Batch
@@ -149,7 +150,7 @@ class Models:
         for network in (self.generator, self.critic):
             self.arithmetic.arrange(network.train())
         if self.arithmetic.device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.arithmetic.tf32
+            set_rounding(self.arithmetic.tf32)
             torch.backends.cudnn.benchmark = True  # patches have one size: each layer is timed once, then the fastest
         betas = (c.beta1, c.beta2)
         self.optimiser_g = Optimiser(

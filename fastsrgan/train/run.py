@@ -24,7 +24,7 @@ from fastsrgan.core.places import recorded
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import Ranks, from_environment, local_device
 from fastsrgan.core.signals import StopRequest
-from fastsrgan.core.system import pick_device, provenance
+from fastsrgan.core.system import memory_of, pick_device, provenance
 from fastsrgan.data.feed import Feed, resident_limit
 from fastsrgan.data.settings_check import data_warnings, odd_sizes, refuse_faults, structures
 from fastsrgan.data.subject import PatchRule
@@ -114,7 +114,8 @@ def train(
         refuse_inside(folder, store)
         ranks.agree("training data", data_identity(store))
         kept = keep_arithmetic(held, folder, config, target, ranks, resume)
-        run = prepare(store, folder, config, target, ranks, strict, resume, kept)
+        with memory_of(target):
+            run = prepare(store, folder, config, target, ranks, strict, resume, kept)
         if start_weights is not None and not resume:
             began_with = info(start_weights)
             run.start = {"path": recorded_as(start_weights), "sha256": began_with["sha256"]}
@@ -127,7 +128,8 @@ def train(
             run.log = RunLog(folder, dice_file, mse_file)
             run.snapshot_folder = output_folder(snapshot_folder) if snapshot_folder else None
             run.progress = progress
-        begin(run, start_weights, resume)
+        with memory_of(target):
+            begin(run, start_weights, resume)
         tell_of_data(run)
         began = time.perf_counter()
         # torchrun passes on the Ctrl-C that the terminal already sent: two of them in a moment are one.

@@ -242,7 +242,7 @@ def apply_axes(array, matrices: Sequence[Matrix], dtype: torch.dtype = torch.flo
 
 
 def _apply_whole(x: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor:
-    if x.dtype == torch.float32 and x.is_cuda and torch.get_float32_matmul_precision() != "highest":
+    if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32":
         # TF32 is for the networks alone. The switch is one for all threads, so it is not turned; float64 knows no TF32.
         return _apply_whole(x.double(), matrix, axis).float()
     weights = to_device(matrix.copy(), x.device).to(x.dtype)
