@@ -9,10 +9,12 @@ volume not much longer than a patch gains little, a warning says so.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,17 @@ from torch import Tensor
 
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import Ranks
-from fastsrgan.errors import FastsrganError, InputError, ModelError, ResourceError, UsageError, brief, counted
+from fastsrgan.errors import FastsrganError, ModelError, ResourceError, UsageError, brief, counted
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
-from fastsrgan.infer.planes import Done, Prepared, Results, Unfinished, keep_empty, nearest
+from fastsrgan.infer.planes import Done, Prepared, Results, Unfinished, keep_empty, nearest, wrong_mask
 from fastsrgan.infer.settings import HEAD, InferSettings
 from fastsrgan.infer.sweep import Sweep, predict, stream
 from fastsrgan.infer.tiles import Region, from_box, from_mask, head_box
 from fastsrgan.infer.values import AUTO, OFF
 from fastsrgan.volume import adapt
-from fastsrgan.volume.acquisition import Assumed, assumed, choose_weight, lacking_sd
-from fastsrgan.volume.consistency import SLAB_BYTES, Observation, agree, observation, residual
+from fastsrgan.volume.acquisition import Assumed, assumed, choose_weight, lacking_sd, rounded
+from fastsrgan.volume.consistency import SLAB_BYTES, Observation, agree, cuts, observation, residual
 from fastsrgan.volume.doubt import doubt_, summary
 from fastsrgan.volume.profile import shown
 from fastsrgan.volume.resample import slice_axis
@@ -73,9 +75,8 @@ def by_slabs(
 
     # The batch of the run that began: other batches would round otherwise.
     network.batch = files.facts["batch"]
-    facts = stream(
-        image.source, plan, network, write, region=image.region, done=files.done, progress=progress, label=label
-    )
+    more: dict[str, Any] = {"region": image.region, "done": files.done, "progress": progress, "label": label}
+    facts = stream(image.source, plan, network, write, **more)
     arrays = files.finish()
     return arrays["sr"], arrays["prob"], facts | {"begun_at_plane": begun_at}
 
@@ -107,9 +108,7 @@ def find_region(
         low, high = head_box(turn.apply(data_XYZ), old)
         return from_box(low, high, index), {"kind": "box, processed axes", "first": list(low), "last": list(high)}
     if np.shape(mask) != data_XYZ.shape:
-        raise InputError(
-            "mask", f"has the shape {np.shape(mask)}, the image {data_XYZ.shape}", "a mask on the grid of the image"
-        )
+        raise wrong_mask(mask, data_XYZ)
     region = from_mask(turn.apply(np.asarray(mask)), index)
     return region, {"kind": "mask", "voxels": int(np.count_nonzero(region.mask))}
 
@@ -133,9 +132,8 @@ def check_result(done: tuple[np.ndarray, np.ndarray], data_XYZ: np.ndarray, prec
     if low == high and data_XYZ.min() < brightest:
         warnings.append(f"every voxel of the SR image is {low:g}: the weights may be damaged, try others")
     if high - floor > BRIGHTER * (brightest - floor):
-        warnings.append(
-            f"the SR image reaches {high:.4g}, the image {brightest:.4g}: the weights may be damaged, try others"
-        )
+        told = f"the SR image reaches {high:.4g}, the image {brightest:.4g}"
+        warnings.append(f"{told}: the weights may be damaged, try others")
     for warning in warnings:
         log.warning("%s: %s", label, warning)
     return warnings
@@ -172,9 +170,8 @@ class Together:
     def vote(self, value: int = 0, error: BaseException | None = None) -> int:
         """Wait for all ranks; the smallest of their values. ResourceError where another one failed and this did not."""
         self.left -= 1
-        own = None if error is None else f"{type(error).__name__}: {error}"
-        if isinstance(error, FastsrganError):
-            own = str(error)
+        kind = "" if error is None or isinstance(error, FastsrganError) else f"{type(error).__name__}: "
+        own = None if error is None else f"{kind}{error}"
         reports = self.ranks.gather([own, value])
         failed = [(r, text) for r, (text, _) in enumerate(reports) if text]
         if failed:
@@ -251,14 +248,10 @@ def by_ranks(
             shown.complete()
             raise _Enough
 
-    try:
+    with contextlib.suppress(_Enough):
         if mine.first < mine.stop:
-            stream(
-                image.source, plan, network, write,
-                region=image.region, done=mine.first, progress=shown, label=label,
-            )  # fmt: skip
-    except _Enough:
-        pass
+            more: dict[str, Any] = {"region": image.region, "done": mine.first, "progress": shown, "label": label}
+            stream(image.source, plan, network, write, **more)
     seconds = time.perf_counter() - began
     together.vote()
     if files is not None:
@@ -404,7 +397,7 @@ def wanted(
         # A slab and what the products make of it, the residual; where slabs depend on one another, what is made of it.
         held = 6 * min(SLAB_BYTES, 4 * math.prod(image.source.shape)) + 8 * math.prod(shape)
         held += 0 if _free(seen) else 4 * (2 * math.prod(shape) + _half(seen, shape))
-        if doubt and all(matrix is not None for matrix in seen.down):
+        if doubt and not seen.free:
             held += 5 * 4 * math.prod(image.source.shape)  # no axis that slabs could lie along
     held += 8 * math.prod(shape) if kept else 0
     weight = None if off or seen.is_identity else settings.agree
@@ -433,7 +426,8 @@ def finish(
     told: dict[str, Any] = {"agree": None}
     if what.weight is not None:
         free = _free(what.seen)
-        found = residual(turned, scan, what.seen, SLAB_BYTES, free[0] if free else 0)
+        left_of = functools.partial(residual, seen=what.seen, slab_bytes=SLAB_BYTES, axis=free[0] if free else 0)
+        found = left_of(turned, scan)
         weight, noise = _weight(found, scan, what)
         size = _energy(scan, min(0.0, float(scan.min())))  # where values go below 0, what lies above the lowest
         before = own = _percent(_energy(found), size)
@@ -442,7 +436,7 @@ def finish(
             learning = time.perf_counter()
             told["adapt"] = adapted(turned, scan, weight)
             told["adapt"]["seconds"] = time.perf_counter() - learning
-            before = _percent(_energy(residual(turned, scan, what.seen, SLAB_BYTES, free[0] if free else 0)), size)
+            before = _percent(_energy(left_of(turned, scan)), size)
         after = _percent(_agree(turned, scan, what.seen, weight, image.norm.floor), size)
         told["agree"] = {
             "weight": weight, "noise": noise, **what.believed.record(),
@@ -481,24 +475,18 @@ def _weight(left: np.ndarray, scan: np.ndarray, what: Wanted) -> tuple[float, fl
         return float(what.weight), None
     chosen = choose_weight(scan, what.full, what.across, what.believed.floor)
     if not chosen.noise or left.shape != scan.shape:
-        return _rounded(chosen.w), chosen.noise
+        return rounded(chosen.w), chosen.noise
     lacking = lacking_sd(left, scan, what.seen, what.across)
     ratio = NOTHING if chosen.noise**2 >= NOTHING * lacking**2 else (chosen.noise / lacking) ** 2
-    return _rounded(max(chosen.w, ratio)), chosen.noise
-
-
-def _rounded(w: float) -> float:
-    """To three digits: sums over voxels have other last bits with another layout of the array."""
-    return float(f"{w:.3g}")
+    return rounded(max(chosen.w, ratio)), chosen.noise
 
 
 def _agree(sr: np.ndarray, scan: np.ndarray, seen: Observation, w: float, floor: float) -> float:
     """In place; the sum of squares of scan - D SR afterwards."""
     free = _free(seen)
     axis, slab = (free[0], WHOLE) if free else (0, SLAB_BYTES)
-    cuts: Iterable[tuple[slice, ...]] = _slabs(sr, axis) if free else [(slice(None),)]
     left = 0.0
-    for here in cuts:
+    for *_, here in cuts(sr, axis, 2 * SLAB_BYTES if free else WHOLE):
         part, low = sr[here], scan[here]
         agree(part, low, seen, w, floor, slab, axis)
         left += _energy(residual(part, low, seen, slab, axis))
@@ -515,16 +503,9 @@ def _energy(array: np.ndarray, zero: float = 0.0) -> float:
 
 def _free(seen: Observation) -> list[int]:
     """Axes on which a result has the scan's own voxels."""
-    return [axis for axis in range(3) if seen.down[axis] is None and seen.align[axis] is None]
+    return [axis for axis in seen.free if seen.align[axis] is None]
 
 
 def _half(seen: Observation, shape: Sequence[int]) -> int:
     """Voxels of what ``agree`` has gone back with along all axes but the first."""
     return shape[0] * math.prod(m if d is None else d.shape[1] for m, d in zip(shape[1:], seen.down[1:], strict=True))
-
-
-def _slabs(array: np.ndarray, axis: int) -> Iterator[tuple[slice, ...]]:
-    n = array.shape[axis]
-    step = max(1, SLAB_BYTES * n // (4 * array.size))
-    for first in range(0, n, step):
-        yield (*(slice(None),) * axis, slice(first, min(first + step, n)))

@@ -314,10 +314,8 @@ class TileNetwork:
             if not out_of_memory(error):
                 raise
             if len(indices) == 1:
-                sizes = " x ".join(map(str, plan.patch))
-                raise ResourceError(
-                    str(self.device), f"no memory for one tile of {sizes} voxels", "take a smaller --patch"
-                ) from error
+                reason = f"no memory for one tile of {' x '.join(map(str, plan.patch))} voxels"
+                raise ResourceError(str(self.device), reason, "take a smaller --patch") from error
         # Outside the handler, whose traceback keeps the failed attempt's activations alive.
         self.size = len(indices) // 2
         if self.compiled:

@@ -109,17 +109,9 @@ def infer_volume(
         NaN or infinite voxels.
     """
     return process(
-        data_XYZ,
-        affine,
-        generator,
-        InferSettings.of(options, files=False),
-        interpolate,
-        scratch=scratch,
-        beside=beside,
-        together=together,
-        progress=progress,
-        label=label,
-    )
+        data_XYZ, affine, generator, InferSettings.of(options, files=False), interpolate,
+        scratch=scratch, beside=beside, together=together, progress=progress, label=label,
+    )  # fmt: skip
 
 
 def process(
@@ -169,12 +161,10 @@ def process(
         if settings.in_levels:
             sr, prob, facts = by_levels(image, levels, network, settings.budget, progress, label)
             plan = levels[len(facts["levels"]) - 1].plan
-        elif together:
+        elif memory.mode == SLABS:  # of ranks that share a volume it always is
             assert scratch is not None
-            sr, prob, facts = by_ranks(image, plan, network, Path(scratch), key, together, progress, label)
-        elif memory.mode == SLABS:
-            assert scratch is not None
-            sr, prob, facts = by_slabs(image, plan, network, Path(scratch), key, progress, label)
+            by = functools.partial(by_ranks, together=together) if together else by_slabs
+            sr, prob, facts = by(image, plan, network, Path(scratch), key, progress=progress, label=label)
         else:
             sr, prob, facts = in_memory(image, plan, network, progress, label)
     odd = check_result((sr, prob), data, settings.precision, label)
@@ -264,14 +254,12 @@ def _adapted(
     largest = [min(adapt.BLOCK, 2 * edge) for edge in plan.patch]
     down = what.seen.down[what.across]
     assert down is not None  # slices are thicker than the result's planes: adapt.applies
-    told = adapt.adapt(
-        sr, scan, start, apply, what.believed, down, weight, old, new, largest, image.norm.floor, network.device
-    )
+    more = weight, old, new, largest, image.norm.floor, network.device
+    told = adapt.adapt(sr, scan, start, apply, what.believed, down, *more)
     if told["trials"]:
-        line = (
-            "%s: tried on the scan's own slices, network and agreement gain %.2f dB over interpolation, %.2f if adapted"
-        )
-        log.info(line, label, told["gain_db_without"], told["gain_db"])
+        gains = told["gain_db_without"], told["gain_db"]
+        line = "%s: tried on the scan's own slices, network and agreement gain %.2f dB over interpolation, %.2f if "
+        log.info(line + "adapted", label, *gains)
     return told
 
 
@@ -291,9 +279,8 @@ def _prepared(
         z, wanted = interpolate(norm.apply(data), spacing, wanted)
         source = Whole(z)
     else:
-        raise UsageError(
-            "interpolation", "only the segsrgan geometry has others than the spline", "--geometry segsrgan"
-        )
+        reason = "only the segsrgan geometry has others than the spline"
+        raise UsageError("interpolation", reason, "--geometry segsrgan")
     return Prepared(source, turn, norm, spacing, wanted, geometry)
 
 

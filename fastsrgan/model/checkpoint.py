@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +118,24 @@ def verify(snapshot: Path) -> list[str]:
 
 
 def _damage(snapshot: Path) -> list[str]:
-    problems = []
     try:
         names = list(manifest(snapshot)["files"])
     except NewerFormatError:
         raise
     except ModelError as error:
         return [str(error)]
-    for name in names:
+    return refusals(verified, ((snapshot, name) for name in names))
+
+
+def refusals(check: Callable[..., object], calls: Iterable[tuple]) -> list[str]:
+    """What ModelErrors say of calls of a check with these arguments."""
+    told = []
+    for call in calls:
         try:
-            verified(snapshot, name)
+            check(*call)
         except ModelError as error:
-            problems.append(str(error))
-    return problems
+            told.append(str(error))
+    return told
 
 
 def folders(run: Path) -> list[Path]:
@@ -165,11 +170,8 @@ def newest(run: Path) -> Path:
             return snapshot
         log.warning("%s%s", problems[0], ": taking the snapshot before it" if left else "")
     if found:
-        raise ModelError(
-            run,
-            f"no snapshot of {len(found)} is whole",
-            f"its weights may be: -w {run / MODEL}" if (run / MODEL).is_file() else "copy the run again",
-        )
+        hint = f"its weights may be: -w {run / MODEL}" if (run / MODEL).is_file() else "copy the run again"
+        raise ModelError(run, f"no snapshot of {len(found)} is whole", hint)
     raise ModelError(run, "no snapshot in this folder", "a run folder of `fastsrgan train`, or a weight file")
 
 

@@ -111,9 +111,8 @@ class _Guarded:
         except Exception as error:
             # The first call compiles: whatever fails then, but for want of memory, is the compiler's until the plain
             # function fails too.
-            known = isinstance(
-                error, (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
-            )
+            errors = torch._dynamo.exc
+            known = isinstance(error, (errors.TorchDynamoException, errors.FailOnRecompileLimitHit))
             if out_of_memory(error) or isinstance(error, FastsrganError) or not (new or known):
                 raise
             if self.strict:

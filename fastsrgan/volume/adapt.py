@@ -112,10 +112,8 @@ class Around:
         back = back_matrix(down, w)
         agreed = x @ _transposed(back @ own, x) + r @ _transposed(np.eye(n) - back @ down, x)
         edges = (NEAR_ACROSS,) * 2 + (NEAR,) * 4
-        self.near = [
-            pad(v[None, None], edges, mode="replicate")[0, 0]
-            for v in ((x - agreed) / unit, (r - agreed) / unit, agreed / unit)
-        ]
+        seen = ((x - agreed) / unit, (r - agreed) / unit, agreed / unit)
+        self.near = [pad(v[None, None], edges, mode="replicate")[0, 0] for v in seen]
         knots = ((r - x, bands(n, ratio, DETAIL)), (x, bands(n, ratio, IMAGE)[1:]))
         self.bands = [(scales(v / unit), [_transposed(m, x) for m in made]) for v, made in knots]
         smooth = _smooth(x, SMOOTH) / unit
@@ -178,7 +176,7 @@ def adapt(
     """
     ratio = float(spacing_mm / voxel_mm)
     low = lowest(scan_xyz)
-    unit = unit_above(low, [np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, ACROSS)])
+    unit = unit_above(low, sampled(scan_xyz, ACROSS))
     here = _block(scan_xyz, sr_XYZ.shape, largest, low + TISSUE * unit)
     shape = tuple(part.stop - part.start for part in here)
     if min(shape) < SMALLEST or min(shape[:ACROSS]) < FEWEST * ratio or unit <= 0:
@@ -201,10 +199,8 @@ def adapt(
         halves = turned.tensor_split(2, 1 - axis)
         order = (0, 1) if axis else (1, 0)
         profiles = [(first, second)[i] for i in order]
-        scan = torch.cat(
-            [_cut(half, cut, noise, floor - low, axis) for half, cut in zip(halves, profiles, strict=True)],
-            1 - axis,
-        )
+        pairs = zip(halves, profiles, strict=True)
+        scan = torch.cat([_cut(half, cut, noise, floor - low, axis) for half, cut in pairs], 1 - axis)
         x = scan @ _transposed(spline_matrix(len(own), n, 1 / ratio), scan)
         each = [torch.full(half.shape[:ACROSS], counts[i]) for half, i in zip(halves, order, strict=True)]
         turned, scan, x, made, counted = (
@@ -249,9 +245,8 @@ def learn(trials: Sequence[Trial], ratio: float, w: float, unit: float) -> Learn
             draws = rng(0, "adapt", "step", step)
             part = parts[step % len(parts)]
             if part.learned:
-                loss = part.loss(
-                    draws.integers(0, part.learned, BATCH), _mirrored(*draws.integers(0, 2, 2)), layers, size
-                )
+                drawn = draws.integers(0, part.learned, BATCH)
+                loss = part.loss(drawn, _mirrored(*draws.integers(0, 2, 2)), layers, size)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()

@@ -187,11 +187,8 @@ def degrade_matrix(
     box = check_profile(profile, geometry)
     ratio = low_res_mm / spacing_mm
     if ratio < 1 - SAME:
-        raise UsageError(
-            "low resolution",
-            f"{low_res_mm:g} mm is finer than the image's {spacing_mm:g} mm",
-            "ask for the same or coarser",
-        )
+        reason = f"{low_res_mm:g} mm is finer than the image's {spacing_mm:g} mm"
+        raise UsageError("low resolution", reason, "ask for the same or coarser")
     if geometry == "segsrgan":
         return _scipy_degrade_matrix(n, float(low_res_mm * width), float(ratio))
     if ratio < 1 + SAME:
@@ -219,11 +216,9 @@ def apply_axes(array, matrices: Sequence[Matrix], dtype: torch.dtype = torch.flo
     small.
     """
     is_numpy = isinstance(array, np.ndarray)
-    x = (
-        torch.from_numpy(np.require(array, str(dtype).removeprefix("torch."), ["C", "W"]))
-        if is_numpy
-        else array.to(dtype)
-    )
+    if is_numpy:
+        array = torch.from_numpy(np.require(array, str(dtype).removeprefix("torch."), ["C", "W"]))
+    x = array.to(dtype)
     jobs = [(d, m) for d, m in enumerate(matrices) if m is not None]
     for axis, matrix in sorted(jobs, key=lambda job: job[1].shape[0] / job[1].shape[1]):
         banded = x.device.type == "cpu" and not x.requires_grad and dtype == torch.float32
@@ -255,9 +250,8 @@ def _apply_bands(x: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor
     stays in the cache while all rows use it. The bits do not depend on the number of threads."""
     step = 32 if axis == -1 else 16
     cuts = [slice(r, min(r + step, len(matrix))) for r in range(0, len(matrix), step)]
-    bands = [
-        (r, c, torch.from_numpy(matrix[r, c].astype(np.float32))) for r, c in ((r, support(matrix[r])) for r in cuts)
-    ]
+    places = [(r, support(matrix[r])) for r in cuts]
+    bands = [(r, c, torch.from_numpy(matrix[r, c].astype(np.float32))) for r, c in places]
     shape = list(x.shape)
     shape[axis] = len(matrix)
     out = torch.empty(shape)
