@@ -160,9 +160,8 @@ class Together:
 
     def __init__(self, ranks: Ranks) -> None:
         if ranks.local_world != ranks.world:
-            raise UsageError(
-                "--split-volume", "the ranks are on several machines", "one machine, or whole volumes each"
-            )
+            reason = "the ranks are on several machines"
+            raise UsageError("--split-volume", reason, "one machine, or whole volumes each")
         if ranks.world == 1:
             raise UsageError("--split-volume", "one process has nobody to share with", "torchrun --nproc-per-node N")
         self.ranks, self.left = ranks, 4

@@ -397,9 +397,8 @@ class Averaged(nn.Module):
         self.flips = [c for n in range(len(axes) + 1) for c in itertools.combinations([2 + a for a in axes], n)]
         channels = {network.channels for network in self.networks if network.channels is not None}
         if len(channels) > 1:
-            raise ModelError(
-                "weights", f"of {sorted(channels)} channels cannot be averaged", "models of the same classes"
-            )
+            reason = f"of {sorted(channels)} channels cannot be averaged"
+            raise ModelError("weights", reason, "models of the same classes")
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean over members and flips."""

@@ -337,17 +337,11 @@ def _memory(
     if together and batch == "auto":
         # A group of slabs is the least that a rank can do: here it is to be one slab.
         batch = min(counted.choose_batch(batch, plan), max(1, plan.grid[1] * plan.grid[2] // GROUP_BATCHES))
-    job = TilingJob(
-        plan,
-        (counted.channels or 2) + bool(agreeing and agreeing.doubt),
-        image.source.held_bytes if isinstance(image.source, Interpolated) else 0,
-        settings.in_levels,
-        can_stream,
-        together is not None,
-        isinstance(network.generator, Averaged),
-        agreeing.held_bytes if agreeing else 0,
-        bool(agreeing and agreeing.adapt),
-    )
+    channels = (counted.channels or 2) + bool(agreeing and agreeing.doubt)
+    held = image.source.held_bytes if isinstance(image.source, Interpolated) else 0
+    averaged = isinstance(network.generator, Averaged)
+    after: dict[str, Any] = {"after": agreeing.held_bytes, "tried": bool(agreeing.adapt)} if agreeing else {}
+    job = TilingJob(plan, channels, held, settings.in_levels, can_stream, together is not None, averaged, **after)
     memory = plan_memory(job, counted, batch, settings.max_memory, beside)
     if beside:
         beside.settle(memory.has(RESULT_BEFORE), memory.has(NEXT_IMAGE))

@@ -162,9 +162,8 @@ class ItkFile(NiftiFile):
         try:
             image = _itk_reader(sitk, self.path, self.meta["format"]).Execute()
         except MemoryError:
-            raise ResourceError(
-                self.path, f"not enough memory for {human(self.declared_bytes)}", "write it as .nii.gz"
-            ) from None
+            reason = f"not enough memory for {human(self.declared_bytes)}"
+            raise ResourceError(self.path, reason, "write it as .nii.gz") from None
         except RuntimeError as error:
             raise InputError(self.path, f"is damaged: {_itk_line(error)}", COPY_AGAIN) from error
         array = sitk.GetArrayViewFromImage(image)  # slowest axis first; volumes of a list come last, as components
@@ -309,9 +308,8 @@ def _sitk(path: Path) -> Any:
     try:
         import SimpleITK
     except ImportError as error:
-        raise ResourceError(
-            path, "NRRD and MetaImage files need SimpleITK", "pip install 'fastsrgan[sitk]', or convert it to .nii.gz"
-        ) from error
+        reason = "NRRD and MetaImage files need SimpleITK"
+        raise ResourceError(path, reason, "pip install 'fastsrgan[sitk]', or convert it to .nii.gz") from error
     return SimpleITK
 
 
@@ -319,9 +317,8 @@ def _itk_reader(sitk: Any, path: Path, name: str) -> Any:
     try:
         str(path).encode("utf8")
     except UnicodeEncodeError as error:  # SimpleITK would end the process
-        raise InputError(
-            path, "its name holds bytes that are no UTF-8, which SimpleITK cannot open", "rename it"
-        ) from error
+        reason = "its name holds bytes that are no UTF-8, which SimpleITK cannot open"
+        raise InputError(path, reason, "rename it") from error
     reader = sitk.ImageFileReader()
     reader.SetImageIO(_ITK_READERS[name])
     reader.SetFileName(str(path))

@@ -107,9 +107,8 @@ def _parts(text: str) -> tuple[str, str, str, list[str]]:
         reason = f"{nothing[0]} stands for an empty cell and names no structure"
         raise UsageError("--label-classes", reason, "NAME=3,42, or the values alone")
     if not words:
-        raise UsageError(
-            "--label-classes", f"{text!r} names no class", "values such as 3,42, or names of a lookup table"
-        )
+        reason = f"{text!r} names no class"
+        raise UsageError("--label-classes", reason, "values such as 3,42, or names of a lookup table")
     if odd := [word for word in words if re.fullmatch(r"[-\u2212]\d+|-?\d*\.\d+", word)]:
         raise UsageError("--label-classes", f"{odd[0]} is no value of a label", "whole numbers from 1 up, or names")
     if any(word.isdigit() and not int(word) for word in words):

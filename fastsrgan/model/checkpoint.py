@@ -92,9 +92,8 @@ def manifest(snapshot: Path) -> dict[str, Any]:
     if not known or not isinstance(values.get("format", FORMAT), int):
         raise ModelError(path, "is no manifest of a snapshot", "the snapshot is damaged; use another one")
     if values.get("format", FORMAT) > FORMAT:
-        raise NewerFormatError(
-            path, f"snapshot format {values['format']}", f"this fastsrgan reads up to {FORMAT}: upgrade it"
-        )
+        reason = f"snapshot format {values['format']}"
+        raise NewerFormatError(path, reason, f"this fastsrgan reads up to {FORMAT}: upgrade it")
     return values
 
 

@@ -67,9 +67,8 @@ class GeneratorSpec:
         if self.network not in NETWORKS:
             raise ModelError("network", f"unknown generator {self.network[:40]!r}", f"one of {', '.join(NETWORKS)}")
         if self.kernel < 1 or self.mask_classes < 0:
-            raise ModelError(
-                "network", f"kernel {self.kernel}, mask_classes {self.mask_classes}", "kernel >= 1, classes >= 0"
-            )
+            reason = f"kernel {self.kernel}, mask_classes {self.mask_classes}"
+            raise ModelError("network", reason, "kernel >= 1, classes >= 0")
 
     @property
     def out_channels(self) -> int:

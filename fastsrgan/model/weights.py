@@ -139,9 +139,8 @@ def of_run(path: str | os.PathLike, which: str) -> Path:
     found = {int(folder.name.partition("-")[2]): folder for folder in checkpoint.snapshots(run)}
     if int(which) not in found:
         there = ", ".join(map(str, found)) or "none"
-        raise ModelError(
-            run, f"holds no snapshot of {counted(int(which), 'update')}", f"there are: {there} (--keep-checkpoints)"
-        )
+        reason = f"holds no snapshot of {counted(int(which), 'update')}"
+        raise ModelError(run, reason, f"there are: {there} (--keep-checkpoints)")
     return found[int(which)]
 
 

@@ -53,9 +53,8 @@ def check_profile(profile: Profile, geometry: str = "physical") -> float:
     """
     share = {"gaussian": 0.0, "box": 1.0}.get(profile) if isinstance(profile, str) else float(profile)
     if share is None or not 0 <= share <= 1:
-        raise UsageError(
-            "profile", f"{profile!r} is not allowed", f"one of {', '.join(PROFILES)}, or a share in [0, 1]"
-        )
+        reason = f"{profile!r} is not allowed"
+        raise UsageError("profile", reason, f"one of {', '.join(PROFILES)}, or a share in [0, 1]")
     if share and geometry == "segsrgan":
         raise UsageError("profile", "the segsrgan geometry knows the Gaussian alone", "--geometry physical")
     return share
@@ -116,12 +115,16 @@ def spline_matrix(n_in: int, n_out: int, ratio: float) -> np.ndarray:
 
     ``ratio`` is output over input voxel size; rows sum to 1 and the samples are interpolated exactly.
     """
-    x = centre_coordinates(n_out, n_in, ratio)
+    columns, weights = bspline_taps(centre_coordinates(n_out, n_in, ratio))
+    return _frozen(_on_samples(_scatter_rows(columns, weights, n_in)))
+
+
+def bspline_taps(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Control points and weights, (n, 4) each, of the cubic B-spline at ``x``, counted from the first point."""
     left = np.floor(x)
     t = x - left
     weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1) / 6
-    basis = _scatter_rows(left.astype(int)[:, None] + np.arange(-1, 3), weights, n_in)
-    return _frozen(_on_samples(basis))
+    return left.astype(int)[:, None] + np.arange(-1, 3), weights
 
 
 def _on_samples(basis_MN: np.ndarray) -> np.ndarray:
