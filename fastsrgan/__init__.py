@@ -33,21 +33,16 @@ __all__ = [
     "show",
 ]
 
-__getattr__ = lazy(
-    __name__,
-    {
-        "Degraded": "fastsrgan.observation.model",
-        "FastsrganError": "fastsrgan.errors",
-        "InferResult": "fastsrgan.infer.volume",
-        "Volume": "fastsrgan.volume.geometry",
-        "infer_volume": "fastsrgan.infer.volume",
-        "load_critic": "fastsrgan.model.weights",
-        "load_generator": "fastsrgan.model.weights",
-        "show": "fastsrgan.report.show",
-        "degrade": "fastsrgan.observation.model",
-        "losses": "fastsrgan.losses",
-    },
-)
+_HOMES = {
+    "errors": ("FastsrganError",),
+    "infer.volume": ("InferResult", "infer_volume"),
+    "losses": ("losses",),
+    "model.weights": ("load_critic", "load_generator"),
+    "observation.model": ("Degraded", "degrade"),
+    "report.show": ("show",),
+    "volume.geometry": ("Volume",),
+}
+__getattr__ = lazy(__name__, {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names})
 
 
 def __dir__() -> list[str]:

@@ -120,14 +120,8 @@ def convert(
             reason = "has no use: neither --label-classes nor the column Label_classes names a structure"
             raise UsageError("--label-names", reason, "leave it out, or choose with one of them")
         before = writer.finished
-        jobs = _check(
-            csv,
-            rows,
-            before,
-            workers,
-            progress,
-            functools.partial(_inspect, choice=(label_classes, label_names), binary=binary),
-        )
+        inspect = functools.partial(_inspect, choice=(label_classes, label_names), binary=binary)
+        jobs = _check(csv, rows, before, workers, progress, inspect)
         todo, kept = _divide(jobs, before, writer, workers)
         writer.need_space(sum(job.bytes_below() for job in todo))
         began = time.monotonic()
@@ -180,9 +174,8 @@ def _conflicts(jobs: list[_Conversion], before: dict[str, Subject]) -> list[Faul
         row, image = job.row, _main(job.sources)
         split, twin = first.setdefault(image["sha256"], (row.base, f"{row.image.name} at line {row.line}"))
         if split != row.base:
-            faults.append(
-                (row.line, f"{row.image.name} holds the same image as {twin}, one is in Train and one in Test")
-            )
+            told = f"{row.image.name} holds the same image as {twin}, one is in Train and one in Test"
+            faults.append((row.line, told))
         known = _main(before[row.subject].attrs.get("source", {}), image) if row.subject in before else image
         if known["sha256"] != image["sha256"] and known["path"] != image["path"]:
             faults.append((row.line, f"subject {row.subject} is in the store already, made from {known['path']}"))
@@ -204,13 +197,8 @@ def _inspect(
     found_structures: list[labels.Structure] = []
     like: Volume | None = None
     header = None
-    paths = {
-        "image": row.image if row.has_image else None,
-        "tissues": row.tissues,
-        "label": row.label,
-        "mask": row.mask,
-    }
-    for name, path in paths.items():
+    own = row.image if row.has_image else None
+    for name, path in (("image", own), ("tissues", row.tissues), ("label", row.label), ("mask", row.mask)):
         if path is None:
             continue
         try:

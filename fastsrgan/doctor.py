@@ -6,6 +6,7 @@ library becomes a line of the report. The network is never touched.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ import torch
 from fastsrgan._version import __version__
 from fastsrgan.core.system import free_memory, total_memory
 from fastsrgan.errors import brief, counted, human
-from fastsrgan.model.arithmetic import pick_precision, slow_cudnn, training_type
+from fastsrgan.model.arithmetic import native, pick_precision, slow_cudnn, training_type
 from fastsrgan.model.cpu import forms
 
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "zarr", "numcodecs", "safetensors", "h5py", "nilearn", "matplotlib")
@@ -151,9 +152,8 @@ def warnings(facts: dict[str, Any]) -> list[str]:
     if facts["memory"]["available"] is not None and facts["memory"]["available"] < LITTLE_MEMORY:
         found.append(f"{_size(facts['memory']['available'])} of memory are free: take small patches and batches")
     if not facts["weights"]:
-        found.append(
-            "no weights are shipped with this installation: name a file with --weights, or reinstall fastsrgan"
-        )
+        hint = "name a file with --weights, or reinstall fastsrgan"
+        found.append(f"no weights are shipped with this installation: {hint}")
     return found
 
 
@@ -173,9 +173,8 @@ def describe(facts: dict[str, Any]) -> list[str]:
         ("gpu", f"NVIDIA driver {gpu['driver'] or 'not found'}, CUDA in torch {gpu['torch_cuda'] or 'none'}"),
     ]
     for i, device in enumerate(gpu["devices"]):
-        rows.append(
-            ("", f"cuda:{i} {device['name']}, {_size(device['memory_bytes'])}, capability {device['capability']}")
-        )
+        size, capability = _size(device["memory_bytes"]), f"capability {device['capability']}"
+        rows.append(("", f"cuda:{i} {device['name']}, {size}, {capability}"))
     rows += [("optional" if i == 0 else "", line) for i, line in enumerate(_optional_lines(facts["optional"]))]
     shipped = ", ".join(f"{w['name']} ({w['bytes'] / 1e6:.1f} MB)" for w in facts["weights"])
     rows.append(("weights", shipped or "none shipped"))
@@ -202,7 +201,7 @@ def _cpu() -> dict[str, Any]:
         "count": os.cpu_count() or 1,
         "usable": _usable_cores(),
         "torch_threads": torch.get_num_threads(),
-        "bf16": any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")),
+        "bf16": native("bf16"),
     }
 
 
@@ -235,16 +234,12 @@ def _gpu() -> dict[str, Any]:
 
 def driver() -> str | None:
     """Release of the NVIDIA driver, None without one."""
-    command = shutil.which("nvidia-smi")
-    if command:
+    if command := shutil.which("nvidia-smi"):
         query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             done = subprocess.run(query, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            done = None
-        release = re.match(r"\d+\.[\d.]+", done.stdout) if done else None
-        if release:
-            return release[0]
+            if release := re.match(r"\d+\.[\d.]+", done.stdout):
+                return release[0]
     release = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", _read("/proc/driver/nvidia/version") or "")
     return release[0] if release else None
 
@@ -337,9 +332,7 @@ def _forms_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _size(n: int | None) -> str:
-    if n is None:
-        return "unknown"
-    return human(n)
+    return "unknown" if n is None else human(n)
 
 
 def _read(path: str) -> str | None:

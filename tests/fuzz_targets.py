@@ -145,9 +145,13 @@ def weights_read(path: Path) -> None:
         if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
             raise AssertionError("weights that are not finite")
 
+    def critic() -> None:
+        source = weights._resolve(path)
+        loaded(*weights._reader(source).read_parameters(source.file, "critic"))
+
     tried(  # what load_generator and load_critic do before they fill a network, which costs more than all the rest
         lambda: loaded(*weights._generator_parameters(weights._resolve(path), True)),
-        lambda: loaded(*weights._parameters(weights._resolve(path), "critic")),
+        critic,
         lambda: weights.info(path),
     )
 

@@ -86,10 +86,14 @@ def test_planes_are_looked_at_from_the_first_to_the_last_evenly(n, expected):
 
 
 def test_bright_is_the_brightest_thousandth():
-    """Of every second voxel of the planes that are given, together."""
+    """Of every second voxel of the planes that are given, together; the unit is counted from where the scan begins."""
     planes = [np.arange(10_000.0).reshape(100, 100), np.zeros((100, 100))]
     some = np.concatenate([plane[::2, ::2].ravel() for plane in planes])
-    assert acquisition.bright(planes) == pytest.approx(np.percentile(some, 99.9)) and np.percentile(some, 99.9) > 9800
+    assert (
+        acquisition.unit_above(0.0, planes) == pytest.approx(np.percentile(some, 99.9))
+        and np.percentile(some, 99.9) > 9800
+    )
+    assert acquisition.unit_above(50.0, planes) == pytest.approx(np.percentile(some, 99.9) - 50)
 
 
 def test_too_little_tissue_says_nothing_and_nothing_but_noise_yields_all(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastsrgan.errors import ModelError
-from fastsrgan.model.networks import Critic, CriticSpec, init_he_normal
+from fastsrgan.model.networks import Critic, CriticSpec, init_normal
 from fastsrgan.train import critic_step
 from fastsrgan.train.critic_step import critic_gradients, parameters, score
 from fastsrgan.train.objectives import critic_loss
@@ -96,7 +96,7 @@ def test_half_precision_is_that_of_the_convolutions_alone(dtype, limit):
     eps, off = torch.tensor([0.3, 0.8]), []
     for seed in range(5):
         critic = make(16, 2, True, kernel=4, dtype=torch.float32)
-        init_he_normal(critic, seed)
+        init_normal(critic, 2.0, seed)
         terms, exact = critic_gradients(critic, real, fake, eps, 10.0, res)
         near, found = critic_gradients(critic, real, fake, eps, 10.0, res, dtype=dtype, scale=8.0)
         assert {t.dtype for t in near.values()} == {g.dtype for g in found} == {torch.float32}

@@ -250,7 +250,9 @@ def test_truncated_normals_have_their_distribution():
     values = networks.truncated_normal(rng(3, "test"), 200_000)
     assert np.abs(values).max() <= 2
     assert stats.kstest(values, stats.truncnorm(-2, 2).cdf).pvalue > 1e-4  # found: 0.31
-    assert values.std() == pytest.approx(0.87962566103423978, rel=5e-3)  # what ``_init`` divides by; found: 0.0012
+    assert values.std() == pytest.approx(
+        0.87962566103423978, rel=5e-3
+    )  # what ``init_normal`` divides by; found: 0.0012
 
 
 def test_a_seed_gives_the_same_bits_on_every_processor():

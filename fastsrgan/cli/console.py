@@ -63,6 +63,11 @@ def refuse_idle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             logging.getLogger("fastsrgan").warning("%s %s: it is not used", named, need.reason)
 
 
+def typed(args: argparse.Namespace, names: str) -> dict[str, Any]:
+    """The values of options by their names, with blanks between, as keywords of the function that takes them."""
+    return {name: getattr(args, name) for name in names.split()}
+
+
 def boolean(text: str) -> bool:
     """The original's booleans: True / False, also yes / no, 1 / 0."""
     known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -165,9 +170,8 @@ class TerminalProgress:
             refresh_per_second=4,
         )
         self.began = time.perf_counter()
-        self.task = self.bar.add_task(
-            "" if above else name, total=total, unit=units(total, unit), rate="", left="-:--:--"
-        )
+        shown_name, unit = "" if above else name, units(total, unit)
+        self.task = self.bar.add_task(shown_name, total=total, unit=unit, rate="", left="-:--:--")
         self.bar.start()
 
     def advance(self, n: int = 1, **facts: Any) -> None:
@@ -333,9 +337,8 @@ def table(rows: list[dict[str, Any]], columns: list[str] | None = None, keys: in
             used = taken + len(GAP) + width
         blocks[-1].append(i)
     lines = [columns, ["-" * w for w in widths], *cells]
-    return "\n\n".join(
-        "\n".join(GAP.join(line[i].ljust(widths[i]) for i in block).rstrip() for line in lines) for block in blocks
-    )
+    made = [[GAP.join(line[i].ljust(widths[i]) for i in block).rstrip() for line in lines] for block in blocks]
+    return "\n\n".join(map("\n".join, made))
 
 
 def _cell(value: Any) -> str:

@@ -128,9 +128,8 @@ def _form(args: argparse.Namespace) -> dict[str, str]:
         raise UsageError(named, reason, "columns of a table, or files of folders that are named alike, say it there")
     forms = [bool(pair), bool(args.table), bool(args.folders)]
     if sum(forms) != 1 or (pair and not {"sr", "hr"} <= set(pair)):
-        raise MissingError(
-            "evaluate", "give --sr and --hr, or --table, or two or three folders", "fastsrgan evaluate --help"
-        )
+        reason = "give --sr and --hr, or --table, or two or three folders"
+        raise MissingError("evaluate", reason, "fastsrgan evaluate --help")
     if args.folders and len(args.folders) not in (2, 3):
         raise MissingError("evaluate", counted(len(args.folders), "folder"), "RESULTS TRUTH, or RESULTS RESULTS TRUTH")
     if args.bids and len(args.folders) != 2:

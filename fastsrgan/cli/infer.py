@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from fastsrgan.cli.console import Need, add_checkpoint_option, chosen_weights, error_line, print_json, say
+from fastsrgan.cli.console import Need, add_checkpoint_option, chosen_weights, error_line, print_json, say, typed
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
@@ -34,24 +34,17 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Define the commands; ``command(name, run, text, example)`` makes an empty one."""
     p = command("infer", _infer, "super-resolve and segment images", EXAMPLES)
     p.usage = "%(prog)s INPUT [INPUT ...] -o DIR [options]\n       %(prog)s --bids DATASET -o DIR [options]"
-    p.add_argument(
-        "inputs",
-        nargs="*",
-        metavar="INPUT",
-        help="image files (NIfTI, MGH, NRRD, MetaImage), folders of them, DICOM, .txt, .csv or .tsv lists",
-    )
+    text = "image files (NIfTI, MGH, NRRD, MetaImage), folders of them, DICOM, .txt, .csv or .tsv lists"
+    p.add_argument("inputs", nargs="*", metavar="INPUT", help=text)
     p.add_argument(
         "-o", "--out", required=True, metavar="DIR", help="output folder; with --bids the derivatives dataset"
     )
-    p.add_argument(
-        "-w",
-        "--weights",
-        action="append",
-        metavar="FILE",
-        help="auto (the default: adult or perinatal, by the size of each scan's head), adult (cortical grey "
+    text = (
+        "auto (the default: adult or perinatal, by the size of each scan's head), adult (cortical grey "
         "matter of adult heads), perinatal (cortical grey matter of T2-like brains about birth), Keras HDF5, "
-        "safetensors or run folder; several times: their mean",
+        "safetensors or run folder; several times: their mean"
     )
+    p.add_argument("-w", "--weights", action="append", metavar="FILE", help=text)
     add_checkpoint_option(p)
     p.add_argument("--resume", action="store_true", help="skip what is finished")
     p.add_argument("--overwrite", action="store_true", help="replace existing results")
@@ -67,12 +60,11 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
         "  fastsrgan weights export run SegSRGAN_epoch_200"
     )
     p = command("weights", _weights, "look at, import and export weight files", example)
-    p.add_argument(
-        "action",
-        choices=("info", "import", "export"),
-        help="info: what a file says of itself; import: the original's to safetensors; export: to "
-        "the original's, but for networks with a scaled head (--scaled, --preset recommended, the shipped models)",
+    text = (
+        "info: what a file says of itself; import: the original's to safetensors; export: to "
+        "the original's, but for networks with a scaled head (--scaled, --preset recommended, the shipped models)"
     )
+    p.add_argument("action", choices=("info", "import", "export"), help=text)
     p.add_argument("source", metavar="FILE", help="adult, perinatal, Keras HDF5, safetensors or run folder")
     p.add_argument("target", nargs="?", metavar="OUT", help="safetensors (import) or Keras HDF5 (export)")
     add_checkpoint_option(p)
@@ -85,13 +77,8 @@ def _add_bids(p: argparse._ArgumentGroup) -> None:
     p.add_argument("--bids", metavar="DIR", help="in place of INPUT: images of a BIDS dataset, see --suffix")
     p.add_argument("--participant-label", nargs="+", default=(), metavar="LABEL", help="of the dataset (all)")
     p.add_argument("--session-label", nargs="+", default=(), metavar="LABEL", help="of the dataset (all)")
-    p.add_argument(
-        "--suffix",
-        nargs="+",
-        default=(),
-        metavar="SUFFIX",
-        help="kinds of images of the dataset (T1w T2w FLAIR PDw UNIT1 T2starw T2star)",
-    )
+    text = "kinds of images of the dataset (T1w T2w FLAIR PDw UNIT1 T2starw T2star)"
+    p.add_argument("--suffix", nargs="+", default=(), metavar="SUFFIX", help=text)
     p.add_argument(
         "--desc", metavar="LABEL", help="images of the dataset with this desc, such as preproc (without one)"
     )
@@ -129,16 +116,8 @@ def _infer(args: argparse.Namespace, progress: Progress) -> int:
     try:
         # Ranks tell each other about the images; their devices do not talk.
         with from_environment(torch.device("cpu"), PATIENCE) as ranks:
-            result = run(
-                source,
-                args.out,
-                chosen,
-                overwrite=args.overwrite,
-                resume=args.resume,
-                ranks=ranks,
-                progress=progress,
-                **options | {"device": local_device(args.device)},
-            )
+            options |= typed(args, "overwrite resume") | {"device": local_device(args.device)}
+            result = run(source, args.out, chosen, ranks=ranks, progress=progress, **options)
     except SomeFailed as error:
         if speaks():
             error_line(str(error))

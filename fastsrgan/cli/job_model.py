@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
 from typing import Any
 
-from fastsrgan.cli.console import Need, boolean, error_line, say
+from fastsrgan.cli.console import Need, boolean, error_line, print_json, say, typed
 from fastsrgan.config import CHOICES
-from fastsrgan.core.files import finite
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.core.system import tune_allocator
@@ -37,31 +34,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.add_argument("-p", "--path", required=True, metavar="CSV", help="list of images, no header, first column")
     p.add_argument("-dp", "--debut-path", default="", metavar="BASE", help="put before the CSV's path and its entries")
     # The original's README writes the steps without quotes: several words are put together again.
-    p.add_argument(
-        "-pa",
-        "--patch",
-        nargs="+",
-        default=["128"],
-        metavar="P",
-        help='tile edges, "64,128"; None: the whole image (128)',
-    )
+    text = 'tile edges, "64,128"; None: the whole image (128)'
+    p.add_argument("-pa", "--patch", nargs="+", default=["128"], metavar="P", help=text)
     p.add_argument("-s", "--step", nargs="+", default=["64"], metavar="S", help='steps of each, "32 64,64 128" (64)')
     p.add_argument("-rf", "--result-folder-name", required=True, metavar="NAME", help="results go to Result_with_NAME")
     p.add_argument("-wp", "--weights-path", metavar="FILE", help="Keras HDF5, safetensors or run (adult)")
-    p.add_argument(
-        "-bb",
-        "--by-batch",
-        type=boolean,
-        metavar="True|False",
-        help="several tiles at once, as memory takes, or one after the other (what is faster)",
-    )
-    p.add_argument(
-        "-n",
-        "--new-low-res",
-        default="0.5,0.5,0.5",
-        metavar="X,Y,Z",
-        help="mm of the results, near to that with -int sitk (0.5,0.5,0.5)",
-    )
+    text = "several tiles at once, as memory takes, or one after the other (what is faster)"
+    p.add_argument("-bb", "--by-batch", type=boolean, metavar="True|False", help=text)
+    text = "mm of the results, near to that with -int sitk (0.5,0.5,0.5)"
+    p.add_argument("-n", "--new-low-res", default="0.5,0.5,0.5", metavar="X,Y,Z", help=text)
     p.add_argument("-int", "--interp", choices=CHOICES["interp"], default="scipy", help="interpolation (scipy)")
     p.add_argument(
         "-it",
@@ -72,12 +53,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help=f"interpolator of --interp sitk, one of {', '.join(CHOICES['interpolation_type'])} (Spline)",
     )
     own = p.add_argument_group("fastsrgan's own")
-    own.add_argument(
-        "--geometry",
-        choices=CHOICES["geometry"],
-        default="segsrgan",
-        help="exact in mm, or the original's numbers (segsrgan)",
-    )
+    text = "exact in mm, or the original's numbers (segsrgan)"
+    own.add_argument("--geometry", choices=CHOICES["geometry"], default="segsrgan", help=text)
     own.add_argument(
         "--series", metavar="N", help="series of the DICOM folders: number, UID or part of its description"
     )
@@ -124,28 +101,10 @@ def _whole(option: str, word: str) -> int:
 
 def arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``job.job_model`` that a command line stands for. Raises UsageError."""
-    return {
-        "table": args.path,
-        "weights_path": args.weights_path,
-        "patch": patches(joined(args.patch)),
-        "step": steps(joined(args.step)),
-        "result_folder_name": args.result_folder_name,
-        "new_resolution": resolution(args.new_low_res),
-        "base_path": args.debut_path,
-        "by_batch": args.by_batch,
-        "interp": args.interp,
-        "interpolation_type": args.interpolation_type,
-        "geometry": args.geometry,
-        "series": args.series,
-        "device": args.device,
-        "precision": args.precision,
-        "overwrite": args.overwrite,
-    }
-
-
-def joined(words: Sequence[str]) -> str:
-    """One list that the shell cut at its blanks."""
-    return " ".join(words)
+    same = "weights_path result_folder_name by_batch interp interpolation_type geometry series device precision"
+    tiles = {"patch": patches(" ".join(args.patch)), "step": steps(" ".join(args.step))}  # which the shell cut apart
+    told = {"table": args.path, "base_path": args.debut_path, "new_resolution": resolution(args.new_low_res)}
+    return {**told, **tiles, **typed(args, f"{same} overwrite")}
 
 
 def run(args: argparse.Namespace, progress: Progress) -> int:
@@ -162,7 +121,7 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
         error_line(str(error))
         result, code = error.summary, error.exit_code
     if args.json:
-        print(json.dumps(finite(result), indent=2, ensure_ascii=False))
+        print_json(result)
         return code
     for item in result["items"]:
         told = "  ".join(str(p) for p in (item.get("outputs") or {}).values()) or item.get("error", "")

@@ -31,6 +31,7 @@ from fastsrgan.cli.console import (
     refuse_idle,
     say,
     table,
+    typed,
 )
 from fastsrgan.core.files import left_as_found, url_of
 from fastsrgan.core.progress import QUIET, Progress
@@ -202,14 +203,8 @@ def _demo(args: argparse.Namespace, progress: Progress) -> int:
     with loading():
         from fastsrgan.demo import run as demo
 
-    result = demo.run(
-        args.out,
-        device=args.device,
-        seed=args.seed,
-        low_res_mm=tuple(args.low_res),
-        overwrite=args.overwrite,
-        progress=progress,
-    )
+    given = typed(args, "device seed overwrite")
+    result = demo.run(args.out, low_res_mm=tuple(args.low_res), progress=progress, **given)
     print(table(result["table"]))
     print(f"picture: {result['picture']}\nfigures: {result['json']}\npage: {result['page']}")
     print(f"total: {result['seconds']:.0f} s")
@@ -220,18 +215,8 @@ def _convert(args: argparse.Namespace, progress: Progress) -> int:
     with loading():
         from fastsrgan.convert import convert
 
-    result = convert(
-        args.csv,
-        args.store,
-        workers=args.workers,
-        dtype=args.dtype,
-        base_path=args.base_path,
-        label_classes=args.label_classes,
-        label_names=args.label_names,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        progress=progress,
-    )
+    given = typed(args, "workers dtype base_path label_classes label_names resume overwrite")
+    result = convert(args.csv, args.store, progress=progress, **given)
     if args.json:
         print_json(result)
         return 0
@@ -419,21 +404,17 @@ def failed(error: BaseException) -> int:
         number = error.signal if isinstance(error, Terminated) else signal.SIGINT
         error_line(SAID[number])
         return exit_code(number)
+    smaller = "use a smaller patch, batch or volume"
     if isinstance(error, MemoryError):
-        error_line(f"memory: not enough ({str(error) or 'use a smaller patch, batch or volume'})")
-        return 5
+        return failed(ResourceError("memory", "not enough", str(error) or smaller))
     if isinstance(error, ImportError) and out_of_memory(error):
-        error_line(str(no_room()))
-        return 5
+        return failed(no_room())
     if isinstance(error, RuntimeError) and out_of_memory(error):  # torch's own, which has no type
-        error_line("memory: not enough (use a smaller patch, batch or volume, or raise the limit of the process)")
-        return 5
+        return failed(ResourceError("memory", "not enough", f"{smaller}, or raise the limit of the process"))
     if isinstance(error, OSError):
         told = (error.filename or "system", error.strerror or str(error))
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOENT):
             return failed(InputError(*told, "check the path"))
-        place = ResourceError(*told, "check the path and its disk")
-        error_line(str(place))
-        return place.exit_code
+        return failed(ResourceError(*told, "check the path and its disk"))
     error_line(f"internal: {type(error).__name__}: {error} (please report it with the output of --debug)")
     return 1

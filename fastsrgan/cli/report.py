@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from fastsrgan.cli.console import Need, add_label_options
+from fastsrgan.cli.console import Need, add_label_options, typed
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
 from fastsrgan.errors import counted
@@ -29,31 +29,20 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     text = "HTML with viewer, figures and provenance, a page per result; works offline"
     p = command("report", run, text, example)
-    p.add_argument(
-        "path",
-        nargs="+",
-        metavar="DIR|RUN|JSON",
-        help="folder of results, demo, study or training run, or one result's JSON; several training runs are laid "
-        "over each other",
+    text = (
+        "folder of results, demo, study or training run, or one result's JSON; several training runs are laid "
+        "over each other"
     )
-    p.add_argument(
-        "-o",
-        "--out",
-        metavar="FILE",
-        help="the page (report.html in that folder; of several runs comparison.html in the first)",
-    )
+    p.add_argument("path", nargs="+", metavar="DIR|RUN|JSON", help=text)
+    text = "the page (report.html in that folder; of several runs comparison.html in the first)"
+    p.add_argument("-o", "--out", metavar="FILE", help=text)
     p.add_argument("--scores", metavar="JSON", help="what `fastsrgan evaluate --json FILE` wrote (the folder's own)")
     p.add_argument("--study", nargs="+", default=(), metavar="JSON", help="what `fastsrgan study` wrote, to show too")
     for name, text in (("hr", "true image of a single result"), ("label", "its label"), ("mask", "region to score")):
         p.add_argument(f"--{name}", metavar="IMAGE", help=text)
     add_label_options(p, "have their scores each", rows=False)
-    p.add_argument(
-        "--max-mb",
-        type=float,
-        default=30.0,
-        metavar="MB",
-        help="largest page of one result; of larger volumes a slab (30)",
-    )
+    text = "largest page of one result; of larger volumes a slab (30)"
+    p.add_argument("--max-mb", type=float, default=30.0, metavar="MB", help=text)
     p.add_argument("--overwrite", action="store_true", help="replace an earlier report")
     p.add_argument("--json", action="store_true", help="print the files as JSON")
     p.set_defaults(needs=NEEDS)
@@ -66,20 +55,8 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
 
     if len(args.path) > 1:
         return _tell(runs_report(args.path, args.out, overwrite=args.overwrite), args.json)
-    truth = {"hr": args.hr, "label": args.label, "mask": args.mask}
-    written = report(
-        args.path[0],
-        args.out,
-        scores=args.scores,
-        studies=args.study,
-        **truth,
-        label_classes=args.label_classes,
-        label_names=args.label_names,
-        max_mb=args.max_mb,
-        overwrite=args.overwrite,
-        progress=progress,
-    )
-    return _tell(written, args.json)
+    given = typed(args, "scores hr label mask label_classes label_names max_mb overwrite")
+    return _tell(report(args.path[0], args.out, studies=args.study, progress=progress, **given), args.json)
 
 
 def _tell(written: list[Path], as_json: bool) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 from fastsrgan.cli.console import (
     Need,
@@ -15,6 +14,7 @@ from fastsrgan.cli.console import (
     print_json,
     say,
     table,
+    typed,
 )
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
@@ -130,22 +130,10 @@ def _study(args: argparse.Namespace, progress: Progress) -> int:
         from fastsrgan.study.tables import INTERPOLATION, best_lines, decisive_rows, fit_text, paper_rows, shown_rows
 
     tune_allocator()
-    settings = study.Settings(
-        patch=args.patch or None,
-        whole=args.patch is None,
-        steps=_many(args.steps),
-        low_res=_many(args.low_res),
-        noise=_many(args.noise),
-        ratios=_many(args.ratios),
-        axis=args.axis,
-        split=args.split,
-        subjects=args.subjects,
-        label_classes=args.label_classes,
-        label_names=args.label_names,
-        device=args.device,
-        precision=args.precision,
-        seed=args.seed,
-    )
+    given = typed(args, "axis split subjects label_classes label_names device precision seed")
+    lists = typed(args, "steps low_res noise ratios")
+    given |= {name: None if values is None else tuple(values) for name, values in lists.items()}
+    settings = study.Settings(patch=args.patch or None, whole=args.patch is None, **given)
     out, chosen = args.out or f"study-{args.kind}", chosen_weights(args.weights, args.checkpoint) or ()
     facts = study.run(args.kind, args.data or None, out, chosen, settings, quick=args.quick, progress=progress)
     if args.json:
@@ -176,7 +164,3 @@ def _aligned(rows: list[dict[str, str]]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     keys = len(list(itertools.takewhile(lambda name: name in ("condition", "model", "step"), columns)))
     return table(rows, columns, max(keys, 1))
-
-
-def _many(values: list[Any] | None) -> Any:
-    return None if values is None else tuple(values)

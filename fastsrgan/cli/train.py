@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsrgan import config as settings
-from fastsrgan.cli.console import Need, add_checkpoint_option, add_label_options, boolean, chosen_weights, say
+from fastsrgan.cli.console import Need, add_checkpoint_option, add_label_options, boolean, chosen_weights, say, typed
 from fastsrgan.core.files import output_folder
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading, named
@@ -85,13 +85,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.add_argument("-csv", "--csv", metavar="CSV", help="table of files (the original's way to name the data)")
     p.add_argument("-o", "--out", metavar="RUN", help="run folder (the one of -sf)")
     p.add_argument("--config", metavar="YAML", help="settings file; options on the command line win")
-    p.add_argument(
-        "-w",
-        "--weights",
-        metavar="FILE",
-        help="start from these weights: adult, perinatal, Keras HDF5, safetensors or run folder; the options of the "
-        "network are then theirs",
+    text = (
+        "start from these weights: adult, perinatal, Keras HDF5, safetensors or run folder; the options of the "
+        "network are then theirs"
     )
+    p.add_argument("-w", "--weights", metavar="FILE", help=text)
     add_checkpoint_option(p)
     p.add_argument("--resume", action="store_true", help="continue the run in RUN")
     p.add_argument(
@@ -137,21 +135,10 @@ def parser_of(row: settings.Setting) -> Callable[[str], Any]:
 def add_original(p: argparse.ArgumentParser) -> None:
     """What the original's script also takes."""
     group = p.add_argument_group("options of the original")
-    group.add_argument(
-        "-u-net",
-        "-u",
-        "--u-net-generator",
-        dest="u_net",
-        type=boolean,
-        metavar="True|False",
-        help="train the U-Net variant: --network unet (False)",
-    )
-    group.add_argument(
-        "-sf",
-        "--snapshot-folder",
-        metavar="DIR",
-        help="also write SegSRGAN_epoch_N (Keras HDF5) here; not with --scaled True, as in --preset recommended",
-    )
+    text = "train the U-Net variant: --network unet (False)"
+    group.add_argument("-u-net", "-u", "--u-net-generator", dest="u_net", type=boolean, metavar="True|False", help=text)
+    text = "also write SegSRGAN_epoch_N (Keras HDF5) here; not with --scaled True, as in --preset recommended"
+    group.add_argument("-sf", "--snapshot-folder", metavar="DIR", help=text)
     group.add_argument("-dice", "--dice-file", metavar="CSV", help="Dice per epoch (RUN/dice.csv)")
     group.add_argument("-mse", "--mse-file", metavar="CSV", help="MSE per epoch (RUN/mse.csv)")
     group.add_argument(
@@ -160,23 +147,16 @@ def add_original(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-folder-training-data", "--folder-training-data", metavar="DIR", help="accepted; nothing is written there"
     )
-    group.add_argument(
-        "-multi-gpu",
-        "--multi-gpu",
-        type=boolean,
-        metavar="True|False",
-        help="accepted; says how to start one process per GPU",
-    )
+    text = "accepted; says how to start one process per GPU"
+    group.add_argument("-multi-gpu", "--multi-gpu", type=boolean, metavar="True|False", help=text)
 
 
 def build_config(args: argparse.Namespace) -> settings.TrainConfig:
     """Settings from --config, then --preset, then the options that were given."""
-    values: dict[str, Any] = {}
     file = args.config
     if not file and args.resume and (kept := Path(args.out or args.snapshot_folder or ".") / "config.yaml").is_file():
         file = str(kept)
-    if file:
-        values = settings.read_yaml(file)
+    values = settings.read_yaml(file) if file else {}
     if file != args.config and args.preset not in (None, values.get("preset", "code")):
         reason = "a run that is resumed has a value for every setting"
         raise UsageError("--preset", reason, "give the settings that are to change, or begin another run")
@@ -200,14 +180,12 @@ def build_config(args: argparse.Namespace) -> settings.TrainConfig:
         if any(name in read or name not in settings.SETTINGS for name, _, _ in error.faults):
             raise
         flags = [(settings.SETTINGS[name].flags[-1], reason, typed_hint(hint)) for name, reason, hint in error.faults]
-        if len(flags) == 1:
-            raise UsageError(*flags[0]) from error
         several = SettingsError("train", flags)
-        raise UsageError(several.what, several.reason, several.hint) from error
+        told = flags[0] if len(flags) == 1 else (several.what, several.reason, several.hint)
+        raise UsageError(*told) from error
     if not given and args.resume:
-        raise ModelError(
-            args.out or args.snapshot_folder, "no snapshot in this folder", "leave --resume out to begin a run"
-        )
+        reason = "no snapshot in this folder"
+        raise ModelError(args.out or args.snapshot_folder, reason, "leave --resume out to begin a run")
     if not given:
         raise UsageError("train", "no low resolution was given", "-n X Y Z in mm, for example -n 1 1 3")
     if args.weights and not args.resume:
@@ -235,9 +213,8 @@ def network_of(path: str, given: dict[str, Any]) -> dict[str, Any]:
     others = [name for name, value in held.items() if given.get(name, value) != value]
     if others:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in others)
-        asked = "; ".join(
-            f"{name} {held[name]}, and --{name.replace('_', '-')} {given[name]} is asked for" for name in others
-        )
+        both = [f"{name} {held[name]}, and --{name.replace('_', '-')} {given[name]}" for name in others]
+        asked = "; ".join(f"{text} is asked for" for text in both)
         raise ModelError(path, f"its network has {asked}", f"leave {options} out, or begin without these weights")
     log.info("%s: the network is that of the weights: %s", path, ", ".join(f"{k} {v}" for k, v in held.items()))
     return held | {name: value for name, value in settings_of(critic).items() if name not in given}
@@ -277,33 +254,20 @@ def run(args: argparse.Namespace, progress: Progress) -> int:
     check_places(folder, config, read, args.snapshot_folder, args.dice_file, args.mse_file, resume=args.resume)
     if is_table(source):
         if launched():
-            raise UsageError(
-                source, "ranks share a store, not a table", "fastsrgan convert it first, then name the store"
-            )
+            reason = "ranks share a store, not a table"
+            raise UsageError(source, reason, "fastsrgan convert it first, then name the store")
         if not args.resume:
             refuse_run(folder)  # its data would be replaced
         source = convert_table(source, args, folder, progress)
-    result = train(
-        source,
-        folder,
-        config,
-        device=args.device,
-        start_weights=args.weights,
-        resume=args.resume,
-        strict=args.strict,
-        snapshot_folder=args.snapshot_folder,
-        dice_file=args.dice_file,
-        mse_file=args.mse_file,
-        progress=progress,
-    )
+    given = typed(args, "device resume strict snapshot_folder dice_file mse_file")
+    result = train(source, folder, config, start_weights=args.weights, progress=progress, **given)
     if not speaks():
         return int(result["exit_code"])
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        lines = [
-            f"last weights: {result['weights']}" if result["weights"] else "no weights before the first epoch's end"
-        ]
+        none = "no weights before the first epoch's end"
+        lines = [f"last weights: {result['weights']}" if result["weights"] else none]
         if result["best_epoch"] is not None:
             facts = {"score": result["best"], "dice": result["best_dice"], "named": result["dice_is"]}
             value = BEST_BY[result["best_by"]].format(**facts)
@@ -365,18 +329,10 @@ def convert_table(table: str, args: argparse.Namespace, folder: str, progress: P
     if not any(row.base == "Train" for row in read_table(table, base_path=args.base_path)):
         raise InputError(table, "has no Train subjects", "give rows with Base = Train")
     resume = store.exists() and not complete
+    given: dict[str, Any] = {"base_path": args.base_path, "label_classes": choice, "label_names": names}
+    given |= {"resume": resume, "overwrite": complete, "binary": True}
     try:
-        result = convert(
-            table,
-            store,
-            resume=resume,
-            overwrite=complete,
-            base_path=args.base_path,
-            label_classes=choice,
-            label_names=names,
-            binary=True,
-            progress=progress,
-        )
+        result = convert(table, store, progress=progress, **given)
     except PartialFailure as error:  # nothing of a run is there yet that --resume could go on with
         raise PartialFailure(error.what, error.reason, "correct them and run the same command again") from error
     except FastsrganError:

@@ -96,9 +96,8 @@ def plan(
         reason = f"{counted(len(patch_sizes), 'patch size')} and {counted(len(step_groups), 'group')} of steps"
         raise UsageError("--patch and --step", reason, 'as many of each: --patch "64,128" --step "32 64,64 128"')
     if not name or os.sep in name:
-        raise UsageError(
-            "--result_folder_name", f"{name!r} is not allowed", "a name, the folder is called Result_with_NAME"
-        )
+        reason = f"{name!r} is not allowed"
+        raise UsageError("--result_folder_name", reason, "a name, the folder is called Result_with_NAME")
     tasks: dict[tuple[Path, Path], Task] = {}
     seen: set[Path] = set()
     for image in paths:
@@ -155,10 +154,8 @@ def job_model(
     interpolate = compat.interpolation(interp, interpolation_type, 3, geometry)
     for size, group in zip(patch, step, strict=False):
         for value in group:
-            step_of = 1 if size is None else value
-            InferSettings(
-                patch=size, step=step_of, new_resolution=new_resolution, geometry=geometry, precision=precision
-            )
+            tiles: dict[str, Any] = {"patch": size, "step": 1 if size is None else value}
+            InferSettings(new_resolution=new_resolution, geometry=geometry, precision=precision, **tiles)
     joined = Path(base_path, table) if base_path and Path(base_path, table).exists() else Path(table)
     listed = sorted(read_list(joined, base_path=base_path or None), key=str)
     for path in listed:
@@ -219,16 +216,9 @@ def _run(tasks: list[Task], setup: _Setup) -> list[dict[str, Any]]:
 
 def _one(task: Task, tag: str, image: Volume, setup: _Setup) -> dict[str, Any]:
     began = time.perf_counter()
-    result = compat.apply(
-        image,
-        setup.generator,
-        by_batch=setup.by_batch,
-        label=f"{task.image.name} {task.folder.name}",
-        patch=task.patch,
-        step=1 if task.patch is None else task.step,
-        progress=setup.progress,
-        **setup.settings,
-    )
+    tiles: dict[str, Any] = {"patch": task.patch, "step": 1 if task.patch is None else task.step}
+    tiles |= {"by_batch": setup.by_batch, "label": f"{task.image.name} {task.folder.name}", "progress": setup.progress}
+    result = compat.apply(image, setup.generator, **tiles, **setup.settings)
     outputs = {kind: task.folder / task.name(kind, tag) for kind in setup.kinds}
     compat.write(outputs, result, image)
     record = _identity(task, setup)

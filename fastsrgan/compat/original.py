@@ -86,19 +86,10 @@ def segmentation(
         images.check_output(target, overwrite=True)
     image = any_image.load_any(input_file_path, series=series)
     result = apply(
-        image,
-        generator,
-        patch=patch,
-        step=step,
-        new_resolution=new_resolution,
-        interpolate=interpolate,
-        by_batch=by_batch,
-        geometry=geometry,
-        device=device,
-        precision=precision,
-        progress=progress,
+        image, generator, patch=patch, step=step, new_resolution=new_resolution, interpolate=interpolate,
+        by_batch=by_batch, geometry=geometry, device=device, precision=precision, progress=progress,
         label=Path(input_file_path).name,
-    )
+    )  # fmt: skip
     write(outputs, result, image)
     return DONE
 
@@ -120,9 +111,8 @@ def interpolation(
     if interp == "scipy" and spline_order == 3:
         return None
     if geometry != "segsrgan":
-        raise UsageError(
-            "interpolation", "only the segsrgan geometry has others than the cubic spline", "--geometry segsrgan"
-        )
+        reason = "only the segsrgan geometry has others than the cubic spline"
+        raise UsageError("interpolation", reason, "--geometry segsrgan")
     if interp == "sitk":
         return lambda volume, spacing, wanted: expanded(volume, spacing, wanted, kind)
     return lambda volume, spacing, wanted: zoomed(volume, spacing, wanted, spline_order)
@@ -144,16 +134,9 @@ def zoomed(volume_XYZ: np.ndarray, spacing: Spacing, wanted: Spacing, order: int
 
 def apply(image: Volume, generator: Generator, *, by_batch: bool | None, label: str, **settings) -> InferResult:
     """``infer_volume`` of a loaded image. ``by_batch`` True and None let the engine choose the batch, False is 1."""
+    settings |= {"batch": 1 if by_batch is False else "auto", "agree": "off"}  # the network's own, as the original's
     try:
-        return infer_volume(
-            image.data,
-            image.affine,
-            generator,
-            batch=1 if by_batch is False else "auto",
-            agree="off",  # the network's own result, as the original's
-            label=label,
-            **settings,
-        )
+        return infer_volume(image.data, image.affine, generator, label=label, **settings)
     except InputError as error:
         raise InputError(image.meta.get("path", label), error.reason, error.hint) from error
 

@@ -48,9 +48,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise ResourceError(
-                "--device", f"{name} asked, {count} CUDA devices seen", "--device cpu, or see `fastsrgan doctor`"
-            )
+            reason = f"{name} asked, {count} CUDA devices seen"
+            raise ResourceError("--device", reason, "--device cpu, or see `fastsrgan doctor`")
         return _current(device)
     elif device.type != "cpu":
         raise UsageError("--device", f"{name!r} is not supported", "auto, cpu, cuda or cuda:0")

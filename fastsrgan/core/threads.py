@@ -99,9 +99,8 @@ class Job(Generic[T]):
         if isinstance(error, FastsrganError):
             raise error
         if out_of_memory(error):
-            raise ResourceError(
-                self.what, "no memory to prepare it", "lower resident_memory, prefetch or feed_threads"
-            ) from error
+            reason = "no memory to prepare it"
+            raise ResourceError(self.what, reason, "lower resident_memory, prefetch or feed_threads") from error
         words = " ".join(str(error).split())[:200]
         reason = f"the worker that prepared it failed: {type(error).__name__}{': ' * bool(words)}{words}"
         raise ResourceError(self.what, reason, "--debug shows where") from error
@@ -138,11 +137,9 @@ class Crew:
             for other in list(self._running.values()):
                 began = other.began
                 if began is not None and now - began > other.allowed and not other.done.is_set():
-                    raise ResourceError(
-                        other.what,
-                        f"the worker that prepares it has not ended within {other.allowed:g} s",
-                        "is the store's disk or network stuck? --resume goes on from the last snapshot",
-                    )
+                    reason = f"the worker that prepares it has not ended within {other.allowed:g} s"
+                    hint = "is the store's disk or network stuck? --resume goes on from the last snapshot"
+                    raise ResourceError(other.what, reason, hint)
         return job.take()
 
     def close(self) -> None:

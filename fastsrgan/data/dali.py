@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import functools
 import importlib
 import queue
 import weakref
@@ -47,7 +46,8 @@ class DaliMover:
         try:
             self._idle.put(self._made())  # imports DALI, whose own way out comes after _leave
             _movers.add(self)
-            _before_dali_leaves()
+            atexit.unregister(_leave)
+            atexit.register(_leave)
         except Exception as error:  # a broken installation or an old driver raises anything
             words = " ".join(str(error).split())[:200]
             raise ResourceError("DALI", f"cannot be used here: {type(error).__name__}: {words}", HINT) from error
@@ -94,11 +94,6 @@ class DaliMover:
 
 
 _movers: weakref.WeakSet[DaliMover] = weakref.WeakSet()
-
-
-@functools.cache
-def _before_dali_leaves() -> None:
-    atexit.register(_leave)
 
 
 def _leave() -> None:

@@ -57,11 +57,8 @@ def deal(subjects: list[str], seed: int, epoch: int, size: int, rank: int, world
     Raises UsageError when there are more ranks than subjects.
     """
     if world > len(subjects):
-        raise UsageError(
-            "training ranks",
-            f"{world} processes for {counted(len(subjects), 'subject')}",
-            "start at most as many processes as there are Train subjects",
-        )
+        hint = "start at most as many processes as there are Train subjects"
+        raise UsageError("training ranks", f"{world} processes for {counted(len(subjects), 'subject')}", hint)
     order = [subjects[i] for i in rng(seed, epoch, "subjects").permutation(len(subjects))]
     least = len(order) // world
     count = min(-(-len(order) // (world * size)), least)
@@ -101,11 +98,8 @@ def resident_limit(
     )
     fitting = int(budget_bytes // ((1 + prefetch) * largest))
     if not fitting:
-        log.warning(
-            "resident volumes need %.2f GB, %.2f GB are allowed: one subject at a time",
-            (1 + prefetch) * largest / 1e9,
-            budget_bytes / 1e9,
-        )
+        told = "resident volumes need %.2f GB, %.2f GB are allowed: one subject at a time"
+        log.warning(told, (1 + prefetch) * largest / 1e9, budget_bytes / 1e9)
     return max(1, min(len(subjects), fitting))
 
 

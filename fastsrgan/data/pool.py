@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsrgan.core.draws import rng
-from fastsrgan.core.kernels import launch, op, scalar, to_device
+from fastsrgan.core.kernels import Argument, launch, op, scalar, to_device
 from fastsrgan.errors import InputError, ModelError
 from fastsrgan.volume.acquisition import guessed_width
 from fastsrgan.volume.consistency import patch_agreement
@@ -65,9 +65,8 @@ class Resident:
     @property
     def nbytes(self) -> int:
         """Memory that its volumes hold, that of storages which they share with others included."""
-        return sum(
-            t.untyped_storage().nbytes() for t in (self.interpolated, self.hr, self.label, self.mask) if t is not None
-        )
+        volumes = (self.interpolated, self.hr, self.label, self.mask)
+        return sum(t.untyped_storage().nbytes() for t in volumes if t is not None)
 
 
 @dataclass
@@ -120,9 +119,8 @@ class Pool:
         self.key = (seed, epoch, group, rank)
         self.flips = sum(1 << "xyz".index(axis) for axis in set(flips))
         self.step = 0
-        self.table = np.concatenate(
-            [np.column_stack([np.full(len(r.origins), i), r.origins]) for i, r in enumerate(residents)]
-        ).astype(np.int64)
+        rows = [np.column_stack([np.full(len(r.origins), i), r.origins]) for i, r in enumerate(residents)]
+        self.table = np.concatenate(rows).astype(np.int64)
         if not len(self.table):
             names = ", ".join(r.subject for r in residents)
             raise InputError("training patches", f"none found in {names}", "smaller patch_size, or check the masks")
@@ -178,12 +176,9 @@ class Pool:
         """Go on where ``state`` was taken. Raises ModelError when that was another group, or had other patches."""
         mine = self.state()
         if any(state.get(name) != mine[name] for name in ("key", "patches")):
-            raise ModelError(
-                "position in the epoch",
-                f"saved for (seed, epoch, group, rank) {state.get('key')} with {state.get('patches')} patches, here "
-                f"are {mine['key']} with {mine['patches']}",
-                "resume with the run's own store and settings",
-            )
+            then = f"{state.get('key')} with {state.get('patches')} patches"
+            reason = f"saved for (seed, epoch, group, rank) {then}, here are {mine['key']} with {mine['patches']}"
+            raise ModelError("position in the epoch", reason, "resume with the run's own store and settings")
         self.step = int(state["step"])
 
     def gather(self, indices: np.ndarray, flips: np.ndarray | None = None) -> Batch:
@@ -290,12 +285,8 @@ def _gather_by_kernel(x_B1PPP: Tensor, y_BCPPP: Tensor, patches: Patches, indice
     classes, count, p = y_BCPPP.shape[1] - 2, len(patches.table), x_B1PPP.shape[-1]
     if patches.image is None or (classes and any(r.mask is None for r in patches.residents)):
         return NotImplemented
-    launch(
-        "gather_patches",
-        (p * p, p, len(at_B)),
-        [x_B1PPP, y_BCPPP, patches.rows, at_B, count, len(at_B), p, classes],
-        IMAGE=patches.image,
-    )
+    args: list[Argument] = [x_B1PPP, y_BCPPP, patches.rows, at_B, count, len(at_B), p, classes]
+    launch("gather_patches", (p * p, p, len(at_B)), args, IMAGE=patches.image)
     return x_B1PPP, y_BCPPP
 
 

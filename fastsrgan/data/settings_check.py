@@ -52,26 +52,24 @@ def refuse_faults(
         visits that show an image made of tissues
     """
     if structure and not any(subject.has_tissues for subject in store.subjects):
-        raise UsageError(
-            "structure", "no subject has tissues, of which images are made", "Tissue_image, or leave it out"
-        )
-    found = [
-        (subject.id, fault)
-        for subject in store.subjects
-        for fault in [
-            *_faults(store, subject, law, rule, axes, bool(structure), fit_mask),
-            *_lost_structure(subject, structure, share),
-        ]
-    ]
+        reason = "no subject has tissues, of which images are made"
+        raise UsageError("structure", reason, "Tissue_image, or leave it out")
+    found: list[tuple[str, _Fault]] = []
+    for subject in store.subjects:
+        own = _faults(store, subject, law, rule, axes, bool(structure), fit_mask)
+        found += [(subject.id, fault) for fault in own + _lost_structure(subject, structure, share)]
     if not found:
         return
     told = []
     for kind in dict.fromkeys(fault.kind for _, fault in found):
         names = [name + (f" ({f.detail})" if f.detail else "") for name, f in found if f.kind == kind]
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        told.append(f"{kind}: {', '.join(names[:SHOWN])}{more}")
+        told.append(f"{kind}: {_some(names)}")
     count = f"{len(found)} faults: " if len(found) > 1 and len(told) > 1 else ""
     raise InputError(store.url, count + "; ".join(told), "; ".join(dict.fromkeys(fault.hint for _, fault in found)))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
 
 
 def small_subjects(store: Store, rule: PatchRule) -> list[str]:
@@ -83,15 +81,11 @@ def small_subjects(store: Store, rule: PatchRule) -> list[str]:
 
 def full_subjects(store: Store, law: Degradation, axes: Axes | None) -> list[str]:
     """A line where subjects are as coarse as the coarsest scan that may be drawn: nothing of them is to be restored."""
-    coarsest = [max(sizes) for sizes in zip(*law.low_res, strict=True)]
-    names = [
-        s.id
-        for s in store.subjects
-        if all(low / own < 1 + SAME for low, own in zip(_stored(coarsest, s, axes), s.spacing, strict=True))
-    ]
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    coarsest = _coarsest(law)
+    pairs = {s.id: zip(_stored(coarsest, s, axes), s.spacing, strict=True) for s in store.subjects}
+    names = [name for name, sizes in pairs.items() if all(low / own < 1 + SAME for low, own in sizes)]
     size = " x ".join(f"{low:g}" for low in coarsest)
-    told = f"{size} mm (-n) are their own voxels, so nothing is to be super-resolved: {', '.join(names[:SHOWN])}{more}"
+    told = f"{size} mm (-n) are their own voxels, so nothing is to be super-resolved: {_some(names)}"
     return [f"{len(names)} of {counted(len(store.subjects), 'subject')}: {told}"] if names else []
 
 
@@ -101,8 +95,7 @@ def few_slices(store: Store, law: Degradation, axes: Axes | None) -> list[str]:
     if not found:
         return []
     names = [f"{name} ({n:.2g})" for name, n, _ in found]
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    told = f"{found[0][2]:g} mm (-n) leave fewer than {FEW} slices of a head: {', '.join(names[:SHOWN])}{more}"
+    told = f"{found[0][2]:g} mm (-n) leave fewer than {FEW} slices of a head: {_some(names)}"
     return [f"{len(found)} of {len(store.subjects)} subjects: {told}"]
 
 
@@ -131,9 +124,8 @@ def structures(store: Store) -> list[tuple[str, list[int]]]:
     for s in store.subjects:
         kinds.setdefault(json.dumps(s.attrs.get("structures") or []), []).append(s.id)
     if len(kinds) > 1:
-        told = "; ".join(
-            f"{', '.join(ids[:3])}: {', '.join(n for n, _ in json.loads(k)) or 'one'}" for k, ids in kinds.items()
-        )
+        named = {k: ", ".join(n for n, _ in json.loads(k)) or "one" for k in kinds}
+        told = "; ".join(f"{', '.join(ids[:3])}: {named[k]}" for k, ids in kinds.items())
         raise InputError(store.url, f"its subjects hold other structures: {told}", "convert all with the same --label")
     return [(str(name), list(values)) for kind in kinds for name, values in json.loads(kind)]
 
@@ -218,6 +210,11 @@ def _finest(law: Degradation) -> list[float]:
     return [min(sizes) for sizes in zip(*law.low_res, strict=True)]
 
 
+def _coarsest(law: Degradation) -> list[float]:
+    """The largest."""
+    return [max(sizes) for sizes in zip(*law.low_res, strict=True)]
+
+
 def _stored(values: Sequence[float], subject: Subject, axes: Axes | None) -> tuple[float, ...]:
     return tuple(values) if axes is None else on_stored_axes(values, axes, subject.affine)
 
@@ -225,7 +222,7 @@ def _stored(values: Sequence[float], subject: Subject, axes: Axes | None) -> tup
 def _slices(subject: Subject, law: Degradation, axes: Axes | None) -> list[tuple[float, float]]:
     """(how many lie in the head, their thickness in mm) of the thickest slices that may be drawn, by stored axis. The
     head is the box of what is above 0, the image where the store does not say it."""
-    coarsest = [max(sizes) for sizes in zip(*law.low_res, strict=True)]
+    coarsest = _coarsest(law)
     lowest = mapping(subject.attrs.get("intensity")).get("min", 0)  # of an image with values below 0 nothing is air
     box = (subject.attrs.get("bounding_box") if lowest >= 0 else None) or [(0, n) for n in subject.shape]
     extent = [(stop - start) * own for (start, stop), own in zip(box, subject.spacing, strict=True)]

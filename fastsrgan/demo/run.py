@@ -77,10 +77,8 @@ def run(
     start = weights.template_weights()
     folder = fresh_folder(Path(out), overwrite)
     stage = Stages()
-    cohort = stage(
-        "cohort",
-        lambda: make_cohort(folder / "cohort", n_train=2, n_test=1, seed=seed, sd_voxels=2.5, progress=progress),
-    )
+    drawn: dict[str, Any] = {"n_train": 2, "n_test": 1, "seed": seed, "sd_voxels": 2.5}
+    cohort = stage("cohort", lambda: make_cohort(folder / "cohort", progress=progress, **drawn))
     store = folder / "cohort.zarr"
     stage("convert", lambda: convert(cohort.csv, store, progress=progress))
     trained = stage("train", lambda: short_training(store, folder / "run", start, low_res_mm, device, progress))
@@ -134,27 +132,20 @@ def restore(
     hr, label = (whole_slices(v, low_res_mm) for v in (images.load(test.image), images.load_label(test.label)))
     scan, spline, label_map = acquire(hr, label, low_res_mm)
     scan_path = images.save(folder / "scan.nii.gz", scan.data, scan.affine)
-    infer = stage(
-        "infer",
-        lambda: infer_files(
-            [scan_path],
-            folder / "out",
-            trained,
-            patch=PATCH,
-            step=STEP,
-            new_resolution=list(hr.spacing),
-            profile="gaussian",  # that of acquire(), which best_linear() knows as well
-            device=device,
-            progress=progress,
-        ),
-    )
+    asked: dict[str, Any] = {"patch": PATCH, "step": STEP, "new_resolution": list(hr.spacing), "device": device}
+    asked["profile"] = "gaussian"  # that of acquire(), which best_linear() knows as well
+    infer = stage("infer", lambda: infer_files([scan_path], folder / "out", trained, progress=progress, **asked))
     files = infer["items"][0]["outputs"]
     sr, seg = images.load(files["sr"]), images.load(files["seg"])
     linear = best_linear(scan, spline)
-    scores = stage(
-        "evaluate",
-        lambda: evaluate_pair(sr, hr, seg=seg, label=label, mask=brain(hr), baseline=spline, baseline_seg=label_map),
-    )
+    others: dict[str, Any] = {
+        "seg": seg,
+        "label": label,
+        "mask": brain(hr),
+        "baseline": spline,
+        "baseline_seg": label_map,
+    }
+    scores = stage("evaluate", lambda: evaluate_pair(sr, hr, **others))
     plain = evaluate_pair(linear, hr, mask=brain(hr), baseline=spline)
     scores["linear"] = {key: plain[key] for key in ("image", "gain")}
     volumes = {"low": scan, "spline": spline, "linear": linear, "sr": sr, "truth": hr, "seg": seg, "label": label}
@@ -220,7 +211,5 @@ def row(name: str, scores: dict[str, Any]) -> dict[str, Any]:
 def draw(path: Path, volumes: dict[str, Volume], scores: dict[str, Any], low_res_mm: Triple) -> Path:
     """The picture of the demo."""
     title = f"{' x '.join(f'{r:g}' for r in low_res_mm)} mm scan of an unseen subject"
-    footer = (
-        "Synthetic subject made from the MNI152 template; shipped weights, a short training run; slice profile known"
-    )
-    return result_figure(path, volumes, captions(scores), title=title, footer=footer)
+    made = "Synthetic subject made from the MNI152 template; shipped weights, a short training run"
+    return result_figure(path, volumes, captions(scores), title=title, footer=f"{made}; slice profile known")

@@ -143,9 +143,8 @@ def evaluate_folders(
         reason = "holds SR_ images without the record of `job-model`, so of what they are is not known"
         raise InputError(results, reason, "list the files in a --table")
     if not items:
-        raise InputError(
-            results, "holds no STEM_sr.nii.gz", "name an output folder of `fastsrgan infer` or `job-model`"
-        )
+        reason = "holds no STEM_sr.nii.gz"
+        raise InputError(results, reason, "name an output folder of `fastsrgan infer` or `job-model`")
     left = _without_result(truth, results, items)
     return evaluate_items(
         results, items, png=png, choice=choice, progress=progress, telling=telling, left=left, truth=truth
@@ -312,9 +311,8 @@ def evaluate_items(
         named: dict[str, Any] = {"subject": item.subject} | ({} if item.line is None else {"line": item.line})
         try:
             if item.fault:
-                raise InputError(
-                    item.files.get("sr", item.subject), item.fault, "name it so, or list the files in a --table"
-                )
+                hint = "name it so, or list the files in a --table"
+                raise InputError(item.files.get("sr", item.subject), item.fault, hint)
             classes = (item.classes or choice.classes) if "label" in item.files else ()
             settings: dict[str, Any] = {
                 "png": picture,

@@ -337,9 +337,8 @@ def surface_distances(
     """
     a, b = binary(seg), binary(label)
     if a.shape != b.shape or a.ndim != 3:
-        raise InputError(
-            "surface distance", f"sizes differ or are not three: {a.shape} and {b.shape}", "two masks of one 3-D grid"
-        )
+        reason = f"sizes differ or are not three: {a.shape} and {b.shape}"
+        raise InputError("surface distance", reason, "two masks of one 3-D grid")
     if not a.any() or not b.any():
         return None
     # Whatever is nearest lies in the box around both: the distance transforms need no more.

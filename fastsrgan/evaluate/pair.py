@@ -223,9 +223,8 @@ def _overlap(
         return None, ()
     part = np.logical_and.reduce(list(parts.values()))
     if not part.any():
-        raise InputError(
-            "evaluate", f"{' and '.join(parts)} and the truth have no voxel in common", "check the affines"
-        )
+        reason = f"{' and '.join(parts)} and the truth have no voxel in common"
+        raise InputError("evaluate", reason, "check the affines")
     notes.append(
         f"scored on the overlap, {100 * part.mean():.1f} % of the truth's voxels: the rest lies outside the field of "
         f"view of {' and '.join(parts)}"

@@ -64,9 +64,8 @@ def new_tiles(plan: tiles.TilePlan, before: tiles.TilePlan | None) -> list[tiles
         return [plan]
     assert all(set(old) <= set(new) for old, new in zip(before.origins, plan.origins, strict=True))
     (x, y, _), (_, all_y, all_z) = before.origins, plan.origins
-    nx, ny, nz = (
-        tuple(o for o in new if o not in set(old)) for old, new in zip(before.origins, plan.origins, strict=True)
-    )
+    pairs = zip(before.origins, plan.origins, strict=True)
+    nx, ny, nz = (tuple(o for o in new if o not in set(old)) for old, new in pairs)
     grids = [(nx, all_y, all_z), (x, ny, all_z), (x, y, nz)]
     return [replace(plan, origins=grid) for grid in grids if all(grid)]
 
@@ -221,10 +220,11 @@ class _Levels:
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """On the device, or on the host when the device has no room."""
-    for place in sum_devices(device)[:-1]:
+    *firsts, last = sum_devices(device)
+    for place in firsts:
         try:
             return torch.zeros(shape, device=place)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-    return torch.zeros(shape, device=sum_devices(device)[-1])
+    return torch.zeros(shape, device=last)

@@ -15,6 +15,7 @@ import itertools
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Container, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -119,16 +120,8 @@ def infer_bids(
             try:
                 paths = [image.path for image in todo]
                 # What a killed run left on the stage is good if it was made with these settings; else it says so.
-                summary = infer_files(
-                    paths,
-                    stage,
-                    weights,
-                    overwrite=overwrite,
-                    resume=not overwrite,
-                    ranks=ranks,
-                    progress=progress,
-                    **options,
-                )
+                how: dict[str, Any] = {"overwrite": overwrite, "resume": not overwrite}
+                summary = infer_files(paths, stage, weights, **how, ranks=ranks, progress=progress, **options)
             except SomeFailed as error:
                 summary = error.summary
             except InputError as error:
@@ -147,9 +140,8 @@ def infer_bids(
                         path.unlink(missing_ok=True)
                     item |= failure({"status": "failed", "outputs": {}}, error)
         summary["items"] = sorted([*items, *summary["items"]], key=lambda item: item["input"])
-        summary |= {"out_dir": str(out)} | {
-            status: sum(item["status"] == status for item in summary["items"]) for status in STATUSES
-        }
+        counts = Counter(item["status"] for item in summary["items"])
+        summary |= {"out_dir": str(out)} | {status: counts[status] for status in STATUSES}
         if ranks.rank == 0:
             _finish(root, out, stage)
         if summary["failed"]:  # the stage and its summary file are gone
@@ -212,25 +204,16 @@ def _moved(item: dict[str, Any], image: BidsImage, root: Path, out: Path) -> dic
     structure = ", ".join(name for _, name in structures)
     several = ", ".join(name for _, name in mask_names(record["weights"]))
     told_mask = f"Segmentation of {several}" if several else "Likeliest mask class"
+    told_doubt = "Standard deviation that the error of the super-resolution image is taken to have"
+    told_residual = "The image minus the super-resolution image acquired again"
+    cortex, head = f"cortex{image.suffix}", {"SkullStripped": stripped}
     what: dict[str, tuple[PurePosixPath, dict[str, Any]]] = {
-        "seg": (image.derived(f"cortex{image.suffix}", "dseg"), {"Description": f"Segmentation of {structure}"}),
-        "prob": (image.derived(f"cortex{image.suffix}", "probseg"), {"Description": f"Probability of {structure}"}),
+        "seg": (image.derived(cortex, "dseg"), {"Description": f"Segmentation of {structure}"}),
+        "prob": (image.derived(cortex, "probseg"), {"Description": f"Probability of {structure}"}),
         "mask": (image.derived(f"mask{image.suffix}", "dseg"), {"Description": told_mask}),
-        "doubt": (
-            image.derived("doubt"),
-            {
-                "Description": "Standard deviation that the error of the super-resolution image is taken to have",
-                "SkullStripped": stripped,
-            },
-        ),
-        "residual": (
-            image.derived("residual"),
-            {"Description": "The image minus the super-resolution image acquired again", "SkullStripped": stripped},
-        ),
-        "sr": (
-            image.derived("sr"),
-            {"Description": "Super-resolution image", "SkullStripped": stripped, RECORD: record},
-        ),
+        "doubt": (image.derived("doubt"), {"Description": told_doubt, **head}),
+        "residual": (image.derived("residual"), {"Description": told_residual, **head}),
+        "sr": (image.derived("sr"), {"Description": "Super-resolution image", **head, RECORD: record}),
     }
     figure = out / image.folder.parent / "figures" / image.derived("sr", end=".png").name
     of_record = sidecar(out / what["sr"][0])

@@ -490,8 +490,7 @@ def _check_outputs(listed: Sequence[Image], job: ImageJob, replace: bool) -> Non
             standing += [target] if os.path.exists(target) else []  # False for a name that is too long
     if standing and not replace:
         more = f" and {counted(len(standing) - 1, 'more file')}" if len(standing) > 1 else ""
-        raise UsageError(
-            f"{standing[0]}{more}", "exists already and is kept", "--overwrite, --resume or another folder"
-        )
+        reason = "exists already and is kept"
+        raise UsageError(f"{standing[0]}{more}", reason, "--overwrite, --resume or another folder")
     for folder, names_there in folders.items():
         remove_abandoned(folder, names_there)

@@ -9,10 +9,11 @@ volume not much longer than a patch gains little, a warning says so.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,17 @@ from torch import Tensor
 
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.ranks import Ranks
-from fastsrgan.errors import FastsrganError, InputError, ModelError, ResourceError, UsageError, brief, counted
+from fastsrgan.errors import FastsrganError, ModelError, ResourceError, UsageError, brief, counted
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
-from fastsrgan.infer.planes import Done, Prepared, Results, Unfinished, air, keep_empty, nearest
+from fastsrgan.infer.planes import Done, Prepared, Results, Unfinished, air, keep_empty, nearest, wrong_mask
 from fastsrgan.infer.settings import HEAD, InferSettings
 from fastsrgan.infer.sweep import Sweep, predict, stream
 from fastsrgan.infer.tiles import Region, from_box, from_mask, head_box
 from fastsrgan.infer.values import AUTO, OFF
 from fastsrgan.volume import adapt
-from fastsrgan.volume.acquisition import Assumed, assumed, choose_weight, lacking_sd
-from fastsrgan.volume.consistency import SLAB_BYTES, Observation, agree, observation, residual
+from fastsrgan.volume.acquisition import Assumed, assumed, choose_weight, lacking_sd, rounded
+from fastsrgan.volume.consistency import SLAB_BYTES, Observation, agree, cuts, observation, residual
 from fastsrgan.volume.doubt import doubt_, summary
 from fastsrgan.volume.profile import shown
 from fastsrgan.volume.resample import slice_axis
@@ -73,9 +74,8 @@ def by_slabs(
 
     # The batch of the run that began: other batches would round otherwise.
     network.batch = files.facts["batch"]
-    facts = stream(
-        image.source, plan, network, write, region=image.region, done=files.done, progress=progress, label=label
-    )
+    more: dict[str, Any] = {"region": image.region, "done": files.done, "progress": progress, "label": label}
+    facts = stream(image.source, plan, network, write, **more)
     arrays = files.finish()
     return arrays["sr"], arrays["prob"], facts | {"begun_at_plane": begun_at}
 
@@ -107,9 +107,7 @@ def find_region(
         low, high = head_box(turn.apply(data_XYZ), old)
         return from_box(low, high, index), {"kind": "box, processed axes", "first": list(low), "last": list(high)}
     if np.shape(mask) != data_XYZ.shape:
-        raise InputError(
-            "mask", f"has the shape {np.shape(mask)}, the image {data_XYZ.shape}", "a mask on the grid of the image"
-        )
+        raise wrong_mask(mask, data_XYZ)
     region = from_mask(turn.apply(np.asarray(mask)), index)
     return region, {"kind": "mask", "voxels": int(np.count_nonzero(region.mask))}
 
@@ -133,9 +131,8 @@ def check_result(done: tuple[np.ndarray, np.ndarray], data_XYZ: np.ndarray, prec
     if low == high and data_XYZ.min() < brightest:
         warnings.append(f"every voxel of the SR image is {low:g}: the weights may be damaged, try others")
     if high - floor > BRIGHTER * (brightest - floor):
-        warnings.append(
-            f"the SR image reaches {high:.4g}, the image {brightest:.4g}: the weights may be damaged, try others"
-        )
+        told = f"the SR image reaches {high:.4g}, the image {brightest:.4g}"
+        warnings.append(f"{told}: the weights may be damaged, try others")
     for warning in warnings:
         log.warning("%s: %s", label, warning)
     return warnings
@@ -162,9 +159,8 @@ class Together:
 
     def __init__(self, ranks: Ranks) -> None:
         if ranks.local_world != ranks.world:
-            raise UsageError(
-                "--split-volume", "the ranks are on several machines", "one machine, or whole volumes each"
-            )
+            reason = "the ranks are on several machines"
+            raise UsageError("--split-volume", reason, "one machine, or whole volumes each")
         if ranks.world == 1:
             raise UsageError("--split-volume", "one process has nobody to share with", "torchrun --nproc-per-node N")
         self.ranks, self.left = ranks, 4
@@ -172,9 +168,8 @@ class Together:
     def vote(self, value: int = 0, error: BaseException | None = None) -> int:
         """Wait for all ranks; the smallest of their values. ResourceError where another one failed and this did not."""
         self.left -= 1
-        own = None if error is None else f"{type(error).__name__}: {error}"
-        if isinstance(error, FastsrganError):
-            own = str(error)
+        kind = "" if error is None or isinstance(error, FastsrganError) else f"{type(error).__name__}: "
+        own = None if error is None else f"{kind}{error}"
         reports = self.ranks.gather([own, value])
         failed = [(r, text) for r, (text, _) in enumerate(reports) if text]
         if failed:
@@ -251,14 +246,10 @@ def by_ranks(
             shown.complete()
             raise _Enough
 
-    try:
+    with contextlib.suppress(_Enough):
         if mine.first < mine.stop:
-            stream(
-                image.source, plan, network, write,
-                region=image.region, done=mine.first, progress=shown, label=label,
-            )  # fmt: skip
-    except _Enough:
-        pass
+            more: dict[str, Any] = {"region": image.region, "done": mine.first, "progress": shown, "label": label}
+            stream(image.source, plan, network, write, **more)
     seconds = time.perf_counter() - began
     together.vote()
     if files is not None:
@@ -405,7 +396,7 @@ def wanted(
         held = 6 * min(SLAB_BYTES, 4 * math.prod(image.source.shape)) + 8 * math.prod(shape)
         held += 12 * math.prod(shape) + image.beyond.held_bytes if image.beyond else 0
         held += 0 if _free(seen) else 4 * (2 * math.prod(shape) + _half(seen, shape))
-        if doubt and all(matrix is not None for matrix in seen.down):
+        if doubt and not seen.free:
             held += 5 * 4 * math.prod(image.source.shape)  # no axis that slabs could lie along
     held += 8 * math.prod(shape) if kept else 0
     weight = None if off or seen.is_identity else settings.agree
@@ -486,22 +477,18 @@ def _weight(left: np.ndarray, scan: np.ndarray, shown: np.ndarray, what: Wanted)
         return float(what.weight), None
     chosen = choose_weight(scan, what.full, what.across, what.believed.floor)
     if not chosen.noise or left.shape != scan.shape:
-        return _rounded(chosen.w), chosen.noise
+        return rounded(chosen.w), chosen.noise
     lacking = lacking_sd(left, shown, what.seen, what.across)
     ratio = NOTHING if chosen.noise**2 >= NOTHING * lacking**2 else (chosen.noise / lacking) ** 2
-    return _rounded(max(chosen.w, ratio)), chosen.noise
-
-
-def _rounded(w: float) -> float:
-    """To three digits: sums over voxels have other last bits with another layout of the array."""
-    return float(f"{w:.3g}")
+    return rounded(max(chosen.w, ratio)), chosen.noise
 
 
 def _agree(sr: np.ndarray, scan: np.ndarray, seen: Observation, w: float, floor: float) -> None:
     """In place, by slabs that lie along one axis in the processed orientation."""
     free = _free(seen)
-    for here in _slabs(sr, free[0]) if free else [(slice(None),)]:
-        agree(sr[here], scan[here], seen, w, floor, WHOLE if free else SLAB_BYTES, free[0] if free else 0)
+    axis, slab = (free[0], WHOLE) if free else (0, SLAB_BYTES)
+    for *_, here in cuts(sr, axis, 2 * SLAB_BYTES if free else WHOLE):
+        agree(sr[here], scan[here], seen, w, floor, slab, axis)
 
 
 def _percent(left: float, whole: float) -> float:
@@ -514,16 +501,9 @@ def _energy(array: np.ndarray, zero: float = 0.0) -> float:
 
 def _free(seen: Observation) -> list[int]:
     """Axes on which a result has the scan's own voxels."""
-    return [axis for axis in range(3) if seen.down[axis] is None and seen.align[axis] is None]
+    return [axis for axis in seen.free if seen.align[axis] is None]
 
 
 def _half(seen: Observation, shape: Sequence[int]) -> int:
     """Voxels of what ``agree`` has gone back with along all axes but the first."""
     return shape[0] * math.prod(m if d is None else d.shape[1] for m, d in zip(shape[1:], seen.down[1:], strict=True))
-
-
-def _slabs(array: np.ndarray, axis: int) -> Iterator[tuple[slice, ...]]:
-    n = array.shape[axis]
-    step = max(1, SLAB_BYTES * n // (4 * array.size))
-    for first in range(0, n, step):
-        yield (*(slice(None),) * axis, slice(first, min(first + step, n)))

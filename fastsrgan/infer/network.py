@@ -314,10 +314,8 @@ class TileNetwork:
             if not out_of_memory(error):
                 raise
             if len(indices) == 1:
-                sizes = " x ".join(map(str, plan.patch))
-                raise ResourceError(
-                    str(self.device), f"no memory for one tile of {sizes} voxels", "take a smaller --patch"
-                ) from error
+                reason = f"no memory for one tile of {' x '.join(map(str, plan.patch))} voxels"
+                raise ResourceError(str(self.device), reason, "take a smaller --patch") from error
         # Outside the handler, whose traceback keeps the failed attempt's activations alive.
         self.size = len(indices) // 2
         if self.compiled:
@@ -399,9 +397,8 @@ class Averaged(nn.Module):
         self.flips = [c for n in range(len(axes) + 1) for c in itertools.combinations([2 + a for a in axes], n)]
         channels = {network.channels for network in self.networks if network.channels is not None}
         if len(channels) > 1:
-            raise ModelError(
-                "weights", f"of {sorted(channels)} channels cannot be averaged", "models of the same classes"
-            )
+            reason = f"of {sorted(channels)} channels cannot be averaged"
+            raise ModelError("weights", reason, "models of the same classes")
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean over members and flips."""

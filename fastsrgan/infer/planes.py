@@ -119,12 +119,6 @@ class Held:
         real = (index >= 0) & (index < n)
         if not real.all():
             out.zero_()
-        one_plane = replace(
-            plan,
-            shape=(1, *plan.shape[1:]),
-            padded_shape=(1, *plan.padded_shape[1:]),
-            pad_before=(0, *plan.pad_before[1:]),
-        )
         at = 0
         while at < len(index):
             run = at + 1
@@ -132,10 +126,9 @@ class Held:
                 run += 1
             if real[at]:
                 some = self.source.planes(int(index[at]), int(index[run - 1]) + 1)
-                part = replace(
-                    one_plane, shape=(len(some), *plan.shape[1:]), padded_shape=(len(some), *plan.padded_shape[1:])
-                )
-                out[at:run] = tiles.pad(some, part)
+                shape, padded = ((len(some), *sizes[1:]) for sizes in (plan.shape, plan.padded_shape))
+                before = (0, *plan.pad_before[1:])
+                out[at:run] = tiles.pad(some, replace(plan, shape=shape, padded_shape=padded, pad_before=before))
             at = run
 
 
@@ -451,10 +444,9 @@ def target_spacing(
         reason = f"{times(wanted)} mm makes {voxels:.3g} voxels"
         raise ResourceError("new resolution", reason, "ask for a coarser resolution")
     if sizes is None and voxels > GROWTH * math.prod(shape):
-        reason = (
-            f"voxels of {times(own)} mm: {min(own):g} mm along all axes makes {voxels:.3g} voxels of {math.prod(shape)}"
-        )
-        raise InputError("image", reason, "correct the header, or say --new-resolution MM if the sizes are right")
+        made = f"{min(own):g} mm along all axes makes {voxels:.3g} voxels of {math.prod(shape)}"
+        hint = "correct the header, or say --new-resolution MM if the sizes are right"
+        raise InputError("image", f"voxels of {times(own)} mm: {made}", hint)
     return wanted  # type: ignore[return-value]
 
 
@@ -478,14 +470,19 @@ def masked(data_XYZ: np.ndarray, mask_XYZ: np.ndarray) -> np.ndarray:
     """
     mask = np.asarray(mask_XYZ)
     if mask.shape != data_XYZ.shape:
-        reason = f"has the shape {mask.shape}, the image {data_XYZ.shape}"
-        raise InputError("mask", reason, "a mask on the grid of the image")
+        raise wrong_mask(mask, data_XYZ)
     return np.where(mask > 0, data_XYZ, data_XYZ.dtype.type(air(data_XYZ)))
 
 
 def air(data_XYZ: np.ndarray) -> float:
     """0, or the lowest value of a scan where that is below."""
     return min(float(data_XYZ.min()), 0.0)
+
+
+def wrong_mask(mask: np.ndarray, data_XYZ: np.ndarray) -> InputError:
+    """For a mask of another size than its scan."""
+    reason = f"has the shape {np.shape(mask)}, the image {data_XYZ.shape}"
+    return InputError("mask", reason, "a mask on the grid of the image")
 
 
 def is_isotropic(spacing_mm: Sequence[float]) -> bool:

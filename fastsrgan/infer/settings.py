@@ -467,16 +467,9 @@ def add_options(parser: argparse._ActionsContainer, *names: str) -> None:
         if row.parse is None:
             parser.add_argument(flag, dest=name, action="store_true", help=row.help)
         else:
-            parser.add_argument(
-                flag,
-                dest=name,
-                type=row.parse,
-                default=_DEFAULTS[name] if row.typed is SAME else row.typed,
-                nargs=row.nargs,
-                metavar=row.metavar,
-                choices=tuple(row.choices) or None,
-                help=row.help,
-            )
+            words: dict[str, Any] = {"help": row.help, "metavar": row.metavar, "choices": tuple(row.choices) or None}
+            default = _DEFAULTS[name] if row.typed is SAME else row.typed
+            parser.add_argument(flag, dest=name, type=row.parse, nargs=row.nargs, default=default, **words)
         if row.instead:
             parser.add_argument(row.instead[0], dest=_switch(row.instead[0]), action="store_true", help=row.instead[2])
 

@@ -185,9 +185,7 @@ class Sweep:
         return self.known[value]
 
     def _nothing(self, part: tiles.TilePlan) -> Tensor:
-        channels = self.network.channels
-        if channels is None:
-            channels = self._constant(0.0, part).shape[1]
+        channels = self.network.channels or self._constant(0.0, part).shape[1]
         return torch.zeros((1, 1, 1, 1, 1), device=self.network.device).expand(1, channels, *part.patch)
 
 

@@ -9,7 +9,7 @@ import argparse
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from fastsrgan.config import AXES, MIN_SIZE, SIZE_MULTIPLE, SPACING_LIMITS
 from fastsrgan.errors import UsageError
@@ -26,32 +26,33 @@ AUTO, ON, OFF = "auto", "on", "off"
 # --- text of the command line -------------------------------------------------------------------------------------
 
 
-def tile_edge(text: str) -> int | None:
-    """``none`` or a number of voxels."""
-    if text.lower() == "none":
-        return None
-    try:
-        return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of voxels nor none") from error
+def word_or_number(*words: str, number: Callable[[str], Any] = float, told: str = "") -> Callable[[str], Any]:
+    """A parser of one of some words, ``none`` being None, or of a number; ``told``: what a text is neither of."""
+
+    def parse(text: str) -> Any:
+        if (word := text.lower()) in words:
+            return None if word == NONE else word
+        try:
+            return number(text)
+        except ValueError as error:
+            neither = told or f"{', '.join(words)} nor a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is neither {neither}") from error
+
+    return parse
 
 
-def step_size(text: str) -> int | str:
-    """``auto`` or a number of voxels."""
-    if text.lower() == "auto":
-        return "auto"
-    try:
-        return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of voxels nor auto") from error
+tile_edge = word_or_number(NONE, number=int, told="a number of voxels nor none")
+step_size = word_or_number(AUTO, number=int, told="a number of voxels nor auto")
+batch_size = word_or_number(AUTO, number=int, told="a number of tiles nor auto")
+size = word_or_number("same", told="a size in mm nor same")
 
 
 def _in_units(text: str, units: dict[str, float], what: str) -> float:
     number, unit = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
     try:
         value = float(number) * units[unit]
-    except (ValueError, KeyError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from error
+    except (ValueError, KeyError):
+        value = math.nan
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return value
@@ -76,40 +77,6 @@ def voxels(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of voxels from 1 up")
     return number
-
-
-def size(text: str) -> float | str:
-    """``same`` or a number of millimetres."""
-    if text.lower() == "same":
-        return "same"
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a size in mm nor same") from error
-
-
-def word_or_number(*words: str) -> Callable[[str], str | float]:
-    """A parser of one of some words, or a number."""
-
-    def parse(text: str) -> str | float:
-        if text.lower() in words:
-            return text.lower()
-        try:
-            return float(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is neither {', '.join(words)} nor a number") from error
-
-    return parse
-
-
-def batch_size(text: str) -> int | str:
-    """``auto`` or a number of tiles."""
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tiles nor auto") from error
 
 
 # --- windows --------------------------------------------------------------------------------------------------------
@@ -146,8 +113,8 @@ def per_axis(what: str, value: PerAxis | Step) -> tuple:
     try:
         items = tuple(value)  # type: ignore[arg-type]
         whole = tuple(None if v is None else int(v) for v in items)
-    except (TypeError, ValueError) as error:
-        raise UsageError(what, f"{value!r} is not allowed", "one whole number, or three") from error
+    except (TypeError, ValueError):
+        items = whole = ()
     if len(whole) != 3 or any(v != number for v, number in zip(items, whole, strict=True)):
         raise UsageError(what, f"{value!r} is not allowed", "one whole number, or three")
     return whole
@@ -179,9 +146,9 @@ def millimetres(new_resolution: Resolution) -> Literal["same"] | tuple[float, ..
 
     if new_resolution is None:
         return None
-    if isinstance(new_resolution, str) and new_resolution == "same":
-        return "same"
     if isinstance(new_resolution, str):
+        if new_resolution == "same":
+            return "same"
         hint = "millimetres (one or three numbers), or same"
         raise UsageError("new resolution", f"{new_resolution!r} is not allowed", hint)
     try:
@@ -204,11 +171,8 @@ def flip_axes(flips: str) -> tuple[int, ...]:
     if flips in (NONE, AUTO):
         return ()
     if not flips or len(set(flips)) < len(flips) or not set(flips) <= set(AXES):
-        raise UsageError(
-            "flips",
-            f"{flips!r} is not allowed",
-            "auto, none, or the axes of the image to flip: x, y, z, xy, xz, yz or xyz",
-        )
+        hint = "auto, none, or the axes of the image to flip: x, y, z, xy, xz, yz or xyz"
+        raise UsageError("flips", f"{flips!r} is not allowed", hint)
     return tuple(sorted(AXES.index(axis) for axis in flips))
 
 

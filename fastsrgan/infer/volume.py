@@ -110,17 +110,9 @@ def infer_volume(
         NaN or infinite voxels.
     """
     return process(
-        data_XYZ,
-        affine,
-        generator,
-        InferSettings.of(options, files=False),
-        interpolate,
-        scratch=scratch,
-        beside=beside,
-        together=together,
-        progress=progress,
-        label=label,
-    )
+        data_XYZ, affine, generator, InferSettings.of(options, files=False), interpolate,
+        scratch=scratch, beside=beside, together=together, progress=progress, label=label,
+    )  # fmt: skip
 
 
 def process(
@@ -190,12 +182,10 @@ def _process(
         if settings.in_levels:
             sr, prob, facts = by_levels(image, levels, network, settings.budget, progress, label)
             plan = levels[len(facts["levels"]) - 1].plan
-        elif together:
+        elif memory.mode == SLABS:  # of ranks that share a volume it always is
             assert scratch is not None
-            sr, prob, facts = by_ranks(image, plan, network, Path(scratch), key, together, progress, label)
-        elif memory.mode == SLABS:
-            assert scratch is not None
-            sr, prob, facts = by_slabs(image, plan, network, Path(scratch), key, progress, label)
+            by = functools.partial(by_ranks, together=together) if together else by_slabs
+            sr, prob, facts = by(image, plan, network, Path(scratch), key, progress=progress, label=label)
         else:
             sr, prob, facts = in_memory(image, plan, network, progress, label)
     odd = check_result((sr, prob), data, settings.precision, label)
@@ -296,10 +286,9 @@ def _adapted(
         network.device, image.share if image.beyond else None,
     )  # fmt: skip
     if told["trials"]:
-        line = (
-            "%s: tried on the scan's own slices, network and agreement gain %.2f dB over interpolation, %.2f if adapted"
-        )
-        log.info(line, label, told["gain_db_without"], told["gain_db"])
+        gains = told["gain_db_without"], told["gain_db"]
+        line = "%s: tried on the scan's own slices, network and agreement gain %.2f dB over interpolation, %.2f if "
+        log.info(line + "adapted", label, *gains)
     return told
 
 
@@ -319,9 +308,8 @@ def _prepared(
         z, wanted = interpolate(norm.apply(data), spacing, wanted)
         source = Whole(z)
     else:
-        raise UsageError(
-            "interpolation", "only the segsrgan geometry has others than the spline", "--geometry segsrgan"
-        )
+        reason = "only the segsrgan geometry has others than the spline"
+        raise UsageError("interpolation", reason, "--geometry segsrgan")
     return Prepared(source, turn, norm, spacing, wanted, geometry)
 
 
@@ -378,17 +366,11 @@ def _memory(
     if together and batch == "auto":
         # A group of slabs is the least that a rank can do: here it is to be one slab.
         batch = min(counted.choose_batch(batch, plan), max(1, plan.grid[1] * plan.grid[2] // GROUP_BATCHES))
-    job = TilingJob(
-        plan,
-        (counted.channels or 2) + bool(agreeing and agreeing.doubt),
-        image.source.held_bytes if isinstance(image.source, Interpolated) else 0,
-        settings.in_levels,
-        can_stream,
-        together is not None,
-        isinstance(network.generator, Averaged),
-        agreeing.held_bytes if agreeing else 0,
-        bool(agreeing and agreeing.adapt),
-    )
+    channels = (counted.channels or 2) + bool(agreeing and agreeing.doubt)
+    held = image.source.held_bytes if isinstance(image.source, Interpolated) else 0
+    averaged = isinstance(network.generator, Averaged)
+    after: dict[str, Any] = {"after": agreeing.held_bytes, "tried": bool(agreeing.adapt)} if agreeing else {}
+    job = TilingJob(plan, channels, held, settings.in_levels, can_stream, together is not None, averaged, **after)
     memory = plan_memory(job, counted, batch, settings.max_memory, beside)
     if beside:
         beside.settle(memory.has(RESULT_BEFORE), memory.has(NEXT_IMAGE))

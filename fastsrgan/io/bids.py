@@ -98,16 +98,8 @@ def find_bids(
         raise no_such_file(root)
     if not root.is_dir() or not any(root.glob("sub-*/")):
         raise InputError(root, "holds no folder sub-...", "name the root of a BIDS dataset")
-    wanted = {p.removeprefix("sub-") for p in participants}
-    there = {p.name.removeprefix("sub-") for p in root.glob("sub-*") if p.is_dir()}
-    if wanted - there:
-        shown = ", ".join(sorted(there)[:10]) + (", ..." if len(there) > 10 else "")
-        raise InputError(root, f"no participant {', '.join(sorted(wanted - there))}", f"there are {shown}")
-    visits = {s.removeprefix("ses-") for s in sessions}
-    known = {p.name.removeprefix("ses-") for p in root.glob("sub-*/ses-*/") if p.is_dir()}
-    if visits - known:
-        shown = ", ".join(sorted(known)[:10]) + (", ..." if len(known) > 10 else "")
-        raise InputError(root, f"no session {', '.join(sorted(visits - known))}", f"there are {shown or 'none'}")
+    wanted = _labels(root, "participant", "sub-", participants, "sub-*")
+    visits = _labels(root, "session", "ses-", sessions, "sub-*/ses-*/")
     found, left = [], []
     for pattern in ("sub-*/anat", "sub-*/ses-*/anat"):
         for path in (path for folder in sorted(root.glob(f"{pattern}/")) for path in sorted(folder.iterdir())):
@@ -152,6 +144,16 @@ def find_bids(
     if left and desc is None:
         log.info("%s: %s not taken: %s", root, counted(len(left), "image is", "images are"), some)
     return sorted(found, key=lambda image: str(image.path))
+
+
+def _labels(root: Path, what: str, front: str, asked: Sequence[str], places: str) -> set[str]:
+    """Labels without their front. Raises InputError where a dataset has no folder of one."""
+    wanted = {label.removeprefix(front) for label in asked}
+    there = {path.name.removeprefix(front) for path in root.glob(places) if path.is_dir()}
+    if wanted - there:
+        some = ", ".join(sorted(there)[:10]) + ", ..." * (len(there) > 10)
+        raise InputError(root, f"no {what} {', '.join(sorted(wanted - there))}", f"there are {some or 'none'}")
+    return wanted
 
 
 def description(name: str, version: str, sources: dict[str, str]) -> dict[str, Any]:

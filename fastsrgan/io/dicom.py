@@ -16,19 +16,19 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.errors import InputError, ResourceError, counted
-from fastsrgan.io.dicom_header import DIRECTION_TOLERANCE, TRAITS, Frame, check_axes, pixels
+from fastsrgan.io.dicom_header import DIRECTION_TOLERANCE, HINT, TRAITS, Frame, check_axes, pixels
 from fastsrgan.io.dicom_header import SUFFIXES as SUFFIXES
 from fastsrgan.io.dicom_series import NAMED, Series, select, tell_others
 from fastsrgan.io.dicom_series import is_dicom as is_dicom
 from fastsrgan.io.dicom_series import sha256 as sha256
-from fastsrgan.io.nifti_header import LARGER
+from fastsrgan.io.formats import LPS_TO_RAS
+from fastsrgan.io.nifti_header import LARGER, odd_range
 from fastsrgan.io.nifti_header import check_axes as check_affine
 from fastsrgan.volume.geometry import Volume
 
 MAX_VOXELS = 2**31
 SPACING_TOLERANCE = 0.01  # of the slice spacing
 ROUNDING_MM = 0.01  # headers hold decimal text
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 CONVERT = "convert it with dcm2niix, and give the NIfTI file"
 # dcm2niix writes a corrected image beside the one with the fault.
 TILTED = "convert it with dcm2niix, and give the file NAME_Tilt_1.nii, which it corrects"
@@ -83,11 +83,8 @@ def load(
     try:
         data = np.empty(shape, dtype, order="F")
     except MemoryError:
-        raise ResourceError(
-            path,
-            f"not enough memory for {columns} x {rows} x {len(frames)} voxels",
-            "end other programs, or take a machine with more",
-        ) from None
+        reason = f"not enough memory for {columns} x {rows} x {len(frames)} voxels"
+        raise ResourceError(path, reason, "end other programs, or take a machine with more") from None
     stored = _fill(data, frames, warnings)
     scaled = len({(f.slope, f.inter) for f in frames}) > 1
     if scaled and stored.kind in "iu":
@@ -98,10 +95,7 @@ def load(
         )
         stored = np.dtype(np.float32)
     low, high = float(data.min()), float(data.max())
-    if low == high:
-        warnings.append(f"the image is constant: every voxel is {low:g}")
-    elif low < 0:
-        warnings.append(f"intensities are negative, down to {low:g}")
+    warnings += odd_range(low, high)
     meta = {
         "path": str(path),
         "format": "DICOM",
@@ -143,20 +137,14 @@ def _pick(path: str | os.PathLike, stacks: list[list[Frame]], volume: int | None
 
 def _differences(stacks: list[list[Frame]]) -> str:
     """': 0 ImageType ORIGINAL\\PRIMARY\\M, 1 ...': what tells the volumes apart, as far as a line takes it."""
-    values = [[_common(stack, k) for stack in stacks] for k in range(len(TRAITS))]
+    found = [[{frame.traits[k] for frame in stack} for stack in stacks] for k in range(len(TRAITS))]
+    values = [[one.pop() if len(one) == 1 else "" for one in column] for column in found]  # what all slices share
     telling = [k for k, column in enumerate(values) if len(set(column)) > 1 and all(column)]
     if not telling:
         return ", told apart by the order of their images alone"
-    shown = [
-        f"{v} {', '.join(f'{TRAITS[k]} {values[k][v]}' for k in telling[:NAMED])}" for v in range(min(len(stacks), 8))
-    ]
+    some = range(min(len(stacks), 8))
+    shown = [f"{v} {', '.join(f'{TRAITS[k]} {values[k][v]}' for k in telling[:NAMED])}" for v in some]
     return f": {'; '.join(shown)}" + "; ..." * (len(stacks) > 8)
-
-
-def _common(stack: list[Frame], trait: int) -> str:
-    """The value that all slices of a volume share, or nothing."""
-    found = {frame.traits[trait] for frame in stack}
-    return found.pop() if len(found) == 1 else ""
 
 
 def _volumes(path: str | os.PathLike, series: Series) -> tuple[list[list[Frame]], str]:
@@ -250,7 +238,9 @@ def _grid(path: str | os.PathLike, frames: list[Frame], images: int) -> tuple[np
     row, column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
     positions = np.array([f.position for f in frames])
     if len(frames) == 1:
-        step = _normal(first) * _lone_spacing(first)
+        if not (spacing := first.between or first.thickness):
+            raise InputError(first.path, "is a single slice without a thickness", "give the folder of its series")
+        step = _normal(first) * spacing
     else:
         steps = np.diff(positions @ _normal(first))
         step = (positions[-1] - positions[0]) / (len(frames) - 1)
@@ -282,13 +272,6 @@ def _grid(path: str | os.PathLike, frames: list[Frame], images: int) -> tuple[np
     return LPS_TO_RAS @ affine, warnings
 
 
-def _lone_spacing(frame: Frame) -> float:
-    spacing = frame.between or frame.thickness
-    if not spacing:
-        raise InputError(frame.path, "is a single slice without a thickness", "give the folder of its series")
-    return spacing
-
-
 def _rounding(frames: list[Frame]) -> float:
     """How far the positions of slices may be rounded off, in mm: half of their last digit where all of them have one
     digit behind the point, as some exports and anonymisers write them; else ``ROUNDING_MM``."""
@@ -318,20 +301,16 @@ def _fill(data_XYZ: np.ndarray, frames: list[Frame], warnings: list[str]) -> np.
         by_file[frame.path].append(k)
     stored = np.dtype(np.int16)
     for file, slices in by_file.items():
-        decoded = pixels(file, frames[slices[0]].shape)
-        stored = decoded.dtype
-        if len(decoded) > frames[slices[0]].count:
-            held = counted(len(decoded), "frame")
-            told = f"{file.name} has pixels of {held}, its header describes {frames[slices[0]].count}"
+        first = frames[slices[0]]
+        decoded = pixels(file, first.shape)
+        stored, held = decoded.dtype, counted(len(decoded), "frame")
+        if len(decoded) > first.count:
+            told = f"{file.name} has pixels of {held}, its header describes {first.count}"
             warnings.append(f"{told}: the others are left out")
         for k in slices:
             f = frames[k]
             if f.index >= len(decoded):
-                raise InputError(
-                    file,
-                    f"truncated: {counted(len(decoded), 'frame')}, the header describes more",
-                    "copy or export the file again",
-                )
+                raise InputError(file, f"truncated: {held}, the header describes more", HINT)
             data_XYZ[:, :, k] = decoded[f.index][::-1].T
             if f.slope != 1 or f.inter != 0:
                 data_XYZ[:, :, k] *= data_XYZ.dtype.type(f.slope)

@@ -41,65 +41,24 @@ _NO_ACQUISITION = {
 }
 DIRECTION_TOLERANCE = 1e-3  # of unit vectors; a slice axis off the normal by more makes a sheared grid
 # What tells images at the same place apart.
-_TRAITS = (
-    "EchoTime",
-    "EchoNumbers",
-    "ComplexImageComponent",
-    "InversionTime",
-    "EffectiveEchoTime",
-    "TemporalPositionIdentifier",
-    "TemporalPositionIndex",
-    "DiffusionBValue",
-    "DiffusionGradientOrientation",
-    "AcquisitionNumber",
-    "FrameAcquisitionNumber",
-    "TriggerTime",
-    "ImageType",
-    "FrameType",
+TRAITS = (
+    *("EchoTime", "EchoNumbers", "ComplexImageComponent", "InversionTime", "EffectiveEchoTime"),
+    *("TemporalPositionIdentifier", "TemporalPositionIndex", "DiffusionBValue", "DiffusionGradientOrientation"),
+    *("AcquisitionNumber", "FrameAcquisitionNumber", "TriggerTime", "ImageType", "FrameType"),
 )
 # Functional groups that hold what a frame needs.
 _MACROS = (
-    "FrameContentSequence",
-    "PlanePositionSequence",
-    "PlaneOrientationSequence",
-    "PixelMeasuresSequence",
-    "PixelValueTransformationSequence",
-    "MREchoSequence",
-    "MRDiffusionSequence",
-    "MRImageFrameTypeSequence",
+    *("FrameContentSequence", "PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"),
+    *("PixelValueTransformationSequence", "MREchoSequence", "MRDiffusionSequence", "MRImageFrameTypeSequence"),
     "DiffusionGradientDirectionSequence",
 )
 _TAGS = (
-    *_TRAITS,
-    "SOPClassUID",
-    "SOPInstanceUID",
-    "PatientID",
-    "StudyDate",
-    "InstanceNumber",
-    "Rows",
-    "Columns",
-    "NumberOfFrames",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "SeriesInstanceUID",
-    "SeriesNumber",
-    "SeriesDescription",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "PixelSpacing",
-    "SliceThickness",
-    "SpacingBetweenSlices",
-    "RescaleSlope",
-    "RescaleIntercept",
-    "ImagesInAcquisition",
-    "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
+    *(*TRAITS, "SOPClassUID", "SOPInstanceUID", "PatientID", "StudyDate", "InstanceNumber", "Rows", "Columns"),
+    *("NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "SeriesInstanceUID", "SeriesNumber"),
+    *("SeriesDescription", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"),
+    *("SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "ImagesInAcquisition"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
-
-
-TRAITS = _TRAITS
-
-
 _BEHIND_UID = ("SeriesNumber", "InstanceNumber", "ImagePositionPatient", "Rows")
 
 
@@ -289,18 +248,16 @@ def pixels(path: Path, shape: tuple[int, int]) -> np.ndarray:
     try:
         decoded = ds.pixel_array
     except MemoryError:
-        raise ResourceError(
-            path, "not enough memory for its frames", "end other programs, or take a machine with more"
-        ) from None
+        hint = "end other programs, or take a machine with more"
+        raise ResourceError(path, "not enough memory for its frames", hint) from None
     except Exception as error:  # pydicom and its decoders raise many kinds
         syntax = getattr(ds.file_meta, "TransferSyntaxUID", None)
         # A damaged UID names no syntax, and pydicom refuses to say whether it is one of compression.
         packed = syntax is not None and getattr(syntax, "is_transfer_syntax", False) and syntax.is_compressed
         if syntax is not None and packed and isinstance(error, (RuntimeError, NotImplementedError, ImportError)):
             hint = "pip install pylibjpeg[all], or decompress it with dcm2niix or gdcmconv"
-            raise InputError(
-                path, f"its pixels are compressed ({syntax.name}) and no decoder is there", hint
-            ) from error
+            reason = f"its pixels are compressed ({syntax.name}) and no decoder is there"
+            raise InputError(path, reason, hint) from error
         raise InputError(path, f"its pixels cannot be decoded: {_line(error)}", HINT) from error
     if decoded.shape[-2:] != shape:
         raise InputError(path, f"its pixels are {decoded.shape}, the header says {shape}", HINT)
@@ -360,11 +317,8 @@ def _frames(path: Path, ds: Any, fault: str) -> Iterator[Frame]:
     groups = list(_sequence(ds, "PerFrameFunctionalGroupsSequence"))
     shared = next(iter(_sequence(ds, "SharedFunctionalGroupsSequence")), None)
     if count > 1 and len(groups) != count:
-        fault = (
-            fault
-            or f"has {counted(count, 'frame')} and places for {len(groups)}: only enhanced images say where frames are"
-        )
-        groups = []
+        told = f"has {counted(count, 'frame')} and places for {len(groups)}"
+        fault, groups = fault or f"{told}: only enhanced images say where frames are", []
     if not groups:
         yield _frame(path, 0, ds, [ds], fault)
         return
@@ -421,7 +375,7 @@ def _frame(path: Path, index: int, ds: Any, sources: list[Any], fault: str) -> F
         thickness=number("SliceThickness"),
         between=abs(number("SpacingBetweenSlices")),
         instance=int(_number(path, ds, "InstanceNumber", 0)),
-        traits=tuple("\\".join(map(str, _values(find(n), n))) for n in _TRAITS),
+        traits=tuple("\\".join(map(str, _values(find(n), n))) for n in TRAITS),
         expected=int(_number(path, ds, "ImagesInAcquisition", 0)),
         fault=faults[0] if faults else "",
         count=max(1, int(_number(path, ds, "NumberOfFrames", 1))),

@@ -6,7 +6,6 @@ and cannot be read is never passed over in silence.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -31,7 +30,7 @@ from fastsrgan.io.dicom_header import (
     what_is_there,
 )
 from fastsrgan.io.nifti_header import FORMAT_BYTES, WAYS, other_format
-from fastsrgan.io.nifti_voxels import no_such_file, open_stream
+from fastsrgan.io.nifti_voxels import no_such_file, open_stream, sha256_of
 
 log = logging.getLogger("fastsrgan")
 
@@ -189,17 +188,16 @@ def select(path: str | os.PathLike, series: str | None = None) -> Series:
     files that cannot be read and may be slices of it.
     """
     look = _look(path)
-    found = look.series
+    chosen = found = look.series
     if series is None:
         look.unusable = [s for s in found if not s.usable]
-        # Without any place, as screen shots, reports and segmentations: taken only where there is nothing else.
-        chosen = [s for s in found if s.usable] or found
     else:
         wanted = str(series).strip()
         chosen = [s for s in found if wanted in (s.number, s.uid)]
         chosen = chosen or [s for s in found if wanted and wanted.casefold() == s.description.casefold()]
         chosen = chosen or [s for s in found if wanted and wanted.casefold() in s.description.casefold()]
-        chosen = [s for s in chosen if s.usable] or chosen
+    # Without any place, as screen shots, reports and segmentations: taken only where there is nothing else.
+    chosen = [s for s in chosen if s.usable] or chosen
     if len(chosen) == 1:
         return _whole(path, chosen[0], look, series)
     if not chosen:
@@ -211,9 +209,8 @@ def select(path: str | os.PathLike, series: str | None = None) -> Series:
     hint = "choose one with --series NUMBER" if told_apart else "choose one with --series UID"
     folders = {os.path.relpath(s.frames[0].path.parent, path) for s in chosen}
     if not told_apart and len(folders) == len(chosen) and "." not in folders:
-        hint += ", or name the sub-folders, each for a result of its own: " + " ".join(
-            os.path.join(path, folder) for folder in sorted(folders)[:NAMED]
-        )
+        some = " ".join(os.path.join(path, folder) for folder in sorted(folders)[:NAMED])
+        hint += f", or name the sub-folders, each for a result of its own: {some}"
     raise UsageError(path, what, hint)
 
 
@@ -236,25 +233,14 @@ def _whole(path: str | os.PathLike, chosen: Series, look: _Listing, series: str 
         raise InputError(path, f"a file that may be a slice of the series cannot be read: {files}", hint)
     whose = {True: "of another series", False: "it does not say of which series it is"}
     told = [f"{b.what} {b.reason}: left out, {whose[bool(b.uid)]}" for b in look.damaged]
-    told += [
-        f"series {s} is left out, its {s.frames[0].path.name} {s.frames[0].fault}"
-        for s in look.unusable
-        if s is not chosen
-    ]
+    left = [(s, s.frames[0]) for s in look.unusable if s is not chosen]
+    told += [f"series {s} is left out, its {first.path.name} {first.fault}" for s, first in left]
     return replace(chosen, damaged=(), others=tuple(look.others), warnings=(*chosen.warnings, *told))
 
 
 def sha256(path: str | os.PathLike, series: str | None = None) -> str:
     """SHA-256 over the files of a series, one after the other by name: another image, or one more, changes it."""
-    digest = hashlib.sha256()
-    for file in sorted({frame.path for frame in select(path, series).frames}):
-        try:
-            digest.update(file.read_bytes())
-        except OSError as error:
-            raise InputError(
-                file, f"cannot be read: {error.strerror or error}", "check the path and its permissions"
-            ) from error
-    return digest.hexdigest()
+    return sha256_of(sorted({frame.path for frame in select(path, series).frames}))
 
 
 def _grouped(frames: Sequence[Frame], damaged: Sequence[DamagedFile]) -> list[Series]:

@@ -22,7 +22,7 @@ import numpy as np
 from fastsrgan.errors import InputError, ResourceError, human, times
 from fastsrgan.io import nifti_header as nifti_check
 from fastsrgan.io.itk_header import EXPORT_AGAIN, LONGEST_TEXT, ItkHeader, is_true, number, read_header
-from fastsrgan.io.nifti_header import FORMAT_BYTES, LARGER, halves, invertible
+from fastsrgan.io.nifti_header import FORMAT_BYTES, halves, invertible
 from fastsrgan.io.nifti_voxels import (
     CHUNK_BYTES,
     COPY_AGAIN,
@@ -74,17 +74,6 @@ def examine(path: str | os.PathLike, max_voxels: int) -> NiftiFile:
 def parts(path: str | os.PathLike) -> tuple[Path, ...]:
     """The files that an image consists of, the header first. Raises InputError for half of a pair."""
     return format_of(path).parts(Path(path))
-
-
-def _one_file(path: Path) -> tuple[Path, ...]:
-    return (path,)
-
-
-def _limit(file: NiftiFile, max_voxels: int) -> NiftiFile:
-    if file.voxels > max_voxels:
-        reason = f"{times(file.shape)} voxels are more than the limit of {max_voxels}"
-        raise InputError(file.path, reason, LARGER)
-    return file
 
 
 def _turned(sizes: str) -> str:
@@ -147,44 +136,19 @@ def examine_mgh(path: Path, max_voxels: int) -> NiftiFile:
     if min(fields[:3]) < 0:
         warnings.append(_turned(times(fields[:3])))
     dtype, shape = np.dtype(_MGH_TYPES[kind]), (sizes[0], sizes[1], sizes[2])
-    meta = _meta(path, "MGH", dtype, shape, sizes[3], "vox2ras" if placed == 1 else "none")
+    meta = nifti_check.meta_of(path, "MGH", dtype, shape, sizes[3])
+    meta |= {"orientation": "vox2ras"} if placed == 1 else {}
     file = MghFile(path, path, shape, sizes[3], dtype, _MGH_OFFSET, 1.0, 0.0, affine, warnings, meta)
     file.check_size()
-    return _limit(file, max_voxels)
-
-
-def _meta(path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], volumes: int, orientation: str) -> dict:
-    return {
-        "path": str(path),
-        "format": name,
-        "byte_order": "big" if dtype.str[0] == ">" else "little",
-        "stored_dtype": dtype.newbyteorder("=").name,
-        "stored_shape": shape,
-        "volumes": volumes,
-        "slope": 1.0,
-        "inter": 0.0,
-        "units": "mm",
-        "orientation": orientation,
-        "space_code": 1,
-    }
+    return nifti_check.within_limit(file, max_voxels)
 
 
 # --- NRRD and MetaImage, which SimpleITK reads ---------------------------------------------------------------------
 
 _ITK_MARKS = {"NRRD": (b"NRRD",), "MetaImage": (b"ObjectType", b"Comment", b"NDims")}
 _ITK_READERS = {"NRRD": "NrrdImageIO", "MetaImage": "MetaImageIO"}
-_ITK_TYPES = {
-    "sitkUInt8": "u1",
-    "sitkInt8": "i1",
-    "sitkUInt16": "u2",
-    "sitkInt16": "i2",
-    "sitkUInt32": "u4",
-    "sitkInt32": "i4",
-    "sitkUInt64": "u8",
-    "sitkInt64": "i8",
-    "sitkFloat32": "f4",
-    "sitkFloat64": "f8",
-}
+_ITK_TYPES = {f"{kind}{8 * n}": f"{code}{n}" for kind, code in (("UInt", "u"), ("Int", "i")) for n in (1, 2, 4, 8)}
+_ITK_TYPES |= {"Float32": "f4", "Float64": "f8"}
 _BODY_SPACE = re.compile(rb"^space:\s*(right|left|[rl][ap]s)", re.MULTILINE | re.IGNORECASE)
 
 
@@ -198,9 +162,8 @@ class ItkFile(NiftiFile):
         try:
             image = _itk_reader(sitk, self.path, self.meta["format"]).Execute()
         except MemoryError:
-            raise ResourceError(
-                self.path, f"not enough memory for {human(self.declared_bytes)}", "write it as .nii.gz"
-            ) from None
+            reason = f"not enough memory for {human(self.declared_bytes)}"
+            raise ResourceError(self.path, reason, "write it as .nii.gz") from None
         except RuntimeError as error:
             raise InputError(self.path, f"is damaged: {_itk_line(error)}", COPY_AGAIN) from error
         array = sitk.GetArrayViewFromImage(image)  # slowest axis first; volumes of a list come last, as components
@@ -292,9 +255,8 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
             told = f"its axis {blank.index(True)} has no voxel size, and nothing says what it is"
             raise InputError(path, told, NAME_LIST)
         count, listed = reader.GetNumberOfComponents(), _is_list(reader) and dims == 3
-        codes = {getattr(sitk, key): code for key, code in _ITK_TYPES.items()}
-        codes |= {getattr(sitk, f"sitkVector{key.removeprefix('sitk')}"): code for key, code in _ITK_TYPES.items()}
-        kind = codes.get(reader.GetPixelID())
+        kinds = [(f"sitk{each}{kind}", code) for kind, code in _ITK_TYPES.items() for each in ("", "Vector")]
+        kind = next((code for name, code in kinds if reader.GetPixelID() == getattr(sitk, name)), None)
         if (count > 1 and not listed) or kind is None:
             told = "has vectors, colours or complex numbers in each voxel"
             raise InputError(path, told, "save one component as a 3-D image")
@@ -319,13 +281,13 @@ def _itk(name: str) -> Callable[[Path, int], NiftiFile]:
         elif name == "NRRD" and not _BODY_SPACE.search(text):
             warnings.append("its space names no directions of the body: axes taken as left, posterior, superior")
         volumes = count * math.prod(sizes[3:])
-        meta = _meta(path, name, dtype, shape, volumes, "patient" if placed else "none")
+        meta = nifti_check.meta_of(path, name, dtype, shape, volumes) | ({"orientation": "patient"} if placed else {})
         file = ItkFile(path, path, shape, volumes, dtype, 0, 1.0, 0.0, affine, warnings, meta)
-        held = header.bytes_held()
+        held = sum(part.stat().st_size for part in header.files or (path,))
         if file.declared_bytes > held * DEFLATE_LIMIT:
             told = f"truncated: {times(sizes)} voxels are declared, {human(file.declared_bytes)}"
             raise InputError(path, f"{told}, which {human(held)} cannot hold", COPY_AGAIN)
-        return _limit(file, max_voxels)
+        return nifti_check.within_limit(file, max_voxels)
 
     return examine_itk
 
@@ -346,9 +308,8 @@ def _sitk(path: Path) -> Any:
     try:
         import SimpleITK
     except ImportError as error:
-        raise ResourceError(
-            path, "NRRD and MetaImage files need SimpleITK", "pip install 'fastsrgan[sitk]', or convert it to .nii.gz"
-        ) from error
+        reason = "NRRD and MetaImage files need SimpleITK"
+        raise ResourceError(path, reason, "pip install 'fastsrgan[sitk]', or convert it to .nii.gz") from error
     return SimpleITK
 
 
@@ -356,9 +317,8 @@ def _itk_reader(sitk: Any, path: Path, name: str) -> Any:
     try:
         str(path).encode("utf8")
     except UnicodeEncodeError as error:  # SimpleITK would end the process
-        raise InputError(
-            path, "its name holds bytes that are no UTF-8, which SimpleITK cannot open", "rename it"
-        ) from error
+        reason = "its name holds bytes that are no UTF-8, which SimpleITK cannot open"
+        raise InputError(path, reason, "rename it") from error
     reader = sitk.ImageFileReader()
     reader.SetImageIO(_ITK_READERS[name])
     reader.SetFileName(str(path))
@@ -376,13 +336,8 @@ def _itk_line(error: Exception) -> str:
 
 
 FORMATS = (
-    Format(
-        "NIfTI",
-        (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img"),
-        nifti_check.examine,
-        lambda path: tuple(dict.fromkeys(halves(path))),
-    ),
-    Format("FreeSurfer MGH", (".mgh.gz", ".mgz", ".mgh"), examine_mgh, _one_file),
+    Format("NIfTI", nifti_check.ENDINGS, nifti_check.examine, lambda path: tuple(dict.fromkeys(halves(path)))),
+    Format("FreeSurfer MGH", (".mgh.gz", ".mgz", ".mgh"), examine_mgh, lambda path: (path,)),
     Format("NRRD", (".nrrd", ".nhdr"), _itk("NRRD"), _itk_parts),
     Format("MetaImage", (".mha", ".mhd"), _itk("MetaImage"), _itk_parts),
 )

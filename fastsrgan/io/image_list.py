@@ -54,9 +54,8 @@ def find_images(
             any_image.refuse_series(path, series)
             found += inside or [Image(path, any_image.stem(path, series), series)]
     if not found:
-        raise UsageError(
-            "input", "no image given", "name image files, folders of them, DICOM folders, or lists of these"
-        )
+        reason = "no image given"
+        raise UsageError("input", reason, "name image files, folders of them, DICOM folders, or lists of these")
     by_name: dict[str, Path] = {}
     once = []
     for image in _without_slices(found) if len(found) > 1 else found:

@@ -38,10 +38,6 @@ class ItkHeader:
     files: tuple[Path, ...]
     several: bool
 
-    def bytes_held(self) -> int:
-        """Of the data files, or of the file itself."""
-        return sum(part.stat().st_size for part in self.files or (self.path,))
-
 
 def read_header(path: Path) -> ItkHeader:
     """Read it, and look at the data files that it names.

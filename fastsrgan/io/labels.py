@@ -18,6 +18,7 @@ from pathlib import Path
 from fastsrgan.core.files import is_special
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.io.bids import sidecars
+from fastsrgan.io.nifti_voxels import unreadable
 
 CHOOSE = (
     "choose what counts as the structure with --label-classes, for example --label-classes 3,42 for FreeSurfer's cortex"
@@ -97,9 +98,8 @@ def _parts(text: str) -> tuple[str, str, str, list[str]]:
     text = re.sub(r"(?<![\w.])(\d+)\.0+(?![\w.])", r"\1", text).strip()  # as pandas writes 3 beside empty cells
     name, listed = map(str.strip, text.split("=", 1)) if "=" in text else ("", text)
     if "=" in listed:
-        raise UsageError(
-            "--label-classes", f"{text!r} names several structures", "one choice for each; in a table's cell A=1|B=2"
-        )
+        hint = "one choice for each; in a table's cell A=1|B=2"
+        raise UsageError("--label-classes", f"{text!r} names several structures", hint)
     words = [word for word in re.split(r"[,;+\s]+", listed) if word]
     if "=" in text and not name:
         raise UsageError("--label-classes", f"{text!r} has no name before =", "NAME=3,42, or the values alone")
@@ -107,9 +107,8 @@ def _parts(text: str) -> tuple[str, str, str, list[str]]:
         reason = f"{nothing[0]} stands for an empty cell and names no structure"
         raise UsageError("--label-classes", reason, "NAME=3,42, or the values alone")
     if not words:
-        raise UsageError(
-            "--label-classes", f"{text!r} names no class", "values such as 3,42, or names of a lookup table"
-        )
+        reason = f"{text!r} names no class"
+        raise UsageError("--label-classes", reason, "values such as 3,42, or names of a lookup table")
     if odd := [word for word in words if re.fullmatch(r"[-\u2212]\d+|-?\d*\.\d+", word)]:
         raise UsageError("--label-classes", f"{odd[0]} is no value of a label", "whole numbers from 1 up, or names")
     if any(word.isdigit() and not int(word) for word in words):
@@ -143,10 +142,8 @@ def refuse_for_store(given: str | Sequence[str] | None, table: str | os.PathLike
     """Raise UsageError where a choice or a lookup table is given for a store, whose labels are what they are."""
     if given or table:
         reason = "the labels of a store were chosen by `fastsrgan convert --label-classes`"
-        option = "--label-classes" if given else "--label-names"
-        raise UsageError(
-            option, reason, "leave it out, or name the table, or `fastsrgan convert` it with these classes"
-        )
+        hint = "leave it out, or name the table, or `fastsrgan convert` it with these classes"
+        raise UsageError("--label-classes" if given else "--label-names", reason, hint)
 
 
 def refuse_overlap(chosen: Sequence[Structure]) -> None:
@@ -168,7 +165,7 @@ def read_names(path: str | os.PathLike) -> dict[str, list[int]]:
     except FileNotFoundError:
         raise InputError(path, "no such file", "check the path") from None
     except OSError as error:
-        raise InputError(path, f"cannot be read: {error.strerror}", "check the path and its permissions") from error
+        raise unreadable(path, error) from error
     rows = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
     header = [cell.strip().lower() for cell in rows[0].split("\t")] if rows else []
     names: dict[str, list[int]] = {}

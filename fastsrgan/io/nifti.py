@@ -10,7 +10,6 @@ InputError.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ import numpy as np
 from fastsrgan.core.files import atomic_write, output_file
 from fastsrgan.errors import InputError, ResourceError, UsageError, human, some_of, times
 from fastsrgan.io.formats import SUFFIXES, examine, parts
-from fastsrgan.io.nifti_header import SHEAR_TOLERANCE, invertible
-from fastsrgan.io.nifti_voxels import CHUNK_BYTES, NiftiFile, write_voxels
+from fastsrgan.io.nifti_header import SHEAR_TOLERANCE, invertible, odd_range
+from fastsrgan.io.nifti_voxels import NiftiFile, sha256_of, write_voxels
 from fastsrgan.volume.geometry import Orientation, Volume, shear_of, spacing_of
 from fastsrgan.volume.placement import orientation_onto
 
@@ -59,11 +58,7 @@ def load(path: PathLike, *, volume: int | None = None, max_voxels: int = MAX_VOX
     """
     file = examine(path, max_voxels)
     index = file.pick(volume)
-    data = _allocate(file, dtype)
-    tally = _VoxelTally()
-    for part, chunk in _pieces(data, file, index):
-        file.scale(chunk, part)
-        tally.clean(part, chunk)
+    data, tally = _read(file, index, dtype)
     return _volume(file, index, data, tally, 1.0, 0.0)
 
 
@@ -81,21 +76,11 @@ def load_stored(path: PathLike) -> tuple[np.ndarray, float, float, Volume]:
     file = examine(path, MAX_VOXELS)
     index = file.pick(None)
     integer = file.dtype.kind in "iu"
-    data = _allocate(file, file.dtype.newbyteorder("=") if integer else np.float32)
-    tally = _VoxelTally()
-    for part, chunk in _pieces(data, file, index):
-        if integer:
-            part[...] = chunk
-        else:
-            file.scale(chunk, part)
-        tally.clean(part, chunk)
+    data, tally = _read(file, index, file.dtype.newbyteorder("=") if integer else np.float32, scaled=not integer)
     slope, inter = (file.slope, file.inter) if integer else (1.0, 0.0)
     if max(abs(tally.low * slope + inter), abs(tally.high * slope + inter)) > float(np.finfo(np.float32).max):
-        raise InputError(
-            path,
-            f"its intensity scaling overflows (slope {slope:g}, intercept {inter:g})",
-            "correct scl_slope and scl_inter in its header",
-        )
+        reason = f"its intensity scaling overflows (slope {slope:g}, intercept {inter:g})"
+        raise InputError(path, reason, "correct scl_slope and scl_inter in its header")
     return data, slope, inter, _volume(file, index, data, tally, slope, inter)
 
 
@@ -147,9 +132,8 @@ def load_label(
         affine, (turn, told) = np.array(like.affine, float), placed
         data = data if turn == Orientation() else np.asfortranarray(turn.apply(data))
         file.warnings.extend(told)
-    return Volume(
-        data, affine, tuple(file.warnings), {**file.meta, "volume": index, "values": present, "absent": sorted(absent)}
-    )
+    meta = {**file.meta, "volume": index, "values": present, "absent": sorted(absent)}
+    return Volume(data, affine, tuple(file.warnings), meta)
 
 
 def save(
@@ -238,17 +222,7 @@ def stem(path: PathLike) -> str:
 
 def sha256(path: PathLike) -> str:
     """SHA-256 of a file's bytes, as sha256sum prints it; of all its files one after the other where it has several."""
-    digest = hashlib.sha256()
-    for part in parts(path):
-        try:
-            with open(part, "rb") as stream:
-                while block := stream.read(CHUNK_BYTES):
-                    digest.update(block)
-        except OSError as error:
-            raise InputError(
-                part, f"cannot be read: {error.strerror or error}", "check the path and its permissions"
-            ) from error
-    return digest.hexdigest()
+    return sha256_of(parts(path))
 
 
 # Reading, in pieces
@@ -285,6 +259,18 @@ def _allocate(file: NiftiFile, dtype) -> np.ndarray:
         raise ResourceError(file.path, f"not enough memory for {times(file.shape)} voxels, {need}", hint) from None
 
 
+def _read(file: NiftiFile, index: int, dtype, scaled: bool = True) -> tuple[np.ndarray, _VoxelTally]:
+    """One volume, its scaling applied where it is to be, and what its voxels were like."""
+    data, tally = _allocate(file, dtype), _VoxelTally()
+    for part, chunk in _pieces(data, file, index):
+        if scaled:
+            file.scale(chunk, part)
+        else:
+            part[...] = chunk
+        tally.clean(part, chunk)
+    return data, tally
+
+
 def _pieces(data: np.ndarray, file: NiftiFile, index: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs of (1-D view into ``data``, the stored values that belong there)."""
     flat, at = data.reshape(-1, order="F"), 0
@@ -303,10 +289,7 @@ def _volume(file: NiftiFile, index: int, data: np.ndarray, tally: _VoxelTally, s
         file.warnings.append(f"{some_of(nan, data.size, 'voxel', 'is', 'are')} NaN or infinite: read as 0")
     if tally.beyond:
         file.warnings.append(f"{some_of(tally.beyond, data.size, 'voxel', 'is', 'are')} {beyond}: read as 0")
-    if low == high:
-        file.warnings.append(f"the image is constant: every voxel is {low:g}")
-    elif low < 0:
-        file.warnings.append(f"intensities are negative, down to {low:g}")
+    file.warnings.extend(odd_range(low, high))
     meta = {**file.meta, "volume": index, "nan_count": tally.bad, "min": low, "max": high}
     return Volume(data, file.affine, tuple(file.warnings), meta)
 

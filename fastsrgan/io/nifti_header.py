@@ -79,7 +79,7 @@ WAYS = {  # out of a file under a wrong name, or of a format that is not read
     "a zstd file": "unpack it with unzstd",
 }
 
-_NIFTI_ENDINGS = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
+ENDINGS = (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img")  # of NIfTI, the longest first
 
 Warn = Callable[[str], object]
 
@@ -101,24 +101,44 @@ def examine(path: str | os.PathLike, max_voxels: int) -> NiftiFile:
     dtype, slope, inter = _voxel_type(head_path, header, warn)
     offset = _offset(head_path, header, head_path == voxel_path, warn)
     affine, place = _place(head_path, header, shape, warn)
-    meta = {
-        "path": str(path),
-        "format": version,
-        "byte_order": "big" if header.endianness == ">" else "little",
-        "stored_dtype": dtype.newbyteorder("=").name,
-        "stored_shape": shape,
-        "volumes": volumes,
-        "slope": slope,
-        "inter": inter,
-        **place,
-    }
+    meta = meta_of(path, version, dtype, shape, volumes) | {"slope": slope, "inter": inter, **place}
+    meta["byte_order"] = "big" if header.endianness == ">" else "little"  # also of single bytes
     fields = (head_path, voxel_path, shape, volumes, dtype, offset, slope, inter, affine, warnings, meta)
     file = NiftiFile(*fields)
     file.check_size()
+    return within_limit(file, max_voxels)
+
+
+def within_limit(file: NiftiFile, max_voxels: int) -> NiftiFile:
+    """The file. Raises InputError where a volume of it has more voxels."""
     if file.voxels > max_voxels:
-        reason = f"{times(shape)} voxels are more than the limit of {max_voxels}"
-        raise InputError(head_path, reason, LARGER)
+        reason = f"{times(file.shape)} voxels are more than the limit of {max_voxels}"
+        raise InputError(file.path, reason, LARGER)
     return file
+
+
+def meta_of(path: str | os.PathLike, name: str, dtype: np.dtype, shape: tuple[int, ...], volumes: int) -> dict:
+    """What `NiftiFile.meta` holds of a file without scaling in the scanner's world, in mm."""
+    return {
+        "path": str(path),
+        "format": name,
+        "byte_order": "big" if dtype.str[0] == ">" else "little",
+        "stored_dtype": dtype.newbyteorder("=").name,
+        "stored_shape": shape,
+        "volumes": volumes,
+        "slope": 1.0,
+        "inter": 0.0,
+        "units": "mm",
+        "orientation": "none",
+        "space_code": 1,
+    }
+
+
+def odd_range(low: float, high: float) -> list[str]:
+    """A warning where intensities from ``low`` to ``high`` are all one, or negative."""
+    if low == high:
+        return [f"the image is constant: every voxel is {low:g}"]
+    return [f"intensities are negative, down to {low:g}"] if low < 0 else []
 
 
 def halves(path: Path) -> tuple[Path, Path]:
@@ -169,7 +189,7 @@ def other_format(head: bytes) -> str:
 def _way_of_unknown(path: Path, head: bytes) -> str:
     """What to do about a file whose first bytes show no known format: text under a name that says no image is most
     likely a list of images, under one that `infer` does not take for a list, or within another list."""
-    if path.name.lower().endswith(_NIFTI_ENDINGS):
+    if path.name.lower().endswith(ENDINGS):
         return "a .nii or .nii.gz file"
     if head.decode("utf-8", "ignore").replace("\n", "").replace("\r", "").replace("\t", "").isprintable():
         return "a list of images ends in .txt, .csv or .tsv and is named to infer itself, not in another list"
@@ -282,9 +302,8 @@ def _choose_form(path: Path, header: nib.Nifti1Header, shape: tuple[int, ...], w
             apart *= _UNITS.get(int(header["xyzt_units"]) & 7, (1.0, ""))[0]
             warn(f"sform and qform place voxels up to {brief(apart)} mm apart: the sform is used")
         elif not bad and not np.allclose(np.abs(pixdim), size, rtol=0.01):
-            warn(
-                f"pixdim is {times(pixdim.tolist())}, the sform's voxel size {times(size.tolist())}: the sform is used"
-            )
+            both = f"pixdim is {times(pixdim.tolist())}, the sform's voxel size {times(size.tolist())}"
+            warn(f"{both}: the sform is used")
     return affine, chosen, codes[chosen]
 
 

@@ -6,11 +6,12 @@ Python's gzip module checks as much, but reads in pieces of 8 KiB and cannot tel
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,25 @@ def no_such_file(path: Path) -> InputError:
     return InputError(path, "no such file", "check the path")
 
 
+def unreadable(path: Path, error: Exception) -> InputError:
+    """For a file that the system does not give."""
+    reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return InputError(path, reason, "check the path and its permissions")
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """SHA-256 over the bytes of files, one after the other. Raises InputError for one that cannot be read."""
+    digest = hashlib.sha256()
+    for path in files:
+        try:
+            with open(path, "rb") as stream:
+                while block := stream.read(CHUNK_BYTES):
+                    digest.update(block)
+        except OSError as error:
+            raise unreadable(path, error) from error
+    return digest.hexdigest()
+
+
 @contextmanager
 def open_stream(path: Path) -> Iterator[PlainStream]:
     """Opens a regular, non-empty file; gzip is told by its content, not by its name.
@@ -175,9 +195,7 @@ def open_stream(path: Path) -> Iterator[PlainStream]:
     except FileNotFoundError:
         raise no_such_file(path) from None
     except OSError as error:
-        raise InputError(
-            path, f"cannot be read: {error.strerror or error}", "check the path and its permissions"
-        ) from error
+        raise unreadable(path, error) from error
 
 
 @dataclass(frozen=True)

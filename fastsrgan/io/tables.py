@@ -26,7 +26,7 @@ from fastsrgan.core.files import is_special, url_of
 from fastsrgan.core.places import recorded
 from fastsrgan.errors import FastsrganError, InputError, counted
 from fastsrgan.io.formats import SUFFIXES
-from fastsrgan.io.nifti_voxels import pointer_of
+from fastsrgan.io.nifti_voxels import pointer_of, unreadable
 
 log = logging.getLogger("fastsrgan")
 
@@ -321,10 +321,9 @@ def _text(path: Path) -> str:
     except FileNotFoundError:
         raise InputError(path, "no such file", "check the path") from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
         if os.path.isdir(path):
             raise InputError(path, "is a folder", "a CSV file or a list is expected") from error
-        raise InputError(path, f"cannot be read: {reason}", "check the path and its permissions") from error
+        raise unreadable(path, error) from error
     kind = next((what for magic, what in _BINARY if raw.startswith(magic)), None)
     if kind:
         raise InputError(path, f"is {kind}, not text", "save the table as `CSV UTF-8`")
@@ -395,18 +394,16 @@ def misspelt(header: Sequence[str], known: Sequence[str]) -> list[Fault]:
     """A fault for each column that is meant as one of the ``known``, which the table lacks: it would not be read."""
     lower = {name.casefold(): name for name in known if name not in header}
     others = [cell for cell in header[:_MAX_COLUMNS] if cell and cell not in known and len(cell) <= _MAX_COLUMN]
-    near = {
-        cell: difflib.get_close_matches(re.sub(r"[\s-]+", "_", cell.casefold()), lower, 1, _NEAR) for cell in others
-    }
-    return [(1, f"column {cell} is not read, rename it {lower[n[0]]}") for cell, n in near.items() if n]
+    spelt = {cell: re.sub(r"[\s-]+", "_", cell.casefold()) for cell in others}
+    near = [(cell, n) for cell in spelt for n in difflib.get_close_matches(spelt[cell], lower, 1, _NEAR)]
+    return [(1, f"column {cell} is not read, rename it {lower[n]}") for cell, n in near]
 
 
 def tell_unread(path: Path, header: Sequence[str], known: Sequence[str]) -> None:
     """Name the columns of a table that nothing reads."""
     others = [cell[:_MAX_COLUMN] for cell in header if cell and cell not in known]
     if others:
-        some = ", ".join(others[:_MAX_NAMED]) + ", ..." * (len(others) > _MAX_NAMED)
-        log.info("%s: columns that are not read: %s", path, some)
+        log.info("%s: columns that are not read: %s", path, _some(others))
 
 
 def too_many(cells: Sequence[str], header: Sequence[str]) -> str:
@@ -432,9 +429,7 @@ def _row(
     line: int, values: dict[str, str], csv_path: Path, base_path: str | None, need_label: bool
 ) -> tuple[TableRow | None, list[str]]:
     faults, paths = [], {}
-    synthetic = (
-        bool(values.get("Tissue_image")) and need_label
-    )  # image and label are made of the tissues (synthesis.py)
+    synthetic = bool(values.get("Tissue_image")) and need_label  # image and label are made of it (synthesis.py)
     for column in ("HR_image", "Label_image", "Mask_image", "Tissue_image"):
         text = values.get(column, "")
         if not text:
@@ -489,17 +484,14 @@ def _repetitions(rows: list[TableRow]) -> list[tuple[int, str]]:
             keys.append(("Label_image", os.path.realpath(row.label), row.label.name))
         if person := _person(row.image):
             keys.append(("subject", os.path.join(*person), person[1]))
-        told = False
+        told = []
         for kind, key, name in keys:
             before = first.setdefault((kind, key), row)
-            if told or before is row:
-                continue
             if before.base != row.base:
-                faults.append((row.line, f"{kind} {name} is in {row.base}, and in {before.base} at line {before.line}"))
-                told = True
-            elif kind == "HR_image":
-                faults.append((row.line, f"{kind} {name} is already named at line {before.line}"))
-                told = True
+                told.append(f"{kind} {name} is in {row.base}, and in {before.base} at line {before.line}")
+            elif before is not row and kind == "HR_image":
+                told.append(f"{kind} {name} is already named at line {before.line}")
+        faults += [(row.line, text) for text in told[:1]]
     return faults
 
 

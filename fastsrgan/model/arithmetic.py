@@ -100,11 +100,9 @@ def slow_cudnn(version: int | None) -> str | None:
     for the others."""
     if version is None or version not in SLOW_CUDNN:
         return None
-    told = (
-        f"cuDNN {version // 10000}.{version // 100 % 100}.{version % 100} runs 3-D convolutions in bf16 and fp16 by a "
-    )
     return (
-        told + "path that is several times slower: install 9.15 or later (pip install -U nvidia-cudnn-cu13, or -cu12)"
+        f"cuDNN {version // 10000}.{version // 100 % 100}.{version % 100} runs 3-D convolutions in bf16 and fp16 by a "
+        "path that is several times slower: install 9.15 or later (pip install -U nvidia-cudnn-cu13, or -cu12)"
     )
 
 

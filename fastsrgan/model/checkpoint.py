@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,8 @@ def manifest(snapshot: Path) -> dict[str, Any]:
     if not known or not isinstance(values.get("format", FORMAT), int):
         raise ModelError(path, "is no manifest of a snapshot", "the snapshot is damaged; use another one")
     if values.get("format", FORMAT) > FORMAT:
-        raise NewerFormatError(
-            path, f"snapshot format {values['format']}", f"this fastsrgan reads up to {FORMAT}: upgrade it"
-        )
+        reason = f"snapshot format {values['format']}"
+        raise NewerFormatError(path, reason, f"this fastsrgan reads up to {FORMAT}: upgrade it")
     return values
 
 
@@ -118,19 +117,24 @@ def verify(snapshot: Path) -> list[str]:
 
 
 def _damage(snapshot: Path) -> list[str]:
-    problems = []
     try:
         names = list(manifest(snapshot)["files"])
     except NewerFormatError:
         raise
     except ModelError as error:
         return [str(error)]
-    for name in names:
+    return refusals(verified, ((snapshot, name) for name in names))
+
+
+def refusals(check: Callable[..., object], calls: Iterable[tuple]) -> list[str]:
+    """What ModelErrors say of calls of a check with these arguments."""
+    told = []
+    for call in calls:
         try:
-            verified(snapshot, name)
+            check(*call)
         except ModelError as error:
-            problems.append(str(error))
-    return problems
+            told.append(str(error))
+    return told
 
 
 def folders(run: Path) -> list[Path]:
@@ -165,11 +169,8 @@ def newest(run: Path) -> Path:
             return snapshot
         log.warning("%s%s", problems[0], ": taking the snapshot before it" if left else "")
     if found:
-        raise ModelError(
-            run,
-            f"no snapshot of {len(found)} is whole",
-            f"its weights may be: -w {run / MODEL}" if (run / MODEL).is_file() else "copy the run again",
-        )
+        hint = f"its weights may be: -w {run / MODEL}" if (run / MODEL).is_file() else "copy the run again"
+        raise ModelError(run, f"no snapshot of {len(found)} is whole", hint)
     raise ModelError(run, "no snapshot in this folder", "a run folder of `fastsrgan train`, or a weight file")
 
 

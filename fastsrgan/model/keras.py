@@ -62,9 +62,8 @@ def group_name(spec: Spec) -> str:
         return "DX" + "_cond" * spec.conditional
     kind = NETWORKS[spec.network].keras
     if kind is None:
-        raise ModelError(
-            "network", f"the original has no network {spec.network!r}", "safetensors files hold every network"
-        )
+        reason = f"the original has no network {spec.network!r}"
+        raise ModelError("network", reason, "safetensors files hold every network")
     return f"G{kind}" + "_cond" * spec.conditional + "_nn_residual" * (not spec.residual)
 
 
@@ -232,9 +231,8 @@ def _generator_spec(path: Path, group: str, layers: Layers) -> GeneratorSpec:
     inputs, kernel = _kernel_axes(path, layers, f"{group}_gen_conv1/kernel:0", 7)
     outputs = _kernel_axes(path, layers, f"{group}_gen_1conv/kernel:0", 7)[1]
     if inputs != 1 + bool(cond):
-        raise ModelError(
-            path, f"layer {group}_gen_conv1 has {counted(inputs, 'input')}", f"group {group} has {1 + bool(cond)}"
-        )
+        reason = f"layer {group}_gen_conv1 has {counted(inputs, 'input')}"
+        raise ModelError(path, reason, f"group {group} has {1 + bool(cond)}")
     if outputs < 2:
         raise ModelError(path, f"layer {group}_gen_1conv has {outputs} outputs", "at least 2: image and segmentation")
     spec = GeneratorSpec(_kinds()[kind], kernel, plain is None, bool(cond), outputs - 2)

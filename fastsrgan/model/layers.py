@@ -113,18 +113,24 @@ def conv_reflect(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     return F.conv3d(reflect_pad(x, weight.shape[-1] // 2), weight, stride=stride)
 
 
+def _fast(convolution: Callable[..., Tensor], x: Tensor, weight: Tensor, form: str) -> Tensor | None:
+    """The form of a layer for where x is; None: it has none there, or the plain one was asked for."""
+    by_cpu, by_gpu = _FAST[convolution]
+    if form == "fast" and by_hand(x):
+        return fused.Conv.apply(x, weight, by_cpu)
+    return by_gpu.convolve(gpu.pad(x, by_gpu.padding), weight) if form == "fast" and for_gpu(x) else None
+
+
 def conv3_reflect(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
     """Reflect-pad 1 and convolve 3^3, size kept. Fast form: Winograd's products where they pay."""
-    if form == "fast" and for_gpu(x):
-        return gpu.same(gpu.pad(x, gpu.SAME.padding), weight)
-    return fused.Conv.apply(x, weight, fused.KERNEL3) if form == "fast" and by_hand(x) else conv_reflect(x, weight)
+    made = _fast(conv3_reflect, x, weight, form)
+    return conv_reflect(x, weight) if made is None else made
 
 
 def halving_conv(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
     """Reflect-pad 1 and convolve 3^3 with stride 2: (B, I, 2X, 2Y, 2Z) -> (B, O, X, Y, Z)."""
-    if form == "fast" and for_gpu(x):
-        return gpu.halving(gpu.pad(x, gpu.HALVING.padding), weight)
-    return fused.Conv.apply(x, weight, fused.HALVING) if form == "fast" and by_hand(x) else conv_reflect(x, weight, 2)
+    made = _fast(halving_conv, x, weight, form)
+    return conv_reflect(x, weight, 2) if made is None else made
 
 
 def _split_blocks(x: Tensor) -> Tensor:
@@ -167,10 +173,8 @@ def conv7_reflect(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
     """
     if form == "reference":
         return conv_reflect(x, weight)
-    if by_hand(x):
-        return fused.Conv.apply(x, weight, fused.KERNEL7)
-    if for_gpu(x):
-        return gpu.seven(gpu.pad(x, gpu.SEVEN.padding), weight)
+    if (made := _fast(conv7_reflect, x, weight, form)) is not None:
+        return made
     return _merge_blocks(F.conv3d(_split_blocks(reflect_pad(x, 3)), _block_weight(weight)))
 
 
@@ -182,24 +186,16 @@ def upsample_conv(x: Tensor, weight: Tensor, form: str = "fast") -> Tensor:
     """
     if form == "reference":
         return conv_reflect(F.interpolate(x, scale_factor=2, mode="nearest"), weight)
-    if by_hand(x):
-        return fused.Conv.apply(x, weight, fused.DOUBLING)
-    if for_gpu(x):
-        return gpu.doubling(gpu.pad(x, gpu.DOUBLING.padding), weight)
-    return doubling.transposed_forward(x, weight)
+    made = _fast(upsample_conv, x, weight, form)
+    return doubling.transposed_forward(x, weight) if made is None else made
 
 
-_BY_HAND: dict[Callable[..., Tensor], fused.Convolution] = {
-    conv3_reflect: fused.KERNEL3,
-    conv7_reflect: fused.KERNEL7,
-    halving_conv: fused.HALVING,
-    upsample_conv: fused.DOUBLING,
-}
-_ON_GPU: dict[Callable[..., Tensor], gpu.Layer] = {
-    conv3_reflect: gpu.SAME,
-    conv7_reflect: gpu.SEVEN,
-    halving_conv: gpu.HALVING,
-    upsample_conv: gpu.DOUBLING,
+# Each layer's forms on the cores of a CPU and on CUDA.
+_FAST: dict[Callable[..., Tensor], tuple[fused.Convolution, gpu.Layer]] = {
+    conv3_reflect: (fused.KERNEL3, gpu.SAME),
+    conv7_reflect: (fused.KERNEL7, gpu.SEVEN),
+    halving_conv: (fused.HALVING, gpu.HALVING),
+    upsample_conv: (fused.DOUBLING, gpu.DOUBLING),
 }
 
 
@@ -215,10 +211,10 @@ def norm_conv(
 
     Fast form on the CPU: one step that keeps x alone for its backward pass; on CUDA norm and padding are one.
     """
-    if form == "fast" and for_gpu(x) and convolution in _ON_GPU:
-        layer = _ON_GPU[convolution]
-        return layer.convolve(gpu.norm_pad(x, norm.scale, norm.shift, norm.relu, flat, layer.padding), weight)
-    known = _BY_HAND.get(convolution)
-    if form != "fast" or known is None or not by_hand(x) or not norm.relu:
-        return convolution(norm(x, form, flat), weight, form)
-    return fused.NormConv.apply(x, norm.scale, norm.shift, weight, known, flat, not torch.is_grad_enabled())
+    if form == "fast" and convolution in _FAST:
+        by_cpu, by_gpu = _FAST[convolution]
+        if for_gpu(x):
+            return by_gpu.convolve(gpu.norm_pad(x, norm.scale, norm.shift, norm.relu, flat, by_gpu.padding), weight)
+        if by_hand(x) and norm.relu:
+            return fused.NormConv.apply(x, norm.scale, norm.shift, weight, by_cpu, flat, not torch.is_grad_enabled())
+    return convolution(norm(x, form, flat), weight, form)

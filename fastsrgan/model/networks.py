@@ -67,9 +67,8 @@ class GeneratorSpec:
         if self.network not in NETWORKS:
             raise ModelError("network", f"unknown generator {self.network[:40]!r}", f"one of {', '.join(NETWORKS)}")
         if self.kernel < 1 or self.mask_classes < 0:
-            raise ModelError(
-                "network", f"kernel {self.kernel}, mask_classes {self.mask_classes}", "kernel >= 1, classes >= 0"
-            )
+            reason = f"kernel {self.kernel}, mask_classes {self.mask_classes}"
+            raise ModelError("network", reason, "kernel >= 1, classes >= 0")
 
     @property
     def out_channels(self) -> int:
@@ -112,7 +111,7 @@ class Generator(nn.Module):
             raise ModelError("form", f"{form!r} is not allowed", f"one of {', '.join(FORMS)}")
         self.spec, self.form = spec or GeneratorSpec(), form
         self._build(self.spec.kernel)
-        init_lecun_normal(self, seed)
+        init_normal(self, 1.0, seed)  # Keras' lecun_normal
 
     def _build(self, k: int) -> None:
         self.stem, self.stem_norm = _conv(k, 1 + self.spec.conditional, 7), InstanceNorm(k)
@@ -125,7 +124,8 @@ class Generator(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """(B, 1 + conditional, X, Y, Z) -> (B, kernel, X, Y, Z), what the head convolution sees."""
-        return self.up2_norm(self._trunk(x), self.form, is_flat(x))
+        flat = is_flat(x)
+        return self.up2_norm(self._leave(self._inner(self._enter(x, flat), flat), flat), self.form, flat)
 
     def _enter(self, x: Tensor, flat: Tensor) -> Tensor:
         """Down to half the resolution."""
@@ -145,11 +145,6 @@ class Generator(nn.Module):
         """Back to the full resolution, before the last norm."""
         return norm_conv(y, self.up1_norm, self.up2, upsample_conv, self.form, flat)
 
-    def _trunk(self, x: Tensor) -> Tensor:
-        """The features before their norm."""
-        flat = is_flat(x)
-        return self._leave(self._inner(self._enter(x, flat), flat), flat)
-
     def _head(self, x: Tensor) -> Tensor:
         flat = is_flat(x)
 
@@ -166,7 +161,7 @@ class Generator(nn.Module):
     def raw(self, x: Tensor, res: Tensor | float | None = None) -> Tensor:
         """The head before subtraction, sigmoid and softmax, channel 0 in the units of x: (B, 2 + classes, X, Y, Z)."""
         check_sizes(x.shape[2:])
-        y = self._with_resolution(x, res)
+        y = with_resolution("generator", self.spec, x, res)
         # The stem's norm removes whatever is constant in an input channel (reflected edges keep it constant). Taking it
         # out here is exact and saves float32 the digits that the large mean and resolution would use up.
         y = y - y.mean((2, 3, 4), keepdim=True)
@@ -188,27 +183,14 @@ class Generator(nn.Module):
             parts.append(torch.softmax(head[:, 2:], dim=1))
         return torch.cat(parts, dim=1)
 
-    def _with_resolution(self, x: Tensor, res: Tensor | float | None) -> Tensor:
-        if not self.spec.conditional:
-            return x
-        if res is None:
-            raise ModelError(
-                "generator", "conditional weights need a resolution", "pass res, the slice thickness in mm"
-            )
-        return torch.cat([x, resolution_channel(x, res)], dim=1)
-
 
 class UNetGenerator(Generator):
     """U-Net variant: a residual block at each of three scales and two skip connections."""
 
     def _build(self, k: int) -> None:
-        self.stem, self.stem_norm = _conv(k, 1 + self.spec.conditional, 7), InstanceNorm(k)
-        self.down1, self.down1_norm = _conv(2 * k, k, 3), InstanceNorm(2 * k)
-        self.down2, self.down2_norm = _conv(4 * k, 2 * k, 3), InstanceNorm(4 * k)
+        super()._build(k)
         self.blocks = nn.ModuleList(ResidualBlock(c) for c in (k, 2 * k, 4 * k))
-        self.up1, self.up1_norm = _conv(2 * k, 4 * k, 3), InstanceNorm(2 * k)
-        self.up2, self.up2_norm = _conv(k, 4 * k, 3), InstanceNorm(k)
-        self.head = _conv(self.spec.out_channels, 2 * k, 7)
+        self.up2, self.head = _conv(k, 4 * k, 3), _conv(self.spec.out_channels, 2 * k, 7)
 
     def features(self, x: Tensor) -> Tensor:
         """(B, 1 + conditional, X, Y, Z) -> (B, 2 kernel, X, Y, Z), what the head convolution sees."""
@@ -316,16 +298,11 @@ class Critic(nn.Module):
         self.convs = nn.ParameterList(_conv(o, i, 4) for i, o in itertools.pairwise(channels))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(o)) for o in channels[1:])
         self.decision = _conv(1, channels[-1], 2)
-        init_he_normal(self, seed)
+        init_normal(self, 2.0, seed)  # Keras' he_normal
 
     def forward(self, x: Tensor, res: Tensor | float | None = None) -> Tensor:
         """Score of each sample, shape (B, 1); higher is more real. ``res`` as for the generator."""
-        if self.spec.conditional:
-            if res is None:
-                raise ModelError(
-                    "critic", "conditional weights need a resolution", "pass res, the slice thickness in mm"
-                )
-            x = torch.cat([x, resolution_channel(x, res)], dim=1)
+        x = with_resolution("critic", self.spec, x, res)
         for weight, bias in zip(self.convs, self.biases, strict=True):
             x = F.leaky_relu(F.conv3d(same_pad(x), weight, bias, stride=2), self.SLOPE)
         return F.conv3d(x, self.decision).flatten(1)
@@ -337,6 +314,16 @@ def same_pad(x: Tensor) -> Tensor:
     for n in reversed(x.shape[2:]):
         pad += [1, 1 + n % 2]
     return F.pad(x, pad)
+
+
+def with_resolution(what: str, spec: GeneratorSpec | CriticSpec, x: Tensor, res: Tensor | float | None) -> Tensor:
+    """x, for a conditional network with the channel of ``res`` behind its own. Raises ModelError where ``res`` is
+    missing."""
+    if not spec.conditional:
+        return x
+    if res is None:
+        raise ModelError(what, "conditional weights need a resolution", "pass res, the slice thickness in mm")
+    return torch.cat([x, resolution_channel(x, res)], dim=1)
 
 
 def resolution_channel(x: Tensor, res: Tensor | float) -> Tensor:
@@ -370,14 +357,12 @@ def in_plane_gradient(x: Tensor) -> Tensor:
 def check_sizes(shape: tuple[int, ...]) -> None:
     """Raise ModelError unless every size is a multiple of 4 and at least 8."""
     if any(n % SIZE_MULTIPLE or n < MIN_SIZE for n in shape):
-        raise ModelError(
-            "generator",
-            f"input of {' x '.join(map(str, shape))} voxels",
-            f"each size must be a multiple of {SIZE_MULTIPLE} (two stride-2 layers) and at least {MIN_SIZE}",
-        )
+        hint = f"each size must be a multiple of {SIZE_MULTIPLE} (two stride-2 layers) and at least {MIN_SIZE}"
+        raise ModelError("generator", f"input of {' x '.join(map(str, shape))} voxels", hint)
 
 
-def _init(module: nn.Module, gain: float, seed: int) -> None:
+def init_normal(module: nn.Module, gain: float, seed: int) -> None:
+    """Draw every convolution kernel with the variance gain / fan_in."""
     # Keras draws a normal truncated at two standard deviations and rescales it to the wanted variance.
     for name, parameter in module.named_parameters():
         if parameter.ndim == 5:
@@ -397,16 +382,6 @@ def truncated_normal(draw: np.random.Generator, n: int) -> np.ndarray:
     while (beyond := np.flatnonzero(np.abs(values) > 2)).size:
         values[beyond] = draw.standard_normal(beyond.size)
     return values
-
-
-def init_lecun_normal(module: nn.Module, seed: int) -> None:
-    """Keras' lecun_normal on every convolution kernel: variance 1 / fan_in."""
-    _init(module, 1.0, seed)
-
-
-def init_he_normal(module: nn.Module, seed: int) -> None:
-    """Keras' he_normal on every convolution kernel: variance 2 / fan_in."""
-    _init(module, 2.0, seed)
 
 
 # --- networks and their parameters --------------------------------------------------------------------------------

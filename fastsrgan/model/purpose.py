@@ -195,14 +195,8 @@ def mask_values(weights: object) -> np.ndarray:
 
 def common(purposes: list[Purpose]) -> Purpose:
     """Of weights that are averaged: what all of them say alike."""
-    first, *others = purposes
-    return Purpose(
-        **{
-            f.name: getattr(first, f.name)
-            for f in fields(Purpose)
-            if all(getattr(other, f.name) == getattr(first, f.name) for other in others)
-        }
-    )
+    said = {f.name: {getattr(one, f.name) for one in purposes} for f in fields(Purpose)}
+    return Purpose(**{name: values.pop() for name, values in said.items() if len(values) == 1})
 
 
 IMAGES = ("contrast", "ages", "species", "view", "head_mm")  # what is said of images, the plainest first
@@ -226,10 +220,8 @@ def averaged_apart(names: Sequence[str], purposes: Sequence[Purpose]) -> str:
 def _range(value: object) -> Range | None:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < 1e9 for v in value):
-        return None
-    low, high = float(value[0]), float(value[1])
-    return (low, high) if low <= high else None
+    good = all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < 1e9 for v in value)
+    return (float(value[0]), float(value[1])) if good and value[0] <= value[1] else None
 
 
 def _structures(value: object) -> tuple[tuple[int, str], ...]:

@@ -83,12 +83,8 @@ def write(
     """
     path = Path(path)
     tensors: dict[str, Tensor] = {}
-    moving = dict(ema.named_parameters()) if isinstance(ema, nn.Module) else ema
-    for part, parameters in (
-        ("generator", dict(generator.named_parameters())),
-        ("critic", dict(critic.named_parameters()) if critic is not None else {}),
-        ("ema", moving or {}),
-    ):
+    for part, network in zip(PARTS, (generator, critic, ema), strict=True):
+        parameters = dict(network.named_parameters()) if isinstance(network, nn.Module) else network or {}
         for name, value in parameters.items():
             tensors[f"{part}.{name}"] = value.detach().to("cpu", torch.float32).contiguous()
     header = {
@@ -211,10 +207,9 @@ def _checked_header(path: str | os.PathLike, file: Any) -> ModelHeader:
     ema = any(name.startswith("ema.") for name in names)
     card = header.get("card")
     _check_tensors(path, file, names, "generator", generator)
-    if ema:
-        _check_tensors(path, file, names, "ema", generator)
-    if critic is not None:
-        _check_tensors(path, file, names, "critic", critic)
+    for part, spec in (("ema", generator if ema else None), ("critic", critic)):
+        if spec is not None:
+            _check_tensors(path, file, names, part, spec)
     return ModelHeader(generator, critic, ema, card if isinstance(card, dict) else {})
 
 
@@ -251,8 +246,5 @@ def _check_tensors(path: Any, file: Any, names: set[str], part: str, spec: Gener
             raise ModelError(path, f"tensor {full} has type {view.get_dtype()}", "a floating-point type")
     extra = sorted(n for n in names if n.startswith(part + ".") and n[len(part) + 1 :] not in wanted)
     if extra:
-        raise ModelError(
-            path,
-            f"tensor {extra[0][:80]!r} belongs to no layer of {describe(spec)}",
-            "another architecture, or a damaged file",
-        )
+        reason = f"tensor {extra[0][:80]!r} belongs to no layer of {describe(spec)}"
+        raise ModelError(path, reason, "another architecture, or a damaged file")

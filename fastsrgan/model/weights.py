@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -79,8 +80,8 @@ def load_critic(path: str | os.PathLike) -> Critic:
 
     Raises ModelError as ``load_generator`` does, and when the file holds no critic.
     """
-    spec, parameters = _parameters(_resolve(path), "critic")
-    return assemble(spec, parameters)
+    source = _resolve(path)
+    return assemble(*_reader(source).read_parameters(source.file, "critic"))
 
 
 def read_spec(path: str | os.PathLike) -> tuple[GeneratorSpec, CriticSpec | None]:
@@ -138,21 +139,14 @@ def of_run(path: str | os.PathLike, which: str) -> Path:
     found = {int(folder.name.partition("-")[2]): folder for folder in checkpoint.snapshots(run)}
     if int(which) not in found:
         there = ", ".join(map(str, found)) or "none"
-        raise ModelError(
-            run, f"holds no snapshot of {counted(int(which), 'update')}", f"there are: {there} (--keep-checkpoints)"
-        )
+        reason = f"holds no snapshot of {counted(int(which), 'update')}"
+        raise ModelError(run, reason, f"there are: {there} (--keep-checkpoints)")
     return found[int(which)]
 
 
 def damaged(run: Path) -> list[str]:
     """What is wrong with the weight files in a run folder, one line each (`fastsrgan.model.safetensors.check_sum`)."""
-    problems = []
-    for path in sorted(run.glob("*.safetensors")):
-        try:
-            modelfile.check_sum(path)
-        except ModelError as error:
-            problems.append(str(error))
-    return problems
+    return checkpoint.refusals(modelfile.check_sum, ((path,) for path in sorted(run.glob("*.safetensors"))))
 
 
 def purpose(path: str | os.PathLike) -> Purpose:
@@ -245,7 +239,7 @@ def export_keras(
     networks: list[tuple[Any, Any]] = [_generator_parameters(found, ema)]
     critic = _header(found).critic
     if critic is not None:
-        networks.append(_parameters(found, "critic"))
+        networks.append(_reader(found).read_parameters(found.file, "critic"))
         if critic.depth != keras_h5.CRITIC_DEPTH:
             log.warning("%s: the critic has %d layers, the original only reads 5", target, critic.depth)
     return keras_h5.write(target, *networks)
@@ -269,25 +263,23 @@ def _purpose(source: _WeightFile, header: modelfile.ModelHeader) -> Purpose:
 
 
 def _header(source: _WeightFile) -> modelfile.ModelHeader:
-    if source.kind == "keras":
-        from fastsrgan.model import keras as keras_h5
-
-        return modelfile.ModelHeader(*keras_h5.read_specs(source.file))
-    return modelfile.read_header(source.file)
-
-
-def _parameters(source: _WeightFile, part: str) -> tuple[Any, dict[str, Tensor]]:
     if source.kind != "keras":
-        return modelfile.read_parameters(source.file, part)
-    from fastsrgan.model import keras as keras_h5
+        return modelfile.read_header(source.file)
+    return modelfile.ModelHeader(*_reader(source).read_specs(source.file))
 
-    return keras_h5.read_parameters(source.file, part)
+
+def _reader(source: _WeightFile) -> ModuleType:
+    """What reads the parameters of such a file."""
+    if source.kind != "keras":
+        return modelfile
+    from fastsrgan.model import keras
+
+    return keras
 
 
 def _generator_parameters(source: _WeightFile, ema: bool) -> tuple[GeneratorSpec, dict[str, Tensor]]:
-    if source.kind != "keras" and ema and _header(source).ema:
-        return _parameters(source, "ema")
-    spec, parameters = _parameters(source, "generator")
+    part = "ema" if source.kind != "keras" and ema and _header(source).ema else "generator"
+    spec, parameters = _reader(source).read_parameters(source.file, part)
     if source.kind == "keras" and _is_legacy(spec):
         log.warning("%s: %s", source.file, LEGACY_NOTE)
     return spec, parameters
@@ -316,9 +308,8 @@ def _resolve(path: str | os.PathLike) -> _WeightFile:
         lone = (path / checkpoint.MANIFEST).is_file()
         if not lone and (path / BEST).is_file():
             return _WeightFile(path / BEST, "safetensors")
-        return _WeightFile(
-            checkpoint.verified(path if lone else checkpoint.newest(path), checkpoint.MODEL), "checkpoint"
-        )
+        snapshot = path if lone else checkpoint.newest(path)
+        return _WeightFile(checkpoint.verified(snapshot, checkpoint.MODEL), "checkpoint")
     return _WeightFile(path, _sniff(path))
 
 

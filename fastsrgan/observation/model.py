@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,24 +110,12 @@ class Degradation:
         ``low_res_mm`` is ``draw.low_res`` in the axis order of ``image_XYZ``, where that is not the stored one;
         ``region`` as for ``degrade``.
         """
-        return degrade(
-            image_XYZ,
-            spacing_mm,
-            draw.low_res if low_res_mm is None else low_res_mm,
-            power=draw.power,
-            noise=draw.noise,
-            key=draw.key,
-            geometry=self.geometry,
-            interp=self.interp,
-            interpolation_type=self.interpolation_type,
-            rician=draw.rician,
-            width=draw.width,
-            thickness_mm=(1 - draw.gap) * max(draw.low_res),
-            profile=draw.box,
-            block_bytes=self.block_bytes,
-            region=region,
-            **draw.artefacts,
-        )
+        given: dict[str, Any] = {name: getattr(draw, name) for name in ("power", "noise", "key", "rician", "width")}
+        given |= {name: getattr(self, name) for name in ("geometry", "interp", "interpolation_type", "block_bytes")}
+        given |= {"thickness_mm": (1 - draw.gap) * max(draw.low_res), "profile": draw.box, "region": region}
+        given |= draw.artefacts
+        low_res_mm = draw.low_res if low_res_mm is None else low_res_mm
+        return degrade(image_XYZ, spacing_mm, low_res_mm, **given)
 
     def seen(
         self,
@@ -273,9 +262,8 @@ def degrade(
     name: tuple[int | str, ...] = (int(seed), *rest)
     hr = hr_XYZ if isinstance(hr_XYZ, torch.Tensor) else np.asarray(hr_XYZ)
     if geometry == "segsrgan":
-        hr = hr[
-            tuple(slice(0, modulo_size(n, r / s)) for n, s, r in zip(hr.shape, spacing_mm, low_res_mm, strict=True))
-        ]
+        sizes = zip(hr.shape, spacing_mm, low_res_mm, strict=True)
+        hr = hr[tuple(slice(0, modulo_size(n, r / s)) for n, s, r in sizes)]
     factors = [whole_factor(r, s) for s, r in zip(spacing_mm, low_res_mm, strict=True)] if interp == "sitk" else []
     down = _down(hr.shape, spacing_mm, low_res_mm, geometry, factors, widths, box)
     matrix = down[axis]
@@ -287,9 +275,8 @@ def degrade(
     lr = acquire(source, down, slabs, stages[SLICES], spacing_mm)
     for artefact in stages[SCAN]:
         lr = artefact(lr, axis)
-    unit, scale = _receive(
-        lr, power, noise, rng(int(seed), *rest), rng(int(seed), *rest, "imaginary") if rician else None
-    )
+    imaginary = rng(int(seed), *rest, "imaginary") if rician else None
+    unit, scale = _receive(lr, power, noise, rng(int(seed), *rest), imaginary)
     up = _up(tuple(lr.shape), hr.shape, spacing_mm, low_res_mm, geometry, factors, interpolation_type)
     parts = [lr, interpolate(lr, up, axis, slabs, region), truth(source, power, unit, slabs, region)]
     low, z, x = parts if isinstance(hr_XYZ, torch.Tensor) else [p.numpy() for p in parts]
@@ -351,8 +338,6 @@ def _up(
     """Interpolation of each axis back to the high-resolution grid."""
     if factors:
         return [expand_matrix(m, k, interpolation_type) for m, k in zip(low, factors, strict=True)]
-    up = []
-    for m, n, s, r in zip(low, high, spacing_mm, low_res_mm, strict=True):
-        ratio = s / r if geometry == "segsrgan" or n != m else 1.0
-        up.append(upsample_matrix(m, n, ratio, geometry))
-    return up
+    axes = zip(low, high, spacing_mm, low_res_mm, strict=True)
+    turned = ((m, n, s / r if geometry == "segsrgan" or n != m else 1.0) for m, n, s, r in axes)
+    return [upsample_matrix(m, n, ratio, geometry) for m, n, ratio in turned]

@@ -40,20 +40,14 @@ def choose_axes(affines: Mapping[str, np.ndarray], choice: str) -> tuple[Axes, l
     ``choice`` is a direction, or "auto": the axes of most subjects, of the first in a tie, as they are stored.
     """
     orders = {name: world_axes(affine) for name, affine in affines.items()}
-    if choice == AUTO:
-        axes = Counter(orders.values()).most_common(1)[0][0]
-    else:
-        axes = axes_across(choice)
+    axes = Counter(orders.values()).most_common(1)[0][0] if choice == AUTO else axes_across(choice)
     return axes, [name for name, order in orders.items() if order != axes]
 
 
 def describe(axes: Axes, low_res: Sequence[Sequence[float]]) -> str:
     """'1 mm along R, 1 mm along A, 3 mm along S'."""
-    sizes = [
-        f"{low[k]:g}" + (f" to {high[k]:g}" if high[k] != low[k] else "")
-        for low, high in [(low_res[0], low_res[-1])]
-        for k in range(3)
-    ]
+    ends = zip(low_res[0], low_res[-1], strict=True)
+    sizes = [f"{low:g}" + f" to {high:g}" * (high != low) for low, high in ends]
     return ", ".join(f"{size} mm along {WORLD_AXES[axis]}" for size, axis in zip(sizes, axes, strict=True))
 
 

@@ -23,7 +23,7 @@ from fastsrgan.core.draws import rng
 from fastsrgan.core.threads import CACHED
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.observation.artefacts import apply_bias, draw_bias
-from fastsrgan.volume.resample import FWHM, apply_axes, slice_profile_matrix, support
+from fastsrgan.volume.resample import FWHM, apply_axes, bspline_taps, slice_profile_matrix, support
 
 OUTER_FLUID = 24  # around the brain, in FreeSurfer's numbers
 EXTRACEREBRAL = 500  # this label and those above: skin, fat, bone, muscle, eyes, vessels
@@ -230,10 +230,8 @@ def draw_look(key: tuple[int | str, ...], values: list[int], settings: Synthesis
         ends = min(brain) + max(brain)
         mean |= {v: float(np.clip(ends - mean[v], *s.contrast)) for v in mean if v < EXTRACEREBRAL}
     air = some("air")
-    if air.random() < 0.5:  # scanners differ: half of them write zero where there is no signal
-        mean[0], sd[0] = 0.0, 0.0
-    else:
-        mean[0], sd[0] = 0.0, float(air.uniform(0, 0.02))
+    # Scanners differ: half of them write zero where there is no signal.
+    mean[0], sd[0] = 0.0, 0.0 if air.random() < 0.5 else float(air.uniform(0, 0.02))
     around = some("surround")
     grain = some("grain").dirichlet((1.0, 2.0, 2.0)) ** 0.5
     return DrawnLook(
@@ -333,12 +331,9 @@ def _even_spline(n: int, step: int, count: int) -> np.ndarray:
 
 def _spline(voxels: np.ndarray, distance: float, count: int) -> np.ndarray:
     """(n, count) cubic B-splines at voxels counted from the middle control point, which lie ``distance`` apart."""
-    x = voxels / distance + (count - 1) / 2
-    left = np.floor(x).astype(int)
-    t = x - left
-    weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1) / 6
-    basis = np.zeros((len(x), count))
-    np.add.at(basis, (np.arange(len(x))[:, None], np.clip(left[:, None] + np.arange(-1, 3), 0, count - 1)), weights)
+    columns, weights = bspline_taps(voxels / distance + (count - 1) / 2)
+    basis = np.zeros((len(voxels), count))
+    np.add.at(basis, (np.arange(len(voxels))[:, None], np.clip(columns, 0, count - 1)), weights)
     return basis
 
 

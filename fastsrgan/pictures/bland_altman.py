@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from fastsrgan.core.files import atomic_write
-from fastsrgan.errors import ResourceError
 from fastsrgan.io.output_place import BY_EVALUATE
-from fastsrgan.pictures.figure import as_written
+from fastsrgan.pictures.figure import as_written, new_figure
 
 POINT, LINE = "#0072b2", "#595959"
 LIMITS = 1.96  # sample standard deviations
@@ -25,15 +24,9 @@ def bland_altman(
     The lines are the mean difference (second minus first) and, for two subjects or more, the limits of agreement, 1.96
     sample standard deviations beside it (Bland and Altman 1986). Raises ResourceError when it cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ResourceError("picture", "matplotlib is not installed", "pip install matplotlib") from error
     columns = min(2, max(len(panels), 1))
     rows = -(-max(len(panels), 1) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(figsize=(5.2 * columns, 3.6 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, (heading, first, second) in zip(axes, panels, strict=False):
         a, b = np.asarray(first, float), np.asarray(second, float)

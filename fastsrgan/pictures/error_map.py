@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.core.files import atomic_write
-from fastsrgan.errors import ResourceError
 from fastsrgan.io.output_place import BY_EVALUATE
-from fastsrgan.pictures.figure import as_written
+from fastsrgan.pictures.figure import as_written, new_figure
 from fastsrgan.pictures.planes import brightness, cuts, from_lowest
 from fastsrgan.volume.geometry import Volume
 
@@ -42,11 +41,6 @@ def error_map(
     count from (``head.lowest``). Raises InputError for a truth that is 0 everywhere, ResourceError when the file cannot
     be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ResourceError("picture", "matplotlib is not installed", "pip install matplotlib") from error
     given = {"truth": hr, "sr": sr} | ({} if baseline is None else {"baseline": baseline})
     shown_as, _ = from_lowest(given, "truth")
     sr, hr, baseline = shown_as["sr"], shown_as["truth"], shown_as.get("baseline")
@@ -56,8 +50,7 @@ def error_map(
     apart = [np.abs(s[v] - s["truth"]) for s in samples for _, _, v in columns if v != "truth"]
     limit = max(float(np.percentile(np.concatenate([a.ravel() for a in apart]), CLIP)), 1e-9 * top)
     heights = [cut.size[1] / cut.size[0] for cut in planes]
-    figure = Figure(figsize=(WIDTH * len(columns) + 0.9, WIDTH * sum(heights) + 1.0), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(figsize=(WIDTH * len(columns) + 0.9, WIDTH * sum(heights) + 1.0), layout="constrained")
     axes = figure.subplots(len(planes), len(columns), squeeze=False, height_ratios=heights)
     shown: Any = None
     for row, (cut, sampled) in enumerate(zip(planes, samples, strict=True)):
@@ -75,10 +68,9 @@ def error_map(
             panel.set(xlim=(right, left) if cut.right == 0 else (left, right), ylim=(bottom, up), xticks=[], yticks=[])
             panel.set_frame_on(False)
             if column == 0 and cut.right == 0:
+                where = {"transform": panel.transAxes, "ha": "center", "va": "top"}
                 for side, x in (("R", 0.02), ("L", 0.98)):
-                    panel.text(
-                        x, 0.97, side, transform=panel.transAxes, color="#cccccc", fontsize=8, ha="center", va="top"
-                    )
+                    panel.text(x, 0.97, side, color="#cccccc", fontsize=8, **where)
             if row == 0:
                 panel.set_title(title, fontsize=9)
             if column == 0:

@@ -98,18 +98,11 @@ def result_columns(volumes: Mapping[str, Volume], captions: Mapping[str, str] | 
     known = {name: _spacing(volumes[name]) for name in ("low", "sr", "truth") if name in volumes}
     known |= {"low": f"{known['low']}\nvoxels as acquired"} if "low" in known else {}
     words = known | {name: text for name, text in (captions or {}).items() if text}
-    return [
-        Column(
-            volumes["sr" if name == "seg" else name],
-            title,
-            words.get(name, ""),
-            nearest=name == "low",
-            accent=name in ("sr", "seg"),
-            outlines=name == "seg",
-        )
-        for name, title in TITLES.items()
-        if name in volumes
-    ]
+    made = []
+    for name, title in ((name, title) for name, title in TITLES.items() if name in volumes):
+        ways = {"nearest": name == "low", "accent": name in ("sr", "seg"), "outlines": name == "seg"}
+        made.append(Column(volumes["sr" if name == "seg" else name], title, words.get(name, ""), **ways))
+    return made
 
 
 def result_options(volumes: Mapping[str, Volume]) -> dict[str, Any]:
@@ -204,17 +197,9 @@ def _drawn(
     for i, column in enumerate(columns):
         for j, cut in enumerate(page.rows):
             axes = page.panel(i, j)
-            smooth = "nearest" if column.nearest else "bicubic"
             image = cut.sample(column.volume, column.nearest)
-            axes.imshow(
-                image,
-                "gray",
-                vmin=0,
-                vmax=top,
-                extent=cut.extent,
-                origin="lower",
-                interpolation=smooth,
-            )
+            place = {"extent": cut.extent, "origin": "lower", "vmin": 0, "vmax": top}
+            axes.imshow(image, "gray", interpolation="nearest" if column.nearest else "bicubic", **place)
             if column.outlines:
                 _outline(axes, cut, masks, page.px(2.4 if cut is zoomed else 1.3))
             if cut is source:
@@ -224,6 +209,18 @@ def _drawn(
             page.finish(axes, cut, letters=i == 0)
     as_written(page.figure)
     return page
+
+
+def new_figure(what: str = "picture", **options: Any) -> Any:
+    """A matplotlib Figure that needs no display. Raises ResourceError, about ``what``, without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ResourceError(what, "matplotlib is not installed", "pip install matplotlib") from error
+    figure = Figure(**options)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def as_written(figure: Any) -> None:
@@ -283,11 +280,6 @@ class _Page:
         mirrored: bool,
         width_px: int,
     ) -> None:
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ResourceError("picture", "matplotlib is not installed", "pip install matplotlib") from error
         self.rows, self.mirrored, self.width, self.unit = rows, mirrored, width_px, width_px / 2000
         self.below = below
         room = width_px - self.px(2 * PAGE_MARGIN + GUTTER + (columns - 1) * GAP)
@@ -298,8 +290,7 @@ class _Page:
         self.heights = [cut.size[1] * (self.zoom if cut is rows[-1] else self.scale) for cut in rows]
         gaps = (len(rows) - 1) * GAP + FOOTER + below.height + PAGE_MARGIN
         self.height = self.top + sum(self.heights) + self.px(gaps)
-        self.figure = Figure(figsize=(width_px / 100, self.height / 100), dpi=100, facecolor=PAGE)
-        FigureCanvasAgg(self.figure)
+        self.figure = new_figure(figsize=(width_px / 100, self.height / 100), dpi=100, facecolor=PAGE)
 
     def px(self, length: float) -> float:
         """A length given for a picture 2000 pixels wide."""
@@ -307,14 +298,10 @@ class _Page:
 
     def panel(self, column: int, row: int) -> Any:
         """Axes for one image."""
-        bottom = self.height - self._top(row) - self.heights[row]
-        box = (
-            self._left(column) / self.width,
-            bottom / self.height,
-            self.column / self.width,
-            self.heights[row] / self.height,
-        )
-        return self.figure.add_axes(box, facecolor="#000000")
+        height, bottom = self.heights[row], self.height - self._top(row) - self.heights[row]
+        across, upwards = (self._left(column), self.column), (bottom, height)
+        (x, width), (y, tall) = (n / self.width for n in across), (n / self.height for n in upwards)
+        return self.figure.add_axes((x, y, width, tall), facecolor="#000000")
 
     def finish(self, axes, cut: Cut, letters: bool) -> None:
         """Limits, direction of the right-left axis, and the letters at its ends."""
@@ -384,17 +371,9 @@ class _Page:
         for i, column in enumerate(columns):
             middle = self._left(i) + self.column / 2
             colour = SEG if column.accent else TEXT
-            self._text(middle, head, column.title, 34, colour, ha="center", va="top", weight="bold")
-            self._text(
-                middle,
-                head + self.px(52),
-                column.caption,
-                caption,
-                FAINT,
-                ha="center",
-                va="top",
-                linespacing=1.35,
-            )
+            place = {"ha": "center", "va": "top"}
+            self._text(middle, head, column.title, 34, colour, weight="bold", **place)
+            self._text(middle, head + self.px(52), column.caption, caption, FAINT, linespacing=1.35, **place)
         for j, cut in enumerate(self.rows):
             zoomed = cut is self.rows[-1]
             name = f"detail × {self.zoom / self.scale:.0f}" if zoomed else cut.name
@@ -419,22 +398,14 @@ class _Page:
 
         y = self.height - self.px(PAGE_MARGIN)
         entries = [(structure, SEG, masks[0]), ("truth", TRUTH, masks[1])]
-        lines = [
-            Line2D([], [], color=c, lw=self.px(5) * 0.72, label=name) for name, c, mask in entries if mask is not None
-        ]
+        width = self.px(5) * 0.72
+        lines = [Line2D([], [], color=c, lw=width, label=name) for name, c, mask in entries if mask is not None]
+        corner = (1 - self.px(PAGE_MARGIN) / self.width, 1 - y / self.height)
         if lines:
             self.figure.legend(
-                handles=lines,
-                loc="lower right",
-                bbox_to_anchor=(1 - self.px(PAGE_MARGIN) / self.width, 1 - y / self.height),
-                ncols=2,
-                frameon=False,
-                labelcolor=FAINT,
-                prop={"family": FONT, "size": self.px(SMALL) * 0.72},
-                borderpad=0,
-                borderaxespad=0,
-                handlelength=1.4,
-            )
+                handles=lines, loc="lower right", bbox_to_anchor=corner, ncols=2, frameon=False, labelcolor=FAINT,
+                prop={"family": FONT, "size": self.px(SMALL) * 0.72}, borderpad=0, borderaxespad=0, handlelength=1.4,
+            )  # fmt: skip
 
     def write(self, path: Path) -> Path:
         """Save atomically; the same picture gives the same bytes."""

@@ -66,18 +66,11 @@ def page_names(stems: Sequence[str], target: Path) -> list[str]:
 
 def facts(rows: Sequence[Row]) -> dict[str, Any]:
     """All figures of the page: {"rows", "columns", "summary", "outliers"}; columns are JSON pointers inside a row."""
-    plain = [
-        finite(
-            {
-                "stem": row.result.stem,
-                "page": row.page,
-                "record": {k: row.result.record.get(k) for k in RECORDED},
-                "scores": row.result.scores,
-                "measured": row.measured,
-            }
-        )
-        for row in rows
-    ]
+    plain = []
+    for row in rows:
+        record = {k: row.result.record.get(k) for k in RECORDED}
+        found = {"stem": row.result.stem, "page": row.page, "record": record, "scores": row.result.scores}
+        plain.append(finite(found | {"measured": row.measured}))
     scored = [row["scores"] for row in plain if row["scores"]]
     columns = [c for c in candidates(scored) if any(isinstance(at(row, c), (int, float)) for row in plain)]
     marked = {c: outliers([at(row, c) for row in plain]) for c in columns}
@@ -87,9 +80,8 @@ def facts(rows: Sequence[Row]) -> dict[str, Any]:
 def candidates(scored: Sequence[dict[str, Any]]) -> list[str]:
     """Columns in order: image figures in the narrowest region, the gain, the segmentation's with the baseline's Dice,
     what was measured, time."""
-    if not scored:
-        found = []
-    else:
+    found = []
+    if scored:
         region = "mask" if all("mask" in s["image"] for s in scored) else "whole"
         first = {image: [k for k, f in FIGURES.items() if f.headline and f.image == image] for image in (True, False)}
         found = [pointer("scores", "image", region, key) for key in first[True]]
@@ -140,28 +132,24 @@ def table(rows: Sequence[Row], known: dict[str, Any]) -> Html:
     notes = [RULE] if len(rows) >= FEWEST else []
     notes += [f"{KNOWS[0].upper()}{KNOWS[1:]}."] if any(knows_truth(row.result.scores) for row in rows) else []
     below = [el("p", note, class_="faint") for note in notes]
-    return sections.card(
-        "Results", el("p", " ".join(said)) if said else None, el("div", grid, class_="scroll", tabindex=0), below
-    )
+    scroll = el("div", grid, class_="scroll", tabindex=0)
+    return sections.card("Results", el("p", " ".join(said)) if said else None, scroll, below)
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """What was odd about the results and their evaluation, every kind once; the page of each has its own."""
-    told = [(row.result.record.get("warnings", []), (row.result.scores or {}).get("notes", [])) for row in rows]
-    return told_once(
-        [
-            {"subject": row.result.stem, "notes": list(map(str, [*a, *b]))}
-            for row, (a, b) in zip(rows, told, strict=True)
-        ]
-    )
+    told = []
+    for result in (row.result for row in rows):
+        own = [*result.record.get("warnings", []), *(result.scores or {}).get("notes", [])]
+        told.append({"subject": result.stem, "notes": list(map(str, own))})
+    return told_once(told)
 
 
 def _structures(rows: Sequence[Row]) -> str:
     """What is segmented, as far as the records say it."""
-    records = [row.result.record for row in rows]
-    return "; ".join(
-        dict.fromkeys(sections.segmented(one) for one in records if Purpose.of(one.get("made_for")).structures)
-    )
+    records = (row.result.record for row in rows)
+    told = [sections.segmented(one) for one in records if Purpose.of(one.get("made_for")).structures]
+    return "; ".join(dict.fromkeys(told))
 
 
 def title(column: str) -> str:

@@ -277,9 +277,8 @@ def _of(row: dict[str, Any], sr: Path) -> bool:
 def _truth(result: Result, files: dict[str, Any], folder: Path) -> None:
     for kind in ("hr", "label"):
         name = files.get(kind)
-        if isinstance(name, str) and (
-            there := next((p for p in (Path(name), folder / name) if images.is_image(p) and os.path.isfile(p)), None)
-        ):
+        places = (Path(name), folder / name) if isinstance(name, str) else ()
+        if there := next((p for p in places if images.is_image(p) and os.path.isfile(p)), None):
             result.files[kind] = there
 
 

@@ -239,20 +239,13 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
     summary, validation = facts["summary"] or {}, facts["validation"]
     plots = []
     for title, known in SCORES:
-        lines = [
-            Line(
-                _line_name(key),
-                [v["epoch"] for v in validation],
-                [_plain(v.get(key)) for v in validation],
-                _of_baseline(key),
-            )
-            for key in _columns(title, known, validation)
-        ]
+        keys, epochs = _columns(title, known, validation), [v["epoch"] for v in validation]
+        values = {key: [_plain(v.get(key)) for v in validation] for key in keys}
+        lines = [Line(_line_name(key), epochs, values[key], _of_baseline(key)) for key in keys]
         plots.append(line_chart(_titled(title, validation), lines, "epoch"))
     for title, names, unit in CHARTS:
-        lines = [
-            Line(LINES.get(name, name), facts["at"], facts["curves"][name]) for name in names if name in facts["curves"]
-        ]
+        drawn = [name for name in names if name in facts["curves"]]
+        lines = [Line(LINES.get(name, name), facts["at"], facts["curves"][name]) for name in drawn]
         loss = _loss(facts) if unit == RECONSTRUCTION else ""
         many = BEHIND in loss  # too long for an axis
         plots.append(line_chart(f"{title}: {loss}" if many else title, lines, "update", _unit(unit, loss)))
@@ -262,15 +255,14 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
         notes.append(f"{counted(facts['unreadable_lines'], 'line')} of the log could not be read.")
     if not summary:
         notes.append("The run has no summary: it has not ended, or was killed.")
-    head = facts_table(
-        [
-            (_entry(key, [summary]), _entered(key, summary[key], pointer("run", "summary", key)))
-            for key in _entries([summary])
-        ]
-        + ([(BEGAN, _began_with(summary))] if summary else [])
-        + [(f"settings {BEHIND} {one['behind']}", _said(one["settings"])) for one in _resumes(facts)]
-    )
+    entries = [(key, pointer("run", "summary", key)) for key in _entries([summary])]
+    rows = [(_entry(key, [summary]), _entered(key, summary[key], at)) for key, at in entries]
+    rows += [(BEGAN, _began_with(summary))] if summary else []
+    rows += [(f"settings {BEHIND} {one['behind']}", _said(one["settings"])) for one in _resumes(facts)]
+    head = facts_table(rows)
     noted = facts.get("data_warnings") or []
+    told = el("ul", [el("li", line) for line in noted])
+    about = el("details", el("summary", f"{counted(len(noted), 'warning')} about the data"), told)
     table = el("details", el("summary", "Validations as a table"), _table(validation)) if validation else None
     wrong = [el("li", line) for line in facts["warnings"]]
     return card(
@@ -278,13 +270,7 @@ def run_card(facts: dict[str, Any], panels: list[tuple[str, bytes]]) -> Html:
         el("ul", wrong, class_="warnings") if wrong else None,
         el("p", " ".join(filter(None, notes)), class_="faint") if any(notes) else None,
         el("div", [p for p in plots if p], class_="plots"),
-        el(
-            "details",
-            el("summary", f"{counted(len(noted), 'warning')} about the data"),
-            el("ul", [el("li", line) for line in noted]),
-        )
-        if noted
-        else None,
+        about if noted else None,
         table,
         _samples(panels),
         el("h3", "Summary"),

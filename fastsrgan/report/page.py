@@ -299,9 +299,8 @@ def _score(
         result.files["label"] = label
     sr, others = stage.load_images(result, warnings)
     if sr is None:
-        raise InputError(
-            result.stem, "its super-resolved image cannot be read", "; ".join(warnings) or "infer it again"
-        )
+        reason = "its super-resolved image cannot be read"
+        raise InputError(result.stem, reason, "; ".join(warnings) or "infer it again")
     more = {}
     if label is not None and chosen:
         others["label"] = images.load_label(label, classes=chosen[0].values)

@@ -199,18 +199,13 @@ def viewer_card(
     side = [_pane(p) for p in panes if p["id"] not in ("spline", "sr")]
     few = "panes few" if len(side) < 3 else "panes"
     stage = el("div", main, divider, id="stage", class_="stage wipe" if wiping else "stage")
+    arrows, pages, zooms = (
+        [join(el("kbd", key), " ") for key in keys] for keys in ("←→↑↓", ("Page Up", "Page Down"), "+-")
+    )
     helped = join(
-        "Click or drag in an image to move all of them. In an image: ",
-        [join(el("kbd", k), " ") for k in ("←", "→", "↑", "↓")],
-        "move, ",
-        el("kbd", "Page Up"),
-        " ",
-        el("kbd", "Page Down"),
-        " change the slice, ",
-        el("kbd", "+"),
-        " ",
-        el("kbd", "-"),
-        " zoom; the wheel too, once the image has been clicked. Radiological: the patient's left is on the right.",
+        *("Click or drag in an image to move all of them. In an image: ", arrows, "move, "),
+        *(pages, "change the slice, ", zooms, "zoom; the wheel too, once the image has been clicked."),
+        " Radiological: the patient's left is on the right.",
     )
     return el(
         "section",
@@ -268,20 +263,15 @@ def pane_list(packed: Packed, spacing: tuple[float, float, float] | None) -> lis
     panes += [("sr", "sr", TITLES["sr"], "super-resolved"), ("seg", "sr", TITLES["seg"], "")]
     panes += [("change", "change", "Difference", named["change"]), ("doubt", "doubt", "Doubt", "of the SR")]
     panes += [("truth", "truth", TITLES["truth"], "")]
-    panes += [("error", "error", "Error", named["error"]), ("spline_error", "spline_error", "Error of the spline", "")]
+    panes += [("error", "error", "Error", named["error"])]
+    panes += [("spline_error", "spline_error", "Error of the spline", named["spline_error"])]
     layers = {"seg": masks, "sr": [name for name in OVER if name in there]}
-    return [
-        {
-            "id": name,
-            "base": base,
-            "layers": layers.get(name, []),
-            "nearest": name == "low",
-            "title": title,
-            "caption": named["spline_error"] if name == "spline_error" else caption,
-        }
+    found = [
+        {"id": name, "base": base, "layers": layers.get(name, []), "title": title, "caption": caption}
         for name, base, title, caption in panes
         if base in there and (name != "seg" or masks)
     ]
+    return [one | {"nearest": one["id"] == "low"} for one in found]
 
 
 def viewer_data(packed: Packed, view: View, low: Volume | None) -> Html:
@@ -400,6 +390,7 @@ def _controls(packed: Packed, view: View, wiping: bool) -> Html:
     layers = [("none", "None")]
     layers += [(n, words) for n, words in OVER.items() if n in packed.blobs or (n == "change" and wiping)]
     marked = view.through is not None
+    start = el("button", "largest change" if view.changed else "back", type="button", id="start")
     return el(
         "div",
         el("div", el("span", "Plane"), _choice("plane", planes, view.plane), class_="row"),
@@ -411,16 +402,6 @@ def _controls(packed: Packed, view: View, wiping: bool) -> Html:
         slider("zoom", "Zoom", 1, 8, 1, 0.05),
         el("label", "Crosshair", el("input", type="checkbox", id="cross", checked=True)),
         el("label", "Slice marks", el("input", type="checkbox", id="marks", checked=True)) if marked else None,
-        el(
-            "div",
-            el("span", "Place"),
-            el(
-                "span",
-                el("output", id="place"),
-                " ",
-                el("button", "largest change" if view.changed else "back", type="button", id="start"),
-            ),
-            class_="row wide",
-        ),
+        el("div", el("span", "Place"), el("span", el("output", id="place"), " ", start), class_="row wide"),
         class_="controls",
     )

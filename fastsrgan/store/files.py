@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import urllib.parse
+from collections.abc import Awaitable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from zarr.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-from fastsrgan.core import files as core_files
 from fastsrgan.core.files import (
     LOCK,
     FolderLock,
@@ -76,11 +76,8 @@ class Keys:
         """The bytes under several keys, None where there are none; behind a URL they are asked for at once."""
         if self.root is not None:
             return [self._read(self.root / key) for key in keys]
-
-        async def gathered() -> list[Any]:
-            return await asyncio.gather(*(self.zarr.get(key, default_buffer_prototype()) for key in keys))
-
-        return [None if found is None else found.to_bytes() for found in sync(gathered())]
+        found = sync(_together(self.zarr.get(key, default_buffer_prototype()) for key in keys))
+        return [None if one is None else one.to_bytes() for one in found]
 
     def _read(self, path: Path) -> bytes | None:
         if is_special(path):  # a pipe, say: nothing that a writer makes, and reading it may never end
@@ -90,9 +87,8 @@ class Keys:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except OSError as error:
-            raise ResourceError(
-                path, f"cannot be read: {error.strerror or error}", "check the path and its permissions"
-            ) from error
+            reason = f"cannot be read: {error.strerror or error}"
+            raise ResourceError(path, reason, "check the path and its permissions") from error
 
     def put(self, key: str, data: bytes) -> None:
         """Replace what is under a key as a whole: readers see the old bytes or the new ones."""
@@ -106,11 +102,7 @@ class Keys:
         """Write several keys that nobody reads yet; on return they survive a power cut."""
         if self.remote is not None:
             remote = self.remote
-
-            async def gathered() -> None:
-                await asyncio.gather(*(remote.put(key, value) for key, value in data.items()))
-
-            sync(gathered())
+            sync(_together(remote.put(key, value) for key, value in data.items()))
             return
         for key, value in data.items():
             path = self.folder / key
@@ -164,6 +156,10 @@ class Keys:
         return self.root
 
 
+async def _together(requests: Iterable[Awaitable[Any]]) -> list[Any]:
+    return await asyncio.gather(*requests)
+
+
 def local_path(url: str) -> Path | None:
     """The folder that a path or a ``file://`` URL means, None for any other URL."""
     if url.startswith("file://"):
@@ -206,12 +202,6 @@ def write_manifest(keys: Keys, manifest: dict[str, Any]) -> int:
 def _digest(manifest: dict[str, Any]) -> str:
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def need_space(keys: Keys, needed: int) -> None:
-    """Refuse to begin what the disk cannot hold. Raises ResourceError; nothing is known of the room behind a URL."""
-    if keys.root is not None:
-        core_files.need_space(keys.root, needed)
 
 
 class WriteLock:
@@ -283,10 +273,9 @@ def check_manifest(manifest: dict[str, Any]) -> None:
         _demand(isinstance(record, dict), f"{name} is no mapping")
         try:
             _check_subject(record)
-        except (TypeError, KeyError, OverflowError) as error:
-            raise ValueError(f"{name[:80]}: {type(error).__name__} {str(error)[:80]}") from error
-        except ValueError as error:
-            raise ValueError(f"{name[:80]}: {error}") from error
+        except (TypeError, KeyError, OverflowError, ValueError) as error:
+            told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {str(error)[:80]}"
+            raise ValueError(f"{name[:80]}: {told}") from error
 
 
 def _check_subject(record: dict[str, Any]) -> None:

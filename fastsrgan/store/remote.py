@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -72,9 +72,8 @@ class Limits:
             except ValueError:
                 found[name] = math.nan
             if not least <= found[name] < math.inf:
-                raise UsageError(
-                    variable, f"{text!r} is not allowed", f"{_NUMBER[kind]} from {least:g} up, or unset it"
-                )
+                hint = f"{_NUMBER[kind]} from {least:g} up, or unset it"
+                raise UsageError(variable, f"{text!r} is not allowed", hint)
         return cls(**found)
 
     def wait(self, key: str, attempt: int) -> float:
@@ -170,7 +169,11 @@ class Remote(WrapperStore[FsspecStore]):
 
     async def names(self) -> list[str]:
         """What stands directly below the root."""
-        return await self._patiently("listed", "", lambda: _collected(self._store.list_dir("")))
+
+        async def collected() -> list[str]:
+            return [name async for name in self._store.list_dir("")]
+
+        return await self._patiently("listed", "", collected)
 
     async def sizes(self, prefix: str) -> dict[str, int]:
         """key below the prefix -> bytes, in as few requests as the file system can list them with."""
@@ -231,7 +234,3 @@ def _is_refusal(error: Exception) -> bool:
     """Whether an HTTP status says that the request itself is wrong: repeating it would change nothing."""
     status = getattr(error, "status", None)
     return isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
-
-
-async def _collected(names: AsyncIterator[str]) -> list[str]:
-    return [name async for name in names]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastsrgan._version import __version__
-from fastsrgan.core.files import LOCK, finite, mapping, parse_json, write_error
+from fastsrgan.core.files import LOCK, finite, mapping, need_space, parse_json, write_error
 from fastsrgan.errors import FastsrganError, InputError, ModelError, UsageError, counted
 from fastsrgan.store.codec import CHUNK, encoded, group_bytes
 from fastsrgan.store.files import (
@@ -29,7 +29,6 @@ from fastsrgan.store.files import (
     SPLITS,
     Keys,
     WriteLock,
-    need_space,
     read_manifest,
     write_manifest,
 )
@@ -103,8 +102,9 @@ class StoreWriter:
         return all(fingerprint(self._keys.get(f"{subject_id}/{key}") or b"") == files[key] for key in files)
 
     def need_space(self, n_bytes: int) -> None:
-        """Refuse to begin what the disk cannot hold: ResourceError."""
-        need_space(self._keys, n_bytes)
+        """Refuse to begin what the disk cannot hold: ResourceError; nothing is known of the room behind a URL."""
+        if self._keys.root is not None:
+            need_space(self._keys.root, n_bytes)
 
     def write(
         self,
@@ -152,11 +152,11 @@ class StoreWriter:
             files = encoded(MARK | record, arrays)
             self._keys.put_all({f"{subject_id}/{key}": data for key, data in files.items()})
             record["files"] = {key: fingerprint(data) for key, data in files.items()}
-        except OSError as error:
-            self._discard(subject_id)
-            raise write_error(error, self.url) from error
-        except BaseException:
-            self._discard(subject_id)
+        except BaseException as error:
+            with contextlib.suppress(OSError, FastsrganError):
+                self._keys.drop(subject_id)
+            if isinstance(error, OSError):
+                raise write_error(error, self.url) from error
             raise
         with self._guard:
             self._manifest["subjects"][subject_id] = record
@@ -254,10 +254,6 @@ class StoreWriter:
             if self._manifest["subjects"].pop(subject_id, None) is not None:
                 self._manifest["complete"] = False
                 self._publish(always=True)
-
-    def _discard(self, subject_id: str) -> None:
-        with contextlib.suppress(OSError, FastsrganError):
-            self._keys.drop(subject_id)
 
     def _publish(self, always: bool = False) -> None:
         """Replace the manifest. A large one at most a tenth of the time; what is not listed yet is listed soon."""

@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.core.files import atomic_write
-from fastsrgan.errors import ResourceError
 from fastsrgan.evaluate.figures import FIGURES
 from fastsrgan.io.output_place import BY_STUDY
-from fastsrgan.pictures.figure import as_written
+from fastsrgan.pictures.figure import as_written, new_figure
 from fastsrgan.study.data import BASELINE
 
 # Readable for the colour-blind, and in print (Okabe and Ito).
@@ -67,15 +66,10 @@ def draw(base: str | os.PathLike, rows: Sequence[Sequence[Panel]], title: str, f
 
     Raises ResourceError when matplotlib is missing or a file cannot be written.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ResourceError("figure", "matplotlib is not installed", "pip install matplotlib") from error
     columns = max(len(row) for row in rows)
-    figure = Figure(figsize=(3.5 * columns, 2.75 * len(rows) + 1.1), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure("figure", figsize=(3.5 * columns, 2.75 * len(rows) + 1.1), layout="constrained")
+    import matplotlib
+
     axes = figure.subplots(len(rows), columns, squeeze=False)
     handles: dict[str, Any] = {}
     for i, row in enumerate(rows):

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsrgan.errors import ModelError
 from fastsrgan.losses import FLOOR, interpolate, widen
 from fastsrgan.model.cpu import critic as critic_convs
 from fastsrgan.model.cpu.critic import Direct
-from fastsrgan.model.networks import Critic, resolution_channel
+from fastsrgan.model.networks import Critic, with_resolution
 
 CHUNK = 2  # patches of a batch at a time on a CPU: larger parts are no faster and take more memory
 
@@ -115,11 +114,7 @@ def _chunk(x: Tensor) -> int:
 
 def _channels_last(critic: Critic, x: Tensor, res: Tensor | None) -> Tensor:
     """(B, P, P, P, C), with the resolution channel where it belongs."""
-    if critic.spec.conditional:
-        if res is None:
-            raise ModelError("critic", "conditional weights need a resolution", "pass res, the slice thickness in mm")
-        x = torch.cat([x, resolution_channel(x, res)], 1)
-    return x.permute(0, 2, 3, 4, 1).contiguous()
+    return with_resolution("critic", critic.spec, x, res).permute(0, 2, 3, 4, 1).contiguous()
 
 
 class _Work:

@@ -130,10 +130,8 @@ class Models:
         if config.zero_head:
             with torch.no_grad():
                 self.generator.head[0].zero_()
-        self.critic = Critic(
-            CriticSpec(config.kernel_dis, PatchRule.of(config).patch, spec.out_channels, spec.conditional),
-            config.seed + 1,
-        )
+        judged = CriticSpec(config.kernel_dis, PatchRule.of(config).patch, spec.out_channels, spec.conditional)
+        self.critic = Critic(judged, config.seed + 1)
         self.average: dict[str, Tensor] | None = None
         self.critic_count = 0  # critic updates done, which the lazy penalty counts by
         by_job = functools.partial(compiled, config=fast, device=device, job=CompiledJob())
@@ -153,10 +151,9 @@ class Models:
             set_rounding(self.arithmetic.tf32)
             torch.backends.cudnn.benchmark = True  # patches have one size: each layer is timed once, then the fastest
         betas = (c.beta1, c.beta2)
-        self.optimiser_g = Optimiser(
-            self.generator, c.lr_gen, betas, 1e-8, clip=c.clip_norm, scaled=scaled, ranks=self.ranks
-        )
-        self.optimiser_d = Optimiser(self.critic, c.lr_dis, betas, 1e-7, scaled=scaled, ranks=self.ranks)
+        more: dict[str, Any] = {"scaled": scaled, "ranks": self.ranks}
+        self.optimiser_g = Optimiser(self.generator, c.lr_gen, betas, 1e-8, clip=c.clip_norm, **more)
+        self.optimiser_d = Optimiser(self.critic, c.lr_dis, betas, 1e-7, **more)
         if c.ema:
             self.average = {k: v.detach().clone() for k, v in self.generator.named_parameters()}
 
@@ -240,9 +237,9 @@ class Models:
             data: Data = (batch.y[part], fake[part], eps[part], weight, batch.res[part])
             scale = share if o.scale is None else share * o.scale
             by_hand = c.penalty in ("auto", "manual")
-            rows.append((self._by_hand if by_hand else self._by_autograd)(data, scale))
-            rows[-1] = {k: share * v.detach() for k, v in rows[-1].items()}
-        terms = {k: sum((r[k] for r in rows[1:]), rows[0][k]) for k in rows[0]}
+            terms = (self._by_hand if by_hand else self._by_autograd)(data, scale)
+            rows.append({k: share * v.detach() for k, v in terms.items()})
+        terms = _summed(rows)
         o.send(terms["total"])
         terms["penalty"] = terms["penalty"] / c.penalty_every
         kept = {k: v for k, v in terms.items() if weight or k != "penalty"}
@@ -289,7 +286,7 @@ class Models:
             o.backward(terms["total"] * (share if o.scale is None else share * o.scale), last=i == len(parts))
             rows.append({k: share * v.detach() for k, v in terms.items()})
         self.critic.requires_grad_(True)
-        terms = {k: sum((r[k] for r in rows[1:]), rows[0][k]) for k in rows[0]}
+        terms = _summed(rows)
         head = self.generator.head.detach().clone() if c.head_rate != 1 else None
         o.send(terms["total"])
         told = o.step()
@@ -339,16 +336,12 @@ class Models:
         size = math.ceil(len(batch.x) / math.ceil(len(batch.x) / most))  # equal chunks are one shape to compile
         fakes = None
         for at in range(0, len(batch.x), size):
-            part = slice(at, at + size)
-            x, res, agree = batch.x[part], batch.res[part], _part(batch.agree, part)
-            n = len(x)
-            if self.static and n < size:
-                x, res = _repeated(x, size), _repeated(res, size)
-                agree = None if agree is None else _repeated(agree, size)
-            made = self._fakes(x, res, agree)[:n]
+            part = slice(at, min(at + size, len(batch.x)))
+            seen = (_part(t, part, size if self.static else 0) for t in (batch.x, batch.res, batch.agree))
+            made = self._fakes(*seen)[: part.stop - at]
             if fakes is None:
                 fakes = batch.x.new_empty(len(batch.x), *made.shape[1:])
-            fakes[at : at + n] = made
+            fakes[part] = made
         assert fakes is not None
         return fakes
 
@@ -369,17 +362,18 @@ class Models:
         Where they are compiled, all are of one size whatever the batch's: repeated samples of weight 0 fill them up.
         """
         n, size = len(batch.x), math.ceil(self.batch / self.micro_batches)
+        given = batch.x, batch.y, batch.res, batch.agree
         if not self.static or n > size * self.micro_batches:
             for part, share in self._parts(n):
-                yield batch.x[part], batch.y[part], batch.res[part], _part(batch.agree, part), None, share
+                x, y, res, agree = (_part(t, part) for t in given)
+                yield x, y, res, agree, None, share
             return
         for at in range(0, n, size):
             part = slice(at, min(at + size, n))
             count = part.stop - at
             weights = (torch.arange(size, device=batch.x.device) < count).to(batch.x.dtype) / count
-            x, y, res = (_repeated(t[part], size) for t in (batch.x, batch.y, batch.res))
-            agree = _part(batch.agree, part)
-            yield x, y, res, None if agree is None else _repeated(agree, size), weights, count / n
+            x, y, res, agree = (_part(t, part, size) for t in given)
+            yield x, y, res, agree, weights, count / n
 
     def state(self) -> dict[str, Any]:
         """What the next update depends on besides networks and moving average."""
@@ -396,13 +390,15 @@ class Models:
         self.critic_count = state["critic_count"]
 
 
-def _part(x: Tensor | None, part: slice) -> Tensor | None:
-    return None if x is None else x[part]
+def _summed(rows: list[Terms]) -> Terms:
+    return {k: sum((r[k] for r in rows[1:]), rows[0][k]) for k in rows[0]}
 
 
-def _repeated(x: Tensor, size: int) -> Tensor:
-    """(n, ...) -> (size, ...): its samples over and over."""
-    return x if len(x) == size else x[torch.arange(size, device=x.device) % len(x)]
+def _part(x: Tensor | None, part: slice, size: int = 0) -> Any:
+    """Samples of (n, ...): over and over up to ``size`` of them, where that is more."""
+    if x is None or size <= len(x[part]):
+        return None if x is None else x[part]
+    return x[part][torch.arange(size, device=x.device) % len(x[part])]
 
 
 class Means(Mapping[str, float]):
@@ -506,9 +502,8 @@ def batch_that_fits(config: TrainConfig, mask_classes: int, device: torch.device
         if ranks.minimum(int(fits(config, mask_classes, device, own))):
             return own * ranks.world
         if own == 1:
-            raise ResourceError(
-                str(device), "no memory for a batch of one patch", "a smaller --patch-size or --kernel-gen"
-            )
+            reason = "no memory for a batch of one patch"
+            raise ResourceError(str(device), reason, "a smaller --patch-size or --kernel-gen")
         own //= 2
 
 

@@ -58,17 +58,15 @@ def loop(run: Run, stop: StopRequest) -> None:
     c, at = run.config, run.position
     if out_of_patience(run):
         run.ended_early = at.epoch - 1
-        log.info(
-            "the run ended after %s without a better score; a larger patience goes on", counted(at.stale, "validation")
-        )
+        told = "the run ended after %s without a better score; a larger patience goes on"
+        log.info(told, counted(at.stale, "validation"))
         return
     # The plan is read ahead of the position, so it is fixed before the position moves.
     turns = run.plan()
     run.began_at = run.done(turns[0], at.step / at.steps if at.steps else 0.0) if turns else 1.0
     if not turns and run.first:
-        log.warning(
-            "the run is past epoch %d, the last: nothing is left to do, a larger --epoch goes on", run.last_epoch
-        )
+        told = "the run is past epoch %d, the last: nothing is left to do, a larger --epoch goes on"
+        log.warning(told, run.last_epoch)
     # Closed at the end, which stops the threads that prepare groups nobody will ask for.
     groups = run.feed.groups(iter([(t.epoch, t.subjects) for t in turns]))
     with contextlib.closing(groups) as residents:  # type: ignore[type-var]
@@ -121,18 +119,9 @@ def stopped(run: Run, stop: StopRequest) -> bool:
 def run_group(run: Run, turn: Turn, residents: list[Resident], stop: StopRequest) -> None:
     """The generator's pass over one group of residents, critic updates before each of its updates."""
     c, at = run.config, run.position
-    pool = None
-    if residents:
-        pool = Pool(
-            residents,
-            run.feed.rule.patch,
-            mask_classes=run.mask_classes,
-            seed=run.feed.seed,
-            epoch=turn.epoch,
-            group=turn.group,
-            rank=run.ranks.rank,
-            flips=c.flips,
-        )
+    place = {"seed": run.feed.seed, "epoch": turn.epoch, "group": turn.group, "rank": run.ranks.rank}
+    more: dict[str, Any] = {"mask_classes": run.mask_classes, "flips": c.flips, **place}
+    pool = Pool(residents, run.feed.rule.patch, **more) if residents else None
     batches = shared_steps(run, turn, pool)
     at.steps = batches if c.steps_per_epoch is None else min(batches, capped(run, turn, c.steps_per_epoch))
     if pool is None or at.steps == 0:
@@ -257,11 +246,9 @@ def count_bad(run: Run, facts: dict[str, float], told: Told) -> None:
         if run.first:
             found = {"facts": facts, "patches": ids, "update": number, "position": vars(run.position)}
             write_json(run.folder / "bad_batch.json", found)
-        raise ResourceError(
-            run.folder,
-            counted(run.bad, "update was not finite", "updates in a row were not finite"),
-            "the last good snapshot is in checkpoints/, the patches are in bad_batch.json; lower the learning rates",
-        )
+        reason = counted(run.bad, "update was not finite", "updates in a row were not finite")
+        hint = "the last good snapshot is in checkpoints/, the patches are in bad_batch.json; lower the learning rates"
+        raise ResourceError(run.folder, reason, hint)
 
 
 def tell(run: Run, turn: Turn, facts: dict[str, float], told: Told) -> None:
@@ -303,27 +290,15 @@ def end_epoch(run: Run, epoch: int, stop: StopRequest) -> bool:
     at, c = run.position, run.config
     scores: dict[str, float] = {}
     generator = run.models.shipped()
-
-    def asked() -> bool:
-        return stopped(run, stop)
-
+    names = [name for name, _ in run.structures]
+    each: dict[str, Any] = {"structures": names, "ranks": run.ranks, "stopped": lambda: stopped(run, stop)}
     try:
         if run.test and epoch % c.validate_every == 0:
-            scores = validate(
-                generator,
-                run.feed,
-                run.test,
-                batch_size=run.batch * run.ranks.world,
-                mask_classes=run.mask_classes,
-                structures=[name for name, _ in run.structures],
-                known=run.baselines,
-                arithmetic=run.models.arithmetic,
-                ranks=run.ranks,
-                stopped=asked,
-            )
+            size = {"batch_size": run.batch * run.ranks.world, "mask_classes": run.mask_classes}
+            own: dict[str, Any] = {"known": run.baselines, "arithmetic": run.models.arithmetic, **size}
+            scores = validate(generator, run.feed, run.test, **each, **own)
         if run.test and c.whole_every and epoch % c.whole_every == 0:
-            names = [name for name, _ in run.structures]
-            scores |= validate_whole(generator, run.feed, run.test, structures=names, ranks=run.ranks, stopped=asked)
+            scores |= validate_whole(generator, run.feed, run.test, **each)
     except Stopped:
         return False
     warning = judge(run, epoch, scores)
@@ -365,9 +340,7 @@ def judge(run: Run, epoch: int, scores: dict[str, float]) -> str:
         at.best, at.best_epoch, at.best_dice, at.stale = value, epoch, mean_dice(scores), 0
         write_weights(run, run.folder / BEST, {"epoch": epoch, **scores})
     if run.first:
-        patches = {
-            name: v for name, v in scores.items() if not name.startswith(WHOLE)
-        }  # the others have their own line
+        patches = {name: v for name, v in scores.items() if not name.startswith(WHOLE)}  # the others have a line too
         facts = {"epoch": epoch, **patches, "score": value, "best": at.best, "best_epoch": at.best_epoch}
         run.progress.tell("validation", validation_line(epoch, scores, at.best_epoch or epoch), **facts)
     warning = collapse(scores, run.scores)

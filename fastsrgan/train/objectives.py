@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsrgan.errors import ModelError
 from fastsrgan.losses import (
     RECONSTRUCTION,
     gradient_penalty,
@@ -25,7 +24,7 @@ from fastsrgan.losses import (
     wasserstein,
     widen,
 )
-from fastsrgan.model.networks import Critic, Generator, resolution_channel, same_pad
+from fastsrgan.model.networks import Critic, Generator, same_pad, with_resolution
 
 
 def scores_and_input_gradient(critic: Critic, x: Tensor, tail: int) -> tuple[Tensor, Tensor]:
@@ -47,11 +46,6 @@ def scores_and_input_gradient(critic: Critic, x: Tensor, tail: int) -> tuple[Ten
         g = torch.where(mask, g, critic.SLOPE * g)
         g = F.conv_transpose3d(g, weight, stride=2)[..., 1 : 1 + size[0], 1 : 1 + size[1], 1 : 1 + size[2]]
     return scores, g
-
-
-def explicit_penalty(gradient: Tensor, channels: int, weight: float) -> Tensor:
-    """weight * mean of (||gradient||_2 - 1)^2 over samples; only the first ``channels`` count: scalar."""
-    return norm_penalty(gradient[:, :channels], weight)
 
 
 def critic_loss(
@@ -84,13 +78,10 @@ def critic_loss(
         return {"total": distance + gp, "wasserstein": distance, "penalty": gp}
     n = real.shape[0]
     batch = torch.cat([real, fake, interpolate(real, fake, eps)])
-    if critic.spec.conditional:
-        if res is None:
-            raise ModelError("critic", "conditional weights need a resolution", "pass res, the slice thickness in mm")
-        batch = torch.cat([batch, resolution_channel(batch, res.repeat(3) if res.ndim else res)], 1)
+    batch = with_resolution("critic", critic.spec, batch, res.repeat(3) if res is not None and res.ndim else res)
     scores, gradient = scores_and_input_gradient(critic, batch, tail=n)
     distance = wasserstein(scores[:n], scores[n : 2 * n])
-    gp = explicit_penalty(gradient, real.shape[1], lambda_gp)
+    gp = norm_penalty(gradient[:, : real.shape[1]], lambda_gp)  # the resolution channel does not count
     return {"total": distance + gp, "wasserstein": distance, "penalty": gp}
 
 

@@ -104,9 +104,8 @@ def self_test(arithmetic: Arithmetic, compiled: bool = False) -> dict[str, float
         raise
     except RuntimeError as error:
         reason = f"a small training step failed: {str(error).splitlines()[0]}"
-        raise ResourceError(
-            device_name(arithmetic.device), reason, "see `fastsrgan doctor`, or --device cpu"
-        ) from error
+        hint = "see `fastsrgan doctor`, or --device cpu"
+        raise ResourceError(device_name(arithmetic.device), reason, hint) from error
     off = {name: relative(found[name], g) for name, g in _expected().items()}
     for name, value in off.items():
         refuse(arithmetic, {f"{name} gradients": value}, NETWORK_LIMITS[name])

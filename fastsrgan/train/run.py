@@ -154,20 +154,9 @@ def short_training(
     """
     spec, _ = read_spec(start)
     config = TrainConfig(
-        new_low_res=(low_res_mm,),
-        epochs=2,
-        steps_per_epoch=12,
-        batch_size=4,
-        patch_size=48,
-        kernel_gen=spec.kernel,
-        scaled=spec.scaled,
-        kernel_dis=8,
-        head_rate=0.01,
-        lr_gen=2e-5,
-        ema=0.9,
-        contrast_max=0.2,
-        noise=0.0,
-    ).replace(**changes)
+        new_low_res=(low_res_mm,), contrast_max=0.2, noise=0.0, epochs=2, steps_per_epoch=12, batch_size=4,
+        patch_size=48, kernel_gen=spec.kernel, scaled=spec.scaled, kernel_dis=8, lr_gen=2e-5, head_rate=0.01, ema=0.9,
+    ).replace(**changes)  # fmt: skip
     return train(store, run_folder, config, device=device, start_weights=start, progress=progress)
 
 
@@ -324,35 +313,13 @@ def prepare(
     refuse_hopeless(config, mask_classes, device, ranks)
     c = config
     feed = Feed(
-        store,
-        law,
-        rule,
-        seed=c.seed,
-        device=device,
-        strict=strict,
-        rank=ranks.rank,
-        world=ranks.world,
-        engine=c.feed,
-        threads=c.feed_threads,
-        prefetch=c.prefetch,
-        precision=c.pool_precision,
-        visits=shown,
-        axes=axes,
-    )
+        store, law, rule, seed=c.seed, device=device, strict=strict, rank=ranks.rank, world=ranks.world,
+        engine=c.feed, threads=c.feed_threads, prefetch=c.prefetch, precision=c.pool_precision, visits=shown, axes=axes,
+    )  # fmt: skip
     models = Models(c, mask_classes, device, ranks, kept_precision)
     need_space(folder, snapshot_bytes(models) * 2)  # one that stands and one that is written
-    return Run(
-        folder,
-        c,
-        store,
-        models,
-        feed,
-        names["Train"],
-        names["Test"],
-        mask_classes,
-        found if config.fit_mask else [],
-        ranks=ranks,
-    )
+    learned = found if config.fit_mask else []
+    return Run(folder, c, store, models, feed, names["Train"], names["Test"], mask_classes, learned, ranks=ranks)
 
 
 def degradation(config: TrainConfig) -> Degradation:
@@ -360,14 +327,9 @@ def degradation(config: TrainConfig) -> Degradation:
     c = config
     return Degradation(
         *(c.new_low_res, c.contrast_max, c.noise, c.geometry, c.interp, c.interpolation_type),
-        rician=c.rician,
-        profile=c.profile,
-        gap=c.gap,
-        profile_box=c.profile_box,
-        noise_from=c.noise_from,
-        artefacts=artefact_amounts(c),
-        block_bytes=None if c.block_memory is None else int(c.block_memory * 1e9),
-    )
+        rician=c.rician, profile=c.profile, gap=c.gap, profile_box=c.profile_box, noise_from=c.noise_from,
+        artefacts=artefact_amounts(c), block_bytes=None if c.block_memory is None else int(c.block_memory * 1e9),
+    )  # fmt: skip
 
 
 def artefact_amounts(config: TrainConfig) -> dict[str, float]:
@@ -378,12 +340,8 @@ def artefact_amounts(config: TrainConfig) -> dict[str, float]:
 
 def visits(config: TrainConfig) -> Visits:
     """Which visits show made images, by the settings of a run."""
-    made = Synthesis(
-        settings.tissue_gaussians(config.tissue_means),
-        free=config.synthetic_free,
-        invert=config.synthetic_invert,
-        strip=config.synthetic_strip,
-    )
+    shares = {name: getattr(config, f"synthetic_{name}") for name in ("free", "invert", "strip")}
+    made = Synthesis(settings.tissue_gaussians(config.tissue_means), **shares)
     return Visits(config.synthetic, settings.label_values(config.structure), made)
 
 

@@ -51,10 +51,9 @@ def save(run: Run) -> None:
         hint = "lower the learning rates; --resume goes on from the snapshot before, where there is one"
         raise ResourceError(run.folder, reason, hint)
     state = {"models": m.state(), "position": dict(vars(at)), "data": data_identity(run.store)}
+    card = {"updates": at.updates, **said_of(run)}
     writers = {
-        checkpoint.MODEL: lambda p: modelfile.write(
-            p, m.generator, m.critic, ema=m.average, card={"updates": at.updates, **said_of(run)}
-        ),
+        checkpoint.MODEL: lambda p: modelfile.write(p, m.generator, m.critic, ema=m.average, card=card),
         "state.pt": lambda p: p.write_bytes(packed(state)),
         "config.yaml": lambda p: p.write_text(run.config.to_yaml(), encoding="utf8"),
     }
@@ -196,12 +195,8 @@ def placed(run: Run, at: Position, snapshot: Path, data: str) -> Position:
         at.left, at.before, at.group, at.step, at.steps, at.epoch_updates = None, 0.0, 0, 0, 0, 0
         at.resident, at.world = None, run.ranks.world
     elif at.world != run.ranks.world:
-        log.warning(
-            "the run had %s and has %d now: what is left of epoch %d is dealt anew",
-            counted(at.world, "rank"),
-            run.ranks.world,
-            at.epoch,
-        )
+        told = "the run had %s and has %d now: what is left of epoch %d is dealt anew"
+        log.warning(told, counted(at.world, "rank"), run.ranks.world, at.epoch)
         redeal(run, at)
     return at
 
@@ -225,13 +220,8 @@ def redeal(run: Run, at: Position) -> None:
 def write_weights(run: Run, path: Path, facts: dict[str, Any]) -> None:
     """The weights for use, with the facts a reader of the file wants."""
     if run.first:
-        card = {
-            **facts,
-            **said_of(run),
-            "updates": run.position.updates,
-            "config": run.config.to_dict(),
-            **provenance(),
-        }
+        card = {**facts, **said_of(run), "updates": run.position.updates, "config": run.config.to_dict()}
+        card |= provenance()
         weights.save_generator(path, run.models.shipped(), run.models.critic, card=card)
 
 

@@ -7,7 +7,7 @@ is judged by how far the spline through the scan, acquired again, is from the sc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,11 +62,9 @@ def noise_sd(scan_xyz: np.ndarray, across: int, left_xyz: np.ndarray | None = No
     across : axis across the slices
     left_xyz : (x, y, z), measured in place of the scan, within the scan's tissue
     """
-    slices = [np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, across)]
+    slices = sampled(scan_xyz, across)
     tissue = tissue_level(scan_xyz, slices)
-    measured = slices
-    if left_xyz is not None:
-        measured = [np.ascontiguousarray(part, np.float32) for part in sampled(left_xyz, across)]
+    measured = slices if left_xyz is None else sampled(left_xyz, across)
     energies = []
     for plane, noisy in zip(slices, measured, strict=True):
         if min(plane.shape) < WINDOW + 2:
@@ -96,10 +94,9 @@ def missing_sd(scan_xyz: np.ndarray, seen: Observation, noise: float) -> float:
             eigenvalue *= float((down**2).sum()) / len(down)
             through *= float(np.trace(matrix)) / len(matrix)
             kept *= float((matrix**2).sum()) / len(matrix)
-    free = [axis for axis in range(3) if seen.down[axis] is None]
-    axis = min(free) if free else 0
-    planes = sampled(scan_xyz, axis) if free else iter(np.moveaxis(scan_xyz, axis, 0))
-    part = np.ascontiguousarray(np.stack([np.asarray(plane, np.float32) for plane in planes], axis))
+    axis = min(seen.free, default=0)
+    planes = sampled(scan_xyz, axis) if seen.free else list(scan_xyz.astype(np.float32, copy=False))
+    part = np.ascontiguousarray(np.stack(planes, axis))
     left = part - apply_axes(part, again)
     inside = part > tissue_level(scan_xyz, [part])
     energy = float(np.mean(left[inside] ** 2, dtype=np.float64)) if inside.any() else 0.0
@@ -113,7 +110,7 @@ def lacking_sd(left_xyz: np.ndarray, scan_xyz: np.ndarray, seen: Observation, ac
     of D D'. How much of the scan's noise a result has kept is not known, so the noise is that of the finest detail of
     ``left`` itself. 0 where noise explains all that is left.
     """
-    level = tissue_level(scan_xyz, [np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, across)])
+    level = tissue_level(scan_xyz, sampled(scan_xyz, across))
     total, voxels = 0.0, 0
     for left, plane in zip(np.moveaxis(left_xyz, across, 0), np.moveaxis(scan_xyz, across, 0), strict=True):
         inside = np.ascontiguousarray(plane) > level
@@ -174,12 +171,10 @@ def assumed(
     if profile not in (AUTO, GUESS):
         check_profile(profile)
         return Assumed(profile, thickness, thickness, PROFILE_KNOWN, NAMED)
-    if (
-        profile == AUTO
-        and shown is not None
-        and (thickness_mm is None or abs(shown.width * spacing_mm - thickness) <= AS_THICK * thickness)
-    ):
-        return Assumed(shown.profile, shown.width * spacing_mm, thickness, PROFILE_KNOWN, SHOWN)
+    if profile == AUTO and shown is not None:
+        width = shown.width * spacing_mm
+        if thickness_mm is None or abs(width - thickness) <= AS_THICK * thickness:
+            return Assumed(shown.profile, width, thickness, PROFILE_KNOWN, SHOWN)
     return Assumed("gaussian", guessed_width(thickness / voxel_mm) * thickness, thickness, PROFILE_GUESSED, GUESSED)
 
 
@@ -213,25 +208,25 @@ def choose_weight(scan_xyz: np.ndarray, seen: Observation, across: int, floor: f
 def expected_weight(noise: float, ratio: float) -> float:
     """About the w that is chosen for a result on a scan whose noise is known, in parts of its maximum, with a profile
     that is guessed; ``ratio``: spacing of the slices over the result's voxels. To three digits."""
-    return float(f"{max(PROFILE_GUESSED, (noise / (MISSING_OF_A_RESULT * ratio)) ** 2):.3g}")
+    return rounded(max(PROFILE_GUESSED, (noise / (MISSING_OF_A_RESULT * ratio)) ** 2))
 
 
-def sampled(array: np.ndarray, axis: int) -> Iterator[np.ndarray]:
-    """At most ``SAMPLED`` planes across an axis, evenly spaced."""
+def rounded(value: float) -> float:
+    """To three digits: sums over voxels have other last bits with another layout of the array."""
+    return float(f"{value:.3g}")
+
+
+def sampled(array: np.ndarray, axis: int) -> list[np.ndarray]:
+    """At most ``SAMPLED`` planes across an axis, evenly spaced, contiguous float32."""
     n = array.shape[axis]
-    for index in np.unique(np.linspace(0, n - 1, min(n, SAMPLED)).round().astype(int)):
-        yield array[(*(slice(None),) * axis, index)]
-
-
-def bright(parts: Sequence[np.ndarray]) -> float:
-    """The 99.9th percentile of some planes."""
-    return float(np.percentile(np.concatenate([part[::2, ::2].ravel() for part in parts]), 99.9))
+    places = np.unique(np.linspace(0, n - 1, min(n, SAMPLED)).round().astype(int))
+    return [np.ascontiguousarray(array[(*(slice(None),) * axis, index)], np.float32) for index in places]
 
 
 def unit_above(low: float, parts: Sequence[np.ndarray]) -> float:
     """How far the 99.9th percentile of some planes is above where their scan's intensities count from
     (``head.lowest``)."""
-    return bright(parts) - low
+    return float(np.percentile(np.concatenate([part[::2, ::2].ravel() for part in parts]), 99.9)) - low
 
 
 def tissue_level(scan_xyz: np.ndarray, parts: Sequence[np.ndarray]) -> float:

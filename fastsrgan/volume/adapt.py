@@ -112,10 +112,8 @@ class Around:
         back = back_matrix(down, w)
         agreed = x @ _transposed(back @ own, x) + r @ _transposed(np.eye(n) - back @ down, x)
         edges = (NEAR_ACROSS,) * 2 + (NEAR,) * 4
-        self.near = [
-            pad(v[None, None], edges, mode="replicate")[0, 0]
-            for v in ((x - agreed) / unit, (r - agreed) / unit, agreed / unit)
-        ]
+        seen = ((x - agreed) / unit, (r - agreed) / unit, agreed / unit)
+        self.near = [pad(v[None, None], edges, mode="replicate")[0, 0] for v in seen]
         knots = ((r - x, bands(n, ratio, DETAIL)), (x, bands(n, ratio, IMAGE)[1:]))
         self.bands = [(scales(v / unit), [_transposed(m, x) for m in made]) for v, made in knots]
         smooth = _smooth(x, SMOOTH) / unit
@@ -181,7 +179,7 @@ def adapt(
     """
     ratio = float(spacing_mm / voxel_mm)
     low = lowest(scan_xyz)
-    unit = unit_above(low, [np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, ACROSS)])
+    unit = unit_above(low, sampled(scan_xyz, ACROSS))
     here = _block(scan_xyz, sr_XYZ.shape, largest, low + TISSUE * unit)
     shape = tuple(part.stop - part.start for part in here)
     if min(shape) < SMALLEST or min(shape[:ACROSS]) < FEWEST * ratio or unit <= 0:

@@ -68,9 +68,14 @@ class Observation:
         object.__setattr__(self, "spectra", tuple(spectra))
 
     @property
+    def free(self) -> list[int]:
+        """Axes on which D is the identity, and slabs of an image do not depend on one another."""
+        return [axis for axis in range(3) if self.down[axis] is None]
+
+    @property
     def is_identity(self) -> bool:
         """Whether the result has the scan's own voxels, so that nothing is left to agree on but the scan itself."""
-        return all(matrix is None for matrix in self.down)
+        return len(self.free) == 3
 
     def eigenvalues(self, like: Tensor) -> Tensor:
         """Of D D', a (x, y, z) array that broadcasts against a residual; on the device and of the type of ``like``."""
@@ -181,18 +186,13 @@ def agree(
     Raises InputError for shapes that do not fit.
     """
     _check_shapes(sr_XYZ.shape, scan_xyz.shape, seen)
-    free = [axis for axis in range(3) if seen.down[axis] is None]
     if axis is None:
-        axis = max(free or range(3), key=lambda d: _strides(sr_XYZ)[d])
-    if axis in free:
+        axis = max(seen.free or range(3), key=lambda d: _strides(sr_XYZ)[d])
+    if axis in seen.free:
         for first, last, here in cuts(sr_XYZ, axis, slab_bytes):
             sr = as_tensor(sr_XYZ[here])
-            _store(
-                sr_XYZ,
-                here,
-                sr + _correction(_aligned(scan_xyz, seen, axis, first, last, sr) - seen.forward(sr), seen, w),
-                floor,
-            )
+            left = _aligned(scan_xyz, seen, axis, first, last, sr) - seen.forward(sr)
+            _store(sr_XYZ, here, sr + _correction(left, seen, w), floor)
         return
     spread = seen.spread
     left = _difference(sr_XYZ, scan_xyz, seen, axis, slab_bytes)
@@ -353,8 +353,5 @@ def _check_shapes(shape: Sequence[int], scan: Sequence[int], seen: Observation) 
     for n, m, down, align in zip(shape, scan, seen.down, seen.align, strict=True):
         high, low = (n, n) if down is None else (down.shape[1], len(down))
         if n != high or m != (low if align is None else align.shape[1]):
-            raise InputError(
-                "result",
-                f"of {tuple(shape)} voxels does not belong to a scan of {tuple(scan)}",
-                "the scan it was made of",
-            )
+            reason = f"of {tuple(shape)} voxels does not belong to a scan of {tuple(scan)}"
+            raise InputError("result", reason, "the scan it was made of")

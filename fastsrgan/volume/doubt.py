@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastsrgan.volume.acquisition import noise_sd, sampled, tissue_level
+from fastsrgan.volume.acquisition import noise_sd, rounded, sampled, tissue_level
 from fastsrgan.volume.consistency import SLAB_BYTES, Observation, as_tensor, consistent_start_matrix, cuts, through
 from fastsrgan.volume.resample import apply_axes, slice_profile_matrix, spline_matrix
 
@@ -54,10 +54,9 @@ def lacking(scan_xyz: np.ndarray, seen: Observation, across: int, noise: float) 
     if down is None:
         return None
     ratio = down.shape[1] / len(down)
-    level = tissue_level(scan_xyz, [np.ascontiguousarray(part, np.float32) for part in sampled(scan_xyz, across)])
-    free = [d for d in range(3) if seen.down[d] is None]
+    level = tissue_level(scan_xyz, sampled(scan_xyz, across))
     errors = variances = by_noise = 0.0
-    for axis in free or range(3):
+    for axis in seen.free or range(3):
         n = scan_xyz.shape[axis]
         m = int(n / ratio)
         if m < SLICES:
@@ -65,10 +64,9 @@ def lacking(scan_xyz: np.ndarray, seen: Observation, across: int, noise: float) 
         low = slice_profile_matrix(n, m, float(n / m))
         again = consistent_start_matrix(spline_matrix(m, n, m / n), low, START) @ low
         other = next(d for d in (across, 0, 1) if d != axis)
-        part = np.stack([np.ascontiguousarray(plane, np.float32) for plane in sampled(scan_xyz, other)], other)
-        matrices: list[np.ndarray | None] = [again if d == axis else None for d in range(3)]
-        made = apply_axes(part, matrices)
-        lows: tuple[np.ndarray | None, ...] = tuple(low if d == axis else None for d in range(3))
+        part = np.stack(sampled(scan_xyz, other), other)
+        made = apply_axes(part, [again if d == axis else None for d in range(3)])
+        lows = [low if d == axis else None for d in range(3)]
         inside = part > level
         if not inside.any():
             continue
@@ -130,26 +128,25 @@ def doubt_(
     if seen.is_identity:
         map_XYZ[...] = 0
         return {"noise": None, "lacking": None}
-    free = [d for d in range(3) if seen.down[d] is None]
-    axis = free[0] if free else 0
+    axis, slab_bytes = (seen.free[0], slab_bytes) if seen.free else (0, 1 << 62)
     noise = noise_sd(scan_xyz, across)
     lack = lacking(scan_xyz, seen, across, noise or 0.0)
-    r = _rounded(LACKING if lack is None else lack)
-    typical = _rounded(_typical(sr_XYZ, seen, axis, slab_bytes if free else 1 << 62))
+    r = rounded(LACKING if lack is None else lack)
+    typical = rounded(_typical(sr_XYZ, seen, axis, slab_bytes))
     share = 1 - math.prod(1.0 if d is None else len(d) / d.shape[1] for d in seen.down)
-    for _, _, here in cuts(sr_XYZ, axis, slab_bytes if free else 1 << 62):
+    for _, _, here in cuts(sr_XYZ, axis, slab_bytes):
         total = as_tensor(map_XYZ[here]) * (rule.spread**2 * share * scale**2)
         if typical > 0:
             detail = (variance_in_profiles(as_tensor(sr_XYZ[here]), seen.down) / typical) ** rule.power
             total += detail * ((rule.detail * r) ** 2 * typical)
-        map_XYZ[here] = (total + (_rounded(noise or 0.0)) ** 2).sqrt().numpy()
+        map_XYZ[here] = (total + rounded(noise or 0.0) ** 2).sqrt().numpy()
     return {"noise": noise, "lacking": lack}
 
 
 def summary(doubt_XYZ: np.ndarray, sr_XYZ: np.ndarray) -> dict[str, float]:
     """Mean and 95th percentile (to a thousandth of the largest) of the doubt inside the head, and the result's mean
     there, which is their scale: where the result is above a tenth of its 99.9th percentile."""
-    level = tissue_level(sr_XYZ, [np.ascontiguousarray(part, np.float32) for part in sampled(sr_XYZ, 0)])
+    level = tissue_level(sr_XYZ, sampled(sr_XYZ, 0))
     top = max(float(plane.max()) for plane in doubt_XYZ) or 1.0
     counts, total, image = np.zeros(1000, int), 0.0, 0.0
     for doubt, sr in zip(doubt_XYZ, sr_XYZ, strict=True):
@@ -166,7 +163,7 @@ def summary(doubt_XYZ: np.ndarray, sr_XYZ: np.ndarray) -> dict[str, float]:
 
 def _typical(sr_XYZ: np.ndarray, seen: Observation, axis: int, slab_bytes: int) -> float:
     """V: the mean of W inside tissue."""
-    level = tissue_level(sr_XYZ, [np.ascontiguousarray(part, np.float32) for part in sampled(sr_XYZ, axis)])
+    level = tissue_level(sr_XYZ, sampled(sr_XYZ, axis))
     total, voxels = 0.0, 0
     for _, _, here in cuts(sr_XYZ, axis, slab_bytes):
         part = as_tensor(sr_XYZ[here])
@@ -174,8 +171,3 @@ def _typical(sr_XYZ: np.ndarray, seen: Observation, axis: int, slab_bytes: int) 
         total += float(variance_in_profiles(part, seen.down)[inside].double().sum())
         voxels += int(inside.sum())
     return total / max(voxels, 1)
-
-
-def _rounded(value: float) -> float:
-    """To three digits: sums over voxels have other last bits with another layout of the array."""
-    return float(f"{value:.3g}")

@@ -36,12 +36,10 @@ def outshone(data_XYZ: np.ndarray, compressed: bool) -> list[str]:
     found = outliers(data_XYZ)
     if found is None:
         return []
-    seen = (
-        "the network sees them compressed, and the rest as it would be without them"
-        if compressed
-        else "the image is divided by its maximum, so that the rest is dark to the network; clip them if they are no "
-        "tissue"
-    )
+    seen = "the network sees them compressed, and the rest as it would be without them"
+    if not compressed:
+        seen = "the image is divided by its maximum, so that the rest is dark to the network; clip them if they are no "
+        seen += "tissue"
     some = some_of(found.count, data_XYZ.size, "voxel", "is", "are")
     return [f"{some} up to {brief(found.times)} times as bright as all others: {seen}"]
 

@@ -133,8 +133,7 @@ def _sudden(ends: np.ndarray, scan_xyz: np.ndarray, across: int) -> bool:
     if np.mean(expected > 2 * _step(scan_xyz)) < 0.5:
         return False
     noise = noise_sd(scan_xyz, across)
-    planes = [np.ascontiguousarray(plane, np.float32) for plane in sampled(scan_xyz, across)]
-    return noise is not None and noise <= NOISELESS * unit_above(lowest(scan_xyz), planes)
+    return noise is not None and noise <= NOISELESS * unit_above(lowest(scan_xyz), sampled(scan_xyz, across))
 
 
 def _step(scan_xyz: np.ndarray) -> float:

@@ -53,9 +53,8 @@ def check_profile(profile: Profile, geometry: str = "physical") -> float:
     """
     share = {"gaussian": 0.0, "box": 1.0}.get(profile) if isinstance(profile, str) else float(profile)
     if share is None or not 0 <= share <= 1:
-        raise UsageError(
-            "profile", f"{profile!r} is not allowed", f"one of {', '.join(PROFILES)}, or a share in [0, 1]"
-        )
+        reason = f"{profile!r} is not allowed"
+        raise UsageError("profile", reason, f"one of {', '.join(PROFILES)}, or a share in [0, 1]")
     if share and geometry == "segsrgan":
         raise UsageError("profile", "the segsrgan geometry knows the Gaussian alone", "--geometry physical")
     return share
@@ -116,12 +115,16 @@ def spline_matrix(n_in: int, n_out: int, ratio: float) -> np.ndarray:
 
     ``ratio`` is output over input voxel size; rows sum to 1 and the samples are interpolated exactly.
     """
-    x = centre_coordinates(n_out, n_in, ratio)
+    columns, weights = bspline_taps(centre_coordinates(n_out, n_in, ratio))
+    return _frozen(_on_samples(_scatter_rows(columns, weights, n_in)))
+
+
+def bspline_taps(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Control points and weights, (n, 4) each, of the cubic B-spline at ``x``, counted from the first point."""
     left = np.floor(x)
     t = x - left
     weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1) / 6
-    basis = _scatter_rows(left.astype(int)[:, None] + np.arange(-1, 3), weights, n_in)
-    return _frozen(_on_samples(basis))
+    return left.astype(int)[:, None] + np.arange(-1, 3), weights
 
 
 def _on_samples(basis_MN: np.ndarray) -> np.ndarray:
@@ -187,11 +190,8 @@ def degrade_matrix(
     box = check_profile(profile, geometry)
     ratio = low_res_mm / spacing_mm
     if ratio < 1 - SAME:
-        raise UsageError(
-            "low resolution",
-            f"{low_res_mm:g} mm is finer than the image's {spacing_mm:g} mm",
-            "ask for the same or coarser",
-        )
+        reason = f"{low_res_mm:g} mm is finer than the image's {spacing_mm:g} mm"
+        raise UsageError("low resolution", reason, "ask for the same or coarser")
     if geometry == "segsrgan":
         return _scipy_degrade_matrix(n, float(low_res_mm * width), float(ratio))
     if ratio < 1 + SAME:
@@ -229,11 +229,9 @@ def apply_axes(array, matrices: Sequence[Matrix], dtype: torch.dtype = torch.flo
     small.
     """
     is_numpy = isinstance(array, np.ndarray)
-    x = (
-        torch.from_numpy(np.require(array, str(dtype).removeprefix("torch."), ["C", "W"]))
-        if is_numpy
-        else array.to(dtype)
-    )
+    if is_numpy:
+        array = torch.from_numpy(np.require(array, str(dtype).removeprefix("torch."), ["C", "W"]))
+    x = array.to(dtype)
     jobs = [(d, m) for d, m in enumerate(matrices) if m is not None]
     for axis, matrix in sorted(jobs, key=lambda job: job[1].shape[0] / job[1].shape[1]):
         banded = x.device.type == "cpu" and not x.requires_grad and dtype == torch.float32
@@ -265,9 +263,8 @@ def _apply_bands(x: torch.Tensor, matrix: np.ndarray, axis: int) -> torch.Tensor
     stays in the cache while all rows use it. The bits do not depend on the number of threads."""
     step = 32 if axis == -1 else 16
     cuts = [slice(r, min(r + step, len(matrix))) for r in range(0, len(matrix), step)]
-    bands = [
-        (r, c, torch.from_numpy(matrix[r, c].astype(np.float32))) for r, c in ((r, support(matrix[r])) for r in cuts)
-    ]
+    places = [(r, support(matrix[r])) for r in cuts]
+    bands = [(r, c, torch.from_numpy(matrix[r, c].astype(np.float32))) for r, c in places]
     shape = list(x.shape)
     shape[axis] = len(matrix)
     out = torch.empty(shape)

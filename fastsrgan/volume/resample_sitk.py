@@ -13,21 +13,13 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from fastsrgan.config import SITK
 from fastsrgan.errors import ResourceError, UsageError
 from fastsrgan.volume.resample import FWHM
 
+_WINDOWS = ("Hamming", "Cosine", "Welch", "Lanczos", "Blackman")  # of a sinc
 # The original's names -> SimpleITK's interpolators.
-INTERPOLATORS = {
-    "NearestNeighbor": "sitkNearestNeighbor",
-    "Linear": "sitkLinear",
-    "Spline": "sitkBSpline",
-    "Gaussian": "sitkGaussian",
-    "Hamming": "sitkHammingWindowedSinc",
-    "Cosine": "sitkCosineWindowedSinc",
-    "Welch": "sitkWelchWindowedSinc",
-    "Lanczos": "sitkLanczosWindowedSinc",
-    "Blackman": "sitkBlackmanWindowedSinc",
-}
+INTERPOLATORS = {name: f"sitk{name}{'WindowedSinc' * (name in _WINDOWS)}" for name in SITK} | {"Spline": "sitkBSpline"}
 
 
 def check_interpolator(name: str) -> str:

@@ -101,8 +101,7 @@ class Aligned(Direct):
 
     def lift(self, a: Tensor, out: Tensor | None = None) -> Tensor:
         """(B, X, X, X, ALIGNED), of even size."""
-        a = F.pad(a, (0, ALIGNED - a.shape[-1], *(0, self.size % 2) * 3))
-        return a if out is None else out.copy_(a)
+        return super().lift(F.pad(a, (0, ALIGNED - a.shape[-1])), out)
 
     def forward(self, lifted: Tensor, bias: Tensor | None = None) -> Tensor:
         weight = F.pad(self.weight, (0,) * 6 + (0, ALIGNED - self.weight.shape[1]))
