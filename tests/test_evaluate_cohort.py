@@ -203,6 +203,7 @@ def test_the_command_writes_csv_json_and_pictures_and_ends_in_6(folders, tmp_pat
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["a.png", "b_lr.png", "sub-01_T1w.png"]
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("form", ["folders", "pair", "comparison"])
 def test_a_picture_that_cannot_be_written_costs_no_figures(folders, tmp_path, capsys, monkeypatch, form):
     """As on a disk that is full: they stand in their files before the first is drawn, and the error says so."""

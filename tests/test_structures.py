@@ -124,9 +124,9 @@ def test_weights_call_the_structure_by_the_name_that_it_was_given(table, tmp_pat
     [
         (["convert", "cohort.csv", "c.zarr", "--label", "99"], "99, nor do 2 other label maps"),
         (["train", "cohort.csv", "-o", "run", "-n", "1", "1", "2", "--label", "a=3", "b=98,99"], "b, 98, 99, nor do 2"),
-        (["study", "steps", "cohort.csv", "-o", "st", "--label-classes", "99"], "99 (its"),
+        (["study", "steps", "cohort.csv", "-o", "st", "--label-classes", "99"], "99 (it holds"),
         (["evaluate", "--table", "pairs.csv", "--label-classes", "99"], "99, nor does 1 other label map"),
-        (["evaluate", *PAIR, "--label-classes", "99"], "99 (its"),
+        (["evaluate", *PAIR, "--label-classes", "99"], "99 (it holds"),
     ],
 )
 def test_a_structure_that_no_label_map_of_a_call_holds_is_an_error_that_names_what_they_hold(
@@ -139,7 +139,7 @@ def test_a_structure_that_no_label_map_of_a_call_holds_is_an_error_that_names_wh
     assert main([*words, "--quiet"]) == 3
     error = capsys.readouterr().err
     assert f"_label.nii.gz: holds nothing of {of}" in error
-    assert "(its values are 3, 24, 42, 2041: choose of them with --label-classes)" in error
+    assert "(it holds 3, 24, 42, 2041: choose of that with --label-classes)" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 

@@ -232,7 +232,7 @@ def refuse_lost(maps: Iterable[tuple[Path, Sequence[Structure], Collection[int] 
             named = f"{one.called}, {_shown(sorted(one.values))}" if one.called else one.name
             more = len(searched[one]) - 1
             others = f", nor {'does' if more == 1 else 'do'} {counted(more, 'other label map')}" if more else ""
-            hint = f"its values are {_shown(values.tolist())}: choose of them with --label-classes"
+            hint = f"it holds {_shown(values.tolist())}: choose of that with --label-classes"
             raise InputError(path, f"holds nothing of {named}{others}", hint)
 
 
