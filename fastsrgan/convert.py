@@ -47,9 +47,7 @@ class _Conversion:
     """A row that was found good: SHA-256 of each of its files, the image's voxels and stored type.
 
     Without an image, those of the tissues.
-    classes : the values of the label that are the structure; None: it is taken as it is
-    structures : of several, their names and values; the first is the label, the mask holds 1, 2, ... where they are
-    called : name of the structure that is the label, where one was given
+    chosen : structures of the label, the first is what is learned; none: it is taken as it is
     absent : values of the choice, of all structures together, that the label map holds nowhere
     """
 
@@ -57,10 +55,18 @@ class _Conversion:
     sources: dict[str, dict[str, str]]
     voxels: int
     dtype: np.dtype
-    classes: tuple[int, ...] | None = None
-    structures: tuple[labels.Structure, ...] = ()
-    called: str = ""
+    chosen: tuple[labels.Structure, ...] = ()
     absent: tuple[int, ...] = ()
+
+    @property
+    def classes(self) -> list[int] | None:
+        """The values of the label that are the structure; None: it is taken as it is."""
+        return sorted(self.chosen[0].values) if self.chosen else None
+
+    @property
+    def structures(self) -> tuple[labels.Structure, ...]:
+        """Those of several; the mask holds 1, 2, ... where they are."""
+        return self.chosen if len(self.chosen) > 1 else ()
 
     def bytes_below(self) -> int:
         """About what the row takes on disk: not more than in memory, nor than the packed source files."""
@@ -161,6 +167,7 @@ def _check(
     faults += _conflicts(jobs, before)
     if faults:
         raise table_error(Path(csv), faults)
+    labels.refuse_lost((job.row.label, job.chosen, job.absent) for job in jobs if job.row.label)
     return jobs
 
 
@@ -192,9 +199,8 @@ def _inspect(
 ) -> tuple[_Conversion | None, list[Fault]]:
     faults: list[Fault] = []
     sources = {}
-    classes: tuple[int, ...] | None = None
     absent: tuple[int, ...] = ()
-    found_structures: list[labels.Structure] = []
+    structures: list[labels.Structure] = []
     like: Volume | None = None
     header = None
     own = row.image if row.has_image else None
@@ -208,16 +214,14 @@ def _inspect(
                 like = Volume(np.broadcast_to(np.uint8(0), header.shape), header.affine)
             if name != "image":
                 chosen = labels.choices(row.classes, choice[0]) if name == "label" else []
-                found_structures = labels.structures(chosen, path, choice[1]) if chosen else found_structures
-                if chosen:
-                    labels.refuse_overlap(found_structures)
-                    classes = tuple(sorted(found_structures[0].values))
-                if len(found_structures) > 1 and row.mask is not None:
+                structures = labels.structures(chosen, path, choice[1]) if chosen else structures
+                labels.refuse_overlap(structures)
+                if len(structures) > 1 and row.mask is not None:
                     reason = (
                         "and several structures of a label are not taken together: both would be the mask's classes"
                     )
                     raise InputError(row.mask, reason, "leave Mask_image empty, or choose one structure")
-                values = frozenset().union(*(one.values for one in found_structures)) if chosen else None
+                values = frozenset().union(*(one.values for one in structures)) if chosen else None
                 read = images.load_label(path, like, largest=LARGEST[name], classes=values, kind=_KINDS[name])
                 absent = tuple(read.meta["absent"]) or absent
                 if binary and name == "label" and not chosen and (others := set(read.meta["values"]) - {0, 1}):
@@ -232,9 +236,7 @@ def _inspect(
             faults.append((row.line, InputError(f"{_COLUMNS[name]} {what}", reason, error.hint)))
     if faults or header is None:
         return None, faults
-    several = tuple(found_structures[1:] and found_structures)
-    called = found_structures[0].called if found_structures else ""
-    return _Conversion(row, sources, header.voxels, header.dtype, classes, several, called, absent), []
+    return _Conversion(row, sources, header.voxels, header.dtype, tuple(structures), absent), []
 
 
 def _listed(structures: Sequence[labels.Structure]) -> list[list[Any]]:
@@ -273,7 +275,7 @@ def _divide(
             todo.append(job)
             continue
         hashes = {name: source["sha256"] for name, source in known.attrs.get("source", {}).items()}
-        chosen = known.attrs.get("label_classes") == (None if job.classes is None else list(job.classes))
+        chosen = known.attrs.get("label_classes") == job.classes
         chosen &= known.attrs.get("structures", []) == _listed(job.structures)
         same = chosen and known.split == job.row.base and hashes == {n: s["sha256"] for n, s in job.sources.items()}
         if same and intact[job.row.subject]:
@@ -368,10 +370,10 @@ def _convert(job: _Conversion, writer: StoreWriter, dtype: str) -> Subject:
         attrs["structures"] = _listed(job.structures)
         absent = [one.name for one, n in zip(job.structures, counts[1:], strict=True) if not n]
         warnings += [f"label: holds nothing of {', '.join(absent)}"] if absent else []
-    if job.classes is not None:
-        attrs["label_classes"] = list(job.classes)
+    if job.chosen:
+        attrs["label_classes"] = job.classes
         attrs |= {"label_absent": list(job.absent)} if job.absent else {}
-        attrs |= {"label_name": job.called} if job.called else {}
+        attrs |= {"label_name": job.chosen[0].called} if job.chosen[0].called else {}
     values = list(attrs.get("label_counts", {}))
     if set(values) - {"0", "1"}:  # classes of --fit-mask are the mask's
         held = ", ".join(values[:10]) + (f" and {counted(len(values) - 10, 'more value')}" if len(values) > 10 else "")

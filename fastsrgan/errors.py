@@ -106,7 +106,11 @@ def one_line(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it stands in a message: short, whatever it holds."""
+    """A value as it stands in a message: short, whatever it holds; the numbers of an option as they are typed."""
+    if isinstance(value, (tuple, list)) and 0 < len(value) < 7 and all(isinstance(v, (tuple, float)) for v in value):
+        return (" and " if isinstance(value[0], tuple) else " ").join(map(shown, value))
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
     try:
         return reprlib.repr(value)
     except ValueError:  # Python prints no integer of more than 4300 digits

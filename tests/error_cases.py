@@ -134,6 +134,11 @@ def _several_structures() -> Words:
     return ["evaluate", "--sr", "hr.nii.gz", "--hr", "hr.nii.gz", "--seg", "aseg.nii.gz", "--label", "aseg.nii.gz"]
 
 
+@case(13, "a structure that no label holds")
+def _lost_structure() -> Words:
+    return [*_several_structures(), "--label-classes", "99"]
+
+
 line(13, "labels of a store chosen again", *TRAIN, "--label", "3,42")
 
 

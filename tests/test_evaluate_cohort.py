@@ -15,7 +15,7 @@ from result_pair import SHAPE, make_pair
 from fastsrgan.cli.evaluate import better, plain, spread
 from fastsrgan.cli.main import main
 from fastsrgan.core.files import short_names, write_json
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import InputError, ResourceError, UsageError
 from fastsrgan.evaluate import cohort as evaluate_cohort
 from fastsrgan.evaluate import compare
 from fastsrgan.evaluate import pair as evaluate
@@ -201,6 +201,29 @@ def test_the_command_writes_csv_json_and_pictures_and_ends_in_6(folders, tmp_pat
     assert float(lines[3]["segmentation.dice"]) == result["summary"]["segmentation.dice"]["mean"]
     assert lines[0]["gain.image.whole.psnr_db"] == "" != lines[1]["gain.image.whole.psnr_db"]
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["a.png", "b_lr.png", "sub-01_T1w.png"]
+
+
+@pytest.mark.fault(24)
+@pytest.mark.parametrize("form", ["folders", "pair", "comparison"])
+def test_a_picture_that_cannot_be_written_costs_no_figures(folders, tmp_path, capsys, monkeypatch, form):
+    """As on a disk that is full: they stand in their files before the first is drawn, and the error says so."""
+    from fastsrgan.pictures import bland_altman, error_map
+
+    def full(path, *rest):
+        raise ResourceError(path, "no space left on the disk", "free space")
+
+    monkeypatch.setattr(error_map, "error_map", full)
+    monkeypatch.setattr(bland_altman, "bland_altman", full)
+    out, truth = folders
+    shutil.copytree(out, tmp_path / "other")
+    image = next(out.glob("*_sr.nii.gz"))
+    what = {"folders": [out, truth], "pair": ["--sr", image, "--hr", image]}.get(form, [out, tmp_path / "other", truth])
+    where = ["--csv", tmp_path / "s.csv", "--json", tmp_path / "s.json", "--png", tmp_path / "p"]
+    assert main(["--quiet", "evaluate", *map(str, [*what, *where])]) == 5
+    told = capsys.readouterr()
+    assert f"disk; the figures are kept in {tmp_path / 's.csv'} and {tmp_path / 's.json'} (free" in told.err
+    assert "ssim" in told.out and "ssim" in (tmp_path / "s.csv").read_text(encoding="utf8")
+    assert json.loads((tmp_path / "s.json").read_text(encoding="utf8"))
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,10 @@ def test_names_that_clash_are_told_with_the_way_out(tmp_path):
         with pytest.raises(UsageError, match="would write to the same files") as error:
             names(tmp_path / "p/a.nii", tmp_path / other)
         assert hint in error.value.hint and error.value.what == str(tmp_path / other)
+    for name in ("q/b.nii", "q/a.nii.gz", "q/b.nii.gz"):
+        write(tmp_path / name)
+    with pytest.raises(UsageError, match=r"a.nii, and so would 1 more: .*b.nii.gz \(") as error:
+        names(tmp_path / "q")  # all at once, as of images that were unpacked in place
     (tmp_path / "link.nii").symlink_to(tmp_path / "p" / "a.nii")
     assert names(tmp_path / "link.nii", tmp_path / "p" / "a.nii") == ["link", "a"]
     with pytest.raises(UsageError, match="no image given"):

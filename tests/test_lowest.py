@@ -29,7 +29,9 @@ SOFT = np.where(PADDED, -32768 * RNG.uniform(0.8, 1, SCAN.shape), SCAN)  # as pa
         (SCAN - 40000, -40000),  # of a span that is small beside it
         (np.where(PADDED, -90000, SCAN - 4000), -4000),
         (SCAN + RNG.normal(0, 175, SCAN.shape), 0),  # noise about 0
-        (SCAN - 100, 0),  # no further below than noise is
+        (SCAN - 100, -100),  # no further below than noise is, and air is flat
+        (SCAN - 100 + RNG.normal(0, 30, SCAN.shape), 0),  # air with noise
+        (np.where(RNG.random(SCAN.shape) < 0.02, -100, SCAN), 0),  # a few, as of an interpolation
         (np.where(PADDED, -32768, SCAN), 0),
         (SOFT, 0),
         (np.where(PADDED, -1000, (SCAN - 1000) / 600), -1000 / 600),
@@ -42,7 +44,7 @@ def test_intensities_count_from_0_or_from_the_lowest_that_is_one(scan, zero):
 
 
 def moved(scan):
-    return [scan.astype(np.float32), (scan - 1000).astype(np.float32), (scan - 4000).astype(np.float32)]
+    return [(scan - low).astype(np.float32) for low in (0, 100, 1000, 4000)]
 
 
 def test_tissue_and_noise_are_those_of_the_scan_that_is_moved_up():

@@ -100,7 +100,7 @@ def no_profile() -> dict[str, np.ndarray]:
         "masked": np.where(smooth > 0.3, smooth, 0),
         "masked, with noise": np.where(smooth > 0.15, rician, 0),
         "a byte": np.round(200 * smooth).astype(np.uint8),
-        "below zero": smooth - 1e-3,
+        "below zero": smooth - np.abs(noise) / 20,
         "not finite": np.where(smooth > 0.5, np.nan, smooth),
         "three slices": smooth[:, :, 10:13],
         "empty": np.zeros_like(smooth),
@@ -113,6 +113,12 @@ def no_profile() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", sorted(no_profile()))
 def test_nothing_is_seen_where_nothing_shows(name):
     assert shown(no_profile()[name], 2) is None
+
+
+def test_a_scan_that_is_moved_below_zero_shows_what_it_showed():
+    scan = sliced(3, "gaussian")
+    for low in (1e-3, 0.05, 0.5, 2):
+        assert shown((scan - low).astype(np.float32), 2) == shown(scan, 2) == Shown("gaussian", 1.0)
 
 
 def test_what_a_scan_shows_is_taken_unless_something_else_is_told():

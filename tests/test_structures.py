@@ -21,7 +21,7 @@ from fastsrgan.data.feed import Feed
 from fastsrgan.data.subject import PatchRule
 from fastsrgan.data.visit import Visits
 from fastsrgan.errors import InputError
-from fastsrgan.evaluate.cohort import Choice, evaluate_folders
+from fastsrgan.evaluate.cohort import Choice, evaluate_folders, evaluate_table
 from fastsrgan.evaluate.pair import evaluate_files
 from fastsrgan.infer.bids import evaluate_bids, infer_bids
 from fastsrgan.infer.files import infer_files
@@ -44,6 +44,7 @@ from fastsrgan.train.validate import validate_whole
 from fastsrgan.volume.geometry import resampled_affine
 
 CHOSEN = ["cortex=3,42", "white=2041"]
+PAIR = ["--sr", "s0.nii.gz", "--hr", "s0.nii.gz", "--label", "s0_label.nii.gz"]
 
 
 def header_text(path):
@@ -116,6 +117,48 @@ def test_weights_call_the_structure_by_the_name_that_it_was_given(table, tmp_pat
         store=open_store(store), visits=Visits(), degradation=Degradation(SMALL.new_low_res), axes=None
     )
     assert made_for(feed).structures == ((1, name),)
+
+
+@pytest.mark.parametrize(
+    ("words", "of"),
+    [
+        (["convert", "cohort.csv", "c.zarr", "--label", "99"], "99, nor do 2 other label maps"),
+        (["train", "cohort.csv", "-o", "run", "-n", "1", "1", "2", "--label", "a=3", "b=98,99"], "b, 98, 99, nor do 2"),
+        (["study", "steps", "cohort.csv", "-o", "st", "--label-classes", "99"], "99 (it holds"),
+        (["evaluate", "--table", "pairs.csv", "--label-classes", "99"], "99, nor does 1 other label map"),
+        (["evaluate", *PAIR, "--label-classes", "99"], "99 (it holds"),
+    ],
+)
+def test_a_structure_that_no_label_map_of_a_call_holds_is_an_error_that_names_what_they_hold(
+    table, tmp_path, monkeypatch, capsys, words, of
+):
+    monkeypatch.chdir(tmp_path)
+    lines = ["SR_image,HR_image,Label_image", *(f"s{i}.nii.gz,s{i}.nii.gz,s{i}_label.nii.gz" for i in (0, 1))]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n", encoding="utf8")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert main([*words, "--quiet"]) == 3
+    error = capsys.readouterr().err
+    assert f"_label.nii.gz: holds nothing of {of}" in error
+    assert "(it holds 3, 24, 42, 2041: choose of that with --label-classes)" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_structure_that_one_label_map_of_several_lacks_is_noted_and_counts_1_where_the_result_lacks_it_too(
+    table, tmp_path
+):
+    label = images.load_label(tmp_path / "s1_label.nii.gz", largest=65535).data
+    images.save(tmp_path / "s1_label.nii.gz", np.where(label == 24, 0, label), np.eye(4), overwrite=True)
+    lines = ["SR_image,HR_image,Seg_image,Label_image"]
+    lines += [f"s{i}.nii.gz,s{i}.nii.gz,s{i}_label.nii.gz,s{i}_label.nii.gz" for i in (0, 1)]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n", encoding="utf8")
+    result = evaluate_table(tmp_path / "pairs.csv", choice=Choice(["24"]))
+    assert [row["segmentation"]["dice"] for row in result["rows"]] == [1, 1]
+    assert any("Dice counts 1" in note for note in result["rows"][1]["notes"])
+    assert not any("Dice counts 1" in note for note in result["rows"][0]["notes"])
+    found = convert(table, tmp_path / "c.zarr", label_classes="24")["warnings"]
+    assert found == {"s1": ["label: the label holds none of the values 24: it is empty"]}
+    images.save(tmp_path / "s0_label.nii.gz", np.zeros_like(label), np.eye(4), overwrite=True)
+    assert evaluate_files(*[tmp_path / "s0.nii.gz"] * 2, label=tmp_path / "s0_label.nii.gz", label_classes=["24"])
 
 
 @pytest.mark.parametrize("chosen", (["3,99"], ["cortex=3,42", "white=2041,99"]))

@@ -75,6 +75,14 @@ def test_every_way_to_write_the_same_table(folder, raw):
     assert read_table(folder / "other.csv") == plain
 
 
+def test_a_table_of_windows_finds_its_files(folder):
+    (folder / "in").mkdir()
+    for name in ("a.nii.gz", "a_seg.nii"):
+        (folder / name).rename(folder / "in" / name)
+    (row, _) = read_table(table(folder, r"in\a.nii.gz,in\a_seg.nii,Train", "b.nii.gz,b_seg.nii,Test"))
+    assert (row.image, row.label) == (folder / "in" / "a.nii.gz", folder / "in" / "a_seg.nii")
+
+
 def test_blank_lines_are_skipped_and_line_numbers_stay(folder):
     path = table(folder, "", "a.nii.gz,a_seg.nii,Train", " , , ", "b.nii.gz,b_seg.nii,Test")
     assert [row.line for row in read_table(path)] == [3, 5]

@@ -89,7 +89,7 @@ FAULTS: dict[int, tuple[str, str, str]] = {
     24: (
         "full disk",
         "5, `no space left`; temporary files removed, last good kept; room is asked for before the work, and "
-        "before each subject of a store",
+        "before each subject of a store; `evaluate` keeps its figures where its pictures do not fit",
         "a limit on the size of a file (RLIMIT_FSIZE), told as such; calls that raise ENOSPC; the answer on free room",
     ),
     25: (

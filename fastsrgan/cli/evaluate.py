@@ -11,7 +11,7 @@ from fastsrgan.cli.console import Need, add_label_options, print_json, say, tabl
 from fastsrgan.core.files import left_as_found, output_folder, write_json
 from fastsrgan.core.progress import Progress
 from fastsrgan.core.signals import loading
-from fastsrgan.errors import MissingError, PartialFailure, UsageError, counted
+from fastsrgan.errors import MissingError, PartialFailure, ResourceError, UsageError, counted
 
 PAIR = ("sr", "hr", "seg", "label", "mask", "lr", "baseline", "baseline_seg", "doubt")
 NEEDS = (
@@ -80,13 +80,28 @@ def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
     with left_as_found([args.png] if args.png and not pair else []):
         files, folders = _places(args, [*pair.values(), *([args.table] if args.table else [])])
         with one_writer(files, folders, "evaluate"):
-            result = _run(args, pair, progress)
-            if args.json not in (None, "-"):
-                write_json(args.json, result)
-            if args.csv:
-                from fastsrgan.evaluate.cohort import write_csv
+            kept: list[str] = []
+            try:
+                result = _run(args, pair, progress, lambda result: kept.extend(_keep(args, result)))
+            except ResourceError as error:
+                raise ResourceError(error.what, error.reason + "; ".join(["", *kept]), error.hint) from error
+    if result.get("failed"):
+        names = ", ".join(
+            f"{f['subject']} ({f['error']})" if f["error"].startswith("only in ") else f["subject"]
+            for f in result["failed"]
+        )
+        raise PartialFailure("evaluate", f"{len(result['failed'])} not evaluated: {names}", "see the warnings")
+    return 0
 
-                write_csv(args.csv, result)
+
+def _keep(args: argparse.Namespace, result: dict[str, Any]) -> list[str]:
+    """Write and print the figures; where they are, for the error of a picture behind them."""
+    if args.json not in (None, "-"):
+        write_json(args.json, result)
+    if args.csv:
+        from fastsrgan.evaluate.cohort import write_csv
+
+        write_csv(args.csv, result)
     if args.json == "-":
         print_json(result)
     elif "comparison" in result:
@@ -103,13 +118,8 @@ def _evaluate(args: argparse.Namespace, progress: Progress) -> int:
     if args.json != "-" and (line := about_baseline(result)):
         print()
         say(line)
-    if result.get("failed"):
-        names = ", ".join(
-            f"{f['subject']} ({f['error']})" if f["error"].startswith("only in ") else f["subject"]
-            for f in result["failed"]
-        )
-        raise PartialFailure("evaluate", f"{len(result['failed'])} not evaluated: {names}", "see the warnings")
-    return 0
+    files = [name for name in (args.csv, args.json) if name not in (None, "-")]
+    return ["the figures are " + (f"kept in {' and '.join(files)}" if files else "printed above")]
 
 
 def about_baseline(result: dict[str, Any]) -> str:
@@ -137,19 +147,20 @@ def _form(args: argparse.Namespace) -> dict[str, str]:
     return pair
 
 
-def _run(args: argparse.Namespace, pair: dict[str, str], progress: Progress) -> dict[str, Any]:
-    """The one form that was asked for."""
+def _run(
+    args: argparse.Namespace, pair: dict[str, str], progress: Progress, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """The one form that was asked for; ``keep`` takes the figures before there are pictures."""
     if pair:
         with loading():
             from fastsrgan.evaluate.pair import evaluate_files
 
-        return evaluate_files(
-            **pair, png=args.png, label_classes=args.label_classes or (), label_names=args.label_names
-        )
+        more: dict[str, Any] = {**pair, "png": args.png, "keep": keep}
+        return evaluate_files(**more, label_classes=args.label_classes or (), label_names=args.label_names)
     with loading():
         from fastsrgan.evaluate import cohort as evaluate_cohort
 
-    more = {"png": args.png, "progress": progress}
+    more = {"png": args.png, "keep": keep, "progress": progress}
     more["choice"] = evaluate_cohort.Choice(args.label_classes or (), args.label_names)
     if args.table:
         return evaluate_cohort.evaluate_table(args.table, **more)

@@ -131,7 +131,7 @@ def structures(store: Store) -> list[tuple[str, list[int]]]:
 
 
 def data_warnings(subjects: Iterable[Subject]) -> dict[str, list[str]]:
-    """What the conversion noted about each subject's files, images that seem to be in Train and in Test, and chosen
+    """What the conversion noted about each subject's files, images that seem to be there twice, and chosen
     values that no label map holds."""
     found: dict[str, list[str]] = {}
     alike: dict[str, Subject] = {}  # what images of the same voxels share, however their files are packed
@@ -141,9 +141,9 @@ def data_warnings(subjects: Iterable[Subject]) -> dict[str, list[str]]:
         found |= {s.id: [str(text) for text in texts]} if isinstance(texts, list) and texts else {}
         if s.attrs.get("intensity"):
             facts = json.dumps([list(s.shape), s.attrs.get("bounding_box"), s.attrs["intensity"]], sort_keys=True)
-            if (twin := alike.setdefault(facts, s)).split != s.split:
-                same = f"image: the same voxels as {twin.id}, it seems, and one is in Train and one in Test"
-                found.setdefault(s.id, []).append(same)
+            if (twin := alike.setdefault(facts, s)) is not s:
+                what = ": it counts twice" if twin.split == s.split else ", and one is in Train and one in Test"
+                found.setdefault(s.id, []).append(f"image: the same voxels as {twin.id}, it seems{what}")
         chosen = [*s.attrs.get("label_classes", ()), *(v for _, some in s.attrs.get("structures", ()) for v in some)]
         for value in set(chosen):
             held.setdefault(value, []).append(value not in s.attrs.get("label_absent", ()))

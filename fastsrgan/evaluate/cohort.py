@@ -6,12 +6,13 @@ Every form ends in the same dict: ``rows`` (what ``evaluate.evaluate_files`` say
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import FastsrganError, InputError, UsageError, counted, none_done
 from fastsrgan.evaluate.figures import definitions
 from fastsrgan.evaluate.metrics import CALIBRATION
-from fastsrgan.evaluate.pair import evaluate_files, flat, summarise
+from fastsrgan.evaluate.pair import draw_errors, evaluate_files, flat, nothing, summarise
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
@@ -86,6 +87,7 @@ def evaluate_table(
     *,
     png: str | os.PathLike | None = None,
     choice: Choice = AS_IT_IS,
+    keep: Callable[[dict[str, Any]], object] = nothing,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Evaluate every row of a table and sum up the cohort.
@@ -93,7 +95,7 @@ def evaluate_table(
     The table has the columns ``SR_image`` and ``HR_image`` and any of ``Seg_image``, ``Label_image``, ``Mask_image``,
     ``LR_image``, ``Baseline_image``, ``Baseline_seg``, ``Label_classes``; cells of the latter may be empty. Relative
     paths start at the
-    table's folder. ``png`` is a folder for pictures (``error_map``).
+    table's folder. ``png`` is a folder for pictures (``draw_errors``), before which ``keep`` is called with the result.
 
     Raises InputError with every fault of the table at once, or when no row could be evaluated. Returns as
     ``evaluate_items``, with ``line`` in each row.
@@ -105,7 +107,7 @@ def evaluate_table(
         Item(subject, {COLUMNS[name]: path for name, path in files.items()}, line, classes=classes)
         for (line, files, classes), subject in zip(rows, subjects, strict=True)
     ]
-    return evaluate_items(csv_path, items, png=png, choice=choice, progress=progress)
+    return evaluate_items(csv_path, items, png=png, choice=choice, keep=keep, progress=progress)
 
 
 def evaluate_folders(
@@ -114,6 +116,7 @@ def evaluate_folders(
     *,
     png: str | os.PathLike | None = None,
     choice: Choice = AS_IT_IS,
+    keep: Callable[[dict[str, Any]], object] = nothing,
     progress: Progress = QUIET,
     telling: bool = True,
 ) -> dict[str, Any]:
@@ -147,7 +150,7 @@ def evaluate_folders(
         raise InputError(results, reason, "name an output folder of `fastsrgan infer` or `job-model`")
     left = _without_result(truth, results, items)
     return evaluate_items(
-        results, items, png=png, choice=choice, progress=progress, telling=telling, left=left, truth=truth
+        results, items, png=png, choice=choice, keep=keep, progress=progress, telling=telling, left=left, truth=truth
     )
 
 
@@ -272,13 +275,14 @@ def evaluate_items(
     *,
     png: str | os.PathLike | None = None,
     choice: Choice = AS_IT_IS,
+    keep: Callable[[dict[str, Any]], object] = nothing,
     progress: Progress = QUIET,
     telling: bool = True,
     left: Sequence[str] = (),
     truth: str | os.PathLike = "the truths",
 ) -> dict[str, Any]:
     """Evaluate subjects one by one; ``what`` names their source in messages; ``telling``: notes are logged; ``left``:
-    images of ``truth`` that no result belongs to.
+    images of ``truth`` that no result belongs to; ``keep`` is called with the result before pictures are drawn.
 
     Returns ``rows`` (the dicts of ``evaluate_files`` with ``subject``), ``failed`` (subject, error), ``notes`` (those
     of the rows, as ``told_once``, one about ``left``, and ``told_shared``), ``without_result`` (``left``) and
@@ -293,21 +297,22 @@ def evaluate_items(
         log.info("no label was found for the segmentation of %s: no Dice", some)
     if choice.classes and not any("label" in item.files for item in items):
         raise UsageError("--label-classes", f"no label was found for the results in {what}", "leave it out")
+    labels.refuse_lost(_chosen(items, choice))
     shared = told_shared(items)
     for line in shared if telling else ():
         log.warning(line)
-    pictures: list[Path | None] = [None] * len(items)
+    pictures: dict[str, Path] = {}
     if png is not None:
         folder = output_folder(png)
-        names = [f"{item.subject.replace('/', '_')}.png" for item in items]
-        pictures = [check_place(folder / name, (), SCORED) for name in names]
+        names = {item.subject: f"{item.subject.replace('/', '_')}.png" for item in items}
+        pictures = {subject: check_place(folder / name, (), SCORED) for subject, name in names.items()}
     done: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     faults: list[table.Fault] = []
     reasons: Counter[str] = Counter()
     first: FastsrganError | None = None
     progress.start("evaluate", len(items), "subject")
-    for item, picture in zip(items, pictures, strict=True):
+    for item in items:
         named: dict[str, Any] = {"subject": item.subject} | ({} if item.line is None else {"line": item.line})
         try:
             if item.fault:
@@ -315,10 +320,10 @@ def evaluate_items(
                 raise InputError(item.files.get("sr", item.subject), item.fault, hint)
             classes = (item.classes or choice.classes) if "label" in item.files else ()
             settings: dict[str, Any] = {
-                "png": picture,
                 "label_classes": classes,
                 "label_names": choice.names,
                 "subject": None,
+                "alone": False,
             }
             done.append(named | evaluate_files(**item.files, **settings))  # type: ignore[arg-type]
         except FastsrganError as error:
@@ -344,7 +349,25 @@ def evaluate_items(
     meaning = definitions() | {"sd": "sample standard deviation over subjects (n - 1)"}
     meaning |= CALIBRATION if any("doubt" in row for row in done) else {}
     said = {"notes": notes, "without_result": list(left), "definitions": meaning}
-    return {"rows": done, "failed": failed, "summary": summarise(done), **said}
+    result = {"rows": done, "failed": failed, "summary": summarise(done), **said}
+    keep(result)
+    if png is not None:
+        rows = {row["subject"]: row for row in done}
+        drawn = [item for item in items if item.subject in rows]
+        progress.start("draw", len(drawn), "picture")
+        for item in drawn:
+            draw_errors(pictures[item.subject], item.files, rows[item.subject])
+            progress.advance(1, subject=item.subject)
+        progress.finish()
+    return result
+
+
+def _chosen(items: Sequence[Item], choice: Choice) -> Iterator[tuple[Path, Sequence[labels.Structure], None]]:
+    """The labels and what of them is scored; where that cannot be said, it is told with the subject."""
+    for item in items:
+        with contextlib.suppress(FastsrganError):
+            if "label" in item.files and (classes := item.classes or choice.classes):
+                yield item.files["label"], labels.structures(classes, item.files["label"], choice.names), None
 
 
 def told_once(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fastsrgan.core.files import output_folder, short_names
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, UsageError, counted
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, evaluate_folders, told_left, told_once
-from fastsrgan.evaluate.pair import flat, moments
+from fastsrgan.evaluate.pair import flat, moments, nothing
 from fastsrgan.io.output_place import SCORED, check_place
 
 log = logging.getLogger("fastsrgan")
@@ -45,11 +45,12 @@ def compare_folders(
     *,
     png: str | os.PathLike | None = None,
     choice: Choice = AS_IT_IS,
+    keep: Callable[[dict[str, Any]], object] = nothing,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Evaluate two folders of ``fastsrgan infer`` against one of truths, each as ``evaluate_folders``, and compare.
 
-    ``png`` is a folder for the picture ``bland-altman.png``.
+    ``png`` is a folder for the picture ``bland-altman.png``, before which ``keep`` is called with the result.
 
     Returns ``names`` (of the two results), ``rows`` (subject, and ``figures``: those of both results and their
     difference by dotted path, ``first.``, ``second.``, ``difference.``), ``summary`` of these, ``comparison`` (see
@@ -93,13 +94,8 @@ def compare_folders(
             "difference at "
             f"{LEVEL:g}, whatever the figures"
         )
-    if picture is not None:
-        from fastsrgan.pictures.bland_altman import bland_altman
-
-        shown = [(heading, *pairs[figure]) for figure, heading in PANELS if figure in pairs]
-        bland_altman(picture, shown, (names[0], names[1]))
     columns = list(dict.fromkeys(name for row in rows for name in row["figures"]))
-    return {
+    result = {
         "names": names,
         "rows": rows,
         "failed": failed,
@@ -109,6 +105,13 @@ def compare_folders(
         "notes": notes,
         "definitions": results[0]["definitions"] | {"limits": "mean difference +- 1.96 sd (Bland and Altman 1986)"},
     }
+    keep(result)
+    if picture is not None:
+        from fastsrgan.pictures.bland_altman import bland_altman
+
+        shown = [(heading, *pairs[figure]) for figure, heading in PANELS if figure in pairs]
+        bland_altman(picture, shown, (names[0], names[1]))
+    return result
 
 
 def compared(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:

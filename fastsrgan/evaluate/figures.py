@@ -100,7 +100,9 @@ class Compared:
         """See ``metrics.surface_scores``."""
         scores = metrics.surface_scores(self.seg, self.label, self.hr.spacing)  # type: ignore[arg-type]
         if None in scores.values():
-            self.notes.append(f"{self.name}: the segmentation or the label is empty, there is no surface distance")
+            both = not any(metrics.binary(mask).any() for mask in (self.seg, self.label) if mask is not None)
+            empty = "and the label are empty, Dice counts 1 and" if both else "or the label is empty,"
+            self.notes.append(f"{self.name}: the segmentation {empty} there is no surface distance")
         elif shear_of(self.hr.affine) > SHEARED:
             reason = "the reference's voxel axes are not at right angles, distances in mm are approximate"
             self.notes.append(f"{self.name}: {reason}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ log = logging.getLogger("fastsrgan")
 
 SECTIONS = ("image", "doubt", "segmentation", "structures", "baseline", "gain")
 SCALE_FACTOR = 2.0  # mean intensities further apart than this get a note
+
+
+def nothing(result: dict[str, Any]) -> None:
+    """What is done with a result before pictures are drawn, where nothing is asked for."""
 
 
 def evaluate_pair(
@@ -267,6 +271,8 @@ def evaluate_files(
     label_classes: Sequence[str] = (),
     label_names: str | os.PathLike | None = None,
     subject: str | None = "",
+    alone: bool = True,
+    keep: Callable[[dict[str, Any]], object] = nothing,
 ) -> dict[str, Any]:
     """``evaluate_pair`` on image files; ``files`` in the result names them. ``subject`` is the SR's stem by default.
 
@@ -275,7 +281,9 @@ def evaluate_files(
     ``structures``. ``label_names`` is a lookup table of names.
 
     ``doubt`` is found where ``infer`` wrote it beside ``sr``. ``png`` takes a picture of where SR (and the baseline)
-    differ from the reference, see ``error_map``. Raises InputError as reading the files does.
+    differ from the reference, see ``draw_errors``; before it is drawn ``keep`` is called with the result. Raises
+    InputError as reading the files does, and, ``alone``, for a structure of which the label holds nothing; of one
+    subject of several that is a note.
     """
     named = {"sr": sr, "hr": hr, "seg": seg, "label": label, "mask": mask, "lr": lr}
     named |= {"baseline": baseline, "baseline_seg": baseline_seg, "doubt": doubt or _beside(Path(sr))}
@@ -283,6 +291,8 @@ def evaluate_files(
     chosen = labels.structures(label_classes, given["label"], label_names) if label_classes and "label" in given else []
     if label_classes and not chosen:
         raise UsageError("--label-classes", "there is no label to choose from", "give --label too")
+    if chosen and alone:
+        labels.refuse_lost([(given["label"], chosen, None)])
     first = chosen[0] if chosen else None
     volumes = {name: _read(name, path, first) for name, path in given.items()}
     more = structure_pairs(given["seg"], given["label"], chosen) if "seg" in given else {}
@@ -294,16 +304,23 @@ def evaluate_files(
     result = evaluate_pair(**volumes, structures=more, subject=images.stem(given["sr"]) if subject == "" else subject)
     if chosen:
         result["label_classes"] = {c.name: sorted(c.values) for c in chosen}
+    result = {"files": {name: recorded(path) for name, path in given.items()}} | result
+    keep(result)
     if png is not None:
-        from fastsrgan.pictures.error_map import error_map
+        draw_errors(png, given, result)
+    return result
 
-        hr_volume, other = volumes["hr"], volumes.get("baseline", volumes.get("lr"))
-        other = None if other is None else onto_grid(other, hr_volume, notes=[])
-        words = captions(result)
-        name = "baseline" if result.get("baselines", {}).get("image", "as given") == "as given" else "spline"
-        said = words["sr"], words["spline"]
-        error_map(png, onto_grid(volumes["sr"], hr_volume, notes=[]), hr_volume, other, name, said)
-    return {"files": {name: recorded(path) for name, path in given.items()}} | result
+
+def draw_errors(png: str | os.PathLike, files: Mapping[str, Path], result: Mapping[str, Any]) -> None:
+    """A picture of where SR (and baseline, or scan) of a pair of files differ from the reference, see ``error_map``."""
+    from fastsrgan.pictures.error_map import error_map
+
+    hr = images.load(files["hr"])
+    other = files.get("baseline", files.get("lr"))
+    shown = None if other is None else onto_grid(images.load(other), hr, notes=[])
+    words = captions(result)
+    name = "baseline" if result.get("baselines", {}).get("image", "as given") == "as given" else "spline"
+    error_map(png, onto_grid(images.load(files["sr"]), hr, notes=[]), hr, shown, name, (words["sr"], words["spline"]))
 
 
 def structure_pairs(seg: Path, label: Path, chosen: Sequence[labels.Structure]) -> dict[str, tuple[Volume, Volume]]:

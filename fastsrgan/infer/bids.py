@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -38,6 +38,7 @@ from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.errors import InputError, UsageError, counted
 from fastsrgan.evaluate.choice import ModelChoice
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, Item, evaluate_items, low_resolution
+from fastsrgan.evaluate.pair import nothing
 from fastsrgan.infer.files import STATUSES, SomeFailed, failure, infer_files
 from fastsrgan.infer.image import look_at
 from fastsrgan.infer.settings import InferSettings, takes_options
@@ -282,6 +283,7 @@ def evaluate_bids(
     *,
     png: str | os.PathLike | None = None,
     choice: Choice = AS_IT_IS,
+    keep: Callable[[dict[str, Any]], object] = nothing,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Evaluate what ``infer_bids`` made against a dataset of the same names.
@@ -300,7 +302,7 @@ def evaluate_bids(
     own = {real(made) for made in (root / "derivatives").glob("*") if is_own(made)} | {real(out)}
     items = [_item(image, root, len(choice.classes) > 1, own) for image in find_bids(out, desc="sr")]
     left = _without_result(root, items)
-    return evaluate_items(out, items, png=png, choice=choice, progress=progress, left=left, truth=root)
+    return evaluate_items(out, items, png=png, choice=choice, keep=keep, progress=progress, left=left, truth=root)
 
 
 def _without_result(root: Path, items: Sequence[Item]) -> list[str]:

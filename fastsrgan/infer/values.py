@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from fastsrgan.config import AXES, MIN_SIZE, SIZE_MULTIPLE, SPACING_LIMITS
-from fastsrgan.errors import UsageError
+from fastsrgan.errors import UsageError, shown
 
 PerAxis = int | None | Sequence[int | None]
 Resolution = str | float | Sequence[float] | None
@@ -159,10 +159,11 @@ def millimetres(new_resolution: Resolution) -> Literal["same"] | tuple[float, ..
         values = ()
     values = values * 3 if len(values) == 1 else values
     if len(values) != 3 or not all(math.isfinite(v) and v > 0 for v in values):
-        raise UsageError("new resolution", f"{new_resolution} is not allowed", "one or three positive millimetres")
+        hint = "one or three positive millimetres"
+        raise UsageError("new resolution", f"{shown(new_resolution)} is not allowed", hint)
     if not all(SPACING_LIMITS[0] <= v <= SPACING_LIMITS[1] for v in values):
         hint = "from {:g} to {:g} mm".format(*SPACING_LIMITS)
-        raise UsageError("new resolution", f"{new_resolution} is no size of voxels", hint)
+        raise UsageError("new resolution", f"{shown(new_resolution)} is no size of voxels", hint)
     return values
 
 
@@ -179,7 +180,7 @@ def flip_axes(flips: str) -> tuple[int, ...]:
 def check_budget(value: float | None) -> None:
     """Raise UsageError for what is no number of seconds."""
     if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value) and value >= 0):
-        raise UsageError("budget", f"{value!r} is not allowed", "seconds, 0 for the first level")
+        raise UsageError("budget", f"{shown(value)} is not allowed", "seconds, 0 for the first level")
 
 
 def check_max_memory(value: int | None) -> None:

@@ -57,7 +57,8 @@ def find_images(
         reason = "no image given"
         raise UsageError("input", reason, "name image files, folders of them, DICOM folders, or lists of these")
     by_name: dict[str, Path] = {}
-    once = []
+    once: list[Image] = []
+    clashes: list[tuple[Path, Path]] = []
     for image in _without_slices(found) if len(found) > 1 else found:
         other = by_name.setdefault(image.name, image.path)
         if other is image.path:
@@ -65,13 +66,17 @@ def find_images(
         elif real(other) == real(image.path):
             log.warning("%s: named more than once, taken once", image.path)
         else:
-            reason = f"would write to the same files as {one_line(str(other))}"
-            hint = (
-                "outputs are named after the image: use one output folder for each, or name the folder that holds both"
-            )
-            if image.path.parent == other.parent:
-                hint = "their names differ in the ending alone: name the one that you mean, or rename one"
-            raise UsageError(image.path, reason, hint)
+            clashes.append((image.path, other))
+    if clashes:
+        path, other = clashes[0]
+        some = ", ".join(one_line(str(path)) for path, _ in clashes[1 : 1 + NAMED]) + ", ..." * (
+            len(clashes) > 1 + NAMED
+        )
+        more = f", and so would {len(clashes) - 1} more: {some}" if clashes[1:] else ""
+        hint = "outputs are named after the image: use one output folder for each, or name the folder that holds both"
+        if path.parent == other.parent:
+            hint = "their names differ in the ending alone: name the one that you mean, or rename one"
+        raise UsageError(path, f"would write to the same files as {one_line(str(other))}{more}", hint)
     return once
 
 

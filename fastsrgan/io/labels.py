@@ -11,12 +11,15 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fastsrgan.core.files import is_special
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import InputError, UsageError, counted
+from fastsrgan.io import nifti as images
 from fastsrgan.io.bids import sidecars
 from fastsrgan.io.nifti_voxels import unreadable
 
@@ -197,10 +200,46 @@ def way_out(values: Sequence[int]) -> str:
 
 def refuse_many(values: Sequence[int], what: str | os.PathLike) -> None:
     """Raise InputError for a label map of several structures of which none was chosen."""
+    if sum(map(bool, values)) > 1:
+        raise InputError(what, f"the label holds several structures, the values {_shown(values)}", CHOOSE)
+
+
+def _shown(values: Sequence[int]) -> str:
     inside = [value for value in values if value]
-    if len(inside) > 1:
-        held = ", ".join(map(str, inside[:SHOWN])) + f" and {len(inside) - SHOWN} more" * (len(inside) > SHOWN)
-        raise InputError(what, f"the label holds several structures, the values {held}", CHOOSE)
+    return ", ".join(map(str, inside[:SHOWN])) + f" and {len(inside) - SHOWN} more" * (len(inside) > SHOWN)
+
+
+def refuse_lost(maps: Iterable[tuple[Path, Sequence[Structure], Collection[int] | None]]) -> None:
+    """Raise InputError for a structure that none of the label maps holds of which it was chosen: a slip, more likely
+    than a fact.
+
+    maps : of each its file, the structures, and ``absent`` of `load_label` where it was read before. They are read
+        until each structure was found; one that is empty, or cannot be read, which is told elsewhere, proves nothing.
+    """
+    searched: dict[Structure, list[Path]] = {}
+    found: set[str] = set()
+    for path, chosen, absent in maps:
+        for one in chosen:
+            if one.name not in found and _is_absent(path, one, absent):
+                searched.setdefault(one, []).append(path)
+            else:
+                found.add(one.name)
+    for one, path in [(one, path) for one, paths in searched.items() if one.name not in found for path in paths]:
+        if (values := np.unique(images.load(path).data).astype(int)).any():
+            named = f"{one.called}, {_shown(sorted(one.values))}" if one.called else one.name
+            more = len(searched[one]) - 1
+            others = f", nor {'does' if more == 1 else 'do'} {counted(more, 'other label map')}" if more else ""
+            hint = f"it holds {_shown(values.tolist())}: choose of that with --label-classes"
+            raise InputError(path, f"holds nothing of {named}{others}", hint)
+
+
+def _is_absent(path: Path, one: Structure, absent: Collection[int] | None) -> bool:
+    if absent is None:
+        try:
+            absent = images.load_label(path, classes=one.values).meta["absent"]
+        except InputError:
+            return False
+    return one.values <= set(absent)
 
 
 def _names_among(listed: str, names: dict[str, list[int]]) -> list[str]:

@@ -470,6 +470,7 @@ def _locate(text: str, table: Path, base_path: str | None) -> Path:
         candidates = [table.absolute().parent / text, Path(text)]
     # One letter with an accent is one sign or two: tables and disks of other systems differ in that.
     spelt = [Path(unicodedata.normalize(form, str(c))) for form in ("NFC", "NFD") for c in candidates]
+    spelt += [Path(str(c).replace("\\", "/")) for c in candidates]  # as a table of Windows has it
     meant = candidates[bool(base_path and os.path.isdir(base_path))]
     return Path(recorded(next((c for c in [*candidates, *spelt] if os.path.exists(c)), meant)))
 

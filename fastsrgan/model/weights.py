@@ -323,9 +323,11 @@ def _sniff(path: Path) -> str:
     except (OSError, ValueError) as error:
         if url := url_of(path):
             raise ModelError(url, "is a URL, weights are read from paths", "download the file first") from error
-        reason = (getattr(error, "strerror", None) or "cannot be read").lower()
-        hint = f"a weight file, a run folder, or a model of the package: {', '.join(MODELS)}"
-        raise ModelError(path, reason, hint) from error
+        if isinstance(error, FileNotFoundError):
+            hint = f"a weight file, a run folder, or a model of the package: {', '.join(MODELS)}"
+            raise ModelError(path, "no such file or directory", hint) from error
+        reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise ModelError(path, reason, "check the path and its permissions") from error
     if head.startswith(HDF5):
         return "keras"
     if head[8:9] == b"{":

@@ -20,7 +20,7 @@ import torch
 from fastsrgan.config import CHOICES, check_resolutions
 from fastsrgan.core.draws import rng
 from fastsrgan.core.threads import each_piece
-from fastsrgan.errors import InputError, UsageError
+from fastsrgan.errors import InputError, UsageError, shown
 from fastsrgan.observation.artefacts import IMAGE, SCAN, SLICES, check_amounts, drawn
 from fastsrgan.observation.slabs import Region, SharpImage, acquire, interpolate, plan, truth
 from fastsrgan.volume.consistency import Observation
@@ -75,7 +75,7 @@ class Degradation:
         check_geometry(self.geometry)
         check_interp(self.interp, self.interpolation_type, self.geometry)
         if hint := check_resolutions(self.low_res):
-            raise UsageError("new_low_res", f"{self.low_res} is not allowed", hint)
+            raise UsageError("new_low_res", f"{shown(self.low_res)} is not allowed", hint)
         if not 0 <= self.contrast < 1 or not 0 <= (self.noise_from or 0) <= self.noise < 1:
             raise UsageError("degradation", f"contrast {self.contrast}, noise {self.noise}", "both in [0, 1)")
         for name in ("profile", "gap"):

@@ -105,6 +105,7 @@ def report(
         raise UsageError(standing[0], "exists already and is kept", "--overwrite, or another -o FILE.html")
     if hr:
         chosen = labels.structures(labels.choices("", label_classes), label, label_names) if label else []
+        labels.refuse_lost([(Path(label), chosen, None)] if label else [])
         _score(found.results[0], Path(hr), Path(label) if label else None, Path(mask) if mask else None, chosen)
     limit = int(max_mb * 1e6)
     progress.start("report", max(len(found.results), 1) + many, "page")

@@ -156,6 +156,7 @@ def find_heads(
         known = labels.structures(chosen, row.label, label_names) if row.label else []
         labels.refuse_overlap(known)
         found.append(_head(row.subject, row.image, row.label, row.mask, tuple(known)))
+    labels.refuse_lost((head.label, head.structures, None) for head in found if head.label)
     return found
 
 

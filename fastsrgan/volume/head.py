@@ -21,8 +21,8 @@ def tissue_level(data_XYZ: np.ndarray) -> float:
 
 
 def lowest(data_XYZ: np.ndarray) -> float:
-    """Where the intensities of a scan count from: 0, or the lowest where many are further below 0 than air and its
-    noise are (z-scores, images wholly below 0).
+    """Where the intensities of a scan count from: 0, or the lowest where many are it (air without noise) or are further
+    below 0 than air and its noise are (z-scores, images wholly below 0).
 
     A value that marks what is not there is no intensity: one that lies ``TIMES`` as far below all others as those
     span, or ``MARK`` times as far below 0 as tissue is above it, unless most others are below 0 too.
@@ -43,6 +43,8 @@ def lowest(data_XYZ: np.ndarray) -> float:
     bright, share = float(np.percentile(above, 99.5)), MANY
     if low < -MARK * bright:
         some, share = some[some > low + LEVEL * (float(above.max()) - low)], 0.5
+    elif np.count_nonzero(some == low) > MANY * some.size:
+        return low
     many = np.count_nonzero(some < -LEVEL * bright) > share * some.size
     return low if low < 0 and many else 0.0
 
