@@ -11,6 +11,7 @@ import numpy as np
 from fastsrgan.core.files import atomic_write
 from fastsrgan.errors import ResourceError
 from fastsrgan.io.output_place import BY_EVALUATE
+from fastsrgan.pictures.axes import axis_range
 from fastsrgan.pictures.figure import as_written
 
 POINT, LINE = "#0072b2", "#595959"
@@ -61,6 +62,7 @@ def bland_altman(
         panel.tick_params(labelsize=8)
         panel.locator_params(axis="x", nbins=5)  # of numbers of six digits more would run into one another
         panel.margins(0.12)
+        panel.set_ylim(*axis_range(*panel.get_ylim(), float(np.abs([a, b]).max())))
     for panel in axes[len(panels) :]:
         panel.set_axis_off()
     figure.suptitle(f"{names[1]} minus {names[0]}", fontsize=11)
