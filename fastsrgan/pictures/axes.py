@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LEAST = 0.02  # what an axis spans at least, of the largest value on it
+LEAST = 0.05  # what an axis spans at least, of the largest value on it
 
 
 def axis_range(low: float, high: float, size: float = 0.0) -> tuple[float, float]:
