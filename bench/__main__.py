@@ -66,11 +66,14 @@ HELP = {
     "patch": "edge of a patch or tile in voxels",
     "critic_kernel": "channels of the critic's first convolution",
     "critic_iterations": "critic updates per generator update",
-    "shape": "of the volume (data: 197 233 189; infer: 160 160 160 for stitching, 96 112 112 for whole inference)",
+    "shape": "of the volume in voxels",
+    "infer shape": "of the volume in voxels (160 160 160 for stitching, 96 112 112 for whole inference)",
     "ranks": "also the weak scaling of the iteration over so many processes",
-    "step": "distance between tiles in voxels (infer: where all peers and memory are measured)",
+    "step": "distance between tiles in voxels",
+    "infer step": "distance between tiles in voxels where all peers and memory are measured",
     "steps": "more distances, where fastsrgan and, up to 64 tiles, MONAI are measured",
-    "limit": "seconds that the rounds of a case (data: the timed epochs of a side) may take, beyond two of them",
+    "limit": "seconds that the rounds of a case may take, beyond two of them",
+    "data limit": "seconds that the timed epochs of a side may take, beyond two of them",
     "stride": "distance between patches in voxels",
     "fill": "width of the synthetic heads in percent of the volume",
     "subjects": "volumes of the end-to-end rows",
@@ -110,18 +113,23 @@ def build_parser() -> argparse.ArgumentParser:
     for bench, defaults in OPTIONS.items():
         p = commands.add_parser(bench, help=BRIEF[bench], description=BRIEF[bench])
         for name, (default, _) in defaults.items():
-            several = {"nargs": 3} if name == "shape" else {"nargs": "+"} if isinstance(default, list) else {}
-            told = "" if default is None else f" ({' '.join(map(str, default)) if several else default})"
-            p.add_argument(f"--{name.replace('_', '-')}", type=int, help=HELP[name] + told, **several)
+            several: dict[str, Any] = {"nargs": "+"} if isinstance(default, list) else {}
+            several = {"nargs": 3, "metavar": tuple("XYZ")} if name == "shape" else {"metavar": "N"} | several
+            words = HELP.get(f"{bench} {name}") or HELP[name]
+            told = (
+                "" if default is None else f" ({' '.join(map(str, default)) if isinstance(default, list) else default})"
+            )
+            p.add_argument(f"--{name.replace('_', '-')}", type=int, help=words + told, **several)
         if bench == "data":
             p.add_argument("--engine", action=argparse.BooleanOptionalAction, help="end-to-end rows (not with --quick)")
         if bench in ("data", "step", "infer"):
             drawn = {"data": "the end-to-end rows", "step": "every row", "infer": "time against step"}[bench]
             p.add_argument("--plot", metavar="FILE", help=f"also draw {drawn}, as PNG or SVG")
         p.add_argument("--quick", action="store_true", help="small sizes and two repeats: does it work, not how fast")
-        p.add_argument("--repeats", type=int, help="of every side, taken in turns (5)")
-        p.add_argument("--threads", type=int, help="for torch and BLAS (all usable cores)")
-        p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:n; data: of the end-to-end rows (cpu)")
+        p.add_argument("--repeats", type=int, metavar="N", help="of every side, taken in turns (5)")
+        p.add_argument("--threads", type=int, metavar="N", help="for torch and BLAS (all usable cores)")
+        whose = " of the end-to-end rows" if bench == "data" else ""
+        p.add_argument("--device", default="cpu", help=f"cpu, cuda or cuda:n{whose} (cpu)")
         p.add_argument("--only", metavar="TEXT", help="cases whose name contains TEXT")
         p.add_argument(
             "--memory", action=argparse.BooleanOptionalAction, help="peak memory, a process per side (not with --quick)"
@@ -148,6 +156,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     numbers = [v for name in OPTIONS[args.bench] for v in _flat(getattr(args, name))]
     if min([args.repeats, args.threads, *numbers]) < 1:
         parser.error("sizes, repeats and threads are numbers from 1 up")
+    if args.bench == "layers" and args.patch % 4:
+        parser.error(f"--patch {args.patch}: networks take multiples of 4")
+    if args.bench in ("kernels", "data") and args.patch > min(args.shape):
+        parser.error(f"--patch {args.patch} is larger than the volume, {' x '.join(map(str, args.shape))}")
+    if getattr(args, "plot", None) and not args.plot.lower().endswith((".png", ".svg")):
+        parser.error(f"--plot {args.plot}: a name that ends with .png or .svg")
     args.argv = list(argv)
     return args
 
@@ -181,9 +195,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     import importlib
 
     from bench import common
+    from fastsrgan.core.files import output_file
     from fastsrgan.errors import FastsrganError
 
     try:
+        for target in (args.json, getattr(args, "plot", None)):
+            if target:
+                output_file(target)  # not after an hour
         common.prepare(args)  # first: it knows whether the device is there
         cases = importlib.import_module(f"bench.{args.bench}").cases(args)
         if args.peak_of:

@@ -17,7 +17,7 @@ COLOUR = "black"
 
 
 def plot(report: dict[str, Any], path: str | os.PathLike) -> None:
-    """Write the picture as PNG, SVG or whatever the suffix says. Raises InputError when no row has times."""
+    """Write the picture in the form that its suffix names. Raises InputError when no row has times."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -15,7 +15,7 @@ STAGE_COLOURS = {"read": "#4c78a8", "degrade": "#f58518", "place": "#54a24b", "g
 
 
 def plot(report: dict[str, Any], path: str | os.PathLike) -> None:
-    """Write the picture as PNG, SVG or whatever the suffix says. Raises InputError without end-to-end rows."""
+    """Write the picture in the form that its suffix names. Raises InputError without end-to-end rows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

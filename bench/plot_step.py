@@ -13,7 +13,7 @@ OURS, THEIRS = "#1f77b4", "#b0b0b0"
 
 
 def plot(report: dict[str, Any], path: str | os.PathLike) -> None:
-    """Write the picture as PNG, SVG or whatever the suffix says. Raises InputError when no row has times."""
+    """Write the picture in the form that its suffix names. Raises InputError when no row has times."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -314,6 +314,14 @@ def with_options(f: Figures, args: argparse.Namespace) -> Figures:
     return dataclasses.replace(f, **{k: v for k, v in given.items() if v is not None})
 
 
+def taken(f: Figures, machine: str) -> str:
+    """What a table is made of, for a reader who did not choose it."""
+    return (
+        f"Of {machine} and the options: an update of {f.batch} patches takes {duration(f.step_seconds)} on one device, "
+        f"a volume of {f.patches} patches {duration(f.volume_seconds)} on one of {f.threads} threads"
+    )
+
+
 def refuse_nonsense(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with one line for numbers that mean nothing, and for options that would be ignored."""
     counts = [*args.subjects, *args.devices, args.repeats, args.batch, args.patches, args.threads]
@@ -395,5 +403,5 @@ def main(argv: Sequence[str]) -> str:
         if args.json:
             report = {"bench": "scale", "figures": dataclasses.asdict(figures), "from": chosen[0].name, "hours": rows}
             write_json(args.json, report | {"command": ["python", "-m", "bench", "scale", *argv]})
-        return reached_table(rows)
-    return prediction_table(figures, args.subjects, args.devices, args.price)
+        return f"{taken(figures, chosen[0].name)}\n\n{reached_table(rows)}"
+    return f"{taken(figures, chosen[0].name)}\n\n{prediction_table(figures, args.subjects, args.devices, args.price)}"

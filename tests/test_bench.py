@@ -389,6 +389,10 @@ def test_wrong_requests_end_with_one_line(capsys):
         ["data", "--threads", "0"],
         ["data", "--quick", "--plot", "x.png"],
         ["step", "--shape", "1", "2", "3"],
+        ["layers", "--quick", "--patch", "18"],
+        ["kernels", "--quick", "--patch", "49"],
+        ["data", "--quick", "--shape", "64", "8", "64"],
+        ["infer", "--quick", "--plot", "x.pdg"],
         ["report", "more"],
         ["nothing"],
     ):
@@ -400,6 +404,15 @@ def test_wrong_requests_end_with_one_line(capsys):
         assert "CUDA" in capsys.readouterr().err
     assert main(["step", "--quick", "--threads", "1", "--patch", "18"]) == 4
     assert "multiple of 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(capsys, monkeypatch, tmp_path, option):
+    """An hour of figures was lost with it."""
+    monkeypatch.setattr(common, "prepare", lambda args: pytest.fail("measured"))
+    place = tmp_path / "missing" / "x.png"
+    assert main(["infer", "--quick", option, str(place)]) == 5
+    assert capsys.readouterr().err.startswith(f"error: {place}: its folder is missing")
 
 
 # --- the plain side -----------------------------------------------------------------------------------------------

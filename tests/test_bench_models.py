@@ -356,6 +356,15 @@ def test_quick_figures_predict_nothing(tmp_path, quick):
         scale.measured(tmp_path)
 
 
+@pytest.mark.parametrize("more", [[], ["--hours", "1"]])
+def test_a_prediction_says_what_it_is_made_of(capsys, more):
+    """5 hours an epoch, of which machine?"""
+    assert main(["scale", "--subjects", "9", "--devices", "3", "--step-ms", "2500", "--batch", "7", *more]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    folder = min(p.name for p in scale.RESULTS.iterdir() if p.is_dir())
+    assert f"Of {folder} " in first and "an update of 7 patches takes 2.5 s on" in first
+
+
 def test_the_cost_stands_where_there_is_a_price():
     for price in (0.0, 2.5):
         head, _, line = scale.prediction_table(FIGURES, (40,), (1,), price).splitlines()

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,17 @@ def patterns(rules) -> list[re.Pattern[str]]:
 def strangers(out: Path, known: list[re.Pattern[str]]) -> list[str]:
     """Paths that are no BIDS and not ignored."""
     paths = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
-    seen = [path for path in paths if not set(path.parts) & {*IGNORED, ".bidsignore"}]
+    passed = [*IGNORED, ".bidsignore"]
+    seen = [path for path in paths if not any(fnmatch(part, one) for part in path.parts for one in passed)]
     return [str(path) for path in seen if not any(rule.fullmatch(path.as_posix()) for rule in known)]
 
 
 def test_every_file_has_a_name_of_the_standard(derivatives):
     known = patterns(schema())
     assert len(list(derivatives.rglob("*_desc-sr_*.nii.gz"))) == 4 and list(derivatives.rglob("figures/*.png"))
+    assert strangers(derivatives, known) == []
+    for page in ("report.html", "sub-01_anat_sub-01_desc-sr_T1w_report.html"):  # of `fastsrgan report`
+        (derivatives / page).touch()
     assert strangers(derivatives, known) == []
     for name in ("sub-01_desc-sr_acq-x_T1w.nii.gz", "sub-01_desc-sr_brain.nii.gz"):
         (derivatives / "sub-01/anat" / name).touch()

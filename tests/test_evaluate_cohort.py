@@ -415,7 +415,7 @@ def test_words_and_numbers_of_a_bland_altman_picture_do_not_lie_on_one_another(m
         shown = [t for t in axes.get_xticklabels() if low <= t.get_position()[0] <= high]
         boxes = [t.get_window_extent() for t in shown]
         assert len(boxes) > 1 and all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
-    assert [t.get_text() for t in figure.axes[1].texts] == ["mean ± 1.96 sd +0"]
+    assert [t.get_text() for t in figure.axes[1].texts] == ["mean ± 1.96 sd\n+0 ± 0"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import pytest
 
 from fastsrgan.errors import InputError, UsageError
 from fastsrgan.io.bids import RECORD
+from fastsrgan.pictures import bland_altman
+from fastsrgan.pictures.axes import LEAST, axis_range
 from fastsrgan.report.collect import find, is_record, is_scores, is_study
 from fastsrgan.report.html import COLOURS, HEIGHT, MARKED, WIDTH, Line, el, line_chart, ticks
+from fastsrgan.study import plots
 
 WEIGHTS = {"path": "w"}
 
@@ -255,3 +259,57 @@ def test_attributes_that_are_nothing_are_left_out():
     assert el("input", checked=False, value=None, hidden=True, class_="a", data_path=0) == (
         '<input hidden class="a" data-path="0">'
     )
+
+
+# --- the ends of an axis ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [35.2, 0.81, 0.998, -0.02, 4e-5])
+@pytest.mark.parametrize("share", [0.0, 1e-4, 5e-3, 0.5])
+def test_a_change_looks_as_large_as_it_is_beside_the_values(start, share):
+    """A Dice of 0.8100 and 0.8101 was a cliff over the whole height of its chart."""
+    low, high = sorted((start, start * (1 - share)))
+    bottom, top = axis_range(low, high)
+    assert bottom <= low <= high <= top
+    assert (high - low) / (top - bottom) == pytest.approx(min(1, share / LEAST), abs=1e-9)
+    assert low < 0 or high > 1 or low == high or top <= 1, "no axis of a share ends above 1"
+
+
+def test_every_chart_takes_the_ends_of_its_axis_from_the_size_of_its_values():
+    from matplotlib.figure import Figure
+
+    flat = [0.8100, 0.8101]
+    page = line_chart("t", [Line("a", [1, 2], flat)], "epoch")
+    (one, two) = (float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', page))
+    assert 0 < one - two < 0.02 * HEIGHT  # found: 0.0048
+    axes = Figure().subplots()
+    plots._panel(axes, plots.Panel("t", "epoch", [plots.PlotLine("a", [1, 2], flat)]))
+    plots._scale([axes])
+    low, high = axes.get_ylim()
+    assert low < flat[0] < flat[1] < high and high - low == pytest.approx(LEAST * flat[1])
+
+
+def test_panels_of_one_figure_have_one_axis_and_others_their_own(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: drawn.append([a.get_ylim() for a in self.axes]))
+    monkeypatch.setattr(plots, "atomic_write", lambda path: nullcontext(path))
+    lines = [[plots.PlotLine("a", [1, 2], [low, low + 1])] for low in (1, 5, 9, 13)]
+    panels = [
+        plots.Panel("t", "x", line, figure=figure) for line, figure in zip(lines, ("", "f", "f", ""), strict=True)
+    ]
+    plots.draw(tmp_path / "p", [panels[:2], panels[2:]], "t")
+    one, two, three, four = drawn[0]
+    assert two == three and two[0] < 5 < 10 < two[1] and one[1] < 3 and four[0] > 12
+
+
+def test_two_results_that_hardly_differ_look_so(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: drawn.append(self.axes[0].get_ylim()))
+    monkeypatch.setattr(bland_altman, "atomic_write", lambda path: nullcontext(path))
+    bland_altman.bland_altman(tmp_path / "p.png", [("PSNR, dB", [30, 31], [30.001, 31.002])], ("a", "b"))
+    ((low, high),) = drawn
+    assert high - low == pytest.approx(LEAST * 31.002)

@@ -75,7 +75,10 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     add_checkpoint_option(p)
     p.add_argument(
-        "--quick", action="store_true", help="tiles of 48 voxels, few steps, two subjects, unless options say otherwise"
+        "--quick",
+        action="store_true",
+        help="tiles of 48 voxels, few steps, two subjects, unless options say otherwise; not adapted to each scan, "
+        "which takes most of the time",
     )
     p.add_argument(
         "--patch",

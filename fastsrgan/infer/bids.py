@@ -63,7 +63,7 @@ log = logging.getLogger("fastsrgan")
 
 STAGE = ".fastsrgan"  # in the derivatives: results on their way to their names
 # Without a slash at the end: the BIDS validator compares names of folders that have none.
-IGNORED = (STAGE, "figures")
+IGNORED = (STAGE, "figures", "*.html")  # the last are pages of `fastsrgan report`
 LINK = "raw"  # short name of the source dataset
 README = (
     "Super-resolution and segmentation by fastsrgan. desc-sr: the image on a finer grid; desc-cortex: the structure "

@@ -10,10 +10,12 @@ import numpy as np
 
 from fastsrgan.core.files import atomic_write
 from fastsrgan.io.output_place import BY_EVALUATE
+from fastsrgan.pictures.axes import axis_range
 from fastsrgan.pictures.figure import as_written, new_figure
 
 POINT, LINE = "#0072b2", "#595959"
 LIMITS = 1.96  # sample standard deviations
+WORDS = 0.06  # of a panel's height, between two lines with words
 
 
 def bland_altman(
@@ -38,12 +40,15 @@ def bland_altman(
         if len(apart) > 1:
             half = LIMITS * float(apart.std(ddof=1))
             lines += [("+1.96 sd", mean + half, "--"), ("−1.96 sd", mean - half, "--")]
-        one = len(lines) > 1 and not half  # their words would lie on one another
-        for name, at, style in lines:
+        for _, at, style in lines:
             panel.axhline(at, color=LINE, linewidth=1.1, linestyle=style)
-            if one and name != "mean":
-                continue
-            said = f"{'mean ± 1.96 sd' if one else name} {at:+.3g}"
+        panel.margins(0.12)
+        panel.set_ylim(*axis_range(*panel.get_ylim(), float(np.abs([a, b]).max())))
+        bottom, top = panel.get_ylim()
+        words = [(f"{name} {at:+.3g}", at) for name, at, _ in lines]
+        if len(lines) > 1 and half < WORDS * (top - bottom):  # they would lie on one another
+            words = [(f"mean ± 1.96 sd\n{mean:+.3g} ± {half:.3g}", mean)]
+        for said, at in words:
             panel.annotate(
                 said, (1.0, at), xycoords=("axes fraction", "data"), xytext=(3, 0),
                 textcoords="offset points", fontsize=8, va="center", color=LINE,
@@ -53,7 +58,6 @@ def bland_altman(
         panel.set_ylabel("difference", fontsize=9)
         panel.tick_params(labelsize=8)
         panel.locator_params(axis="x", nbins=5)  # of numbers of six digits more would run into one another
-        panel.margins(0.12)
     for panel in axes[len(panels) :]:
         panel.set_axis_off()
     figure.suptitle(f"{names[1]} minus {names[0]}", fontsize=11)

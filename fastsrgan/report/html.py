@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastsrgan.pictures.axes import axis_range
+
 VOID = {"br", "img", "input", "meta"}
 # Controls that HTML forbids, and halves of surrogate pairs, which file names may hold and UTF-8 cannot.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
@@ -114,10 +116,11 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str = "
         return Html("")
     xs = [x for line in lines for x, y in zip(line.x, line.y, strict=True) if y is not None]
     ys = [y for line in lines for y in line.y if y is not None]
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    y_range = axis_range(min(ys), max(ys))
+    x_range = (min(xs), max(xs)) if min(xs) < max(xs) else axis_range(xs[0], xs[0])
+    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(*y_range)
     if all(float(x).is_integer() for x in xs):  # epochs, updates
         x_ticks = [x for x in x_ticks if float(x).is_integer()] or x_ticks
-    x_range, y_range = _range(xs, []), _range(ys, y_ticks)
     digits = next((d for d in range(5, 12) if len({shown(v, d) for v in y_ticks}) == len(y_ticks)), 12)
     marks = [(value, shown(value, digits)) for value in y_ticks]
     left = max(LEFT, round((28 if y_label else 10) + LETTER * max(len(told) for _, told in marks)))
@@ -188,14 +191,6 @@ def _axes(at, left: int, x_ticks, marks, x_range, y_range, x_label: str, y_label
             )
         )
     return join(parts)
-
-
-def _range(values: Sequence[float], marks: Sequence[float]) -> tuple[float, float]:
-    low, high = min([*values, *marks]), max([*values, *marks])
-    if low == high:
-        half = abs(low) / 2 or 1.0
-        return low - half, high + half
-    return low, high
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -70,6 +70,7 @@ class Engine:
     device: str = "auto"
     precision: str = "auto"
     seed: int = 0
+    adapt: str = "auto"
 
 
 def run_cells(
@@ -176,6 +177,7 @@ def _place(
         "step": step,
         "patch": engine.patch if model else None,
         "precision": engine.precision if model else None,
+        "adapt": engine.adapt if model else None,
         "device": device if model else None,
         "seed": engine.seed,
     }
@@ -198,6 +200,7 @@ def _through(
         new_resolution=list(case.hr.spacing),
         device=engine.device,
         precision=engine.precision,
+        adapt=engine.adapt,
     )
     seg = Volume((done.prob[0] > 0.5).astype(np.uint8), done.affine)
     found = {one.name: number for one in structures if (number := model.class_of(one)) is not None}

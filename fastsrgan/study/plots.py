@@ -21,6 +21,7 @@ import numpy as np
 from fastsrgan.core.files import atomic_write
 from fastsrgan.evaluate.figures import FIGURES
 from fastsrgan.io.output_place import BY_STUDY
+from fastsrgan.pictures.axes import axis_range
 from fastsrgan.pictures.figure import as_written, new_figure
 from fastsrgan.study.data import BASELINE
 
@@ -59,6 +60,7 @@ class Panel:
     lines: Sequence[PlotLine] = field(default_factory=tuple)
     log_x: bool = False
     log_y: bool = False  # where the values span a factor of ten
+    figure: str = ""  # panels of one figure have one axis, so that they can be compared
 
 
 def draw(base: str | os.PathLike, rows: Sequence[Sequence[Panel]], title: str, footer: str = "") -> list[Path]:
@@ -72,12 +74,16 @@ def draw(base: str | os.PathLike, rows: Sequence[Sequence[Panel]], title: str, f
 
     axes = figure.subplots(len(rows), columns, squeeze=False)
     handles: dict[str, Any] = {}
+    alike: dict[str, list[Any]] = {}
     for i, row in enumerate(rows):
         for j in range(columns):
             if j < len(row):
                 handles |= _panel(axes[i, j], row[j])
+                alike.setdefault(row[j].figure or str((i, j)), []).append(axes[i, j])
             else:
                 axes[i, j].set_axis_off()
+    for members in alike.values():
+        _scale(members)
     figure.suptitle(title, fontsize=12, fontweight="bold")
     # In the order of the lines, not of the panels that hold them.
     names = sorted(handles, key=lambda name: handles[name][0])
@@ -129,6 +135,16 @@ def _panel(axes: Any, panel: Panel) -> dict[str, tuple[int, Any]]:
     if not panel.lines:
         axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", color=GREY, fontsize=9)
     return handles
+
+
+def _scale(members: Sequence[Any]) -> None:
+    """One range of values for axes of one figure, see ``axis_range``; logarithmic ones keep theirs."""
+    drawn = [axes for axes in members if axes.has_data() and axes.get_yscale() == "linear"]
+    if drawn:
+        ends = [axes.get_ylim() for axes in drawn]
+        low, high = axis_range(min(low for low, _ in ends), max(high for _, high in ends))
+        for axes in drawn:
+            axes.set_ylim(low, high)
 
 
 def _wide(panel: Panel) -> bool:
@@ -272,7 +288,7 @@ def _augmentation_panels(rows: list[dict[str, Any]], fit: list[dict[str, Any]]) 
         mine = [row for row in rows if row["condition"] == condition]
         grid.append(
             [
-                Panel(f"{_heading(f)}, {condition}", "step, voxels", _lines(mine, f, "step", ["model"]))
+                Panel(f"{_heading(f)}, {condition}", "step, voxels", _lines(mine, f, "step", ["model"]), figure=f)
                 for f in ("psnr_db", "ssim", "dice", "components")
             ]
         )

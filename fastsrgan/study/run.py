@@ -41,6 +41,7 @@ class Settings:
     """What a study goes through; None takes the study's default (``DEFAULTS``, or ``QUICK``).
 
     steps : between tiles of ``patch`` voxels (None: the whole image)
+    adapt : to each scan, as ``--adapt`` of inference; "off" leaves that out, nine tenths of the time of a small one
     low_res : mm along the stored axes; None: the head's own, ``ratio`` times as thick along ``axis``
     noise : standard deviations over the largest value
     ratios : slice thickness over the head's voxel size
@@ -52,6 +53,7 @@ class Settings:
     patch: int | None = None
     whole: bool = False
     steps: tuple[int, ...] | None = None
+    adapt: str | None = None
     low_res: Triple | None = None
     noise: tuple[float, ...] | None = None
     ratios: tuple[float, ...] | None = None
@@ -72,17 +74,20 @@ TUNED_NOTE = (
     f"The model `{TUNED}` is the other one after four updates: it shows the study, and says nothing of augmentation."
 )
 PAPER_STEPS = (30, 80, 128)
+# What is taken where a setting is None, by the kind of study.
+_ALL: dict[str, Any] = {"patch": 128, "adapt": "auto", "steps": PAPER_STEPS, "noise": (0.0,), "ratios": (3.0,)}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "steps": {"patch": 128, "steps": (20, 30, 50, 80, 128), "noise": (0.0,), "ratios": (3.0,)},
-    "noise": {"patch": 128, "steps": PAPER_STEPS, "noise": (0.0, 0.01, 0.02, 0.03, 0.05), "ratios": (3.0,)},
-    "augmentation": {"patch": 128, "steps": PAPER_STEPS, "noise": (0.03,), "ratios": (3.0,)},
-    "resolution": {"patch": 128, "steps": (30,), "noise": (0.0,), "ratios": (2.0, 3.0, 4.0, 6.0)},
+    "steps": _ALL | {"steps": (20, 30, 50, 80, 128)},
+    "noise": _ALL | {"noise": (0.0, 0.01, 0.02, 0.03, 0.05)},
+    "augmentation": _ALL | {"noise": (0.03,)},
+    "resolution": _ALL | {"steps": (30,), "ratios": (2.0, 3.0, 4.0, 6.0)},
 }
+_QUICK: dict[str, Any] = {"patch": 48, "adapt": "off", "steps": (24, 48), "subjects": 2}
 QUICK: dict[str, dict[str, Any]] = {
-    "steps": {"patch": 48, "steps": (12, 16, 24, 32, 48), "subjects": 2},
-    "noise": {"patch": 48, "steps": (24, 48), "noise": (0.0, 0.02, 0.05), "subjects": 2},
-    "augmentation": {"patch": 48, "steps": (24, 48), "subjects": 2},
-    "resolution": {"patch": 48, "steps": (24,), "ratios": (2.0, 3.0, 4.0), "subjects": 2},
+    "steps": _QUICK | {"steps": (12, 16, 24, 32, 48)},
+    "noise": _QUICK | {"noise": (0.0, 0.02, 0.05)},
+    "augmentation": _QUICK,
+    "resolution": _QUICK | {"steps": (24,), "ratios": (2.0, 3.0, 4.0)},
 }
 
 
@@ -176,8 +181,8 @@ def _measured(
     if kind == "augmentation" and len(loaded) < 2:
         raise UsageError("study augmentation", "one model", "--weights WITH WITHOUT: two or more to compare")
     conditions = _conditions(kind, heads[0], asked)
-    engine = Engine(None if asked.whole else asked.patch, asked.device, asked.precision, asked.seed)
-    assert asked.steps is not None
+    assert asked.steps is not None and asked.adapt is not None
+    engine = Engine(None if asked.whole else asked.patch, asked.device, asked.precision, asked.seed, asked.adapt)
     cells, failed = run_cells(folder, heads, loaded, conditions, asked.steps, engine, progress)
     rows = aggregate(cells, conditions)
     fit = time_fit(rows) if kind == "steps" else []
