@@ -520,10 +520,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         if Path(path).stat().st_size > MAX_BYTES:
             raise ModelError(path, "is too large for settings", f"at most {MAX_BYTES} bytes")
         values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _loader())
-    except OSError as error:
-        raise ModelError(
-            path, f"cannot be read: {error.strerror or error}", "check the path and its permissions"
-        ) from error
+    except OSError as why:
+        raise ModelError(path, f"cannot be read: {why.strerror or why}", "check the path and its permissions") from why
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # dates and numbers that are none
         reason = (str(getattr(error, "problem", None) or error).splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(path, f"is not plain YAML: {reason}", "a mapping of settings, see docs/config.md") from error

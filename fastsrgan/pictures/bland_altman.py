@@ -43,8 +43,9 @@ def bland_altman(
         for _, at, style in lines:
             panel.axhline(at, color=LINE, linewidth=1.1, linestyle=style)
         panel.margins(0.12)
-        panel.set_ylim(*axis_range(*panel.get_ylim(), float(np.abs([a, b]).max())))
         bottom, top = panel.get_ylim()
+        bottom, top = axis_range(bottom, top, float(np.abs([a, b]).max()))
+        panel.set_ylim(bottom, top)
         words = [(f"{name} {at:+.3g}", at) for name, at, _ in lines]
         if len(lines) > 1 and half < WORDS * (top - bottom):  # they would lie on one another
             words = [(f"mean ± 1.96 sd\n{mean:+.3g} ± {half:.3g}", mean)]
