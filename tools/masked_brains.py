@@ -70,12 +70,16 @@ def main() -> None:
                     nib.save(nib.Nifti1Image(data, affine), f"{name}/{stem}.nii.gz")
                 words = [f"{name}/scan.nii.gz", "-o", f"{name}/out", "--mask", f"{name}/mask.nii.gz"]
                 words += ["-w", args.weights, "--new-resolution", *(str(float(size)) for size in mm)]
-                subprocess.run([sys.executable, "-m", "fastsrgan", "--quiet", "infer", *words], check=True)
+                subprocess.run(
+                    [sys.executable, "-m", "fastsrgan", "--quiet", "infer", *words],
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                )
                 record = json.loads(Path(f"{name}/out/scan.json").read_text())
                 sr, seg = (load(Path(f"{name}/out/scan_{kind}.nii.gz"))[0] for kind in ("sr", "seg"))
             inside = np.repeat(mask, RATIO, 2)
             rim = inside & ~ndimage.binary_erosion(inside, iterations=RIM, border_value=1)
-            row: dict = {"brain": brain, "mask": told}
+            row: dict = {"brain": brain, "given": told}
             for place, where in (("mask", inside), ("rim", rim), ("deep", inside & ~rim)):
                 row[place] = [round(metrics.psnr(made, truth, where), 2) for made in (spline, sr)]
             row |= {
