@@ -57,6 +57,7 @@ def main() -> None:
     p.add_argument("atlas", type=Path)
     p.add_argument("-w", "--weights", action="append", required=True)
     p.add_argument("--brains", nargs="+", default=["GA34_operated", "GA25_notoperated"], metavar="NAME")
+    p.add_argument("--only", nargs="+", metavar="CHANGE", help="these changes alone, e.g. 'without outer fluid'")
     p.add_argument("--json", type=Path)
     args = p.parse_args()
     networks = {name: fastsrgan.load_generator(name) for name in args.weights}
@@ -73,6 +74,8 @@ def main() -> None:
         down = slice_profile_matrix(image.shape[2], image.shape[2] // RATIO, float(RATIO), 1.0, 0.0)
         truth, affine = labels == CORTEX, np.diag([mm[0], mm[1], mm[2] * RATIO, 1.0])
         for change, seen in changed(image, labels):
+            if args.only and change not in args.only:
+                continue
             scan = apply_axes(seen.astype(np.float32), [None, None, down])
             row: dict = {"brain": brain, "change": change}
             for name, network in networks.items():
