@@ -61,10 +61,7 @@ NEEDS = (
         "--structure 3,42",
     ),
     Need(
-        "interpolation_type",
-        lambda a: a.interp == "sitk" or a.config or a.resume,
-        "is of --interp sitk",
-        refused=False,
+        "interpolation_type", lambda a: a.interp == "sitk" or a.config or a.resume, "is of --interp sitk", refused=False
     ),
     Need("zero_head", lambda a: not (a.weights and a.zero_head) or a.resume, "is for a run without -w", refused=False),
 )
