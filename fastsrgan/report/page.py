@@ -300,7 +300,7 @@ def _score(
         seg = result.files.get("mask", result.files.get("seg"))
         more = structure_pairs(seg, label, chosen) if seg is not None else {}
         others |= {"seg": more[chosen[0].name][0]} if more else {}
-    given = {"label": others.get("label"), "lr": others.get("low")}
+    given: dict[str, Any] = {"label": others.get("label"), "lr": others.get("low")}
     given["seg"] = others.get("seg") if label is not None else None
     given["mask"] = any_image.load_mask(mask, None) if mask is not None else None
     result.scores = evaluate_pair(sr, truth, **given, structures=more)

@@ -88,9 +88,9 @@ class Head:
             found["label"] = images.load_label(self.label, like=found["hr"], classes=classes)
         if self.mask is not None:
             found["mask"] = any_image.load_mask(self.mask, found["hr"])
-        for name, one in several.items() if self.label is not None else ():
-            found[name] = images.load_label(self.label, like=found["hr"], classes=one.values)
-        if "label" in found:
+        if self.label is not None:
+            for name, one in several.items():
+                found[name] = images.load_label(self.label, like=found["hr"], classes=one.values)
             labels.refuse_many(found["label"].meta["values"], str(self.label))
         return found
 
