@@ -389,9 +389,8 @@ def write_csv(path: str | os.PathLike, result: dict[str, Any]) -> None:
     figure by its dotted path. Cells without a figure are empty. A comparison's (``compare``) figures are those of both
     results and their difference.
     """
-    pairs = result.get("rows", [result])
     lines: list[dict[str, Any]] = []
-    for row in pairs:
+    for row in result.get("rows", [result]):
         name = row.get("subject") or images.stem(row["files"]["sr"])
         lines.append({"kind": "subject", "subject": name} | (row["figures"] if "figures" in row else flat(row)))
     for statistic in ("mean", "sd", "n") if "summary" in result else ():

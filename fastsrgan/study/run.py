@@ -269,10 +269,24 @@ def _tuned(cohort: Path, asked: Settings, progress: Progress) -> Path:
     store, start = cohort / "train.zarr", weights.template_weights()
     convert(cohort / "cohort.csv", store, overwrite=True, progress=progress)
     shutil.rmtree(made.parent, ignore_errors=True)  # of a run that was stopped
-    few: dict[str, Any] = {"epochs": 1, "steps_per_epoch": 4, "critic_iterations": 1, "validate_every": 1000}
-    small: dict[str, Any] = {"batch_size": 2, "patch_size": 36, "kernel_dis": 4, "ema": 0.0, "contrast_max": 0.0}
-    more = few | small | {"seed": asked.seed}
-    done = short_training(store, made.parent, start, (1.0, 1.0, 3.0), asked.device, progress, **more)
+    done = short_training(
+        store,
+        made.parent,
+        start,
+        (1.0, 1.0, 3.0),
+        asked.device,
+        progress,
+        epochs=1,
+        steps_per_epoch=4,
+        critic_iterations=1,
+        validate_every=1000,
+        batch_size=2,
+        patch_size=36,
+        kernel_dis=4,
+        ema=0.0,
+        contrast_max=0.0,
+        seed=asked.seed,
+    )
     if done["stopped"]:
         raise stopped_by(done["stopped"])
     return made
