@@ -180,7 +180,7 @@ def test_each_kind_of_page_says_what_it_is(tmp_path):
     }
     found = Found(tmp_path, "the title")
     for kind, (facts, words) in kinds.items():
-        text = page.assemble(found, facts, page.Html(""), "", "../all.html", viewing=False)
+        text = page.assemble(found, facts, page.Html(""), "", "../all.html")
         assert words in text and f"fastsrgan {kind}</title>" in text
         assert ("<h1>x</h1>" if kind == "result" else "<h1>the title</h1>") in text
         assert '<a href="../all.html">' in text

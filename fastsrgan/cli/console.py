@@ -89,21 +89,17 @@ def add_label_options(
     more: dict[str, Any] = {"nargs": "+"} if several else {}
     text += f"; several, as cortex=3,42 white=2,41, {several}" if several else ""
     parser.add_argument("--label-classes", *names, metavar="VALUES", help=text, **more)
-    parser.add_argument(
-        "--label-names",
-        metavar="FILE",
-        help="lookup table of FreeSurfer, ITK-SNAP or BIDS (dseg.tsv); a .tsv of its own name beside it is found",
-    )
+    text = "lookup table of FreeSurfer, ITK-SNAP or BIDS (dseg.tsv); a .tsv of its own name beside it is found"
+    parser.add_argument("--label-names", metavar="FILE", help=text)
 
 
 def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
     """``--checkpoint``, wherever ``-w`` takes a run folder."""
-    parser.add_argument(
-        "--checkpoint",
-        metavar="best|last|N",
-        help="which weights of a run folder: of its best validation, of its newest snapshot, or of the snapshot after "
-        "N updates (best; last where there is no best)",
+    text = (
+        "which weights of a run folder: of its best validation, of its newest snapshot, or of the snapshot after "
+        "N updates (best; last where there is no best)"
     )
+    parser.add_argument("--checkpoint", metavar="best|last|N", help=text)
 
 
 def chosen_weights(paths: Sequence[str] | None, which: str | None) -> list[str] | None:

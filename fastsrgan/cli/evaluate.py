@@ -29,13 +29,11 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "\n  fastsrgan evaluate out other truth --png pictures"
     )
     p = command("evaluate", _evaluate, "compare results with the truth", example)
-    p.add_argument(
-        "folders",
-        nargs="*",
-        metavar="RESULTS [RESULTS] TRUTH",
-        help="a folder of `infer` and one of truths: STEM_sr beside STEM or STEM_hr, STEM_label, STEM_mask; two "
-        "folders of results are compared",
+    text = (
+        "a folder of `infer` and one of truths: STEM_sr beside STEM or STEM_hr, STEM_label, STEM_mask; two "
+        "folders of results are compared"
     )
+    p.add_argument("folders", nargs="*", metavar="RESULTS [RESULTS] TRUTH", help=text)
     helps = {
         "sr": "super-resolved image, the result",
         "hr": "high-resolution image, the truth",
@@ -50,25 +48,18 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
     }
     for name in PAIR:
         p.add_argument(f"--{name.replace('_', '-')}", metavar="IMAGE", help=helps[name])
-    p.add_argument(
-        "--table",
-        metavar="CSV",
-        help="columns SR_image, HR_image, optional Seg_image, Label_image, Label_classes, Mask_image, LR_image, "
-        "Baseline_image, Baseline_seg",
+    text = (
+        "columns SR_image, HR_image, optional Seg_image, Label_image, Label_classes, Mask_image, LR_image, "
+        "Baseline_image, Baseline_seg"
     )
+    p.add_argument("--table", metavar="CSV", help=text)
     add_label_options(p, "are scored one by one")
     p.add_argument("--bids", action="store_true", help="the two folders are a derivatives dataset and a BIDS dataset")
-    p.add_argument(
-        "--csv",
-        metavar="FILE",
-        help="one line per subject, but for a pair then mean, sd and n; an earlier one is replaced",
-    )
+    text = "one line per subject, but for a pair then mean, sd and n; an earlier one is replaced"
+    p.add_argument("--csv", metavar="FILE", help=text)
     p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to standard output")
-    p.add_argument(
-        "--png",
-        metavar="PATH",
-        help="picture of the errors: a file for a pair, a folder for several; of a comparison Bland and Altman's",
-    )
+    text = "picture of the errors: a file for a pair, a folder for several; of a comparison Bland and Altman's"
+    p.add_argument("--png", metavar="PATH", help=text)
     p.set_defaults(needs=NEEDS)
 
 

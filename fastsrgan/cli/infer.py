@@ -36,9 +36,8 @@ def add_parsers(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.usage = "%(prog)s INPUT [INPUT ...] -o DIR [options]\n       %(prog)s --bids DATASET -o DIR [options]"
     text = "image files (NIfTI, MGH, NRRD, MetaImage), folders of them, DICOM, .txt, .csv or .tsv lists"
     p.add_argument("inputs", nargs="*", metavar="INPUT", help=text)
-    p.add_argument(
-        "-o", "--out", required=True, metavar="DIR", help="output folder; with --bids the derivatives dataset"
-    )
+    text = "output folder; with --bids the derivatives dataset"
+    p.add_argument("-o", "--out", required=True, metavar="DIR", help=text)
     text = (
         "auto (the default: adult or perinatal, by the size of each scan's head), adult (cortical grey "
         "matter of adult heads), perinatal (cortical grey matter of T2-like brains about birth), Keras HDF5, "
@@ -79,9 +78,8 @@ def _add_bids(p: argparse._ArgumentGroup) -> None:
     p.add_argument("--session-label", nargs="+", default=(), metavar="LABEL", help="of the dataset (all)")
     text = "kinds of images of the dataset (T1w T2w FLAIR PDw UNIT1 T2starw T2star)"
     p.add_argument("--suffix", nargs="+", default=(), metavar="SUFFIX", help=text)
-    p.add_argument(
-        "--desc", metavar="LABEL", help="images of the dataset with this desc, such as preproc (without one)"
-    )
+    text = "images of the dataset with this desc, such as preproc (without one)"
+    p.add_argument("--desc", metavar="LABEL", help=text)
 
 
 def _refuse_pairs(args: argparse.Namespace) -> None:

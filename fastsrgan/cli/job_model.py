@@ -44,24 +44,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     text = "mm of the results, near to that with -int sitk (0.5,0.5,0.5)"
     p.add_argument("-n", "--new-low-res", default="0.5,0.5,0.5", metavar="X,Y,Z", help=text)
     p.add_argument("-int", "--interp", choices=CHOICES["interp"], default="scipy", help="interpolation (scipy)")
-    p.add_argument(
-        "-it",
-        "--interpolation-type",
-        choices=CHOICES["interpolation_type"],
-        default="Spline",
-        metavar="KIND",
-        help=f"interpolator of --interp sitk, one of {', '.join(CHOICES['interpolation_type'])} (Spline)",
-    )
+    kinds = CHOICES["interpolation_type"]
+    text = f"interpolator of --interp sitk, one of {', '.join(kinds)} (Spline)"
+    p.add_argument("-it", "--interpolation-type", choices=kinds, default="Spline", metavar="KIND", help=text)
     own = p.add_argument_group("fastsrgan's own")
     text = "exact in mm, or the original's numbers (segsrgan)"
     own.add_argument("--geometry", choices=CHOICES["geometry"], default="segsrgan", help=text)
-    own.add_argument(
-        "--series", metavar="N", help="series of the DICOM folders: number, UID or part of its description"
-    )
+    text = "series of the DICOM folders: number, UID or part of its description"
+    own.add_argument("--series", metavar="N", help=text)
     add_options(own, "device")
-    own.add_argument(
-        "--precision", default="fp32", choices=CHOICES["precision"], help="arithmetic of the networks (fp32)"
-    )
+    text = "arithmetic of the networks (fp32)"
+    own.add_argument("--precision", default="fp32", choices=CHOICES["precision"], help=text)
     own.add_argument("--overwrite", action="store_true", help="make anew what is there")
     own.add_argument("--json", action="store_true", help="print the summary as JSON")
     p.set_defaults(run=run, needs=NEEDS)

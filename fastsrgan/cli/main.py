@@ -115,74 +115,48 @@ def build_parser() -> Parser:
 
     def command(name: str, run: Callable[[argparse.Namespace, Progress], int], text: str, example: str) -> Parser:
         heading = "examples" if "\n" in example else "example"
-        p = commands.add_parser(
-            name, help=text, description=text, epilog=f"{heading}:\n  {example}", formatter_class=RAW
-        )
+        end = f"{heading}:\n  {example}"
+        p = commands.add_parser(name, help=text, description=text, epilog=end, formatter_class=RAW)
         p.set_defaults(run=run)
         return p
 
-    p = command(
-        "demo",
-        _demo,
-        "the whole job on brains made of the MNI152 template, with a picture at the end",
-        "fastsrgan demo -o demo",
-    )
+    text = "the whole job on brains made of the MNI152 template, with a picture at the end"
+    p = command("demo", _demo, text, "fastsrgan demo -o demo")
     p.add_argument("-o", "--out", default="demo", help="output folder (demo)")
     add_options(p, "device")
     p.add_argument("--seed", type=int, default=0, help="seed of the synthetic cohort (0)")
-    p.add_argument(
-        "--low-res",
-        nargs=3,
-        type=float,
-        default=(1.0, 1.0, 3.0),
-        metavar=("X", "Y", "Z"),
-        help="mm of the scan (1 1 3)",
-    )
+    text = "mm of the scan (1 1 3)"
+    p.add_argument("--low-res", nargs=3, type=float, default=(1.0, 1.0, 3.0), metavar=("X", "Y", "Z"), help=text)
     p.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
 
-    p = command(
-        "convert",
-        _convert,
-        "a CSV of images and labels -> a chunked Zarr store",
+    example = (
         "fastsrgan convert cohort.csv cohort.zarr\n"
         "  fastsrgan convert cohort.csv cohort.zarr --label 3,42              # two values of a map are the structure\n"
         "  fastsrgan convert cohort.csv cohort.zarr --label cortex=3,42 white=2,41  # two structures\n"
-        "  fastsrgan convert cohort.csv cohort.zarr --resume                  # after new rows, or a stop",
+        "  fastsrgan convert cohort.csv cohort.zarr --resume                  # after new rows, or a stop"
     )
-    p.add_argument(
-        "csv",
-        metavar="CSV",
-        help="columns HR_image, Label_image, Base (Train or Test), optional Mask_image, Label_classes, Tissue_image "
-        "(a map of many structures that images are made of: no image and label are needed)",
+    p = command("convert", _convert, "a CSV of images and labels -> a chunked Zarr store", example)
+    text = (
+        "columns HR_image, Label_image, Base (Train or Test), optional Mask_image, Label_classes, Tissue_image "
+        "(a map of many structures that images are made of: no image and label are needed)"
     )
+    p.add_argument("csv", metavar="CSV", help=text)
     p.add_argument("store", metavar="STORE", help="folder or URL of the store to make")
     p.add_argument("--workers", type=int, metavar="N", help="threads (one a core, at most 8)")
-    p.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "int16", "float32"),
-        help="stored type of images; auto: integers as they are, other numbers as float32 (auto)",
-    )
+    text = "stored type of images; auto: integers as they are, other numbers as float32 (auto)"
+    p.add_argument("--dtype", default="auto", choices=("auto", "int16", "float32"), help=text)
     p.add_argument("--base-path", metavar="DIR", help="prefix of the paths in the CSV")
     add_label_options(p, "are classes of their own, for `train --fit-mask True`; the first is the label", "--label")
     p.add_argument("--resume", action="store_true", help="keep what is finished and unchanged")
     p.add_argument("--overwrite", action="store_true", help="begin anew")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
 
-    p = command(
-        "verify",
-        _verify,
-        "compare the files of a store, or the snapshots and weights of a run, with their checksums",
-        "fastsrgan verify cohort.zarr\n  fastsrgan verify run",
-    )
+    text = "compare the files of a store, or the snapshots and weights of a run, with their checksums"
+    p = command("verify", _verify, text, "fastsrgan verify cohort.zarr\n  fastsrgan verify run")
     p.add_argument("path", metavar="STORE|RUN", help="store of `convert`, run folder of `train`, or one snapshot of it")
 
-    p = command(
-        "info",
-        _info,
-        "what a store holds",
-        "fastsrgan info cohort.zarr\n  fastsrgan info s3://bucket/cohort.zarr --json",
-    )
+    example = "fastsrgan info cohort.zarr\n  fastsrgan info s3://bucket/cohort.zarr --json"
+    p = command("info", _info, "what a store holds", example)
     p.add_argument("store", metavar="STORE", help="folder or URL")
     p.add_argument("--json", action="store_true", help="print it as JSON")
 

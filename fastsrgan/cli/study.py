@@ -49,74 +49,45 @@ def add_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
         "  fastsrgan study curves run other-run"
     )
     p = command("study", _study, "the paper's tables and figures on your own images and models", example)
-    p.add_argument(
-        "kind",
-        choices=KINDS,
-        help="quality and time against the step, noise robustness, models on changed contrast, quality against slice "
-        "thickness, training curves",
+    text = (
+        "quality and time against the step, noise robustness, models on changed contrast, quality against slice "
+        "thickness, training curves"
     )
-    p.add_argument(
-        "data",
-        nargs="*",
-        help="training table or store (its Test rows), one high-resolution image or a folder of them, for curves a run "
-        "folder or several; left out with --quick: two small synthetic subjects",
+    p.add_argument("kind", choices=KINDS, help=text)
+    text = (
+        "training table or store (its Test rows), one high-resolution image or a folder of them, for curves a run "
+        "folder or several; left out with --quick: two small synthetic subjects"
     )
-    p.add_argument(
-        "-o", "--out", metavar="DIR", help="output folder (study-KIND); finished measurements in it are kept"
+    p.add_argument("data", nargs="*", help=text)
+    text = "output folder (study-KIND); finished measurements in it are kept"
+    p.add_argument("-o", "--out", metavar="DIR", help=text)
+    text = (
+        "models: adult (the default; of --quick without data weights that know its heads), perinatal, weight "
+        "files or run folders; augmentation compares two or more"
     )
-    p.add_argument(
-        "-w",
-        "--weights",
-        nargs="+",
-        default=(),
-        metavar="FILE",
-        help="models: adult (the default; of --quick without data weights that know its heads), perinatal, weight "
-        "files or run folders; augmentation compares two or more",
-    )
+    p.add_argument("-w", "--weights", nargs="+", default=(), metavar="FILE", help=text)
     add_checkpoint_option(p)
-    p.add_argument(
-        "--quick",
-        action="store_true",
-        help="tiles of 48 voxels, few steps, two subjects, unless options say otherwise; not adapted to each scan, "
-        "which takes most of the time",
+    text = (
+        "tiles of 48 voxels, few steps, two subjects, unless options say otherwise; not adapted to each scan, "
+        "which takes most of the time"
     )
-    p.add_argument(
-        "--patch",
-        type=tile_edge,
-        default=0,
-        metavar="N",
-        help="tile edge in voxels, or none: the whole image in one tile (128, with --quick 48)",
+    p.add_argument("--quick", action="store_true", help=text)
+    text = "tile edge in voxels, or none: the whole image in one tile (128, with --quick 48)"
+    p.add_argument("--patch", type=tile_edge, default=0, metavar="N", help=text)
+    text = (
+        "voxels between tiles (steps: 20 30 50 80 128, noise and "
+        "augmentation: 30 80 128, resolution: 30; less with --quick)"
     )
-    p.add_argument(
-        "--steps",
-        nargs="+",
-        type=int,
-        metavar="N",
-        help="voxels between tiles (steps: 20 30 50 80 128, noise and "
-        "augmentation: 30 80 128, resolution: 30; less with --quick)",
+    p.add_argument("--steps", nargs="+", type=int, metavar="N", help=text)
+    text = "mm of the acquisition, stored axes (not of resolution: --ratios)"
+    p.add_argument("--low-res", nargs=3, type=float, metavar=("X", "Y", "Z"), help=text)
+    text = (
+        "standard deviations over the largest value (noise: 0 0.01 0.02 0.03 0.05, with --quick 0 0.02 0.05; "
+        "augmentation, which takes the largest: 0.03; steps and resolution, which takes the first: 0)"
     )
-    p.add_argument(
-        "--low-res",
-        nargs=3,
-        type=float,
-        metavar=("X", "Y", "Z"),
-        help="mm of the acquisition, stored axes (not of resolution: --ratios)",
-    )
-    p.add_argument(
-        "--noise",
-        nargs="+",
-        type=float,
-        metavar="F",
-        help="standard deviations over the largest value (noise: 0 0.01 0.02 0.03 0.05, with --quick 0 0.02 0.05; "
-        "augmentation, which takes the largest: 0.03; steps and resolution, which takes the first: 0)",
-    )
-    p.add_argument(
-        "--ratios",
-        nargs="+",
-        type=float,
-        metavar="R",
-        help="slice thickness over the head's voxel size (resolution: 2 3 4 6, with --quick 2 3 4; else 3, the first)",
-    )
+    p.add_argument("--noise", nargs="+", type=float, metavar="F", help=text)
+    text = "slice thickness over the head's voxel size (resolution: 2 3 4 6, with --quick 2 3 4; else 3, the first)"
+    p.add_argument("--ratios", nargs="+", type=float, metavar="R", help=text)
     p.add_argument("--axis", type=int, default=2, choices=(0, 1, 2), help="stored axis of the thick slices (2)")
     p.add_argument("--split", default="Test", choices=("Test", "Train", "all"), help="rows of the table (Test)")
     add_label_options(p, "have a Dice each", of="of a table's label maps")

@@ -61,10 +61,7 @@ NEEDS = (
         "--structure 3,42",
     ),
     Need(
-        "interpolation_type",
-        lambda a: a.interp == "sitk" or a.config or a.resume,
-        "is of --interp sitk",
-        refused=False,
+        "interpolation_type", lambda a: a.interp == "sitk" or a.config or a.resume, "is of --interp sitk", refused=False
     ),
     Need("zero_head", lambda a: not (a.weights and a.zero_head) or a.resume, "is for a run without -w", refused=False),
 )
@@ -92,9 +89,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.add_argument("-w", "--weights", metavar="FILE", help=text)
     add_checkpoint_option(p)
     p.add_argument("--resume", action="store_true", help="continue the run in RUN")
-    p.add_argument(
-        "--strict", action="store_true", help="stop at a subject that cannot be read instead of leaving it out"
-    )
+    text = "stop at a subject that cannot be read instead of leaving it out"
+    p.add_argument("--strict", action="store_true", help=text)
     add_label_options(p, "are learned together, with a Dice each", "--label", of="of a table's label maps")
     add_options(p, "device")
     p.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -141,12 +137,10 @@ def add_original(p: argparse.ArgumentParser) -> None:
     group.add_argument("-sf", "--snapshot-folder", metavar="DIR", help=text)
     group.add_argument("-dice", "--dice-file", metavar="CSV", help="Dice per epoch (RUN/dice.csv)")
     group.add_argument("-mse", "--mse-file", metavar="CSV", help="MSE per epoch (RUN/mse.csv)")
-    group.add_argument(
-        "-begining-path", "--base-path", dest="base_path", metavar="DIR", help="prefix of the paths in the CSV"
-    )
-    group.add_argument(
-        "-folder-training-data", "--folder-training-data", metavar="DIR", help="accepted; nothing is written there"
-    )
+    text = "prefix of the paths in the CSV"
+    group.add_argument("-begining-path", "--base-path", dest="base_path", metavar="DIR", help=text)
+    text = "accepted; nothing is written there"
+    group.add_argument("-folder-training-data", "--folder-training-data", metavar="DIR", help=text)
     text = "accepted; says how to start one process per GPU"
     group.add_argument("-multi-gpu", "--multi-gpu", type=boolean, metavar="True|False", help=text)
 

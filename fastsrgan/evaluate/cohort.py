@@ -7,7 +7,6 @@ Every form ends in the same dict: ``rows`` (what ``evaluate.evaluate_files`` say
 from __future__ import annotations
 
 import contextlib
-import csv
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsrgan.core.files import atomic_write, output_folder, read_json, real, walk_files
+from fastsrgan.core.files import output_folder, read_json, real, walk_files
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import FastsrganError, InputError, UsageError, counted, none_done
 from fastsrgan.evaluate.figures import definitions
@@ -319,13 +318,8 @@ def evaluate_items(
                 hint = "name it so, or list the files in a --table"
                 raise InputError(item.files.get("sr", item.subject), item.fault, hint)
             classes = (item.classes or choice.classes) if "label" in item.files else ()
-            settings: dict[str, Any] = {
-                "label_classes": classes,
-                "label_names": choice.names,
-                "subject": None,
-                "alone": False,
-            }
-            done.append(named | evaluate_files(**item.files, **settings))  # type: ignore[arg-type]
+            more: dict[str, Any] = {"label_classes": classes, "label_names": choice.names}
+            done.append(named | evaluate_files(**item.files, **more, subject=None, alone=False))  # type: ignore[arg-type]
         except FastsrganError as error:
             if str(error) not in reasons:
                 log.warning("%s%s: %s", "" if item.line is None else f"line {item.line}, ", item.subject, error)
@@ -395,19 +389,14 @@ def write_csv(path: str | os.PathLike, result: dict[str, Any]) -> None:
     figure by its dotted path. Cells without a figure are empty. A comparison's (``compare``) figures are those of both
     results and their difference.
     """
-    pairs = result.get("rows", [result])
     lines: list[dict[str, Any]] = []
-    for row in pairs:
+    for row in result.get("rows", [result]):
         name = row.get("subject") or images.stem(row["files"]["sr"])
         lines.append({"kind": "subject", "subject": name} | (row["figures"] if "figures" in row else flat(row)))
     for statistic in ("mean", "sd", "n") if "summary" in result else ():
         values = {name: told[statistic] for name, told in result["summary"].items()}
         lines.append({"kind": statistic, "subject": ""} | values)
-    columns = list(dict.fromkeys(name for line in lines for name in line))
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf8") as f:
-        writer = csv.DictWriter(f, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    table.write_rows(path, lines)
 
 
 def _read(csv_path: Path) -> list[tuple[int, dict[str, Path], tuple[str, ...]]]:
@@ -417,9 +406,8 @@ def _read(csv_path: Path) -> list[tuple[int, dict[str, Path], tuple[str, ...]]]:
         raise InputError(csv_path, "is empty", "its first line names the columns SR_image, HR_image, ...")
     header, known = records[0][1], (*COLUMNS, CLASSES)
     faults: list[table.Fault] = [(1, f"column {name} twice") for name in COLUMNS if header.count(name) > 1]
-    faults += [
-        (1, f"no column {name}, {table.instead(name, header, known)}") for name in REQUIRED if name not in header
-    ]
+    lacking = [name for name in REQUIRED if name not in header]
+    faults += [(1, f"no column {name}, {table.instead(name, header, known)}") for name in lacking]
     faults = faults or table.misspelt(header, known)
     if len(records) == 1:
         faults.append((1, "no row below the header"))
@@ -432,9 +420,8 @@ def _read(csv_path: Path) -> list[tuple[int, dict[str, Path], tuple[str, ...]]]:
         faults += [(line, f"{name} is empty") for name in REQUIRED if not values.get(name)]
         files = {name: table._locate(values[name], csv_path, None) for name in COLUMNS if values.get(name)}
         lost = {name: pointer_of(path) for name, path in files.items() if not os.path.exists(path)}
-        faults += [
-            (line, f"{name} {values[name]}: {told[0] if told else 'no such file'}") for name, told in lost.items()
-        ]
+        for name, told in lost.items():
+            faults.append((line, f"{name} {values[name]}: {told[0] if told else 'no such file'}"))
         if "Seg_image" in files and "Label_image" not in files:
             faults.append((line, "Seg_image without Label_image"))
         rows.append((line, files, tuple(labels.choices(values.get(CLASSES, ""), None))))

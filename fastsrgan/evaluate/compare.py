@@ -66,9 +66,9 @@ def compare_folders(
     names = short_names([first, second])
     scores = [{row["subject"]: _figures(row) for row in result["rows"]} for result in results]
     subjects = [name for name in scores[0] if name in scores[1]]
-    failed = [
-        f | {"error": f"{name}: {f['error']}"} for name, r in zip(names, results, strict=True) for f in r["failed"]
-    ]
+    failed = []
+    for name, result in zip(names, results, strict=True):
+        failed += [one | {"error": f"{name}: {one['error']}"} for one in result["failed"]]
     known = {f["subject"] for f in failed}
     for i in (0, 1):
         for subject in scores[i]:
@@ -89,11 +89,8 @@ def compare_folders(
     notes += told_left([name for name in results[0]["without_result"] if name in lacking[1]], truth)
     least = 2.0 ** (1 - len(subjects))
     if least > LEVEL:
-        notes.append(
-            f"with {counted(len(subjects), 'subject')} the smallest p of the test is {least:.3g}: it cannot show a "
-            "difference at "
-            f"{LEVEL:g}, whatever the figures"
-        )
+        few = f"with {counted(len(subjects), 'subject')} the smallest p of the test is {least:.3g}"
+        notes.append(f"{few}: it cannot show a difference at {LEVEL:g}, whatever the figures")
     columns = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     result = {
         "names": names,

@@ -18,11 +18,12 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fastsrgan.core.files import is_special, url_of
+from fastsrgan.core.files import atomic_write, is_special, url_of
 from fastsrgan.core.places import recorded
 from fastsrgan.errors import FastsrganError, InputError, counted
 from fastsrgan.io.formats import SUFFIXES
@@ -503,3 +504,12 @@ def _person(image: Path) -> tuple[str, str] | None:
         return None
     folder = next((p.parent for p in image.parents if p.name == match.group(1)), image.parent)
     return os.path.realpath(folder), match.group(1)
+
+
+def write_rows(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows as CSV with a column for every name in any of them, in the order in which they come; cells of none empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf8") as f:
+        writer = csv.DictWriter(f, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

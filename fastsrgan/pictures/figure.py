@@ -271,14 +271,7 @@ class _Page:
     """Where everything is on the picture; lengths in pixels, from its top left corner."""
 
     def __init__(
-        self,
-        rows: list[Cut],
-        widest_mm: float,
-        columns: int,
-        title: str,
-        below: _Below,
-        mirrored: bool,
-        width_px: int,
+        self, rows: list[Cut], widest_mm: float, columns: int, title: str, below: _Below, mirrored: bool, width_px: int
     ) -> None:
         self.rows, self.mirrored, self.width, self.unit = rows, mirrored, width_px, width_px / 2000
         self.below = below

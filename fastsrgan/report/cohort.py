@@ -179,17 +179,12 @@ def at(tree: Any, path: str) -> Any:
 def measured_tiles(measured: dict[str, Any], path: str, record: Mapping[str, Any]) -> list[Html]:
     """Key figures of a result without a truth, the volume with the range that the weights of its record expect."""
     expected = span(Purpose.of(record.get("made_for")).structure_ml)
-    return [
-        el(
-            "li",
-            el("span", name_of(key)),
-            el("b", number(measured[key], path + pointer(key))),
-            el("small", "segmentation"),
-            el("small", f"expected: {expected}") if expected and key == "volume_ml" else None,
-        )
-        for key in ALONE
-        if key in measured
-    ]
+    items = []
+    for key in (key for key in ALONE if key in measured):
+        told = el("small", f"expected: {expected}") if expected and key == "volume_ml" else None
+        value = el("b", number(measured[key], path + pointer(key)))
+        items.append(el("li", el("span", name_of(key)), value, el("small", "segmentation"), told))
+    return items
 
 
 def _light(row: Row) -> Html:

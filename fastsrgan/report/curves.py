@@ -16,7 +16,7 @@ from fastsrgan.core.signals import SAID, named
 from fastsrgan.errors import counted
 from fastsrgan.evaluate.figures import structure_line
 from fastsrgan.pictures.planes import find_panels
-from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer
+from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer, scrolled
 from fastsrgan.report.sections import card, facts_table, raw
 
 log = logging.getLogger("fastsrgan")
@@ -172,29 +172,24 @@ def runs_card(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
             plots.append(line_chart(named, lines, "update", drawn, named=True))
     told = [f["summary"] or {} for f in runs]
     entries = _entries(told)
-    head = el("tr", el("th", ""), [el("th", name, scope="col") for name in names])
-    rows = [
-        el(
-            "tr",
-            el("th", _entry(key, told), scope="row"),
-            [el("td", _entered(key, one.get(key), pointer("runs", i, "summary", key))) for i, one in enumerate(told)],
-        )
-        for key in entries
-    ]
+    rows = []
+    for key in entries:
+        places = [pointer("runs", i, "summary", key) for i in range(len(told))]
+        cells = [el("td", _entered(key, one.get(key), at)) for one, at in zip(told, places, strict=True)]
+        rows.append(el("tr", el("th", _entry(key, told), scope="row"), cells))
     began = [_began_with(one) for one in told]
     if len(set(began)) < len({_began_with(one, checksum=True) for one in told}):  # files of one name
         began = [_began_with(one, checksum=True) for one in told]
     rows.append(el("tr", el("th", BEGAN, scope="row"), [el("td", one) for one in began]))
-    table = el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
-    changed = _changed(runs, began, names)
-    return card(
-        "Training runs",
-        el("div", [p for p in plots if p], class_="plots"),
-        el("h3", "Summary"),
-        table,
-        el("h3", "Settings that differ"),
-        changed or el("p", "None.", class_="faint"),
-    )
+    changed = _changed(runs, began, names) or el("p", "None.", class_="faint")
+    summary = join(el("h3", "Summary"), scrolled(_named(names), rows))
+    drawn = el("div", [p for p in plots if p], class_="plots")
+    return card("Training runs", drawn, summary, el("h3", "Settings that differ"), changed)
+
+
+def _named(names: Sequence[str]) -> Html:
+    """The headings of a table with a column for each run."""
+    return el("tr", el("th", ""), [el("th", name, scope="col") for name in names])
 
 
 def _changed(runs: Sequence[Mapping[str, Any]], began: Sequence[str], names: Sequence[str]) -> Html | None:
@@ -210,12 +205,11 @@ def _changed(runs: Sequence[Mapping[str, Any]], began: Sequence[str], names: Seq
     keys = [k for k in dict.fromkeys(k for s in settings for k in s) if len({s.get(k) for s in settings}) > 1]
     if not keys:
         return None
-    head = el("tr", el("th", ""), [el("th", name, scope="col") for name in names])
-    rows = [
-        el("tr", el("th", _setting(k.strip()), scope="row"), [el("td", s.get(k, "–").strip()) for s in settings])
-        for k in keys
-    ]
-    return el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
+    rows = []
+    for key in keys:
+        cells = [el("td", known.get(key, "–").strip()) for known in settings]
+        rows.append(el("tr", el("th", _setting(key.strip()), scope="row"), cells))
+    return scrolled(_named(names), rows)
 
 
 def _began_with(summary: Mapping[str, Any], checksum: bool = False) -> str:
@@ -370,11 +364,10 @@ def _panel(name: str, data: bytes) -> Html:
 def _table(validation: list[dict[str, Any]]) -> Html:
     keys = list(dict.fromkeys(k for row in validation for k in row))
     head = el("tr", [el("th", k, scope="col") for k in keys])
-    rows = [
-        el("tr", [el("td", _value(row.get(k), pointer("run", "validation", i, k))) for k in keys])
-        for i, row in enumerate(validation)
-    ]
-    return el("div", el("table", el("thead", head), el("tbody", rows)), class_="scroll")
+    rows = []
+    for i, row in enumerate(validation):
+        rows.append(el("tr", [el("td", _value(row.get(k), pointer("run", "validation", i, k))) for k in keys]))
+    return scrolled(head, rows)
 
 
 def _entries(summaries: Sequence[Mapping[str, Any]]) -> list[str]:

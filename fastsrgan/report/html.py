@@ -57,6 +57,11 @@ def join(*children: object) -> Html:
     return Html("".join(parts))
 
 
+def scrolled(head: object, rows: object, **attributes: object) -> Html:
+    """A table of one row of headings and rows, which scrolls where it is wider than the page."""
+    return el("div", el("table", el("thead", head), el("tbody", rows), **attributes), class_="scroll")
+
+
 def data_block(identifier: str, value: Any) -> Html:
     """JSON inside a page: nothing in it can end the element, and any string survives, halves of surrogates too."""
     plain = json.dumps(value, ensure_ascii=True, allow_nan=False)
@@ -133,14 +138,8 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str = "
     parts = [_axes(at, left, x_ticks, marks, x_range, y_range, x_label, y_label)]
     numbers = [i if line.number is None else line.number for i, line in enumerate(lines)]
     parts += [_line(line, i, at) for i, line in zip(numbers, lines, strict=True)]
-    drawing = el(
-        "svg",
-        el("title", f"{title}: {', '.join(line.name for line in lines)} against {x_label}"),
-        parts,
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-        class_="chart",
-    )
+    told = el("title", f"{title}: {', '.join(line.name for line in lines)} against {x_label}")
+    drawing = el("svg", told, parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", class_="chart")
     legend = [
         el("li", el("span", class_=f"swatch s{i % COLOURS}"), line.name) for i, line in zip(numbers, lines, strict=True)
     ]
@@ -157,16 +156,13 @@ def _line(line: Line, index: int, at) -> Html:
             runs[-1].append(at(x, y))
     index %= COLOURS
     kind = f"line s{index}" + (f" dashed d{index % 2}" if line.dashed else "")
-    paths = [
-        el("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in run), class_=kind) for run in runs if len(run) > 1
-    ]
     few = sum(map(len, runs)) <= MARKED and not line.dashed
-    dots = [
-        el("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.6, class_=f"dot s{index}")
-        for run in runs
-        for x, y in run
-        if few or len(run) == 1
-    ]
+    paths, dots = [], []
+    for run in runs:
+        if len(run) > 1:
+            paths.append(el("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in run), class_=kind))
+        for x, y in run if few or len(run) == 1 else ():
+            dots.append(el("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.6, class_=f"dot s{index}"))
     return join(paths, dots)
 
 
@@ -182,14 +178,8 @@ def _axes(at, left: int, x_ticks, marks, x_range, y_range, x_label: str, y_label
     middle = left + (WIDTH - left - RIGHT) / 2
     parts.append(el("text", x_label, x=middle, y=HEIGHT - 6, class_="tick middle"))
     if y_label:
-        parts.append(
-            el(
-                "text",
-                y_label,
-                transform=f"translate(13 {(HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)",
-                class_="tick middle",
-            )
-        )
+        turned = f"translate(13 {(HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)"
+        parts.append(el("text", y_label, transform=turned, class_="tick middle"))
     return join(parts)
 
 

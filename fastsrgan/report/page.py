@@ -43,6 +43,7 @@ MOST_MB = 30.0
 MOST_ALLOWED_MB = 1e6
 NAME = "report.html"
 COMPARISON = "comparison.html"
+VIEWER = ("niivue.umd.js", "viewer.js")  # scripts of a page with volumes
 LEAST_BYTES = 200_000  # left for the volumes, below which a limit makes no sense
 INSIDE = "The network saw the scan inside the mask alone; what is made of the scan is shown there."
 WORDS_BYTES = 2_000  # by which a page's words may grow when a part of the volumes is shown
@@ -149,7 +150,7 @@ def runs_report(
     read = [finite(curves.read_run(folder)) for folder in folders]
     facts: dict[str, Any] = {"results": [], "run": None, "demo": None, "studies": [], "runs": read}
     found = Found(folders[0], " and ".join(names))
-    _write(target, assemble(found, facts, join(curves.runs_card(read, names)), "", None, viewing=False))
+    _write(target, assemble(found, facts, join(curves.runs_card(read, names))))
     return [target]
 
 
@@ -165,14 +166,8 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
         sr, others = stage.load_images(result, warnings)
         if "seg" in others:
             measured = alone(others["seg"])
-        facts["results"].append(
-            {
-                "stem": result.stem,
-                "record": finite(result.record),
-                "scores": finite(result.scores),
-                "measured": measured,
-            }
-        )
+        shown_facts = {"stem": result.stem, "record": finite(result.record), "scores": finite(result.scores)}
+        facts["results"].append(shown_facts | {"measured": measured})
         warnings = [*result.record.get("warnings", []), *(result.scores or {}).get("notes", []), *warnings]
     if found.run is not None:
         facts["run"] = finite(curves.read_run(found.run))
@@ -182,7 +177,7 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
     after = _after(facts, panels, found)
     if sr is None:
         body = join(_before(facts, warnings), after)
-        return assemble(found, facts, body, "", back, viewing=False), None, measured
+        return assemble(found, facts, body, back=back), None, measured
     low, shown, told = others.get("low"), others, ""
     if low is not None and result is not None:
         spline = onto_grid(low, sr, name="the spline of the input", notes=[])
@@ -206,7 +201,7 @@ def single_page(found: Found, limit: int, back: str | None = None) -> tuple[str,
         names = dict(mask_names(result.record.get("weights"))) if result is not None else {}
         card = stage.viewer_card(packed, view, low.spacing if low is not None else None, mb, names, told)
         body = join(_before(facts, warnings), card, still, after)
-        return assemble(found, facts, body, stage.viewer_data(packed, view, low), back, viewing=True)
+        return assemble(found, facts, body, stage.viewer_data(packed, view, low), back, scripts=VIEWER)
 
     # Without the volumes first: what is left of the limit is theirs. A part is said in more words than the whole.
     rest = len(page(images_.part(images_.all, packing=False)).encode()) + WORDS_BYTES
@@ -226,24 +221,21 @@ def cohort_page(found: Found, rows: Sequence[cohort.Row]) -> str:
     facts = cohort.facts(rows) | {"studies": finite(found.studies)}
     studies = [sections.study_card(study, i) for i, study in enumerate(facts["studies"])]
     body = join(cohort.table(rows, facts), sections.warnings_card(cohort.notes(rows)), studies)
-    return assemble(found, facts, body, "", None, viewing=False, sorting=True)
+    return assemble(found, facts, body, scripts=["cohort.js"])
 
 
 def assemble(
     found: Found,
     facts: dict[str, Any],
     body: Html,
-    data: str,
-    back: str | None,
+    data: str = "",
+    back: str | None = None,
     *,
-    viewing: bool,
-    sorting: bool = False,
+    scripts: Sequence[str] = (),
 ) -> str:
     """The whole file. Scripts and styles are allowed by their hash; nothing may be loaded."""
-    scripts = [asset("niivue.umd.js"), asset("viewer.js")] if viewing else []
-    scripts += [asset("cohort.js")] if sorting else []
-    style = asset("page.css")
-    allowed = " ".join(map(source_hash, scripts)) or "'none'"
+    sources, style = [asset(name) for name in scripts], asset("page.css")
+    allowed = " ".join(map(source_hash, sources)) or "'none'"
     policy = (
         f"default-src 'none'; script-src {allowed}; style-src {source_hash(style)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -260,7 +252,7 @@ def assemble(
         body=body,
         footer=el("p", told),
         data=join(data_block("facts", facts), Html(data)),
-        scripts="\n".join(f"<script>{source}</script>" for source in scripts),
+        scripts="\n".join(f"<script>{source}</script>" for source in sources),
     )
 
 
@@ -308,15 +300,10 @@ def _score(
         seg = result.files.get("mask", result.files.get("seg"))
         more = structure_pairs(seg, label, chosen) if seg is not None else {}
         others |= {"seg": more[chosen[0].name][0]} if more else {}
-    result.scores = evaluate_pair(
-        sr,
-        truth,
-        seg=others.get("seg") if label is not None else None,
-        label=others.get("label"),
-        mask=any_image.load_mask(mask, None) if mask is not None else None,
-        lr=others.get("low"),
-        structures=more,
-    )
+    given: dict[str, Any] = {"label": others.get("label"), "lr": others.get("low")}
+    given["seg"] = others.get("seg") if label is not None else None
+    given["mask"] = any_image.load_mask(mask, None) if mask is not None else None
+    result.scores = evaluate_pair(sr, truth, **given, structures=more)
     if chosen:
         result.scores["label_classes"] = {one.name: sorted(one.values) for one in chosen}
 
@@ -348,10 +335,8 @@ def _after(facts: dict[str, Any], panels: list[tuple[str, bytes]], found: Found)
     if facts["results"]:
         parts.append(sections.provenance_card(facts["results"][0]["record"], pointer("results", 0, "record")))
     if facts["demo"]:
-        rows: list[tuple[str, object]] = [
-            (name, join(number(value, pointer("demo", "seconds", name)), " s"))
-            for name, value in (facts["demo"].get("seconds") or {}).items()
-        ]
+        taken = facts["demo"].get("seconds") or {}
+        rows = [(k, join(number(v, pointer("demo", "seconds", k)), " s")) for k, v in taken.items()]
         parts.append(sections.card("Time of the demo's stages", sections.facts_table(rows)))
     return join(parts)
 

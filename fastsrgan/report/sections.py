@@ -12,7 +12,7 @@ from fastsrgan.evaluate.grids import KNOWS, knows_truth
 from fastsrgan.evaluate.plausibility import NO_PROOF
 from fastsrgan.evaluate.wording import light_of, passes, unchecked_line
 from fastsrgan.model.purpose import Purpose, mask_names, weight_files, weights_called
-from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer
+from fastsrgan.report.html import Html, Line, el, join, line_chart, number, pointer, scrolled
 
 INTERPOLATION = "interpolation"  # what studies call the baseline
 AXES = {"step": "step, voxels", "noise": "noise over the largest value", "thickness": "slice thickness, mm"}
@@ -30,11 +30,9 @@ def tiles(scores: Mapping[str, Any], at: str) -> list[Html]:
     regions = scores.get("image", {})
     region = "mask" if "mask" in regions else "whole"
     first = {name: figure for name, figure in FIGURES.items() if figure.headline}
-    places: list[tuple[str, ...]] = [
-        ("image", region, name) if figure.image else ("segmentation", name) for name, figure in first.items()
-    ]
     items = []
-    for keys in places:
+    for name, figure in first.items():
+        keys: tuple[str, ...] = ("image", region, name) if figure.image else ("segmentation", name)
         value, base = _get(scores, keys), _get(scores.get("baseline", {}), keys)
         if not _is_number(value):
             continue
@@ -81,19 +79,15 @@ def scores_table(scores: Mapping[str, Any], at: str) -> Html:
             path = pointer(*keys, key)
             cells = [el("td", number(value, at + path), class_="n")]
             for name, tree in (("baseline", base), ("gain", gain)):
-                other = _get(tree, (*keys, key))
-                cells.append(
-                    el("td", number(other, at + pointer(name) + path, signed=name == "gain"), class_="n")
-                    if _is_number(other)
-                    else el("td", "", class_="n")
-                )
+                other, place = _get(tree, (*keys, key)), at + pointer(name) + path
+                shown = number(other, place, signed=name == "gain") if _is_number(other) else ""
+                cells.append(el("td", shown, class_="n"))
             rows.append(el("tr", el("th", name_of(key), scope="row"), cells[1], cells[0], cells[2]))
     heads = [el("th", "figure", scope="col")]
     heads += [el("th", name, class_="n", scope="col") for name in ("baseline", "fastsrgan", "difference")]
-    table = el("table", el("thead", el("tr", heads)), el("tbody", rows))
     known = scores.get("definitions")
     words = el("details", el("summary", "What the figures mean"), definitions(known)) if known else None
-    return join(el("div", table, class_="scroll"), _baselines(scores) if base else None, words)
+    return join(scrolled(el("tr", heads), rows), _baselines(scores) if base else None, words)
 
 
 def _baselines(scores: Mapping[str, Any]) -> Html:
@@ -245,7 +239,7 @@ def study_card(study: Mapping[str, Any], index: int) -> Html | None:
     if along == "thickness":
         rows = [row | {"thickness": max(row["low_res"], default=None)} for row in rows if _numbers(row.get("low_res"))]
     plots = [p for key in names if spread and along and (p := _study_plot(rows, along, key))]
-    grid = el("div", el("table", el("thead", head), el("tbody", body), class_="study"), class_="scroll")
+    grid = scrolled(head, body, class_="study")
     fits = [f for f in study.get("fit") or [] if isinstance(f, dict)]
     lines = [_fit(fit, pointer("studies", index, "fit", i)) for i, fit in enumerate(fits)]
     title = "Step curve" if along == "step" else f"Study: {study.get('study')}"
@@ -257,8 +251,7 @@ def _study_plot(rows: Sequence[Mapping[str, Any]], along: str, figure: str) -> H
     apart = "model" if along == "step" else "step"
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        told = row["figures"].get(figure)
-        mean = told.get("mean") if isinstance(told, dict) else None
+        mean = _get(row["figures"].get(figure), ("mean",))
         if not _is_number(mean):
             continue
         name = str(row.get("model"))
@@ -276,8 +269,7 @@ def _study_plot(rows: Sequence[Mapping[str, Any]], along: str, figure: str) -> H
         line.sort()
         lines.append(Line(name, [x for x, _ in line], [y for _, y in line], dashed=name == INTERPOLATION))
     for row in rows:  # interpolation has no step
-        told = row["figures"].get(figure)
-        mean = told.get("mean") if isinstance(told, dict) else None
+        mean = _get(row["figures"].get(figure), ("mean",))
         if along == "step" and row.get("step") is None and _is_number(mean):
             lines.append(Line(str(row.get("model")), [min(ends), max(ends)], [mean, mean], dashed=True))
     lines.sort(key=lambda line: line.dashed)
@@ -322,12 +314,10 @@ def _get(tree: Any, keys: Sequence[object]) -> Any:
 
 
 def _grid(shape: Any, spacing: Any) -> str | None:
-    parts = [
-        " × ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in p)
-        for p in (shape, spacing)
-        if isinstance(p, list)
-    ]
-    return " voxels of ".join(parts) + " mm" if len(parts) == 2 else None
+    if not isinstance(shape, list) or not isinstance(spacing, list):
+        return None
+    parts = [" × ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in p) for p in (shape, spacing)]
+    return f"{parts[0]} voxels of {parts[1]} mm"
 
 
 def _settings(values: Any) -> str | None:

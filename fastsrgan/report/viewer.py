@@ -32,13 +32,8 @@ from fastsrgan.volume.placement import same_grid
 log = logging.getLogger("fastsrgan")
 
 PICTURE_WIDTH = 1500
-OVER = {
-    "seg": "Segmentation",
-    "linear": "Best linear",
-    "mask": "Structures",
-    "change": "SR − spline",
-    "doubt": "Doubt",
-}  # can be laid over the SR
+# What can be laid over the SR.
+OVER = {"seg": "Segmentation", "linear": "Best linear", "mask": "Structures", "change": "SR − spline", "doubt": "Doubt"}
 MOST_VALUES = 85  # of a mask image: viewer.js takes three of 256 levels for each
 PROBABLE = 0.5  # probability from which on a voxel is taken as segmented where the record has no segmentation
 WORDS = {"sr": "SR", "spline": "spline", "truth": "truth"}
@@ -199,9 +194,8 @@ def viewer_card(
     side = [_pane(p) for p in panes if p["id"] not in ("spline", "sr")]
     few = "panes few" if len(side) < 3 else "panes"
     stage = el("div", main, divider, id="stage", class_="stage wipe" if wiping else "stage")
-    arrows, pages, zooms = (
-        [join(el("kbd", key), " ") for key in keys] for keys in ("←→↑↓", ("Page Up", "Page Down"), "+-")
-    )
+    kinds = ("←→↑↓", ("Page Up", "Page Down"), "+-")
+    arrows, pages, zooms = ([join(el("kbd", key), " ") for key in keys] for keys in kinds)
     helped = join(
         *("Click or drag in an image to move all of them. In an image: ", arrows, "move, "),
         *(pages, "change the slice, ", zooms, "zoom; the wheel too, once the image has been clicked."),
@@ -292,10 +286,8 @@ def viewer_data(packed: Packed, view: View, low: Volume | None) -> Html:
     }
     if packed.values:
         plan["colours"] = [colour_of(i) for i in range(len(packed.values))]
-    blocks = [
-        el("script", Html(text), type="application/octet-stream", id=f"volume-{name}")
-        for name, (_, text) in packed.blobs.items()
-    ]
+    kind = "application/octet-stream"
+    blocks = [el("script", Html(text), type=kind, id=f"volume-{name}") for name, (_, text) in packed.blobs.items()]
     return join(data_block("plan", plan), blocks)
 
 
@@ -332,10 +324,10 @@ def _pane(pane: dict[str, Any], over: bool = False) -> Html:
 
 
 def _choice(name: str, values: list[tuple[str, str]], chosen: str = "") -> Html:
-    options = [
-        el("label", el("input", type="radio", name=name, value=value, checked=value == (chosen or values[0][0])), text)
-        for value, text in values
-    ]
+    options = []
+    for value, text in values:
+        button = el("input", type="radio", name=name, value=value, checked=value == (chosen or values[0][0]))
+        options.append(el("label", button, text))
     return el("fieldset", options, class_="choice", aria_label=name)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,9 @@ class Engine:
     adapt: str = "auto"
 
 
+Job = tuple[StudyModel | None, int | None]  # a model and the step of its tiles; (None, None): interpolation
+
+
 def run_cells(
     out: Path,
     heads: Sequence[Head],
@@ -90,20 +93,20 @@ def run_cells(
     """
     folder = output_folder(out / FOLDER)
     with quiet():
-        device = str(pick_device(engine.device))
-    jobs: list[tuple[StudyModel | None, int | None]] = [(None, None), *((m, s) for m in models for s in steps)]
+        engine = replace(engine, device=str(pick_device(engine.device)))
+    jobs: list[Job] = [(None, None), *((m, s) for m in models for s in steps)]
     cells: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     first: FastsrganError | None = None
-    asked = [(head, condition, *job) for head in heads for condition in conditions for job in jobs]
-    left = sum(not _is_there(folder, *one, engine, device) for one in asked)
+    asked = [(head, condition, job) for head in heads for condition in conditions for job in jobs]
+    left = sum(not _is_there(folder, *one, engine) for one in asked)
     if left < len(asked):  # they take no time: a pace with them would be none
         log.info("%s", some_of(len(asked) - left, len(asked), "cell", "is measured already", "are measured already"))
     if left:
         progress.start("study", left, "cell")
     for head in heads:
         try:
-            cells += _of_head(folder, head, conditions, jobs, engine, device, progress)
+            cells += _of_head(folder, head, conditions, jobs, engine, progress)
         except FastsrganError as error:
             log.warning("%s: %s", head.name, error)
             failed.append({"subject": head.name, "error": str(error)})
@@ -118,30 +121,21 @@ def run_cells(
 
 
 def _of_head(
-    folder: Path,
-    head: Head,
-    conditions: Sequence[Condition],
-    jobs: Sequence[tuple[StudyModel | None, int | None]],
-    engine: Engine,
-    device: str,
-    progress: Progress,
+    folder: Path, head: Head, conditions: Sequence[Condition], jobs: Sequence[Job], engine: Engine, progress: Progress
 ) -> list[dict[str, Any]]:
     cells, volumes = [], None
     for condition in conditions:
         case: Case | None = None
         for model, step in jobs:
-            path, facts = _place(folder, head, condition, model, step, engine, device)
+            path, facts = _place(folder, head, condition, (model, step), engine)
             cell = _read(path)
             if cell is None:
                 if case is None:
                     volumes = volumes or head.load()
                     case = acquire(volumes, condition, (engine.seed, head.key))
                 with quiet():
-                    measured = (
-                        _interpolation(case)
-                        if model is None
-                        else _through(case, model, step, engine, head.structures if case.structures else ())
-                    )
+                    known = head.structures if case.structures else ()
+                    measured = _through(case, model, step, engine, known) if model else _interpolation(case)
                 cell = {"facts": facts} | finite(measured)
                 write_json(path, cell)
                 progress.advance(1, subject=head.name)
@@ -159,29 +153,14 @@ def _is_there(folder: Path, *asked: Any) -> bool:
         return False
 
 
-def _place(
-    folder: Path,
-    head: Head,
-    condition: Condition,
-    model: StudyModel | None,
-    step: int | None,
-    engine: Engine,
-    device: str,
-) -> tuple[Path, dict[str, Any]]:
+def _place(folder: Path, head: Head, condition: Condition, job: Job, engine: Engine) -> tuple[Path, dict[str, Any]]:
     """The file of a measurement, and all that it depends on, of which its name is a hash."""
-    facts = {
-        "version": VERSION,
-        "head": head.key,
-        "condition": condition.facts(),
-        "weights": model and model.sha256,
-        "step": step,
-        "patch": engine.patch if model else None,
-        "precision": engine.precision if model else None,
-        "adapt": engine.adapt if model else None,
-        "device": device if model else None,
-        "seed": engine.seed,
-    }
-    return folder / f"{_name(facts)}.json", facts
+    model, step = job
+    facts = {"version": VERSION, "head": head.key, "condition": condition.facts(), "seed": engine.seed}
+    facts |= {"weights": model and model.sha256, "step": step}
+    facts |= {name: getattr(engine, name) if model else None for name in ("patch", "precision", "adapt", "device")}
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
+    return folder / f"{digest}.json", facts
 
 
 def _interpolation(case: Case) -> dict[str, Any]:
@@ -191,17 +170,9 @@ def _interpolation(case: Case) -> dict[str, Any]:
 def _through(
     case: Case, model: StudyModel, step: int | None, engine: Engine, structures: Sequence[Structure]
 ) -> dict[str, Any]:
-    done = infer_volume(
-        case.scan.data,
-        case.scan.affine,
-        model.generator,
-        patch=engine.patch,  # type: ignore[arg-type]
-        step=step,  # type: ignore[arg-type]
-        new_resolution=list(case.hr.spacing),
-        device=engine.device,
-        precision=engine.precision,
-        adapt=engine.adapt,
-    )
+    asked: dict[str, Any] = {name: getattr(engine, name) for name in ("patch", "device", "precision", "adapt")}
+    asked |= {"step": step, "new_resolution": list(case.hr.spacing)}
+    done = infer_volume(case.scan.data, case.scan.affine, model.generator, **asked)
     seg = Volume((done.prob[0] > 0.5).astype(np.uint8), done.affine)
     found = {one.name: number for one in structures if (number := model.class_of(one)) is not None}
     likeliest = done.prob[1:].argmax(axis=0) if found else np.zeros(0)
@@ -211,14 +182,9 @@ def _through(
 
 
 def _scored(case: Case, image: Volume, seg: Volume | None, more: Mapping[str, Volume]) -> dict[str, Any]:
-    result = evaluate_pair(
-        image,
-        case.hr,
-        seg=seg if case.label else None,
-        label=case.label,
-        mask=case.mask,
-        structures={name: (made, case.structures[name][0]) for name, made in more.items()},
-    )
+    pairs = {name: (made, case.structures[name][0]) for name, made in more.items()}
+    own = seg if case.label else None
+    result = evaluate_pair(image, case.hr, seg=own, label=case.label, mask=case.mask, structures=pairs)
     return {"scores": flat(result), "notes": result["notes"]}
 
 
@@ -239,10 +205,6 @@ def aggregate(cells: Sequence[dict[str, Any]], conditions: Sequence[Condition]) 
         row: dict[str, Any] = {"condition": condition} | acquired[condition] | {"model": model, "step": step}
         rows.append(row | {"n": len(numbers), "figures": figures})
     return rows
-
-
-def _name(facts: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

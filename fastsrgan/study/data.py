@@ -88,11 +88,9 @@ class Head:
             found["label"] = images.load_label(self.label, like=found["hr"], classes=classes)
         if self.mask is not None:
             found["mask"] = any_image.load_mask(self.mask, found["hr"])
-        for name, one in several.items():
-            if self.label is None:
-                break
-            found[name] = images.load_label(self.label, like=found["hr"], classes=one.values)
-        if "label" in found:
+        if self.label is not None:
+            for name, one in several.items():
+                found[name] = images.load_label(self.label, like=found["hr"], classes=one.values)
             labels.refuse_many(found["label"].meta["values"], str(self.label))
         return found
 
@@ -179,17 +177,8 @@ def quick_heads(folder: Path, seed: int, progress: Progress = QUIET) -> list[Hea
     csv = folder / "cohort.csv"
     if not csv.exists():
         cut = tuple(_cut(volume) for volume in template.mni152())
-        template.make_cohort(
-            folder,
-            n_train=1,
-            n_test=QUICK_SUBJECTS,
-            seed=seed,
-            crop=False,
-            sd_voxels=2.5,
-            template=cut,  # type: ignore[arg-type]
-            overwrite=True,
-            progress=progress,
-        )
+        made: dict[str, Any] = {"n_train": 1, "n_test": QUICK_SUBJECTS, "seed": seed, "crop": False, "sd_voxels": 2.5}
+        template.make_cohort(folder, **made, template=cut, overwrite=True, progress=progress)  # type: ignore[arg-type]
     return find_heads(csv)
 
 
@@ -209,11 +198,8 @@ def acquire(volumes: dict[str, Volume], condition: Condition, key: Sequence[int 
     label = cut.get("label")
     label_map = None if label is None else reader_label_map(label, scan, [])
     truth, spline = Volume(done.hr, hr.affine), Volume(done.interpolated, hr.affine)
-    structures = {
-        name.removeprefix(STRUCTURE): (volume, reader_label_map(volume, scan, []))
-        for name, volume in cut.items()
-        if name.startswith(STRUCTURE)
-    }
+    parts = {name.removeprefix(STRUCTURE): volume for name, volume in cut.items() if name.startswith(STRUCTURE)}
+    structures = {name: (volume, reader_label_map(volume, scan, [])) for name, volume in parts.items()}
     return Case(scan, truth, spline, label, label_map, cut.get("mask"), structures)
 
 

@@ -286,11 +286,9 @@ def _augmentation_panels(rows: list[dict[str, Any]], fit: list[dict[str, Any]]) 
     grid = []
     for condition in dict.fromkeys(row["condition"] for row in rows):
         mine = [row for row in rows if row["condition"] == condition]
+        lines = {f: _lines(mine, f, "step", ["model"]) for f in ("psnr_db", "ssim", "dice", "components")}
         grid.append(
-            [
-                Panel(f"{_heading(f)}, {condition}", "step, voxels", _lines(mine, f, "step", ["model"]), figure=f)
-                for f in ("psnr_db", "ssim", "dice", "components")
-            ]
+            [Panel(f"{_heading(f)}, {condition}", "step, voxels", drawn, figure=f) for f, drawn in lines.items()]
         )
     return grid
 

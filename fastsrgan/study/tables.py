@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from fastsrgan.core.files import atomic_write, write_json
 from fastsrgan.errors import brief, counted
 from fastsrgan.evaluate.figures import columns, mean_dice
+from fastsrgan.io.tables import write_rows
 from fastsrgan.study.data import DICE_OF, OWN
 from fastsrgan.study.plots import Panel, draw
 
@@ -26,7 +26,7 @@ def write_study(folder: Path, facts: dict[str, Any], panels: Sequence[Sequence[P
     kind = facts["study"]
     base = folder / kind
     rows = csv_rows(facts["rows"])
-    _write_csv(base.with_suffix(".csv"), rows)
+    write_rows(base.with_suffix(".csv"), rows)
     based = any(line.style == "baseline" for row in panels for panel in row for line in panel.lines)
     pictures = draw(base, panels, title, footer=INTERPOLATION if based else "")
     facts = facts | {"files": {path.suffix[1:]: str(path) for path in pictures}}
@@ -171,14 +171,6 @@ def _table(rows: Sequence[dict[str, str]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row.get(name, "-") for name in columns) + " |" for row in rows]
     return "\n".join(lines)
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf8") as f:
-        writer = csv.DictWriter(f, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _spread(told: dict[str, Any] | None, digits: int) -> str:
