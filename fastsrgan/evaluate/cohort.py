@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import FastsrganError, InputError, UsageError, counted, none_done
 from fastsrgan.evaluate.figures import definitions
 from fastsrgan.evaluate.metrics import CALIBRATION
-from fastsrgan.evaluate.pair import draw_errors, evaluate_files, flat, nothing, summarise
+from fastsrgan.evaluate.pair import Keep, draw_errors, evaluate_files, flat, summarise
 from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io import tables as table
@@ -86,7 +86,7 @@ def evaluate_table(
     *,
     png: str | os.PathLike | None = None,
     choice: Choice = AS_IT_IS,
-    keep: Callable[[dict[str, Any]], object] = nothing,
+    keep: Keep | None = None,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Evaluate every row of a table and sum up the cohort.
@@ -115,7 +115,7 @@ def evaluate_folders(
     *,
     png: str | os.PathLike | None = None,
     choice: Choice = AS_IT_IS,
-    keep: Callable[[dict[str, Any]], object] = nothing,
+    keep: Keep | None = None,
     progress: Progress = QUIET,
     telling: bool = True,
 ) -> dict[str, Any]:
@@ -274,7 +274,7 @@ def evaluate_items(
     *,
     png: str | os.PathLike | None = None,
     choice: Choice = AS_IT_IS,
-    keep: Callable[[dict[str, Any]], object] = nothing,
+    keep: Keep | None = None,
     progress: Progress = QUIET,
     telling: bool = True,
     left: Sequence[str] = (),
@@ -344,7 +344,8 @@ def evaluate_items(
     meaning |= CALIBRATION if any("doubt" in row for row in done) else {}
     said = {"notes": notes, "without_result": list(left), "definitions": meaning}
     result = {"rows": done, "failed": failed, "summary": summarise(done), **said}
-    keep(result)
+    if keep is not None:
+        keep(result)
     if png is not None:
         rows = {row["subject"]: row for row in done}
         drawn = [item for item in items if item.subject in rows]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fastsrgan.core.files import output_folder, short_names
 from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.errors import InputError, UsageError, counted
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, evaluate_folders, told_left, told_once
-from fastsrgan.evaluate.pair import flat, moments, nothing
+from fastsrgan.evaluate.pair import Keep, flat, moments
 from fastsrgan.io.output_place import SCORED, check_place
 
 log = logging.getLogger("fastsrgan")
@@ -45,7 +45,7 @@ def compare_folders(
     *,
     png: str | os.PathLike | None = None,
     choice: Choice = AS_IT_IS,
-    keep: Callable[[dict[str, Any]], object] = nothing,
+    keep: Keep | None = None,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Evaluate two folders of ``fastsrgan infer`` against one of truths, each as ``evaluate_folders``, and compare.
@@ -102,7 +102,8 @@ def compare_folders(
         "notes": notes,
         "definitions": results[0]["definitions"] | {"limits": "mean difference +- 1.96 sd (Bland and Altman 1986)"},
     }
-    keep(result)
+    if keep is not None:
+        keep(result)
     if picture is not None:
         from fastsrgan.pictures.bland_altman import bland_altman
 

@@ -32,12 +32,10 @@ from fastsrgan.volume.placement import difference, placeless, same_grid
 
 log = logging.getLogger("fastsrgan")
 
+Keep = Callable[[dict[str, Any]], object]  # what is done with a result before pictures are drawn
+
 SECTIONS = ("image", "doubt", "segmentation", "structures", "baseline", "gain")
 SCALE_FACTOR = 2.0  # mean intensities further apart than this get a note
-
-
-def nothing(result: dict[str, Any]) -> None:
-    """What is done with a result before pictures are drawn, where nothing is asked for."""
 
 
 def evaluate_pair(
@@ -272,7 +270,7 @@ def evaluate_files(
     label_names: str | os.PathLike | None = None,
     subject: str | None = "",
     alone: bool = True,
-    keep: Callable[[dict[str, Any]], object] = nothing,
+    keep: Keep | None = None,
 ) -> dict[str, Any]:
     """``evaluate_pair`` on image files; ``files`` in the result names them. ``subject`` is the SR's stem by default.
 
@@ -305,7 +303,8 @@ def evaluate_files(
     if chosen:
         result["label_classes"] = {c.name: sorted(c.values) for c in chosen}
     result = {"files": {name: recorded(path) for name, path in given.items()}} | result
-    keep(result)
+    if keep is not None:
+        keep(result)
     if png is not None:
         draw_errors(png, given, result)
     return result
