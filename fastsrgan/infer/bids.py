@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -38,7 +38,7 @@ from fastsrgan.core.ranks import ALONE, Ranks
 from fastsrgan.errors import InputError, UsageError, counted
 from fastsrgan.evaluate.choice import ModelChoice
 from fastsrgan.evaluate.cohort import AS_IT_IS, Choice, Item, evaluate_items, low_resolution
-from fastsrgan.evaluate.pair import nothing
+from fastsrgan.evaluate.pair import Keep
 from fastsrgan.infer.files import STATUSES, SomeFailed, failure, infer_files
 from fastsrgan.infer.image import look_at
 from fastsrgan.infer.settings import InferSettings, takes_options
@@ -283,7 +283,7 @@ def evaluate_bids(
     *,
     png: str | os.PathLike | None = None,
     choice: Choice = AS_IT_IS,
-    keep: Callable[[dict[str, Any]], object] = nothing,
+    keep: Keep | None = None,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Evaluate what ``infer_bids`` made against a dataset of the same names.
