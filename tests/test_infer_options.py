@@ -379,3 +379,12 @@ def test_what_is_not_explained_is_told_of_what_lies_in_the_mask():
         assert (done.residual[~mask] == 0).all() and np.abs(done.residual[mask]).max() > 0
         told.append(done.report["agree"]["residual_percent"])
     assert told[1] == pytest.approx(told[0], rel=0.1)  # found: 0.27 and 0.27; of the whole scan 0.27 and 0.47
+
+
+def test_there_is_no_doubt_outside_a_mask():
+    scan = np.random.default_rng(0).random((30, 28, 10), np.float32) + 1
+    done = infer_volume(
+        scan, rigid((1.0, 1.0, 3.0)), bright(), **MASKED, mask=ball(), outside="zero", uncertainty=True, flips="x"
+    )
+    inside = np.repeat(ball(), 3, 2)
+    assert (done.doubt[~inside] == 0).all() and (done.doubt[inside] > 0).all()

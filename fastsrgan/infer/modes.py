@@ -451,7 +451,7 @@ def finish(
             told["warnings"] = ["the result has the scan's own voxels, which leave nothing open: the doubt is 0"]
             log.warning("%s: %s", label, told["warnings"][0])
     left: np.ndarray | None = image.turn.undo(_left(turned, scan, what, image)) if what.residual else None
-    image.clear_outside(turned)
+    image.clear_outside(turned, doubt if what.doubt else None)
     if what.empty and (kept := keep_empty(turned, image.turn.apply(prob), scan, image, what.seen)):
         told["voxels_kept_empty"] = kept
     if what.doubt:

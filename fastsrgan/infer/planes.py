@@ -396,10 +396,16 @@ class Prepared:
         within = apply_axes(self.inside.astype(np.float32), (x[first:stop], y, z))
         return torch.from_numpy(np.clip(2 * within - 1, 0, 1))
 
-    def clear_outside(self, sr_XYZ: np.ndarray) -> None:
-        """Outside the region what air is, in place, where the network saw nothing there."""
-        for here in blocks(len(sr_XYZ)) if self.beyond and self.region else ():
-            sr_XYZ[here][~self.region.planes(here.start, here.stop).numpy()] = air(self.beyond.data)  # type: ignore
+    def clear_outside(self, sr_XYZ: np.ndarray, doubt_XYZ: np.ndarray | None = None) -> None:
+        """Outside the region what air is, in place, where the network saw nothing there; no doubt either."""
+        if self.beyond is None or self.region is None:
+            return
+        value = air(self.beyond.data)
+        for here in blocks(len(sr_XYZ)):
+            outside = ~self.region.planes(here.start, here.stop).numpy()
+            sr_XYZ[here][outside] = value
+            if doubt_XYZ is not None:
+                doubt_XYZ[here][outside] = 0
 
     @property
     def slice_mm(self) -> float:
