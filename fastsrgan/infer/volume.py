@@ -153,7 +153,7 @@ def _process(
     alone = settings.outside == ZERO and isinstance(settings.mask, np.ndarray)
     shown = masked(data, settings.mask) if alone else data
     image = _prepared(shown, affine, settings, interpolate, _shifted(generator, settings.geometry))
-    region, what_region = find_region(settings.mask, data, image)
+    region, what_region = find_region(settings.mask, shown, image)
     image = replace(image, region=region)
     if alone and settings.physical:  # the network sees what is inside the mask, the result agrees with the whole scan
         whole = Interpolated(data, image.turn, image.norm, image.spacing, image.wanted, image.geometry)
