@@ -91,7 +91,7 @@ def test_numbers_have_four_digits_and_no_exponent_where_they_are_large():
 
 @pytest.mark.parametrize("made", [ONE, ONE | BASE])
 def test_what_is_printed_of_a_pair_and_where_its_figures_are_written(monkeypatch, tmp_path, capsys, made):
-    monkeypatch.setattr(pair, "evaluate_files", lambda **asked: made)
+    monkeypatch.setattr(pair, "evaluate_files", lambda keep, **asked: keep(made) or made)
     words = ["evaluate", "--sr", "a", "--hr", "b", "--json", tmp_path / "e.json", "--csv", tmp_path / "e.csv"]
     code, out, _ = call(capsys, *words)
     assert code == 0 and "psnr_db" in out and (KNOWS in out) == ("baselines" in made)
@@ -106,7 +106,7 @@ def test_what_is_printed_of_a_pair_and_where_its_figures_are_written(monkeypatch
 def test_subjects_that_were_not_evaluated_are_named_and_end_in_6(monkeypatch, capsys):
     failed = [{"subject": "x", "error": "only in one"}, {"subject": "y", "error": "broken"}]
     made = {"rows": [ONE | {"subject": "a"}], "failed": failed, "summary": summary(image__whole__psnr_db=1.0)}
-    monkeypatch.setattr(cohort, "evaluate_folders", lambda *args, **more: made)
+    monkeypatch.setattr(cohort, "evaluate_folders", lambda *args, keep, **more: keep(made) or made)
     code, out, err = call(capsys, "evaluate", "a", "b")
     assert code == 6 and "2 not evaluated: x (only in one), y" in err and "mean ± sd" in out
 
@@ -147,14 +147,17 @@ def test_a_line_of_each_result_of_the_originals_script(monkeypatch, capsys, tmp_
         {"input": "a", "status": "done", "patch": 64, "step": 32, "outputs": {"sr": "x", "seg": "y"}},
         {"input": "b", "status": "failed", "patch": None, "step": None, "error": "why"},
     ]
-    monkeypatch.setattr(job, "job_model", lambda **asked: {"items": items})
+    calls = []
+    monkeypatch.setattr(job, "job_model", lambda **asked: calls.append(asked) or {"items": items})
     words = ["job-model", "-p", "l.csv", "-rf", "n"]
     code, out, _ = call(capsys, *words)
     assert code == 0 and out.splitlines() == ["done    a  patch 64 step 32  x  y", "failed  b  whole image  why"]
     code, out, _ = call(capsys, *words, "--json")
     assert code == 0 and json.loads(out) == {"items": items}
     assert cli_job.patches("64, none,128") == [64, None, 128] and cli_job.steps("32 64,16") == [[32, 64], [16]]
-    assert cli_job.joined(["32", "64,64"]) == "32 64,64" and cli_job.resolution("0.5,1,2") == (0.5, 1.0, 2.0)
+    assert cli_job.resolution("0.5,1,2") == (0.5, 1.0, 2.0)
+    assert call(capsys, *words, "-pa", "64,", "32", "-s", "16", "32,8")[0] == 0  # cut at their blanks by the shell
+    assert calls[-1]["patch"] == [64, 32] and calls[-1]["step"] == [[16, 32], [8]]
 
 
 def test_a_study_that_lost_heads_ends_in_6_and_lies_in_a_folder_of_its_kind(monkeypatch, capsys):

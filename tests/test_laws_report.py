@@ -286,7 +286,7 @@ def test_every_chart_takes_the_ends_of_its_axis_from_the_size_of_its_values():
     plots._panel(axes, plots.Panel("t", "epoch", [plots.PlotLine("a", [1, 2], flat)]))
     plots._scale([axes])
     low, high = axes.get_ylim()
-    assert low < flat[0] < flat[1] < high and high - low == pytest.approx(LEAST * flat[1])
+    assert low < flat[0] < flat[1] < high and high - low == pytest.approx(LEAST * flat[1], rel=1e-4)
 
 
 def test_panels_of_one_figure_have_one_axis_and_others_their_own(tmp_path, monkeypatch):

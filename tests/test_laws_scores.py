@@ -36,7 +36,15 @@ def asked(monkeypatch) -> list[dict]:
     return found
 
 
-def test_every_column_of_a_table_reaches_the_evaluation_and_a_row_chooses_its_own_classes(asked, tmp_path):
+@pytest.fixture
+def drawn(monkeypatch) -> list[Path]:
+    """Where pictures would be drawn."""
+    found: list[Path] = []
+    monkeypatch.setattr(cohort, "draw_errors", lambda png, files, row: found.append(Path(png)))
+    return found
+
+
+def test_every_column_of_a_table_reaches_the_evaluation_and_a_row_chooses_its_own_classes(asked, drawn, tmp_path):
     names = [*cohort.COLUMNS, cohort.CLASSES]
     for name in names:
         (tmp_path / f"{name}.nii").write_bytes(b"")
@@ -49,14 +57,14 @@ def test_every_column_of_a_table_reaches_the_evaluation_and_a_row_chooses_its_ow
     choice = cohort.Choice(("3",), "names.txt")
     made = cohort.evaluate_table(tmp_path / "t.csv", png=tmp_path / "png", choice=choice)
     first, second, third = asked
-    others = ("png", "label_classes", "label_names", "subject")
+    others = ("label_classes", "label_names", "subject", "alone")
     assert {k: Path(v).stem for k, v in first.items() if k not in others} == {
         "sr": "SR_image", "hr": "HR_image", "seg": "Seg_image", "label": "Label_image", "mask": "Mask_image",
         "lr": "LR_image", "baseline": "Baseline_image", "baseline_seg": "Baseline_seg",
     }  # fmt: skip
     assert [tuple(one["label_classes"]) for one in asked] == [("own=1",), ("3",), ()]
     assert {one["label_names"] for one in asked} == {"names.txt"} and {one["subject"] for one in asked} == {None}
-    assert [Path(one["png"]) for one in asked] == [tmp_path / "png" / f"{r['subject']}.png" for r in made["rows"]]
+    assert drawn == [tmp_path / "png" / f"{r['subject']}.png" for r in made["rows"]]
     assert (
         [row["line"] for row in made["rows"]] == [2, 3, 4] and "label" not in third and set(second) & {"seg"} == set()
     )
@@ -82,10 +90,10 @@ def test_a_row_that_fails_is_told_with_its_line_and_a_cohort_of_such_rows_is_ref
         cohort.evaluate_items("f", [lost])
 
 
-def test_names_of_pictures_have_no_folder_and_a_strangers_file_is_kept(asked, tmp_path):
+def test_names_of_pictures_have_no_folder_and_a_strangers_file_is_kept(asked, drawn, tmp_path):
     item = cohort.Item("p/a", {"sr": Path("a.nii")})
     cohort.evaluate_items("t", [item], png=tmp_path)
-    assert asked[0]["png"] == tmp_path / "p_a.png"
+    assert drawn == [tmp_path / "p_a.png"]
     (tmp_path / "p_a.png").write_bytes(b"mine")
     with pytest.raises(UsageError):
         cohort.evaluate_items("t", [item], png=tmp_path)

@@ -17,6 +17,7 @@ from fastsrgan.config import TrainConfig
 from fastsrgan.core.files import write_json
 from fastsrgan.errors import UsageError
 from fastsrgan.io import output_place
+from fastsrgan.io.tables import write_rows
 from fastsrgan.study import run as study
 from fastsrgan.study import tables
 from fastsrgan.train.logs import RunLog
@@ -169,7 +170,7 @@ def test_the_tables_of_every_study_are_told_from_others(tmp_path):
     told, table = output_place.OWN[output_place.STUDY["csv"]], tmp_path / "t.csv"
     row = {"condition": "a", "low_res": (1, 1, 3), "noise": 0.0, "model": "m", "step": 20, "n": 1, "figures": {}}
     for rows in ([], [row], [{"epoch": 1, "Dice": 0.5, "updates": 2}], [{"run": "a", "epoch": 1, "updates": 2}]):
-        tables._write_csv(table, tables.csv_rows(rows))
+        write_rows(table, tables.csv_rows(rows))
         assert told(table), table.read_text(encoding="utf8")
     for text in ("epoch,mine\n1,2\n", "condition,age\na,2\n", "run,km\n"):
         table.write_text(text, encoding="utf8")

@@ -384,7 +384,9 @@ def test_every_stretch_of_progress_names_one_of_what_it_counts():
                 and isinstance(call.args[2], ast.Constant)
             ):
                 named.append(call.args[2].value)
-    assert {"volume", "subject", "tile", "update", "page", "cell"} == set(named), "no other word, and none of many"
+    assert {"volume", "subject", "tile", "update", "page", "cell", "picture"} == set(named), (
+        "no other word, and none of many"
+    )
 
 
 def test_the_verb_is_that_of_the_part():

@@ -51,9 +51,10 @@ def save(run: Run) -> None:
         hint = "lower the learning rates; --resume goes on from the snapshot before, where there is one"
         raise ResourceError(run.folder, reason, hint)
     state = {"models": m.state(), "position": dict(vars(at)), "data": data_identity(run.store)}
-    card = {"updates": at.updates, **said_of(run)}
     writers = {
-        checkpoint.MODEL: lambda p: modelfile.write(p, m.generator, m.critic, ema=m.average, card=card),
+        checkpoint.MODEL: lambda p: modelfile.write(
+            p, m.generator, m.critic, ema=m.average, card={"updates": at.updates, **said_of(run)}
+        ),
         "state.pt": lambda p: p.write_bytes(packed(state)),
         "config.yaml": lambda p: p.write_text(run.config.to_yaml(), encoding="utf8"),
     }
