@@ -17,6 +17,7 @@ from fastsrgan.core.files import mapping
 from fastsrgan.errors import InputError
 from fastsrgan.evaluate.wording import ZERO
 from fastsrgan.volume.geometry import Volume
+from fastsrgan.volume.head import air
 from fastsrgan.volume.placement import EXACT, difference, refuse_placeless, same_grid
 from fastsrgan.volume.resample import FWHM, SAME
 
@@ -44,9 +45,11 @@ def inside_mask(record: Mapping[str, Any], volume: Volume, sr: Volume) -> Volume
     """
     if mapping(record.get("region")).get("outside") != ZERO:
         return volume
-    air = min(float(sr.data.min()), 0.0)
-    there = np.abs(sr.data - air) > NO_AIR * (float(sr.data.max()) - air)
-    return replace(volume, data=np.where(ndimage.binary_fill_holes(there), volume.data, volume.data.dtype.type(air)))
+    nothing = air(sr.data)
+    there = np.abs(sr.data - nothing) > NO_AIR * (float(sr.data.max()) - nothing)
+    return replace(
+        volume, data=np.where(ndimage.binary_fill_holes(there), volume.data, volume.data.dtype.type(nothing))
+    )
 
 
 def onto_grid(

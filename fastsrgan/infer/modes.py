@@ -26,7 +26,7 @@ from fastsrgan.core.ranks import Ranks
 from fastsrgan.errors import FastsrganError, ModelError, ResourceError, UsageError, brief, counted
 from fastsrgan.infer import tiles
 from fastsrgan.infer.network import TileNetwork
-from fastsrgan.infer.planes import Done, Prepared, Results, Unfinished, air, keep_empty, nearest, wrong_mask
+from fastsrgan.infer.planes import Done, Prepared, Results, Unfinished, keep_empty, nearest, wrong_mask
 from fastsrgan.infer.settings import HEAD, InferSettings
 from fastsrgan.infer.sweep import Sweep, predict, stream
 from fastsrgan.infer.tiles import Region, from_box, from_mask, head_box
@@ -35,6 +35,7 @@ from fastsrgan.volume import adapt
 from fastsrgan.volume.acquisition import Assumed, assumed, choose_weight, lacking_sd, rounded
 from fastsrgan.volume.consistency import SLAB_BYTES, Observation, agree, cuts, observation, residual
 from fastsrgan.volume.doubt import doubt_, summary
+from fastsrgan.volume.head import air
 from fastsrgan.volume.profile import shown
 from fastsrgan.volume.resample import slice_axis
 
@@ -425,9 +426,11 @@ def finish(
     told: dict[str, Any] = {"agree": None}
     if what.weight is not None:
         shown = image.shown(scan)
-        weight, noise = _weight(_left(turned, scan, what, image), scan, shown, what)
+        found = _left(turned, scan, what, image)
+        weight, noise = _weight(found, scan, shown, what)
         size = _energy(shown, air(scan))  # where values go below 0, what lies above the lowest
-        before = own = _percent(_energy(_left(turned, scan, what, image)), size)
+        before = own = _percent(_energy(found), size)
+        del found
         if what.adapt:
             learning = time.perf_counter()
             told["adapt"] = adapted(turned, scan, weight)
@@ -455,9 +458,9 @@ def finish(
     if what.empty and (kept := keep_empty(turned, image.turn.apply(prob), scan, image, what.seen)):
         told["voxels_kept_empty"] = kept
     if what.doubt:
-        told["doubt"] |= (found := summary(doubt, turned))
+        told["doubt"] |= (inside := summary(doubt, turned))
         line = "%s: doubt inside the head: %s on average, 95 %% below %s, where the image is %s on average"
-        log.info(line, label, *(brief(found[key]) for key in ("mean", "p95", "image_mean")))
+        log.info(line, label, *(brief(inside[key]) for key in ("mean", "p95", "image_mean")))
     if told["agree"] is not None:
         told["agree"]["seconds"] = time.perf_counter() - began - told.get("adapt", {}).get("seconds", 0)
     return told, left

@@ -30,6 +30,7 @@ from fastsrgan.infer.tiles import Region, Triple
 from fastsrgan.infer.values import millimetres
 from fastsrgan.volume.consistency import Observation
 from fastsrgan.volume.geometry import Orientation, centre_coordinates, grid_size
+from fastsrgan.volume.head import air
 from fastsrgan.volume.intensity import Normaliser
 from fastsrgan.volume.resample import SAME, apply_axes, mean_matrix, upsample_matrix
 
@@ -478,11 +479,6 @@ def masked(data_XYZ: np.ndarray, mask_XYZ: np.ndarray) -> np.ndarray:
     if mask.shape != data_XYZ.shape:
         raise wrong_mask(mask, data_XYZ)
     return np.where(mask > 0, data_XYZ, data_XYZ.dtype.type(air(data_XYZ)))
-
-
-def air(data_XYZ: np.ndarray) -> float:
-    """0, or the lowest value of a scan where that is below."""
-    return min(float(data_XYZ.min()), 0.0)
 
 
 def wrong_mask(mask: np.ndarray, data_XYZ: np.ndarray) -> InputError:

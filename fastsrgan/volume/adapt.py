@@ -34,7 +34,7 @@ from fastsrgan.core.draws import rng
 from fastsrgan.core.kernels import unrounded
 from fastsrgan.volume.acquisition import GUESSED, TISSUE, Assumed, noise_sd, sampled, unit_above
 from fastsrgan.volume.consistency import back_matrix
-from fastsrgan.volume.head import lowest
+from fastsrgan.volume.head import air, lowest
 from fastsrgan.volume.resample import apply_axes, check_profile, slice_profile_matrix, spline_matrix
 
 SCALES = (0.7, 1.5)  # standard deviations in voxels of the Gaussians between which the in-plane scales lie
@@ -186,7 +186,7 @@ def adapt(
         reason = f"a block of {' x '.join(map(str, shape))} voxels is too small to be tried"
         return {"trials": 0, "reason": reason if unit > 0 else "the scan has no bright voxels"}
     truth = torch.from_numpy(np.array(sr_XYZ[here], np.float32, order="C") - low)
-    air = min(float(scan_xyz.min()), 0.0) - low
+    nothing = air(scan_xyz) - low
     counting = share(here[0].start, here[0].stop)[:, here[1], here[2]] if share else None
     noise = noise_sd(scan_xyz, ACROSS) or 0.0
     told = (believed.profile, believed.width_mm)
@@ -217,7 +217,7 @@ def adapt(
         else:
             part = counting.transpose(axis, ACROSS).contiguous()
             counted = counted * (part > 0)
-            seen = torch.where((part > 0).float() @ _transposed(own, scan) > 0.5, scan, air) @ up
+            seen = torch.where((part > 0).float() @ _transposed(own, scan) > 0.5, scan, nothing) @ up
             made = x + part * (network(seen + low) - low - seen)
         turned, scan, x, made, counted = (v.to(device) for v in (turned, scan, x, made, counted))
         trials.append(Trial(turned, scan, x, made, own, counted))

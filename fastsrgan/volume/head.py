@@ -67,3 +67,8 @@ def tissue_box(data_XYZ: np.ndarray, level: float) -> tuple[tuple[int, ...], tup
         low.append(int(planes[0]) if planes.size else 0)
         high.append(int(planes[-1]) if planes.size else n - 1)
     return tuple(low), tuple(high)
+
+
+def air(data_XYZ: np.ndarray) -> float:
+    """What stands in an image where there is nothing: 0, or its lowest value where that is below."""
+    return min(float(data_XYZ.min()), 0.0)
