@@ -7,6 +7,7 @@ import functools
 import hashlib
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ def need(tool: str | None, what: str) -> None:
     """Go on only with a tool; without it the test is skipped, with ``what`` as the reason."""
     if not tool:
         pytest.skip(what)
+
+
+_COMPILING = threading.Lock()  # callers on several threads would write one file at once
 
 
 class Host:
@@ -46,7 +50,8 @@ class Host:
         args: Sequence[backend.Argument],
         defines: dict[str, object],
     ) -> None:
-        library = _load(self.folder, name, backend.define_options(defines))
+        with _COMPILING:
+            library = _load(self.folder, name, backend.define_options(defines))
         values = [self._value(a) for a in args]
         assert library.arguments() == len(values), f"{name} takes {library.arguments()} arguments, not {len(values)}"
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.cast(ctypes.pointer(v), ctypes.c_void_p) for v in values))

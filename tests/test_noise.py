@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -52,6 +53,14 @@ def test_the_tables_are_numpys():
             assert numpy.used == 1 and inside == np.float32(limit - 1) * width[layer]
         numpy.draw(limit << 9 | layer, 2**32 - 1, 2**32 - 1)
         assert numpy.used > 1, layer
+
+
+def test_several_threads_may_draw_at_once(host):
+    """The host's form of a kernel kept where it was in one place for all callers: wrong draws, or no end."""
+    with ThreadPoolExecutor(4) as crew:
+        drawn = list(crew.map(lambda n: noise.standard_normal(torch.empty(50_000), rng(n, "x")), range(8)))
+    for n, draws in enumerate(drawn):
+        assert np.array_equal(draws.numpy(), rng(n, "x").standard_normal(50_000, dtype=np.float32))
 
 
 @pytest.mark.parametrize("backwards", [False, True])

@@ -14,7 +14,7 @@
 struct Index {
   unsigned x, y, z;
 };
-static Index threadIdx, blockIdx, blockDim, gridDim;
+thread_local static Index threadIdx, blockIdx, blockDim, gridDim;  // of this caller: several may run one kernel at once
 
 static inline unsigned __float_as_uint(float v) {
   unsigned bits;
