@@ -172,6 +172,9 @@ class _Stream(_Event):
     def record_event(self, *args: Any) -> _Event:
         return _Event()
 
+    def is_capturing(self) -> bool:
+        return False
+
 
 def _patches(mode: StandIn) -> Iterator[Any]:
     """What of torch says where a tensor lies, or asks the driver."""
@@ -296,6 +299,8 @@ def _patches(mode: StandIn) -> Iterator[Any]:
         "Event": _Event,
     }.items():
         yield of(torch.cuda, name, value)
+    # Builds for CUDA ask it of the driver at every step of an optimiser.
+    yield of(torch.accelerator, "current_stream", lambda device=None: _Stream())
 
 
 @contextlib.contextmanager
