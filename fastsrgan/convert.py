@@ -211,7 +211,7 @@ def _inspect(
             found = _one_volume(path)
             if header is None:
                 header = found
-                like = Volume(np.broadcast_to(np.uint8(0), header.shape), header.affine)
+                like = Volume(np.broadcast_to(np.uint8(0), header.shape), header.affine, (), header.meta)
             if name != "image":
                 chosen = labels.choices(row.classes, choice[0]) if name == "label" else []
                 structures = labels.structures(chosen, path, choice[1]) if chosen else structures
