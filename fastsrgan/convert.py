@@ -26,7 +26,7 @@ from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.formats import examine
 from fastsrgan.io.nifti_voxels import NiftiFile
-from fastsrgan.io.tables import Fault, TableRow, read_table, table_error, told_by_line
+from fastsrgan.io.tables import Fault, TableRow, read_table, some, table_error, told_by_line
 from fastsrgan.store.reader import Subject, to_float32
 from fastsrgan.store.writer import DTYPES, StoreWriter, create_store, describe, encode
 from fastsrgan.volume.geometry import Volume
@@ -390,7 +390,7 @@ def _strangers(store_url: str | os.PathLike, listed: dict[str, Subject], jobs: l
     others = sorted(set(listed) - {job.row.subject for job in jobs})
     if others:
         what = counted(len(others), "subject is not in this table and was", "subjects are not in this table and were")
-        log.warning("%s: %s kept (%s)", store_url, what, others[0])
+        log.warning("%s: %s kept (%s)", store_url, what, some(others))
 
 
 def _summary(
