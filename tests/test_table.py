@@ -63,6 +63,8 @@ PLAIN = f"{HEADER}\na.nii.gz,a_seg.nii,Train\nb.nii.gz,b_seg.nii,Test\n"
         PLAIN.replace(",", "\t").encode(),
         PLAIN.replace(",", " , ").encode(),
         PLAIN.encode("utf-16"),
+        ("\ufeff" + PLAIN).encode("utf-8-sig"),
+        ("\ufeff" + PLAIN).encode("utf-16"),
         PLAIN.rstrip("\n").encode(),
         "\n".join(line + ",x" for line in PLAIN.splitlines()).encode(),
         re.sub("[^,\n]+", lambda m: f'"{m.group()}"', PLAIN).encode(),

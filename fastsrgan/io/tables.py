@@ -335,7 +335,7 @@ def _text(path: Path) -> str:
         raise InputError(path, "is not UTF-8 text", "save it as `CSV UTF-8`") from None
     if "\0" in text:
         raise InputError(path, "is not text", "a CSV file is expected")
-    return text
+    return text.lstrip("\ufeff")  # a second mark, of tools that put one before another's
 
 
 def _records(path: Path, text: str, delimiter_of: Callable[[str], str]) -> list[tuple[int, list[str]]]:
