@@ -26,7 +26,7 @@ from fastsrgan.io import labels
 from fastsrgan.io import nifti as images
 from fastsrgan.io.formats import examine
 from fastsrgan.io.nifti_voxels import NiftiFile
-from fastsrgan.io.tables import Fault, TableRow, read_table, table_error, told_by_line
+from fastsrgan.io.tables import Fault, TableRow, read_table, some, table_error, told_by_line
 from fastsrgan.store.reader import Subject, to_float32
 from fastsrgan.store.writer import DTYPES, StoreWriter, create_store, describe, encode
 from fastsrgan.volume.geometry import Volume
@@ -211,7 +211,7 @@ def _inspect(
             found = _one_volume(path)
             if header is None:
                 header = found
-                like = Volume(np.broadcast_to(np.uint8(0), header.shape), header.affine)
+                like = Volume(np.broadcast_to(np.uint8(0), header.shape), header.affine, (), header.meta)
             if name != "image":
                 chosen = labels.choices(row.classes, choice[0]) if name == "label" else []
                 structures = labels.structures(chosen, path, choice[1]) if chosen else structures
@@ -390,7 +390,7 @@ def _strangers(store_url: str | os.PathLike, listed: dict[str, Subject], jobs: l
     others = sorted(set(listed) - {job.row.subject for job in jobs})
     if others:
         what = counted(len(others), "subject is not in this table and was", "subjects are not in this table and were")
-        log.warning("%s: %s kept (%s)", store_url, what, others[0])
+        log.warning("%s: %s kept (%s)", store_url, what, some(others))
 
 
 def _summary(

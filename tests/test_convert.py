@@ -440,7 +440,7 @@ def test_a_second_table_adds_but_never_takes_over_a_name(tmp_path, caplog):
     second.write_text("HR_image,Label_image,Base\ns2.nii.gz,l2.nii.gz,Train\n")
     with caplog.at_level(logging.WARNING, "fastsrgan"):
         assert convert(second, tmp_path / "store", resume=True)["subjects"] == 3
-    assert "2 subjects are not in this table and were kept (s0)" in caplog.text
+    assert "2 subjects are not in this table and were kept (s0, s1)" in caplog.text
 
 
 @pytest.mark.fault(14)

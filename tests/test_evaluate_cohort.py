@@ -72,6 +72,13 @@ def test_all_faults_of_a_table_are_told_at_once(files, tmp_path):
         assert part in str(caught.value)
 
 
+def test_files_that_a_table_names_twice_are_a_fault_and_another_label_of_them_is_not(files, tmp_path):
+    rows = ["sr.nii.gz,hr.nii.gz,,", "sr.nii.gz,hr.nii.gz,seg.nii.gz,label.nii.gz", "./sr.nii.gz,hr.nii.gz,,"]
+    with pytest.raises(InputError, match="line 4: the same files as at line 2, which would count twice"):
+        evaluate_cohort.evaluate_table(_table(tmp_path / "t.csv", rows))
+    assert len(evaluate_cohort.evaluate_table(_table(tmp_path / "t.csv", rows[:2]))["rows"]) == 2
+
+
 def test_a_path_longer_than_the_system_takes_is_no_such_file(tmp_path):
     """Found by `table` of the fuzzer, ended in OSError."""
     (tmp_path / "t.csv").write_text(f"SR_image,HR_image\n{'a' * 9000}.nii,b.nii\n", encoding="utf8")

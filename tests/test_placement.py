@@ -195,6 +195,20 @@ def test_the_way_out_is_a_copied_header_only_for_the_images_own_array(shape, aff
     ) == resamples
 
 
+@pytest.mark.parametrize("affine", [np.eye(4), PLACE])
+def test_an_image_that_lost_its_place_takes_that_of_what_was_drawn_on_it(affine):
+    lost = Volume(np.zeros(SHAPE, np.float32), affine, (), {} if affine is not PLACE else {"orientation": "pixdim"})
+    with pytest.raises(InputError) as error:
+        orientation_onto(SHAPE, changed(a03=5), lost, "m.nii", "label map", "sform")
+    assert error.value.hint == (
+        "the image has the label map's array and no place of its own: copy the label map's header to it, for example "
+        "with fslcpgeom LABEL IMAGE, do not resample"
+    )
+    with pytest.raises(InputError) as error:
+        orientation_onto((250, 40, 14), changed(a03=5), lost, "m.nii", "label map", "sform")
+    assert error.value.hint == "resample the label map onto the image with nearest neighbour"
+
+
 @pytest.mark.parametrize("orientation", ["", "none"])
 def test_a_volume_is_refused_for_its_lost_place_where_it_lies_elsewhere_alone(orientation):
     like = Volume(np.zeros((4, 5, 6), np.float32), np.diag([2.0, 2, 2, 1]))

@@ -350,6 +350,42 @@ def test_a_damaged_head_costs_itself_only(folder, tmp_path, undrawn):
     assert [f["subject"] for f in made["failed"]] == ["bad"] and made["rows"][0]["n"] == 1
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_is_odd_about_a_heads_files_is_told_and_kept(folder, tmp_path, undrawn, caplog, stored):
+    """Of a table and of the store that was made of it."""
+    odd = images.load(folder / "a.nii.gz")
+    odd.data[1, 1, 1] = np.nan
+    images.save(tmp_path / "a.nii.gz", odd.data, odd.affine)
+    table = data = tmp_path / "t.csv"
+    table.write_text(f"HR_image,Label_image,Base\na.nii.gz,{folder / 'a_gm.nii.gz'},Test\n", encoding="utf8")
+    if stored:
+        data = tmp_path / "store"
+        convert(table, data)
+    with caplog.at_level("INFO", "fastsrgan"):
+        asked = study.Settings(**SMALL, steps=(16,))
+        made = study.run("steps", data, tmp_path / "out", [folder / "with.safetensors"], asked)
+    (note,) = [line for line in made["notes"] if "NaN" in line]
+    assert note == f"a: reference: 1 of {odd.data.size} voxels is NaN or infinite: read as 0"
+    assert note in caplog.messages and f"Note: {note}" in (tmp_path / "out/steps.md").read_text(encoding="utf8")
+
+
+def test_a_model_that_is_named_twice_is_refused(folder, tmp_path):
+    """Its rows would count each head twice."""
+    model = folder / "with.safetensors"
+    other = tmp_path / "link.safetensors"
+    other.symlink_to(model)
+    for twin in (model, other):
+        with pytest.raises(UsageError, match="a model is named twice"):
+            asked = study.Settings(**SMALL, steps=(16,))
+            study.run("augmentation", folder / "cohort.csv", tmp_path / "out", [model, twin], asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_papers_figures_stand_once_each(steps):
+    told = [tuple(row.items()) for row in paper_rows(steps)]
+    assert len(told) > 3 and len(set(told)) == len(told)
+
+
 @pytest.mark.parametrize(
     ("kind", "data", "settings", "message"),
     [

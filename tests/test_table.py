@@ -63,11 +63,26 @@ PLAIN = f"{HEADER}\na.nii.gz,a_seg.nii,Train\nb.nii.gz,b_seg.nii,Test\n"
         PLAIN.replace(",", "\t").encode(),
         PLAIN.replace(",", " , ").encode(),
         PLAIN.encode("utf-16"),
+        ("\ufeff" + PLAIN).encode("utf-8-sig"),
+        ("\ufeff" + PLAIN).encode("utf-16"),
         PLAIN.rstrip("\n").encode(),
         "\n".join(line + ",x" for line in PLAIN.splitlines()).encode(),
         re.sub("[^,\n]+", lambda m: f'"{m.group()}"', PLAIN).encode(),
     ],
-    ids=["bom", "crlf", "cr", "semicolon", "tab", "blanks", "utf16", "no-last-newline", "extra-column", "quoted"],
+    ids=[
+        "bom",
+        "crlf",
+        "cr",
+        "semicolon",
+        "tab",
+        "blanks",
+        "utf16",
+        "two-boms",
+        "utf16-two",
+        "cut",
+        "extra-column",
+        "quoted",
+    ],
 )
 def test_every_way_to_write_the_same_table(folder, raw):
     plain = read_table(table(folder, *PLAIN.splitlines()[1:]))

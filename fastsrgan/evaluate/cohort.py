@@ -425,7 +425,10 @@ def _read(csv_path: Path) -> list[tuple[int, dict[str, Path], tuple[str, ...]]]:
             faults.append((line, f"{name} {values[name]}: {told[0] if told else 'no such file'}"))
         if "Seg_image" in files and "Label_image" not in files:
             faults.append((line, "Seg_image without Label_image"))
-        rows.append((line, files, tuple(labels.choices(values.get(CLASSES, ""), None))))
+        scored = (files, tuple(labels.choices(values.get(CLASSES, ""), None)))
+        if twin := next((before for before, *others in rows if (*others,) == scored), None):
+            faults.append((line, f"the same files as at line {twin}, which would count twice"))
+        rows.append((line, *scored))
     if faults:
         raise table.table_error(csv_path, faults)
     table.tell_unread(csv_path, header, known)

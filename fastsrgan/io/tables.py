@@ -167,16 +167,16 @@ def _tell_of_list(path: Path, records: list[tuple[int, list[str]]], column: int,
     rows = records[titled:]
     empty = [str(line) for line, cells in rows if column >= len(cells) or not cells[column]]
     if empty:
-        log.warning("%s: %s: %s", path, counted(len(empty), "line names no image", "lines name no image"), _some(empty))
+        log.warning("%s: %s: %s", path, counted(len(empty), "line names no image", "lines name no image"), some(empty))
     more = {k for _, cells in rows for k, cell in enumerate(cells) if k != column and _SUFFIX.search(cell)}
     if more:
         header = records[0][1] if titled else []
         names = [header[k] if k < len(header) and header[k] else str(k + 1) for k in (column, *sorted(more))]
-        others = _some(names[1:])
+        others = some(names[1:])
         log.warning("%s: the images of column %s are taken, those of %s are not", path, names[0], others)
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(names[:_MAX_NAMED]) + ", ..." * (len(names) > _MAX_NAMED)
 
 
@@ -262,7 +262,7 @@ def _in_words(groups: Sequence[Sequence[Fault]], hints: bool = True) -> str:
             others = f" and {counted(len(names) - 1, 'other')}" if len(names) > 1 else ""
             text = f"{fault.what}{others}: {reason}" + f" ({fault.hint})" * hints
         number = f"{len(lines)} lines, " if len(lines) > _MAX_NAMED else "lines " if len(lines) > 1 else "line "
-        told.append(f"{number}{_some(lines)}: {' '.join(text.split())[:_MAX_FAULT]}")
+        told.append(f"{number}{some(lines)}: {' '.join(text.split())[:_MAX_FAULT]}")
     more = sum(map(len, groups[_MAX_TOLD:]))
     return "; ".join(told) + f"; and {more} more" * bool(more)
 
@@ -335,7 +335,7 @@ def _text(path: Path) -> str:
         raise InputError(path, "is not UTF-8 text", "save it as `CSV UTF-8`") from None
     if "\0" in text:
         raise InputError(path, "is not text", "a CSV file is expected")
-    return text
+    return text.lstrip("\ufeff")  # a second mark, of tools that put one before another's
 
 
 def _records(path: Path, text: str, delimiter_of: Callable[[str], str]) -> list[tuple[int, list[str]]]:
@@ -404,7 +404,7 @@ def tell_unread(path: Path, header: Sequence[str], known: Sequence[str]) -> None
     """Name the columns of a table that nothing reads."""
     others = [cell[:_MAX_COLUMN] for cell in header if cell and cell not in known]
     if others:
-        log.info("%s: columns that are not read: %s", path, _some(others))
+        log.info("%s: columns that are not read: %s", path, some(others))
 
 
 def too_many(cells: Sequence[str], header: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from fastsrgan.core.files import url_of
 from fastsrgan.core.progress import QUIET, Progress
+from fastsrgan.data.settings_check import data_warnings
 from fastsrgan.demo import template
 from fastsrgan.demo.template import whole_slices
 from fastsrgan.errors import InputError, UsageError
@@ -79,6 +80,8 @@ class Head:
             if sample.mask is not None:  # of several structures it holds their classes
                 arrays |= {name: (sample.mask == i).astype(np.uint8) for i, name in enumerate(several, 1)}
             volumes = {name: Volume(array, sample.affine) for name, array in arrays.items() if array is not None}
+            found_odd = data_warnings([self.store.subject(self.name)]).get(self.name, ())
+            volumes["hr"] = replace(volumes["hr"], warnings=tuple(found_odd))
             if "label" in volumes:
                 labels.refuse_many(np.unique(volumes["label"].data).tolist(), f"label of {self.name}")
             return volumes
@@ -197,7 +200,7 @@ def acquire(volumes: dict[str, Volume], condition: Condition, key: Sequence[int 
     scan = Volume(done.low_res, resampled_affine(hr.affine, hr.data.shape, shape, condition.low_res))
     label = cut.get("label")
     label_map = None if label is None else reader_label_map(label, scan, [])
-    truth, spline = Volume(done.hr, hr.affine), Volume(done.interpolated, hr.affine)
+    truth, spline = Volume(done.hr, hr.affine, hr.warnings), Volume(done.interpolated, hr.affine)
     parts = {name.removeprefix(STRUCTURE): volume for name, volume in cut.items() if name.startswith(STRUCTURE)}
     structures = {name: (volume, reader_label_map(volume, scan, [])) for name, volume in parts.items()}
     return Case(scan, truth, spline, label, label_map, cut.get("mask"), structures)

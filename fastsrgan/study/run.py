@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -21,6 +22,7 @@ from fastsrgan.core.progress import QUIET, Progress
 from fastsrgan.core.signals import stopped_by
 from fastsrgan.core.system import provenance
 from fastsrgan.errors import MissingError, UsageError, times
+from fastsrgan.evaluate.cohort import told_once
 from fastsrgan.evaluate.figures import definitions
 from fastsrgan.infer.settings import InferSettings
 from fastsrgan.io.output_place import STUDY, check_place, one_writer
@@ -31,6 +33,8 @@ from fastsrgan.study.data import Condition, Head, find_heads, quick_heads, spaci
 from fastsrgan.study.plots import PANELS, REFERENCE, SOURCE, TITLES, Panel, time_fit
 from fastsrgan.study.tables import write_study
 from fastsrgan.train.run import short_training
+
+log = logging.getLogger("fastsrgan")
 
 KINDS = ("steps", "noise", "augmentation", "resolution", "curves")
 Triple = tuple[float, float, float]
@@ -184,6 +188,9 @@ def _measured(
     assert asked.steps is not None and asked.adapt is not None
     engine = Engine(None if asked.whole else asked.patch, asked.device, asked.precision, asked.seed, asked.adapt)
     cells, failed = run_cells(folder, heads, loaded, conditions, asked.steps, engine, progress)
+    notes = told_once(cells)
+    for line in notes:
+        log.info(line)
     rows = aggregate(cells, conditions)
     fit = time_fit(rows) if kind == "steps" else []
     facts = {
@@ -198,6 +205,7 @@ def _measured(
         **({"fit": fit} if kind == "steps" else {}),
         "cells": cells,
         "failed": failed,
+        "notes": notes,
         "definitions": definitions(),
     }
     n = len(heads) - len(failed)
@@ -256,6 +264,8 @@ def _conditions(kind: str, head: Head, asked: Settings) -> list[Condition]:
 def _models(paths: Sequence[str | os.PathLike], default: Callable[[], Path]) -> list[StudyModel]:
     if not paths:
         return [StudyModel.load(default(), "shipped")]
+    if len({os.path.realpath(p) for p in paths}) < len(paths):  # its rows would count twice
+        raise UsageError("--weights", "a model is named twice", "name each model once")
     names = [Path(p).stem for p in paths]
     alike = len(set(names)) < len(names)
     return [StudyModel.load(Path(p), str(Path(p)) if alike else None) for p in paths]

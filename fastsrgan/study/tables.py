@@ -119,11 +119,12 @@ def paper_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
     """The paper's figures for this study under the same headings; empty where it has none."""
     rows = facts["paper"]["rows"]
     figures = {name: head for name, (head, _) in headings().items() if any(name in row for row in rows)}
-    return [
+    shown = [
         {"condition": row["condition"], "model": row["model"], "step": str(row["step"] or "-")}
         | {heading: _number(row.get(name)) for name, heading in figures.items()}
         for row in rows
     ]
+    return [row for i, row in enumerate(shown) if row not in shown[:i]]  # two of its tables share some
 
 
 def fit_text(fit: dict[str, Any]) -> str:
@@ -155,6 +156,7 @@ def markdown(facts: dict[str, Any], title: str) -> str:
         )
         parts += [facts["note"]] if facts.get("note") else []
         parts += [f"Left out: {f['subject']}: {f['error']}" for f in facts["failed"]]
+        parts += [f"Note: {note}" for note in facts.get("notes", ())]
     parts += [f"Fit, {fit_text(fit)}." for fit in facts.get("fit", [])]
     quoted = paper_rows(facts)
     if quoted:

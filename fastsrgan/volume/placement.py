@@ -127,15 +127,18 @@ def _way_out(shape: tuple[int, ...], affine_44: np.ndarray, like: Volume, kind: 
     same = tuple(shape) == tuple(like.data.shape)
     if placeless(affine_44, orientation) and same:
         return f"the {kind} has the image's array and no place of its own: {copy_header(kind)}"
+    if placeless(like.affine, like.meta.get("orientation", "")) and same:
+        return f"the image has the {kind}'s array and no place of its own: {copy_header('image', kind)}"
     if placeless(affine_44, orientation) and tuple(shape) == tuple(like.data.shape)[::-1] and len(set(shape)) > 1:
         return f"the {kind} has the image's array with its axes reversed: transpose it, then {copy_header(kind)}"
     resample = f"resample the {kind} onto the image with nearest neighbour"
     return f"{resample}; if it was drawn on this very array, {copy_header(kind)}" if same else resample
 
 
-def copy_header(kind: str) -> str:
-    """How to give an array the place of its image."""
-    return f"copy the image's header to it, for example with fslcpgeom IMAGE {kind.split()[0].upper()}, do not resample"
+def copy_header(kind: str, of: str = "image") -> str:
+    """How to give an array the place of its image, or of another that was drawn on it."""
+    source, target = (name.split()[0].upper() for name in (of, kind))
+    return f"copy the {of}'s header to it, for example with fslcpgeom {source} {target}, do not resample"
 
 
 def placeless(affine_44: np.ndarray, orientation: str = "") -> bool:
