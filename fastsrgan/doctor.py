@@ -157,6 +157,9 @@ def warnings(facts: dict[str, Any]) -> list[str]:
     return found
 
 
+INDENT = 12  # letters before what a line of ``describe`` says
+
+
 def describe(facts: dict[str, Any]) -> list[str]:
     """The lines of ``fastsrgan doctor`` for what ``diagnose`` returned."""
     cpu, memory, gpu = facts["cpu"], facts["memory"], facts["gpu"]
@@ -180,7 +183,7 @@ def describe(facts: dict[str, Any]) -> list[str]:
     rows.append(("weights", shipped or "none shipped"))
     rows += [("layer forms" if i == 0 else "", line) for i, line in enumerate(_forms_lines(facts["layer_forms"]))]
     rows += [("runs" if i == 0 else "", f"{what}: {how}") for i, (what, how) in enumerate(facts["plan"].items())]
-    lines = [f"{title:12}{text}" for title, text in rows]
+    lines = [f"{title:{INDENT}}{text}" for title, text in rows]
     return lines + [f"warning: {text}" for text in facts["warnings"]]
 
 

@@ -209,3 +209,10 @@ def test_the_command_prints_its_lines_or_one_json_document(monkeypatch, capsys, 
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(facts))
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out == "\n".join(doctor.describe(facts)) + "\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "50")
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > len(doctor.describe(facts)), "what is wider than a terminal is broken between words"
+    assert all(len(line) <= 50 or " " not in line.strip() for line in lines)
+    assert all(line[: doctor.INDENT].strip() == "" for line in lines if line.startswith(" ")), "below its beginning"

@@ -234,7 +234,7 @@ def test_a_picture_that_cannot_be_written_costs_no_figures(folders, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    ("figure", "gain", "told"),
+    ("figure", "gain", "word"),
     [
         ("psnr_range_db", 0.3, "yes"),
         ("dice", -0.1, "no"),
@@ -243,12 +243,16 @@ def test_a_picture_that_cannot_be_written_costs_no_figures(folders, tmp_path, ca
         ("false_components", 7, "no"),
         ("components", 3, None),
         ("largest_component", 9, None),
-        ("ssim", 0.0, None),
+        ("ssim", 0.0, "equal"),
+        ("mse", 1e-5, "equal"),
+        ("mae", -1e-9, "equal"),
+        ("components", 0, None),
         ("ssim", None, None),
     ],
 )
-def test_a_difference_says_whether_it_is_one_for_the_better(figure, gain, told):
-    assert better(figure, gain) == told
+def test_a_difference_says_whether_it_is_one_for_the_better(figure, gain, word):
+    """And that there is none where no digit shows it."""
+    assert better(figure, gain, 30) == word
 
 
 def test_figures_are_shown_without_exponents():
@@ -262,7 +266,7 @@ def test_the_table_names_baseline_and_difference(files, capsys):
     heads, _, first, *_ = capsys.readouterr().out.splitlines()
     assert heads.split() == ["where", "figure", "value", "baseline", "difference", "better"]
     value, baseline, difference, verdict = first.split()[2:]
-    assert value == baseline and (difference, verdict) == ("0", "-")
+    assert value == baseline and (difference, verdict) == ("0", "equal")
     words = (*words, "--seg", files["label"], "--label", files["label"], "--baseline-seg", files["label"])
     assert main(["--quiet", "evaluate", *map(str, words)]) == 0
     assert "knows the truth" not in capsys.readouterr().out, "a baseline that was given may not"

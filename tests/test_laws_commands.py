@@ -45,7 +45,7 @@ def test_a_pair_is_a_row_for_each_figure_with_the_baseline_where_there_is_one():
     assert more == {
         ("whole", "psnr_db"): ["28.5", "2", "yes"], ("whole", "mae"): ["2", "0.5", "no"],
         ("mask", "psnr_db"): [None] * 3, ("doubt", "error_over_doubt"): [None] * 3,
-        ("segmentation", "dice"): ["0.75", "0", None], ("white", "dice"): [None] * 3,
+        ("segmentation", "dice"): ["0.75", "0", "equal"], ("white", "dice"): [None] * 3,
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from report_results import make_known
 
-from fastsrgan.cli.evaluate import beside, better, cohort_figures, comparison
+from fastsrgan.cli.evaluate import beside, better, cohort_figures, comparison, order
 from fastsrgan.cli.evaluate import figures as figure_rows
 from fastsrgan.evaluate import cohort, compare, metrics, pair
 from fastsrgan.evaluate.figures import FIGURES, Compared, columns, scores
@@ -56,7 +56,8 @@ def test_what_is_better_of_a_figure_is_what_the_better_result_has():
     for name, figure in FIGURES.items():
         apart = flat[0][name] - flat[1][name]
         if figure.better:
-            assert apart * figure.better > 0 and better(name, apart) == "yes" and better(name, -apart) == "no", name
+            assert apart * figure.better > 0 and better(name, apart, flat[0][name]) == "yes", name
+            assert better(name, -apart, flat[1][name]) == "no", name
     assert {name for name, figure in FIGURES.items() if not figure.better} == {
         "components", "largest_component", "volume_ml", "label_components", "label_volume_ml",
     }  # fmt: skip
@@ -188,7 +189,8 @@ def test_the_tables_of_the_command_line_have_every_figure_under_its_head():
         "better": "yes", "limits": "1.5 to 2.5", "p": "0.04", "n": 3,
     }  # fmt: skip
     assert beside(result) == [{"subject": "s", "PSNR dB": "1 3 (+2)"}]
-    for second, word in ((1 + 1e-9, None), (1.0004, None), (1.002, "yes"), (0.998, "no")):  # of four digits
+    assert order(result).startswith("of each subject: one, other (the difference, other minus one")
+    for second, word in ((1 + 1e-9, "equal"), (1.0004, "equal"), (1.002, "yes"), (0.998, "no")):  # of four digits
         told = {"first": of(1.0), "second": of(second), "difference": of(second - 1), "limits": None, "p": 0.01}
         assert comparison(result | {"comparison": {path: told}})[0]["better"] == word, second
     (line,) = cohort_figures({"summary": {path: of(9, 1), f"baseline.{path}": of(4, 2), f"gain.{path}": of(5, 3)}})

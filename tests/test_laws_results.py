@@ -149,9 +149,13 @@ def test_a_cohort_tells_the_time_that_is_left_over_all_ranks(monkeypatch, caplog
     items = [{"status": "done"}] * 3 + [{"status": "failed"}]
     files.tell_progress(items, 4, 12, 2, 100.0, 2)  # two images in 20 s on this rank, another one beside it
     files.tell_progress(items, 12, 12, 2, 100.0, 2)
+    files.tell_progress(items, 3, 4, 2, 100.0, 1, 112.0)  # written 8 s ago, while the next was computed: 6 s each
+    files.tell_progress(items, 2, 4, 2, 100.0, 1, 112.0)
     assert [r.message for r in caplog.records] == [
         "4 of 12 images, 1 failed, 5.0 s each, 40 s left",
         "12 of 12 images, 1 failed in 20 s",
+        "3 of 4 images, 1 failed, 6.0 s each, 0.0 s left",
+        "2 of 4 images, 1 failed, 6.0 s each, 4.0 s left",
     ]
     told = {2.34: "2.3 s", 9.6: "10 s", 99: "99 s", 270: "4.5 min", 5970: "99.5 min", 11160: "3.1 h"}
     assert {seconds: files.lasting(seconds) for seconds in told} == told

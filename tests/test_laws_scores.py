@@ -130,16 +130,38 @@ def test_results_are_found_with_what_belongs_to_them(asked, tmp_path):
     assert [item.subject for item in [cohort._of_infer(out / "p" / "a_sr.nii.gz", out, truth, False)]] == ["p/a"]
 
 
-def test_the_scan_of_a_record_is_taken_where_it_is_unchanged(tmp_path, caplog):
+def test_the_scan_of_a_record_is_taken_where_it_is_unchanged(tmp_path):
     scan = touched(tmp_path, "scan.nii") / "scan.nii"
     scan.write_bytes(b"some")
     record = {"input": {"path": str(scan), "sha256": images.sha256(scan)}}
-    assert cohort.low_resolution(tmp_path, record) == scan
+    assert cohort.low_resolution(record) == (scan, None)
+    changed = {"input": record["input"] | {"sha256": "0"}}
+    assert cohort.low_resolution(changed) == (None, (str(scan), cohort.CHANGED))
+    gone = {"input": record["input"] | {"path": str(tmp_path)}}
+    assert cohort.low_resolution(gone) == (None, (str(tmp_path), cohort.GONE))
+    for said in ({}, {"input": None}, {"input": {"path": 3}}):
+        assert cohort.low_resolution(said) == (None, None)
+
+
+def test_inputs_that_make_no_baseline_are_one_line_for_each_reason(asked, caplog):
+    """Was a line for each subject."""
+    reasons = [cohort.CHANGED] * 6 + [cohort.GONE] + [None] * 2
+    items = [
+        cohort.Item(f"s{n}", {"sr": Path("sr"), "hr": Path(f"hr{n}")}, unused=why and (f"{n}.nii", why))
+        for n, why in enumerate(reasons)
+    ]
+    lines = [
+        "s0, s1, s2, s3, s4 and 1 more: the input of 6 results was changed since, no baseline",
+        "s6: its input 6.nii is not there, no baseline",
+    ]
     with caplog.at_level(logging.INFO, "fastsrgan"):
-        assert cohort.low_resolution(tmp_path, {"input": record["input"] | {"sha256": "0"}}) is None
-        assert cohort.low_resolution(tmp_path, {"input": record["input"] | {"path": str(tmp_path)}}) is None
-    assert "was changed since" in caplog.text and "is not there, no baseline" in caplog.text
-    assert [cohort.low_resolution(tmp_path, one) for one in ({}, {"input": None}, {"input": {"path": 3}})] == [None] * 3
+        notes = cohort.evaluate_items("x", items)["notes"]
+    assert [note for note in sorted(notes) if "no baseline" in note] == lines
+    said = [(r.levelname, r.getMessage()) for r in caplog.records if "no baseline" in r.getMessage()]
+    assert said == [("WARNING", lines[0]), ("INFO", lines[1])]
+    caplog.clear()
+    cohort.evaluate_items("x", items, telling=False)
+    assert not caplog.records
 
 
 def test_a_note_names_five_subjects_at_most():

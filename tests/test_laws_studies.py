@@ -381,6 +381,8 @@ def test_time_is_fitted_for_each_condition_and_model_over_three_steps_or_more():
         ("a", "x", 0), ("b", "x", 1), ("a", "y", 2)
     ]  # fmt: skip
     assert all(f["slope_s"] == pytest.approx(1e3) and f["steps"] == [8, 10, 20] for f in fits)
+    same = [row("a", s, seconds=1e3 / s**3, tiles=float(max(1, 12 // s))) for s in (8, 10, 20, 30)]
+    assert plots.time_fit(same) == [], "of one tile whatever the step: what differs is not the step's doing"
     (flat,) = plots.time_fit([row("a", s, seconds=3.0) for s in (8, 10, 20)])
     assert flat["r2"] is None
     (bent,) = plots.time_fit([row("a", s, seconds=t) for s, t in ((1, 4.0), (2, 1.0), (4, 2.0))])
@@ -429,7 +431,9 @@ def test_a_page_of_a_study_says_what_was_left_out_and_how_large_the_patch_was(tm
     base = plots.PlotLine("x", [1], [1], style="baseline")
     tables.write_study(tmp_path, facts, [[plots.Panel("t", "x", [base])]], "title")
     tables.write_study(tmp_path, facts, [[plots.Panel("t", "x", [plots.PlotLine("x", [1], [1])])]], "title")
-    assert drawn == [tables.INTERPOLATION, ""]
+    curves = {"study": "curves", "rows": [], "run": "r", "best": None, "paper": facts["paper"]}
+    tables.write_study(tmp_path, curves, [[plots.Panel("t", "x", [base])]], "title")
+    assert drawn == [tables.INTERPOLATION, "", "interpolation: cubic spline of the scan"], "curves have no other Dice"
     written = json.loads((tmp_path / "noise.json").read_text(encoding="utf8"))
     assert written["files"] == {form: str(tmp_path / f"noise.{form}") for form in ("csv", "md", "json")}
 

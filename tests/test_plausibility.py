@@ -115,10 +115,24 @@ def test_thick_slices_lie_in_a_plane_of_the_body_however_they_are_stored():
     assert measure(data, (1, 1, 3)).slices == ""  # nothing says how it lies
 
 
+def test_a_mask_a_label_map_and_an_image_that_was_rounded_away_are_no_scan():
+    """They were green: a mask of a brain has the size, the voxels and the edges of one."""
+    brain, labels = ribbon(480, 620, 120)
+    noisy = np.where(brain > 0, brain + np.random.default_rng(0).normal(0, 9, brain.shape), 0)
+    for image, values in ((labels, 1), (brain > 0, 1), (brain, 2), (noisy / noisy.max() > 0.5, 1)):
+        look = measure(np.asarray(image, np.float32), (1, 1, 1))
+        assert look.values == values
+        assert light(look, 600, ADULT)[0] == light(look, 50, PERINATAL)[0] == light(look, 50, Purpose())[0] == RED
+    assert measure(np.rint(noisy), (1, 1, 1)).values == plausibility.FEW_VALUES
+    assert measure(np.zeros((8, 8, 8)), (1, 1, 1)).values == 0
+
+
 def test_a_look_survives_its_record():
     look = measure(head().data, (4.0, 4.0, 8.0), None, np.diag([4.0, 4.0, 8.0, 1.0]))
     assert look.slices == "axial"
     assert Look.of(json.loads(json.dumps(look.to_dict()))) == look
+    older = {name: value for name, value in look.to_dict().items() if name != "values"}
+    assert Look.of(older) == replace(look, values=0)
     assert (
         Look.of(None) is None and Look.of({"head_mm": 3}) is None and Look.of(look.to_dict() | {"fluid": "a"}) is None
     )
@@ -289,6 +303,9 @@ def test_a_newborn_given_to_adult_and_the_reverse_are_red():
         ({"slices": "sagittal"}, YELLOW, "sagittal slices, made for axial ones"),
         ({"slices": "axial"}, GREEN, ""),
         ({"slices": ""}, GREEN, ""),
+        ({"values": 1}, RED, "the head has 1 different value, as a mask, a label map or an image that was rounded has"),
+        ({"values": 31}, RED, "the head has 31 different values"),
+        ({"values": 32}, GREEN, ""),
         ({"head_ml": 900.0}, YELLOW, "66.7 % of the head, expected 6 to 45 %"),
     ),
 )

@@ -220,7 +220,7 @@ def test_what_is_no_table(folder, raw, expected):
 @pytest.mark.fault(14)
 def test_missing_table_or_a_folder(folder):
     assert "no such file" in faults_of(folder / "none.csv")
-    assert "is a folder" in faults_of(folder)
+    assert "is a folder (a CSV file with the columns HR_image, Label_image and Base is expected" in faults_of(folder)
 
 
 def test_labels_may_be_absent_where_they_are_not_needed(folder):

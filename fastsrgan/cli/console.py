@@ -294,9 +294,9 @@ def plain(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
-def broken(text: str, width: int) -> str:
+def broken(text: str, width: int, indent: int = 2) -> str:
     """A line for a terminal, broken between words, so that no path is cut that would fit; in pipes lines stay lines."""
-    return textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def error_line(text: str) -> None:
@@ -308,11 +308,11 @@ def error_line(text: str) -> None:
     sys.stderr.flush()
 
 
-def say(text: str) -> None:
-    """A line of a result on standard output: on a terminal broken between words and without control letters, elsewhere
-    names are as they are, but for line breaks."""
+def say(text: str, indent: int = 2) -> None:
+    """A line of a result on standard output: on a terminal broken between words, the rest ``indent`` letters in, and
+    without control letters, elsewhere names are as they are, but for line breaks."""
     shown = plain(text) if sys.stdout.isatty() else one_line(text)
-    lines = broken(shown, shutil.get_terminal_size().columns) if sys.stdout.isatty() else shown
+    lines = broken(shown, shutil.get_terminal_size().columns, indent) if sys.stdout.isatty() else shown
     sys.stdout.write(f"{lines}\n")
 
 

@@ -96,6 +96,7 @@ def _keep(args: argparse.Namespace, result: dict[str, Any]) -> list[str]:
     if args.json == "-":
         print_json(result)
     elif "comparison" in result:
+        say(order(result))
         print(table(beside(result)), table(comparison(result), keys=2), f"p: {result['test']}", sep="\n\n")
         for note in result["notes"]:
             say(f"note: {note}")
@@ -206,7 +207,7 @@ def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
                 continue
             row = {"where": where, "figure": key, "value": plain(value)}
             told = {"baseline": plain(other.get(key)), "difference": plain(more.get(key))}
-            rows.append(row | (told | {"better": better(key, more.get(key))} if base else {}))
+            rows.append(row | (told | {"better": better(key, more.get(key), value)} if base else {}))
     return rows
 
 
@@ -223,7 +224,7 @@ def cohort_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
         if any(key.startswith("baseline.") for key in told):
             gain = told.get(f"gain.{name}")
             row |= {"baseline": spread(told.get(f"baseline.{name}")), "difference": spread(gain)}
-            row |= {"better": better(figure, gain and gain["mean"])}
+            row |= {"better": better(figure, gain and gain["mean"], values["mean"])}
         rows.append(row | {"n": values["n"]})
     return rows
 
@@ -248,7 +249,8 @@ def subjects(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def beside(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """One line per subject: the figures most looked at of the first result, the second, and their difference."""
+    """One line per subject: the figures most looked at of the first result, the second, and their difference, in the
+    order that ``order`` says."""
     from fastsrgan.evaluate.figures import columns
 
     there = [(c.heading, c.path) for c in columns().values() if c.path in result["comparison"]]
@@ -260,6 +262,12 @@ def beside(result: dict[str, Any]) -> list[dict[str, Any]]:
             line[head] = f"{plain(first)} {plain(second)} ({'+' if (apart or 0) > 0 else ''}{plain(apart, 3)})"
         rows.append(line)
     return rows
+
+
+def order(result: dict[str, Any]) -> str:
+    """What the three numbers of ``beside`` are."""
+    first, second = result["names"]
+    return f"of each subject: {first}, {second} (the difference, {second} minus {first}, as in the table below)"
 
 
 def comparison(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -275,8 +283,7 @@ def comparison(result: dict[str, Any]) -> list[dict[str, Any]]:
         gain, ends = told["difference"]["mean"], told["limits"]
         row = {"where": where or "segmentation", "figure": figure}
         row |= {label: spread(told[k]) for label, k in zip(result["names"], ("first", "second"), strict=True)}
-        seen = plain(told["first"]["mean"]) != plain(told["second"]["mean"])  # not rounding, called a gain
-        row |= {"difference": spread(told["difference"]), "better": better(figure, gain) if seen else None}
+        row |= {"difference": spread(told["difference"]), "better": better(figure, gain, told["second"]["mean"])}
         row |= {"limits": None if ends is None else f"{plain(ends[0], 3)} to {plain(ends[1], 3)}"}
         rows.append(row | {"p": None if told["p"] is None else f"{told['p']:.3g}", "n": told["difference"]["n"]})
     return rows
@@ -296,12 +303,15 @@ def plain(value: float | None, digits: int = 4) -> str | int | None:
     return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
 
 
-def better(figure: str, gain: float | None) -> str | None:
-    """Whether a difference to the baseline is one for the better; None of figures that have no better, and of 0."""
+def better(figure: str, gain: float | None, value: float) -> str | None:
+    """Whether ``value`` is better by its difference ``gain`` to the other; None of figures that have no better, and
+    ``equal`` where no digit that is printed of the two differs: rounding is no gain and no loss."""
     from fastsrgan.evaluate.figures import FIGURES
 
     sign = FIGURES[figure].better if figure in FIGURES else 0
-    return None if not sign or not gain else "yes" if gain * sign > 0 else "no"
+    if not sign or gain is None:
+        return None
+    return "equal" if plain(float(value)) == plain(float(value - gain)) else "yes" if gain * sign > 0 else "no"
 
 
 def _at(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

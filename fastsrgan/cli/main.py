@@ -279,7 +279,8 @@ def _doctor(args: argparse.Namespace, progress: Progress) -> int:
     if args.json:
         print_json(facts)
     else:
-        print("\n".join(doctor.describe(facts)))
+        for line in doctor.describe(facts):
+            say(line, doctor.INDENT)
     return 0
 
 

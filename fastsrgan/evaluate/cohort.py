@@ -50,6 +50,7 @@ TRUTH = ("", "_hr", "_HR")
 LABEL = ("_label", "_seg", "_dseg", "_gm")
 MASK = ("_mask",)
 NAMED = 5  # subjects that a note of a cohort names
+CHANGED, GONE = "was changed since", "is not there"  # why an input makes no baseline
 _LOW = re.compile(r"_(lr|LR)$")
 _MODALITY = re.compile(rf"_({'|'.join(SUFFIXES)})$")
 
@@ -59,7 +60,8 @@ class Item:
     """One subject: its name, the files as arguments of ``evaluate_files``, and the line of the table, if there is one.
 
     ``fault`` is set where the files could not be found; ``classes`` where it says itself what of its label is scored;
-    ``segmented`` where the result has a segmentation, whether there is a label to score it by or not.
+    ``segmented`` where the result has a segmentation, whether there is a label to score it by or not; ``unused`` : the
+    input that the result's record names, where it cannot make a baseline, and why (``CHANGED`` or ``GONE``).
     """
 
     subject: str
@@ -68,6 +70,7 @@ class Item:
     fault: str | None = None
     classes: tuple[str, ...] = ()
     segmented: bool = False
+    unused: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -168,8 +171,20 @@ def _without_result(truth: Path, results: Path, items: Sequence[Item]) -> list[s
 
 def told_left(left: Sequence[str], where: str | os.PathLike) -> list[str]:
     """A note about truths without a result, if there are any."""
-    some = ", ".join(left[:NAMED]) + f" and {len(left) - NAMED} more" * (len(left) > NAMED)
-    return [f"{counted(len(left), 'image')} of {where} without a result: {some}"] if left else []
+    return [f"{counted(len(left), 'image')} of {where} without a result: {_named(left)}"] if left else []
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more" * (len(names) > NAMED)
+
+
+def told_unused(items: Sequence[Item], why: str) -> list[str]:
+    """A note about results whose input makes no baseline for this reason, if there are any."""
+    found = [(item.subject, item.unused[0]) for item in items if item.unused and item.unused[1] == why]
+    if not found:
+        return []
+    which = f"its input {found[0][1]}" if len(found) == 1 else f"the input of {counted(len(found), 'result')}"
+    return [f"{_named([subject for subject, _ in found])}: {which} {why}, no baseline"]
 
 
 def told_shared(items: Sequence[Item]) -> list[str]:
@@ -182,11 +197,10 @@ def told_shared(items: Sequence[Item]) -> list[str]:
     told = []
     for shared in (group for group in matched.values() if len(group) > 1):
         names = [item.subject for item in shared]
-        some = ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more" * (len(names) > NAMED)
         if all("lr" in one.files for one in shared) and len({real(one.files["lr"]) for one in shared}) == 1:
             continue  # of one image, as with several steps
         way = "if they are of other images, name the folders of truths as those of results"
-        told.append(f"{shared[0].files['hr']} is the truth of {len(names)} results: {some}; {way}")
+        told.append(f"{shared[0].files['hr']} is the truth of {len(names)} results: {_named(names)}; {way}")
     return told
 
 
@@ -230,7 +244,7 @@ def _match(
     known = {images.stem(p): p for p in _images(truth.iterdir())}
     bases = list(dict.fromkeys([stem, _LOW.sub("", stem)]))
     files = {"sr": sr}
-    low = low_resolution(sr, record)
+    low, unused = low_resolution(record)
     names = {"hr": [b + e for b in bases for e in TRUTH], "mask": [b + e for b in bases for e in MASK]}
     names["label"] = [b + e for b in bases for e in LABEL]
     for base in bases:
@@ -250,22 +264,21 @@ def _match(
         files["lr"] = low
     wanted = ", ".join(names["hr"])
     fault = None if "hr" in files else f"no truth in {truth}: looked for {wanted}"
-    return Item(subject.as_posix(), files, fault=fault, segmented=segmented)
+    return Item(subject.as_posix(), files, fault=fault, segmented=segmented, unused=unused)
 
 
-def low_resolution(result: Path, record: dict[str, Any]) -> Path | None:
-    """The image that a result's record names as its input; None, and a note, where it is gone or was changed since."""
+def low_resolution(record: dict[str, Any]) -> tuple[Path | None, tuple[str, str] | None]:
+    """The image that a result's record names as its input; where it is gone or was changed since None, and
+    ``Item.unused``."""
     try:
         path, digest = Path(record["input"]["path"]), record["input"]["sha256"]
     except (KeyError, TypeError):
-        return None
+        return None, None
     if not os.path.isfile(path):  # also DICOM folders, whose grid may be another after conversion
-        log.info("%s: its input %s is not there, no baseline", result, path)
-        return None
+        return None, (str(path), GONE)
     if images.sha256(path) != digest:
-        log.warning("%s: its input %s was changed since, no baseline", result, path)
-        return None
-    return path
+        return None, (str(path), CHANGED)
+    return path, None
 
 
 def evaluate_items(
@@ -284,20 +297,21 @@ def evaluate_items(
     images of ``truth`` that no result belongs to; ``keep`` is called with the result before pictures are drawn.
 
     Returns ``rows`` (the dicts of ``evaluate_files`` with ``subject``), ``failed`` (subject, error), ``notes`` (those
-    of the rows, as ``told_once``, one about ``left``, and ``told_shared``), ``without_result`` (``left``) and
-    ``summary`` {figure: {mean, sd, n}} over the rows, figures named by their dotted path (``image.whole.psnr_db``); sd
-    is the sample standard deviation (n - 1), None for one row. Raises an error of the kind of the first when no subject
-    could be evaluated, and UsageError, before any work, where ``png`` holds a file of a picture's name that is none of
+    of the rows, as ``told_once``, one about ``left``, ``told_shared`` and ``told_unused``), ``without_result``
+    (``left``) and ``summary`` {figure: {mean, sd, n}} over the rows, figures named by their dotted path
+    (``image.whole.psnr_db``); sd is the sample standard deviation (n - 1), None for one row.
+
+    Raises an error of the kind of the first when no subject could be evaluated, and UsageError, before any work, where
+    ``png`` holds a file of a picture's name that is none of
     ``evaluate``'s, or where label classes are chosen and there is no label.
     """
     bare = [item.subject for item in items if item.segmented and "label" not in item.files and not item.fault]
     if bare and telling:
-        some = ", ".join(bare[:NAMED]) + f" and {len(bare) - NAMED} more" * (len(bare) > NAMED)
-        log.info("no label was found for the segmentation of %s: no Dice", some)
+        log.info("no label was found for the segmentation of %s: no Dice", _named(bare))
     if choice.classes and not any("label" in item.files for item in items):
         raise UsageError("--label-classes", f"no label was found for the results in {what}", "leave it out")
     labels.refuse_lost(_chosen(items, choice))
-    shared = told_shared(items)
+    shared = told_shared(items) + told_unused(items, CHANGED)
     for line in shared if telling else ():
         log.warning(line)
     pictures: dict[str, Path] = {}
@@ -336,7 +350,7 @@ def evaluate_items(
         if len(faults) == len(failed):
             raise table.table_error(Path(what), faults)
         raise none_done(first, what, "no subject could be evaluated", failed[0]["error"])
-    notes = told_once(done) + told_left(left, truth)
+    notes = told_once(done) + told_left(left, truth) + told_unused(items, GONE)
     for line in notes if telling else ():
         log.info(line)
     notes += shared
@@ -375,11 +389,10 @@ def told_once(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for kind, found in about.items():
         subjects = list(dict.fromkeys(subject for subject, _ in found))
-        more = f" and {len(subjects) - NAMED} more" if len(subjects) > NAMED else ""
         spans = map(table.span, zip(*(numbers for _, numbers in found), strict=True))
         first, *rest = kind.split("\0")
         text = first + "".join(number + part for number, part in zip(spans, rest, strict=True))
-        lines.append(f"{', '.join(subjects[:NAMED])}{more}: {text}")
+        lines.append(f"{_named(subjects)}: {text}")
     return lines
 
 

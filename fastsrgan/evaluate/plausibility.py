@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastsrgan.core.files import mapping
-from fastsrgan.errors import brief
+from fastsrgan.errors import brief, counted
 from fastsrgan.model.purpose import (
     CONTRASTS,
     MODELS,
@@ -50,6 +50,9 @@ ROUGH = 0.65  # the best Dice of a contrast below which its segmentations are ne
 LOST = 0.3  # Dice of own weights below which it is red; 9 updates 0.07 (noise), 373 0.29 (docs/training.md)
 FEWEST = 100  # enclosed voxels, below which nothing is said
 FLUID_SKEW = 0.2  # perinatal -0.15 to 0.37, stacks 0.17 to 0.34, adult T2 0.46 to 0.62, T1 -0.45 to -0.26, FLAIR -0.50
+# Different values in the head's core (of at most COUNTED voxels), below which it is a mask, a label map or an image
+# that was rounded away: masks 1, tissue maps 8, label maps 20 to 24; stacks 477 to 713, brains from 2204 on.
+FEW_VALUES, COUNTED = 32, 10**5
 CT = -500.0  # intensities of CT begin at -1000; z-scores of MRI at about -5
 BORDER = 0.01  # of the segmentation, in the image's border planes
 # Percent of the scan that the network's image, acquired again, does not give back before it is made to agree, yellow
@@ -92,6 +95,7 @@ class Look:
     lowest : intensity
     slices : the plane of thick slices (axial, coronal, sagittal); empty where voxels are isotropic or nothing says how
         the array lies
+    values : different intensities in the head's core, counted up to ``FEW_VALUES``; 0 where none was looked at
     """
 
     head_mm: float
@@ -102,6 +106,7 @@ class Look:
     slice_ratio: float
     lowest: float
     slices: str = ""
+    values: int = 0
 
     @property
     def is_head(self) -> bool:
@@ -117,10 +122,11 @@ class Look:
         """From a record; None where it holds none."""
         known = record if isinstance(record, Mapping) else {}
         values: dict[str, Any] = {f.name: known.get(f.name) for f in fields(cls)}
-        slices = values.pop("slices")
+        slices, different = values.pop("slices"), values.pop("values")
         if not all(isinstance(v, (int, float)) for v in values.values()):
             return None
         values |= {"filled": int(values["filled"]), "slices": slices if isinstance(slices, str) else ""}
+        values["values"] = different if isinstance(different, int) else 0
         return cls(**values)
 
 
@@ -146,16 +152,18 @@ def measure(
     there = bool(tissue.any())
     finest = min(spacing_mm)
     filled = sum(_tissue_in(data_XYZ, mask_XYZ, axis, end, level) > FILLED for axis in range(3) for end in (0, -1))
+    core = some[tissue & _ellipsoid(some.shape, low, high)]
     # To four digits, as a record keeps them: a resumed call decides by the record.
     return Look(
         head_mm=_digits(max(sides) if there else 0.0),
         head_ml=_digits(np.count_nonzero(tissue) * math.prod(spacing) / 1000),
         filled=filled,
-        fluid=_digits(_skew(some[tissue & _ellipsoid(some.shape, low, high)])),
+        fluid=_digits(_skew(core)),
         voxel_mm=_digits(finest),
         slice_ratio=_digits(max(spacing_mm) / finest),
         lowest=_digits(float(some.min())),
         slices="" if affine_44 is None else plane_across(affine_44, spacing_mm),
+        values=min(FEW_VALUES, len(np.unique(core[:: max(1, core.size // COUNTED)]))),
     )
 
 
@@ -372,6 +380,9 @@ def _of_pieces(share: float, purpose: Purpose) -> list[Finding]:
 
 def _of_image(look: Look, purpose: Purpose, masked: bool) -> list[Finding]:
     found: list[Finding] = []
+    if 0 < look.values < FEW_VALUES:
+        count = counted(look.values, "different value")
+        found.append((RED, f"the head has {count}, as a mask, a label map or an image that was rounded has"))
     if purpose.contrast and look.lowest <= CT:
         found.append((RED, f"intensities go down to {look.lowest:.0f}, as in CT; made for {purpose.contrast}"))
     if purpose.head_mm and not look.is_head:

@@ -331,5 +331,5 @@ def _item(image: BidsImage, root: Path, several: bool, own: Container[Path]) -> 
     seg = mask if several and mask.exists() else seg  # the segmentation is the first structure alone
     if label is not None:
         files |= {"label": label} | ({"seg": seg} if seg.exists() else {})
-    low = low_resolution(image.path, read_json(sidecar(image.path)).get(RECORD, {}))
-    return Item(subject, files | ({} if low is None else {"lr": low}), segmented=seg.exists())
+    low, unused = low_resolution(read_json(sidecar(image.path)).get(RECORD, {}))
+    return Item(subject, files | ({} if low is None else {"lr": low}), segmented=seg.exists(), unused=unused)

@@ -131,7 +131,7 @@ class Cohort:
         self.lost = False
         self.began, self.ended, self.worked = time.perf_counter(), 0, 0
         self.ahead: tuple[int, Future[Loaded | None] | None] | None = None
-        self.behind: tuple[int, int, Future[dict[str, Any]]] | None = None
+        self.behind: tuple[int, int, Future[tuple[dict[str, Any], float]]] | None = None
 
     def run(self) -> list[Item]:
         """All images; every failure ends in its image's item. Raises LostRank on other ranks than 0."""
@@ -150,7 +150,7 @@ class Cohort:
                     continue
                 self.wait()
                 size = bytes_while_writing(loaded, self.job)
-                self.behind = place, size, self.writer.submit(write, loaded, self.job)
+                self.behind = place, size, self.writer.submit(_timed_write, loaded, self.job)
                 del loaded  # the writer's alone, who drops it
             self.wait()
         return self._gathered()
@@ -185,11 +185,11 @@ class Cohort:
         if self.behind:
             (place, _, future), self.behind = self.behind, None
             try:
-                record = future.result()
+                record, at = future.result()
             except Exception as error:
                 self._failed(place, error)
             else:
-                self._ended(place, item_of(record, self.job.record(self.images[place])))
+                self._ended(place, item_of(record, self.job.record(self.images[place])), at)
 
     # --- what becomes of an image
 
@@ -204,14 +204,15 @@ class Cohort:
     def _failed(self, place: int, error: Exception) -> None:
         self._note(place, failure(self._item(place, "failed"), error))
 
-    def _ended(self, place: int, facts: dict[str, Any]) -> None:
+    def _ended(self, place: int, facts: dict[str, Any], at: float) -> None:
         self.worked += 1
-        self._note(place, self._item(place, "done") | facts)
+        self._note(place, self._item(place, "done") | facts, at)
 
-    def _note(self, place: int, item: Item) -> None:
+    def _note(self, place: int, item: Item, at: float | None = None) -> None:
         self.items[place] = item
         self.ended = self.deal.tell(place, item) or self.ended + 1
-        tell_progress(self.items.values(), self.ended, len(self.images), self.worked, self.began, self.ranks.world)
+        ranks = self.ranks.world
+        tell_progress(self.items.values(), self.ended, len(self.images), self.worked, self.began, ranks, at)
 
     def _label(self, place: int) -> str:
         image = self.images[place]
@@ -232,6 +233,11 @@ class Cohort:
                 item = self.deal.item(place) or failure(self._item(place, "failed"), lost, tell=False)
                 self.items.setdefault(place, item)
         return [self.items[place] for place in sorted(self.items)]
+
+
+def _timed_write(loaded: Loaded, job: ImageJob) -> tuple[dict[str, Any], float]:
+    """The record, and when it was complete: it is asked for when the next image is computed."""
+    return write(loaded, job), time.perf_counter()
 
 
 class _Neighbours:
@@ -289,16 +295,23 @@ def failure(item: Item, error: Exception, tell: bool = True) -> Item:
     return item | {"error": str(error) or type(error).__name__, "exit_code": code}
 
 
-def tell_progress(items: Any, ended: int, total: int, worked: int, began: float, world: int = 1) -> None:
-    """One line for a cohort: how many images, how long each took, how long it will be; nothing for one image."""
+def tell_progress(
+    items: Any, ended: int, total: int, worked: int, began: float, world: int = 1, at: float | None = None
+) -> None:
+    """One line for a cohort: how many images, how long each took, how long it will be; nothing for one image.
+
+    ``at`` : when the last of ``worked`` was complete, where that is not now; what was computed since is not left
+    """
     if total == 1:
         return
     bad = sum(item["status"] == "failed" for item in items)
     text = f"{ended} of {total} images" + (f", {bad} failed" if bad else "")
     left = total - ended
     if worked and left:
-        each = (time.perf_counter() - began) / worked
-        text += f", {lasting(each / world)} each, {lasting(each * left / world)} left"
+        now = time.perf_counter()
+        each = ((now if at is None else at) - began) / worked
+        over = each * left / world - (0 if at is None else now - at)
+        text += f", {lasting(each / world)} each, {lasting(max(over, 0))} left"
     elif not left:
         text += f" in {lasting(time.perf_counter() - began)}"
     log.info("%s", text)

@@ -33,6 +33,7 @@ log = logging.getLogger("fastsrgan")
 
 SPLITS = ("Train", "Test")
 COLUMNS = ("HR_image", "Label_image", "Base", "Mask_image", "Tissue_image", "Label_classes")
+TABLE_WANTED = "a CSV file with the columns HR_image, Label_image and Base is expected, of a BIDS dataset too"
 # What the first cell of a list says where it names no image, in any case.
 HEADINGS = frozenset(("hr_image", "lr_image", "image", "images", "path", "paths", "file", "files", "filename"))
 LIST_TABLES = (".csv", ".tsv")  # endings of lists that are tables
@@ -91,7 +92,7 @@ def read_table(csv_path: str | os.PathLike, *, base_path: str | None = None, nee
     repeated images, and subjects that are both in Train and in Test.
     """
     csv_path = Path(csv_path)
-    records = _records(csv_path, _text(csv_path), delimiter_for(COLUMNS))
+    records = _records(csv_path, _text(csv_path, TABLE_WANTED), delimiter_for(COLUMNS))
     if not records:
         raise InputError(csv_path, "is empty", f"its first line names the columns {', '.join(COLUMNS[:3])}")
     header = records[0][1]
@@ -312,9 +313,9 @@ def _safe(text: str) -> str:
     return f"{name}_" if name.casefold() in _RESERVED else name
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, wanted: str = "a CSV file or a list is expected") -> str:
     if is_special(path):
-        raise InputError(path, "is not a regular file", "a CSV file or a list is expected")
+        raise InputError(path, "is not a regular file", wanted)
     try:
         if os.path.isfile(path) and path.stat().st_size > _MAX_BYTES:
             raise InputError(path, f"is no table: {path.stat().st_size} bytes", "a CSV file is expected")
@@ -323,7 +324,7 @@ def _text(path: Path) -> str:
         raise InputError(path, "no such file", "check the path") from None
     except (OSError, ValueError) as error:
         if os.path.isdir(path):
-            raise InputError(path, "is a folder", "a CSV file or a list is expected") from error
+            raise InputError(path, "is a folder", wanted) from error
         raise unreadable(path, error) from error
     kind = next((what for magic, what in _BINARY if raw.startswith(magic)), None)
     if kind:

@@ -315,18 +315,20 @@ def time_fit(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """seconds = intercept + slope / step^3 by least squares over the means, for each condition and model.
 
     ``r2`` is the share of the variance that the fit explains; fits of fewer than three steps are left out, since two
-    points say nothing about the form.
+    points say nothing about the form, and so are those of steps that gave fewer than three numbers of tiles, as of an
+    image no larger than the patch.
     """
-    groups: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    groups: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
     for row in rows:
         if row["step"] and "seconds" in row["figures"]:
-            point = (row["step"], row["figures"]["seconds"]["mean"])
+            tiles = row["figures"].get("tiles", {"mean": row["step"]})["mean"]
+            point = (row["step"], row["figures"]["seconds"]["mean"], tiles)
             groups.setdefault((row["condition"], row["model"]), []).append(point)
     fits = []
     for (condition, model), points in groups.items():
-        if len(points) < 3:
+        steps, seconds, tiles = np.array(points, float).T
+        if len(np.unique(tiles)) < 3:
             continue
-        steps, seconds = np.array(points, float).T
         slope, intercept = np.polyfit(steps**-3, seconds, 1)
         spread = float(((seconds - seconds.mean()) ** 2).sum())
         left = float(((intercept + slope * steps**-3 - seconds) ** 2).sum())

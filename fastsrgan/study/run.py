@@ -73,7 +73,7 @@ class Settings:
 
 # What --ratios, --low-res and --noise may be at most. Thicker slices than these hold the whole of any head.
 MOST_RATIO, MOST_MM, MOST_NOISE = 1000.0, 1000.0, 1000.0
-TUNED = "4 updates more, not augmented"  # of what is compared where no models are given
+TUNED = "4 updates more"  # of what is compared where no models are given
 TUNED_NOTE = (
     f"The model `{TUNED}` is the other one after four updates: it shows the study, and says nothing of augmentation."
 )

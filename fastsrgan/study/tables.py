@@ -28,7 +28,8 @@ def write_study(folder: Path, facts: dict[str, Any], panels: Sequence[Sequence[P
     rows = csv_rows(facts["rows"])
     write_rows(base.with_suffix(".csv"), rows)
     based = any(line.style == "baseline" for row in panels for panel in row for line in panel.lines)
-    pictures = draw(base, panels, title, footer=INTERPOLATION if based else "")
+    words = INTERPOLATION.partition(";")[0] if kind == "curves" else INTERPOLATION
+    pictures = draw(base, panels, title, footer=words if based else "")
     facts = facts | {"files": {path.suffix[1:]: str(path) for path in pictures}}
     facts["files"] |= {form: str(base.with_suffix(f".{form}")) for form in ("csv", "md", "json")}
     with atomic_write(base.with_suffix(".md")) as temporary:
