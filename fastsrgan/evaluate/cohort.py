@@ -96,8 +96,8 @@ def evaluate_table(
 
     The table has the columns ``SR_image`` and ``HR_image`` and any of ``Seg_image``, ``Label_image``, ``Mask_image``,
     ``LR_image``, ``Baseline_image``, ``Baseline_seg``, ``Label_classes``; cells of the latter may be empty. Relative
-    paths start at the
-    table's folder. ``png`` is a folder for pictures (``draw_errors``), before which ``keep`` is called with the result.
+    paths start at the table's folder. ``png`` is a folder for pictures (``draw_errors``), before which ``keep`` is
+    called with the result.
 
     Raises InputError with every fault of the table at once, or when no row could be evaluated. Returns as
     ``evaluate_items``, with ``line`` in each row.
