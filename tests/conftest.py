@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import Counter
@@ -106,6 +107,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(np, name, poison_array(getattr(np, name)))
         monkeypatch.setattr(torch, name, poison_tensor(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison_tensor(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def log_is_heard(monkeypatch):
+    """A command line that ran before in this process keeps the log to itself, and ``caplog`` of an older pytest
+    hears nothing then: what passes would depend on the order of the tests.
+    """
+    monkeypatch.setattr(logging.getLogger("fastsrgan"), "propagate", True)
 
 
 @pytest.fixture(scope="session")

@@ -37,12 +37,6 @@ FAST = {"patch": 16, "step": 12, "device": "cpu"}
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def heard(monkeypatch):
-    """A command line that ran before in this process keeps the log to itself."""
-    monkeypatch.setattr(logging.getLogger("fastsrgan"), "propagate", True)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.safetensors"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -38,9 +37,8 @@ SHAPE, MM = (14, 12, 6), (1.0, 1.0, 2.5)
 
 
 @pytest.fixture(autouse=True)
-def heard(monkeypatch, caplog):
-    """A command line that ran before in this process keeps the log to itself."""
-    monkeypatch.setattr(logging.getLogger("fastsrgan"), "propagate", True)
+def notes(caplog):
+    """Not warnings alone."""
     caplog.set_level("INFO", logger="fastsrgan")
 
 

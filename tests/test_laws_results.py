@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -39,12 +38,6 @@ from fastsrgan.volume.geometry import Orientation, Volume
 FAST = {"patch": 16, "step": 12, "device": "cpu"}
 SHAPE, MM = (14, 12, 6), (1.0, 1.0, 2.5)
 WAYS = (memory.MEMORY, memory.SLABS)
-
-
-@pytest.fixture(autouse=True)
-def heard(monkeypatch):
-    """A command line that ran before in this process keeps the log to itself."""
-    monkeypatch.setattr(logging.getLogger("fastsrgan"), "propagate", True)
 
 
 @pytest.fixture(scope="module")

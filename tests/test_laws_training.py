@@ -6,7 +6,6 @@ import copy
 import csv
 import ctypes
 import json
-import logging
 import math
 import sys
 import weakref
@@ -39,9 +38,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def heard(monkeypatch, caplog):
-    """A command line that ran before in this process keeps the log to itself."""
-    monkeypatch.setattr(logging.getLogger("fastsrgan"), "propagate", True)
+def notes(caplog):
+    """Not warnings alone."""
     caplog.set_level("INFO", logger="fastsrgan")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from dataclasses import replace
@@ -25,12 +24,6 @@ from fastsrgan.model.purpose import MODELS, Purpose, common
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
-
-
-@pytest.fixture(autouse=True)
-def heard(monkeypatch):
-    """A command line that ran before in this process keeps the log to itself."""
-    monkeypatch.setattr(logging.getLogger("fastsrgan"), "propagate", True)
 
 
 def snapshot(run: Path, step: int, *names: str) -> Path:
