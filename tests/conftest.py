@@ -110,11 +110,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def log_is_heard(monkeypatch):
+def log_is_heard() -> Iterator[None]:
     """A command line that ran before in this process keeps the log to itself, and ``caplog`` of an older pytest
     hears nothing then: what passes would depend on the order of the tests.
     """
-    monkeypatch.setattr(logging.getLogger("fastsrgan"), "propagate", True)
+    with pytest.MonkeyPatch.context() as patch:  # one of its own: tests undo theirs
+        patch.setattr(logging.getLogger("fastsrgan"), "propagate", True)
+        yield
 
 
 @pytest.fixture(scope="session")

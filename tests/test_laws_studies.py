@@ -312,7 +312,7 @@ def test_a_study_measures_what_it_was_asked_and_says_what_it_did(monkeypatch, tm
     def run_cells(folder, heads, models, conditions, steps, engine, progress):
         asked.append((folder, [h.name for h in heads], [m.name for m in models], tuple(steps), engine))
         made = {"subject": "a", "condition": conditions[0].name, "model": "shipped", "step": 8, "scores": {}}
-        return [made | {"seconds": 1.0}], [{"subject": "b", "error": "e"}]
+        return [made | {"seconds": 1.0, "notes": ["odd"]}], [{"subject": "b", "error": "e"}]
 
     monkeypatch.setattr(run, "run_cells", run_cells)
     written = []
@@ -327,6 +327,7 @@ def test_a_study_measures_what_it_was_asked_and_says_what_it_did(monkeypatch, tm
     engine = cells.Engine(None if whole else 32, "cpu", "fp32", 7, "auto" if data_given else "off")
     assert asked[1] == (tmp_path, names, ["shipped"], (8,), engine)
     assert Path(facts["models"][0]["path"]) == Path.cwd() / ("default_weights" if data_given else "template_weights")
+    assert facts["notes"] == ["a: odd"], "what is odd about a head is not lost"
     assert facts["heads"] == names and facts["quick"] == (not data_given) and 0 <= facts["seconds"] < 1e6
     assert (
         facts["paper"] == {"source": plots.SOURCE, "rows": plots.REFERENCE["steps"]} and "torch" in facts["provenance"]
