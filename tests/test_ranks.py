@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -73,6 +74,25 @@ def test_reductions_are_those_of_one_process(tmp_path):
         assert one["noted"] == [False, True, False]
         assert one["gathered"] == [["a", 0], ["a", 1], ["a", 2]]
     assert all(one["averaged"] == found[0]["averaged"] for one in found), "the ranks differ in a bit"
+
+
+def two_groups() -> list[float]:
+    """Rank 0 comes to the second one late, and its addresses of the first still stand in the store."""
+    found, kept = [], []
+    for turn in range(2):
+        if turn and os.environ["RANK"] == "0":
+            time.sleep(1)
+        with from_environment(torch.device("cpu")) as group:
+            found += group.sums([1.0])
+            kept.append(group._lasting)
+        del group
+        gc.collect()
+    return found
+
+
+def test_a_script_that_trains_twice_finds_the_others_again(tmp_path):
+    """The second group took the addresses of the first, and torch's words for it named no reason."""
+    assert on_ranks(two_groups, 2, out=tmp_path) == [[2.0, 2.0]] * 2
 
 
 def test_a_process_alone_changes_nothing(monkeypatch):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib
+import itertools
 import logging
 import os
 import traceback
@@ -99,6 +101,15 @@ class Ranks:
 
 
 ALONE = Ranks()
+_GROUPS = itertools.count()  # of this process: every rank makes the same ones, in the same order
+
+
+@functools.cache
+def _job_store(rank: int, world: int, address: str | None, port: str | None) -> dist.Store:
+    """The store of a job. It is kept as long as the process: the next group of ranks finds it where it is, and not one
+    that rank 0 is about to close."""
+    store, *_ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
+    return store
 
 
 class TorchRanks(Ranks):
@@ -125,9 +136,10 @@ class TorchRanks(Ranks):
         backend = backend or ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         try:
             self._holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-            self._lasting, *_ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
-            # torchrun keeps its store over a restart: the ranks must not find the addresses of those before them.
-            attempt = f"fastsrgan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world}"
+            self._lasting = _job_store(rank, world, os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"))
+            # The store outlives a restart by torchrun, and a script may train several times: the ranks must not find
+            # the addresses of those before them.
+            attempt = f"fastsrgan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world}/{next(_GROUPS)}"
             self._store = dist.PrefixStore(attempt, self._lasting)
             # Its functions have the default group as an argument: imported later, by torch's compiler, they would keep
             # the connections open that ``_part`` closes.
