@@ -426,6 +426,7 @@ def _read(csv_path: Path) -> list[tuple[int, dict[str, Path], tuple[str, ...]]]:
     if len(records) == 1:
         faults.append((1, "no row below the header"))
     rows: list[tuple[int, dict[str, Path], tuple[str, ...]]] = []
+    lines: dict[tuple[frozenset[tuple[str, Path]], tuple[str, ...]], int] = {}  # of what each row scores
     for line, cells in records[1:] if not faults else []:
         if len(cells) > len(header):
             faults.append((line, table.too_many(cells, header)))
@@ -438,10 +439,11 @@ def _read(csv_path: Path) -> list[tuple[int, dict[str, Path], tuple[str, ...]]]:
             faults.append((line, f"{name} {values[name]}: {told[0] if told else 'no such file'}"))
         if "Seg_image" in files and "Label_image" not in files:
             faults.append((line, "Seg_image without Label_image"))
-        scored = (files, tuple(labels.choices(values.get(CLASSES, ""), None)))
-        if twin := next((before for before, *others in rows if (*others,) == scored), None):
+        classes = tuple(labels.choices(values.get(CLASSES, ""), None))
+        twin = lines.setdefault((frozenset(files.items()), classes), line)
+        if twin != line:
             faults.append((line, f"the same files as at line {twin}, which would count twice"))
-        rows.append((line, *scored))
+        rows.append((line, files, classes))
     if faults:
         raise table.table_error(csv_path, faults)
     table.tell_unread(csv_path, header, known)

@@ -177,7 +177,8 @@ def _tell_of_list(path: Path, records: list[tuple[int, list[str]]], column: int,
         log.warning("%s: the images of column %s are taken, those of %s are not", path, names[0], others)
 
 
-def some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first of many names, for a message, and whether there are more."""
     return ", ".join(names[:_MAX_NAMED]) + ", ..." * (len(names) > _MAX_NAMED)
 
 
