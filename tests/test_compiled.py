@@ -393,6 +393,7 @@ def test_compiled_tiles_are_one_graph_of_one_size_with_the_same_result(monkeypat
         return made[-1]
 
     monkeypatch.setattr(tile_network, "fast_head", functools.cache(fast))
+    monkeypatch.setattr(tile_network, "native", lambda name: name != "fp16")  # checked: what some processors have
     generator = build_generator(spec).eval()
     plain = infer_volume(IMAGE, np.eye(4), generator, **TILES, **more)
     done = infer_volume(IMAGE, np.eye(4), generator, **TILES, **more, compile="on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -216,6 +217,7 @@ def fresh():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_sound_device_passes_and_the_limits_are_near(fresh, dtype):
+    """Some processors have bfloat16: their sums are float32, five times as near as those of torch's own loops."""
     off = self_test(Arithmetic(CPU, dtype))
     kernels = [value for name, value in off.items() if name not in ("generator", "critic")]
     for name in ("generator", "critic"):
@@ -223,7 +225,7 @@ def test_a_sound_device_passes_and_the_limits_are_near(fresh, dtype):
     if dtype != torch.float32:  # float32 on a CPU convolves by hand
         assert (
             len(kernels) == 3
-            and arithmetics.KERNEL_LIMITS[dtype] / 8 < max(kernels) <= arithmetics.KERNEL_LIMITS[dtype]
+            and arithmetics.KERNEL_LIMITS[dtype] / 12 < max(kernels) <= arithmetics.KERNEL_LIMITS[dtype]
         )
     assert min(off.values()) > 0, "compared with itself"
 
@@ -255,6 +257,18 @@ class Kernels(TorchDispatchMode):
         if hit and self.fault == "gradient":
             out[1].zero_()
         return out
+
+
+def in_each_step(monkeypatch, wrong: Kernels) -> Kernels:
+    """Its calls counted anew in each small step."""
+    gradients = precision._gradients
+
+    def counted(*args):
+        wrong.calls = 0
+        return gradients(*args)
+
+    monkeypatch.setattr(precision, "_gradients", counted)
+    return wrong
 
 
 def cut(x: torch.Tensor) -> torch.Tensor:
@@ -320,16 +334,34 @@ def exact_gradients(seed: int) -> dict[str, torch.Tensor]:
     return precision._gradients(Arithmetic(CPU, torch.float64), None, seed)
 
 
+@contextlib.contextmanager
+def without_onednn():
+    """As ``torch.backends.mkldnn.flags``, which sets TF32 as well and so warns."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_limits_are_near_what_sound_arithmetic_gives(library, kind):
-    """At most twice the worst of two seeds, with a tenth for the sums of other processors."""
+    """At most twice the worst of two seeds, with a tenth for the sums of other processors.
+
+    By the library as this processor has it, and without oneDNN, whose kernels differ from one to the other: the same
+    bits on all of them.
+    """
     worst: dict[str, float] = {}
-    ways = [OneByOne, Kernels] if kind == torch.float32 else [lambda: Kernels(tf32=kind == TF32)]
+    oneself = functools.partial(Kernels, tf32=kind == TF32)
+    ways = [(oneself,), (oneself, without_onednn), *([(OneByOne,)] if kind == torch.float32 else [])]
     for seed in (1, 2):
         exact = exact_gradients(seed)
         for way in ways:
             kernels = arithmetics.Kernels()
-            with way():
+            with contextlib.ExitStack() as stack:
+                for context in way:
+                    stack.enter_context(context())
                 found = precision._gradients(arithmetic(kind), kernels, seed)
             off = {name: arithmetics.relative(found[name].double(), exact[name]) for name in exact}
             for name, value in {**off, "kernels": max(kernels.off.values())}.items():
@@ -340,10 +372,9 @@ def test_the_limits_are_near_what_sound_arithmetic_gives(library, kind):
 
 
 def test_the_limit_of_float32_is_what_rounding_comes_to():
-    """2^-24 sqrt(n) / 2: n roundings of half a last bit at most and of random sign, each of a partial sum, of which
-    half are shorter than the whole; n = 2 * 16^3, the products of the longest sum, a weight's gradient."""
-    # Found: 0.036
-    assert arithmetics.KERNEL_LIMITS[torch.float32] == pytest.approx(2.0**-24 * (2 * 16**3) ** 0.5 / 2, rel=0.05)
+    """At most twice 2^-24 sqrt(n / 6): n roundings of up to half a last bit, evenly, of partial sums that grow as the
+    root of their length; n = 2 * 16^3, the products of the longest sum, a weight's gradient. Not below it either."""
+    assert 1 <= arithmetics.KERNEL_LIMITS[torch.float32] / (2.0**-24 * (2 * 16**3 / 6) ** 0.5) <= 2  # found: 1.63
 
 
 FORWARD = zip(KINDS, ("tap", "tap", "channels", "channels"), strict=True)  # one limit refuses both
@@ -351,12 +382,13 @@ FORWARD = zip(KINDS, ("tap", "tap", "channels", "channels"), strict=True)  # one
 
 @pytest.mark.parametrize(("kind", "fault"), [*FORWARD, *((kind, "gradient") for kind in KINDS)])
 def test_one_wrong_kernel_is_refused_by_the_limit_on_kernels(fresh, library, monkeypatch, kind, fault):
-    """One call among the forty of a step, in the middle of the generator, with no help from the other limit."""
+    """One call among the forty of each step, in the middle of the generator, with no help from the other limit."""
     monkeypatch.setattr(
         precision, "NETWORK_LIMITS", dict.fromkeys(("generator", "critic"), dict.fromkeys(KINDS, float("inf")))
     )
     name = "weight gradients" if fault == "gradient" else "convolutions"
-    with Kernels(fault, at=20, tf32=kind == TF32), pytest.raises(ResourceError, match=f"{name} are off by"):
+    wrong = in_each_step(monkeypatch, Kernels(fault, at=20, tf32=kind == TF32))
+    with wrong, pytest.raises(ResourceError, match=f"{name} are off by"):
         self_test(arithmetic(kind))
 
 
@@ -365,9 +397,17 @@ def test_one_wrong_kernel_is_refused_by_the_limit_on_kernels(fresh, library, mon
 def test_one_wrong_kernel_is_refused_by_the_limit_on_networks(fresh, library, monkeypatch, kind, network, at):
     """Two channels change places behind the critic's first convolution, or the generator's second; no other limit."""
     monkeypatch.setattr(precision, "KERNEL_LIMITS", dict.fromkeys(KINDS, float("inf")))
-    refused = pytest.raises(ResourceError, match=f"{network} gradients are off by")
-    with Kernels("channels", at, tf32=kind == TF32), refused:
+    wrong = in_each_step(monkeypatch, Kernels("channels", at, tf32=kind == TF32))
+    with wrong, pytest.raises(ResourceError, match=f"{network} gradients are off by"):
         self_test(arithmetic(kind))
+
+
+def test_gradients_that_are_off_for_one_draw_of_values_alone_are_no_fault(fresh, library, monkeypatch):
+    """A value near a kink, which rounding takes to its other side: not the device's fault, and rare."""
+    monkeypatch.setattr(precision, "KERNEL_LIMITS", dict.fromkeys(KINDS, float("inf")))
+    with Kernels("channels", at=10):  # in the first step
+        off = self_test(arithmetic(torch.float32))
+    assert off["generator"] <= precision.NETWORK_LIMITS["generator"][torch.float32]
 
 
 def test_float32_with_operands_cut_to_tf32_is_refused(fresh, library):
@@ -431,7 +471,7 @@ def test_tf32_that_is_not_asked_for_is_off_during_the_test(fresh, monkeypatch):
     try:
         for place in places:
             place.allow_tf32 = True
-        precision._expected()
+        precision._expected(1)
         seen.clear()
         self_test(Arithmetic(CPU, torch.float32))
         assert seen == [(False, False)]
@@ -532,8 +572,8 @@ def test_the_oracles_own_arithmetic_is_not_tested_anew(monkeypatch):
 
 def test_the_self_test_names_a_cudnn_release_that_is_slow_in_half_precision(monkeypatch, caplog):
     exact = {name: torch.ones(3, dtype=torch.float64) for name in ("generator", "critic")}
-    monkeypatch.setattr(precision, "_gradients", lambda arithmetic, kernels=None: exact)
-    monkeypatch.setattr(precision, "_expected", lambda: exact)
+    monkeypatch.setattr(precision, "_gradients", lambda *of: exact)
+    monkeypatch.setattr(precision, "_expected", lambda seed: exact)
     for version, dtype, told in (
         (90799, torch.bfloat16, False),
         (90800, torch.bfloat16, True),

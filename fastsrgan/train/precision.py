@@ -27,6 +27,7 @@ from fastsrgan.model.arithmetic import (
     Arithmetic,
     Kernels,
     device_name,
+    limit_of,
     refuse,
     relative,
     slow_cudnn,
@@ -40,13 +41,14 @@ from fastsrgan.train.objectives import critic_loss, generator_loss
 log = logging.getLogger("fastsrgan")
 
 # As KERNEL_LIMITS, of all gradients of a network together: rounding adds up over the layers and through 17 norms, so
-# this sees coarse faults only. Worst: generator 4.5e-6, 0.050, 0.167, 0.051; critic 7.2e-7, 0.039, 0.122, 0.039.
+# this sees coarse faults only. Worst: generator 4.5e-6, 0.050, 0.167, 0.051; critic 7.7e-7, 0.039, 0.122, 0.039.
 NETWORK_LIMITS: dict[str, dict[Any, float]] = {
-    "generator": {torch.float32: 9e-6, torch.float16: 0.1, torch.bfloat16: 0.33, TF32: 0.11},
+    "generator": {torch.float32: 9e-6, torch.float16: 0.1, torch.bfloat16: 0.33, TF32: 0.1},
     "critic": {torch.float32: 1.4e-6, torch.float16: 0.077, torch.bfloat16: 0.24, TF32: 0.078},
 }
 
 
+SEEDS = 1, 2, 3  # of the values of a small step, each one tried where the one before is off
 REPLAYS = 3  # of a compiled step: the first compiles, the second records graphs, the third replays them
 
 
@@ -92,21 +94,28 @@ def self_test(arithmetic: Arithmetic, compiled: bool = False) -> dict[str, float
     torch.compile, whose convolutions cannot be seen one by one; of the last of ``REPLAYS`` steps, which on CUDA is the
     first that graphs alone compute.
 
+    Where gradients of a network are off beyond their limit, the step is done again on other values: rounding alone may
+    change the sign of what a LeakyReLU is given, and with it gradients by 1e-3 of them (2 of 120 steps in float32, by
+    six kinds of sound CPU kernels); a wrong kernel is wrong on all values.
+
     Returns the relative differences: "generator" and "critic" gradients, and the worst of each kernel. Raises
     ResourceError when one is beyond what rounding explains, or when the device fails.
     """
     kernels = Kernels()
-    more: tuple = (None, 1, True) if compiled else (kernels,)
+    off: dict[str, float] = {}
     try:
-        with arithmetic.flags():
-            found = {name: g.double().cpu() for name, g in _gradients(arithmetic, *more).items()}
+        for seed in SEEDS:
+            with arithmetic.flags():
+                found = _gradients(arithmetic, None if compiled else kernels, seed, compiled)
+            off = {name: relative(found[name].double().cpu(), g) for name, g in _expected(seed).items()}
+            if all(value <= limit_of(arithmetic, NETWORK_LIMITS[name]) for name, value in off.items()):
+                break
     except (torch.OutOfMemoryError, NotImplementedError):
         raise
     except RuntimeError as error:
         reason = f"a small training step failed: {str(error).splitlines()[0]}"
         hint = "see `fastsrgan doctor`, or --device cpu"
         raise ResourceError(device_name(arithmetic.device), reason, hint) from error
-    off = {name: relative(found[name], g) for name, g in _expected().items()}
     for name, value in off.items():
         refuse(arithmetic, {f"{name} gradients": value}, NETWORK_LIMITS[name])
     refuse(arithmetic, kernels.off, KERNEL_LIMITS)
@@ -118,9 +127,9 @@ def self_test(arithmetic: Arithmetic, compiled: bool = False) -> dict[str, float
 
 
 @functools.cache
-def _expected() -> dict[str, Tensor]:
+def _expected(seed: int) -> dict[str, Tensor]:
     """The gradients by the plain forms in float64."""
-    return _gradients(Arithmetic(torch.device("cpu"), torch.float64))
+    return _gradients(Arithmetic(torch.device("cpu"), torch.float64), None, seed)
 
 
 def _gradients(
