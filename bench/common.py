@@ -30,7 +30,7 @@ from scipy import ndimage
 from fastsrgan.core.draws import rng
 from fastsrgan.core.files import finite, write_json
 from fastsrgan.core.system import measured_on, pick_device, provenance, tune_allocator
-from fastsrgan.errors import UsageError, counted
+from fastsrgan.errors import UsageError, brief, counted
 
 __all__ = ["Case", "Sides", "peak_of", "prepare", "run", "texture", "write_json"]
 
@@ -380,6 +380,15 @@ def texture(shape: Sequence[int], seed: int = 0, air: bool = True) -> np.ndarray
     return image / image.max()
 
 
+def amount(n_bytes: float) -> str:
+    """Bytes with a fitting unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 999.5:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.4g} TB"
+
+
 def print_row(row: Mapping[str, Any]) -> None:
     """One line for us, one for each peer."""
     gate = f"error {row['max_error']:.1e} <= {row['tolerance']:g}"
@@ -388,7 +397,8 @@ def print_row(row: Mapping[str, Any]) -> None:
         return
     print(f"{row['name']}  ({gate})", flush=True)
     rates = {k.removesuffix("_per_second").replace("_", " "): v for k, v in row.items() if k.endswith("_per_second")}
-    rate = "".join(f"  {value:.4g} {what}/s" for what, value in rates.items())
+    sizes = {what: amount(value) if what == "bytes" else f"{brief(value, 4)} {what}" for what, value in rates.items()}
+    rate = "".join(f"  {size}/s" for size in sizes.values())
     width = max(24, *(len(name) + 2 for name in row["peers"])) if row["peers"] else 24
     print(f"  {'fastsrgan':<{width}}{_times(row)}{rate}", flush=True)
     for peer, facts in row["peers"].items():

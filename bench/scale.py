@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-from bench.common import is_quick
-from bench.data_page import RESULTS, amount, duration, table
+from bench.common import amount, is_quick
+from bench.data_page import RESULTS, duration, table
 from fastsrgan.errors import InputError, UsageError, counted
 from fastsrgan.model.networks import CriticSpec, GeneratorSpec, parameter_shapes
 

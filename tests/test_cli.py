@@ -223,8 +223,25 @@ def test_a_table_wider_than_the_terminal_comes_in_blocks_of_columns(monkeypatch)
         assert [re.split(" {2,}", line)[:2] for line in block[2:]] == [["s0", "0"], ["s1", "10"], ["s2", "20"]]
     monkeypatch.setenv("COLUMNS", "120")
     assert console.table(rows) == whole
-    monkeypatch.setenv("COLUMNS", "8")  # narrower than one column: still one figure a block
-    assert len(console.table(rows).split("\n\n")) == 9
+
+
+@pytest.mark.parametrize("width", [8, 20, 40, 60, 80])
+def test_a_row_whose_names_leave_no_room_for_a_figure_has_a_line_for_each(monkeypatch, width):
+    """Lines of tables of a study were broken or cut by a terminal of 40 columns."""
+    names = ("condition", "model", "step")
+    rows = [{"condition": "noise 0.05", "model": f"own-run-{i}", "step": "128", "PSNR dB": "31.82 ± 0.61",
+             "Dice": "0.7207 ± 0.11"} for i in range(2)]  # fmt: skip
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    told = console.table(rows, keys=len(names))
+    assert all(len(line) <= width or len(line.split()) == 1 for line in told.splitlines())
+    words = told.replace(" ", "").replace("\n", "")
+    assert all(words.count(value.replace(" ", "")) >= 1 for row in rows for value in row.values())
+    if width == 40:
+        assert told.split("\n\n")[1].splitlines() == [
+            "condition  noise 0.05", "model      own-run-1", "step       128", "PSNR dB    31.82 ± 0.61",
+            "Dice       0.7207 ± 0.11",
+        ]  # fmt: skip
 
 
 def test_results_and_errors_are_broken_between_words_on_a_terminal_alone(monkeypatch, capsys):

@@ -318,13 +318,17 @@ def say(text: str, indent: int = 2) -> None:
 
 def table(rows: list[dict[str, Any]], columns: list[str] | None = None, keys: int = 1) -> str:
     """Rows as aligned plain text; what is wider than a terminal in blocks of columns, each with the first ``keys``,
-    which say what a row is."""
+    which say what a row is. Where these and one column more are wider, a row has a line for each of its columns."""
     columns = columns or list(rows[0])
     cells = [[_cell(r.get(c)) for c in columns] for r in rows]
     widths = [max(len(c), *(len(row[i]) for row in cells)) for i, c in enumerate(columns)]
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
     first = list(range(keys))
     taken = sum(widths[:keys]) + (keys - 1) * len(GAP)
+    if max([taken, *(taken + len(GAP) + width for width in widths[keys:])]) > room:
+        names = max(map(len, columns))
+        lists = [[f"{c.ljust(names)}{GAP}{cell}" for c, cell in zip(columns, row, strict=True)] for row in cells]
+        return "\n\n".join("\n".join(broken(line, int(room), names + len(GAP)) for line in one) for one in lists)
     blocks, used = [[*first]], taken
     for i, width in list(enumerate(widths))[keys:]:
         used += len(GAP) + width
