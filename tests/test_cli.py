@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from bench.__main__ import build_parser as bench_parser
 from fastsrgan.cli import console
 from fastsrgan.cli import infer as cli_infer
 from fastsrgan.cli.main import build_parser, failed, main, normalised
@@ -242,6 +244,23 @@ def test_a_row_whose_names_leave_no_room_for_a_figure_has_a_line_for_each(monkey
             "condition  noise 0.05", "model      own-run-1", "step       128", "PSNR dB    31.82 ± 0.61",
             "Dice       0.7207 ± 0.11",
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_prose_of_every_help_keeps_to_the_terminal_and_commands_stay_whole(monkeypatch, columns):
+    """Descriptions were one line, or broken at 120 columns, which 80 broke again inside of words."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    fastsrgan = build_parser()
+    parsers = [fastsrgan, bench_parser()]
+    parsers += next(a for a in fastsrgan._actions if isinstance(a, argparse._SubParsersAction)).choices.values()
+    assert len(parsers) > 12
+    for parser in parsers:
+        lines = parser.format_help().splitlines()
+        assert max(len(line) for line in lines if not line.startswith(" ")) <= columns, parser.prog
+        written = [line for line in f"{parser.description}\n{parser.epilog or ''}".splitlines() if line.startswith(" ")]
+        assert [line for line in written if line in lines] == written, parser.prog
+        prose = " ".join(" ".join(lines).split())
+        assert all(" ".join(part.split()) in prose for part in (parser.description or "").split("\n\n"))
 
 
 def test_results_and_errors_are_broken_between_words_on_a_terminal_alone(monkeypatch, capsys):

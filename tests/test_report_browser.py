@@ -275,7 +275,10 @@ def test_how_thick_a_slice_is_stands_beside_its_switch_and_on_no_image(tab, fold
             assert [tab.ask(WORDS.replace("NAME", name)) for name in ("spline", "low")] == [0, 0], plane
             assert bool(tab.ask(INK)) == (plane == "coronal")  # the bar
         place = tab.ask("(b => [b.left, b.right])(document.querySelector('.marked').getBoundingClientRect())")
-        assert tab.ask("document.querySelector('.marked').innerText") == "one slice, 15 mm" and 0 < place[0] < place[1] <= width
+        assert (
+            tab.ask("document.querySelector('.marked').innerText") == "one slice, 15 mm"
+            and 0 < place[0] < place[1] <= width
+        )
     tab.look(1200, 900)
 
 

@@ -46,6 +46,16 @@ class Need(NamedTuple):
     refused: bool = True
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Paragraphs broken to the width of the terminal, but for those with indented lines, of commands to copy."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.split("\n\n")
+        return "\n\n".join(
+            part if "\n " in part else super(HelpFormatter, self)._fill_text(part, width, indent) for part in parts
+        )
+
+
 def refuse_idle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Raise UsageError for the first option, of another value than its default, that would do nothing beside the
     others; warn where its ``Need`` says so."""

@@ -256,7 +256,9 @@ class _Below:
         """Broken between words to the width of the page without the strip, of the footer without all that is taken."""
         light, words = status or ("", "")
         room = 2000 - 2 * PAGE_MARGIN - GUTTER
-        return cls(light, cls._lines(words, room - strip), cls._lines(f"{footer} · {side}" if footer else side, room - taken))
+        return cls(
+            light, cls._lines(words, room - strip), cls._lines(f"{footer} · {side}" if footer else side, room - taken)
+        )
 
     @staticmethod
     def _lines(text: str, room: float) -> list[str]:
@@ -330,7 +332,7 @@ class _Page:
         axes.add_patch(Rectangle((left, bottom), *part.size, fill=False, ec=FRAME, lw=self.px(1.4) * 0.72))
 
     def slice(self, axes, cut: Cut, scan: Volume, through: int, thickness_mm: float) -> None:
-        """Beside a plane, or below it, a bar as long as one slice is thick, at its place, and the borders of the others.
+        """Beside or below a plane a bar as long as one slice is thick, at its place, and the borders of the others.
 
         A plane along the slices has none. Nothing lies on the image: words on tissue cannot be read.
         """
