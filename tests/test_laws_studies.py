@@ -292,9 +292,9 @@ def test_conditions_are_sorted_named_by_their_numbers_and_of_the_asked_axis(monk
 
 def test_models_of_one_name_are_called_by_their_paths(monkeypatch):
     monkeypatch.setattr(run.StudyModel, "load", staticmethod(lambda path, name=None: (str(path), name)))
-    assert run._models(["x/a.pt", "y/b.pt"], Path) == [("x/a.pt", None), ("y/b.pt", None)]
-    assert run._models(["x/a.pt", "y/a.h5"], Path) == [("x/a.pt", "x/a.pt"), ("y/a.h5", "y/a.h5")]
-    assert run._models([], lambda: Path("own")) == [("own", "shipped")]
+    assert run._models(["x/a.pt", "y/b.pt"], Path, "m") == [("x/a.pt", None), ("y/b.pt", None)]
+    assert run._models(["x/a.pt", "y/a.h5"], Path, "m") == [("x/a.pt", "x/a.pt"), ("y/a.h5", "y/a.h5")]
+    assert run._models([], lambda: Path("own"), "m") == [("own", "m")]
 
 
 @pytest.mark.parametrize(("whole", "data_given"), [(False, True), (True, False)])
@@ -325,7 +325,7 @@ def test_a_study_measures_what_it_was_asked_and_says_what_it_did(monkeypatch, tm
     names = list("abc") if data_given else list("ab")
     assert asked[0] == (("d.csv", "all", 2, "3", "t") if data_given else (tmp_path / "cohort-7", 7))
     engine = cells.Engine(None if whole else 32, "cpu", "fp32", 7, "auto" if data_given else "off")
-    assert asked[1] == (tmp_path, names, ["shipped"], (8,), engine)
+    assert asked[1] == (tmp_path, names, ["adult" if data_given else "shipped"], (8,), engine), "as -w calls it"
     assert Path(facts["models"][0]["path"]) == Path.cwd() / ("default_weights" if data_given else "template_weights")
     assert facts["notes"] == ["a: odd"], "what is odd about a head is not lost"
     assert facts["heads"] == names and facts["quick"] == (not data_given) and 0 <= facts["seconds"] < 1e6
