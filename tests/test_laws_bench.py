@@ -408,6 +408,25 @@ def test_bytes_in_a_second_have_a_unit_and_no_rate_an_exponent(capsys):
     assert lines[1].endswith("  3.08 GB/s") and lines[3].endswith("  10708 tiles/s")
 
 
+def test_lines_of_a_row_keep_to_a_terminal(capsys, monkeypatch):
+    """On 80 columns words were broken in their middle."""
+    row = {
+        "name": "whole inference, gaussian, k 2, 44 x 40 x 48, patch 32 step 16",
+        "max_error": 2.6e-6,
+        "tolerance": 1e-5,
+    }
+    row |= dict.fromkeys(("seconds_median", "seconds_min", "seconds_max"), 0.5)
+    row |= {"passed": True, "peers": {"monai, fastsrgan's network": {"not_run": "not installed; " * 6}}}
+    common.print_row(row)
+    whole = capsys.readouterr().out
+    assert len(whole.splitlines()) == 3 and max(map(len, whole.splitlines())) > 80, "piped: a side is a line"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    common.print_row(row)
+    broken = capsys.readouterr().out
+    assert max(map(len, broken.splitlines())) <= 80 and broken.split() == whole.split()
+
+
 def test_in_half_precision_both_images_of_a_resident_are_half_as_large():
     row = {"name": "one volume", "resident_shape": [100, 100, 100], "resident_bytes_per_voxel": 9}
     single, half = data_page.memory({"rows": [row]}).splitlines()[2:]
