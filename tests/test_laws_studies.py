@@ -545,7 +545,12 @@ def test_the_factor_of_the_learning_rates_is_called_so_whatever_the_log_called_i
 def test_rows_of_several_runs_say_whose_they_are_and_their_updates_are_their_own(tmp_path):
     made = curves.overlaid([log(tmp_path / name, *rows_of_training(2)) for name in ("a", "b")])
     shown = tables.decisive_rows(made)
-    assert [(row["epoch"], row["update"]) for row in shown] == [("a 1", "2"), ("a 2", "4"), ("b 1", "2"), ("b 2", "4")]
+    assert [" ".join(row[k] for k in ("run", "epoch", "update")) for row in shown] == [
+        "a 1 2",
+        "a 2 4",
+        "b 1 2",
+        "b 2 4",
+    ]
     assert tables.best_lines(made) == [f"{n}: Best PSNR 28.00 at epoch 2. Best Dice 0.6250 at epoch 2." for n in "ab"]
     assert tables.best_lines({"rows": [{"epoch": 1, "updates": 1}], "best": None}) == []
     masked = {"epoch": 1, "updates": 1, "Dice_cortex": 0.25, "Dice_white": 0.75, "Dice": 0.1, "whole_PSNR": 30.0}
